@@ -1,0 +1,58 @@
+"""One attention call as plain tensors: what a backend gets, and what its backward returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .dropout import Dropout
+from .visibility import Visibility
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] over the visible keys, softmax, times v.
+
+    q, k, v       [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; one dtype; any strides
+    query_scale   [B, Hq, Sq] or None, fp32 (fp64 for fp64 q); any strides, 0 included
+    key_scale     [B, Hkv, Sk] or None, likewise
+    softcap       c: logit -> c * tanh(logit / c), or None
+    sinks         fp32 [Hq] or None: a logit per head that joins the softmax's denominator only, neither scaled nor capped
+    dropout       on the probabilities, after the softmax
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    visibility: Visibility
+    scale: float
+    query_scale: Tensor | None = None
+    key_scale: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout: Dropout | None = None
+
+
+class ForwardResult(NamedTuple):
+    """out [B, Hq, Sq, Dv] in q's dtype; lse, max_logit, entropy [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.
+
+    max_logit and entropy are None unless asked for.
+    """
+
+    out: Tensor
+    lse: Tensor
+    max_logit: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class Gradients(NamedTuple):
+    """Gradients of an AttentionCall's tensors; None for those not asked for."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    query_scale: Tensor | None = None
+    key_scale: Tensor | None = None
+    sinks: Tensor | None = None

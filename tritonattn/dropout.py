@@ -1,0 +1,67 @@
+"""Dropout whose keep bit is a function of the position: the same mask on every backend, in every tile, in backward.
+
+The bit of (b, h, i, j) is the first word of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3") with key = seed and counter = (j, i, b * Hq + h, offset), compared with p * 2^32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+@dataclass(frozen=True, eq=False)
+class Dropout:
+    """Drop a probability with chance p, multiply the kept ones by 1 / (1 - p).
+
+    state is int64 [2] on the device of the call: (seed, offset). The low 64 bits of the seed are the Philox key.
+    """
+
+    p: float
+    state: Tensor
+
+    @classmethod
+    def draw(cls, p: float, device: torch.device) -> Dropout:
+        """A new state from torch's generator of the device: repeatable under torch.manual_seed, no sync."""
+        return cls(p, torch.randint(0, 2**31 - 1, (2,), dtype=torch.int64, device=device))
+
+    def keep(self, batch: Tensor, head: Tensor, row: Tensor, key: Tensor, q_heads: int) -> Tensor:
+        """The keep bits at int64 positions that broadcast together: bool."""
+        seed, offset = self.state[0], self.state[1]
+        counter = [key, row, batch * q_heads + head, offset & _WORD]
+        return _philox(counter, [seed & _WORD, (seed >> 32) & _WORD]) >= int(self.p * 2**32)
+
+    def tile(self, shape: tuple[int, int], rows: slice, keys: slice) -> Tensor:
+        """The keep bits of some rows and keys for shape = (B, Hq): bool [B, Hq, rows, keys]."""
+        device = self.state.device
+        batch = torch.arange(shape[0], device=device)[:, None, None, None]
+        head = torch.arange(shape[1], device=device)[:, None, None]
+        row = torch.arange(rows.start, rows.stop, device=device)[:, None]
+        key = torch.arange(keys.start, keys.stop, device=device)
+        return self.keep(batch, head, row, key, shape[1])
+
+
+def _philox(counter: list[Tensor], key: list[Tensor]) -> Tensor:
+    """First output word of Philox4x32-10, computed in int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0
+
+
+def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low 32-bit words of x * factor, both below 2^32; halves keep every product inside int64."""
+    low_part = (x & 0xFFFF) * factor  # < 2^48
+    high_part = (x >> 16) * factor + (low_part >> 16)  # < 2^49
+    return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
