@@ -1,0 +1,82 @@
+"""What a scaling is: the interface, its result, and the division that never gives NaN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..statistics import Statistics
+from ..visibility import Visibility
+
+# Below it a statistic counts as zero: its reciprocal need not fit fp32.
+SMALLEST_STATISTIC = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """logit[i, j] = constant * (q[i] . k[j]) * query[i] * key[j]; None stands for 1.
+
+    query   broadcastable to [B, Hq, Sq], or one row a key head, [B, Hkv, Sq]; any float dtype
+    key     broadcastable to [B, Hkv, Sk]; any float dtype
+    """
+
+    constant: float
+    query: Tensor | None = None
+    key: Tensor | None = None
+
+
+class Scaling:
+    """A logit scaling: logit[i, j] = (q[i] . k[j]) * factor[i, j].
+
+    A mode says its factor twice, so that a mistake in one of them shows: `scales` is what runs, `multiplier`
+    is the formula as its paper writes it, for the reference alone, and uses neither `scales` nor what
+    `visibility` and `statistics` offer. Both are differentiable with respect to q and k. A factor may depend
+    on the keys that the row sees, and on no others.
+    """
+
+    name: ClassVar[str]
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        """The factor of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] as a float and at most two vectors."""
+        raise NotImplementedError(f"{type(self).__name__} must define scales(q, k, visibility, statistics)")
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        """The factor of every pair, broadcastable to [B, Hq, Sq, Sk].
+
+        q [B, Hq, Sq, D]; k [B, Hq, Sk, D], repeated to the query heads; visible bool, broadcastable to [B,
+        Hq, Sq, Sk]. What it gives where a pair is invisible is of no account; NaN in a key that no row sees
+        must not spread.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define multiplier(q, k, visible)")
+
+
+def reciprocal(statistic: Tensor) -> Tensor:
+    """1 / s in fp64; 0, with gradient 0, where s is below fp32's normal range (so also for s = 0); NaN stays NaN.
+
+    fp64 because the gradient -1 / s^2 leaves fp32's range long before s does.
+    """
+    statistic = statistic.double()
+    usable = ~(statistic < SMALLEST_STATISTIC)
+    return torch.where(usable, 1 / torch.where(usable, statistic, 1), 0)
+
+
+def root(square: Tensor) -> Tensor:
+    """sqrt(x) in fp64; 0, with gradient 0, where the root is below fp32's normal range; NaN stays NaN."""
+    square = square.double()
+    usable = ~(square < SMALLEST_STATISTIC**2)
+    return torch.where(usable, torch.where(usable, square, 1).sqrt(), 0)
+
+
+def dense_lengths(x: Tensor, counted: Tensor) -> Tensor:
+    """||x|| of [B, Hq, S, D] as [B, Hq, S], fp64; 0 where `counted` is False, whatever is there. For multipliers."""
+    return torch.where(counted[..., None], x.double(), 0).norm(dim=-1)
+
+
+def check_positive(argument: str, value: float, above: float = 0.0) -> None:
+    """Refuse a parameter of a mode that is not a finite number above `above`."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not above < value < float("inf"):
+        raise ValueError(f"{argument} must be a finite number above {above:g}, got {value!r}")

@@ -1,0 +1,52 @@
+"""Scalings that depend on the head dimension D alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..statistics import Statistics
+from ..visibility import Visibility
+from .base import Scales, Scaling
+
+
+class SqrtDim(Scaling):
+    """factor = 1 / sqrt(D): unit variance of the logits for independent, unit-variance q and k.
+
+    Source: Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762, section 3.2.1.
+    """
+
+    name = "sqrt_dim"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return Scales(q.shape[-1] ** -0.5)
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        return 1 / torch.full((), k.shape[-1], dtype=torch.float64, device=k.device).sqrt()
+
+
+class Dim(Scaling):
+    """factor = 1 / D: keeps logits bounded as D grows when q and k are correlated, as after training.
+
+    Source: Yang et al. 2022, "Tensor Programs V" (muP), arXiv:2203.03466, definition 4.1.
+    """
+
+    name = "dim"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return Scales(1 / q.shape[-1])
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        return 1 / torch.full((), k.shape[-1], dtype=torch.float64, device=k.device)
+
+
+class Unscaled(Scaling):
+    """factor = 1: the logits are the dot products, for models that scale q themselves (T5, Gemma 3n)."""
+
+    name = "none"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return Scales(1.0)
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        return torch.ones((), dtype=torch.float64, device=k.device)

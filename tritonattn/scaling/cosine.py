@@ -1,0 +1,42 @@
+"""The scaling that makes the dot product a cosine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..statistics import Statistics, key_lengths_of
+from ..visibility import Visibility
+from .base import Scales, Scaling, check_positive, dense_lengths, reciprocal
+
+
+@dataclass(frozen=True)
+class Cosine(Scaling):
+    """factor = tau / (||q|| * ||k||): logit = tau * cos(q, k). A q or k of length 0 has the factor 0.
+
+    tau   None is sqrt(D), what unscaled RMS normalisation of q and k followed by 1 / sqrt(D) gives
+
+    Source: Henry et al. 2020, "Query-key normalization for transformers", arXiv:2010.04245, equation 4; Liu
+    et al. 2021, "Swin Transformer V2", arXiv:2111.09883, equation 2 (there tau is learned a head).
+    Raises ValueError unless tau is None or finite and above 0.
+    """
+
+    tau: float | None = None
+
+    name = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.tau is not None:
+            check_positive("tau", self.tau)
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        constant = q.shape[-1] ** 0.5 if self.tau is None else self.tau
+        return Scales(constant, query=reciprocal(key_lengths_of(q)), key=reciprocal(statistics.lengths))
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        tau = math.sqrt(k.shape[-1]) if self.tau is None else self.tau
+        lengths_of_q = dense_lengths(q, visible.any(-1))[..., None]  # [B, Hq, Sq, 1]
+        lengths_of_k = dense_lengths(k, visible.any(-2))[..., None, :]  # [B, Hq, 1, Sk]
+        return tau * reciprocal(lengths_of_q) * reciprocal(lengths_of_k)

@@ -1,0 +1,70 @@
+"""Scalings that depend on n, the number of keys visible to the row."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..statistics import Statistics
+from ..visibility import Visibility
+from .base import Scales, Scaling, check_positive, reciprocal
+
+
+class KeyCount(Scaling):
+    """factor = 1 / n.
+
+    The logits shrink as n grows, so that long rows attend almost uniformly: see `KeyNormSum`.
+    """
+
+    name = "key_count"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return Scales(1.0, query=reciprocal(visibility.counts()))
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        return reciprocal(visible.sum(-1, keepdim=True))
+
+
+class SqrtKeyCount(Scaling):
+    """factor = 1 / sqrt(n)."""
+
+    name = "sqrt_key_count"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return Scales(1.0, query=reciprocal(visibility.counts().sqrt()))
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        return reciprocal(visible.sum(-1, keepdim=True)).sqrt()
+
+
+@dataclass(frozen=True)
+class LogKeyCount(Scaling):
+    """factor = ln(n) / ln(base) / sqrt(D): keeps attention from spreading out as n grows.
+
+    A lone key has logit 0, which is harmless: its probability is 1 at any logit.
+
+    base   the n at which the factor is that of `SqrtDim`; e by default
+
+    Source: Chiang & Cholak 2022, "Overcoming a theoretical limitation of self-attention", ACL 2022, long.527
+    (base e); Su 2021, https://kexue.fm/archives/8823 (base 512, the training length).
+    Raises ValueError unless base is finite and above 1.
+    """
+
+    base: float = math.e
+
+    name = "log_key_count"
+
+    def __post_init__(self) -> None:
+        check_positive("base", self.base, above=1.0)
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        constant = q.shape[-1] ** -0.5 / math.log(self.base)
+        return Scales(constant, query=visibility.counts().clamp(min=1).log())
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        n = visible.sum(-1, keepdim=True).double()
+        logarithm = torch.where(n > 0, n, 1).log2() / math.log2(self.base)
+        return logarithm / math.sqrt(k.shape[-1])

@@ -1,0 +1,95 @@
+"""Scalings that divide by a statistic of the lengths of the visible keys.
+
+All of them leave the logits unchanged when every key is multiplied by the same positive number, and all carry
+a gradient into the keys through the statistic. A statistic of zero gives the factor 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..statistics import Statistics
+from ..visibility import Visibility
+from .base import Scales, Scaling, dense_lengths, reciprocal, root
+
+
+class KeyNormSum(Scaling):
+    """factor = 1 / sum ||k||, over the visible keys.
+
+    |logit| <= ||q|| / n for keys of equal length: as n grows the row attends uniformly, and the gradient of q
+    and k fades like 1 / n. A learned gain, or `KeyNormMean`, mends that.
+
+    Source: Bernhard 2023, "Alternatives to the scaled dot product for attention in the Transformer neural
+    network architecture", arXiv:2311.09406; `total_length_rescale` of
+    https://github.com/James-Bernhard/attnsims.
+    """
+
+    name = "key_norm_sum"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return Scales(1.0, query=reciprocal(statistics.length_sum))
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        return reciprocal(_visible_lengths(k, visible).sum(-1, keepdim=True))
+
+
+class KeyNormMean(Scaling):
+    """factor = 1 / mean ||k||, over the visible keys: about 1 / sqrt(D) for components of unit variance."""
+
+    name = "key_norm_mean"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return Scales(1.0, query=reciprocal(statistics.length_sum / visibility.counts().clamp(min=1)))
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        n = visible.sum(-1, keepdim=True)
+        return reciprocal(_visible_lengths(k, visible).sum(-1, keepdim=True) / torch.where(n > 0, n, 1))
+
+
+class KeyNormRms(Scaling):
+    """factor = 1 / sqrt(mean ||k||^2), over the visible keys."""
+
+    name = "key_norm_rms"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        mean_square = statistics.length_square_sum / visibility.counts().clamp(min=1)
+        return Scales(1.0, query=reciprocal(root(mean_square)))
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        n = visible.sum(-1, keepdim=True)
+        length = _visible_lengths(k, visible).norm(dim=-1, keepdim=True)
+        return reciprocal(length / torch.where(n > 0, n, 1).double().sqrt())
+
+
+class KeyNormMax(Scaling):
+    """factor = 1 / max ||k||, over the visible keys; the lowest of equal keys takes the gradient."""
+
+    name = "key_norm_max"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return Scales(1.0, query=reciprocal(statistics.length_max))
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        # One more key, of length 0, so that a maximum over no keys exists.
+        lengths = pad(_visible_lengths(k, visible), (0, 1))
+        first = lengths.argmax(-1, keepdim=True)
+        return reciprocal(lengths.gather(-1, first))
+
+
+class KeyNormL2(Scaling):
+    """factor = 1 / sqrt(sum ||k||^2), over the visible keys: the Frobenius norm of those keys."""
+
+    name = "key_norm_l2"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return Scales(1.0, query=reciprocal(root(statistics.length_square_sum)))
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        return reciprocal(_visible_lengths(k, visible).norm(dim=-1, keepdim=True))
+
+
+def _visible_lengths(k: Tensor, visible: Tensor) -> Tensor:
+    """||k[j]|| where row i sees key j, else 0: fp64 [B, Hq, Sq, Sk]."""
+    return torch.where(visible, dense_lengths(k, visible.any(-2))[..., None, :], 0)

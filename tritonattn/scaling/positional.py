@@ -1,0 +1,115 @@
+"""The position-dependent temperatures of released models, as presets.
+
+The models count by the position of the query; here n, the number of keys visible to the row, stands for
+position + 1. Under full causal attention (padding and packing included) that is the model's own value. Where
+a window or a chunk hides older keys, n stops growing at its width and so does the factor, whereas the models
+go on with the position.
+
+Each model multiplies q by a factor and divides by sqrt(D); both are in the factor here, which acts in fp32
+and is never rounded to the dtype of q.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..statistics import Statistics
+from ..visibility import Visibility
+from .base import Scales, Scaling, check_positive
+
+
+@dataclass(frozen=True)
+class QwenLogn(Scaling):
+    """factor = max(1, ln(n) / ln(train_length)) / sqrt(D).
+
+    train_length   `seq_length` of the model's configuration: 8192 for Qwen-7B, 2048 for Qwen-14B
+
+    Source: `logn_tensor` in QWenAttention, https://huggingface.co/Qwen/Qwen-7B/blob/main/modeling_qwen.py:
+    entry i - 1 is log_base(i) for i > seq_length, else 1, and the query at position p takes entry p. The
+    model applies it in inference only.
+    Raises ValueError unless train_length is finite and above 1.
+    """
+
+    train_length: float = 8192
+
+    name = "qwen_logn"
+
+    def __post_init__(self) -> None:
+        check_positive("train_length", self.train_length, above=1.0)
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        stretch = visibility.counts().clamp(min=self.train_length).log() / math.log(self.train_length)
+        return Scales(q.shape[-1] ** -0.5, query=stretch)
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        n = visible.sum(-1, keepdim=True).double()
+        logarithm = n.log2() / math.log2(self.train_length)
+        return torch.where(n > self.train_length, logarithm, 1) / math.sqrt(k.shape[-1])
+
+
+@dataclass(frozen=True)
+class Llama4(Scaling):
+    """factor = (1 + scale * ln(1 + floor(n / floor_scale))) / sqrt(D).
+
+    scale, floor_scale   `attn_scale` and `floor_scale` of the model's configuration
+
+    Source: Llama4TextAttention.forward in transformers/models/llama4/modeling_llama4.py (transformers 5.24):
+    log1p(floor((position + 1) / floor_scale)) * attn_scale + 1, in layers without rotary embedding only.
+    There the position counts padding too; here padding is not counted.
+    Raises ValueError unless both are finite and above 0.
+    """
+
+    scale: float = 0.1
+    floor_scale: float = 8192
+
+    name = "llama4"
+
+    def __post_init__(self) -> None:
+        check_positive("scale", self.scale)
+        check_positive("floor_scale", self.floor_scale)
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        steps = (visibility.counts() / self.floor_scale).floor()
+        return Scales(q.shape[-1] ** -0.5, query=1 + self.scale * (1 + steps).log())
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        position = visible.sum(-1, keepdim=True).double() - 1
+        temperature = torch.log1p(torch.floor((position + 1.0) / self.floor_scale)) * self.scale + 1.0
+        return temperature / math.sqrt(k.shape[-1])
+
+
+@dataclass(frozen=True)
+class Ministral3(Scaling):
+    """factor = (1 + beta * ln(1 + floor((n - 1) / original_length))) / sqrt(D).
+
+    Like `Llama4` but for the offset: it counts from the position, not from the position + 1.
+
+    beta, original_length   `llama_4_scaling_beta` and `original_max_position_embeddings` of the model's
+                            rope_parameters
+
+    Source: get_llama_4_attn_scale in transformers/models/ministral3/modeling_ministral3.py (transformers
+    5.24): 1 + beta * log(1 + floor(position_ids / original_max_position_embeddings)).
+    Raises ValueError unless both are finite and above 0.
+    """
+
+    beta: float = 0.1
+    original_length: float = 16384
+
+    name = "ministral3"
+
+    def __post_init__(self) -> None:
+        check_positive("beta", self.beta)
+        check_positive("original_length", self.original_length)
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        steps = ((visibility.counts() - 1).clamp(min=0) / self.original_length).floor()
+        return Scales(q.shape[-1] ** -0.5, query=1 + self.beta * (1 + steps).log())
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        position = visible.sum(-1, keepdim=True).double() - 1
+        steps = torch.floor(torch.where(position < 0, 0, position) / self.original_length)
+        return (1 + self.beta * torch.log1p(steps)) / math.sqrt(k.shape[-1])

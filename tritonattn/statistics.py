@@ -1,0 +1,98 @@
+"""Key statistics: sums and maxima of key lengths over the keys visible to each row.
+
+    length[j]            = ||k[j]||
+    length_sum[i]        = sum of length[j]      over the keys j visible to row i
+    length_square_sum[i] = sum of length[j]^2    likewise
+    length_max[i]        = max of length[j]      likewise
+
+Everything here is differentiable with respect to k and costs O(S) memory beside k. A kernel that computes the
+same quantities takes the place of this class by overriding its underscore methods.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .visibility import Visibility
+
+
+class Statistics:
+    """Lazily computed statistics of the keys k [B, Hkv, Sk, D] that each row of `visibility` sees.
+
+    lengths             [B, Hkv, Sk]   fp32; 0 for a key that no row sees, whatever it holds
+    length_sum          [B, Hkv, Sq]   fp32
+    length_square_sum   [B, Hkv, Sq]   fp64, since the square of an fp32 length need not fit fp32
+    length_max          [B, Hkv, Sq]   fp32; the lowest key that attains the maximum takes its gradient
+
+    Row statistics are [B, Hq, Sq] where the query heads of a group see different keys
+    (`visibility.per_query_head`), and 0 for a row without keys. k in fp64 gives fp64 everywhere. Each is
+    computed at its first use and kept.
+    """
+
+    def __init__(self, k: Tensor, visibility: Visibility) -> None:
+        self.k = k
+        self.visibility = visibility
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        return self._lengths()
+
+    @cached_property
+    def length_sum(self) -> Tensor:
+        return self._length_sum()
+
+    @cached_property
+    def length_square_sum(self) -> Tensor:
+        return self._length_square_sum()
+
+    @cached_property
+    def length_max(self) -> Tensor:
+        return self._length_max()
+
+    def _lengths(self) -> Tensor:
+        return key_lengths_of(self.k, None if self.visibility.is_full else self.visibility.seen_keys())
+
+    def _length_sum(self) -> Tensor:
+        return self.visibility.sum(self.lengths).to(self.lengths.dtype)
+
+    def _length_square_sum(self) -> Tensor:
+        return self.visibility.sum(self.lengths.double().square())
+
+    def _length_max(self) -> Tensor:
+        return self.visibility.max(self.lengths)
+
+
+def key_lengths_of(k: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Euclidean lengths of k [..., D]: [...], fp32 (fp64 for fp64 k).
+
+    seen, bool and broadcastable to [...], names the rows that count: the others have length 0 and gradient 0
+    even where they hold NaN. The largest component is factored out, so that no square over- or underflows.
+    The gradient of ||k|| is k / ||k||, and 0 at k = 0.
+    """
+    return _Length.apply(k, seen)
+
+
+class _Length(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(k: Tensor, seen: Tensor | None) -> Tensor:
+        k = k.to(torch.promote_types(k.dtype, torch.float32))
+        largest = torch.linalg.vector_norm(k, torch.inf, dim=-1)
+        largest = torch.where(largest > 0, largest, 1)
+        lengths = largest * torch.linalg.vector_norm(k / largest[..., None], dim=-1)
+        return lengths if seen is None else torch.where(seen, lengths, 0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        k, lengths = ctx.saved_tensors
+        counted = (lengths > 0)[..., None]
+        direction = k / torch.where(counted, lengths[..., None], 1)
+        return torch.where(counted, direction * g[..., None], 0).to(k.dtype), None
