@@ -1,0 +1,92 @@
+"""The specification: attention in eager torch, O(Sq Sk), in any dtype up to fp64; written to be read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .call import ForwardResult
+from .dropout import Dropout
+from .visibility import Visibility
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    multiplier: Tensor | float,
+    visibility: Visibility,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> ForwardResult:
+    """Attention over the visible keys.
+
+        logit[i, j]   = (q[i] . k[j]) * multiplier[i, j]
+        capped[i, j]  = softcap * tanh(logit[i, j] / softcap)         or logit[i, j] without softcap
+        lse[i]        = ln sum_j exp(capped[i, j])                    over the keys j visible to row i
+        p[i, j]       = exp(capped[i, j]) / (exp(lse[i]) + exp(sink)) without sinks, no second term
+        out[i]        = sum_j keep[i, j] / (1 - p_drop) * p[i, j] * v[j]
+        max_logit[i]  = max_j logit[i, j]
+        entropy[i]    = -sum_j s[i, j] * ln(s[i, j]),  s[i, j] = exp(capped[i, j] - lse[i])
+
+    q, k, v      [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; Hkv divides Hq
+    multiplier   a float or a tensor broadcastable to [B, Hq, Sq, Sk]; of no account at invisible pairs
+    sinks        [Hq]
+    returns      out [B, Hq, Sq, Dv] in q's dtype; the others [B, Hq, Sq] in fp32 (fp64 for fp64 q)
+
+    Operands keep their dtype; logits, softmax and accumulation are in fp32 (fp64 for fp64 q); p is rounded to
+    v's dtype before it meets v. out and lse are differentiable, max_logit and entropy are not. A row without
+    keys gives out 0, lse = max_logit = -inf, entropy 0 and no gradient. Keys that no row sees, and queries
+    that see no key, are replaced by zeros first, so that NaN and inf in them reach no result and no gradient.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    visible = visibility.dense()
+    seen, sees = visible.any(-2)[..., None], visible.any(-1)[..., None]  # [B, Hq, Sk, 1], [B, Hq, Sq, 1]
+    query = torch.where(sees, q.to(dtype), 0)
+    key, value = (torch.where(seen, _per_query_head(x.to(dtype), visibility), 0) for x in (k, v))
+
+    with torch.autocast(q.device.type, enabled=False):
+        products = query @ key.mT  # [B, Hq, Sq, Sk]
+        logit = torch.where(visible, products * _in(dtype, multiplier), 0)
+        capped = logit if softcap is None else softcap * torch.tanh(logit / softcap)
+        capped = torch.where(visible, capped, -torch.inf)
+
+        lse = _log_sum_exp(capped, sees)  # [B, Hq, Sq, 1]
+        finite_lse = torch.where(sees, lse, 0)
+        denominator = finite_lse
+        if sinks is not None:
+            denominator = torch.logaddexp(finite_lse, sinks.to(dtype)[:, None, None])
+        probability = torch.exp(capped - denominator)
+        if dropout is not None:
+            keep = dropout.tile(q.shape[:2], slice(0, q.shape[2]), slice(0, k.shape[2]))
+            probability = torch.where(keep, probability, 0) / (1 - dropout.p)
+        out = probability.to(v.dtype).to(dtype) @ value
+
+    max_logit = _maximum(torch.where(visible, logit, -torch.inf)).squeeze(-1)
+    entropy = torch.special.entr(torch.exp(capped - finite_lse).detach()).sum(-1)
+    return ForwardResult(out.to(q.dtype), lse.squeeze(-1), max_logit, entropy)
+
+
+def _per_query_head(x: Tensor, visibility: Visibility) -> Tensor:
+    """x [B, Hkv, S, D] with every key head repeated for the query heads of its group: [B, Hq, S, D]."""
+    group = visibility.q_heads // max(visibility.kv_heads, 1)
+    return x.repeat_interleave(group, dim=1)
+
+
+def _log_sum_exp(x: Tensor, sees: Tensor) -> Tensor:
+    """ln sum exp(x) along the last axis, kept; -inf, with gradient 0, for a row that sees nothing."""
+    peak = torch.where(sees, _maximum(x), 0)
+    total = torch.exp(x - peak).sum(-1, keepdim=True)
+    return torch.where(sees, peak + torch.where(sees, total, 1).log(), -torch.inf)
+
+
+def _maximum(x: Tensor) -> Tensor:
+    """Detached maximum along the last axis, kept; -inf over no entries."""
+    return pad(x.detach(), (0, 1), value=-torch.inf).amax(-1, keepdim=True)
+
+
+def _in(dtype: torch.dtype, x: Tensor | float) -> Tensor | float:
+    return x.to(dtype) if isinstance(x, Tensor) else x
