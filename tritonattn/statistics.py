@@ -11,7 +11,7 @@ same quantities takes the place of this class by overriding its underscore metho
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,22 +35,29 @@ class Statistics:
     def __init__(self, k: Tensor, visibility: Visibility) -> None:
         self.k = k
         self.visibility = visibility
+        self._known: dict[str, Tensor] = {}
 
-    @cached_property
+    @property
     def lengths(self) -> Tensor:
-        return self._lengths()
+        return self._once("lengths", self._lengths)
 
-    @cached_property
+    @property
     def length_sum(self) -> Tensor:
-        return self._length_sum()
+        return self._once("length_sum", self._length_sum)
 
-    @cached_property
+    @property
     def length_square_sum(self) -> Tensor:
-        return self._length_square_sum()
+        return self._once("length_square_sum", self._length_square_sum)
 
-    @cached_property
+    @property
     def length_max(self) -> Tensor:
-        return self._length_max()
+        return self._once("length_max", self._length_max)
+
+    def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        # Not functools.cached_property: torch.compile cannot trace its lock (Python < 3.12).
+        if name not in self._known:
+            self._known[name] = compute()
+        return self._known[name]
 
     def _lengths(self) -> Tensor:
         return key_lengths_of(self.k, None if self.visibility.is_full else self.visibility.seen_keys())

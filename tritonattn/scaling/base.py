@@ -54,7 +54,7 @@ class Scaling:
 
 
 def reciprocal(statistic: Tensor) -> Tensor:
-    """1 / s in fp64; 0, with gradient 0, where s is below fp32's normal range (so also for s = 0); NaN stays NaN.
+    """1 / s in fp64; 0, with gradient 0, where s is 0 or below fp32's normal range; NaN stays NaN.
 
     fp64 because the gradient -1 / s^2 leaves fp32's range long before s does.
     """
@@ -64,14 +64,14 @@ def reciprocal(statistic: Tensor) -> Tensor:
 
 
 def root(square: Tensor) -> Tensor:
-    """sqrt(x) in fp64; 0, with gradient 0, where the root is below fp32's normal range; NaN stays NaN."""
+    """sqrt(x) in fp64; 0, with gradient 0, where that is 0 or below fp32's normal range; NaN stays NaN."""
     square = square.double()
     usable = ~(square < SMALLEST_STATISTIC**2)
     return torch.where(usable, torch.where(usable, square, 1).sqrt(), 0)
 
 
 def dense_lengths(x: Tensor, counted: Tensor) -> Tensor:
-    """||x|| of [B, Hq, S, D] as [B, Hq, S], fp64; 0 where `counted` is False, whatever is there. For multipliers."""
+    """||x|| of [B, Hq, S, D] as [B, Hq, S], fp64; 0 where `counted` is False, whatever x holds."""
     return torch.where(counted[..., None], x.double(), 0).norm(dim=-1)
 
 
