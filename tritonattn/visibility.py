@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .autograd import first_order
+
 # Rows that a pass over a dense mask holds at a time: bounds its memory to [B, H, 256, Sk].
 _MASK_ROWS = 256
 
@@ -113,8 +115,12 @@ class Visibility:
         """
         if self.mask is not None:
             return _MaskSum.apply(self._per_mask_head(x), self)
+        return self.sum_from_prefix(x, prefix_sum(x.detach()))
+
+    def sum_from_prefix(self, x: Tensor, prefix: Tensor) -> Tensor:
+        """`sum(x)` from its prefix sums, fp64 [B, Hkv, Sk + 1], without a dense mask. The gradient goes to x."""
         lo, hi = self.ranges()
-        return _RangeSum.apply(x, lo[:, None], hi[:, None], self.key_ranges is None)
+        return _RangeSum.apply(x, prefix, lo[:, None], hi[:, None], self.key_ranges is None)
 
     def max(self, x: Tensor) -> Tensor:
         """Maximum of x [B, Hkv, Sk] over the visible keys, shapes as `sum`, in x's dtype; 0 for a row without keys.
@@ -141,6 +147,34 @@ class Visibility:
         if self.per_query_head:
             seen = seen.unflatten(1, (self.kv_heads, -1)).any(2)
         return seen.expand(-1, -1, self.k_len)
+
+    def rows_of_key_blocks(self, block: int) -> Tensor:
+        """First and one past the last row whose range touches each block of keys: int32 [B or 1, cdiv(Sk, block), 2].
+
+        A block that no range touches has first >= last. Every range is the union of two spans of 2^level blocks; the
+        extremes of each span are pushed down to single blocks: O((Sq + blocks) log blocks), without atomics.
+        """
+        lo, hi = self.ranges()
+        blocks = -(-self.k_len // block)
+        first, span = lo // block, (hi + block - 1) // block - lo // block
+        levels = max(blocks, 1).bit_length()
+        level = sum((span >= 1 << power).long() for power in range(1, levels)) + torch.zeros_like(span)
+        nowhere = torch.full_like(span, levels * blocks)
+        spans = [first, first + span - (1 << level)]
+        slots = torch.cat([torch.where(hi > lo, level * blocks + start, nowhere) for start in spans], dim=-1)
+        row = torch.arange(self.q_len, device=self.device).repeat(2).expand_as(slots)
+        extremes = []
+        for reduce, empty, rows in (("amin", self.q_len, row), ("amax", 0, row + 1)):
+            table = torch.full((lo.shape[0], levels * blocks + 1), empty, device=self.device)
+            table = table.scatter_reduce(-1, slots, rows, reduce)[:, :-1].unflatten(-1, (levels, blocks))
+            narrower = torch.minimum if reduce == "amin" else torch.maximum
+            spread = table[:, -1]
+            for power in reversed(range(levels - 1)):
+                shifted = torch.full_like(spread, empty)
+                shifted[:, 1 << power :] = spread[:, : -(1 << power)]
+                spread = narrower(table[:, power], narrower(spread, shifted))
+            extremes.append(spread)
+        return torch.stack(extremes, dim=-1).int()
 
     def dense(self) -> Tensor:
         """The visible pairs, bool [B or 1, 1 or Hq, Sq, Sk]: O(Sq Sk), for the reference."""
@@ -211,21 +245,20 @@ class _RangeSum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool) -> Tensor:
-        prefix = prefix_sum(x)
+    def forward(x: Tensor, prefix: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool) -> Tensor:
         return prefix.take_along_dim(hi, -1) - prefix.take_along_dim(lo, -1)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, lo, hi, ctx.sorted_bounds = inputs
+        x, _, lo, hi, ctx.sorted_bounds = inputs
         ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
         ctx.save_for_backward(lo, hi)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g: Tensor):
-        lo, hi = ctx.saved_tensors
-        return _sum_rows(g, lo, hi, ctx.k_len, ctx.sorted_bounds).to(ctx.dtype), None, None, None
+    @first_order
+    def backward(ctx, saved, g: Tensor):
+        lo, hi = saved
+        return _sum_rows(g, lo, hi, ctx.k_len, ctx.sorted_bounds).to(ctx.dtype), None, None, None, None
 
 
 class _Pick(torch.autograd.Function):
@@ -246,15 +279,17 @@ class _Pick(torch.autograd.Function):
         ctx.save_for_backward(key, seen)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g: Tensor):
-        key, seen = ctx.saved_tensors
+    @first_order
+    def backward(ctx, saved, g: Tensor):
+        key, seen = saved
         picked = torch.where(seen, g, 0)
         return _sum_rows(picked, key, key + 1, ctx.k_len, sorted_bounds=False).to(ctx.dtype), None, None
 
 
 class _MaskSum(torch.autograd.Function):
     """Sum over the True entries of a dense mask, a block of rows at a time."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, visibility: Visibility) -> Tensor:
@@ -267,8 +302,8 @@ class _MaskSum(torch.autograd.Function):
         ctx.shape, ctx.dtype = x.shape, x.dtype
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g: Tensor):
+    @first_order
+    def backward(ctx, saved, g: Tensor):
         dx = g.new_zeros(ctx.shape)
         for rows, tile in ctx.visibility._mask_tiles():
             dx += torch.where(tile, g[:, :, rows, None], 0).sum(-2)

@@ -1,0 +1,191 @@
+"""Backward, second half: gradients of k, v and key_scale, a block of keys at a time, without atomics."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    COUNTS,
+    LENGTHS,
+    LN_2,
+    LOG2_E,
+    load_mask,
+    load_tile,
+    program_position,
+    row_blocks_of_keys,
+    row_range,
+    scale_columns_add,
+    store_tile,
+    tile_offsets,
+)
+
+
+@triton.jit
+def _gather_key_value_gradient(
+    d_k, d_v, k, v, key_scale, scale,
+    q_ptr, d_out_ptr, lse2_ptr, delta_ptr, factor_ptr, factor_size, mask_ptr, key_lengths_ptr, key_ranges_ptr,
+    offs_key, batch, q_len, k_len, left, right, start, end,
+    q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the row blocks of [start, end) to d_k (without key_scale and constants) and d_v; tiles are [keys, rows]."""
+    q_offsets = tile_offsets(BLOCK_M, k.shape[1], q_stride_s, q_stride_d, WIDE)
+    d_out_offsets = tile_offsets(BLOCK_M, v.shape[1], d_out_stride_s, d_out_stride_d, WIDE)
+    for start_m in tl.range(start, end, BLOCK_M):
+        start_m = tl.multiple_of(start_m, BLOCK_M)
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        lse2 = tl.load(lse2_ptr + offs_m)
+        delta = tl.load(delta_ptr + offs_m)
+        keep_row = lse2 != float("inf")
+        q = load_tile(q_ptr + start_m.to(tl.int64) * q_stride_s + q_offsets, keep_row, HEAD_DIM, MASKED)
+        d_out = load_tile(d_out_ptr + start_m.to(tl.int64) * d_out_stride_s + d_out_offsets, keep_row, VALUE_DIM, MASKED)
+        logits = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        if key_scale is not None:
+            logits *= key_scale[:, None]
+        if factor_ptr is None:
+            factor = scale * LOG2_E
+        else:
+            factor = tl.load(factor_ptr + offs_m)
+        probabilities = tl.exp2(scale_columns_add(logits, factor, -lse2))
+        if MASKED:
+            offs_row = tl.minimum(offs_m, q_len - 1)
+            lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
+            keep = (offs_key[:, None] >= lo[None, :]) & (offs_key[:, None] < hi[None, :])
+            if mask_ptr is not None:
+                keep = keep & load_mask(mask_ptr, offs_key, offs_row, k_len, q_len, mask_stride_k, mask_stride_q)
+            probabilities = tl.where(keep, probabilities, 0.0)
+        d_v = tl.dot(probabilities.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
+        d_probabilities = tl.dot(v, d_out.T, input_precision=PRECISION)
+        if factor_ptr is None:
+            d_logits = probabilities * (d_probabilities - delta[None, :])
+        else:
+            if factor_size is not None:
+                factor = factor * factor_size
+                delta = delta * factor_size
+            d_logits = probabilities * scale_columns_add(d_probabilities, factor, -delta)
+        if MASKED:
+            d_logits = tl.where(keep, d_logits, 0.0)
+        d_k = tl.dot(d_logits.to(q.dtype), q, d_k, input_precision=PRECISION)
+    return d_k, d_v
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+def attention_grad_key_value(
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse2_ptr, delta_ptr, factor_ptr, factor_size_ptr, key_scale_ptr,
+    key_lengths_ptr, key_ranges_ptr, row_bounds_ptr, mask_ptr, seen_ptr, d_k_ptr, d_v_ptr, d_key_scale_ptr,
+    scale, left, right, q_len, k_len, terms_len, q_heads, group,
+    q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_s, v_stride_d, d_out_stride_b, d_out_stride_h, d_out_stride_s, d_out_stride_d,
+    key_scale_stride_b, key_scale_stride_h, key_scale_stride_s,
+    mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of k, v and key_scale for BLOCK_N keys of one (batch, kv head); arguments as in `attention_grad_query`.
+
+        d_v[j]         = sum_i P[i, j] * d_out[i]
+        raw[j]         = scale * sum_i dS[i, j] * query_scale[i] * q[i]      over the rows of all query heads of the group
+        d_k[j]         = key_scale[j] * raw[j]
+        d_key_scale[j] = k[j] . raw[j]                                       never divided by key_scale, which may be 0
+
+    Grid: cdiv(Sk, BLOCK_N) * B * Hkv. Sums run in one fixed order inside a program: bitwise repeatable.
+
+    factor, delta    with factor (scale * log2(e) * query_scale), delta_ptr holds delta * factor; so that dS * factor is
+                     one fma, and log2(e) is taken out once at the end; without, delta_ptr holds delta itself
+    factor_size      fp32 [B, Hkv] or None: the largest |factor| of the group. dS * factor / factor_size is what is rounded
+                     to 16 bits, so that a small factor does not push it below fp16's range
+    row_bounds       int32 [B, cdiv(Sk, BLOCK_N), 2] with key_ranges: `primitives.row_blocks_of_keys`
+    d_k, d_v         [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] contiguous; d_key_scale fp32 [B, Hkv, Sk] contiguous or None
+    """
+    kv_heads = q_heads // group
+    block, batch, kv_head = program_position(k_len, kv_heads, BLOCK_N, LAST_FIRST=False)
+    wide_batch, wide_head = batch.to(tl.int64), kv_head.to(tl.int64)
+    first_key = block * BLOCK_N
+    last_key = tl.minimum(first_key + BLOCK_N, k_len) - 1
+    offs_n = first_key + tl.arange(0, BLOCK_N)
+    keep_key = offs_n < k_len
+    load_key = keep_key
+    if key_lengths_ptr is not None:
+        load_key = load_key & (offs_n < tl.load(key_lengths_ptr + batch))
+    if left is not None:
+        load_key = load_key & (offs_n >= k_len - q_len - left)
+    if seen_ptr is not None:
+        seen_ptr += (wide_batch * kv_heads + wide_head) * k_len
+        load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
+    if row_bounds_ptr is not None:
+        row_bounds_ptr += (wide_batch * tl.cdiv(k_len, BLOCK_N) + block) * 2
+    start, full_start, full_end, end = row_blocks_of_keys(
+        first_key, last_key, batch, q_len, k_len, left, right, key_lengths_ptr, row_bounds_ptr, mask_ptr, BLOCK_M
+    )
+
+    k_ptr += wide_batch * k_stride_b + wide_head * k_stride_h + first_key.to(tl.int64) * k_stride_s
+    k = load_tile(k_ptr + tile_offsets(BLOCK_N, BLOCK_D, k_stride_s, k_stride_d, WIDE), load_key, HEAD_DIM, True)
+    v_ptr += wide_batch * v_stride_b + wide_head * v_stride_h + first_key.to(tl.int64) * v_stride_s
+    v = load_tile(v_ptr + tile_offsets(BLOCK_N, BLOCK_DV, v_stride_s, v_stride_d, WIDE), load_key, VALUE_DIM, True)
+    key_scale = None
+    if key_scale_ptr is not None:
+        key_scale_ptr += wide_batch * key_scale_stride_b + wide_head * key_scale_stride_h
+        key_scale = tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale_stride_s, mask=load_key, other=0.0)
+    factor_size = None
+    if factor_size_ptr is not None:
+        largest = tl.load(factor_size_ptr + batch * kv_heads + kv_head)
+        factor_size = 1.0 / tl.where(largest > 0.0, largest, 1.0)
+
+    d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    d_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for member in range(0, group):
+        head = wide_head * group + member
+        head_q_ptr = q_ptr + wide_batch * q_stride_b + head * q_stride_h
+        head_d_out_ptr = d_out_ptr + wide_batch * d_out_stride_b + head * d_out_stride_h
+        rows = (wide_batch * q_heads + head) * terms_len
+        head_factor_ptr = None
+        if factor_ptr is not None:
+            head_factor_ptr = factor_ptr + rows
+        head_mask_ptr = None
+        if mask_ptr is not None:
+            head_mask_ptr = mask_ptr + wide_batch * mask_stride_b + head * mask_stride_h
+        if right is not None or key_ranges_ptr is not None or mask_ptr is not None:
+            d_k, d_v = _gather_key_value_gradient(
+                d_k, d_v, k, v, key_scale, scale,
+                head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size,
+                head_mask_ptr, key_lengths_ptr, key_ranges_ptr,
+                offs_n, batch, q_len, k_len, left, right, start, full_start,
+                q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
+                HEAD_DIM, VALUE_DIM, BLOCK_M, PRECISION, WIDE, MASKED=True,
+            )  # fmt: skip
+        if mask_ptr is None and key_ranges_ptr is None:
+            d_k, d_v = _gather_key_value_gradient(
+                d_k, d_v, k, v, key_scale, scale,
+                head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size,
+                head_mask_ptr, key_lengths_ptr, key_ranges_ptr,
+                offs_n, batch, q_len, k_len, left, right, full_start, full_end,
+                q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
+                HEAD_DIM, VALUE_DIM, BLOCK_M, PRECISION, WIDE, MASKED=False,
+            )  # fmt: skip
+        d_k, d_v = _gather_key_value_gradient(
+            d_k, d_v, k, v, key_scale, scale,
+            head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size,
+            head_mask_ptr, key_lengths_ptr, key_ranges_ptr,
+            offs_n, batch, q_len, k_len, left, right, full_end, end,
+            q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
+            HEAD_DIM, VALUE_DIM, BLOCK_M, PRECISION, WIDE, MASKED=True,
+        )  # fmt: skip
+
+    if factor_ptr is None:
+        d_k *= scale
+    elif factor_size_ptr is None:
+        d_k *= LN_2
+    else:
+        d_k *= LN_2 / factor_size
+    key_base = (wide_batch * kv_heads + wide_head) * k_len + first_key
+    if key_scale_ptr is not None:
+        if d_key_scale_ptr is not None:
+            d_key_scale = tl.sum(k.to(tl.float32) * d_k, 1)
+            tl.store(d_key_scale_ptr + key_base + tl.arange(0, BLOCK_N), d_key_scale, mask=keep_key)
+        d_k *= key_scale[:, None]
+    d_k_ptrs = d_k_ptr + key_base * HEAD_DIM + tile_offsets(BLOCK_N, BLOCK_D, HEAD_DIM, 1, False)
+    store_tile(d_k_ptrs, d_k, keep_key, HEAD_DIM)
+    d_v_ptrs = d_v_ptr + key_base * VALUE_DIM + tile_offsets(BLOCK_N, BLOCK_DV, VALUE_DIM, 1, False)
+    store_tile(d_v_ptrs, d_v, keep_key, VALUE_DIM)

@@ -1,0 +1,183 @@
+"""Pieces that every attention kernel shares: tiles, the visible keys of rows, and the bounds of blocks.
+
+Names: `offs_*` are vectors of indices, `*_ptr` pointers, CAPITALS constexprs. Logits live in base 2 inside a kernel:
+exp(x) = exp2(x * log2(e)). Every multiply-add is an explicit fma, so that results do not depend on Triton's fp-fusion
+default.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Stands for a factor of 0 where a hidden logit is -inf, since -inf * 0 is NaN; logits move by at most |q . k| * 1e-30.
+TINY_FACTOR = tl.constexpr(1e-30)
+
+
+# Arguments whose values change from call to call: compiled code does not depend on them, but for group = 1.
+LENGTHS = ["q_len", "k_len", "terms_len", "left", "right"]
+COUNTS = ["q_heads", "kv_heads", "group"]
+
+
+@triton.jit
+def tile_offsets(ROWS: tl.constexpr, COLUMNS: tl.constexpr, row_stride, column_stride, WIDE: tl.constexpr):
+    """Element offsets of a [ROWS, COLUMNS] tile from its first element; int64 where WIDE."""
+    offs_row = tl.arange(0, ROWS)
+    offs_column = tl.arange(0, COLUMNS)
+    if WIDE:
+        offs_row = offs_row.to(tl.int64)
+        offs_column = offs_column.to(tl.int64)
+    return offs_row[:, None] * row_stride + offs_column[None, :] * column_stride
+
+
+@triton.jit
+def load_tile(pointers, keep_row, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """A [ROWS, COLUMNS] tile; columns at and after WIDTH are 0, and where MASKED so are rows that keep_row drops."""
+    COLUMNS: tl.constexpr = pointers.shape[1]
+    if MASKED and WIDTH == COLUMNS:
+        tile = tl.load(pointers, mask=keep_row[:, None], other=0.0)
+    elif MASKED:
+        tile = tl.load(pointers, mask=keep_row[:, None] & (tl.arange(0, COLUMNS)[None, :] < WIDTH), other=0.0)
+    elif WIDTH == COLUMNS:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=tl.arange(0, COLUMNS)[None, :] < WIDTH, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(pointers, tile, keep_row, WIDTH: tl.constexpr):
+    """Store the rows that keep_row keeps, the first WIDTH columns."""
+    COLUMNS: tl.constexpr = pointers.shape[1]
+    keep = keep_row[:, None] & (tl.arange(0, COLUMNS)[None, :] < WIDTH)
+    tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def scale_rows_add(x, factor, addend):
+    """x[m, n] * factor[m] + addend[m] with one rounding."""
+    return tl.fma(x, tl.broadcast_to(factor[:, None], x.shape), tl.broadcast_to(addend[:, None], x.shape))
+
+
+@triton.jit
+def scale_columns_add(x, factor, addend):
+    """x[m, n] * factor[n] + addend[n] with one rounding; factor may be a scalar."""
+    if factor.type.is_block():
+        factor = factor[None, :]
+    return tl.fma(x, tl.broadcast_to(factor, x.shape), tl.broadcast_to(addend[None, :], x.shape))
+
+
+@triton.jit
+def row_range(row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr):
+    """The visible keys lo <= j < hi of a row or a vector of rows below q_len; lo >= hi is a row without keys.
+
+    left, right      int32 or None: j >= row + k_len - q_len - left, j <= row + k_len - q_len + right
+    key_lengths_ptr  int32 [B] or None; key_ranges_ptr  int32 [B, Sq, 2] contiguous or None
+    """
+    own = row + (k_len - q_len)
+    lo = row * 0
+    hi = lo + k_len
+    if left is not None:
+        lo = tl.maximum(own - left, 0)
+    if right is not None:
+        hi = tl.minimum(own + (right + 1), hi)
+    if key_lengths_ptr is not None:
+        hi = tl.minimum(hi, tl.load(key_lengths_ptr + batch))
+    if key_ranges_ptr is not None:
+        range_ptr = key_ranges_ptr + (batch.to(tl.int64) * q_len + row) * 2
+        lo = tl.maximum(lo, tl.load(range_ptr))
+        hi = tl.minimum(hi, tl.load(range_ptr + 1))
+    return lo, hi
+
+
+@triton.jit
+def key_blocks_of_rows(
+    offs_row, first, last, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Where a block of rows (first .. last, all of them in offs_row) looks for keys: (start, full_start, full_end, end).
+
+    Keys outside [start, end) are hidden from all rows; those in [full_start, full_end) are visible to all, so that they
+    need no mask. start, full_start and full_end are multiples of BLOCK_N, full_start <= full_end.
+    """
+    if key_ranges_ptr is None:
+        touch_lo, full_hi = row_range(first, batch, q_len, k_len, left, right, key_lengths_ptr, None)
+        full_lo, touch_hi = row_range(last, batch, q_len, k_len, left, right, key_lengths_ptr, None)
+    else:
+        lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
+        full_lo, full_hi = tl.max(lo, 0), tl.min(hi, 0)
+        touch_lo = tl.min(tl.where(lo < hi, lo, k_len), 0)
+        touch_hi = tl.max(tl.where(lo < hi, hi, 0), 0)
+    start = touch_lo // BLOCK_N * BLOCK_N
+    full_start = (tl.maximum(full_lo, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    full_end = tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N
+    if mask_ptr is not None:
+        full_end = full_start
+    if full_end <= full_start:
+        full_start = start
+        full_end = start
+    return start, full_start, full_end, touch_lo, touch_hi
+
+
+@triton.jit
+def row_blocks_of_keys(
+    first, last, batch, q_len, k_len, left, right, key_lengths_ptr, row_bounds_ptr, mask_ptr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Which rows see a block of keys first .. last (both below k_len): (start, full_start, full_end, end).
+
+    Rows outside [start, end) see none of them; rows in [full_start, full_end) exist and see all of them. start,
+    full_start and full_end are multiples of BLOCK_M, full_start <= full_end.
+
+    row_bounds_ptr   int32 [2] of this block or None: the first row and one past the last row whose key_ranges touch it
+    """
+    shift = k_len - q_len
+    touch_first = first * 0
+    touch_end = touch_first + q_len
+    full_first, full_end = touch_first, touch_end
+    if right is not None:
+        touch_first = tl.maximum(first - shift - right, 0)
+        full_first = tl.maximum(last - shift - right, 0)
+    if left is not None:
+        touch_end = tl.maximum(tl.minimum(last - shift + left + 1, q_len), 0)
+        full_end = tl.maximum(tl.minimum(first - shift + left + 1, q_len), 0)
+    if key_lengths_ptr is not None:
+        length = tl.load(key_lengths_ptr + batch)
+        touch_end = tl.where(first < length, touch_end, 0)
+        full_end = tl.where(last < length, full_end, 0)
+    if row_bounds_ptr is not None:
+        touch_first = tl.maximum(touch_first, tl.load(row_bounds_ptr))
+        touch_end = tl.minimum(touch_end, tl.load(row_bounds_ptr + 1))
+    start = touch_first // BLOCK_M * BLOCK_M
+    full_start = (full_first + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    full_end = full_end // BLOCK_M * BLOCK_M
+    if row_bounds_ptr is not None or mask_ptr is not None:
+        full_end = full_start
+    if full_end <= full_start:
+        full_start = start
+        full_end = start
+    return start, full_start, full_end, touch_end
+
+
+@triton.jit
+def load_mask(mask_ptr, offs_row, offs_key, q_len, k_len, row_stride, key_stride):
+    """Tile [rows, keys] of a dense mask; False outside the matrix. The base pointer stands at the matrix's start."""
+    inside = (offs_row < q_len)[:, None] & (offs_key < k_len)[None, :]
+    offset = offs_row.to(tl.int64)[:, None] * row_stride + offs_key.to(tl.int64)[None, :] * key_stride
+    return tl.load(mask_ptr + offset, mask=inside, other=0) != 0
+
+
+@triton.jit
+def program_position(q_len_or_k_len, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(block, batch, head) of this program: blocks of one head are neighbours; the grid is one axis, so no axis limit.
+
+    LAST_FIRST starts with the last block, which under a causal mask has the most keys.
+    """
+    program = tl.program_id(0)
+    blocks = tl.cdiv(q_len_or_k_len, BLOCK)
+    block = program % blocks
+    if LAST_FIRST:
+        block = blocks - 1 - block
+    batch_head = program // blocks
+    return block, batch_head // heads, batch_head % heads

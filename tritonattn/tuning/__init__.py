@@ -1,0 +1,13 @@
+"""Tile configs: what a kernel may be compiled with, what it is compiled with, and compilation without a GPU."""
+
+from .config import Problem, Target, TileConfig, config_for, legal_reasons
+
+__all__ = ["Problem", "Target", "TileConfig", "compile_kernel", "config_for", "legal_reasons"]
+
+
+def __getattr__(name: str):
+    if name == "compile_kernel":  # needs triton
+        from .compile import compile_kernel
+
+        return compile_kernel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

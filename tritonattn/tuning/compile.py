@@ -1,0 +1,117 @@
+"""Ahead-of-time compilation: any kernel, any target, no GPU."""
+
+from __future__ import annotations
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from ..kernels import KERNELS
+from .config import Problem, Target, TileConfig, config_for, legal_reasons, padded_dim
+
+_SCALAR_TYPES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
+_OPTIONAL = ("key_lengths", "key_ranges", "mask", "query_scale", "key_scale", "left", "right")
+_POINTER_TYPES = {
+    "key_lengths": "i32", "key_ranges": "i32", "row_bounds": "i32", "mask": "u8", "seen": "u8",
+    "length_prefix": "fp64", "square_prefix": "fp64", "d_lengths": "fp64", "d_squares": "fp64",
+}  # fmt: skip
+_DATA_POINTERS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
+
+
+def compile_kernel(
+    kernel: str, problem: Problem, config: TileConfig | None = None, target: str | Target = "sm_80"
+) -> CompiledKernel:
+    """Compile a kernel for a target on any machine: Triton's CompiledKernel (`.asm`, `.metadata`).
+
+    kernel    a name in `tritonattn.kernels.KERNELS`: forward, grad_query, grad_key_value, row_terms, key_statistics, ...
+    config    None takes `config_for`
+    target    "sm_90", "gfx942", ... or a Target
+
+    The specialisation is that of an aligned call: pointers, strides and alignments as for contiguous tensors whose head
+    dims are multiples of 16. Raises ValueError for an unknown kernel or target or a config that is not legal.
+
+    >>> import torch
+    >>> from tritonattn.tuning import Problem, compile_kernel
+    >>> compile_kernel("forward", Problem(64, 64, torch.bfloat16), target="sm_90").metadata.num_warps
+    8
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
+    target = Target.parse(target) if isinstance(target, str) else target
+    config = config_for(kernel, problem, target) if config is None else config
+    reasons = legal_reasons(kernel, config, problem, target)
+    if reasons:
+        raise ValueError(f"config: expected a legal one for {kernel}, got {config}: {'; '.join(reasons)}")
+    function = KERNELS[kernel]
+    signature, constants, attributes = specialisation(function, problem, config)
+    warp_size = 64 if target.arch.startswith("gfx9") else 32
+    arch = int(target.arch) if target.backend == "cuda" else target.arch
+    return triton.compile(
+        ASTSource(function, signature, constants, attributes),
+        target=GPUTarget(target.backend, arch, warp_size),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+
+
+def specialisation(function, problem: Problem, config: TileConfig) -> tuple[dict, dict, dict]:
+    """Types, constants and alignments of a kernel's arguments, by the grammar of their names.
+
+    `*_ptr` is a pointer, `*_stride_*` a stride, CAPITALS a constexpr; an optional tensor that the problem lacks is the
+    constant None, and so is the unit stride of an inner axis the constant 1.
+    """
+    constexprs = constexpr_values(problem, config)
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(function.arg_names):
+        if name in constexprs:
+            signature[name], constants[name] = "constexpr", constexprs[name]
+            continue
+        argument_type = _argument_type(name, problem)
+        signature[name] = "constexpr" if argument_type in (None, 1) else argument_type
+        if argument_type in (None, 1):
+            constants[name] = argument_type
+        elif name.endswith("_ptr") or "_stride_" in name or name == "scale_stride":
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def constexpr_values(problem: Problem, config: TileConfig) -> dict:
+    """The constexprs that kernels take from a problem and a config."""
+    return {
+        "HEAD_DIM": problem.head_dim,
+        "VALUE_DIM": problem.value_dim,
+        "BLOCK_D": padded_dim(problem.head_dim),
+        "BLOCK_DV": padded_dim(problem.value_dim),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "PRECISION": "ieee",
+        "WIDE": False,
+    }
+
+
+def _argument_type(name: str, problem: Problem) -> str | int | None:
+    """A Triton type, 1 for a unit stride, or None for an argument that the problem lacks."""
+    for part in _OPTIONAL:
+        if (name == part or name.startswith((part + "_ptr", part + "_stride"))) and not getattr(problem, part):
+            return None if not name.startswith(part + "_stride") else 1
+    stem = name.removesuffix("_ptr")
+    lacks = {
+        "factor": not problem.query_scale,
+        "delta_factor": not problem.query_scale,
+        "d_query_scale": not problem.query_scale,
+        "factor_size": not (problem.query_scale and str(problem.dtype) == "torch.float16"),
+        "d_key_scale": not problem.key_scale,
+        "row_bounds": not problem.key_ranges,
+        "seen": not (problem.key_ranges or problem.mask),
+        "d_lse": True,
+    }
+    if stem in lacks and lacks[stem]:
+        return None
+    if name.endswith("_ptr"):
+        element = _SCALAR_TYPES[str(problem.dtype)] if stem in _DATA_POINTERS else _POINTER_TYPES.get(stem, "fp32")
+        return "*" + element
+    if "_stride_" in name:
+        unit = name.endswith("_stride_d") or name in ("query_scale_stride_s", "key_scale_stride_s", "mask_stride_k")
+        return 1 if unit else "i32"
+    if name == "group" and not problem.grouped:
+        return 1
+    return "fp32" if name == "scale" else "i32"

@@ -1,0 +1,155 @@
+"""What a kernel is asked to do, the tile config that it does it with, and the one statement of which configs are legal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+# Kernels with an MMA loop, and the memory-bound ones, whose tiles only bound the rows that a program holds.
+TILED_KERNELS = ("forward", "grad_key_value", "grad_query")
+STREAMING_KERNELS = ("row_terms", "key_statistics", "key_prefix_sums", "key_statistics_grad")
+
+# Row terms of the backward are padded to a multiple of this, so every block_m up to it divides them.
+ROW_TERMS_ALIGNMENT = 128
+
+# Largest shared memory of one block in bytes (CUDA C++ Programming Guide, table of compute capabilities; AMD LDS).
+_SHARED_BYTES = {
+    "80": 166912, "86": 101376, "87": 166912, "89": 101376, "90": 232448, "100": 232448, "103": 232448,
+    "120": 101376, "121": 101376, "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840,
+}  # fmt: skip
+
+
+class Target(NamedTuple):
+    """A GPU architecture: ("cuda", "90") or ("hip", "gfx942")."""
+
+    backend: str
+    arch: str
+
+    @classmethod
+    def parse(cls, name: str) -> Target:
+        """From "sm_90" or "gfx942"."""
+        if name.startswith("sm_") and name[3:].isdigit():
+            return cls("cuda", name[3:])
+        if name.startswith("gfx"):
+            return cls("hip", name)
+        raise ValueError(f"target: expected sm_<number> or gfx<name>, got {name!r}")
+
+    @classmethod
+    def of(cls, device: torch.device) -> Target:
+        """The target of a device; CPU tensors (interpreter, emulator) take sm_80's configs."""
+        if device.type != "cuda":
+            return cls("cuda", "80")
+        if torch.version.hip:
+            return cls("hip", torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+        major, minor = torch.cuda.get_device_capability(device)
+        return cls("cuda", f"{major}{minor}")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The parts of a call that select code: sizes of the tiles' inner axes, dtype, and which tensors are there."""
+
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    right: bool = False
+    left: bool = False
+    key_lengths: bool = False
+    key_ranges: bool = False
+    mask: bool = False
+    query_scale: bool = False
+    key_scale: bool = False
+    grouped: bool = False
+
+    @property
+    def width(self) -> int:
+        """The wider of the padded head and value dims."""
+        return max(padded_dim(self.head_dim), padded_dim(self.value_dim))
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """block_m query rows and block_n keys a tile, warps a program, stages of the software pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def padded_dim(dim: int) -> int:
+    """The power of two, at least 16 (the MMA's shortest axis), that holds dim."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Target) -> list[str]:
+    """Why a config may not be compiled: an empty list says that it may. The one statement of the constraints."""
+    reasons = []
+    for name in ("block_m", "block_n"):
+        size = getattr(config, name)
+        if size < 16 or size & (size - 1):
+            reasons.append(f"{name} {size} is not a power of two of at least 16")
+    if config.num_warps not in (1, 2, 4, 8, 16):
+        reasons.append(f"num_warps {config.num_warps} is not a power of two up to 16")
+    if config.num_stages < 1:
+        reasons.append(f"num_stages {config.num_stages} is below 1")
+    if kernel in TILED_KERNELS and ROW_TERMS_ALIGNMENT % config.block_m:
+        reasons.append(f"block_m {config.block_m} does not divide the row terms' alignment {ROW_TERMS_ALIGNMENT}")
+    shared, limit = _shared_estimate(kernel, config, problem), _SHARED_BYTES.get(target.arch, 65536)
+    if shared > limit:
+        reasons.append(f"tiles need about {shared} bytes of shared memory, {target.arch} has {limit}")
+    return reasons
+
+
+def _shared_estimate(kernel: str, config: TileConfig, problem: Problem) -> int:
+    """Bytes of the tiles that pass through shared memory: the held ones once, the streamed ones per stage."""
+    if kernel not in TILED_KERNELS:
+        return 0
+    rows = padded_dim(problem.head_dim) + padded_dim(problem.value_dim)
+    held, streamed = (config.block_m, config.block_n)
+    if kernel == "grad_key_value":
+        held, streamed = streamed, held
+    held_width = padded_dim(problem.head_dim) if kernel == "forward" else rows
+    return (held * held_width + streamed * rows * max(config.num_stages - 1, 1)) * problem.dtype.itemsize
+
+
+def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
+    """The config that a kernel is launched with."""
+    if kernel in STREAMING_KERNELS:
+        block = 1024 if kernel == "key_prefix_sums" else max(16, min(64, 8192 // problem.width))
+        return TileConfig(block, block, 4, 1)
+    if problem.dtype == torch.float32:
+        return _default_single(kernel, problem)
+    default = _default_amd if target.backend == "hip" else _default_nvidia
+    config = default(kernel, problem, target)
+    while legal_reasons(kernel, config, problem, target) and config.num_stages > 1:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
+def _default_single(kernel: str, problem: Problem) -> TileConfig:
+    # IEEE fp32 products run on the FMA units from registers: small tiles, no pipeline to feed.
+    return TileConfig(32, 32, 4, 1) if problem.width <= 128 else TileConfig(16, 16, 4, 1)
+
+
+def _default_nvidia(kernel: str, problem: Problem, target: Target) -> TileConfig:
+    wide_registers = target.arch in ("90", "100", "103")
+    if problem.width > 128:
+        return TileConfig(64, 32, 8, 2) if kernel == "forward" else TileConfig(32, 32, 8, 1)
+    if kernel == "forward":
+        if wide_registers:
+            return TileConfig(128, 128, 8, 2)
+        return TileConfig(128, 64, 4, 3) if problem.width <= 64 else TileConfig(128, 64, 8, 2)
+    if kernel == "grad_query":
+        return TileConfig(128, 64, 8, 2)
+    return TileConfig(64, 128, 8, 2)
+
+
+def _default_amd(kernel: str, problem: Problem, target: Target) -> TileConfig:
+    if problem.width > 128:
+        return TileConfig(32, 32, 4, 1)
+    if kernel == "forward":
+        return TileConfig(128, 64, 8, 1)
+    return TileConfig(64, 64, 8, 1)
