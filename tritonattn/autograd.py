@@ -1,0 +1,73 @@
+"""What the package's autograd functions share: when to skip torch's dispatcher, and first-order gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def runs_eagerly(*tensors: Tensor | None) -> bool:
+    """Whether these are real tensors that nobody watches: no compiler, transform, dispatch mode or subclass.
+
+    Then an implementation can be called as it is, and values of CPU tensors can be read; else a call must go
+    through an operator that torch can see.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+
+
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether a result of these must carry a derivative: backward, or forward mode, which is refused."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def first_order(backward: Callable) -> Callable:
+    """Decorator of backward(ctx, saved_tensors, *gradients): a gradient of its gradients raises RuntimeError.
+
+    torch's own once_differentiable returns zeros in silence under torch.func.grad(torch.func.grad(f)). The
+    saved tensors are handed in because checkpointing allows one access.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx, *gradients):
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            result = backward(ctx, saved, *gradients)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return result
+        results = result if isinstance(result, tuple) else (result,)
+        given = tuple(x for x in results if x is not None)
+        refused = iter(_Refuse.apply(len(given), *given, *saved, *gradients))
+        return tuple(None if x is None else next(refused) for x in results)
+
+    return refusing
+
+
+class _Refuse(Function):
+    """The first `count` tensors as they are, with a derivative towards all others that raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("tritonattn: gradients of gradients are not supported")
