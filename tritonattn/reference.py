@@ -54,20 +54,19 @@ def attention(
         capped = logit if softcap is None else softcap * torch.tanh(logit / softcap)
         capped = torch.where(visible, capped, -torch.inf)
 
-        lse = _log_sum_exp(capped, sees)  # [B, Hq, Sq, 1]
-        finite_lse = torch.where(sees, lse, 0)
-        denominator = finite_lse
-        if sinks is not None:
-            denominator = torch.logaddexp(finite_lse, sinks.to(dtype)[:, None, None])
-        probability = torch.exp(capped - denominator)
+        entries = capped
+        if sinks is not None:  # one more key, without a value
+            column = sinks.to(dtype)[:, None, None].expand(*capped.shape[:-1], 1)
+            entries = torch.cat([capped, column], dim=-1)
+        probability = _softmax(entries)[..., : k.shape[2]]
         if dropout is not None:
             keep = dropout.tile(q.shape[:2], slice(0, q.shape[2]), slice(0, k.shape[2]))
             probability = torch.where(keep, probability, 0) / (1 - dropout.p)
         out = probability.to(v.dtype).to(dtype) @ value
 
     max_logit = _maximum(torch.where(visible, logit, -torch.inf)).squeeze(-1)
-    entropy = torch.special.entr(torch.exp(capped - finite_lse).detach()).sum(-1)
-    return ForwardResult(out.to(q.dtype), lse.squeeze(-1), max_logit, entropy)
+    entropy = torch.special.entr(_softmax(capped.detach())).sum(-1)
+    return ForwardResult(out.to(q.dtype), _log_sum_exp(capped), max_logit, entropy)
 
 
 def _per_query_head(x: Tensor, visibility: Visibility) -> Tensor:
@@ -76,11 +75,25 @@ def _per_query_head(x: Tensor, visibility: Visibility) -> Tensor:
     return x.repeat_interleave(group, dim=1)
 
 
-def _log_sum_exp(x: Tensor, sees: Tensor) -> Tensor:
-    """ln sum exp(x) along the last axis, kept; -inf, with gradient 0, for a row that sees nothing."""
-    peak = torch.where(sees, _maximum(x), 0)
-    total = torch.exp(x - peak).sum(-1, keepdim=True)
-    return torch.where(sees, peak + torch.where(sees, total, 1).log(), -torch.inf)
+def _softmax(x: Tensor) -> Tensor:
+    """exp(x) / sum exp(x) along the last axis; 0, with gradient 0, where all of x is -inf."""
+    weight, _ = _shifted_exp(x)
+    total = weight.sum(-1, keepdim=True)
+    return weight / torch.where(total == 0, 1, total)
+
+
+def _log_sum_exp(x: Tensor) -> Tensor:
+    """ln sum exp(x) along the last axis; -inf, with gradient 0, where all of x is -inf."""
+    weight, shift = _shifted_exp(x)
+    total = weight.sum(-1)
+    return torch.where(total == 0, -torch.inf, shift.squeeze(-1) + torch.where(total == 0, 1, total).log())
+
+
+def _shifted_exp(x: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(x - shift) and shift, the maximum of x along the last axis, or 0 where that is -inf."""
+    shift = _maximum(x)
+    shift = torch.where(shift == -torch.inf, 0, shift)
+    return torch.exp(x - shift), shift
 
 
 def _maximum(x: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ def _mask(heads: bool, rows: bool = True) -> Callable[[int, int, int, int], dict
     def case(batch: int, q_heads: int, q_len: int, k_len: int) -> dict:
         shape = (batch, q_heads if heads else 1, q_len if rows else 1, k_len)
         mask = torch.rand(shape, generator=_random(2)) > 0.5
-        mask[:, :, :1] = False
         if rows:
+            mask[:, :, :1] = False
             mask[:, :, -1:] = True
         return {"mask": mask}
 

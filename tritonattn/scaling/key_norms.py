@@ -73,9 +73,9 @@ class KeyNormMax(Scaling):
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         # One more key, of length 0, so that a maximum over no keys exists.
-        lengths = pad(_visible_lengths(k, visible), (0, 1))
-        first = lengths.argmax(-1, keepdim=True)
-        return reciprocal(lengths.gather(-1, first))
+        candidates = pad(_visible_lengths(k, visible), (0, 1))
+        first = candidates.argmax(-1, keepdim=True)
+        return reciprocal(candidates.gather(-1, first))
 
 
 class KeyNormL2(Scaling):

@@ -1,0 +1,49 @@
+"""The values of the cosine mode."""
+
+import math
+
+import pytest
+import torch
+
+from tritonattn.scaling import Cosine
+from tritonattn.statistics import Statistics
+from tritonattn.visibility import Visibility
+
+
+def logits(scaling, q, k, **arguments):
+    visibility = Visibility.of(q, k, **arguments)
+    scales = scaling.scales(q, k, visibility, Statistics(k, visibility))
+    return scales.constant * (q @ k.mT) * scales.query[..., None] * scales.key[:, :, None]
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(1, 2, 5, 16, dtype=torch.float64, generator=generator) for _ in range(2))
+
+
+@pytest.mark.parametrize("tau", [None, 10.0])
+def test_logits_are_cosines(tau):
+    q, k = inputs()
+    cosine = torch.nn.functional.cosine_similarity(q[:, :, :, None], k[:, :, None], dim=-1)
+    torch.testing.assert_close(logits(Cosine(tau), q, k), cosine * (tau or 4.0))
+
+
+def test_the_default_is_rms_normalisation_and_sqrt_dim():
+    q, k = inputs()
+    normalised = [torch.nn.functional.rms_norm(x, (16,), eps=0.0) for x in (q, k)]
+    torch.testing.assert_close(logits(Cosine(), q, k), normalised[0] @ normalised[1].mT / 4)
+
+
+def test_key_scales_of_unseen_keys_are_zero():
+    q, k = inputs()
+    k[:, :, 3:] = torch.nan
+    visibility = Visibility.of(q, k, key_lengths=torch.tensor([3]))
+    key = Cosine().scales(q, k, visibility, Statistics(k, visibility)).key
+    assert (key[..., 3:] == 0).all()
+    assert (key[..., :3] > 0).all()
+
+
+@pytest.mark.parametrize("tau", [0, -1.0, math.nan, math.inf, "1"])
+def test_bad_temperatures_are_refused(tau):
+    with pytest.raises(ValueError, match=r"tau must be a finite number above 0, got"):
+        Cosine(tau)

@@ -1,0 +1,36 @@
+"""The values of the modes that count keys."""
+
+import math
+
+import pytest
+import torch
+
+from tritonattn.scaling import KeyCount, LogKeyCount, SqrtKeyCount
+from tritonattn.statistics import Statistics
+from tritonattn.visibility import Visibility
+
+
+def factors(scaling, rows=5, dim=16):
+    """The factor of every row of a causal square."""
+    q = k = torch.randn(1, 1, rows, dim)
+    visibility = Visibility.of(q, k, causal=True)
+    scales = scaling.scales(q, k, visibility, Statistics(k, visibility))
+    return (scales.constant * scales.query).flatten().tolist()
+
+
+def test_values():
+    assert factors(KeyCount()) == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
+    assert factors(SqrtKeyCount()) == pytest.approx([n**-0.5 for n in range(1, 6)])
+    assert factors(LogKeyCount()) == pytest.approx([math.log(n) / 4 for n in range(1, 6)])
+
+
+def test_the_base_is_where_the_factor_is_that_of_sqrt_dim():
+    row = factors(LogKeyCount(base=512.0), rows=512)
+    assert row[511] == pytest.approx(1 / 4)
+    assert row[0] == 0
+
+
+@pytest.mark.parametrize("base", [1.0, 0.5, -2, math.inf, math.nan, "e", None, True])
+def test_bases_without_a_positive_logarithm_are_refused(base):
+    with pytest.raises(ValueError, match=r"base must be a finite number above 1, got"):
+        LogKeyCount(base=base)

@@ -1,0 +1,307 @@
+"""What holds for every mode: both of its formulas agree, and nothing a row may not see reaches it."""
+
+import ast
+import inspect
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from tests.support.masks import MASKS, visible_pairs
+from tritonattn.scaling import SCALINGS, LogKeyCount, Scaling
+from tritonattn.statistics import Statistics
+from tritonattn.visibility import Visibility
+
+B, HQ, SQ, SK, D = 2, 4, 6, 9, 5
+SMALL_PRESETS = {
+    "qwen_logn": {"train_length": 3},
+    "llama4": {"floor_scale": 2},
+    "ministral3": {"original_length": 2},
+}
+NORM_MODES = ["key_norm_sum", "key_norm_mean", "key_norm_rms", "key_norm_max", "key_norm_l2", "cosine"]
+every_mode = pytest.mark.parametrize("mode", SCALINGS)
+
+
+def small(mode):
+    """The mode, with thresholds that a short test reaches."""
+    return SCALINGS[mode](**SMALL_PRESETS.get(mode, {}))
+
+
+def tensors(kv_heads=2, seed=0, q_len=SQ, k_len=SK):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(B, HQ, q_len, D, dtype=torch.float64, generator=generator)
+    return q, torch.randn(B, kv_heads, k_len, D, dtype=torch.float64, generator=generator)
+
+
+def per_query_head(x):
+    return x.repeat_interleave(HQ // x.shape[1], 1) if x.shape[1] > 1 else x.expand(-1, HQ, *x.shape[2:])
+
+
+def factor_of(scaling, q, k, **arguments):
+    """The factor of every pair from scales(), [B, Hq, Sq, Sk]."""
+    visibility = Visibility.of(q, k, **arguments)
+    scales = scaling.scales(q, k, visibility, Statistics(k, visibility))
+    factor = torch.full((B, HQ, q.shape[2], k.shape[2]), scales.constant, dtype=torch.float64)
+    if scales.query is not None:
+        factor = factor * per_query_head(scales.query)[..., None]
+    return factor if scales.key is None else factor * per_query_head(scales.key)[:, :, None]
+
+
+def multiplier_of(scaling, q, k, **arguments):
+    visible = visible_pairs((B, HQ, q.shape[2], k.shape[2]), **arguments)
+    return scaling.multiplier(q, per_query_head(k), visible).expand(visible.shape), visible
+
+
+def test_names_are_the_keys():
+    assert {name: mode.name for name, mode in SCALINGS.items()} == {name: name for name in SCALINGS}
+
+
+def names_reached_by(function, seen):
+    """The identifiers in the source of a function and of those of the package's functions that it calls."""
+    names = set()
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        names |= {getattr(node, field) for field in ("id", "attr") if hasattr(node, field)}
+    module = sys.modules[function.__module__]
+    for name in names - seen:
+        called = getattr(module, name, None)
+        if inspect.isfunction(called) and called.__module__.startswith("tritonattn"):
+            names |= names_reached_by(called, seen | names)
+    return names
+
+
+@every_mode
+def test_the_multiplier_is_a_formula_of_its_own(mode):
+    names = names_reached_by(SCALINGS[mode].multiplier, set())
+    offered = {name for owner in (Visibility, Statistics) for name in vars(owner) if not name.startswith("_")}
+    forbidden = (offered - {"sum", "max"}) | {
+        "scales",
+        "visibility",
+        "statistics",
+        "key_lengths_of",
+        "prefix_sum",
+    }
+    assert not names & forbidden
+
+
+@every_mode
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_both_formulas_agree(mode, mask, kv_heads):
+    arguments = MASKS[mask](B, HQ, SQ, SK)
+    q, k = (x.requires_grad_() for x in tensors(kv_heads))
+    scaling = small(mode)
+    ours = factor_of(scaling, q, k, **arguments)
+    theirs, visible = multiplier_of(scaling, q, k, **arguments)
+    torch.testing.assert_close(ours[visible], theirs[visible], rtol=1e-12, atol=0)
+
+    if ours.requires_grad:
+        weights = torch.where(visible, torch.randn(visible.shape, dtype=torch.float64), 0)
+        gradients = [
+            torch.autograd.grad((x * weights).sum(), (q, k), materialize_grads=True) for x in (ours, theirs)
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-13)
+
+
+@every_mode
+@pytest.mark.parametrize("mask", ["full", "causal window", "everything"])
+def test_gradients_of_scales(mode, mask):
+    arguments = MASKS[mask](B, HQ, SQ, SK)
+    q, k = (x.requires_grad_() for x in tensors())
+    factor = factor_of(small(mode), q, k, **arguments)
+    if factor.requires_grad:
+        assert torch.autograd.gradcheck(
+            lambda q, k: factor_of(small(mode), q, k, **arguments), (q, k), fast_mode=True
+        )
+    else:
+        assert mode not in NORM_MODES
+
+
+@every_mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_inputs_are_computed_wide(mode, dtype):
+    q, k = (x.to(dtype) for x in tensors())
+    ours = factor_of(small(mode), q, k, causal=True)
+    theirs, visible = multiplier_of(small(mode), q, k, causal=True)
+    exact = factor_of(small(mode), q.double(), k.double(), causal=True)
+    assert theirs.dtype in (torch.float32, torch.float64)
+    torch.testing.assert_close(ours[visible], exact[visible], rtol=1e-6, atol=0)
+    torch.testing.assert_close(theirs[visible].double(), exact[visible], rtol=1e-6, atol=0)
+
+
+@every_mode
+@pytest.mark.parametrize(
+    "formula", [factor_of, lambda *a, **k: multiplier_of(*a, **k)[0]], ids=["scales", "multiplier"]
+)
+def test_zero_vectors_give_zero_and_no_nan(mode, formula):
+    q, k = tensors()
+    q[:, :, 2] = 0
+    k[:, :, :4] = 0
+    q, k = q.requires_grad_(), k.requires_grad_()
+    factor = formula(small(mode), q, k, causal=True, window=(2, 0))
+    assert factor.isfinite().all()
+    logit = (q @ per_query_head(k).mT) * factor
+    gradients = torch.autograd.grad(logit.sum(), (q, k))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    if mode in NORM_MODES[:-1]:
+        assert (factor[:, :, 0] == 0).all()  # row 0 sees the keys 1 to 3
+    if mode == "cosine":
+        assert (factor[:, :, 2] == 0).all()
+        assert (factor[..., :4] == 0).all()
+
+
+@every_mode
+@pytest.mark.parametrize(
+    "formula", [factor_of, lambda *a, **k: multiplier_of(*a, **k)[0]], ids=["scales", "multiplier"]
+)
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_keys_that_nobody_sees_do_not_enter(mode, formula, junk):
+    arguments = {"key_lengths": torch.tensor([4, 7])}
+    q, clean = tensors()
+    visible = visible_pairs((B, HQ, SQ, SK), **arguments)
+    unseen = ~visible[:, :2].any(-2)
+    k = torch.where(unseen[..., None], junk, clean).requires_grad_()
+    factor = torch.where(visible, formula(small(mode), q, k, **arguments), 0)
+    assert torch.equal(factor, torch.where(visible, formula(small(mode), q, clean, **arguments), 0))
+    if factor.requires_grad:
+        (gradient,) = torch.autograd.grad(factor.sum(), k)
+        assert gradient.isfinite().all()
+        assert (gradient[unseen] == 0).all()
+
+
+@every_mode
+def test_rows_without_keys(mode):
+    q, k = (x.requires_grad_() for x in tensors())
+    ranges = torch.tensor([[3, 3], [0, 9], [5, 2], [0, 0], [9, 9], [2, 4]], dtype=torch.int32)[None].expand(
+        B, -1, -1
+    )
+    for factor in (
+        factor_of(small(mode), q, k, key_ranges=ranges),
+        multiplier_of(small(mode), q, k, key_ranges=ranges)[0],
+    ):
+        assert factor.isfinite().all()
+        if factor.requires_grad:
+            assert all(
+                g.isfinite().all() for g in torch.autograd.grad(factor.sum(), (q, k), materialize_grads=True)
+            )
+
+
+@every_mode
+def test_no_keys_at_all(mode):
+    q, k = tensors(k_len=0)
+    assert factor_of(small(mode), q, k).shape == (B, HQ, SQ, 0)
+    assert multiplier_of(small(mode), q, k)[0].shape == (B, HQ, SQ, 0)
+
+
+@every_mode
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_huge_and_tiny_keys(mode, size, dtype):
+    q, k = tensors()
+    q, k = q.to(dtype), (k * size).to(dtype).requires_grad_()
+    ours = factor_of(small(mode), q, k, causal=True)
+    theirs, visible = multiplier_of(small(mode), q, k, causal=True)
+    torch.testing.assert_close(ours[visible], theirs[visible].double(), rtol=1e-6, atol=0)
+    if mode in NORM_MODES:
+        assert (ours[visible] > 0).all()
+        for factor in (ours, theirs):  # factor * size is of order 1, so its gradient is of order 1 / size
+            (gradient,) = torch.autograd.grad((torch.where(visible, factor, 0) * size).sum(), k)
+            assert gradient.isfinite().all()
+            assert 1e-3 < gradient.double().abs().max() * size < 1e3
+
+
+@every_mode
+def test_future_keys_do_not_change_earlier_rows(mode):
+    q, k = tensors(q_len=SK)
+    changed = k.clone()
+    changed[:, :, 5:] = 100 * torch.randn(B, 2, SK - 5, D, dtype=torch.float64)
+    before, after = (factor_of(small(mode), q, x, causal=True) for x in (k, changed))
+    assert torch.equal(before[:, :, :5, :5], after[:, :, :5, :5])
+
+
+@every_mode
+def test_a_decode_row_is_the_row_of_the_full_pass(mode):
+    q, k = tensors(q_len=SK)
+    full = factor_of(small(mode), q, k, causal=True)
+    for row in range(SK):
+        alone = factor_of(small(mode), q[:, :, row : row + 1], k[:, :, : row + 1], causal=True)
+        torch.testing.assert_close(alone, full[:, :, row : row + 1, : row + 1], rtol=1e-12, atol=0)
+
+
+@every_mode
+def test_the_order_of_the_keys_does_not_matter(mode):
+    q, k = tensors()
+    order = torch.randperm(SK, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(
+        factor_of(small(mode), q, k[:, :, order]),
+        factor_of(small(mode), q, k)[..., order],
+        rtol=1e-12,
+        atol=0,
+    )
+
+
+@every_mode
+def test_the_side_of_the_padding_does_not_matter(mode):
+    """Documents of 4 and 7 keys: padded right and hidden by lengths, or padded left and hidden by ranges."""
+    q, k = tensors()
+    sizes = [4, 7]
+    left = torch.zeros_like(k)
+    for b, size in enumerate(sizes):
+        left[b, :, SK - size :] = k[b, :, :size]
+    ranges = torch.tensor([[[SK - size, SK]] * SQ for size in sizes], dtype=torch.int32)
+    right_padded = factor_of(small(mode), q, k, key_lengths=torch.tensor(sizes))
+    left_padded = factor_of(small(mode), q, left, key_ranges=ranges)
+    for b, size in enumerate(sizes):
+        torch.testing.assert_close(
+            left_padded[b, :, :, SK - size :], right_padded[b, :, :, :size], rtol=1e-12, atol=0
+        )
+
+
+@every_mode
+def test_packed_documents_are_as_separate_ones(mode):
+    q, k = tensors(q_len=SK)
+    bounds = [[0, 4], [4, 9]]
+    ranges = torch.tensor([bounds[0]] * 4 + [bounds[1]] * 5, dtype=torch.int32)[None].expand(B, -1, -1)
+    packed = factor_of(small(mode), q, k, causal=True, key_ranges=ranges)
+    for start, stop in bounds:
+        part = slice(start, stop)
+        alone = factor_of(small(mode), q[:, :, part], k[:, :, part], causal=True)
+        torch.testing.assert_close(packed[:, :, part, part], alone, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("mode", NORM_MODES)
+@pytest.mark.parametrize("size", [1e-3, 7.0, 1e12])
+def test_the_size_of_the_keys_does_not_matter_to_norm_modes(mode, size):
+    q, k = tensors()
+    plain, scaled = (
+        (q @ per_query_head(x).mT) * factor_of(small(mode), q, x, causal=True) for x in (k, k * size)
+    )
+    torch.testing.assert_close(scaled, plain, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, while it traces a Function
+@every_mode
+def test_compiled_as_one_graph(mode):
+    q, k = (x.requires_grad_() for x in tensors())
+
+    def loss(q, k):
+        return ((q @ per_query_head(k).mT) * factor_of(small(mode), q, k, causal=True)).square().sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(q, k), (q, k)) for f in (compiled, loss)))
+
+
+def test_scaling_asks_for_both_formulas():
+    class Nothing(Scaling):
+        name = "nothing"
+
+    q, k = tensors()
+    with pytest.raises(NotImplementedError, match=r"Nothing must define scales"):
+        Nothing().scales(q, k, None, None)
+    with pytest.raises(NotImplementedError, match=r"Nothing must define multiplier"):
+        Nothing().multiplier(q, k, None)
+
+
+def test_parametrised_modes_compare_by_value():
+    assert LogKeyCount(512.0) == LogKeyCount(512.0) != LogKeyCount()

@@ -1,0 +1,73 @@
+"""The values of the key norm modes, and which key takes the maximum's gradient."""
+
+import math
+
+import pytest
+import torch
+
+from tritonattn.scaling import SCALINGS, KeyNormMax
+from tritonattn.statistics import Statistics
+from tritonattn.visibility import Visibility
+
+KEYS = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-6.0, 8.0]], dtype=torch.float64)[
+    None, None
+]  # lengths 5, 2, 10
+
+
+def query_scale(scaling, k, **arguments):
+    visibility = Visibility.of(k, k, **arguments)
+    scales = scaling.scales(k, k, visibility, Statistics(k, visibility))
+    assert scales.constant == 1.0
+    assert scales.key is None
+    return scales.query[0, 0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "statistics"),
+    [
+        ("key_norm_sum", [5, 7, 17]),
+        ("key_norm_mean", [5, 3.5, 17 / 3]),
+        ("key_norm_rms", [5, math.sqrt(29 / 2), math.sqrt(129 / 3)]),
+        ("key_norm_max", [5, 5, 10]),
+        ("key_norm_l2", [5, math.sqrt(29), math.sqrt(129)]),
+    ],
+)
+def test_values(mode, statistics):
+    row = query_scale(SCALINGS[mode](), KEYS, causal=True)
+    assert row.tolist() == pytest.approx([1 / statistic for statistic in statistics], rel=1e-14)
+
+
+def test_a_window_forgets_a_long_key():
+    row = query_scale(KeyNormMax(), KEYS.flip(2), window=(0, 0))
+    assert row.tolist() == pytest.approx([1 / 10, 1 / 2, 1 / 5])
+
+
+def test_the_mean_is_near_sqrt_dim_for_unit_variance():
+    k = torch.randn(1, 1, 500, 64, generator=torch.Generator().manual_seed(0))
+    assert query_scale(SCALINGS["key_norm_mean"](), k)[0].item() == pytest.approx(64**-0.5, rel=0.02)
+
+
+def test_the_lowest_of_equal_keys_takes_the_gradient():
+    k = torch.ones(1, 1, 4, 2, dtype=torch.float64, requires_grad=True)
+    visible = torch.tensor([False, True, True, True]).expand(1, 1, 4, 4)
+    ours = query_scale(KeyNormMax(), k, mask=visible).sum()
+    ranged = query_scale(KeyNormMax(), k, key_ranges=torch.tensor([[[1, 4]] * 4])).sum()
+    dense = KeyNormMax().multiplier(k, k, visible).sum()
+    for factor in (ours, ranged, dense):
+        (gradient,) = torch.autograd.grad(factor, k)
+        assert gradient[0, 0].any(-1).tolist() == [False, True, False, False]
+
+
+def test_statistics_below_the_normal_range_count_as_zero():
+    k = torch.full((1, 1, 3, 2), 1e-40, requires_grad=True)
+    for mode in ("key_norm_sum", "key_norm_mean", "key_norm_rms", "key_norm_max", "key_norm_l2"):
+        row = query_scale(SCALINGS[mode](), k)
+        assert (row == 0).all()
+        assert (torch.autograd.grad(row.sum(), k)[0] == 0).all()
+
+
+def test_a_nan_that_a_row_sees_is_not_hidden():
+    k = KEYS.clone()
+    k[0, 0, 1, 0] = torch.nan
+    for mode in ("key_norm_sum", "key_norm_mean", "key_norm_rms", "key_norm_max", "key_norm_l2"):
+        assert query_scale(SCALINGS[mode](), k, causal=True).isnan().tolist() == [False, True, True]

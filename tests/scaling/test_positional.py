@@ -1,0 +1,105 @@
+"""The presets against the code of their models."""
+
+import math
+
+import pytest
+import torch
+
+from tritonattn.scaling import Llama4, Ministral3, QwenLogn
+from tritonattn.statistics import Statistics
+from tritonattn.visibility import Visibility
+
+D = 16
+
+
+def temperatures(scaling, rows, **arguments):
+    """The factor of every row of a causal square, without 1 / sqrt(D)."""
+    q = torch.empty(1, 1, rows, D)
+    visibility = Visibility.of(q, q, causal=True, **arguments)
+    scales = scaling.scales(q, q, visibility, Statistics(q, visibility))
+    assert scales.constant == D**-0.5
+    return scales.query.flatten()
+
+
+@pytest.mark.parametrize("length", [7, 64])
+def test_qwen(length):
+    """QWenAttention.logn_tensor: math.log(i, seq_length) if i > seq_length else 1, i from 1."""
+    model = [math.log(i, length) if i > length else 1 for i in range(1, 200)]
+    assert temperatures(QwenLogn(train_length=length), 199).tolist() == pytest.approx(model, rel=1e-12)
+
+
+def test_llama4():
+    positions = torch.arange(200)
+    model = torch.log1p(torch.floor((positions.double() + 1.0) / 16)) * 0.3 + 1.0
+    torch.testing.assert_close(
+        temperatures(Llama4(scale=0.3, floor_scale=16), 200), model, rtol=1e-12, atol=0
+    )
+
+
+def test_ministral3_is_its_models_function():
+    modeling = pytest.importorskip("transformers.models.ministral3.modeling_ministral3")
+    model = modeling.get_llama_4_attn_scale(torch.arange(200)[None], 0.2, 16).flatten()
+    ours = temperatures(Ministral3(beta=0.2, original_length=16), 200)
+    torch.testing.assert_close(ours.float(), model)
+
+
+def test_llama4_is_its_models_layer():
+    """A layer without rotary embedding multiplies its queries by the temperature."""
+    modeling = pytest.importorskip("transformers.models.llama4.modeling_llama4")
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config = modeling.Llama4TextConfig(
+        hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=D, num_hidden_layers=4,
+        no_rope_layers=[0] * 4, attn_scale=0.3, floor_scale=4, use_qk_norm=False,
+    )  # fmt: skip
+    seen = {}
+
+    def record(module, query, key, value, mask, scaling, **_):
+        seen.update(query=query, scaling=scaling)
+        return query.transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("record", record)
+    config._attn_implementation = "record"
+    attention = modeling.Llama4TextAttention(config, layer_idx=0)
+    with torch.no_grad():
+        attention(torch.ones(1, 20, 32), position_embeddings=None, attention_mask=None)
+    stretch = seen["query"][0, 0, :, 0] / seen["query"][0, 0, 0, 0]
+    torch.testing.assert_close(stretch, temperatures(Llama4(scale=0.3, floor_scale=4), 20).float())
+    assert seen["scaling"] == D**-0.5
+
+
+def test_defaults_leave_short_sequences_alone():
+    for scaling in (QwenLogn(), Llama4(), Ministral3()):
+        assert (temperatures(scaling, 8191) == 1).all()
+    rows = 16385
+    assert temperatures(QwenLogn(), rows)[8191:8193].tolist() == pytest.approx(
+        [1, math.log(8193) / math.log(8192)]
+    )
+    assert temperatures(Llama4(), rows)[8190:8192].tolist() == pytest.approx([1, 1 + 0.1 * math.log(2)])
+    assert temperatures(Ministral3(), rows)[16383:].tolist() == pytest.approx([1, 1 + 0.1 * math.log(2)])
+
+
+def test_a_window_stops_the_growth_at_its_width():
+    scaling = Llama4(floor_scale=2)
+    windowed, full = temperatures(scaling, 40, window=(9, 0)), temperatures(scaling, 40)
+    assert torch.equal(windowed[:10], full[:10])
+    assert (windowed[10:] == full[9]).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "argument", "value", "bound"),
+    [
+        (QwenLogn, "train_length", 1, "1"),
+        (QwenLogn, "train_length", math.nan, "1"),
+        (Llama4, "scale", 0.0, "0"),
+        (Llama4, "floor_scale", -8192, "0"),
+        (Llama4, "floor_scale", None, "0"),
+        (Ministral3, "beta", math.inf, "0"),
+        (Ministral3, "original_length", "16384", "0"),
+    ],
+)
+def test_bad_parameters_are_refused(mode, argument, value, bound):
+    with pytest.raises(
+        ValueError, match=rf"^{argument} must be a finite number above {bound}, got {value!r}"
+    ):
+        mode(**{argument: value})
