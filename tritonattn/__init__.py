@@ -1,0 +1,8 @@
+"""Attention whose logit scaling is a parameter: exact, differentiable, on GPU (Triton) and CPU (PyTorch)."""
+
+from .api import AttentionAux, attention, scaled_attention
+from .scaling import SCALINGS, Scales, Scaling
+
+__version__ = "0.1.0"
+
+__all__ = ["SCALINGS", "AttentionAux", "Scales", "Scaling", "__version__", "attention", "scaled_attention"]

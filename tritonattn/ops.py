@@ -1,0 +1,368 @@
+"""The torch.library operators over the backends, and their differentiation. No mathematics.
+
+`tritonattn::forward` and `tritonattn::backward` take an AttentionCall laid out flat and the name of the
+backend that runs it: "triton" (launch.py, imported at first use) or "sdpa" (blockwise.py).
+`tritonattn::key_lengths` and `tritonattn::key_lengths_backward` are the fused pass over the keys that feeds
+the scalings. A plain eager call runs the backend itself and spares the dispatcher's time; compilers,
+transforms and dispatch modes see the operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from . import blockwise
+from .autograd import first_order, needs_graph, runs_eagerly
+from .call import AttentionCall, ForwardResult, Gradients
+from .dropout import Dropout
+from .statistics import Statistics
+from .visibility import Visibility
+
+# The schema of _Flat.
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor? query_scale, Tensor? key_scale, Tensor? sinks, "
+    "Tensor? key_lengths, Tensor? key_ranges, Tensor? mask, Tensor? dropout_state, "
+    "float scale, SymInt? left, SymInt? right, float? softcap, float dropout_p, bool aux, str backend"
+)
+
+
+class _Flat(NamedTuple):
+    """An AttentionCall in the order of the operators' schema; the first six fields are those of Gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_scale: Tensor | None
+    key_scale: Tensor | None
+    sinks: Tensor | None
+    key_lengths: Tensor | None
+    key_ranges: Tensor | None
+    mask: Tensor | None
+    dropout_state: Tensor | None
+    scale: float
+    left: int | None
+    right: int | None
+    softcap: float | None
+    dropout_p: float
+    aux: bool
+    backend: str
+
+    @classmethod
+    def of(cls, call: AttentionCall, backend: str, aux: bool) -> _Flat:
+        visible, dropout = call.visibility, call.dropout
+        state, p = (None, 0.0) if dropout is None else (dropout.state, dropout.p)
+        return cls(
+            call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks,
+            visible.key_lengths, visible.key_ranges, visible.mask, state,
+            call.scale, visible.left, visible.right, call.softcap, p, aux, backend,
+        )  # fmt: skip
+
+    def call(self) -> AttentionCall:
+        visibility = Visibility.of(
+            self.q, self.k, window=(self.left, self.right), key_lengths=self.key_lengths,
+            key_ranges=self.key_ranges, mask=self.mask,
+        )  # fmt: skip
+        dropout = None if self.dropout_state is None else Dropout(self.dropout_p, self.dropout_state)
+        return AttentionCall(self.q, self.k, self.v, visibility, self.scale, self.query_scale, self.key_scale,
+                             self.softcap, self.sinks, dropout)  # fmt: skip
+
+
+# What of _Flat can have a gradient, and what of it is tensors: its first fields.
+_GRADIENTS = len(Gradients._fields)
+_TENSORS = _Flat._fields.index("scale")
+
+
+def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
+    """Run a call on "triton" or "sdpa"; out and lse have gradients towards q, k, v, scales and sinks.
+
+    max_logit and entropy are None without aux. Raises NotImplementedError for what the backend cannot do.
+    """
+    tensors = (call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
+    function = _Attention
+    if runs_eagerly(*tensors):
+        if not needs_graph(*tensors):
+            return _forward(call, backend, aux)
+        function = _EagerAttention
+    result = ForwardResult(*function.apply(*_Flat.of(call, backend, aux)))
+    return result if aux else ForwardResult(result.out, result.lse)
+
+
+class KeyStatistics(Statistics):
+    """Statistics whose lengths and prefix sums come from one fused pass over k in the "triton" backend."""
+
+    @cached_property
+    def _pass(self) -> tuple[Tensor, Tensor, Tensor]:
+        return _KeyLengths.apply(self.k, None if self.visibility.is_full else self.visibility.seen_keys())
+
+    def _lengths(self) -> Tensor:
+        return self._pass[0]
+
+    def _length_sum(self) -> Tensor:
+        if self.visibility.mask is not None:
+            return super()._length_sum()
+        return self.visibility.sum_from_prefix(self.lengths, self._pass[1]).to(self.lengths.dtype)
+
+    def _length_square_sum(self) -> Tensor:
+        if self.visibility.mask is not None:
+            return super()._length_square_sum()
+        return self.visibility.sum_from_prefix(self.lengths.double().square(), self._pass[2])
+
+
+def unsupported(backend: str, *, softcap: bool, sinks: bool, dropout_p: bool, return_aux: bool) -> str | None:
+    """The first of the arguments asked for that a backend cannot honour, or None."""
+    if backend != "triton":
+        return None
+    asked = {"softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "return_aux": return_aux}
+    return next((argument for argument, is_asked in asked.items() if is_asked), None)
+
+
+def refuse(argument: str, backend: str) -> None:
+    raise NotImplementedError(
+        f"{argument}: backend {backend!r} does not support it; backends 'sdpa' and 'reference' do"
+    )
+
+
+def _forward(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
+    if _is_empty(call):
+        return _forward_of_nothing(call, aux)
+    asked = {"softcap": call.softcap, "sinks": call.sinks, "dropout_p": call.dropout}
+    argument = unsupported(backend, **{name: x is not None for name, x in asked.items()}, return_aux=aux)
+    if argument is not None:
+        refuse(argument, backend)
+    with _own_precision(call.q):
+        return _launch().forward(call) if backend == "triton" else blockwise.forward(call, aux)
+
+
+def _backward(
+    flat: _Flat, out: Tensor, lse: Tensor, d_out: Tensor | None, d_lse: Tensor | None, needs: Gradients
+) -> Gradients:
+    call = flat.call()
+    if _is_empty(call):
+        pairs = zip(flat[:_GRADIENTS], needs, strict=True)
+        return Gradients(*(x.new_zeros(x.shape) if need else None for x, need in pairs))
+    d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype)  # a compiler may widen it
+    backend = _launch() if flat.backend == "triton" else blockwise
+    with _own_precision(out):
+        return backend.backward(call, out, lse, d_out, d_lse, needs)
+
+
+def _launch() -> Any:
+    from . import launch
+
+    return launch
+
+
+def _own_precision(tensor: Tensor) -> AbstractContextManager:
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _is_empty(call: AttentionCall) -> bool:
+    return call.q.numel() == 0 or call.k.numel() == 0
+
+
+def _forward_of_nothing(call: AttentionCall, aux: bool) -> ForwardResult:
+    out, lse, max_logit, entropy = _allocate_forward(call.q, call.v, aux)
+    result = ForwardResult(out.zero_(), lse.fill_(-torch.inf), max_logit.fill_(-torch.inf), entropy.zero_())
+    return result if aux else ForwardResult(out, lse)
+
+
+def _allocate_forward(q: Tensor, v: Tensor, aux: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, aux_rows = q.shape[:3], q.shape[:3] if aux else (0,)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    lse, max_logit, entropy = (q.new_empty(shape, dtype=dtype) for shape in (rows, aux_rows, aux_rows))
+    return q.new_empty((*rows, v.shape[3])), lse, max_logit, entropy
+
+
+def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An operator returns tensors: one of size 0 stands for None."""
+    return tuple(like.new_empty(0) if result is None else result for result in results)
+
+
+@torch.library.custom_op(
+    "tritonattn::forward", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _forward_operator(*arguments):
+    flat = _Flat(*arguments)
+    result = _forward(flat.call(), flat.backend, flat.aux)
+    return _filled(result, result.lse)
+
+
+@_forward_operator.register_fake
+def _(*arguments):
+    flat = _Flat(*arguments)
+    return _allocate_forward(flat.q, flat.v, flat.aux)
+
+
+@torch.library.custom_op(
+    "tritonattn::backward",
+    mutates_args=(),
+    schema=f"({_CALL}, Tensor out, Tensor lse, Tensor? d_out, Tensor? d_lse, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward_operator(*arguments):
+    *flat, out, lse, d_out, d_lse, needs = arguments
+    return _filled(_backward(_Flat(*flat), out, lse, d_out, d_lse, Gradients(*needs)), out)
+
+
+@_backward_operator.register_fake
+def _(*arguments):
+    pairs = zip(arguments[:_GRADIENTS], arguments[-1], strict=True)
+    return tuple(x.new_empty(x.shape) if need else arguments[0].new_empty(0) for x, need in pairs)
+
+
+class _Attention(Function):
+    """The operators, for compilers and transforms. torch.compile counts forward's parameters: no star."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q, k, v, query_scale, key_scale, sinks, key_lengths, key_ranges, mask, dropout_state,
+        scale, left, right, softcap, dropout_p, aux, backend,
+    ):  # fmt: skip
+        return _forward_operator(
+            q, k, v, query_scale, key_scale, sinks, key_lengths, key_ranges, mask, dropout_state,
+            scale, left, right, softcap, dropout_p, aux, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        out, lse, max_logit, entropy = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(max_logit, entropy)
+        ctx.save_for_backward(*inputs[:_TENSORS], out, lse)
+        ctx.settings = inputs[_TENSORS:]
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, d_out, d_lse, d_max_logit, d_entropy):
+        *tensors, out, lse = saved
+        needs = Gradients(*ctx.needs_input_grad[:_GRADIENTS])
+        if runs_eagerly(*tensors, d_out, d_lse):
+            gradients = _backward(_Flat(*tensors, *ctx.settings), out, lse, d_out, d_lse, needs)
+        else:
+            filled = _backward_operator(*tensors, *ctx.settings, out, lse, d_out, d_lse, list(needs))
+            gradients = (gradient if need else None for gradient, need in zip(filled, needs, strict=True))
+        return (*gradients, *[None] * (len(_Flat._fields) - _GRADIENTS))
+
+
+class _EagerAttention(Function):
+    """The same without operators, and without torch's slow binding of a separate setup_context."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        flat = _Flat(*arguments)
+        result = _forward(flat.call(), flat.backend, flat.aux)
+        outputs = _filled(result, result.lse)
+        _Attention.setup_context(ctx, arguments, outputs)
+        return outputs
+
+    backward = _Attention.backward
+
+
+def _vmap(operator: Callable, info, in_dims: Sequence, *arguments):
+    """Fold the mapped axis into the batch axis; where an entry's place in the batch matters, map in a loop.
+
+    That is so for dropout, whose bits depend on it, and for sinks, which have no batch axis.
+    """
+    dims = [dim if isinstance(x, Tensor) else None for x, dim in zip(arguments, in_dims, strict=True)]
+    flat = _Flat(*arguments[: len(_Flat._fields)])
+    if flat.dropout_state is not None or flat.sinks is not None:
+        return _mapped_in_loop(operator, info.batch_size, dims, arguments)
+    batch = flat.q.shape[0 if dims[0] is None else int(dims[0] == 0)]
+    folded = (_fold(x, dim, info.batch_size, batch) for x, dim in zip(arguments, dims, strict=True))
+    outputs = operator(*folded)
+    unfolded = (x if x.dim() == 1 else x.unflatten(0, (info.batch_size, batch)) for x in outputs)
+    return tuple(unfolded), tuple(None if x.dim() == 1 else 0 for x in outputs)  # 1-D stands for None
+
+
+def _fold(x: Any, dim: int | None, size: int, batch: int) -> Any:
+    """[B or 1, ...] with a mapped axis at `dim`, or without: [size * B, ...]; a shared mask stays."""
+    if not isinstance(x, Tensor) or (dim is None and x.shape[0] == 1 != batch):
+        return x
+    x = x[None] if dim is None else x.movedim(dim, 0)
+    return x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
+
+
+def _mapped_in_loop(operator: Callable, size: int, dims: Sequence[int | None], arguments: Sequence):
+    def entry(i: int):
+        pairs = zip(arguments, dims, strict=True)
+        return operator(*(x if dim is None else x.select(dim, i) for x, dim in pairs))
+
+    outputs = [entry(i) for i in range(size)]
+    return tuple(torch.stack(output) for output in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+
+
+_forward_operator.register_autograd(_Attention.backward, setup_context=_Attention.setup_context)
+
+
+_forward_operator.register_vmap(partial(_vmap, _forward_operator))
+_backward_operator.register_vmap(partial(_vmap, _backward_operator))
+
+
+@torch.library.custom_op(
+    "tritonattn::key_lengths", mutates_args=(), schema="(Tensor k, Tensor? seen) -> (Tensor, Tensor, Tensor)"
+)
+def _key_lengths_operator(k, seen):
+    return _launch().key_statistics(k, seen)
+
+
+@_key_lengths_operator.register_fake
+def _(k, seen):
+    prefix = (*k.shape[:2], k.shape[2] + 1)
+    lengths = k.new_empty(k.shape[:3], dtype=torch.float32)
+    return lengths, k.new_empty(prefix, dtype=torch.float64), k.new_empty(prefix, dtype=torch.float64)
+
+
+def _key_lengths_backward(k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor) -> Tensor:
+    return _launch().key_statistics_backward(k, seen, lengths, d_lengths, torch.zeros_like(d_lengths))
+
+
+@torch.library.custom_op(
+    "tritonattn::key_lengths_backward",
+    mutates_args=(),
+    schema="(Tensor k, Tensor? seen, Tensor lengths, Tensor d_lengths) -> Tensor",
+)
+def _key_lengths_backward_operator(k, seen, lengths, d_lengths):
+    return _key_lengths_backward(k, seen, lengths, d_lengths)
+
+
+@_key_lengths_backward_operator.register_fake
+def _(k, seen, lengths, d_lengths):
+    return k.new_empty(k.shape)
+
+
+class _KeyLengths(Function):
+    """lengths [B, Hkv, Sk] fp32, and the fp64 [B, Hkv, Sk + 1] prefix sums of them and of their squares."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(k, seen):
+        if runs_eagerly(k, seen):
+            return _launch().key_statistics(k, seen)
+        return _key_lengths_operator(k, seen)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        lengths, *prefixes = output
+        ctx.mark_non_differentiable(*prefixes)
+        ctx.save_for_backward(*inputs, lengths)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, d_lengths, *d_prefixes):
+        if runs_eagerly(*saved, d_lengths):
+            return _key_lengths_backward(*saved, d_lengths), None
+        return _key_lengths_backward_operator(*saved, d_lengths), None
+
+
+_key_lengths_operator.register_autograd(_KeyLengths.backward, setup_context=_KeyLengths.setup_context)

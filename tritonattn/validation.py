@@ -1,0 +1,258 @@
+"""The one place where arguments of `attention` and `scaled_attention` are checked.
+
+Shapes, dtypes and devices always; values of CPU tensors too, except while compiling or under a transform.
+Values of device tensors are never read: there backends clamp them. Every error names the argument, what was
+expected and what came: TypeError for types and dtypes, ValueError for the rest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import runs_eagerly
+from .scaling import SCALINGS, Scaling
+
+BACKENDS = ("auto", "triton", "sdpa", "reference")
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_LAYOUTS = {"q": "[B, Hq, Sq, D]", "k": "[B, Hkv, Sk, D]", "v": "[B, Hkv, Sk, Dv]"}
+
+# Modes with learned parameters, and how to have them without a module.
+_LEARNED = {
+    "ssmax": "scaling='log_key_count', gain=s with a parameter s of shape [Hq, 1]",
+    "power_law": "a Scaling of your own that holds its exponents",
+    "per_head": "any mode with gain=theta.exp() and a parameter theta of shape [Hq, 1]",
+}
+
+
+class Options(NamedTuple):
+    """The arguments that `attention` and `scaled_attention` share."""
+
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    key_lengths: Tensor | None = None
+    key_ranges: Tensor | None = None
+    mask: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout_p: float = 0.0
+    return_aux: bool = False
+    backend: str = "auto"
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
+    """Raise TypeError or ValueError unless these describe one attention call."""
+    _check_operands(q, k, v)
+    _check_flags(options)
+    if options.window is not None:
+        _check_window(options.window)
+    if options.key_lengths is not None:
+        _check_key_lengths(options.key_lengths, q, k)
+    if options.key_ranges is not None:
+        _check_key_ranges(options.key_ranges, q, k)
+    if options.mask is not None:
+        _check_mask(options.mask, q, k)
+    if options.sinks is not None:
+        _check_sinks(options.sinks, q)
+
+
+def check_factor(name: str, factor: Any, q: Tensor, shape: tuple[int, ...], axes: str) -> None:
+    """Raise unless a factor of the logits is a floating tensor on q's device that broadcasts to `shape`."""
+    _check_tensor(name, factor, axes)
+    if factor.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected a floating dtype, got {factor.dtype}")
+    _check_device(name, factor, q)
+    if factor.dim() == 1 and factor.shape[0] != 1:
+        raise ValueError(
+            f"{name}: expected a shape that says its axis, [H, 1] for a value a head or [1, S] for a value a"
+            f" position, got the 1-D {_shape(factor)}"
+        )
+    if not _broadcasts(factor.shape, shape):
+        raise ValueError(
+            f"{name}: expected a shape broadcastable to {axes} = {list(shape)}, got {_shape(factor)}"
+        )
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless value is a finite number."""
+    if not _is_number(value):
+        raise TypeError(f"{name}: expected a number, got {_kind(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def named_scaling(name: str) -> Scaling:
+    """The mode of a name in SCALINGS, with its defaults."""
+    if name in SCALINGS:
+        return SCALINGS[name]()
+    if name in _LEARNED:
+        raise ValueError(
+            f"scaling: expected a mode without learned parameters, got {name!r}, which is a module and not a"
+            f" name; as a call: {_LEARNED[name]}"
+        )
+    close = difflib.get_close_matches(name, SCALINGS, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"scaling: expected one of {', '.join(SCALINGS)}, got {name!r}{hint}")
+
+
+def refuse_scaling(scaling: Any) -> None:
+    """Raise the TypeError for what is no scaling."""
+    if isinstance(scaling, type) and issubclass(scaling, Scaling):
+        raise TypeError(
+            f"scaling: expected an instance of a Scaling, got the class {scaling.__name__};"
+            f" write {scaling.__name__}()"
+        )
+    raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {_kind(scaling)}")
+
+
+def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x, _LAYOUTS[name])
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected 4 axes {_LAYOUTS[name]}, got {x.dim()} in {_shape(x)}")
+        if x.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
+    batch, q_heads, _, head_dim = q.shape
+    if k.shape[0] != batch or v.shape[0] != batch:
+        raise ValueError(
+            f"k, v: expected q's batch size {batch}, got {k.shape[0]} in k and {v.shape[0]} in v"
+        )
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"v: expected k's {k.shape[1]} heads, got {v.shape[1]}")
+    if q_heads != k.shape[1] and (k.shape[1] == 0 or q_heads % k.shape[1] != 0):
+        raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {k.shape[1]}")
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"v: expected k's length {k.shape[2]}, got {v.shape[2]}")
+    if k.shape[3] != head_dim:
+        raise ValueError(f"k: expected q's head_dim {head_dim}, got {k.shape[3]}")
+    if head_dim == 0 or v.shape[3] == 0:
+        raise ValueError(f"q, v: expected head_dim of at least 1, got {head_dim} in q and {v.shape[3]} in v")
+
+
+def _check_flags(options: Options) -> None:
+    for name in ("causal", "return_aux"):
+        if not isinstance(getattr(options, name), bool):
+            raise TypeError(f"{name}: expected a bool, got {_kind(getattr(options, name))}")
+    if options.backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {options.backend!r}")
+    if options.softcap is not None:
+        check_number("softcap", options.softcap)
+        if options.softcap <= 0:
+            raise ValueError(f"softcap: expected a number above 0, got {options.softcap!r}")
+    check_number("dropout_p", options.dropout_p)
+    if not 0 <= options.dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a number in [0, 1), got {options.dropout_p!r}")
+
+
+def _check_window(window: Any) -> None:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window: expected (left, right), got {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, (int, torch.SymInt))):
+            raise TypeError(f"window: expected (left, right) of int or None, got {window!r}")
+        if side is not None and side < -1:
+            raise ValueError(
+                f"window: expected sides of at least 0, or -1 or None for unlimited, got {window!r}"
+            )
+
+
+def _check_key_lengths(key_lengths: Any, q: Tensor, k: Tensor) -> None:
+    _check_integers("key_lengths", key_lengths, "[B]", q)
+    if key_lengths.shape != q.shape[:1]:
+        raise ValueError(f"key_lengths: expected shape [B] = [{q.shape[0]}], got {_shape(key_lengths)}")
+    _check_values("key_lengths", key_lengths, k.shape[2])
+
+
+def _check_key_ranges(key_ranges: Any, q: Tensor, k: Tensor) -> None:
+    _check_integers("key_ranges", key_ranges, "[B, Sq, 2]", q)
+    batch, _, q_len, _ = q.shape
+    if tuple(key_ranges.shape) not in ((batch, q_len, 2), (batch, 1, q_len, 2)):
+        raise ValueError(
+            f"key_ranges: expected shape [B, Sq, 2] = {[batch, q_len, 2]} or {[batch, 1, q_len, 2]},"
+            f" got {_shape(key_ranges)}"
+        )
+    _check_values("key_ranges", key_ranges, k.shape[2])
+
+
+def _check_mask(mask: Any, q: Tensor, k: Tensor) -> None:
+    _check_tensor("mask", mask, "[B, Hq, Sq, Sk]")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected dtype torch.bool, True for visible, got {mask.dtype}")
+    _check_device("mask", mask, q)
+    shape = (*q.shape[:3], k.shape[2])
+    if not _broadcasts(mask.shape, shape):
+        raise ValueError(
+            f"mask: expected a shape broadcastable to [B, Hq, Sq, Sk] = {list(shape)}, got {_shape(mask)};"
+            " a padding mask is [B, 1, 1, Sk]"
+        )
+
+
+def _check_sinks(sinks: Any, q: Tensor) -> None:
+    _check_tensor("sinks", sinks, "[Hq]")
+    if sinks.dtype not in _FLOATS:
+        raise TypeError(f"sinks: expected a floating dtype, got {sinks.dtype}")
+    _check_device("sinks", sinks, q)
+    if sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks: expected shape [Hq] = [{q.shape[1]}], got {_shape(sinks)}")
+
+
+def _check_tensor(name: str, x: Any, axes: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {axes}, got {_kind(x)}")
+
+
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+
+
+def _check_integers(name: str, x: Any, axes: str, q: Tensor) -> None:
+    _check_tensor(name, x, axes)
+    if x.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
+    _check_device(name, x, q)
+
+
+def _check_values(name: str, x: Tensor, k_len: int) -> None:
+    if x.device.type != "cpu" or not runs_eagerly(x) or x.numel() == 0:
+        return
+    low, high = (int(bound) for bound in x.aminmax())
+    if low < 0 or high > k_len:
+        raise ValueError(f"{name}: expected values in [0, Sk = {k_len}], got {low if low < 0 else high}")
+
+
+def _broadcasts(shape: Iterable[int], target: tuple[int, ...]) -> bool:
+    shape = tuple(shape)
+    return len(shape) <= len(target) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(target), strict=False)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)
+
+
+def _kind(value: Any) -> str:
+    """What came: the type of the value, and for a tensor its dtype and shape."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {_shape(value)}"
+    return (
+        f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float)) else type(value).__name__
+    )
