@@ -125,6 +125,7 @@ def test_rows_without_keys(sinks):
     "arguments",
     [
         {"key_lengths": torch.tensor([4, 7])},
+        {"key_ranges": torch.tensor([[[2, 9]] * SQ, [[4, 9]] * SQ], dtype=torch.int32)},
         {"mask": torch.arange(SK) < 4},
         {"window": (1, -2)},
         {"causal": True},

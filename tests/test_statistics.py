@@ -107,7 +107,13 @@ def test_the_length_of_a_zero_key_has_gradient_zero():
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "arguments", [{"key_lengths": torch.tensor([5, 7])}, {"mask": torch.arange(SK) < 5}], ids=str
+    "arguments",
+    [
+        {"key_lengths": torch.tensor([5, 7])},
+        {"key_ranges": torch.tensor([[[2, 9]] * SQ, [[4, 9]] * SQ], dtype=torch.int32)},
+        {"mask": torch.arange(SK) < 5},
+    ],
+    ids=str,
 )
 def test_keys_that_no_row_sees_do_not_enter(arguments, junk):
     unseen = ~visible_pairs((B, HKV, SQ, SK), **arguments).any(-2)

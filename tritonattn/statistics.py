@@ -88,7 +88,7 @@ class _Length(torch.autograd.Function):
     @staticmethod
     def forward(k: Tensor, seen: Tensor | None) -> Tensor:
         k = k.to(torch.promote_types(k.dtype, torch.float32))
-        largest = torch.linalg.vector_norm(k, torch.inf, dim=-1)
+        largest = k.abs().amax(-1)
         largest = torch.where(largest > 0, largest, 1)
         lengths = largest * torch.linalg.vector_norm(k / largest[..., None], dim=-1)
         return lengths if seen is None else torch.where(seen, lengths, 0)

@@ -20,6 +20,10 @@ SMALL_PRESETS = {
     "ministral3": {"original_length": 2},
 }
 NORM_MODES = ["key_norm_sum", "key_norm_mean", "key_norm_rms", "key_norm_max", "key_norm_l2", "cosine"]
+PADDINGS = [
+    {"key_lengths": torch.tensor([4, 7])},
+    {"key_ranges": torch.tensor([[[3, SK]] * SQ, [[1, SK]] * SQ], dtype=torch.int32)},
+]
 every_mode = pytest.mark.parametrize("mode", SCALINGS)
 
 
@@ -155,8 +159,8 @@ def test_zero_vectors_give_zero_and_no_nan(mode, formula):
     "formula", [factor_of, lambda *a, **k: multiplier_of(*a, **k)[0]], ids=["scales", "multiplier"]
 )
 @pytest.mark.parametrize("junk", [float("nan"), float("inf")])
-def test_keys_that_nobody_sees_do_not_enter(mode, formula, junk):
-    arguments = {"key_lengths": torch.tensor([4, 7])}
+@pytest.mark.parametrize("arguments", PADDINGS, ids=["right", "left"])
+def test_keys_that_nobody_sees_do_not_enter(mode, formula, junk, arguments):
     q, clean = tensors()
     visible = visible_pairs((B, HQ, SQ, SK), **arguments)
     unseen = ~visible[:, :2].any(-2)
