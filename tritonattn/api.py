@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, sdpa
+from .autograd import is_transformed
 from .call import AttentionCall
 from .dropout import Dropout
 from .scaling import Scales, Scaling
@@ -23,7 +24,7 @@ _LARGEST_KERNEL_DIM = 256
 
 
 class AttentionAux(NamedTuple):
-    """The softmax of each row, before dropout, without sink: [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.
+    """The softmax of each row before dropout and sinks: [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.
 
     lse         ln sum_j exp(logit[i, j]) over the visible keys, after softcap; differentiable
     max_logit   max_j logit[i, j], before softcap; not differentiable
@@ -68,7 +69,7 @@ def attention(
             broadcastable to [B, Hq, Sq], which gets a gradient. "sqrt_dim" is 1 / sqrt(D).
         gain: A float, or a tensor broadcastable to [B, Hq, Sq] (one a head: [Hq, 1]), which gets a gradient.
         causal: Row i sees the keys j <= i + Sk - Sq (bottom-right).
-        window: (left, right): row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None or -1: no limit.
+        window: (left, right): row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
         key_lengths: Integers [B]: keys at and after it are invisible.
         key_ranges: Integers [B, Sq, 2] or [B, 1, Sq, 2]: row i sees lo <= j < hi of its pair (lo, hi).
         mask: bool, broadcastable to [B, Hq, Sq, Sk], True is visible: for masks with holes; slower.
@@ -316,7 +317,8 @@ def _warn(message: str) -> None:
 
 
 def _out(call: AttentionCall, backend: str) -> Tensor:
-    if backend == "sdpa" and sdpa.supports(call):
+    # torch maps its own attention in a loop under vmap; our operators fold the mapped axis into the batch.
+    if backend == "sdpa" and not is_transformed() and sdpa.supports(call):
         return sdpa.attention(call)
     return ops.attention(call, backend, aux=False).out
 

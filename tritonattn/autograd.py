@@ -19,11 +19,14 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     Then an implementation can be called as it is, and values of CPU tensors can be read; else a call must go
     through an operator that torch can see.
     """
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether a call runs under torch.func (vmap, grad ...), not counting what a compiler traces."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def needs_graph(*tensors: Tensor | None) -> bool:

@@ -114,7 +114,7 @@ class Visibility:
         atomics. Accumulates in fp64, so that a short window late in a long sequence is as exact as an early one.
         """
         if self.mask is not None:
-            return _MaskSum.apply(self._per_mask_head(x), self)
+            return _MaskSum.apply(self._per_mask_head(x), *self.ranges(), self.mask)
         return self.sum_from_prefix(x, prefix_sum(x.detach()))
 
     def sum_from_prefix(self, x: Tensor, prefix: Tensor) -> Tensor:
@@ -182,19 +182,11 @@ class Visibility:
 
     def tile(self, rows: slice, keys: slice) -> Tensor:
         """The visible pairs of some rows and keys, bool [B or 1, 1 or Hq, rows, keys]."""
-        lo, hi = (bound[:, None, rows, None] for bound in self.ranges())
         key = torch.arange(self.k_len, device=self.device)[keys]
-        visible = (key >= lo) & (key < hi)
-        if self.mask is None:
-            return visible
-        mask = self.mask
-        mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
-        return visible & (mask if mask.shape[3] == 1 else mask[..., keys])
+        return _tile(*self.ranges(), self.mask, rows, key, keys)
 
     def _mask_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, max(self.q_len, 1), _MASK_ROWS):
-            rows = slice(start, min(start + _MASK_ROWS, self.q_len))
-            yield rows, self.tile(rows, slice(0, self.k_len))
+        return _row_tiles(*self.ranges(), self.mask, self.k_len)
 
     def _per_mask_head(self, x: Tensor) -> Tensor:
         group = self.q_heads // self.kv_heads if self.kv_heads else 1
@@ -207,6 +199,24 @@ class Visibility:
             first.append(hidden.argmax(-1) if self.k_len else hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64))
             seen.append(tile.any(-1))
         return torch.cat(first, dim=-1), torch.cat(seen, dim=-1)
+
+
+def _tile(lo: Tensor, hi: Tensor, mask: Tensor | None, rows: slice, key: Tensor, keys: slice) -> Tensor:
+    """The visible pairs of some rows and of the keys numbered `key`, which are the slice `keys`."""
+    lo, hi = (bound[:, None, rows, None] for bound in (lo, hi))
+    visible = (key >= lo) & (key < hi)
+    if mask is None:
+        return visible
+    mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
+    return visible & (mask if mask.shape[3] == 1 else mask[..., keys])
+
+
+def _row_tiles(lo: Tensor, hi: Tensor, mask: Tensor, k_len: int) -> Iterator[tuple[slice, Tensor]]:
+    """The visible pairs, a block of rows and all keys at a time."""
+    q_len, key, keys = lo.shape[-1], torch.arange(k_len, device=lo.device), slice(0, k_len)
+    for start in range(0, max(q_len, 1), _MASK_ROWS):
+        rows = slice(start, min(start + _MASK_ROWS, q_len))
+        yield rows, _tile(lo, hi, mask, rows, key, keys)
 
 
 def prefix_sum(x: Tensor) -> Tensor:
@@ -235,7 +245,8 @@ def _sum_rows(g: Tensor, lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool
         else:
             bound, order = bound.sort(dim=-1, stable=True)
             prefix = prefix_sum(g.take_along_dim(order, -1))
-        rows = torch.searchsorted(bound.contiguous(), keys.expand(*bound.shape[:-1], -1).contiguous(), right=True)
+        wanted = keys + bound.new_zeros((*bound.shape[:-1], 1))
+        rows = torch.searchsorted(bound.contiguous(), wanted, right=True)
         return prefix.take_along_dim(rows, -1)
 
     return ending_by_key(lo) - ending_by_key(hi)
@@ -287,27 +298,29 @@ class _Pick(torch.autograd.Function):
 
 
 class _MaskSum(torch.autograd.Function):
-    """Sum over the True entries of a dense mask, a block of rows at a time."""
+    """Sum over the visible entries under a dense mask, a block of rows at a time."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, visibility: Visibility) -> Tensor:
-        x = x.double()[:, :, None]  # [B, H, 1, Sk]
-        return torch.cat([torch.where(tile, x, 0).sum(-1) for _, tile in visibility._mask_tiles()], dim=-1)
+    def forward(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> Tensor:
+        wide = x.double()[:, :, None]  # [B, H, 1, Sk]
+        sums = [torch.where(tile, wide, 0).sum(-1) for _, tile in _row_tiles(lo, hi, mask, x.shape[-1])]
+        return torch.cat(sums, dim=-1)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, ctx.visibility = inputs
+        x, lo, hi, mask = inputs
         ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.save_for_backward(lo, hi, mask)
 
     @staticmethod
     @first_order
     def backward(ctx, saved, g: Tensor):
         dx = g.new_zeros(ctx.shape)
-        for rows, tile in ctx.visibility._mask_tiles():
-            dx += torch.where(tile, g[:, :, rows, None], 0).sum(-2)
-        return dx.to(ctx.dtype), None
+        for rows, tile in _row_tiles(*saved, ctx.shape[-1]):
+            dx = dx + torch.where(tile, g[:, :, rows, None], 0).sum(-2)
+        return dx.to(ctx.dtype), None, None, None
 
 
 def _range_argmax(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
