@@ -1,0 +1,165 @@
+"""Gradients: logits and masks are computed again, tile by tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..call import AttentionCall, Gradients
+from .tiles import Block, Heads, Tiles
+
+
+def backward(
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Gradients
+) -> Gradients:
+    """The gradients that `needs`, a bool for each, asks for.
+
+    out [B, Hq, Sq, Dv] and lse [B, Hq, Sq] as `forward` returned them; d_out and d_lse alike, of any strides.
+    """
+    tiles = Tiles(call)
+    tensors = (call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
+    pairs = zip(tensors, needs, strict=True)
+    gradients = Gradients(*(x.new_zeros(x.shape) if need and x is not None else None for x, need in pairs))
+    for heads in tiles.heads():
+        sums = _KeySums.of(tiles, heads, gradients)
+        for block in tiles.blocks(heads):
+            rows = _Rows.of(tiles, block, (out, lse, d_out, d_lse))
+            d_query = _add_tiles(tiles, block, rows, sums, gradients)
+            _store_of_rows(tiles, block, rows, d_query, gradients)
+        _store_of_keys(tiles, heads, sums, gradients)
+    return gradients
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a block brings to all its tiles, [N, G * rows, ...]. Rows without keys are zero, and infinite in `lse`.
+
+    query         q
+    query_scale   query_scale, or None
+    scaled        q * query_scale * scale
+    lse           without the sink
+    d_out         d_out * share / (1 - p)
+    shift         d_lse - share * delta
+    d_sink        -(1 - share) * delta, or None without sinks
+    """
+
+    query: Tensor
+    query_scale: Tensor | None
+    scaled: Tensor
+    lse: Tensor
+    d_out: Tensor
+    shift: Tensor
+    d_sink: Tensor | None
+
+    @classmethod
+    def of(cls, tiles: Tiles, block: Block, saved: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> _Rows:
+        call = tiles.call
+        out, lse, d_out, d_lse = saved
+        lse = tiles.of_each_row(lse, block)
+        blind = lse == -torch.inf
+
+        def seeing(x: Tensor) -> Tensor:
+            return tiles.of_rows(x, block).masked_fill(blind, 0)
+
+        query, d_out = seeing(call.q), seeing(d_out)
+        query_scale = None if call.query_scale is None else seeing(call.query_scale[..., None])
+        scaled = query * call.scale if query_scale is None else query * query_scale * call.scale
+        delta = torch.linalg.vecdot(seeing(out), d_out)[..., None]
+        d_sink = None
+        if call.sinks is not None:
+            sinks = tiles.of_each_row(call.sinks[None, :, None].expand(call.q.shape[:3]), block)
+            sink_share = torch.sigmoid(sinks - lse.masked_fill(blind, 0))
+            d_sink = -sink_share * delta
+            share = torch.sigmoid(lse.masked_fill(blind, 0) - sinks)
+            d_out, delta = d_out * share, delta * share
+        if call.dropout is not None:
+            d_out = d_out / (1 - call.dropout.p)
+        shift = -delta if d_lse is None else seeing(d_lse[..., None]) - delta
+        return cls(query, query_scale, scaled, lse.masked_fill(blind, torch.inf), d_out, shift, d_sink)
+
+
+@dataclass(frozen=True)
+class _KeySums:
+    """Sums over rows, for all keys of some heads: of dx * q * query_scale * scale and of keep * s * share * d_out."""
+
+    key: Tensor | None
+    value: Tensor | None
+
+    @classmethod
+    def of(cls, tiles: Tiles, heads: Heads, gradients: Gradients) -> _KeySums:
+        entries = (heads.batch.stop - heads.batch.start) * (heads.keys.stop - heads.keys.start)
+
+        def zeros(like: Tensor) -> Tensor:
+            return like.new_zeros(entries, *like.shape[2:], dtype=tiles.dtype)
+
+        needs_key = gradients.k is not None or gradients.key_scale is not None
+        key = zeros(tiles.call.k) if needs_key else None
+        return cls(key, None if gradients.v is None else zeros(tiles.call.v))
+
+
+def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradients: Gradients) -> Tensor | None:
+    """Add the block's tiles to the sums over rows; returns the sum over keys of dx * k * key_scale, if needed."""
+    needs_query = gradients.q is not None or gradients.query_scale is not None
+    d_query = torch.zeros_like(rows.query) if needs_query else None
+    for keys, hidden in tiles.keys_of(block):
+        key = tiles.scaled_keys(block.heads, keys)
+        weight, slope = _weights(tiles, block, rows, key, hidden)
+        if sums.value is not None:
+            sums.value[:, keys].baddbmm_(tiles.drop(weight, block, keys).mT, rows.d_out)
+        if d_query is None and sums.key is None:
+            continue
+        value = tiles.of_keys(tiles.call.v, block.heads, keys)
+        d_logit = tiles.drop(torch.bmm(rows.d_out, value.mT), block, keys)
+        d_logit = d_logit.add_(rows.shift).mul_(weight)
+        if slope is not None:
+            d_logit.mul_(slope)
+        if d_query is not None:
+            d_query.baddbmm_(d_logit, key)
+        if sums.key is not None:
+            sums.key[:, keys].baddbmm_(d_logit.mT, rows.scaled)
+    return d_query
+
+
+def _weights(
+    tiles: Tiles, block: Block, rows: _Rows, key: Tensor, hidden: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """exp(z - lse), 0 where hidden, and dz / dx, or None for 1."""
+    softcap, slope = tiles.call.softcap, None
+    logit = torch.bmm(rows.scaled, key.mT)
+    if softcap is not None:
+        tangent = logit.div_(softcap).tanh_()
+        slope = 1 - tangent.square()
+        logit = tangent.mul_(softcap)
+    tiles.hide(logit, block, hidden)
+    return logit.sub_(rows.lse).exp_(), slope
+
+
+def _store_of_rows(tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | None, gradients: Gradients) -> None:
+    if d_query is not None:
+        d_query.mul_(tiles.call.scale)
+    if gradients.query_scale is not None:
+        place = gradients.query_scale[block.index]
+        place.copy_(torch.linalg.vecdot(d_query, rows.query).view(place.shape))
+    if gradients.q is not None:
+        place = gradients.q[block.index]
+        d_query = d_query if rows.query_scale is None else d_query * rows.query_scale
+        place.copy_(d_query.view(place.shape))
+    if gradients.sinks is not None:
+        gradients.sinks[block.heads.queries] += tiles.by_head(rows.d_sink, block).sum((0, 3, 4)).flatten()
+
+
+def _store_of_keys(tiles: Tiles, heads: Heads, sums: _KeySums, gradients: Gradients) -> None:
+    if gradients.v is not None:
+        place = gradients.v[heads.batch, heads.keys]
+        place.copy_(sums.value.view(place.shape))
+    if gradients.key_scale is not None:
+        place = gradients.key_scale[heads.batch, heads.keys]
+        place.copy_(torch.linalg.vecdot(sums.key, tiles.of_keys(tiles.call.k, heads)).view(place.shape))
+    if gradients.k is not None:
+        place = gradients.k[heads.batch, heads.keys]
+        d_key = sums.key
+        if tiles.call.key_scale is not None:
+            d_key = d_key * tiles.of_keys(tiles.call.key_scale[..., None], heads)
+        place.copy_(d_key.view(place.shape))

@@ -1,0 +1,185 @@
+"""How a call is cut into tiles, which of them are touched, and what of a tile is hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..call import AttentionCall
+
+# Rows (over all query heads of a group) and keys of a tile, and pairs of all tiles that are computed together.
+_ROWS = 512
+_KEYS = 512
+_PAIRS = 1 << 19
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Batch entries, query heads and key heads whose tiles are computed together."""
+
+    batch: slice
+    queries: slice
+    keys: slice
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some query rows of some heads."""
+
+    heads: Heads
+    rows: slice
+
+    @property
+    def index(self) -> tuple[slice, slice, slice]:
+        """Where the block lies in a tensor [B, Hq, Sq, ...]."""
+        return self.heads.batch, self.heads.queries, self.rows
+
+
+class Tiles:
+    """An AttentionCall cut into tiles.
+
+    What belongs to a block is folded to [N, G * rows, ...] and what belongs to keys to [N, keys, ...]: N batch entries
+    times key heads; the G query heads of a key head lie one after the other. So keys and values are never repeated.
+    """
+
+    def __init__(self, call: AttentionCall) -> None:
+        visible = call.visibility
+        self.call = call
+        self.dtype = torch.promote_types(call.q.dtype, torch.float32)
+        self.group = visible.q_heads // max(visible.kv_heads, 1)
+        self.row_step = max(1, _ROWS // max(self.group, 1))
+        self.spans = [slice(key, min(key + _KEYS, visible.k_len)) for key in range(0, visible.k_len, _KEYS)]
+        # Values on another device are not read, which would wait for it: there only shapes tell what is touched.
+        self.readable = visible.device.type == "cpu"
+        self.lo, self.hi = visible.ranges()  # [B or 1, Sq]
+        self.first, self.last = self._host_bounds()
+        self.unseen = None if visible.is_full else ~visible.seen_keys()  # [B or 1, 1 or Hkv, Sk]
+        self.holes = [self._has_holes(keys) for keys in self.spans]
+
+    def heads(self) -> Iterator[Heads]:
+        """All heads, as many at a time as `_PAIRS` allows."""
+        visible, group = self.call.visibility, self.group
+        pairs = min(self.row_step, visible.q_len) * group * min(_KEYS, visible.k_len)
+        fitting = max(1, _PAIRS // max(pairs, 1))
+        head_step = max(1, min(fitting, visible.kv_heads))
+        batch_step = fitting // head_step if head_step == visible.kv_heads else 1
+        for entry in range(0, visible.batch, batch_step):
+            batch = slice(entry, min(entry + batch_step, visible.batch))
+            for head in range(0, visible.kv_heads, head_step):
+                keys = slice(head, min(head + head_step, visible.kv_heads))
+                yield Heads(batch, slice(keys.start * group, keys.stop * group), keys)
+
+    def blocks(self, heads: Heads) -> Iterator[Block]:
+        """All rows of some heads."""
+        rows = self.call.visibility.q_len
+        for row in range(0, rows, self.row_step):
+            yield Block(heads, slice(row, min(row + self.row_step, rows)))
+
+    def keys_of(self, block: Block) -> Iterator[tuple[slice, Tensor | None]]:
+        """The spans of keys that some row of the block may see, and what of each is hidden: None for nothing.
+
+        Hidden pairs are bool, broadcastable to [batch entries, key heads, G, rows, keys].
+        """
+        mask, batch = self.call.visibility.mask, block.heads.batch
+        first, last = (_slice(bound, batch, block.rows)[..., None] for bound in (self.first, self.last))
+        start, stop = (torch.tensor([getattr(keys, end) for keys in self.spans]) for end in ("start", "stop"))
+        touched = ((first < stop) & (last > start)).flatten(0, 1).any(0).tolist()
+        whole = ((first <= start) & (last >= stop)).flatten(0, 1).all(0).tolist()
+        for keys, is_touched, is_whole in zip(self.spans, touched, whole, strict=True):
+            if is_touched and is_whole and mask is None and self._bounds_tell_all():
+                yield keys, None
+            elif is_touched:
+                hidden = self._hidden(block, keys)
+                if mask is None or not self.readable:
+                    yield keys, hidden
+                elif not hidden.all():
+                    yield keys, hidden if hidden.any() else None
+
+    def of_rows(self, x: Tensor, block: Block) -> Tensor:
+        """The block of x [B, Hq, Sq, C], widened: [N, G * rows, C]."""
+        x = x[block.index].to(self.dtype)
+        return x.unflatten(1, (-1, self.group)).flatten(2, 3).flatten(0, 1)
+
+    def of_each_row(self, x: Tensor, block: Block) -> Tensor:
+        """The block of x [B, Hq, Sq], widened: [N, G * rows, 1]."""
+        return self.of_rows(x[..., None], block)
+
+    def of_keys(self, x: Tensor, heads: Heads, keys: slice | None = None) -> Tensor:
+        """Some or all keys of x [B, Hkv, Sk, C], widened, zero where no row sees them: [N, keys, C]."""
+        keys = slice(0, x.shape[2]) if keys is None else keys
+        x = x[heads.batch, heads.keys, keys].to(self.dtype)
+        if any(self.holes[keys.start // _KEYS : -(-keys.stop // _KEYS)]):
+            x = x.masked_fill(_slice(self.unseen, heads.batch, heads.keys)[..., keys, None], 0)
+        return x.flatten(0, 1)
+
+    def scaled_keys(self, heads: Heads, keys: slice) -> Tensor:
+        """k * key_scale: [N, keys, D]."""
+        key = self.of_keys(self.call.k, heads, keys)
+        if self.call.key_scale is None:
+            return key
+        return key * self.of_keys(self.call.key_scale[..., None], heads, keys)
+
+    def hide(self, logit: Tensor, block: Block, hidden: Tensor | None, value: float = -torch.inf) -> None:
+        """Overwrite the hidden pairs of logit [N, G * rows, keys]."""
+        if hidden is not None:
+            self.by_head(logit, block).masked_fill_(hidden, value)
+
+    def drop(self, probability: Tensor, block: Block, keys: slice) -> Tensor:
+        """probability [N, G * rows, keys] with what dropout does not keep set to zero; itself without dropout."""
+        dropout = self.call.dropout
+        if dropout is None:
+            return probability
+        heads, rows = block.heads, block.rows
+        pairs = self.by_head(probability, block)
+        batch, head, row, key = (
+            torch.arange(part.start, part.stop, device=probability.device)
+            for part in (heads.batch, heads.queries, rows, keys)
+        )
+        head = head.view(-1, self.group, 1, 1)
+        keep = dropout.keep(batch.view(-1, 1, 1, 1, 1), head, row[:, None], key, self.call.visibility.q_heads)
+        return torch.where(keep, pairs, 0).view_as(probability)
+
+    def by_head(self, x: Tensor, block: Block) -> Tensor:
+        """[N, G * rows, C] as [batch entries, key heads, G, rows, C]."""
+        batch, heads = block.heads.batch, block.heads.keys
+        shape = (batch.stop - batch.start, heads.stop - heads.start, self.group)
+        return x.view(*shape, block.rows.stop - block.rows.start, x.shape[-1])
+
+    def _host_bounds(self) -> tuple[Tensor, Tensor]:
+        """First and one past the last key of each row, in host memory, [B or 1, Sq]; (Sk, 0) for an empty row."""
+        lo, hi = self.lo, self.hi
+        if not self.readable:
+            cpu = torch.device("cpu")
+            parts = replace(self.call.visibility, device=cpu, key_lengths=None, key_ranges=None, mask=None)
+            lo, hi = parts.ranges()
+        empty = lo >= hi
+        return lo.masked_fill(empty, self.call.visibility.k_len), hi.masked_fill(empty, 0)
+
+    def _bounds_tell_all(self) -> bool:
+        visible = self.call.visibility
+        return self.readable or (visible.key_lengths is None and visible.key_ranges is None)
+
+    def _has_holes(self, keys: slice) -> bool:
+        if self.unseen is None:
+            return False
+        return not self.readable or bool(self.unseen[..., keys].any())
+
+    def _hidden(self, block: Block, keys: slice) -> Tensor:
+        batch = block.heads.batch
+        lo, hi = (_slice(bound, batch, block.rows)[:, None, None, :, None] for bound in (self.lo, self.hi))
+        key = torch.arange(keys.start, keys.stop, device=lo.device)
+        hidden = (key < lo) | (key >= hi)
+        mask = self.call.visibility.mask
+        if mask is None:
+            return hidden
+        mask = _slice(mask, batch, block.heads.queries, block.rows, keys)
+        mask = mask.unflatten(1, (-1, self.group)) if mask.shape[1] > 1 else mask[:, None]
+        return hidden | ~mask
+
+
+def _slice(x: Tensor, *parts: slice) -> Tensor:
+    """x[parts], where an axis of size 1 stands for any size."""
+    return x[tuple(slice(None) if size == 1 else part for size, part in zip(x.shape, parts, strict=False))]

@@ -1,0 +1,92 @@
+"""The CPU path for plain and square-causal calls: both scales folded into q and k, then PyTorch's own attention.
+
+torch.nn.functional.scaled_dot_product_attention has one fast kernel for CPUs, whose memory is O(S D), backward
+included. It leaves that kernel for an O(Sq Sk) one where v's head_dim differs from q's or a last axis is strided; so
+the narrower operands are padded with zeros and strided ones copied. Key heads are not expanded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from .autograd import first_order
+from .call import AttentionCall
+from .visibility import Visibility
+
+
+def supports(call: AttentionCall) -> bool:
+    """Whether `attention` computes this call: rows that see all keys or a square's lower triangle, and no extras."""
+    if call.softcap is not None or call.sinks is not None or call.dropout is not None:
+        return False
+    empty = 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape
+    return not empty and (_sees_all(call.visibility) or call.visibility.is_square_causal)
+
+
+def attention(call: AttentionCall) -> Tensor:
+    """The output [B, Hq, Sq, Dv] of a call that `supports` accepts, differentiable by autograd.
+
+    The scales are folded in q's dtype: exact to rounding in fp32 and fp64, while in bf16 q * query_scale and
+    k * key_scale are rounded to bf16 once before they meet. fp16 would also lose range (1 / n of a long sequence is
+    a subnormal), and PyTorch computes it no faster than fp32; so a scaled call in fp16 is computed in fp32.
+    """
+    q, k, v = call.q, call.k, call.v
+    width, value_width = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    scaled = call.query_scale is not None or call.key_scale is not None
+    if scaled and q.dtype == torch.float16:
+        q, k, v = q.float(), k.float(), v.float()
+    q, k = _fold(q, call.query_scale), _fold(k, call.key_scale)
+    out = scaled_dot_product_attention(
+        _for_kernel(q, width), _for_kernel(k, width), _for_kernel(v, width), scale=call.scale,
+        is_causal=not _sees_all(call.visibility), enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    return out[..., :value_width].to(call.q.dtype)
+
+
+def _sees_all(visible: Visibility) -> bool:
+    """Whether every row sees every key, said by shapes alone: a lone causal query, a window that holds all."""
+    if visible.key_lengths is not None or visible.key_ranges is not None or visible.mask is not None:
+        return False
+    left, right = visible.left, visible.right
+    return (left is None or left >= visible.k_len - 1) and (right is None or right >= visible.q_len - 1)
+
+
+def _fold(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else _Fold.apply(x, scale)
+
+
+def _for_kernel(x: Tensor, width: int) -> Tensor:
+    """x with the head_dim and the last stride that PyTorch's fast kernel takes."""
+    if x.shape[-1] < width:
+        return pad(x, (0, width - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+class _Fold(Function):
+    """x [B, H, S, D] times scale [B, H, S], in x's dtype. It keeps nothing but its inputs for backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor) -> Tensor:
+        return _times(x, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, g: Tensor):
+        x, scale = saved
+        needs_x, needs_scale = ctx.needs_input_grad
+        d_x = _times(g, scale) if needs_x else None
+        d_scale = torch.linalg.vecdot(g.to(scale.dtype), x.to(scale.dtype)) if needs_scale else None
+        return d_x, d_scale
+
+
+def _times(x: Tensor, scale: Tensor) -> Tensor:
+    # A result takes the layout of its first factor: a contiguous scale saves autograd a copy of the gradient.
+    return (scale.contiguous()[..., None] * x).to(x.dtype)
