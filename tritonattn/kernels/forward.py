@@ -17,6 +17,7 @@ from .primitives import (
     program_position,
     row_range,
     scale_rows_add,
+    skip_gap,
     store_tile,
     tile_offsets,
 )
@@ -25,16 +26,21 @@ from .primitives import (
 @triton.jit
 def _attend(
     accumulator, running_max, running_sum, q, factor,
-    k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, key_lengths_ptr, key_ranges_ptr,
-    offs_row, batch, q_len, k_len, left, right, start, end, touch_lo, touch_hi,
+    k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,
+    touch_lo, touch_hi, full_start, full_end,
     k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED_BELOW: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key blocks of [start, end); without MASKED every key of them is visible to every row."""
+    """Online softmax over the blocks of [full_start, full_end), or, where MASKED, over those around it."""
+    start, end = full_start, full_end
+    if MASKED:
+        start, end = touch_lo // BLOCK_N * BLOCK_N, touch_hi - (full_end - full_start)
     k_offsets = tile_offsets(BLOCK_N, q.shape[1], k_stride_s, k_stride_d, WIDE)
     v_offsets = tile_offsets(BLOCK_N, accumulator.shape[1], v_stride_s, v_stride_d, WIDE)
     for start_n in tl.range(start, end, BLOCK_N):
+        if MASKED:
+            start_n = skip_gap(start_n, full_start, full_end)
         start_n = tl.multiple_of(start_n, BLOCK_N)
         offs_key = start_n + tl.arange(0, BLOCK_N)
         keep_key = (offs_key >= touch_lo) & (offs_key < touch_hi)
@@ -49,8 +55,9 @@ def _attend(
             else:
                 logits *= tl.load(key_scale_ptrs)[None, :]
         if MASKED:
-            lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
-            keep = (offs_key[None, :] >= lo[:, None]) & (offs_key[None, :] < hi[:, None])
+            keep = offs_key[None, :] < hi[:, None]
+            if BOUNDED_BELOW:
+                keep = keep & (offs_key[None, :] >= lo[:, None])
             if mask_ptr is not None:
                 keep = keep & load_mask(mask_ptr, offs_row, offs_key, q_len, k_len, mask_stride_q, mask_stride_k)
             logits = tl.where(keep, logits, float("-inf"))
@@ -131,33 +138,26 @@ def attention_forward(
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    start, full_start, full_end, touch_lo, touch_hi = key_blocks_of_rows(
-        offs_row, first_row, last_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr,
-        BLOCK_N,
+    BOUNDED_BELOW: tl.constexpr = left is not None or key_ranges_ptr is not None
+    lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
+    touch_lo, touch_hi, full_start, full_end = key_blocks_of_rows(
+        lo, hi, first_row, last_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr, BLOCK_N
+    )
+    accumulator, running_max, running_sum = _attend(
+        accumulator, running_max, running_sum, q, factor,
+        k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,
+        touch_lo, touch_hi, full_start, full_end,
+        k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, BOUNDED_BELOW, PRECISION, WIDE, MASKED=True,
     )  # fmt: skip
-    if left is not None or key_ranges_ptr is not None:
-        accumulator, running_max, running_sum = _attend(
-            accumulator, running_max, running_sum, q, factor,
-            k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, key_lengths_ptr, key_ranges_ptr,
-            offs_row, batch, q_len, k_len, left, right, start, full_start, touch_lo, touch_hi,
-            k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-            HEAD_DIM, VALUE_DIM, BLOCK_N, PRECISION, WIDE, MASKED=True,
-        )  # fmt: skip
     if mask_ptr is None:
         accumulator, running_max, running_sum = _attend(
             accumulator, running_max, running_sum, q, factor,
-            k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, key_lengths_ptr, key_ranges_ptr,
-            offs_row, batch, q_len, k_len, left, right, full_start, full_end, touch_lo, touch_hi,
+            k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,
+            touch_lo, touch_hi, full_start, full_end,
             k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-            HEAD_DIM, VALUE_DIM, BLOCK_N, PRECISION, WIDE, MASKED=False,
+            HEAD_DIM, VALUE_DIM, BLOCK_N, BOUNDED_BELOW, PRECISION, WIDE, MASKED=False,
         )  # fmt: skip
-    accumulator, running_max, running_sum = _attend(
-        accumulator, running_max, running_sum, q, factor,
-        k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, key_lengths_ptr, key_ranges_ptr,
-        offs_row, batch, q_len, k_len, left, right, full_end, touch_hi, touch_lo, touch_hi,
-        k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, PRECISION, WIDE, MASKED=True,
-    )  # fmt: skip
 
     empty = running_sum == 0.0
     out = accumulator / tl.where(empty, 1.0, running_sum)[:, None]

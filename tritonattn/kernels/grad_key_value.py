@@ -14,8 +14,8 @@ from .primitives import (
     load_tile,
     program_position,
     row_blocks_of_keys,
-    row_range,
     scale_columns_add,
+    skip_gap,
     store_tile,
     tile_offsets,
 )
@@ -24,16 +24,23 @@ from .primitives import (
 @triton.jit
 def _gather_key_value_gradient(
     d_k, d_v, k, v, key_scale, scale,
-    q_ptr, d_out_ptr, lse2_ptr, delta_ptr, factor_ptr, factor_size, mask_ptr, key_lengths_ptr, key_ranges_ptr,
-    offs_key, batch, q_len, k_len, left, right, start, end,
+    q_ptr, d_out_ptr, lse2_ptr, delta_ptr, factor_ptr, factor_size, mask_ptr, key_ranges_ptr,
+    offs_key, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
     q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    BOUNDED_ABOVE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the row blocks of [start, end) to d_k (without key_scale and constants) and d_v; tiles are [keys, rows]."""
+    """Add to d_k (without key_scale and constants) and d_v the row blocks of [full_start, full_end), or, where MASKED,
+    those of [start, end) around it. Tiles are [keys, rows]; key j is visible to the rows first_row[j] .. last_row[j].
+    """
+    loop_start, loop_end = full_start, full_end
+    if MASKED:
+        loop_start, loop_end = start, end - (full_end - full_start)
     q_offsets = tile_offsets(BLOCK_M, k.shape[1], q_stride_s, q_stride_d, WIDE)
     d_out_offsets = tile_offsets(BLOCK_M, v.shape[1], d_out_stride_s, d_out_stride_d, WIDE)
-    for start_m in tl.range(start, end, BLOCK_M):
+    for start_m in tl.range(loop_start, loop_end, BLOCK_M):
+        if MASKED:
+            start_m = skip_gap(start_m, full_start, full_end)
         start_m = tl.multiple_of(start_m, BLOCK_M)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         lse2 = tl.load(lse2_ptr + offs_m)
@@ -50,11 +57,16 @@ def _gather_key_value_gradient(
             factor = tl.load(factor_ptr + offs_m)
         probabilities = tl.exp2(scale_columns_add(logits, factor, -lse2))
         if MASKED:
-            offs_row = tl.minimum(offs_m, q_len - 1)
-            lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
-            keep = (offs_key[:, None] >= lo[None, :]) & (offs_key[:, None] < hi[None, :])
+            keep = offs_m[None, :] >= first_row[:, None]
+            if BOUNDED_ABOVE:
+                keep = keep & (offs_m[None, :] <= last_row[:, None])
+            if key_ranges_ptr is not None:
+                range_ptrs = key_ranges_ptr + offs_m.to(tl.int64) * 2
+                lo = tl.load(range_ptrs, mask=keep_row, other=0)
+                hi = tl.load(range_ptrs + 1, mask=keep_row, other=0)
+                keep = keep & (offs_key[:, None] >= lo[None, :]) & (offs_key[:, None] < hi[None, :])
             if mask_ptr is not None:
-                keep = keep & load_mask(mask_ptr, offs_key, offs_row, k_len, q_len, mask_stride_k, mask_stride_q)
+                keep = keep & load_mask(mask_ptr, offs_key, offs_m, k_len, q_len, mask_stride_k, mask_stride_q)
             probabilities = tl.where(keep, probabilities, 0.0)
         d_v = tl.dot(probabilities.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
         d_probabilities = tl.dot(v, d_out.T, input_precision=PRECISION)
@@ -65,8 +77,6 @@ def _gather_key_value_gradient(
                 factor = factor * factor_size
                 delta = delta * factor_size
             d_logits = probabilities * scale_columns_add(d_probabilities, factor, -delta)
-        if MASKED:
-            d_logits = tl.where(keep, d_logits, 0.0)
         d_k = tl.dot(d_logits.to(q.dtype), q, d_k, input_precision=PRECISION)
     return d_k, d_v
 
@@ -106,11 +116,21 @@ def attention_grad_key_value(
     last_key = tl.minimum(first_key + BLOCK_N, k_len) - 1
     offs_n = first_key + tl.arange(0, BLOCK_N)
     keep_key = offs_n < k_len
+    own_row = offs_n - (k_len - q_len)
+    first_row = tl.zeros([BLOCK_N], tl.int32)
+    last_row = first_row
     load_key = keep_key
-    if key_lengths_ptr is not None:
-        load_key = load_key & (offs_n < tl.load(key_lengths_ptr + batch))
+    if right is not None:
+        first_row = own_row - right
     if left is not None:
-        load_key = load_key & (offs_n >= k_len - q_len - left)
+        last_row = own_row + left
+        load_key = load_key & (last_row >= 0)
+    if key_lengths_ptr is not None:
+        unpadded = offs_n < tl.load(key_lengths_ptr + batch)
+        first_row = tl.where(unpadded, first_row, q_len)
+        load_key = load_key & unpadded
+    if key_ranges_ptr is not None:
+        key_ranges_ptr += batch.to(tl.int64) * q_len * 2
     if seen_ptr is not None:
         seen_ptr += (wide_batch * kv_heads + wide_head) * k_len
         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
@@ -146,32 +166,21 @@ def attention_grad_key_value(
         head_mask_ptr = None
         if mask_ptr is not None:
             head_mask_ptr = mask_ptr + wide_batch * mask_stride_b + head * mask_stride_h
-        if right is not None or key_ranges_ptr is not None or mask_ptr is not None:
-            d_k, d_v = _gather_key_value_gradient(
-                d_k, d_v, k, v, key_scale, scale,
-                head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size,
-                head_mask_ptr, key_lengths_ptr, key_ranges_ptr,
-                offs_n, batch, q_len, k_len, left, right, start, full_start,
-                q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
-                HEAD_DIM, VALUE_DIM, BLOCK_M, PRECISION, WIDE, MASKED=True,
-            )  # fmt: skip
+        d_k, d_v = _gather_key_value_gradient(
+            d_k, d_v, k, v, key_scale, scale,
+            head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size, head_mask_ptr,
+            key_ranges_ptr, offs_n, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
+            q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
+            HEAD_DIM, VALUE_DIM, BLOCK_M, left is not None, PRECISION, WIDE, MASKED=True,
+        )  # fmt: skip
         if mask_ptr is None and key_ranges_ptr is None:
             d_k, d_v = _gather_key_value_gradient(
                 d_k, d_v, k, v, key_scale, scale,
-                head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size,
-                head_mask_ptr, key_lengths_ptr, key_ranges_ptr,
-                offs_n, batch, q_len, k_len, left, right, full_start, full_end,
+                head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size, head_mask_ptr,
+                key_ranges_ptr, offs_n, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
                 q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
-                HEAD_DIM, VALUE_DIM, BLOCK_M, PRECISION, WIDE, MASKED=False,
+                HEAD_DIM, VALUE_DIM, BLOCK_M, left is not None, PRECISION, WIDE, MASKED=False,
             )  # fmt: skip
-        d_k, d_v = _gather_key_value_gradient(
-            d_k, d_v, k, v, key_scale, scale,
-            head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size,
-            head_mask_ptr, key_lengths_ptr, key_ranges_ptr,
-            offs_n, batch, q_len, k_len, left, right, full_end, end,
-            q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, PRECISION, WIDE, MASKED=True,
-        )  # fmt: skip
 
     if factor_ptr is None:
         d_k *= scale

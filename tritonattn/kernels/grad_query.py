@@ -15,6 +15,7 @@ from .primitives import (
     program_position,
     row_range,
     scale_rows_add,
+    skip_gap,
     store_tile,
     tile_offsets,
 )
@@ -74,16 +75,21 @@ def attention_row_terms(
 @triton.jit
 def _gather_query_gradient(
     accumulator, q, d_out, factor, lse2, delta,
-    k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, key_lengths_ptr, key_ranges_ptr,
-    offs_row, batch, q_len, k_len, left, right, start, end, touch_lo, touch_hi,
+    k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,
+    touch_lo, touch_hi, full_start, full_end,
     k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED_BELOW: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add sum_j dS[i, j] * key_scale[j] * k[j] over the key blocks of [start, end)."""
+    """Add sum_j dS[i, j] * key_scale[j] * k[j] over the blocks of [full_start, full_end), or those around it if MASKED."""
+    start, end = full_start, full_end
+    if MASKED:
+        start, end = touch_lo // BLOCK_N * BLOCK_N, touch_hi - (full_end - full_start)
     k_offsets = tile_offsets(BLOCK_N, q.shape[1], k_stride_s, k_stride_d, WIDE)
     v_offsets = tile_offsets(BLOCK_N, d_out.shape[1], v_stride_s, v_stride_d, WIDE)
     for start_n in tl.range(start, end, BLOCK_N):
+        if MASKED:
+            start_n = skip_gap(start_n, full_start, full_end)
         start_n = tl.multiple_of(start_n, BLOCK_N)
         offs_key = start_n + tl.arange(0, BLOCK_N)
         keep_key = (offs_key >= touch_lo) & (offs_key < touch_hi)
@@ -105,8 +111,9 @@ def _gather_query_gradient(
         if key_scale_ptr is not None:
             d_logits *= key_scale[None, :]
         if MASKED:
-            lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
-            keep = (offs_key[None, :] >= lo[:, None]) & (offs_key[None, :] < hi[:, None])
+            keep = offs_key[None, :] < hi[:, None]
+            if BOUNDED_BELOW:
+                keep = keep & (offs_key[None, :] >= lo[:, None])
             if mask_ptr is not None:
                 keep = keep & load_mask(mask_ptr, offs_row, offs_key, q_len, k_len, mask_stride_q, mask_stride_k)
             d_logits = tl.where(keep, d_logits, 0.0)
@@ -173,33 +180,26 @@ def attention_grad_query(
         seen_ptr += (wide_batch * (q_heads // group) + kv_head) * k_len
 
     raw = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    start, full_start, full_end, touch_lo, touch_hi = key_blocks_of_rows(
-        offs_row, first_row, last_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr,
-        BLOCK_N,
+    BOUNDED_BELOW: tl.constexpr = left is not None or key_ranges_ptr is not None
+    lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
+    touch_lo, touch_hi, full_start, full_end = key_blocks_of_rows(
+        lo, hi, first_row, last_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr, BLOCK_N
+    )
+    raw = _gather_query_gradient(
+        raw, q, d_out, factor, lse2, delta,
+        k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,
+        touch_lo, touch_hi, full_start, full_end,
+        k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, BOUNDED_BELOW, PRECISION, WIDE, MASKED=True,
     )  # fmt: skip
-    if left is not None or key_ranges_ptr is not None:
-        raw = _gather_query_gradient(
-            raw, q, d_out, factor, lse2, delta,
-            k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, key_lengths_ptr, key_ranges_ptr,
-            offs_row, batch, q_len, k_len, left, right, start, full_start, touch_lo, touch_hi,
-            k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-            HEAD_DIM, VALUE_DIM, BLOCK_N, PRECISION, WIDE, MASKED=True,
-        )  # fmt: skip
     if mask_ptr is None:
         raw = _gather_query_gradient(
             raw, q, d_out, factor, lse2, delta,
-            k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, key_lengths_ptr, key_ranges_ptr,
-            offs_row, batch, q_len, k_len, left, right, full_start, full_end, touch_lo, touch_hi,
+            k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,
+            touch_lo, touch_hi, full_start, full_end,
             k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-            HEAD_DIM, VALUE_DIM, BLOCK_N, PRECISION, WIDE, MASKED=False,
+            HEAD_DIM, VALUE_DIM, BLOCK_N, BOUNDED_BELOW, PRECISION, WIDE, MASKED=False,
         )  # fmt: skip
-    raw = _gather_query_gradient(
-        raw, q, d_out, factor, lse2, delta,
-        k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, key_lengths_ptr, key_ranges_ptr,
-        offs_row, batch, q_len, k_len, left, right, full_end, touch_hi, touch_lo, touch_hi,
-        k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, PRECISION, WIDE, MASKED=True,
-    )  # fmt: skip
 
     d_q = raw * scale
     if query_scale_ptr is not None:

@@ -94,31 +94,29 @@ def row_range(row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges
 
 @triton.jit
 def key_blocks_of_rows(
-    offs_row, first, last, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr,
+    lo, hi, first, last, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Where a block of rows (first .. last, all of them in offs_row) looks for keys: (start, full_start, full_end, end).
+    """Where a block of rows first .. last with ranges lo, hi looks for keys: (touch_lo, touch_hi, full_start, full_end).
 
-    Keys outside [start, end) are hidden from all rows; those in [full_start, full_end) are visible to all, so that they
-    need no mask. start, full_start and full_end are multiples of BLOCK_N, full_start <= full_end.
+    Keys outside [touch_lo, touch_hi) are hidden from all rows. Those in [full_start, full_end) are visible to all, so that
+    they need no mask; both bounds are multiples of BLOCK_N, full_start <= full_end.
     """
     if key_ranges_ptr is None:
         touch_lo, full_hi = row_range(first, batch, q_len, k_len, left, right, key_lengths_ptr, None)
         full_lo, touch_hi = row_range(last, batch, q_len, k_len, left, right, key_lengths_ptr, None)
     else:
-        lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
         full_lo, full_hi = tl.max(lo, 0), tl.min(hi, 0)
         touch_lo = tl.min(tl.where(lo < hi, lo, k_len), 0)
         touch_hi = tl.max(tl.where(lo < hi, hi, 0), 0)
-    start = touch_lo // BLOCK_N * BLOCK_N
-    full_start = (tl.maximum(full_lo, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    full_start = (full_lo + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     full_end = tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N
     if mask_ptr is not None:
         full_end = full_start
     if full_end <= full_start:
-        full_start = start
-        full_end = start
-    return start, full_start, full_end, touch_lo, touch_hi
+        full_start = touch_lo // BLOCK_N * BLOCK_N
+        full_end = full_start
+    return touch_lo, touch_hi, full_start, full_end
 
 
 @triton.jit
@@ -158,6 +156,12 @@ def row_blocks_of_keys(
         full_start = start
         full_end = start
     return start, full_start, full_end, touch_end
+
+
+@triton.jit
+def skip_gap(position, gap_start, gap_end):
+    """The position in a walk over blocks that leaves out [gap_start, gap_end)."""
+    return tl.where(position >= gap_start, position + (gap_end - gap_start), position)
 
 
 @triton.jit
