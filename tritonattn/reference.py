@@ -60,7 +60,8 @@ def attention(
             entries = torch.cat([capped, column], dim=-1)
         probability = _softmax(entries)[..., : k.shape[2]]
         if dropout is not None:
-            keep = dropout.tile(q.shape[:2], slice(0, q.shape[2]), slice(0, k.shape[2]))
+            heads = (visibility.batch, visibility.q_heads)
+            keep = dropout.tile(heads, slice(0, visibility.q_len), slice(0, visibility.k_len))
             probability = torch.where(keep, probability, 0) / (1 - dropout.p)
         out = probability.to(v.dtype).to(dtype) @ value
 
