@@ -1,0 +1,169 @@
+"""Key ranges say exactly what transformers' dense masks say."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import masking_utils
+from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask, sliding_window_overlay
+
+from tritonattn.huggingface import key_range_mask
+
+BATCH = 3
+PADDINGS = {"none": None, "all seen": (0, 0), "left": (3, 0), "right": (0, 4), "both": (2, 3)}
+POSITIONAL = "cache_position" in inspect.signature(sdpa_mask).parameters  # transformers before 5.1
+
+
+def documents(length: int) -> torch.Tensor:
+    return torch.tensor(
+        [[(i >= 4) + (i >= 5) + (i >= 9 + b) for i in range(length)] for b in range(BATCH)]
+    ).int()
+
+
+def mask_functions(length: int, square: bool) -> dict:
+    window, chunk = sliding_window_overlay(4), masking_utils.chunked_overlay(5, torch.tensor([0, 2, 3]))
+    functions = {
+        "causal": causal_mask_function,
+        "window": and_masks(window, causal_mask_function),
+        "nested": and_masks(and_masks(window, causal_mask_function), chunk),
+        "chunk": and_masks(chunk, causal_mask_function),
+    }
+    if square:
+        packed = masking_utils.packed_sequence_mask_function(documents(length))
+        functions["packed"] = and_masks(causal_mask_function, packed)
+        functions["packed window"] = and_masks(functions["window"], packed)
+        functions["window alone"] = window
+    if hasattr(masking_utils, "bidirectional_mask_function"):
+        functions["bidirectional"] = masking_utils.bidirectional_mask_function
+    if hasattr(masking_utils, "sliding_window_bidirectional_mask_function"):
+        functions["bidirectional window"] = masking_utils.sliding_window_bidirectional_mask_function(3)
+    if square and hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+        ids = documents(length)
+        restart = torch.zeros_like(ids)
+        for before, now in pairwise(range(length)):
+            restart[:, now] = torch.where(ids[:, now] == ids[:, before], restart[:, before] + 1, 0)
+        for name in ("causal", "window", "chunk"):
+            remapped = masking_utils.remap_positions_for_packed_sequence(functions[name], restart)
+            functions[f"remapped {name}"] = and_masks(remapped, packed)
+            functions[f"remapped {name} alone"] = remapped
+    return functions
+
+
+def arguments(q_length: int, kv_length: int, q_offset=0, kv_offset: int = 0, padding=None, **rest) -> dict:
+    if padding is not None:
+        left, right = padding
+        seen = torch.ones(BATCH, kv_offset + kv_length, dtype=torch.bool)
+        seen[1:, kv_offset : kv_offset + left] = False
+        seen[2:, seen.shape[1] - right :] = False
+        padding = seen
+    where = {"q_length": q_length, "q_offset": q_offset, "device": torch.device("cpu")}
+    if POSITIONAL:
+        where = {"cache_position": torch.arange(q_length) + q_offset}
+    return {
+        "batch_size": BATCH, "kv_length": kv_length, "kv_offset": kv_offset, "attention_mask": padding,
+        "allow_is_causal_skip": False, **where, **rest,
+    }  # fmt: skip
+
+
+def dense(mask: torch.Tensor, kv_length: int) -> torch.Tensor:
+    key = torch.arange(kv_length)
+    return (key >= mask[..., :1]) & (key < mask[..., 1:])
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(
+    ("q_length", "kv_length", "q_offset", "kv_offset"),
+    [(13, 13, 0, 0), (1, 13, 12, 0), (4, 16, 9, 0), (5, 9, 12, 8), (1, 13, torch.tensor(6), 0)],
+    ids=["square", "decode", "static prefill", "sliding cache", "static decode"],
+)
+def test_ranges_equal_the_dense_mask(q_length, kv_length, q_offset, kv_offset, padding):
+    functions = mask_functions(kv_length, square=q_length == kv_length)
+    for name, function in functions.items():
+        asked = arguments(
+            q_length, kv_length, q_offset, kv_offset, PADDINGS[padding], mask_function=function
+        )  # fmt: skip
+        expected = sdpa_mask(**asked)
+        ranges = key_range_mask(**asked)
+        if name.startswith("remapped") and name.endswith("alone"):
+            assert ranges.dtype == torch.bool, name
+            assert torch.equal(ranges, expected), name
+            continue
+        assert ranges.dtype == torch.int32, name
+        assert ranges.shape == (BATCH, 1, q_length, 2), name
+        assert torch.equal(dense(ranges, kv_length), expected.expand(BATCH, 1, -1, -1)), name
+
+
+@pytest.mark.parametrize("case", ["holes", "or", "unknown", "vmap"])
+def test_what_is_no_range_becomes_the_dense_mask(case):
+    asked = arguments(9, 9, mask_function=causal_mask_function)
+    if case == "holes":
+        asked["attention_mask"] = torch.ones(BATCH, 9, dtype=torch.bool)
+        asked["attention_mask"][1, 4] = False
+    if case == "or":
+        asked["mask_function"] = masking_utils.or_masks(causal_mask_function, sliding_window_overlay(2))
+    if case == "unknown":
+        asked["mask_function"] = lambda batch, head, query, key: (key <= query) & (key % 2 == 0)
+    if case == "vmap":
+        asked["use_vmap"] = True
+    mask = key_range_mask(**asked)
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, sdpa_mask(**asked))
+
+
+@pytest.mark.parametrize(
+    ("asked", "skipped"),
+    [
+        (arguments(9, 9), True),
+        (arguments(9, 9, padding=(0, 0)), True),
+        (arguments(9, 9, padding=(2, 0)), False),
+        (arguments(4, 9), False),
+        (
+            arguments(
+                9, 9, mask_function=and_masks(sliding_window_overlay(9), causal_mask_function), local_size=9
+            ),
+            True,
+        ),
+        (
+            arguments(
+                9, 9, mask_function=and_masks(sliding_window_overlay(8), causal_mask_function), local_size=8
+            ),
+            False,
+        ),
+    ],
+    ids=["causal", "unpadded", "padded", "top left", "wide window", "narrow window"],
+)
+def test_no_mask_where_the_causal_flag_says_it(asked, skipped):
+    assert (key_range_mask(**{**asked, "allow_is_causal_skip": True}) is None) == skipped
+    assert key_range_mask(**asked) is not None
+
+
+def test_compiled_ranges_and_the_assertion_on_holes():
+    @torch.compile(fullgraph=True, backend="eager")
+    def ranges(padding):
+        return key_range_mask(**{**arguments(9, 9), "attention_mask": padding})
+
+    padding = torch.ones(BATCH, 9, dtype=torch.bool)
+    padding[1, :3] = False
+    mask = ranges(padding)
+    assert mask.dtype == torch.int32
+    assert torch.equal(mask, key_range_mask(**{**arguments(9, 9), "attention_mask": padding}))
+    padding[1, 1] = True
+    with pytest.raises(RuntimeError, match="masked keys between visible ones"):
+        ranges(padding)
+
+
+def test_compiled_closures_become_the_dense_mask():
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(padding):
+        window = and_masks(sliding_window_overlay(4), causal_mask_function)
+        return key_range_mask(**{**arguments(9, 9, mask_function=window), "attention_mask": padding})
+
+    padding = torch.ones(BATCH, 9, dtype=torch.bool)
+    padding[1, 4] = False
+    window = and_masks(sliding_window_overlay(4), causal_mask_function)
+    assert torch.equal(
+        compiled(padding), sdpa_mask(**{**arguments(9, 9, mask_function=window), "attention_mask": padding})
+    )

@@ -1,0 +1,135 @@
+"""What each scaling does to a pretrained language model: the `tritonattn demo` command."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from ..command import CommandError
+from ..scaling import SCALINGS
+from .measure import Measurement, Subject, eager_loss, measure
+from .model import load
+from .report import Report
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BASELINE = "sqrt_dim"
+TEXT = Path(__file__).parent / "data" / "alice.txt"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; None takes the default."""
+
+    modes: tuple[str, ...]
+    model: str | None = None
+    text: Path | None = None
+    max_tokens: int | None = None
+    device: str = "cpu"
+    json: Path | None = None
+    plot: Path | None = None
+
+
+def run(request: Request) -> int:
+    """Measure, print the table, write the files.
+
+    Returns 0, or 1 where sqrt_dim is the model's own scaling and yet gives another loss than its own
+    attention.
+    """
+    modes, device = _checked_modes(request.modes), _checked_device(request.device)
+    _check_outputs(request)
+    text = _read(request.text or TEXT)
+    subject = load(request.model, device)
+    tokens = _tokens(subject, text, request.max_tokens)
+    print(
+        f"{subject.name}: {tokens.shape[1]} tokens of {(request.text or TEXT).name} on {device}",
+        file=sys.stderr,
+    )
+    eager, measurements = _measure_all(subject, tokens, modes)
+    report = Report(
+        subject.name, tokens.shape[1], eager, subject.own_scaling_is_sqrt_dim, tuple(measurements)
+    )
+    print(report.table())
+    print(report.check())
+    print(report.advice())
+    if request.json is not None:
+        report.write_json(request.json)
+    if request.plot is not None:
+        report.draw(request.plot)
+    return 0 if report.agrees else 1
+
+
+def _measure_all(subject: Subject, tokens: Tensor, modes: tuple[str, ...]) -> tuple[float, list[Measurement]]:
+    measurements = []
+    with tqdm(total=len(modes) + 1, unit="pass", leave=False) as progress:
+        progress.set_description("eager")
+        eager = eager_loss(subject, tokens)
+        progress.update()
+        for mode in modes:
+            progress.set_description(mode)
+            measurements.append(measure(subject, tokens, mode))
+            progress.update()
+    return eager, measurements
+
+
+def _checked_modes(modes: tuple[str, ...]) -> tuple[str, ...]:
+    """The modes without repetition, the baseline first."""
+    unknown = [mode for mode in modes if mode not in SCALINGS]
+    if unknown or not modes:
+        got = ", ".join(map(repr, unknown)) if unknown else "nothing"
+        raise CommandError(f"--modes: wanted names out of {', '.join(SCALINGS)}; got {got}")
+    return tuple(dict.fromkeys((BASELINE, *modes)))
+
+
+def _checked_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _check_outputs(request: Request) -> None:
+    """Refuse before the work what would fail after it."""
+    for option, file in (("--json", request.json), ("--plot", request.plot)):
+        if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
+            raise CommandError(f"{option}: wanted a file in an existing folder, got {str(file)!r}")
+    if request.plot is not None:
+        from .plot import file_types
+
+        if request.plot.suffix[1:].lower() not in file_types():
+            raise CommandError(
+                f"--plot: wanted a name ending in one of {', '.join(file_types())}, got {request.plot.name!r}"
+            )
+    if request.max_tokens is not None and request.max_tokens < 2:
+        raise CommandError(f"--max-tokens: wanted at least 2, got {request.max_tokens}")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"--text: cannot read {str(file)!r} as UTF-8 text: {error}") from error
+
+
+def _tokens(subject: Subject, text: str, limit: int | None) -> Tensor:
+    """int64 [1, S], cut to limit and to the context that the model was trained on."""
+    tokens = subject.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+    context = getattr(subject.model.config, "max_position_embeddings", None)
+    if context is not None and tokens.shape[1] > context and (limit is None or limit > context):
+        print(
+            f"the text has {tokens.shape[1]} tokens; using the first {context}, the model's context",
+            file=sys.stderr,
+        )
+        limit = context
+    tokens = tokens[:, :limit]
+    if tokens.shape[1] < 2:
+        raise CommandError(f"--text: wanted at least 2 tokens, got {tokens.shape[1]}")
+    return tokens.to(subject.device)
