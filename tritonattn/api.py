@@ -366,7 +366,7 @@ def _scales(
 def _per_query_head(name: str, query: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """A query scale broadcastable to [B, Hq, Sq], from one that may have a row a key head."""
     q_heads, kv_heads = q.shape[1], k.shape[1]
-    if query.dim() > 1 and 1 < query.shape[-2] == kv_heads < q_heads:
+    if query.dim() > 1 and 1 < query.shape[-2] == kv_heads != q_heads:
         check_factor(name, query, q, (q.shape[0], kv_heads, q.shape[2]), "[B, Hkv, Sq]")
         return query.repeat_interleave(q_heads // kv_heads, dim=-2)
     check_factor(name, query, q, tuple(q.shape[:3]), "[B, Hq, Sq]")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +84,7 @@ def check_number(name: str, value: Any) -> None:
     """Raise unless value is a finite number."""
     if not _is_number(value):
         raise TypeError(f"{name}: expected a number, got {_kind(value)}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
@@ -179,7 +179,7 @@ def _check_key_lengths(key_lengths: Any, q: Tensor, k: Tensor) -> None:
 def _check_key_ranges(key_ranges: Any, q: Tensor, k: Tensor) -> None:
     _check_integers("key_ranges", key_ranges, "[B, Sq, 2]", q)
     batch, _, q_len, _ = q.shape
-    if tuple(key_ranges.shape) not in ((batch, q_len, 2), (batch, 1, q_len, 2)):
+    if key_ranges.shape != (batch, q_len, 2) and key_ranges.shape != (batch, 1, q_len, 2):
         raise ValueError(
             f"key_ranges: expected shape [B, Sq, 2] = {[batch, q_len, 2]} or {[batch, 1, q_len, 2]},"
             f" got {_shape(key_ranges)}"
@@ -234,11 +234,11 @@ def _check_values(name: str, x: Tensor, k_len: int) -> None:
         raise ValueError(f"{name}: expected values in [0, Sk = {k_len}], got {low if low < 0 else high}")
 
 
-def _broadcasts(shape: Iterable[int], target: tuple[int, ...]) -> bool:
-    shape = tuple(shape)
-    return len(shape) <= len(target) and all(
-        size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(target), strict=False)
-    )
+def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    if len(shape) > len(target):
+        return False
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return all(size == 1 or size == wanted for size, wanted in pairs)  # `in` does not see symbolic sizes
 
 
 def _is_number(value: Any) -> bool:

@@ -232,6 +232,12 @@ def prefix_sum(x: Tensor) -> Tensor:
     return total
 
 
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """x[..., index] along the last axis, the others broadcast: take_along_dim, on which inductor fails."""
+    shape = torch.broadcast_shapes(x.shape[:-1], index.shape[:-1])
+    return x.expand(*shape, -1).gather(-1, index.expand(*shape, -1))
+
+
 def _sum_rows(g: Tensor, lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool) -> Tensor:
     """y[j] = sum of g[i] over the rows with lo[i] <= j < hi[i]: the transpose of a sum over ranges, without atomics.
 
@@ -244,10 +250,10 @@ def _sum_rows(g: Tensor, lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool
             prefix = prefix_sum(g)
         else:
             bound, order = bound.sort(dim=-1, stable=True)
-            prefix = prefix_sum(g.take_along_dim(order, -1))
+            prefix = prefix_sum(_gather(g, order))
         wanted = keys + bound.new_zeros((*bound.shape[:-1], 1))
         rows = torch.searchsorted(bound.contiguous(), wanted, right=True)
-        return prefix.take_along_dim(rows, -1)
+        return _gather(prefix, rows)
 
     return ending_by_key(lo) - ending_by_key(hi)
 
@@ -257,7 +263,7 @@ class _RangeSum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, prefix: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool) -> Tensor:
-        return prefix.take_along_dim(hi, -1) - prefix.take_along_dim(lo, -1)
+        return _gather(prefix, hi) - _gather(prefix, lo)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -281,7 +287,7 @@ class _Pick(torch.autograd.Function):
     def forward(x: Tensor, key: Tensor, seen: Tensor) -> Tensor:
         if x.shape[-1] == 0:
             return x.new_zeros(key.shape)
-        return torch.where(seen, x.take_along_dim(key, -1), 0)
+        return torch.where(seen, _gather(x, key), 0)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -336,8 +342,8 @@ def _range_argmax(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     width = 1
     while width <= k_len:
         top = k_len - width
-        first = best.take_along_dim(lo.clamp(max=top), -1)
-        last = best.take_along_dim((hi - width).clamp(0, top), -1)
+        first = _gather(best, lo.clamp(max=top))
+        last = _gather(best, (hi - width).clamp(0, top))
         fits = (hi - lo >= width) & (hi - lo < 2 * width)
         answer = torch.where(fits, _larger(x, first, last), answer)
         if 2 * width <= k_len:
@@ -348,5 +354,5 @@ def _range_argmax(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 
 def _larger(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """The index of the larger entry of x, the first of equals; NaN is larger than all."""
-    a, b = x.take_along_dim(first, -1), x.take_along_dim(last, -1)
+    a, b = _gather(x, first), _gather(x, last)
     return torch.where((b > a) | (b.isnan() & ~a.isnan()), last, first)
