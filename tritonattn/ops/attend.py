@@ -1,29 +1,22 @@
-"""The torch.library operators over the backends, and their differentiation. No mathematics.
-
-`tritonattn::forward` and `tritonattn::backward` take an AttentionCall laid out flat and the name of the
-backend that runs it: "triton" (launch.py, imported at first use) or "sdpa" (blockwise.py).
-`tritonattn::key_lengths` and `tritonattn::key_lengths_backward` are the fused pass over the keys that feeds
-the scalings. A plain eager call runs the backend itself and spares the dispatcher's time; compilers,
-transforms and dispatch modes see the operators.
-"""
+"""`tritonattn::forward` and `tritonattn::backward`: an attention call laid out flat, and its gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from . import blockwise
-from .autograd import first_order, needs_graph, runs_eagerly
-from .call import AttentionCall, ForwardResult, Gradients
-from .dropout import Dropout
-from .statistics import Statistics
-from .visibility import Visibility
+from .. import blockwise
+from ..autograd import first_order, needs_graph, runs_eagerly
+from ..call import AttentionCall, ForwardResult, Gradients
+from ..dropout import Dropout
+from ..visibility import Visibility
+from .mapping import in_a_loop, in_one_batch
 
 # The schema of _Flat.
 _CALL = (
@@ -94,27 +87,6 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     return result if aux else ForwardResult(result.out, result.lse)
 
 
-class KeyStatistics(Statistics):
-    """Statistics whose lengths and prefix sums come from one fused pass over k in the "triton" backend."""
-
-    @cached_property
-    def _pass(self) -> tuple[Tensor, Tensor, Tensor]:
-        return _KeyLengths.apply(self.k, None if self.visibility.is_full else self.visibility.seen_keys())
-
-    def _lengths(self) -> Tensor:
-        return self._pass[0]
-
-    def _length_sum(self) -> Tensor:
-        if self.visibility.mask is not None:
-            return super()._length_sum()
-        return self.visibility.sum_from_prefix(self.lengths, self._pass[1]).to(self.lengths.dtype)
-
-    def _length_square_sum(self) -> Tensor:
-        if self.visibility.mask is not None:
-            return super()._length_square_sum()
-        return self.visibility.sum_from_prefix(self.lengths.double().square(), self._pass[2])
-
-
 def unsupported(backend: str, *, softcap: bool, sinks: bool, dropout_p: bool, return_aux: bool) -> str | None:
     """The first of the arguments asked for that a backend cannot honour, or None."""
     if backend != "triton":
@@ -154,7 +126,7 @@ def _backward(
 
 
 def _launch() -> Any:
-    from . import launch
+    from .. import launch
 
     return launch
 
@@ -268,101 +240,13 @@ class _EagerAttention(Function):
     backward = _Attention.backward
 
 
-def _vmap(operator: Callable, info, in_dims: Sequence, *arguments):
-    """Fold the mapped axis into the batch axis; where an entry's place in the batch matters, map in a loop.
-
-    That is so for dropout, whose bits depend on it, and for sinks, which have no batch axis.
-    """
-    dims = [dim if isinstance(x, Tensor) else None for x, dim in zip(arguments, in_dims, strict=True)]
+def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
+    """In one batch, unless the place in it matters: dropout's bits depend on it, and sinks have no such axis."""
     flat = _Flat(*arguments[: len(_Flat._fields)])
-    if flat.dropout_state is not None or flat.sinks is not None:
-        return _mapped_in_loop(operator, info.batch_size, dims, arguments)
-    batch = flat.q.shape[0 if dims[0] is None else int(dims[0] == 0)]
-    folded = (_fold(x, dim, info.batch_size, batch) for x, dim in zip(arguments, dims, strict=True))
-    outputs = operator(*folded)
-    unfolded = (x if x.dim() == 1 else x.unflatten(0, (info.batch_size, batch)) for x in outputs)
-    return tuple(unfolded), tuple(None if x.dim() == 1 else 0 for x in outputs)  # 1-D stands for None
-
-
-def _fold(x: Any, dim: int | None, size: int, batch: int) -> Any:
-    """[B or 1, ...] with a mapped axis at `dim`, or without: [size * B, ...]; a shared mask stays."""
-    if not isinstance(x, Tensor) or (dim is None and x.shape[0] == 1 != batch):
-        return x
-    x = x[None] if dim is None else x.movedim(dim, 0)
-    return x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
-
-
-def _mapped_in_loop(operator: Callable, size: int, dims: Sequence[int | None], arguments: Sequence):
-    def entry(i: int):
-        pairs = zip(arguments, dims, strict=True)
-        return operator(*(x if dim is None else x.select(dim, i) for x, dim in pairs))
-
-    outputs = [entry(i) for i in range(size)]
-    return tuple(torch.stack(output) for output in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+    one_by_one = flat.dropout_state is not None or flat.sinks is not None
+    return (in_a_loop if one_by_one else in_one_batch)(operator, info.batch_size, in_dims, arguments)
 
 
 _forward_operator.register_autograd(_Attention.backward, setup_context=_Attention.setup_context)
-
-
 _forward_operator.register_vmap(partial(_vmap, _forward_operator))
 _backward_operator.register_vmap(partial(_vmap, _backward_operator))
-
-
-@torch.library.custom_op(
-    "tritonattn::key_lengths", mutates_args=(), schema="(Tensor k, Tensor? seen) -> (Tensor, Tensor, Tensor)"
-)
-def _key_lengths_operator(k, seen):
-    return _launch().key_statistics(k, seen)
-
-
-@_key_lengths_operator.register_fake
-def _(k, seen):
-    prefix = (*k.shape[:2], k.shape[2] + 1)
-    lengths = k.new_empty(k.shape[:3], dtype=torch.float32)
-    return lengths, k.new_empty(prefix, dtype=torch.float64), k.new_empty(prefix, dtype=torch.float64)
-
-
-def _key_lengths_backward(k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor) -> Tensor:
-    return _launch().key_statistics_backward(k, seen, lengths, d_lengths, torch.zeros_like(d_lengths))
-
-
-@torch.library.custom_op(
-    "tritonattn::key_lengths_backward",
-    mutates_args=(),
-    schema="(Tensor k, Tensor? seen, Tensor lengths, Tensor d_lengths) -> Tensor",
-)
-def _key_lengths_backward_operator(k, seen, lengths, d_lengths):
-    return _key_lengths_backward(k, seen, lengths, d_lengths)
-
-
-@_key_lengths_backward_operator.register_fake
-def _(k, seen, lengths, d_lengths):
-    return k.new_empty(k.shape)
-
-
-class _KeyLengths(Function):
-    """lengths [B, Hkv, Sk] fp32, and the fp64 [B, Hkv, Sk + 1] prefix sums of them and of their squares."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(k, seen):
-        if runs_eagerly(k, seen):
-            return _launch().key_statistics(k, seen)
-        return _key_lengths_operator(k, seen)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        lengths, *prefixes = output
-        ctx.mark_non_differentiable(*prefixes)
-        ctx.save_for_backward(*inputs, lengths)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, d_lengths, *d_prefixes):
-        if runs_eagerly(*saved, d_lengths):
-            return _key_lengths_backward(*saved, d_lengths), None
-        return _key_lengths_backward_operator(*saved, d_lengths), None
-
-
-_key_lengths_operator.register_autograd(_KeyLengths.backward, setup_context=_KeyLengths.setup_context)

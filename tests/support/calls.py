@@ -1,0 +1,38 @@
+"""Attention calls at the level of the operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonattn.call import AttentionCall
+from tritonattn.dropout import Dropout
+from tritonattn.visibility import Visibility
+
+# Everything that changes what an operator gets: (B, Hq, Hkv, Sq, Sk, D, Dv) = (2, 4, 2, 5, 7, 8, 6).
+CALLS: dict[str, dict] = {
+    "plain": {"scales": False},
+    "causal scales": {"causal": True},
+    "window lengths": {"window": (2, 1), "key_lengths": torch.tensor([3, 7])},
+    "ranges": {"key_ranges": torch.tensor([[1, 4], [0, 7], [5, 5], [2, 3], [0, 1]]).expand(2, 5, 2).int()},
+    "mask sinks": {"mask": torch.ones(2, 1, 5, 7).bool().tril(1), "sinks": True},
+    "softcap": {"softcap": 2.0, "causal": True},
+    "dropout": {"dropout": True},
+}
+
+
+def example(
+    scales: bool = True, softcap: float | None = None, sinks: bool = False, dropout: bool = False, **masks
+) -> AttentionCall:
+    """A float64 call of a fixed seed whose every tensor asks for a gradient."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q, k, v = leaf(2, 4, 5, 8), leaf(2, 2, 7, 8), leaf(2, 2, 7, 6)
+    query_scale, key_scale = (leaf(2, 4, 5), leaf(2, 2, 7)) if scales else (None, None)
+    return AttentionCall(
+        q, k, v, Visibility.of(q, k, **masks), 0.3, query_scale, key_scale, softcap,
+        leaf(4) if sinks else None, Dropout(0.3, torch.tensor([3, 4])) if dropout else None,
+    )  # fmt: skip

@@ -1,0 +1,13 @@
+"""The torch.library operators over the backends, and their differentiation. No mathematics.
+
+`tritonattn::forward` and `tritonattn::backward` take an AttentionCall laid out flat and the name of the
+backend that runs it: "triton" (launch.py, imported at first use) or "sdpa" (blockwise).
+`tritonattn::key_lengths` and `tritonattn::key_lengths_backward` are the fused pass over the keys that feeds the
+scalings. A plain eager call runs the backend itself and spares the dispatcher's time; compilers, transforms
+and dispatch modes see the operators.
+"""
+
+from .attend import attention, refuse, unsupported
+from .key_statistics import KeyStatistics
+
+__all__ = ["KeyStatistics", "attention", "refuse", "unsupported"]
