@@ -13,7 +13,8 @@ from torch import Tensor
 from .call import AttentionCall, ForwardResult, Gradients
 from .kernels import KERNELS
 from .tuning.compile import constexpr_values
-from .tuning.config import ROW_TERMS_ALIGNMENT, Problem, Target, TileConfig, config_for
+from .tuning.config import ROW_TERMS_ALIGNMENT, Problem, Target, TileConfig
+from .tuning.defaults import default_config
 
 Arguments = dict[str, Any]
 Grid = tuple[int, ...]
@@ -41,6 +42,8 @@ def run_interpreted(kernel: Callable, grid: Grid, arguments: Arguments, config: 
         if not name.startswith(_READ_ONLY):
             arguments[name].copy_(value)
 
+
+config_for = default_config
 
 # Every kernel call passes `run`; a test may put another executor of the same signature here.
 interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -77,9 +80,9 @@ def backward(
     visible = call.visibility
     if needs.q or needs.query_scale:
         d_q = torch.empty_like(call.q, memory_format=torch.contiguous_format)
-        if call.query_scale is not None:
+        if needs.query_scale:
             d_query_scale = torch.empty_like(lse)
-        results = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "delta_ptr": terms["delta_ptr"]}
+        results = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale}
         _launch(
             "grad_query", shared | terms | results, call,
             lambda tile: -(-visible.q_len // tile.block_m) * visible.batch * visible.q_heads,
@@ -87,7 +90,7 @@ def backward(
     if needs.k or needs.v or needs.key_scale:
         d_k = torch.empty_like(call.k, memory_format=torch.contiguous_format)
         d_v = torch.empty_like(call.v, memory_format=torch.contiguous_format)
-        if call.key_scale is not None:
+        if needs.key_scale:
             d_key_scale = torch.empty(call.k.shape[:3], dtype=torch.float32, device=call.k.device)
         results = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size_ptr": None}
         if call.query_scale is not None:
@@ -110,10 +113,10 @@ def key_statistics(k: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tens
     [B, Hkv, Sk + 1] twice; unseen keys count 0.
     """
     lengths = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
-    prefixes = torch.empty((2, *k.shape[:2], k.shape[2] + 1), dtype=torch.float64, device=k.device)
+    prefix = (*k.shape[:2], k.shape[2] + 1)
+    length_prefix, square_prefix = (torch.empty(prefix, dtype=torch.float64, device=k.device) for _ in range(2))
     arguments = _key_arguments(k, seen) | {"lengths_ptr": lengths}
     _launch_keys("key_statistics", arguments, k)
-    length_prefix, square_prefix = prefixes.unbind(0)
     sums = {"lengths_ptr": lengths, "length_prefix_ptr": length_prefix, "square_prefix_ptr": square_prefix}
     _launch_keys("key_prefix_sums", sums | {"k_len": k.shape[2]}, k)
     return lengths, length_prefix, square_prefix
@@ -142,13 +145,9 @@ def _row_terms(call: AttentionCall, shared: Arguments, out: Tensor, lse: Tensor,
     factor, delta_factor = scaled or (None, None)
     terms = {
         "lse2_ptr": lse2, "delta_ptr": delta, "factor_ptr": factor, "delta_factor_ptr": delta_factor,
-        "terms_len": terms_len,
+        "terms_len": terms_len, "d_lse_ptr": None if d_lse is None else d_lse.contiguous(),
     }  # fmt: skip
-    inputs = {
-        "out_ptr": out.contiguous(),
-        "lse_ptr": lse.contiguous(),
-        "d_lse_ptr": None if d_lse is None else d_lse.contiguous(),
-    }
+    inputs = {"out_ptr": out.contiguous(), "lse_ptr": lse.contiguous()}
     heads = call.visibility.batch * call.visibility.q_heads
     _launch("row_terms", shared | terms | inputs, call, lambda tile: terms_len // tile.block_m * heads)
     return terms
@@ -160,7 +159,7 @@ def _factor_size(factor: Tensor, kv_heads: int) -> Tensor:
 
 
 def _launch(kernel: str, available: Arguments, call: AttentionCall, programs: Callable[[TileConfig], int]) -> None:
-    problem = problem_of(call)
+    problem = problem_of(call, query_scale_grad=available.get("d_query_scale_ptr") is not None)
     config = config_for(kernel, problem, Target.of(call.q.device))
     if kernel == "grad_key_value":
         available["row_bounds_ptr"] = None
@@ -183,7 +182,7 @@ def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     run(function, (blocks * batch * heads,), {name: available[name] for name in function.arg_names}, config)
 
 
-def problem_of(call: AttentionCall) -> Problem:
+def problem_of(call: AttentionCall, query_scale_grad: bool = False) -> Problem:
     """The parts of a call that select code."""
     visible = call.visibility
     return Problem(
@@ -197,6 +196,7 @@ def problem_of(call: AttentionCall) -> Problem:
         mask=visible.mask is not None,
         query_scale=call.query_scale is not None,
         key_scale=call.key_scale is not None,
+        query_scale_grad=query_scale_grad,
         grouped=visible.q_heads != visible.kv_heads,
     )
 

@@ -74,14 +74,18 @@ def attention_row_terms(
 
 @triton.jit
 def _gather_query_gradient(
-    accumulator, q, d_out, factor, lse2, delta,
+    accumulator, d_logit_sum, d_factor, mean_logit, q, d_out, factor, lse2, delta,
     k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,
     touch_lo, touch_hi, full_start, full_end,
     k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED_BELOW: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    WITH_FACTOR: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add sum_j dS[i, j] * key_scale[j] * k[j] over the blocks of [full_start, full_end), or those around it if MASKED."""
+    """Add sum_j dS[i, j] * key_scale[j] * k[j] over the blocks of [full_start, full_end), or those around it if MASKED.
+
+    WITH_FACTOR also adds up dS, dS * x and P * x in fp32, x the logit without the row's factor. The products are fma's
+    with 0, which nothing fuses further.
+    """
     start, end = full_start, full_end
     if MASKED:
         start, end = touch_lo // BLOCK_N * BLOCK_N, touch_hi - (full_end - full_start)
@@ -107,24 +111,30 @@ def _gather_query_gradient(
             logits *= key_scale[None, :]
         probabilities = tl.exp2(scale_rows_add(logits, factor, -lse2))
         d_probabilities = tl.dot(d_out, v.T, input_precision=PRECISION)
-        d_logits = probabilities * (d_probabilities - delta[:, None])
-        if key_scale_ptr is not None:
-            d_logits *= key_scale[None, :]
         if MASKED:
             keep = offs_key[None, :] < hi[:, None]
             if BOUNDED_BELOW:
                 keep = keep & (offs_key[None, :] >= lo[:, None])
             if mask_ptr is not None:
                 keep = keep & load_mask(mask_ptr, offs_row, offs_key, q_len, k_len, mask_stride_q, mask_stride_k)
-            d_logits = tl.where(keep, d_logits, 0.0)
+            probabilities = tl.where(keep, probabilities, 0.0)
+        d_logits = probabilities * (d_probabilities - delta[:, None])
+        if WITH_FACTOR:
+            zero = tl.zeros_like(logits)
+            d_logits = tl.fma(probabilities, d_probabilities - delta[:, None], zero)
+            d_logit_sum += tl.sum(d_logits, 1)
+            d_factor += tl.sum(tl.fma(d_logits, logits, zero), 1)
+            mean_logit += tl.sum(tl.fma(probabilities, logits, zero), 1)
+        if key_scale_ptr is not None:
+            d_logits *= key_scale[None, :]
         accumulator = tl.dot(d_logits.to(k.dtype), k, accumulator, input_precision=PRECISION)
-    return accumulator
+    return accumulator, d_logit_sum, d_factor, mean_logit
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_grad_query(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse2_ptr, delta_ptr, factor_ptr, query_scale_ptr, key_scale_ptr,
-    key_lengths_ptr, key_ranges_ptr, mask_ptr, seen_ptr, d_q_ptr, d_query_scale_ptr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, d_lse_ptr, lse2_ptr, delta_ptr, factor_ptr, delta_factor_ptr,
+    query_scale_ptr, key_scale_ptr, key_lengths_ptr, key_ranges_ptr, mask_ptr, seen_ptr, d_q_ptr, d_query_scale_ptr,
     scale, left, right, q_len, k_len, terms_len, q_heads, group,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     v_stride_b, v_stride_h, v_stride_s, v_stride_d, d_out_stride_b, d_out_stride_h, d_out_stride_s, d_out_stride_d,
@@ -140,10 +150,14 @@ def attention_grad_query(
         dS[i, j]         = P[i, j] * (d_out[i] . v[j] - delta[i])
         raw[i]           = sum_j dS[i, j] * key_scale[j] * k[j]
         d_q[i]           = scale * query_scale[i] * raw[i]
-        d_query_scale[i] = scale * (q[i] . raw[i])            never divided by query_scale, which may be 0
+        d_query_scale[i] = scale * sum_j dS[i, j] * x[i, j]       x[i, j] = (q[i] . k[j]) * key_scale[j]
 
     lse2, delta, factor: see `attention_row_terms`; factor is None without query_scale. d_q [B, Hq, Sq, D] in q's dtype
     and d_query_scale fp32 [B, Hq, Sq] contiguous, every row written once; d_query_scale_ptr is None where not asked.
+
+    d_query_scale equals scale * (q[i] . raw[i]), but that sums dS after rounding to 16 bits, and with it delta's error
+    times the mean logit, which for sharp softmaxes passes the result. So dS stays in fp32, and since it must sum to d_lse
+    over a row, the excess of its sum takes its share sum_j P * x out again, and corrects delta for the pass over the keys.
     """
     block, batch, head = program_position(q_len, q_heads, BLOCK_M, LAST_FIRST=right is not None)
     wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
@@ -180,25 +194,29 @@ def attention_grad_query(
         seen_ptr += (wide_batch * (q_heads // group) + kv_head) * k_len
 
     raw = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    d_logit_sum = tl.zeros([BLOCK_M], tl.float32)
+    d_factor = tl.zeros([BLOCK_M], tl.float32)
+    mean_logit = tl.zeros([BLOCK_M], tl.float32)
+    WITH_FACTOR: tl.constexpr = d_query_scale_ptr is not None
     BOUNDED_BELOW: tl.constexpr = left is not None or key_ranges_ptr is not None
     lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
     touch_lo, touch_hi, full_start, full_end = key_blocks_of_rows(
         lo, hi, first_row, last_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr, BLOCK_N
     )
-    raw = _gather_query_gradient(
-        raw, q, d_out, factor, lse2, delta,
+    raw, d_logit_sum, d_factor, mean_logit = _gather_query_gradient(
+        raw, d_logit_sum, d_factor, mean_logit, q, d_out, factor, lse2, delta,
         k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,
         touch_lo, touch_hi, full_start, full_end,
         k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, BOUNDED_BELOW, PRECISION, WIDE, MASKED=True,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, BOUNDED_BELOW, WITH_FACTOR, PRECISION, WIDE, MASKED=True,
     )  # fmt: skip
     if mask_ptr is None:
-        raw = _gather_query_gradient(
-            raw, q, d_out, factor, lse2, delta,
+        raw, d_logit_sum, d_factor, mean_logit = _gather_query_gradient(
+            raw, d_logit_sum, d_factor, mean_logit, q, d_out, factor, lse2, delta,
             k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,
             touch_lo, touch_hi, full_start, full_end,
             k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-            HEAD_DIM, VALUE_DIM, BLOCK_N, BOUNDED_BELOW, PRECISION, WIDE, MASKED=False,
+            HEAD_DIM, VALUE_DIM, BLOCK_N, BOUNDED_BELOW, WITH_FACTOR, PRECISION, WIDE, MASKED=False,
         )  # fmt: skip
 
     d_q = raw * scale
@@ -206,7 +224,11 @@ def attention_grad_query(
         query_scale_ptr += wide_batch * query_scale_stride_b + wide_head * query_scale_stride_h
         query_scale = tl.load(query_scale_ptr + offs_m.to(tl.int64) * query_scale_stride_s, mask=live, other=0.0)
         if d_query_scale_ptr is not None:
-            tl.store(d_query_scale_ptr + row_offsets, tl.sum(q.to(tl.float32) * d_q, 1), mask=keep_row)
+            excess = d_logit_sum
+            if d_lse_ptr is not None:
+                excess -= tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
+            tl.store(d_query_scale_ptr + row_offsets, tl.fma(-excess, mean_logit, d_factor) * scale, mask=keep_row)
+            tl.store(delta_factor_ptr + term_offsets, (delta + excess) * factor)
         d_q = d_q * query_scale[:, None]
     d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(BLOCK_M, BLOCK_D, HEAD_DIM, 1, False)
     store_tile(d_q_ptrs, d_q, keep_row, HEAD_DIM)

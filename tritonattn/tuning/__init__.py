@@ -1,8 +1,9 @@
 """Tile configs: what a kernel may be compiled with, what it is compiled with, and compilation without a GPU."""
 
-from .config import Problem, Target, TileConfig, config_for, legal_reasons
+from .config import Problem, Target, TileConfig, legal_reasons
+from .defaults import default_config
 
-__all__ = ["Problem", "Target", "TileConfig", "compile_kernel", "config_for", "legal_reasons"]
+__all__ = ["Problem", "Target", "TileConfig", "compile_kernel", "default_config", "legal_reasons"]
 
 
 def __getattr__(name: str):

@@ -7,7 +7,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from ..kernels import KERNELS
-from .config import Problem, Target, TileConfig, config_for, legal_reasons, padded_dim
+from .config import Problem, Target, TileConfig, legal_reasons, padded_dim
+from .defaults import default_config
 
 _SCALAR_TYPES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
 _OPTIONAL = ("key_lengths", "key_ranges", "mask", "query_scale", "key_scale", "left", "right")
@@ -24,7 +25,7 @@ def compile_kernel(
     """Compile a kernel for a target on any machine: Triton's CompiledKernel (`.asm`, `.metadata`).
 
     kernel    a name in `tritonattn.kernels.KERNELS`: forward, grad_query, grad_key_value, row_terms, key_statistics, ...
-    config    None takes `config_for`
+    config    None takes `default_config`
     target    "sm_90", "gfx942", ... or a Target
 
     The specialisation is that of an aligned call: pointers, strides and alignments as for contiguous tensors whose head
@@ -38,13 +39,13 @@ def compile_kernel(
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
     target = Target.parse(target) if isinstance(target, str) else target
-    config = config_for(kernel, problem, target) if config is None else config
+    config = default_config(kernel, problem, target) if config is None else config
     reasons = legal_reasons(kernel, config, problem, target)
     if reasons:
         raise ValueError(f"config: expected a legal one for {kernel}, got {config}: {'; '.join(reasons)}")
     function = KERNELS[kernel]
     signature, constants, attributes = specialisation(function, problem, config)
-    warp_size = 64 if target.arch.startswith("gfx9") else 32
+    warp_size = 64 if target.arch.startswith("gfx9") else 32  # CDNA; RDNA and NVIDIA have 32
     arch = int(target.arch) if target.backend == "cuda" else target.arch
     return triton.compile(
         ASTSource(function, signature, constants, attributes),
@@ -69,7 +70,7 @@ def specialisation(function, problem: Problem, config: TileConfig) -> tuple[dict
         signature[name] = "constexpr" if argument_type in (None, 1) else argument_type
         if argument_type in (None, 1):
             constants[name] = argument_type
-        elif name.endswith("_ptr") or "_stride_" in name or name == "scale_stride":
+        elif name.endswith("_ptr") or "_stride_" in name:
             attributes[(position,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
@@ -97,7 +98,7 @@ def _argument_type(name: str, problem: Problem) -> str | int | None:
     lacks = {
         "factor": not problem.query_scale,
         "delta_factor": not problem.query_scale,
-        "d_query_scale": not problem.query_scale,
+        "d_query_scale": not problem.query_scale_grad,
         "factor_size": not (problem.query_scale and str(problem.dtype) == "torch.float16"),
         "d_key_scale": not problem.key_scale,
         "row_bounds": not problem.key_ranges,

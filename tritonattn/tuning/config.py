@@ -1,8 +1,8 @@
-"""What a kernel is asked to do, the tile config that it does it with, and the one statement of which configs are legal."""
+"""What a kernel is asked to do, its tile config, and the one statement of which configs are legal."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -61,6 +61,7 @@ class Problem:
     mask: bool = False
     query_scale: bool = False
     key_scale: bool = False
+    query_scale_grad: bool = False
     grouped: bool = False
 
     @property
@@ -113,43 +114,3 @@ def _shared_estimate(kernel: str, config: TileConfig, problem: Problem) -> int:
         held, streamed = streamed, held
     held_width = padded_dim(problem.head_dim) if kernel == "forward" else rows
     return (held * held_width + streamed * rows * max(config.num_stages - 1, 1)) * problem.dtype.itemsize
-
-
-def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
-    """The config that a kernel is launched with."""
-    if kernel in STREAMING_KERNELS:
-        block = 1024 if kernel == "key_prefix_sums" else max(16, min(64, 8192 // problem.width))
-        return TileConfig(block, block, 4, 1)
-    if problem.dtype == torch.float32:
-        return _default_single(kernel, problem)
-    default = _default_amd if target.backend == "hip" else _default_nvidia
-    config = default(kernel, problem, target)
-    while legal_reasons(kernel, config, problem, target) and config.num_stages > 1:
-        config = replace(config, num_stages=config.num_stages - 1)
-    return config
-
-
-def _default_single(kernel: str, problem: Problem) -> TileConfig:
-    # IEEE fp32 products run on the FMA units from registers: small tiles, no pipeline to feed.
-    return TileConfig(32, 32, 4, 1) if problem.width <= 128 else TileConfig(16, 16, 4, 1)
-
-
-def _default_nvidia(kernel: str, problem: Problem, target: Target) -> TileConfig:
-    wide_registers = target.arch in ("90", "100", "103")
-    if problem.width > 128:
-        return TileConfig(64, 32, 8, 2) if kernel == "forward" else TileConfig(32, 32, 8, 1)
-    if kernel == "forward":
-        if wide_registers:
-            return TileConfig(128, 128, 8, 2)
-        return TileConfig(128, 64, 4, 3) if problem.width <= 64 else TileConfig(128, 64, 8, 2)
-    if kernel == "grad_query":
-        return TileConfig(128, 64, 8, 2)
-    return TileConfig(64, 128, 8, 2)
-
-
-def _default_amd(kernel: str, problem: Problem, target: Target) -> TileConfig:
-    if problem.width > 128:
-        return TileConfig(32, 32, 4, 1)
-    if kernel == "forward":
-        return TileConfig(128, 64, 8, 1)
-    return TileConfig(64, 64, 8, 1)

@@ -1,0 +1,36 @@
+"""Kernels run on a GPU where there is one, else in Triton's interpreter, which TRITON_INTERPRET=1 asks for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tritonattn import launch
+from tritonattn.tuning.config import TILED_KERNELS, TileConfig
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if launch.runs_on(DEVICE):
+        return
+    reason = pytest.mark.skip(reason="kernels need a GPU or TRITON_INTERPRET=1: `make test` runs them so")
+    for item in items:
+        if item.path.parent.name == "kernels":
+            item.add_marker(reason)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 x 16 tiles, so that short sequences have inner blocks, edges and tails; quick in the interpreter."""
+    default = launch.config_for
+
+    def config(kernel, problem, target):
+        return TileConfig(16, 16, 4, 1) if kernel in TILED_KERNELS else default(kernel, problem, target)
+
+    monkeypatch.setattr(launch, "config_for", config)

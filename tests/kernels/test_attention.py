@@ -1,0 +1,211 @@
+"""The forward and backward kernels against float64: masks, scales, dtypes, shapes, strides, NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tritonattn
+from tests.kernels import harness
+from tests.support.masks import MASKS
+from tritonattn import launch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SCALES = ((), ("query_scale",), ("query_scale", "key_scale"))
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+
+def _mask(name: str, device: torch.device, batch: int = 2, heads: int = 2, q_len: int = 37, k_len: int = 53) -> dict:
+    arguments = MASKS[name](batch, heads, q_len, k_len)
+    return {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scales", SCALES, ids=lambda scales: "+".join(scales) or "constant")
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_mask_and_scale(mask, scales, dtype, device):
+    harness.check(harness.inputs(dtype, device, scales=scales), scale=0.3, **_mask(mask, device))
+
+
+@pytest.mark.parametrize("mask", ["causal", "causal window", "ranges"])
+@pytest.mark.parametrize(("q_len", "k_len"), [(1, 17), (17, 2), (53, 37), (16, 32), (130, 130)])
+def test_ragged_lengths(mask, q_len, k_len, device):
+    tensors = harness.inputs(torch.float32, device, q_len=q_len, k_len=k_len, scales=("query_scale",), batch=1)
+    harness.check(tensors, **_mask(mask, device, 1, 2, q_len, k_len))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"), [(1, 1), (8, 24), (17, 16), (64, 64), (80, 80), (96, 40), (192, 128), (256, 256)]
+)
+def test_head_dims(head_dim, value_dim, device):
+    tensors = harness.inputs(
+        torch.float32, device, head_dim=head_dim, value_dim=value_dim, q_len=21, k_len=19, batch=1,
+        scales=("query_scale", "key_scale"),
+    )  # fmt: skip
+    harness.check(tensors, causal=True)
+
+
+@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (3, 1), (1, 5), (2, 3)])
+def test_grouped_heads(kv_heads, group, device):
+    tensors = harness.inputs(
+        torch.float32, device, kv_heads=kv_heads, group=group, q_len=18, k_len=20, scales=("query_scale", "key_scale")
+    )  # fmt: skip
+    harness.check(tensors, causal=True)
+
+
+@pytest.mark.parametrize("mode", tritonattn.SCALINGS)
+@pytest.mark.parametrize("mask", ["causal", "window", "ranges"])
+def test_every_mode(mode, mask, device):
+    tensors = harness.inputs(torch.float32, device, scales=("gain",), q_len=20, k_len=33)
+    harness.check(
+        tensors, lambda **arguments: tritonattn.attention(scaling=mode, **arguments), **_mask(mask, device, 2, 2, 20, 33)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["key_norm_sum", "key_norm_l2", "key_norm_max"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_statistics_in_16_bit(mode, dtype, device):
+    tensors = harness.inputs(dtype, device, q_len=20, k_len=20)
+    harness.check(tensors, lambda **arguments: tritonattn.attention(scaling=mode, **arguments), causal=True)
+
+
+def test_default_tiles(device, monkeypatch):
+    monkeypatch.undo()
+    tensors = harness.inputs(
+        torch.float16, device, batch=1, q_len=150, k_len=170, head_dim=64, value_dim=64, scales=("query_scale",)
+    )  # fmt: skip
+    harness.check(tensors, causal=True)
+
+
+def test_scales_act_on_the_accumulated_product_in_fp32(device):
+    """Logits of about 100: a scale rounded into a float16 q would move them by 0.05."""
+    tensors = harness.inputs(torch.float16, device, head_dim=64, value_dim=64, batch=1, q_len=32, k_len=64)
+    tensors["q"] *= 4
+    tensors["query_scale"] = 1.0 + torch.rand(tensors["q"].shape[:3], generator=torch.Generator().manual_seed(3)).to(
+        device
+    )
+    harness.check(tensors, scale=1.0)
+
+
+def _variants(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same values in other memory: transposed axes, a strided last axis, an offset, padding between rows."""
+    padded = torch.nn.functional.pad(tensor, (1, 3, 2, 0))
+    strided = tensor.new_empty(*tensor.shape[:3], 2 * tensor.shape[3])[..., ::2]
+    return {
+        "transposed": tensor.transpose(1, 2).contiguous().transpose(1, 2),
+        "last axis outermost": tensor.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
+        "every other element": strided.copy_(tensor),
+        "slice of a larger tensor": padded[:, :, 2:, 1 : 1 + tensor.shape[3]],
+    }
+
+
+@pytest.mark.parametrize("layout", ["transposed", "last axis outermost", "every other element", "slice of a larger tensor"])
+def test_strides(layout, device):
+    tensors = harness.inputs(torch.float32, device, q_len=20, k_len=35, kv_heads=2)
+    expected = harness.run(tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton")
+    views = {name: _variants(tensor)[layout] for name, tensor in tensors.items()}
+    d_out = _variants(torch.ones_like(tensors["q"]))[layout]
+    found = harness.run(views, d_out, tritonattn.scaled_attention, backend="triton")
+    for name, result in expected.items():
+        torch.testing.assert_close(found[name], result, rtol=0, atol=0, msg=name)
+
+
+def test_expanded_tensors(device):
+    """Stride 0: a key head shared by expansion, a gradient from sum()."""
+    tensors = harness.inputs(torch.float32, device, q_len=18, k_len=18, group=1)
+    k, v = (tensors[name].expand(-1, 3, -1, -1) for name in ("k", "v"))
+    q = tensors["q"].expand(-1, 3, -1, -1).contiguous().requires_grad_()
+    out = tritonattn.scaled_attention(q, k, v, causal=True, backend="triton")
+    out.sum().backward()
+    reference = q.detach().double().requires_grad_()
+    tritonattn.scaled_attention(reference, k.double(), v.double(), causal=True, backend="reference").sum().backward()
+    torch.testing.assert_close(q.grad.double(), reference.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_offsets_past_int32(device):
+    """Rows 2^27 elements apart: offsets inside one tile pass 2^31, though few elements are used."""
+    stride = 2**27
+    storage = torch.empty(20 * stride, dtype=torch.float16, device=device)
+    tensors = harness.inputs(torch.float16, device, batch=1, group=1, q_len=20, k_len=20)
+    k = storage.as_strided((1, 1, 20, 16), (20 * stride, 20 * stride, stride, 1)).copy_(tensors["k"])
+    found = tritonattn.scaled_attention(tensors["q"], k, tensors["v"], backend="triton")
+    expected = tritonattn.scaled_attention(**tensors, backend="triton")
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("mask", ["lengths", "causal lengths", "mask of keys", "window"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_hidden_keys_reach_nothing(mask, poison, device):
+    tensors = harness.inputs(torch.float32, device, scales=("query_scale", "key_scale"), q_len=20, k_len=53)
+    arguments = _mask(mask, device, 2, 2, 20, 53)
+    visibility = tritonattn.visibility.Visibility.of(tensors["q"], tensors["k"], **arguments)
+    hidden = ~visibility.seen_keys().expand(tensors["k"].shape[:3])
+    assert hidden.any()
+    clean = harness.run(tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton", **arguments)
+    for name in ("k", "v", "key_scale"):
+        tensors[name][hidden] = poison
+    found = harness.run(tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton", **arguments)
+    for name, result in clean.items():
+        torch.testing.assert_close(found[name], result, rtol=0, atol=0, msg=name)
+        if name in ("k", "v", "key_scale"):
+            assert (result[hidden] == 0).all()
+
+
+def test_nan_in_a_row_without_keys_reaches_no_gradient(device):
+    tensors = harness.inputs(torch.float32, device, q_len=30, k_len=20)
+    tensors["q"][:, :, :5] = float("nan")
+    d_out = torch.ones_like(tensors["q"])
+    found = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton", causal=True)
+    for name, result in found.items():
+        assert result.isfinite().all(), name
+    assert (found["out"][:, :, :10] == 0).all()
+
+
+def test_lse_and_its_gradient(device):
+    tensors = harness.inputs(torch.float32, device, scales=("query_scale", "key_scale"), q_len=20, k_len=33)
+    results = []
+    for backend, values in (("triton", tensors), ("sdpa", harness.as_double(tensors))):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in values.items()}
+        visibility = tritonattn.visibility.Visibility.of(leaves["q"], leaves["k"], causal=True)
+        call = tritonattn.call.AttentionCall(
+            leaves["q"], leaves["k"], leaves["v"], visibility, 0.3, leaves["query_scale"], leaves["key_scale"]
+        )  # fmt: skip
+        result = tritonattn.ops.attention(call, backend, aux=False)
+        weight = torch.linspace(-1, 1, 20, device=device)
+        (result.lse * weight).sum().backward()
+        results.append([result.lse.detach(), *(leaf.grad for name, leaf in leaves.items() if name != "v")])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_results_repeat_to_the_bit(device):
+    tensors = harness.inputs(torch.float16, device, scales=("query_scale", "key_scale"), kv_heads=2)
+    d_out = torch.ones_like(tensors["q"])
+    first, second = (
+        harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton", causal=True) for _ in range(2)
+    )
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+
+
+def test_neighbours_in_the_batch_change_nothing(device):
+    tensors = harness.inputs(torch.float32, device, batch=3, scales=("query_scale",))
+    d_out = torch.ones_like(tensors["q"])
+    whole = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton", causal=True)
+    alone = {name: tensor[1:2] for name, tensor in tensors.items()}
+    part = harness.run(alone, d_out[1:2], tritonattn.scaled_attention, backend="triton", causal=True)
+    for name, result in part.items():
+        assert torch.equal(result, whole[name][1:2]), name
+
+
+def test_the_grid_is_one_axis(monkeypatch):
+    """100,000 batch entries pass the limit of 65,535 of a grid's other axes."""
+    grids = []
+    monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: grids.append(grid))
+    q = torch.empty(100_000, 1, 1, 16)
+    visibility = tritonattn.visibility.Visibility.of(q, q)
+    call = tritonattn.call.AttentionCall(q, q, q, visibility, 1.0)
+    result = launch.forward(call)
+    launch.backward(call, *result[:2], q, None, tritonattn.call.Gradients(True, True, True))
+    assert len(grids) == 4 and all(len(grid) == 1 and grid[0] >= 100_000 for grid in grids)

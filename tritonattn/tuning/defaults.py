@@ -1,0 +1,62 @@
+"""Configs for an architecture whose tables hold nothing: chosen so that no MMA loop spills, compiled and read, not timed.
+
+tests/tuning/test_compile.py compiles them for every target and reads the spills.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .config import STREAMING_KERNELS, Problem, Target, TileConfig
+
+# By family, kernel and the wider of the padded head and value dims: block_m, block_n, num_warps, num_stages.
+_TILES = {
+    "sm_80": {
+        "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        "grad_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 64, 8, 1)},
+    },
+    "sm_86": {
+        "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        "grad_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+    },
+    "sm_90": {
+        "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
+        "grad_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 1), 256: (32, 32, 8, 1)},
+    },
+    "sm_100": {
+        "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
+        "grad_query": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 1), 256: (32, 32, 8, 1)},
+    },
+    "amd": {
+        "forward": {64: (128, 64, 8, 1), 128: (128, 64, 8, 1), 256: (32, 32, 4, 1)},
+        "grad_query": {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
+        "grad_key_value": {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
+    },
+}
+# A key scale holds one more vector of keys in registers.
+_TILES_WITH_KEY_SCALE = {
+    ("sm_80", "forward", 128): (64, 64, 4, 2),
+    ("sm_90", "grad_key_value", 128): (32, 128, 8, 2),
+}
+# IEEE fp32 products run on the FMA units, from registers.
+_TILES_OF_FLOAT32 = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}
+_FAMILIES = {"80": "sm_80", "87": "sm_80", "90": "sm_90", "100": "sm_100", "103": "sm_100"}
+
+
+def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
+    """The config of a kernel where no table has one."""
+    width = min(size for size in (64, 128, 256) if size >= problem.width)
+    if kernel in STREAMING_KERNELS:
+        rows = 1024 if kernel == "key_prefix_sums" else 8192 // max(width, 128)
+        return TileConfig(rows, rows, 4, 1)
+    if problem.dtype == torch.float32:
+        return TileConfig(*_TILES_OF_FLOAT32[width])
+    family = "amd" if target.backend == "hip" else _FAMILIES.get(target.arch, "sm_86")
+    tiles = _TILES[family][kernel][width]
+    if problem.key_scale:
+        tiles = _TILES_WITH_KEY_SCALE.get((family, kernel, width), tiles)
+    return TileConfig(*tiles)
