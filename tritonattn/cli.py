@@ -10,7 +10,7 @@ from pathlib import Path
 from . import __version__
 from .command import CommandError, require
 
-DEMO_MODES = "sqrt_dim,key_norm_mean,key_norm_rms,log_key_count,sqrt_key_count,key_norm_sum,key_count,none"
+DEMO_MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..command import CommandError
 from ..scaling import SCALINGS
-from .measure import Measurement, Subject, eager_loss, measure
+from .measurement import Measurement, Subject, eager_loss, measure
 from .model import load
 from .report import Report
 

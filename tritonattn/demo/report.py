@@ -13,7 +13,7 @@ import torch
 import transformers
 from tabulate import tabulate
 
-from .measure import Measurement
+from .measurement import Measurement
 
 AGREEMENT = 1e-4
 _HEADERS = (
