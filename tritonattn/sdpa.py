@@ -1,8 +1,8 @@
-"""The CPU path for plain and square-causal calls: both scales folded into q and k, then PyTorch's own attention.
+"""The CPU path for plain and square-causal calls: scales folded into q and k, then PyTorch's own attention.
 
-torch.nn.functional.scaled_dot_product_attention has one fast kernel for CPUs, whose memory is O(S D), backward
-included. It leaves that kernel for an O(Sq Sk) one where v's head_dim differs from q's or a last axis is strided; so
-the narrower operands are padded with zeros and strided ones copied. Key heads are not expanded.
+torch.nn.functional.scaled_dot_product_attention has one fast kernel for CPUs; its memory is O(S D), backward
+included. It leaves that kernel for an O(Sq Sk) one where v's head_dim differs from q's or a last axis is
+strided; so the narrower operands are padded with zeros and strided ones copied. Key heads are not expanded.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .autograd import first_order
+from .autograd import first_order, needs_graph
 from .call import AttentionCall
 from .visibility import Visibility
 
 
 def supports(call: AttentionCall) -> bool:
-    """Whether `attention` computes this call: rows that see all keys or a square's lower triangle, and no extras."""
+    """Whether `attention` computes this call: all keys or a square's lower triangle seen, and no extras."""
     if call.softcap is not None or call.sinks is not None or call.dropout is not None:
         return False
     empty = 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape
@@ -29,24 +29,38 @@ def attention(call: AttentionCall) -> Tensor:
     """The output [B, Hq, Sq, Dv] of a call that `supports` accepts, differentiable by autograd.
 
     The scales are folded in q's dtype: exact to rounding in fp32 and fp64, while in bf16 q * query_scale and
-    k * key_scale are rounded to bf16 once before they meet. fp16 would also lose range (1 / n of a long sequence is
-    a subnormal), and PyTorch computes it no faster than fp32; so a scaled call in fp16 is computed in fp32.
+    k * key_scale are rounded to bf16 once before they meet.
     """
     q, k, v = call.q, call.k, call.v
     width, value_width = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-    scaled = call.query_scale is not None or call.key_scale is not None
-    if scaled and q.dtype == torch.float16:
+    if _needs_fp32(call):
         q, k, v = q.float(), k.float(), v.float()
     q, k = _fold(q, call.query_scale), _fold(k, call.key_scale)
+    scale = call.scale
+    if scale <= 0:  # the kernel hides keys by -inf before it multiplies
+        q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
     out = scaled_dot_product_attention(
-        _for_kernel(q, width), _for_kernel(k, width), _for_kernel(v, width), scale=call.scale,
-        is_causal=not _sees_all(call.visibility), enable_gqa=q.shape[1] != k.shape[1],
+        _for_kernel(q, width), _for_kernel(k, width), _for_kernel(v, width), scale=scale,
+        is_causal=not _sees_all(call.visibility), enable_gqa=not q.shape[1] == k.shape[1],
     )  # fmt: skip
     return out[..., :value_width].to(call.q.dtype)
 
 
+def _needs_fp32(call: AttentionCall) -> bool:
+    """Whether PyTorch's kernel in the call's own 16 bits would be off by more than rounding its operands.
+
+    A scaled q can leave the range of fp16: 1 / n of a long sequence is a subnormal. And PyTorch sums the
+    gradients of a key head over the query heads of its group in 16 bits.
+    """
+    if call.q.dtype == torch.float16 and (call.query_scale is not None or call.key_scale is not None):
+        return True
+    grouped = call.q.shape[1] != call.k.shape[1]
+    narrow = call.q.dtype in (torch.float16, torch.bfloat16)
+    return narrow and grouped and call.q.device.type == "cpu" and needs_graph(call.k, call.v)
+
+
 def _sees_all(visible: Visibility) -> bool:
-    """Whether every row sees every key, said by shapes alone: a lone causal query, a window that holds all."""
+    """Whether every row sees every key, as shapes tell: a lone causal query, a window that holds all."""
     if visible.key_lengths is not None or visible.key_ranges is not None or visible.mask is not None:
         return False
     left, right = visible.left, visible.right

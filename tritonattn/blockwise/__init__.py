@@ -1,17 +1,22 @@
-"""Attention on a CPU for every mask and option, tile by tile in plain torch: O(S D) memory, backward included.
+"""Attention on a CPU for every mask and option, tile by tile in plain torch: memory O(S D), backward too.
 
-A tile is some query rows against some keys, for a few heads. Tiles in which no row sees a key are skipped; tiles in
-which every row sees every key are not masked. Operands are widened to fp32 (fp64 stays) a tile at a time and nothing is
-rounded in between, P included: what a 16-bit call returns has been rounded once.
+A tile is some query rows against some keys, for a few heads. Tiles in which no row sees a key are skipped;
+tiles in which every row sees every key are not masked. Operands are widened to fp32 (fp64 stays) a tile at a
+time and nothing is rounded in between, P included: what a 16-bit call returns has been rounded once.
 
 With x = scale * (q . k) * query_scale * key_scale and z = x, or softcap * tanh(x / softcap):
 
-    s     = exp(z - lse)        share = exp(lse) / (exp(lse) + exp(sink)), or 1         keep = kept / (1 - p), or 1
-    out_i = share_i sum_j keep_ij s_ij v_j                                              delta_i = out_i . d_out_i
-    dz_ij = s_ij (share_i keep_ij (d_out_i . v_j) - share_i delta_i + d_lse_i)
-    dx_ij = dz_ij (1 - (z_ij / softcap)^2)                                              d_sink = -sum (1 - share_i) delta_i
+    s       = exp(z - lse)
+    share_i = exp(lse_i) / (exp(lse_i) + exp(sink))         1 without sinks
+    keep_ij = kept_ij / (1 - p)                             1 without dropout
+    out_i   = share_i sum_j keep_ij s_ij v_j
+    delta_i = out_i . d_out_i
+    dz_ij   = s_ij (share_i keep_ij (d_out_i . v_j) - share_i delta_i + d_lse_i)
+    dx_ij   = dz_ij (1 - (z_ij / softcap)^2)                dz_ij without softcap
+    d_sink  = -sum_i (1 - share_i) delta_i
 
-The gradient of a scale is that of the scaled operand before it meets the scale, times the operand: none is divided by.
+The gradient of a scale is that of the scaled operand before it meets the scale, times the operand: nothing is
+divided by a scale.
 """
 
 from .backward_pass import backward

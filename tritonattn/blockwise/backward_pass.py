@@ -16,7 +16,7 @@ def backward(
 ) -> Gradients:
     """The gradients that `needs`, a bool for each, asks for.
 
-    out [B, Hq, Sq, Dv] and lse [B, Hq, Sq] as `forward` returned them; d_out and d_lse alike, of any strides.
+    out [B, Hq, Sq, Dv] and lse [B, Hq, Sq] as `forward` returned them; d_out and d_lse alike, any strides.
     """
     tiles = Tiles(call)
     tensors = (call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
@@ -34,7 +34,7 @@ def backward(
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a block brings to all its tiles, [N, G * rows, ...]. Rows without keys are zero, and infinite in `lse`.
+    """What a block brings to all its tiles, [N, G * rows, ...]; zeros, and lse inf, for rows without keys.
 
     query         q
     query_scale   query_scale, or None
@@ -82,7 +82,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _KeySums:
-    """Sums over rows, for all keys of some heads: of dx * q * query_scale * scale and of keep * s * share * d_out."""
+    """Sums over rows, [N, Sk, ...], of dx * q * query_scale * scale and of keep * s * share * d_out."""
 
     key: Tensor | None
     value: Tensor | None
@@ -99,8 +99,10 @@ class _KeySums:
         return cls(key, None if gradients.v is None else zeros(tiles.call.v))
 
 
-def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradients: Gradients) -> Tensor | None:
-    """Add the block's tiles to the sums over rows; returns the sum over keys of dx * k * key_scale, if needed."""
+def _add_tiles(
+    tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradients: Gradients
+) -> Tensor | None:
+    """Add the block's tiles to the sums over rows; the sum over keys of dx * k * key_scale is returned."""
     needs_query = gradients.q is not None or gradients.query_scale is not None
     d_query = torch.zeros_like(rows.query) if needs_query else None
     for keys, hidden in tiles.keys_of(block):
@@ -136,7 +138,9 @@ def _weights(
     return logit.sub_(rows.lse).exp_(), slope
 
 
-def _store_of_rows(tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | None, gradients: Gradients) -> None:
+def _store_of_rows(
+    tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | None, gradients: Gradients
+) -> None:
     if d_query is not None:
         d_query.mul_(tiles.call.scale)
     if gradients.query_scale is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..call import AttentionCall
 
-# Rows (over all query heads of a group) and keys of a tile, and pairs of all tiles that are computed together.
+# Rows (over all query heads of a group) and keys of a tile; pairs of all tiles that are computed together.
 _ROWS = 512
 _KEYS = 512
 _PAIRS = 1 << 19
@@ -41,8 +41,9 @@ class Block:
 class Tiles:
     """An AttentionCall cut into tiles.
 
-    What belongs to a block is folded to [N, G * rows, ...] and what belongs to keys to [N, keys, ...]: N batch entries
-    times key heads; the G query heads of a key head lie one after the other. So keys and values are never repeated.
+    What belongs to a block is folded to [N, G * rows, ...], what belongs to keys to [N, keys, ...]: N batch
+    entries times key heads; the G query heads of a key head lie one after the other, so that keys and
+    values are never repeated.
     """
 
     def __init__(self, call: AttentionCall) -> None:
@@ -52,8 +53,7 @@ class Tiles:
         self.group = visible.q_heads // max(visible.kv_heads, 1)
         self.row_step = max(1, _ROWS // max(self.group, 1))
         self.spans = [slice(key, min(key + _KEYS, visible.k_len)) for key in range(0, visible.k_len, _KEYS)]
-        # Values on another device are not read, which would wait for it: there only shapes tell what is touched.
-        self.readable = visible.device.type == "cpu"
+        self.readable = readable(visible.device)
         self.lo, self.hi = visible.ranges()  # [B or 1, Sq]
         self.first, self.last = self._host_bounds()
         self.unseen = None if visible.is_full else ~visible.seen_keys()  # [B or 1, 1 or Hkv, Sk]
@@ -128,7 +128,7 @@ class Tiles:
             self.by_head(logit, block).masked_fill_(hidden, value)
 
     def drop(self, probability: Tensor, block: Block, keys: slice) -> Tensor:
-        """probability [N, G * rows, keys] with what dropout does not keep set to zero; itself without dropout."""
+        """probability [N, G * rows, keys] with zeros for what dropout does not keep."""
         dropout = self.call.dropout
         if dropout is None:
             return probability
@@ -149,7 +149,7 @@ class Tiles:
         return x.view(*shape, block.rows.stop - block.rows.start, x.shape[-1])
 
     def _host_bounds(self) -> tuple[Tensor, Tensor]:
-        """First and one past the last key of each row, in host memory, [B or 1, Sq]; (Sk, 0) for an empty row."""
+        """First and one past the last key of each row, in host memory, [B or 1, Sq]; (Sk, 0) for none."""
         lo, hi = self.lo, self.hi
         if not self.readable:
             cpu = torch.device("cpu")
@@ -178,6 +178,11 @@ class Tiles:
         mask = _slice(mask, batch, block.heads.queries, block.rows, keys)
         mask = mask.unflatten(1, (-1, self.group)) if mask.shape[1] > 1 else mask[:, None]
         return hidden | ~mask
+
+
+def readable(device: torch.device) -> bool:
+    """Whether values are read to skip tiles. Reading would wait for other devices: there only shapes tell."""
+    return device.type == "cpu"
 
 
 def _slice(x: Tensor, *parts: slice) -> Tensor:
