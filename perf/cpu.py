@@ -1,0 +1,192 @@
+"""Time and memory of forward + backward on a CPU, against PyTorch's attention; on Linux."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import tritonattn
+from tritonattn.visibility import Visibility
+
+HEADS, HEAD_DIM = 8, 64
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def packed(length: int) -> Tensor:
+    """Key ranges of eight documents that lie one after the other, causal by `causal=True`."""
+    document = max(1, length // 8)
+    start = torch.arange(length) // document * document
+    return torch.stack([start, start + document], dim=-1)[None].int()
+
+
+def cases(length: int) -> dict[str, dict[str, Attend]]:
+    """For each mask, what is compared; the first of each is the baseline."""
+    masks = {
+        "causal, window 512": {"causal": True, "window": (512, None)},
+        "causal, 3/4 of the keys": {"causal": True, "key_lengths": torch.tensor([length * 3 // 4])},
+        "8 packed documents": {"causal": True, "key_ranges": packed(length)},
+    }
+    compared: dict[str, dict[str, Attend]] = {
+        "causal": {
+            "F.sdpa(is_causal=True)": partial(scaled_dot_product_attention, is_causal=True),
+            **{
+                f"tritonattn {scaling}": partial(tritonattn.attention, scaling=scaling, causal=True)
+                for scaling in ("sqrt_dim", "key_count", "key_norm_sum")
+            },
+        }
+    }
+    for name, mask in masks.items():
+        compared[name] = {
+            "F.sdpa(attn_mask=...)": partial(_masked, mask),
+            "tritonattn sqrt_dim": partial(tritonattn.attention, **mask),
+            "tritonattn key_norm_sum": partial(tritonattn.attention, scaling="key_norm_sum", **mask),
+        }
+    return compared
+
+
+def _masked(mask: dict, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=Visibility.of(q, k, **mask).dense())
+
+
+def inputs(length: int) -> list[Tensor]:
+    """q, k, v and the gradient of out: fp32 [1, 8, length, 64]."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (torch.randn(1, HEADS, length, HEAD_DIM, generator=random) for _ in range(4))
+    return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), d_out]
+
+
+def forward_backward(attend: Attend, tensors: list[Tensor]) -> float:
+    """Seconds of one forward and backward pass."""
+    *leaves, d_out = tensors
+    for leaf in leaves:
+        leaf.grad = None
+    start = time.perf_counter()
+    attend(*leaves).backward(d_out)
+    return time.perf_counter() - start
+
+
+def times(compared: dict[str, Attend], length: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each contestant in every round; all take turns, so that a noisy moment meets all."""
+    tensors = inputs(length)
+    taken: dict[str, list[float]] = {name: [] for name in compared}
+    for attend in compared.values():
+        forward_backward(attend, tensors)
+    for _ in range(repeats):
+        for name, attend in compared.items():
+            taken[name].append(forward_backward(attend, tensors))
+    return taken
+
+
+def peak_memory(case: str, name: str, length: int, threads: int) -> int:
+    """Bytes that one forward and backward, inputs included, add to a fresh process after a warm-up call."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_memory, (case, name, length, threads))
+
+
+def _peak_memory(case: str, name: str, length: int, threads: int) -> int:
+    torch.set_num_threads(threads)
+    forward_backward(cases(64)[case][name], inputs(64))
+    attend = cases(length)[case][name]
+    before = _reset_peak()
+    forward_backward(attend, inputs(length))
+    return _resident("VmHWM") - before
+
+
+def _reset_peak() -> int:
+    """Bytes now resident. The peak counts from here on: importing peaks above what stays."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _resident("VmRSS")
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(arguments: argparse.Namespace) -> list[dict]:
+    """One record a contestant."""
+    torch.set_num_threads(arguments.threads)
+    records = []
+    for case, compared in cases(arguments.length).items():
+        taken = times(compared, arguments.length, arguments.repeats)
+        memory = {name: peak_memory(case, name, arguments.length, arguments.threads) for name in compared}
+        baseline = next(iter(compared))
+        for name in compared:
+            ratios = [ours / theirs for ours, theirs in zip(taken[name], taken[baseline], strict=True)]
+            records.append(
+                {
+                    "case": case,
+                    "attention": name,
+                    "median_ms": 1000 * statistics.median(taken[name]),
+                    "time_ratio": statistics.median(ratios),
+                    "peak_mib": memory[name] / 2**20,
+                    "memory_ratio": memory[name] / memory[baseline],
+                }
+            )
+    return records
+
+
+def environment(arguments: argparse.Namespace) -> dict[str, str]:
+    """What the figures depend on."""
+    return {
+        "shape": f"[1, {HEADS}, {arguments.length}, {HEAD_DIM}] float32",
+        "threads": str(arguments.threads),
+        "repeats": str(arguments.repeats),
+        "cpu": _cpu_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tritonattn": tritonattn.__version__,
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=15, help="rounds, in which all take turns")
+    parser.add_argument("--length", type=int, default=4096, help="queries and keys")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print the table and write the file."""
+    facts, records = environment(arguments), measure(arguments)
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    print("measured: forward + backward; ratios to the first of each case, median of interleaved rounds\n")
+    headers = ["case", "attention", "ms", "time ratio", "peak MiB", "memory ratio"]
+    rows = [list(record.values()) for record in records]
+    print(tabulate(rows, headers, floatfmt=("", "", ".0f", ".3f", ".0f", ".2f")))
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"environment": facts, "results": records}, indent=2) + "\n", encoding="utf-8"
+        )
