@@ -236,6 +236,18 @@ def test_packed_lengths_without_a_mask(causal):
     torch.testing.assert_close(out, torch.cat(parts, dim=2).transpose(1, 2))
 
 
+def test_a_window_without_a_mask():
+    q, k, v = torch.randn(3, 1, 2, 9, 4)
+    module = SimpleNamespace(is_causal=True)
+    out, _ = attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=3)
+    wanted = tritonattn.attention(q, k, v, scaling=0.5, causal=True, window=(2, None))
+    torch.testing.assert_close(out, wanted.transpose(1, 2))
+    wide, _ = attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=9)
+    torch.testing.assert_close(wide, tritonattn.attention(q, k, v, scaling=0.5, causal=True).transpose(1, 2))
+    with pytest.raises(NotImplementedError, match="sliding_window"):
+        attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=3, is_causal=False)
+
+
 def test_settings_refuse_what_they_do_not_know():
     module = SimpleNamespace(config=SimpleNamespace(tritonattn={"scalling": "dim"}))
     with pytest.raises(ValueError, match="scalling"):

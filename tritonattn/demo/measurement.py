@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,9 @@ def measure(subject: Subject, tokens: Tensor, mode: str) -> Measurement:
         if scaling is not None and abs(scaling - own) > 1e-6 * own:
             subject.own_scaling_is_sqrt_dim = False
         arguments = call_arguments(module, query, key, *args, **kwargs)
-        out, aux = attention(query, key, value, **arguments, return_aux=True)
+        out, aux = cast(
+            tuple[Tensor, AttentionAux], attention(query, key, value, **arguments, return_aux=True)
+        )
         layers.append(_layer(query, key, arguments, aux))
         return out.transpose(1, 2).contiguous(), None
 

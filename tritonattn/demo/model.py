@@ -9,6 +9,7 @@ import tempfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +36,7 @@ def load(model: str | None, device: torch.device) -> Subject:
     print(f"loading {source}", file=sys.stderr)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        network = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, **options)
+        network: Any = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise CommandError(f"--model: cannot load {source!r}: {_first_line(error)}{_hint(where)}") from error
     if "gguf_file" not in options:  # those come in fp32, and transformers refuses to cast them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def attention_forward(
     an output).
     """
     arguments = call_arguments(module, query, key, attention_mask, scaling, dropout, **kwargs)
-    out = attention(query, key, value, **arguments)
+    out = cast(Tensor, attention(query, key, value, **arguments))
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -156,7 +156,7 @@ def _without_bias(mask: Tensor) -> Tensor:
         "(or the dtype's minimum)"
     )
     if torch.compiler.is_compiling():
-        torch._assert_async(pure, message)
+        torch._assert_async(pure, message)  # pyright: ignore[reportPrivateImportUsage]
     elif not pure:
         raise NotImplementedError(message)
     return visible
@@ -165,20 +165,23 @@ def _without_bias(mask: Tensor) -> Tensor:
 def _implied_mask(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
     """No mask: the module's is_causal flag, packed documents and the window say what is visible."""
     causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    window = _window(causal, query, key, kwargs)
     if kwargs.get("cu_seq_lens_q") is not None:
         ranges = _document_ranges(query.shape[2], kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], causal)
-        return {"key_ranges": ranges.expand(query.shape[0], -1, -1), **_window(causal, key, kwargs)}
-    return {"causal": bool(causal), **_window(causal, key, kwargs)}
+        return {"key_ranges": ranges.expand(query.shape[0], -1, -1), **window}
+    return {"causal": causal and query.shape[2] > 1, **window}
 
 
-def _window(causal: bool, key: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _window(causal: bool, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
     size = kwargs.get("sliding_window")
     if size is None or size >= key.shape[2]:
         return {}
-    if not causal:
+    packed = kwargs.get("cu_seq_lens_q") is not None
+    if not causal or (packed and query.shape[2] != key.shape[2]):
         raise NotImplementedError(
-            "sliding_window: without a mask, tritonattn knows a window only for causal attention"
+            "sliding_window: without a mask, tritonattn knows a window only for causal attention, and in packed "
+            "documents only where queries and keys are as many"
         )
     return {"window": (size - 1, None)}
 

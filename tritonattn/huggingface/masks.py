@@ -133,7 +133,7 @@ def _padding_state(request: MaskRequest) -> tuple[str, Bounds | None]:
     bounds = Bounds(*((side + request.key_offset)[:, None] for side in (first, end)))
     whole, ranges = (count == request.kv_length).all(), (count == end - first).all()
     if torch.compiler.is_compiling():
-        torch._assert_async(ranges, _COMPILED_HOLES)
+        torch._assert_async(ranges, _COMPILED_HOLES)  # pyright: ignore[reportPrivateImportUsage]
         return "range", bounds
     whole, ranges = torch.stack([whole, ranges]).tolist()
     return ("none" if whole else "range" if ranges else "holes"), bounds
@@ -189,7 +189,7 @@ _CLOSURES = {
 
 def _captured(function: Callable) -> tuple[Any, ...]:
     """The variables that a closure of transformers holds, in alphabetical order of their names."""
-    return tuple(cell.cell_contents for cell in function.__closure__)
+    return tuple(cell.cell_contents for cell in function.__closure__ or ())
 
 
 def _kinds(function: Callable) -> set[str]:
