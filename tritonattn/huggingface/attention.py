@@ -180,8 +180,8 @@ def _window(causal: bool, query: Tensor, key: Tensor, kwargs: dict[str, Any]) ->
     packed = kwargs.get("cu_seq_lens_q") is not None
     if not causal or (packed and query.shape[2] != key.shape[2]):
         raise NotImplementedError(
-            "sliding_window: without a mask, tritonattn knows a window only for causal attention, and in packed "
-            "documents only where queries and keys are as many"
+            "sliding_window: without a mask, tritonattn knows a window only for causal attention, in "
+            "packed documents only where queries and keys are as many"
         )
     return {"window": (size - 1, None)}
 
