@@ -36,29 +36,22 @@ def wheel(tmp_path_factory) -> Path:
     return built
 
 
-@pytest.fixture(scope="session")
-def installed(wheel, tmp_path_factory) -> Path:
-    """The python of a fresh venv that holds the wheel, and sees this interpreter's other packages."""
-    folder = tmp_path_factory.mktemp("venv")
+def fresh_venv(folder: Path, *install: str | Path) -> Path:
+    """The python of a new venv with one thing installed, that sees this interpreter's other packages."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     (site,) = folder.glob("lib/python*/site-packages")
     # Plain path entries: they do not process the .pth file on which an editable tritonattn hangs.
     others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site / "others.pth").write_text("\n".join(sorted(others)))
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        wheel,
-    )
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
+    run(*pip, "--no-build-isolation", *install)
     return python
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory) -> Path:
+    return fresh_venv(tmp_path_factory.mktemp("venv"), wheel)
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
@@ -93,9 +86,12 @@ def test_version_is_the_same_everywhere(installed):
     assert run(installed, "-m", "tritonattn", "--version").split() == ["tritonattn", own]
 
 
-def test_checkout_finds_its_tables():
+def test_editable_checkout_finds_its_tables_and_leaves_no_copy(tmp_path):
+    python = fresh_venv(tmp_path, "--editable", ROOT)
     code = "from tritonattn.tuning.cache_dir import shipped_tables; print(shipped_tables())"
-    assert Path(run(sys.executable, "-c", code, cwd=ROOT).strip()) == ROOT / "autotune_cache"
+    assert Path(fresh(code, python)) == ROOT / "autotune_cache"
+    (site,) = tmp_path.glob("lib/python*/site-packages")
+    assert not (site / "tritonattn").exists()
 
 
 def test_missing_tables_are_named(monkeypatch, tmp_path):
