@@ -246,6 +246,7 @@ def test_key_statistics_of_the_kernels_and_of_torch_agree(mask):
     assert not results[1][-1][0, 0, 2].any()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
 @pytest.mark.usefixtures("torch_kernels")
 def test_key_statistics_under_transforms_and_compilers():
     q = torch.empty(2, 4, 5, 8)

@@ -241,7 +241,7 @@ class _EagerAttention(Function):
 
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
-    """In one batch, unless the place in it matters: dropout's bits depend on it, and sinks have no such axis."""
+    """In one batch, unless the place in it matters: dropout depends on it, and sinks have no batch axis."""
     flat = _Flat(*arguments[: len(_Flat._fields)])
     one_by_one = flat.dropout_state is not None or flat.sinks is not None
     return (in_a_loop if one_by_one else in_one_batch)(operator, info.batch_size, in_dims, arguments)

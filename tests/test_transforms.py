@@ -1,0 +1,241 @@
+"""torch.compile, export, torch.func and checkpointing over the public functions."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import tritonattn
+
+from .support.masks import MASKS
+
+pytestmark = [
+    # torch's own, while it compiles or falls back
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
+]
+
+# A constant, counts with a parameter, sums, squares in fp64, maxima, both scales.
+MODES = ["sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine"]
+
+
+def operands(batch: int = 2, length: int = 7) -> tuple[Tensor, ...]:
+    """q, k, v and a gain, fp32."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((batch, 4, length, 8), (batch, 2, length, 8), (batch, 2, length, 6), (4, 1))
+    return tuple(torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+
+
+def objective(q: Tensor, k: Tensor, v: Tensor, gain: Tensor, **arguments) -> Tensor:
+    return tritonattn.attention(q, k, v, gain=gain, **arguments).square().sum()
+
+
+def assert_same_gradients(function, like, leaves: tuple[Tensor, ...]) -> None:
+    ours = torch.autograd.grad(function(*leaves), leaves)
+    for x, expected in zip(ours, torch.autograd.grad(like(*leaves), leaves), strict=True):
+        torch.testing.assert_close(x, expected)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "mask", ["full", "causal", "window", "lengths", "ranges", "mask of heads", "everything"]
+)
+@pytest.mark.parametrize("scaling", MODES)
+def test_compile_forward_and_backward_in_one_graph(scaling, mask):
+    function = partial(objective, scaling=scaling, **MASKS[mask](2, 4, 7, 7))
+    assert_same_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), function, operands())
+
+
+def test_compile_everything_at_once():
+    sinks = torch.randn(4, requires_grad=True)
+
+    def function(q, k, v, gain, sinks):
+        masks = {"key_lengths": torch.tensor([3, 7]), "mask": torch.ones(7, 7, dtype=torch.bool)}
+        out, aux = tritonattn.attention(
+            q, k, v, scaling="key_norm_mean", gain=gain, softcap=3.0, sinks=sinks, window=(2, 1),
+            return_aux=True, **masks,
+        )  # fmt: skip
+        return out.sum() + aux.lse.sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same_gradients(compiled, function, (*operands(), sinks))
+
+
+def test_compile_with_sizes_windows_and_numbers_that_change():
+    def function(q, k, v, gain, left, factor):
+        return objective(q, k, v, gain * factor, scaling="key_norm_sum", window=(left, 0))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length, left, factor in ((10, 2, 0.5), (13, 3, 0.7)):
+        settings = {"left": left, "factor": factor}
+        assert_same_gradients(
+            partial(compiled, **settings), partial(function, **settings), operands(length=length)
+        )
+
+
+@pytest.mark.parametrize("masks", [{"causal": True}, {"window": (2, 0)}])
+def test_compile_dynamic_shapes_do_not_recompile(masks):
+    compiled = torch.compile(partial(objective, **masks), fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (10, 11, 13):
+            assert_same_gradients(compiled, partial(objective, **masks), operands(length=length))
+
+
+def test_compile_under_autocast_and_with_dropout():
+    def function(q, k, v, gain):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return objective(q, k, v, gain, window=(2, 1)).float()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*operands()), function(*operands()))
+    dropped = torch.compile(partial(objective, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    dropped(*operands()).backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_max"])
+def test_inductor(scaling):
+    function = partial(objective, scaling=scaling, window=(3, 0))
+    assert_same_gradients(torch.compile(function, fullgraph=True), function, operands())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("masks", [{"causal": True}, {"window": (2, 0)}])
+def test_export(masks, strict):
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v, gain):
+            return tritonattn.attention(q, k, v, scaling="key_norm_mean", gain=gain, **masks)
+
+    leaves = tuple(x.detach() for x in operands())
+    dynamic = {2: torch.export.Dim("length", min=4, max=64)}
+    program = torch.export.export(
+        Layer(), leaves, strict=strict, dynamic_shapes=(dynamic, dynamic, dynamic, None)
+    )
+    for length in (7, 11):
+        leaves = tuple(x.detach() for x in operands(length=length))
+        torch.testing.assert_close(program.module()(*leaves), Layer()(*leaves))
+    if "window" in masks:
+        assert torch.ops.tritonattn.forward.default in {node.target for node in program.graph.nodes}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("scaling", MODES)
+def test_func_grad_and_vmap_of_it(scaling, mask):
+    function = partial(objective, scaling=scaling, **MASKS[mask](2, 4, 7, 7))
+    gradient = torch.func.grad(function, argnums=(0, 1, 2, 3))
+    leaves = operands()
+    plain = torch.autograd.grad(function(*leaves), leaves)
+    for ours, expected in zip(gradient(*(x.detach() for x in leaves)), plain, strict=True):
+        torch.testing.assert_close(ours, expected)
+    mapped = tuple(torch.stack([x.detach(), 2 * x.detach(), -x.detach()]) for x in leaves)
+    together = torch.func.vmap(gradient)(*mapped)
+    for i in range(3):
+        for ours, expected in zip(together, gradient(*(x[i] for x in mapped)), strict=True):
+            torch.testing.assert_close(ours[i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_vmap_over_some_operands_masks_and_other_axes():
+    q, k, v, _ = (x.detach() for x in operands())
+    lengths = torch.tensor([[1, 2], [3, 4], [7, 0]])
+    masks = torch.rand(3, 2, 1, 7, 7, generator=torch.Generator().manual_seed(0)) > 0.4
+
+    def function(q, lengths, mask):
+        return tritonattn.attention(q, k, v, scaling="key_norm_sum", key_lengths=lengths, mask=mask)
+
+    wanted = torch.stack([function(i * q, lengths[i], masks[i]) for i in range(3)])
+    qs = torch.stack([i * q for i in range(3)], dim=3)
+    mapped = torch.func.vmap(function, in_dims=(3, 0, 0), out_dims=1)(qs, lengths, masks)
+    torch.testing.assert_close(mapped, wanted.movedim(0, 1))
+
+
+def test_vmap_with_sinks_and_their_gradients():
+    q, k, v, _ = (x.detach() for x in operands())
+    sinks = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+    def function(sinks):
+        return tritonattn.attention(q, k, v, sinks=sinks).square().sum()
+
+    one_by_one = torch.stack([torch.func.grad(function)(x) for x in sinks])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(function))(sinks), one_by_one)
+
+
+def test_per_sample_gradients_of_shared_sinks():
+    qs = torch.stack([operands()[0].detach() * i for i in range(1, 4)])
+    _, k, v, _ = (x.detach() for x in operands())
+    sinks = torch.zeros(4)
+
+    def gradient(sinks, q):
+        return torch.func.grad(lambda s: tritonattn.attention(q, k, v, sinks=s).square().sum())(sinks)
+
+    together = torch.func.vmap(gradient, in_dims=(None, 0))(sinks, qs)
+    torch.testing.assert_close(together, torch.stack([gradient(sinks, q) for q in qs]))
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmap_with_dropout(randomness):
+    q, k, v, _ = (x.detach() for x in operands())
+    qs = torch.stack([q, q])
+
+    def function(q):
+        return tritonattn.attention(q, k, v, dropout_p=0.5)
+
+    first, second = torch.func.vmap(function, randomness=randomness)(qs)
+    assert torch.equal(first, second) == (randomness == "same")
+
+
+def test_vmap_of_dropout_without_a_choice_is_refused():
+    qs = torch.stack([operands()[0].detach()] * 2)
+    _, k, v, _ = operands()
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(lambda q: tritonattn.attention(q, k, v, dropout_p=0.5))(qs)
+
+
+@pytest.mark.parametrize("masks", [{"causal": True}, {"window": (2, 0), "dropout_p": 0.3}])
+def test_checkpointing(masks):
+    torch.manual_seed(0)
+    function = partial(objective, scaling="key_norm_sum", **masks)
+    leaves = operands()
+    torch.manual_seed(1)
+    wanted = torch.autograd.grad(function(*leaves), leaves)
+    torch.manual_seed(1)
+    ours = torch.autograd.grad(checkpoint(function, *leaves, use_reentrant=False), leaves)
+    for x, expected in zip(ours, wanted, strict=True):
+        assert torch.equal(x, expected)
+
+
+def test_a_selective_checkpoint_policy_sees_the_operator():
+    forward = torch.ops.tritonattn.forward.default
+    runs = []
+
+    def policy(context, operator, *args, **kwargs):
+        if operator is forward:
+            runs.append(context.is_recompute)
+        return CheckpointPolicy.MUST_SAVE if operator is forward else CheckpointPolicy.PREFER_RECOMPUTE
+
+    function = partial(objective, window=(2, 0))
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    leaves = operands()
+    result = checkpoint(function, *leaves, use_reentrant=False, context_fn=contexts)
+    for x, expected in zip(
+        torch.autograd.grad(result, leaves), torch.autograd.grad(function(*leaves), leaves), strict=True
+    ):
+        assert torch.equal(x, expected)
+    assert runs[0] is False
+
+
+def test_fake_tensors():
+    with torch._subclasses.FakeTensorMode():
+        q, k, v = torch.empty(2, 4, 7, 8), torch.empty(2, 2, 7, 8), torch.empty(2, 2, 7, 6)
+        out, aux = tritonattn.attention(
+            q, k, v, scaling="key_norm_sum", key_lengths=torch.empty(2, dtype=torch.int32), return_aux=True
+        )  # fmt: skip
+    assert out.shape == (2, 4, 7, 6)
+    assert {x.shape for x in aux} == {(2, 4, 7)}
