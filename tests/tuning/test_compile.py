@@ -1,0 +1,136 @@
+"""Every kernel compiles for every target without a GPU, and no loop of a default config spills registers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from tritonattn import launch  # noqa: E402
+from tritonattn.kernels import KERNELS  # noqa: E402
+from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config, legal_reasons  # noqa: E402
+from tritonattn.tuning.compile import specialisation  # noqa: E402
+from tritonattn.tuning.config import STREAMING_KERNELS, TILED_KERNELS  # noqa: E402
+from tritonattn.tuning.machine_code import read_machine_code  # noqa: E402
+
+NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+AMD = ("gfx90a", "gfx942", "gfx950")
+SCALED = {"query_scale": True, "key_scale": True}
+
+pytestmark = [
+    pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+]
+
+
+def _check(kernel: str, problem: Problem, target: str) -> None:
+    code = read_machine_code(compile_kernel(kernel, problem, target=target))
+    assert code.loop_spills == 0, f"{kernel} {problem} {target}: {code}"
+    if kernel in TILED_KERNELS and target in NVIDIA and problem.dtype != torch.float32:
+        assert code.mma_loops, f"{kernel} {problem} {target}: expected a loop with tensor instructions, got {code}"
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kernel", TILED_KERNELS)
+def test_default_configs_do_not_spill(kernel, head_dim, target):
+    _check(kernel, Problem(head_dim, head_dim, torch.bfloat16, right=True, query_scale=True), target)
+
+
+@pytest.mark.parametrize("target", AMD)
+@pytest.mark.parametrize("kernel", TILED_KERNELS)
+def test_default_configs_do_not_spill_on_amd(kernel, target):
+    _check(kernel, Problem(64, 64, torch.bfloat16, right=True, **SCALED), target)
+
+
+@pytest.mark.parametrize("target", [*NVIDIA, *AMD])
+@pytest.mark.parametrize("kernel", STREAMING_KERNELS)
+def test_streaming_kernels(kernel, target):
+    _check(kernel, Problem(64, 64, torch.bfloat16, **SCALED), target)
+
+
+@pytest.mark.parametrize("kernel", TILED_KERNELS)
+def test_float32_does_not_spill(kernel):
+    _check(kernel, Problem(64, 64, torch.float32, right=True, **SCALED), "sm_80")
+
+
+def _variants() -> list[Problem]:
+    visible = ({}, {"right": True}, {"left": True, "right": True}, {"key_lengths": True}, {"key_ranges": True}, {"mask": True})
+    scales = ({}, {"query_scale": True}, {**SCALED, "query_scale_grad": True})
+    sizes = ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256))
+    return [
+        Problem(*size, dtype, **see, **scale)
+        for size, dtype, see, scale in itertools.product(sizes, (torch.float16, torch.bfloat16), visible, scales)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [*NVIDIA, *AMD])
+@pytest.mark.parametrize("kernel", TILED_KERNELS)
+def test_sampled_variants_compile(kernel, target):
+    """A spread of masks, scales and sizes; shared memory must fit."""
+    variants = _variants()
+    stride = 17 if target in NVIDIA else 41
+    for problem in variants[(hash_of(kernel + target) % stride) :: stride]:
+        compile_kernel(kernel, problem, target=target)
+
+
+def hash_of(text: str) -> int:
+    """The same in every process."""
+    return sum(ord(letter) * (position + 1) for position, letter in enumerate(text))
+
+
+def test_aot_specialisation_is_that_of_a_launch(monkeypatch):
+    """The argument grammar of compile.py says for each argument what a launch passes."""
+    from tritonattn.call import AttentionCall, Gradients
+    from tritonattn.visibility import Visibility
+
+    seen = {}
+    monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: seen.update({kernel: arguments}))
+    q, k = torch.zeros(2, 4, 64, 64, dtype=torch.float16), torch.zeros(2, 4, 64, 64, dtype=torch.float16)
+    scales = torch.ones(2, 4, 64), torch.ones(2, 4, 64)
+    visibility = Visibility.of(q, k, causal=True)
+    call = AttentionCall(q, k, k, visibility, 0.1, *scales)
+    result = launch.forward(call)
+    launch.backward(call, *result[:2], q, None, Gradients(True, True, True, True, True))
+    problem = Problem(64, 64, torch.float16, right=True, query_scale_grad=True, **SCALED)
+    assert len(seen) == 4
+    for kernel, arguments in seen.items():
+        signature, constants, _ = specialisation(kernel, problem, TileConfig(64, 64, 4, 2))
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                short = {torch.float16: "*fp16", torch.float32: "*fp32"}[value.dtype]
+                assert signature[name] == short, name
+            elif value is None or (name in ("group",) or "_stride_" in name) and value == 1:
+                assert constants[name] == value, name
+            elif not name.isupper():
+                assert signature[name] in ("i32", "fp32"), name
+
+
+def test_the_legality_predicate():
+    problem = Problem(128, 128, torch.bfloat16)
+    assert legal_reasons("forward", TileConfig(128, 64, 8, 2), problem, Target("cuda", "80")) == []
+    for config in (
+        TileConfig(48, 64, 4, 2), TileConfig(8, 64, 4, 2), TileConfig(64, 64, 3, 2), TileConfig(64, 64, 4, 0),
+        TileConfig(256, 64, 8, 2), TileConfig(128, 128, 8, 5),
+    ):  # fmt: skip
+        assert legal_reasons("forward", config, problem, Target("cuda", "80")), config
+        with pytest.raises(ValueError, match="config: expected a legal one"):
+            compile_kernel("forward", problem, config, "sm_80")
+
+
+@pytest.mark.parametrize("target", [*NVIDIA, *AMD])
+def test_every_default_is_legal(target):
+    parsed = Target.parse(target)
+    for kernel, problem in itertools.product(KERNELS, _variants()):
+        assert legal_reasons(kernel, default_config(kernel, problem, parsed), problem, parsed) == []
+
+
+def test_unknown_names():
+    problem = Problem(64, 64, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"kernel: expected one of forward, .*, got 'backward'"):
+        compile_kernel("backward", problem)
+    with pytest.raises(ValueError, match=r"target: expected sm_<number> or gfx<name>, got 'H100'"):
+        compile_kernel("forward", problem, target="H100")
