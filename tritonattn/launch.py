@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def backward(
 
     out, lse as `forward` returned them; d_out [B, Hq, Sq, Dv] in q's dtype and d_lse fp32 [B, Hq, Sq], any strides.
     """
-    shared = _call_arguments(call) | _stride_arguments("d_out", d_out, "bhsd") | {"d_out_ptr": d_out}
+    shared = _call_arguments(call) | _stride_arguments("d_out", d_out) | {"d_out_ptr": d_out}
     terms = _row_terms(call, shared, out, lse, d_lse)
     d_q = d_query_scale = d_k = d_v = d_key_scale = None
     visible = call.visibility
@@ -160,26 +161,41 @@ def _factor_size(factor: Tensor, kv_heads: int) -> Tensor:
 
 def _launch(kernel: str, available: Arguments, call: AttentionCall, programs: Callable[[TileConfig], int]) -> None:
     problem = problem_of(call, query_scale_grad=available.get("d_query_scale_ptr") is not None)
-    config = config_for(kernel, problem, Target.of(call.q.device))
+    plan = _plan(kernel, problem, Target.of(call.q.device), config_for)
     if kernel == "grad_key_value":
         available["row_bounds_ptr"] = None
         if call.visibility.key_ranges is not None:
-            bounds = call.visibility.rows_of_key_blocks(config.block_n)
+            bounds = call.visibility.rows_of_key_blocks(plan.config.block_n)
             available["row_bounds_ptr"] = bounds.expand(call.visibility.batch, -1, -1).contiguous()
-    tensors = (call.q, call.k, call.v, available.get("d_out_ptr"))
-    available = available | constexpr_values(problem, config) | {"WIDE": any(_is_wide(x) for x in tensors)}
-    function = KERNELS[kernel]
-    run(function, (programs(config),), {name: available[name] for name in function.arg_names}, config)
+    wide = _is_wide(call.q, call.k, call.v, available.get("d_out_ptr"))
+    run(plan.kernel, (programs(plan.config),), plan.arguments(available, wide), plan.config)
 
 
 def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     batch, heads, k_len, head_dim = k.shape
-    problem = Problem(head_dim, head_dim, k.dtype)
-    config = config_for(kernel, problem, Target.of(k.device))
-    blocks = 1 if kernel == "key_prefix_sums" else -(-k_len // config.block_n)
-    available = available | constexpr_values(problem, config) | {"WIDE": _is_wide(k)}
-    function = KERNELS[kernel]
-    run(function, (blocks * batch * heads,), {name: available[name] for name in function.arg_names}, config)
+    plan = _plan(kernel, Problem(head_dim, head_dim, k.dtype), Target.of(k.device), config_for)
+    blocks = 1 if kernel == "key_prefix_sums" else -(-k_len // plan.config.block_n)
+    run(plan.kernel, (blocks * batch * heads,), plan.arguments(available, _is_wide(k)), plan.config)
+
+
+class _Plan(NamedTuple):
+    """What a kernel's launches of one problem share."""
+
+    kernel: Callable
+    config: TileConfig
+    names: tuple[str, ...]
+    constexprs: Arguments
+
+    def arguments(self, available: Arguments, wide: bool) -> Arguments:
+        """The kernel's own arguments, in its order."""
+        values = {**available, **self.constexprs, "WIDE": wide}
+        return {name: values[name] for name in self.names}
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(kernel: str, problem: Problem, target: Target, config_of: Callable) -> _Plan:
+    function, config = KERNELS[kernel], config_of(kernel, problem, target)
+    return _Plan(function, config, tuple(function.arg_names), constexpr_values(problem, config))
 
 
 def problem_of(call: AttentionCall, query_scale_grad: bool = False) -> Problem:
@@ -213,8 +229,8 @@ def _call_arguments(call: AttentionCall) -> Arguments:
         "right": None if visible.right is None else min(visible.right, reach),
         "q_heads": visible.q_heads, "group": visible.q_heads // visible.kv_heads,
     }  # fmt: skip
-    for name, axes in (("q", "bhsd"), ("k", "bhsd"), ("v", "bhsd"), ("query_scale", "bhs"), ("key_scale", "bhs")):
-        arguments |= _stride_arguments(name, arguments[name + "_ptr"], axes)
+    for name in ("q", "k", "v", "query_scale", "key_scale"):
+        arguments |= _stride_arguments(name, arguments[name + "_ptr"])
     return arguments | _visibility_arguments(call)
 
 
@@ -230,26 +246,34 @@ def _visibility_arguments(call: AttentionCall) -> Arguments:
     if ranges is not None or mask is not None:
         seen = _seen_bytes(visible.seen_keys(), call.k)
     arguments = {"key_lengths_ptr": lengths, "key_ranges_ptr": ranges, "mask_ptr": mask, "seen_ptr": seen}
-    return arguments | _stride_arguments("mask", mask, "bhqk")
+    return arguments | _stride_arguments("mask", mask)
 
 
 def _key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:
     arguments = {"k_ptr": k, "seen_ptr": None if seen is None else _seen_bytes(seen, k)}
-    return arguments | _stride_arguments("k", k, "bhsd") | {"k_len": k.shape[2], "kv_heads": k.shape[1]}
+    return arguments | _stride_arguments("k", k) | {"k_len": k.shape[2], "kv_heads": k.shape[1]}
 
 
 def _seen_bytes(seen: Tensor, k: Tensor) -> Tensor:
     return seen.expand(k.shape[:3]).contiguous().view(torch.uint8)
 
 
-def _stride_arguments(name: str, tensor: Tensor | None, axes: str) -> Arguments:
-    strides = (1,) * len(axes) if tensor is None else tensor.stride()
-    return {f"{name}_stride_{axis}": stride for axis, stride in zip(axes, strides, strict=True)}
+_STRIDE_NAMES = {
+    name: tuple(f"{name}_stride_{axis}" for axis in axes)
+    for name, axes in {
+        "q": "bhsd", "k": "bhsd", "v": "bhsd", "d_out": "bhsd", "query_scale": "bhs", "key_scale": "bhs", "mask": "bhqk",
+    }.items()
+}  # fmt: skip
 
 
-def _is_wide(tensor: Tensor | None) -> bool:
+def _stride_arguments(name: str, tensor: Tensor | None) -> Arguments:
+    names = _STRIDE_NAMES[name]
+    return dict.fromkeys(names, 1) if tensor is None else dict(zip(names, tensor.stride(), strict=True))
+
+
+def _is_wide(*tensors: Tensor | None) -> bool:
     """Whether offsets inside one tile can pass 2^31: no tile has more than 1024 rows."""
-    return tensor is not None and 1024 * tensor.stride(2) + tensor.shape[3] * tensor.stride(3) >= 2**31
+    return any(x is not None and 1024 * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31 for x in tensors)
 
 
 def _is_bfloat16(value: Any) -> bool:

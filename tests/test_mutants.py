@@ -1,0 +1,69 @@
+"""A test of the tests: deliberate faults in the kernels, each of which some kernel test must catch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Name: file, the line as it stands, the line with the fault, and the tests that must fail.
+MUTANTS = {
+    "a mask edge is dropped": (
+        "kernels/forward.py",
+        "keep = offs_key[None, :] < hi[:, None]",
+        "keep = offs_key[None, :] <= hi[:, None]",
+        "test_attention.py::test_every_mask_and_scale[causal-constant-torch.float32]",
+    ),
+    "the gradient of the keys' lengths is forgotten": (
+        "kernels/key_statistics.py",
+        "coefficient = d_length / tl.where(live, length, 1.0).to(tl.float64) + 2.0 * d_square",
+        "coefficient = 0.0 * d_length + 2.0 * d_square",
+        "test_attention.py::test_every_mode[causal-key_norm_sum]",
+    ),
+    "the scale is rounded into q": (
+        "kernels/forward.py",
+        "factor = tl.abs(factor)",
+        "q, factor = (q * tl.abs(factor)[:, None]).to(q.dtype), tl.full([BLOCK_M], 1.0, tl.float32)",
+        "test_attention.py::test_scales_act_on_the_accumulated_product_in_fp32",
+    ),
+}  # fmt: skip
+
+
+def _run_kernel_test(package_parent: Path, test: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(package_parent), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{test}"]
+    return subprocess.run(command, cwd=package_parent, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the package, its tests and their settings."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for folder in ("tritonattn", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_fault_is_caught(name, copy):
+    file, line, fault, test = MUTANTS[name]
+    sound = _run_kernel_test(copy, test)
+    assert sound.returncode == 0, sound.stdout + sound.stderr
+    path = copy / "tritonattn" / file
+    source = path.read_text()
+    assert source.count(line) == 1, f"{file}: expected the line {line!r} once, got it {source.count(line)} times"
+    path.write_text(source.replace(line, fault))
+    broken = _run_kernel_test(copy, test)
+    assert broken.returncode == 1, broken.stdout + broken.stderr
+    assert "1 failed" in broken.stdout
+    assert "AssertionError" in broken.stdout

@@ -1,0 +1,34 @@
+"""The README's Python runs as it stands, and its table of modes is that of the package."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import tritonattn
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("position", range(len(SNIPPETS)))
+def test_snippets_run(position):
+    exec(compile(SNIPPETS[position], f"README.md snippet {position}", "exec"), {"__name__": "__main__"})
+
+
+def test_there_is_a_quick_start_and_a_mode_of_ones_own():
+    assert len(SNIPPETS) == 2
+    assert "class LogKeyNorm(Scaling)" in SNIPPETS[1]
+
+
+def test_every_mode_is_in_the_table():
+    rows = re.findall(r"^\| `(\w+)`", README, re.MULTILINE)
+    assert rows == list(tritonattn.SCALINGS)
+
+
+def test_the_two_commands_are_targets_of_the_makefile():
+    makefile = (Path(__file__).resolve().parents[1] / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
