@@ -11,8 +11,8 @@ from torch import Tensor
 from ..call import AttentionCall
 
 # Rows (over all query heads of a group) and keys of a tile; pairs of all tiles that are computed together.
-_ROWS = 512
-_KEYS = 512
+_ROWS = 256
+_KEYS = 256
 _PAIRS = 1 << 19
 
 
