@@ -100,6 +100,16 @@ def test_compile_under_autocast_and_with_dropout():
     dropped(*operands()).backward()
 
 
+@pytest.mark.parametrize("masks", [{"causal": True}, {"window": (2, 0)}])
+def test_compile_with_one_tensor_as_every_operand(masks):
+    x = torch.randn(1, 2, 7, 8, requires_grad=True)
+
+    def function(x):
+        return tritonattn.attention(x, x, x, scaling="key_norm_sum", **masks).square().sum()
+
+    assert_same_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), function, (x,))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_max"])
 def test_inductor(scaling):

@@ -159,10 +159,9 @@ def scaled_attention(
         check_factor("query_scale", query_scale, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
     if key_scale is not None:
         check_factor("key_scale", key_scale, q, tuple(k.shape[:3]), "[B, Hkv, Sk]")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    check_number("scale", scale)
-    return _attend(q, k, v, _Given(scale, query_scale, key_scale), None, options)
+    constant = q.shape[-1] ** -0.5 if scale is None else scale
+    check_number("scale", constant)
+    return _attend(q, k, v, _Given(constant, query_scale, key_scale), None, options)
 
 
 class _Given(Scaling):
@@ -249,7 +248,7 @@ def _attend(
         result = ops.attention(call, backend, aux=True)
     if not options.return_aux:
         return result.out
-    return result.out, AttentionAux(result.lse, result.max_logit, result.entropy)
+    return result.out, AttentionAux._make(result[1:])
 
 
 def _backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class _Refuse(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(count: int, *tensors: Any) -> tuple[Tensor, ...]:
         return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -78,13 +79,21 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     max_logit and entropy are None without aux. Raises NotImplementedError for what the backend cannot do.
     """
     tensors = (call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
-    function = _Attention
-    if runs_eagerly(*tensors):
-        if not needs_graph(*tensors):
-            return _forward(call, backend, aux)
-        function = _EagerAttention
-    result = ForwardResult(*function.apply(*_Flat.of(call, backend, aux)))
+    if not runs_eagerly(*tensors):
+        result = ForwardResult(*_Attention.apply(*_Flat.of(_without_repeats(call), backend, aux)))
+    elif needs_graph(*tensors):
+        result = ForwardResult(*_EagerAttention.apply(*_Flat.of(call, backend, aux), call))
+    else:
+        return _forward(call, backend, aux)
     return result if aux else ForwardResult(result.out, result.lse)
+
+
+def _without_repeats(call: AttentionCall) -> AttentionCall:
+    """torch.compile does not take one tensor as two arguments of an autograd function."""
+    q, k, v = call.q, call.k, call.v
+    if k is not q and v is not q and v is not k:
+        return call
+    return replace(call, k=k.view_as(k), v=v.view_as(v))
 
 
 def unsupported(backend: str, *, softcap: bool, sinks: bool, dropout_p: bool, return_aux: bool) -> str | None:
@@ -118,11 +127,15 @@ def _backward(
     call = flat.call()
     if _is_empty(call):
         pairs = zip(flat[:_GRADIENTS], needs, strict=True)
-        return Gradients(*(x.new_zeros(x.shape) if need else None for x, need in pairs))
+        return Gradients(*(_zeros(x) if need else None for x, need in pairs))
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype)  # a compiler may widen it
     backend = _launch() if flat.backend == "triton" else blockwise
     with _own_precision(out):
         return backend.backward(call, out, lse, d_out, d_lse, needs)
+
+
+def _zeros(x: Any) -> Tensor:
+    return x.new_zeros(x.shape)
 
 
 def _launch() -> Any:
@@ -230,14 +243,17 @@ class _EagerAttention(Function):
     """The same without operators, and without torch's slow binding of a separate setup_context."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        flat = _Flat(*arguments)
-        result = _forward(flat.call(), flat.backend, flat.aux)
+    def forward(ctx, *flat_and_call):
+        *flat, call = flat_and_call
+        flat = _Flat(*flat)
+        result = _forward(call, flat.backend, flat.aux)
         outputs = _filled(result, result.lse)
-        _Attention.setup_context(ctx, arguments, outputs)
+        _Attention.setup_context(ctx, flat, outputs)
         return outputs
 
-    backward = _Attention.backward
+    @staticmethod
+    def backward(ctx, *gradients):
+        return (*_Attention.backward(ctx, *gradients), None)
 
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):

@@ -94,9 +94,10 @@ class _KeyLengths(Function):
     @staticmethod
     @first_order
     def backward(ctx, saved, d_lengths, *d_prefixes):
-        if runs_eagerly(*saved, d_lengths):
-            return _key_lengths_backward(*saved, d_lengths), None
-        return _key_lengths_backward_operator(*saved, d_lengths), None
+        k, seen, lengths = saved
+        eager = runs_eagerly(*saved, d_lengths)
+        run = _key_lengths_backward if eager else _key_lengths_backward_operator
+        return run(k, seen, lengths, d_lengths), None
 
 
 _key_lengths_operator.register_autograd(_KeyLengths.backward, setup_context=_KeyLengths.setup_context)
