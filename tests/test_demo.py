@@ -67,7 +67,7 @@ def test_the_demo_from_end_to_end(small, tmp_path, capsys):
         "perplexity",
         "ln n",
         "largest",
-        "moved by",
+        "moved",
         "own eager attention",
         "How to read it",
     ):
@@ -126,7 +126,8 @@ def test_the_model_is_left_as_it_was_after_a_failure(small, monkeypatch):
     assert measuring.NAME != NAME
 
 
-def test_the_baseline_is_always_measured_first(small, capsys):
+def test_the_baseline_is_always_measured_first(small, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["demo", "--modes", "key_count", "--max-tokens", "9"]) == 0
     out = capsys.readouterr().out
     assert -1 < out.find("\nsqrt_dim ") < out.find("\nkey_count ")
@@ -162,12 +163,15 @@ def test_a_foreign_scaling_is_noticed():
     assert not one.own_scaling_is_sqrt_dim
 
 
-def test_narrow_terminals_get_one_block_a_mode():
-    report = Report("m", 9, 3.0, True, (measurement("sqrt_dim", 3.0), measurement("none", 4.0, logit=2e9)))
-    assert max(map(len, report.table(columns=100).splitlines())) <= 100
+def test_a_usual_terminal_gets_a_table_and_a_narrow_one_a_block_a_mode():
+    rows = (measurement("sqrt_dim", 3.0), measurement("sqrt_key_count", 7.809, logit=1234.5))
+    report = Report("m", 9, 3.0, True, rows)
+    wide = report.table(columns=80)
+    assert max(map(len, wide.splitlines())) <= 80
+    assert wide.splitlines()[-1].startswith("sqrt_key_count")
     narrow = report.table(columns=40)
     assert max(map(len, narrow.splitlines())) <= 40
-    assert "loss per token" in narrow
+    assert "loss/token" in narrow
 
 
 def test_figures_that_are_not_finite_are_null(tmp_path):

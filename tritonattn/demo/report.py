@@ -18,12 +18,12 @@ from .measurement import Measurement
 AGREEMENT = 1e-4
 _HEADERS = (
     "mode",
-    "loss per\ntoken",
+    "loss/\ntoken",
     "perplexity",
     "entropy\n/ ln n",
     "largest\nlogit",
-    "loss\nmoved by",
-    "logit\nmoved by",
+    "loss\nmoved",
+    "logit\nmoved",
 )
 
 
@@ -52,10 +52,10 @@ class Report:
         rows = [self._row(measurement) for measurement in self.measurements]
         table = tabulate(rows, headers=_HEADERS, tablefmt="simple", disable_numparse=True, stralign="right",
                          colalign=("left",))  # fmt: skip
-        columns = columns or shutil.get_terminal_size((120, 24)).columns
+        columns = columns or shutil.get_terminal_size().columns
         if max(map(len, table.splitlines())) <= columns:
             return table
-        names = [header.replace("\n", " ") for header in _HEADERS]
+        names = [header.replace("/\n", "/").replace("\n", " ") for header in _HEADERS]
         blocks = [
             tabulate(zip(names, row, strict=True), tablefmt="plain", disable_numparse=True) for row in rows
         ]
