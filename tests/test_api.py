@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,28 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tritonattn
-from tritonattn import api, ops, reference
+from tritonattn import reference
 from tritonattn.dropout import Dropout
 from tritonattn.scaling import SCALINGS, Scales, Scaling
 from tritonattn.visibility import Visibility
 
 from .support.bound import assert_within_bound
+from .support.calls import operands
 from .support.masks import MASKS
-
-
-def operands(
-    dtype=torch.float64, batch=2, heads=(4, 2), lengths=(5, 7), dims=(8, 6), seed=0
-) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-    return {
-        "q": leaf(batch, heads[0], lengths[0], dims[0]),
-        "k": leaf(batch, heads[1], lengths[1], dims[0]),
-        "v": leaf(batch, heads[1], lengths[1], dims[1]),
-    }
 
 
 def outcome(leaves: dict[str, Tensor], **arguments) -> dict[str, Tensor]:
@@ -362,107 +345,3 @@ def test_any_shape(batch, kv_heads, group, q_len, k_len, dims, scaling, mask):
     exact = outcome(leaves, scaling=scaling, backend="reference", **masks)
     for name, expected in exact.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-8, atol=1e-8)
-
-
-# Backends.
-
-
-def test_triton_needs_a_gpu_or_the_interpreter():
-    code = """
-import torch, tritonattn
-x = torch.randn(1, 1, 4, 8)
-try:
-    tritonattn.attention(x, x, x, backend="triton")
-except ValueError as error:
-    print(error)
-"""
-    environment = {"PATH": "/usr/bin", "TRITON_INTERPRET": "0"}
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert "backend: 'triton' expects tensors on a CUDA or HIP device, got cpu" in done.stdout
-    assert "TRITON_INTERPRET=1" in done.stdout
-
-
-def test_triton_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(api, "_HAS_TRITON", False)
-    with pytest.raises(ImportError, match=r"backend: 'triton' needs .* pip install 'triton>=3.4'"):
-        tritonattn.attention(*operands(torch.float32).values(), backend="triton")
-    tritonattn.attention(*operands(torch.float32).values())
-
-
-@pytest.mark.parametrize(
-    ("argument", "arguments", "dtype", "dims"),
-    [
-        ("softcap", {"softcap": 1.0}, torch.float32, (8, 8)),
-        ("sinks", {"sinks": torch.zeros(4)}, torch.float32, (8, 8)),
-        ("dropout_p", {"dropout_p": 0.1}, torch.float32, (8, 8)),
-        ("return_aux", {"return_aux": True}, torch.float32, (8, 8)),
-        ("q of dtype torch.float64", {}, torch.float64, (8, 8)),
-        ("head_dim 257", {}, torch.float32, (257, 8)),
-        ("head_dim 300", {}, torch.float32, (8, 300)),
-    ],
-)
-def test_what_triton_cannot_do(argument, arguments, dtype, dims):
-    leaves = operands(dtype, dims=dims)
-    with pytest.raises(NotImplementedError, match=f"^{argument}.*backend 'triton'.*'sdpa' and 'reference'"):
-        tritonattn.attention(*leaves.values(), backend="triton", **arguments)
-    for backend in ("sdpa", "reference"):
-        tritonattn.attention(*leaves.values(), backend=backend, **arguments)
-
-
-class OnGpu(torch.Tensor):
-    """A CPU tensor that says it lies on a GPU: enough to see which backend is chosen."""
-
-    device = torch.device("cuda", 0)
-
-
-@pytest.mark.parametrize(
-    ("installed", "dtype", "dim", "arguments", "backend", "reason"),
-    [
-        (True, torch.float32, 8, {}, "triton", None),
-        (True, torch.bfloat16, 256, {"causal": True, "mask": torch.ones(5, 7).bool()}, "triton", None),
-        (False, torch.float32, 8, {}, "sdpa", "triton is not installed"),
-        (True, torch.float64, 8, {}, "sdpa", "float64"),
-        (True, torch.float32, 257, {}, "sdpa", "head_dim 257"),
-        (True, torch.float32, 8, {"softcap": 1.0}, "sdpa", "softcap"),
-        (True, torch.float32, 8, {"return_aux": True}, "sdpa", "return_aux"),
-    ],
-)
-def test_auto_on_a_gpu(installed, dtype, dim, arguments, backend, reason, monkeypatch):
-    monkeypatch.setattr(api, "_HAS_TRITON", installed)
-    api._warn.cache_clear()
-    q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(dtype, dims=(dim, 8)).values())
-    options = api.Options(**arguments)
-    if reason is None:
-        assert api._backend(q, k, v, options) == backend
-        return
-    with pytest.warns(UserWarning, match=f"'sdpa' instead of 'triton': {reason}|{reason}"):
-        assert api._backend(q, k, v, options) == backend
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once
-        assert api._backend(q, k, v, options) == backend
-
-
-def test_triton_gets_kernel_statistics(monkeypatch):
-    seen = []
-    monkeypatch.setattr(api, "_backend", lambda *_: "triton")
-    monkeypatch.setattr(ops, "attention", lambda call, backend, aux: seen.append(backend) or call)
-
-    class Watched(Broken):
-        def scales(self, q, k, visibility, statistics):
-            seen.append(type(statistics))
-            return self.result
-
-    with pytest.raises(AttributeError):
-        tritonattn.attention(*operands().values(), scaling=Watched(Scales(1.0)))
-    assert seen == [ops.KeyStatistics, "triton"]
-
-
-def test_cpu_takes_sdpa(monkeypatch):
-    monkeypatch.setattr(reference, "attention", None)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    q, k, v = operands(torch.float32).values()
-    assert api._backend(q, k, v, api.Options()) == "sdpa"
-    tritonattn.attention(q, k, v)

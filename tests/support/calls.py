@@ -1,4 +1,4 @@
-"""Attention calls at the level of the operators."""
+"""Operands of attention, and calls at the level of the operators."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from torch import Tensor
 from tritonattn.call import AttentionCall
 from tritonattn.dropout import Dropout
 from tritonattn.visibility import Visibility
+
+
+def operands(
+    dtype=torch.float64, batch=2, heads=(4, 2), lengths=(5, 7), dims=(8, 6), seed=0
+) -> dict[str, Tensor]:
+    """q, k and v of a fixed seed that ask for gradients; heads (Hq, Hkv), lengths (Sq, Sk), dims (D, Dv)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return {
+        "q": leaf(batch, heads[0], lengths[0], dims[0]),
+        "k": leaf(batch, heads[1], lengths[1], dims[0]),
+        "v": leaf(batch, heads[1], lengths[1], dims[1]),
+    }
+
 
 # Everything that changes what an operator gets: (B, Hq, Hkv, Sq, Sk, D, Dv) = (2, 4, 2, 5, 7, 8, 6).
 CALLS: dict[str, dict] = {
