@@ -12,8 +12,9 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS)
 demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="--plot demo.png"
 	$(VENV)/bin/tritonattn demo $(ARGS)
 
-test: $(VENV)/.test  ## every test that needs no download
-	$(PYTEST) -m "not slow and not realmodel" $(ARGS)
+test: $(VENV)/.test  ## every test that needs no download; the kernels' in Triton's interpreter
+	$(PYTEST) -m "not slow and not realmodel" --ignore tests/kernels $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.demo  ## the long tests, and those on real weights
 	$(PYTEST) -m "slow or realmodel" $(ARGS)
