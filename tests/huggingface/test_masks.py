@@ -155,6 +155,7 @@ def test_compiled_ranges_and_the_assertion_on_holes():
         ranges(padding)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch, tracing a vmap
 def test_compiled_closures_become_the_dense_mask():
     @torch.compile(fullgraph=True, backend="eager")
     def compiled(padding):
