@@ -123,6 +123,8 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
     torch.set_num_threads(arguments.threads)
     records = []
     for case, compared in cases(arguments.length).items():
+        if arguments.case not in (None, case):
+            continue
         taken = times(compared, arguments.length, arguments.repeats)
         memory = {name: peak_memory(case, name, arguments.length, arguments.threads) for name in compared}
         baseline = next(iter(compared))
@@ -174,6 +176,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=15, help="rounds, in which all take turns")
     parser.add_argument("--length", type=int, default=4096, help="queries and keys")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--case", choices=list(cases(64)), help="measure this one alone")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.set_defaults(run=run)
 
