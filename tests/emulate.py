@@ -1,8 +1,8 @@
-"""Run the compiled kernels on a CPU, in real bf16 and fp16, with an emulator of PTX: `python -m tests.emulate EMULATOR.py`.
+"""Run the compiled kernels on a CPU, in real bf16 and fp16: `python -m tests.emulate EMULATOR.py`.
 
-EMULATOR.py is a module with compile_for(kernel, args, meta, num_warps, num_stages, capability) -> (compiled, arguments,
-names) and run(compiled, grid, arguments, arg_names=...) -> report with `ok`, which raises at an access out of bounds and
-lists races and uninitialised reads. Inputs lie in padded allocations, so that an overrun of a row is out of bounds.
+EMULATOR.py is a module that executes PTX. It has compile_for(kernel, args, meta, num_warps, num_stages, capability) ->
+(compiled, arguments, names) and run(compiled, grid, arguments, arg_names=...) -> report with `ok`, raises at an access
+out of bounds, and lists races and uninitialised reads. Inputs lie in padded allocations, so that a row's overrun shows.
 """
 
 from __future__ import annotations

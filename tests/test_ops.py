@@ -204,8 +204,8 @@ def _key_statistics(k: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Ten
     return lengths, prefix_sum(lengths), prefix_sum(lengths.double().square())
 
 
-def _key_statistics_backward(k, seen, lengths, d_lengths, d_squares):
-    rate = torch.where(lengths > 0, d_lengths / lengths.clamp(min=1e-30), 0) + 2 * d_squares
+def _key_statistics_backward(k, seen, lengths, d_lengths):
+    rate = torch.where(lengths > 0, d_lengths / lengths.clamp(min=1e-30), 0)
     return torch.where((lengths > 0)[..., None], rate[..., None] * k, 0).to(k.dtype).contiguous()
 
 

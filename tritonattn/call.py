@@ -19,7 +19,7 @@ class AttentionCall:
     query_scale   [B, Hq, Sq] or None, fp32 (fp64 for fp64 q); any strides, 0 included
     key_scale     [B, Hkv, Sk] or None, likewise
     softcap       c: logit -> c * tanh(logit / c), or None
-    sinks         fp32 [Hq] or None: a logit per head that joins the softmax's denominator only, neither scaled nor capped
+    sinks         fp32 [Hq] or None: a logit per head in the softmax's denominator only, neither scaled nor capped
     dropout       on the probabilities, after the softmax
     """
 

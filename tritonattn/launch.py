@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import functools
 import os
 from collections.abc import Callable
@@ -16,12 +15,13 @@ from .kernels import KERNELS
 from .tuning.compile import constexpr_values
 from .tuning.config import ROW_TERMS_ALIGNMENT, Problem, Target, TileConfig
 from .tuning.defaults import default_config
+from .visibility import Visibility
 
 Arguments = dict[str, Any]
 Grid = tuple[int, ...]
 
 
-def run_on_device(kernel: Callable, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
+def run_on_device(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
     """Compile where needed and launch, on the device of the tensors."""
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type != "cuda":
@@ -31,7 +31,7 @@ def run_on_device(kernel: Callable, grid: Grid, arguments: Arguments, config: Ti
         kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
-def run_interpreted(kernel: Callable, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
+def run_interpreted(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
     """Launch under TRITON_INTERPRET=1 with bf16 widened to fp32, and round the results back to nearest even.
 
     Triton's interpreter computes on the raw bits of bf16 and truncates when it converts (triton issues 11584, 11604).
@@ -48,7 +48,7 @@ config_for = default_config
 
 # Every kernel call passes `run`; a test may put another executor of the same signature here.
 interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
-run: Callable[[Callable, Grid, Arguments, TileConfig], None] = run_interpreted if interpreting else run_on_device
+run: Callable[[Any, Grid, Arguments, TileConfig], None] = run_interpreted if interpreting else run_on_device
 
 _READ_ONLY = ("q_ptr", "k_ptr", "v_ptr", "d_out_ptr")
 
@@ -64,7 +64,7 @@ def forward(call: AttentionCall) -> ForwardResult:
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     arguments = _call_arguments(call) | {"out_ptr": out, "lse_ptr": lse}
-    _launch("forward", arguments, call, lambda tile: -(-visible.q_len // tile.block_m) * visible.batch * visible.q_heads)
+    _launch("forward", arguments, call, _row_programs(visible))
     return ForwardResult(out, lse)
 
 
@@ -84,10 +84,7 @@ def backward(
         if needs.query_scale:
             d_query_scale = torch.empty_like(lse)
         results = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale}
-        _launch(
-            "grad_query", shared | terms | results, call,
-            lambda tile: -(-visible.q_len // tile.block_m) * visible.batch * visible.q_heads,
-        )  # fmt: skip
+        _launch("grad_query", shared | terms | results, call, _row_programs(visible))
     if needs.k or needs.v or needs.key_scale:
         d_k = torch.empty_like(call.k, memory_format=torch.contiguous_format)
         d_v = torch.empty_like(call.v, memory_format=torch.contiguous_format)
@@ -123,17 +120,10 @@ def key_statistics(k: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tens
     return lengths, length_prefix, square_prefix
 
 
-def key_statistics_backward(
-    k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor, d_squares: Tensor
-) -> Tensor:
-    """d_k [B, Hkv, Sk, D] from gradients of the lengths and of the squared lengths, fp64 [B, Hkv, Sk]."""
+def key_statistics_backward(k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor) -> Tensor:
+    """d_k [B, Hkv, Sk, D] from the lengths that `key_statistics` returned and their gradient, fp32 [B, Hkv, Sk]."""
     d_k = torch.empty_like(k, memory_format=torch.contiguous_format)
-    gradients = {
-        "lengths_ptr": lengths.contiguous(),
-        "d_lengths_ptr": d_lengths.double().contiguous(),
-        "d_squares_ptr": d_squares.double().contiguous(),
-        "d_k_ptr": d_k,
-    }
+    gradients = {"lengths_ptr": lengths.contiguous(), "d_lengths_ptr": d_lengths.contiguous(), "d_k_ptr": d_k}
     _launch_keys("key_statistics_grad", _key_arguments(k, seen) | gradients, k)
     return d_k
 
@@ -169,6 +159,10 @@ def _launch(kernel: str, available: Arguments, call: AttentionCall, programs: Ca
             available["row_bounds_ptr"] = bounds.expand(call.visibility.batch, -1, -1).contiguous()
     wide = _is_wide(call.q, call.k, call.v, available.get("d_out_ptr"))
     run(plan.kernel, (programs(plan.config),), plan.arguments(available, wide), plan.config)
+
+
+def _row_programs(visible: Visibility) -> Callable[[TileConfig], int]:
+    return lambda tile: -(-visible.q_len // tile.block_m) * visible.batch * visible.q_heads
 
 
 def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
@@ -260,10 +254,9 @@ def _seen_bytes(seen: Tensor, k: Tensor) -> Tensor:
 
 _STRIDE_NAMES = {
     name: tuple(f"{name}_stride_{axis}" for axis in axes)
-    for name, axes in {
-        "q": "bhsd", "k": "bhsd", "v": "bhsd", "d_out": "bhsd", "query_scale": "bhs", "key_scale": "bhs", "mask": "bhqk",
-    }.items()
-}  # fmt: skip
+    for axes, names in (("bhsd", "q k v d_out"), ("bhs", "query_scale key_scale"), ("bhqk", "mask"))
+    for name in names.split()
+}
 
 
 def _stride_arguments(name: str, tensor: Tensor | None) -> Arguments:

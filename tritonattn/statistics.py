@@ -87,10 +87,10 @@ class _Length(torch.autograd.Function):
 
     @staticmethod
     def forward(k: Tensor, seen: Tensor | None) -> Tensor:
-        k = k.to(torch.promote_types(k.dtype, torch.float32))
-        largest = k.abs().amax(-1)
-        largest = torch.where(largest > 0, largest, 1)
-        lengths = largest * torch.linalg.vector_norm(k / largest[..., None], dim=-1)
+        if k.device.type == "cpu" and k.dim() > 1:
+            lengths = torch.cat([_lengths_of(piece) for piece in k.split(_ROWS, dim=-2)], dim=-1)
+        else:
+            lengths = _lengths_of(k)
         return lengths if seen is None else torch.where(seen, lengths, 0)
 
     @staticmethod
@@ -100,6 +100,17 @@ class _Length(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         k, lengths = ctx.saved_tensors
-        counted = (lengths > 0)[..., None]
-        direction = k / torch.where(counted, lengths[..., None], 1)
-        return torch.where(counted, direction * g[..., None], 0).to(k.dtype), None
+        counted = lengths > 0
+        direction = k / torch.where(counted, lengths, 1)[..., None]
+        return (direction * g[..., None]).masked_fill_(~counted[..., None], 0).to(k.dtype), None
+
+
+# Keys whose widened copies exist at a time: whole copies of k would be the peak of a call's memory.
+_ROWS = 256
+
+
+def _lengths_of(k: Tensor) -> Tensor:
+    k = k.to(torch.promote_types(k.dtype, torch.float32))
+    largest = k.abs().amax(-1)
+    largest = torch.where(largest > 0, largest, 1)
+    return largest * torch.linalg.vector_norm(k / largest[..., None], dim=-1)

@@ -1,8 +1,8 @@
 """Which keys each query row may see: one record for every mask.
 
 Row i of batch entry b sees the keys lo[b, i] <= j < hi[b, i]. Causal attention, windows, padding, packed documents and
-caches filled in part are all such ranges, so counts are differences and sums over visible keys are differences of prefix
-sums. A dense bool mask is the fallback for holes; it is intersected with the ranges.
+caches filled in part are all such ranges, so counts are differences, and sums over visible keys are differences of
+prefix sums. A dense bool mask is the fallback for holes; it is intersected with the ranges.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _tile(lo: Tensor, hi: Tensor, mask: Tensor | None, rows: slice, key: Tensor,
     return visible & (mask if mask.shape[3] == 1 else mask[..., keys])
 
 
-def _row_tiles(lo: Tensor, hi: Tensor, mask: Tensor, k_len: int) -> Iterator[tuple[slice, Tensor]]:
+def _row_tiles(lo: Tensor, hi: Tensor, mask: Tensor | None, k_len: int) -> Iterator[tuple[slice, Tensor]]:
     """The visible pairs, a block of rows and all keys at a time."""
     q_len, key, keys = lo.shape[-1], torch.arange(k_len, device=lo.device), slice(0, k_len)
     for start in range(0, max(q_len, 1), _MASK_ROWS):
@@ -324,7 +324,8 @@ class _MaskSum(torch.autograd.Function):
     @first_order
     def backward(ctx, saved, g: Tensor):
         dx = g.new_zeros(ctx.shape)
-        for rows, tile in _row_tiles(*saved, ctx.shape[-1]):
+        lo, hi, mask = saved
+        for rows, tile in _row_tiles(lo, hi, mask, ctx.shape[-1]):
             dx = dx + torch.where(tile, g[:, :, rows, None], 0).sum(-2)
         return dx.to(ctx.dtype), None, None, None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -58,16 +60,15 @@ def test_grouped_heads(kv_heads, group, device):
 @pytest.mark.parametrize("mask", ["causal", "window", "ranges"])
 def test_every_mode(mode, mask, device):
     tensors = harness.inputs(torch.float32, device, scales=("gain",), q_len=20, k_len=33)
-    harness.check(
-        tensors, lambda **arguments: tritonattn.attention(scaling=mode, **arguments), **_mask(mask, device, 2, 2, 20, 33)
-    )  # fmt: skip
+    arguments = _mask(mask, device, 2, 2, 20, 33)
+    harness.check(tensors, functools.partial(tritonattn.attention, scaling=mode), **arguments)
 
 
 @pytest.mark.parametrize("mode", ["key_norm_sum", "key_norm_l2", "key_norm_max"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_statistics_in_16_bit(mode, dtype, device):
     tensors = harness.inputs(dtype, device, q_len=20, k_len=20)
-    harness.check(tensors, lambda **arguments: tritonattn.attention(scaling=mode, **arguments), causal=True)
+    harness.check(tensors, functools.partial(tritonattn.attention, scaling=mode), causal=True)
 
 
 def test_default_tiles(device, monkeypatch):
@@ -100,7 +101,10 @@ def _variants(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("layout", ["transposed", "last axis outermost", "every other element", "slice of a larger tensor"])
+LAYOUTS = ("transposed", "last axis outermost", "every other element", "slice of a larger tensor")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout, device):
     tensors = harness.inputs(torch.float32, device, q_len=20, k_len=35, kv_heads=2)
     expected = harness.run(tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton")
@@ -142,10 +146,11 @@ def test_hidden_keys_reach_nothing(mask, poison, device):
     visibility = tritonattn.visibility.Visibility.of(tensors["q"], tensors["k"], **arguments)
     hidden = ~visibility.seen_keys().expand(tensors["k"].shape[:3])
     assert hidden.any()
-    clean = harness.run(tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton", **arguments)
+    d_out = torch.ones_like(tensors["q"])
+    clean = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton", **arguments)
     for name in ("k", "v", "key_scale"):
         tensors[name][hidden] = poison
-    found = harness.run(tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton", **arguments)
+    found = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton", **arguments)
     for name, result in clean.items():
         torch.testing.assert_close(found[name], result, rtol=0, atol=0, msg=name)
         if name in ("k", "v", "key_scale"):
@@ -208,4 +213,5 @@ def test_the_grid_is_one_axis(monkeypatch):
     call = tritonattn.call.AttentionCall(q, q, q, visibility, 1.0)
     result = launch.forward(call)
     launch.backward(call, *result[:2], q, None, tritonattn.call.Gradients(True, True, True))
-    assert len(grids) == 4 and all(len(grid) == 1 and grid[0] >= 100_000 for grid in grids)
+    assert len(grids) == 4
+    assert all(len(grid) == 1 and grid[0] >= 100_000 for grid in grids)

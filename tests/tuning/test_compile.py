@@ -57,7 +57,8 @@ def test_float32_does_not_spill(kernel):
 
 
 def _variants() -> list[Problem]:
-    visible = ({}, {"right": True}, {"left": True, "right": True}, {"key_lengths": True}, {"key_ranges": True}, {"mask": True})
+    parts = ((), ("right",), ("left", "right"), ("key_lengths",), ("key_ranges",), ("mask",))
+    visible = [dict.fromkeys(names, True) for names in parts]
     scales = ({}, {"query_scale": True}, {**SCALED, "query_scale_grad": True})
     sizes = ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256))
     return [
@@ -103,7 +104,7 @@ def test_aot_specialisation_is_that_of_a_launch(monkeypatch):
             if isinstance(value, torch.Tensor):
                 short = {torch.float16: "*fp16", torch.float32: "*fp32"}[value.dtype]
                 assert signature[name] == short, name
-            elif value is None or (name in ("group",) or "_stride_" in name) and value == 1:
+            elif value is None or ((name in ("group",) or "_stride_" in name) and value == 1):
                 assert constants[name] == value, name
             elif not name.isupper():
                 assert signature[name] in ("i32", "fp32"), name

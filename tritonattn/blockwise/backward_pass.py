@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..call import AttentionCall, Gradients
-from .tiles import Block, Heads, Tiles
+from .tiles import Block, Heads, Tiles, exp_
 
 
 def backward(
@@ -135,14 +135,17 @@ def _weights(
         slope = 1 - tangent.square()
         logit = tangent.mul_(softcap)
     tiles.hide(logit, block, hidden)
-    return logit.sub_(rows.lse).exp_(), slope
+    return exp_(logit.sub_(rows.lse)), slope
 
 
 def _store_of_rows(
     tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | None, gradients: Gradients
 ) -> None:
-    if d_query is not None:
-        d_query.mul_(tiles.call.scale)
+    if gradients.sinks is not None and rows.d_sink is not None:
+        gradients.sinks[block.heads.queries] += tiles.by_head(rows.d_sink, block).sum((0, 3, 4)).flatten()
+    if d_query is None:
+        return
+    d_query.mul_(tiles.call.scale)
     if gradients.query_scale is not None:
         place = gradients.query_scale[block.index]
         place.copy_(torch.linalg.vecdot(d_query, rows.query).view(place.shape))
@@ -150,14 +153,14 @@ def _store_of_rows(
         place = gradients.q[block.index]
         d_query = d_query if rows.query_scale is None else d_query * rows.query_scale
         place.copy_(d_query.view(place.shape))
-    if gradients.sinks is not None:
-        gradients.sinks[block.heads.queries] += tiles.by_head(rows.d_sink, block).sum((0, 3, 4)).flatten()
 
 
 def _store_of_keys(tiles: Tiles, heads: Heads, sums: _KeySums, gradients: Gradients) -> None:
-    if gradients.v is not None:
+    if gradients.v is not None and sums.value is not None:
         place = gradients.v[heads.batch, heads.keys]
         place.copy_(sums.value.view(place.shape))
+    if sums.key is None:
+        return
     if gradients.key_scale is not None:
         place = gradients.key_scale[heads.batch, heads.keys]
         place.copy_(torch.linalg.vecdot(sums.key, tiles.of_keys(tiles.call.k, heads)).view(place.shape))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..call import AttentionCall, ForwardResult
-from .tiles import Block, Tiles
+from .tiles import Block, Tiles, exp_
 
 
 def forward(call: AttentionCall, aux: bool) -> ForwardResult:
@@ -62,7 +62,7 @@ class _Softmax:
         logit = self._logits(keys, hidden)
         peak = torch.maximum(self.peak, logit.amax(-1, keepdim=True))
         base = peak.masked_fill(peak == -torch.inf, 0)
-        weight = logit.sub_(base).exp_()
+        weight = exp_(logit.sub_(base))
         decay = torch.exp(self.peak - base)
         if self.aux:
             shift = torch.where(decay > 0, self.peak - base, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -111,7 +112,7 @@ class Tiles:
         """Some or all keys of x [B, Hkv, Sk, C], widened, zero where no row sees them: [N, keys, C]."""
         keys = slice(0, x.shape[2]) if keys is None else keys
         x = x[heads.batch, heads.keys, keys].to(self.dtype)
-        if any(self.holes[keys.start // _KEYS : -(-keys.stop // _KEYS)]):
+        if self.unseen is not None and any(self.holes[keys.start // _KEYS : -(-keys.stop // _KEYS)]):
             x = x.masked_fill(_slice(self.unseen, heads.batch, heads.keys)[..., keys, None], 0)
         return x.flatten(0, 1)
 
@@ -178,6 +179,12 @@ class Tiles:
         mask = _slice(mask, batch, block.heads.queries, block.rows, keys)
         mask = mask.unflatten(1, (-1, self.group)) if mask.shape[1] > 1 else mask[:, None]
         return hidden | ~mask
+
+
+def exp_(x: Tensor) -> Tensor:
+    """exp(x) in place, and 0 for subnormal results, which would slow down every later product several times."""
+    smallest = math.log(torch.finfo(x.dtype).tiny)
+    return torch.nn.functional.threshold_(x, smallest, -torch.inf).exp_()
 
 
 def readable(device: torch.device) -> bool:

@@ -95,7 +95,7 @@ def attention_forward(
 
     Grid: cdiv(Sq, BLOCK_M) * B * Hq programs; each writes its rows of out and lse, all of them, once.
 
-    q, k, v          [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]  fp16 | bf16 | fp32, any strides; group = Hq / Hkv
+    q, k, v          [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]  fp16, bf16 or fp32, any strides; group = Hq/Hkv
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, Sk] or None = 1
     key_lengths, key_ranges, left, right: `primitives.row_range`
     mask             uint8, strides of [B, Hq, Sq, Sk] (0 on broadcast axes), or None
@@ -141,8 +141,9 @@ def attention_forward(
     BOUNDED_BELOW: tl.constexpr = left is not None or key_ranges_ptr is not None
     lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
     touch_lo, touch_hi, full_start, full_end = key_blocks_of_rows(
-        lo, hi, first_row, last_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr, BLOCK_N
-    )
+        lo, hi, first_row, last_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr,
+        BLOCK_N,
+    )  # fmt: skip
     accumulator, running_max, running_sum = _attend(
         accumulator, running_max, running_sum, q, factor,
         k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,

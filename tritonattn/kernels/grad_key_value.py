@@ -47,7 +47,8 @@ def _gather_key_value_gradient(
         delta = tl.load(delta_ptr + offs_m)
         keep_row = lse2 != float("inf")
         q = load_tile(q_ptr + start_m.to(tl.int64) * q_stride_s + q_offsets, keep_row, HEAD_DIM, MASKED)
-        d_out = load_tile(d_out_ptr + start_m.to(tl.int64) * d_out_stride_s + d_out_offsets, keep_row, VALUE_DIM, MASKED)
+        d_out_ptrs = d_out_ptr + start_m.to(tl.int64) * d_out_stride_s + d_out_offsets
+        d_out = load_tile(d_out_ptrs, keep_row, VALUE_DIM, MASKED)
         logits = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if key_scale is not None:
             logits *= key_scale[:, None]
@@ -96,7 +97,7 @@ def attention_grad_key_value(
     """Gradients of k, v and key_scale for BLOCK_N keys of one (batch, kv head); arguments as in `attention_grad_query`.
 
         d_v[j]         = sum_i P[i, j] * d_out[i]
-        raw[j]         = scale * sum_i dS[i, j] * query_scale[i] * q[i]      over the rows of all query heads of the group
+        raw[j]         = scale * sum_i dS[i, j] * query_scale[i] * q[i]      over the rows of all heads of the group
         d_k[j]         = key_scale[j] * raw[j]
         d_key_scale[j] = k[j] . raw[j]                                       never divided by key_scale, which may be 0
 
@@ -104,8 +105,8 @@ def attention_grad_key_value(
 
     factor, delta    with factor (scale * log2(e) * query_scale), delta_ptr holds delta * factor; so that dS * factor is
                      one fma, and log2(e) is taken out once at the end; without, delta_ptr holds delta itself
-    factor_size      fp32 [B, Hkv] or None: the largest |factor| of the group. dS * factor / factor_size is what is rounded
-                     to 16 bits, so that a small factor does not push it below fp16's range
+    factor_size      fp32 [B, Hkv] or None: the largest |factor| of the group. dS * factor / factor_size is what is
+                     rounded to 16 bits, so that a small factor does not push it below fp16's range
     row_bounds       int32 [B, cdiv(Sk, BLOCK_N), 2] with key_ranges: `primitives.row_blocks_of_keys`
     d_k, d_v         [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] contiguous; d_key_scale fp32 [B, Hkv, Sk] contiguous or None
     """
@@ -168,17 +169,17 @@ def attention_grad_key_value(
             head_mask_ptr = mask_ptr + wide_batch * mask_stride_b + head * mask_stride_h
         d_k, d_v = _gather_key_value_gradient(
             d_k, d_v, k, v, key_scale, scale,
-            head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size, head_mask_ptr,
-            key_ranges_ptr, offs_n, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
+            head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size,
+            head_mask_ptr, key_ranges_ptr, offs_n, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
             q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
             HEAD_DIM, VALUE_DIM, BLOCK_M, left is not None, PRECISION, WIDE, MASKED=True,
         )  # fmt: skip
         if mask_ptr is None and key_ranges_ptr is None:
             d_k, d_v = _gather_key_value_gradient(
                 d_k, d_v, k, v, key_scale, scale,
-                head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size, head_mask_ptr,
-                key_ranges_ptr, offs_n, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
-                q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
+                head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size,
+                head_mask_ptr, key_ranges_ptr, offs_n, first_row, last_row, q_len, k_len, start, full_start, full_end,
+                end, q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
                 HEAD_DIM, VALUE_DIM, BLOCK_M, left is not None, PRECISION, WIDE, MASKED=False,
             )  # fmt: skip
 

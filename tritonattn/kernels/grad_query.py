@@ -156,8 +156,9 @@ def attention_grad_query(
     and d_query_scale fp32 [B, Hq, Sq] contiguous, every row written once; d_query_scale_ptr is None where not asked.
 
     d_query_scale equals scale * (q[i] . raw[i]), but that sums dS after rounding to 16 bits, and with it delta's error
-    times the mean logit, which for sharp softmaxes passes the result. So dS stays in fp32, and since it must sum to d_lse
-    over a row, the excess of its sum takes its share sum_j P * x out again, and corrects delta for the pass over the keys.
+    times the mean logit, which for sharp softmaxes passes the result. So dS stays in fp32; and since it must sum to
+    d_lse over a row, the excess of its sum takes its share sum_j P * x out again, and corrects delta for the pass over
+    the keys.
     """
     block, batch, head = program_position(q_len, q_heads, BLOCK_M, LAST_FIRST=right is not None)
     wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
@@ -201,8 +202,9 @@ def attention_grad_query(
     BOUNDED_BELOW: tl.constexpr = left is not None or key_ranges_ptr is not None
     lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
     touch_lo, touch_hi, full_start, full_end = key_blocks_of_rows(
-        lo, hi, first_row, last_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr, BLOCK_N
-    )
+        lo, hi, first_row, last_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr,
+        BLOCK_N,
+    )  # fmt: skip
     raw, d_logit_sum, d_factor, mean_logit = _gather_query_gradient(
         raw, d_logit_sum, d_factor, mean_logit, q, d_out, factor, lse2, delta,
         k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,

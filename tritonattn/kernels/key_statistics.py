@@ -68,14 +68,14 @@ def key_prefix_sums(
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def key_statistics_grad(
-    k_ptr, seen_ptr, lengths_ptr, d_lengths_ptr, d_squares_ptr, d_k_ptr, k_len, kv_heads,
+    k_ptr, seen_ptr, lengths_ptr, d_lengths_ptr, d_k_ptr, k_len, kv_heads,
     k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """d_k[j] = (d_lengths[j] / |k[j]| + 2 * d_squares[j]) * k[j] for BLOCK_N keys; 0 where |k[j]| is 0.
+    """d_k[j] = d_lengths[j] * k[j] / |k[j]| for BLOCK_N keys; 0 where |k[j]| is 0 or below fp32's normal range.
 
-    Grid: cdiv(Sk, BLOCK_N) * B * Hkv. lengths fp32, d_lengths and d_squares fp64, [B, Hkv, Sk] contiguous; d_k
-    [B, Hkv, Sk, D] contiguous in k's dtype. The coefficient is fp64: a square need not fit fp32.
+    Grid: cdiv(Sk, BLOCK_N) * B * Hkv. lengths and d_lengths fp32 [B, Hkv, Sk] contiguous; d_k [B, Hkv, Sk, D] in k's
+    dtype, contiguous.
     """
     block, batch, head = program_position(k_len, kv_heads, BLOCK_N, LAST_FIRST=False)
     wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
@@ -90,10 +90,8 @@ def key_statistics_grad(
     length = tl.load(lengths_ptr + key_offsets, mask=load_key, other=0.0)
     live = load_key & (length >= SMALLEST_NORMAL)
     d_length = tl.load(d_lengths_ptr + key_offsets, mask=live, other=0.0)
-    d_square = tl.load(d_squares_ptr + key_offsets, mask=live, other=0.0)
-    coefficient = d_length / tl.where(live, length, 1.0).to(tl.float64) + 2.0 * d_square
     k_ptr += wide_batch * k_stride_b + wide_head * k_stride_h + first_key.to(tl.int64) * k_stride_s
     k = load_tile(k_ptr + tile_offsets(BLOCK_N, BLOCK_D, k_stride_s, k_stride_d, WIDE), live, HEAD_DIM, True)
-    d_k = (k.to(tl.float32).to(tl.float64) * coefficient[:, None]).to(tl.float32)
+    d_k = k.to(tl.float32) / tl.where(live, length, 1.0)[:, None] * d_length[:, None]
     d_k_ptrs = d_k_ptr + key_base * HEAD_DIM + tile_offsets(BLOCK_N, BLOCK_D, HEAD_DIM, 1, False)
     store_tile(d_k_ptrs, d_k, keep_key, HEAD_DIM)

@@ -97,10 +97,10 @@ def key_blocks_of_rows(
     lo, hi, first, last, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Where a block of rows first .. last with ranges lo, hi looks for keys: (touch_lo, touch_hi, full_start, full_end).
+    """Where rows first .. last with ranges lo, hi look for keys: (touch_lo, touch_hi, full_start, full_end).
 
-    Keys outside [touch_lo, touch_hi) are hidden from all rows. Those in [full_start, full_end) are visible to all, so that
-    they need no mask; both bounds are multiples of BLOCK_N, full_start <= full_end.
+    Keys outside [touch_lo, touch_hi) are hidden from all rows. Those in [full_start, full_end) are visible to all and
+    need no mask; both bounds are multiples of BLOCK_N, full_start <= full_end.
     """
     if key_ranges_ptr is None:
         touch_lo, full_hi = row_range(first, batch, q_len, k_len, left, right, key_lengths_ptr, None)

@@ -57,7 +57,7 @@ def _(k, seen):
 
 
 def _key_lengths_backward(k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor) -> Tensor:
-    return _launch().key_statistics_backward(k, seen, lengths, d_lengths, torch.zeros_like(d_lengths))
+    return _launch().key_statistics_backward(k, seen, lengths, d_lengths)
 
 
 @torch.library.custom_op(

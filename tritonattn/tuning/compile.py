@@ -14,7 +14,7 @@ _SCALAR_TYPES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float
 _OPTIONAL = ("key_lengths", "key_ranges", "mask", "query_scale", "key_scale", "left", "right")
 _POINTER_TYPES = {
     "key_lengths": "i32", "key_ranges": "i32", "row_bounds": "i32", "mask": "u8", "seen": "u8",
-    "length_prefix": "fp64", "square_prefix": "fp64", "d_lengths": "fp64", "d_squares": "fp64",
+    "length_prefix": "fp64", "square_prefix": "fp64",
 }  # fmt: skip
 _DATA_POINTERS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
 
@@ -24,7 +24,7 @@ def compile_kernel(
 ) -> CompiledKernel:
     """Compile a kernel for a target on any machine: Triton's CompiledKernel (`.asm`, `.metadata`).
 
-    kernel    a name in `tritonattn.kernels.KERNELS`: forward, grad_query, grad_key_value, row_terms, key_statistics, ...
+    kernel    a name in `tritonattn.kernels.KERNELS`: forward, grad_query, grad_key_value, key_statistics, ...
     config    None takes `default_config`
     target    "sm_90", "gfx942", ... or a Target
 
@@ -105,7 +105,7 @@ def _argument_type(name: str, problem: Problem) -> str | int | None:
         "seen": not (problem.key_ranges or problem.mask),
         "d_lse": True,
     }
-    if stem in lacks and lacks[stem]:
+    if lacks.get(stem):
         return None
     if name.endswith("_ptr"):
         element = _SCALAR_TYPES[str(problem.dtype)] if stem in _DATA_POINTERS else _POINTER_TYPES.get(stem, "fp32")

@@ -1,4 +1,4 @@
-"""Configs for an architecture whose tables hold nothing: chosen so that no MMA loop spills, compiled and read, not timed.
+"""Configs where no table has one: chosen so that no MMA loop spills, compiled and read, not timed.
 
 tests/tuning/test_compile.py compiles them for every target and reads the spills.
 """
@@ -48,7 +48,9 @@ _TILES_WITH_KEY_SCALE = {
 }
 # IEEE fp32 products run on the FMA units, from registers.
 _TILES_OF_FLOAT32 = {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)}
-_FAMILIES = {"80": "sm_80", "87": "sm_80", "90": "sm_90", "100": "sm_100", "103": "sm_100", "120": "sm_120", "121": "sm_120"}
+_FAMILIES = {
+    "80": "sm_80", "87": "sm_80", "90": "sm_90", "100": "sm_100", "103": "sm_100", "120": "sm_120", "121": "sm_120",
+}  # fmt: skip
 
 
 def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:

@@ -11,7 +11,7 @@ from pathlib import Path
 import triton
 from triton.compiler import CompiledKernel
 
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
 _LABEL = re.compile(r"^(\.L_x?_?\w+):")
 _MMA = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA")
@@ -21,8 +21,8 @@ _MMA = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA")
 class MachineCode:
     """Bytes and counts a thread: spills are loads and stores of local memory inside loops, outer ones included.
 
-    mma_loops counts the innermost loops with tensor instructions; both are None where the target's assembly says neither
-    (AMD, whose compiler reports spills a kernel, not a loop).
+    mma_loops counts the innermost loops with tensor instructions. AMD's compiler reports the spills of a whole kernel;
+    there mma_loops is None.
     """
 
     registers: int
@@ -37,28 +37,33 @@ def read_machine_code(compiled: CompiledKernel) -> MachineCode:
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         assembly = compiled.asm["amdgcn"]
-        registers, spills, scratch = (
-            int(re.search(rf"\.{name}:?\s+(\d+)", assembly)[1])
-            for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-        )
+        names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+        registers, spills, scratch = (_number(rf"\.{name}:?\s+(\d+)", assembly) for name in names)
         return MachineCode(registers, scratch, shared, spills)
     usage, listing = _disassemble(compiled.asm["cubin"])
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    registers, stack = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
     loops = _loops(listing)
     spills = max((sum(op.startswith(("LDL", "STL")) for op in body) for body in loops), default=0)
     inner = sum(any(op.startswith(_MMA) for op in body) for body in loops)
     return MachineCode(registers, stack, shared, spills, inner)
 
 
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"machine code: expected {pattern!r}, got none")
+    return int(found[1])
+
+
 def _disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        commands = (["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "-c"])
-        return tuple(
-            subprocess.run([str(_TOOLS / tool), *options, str(path)], capture_output=True, text=True, check=True).stdout
-            for tool, *options in commands
-        )
+        return _output("cuobjdump", "--dump-resource-usage", str(path)), _output("nvdisasm", "-c", str(path))
+
+
+def _output(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _loops(listing: str) -> list[list[str]]:
