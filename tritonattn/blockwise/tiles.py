@@ -184,7 +184,7 @@ class Tiles:
 def exp_(x: Tensor) -> Tensor:
     """exp(x) in place, and 0 for subnormal results, which would slow down every later product several times."""
     smallest = math.log(torch.finfo(x.dtype).tiny)
-    return torch.nn.functional.threshold_(x, smallest, -torch.inf).exp_()
+    return torch.threshold_(x, smallest, -torch.inf).exp_()
 
 
 def readable(device: torch.device) -> bool:

@@ -1,7 +1,14 @@
 """Tile configs: what a kernel may be compiled with, what it is compiled with, and compilation without a GPU."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from .config import Problem, Target, TileConfig, legal_reasons
 from .defaults import default_config
+
+if TYPE_CHECKING:
+    from .compile import compile_kernel
 
 __all__ = ["Problem", "Target", "TileConfig", "compile_kernel", "default_config", "legal_reasons"]
 
