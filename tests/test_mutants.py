@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Name: file, the line as it stands, the line with the fault, and the tests that must fail.
 MUTANTS = {
     "a mask edge is dropped": (
-        "kernels/forward.py",
+        "kernels/primitives.py",
         "keep = offs_key[None, :] < hi[:, None]",
         "keep = offs_key[None, :] <= hi[:, None]",
         "test_attention.py::test_every_mask_and_scale[causal-constant-torch.float32]",

@@ -12,14 +12,15 @@ from .primitives import (
     LOG2_E,
     TINY_FACTOR,
     key_blocks_of_rows,
-    load_mask,
+    keys_at,
+    load_key_scale,
     load_tile,
     program_position,
     row_range,
     scale_rows_add,
-    skip_gap,
     store_tile,
     tile_offsets,
+    visible_tile,
 )
 
 
@@ -38,28 +39,18 @@ def _attend(
         start, end = touch_lo // BLOCK_N * BLOCK_N, touch_hi - (full_end - full_start)
     k_offsets = tile_offsets(BLOCK_N, q.shape[1], k_stride_s, k_stride_d, WIDE)
     v_offsets = tile_offsets(BLOCK_N, accumulator.shape[1], v_stride_s, v_stride_d, WIDE)
-    for start_n in tl.range(start, end, BLOCK_N):
-        if MASKED:
-            start_n = skip_gap(start_n, full_start, full_end)
-        start_n = tl.multiple_of(start_n, BLOCK_N)
-        offs_key = start_n + tl.arange(0, BLOCK_N)
-        keep_key = (offs_key >= touch_lo) & (offs_key < touch_hi)
-        if MASKED and seen_ptr is not None:
-            keep_key = keep_key & (tl.load(seen_ptr + offs_key, mask=keep_key, other=0) != 0)
+    for position in tl.range(start, end, BLOCK_N):
+        start_n, offs_key, keep_key = keys_at(
+            position, full_start, full_end, touch_lo, touch_hi, seen_ptr, BLOCK_N, MASKED
+        )
         k = load_tile(k_ptr + start_n.to(tl.int64) * k_stride_s + k_offsets, keep_key, HEAD_DIM, MASKED)
         logits = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if key_scale_ptr is not None:
-            key_scale_ptrs = key_scale_ptr + offs_key.to(tl.int64) * key_scale_stride_s
-            if MASKED:
-                logits *= tl.load(key_scale_ptrs, mask=keep_key, other=0.0)[None, :]
-            else:
-                logits *= tl.load(key_scale_ptrs)[None, :]
+            logits *= load_key_scale(key_scale_ptr, offs_key, key_scale_stride_s, keep_key, MASKED)[None, :]
         if MASKED:
-            keep = offs_key[None, :] < hi[:, None]
-            if BOUNDED_BELOW:
-                keep = keep & (offs_key[None, :] >= lo[:, None])
-            if mask_ptr is not None:
-                keep = keep & load_mask(mask_ptr, offs_row, offs_key, q_len, k_len, mask_stride_q, mask_stride_k)
+            keep = visible_tile(
+                offs_row, offs_key, lo, hi, mask_ptr, q_len, k_len, mask_stride_q, mask_stride_k, BOUNDED_BELOW
+            )
             logits = tl.where(keep, logits, float("-inf"))
         block_max = tl.maximum(running_max, tl.max(logits, 1) * factor)
         shift = block_max

@@ -10,14 +10,15 @@ from .primitives import (
     LENGTHS,
     LOG2_E,
     key_blocks_of_rows,
-    load_mask,
+    keys_at,
+    load_key_scale,
     load_tile,
     program_position,
     row_range,
     scale_rows_add,
-    skip_gap,
     store_tile,
     tile_offsets,
+    visible_tile,
 )
 
 
@@ -91,32 +92,22 @@ def _gather_query_gradient(
         start, end = touch_lo // BLOCK_N * BLOCK_N, touch_hi - (full_end - full_start)
     k_offsets = tile_offsets(BLOCK_N, q.shape[1], k_stride_s, k_stride_d, WIDE)
     v_offsets = tile_offsets(BLOCK_N, d_out.shape[1], v_stride_s, v_stride_d, WIDE)
-    for start_n in tl.range(start, end, BLOCK_N):
-        if MASKED:
-            start_n = skip_gap(start_n, full_start, full_end)
-        start_n = tl.multiple_of(start_n, BLOCK_N)
-        offs_key = start_n + tl.arange(0, BLOCK_N)
-        keep_key = (offs_key >= touch_lo) & (offs_key < touch_hi)
-        if MASKED and seen_ptr is not None:
-            keep_key = keep_key & (tl.load(seen_ptr + offs_key, mask=keep_key, other=0) != 0)
+    for position in tl.range(start, end, BLOCK_N):
+        start_n, offs_key, keep_key = keys_at(
+            position, full_start, full_end, touch_lo, touch_hi, seen_ptr, BLOCK_N, MASKED
+        )
         k = load_tile(k_ptr + start_n.to(tl.int64) * k_stride_s + k_offsets, keep_key, HEAD_DIM, MASKED)
         v = load_tile(v_ptr + start_n.to(tl.int64) * v_stride_s + v_offsets, keep_key, VALUE_DIM, MASKED)
         logits = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if key_scale_ptr is not None:
-            key_scale_ptrs = key_scale_ptr + offs_key.to(tl.int64) * key_scale_stride_s
-            if MASKED:
-                key_scale = tl.load(key_scale_ptrs, mask=keep_key, other=0.0)
-            else:
-                key_scale = tl.load(key_scale_ptrs)
+            key_scale = load_key_scale(key_scale_ptr, offs_key, key_scale_stride_s, keep_key, MASKED)
             logits *= key_scale[None, :]
         probabilities = tl.exp2(scale_rows_add(logits, factor, -lse2))
         d_probabilities = tl.dot(d_out, v.T, input_precision=PRECISION)
         if MASKED:
-            keep = offs_key[None, :] < hi[:, None]
-            if BOUNDED_BELOW:
-                keep = keep & (offs_key[None, :] >= lo[:, None])
-            if mask_ptr is not None:
-                keep = keep & load_mask(mask_ptr, offs_row, offs_key, q_len, k_len, mask_stride_q, mask_stride_k)
+            keep = visible_tile(
+                offs_row, offs_key, lo, hi, mask_ptr, q_len, k_len, mask_stride_q, mask_stride_k, BOUNDED_BELOW
+            )
             probabilities = tl.where(keep, probabilities, 0.0)
         d_logits = probabilities * (d_probabilities - delta[:, None])
         if WITH_FACTOR:

@@ -173,6 +173,46 @@ def load_mask(mask_ptr, offs_row, offs_key, q_len, k_len, row_stride, key_stride
 
 
 @triton.jit
+def keys_at(position, full_start, full_end, touch_lo, touch_hi, seen_ptr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """(first key, keys, which of them to load) of the block at a position of the walk that MASKED chooses.
+
+    seen_ptr   uint8 [Sk] or None: keys that some row sees
+    """
+    if MASKED:
+        position = skip_gap(position, full_start, full_end)
+    first = tl.multiple_of(position, BLOCK_N)
+    offs_key = first + tl.arange(0, BLOCK_N)
+    keep_key = (offs_key >= touch_lo) & (offs_key < touch_hi)
+    if MASKED and seen_ptr is not None:
+        keep_key = keep_key & (tl.load(seen_ptr + offs_key, mask=keep_key, other=0) != 0)
+    return first, offs_key, keep_key
+
+
+@triton.jit
+def load_key_scale(key_scale_ptr, offs_key, stride, keep_key, MASKED: tl.constexpr):
+    """fp32 [BLOCK_N]; where MASKED, 0 for keys that keep_key drops."""
+    pointers = key_scale_ptr + offs_key.to(tl.int64) * stride
+    if MASKED:
+        key_scale = tl.load(pointers, mask=keep_key, other=0.0)
+    else:
+        key_scale = tl.load(pointers)
+    return key_scale
+
+
+@triton.jit
+def visible_tile(
+    offs_row, offs_key, lo, hi, mask_ptr, q_len, k_len, mask_stride_q, mask_stride_k, BOUNDED_BELOW: tl.constexpr,
+):  # fmt: skip
+    """Which keys [columns] each row sees: lo <= j < hi, and the dense mask."""
+    keep = offs_key[None, :] < hi[:, None]
+    if BOUNDED_BELOW:
+        keep = keep & (offs_key[None, :] >= lo[:, None])
+    if mask_ptr is not None:
+        keep = keep & load_mask(mask_ptr, offs_row, offs_key, q_len, k_len, mask_stride_q, mask_stride_k)
+    return keep
+
+
+@triton.jit
 def program_position(q_len_or_k_len, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     """(block, batch, head) of this program: blocks of one head are neighbours; the grid is one axis, so no axis limit.
 
