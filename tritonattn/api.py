@@ -16,7 +16,16 @@ from .call import AttentionCall
 from .dropout import Dropout
 from .scaling import Scales, Scaling
 from .statistics import Statistics
-from .validation import Options, check, check_factor, check_number, named_scaling, refuse_scaling
+from .validation import (
+    Options,
+    check,
+    check_factor,
+    check_multiplier,
+    check_number,
+    check_tensor,
+    named_scaling,
+    refuse_scaling,
+)
 from .visibility import Visibility
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -157,8 +166,10 @@ def scaled_attention(
     check(q, k, v, options)
     if query_scale is not None:
         check_factor("query_scale", query_scale, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
+        query_scale = query_scale.to(_scale_dtype(q))
     if key_scale is not None:
         check_factor("key_scale", key_scale, q, tuple(k.shape[:3]), "[B, Hkv, Sk]")
+        key_scale = key_scale.to(_scale_dtype(q))
     constant = q.shape[-1] ** -0.5 if scale is None else scale
     check_number("scale", constant)
     return _attend(q, k, v, _Given(constant, query_scale, key_scale), None, options)
@@ -188,7 +199,7 @@ class _Given(Scaling):
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in the dtype of torch.autocast where it is on; float64 stays, as in torch's own operators."""
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+    if not isinstance(q, Tensor) or not _autocast_is_on(q):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
 
@@ -199,6 +210,11 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cast(q), cast(k), cast(v)
 
 
+def _autocast_is_on(q: Tensor) -> bool:
+    device = q.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _resolve(scaling: str | Scaling | float | Tensor, q: Tensor) -> Scaling:
     if isinstance(scaling, str):
         return named_scaling(scaling)
@@ -206,7 +222,7 @@ def _resolve(scaling: str | Scaling | float | Tensor, q: Tensor) -> Scaling:
         return scaling
     if isinstance(scaling, Tensor):
         check_factor("scaling", scaling, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
-        return _Given(1.0, scaling)
+        return _Given(1.0, scaling.to(_scale_dtype(q)))
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         refuse_scaling(scaling)
     check_number("scaling", scaling)
@@ -216,7 +232,8 @@ def _resolve(scaling: str | Scaling | float | Tensor, q: Tensor) -> Scaling:
 def _checked_gain(gain: float | Tensor | None, q: Tensor) -> float | Tensor | None:
     if isinstance(gain, Tensor):
         check_factor("gain", gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
-    elif gain is not None:
+        return gain.to(_scale_dtype(q))
+    if gain is not None:
         check_number("gain", gain)
     return gain
 
@@ -224,7 +241,7 @@ def _checked_gain(gain: float | Tensor | None, q: Tensor) -> float | Tensor | No
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scaling: Scaling, gain: float | Tensor | None, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
-    if torch.is_autocast_enabled(q.device.type):
+    if _autocast_is_on(q):
         with torch.autocast(q.device.type, enabled=False):
             return _attend(q, k, v, scaling, gain, options)
     backend = _backend(q, k, v, options)
@@ -253,13 +270,15 @@ def _attend(
 
 def _backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
     """The backend that runs the call: the one asked for, which must be able to, or one that can."""
+    obstacle = _kernel_obstacle(q, v, options) if options.backend in ("auto", "triton") else None
+    if options.backend == "triton" and obstacle is not None:
+        ops.refuse(obstacle, "triton")
     if q.numel() == 0 or k.numel() == 0:
         return "sdpa"  # nothing to compute
     if options.backend in ("sdpa", "reference"):
         return options.backend
     if options.backend == "auto" and q.device.type != "cuda":
         return "sdpa"
-    obstacle = _kernel_obstacle(q, v, options)
     if options.backend == "auto":
         if obstacle is not None or not _HAS_TRITON:
             _warn_once(
@@ -267,8 +286,6 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
             )
             return "sdpa"
         return "triton"
-    if obstacle is not None:
-        ops.refuse(obstacle, "triton")
     if not _HAS_TRITON:
         raise ImportError(
             "backend: 'triton' needs the package triton, which is not installed: pip install 'triton>=3.4'"
@@ -327,7 +344,12 @@ def _multiplier(
 ) -> Tensor | float:
     """The factor of every pair as the mode's formula says it, for the reference."""
     group = visibility.q_heads // visibility.kv_heads
-    factor = scaling.multiplier(q, k.repeat_interleave(group, dim=1), visibility.dense())
+    visible = visibility.dense()
+    factor = scaling.multiplier(q, k.repeat_interleave(group, dim=1), visible)
+    if isinstance(factor, Tensor):
+        check_multiplier(scaling, factor, (*q.shape[:3], k.shape[2]))
+    else:
+        check_number(f"{type(scaling).__name__}.multiplier()", factor)
     if gain is None:
         return factor
     return factor * (gain[..., None] if isinstance(gain, Tensor) else gain)
@@ -343,7 +365,7 @@ def _scales(
 ) -> tuple[float, Tensor | None, Tensor | None]:
     """The mode's scales times the gain, as a float, [B, Hq, Sq] and [B, Hkv, Sk]."""
     scales = scaling.scales(q, k, visibility, statistics)
-    name = f"{scaling.name}.scales()"
+    name = f"{getattr(scaling, 'name', type(scaling).__name__)}.scales()"
     if not isinstance(scales, Scales):
         raise TypeError(f"{name}: expected Scales, got {type(scales).__name__}")
     check_number(f"{name}.constant", scales.constant)
@@ -356,6 +378,8 @@ def _scales(
         constant = constant * gain
     if query is not None:
         query = query.to(dtype).expand(q.shape[:3])
+        if not visibility.every_row_sees:  # there a mode may have divided by 0
+            query = torch.where(visibility.counts() > 0, query, 0)
     if key is not None:
         check_factor(f"{name}.key", key, q, tuple(k.shape[:3]), "[B, Hkv, Sk]")
         key = key.to(dtype).expand(k.shape[:3])
@@ -365,6 +389,7 @@ def _scales(
 def _per_query_head(name: str, query: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """A query scale broadcastable to [B, Hq, Sq], from one that may have a row a key head."""
     q_heads, kv_heads = q.shape[1], k.shape[1]
+    check_tensor(name, query, "[B, Hq, Sq]")
     if query.dim() > 1 and 1 < query.shape[-2] == kv_heads != q_heads:
         check_factor(name, query, q, (q.shape[0], kv_heads, q.shape[2]), "[B, Hkv, Sq]")
         return query.repeat_interleave(q_heads // kv_heads, dim=-2)

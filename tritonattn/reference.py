@@ -50,7 +50,9 @@ def attention(
 
     with torch.autocast(q.device.type, enabled=False):
         products = query @ key.mT  # [B, Hq, Sq, Sk]
-        logit = torch.where(visible, products * _in(dtype, multiplier), 0)
+        if isinstance(multiplier, Tensor):
+            multiplier = torch.where(visible, multiplier.to(dtype), 0)
+        logit = torch.where(visible, products * multiplier, 0)
         capped = logit if softcap is None else softcap * torch.tanh(logit / softcap)
         capped = torch.where(visible, capped, -torch.inf)
 
@@ -100,7 +102,3 @@ def _shifted_exp(x: Tensor) -> tuple[Tensor, Tensor]:
 def _maximum(x: Tensor) -> Tensor:
     """Detached maximum along the last axis, kept; -inf over no entries."""
     return pad(x.detach(), (0, 1), value=-torch.inf).amax(-1, keepdim=True)
-
-
-def _in(dtype: torch.dtype, x: Tensor | float) -> Tensor | float:
-    return x.to(dtype) if isinstance(x, Tensor) else x

@@ -49,9 +49,12 @@ def attention(call: AttentionCall) -> Tensor:
 def _needs_fp32(call: AttentionCall) -> bool:
     """Whether PyTorch's kernel in the call's own 16 bits would be off by more than rounding its operands.
 
-    A scaled q can leave the range of fp16: 1 / n of a long sequence is a subnormal. And PyTorch sums the
-    gradients of a key head over the query heads of its group in 16 bits.
+    A scaled q can leave the range of fp16: 1 / n of a long sequence is a subnormal. PyTorch sums the gradients of
+    a key head over the query heads of its group in 16 bits. And it takes the softmax's derivative from a rounded
+    output, an error that the gradient of query_scale has times the mean logit.
     """
+    if call.q.dtype == torch.bfloat16 and call.query_scale is not None and needs_graph(call.query_scale):
+        return True
     if call.q.dtype == torch.float16 and (call.query_scale is not None or call.key_scale is not None):
         return True
     grouped = call.q.shape[1] != call.k.shape[1]

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .autograd import runs_eagerly
 from .visibility import Visibility
 
 
@@ -87,7 +88,7 @@ class _Length(torch.autograd.Function):
 
     @staticmethod
     def forward(k: Tensor, seen: Tensor | None) -> Tensor:
-        if k.device.type == "cpu" and k.dim() > 1:
+        if runs_eagerly(k) and k.device.type == "cpu" and k.dim() > 1:
             lengths = torch.cat([_lengths_of(piece) for piece in k.split(_ROWS, dim=-2)], dim=-1)
         else:
             lengths = _lengths_of(k)

@@ -8,7 +8,6 @@ expected and what came: TypeError for types and dtypes, ValueError for the rest.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from .scaling import SCALINGS, Scaling
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 
+_LARGEST = torch.finfo(torch.float32).max  # numbers act in float32
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LAYOUTS = {"q": "[B, Hq, Sq, D]", "k": "[B, Hkv, Sk, D]", "v": "[B, Hkv, Sk, Dv]"}
@@ -65,7 +65,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
 
 def check_factor(name: str, factor: Any, q: Tensor, shape: tuple[int, ...], axes: str) -> None:
     """Raise unless a factor of the logits is a floating tensor on q's device that broadcasts to `shape`."""
-    _check_tensor(name, factor, axes)
+    check_tensor(name, factor, axes)
     if factor.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected a floating dtype, got {factor.dtype}")
     _check_device(name, factor, q)
@@ -84,8 +84,19 @@ def check_number(name: str, value: Any) -> None:
     """Raise unless value is a finite number."""
     if not _is_number(value):
         raise TypeError(f"{name}: expected a number, got {_kind(value)}")
-    if not -math.inf < value < math.inf:
+    if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def check_multiplier(scaling: Scaling, factor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless a mode's dense formula gave a floating tensor for every pair."""
+    name = f"{type(scaling).__name__}.multiplier()"
+    if factor.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected a floating dtype, got {factor.dtype}")
+    if not _broadcasts(factor.shape, shape):
+        raise ValueError(
+            f"{name}: expected a shape broadcastable to [B, Hq, Sq, Sk] = {list(shape)}, got {_shape(factor)}"
+        )
 
 
 def named_scaling(name: str) -> Scaling:
@@ -114,7 +125,7 @@ def refuse_scaling(scaling: Any) -> None:
 
 def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x, _LAYOUTS[name])
+        check_tensor(name, x, _LAYOUTS[name])
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 axes {_LAYOUTS[name]}, got {x.dim()} in {_shape(x)}")
         if x.layout is not torch.strided:
@@ -188,7 +199,7 @@ def _check_key_ranges(key_ranges: Any, q: Tensor, k: Tensor) -> None:
 
 
 def _check_mask(mask: Any, q: Tensor, k: Tensor) -> None:
-    _check_tensor("mask", mask, "[B, Hq, Sq, Sk]")
+    check_tensor("mask", mask, "[B, Hq, Sq, Sk]")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected dtype torch.bool, True for visible, got {mask.dtype}")
     _check_device("mask", mask, q)
@@ -201,7 +212,7 @@ def _check_mask(mask: Any, q: Tensor, k: Tensor) -> None:
 
 
 def _check_sinks(sinks: Any, q: Tensor) -> None:
-    _check_tensor("sinks", sinks, "[Hq]")
+    check_tensor("sinks", sinks, "[Hq]")
     if sinks.dtype not in _FLOATS:
         raise TypeError(f"sinks: expected a floating dtype, got {sinks.dtype}")
     _check_device("sinks", sinks, q)
@@ -209,7 +220,7 @@ def _check_sinks(sinks: Any, q: Tensor) -> None:
         raise ValueError(f"sinks: expected shape [Hq] = [{q.shape[1]}], got {_shape(sinks)}")
 
 
-def _check_tensor(name: str, x: Any, axes: str) -> None:
+def check_tensor(name: str, x: Any, axes: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor {axes}, got {_kind(x)}")
 
@@ -220,7 +231,7 @@ def _check_device(name: str, x: Tensor, q: Tensor) -> None:
 
 
 def _check_integers(name: str, x: Any, axes: str, q: Tensor) -> None:
-    _check_tensor(name, x, axes)
+    check_tensor(name, x, axes)
     if x.dtype not in _INTEGERS:
         raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
     _check_device(name, x, q)

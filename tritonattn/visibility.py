@@ -83,6 +83,12 @@ class Visibility:
         return self.right == 0 and self.q_len == self.k_len and all(part is None for part in rest)
 
     @property
+    def every_row_sees(self) -> bool:
+        """Whether sizes, causal and window alone say that every row sees a key."""
+        hides = (self.key_lengths, self.key_ranges, self.mask)
+        return self.q_len <= self.k_len and self.k_len > 0 and all(part is None for part in hides)
+
+    @property
     def per_query_head(self) -> bool:
         """Whether the query heads of one key head may see different keys (a mask with a head axis)."""
         return self.mask is not None and self.mask.shape[1] > 1
@@ -275,7 +281,8 @@ class _RangeSum(torch.autograd.Function):
     @first_order
     def backward(ctx, saved, g: Tensor):
         lo, hi = saved
-        return _sum_rows(g, lo, hi, ctx.k_len, ctx.sorted_bounds).to(ctx.dtype), None, None, None, None
+        seeing = torch.where(hi > lo, g, 0)  # the factor of a row without keys may have an infinite slope
+        return _sum_rows(seeing, lo, hi, ctx.k_len, ctx.sorted_bounds).to(ctx.dtype), None, None, None, None
 
 
 class _Pick(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..call import AttentionCall, Gradients
+from .forward_pass import softmax_of
 from .tiles import Block, Heads, Tiles, exp_
 
 
@@ -22,10 +23,13 @@ def backward(
     tensors = (call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
     pairs = zip(tensors, needs, strict=True)
     gradients = Gradients(*(x.new_zeros(x.shape) if need and x is not None else None for x, need in pairs))
+    # From a rounded out, delta = out . d_out has an error that the gradient of query_scale takes times the mean logit.
+    exact = needs.query_scale and call.q.dtype != tiles.dtype
     for heads in tiles.heads():
         sums = _KeySums.of(tiles, heads, gradients)
         for block in tiles.blocks(heads):
-            rows = _Rows.of(tiles, block, (out, lse, d_out, d_lse))
+            exact_out = softmax_of(tiles, block).out() if exact else None
+            rows = _Rows.of(tiles, block, (out, lse, d_out, d_lse), exact_out)
             d_query = _add_tiles(tiles, block, rows, sums, gradients)
             _store_of_rows(tiles, block, rows, d_query, gradients)
         _store_of_keys(tiles, heads, sums, gradients)
@@ -54,7 +58,14 @@ class _Rows:
     d_sink: Tensor | None
 
     @classmethod
-    def of(cls, tiles: Tiles, block: Block, saved: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> _Rows:
+    def of(
+        cls,
+        tiles: Tiles,
+        block: Block,
+        saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        exact_out: Tensor | None,
+    ) -> _Rows:
+        """From (out, lse, d_out, d_lse); exact_out, [N, G * rows, Dv], stands for a rounded out."""
         call = tiles.call
         out, lse, d_out, d_lse = saved
         lse = tiles.of_each_row(lse, block)
@@ -66,7 +77,7 @@ class _Rows:
         query, d_out = seeing(call.q), seeing(d_out)
         query_scale = None if call.query_scale is None else seeing(call.query_scale[..., None])
         scaled = query * call.scale if query_scale is None else query * query_scale * call.scale
-        delta = torch.linalg.vecdot(seeing(out), d_out)[..., None]
+        delta = torch.linalg.vecdot(seeing(out) if exact_out is None else exact_out, d_out)[..., None]
         d_sink = None
         if call.sinks is not None:
             sinks = tiles.of_each_row(call.sinks[None, :, None].expand(call.q.shape[:3]), block)

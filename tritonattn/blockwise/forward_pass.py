@@ -17,15 +17,21 @@ def forward(call: AttentionCall, aux: bool) -> ForwardResult:
     lse, max_logit, entropy = (call.q.new_empty(rows, dtype=tiles.dtype) for _ in range(3))
     for heads in tiles.heads():
         for block in tiles.blocks(heads):
-            softmax = _Softmax(tiles, block, aux)
-            for keys, hidden in tiles.keys_of(block):
-                softmax.add(keys, hidden)
+            softmax = softmax_of(tiles, block, aux)
             _store(out, softmax.out(), block)
             _store(lse, softmax.lse(), block)
             if aux:
                 _store(max_logit, softmax.max_logit, block)
                 _store(entropy, softmax.entropy(), block)
     return ForwardResult(out, lse, max_logit, entropy) if aux else ForwardResult(out, lse)
+
+
+def softmax_of(tiles: Tiles, block: Block, aux: bool = False) -> _Softmax:
+    """The softmax of a block's rows over all keys that they see."""
+    softmax = _Softmax(tiles, block, aux)
+    for keys, hidden in tiles.keys_of(block):
+        softmax.add(keys, hidden)
+    return softmax
 
 
 def _store(whole: Tensor, part: Tensor, block: Block) -> None:

@@ -1,0 +1,124 @@
+"""Scales at their edges: sharp softmaxes in 16 bits, 16-bit scales, rows without keys, formulas that are wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tritonattn
+from tests.support.bound import assert_within_bound
+from tritonattn import Scales, Scaling
+
+
+def _operands(dtype: torch.dtype, kv_heads: int, spread: float) -> tuple[torch.Tensor, ...]:
+    """q, k, v and a gradient of the output; logits under 1 / sqrt(D) have a standard deviation of `spread`."""
+    random = torch.Generator().manual_seed(0)
+    size = spread**0.5
+    shapes = ((2, 4, 48, 16), (2, kv_heads, 48, 16), (2, kv_heads, 48, 16), (2, 4, 48, 16))
+    return tuple((torch.randn(shape, generator=random) * factor).to(dtype) for shape, factor in
+                 zip(shapes, (size, size, 1, 1), strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spread", [1.0, 4.0, 9.0])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("mask", [{"causal": True}, {"window": (40, 0)}], ids=["fused", "blockwise"])
+def test_gradients_of_sharp_softmaxes_in_16_bit(mask, kv_heads, spread, dtype):
+    q, k, v, d_out = _operands(dtype, kv_heads, spread)
+
+    def run(backend, cast):
+        leaves = [cast(x).detach().requires_grad_() for x in (q, k, v, torch.ones(4, 1))]
+        out = tritonattn.attention(*leaves[:3], gain=leaves[3], backend=backend, **mask)
+        return torch.autograd.grad(out, leaves, cast(d_out))
+
+    exact, eager = run("reference", torch.Tensor.double), run("reference", lambda x: x)
+    for name, *gradients in zip(("q", "k", "v", "gain"), run("sdpa", lambda x: x), exact, eager, strict=True):
+        assert_within_bound(*gradients, dtype, name=name)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_scales_in_16_bit_act_in_fp32(backend):
+    q, k, v, _ = _operands(torch.float32, 4, 9.0)
+    random = torch.Generator().manual_seed(1)
+    query_scale, key_scale = ((torch.rand(2, 4, 48, generator=random) + 0.5).bfloat16() for _ in range(2))
+    found = tritonattn.scaled_attention(q, k, v, query_scale, key_scale, backend=backend)
+    wide = (x.double() for x in (q, k, v, query_scale, key_scale))
+    exact = tritonattn.scaled_attention(*wide, backend="reference")
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+    gained = tritonattn.attention(q, k, v, scaling=query_scale, gain=key_scale, backend=backend)
+    wide = [x.double() for x in (q, k, v, query_scale, key_scale)]
+    exact = tritonattn.attention(*wide[:3], scaling=wide[3], gain=wide[4], backend="reference")
+    torch.testing.assert_close(gained.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+class _Reciprocal(Scaling):
+    """1 / sum of lengths, infinite for a row without keys."""
+
+    name = "test"
+
+    def scales(self, q, k, visibility, statistics):
+        return Scales(1.0, query=1 / statistics.length_sum)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"causal": True},
+        {"key_lengths": torch.tensor([0])},
+        {"mask": torch.arange(8)[:, None] > torch.arange(6) + 2},
+    ],
+    ids=["causal", "lengths", "mask"],
+)
+def test_a_mode_that_divides_by_zero_in_rows_without_keys(mask):
+    random = torch.Generator().manual_seed(0)
+    shapes = ((1, 2, 8, 4), (1, 2, 6, 4), (1, 2, 6, 4))
+    leaves = [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
+    out = tritonattn.attention(*leaves, scaling=_Reciprocal(), backend="sdpa", **mask)
+    for result in (out, *torch.autograd.grad(out.sum(), leaves)):
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("factor", "error", "message"),
+    [
+        (torch.ones(4, dtype=torch.int64), TypeError, r"multiplier\(\): expected a floating dtype, got torch.int64"),
+        (torch.ones(1, 2, 2, 4, 4), ValueError, r"a shape broadcastable to \[B, Hq, Sq, Sk\] = \[1, 2, 4, 4\]"),
+        ("x", TypeError, r"multiplier\(\): expected a number, got"),
+        (float("nan"), ValueError, r"multiplier\(\): expected a finite number, got nan"),
+    ],
+)
+def test_a_wrong_formula_is_refused(factor, error, message):
+    class Wrong(Scaling):
+        name = "wrong"
+
+        def multiplier(self, q, k, visible):
+            return factor
+
+    q = torch.ones(1, 2, 4, 8)
+    with pytest.raises(error, match=message):
+        tritonattn.attention(q, q, q, scaling=Wrong(), backend="reference")
+
+
+@pytest.mark.parametrize("number", [10**400, 1e39, float("inf")])
+def test_numbers_that_do_not_fit_fp32_are_refused(number):
+    q = torch.ones(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="gain: expected a finite number, got"):
+        tritonattn.attention(q, q, q, gain=number)
+
+
+def test_an_empty_call_refuses_what_its_backend_cannot_do():
+    q, k = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 0, 4)
+    with pytest.raises(NotImplementedError, match="softcap: backend 'triton' does not support it"):
+        tritonattn.attention(q, k, k, softcap=2.0, backend="triton")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_one_compiled_graph_serves_any_number_of_keys():
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def call(q, k, v):
+        return tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True)
+
+    torch._dynamo.utils.counters.clear()
+    for length in (200, 300, 700, 1300):
+        call(*torch.randn(3, 1, 1, length, 8).unbind(0))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
