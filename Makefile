@@ -12,9 +12,10 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS)
 demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="--plot demo.png"
 	$(VENV)/bin/tritonattn demo $(ARGS)
 
-test: $(VENV)/.test  ## every test that needs no download; the kernels' in Triton's interpreter
+test: $(VENV)/.test  ## every test that needs no download; the kernels' on the GPU, or in Triton's interpreter
 	$(PYTEST) -m "not slow and not realmodel" --ignore tests/kernels $(ARGS)
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(ARGS)
+	if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(PYTEST) tests/kernels $(ARGS); else TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(ARGS); fi
 
 test-slow: $(VENV)/.test $(VENV)/.demo  ## the long tests, and those on real weights
 	$(PYTEST) -m "slow or realmodel" $(ARGS)
