@@ -22,7 +22,7 @@ test-slow: $(VENV)/.test $(VENV)/.demo  ## the long tests, and those on real wei
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:
 	rm -rf $(VENV)
