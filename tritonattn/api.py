@@ -270,20 +270,18 @@ def _attend(
 
 def _backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
     """The backend that runs the call: the one asked for, which must be able to, or one that can."""
-    obstacle = _kernel_obstacle(q, v, options) if options.backend in ("auto", "triton") else None
-    if options.backend == "triton" and obstacle is not None:
+    asked = options.backend
+    if asked == "triton" and (obstacle := _kernel_obstacle(q, v, options)):
         ops.refuse(obstacle, "triton")
     if q.numel() == 0 or k.numel() == 0:
         return "sdpa"  # nothing to compute
-    if options.backend in ("sdpa", "reference"):
-        return options.backend
-    if options.backend == "auto" and q.device.type != "cuda":
-        return "sdpa"
-    if options.backend == "auto":
-        if obstacle is not None or not _HAS_TRITON:
-            _warn_once(
-                f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle or 'triton is not installed'}"
-            )
+    if asked in ("sdpa", "reference"):
+        return asked
+    if asked == "auto":
+        if q.device.type != "cuda":
+            return "sdpa"
+        if obstacle := _kernel_obstacle(q, v, options) or (not _HAS_TRITON and "triton is not installed"):
+            _warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
             return "sdpa"
         return "triton"
     if not _HAS_TRITON:
