@@ -108,7 +108,7 @@ def test_triton_gets_kernel_statistics(monkeypatch):
 
     with pytest.raises(AttributeError):
         tritonattn.attention(*operands().values(), scaling=Watched())
-    assert seen == [ops.KeyStatistics, "triton"]
+    assert seen == [ops.KernelStatistics, "triton"]
 
 
 def test_cpu_takes_sdpa(monkeypatch):

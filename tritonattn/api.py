@@ -257,7 +257,7 @@ def _attend(
             q, k, v, factor, visibility, softcap=options.softcap, sinks=sinks, dropout=dropout
         )  # fmt: skip
     else:
-        statistics = (ops.KeyStatistics if backend == "triton" else Statistics)(k, visibility)
+        statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visibility)
         constant, query, key = _scales(q, k, visibility, statistics, scaling, gain)
         call = AttentionCall(q, k, v, visibility, constant, query, key, options.softcap, sinks, dropout)
         if not options.return_aux:

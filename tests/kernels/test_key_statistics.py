@@ -7,7 +7,7 @@ import torch
 
 from tests.support.masks import MASKS
 from tritonattn import launch
-from tritonattn.ops import KeyStatistics
+from tritonattn.ops import KernelStatistics
 from tritonattn.statistics import Statistics, key_lengths_of
 from tritonattn.visibility import Visibility
 
@@ -51,7 +51,7 @@ def test_statistics_equal_those_of_torch(mask, device):
     }
     visibility = Visibility.of(k.new_empty(2, 4, 21, 24), k, **arguments)
     results = []
-    for kind in (KeyStatistics, Statistics):
+    for kind in (KernelStatistics, Statistics):
         leaf = k.clone().requires_grad_()
         statistics = kind(leaf, visibility)
         values = [statistics.length_sum, statistics.length_square_sum, statistics.length_max]

@@ -8,6 +8,6 @@ transforms and dispatch modes see the operators.
 """
 
 from .attend import attention, refuse, unsupported
-from .key_statistics import KeyStatistics
+from .key_statistics import KernelStatistics
 
-__all__ = ["KeyStatistics", "attention", "refuse", "unsupported"]
+__all__ = ["KernelStatistics", "attention", "refuse", "unsupported"]

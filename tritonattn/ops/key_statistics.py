@@ -15,7 +15,7 @@ from ..statistics import Statistics
 from .mapping import in_one_batch
 
 
-class KeyStatistics(Statistics):
+class KernelStatistics(Statistics):
     """Statistics whose lengths and prefix sums come from one fused pass over k in the "triton" backend."""
 
     def _lengths(self) -> Tensor:
