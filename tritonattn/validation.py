@@ -20,8 +20,8 @@ from .scaling import SCALINGS, Scaling
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 
 _LARGEST = torch.finfo(torch.float32).max  # numbers act in float32
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LAYOUTS = {"q": "[B, Hq, Sq, D]", "k": "[B, Hkv, Sk, D]", "v": "[B, Hkv, Sk, Dv]"}
 
 # Modes with learned parameters, and how to have them without a module.
@@ -50,9 +50,9 @@ class Options(NamedTuple):
 def check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
     """Raise TypeError or ValueError unless these describe one attention call."""
     _check_operands(q, k, v)
-    _check_flags(options)
+    check_flags(options)
     if options.window is not None:
-        _check_window(options.window)
+        check_window(options.window)
     if options.key_lengths is not None:
         _check_key_lengths(options.key_lengths, q, k)
     if options.key_ranges is not None:
@@ -60,30 +60,30 @@ def check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
     if options.mask is not None:
         _check_mask(options.mask, q, k)
     if options.sinks is not None:
-        _check_sinks(options.sinks, q)
+        check_sinks(options.sinks, q)
 
 
 def check_factor(name: str, factor: Any, q: Tensor, shape: tuple[int, ...], axes: str) -> None:
     """Raise unless a factor of the logits is a floating tensor on q's device that broadcasts to `shape`."""
     check_tensor(name, factor, axes)
-    if factor.dtype not in _FLOATS:
+    if factor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating dtype, got {factor.dtype}")
-    _check_device(name, factor, q)
+    check_device(name, factor, q)
     if factor.dim() == 1 and factor.shape[0] != 1:
         raise ValueError(
             f"{name}: expected a shape that says its axis, [H, 1] for a value a head or [1, S] for a value a"
-            f" position, got the 1-D {_shape(factor)}"
+            f" position, got the 1-D {shape_of(factor)}"
         )
     if not _broadcasts(factor.shape, shape):
         raise ValueError(
-            f"{name}: expected a shape broadcastable to {axes} = {list(shape)}, got {_shape(factor)}"
+            f"{name}: expected a shape broadcastable to {axes} = {list(shape)}, got {shape_of(factor)}"
         )
 
 
 def check_number(name: str, value: Any) -> None:
     """Raise unless value is a finite number."""
     if not _is_number(value):
-        raise TypeError(f"{name}: expected a number, got {_kind(value)}")
+        raise TypeError(f"{name}: expected a number, got {kind_of(value)}")
     if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
@@ -91,11 +91,11 @@ def check_number(name: str, value: Any) -> None:
 def check_multiplier(scaling: Scaling, factor: Tensor, shape: tuple[int, ...]) -> None:
     """Raise unless a mode's dense formula gave a floating tensor for every pair."""
     name = f"{type(scaling).__name__}.multiplier()"
-    if factor.dtype not in _FLOATS:
+    if factor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating dtype, got {factor.dtype}")
     if not _broadcasts(factor.shape, shape):
         raise ValueError(
-            f"{name}: expected a shape broadcastable to [B, Hq, Sq, Sk] = {list(shape)}, got {_shape(factor)}"
+            f"{name}: expected a shape broadcastable to [B, Hq, Sq, Sk] = {list(shape)}, got {shape_of(factor)}"
         )
 
 
@@ -120,17 +120,17 @@ def refuse_scaling(scaling: Any) -> None:
             f"scaling: expected an instance of a Scaling, got the class {scaling.__name__};"
             f" write {scaling.__name__}()"
         )
-    raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {_kind(scaling)}")
+    raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {kind_of(scaling)}")
 
 
 def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, _LAYOUTS[name])
         if x.dim() != 4:
-            raise ValueError(f"{name}: expected 4 axes {_LAYOUTS[name]}, got {x.dim()} in {_shape(x)}")
+            raise ValueError(f"{name}: expected 4 axes {_LAYOUTS[name]}, got {x.dim()} in {shape_of(x)}")
         if x.layout is not torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
-        if x.dtype not in _FLOATS:
+        if x.dtype not in FLOATS:
             raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
@@ -153,10 +153,10 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, v: expected head_dim of at least 1, got {head_dim} in q and {v.shape[3]} in v")
 
 
-def _check_flags(options: Options) -> None:
+def check_flags(options: Options) -> None:
     for name in ("causal", "return_aux"):
         if not isinstance(getattr(options, name), bool):
-            raise TypeError(f"{name}: expected a bool, got {_kind(getattr(options, name))}")
+            raise TypeError(f"{name}: expected a bool, got {kind_of(getattr(options, name))}")
     if options.backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {options.backend!r}")
     if options.softcap is not None:
@@ -168,7 +168,7 @@ def _check_flags(options: Options) -> None:
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {options.dropout_p!r}")
 
 
-def _check_window(window: Any) -> None:
+def check_window(window: Any) -> None:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window: expected (left, right), got {window!r}")
     for side in window:
@@ -181,68 +181,75 @@ def _check_window(window: Any) -> None:
 
 
 def _check_key_lengths(key_lengths: Any, q: Tensor, k: Tensor) -> None:
-    _check_integers("key_lengths", key_lengths, "[B]", q)
+    check_integers("key_lengths", key_lengths, "[B]", q)
     if key_lengths.shape != q.shape[:1]:
-        raise ValueError(f"key_lengths: expected shape [B] = [{q.shape[0]}], got {_shape(key_lengths)}")
-    _check_values("key_lengths", key_lengths, k.shape[2])
+        raise ValueError(f"key_lengths: expected shape [B] = [{q.shape[0]}], got {shape_of(key_lengths)}")
+    check_values("key_lengths", key_lengths, k.shape[2])
 
 
 def _check_key_ranges(key_ranges: Any, q: Tensor, k: Tensor) -> None:
-    _check_integers("key_ranges", key_ranges, "[B, Sq, 2]", q)
+    check_integers("key_ranges", key_ranges, "[B, Sq, 2]", q)
     batch, _, q_len, _ = q.shape
     if key_ranges.shape != (batch, q_len, 2) and key_ranges.shape != (batch, 1, q_len, 2):
         raise ValueError(
             f"key_ranges: expected shape [B, Sq, 2] = {[batch, q_len, 2]} or {[batch, 1, q_len, 2]},"
-            f" got {_shape(key_ranges)}"
+            f" got {shape_of(key_ranges)}"
         )
-    _check_values("key_ranges", key_ranges, k.shape[2])
+    check_values("key_ranges", key_ranges, k.shape[2])
 
 
 def _check_mask(mask: Any, q: Tensor, k: Tensor) -> None:
     check_tensor("mask", mask, "[B, Hq, Sq, Sk]")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected dtype torch.bool, True for visible, got {mask.dtype}")
-    _check_device("mask", mask, q)
+    check_device("mask", mask, q)
     shape = (*q.shape[:3], k.shape[2])
     if not _broadcasts(mask.shape, shape):
         raise ValueError(
-            f"mask: expected a shape broadcastable to [B, Hq, Sq, Sk] = {list(shape)}, got {_shape(mask)};"
+            f"mask: expected a shape broadcastable to [B, Hq, Sq, Sk] = {list(shape)}, got {shape_of(mask)};"
             " a padding mask is [B, 1, 1, Sk]"
         )
 
 
-def _check_sinks(sinks: Any, q: Tensor) -> None:
+def check_sinks(sinks: Any, q: Tensor) -> None:
     check_tensor("sinks", sinks, "[Hq]")
-    if sinks.dtype not in _FLOATS:
+    if sinks.dtype not in FLOATS:
         raise TypeError(f"sinks: expected a floating dtype, got {sinks.dtype}")
-    _check_device("sinks", sinks, q)
+    check_device("sinks", sinks, q)
     if sinks.shape != q.shape[1:2]:
-        raise ValueError(f"sinks: expected shape [Hq] = [{q.shape[1]}], got {_shape(sinks)}")
+        raise ValueError(f"sinks: expected shape [Hq] = [{q.shape[1]}], got {shape_of(sinks)}")
 
 
 def check_tensor(name: str, x: Any, axes: str) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor {axes}, got {_kind(x)}")
+        raise TypeError(f"{name}: expected a tensor {axes}, got {kind_of(x)}")
 
 
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
+def check_device(name: str, x: Tensor, like: Tensor, owner: str = "q") -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected {owner}'s device {like.device}, got {x.device}")
 
 
-def _check_integers(name: str, x: Any, axes: str, q: Tensor) -> None:
+def check_integers(name: str, x: Any, axes: str, like: Tensor, owner: str = "q") -> None:
+    """Raise unless x is an integer tensor on the device of `like`, which belongs to `owner`."""
     check_tensor(name, x, axes)
-    if x.dtype not in _INTEGERS:
+    if x.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
-    _check_device(name, x, q)
+    check_device(name, x, like, owner)
 
 
-def _check_values(name: str, x: Tensor, k_len: int) -> None:
-    if x.device.type != "cpu" or not runs_eagerly(x) or x.numel() == 0:
+def check_values(name: str, x: Tensor, highest: int, meaning: str = "Sk = ") -> None:
+    """Raise where a value of a CPU tensor is outside [0, highest]."""
+    if not values_are_read(x):
         return
     low, high = (int(bound) for bound in x.aminmax())
-    if low < 0 or high > k_len:
-        raise ValueError(f"{name}: expected values in [0, Sk = {k_len}], got {low if low < 0 else high}")
+    if low < 0 or high > highest:
+        raise ValueError(f"{name}: expected values in [0, {meaning}{highest}], got {low if low < 0 else high}")
+
+
+def values_are_read(x: Tensor) -> bool:
+    """Whether values of x can be checked: on a CPU, unless a compiler or a transform stands between."""
+    return x.device.type == "cpu" and runs_eagerly(x) and x.numel() > 0
 
 
 def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
@@ -256,14 +263,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 
-def _shape(x: Tensor) -> list[int]:
+def shape_of(x: Tensor) -> list[int]:
     return list(x.shape)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What came: the type of the value, and for a tensor its dtype and shape."""
     if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {_shape(value)}"
+        return f"a {value.dtype} tensor of shape {shape_of(value)}"
     return (
         f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float)) else type(value).__name__
     )
