@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import tritonattn
-from tritonattn import api, ops, reference
+from tritonattn import backends, dispatch, ops, reference
 from tritonattn.scaling import Scales, Scaling
+from tritonattn.validation import Options
 
 from .support.calls import operands
 
@@ -35,7 +36,7 @@ except ValueError as error:
 
 
 def test_triton_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(api, "_HAS_TRITON", False)
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
     with pytest.raises(ImportError, match=r"backend: 'triton' needs .* pip install 'triton>=3.4'"):
         tritonattn.attention(*operands(torch.float32).values(), backend="triton")
     tritonattn.attention(*operands(torch.float32).values())
@@ -80,23 +81,23 @@ class OnGpu(torch.Tensor):
     ],
 )
 def test_auto_on_a_gpu(installed, dtype, dim, arguments, backend, reason, monkeypatch):
-    monkeypatch.setattr(api, "_HAS_TRITON", installed)
-    api._warn.cache_clear()
+    monkeypatch.setattr(backends, "_HAS_TRITON", installed)
+    backends._warn.cache_clear()
     q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(dtype, dims=(dim, 8)).values())
-    options = api.Options(**arguments)
+    options = Options(**arguments)
     if reason is None:
-        assert api._backend(q, k, v, options) == backend
+        assert backends.choose_backend(q, k, v, options) == backend
         return
     with pytest.warns(UserWarning, match=f"'sdpa' instead of 'triton': {reason}|{reason}"):
-        assert api._backend(q, k, v, options) == backend
+        assert backends.choose_backend(q, k, v, options) == backend
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
-        assert api._backend(q, k, v, options) == backend
+        assert backends.choose_backend(q, k, v, options) == backend
 
 
 def test_triton_gets_kernel_statistics(monkeypatch):
     seen = []
-    monkeypatch.setattr(api, "_backend", lambda *_: "triton")
+    monkeypatch.setattr(dispatch, "choose_backend", lambda *_: "triton")
     monkeypatch.setattr(ops, "attention", lambda call, backend, aux: seen.append(backend) or call)
 
     class Watched(Scaling):
@@ -115,5 +116,5 @@ def test_cpu_takes_sdpa(monkeypatch):
     monkeypatch.setattr(reference, "attention", None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     q, k, v = operands(torch.float32).values()
-    assert api._backend(q, k, v, api.Options()) == "sdpa"
+    assert backends.choose_backend(q, k, v, Options()) == "sdpa"
     tritonattn.attention(q, k, v)

@@ -16,13 +16,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module may import from strictly lower layers, and a folder's modules from one another.
 ORDER = (
     {"autograd", "command"},
-    {"visibility", "dropout"},
+    {"ranges", "dropout"},
+    {"visibility"},
     {"call", "statistics"},
     {"scaling"},
     {"reference", "sdpa", "blockwise", "kernels"},
     {"tuning"},
     {"launch"},
+    {"triton_backend"},
     {"ops", "validation"},
+    {"factor", "backends"},
+    {"dispatch"},
     {"api"},
     {"nn", "huggingface"},
     {"analysis", "demo"},

@@ -15,8 +15,9 @@ from tritonattn import blockwise, ops
 from tritonattn.call import ForwardResult, Gradients
 from tritonattn.dropout import Dropout
 from tritonattn.ops import attend, key_statistics
+from tritonattn.ranges import prefix_sum
 from tritonattn.statistics import Statistics, key_lengths_of
-from tritonattn.visibility import Visibility, prefix_sum
+from tritonattn.visibility import Visibility
 
 from .support.calls import CALLS, example
 from .support.masks import MASKS
@@ -231,7 +232,7 @@ def test_key_lengths_pass_opcheck(seen):
 @pytest.mark.parametrize("mask", MASKS)
 def test_key_statistics_of_the_kernels_and_of_torch_agree(mask):
     results = []
-    for kind in (Statistics, ops.KeyStatistics):
+    for kind in (Statistics, ops.KernelStatistics):
         k = torch.randn(2, 2, 7, 8, generator=torch.Generator().manual_seed(0))
         k[0, 0, 2] = 0
         k.requires_grad_()
@@ -253,7 +254,7 @@ def test_key_statistics_under_transforms_and_compilers():
     k = torch.randn(3, 2, 2, 7, 8, generator=torch.Generator().manual_seed(0))
 
     def objective(k: Tensor) -> Tensor:
-        statistics = ops.KeyStatistics(k, Visibility.of(q, k, causal=True))
+        statistics = ops.KernelStatistics(k, Visibility.of(q, k, causal=True))
         return (statistics.length_sum.double() * statistics.length_square_sum).sum()
 
     one_by_one = torch.stack([torch.func.grad(objective)(x) for x in k])

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.masks import MASKS, visible_pairs
-from tritonattn.visibility import Visibility, prefix_sum
+from tritonattn.ranges import prefix_sum
+from tritonattn.visibility import Visibility
 
 B, HQ, HKV = 2, 4, 2
 LENGTHS = [(9, 9), (5, 11), (11, 5), (1, 13), (0, 4), (4, 0)]

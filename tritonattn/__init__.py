@@ -1,6 +1,7 @@
 """Attention whose logit scaling is a parameter: exact, differentiable, on GPU (Triton) and CPU (PyTorch)."""
 
-from .api import AttentionAux, attention, scaled_attention
+from .api import attention, scaled_attention
+from .dispatch import AttentionAux
 from .scaling import SCALINGS, Scales, Scaling
 
 __version__ = "0.1.0"

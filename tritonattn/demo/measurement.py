@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..api import AttentionAux, attention
+from ..api import attention
 from ..command import CommandError
+from ..dispatch import AttentionAux
 from ..huggingface import call_arguments, key_range_mask, register, unregister
 from ..visibility import Visibility
 

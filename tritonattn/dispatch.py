@@ -1,0 +1,85 @@
+"""From the checked arguments of a public call to a backend, and to what the call returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, reference, sdpa
+from .autograd import is_transformed
+from .backends import choose_backend
+from .call import AttentionCall
+from .dropout import Dropout
+from .factor import Factor, scale_dtype
+from .statistics import Statistics
+from .validation import Options
+from .visibility import Visibility
+
+
+class AttentionAux(NamedTuple):
+    """The softmax of each row before dropout and sinks: [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.
+
+    lse         ln sum_j exp(logit[i, j]) over the visible keys, after softcap; differentiable
+    max_logit   max_j logit[i, j], before softcap; not differentiable
+    entropy     -sum_j p[i, j] ln p[i, j], after softcap; not differentiable
+
+    A row without keys has lse = max_logit = -inf and entropy 0.
+    """
+
+    lse: Tensor
+    max_logit: Tensor
+    entropy: Tensor
+
+
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in the dtype of torch.autocast where it is on; float64 stays, as in torch's own operators."""
+    if not isinstance(q, Tensor) or not _autocast_is_on(q):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+
+    def cast(x: Tensor) -> Tensor:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if eligible else x
+
+    return cast(q), cast(k), cast(v)
+
+
+def _autocast_is_on(q: Tensor) -> bool:
+    device = q.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, factor: Factor, visibility: Visibility, options: Options
+) -> Tensor | tuple[Tensor, AttentionAux]:
+    """Attention of checked operands [B, H, S, D] on the backend that `options` asks for."""
+    if _autocast_is_on(q):
+        with torch.autocast(q.device.type, enabled=False):
+            return attend(q, k, v, factor, visibility, options)
+    backend = choose_backend(q, k, v, options)
+    dropout = Dropout.draw(options.dropout_p, q.device) if options.dropout_p > 0 else None
+    sinks = None if options.sinks is None else options.sinks.to(scale_dtype(q))
+    if backend == "reference":
+        result = reference.attention(
+            q, k, v, factor.multiplier(q, k, visibility), visibility,
+            softcap=options.softcap, sinks=sinks, dropout=dropout,
+        )  # fmt: skip
+    else:
+        statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visibility)
+        constant, query, key = factor.scales(q, k, visibility, statistics)
+        call = AttentionCall(q, k, v, visibility, constant, query, key, options.softcap, sinks, dropout)
+        if not options.return_aux:
+            return _out(call, backend)
+        result = ops.attention(call, backend, aux=True)
+    if not options.return_aux:
+        return result.out
+    return result.out, AttentionAux._make(result[1:])
+
+
+def _out(call: AttentionCall, backend: str) -> Tensor:
+    # torch maps its own attention in a loop under vmap; our operators fold the mapped axis into the batch.
+    if backend == "sdpa" and not is_transformed() and sdpa.supports(call):
+        return sdpa.attention(call)
+    return ops.attention(call, backend, aux=False).out

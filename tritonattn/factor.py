@@ -1,0 +1,133 @@
+"""The factor of q . k that a call asks for: a scaling in any of its forms, and the gain on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .scaling import Scales, Scaling
+from .statistics import Statistics
+from .validation import (
+    check_factor,
+    check_multiplier,
+    check_number,
+    check_tensor,
+    named_scaling,
+    refuse_scaling,
+)
+from .visibility import Visibility
+
+
+def scale_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of scales, gains and sinks: float32, float64 for float64 q."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """gain[i] * (the factor of a mode). A tensor as gain broadcasts to [B, Hq, Sq]."""
+
+    scaling: Scaling
+    gain: float | Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        scaling: str | Scaling | float | Tensor,
+        gain: float | Tensor | None,
+        q: Tensor,
+        rows: tuple[int, ...],
+        axes: str,
+    ) -> Factor:
+        """From arguments, which are checked; a tensor among them broadcasts to the shape `rows`, named `axes`."""
+        if isinstance(scaling, str):
+            mode = named_scaling(scaling)
+        elif isinstance(scaling, Scaling):
+            mode = scaling
+        elif isinstance(scaling, Tensor):
+            check_factor("scaling", scaling, q, rows, axes)
+            mode = Given(1.0, scaling.to(scale_dtype(q)))
+        else:
+            if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+                refuse_scaling(scaling)
+            check_number("scaling", scaling)
+            mode = Given(scaling)
+        if isinstance(gain, Tensor):
+            check_factor("gain", gain, q, rows, axes)
+            gain = gain.to(scale_dtype(q))
+        elif gain is not None:
+            check_number("gain", gain)
+        return cls(mode, gain)
+
+    def scales(
+        self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
+    ) -> tuple[float, Tensor | None, Tensor | None]:
+        """The mode's scales times the gain, as a float, [B, Hq, Sq] and [B, Hkv, Sk]."""
+        scales = self.scaling.scales(q, k, visibility, statistics)
+        name = f"{getattr(self.scaling, 'name', type(self.scaling).__name__)}.scales()"
+        if not isinstance(scales, Scales):
+            raise TypeError(f"{name}: expected Scales, got {type(scales).__name__}")
+        check_number(f"{name}.constant", scales.constant)
+        constant, query, key, gain = scales.constant, scales.query, scales.key, self.gain
+        if query is not None:
+            query = _per_query_head(f"{name}.query", query, q, visibility)
+        if isinstance(gain, Tensor):
+            query = gain if query is None else query * gain
+        elif gain is not None:
+            constant = constant * gain
+        if query is not None:
+            query = query.to(scale_dtype(q)).expand(visibility.rows)
+            if not visibility.every_row_sees:  # there a mode may have divided by 0
+                query = torch.where(visibility.counts() > 0, query, 0)
+        if key is not None:
+            check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
+            key = key.to(scale_dtype(q)).expand(visibility.keys)
+        return constant, query, key
+
+    def multiplier(self, q: Tensor, k: Tensor, visibility: Visibility) -> Tensor | float:
+        """The factor of every pair as the mode's formula says it, for the reference."""
+        group = visibility.q_heads // visibility.kv_heads
+        visible = visibility.dense()
+        factor = self.scaling.multiplier(q, k.repeat_interleave(group, dim=1), visible)
+        if isinstance(factor, Tensor):
+            check_multiplier(self.scaling, factor, (*visibility.rows, visibility.k_len))
+        else:
+            check_number(f"{type(self.scaling).__name__}.multiplier()", factor)
+        if self.gain is None:
+            return factor
+        return factor * (self.gain[..., None] if isinstance(self.gain, Tensor) else self.gain)
+
+
+class Given(Scaling):
+    """The scaling of a caller who hands in the scales."""
+
+    name = "given"
+
+    def __init__(self, constant: float, query: Tensor | None = None, key: Tensor | None = None) -> None:
+        self._scales = Scales(constant, query, key)
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return self._scales
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor | float:
+        factor, (query, key) = self._scales.constant, (self._scales.query, self._scales.key)
+        if query is not None:
+            factor = factor * query[..., None]
+        if key is not None:
+            if key.dim() > 1 and key.shape[-2] > 1:
+                key = key.repeat_interleave(k.shape[1] // key.shape[-2], dim=-2)  # one row a query head
+            factor = factor * key[..., None, :] if key.dim() else factor * key
+        return factor
+
+
+def _per_query_head(name: str, query: Tensor, q: Tensor, visibility: Visibility) -> Tensor:
+    """A query scale broadcastable to [B, Hq, Sq], from one that may have a row a key head."""
+    (batch, q_heads, q_len), kv_heads = visibility.rows, visibility.kv_heads
+    check_tensor(name, query, "[B, Hq, Sq]")
+    if query.dim() > 1 and 1 < query.shape[-2] == kv_heads != q_heads:
+        check_factor(name, query, q, (batch, kv_heads, q_len), "[B, Hkv, Sq]")
+        return query.repeat_interleave(q_heads // kv_heads, dim=-2)
+    check_factor(name, query, q, visibility.rows, "[B, Hq, Sq]")
+    return query

@@ -1,0 +1,226 @@
+"""Arithmetic over ranges of keys: sums, maxima and the rows that touch a key, without a dense mask and without atomics.
+
+lo and hi are int64, [..., Sq], 0 <= lo <= hi <= Sk: row i covers the keys lo[i] <= j < hi[i]. A dense bool mask, where
+there is one, is read a block of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .autograd import first_order
+
+# Rows that a pass over a dense mask holds at a time: bounds its memory to [B, H, 256, Sk].
+_MASK_ROWS = 256
+
+
+def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, rows: slice, key: Tensor, keys: slice) -> Tensor:
+    """The visible pairs of some rows and of the keys numbered `key`, which are the slice `keys`."""
+    lo, hi = (bound[:, None, rows, None] for bound in (lo, hi))
+    visible = (key >= lo) & (key < hi)
+    if mask is None:
+        return visible
+    mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
+    return visible & (mask if mask.shape[3] == 1 else mask[..., keys])
+
+
+def row_tiles(lo: Tensor, hi: Tensor, mask: Tensor | None, k_len: int) -> Iterator[tuple[slice, Tensor]]:
+    """The visible pairs, a block of rows and all keys at a time."""
+    q_len, key, keys = lo.shape[-1], torch.arange(k_len, device=lo.device), slice(0, k_len)
+    for start in range(0, max(q_len, 1), _MASK_ROWS):
+        rows = slice(start, min(start + _MASK_ROWS, q_len))
+        yield rows, pairs(lo, hi, mask, rows, key, keys)
+
+
+def prefix_sum(x: Tensor) -> Tensor:
+    """fp64 sums of x over [0, j) along the last axis, j = 0 .. n: [..., n] -> [..., n + 1]."""
+    total = torch.nn.functional.pad(x.double(), (1, 0))
+    if x.device.type == "cpu":
+        return total.cumsum(-1)
+    # torch.cumsum on CUDA refuses torch.use_deterministic_algorithms; doubling sums in a fixed order.
+    shift = 1
+    while shift < total.shape[-1]:
+        total = total + torch.nn.functional.pad(total[..., :-shift], (shift, 0))
+        shift *= 2
+    return total
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """x[..., index] along the last axis, the others broadcast: take_along_dim, on which inductor fails."""
+    shape = torch.broadcast_shapes(x.shape[:-1], index.shape[:-1])
+    return x.expand(*shape, -1).gather(-1, index.expand(*shape, -1))
+
+
+def sum_of_rows(g: Tensor, lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool) -> Tensor:
+    """y[j] = sum of g[i] over the rows with lo[i] <= j < hi[i]: the transpose of a sum over ranges, without atomics.
+
+    g [B, H, Sq], lo and hi broadcastable to it; sorted_bounds says that lo and hi do not fall along the rows.
+    """
+    keys = torch.arange(k_len, device=g.device)
+
+    def ending_by_key(bound: Tensor) -> Tensor:  # sum of g over the rows with bound <= j
+        if sorted_bounds:
+            prefix = prefix_sum(g)
+        else:
+            bound, order = bound.sort(dim=-1, stable=True)
+            prefix = prefix_sum(_gather(g, order))
+        wanted = keys + bound.new_zeros((*bound.shape[:-1], 1))
+        rows = torch.searchsorted(bound.contiguous(), wanted, right=True)
+        return _gather(prefix, rows)
+
+    return ending_by_key(lo) - ending_by_key(hi)
+
+
+def sum_over_ranges(x: Tensor, prefix: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool) -> Tensor:
+    """Sum of x [B, H, Sk] over every range, from its prefix sums: fp64 [B, H, Sq]. The gradient goes to x."""
+    return _RangeSum.apply(x, prefix, lo, hi, sorted_bounds)
+
+
+class _RangeSum(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, prefix: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool) -> Tensor:
+        return _gather(prefix, hi) - _gather(prefix, lo)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, _, lo, hi, ctx.sorted_bounds = inputs
+        ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
+        ctx.save_for_backward(lo, hi)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, g: Tensor):
+        lo, hi = saved
+        seeing = torch.where(hi > lo, g, 0)  # the factor of a row without keys may have an infinite slope
+        return sum_of_rows(seeing, lo, hi, ctx.k_len, ctx.sorted_bounds).to(ctx.dtype), None, None, None, None
+
+
+def pick(x: Tensor, key: Tensor, seen: Tensor) -> Tensor:
+    """x[..., key] where seen, else 0; the gradient returns to the picked keys in a fixed order."""
+    return _Pick.apply(x, key, seen)
+
+
+class _Pick(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, key: Tensor, seen: Tensor) -> Tensor:
+        if x.shape[-1] == 0:
+            return x.new_zeros(key.shape)
+        return torch.where(seen, _gather(x, key), 0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, key, seen = inputs
+        ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
+        ctx.save_for_backward(key, seen)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, g: Tensor):
+        key, seen = saved
+        picked = torch.where(seen, g, 0)
+        return sum_of_rows(picked, key, key + 1, ctx.k_len, sorted_bounds=False).to(ctx.dtype), None, None
+
+
+def sum_over_mask(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> Tensor:
+    """Sum of x [B, H, Sk] over the pairs inside range and mask: fp64 [B, H, Sq]."""
+    return _MaskSum.apply(x, lo, hi, mask)
+
+
+class _MaskSum(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> Tensor:
+        wide = x.double()[:, :, None]  # [B, H, 1, Sk]
+        sums = [torch.where(tile, wide, 0).sum(-1) for _, tile in row_tiles(lo, hi, mask, x.shape[-1])]
+        return torch.cat(sums, dim=-1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, lo, hi, mask = inputs
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.save_for_backward(lo, hi, mask)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, g: Tensor):
+        dx = g.new_zeros(ctx.shape)
+        lo, hi, mask = saved
+        for rows, tile in row_tiles(lo, hi, mask, ctx.shape[-1]):
+            dx = dx + torch.where(tile, g[:, :, rows, None], 0).sum(-2)
+        return dx.to(ctx.dtype), None, None, None
+
+
+def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """Lowest key of [lo, hi) that attains the maximum of x there: int64 [B, H, Sq]; any key for an empty range.
+
+    x [B, H, Sk], lo and hi [B or 1, 1, Sq]. Level by level `best` holds the argmax of x over [j, j + width), width a
+    power of two; a range is the union of two such spans of the largest width that fits. O(S log S) time, O(S) memory.
+    """
+    shape = (*x.shape[:-1], lo.shape[-1])
+    answer = torch.zeros(shape, dtype=torch.int64, device=x.device)
+    k_len = x.shape[-1]
+    best = torch.arange(k_len, device=x.device).expand_as(x)
+    width = 1
+    while width <= k_len:
+        top = k_len - width
+        first = _gather(best, lo.clamp(max=top))
+        last = _gather(best, (hi - width).clamp(0, top))
+        fits = (hi - lo >= width) & (hi - lo < 2 * width)
+        answer = torch.where(fits, _larger(x, first, last), answer)
+        if 2 * width <= k_len:
+            best = _larger(x, best[..., :-width], best[..., width:])
+        width *= 2
+    return answer
+
+
+def argmax_over_mask(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The key inside range and mask that attains the maximum of x [B, H, Sk], the lowest, and whether there is one."""
+    first, seen = [], []
+    for _, tile in row_tiles(lo, hi, mask, x.shape[-1]):
+        hidden = torch.where(tile, x[:, :, None], -torch.inf)  # [B, H, rows, Sk]
+        first.append(hidden.argmax(-1) if x.shape[-1] else hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64))
+        seen.append(tile.any(-1))
+    return torch.cat(first, dim=-1), torch.cat(seen, dim=-1)
+
+
+def _larger(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """The index of the larger entry of x, the first of equals; NaN is larger than all."""
+    a, b = _gather(x, first), _gather(x, last)
+    return torch.where((b > a) | (b.isnan() & ~a.isnan()), last, first)
+
+
+def rows_of_blocks(lo: Tensor, hi: Tensor, k_len: int, block: int) -> Tensor:
+    """First and one past the last row whose range touches each block of keys: int32 [..., cdiv(Sk, block), 2].
+
+    A block that no range touches has first >= last. Every range is the union of two spans of 2^level blocks; the
+    extremes of each span are pushed down to single blocks: O((Sq + blocks) log blocks).
+    """
+    q_len = lo.shape[-1]
+    blocks = -(-k_len // block)
+    first, span = lo // block, (hi + block - 1) // block - lo // block
+    levels = max(blocks, 1).bit_length()
+    level = sum((span >= 1 << power).long() for power in range(1, levels)) + torch.zeros_like(span)
+    nowhere = torch.full_like(span, levels * blocks)
+    spans = [first, first + span - (1 << level)]
+    slots = torch.cat([torch.where(hi > lo, level * blocks + start, nowhere) for start in spans], dim=-1)
+    row = torch.arange(q_len, device=lo.device).repeat(2).expand_as(slots)
+    extremes = []
+    for reduce, empty, rows in (("amin", q_len, row), ("amax", 0, row + 1)):
+        table = torch.full((lo.shape[0], levels * blocks + 1), empty, device=lo.device)
+        table = table.scatter_reduce(-1, slots, rows, reduce)[:, :-1].unflatten(-1, (levels, blocks))
+        narrower = torch.minimum if reduce == "amin" else torch.maximum
+        spread = table[:, -1]
+        for power in reversed(range(levels - 1)):
+            shifted = torch.full_like(spread, empty)
+            shifted[:, 1 << power :] = spread[:, : -(1 << power)]
+            spread = narrower(table[:, power], narrower(spread, shifted))
+        extremes.append(spread)
+    return torch.stack(extremes, dim=-1).int()
