@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.masks import MASKS
-from tritonattn import launch
+from tritonattn import triton_backend
 from tritonattn.ops import KernelStatistics
 from tritonattn.statistics import Statistics, key_lengths_of
 from tritonattn.visibility import Visibility
@@ -16,7 +16,7 @@ from tritonattn.visibility import Visibility
 @pytest.mark.parametrize(("k_len", "head_dim"), [(1, 16), (37, 5), (130, 64), (1500, 8)])
 def test_lengths_and_prefix_sums(dtype, k_len, head_dim, device):
     k = torch.randn(2, 2, k_len, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
-    lengths, length_prefix, square_prefix = launch.key_statistics(k, None)
+    lengths, length_prefix, square_prefix = triton_backend.key_statistics(k, None)
     exact = k.double().norm(dim=-1)
     torch.testing.assert_close(lengths.double(), exact, rtol=1e-6, atol=0)
     for prefix, terms in ((length_prefix, lengths.double()), (square_prefix, lengths.double().square())):
@@ -28,7 +28,7 @@ def test_unseen_keys_count_nothing(device):
     k = torch.ones(1, 1, 4, 16, device=device)
     k[:, :, 2] = float("nan")
     seen = torch.tensor([True, True, False, True], device=device)
-    lengths, length_prefix, _ = launch.key_statistics(k, seen)
+    lengths, length_prefix, _ = triton_backend.key_statistics(k, seen)
     assert lengths.flatten().tolist() == [4, 4, 0, 4]
     assert length_prefix.flatten().tolist() == [0, 4, 8, 8, 12]
 
@@ -36,10 +36,10 @@ def test_unseen_keys_count_nothing(device):
 @pytest.mark.parametrize("size", [1e30, 1e-30, 0.0])
 def test_any_finite_length(size, device):
     k = torch.full((1, 1, 3, 16), size, device=device)
-    lengths, _, square_prefix = launch.key_statistics(k, None)
+    lengths, _, square_prefix = triton_backend.key_statistics(k, None)
     torch.testing.assert_close(lengths, torch.full_like(lengths, 4 * size), rtol=1e-6, atol=0)
     assert square_prefix.isfinite().all()
-    d_k = launch.key_statistics_backward(k, None, lengths, torch.ones_like(lengths))
+    d_k = triton_backend.key_statistics_backward(k, None, lengths, torch.ones_like(lengths))
     torch.testing.assert_close(d_k, torch.full_like(k, 0.25 if size else 0.0), rtol=1e-6, atol=0)
 
 
@@ -69,5 +69,5 @@ def test_backward_matches_autograd(device):
     d_lengths = torch.randn(1, 2, 33, generator=random).to(device)
     leaf = k.double().requires_grad_()
     (key_lengths_of(leaf) * d_lengths).sum().backward()
-    found = launch.key_statistics_backward(k, None, launch.key_statistics(k, None)[0], d_lengths)
+    found = triton_backend.key_statistics_backward(k, None, triton_backend.key_statistics(k, None)[0], d_lengths)
     torch.testing.assert_close(found.double(), leaf.grad, rtol=1e-6, atol=1e-6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from tritonattn import launch  # noqa: E402
+from tritonattn import launch, triton_backend  # noqa: E402
 from tritonattn.kernels import KERNELS  # noqa: E402
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config, legal_reasons  # noqa: E402
 from tritonattn.tuning.compile import specialisation  # noqa: E402
@@ -94,8 +94,8 @@ def test_aot_specialisation_is_that_of_a_launch(monkeypatch):
     scales = torch.ones(2, 4, 64), torch.ones(2, 4, 64)
     visibility = Visibility.of(q, k, causal=True)
     call = AttentionCall(q, k, k, visibility, 0.1, *scales)
-    result = launch.forward(call)
-    launch.backward(call, *result[:2], q, None, Gradients(True, True, True, True, True))
+    result = triton_backend.forward(call)
+    triton_backend.backward(call, *result[:2], q, None, Gradients(True, True, True, True, True))
     problem = Problem(64, 64, torch.float16, right=True, query_scale_grad=True, **SCALED)
     assert len(seen) == 4
     for kernel, arguments in seen.items():

@@ -1,4 +1,4 @@
-"""Device code only: what one program computes. Grids, strides, allocation and configs are launch.py's."""
+"""Device code only: what one program computes. Grids, strides, allocation and configs are the backend's."""
 
 from .forward import attention_forward
 from .grad_key_value import attention_grad_key_value

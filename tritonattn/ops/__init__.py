@@ -1,7 +1,7 @@
 """The torch.library operators over the backends, and their differentiation. No mathematics.
 
 `tritonattn::forward` and `tritonattn::backward` take an AttentionCall laid out flat and the name of the
-backend that runs it: "triton" (launch.py, imported at first use) or "sdpa" (blockwise).
+backend that runs it: "triton" (triton_backend, imported at first use) or "sdpa" (blockwise).
 `tritonattn::key_lengths` and `tritonattn::key_lengths_backward` are the fused pass over the keys that feeds
 the scalings. A plain eager call runs the backend itself and spares the time of the dispatcher; compilers,
 transforms and dispatch modes see the operators.

@@ -118,7 +118,7 @@ def _forward(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     if argument is not None:
         refuse(argument, backend)
     with _own_precision(call.q):
-        return _launch().forward(call) if backend == "triton" else blockwise.forward(call, aux)
+        return _kernels().forward(call) if backend == "triton" else blockwise.forward(call, aux)
 
 
 def _backward(
@@ -129,7 +129,7 @@ def _backward(
         pairs = zip(flat[:_GRADIENTS], needs, strict=True)
         return Gradients(*(_zeros(x) if need else None for x, need in pairs))
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype)  # a compiler may widen it
-    backend = _launch() if flat.backend == "triton" else blockwise
+    backend = _kernels() if flat.backend == "triton" else blockwise
     with _own_precision(out):
         return backend.backward(call, out, lse, d_out, d_lse, needs)
 
@@ -138,10 +138,10 @@ def _zeros(x: Any) -> Tensor:
     return x.new_zeros(x.shape)
 
 
-def _launch() -> Any:
-    from .. import launch
+def _kernels() -> Any:
+    from .. import triton_backend
 
-    return launch
+    return triton_backend
 
 
 def _own_precision(tensor: Tensor) -> AbstractContextManager:

@@ -36,17 +36,17 @@ class KernelStatistics(Statistics):
         return self.visibility.sum_from_prefix(squares, self._square_prefix)
 
 
-def _launch() -> Any:
-    from .. import launch
+def _kernels() -> Any:
+    from .. import triton_backend
 
-    return launch
+    return triton_backend
 
 
 @torch.library.custom_op(
     "tritonattn::key_lengths", mutates_args=(), schema="(Tensor k, Tensor? seen) -> (Tensor, Tensor, Tensor)"
 )
 def _key_lengths_operator(k, seen):
-    return _launch().key_statistics(k, seen)
+    return _kernels().key_statistics(k, seen)
 
 
 @_key_lengths_operator.register_fake
@@ -57,7 +57,7 @@ def _(k, seen):
 
 
 def _key_lengths_backward(k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor) -> Tensor:
-    return _launch().key_statistics_backward(k, seen, lengths, d_lengths)
+    return _kernels().key_statistics_backward(k, seen, lengths, d_lengths)
 
 
 @torch.library.custom_op(
@@ -82,7 +82,7 @@ class _KeyLengths(Function):
     @staticmethod
     def forward(k, seen):
         if runs_eagerly(k, seen):
-            return _launch().key_statistics(k, seen)
+            return _kernels().key_statistics(k, seen)
         return _key_lengths_operator(k, seen)
 
     @staticmethod
