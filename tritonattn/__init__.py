@@ -1,9 +1,21 @@
 """Attention whose logit scaling is a parameter: exact, differentiable, on GPU (Triton) and CPU (PyTorch)."""
 
 from .api import attention, scaled_attention
+from .cache_statistics import KeyStatistics
+from .decoding import attention_decode
 from .dispatch import AttentionAux
 from .scaling import SCALINGS, Scales, Scaling
 
 __version__ = "0.1.0"
 
-__all__ = ["SCALINGS", "AttentionAux", "Scales", "Scaling", "__version__", "attention", "scaled_attention"]
+__all__ = [
+    "SCALINGS",
+    "AttentionAux",
+    "KeyStatistics",
+    "Scales",
+    "Scaling",
+    "__version__",
+    "attention",
+    "attention_decode",
+    "scaled_attention",
+]

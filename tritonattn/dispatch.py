@@ -35,7 +35,7 @@ class AttentionAux(NamedTuple):
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in the dtype of torch.autocast where it is on; float64 stays, as in torch's own operators."""
-    if not isinstance(q, Tensor) or not _autocast_is_on(q):
+    if not isinstance(q, Tensor) or not autocast_is_on(q):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
 
@@ -46,7 +46,7 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cast(q), cast(k), cast(v)
 
 
-def _autocast_is_on(q: Tensor) -> bool:
+def autocast_is_on(q: Tensor) -> bool:
     device = q.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
@@ -55,7 +55,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, factor: Factor, visibility: Visibility, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention of checked operands [B, H, S, D] on the backend that `options` asks for."""
-    if _autocast_is_on(q):
+    if autocast_is_on(q):
         with torch.autocast(q.device.type, enabled=False):
             return attend(q, k, v, factor, visibility, options)
     backend = choose_backend(q, k, v, options)

@@ -21,7 +21,7 @@ from .visibility import Visibility
 
 
 class Statistics:
-    """Lazily computed statistics of the keys k [B, Hkv, Sk, D] that each row of `visibility` sees.
+    """Lazily computed statistics of the keys k, or k(), [B, Hkv, Sk, D] that each row of `visibility` sees.
 
     lengths             [B, Hkv, Sk]   fp32; 0 for a key that no row sees, whatever it holds
     length_sum          [B, Hkv, Sq]   fp32
@@ -33,10 +33,14 @@ class Statistics:
     computed at its first use and kept.
     """
 
-    def __init__(self, k: Tensor, visibility: Visibility) -> None:
-        self.k = k
+    def __init__(self, k: Tensor | Callable[[], Tensor], visibility: Visibility) -> None:
+        self._source = k
         self.visibility = visibility
         self._known: dict[str, Tensor] = {}
+
+    @property
+    def k(self) -> Tensor:
+        return self._source if isinstance(self._source, Tensor) else self._once("k", self._source)
 
     @property
     def lengths(self) -> Tensor:

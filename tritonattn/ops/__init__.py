@@ -3,11 +3,12 @@
 `tritonattn::forward` and `tritonattn::backward` take an AttentionCall laid out flat and the name of the
 backend that runs it: "triton" (triton_backend, imported at first use) or "sdpa" (blockwise).
 `tritonattn::key_lengths` and `tritonattn::key_lengths_backward` are the fused pass over the keys that feeds
-the scalings. A plain eager call runs the backend itself and spares the time of the dispatcher; compilers,
-transforms and dispatch modes see the operators.
+the scalings; `tritonattn::decode` is attention against a KV cache. A plain eager call runs the backend itself
+and spares the time of the dispatcher; compilers, transforms and dispatch modes see the operators.
 """
 
 from .attend import attention, refuse, unsupported
+from .decode import decode
 from .key_statistics import KernelStatistics
 
-__all__ = ["KernelStatistics", "attention", "refuse", "unsupported"]
+__all__ = ["KernelStatistics", "attention", "decode", "refuse", "unsupported"]

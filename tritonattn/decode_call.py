@@ -1,0 +1,108 @@
+"""One decode call as plain tensors: a few new queries against a KV cache, contiguous or in pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .call import AttentionCall
+from .visibility import Visibility
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """The keys and values of B sequences, of which the first key_lengths[b] count.
+
+    k, v          [B, Hkv, capacity, D], [B, Hkv, capacity, Dv], or with a block table pages [N, page, Hkv, D] and
+                  [N, page, Hkv, Dv]; any strides
+    key_lengths   int [B]; values outside [0, capacity] are clamped
+    block_table   int32 [B, max_pages] or None: key j of sequence b lies in page block_table[b, j // page], at j % page.
+                  Entries outside [0, N) and those behind key_lengths are not followed: keys and values there are zeros.
+    """
+
+    k: Tensor
+    v: Tensor
+    key_lengths: Tensor
+    block_table: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.key_lengths.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[1 if self.block_table is None else 2]
+
+    @property
+    def page(self) -> int:
+        """Keys of one page; of a contiguous cache, its capacity."""
+        return self.k.shape[2 if self.block_table is None else 1]
+
+    @property
+    def capacity(self) -> int:
+        """The most keys that a sequence can have."""
+        return self.page if self.block_table is None else self.page * self.block_table.shape[1]
+
+    def visibility(self, q: Tensor, left: int | None) -> Visibility:
+        """Row i of q [B, Hq, Sq, D] sees own - left <= j <= own, with own = i + key_lengths[b] - Sq."""
+        q_heads, q_len = q.shape[1:3]
+        lengths = self.key_lengths.long().clamp(0, self.capacity)
+        own = lengths[:, None] + torch.arange(q_len, device=q.device) - q_len  # [B, Sq]
+        lo = torch.zeros_like(own) if left is None else (own - left).clamp(min=0)
+        ranges = torch.stack([lo, own + 1], dim=-1)
+        return Visibility(
+            self.batch, q_heads, self.kv_heads, q_len, self.capacity, q.device, key_ranges=ranges
+        )  # fmt: skip
+
+    def keys(self) -> Tensor:
+        """[B, Hkv, capacity, D]; pages are gathered."""
+        return self._gathered(self.k)
+
+    def values(self) -> Tensor:
+        """[B, Hkv, capacity, Dv]; pages are gathered."""
+        return self._gathered(self.v)
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        if self.block_table is None:
+            return x
+        first = torch.arange(self.block_table.shape[1], device=x.device) * self.page
+        table = self.block_table.long()
+        valid = (table >= 0) & (table < x.shape[0]) & (first < self.key_lengths[:, None])  # [B, max_pages]
+        if x.shape[0] == 0:
+            pages = x.new_zeros(*table.shape, *x.shape[1:])
+        else:
+            pages = x[torch.where(valid, table, 0)]  # [B, max_pages, page, Hkv, D]
+            pages = torch.where(valid[..., None, None, None], pages, 0)
+        return pages.flatten(1, 2).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeCall:
+    """logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j], softmax, times v, over the keys that row i
+    of sequence b sees: own - left <= j <= own, with own = i + key_lengths[b] - Sq.
+
+    q             [B, Hq, Sq, D] in the cache's dtype; any strides
+    left          keys before its own that a row sees; None is all
+    query_scale   [B, Hq, Sq] or None, fp32 (fp64 for fp64 q); any strides
+    key_scale     [B, Hkv, capacity] or None, likewise
+    softcap       c: logit -> c * tanh(logit / c), or None
+    sinks         fp32 [Hq] or None: a logit per head in the softmax's denominator only, neither scaled nor capped
+    """
+
+    q: Tensor
+    cache: Cache
+    scale: float
+    query_scale: Tensor | None = None
+    key_scale: Tensor | None = None
+    left: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def as_attention(self) -> AttentionCall:
+        """The same over the whole cache, gathered where it lies in pages."""
+        return AttentionCall(
+            self.q, self.cache.keys(), self.cache.values(), self.cache.visibility(self.q, self.left), self.scale,
+            self.query_scale, self.key_scale, self.softcap, self.sinks,
+        )  # fmt: skip

@@ -1,0 +1,91 @@
+"""`tritonattn::decode`: a decode call laid out flat. No gradient: the operator refuses to be differentiated."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import blockwise
+from ..autograd import runs_eagerly
+from ..call import ForwardResult
+from ..decode_call import Cache, DecodeCall
+from .mapping import in_a_loop
+
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor key_lengths, Tensor? block_table, Tensor? query_scale, Tensor? key_scale, "
+    "Tensor? sinks, float scale, SymInt? left, float? softcap, bool aux, str backend"
+)
+
+
+class _Flat(NamedTuple):
+    """A DecodeCall in the order of the operator's schema."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_lengths: Tensor
+    block_table: Tensor | None
+    query_scale: Tensor | None
+    key_scale: Tensor | None
+    sinks: Tensor | None
+    scale: float
+    left: int | None
+    softcap: float | None
+    aux: bool
+    backend: str
+
+    @classmethod
+    def of(cls, call: DecodeCall, backend: str, aux: bool) -> _Flat:
+        cache = call.cache
+        return cls(
+            call.q, cache.k, cache.v, cache.key_lengths, cache.block_table, call.query_scale, call.key_scale,
+            call.sinks, call.scale, call.left, call.softcap, aux, backend,
+        )  # fmt: skip
+
+    def call(self) -> DecodeCall:
+        cache = Cache(self.k, self.v, self.key_lengths, self.block_table)
+        return DecodeCall(
+            self.q, cache, self.scale, self.query_scale, self.key_scale, self.left, self.softcap, self.sinks
+        )  # fmt: skip
+
+
+def decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
+    """Run a call on "triton" or "sdpa", without gradients; max_logit and entropy are None without aux."""
+    flat = _Flat.of(call, backend, aux)
+    if runs_eagerly(call.q, call.cache.k, call.cache.v, call.cache.key_lengths, call.query_scale, call.key_scale):
+        return _decode(call, backend, aux)
+    result = ForwardResult(*_decode_operator(*flat))
+    return result if aux else ForwardResult(result.out, result.lse)
+
+
+def _decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
+    with torch.no_grad():
+        if backend == "triton":
+            from .. import triton_backend
+
+            return triton_backend.decode(call, aux)
+        return blockwise.forward(call.as_attention(), aux)
+
+
+@torch.library.custom_op("tritonattn::decode", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor, Tensor)")
+def _decode_operator(*arguments):
+    flat = _Flat(*arguments)
+    result = _decode(flat.call(), flat.backend, flat.aux)
+    return tuple(result.lse.new_empty(0) if x is None else x for x in result)
+
+
+@_decode_operator.register_fake
+def _(*arguments):
+    flat = _Flat(*arguments)
+    rows, dtype = flat.q.shape[:3], torch.promote_types(flat.q.dtype, torch.float32)
+    lse, *aux = (flat.q.new_empty(shape, dtype=dtype) for shape in (rows, *[rows if flat.aux else (0,)] * 2))
+    return (flat.q.new_empty((*rows, flat.v.shape[3])), lse, *aux)
+
+
+def _vmap(info: Any, in_dims: Any, *arguments: Any):
+    return in_a_loop(_decode_operator, info.batch_size, in_dims, arguments)
+
+
+_decode_operator.register_vmap(_vmap)
