@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module may import from strictly lower layers, and a folder's modules from one another.
 ORDER = (
     {"autograd", "command"},
-    {"ranges", "dropout"},
+    {"ranges", "sequences", "dropout"},
     {"visibility"},
     {"call", "statistics"},
     {"scaling", "decode_call"},
@@ -26,8 +26,8 @@ ORDER = (
     {"triton_backend"},
     {"ops", "validation"},
     {"factor", "backends", "cache_statistics"},
-    {"dispatch", "decode_validation"},
-    {"api", "decoding"},
+    {"dispatch", "decode_validation", "varlen_validation"},
+    {"api", "decoding", "varlen"},
     {"nn", "huggingface"},
     {"analysis", "demo"},
     {"__init__"},

@@ -212,10 +212,10 @@ def _key_statistics_backward(k, seen, lengths, d_lengths):
 
 @pytest.fixture
 def torch_kernels(monkeypatch):
-    launch = SimpleNamespace(
+    kernels = SimpleNamespace(
         key_statistics=_key_statistics, key_statistics_backward=_key_statistics_backward
     )  # fmt: skip
-    monkeypatch.setattr(key_statistics, "_launch", lambda: launch)
+    monkeypatch.setattr(key_statistics, "_kernels", lambda: kernels)
 
 
 @pytest.mark.usefixtures("torch_kernels")

@@ -5,6 +5,7 @@ from .cache_statistics import KeyStatistics
 from .decoding import attention_decode
 from .dispatch import AttentionAux
 from .scaling import SCALINGS, Scales, Scaling
+from .varlen import attention_varlen
 
 __version__ = "0.1.0"
 
@@ -17,5 +18,6 @@ __all__ = [
     "__version__",
     "attention",
     "attention_decode",
+    "attention_varlen",
     "scaled_attention",
 ]

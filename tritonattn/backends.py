@@ -16,10 +16,10 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LARGEST_KERNEL_DIM = 256
 
 
-def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
+def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options, packed: bool = False) -> str:
     """The backend that runs the call: the one asked for, which must be able to, or one that can."""
     asked = options.backend
-    if asked == "triton" and (obstacle := _kernel_obstacle(q, v, options)):
+    if asked == "triton" and (obstacle := _kernel_obstacle(q, v, options, packed)):
         ops.refuse(obstacle, "triton")
     if q.numel() == 0 or k.numel() == 0:
         return "sdpa"  # nothing to compute
@@ -28,7 +28,7 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
     if asked == "auto":
         if q.device.type != "cuda":
             return "sdpa"
-        if obstacle := _kernel_obstacle(q, v, options) or (not _HAS_TRITON and "triton is not installed"):
+        if obstacle := _kernel_obstacle(q, v, options, packed) or (not _HAS_TRITON and "triton is not installed"):
             _warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
             return "sdpa"
         return "triton"
@@ -41,7 +41,7 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
     return "triton"
 
 
-def _kernel_obstacle(q: Tensor, v: Tensor, options: Options) -> str | None:
+def _kernel_obstacle(q: Tensor, v: Tensor, options: Options, packed: bool) -> str | None:
     """The first argument that kernels cannot honour."""
     if q.dtype == torch.float64:
         return "q of dtype torch.float64"
@@ -52,6 +52,7 @@ def _kernel_obstacle(q: Tensor, v: Tensor, options: Options) -> str | None:
         softcap=options.softcap is not None,
         sinks=options.sinks is not None,
         dropout_p=options.dropout_p > 0,
+        cu_seqlens_q=packed,
         return_aux=options.return_aux,
     )
 

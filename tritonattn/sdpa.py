@@ -64,7 +64,7 @@ def _needs_fp32(call: AttentionCall) -> bool:
 
 def _sees_all(visible: Visibility) -> bool:
     """Whether every row sees every key, as shapes tell: a lone causal query, a window that holds all."""
-    if visible.key_lengths is not None or visible.key_ranges is not None or visible.mask is not None:
+    if not visible.sizes_tell_all:
         return False
     left, right = visible.left, visible.right
     return (left is None or left >= visible.k_len - 1) and (right is None or right >= visible.q_len - 1)

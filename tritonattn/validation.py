@@ -22,7 +22,20 @@ BACKENDS = ("auto", "triton", "sdpa", "reference")
 _LARGEST = torch.finfo(torch.float32).max  # numbers act in float32
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_LAYOUTS = {"q": "[B, Hq, Sq, D]", "k": "[B, Hkv, Sk, D]", "v": "[B, Hkv, Sk, Dv]"}
+
+
+class Layout(NamedTuple):
+    """How q, k and v are laid out: the names of their axes, how many there are, and which one is the sequence."""
+
+    q: str
+    k: str
+    v: str
+    axes: int
+    sequence: int
+
+
+BATCHED = Layout("[B, Hq, Sq, D]", "[B, Hkv, Sk, D]", "[B, Hkv, Sk, Dv]", axes=4, sequence=2)
+PACKED = Layout("[T_q, Hq, D]", "[T_k, Hkv, D]", "[T_k, Hkv, Dv]", axes=3, sequence=0)
 
 # Modes with learned parameters, and how to have them without a module.
 _LEARNED = {
@@ -49,7 +62,7 @@ class Options(NamedTuple):
 
 def check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
     """Raise TypeError or ValueError unless these describe one attention call."""
-    _check_operands(q, k, v)
+    check_operands(q, k, v)
     check_flags(options)
     if options.window is not None:
         check_window(options.window)
@@ -123,11 +136,12 @@ def refuse_scaling(scaling: Any) -> None:
     raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {kind_of(scaling)}")
 
 
-def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x, _LAYOUTS[name])
-        if x.dim() != 4:
-            raise ValueError(f"{name}: expected 4 axes {_LAYOUTS[name]}, got {x.dim()} in {shape_of(x)}")
+def check_operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> None:
+    """Raise unless these are the operands of one attention call, each in its layout."""
+    for name, x, axes in (("q", q, layout.q), ("k", k, layout.k), ("v", v, layout.v)):
+        check_tensor(name, x, axes)
+        if x.dim() != layout.axes:
+            raise ValueError(f"{name}: expected {layout.axes} axes {axes}, got {x.dim()} in {shape_of(x)}")
         if x.layout is not torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
         if x.dtype not in FLOATS:
@@ -136,21 +150,25 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise TypeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
-    batch, q_heads, _, head_dim = q.shape
-    if k.shape[0] != batch or v.shape[0] != batch:
+    if layout is BATCHED and not q.shape[0] == k.shape[0] == v.shape[0]:
         raise ValueError(
-            f"k, v: expected q's batch size {batch}, got {k.shape[0]} in k and {v.shape[0]} in v"
+            f"k, v: expected q's batch size {q.shape[0]}, got {k.shape[0]} in k and {v.shape[0]} in v"
         )
-    if k.shape[1] != v.shape[1]:
-        raise ValueError(f"v: expected k's {k.shape[1]} heads, got {v.shape[1]}")
-    if q_heads != k.shape[1] and (k.shape[1] == 0 or q_heads % k.shape[1] != 0):
-        raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {k.shape[1]}")
-    if k.shape[2] != v.shape[2]:
-        raise ValueError(f"v: expected k's length {k.shape[2]}, got {v.shape[2]}")
-    if k.shape[3] != head_dim:
-        raise ValueError(f"k: expected q's head_dim {head_dim}, got {k.shape[3]}")
-    if head_dim == 0 or v.shape[3] == 0:
-        raise ValueError(f"q, v: expected head_dim of at least 1, got {head_dim} in q and {v.shape[3]} in v")
+    _check_sizes(q, k, v, layout.sequence)
+
+
+def _check_sizes(q: Tensor, k: Tensor, v: Tensor, sequence: int) -> None:
+    q_heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[-1]
+    if kv_heads != v.shape[1]:
+        raise ValueError(f"v: expected k's {kv_heads} heads, got {v.shape[1]}")
+    if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads != 0):
+        raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}")
+    if k.shape[sequence] != v.shape[sequence]:
+        raise ValueError(f"v: expected k's length {k.shape[sequence]}, got {v.shape[sequence]}")
+    if k.shape[-1] != head_dim:
+        raise ValueError(f"k: expected q's head_dim {head_dim}, got {k.shape[-1]}")
+    if head_dim == 0 or v.shape[-1] == 0:
+        raise ValueError(f"q, v: expected head_dim of at least 1, got {head_dim} in q and {v.shape[-1]} in v")
 
 
 def check_flags(options: Options) -> None:

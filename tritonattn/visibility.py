@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from . import ranges
+from .sequences import Sequences
 
 
 @dataclass(frozen=True, eq=False)
 class Visibility:
     """The visible keys of every query row.
 
-    left, right   row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None is unlimited; causal is right = 0
+    sequences     row i sees the keys of its own member of a packed batch; then B is 1
+    left, right   row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None is unlimited; causal is right = 0;
+                  i, j, Sq and Sk are those of the row's member where there are sequences
     key_lengths   int [B]: row i sees j < key_lengths[b]
     key_ranges    int [B, Sq, 2]: row i sees key_ranges[b, i, 0] <= j < key_ranges[b, i, 1]
     mask          bool, 4-D, each axis of [B, Hq, Sq, Sk] or 1: True is visible
@@ -39,6 +42,7 @@ class Visibility:
     key_lengths: Tensor | None = None
     key_ranges: Tensor | None = None
     mask: Tensor | None = None
+    sequences: Sequences | None = None
 
     @classmethod
     def of(
@@ -51,8 +55,9 @@ class Visibility:
         key_lengths: Tensor | None = None,
         key_ranges: Tensor | None = None,
         mask: Tensor | None = None,
+        sequences: Sequences | None = None,
     ) -> Visibility:
-        """The record for q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] from checked arguments of `attention`."""
+        """The record for q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] from checked arguments of a public call."""
         left, right = (None if side in (None, -1) else side for side in window or (None, None))
         if causal:
             right = 0 if right is None else min(right, 0)
@@ -63,7 +68,7 @@ class Visibility:
         batch, q_heads, q_len, _ = q.shape
         _, kv_heads, k_len, _ = k.shape
         return cls(
-            batch, q_heads, kv_heads, q_len, k_len, q.device, left, right, key_lengths, key_ranges, mask
+            batch, q_heads, kv_heads, q_len, k_len, q.device, left, right, key_lengths, key_ranges, mask, sequences
         )  # fmt: skip
 
     @property
@@ -77,23 +82,24 @@ class Visibility:
         return self.batch, self.kv_heads, self.k_len
 
     @property
+    def sizes_tell_all(self) -> bool:
+        """Whether sizes, causal and window alone say what is visible."""
+        return all(part is None for part in (self.key_lengths, self.key_ranges, self.mask, self.sequences))
+
+    @property
     def is_full(self) -> bool:
         """Whether every row sees every key."""
-        return all(
-            part is None for part in (self.left, self.right, self.key_lengths, self.key_ranges, self.mask)
-        )
+        return self.left is None and self.right is None and self.sizes_tell_all
 
     @property
     def is_square_causal(self) -> bool:
         """Whether the visible keys are the lower triangle of a square, and nothing else."""
-        rest = (self.left, self.key_lengths, self.key_ranges, self.mask)
-        return self.right == 0 and self.q_len == self.k_len and all(part is None for part in rest)
+        return self.left is None and self.right == 0 and self.q_len == self.k_len and self.sizes_tell_all
 
     @property
     def every_row_sees(self) -> bool:
         """Whether sizes, causal and window alone say that every row sees a key."""
-        hides = (self.key_lengths, self.key_ranges, self.mask)
-        return self.q_len <= self.k_len and self.k_len > 0 and all(part is None for part in hides)
+        return self.q_len <= self.k_len and self.k_len > 0 and self.sizes_tell_all
 
     @property
     def per_query_head(self) -> bool:
@@ -101,10 +107,16 @@ class Visibility:
         return self.mask is not None and self.mask.shape[1] > 1
 
     def ranges(self) -> tuple[Tensor, Tensor]:
-        """lo and hi, int64, [B, Sq] or [1, Sq] where causal and window alone say it; 0 <= lo <= hi <= Sk."""
-        own = torch.arange(self.q_len, device=self.device)[None] + (self.k_len - self.q_len)  # [1, Sq]
-        lo = torch.zeros_like(own) if self.left is None else own - self.left
-        hi = torch.full_like(own, self.k_len) if self.right is None else own + self.right + 1
+        """lo and hi, int64, [B, Sq], or [1, Sq] where they are the same for all; 0 <= lo <= hi <= Sk."""
+        if self.sequences is None:
+            own = torch.arange(self.q_len, device=self.device)[None] + (self.k_len - self.q_len)  # [1, Sq]
+            lo, hi = torch.zeros_like(own), torch.full_like(own, self.k_len)
+        else:
+            lo, hi, own = self.sequences.keys_of_rows(self.q_len)
+        if self.left is not None:
+            lo = torch.maximum(lo, own - self.left)
+        if self.right is not None:
+            hi = torch.minimum(hi, own + self.right + 1)
         if self.key_ranges is not None:
             lo = torch.maximum(lo, self.key_ranges[..., 0])
             hi = torch.minimum(hi, self.key_ranges[..., 1])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..call import AttentionCall
+from ..visibility import Visibility
 
 # Rows (over all query heads of a group) and keys of a tile; pairs of all tiles that are computed together.
 _ROWS = 256
@@ -153,15 +154,22 @@ class Tiles:
         """First and one past the last key of each row, in host memory, [B or 1, Sq]; (Sk, 0) for none."""
         lo, hi = self.lo, self.hi
         if not self.readable:
-            cpu = torch.device("cpu")
-            parts = replace(self.call.visibility, device=cpu, key_lengths=None, key_ranges=None, mask=None)
-            lo, hi = parts.ranges()
+            lo, hi = self._told_by_sizes().ranges()
         empty = lo >= hi
         return lo.masked_fill(empty, self.call.visibility.k_len), hi.masked_fill(empty, 0)
 
+    def _told_by_sizes(self) -> Visibility:
+        """What sizes, causal and window alone say, in host memory."""
+        visible, cpu = self.call.visibility, torch.device("cpu")
+        shape = (visible.batch, visible.q_heads, visible.kv_heads, visible.q_len, visible.k_len)
+        if visible.sequences is not None:  # there causal and window start from each sequence
+            return Visibility(*shape, cpu)
+        return Visibility(*shape, cpu, visible.left, visible.right)
+
     def _bounds_tell_all(self) -> bool:
         visible = self.call.visibility
-        return self.readable or (visible.key_lengths is None and visible.key_ranges is None)
+        values = (visible.key_lengths, visible.key_ranges, visible.sequences)
+        return self.readable or all(part is None for part in values)
 
     def _has_holes(self, keys: slice) -> bool:
         if self.unseen is None:

@@ -16,14 +16,16 @@ from .. import blockwise
 from ..autograd import first_order, needs_graph, runs_eagerly
 from ..call import AttentionCall, ForwardResult, Gradients
 from ..dropout import Dropout
+from ..sequences import Sequences
 from ..visibility import Visibility
 from .mapping import in_a_loop, in_one_batch
 
 # The schema of _Flat.
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? query_scale, Tensor? key_scale, Tensor? sinks, "
-    "Tensor? key_lengths, Tensor? key_ranges, Tensor? mask, Tensor? dropout_state, "
-    "float scale, SymInt? left, SymInt? right, float? softcap, float dropout_p, bool aux, str backend"
+    "Tensor? key_lengths, Tensor? key_ranges, Tensor? mask, Tensor? q_starts, Tensor? k_starts, Tensor? dropout_state, "
+    "float scale, SymInt? left, SymInt? right, SymInt longest_q, SymInt longest_k, float? softcap, float dropout_p, "
+    "bool aux, str backend"
 )
 
 
@@ -39,10 +41,14 @@ class _Flat(NamedTuple):
     key_lengths: Tensor | None
     key_ranges: Tensor | None
     mask: Tensor | None
+    q_starts: Tensor | None
+    k_starts: Tensor | None
     dropout_state: Tensor | None
     scale: float
     left: int | None
     right: int | None
+    longest_q: int
+    longest_k: int
     softcap: float | None
     dropout_p: float
     aux: bool
@@ -50,18 +56,25 @@ class _Flat(NamedTuple):
 
     @classmethod
     def of(cls, call: AttentionCall, backend: str, aux: bool) -> _Flat:
-        visible, dropout = call.visibility, call.dropout
+        visible, sequences, dropout = call.visibility, call.visibility.sequences, call.dropout
         state, p = (None, 0.0) if dropout is None else (dropout.state, dropout.p)
+        starts, longest = (None, None), (0, 0)
+        if sequences is not None:
+            starts = (sequences.q_starts, sequences.k_starts)
+            longest = (sequences.longest_q, sequences.longest_k)
         return cls(
             call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks,
-            visible.key_lengths, visible.key_ranges, visible.mask, state,
-            call.scale, visible.left, visible.right, call.softcap, p, aux, backend,
+            visible.key_lengths, visible.key_ranges, visible.mask, *starts, state,
+            call.scale, visible.left, visible.right, *longest, call.softcap, p, aux, backend,
         )  # fmt: skip
 
     def call(self) -> AttentionCall:
+        sequences = None
+        if self.q_starts is not None and self.k_starts is not None:
+            sequences = Sequences(self.q_starts, self.k_starts, self.longest_q, self.longest_k)
         visibility = Visibility.of(
             self.q, self.k, window=(self.left, self.right), key_lengths=self.key_lengths,
-            key_ranges=self.key_ranges, mask=self.mask,
+            key_ranges=self.key_ranges, mask=self.mask, sequences=sequences,
         )  # fmt: skip
         dropout = None if self.dropout_state is None else Dropout(self.dropout_p, self.dropout_state)
         return AttentionCall(self.q, self.k, self.v, visibility, self.scale, self.query_scale, self.key_scale,
@@ -90,17 +103,25 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
 
 def _without_repeats(call: AttentionCall) -> AttentionCall:
     """torch.compile does not take one tensor as two arguments of an autograd function."""
-    q, k, v = call.q, call.k, call.v
+    q, k, v, sequences = call.q, call.k, call.v, call.visibility.sequences
+    if sequences is not None and sequences.q_starts is sequences.k_starts:
+        apart = replace(sequences, k_starts=sequences.k_starts.view_as(sequences.k_starts))
+        call = replace(call, visibility=replace(call.visibility, sequences=apart))
     if k is not q and v is not q and v is not k:
         return call
     return replace(call, k=k.view_as(k), v=v.view_as(v))
 
 
-def unsupported(backend: str, *, softcap: bool, sinks: bool, dropout_p: bool, return_aux: bool) -> str | None:
+def unsupported(
+    backend: str, *, softcap: bool, sinks: bool, dropout_p: bool, cu_seqlens_q: bool, return_aux: bool
+) -> str | None:
     """The first of the arguments asked for that a backend cannot honour, or None."""
     if backend != "triton":
         return None
-    asked = {"softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "return_aux": return_aux}
+    asked = {
+        "softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "cu_seqlens_q": cu_seqlens_q,
+        "return_aux": return_aux,
+    }  # fmt: skip
     return next((argument for argument, is_asked in asked.items() if is_asked), None)
 
 
@@ -113,7 +134,10 @@ def refuse(argument: str, backend: str) -> None:
 def _forward(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     if _is_empty(call):
         return _forward_of_nothing(call, aux)
-    asked = {"softcap": call.softcap, "sinks": call.sinks, "dropout_p": call.dropout}
+    asked = {
+        "softcap": call.softcap, "sinks": call.sinks, "dropout_p": call.dropout,
+        "cu_seqlens_q": call.visibility.sequences,
+    }  # fmt: skip
     argument = unsupported(backend, **{name: x is not None for name, x in asked.items()}, return_aux=aux)
     if argument is not None:
         refuse(argument, backend)
@@ -210,12 +234,12 @@ class _Attention(Function):
 
     @staticmethod
     def forward(
-        q, k, v, query_scale, key_scale, sinks, key_lengths, key_ranges, mask, dropout_state,
-        scale, left, right, softcap, dropout_p, aux, backend,
+        q, k, v, query_scale, key_scale, sinks, key_lengths, key_ranges, mask, q_starts, k_starts, dropout_state,
+        scale, left, right, longest_q, longest_k, softcap, dropout_p, aux, backend,
     ):  # fmt: skip
         return _forward_operator(
-            q, k, v, query_scale, key_scale, sinks, key_lengths, key_ranges, mask, dropout_state,
-            scale, left, right, softcap, dropout_p, aux, backend,
+            q, k, v, query_scale, key_scale, sinks, key_lengths, key_ranges, mask, q_starts, k_starts, dropout_state,
+            scale, left, right, longest_q, longest_k, softcap, dropout_p, aux, backend,
         )  # fmt: skip
 
     @staticmethod
@@ -257,9 +281,9 @@ class _EagerAttention(Function):
 
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
-    """In one batch, unless the place in it matters: dropout depends on it, and sinks have no batch axis."""
+    """In one batch, unless the place in it matters: dropout depends on it; sinks and sequences have no batch axis."""
     flat = _Flat(*arguments[: len(_Flat._fields)])
-    one_by_one = flat.dropout_state is not None or flat.sinks is not None
+    one_by_one = any(part is not None for part in (flat.dropout_state, flat.sinks, flat.q_starts))
     return (in_a_loop if one_by_one else in_one_batch)(operator, info.batch_size, in_dims, arguments)
 
 
