@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
 from tritonattn.visibility import Visibility
+
+from .versions import commit
 
 HEADS, HEAD_DIM = 8, 64
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -153,7 +154,7 @@ def environment(arguments: argparse.Namespace) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tritonattn": tritonattn.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -162,14 +163,6 @@ def _cpu_name() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ pytestmark = [
 
 def _check(kernel: str, problem: Problem, target: str) -> None:
     code = read_machine_code(compile_kernel(kernel, problem, target=target))
-    assert code.loop_spills == 0, f"{kernel} {problem} {target}: {code}"
+    assert code.spill_bytes == 0, f"{kernel} {problem} {target}: {code}"
     if kernel in TILED_KERNELS and target in NVIDIA and problem.dtype != torch.float32:
         assert code.mma_loops, f"{kernel} {problem} {target}: expected a loop with tensor instructions, got {code}"
 

@@ -1,35 +1,90 @@
-"""What a compiled kernel's machine code says without a GPU: registers, memory, and register spills in its loops."""
+"""What a kernel's machine code says without a GPU: registers, memory, spills, and the work of its MMA loops."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 from triton.compiler import CompiledKernel
 
+from .config import Problem, TileConfig, padded_dim
+from .control_flow import Instruction, Span, loops, parse
+
 _TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
-_LABEL = re.compile(r"^(\.L_x?_?\w+):")
-_MMA = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA")
+
+# What each opcode (up to its first dot) is; MUFU is the exp unit, U* the uniform datapath, and the rest integer.
+_OPCODES = {
+    "tensor": "HMMA HGMMA QGMMA IMMA IGMMA QMMA OMMA DMMA UTCHMMA UTCQMMA UTCOMMA UTCIMMA",
+    "exp": "MUFU",
+    "fp32": "FFMA FMUL FADD FFMA2 FMUL2 FADD2 FFMA32I FADD32I HFMA2 HMUL2 HADD2 UFFMA UFMUL UFADD",
+    "multiply": "IMAD UIMAD IMAD32I IDP",
+    "compare": "FMNMX FMNMX3 FSEL FSETP FSET FCHK HMNMX2 UFMNMX UFSETP",
+    "convert": "F2FP F2F I2F F2I I2FP F2IP I2I FRND",
+    "shared": "LDS LDSM STS STSM ATOMS",
+    "tensor_memory": "LDTM STTM LDT STT UTCCP UTCATOMSWS UTCSHIFT",
+    "global": "LDG STG LDGSTS LD ST RED REDG ATOM ATOMG LDC LDCU ULDC UTMALDG UTMASTG UTMAPF UTMAREDG UBLKCP UBLKRED",
+    "shuffle": "SHFL REDUX CREDUX VOTE MATCH",
+    "barrier": "BAR SYNCS WARPSYNC DEPBAR LDGDEPBAR WARPGROUP FENCE MEMBAR UTCBAR ARRIVES BSYNC BSSY CCTL ERRBAR ELECT "
+    "NANOSLEEP USETMAXREG UTMACMDFLUSH UTMACCTL ACQBULK CGAERRBAR",
+    "local": "LDL STL",
+    "control": "BRA EXIT NOP BRX CALL RET JMP BREAK PLOP3 UPLOP3 P2R R2P UP2UR BMOV KILL WARPEXIT YIELD",
+}
+CLASSES = (*_OPCODES, "integer", "uniform")
+_CLASS_OF = {opcode: name for name, opcodes in _OPCODES.items() for opcode in opcodes.split()}
+_PACKED = ("FFMA2", "FMUL2", "FADD2")
+
+
+@dataclass(frozen=True)
+class MmaLoop:
+    """One iteration of a loop with tensor instructions and no such loop inside.
+
+    instructions   by class, of one warp; `tensor` are the MMAs themselves
+    packed         those of the fp32 instructions that do two operations a lane
+    flops          of the tensor instructions, of the whole program (thread block)
+    shared_bytes   moved to and from shared memory by the whole program: loads, stores, asynchronous copies, and what
+                   wgmma and tcgen05 read as operands. Not what the TMA writes, whose size no instruction holds
+    """
+
+    instructions: dict[str, int]
+    packed: int
+    flops: int
+    shared_bytes: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.instructions.values())
+
+    @property
+    def other(self) -> int:
+        """Instructions of one warp that are not MMAs."""
+        return self.total - self.instructions["tensor"]
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Bytes and counts a thread: spills are loads and stores of local memory inside loops, outer ones included.
+    """registers, stack_bytes and spill_bytes of a thread, shared_bytes of a program, tensor_memory in columns.
 
-    mma_loops counts the innermost loops with tensor instructions. AMD's compiler reports the spills of a whole kernel;
-    there mma_loops is None.
+    spill_bytes    loaded from and stored to local memory by the instructions that lie in any loop, each counted once.
+                   AMD: of the whole kernel, as its compiler reports them
+    mma_loops      None for AMD, whose loops are not read
     """
 
     registers: int
     stack_bytes: int
     shared_bytes: int
-    loop_spills: int
-    mma_loops: int | None = None
+    spill_bytes: int
+    tensor_memory: int = 0
+    mma_loops: tuple[MmaLoop, ...] | None = None
+
+    @property
+    def unmasked_loop(self) -> MmaLoop | None:
+        """The loop over the blocks that need no mask: that with the fewest other instructions a FLOP."""
+        return min(self.mma_loops or (), key=lambda loop: loop.other / loop.flops, default=None)
 
 
 def read_machine_code(compiled: CompiledKernel) -> MachineCode:
@@ -39,23 +94,34 @@ def read_machine_code(compiled: CompiledKernel) -> MachineCode:
         assembly = compiled.asm["amdgcn"]
         names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         registers, spills, scratch = (_number(rf"\.{name}:?\s+(\d+)", assembly) for name in names)
-        return MachineCode(registers, scratch, shared, spills)
-    usage, listing = _disassemble(compiled.asm["cubin"])
+        return MachineCode(registers, scratch, shared, 4 * spills)
+    usage, listing = disassemble(compiled.asm["cubin"])
     registers, stack = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
-    loops = _loops(listing)
-    spills = max((sum(op.startswith(("LDL", "STL")) for op in body) for body in loops), default=0)
-    inner = sum(any(op.startswith(_MMA) for op in body) for body in loops)
-    return MachineCode(registers, stack, shared, spills, inner)
+    instructions, spans = loops(parse(listing))
+    inside = {index for span in spans for index in span.indices}
+    spills = sum(_local_bytes(instructions[index]) for index in inside)
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    hot = tuple(_mma_loop(instructions, span, compiled.metadata.num_warps) for span in _innermost(instructions, spans))
+    return MachineCode(registers, stack, shared, spills, tensor_memory, hot)
 
 
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"machine code: expected {pattern!r}, got none")
-    return int(found[1])
+def logits_per_iteration(loop: MmaLoop, kernel: str, problem: Problem, config: TileConfig) -> int:
+    """Logits (row, key pairs) that a program's iteration of the loop computes, from the MMA work in it.
+
+    A tile has block_m * block_n; where the compiler unrolled the loop, its FLOPs are a multiple of a tile's. Raises
+    ValueError where they are not.
+    """
+    query_key, value = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
+    products = {"grad_query": 2 * query_key + value, "grad_key_value": 2 * query_key + 2 * value}
+    tile = config.block_m * config.block_n
+    tile_flops = 2 * products.get(kernel, query_key + value) * tile
+    if loop.flops % tile_flops:
+        raise ValueError(f"{kernel}: expected a multiple of a tile's {tile_flops} FLOPs in a loop, got {loop.flops}")
+    return loop.flops // tile_flops * tile
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """(resource usage, listing) by the cuobjdump and nvdisasm that triton carries."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -66,20 +132,95 @@ def _output(tool: str, *arguments: str) -> str:
     return subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _loops(listing: str) -> list[list[str]]:
-    """The opcodes of every innermost loop: from a label to a branch back to it, with no such pair inside."""
-    opcodes, labels, spans = [], {}, []
-    for line in listing.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(opcodes)
-        elif instruction := _INSTRUCTION.match(line):
-            target = re.search(r"\.L_x?_?\w+", instruction[2])
-            if instruction[1].startswith("BRA") and target and target[0] in labels:
-                spans.append((labels[target[0]], len(opcodes)))
-            opcodes.append(instruction[1])
-    inner = [
-        (start, end)
-        for start, end in spans
-        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in spans)
-    ]
-    return [opcodes[start : end + 1] for start, end in inner]
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"machine code: expected {pattern!r}, got none")
+    return int(found[1])
+
+
+def _class(instruction: Instruction) -> str:
+    name = instruction.name
+    return _CLASS_OF.get(name) or ("uniform" if name.startswith("U") or name in ("R2UR", "S2UR") else "integer")
+
+
+def _innermost(instructions: list[Instruction], spans: list[Span]) -> list[Span]:
+    """The loops with tensor instructions that hold no other such loop."""
+    with_mma = [span for span in spans if any(_class(instructions[index]) == "tensor" for index in span.body)]
+    return [span for span in with_mma if not any(other.indices < span.indices for other in with_mma)]
+
+
+def _mma_loop(instructions: list[Instruction], span: Span, warps: int) -> MmaLoop:
+    body = [instructions[index] for index in span.body]
+    flops = shared = 0
+    for index in span.body:
+        instruction = instructions[index]
+        if _class(instruction) == "tensor":
+            work, operands, sharing_warps = _mma(instructions, index, warps)
+            flops += work * warps // sharing_warps
+            shared += operands * warps // sharing_warps
+        else:
+            shared += _shared_bytes(instruction) * warps
+    mix = Counter(_class(instruction) for instruction in body)
+    packed = sum(instruction.name in _PACKED for instruction in body)
+    return MmaLoop(dict(mix), packed, flops, shared)
+
+
+def _mma(instructions: list[Instruction], index: int, warps: int) -> tuple[int, int, int]:
+    """(FLOPs, bytes of operands in shared memory, warps that do it together) of a 16-bit tensor instruction.
+
+    HMMA is a warp's, with operands in registers; wgmma (HGMMA) four warps', tcgen05 (UTCHMMA) a program's.
+    """
+    instruction = instructions[index]
+    if instruction.name == "HMMA":
+        shape = instruction.opcode.split(".")[1]  # m, n and k written together
+        return {"16816": 4096, "1688": 2048, "1684": 1024}[shape], 0, 1
+    in_shared = instruction.operands.count("gdesc[")
+    if instruction.name == "HGMMA":
+        m, n, k = map(int, instruction.opcode.split(".")[1].split("x"))
+        sharing = 4
+    elif instruction.name == "UTCHMMA":
+        descriptor = _constant(instructions, index, _found(r"idesc\[(UR\d+)\]", instruction.operands))
+        m, n = (descriptor >> 24 & 31) << 4, (descriptor >> 17 & 63) << 3  # PTX ISA, tcgen05 instruction descriptor
+        k = 8 if descriptor >> 7 & 7 == 2 else 16  # tf32, else 16 bits
+        sharing = warps
+    else:
+        raise ValueError(f"tensor instruction: expected HMMA, HGMMA or UTCHMMA, got {instruction.opcode}")
+    return 2 * m * n * k, 2 * k * (n + (m if in_shared == 2 else 0)), sharing
+
+
+def _constant(instructions: list[Instruction], index: int, register: str) -> int:
+    """The constant that the last write before an instruction put into a uniform register."""
+    for instruction in reversed(instructions[:index]):
+        if re.match(rf"{register}\b", instruction.operands):
+            value = re.fullmatch(r"UR\d+, (0x[0-9a-f]+)", instruction.operands.strip())
+            if instruction.name == "UMOV" and value:
+                return int(value[1], 16)
+            break
+    raise ValueError(f"tcgen05 descriptor: expected a constant in {register} at {instructions[index]}")
+
+
+def _found(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"operands: expected {pattern!r}, got {text!r}")
+    return found[1]
+
+
+def _width(instruction: Instruction) -> int:
+    """Bytes a lane of a load or store: 4 unless the opcode says otherwise."""
+    widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1}
+    return next((widths[part] for part in instruction.opcode.split(".")[1:] if part in widths), 4)
+
+
+def _local_bytes(instruction: Instruction) -> int:
+    return _width(instruction) if _class(instruction) == "local" else 0
+
+
+def _shared_bytes(instruction: Instruction) -> int:
+    """Bytes that a warp moves to or from shared memory."""
+    if instruction.name in ("LDSM", "STSM"):  # matrices of 8 x 8 16-bit elements
+        return 128 * next((int(part) for part in instruction.opcode.split(".") if part in ("2", "4")), 1)
+    if instruction.name in ("LDS", "STS", "LDGSTS"):
+        return 32 * _width(instruction)
+    return 0

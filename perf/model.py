@@ -1,0 +1,79 @@
+"""How long one iteration of an MMA loop occupies each unit of an SM: a model from rates, not a measurement.
+
+No latency, bank conflict, dependency or clock is in it, so it ranks and rejects configs; it does not predict a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tritonattn.tuning.machine_code import MmaLoop
+
+# The units of a bound, in the order in which they are shown.
+UNITS = ("tensor", "exp", "fp32", "integer", "issue", "shared")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one SM: tensor FLOPs (dense, 16-bit operands, fp32 sums) and lanes of each unit a clock, and what it holds.
+
+    Everywhere 4 warp instructions are issued and 128 bytes of shared memory move a clock; a packed fp32 instruction is
+    issued once and takes two turns of the fp32 unit.
+    """
+
+    card: str
+    tensor: int
+    fp32: int
+    shared_memory: int
+    warps: int
+    programs: int
+    exp: int = 16
+    integer: int = 64
+    registers: int = 65536
+
+
+# CUDA C++ Programming Guide, tables of arithmetic throughput and of compute capabilities; tensor: the card's dense bf16
+# rate by its datasheet over SMs and boost clock. GeForce cards of 8.6 and 12.0 do half of it with fp32 sums.
+RATES = {
+    "80": Rates("A100", 2048, 64, 167936, 64, 32),
+    "86": Rates("A10", 1024, 128, 102400, 48, 16),
+    "89": Rates("L40S", 1024, 128, 102400, 48, 24),
+    "90": Rates("H100", 4096, 128, 233472, 64, 32),
+    "100": Rates("B200", 8192, 128, 233472, 64, 32),
+    "120": Rates("RTX PRO 6000", 1024, 128, 102400, 48, 24),
+}  # fmt: skip
+
+
+def programs_per_sm(rates: Rates, registers: int, shared_bytes: int, tensor_memory: int, warps: int) -> int:
+    """Programs (thread blocks) that fit an SM at once.
+
+    Registers are given out in units of 256 a warp, shared memory with 1 KiB on top for each program, and tensor memory
+    in columns of 512.
+    """
+    a_warp = -(-registers * 32 // 256) * 256
+    limits = [rates.registers // a_warp // warps, rates.warps // warps, rates.programs]
+    limits.append(rates.shared_memory // (shared_bytes + 1024))
+    if tensor_memory:
+        limits.append(512 // tensor_memory)
+    return min(limits)
+
+
+def cycles(loop: MmaLoop, rates: Rates, warps: int) -> dict[str, float]:
+    """Clocks that a program's iteration occupies each unit of an SM."""
+    count = loop.instructions.get
+    lanes = 32 * warps
+    on_fp32 = count("fp32", 0) + loop.packed + count("multiply", 0)
+    on_integer = count("compare", 0) + count("convert", 0) + count("integer", 0)
+    return {
+        "tensor": loop.flops / rates.tensor,
+        "exp": count("exp", 0) * lanes / rates.exp,
+        "fp32": on_fp32 * lanes / rates.fp32,
+        "integer": on_integer * lanes / rates.integer,
+        "issue": loop.total * warps / 4,
+        "shared": loop.shared_bytes / 128,
+    }
+
+
+def utilisation(bounds: dict[str, float]) -> float:
+    """Share of the tensor unit's peak that is left if all units overlap perfectly: its clocks over the busiest's."""
+    return bounds["tensor"] / max(bounds.values())

@@ -1,0 +1,139 @@
+"""Instructions and loops of a listing by nvdisasm."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+_LABEL = re.compile(r"^(\.L_x?_?\w+):")
+_TARGET = re.compile(r"\.L_x?_?\w+")
+_ENDS = ("EXIT", "RET", "KILL", "BPT")
+
+
+class Instruction(NamedTuple):
+    """address in bytes, predicate ("@P0 " or ""), full opcode ("HMMA.16816.F32.BF16") and operands as printed."""
+
+    address: int
+    predicate: str
+    opcode: str
+    operands: str
+
+    @property
+    def name(self) -> str:
+        return self.opcode.partition(".")[0]
+
+
+class Listing(NamedTuple):
+    """Instructions in order, and the index of the instruction that each label stands before."""
+
+    instructions: list[Instruction]
+    labels: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A loop, as indices of instructions.
+
+    body      from its first instruction to the last branch back to it: what an iteration runs
+    indices   also what lies elsewhere and comes back, such as the retries of a wait
+    """
+
+    body: tuple[int, ...]
+    indices: frozenset[int]
+
+
+def parse(listing: str) -> Listing:
+    """The instructions of a listing and its labels."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in listing.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif found := _INSTRUCTION.match(line):
+            instructions.append(Instruction(int(found[1], 16), found[2] or "", found[3], found[4]))
+    return Listing(instructions, labels)
+
+
+def loops(listing: Listing) -> tuple[list[Instruction], list[Span]]:
+    """The instructions, and the natural loops: those that a branch back to a dominating block closes.
+
+    Aho, Lam, Sethi, Ullman, Compilers, section 9.6. ptxas moves retries of waits out of line, whose jump back is no
+    loop: nothing that it jumps to dominates it.
+    """
+    instructions = listing.instructions
+    blocks, successors = _blocks(listing)
+    predecessors: dict[int, set[int]] = {start: set() for start in blocks}
+    for start, following in successors.items():
+        for other in following:
+            predecessors[other].add(start)
+    dominators = _dominators(list(blocks), successors, predecessors)
+    latches: dict[int, list[int]] = {}
+    for start, following in successors.items():
+        for header in following & dominators.get(start, frozenset()):
+            latches.setdefault(header, []).append(start)
+    spans = [_span(header, sources, blocks, predecessors) for header, sources in latches.items()]
+    return instructions, spans
+
+
+def _span(header: int, latches: list[int], blocks: dict[int, int], predecessors: dict[int, set[int]]) -> Span:
+    members, pending = {header}, list(latches)
+    while pending:
+        block = pending.pop()
+        if block not in members:
+            members.add(block)
+            pending.extend(predecessors[block])
+    end = max(blocks[latch] for latch in latches)
+    indices = {index for block in members for index in range(block, blocks[block])}
+    return Span(tuple(sorted(index for index in indices if header <= index < end)), frozenset(indices))
+
+
+def _blocks(listing: Listing) -> tuple[dict[int, int], dict[int, set[int]]]:
+    """Basic blocks as {start: end}, and the starts that may follow each."""
+    instructions, labels = listing
+    count = len(instructions)
+    leaders = {0, *(index for index in labels.values() if index < count)}
+    follows: dict[int, set[int]] = {}
+    for index, instruction in enumerate(instructions):
+        targets = {labels[name] for name in _TARGET.findall(instruction.operands) if name in labels}
+        targets = {target for target in targets if target < count}
+        ends = _leaves(instruction)
+        if targets or ends:
+            follows[index] = targets if ends or index + 1 == count else targets | {index + 1}
+            leaders |= follows[index] | ({index + 1} if index + 1 < count else set())
+    starts = sorted(leaders)
+    blocks = dict(zip(starts, [*starts[1:], count], strict=True))
+    successors = {start: follows.get(end - 1, {end} if end < count else set()) for start, end in blocks.items()}
+    return blocks, successors
+
+
+def _leaves(instruction: Instruction) -> bool:
+    """Whether the next instruction in order is never the next to run."""
+    if instruction.predicate:
+        return False
+    if instruction.name in ("BRA", "JMP"):
+        return instruction.operands.startswith("`")  # else a predicate stands before the target
+    return instruction.name in _ENDS
+
+
+def _dominators(
+    starts: list[int], successors: dict[int, set[int]], predecessors: dict[int, set[int]]
+) -> dict[int, frozenset[int]]:
+    """For each block that the entry reaches, the blocks that every way to it passes, itself included."""
+    entry, reached, pending = starts[0], {starts[0]}, [starts[0]]
+    while pending:
+        for other in successors[pending.pop()] - reached:
+            reached.add(other)
+            pending.append(other)
+    order = [start for start in starts if start in reached]
+    dominators = {start: frozenset(order) for start in order} | {entry: frozenset({entry})}
+    changed = True
+    while changed:
+        changed = False
+        for start in order[1:]:
+            above = [dominators[other] for other in predecessors[start] if other in reached]
+            now = frozenset.intersection(*above) | {start}
+            if now != dominators[start]:
+                dominators[start], changed = now, True
+    return dominators
