@@ -253,6 +253,19 @@ def test_what_nobody_may_see_reaches_no_result(scaling, poison):
         torch.testing.assert_close(poisoned[name], expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_row_without_keys_may_hold_nan(scaling, backend):
+    leaves = operands()
+    leaves["gain"] = torch.rand(4, 1, dtype=torch.float64, requires_grad=True)
+    arguments = {"scaling": scaling, "key_lengths": torch.tensor([0, 6]), "backend": backend}
+    clean = outcome(leaves, **arguments)
+    with torch.no_grad():
+        leaves["q"][0] = torch.nan
+    for name, expected in outcome(leaves, **arguments).items():
+        assert torch.equal(expected, clean[name]), name
+
+
 SHAPES = {
     "batch": (0, (4, 2), (3, 5)),
     "queries": (2, (4, 2), (0, 5)),

@@ -72,15 +72,14 @@ class Factor:
         check_number(f"{name}.constant", scales.constant)
         constant, query, key, gain = scales.constant, scales.query, scales.key, self.gain
         if query is not None:
-            query = _per_query_head(f"{name}.query", query, q, visibility)
+            query = _where_seeing(visibility, _per_query_head(f"{name}.query", query, q, visibility))
         if isinstance(gain, Tensor):
+            gain = _where_seeing(visibility, gain)
             query = gain if query is None else query * gain
         elif gain is not None:
             constant = constant * gain
         if query is not None:
             query = query.to(scale_dtype(q)).expand(visibility.rows)
-            if not visibility.every_row_sees:  # there a mode may have divided by 0
-                query = torch.where(visibility.counts() > 0, query, 0)
         if key is not None:
             check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
             key = key.to(scale_dtype(q)).expand(visibility.keys)
@@ -120,6 +119,11 @@ class Given(Scaling):
                 key = key.repeat_interleave(k.shape[1] // key.shape[-2], dim=-2)  # one row a query head
             factor = factor * key[..., None, :] if key.dim() else factor * key
         return factor
+
+
+def _where_seeing(visibility: Visibility, query: Tensor) -> Tensor:
+    """A query scale with 0 for rows without keys, where a mode may have divided by 0 or met NaN in q."""
+    return query if visibility.every_row_sees else torch.where(visibility.counts() > 0, query, 0)
 
 
 def _per_query_head(name: str, query: Tensor, q: Tensor, visibility: Visibility) -> Tensor:

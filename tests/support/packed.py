@@ -1,0 +1,106 @@
+"""Packed batches: their operands, and attention over every sequence alone, which they are held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+import tritonattn
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Lengths of the sequences, and how many rows and keys follow the last one."""
+
+    q_lengths: tuple[int, ...]
+    k_lengths: tuple[int, ...]
+    q_tail: int = 0
+    k_tail: int = 0
+
+    @property
+    def q_len(self) -> int:
+        return sum(self.q_lengths) + self.q_tail
+
+    @property
+    def k_len(self) -> int:
+        return sum(self.k_lengths) + self.k_tail
+
+    def arguments(self, device: torch.device | str = "cpu") -> dict:
+        """The arguments of `attention_varlen` that say where the sequences lie."""
+        return {
+            "cu_seqlens_q": offsets(self.q_lengths).to(device),
+            "cu_seqlens_k": offsets(self.k_lengths).to(device),
+            "max_seqlen_q": max(self.q_lengths, default=0),
+            "max_seqlen_k": max(self.k_lengths, default=0),
+        }
+
+    def members(self) -> list[tuple[slice, slice]]:
+        """Rows and keys of every sequence."""
+        return list(zip(_slices(self.q_lengths), _slices(self.k_lengths), strict=True))
+
+    def visible(self, causal: bool = False, window: tuple[int | None, int | None] | None = None) -> Tensor:
+        """The visible pairs by their definition, bool [T_q, T_k]."""
+        left, right = window or (None, None)
+        right = 0 if causal else right
+        pairs = torch.zeros(self.q_len, self.k_len, dtype=torch.bool)
+        for rows, keys in self.members():
+            i = torch.arange(rows.stop - rows.start)[:, None] + (keys.stop - keys.start) - (rows.stop - rows.start)
+            j = torch.arange(keys.stop - keys.start)
+            alone = torch.ones(len(i), len(j), dtype=torch.bool)
+            alone &= (j >= i - left) if left is not None else True
+            alone &= (j <= i + right) if right is not None else True
+            pairs[rows, keys] = alone
+        return pairs
+
+
+# Sequences without rows, without keys, with more rows than keys; rows and keys of no sequence.
+RAGGED = Packed((3, 0, 5, 1, 4, 2), (4, 2, 0, 6, 2, 0), q_tail=2, k_tail=3)
+
+
+def offsets(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def packed_operands(
+    packed: Packed, dtype=torch.float64, heads=(4, 2), dims=(8, 6), seed=0
+) -> dict[str, Tensor]:
+    """q, k and v that ask for gradients; NaN in the rows and keys of no sequence."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(tail: int, *shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        x[shape[0] - tail :] = torch.nan
+        return x.requires_grad_()
+
+    return {
+        "q": leaf(packed.q_tail, packed.q_len, heads[0], dims[0]),
+        "k": leaf(packed.k_tail, packed.k_len, heads[1], dims[0]),
+        "v": leaf(packed.k_tail, packed.k_len, heads[1], dims[1]),
+    }
+
+
+def one_by_one(
+    packed: Packed, q: Tensor, k: Tensor, v: Tensor, gain: Tensor | None = None, **arguments
+) -> tuple[Tensor, tritonattn.AttentionAux]:
+    """What `attention_varlen` returns with return_aux, from one call of the reference for every sequence."""
+    outs, aux = [], []
+    for rows, keys in packed.members():
+        arrays = (x[part].transpose(0, 1)[None] for x, part in ((q, rows), (k, keys), (v, keys)))
+        own_gain = gain if gain is None or gain.shape[-1] == 1 else gain[:, rows]
+        out, of_member = tritonattn.attention(
+            *arrays, gain=own_gain, return_aux=True, backend="reference", **arguments
+        )  # fmt: skip
+        outs.append(out[0].transpose(0, 1))
+        aux.append([x[0] for x in of_member])
+    outs.append(q.new_zeros(packed.q_tail, q.shape[1], v.shape[2]))
+    nothing = aux[0][0].new_full((q.shape[1], packed.q_tail), -torch.inf)
+    aux.append([nothing, nothing, torch.zeros_like(nothing)])
+    return torch.cat(outs), tritonattn.AttentionAux(*(torch.cat(x, -1) for x in zip(*aux, strict=True)))
+
+
+def _slices(lengths: tuple[int, ...]) -> list[slice]:
+    ends = list(accumulate(lengths))
+    return [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
