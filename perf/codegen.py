@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tritonattn.kernels import KERNELS
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
 from tritonattn.tuning.config import STREAMING_KERNELS, TileConfig
-from tritonattn.tuning.machine_code import CLASSES, MachineCode, logits_per_iteration, read_machine_code
+from tritonattn.tuning.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
 
 from .ceilings import NON_MMA_PER_LOGIT
 from .model import RATES, UNITS, cycles, programs_per_sm, utilisation
@@ -149,14 +149,15 @@ def _loop_figures(case: Case, code: MachineCode, config: TileConfig) -> dict:
     figures = dict.fromkeys(("instructions", "non_mma_per_logit", "bounds", "modelled_utilisation"))
     if loop is None:
         return figures
-    logits = logits_per_iteration(loop, case.kernel, case.problem, config)
+    logits = loop.tiles * config.block_m * config.block_n
     lanes = 32 * config.num_warps / logits
     figures["instructions"] = {name: round(count * lanes, 4) for name, count in sorted(loop.instructions.items())}
     figures["non_mma_per_logit"] = round(loop.other * lanes, 4)
     if rates is not None:
         clocks = cycles(loop, rates, config.num_warps)
         figures["bounds"] = {unit: round(taken / logits, 6) for unit, taken in clocks.items()}
-        figures["modelled_utilisation"] = round(utilisation(clocks), 4)
+        flops = flops_per_logit(case.kernel, case.problem) * logits
+        figures["modelled_utilisation"] = round(utilisation(clocks, flops, rates), 4)
     return figures
 
 

@@ -74,6 +74,6 @@ def cycles(loop: MmaLoop, rates: Rates, warps: int) -> dict[str, float]:
     }
 
 
-def utilisation(bounds: dict[str, float]) -> float:
-    """Share of the tensor unit's peak that is left if all units overlap perfectly: its clocks over the busiest's."""
-    return bounds["tensor"] / max(bounds.values())
+def utilisation(bounds: dict[str, float], flops: float, rates: Rates) -> float:
+    """Share of the tensor unit's peak that the `flops` asked for reach if all units overlap perfectly."""
+    return flops / rates.tensor / max(bounds.values())

@@ -1,4 +1,4 @@
-"""Instructions and loops of a listing by nvdisasm."""
+"""Instructions and loops of a listing by nvdisasm, and loops of the PTX behind it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import NamedTuple
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L_x?_?\w+):")
-_TARGET = re.compile(r"\.L_x?_?\w+")
-_ENDS = ("EXIT", "RET", "KILL", "BPT")
+_TARGET = re.compile(r"\.L_x?_?\w+|\$L__BB\w+")
+_JUMPS = ("BRA", "JMP", "bra")
+_ENDS = ("EXIT", "RET", "KILL", "BPT", "ret")
+_PTX_LABEL = re.compile(r"^(\$L__BB\w+):")
+_PTX_INSTRUCTION = re.compile(
+    r"^\s+(@!?%p\d+\s+)?((?:bra|ret|mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b[\w.:]*)\s*(.*?)\s*;"
+)
 
 
 class Instruction(NamedTuple):
-    """address in bytes, predicate ("@P0 " or ""), full opcode ("HMMA.16816.F32.BF16") and operands as printed."""
+    """address, predicate ("@P0 " or ""), full opcode ("HMMA.16816.F32.BF16") and operands as printed."""
 
     address: int
     predicate: str
@@ -45,7 +50,7 @@ class Span:
 
 
 def parse(listing: str) -> Listing:
-    """The instructions of a listing and its labels."""
+    """The instructions of a listing by nvdisasm and its labels."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in listing.splitlines():
@@ -56,13 +61,24 @@ def parse(listing: str) -> Listing:
     return Listing(instructions, labels)
 
 
-def loops(listing: Listing) -> tuple[list[Instruction], list[Span]]:
-    """The instructions, and the natural loops: those that a branch back to a dominating block closes.
+def parse_ptx(text: str) -> Listing:
+    """The branches and MMAs of PTX, and its labels; an address is the number of the line."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if label := _PTX_LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif found := _PTX_INSTRUCTION.match(line):
+            instructions.append(Instruction(number, found[1] or "", found[2], found[3]))
+    return Listing(instructions, labels)
+
+
+def loops(listing: Listing) -> list[Span]:
+    """The natural loops, which a branch back to a dominating block closes, in the order of their first instructions.
 
     Aho, Lam, Sethi, Ullman, Compilers, section 9.6. ptxas moves retries of waits out of line, whose jump back is no
     loop: nothing that it jumps to dominates it.
     """
-    instructions = listing.instructions
     blocks, successors = _blocks(listing)
     predecessors: dict[int, set[int]] = {start: set() for start in blocks}
     for start, following in successors.items():
@@ -73,8 +89,13 @@ def loops(listing: Listing) -> tuple[list[Instruction], list[Span]]:
     for start, following in successors.items():
         for header in following & dominators.get(start, frozenset()):
             latches.setdefault(header, []).append(start)
-    spans = [_span(header, sources, blocks, predecessors) for header, sources in latches.items()]
-    return instructions, spans
+    return [_span(header, latches[header], blocks, predecessors) for header in sorted(latches)]
+
+
+def innermost(spans: list[Span], wanted: set[int]) -> list[Span]:
+    """The loops with some of the wanted instructions that hold no other such loop."""
+    some = [span for span in spans if span.indices & wanted]
+    return [span for span in some if not any(other.indices < span.indices for other in some)]
 
 
 def _span(header: int, latches: list[int], blocks: dict[int, int], predecessors: dict[int, set[int]]) -> Span:
@@ -112,8 +133,8 @@ def _leaves(instruction: Instruction) -> bool:
     """Whether the next instruction in order is never the next to run."""
     if instruction.predicate:
         return False
-    if instruction.name in ("BRA", "JMP"):
-        return instruction.operands.startswith("`")  # else a predicate stands before the target
+    if instruction.name in _JUMPS:
+        return instruction.operands.startswith(("`", "$"))  # else a predicate stands before the target
     return instruction.name in _ENDS
 
 

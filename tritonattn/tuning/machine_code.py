@@ -12,8 +12,8 @@ from pathlib import Path
 import triton
 from triton.compiler import CompiledKernel
 
-from .config import Problem, TileConfig, padded_dim
-from .control_flow import Instruction, Span, loops, parse
+from .config import Problem, padded_dim
+from .control_flow import Instruction, Span, innermost, loops, parse, parse_ptx
 
 _TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
 
@@ -45,13 +45,16 @@ class MmaLoop:
 
     instructions   by class, of one warp; `tensor` are the MMAs themselves
     packed         those of the fp32 instructions that do two operations a lane
-    flops          of the tensor instructions, of the whole program (thread block)
+    tiles          iterations of the source's loop in one of this: more than 1 where ptxas unrolled it
+    flops          of the tensor instructions, of the whole program (thread block); more than the tiles need where warps
+                   that find too few rows repeat each other's work
     shared_bytes   moved to and from shared memory by the whole program: loads, stores, asynchronous copies, and what
                    wgmma and tcgen05 read as operands. Not what the TMA writes, whose size no instruction holds
     """
 
     instructions: dict[str, int]
     packed: int
+    tiles: int
     flops: int
     shared_bytes: int
 
@@ -83,8 +86,8 @@ class MachineCode:
 
     @property
     def unmasked_loop(self) -> MmaLoop | None:
-        """The loop over the blocks that need no mask: that with the fewest other instructions a FLOP."""
-        return min(self.mma_loops or (), key=lambda loop: loop.other / loop.flops, default=None)
+        """The loop over the blocks that need no mask: that with the fewest other instructions a tile."""
+        return min(self.mma_loops or (), key=lambda loop: loop.other / loop.tiles, default=None)
 
 
 def read_machine_code(compiled: CompiledKernel) -> MachineCode:
@@ -97,27 +100,20 @@ def read_machine_code(compiled: CompiledKernel) -> MachineCode:
         return MachineCode(registers, scratch, shared, 4 * spills)
     usage, listing = disassemble(compiled.asm["cubin"])
     registers, stack = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
-    instructions, spans = loops(parse(listing))
+    code = parse(listing)
+    spans = loops(code)
     inside = {index for span in spans for index in span.indices}
-    spills = sum(_local_bytes(instructions[index]) for index in inside)
+    spills = sum(_local_bytes(code.instructions[index]) for index in inside)
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    hot = tuple(_mma_loop(instructions, span, compiled.metadata.num_warps) for span in _innermost(instructions, spans))
+    hot = _mma_loops(code.instructions, spans, compiled.asm["ptx"], compiled.metadata.num_warps)
     return MachineCode(registers, stack, shared, spills, tensor_memory, hot)
 
 
-def logits_per_iteration(loop: MmaLoop, kernel: str, problem: Problem, config: TileConfig) -> int:
-    """Logits (row, key pairs) that a program's iteration of the loop computes, from the MMA work in it.
-
-    A tile has block_m * block_n; where the compiler unrolled the loop, its FLOPs are a multiple of a tile's. Raises
-    ValueError where they are not.
-    """
+def flops_per_logit(kernel: str, problem: Problem) -> int:
+    """FLOPs of the products for one row and key, head dims padded: 2 products forward, 3 for dq, 4 for dk and dv."""
     query_key, value = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
-    products = {"grad_query": 2 * query_key + value, "grad_key_value": 2 * query_key + 2 * value}
-    tile = config.block_m * config.block_n
-    tile_flops = 2 * products.get(kernel, query_key + value) * tile
-    if loop.flops % tile_flops:
-        raise ValueError(f"{kernel}: expected a multiple of a tile's {tile_flops} FLOPs in a loop, got {loop.flops}")
-    return loop.flops // tile_flops * tile
+    widths = {"grad_query": 2 * query_key + value, "grad_key_value": 2 * query_key + 2 * value}
+    return 2 * widths.get(kernel, query_key + value)
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
@@ -144,13 +140,22 @@ def _class(instruction: Instruction) -> str:
     return _CLASS_OF.get(name) or ("uniform" if name.startswith("U") or name in ("R2UR", "S2UR") else "integer")
 
 
-def _innermost(instructions: list[Instruction], spans: list[Span]) -> list[Span]:
-    """The loops with tensor instructions that hold no other such loop."""
-    with_mma = [span for span in spans if any(_class(instructions[index]) == "tensor" for index in span.body)]
-    return [span for span in with_mma if not any(other.indices < span.indices for other in with_mma)]
+def _mma_loops(instructions: list[Instruction], spans: list[Span], ptx: str, warps: int) -> tuple[MmaLoop, ...]:
+    """The loops with tensor instructions that hold no other such loop, in order.
+
+    ptxas turns an MMA of the PTX into one instruction, and LLVM does not unroll loops that synchronise a program, so
+    the MMAs of a loop in the PTX are those of one tile.
+    """
+    inner = innermost(spans, {index for index, one in enumerate(instructions) if _class(one) == "tensor"})
+    source = parse_ptx(ptx)
+    mmas = {index for index, one in enumerate(source.instructions) if "mma" in one.opcode}
+    of_a_tile = [len(span.indices & mmas) for span in innermost(loops(source), mmas)]
+    if len(set(of_a_tile)) == 1:
+        of_a_tile = of_a_tile[:1] * len(inner)
+    return tuple(_mma_loop(instructions, span, count, warps) for span, count in zip(inner, of_a_tile, strict=True))
 
 
-def _mma_loop(instructions: list[Instruction], span: Span, warps: int) -> MmaLoop:
+def _mma_loop(instructions: list[Instruction], span: Span, mmas_of_a_tile: int, warps: int) -> MmaLoop:
     body = [instructions[index] for index in span.body]
     flops = shared = 0
     for index in span.body:
@@ -163,7 +168,10 @@ def _mma_loop(instructions: list[Instruction], span: Span, warps: int) -> MmaLoo
             shared += _shared_bytes(instruction) * warps
     mix = Counter(_class(instruction) for instruction in body)
     packed = sum(instruction.name in _PACKED for instruction in body)
-    return MmaLoop(dict(mix), packed, flops, shared)
+    tiles, rest = divmod(mix["tensor"], mmas_of_a_tile)
+    if rest:
+        raise ValueError(f"loop: expected a multiple of the PTX's {mmas_of_a_tile} MMAs, got {mix['tensor']}")
+    return MmaLoop(dict(mix), packed, tiles, flops, shared)
 
 
 def _mma(instructions: list[Instruction], index: int, warps: int) -> tuple[int, int, int]:
