@@ -176,6 +176,7 @@ def test_forward_mode_is_refused():
         ("softcap", {"softcap": 2.0}, False),
         ("sinks", {"sinks": torch.zeros(4)}, False),
         ("dropout_p", {"dropout": Dropout(0.1, torch.zeros(2).long())}, False),
+        ("cu_seqlens_q", example(**CALLS["packed"]).__dict__, False),
         ("return_aux", {}, True),
     ],
 )

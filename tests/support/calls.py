@@ -7,7 +7,10 @@ from torch import Tensor
 
 from tritonattn.call import AttentionCall
 from tritonattn.dropout import Dropout
+from tritonattn.sequences import Sequences
 from tritonattn.visibility import Visibility
+
+from .packed import offsets
 
 
 def operands(
@@ -26,7 +29,7 @@ def operands(
     }
 
 
-# Everything that changes what an operator gets: (B, Hq, Hkv, Sq, Sk, D, Dv) = (2, 4, 2, 5, 7, 8, 6).
+# Everything that changes what an operator gets: (B, Hq, Hkv, Sq, Sk, D, Dv) = (2, 4, 2, 5, 7, 8, 6); packed, B is 1.
 CALLS: dict[str, dict] = {
     "plain": {"scales": False},
     "causal scales": {"causal": True},
@@ -35,20 +38,33 @@ CALLS: dict[str, dict] = {
     "mask sinks": {"mask": torch.ones(2, 1, 5, 7).bool().tril(1), "sinks": True},
     "softcap": {"softcap": 2.0, "causal": True},
     "dropout": {"dropout": True},
+    "packed": {"sequences": ((3, 0, 1), (2, 1, 3)), "causal": True},
+    "packed sinks dropout": {"sequences": ((1, 4), (5, 2)), "sinks": True, "dropout": True},
 }
 
 
 def example(
-    scales: bool = True, softcap: float | None = None, sinks: bool = False, dropout: bool = False, **masks
+    scales: bool = True,
+    softcap: float | None = None,
+    sinks: bool = False,
+    dropout: bool = False,
+    sequences: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+    **masks,
 ) -> AttentionCall:
-    """A float64 call of a fixed seed whose every tensor asks for a gradient."""
+    """A float64 call of a fixed seed whose every tensor asks for a gradient; sequences are lengths in rows and keys."""
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    q, k, v = leaf(2, 4, 5, 8), leaf(2, 2, 7, 8), leaf(2, 2, 7, 6)
-    query_scale, key_scale = (leaf(2, 4, 5), leaf(2, 2, 7)) if scales else (None, None)
+    batch = 2
+    if sequences is not None:
+        batch, (q_lengths, k_lengths) = 1, sequences
+        masks["sequences"] = Sequences(
+            offsets(q_lengths), offsets(k_lengths), max(q_lengths), max(k_lengths)
+        )  # fmt: skip
+    q, k, v = leaf(batch, 4, 5, 8), leaf(batch, 2, 7, 8), leaf(batch, 2, 7, 6)
+    query_scale, key_scale = (leaf(batch, 4, 5), leaf(batch, 2, 7)) if scales else (None, None)
     return AttentionCall(
         q, k, v, Visibility.of(q, k, **masks), 0.3, query_scale, key_scale, softcap,
         leaf(4) if sinks else None, Dropout(0.3, torch.tensor([3, 4])) if dropout else None,

@@ -1,0 +1,213 @@
+"""attention_varlen under torch.compile, export, torch.func, autocast and checkpointing."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import tritonattn
+
+from .support.packed import RAGGED, Packed, offsets, packed_operands
+
+pytestmark = [
+    # torch's own, while it compiles or falls back
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted"),
+]
+
+MODES = ["sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine"]
+CASES = [(scaling, {"causal": True}) for scaling in MODES] + [("key_norm_sum", {}), ("key_norm_sum", {"window": (2, 1)})]
+
+
+def operands(packed: Packed = RAGGED) -> tuple[Tensor, ...]:
+    """q, k, v, a gain and sinks, fp32."""
+    generator = torch.Generator().manual_seed(0)
+    gain, sinks = (torch.randn(shape, generator=generator).requires_grad_() for shape in ((4, 1), (4,)))
+    return *packed_operands(packed, torch.float32).values(), gain, sinks
+
+
+def objective(q, k, v, gain, sinks, packed: Packed = RAGGED, **arguments) -> Tensor:
+    out, aux = tritonattn.attention_varlen(
+        q, k, v, **packed.arguments(), gain=gain, sinks=sinks, return_aux=True, **arguments
+    )  # fmt: skip
+    return out.square().sum() + torch.where(aux.lse == -torch.inf, 0, aux.lse).sin().sum()
+
+
+def assert_same_gradients(function, like, leaves: tuple[Tensor, ...]) -> None:
+    ours = torch.autograd.grad(function(*leaves), leaves)
+    for x, expected in zip(ours, torch.autograd.grad(like(*leaves), leaves), strict=True):
+        torch.testing.assert_close(x, expected)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("scaling", "masks"), CASES, ids=str)
+def test_compile_forward_and_backward_in_one_graph(scaling, masks):
+    function = partial(objective, scaling=scaling, **masks)
+    assert_same_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), function, operands())
+
+
+def test_compile_with_one_tensor_for_both_offsets():
+    packed = Packed((3, 4), (3, 4))
+
+    def function(q, k, v, ends):
+        return tritonattn.attention_varlen(q, k, v, ends, ends, 4, 4, causal=True).square().sum()
+
+    leaves, ends = tuple(packed_operands(packed, torch.float32).values()), offsets((3, 4))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same_gradients(partial(compiled, ends=ends), partial(function, ends=ends), leaves)
+
+
+def test_compile_once_for_any_lengths():
+    def function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        return tritonattn.attention_varlen(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scaling="key_norm_sum", window=(3, 0)
+        ).square().sum()  # fmt: skip
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ((3, 4, 2, 5), (5, 2, 7, 3, 6, 1), (9, 2, 4, 4, 5, 1, 1, 3, 7)):  # no size equals another
+            packed = Packed(lengths, lengths[::-1])
+            given = packed.arguments()
+            leaves = tuple(packed_operands(packed, torch.float32).values())
+            assert_same_gradients(partial(compiled, **given), partial(function, **given), leaves)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_max"])
+def test_inductor(scaling):
+    function = partial(objective, scaling=scaling, causal=True)
+    assert_same_gradients(torch.compile(function, fullgraph=True), function, operands())
+
+
+def test_compile_under_autocast_and_with_dropout():
+    def function(*leaves):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return objective(*leaves, causal=True).float()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*operands()), function(*operands()))
+    dropped = torch.compile(partial(objective, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    dropped(*operands()).backward()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict):
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v, cu_seqlens_q, cu_seqlens_k):
+            return tritonattn.attention_varlen(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, 16, 16, scaling="key_norm_mean", causal=True
+            )  # fmt: skip
+
+    def arguments(packed: Packed) -> tuple[Tensor, ...]:
+        leaves = (x.detach() for x in packed_operands(packed, torch.float32).values())
+        return *leaves, offsets(packed.q_lengths), offsets(packed.k_lengths)
+
+    rows, keys, members = (torch.export.Dim(name, min=3, max=64) for name in ("rows", "keys", "members"))
+    shapes = ({0: rows}, {0: keys}, {0: keys}, {0: members}, {0: members})
+    program = torch.export.export(
+        Layer(), arguments(Packed((3, 4, 2), (4, 5, 2))), strict=strict, dynamic_shapes=shapes
+    )
+    for packed in (Packed((3, 4, 2), (4, 5, 2)), Packed((5, 1, 7, 3, 0), (2, 2, 9, 4, 1))):
+        given = arguments(packed)
+        torch.testing.assert_close(program.module()(*given), Layer()(*given))
+
+
+@pytest.mark.parametrize(("scaling", "masks"), CASES, ids=str)
+def test_func_grad_and_vmap_of_it(scaling, masks):
+    function = partial(objective, scaling=scaling, **masks)
+    gradient = torch.func.grad(function, argnums=(0, 1, 2, 3, 4))
+    leaves = operands()
+    plain = torch.autograd.grad(function(*leaves), leaves)
+    for ours, expected in zip(gradient(*(x.detach() for x in leaves)), plain, strict=True):
+        torch.testing.assert_close(ours, expected)
+    mapped = tuple(torch.stack([x.detach(), 2 * x.detach(), -x.detach()]) for x in leaves)
+    together = torch.func.vmap(gradient)(*mapped)
+    for i in range(3):
+        for ours, expected in zip(together, gradient(*(x[i] for x in mapped)), strict=True):
+            torch.testing.assert_close(ours[i], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", MODES)
+def test_vmap_over_the_offsets(scaling):
+    q, k, v = (x.detach() for x in packed_operands(Packed((7,), (9,)), torch.float32).values())
+    rows = torch.stack([offsets(lengths) for lengths in ((3, 4), (7, 0), (1, 5))])
+    keys = torch.stack([offsets(lengths) for lengths in ((4, 5), (0, 9), (8, 1))])
+
+    def function(cu_seqlens_q, cu_seqlens_k):
+        return tritonattn.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, 7, 9, scaling=scaling, causal=True)
+
+    wanted = torch.stack([function(*pair) for pair in zip(rows, keys, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(function)(rows, keys), wanted)
+    of_rows = torch.stack([function(x, keys[0]) for x in rows])
+    torch.testing.assert_close(torch.func.vmap(function, in_dims=(0, None))(rows, keys[0]), of_rows)
+
+
+def test_offsets_that_a_transform_hides_are_put_in_order():
+    """Where values are not read, as on a GPU, nothing outside is: offsets act as if clamped and never falling."""
+    leaves = [x.detach() for x in packed_operands(Packed((9,), (9,))).values()]
+    wild, tame = torch.tensor([3, 12, -5, 40]).int(), torch.tensor([0, 9, 9, 9]).int()
+
+    def gradients(offsets):
+        def function(q, k, v):
+            return tritonattn.attention_varlen(
+                q, k, v, offsets, offsets, 9, 9, scaling="key_norm_max", window=(2, 3)
+            ).square().sum()  # fmt: skip
+
+        return torch.func.grad(function, argnums=(0, 1, 2))(*leaves)
+
+    for ours, expected in zip(
+        torch.func.vmap(gradients)(wild[None]), torch.func.vmap(gradients)(tame[None]), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_autocast(backend, cast):
+    leaves = packed_operands(RAGGED, torch.float32)
+    with torch.autocast("cpu", dtype=cast):
+        out = tritonattn.attention_varlen(
+            **leaves, **RAGGED.arguments(), scaling="key_norm_mean", causal=True, backend=backend
+        )  # fmt: skip
+    by_hand = {name: x.detach().to(cast).requires_grad_() for name, x in leaves.items()}
+    wanted = tritonattn.attention_varlen(
+        **by_hand, **RAGGED.arguments(), scaling="key_norm_mean", causal=True, backend=backend
+    )  # fmt: skip
+    assert out.dtype == cast
+    assert torch.equal(out, wanted)
+    gradients = torch.autograd.grad(out.float().sum(), leaves.values())
+    for ours, expected in zip(
+        gradients, torch.autograd.grad(wanted.float().sum(), by_hand.values()), strict=True
+    ):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, expected.float())
+
+
+def test_checkpointing():
+    function, leaves = partial(objective, scaling="key_norm_sum", causal=True, dropout_p=0.3), operands()
+    torch.manual_seed(1)
+    wanted = torch.autograd.grad(function(*leaves), leaves)
+    torch.manual_seed(1)
+    ours = torch.autograd.grad(checkpoint(function, *leaves, use_reentrant=False), leaves)
+    for x, expected in zip(ours, wanted, strict=True):
+        assert torch.equal(x, expected)
+
+
+def test_fake_tensors():
+    with torch._subclasses.FakeTensorMode():
+        q, k, v = torch.empty(7, 4, 8), torch.empty(9, 2, 8), torch.empty(9, 2, 6)
+        ends = torch.empty(3, dtype=torch.int32)
+        out, aux = tritonattn.attention_varlen(
+            q, k, v, ends, ends, 7, 9, scaling="key_norm_sum", return_aux=True
+        )  # fmt: skip
+    assert out.shape == (7, 4, 6)
+    assert {x.shape for x in aux} == {(4, 7)}
