@@ -1,0 +1,20 @@
+"""What the emulator raises."""
+
+from __future__ import annotations
+
+
+class PTXError(Exception):
+    """Anything the emulator refuses: an unsupported instruction, a deadlock, a bad launch."""
+
+
+class PTXFault(PTXError):
+    """A fault of the emulated program.
+
+    kind: "out-of-bounds", "misaligned", "mbarrier", "tensor map" or "divergent collective"; line and text of the PTX
+    instruction, loc (file number, line, column) of the source; cta, thread, address; nearest: which tensor, how far.
+    """
+
+    def __init__(self, kind: str, message: str, **fields) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.__dict__.update(fields)

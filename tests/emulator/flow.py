@@ -1,0 +1,156 @@
+"""Basic blocks of a kernel, and which registers may be read too early."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+from .instruction import Instruction, registers_of
+from .parse import Kernel
+
+
+class Block(NamedTuple):
+    """Instructions [start, end) and how control leaves them.
+
+    exit     "fall", "barrier", "branch" or "return"
+    target   of a branch: number of a block
+    register, negated   of a conditional exit: its predicate; register is None where the exit is taken by all
+    """
+
+    start: int
+    end: int
+    exit: str
+    target: int | None
+    register: int | None
+    negated: bool
+
+
+class Flow:
+    """The control flow graph of a kernel."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.instructions = kernel.instructions
+        self._end_with_return()
+        starts = sorted(self._starts())
+        number = {start: block for block, start in enumerate(starts)}
+        block_of_label = {label: number[at] for label, at in kernel.labels.items() if at in number}
+        ends = [*starts[1:], len(self.instructions)]
+        self.blocks = [self._block(start, end, block_of_label) for start, end in zip(starts, ends, strict=True)]
+
+    def body(self, number: int) -> list[Instruction]:
+        """The instructions of a block, its branch or return left out."""
+        block = self.blocks[number]
+        return self.instructions[block.start : block.end - (block.exit in ("branch", "return"))]
+
+    @cached_property
+    def doubtful(self) -> set[int]:
+        """Registers with a use that is not preceded by an unpredicated write on every path: checked at run time."""
+        written = [self._written(number) for number in range(len(self.blocks))]
+        before = self._written_before(written)
+        found = set()
+        for block, known in zip(self.blocks, before, strict=True):
+            for instruction in self.instructions[block.start : block.end]:
+                found.update(register for register in instruction.used if not known >> register & 1)
+                if instruction.predicate is None:
+                    for register in instruction.written:
+                        known |= 1 << register
+        return found
+
+    @cached_property
+    def running_before(self) -> list[frozenset[int]]:
+        """By block: the registers of wgmmas that may still run at its start (the least fixed point)."""
+        before = [frozenset() for _ in self.blocks]
+        changed = True
+        while changed:
+            changed = False
+            after = [self._running_after(number, before[number]) for number in range(len(self.blocks))]
+            for number, predecessors in enumerate(self.predecessors):
+                running = before[number].union(*(after[predecessor] for predecessor in predecessors))
+                changed |= running != before[number]
+                before[number] = running
+        return before
+
+    def _running_after(self, number: int, running: frozenset[int]) -> frozenset[int]:
+        block = self.blocks[number]
+        for instruction in self.instructions[block.start : block.end]:
+            running = guarded_after(instruction, running)
+        return running
+
+    @cached_property
+    def predecessors(self) -> list[list[int]]:
+        result = [[] for _ in self.blocks]
+        for number, block in enumerate(self.blocks):
+            if block.exit == "branch":
+                result[block.target].append(number)
+            if (block.exit in ("fall", "barrier") or block.register is not None) and number + 1 < len(self.blocks):
+                result[number + 1].append(number)
+        return result
+
+    def _end_with_return(self) -> None:
+        if self.instructions and not self.instructions[-1].falls_through:
+            return
+        line = self.instructions[-1].line if self.instructions else 0
+        end = Instruction("ret", "ret (end of body)", line, None)
+        end.complete(len(self.instructions))
+        self.instructions.append(end)
+
+    def _starts(self) -> set[int]:
+        count = len(self.instructions)
+        behind = {instruction.index + 1 for instruction in self.instructions if instruction.ends_block}
+        return {0} | {at for at in {*self.kernel.labels.values(), *behind} if at < count}
+
+    def _block(self, start: int, end: int, block_of_label: dict) -> Block:
+        last = self.instructions[end - 1]
+        kind, target = "fall", None
+        if last.base == "bra":
+            label = next(label for label in last.target if label in block_of_label)
+            kind, target = "branch", block_of_label[label]
+        elif last.base in ("ret", "exit"):
+            kind = "return"
+        elif last.is_barrier:
+            kind = "barrier"
+        conditional = kind in ("branch", "return")
+        register = last.predicate if conditional else None
+        return Block(start, end, kind, target, register, conditional and last.predicate_negated)
+
+    def _written(self, number: int) -> int:
+        """Bit set of the registers that a block writes whatever its predicates."""
+        block, registers = self.blocks[number], 0
+        for instruction in self.instructions[block.start : block.end]:
+            if instruction.predicate is None:
+                for register in instruction.written:
+                    registers |= 1 << register
+        return registers
+
+    def _written_before(self, written: list[int]) -> list[int]:
+        """Bit sets of the registers written on every path to a block: the greatest fixed point."""
+        everything = (1 << len(self.kernel.register_sizes)) - 1
+        before = [0] + [everything] * (len(written) - 1)
+        after = [written[0]] + [everything] * (len(written) - 1)
+        changed = True
+        while changed:
+            changed = False
+            for number in range(1, len(written)):
+                known = everything
+                for predecessor in self.predecessors[number]:
+                    known &= after[predecessor]
+                if (known, known | written[number]) != (before[number], after[number]):
+                    before[number], after[number], changed = known, known | written[number], True
+        return before
+
+
+def guarded_by(instruction: Instruction) -> frozenset[int]:
+    """The registers that a wgmma uses until it is waited for: D, and A where A lies in registers."""
+    d, a = instruction.operands[:2]
+    return frozenset(registers_of([d, a] if a.kind == "vector" else [d]))
+
+
+def guarded_after(instruction: Instruction, running: frozenset[int]) -> frozenset[int]:
+    """The registers of wgmmas that may run behind an instruction, given those before it."""
+    if instruction.base != "wgmma":
+        return running
+    if instruction.parts[1] == "mma_async":
+        return running | guarded_by(instruction)
+    waits_for_all = instruction.parts[1] == "wait_group" and instruction.operands[0].value == 0
+    return frozenset() if waits_for_all else running

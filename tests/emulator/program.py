@@ -1,0 +1,104 @@
+"""Python functions made of basic blocks, on demand: one for all lanes, one under a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .arithmetic_code import ArithmeticCode
+from .errors import PTXError
+from .flow import Flow, guarded_after
+from .instruction import Instruction
+from .matrix_units import ProductGroup
+from .memory_code import MemoryCode
+from .parse import Kernel
+
+_UNSUPPORTED = (KeyError, IndexError, TypeError, AttributeError, ValueError, NotImplementedError, StopIteration)
+
+
+class Program(ArithmeticCode, MemoryCode):
+    """The code of a kernel; symbols: variable or parameter -> address."""
+
+    def __init__(self, kernel: Kernel, symbols: dict[str, int]) -> None:
+        self.flow = Flow(kernel)
+        super().__init__(kernel, symbols, self.flow.doubtful)
+        self.names |= {"refuse": refuse}
+        self.memo: dict = {}  # bank conflicts of access patterns: the machines' of all launches
+        self._blocks: list[tuple[Callable, Callable] | None] = [None] * len(self.flow.blocks)
+
+    def block(self, number: int) -> tuple[Callable, Callable]:
+        """function(machine, registers, special registers) for all lanes, and one with a mask behind these arguments."""
+        functions = self._blocks[number]
+        if functions is None:
+            functions = self._blocks[number] = (self._compile(number, False), self._compile(number, True))
+        return functions
+
+    def _compile(self, number: int, masked: bool) -> Callable:
+        name = f"block_{number}{'_masked' if masked else ''}"
+        lines = "\n  ".join(self._lines(number, "mask" if masked else None) or ["pass"])
+        source = f"def {name}(m,R,S,mask=None):\n  {lines}\n"
+        exec(compile(source, f"<{self.kernel.name} {name}>", "exec"), self.names)
+        return self.names[name]
+
+    def _lines(self, number: int, act: str | None) -> list[str]:
+        block, lines, group = self.flow.blocks[number], [], None
+        running = self.flow.running_before[number]
+        for one in self.flow.body(number):
+            kind = _product_kind(one)
+            if group is not None and (not group.takes(one, kind) if kind else group.separates(one)):
+                lines += self._group_lines(group, act)
+                group = None
+            if kind:
+                group = group or ProductGroup(one)
+                group.add(one)
+            else:
+                lines += self._instruction_lines(one, act, running)
+            running = guarded_after(one, running)
+        if group is not None:
+            lines += self._group_lines(group, act)
+        if block.register is not None and block.register in self.doubtful:
+            branch = self.constant(self.flow.instructions[block.end - 1])
+            lines.append(f"m.check_defined({branch},({block.register},),{act})")
+        return lines
+
+    def _group_lines(self, group: ProductGroup, act: str | None) -> list[str]:
+        lines = [line for one in group.instructions for line in self._checks(one, act)]
+        return [*lines, f"m.multiply({self.constant(group.close())},R,{act})"]
+
+    def _instruction_lines(self, one: Instruction, act: str | None, running: frozenset[int]) -> list[str]:
+        lines = []
+        if one.predicate is not None:
+            condition = f"{'~' if one.predicate_negated else ''}R[{one.predicate}]"
+            if one.predicate in self.doubtful:
+                lines.append(f"m.check_defined({self.constant(one)},({one.predicate},),{act})")
+            lines.append(f"mk={condition}" if act is None else f"mk=mask&{condition}")
+            act = "mk"
+        lines += self._checks(one, act)
+        touched = running.intersection([*one.used, *one.written])
+        if touched and one.base != "wgmma":
+            lines.append(f"m.check_results({self.constant(one)},{self.constant(touched)},{act})")
+        translate = getattr(self, f"translate_{one.base}", self.translate_arithmetic)
+        try:
+            return lines + translate(one, act)
+        except _UNSUPPORTED:
+            return [*lines, f"refuse({self.constant(self.kernel)},{self.constant(one)})"]
+
+    def _checks(self, one: Instruction, act: str | None) -> list[str]:
+        """Registers that may not have been written."""
+        doubtful = tuple(sorted(set(one.used) & self.doubtful - {one.predicate}))
+        return [f"m.check_defined({self.constant(one)},{doubtful},{act})"] if doubtful else []
+
+
+def _product_kind(one: Instruction) -> tuple | None:
+    """What mma instructions must share to run together; None for what runs alone."""
+    if one.base != "mma" or one.predicate is not None:
+        return None
+    try:
+        return ProductGroup(one).kind
+    except _UNSUPPORTED:
+        return None
+
+
+def refuse(kernel: Kernel, one: Instruction) -> None:
+    """Raise what an unsupported instruction raises when it is executed."""
+    what = "trap reached (a device assert?)" if one.base == "trap" else "unsupported instruction"
+    raise PTXError(f"{what}\n  {kernel.where(one)}")

@@ -1,0 +1,79 @@
+"""Who touched a byte last: the memory of the race checks."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy import int32 as i4
+from numpy import int64 as i8
+
+# An access's key: cta + 1 << 32 | barrier epoch << 8 | ATOMIC | warp.
+WARP = i8(63)
+SEVERAL_WARPS = i8(63)
+ASYNC = i8(62)  # the asynchronous engine: nobody's warp
+ATOMIC = i8(64)
+SEVERAL_CTAS = i8(1 << 62)
+WITHIN_EPOCH = i8(255)
+CTA_BITS = i8(32)
+
+
+class Shadow:
+    """Last writer and last reader of every cell, a cell being the smallest width that the kernel accesses.
+
+    Two accesses conflict when their CTAs differ, or when the epoch is the same and the warps differ; at least one of
+    them writes, not both are atomic. With local=True (shared memory) a cell is one CTA's: only epoch and warp count.
+    """
+
+    def __init__(self, cells: int, local: bool) -> None:
+        self.writer, self.reader = np.zeros(cells, i8), np.zeros(cells, i8)
+        self.writer_instruction, self.reader_instruction = np.zeros(cells, i4), np.zeros(cells, i4)
+        self.local = local
+
+    def conflicts(self, previous, own, atomic: bool = False):
+        """Which of the earlier accesses conflict with one's own: a mask, or None where none does."""
+        recent = previous >= (own & ~WITHIN_EPOCH)
+        if self.local and not recent.any():
+            return None
+        bad = recent & (((previous ^ own) & WARP) != 0)
+        if not self.local:
+            bad = (previous != 0) & (bad | ((previous ^ own) >> CTA_BITS != 0))
+        if atomic:
+            bad &= (previous & ATOMIC) == 0
+        return bad if bad.any() else None
+
+    def read(self, cells, own, instruction: int):
+        """Note a read; conflicts with an earlier write."""
+        bad = self.conflicts(self.writer[cells], own)
+        last = self.reader[cells]
+        if self.local:
+            joined = (last >= (own & ~WITHIN_EPOCH)) & (last != own)
+            key = np.where(joined, own | SEVERAL_WARPS, own)
+        else:
+            difference = last ^ own
+            other_cta = (last != 0) & (difference >> CTA_BITS != 0)
+            other_warp = (difference >> i8(8) == 0) & (difference != 0)
+            everyone = (own & i8(0xFFFFFFFF)) | SEVERAL_CTAS | SEVERAL_WARPS
+            key = np.where(other_cta, everyone, np.where(other_warp, own | SEVERAL_WARPS, own))
+        self.reader[cells] = key
+        kept = self.reader[cells]
+        lost = kept != key
+        if lost.any():  # several warps, or CTAs, read the cell in this one instruction
+            several = np.where((kept[lost] ^ key[lost]) >> CTA_BITS != 0, SEVERAL_CTAS | SEVERAL_WARPS, SEVERAL_WARPS)
+            self.reader[cells[lost]] = several | key[lost]
+        self.reader_instruction[cells] = instruction
+        return bad
+
+    def write(self, cells, own, instruction: int, atomic: bool = False):
+        """Note a write: conflicts with an earlier write, with an earlier read, with another warp in this instruction,
+        and the instructions of the earlier writes (None where there is no conflict with one)."""
+        if atomic:
+            own = own | ATOMIC
+        with_write = self.conflicts(self.writer[cells], own, atomic)
+        with_read = self.conflicts(self.reader[cells], own)
+        earlier = self.writer_instruction[cells] if with_write is not None else None
+        self.writer[cells] = own
+        within = None
+        if not atomic:
+            within = self.writer[cells] != own
+            within = within if within.any() else None
+        self.writer_instruction[cells] = instruction
+        return with_write, with_read, within, earlier
