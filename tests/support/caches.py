@@ -1,0 +1,93 @@
+"""A KV cache into which whole sequences are written step by step, with NaN wherever nothing has been written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import tritonattn
+
+WILD_PAGES = (-1, 1 << 30)
+
+
+def sequences(
+    dtype=torch.float64, batch=2, heads=(4, 2), length=24, dims=(8, 6), seed=0, device="cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, Hq, S, D], k [B, Hkv, S, D] and v [B, Hkv, S, Dv] of whole sequences, of a fixed seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(count: int, width: int) -> Tensor:
+        return torch.randn(batch, count, length, width, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    return normal(heads[0], dims[0]), normal(heads[1], dims[0]), normal(heads[1], dims[1])
+
+
+class GrowingCache:
+    """The first lengths[b] tokens of sequence b, contiguous or in pages of shuffled numbers.
+
+    block_table entries of pages that nothing has been written to are wild. record is the KeyStatistics that grows with
+    the cache, or None.
+    """
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, capacity: int, page: int | None = None, statistics: bool = False
+    ) -> None:
+        batch, kv_heads, _, head_dim = keys.shape
+        self.keys, self.values, self.page = keys, values, page
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=keys.device)
+        self.record = None
+        self.numbers = None
+        if page is None:
+            slots = (batch, kv_heads, capacity)
+        else:
+            each = -(-capacity // page)
+            capacity = each * page
+            numbers = torch.randperm(batch * each + 3, generator=torch.Generator().manual_seed(1))
+            self.numbers = numbers[: batch * each].view(batch, each).to(keys.device)
+            slots = (batch * each + 3, page, kv_heads)
+        self.k = keys.new_full((*slots, head_dim), torch.nan)
+        self.v = keys.new_full((*slots, values.shape[3]), torch.nan)
+        self.capacity = capacity
+        if statistics:
+            dtype = torch.promote_types(keys.dtype, torch.float32)
+            self.record = tritonattn.KeyStatistics(batch, kv_heads, capacity, device=keys.device, dtype=dtype)
+
+    def write(self, counts: int | list[int]) -> None:
+        """Write the next tokens of every sequence; the record gets them padded with NaN."""
+        batch = len(self.lengths)
+        counts = [counts] * batch if isinstance(counts, int) else counts
+        new = self.keys.new_full((*self.keys.shape[:2], max(counts), self.keys.shape[3]), torch.nan)
+        for b, (start, count) in enumerate(zip(self.lengths.tolist(), counts, strict=True)):
+            for i in range(start, start + count):
+                place = (b, slice(None), i)
+                if self.page is not None:
+                    place = (int(self.numbers[b, i // self.page]), i % self.page)
+                self.k[place], self.v[place] = self.keys[b, :, i], self.values[b, :, i]
+            new[b, :, :count] = self.keys[b, :, start : start + count]
+        counts = torch.tensor(counts, device=self.lengths.device)
+        if self.record is not None:
+            self.record.append(new, counts)
+        self.lengths = self.lengths + counts
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Take back the last tokens."""
+        self.lengths = torch.tensor(lengths, device=self.lengths.device)
+        if self.record is not None:
+            self.record.truncate(self.lengths)
+
+    def newest(self, x: Tensor, count: int) -> Tensor:
+        """The rows of x [B, H, S, ...] that belong to the last `count` tokens of every sequence."""
+        rows = [x[b, :, length - count : length] for b, length in enumerate(self.lengths.tolist())]
+        return torch.stack(rows)
+
+    def arguments(self) -> dict:
+        """The arguments of attention_decode that describe the cache."""
+        arguments = {"k_cache": self.k, "v_cache": self.v, "key_lengths": self.lengths}
+        if self.numbers is not None:
+            first = torch.arange(self.numbers.shape[1], device=self.k.device) * self.page
+            wild = torch.tensor(WILD_PAGES, device=self.k.device)[torch.arange(len(first)) % 2]
+            table = torch.where(first < self.lengths[:, None], self.numbers, wild)
+            arguments["block_table"] = table.int()
+        if self.record is not None:
+            arguments["statistics"] = self.record
+        return arguments
