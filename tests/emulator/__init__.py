@@ -6,8 +6,8 @@
     assert report.ok, report
 
 It runs the compiled kernel, not its source: layouts, swizzled shared memory, cp.async pipelines, ldmatrix, mma.sync,
-wgmma, tensor descriptors (TMA) and mbarriers, real bf16. Warp specialisation, clusters and tcgen05 are not supported; an
-unsupported instruction raises PTXError when it is executed.
+wgmma, tensor descriptors (TMA) and mbarriers, real bf16. Warp specialisation, clusters and tcgen05 are not supported;
+an unsupported instruction raises PTXError when it is executed.
 
 Checked, from the order that the program demands and not from the timing of one run:
 
@@ -21,9 +21,9 @@ Checked, from the order that the program demands and not from the timing of one 
 - tensor maps: alignment, box, rank; proxy fences between generic writes and the asynchronous engine.
 
 What a clean run does not prove: anything about ptxas or the hardware, other inputs, the order of lanes inside a warp,
-that an access in bounds is to the right element (pad allocations), proxy fences on the wrong side of a barrier, cross-CTA
-memory order. Results are PTX's to float32 rounding: sums of one mma are in BLAS order, ex2 and the like are as exact as
-numpy's.
+that an access in bounds is to the right element (pad allocations), proxy fences on the wrong side of a barrier, memory
+order between CTAs. Results are PTX's to float32 rounding: sums of one mma are in BLAS order, ex2 and the like are as
+exact as numpy's.
 
 How: each basic block becomes one Python function on numpy arrays with one element per thread; several CTAs run at once.
 `arithmetic_code` and `memory_code` translate instructions, `machine` holds the state, `scheduler` picks the next block.

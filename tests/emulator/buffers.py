@@ -1,4 +1,4 @@
-"""Memory outside the CTA: the tensors of a launch, at made-up addresses so far apart that no overrun reaches another."""
+"""Global memory's buffers: the tensors of a launch, at made-up addresses too far apart for an overrun to be missed."""
 
 from __future__ import annotations
 

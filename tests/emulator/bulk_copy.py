@@ -24,8 +24,8 @@ _NAN_OF_SIZE = {2: 0x7FFF, 4: 0x7FFFFFFF}
 
 @dataclass
 class _Load:
-    """Copies of `size` bytes under way, one per issuing lane: barrier, shared offsets and data of chunks, whether it has
-    arrived, number in `copy_seen`, cells."""
+    """Copies of `size` bytes under way, one per issuing lane: barrier, shared offsets and data of chunks, whether it
+    has arrived, number in `copy_seen`, cells."""
 
     instruction: Instruction
     size: int
@@ -55,7 +55,7 @@ class _Store(NamedTuple):
 
 
 class BulkCopies:
-    """copy_seen[copy, warp]: whether this warp waited for the copy, itself or through a barrier; number 0 is no copy."""
+    """copy_seen[copy, warp]: whether this warp waited for the copy, itself or through a barrier; copy 0 is none."""
 
     def start_bulk_copies(self) -> None:
         self.bulk_copies: list[_Load] = []

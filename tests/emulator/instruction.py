@@ -30,8 +30,8 @@ _ENDS = ("ret", "exit", "bra", "trap")
 
 
 class Operand(NamedTuple):
-    """An operand; value by kind: the number of a "register", an "integer", the bits of a "float32" or "float64", the name
-    of a "symbol" or "special" register, the base operand of a "memory" operand, the operands of a "vector" or "pair", a
+    """Value by kind: the number of a "register", an "integer", the bits of a "float32" or "float64", the name of a
+    "symbol" or "special" register, the base operand of a "memory" operand, the operands of a "vector" or "pair", a
     memory operand and coordinates of a "tensor", nothing of a "sink"."""
 
     kind: str
@@ -52,8 +52,8 @@ def registers_of(operands: Iterable[Operand]) -> Iterator[int]:
 
 
 class Instruction:
-    """parts of the opcode ("ld", "global", "b32"); operands; predicate: a register or None; line and text in the PTX, loc
-    in the source; registers written and used; index in the kernel."""
+    """parts of the opcode ("ld", "global", "b32"); operands; predicate: a register or None; line and text in the PTX,
+    loc in the source; registers written and used; index in the kernel."""
 
     def __init__(self, opcode: str, text: str, line: int, loc: tuple | None) -> None:
         self.opcode, self.text, self.line, self.loc = opcode, text, line, loc

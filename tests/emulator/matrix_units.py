@@ -131,7 +131,7 @@ def left_fragment(bits, warps: int, element: str):
 
 
 def _right_fragment(bits, warps: int, count: int, element: str):
-    """Transposed B [warps, 8 * count, K] of raw registers: register j of lane 4g + t holds column g, part t of rows j."""
+    """Transposed B [warps, 8 * count, K] of raw registers: register j of lane 4g + t: column g, part t of rows j."""
     values = decode_operand(bits, element)
     values = values.reshape(count, -1, warps, 8, 4, values.shape[-1]).transpose(2, 0, 3, 1, 4, 5)
     return np.ascontiguousarray(values).reshape(warps, count * 8, -1)

@@ -12,8 +12,8 @@ _FRUITLESS_WAITS = (100, 20_000)  # until a wait counts as a deadlock: when all 
 
 
 class MemoryBarriers:
-    """State lies beside shared memory, one entry for every 8 bytes: arrivals expected in a phase, arrivals and bytes still
-    missing in the current one, its number, and whether the barrier is initialised."""
+    """State lies beside shared memory, one entry for every 8 bytes: arrivals expected in a phase, arrivals and bytes
+    still missing in the current one, its number, and whether the barrier is initialised."""
 
     def start_memory_barriers(self) -> None:
         entries = len(self.shared) // 8 + 1

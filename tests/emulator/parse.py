@@ -44,7 +44,7 @@ class Kernel:
     """A parsed entry.
 
     labels: (scope, name) -> index of an instruction; register_sizes: bytes by register number, 0 for predicates;
-    shared, locals: variable -> offset, the dynamic shared variable behind the static ones; constants: variable -> bytes.
+    shared, locals: variable -> offset, dynamic shared memory behind the static; constants: variable -> bytes.
     """
 
     name: str = ""

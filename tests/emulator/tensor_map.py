@@ -131,7 +131,7 @@ class _Maps(NamedTuple):
 
 
 class TensorMaps:
-    """fenced_maps: offsets of maps that the kernel wrote; acquired_maps: (offset, CTA of the batch) that may use them."""
+    """fenced_maps: offsets of maps that the kernel wrote; acquired_maps: (offset, CTA of the batch) that may use it."""
 
     def copy_map(self, instruction: Instruction, destination, source, mask) -> None:
         """tensormap.cp_fenceproxy: a map from shared to global memory, once per warp."""
