@@ -9,14 +9,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import mangle_type
 
 from .execute import DEFAULT_MAX_THREADS, run
 from .report import Report
 
-_TYPES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int8: "i8",
-    torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
-}  # fmt: skip
 _DIVISIBLE = [["tt.divisibility", 16]]
 _compiled: dict[tuple, CompiledKernel] = {}
 
@@ -81,19 +78,9 @@ def _value(function, name: str, values: dict[str, Any]):
 
 
 def _type(parameter, value) -> str:
-    """Triton's name of the type of an argument: "constexpr", "*bf16", "i32", ..."""
-    if type(value).__name__ == "TensorDescriptor":
-        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)},,>"
-    specialised = not parameter.do_not_specialize
-    if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
-        return "constexpr"
-    if isinstance(value, torch.Tensor):
-        return "*" + _TYPES[value.dtype]
-    if isinstance(value, bool):
-        return "i1"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    return "fp32"
+    """Triton's name of the type of an argument: "constexpr", "*bf16", "i32", "tensordesc<bf16[16, 64]>", ..."""
+    constant_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+    return "constexpr" if parameter.is_constexpr or constant_one else mangle_type(value)
 
 
 def _is_divisible(parameter, value) -> bool:

@@ -148,7 +148,7 @@ class _Body:
                 in_asm = "// begin inline asm" in raw or (in_asm and "// end inline asm" not in raw)
                 raw = raw.split("//")[0]
             text = raw.strip()
-            if found := _LOC.match(text):
+            if text.startswith(".loc") and (found := _LOC.match(text)):
                 if not in_asm:  # inside inline assembly the lines count up wrongly
                     loc = tuple(map(int, found.groups()))
                 continue
@@ -227,6 +227,9 @@ class _Body:
 
     def _operand(self, text: str, line: int) -> Operand:
         text = text.strip()
+        known = self.scopes[-1].registers.get(text)
+        if known is not None:
+            return Operand("register", known)
         if text[0] == "{":
             return Operand("vector", [self._operand(part, line) for part in _split(text[1:-1])])
         if text[0] == "[":
@@ -266,6 +269,8 @@ class _Body:
 
 def _split(text: str) -> list[str]:
     """At the commas outside brackets."""
+    if not any(bracket in text for bracket in "{[("):
+        return text.split(",")
     parts, depth, current = [], 0, ""
     for letter in text:
         depth += (letter in "{[(") - (letter in "}])")

@@ -23,14 +23,14 @@ class Program(ArithmeticCode, MemoryCode):
         super().__init__(kernel, symbols, self.flow.doubtful)
         self.names |= {"refuse": refuse}
         self.memo: dict = {}  # bank conflicts of access patterns: the machines' of all launches
-        self._blocks: list[tuple[Callable, Callable] | None] = [None] * len(self.flow.blocks)
+        self._functions: dict[tuple[int, bool], Callable] = {}
 
-    def block(self, number: int) -> tuple[Callable, Callable]:
-        """function(machine, registers, special registers) for all lanes, and one with a mask behind these arguments."""
-        functions = self._blocks[number]
-        if functions is None:
-            functions = self._blocks[number] = (self._compile(number, False), self._compile(number, True))
-        return functions
+    def function(self, block: int, masked: bool) -> Callable:
+        """function(machine, registers, special registers) of a block for all lanes, or with a mask behind these."""
+        function = self._functions.get((block, masked))
+        if function is None:
+            function = self._functions[block, masked] = self._compile(block, masked)
+        return function
 
     def _compile(self, number: int, masked: bool) -> Callable:
         name = f"block_{number}{'_masked' if masked else ''}"

@@ -30,7 +30,7 @@ class Scheduler:
         while True:
             block = blocks[counter]
             self.executions[counter] += warps
-            program.block(counter)[0](machine, registers, special)
+            program.function(counter, masked=False)(machine, registers, special)
             if block.exit == "fall":
                 counter += 1
             elif block.exit == "barrier":
@@ -86,7 +86,7 @@ class Scheduler:
         """Run one block under a mask; update the counters, and who waits at a barrier."""
         machine, block = self.machine, self.blocks[counter]
         self.executions[counter] += int(np.count_nonzero(mask.reshape(-1, 32).any(1)))
-        self.program.block(counter)[1](machine, machine.registers, machine.special, mask)
+        self.program.function(counter, masked=True)(machine, machine.registers, machine.special, mask)
         counters[mask] = counter + 1
         if block.exit == "barrier":
             waiting |= mask

@@ -79,17 +79,16 @@ class SharedMemory:
 
     def _wavefronts(self, address, mask, words: int) -> tuple[int, int]:
         """Wavefronts of a CTA's access of `words` words a lane, and how many there were without conflicts."""
-        wavefronts = ideal = 0
-        phase = 32 // words
-        for start in range(0, self.threads, phase):
-            part = address[start : start + phase].astype(i8)
-            if mask is not None:
-                part = part[mask[start : start + phase]]
-            if len(part):
-                touched = np.unique((part[:, None] // 4 + np.arange(words)).ravel())
-                wavefronts += int(np.bincount(touched & 31).max())
-                ideal += 1
-        return wavefronts, ideal
+        touched = address.astype(i8)[:, None] // 4 + np.arange(words)
+        if mask is not None:
+            touched[~mask] = -1
+        touched = np.sort(touched.reshape(-1, 32), axis=1)  # a row per phase
+        distinct = touched >= 0
+        distinct[:, 1:] &= touched[:, 1:] != touched[:, :-1]
+        phases = len(touched)
+        banks = (np.arange(phases)[:, None] * 32 + (touched & 31))[distinct]
+        uses = np.bincount(banks, minlength=phases * 32).reshape(phases, 32).max(1)
+        return int(uses.sum()), int(np.count_nonzero(uses))
 
     def shared_cells(self, flat, width: int):
         return cells_of(flat, width, self.shared_cell)

@@ -1,0 +1,40 @@
+"""The kernels, compiled for NVIDIA GPUs and executed on the CPU in tests/emulator, every access checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tritonattn import launch
+from tritonattn.tuning.config import TileConfig
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not launch.interpreting:
+        return
+    reason = pytest.mark.skip(reason="TRITON_INTERPRET=1 leaves nothing to compile")
+    for item in items:
+        if item.path.parent.name == "emulated":
+            item.add_marker(reason)
+
+
+@pytest.fixture
+def emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
+    """emulate(capability, tiles=None): from now on kernels run in the emulator; returns the executor.
+
+    New tensors are filled with NaN, so that a result that no kernel writes shows.
+    """
+    from .executor import Executor
+
+    def install(capability: int, tiles: TileConfig | None = None) -> Executor:
+        executor = Executor(capability)
+        monkeypatch.setattr(launch, "run", executor)
+        monkeypatch.setattr(launch, "config_for", executor.config(tiles))
+        return executor
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # also fills what torch.empty returns with NaN
+    yield install
+    torch.use_deterministic_algorithms(deterministic)
