@@ -9,18 +9,19 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import ops
 from .validation import Options
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LARGEST_KERNEL_DIM = 256
 
 
-def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options, packed: bool = False) -> str:
+def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
     """The backend that runs the call: the one asked for, which must be able to, or one that can."""
     asked = options.backend
-    if asked == "triton" and (obstacle := _kernel_obstacle(q, v, options, packed)):
-        ops.refuse(obstacle, "triton")
+    if asked == "triton" and (obstacle := _kernel_obstacle(q, v)):
+        raise NotImplementedError(
+            f"{obstacle}: backend 'triton' does not support it; backends 'sdpa' and 'reference' do"
+        )
     if q.numel() == 0 or k.numel() == 0:
         return "sdpa"  # nothing to compute
     if asked in ("sdpa", "reference"):
@@ -28,7 +29,7 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options, packed: bo
     if asked == "auto":
         if q.device.type != "cuda":
             return "sdpa"
-        if obstacle := _kernel_obstacle(q, v, options, packed) or (not _HAS_TRITON and "triton is not installed"):
+        if obstacle := _kernel_obstacle(q, v) or (not _HAS_TRITON and "triton is not installed"):
             _warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
             return "sdpa"
         return "triton"
@@ -41,20 +42,13 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options, packed: bo
     return "triton"
 
 
-def _kernel_obstacle(q: Tensor, v: Tensor, options: Options, packed: bool) -> str | None:
-    """The first argument that kernels cannot honour."""
+def _kernel_obstacle(q: Tensor, v: Tensor) -> str | None:
+    """What kernels cannot honour."""
     if q.dtype == torch.float64:
         return "q of dtype torch.float64"
     if max(q.shape[3], v.shape[3]) > _LARGEST_KERNEL_DIM:
         return f"head_dim {max(q.shape[3], v.shape[3])}, above {_LARGEST_KERNEL_DIM}"
-    return ops.unsupported(
-        "triton",
-        softcap=options.softcap is not None,
-        sinks=options.sinks is not None,
-        dropout_p=options.dropout_p > 0,
-        cu_seqlens_q=packed,
-        return_aux=options.return_aux,
-    )
+    return None
 
 
 def _check_kernels_run_on(device: torch.device) -> None:

@@ -58,7 +58,7 @@ def attend(
     if autocast_is_on(q):
         with torch.autocast(q.device.type, enabled=False):
             return attend(q, k, v, factor, visibility, options)
-    backend = choose_backend(q, k, v, options, packed=visibility.sequences is not None)
+    backend = choose_backend(q, k, v, options)
     dropout = Dropout.draw(options.dropout_p, q.device) if options.dropout_p > 0 else None
     sinks = None if options.sinks is None else options.sinks.to(scale_dtype(q))
     if backend == "reference":

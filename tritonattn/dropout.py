@@ -36,7 +36,12 @@ class Dropout:
         """The keep bits at int64 positions that broadcast together: bool."""
         seed, offset = self.state[0], self.state[1]
         counter = [key, row, batch * q_heads + head, offset & _WORD]
-        return _philox(counter, [seed & _WORD, (seed >> 32) & _WORD]) >= int(self.p * 2**32)
+        return _philox(counter, [seed & _WORD, (seed >> 32) & _WORD]) >= self.threshold
+
+    @property
+    def threshold(self) -> int:
+        """The Philox word from which on a probability is kept: p * 2^32."""
+        return int(self.p * 2**32)
 
     def tile(self, shape: tuple[int, int], rows: slice, keys: slice) -> Tensor:
         """The keep bits of some rows and keys for shape = (B, Hq): bool [B, Hq, rows, keys]."""

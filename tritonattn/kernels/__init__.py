@@ -1,15 +1,19 @@
 """Device code only: what one program computes. Grids, strides, allocation and configs are the backend's."""
 
+from .decode import attention_decode, combine_splits
 from .forward import attention_forward
 from .grad_key_value import attention_grad_key_value
-from .grad_query import attention_grad_query, attention_row_terms
+from .grad_query import attention_grad_query
 from .key_statistics import key_lengths, key_prefix_sums, key_statistics_grad
+from .row_terms import attention_row_terms
 
 KERNELS = {
     "forward": attention_forward,
     "row_terms": attention_row_terms,
     "grad_query": attention_grad_query,
     "grad_key_value": attention_grad_key_value,
+    "decode": attention_decode,
+    "decode_combine": combine_splits,
     "key_statistics": key_lengths,
     "key_prefix_sums": key_prefix_sums,
     "key_statistics_grad": key_statistics_grad,

@@ -1,4 +1,4 @@
-"""Forward kernel: output and log-sum-exp of a block of query rows."""
+"""Forward kernel: output, log-sum-exp, largest logit and entropy of a block of query rows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from .primitives import (
     LN_2,
     LOG2_E,
     TINY_FACTOR,
+    dropout_keeps,
     key_blocks_of_rows,
     keys_at,
+    load_block,
     load_key_scale,
-    load_tile,
+    load_signed,
+    masked_block,
     program_position,
     row_range,
     scale_rows_add,
+    sequence_bounds,
+    soft_cap,
     store_tile,
     tile_offsets,
     visible_tile,
@@ -25,13 +30,76 @@ from .primitives import (
 
 
 @triton.jit
+def online_softmax(
+    logits, keep, factor, softcap, running_max, running_sum, running_spread,
+    MASKED: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """One step: (probabilities, decay, running_max, running_sum, running_spread), all relative to the new maximum.
+
+    logits [BLOCK_M, BLOCK_N] without factor >= 0; keep says which are visible where MASKED. The running maximum is that
+    of the uncapped logits; the capped one, the shift, is subtracted. Spread is sum_j exp(z_j - shift) (z_j - shift).
+    """
+    if MASKED:
+        logits = tl.where(keep, logits, float("-inf"))
+    block_max = tl.maximum(running_max, tl.max(logits, 1) * factor)
+    if softcap is None:
+        previous, shift = running_max, block_max
+        if MASKED:
+            shift = tl.where(block_max == float("-inf"), 0.0, block_max)
+        exponent = scale_rows_add(logits, factor, -shift)
+    else:
+        previous, shift = soft_cap(running_max, softcap), soft_cap(block_max, softcap)
+        exponent = soft_cap(logits * factor[:, None], softcap) - shift[:, None]
+        if MASKED:
+            exponent = tl.where(keep, exponent, float("-inf"))
+    probabilities = tl.exp2(exponent)
+    decay = tl.exp2(previous - shift)
+    if ENTROPY:
+        if MASKED:
+            exponent = tl.where(keep, exponent, 0.0)
+        moved = tl.fma(tl.where(running_sum > 0.0, previous - shift, 0.0), running_sum, running_spread)
+        running_spread = tl.fma(moved, decay, tl.sum(probabilities * exponent, 1))
+    running_sum = tl.fma(running_sum, decay, tl.sum(probabilities, 1))
+    return probabilities, decay, block_max, running_sum, running_spread
+
+
+@triton.jit
+def softmax_results(running_max, running_sum, running_spread, softcap):
+    """(shift in base 2, lse, max_logit, entropy) of rows; 0, -inf, -inf, 0 for a row without keys."""
+    empty = running_sum == 0.0
+    total = tl.where(empty, 1.0, running_sum)
+    shift = running_max
+    if softcap is not None:
+        shift = soft_cap(running_max, softcap)
+    shift = tl.where(empty, 0.0, shift)
+    lse = tl.where(empty, float("-inf"), (shift + tl.log2(total)) * LN_2)
+    entropy = tl.where(empty, 0.0, (tl.log2(total) - running_spread / total) * LN_2)
+    return shift, lse, running_max * LN_2, tl.maximum(entropy, 0.0)
+
+
+@triton.jit
+def softmax_total(running_sum, shift, sinks_ptr, head):
+    """(weight, total): the output is weight * accumulator / total; a sink joins the total only."""
+    if sinks_ptr is None:
+        weight = 1.0
+        total = tl.where(running_sum == 0.0, 1.0, running_sum)
+    else:
+        sink = tl.load(sinks_ptr + head) * LOG2_E
+        peak = tl.maximum(shift, sink)
+        weight = tl.exp2(shift - peak)
+        total = tl.fma(running_sum, weight, tl.exp2(sink - peak))
+    return weight, total
+
+
+@triton.jit
 def _attend(
-    accumulator, running_max, running_sum, q, factor,
-    k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,
-    touch_lo, touch_hi, full_start, full_end,
+    accumulator, running_max, running_sum, running_spread, q, factor, softcap,
+    k_ptr, v_ptr, k_descriptor, v_descriptor, key_scale_ptr, seen_ptr, mask_ptr, dropout_ptr, keep_from,
+    offs_row, lo, hi, q_len, k_len, touch_lo, touch_hi, full_start, full_end,
+    batch, kv_head, batch_head, first_packed_row, first_packed_key,
     k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED_BELOW: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, ENTROPY: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the blocks of [full_start, full_end), or, where MASKED, over those around it."""
     start, end = full_start, full_end
@@ -43,34 +111,42 @@ def _attend(
         start_n, offs_key, keep_key = keys_at(
             position, full_start, full_end, touch_lo, touch_hi, seen_ptr, BLOCK_N, MASKED
         )
-        k = load_tile(k_ptr + start_n.to(tl.int64) * k_stride_s + k_offsets, keep_key, HEAD_DIM, MASKED)
+        k = load_block(
+            k_descriptor, k_ptr + start_n.to(tl.int64) * k_stride_s + k_offsets,
+            batch, kv_head, first_packed_key + start_n, keep_key, HEAD_DIM, MASKED,
+        )  # fmt: skip
         logits = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if key_scale_ptr is not None:
             logits *= load_key_scale(key_scale_ptr, offs_key, key_scale_stride_s, keep_key, MASKED)[None, :]
+        keep = None
         if MASKED:
             keep = visible_tile(
                 offs_row, offs_key, lo, hi, mask_ptr, q_len, k_len, mask_stride_q, mask_stride_k, BOUNDED_BELOW
             )
-            logits = tl.where(keep, logits, float("-inf"))
-        block_max = tl.maximum(running_max, tl.max(logits, 1) * factor)
-        shift = block_max
-        if MASKED:
-            shift = tl.where(block_max == float("-inf"), 0.0, block_max)
-        probabilities = tl.exp2(scale_rows_add(logits, factor, -shift))
-        decay = tl.exp2(running_max - shift)
-        running_sum = tl.fma(running_sum, decay, tl.sum(probabilities, 1))
-        v = load_tile(v_ptr + start_n.to(tl.int64) * v_stride_s + v_offsets, keep_key, VALUE_DIM, MASKED)
+        probabilities, decay, running_max, running_sum, running_spread = online_softmax(
+            logits, keep, factor, softcap, running_max, running_sum, running_spread, MASKED, ENTROPY
+        )
+        if dropout_ptr is not None:
+            kept = dropout_keeps(
+                dropout_ptr, keep_from, batch_head, (first_packed_row + offs_row)[:, None],
+                (first_packed_key + offs_key)[None, :],
+            )  # fmt: skip
+            probabilities = tl.where(kept, probabilities, 0.0)
+        v = load_block(
+            v_descriptor, v_ptr + start_n.to(tl.int64) * v_stride_s + v_offsets,
+            batch, kv_head, first_packed_key + start_n, keep_key, VALUE_DIM, MASKED,
+        )  # fmt: skip
         accumulator = accumulator * decay[:, None]
         accumulator = tl.dot(probabilities.to(v.dtype), v, accumulator, input_precision=PRECISION)
-        running_max = block_max
-    return accumulator, running_max, running_sum
+    return accumulator, running_max, running_sum, running_spread
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_forward(
-    q_ptr, k_ptr, v_ptr, query_scale_ptr, key_scale_ptr, key_lengths_ptr, key_ranges_ptr, mask_ptr, seen_ptr,
-    out_ptr, lse_ptr,
-    scale, left, right, q_len, k_len, q_heads, group,
+    q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, query_scale_ptr, key_scale_ptr, sinks_ptr,
+    key_lengths_ptr, key_ranges_ptr, mask_ptr, seen_ptr, q_starts_ptr, k_starts_ptr, dropout_ptr,
+    out_ptr, lse_ptr, max_logit_ptr, entropy_ptr,
+    scale, softcap, keep_from, keep_scale, left, right, q_len, k_len, longest_q, q_heads, group,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     v_stride_b, v_stride_h, v_stride_s, v_stride_d, query_scale_stride_b, query_scale_stride_h, query_scale_stride_s,
     key_scale_stride_b, key_scale_stride_h, key_scale_stride_s,
@@ -78,49 +154,67 @@ def attention_forward(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Attention output and log-sum-exp for BLOCK_M query rows of one (batch, head).
+    """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
 
-        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j]      j visible to i
-        lse[i]      = ln sum_j exp(logit[i, j])
-        out[i]      = sum_j exp(logit[i, j] - lse[i]) * v[j]
+        x[i, j]      = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j]      j visible to i
+        z[i, j]      = softcap * tanh(x[i, j] / softcap), or x[i, j] without softcap
+        lse[i]       = ln sum_j exp(z[i, j])
+        max_logit[i] = max_j x[i, j]
+        entropy[i]   = lse[i] - sum_j exp(z[i, j] - lse[i]) * z[i, j]
+        out[i]       = sum_j keep[i, j] * keep_scale * exp(z[i, j]) * v[j] / (exp(lse[i]) + exp(sinks[head]))
 
-    Grid: cdiv(Sq, BLOCK_M) * B * Hq programs; each writes its rows of out and lse, all of them, once.
+    Grid: cdiv(longest_q, BLOCK_M) * sequences * Hq programs; each writes its rows of the results, all of them, once.
 
     q, k, v          [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]  fp16, bf16 or fp32, any strides; group = Hq/Hkv
+    *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, Sk] or None = 1
-    key_lengths, key_ranges, left, right: `primitives.row_range`
+    sinks            fp32 [Hq] or None
+    key_lengths, key_ranges, left, right: `primitives.row_range`; q_starts, k_starts: `primitives.sequence_bounds`
     mask             uint8, strides of [B, Hq, Sq, Sk] (0 on broadcast axes), or None
     seen             uint8 [B, Hkv, Sk] contiguous or None: keys that some row sees; the rest is never multiplied
-    out, lse         [B, Hq, Sq, Dv] in q's dtype and fp32 [B, Hq, Sq] in natural log, contiguous
+    dropout          `primitives.dropout_keeps` or None = no dropout
+    out, lse         [B, Hq, Sq, Dv] in q's dtype and fp32 [B, Hq, Sq] in natural log, contiguous; max_logit and
+                     entropy likewise or None
     BLOCK_D, BLOCK_DV  powers of two >= 16 that hold HEAD_DIM and VALUE_DIM
 
     Products accumulate in fp32; the scales act in fp32 on the accumulated product; the sign of a row's factor is folded
     into its q, which is exact. P is rounded to v's dtype before P @ V. A row without keys gives out 0, lse -inf.
     Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; blocking: Dao 2023, arXiv:2307.08691, Algorithm 1.
     """
-    block, batch, head = program_position(q_len, q_heads, BLOCK_M, LAST_FIRST=right is not None)
-    wide_batch, kv_head = batch.to(tl.int64), (head // group).to(tl.int64)
-    wide_head = head.to(tl.int64)
+    block, sequence, head = program_position(longest_q, q_heads, BLOCK_M, LAST_FIRST=right is not None)
+    rows = q_len
+    batch, first_packed_row, q_len, first_packed_key, k_len = sequence_bounds(
+        sequence, q_len, k_len, q_starts_ptr, k_starts_ptr
+    )
     first_row = block * BLOCK_M
+    if q_starts_ptr is not None:
+        if first_row >= q_len:
+            return
+    wide_batch, wide_head, kv_head = batch.to(tl.int64), head.to(tl.int64), head // group
     offs_m = first_row + tl.arange(0, BLOCK_M)
     keep_row = offs_m < q_len
     offs_row = tl.minimum(offs_m, q_len - 1)
     last_row = tl.minimum(first_row + BLOCK_M, q_len) - 1
+    memory_row, memory_key = (first_packed_row + first_row).to(tl.int64), first_packed_key.to(tl.int64)
 
-    q_ptr += wide_batch * q_stride_b + wide_head * q_stride_h + first_row.to(tl.int64) * q_stride_s
-    q = load_tile(q_ptr + tile_offsets(BLOCK_M, BLOCK_D, q_stride_s, q_stride_d, WIDE), keep_row, HEAD_DIM, True)
+    q_ptr += wide_batch * q_stride_b + wide_head * q_stride_h + memory_row * q_stride_s
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
     if query_scale_ptr is not None:
         query_scale_ptr += wide_batch * query_scale_stride_b + wide_head * query_scale_stride_h
-        factor *= tl.load(query_scale_ptr + offs_m.to(tl.int64) * query_scale_stride_s, mask=keep_row, other=0.0)
-    q = tl.where((factor < 0)[:, None], -q, q)
+        row_offsets = memory_row + tl.arange(0, BLOCK_M)
+        factor *= tl.load(query_scale_ptr + row_offsets * query_scale_stride_s, mask=keep_row, other=0.0)
+    q_ptrs = q_ptr + tile_offsets(BLOCK_M, BLOCK_D, q_stride_s, q_stride_d, WIDE)
+    row_base = (wide_batch * q_heads + wide_head) * rows + memory_row
+    scratch_ptrs = out_ptr + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_D, VALUE_DIM, 1, False)
+    q = load_signed(q_ptrs, scratch_ptrs, factor, keep_row, HEAD_DIM, VALUE_DIM)
     factor = tl.abs(factor)
     factor = tl.where(factor < TINY_FACTOR, TINY_FACTOR, factor)
 
-    k_ptr += wide_batch * k_stride_b + kv_head * k_stride_h
-    v_ptr += wide_batch * v_stride_b + kv_head * v_stride_h
+    k_ptr += wide_batch * k_stride_b + kv_head.to(tl.int64) * k_stride_h + memory_key * k_stride_s
+    v_ptr += wide_batch * v_stride_b + kv_head.to(tl.int64) * v_stride_h + memory_key * v_stride_s
     if key_scale_ptr is not None:
-        key_scale_ptr += wide_batch * key_scale_stride_b + kv_head * key_scale_stride_h
+        key_scale_ptr += wide_batch * key_scale_stride_b + kv_head.to(tl.int64) * key_scale_stride_h
+        key_scale_ptr += memory_key * key_scale_stride_s
     if mask_ptr is not None:
         mask_ptr += wide_batch * mask_stride_b + wide_head * mask_stride_h
     if seen_ptr is not None:
@@ -128,6 +222,7 @@ def attention_forward(
 
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
+    running_spread = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     BOUNDED_BELOW: tl.constexpr = left is not None or key_ranges_ptr is not None
     lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
@@ -135,26 +230,30 @@ def attention_forward(
         lo, hi, first_row, last_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr,
         BLOCK_N,
     )  # fmt: skip
-    accumulator, running_max, running_sum = _attend(
-        accumulator, running_max, running_sum, q, factor,
-        k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,
-        touch_lo, touch_hi, full_start, full_end,
-        k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, BOUNDED_BELOW, PRECISION, WIDE, MASKED=True,
-    )  # fmt: skip
-    if mask_ptr is None:
-        accumulator, running_max, running_sum = _attend(
-            accumulator, running_max, running_sum, q, factor,
-            k_ptr, v_ptr, key_scale_ptr, seen_ptr, mask_ptr, offs_row, lo, hi, q_len, k_len,
-            touch_lo, touch_hi, full_start, full_end,
-            k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-            HEAD_DIM, VALUE_DIM, BLOCK_N, BOUNDED_BELOW, PRECISION, WIDE, MASKED=False,
-        )  # fmt: skip
+    for walk in tl.static_range(2):  # the blocks that need a mask, then the others
+        if walk == 0 or mask_ptr is None:
+            accumulator, running_max, running_sum, running_spread = _attend(
+                accumulator, running_max, running_sum, running_spread, q, factor, softcap,
+                k_ptr, v_ptr, k_descriptor, v_descriptor, key_scale_ptr, seen_ptr, mask_ptr, dropout_ptr, keep_from,
+                offs_row, lo, hi, q_len, k_len, touch_lo, touch_hi, full_start, full_end,
+                batch, kv_head, batch * q_heads + head, first_packed_row, first_packed_key,
+                k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
+                HEAD_DIM, VALUE_DIM, masked_block(BLOCK_N) if walk == 0 else BLOCK_N, BOUNDED_BELOW, PRECISION, WIDE,
+                entropy_ptr is not None, walk == 0,
+            )  # fmt: skip
 
-    empty = running_sum == 0.0
-    out = accumulator / tl.where(empty, 1.0, running_sum)[:, None]
-    lse = tl.where(empty, float("-inf"), (running_max + tl.log2(tl.where(empty, 1.0, running_sum))) * LN_2)
-    row_base = (wide_batch * q_heads + wide_head) * q_len + first_row
+    shift, lse, max_logit, entropy = softmax_results(running_max, running_sum, running_spread, softcap)
+    weight, total = softmax_total(running_sum, shift, sinks_ptr, head)
+    out = accumulator / total[:, None]
+    if sinks_ptr is not None:
+        out *= weight[:, None]
+    if dropout_ptr is not None:
+        out *= keep_scale
     out_ptrs = out_ptr + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)
     store_tile(out_ptrs, out, keep_row, VALUE_DIM)
-    tl.store(lse_ptr + row_base + tl.arange(0, BLOCK_M), lse, mask=keep_row)
+    row_offsets = row_base + tl.arange(0, BLOCK_M)
+    tl.store(lse_ptr + row_offsets, lse, mask=keep_row)
+    if max_logit_ptr is not None:
+        tl.store(max_logit_ptr + row_offsets, max_logit, mask=keep_row)
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + row_offsets, entropy, mask=keep_row)

@@ -1,4 +1,4 @@
-"""Backward, second half: gradients of k, v and key_scale, a block of keys at a time, without atomics."""
+"""Backward, the pass over keys: gradients of k, v and key_scale, a block of keys at a time, without atomics."""
 
 from __future__ import annotations
 
@@ -10,22 +10,30 @@ from .primitives import (
     LENGTHS,
     LN_2,
     LOG2_E,
+    dropout_keeps,
+    load_block,
     load_mask,
     load_tile,
+    masked_block,
     program_position,
     row_blocks_of_keys,
     scale_columns_add,
+    sequence_bounds,
     skip_gap,
+    soft_cap,
+    soft_cap_slope,
     store_tile,
+    terms_offset,
     tile_offsets,
 )
 
 
 @triton.jit
 def _gather_key_value_gradient(
-    d_k, d_v, k, v, key_scale, scale,
-    q_ptr, d_out_ptr, lse2_ptr, delta_ptr, factor_ptr, factor_size, mask_ptr, key_ranges_ptr,
+    d_k, d_v, k, v, key_scale, scale, softcap, q_ptr, d_out_ptr, q_descriptor, d_out_descriptor,
+    lse2_ptr, delta_ptr, factor_ptr, factor_size, mask_ptr, key_ranges_ptr, dropout_ptr, keep_from, keep_scale,
     offs_key, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
+    batch, head, batch_head, first_packed_row, first_packed_key,
     q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BOUNDED_ABOVE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
@@ -46,9 +54,14 @@ def _gather_key_value_gradient(
         lse2 = tl.load(lse2_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
         keep_row = lse2 != float("inf")
-        q = load_tile(q_ptr + start_m.to(tl.int64) * q_stride_s + q_offsets, keep_row, HEAD_DIM, MASKED)
-        d_out_ptrs = d_out_ptr + start_m.to(tl.int64) * d_out_stride_s + d_out_offsets
-        d_out = load_tile(d_out_ptrs, keep_row, VALUE_DIM, MASKED)
+        q = load_block(
+            q_descriptor, q_ptr + start_m.to(tl.int64) * q_stride_s + q_offsets,
+            batch, head, first_packed_row + start_m, keep_row, HEAD_DIM, MASKED,
+        )  # fmt: skip
+        d_out = load_block(
+            d_out_descriptor, d_out_ptr + start_m.to(tl.int64) * d_out_stride_s + d_out_offsets,
+            batch, head, first_packed_row + start_m, keep_row, VALUE_DIM, MASKED,
+        )  # fmt: skip
         logits = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if key_scale is not None:
             logits *= key_scale[:, None]
@@ -56,7 +69,12 @@ def _gather_key_value_gradient(
             factor = scale * LOG2_E
         else:
             factor = tl.load(factor_ptr + offs_m)
-        probabilities = tl.exp2(scale_columns_add(logits, factor, -lse2))
+        if softcap is None:
+            exponent = scale_columns_add(logits, factor, -lse2)
+        else:
+            capped = soft_cap(scale_columns_add(logits, factor, tl.zeros_like(lse2)), softcap)
+            exponent = capped - lse2[None, :]
+        probabilities = tl.exp2(exponent)
         if MASKED:
             keep = offs_m[None, :] >= first_row[:, None]
             if BOUNDED_ABOVE:
@@ -69,8 +87,16 @@ def _gather_key_value_gradient(
             if mask_ptr is not None:
                 keep = keep & load_mask(mask_ptr, offs_key, offs_m, k_len, q_len, mask_stride_k, mask_stride_q)
             probabilities = tl.where(keep, probabilities, 0.0)
-        d_v = tl.dot(probabilities.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
         d_probabilities = tl.dot(v, d_out.T, input_precision=PRECISION)
+        weights = probabilities
+        if dropout_ptr is not None:
+            kept = dropout_keeps(
+                dropout_ptr, keep_from, batch_head, (first_packed_row + offs_m)[None, :],
+                (first_packed_key + offs_key)[:, None],
+            )  # fmt: skip
+            weights = tl.where(kept, probabilities, 0.0)
+            d_probabilities = tl.where(kept, d_probabilities * keep_scale, 0.0)
+        d_v = tl.dot(weights.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
         if factor_ptr is None:
             d_logits = probabilities * (d_probabilities - delta[None, :])
         else:
@@ -78,15 +104,19 @@ def _gather_key_value_gradient(
                 factor = factor * factor_size
                 delta = delta * factor_size
             d_logits = probabilities * scale_columns_add(d_probabilities, factor, -delta)
+        if softcap is not None:
+            d_logits *= soft_cap_slope(capped, softcap)
         d_k = tl.dot(d_logits.to(q.dtype), q, d_k, input_precision=PRECISION)
     return d_k, d_v
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_grad_key_value(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse2_ptr, delta_ptr, factor_ptr, factor_size_ptr, key_scale_ptr,
-    key_lengths_ptr, key_ranges_ptr, row_bounds_ptr, mask_ptr, seen_ptr, d_k_ptr, d_v_ptr, d_key_scale_ptr,
-    scale, left, right, q_len, k_len, terms_len, q_heads, group,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, q_descriptor, d_out_descriptor,
+    lse2_ptr, delta_ptr, factor_ptr, factor_size_ptr, key_scale_ptr,
+    key_lengths_ptr, key_ranges_ptr, row_bounds_ptr, mask_ptr, seen_ptr, q_starts_ptr, k_starts_ptr, dropout_ptr,
+    d_k_ptr, d_v_ptr, d_key_scale_ptr,
+    scale, softcap, keep_from, keep_scale, left, right, q_len, k_len, longest_k, terms_len, q_heads, group,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     v_stride_b, v_stride_h, v_stride_s, v_stride_d, d_out_stride_b, d_out_stride_h, d_out_stride_s, d_out_stride_d,
     key_scale_stride_b, key_scale_stride_h, key_scale_stride_s,
@@ -94,15 +124,17 @@ def attention_grad_key_value(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of k, v and key_scale for BLOCK_N keys of one (batch, kv head); arguments as in `attention_grad_query`.
+    """Gradients of k, v and key_scale for BLOCK_N keys of one (batch or sequence, kv head); names as in
+    `attention_grad_query`.
 
-        d_v[j]         = sum_i P[i, j] * d_out[i]
-        raw[j]         = scale * sum_i dS[i, j] * query_scale[i] * q[i]      over the rows of all heads of the group
+        d_v[j]         = sum_i keep[i, j] * keep_scale * P[i, j] * d_out[i]
+        raw[j]         = scale * sum_i dX[i, j] * query_scale[i] * q[i]      over the rows of all heads of the group
         d_k[j]         = key_scale[j] * raw[j]
         d_key_scale[j] = k[j] . raw[j]                                       never divided by key_scale, which may be 0
 
-    Grid: cdiv(Sk, BLOCK_N) * B * Hkv. Sums run in one fixed order inside a program: bitwise repeatable.
+    Grid: cdiv(longest_k, BLOCK_N) * sequences * Hkv. Sums run in one fixed order inside a program: bitwise repeatable.
 
+    *_descriptor     tensor descriptors of q and d_out with blocks [1, 1, BLOCK_M, BLOCK_D or BLOCK_DV], or None
     factor, delta    with factor (scale * log2(e) * query_scale), delta_ptr holds delta * factor; so that dS * factor is
                      one fma, and log2(e) is taken out once at the end; without, delta_ptr holds delta itself
     factor_size      fp32 [B, Hkv] or None: the largest |factor| of the group. dS * factor / factor_size is what is
@@ -111,9 +143,16 @@ def attention_grad_key_value(
     d_k, d_v         [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] contiguous; d_key_scale fp32 [B, Hkv, Sk] contiguous or None
     """
     kv_heads = q_heads // group
-    block, batch, kv_head = program_position(k_len, kv_heads, BLOCK_N, LAST_FIRST=False)
-    wide_batch, wide_head = batch.to(tl.int64), kv_head.to(tl.int64)
+    block, sequence, kv_head = program_position(longest_k, kv_heads, BLOCK_N, LAST_FIRST=False)
+    keys = k_len
+    batch, first_packed_row, q_len, first_packed_key, k_len = sequence_bounds(
+        sequence, q_len, k_len, q_starts_ptr, k_starts_ptr
+    )
     first_key = block * BLOCK_N
+    if q_starts_ptr is not None:
+        if first_key >= k_len:
+            return
+    wide_batch, wide_head = batch.to(tl.int64), kv_head.to(tl.int64)
     last_key = tl.minimum(first_key + BLOCK_N, k_len) - 1
     offs_n = first_key + tl.arange(0, BLOCK_N)
     keep_key = offs_n < k_len
@@ -141,14 +180,16 @@ def attention_grad_key_value(
         first_key, last_key, batch, q_len, k_len, left, right, key_lengths_ptr, row_bounds_ptr, mask_ptr, BLOCK_M
     )
 
-    k_ptr += wide_batch * k_stride_b + wide_head * k_stride_h + first_key.to(tl.int64) * k_stride_s
+    memory_row, memory_key = first_packed_row.to(tl.int64), (first_packed_key + first_key).to(tl.int64)
+    k_ptr += wide_batch * k_stride_b + wide_head * k_stride_h + memory_key * k_stride_s
     k = load_tile(k_ptr + tile_offsets(BLOCK_N, BLOCK_D, k_stride_s, k_stride_d, WIDE), load_key, HEAD_DIM, True)
-    v_ptr += wide_batch * v_stride_b + wide_head * v_stride_h + first_key.to(tl.int64) * v_stride_s
+    v_ptr += wide_batch * v_stride_b + wide_head * v_stride_h + memory_key * v_stride_s
     v = load_tile(v_ptr + tile_offsets(BLOCK_N, BLOCK_DV, v_stride_s, v_stride_d, WIDE), load_key, VALUE_DIM, True)
     key_scale = None
     if key_scale_ptr is not None:
         key_scale_ptr += wide_batch * key_scale_stride_b + wide_head * key_scale_stride_h
-        key_scale = tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale_stride_s, mask=load_key, other=0.0)
+        scale_offsets = (memory_key + tl.arange(0, BLOCK_N)) * key_scale_stride_s
+        key_scale = tl.load(key_scale_ptr + scale_offsets, mask=load_key, other=0.0)
     factor_size = None
     if factor_size_ptr is not None:
         largest = tl.load(factor_size_ptr + batch * kv_heads + kv_head)
@@ -157,31 +198,29 @@ def attention_grad_key_value(
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, group):
-        head = wide_head * group + member
-        head_q_ptr = q_ptr + wide_batch * q_stride_b + head * q_stride_h
-        head_d_out_ptr = d_out_ptr + wide_batch * d_out_stride_b + head * d_out_stride_h
-        rows = (wide_batch * q_heads + head) * terms_len
+        head = kv_head * group + member
+        head_q_ptr = q_ptr + wide_batch * q_stride_b + head.to(tl.int64) * q_stride_h + memory_row * q_stride_s
+        head_d_out_ptr = d_out_ptr + wide_batch * d_out_stride_b + head.to(tl.int64) * d_out_stride_h
+        head_d_out_ptr += memory_row * d_out_stride_s
+        terms = terms_offset(batch, head, q_heads, terms_len, sequence, first_packed_row, q_starts_ptr)
         head_factor_ptr = None
         if factor_ptr is not None:
-            head_factor_ptr = factor_ptr + rows
+            head_factor_ptr = factor_ptr + terms
         head_mask_ptr = None
         if mask_ptr is not None:
-            head_mask_ptr = mask_ptr + wide_batch * mask_stride_b + head * mask_stride_h
-        d_k, d_v = _gather_key_value_gradient(
-            d_k, d_v, k, v, key_scale, scale,
-            head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size,
-            head_mask_ptr, key_ranges_ptr, offs_n, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
-            q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, left is not None, PRECISION, WIDE, MASKED=True,
-        )  # fmt: skip
-        if mask_ptr is None and key_ranges_ptr is None:
-            d_k, d_v = _gather_key_value_gradient(
-                d_k, d_v, k, v, key_scale, scale,
-                head_q_ptr, head_d_out_ptr, lse2_ptr + rows, delta_ptr + rows, head_factor_ptr, factor_size,
-                head_mask_ptr, key_ranges_ptr, offs_n, first_row, last_row, q_len, k_len, start, full_start, full_end,
-                end, q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
-                HEAD_DIM, VALUE_DIM, BLOCK_M, left is not None, PRECISION, WIDE, MASKED=False,
-            )  # fmt: skip
+            head_mask_ptr = mask_ptr + wide_batch * mask_stride_b + head.to(tl.int64) * mask_stride_h
+        for walk in tl.static_range(2):  # the blocks that need a mask, then the others
+            if walk == 0 or (mask_ptr is None and key_ranges_ptr is None):
+                d_k, d_v = _gather_key_value_gradient(
+                    d_k, d_v, k, v, key_scale, scale, softcap, head_q_ptr, head_d_out_ptr, q_descriptor,
+                    d_out_descriptor, lse2_ptr + terms, delta_ptr + terms, head_factor_ptr, factor_size,
+                    head_mask_ptr, key_ranges_ptr, dropout_ptr, keep_from, keep_scale,
+                    offs_n, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
+                    batch, head, batch * q_heads + head, first_packed_row, first_packed_key,
+                    q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
+                    HEAD_DIM, VALUE_DIM, masked_block(BLOCK_M) if walk == 0 else BLOCK_M, left is not None,
+                    PRECISION, WIDE, walk == 0,
+                )  # fmt: skip
 
     if factor_ptr is None:
         d_k *= scale
@@ -189,7 +228,9 @@ def attention_grad_key_value(
         d_k *= LN_2
     else:
         d_k *= LN_2 / factor_size
-    key_base = (wide_batch * kv_heads + wide_head) * k_len + first_key
+    if dropout_ptr is not None:
+        d_v *= keep_scale
+    key_base = (wide_batch * kv_heads + wide_head) * keys + memory_key
     if key_scale_ptr is not None:
         if d_key_scale_ptr is not None:
             d_key_scale = tl.sum(k.to(tl.float32) * d_k, 1)

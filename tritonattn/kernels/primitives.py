@@ -14,10 +14,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Stands for a factor of 0 where a hidden logit is -inf, since -inf * 0 is NaN; logits move by at most |q . k| * 1e-30.
 TINY_FACTOR = tl.constexpr(1e-30)
+# Row terms of the backward are padded to a multiple of this, so every block of rows up to it divides them.
+ROW_TERMS_ALIGNMENT = tl.constexpr(128)
 
 
 # Arguments whose values change from call to call: compiled code does not depend on them, but for group = 1.
-LENGTHS = ["q_len", "k_len", "terms_len", "left", "right"]
+LENGTHS = ["q_len", "k_len", "longest_q", "longest_k", "terms_len", "left", "right", "keep_from"]
 COUNTS = ["q_heads", "kv_heads", "group"]
 
 
@@ -48,11 +50,49 @@ def load_tile(pointers, keep_row, WIDTH: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def load_block(
+    descriptor, pointers, batch, head, first, keep_row, WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """`load_tile`, by the tensor memory accelerator where there is a descriptor [B, H, S, D] and no row is masked."""
+    if MASKED or descriptor is None:
+        tile = load_tile(pointers, keep_row, WIDTH, MASKED)
+    else:
+        tile = descriptor.load([batch, head, first, 0]).reshape(pointers.shape[0], pointers.shape[1])
+    return tile
+
+
+@triton.jit
+def masked_block(BLOCK: tl.constexpr):
+    """How many keys or rows a masked step takes: half a wide block, since masks hold registers."""
+    return tl.constexpr(BLOCK // 2 if BLOCK >= 128 else BLOCK)
+
+
+@triton.jit
 def store_tile(pointers, tile, keep_row, WIDTH: tl.constexpr):
     """Store the rows that keep_row keeps, the first WIDTH columns."""
     COLUMNS: tl.constexpr = pointers.shape[1]
     keep = keep_row[:, None] & (tl.arange(0, COLUMNS)[None, :] < WIDTH)
     tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def load_signed(pointers, scratch_ptrs, factor, keep_row, WIDTH: tl.constexpr, SCRATCH_WIDTH: tl.constexpr):
+    """A tile whose rows take the sign of their factor. scratch_ptrs: the program's own rows of SCRATCH_WIDTH elements.
+
+    An MMA reads its left operand from shared memory only if that comes straight from a load, and from registers costs
+    half an instruction a logit more (sm_90, D 128): so a changed sign goes through memory.
+    """
+    if SCRATCH_WIDTH >= WIDTH:
+        if tl.min(factor, 0) < 0.0:
+            tile = load_tile(pointers, keep_row, WIDTH, True)
+            store_tile(scratch_ptrs, tl.where((factor < 0)[:, None], -tile, tile), keep_row, WIDTH)
+            tl.debug_barrier()
+            pointers = scratch_ptrs
+        tile = load_tile(pointers, keep_row, WIDTH, True)
+    else:
+        tile = load_tile(pointers, keep_row, WIDTH, True)
+        tile = tl.where((factor < 0)[:, None], -tile, tile)
+    return tile
 
 
 @triton.jit
@@ -67,6 +107,63 @@ def scale_columns_add(x, factor, addend):
     if factor.type.is_block():
         factor = factor[None, :]
     return tl.fma(x, tl.broadcast_to(factor, x.shape), tl.broadcast_to(addend[None, :], x.shape))
+
+
+@triton.jit
+def _tanh(x):
+    """Within 2 ulp: below 0.6 an odd polynomial (tanh(x) / x by least squares on Chebyshev nodes), else by exp."""
+    square = x * x
+    series = tl.full(x.shape, -0.005883233156055212, tl.float32)
+    series = tl.fma(series, square, tl.full(x.shape, 0.020785147324204445, tl.float32))
+    series = tl.fma(series, square, tl.full(x.shape, -0.05378039926290512, tl.float32))
+    series = tl.fma(series, square, tl.full(x.shape, 0.13331879675388336, tl.float32))
+    series = tl.fma(series, square, tl.full(x.shape, -0.33333295583724976, tl.float32))
+    small = tl.fma(x * square, series, x)
+    magnitude = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.6, small, tl.where(x < 0.0, -magnitude, magnitude))
+
+
+@triton.jit
+def soft_cap(x, softcap):
+    """softcap * tanh(x / softcap) for x in base 2 and softcap in natural units."""
+    limit = softcap * LOG2_E
+    return _tanh(x * (1.0 / limit)) * limit
+
+
+@triton.jit
+def soft_cap_slope(capped, softcap):
+    """The derivative of `soft_cap` from its result."""
+    ratio = capped * (1.0 / (softcap * LOG2_E))
+    return tl.fma(-ratio, ratio, tl.full(capped.shape, 1.0, tl.float32))
+
+
+@triton.jit
+def dropout_keeps(dropout_ptr, keep_from, batch_head, offs_row, offs_key):
+    """Which pairs of broadcasting rows and keys dropout keeps: the first word of Philox4x32-10 (Salmon et al. 2011), as
+    a signed number, against keep_from.
+
+    dropout_ptr   int64 [2]: seed (the key) and offset; the counter is (key, row, batch * Hq + head, offset)
+    """
+    seed, offset = tl.load(dropout_ptr), tl.load(dropout_ptr + 1)
+    zero = (offs_row + offs_key) * 0
+    word, _, _, _ = tl.philox(seed, zero + offs_key, zero + offs_row, zero + batch_head, zero + offset.to(tl.int32), 10)
+    return word.to(tl.int32, bitcast=True) ^ -2147483648 >= keep_from
+
+
+@triton.jit
+def sequence_bounds(batch, q_len, k_len, q_starts_ptr, k_starts_ptr):
+    """(batch entry in memory, first row, rows, first key, keys) of batch entry or packed sequence `batch`.
+
+    q_starts_ptr, k_starts_ptr   int32 [N + 1] or None: packed sequences lie behind one another in batch entry 0, from 0
+                                 up to the lengths of the packed axes, never falling
+    """
+    first_row, first_key = batch * 0, batch * 0
+    if q_starts_ptr is not None:
+        first_row, first_key = tl.load(q_starts_ptr + batch), tl.load(k_starts_ptr + batch)
+        q_len = tl.load(q_starts_ptr + batch + 1) - first_row
+        k_len = tl.load(k_starts_ptr + batch + 1) - first_key
+        batch = batch * 0
+    return batch, first_row, q_len, first_key, k_len
 
 
 @triton.jit
@@ -225,3 +322,14 @@ def program_position(q_len_or_k_len, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.
         block = blocks - 1 - block
     batch_head = program // blocks
     return block, batch_head // heads, batch_head % heads
+
+
+@triton.jit
+def terms_offset(batch, head, q_heads, terms_len, sequence, first_packed_row, q_starts_ptr):
+    """Where the row terms of one (batch or sequence, head) begin in [B, Hq, terms_len]: at a multiple of
+    ROW_TERMS_ALIGNMENT, and with room up to the next one, also where sequences are packed.
+    """
+    first = 0
+    if q_starts_ptr is not None:
+        first = (first_packed_row + sequence * ROW_TERMS_ALIGNMENT) // ROW_TERMS_ALIGNMENT * ROW_TERMS_ALIGNMENT
+    return (batch.to(tl.int64) * q_heads + head) * terms_len + first

@@ -7,8 +7,8 @@ the scalings; `tritonattn::decode` is attention against a KV cache. A plain eage
 and spares the time of the dispatcher; compilers, transforms and dispatch modes see the operators.
 """
 
-from .attend import attention, refuse, unsupported
+from .attend import attention
 from .decode import decode
 from .key_statistics import KernelStatistics
 
-__all__ = ["KernelStatistics", "attention", "decode", "refuse", "unsupported"]
+__all__ = ["KernelStatistics", "attention", "decode"]

@@ -89,7 +89,7 @@ _TENSORS = _Flat._fields.index("scale")
 def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     """Run a call on "triton" or "sdpa"; out and lse have gradients towards q, k, v, scales and sinks.
 
-    max_logit and entropy are None without aux. Raises NotImplementedError for what the backend cannot do.
+    max_logit and entropy are None without aux.
     """
     tensors = (call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
     if not runs_eagerly(*tensors):
@@ -112,37 +112,11 @@ def _without_repeats(call: AttentionCall) -> AttentionCall:
     return replace(call, k=k.view_as(k), v=v.view_as(v))
 
 
-def unsupported(
-    backend: str, *, softcap: bool, sinks: bool, dropout_p: bool, cu_seqlens_q: bool, return_aux: bool
-) -> str | None:
-    """The first of the arguments asked for that a backend cannot honour, or None."""
-    if backend != "triton":
-        return None
-    asked = {
-        "softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "cu_seqlens_q": cu_seqlens_q,
-        "return_aux": return_aux,
-    }  # fmt: skip
-    return next((argument for argument, is_asked in asked.items() if is_asked), None)
-
-
-def refuse(argument: str, backend: str) -> None:
-    raise NotImplementedError(
-        f"{argument}: backend {backend!r} does not support it; backends 'sdpa' and 'reference' do"
-    )
-
-
 def _forward(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     if _is_empty(call):
         return _forward_of_nothing(call, aux)
-    asked = {
-        "softcap": call.softcap, "sinks": call.sinks, "dropout_p": call.dropout,
-        "cu_seqlens_q": call.visibility.sequences,
-    }  # fmt: skip
-    argument = unsupported(backend, **{name: x is not None for name, x in asked.items()}, return_aux=aux)
-    if argument is not None:
-        refuse(argument, backend)
     with _own_precision(call.q):
-        return _kernels().forward(call) if backend == "triton" else blockwise.forward(call, aux)
+        return (_kernels() if backend == "triton" else blockwise).forward(call, aux)
 
 
 def _backward(

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..call import AttentionCall, ForwardResult, Gradients
 from ..launch import Arguments, is_wide, plan, stride_arguments
-from ..tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig
-from ..visibility import Visibility
+from ..tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, padded_dim
 from .key_statistics import seen_bytes
 
 
-def forward(call: AttentionCall) -> ForwardResult:
-    """out and lse by the forward kernel."""
-    q, v, visible = call.q, call.v, call.visibility
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    arguments = _call_arguments(call) | {"out_ptr": out, "lse_ptr": lse}
-    _launch("forward", arguments, call, _row_programs(visible))
-    return ForwardResult(out, lse)
+def forward(call: AttentionCall, aux: bool) -> ForwardResult:
+    """out and lse, and with aux max_logit and entropy, by the forward kernel."""
+    q, v = call.q, call.v
+    out = _results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
+    lse = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
+    max_logit = entropy = None
+    if aux:
+        max_logit = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
+        entropy = _results(call, q.shape[:3], torch.float32)
+    results = {"out_ptr": out, "lse_ptr": lse, "max_logit_ptr": max_logit, "entropy_ptr": entropy}
+    _launch("forward", _call_arguments(call) | results, call, _row_programs(call))
+    return ForwardResult(out, lse, max_logit, entropy)
 
 
 def backward(
@@ -32,72 +37,121 @@ def backward(
     out, lse as `forward` returned them; d_out [B, Hq, Sq, Dv] in q's dtype and d_lse fp32 [B, Hq, Sq], any strides.
     """
     shared = _call_arguments(call) | stride_arguments("d_out", d_out) | {"d_out_ptr": d_out}
-    terms = _row_terms(call, shared, out, lse, d_lse)
-    d_q = d_query_scale = d_k = d_v = d_key_scale = None
-    visible = call.visibility
-    if needs.q or needs.query_scale:
-        d_q = torch.empty_like(call.q, memory_format=torch.contiguous_format)
-        if needs.query_scale:
-            d_query_scale = torch.empty_like(lse)
-        results = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale}
-        _launch("grad_query", shared | terms | results, call, _row_programs(visible))
-    if needs.k or needs.v or needs.key_scale:
-        d_k = torch.empty_like(call.k, memory_format=torch.contiguous_format)
-        d_v = torch.empty_like(call.v, memory_format=torch.contiguous_format)
-        if needs.key_scale:
-            d_key_scale = torch.empty(call.k.shape[:3], dtype=torch.float32, device=call.k.device)
-        results = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size_ptr": None}
-        if call.query_scale is not None:
-            results["delta_ptr"] = terms["delta_factor_ptr"]
-            if call.q.dtype == torch.float16:
-                results["factor_size_ptr"] = _factor_size(terms["factor_ptr"], visible.kv_heads)
-        _launch(
-            "grad_key_value", shared | terms | results, call,
-            lambda tile: -(-visible.k_len // tile.block_n) * visible.batch * visible.kv_heads,
-        )  # fmt: skip
-    asked = (needs.q, needs.k, needs.v, needs.query_scale, needs.key_scale)
-    values = (d_q, d_k, d_v, d_query_scale, d_key_scale)
+    shared |= {"lse_ptr": lse.contiguous(), "d_lse_ptr": None if d_lse is None else d_lse.contiguous()}
+    shared["d_sinks_ptr"] = _results(call, lse.shape, torch.float32) if needs.sinks else None
+    shared |= _row_terms(call, shared, out)
+    d_sinks = shared["d_sinks_ptr"]
+    d_q, d_query_scale = _grad_query(call, shared, needs)
+    d_k, d_v, d_key_scale = _grad_key_value(call, shared, needs)
+    d_sinks = None if d_sinks is None else d_sinks.sum((0, 2))
+    asked = (needs.q, needs.k, needs.v, needs.query_scale, needs.key_scale, needs.sinks)
+    values = (d_q, d_k, d_v, d_query_scale, d_key_scale, d_sinks)
     return Gradients(*(value if ask else None for value, ask in zip(values, asked, strict=True)))
 
 
-def _row_terms(call: AttentionCall, shared: Arguments, out: Tensor, lse: Tensor, d_lse: Tensor | None) -> Arguments:
-    q_len = call.visibility.q_len
-    terms_len = -(-q_len // ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
+def _row_terms(call: AttentionCall, shared: Arguments, out: Tensor) -> Arguments:
+    visible, sequences = call.visibility, call.visibility.sequences
+    terms_len = _aligned(visible.q_len)
+    if sequences is not None:
+        terms_len += ROW_TERMS_ALIGNMENT * (len(sequences.q_starts) - 1)
     count = 2 if call.query_scale is None else 4
-    lse2, delta, *scaled = lse.new_empty((count, *lse.shape[:2], terms_len)).unbind(0)
+    lse2, delta, *scaled = shared["lse_ptr"].new_empty((count, *call.q.shape[:2], terms_len)).unbind(0)
     factor, delta_factor = scaled or (None, None)
     terms = {
         "lse2_ptr": lse2, "delta_ptr": delta, "factor_ptr": factor, "delta_factor_ptr": delta_factor,
-        "terms_len": terms_len, "d_lse_ptr": None if d_lse is None else d_lse.contiguous(),
+        "terms_len": terms_len,
     }  # fmt: skip
-    inputs = {"out_ptr": out.contiguous(), "lse_ptr": lse.contiguous()}
-    heads = call.visibility.batch * call.visibility.q_heads
-    _launch("row_terms", shared | terms | inputs, call, lambda tile: terms_len // tile.block_m * heads)
+    programs = _members(call) * visible.q_heads
+    _launch(
+        "row_terms", shared | terms | {"out_ptr": out.contiguous()}, call,
+        lambda tile: _aligned(shared["longest_q"]) // tile.block_m * programs,
+    )  # fmt: skip
     return terms
 
 
-def _factor_size(factor: Tensor, kv_heads: int) -> Tensor:
-    """The largest |factor| of the query heads of each kv head: fp32 [B, Hkv]."""
-    return factor.abs().amax(-1).unflatten(1, (kv_heads, -1)).amax(-1).contiguous()
+def _grad_query(call: AttentionCall, shared: Arguments, needs: Gradients) -> tuple[Tensor | None, Tensor | None]:
+    if not (needs.q or needs.query_scale):
+        return None, None
+    d_q = _results(call, call.q.shape, call.q.dtype)
+    d_query_scale = _results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None
+    results = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale}
+    _launch("grad_query", shared | results, call, _row_programs(call))
+    return d_q, d_query_scale
+
+
+def _grad_key_value(
+    call: AttentionCall, shared: Arguments, needs: Gradients
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if not (needs.k or needs.v or needs.key_scale):
+        return None, None, None
+    visible = call.visibility
+    d_k = _results(call, call.k.shape, call.k.dtype)
+    d_v = _results(call, call.v.shape, call.v.dtype)
+    d_key_scale = _results(call, call.k.shape[:3], torch.float32) if needs.key_scale else None
+    results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size_ptr": None}
+    if call.query_scale is not None:
+        results["delta_ptr"] = shared["delta_factor_ptr"]
+        if call.q.dtype == torch.float16:
+            results["factor_size_ptr"] = _factor_size(call.query_scale, call.scale, visible.kv_heads)
+    programs = _members(call) * visible.kv_heads
+    _launch(
+        "grad_key_value", shared | results, call, lambda tile: -(-shared["longest_k"] // tile.block_n) * programs
+    )
+    return d_k, d_v, d_key_scale
 
 
 def _launch(kernel: str, available: Arguments, call: AttentionCall, programs: Callable[[TileConfig], int]) -> None:
-    problem = problem_of(call, query_scale_grad=available.get("d_query_scale_ptr") is not None)
+    d_out = available.get("d_out_ptr")
+    problem = problem_of(
+        call, d_out,
+        query_scale_grad=available.get("d_query_scale_ptr") is not None, aux=available.get("max_logit_ptr") is not None,
+    )  # fmt: skip
     chosen = plan(kernel, problem, call.q.device)
+    available = available | _descriptors(chosen.config, call, d_out)
     if kernel == "grad_key_value":
         available["row_bounds_ptr"] = None
         if call.visibility.key_ranges is not None:
             bounds = call.visibility.rows_of_key_blocks(chosen.config.block_n)
             available["row_bounds_ptr"] = bounds.expand(call.visibility.batch, -1, -1).contiguous()
-    wide = is_wide(call.q, call.k, call.v, available.get("d_out_ptr"))
-    chosen.launch(programs(chosen.config), available, wide)
+    chosen.launch(programs(chosen.config), available, is_wide(call.q, call.k, call.v, d_out))
 
 
-def _row_programs(visible: Visibility) -> Callable[[TileConfig], int]:
-    return lambda tile: -(-visible.q_len // tile.block_m) * visible.batch * visible.q_heads
+def _row_programs(call: AttentionCall) -> Callable[[TileConfig], int]:
+    longest_q, _ = _longest(call)
+    programs = _members(call) * call.visibility.q_heads
+    return lambda tile: -(-longest_q // tile.block_m) * programs
 
 
-def problem_of(call: AttentionCall, query_scale_grad: bool = False) -> Problem:
+def _members(call: AttentionCall) -> int:
+    sequences = call.visibility.sequences
+    return call.visibility.batch if sequences is None else len(sequences.q_starts) - 1
+
+
+def _longest(call: AttentionCall) -> tuple[int, int]:
+    visible, sequences = call.visibility, call.visibility.sequences
+    return (visible.q_len, visible.k_len) if sequences is None else (sequences.longest_q, sequences.longest_k)
+
+
+def _results(call: AttentionCall, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+    """A contiguous tensor that a kernel fills; what belongs to no packed sequence, no kernel writes."""
+    if call.visibility.sequences is None:
+        return torch.empty(shape, dtype=dtype, device=call.q.device)
+    return torch.full(shape, fill, dtype=dtype, device=call.q.device)
+
+
+def _aligned(rows: int) -> int:
+    return -(-rows // ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
+
+
+def _factor_size(query_scale: Tensor, scale: float, kv_heads: int) -> Tensor:
+    """The largest |factor| of the query heads of each kv head: fp32 [B, Hkv]."""
+    sizes = query_scale.abs().amax(-1).unflatten(1, (kv_heads, -1)).amax(-1)
+    return (sizes * abs(scale * _LOG2_E)).contiguous()
+
+
+def problem_of(
+    call: AttentionCall, d_out: Tensor | None = None, *, query_scale_grad: bool = False, aux: bool = False
+) -> Problem:
     """The parts of a call that select code."""
     visible = call.visibility
     return Problem(
@@ -113,17 +167,56 @@ def problem_of(call: AttentionCall, query_scale_grad: bool = False) -> Problem:
         key_scale=call.key_scale is not None,
         query_scale_grad=query_scale_grad,
         grouped=visible.q_heads != visible.kv_heads,
+        softcap=call.softcap is not None,
+        sinks=call.sinks is not None,
+        dropout=call.dropout is not None,
+        aux=aux,
+        sequences=visible.sequences is not None,
+        aligned=all(_fits_descriptor(x) for x in (call.q, call.k, call.v, d_out)),
     )
+
+
+def _fits_descriptor(tensor: Tensor | None) -> bool:
+    """Whether the tensor memory accelerator can address [B, H, S, D]: multiples of 16 bytes, the last axis dense."""
+    if tensor is None:
+        return True
+    *outer, last = tensor.stride()
+    steps = (stride for stride, size in zip(outer, tensor.shape, strict=False) if size > 1)
+    width = tensor.dtype.itemsize
+    is_dense = last == 1 and all(step > 0 and step * width % 16 == 0 for step in steps)
+    return is_dense and tensor.data_ptr() % 16 == 0
+
+
+def _descriptors(config: TileConfig, call: AttentionCall, d_out: Tensor | None) -> Arguments:
+    tensors = {"q": call.q, "k": call.k, "v": call.v, "d_out": d_out}
+    if not config.descriptors:
+        return {f"{name}_descriptor": None for name in tensors}
+    rows = {"q": config.block_m, "k": config.block_n, "v": config.block_n, "d_out": config.block_m}
+    return {f"{name}_descriptor": _descriptor(x, rows[name]) for name, x in tensors.items() if x is not None}
+
+
+def _descriptor(tensor: Tensor, rows: int) -> Any:
+    """Tiles of `rows` rows of one (batch, head); an axis of one entry may have any stride, so it gets a legal one."""
+    legal = 16 // tensor.dtype.itemsize
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    *outer, _ = (stride if size > 1 else legal for size, stride in pairs)
+    return TensorDescriptor(tensor, list(tensor.shape), [*outer, 1], [1, 1, rows, padded_dim(tensor.shape[3])])
 
 
 def _call_arguments(call: AttentionCall) -> Arguments:
     """The arguments that the forward and both backward kernels share."""
-    visible = call.visibility
+    visible, dropout = call.visibility, call.dropout
     reach = visible.q_len + visible.k_len
+    longest_q, longest_k = _longest(call)
     arguments = {
         "q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v,
         "query_scale_ptr": call.query_scale, "key_scale_ptr": call.key_scale,
-        "scale": float(call.scale), "q_len": visible.q_len, "k_len": visible.k_len,
+        "sinks_ptr": None if call.sinks is None else call.sinks.contiguous(),
+        "dropout_ptr": None if dropout is None else dropout.state,
+        "keep_from": 0 if dropout is None else dropout.threshold - 2**31,
+        "keep_scale": 1.0 if dropout is None else 1 / (1 - dropout.p),
+        "scale": float(call.scale), "softcap": None if call.softcap is None else float(call.softcap),
+        "q_len": visible.q_len, "k_len": visible.k_len, "longest_q": longest_q, "longest_k": longest_k,
         "left": None if visible.left is None else min(visible.left, reach),
         "right": None if visible.right is None else min(visible.right, reach),
         "q_heads": visible.q_heads, "group": visible.q_heads // visible.kv_heads,
@@ -136,6 +229,9 @@ def _call_arguments(call: AttentionCall) -> Arguments:
 def _visibility_arguments(call: AttentionCall) -> Arguments:
     visible = call.visibility
     lengths, ranges, mask, seen = visible.key_lengths, visible.key_ranges, visible.mask, None
+    q_starts = k_starts = None
+    if visible.sequences is not None:
+        q_starts, k_starts = (x.contiguous() for x in (visible.sequences.q_starts, visible.sequences.k_starts))
     if lengths is not None:
         lengths = lengths.clamp(0, visible.k_len).int().contiguous()
     if ranges is not None:
@@ -144,7 +240,11 @@ def _visibility_arguments(call: AttentionCall) -> Arguments:
         mask = mask.expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len).view(torch.uint8)
     if ranges is not None or mask is not None:
         seen = seen_bytes(visible.seen_keys(), call.k)
-    arguments = {"key_lengths_ptr": lengths, "key_ranges_ptr": ranges, "mask_ptr": mask, "seen_ptr": seen}
+    arguments = {
+        "key_lengths_ptr": lengths, "key_ranges_ptr": ranges, "mask_ptr": mask, "seen_ptr": seen,
+        "q_starts_ptr": q_starts, "k_starts_ptr": k_starts,
+    }  # fmt: skip
     return arguments | stride_arguments("mask", mask)
 
 
+_LOG2_E = 1.4426950408889634

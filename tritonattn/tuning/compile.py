@@ -11,9 +11,13 @@ from .config import Problem, Target, TileConfig, legal_reasons, padded_dim
 from .defaults import default_config
 
 _SCALAR_TYPES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
-_OPTIONAL = ("key_lengths", "key_ranges", "mask", "query_scale", "key_scale", "left", "right")
+_OPTIONAL = (
+    "key_lengths", "key_ranges", "mask", "query_scale", "key_scale", "left", "right", "softcap", "sinks", "dropout",
+    "block_table",
+)  # fmt: skip
 _POINTER_TYPES = {
-    "key_lengths": "i32", "key_ranges": "i32", "row_bounds": "i32", "mask": "u8", "seen": "u8",
+    "key_lengths": "i32", "cache_lengths": "i32", "block_table": "i32", "key_ranges": "i32", "row_bounds": "i32",
+    "q_starts": "i32", "k_starts": "i32", "mask": "u8", "seen": "u8", "dropout": "i64",
     "length_prefix": "fp64", "square_prefix": "fp64",
 }  # fmt: skip
 _DATA_POINTERS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
@@ -66,7 +70,7 @@ def specialisation(function, problem: Problem, config: TileConfig) -> tuple[dict
         if name in constexprs:
             signature[name], constants[name] = "constexpr", constexprs[name]
             continue
-        argument_type = _argument_type(name, problem)
+        argument_type = _argument_type(name, problem, config, constexprs)
         signature[name] = "constexpr" if argument_type in (None, 1) else argument_type
         if argument_type in (None, 1):
             constants[name] = argument_type
@@ -89,8 +93,10 @@ def constexpr_values(problem: Problem, config: TileConfig) -> dict:
     }
 
 
-def _argument_type(name: str, problem: Problem) -> str | int | None:
+def _argument_type(name: str, problem: Problem, config: TileConfig, constexprs: dict) -> str | int | None:
     """A Triton type, 1 for a unit stride, or None for an argument that the problem lacks."""
+    if name.endswith("_descriptor"):
+        return _descriptor_type(name, problem, config, constexprs) if config.descriptors else None
     for part in _OPTIONAL:
         if (name == part or name.startswith((part + "_ptr", part + "_stride"))) and not getattr(problem, part):
             return None if not name.startswith(part + "_stride") else 1
@@ -104,6 +110,13 @@ def _argument_type(name: str, problem: Problem) -> str | int | None:
         "row_bounds": not problem.key_ranges,
         "seen": not (problem.key_ranges or problem.mask),
         "d_lse": True,
+        "d_sinks": not problem.sinks,
+        "q_starts": not problem.sequences,
+        "k_starts": not problem.sequences,
+        "max_logit": not problem.aux,
+        "entropy": not problem.aux,
+        "split_max_logit": not problem.aux,
+        "split_entropy": not problem.aux,
     }
     if lacks.get(stem):
         return None
@@ -115,4 +128,11 @@ def _argument_type(name: str, problem: Problem) -> str | int | None:
         return 1 if unit else "i32"
     if name == "group" and not problem.grouped:
         return 1
-    return "fp32" if name == "scale" else "i32"
+    return "fp32" if name in ("scale", "softcap", "keep_scale") else "i32"
+
+
+def _descriptor_type(name: str, problem: Problem, config: TileConfig, constexprs: dict) -> str:
+    """Blocks of the streamed operand: keys in the passes over keys, rows in the pass over rows."""
+    rows = config.block_n if name in ("k_descriptor", "v_descriptor") else config.block_m
+    width = constexprs["BLOCK_D" if name in ("q_descriptor", "k_descriptor") else "BLOCK_DV"]
+    return f"tensordesc<{_SCALAR_TYPES[str(problem.dtype)]}[1, 1, {rows}, {width}]>"

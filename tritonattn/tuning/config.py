@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-# Kernels with an MMA loop, and the memory-bound ones, whose tiles only bound the rows that a program holds.
-TILED_KERNELS = ("forward", "grad_key_value", "grad_query")
-STREAMING_KERNELS = ("row_terms", "key_statistics", "key_prefix_sums", "key_statistics_grad")
+from ..kernels import primitives
 
-# Row terms of the backward are padded to a multiple of this, so every block_m up to it divides them.
-ROW_TERMS_ALIGNMENT = 128
+# Kernels with an MMA loop, and the memory-bound ones, whose tiles only bound the rows that a program holds.
+TILED_KERNELS = ("forward", "grad_key_value", "grad_query", "decode")
+STREAMING_KERNELS = ("row_terms", "key_statistics", "key_prefix_sums", "key_statistics_grad", "decode_combine")
+
+ROW_TERMS_ALIGNMENT = primitives.ROW_TERMS_ALIGNMENT.value
 
 # Largest shared memory of one block in bytes (CUDA C++ Programming Guide, table of compute capabilities; AMD LDS).
 _SHARED_BYTES = {
@@ -49,7 +50,13 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """The parts of a call that select code: sizes of the tiles' inner axes, dtype, and which tensors are there."""
+    """The parts of a call that select code: sizes of the tiles' inner axes, dtype, and which tensors are there.
+
+    aux          max_logit and entropy are asked for
+    sequences    the batch is packed
+    aligned      every address and stride of q, k, v and the output's gradient is a multiple of 16 bytes
+    packed_rows  the power of two, at least 16, that holds the heads of a group times the new tokens of a decode call
+    """
 
     head_dim: int
     value_dim: int
@@ -63,6 +70,14 @@ class Problem:
     key_scale: bool = False
     query_scale_grad: bool = False
     grouped: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    dropout: bool = False
+    aux: bool = False
+    sequences: bool = False
+    block_table: bool = False
+    packed_rows: int = 16
+    aligned: bool = True
 
     @property
     def width(self) -> int:
@@ -72,12 +87,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """block_m query rows and block_n keys a tile, warps a program, stages of the software pipeline."""
+    """block_m query rows and block_n keys a tile, warps a program, stages of the software pipeline.
+
+    descriptors   load the tiles that need no mask by the tensor memory accelerator (sm_90, sm_100)
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
 
 
 def padded_dim(dim: int) -> int:
@@ -98,10 +117,17 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
         reasons.append(f"num_stages {config.num_stages} is below 1")
     if kernel in TILED_KERNELS and ROW_TERMS_ALIGNMENT % config.block_m:
         reasons.append(f"block_m {config.block_m} does not divide the row terms' alignment {ROW_TERMS_ALIGNMENT}")
+    if config.descriptors and not _may_use_descriptors(kernel, problem, target):
+        reasons.append(f"descriptors need {', '.join(TILED_KERNELS)} on sm_90 or later, 16 bits and aligned tensors")
     shared, limit = _shared_estimate(kernel, config, problem), _SHARED_BYTES.get(target.arch, 65536)
     if shared > limit:
         reasons.append(f"tiles need about {shared} bytes of shared memory, {target.arch} has {limit}")
     return reasons
+
+
+def _may_use_descriptors(kernel: str, problem: Problem, target: Target) -> bool:
+    is_able = kernel in TILED_KERNELS and kernel != "decode" and target.backend == "cuda" and int(target.arch) >= 90
+    return is_able and problem.aligned and problem.dtype.itemsize == 2
 
 
 def _shared_estimate(kernel: str, config: TileConfig, problem: Problem) -> int:
@@ -112,5 +138,5 @@ def _shared_estimate(kernel: str, config: TileConfig, problem: Problem) -> int:
     held, streamed = (config.block_m, config.block_n)
     if kernel == "grad_key_value":
         held, streamed = streamed, held
-    held_width = padded_dim(problem.head_dim) if kernel == "forward" else rows
+    held_width = padded_dim(problem.head_dim) if kernel in ("forward", "decode") else rows
     return (held * held_width + streamed * rows * max(config.num_stages - 1, 1)) * problem.dtype.itemsize

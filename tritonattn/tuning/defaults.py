@@ -48,6 +48,16 @@ _TILES_WITH_KEY_SCALE = {
 }
 # IEEE fp32 products run on the FMA units, from registers.
 _TILES_OF_FLOAT32 = {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)}
+# Decoding waits for memory: two blocks of keys on their way to every program, and several programs a multiprocessor.
+# By family and width: block_n, num_warps, num_stages.
+_DECODE_TILES = {
+    "sm_80": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)},
+    "sm_86": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2)},
+    "sm_120": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2)},
+    "sm_90": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)},
+    "sm_100": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)},
+    "amd": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1)},
+}
 _FAMILIES = {
     "80": "sm_80", "87": "sm_80", "90": "sm_90", "100": "sm_100", "103": "sm_100", "120": "sm_120", "121": "sm_120",
 }  # fmt: skip
@@ -59,10 +69,22 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
     if kernel in STREAMING_KERNELS:
         rows = 1024 if kernel == "key_prefix_sums" else 8192 // max(width, 128)
         return TileConfig(rows, rows, 4, 1)
+    family = "amd" if target.backend == "hip" else _FAMILIES.get(target.arch, "sm_86")
+    if kernel == "decode":
+        return _decode_config(problem, width, family)
     if problem.dtype == torch.float32:
         return TileConfig(*_TILES_OF_FLOAT32[width])
-    family = "amd" if target.backend == "hip" else _FAMILIES.get(target.arch, "sm_86")
     tiles = _TILES[family][kernel][width]
     if problem.key_scale:
         tiles = _TILES_WITH_KEY_SCALE.get((family, kernel, width), tiles)
     return TileConfig(*tiles)
+
+
+def _decode_config(problem: Problem, width: int, family: str) -> TileConfig:
+    """As many rows as a group fills and registers hold; a page number is loaded one stage before its keys."""
+    if problem.dtype == torch.float32:
+        return TileConfig(16, 4096 // max(width, 128), 4, 2)
+    rows = min(problem.packed_rows, 64, 8192 // width)
+    block_n, warps, stages = _DECODE_TILES[family][width]
+    block_n = min(block_n, 2**18 // (rows * width))
+    return TileConfig(rows, block_n, warps, stages + (problem.block_table and family != "amd"))
