@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,10 +30,11 @@ class Heads:
 
 @dataclass(frozen=True)
 class Block:
-    """Some query rows of some heads."""
+    """Some query rows of some heads, and the keys outside which they see none."""
 
     heads: Heads
     rows: slice
+    keys: slice
 
     @property
     def index(self) -> tuple[slice, slice, slice]:
@@ -54,17 +56,19 @@ class Tiles:
         self.dtype = torch.promote_types(call.q.dtype, torch.float32)
         self.group = visible.q_heads // max(visible.kv_heads, 1)
         self.row_step = max(1, _ROWS // max(self.group, 1))
-        self.spans = [slice(key, min(key + _KEYS, visible.k_len)) for key in range(0, visible.k_len, _KEYS)]
         self.readable = readable(visible.device)
+        self.members = self._members()
         self.lo, self.hi = visible.ranges()  # [B or 1, Sq]
         self.first, self.last = self._host_bounds()
         self.unseen = None if visible.is_full else ~visible.seen_keys()  # [B or 1, 1 or Hkv, Sk]
-        self.holes = [self._has_holes(keys) for keys in self.spans]
+        self.holes = self._holes()
 
     def heads(self) -> Iterator[Heads]:
         """All heads, as many at a time as `_PAIRS` allows."""
         visible, group = self.call.visibility, self.group
-        pairs = min(self.row_step, visible.q_len) * group * min(_KEYS, visible.k_len)
+        longest_q = max((rows.stop - rows.start for rows, _ in self.members), default=0)
+        longest_k = max((keys.stop - keys.start for _, keys in self.members), default=0)
+        pairs = min(self.row_step, longest_q) * group * min(_KEYS, longest_k)
         fitting = max(1, _PAIRS // max(pairs, 1))
         head_step = max(1, min(fitting, visible.kv_heads))
         batch_step = fitting // head_step if head_step == visible.kv_heads else 1
@@ -76,9 +80,9 @@ class Tiles:
 
     def blocks(self, heads: Heads) -> Iterator[Block]:
         """All rows of some heads."""
-        rows = self.call.visibility.q_len
-        for row in range(0, rows, self.row_step):
-            yield Block(heads, slice(row, min(row + self.row_step, rows)))
+        for rows, keys in self.members:
+            for part in _cut(rows, self.row_step):
+                yield Block(heads, part, keys)
 
     def keys_of(self, block: Block) -> Iterator[tuple[slice, Tensor | None]]:
         """The spans of keys that some row of the block may see, and what of each is hidden: None for nothing.
@@ -86,11 +90,12 @@ class Tiles:
         Hidden pairs are bool, broadcastable to [batch entries, key heads, G, rows, keys].
         """
         mask, batch = self.call.visibility.mask, block.heads.batch
+        spans = _cut(block.keys, _KEYS)
         first, last = (_slice(bound, batch, block.rows)[..., None] for bound in (self.first, self.last))
-        start, stop = (torch.tensor([getattr(keys, end) for keys in self.spans]) for end in ("start", "stop"))
+        start, stop = (torch.tensor([getattr(keys, end) for keys in spans]) for end in ("start", "stop"))
         touched = ((first < stop) & (last > start)).flatten(0, 1).any(0).tolist()
         whole = ((first <= start) & (last >= stop)).flatten(0, 1).all(0).tolist()
-        for keys, is_touched, is_whole in zip(self.spans, touched, whole, strict=True):
+        for keys, is_touched, is_whole in zip(spans, touched, whole, strict=True):
             if is_touched and is_whole and mask is None and self._bounds_tell_all():
                 yield keys, None
             elif is_touched:
@@ -113,7 +118,7 @@ class Tiles:
         """Some or all keys of x [B, Hkv, Sk, C], widened, zero where no row sees them: [N, keys, C]."""
         keys = slice(0, x.shape[2]) if keys is None else keys
         x = x[heads.batch, heads.keys, keys].to(self.dtype)
-        if self.unseen is not None and any(self.holes[keys.start // _KEYS : -(-keys.stop // _KEYS)]):
+        if self.unseen is not None and (self.holes is None or self.holes[keys.start] < self.holes[keys.stop]):
             x = x.masked_fill(_slice(self.unseen, heads.batch, heads.keys)[..., keys, None], 0)
         return x.flatten(0, 1)
 
@@ -150,6 +155,19 @@ class Tiles:
         shape = (batch.stop - batch.start, heads.stop - heads.start, self.group)
         return x.view(*shape, block.rows.stop - block.rows.start, x.shape[-1])
 
+    def _members(self) -> list[tuple[slice, slice]]:
+        """Rows, and the keys that they may see: one part, or one for every packed sequence; together all rows."""
+        visible = self.call.visibility
+        whole = (slice(0, visible.q_len), slice(0, visible.k_len))
+        if visible.sequences is None or not self.readable:
+            return [whole]
+        q_starts, k_starts = visible.sequences.q_starts.tolist(), visible.sequences.k_starts.tolist()
+        parts = [
+            (slice(*rows), slice(*keys))
+            for rows, keys in zip(pairwise(q_starts), pairwise(k_starts), strict=True)
+        ]
+        return [*parts, (slice(q_starts[-1], visible.q_len), slice(0, 0))]
+
     def _host_bounds(self) -> tuple[Tensor, Tensor]:
         """First and one past the last key of each row, in host memory, [B or 1, Sq]; (Sk, 0) for none."""
         lo, hi = self.lo, self.hi
@@ -171,10 +189,12 @@ class Tiles:
         values = (visible.key_lengths, visible.key_ranges, visible.sequences)
         return self.readable or all(part is None for part in values)
 
-    def _has_holes(self, keys: slice) -> bool:
-        if self.unseen is None:
-            return False
-        return not self.readable or bool(self.unseen[..., keys].any())
+    def _holes(self) -> list[int] | None:
+        """How many keys before each are unseen somewhere; None where nobody may read it."""
+        if self.unseen is None or not self.readable:
+            return None
+        holes = self.unseen.flatten(0, -2).any(0)
+        return [0, *holes.cumsum(0).tolist()]
 
     def _hidden(self, block: Block, keys: slice) -> Tensor:
         batch = block.heads.batch
@@ -198,6 +218,10 @@ def exp_(x: Tensor) -> Tensor:
 def readable(device: torch.device) -> bool:
     """Whether values are read to skip tiles. Reading would wait for other devices: there only shapes tell."""
     return device.type == "cpu"
+
+
+def _cut(whole: slice, step: int) -> list[slice]:
+    return [slice(start, min(start + step, whole.stop)) for start in range(whole.start, whole.stop, step)]
 
 
 def _slice(x: Tensor, *parts: slice) -> Tensor:
