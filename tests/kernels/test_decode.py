@@ -1,0 +1,276 @@
+"""The decode kernels: prefill, then decoding, against one full pass; splits, pages, groups, NaN, repeatability."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.bound import assert_within_bound
+from tests.support.caches import GrowingCache, sequences
+from tritonattn import attention, attention_decode, launch, triton_backend
+from tritonattn.decode_call import Cache, DecodeCall
+from tritonattn.scaling import SCALINGS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# With 16 keys a block and 4 blocks in the shortest split: up to 3 splits.
+LENGTH, CAPACITY = 150, 171
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+
+def _check(
+    dtype, device, *, written=(70, 149), count=1, page=None, statistics=True, heads=(4, 2), dims=(16, 24), window=None,
+    **options,
+):  # fmt: skip
+    """Hold the newest rows of a cache to the bound of the same rows of one full pass, out and aux."""
+    q, k, v = sequences(dtype, heads=heads, length=LENGTH, dims=dims, device=device)
+    whole = {"causal": True, "window": window, "backend": "reference", "return_aux": True, **options}
+    exact, eager = (attention(*(x.to(kind) for x in (q, k, v)), **whole) for kind in (torch.float64, dtype))
+    cache = GrowingCache(k, v, CAPACITY, page, statistics)
+    cache.write([length - count for length in written])
+    cache.write(count)
+    query = cache.newest(q, count)
+    found = attention_decode(query, **cache.arguments(), window=window, backend="triton", return_aux=True, **options)
+    assert_within_bound(found[0], cache.newest(exact[0], count), cache.newest(eager[0], count), dtype)
+    for name, row in found[1]._asdict().items():
+        expected = cache.newest(getattr(exact[1], name), count)
+        torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("page", [None, 16, 23], ids=["contiguous", "page 16", "page 23"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_dtypes_layouts_and_new_tokens(dtype, page, count, device):
+    _check(dtype, device, page=page, count=count, scaling="cosine")
+
+
+@pytest.mark.parametrize("mode", SCALINGS)
+@pytest.mark.parametrize("statistics", [True, False], ids=["statistics", "keys"])
+def test_every_mode(mode, statistics, device):
+    _check(torch.float32, device, scaling=mode, statistics=statistics, page=19, count=2, window=(80, None))
+
+
+@pytest.mark.parametrize("mode", SCALINGS)
+def test_token_by_token(mode, device):
+    q, k, v = sequences(torch.float32, heads=(2, 1), length=22, dims=(16, 16), device=device)
+    expected = attention(q.double(), k.double(), v.double(), scaling=mode, causal=True, backend="reference")
+    cache = GrowingCache(k, v, 25, statistics=True)
+    cache.write([0, 14])
+    for _ in range(5):
+        cache.write(1)
+        found = attention_decode(cache.newest(q, 1), **cache.arguments(), scaling=mode, backend="triton")
+        torch.testing.assert_close(found.double(), cache.newest(expected, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [(0, 0), (20, None), (90, 5), (1000, None)], ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_windows(window, count, device):
+    _check(torch.float32, device, window=window, count=count, scaling="key_norm_max", page=17)
+
+
+@pytest.mark.parametrize(
+    ("heads", "count"), [((1, 1), 1), ((1, 1), 16), ((6, 2), 7), ((20, 1), 1), ((20, 1), 4), ((5, 5), 2)], ids=str
+)
+def test_groups_and_new_tokens(heads, count, device):
+    """Up to 80 packed rows, in tiles of 16."""
+    _check(torch.float32, device, heads=heads, count=count, gain=-0.7)
+
+
+@pytest.mark.parametrize("dims", [(1, 1), (17, 8), (64, 64), (96, 40), (192, 128), (256, 256)], ids=str)
+def test_head_dims(dims, device):
+    _check(torch.float32, device, dims=dims, heads=(2, 1), scaling="cosine")
+
+
+@pytest.mark.parametrize("written", [(1, 2), (16, 17), (64, 65), (128, 129)], ids=str)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_lengths_softcap_and_sinks(written, softcap, device):
+    """One to three splits in use of three."""
+    sinks = torch.tensor([0.3, -2.0, 4.0, 0.0], device=device)
+    _check(torch.float32, device, written=written, softcap=softcap, sinks=sinks, scaling=0.8)
+
+
+def test_scales_of_any_sign_and_zero(device):
+    q, k, v = sequences(torch.float32, length=LENGTH, dims=(16, 16), device=device)
+    gain = torch.linspace(-2, 2, 8, device=device).view(2, 4, 1) * torch.tensor([1.0, 0.0, -1.0] * 50, device=device)
+    expected = attention(q.double(), k.double(), v.double(), gain=gain.double(), causal=True, backend="reference")
+    cache = GrowingCache(k, v, CAPACITY)
+    cache.write([60, 150])
+    found = attention_decode(cache.newest(q, 3), **cache.arguments(), gain=cache.newest(gain, 3), backend="triton")
+    torch.testing.assert_close(found.double(), cache.newest(expected, 3), rtol=1e-5, atol=1e-5)
+
+
+def test_default_tiles(device, monkeypatch):
+    monkeypatch.undo()
+    _check(torch.float16, device, dims=(64, 64), page=16, scaling="key_norm_mean")
+    _check(torch.float32, device, dims=(64, 64), heads=(8, 1), count=3)
+
+
+@pytest.mark.parametrize("page", [None, 16])
+@pytest.mark.parametrize("capacity", [40, 171], ids=["one split", "three splits"])
+def test_rows_without_keys(page, capacity, device):
+    q, k, v = sequences(torch.float32, length=8, dims=(16, 16), device=device)
+    cache = GrowingCache(k, v, capacity, page, statistics=True)
+    cache.write([0, 2])
+    found, aux = attention_decode(
+        q[:, :, :3], **cache.arguments(), scaling="key_norm_rms", return_aux=True, backend="triton",
+        sinks=torch.tensor([0.0, 1.0, -torch.inf, 5.0], device=device),
+    )  # fmt: skip
+    empty = torch.tensor([[True, True, True], [True, False, False]], device=device)[:, None].expand(2, 4, 3)
+    assert (found[empty] == 0).all()
+    assert found[~empty].isfinite().all()
+    assert torch.equal(aux.lse == -torch.inf, empty)
+    assert torch.equal(aux.max_logit == -torch.inf, empty)
+    assert (aux.entropy[empty] == 0).all()
+
+
+@pytest.mark.parametrize("page", [None, 16])
+def test_wild_lengths_and_pages_are_clamped(page, device):
+    """Below the checks, as values on a GPU: nothing outside the cache is read."""
+    q, k, v = sequences(torch.float32, length=40, dims=(16, 16), device=device)
+    cache = GrowingCache(k, v, 40, page)
+    cache.write(40)
+    lengths = torch.tensor([-7, 1 << 40], device=device)
+    table = cache.arguments().get("block_table")
+    record = Cache(cache.k, cache.v, lengths, table)
+    out = triton_backend.decode(DecodeCall(q[:, :, -1:], record, 0.25), aux=False).out
+    assert (out[0] == 0).all()
+    whole = attention_decode(q[:, :, -1:], **cache.arguments(), backend="triton")
+    if page is None:
+        torch.testing.assert_close(out[1], whole[1], rtol=0, atol=0)
+    else:  # the last page is not full: the clamped length takes in what nobody has written
+        wild = Cache(cache.k, cache.v, torch.tensor([40, 40], device=device), torch.full_like(table, 1 << 30))
+        out = triton_backend.decode(DecodeCall(q[:, :, -1:], wild, 0.25), aux=False).out
+        assert (out == 0).all()
+
+
+def test_strides(device):
+    """[B, capacity, Hkv, D] in memory, every other element of the last axis, a transposed q."""
+    q, k, v = sequences(torch.float32, length=LENGTH, dims=(16, 16), device=device)
+    cache = GrowingCache(k, v, CAPACITY, statistics=True)
+    cache.write([90, 150])
+    arguments = cache.arguments()
+    query = cache.newest(q, 3)
+    expected = attention_decode(query, **arguments, scaling="key_norm_mean", backend="triton")
+    arguments["k_cache"] = cache.k.transpose(1, 2).contiguous().transpose(1, 2)
+    arguments["v_cache"] = cache.v.new_empty(*cache.v.shape[:3], 32)[..., ::2].copy_(cache.v)
+    query = query.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
+    found = attention_decode(query, **arguments, scaling="key_norm_mean", backend="triton")
+    assert torch.equal(found, expected)
+
+
+def test_offsets_past_int32(device):
+    """Keys 2^27 elements apart, in pages and not."""
+    stride = 2**27
+    storage = torch.empty(20 * stride, dtype=torch.float16, device=device)
+    q, k, v = sequences(torch.float16, batch=1, heads=(1, 1), length=20, dims=(16, 16), device=device)
+    lengths = torch.tensor([20], device=device)
+    expected = attention_decode(q[:, :, -1:], k, v, key_lengths=lengths, backend="triton")
+    wide = storage.as_strided((1, 1, 20, 16), (20 * stride, 20 * stride, stride, 1)).copy_(k)
+    assert torch.equal(attention_decode(q[:, :, -1:], wide, v, key_lengths=lengths, backend="triton"), expected)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    pages = wide.transpose(1, 2), v.transpose(1, 2)
+    found = attention_decode(q[:, :, -1:], *pages, key_lengths=lengths, block_table=table, backend="triton")
+    assert torch.equal(found, expected)
+
+
+def test_results_repeat_and_neighbours_change_nothing(device):
+    q, k, v = sequences(torch.float16, batch=3, length=LENGTH, dims=(16, 16), device=device)
+    cache = GrowingCache(k, v, CAPACITY, page=16, statistics=True)
+    cache.write([80, 150, 3])
+    query = cache.newest(q, 2)
+    options = {"scaling": "key_norm_sum", "backend": "triton", "return_aux": True}
+    first, second = (attention_decode(query, **cache.arguments(), **options) for _ in range(2))
+    for x, y in zip((first[0], *first[1]), (second[0], *second[1]), strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(attention_decode(query, **cache.arguments(), **{**options, "return_aux": False}), first[0])
+    for b in range(3):
+        alone = GrowingCache(k[b : b + 1], v[b : b + 1], CAPACITY, page=16, statistics=True)
+        alone.write([int(cache.lengths[b])])
+        found = attention_decode(query[b : b + 1], **alone.arguments(), **options)
+        for x, y in zip((found[0], *found[1]), (first[0], *first[1]), strict=True):
+            assert torch.equal(x[0], y[b])
+
+
+def test_poisoned_buffers(device, monkeypatch):
+    """Every result is written, and parts that were not written are not read: all memory starts as NaN."""
+    empty = torch.Tensor.new_empty
+
+    def poisoned(x, *size, **options):
+        made = empty(x, *size, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    _check(torch.float32, device, written=(5, 149), count=5, scaling="key_norm_l2")
+
+
+def test_the_launch_depends_on_shapes_only(device, monkeypatch):
+    """A CUDA graph replays the grid of its capture: lengths and pages must not enter it."""
+    grids = []
+    run = launch.run
+
+    def watched(kernel, grid, arguments, config):
+        grids.append((kernel, grid, {k: v for k, v in arguments.items() if not isinstance(v, torch.Tensor)}))
+        run(kernel, grid, arguments, config)
+
+    monkeypatch.setattr(launch, "run", watched)
+    q, k, v = sequences(torch.float32, length=LENGTH, dims=(16, 16), device=device)
+    cache = GrowingCache(k, v, CAPACITY, page=16, statistics=True)
+    for counts in ([1, 2], [100, 120]):
+        cache.write(counts)
+        attention_decode(cache.newest(q, 1), **cache.arguments(), scaling="key_norm_max", backend="triton")
+    assert grids[: len(grids) // 2] == grids[len(grids) // 2 :]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_mean", "key_norm_max", "cosine"])
+@pytest.mark.parametrize("page", [None, 16])
+def test_cuda_graph(mode, page, device):
+    """Append and decode, captured once, replayed as the cache grows."""
+    q, k, v = sequences(torch.float16, length=LENGTH, dims=(64, 64), device=device)
+    expected = attention(q, k, v, scaling=mode, causal=True)
+    cache = GrowingCache(k, v, CAPACITY, page, statistics=True)
+    cache.write([60, 100])
+    record, cache.record = cache.record, None
+    cache.write(1)
+    table = {} if page is None else {"block_table": cache.numbers.int()}
+    query, key, lengths = cache.newest(q, 1), cache.newest(k, 1), cache.lengths.clone()
+
+    def step():
+        record.append(key)
+        return attention_decode(query, cache.k, cache.v, key_lengths=lengths, scaling=mode, statistics=record, **table)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    record.truncate(lengths - 1)
+    with torch.cuda.graph(graph):
+        out = step()
+    record.truncate(lengths - 1)
+    for _ in range(5):
+        query.copy_(cache.newest(q, 1)), key.copy_(cache.newest(k, 1)), lengths.copy_(cache.lengths)
+        graph.replay()
+        torch.testing.assert_close(out, cache.newest(expected, 1), rtol=5e-3, atol=5e-3)
+        cache.write(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, while it traces a Function
+def test_compile_in_one_graph(device):
+    q, k, v = sequences(torch.float32, length=40, dims=(16, 16), device=device)
+    cache = GrowingCache(k, v, 45, page=16, statistics=True)
+    cache.write([20, 33])
+    query, arguments = cache.newest(q, 2), {**cache.arguments(), "backend": "triton", "scaling": "key_norm_mean"}
+    torch._dynamo.reset()
+    found = torch.compile(attention_decode, fullgraph=True, backend="aot_eager")(query, **arguments)
+    torch.testing.assert_close(found, attention_decode(query, **arguments), rtol=0, atol=0)
+
+
+def test_refusals(device):
+    q, k, v = sequences(torch.float64, dims=(16, 16), device=device)
+    lengths = torch.tensor([24, 24], device=device)
+    with pytest.raises(NotImplementedError, match=r"q of dtype torch.float64: backend 'triton' does not support it"):
+        attention_decode(q[:, :, -1:], k, v, key_lengths=lengths, backend="triton")
+    query, keys = q.new_ones(2, 4, 1, 257).half(), k.new_ones(2, 2, 24, 257).half()
+    with pytest.raises(NotImplementedError, match="head_dim 257, above 256"):
+        attention_decode(query, keys, keys, key_lengths=lengths, backend="triton")
