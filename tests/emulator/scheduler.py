@@ -67,8 +67,6 @@ class Scheduler:
             if not alive.any():
                 return _FINISHED
             ready = alive & ~waiting
-            if not ready.any():
-                raise PTXError("deadlock: the threads left wait at different barriers or for threads that exited")
             if not waiting.any() and alive.all() and (counters == counters[0]).all():
                 return int(counters[0])
             candidates = counters[ready]
@@ -90,24 +88,27 @@ class Scheduler:
         counters[mask] = counter + 1
         if block.exit == "barrier":
             waiting |= mask
-            self._release(block, mask, counters, waiting)
+            released = self._release(counters, waiting)
+            if (mask.reshape(len(released), -1).any(1) & ~released).any():
+                barrier = machine.kernel.instructions[block.end - 1]
+                what = "barrier reached by only part of a CTA at once (divergent barrier)"
+                message = f"{what}\n    {machine.kernel.where(barrier)}"
+                machine.report.note(machine.report.notes, ("barrier", barrier.line), barrier, message)
         elif block.exit != "fall":
             counters[mask & self._takes_exit(block)] = _destination(block)
+            if block.exit == "return" and waiting.any():
+                self._release(counters, waiting)
 
-    def _release(self, block: Block, mask, counters, waiting) -> None:
-        """Let the CTAs go on whose living threads all wait."""
+    def _release(self, counters, waiting):
+        """Let the CTAs go on whose threads all wait, those that have returned left out; a mask of these CTAs."""
         machine = self.machine
         by_cta = (machine.cta_count, machine.threads)
         waits, gone = waiting.reshape(by_cta), (counters == _FINISHED).reshape(by_cta)
         released = (waits | gone).all(1) & waits.any(1)
-        if (mask.reshape(by_cta).any(1) & ~released).any():
-            barrier = machine.kernel.instructions[block.end - 1]
-            what = "barrier reached by only part of a CTA at once (divergent barrier)"
-            message = f"{what}\n    {machine.kernel.where(barrier)}"
-            machine.report.note(machine.report.notes, ("barrier", barrier.line), barrier, message)
         if released.any():
             machine.pass_barrier(released)
             waiting &= ~np.repeat(released, machine.threads)
+        return released
 
 
 def _destination(block: Block) -> int:
