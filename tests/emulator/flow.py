@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -59,23 +60,44 @@ class Flow:
 
     @cached_property
     def running_before(self) -> list[frozenset[int]]:
-        """By block: the registers of wgmmas that may still run at its start (the least fixed point)."""
-        before = [frozenset() for _ in self.blocks]
+        """By block: the registers of wgmmas that may still run at its start."""
+        return self._may_hold(frozenset(), guarded_after)
+
+    @cached_property
+    def unfenced_before(self) -> list[frozenset[int]]:
+        """By block: the registers of wgmmas that others may have written since the last wgmma.fence."""
+        return self._may_hold(self.guarded, self.unfenced_after)
+
+    @cached_property
+    def guarded(self) -> frozenset[int]:
+        """The registers of all wgmmas."""
+        products = (one for one in self.instructions if one.base == "wgmma" and one.parts[1] == "mma_async")
+        return frozenset().union(*map(guarded_by, products))
+
+    def unfenced_after(self, instruction: Instruction, unfenced: frozenset[int]) -> frozenset[int]:
+        """`unfenced_before`, from instruction to instruction."""
+        if instruction.base != "wgmma":
+            return unfenced | self.guarded.intersection(instruction.written)
+        return frozenset() if instruction.parts[1] == "fence" else unfenced
+
+    def _may_hold(self, at_entry: frozenset[int], step: Callable) -> list[frozenset[int]]:
+        """Sets at the start of blocks, united over all paths: the least fixed point of step(instruction, set)."""
+        before = [at_entry] + [frozenset()] * (len(self.blocks) - 1)
         changed = True
         while changed:
+            after = [self._after(number, before[number], step) for number in range(len(self.blocks))]
             changed = False
-            after = [self._running_after(number, before[number]) for number in range(len(self.blocks))]
             for number, predecessors in enumerate(self.predecessors):
-                running = before[number].union(*(after[predecessor] for predecessor in predecessors))
-                changed |= running != before[number]
-                before[number] = running
+                united = before[number].union(*(after[predecessor] for predecessor in predecessors))
+                changed |= united != before[number]
+                before[number] = united
         return before
 
-    def _running_after(self, number: int, running: frozenset[int]) -> frozenset[int]:
+    def _after(self, number: int, held: frozenset[int], step: Callable) -> frozenset[int]:
         block = self.blocks[number]
         for instruction in self.instructions[block.start : block.end]:
-            running = guarded_after(instruction, running)
-        return running
+            held = step(instruction, held)
+        return held
 
     @cached_property
     def predecessors(self) -> list[list[int]]:

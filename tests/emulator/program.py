@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .arithmetic_code import ArithmeticCode
 from .errors import PTXError
-from .flow import Flow, guarded_after
+from .flow import Flow, guarded_after, guarded_by
 from .instruction import Instruction
 from .matrix_units import ProductGroup
 from .memory_code import MemoryCode
@@ -41,7 +41,7 @@ class Program(ArithmeticCode, MemoryCode):
 
     def _lines(self, number: int, act: str | None) -> list[str]:
         block, lines, group = self.flow.blocks[number], [], None
-        running = self.flow.running_before[number]
+        running, unfenced = self.flow.running_before[number], self.flow.unfenced_before[number]
         for one in self.flow.body(number):
             kind = _product_kind(one)
             if group is not None and (not group.takes(one, kind) if kind else group.separates(one)):
@@ -51,8 +51,8 @@ class Program(ArithmeticCode, MemoryCode):
                 group = group or ProductGroup(one)
                 group.add(one)
             else:
-                lines += self._instruction_lines(one, act, running)
-            running = guarded_after(one, running)
+                lines += self._instruction_lines(one, act, running, unfenced)
+            running, unfenced = guarded_after(one, running), self.flow.unfenced_after(one, unfenced)
         if group is not None:
             lines += self._group_lines(group, act)
         if block.register is not None and block.register in self.doubtful:
@@ -64,7 +64,10 @@ class Program(ArithmeticCode, MemoryCode):
         lines = [line for one in group.instructions for line in self._checks(one, act)]
         return [*lines, f"m.multiply({self.constant(group.close())},R,{act})"]
 
-    def _instruction_lines(self, one: Instruction, act: str | None, running: frozenset[int]) -> list[str]:
+    def _instruction_lines(
+        self, one: Instruction, act: str | None, running: frozenset[int], unfenced: frozenset[int]
+    ) -> list[str]:
+        """running, unfenced: as the flow says for wgmmas, just before this instruction."""
         lines = []
         if one.predicate is not None:
             condition = f"{'~' if one.predicate_negated else ''}R[{one.predicate}]"
@@ -76,6 +79,8 @@ class Program(ArithmeticCode, MemoryCode):
         touched = running.intersection([*one.used, *one.written])
         if touched and one.base != "wgmma":
             lines.append(f"m.check_results({self.constant(one)},{self.constant(touched)},{act})")
+        if unfenced and one.base == "wgmma" and one.results and unfenced & guarded_by(one):
+            lines.append(f"m.report_unfenced({self.constant(one)},{min(unfenced & guarded_by(one))},{act})")
         translate = getattr(self, f"translate_{one.base}", self.translate_arithmetic)
         try:
             return lines + translate(one, act)

@@ -121,6 +121,15 @@ class WarpgroupProducts:
                 left.append(running.part(~done))
         self.products = left
 
+    def report_unfenced(self, instruction, register: int, mask) -> None:
+        """A register of a wgmma was written, on some path, without a wgmma.fence behind it."""
+        lanes = np.arange(self.lanes) if mask is None else np.flatnonzero(mask)
+        if len(lanes):
+            name = self.kernel.register_names[register]
+            message = f"register race: {name} written and no wgmma.fence before\n    {self.kernel.where(instruction)}"
+            key = ("register", "wgmma.fence", instruction.line, 0)
+            self.report.note(self.report.races, key, instruction, message, len(lanes))
+
     def check_results(self, instruction, registers: frozenset[int], mask) -> None:
         """Nothing but a wgmma may touch the registers of unfinished products: not read D, not write D or A."""
         for running in self.products:
