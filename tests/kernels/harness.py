@@ -10,8 +10,8 @@ from torch import Tensor
 
 import tritonattn
 from tests.support.bound import assert_within_bound
+from tests.support.packed import Packed, packed_operands
 
-NAMES = ("q", "k", "v", "query_scale", "key_scale", "gain")
 Tensors = dict[str, Tensor]
 
 
@@ -29,7 +29,7 @@ def inputs(
     scales: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Tensors:
-    """Random q, k, v and the scales asked for, of either sign, some of them 0."""
+    """Random q, k, v and the scales and sinks asked for, of either sign, some of the scales 0."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -49,28 +49,61 @@ def inputs(
         tensors["key_scale"][..., ::5] = 0
     if "gain" in scales:
         tensors["gain"] = normal(heads, 1).abs() + 0.5
+    if "sinks" in scales:
+        tensors["sinks"] = normal(heads)
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
+def packed_inputs(
+    packed: Packed,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    kv_heads: int = 1,
+    group: int = 2,
+    head_dim: int = 16,
+    value_dim: int = 16,
+    scales: tuple[str, ...] = (),
+) -> Tensors:
+    """Random q, k, v of `attention_varlen`, NaN outside the sequences; where asked for, a gain a row, and sinks."""
+    heads, random = kv_heads * group, torch.Generator().manual_seed(2)
+    tensors = packed_operands(packed, dtype, (heads, kv_heads), (head_dim, value_dim))
+    if "gain" in scales:
+        tensors["gain"] = torch.randn(heads, packed.q_len, generator=random)
+        tensors["gain"][:, ::7] = 0
+    if "sinks" in scales:
+        tensors["sinks"] = torch.randn(heads, generator=random)
+    return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
+
+
 def check(tensors: Tensors, attend: Callable[..., Any] = tritonattn.scaled_attention, **arguments: Any) -> None:
-    """Hold backend "triton" to the bound: out and the gradient of every tensor, for a random gradient of out."""
+    """Hold backend "triton" to the bound: all results and the gradient of every tensor, for random gradients."""
     dtype = tensors["q"].dtype
-    shape = (*tensors["q"].shape[:3], tensors["v"].shape[3])
+    shape = (*tensors["q"].shape[:-1], tensors["v"].shape[-1])
     random = torch.Generator().manual_seed(1)
     d_out = torch.randn(shape, generator=random).to(dtype).to(tensors["q"].device)
     exact = run(as_double(tensors), d_out, attend, backend="reference", **arguments)
     eager = run(tensors, d_out, attend, backend="reference", **arguments)
     ours = run(tensors, d_out, attend, backend="triton", **arguments)
     for name, result in ours.items():
-        assert_within_bound(result, exact[name], eager[name], dtype, name=name)
+        hidden = exact[name].isneginf()  # lse and max_logit of rows without keys
+        assert torch.equal(result.isneginf(), hidden), f"{name}: expected -inf for the rows without keys, only"
+        values = (x.masked_fill(hidden, 0) for x in (result, exact[name], eager[name]))
+        assert_within_bound(*values, dtype, name=name)
 
 
 def run(tensors: Tensors, d_out: Tensor, attend: Callable[..., Any], **arguments: Any) -> Tensors:
-    """out and the gradients of a call."""
+    """out, aux where asked for, and the gradients of a call under gradients of out and lse; always one dropout mask."""
+    torch.manual_seed(4)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    out = attend(**leaves, **arguments)
-    gradients = torch.autograd.grad(out, list(leaves.values()), d_out.to(out.dtype))
-    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+    result = attend(**leaves, **arguments)
+    out, *aux = (result[0], *result[1]) if isinstance(result, tuple) else (result,)
+    results, directions = {"out": out}, [d_out.to(out.dtype)]
+    if aux:
+        results |= dict(zip(tritonattn.AttentionAux._fields, aux, strict=True))
+        directions.append(torch.linspace(-1, 1, aux[0].numel()).reshape(aux[0].shape).to(aux[0]))
+    gradients = torch.autograd.grad([out, *aux[:1]], list(leaves.values()), directions)
+    return {name: x.detach() for name, x in results.items()} | dict(zip(leaves, gradients, strict=True))
 
 
 def as_double(tensors: Tensors) -> Tensors:

@@ -1,0 +1,82 @@
+"""Tiles loaded by tensor descriptors are those loaded by pointers: every result has the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import tritonattn
+from tests.kernels import harness
+from tests.kernels.conftest import DEVICE
+from tests.support.masks import MASKS
+from tests.support.packed import Packed
+from tritonattn import launch
+from tritonattn.tuning.config import Target
+
+TAKE_DESCRIPTORS = ("forward", "grad_key_value", "grad_query")
+
+pytestmark = [
+    pytest.mark.usefixtures("small_tiles"),
+    pytest.mark.skipif(
+        not launch.interpreting and (torch.version.hip is not None or int(Target.of(DEVICE).arch) < 90),
+        reason="the tensor memory accelerator came with sm_90",
+    ),
+]
+
+
+def _check(tensors: harness.Tensors, monkeypatch: pytest.MonkeyPatch, attend=tritonattn.scaled_attention, **arguments):
+    """Compare the two ways, out and every gradient."""
+    d_out = torch.randn((*tensors["q"].shape[:-1], tensors["v"].shape[-1]), generator=torch.Generator().manual_seed(1))
+    d_out = d_out.to(tensors["q"])
+    by_pointers = harness.run(tensors, d_out, attend, backend="triton", **arguments)
+    small, run, took = launch.config_for, launch.run, set()
+
+    def config(kernel, problem, target):
+        return replace(small(kernel, problem, target), descriptors=kernel in TAKE_DESCRIPTORS)
+
+    def watched(kernel, grid, values, tiles):
+        took.update(name for name, value in values.items() if isinstance(value, TensorDescriptor))
+        run(kernel, grid, values, tiles)
+
+    monkeypatch.setattr(launch, "config_for", config)
+    monkeypatch.setattr(launch, "run", watched)
+    by_descriptors = harness.run(tensors, d_out, attend, backend="triton", **arguments)
+    assert took == {"q_descriptor", "k_descriptor", "v_descriptor", "d_out_descriptor"}
+    for name, result in by_pointers.items():
+        assert torch.equal(by_descriptors[name], result), name
+
+
+@pytest.mark.parametrize("mask", ["full", "causal window", "ranges"])
+def test_masks(mask, device, monkeypatch):
+    tensors = harness.inputs(torch.float16, device, scales=("query_scale", "key_scale"), q_len=37, k_len=70)
+    masks = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in MASKS[mask](2, 2, 37, 70).items()}
+    _check(tensors, monkeypatch, **masks)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(8, 24), (40, 16), (96, 64)])
+def test_widths_that_fill_no_block(head_dim, value_dim, device, monkeypatch):
+    tensors = harness.inputs(torch.float16, device, head_dim=head_dim, value_dim=value_dim, kv_heads=2, batch=1)
+    _check(tensors, monkeypatch, causal=True)
+
+
+def test_strides(device, monkeypatch):
+    """q, k and v cut from one projection [B, S, 3, H, D]."""
+    projected = harness.inputs(torch.float16, device, q_len=6 * 36, group=1)["q"].view(2, 36, 3, 2, 16)
+    tensors = dict(zip("qkv", (x.transpose(1, 2) for x in projected.unbind(2)), strict=True))
+    _check(tensors, monkeypatch, causal=True)
+
+
+def test_packed_sequences(device, monkeypatch):
+    packed = Packed((19, 0, 35, 3), (37, 4, 35, 50), q_tail=5, k_tail=17)
+    tensors = harness.packed_inputs(packed, torch.float16, device, scales=("gain",))
+    attend = partial(tritonattn.attention_varlen, **packed.arguments(device))
+    _check(tensors, monkeypatch, attend, causal=True, return_aux=True)
+
+
+def test_every_form_at_once(device, monkeypatch):
+    tensors = harness.inputs(torch.float16, device, scales=("query_scale", "sinks"))
+    _check(tensors, monkeypatch, causal=True, softcap=1.5, dropout_p=0.3, return_aux=True)

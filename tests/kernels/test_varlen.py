@@ -1,0 +1,142 @@
+"""attention_varlen by the kernels: sequences of every length, each as if alone."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import tritonattn
+from tests.kernels import harness
+from tests.support.packed import Packed
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+# Tiles are 16 x 16: several of them, one, parts of one; no rows, no keys, more rows than keys; ends of no sequence.
+PACKED = Packed((19, 0, 35, 1, 16, 3), (19, 4, 0, 33, 16, 18), q_tail=5, k_tail=17)
+MASKS: dict[str, dict] = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (5, 2)},
+    "causal window": {"causal": True, "window": (7, None)},
+}
+EVERYTHING = {"softcap": 1.5, "dropout_p": 0.3, "return_aux": True}
+
+
+def attend(packed: Packed, device: torch.device):
+    return partial(tritonattn.attention_varlen, **packed.arguments(device))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_sum"])
+def test_masks(scaling, mask, device):
+    tensors = harness.packed_inputs(PACKED, torch.float32, device, scales=("gain",))
+    harness.check(tensors, attend(PACKED, device), scaling=scaling, **MASKS[mask])
+
+
+@pytest.mark.parametrize("scaling", ["log_key_count", "key_norm_max", "key_norm_rms", "cosine"])
+def test_modes(scaling, device):
+    packed = Packed((18, 0, 5), (20, 3, 17), q_tail=1, k_tail=2)
+    tensors = harness.packed_inputs(packed, torch.float32, device)
+    harness.check(tensors, attend(packed, device), scaling=scaling, causal=True)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal window"])
+def test_every_form_at_once(mask, device):
+    tensors = harness.packed_inputs(PACKED, torch.float32, device, scales=("gain", "sinks"))
+    harness.check(tensors, attend(PACKED, device), **EVERYTHING, **MASKS[mask])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_in_16_bit(dtype, device):
+    packed = Packed((18, 1, 33), (18, 20, 5))
+    tensors = harness.packed_inputs(packed, dtype, device, scales=("gain", "sinks"))
+    harness.check(tensors, attend(packed, device), scaling="key_norm_mean", causal=True, **EVERYTHING)
+
+
+@pytest.mark.parametrize(("kv_heads", "group"), [(2, 1), (2, 3)])
+def test_grouped_heads(kv_heads, group, device):
+    packed = Packed((17, 3), (20, 18))
+    tensors = harness.packed_inputs(packed, torch.float32, device, kv_heads=kv_heads, group=group, scales=("gain",))
+    harness.check(tensors, attend(packed, device), scaling="key_norm_sum", causal=True)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(17, 40), (192, 128), (256, 256)])
+def test_head_dims(head_dim, value_dim, device):
+    packed = Packed((17, 3), (18, 5))
+    tensors = harness.packed_inputs(packed, torch.float32, device, head_dim=head_dim, value_dim=value_dim)
+    harness.check(tensors, attend(packed, device), causal=True)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [Packed((), (), 3, 4), Packed((0, 0), (3, 2)), Packed((5, 2), (0, 0), 0, 3), Packed((0, 7), (5, 0), 2, 2)],
+    ids=str,
+)
+def test_rows_without_keys(packed, device):
+    tensors = harness.packed_inputs(packed, torch.float32, device)
+    d_out = torch.ones_like(tensors["q"])
+    found = harness.run(tensors, d_out, attend(packed, device), backend="triton", causal=True, return_aux=True)
+    assert (found["lse"] == -torch.inf).all()
+    assert (found["max_logit"] == -torch.inf).all()
+    for name in ("out", "entropy", "q", "k", "v"):
+        assert (found[name] == 0).all(), name
+
+
+def test_a_longer_maximum_than_the_longest_sequence_changes_nothing(device):
+    tensors = harness.packed_inputs(PACKED, torch.float32, device)
+    d_out, longer = torch.ones_like(tensors["q"]), {"max_seqlen_q": 64, "max_seqlen_k": 500}
+    exactly = harness.run(tensors, d_out, attend(PACKED, device), backend="triton", causal=True)
+    found = harness.run(tensors, d_out, partial(attend(PACKED, device), **longer), backend="triton", causal=True)
+    for name, result in exactly.items():
+        assert torch.equal(found[name], result), name
+
+
+def test_neighbours_change_nothing(device):
+    """A sequence has the same bits alone and between others, wherever it starts."""
+    tensors = harness.packed_inputs(PACKED, torch.float32, device, scales=("gain",))
+    arguments = {"backend": "triton", "causal": True, "scaling": "key_count"}
+    d_out = torch.randn(tensors["q"].shape, generator=torch.Generator().manual_seed(5)).to(device)
+    whole = harness.run(tensors, d_out, attend(PACKED, device), **arguments)
+    for member in (0, 3, 4):
+        rows, keys = PACKED.members()[member]
+        part = {"q": rows, "k": keys, "v": keys}
+        own = {name: tensors[name][index].clone() for name, index in part.items()}
+        own["gain"] = tensors["gain"][:, rows].clone()
+        alone = Packed((rows.stop - rows.start,), (keys.stop - keys.start,))
+        found = harness.run(own, d_out[rows], attend(alone, device), **arguments)
+        for name, index in {"out": rows, **part}.items():
+            assert torch.equal(found[name], whole[name][index]), name
+        assert torch.equal(found["gain"], whole["gain"][:, rows])
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # the interpreter's
+def test_nan_in_a_sequence_stays_there(device):
+    tensors = harness.packed_inputs(PACKED, torch.float32, device, scales=("gain", "sinks"))
+    arguments = {"backend": "triton", "causal": True, "scaling": "log_key_count", **EVERYTHING}
+    d_out = torch.ones_like(tensors["q"])
+    clean = harness.run(tensors, d_out, attend(PACKED, device), **arguments)
+    rows, keys = PACKED.members()[0]
+    for name, index in {"q": rows, "k": keys, "v": keys}.items():
+        tensors[name][index] = torch.nan
+    found = harness.run(tensors, d_out, attend(PACKED, device), **arguments)
+    for name in ("out", "q", "k", "v"):
+        behind = slice((keys if name in "kv" else rows).stop, None)
+        assert torch.equal(found[name][behind], clean[name][behind]), name
+    for name in ("lse", "max_logit", "entropy"):
+        assert torch.equal(found[name][:, rows.stop :], clean[name][:, rows.stop :]), name
+
+
+def test_strides(device):
+    """q, k and v cut from one projection [T, 3, H, D]."""
+    packed = Packed((18, 3), (18, 3))
+    random = torch.Generator().manual_seed(0)
+    projected = torch.randn(packed.q_len, 3, 2, 16, generator=random).to(device)
+    tensors = dict(zip("qkv", projected.unbind(1), strict=True))
+    d_out = torch.randn(2, 16, packed.q_len, generator=random).to(device).permute(2, 0, 1)
+    found = harness.run(tensors, d_out, attend(packed, device), backend="triton", causal=True)
+    dense = {name: x.contiguous() for name, x in tensors.items()}
+    expected = harness.run(dense, d_out.contiguous(), attend(packed, device), backend="triton", causal=True)
+    for name, result in expected.items():
+        assert torch.equal(found[name], result), name
