@@ -11,6 +11,7 @@ import tritonattn
 from tests.kernels import harness
 from tests.support.masks import MASKS
 from tritonattn import launch, triton_backend
+from tritonattn.tuning.config import TileConfig
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCALES = ((), ("query_scale",), ("query_scale", "key_scale"))
@@ -127,8 +128,9 @@ def test_expanded_tensors(device):
     torch.testing.assert_close(q.grad.double(), reference.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_offsets_past_int32(device):
-    """Rows 2^27 elements apart: offsets inside one tile pass 2^31, though few elements are used."""
+def test_offsets_past_int32(device, monkeypatch):
+    """Rows 2^27 elements apart, 20 of them in one tile: offsets inside it pass 2^31, though few elements are used."""
+    monkeypatch.setattr(launch, "config_for", lambda *_: TileConfig(32, 32, 4, 1))
     stride = 2**27
     storage = torch.empty(20 * stride, dtype=torch.float16, device=device)
     tensors = harness.inputs(torch.float16, device, batch=1, group=1, q_len=20, k_len=20)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -86,7 +88,8 @@ def test_head_dims(dims, device):
 def test_lengths_softcap_and_sinks(written, softcap, device):
     """One to three splits in use of three."""
     sinks = torch.tensor([0.3, -2.0, 4.0, 0.0], device=device)
-    _check(torch.float32, device, written=written, softcap=softcap, sinks=sinks, scaling=0.8)
+    for count in (1, min(3, *written)):
+        _check(torch.float32, device, written=written, count=count, softcap=softcap, sinks=sinks, scaling=0.8)
 
 
 def test_scales_of_any_sign_and_zero(device):
@@ -124,23 +127,32 @@ def test_rows_without_keys(page, capacity, device):
 
 
 @pytest.mark.parametrize("page", [None, 16])
-def test_wild_lengths_and_pages_are_clamped(page, device):
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_wild_lengths_are_clamped(dtype, page, device):
     """Below the checks, as values on a GPU: nothing outside the cache is read."""
-    q, k, v = sequences(torch.float32, length=40, dims=(16, 16), device=device)
-    cache = GrowingCache(k, v, 40, page)
-    cache.write(40)
-    lengths = torch.tensor([-7, 1 << 40], device=device)
+    q, k, v = sequences(torch.float32, length=48, dims=(16, 16), device=device)
+    cache = GrowingCache(k, v, 48, page)
+    cache.write(48)
     table = cache.arguments().get("block_table")
-    record = Cache(cache.k, cache.v, lengths, table)
-    out = triton_backend.decode(DecodeCall(q[:, :, -1:], record, 0.25), aux=False).out
-    assert (out[0] == 0).all()
-    whole = attention_decode(q[:, :, -1:], **cache.arguments(), backend="triton")
-    if page is None:
-        torch.testing.assert_close(out[1], whole[1], rtol=0, atol=0)
-    else:  # the last page is not full: the clamped length takes in what nobody has written
-        wild = Cache(cache.k, cache.v, torch.tensor([40, 40], device=device), torch.full_like(table, 1 << 30))
-        out = triton_backend.decode(DecodeCall(q[:, :, -1:], wild, 0.25), aux=False).out
-        assert (out == 0).all()
+    lengths = torch.tensor([-7, torch.iinfo(dtype).max], dtype=dtype, device=device)
+    found = triton_backend.decode(DecodeCall(q[:, :, -1:], Cache(cache.k, cache.v, lengths, table), 0.25), aux=False).out
+    assert (found[0] == 0).all()
+    assert torch.equal(found[1], attention_decode(q[:, :, -1:], **cache.arguments(), backend="triton")[1])
+
+
+def test_wild_pages_count_as_zeros(device):
+    """Page numbers below 0 and from N on; the memory on either side of the pages is NaN."""
+    q, k, v = sequences(torch.float32, length=48, dims=(16, 16), device=device)
+    cache = GrowingCache(k, v, 48, page=16)
+    cache.write(48)
+    surround = (0, 0, 0, 0, 0, 0, 1, 1)
+    pages = [torch.nn.functional.pad(x, surround, value=torch.nan)[1:-1] for x in (cache.k, cache.v)]
+    table = cache.arguments()["block_table"]
+    for b, number in enumerate((-1, len(cache.k))):
+        table[b, 1] = number
+        cache.k[cache.numbers[b, 1]] = cache.v[cache.numbers[b, 1]] = 0
+    found = triton_backend.decode(DecodeCall(q[:, :, -1:], Cache(*pages, cache.lengths, table), 0.25), aux=False).out
+    assert torch.equal(found, attention_decode(q[:, :, -1:], **cache.arguments(), backend="triton"))
 
 
 def test_strides(device):
@@ -158,9 +170,10 @@ def test_strides(device):
     assert torch.equal(found, expected)
 
 
-def test_offsets_past_int32(device):
-    """Keys 2^27 elements apart, in pages and not."""
-    stride = 2**27
+def test_offsets_past_int32(device, monkeypatch):
+    """Keys 2^27 elements apart, 20 of them in one tile, in pages and not."""
+    default, stride = launch.config_for, 2**27
+    monkeypatch.setattr(launch, "config_for", lambda *asked: replace(default(*asked), block_n=32))
     storage = torch.empty(20 * stride, dtype=torch.float16, device=device)
     q, k, v = sequences(torch.float16, batch=1, heads=(1, 1), length=20, dims=(16, 16), device=device)
     lengths = torch.tensor([20], device=device)
