@@ -80,6 +80,52 @@ def test_guesses_are_taken_back(mode, page):
 
 
 @every_mode
+@every_layout
+def test_beams_change_places(mode, page):
+    q, k, v = sequences(batch=3)
+    scaling, index = MODES[mode](), torch.tensor([2, 0, 0])
+    cache = GrowingCache(k, v, 40, page, statistics=True)
+    cache.write([9, 12, 5])
+    cache.reorder(index)
+    assert cache.lengths.tolist() == [5, 9, 9]
+    inherited = (torch.arange(24) < cache.lengths[:, None])[:, None, :, None]
+    cache.keys, cache.values = (torch.where(inherited, x[index], x) for x in (k, v))
+    expected = attention(q, cache.keys, cache.values, scaling=scaling, causal=True, backend="reference")
+    for count in (1, 3):
+        cache.write(count)
+        found = attention_decode(cache.newest(q, count), **cache.arguments(), scaling=scaling)
+        torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
+
+
+@every_mode
+def test_a_cache_is_used_again(mode):
+    """After a reset nothing is left of the sequences before, which were longer."""
+    cache = GrowingCache(*(50 * x for x in sequences(seed=1)[1:]), 24, statistics=True)
+    cache.write([24, 17])
+    cache.record.reset()
+    q, cache.keys, cache.values = sequences()
+    cache.lengths = torch.zeros_like(cache.lengths)
+    scaling, options = MODES[mode](), {"window": (6, None)}
+    expected = attention(q, cache.keys, cache.values, scaling=scaling, causal=True, backend="reference", **options)
+    cache.write([3, 9])
+    cache.write(2)
+    found = attention_decode(cache.newest(q, 2), **cache.arguments(), scaling=scaling, **options)
+    torch.testing.assert_close(found, cache.newest(expected, 2), rtol=1e-11, atol=1e-13)
+
+
+@every_backend
+@pytest.mark.parametrize("count", range(1, 17))
+def test_any_number_of_new_tokens(backend, count):
+    q, k, v = sequences()
+    expected = attention(q, k, v, scaling="key_norm_sum", causal=True, backend="reference")
+    cache = GrowingCache(k, v, 24, page=16, statistics=True)
+    cache.write([1, 24 - count])
+    cache.write(count)
+    found = attention_decode(cache.newest(q, count), **cache.arguments(), scaling="key_norm_sum", backend=backend)
+    torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
+
+
+@every_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_within_the_bound(mode, dtype):
     q, k, v = sequences(dtype, length=40)
@@ -147,20 +193,21 @@ def test_rows_without_keys_give_zeros(backend, page, mode):
 
 @every_mode
 @every_layout
-def test_statistics_spare_the_old_keys(mode, page):
+@pytest.mark.parametrize("window", WINDOWS[:2], ids=["full", "window"])
+def test_statistics_spare_the_old_keys(mode, page, window):
     """The scales of a step are the same when the cache's old keys are NaN."""
     q, k, v = sequences()
     cache = GrowingCache(k, v, 24, page, statistics=True)
     cache.write([9, 14])
     cache.write(2)
     query = cache.newest(q, 2)
-    scales = _scales_of(query, cache, MODES[mode]())
+    scales = _scales_of(query, cache, MODES[mode](), window)
     cache.k.fill_(torch.nan)
-    for found, expected in zip(_scales_of(query, cache, MODES[mode]()), scales, strict=True):
+    for found, expected in zip(_scales_of(query, cache, MODES[mode](), window), scales, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def _scales_of(query, cache, scaling):
+def _scales_of(query, cache, scaling, window):
     """What the scaling hands to the operator."""
     seen = []
 
@@ -170,7 +217,7 @@ def _scales_of(query, cache, scaling):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding.ops, "decode", decode)
-        attention_decode(query, **cache.arguments(), scaling=scaling)
+        attention_decode(query, **cache.arguments(), scaling=scaling, window=window)
     return [x for x in seen if x is not None]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
+from tests.support.watch import Watch
 from tritonattn import attention, attention_decode, launch, triton_backend
 from tritonattn.decode_call import Cache, DecodeCall
 from tritonattn.scaling import SCALINGS
@@ -68,6 +69,11 @@ def test_token_by_token(mode, device):
 @pytest.mark.parametrize("count", [1, 3])
 def test_windows(window, count, device):
     _check(torch.float32, device, window=window, count=count, scaling="key_norm_max", page=17)
+
+
+@pytest.mark.parametrize("page", [18, 33, 150, 200])
+def test_pages_of_any_size(page, device):
+    _check(torch.float32, device, page=page, count=2, scaling="key_norm_rms", window=(100, None))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +141,8 @@ def test_wild_lengths_are_clamped(dtype, page, device):
     cache.write(48)
     table = cache.arguments().get("block_table")
     lengths = torch.tensor([-7, torch.iinfo(dtype).max], dtype=dtype, device=device)
-    found = triton_backend.decode(DecodeCall(q[:, :, -1:], Cache(cache.k, cache.v, lengths, table), 0.25), aux=False).out
+    call = DecodeCall(q[:, :, -1:], Cache(cache.k, cache.v, lengths, table), 0.25)
+    found = triton_backend.decode(call, aux=False).out
     assert (found[0] == 0).all()
     assert torch.equal(found[1], attention_decode(q[:, :, -1:], **cache.arguments(), backend="triton")[1])
 
@@ -232,6 +239,28 @@ def test_the_launch_depends_on_shapes_only(device, monkeypatch):
         cache.write(counts)
         attention_decode(cache.newest(q, 1), **cache.arguments(), scaling="key_norm_max", backend="triton")
     assert grids[: len(grids) // 2] == grids[len(grids) // 2 :]
+
+
+@pytest.mark.parametrize("mode", SCALINGS)
+def test_nothing_waits_for_the_device(mode, device, monkeypatch):
+    """Where values are not read, as on a GPU, neither an append nor a step asks for one."""
+    for module in ("validation", "decode_validation", "cache_statistics"):
+        monkeypatch.setattr(f"tritonattn.{module}.values_are_read", lambda x: False)
+    q, k, v = sequences(torch.float32, length=LENGTH, dims=(16, 16), device=device)
+    cache = GrowingCache(k, v, CAPACITY, page=16, statistics=True)
+    cache.write([60, 100])
+    cache.write(2)
+    query, arguments = cache.newest(q, 2), {**cache.arguments(), "scaling": mode, "window": (80, None)}
+    monkeypatch.setattr(launch, "run", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    with Watch() as watch:
+        cache.record.append(query[:, :2])
+        cache.record.truncate(cache.lengths)
+        cache.record.reorder(torch.zeros_like(cache.lengths))
+        attention_decode(query, **arguments, backend="triton")
+        cache.record.reset()
+    asking = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal")
+    assert not watch.calls.keys() & {f"aten::{name}" for name in asking}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -75,6 +75,17 @@ class GrowingCache:
         if self.record is not None:
             self.record.truncate(self.lengths)
 
+    def reorder(self, index: Tensor) -> None:
+        """Let sequence b go on from what sequence index[b] holds, in memory of its own."""
+        for x in (self.k, self.v):
+            if self.numbers is None:
+                x.copy_(x[index])
+            else:
+                x[self.numbers] = x[self.numbers[index]]
+        self.lengths = self.lengths[index]
+        if self.record is not None:
+            self.record.reorder(index)
+
     def newest(self, x: Tensor, count: int) -> Tensor:
         """The rows of x [B, H, S, ...] that belong to the last `count` tokens of every sequence."""
         rows = [x[b, :, length - count : length] for b, length in enumerate(self.lengths.tolist())]
