@@ -10,7 +10,7 @@ import torch
 from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
 from tests.support.watch import Watch
-from tritonattn import attention, attention_decode, launch, triton_backend
+from tritonattn import attention, attention_decode, decoding, launch, triton_backend
 from tritonattn.decode_call import Cache, DecodeCall
 from tritonattn.scaling import SCALINGS
 
@@ -252,6 +252,8 @@ def test_nothing_waits_for_the_device(mode, device, monkeypatch):
     cache.write(2)
     query, arguments = cache.newest(q, 2), {**cache.arguments(), "scaling": mode, "window": (80, None)}
     monkeypatch.setattr(launch, "run", lambda *_: None)
+    # Past the operator, inside which nothing is watched.
+    monkeypatch.setattr(decoding.ops, "decode", lambda call, backend, aux: triton_backend.decode(call, aux))
     monkeypatch.setattr(torch.Tensor, "tolist", None)
     with Watch() as watch:
         cache.record.append(query[:, :2])
