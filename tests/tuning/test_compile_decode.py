@@ -68,6 +68,7 @@ def test_tiles_fit_the_rows():
 
     assert [rows(packed) for packed in (16, 32, 64, 128)] == [16, 32, 64, 64]
     assert rows(64, width=256) == 32
+    assert rows(128, width=64) == 64
 
 
 @pytest.mark.parametrize("page", [None, 16])
