@@ -90,6 +90,7 @@ class Checks:
         if space == "shared":
             if not atomic:
                 self.unfenced[cells] = True
+                self.check_barriers(instruction, cells, active, per_lane)
             self.check_pending(instruction, cells, active, per_lane, "write")
             self.check_busy(instruction, cells, active, per_lane)
             self.check_copies(instruction, cells, active, per_lane, "write")
@@ -119,6 +120,7 @@ class Checks:
     def check_async_write(self, instruction, cells, active, per_lane, data, name: str) -> None:
         """Races of a write by the asynchronous engine, at its issue; data: the rows that the lanes write."""
         shadow, own = self.shared_shadow, self.owners(active, per_lane)
+        self.check_barriers(instruction, cells, active, per_lane)
         self.check_busy(instruction, cells, active, per_lane)
         self.check_copies(instruction, cells, active, per_lane, f"{name} write")
         for kind, keys, instructions in (
@@ -161,6 +163,14 @@ class Checks:
         ):
             if bad.any():
                 self.race(instruction, "shared", f"write of a {what}", bad, active, per_lane, cells)
+
+    def check_barriers(self, instruction, cells, active, per_lane) -> None:
+        """An mbarrier's memory is for nothing else, and not for mbarrier.init, until mbarrier.inval."""
+        if not self.barriers_live:
+            return
+        bad = self.barrier_live[cells * self.shared_cell // 8]
+        if bad.any() and "inval" not in instruction.parts:
+            self.race(instruction, "shared", "write over an mbarrier without inval", bad, active, per_lane, cells)
 
     def check_copies(self, instruction, cells, active, per_lane, what: str, warps: int = 1) -> None:
         """A bulk copy's destination is for warps that saw it arrive; warps: how many from the lane's own use it."""

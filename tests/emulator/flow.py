@@ -59,13 +59,13 @@ class Flow:
         return found
 
     @cached_property
-    def running_before(self) -> list[frozenset[int]]:
-        """By block: the registers of wgmmas that may still run at its start."""
+    def running_before(self) -> list[frozenset[tuple[int, bool]]]:
+        """By block: the registers of wgmmas that may still run at its start, as `guarded_after` has them."""
         return self._may_hold(frozenset(), guarded_after)
 
     @cached_property
     def unfenced_before(self) -> list[frozenset[int]]:
-        """By block: the registers of wgmmas that others may have written since the last wgmma.fence."""
+        """By block: the registers of wgmmas that others may have read or written since the last wgmma.fence."""
         return self._may_hold(self.guarded, self.unfenced_after)
 
     @cached_property
@@ -77,23 +77,23 @@ class Flow:
     def unfenced_after(self, instruction: Instruction, unfenced: frozenset[int]) -> frozenset[int]:
         """`unfenced_before`, from instruction to instruction."""
         if instruction.base != "wgmma":
-            return unfenced | self.guarded.intersection(instruction.written)
+            return unfenced | self.guarded.intersection([*instruction.used, *instruction.written])
         return frozenset() if instruction.parts[1] == "fence" else unfenced
 
-    def _may_hold(self, at_entry: frozenset[int], step: Callable) -> list[frozenset[int]]:
+    def _may_hold(self, at_entry: frozenset, step: Callable) -> list[frozenset]:
         """Sets at the start of blocks, united over all paths: the least fixed point of step(instruction, set)."""
         before = [at_entry] + [frozenset()] * (len(self.blocks) - 1)
+        after: dict[int, frozenset] = {}
         changed = True
         while changed:
-            after = [self._after(number, before[number], step) for number in range(len(self.blocks))]
             changed = False
             for number, predecessors in enumerate(self.predecessors):
-                united = before[number].union(*(after[predecessor] for predecessor in predecessors))
-                changed |= united != before[number]
-                before[number] = united
+                united = before[number].union(*(after.get(predecessor, ()) for predecessor in predecessors))
+                if number not in after or united != before[number]:
+                    before[number], after[number], changed = united, self._after(number, united, step), True
         return before
 
-    def _after(self, number: int, held: frozenset[int], step: Callable) -> frozenset[int]:
+    def _after(self, number: int, held: frozenset, step: Callable) -> frozenset:
         block = self.blocks[number]
         for instruction in self.instructions[block.start : block.end]:
             held = step(instruction, held)
@@ -120,7 +120,9 @@ class Flow:
     def _starts(self) -> set[int]:
         count = len(self.instructions)
         behind = {instruction.index + 1 for instruction in self.instructions if instruction.ends_block}
-        return {0} | {at for at in {*self.kernel.labels.values(), *behind} if at < count}
+        named = {label for one in self.instructions if one.base == "bra" for label in one.target}
+        targets = {at for label, at in self.kernel.labels.items() if label in named}
+        return {0} | {at for at in targets | behind if at < count}
 
     def _block(self, start: int, end: int, block_of_label: dict) -> Block:
         last = self.instructions[end - 1]
@@ -168,11 +170,15 @@ def guarded_by(instruction: Instruction) -> frozenset[int]:
     return frozenset(registers_of([d, a] if a.kind == "vector" else [d]))
 
 
-def guarded_after(instruction: Instruction, running: frozenset[int]) -> frozenset[int]:
-    """The registers of wgmmas that may run behind an instruction, given those before it."""
+def guarded_after(instruction: Instruction, running: frozenset[tuple[int, bool]]) -> frozenset[tuple[int, bool]]:
+    """The registers of wgmmas that may run behind an instruction, given those before it, each with whether a
+    wgmma.commit_group may have closed its group: wgmma.wait_group waits for no other."""
     if instruction.base != "wgmma":
         return running
-    if instruction.parts[1] == "mma_async":
-        return running | guarded_by(instruction)
-    waits_for_all = instruction.parts[1] == "wait_group" and instruction.operands[0].value == 0
-    return frozenset() if waits_for_all else running
+    kind = instruction.parts[1]
+    if kind == "mma_async":
+        return running | {(register, False) for register in guarded_by(instruction)}
+    if kind == "commit_group":
+        return frozenset((register, True) for register, _ in running)
+    waits_for_all = kind == "wait_group" and instruction.operands[0].value == 0
+    return frozenset(one for one in running if not one[1]) if waits_for_all else running

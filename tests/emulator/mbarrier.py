@@ -19,6 +19,7 @@ class MemoryBarriers:
         entries = len(self.shared) // 8 + 1
         self.arrivals_expected, self.arrivals_missing, self.bytes_missing, self.phase = np.zeros((4, entries), i8)
         self.barrier_live = np.zeros(entries, bool)
+        self.barriers_live = 0
         self.fruitless_waits = 0
 
     def barriers_at(self, instruction: Instruction, address, mask, live: bool = True):
@@ -48,6 +49,7 @@ class MemoryBarriers:
                 self.race(instruction, "shared", kind, bad, copy.lanes, 1, copy.cells[:, 0], copy.instruction.index)
         self.arrive_copies(np.unique(entries))
         self.barrier_live[entries] = arrivals is not None
+        self.barriers_live = int(np.count_nonzero(self.barrier_live))
         self.arrivals_expected[entries] = self.arrivals_missing[entries] = arrivals or 0
         self.bytes_missing[entries] = self.phase[entries] = 0
 

@@ -65,7 +65,7 @@ class Program(ArithmeticCode, MemoryCode):
         return [*lines, f"m.multiply({self.constant(group.close())},R,{act})"]
 
     def _instruction_lines(
-        self, one: Instruction, act: str | None, running: frozenset[int], unfenced: frozenset[int]
+        self, one: Instruction, act: str | None, running: frozenset[tuple[int, bool]], unfenced: frozenset[int]
     ) -> list[str]:
         """running, unfenced: as the flow says for wgmmas, just before this instruction."""
         lines = []
@@ -76,7 +76,7 @@ class Program(ArithmeticCode, MemoryCode):
             lines.append(f"mk={condition}" if act is None else f"mk=mask&{condition}")
             act = "mk"
         lines += self._checks(one, act)
-        touched = running.intersection([*one.used, *one.written])
+        touched = frozenset(register for register, _ in running).intersection([*one.used, *one.written])
         if touched and one.base != "wgmma":
             lines.append(f"m.check_results({self.constant(one)},{self.constant(touched)},{act})")
         if unfenced and one.base == "wgmma" and one.results and unfenced & guarded_by(one):

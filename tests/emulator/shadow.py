@@ -6,11 +6,12 @@ import numpy as np
 from numpy import int32 as i4
 from numpy import int64 as i8
 
-# An access's key: cta + 1 << 32 | barrier epoch << 8 | ATOMIC | warp.
+# An access's key: cta + 1 << 32 | barrier epoch << 8 | PLAIN_BEFORE | ATOMIC | warp.
 WARP = i8(63)
 SEVERAL_WARPS = i8(63)
 ASYNC = i8(62)  # the asynchronous engine: nobody's warp
 ATOMIC = i8(64)
+PLAIN_BEFORE = i8(128)  # of an atomic: the CTA wrote otherwise in an earlier epoch
 SEVERAL_CTAS = i8(1 << 62)
 WITHIN_EPOCH = i8(255)
 CTA_BITS = i8(32)
@@ -37,7 +38,10 @@ class Shadow:
         if not self.local:
             bad = (previous != 0) & (bad | ((previous ^ own) >> CTA_BITS != 0))
         if atomic:
-            bad &= (previous & ATOMIC) == 0
+            plain = (previous & ATOMIC) == 0
+            if not self.local:
+                plain |= ((previous & PLAIN_BEFORE) != 0) & ((previous ^ own) >> CTA_BITS != 0)
+            bad &= plain
         return bad if bad.any() else None
 
     def read(self, cells, own, instruction: int):
@@ -65,15 +69,35 @@ class Shadow:
     def write(self, cells, own, instruction: int, atomic: bool = False):
         """Note a write: conflicts with an earlier write, with an earlier read, with another warp in this instruction,
         and the instructions of the earlier writes (None where there is no conflict with one)."""
-        if atomic:
-            own = own | ATOMIC
-        with_write = self.conflicts(self.writer[cells], own, atomic)
+        previous = self.writer[cells]
+        with_write = self.conflicts(previous, own, atomic)
         with_read = self.conflicts(self.reader[cells], own)
         earlier = self.writer_instruction[cells] if with_write is not None else None
-        self.writer[cells] = own
         within = None
-        if not atomic:
+        if atomic:
+            self._write_atomically(cells, own, previous)
+        else:
+            self.writer[cells] = own
             within = self.writer[cells] != own
             within = within if within.any() else None
         self.writer_instruction[cells] = instruction
         return with_write, with_read, within, earlier
+
+    def _write_atomically(self, cells, own, previous) -> None:
+        """The writer's key stands for all earlier ones that do not conflict: other atomics, and plain writes of this
+        warp or from before a barrier."""
+        difference, plain = previous ^ own, (previous & ATOMIC) == 0
+        same_cta, same_epoch = difference >> CTA_BITS == 0, difference >> i8(8) == 0
+        key = own | ATOMIC
+        if not self.local:
+            once_plain = plain | ((previous & PLAIN_BEFORE) != 0)
+            key = np.where(same_cta & once_plain, key | PLAIN_BEFORE, key)
+            key = np.where((previous != 0) & ~same_cta, key | SEVERAL_CTAS | SEVERAL_WARPS, key)
+        key = np.where(same_epoch & ((difference & WARP) != 0), key | SEVERAL_WARPS, key)
+        key = np.where(same_epoch & plain, own, key)
+        self.writer[cells] = key
+        kept = self.writer[cells]
+        lost = kept != key
+        if lost.any():  # several warps, or CTAs, in this one instruction
+            several = np.where((kept[lost] ^ key[lost]) >> CTA_BITS != 0, SEVERAL_CTAS | SEVERAL_WARPS, SEVERAL_WARPS)
+            self.writer[cells[lost]] = several | key[lost]

@@ -122,11 +122,11 @@ class WarpgroupProducts:
         self.products = left
 
     def report_unfenced(self, instruction, register: int, mask) -> None:
-        """A register of a wgmma was written, on some path, without a wgmma.fence behind it."""
+        """A register of a wgmma was read or written, on some path, without a wgmma.fence behind it."""
         lanes = np.arange(self.lanes) if mask is None else np.flatnonzero(mask)
         if len(lanes):
             name = self.kernel.register_names[register]
-            message = f"register race: {name} written and no wgmma.fence before\n    {self.kernel.where(instruction)}"
+            message = f"register race: {name} accessed and no wgmma.fence before\n    {self.kernel.where(instruction)}"
             key = ("register", "wgmma.fence", instruction.line, 0)
             self.report.note(self.report.races, key, instruction, message, len(lanes))
 
