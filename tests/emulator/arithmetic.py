@@ -52,6 +52,20 @@ def fma_to_odd(a, b, c):
     return add_to_odd(np.multiply(a, b, dtype=f8), np.asarray(c, dtype=f8))
 
 
+def float_min(a, b, keep_nan: bool = False):
+    """The smaller of two floats, -0 below +0; of a number and NaN the number, or, with keep_nan, NaN."""
+    result = np.minimum(a, b) if keep_nan else np.fmin(a, b)
+    zero = (a == 0) & (b == 0)
+    return np.where(zero, np.where(np.signbit(a), a, b), result) if zero.any() else result
+
+
+def float_max(a, b, keep_nan: bool = False):
+    """The larger one, as `float_min`."""
+    result = np.maximum(a, b) if keep_nan else np.fmax(a, b)
+    zero = (a == 0) & (b == 0)
+    return np.where(zero, np.where(np.signbit(a), b, a), result) if zero.any() else result
+
+
 def exp2_flushed(x):
     result = np.exp2(x)
     return result * (result >= TINY)

@@ -58,8 +58,9 @@ class ArithmeticCode(Operands):
 
     def _expression(self, one: Instruction, kind: str) -> str:
         if one.base in ("min", "max"):
-            keeps_nan = kind not in FLOAT_KINDS or "NaN" in one.parts
-            return f"np.{one.base}imum({{0}},{{1}})" if keeps_nan else f"np.f{one.base}({{0}},{{1}})"
+            if kind in FLOAT_KINDS:
+                return f"float_{one.base}({{0}},{{1}},{'NaN' in one.parts})"
+            return f"np.{one.base}imum({{0}},{{1}})"
         if one.base == "div":
             return "{0}/{1}" if kind in FLOAT_KINDS else "integer_divide({0},{1})"
         if one.base == "fma" and kind in SIXTEEN_BIT_KINDS:
@@ -72,7 +73,8 @@ class ArithmeticCode(Operands):
     def _relu(self, expression: str, type_name: str) -> str:
         """The maximum with 0 of the same type."""
         dtype = np.dtype(TYPES[type_name].dtype if TYPES[type_name].kind in ("signed", "float") else "f4")
-        return f"np.maximum({expression},{self.constant(dtype.type(0))})"
+        maximum = "np.maximum({},{})" if TYPES[type_name].kind == "signed" else "float_max({},{},True)"
+        return maximum.format(expression, self.constant(dtype.type(0)))
 
     def _widening(self, one: Instruction, act: str | None) -> list[str]:
         """mul.wide, mad.wide: the product in twice the bits."""

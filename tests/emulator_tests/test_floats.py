@@ -199,6 +199,14 @@ def test_nan_in_minimum_and_maximum():
     assert kept[3] == 2
 
 
+@pytest.mark.parametrize("modifier", ["", "NaN."])
+def test_minus_zero_lies_below_zero(modifier):
+    a, b = _singles(0.0, -0.0, 0.0, -0.0), _singles(-0.0, 0.0, 0.0, -0.0)
+    for name, signs in (("max", [1, 1, 1, -1]), ("min", [-1, -1, 1, -1])):
+        found = _floats(apply(f"{name}.{modifier}f32 {{d}}, {{a}}, {{b}};", "b32", a, b))
+        assert [math.copysign(1, x) for x in found] == signs
+
+
 @pytest.mark.parametrize(
     ("comparison", "holds"),
     [("lt", False), ("ne", False), ("ltu", True), ("neu", True), ("equ", True), ("num", False), ("nan", True)],
