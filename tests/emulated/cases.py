@@ -1,4 +1,4 @@
-"""What is run in the emulator: every form of attention as one more entry of FORMS."""
+"""What is run in the emulator: calls of attention, held to the bound by the check of all kernel tests."""
 
 from __future__ import annotations
 
@@ -9,67 +9,89 @@ from typing import Any
 import torch
 
 import tritonattn
-from tests.kernels.harness import Tensors, inputs
+from tests.kernels import harness
 from tests.support.masks import MASKS
 from tritonattn.tuning.config import TileConfig
 
-from .executor import padded
+from .executor import padded, padded_operands
 
 CPU = torch.device("cpu")
 
-
-@dataclass(frozen=True)
-class Form:
-    """A way to call attention: attend(**tensors, **arguments) gives out, or (out, aux); extra: its further tensors."""
-
-    attend: Callable[..., Any]
-    extra: Callable[[Case], Tensors] = lambda case: {}
+# Besides the masks of all tests, those that leave whole blocks of the default tiles visible between two edges.
+WIDE_MASKS = MASKS | {
+    "wide window": lambda *_: {"window": (130, 70)},
+    "wide causal window": lambda *_: {"causal": True, "window": (150, None)},
+    "an entry without keys": lambda batch, _, __, k_len: {"key_lengths": torch.tensor([0, k_len])[:batch]},
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "dropout": {"dropout_p": 0.3},
+    "aux": {"return_aux": True},
+    "every form": {"softcap": 1.5, "sinks": True, "dropout_p": 0.3, "return_aux": True},
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: sizes, dtype, mask, scales, form, and the tiles (None: those of the default config)."""
+    """One call: sizes, dtype, mask, scales, form, and the tiles (None: those of the default config).
+
+    dims: D and Dv; heads: kv heads, and query heads of each; lengths: of queries and keys.
+    """
 
     dtype: torch.dtype = torch.bfloat16
-    head_dim: int = 16
-    value_dim: int | None = None
+    dims: tuple[int, int] = (16, 16)
     tiles: TileConfig | None = None
     mask: str = "full"
     scales: tuple[str, ...] = ()
     form: str = "plain"
-    kv_heads: int = 1
-    group: int = 2
-    q_len: int = 37
-    k_len: int = 53
+    heads: tuple[int, int] = (1, 2)
+    lengths: tuple[int, int] = (37, 53)
     batch: int = 2
 
     def __str__(self) -> str:
-        """What differs from the defaults, in short."""
-        shown = [getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default]
-        return "-".join(_short(value) for value in shown) or "default"
+        return described(self)
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Mask arguments, and a scale for the constant mode."""
-        masks = MASKS[self.mask](self.batch, self.kv_heads * self.group, self.q_len, self.k_len)
-        return masks | {"scale": self.head_dim**-0.5}
-
-    def tensors(self) -> Tensors:
-        """The operands, in padded memory."""
-        tensors = inputs(
-            self.dtype, CPU, batch=self.batch, kv_heads=self.kv_heads, group=self.group, q_len=self.q_len,
-            k_len=self.k_len, head_dim=self.head_dim, value_dim=self.value_dim or self.head_dim, scales=self.scales,
+    def check(self) -> None:
+        """Hold the results and every gradient of backend "triton", which the emulator executes, to the bound."""
+        (kv_heads, group), (q_len, k_len) = self.heads, self.lengths
+        arguments, scales = dict(FORMS[self.form]), self.scales
+        if arguments.pop("sinks", False):
+            scales = (*scales, "sinks")
+        tensors = harness.inputs(
+            self.dtype, CPU, batch=self.batch, kv_heads=kv_heads, group=group, q_len=q_len, k_len=k_len,
+            head_dim=self.dims[0], value_dim=self.dims[1], scales=scales,
         )  # fmt: skip
-        tensors |= FORMS[self.form].extra(self)
-        return {name: padded(tensor) for name, tensor in tensors.items()}
+        arguments |= WIDE_MASKS[self.mask](self.batch, kv_heads * group, q_len, k_len)
+        if "mask" in arguments:
+            arguments["mask"] = padded(arguments["mask"])
+        attend = with_padded_gradient(tritonattn.scaled_attention)
+        harness.check(padded_operands(tensors), attend, scale=self.dims[0] ** -0.5, **arguments)
+
+
+def with_padded_gradient(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, with the gradient of its output in wider memory."""
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        result = attend(*arguments, **named)
+        out = result[0] if isinstance(result, tuple) else result
+        if out.requires_grad:
+            out.register_hook(padded)
+        return result
+
+    return call
+
+
+def described(case: Any) -> str:
+    """What of a case differs from the defaults, in short."""
+    shown = [getattr(case, one.name) for one in fields(case) if getattr(case, one.name) != one.default]
+    return "-".join(_short(value) for value in shown) or "default"
 
 
 def _short(value: Any) -> str:
     if isinstance(value, TileConfig):
         return f"{value.block_m}x{value.block_n}w{value.num_warps}s{value.num_stages}"
     if isinstance(value, tuple):
-        return "+".join(value)
+        return "+".join(map(str, value))
     return str(value).removeprefix("torch.").replace(" ", "_")
-
-
-FORMS = {"plain": Form(tritonattn.scaled_attention)}

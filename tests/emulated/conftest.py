@@ -22,16 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
-    """emulate(capability, tiles=None): from now on kernels run in the emulator; returns the executor.
+    """emulate(gpu, tiles=None): from now on kernels run in the emulator; returns the executor.
 
     New tensors are filled with NaN, so that a result that no kernel writes shows.
     """
-    from .executor import Executor
+    from .executor import GPU, Executor
 
-    def install(capability: int, tiles: TileConfig | None = None) -> Executor:
-        executor = Executor(capability)
+    def install(gpu: GPU, tiles: TileConfig | None = None) -> Executor:
+        executor = Executor(gpu)
         monkeypatch.setattr(launch, "run", executor)
-        monkeypatch.setattr(launch, "config_for", executor.config(tiles))
+        monkeypatch.setattr(launch, "config_for", gpu.config(tiles))
         return executor
 
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -3,47 +3,76 @@ clean report."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from tests.emulator import Report, run
 from tests.emulator.compile import compile_for
-from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig
+from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
 
+GAP = 16  # elements: rows start where those of whole tensors could, so that the same code is compiled
 
-class Executor:
-    """Takes the place of `tritonattn.launch.run`; `reports`: kernel names with what the emulator found."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-        self.reports: list[tuple[str, Report]] = []
+@dataclass(frozen=True)
+class GPU:
+    """capability: 80 or 90; descriptors: whether kernels that can load by the tensor memory accelerator do."""
 
-    def __call__(self, kernel, grid, arguments, config) -> None:
-        compiled = compile_for(
-            kernel, arguments, num_warps=config.num_warps, num_stages=config.num_stages, capability=self.capability
-        )  # fmt: skip
-        report = run(compiled.kernel, grid, compiled.arguments, names=compiled.names)
-        self.reports.append((report.name, report))
-        assert report.ok, str(report)
+    capability: int
+    descriptors: bool = False
+
+    def __str__(self) -> str:
+        return f"sm_{self.capability}{' descriptors' if self.descriptors else ''}"
 
     def config(self, tiles: TileConfig | None):
-        """A `config_for` of this GPU: the same tiles for all tiled kernels, or the defaults."""
+        """A `launch.config_for`: the same tiles for all tiled kernels, or this GPU's default config."""
         target = Target("cuda", str(self.capability))
 
         def config_for(kernel: str, problem: Problem, _: Target) -> TileConfig:
-            return tiles if tiles and kernel in TILED_KERNELS else default_config(kernel, problem, target)
+            chosen = tiles if tiles and kernel in TILED_KERNELS else default_config(kernel, problem, target)
+            asked = replace(chosen, descriptors=self.descriptors)
+            return replace(asked, descriptors=False) if legal_reasons(kernel, asked, problem, target) else asked
 
         return config_for
 
 
-def padded(tensor: Tensor) -> Tensor:
-    """The same values with NaN behind the rows of every head and behind every row, where an overrun is reported.
+GPUS = (GPU(80), GPU(90), GPU(90, descriptors=True))
 
-    Rows stay a multiple of 16 bytes apart; vectors, such as scales, get a gap behind the last axis.
-    """
-    if tensor.dim() < 3:
-        return tensor
-    gap = (0, 16 // tensor.element_size(), 0, 2) if tensor.dim() > 3 else (0, 3)
-    wide = torch.nn.functional.pad(tensor, gap, value=float("nan"))
+
+class Executor:
+    """Takes the place of `tritonattn.launch.run`; `reports`: what the emulator found at each launch."""
+
+    def __init__(self, gpu: GPU) -> None:
+        self.gpu = gpu
+        self.reports: list[Report] = []
+
+    def __call__(self, kernel, grid, arguments, config) -> None:
+        compiled = compile_for(
+            kernel, arguments, num_warps=config.num_warps, num_stages=config.num_stages,
+            capability=self.gpu.capability,
+        )  # fmt: skip
+        report = run(compiled.kernel, grid, compiled.arguments, names=compiled.names)
+        self.reports.append(report)
+        assert report.ok, str(report)
+
+    @property
+    def launched(self) -> list[str]:
+        return [report.name for report in self.reports]
+
+    def executed(self, kind: str) -> int:
+        """Warp instructions of a class, such as "cp.async"."""
+        return sum(report.counts.get(kind, 0) for report in self.reports)
+
+
+def padded(tensor: Tensor, gap: tuple[int, ...] = (0, GAP, 0, 2)) -> Tensor:
+    """The same values in wider memory, where an overrun is reported: NaN (in a mask, True) between the rows and behind
+    the last row of every head. gap: as `torch.nn.functional.pad` takes it."""
+    wide = torch.nn.functional.pad(tensor, gap, value=True if tensor.dtype == torch.bool else float("nan"))
     return wide[tuple(slice(size) for size in tensor.shape)]
+
+
+def padded_operands(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """q, k and v, and vectors such as scales, in wider memory."""
+    return {name: padded(x) if name in ("q", "k", "v") else padded(x, (0, 3)) for name, x in tensors.items()}

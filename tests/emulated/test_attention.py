@@ -1,4 +1,4 @@
-"""Forward and backward kernels of sm_80 and sm_90: every mask, scale, dtype and form, small and default tiles."""
+"""Forward and backward kernels of sm_80 and sm_90: every dtype, head dim, mask, scale and form."""
 
 from __future__ import annotations
 
@@ -6,32 +6,58 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from tests.support.pairs import all_pairs
 from tritonattn.tuning import TileConfig
 
-from .cases import Case
-from .checking import check
+from .cases import FORMS, WIDE_MASKS, Case
+from .executor import GPU, GPUS
 
-CAPABILITIES = (80, 90)
 HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
 SMALL = TileConfig(16, 16, 1, 2)  # short sequences have inner blocks, edges and tails
 WARPGROUP = TileConfig(64, 16, 4, 2)  # the smallest that wgmma takes
-SCALE = ("query_scale",)
-SCALES = ("query_scale", "key_scale")
+QUERY, BOTH = ("query_scale",), ("query_scale", "key_scale")
 
+# Of the small tiles and the default ones: a fast selection of what the slow test covers.
 FAST = (
-    Case(BFLOAT, tiles=SMALL, mask="causal", scales=SCALES),
-    Case(HALF, tiles=SMALL, mask="everything", scales=SCALE, kv_heads=2, group=1),
-    Case(SINGLE, tiles=SMALL, mask="causal window", scales=SCALES, batch=1),
-    Case(BFLOAT, 40, 24, TileConfig(32, 16, 2, 1), "ranges", q_len=50, k_len=33),
-    Case(HALF, 64, tiles=WARPGROUP, mask="causal lengths", scales=SCALE, q_len=70, k_len=60, batch=1, group=3),
-    Case(BFLOAT, 64, mask="causal", scales=SCALE, q_len=150, k_len=200, batch=1, group=1),
-    Case(HALF, 128, 64, mask="window", scales=SCALES, q_len=130, k_len=140, batch=1, group=1),
+    (GPU(80), Case(BFLOAT, tiles=SMALL, mask="causal", scales=BOTH)),
+    (GPU(80), Case(HALF, tiles=SMALL, mask="everything", scales=QUERY, form="every form", heads=(2, 1))),
+    (GPU(80), Case(SINGLE, tiles=SMALL, mask="causal window", scales=BOTH, form="aux", batch=1)),
+    (GPU(90), Case(BFLOAT, (40, 24), TileConfig(32, 16, 2, 1), "ranges", form="sinks", lengths=(50, 33))),
+    (GPU(90), Case(HALF, (64, 64), WARPGROUP, "causal lengths", QUERY, heads=(1, 3), lengths=(70, 60), batch=1)),
+    (GPU(90, True), Case(HALF, (64, 64), WARPGROUP, "causal", BOTH, heads=(2, 2), lengths=(70, 150), batch=1)),
+    (GPU(80), Case(BFLOAT, (64, 64), mask="causal", scales=QUERY, lengths=(150, 200), batch=1)),
+    (GPU(90), Case(BFLOAT, (64, 64), mask="causal", scales=QUERY, lengths=(150, 200), batch=1)),
+    (GPU(90, True), Case(HALF, (128, 64), mask="wide window", scales=BOTH, lengths=(130, 260), batch=1)),
 )
 
+# Every dtype by every head dim on every GPU, and every pair of the other choices, all in the default config.
+DIMS = ((16, 16), (32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (17, 40))
+ON = [(gpu, dtype) for gpu in GPUS for dtype in (HALF, BFLOAT, SINGLE) if not (gpu.descriptors and dtype == SINGLE)]
+CHOICES = {
+    "on": ON,
+    "dims": DIMS,
+    "mask": list(WIDE_MASKS),
+    "form": list(FORMS),
+    "scales": [(), QUERY, ("key_scale",), BOTH],
+    "heads": [(1, 1), (1, 3), (2, 2)],
+    "lengths": [(2, 70), (70, 17), (37, 130), (130, 130), (200, 290), (290, 150)],
+}
+EVERYTHING = [
+    (row["on"][0], Case(row["on"][1], **{name: value for name, value in row.items() if name != "on"}))
+    for row in all_pairs(CHOICES, [{"on": on, "dims": dims} for on in ON for dims in DIMS])
+]
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("case", FAST, ids=str)
-def test_attention(case, capability, emulate):
-    executor = emulate(capability, case.tiles)
-    check(case)
-    assert len(executor.reports) >= 4  # forward, row terms, both backward kernels
+
+@pytest.mark.parametrize(("gpu", "case"), FAST, ids=str)
+def test_attention(gpu, case, emulate):
+    executor = emulate(gpu, case.tiles)
+    case.check()
+    assert len(executor.launched) == 4  # forward, row terms, both backward kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gpu", "case"), EVERYTHING, ids=str)
+def test_every_pair_of_choices(gpu, case, emulate):
+    executor = emulate(gpu)
+    case.check()
+    assert executor.executed("tma") > 0 or not gpu.descriptors or case.dims[0] == 17

@@ -1,0 +1,101 @@
+"""attention_varlen by the kernels of sm_80 and sm_90: packed sequences, some empty, every dtype, head dim and form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tests.kernels import harness
+from tests.support.packed import Packed
+from tests.support.pairs import all_pairs
+from tritonattn import attention_varlen
+from tritonattn.tuning import TileConfig
+
+from .cases import CPU, FORMS, described, with_padded_gradient
+from .executor import GPU, padded_operands
+from .test_attention import ON
+
+# Sequences without rows, without keys, with more rows than keys; rows and keys of no sequence behind the last one.
+PACKED = {
+    "short": Packed((19, 0, 35, 1), (19, 4, 0, 33), q_tail=5, k_tail=17),
+    "long": Packed((150, 0, 40), (270, 3, 20), q_tail=5, k_tail=17),
+    "many": Packed((30, 1, 0, 129, 16), (64, 0, 7, 130, 5)),
+}
+MASKS: dict[str, dict] = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (130, 20)},
+    "causal window": {"causal": True, "window": (70, None)},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; heads: kv heads, and query heads of each; tiles None: the default config."""
+
+    dtype: torch.dtype
+    dims: tuple[int, int]
+    tiles: TileConfig | None = None
+    packed: str = "short"
+    mask: str = "full"
+    form: str = "plain"
+    scaling: str = "sqrt_dim"
+    gain: bool = True
+    heads: tuple[int, int] = (1, 2)
+
+    def __str__(self) -> str:
+        return described(self)
+
+    def check(self) -> None:
+        """Hold the results and every gradient to the bound."""
+        packed, arguments = PACKED[self.packed], FORMS[self.form] | MASKS[self.mask]
+        scales = ("gain",) if self.gain else ()
+        if arguments.pop("sinks", False):
+            scales = (*scales, "sinks")
+        tensors = harness.packed_inputs(
+            packed, self.dtype, CPU, kv_heads=self.heads[0], group=self.heads[1], head_dim=self.dims[0],
+            value_dim=self.dims[1], scales=scales,
+        )  # fmt: skip
+        attend = with_padded_gradient(partial(attention_varlen, **packed.arguments()))
+        harness.check(padded_operands(tensors), attend, scaling=self.scaling, **arguments)
+
+
+WARPGROUP = TileConfig(64, 16, 4, 2)
+FAST = (
+    (GPU(80), Case(torch.bfloat16, (16, 16), TileConfig(16, 16, 1, 2), mask="causal", form="every form")),
+    (GPU(90), Case(torch.float16, (32, 64), WARPGROUP, scaling="key_norm_sum")),
+    (GPU(90, True), Case(torch.bfloat16, (64, 64), WARPGROUP, mask="causal window", form="aux")),
+)
+CHOICES = {
+    "on": ON,
+    "dims": [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)],
+    "packed": ["long", "many"],
+    "mask": list(MASKS),
+    "form": list(FORMS),
+    "scaling": ["sqrt_dim", "key_norm_sum", "cosine"],
+    "gain": [False, True],
+    "heads": [(1, 1), (1, 3), (2, 2)],
+}
+EVERYTHING = [
+    (row["on"][0], Case(row["on"][1], **{name: value for name, value in row.items() if name != "on"}))
+    for row in all_pairs(CHOICES)
+]
+
+
+@pytest.mark.parametrize(("gpu", "case"), FAST, ids=str)
+def test_varlen(gpu, case, emulate):
+    executor = emulate(gpu, case.tiles)
+    case.check()
+    assert (executor.executed("tma") > 0) == gpu.descriptors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gpu", "case"), EVERYTHING, ids=str)
+def test_every_pair_of_choices(gpu, case, emulate):
+    executor = emulate(gpu)
+    case.check()
+    assert (executor.executed("tma") > 0) == gpu.descriptors

@@ -1,0 +1,58 @@
+"""Few combinations of many choices: every pair of choices occurs in one of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from itertools import combinations, product
+from typing import Any
+
+_TRIES = 8
+
+_Choice = tuple[int, int]  # positions of a name and of its value
+_Pair = tuple[_Choice, _Choice]
+
+
+def all_pairs(choices: Mapping[str, Sequence[Any]], first: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Combinations, one value of each of `choices` in every one, that hold every pair of values of different names.
+
+    Always the same ones. They begin with `first`, whose missing choices are filled in. Each is the best of a few that
+    are put together greedily, value by value, by how many new pairs they hold.
+    """
+    names, values = list(choices), list(choices.values())
+    sizes = [len(one) for one in values]
+    generator, rows = random.Random(0), []
+    missing: set[_Pair] = {
+        ((a, x), (b, y))
+        for a, b in combinations(range(len(sizes)), 2)
+        for x, y in product(range(sizes[a]), range(sizes[b]))
+    }
+    given = [{names.index(name): list(choices[name]).index(value) for name, value in row.items()} for row in first]
+    while given or missing:
+        start = given.pop(0) if given else dict(min(missing))
+        tries = [_filled(start, sizes, missing, generator) for _ in range(_TRIES)]
+        best = max(tries, key=lambda row: len(missing & _pairs(row)))
+        missing -= _pairs(best)
+        rows.append(best)
+    return [{name: values[at][row[at]] for at, name in enumerate(names)} for row in rows]
+
+
+def _filled(
+    start: Mapping[int, int], sizes: list[int], missing: set[_Pair], generator: random.Random
+) -> dict[int, int]:
+    row = dict(start)
+    left = [at for at in range(len(sizes)) if at not in row]
+    generator.shuffle(left)
+    for at in left:
+        numbers = list(range(sizes[at]))
+        generator.shuffle(numbers)
+        row[at] = max(numbers, key=lambda number: sum(_pair(one, (at, number)) in missing for one in row.items()))
+    return row
+
+
+def _pairs(row: Mapping[int, int]) -> set[_Pair]:
+    return {_pair(one, two) for one, two in combinations(row.items(), 2)}
+
+
+def _pair(one: _Choice, two: _Choice) -> _Pair:
+    return (one, two) if one < two else (two, one)
