@@ -16,7 +16,7 @@ from .tuning.config import Problem, Target, TileConfig
 from .tuning.defaults import default_config
 
 Arguments = dict[str, Any]
-Grid = tuple[int, ...]
+Grid = tuple[int, int, int]
 
 
 def run_on_device(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
@@ -49,6 +49,8 @@ interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
 run: Callable[[Any, Grid, Arguments, TileConfig], None] = run_interpreted if interpreting else run_on_device
 
 _READ_ONLY = ("q_ptr", "k_ptr", "v_ptr", "d_out_ptr")
+# Programs along the second and the third axis of a grid (CUDA C++ Programming Guide, table of compute capabilities).
+LONGEST_AXIS = 65535
 
 
 def runs_on(device: torch.device) -> bool:
@@ -64,10 +66,18 @@ class Plan(NamedTuple):
     names: tuple[str, ...]
     constexprs: Arguments
 
-    def launch(self, programs: int, available: Arguments, wide: bool) -> None:
-        """Run with the kernel's own arguments out of those available, in its order."""
-        values = {**available, **self.constexprs, "WIDE": wide}
-        run(self.kernel, (programs,), {name: values[name] for name in self.names}, self.config)
+    def launch(self, grid: Grid, available: Arguments, wide: bool) -> None:
+        """Run with the kernel's own arguments out of those available, in its order.
+
+        grid   blocks, heads and members (batch entries or sequences); past LONGEST_AXIS in several launches
+        """
+        blocks, heads, members = grid
+        for first_member in range(0, members, LONGEST_AXIS):
+            for first_head in range(0, heads, LONGEST_AXIS):
+                first = {"first_head": first_head, "first_member": first_member}
+                values = {**available, **self.constexprs, **first, "WIDE": wide}
+                part = blocks, min(heads - first_head, LONGEST_AXIS), min(members - first_member, LONGEST_AXIS)
+                run(self.kernel, part, {name: values[name] for name in self.names}, self.config)
 
 
 def plan(kernel: str, problem: Problem, device: torch.device) -> Plan:
@@ -77,7 +87,7 @@ def plan(kernel: str, problem: Problem, device: torch.device) -> Plan:
 @functools.lru_cache(maxsize=4096)
 def _plan(kernel: str, problem: Problem, target: Target, config_of: Callable) -> Plan:
     function, config = KERNELS[kernel], config_of(kernel, problem, target)
-    return Plan(function, config, tuple(function.arg_names), constexpr_values(problem, config))
+    return Plan(function, config, tuple(function.arg_names), constexpr_values(problem, config, target))
 
 
 _STRIDE_NAMES = {

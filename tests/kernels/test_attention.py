@@ -11,7 +11,7 @@ import tritonattn
 from tests.kernels import harness
 from tests.support.masks import MASKS
 from tritonattn import launch, triton_backend
-from tritonattn.tuning.config import TileConfig
+from tritonattn.tuning.config import Target, TileConfig
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCALES = ((), ("query_scale",), ("query_scale", "key_scale"))
@@ -206,14 +206,34 @@ def test_neighbours_in_the_batch_change_nothing(device):
         assert torch.equal(result, whole[name][1:2]), name
 
 
-def test_the_grid_is_one_axis(monkeypatch):
-    """100,000 batch entries pass the limit of 65,535 of a grid's other axes."""
+def test_a_grid_past_the_limit_of_its_axes(device, monkeypatch):
+    """More heads or batch entries than an axis of the hardware's grid holds take several launches."""
+    tensors = harness.inputs(torch.float16, device, batch=3, kv_heads=3, scales=("query_scale", "key_scale"))
+    d_out = torch.ones_like(tensors["q"])
+    runs = []
+    for longest in (launch.LONGEST_AXIS, 2):
+        monkeypatch.setattr(launch, "LONGEST_AXIS", longest)
+        runs.append(harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton", causal=True))
+    for name, result in runs[0].items():
+        assert torch.equal(result, runs[1][name]), name
+
+
+def test_every_program_runs_once(monkeypatch):
     grids = []
-    monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: grids.append(grid))
+    monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: grids.append((grid, arguments)))
     q = torch.empty(100_000, 1, 1, 16)
     visibility = tritonattn.visibility.Visibility.of(q, q)
     call = tritonattn.call.AttentionCall(q, q, q, visibility, 1.0)
-    result = triton_backend.forward(call)
+    result = triton_backend.forward(call, aux=False)
     triton_backend.backward(call, *result[:2], q, None, tritonattn.call.Gradients(True, True, True))
-    assert len(grids) == 4
-    assert all(len(grid) == 1 and grid[0] >= 100_000 for grid in grids)
+    assert [grid[1:] for grid, _ in grids] == [(1, 65_535), (1, 34_465)] * 4
+    assert [arguments["first_member"] for _, arguments in grids] == [0, 65_535] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_as_with_tensor_memory(device, dtype, monkeypatch):
+    """The row terms and sums of sm_100's kernels."""
+    if device.type == "cuda":
+        pytest.skip("kernels are compiled for this GPU")
+    monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: cls("cuda", "100")))
+    harness.check(harness.inputs(dtype, device, scales=("query_scale", "key_scale")), causal=True)

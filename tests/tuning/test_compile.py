@@ -94,15 +94,15 @@ def test_aot_specialisation_is_that_of_a_launch(monkeypatch):
     scales = torch.ones(2, 4, 64), torch.ones(2, 4, 64)
     visibility = Visibility.of(q, k, causal=True)
     call = AttentionCall(q, k, k, visibility, 0.1, *scales)
-    result = triton_backend.forward(call)
+    result = triton_backend.forward(call, aux=False)
     triton_backend.backward(call, *result[:2], q, None, Gradients(True, True, True, True, True))
     problem = Problem(64, 64, torch.float16, right=True, query_scale_grad=True, **SCALED)
     assert len(seen) == 4
     for kernel, arguments in seen.items():
-        signature, constants, _ = specialisation(kernel, problem, TileConfig(64, 64, 4, 2))
+        signature, constants, _ = specialisation(kernel, problem, TileConfig(64, 64, 4, 2), Target("cuda", "80"))
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor):
-                short = {torch.float16: "*fp16", torch.float32: "*fp32"}[value.dtype]
+                short = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}[value.dtype]
                 assert signature[name] == short, name
             elif value is None or ((name in ("group",) or "_stride_" in name) and value == 1):
                 assert constants[name] == value, name

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .forward import online_softmax, softmax_results, softmax_total
-from .primitives import COUNTS, LENGTHS, LN_2, LOG2_E, TINY_FACTOR, load_tile, tile_offsets
+from .primitives import COUNTS, LENGTHS, LN_2, LOG2_E, TINY_FACTOR, load_tile, program_position, tile_offsets
 
 # Blocks of keys in the shortest split: shorter ones would move more of their own results than of the cache.
 SHORTEST_SPLIT = tl.constexpr(4)
@@ -52,12 +52,13 @@ def _rows_of_decode(tile, group, q_len, length, left, BLOCK_M: tl.constexpr):
 def attention_decode(
     q_ptr, k_ptr, v_ptr, query_scale_ptr, key_scale_ptr, cache_lengths_ptr, block_table_ptr, sinks_ptr,
     split_out_ptr, split_lse_ptr, split_max_logit_ptr, split_entropy_ptr,
-    scale, softcap, left, q_len, capacity, page, pages, table_len, splits, q_heads, group,
+    scale, softcap, left, q_len, capacity, page, pages, table_len, splits, q_heads, group, first_head, first_member,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     v_stride_b, v_stride_h, v_stride_s, v_stride_d, query_scale_stride_b, query_scale_stride_h, query_scale_stride_s,
     key_scale_stride_b, key_scale_stride_h, key_scale_stride_s,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUM_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Attention of the newest Sq tokens of one sequence, for the heads of one group, over one split of its cache.
 
@@ -66,8 +67,8 @@ def attention_decode(
         lse[i]      = ln sum_j exp(logit[i, j])                               over the visible keys of the split
         out[i]      = sum_j exp(logit[i, j] - lse[i]) * v[j]
 
-    Grid: splits * cdiv(group * Sq, BLOCK_M) * B * Hkv; the keys that some row sees are shared out by
-    `_keys_of_split`; with splits = 1 the results are those of the call, else `combine_splits` joins them.
+    Grid: (splits * cdiv(group * Sq, BLOCK_M), Hkv, B); the keys that some row sees are shared out by `_keys_of_split`;
+    with splits = 1 the results are those of the call, else `combine_splits` joins them.
 
     q, k, v          [B, Hq, Sq, D], [B, Hkv, capacity, D], [B, Hkv, capacity, Dv]  fp16, bf16 or fp32, any strides
     block_table      int32 [B, table_len] contiguous or None: then k, v are pages [N, page, Hkv, D], N = `pages`, and
@@ -82,12 +83,8 @@ def attention_decode(
     Scales, sign and rounding as in `attention_forward`. Flash-Decoding: Dao et al. 2023,
     https://pytorch.org/blog/flash-decoding; pages: Kwon et al. 2023, arXiv:2309.06180.
     """
-    program = tl.program_id(0)
-    split, program = program % splits, program // splits
-    tiles = tl.cdiv(group * q_len, BLOCK_M)
-    tile, program = program % tiles, program // tiles
-    kv_heads = q_heads // group
-    batch, kv_head = (program // kv_heads).to(tl.int64), (program % kv_heads).to(tl.int64)
+    block, kv_head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    split, tile, kv_head, batch = block % splits, block // splits, kv_head.to(tl.int64), batch.to(tl.int64)
     length = tl.minimum(tl.maximum(tl.load(cache_lengths_ptr + batch), 0), capacity)
     packed, member, row, lo, hi = _rows_of_decode(tile, group, q_len, length, left, BLOCK_M)
     keep_row = packed < group * q_len
@@ -119,7 +116,7 @@ def attention_decode(
         key_scale_ptr += batch * key_scale_stride_b + kv_head * key_scale_stride_h
 
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    running_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     running_spread = running_sum
     ENTROPY: tl.constexpr = split_entropy_ptr is not None
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -149,17 +146,17 @@ def attention_decode(
         accumulator = tl.dot(probabilities.to(v.dtype), v, accumulator, input_precision=PRECISION)
 
     place = ((batch * q_heads + kv_head * group) * q_len + packed) * splits + split
-    shift, lse, max_logit, entropy = softmax_results(running_max, running_sum, running_spread, softcap)
+    row_sum = tl.sum(running_sum, 1)
+    shift, lse, max_logit, entropy = softmax_results(running_max, row_sum, tl.sum(running_spread, 1), softcap)
     tl.store(split_lse_ptr + place, lse, mask=keep_row)
     if split_max_logit_ptr is not None:
         tl.store(split_max_logit_ptr + place, max_logit, mask=keep_row)
     if split_entropy_ptr is not None:
         tl.store(split_entropy_ptr + place, entropy, mask=keep_row)
-    weight, total = softmax_total(running_sum, shift, sinks_ptr, tl.minimum(head, q_heads - 1))
-    total = tl.where(total == 0.0, 1.0, total)  # no keys, and a sink of -inf
+    weight, total = softmax_total(row_sum, shift, sinks_ptr, tl.minimum(head, q_heads - 1))
     out = (accumulator * (weight / total)[:, None]).to(split_out_ptr.dtype.element_ty)
     offs_value = tl.arange(0, BLOCK_DV)
-    written = keep_row & (tl.where(splits == 1, 1.0, running_sum) > 0.0)
+    written = keep_row & (tl.where(splits == 1, 1.0, row_sum) > 0.0)
     keep_out = written[:, None] & (offs_value[None, :] < VALUE_DIM)
     tl.store(split_out_ptr + place[:, None] * VALUE_DIM + offs_value[None, :], out, mask=keep_out)
 
@@ -167,7 +164,7 @@ def attention_decode(
 @triton.jit(do_not_specialize=[*LENGTHS, *_SIZES], do_not_specialize_on_alignment=COUNTS)
 def combine_splits(
     split_out_ptr, split_lse_ptr, split_max_logit_ptr, split_entropy_ptr, sinks_ptr,
-    out_ptr, lse_ptr, max_logit_ptr, entropy_ptr, q_len, splits, q_heads,
+    out_ptr, lse_ptr, max_logit_ptr, entropy_ptr, q_len, splits, q_heads, first_head, first_member,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One row of a call from what `attention_decode` found in every split of its keys.
@@ -177,11 +174,12 @@ def combine_splits(
         entropy    = sum_s w[s] * (entropy[s] - ln w[s])
         max_logit  = max_s max_logit[s]
 
-    Grid: B * Hq * Sq. split_out fp32 [B, Hq, Sq, splits, Dv], the other parts fp32 [B, Hq, Sq, splits]; out [B, Hq, Sq,
+    Grid: (Sq, Hq, B). split_out fp32 [B, Hq, Sq, splits, Dv], the other parts fp32 [B, Hq, Sq, splits]; out [B, Hq, Sq,
     Dv], lse, max_logit, entropy [B, Hq, Sq], the latter two None like their parts. Splits are added in one order. A row
     without keys gives out 0, lse = max_logit = -inf, entropy 0.
     """
-    row = tl.program_id(0).to(tl.int64)
+    token, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    row = (batch.to(tl.int64) * q_heads + head) * q_len + token
     first = row * splits
     offs_value = tl.arange(0, BLOCK_DV)
     highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -223,7 +221,6 @@ def combine_splits(
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, tl.maximum(tl.sum(entropy_sum, 0) / total + log_total, 0.0))
     if sinks_ptr is not None:
-        head = (row // q_len) % q_heads
         total += tl.exp2((tl.load(sinks_ptr + head) - shift) * LOG2_E)
     out = (accumulator / total).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * VALUE_DIM + offs_value, out, mask=offs_value < VALUE_DIM)

@@ -18,6 +18,7 @@ from .primitives import (
     load_key_scale,
     load_signed,
     masked_block,
+    partial_sums,
     program_position,
     row_range,
     scale_rows_add,
@@ -38,7 +39,9 @@ def online_softmax(
 
     logits [BLOCK_M, BLOCK_N] without factor >= 0; keep says which are visible where MASKED. The running maximum is that
     of the uncapped logits; the capped one, the shift, is subtracted. Spread is sum_j exp(z_j - shift) (z_j - shift).
+    Sum and spread are `partial_sums`, [BLOCK_M, columns].
     """
+    COLUMNS: tl.constexpr = running_sum.shape[1]
     if MASKED:
         logits = tl.where(keep, logits, float("-inf"))
     block_max = tl.maximum(running_max, tl.max(logits, 1) * factor)
@@ -54,41 +57,43 @@ def online_softmax(
             exponent = tl.where(keep, exponent, float("-inf"))
     probabilities = tl.exp2(exponent)
     decay = tl.exp2(previous - shift)
+    decays = tl.broadcast_to(decay[:, None], running_sum.shape)
     if ENTROPY:
         if MASKED:
             exponent = tl.where(keep, exponent, 0.0)
-        moved = tl.fma(tl.where(running_sum > 0.0, previous - shift, 0.0), running_sum, running_spread)
-        running_spread = tl.fma(moved, decay, tl.sum(probabilities * exponent, 1))
-    running_sum = tl.fma(running_sum, decay, tl.sum(probabilities, 1))
+        moved = tl.where(running_sum > 0.0, (previous - shift)[:, None], 0.0)
+        moved = tl.fma(moved, running_sum, running_spread)
+        running_spread = tl.fma(moved, decays, partial_sums(probabilities * exponent, COLUMNS))
+    running_sum = tl.fma(running_sum, decays, partial_sums(probabilities, COLUMNS))
     return probabilities, decay, block_max, running_sum, running_spread
 
 
 @triton.jit
-def softmax_results(running_max, running_sum, running_spread, softcap):
+def softmax_results(running_max, row_sum, row_spread, softcap):
     """(shift in base 2, lse, max_logit, entropy) of rows; 0, -inf, -inf, 0 for a row without keys."""
-    empty = running_sum == 0.0
-    total = tl.where(empty, 1.0, running_sum)
+    empty = row_sum == 0.0
+    total = tl.where(empty, 1.0, row_sum)
     shift = running_max
     if softcap is not None:
         shift = soft_cap(running_max, softcap)
     shift = tl.where(empty, 0.0, shift)
     lse = tl.where(empty, float("-inf"), (shift + tl.log2(total)) * LN_2)
-    entropy = tl.where(empty, 0.0, (tl.log2(total) - running_spread / total) * LN_2)
+    entropy = tl.where(empty, 0.0, (tl.log2(total) - row_spread / total) * LN_2)
     return shift, lse, running_max * LN_2, tl.maximum(entropy, 0.0)
 
 
 @triton.jit
-def softmax_total(running_sum, shift, sinks_ptr, head):
+def softmax_total(row_sum, shift, sinks_ptr, head):
     """(weight, total): the output is weight * accumulator / total; a sink joins the total only."""
     if sinks_ptr is None:
         weight = 1.0
-        total = tl.where(running_sum == 0.0, 1.0, running_sum)
+        total = row_sum
     else:
         sink = tl.load(sinks_ptr + head) * LOG2_E
         peak = tl.maximum(shift, sink)
         weight = tl.exp2(shift - peak)
-        total = tl.fma(running_sum, weight, tl.exp2(sink - peak))
-    return weight, total
+        total = tl.fma(row_sum, weight, tl.exp2(sink - peak))
+    return weight, tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit
@@ -115,6 +120,10 @@ def _attend(
             k_descriptor, k_ptr + start_n.to(tl.int64) * k_stride_s + k_offsets,
             batch, kv_head, first_packed_key + start_n, keep_key, HEAD_DIM, MASKED,
         )  # fmt: skip
+        v = load_block(
+            v_descriptor, v_ptr + start_n.to(tl.int64) * v_stride_s + v_offsets,
+            batch, kv_head, first_packed_key + start_n, keep_key, VALUE_DIM, MASKED,
+        )  # fmt: skip
         logits = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if key_scale_ptr is not None:
             logits *= load_key_scale(key_scale_ptr, offs_key, key_scale_stride_s, keep_key, MASKED)[None, :]
@@ -132,10 +141,6 @@ def _attend(
                 (first_packed_key + offs_key)[None, :],
             )  # fmt: skip
             probabilities = tl.where(kept, probabilities, 0.0)
-        v = load_block(
-            v_descriptor, v_ptr + start_n.to(tl.int64) * v_stride_s + v_offsets,
-            batch, kv_head, first_packed_key + start_n, keep_key, VALUE_DIM, MASKED,
-        )  # fmt: skip
         accumulator = accumulator * decay[:, None]
         accumulator = tl.dot(probabilities.to(v.dtype), v, accumulator, input_precision=PRECISION)
     return accumulator, running_max, running_sum, running_spread
@@ -143,16 +148,17 @@ def _attend(
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_forward(
-    q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, query_scale_ptr, key_scale_ptr, sinks_ptr,
+    k_descriptor, v_descriptor, q_ptr, k_ptr, v_ptr, query_scale_ptr, key_scale_ptr, sinks_ptr,
     key_lengths_ptr, key_ranges_ptr, mask_ptr, seen_ptr, q_starts_ptr, k_starts_ptr, dropout_ptr,
     out_ptr, lse_ptr, max_logit_ptr, entropy_ptr,
-    scale, softcap, keep_from, keep_scale, left, right, q_len, k_len, longest_q, q_heads, group,
+    scale, softcap, keep_from, keep_scale, left, right, q_len, k_len, q_heads, group, first_head, first_member,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     v_stride_b, v_stride_h, v_stride_s, v_stride_d, query_scale_stride_b, query_scale_stride_h, query_scale_stride_s,
     key_scale_stride_b, key_scale_stride_h, key_scale_stride_s,
     mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUM_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
 
@@ -163,7 +169,7 @@ def attention_forward(
         entropy[i]   = lse[i] - sum_j exp(z[i, j] - lse[i]) * z[i, j]
         out[i]       = sum_j keep[i, j] * keep_scale * exp(z[i, j]) * v[j] / (exp(lse[i]) + exp(sinks[head]))
 
-    Grid: cdiv(longest_q, BLOCK_M) * sequences * Hq programs; each writes its rows of the results, all of them, once.
+    Grid: (blocks of the longest Sq, Hq, members); each program writes its rows of the results, all of them, once.
 
     q, k, v          [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]  fp16, bf16 or fp32, any strides; group = Hq/Hkv
     *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
@@ -181,10 +187,10 @@ def attention_forward(
     into its q, which is exact. P is rounded to v's dtype before P @ V. A row without keys gives out 0, lse -inf.
     Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; blocking: Dao 2023, arXiv:2307.08691, Algorithm 1.
     """
-    block, sequence, head = program_position(longest_q, q_heads, BLOCK_M, LAST_FIRST=right is not None)
+    block, head, member = program_position(first_head, first_member, LAST_FIRST=right is not None)
     rows = q_len
     batch, first_packed_row, q_len, first_packed_key, k_len = sequence_bounds(
-        sequence, q_len, k_len, q_starts_ptr, k_starts_ptr
+        member, q_len, k_len, q_starts_ptr, k_starts_ptr
     )
     first_row = block * BLOCK_M
     if q_starts_ptr is not None:
@@ -221,8 +227,8 @@ def attention_forward(
         seen_ptr += (wide_batch * (q_heads // group) + kv_head) * k_len
 
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    running_sum = tl.zeros([BLOCK_M], tl.float32)
-    running_spread = tl.zeros([BLOCK_M], tl.float32)
+    running_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    running_spread = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     BOUNDED_BELOW: tl.constexpr = left is not None or key_ranges_ptr is not None
     lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
@@ -242,8 +248,9 @@ def attention_forward(
                 entropy_ptr is not None, walk == 0,
             )  # fmt: skip
 
-    shift, lse, max_logit, entropy = softmax_results(running_max, running_sum, running_spread, softcap)
-    weight, total = softmax_total(running_sum, shift, sinks_ptr, head)
+    row_sum = tl.sum(running_sum, 1)
+    shift, lse, max_logit, entropy = softmax_results(running_max, row_sum, tl.sum(running_spread, 1), softcap)
+    weight, total = softmax_total(row_sum, shift, sinks_ptr, head)
     out = accumulator / total[:, None]
     if sinks_ptr is not None:
         out *= weight[:, None]

@@ -13,6 +13,7 @@ from .primitives import (
     dropout_keeps,
     load_block,
     load_mask,
+    load_term,
     load_tile,
     masked_block,
     program_position,
@@ -31,12 +32,13 @@ from .primitives import (
 @triton.jit
 def _gather_key_value_gradient(
     d_k, d_v, k, v, key_scale, scale, softcap, q_ptr, d_out_ptr, q_descriptor, d_out_descriptor,
-    lse2_ptr, delta_ptr, factor_ptr, factor_size, mask_ptr, key_ranges_ptr, dropout_ptr, keep_from, keep_scale,
+    terms_ptr, factor_size, mask_ptr, key_ranges_ptr, dropout_ptr, keep_from, keep_scale,
     offs_key, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
     batch, head, batch_head, first_packed_row, first_packed_key,
     q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BOUNDED_ABOVE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    BOUNDED_ABOVE: tl.constexpr, SPLIT_TERMS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add to d_k (without key_scale and constants) and d_v the row blocks of [full_start, full_end), or, where MASKED,
     those of [start, end) around it. Tiles are [keys, rows]; key j is visible to the rows first_row[j] .. last_row[j].
@@ -46,14 +48,17 @@ def _gather_key_value_gradient(
         loop_start, loop_end = start, end - (full_end - full_start)
     q_offsets = tile_offsets(BLOCK_M, k.shape[1], q_stride_s, q_stride_d, WIDE)
     d_out_offsets = tile_offsets(BLOCK_M, v.shape[1], d_out_stride_s, d_out_stride_d, WIDE)
+    one = tl.full([BLOCK_M], 1.0, tl.float32)
+    # Carried along: addresses made from the position would make the loop's counter one of 64 bits.
+    term_ptrs = terms_ptr + 2 * (loop_start + tl.arange(0, BLOCK_M))
     for start_m in tl.range(loop_start, loop_end, BLOCK_M):
         if MASKED:
             start_m = skip_gap(start_m, full_start, full_end)
+            term_ptrs = terms_ptr + 2 * (start_m + tl.arange(0, BLOCK_M))
         start_m = tl.multiple_of(start_m, BLOCK_M)
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        lse2 = tl.load(lse2_ptr + offs_m)
-        delta = tl.load(delta_ptr + offs_m)
-        keep_row = lse2 != float("inf")
+        exponent_term, factor = load_term(term_ptrs, scale * LOG2_E, SPLIT_TERMS)
+        keep_row = exponent_term != float("-inf")
         q = load_block(
             q_descriptor, q_ptr + start_m.to(tl.int64) * q_stride_s + q_offsets,
             batch, head, first_packed_row + start_m, keep_row, HEAD_DIM, MASKED,
@@ -65,15 +70,11 @@ def _gather_key_value_gradient(
         logits = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if key_scale is not None:
             logits *= key_scale[:, None]
-        if factor_ptr is None:
-            factor = scale * LOG2_E
-        else:
-            factor = tl.load(factor_ptr + offs_m)
         if softcap is None:
-            exponent = scale_columns_add(logits, factor, -lse2)
+            exponent = scale_columns_add(logits, factor, exponent_term)
         else:
-            capped = soft_cap(scale_columns_add(logits, factor, tl.zeros_like(lse2)), softcap)
-            exponent = capped - lse2[None, :]
+            capped = soft_cap(scale_columns_add(logits, factor, tl.zeros_like(exponent_term)), softcap)
+            exponent = capped + exponent_term[None, :]
         probabilities = tl.exp2(exponent)
         if MASKED:
             keep = offs_m[None, :] >= first_row[:, None]
@@ -96,33 +97,34 @@ def _gather_key_value_gradient(
             )  # fmt: skip
             weights = tl.where(kept, probabilities, 0.0)
             d_probabilities = tl.where(kept, d_probabilities * keep_scale, 0.0)
+        gradient_term, gradient_factor = load_term(term_ptrs + 1, one, SPLIT_TERMS)
         d_v = tl.dot(weights.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
-        if factor_ptr is None:
-            d_logits = probabilities * (d_probabilities - delta[None, :])
-        else:
-            if factor_size is not None:
-                factor = factor * factor_size
-                delta = delta * factor_size
-            d_logits = probabilities * scale_columns_add(d_probabilities, factor, -delta)
+        if factor_size is not None:
+            gradient_factor *= factor_size
+            gradient_term *= factor_size
+        d_logits = probabilities * scale_columns_add(d_probabilities, gradient_factor, gradient_term)
         if softcap is not None:
             d_logits *= soft_cap_slope(capped, softcap)
         d_k = tl.dot(d_logits.to(q.dtype), q, d_k, input_precision=PRECISION)
+        term_ptrs += 2 * BLOCK_M
     return d_k, d_v
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_grad_key_value(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, q_descriptor, d_out_descriptor,
-    lse2_ptr, delta_ptr, factor_ptr, factor_size_ptr, key_scale_ptr,
+    q_descriptor, d_out_descriptor, q_ptr, k_ptr, v_ptr, d_out_ptr,
+    terms_ptr, factor_size_ptr, key_scale_ptr,
     key_lengths_ptr, key_ranges_ptr, row_bounds_ptr, mask_ptr, seen_ptr, q_starts_ptr, k_starts_ptr, dropout_ptr,
     d_k_ptr, d_v_ptr, d_key_scale_ptr,
-    scale, softcap, keep_from, keep_scale, left, right, q_len, k_len, longest_k, terms_len, q_heads, group,
+    scale, softcap, keep_from, keep_scale, left, right, q_len, k_len, terms_len, q_heads, group,
+    first_head, first_member,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     v_stride_b, v_stride_h, v_stride_s, v_stride_d, d_out_stride_b, d_out_stride_h, d_out_stride_s, d_out_stride_d,
     key_scale_stride_b, key_scale_stride_h, key_scale_stride_s,
     mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k, v and key_scale for BLOCK_N keys of one (batch or sequence, kv head); names as in
     `attention_grad_query`.
@@ -132,21 +134,21 @@ def attention_grad_key_value(
         d_k[j]         = key_scale[j] * raw[j]
         d_key_scale[j] = k[j] . raw[j]                                       never divided by key_scale, which may be 0
 
-    Grid: cdiv(longest_k, BLOCK_N) * sequences * Hkv. Sums run in one fixed order inside a program: bitwise repeatable.
+    Grid: (blocks of the longest Sk, Hkv, members). Sums run in one fixed order inside a program: bitwise repeatable.
 
     *_descriptor     tensor descriptors of q and d_out with blocks [1, 1, BLOCK_M, BLOCK_D or BLOCK_DV], or None
-    factor, delta    with factor (scale * log2(e) * query_scale), delta_ptr holds delta * factor; so that dS * factor is
-                     one fma, and log2(e) is taken out once at the end; without, delta_ptr holds delta itself
+    terms            of `attention_row_terms`: with query_scale, dS * factor is one fma, and log2(e) is taken out once
+                     at the end
     factor_size      fp32 [B, Hkv] or None: the largest |factor| of the group. dS * factor / factor_size is what is
                      rounded to 16 bits, so that a small factor does not push it below fp16's range
     row_bounds       int32 [B, cdiv(Sk, BLOCK_N), 2] with key_ranges: `primitives.row_blocks_of_keys`
     d_k, d_v         [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] contiguous; d_key_scale fp32 [B, Hkv, Sk] contiguous or None
     """
     kv_heads = q_heads // group
-    block, sequence, kv_head = program_position(longest_k, kv_heads, BLOCK_N, LAST_FIRST=False)
+    block, kv_head, member = program_position(first_head, first_member, LAST_FIRST=False)
     keys = k_len
     batch, first_packed_row, q_len, first_packed_key, k_len = sequence_bounds(
-        sequence, q_len, k_len, q_starts_ptr, k_starts_ptr
+        member, q_len, k_len, q_starts_ptr, k_starts_ptr
     )
     first_key = block * BLOCK_N
     if q_starts_ptr is not None:
@@ -197,15 +199,12 @@ def attention_grad_key_value(
 
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for member in range(0, group):
-        head = kv_head * group + member
+    for index in range(0, group):
+        head = kv_head * group + index
         head_q_ptr = q_ptr + wide_batch * q_stride_b + head.to(tl.int64) * q_stride_h + memory_row * q_stride_s
         head_d_out_ptr = d_out_ptr + wide_batch * d_out_stride_b + head.to(tl.int64) * d_out_stride_h
         head_d_out_ptr += memory_row * d_out_stride_s
-        terms = terms_offset(batch, head, q_heads, terms_len, sequence, first_packed_row, q_starts_ptr)
-        head_factor_ptr = None
-        if factor_ptr is not None:
-            head_factor_ptr = factor_ptr + terms
+        terms = terms_offset(batch, head, q_heads, terms_len, member, first_packed_row, q_starts_ptr)
         head_mask_ptr = None
         if mask_ptr is not None:
             head_mask_ptr = mask_ptr + wide_batch * mask_stride_b + head.to(tl.int64) * mask_stride_h
@@ -213,16 +212,16 @@ def attention_grad_key_value(
             if walk == 0 or (mask_ptr is None and key_ranges_ptr is None):
                 d_k, d_v = _gather_key_value_gradient(
                     d_k, d_v, k, v, key_scale, scale, softcap, head_q_ptr, head_d_out_ptr, q_descriptor,
-                    d_out_descriptor, lse2_ptr + terms, delta_ptr + terms, head_factor_ptr, factor_size,
+                    d_out_descriptor, terms_ptr + 2 * terms, factor_size,
                     head_mask_ptr, key_ranges_ptr, dropout_ptr, keep_from, keep_scale,
                     offs_n, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
                     batch, head, batch * q_heads + head, first_packed_row, first_packed_key,
                     q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
                     HEAD_DIM, VALUE_DIM, masked_block(BLOCK_M) if walk == 0 else BLOCK_M, left is not None,
-                    PRECISION, WIDE, walk == 0,
+                    SPLIT_TERMS, PRECISION, WIDE, walk == 0,
                 )  # fmt: skip
 
-    if factor_ptr is None:
+    if terms_ptr.dtype.element_ty == tl.float32:
         d_k *= scale
     elif factor_size_ptr is None:
         d_k *= LN_2

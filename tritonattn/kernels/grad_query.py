@@ -14,14 +14,17 @@ from .primitives import (
     keys_at,
     load_block,
     load_key_scale,
+    load_term,
     load_tile,
     masked_block,
+    partial_sums,
     program_position,
     row_range,
     scale_rows_add,
     sequence_bounds,
     soft_cap,
     soft_cap_slope,
+    store_term,
     store_tile,
     terms_offset,
     tile_offsets,
@@ -31,7 +34,7 @@ from .primitives import (
 
 @triton.jit
 def _gather_query_gradient(
-    accumulator, d_logit_sum, d_factor, mean_logit, q, d_out, factor, lse2, delta, softcap,
+    accumulator, d_logit_sum, d_factor, mean_logit, q, d_out, factor, exponent_term, delta, softcap,
     k_ptr, v_ptr, k_descriptor, v_descriptor, key_scale_ptr, seen_ptr, mask_ptr, dropout_ptr, keep_from, keep_scale,
     offs_row, lo, hi, q_len, k_len, touch_lo, touch_hi, full_start, full_end,
     batch, kv_head, batch_head, first_packed_row, first_packed_key,
@@ -44,6 +47,7 @@ def _gather_query_gradient(
     WITH_FACTOR also adds up dS, dX * x and P * dz/dx * x in fp32, x the logit without the row's factor. These products
     are fma's with 0, which nothing fuses further.
     """
+    COLUMNS: tl.constexpr = d_factor.shape[1]
     start, end = full_start, full_end
     if MASKED:
         start, end = touch_lo // BLOCK_N * BLOCK_N, touch_hi - (full_end - full_start)
@@ -66,10 +70,10 @@ def _gather_query_gradient(
             key_scale = load_key_scale(key_scale_ptr, offs_key, key_scale_stride_s, keep_key, MASKED)
             logits *= key_scale[None, :]
         if softcap is None:
-            exponent = scale_rows_add(logits, factor, -lse2)
+            exponent = scale_rows_add(logits, factor, exponent_term)
         else:
             capped = soft_cap(logits * factor[:, None], softcap)
-            exponent = capped - lse2[:, None]
+            exponent = capped + exponent_term[:, None]
         probabilities = tl.exp2(exponent)
         d_probabilities = tl.dot(d_out, v.T, input_precision=PRECISION)
         if MASKED:
@@ -86,14 +90,14 @@ def _gather_query_gradient(
         zero = tl.zeros_like(logits)
         d_logits = tl.fma(probabilities, d_probabilities - delta[:, None], zero)
         if WITH_FACTOR:
-            d_logit_sum += tl.sum(d_logits, 1)
+            d_logit_sum += partial_sums(d_logits, COLUMNS)
         if softcap is not None:
             slope = soft_cap_slope(capped, softcap)
             d_logits *= slope
             probabilities *= slope
         if WITH_FACTOR:
-            d_factor += tl.sum(tl.fma(d_logits, logits, zero), 1)
-            mean_logit += tl.sum(tl.fma(probabilities, logits, zero), 1)
+            d_factor += partial_sums(tl.fma(d_logits, logits, zero), COLUMNS)
+            mean_logit += partial_sums(tl.fma(probabilities, logits, zero), COLUMNS)
         if key_scale_ptr is not None:
             d_logits *= key_scale[None, :]
         accumulator = tl.dot(d_logits.to(k.dtype), k, accumulator, input_precision=PRECISION)
@@ -101,9 +105,9 @@ def _gather_query_gradient(
 
 
 @triton.jit
-def _share_of_sink(delta, lse2, d_lse_ptr, row_offsets, live, sink2):
-    """What a sink's probability takes of out . d_out in the sum of dS over a row; lse2 with the sink in it."""
-    sink_share = tl.where(live, tl.exp2(sink2 - lse2), 0.0)
+def _share_of_sink(delta, exponent_term, d_lse_ptr, row_offsets, live, sink2):
+    """What a sink's probability takes of out . d_out in the sum of dS over a row."""
+    sink_share = tl.where(live, tl.exp2(sink2 + exponent_term), 0.0)
     product = delta
     if d_lse_ptr is not None:
         d_lse = tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
@@ -113,18 +117,20 @@ def _share_of_sink(delta, lse2, d_lse_ptr, row_offsets, live, sink2):
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_grad_query(
-    q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, d_out_ptr, d_lse_ptr, sinks_ptr,
-    lse2_ptr, delta_ptr, factor_ptr, delta_factor_ptr, query_scale_ptr, key_scale_ptr,
+    k_descriptor, v_descriptor, q_ptr, k_ptr, v_ptr, d_out_ptr, d_lse_ptr, sinks_ptr,
+    terms_ptr, delta_ptr, query_scale_ptr, key_scale_ptr,
     key_lengths_ptr, key_ranges_ptr, mask_ptr, seen_ptr, q_starts_ptr, k_starts_ptr, dropout_ptr,
     d_q_ptr, d_query_scale_ptr,
-    scale, softcap, keep_from, keep_scale, left, right, q_len, k_len, longest_q, terms_len, q_heads, group,
+    scale, softcap, keep_from, keep_scale, left, right, q_len, k_len, terms_len, q_heads, group,
+    first_head, first_member,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     v_stride_b, v_stride_h, v_stride_s, v_stride_d, d_out_stride_b, d_out_stride_h, d_out_stride_s, d_out_stride_d,
     query_scale_stride_b, query_scale_stride_h, query_scale_stride_s,
     key_scale_stride_b, key_scale_stride_h, key_scale_stride_s,
     mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUM_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q and query_scale for BLOCK_M rows of one (batch or sequence, head), as `attention_forward`.
 
@@ -135,18 +141,18 @@ def attention_grad_query(
         d_q[i]           = scale * query_scale[i] * raw[i]
         d_query_scale[i] = scale * sum_j dX[i, j] * (q[i] . k[j]) * key_scale[j]
 
-    Row terms: see `attention_row_terms`; factor is None without query_scale. d_q [B, Hq, Sq, D] in q's dtype and
-    d_query_scale fp32 [B, Hq, Sq] contiguous, every row written once; d_query_scale_ptr is None where not asked.
+    Row terms: see `attention_row_terms`. d_q [B, Hq, Sq, D] in q's dtype and d_query_scale fp32 [B, Hq, Sq] contiguous,
+    every row written once; d_query_scale_ptr is None where not asked.
 
     d_query_scale equals scale * (q[i] . raw[i]), but that sums dX after rounding to 16 bits, and with it delta's error
     times the mean logit, which for sharp softmaxes passes the result. So dX stays in fp32. And since dS must sum over a
     row to d_lse (and to what a sink takes), the excess of its sum is delta's error: it takes its share of the gradient
     out again, and corrects delta for the pass over the keys.
     """
-    block, sequence, head = program_position(longest_q, q_heads, BLOCK_M, LAST_FIRST=right is not None)
+    block, head, member = program_position(first_head, first_member, LAST_FIRST=right is not None)
     rows = q_len
     batch, first_packed_row, q_len, first_packed_key, k_len = sequence_bounds(
-        sequence, q_len, k_len, q_starts_ptr, k_starts_ptr
+        member, q_len, k_len, q_starts_ptr, k_starts_ptr
     )
     first_row = block * BLOCK_M
     if q_starts_ptr is not None:
@@ -161,14 +167,11 @@ def attention_grad_query(
     row_base = (wide_batch * q_heads + wide_head) * rows + memory_row
     row_offsets = row_base + tl.arange(0, BLOCK_M)
 
-    term_offsets = terms_offset(batch, head, q_heads, terms_len, sequence, first_packed_row, q_starts_ptr) + offs_m
-    lse2 = tl.load(lse2_ptr + term_offsets)
+    term_offsets = terms_offset(batch, head, q_heads, terms_len, member, first_packed_row, q_starts_ptr) + offs_m
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
+    exponent_term, factor = load_term(terms_ptr + 2 * term_offsets, factor, SPLIT=False)
     delta = tl.load(delta_ptr + term_offsets)
-    live = lse2 != float("inf")
-    if factor_ptr is not None:
-        factor = tl.load(factor_ptr + term_offsets)
-    else:
-        factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
+    live = exponent_term != float("-inf")
     q_ptr += wide_batch * q_stride_b + wide_head * q_stride_h + memory_row * q_stride_s
     q = load_tile(q_ptr + tile_offsets(BLOCK_M, BLOCK_D, q_stride_s, q_stride_d, WIDE), live, HEAD_DIM, True)
     d_out_ptr += wide_batch * d_out_stride_b + wide_head * d_out_stride_h + memory_row * d_out_stride_s
@@ -186,9 +189,9 @@ def attention_grad_query(
         seen_ptr += (wide_batch * (q_heads // group) + kv_head) * k_len
 
     raw = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    d_logit_sum = tl.zeros([BLOCK_M], tl.float32)
-    d_factor = tl.zeros([BLOCK_M], tl.float32)
-    mean_logit = tl.zeros([BLOCK_M], tl.float32)
+    d_logit_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    d_factor = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    mean_logit = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     BOUNDED_BELOW: tl.constexpr = left is not None or key_ranges_ptr is not None
     lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
     touch_lo, touch_hi, full_start, full_end = key_blocks_of_rows(
@@ -198,7 +201,7 @@ def attention_grad_query(
     for walk in tl.static_range(2):  # the blocks that need a mask, then the others
         if walk == 0 or mask_ptr is None:
             raw, d_logit_sum, d_factor, mean_logit = _gather_query_gradient(
-                raw, d_logit_sum, d_factor, mean_logit, q, d_out, factor, lse2, delta, softcap,
+                raw, d_logit_sum, d_factor, mean_logit, q, d_out, factor, exponent_term, delta, softcap,
                 k_ptr, v_ptr, k_descriptor, v_descriptor, key_scale_ptr, seen_ptr, mask_ptr, dropout_ptr, keep_from,
                 keep_scale, offs_row, lo, hi, q_len, k_len, touch_lo, touch_hi, full_start, full_end,
                 batch, kv_head, batch * q_heads + head, first_packed_row, first_packed_key,
@@ -213,12 +216,14 @@ def attention_grad_query(
         scale_offsets = (memory_row + tl.arange(0, BLOCK_M)) * query_scale_stride_s
         d_q *= tl.load(query_scale_ptr + scale_offsets, mask=live, other=0.0)[:, None]
     if d_query_scale_ptr is not None:
-        excess = d_logit_sum
+        excess = tl.sum(d_logit_sum, 1)
         if d_lse_ptr is not None:
             excess -= tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
         if sinks_ptr is not None:
-            excess -= _share_of_sink(delta, lse2, d_lse_ptr, row_offsets, live, tl.load(sinks_ptr + head) * LOG2_E)
-        tl.store(d_query_scale_ptr + row_offsets, tl.fma(-excess, mean_logit, d_factor) * scale, mask=keep_row)
-        tl.store(delta_factor_ptr + term_offsets, (delta + excess) * factor, mask=keep_row)
+            sink2 = tl.load(sinks_ptr + head) * LOG2_E
+            excess -= _share_of_sink(delta, exponent_term, d_lse_ptr, row_offsets, live, sink2)
+        d_query_scale = tl.fma(-excess, tl.sum(mean_logit, 1), tl.sum(d_factor, 1)) * scale
+        tl.store(d_query_scale_ptr + row_offsets, d_query_scale, mask=keep_row)
+        store_term(terms_ptr + 2 * term_offsets + 1, -(delta + excess) * factor, factor, keep_row)
     d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(BLOCK_M, BLOCK_D, HEAD_DIM, 1, False)
     store_tile(d_q_ptrs, d_q, keep_row, HEAD_DIM)

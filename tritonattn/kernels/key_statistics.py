@@ -13,16 +13,16 @@ SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def key_lengths(
-    k_ptr, seen_ptr, lengths_ptr, k_len, kv_heads,
+    k_ptr, seen_ptr, lengths_ptr, k_len, kv_heads, first_head, first_member,
     k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Euclidean length of BLOCK_N keys of one (batch, kv head), the largest component factored out.
 
-    Grid: cdiv(Sk, BLOCK_N) * B * Hkv. k [B, Hkv, Sk, D] any strides; seen uint8 [B, Hkv, Sk] contiguous or None, keys
+    Grid: (blocks of Sk, Hkv, B). k [B, Hkv, Sk, D] any strides; seen uint8 [B, Hkv, Sk] contiguous or None, keys
     that no row sees are not read and have length 0; lengths fp32 [B, Hkv, Sk] contiguous.
     """
-    block, batch, head = program_position(k_len, kv_heads, BLOCK_N, LAST_FIRST=False)
+    block, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
     wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
     first_key = block * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)
@@ -41,16 +41,18 @@ def key_lengths(
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def key_prefix_sums(
-    lengths_ptr, length_prefix_ptr, square_prefix_ptr, k_len, BLOCK_N: tl.constexpr,
+    lengths_ptr, length_prefix_ptr, square_prefix_ptr, k_len, kv_heads, first_head, first_member,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """fp64 sums of lengths and of their squares over the keys before j, j = 0 .. Sk, of one (batch, kv head).
 
-    Grid: B * Hkv. lengths fp32 [B * Hkv, Sk]; both prefixes fp64 [B * Hkv, Sk + 1], contiguous.
+    Grid: (1, Hkv, B). lengths fp32 [B * Hkv, Sk]; both prefixes fp64 [B * Hkv, Sk + 1], contiguous.
     """
-    head = tl.program_id(0).to(tl.int64)
-    lengths_ptr += head * k_len
-    length_prefix_ptr += head * (k_len + 1)
-    square_prefix_ptr += head * (k_len + 1)
+    _, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    row = batch.to(tl.int64) * kv_heads + head
+    lengths_ptr += row * k_len
+    length_prefix_ptr += row * (k_len + 1)
+    square_prefix_ptr += row * (k_len + 1)
     length_sum = tl.zeros([1], tl.float64)
     square_sum = tl.zeros([1], tl.float64)
     tl.store(length_prefix_ptr + tl.arange(0, 1), length_sum)
@@ -68,16 +70,16 @@ def key_prefix_sums(
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def key_statistics_grad(
-    k_ptr, seen_ptr, lengths_ptr, d_lengths_ptr, d_k_ptr, k_len, kv_heads,
+    k_ptr, seen_ptr, lengths_ptr, d_lengths_ptr, d_k_ptr, k_len, kv_heads, first_head, first_member,
     k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """d_k[j] = d_lengths[j] * k[j] / |k[j]| for BLOCK_N keys; 0 where |k[j]| is 0 or below fp32's normal range.
 
-    Grid: cdiv(Sk, BLOCK_N) * B * Hkv. lengths and d_lengths fp32 [B, Hkv, Sk] contiguous; d_k [B, Hkv, Sk, D] in k's
+    Grid: (blocks of Sk, Hkv, B). lengths and d_lengths fp32 [B, Hkv, Sk] contiguous; d_k [B, Hkv, Sk, D] in k's
     dtype, contiguous.
     """
-    block, batch, head = program_position(k_len, kv_heads, BLOCK_N, LAST_FIRST=False)
+    block, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
     wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
     first_key = block * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)

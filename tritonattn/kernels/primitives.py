@@ -19,7 +19,7 @@ ROW_TERMS_ALIGNMENT = tl.constexpr(128)
 
 
 # Arguments whose values change from call to call: compiled code does not depend on them, but for group = 1.
-LENGTHS = ["q_len", "k_len", "longest_q", "longest_k", "terms_len", "left", "right", "keep_from"]
+LENGTHS = ["q_len", "k_len", "terms_len", "left", "right", "keep_from", "first_head", "first_member"]
 COUNTS = ["q_heads", "kv_heads", "group"]
 
 
@@ -64,7 +64,7 @@ def load_block(
 @triton.jit
 def masked_block(BLOCK: tl.constexpr):
     """How many keys or rows a masked step takes: half a wide block, since masks hold registers."""
-    return tl.constexpr(BLOCK // 2 if BLOCK >= 128 else BLOCK)
+    return tl.constexpr(BLOCK // 2 if BLOCK >= 64 else BLOCK)
 
 
 @triton.jit
@@ -93,6 +93,15 @@ def load_signed(pointers, scratch_ptrs, factor, keep_row, WIDTH: tl.constexpr, S
         tile = load_tile(pointers, keep_row, WIDTH, True)
         tile = tl.where((factor < 0)[:, None], -tile, tile)
     return tile
+
+
+@triton.jit
+def partial_sums(x, COLUMNS: tl.constexpr):
+    """x[m, n] added up to [m, COLUMNS], column c from every n = c modulo COLUMNS.
+
+    mma.sync and wgmma leave two neighbours of every 8 columns in one lane: with 8 no lane needs another's sum.
+    """
+    return tl.sum(x.reshape(x.shape[0], x.shape[1] // COLUMNS, COLUMNS), 1)
 
 
 @triton.jit
@@ -151,18 +160,18 @@ def dropout_keeps(dropout_ptr, keep_from, batch_head, offs_row, offs_key):
 
 
 @triton.jit
-def sequence_bounds(batch, q_len, k_len, q_starts_ptr, k_starts_ptr):
-    """(batch entry in memory, first row, rows, first key, keys) of batch entry or packed sequence `batch`.
+def sequence_bounds(member, q_len, k_len, q_starts_ptr, k_starts_ptr):
+    """(batch entry in memory, first row, rows, first key, keys) of batch entry or packed sequence `member`.
 
     q_starts_ptr, k_starts_ptr   int32 [N + 1] or None: packed sequences lie behind one another in batch entry 0, from 0
                                  up to the lengths of the packed axes, never falling
     """
-    first_row, first_key = batch * 0, batch * 0
+    batch, first_row, first_key = member, member * 0, member * 0
     if q_starts_ptr is not None:
-        first_row, first_key = tl.load(q_starts_ptr + batch), tl.load(k_starts_ptr + batch)
-        q_len = tl.load(q_starts_ptr + batch + 1) - first_row
-        k_len = tl.load(k_starts_ptr + batch + 1) - first_key
-        batch = batch * 0
+        first_row, first_key = tl.load(q_starts_ptr + member), tl.load(k_starts_ptr + member)
+        q_len = tl.load(q_starts_ptr + member + 1) - first_row
+        k_len = tl.load(k_starts_ptr + member + 1) - first_key
+        batch = member * 0
     return batch, first_row, q_len, first_key, k_len
 
 
@@ -310,26 +319,54 @@ def visible_tile(
 
 
 @triton.jit
-def program_position(q_len_or_k_len, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """(block, batch, head) of this program: blocks of one head are neighbours; the grid is one axis, so no axis limit.
+def program_position(first_head, first_member, LAST_FIRST: tl.constexpr):
+    """(block, head, member) of this program, the three axes of its grid; a member is a batch entry or a sequence.
 
-    LAST_FIRST starts with the last block, which under a causal mask has the most keys.
+    first_head, first_member   where a launch begins of the several that a grid past the hardware's limit takes
+    LAST_FIRST                 starts with the last block, which under a causal mask has the most keys
     """
-    program = tl.program_id(0)
-    blocks = tl.cdiv(q_len_or_k_len, BLOCK)
-    block = program % blocks
+    block = tl.program_id(0)
     if LAST_FIRST:
-        block = blocks - 1 - block
-    batch_head = program // blocks
-    return block, batch_head // heads, batch_head % heads
+        block = tl.num_programs(0) - 1 - block
+    return block, first_head + tl.program_id(1), first_member + tl.program_id(2)
 
 
 @triton.jit
-def terms_offset(batch, head, q_heads, terms_len, sequence, first_packed_row, q_starts_ptr):
+def terms_offset(batch, head, q_heads, terms_len, member, first_packed_row, q_starts_ptr):
     """Where the row terms of one (batch or sequence, head) begin in [B, Hq, terms_len]: at a multiple of
     ROW_TERMS_ALIGNMENT, and with room up to the next one, also where sequences are packed.
     """
     first = 0
     if q_starts_ptr is not None:
-        first = (first_packed_row + sequence * ROW_TERMS_ALIGNMENT) // ROW_TERMS_ALIGNMENT * ROW_TERMS_ALIGNMENT
+        first = (first_packed_row + member * ROW_TERMS_ALIGNMENT) // ROW_TERMS_ALIGNMENT * ROW_TERMS_ALIGNMENT
     return (batch.to(tl.int64) * q_heads + head) * terms_len + first
+
+
+@triton.jit
+def load_term(pointers, otherwise, SPLIT: tl.constexpr):
+    """(term, factor) of rows in fp32; the factor is `otherwise` where rows have none.
+
+    pointers   to fp32, the term alone; or to int64, the term in the low half and the factor in the high one
+    SPLIT      load the halves one by one: twice the loads, but terms of one kind in neighbouring registers, as packed
+               arithmetic wants them (sm_100)
+    """
+    factor = otherwise
+    if pointers.dtype.element_ty == tl.float32:
+        term = tl.load(pointers)
+    elif SPLIT:
+        halves = pointers.to(tl.pointer_type(tl.float32))
+        term, factor = tl.load(halves), tl.load(halves + 1)
+    else:
+        both = tl.load(pointers)
+        term = both.to(tl.int32).to(tl.float32, bitcast=True)
+        factor = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return term, factor
+
+
+@triton.jit
+def store_term(pointers, term, factor, keep):
+    """Store what `load_term` loads; factor is not looked at where pointers are to fp32."""
+    if pointers.dtype.element_ty == tl.int64:
+        low = term.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        term = (factor.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
+    tl.store(pointers, term, mask=keep)

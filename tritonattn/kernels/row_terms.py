@@ -13,6 +13,7 @@ from .primitives import (
     load_tile,
     program_position,
     sequence_bounds,
+    store_term,
     terms_offset,
     tile_offsets,
 )
@@ -21,30 +22,32 @@ from .primitives import (
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_row_terms(
     out_ptr, d_out_ptr, lse_ptr, d_lse_ptr, query_scale_ptr, sinks_ptr, q_starts_ptr,
-    lse2_ptr, delta_ptr, factor_ptr, delta_factor_ptr, d_sinks_ptr,
-    scale, q_len, terms_len, longest_q, q_heads,
+    terms_ptr, delta_ptr, d_sinks_ptr,
+    scale, q_len, terms_len, q_heads, first_head, first_member,
     d_out_stride_b, d_out_stride_h, d_out_stride_s, d_out_stride_d,
     query_scale_stride_b, query_scale_stride_h, query_scale_stride_s,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Row terms of the softmax's derivative, for BLOCK_M rows of one (batch or sequence, head).
 
-        total[i]        = exp(lse[i]) + exp(sinks[head])            without sinks, no second term
-        lse2[i]         = log2(total[i]), +inf for a row without keys, so that its probabilities come out as 0
-        delta[i]        = sum_c out[i, c] * d_out[i, c] - d_lse[i] * total[i] / exp(lse[i])
-        factor[i]       = scale * log2(e) * query_scale[i]          only with query_scale
-        delta_factor[i] = delta[i] * factor[i]                      only with query_scale
-        d_sinks[i]      = -exp(sinks[head]) / total[i] * sum_c out[i, c] * d_out[i, c]
+        total[i]   = exp(lse[i]) + exp(sinks[head])            without sinks, no second term
+        lse2[i]    = log2(total[i]), +inf for a row without keys, so that its probabilities come out as 0
+        delta[i]   = sum_c out[i, c] * d_out[i, c] - d_lse[i] * total[i] / exp(lse[i])
+        factor[i]  = scale * log2(e) * query_scale[i]          only with query_scale
+        d_sinks[i] = -exp(sinks[head]) / total[i] * sum_c out[i, c] * d_out[i, c]
 
-    Grid: longest_q rounded up to ROW_TERMS_ALIGNMENT / BLOCK_M * sequences * Hq.
+    Grid: (blocks of the longest Sq rounded up to ROW_TERMS_ALIGNMENT, Hq, members).
     out [B, Hq, Sq, Dv] and lse [B, Hq, Sq] contiguous, d_out any strides; d_lse and d_sinks fp32 [B, Hq, Sq] contiguous
-    or None. The others fp32 [B, Hq, terms_len] contiguous, `primitives.terms_offset`; rows between a sequence's end and
-    the next multiple are as rows without keys, so that no reader needs a bound.
+    or None.
+
+    delta       fp32 [B, Hq, terms_len], contiguous; where a row stands, `primitives.terms_offset` says. Rows between a
+                sequence's end and the next multiple are as rows without keys, so that no reader needs a bound
+    terms       likewise [B, Hq, terms_len, 2], what a fma adds to logits and to dP: -lse2 and -delta in fp32, or with
+                query_scale -lse2 and -delta * factor, both with factor in an int64: `primitives.load_term`
     """
-    padded = tl.cdiv(longest_q, ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
-    block, sequence, head = program_position(padded, q_heads, BLOCK_M, LAST_FIRST=False)
+    block, head, member = program_position(first_head, first_member, LAST_FIRST=False)
     rows = q_len
-    batch, first_packed_row, q_len, _, _ = sequence_bounds(sequence, q_len, q_len, q_starts_ptr, q_starts_ptr)
+    batch, first_packed_row, q_len, _, _ = sequence_bounds(member, q_len, q_len, q_starts_ptr, q_starts_ptr)
     wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
     first_row = block * BLOCK_M
     offs_m = first_row + tl.arange(0, BLOCK_M)
@@ -52,7 +55,7 @@ def attention_row_terms(
     memory_row = (first_packed_row + first_row).to(tl.int64)
     row_base = (wide_batch * q_heads + wide_head) * rows + memory_row
     row_offsets = row_base + tl.arange(0, BLOCK_M)
-    term_offsets = terms_offset(batch, head, q_heads, terms_len, sequence, first_packed_row, q_starts_ptr) + offs_m
+    term_offsets = terms_offset(batch, head, q_heads, terms_len, member, first_packed_row, q_starts_ptr) + offs_m
     keep_term = offs_m < tl.cdiv(q_len, ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
 
     lse = tl.load(lse_ptr + row_offsets, mask=keep_row, other=float("-inf"))
@@ -78,12 +81,15 @@ def attention_row_terms(
         d_lse = tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
         # Past 2^126 the keys' share is not a number of fp32, and neither is what d_lse brings to them.
         delta -= d_lse * tl.exp2(tl.minimum(total2 - lse2, 126.0))
-    tl.store(lse2_ptr + term_offsets, tl.where(live, total2, float("inf")), mask=keep_term)
+    factor = None
+    gradient_term = -delta
     tl.store(delta_ptr + term_offsets, delta, mask=keep_term)
     if query_scale_ptr is not None:
         query_scale_ptr += wide_batch * query_scale_stride_b + wide_head * query_scale_stride_h
         row_offsets = memory_row + tl.arange(0, BLOCK_M)
         query_scale = tl.load(query_scale_ptr + row_offsets * query_scale_stride_s, mask=live, other=0.0)
         factor = query_scale * (scale * LOG2_E)
-        tl.store(factor_ptr + term_offsets, factor, mask=keep_term)
-        tl.store(delta_factor_ptr + term_offsets, delta * factor, mask=keep_term)
+        gradient_term *= factor
+    exponent_term = tl.where(live, -total2, float("-inf"))
+    store_term(terms_ptr + 2 * term_offsets, exponent_term, factor, keep_term)
+    store_term(terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_term)

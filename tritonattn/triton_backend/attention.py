@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ def forward(call: AttentionCall, aux: bool) -> ForwardResult:
         max_logit = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
         entropy = _results(call, q.shape[:3], torch.float32)
     results = {"out_ptr": out, "lse_ptr": lse, "max_logit_ptr": max_logit, "entropy_ptr": entropy}
-    _launch("forward", _call_arguments(call) | results, call, _row_programs(call))
+    _launch("forward", _call_arguments(call) | results, call, call.visibility.q_heads)
     return ForwardResult(out, lse, max_logit, entropy)
 
 
@@ -54,18 +53,11 @@ def _row_terms(call: AttentionCall, shared: Arguments, out: Tensor) -> Arguments
     terms_len = _aligned(visible.q_len)
     if sequences is not None:
         terms_len += ROW_TERMS_ALIGNMENT * (len(sequences.q_starts) - 1)
-    count = 2 if call.query_scale is None else 4
-    lse2, delta, *scaled = shared["lse_ptr"].new_empty((count, *call.q.shape[:2], terms_len)).unbind(0)
-    factor, delta_factor = scaled or (None, None)
-    terms = {
-        "lse2_ptr": lse2, "delta_ptr": delta, "factor_ptr": factor, "delta_factor_ptr": delta_factor,
-        "terms_len": terms_len,
-    }  # fmt: skip
-    programs = _members(call) * visible.q_heads
-    _launch(
-        "row_terms", shared | terms | {"out_ptr": out.contiguous()}, call,
-        lambda tile: _aligned(shared["longest_q"]) // tile.block_m * programs,
-    )  # fmt: skip
+    shape = (*call.q.shape[:2], terms_len)
+    joined = torch.float32 if call.query_scale is None else torch.int64
+    delta, both = out.new_empty(shape, dtype=torch.float32), out.new_empty((*shape, 2), dtype=joined)
+    terms = {"terms_ptr": both, "delta_ptr": delta, "terms_len": terms_len}
+    _launch("row_terms", shared | terms | {"out_ptr": out.contiguous()}, call, visible.q_heads)
     return terms
 
 
@@ -75,7 +67,7 @@ def _grad_query(call: AttentionCall, shared: Arguments, needs: Gradients) -> tup
     d_q = _results(call, call.q.shape, call.q.dtype)
     d_query_scale = _results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None
     results = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale}
-    _launch("grad_query", shared | results, call, _row_programs(call))
+    _launch("grad_query", shared | results, call, call.visibility.q_heads)
     return d_q, d_query_scale
 
 
@@ -89,18 +81,14 @@ def _grad_key_value(
     d_v = _results(call, call.v.shape, call.v.dtype)
     d_key_scale = _results(call, call.k.shape[:3], torch.float32) if needs.key_scale else None
     results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size_ptr": None}
-    if call.query_scale is not None:
-        results["delta_ptr"] = shared["delta_factor_ptr"]
-        if call.q.dtype == torch.float16:
-            results["factor_size_ptr"] = _factor_size(call.query_scale, call.scale, visible.kv_heads)
-    programs = _members(call) * visible.kv_heads
-    _launch(
-        "grad_key_value", shared | results, call, lambda tile: -(-shared["longest_k"] // tile.block_n) * programs
-    )
+    if call.query_scale is not None and call.q.dtype == torch.float16:
+        results["factor_size_ptr"] = _factor_size(call.query_scale, call.scale, visible.kv_heads)
+    _launch("grad_key_value", shared | results, call, visible.kv_heads)
     return d_k, d_v, d_key_scale
 
 
-def _launch(kernel: str, available: Arguments, call: AttentionCall, programs: Callable[[TileConfig], int]) -> None:
+def _launch(kernel: str, available: Arguments, call: AttentionCall, heads: int) -> None:
+    """A program for each block of rows, or of keys, of each of the heads of each member."""
     d_out = available.get("d_out_ptr")
     problem = problem_of(
         call, d_out,
@@ -113,23 +101,22 @@ def _launch(kernel: str, available: Arguments, call: AttentionCall, programs: Ca
         if call.visibility.key_ranges is not None:
             bounds = call.visibility.rows_of_key_blocks(chosen.config.block_n)
             available["row_bounds_ptr"] = bounds.expand(call.visibility.batch, -1, -1).contiguous()
-    chosen.launch(programs(chosen.config), available, is_wide(call.q, call.k, call.v, d_out))
+    grid = (_blocks(kernel, chosen.config, call), heads, _members(call))
+    chosen.launch(grid, available, is_wide(call.q, call.k, call.v, d_out))
 
 
-def _row_programs(call: AttentionCall) -> Callable[[TileConfig], int]:
-    longest_q, _ = _longest(call)
-    programs = _members(call) * call.visibility.q_heads
-    return lambda tile: -(-longest_q // tile.block_m) * programs
+def _blocks(kernel: str, config: TileConfig, call: AttentionCall) -> int:
+    """Of rows or keys, of the longest member."""
+    visible, sequences = call.visibility, call.visibility.sequences
+    rows, keys = (visible.q_len, visible.k_len) if sequences is None else (sequences.longest_q, sequences.longest_k)
+    if kernel == "grad_key_value":
+        return -(-keys // config.block_n)
+    return -(-(_aligned(rows) if kernel == "row_terms" else rows) // config.block_m)
 
 
 def _members(call: AttentionCall) -> int:
     sequences = call.visibility.sequences
     return call.visibility.batch if sequences is None else len(sequences.q_starts) - 1
-
-
-def _longest(call: AttentionCall) -> tuple[int, int]:
-    visible, sequences = call.visibility, call.visibility.sequences
-    return (visible.q_len, visible.k_len) if sequences is None else (sequences.longest_q, sequences.longest_k)
 
 
 def _results(call: AttentionCall, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0.0) -> Tensor:
@@ -207,7 +194,6 @@ def _call_arguments(call: AttentionCall) -> Arguments:
     """The arguments that the forward and both backward kernels share."""
     visible, dropout = call.visibility, call.dropout
     reach = visible.q_len + visible.k_len
-    longest_q, longest_k = _longest(call)
     arguments = {
         "q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v,
         "query_scale_ptr": call.query_scale, "key_scale_ptr": call.key_scale,
@@ -216,7 +202,7 @@ def _call_arguments(call: AttentionCall) -> Arguments:
         "keep_from": 0 if dropout is None else dropout.threshold - 2**31,
         "keep_scale": 1.0 if dropout is None else 1 / (1 - dropout.p),
         "scale": float(call.scale), "softcap": None if call.softcap is None else float(call.softcap),
-        "q_len": visible.q_len, "k_len": visible.k_len, "longest_q": longest_q, "longest_k": longest_k,
+        "q_len": visible.q_len, "k_len": visible.k_len,
         "left": None if visible.left is None else min(visible.left, reach),
         "right": None if visible.right is None else min(visible.right, reach),
         "q_heads": visible.q_heads, "group": visible.q_heads // visible.kv_heads,

@@ -27,12 +27,12 @@ def decode(call: DecodeCall, aux: bool) -> ForwardResult:
     arguments = _arguments(call) | dict(zip(names, parts, strict=True))
     arguments |= {"splits": splits, "sinks_ptr": sinks if splits == 1 else None}
     keys, values = _by_head(cache.k, cache), _by_head(cache.v, cache)
-    chosen.launch(splits * tiles * batch * cache.kv_heads, arguments, is_wide(keys, values))
+    chosen.launch((splits * tiles, cache.kv_heads, batch), arguments, is_wide(keys, values))
     if splits > 1:
         results = dict(zip(("out_ptr", "lse_ptr", "max_logit_ptr", "entropy_ptr"), joined, strict=True))
         problem = Problem(call.q.shape[3], cache.v.shape[3], call.q.dtype, sinks=sinks is not None, aux=aux)
-        rows = batch * q_heads * q_len
-        plan("decode_combine", problem, call.q.device).launch(rows, arguments | results | {"sinks_ptr": sinks}, False)
+        combined = plan("decode_combine", problem, call.q.device)
+        combined.launch((q_len, q_heads, batch), arguments | results | {"sinks_ptr": sinks}, False)
     return joined
 
 

@@ -20,8 +20,8 @@ def key_statistics(k: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tens
     length_prefix, square_prefix = (torch.empty(prefix, dtype=torch.float64, device=k.device) for _ in range(2))
     arguments = _key_arguments(k, seen) | {"lengths_ptr": lengths}
     _launch_keys("key_statistics", arguments, k)
-    sums = {"lengths_ptr": lengths, "length_prefix_ptr": length_prefix, "square_prefix_ptr": square_prefix}
-    _launch_keys("key_prefix_sums", sums | {"k_len": k.shape[2]}, k)
+    sums = {"length_prefix_ptr": length_prefix, "square_prefix_ptr": square_prefix}
+    _launch_keys("key_prefix_sums", arguments | sums, k)
     return lengths, length_prefix, square_prefix
 
 
@@ -37,7 +37,7 @@ def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     batch, heads, k_len, head_dim = k.shape
     chosen = plan(kernel, Problem(head_dim, head_dim, k.dtype), k.device)
     blocks = 1 if kernel == "key_prefix_sums" else -(-k_len // chosen.config.block_n)
-    chosen.launch(blocks * batch * heads, available, is_wide(k))
+    chosen.launch((blocks, heads, batch), available, is_wide(k))
 
 
 def _key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:

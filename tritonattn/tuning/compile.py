@@ -7,7 +7,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from ..kernels import KERNELS
-from .config import Problem, Target, TileConfig, legal_reasons, padded_dim
+from .config import Problem, Target, TileConfig, legal_reasons, padded_dim, sum_columns
 from .defaults import default_config
 
 _SCALAR_TYPES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
@@ -48,7 +48,7 @@ def compile_kernel(
     if reasons:
         raise ValueError(f"config: expected a legal one for {kernel}, got {config}: {'; '.join(reasons)}")
     function = KERNELS[kernel]
-    signature, constants, attributes = specialisation(function, problem, config)
+    signature, constants, attributes = specialisation(function, problem, config, target)
     warp_size = 64 if target.arch.startswith("gfx9") else 32  # CDNA; RDNA and NVIDIA have 32
     arch = int(target.arch) if target.backend == "cuda" else target.arch
     return triton.compile(
@@ -58,19 +58,19 @@ def compile_kernel(
     )
 
 
-def specialisation(function, problem: Problem, config: TileConfig) -> tuple[dict, dict, dict]:
+def specialisation(function, problem: Problem, config: TileConfig, target: Target) -> tuple[dict, dict, dict]:
     """Types, constants and alignments of a kernel's arguments, by the grammar of their names.
 
     `*_ptr` is a pointer, `*_stride_*` a stride, CAPITALS a constexpr; an optional tensor that the problem lacks is the
     constant None, and so is the unit stride of an inner axis the constant 1.
     """
-    constexprs = constexpr_values(problem, config)
+    constexprs = constexpr_values(problem, config, target)
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(function.arg_names):
         if name in constexprs:
             signature[name], constants[name] = "constexpr", constexprs[name]
             continue
-        argument_type = _argument_type(name, problem, config, constexprs)
+        argument_type = _argument_type(name, problem, config)
         signature[name] = "constexpr" if argument_type in (None, 1) else argument_type
         if argument_type in (None, 1):
             constants[name] = argument_type
@@ -79,8 +79,8 @@ def specialisation(function, problem: Problem, config: TileConfig) -> tuple[dict
     return signature, constants, attributes
 
 
-def constexpr_values(problem: Problem, config: TileConfig) -> dict:
-    """The constexprs that kernels take from a problem and a config."""
+def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> dict:
+    """The constexprs that kernels take from a problem, a config and a target."""
     return {
         "HEAD_DIM": problem.head_dim,
         "VALUE_DIM": problem.value_dim,
@@ -88,22 +88,22 @@ def constexpr_values(problem: Problem, config: TileConfig) -> dict:
         "BLOCK_DV": padded_dim(problem.value_dim),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "SUM_COLUMNS": sum_columns(problem, target),
+        "SPLIT_TERMS": target.has_tensor_memory,
         "PRECISION": "ieee",
         "WIDE": False,
     }
 
 
-def _argument_type(name: str, problem: Problem, config: TileConfig, constexprs: dict) -> str | int | None:
+def _argument_type(name: str, problem: Problem, config: TileConfig) -> str | int | None:
     """A Triton type, 1 for a unit stride, or None for an argument that the problem lacks."""
     if name.endswith("_descriptor"):
-        return _descriptor_type(name, problem, config, constexprs) if config.descriptors else None
+        return _descriptor_type(name, problem, config) if config.descriptors else None
     for part in _OPTIONAL:
         if (name == part or name.startswith((part + "_ptr", part + "_stride"))) and not getattr(problem, part):
             return None if not name.startswith(part + "_stride") else 1
     stem = name.removesuffix("_ptr")
     lacks = {
-        "factor": not problem.query_scale,
-        "delta_factor": not problem.query_scale,
         "d_query_scale": not problem.query_scale_grad,
         "factor_size": not (problem.query_scale and str(problem.dtype) == "torch.float16"),
         "d_key_scale": not problem.key_scale,
@@ -121,8 +121,9 @@ def _argument_type(name: str, problem: Problem, config: TileConfig, constexprs: 
     if lacks.get(stem):
         return None
     if name.endswith("_ptr"):
-        element = _SCALAR_TYPES[str(problem.dtype)] if stem in _DATA_POINTERS else _POINTER_TYPES.get(stem, "fp32")
-        return "*" + element
+        if stem in _DATA_POINTERS:
+            return "*" + _SCALAR_TYPES[str(problem.dtype)]
+        return "*i64" if stem == "terms" and problem.query_scale else "*" + _POINTER_TYPES.get(stem, "fp32")
     if "_stride_" in name:
         unit = name.endswith("_stride_d") or name in ("query_scale_stride_s", "key_scale_stride_s", "mask_stride_k")
         return 1 if unit else "i32"
@@ -131,8 +132,8 @@ def _argument_type(name: str, problem: Problem, config: TileConfig, constexprs: 
     return "fp32" if name in ("scale", "softcap", "keep_scale") else "i32"
 
 
-def _descriptor_type(name: str, problem: Problem, config: TileConfig, constexprs: dict) -> str:
+def _descriptor_type(name: str, problem: Problem, config: TileConfig) -> str:
     """Blocks of the streamed operand: keys in the passes over keys, rows in the pass over rows."""
     rows = config.block_n if name in ("k_descriptor", "v_descriptor") else config.block_m
-    width = constexprs["BLOCK_D" if name in ("q_descriptor", "k_descriptor") else "BLOCK_DV"]
-    return f"tensordesc<{_SCALAR_TYPES[str(problem.dtype)]}[1, 1, {rows}, {width}]>"
+    width = problem.head_dim if name in ("q_descriptor", "k_descriptor") else problem.value_dim
+    return f"tensordesc<{_SCALAR_TYPES[str(problem.dtype)]}[1, 1, {rows}, {padded_dim(width)}]>"

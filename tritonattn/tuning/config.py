@@ -47,6 +47,11 @@ class Target(NamedTuple):
         major, minor = torch.cuda.get_device_capability(device)
         return cls("cuda", f"{major}{minor}")
 
+    @property
+    def has_tensor_memory(self) -> bool:
+        """Whether MMAs write to tensor memory, from which a thread loads whole rows, and fp32 arithmetic comes packed."""
+        return self.backend == "cuda" and self.arch in ("100", "103")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -83,6 +88,12 @@ class Problem:
     def width(self) -> int:
         """The wider of the padded head and value dims."""
         return max(padded_dim(self.head_dim), padded_dim(self.value_dim))
+
+
+def sum_columns(problem: Problem, target: Target) -> int:
+    """Columns of the sums over keys that a kernel keeps for each row: see `kernels.primitives.partial_sums`."""
+    in_registers = target.backend == "cuda" and not target.has_tensor_memory
+    return 8 if in_registers and problem.dtype.itemsize == 2 else 1
 
 
 @dataclass(frozen=True)
