@@ -1,18 +1,32 @@
-"""`python -m perf <benchmark>`."""
+"""`python -m perf <command>`."""
 
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
-from . import codegen, cpu
+COMMANDS = {
+    "cpu": "time and memory on a CPU, against PyTorch's attention",
+    "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
+    "soak": "random calls of the kernels, for a while, against float64",
+    "sanitize": "a short soak under NVIDIA's compute-sanitizer",
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
-    benchmarks = parser.add_subparsers(required=True, metavar="benchmark")
-    cpu.add_arguments(benchmarks.add_parser("cpu", help=cpu.__doc__, description=cpu.__doc__))
-    codegen.add_arguments(benchmarks.add_parser("codegen", help=codegen.__doc__, description=codegen.__doc__))
-    arguments = parser.parse_args()
+    """Import the command's module alone: a GPU machine need not have what the others print and plot with."""
+    names = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m perf", description="Measure, read and try the package.", epilog=f"commands:\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below; `<command> --help` says more")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    module = import_module(f".{chosen.command}", __package__)
+    own = argparse.ArgumentParser(prog=f"python -m perf {chosen.command}", description=module.__doc__)
+    module.add_arguments(own)
+    arguments = own.parse_args(chosen.arguments)
     arguments.run(arguments)
 
 

@@ -1,0 +1,62 @@
+"""A short soak under NVIDIA's compute-sanitizer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+# Reads of memory that nothing has written are the soak's own to find: it fills new memory with NaN.
+TOOLS = ("memcheck", "racecheck", "synccheck")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tools", type=lambda text: text.split(","), default=TOOLS, help="memcheck,racecheck,...")
+    parser.add_argument("--trials", type=int, default=100, help="calls of the soak under each tool")
+    parser.add_argument("--seed", type=int, default=0, help="of the first call")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the tools one after another, and exit with an error where one finds something."""
+    sanitizer = _sanitizer()
+    if sanitizer is None:
+        sys.exit("sanitize: compute-sanitizer is neither on PATH nor in $CUDA_HOME/bin; it comes with the CUDA toolkit")
+    if not torch.cuda.is_available() or torch.version.hip:
+        sys.exit("sanitize: compute-sanitizer needs an NVIDIA GPU, torch sees none")
+    found = [tool for tool in arguments.tools if _finds_something(sanitizer, tool, arguments)]
+    if found:
+        sys.exit(f"sanitize: {', '.join(found)} found errors")
+    print(f"{', '.join(arguments.tools)}: no errors")
+
+
+def _sanitizer() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(Path(home) / "bin"))
+
+
+def _finds_something(sanitizer: str, tool: str, arguments: argparse.Namespace) -> bool:
+    # Bare, since memcheck would take the soak's guards for parts of the tensors.
+    soak = ["-m", "perf", "soak", "--bare", "--device", "cuda", "--minutes", "600"]
+    soak += ["--trials", str(arguments.trials), "--seed", str(arguments.seed)]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *_only_our_kernels(sanitizer), sys.executable, *soak]
+    # Without torch's cache every tensor has bounds of its own.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    print(f"== {tool}", flush=True)
+    return subprocess.run(command, env=environment, check=False).returncode != 0
+
+
+def _only_our_kernels(sanitizer: str) -> list[str]:
+    """Options that leave other kernels at their speed, by the name that this sanitizer has for them."""
+    from tritonattn.kernels import KERNELS
+
+    usage = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, check=False).stdout
+    option = next((name for name in ("--kernel-name", "--kernel-regex") if name in usage), None)
+    if option is None:
+        return []
+    return [text for kernel in KERNELS.values() for text in (option, f"kns={kernel.__name__}")]

@@ -1,0 +1,88 @@
+"""What the soak draws: the same call for the same seed, every form sooner or later, the known hazard first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from perf.soak_draw import HAZARD_SEEDS, HAZARD_STAGES, INTERPRETED, ON_A_GPU, draw, trials
+from tritonattn import SCALINGS
+
+CPU = torch.device("cpu")
+SHORT = replace(ON_A_GPU, length=60)
+
+
+def test_a_seed_is_a_call():
+    for seed in (0, 200, 201, 202):
+        first, second = (draw(seed, CPU, INTERPRETED) for _ in range(2))
+        assert str(first) == str(second)
+        for name, tensor in first.leaves.items():
+            torch.testing.assert_close(second.leaves[name], tensor, rtol=0, atol=0, equal_nan=True)
+            assert second.leaves[name].stride() == tensor.stride()
+
+
+def test_seeds_follow_one_another():
+    source = trials(300, CPU, INTERPRETED)
+    assert [next(source).seed for _ in range(3)] == [300, 301, 302]
+
+
+def test_the_hazard_comes_first():
+    """Flash backward of head_dim 32 in several stages."""
+    drawn = [draw(seed, CPU, SHORT) for seed in range(HAZARD_SEEDS)]
+    assert {trial.stages for trial in drawn} == set(HAZARD_STAGES)
+    assert all(trial.leaves["q"].shape[-1] == 32 and trial.gradients for trial in drawn)
+    assert draw(HAZARD_SEEDS, CPU, SHORT).stages is None
+
+
+def test_every_form_is_drawn():
+    drawn = [draw(HAZARD_SEEDS + seed, CPU, INTERPRETED) for seed in range(500)]
+    assert {trial.dtype for trial in drawn} == {torch.float32, torch.float16, torch.bfloat16}
+    wanted = {"scaled_attention", *(f"attention({mode})" for mode in SCALINGS)}
+    wanted |= {f"{name}({mode})" for name in ("attention_varlen", "attention_decode") for mode in SCALINGS}
+    functions = {trial.function for trial in drawn}
+    assert wanted <= functions
+    assert any("with statistics" in function for function in functions)
+    assert {name for trial in drawn for name in trial.leaves} == {
+        "q", "k", "v", "k_cache", "v_cache", "query_scale", "key_scale", "gain", "sinks",
+    }  # fmt: skip
+    assert {name for trial in drawn for name, value in trial.options.items() if value is not False} == {
+        "causal", "window", "key_lengths", "key_ranges", "mask", "dropout_p", "softcap", "return_aux", "block_table",
+        "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
+    }  # fmt: skip
+    queries = [trial.leaves["q"] for trial in drawn]
+    assert {q.is_contiguous() for q in queries} == {True, False}
+    assert {q.data_ptr() % 16 == 0 for q in queries} == {True, False}
+
+
+def _code(trial) -> tuple:
+    """What selects code, as far as it shows."""
+    widths = ("q", "k", "v", "k_cache", "v_cache")
+    shapes = {name: tensor.shape[-1] if name in widths else None for name, tensor in trial.leaves.items()}
+    options = {name: type(value) if isinstance(value, Tensor) else None for name, value in trial.options.items()}
+    return trial.function, trial.dtype, trial.stages, shapes, options
+
+
+def test_seeds_in_a_row_share_their_code():
+    """A compilation takes seconds, a call milliseconds."""
+    for first in (0, 256, 512, 1024, 2048):
+        drawn = [draw(first + i, CPU, SHORT) for i in range(SHORT.variations)]
+        assert all(_code(trial) == _code(drawn[0]) for trial in drawn)
+        assert len({trial.leaves["q"].shape for trial in drawn}) > 1
+
+
+def test_hidden_keys_hold_nan():
+    found = 0
+    for seed in range(HAZARD_SEEDS, HAZARD_SEEDS + 200):
+        trial = draw(seed, CPU, INTERPRETED)
+        lengths, k = trial.options.get("key_lengths"), trial.leaves.get("k", trial.leaves.get("k_cache"))
+        if lengths is None or "block_table" in trial.options:
+            continue
+        for b, length in enumerate(lengths.tolist()):
+            assert k[b, :, :length].isfinite().all()
+            assert k[b, :, length:].isnan().all()
+            found += length < k.shape[2]
+    assert found > 10

@@ -1,0 +1,74 @@
+"""Launches between guards: what a kernel may write comes back, what it may not is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from perf.soak_guards import CONFIGS, Executor, soaking
+from tritonattn import launch
+from tritonattn.tuning.config import Problem, Target
+from tritonattn.tuning.defaults import default_config
+
+
+def kernel():
+    """Stands for one; only its name is used."""
+
+
+def _run(body, **tensors) -> None:
+    Executor(lambda kernel, grid, arguments, config: body(**arguments), guards=True)(kernel, (1,), tensors, None)
+
+
+def test_a_kernel_gets_the_same_values_and_strides_between_nan():
+    x = torch.arange(24.0).view(2, 3, 4).transpose(1, 2)[:, ::2]
+
+    def body(x_ptr):
+        assert x_ptr.data_ptr() != x.data_ptr()
+        assert x_ptr.stride() == x.stride()
+        assert torch.equal(x_ptr, x)
+        around = x_ptr.as_strided((3,), (1,), x_ptr.storage_offset() - 3)
+        assert around.isnan().all()
+
+    _run(body, x_ptr=x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32, torch.uint8], ids=str)
+def test_what_is_written_comes_back(dtype):
+    x, only_read = torch.zeros(5, dtype=dtype), torch.ones(3)
+    version = only_read._version
+    _run(lambda x_ptr, k_ptr: x_ptr.add_(1), x_ptr=x, k_ptr=only_read)
+    assert x.tolist() == [1] * 5
+    assert only_read._version == version
+
+
+@pytest.mark.parametrize("place", [-1, 5, -500, 3000])
+def test_a_write_outside_is_found(place):
+    def body(x_ptr):
+        x_ptr.as_strided((1,), (1,), x_ptr.storage_offset() + place).fill_(0)
+
+    with pytest.raises(AssertionError, match="kernel: wrote out of the bounds of x_ptr"):
+        _run(body, x_ptr=torch.zeros(5))
+
+
+def test_tensors_without_elements_and_shared_elements():
+    shared = torch.ones(1).expand(4, 1)
+    _run(lambda x_ptr, empty_ptr: None, x_ptr=shared, empty_ptr=torch.empty(0, 3))
+
+
+def test_soaking_fills_new_memory_with_nan_and_puts_everything_back():
+    before = launch.run, launch.config_for, torch.are_deterministic_algorithms_enabled()
+    with soaking(guards=True) as executor:
+        assert launch.run is executor
+        assert torch.empty(1000).isnan().all()
+        launch.config_for = None
+    assert (launch.run, launch.config_for, torch.are_deterministic_algorithms_enabled()) == before
+
+
+def test_stages():
+    problem, target = Problem(32, 32, torch.bfloat16), Target("cuda", "90")
+    for stages in (2, 3, 4):
+        assert CONFIGS[stages]("grad_key_value", problem, target).num_stages == stages
+        assert CONFIGS[stages]("row_terms", problem, target) == default_config("row_terms", problem, target)
+    wide = Problem(256, 256, torch.float32), Target("cuda", "86")
+    assert CONFIGS[4]("forward", *wide) == default_config("forward", *wide)  # more shared memory than there is
