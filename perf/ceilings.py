@@ -15,6 +15,11 @@ NON_MMA_PER_LOGIT = {
     ("grad_query", "sm_100", 64): 8.2, ("grad_query", "sm_100", 128): 9.0,
 }  # fmt: skip
 
-# What query_scale may add per logit to a kernel without scales, and key_scale to one with query_scale, in one config.
+# What query_scale may add per logit to a kernel without scales, in one config.
 QUERY_SCALE = {"forward": 0.05, "grad_query": 0.05, "grad_key_value": 0.3}
-KEY_SCALE = 1.1
+# sm_100 loads terms of rows one by one, so that packed arithmetic finds them: the factor is one load more.
+QUERY_SCALE_OF_TARGET = {("grad_key_value", "sm_100"): 0.65}
+
+# What key_scale may add to a kernel with query_scale. One multiplication is inherent, in grad_query a second one (the
+# gradient of a logit times the scale, which rounding K would save); the rest loads the scale of every column.
+KEY_SCALE = {"forward": 1.6, "grad_query": 2.6, "grad_key_value": 1.6}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from perf.ceilings import KEY_SCALE, NON_MMA_PER_LOGIT, QUERY_SCALE  # noqa: E402
+from perf.ceilings import KEY_SCALE, NON_MMA_PER_LOGIT, QUERY_SCALE, QUERY_SCALE_OF_TARGET  # noqa: E402
 from perf.codegen import Case, Reading, read  # noqa: E402
 from tritonattn import launch  # noqa: E402
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config  # noqa: E402
@@ -59,8 +59,9 @@ def test_other_instructions_per_logit_without_a_mask(kernel, target, head_dim):
 )
 def test_what_scales_cost(kernel, target, head_dim):
     without, query, key = (reading(kernel, target, head_dim, scales) for scales in SCALES)
-    assert query.non_mma_per_logit - without.non_mma_per_logit <= QUERY_SCALE[kernel], (without, query)
-    assert key.non_mma_per_logit - query.non_mma_per_logit <= KEY_SCALE, (query, key)
+    allowed = QUERY_SCALE_OF_TARGET.get((kernel, target), QUERY_SCALE[kernel])
+    assert query.non_mma_per_logit - without.non_mma_per_logit <= allowed, (without, query)
+    assert key.non_mma_per_logit - query.non_mma_per_logit <= KEY_SCALE[kernel], (query, key)
 
 
 @pytest.mark.parametrize(
@@ -104,13 +105,14 @@ def test_no_loop_spills(kernel, target, head_dim, scales):
     assert found.spill_bytes == 0, found
 
 
-@pytest.mark.parametrize(("kernel", "target"), itertools.product(TILED_KERNELS, ("sm_80", "sm_90", "sm_100")))
+@pytest.mark.parametrize(("kernel", "target"), itertools.product(QUERY_SCALE, ("sm_80", "sm_90", "sm_100")))
 def test_work_of_the_loops(kernel, target):
     """The FLOPs that the tensor instructions add up to are those of the tile: nothing is unrolled or done twice."""
     problem = Problem(64, 64, torch.bfloat16, right=True, query_scale=True)
     config = default_config(kernel, problem, Target.parse(target))
     loops = read_machine_code(compile_kernel(kernel, problem, config, target)).mma_loops
-    assert len(loops) == 2, "one loop over masked blocks, one over the others"
-    for loop in loops:
-        assert loop.tiles == 1
-        assert loop.flops == flops_per_logit(kernel, problem) * config.block_m * config.block_n
+    work = flops_per_logit(kernel, problem) * config.block_m * config.block_n
+    masked, unmasked = loops
+    assert (masked.tiles, unmasked.tiles) == (1, 1)
+    assert unmasked.flops == work
+    assert masked.flops in (work, work // 2), "masked steps take half of a wide block"

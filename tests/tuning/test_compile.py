@@ -12,7 +12,7 @@ from tritonattn import launch, triton_backend  # noqa: E402
 from tritonattn.kernels import KERNELS  # noqa: E402
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config, legal_reasons  # noqa: E402
 from tritonattn.tuning.compile import specialisation  # noqa: E402
-from tritonattn.tuning.config import STREAMING_KERNELS, TILED_KERNELS  # noqa: E402
+from tritonattn.tuning.config import STREAMING_KERNELS, TILED_KERNELS, shared_limit  # noqa: E402
 from tritonattn.tuning.machine_code import read_machine_code  # noqa: E402
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -28,6 +28,7 @@ pytestmark = [
 def _check(kernel: str, problem: Problem, target: str) -> None:
     code = read_machine_code(compile_kernel(kernel, problem, target=target))
     assert code.spill_bytes == 0, f"{kernel} {problem} {target}: {code}"
+    assert code.shared_bytes <= shared_limit(Target.parse(target)), f"{kernel} {problem} {target}: {code}"
     if kernel in TILED_KERNELS and target in NVIDIA and problem.dtype != torch.float32:
         assert code.mma_loops, f"{kernel} {problem} {target}: expected a loop with tensor instructions, got {code}"
 
@@ -75,7 +76,8 @@ def test_sampled_variants_compile(kernel, target):
     variants = _variants()
     stride = 17 if target in NVIDIA else 41
     for problem in variants[(hash_of(kernel + target) % stride) :: stride]:
-        compile_kernel(kernel, problem, target=target)
+        compiled = compile_kernel(kernel, problem, target=target)
+        assert compiled.metadata.shared <= shared_limit(Target.parse(target)), problem
 
 
 def hash_of(text: str) -> int:

@@ -15,8 +15,8 @@ from .primitives import (
     key_blocks_of_rows,
     keys_at,
     load_block,
-    load_key_scale,
     load_signed,
+    load_vector,
     masked_block,
     partial_sums,
     program_position,
@@ -112,6 +112,11 @@ def _attend(
         start, end = touch_lo // BLOCK_N * BLOCK_N, touch_hi - (full_end - full_start)
     k_offsets = tile_offsets(BLOCK_N, q.shape[1], k_stride_s, k_stride_d, WIDE)
     v_offsets = tile_offsets(BLOCK_N, accumulator.shape[1], v_stride_s, v_stride_d, WIDE)
+    scale_ptrs = key_scale_ptr
+    if key_scale_ptr is not None:
+        # Carried along: addresses made from the position would make the loop's counter one of 64 bits.
+        key_scale_stride_s = tl.cast(key_scale_stride_s, tl.int64)
+        scale_ptrs += (start + tl.arange(0, BLOCK_N)) * key_scale_stride_s
     for position in tl.range(start, end, BLOCK_N):
         start_n, offs_key, keep_key = keys_at(
             position, full_start, full_end, touch_lo, touch_hi, seen_ptr, BLOCK_N, MASKED
@@ -126,7 +131,10 @@ def _attend(
         )  # fmt: skip
         logits = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if key_scale_ptr is not None:
-            logits *= load_key_scale(key_scale_ptr, offs_key, key_scale_stride_s, keep_key, MASKED)[None, :]
+            if MASKED:
+                scale_ptrs = key_scale_ptr + offs_key * key_scale_stride_s
+            logits *= load_vector(scale_ptrs, keep_key, MASKED)[None, :]
+            scale_ptrs += BLOCK_N * key_scale_stride_s
         keep = None
         if MASKED:
             keep = visible_tile(

@@ -295,14 +295,13 @@ def keys_at(position, full_start, full_end, touch_lo, touch_hi, seen_ptr, BLOCK_
 
 
 @triton.jit
-def load_key_scale(key_scale_ptr, offs_key, stride, keep_key, MASKED: tl.constexpr):
-    """fp32 [BLOCK_N]; where MASKED, 0 for keys that keep_key drops."""
-    pointers = key_scale_ptr + offs_key.to(tl.int64) * stride
+def load_vector(pointers, keep, MASKED: tl.constexpr):
+    """One number for each key; where MASKED, 0 for keys that keep drops."""
     if MASKED:
-        key_scale = tl.load(pointers, mask=keep_key, other=0.0)
+        vector = tl.load(pointers, mask=keep, other=0.0)
     else:
-        key_scale = tl.load(pointers)
-    return key_scale
+        vector = tl.load(pointers)
+    return vector
 
 
 @triton.jit

@@ -49,7 +49,7 @@ class Target(NamedTuple):
 
     @property
     def has_tensor_memory(self) -> bool:
-        """Whether MMAs write to tensor memory, from which a thread loads whole rows, and fp32 arithmetic comes packed."""
+        """Whether MMAs write to tensor memory, from which threads load whole rows, and fp32 arithmetic comes packed."""
         return self.backend == "cuda" and self.arch in ("100", "103")
 
 
@@ -128,15 +128,21 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
         reasons.append(f"num_stages {config.num_stages} is below 1")
     if kernel in TILED_KERNELS and ROW_TERMS_ALIGNMENT % config.block_m:
         reasons.append(f"block_m {config.block_m} does not divide the row terms' alignment {ROW_TERMS_ALIGNMENT}")
-    if config.descriptors and not _may_use_descriptors(kernel, problem, target):
+    if config.descriptors and not may_use_descriptors(kernel, problem, target):
         reasons.append(f"descriptors need {', '.join(TILED_KERNELS)} on sm_90 or later, 16 bits and aligned tensors")
-    shared, limit = _shared_estimate(kernel, config, problem), _SHARED_BYTES.get(target.arch, 65536)
+    shared, limit = _shared_estimate(kernel, config, problem), shared_limit(target)
     if shared > limit:
         reasons.append(f"tiles need about {shared} bytes of shared memory, {target.arch} has {limit}")
     return reasons
 
 
-def _may_use_descriptors(kernel: str, problem: Problem, target: Target) -> bool:
+def shared_limit(target: Target) -> int:
+    """Bytes of shared memory that a program may take; of an unknown architecture, what all have."""
+    return _SHARED_BYTES.get(target.arch, 65536)
+
+
+def may_use_descriptors(kernel: str, problem: Problem, target: Target) -> bool:
+    """Whether the tensor memory accelerator can load a kernel's tiles."""
     is_able = kernel in TILED_KERNELS and kernel != "decode" and target.backend == "cuda" and int(target.arch) >= 90
     return is_able and problem.aligned and problem.dtype.itemsize == 2
 

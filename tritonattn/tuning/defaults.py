@@ -7,34 +7,34 @@ from __future__ import annotations
 
 import torch
 
-from .config import STREAMING_KERNELS, Problem, Target, TileConfig
+from .config import STREAMING_KERNELS, Problem, Target, TileConfig, may_use_descriptors
 
 # By family, kernel and the wider of the padded head and value dims: block_m, block_n, num_warps, num_stages.
 _TILES = {
     "sm_80": {
-        "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-        "grad_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 64, 8, 1)},
+        "forward": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
+        "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (128, 64, 8, 2), 256: (32, 64, 8, 2)},
     },
     "sm_86": {
-        "forward": {64: (128, 128, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
-        "grad_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "forward": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
     },
     "sm_120": {
-        "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
-        "grad_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        "forward": {64: (128, 64, 4, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+        "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
         "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
     },
     "sm_90": {
         "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
-        "grad_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 1)},
+        "grad_query": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+        "grad_key_value": {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
     },
     "sm_100": {
-        "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
-        "grad_query": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 1), 256: (32, 32, 8, 1)},
+        "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 1)},
+        "grad_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1)},
     },
     "amd": {
         "forward": {64: (128, 64, 8, 1), 128: (128, 32, 8, 1), 256: (64, 32, 4, 1)},
@@ -42,9 +42,23 @@ _TILES = {
         "grad_key_value": {64: (32, 64, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)},
     },
 }
+# The same where tiles are loaded by tensor descriptors, which cost no registers for addresses. sm_90's grad_key_value
+# of width 64 has fewer instructions with pointers.
+_DESCRIPTOR_TILES = {
+    "sm_90": {
+        "forward": {64: (128, 128, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        "grad_query": {64: (128, 64, 4, 2), 128: (128, 128, 8, 2), 256: (64, 32, 4, 2)},
+        "grad_key_value": {128: (64, 64, 4, 2)},
+    },
+    "sm_100": {
+        "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        "grad_query": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (128, 64, 8, 1)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
+    },
+}
 # A key scale holds one more vector of keys in registers.
 _TILES_WITH_KEY_SCALE = {
-    ("sm_80", "forward", 128): (64, 64, 4, 2),
+    ("sm_86", "forward", 128): (128, 32, 8, 2),
 }
 # IEEE fp32 products run on the FMA units, from registers.
 _TILES_OF_FLOAT32 = {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)}
@@ -74,6 +88,9 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
         return _decode_config(problem, width, family)
     if problem.dtype == torch.float32:
         return TileConfig(*_TILES_OF_FLOAT32[width])
+    described = _DESCRIPTOR_TILES.get(family, {}).get(kernel, {}).get(width)
+    if described and may_use_descriptors(kernel, problem, target):
+        return TileConfig(*described, descriptors=True)
     tiles = _TILES[family][kernel][width]
     if problem.key_scale:
         tiles = _TILES_WITH_KEY_SCALE.get((family, kernel, width), tiles)

@@ -86,8 +86,8 @@ class MachineCode:
 
     @property
     def unmasked_loop(self) -> MmaLoop | None:
-        """The loop over the blocks that need no mask: that with the fewest other instructions a tile."""
-        return min(self.mma_loops or (), key=lambda loop: loop.other / loop.tiles, default=None)
+        """The loop over the blocks that need no mask: that with the fewest other instructions for its MMAs' work."""
+        return min(self.mma_loops or (), key=lambda loop: loop.other / loop.flops, default=None)
 
 
 def read_machine_code(compiled: CompiledKernel) -> MachineCode:
