@@ -18,8 +18,8 @@ def test_snippets_run(position):
     exec(compile(SNIPPETS[position], f"README.md snippet {position}", "exec"), {"__name__": "__main__"})
 
 
-def test_there_is_a_quick_start_and_a_mode_of_ones_own():
-    assert len(SNIPPETS) == 2
+def test_no_snippet_is_overlooked():
+    assert len(SNIPPETS) == 6
     assert "class LogKeyNorm(Scaling)" in SNIPPETS[1]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tritonattn import launch
-from tritonattn.tuning.config import TileConfig
+from tritonattn.tuning.config import Target, TileConfig
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,16 +22,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
-    """emulate(gpu, tiles=None): from now on kernels run in the emulator; returns the executor.
+    """emulate(gpu, tiles=None, kind=Executor): from now on kernels run in the emulator; returns the executor.
 
     New tensors are filled with NaN, so that a result that no kernel writes shows.
     """
     from .executor import GPU, Executor
 
-    def install(gpu: GPU, tiles: TileConfig | None = None) -> Executor:
-        executor = Executor(gpu)
+    def install(gpu: GPU, tiles: TileConfig | None = None, kind: type[Executor] = Executor) -> Executor:
+        executor = kind(gpu)
         monkeypatch.setattr(launch, "run", executor)
         monkeypatch.setattr(launch, "config_for", gpu.config(tiles))
+        monkeypatch.setattr(Target, "of", lambda device: gpu.target)
         return executor
 
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -4,12 +4,13 @@ clean report."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.emulator import Report, run
-from tests.emulator.compile import compile_for
+from tests.emulator.compile import Compiled, compile_for
 from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
 
@@ -26,11 +27,14 @@ class GPU:
     def __str__(self) -> str:
         return f"sm_{self.capability}{' descriptors' if self.descriptors else ''}"
 
-    def config(self, tiles: TileConfig | None):
-        """A `launch.config_for`: the same tiles for all tiled kernels, or this GPU's default config."""
-        target = Target("cuda", str(self.capability))
+    @property
+    def target(self) -> Target:
+        return Target("cuda", str(self.capability))
 
-        def config_for(kernel: str, problem: Problem, _: Target) -> TileConfig:
+    def config(self, tiles: TileConfig | None):
+        """A `launch.config_for`: the same tiles for all tiled kernels, or the default config."""
+
+        def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
             chosen = tiles if tiles and kernel in TILED_KERNELS else default_config(kernel, problem, target)
             asked = replace(chosen, descriptors=self.descriptors)
             return replace(asked, descriptors=False) if legal_reasons(kernel, asked, problem, target) else asked
@@ -49,13 +53,16 @@ class Executor:
         self.reports: list[Report] = []
 
     def __call__(self, kernel, grid, arguments, config) -> None:
-        compiled = compile_for(
-            kernel, arguments, num_warps=config.num_warps, num_stages=config.num_stages,
-            capability=self.gpu.capability,
-        )  # fmt: skip
+        compiled = self.compile(kernel, arguments, config)
         report = run(compiled.kernel, grid, compiled.arguments, names=compiled.names)
         self.reports.append(report)
         assert report.ok, str(report)
+
+    def compile(self, kernel, arguments: dict[str, Any], config: TileConfig) -> Compiled:
+        return compile_for(
+            kernel, arguments, num_warps=config.num_warps, num_stages=config.num_stages,
+            capability=self.gpu.capability,
+        )  # fmt: skip
 
     @property
     def launched(self) -> list[str]:

@@ -24,7 +24,7 @@ DEFAULT_MAX_THREADS = 4096
 
 def run(
     compiled, grid, arguments, *, names: list[str] | None = None, collect: bool = False,
-    max_threads: int = DEFAULT_MAX_THREADS,
+    max_threads: int = DEFAULT_MAX_THREADS, ptx: str | None = None,
 ) -> Report:  # fmt: skip
     """Execute one of Triton's compiled kernels on CPU tensors, which it modifies, and report.
 
@@ -33,12 +33,13 @@ def run(
     names         of the arguments, for messages
     collect       note faults in the report and go on, with NaN for what was read, rather than raise PTXFault
     max_threads   how many run in lock step: 2048 to 4096 are fastest
+    ptx           another text of the same kernel, to be run in place of the compiled one
 
     Raises PTXFault at an access that is out of bounds or misaligned, PTXError for what the emulator does not support.
     """
     metadata = compiled.metadata
     return run_ptx(
-        compiled.asm["ptx"], grid, arguments, shared=metadata.shared, num_warps=metadata.num_warps,
+        ptx or compiled.asm["ptx"], grid, arguments, shared=metadata.shared, num_warps=metadata.num_warps,
         scratch=getattr(metadata, "global_scratch_size", None),
         descriptors=getattr(metadata, "tensordesc_meta", None) or (), names=names, collect=collect,
         max_threads=max_threads,
@@ -57,7 +58,7 @@ def run_ptx(
     threads = kernel.threads or 32 * num_warps
     if threads != 32 * num_warps:
         raise PTXError(f"num_warps: expected {threads // 32}, as the PTX says, got {num_warps}")
-    grid = (*(int(size) for size in (grid if hasattr(grid, "__len__") else (grid,))), 1, 1)[:3]
+    grid = _three_axes(grid)
     machine = Machine(program.flow, grid, threads, shared, collect)
     machine.memo = program.memo
     _Arguments(machine, descriptors).place(list(arguments), names, scratch)
@@ -77,6 +78,15 @@ def run_ptx(
     machine.report.close()
     machine.report.seconds = time.monotonic() - started
     return machine.report
+
+
+def _three_axes(grid) -> tuple[int, int, int]:
+    """A grid of one to three axes, or the length of one, within CUDA's limits."""
+    sizes = tuple(int(size) for size in (grid if hasattr(grid, "__len__") else (grid,)))
+    limits = (2**31 - 1, 65535, 65535)
+    if not 1 <= len(sizes) <= 3 or any(not 0 <= size <= limit for size, limit in zip(sizes, limits, strict=False)):
+        raise PTXError(f"grid: expected one to three axes of at most {limits}, got {grid}")
+    return (*sizes, 1, 1)[:3]
 
 
 @functools.lru_cache(maxsize=512)

@@ -1,0 +1,98 @@
+"""Every barrier, fence, commit and wait of the compiled kernels is taken out in turn, and the emulator misses it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import tritonattn
+from tests.emulator.parse import parse
+
+from .cases import with_padded_gradient
+from .executor import GPU, GPUS, padded
+from .synchronisation import Launch, Order, Recorder, kind_of, without
+
+# What only the run tells, where the text does not: each is as the emulator found it for all the calls below.
+OBSERVED = {
+    "bar.sync": "other barriers stand between those who touch the same bytes: Triton parts whole buffers, and so also "
+    "slots of a ring that do not overlap",
+    "cp.async.wait_group": "what is under way is copied past the last block, to where nobody looks",
+    "mbarrier.inval": "nothing uses its memory again",
+}
+# How many of each kind must be missed: of every kernel, of those of sm_90, of those that copy in bulk.
+LEAST = {"bar.sync": 5, "cp.async.commit_group": 2, "cp.async.wait_group": 2}
+LEAST_OF_SM_90 = {"fence.proxy": 2, "wgmma.fence": 4, "wgmma.commit_group": 4, "wgmma.wait_group": 3}
+LEAST_OF_DESCRIPTORS = {"mbarrier.init": 2, "mbarrier.arrive": 2, "mbarrier.try_wait": 1}
+
+
+def attend(lengths: tuple[int, int], *, negative: bool) -> None:
+    """A causal call with its gradients: two heads share the keys, and scales may be negative."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    q, k, v = (
+        padded(normal(1, heads, length, 64).bfloat16()).requires_grad_()
+        for heads, length in ((2, lengths[0]), (1, lengths[1]), (1, lengths[1]))
+    )
+    scale = normal(1, 2, lengths[0])
+    scale = padded(scale if negative else scale.abs(), (0, 3)).requires_grad_()
+    call = with_padded_gradient(tritonattn.scaled_attention)
+    out = call(q, k, v, query_scale=scale, causal=True, backend="triton")
+    out.backward(normal(*out.shape).bfloat16())
+
+
+def launches_of(kernel: str, recorder: Recorder) -> list[Launch]:
+    """Launches of one compiled kernel for several lengths and signs of scales."""
+    attend((70, 560), negative=True)
+    attend((330, 330), negative=False)
+    launches = [one for one in recorder.launches if one.name == f"attention_{kernel}"]
+    assert len(launches) == 2
+    assert launches[0].ptx == launches[1].ptx
+    return launches
+
+
+def check(launches: list[Launch]) -> Counter:
+    """How many of each kind are missed; the others have a reason not to be."""
+    ptx = launches[0].ptx
+    kernel, order, missed = parse(ptx), Order(ptx), Counter()
+    executed = set().union(*(launch.executed() for launch in launches))
+    for one in kernel.instructions:
+        kind = kind_of(one)
+        if kind is None:
+            continue
+        assert one.index in executed, f"expected a call that executes\n  {kernel.where(one)}"
+        changed = without(ptx, kernel, one)
+        if all(launch.is_clean(changed) for launch in launches):
+            reason = order.why_needless(one) or OBSERVED.get(kind)
+            assert reason, f"expected a report without this instruction\n  {kernel.where(one)}"
+        else:
+            missed[kind] += 1
+    return missed
+
+
+def least(gpu: GPU) -> dict[str, int]:
+    return LEAST | (LEAST_OF_SM_90 if gpu.capability == 90 else {}) | (LEAST_OF_DESCRIPTORS if gpu.descriptors else {})
+
+
+def _marks(kernel: str, gpu: GPU) -> list:
+    """One kernel that has every kind is among the fast tests."""
+    return [] if kernel == "forward" and gpu.descriptors else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "gpu"),
+    [
+        pytest.param(kernel, gpu, marks=_marks(kernel, gpu), id=f"{kernel}-{gpu}")
+        for kernel in ("forward", "grad_query", "grad_key_value")
+        for gpu in GPUS
+    ],
+)
+def test_none_can_be_left_out(kernel, gpu, emulate):
+    missed = check(launches_of(kernel, emulate(gpu, kind=Recorder)))
+    for kind, count in least(gpu).items():
+        assert missed[kind] >= count, f"{kind}: expected at least {count} to be missed, got {missed[kind]}"
