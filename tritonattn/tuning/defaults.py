@@ -17,7 +17,7 @@ _TILES = {
         "grad_key_value": {64: (64, 128, 8, 2), 128: (128, 64, 8, 2), 256: (32, 64, 8, 2)},
     },
     "sm_86": {
-        "forward": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "forward": {64: (128, 64, 4, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
         "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
         "grad_key_value": {64: (64, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
     },
@@ -38,7 +38,7 @@ _TILES = {
     },
     "amd": {
         "forward": {64: (128, 64, 8, 1), 128: (128, 32, 8, 1), 256: (64, 32, 4, 1)},
-        "grad_query": {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 4, 1)},
+        "grad_query": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
         "grad_key_value": {64: (32, 64, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)},
     },
 }
@@ -55,10 +55,6 @@ _DESCRIPTOR_TILES = {
         "grad_query": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (128, 64, 8, 1)},
         "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
     },
-}
-# A key scale holds one more vector of keys in registers.
-_TILES_WITH_KEY_SCALE = {
-    ("sm_86", "forward", 128): (128, 32, 8, 2),
 }
 # IEEE fp32 products run on the FMA units, from registers.
 _TILES_OF_FLOAT32 = {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)}
@@ -91,10 +87,7 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
     described = _DESCRIPTOR_TILES.get(family, {}).get(kernel, {}).get(width)
     if described and may_use_descriptors(kernel, problem, target):
         return TileConfig(*described, descriptors=True)
-    tiles = _TILES[family][kernel][width]
-    if problem.key_scale:
-        tiles = _TILES_WITH_KEY_SCALE.get((family, kernel, width), tiles)
-    return TileConfig(*tiles)
+    return TileConfig(*_TILES[family][kernel][width])
 
 
 def _decode_config(problem: Problem, width: int, family: str) -> TileConfig:
