@@ -38,7 +38,7 @@ LAYERS = {module: layer for layer, modules in enumerate(ORDER) for module in mod
 
 OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqdm", "numpy"}
 OPTIONAL_IN = {"huggingface": {"transformers"}, "demo": {"transformers", "matplotlib", "tabulate", "tqdm"}}
-TRITON_IN = {"kernels", "tuning", "launch"}
+TRITON_IN = {"kernels", "tuning", "launch", "triton_backend"}
 
 
 def unit(path: Path) -> str:
