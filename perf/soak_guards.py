@@ -32,8 +32,12 @@ class Executor:
         if not self.guards:
             return self.run(kernel, grid, arguments, config)
         lent = {name: _Lent(value) for name, value in arguments.items() if isinstance(value, Tensor)}
-        self.run(kernel, grid, arguments | {name: copy.inner for name, copy in lent.items()}, config)
-        for name, copy in lent.items():
+        described = {name: value for name, value in arguments.items() if hasattr(value, "base")}  # TensorDescriptors
+        bases = {name: _Lent(value.base) for name, value in described.items()}
+        copies = {name: copy.inner for name, copy in lent.items()}
+        copies |= {name: replace(value, base=bases[name].inner) for name, value in described.items()}
+        self.run(kernel, grid, arguments | copies, config)
+        for name, copy in (lent | bases).items():
             assert copy.guards_hold(), f"{kernel.__name__}: wrote out of the bounds of {name}"
             copy.give_back()
 

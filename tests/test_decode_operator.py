@@ -147,6 +147,7 @@ def _ones(*shape, dtype=torch.float32):
         ({"q": _ones(2, 4, 8)}, ValueError, "q: expected 4 axes [B, Hq, Sq, D], got 3 in [2, 4, 8]"),
         ({"q": _ones(2, 4, 17, 8)}, ValueError, "q: expected Sq of 1 to 16, got 17; for more rows: attention"),
         ({"q": _ones(2, 4, 0, 8)}, ValueError, "q: expected Sq of 1 to 16, got 0"),
+        ({"q": _ones(2, 0, 1, 8)}, ValueError, "k_cache: expected a number of heads that divides q's 0, got 2"),
         ({"q": _ones(2, 3, 1, 8)}, ValueError, "k_cache: expected a number of heads that divides q's 3, got 2"),
         ({"q": _ones(2, 4, 1, 7)}, ValueError, "k_cache: expected q's head_dim 7, got 8"),
         ({"q": _ones(3, 4, 1, 8)}, ValueError, "k_cache: expected q's batch size 3, got 2"),
@@ -233,6 +234,21 @@ def test_lengths_and_pages_that_are_not_read_are_clamped():
     wild = Cache(cache.k, cache.v, torch.tensor([-5, 1 << 40]), torch.full_like(cache.block_table, 1 << 30))
     out = ops.decode(DecodeCall(call.q, wild, 0.3), "sdpa", aux=False).out
     assert (out == 0).all()  # no keys; and keys and values of zeros
+
+
+def test_pages_that_no_row_looks_into_may_be_given_away():
+    """Those before the window, and behind the lengths."""
+    q, k, v = sequences(length=50)
+    cache = GrowingCache(k, v, 64, page=16)
+    cache.write([40, 50])
+    arguments = cache.arguments() | {"window": (5, None)}
+    expected = attention_decode(q[:, :, :2], **arguments)
+    table = arguments["block_table"].clone()
+    table[:, :2] = -1
+    assert torch.equal(attention_decode(q[:, :, :2], **arguments | {"block_table": table}), expected)
+    table[:, 2] = -1
+    with pytest.raises(ValueError, match="block_table: expected pages in"):
+        attention_decode(q[:, :, :2], **arguments | {"block_table": table})
 
 
 def test_empty_batches():

@@ -135,6 +135,7 @@ SHARED = {
     "mask of key heads": ({"mask": torch.ones(B, HKV, SQ, SK).bool()}, ValueError, ("mask:", "[2, 2, 3, 5]")),
     "mask rank": ({"mask": torch.ones(1, B, HQ, SQ, SK).bool()}, ValueError, ("mask:", "[1, 2, 4, 3, 5]")),
     "mask device": ({"mask": torch.ones(SQ, SK, device="meta").bool()}, ValueError, ("mask:", "cpu", "meta")),
+    "a denormal softcap": ({"softcap": 1e-40}, ValueError, ("softcap:", "above 0", "1e-40")),
     "softcap 0": ({"softcap": 0.0}, ValueError, ("softcap:", "above 0", "0.0")),
     "softcap nan": ({"softcap": float("nan")}, ValueError, ("softcap:", "finite", "nan")),
     "softcap type": ({"softcap": "50"}, TypeError, ("softcap:", "number", "'50'")),

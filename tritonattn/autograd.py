@@ -15,14 +15,15 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def runs_eagerly(*tensors: Tensor | None) -> bool:
-    """Whether these are real tensors that nobody watches: no compiler, transform, dispatch mode or subclass.
+    """Whether these are real tensors that nobody watches: no compiler, transform, dispatch mode or subclass, and whose
+    memory is their values, not the negatives.
 
     Then an implementation can be called as it is, and values of CPU tensors can be read; else a call must go
     through an operator that torch can see.
     """
     if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    return all(tensor is None or (type(tensor) in _PLAIN and not tensor.is_neg()) for tensor in tensors)
 
 
 def is_transformed() -> bool:

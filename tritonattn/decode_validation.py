@@ -47,7 +47,7 @@ def check_decode(q: Tensor, cache: Cache, statistics: KeyStatistics | None, opti
         check_sinks(options.sinks, q)
     _check_key_lengths(cache, q)
     if paged:
-        _check_pages(cache)
+        _check_pages(cache, q.shape[2], options.window)
     if statistics is not None:
         _check_statistics(statistics, q, cache)
 
@@ -88,7 +88,7 @@ def _check_sizes(q: Tensor, cache: Cache) -> None:
         raise ValueError(f"q: expected Sq of 1 to {LONGEST_QUERY}, got {q_len}; for more rows: attention")
     if cache.block_table is None and cache.k.shape[0] != batch:
         raise ValueError(f"k_cache: expected q's batch size {batch}, got {cache.k.shape[0]}")
-    if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads != 0):
+    if q_heads != kv_heads and (kv_heads == 0 or q_heads == 0 or q_heads % kv_heads != 0):
         raise ValueError(f"k_cache: expected a number of heads that divides q's {q_heads}, got {kv_heads}")
     if cache.k.shape[3] != head_dim:
         raise ValueError(f"k_cache: expected q's head_dim {head_dim}, got {cache.k.shape[3]}")
@@ -118,11 +118,15 @@ def _check_block_table(table: Any, q: Tensor) -> None:
         raise ValueError(f"block_table: expected [B, max_pages] = [{q.shape[0]}, max_pages], got {shape_of(table)}")
 
 
-def _check_pages(cache: Cache) -> None:
+def _check_pages(cache: Cache, q_len: int, window: tuple[int | None, int | None] | None) -> None:
+    """Pages that no row looks into, behind key_lengths or before the window, may have been given away."""
     table, lengths = cache.block_table, cache.key_lengths
     if table is None or not values_are_read(table) or not values_are_read(lengths):
         return
-    used = torch.arange(table.shape[1]) * cache.page < lengths[:, None]
+    first = torch.arange(table.shape[1], device=table.device) * cache.page
+    used = first < lengths[:, None]
+    if window is not None and window[0] not in (None, -1):
+        used &= first + cache.page > (lengths - q_len - window[0])[:, None]
     wrong = table[used & ((table < 0) | (table >= cache.k.shape[0]))]
     if wrong.numel():
         raise ValueError(

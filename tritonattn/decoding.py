@@ -112,11 +112,11 @@ def _decode(
         keys = cache.keys()
         multiplier = factor.multiplier(q, keys, visibility)
         result = reference.attention(
-            q, keys, cache.values(), multiplier, visibility, softcap=options.softcap, sinks=sinks
+            q, keys, cache.values(), multiplier, visibility, softcap=options.cap, sinks=sinks
         )  # fmt: skip
     else:
         scales = _scales(q, cache, factor, visibility, left, statistics, backend)
-        call = DecodeCall(q, cache, *scales, left, options.softcap, sinks)
+        call = DecodeCall(q, cache, *scales, left, options.cap, sinks)
         result = ops.decode(call, backend, options.return_aux)
     if not options.return_aux:
         return result.out

@@ -64,12 +64,12 @@ def attend(
     if backend == "reference":
         result = reference.attention(
             q, k, v, factor.multiplier(q, k, visibility), visibility,
-            softcap=options.softcap, sinks=sinks, dropout=dropout,
+            softcap=options.cap, sinks=sinks, dropout=dropout,
         )  # fmt: skip
     else:
         statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visibility)
         constant, query, key = factor.scales(q, k, visibility, statistics)
-        call = AttentionCall(q, k, v, visibility, constant, query, key, options.softcap, sinks, dropout)
+        call = AttentionCall(q, k, v, visibility, constant, query, key, options.cap, sinks, dropout)
         if not options.return_aux:
             return _out(call, backend)
         result = ops.attention(call, backend, aux=True)

@@ -78,6 +78,7 @@ class Factor:
             query = gain if query is None else query * gain
         elif gain is not None:
             constant = constant * gain
+            check_number(f"{name}.constant * gain", constant)
         if query is not None:
             query = query.to(scale_dtype(q)).expand(visibility.rows)
         if key is not None:

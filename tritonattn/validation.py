@@ -8,6 +8,7 @@ expected and what came: TypeError for types and dtypes, ValueError for the rest.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from .scaling import SCALINGS, Scaling
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 
-_LARGEST = torch.finfo(torch.float32).max  # numbers act in float32
+_LARGEST = torch.finfo(torch.float32).max * math.log(2)  # numbers act in float32, times log2(e)
+_SMALLEST = torch.finfo(torch.float32).tiny
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -58,6 +60,11 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
     return_aux: bool = False
     backend: str = "auto"
+
+    @property
+    def cap(self) -> float | None:
+        """softcap as a float: an int is another type to a kernel."""
+        return float(self.softcap) if isinstance(self.softcap, int) else self.softcap
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
@@ -98,7 +105,7 @@ def check_number(name: str, value: Any) -> None:
     if not _is_number(value):
         raise TypeError(f"{name}: expected a number, got {kind_of(value)}")
     if not -_LARGEST <= value <= _LARGEST:
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number, got {value!r} (the largest is {_LARGEST:.4g})")
 
 
 def check_multiplier(scaling: Scaling, factor: Tensor, shape: tuple[int, ...]) -> None:
@@ -179,8 +186,9 @@ def check_flags(options: Options) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {options.backend!r}")
     if options.softcap is not None:
         check_number("softcap", options.softcap)
-        if options.softcap <= 0:
-            raise ValueError(f"softcap: expected a number above 0, got {options.softcap!r}")
+        if options.softcap < _SMALLEST:
+            least = f"(the least is {_SMALLEST:.4g})"
+            raise ValueError(f"softcap: expected a number above 0, got {options.softcap!r} {least}")
     check_number("dropout_p", options.dropout_p)
     if not 0 <= options.dropout_p < 1:
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {options.dropout_p!r}")

@@ -9,6 +9,7 @@ import torch
 
 import tritonattn
 from tests.kernels import harness
+from tests.support.bound import assert_within_bound
 from tests.support.masks import MASKS
 from tritonattn import launch, triton_backend
 from tritonattn.tuning.config import Target, TileConfig
@@ -88,6 +89,73 @@ def test_scales_act_on_the_accumulated_product_in_fp32(device):
         device
     )
     harness.check(tensors, scale=1.0)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30, 1e33])
+def test_key_lengths_of_any_size(size, device):
+    """Factors down to fp32's smallest number are themselves."""
+    tensors = harness.inputs(torch.float32, device, batch=1, q_len=20, k_len=33)
+    tensors["k"] *= size
+    out, exact, eager = (
+        tritonattn.attention(**operands, scaling="key_norm_mean", causal=True, backend=backend)
+        for operands, backend in (
+            (tensors, "triton"), (harness.as_double(tensors), "reference"), (tensors, "reference")
+        )
+    )  # fmt: skip
+    assert_within_bound(out, exact, eager, torch.float32)
+
+
+@pytest.mark.parametrize("size", [1e-3, 300.0, 3000.0])
+def test_key_scales_of_any_size_in_float16(size, device):
+    """cosine divides by the keys' lengths: what is rounded to 16 bits must not depend on them."""
+    tensors = harness.inputs(torch.float16, device, batch=1, head_dim=64, value_dim=64, q_len=20, k_len=33)
+    tensors["k"] *= size
+    harness.check(tensors, functools.partial(tritonattn.attention, scaling="cosine"), causal=True)
+
+
+def test_a_hidden_key_scale_has_no_say_in_what_is_rounded(device):
+    tensors = harness.inputs(torch.float16, device, q_len=20, k_len=33, scales=("key_scale",))
+    tensors["key_scale"][:, :, 25:] = 1e30
+    harness.check(tensors, scale=0.3, key_lengths=torch.tensor([25, 11], device=device))
+
+
+def test_a_factor_below_the_normal_numbers(device):
+    tensors = harness.inputs(torch.float16, device, batch=1, q_len=20, k_len=20)
+    tensors["query_scale"] = torch.ones(1, 2, 20, device=device)
+    found = harness.run(
+        tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton", scale=1e-39
+    )  # fmt: skip
+    for name, result in found.items():
+        assert result.isfinite().all(), name
+
+
+def test_lazily_negated_tensors(device):
+    """Their memory holds the negatives of their values."""
+    tensors = harness.inputs(torch.float32, device, batch=1, q_len=20, k_len=20, group=1)
+    expected = harness.run(tensors, tensors["q"], tritonattn.scaled_attention, backend="triton")
+    negated = {name: torch.complex(x, -x).conj().imag for name, x in tensors.items()}
+    assert all(x.is_neg() for x in negated.values())
+    leaves = {name: x.requires_grad_() for name, x in negated.items()}
+    out = tritonattn.scaled_attention(**leaves, backend="triton")
+    gradients = torch.autograd.grad(out, list(leaves.values()), negated["q"].detach())
+    for name, result in zip(("out", *leaves), (out, *gradients), strict=True):
+        torch.testing.assert_close(result, expected[name], msg=name)
+
+
+def test_ranges_past_int32(device):
+    """On a GPU nobody reads them: they are clamped before they become 32 bits wide."""
+    tensors = harness.inputs(torch.float32, device, q_len=20, k_len=33)
+    ranges = torch.tensor([[0, 2**40], [-(2**40), 2**31 + 7], [2**31 - 1, 2**31 - 1]], device=device)
+    ranges = ranges.repeat(2, 7, 1)[:, :20]
+    found = _of_ranges(tensors, ranges)
+    assert torch.equal(found, _of_ranges(tensors, ranges.clamp(0, 33)))
+    assert found[:, :, :2].all()
+
+
+def _of_ranges(tensors: harness.Tensors, ranges: torch.Tensor) -> torch.Tensor:
+    visibility = tritonattn.visibility.Visibility.of(tensors["q"], tensors["k"], key_ranges=ranges)
+    call = tritonattn.call.AttentionCall(*tensors.values(), visibility, 0.3)
+    return triton_backend.forward(call, aux=False).out
 
 
 def _variants(tensor: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -103,6 +103,14 @@ def test_a_sink_far_below_and_far_above_the_logits(size, aux, device):
     harness.check(tensors, causal=True, return_aux=aux)
 
 
+@pytest.mark.parametrize("size", [5.0, 14.0, 25.0])
+def test_the_gradient_of_lse_beside_a_sink_above_the_logits(size, device):
+    """lse is without the sink, whose probability leaves the keys almost none of the row's."""
+    tensors = harness.inputs(torch.float32, device, q_len=Q_LEN, k_len=K_LEN, batch=1, scales=("gain",))
+    tensors["sinks"] = torch.full((2,), size, device=device)
+    harness.check(tensors, tritonattn.attention, causal=True, return_aux=True)
+
+
 def test_a_sink_of_minus_infinity_is_none(device):
     tensors = harness.inputs(torch.float32, device, q_len=30, k_len=20, batch=1)
     d_out = torch.ones_like(tensors["q"])

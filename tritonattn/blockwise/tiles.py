@@ -92,7 +92,7 @@ class Tiles:
         mask, batch = self.call.visibility.mask, block.heads.batch
         spans = _cut(block.keys, _KEYS)
         first, last = (_slice(bound, batch, block.rows)[..., None] for bound in (self.first, self.last))
-        start, stop = (torch.tensor([getattr(keys, end) for keys in spans]) for end in ("start", "stop"))
+        start, stop = (first.new_tensor([getattr(keys, end) for keys in spans]) for end in ("start", "stop"))
         touched = ((first < stop) & (last > start)).flatten(0, 1).any(0).tolist()
         whole = ((first <= start) & (last >= stop)).flatten(0, 1).all(0).tolist()
         for keys, is_touched, is_whole in zip(spans, touched, whole, strict=True):

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .forward import online_softmax, softmax_results, softmax_total
-from .primitives import COUNTS, LENGTHS, LN_2, LOG2_E, TINY_FACTOR, load_tile, program_position, tile_offsets
+from .primitives import COUNTS, LENGTHS, LN_2, LOG2_E, TINY, load_tile, program_position, tile_offsets
 
 # Blocks of keys in the shortest split: shorter ones would move more of their own results than of the cache.
 SHORTEST_SPLIT = tl.constexpr(4)
@@ -103,7 +103,7 @@ def attention_decode(
         factor *= tl.load(query_scale_ptr + scale_rows, mask=keep_row, other=0.0)
     q = tl.where((factor < 0)[:, None], -q, q)
     factor = tl.abs(factor)
-    factor = tl.where(factor < TINY_FACTOR, TINY_FACTOR, factor)
+    factor = tl.where(factor == 0.0, TINY, factor)
 
     k_ptr += kv_head * k_stride_h
     v_ptr += kv_head * v_stride_h

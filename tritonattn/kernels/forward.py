@@ -10,14 +10,13 @@ from .primitives import (
     LENGTHS,
     LN_2,
     LOG2_E,
-    TINY_FACTOR,
+    TINY,
     dropout_keeps,
     key_blocks_of_rows,
     keys_at,
     load_block,
     load_signed,
     load_vector,
-    masked_block,
     partial_sums,
     program_position,
     row_range,
@@ -222,7 +221,7 @@ def attention_forward(
     scratch_ptrs = out_ptr + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_D, VALUE_DIM, 1, False)
     q = load_signed(q_ptrs, scratch_ptrs, factor, keep_row, HEAD_DIM, VALUE_DIM)
     factor = tl.abs(factor)
-    factor = tl.where(factor < TINY_FACTOR, TINY_FACTOR, factor)
+    factor = tl.where(factor == 0.0, TINY, factor)
 
     k_ptr += wide_batch * k_stride_b + kv_head.to(tl.int64) * k_stride_h + memory_key * k_stride_s
     v_ptr += wide_batch * v_stride_b + kv_head.to(tl.int64) * v_stride_h + memory_key * v_stride_s
@@ -238,6 +237,8 @@ def attention_forward(
     running_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     running_spread = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    # Masks hold registers: masked steps take half of a wide block.
+    MASKED_STEP: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 else BLOCK_N
     BOUNDED_BELOW: tl.constexpr = left is not None or key_ranges_ptr is not None
     lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
     touch_lo, touch_hi, full_start, full_end = key_blocks_of_rows(
@@ -252,7 +253,7 @@ def attention_forward(
                 offs_row, lo, hi, q_len, k_len, touch_lo, touch_hi, full_start, full_end,
                 batch, kv_head, batch * q_heads + head, first_packed_row, first_packed_key,
                 k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-                HEAD_DIM, VALUE_DIM, masked_block(BLOCK_N) if walk == 0 else BLOCK_N, BOUNDED_BELOW, PRECISION, WIDE,
+                HEAD_DIM, VALUE_DIM, MASKED_STEP if walk == 0 else BLOCK_N, BOUNDED_BELOW, PRECISION, WIDE,
                 entropy_ptr is not None, walk == 0,
             )  # fmt: skip
 

@@ -15,7 +15,6 @@ from .primitives import (
     load_mask,
     load_term,
     load_tile,
-    masked_block,
     program_position,
     row_blocks_of_keys,
     scale_columns_add,
@@ -139,8 +138,8 @@ def attention_grad_key_value(
     *_descriptor     tensor descriptors of q and d_out with blocks [1, 1, BLOCK_M, BLOCK_D or BLOCK_DV], or None
     terms            of `attention_row_terms`: with query_scale, dS * factor is one fma, and log2(e) is taken out once
                      at the end
-    factor_size      fp32 [B, Hkv] or None: the largest |factor| of the group. dS * factor / factor_size is what is
-                     rounded to 16 bits, so that a small factor does not push it below fp16's range
+    factor_size      fp32 [B, Hkv] or None: the largest |factor| of the group, never 0. dS * factor / factor_size is
+                     what is rounded to 16 bits, so that a small factor does not push it below fp16's range
     row_bounds       int32 [B, cdiv(Sk, BLOCK_N), 2] with key_ranges: `primitives.row_blocks_of_keys`
     d_k, d_v         [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] contiguous; d_key_scale fp32 [B, Hkv, Sk] contiguous or None
     """
@@ -194,9 +193,10 @@ def attention_grad_key_value(
         key_scale = tl.load(key_scale_ptr + scale_offsets, mask=load_key, other=0.0)
     factor_size = None
     if factor_size_ptr is not None:
-        largest = tl.load(factor_size_ptr + batch * kv_heads + kv_head)
-        factor_size = 1.0 / tl.where(largest > 0.0, largest, 1.0)
+        factor_size = 1.0 / tl.load(factor_size_ptr + batch * kv_heads + kv_head)
 
+    # Masks hold registers: masked steps take half of a wide block.
+    MASKED_STEP: tl.constexpr = BLOCK_M // 2 if BLOCK_M >= 64 else BLOCK_M
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for index in range(0, group):
@@ -217,7 +217,7 @@ def attention_grad_key_value(
                     offs_n, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
                     batch, head, batch * q_heads + head, first_packed_row, first_packed_key,
                     q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
-                    HEAD_DIM, VALUE_DIM, masked_block(BLOCK_M) if walk == 0 else BLOCK_M, left is not None,
+                    HEAD_DIM, VALUE_DIM, MASKED_STEP if walk == 0 else BLOCK_M, left is not None,
                     SPLIT_TERMS, PRECISION, WIDE, walk == 0,
                 )  # fmt: skip
 

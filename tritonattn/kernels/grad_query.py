@@ -16,7 +16,6 @@ from .primitives import (
     load_term,
     load_tile,
     load_vector,
-    masked_block,
     partial_sums,
     program_position,
     row_range,
@@ -35,8 +34,8 @@ from .primitives import (
 @triton.jit
 def _gather_query_gradient(
     accumulator, d_logit_sum, d_factor, mean_logit, q, d_out, factor, exponent_term, delta, softcap,
-    k_ptr, v_ptr, k_descriptor, v_descriptor, key_scale_ptr, seen_ptr, mask_ptr, dropout_ptr, keep_from, keep_scale,
-    offs_row, lo, hi, q_len, k_len, touch_lo, touch_hi, full_start, full_end,
+    k_ptr, v_ptr, k_descriptor, v_descriptor, key_scale_ptr, key_size, seen_ptr, mask_ptr, dropout_ptr, keep_from,
+    keep_scale, offs_row, lo, hi, q_len, k_len, touch_lo, touch_hi, full_start, full_end,
     batch, kv_head, batch_head, first_packed_row, first_packed_key,
     k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED_BELOW: tl.constexpr,
@@ -107,25 +106,16 @@ def _gather_query_gradient(
             d_factor += partial_sums(tl.fma(d_logits, logits, zero), COLUMNS)
             mean_logit += partial_sums(tl.fma(probabilities, logits, zero), COLUMNS)
         if key_scale_ptr is not None:
+            if key_size is not None:
+                key_scale *= 1.0 / key_size
             d_logits *= key_scale[None, :]
         accumulator = tl.dot(d_logits.to(k.dtype), k, accumulator, input_precision=PRECISION)
     return accumulator, d_logit_sum, d_factor, mean_logit
 
 
-@triton.jit
-def _share_of_sink(delta, exponent_term, d_lse_ptr, row_offsets, live, sink2):
-    """What a sink's probability takes of out . d_out in the sum of dS over a row."""
-    sink_share = tl.where(live, tl.exp2(sink2 + exponent_term), 0.0)
-    product = delta
-    if d_lse_ptr is not None:
-        d_lse = tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
-        product += d_lse / tl.maximum(1.0 - sink_share, 1e-30)
-    return sink_share * product
-
-
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_grad_query(
-    k_descriptor, v_descriptor, q_ptr, k_ptr, v_ptr, d_out_ptr, d_lse_ptr, sinks_ptr,
+    k_descriptor, v_descriptor, q_ptr, k_ptr, v_ptr, d_out_ptr, d_lse_ptr, d_sinks_ptr, key_size_ptr,
     terms_ptr, delta_ptr, query_scale_ptr, key_scale_ptr,
     key_lengths_ptr, key_ranges_ptr, mask_ptr, seen_ptr, q_starts_ptr, k_starts_ptr, dropout_ptr,
     d_q_ptr, d_query_scale_ptr,
@@ -149,12 +139,15 @@ def attention_grad_query(
         d_q[i]           = scale * query_scale[i] * raw[i]
         d_query_scale[i] = scale * sum_j dX[i, j] * (q[i] . k[j]) * key_scale[j]
 
-    Row terms: see `attention_row_terms`. d_q [B, Hq, Sq, D] in q's dtype and d_query_scale fp32 [B, Hq, Sq] contiguous,
-    every row written once; d_query_scale_ptr is None where not asked.
+    Row terms and d_sinks: see `attention_row_terms`. d_q [B, Hq, Sq, D] in q's dtype and d_query_scale fp32 [B, Hq, Sq]
+    contiguous, every row written once; d_query_scale_ptr is None where not asked.
+
+    key_size     fp32 [B, Hkv] or None: the largest |key_scale|, never 0. dX * key_scale / key_size is what is rounded
+                 to 16 bits, so that no size of the key scales pushes it out of fp16's range
 
     d_query_scale equals scale * (q[i] . raw[i]), but that sums dX after rounding to 16 bits, and with it delta's error
     times the mean logit, which for sharp softmaxes passes the result. So dX stays in fp32. And since dS must sum over a
-    row to d_lse (and to what a sink takes), the excess of its sum is delta's error: it takes its share of the gradient
+    row to d_lse - d_sinks, the excess of its sum is delta's error: it takes its share of the gradient
     out again, and corrects delta for the pass over the keys.
     """
     block, head, member = program_position(first_head, first_member, LAST_FIRST=right is not None)
@@ -191,6 +184,9 @@ def attention_grad_query(
     if key_scale_ptr is not None:
         key_scale_ptr += wide_batch * key_scale_stride_b + kv_head.to(tl.int64) * key_scale_stride_h
         key_scale_ptr += memory_key * key_scale_stride_s
+    key_size = None
+    if key_size_ptr is not None:
+        key_size = tl.load(key_size_ptr + batch * (q_heads // group) + kv_head)
     if mask_ptr is not None:
         mask_ptr += wide_batch * mask_stride_b + wide_head * mask_stride_h
     if seen_ptr is not None:
@@ -200,6 +196,8 @@ def attention_grad_query(
     d_logit_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     d_factor = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     mean_logit = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    # Masks hold registers: masked steps take half of a wide block.
+    MASKED_STEP: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 else BLOCK_N
     BOUNDED_BELOW: tl.constexpr = left is not None or key_ranges_ptr is not None
     lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
     touch_lo, touch_hi, full_start, full_end = key_blocks_of_rows(
@@ -210,15 +208,17 @@ def attention_grad_query(
         if walk == 0 or mask_ptr is None:
             raw, d_logit_sum, d_factor, mean_logit = _gather_query_gradient(
                 raw, d_logit_sum, d_factor, mean_logit, q, d_out, factor, exponent_term, delta, softcap,
-                k_ptr, v_ptr, k_descriptor, v_descriptor, key_scale_ptr, seen_ptr, mask_ptr, dropout_ptr, keep_from,
-                keep_scale, offs_row, lo, hi, q_len, k_len, touch_lo, touch_hi, full_start, full_end,
+                k_ptr, v_ptr, k_descriptor, v_descriptor, key_scale_ptr, key_size, seen_ptr, mask_ptr, dropout_ptr,
+                keep_from, keep_scale, offs_row, lo, hi, q_len, k_len, touch_lo, touch_hi, full_start, full_end,
                 batch, kv_head, batch * q_heads + head, first_packed_row, first_packed_key,
                 k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-                HEAD_DIM, VALUE_DIM, masked_block(BLOCK_N) if walk == 0 else BLOCK_N, BOUNDED_BELOW,
+                HEAD_DIM, VALUE_DIM, MASKED_STEP if walk == 0 else BLOCK_N, BOUNDED_BELOW,
                 d_query_scale_ptr is not None, PRECISION, WIDE, walk == 0,
             )  # fmt: skip
 
     d_q = raw * scale
+    if key_size is not None:
+        d_q *= key_size
     if query_scale_ptr is not None:
         query_scale_ptr += wide_batch * query_scale_stride_b + wide_head * query_scale_stride_h
         scale_offsets = (memory_row + tl.arange(0, BLOCK_M)) * query_scale_stride_s
@@ -227,9 +227,8 @@ def attention_grad_query(
         excess = tl.sum(d_logit_sum, 1)
         if d_lse_ptr is not None:
             excess -= tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
-        if sinks_ptr is not None:
-            sink2 = tl.load(sinks_ptr + head) * LOG2_E
-            excess -= _share_of_sink(delta, exponent_term, d_lse_ptr, row_offsets, live, sink2)
+        if d_sinks_ptr is not None:
+            excess += tl.load(d_sinks_ptr + row_offsets, mask=live, other=0.0)
         d_query_scale = tl.fma(-excess, tl.sum(mean_logit, 1), tl.sum(d_factor, 1)) * scale
         tl.store(d_query_scale_ptr + row_offsets, d_query_scale, mask=keep_row)
         store_term(terms_ptr + 2 * term_offsets + 1, -(delta + excess) * factor, factor, keep_row)

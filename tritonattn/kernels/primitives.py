@@ -12,15 +12,17 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Stands for a factor of 0 where a hidden logit is -inf, since -inf * 0 is NaN; logits move by at most |q . k| * 1e-30.
-TINY_FACTOR = tl.constexpr(1e-30)
+# fp32's smallest normal number. It stands for a factor of 0 where a hidden logit is -inf, since -inf * 0 is NaN.
+TINY = tl.constexpr(2.0**-126)
 # Row terms of the backward are padded to a multiple of this, so every block of rows up to it divides them.
 ROW_TERMS_ALIGNMENT = tl.constexpr(128)
 
 
 # Arguments whose values change from call to call: compiled code does not depend on them, but for group = 1.
-LENGTHS = ["q_len", "k_len", "terms_len", "left", "right", "keep_from", "first_head", "first_member"]
-COUNTS = ["q_heads", "kv_heads", "group"]
+LENGTHS = [
+    "q_len", "k_len", "terms_len", "left", "right", "keep_from", "first_head", "first_member", "q_heads", "kv_heads",
+]  # fmt: skip
+COUNTS = ["group"]
 
 
 @triton.jit
@@ -59,12 +61,6 @@ def load_block(
     else:
         tile = descriptor.load([batch, head, first, 0]).reshape(pointers.shape[0], pointers.shape[1])
     return tile
-
-
-@triton.jit
-def masked_block(BLOCK: tl.constexpr):
-    """How many keys or rows a masked step takes: half a wide block, since masks hold registers."""
-    return tl.constexpr(BLOCK // 2 if BLOCK >= 64 else BLOCK)
 
 
 @triton.jit

@@ -126,7 +126,8 @@ def _backward(
     if _is_empty(call):
         pairs = zip(flat[:_GRADIENTS], needs, strict=True)
         return Gradients(*(_zeros(x) if need else None for x, need in pairs))
-    d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype)  # a compiler may widen it
+    d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
+    d_lse = None if d_lse is None else d_lse.resolve_neg()
     backend = _kernels() if flat.backend == "triton" else blockwise
     with _own_precision(out):
         return backend.backward(call, out, lse, d_out, d_lse, needs)

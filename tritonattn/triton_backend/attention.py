@@ -37,12 +37,13 @@ def backward(
     """
     shared = _call_arguments(call) | stride_arguments("d_out", d_out) | {"d_out_ptr": d_out}
     shared |= {"lse_ptr": lse.contiguous(), "d_lse_ptr": None if d_lse is None else d_lse.contiguous()}
-    shared["d_sinks_ptr"] = _results(call, lse.shape, torch.float32) if needs.sinks else None
+    takes_sinks = call.sinks is not None and (needs.sinks or needs.query_scale)
+    shared["d_sinks_ptr"] = _results(call, lse.shape, torch.float32) if takes_sinks else None
     shared |= _row_terms(call, shared, out)
     d_sinks = shared["d_sinks_ptr"]
     d_q, d_query_scale = _grad_query(call, shared, needs)
     d_k, d_v, d_key_scale = _grad_key_value(call, shared, needs)
-    d_sinks = None if d_sinks is None else d_sinks.sum((0, 2))
+    d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
     asked = (needs.q, needs.k, needs.v, needs.query_scale, needs.key_scale, needs.sinks)
     values = (d_q, d_k, d_v, d_query_scale, d_key_scale, d_sinks)
     return Gradients(*(value if ask else None for value, ask in zip(values, asked, strict=True)))
@@ -66,7 +67,9 @@ def _grad_query(call: AttentionCall, shared: Arguments, needs: Gradients) -> tup
         return None, None
     d_q = _results(call, call.q.shape, call.q.dtype)
     d_query_scale = _results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None
-    results = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale}
+    results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size_ptr": None}
+    if call.key_scale is not None and call.q.dtype == torch.float16:
+        results["key_size_ptr"] = _largest(_seen_key_scale(call))
     _launch("grad_query", shared | results, call, call.visibility.q_heads)
     return d_q, d_query_scale
 
@@ -82,7 +85,8 @@ def _grad_key_value(
     d_key_scale = _results(call, call.k.shape[:3], torch.float32) if needs.key_scale else None
     results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size_ptr": None}
     if call.query_scale is not None and call.q.dtype == torch.float16:
-        results["factor_size_ptr"] = _factor_size(call.query_scale, call.scale, visible.kv_heads)
+        factor = (call.query_scale * (call.scale * _LOG2_E)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
+        results["factor_size_ptr"] = _largest(factor)
     _launch("grad_key_value", shared | results, call, visible.kv_heads)
     return d_k, d_v, d_key_scale
 
@@ -130,10 +134,18 @@ def _aligned(rows: int) -> int:
     return -(-rows // ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
 
 
-def _factor_size(query_scale: Tensor, scale: float, kv_heads: int) -> Tensor:
-    """The largest |factor| of the query heads of each kv head: fp32 [B, Hkv]."""
-    sizes = query_scale.abs().amax(-1).unflatten(1, (kv_heads, -1)).amax(-1)
-    return (sizes * abs(scale * _LOG2_E)).contiguous()
+def _seen_key_scale(call: AttentionCall) -> Tensor | None:
+    """The key scale with 0 for keys that no row sees, whose scales may be anything."""
+    visible = call.visibility
+    if call.key_scale is None or (visible.sizes_tell_all and visible.left is None):
+        return call.key_scale
+    return torch.where(visible.seen_keys(), call.key_scale, 0)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest finite |x| over the last axis, contiguous; 1 where that is 0 or denormal: it divides."""
+    largest = x.abs().nan_to_num(0.0, 0.0, 0.0).amax(-1)
+    return torch.where(largest < torch.finfo(x.dtype).tiny, 1.0, largest).contiguous()
 
 
 def problem_of(
@@ -221,7 +233,7 @@ def _visibility_arguments(call: AttentionCall) -> Arguments:
     if lengths is not None:
         lengths = lengths.clamp(0, visible.k_len).int().contiguous()
     if ranges is not None:
-        ranges = ranges.int().contiguous()
+        ranges = ranges.clamp(0, visible.k_len).int().contiguous()
     if mask is not None:
         mask = mask.expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len).view(torch.uint8)
     if ranges is not None or mask is not None:

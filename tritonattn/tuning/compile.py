@@ -106,6 +106,7 @@ def _argument_type(name: str, problem: Problem, config: TileConfig) -> str | int
     lacks = {
         "d_query_scale": not problem.query_scale_grad,
         "factor_size": not (problem.query_scale and str(problem.dtype) == "torch.float16"),
+        "key_size": not (problem.key_scale and str(problem.dtype) == "torch.float16"),
         "d_key_scale": not problem.key_scale,
         "row_bounds": not problem.key_ranges,
         "seen": not (problem.key_ranges or problem.mask),

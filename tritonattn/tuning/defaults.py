@@ -5,6 +5,8 @@ tests/tuning/test_compile.py compiles them for every target and reads the spills
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .config import STREAMING_KERNELS, Problem, Target, TileConfig, may_use_descriptors
@@ -84,10 +86,28 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
         return _decode_config(problem, width, family)
     if problem.dtype == torch.float32:
         return TileConfig(*_TILES_OF_FLOAT32[width])
+    config = _tiled_config(kernel, problem, target, family, width)
+    return _lighter(kernel, config) if _takes_many_registers(kernel, problem) else config
+
+
+def _tiled_config(kernel: str, problem: Problem, target: Target, family: str, width: int) -> TileConfig:
     described = _DESCRIPTOR_TILES.get(family, {}).get(kernel, {}).get(width)
     if described and may_use_descriptors(kernel, problem, target):
         return TileConfig(*described, descriptors=True)
     return TileConfig(*_TILES[family][kernel][width])
+
+
+def _takes_many_registers(kernel: str, problem: Problem) -> bool:
+    """A tile of the mask, Philox's counters, or the sums for the gradient of a query scale."""
+    return problem.mask or problem.dropout or (kernel == "grad_query" and problem.query_scale_grad)
+
+
+def _lighter(kernel: str, config: TileConfig) -> TileConfig:
+    """The same for more warps, or with shorter steps over what is streamed."""
+    held, streamed = ("block_n", "block_m") if kernel == "grad_key_value" else ("block_m", "block_n")
+    if config.num_warps == 4 and getattr(config, held) == 128:
+        return replace(config, num_warps=8)
+    return replace(config, **{streamed: max(16, getattr(config, streamed) // 2)})
 
 
 def _decode_config(problem: Problem, width: int, family: str) -> TileConfig:
