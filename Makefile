@@ -5,6 +5,7 @@ WORKERS ?= 2
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS)
+INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-slow lint clean
@@ -14,11 +15,11 @@ demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="
 
 test: $(VENV)/.test  ## every test that needs no download; the kernels' on the GPU, or in Triton's interpreter
 	$(PYTEST) -m "not slow and not realmodel" --ignore tests/kernels $(ARGS)
-	if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-	then $(PYTEST) tests/kernels $(ARGS); else TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(ARGS); fi
+	$(INTERPRETED) $(PYTEST) -m "not slow" tests/kernels $(ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.demo  ## the long tests, and those on real weights
-	$(PYTEST) -m "slow or realmodel" $(ARGS)
+	$(PYTEST) -m "slow or realmodel" --ignore tests/kernels $(ARGS)
+	$(INTERPRETED) $(PYTEST) -m slow tests/kernels $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..call import AttentionCall, ForwardResult, Gradients
 from ..launch import Arguments, is_wide, plan, stride_arguments
 from ..tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, padded_dim
+from ..visibility import Visibility
 from .key_statistics import seen_bytes
 
 
@@ -69,7 +70,7 @@ def _grad_query(call: AttentionCall, shared: Arguments, needs: Gradients) -> tup
     d_query_scale = _results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None
     results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size_ptr": None}
     if call.key_scale is not None and call.q.dtype == torch.float16:
-        results["key_size_ptr"] = _largest(_seen_key_scale(call))
+        results["key_size_ptr"] = _largest(_seen(call.key_scale, call.visibility))
     _launch("grad_query", shared | results, call, call.visibility.q_heads)
     return d_q, d_query_scale
 
@@ -134,12 +135,11 @@ def _aligned(rows: int) -> int:
     return -(-rows // ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
 
 
-def _seen_key_scale(call: AttentionCall) -> Tensor | None:
+def _seen(key_scale: Tensor, visible: Visibility) -> Tensor:
     """The key scale with 0 for keys that no row sees, whose scales may be anything."""
-    visible = call.visibility
-    if call.key_scale is None or (visible.sizes_tell_all and visible.left is None):
-        return call.key_scale
-    return torch.where(visible.seen_keys(), call.key_scale, 0)
+    if visible.sizes_tell_all and visible.left is None:
+        return key_scale
+    return torch.where(visible.seen_keys(), key_scale, 0)
 
 
 def _largest(x: Tensor) -> Tensor:
