@@ -13,7 +13,6 @@ from torch.library import opcheck
 
 from tritonattn import blockwise, ops
 from tritonattn.call import ForwardResult, Gradients
-from tritonattn.dropout import Dropout
 from tritonattn.ops import attend, key_statistics
 from tritonattn.ranges import prefix_sum
 from tritonattn.statistics import Statistics, key_lengths_of
@@ -168,21 +167,6 @@ def test_forward_mode_is_refused():
         torch.func.jvp(lambda q: ops.attention(replace(call, q=q), "sdpa", False).out, (call.q,), (tangent,))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         ops.attention(replace(call, q=forward_ad.make_dual(call.q.detach(), tangent)), "sdpa", False)
-
-
-@pytest.mark.parametrize(
-    ("argument", "change", "aux"),
-    [
-        ("softcap", {"softcap": 2.0}, False),
-        ("sinks", {"sinks": torch.zeros(4)}, False),
-        ("dropout_p", {"dropout": Dropout(0.1, torch.zeros(2).long())}, False),
-        ("cu_seqlens_q", example(**CALLS["packed"]).__dict__, False),
-        ("return_aux", {}, True),
-    ],
-)
-def test_what_kernels_cannot_do_is_refused_by_name(argument, change, aux):
-    with pytest.raises(NotImplementedError, match=f"{argument}: .*'triton'.*'sdpa' and 'reference'"):
-        ops.attention(replace(example(), **change), "triton", aux)
 
 
 def test_autocast_does_not_reach_into_a_backend():
