@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from .kernels import KERNELS
 from .tuning.compile import constexpr_values
-from .tuning.config import Problem, Target, TileConfig
-from .tuning.defaults import default_config
+from .tuning.config import Problem, Target, TileConfig, legal_reasons
+from .tuning.lookup import config_for as tabulated_config
 
 Arguments = dict[str, Any]
 Grid = tuple[int, int, int]
@@ -42,7 +43,7 @@ def run_interpreted(kernel: Any, grid: Grid, arguments: Arguments, config: TileC
             arguments[name].copy_(value)
 
 
-config_for = default_config
+config_for = tabulated_config
 
 # Every kernel call passes `run`; a test may put another executor of the same signature here.
 interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -78,6 +79,23 @@ class Plan(NamedTuple):
                 values = {**available, **self.constexprs, **first, "WIDE": wide}
                 part = blocks, min(heads - first_head, LONGEST_AXIS), min(members - first_member, LONGEST_AXIS)
                 run(self.kernel, part, {name: values[name] for name in self.names}, self.config)
+
+
+@contextmanager
+def configured(kernel: str, config: TileConfig) -> Iterator[None]:
+    """Inside, a kernel runs with this config, whatever the call, if it is legal for it."""
+    global config_for
+    before = config_for
+
+    def chosen(name: str, problem: Problem, target: Target) -> TileConfig:
+        is_meant = name == kernel and not legal_reasons(name, config, problem, target)
+        return config if is_meant else before(name, problem, target)
+
+    config_for = chosen
+    try:
+        yield
+    finally:
+        config_for = before
 
 
 def plan(kernel: str, problem: Problem, device: torch.device) -> Plan:

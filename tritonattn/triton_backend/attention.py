@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..call import AttentionCall, ForwardResult, Gradients
 from ..launch import Arguments, is_wide, plan, stride_arguments
-from ..tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, padded_dim
+from ..tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, is_short, padded_dim
 from .key_statistics import seen_bytes
 
 
@@ -107,11 +107,16 @@ def _launch(kernel: str, available: Arguments, call: AttentionCall, heads: int) 
 
 def _blocks(kernel: str, config: TileConfig, call: AttentionCall) -> int:
     """Of rows or keys, of the longest member."""
-    visible, sequences = call.visibility, call.visibility.sequences
-    rows, keys = (visible.q_len, visible.k_len) if sequences is None else (sequences.longest_q, sequences.longest_k)
+    rows, keys = _lengths(call)
     if kernel == "grad_key_value":
         return -(-keys // config.block_n)
     return -(-(_aligned(rows) if kernel == "row_terms" else rows) // config.block_m)
+
+
+def _lengths(call: AttentionCall) -> tuple[int, int]:
+    """Rows and keys of the longest member."""
+    visible, sequences = call.visibility, call.visibility.sequences
+    return (visible.q_len, visible.k_len) if sequences is None else (sequences.longest_q, sequences.longest_k)
 
 
 def _members(call: AttentionCall) -> int:
@@ -160,6 +165,7 @@ def problem_of(
         aux=aux,
         sequences=visible.sequences is not None,
         aligned=all(_fits_descriptor(x) for x in (call.q, call.k, call.v, d_out)),
+        short=is_short(*_lengths(call)),
     )
 
 

@@ -9,7 +9,7 @@ from ..call import ForwardResult
 from ..decode_call import Cache, DecodeCall
 from ..kernels.decode import SHORTEST_SPLIT
 from ..launch import Arguments, is_wide, plan, stride_arguments
-from ..tuning.config import Problem, padded_dim
+from ..tuning.config import Problem, is_short, padded_dim
 
 _MOST_SPLITS = 64
 
@@ -60,6 +60,7 @@ def _problem(call: DecodeCall, aux: bool) -> Problem:
         aux=aux,
         block_table=cache.block_table is not None,
         packed_rows=padded_dim(group * call.q.shape[2]),
+        short=is_short(call.q.shape[2], cache.capacity),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,10 +24,11 @@ _SHARED_BYTES = {
 
 
 class Target(NamedTuple):
-    """A GPU architecture: ("cuda", "90") or ("hip", "gfx942")."""
+    """A GPU architecture: ("cuda", "90") or ("hip", "gfx942"); card is its device's name where there is a device."""
 
     backend: str
     arch: str
+    card: str = ""
 
     @classmethod
     def parse(cls, name: str) -> Target:
@@ -42,15 +44,26 @@ class Target(NamedTuple):
         """The target of a device; CPU tensors (interpreter, emulator) take sm_80's configs."""
         if device.type != "cuda":
             return cls("cuda", "80")
-        if torch.version.hip:
-            return cls("hip", torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
-        major, minor = torch.cuda.get_device_capability(device)
-        return cls("cuda", f"{major}{minor}")
+        return _target_of(torch.cuda.current_device() if device.index is None else device.index)
+
+    @property
+    def name(self) -> str:
+        """ "sm_90", "gfx942"."""
+        return f"sm_{self.arch}" if self.backend == "cuda" else self.arch
 
     @property
     def has_tensor_memory(self) -> bool:
         """Whether MMAs write to tensor memory, from which threads load whole rows, and fp32 arithmetic comes packed."""
         return self.backend == "cuda" and self.arch in ("100", "103")
+
+
+@functools.cache
+def _target_of(index: int) -> Target:
+    card = torch.cuda.get_device_name(index)
+    if torch.version.hip:
+        return Target("hip", torch.cuda.get_device_properties(index).gcnArchName.split(":")[0], card)
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target("cuda", f"{major}{minor}", card)
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,7 @@ class Problem:
     sequences    the batch is packed
     aligned      every address and stride of q, k, v and the output's gradient is a multiple of 16 bytes
     packed_rows  the power of two, at least 16, that holds the heads of a group times the new tokens of a decode call
+    short        few rows and keys, so that a GPU's processors may outnumber the programs: `is_short`
     """
 
     head_dim: int
@@ -83,11 +97,17 @@ class Problem:
     block_table: bool = False
     packed_rows: int = 16
     aligned: bool = True
+    short: bool = False
 
     @property
     def width(self) -> int:
         """The wider of the padded head and value dims."""
         return max(padded_dim(self.head_dim), padded_dim(self.value_dim))
+
+
+def is_short(q_len: int, k_len: int) -> bool:
+    """The length class of a call: configs are chosen for those of at most 1024 rows and keys, and for the others."""
+    return max(q_len, k_len) <= 1024
 
 
 def sum_columns(problem: Problem, target: Target) -> int:
