@@ -28,7 +28,7 @@ ORDER = (
     {"factor", "backends", "cache_statistics"},
     {"dispatch", "decode_validation", "varlen_validation"},
     {"api", "decoding", "varlen"},
-    {"nn", "huggingface"},
+    {"nn", "huggingface", "warmup"},
     {"analysis", "demo", "tune"},
     {"__init__"},
     {"cli"},
@@ -42,7 +42,7 @@ OPTIONAL_IN = {
     "demo": {"transformers", "matplotlib", "tabulate", "tqdm"},
     "tune": {"tabulate", "tqdm"},
 }
-TRITON_IN = {"kernels", "tuning", "launch", "tune"}
+TRITON_IN = {"kernels", "tuning", "launch", "triton_backend", "tune"}
 
 
 def unit(path: Path) -> str:

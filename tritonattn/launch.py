@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from .kernels import KERNELS
@@ -26,8 +27,28 @@ def run_on_device(kernel: Any, grid: Grid, arguments: Arguments, config: TileCon
     if device.type != "cuda":
         kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
         return
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), _no_compilation_in_capture(kernel):
         kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+@contextmanager
+def _no_compilation_in_capture(kernel: Any) -> Iterator[None]:
+    """While a CUDA graph is captured, a kernel that is not compiled is refused: loading code would end the capture."""
+    if not torch.cuda.is_current_stream_capturing():
+        yield
+        return
+
+    def refuse(*_, **__) -> None:
+        raise RuntimeError(
+            f"{kernel.__name__}: expected a compiled kernel while a CUDA graph is captured, got one to be compiled: "
+            "call tritonattn.warmup, or the function itself, with the same shapes, dtype and options before"
+        )
+
+    before, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, refuse
+    try:
+        yield
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
 
 
 def run_interpreted(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:

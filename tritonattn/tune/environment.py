@@ -8,7 +8,7 @@ from importlib import metadata
 
 import torch
 
-from .. import __version__, launch
+from .. import launch
 from ..tuning import cache_dir, lookup
 from ..tuning.config import Target
 from ..tuning.static import keys
@@ -19,7 +19,7 @@ from ..tuning.timing import card_state
 def environment() -> dict[str, str]:
     """Versions, GPU, executor, cache folders and the tables in use, in the order in which they are printed."""
     facts = {
-        "tritonattn": __version__, "kernels": kernels_fingerprint(), "torch": torch.__version__,
+        "tritonattn": _version("tritonattn"), "kernels": kernels_fingerprint(), "torch": torch.__version__,
         "triton": _version("triton"), "transformers": _version("transformers"), "python": platform.python_version(),
         "platform": platform.platform(), "cuda": str(torch.version.cuda), "hip": str(torch.version.hip),
         "kernels run": "in Triton's interpreter (TRITON_INTERPRET=1)" if launch.interpreting else "compiled",
