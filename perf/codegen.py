@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import triton
 from tabulate import tabulate
-from tqdm import tqdm
 
 from tritonattn.kernels import KERNELS
+from tritonattn.tune.progress import tqdm
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
 from tritonattn.tuning.config import STREAMING_KERNELS, TileConfig
 from tritonattn.tuning.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code

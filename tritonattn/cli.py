@@ -106,7 +106,7 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    require("tuning", ["triton", "tabulate", "tqdm"], extra="perf")
+    require("tuning", ["triton", "tabulate"], extra="perf")
     from .tune.commands import Request, tune
     from .tuning.config import TILED_KERNELS
     from .tuning.table import HEAD_DIMS, LENGTHS
@@ -140,7 +140,7 @@ def _add_configs(commands: argparse._SubParsersAction) -> None:
 
 
 def _configs(options: argparse.Namespace) -> int:
-    require("configs", ["triton", "tabulate", "tqdm"], extra="perf")
+    require("configs", ["triton", "tabulate"], extra="perf")
     from .tune.commands import configs
 
     return configs(options.gpu)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
-from tqdm import tqdm
 
 from ..command import CommandError
 from ..tuning import cache_dir, lookup
@@ -16,6 +15,7 @@ from ..tuning.config import Target, TileConfig
 from ..tuning.gpus import GPU, GPUS, table_name
 from ..tuning.static import Compiler, keys, static_table
 from ..tuning.table import Entry, Key, Table, TableError, kernels_fingerprint, read_table, write_table
+from .progress import tqdm
 from .search import Effort, Result, pending, promising, search
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import subprocess
 import time
@@ -15,6 +16,7 @@ Contestant = Callable[[int], object]
 
 _FLUSHED_BYTES = 2**28  # more than any L2 of today
 _WARM_UP_SECONDS = 0.3
+_FEWEST_ROUNDS = 3  # of a measurement that its time limit cuts short: a median of less says little
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,17 @@ class Timing:
 
 
 def take_turns(
-    contestants: Mapping[str, Contestant], device: torch.device, rounds: int, warm_up: float = _WARM_UP_SECONDS
+    contestants: Mapping[str, Contestant],
+    device: torch.device,
+    rounds: int,
+    warm_up: float = _WARM_UP_SECONDS,
+    seconds: float = math.inf,
 ) -> dict[str, list[float]]:
     """Milliseconds of every contestant in every round: A B C, A B C, ..., so that a noisy moment meets all.
 
     Everybody is called once before (what is compiled is compiled), then in turn for `warm_up` seconds, so that clocks
-    are steady. On a GPU the L2 cache is overwritten before each call and events take its time.
+    are steady. On a GPU the L2 cache is overwritten before each call and events take its time. After `seconds` of
+    rounds no further one begins, but three there are.
     """
     measure = _on_gpu(device) if device.type == "cuda" else _on_cpu
     for contestant in contestants.values():
@@ -51,7 +58,10 @@ def take_turns(
             measure(contestant, number)
         number += 1
     taken: dict[str, list[float]] = {name: [] for name in contestants}
+    start = time.perf_counter()
     for number in range(rounds):
+        if number >= _FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+            break
         for name, contestant in contestants.items():
             taken[name].append(measure(contestant, number))
     return taken
