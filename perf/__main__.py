@@ -9,6 +9,8 @@ from importlib import import_module
 COMMANDS = {
     "sweep": "times and errors beside those of other implementations, as JSON lines",
     "report": "tables of a sweep's records",
+    "plot": "charts of a sweep's records",
+    "gpu": "all that a GPU machine is asked for, in one command",
     "cpu": "time and memory on a CPU, against PyTorch's attention",
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
     "soak": "random calls of the kernels, for a while, against float64",

@@ -26,8 +26,8 @@ from .recipes import factor, prescaled, rows_of
 from .work import Shape
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-# In all heads' logits of fp32: how many such an eager forward, or forward and backward, holds at once.
-_EAGER_COPIES = {False: 4, True: 7}
+# In all heads' logits of fp32: how many such an eager forward holds at once, or several kept for their backwards.
+_EAGER_COPIES = {False: 4, True: 12}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import statistics
+import sys
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
@@ -65,19 +67,18 @@ def _baselines(records: list[Record]) -> str:
 
 
 def _accuracy_table(records: list[Record]) -> str:
-    """By kind of keys and dtype, and by their number: the largest error of any scaling, ours and the recipe's."""
-    parts = []
-    for axis in ("keys", "length"):
+    """Errors of ours and of the recipe by kind of keys, by their number, and by scaling."""
+    parts = ["Errors of the output over its largest exact value: median, and largest, of the cases in a row."]
+    for name in ("keys", "number of keys", "scaling"):
+        axis = {"number of keys": "length"}.get(name, name)
         rows = []
-        for dtype, value in dict.fromkeys((r.axes["dtype"], r.axes[axis]) for r in records):
-            own = [r for r in records if r.axes["dtype"] == dtype and r.axes[axis] == value]
-            contestants = dict.fromkeys(implementation(r) for r in own)
-            worst = [max((r for r in own if implementation(r) == name), key=lambda r: r.error) for name in contestants]
-            rows.append([dtype, value, *(f"{r.error:.1e} ({r.scaling})" for r in worst)])
-        headers = ["dtype", {"keys": "keys", "length": "number of keys"}[axis], *contestants]
-        parts.append(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
+        for dtype, value in dict.fromkeys((r.axes["dtype"], r.axes.get(axis, r.scaling)) for r in records):
+            own = [r for r in records if (r.axes["dtype"], r.axes.get(axis, r.scaling)) == (dtype, value)]
+            contestants = list(dict.fromkeys(implementation(r) for r in own))
+            errors = [[r.error for r in own if implementation(r) == name] for name in contestants]
+            rows.append([dtype, value, *(f"{statistics.median(e):.1e}, {max(e):.1e}" for e in errors)])
+        parts.append(tabulate(rows, ["dtype", name, *contestants], tablefmt="github", disable_numparse=True))
     wrong = [f"- {r.case}, {r.contestant}: {r.reason}" for r in records if r.status == "wrong"]
-    parts.append("Largest error over the largest exact value, of any scaling (the one that has it).")
     return "\n\n".join([*parts, *(["Wrong:\n" + "\n".join(wrong)] if wrong else [])])
 
 
@@ -120,8 +121,14 @@ def _number(figure: float | None) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="written by `python -m perf sweep --json`")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write them there, too")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    print(tables(read_all(arguments.files)))
+    text = tables(read_all(arguments.files))
+    if not text:
+        sys.exit(f"report: no records in {', '.join(map(str, arguments.files))}")
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n", encoding="utf-8")

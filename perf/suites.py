@@ -76,8 +76,8 @@ def _against_peers(suite: str, passes: str) -> Callable[[Axes, Place], Iterator[
     """Ours and every peer with the same scaling, a case for every scaling; ours is the baseline."""
 
     def contests(axes: Axes, place: Place) -> Iterator[Contest]:
-        for head_dim, dtype, scaling in product(axes.head_dims, axes.dtypes, axes.scalings):
-            for length, causal in product(axes.lengths, (False, True)):
+        for scaling, dtype, length in product(axes.scalings, axes.dtypes, axes.lengths):
+            for head_dim, causal in product(axes.head_dims, (False, True)):
                 who = ((OURS, scaling), *((peer, scaling) for peer in axes.peers))
                 shape = place.shape(length, head_dim, causal)
                 yield Case(suite, shape, dtype, passes, who, place.device, place.backend).contest()
@@ -199,5 +199,10 @@ SUITES = {
         "errors against float64, by kind and number of keys",
         _axes({"cuda": _KEY_COUNTS, "cpu": _KEY_COUNTS}, (64,), MODES, False, tuple(DTYPES)),
         Axes((1, 64, 1024), (32,), ("fp32", "bf16"), MODES), _accuracy,
+    ),
+    "ceilings": Suite(
+        "a product of matrices and a copy, which every sweep begins with, alone",
+        _axes({"cuda": (), "cpu": ()}, (), (), False, tuple(DTYPES)), Axes((), (), tuple(DTYPES), ()),
+        lambda axes, place: iter(()),
     ),
 }  # fmt: skip

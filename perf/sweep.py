@@ -17,7 +17,8 @@ _SECONDS = 20.0  # of rounds a case
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", type=_names, help="forward,backward,decode,varlen,overhead,accuracy,scaling,cpu")
+    suites = "forward,backward,decode,varlen,overhead,accuracy,scaling,cpu,ceilings; default: all that suit the device"
+    parser.add_argument("--suite", type=_names, metavar="A,B", help=suites)
     parser.add_argument("--device", choices=("cuda", "cpu", "interpret"), help="default: a GPU where there is one")
     parser.add_argument("--peers", type=_names, help="sdpa,flex,...: who runs beside ours; none for nobody")
     parser.add_argument("--quick", action="store_true", help="few small cases and rounds: whether all of it runs")

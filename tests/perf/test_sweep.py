@@ -21,7 +21,7 @@ from .commands import TINY, sweep
 FEW = ("--scalings", "sqrt_dim,key_norm_mean", "--peers", "sdpa,eager,flash-attn-2")
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", [name for name in SUITES if name != "ceilings"])
 def test_every_suite(suite, tmp_path, capsys):
     records = sweep(tmp_path / "a.jsonl", "--suite", suite, *FEW)
     own = [record for record in records if record.suite == suite]
