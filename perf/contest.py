@@ -127,11 +127,12 @@ class _State:
 
 
 def _try_out(entrant: Entrant, blank: Record) -> _State:
-    """Prepare and call an entrant once, and hold its results to their bound."""
+    """Prepare and call an entrant, and hold its results to their bound."""
     record = replace(blank, contestant=entrant.name, scaling=entrant.scaling)
     try:
         run = entrant.prepare()
         results = run(0)
+        run(0)  # what can be done once only, as a backward that frees its graph, is found out here
     except Unavailable as error:
         return _State(replace(record, status="skipped", reason=str(error)))
     except Exception as error:  # of others' code: anything may come
