@@ -24,6 +24,7 @@ from .validation import (
     shape_of,
     values_are_read,
 )
+from .visibility import window_sides
 
 LONGEST_QUERY = 16
 SMALLEST_PAGE = 16
@@ -125,8 +126,9 @@ def _check_pages(cache: Cache, q_len: int, window: tuple[int | None, int | None]
         return
     first = torch.arange(table.shape[1], device=table.device) * cache.page
     used = first < lengths[:, None]
-    if window is not None and window[0] not in (None, -1):
-        used &= first + cache.page > (lengths - q_len - window[0])[:, None]
+    left, _ = window_sides(window)
+    if left is not None:
+        used &= first + cache.page > (lengths - q_len - left)[:, None]
     wrong = table[used & ((table < 0) | (table >= cache.k.shape[0]))]
     if wrong.numel():
         raise ValueError(

@@ -15,7 +15,7 @@ from .factor import Factor, Given, scale_dtype
 from .scaling import SCALINGS, Scaling
 from .statistics import Statistics
 from .validation import Options
-from .visibility import Visibility
+from .visibility import Visibility, window_sides
 
 # These read keys through their statistics alone.
 _MODES_WITHOUT_KEYS = {Given, *SCALINGS.values()}
@@ -105,7 +105,7 @@ def _decode(
         with torch.autocast(q.device.type, enabled=False):
             return _decode(q, cache, factor, statistics, options)
     backend = choose_backend(q, cache.k, cache.v, Options(backend=options.backend))
-    left = None if options.window is None or options.window[0] in (None, -1) else options.window[0]
+    left, _ = window_sides(options.window)
     sinks = None if options.sinks is None else options.sinks.to(scale_dtype(q))
     visibility = cache.visibility(q, left)
     if backend == "reference":

@@ -17,6 +17,12 @@ from . import ranges
 from .sequences import Sequences
 
 
+def window_sides(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    """left and right of a window as users write it; None is no limit."""
+    left, right = (None if side in (None, -1) else side for side in window or (None, None))
+    return left, right
+
+
 @dataclass(frozen=True, eq=False)
 class Visibility:
     """The visible keys of every query row.
@@ -58,7 +64,7 @@ class Visibility:
         sequences: Sequences | None = None,
     ) -> Visibility:
         """The record for q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] from checked arguments of a public call."""
-        left, right = (None if side in (None, -1) else side for side in window or (None, None))
+        left, right = window_sides(window)
         if causal:
             right = 0 if right is None else min(right, 0)
         if key_ranges is not None and key_ranges.dim() == 4:

@@ -60,8 +60,9 @@ class Case:
             packed, self.dtype, CPU, kv_heads=self.heads[0], group=self.heads[1], head_dim=self.dims[0],
             value_dim=self.dims[1], scales=scales,
         )  # fmt: skip
+        cancelling = 1.0 if self.dtype == torch.float32 else 0.0  # fp32's band is below what rows of one key leave
         attend = with_padded_gradient(partial(attention_varlen, **packed.arguments()))
-        harness.check(padded_operands(tensors), attend, summands=1.0, scaling=self.scaling, **arguments)
+        harness.check(padded_operands(tensors), attend, summands=cancelling, scaling=self.scaling, **arguments)
 
 
 WARPGROUP = TileConfig(64, 16, 4, 2)

@@ -80,7 +80,7 @@ def _arguments(call: DecodeCall) -> Arguments:
         "q_ptr": q, "k_ptr": cache.k, "v_ptr": cache.v, "query_scale_ptr": call.query_scale,
         "key_scale_ptr": call.key_scale, "cache_lengths_ptr": lengths.contiguous(),
         "block_table_ptr": None if table is None else table.contiguous(),
-        "scale": float(call.scale), "softcap": None if call.softcap is None else float(call.softcap),
+        "scale": float(call.scale), "softcap": call.softcap,
         "left": None if call.left is None else min(call.left, cache.capacity), "q_len": q.shape[2],
         "capacity": cache.capacity, "page": cache.page, "pages": cache.k.shape[0],
         "table_len": 0 if table is None else table.shape[1], "q_heads": q.shape[1],
