@@ -251,6 +251,18 @@ def test_pages_that_no_row_looks_into_may_be_given_away():
         attention_decode(q[:, :, :2], **arguments | {"block_table": table})
 
 
+def test_lazily_negated_sinks():
+    """Their memory holds the negatives of their values."""
+    q, k, v = sequences(dtype=torch.float32)
+    cache = GrowingCache(k, v, 24)
+    cache.write([10, 20])
+    sinks = torch.tensor([1.0, -2.0, 3.0, 0.5])
+    negated = torch.complex(sinks, -sinks).conj().imag
+    assert negated.is_neg()
+    found, expected = (attention_decode(q[:, :, :2], **cache.arguments(), sinks=x) for x in (negated, sinks))
+    torch.testing.assert_close(found, expected)
+
+
 def test_empty_batches():
     q, k, v = sequences(batch=0)
     cache = GrowingCache(k, v, 24, statistics=True)
