@@ -54,8 +54,8 @@ class _Flat(NamedTuple):
 def decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
     """Run a call on "triton" or "sdpa", without gradients; max_logit and entropy are None without aux."""
     flat = _Flat.of(call, backend, aux)
-    operands = (call.q, call.cache.k, call.cache.v, call.cache.key_lengths, call.query_scale, call.key_scale, call.sinks)
-    if runs_eagerly(*operands):
+    cache, scales = call.cache, (call.query_scale, call.key_scale)
+    if runs_eagerly(call.q, cache.k, cache.v, cache.key_lengths, *scales, call.sinks):
         return _decode(call, backend, aux)
     result = ForwardResult(*_decode_operator(*flat))
     return result if aux else ForwardResult(result.out, result.lse)
