@@ -17,7 +17,7 @@ from tritonattn.ops.decode import _Flat
 
 pytestmark = [  # torch's own, while it traces and compiles
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script"),
 ]
 
 

@@ -16,7 +16,7 @@ from .support.masks import MASKS
 pytestmark = [
     # torch's own, while it compiles or falls back
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script"),
 ]
 
 # A constant, counts with a parameter, sums, squares in fp64, maxima, both scales.

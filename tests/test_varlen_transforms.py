@@ -16,7 +16,7 @@ from .support.packed import RAGGED, Packed, offsets, packed_operands
 pytestmark = [
     # torch's own, while it compiles or falls back
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script"),
     pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted"),
 ]
 

@@ -41,7 +41,7 @@ def attention(call: AttentionCall) -> Tensor:
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
     out = scaled_dot_product_attention(
         _for_kernel(q, width), _for_kernel(k, width), _for_kernel(v, width), scale=scale,
-        is_causal=not _sees_all(call.visibility), enable_gqa=not q.shape[1] == k.shape[1],
+        is_causal=_as_bool(not _sees_all(call.visibility)), enable_gqa=_as_bool(q.shape[1] != k.shape[1]),
     )  # fmt: skip
     return out[..., :value_width].to(call.q.dtype)
 
@@ -68,6 +68,11 @@ def _sees_all(visible: Visibility) -> bool:
         return False
     left, right = visible.left, visible.right
     return (left is None or left >= visible.k_len - 1) and (right is None or right >= visible.q_len - 1)
+
+
+def _as_bool(condition: bool) -> bool:
+    """A comparison of sizes as the bool that PyTorch's attention wants: under torch.compile it is a SymBool."""
+    return True if condition else False
 
 
 def _fold(x: Tensor, scale: Tensor | None) -> Tensor:
