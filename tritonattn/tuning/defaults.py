@@ -117,4 +117,6 @@ def _decode_config(problem: Problem, width: int, family: str) -> TileConfig:
     rows = min(problem.packed_rows, 64, 8192 // width)
     block_n, warps, stages = _DECODE_TILES[family][width]
     block_n = min(block_n, 2**18 // (rows * width))
+    if family == "sm_120" and rows * width >= 8192:  # with 4 warps some forms spill there
+        warps = 8
     return TileConfig(rows, block_n, warps, stages + (problem.block_table and family != "amd"))
