@@ -38,7 +38,8 @@ def run_interpreted(kernel: Any, grid: Grid, arguments: Arguments, config: TileC
     wide = {name: _widened(value) for name, value in arguments.items() if _is_bfloat16(value)}
     kernel[grid](**(arguments | wide))
     for name, value in wide.items():
-        if not name.startswith(_READ_ONLY):
+        # What was only read is left alone: autograd watches for writes, and refuses a second backward.
+        if not name.startswith(_READ_ONLY) and not torch.equal(arguments[name].float(), value):
             arguments[name].copy_(value)
 
 

@@ -314,3 +314,11 @@ def test_as_with_tensor_memory(device, dtype, monkeypatch):
         pytest.skip("kernels are compiled for this GPU")
     monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: cls("cuda", "100")))
     harness.check(harness.inputs(dtype, device, scales=("query_scale", "key_scale")), causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_second_backward_of_a_graph_that_is_kept(dtype, device):
+    q, k, v = torch.randn(3, 1, 1, 20, 16, device=device, dtype=dtype).requires_grad_()
+    out = tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True, backend="triton")
+    first, second = (torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
