@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
+    "sweep": "times and errors beside those of other implementations, as JSON lines",
+    "report": "tables of a sweep's records",
+    "plot": "charts of a sweep's records",
+    "gpu": "all that a GPU machine is asked for, in one command",
     "cpu": "time and memory on a CPU, against PyTorch's attention",
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
     "soak": "random calls of the kernels, for a while, against float64",
@@ -13,7 +18,7 @@ COMMANDS = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Import the command's module alone: a GPU machine need not have what the others print and plot with."""
     names = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -22,12 +27,12 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below; `<command> --help` says more")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     module = import_module(f".{chosen.command}", __package__)
     own = argparse.ArgumentParser(prog=f"python -m perf {chosen.command}", description=module.__doc__)
     module.add_arguments(own)
-    arguments = own.parse_args(chosen.arguments)
-    arguments.run(arguments)
+    options = own.parse_args(chosen.arguments)
+    options.run(options)
 
 
 if __name__ == "__main__":

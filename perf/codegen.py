@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 import triton
 from tabulate import tabulate
-from tqdm import tqdm
 
 from tritonattn.kernels import KERNELS
+from tritonattn.tune.progress import tqdm
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
 from tritonattn.tuning.config import STREAMING_KERNELS, TileConfig
 from tritonattn.tuning.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
+from tritonattn.tuning.model import RATES, UNITS, cycles, programs_per_sm, utilisation
 
 from .ceilings import NON_MMA_PER_LOGIT
-from .model import RATES, UNITS, cycles, programs_per_sm, utilisation
 from .versions import commit
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")

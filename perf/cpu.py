@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,9 +17,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
+from tritonattn.tuning.timing import Contestant, take_turns
 from tritonattn.visibility import Visibility
 
-from .versions import commit
+from .versions import commit, cpu_name
 
 HEADS, HEAD_DIM = 8, 64
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,26 +69,22 @@ def inputs(length: int) -> list[Tensor]:
     return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), d_out]
 
 
-def forward_backward(attend: Attend, tensors: list[Tensor]) -> float:
-    """Seconds of one forward and backward pass."""
+def forward_backward(attend: Attend, tensors: list[Tensor]) -> None:
     *leaves, d_out = tensors
     for leaf in leaves:
         leaf.grad = None
-    start = time.perf_counter()
     attend(*leaves).backward(d_out)
-    return time.perf_counter() - start
 
 
 def times(compared: dict[str, Attend], length: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each contestant in every round; all take turns, so that a noisy moment meets all."""
+    """Milliseconds of each contestant in every round."""
     tensors = inputs(length)
-    taken: dict[str, list[float]] = {name: [] for name in compared}
-    for attend in compared.values():
-        forward_backward(attend, tensors)
-    for _ in range(repeats):
-        for name, attend in compared.items():
-            taken[name].append(forward_backward(attend, tensors))
-    return taken
+
+    def contestant(attend: Attend) -> Contestant:
+        return lambda number: forward_backward(attend, tensors)
+
+    contestants = {name: contestant(attend) for name, attend in compared.items()}
+    return take_turns(contestants, torch.device("cpu"), repeats)
 
 
 def peak_memory(case: str, name: str, length: int, threads: int) -> int:
@@ -135,7 +131,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
                 {
                     "case": case,
                     "attention": name,
-                    "median_ms": 1000 * statistics.median(taken[name]),
+                    "median_ms": statistics.median(taken[name]),
                     "time_ratio": statistics.median(ratios),
                     "peak_mib": memory[name] / 2**20,
                     "memory_ratio": memory[name] / memory[baseline],
@@ -150,19 +146,12 @@ def environment(arguments: argparse.Namespace) -> dict[str, str]:
         "shape": f"[1, {HEADS}, {arguments.length}, {HEAD_DIM}] float32",
         "threads": str(arguments.threads),
         "repeats": str(arguments.repeats),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tritonattn": tritonattn.__version__,
         "commit": commit(),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,11 +10,11 @@ from tests.support.masks import MASKS
 from tests.support.watch import Watch
 from tritonattn import blockwise, reference
 from tritonattn.blockwise import tiles
-from tritonattn.call import AttentionCall, Gradients
+from tritonattn.call import AttentionCall, Gradients, Needs
 from tritonattn.dropout import Dropout
 from tritonattn.visibility import Visibility
 
-ALL = Gradients(*[True] * 6)
+ALL = Needs(*[True] * 6)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = {
     "plain": {},
@@ -247,7 +247,7 @@ def test_only_what_is_needed_is_computed(asked):
     call = make_call(**OPTIONS["all"], causal=True)
     d_out, d_lse = output_gradients(call)
     everything = run(call, d_out, d_lse)[1]
-    alone = run(call, d_out, d_lse, Gradients(*(i == asked for i in range(6))))[1]
+    alone = run(call, d_out, d_lse, Needs(*(i == asked for i in range(6))))[1]
     for i, (gradient, wanted) in enumerate(zip(alone, everything, strict=True)):
         if i == asked:
             assert torch.equal(gradient, wanted)

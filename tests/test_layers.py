@@ -28,8 +28,8 @@ ORDER = (
     {"factor", "backends", "cache_statistics"},
     {"dispatch", "decode_validation", "varlen_validation"},
     {"api", "decoding", "varlen"},
-    {"nn", "huggingface"},
-    {"analysis", "demo"},
+    {"nn", "huggingface", "warmup"},
+    {"analysis", "demo", "tune"},
     {"__init__"},
     {"cli"},
     {"__main__"},
@@ -37,8 +37,12 @@ ORDER = (
 LAYERS = {module: layer for layer, modules in enumerate(ORDER) for module in modules}
 
 OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqdm", "numpy"}
-OPTIONAL_IN = {"huggingface": {"transformers"}, "demo": {"transformers", "matplotlib", "tabulate", "tqdm"}}
-TRITON_IN = {"kernels", "tuning", "launch", "triton_backend"}
+OPTIONAL_IN = {
+    "huggingface": {"transformers"},
+    "demo": {"transformers", "matplotlib", "tabulate", "tqdm"},
+    "tune": {"tabulate", "tqdm"},
+}
+TRITON_IN = {"kernels", "tuning", "launch", "triton_backend", "tune"}
 
 
 def unit(path: Path) -> str:

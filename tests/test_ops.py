@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from tritonattn import blockwise, ops
-from tritonattn.call import ForwardResult, Gradients
+from tritonattn.call import ForwardResult, Gradients, Needs
 from tritonattn.ops import attend, key_statistics
 from tritonattn.ranges import prefix_sum
 from tritonattn.statistics import Statistics, key_lengths_of
@@ -90,7 +90,7 @@ def test_only_gradients_that_are_asked_for_are_computed(asked, monkeypatch):
 
     monkeypatch.setattr(blockwise, "backward", watched)
     loss(ops.attention(call, "sdpa", False)).backward()
-    assert seen == [Gradients(*(name == asked for name in FIELDS))]
+    assert seen == [Needs(*(name == asked for name in FIELDS))]
     assert [name for name in FIELDS if getattr(call, name).grad is not None] == [asked]
 
 

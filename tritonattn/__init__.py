@@ -6,6 +6,7 @@ from .decoding import attention_decode
 from .dispatch import AttentionAux
 from .scaling import SCALINGS, Scales, Scaling
 from .varlen import attention_varlen
+from .warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -20,4 +21,5 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "scaled_attention",
+    "warmup",
 ]

@@ -47,6 +47,17 @@ class ForwardResult(NamedTuple):
     entropy: Tensor | None = None
 
 
+class Needs(NamedTuple):
+    """Which gradients of an AttentionCall's tensors are asked for."""
+
+    q: bool = False
+    k: bool = False
+    v: bool = False
+    query_scale: bool = False
+    key_scale: bool = False
+    sinks: bool = False
+
+
 class Gradients(NamedTuple):
     """Gradients of an AttentionCall's tensors; None for those not asked for."""
 

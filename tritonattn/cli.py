@@ -33,6 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tritonattn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_demo(commands)
+    _add_tune(commands)
+    _add_configs(commands)
+    commands.add_parser("env", help="print versions, GPU, and the tables in use: for a report").set_defaults(run=_env)
     return parser
 
 
@@ -80,3 +83,76 @@ def _demo(options: argparse.Namespace) -> int:
             plot=options.plot,
         )
     )
+
+
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="search for the fastest tile configs on this GPU, or rank them without one",
+        description="Compile the configs of each kernel, time the most promising ones that pass the static checks, "
+        "each checked against the reference, and write the best into the user's table. Stop it at any time: the "
+        "same command goes on where it was stopped.",
+    )
+    tune.add_argument("--kernels", default="forward,grad_key_value,grad_query,decode", metavar="A,B")
+    tune.add_argument("--head-dims", default="64,80,96,128,192,256", metavar="A,B")
+    tune.add_argument(
+        "--dtypes", default="bf16", metavar="A,B", help="bf16,fp16: what configs are timed in; an entry serves both"
+    )
+    tune.add_argument("--lengths", default="short,long", metavar="A,B", help="at most 1024 tokens, and more")
+    tune.add_argument("--budget", type=float, metavar="MINUTES", help="begin no search after so long")
+    tune.add_argument(
+        "--static", metavar="A,B", help="h100, sm_90, ..., all: rank by a model instead; needs no GPU"
+    )
+    tune.add_argument("--write", action="store_true", help="write into autotune_cache/, not the user's folder")
+    tune.add_argument("--workers", type=int, metavar="N", help="processes that compile (default: one a core)")
+    tune.set_defaults(run=_tune)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    require("tuning", ["triton", "tabulate"], extra="perf")
+    from .tune.commands import DTYPES, Request, tune
+    from .tuning.config import TILED_KERNELS
+    from .tuning.table import HEAD_DIMS, LENGTHS
+
+    return tune(
+        Request(
+            kernels=_chosen("--kernels", options.kernels, TILED_KERNELS),
+            head_dims=_chosen("--head-dims", options.head_dims, HEAD_DIMS),
+            lengths=_chosen("--lengths", options.lengths, LENGTHS),
+            dtypes=_chosen("--dtypes", options.dtypes, tuple(DTYPES)),
+            static=() if options.static is None else tuple(options.static.split(",")),
+            write=options.write,
+            budget=options.budget,
+            workers=options.workers,
+        )
+    )
+
+
+def _chosen(option: str, text: str, known: Sequence) -> tuple:
+    """Those of the known values that a comma-separated list names, in the order known."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in map(str, known):
+            raise CommandError(f"{option}: expected {', '.join(map(str, known))}, got {name!r}")
+    return tuple(value for value in known if str(value) in names)
+
+
+def _add_configs(commands: argparse._SubParsersAction) -> None:
+    configs = commands.add_parser("configs", help="print the tile configs in use, and where each comes from")
+    configs.add_argument("--gpu", help="h100, a100, ... (default: this machine's)")
+    configs.set_defaults(run=_configs)
+
+
+def _configs(options: argparse.Namespace) -> int:
+    require("configs", ["triton", "tabulate"], extra="perf")
+    from .tune.commands import configs
+
+    return configs(options.gpu)
+
+
+def _env(_: argparse.Namespace) -> int:
+    from .tune.environment import environment
+
+    for name, value in environment().items():
+        print(f"{name}: {value}")
+    return 0

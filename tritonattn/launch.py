@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.errors import TritonError
 
 from .kernels import KERNELS
+from .tuning import lookup
 from .tuning.compile import constexpr_values
-from .tuning.config import Problem, Target, TileConfig
-from .tuning.defaults import default_config
+from .tuning.config import Problem, Target, TileConfig, legal_reasons
 
 Arguments = dict[str, Any]
 Grid = tuple[int, int, int]
+ConfigFor = Callable[[str, Problem, Target], TileConfig]
+Result = TypeVar("Result")
 
 
 def run_on_device(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
@@ -25,8 +30,28 @@ def run_on_device(kernel: Any, grid: Grid, arguments: Arguments, config: TileCon
     if device.type != "cuda":
         kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
         return
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), _no_compilation_in_capture(kernel):
         kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+@contextmanager
+def _no_compilation_in_capture(kernel: Any) -> Iterator[None]:
+    """While a CUDA graph is captured, a kernel that is not compiled is refused: loading code would end the capture."""
+    if not torch.cuda.is_current_stream_capturing():
+        yield
+        return
+
+    def refuse(*_, **__) -> None:
+        raise RuntimeError(
+            f"{kernel.__name__}: expected a compiled kernel while a CUDA graph is captured, got one to be compiled: "
+            "call tritonattn.warmup, or the function itself, with the same shapes, dtype and options before"
+        )
+
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, refuse
+    try:
+        yield
+    finally:
+        knobs.runtime.jit_cache_hook = before
 
 
 def run_interpreted(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
@@ -43,7 +68,7 @@ def run_interpreted(kernel: Any, grid: Grid, arguments: Arguments, config: TileC
             arguments[name].copy_(value)
 
 
-config_for = default_config
+config_for: ConfigFor = lookup.config_for
 
 # Every kernel call passes `run`; a test may put another executor of the same signature here.
 interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -81,12 +106,47 @@ class Plan(NamedTuple):
                 run(self.kernel, part, {name: values[name] for name in self.names}, self.config)
 
 
+@contextmanager
+def configured(kernel: str, config: TileConfig) -> Iterator[None]:
+    """Inside, a kernel runs with this config, whatever the call, if it is legal for it."""
+    global config_for
+    before, config_for = config_for, _overriding(kernel, config, config_for)
+    try:
+        yield
+    finally:
+        config_for = before
+
+
+@functools.lru_cache(maxsize=64)
+def _overriding(kernel: str, config: TileConfig, otherwise: ConfigFor) -> ConfigFor:
+    """The same function for the same arguments, so that plans made by it are found again."""
+
+    def chosen(name: str, problem: Problem, target: Target) -> TileConfig:
+        is_meant = name == kernel and not legal_reasons(name, config, problem, target)
+        return config if is_meant else otherwise(name, problem, target)
+
+    return chosen
+
+
 def plan(kernel: str, problem: Problem, device: torch.device) -> Plan:
     return _plan(kernel, problem, Target.of(device), config_for)
 
 
+def planned(kernel: str, problem: Problem, device: torch.device, launches: Callable[[Plan], Result]) -> Result:
+    """launches(plan); again by the next config where a table's is one that cannot be compiled or launched here."""
+    while True:
+        chosen = plan(kernel, problem, device)
+        try:
+            return launches(chosen)
+        except (TritonError, RuntimeError) as error:
+            is_refusal = isinstance(error, TritonError) or "PassManager" in str(error)
+            if not is_refusal or not lookup.strike(kernel, problem, Target.of(device), chosen.config, error):
+                raise
+            _plan.cache_clear()
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan(kernel: str, problem: Problem, target: Target, config_of: Callable) -> Plan:
+def _plan(kernel: str, problem: Problem, target: Target, config_of: ConfigFor) -> Plan:
     function, config = KERNELS[kernel], config_of(kernel, problem, target)
     return Plan(function, config, tuple(function.arg_names), constexpr_values(problem, config, target))
 

@@ -302,7 +302,7 @@ def test_every_program_runs_once(monkeypatch):
     visibility = tritonattn.visibility.Visibility.of(q, q)
     call = tritonattn.call.AttentionCall(q, q, q, visibility, 1.0)
     result = triton_backend.forward(call, aux=False)
-    triton_backend.backward(call, *result[:2], q, None, tritonattn.call.Gradients(True, True, True))
+    triton_backend.backward(call, *result[:2], q, None, tritonattn.call.Needs(True, True, True))
     assert [grid[1:] for grid, _ in grids] == [(1, 65_535), (1, 34_465)] * 4
     assert [arguments["first_member"] for _, arguments in grids] == [0, 65_535] * 4
 

@@ -104,5 +104,5 @@ def test_it_needs_nothing_to_print_or_plot_with():
 
 def test_help_names_every_command():
     done = _run("-m", "perf", "--help")
-    for name in ("cpu", "codegen", "soak", "sanitize"):
+    for name in ("sweep", "report", "plot", "gpu", "cpu", "codegen", "soak", "sanitize"):
         assert f"\n  {name} " in done.stdout

@@ -87,7 +87,7 @@ def hash_of(text: str) -> int:
 
 def test_aot_specialisation_is_that_of_a_launch(monkeypatch):
     """The argument grammar of compile.py says for each argument what a launch passes."""
-    from tritonattn.call import AttentionCall, Gradients
+    from tritonattn.call import AttentionCall, Needs
     from tritonattn.visibility import Visibility
 
     seen = {}
@@ -97,7 +97,7 @@ def test_aot_specialisation_is_that_of_a_launch(monkeypatch):
     visibility = Visibility.of(q, k, causal=True)
     call = AttentionCall(q, k, k, visibility, 0.1, *scales)
     result = triton_backend.forward(call, aux=False)
-    triton_backend.backward(call, *result[:2], q, None, Gradients(True, True, True, True, True))
+    triton_backend.backward(call, *result[:2], q, None, Needs(True, True, True, True, True))
     problem = Problem(64, 64, torch.float16, right=True, query_scale_grad=True, **SCALED)
     assert len(seen) == 4
     for kernel, arguments in seen.items():

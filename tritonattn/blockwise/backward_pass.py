@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..call import AttentionCall, Gradients
+from ..call import AttentionCall, Gradients, Needs
 from .forward_pass import softmax_of
 from .tiles import Block, Heads, Tiles, exp_
 
 
 def backward(
-    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Gradients
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Needs
 ) -> Gradients:
     """The gradients that `needs`, a bool for each, asks for.
 

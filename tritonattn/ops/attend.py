@@ -14,7 +14,7 @@ from torch.autograd.function import Function
 
 from .. import blockwise
 from ..autograd import first_order, needs_graph, runs_eagerly
-from ..call import AttentionCall, ForwardResult, Gradients
+from ..call import AttentionCall, ForwardResult, Gradients, Needs
 from ..dropout import Dropout
 from ..sequences import Sequences
 from ..visibility import Visibility
@@ -120,7 +120,7 @@ def _forward(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
 
 
 def _backward(
-    flat: _Flat, out: Tensor, lse: Tensor, d_out: Tensor | None, d_lse: Tensor | None, needs: Gradients
+    flat: _Flat, out: Tensor, lse: Tensor, d_out: Tensor | None, d_lse: Tensor | None, needs: Needs
 ) -> Gradients:
     call = flat.call()
     if _is_empty(call):
@@ -193,7 +193,7 @@ def _(*arguments):
 )
 def _backward_operator(*arguments):
     *flat, out, lse, d_out, d_lse, needs = arguments
-    return _filled(_backward(_Flat(*flat), out, lse, d_out, d_lse, Gradients(*needs)), out)
+    return _filled(_backward(_Flat(*flat), out, lse, d_out, d_lse, Needs(*needs)), out)
 
 
 @_backward_operator.register_fake
@@ -229,7 +229,7 @@ class _Attention(Function):
     @first_order
     def backward(ctx, saved, d_out, d_lse, d_max_logit, d_entropy):
         *tensors, out, lse = saved
-        needs = Gradients(*ctx.needs_input_grad[:_GRADIENTS])
+        needs = Needs(*ctx.needs_input_grad[:_GRADIENTS])
         if runs_eagerly(*tensors, d_out, d_lse):
             gradients = _backward(_Flat(*tensors, *ctx.settings), out, lse, d_out, d_lse, needs)
         else:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..call import AttentionCall, ForwardResult, Gradients
-from ..launch import Arguments, is_wide, plan, stride_arguments
-from ..tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, padded_dim
+from ..call import AttentionCall, ForwardResult, Gradients, Needs
+from ..launch import Arguments, Plan, is_wide, planned, stride_arguments
+from ..tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, is_short, padded_dim
 from ..visibility import Visibility
 from .key_statistics import seen_bytes
 
@@ -30,9 +30,9 @@ def forward(call: AttentionCall, aux: bool) -> ForwardResult:
 
 
 def backward(
-    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Gradients
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Needs
 ) -> Gradients:
-    """Gradients by the row-terms, grad_query and grad_key_value kernels; `needs` holds a bool for each.
+    """Gradients by the row-terms, grad_query and grad_key_value kernels.
 
     out, lse as `forward` returned them; d_out [B, Hq, Sq, Dv] in q's dtype and d_lse fp32 [B, Hq, Sq], any strides.
     """
@@ -45,9 +45,8 @@ def backward(
     d_q, d_query_scale = _grad_query(call, shared, needs)
     d_k, d_v, d_key_scale = _grad_key_value(call, shared, needs)
     d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
-    asked = (needs.q, needs.k, needs.v, needs.query_scale, needs.key_scale, needs.sinks)
     values = (d_q, d_k, d_v, d_query_scale, d_key_scale, d_sinks)
-    return Gradients(*(value if ask else None for value, ask in zip(values, asked, strict=True)))
+    return Gradients(*(value if need else None for value, need in zip(values, needs, strict=True)))
 
 
 def _row_terms(call: AttentionCall, shared: Arguments, out: Tensor) -> Arguments:
@@ -63,7 +62,7 @@ def _row_terms(call: AttentionCall, shared: Arguments, out: Tensor) -> Arguments
     return terms
 
 
-def _grad_query(call: AttentionCall, shared: Arguments, needs: Gradients) -> tuple[Tensor | None, Tensor | None]:
+def _grad_query(call: AttentionCall, shared: Arguments, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
     if not (needs.q or needs.query_scale):
         return None, None
     d_q = _results(call, call.q.shape, call.q.dtype)
@@ -76,7 +75,7 @@ def _grad_query(call: AttentionCall, shared: Arguments, needs: Gradients) -> tup
 
 
 def _grad_key_value(
-    call: AttentionCall, shared: Arguments, needs: Gradients
+    call: AttentionCall, shared: Arguments, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if not (needs.k or needs.v or needs.key_scale):
         return None, None, None
@@ -99,24 +98,36 @@ def _launch(kernel: str, available: Arguments, call: AttentionCall, heads: int) 
         call, d_out,
         query_scale_grad=available.get("d_query_scale_ptr") is not None, aux=available.get("max_logit_ptr") is not None,
     )  # fmt: skip
-    chosen = plan(kernel, problem, call.q.device)
-    available = available | _descriptors(chosen.config, call, d_out)
-    if kernel == "grad_key_value":
-        available["row_bounds_ptr"] = None
-        if call.visibility.key_ranges is not None:
-            bounds = call.visibility.rows_of_key_blocks(chosen.config.block_n)
-            available["row_bounds_ptr"] = bounds.expand(call.visibility.batch, -1, -1).contiguous()
-    grid = (_blocks(kernel, chosen.config, call), heads, _members(call))
-    chosen.launch(grid, available, is_wide(call.q, call.k, call.v, d_out))
+
+    def launches(chosen: Plan) -> None:
+        of_config = _descriptors(chosen.config, call, d_out)
+        if kernel == "grad_key_value":
+            of_config["row_bounds_ptr"] = _row_bounds(chosen.config, call)
+        grid = (_blocks(kernel, chosen.config, call), heads, _members(call))
+        chosen.launch(grid, available | of_config, is_wide(call.q, call.k, call.v, d_out))
+
+    planned(kernel, problem, call.q.device, launches)
+
+
+def _row_bounds(config: TileConfig, call: AttentionCall) -> Tensor | None:
+    """[B, key blocks, 2], the rows that a block of keys needs; None where ranges of keys do not say."""
+    if call.visibility.key_ranges is None:
+        return None
+    return call.visibility.rows_of_key_blocks(config.block_n).expand(call.visibility.batch, -1, -1).contiguous()
 
 
 def _blocks(kernel: str, config: TileConfig, call: AttentionCall) -> int:
     """Of rows or keys, of the longest member."""
-    visible, sequences = call.visibility, call.visibility.sequences
-    rows, keys = (visible.q_len, visible.k_len) if sequences is None else (sequences.longest_q, sequences.longest_k)
+    rows, keys = _lengths(call)
     if kernel == "grad_key_value":
         return -(-keys // config.block_n)
     return -(-(_aligned(rows) if kernel == "row_terms" else rows) // config.block_m)
+
+
+def _lengths(call: AttentionCall) -> tuple[int, int]:
+    """Rows and keys of the longest member."""
+    visible, sequences = call.visibility, call.visibility.sequences
+    return (visible.q_len, visible.k_len) if sequences is None else (sequences.longest_q, sequences.longest_k)
 
 
 def _members(call: AttentionCall) -> int:
@@ -172,6 +183,7 @@ def problem_of(
         aux=aux,
         sequences=visible.sequences is not None,
         aligned=all(_fits_descriptor(x) for x in (call.q, call.k, call.v, d_out)),
+        short=is_short(*_lengths(call)),
     )
 
 

@@ -8,16 +8,19 @@ from torch import Tensor
 from ..call import ForwardResult
 from ..decode_call import Cache, DecodeCall
 from ..kernels.decode import SHORTEST_SPLIT
-from ..launch import Arguments, is_wide, plan, stride_arguments
-from ..tuning.config import Problem, padded_dim
+from ..launch import Arguments, Plan, is_wide, plan, planned, stride_arguments
+from ..tuning.config import Problem, is_short, padded_dim
 
 _MOST_SPLITS = 64
 
 
 def decode(call: DecodeCall, aux: bool) -> ForwardResult:
     """out and lse, with aux also max_logit and entropy: the decode kernel, and the combination of several splits."""
+    return planned("decode", _problem(call, aux), call.q.device, lambda chosen: _decode(call, aux, chosen))
+
+
+def _decode(call: DecodeCall, aux: bool, chosen: Plan) -> ForwardResult:
     (batch, q_heads, q_len, _), cache = call.q.shape, call.cache
-    chosen = plan("decode", _problem(call, aux), call.q.device)
     splits = _splits(call, chosen.config.block_n)
     tiles = -(-q_heads // cache.kv_heads * q_len // chosen.config.block_m)
     joined = _allocate(call, (), call.q.dtype, aux)
@@ -60,6 +63,7 @@ def _problem(call: DecodeCall, aux: bool) -> Problem:
         aux=aux,
         block_table=cache.block_table is not None,
         packed_rows=padded_dim(group * call.q.shape[2]),
+        short=is_short(call.q.shape[2], cache.capacity),
     )
 
 

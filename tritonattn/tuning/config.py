@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,13 +21,15 @@ _SHARED_BYTES = {
     "80": 166912, "86": 101376, "87": 166912, "89": 101376, "90": 232448, "100": 232448, "103": 232448,
     "120": 101376, "121": 101376, "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840,
 }  # fmt: skip
+TENSOR_MEMORY_COLUMNS = 512  # of 128 rows and 4 bytes, a program
 
 
 class Target(NamedTuple):
-    """A GPU architecture: ("cuda", "90") or ("hip", "gfx942")."""
+    """A GPU architecture: ("cuda", "90") or ("hip", "gfx942"); card is its device's name where there is a device."""
 
     backend: str
     arch: str
+    card: str = ""
 
     @classmethod
     def parse(cls, name: str) -> Target:
@@ -42,15 +45,26 @@ class Target(NamedTuple):
         """The target of a device; CPU tensors (interpreter, emulator) take sm_80's configs."""
         if device.type != "cuda":
             return cls("cuda", "80")
-        if torch.version.hip:
-            return cls("hip", torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
-        major, minor = torch.cuda.get_device_capability(device)
-        return cls("cuda", f"{major}{minor}")
+        return _target_of(torch.cuda.current_device() if device.index is None else device.index)
+
+    @property
+    def name(self) -> str:
+        """ "sm_90", "gfx942"."""
+        return f"sm_{self.arch}" if self.backend == "cuda" else self.arch
 
     @property
     def has_tensor_memory(self) -> bool:
         """Whether MMAs write to tensor memory, from which threads load whole rows, and fp32 arithmetic comes packed."""
         return self.backend == "cuda" and self.arch in ("100", "103")
+
+
+@functools.cache
+def _target_of(index: int) -> Target:
+    card = torch.cuda.get_device_name(index)
+    if torch.version.hip:
+        return Target("hip", torch.cuda.get_device_properties(index).gcnArchName.split(":")[0], card)
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target("cuda", f"{major}{minor}", card)
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,7 @@ class Problem:
     sequences    the batch is packed
     aligned      every address and stride of q, k, v and the output's gradient is a multiple of 16 bytes
     packed_rows  the power of two, at least 16, that holds the heads of a group times the new tokens of a decode call
+    short        few rows and keys, so that a GPU's processors may outnumber the programs: `is_short`
     """
 
     head_dim: int
@@ -83,11 +98,17 @@ class Problem:
     block_table: bool = False
     packed_rows: int = 16
     aligned: bool = True
+    short: bool = False
 
     @property
     def width(self) -> int:
         """The wider of the padded head and value dims."""
         return max(padded_dim(self.head_dim), padded_dim(self.value_dim))
+
+
+def is_short(q_len: int, k_len: int) -> bool:
+    """The length class of a call: configs are chosen for those of at most 1024 rows and keys, and for the others."""
+    return max(q_len, k_len) <= 1024
 
 
 def sum_columns(problem: Problem, target: Target) -> int:
@@ -130,9 +151,12 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
         reasons.append(f"block_m {config.block_m} does not divide the row terms' alignment {ROW_TERMS_ALIGNMENT}")
     if config.descriptors and not may_use_descriptors(kernel, problem, target):
         reasons.append(f"descriptors need {', '.join(TILED_KERNELS)} on sm_90 or later, 16 bits and aligned tensors")
-    shared, limit = _shared_estimate(kernel, config, problem), shared_limit(target)
+    shared, limit = _shared_estimate(kernel, config, problem, target), shared_limit(target)
     if shared > limit:
-        reasons.append(f"tiles need about {shared} bytes of shared memory, {target.arch} has {limit}")
+        reasons.append(f"tiles need at least {shared} bytes of shared memory, {target.name} has {limit}")
+    columns = _tensor_memory_estimate(kernel, config, problem) if target.has_tensor_memory else 0
+    if columns > TENSOR_MEMORY_COLUMNS:
+        reasons.append(f"tiles need {columns} columns of tensor memory, {target.name} has {TENSOR_MEMORY_COLUMNS}")
     return reasons
 
 
@@ -147,8 +171,11 @@ def may_use_descriptors(kernel: str, problem: Problem, target: Target) -> bool:
     return is_able and problem.aligned and problem.dtype.itemsize == 2
 
 
-def _shared_estimate(kernel: str, config: TileConfig, problem: Problem) -> int:
-    """Bytes of the tiles that pass through shared memory: the held ones once, the streamed ones per stage."""
+def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: Target) -> int:
+    """Bytes of the tiles that pass through shared memory: the held ones once, the streamed ones per stage.
+
+    Where tensor instructions read shared memory themselves (wgmma, tcgen05), the stage in use is one more.
+    """
     if kernel not in TILED_KERNELS:
         return 0
     rows = padded_dim(problem.head_dim) + padded_dim(problem.value_dim)
@@ -156,4 +183,20 @@ def _shared_estimate(kernel: str, config: TileConfig, problem: Problem) -> int:
     if kernel == "grad_key_value":
         held, streamed = streamed, held
     held_width = padded_dim(problem.head_dim) if kernel in ("forward", "decode") else rows
-    return (held * held_width + streamed * rows * max(config.num_stages - 1, 1)) * problem.dtype.itemsize
+    reads_shared = kernel != "decode" and target.backend == "cuda" and target.arch in ("90", "100", "103")
+    in_use = reads_shared and problem.dtype.itemsize == 2
+    stages = max(config.num_stages - (not in_use), 1)
+    return (held * held_width + streamed * rows * stages) * problem.dtype.itemsize
+
+
+def _tensor_memory_estimate(kernel: str, config: TileConfig, problem: Problem) -> int:
+    """Columns of fp32 logits, in a backward their gradients too, of both as 16-bit operands, and of the sums."""
+    head, value = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
+    held, columns = config.block_m, 0
+    if kernel == "forward":
+        columns = config.block_n * 3 // 2 + value
+    elif kernel == "grad_query":
+        columns = config.block_n * 5 // 2 + head
+    elif kernel == "grad_key_value":
+        held, columns = config.block_n, config.block_m * 3 + head + value
+    return columns * held // 128 if problem.dtype.itemsize == 2 else 0

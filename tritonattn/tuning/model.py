@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tritonattn.tuning.machine_code import MmaLoop
+from .machine_code import MmaLoop
 
 # The units of a bound, in the order in which they are shown.
 UNITS = ("tensor", "exp", "fp32", "integer", "issue", "shared")

@@ -1,0 +1,132 @@
+"""How exact results are: ours, and those of q multiplied in its own dtype, against float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import date
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import tritonattn
+
+from .attention_cases import DTYPES, OURS, entrant_name
+from .check import Question, judge, mode_scales
+from .contest import Effort, Results, Verdict
+from .records import Axis, Record
+from .versions import Environment
+
+SUITE = "accuracy"
+RECIPE = "pre-scaled q"
+_ROWS = 32  # queries, each of which sees all keys
+_CLIPPED = 3e4  # fp16 holds it
+
+
+def _unit(k: Tensor) -> Tensor:
+    """Keys of length sqrt(D), as Gaussian ones have on average."""
+    return k / k.norm(dim=-1, keepdim=True) * math.sqrt(k.shape[-1])
+
+
+def _log_normal(k: Tensor, random: torch.Generator) -> Tensor:
+    return _unit(k) * torch.randn(k.shape[:-1], generator=random, dtype=k.dtype).exp()[..., None]
+
+
+def _heavy_tailed(k: Tensor, random: torch.Generator) -> Tensor:
+    """Components of Student's t with one degree of freedom: a ratio of normal numbers; clipped."""
+    return (k / torch.randn(k.shape, generator=random, dtype=k.dtype)).clamp(-_CLIPPED, _CLIPPED)
+
+
+def _few_giants(k: Tensor, random: torch.Generator) -> Tensor:
+    """The first key and one in 64 a thousand times as long as the rest."""
+    giant = torch.rand(k.shape[:-1], generator=random) < 1 / 64
+    giant[..., 0] = True
+    return torch.where(giant[..., None], 1000 * k, k)
+
+
+def _half_zeros(k: Tensor, random: torch.Generator) -> Tensor:
+    return k * (torch.rand(k.shape[:-1], generator=random) < 0.5)[..., None]
+
+
+# Made of keys k [..., D] with standard normal components, fp64.
+DISTRIBUTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "gaussian": lambda k, random: k,
+    "unit sphere": lambda k, random: _unit(k),
+    "log-normal": _log_normal,
+    "heavy-tailed": _heavy_tailed,
+    "few giants": _few_giants,
+    "half zeros": _half_zeros,
+    "very large": lambda k, random: 1e3 * k,
+    "very small": lambda k, random: 1e-3 * k,
+}
+
+
+@dataclass(frozen=True)
+class AccuracyCase:
+    """Every scaling on one kind of keys. Errors and bounds are of the output, over the largest exact value."""
+
+    keys: str
+    count: int
+    head_dim: int
+    dtype: str
+    scalings: tuple[str, ...]
+    device: torch.device
+    backend: str
+    suite: str = SUITE
+
+    @property
+    def axes(self) -> dict[str, Axis]:
+        return {
+            "length": self.count, "head_dim": self.head_dim, "dtype": self.dtype, "keys": self.keys,
+            "backend": self.backend,
+        }  # fmt: skip
+
+    def run(self, effort: Effort, environment: Environment) -> list[Record]:
+        """Ours, which has to keep the bound, and the recipe, whose error is shown whatever it is; nothing is timed."""
+        question = self._question()
+        # The CPU path folds scales into q: where keys make logits of thousands that shows in fp32 too.
+        rounding = "operands" if self.backend == "sdpa" else "P"
+        blank = Record(SUITE, self.axes, "", "", "measured", environment, date.today().isoformat())
+        records = []
+        for scaling in self.scalings:
+            exact, eager = question.exact(scaling), question.eager(scaling, rounding)
+            ours = judge(self._ours(question, scaling), exact, eager, question.q.dtype)
+            theirs = judge(_prescaled(question, scaling), exact, eager, question.q.dtype)
+            records += [
+                _judged(blank, OURS, scaling, ours),
+                _judged(blank, RECIPE, scaling, replace(theirs, reason="")),
+            ]
+        return records
+
+    def _question(self) -> Question:
+        """q [1, 1, 32, D], k and v [1, 1, count, D], of a seed that depends on the count alone."""
+        random = torch.Generator().manual_seed(self.count)
+        q, k, v = (
+            torch.randn(1, 1, rows, self.head_dim, generator=random, dtype=torch.float64)
+            for rows in (_ROWS, self.count, self.count)
+        )
+        k = DISTRIBUTIONS[self.keys](k, random)
+        return Question(*(x.to(self.device, DTYPES[self.dtype]) for x in (q, k, v)), None, causal=False)
+
+    def _ours(self, question: Question, scaling: str) -> Results:
+        out = tritonattn.attention(question.q, question.k, question.v, scaling=scaling, backend=self.backend)
+        return {"out": out}
+
+
+def _prescaled(question: Question, scaling: str) -> Results:
+    """The whole factor in q (cosine's key part in k) before F.scaled_dot_product_attention, which scales no more."""
+    q, k = question.q, question.k
+    scales = mode_scales(q, k, scaling, question.causal)
+    query = torch.ones(1, device=q.device) if scales.query is None else scales.query
+    q = (q * (scales.constant * query.float())[..., None]).to(q.dtype)
+    k = k if scales.key is None else (k * scales.key.float()[..., None]).to(k.dtype)
+    return {"out": scaled_dot_product_attention(q, k, question.v, scale=1.0)}
+
+
+def _judged(blank: Record, name: str, scaling: str, verdict: Verdict) -> Record:
+    return replace(
+        blank, contestant=entrant_name(name, scaling), scaling=scaling, error=verdict.error, bound=verdict.bound,
+        status="wrong" if verdict.reason else "measured", reason=verdict.reason,
+    )  # fmt: skip

@@ -1,0 +1,139 @@
+"""Cases of dense attention: ours and peers, each with a scaling, forward, backward or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._functorch import config as compiled_autograd
+
+import tritonattn
+
+from .check import Question, checker
+from .contest import Contest, Entrant, Results
+from .peers import PEERS, Attend, Problem
+from .work import Shape, bytes_moved, flops
+
+OURS = "tritonattn"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_COPIES = 3  # of the inputs, which rounds take in turn
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured; `who` are (contestant, scaling), the first one the baseline.
+
+    backend   ours
+    calls     calls that are timed together
+    """
+
+    suite: str
+    shape: Shape
+    dtype: str
+    passes: str
+    who: tuple[tuple[str, str], ...]
+    device: torch.device
+    backend: str
+    calls: int = 1
+
+    def contest(self) -> Contest:
+        shape = self.shape
+        axes = {
+            "length": shape.k_len, "head_dim": shape.head_dim, "dtype": self.dtype, "causal": shape.causal,
+            "passes": self.passes, "batch": shape.batch, "heads": shape.heads, "backend": self.backend,
+        }  # fmt: skip
+        if len({scaling for _, scaling in self.who}) == 1:
+            axes["scaling"] = self.who[0][1]
+        return Contest(
+            self.suite, axes, self.enter, entrant_name(*self.who[0]), self.device,
+            flops(shape, self.passes), bytes_moved(shape, self.passes, DTYPES[self.dtype]), self.calls,
+        )  # fmt: skip
+
+    def enter(self) -> list[Entrant]:
+        inputs = Inputs(self)
+        question = inputs.question()
+        return [self._entrant(name, scaling, inputs, question) for name, scaling in self.who]
+
+    def _entrant(self, name: str, scaling: str, inputs: Inputs, question: Question) -> Entrant:
+        problem = Problem(self.shape, DTYPES[self.dtype], self.device, self.passes != "forward", scaling)
+        if name == OURS:
+            build, rounding = self._ours, our_rounding(self.backend, self.dtype)
+        else:
+            build, rounding = PEERS[name].build, PEERS[name].rounding
+        return Entrant(
+            entrant_name(name, scaling), scaling, lambda: inputs.running(build(problem), self.passes),
+            checker(question, scaling, rounding, _first_head), ours=name == OURS,
+        )  # fmt: skip
+
+    def _ours(self, problem: Problem) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return tritonattn.attention(
+                q, k, v, scaling=problem.scaling, causal=problem.shape.causal, backend=self.backend
+            )  # fmt: skip
+
+        return attend
+
+
+def our_rounding(backend: str, dtype: str) -> str:
+    """Of check.ROUNDINGS: on a CPU scales are folded into 16-bit operands."""
+    return "operands" if backend == "sdpa" and dtype != "fp32" else "P"
+
+
+def entrant_name(name: str, scaling: str) -> str:
+    return f"{name} {scaling}"
+
+
+def _first_head(x: Tensor) -> Tensor:
+    return x[:1, :1].detach()
+
+
+class Inputs:
+    """Several copies of q, k, v and the gradient of out, all standard normal, from seeds."""
+
+    def __init__(self, case: Case) -> None:
+        shape, self.backward = case.shape, case.passes != "forward"
+        sizes = {"q": (shape.heads, shape.q_len), "k": (shape.kv_heads, shape.k_len)}
+        sizes |= {"v": sizes["k"], "d_out": sizes["q"]}
+        self.copies = []
+        for seed in range(_COPIES):
+            random = torch.Generator(case.device).manual_seed(seed)
+            tensors = {
+                name: torch.randn(
+                    shape.batch, *size, shape.head_dim, generator=random, device=case.device, dtype=torch.float32
+                ).to(DTYPES[case.dtype])
+                for name, size in sizes.items()
+                if name != "d_out" or self.backward
+            }
+            self.copies.append(tensors)
+        self.causal = shape.causal
+
+    def question(self) -> Question:
+        first = self.copies[0]
+        head = [_first_head(first[name]) for name in "qkv"]
+        return Question(*head, _first_head(first["d_out"]) if self.backward else None, self.causal)
+
+    def running(self, attend: Attend, passes: str) -> Callable[[int], Results]:
+        """Calls of `attend` on the copies in turn; of "backward" alone the forwards are made now."""
+        leaves = [[copy[name].detach().requires_grad_(self.backward) for name in "qkv"] for copy in self.copies]
+        if passes == "forward":
+            return lambda number: {"out": attend(*leaves[number % _COPIES])}
+
+        def gradients(out: Tensor, number: int, keep: bool) -> Results:
+            copy = number % _COPIES
+            given = self.copies[copy]["d_out"]
+            found = torch.autograd.grad(out, leaves[copy], given, retain_graph=keep)
+            return {"out": out} | {f"gradient of {name}": x for name, x in zip("qkv", found, strict=True)}
+
+        if passes == "forward+backward":
+            return lambda number: gradients(attend(*leaves[number % _COPIES]), number, False)
+        with _graphs_are_kept():
+            outs = [attend(*copy) for copy in leaves]
+        return lambda number: gradients(outs[number % _COPIES], number, True)
+
+
+def _graphs_are_kept() -> AbstractContextManager:
+    """Compiled code must not reuse the memory of what it saved for a backward that runs many times."""
+    return compiled_autograd.patch(donated_buffer=False)

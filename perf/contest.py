@@ -1,0 +1,157 @@
+"""A case of a sweep: contestants do the same work on the same inputs, are checked, and take turns."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import date
+
+import torch
+from torch import Tensor
+
+from tritonattn.tuning.timing import Contestant, Timing, card_state, take_turns
+
+from .records import Axis, Record
+from .versions import Environment
+
+Results = dict[str, Tensor]
+
+
+class Unavailable(Exception):
+    """Why a contestant cannot take part; its text goes into the record."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of the worst result: its largest error and the bound on it, both relative to the largest exact value."""
+
+    error: float
+    bound: float
+    reason: str = ""  # what is wrong, if something is
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """Somebody who may take part.
+
+    prepare   makes what is timed: called with the number of a round, it returns the results, by name. Unavailable
+              where it cannot do the case.
+    check     judges the results of round 0; None for what is no attention (a copy, a product of matrices)
+    ours      whatever it raises fails the run; what a peer raises is recorded, and the peer is skipped
+    """
+
+    name: str
+    scaling: str
+    prepare: Callable[[], Callable[[int], Results]]
+    check: Callable[[Results], Verdict] | None
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Rounds, seconds after which a case begins no further one, seconds of warming up."""
+
+    rounds: int
+    seconds: float
+    warm_up: float
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A case.
+
+    enter      makes the entrants and their inputs, when the case's turn has come
+    baseline   the name of the entrant whose time the others' are divided by
+    flops, bytes   of a call, see perf/work.py; 0 where a rate says nothing
+    calls      calls that are timed together, where one is too short for a clock
+    """
+
+    suite: str
+    axes: dict[str, Axis]
+    enter: Callable[[], list[Entrant]]
+    baseline: str
+    device: torch.device
+    flops: int = 0
+    bytes: int = 0
+    calls: int = 1
+
+    def run(self, effort: Effort, environment: Environment) -> list[Record]:
+        """A record for everybody who entered."""
+        _forget_compiled_code()
+        blank = Record(self.suite, self.axes, "", "", "measured", environment, date.today().isoformat())
+        states = [_try_out(entrant, blank) for entrant in self.enter()]
+        contestants = {state.record.contestant: self._repeated(state.run) for state in states if state.run is not None}
+        if not contestants:
+            return [state.record for state in states]
+        taken = take_turns(contestants, self.device, effort.rounds, effort.warm_up, effort.seconds)
+        card = card_state(self.device)
+        return [self._timed(state.record, taken, card) for state in states]
+
+    def _repeated(self, contestant: Contestant) -> Contestant:
+        if self.calls == 1:
+            return contestant
+
+        def several(number: int) -> None:
+            for _ in range(self.calls):
+                contestant(number)
+
+        return several
+
+    def _timed(self, record: Record, taken: dict[str, list[float]], card: dict[str, str]) -> Record:
+        """With its times, where it has any; no wrong result has."""
+        if record.contestant not in taken:
+            return record
+        milliseconds = [one / self.calls for one in taken[record.contestant]]
+        timing = Timing.of(milliseconds)
+        times = replace(
+            record, median_ms=timing.median, lower_ms=timing.lower, upper_ms=timing.upper, rounds=timing.rounds,
+            tflops=self.flops / timing.median / 1e9 if self.flops else None,
+            gbps=self.bytes / timing.median / 1e6 if self.bytes else None, card=card,
+        )  # fmt: skip
+        if self.baseline not in taken:
+            return times
+        theirs = taken[self.baseline]
+        ratio = statistics.median(a / (b / self.calls) for a, b in zip(milliseconds, theirs, strict=True))
+        return replace(times, ratio=ratio, baseline=self.baseline)
+
+
+@dataclass(frozen=True)
+class _State:
+    """After the trial: a record that is final but for times, and what is to be timed, if all is right."""
+
+    record: Record
+    run: Contestant | None = field(default=None)
+
+
+def _try_out(entrant: Entrant, blank: Record) -> _State:
+    """Prepare and call an entrant, and hold its results to their bound."""
+    record = replace(blank, contestant=entrant.name, scaling=entrant.scaling)
+    try:
+        run = entrant.prepare()
+        results = run(0)
+        run(0)  # what can be done once only, as a backward that frees its graph, is found out here
+    except Unavailable as error:
+        return _State(replace(record, status="skipped", reason=str(error)))
+    except Exception as error:  # of others' code: anything may come
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
+        if not entrant.ours:
+            return _State(replace(record, status="skipped", reason=reason))
+        traceback.print_exc()
+        return _State(replace(record, status="failed", reason=reason))
+    if entrant.check is None:
+        return _State(record, run)
+    verdict = entrant.check(results)
+    record = replace(record, error=verdict.error, bound=verdict.bound)
+    if verdict.reason:
+        return _State(replace(record, status="wrong", reason=verdict.reason))
+    return _State(record, run)
+
+
+def _forget_compiled_code() -> None:
+    """So that what torch.compile keeps for the shapes of one case does not use up its limit for the next."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -1,0 +1,185 @@
+"""Cases of decoding: one new token a sequence against a KV cache, contiguous or in pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import tritonattn
+
+from .attention_cases import DTYPES, OURS, entrant_name, our_rounding
+from .check import Question, checker
+from .contest import Contest, Entrant, Results, Unavailable
+from .peers import package, require_16_bits, require_gpu
+from .recipes import prescaled
+from .roofline import COPY
+from .work import Shape, decode_bytes, forward_flops
+
+_PAGE = 256  # keys; what flash-attn 2 asks for
+_COPIES = 2
+COUNTED = f"{OURS} with KeyStatistics"  # kept beside the cache, so that no step reads old keys to scale
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Full caches of one kind: q [B, Hq, 1, D]; k, v [B, Hkv, S, D], or pages [N, page, Hkv, D] with their table."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+    table: Tensor | None
+
+    @property
+    def sequences_first(self) -> tuple[Tensor, Tensor]:
+        """k and v [B, S, Hkv, D], or the pages."""
+        return (self.k, self.v) if self.table is not None else (self.k.transpose(1, 2), self.v.transpose(1, 2))
+
+
+Step = Callable[[Caches], Tensor]
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """A step; shape.k_len is the length of the caches, in pages or not."""
+
+    shape: Shape
+    dtype: str
+    paged: bool
+    scaling: str
+    peers: tuple[str, ...]
+    device: torch.device
+    backend: str
+
+    def contest(self) -> Contest:
+        shape, dtype = self.shape, DTYPES[self.dtype]
+        size = decode_bytes(shape, dtype)
+        axes = {
+            "length": shape.k_len, "head_dim": shape.head_dim, "dtype": self.dtype, "paged": self.paged,
+            "scaling": self.scaling, "batch": shape.batch, "heads": shape.heads, "kv_heads": shape.kv_heads,
+            "cache_bytes": size, "backend": self.backend,
+        }  # fmt: skip
+        return Contest("decode", axes, self.enter, COPY, self.device, forward_flops(shape), size)
+
+    def enter(self) -> list[Entrant]:
+        """A copy that moves as many bytes, ours with and without KeyStatistics, and peers."""
+        contiguous = [_contiguous(self.shape, DTYPES[self.dtype], self.device, seed) for seed in range(_COPIES)]
+        first = contiguous[0]
+        group = self.shape.heads // self.shape.kv_heads
+        question = Question(first.q[:1, :group], first.k[:1, :1], first.v[:1, :1], None, causal=False)
+        caches = [_in_pages(cache) for cache in contiguous] if self.paged else contiguous
+        steps: dict[str, Callable[[], Step]] = {OURS: lambda: self._ours(None)}
+        if reads_keys(self.scaling):
+            steps[COUNTED] = lambda: self._ours(contiguous)
+        steps |= {name: lambda name=name: self._peer(name) for name in self.peers}
+        return [self._copy(), *(self._entrant(name, steps[name], caches, question) for name in steps)]
+
+    def _copy(self) -> Entrant:
+        def prepare() -> Callable[[int], Results]:
+            count = decode_bytes(self.shape, DTYPES[self.dtype]) // 2
+            source, target = torch.zeros(2, count, dtype=torch.uint8, device=self.device)
+            return lambda number: {"copy": target.copy_(source)}
+
+        return Entrant(COPY, "", prepare, None)
+
+    def _entrant(self, name: str, make: Callable[[], Step], caches: list[Caches], question: Question) -> Entrant:
+        ours = name in (OURS, COUNTED)
+        rounding = our_rounding(self.backend, self.dtype) if ours else "operands"
+
+        def prepare() -> Callable[[int], Results]:
+            step = make()
+            return lambda number: {"out": step(caches[number % _COPIES])}
+
+        check = checker(question, self.scaling, rounding, lambda out: out[:1, : question.q.shape[1]])
+        return Entrant(entrant_name(name, self.scaling), self.scaling, prepare, check, ours)
+
+    def _ours(self, counted: list[Caches] | None) -> Step:
+        """With records of the caches' keys, or without; one that is kept is found by its cache's q."""
+        records = {}
+        for cache in counted or ():
+            record = tritonattn.KeyStatistics(*cache.k.shape[:3], device=self.device)
+            record.append(cache.k)
+            records[cache.q.data_ptr()] = record
+
+        def step(cache: Caches) -> Tensor:
+            return tritonattn.attention_decode(
+                cache.q, cache.k, cache.v, key_lengths=cache.lengths, block_table=cache.table, scaling=self.scaling,
+                statistics=records.get(cache.q.data_ptr()), backend=self.backend,
+            )  # fmt: skip
+
+        return step
+
+    def _peer(self, name: str) -> Step:
+        if name == "sdpa":
+            return self._sdpa()
+        if name == "flash-attn-2":
+            return self._flash_attn("flash_attn", "block_table")
+        if name == "flash-attn-3":
+            return self._flash_attn("flash_attn_interface", "page_table")
+        raise Unavailable("is not asked to decode: it has no call for a KV cache, or none that is public")
+
+    def _sdpa(self) -> Step:
+        if self.paged:
+            raise Unavailable("takes no pages")
+        grouped = self.shape.heads != self.shape.kv_heads
+
+        def step(cache: Caches) -> Tensor:
+            q, scale = prescaled(self.scaling, cache.q, cache.k, causal=False)
+            return scaled_dot_product_attention(q, cache.k, cache.v, scale=scale, enable_gqa=grouped)
+
+        return step
+
+    def _flash_attn(self, name: str, table: str) -> Step:
+        """flash_attn_with_kvcache: q [B, 1, Hq, D]."""
+        function = package(name).flash_attn_with_kvcache
+        require_gpu(self.device)
+        require_16_bits(DTYPES[self.dtype])
+
+        def step(cache: Caches) -> Tensor:
+            if cache.table is not None and reads_keys(self.scaling):
+                raise Unavailable(f"no recipe for {self.scaling} of keys in pages")
+            q, scale = prescaled(self.scaling, cache.q, cache.k, causal=False)
+            pages = {} if cache.table is None else {table: cache.table}
+            out = function(
+                q.transpose(1, 2), *cache.sequences_first, cache_seqlens=cache.lengths, softmax_scale=scale,
+                causal=True, **pages,
+            )  # fmt: skip
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+        return step
+
+
+def reads_keys(scaling: str) -> bool:
+    """Whether its factor depends on the keys, not on their number alone."""
+    return scaling.startswith("key_norm") or scaling == "cosine"
+
+
+def _contiguous(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Caches:
+    random = torch.Generator(device).manual_seed(seed)
+
+    def normal(heads: int, rows: int) -> Tensor:
+        size = (shape.batch, heads, rows, shape.head_dim)
+        return torch.randn(size, generator=random, device=device, dtype=torch.float32).to(dtype)
+
+    lengths = torch.full((shape.batch,), shape.k_len, dtype=torch.int32, device=device)
+    keys, values = (normal(shape.kv_heads, shape.k_len) for _ in range(2))
+    return Caches(normal(shape.heads, 1), keys, values, lengths, None)
+
+
+def _in_pages(cache: Caches) -> Caches:
+    """The same keys in shuffled pages."""
+    batch, _, length, _ = cache.k.shape
+    page = min(_PAGE, length)
+    each = length // page
+    order = torch.randperm(batch * each, generator=torch.Generator().manual_seed(0)).to(cache.k.device)
+
+    def paged(x: Tensor) -> Tensor:
+        """[B, Hkv, S, D] as [N, page, Hkv, D], page n of them in place order[n]."""
+        pages = x.unflatten(2, (each, page)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+        return torch.empty_like(pages, memory_format=torch.contiguous_format).index_copy_(0, order, pages)
+
+    return Caches(cache.q, paged(cache.k), paged(cache.v), cache.lengths, order.view(batch, each).int())

@@ -1,0 +1,157 @@
+"""All that a GPU machine is asked for, in order of worth, each phase's results saved as it ends.
+
+Environment and ceilings, correctness on the card, soak, tuning, forward and backward against peers, decoding, overhead
+of the scalings, report. A phase is a process of its own: one that fails, or leaves the card unusable, is reported, and
+the next one runs. The exit status is 1 where one failed. With --device cpu all phases are tiny: a rehearsal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+_GRACE = 60.0  # seconds past its share that a process has to start up and to finish what it began
+_SECONDS_TO_STOP = 20.0
+_SUITES = {"ceilings": 2, "forward": 14, "backward": 14, "decode": 7, "overhead": 7}  # and their shares
+_TINY_TUNE = ("--static", "sm_80", "--kernels", "decode", "--head-dims", "64", "--lengths", "short")
+_TINY = ("--quick", "--lengths", "16", "--head-dims", "8", "--rounds", "1", "--peers", "sdpa,eager,flash-attn-2")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A command of Python.
+
+    share    of the time that is left, among those after it; 0: it takes little, and runs even when time is up
+    limit    the option by which it is told its minutes, or None
+    failure  what its log says of a failure, though it is stopped before it can end with an error
+    """
+
+    name: str
+    command: tuple[str, ...]
+    share: float
+    limit: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """status is "done", "failed" or "out of time" (what it had done is saved)."""
+
+    phase: Phase
+    status: str
+    seconds: float
+
+
+def phases(device: str, out: Path, tests: str) -> list[Phase]:
+    """Those of a GPU, or tiny ones of a CPU with kernels in Triton's interpreter."""
+    on_gpu = device == "cuda"
+    tables = {"TRITONATTN_CACHE_DIR": str(out / "tables")}
+    interpreted = {} if on_gpu else {"TRITON_INTERPRET": "1"}
+    tune = ("--head-dims", "64,128", "--lengths", "long") if on_gpu else _TINY_TUNE
+
+    def sweep(suite: str) -> Phase:
+        options = ("--device", device, "--json", str(out / f"{suite}.jsonl"), *(() if on_gpu else _TINY))
+        return Phase(suite, ("-m", "perf", "sweep", "--suite", suite, *options), _SUITES[suite], "--minutes", tables)
+
+    files = [str(out / f"{suite}.jsonl") for suite in _SUITES]
+    return [
+        Phase("environment", ("-m", "tritonattn", "env"), 0, None, tables),
+        sweep("ceilings"),
+        Phase("correctness", ("-m", "pytest", "-q", "-p", "no:cacheprovider", tests), 25, None, interpreted, "FAILED "),
+        Phase("soak", ("-m", "perf", "soak", "--device", device), 8, "--minutes", interpreted, "repeat it: "),
+        Phase("tuning", ("-m", "tritonattn", "tune", *tune), 20, "--budget", tables),
+        *(sweep(suite) for suite in _SUITES if suite != "ceilings"),
+        Phase("report", ("-m", "perf", "report", *files, "--out", str(out / "report.md")), 0),
+        Phase("plots", ("-m", "perf", "plot", *files, "--out", str(out / "plots")), 0),
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, required=True, metavar="N", help="for all of it")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results, logs, tuned tables, plots")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--phases", type=lambda text: text.split(","), metavar="A,B", help="run these alone")
+    parser.add_argument("--tests", metavar="PATH", help="what pytest runs; default: tests/kernels, on a CPU a part")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the phases, say after each how it went, and exit with an error where one failed."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("gpu: device cuda: torch sees no GPU; --device cpu rehearses")
+    few = "tests/kernels" if arguments.device == "cuda" else "tests/kernels/test_key_statistics.py"
+    chosen = phases(arguments.device, arguments.out.resolve(), arguments.tests or few)
+    known = [phase.name for phase in chosen]
+    for name in arguments.phases or ():
+        if name not in known:
+            sys.exit(f"gpu: --phases: expected some of {', '.join(known)}, got {name!r}")
+    chosen = [phase for phase in chosen if arguments.phases is None or phase.name in arguments.phases]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    outcomes = run_all(chosen, arguments.out.resolve(), 60 * arguments.minutes)
+    failed = [outcome.phase.name for outcome in outcomes if outcome.status == "failed"]
+    if failed:
+        sys.exit(f"gpu: {', '.join(failed)} failed: see the logs in {arguments.out}")
+
+
+def run_all(chosen: list[Phase], out: Path, seconds: float) -> list[Outcome]:
+    """Every phase in its turn; time that one leaves over is shared among those after it."""
+    end = time.monotonic() + seconds
+    outcomes = []
+    for number, phase in enumerate(chosen):
+        left = end - time.monotonic()
+        if phase.share == 0:
+            outcomes.append(execute(phase, out, _GRACE))
+        elif left > 0:
+            outcomes.append(execute(phase, out, left * phase.share / sum(later.share for later in chosen[number:])))
+        else:
+            outcomes.append(Outcome(phase, "out of time", 0.0))
+        last = outcomes[-1]
+        line = f"{phase.name}: {last.status} after {last.seconds:.0f} s (log: {out / phase.name}.log)"
+        print(line, flush=True)
+        with (out / "phases.txt").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    return outcomes
+
+
+def execute(phase: Phase, out: Path, seconds: float) -> Outcome:
+    """Run a phase's process for so long at most, its output in a file."""
+    command = [sys.executable, *phase.command]
+    if phase.limit is not None:
+        command += [phase.limit, f"{seconds / 60:.2f}"]
+    start = time.monotonic()
+    with (out / f"{phase.name}.log").open("w", encoding="utf-8") as log:
+        print("$", *command, file=log, flush=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | phase.environment, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = "failed" if process.wait(seconds + _GRACE) else "done"
+        except subprocess.TimeoutExpired:
+            _stop(process)
+            seen = (out / f"{phase.name}.log").read_text(encoding="utf-8")
+            status = "failed" if phase.failure is not None and phase.failure in seen else "out of time"
+        except KeyboardInterrupt:
+            _stop(process)
+            raise
+    return Outcome(phase, status, time.monotonic() - start)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """As Ctrl-C does, so that a sweep or a search ends in order; then by force, with all that it started."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(_SECONDS_TO_STOP)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

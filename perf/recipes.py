@@ -1,0 +1,81 @@
+"""The scalings as those write them who have no kernel for them: q times a factor, in torch, before the call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .contest import Unavailable
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What a recipe may use: head_dim, the number n of visible keys [Sq] or [1], and k in fp32."""
+
+    head_dim: int
+    n: Tensor
+    k: Tensor
+    q_len: int
+    causal: bool
+
+    def total(self, power: int) -> Tensor:
+        """sum ||k||^power over the visible keys, [B, Hkv, Sq] or [B, Hkv, 1]."""
+        lengths = self.k.norm(dim=-1) ** power
+        return lengths.cumsum(-1)[..., -self.q_len :] if self.causal else lengths.sum(-1, keepdim=True)
+
+    def longest(self) -> Tensor:
+        lengths = self.k.norm(dim=-1)
+        return lengths.cummax(-1).values[..., -self.q_len :] if self.causal else lengths.amax(-1, keepdim=True)
+
+
+CONSTANTS: dict[str, Callable[[int], float]] = {
+    "sqrt_dim": lambda dim: dim**-0.5, "dim": lambda dim: 1 / dim, "none": lambda dim: 1.0,
+}  # fmt: skip
+_ROWS: dict[str, Callable[[Keys], Tensor]] = {
+    "key_count": lambda keys: 1 / keys.n,
+    "sqrt_key_count": lambda keys: keys.n**-0.5,
+    "log_key_count": lambda keys: keys.n.log() * keys.head_dim**-0.5,
+    "qwen_logn": lambda keys: keys.n.clamp(min=8192).log() / math.log(8192) * keys.head_dim**-0.5,
+    "llama4": lambda keys: (1 + 0.1 * ((keys.n / 8192).floor() + 1).log()) * keys.head_dim**-0.5,
+    "ministral3": lambda keys: (1 + 0.1 * (1 + ((keys.n - 1) / 16384).floor()).log()) * keys.head_dim**-0.5,
+    "key_norm_sum": lambda keys: 1 / keys.total(1),
+    "key_norm_mean": lambda keys: keys.n / keys.total(1),
+    "key_norm_rms": lambda keys: (keys.n / keys.total(2)).sqrt(),
+    "key_norm_max": lambda keys: 1 / keys.longest(),
+    "key_norm_l2": lambda keys: keys.total(2).rsqrt(),
+}
+
+
+def factor(scaling: str, q: Tensor, k: Tensor, causal: bool) -> float | Tensor:
+    """Of q [B, H, Sq, D] and k [B, Hkv, Sk, D] with Sq <= Sk: a float, or fp32 broadcastable to [B, H, Sq]."""
+    dim, (q_len, k_len) = q.shape[-1], (q.shape[2], k.shape[2])
+    if scaling in CONSTANTS:
+        return CONSTANTS[scaling](dim)
+    if scaling not in _ROWS:
+        raise Unavailable(f"no recipe for {scaling}: it multiplies more than q")
+    first = k_len - q_len + 1 if causal else k_len
+    n = torch.arange(first, k_len + 1, device=k.device, dtype=torch.float32)
+    rows = _ROWS[scaling](Keys(dim, n, k.float(), q_len, causal))
+    group = q.shape[1] // k.shape[1]
+    return rows if group == 1 or rows.dim() < 3 else rows.repeat_interleave(group, dim=1)
+
+
+def prescaled(scaling: str, q: Tensor, k: Tensor, causal: bool) -> tuple[Tensor, float]:
+    """q times the factor, rounded to q's dtype, and the scale of the call: a factor that is a number goes there."""
+    multiplier = factor(scaling, q, k, causal)
+    if isinstance(multiplier, float):
+        return q, multiplier
+    return (q * multiplier[..., None]).to(q.dtype), 1.0
+
+
+def rows_of(scaling: str, q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """The factor as fp32 [B, H, Sq], for a call that takes one a row."""
+    multiplier = factor(scaling, q, k, causal)
+    if isinstance(multiplier, float):
+        return torch.full(q.shape[:3], multiplier, device=q.device)
+    return multiplier.expand(q.shape[:3]).contiguous()
+

@@ -1,0 +1,119 @@
+"""Results files: a record a line, as JSON, appended as soon as a case is done."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from .versions import Environment
+
+Axis = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one contestant did in one case.
+
+    axes        what makes the case: names and values (length, head_dim, dtype, causal, passes, ...)
+    status      "measured"; "skipped", as it is not installed or cannot do the case; "wrong", a result outside its
+                bound; "failed", our own code raised. `reason` says why.
+    *_ms        milliseconds of a call over rounds: median and quartiles
+    tflops      10^12 floating-point operations a second, by perf/work.py
+    gbps        10^9 bytes a second, of the bytes that have to be moved
+    ratio       time over that of `baseline`: the median over rounds, in which all take turns
+    error       largest |result - float64| over the largest |float64|, of the worst result
+    bound       that error's bound, likewise
+    card        clocks, temperature, power and driver of a GPU, right after the last round
+    """
+
+    suite: str
+    axes: dict[str, Axis]
+    contestant: str
+    scaling: str
+    status: str
+    environment: Environment
+    date: str
+    reason: str = ""
+    median_ms: float | None = None
+    lower_ms: float | None = None
+    upper_ms: float | None = None
+    rounds: int | None = None
+    tflops: float | None = None
+    gbps: float | None = None
+    ratio: float | None = None
+    baseline: str | None = None
+    error: float | None = None
+    bound: float | None = None
+    card: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def case(self) -> str:
+        return case_name(self.axes)
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether it makes a run fail."""
+        return self.status in ("wrong", "failed")
+
+
+def case_name(axes: dict[str, Axis]) -> str:
+    return " ".join(f"{name}={value}" for name, value in axes.items())
+
+
+class ResultsFile:
+    """A file that records are appended to, case by case; None keeps nothing.
+
+    A case that the file holds already, from the same command and commit, is done, unless something was wrong with it.
+    """
+
+    def __init__(self, path: Path | None, environment: Environment) -> None:
+        self.path, self.environment = path, environment
+        known = read(path) if path is not None and path.exists() else []
+        known = [record for record in known if record.environment == environment]
+        again = {(record.suite, record.case) for record in known if record.is_bad}
+        self.records = [record for record in known if (record.suite, record.case) not in again]
+        self._done = {(record.suite, record.case) for record in self.records}
+
+    def has(self, suite: str, axes: dict[str, Axis]) -> bool:
+        return (suite, case_name(axes)) in self._done
+
+    def append(self, records: list[Record]) -> None:
+        """All records of a case at once: an interrupted case leaves none."""
+        self.records += records
+        self._done |= {(record.suite, record.case) for record in records}
+        if self.path is None:
+            return
+        text = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            file.seek(max(0, file.seek(0, 2) - 1))
+            torn = file.read() not in (b"", b"\n")  # a run that was killed while it wrote
+            file.write(("\n" * torn + text).encode())
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file; a line that is none is named on stderr and skipped."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            values = json.loads(line)
+            values["environment"] = Environment(**values["environment"])
+            records.append(Record(**values))
+        except (ValueError, TypeError, KeyError) as error:
+            print(f"{path}:{number}: expected a record of `perf sweep`, skipped: {error}", file=sys.stderr)
+    return records
+
+
+def read_all(paths: Iterable[Path]) -> list[Record]:
+    """Of several files; of records of the same case, contestant and environment the last."""
+    found: dict[tuple, Record] = {}
+    for path in paths:
+        if not path.exists():
+            print(f"{path}: no such file, skipped", file=sys.stderr)
+            continue
+        for record in read(path):
+            found[record.suite, record.case, record.contestant, record.environment] = record
+    return list(found.values())

@@ -1,0 +1,134 @@
+"""Print the records of `python -m perf sweep` as tables."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from pathlib import Path
+
+from tabulate import tabulate
+
+from .records import Record, read_all
+
+# Axes that say what a row is; the rest (batch, heads, ...) follows from these.
+_SHOWN = (
+    "batch", "heads", "kv_heads", "length", "sequences", "head_dim", "dtype", "causal", "passes", "paged", "size",
+    "bytes",
+)  # fmt: skip
+_SHORT = {"forward+backward": "fwd+bwd", "forward": "fwd", "backward": "bwd", "True": "yes", "False": ""}
+
+
+def tables(records: Iterable[Record]) -> str:
+    """Markdown: a heading for every suite and environment, its table, and who was skipped and why."""
+    ordered = sorted(records, key=lambda record: (record.suite, str(record.environment)))
+    parts = []
+    for (suite, environment), group in groupby(ordered, key=lambda record: (record.suite, str(record.environment))):
+        members = list(group)
+        dates = ", ".join(sorted({record.date for record in members}))
+        parts.append(f"## {suite}\n\nMeasured: {environment}, {dates}{_card(members)}.")
+        table = _accuracy_table if suite == "accuracy" else _times_table
+        parts += [part for part in (table(members), _absent(members)) if part]
+    return "\n\n".join(parts)
+
+
+def _times_table(records: list[Record]) -> str:
+    """A row a contestant and case."""
+    shown = [name for name in _SHOWN if any(name in record.axes for record in records)]
+    columns: dict[str, Callable[[Record], str]] = {
+        "ms": lambda r: _number(r.median_ms),
+        "quartiles": lambda r: "" if r.median_ms is None else f"{_number(r.lower_ms)} - {_number(r.upper_ms)}",
+        "TFLOP/s": lambda r: _number(r.tflops), "GB/s": lambda r: _number(r.gbps),
+        "time ratio": lambda r: "" if r.ratio is None else f"{r.ratio:.3f}",
+        "us more": lambda r: "" if r.ratio is None else f"{1000 * r.median_ms * (1 - 1 / r.ratio):.0f}",
+        "error/bound": lambda r: "" if not r.bound else f"{r.error / r.bound:.2f}",
+    }  # fmt: skip
+    rows = []
+    for record in records:
+        if record.status == "skipped":
+            continue
+        values = [_text(record.axes.get(name, "")) for name in shown]
+        figures = [column(record) for column in columns.values()]
+        rows.append([*values, record.contestant, *figures, "" if record.status == "measured" else record.status])
+    headers = [*shown, "contestant", *columns, ""]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True) + _baselines(records)
+
+
+def _baselines(records: list[Record]) -> str:
+    compared = [record for record in records if record.baseline and record.baseline != record.contestant]
+    names = {record.baseline for record in compared}
+    if not compared:
+        return ""
+    first = compared[0]
+    whose = first.baseline if len(names) == 1 else f"{first.baseline.removesuffix(first.scaling)}with the same scaling"
+    return f"\n\nTime ratios, medians over rounds, and microseconds more are to {whose}."
+
+
+def _accuracy_table(records: list[Record]) -> str:
+    """Errors of ours and of the recipe by kind of keys, by their number, and by scaling."""
+    parts = ["Errors of the output over its largest exact value: median, and largest, of the cases in a row."]
+    for name in ("keys", "number of keys", "scaling"):
+        axis = {"number of keys": "length"}.get(name, name)
+        rows = []
+        for dtype, value in dict.fromkeys((r.axes["dtype"], r.axes.get(axis, r.scaling)) for r in records):
+            own = [r for r in records if (r.axes["dtype"], r.axes.get(axis, r.scaling)) == (dtype, value)]
+            contestants = list(dict.fromkeys(implementation(r) for r in own))
+            errors = [[r.error for r in own if implementation(r) == name] for name in contestants]
+            rows.append([dtype, value, *(f"{statistics.median(e):.1e}, {max(e):.1e}" for e in errors)])
+        parts.append(tabulate(rows, ["dtype", name, *contestants], tablefmt="github", disable_numparse=True))
+    wrong = [f"- {r.case}, {r.contestant}: {r.reason}" for r in records if r.status == "wrong"]
+    return "\n\n".join([*parts, *(["Wrong:\n" + "\n".join(wrong)] if wrong else [])])
+
+
+def implementation(record: Record) -> str:
+    """The contestant's name without its scaling."""
+    return record.contestant.removesuffix(f" {record.scaling}")
+
+
+def _absent(records: list[Record]) -> str:
+    """Who was skipped in how many cases, or failed, and why."""
+    counts: dict[tuple[str, str, str], int] = {}
+    for record in records:
+        if record.status in ("skipped", "failed"):
+            key = implementation(record), record.status, record.reason
+            counts[key] = counts.get(key, 0) + 1
+    lines = [f"- {name}: {status} in {n} cases: {reason}" for (name, status, reason), n in counts.items()]
+    return "\n".join(lines)
+
+
+def _card(records: list[Record]) -> str:
+    """The range of clocks and temperatures over the cases."""
+    names = dict.fromkeys(name for record in records for name in record.card)
+    parts = []
+    for name in names:
+        values = list(dict.fromkeys(record.card[name] for record in records if name in record.card))
+        parts.append(f"{name} {values[0]}" if len(values) == 1 else f"{name} {min(values)} .. {max(values)}")
+    return f"; {', '.join(parts)}" if parts else ""
+
+
+def _text(value: object) -> str:
+    return _SHORT.get(str(value), str(value))
+
+
+def _number(figure: float | None) -> str:
+    """Three digits."""
+    if figure is None:
+        return ""
+    return f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", type=Path, help="written by `python -m perf sweep --json`")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write them there, too")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    text = tables(read_all(arguments.files))
+    if not text:
+        sys.exit(f"report: no records in {', '.join(map(str, arguments.files))}")
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,208 @@
+"""The suites of `python -m perf sweep`: which cases each has on which device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+import tritonattn
+
+from .accuracy import DISTRIBUTIONS, AccuracyCase
+from .attention_cases import DTYPES, OURS, Case
+from .contest import Contest
+from .decode_cases import DecodeCase
+from .peers import PEERS
+from .varlen_cases import VarlenCase, spread
+from .work import Shape
+
+MODES = tuple(tritonattn.SCALINGS)
+BACKENDS = {"cuda": "triton", "cpu": "sdpa", "interpret": "triton"}
+_TOKENS, _WIDTH = 2**14, 2048  # of a training batch on a GPU, and of its model: head_dim times heads
+_CACHED = 2**18  # tokens in all caches of a decoding batch on a GPU
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What a suite goes through; batch and heads are chosen from these."""
+
+    lengths: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    scalings: tuple[str, ...]
+    peers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """kind is "cuda", "cpu" or "interpret": kernels on CPU tensors, in Triton's interpreter."""
+
+    kind: str
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.kind == "cuda" else "cpu")
+
+    @property
+    def backend(self) -> str:
+        return BACKENDS[self.kind]
+
+    def shape(self, length: int, head_dim: int, causal: bool) -> Shape:
+        """A training batch: as many tokens whatever the length on a GPU, one sequence of 8 heads on a CPU."""
+        if self.kind == "cuda":
+            batch, heads = max(1, _TOKENS // length), max(1, _WIDTH // head_dim)
+        else:
+            batch, heads = 1, 8 if self.kind == "cpu" else 1
+        return Shape(batch, heads, heads, length, length, head_dim, causal)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """axes by device, and those of --quick; `contests` makes the cases of an Axes."""
+
+    about: str
+    axes: dict[str, Axes]
+    quick: Axes
+    contests: Callable[[Axes, Place], Iterator[Contest | AccuracyCase]]
+
+    def chosen(self, place: Place, quick: bool) -> Axes:
+        """What is quick on a CPU is short even for the interpreter, but for these."""
+        return self.quick if quick and place.kind != "interpret" else self.axes[place.kind]
+
+
+def _against_peers(suite: str, passes: str) -> Callable[[Axes, Place], Iterator[Contest]]:
+    """Ours and every peer with the same scaling, a case for every scaling; ours is the baseline."""
+
+    def contests(axes: Axes, place: Place) -> Iterator[Contest]:
+        for scaling, dtype, length in product(axes.scalings, axes.dtypes, axes.lengths):
+            for head_dim, causal in product(axes.head_dims, (False, True)):
+                who = ((OURS, scaling), *((peer, scaling) for peer in axes.peers))
+                shape = place.shape(length, head_dim, causal)
+                yield Case(suite, shape, dtype, passes, who, place.device, place.backend).contest()
+
+    return contests
+
+
+def _overhead(axes: Axes, place: Place) -> Iterator[Contest]:
+    """Ours with every scaling, statistics of the keys included, over ours with sqrt_dim."""
+    who = tuple((OURS, scaling) for scaling in ("sqrt_dim", *(s for s in axes.scalings if s != "sqrt_dim")))
+    for head_dim, dtype, length in product(axes.head_dims, axes.dtypes, axes.lengths):
+        for passes in ("forward", "forward+backward"):
+            shape = place.shape(length, head_dim, causal=True)
+            yield Case("overhead", shape, dtype, passes, who, place.device, place.backend).contest()
+
+
+def _against_plain(axes: Axes, place: Place) -> Iterator[Contest]:
+    """Ours, and peers with the costliest of the scalings, over plain F.scaled_dot_product_attention."""
+    plain = ("sdpa", "sqrt_dim")
+    ours = tuple((OURS, scaling) for scaling in axes.scalings)
+    peers = tuple((peer, axes.scalings[-1]) for peer in axes.peers if (peer, axes.scalings[-1]) != plain)
+    for dtype, head_dim, length in product(axes.dtypes, axes.head_dims, axes.lengths):
+        for causal, passes in product((False, True), ("forward", "forward+backward")):
+            shape = place.shape(length, head_dim, causal)
+            yield Case("cpu", shape, dtype, passes, (plain, *ours, *peers), place.device, place.backend).contest()
+    # Of so small a call Python is all that is timed.
+    tiny = Shape(1, 1, 1, 16, 16, 16, causal=False)
+    for passes in ("forward", "forward+backward"):
+        yield Case("cpu", tiny, "fp32", passes, (plain, *ours), place.device, place.backend, calls=100).contest()
+
+
+def _decode(axes: Axes, place: Place) -> Iterator[Contest]:
+    """Groups of 4 query heads; on a GPU as many cached tokens whatever the length."""
+    for head_dim, dtype, scaling in product(axes.head_dims, axes.dtypes, axes.scalings):
+        for length, paged in product(axes.lengths, (False, True)):
+            batch, heads = (max(1, _CACHED // length), 32) if place.kind == "cuda" else (2, 8)
+            shape = Shape(batch, heads, heads // 4, 1, length, head_dim, causal=False)
+            yield DecodeCase(shape, dtype, paged, scaling, axes.peers, place.device, place.backend).contest()
+
+
+def _varlen(axes: Axes, place: Place) -> Iterator[Contest]:
+    for head_dim, dtype, scaling in product(axes.head_dims, axes.dtypes, axes.scalings):
+        for length, passes in product(axes.lengths, ("forward", "forward+backward")):
+            lengths = spread(length, max(1, 2 * _TOKENS // length) if place.kind == "cuda" else 4)
+            heads = place.shape(length, head_dim, causal=True).heads
+            yield VarlenCase(
+                lengths, heads, head_dim, dtype, passes, scaling, axes.peers, place.device, place.backend
+            ).contest()
+
+
+def _accuracy(axes: Axes, place: Place) -> Iterator[AccuracyCase]:
+    for head_dim, dtype, keys, count in product(axes.head_dims, axes.dtypes, DISTRIBUTIONS, axes.lengths):
+        yield AccuracyCase(keys, count, head_dim, dtype, axes.scalings, place.device, place.backend)
+
+
+_POWERS = tuple(2**n for n in range(10, 15))  # 1k to 16k
+_ON_CPU = ("sdpa", "sdpa-math", "flex", "eager")
+_COMMON = ("sqrt_dim", "key_norm_mean")
+
+
+def _axes(
+    lengths: dict[str, tuple[int, ...]],
+    head_dims: tuple[int, ...],
+    scalings: tuple[str, ...],
+    peers: bool = True,
+    dtypes: tuple[str, ...] | None = None,
+) -> dict[str, Axes]:
+    """Axes by device: bf16 on a GPU, fp32 and short sequences elsewhere, if not told otherwise; all peers or none."""
+    everybody = tuple(PEERS) if peers else ()
+    return {
+        "cuda": Axes(lengths["cuda"], head_dims, dtypes or ("bf16",), scalings, everybody),
+        "cpu": Axes(lengths["cpu"], head_dims, dtypes or ("fp32",), scalings, everybody),
+        "interpret": Axes((32, 64), (16,), dtypes or ("fp32",), scalings, ("sdpa", "eager") if peers else ()),
+    }
+
+
+_KEY_COUNTS = (1, 16, 256, 4096, 65536)
+_DECODING = ("sdpa", "flash-attn-2")
+_TRAINING = {"cuda": _POWERS, "cpu": (512, 1024, 2048)}
+_QUICK = Axes((128,), (32,), ("fp32",), _COMMON, _ON_CPU)
+_CPU_AXES = Axes(
+    (512, 1024, 2048, 4096, 8192), (64, 128), ("fp32", "bf16"), ("sqrt_dim", "key_count", "key_norm_sum"),
+    ("flex", "eager"),
+)  # fmt: skip
+
+SUITES = {
+    "forward": Suite(
+        "the forward pass against peers", _axes(_TRAINING, (64, 128), _COMMON), _QUICK,
+        _against_peers("forward", "forward"),
+    ),
+    "backward": Suite(
+        "the backward pass alone against peers", _axes(_TRAINING, (64, 128), _COMMON), _QUICK,
+        _against_peers("backward", "backward"),
+    ),
+    "cpu": Suite(
+        "ours over plain F.scaled_dot_product_attention, forward and forward+backward",
+        dict.fromkeys(BACKENDS, _CPU_AXES), Axes((128,), (32,), ("fp32",), ("sqrt_dim", "key_norm_sum"), ("eager",)),
+        _against_plain,
+    ),
+    "overhead": Suite(
+        "every scaling over sqrt_dim, by length",
+        _axes({"cuda": (128, 512, 2048, 4096, 8192, 32768, 65536), "cpu": (128, 512, 2048, 4096)}, (64,), MODES, False),
+        Axes((64, 128), (32,), ("fp32",), MODES), _overhead,
+    ),
+    "scaling": Suite(
+        "every scaling, ours and as peers do it", _axes({"cuda": (4096,), "cpu": (1024,)}, (64,), MODES),
+        Axes((128,), (32,), ("fp32",), MODES, ("sdpa", "eager")), _against_peers("scaling", "forward+backward"),
+    ),
+    "decode": Suite(
+        "a decoding step over a copy of as many bytes, by length of the cache",
+        _axes({"cuda": (1024, 4096, 16384, 65536), "cpu": (1024, 4096)}, (128,), _COMMON),
+        Axes((256,), (32,), ("fp32",), _COMMON, _DECODING), _decode,
+    ),
+    "varlen": Suite(
+        "packed sequences over the same ones padded", _axes({"cuda": (1024, 4096), "cpu": (512,)}, (128,), _COMMON),
+        Axes((64,), (32,), ("fp32",), _COMMON, _DECODING), _varlen,
+    ),
+    "accuracy": Suite(
+        "errors against float64, by kind and number of keys",
+        _axes({"cuda": _KEY_COUNTS, "cpu": _KEY_COUNTS}, (64,), MODES, False, tuple(DTYPES)),
+        Axes((1, 64, 1024), (32,), ("fp32", "bf16"), MODES), _accuracy,
+    ),
+    "ceilings": Suite(
+        "a product of matrices and a copy, which every sweep begins with, alone",
+        _axes({"cuda": (), "cpu": ()}, (), (), False, tuple(DTYPES)), Axes((), (), tuple(DTYPES), ()),
+        lambda axes, place: iter(()),
+    ),
+}  # fmt: skip

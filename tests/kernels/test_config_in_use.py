@@ -1,0 +1,101 @@
+"""Configs of tables in calls: one that is used, and those that a compiler or a card refuses."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+import tritonattn
+from tritonattn import launch
+from tritonattn.tuning import cache_dir, lookup
+from tritonattn.tuning.config import Target, TileConfig
+from tritonattn.tuning.gpus import table_name
+from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, write_table
+
+TUNED = TileConfig(32, 16, 4, 1)
+
+
+@pytest.fixture
+def ran(device, tmp_path, monkeypatch):
+    """A table with TUNED for two kernels, and a list of (kernel, config) that launches fill."""
+    target = Target.of(device)
+    keys = [Key("forward", 64, "none", "short"), Key("decode", 64, "none", "short")]
+    entries = {key: Entry(TUNED if key.kernel == "forward" else TileConfig(16, 16, 2, 1), "static", {}) for key in keys}
+    name = table_name(target) or "a100"
+    write_table(tmp_path / f"{name}.json", Table(name, target, kernels_fingerprint(), entries))
+    monkeypatch.setattr(cache_dir, "shipped_tables", lambda: tmp_path)
+    monkeypatch.setattr(cache_dir, "user_cache", lambda: tmp_path / "none")
+    lookup.forget()
+    launch._plan.cache_clear()
+    seen, run = [], launch.run
+
+    def watch(kernel, grid, arguments, config):
+        seen.append((kernel.__name__, config))
+        run(kernel, grid, arguments, config)
+
+    monkeypatch.setattr(launch, "run", watch)
+    yield seen
+    lookup.forget()
+    launch._plan.cache_clear()
+
+
+def operands(device):
+    return torch.randn(3, 1, 2, 40, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+
+
+def refuse(monkeypatch, error: Exception, refused: TileConfig = TUNED) -> None:
+    run = launch.run
+
+    def refusing(kernel, grid, arguments, config):
+        run(kernel, grid, arguments, config)
+        if config == refused:
+            raise error
+
+    monkeypatch.setattr(launch, "run", refusing)
+
+
+def test_a_table_is_used(device, ran):
+    tritonattn.attention(*operands(device), backend="triton")
+    assert ran == [("attention_forward", TUNED)]
+
+
+@pytest.mark.parametrize(
+    "error", [OutOfResources(300000, 166912, "shared memory"), RuntimeError("PassManager::run failed")], ids=repr
+)
+def test_a_config_that_is_refused_is_named_and_the_default_runs(error, device, ran, monkeypatch):
+    refuse(monkeypatch, error)
+    q, k, v = operands(device)
+    message = rf"skips a tuned config: .*json: forward/64/none/short: .*{type(error).__name__}"
+    with pytest.warns(UserWarning, match=message):
+        out = tritonattn.attention(q, k, v, backend="triton")
+    torch.testing.assert_close(out, tritonattn.attention(q, k, v, backend="reference"), rtol=2e-3, atol=2e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tritonattn.attention(q, k, v, backend="triton")
+    assert [config == TUNED for _, config in ran] == [True, False, False]
+
+
+def test_decoding_too(device, ran, monkeypatch):
+    refuse(monkeypatch, OutOfResources(300000, 166912, "shared memory"), TileConfig(16, 16, 2, 1))
+    q, k, v = operands(device)
+    lengths = torch.tensor([40], device=device)
+    with pytest.warns(UserWarning, match="decode/64/none/short"):
+        out = tritonattn.attention_decode(q[:, :, -1:], k, v, key_lengths=lengths, backend="triton")
+    wanted = tritonattn.attention(q[:, :, -1:], k, v, backend="reference")
+    torch.testing.assert_close(out, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_what_no_table_is_guilty_of_is_raised(device, ran, monkeypatch):
+    refuse(monkeypatch, RuntimeError("an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tritonattn.attention(*operands(device), backend="triton")
+
+
+def test_a_config_of_no_table_is_not_passed_over(device, monkeypatch):
+    monkeypatch.setattr(launch, "config_for", lambda *_: TUNED)
+    refuse(monkeypatch, OutOfResources(300000, 166912, "shared memory"))
+    with pytest.raises(OutOfResources):
+        tritonattn.attention(*operands(device), backend="triton")

@@ -1,0 +1,98 @@
+"""The timed search on tiny calls: its workloads launch the kernel meant, and wrong results are never taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tritonattn import launch
+from tritonattn.tune.search import Effort, pending, search
+from tritonattn.tune.workload import Size, Workload
+from tritonattn.tuning.config import Target, TileConfig
+from tritonattn.tuning.table import SCALES, Entry, Key
+
+SMALL = Size(batch=1, heads=2, length=24)
+OF_A_GROUP = Size(batch=1, heads=4, length=40, group=2)
+BEST, OTHER = TileConfig(16, 16, 4, 1), TileConfig(32, 16, 4, 1)
+QUICK = Effort(timed=2, rounds=2, warm_up=0)
+
+
+def keys() -> list[Key]:
+    """Of every kernel, without scales, and with all and their gradients."""
+    return [Key(kernel, 64, scales, "short") for kernel, kinds in SCALES.items() for scales in (kinds[0], kinds[-1])]
+
+
+@pytest.mark.parametrize("key", keys(), ids=str)
+@pytest.mark.parametrize("size", [SMALL, OF_A_GROUP], ids=str)
+def test_a_workload_agrees_with_the_reference(key, size, device):
+    with launch.configured(key.kernel, BEST):
+        assert Workload(key, size, torch.float16, device, copies=1).error() is None
+
+
+@pytest.mark.parametrize("key", keys()[::2], ids=str)
+def test_a_workload_launches_its_kernel_in_the_config(key, device, monkeypatch):
+    workload = Workload(key, SMALL, torch.float16, device, copies=2)
+    workload(0)
+    seen = []
+    run = launch.run
+
+    def watch(kernel, grid, arguments, config):
+        seen.append((kernel.__name__, config))
+        run(kernel, grid, arguments, config)
+
+    monkeypatch.setattr(launch, "run", watch)
+    with launch.configured(key.kernel, OTHER):
+        workload(2)
+    name = f"attention_{key.kernel}"
+    assert (name, OTHER) in seen
+    assert {other for other, _ in seen} <= {name, "attention_row_terms", "attention_decode_combine"}
+
+
+def test_the_search_takes_the_fastest_that_is_right(device, monkeypatch):
+    key = Key("forward", 64, "query", "short")
+    target = Target.of(device)
+    result = search(key, [BEST, OTHER], target, device, QUICK, SMALL)
+    assert result.entry.config in (BEST, OTHER, result.before)
+    assert result.entry.source == "measured"
+    assert result.entry.details["milliseconds"] == pytest.approx(result.timing.median, abs=1e-4)
+    assert result.gain >= 1
+    assert result.wrong == ()
+
+
+def test_a_wrong_result_is_not_taken(device, monkeypatch):
+    key = Key("forward", 64, "query", "short")
+    run = launch.run
+
+    def spoil(kernel, grid, arguments, config):
+        run(kernel, grid, arguments, config)
+        if config == OTHER:
+            arguments["out_ptr"][..., 0] *= 1.1
+
+    monkeypatch.setattr(launch, "run", spoil)
+    result = search(key, [OTHER], Target.of(device), device, QUICK, SMALL)
+    assert result.entry.config == result.before
+    assert len(result.wrong) == 1
+    assert "expected an error of at most" in result.wrong[0]
+
+
+def test_what_fails_to_run_is_not_taken(device, monkeypatch):
+    key = Key("grad_query", 64, "none", "short")
+    run = launch.run
+
+    def fail(kernel, grid, arguments, config):
+        if config == OTHER:
+            raise RuntimeError("out of resource")
+        run(kernel, grid, arguments, config)
+
+    monkeypatch.setattr(launch, "run", fail)
+    result = search(key, [OTHER], Target.of(device), device, QUICK, SMALL)
+    assert result.entry.config == result.before
+    assert "out of resource" in result.wrong[0]
+
+
+def test_a_search_goes_on_where_it_was_stopped():
+    first, second = keys()[:2]
+    measured, static = Entry(BEST, "measured", {}), Entry(BEST, "static", {})
+    assert pending([first, second], {}) == [first, second]
+    assert pending([first, second], {first: measured}) == [second]
+    assert pending([first, second], {first: static}) == [first, second]

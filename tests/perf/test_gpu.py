@@ -1,0 +1,115 @@
+"""Each phase of `python -m perf gpu`, rehearsed on the CPU; one that fails does not keep the next from running."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+from perf import gpu
+from perf.__main__ import main
+from perf.records import read
+
+from .commands import sweep
+
+SWEEPS = ("ceilings", "forward", "backward", "decode", "overhead")
+PYTHON = {"fails": "raise SystemExit(3)", "works": "print('worked')", "hangs": "import time; time.sleep(600)"}
+
+
+def phase(name, share=1.0, **options):
+    return gpu.Phase(name, ("-c", PYTHON[name]), share, **options)
+
+
+def names(device):
+    return [one.name for one in gpu.phases(device, gpu.ROOT / "out", "tests/kernels")]
+
+
+def test_the_order_of_worth_is_that_of_the_issue():
+    wanted = ["environment", "ceilings", "correctness", "soak", "tuning", *SWEEPS[1:], "report", "plots"]
+    assert names("cuda") == names("cpu") == wanted
+
+
+@pytest.mark.parametrize("name", [name for name in names("cpu") if name not in ("report", "plots")])
+def test_every_phase(name, tmp_path, capsys):
+    minutes = "0.02" if name == "soak" else "2"
+    main(["gpu", "--device", "cpu", "--minutes", minutes, "--out", str(tmp_path), "--phases", name])
+    log = (tmp_path / f"{name}.log").read_text()
+    assert capsys.readouterr().out.startswith(f"{name}: done after ")
+    assert (tmp_path / "phases.txt").read_text().startswith(f"{name}: done")
+    if name in SWEEPS:
+        records = read(tmp_path / f"{name}.jsonl")
+        assert {record.suite for record in records} == {"ceilings", name}
+        assert any(record.median_ms for record in records)
+    else:
+        said = {"environment": "torch: ", "correctness": " passed", "soak": "within the bound", "tuning": "decode/64/"}
+        assert said[name] in log
+    if name == "tuning":
+        assert list(tmp_path.glob("tables/autotune/*.json"))
+
+
+def test_report_and_plots_take_what_there_is(tmp_path, capsys):
+    sweep(tmp_path / "forward.jsonl", "--suite", "forward", "--scalings", "dim", "--peers", "sdpa")
+    main(["gpu", "--device", "cpu", "--minutes", "0", "--out", str(tmp_path), "--phases", "report,plots"])
+    assert "## forward\n\nMeasured: " in (tmp_path / "report.md").read_text()
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"forward_tflops.png", "forward_ratio.png"}
+    assert "backward.jsonl: no such file, skipped" in (tmp_path / "report.log").read_text()
+
+
+def test_a_phase_that_fails_is_reported_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "phases", lambda *_: [phase("fails"), phase("works")])
+    with pytest.raises(SystemExit, match="gpu: fails failed: see the logs"):
+        main(["gpu", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[1].startswith("works: done")
+    assert "worked" in (tmp_path / "works.log").read_text()
+
+
+def test_a_phase_that_hangs_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_GRACE", 0.5)
+    found = gpu.run_all([phase("hangs"), phase("works", share=0.0)], tmp_path, 0.5)
+    assert [outcome.status for outcome in found] == ["out of time", "done"]
+    found = gpu.run_all([phase("hangs", failure="sleep(600)")], tmp_path, 0.5)  # which is in its log, as its command
+    assert found[0].status == "failed"
+
+
+def test_when_time_is_up_only_what_takes_none_runs(tmp_path):
+    found = gpu.run_all([phase("works"), phase("fails", share=0.0)], tmp_path, -1.0)
+    assert [outcome.status for outcome in found] == ["out of time", "failed"]
+
+
+def test_time_left_over_is_passed_on(tmp_path, monkeypatch):
+    given = []
+
+    def execute(one, out, seconds):
+        given.append(seconds)
+        return gpu.Outcome(one, "done", 0.0)
+
+    monkeypatch.setattr(gpu, "execute", execute)
+    gpu.run_all([phase("works", share=1), phase("fails", share=1), phase("hangs", share=2)], tmp_path, 100.0)
+    assert given == pytest.approx([25, 100 / 3, 100], abs=0.1)
+
+
+def test_a_gpu_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="torch sees no GPU; --device cpu rehearses"):
+        main(["gpu", "--minutes", "1", "--out", str(tmp_path)])
+
+
+def test_unknown_phases(tmp_path):
+    with pytest.raises(SystemExit, match=r"--phases: expected some of environment, .*got 'soaking'"):
+        main(["gpu", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path), "--phases", "soaking"])
+
+
+def test_without_tqdm(monkeypatch, capsys):
+    """A GPU machine may lack it."""
+    monkeypatch.setattr("tritonattn.tune.progress", importlib.import_module("tritonattn.tune.progress"))
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.delitem(sys.modules, "tritonattn.tune.progress")
+    progress = importlib.import_module("tritonattn.tune.progress")
+    assert progress.tqdm is progress.Lines
+    with progress.tqdm(["a", "b"], unit="key") as bar:
+        for name in bar:
+            bar.set_postfix_str(name)
+    assert capsys.readouterr().err == "2/2 key b\n"
+    assert list(progress.tqdm(iter("ab"))) == ["a", "b"]

@@ -1,0 +1,159 @@
+"""Peers: recipes against the modes' formulas, adapters against stand-ins for packages that only GPUs run."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+pytest.importorskip("triton")
+import tritonattn
+from perf import decode_cases, peers, varlen_cases
+from perf.attention_cases import Case
+from perf.check import Question, judge
+from perf.contest import Effort, Unavailable
+from perf.decode_cases import DecodeCase
+from perf.recipes import rows_of
+from perf.varlen_cases import VarlenCase
+from perf.versions import Environment
+from perf.work import Shape
+
+CPU = torch.device("cpu")
+HERE = Environment.of(CPU, "test")
+ONCE = Effort(1, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scaling", [name for name in tritonattn.SCALINGS if name != "cosine"])
+def test_recipes_follow_the_formulas(scaling, causal):
+    random = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, 5, 8, generator=random), torch.randn(2, 2, 9, 8, generator=random)
+    visible = torch.ones(1, 1, 5, 9, dtype=torch.bool).tril(4 if causal else 9)
+    wanted = tritonattn.SCALINGS[scaling]().multiplier(q, k.repeat_interleave(2, 1), visible)
+    torch.testing.assert_close(rows_of(scaling, q, k, causal)[..., None], wanted.float().expand(2, 4, 5, 1))
+
+
+def test_what_scales_keys_has_no_recipe():
+    with pytest.raises(Unavailable, match="no recipe for cosine"):
+        rows_of("cosine", *torch.randn(2, 1, 1, 3, 4), causal=False)
+
+
+def flash_attn_func(q, k, v, softmax_scale, causal):
+    """Of [B, S, H, D]; returns lse too, as flash-attn 3 and 4 may."""
+    out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=softmax_scale, is_causal=causal)
+    return out.transpose(1, 2), None
+
+
+def memory_efficient_attention(q, k, v, attn_bias, scale):
+    return flash_attn_func(q, k, v, scale, attn_bias is not None)[0]
+
+
+def flash_attn_varlen_func(q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale, causal):
+    return tritonattn.attention_varlen(
+        q, k, v, ends_q, ends_k, longest_q, longest_k, scaling=softmax_scale, causal=causal
+    )  # fmt: skip
+
+
+def flash_attn_with_kvcache(q, k, v, cache_seqlens, softmax_scale, causal, **table):
+    """A contiguous cache [B, S, Hkv, D], or pages with flash-attn 2's or 3's name for the table."""
+    assert causal
+    if not table:
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    return tritonattn.attention_decode(
+        q.transpose(1, 2), k, v, key_lengths=cache_seqlens, scaling=softmax_scale,
+        block_table=table.get("block_table", table.get("page_table")),
+    ).transpose(1, 2)  # fmt: skip
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Packages of the same functions, on this CPU."""
+    functions = (flash_attn_func, memory_efficient_attention, flash_attn_varlen_func, flash_attn_with_kvcache)
+    for name in ("flash_attn", "flash_attn_interface", "flash_attn.cute", "xformers", "xformers.ops"):
+        module = ModuleType(name)
+        module.__dict__.update({function.__name__: function for function in functions}, LowerTriangularMask=object)
+        monkeypatch.setitem(sys.modules, name, module)
+    for user in (peers, decode_cases, varlen_cases):
+        monkeypatch.setattr(user, "require_gpu", lambda device: None)
+
+
+def statuses(records):
+    return {record.contestant: (record.status, record.reason) for record in records}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packages_of_gpus(causal, installed):
+    names = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers")
+    who = (("tritonattn", "dim"), *((name, scaling) for name in names for scaling in ("dim", "key_norm_mean")))
+    case = Case("forward", Shape(1, 2, 2, 33, 33, 16, causal), "bf16", "forward+backward", who, CPU, "sdpa")
+    records = case.contest().run(ONCE, HERE)
+    assert statuses(records) == dict.fromkeys(statuses(records), ("measured", ""))
+    assert len(records) == 9
+    wide = replace(case, dtype="fp32").contest().run(ONCE, HERE)
+    assert statuses(wide)["flash-attn-3 dim"] == ("skipped", "takes float16 and bfloat16, not float32")
+
+
+def test_packages_of_gpus_packed_and_decoding(installed):
+    names = ("flash-attn-2", "flash-attn-3", "xformers")
+    packed = VarlenCase((5, 9), 2, 16, "bf16", "forward+backward", "dim", names, CPU, "sdpa")
+    for case in (packed, replace(packed, scaling="key_norm_mean")):
+        found = statuses(case.contest().run(ONCE, HERE))
+        measured = "measured" if case.scaling == "dim" else "skipped"
+        assert found[f"flash-attn-2 {case.scaling}"][0] == found[f"flash-attn-3 {case.scaling}"][0] == measured
+        assert "is not asked for packed sequences" in found[f"xformers {case.scaling}"][1]
+    for paged in (False, True):
+        shape = Shape(2, 4, 2, 1, 64, 16, causal=False)
+        found = statuses(DecodeCase(shape, "bf16", paged, "dim", names, CPU, "sdpa").contest().run(ONCE, HERE))
+        assert found["flash-attn-2 dim"] == found["flash-attn-3 dim"] == ("measured", "")
+        assert "is not asked to decode" in found["xformers dim"][1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_flex_attention():
+    who = (("tritonattn", "key_norm_mean"), ("flex", "key_norm_mean"))
+    case = Case("forward", Shape(1, 2, 2, 40, 40, 16, causal=True), "fp32", "forward", who, CPU, "sdpa")
+    assert statuses(case.contest().run(ONCE, HERE))["flex key_norm_mean"] == ("measured", "")
+    backward = replace(case, passes="backward").contest().run(ONCE, HERE)
+    assert statuses(backward)["flex key_norm_mean"] == ("skipped", "has no backward on a CPU")
+
+
+def test_masks_and_sizes_that_a_peer_cannot_do(monkeypatch):
+    problem = peers.Problem(Shape(1, 2, 1, 4, 6, 8, causal=True), torch.float32, CPU, False, "dim")
+    with pytest.raises(Unavailable, match="is another mask unless"):
+        peers.PEERS["sdpa"].build(problem)
+    monkeypatch.setattr(peers, "available_memory", lambda device: 2**30)
+    large = replace(problem, shape=Shape(1, 1, 1, 2**14, 2**14, 8, causal=False))
+    for name in ("eager", "sdpa-math"):
+        with pytest.raises(Unavailable, match=r"would take about 4\.0 GiB of 1\.0 GiB"):
+            peers.PEERS[name].build(large)
+
+
+@pytest.mark.parametrize("rounding", ["P", "operands", "logits"])
+def test_blocks_of_rows_change_nothing(rounding, monkeypatch):
+    """The reference in blocks is the reference, and no eager computation is far from it."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (torch.randn(1, 1, 23, 8, generator=random) for _ in range(4))
+    question = Question(q, k, v, d_out, causal=True)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    out = tritonattn.attention(*leaves, scaling="key_norm_mean", causal=True, backend="reference")
+    wanted = [out, *torch.autograd.grad(out, leaves, d_out.double())]
+    monkeypatch.setattr("perf.check._LOGITS", 5 * 23)
+    for found, exact in zip(question.exact("key_norm_mean").values(), wanted, strict=True):
+        torch.testing.assert_close(found, exact.detach())
+    for found, exact in zip(question.eager("key_norm_mean", rounding).values(), wanted, strict=True):
+        torch.testing.assert_close(found.double(), exact.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_verdict_is_on_the_worst_result():
+    exact = {"out": torch.tensor([1.0, 2.0]).double(), "gradient of q": torch.tensor([4.0]).double()}
+    same = {name: x.float() for name, x in exact.items()}
+    verdict = judge(exact | {"out": exact["out"] * (1 + 1e-6)}, exact, same, torch.float32)
+    assert (verdict.reason, verdict.error) == ("", pytest.approx(1e-6))
+    assert verdict.bound == pytest.approx(16 * torch.finfo(torch.float32).eps)
+    for wrong in (5.0, torch.nan):
+        reason = judge({"gradient of q": torch.tensor([wrong])}, exact, same, torch.float32).reason
+        assert reason.startswith("gradient of q: expected an error of at most 1.91e-06 of the largest value")

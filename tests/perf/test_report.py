@@ -1,0 +1,128 @@
+"""Tables and charts of records."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+from perf.__main__ import main
+from perf.plot import CHARTS, panels_of
+from perf.records import Record, ResultsFile, read
+from perf.report import tables
+from perf.suites import SUITES
+from perf.versions import Environment
+
+from .commands import sweep
+
+HERE = Environment("Card X", None, "3.12", "2.11", "3.6", "0.1", "abc123", "python -m perf sweep --suite forward")
+AXES = {"length": 1024, "head_dim": 64, "dtype": "bf16", "causal": True, "passes": "forward", "scaling": "dim"}
+OURS = Record(
+    "forward", AXES, "tritonattn dim", "dim", "measured", HERE, "2026-01-02", median_ms=2.0, lower_ms=1.9, upper_ms=2.1,
+    rounds=25, tflops=300.0, gbps=150.0, ratio=1.0, baseline="tritonattn dim", error=1e-3, bound=4e-3,
+    card={"clocks.sm": "1980 MHz", "temperature.gpu": "41"},
+)  # fmt: skip
+PEER = replace(OURS, contestant="sdpa dim", median_ms=3.0, tflops=200.0, gbps=100.0, ratio=1.5)
+ABSENT = Record("forward", AXES, "xformers dim", "dim", "skipped", HERE, "2026-01-02", reason="is not installed")
+
+
+def ceiling(name, axes, **rates):
+    return Record("ceilings", axes, name, "", "measured", HERE, "2026-01-02", median_ms=1.0, **rates)
+
+
+CEILINGS = [
+    ceiling("matmul", {"size": 8192, "dtype": "bf16"}, tflops=600.0),
+    ceiling("copy", {"bytes": 2**30}, gbps=250.0),
+]
+
+
+def test_a_table_says_what_was_measured_where():
+    text = tables([OURS, PEER, ABSENT, *CEILINGS])
+    assert (
+        "## forward\n\nMeasured: Card X, torch 2.11, triton 3.6, tritonattn 0.1, Python 3.12, commit abc123, "
+        "`python -m perf sweep --suite forward`, 2026-01-02; clocks.sm 1980 MHz, temperature.gpu 41.\n" in text
+    )
+    row = next(line for line in text.splitlines() if "sdpa dim" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "1024", "64", "bf16", "yes", "fwd", "sdpa dim", "3", "1.9 - 2.1", "200", "100", "1.500", "1000", "0.25", ""
+    ]  # fmt: skip
+    assert "to tritonattn dim." in text
+    assert "- xformers: skipped in 1 cases: is not installed" in text
+
+
+def test_environments_are_kept_apart():
+    elsewhere = replace(OURS, environment=replace(HERE, device="Card Y"))
+    text = tables([OURS, elsewhere])
+    assert text.count("## forward") == 2
+    assert "Card Y" in text
+
+
+def test_wrong_results_are_shown_without_times():
+    wrong = replace(OURS, status="wrong", reason="out: expected", median_ms=None, ratio=None, tflops=None, gbps=None)
+    row = next(line for line in tables([wrong]).splitlines() if "tritonattn dim" in line)
+    assert "| wrong |" in row
+    assert "300" not in row
+
+
+def test_records_survive_the_file(tmp_path):
+    file = ResultsFile(tmp_path / "a.jsonl", HERE)
+    file.append([OURS, PEER])
+    file.append([ABSENT])
+    assert read(tmp_path / "a.jsonl") == [OURS, PEER, ABSENT]
+    again = ResultsFile(tmp_path / "a.jsonl", HERE)
+    assert again.records == [OURS, PEER, ABSENT]
+    assert again.has("forward", AXES)
+    assert not again.has("forward", AXES | {"length": 2048})
+    assert not ResultsFile(tmp_path / "a.jsonl", replace(HERE, commit="other")).has("forward", AXES)
+
+
+def chart(name):
+    return next(one for one in CHARTS if one.name == name)
+
+
+def test_throughput_lies_under_the_roofline():
+    panel = panels_of(chart("forward_tflops"), [OURS, PEER, ABSENT, *CEILINGS])[0]
+    assert panel.title == "head_dim 64, bf16, causal, dim"
+    assert panel.lines == {"tritonattn": {1024: 300.0}, "sdpa": {1024: 200.0}}
+    assert panel.limits == {"roofline": {1024: 500.0}}  # of a copy at 2 operations a byte, less than 600 of a matmul
+
+
+def test_ratios_are_those_of_the_others():
+    panel = panels_of(chart("forward_ratio"), [OURS, PEER])[0]
+    assert panel.lines == {"sdpa": {1024: 1.5}}
+
+
+def test_overhead_in_percent_and_decoding_beside_a_copy():
+    slower = replace(PEER, suite="overhead", contestant="tritonattn cosine", scaling="cosine", ratio=1.02)
+    assert panels_of(chart("overhead"), [slower])[0].lines["cosine"][1024] == pytest.approx(2.0)
+    decode = replace(OURS, suite="decode", axes=AXES | {"paged": True})
+    panel = panels_of(chart("decode"), [decode, *CEILINGS])[0]
+    assert (panel.lines, panel.limits) == ({"tritonattn": {1024: 150.0}}, {"copy": {1024: 250.0}})
+    assert "paged" in panel.title
+
+
+def test_plots_and_reports_of_every_suite(tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    suites = ",".join(name for name in SUITES if name != "accuracy")
+    options = ("--scalings", "sqrt_dim,key_norm_max", "--peers", "sdpa")
+    sweep(file, "--suite", suites, *options)
+    sweep(file, "--suite", "accuracy", "--dtypes", "fp32", *options)
+    main(["plot", str(file), "--out", str(tmp_path / "plots")])
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {one.name for one in CHARTS}
+    for path in (tmp_path / "plots").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    main(["report", str(file), "--out", str(tmp_path / "report.md")])
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "report.md").read_text()
+    for suite in SUITES:
+        assert f"## {suite}\n\nMeasured: " in printed
+
+
+def test_nothing_to_draw(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    for command in (["plot", "--out", str(tmp_path)], ["report"]):
+        with pytest.raises(SystemExit, match=r"a\.jsonl"):
+            main([command[0], str(tmp_path / "a.jsonl"), *command[1:]])

@@ -1,0 +1,208 @@
+"""Every suite, tiny, on the CPU: records, checks before times, names of who was skipped, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import tritonattn
+from perf import attention_cases, contest, decode_cases, suites, varlen_cases
+from perf.__main__ import main
+from perf.peers import PEERS
+from perf.records import read
+from perf.suites import SUITES
+
+from .commands import TINY, sweep
+
+FEW = ("--scalings", "sqrt_dim,key_norm_mean", "--peers", "sdpa,eager,flash-attn-2")
+
+
+@pytest.mark.parametrize("suite", [name for name in SUITES if name != "ceilings"])
+def test_every_suite(suite, tmp_path, capsys):
+    records = sweep(tmp_path / "a.jsonl", "--suite", suite, *FEW)
+    own = [record for record in records if record.suite == suite]
+    assert {record.suite for record in records} == {suite, "ceilings"}
+    ours = [record for record in own if record.contestant.startswith("tritonattn")]
+    assert {record.scaling for record in ours} == {"sqrt_dim", "key_norm_mean"}
+    assert {record.status for record in ours} == {"measured"}
+    for record in own:
+        if record.status != "measured":
+            assert record.status == "skipped"
+            assert record.reason
+        elif record.contestant != "copy":
+            assert record.error <= record.bound or record.contestant.startswith("pre-scaled")
+            assert suite == "accuracy" or record.lower_ms <= record.median_ms <= record.upper_ms
+    environment = own[0].environment
+    assert environment.torch == torch.__version__
+    assert environment.threads == torch.get_num_threads()
+    assert environment.command.startswith(f"python -m perf sweep --suite {suite} --device cpu ")
+    assert str(tmp_path) not in environment.command
+    printed = capsys.readouterr().out
+    assert f"## {suite}\n\nMeasured: {environment}" in printed
+
+
+def test_rates_follow_from_times(tmp_path):
+    records = sweep(tmp_path / "a.jsonl", "--suite", "forward", "--peers", "sdpa", "--scalings", "key_count")
+    for record in records:
+        if record.suite == "forward":
+            pairs = 16 * 17 // 2 if record.axes["causal"] else 256
+            assert record.tflops == pytest.approx(4 * 8 * pairs * 8 / record.median_ms / 1e9)
+            assert record.gbps == pytest.approx(4 * 4 * 8 * 16 * 8 / record.median_ms / 1e6)
+            assert record.baseline == "tritonattn key_count"
+    assert {record.ratio for record in records if record.contestant == record.baseline} == {1.0}
+
+
+def test_peers_that_cannot_are_named_with_the_reason(tmp_path, capsys):
+    peers = ",".join(name for name in PEERS if name != "flex")
+    options = ("--suite", "forward", "--scalings", "sqrt_dim", "--dtypes", "bf16", "--peers", peers)
+    records = sweep(tmp_path / "a.jsonl", *options)
+    reasons = {record.contestant: record.reason for record in records if record.status == "skipped"}
+    assert reasons["sdpa-flash sqrt_dim"] == "runs on a GPU, not on device cpu"
+    for name in ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers"):
+        assert "is not installed" in reasons[f"{name} sqrt_dim"]
+    printed = capsys.readouterr().out
+    assert "- xformers: skipped in 2 cases: xformers.ops is not installed" in printed
+
+
+def _spoiled(attend):
+    def wrong(*args, **options):
+        out = attend(*args, **options)
+        return out + 0.1 * out.detach().abs().max()
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("suite", "module", "name"),
+    [
+        ("forward", attention_cases, "attention"), ("backward", attention_cases, "attention"),
+        ("cpu", attention_cases, "attention"), ("accuracy", attention_cases, "attention"),
+        ("varlen", varlen_cases, "attention_varlen"), ("decode", decode_cases, "attention_decode"),
+    ],
+)  # fmt: skip
+def test_a_wrong_result_of_ours_fails_the_run(suite, module, name, tmp_path, monkeypatch):
+    right = getattr(tritonattn, name)
+
+    def chosen(*args, backend, **options):
+        return (right if backend == "reference" else _spoiled(right))(*args, backend=backend, **options)
+
+    monkeypatch.setattr(module.tritonattn, name, chosen)
+    with pytest.raises(SystemExit, match=r"results are wrong[^$]*tritonattn[^$]* sqrt_dim: out: expected an error"):
+        sweep(tmp_path / "a.jsonl", "--suite", suite, "--scalings", "sqrt_dim", "--peers", "none")
+    wrong = [record for record in read(tmp_path / "a.jsonl") if record.status == "wrong"]
+    assert wrong
+    assert all(record.median_ms is None and record.error > record.bound for record in wrong)
+
+
+def test_a_wrong_gradient_fails_the_run(tmp_path, monkeypatch):
+    right = tritonattn.attention
+
+    def wrong(q, k, v, *, backend, **options):
+        out = right(q, k, v, backend=backend, **options)
+        return out if backend == "reference" else out + 1e-2 * (v - v.detach())
+
+    monkeypatch.setattr(tritonattn, "attention", wrong)
+    with pytest.raises(SystemExit, match="tritonattn sqrt_dim: gradient of v: expected"):
+        sweep(tmp_path / "a.jsonl", "--suite", "backward", "--scalings", "sqrt_dim", "--peers", "none")
+
+
+def test_a_wrong_peer_fails_the_run(tmp_path, monkeypatch):
+    eager = PEERS["eager"]
+    wrong = replace(eager, build=lambda problem: _spoiled(eager.build(problem)))
+    monkeypatch.setitem(attention_cases.PEERS, "eager", wrong)
+    with pytest.raises(SystemExit, match="eager sqrt_dim: out: expected"):
+        sweep(tmp_path / "a.jsonl", "--suite", "forward", "--scalings", "sqrt_dim", "--peers", "eager,sdpa")
+
+
+def test_an_error_of_ours_fails_the_run_and_a_peers_does_not(tmp_path, monkeypatch, capsys):
+    def broken(problem):
+        raise RuntimeError("No available kernel.\nmore")
+
+    monkeypatch.setitem(attention_cases.PEERS, "eager", replace(PEERS["eager"], build=broken))
+    options = ("--suite", "forward", "--scalings", "sqrt_dim", "--peers", "eager")
+    records = sweep(tmp_path / "a.jsonl", *options)
+    assert {r.reason for r in records if r.status == "skipped"} == {"RuntimeError: No available kernel."}
+    monkeypatch.setattr(attention_cases.Case, "_ours", lambda self, problem: broken(problem))
+    with pytest.raises(SystemExit, match="tritonattn sqrt_dim: RuntimeError: No available kernel"):
+        sweep(tmp_path / "b.jsonl", *options)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
+    file, run, calls = tmp_path / "a.jsonl", contest.Contest.run, []
+
+    def interrupted(self, *arguments):
+        calls.append(self.axes)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return run(self, *arguments)
+
+    monkeypatch.setattr(contest.Contest, "run", interrupted)
+    options = ("--suite", "forward", "--scalings", "sqrt_dim,dim", "--peers", "none")
+    records = sweep(file, *options)  # a matmul, a copy, two of four cases
+    assert len(records) == 3
+    assert "stopped: the same command goes on" in capsys.readouterr().err
+    records = sweep(file, *options)
+    assert len(records) == 6
+    assert calls[4] == calls[3]
+    assert "3 of 6 cases are in" in capsys.readouterr().err
+    sweep(file, *options)
+    assert len(calls) == 7
+    sweep(file, *options, "--dtypes", "bf16")  # another command
+    assert len(calls) == 13
+
+
+def test_a_torn_line_is_skipped_and_wrong_cases_run_again(tmp_path, capsys):
+    file, options = tmp_path / "a.jsonl", ("--suite", "forward", "--scalings", "sqrt_dim", "--peers", "none")
+    sweep(file, *options)
+    lines = file.read_text().splitlines()
+    spoiled = json.dumps(json.loads(lines[3]) | {"status": "wrong"})
+    file.write_text("\n".join([*lines[:2], lines[2][:50], spoiled[: len(spoiled)]]))
+    records = sweep(file, *options)
+    assert "a.jsonl:3: expected a record" in capsys.readouterr().err
+    assert [record.status for record in records] == ["measured", "measured", "wrong", "measured", "measured"]
+
+
+def test_time_is_up(tmp_path, capsys):
+    main(["sweep", *TINY, "--suite", "forward", "--minutes", "-1", "--json", str(tmp_path / "a.jsonl")])
+    assert "time is up: 6 cases are left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--suite", "forwards"), "--suite: expected some of forward, .*got 'forwards'"),
+        (("--peers", "sdp"), "--peers: expected some of sdpa, .*got 'sdp'"),
+        (("--dtypes", "fp8"), "--dtypes: expected some of fp32, .*got 'fp8'"),
+        (("--scalings", "dims"), "--scalings: expected some of sqrt_dim, .*got 'dims'"),
+    ],
+)
+def test_unknown_names(options, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["sweep", *TINY, *options])
+
+
+def test_the_gpu_and_the_interpreter_are_needed(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="device cuda: torch sees no GPU"):
+        main(["sweep", "--device", "cuda"])
+    monkeypatch.setattr("tritonattn.launch.runs_on", lambda device: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(SystemExit, match="set TRITON_INTERPRET=1"):
+        main(["sweep", "--device", "interpret"])
+
+
+def test_every_case_has_a_name_of_its_own():
+    for kind in suites.BACKENDS:
+        place = suites.Place(kind)
+        for quick in (False, True):
+            names = [
+                (case.suite, str(case.axes))
+                for name, suite in SUITES.items()
+                for case in suite.contests(suite.chosen(place, quick), place)
+            ]
+            assert len(set(names)) == len(names)

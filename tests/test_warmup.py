@@ -1,0 +1,72 @@
+"""`warmup`, and the refusal to compile while a CUDA graph is captured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tritonattn
+from tritonattn import api, warmup
+
+
+def test_it_makes_the_calls_that_are_to_come(monkeypatch):
+    seen = []
+    attention = api.attention
+
+    def watch(q, k, v, **options):
+        seen.append((q.shape, k.shape, v.shape, q.dtype, q.requires_grad, options))
+        return attention(q, k, v, **options)
+
+    monkeypatch.setitem(warmup.__globals__, "attention", watch)
+    of_each = ((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6))
+    warmup([(1, 2, 4, 16), of_each], dtype=torch.float16, device="cpu", backward=True, causal=True, return_aux=True)
+    options = {"causal": True, "return_aux": True}
+    assert seen == [
+        (*[(1, 2, 4, 16)] * 3, torch.float16, True, options),
+        (*of_each, torch.float16, True, options),
+    ]
+
+
+@pytest.mark.parametrize("shapes", [[(2, 3)], [((1, 2, 3, 4), 5, 6)], [(1, 2, 3)]])
+def test_shapes_that_are_none(shapes):
+    with pytest.raises(ValueError, match="shapes: expected"):
+        warmup(shapes, device="cpu")
+
+
+def test_options_are_those_of_attention():
+    with pytest.raises(ValueError, match="scaling"):
+        tritonattn.warmup([(1, 1, 4, 16)], device="cpu", scaling="no such")
+
+
+class Driver:
+    """What Triton's JIT asks of a driver before it compiles."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 80, 32)
+
+
+def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch):
+    triton = pytest.importorskip("triton")
+    from triton.runtime.driver import driver
+
+    from tritonattn import launch
+    from tritonattn.kernels import KERNELS
+
+    if launch.interpreting or torch.cuda.is_available():
+        pytest.skip("the JIT is not asked, or has a driver of its own")
+    kernel = KERNELS["decode_combine"]
+    before = triton.knobs.runtime.jit_cache_hook
+    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=rf"{kernel.__name__}.*graph is captured.*tritonattn\.warmup"):
+        with launch._no_compilation_in_capture(kernel):
+            kernel.warmup(**dict.fromkeys(kernel.arg_names, 1), grid=(1,))
+    assert triton.knobs.runtime.jit_cache_hook is before

@@ -1,0 +1,153 @@
+"""Which table a call's config comes from, and that a bad one stops nothing."""
+
+from __future__ import annotations
+
+import time
+import warnings
+
+import pytest
+import torch
+
+from tritonattn.tuning import cache_dir, lookup
+from tritonattn.tuning.config import Problem, Target, TileConfig
+from tritonattn.tuning.defaults import default_config
+from tritonattn.tuning.gpus import GPUS, table_name
+from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, write_table
+
+H100, H200 = Target("cuda", "90", "NVIDIA H100 80GB HBM3"), Target("cuda", "90", "NVIDIA H200")
+PROBLEM = Problem(64, 64, torch.bfloat16)
+KEY = Key("forward", 64, "none", "long")
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    shipped, user = tmp_path / "shipped", tmp_path / "user"
+    shipped.mkdir()
+    monkeypatch.setattr(cache_dir, "shipped_tables", lambda: shipped)
+    monkeypatch.setattr(cache_dir, "user_cache", lambda: user)
+    lookup.forget()
+    yield shipped, user / "autotune"
+    lookup.forget()
+
+
+def put(path, block_n: int, *, target: Target = H100, kernels: str | None = None, **config) -> None:
+    entry = Entry(TileConfig(64, block_n, 4, 2, **config), "static", {})
+    write_table(path, Table(path.stem, target, kernels or kernels_fingerprint(), {KEY: entry}))
+    lookup.forget()
+
+
+def found(target: Target = H100, problem: Problem = PROBLEM) -> int:
+    return lookup.config_for("forward", problem, target).block_n
+
+
+def test_the_order_of_the_search(folders):
+    shipped, user = folders
+    default = default_config("forward", PROBLEM, H100)
+    assert lookup.find("forward", PROBLEM, H100) == (default, None)
+    put(shipped / "h200.json", 16)
+    assert lookup.find("forward", PROBLEM, H100).path == shipped / "h200.json"
+    put(shipped / "h100.json", 32)
+    assert found() == 32
+    put(user / "h100.json", 64)
+    assert found() == 64
+    assert found(H200) == 16
+    assert found(Target("cuda", "90")) in (16, 32)
+    assert lookup.find("forward", PROBLEM, Target("cuda", "80", "NVIDIA A100-SXM4-80GB")).path is None
+
+
+def test_a_gpu_without_a_shipped_table(folders):
+    shipped, user = folders
+    put(shipped / "h100.json", 32)
+    other = Target("cuda", "90", "NVIDIA GH200 480GB")
+    assert found(other) == 32
+    put(user / "nvidia_gh200_480gb.json", 16)
+    assert found(other) == 16
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "Expecting"), ('{"schema_version": 7}', "expected 1, got 7"), ("null", "expected an object")],
+)
+def test_a_damaged_table_is_named_and_skipped(content, message, folders):
+    shipped, user = folders
+    put(shipped / "h100.json", 32)
+    user.mkdir(parents=True)
+    (user / "h100.json").write_text(content, encoding="utf-8")
+    with pytest.warns(UserWarning, match=rf"skips a table .*user.autotune.h100.json.*{message}"):
+        assert found() == 32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert found() == 32
+
+
+def test_a_table_for_other_kernels_or_another_gpu_is_skipped(folders):
+    shipped, _ = folders
+    put(shipped / "h100.json", 32, kernels="feedfeedfeedfeed")
+    with pytest.warns(UserWarning, match="kernels: expected .*, got 'feedfeedfeedfeed'"):
+        assert lookup.find("forward", PROBLEM, H100).path is None
+    put(shipped / "h100.json", 32, target=Target("hip", "gfx942"))
+    with pytest.warns(UserWarning, match="target: expected sm_90, got gfx942"):
+        assert lookup.find("forward", PROBLEM, H100).path is None
+
+
+def test_folders_that_cannot_be_read(folders, monkeypatch):
+    _, user = folders
+    user.mkdir(parents=True)
+    (user / "h100.json").mkdir()
+    with pytest.warns(UserWarning, match="directory"):
+        assert lookup.find("forward", PROBLEM, H100).path is None
+
+    def missing():
+        raise FileNotFoundError("neither")
+
+    monkeypatch.setattr(cache_dir, "shipped_tables", missing)
+    (user / "h100.json").rmdir()
+    lookup.forget()
+    assert lookup.find("forward", PROBLEM, H100).path is None
+
+
+def test_an_illegal_entry_never_runs(folders):
+    shipped, user = folders
+    put(shipped / "h100.json", 32)
+    put(user / "h100.json", 64, descriptors=True)
+    assert found() == 64
+    unaligned = Problem(64, 64, torch.bfloat16, aligned=False)
+    assert found(problem=unaligned) == 32, "descriptors cannot address it"
+    entry = Entry(TileConfig(64, 1024, 4, 16), "static", {})
+    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
+    lookup.forget()
+    assert found() == 32, "too much shared memory"
+
+
+def test_a_lookup_takes_little_time(folders):
+    put(folders[0] / "h100.json", 32)
+    found()
+    from tritonattn import launch
+
+    plan = launch._plan
+    plan("forward", PROBLEM, H100, launch.config_for)
+    taken = []
+    for _ in range(200):
+        start = time.perf_counter()
+        for _ in range(100):
+            plan("forward", PROBLEM, H100, launch.config_for)
+        taken.append((time.perf_counter() - start) / 100)
+    assert min(taken) < 2e-6, f"expected less than 2 us, got {min(taken) * 1e6:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("card", "arch", "wanted"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "80", "a100"), ("NVIDIA A10", "86", "a10"), ("NVIDIA A10G", "86", "nvidia_a10g"),
+        ("NVIDIA L40S", "89", "l40s"), ("NVIDIA H100 80GB HBM3", "90", "h100"), ("NVIDIA H200", "90", "h200"),
+        ("NVIDIA B200", "100", "b200"), ("NVIDIA GeForce RTX 5090", "120", "rtx_5090"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "120", "rtx_pro_6000"), ("", "90", ""),
+    ],
+)  # fmt: skip
+def test_names_of_cards(card, arch, wanted):
+    assert table_name(Target("cuda", arch, card)) == wanted
+
+
+def test_every_gpu_is_found_by_its_own_name():
+    for gpu in GPUS:
+        assert table_name(gpu.target._replace(card=gpu.name)) == gpu.name

@@ -1,0 +1,136 @@
+"""The gate, the ranking by the model, and the tables that come of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from tritonattn import launch  # noqa: E402
+from tritonattn.tuning import cache_dir  # noqa: E402
+from tritonattn.tuning.candidates import candidates, static_candidates  # noqa: E402
+from tritonattn.tuning.config import Problem, Target, TileConfig, legal_reasons  # noqa: E402
+from tritonattn.tuning.defaults import default_config  # noqa: E402
+from tritonattn.tuning.gate import examine, gate_reasons, modelled_clocks  # noqa: E402
+from tritonattn.tuning.gpus import GPUS  # noqa: E402
+from tritonattn.tuning.lookup import usable_table  # noqa: E402
+from tritonattn.tuning.machine_code import MachineCode, MmaLoop  # noqa: E402
+from tritonattn.tuning.static import Compiler, keys, static_table  # noqa: E402
+from tritonattn.tuning.table import Key  # noqa: E402
+
+SM_80 = Target("cuda", "80")
+PROBLEM = Problem(64, 64, torch.bfloat16, right=True, query_scale=True)
+CONFIG = TileConfig(128, 64, 4, 2)
+compiled = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+
+
+def code(registers: int = 128, spill: int = 0, shared: int = 49152, exp: int = 64, other: int = 400) -> MachineCode:
+    mix = {"tensor": 128, "exp": exp, "fp32": 200, "integer": other}
+    loop = MmaLoop(mix, packed=0, tiles=1, flops=128 * 64 * 256, shared_bytes=65536)
+    return MachineCode(registers, 0, shared, spill, 0, (loop,))
+
+
+def test_the_gate():
+    def reasons(found: MachineCode, target: Target = SM_80) -> str:
+        return "; ".join(gate_reasons("forward", PROBLEM, CONFIG, target, found))
+
+    assert reasons(code()) == ""
+    assert "spills 8 bytes" in reasons(code(spill=8))
+    assert "takes 200000 bytes of shared memory, sm_80 has 166912" in reasons(code(shared=200000))
+    assert "2.00 exponentials a logit" in reasons(code(exp=128))
+    assert "no loop" in reasons(MachineCode(128, 0, 0, 0, 0, ()))
+    assert "tensor memory" in reasons(MachineCode(128, 0, 0, 0, 1024, code().mma_loops))
+    assert reasons(MachineCode(300, 0, 0, 0, 0, None), Target("hip", "gfx942")) == ""
+
+
+def test_an_illegal_config_is_not_compiled(monkeypatch):
+    monkeypatch.setattr("tritonattn.tuning.gate.compile_kernel", lambda *_: pytest.fail("compiled"))
+    found = examine("forward", PROBLEM, TileConfig(48, 64, 4, 2), SM_80)
+    assert "block_m 48" in found.reasons[0]
+    assert found.code is None
+
+
+def test_what_does_not_compile_is_refused(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr("tritonattn.tuning.gate.compile_kernel", fail)
+    assert "RuntimeError: PassManager::run failed" in examine("forward", PROBLEM, CONFIG, SM_80).reasons[0]
+
+
+def test_the_model_prefers_less_work_and_more_programs_at_once():
+    from tritonattn.tuning.gate import Candidate
+
+    def clocks(found: MachineCode, problem: Problem = PROBLEM) -> float:
+        return modelled_clocks("forward", problem, Candidate(CONFIG, found, ()), SM_80, 108)
+
+    assert clocks(code(other=200)) < clocks(code())
+    assert clocks(code(registers=128)) < clocks(code(registers=255))
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_candidates(gpu):
+    for key in keys():
+        found = candidates(key.kernel, key.problem, gpu.target)
+        assert found[0] == default_config(key.kernel, key.problem, gpu.target)
+        assert len(set(found)) == len(found)
+        assert set(static_candidates(key.kernel, key.problem, gpu.target)) <= set(found)
+        assert all(not legal_reasons(key.kernel, config, key.problem, gpu.target) for config in found)
+
+
+@compiled
+def test_a_static_table(tmp_path):
+    wanted = [Key("forward", 64, "query", lengths) for lengths in ("short", "long")]
+    gpu = next(gpu for gpu in GPUS if gpu.name == "a100")
+    with Compiler(gpu.target, workers=1) as compiler:
+        first = static_table(gpu, compiler, wanted)
+        second = static_table(gpu, compiler, wanted)
+    assert first.text() == second.text()
+    assert list(first.entries) == wanted
+    for entry in first.entries.values():
+        assert entry.source == "static"
+        assert entry.details["spill_bytes"] == 0
+        assert entry.details["registers"] <= 255
+
+
+def shipped() -> list:
+    return sorted(cache_dir.shipped_tables().glob("*.json"))
+
+
+def test_a_table_is_shipped_for_every_gpu():
+    assert {path.stem for path in shipped()} == {gpu.name for gpu in GPUS}
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_shipped_tables_are_in_use(gpu):
+    """Of these kernels, with a legal entry for every key; the file is what its content prints."""
+    path = cache_dir.shipped_tables() / f"{gpu.name}.json"
+    table = usable_table(path, gpu.target)
+    assert path.read_text(encoding="utf-8") == table.text()
+    assert set(table.entries) == set(keys())
+    for key, entry in table.entries.items():
+        assert not legal_reasons(key.kernel, entry.config, key.problem, gpu.target)
+        assert entry.source == "measured" or entry.details["spill_bytes"] == 0
+
+
+def sample() -> list:
+    """Two entries of every table, and all of them slowly."""
+    found = []
+    for position, gpu in enumerate(GPUS):
+        for number, key in enumerate(keys()):
+            is_quick = number % 72 == (11 * position) % 72 and not gpu.target.arch.startswith("gfx")
+            is_slow = number % 8 == position % 8
+            if is_quick or is_slow:
+                marks = () if is_quick else pytest.mark.slow
+                found.append(pytest.param(gpu, key, id=f"{gpu.name}-{key}", marks=marks))
+    return found
+
+
+@compiled
+@pytest.mark.parametrize(("gpu", "key"), sample())
+def test_shipped_entries_pass_the_gate(gpu, key):
+    entry = usable_table(cache_dir.shipped_tables() / f"{gpu.name}.json", gpu.target).entries[key]
+    found = examine(key.kernel, key.problem, entry.config, gpu.target)
+    assert found.reasons == ()
+    if entry.details.get("triton") == triton.__version__:
+        assert found.code.registers == entry.details["registers"]

@@ -1,0 +1,193 @@
+"""Tables of configs as files: round trips, faults, and the key of a call."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from tritonattn.tuning import table
+from tritonattn.tuning.config import Problem, Target, TileConfig
+from tritonattn.tuning.static import keys
+from tritonattn.tuning.table import Entry, Key, Table, TableError, key_of, read_table, write_table
+
+CONFIG = TileConfig(128, 64, 8, 2)
+KEY = Key("forward", 128, "query", "long")
+
+
+def example(entries: int = 1) -> Table:
+    keys = [KEY, Key("decode", 64, "none", "short"), Key("grad_query", 96, "query+key+gradient", "long")][:entries]
+    found = {key: Entry(CONFIG, "static", {"registers": 200}) for key in keys}
+    return Table("a100", Target("cuda", "80"), "0123456789abcdef", found)
+
+
+def record() -> dict:
+    return json.loads(example().text())
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    path = tmp_path / "new folder" / "a100.json"
+    write_table(path, example(3))
+    assert read_table(path) == example(3)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_same_table_is_the_same_bytes():
+    entries = example(3).entries
+    backwards = replace(example(3), entries=dict(reversed(entries.items())))
+    assert backwards.text() == example(3).text()
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+FAULTS = {
+    "empty": ("", "Expecting value"),
+    "truncated": (example().text()[:90], "a100.json"),
+    "not UTF-8": (b"\xff\xfe\x00", "utf-8"),
+    "a list": ("[]", "expected an object, got list"),
+    "deep": (DEEP, "a100.json"),
+    "a huge number": ('{"schema_version": ' + "9" * 5000 + "}", "a100.json"),
+    "huge": (" " * (2**22 + 1), "expected at most 4194304 bytes"),
+    "without a schema": ("{}", "schema_version: expected 1, got None"),
+}
+CHANGES = {
+    "a future schema": ({"schema_version": 2}, "schema_version: expected 1, got 2"),
+    "a schema that is true": ({"schema_version": True}, "schema_version: expected 1, got True"),
+    "gpu": ({"gpu": 5}, "gpu: expected str, got 5"),
+    "target": ({"target": "H100"}, "target: expected sm_<number>"),
+    "kernels": ({"kernels": None}, "kernels: expected str, got None"),
+    "entries": ({"entries": []}, "entries: expected dict"),
+    "a key": ({"entries": {"../../etc/passwd": {}}}, "entries: expected kernel/head_dim/scales/lengths"),
+    "a kernel": ({"entries": {"row_terms/64/none/long": {}}}, "entries: expected kernel"),
+    "a head_dim": ({"entries": {"forward/65/none/long": {}}}, "entries: expected kernel"),
+    "an entry": ({"entries": {str(KEY): "128"}}, "expected an object with a config"),
+    "a source": ({"entries": {str(KEY): {"config": asdict(CONFIG), "source": "guess"}}}, "source: expected one of"),
+}
+CONFIGS = {
+    "a field too many": {"command": "rm"},
+    "a float": {"block_m": 128.0},
+    "a bool": {"num_warps": True},
+    "a number for a bool": {"descriptors": 1},
+    "huge": {"block_n": 10**300},
+    "negative": {"num_stages": -1},
+    "text": {"block_m": "128"},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_files(fault, tmp_path):
+    content, message = FAULTS[fault]
+    path = tmp_path / "a100.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(TableError, match=message):
+        read_table(path)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_faults_of_fields(change, tmp_path):
+    fields, message = CHANGES[change]
+    path = tmp_path / "a100.json"
+    path.write_text(json.dumps(record() | fields), encoding="utf-8")
+    with pytest.raises(TableError, match=message):
+        read_table(path)
+
+
+@pytest.mark.parametrize("change", CONFIGS)
+def test_faults_of_configs(change, tmp_path):
+    content = record()
+    content["entries"][str(KEY)]["config"] |= CONFIGS[change]
+    path = tmp_path / "a100.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(TableError, match=str(KEY)):
+        read_table(path)
+
+
+def test_a_missing_field_of_a_config(tmp_path):
+    content = record()
+    del content["entries"][str(KEY)]["config"]["num_warps"]
+    path = tmp_path / "a100.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(TableError, match="config: expected block_m"):
+        read_table(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a100.json"
+    write_table(path, example())
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(table.Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_table(path, example(3))
+    assert read_table(path) == example()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _write_often(path, entries: int) -> None:
+    for _ in range(50):
+        write_table(path, example(entries))
+
+
+def test_writers_at_once(tmp_path):
+    path = tmp_path / "a100.json"
+    write_table(path, example())
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write_often, args=(path, entries)) for entries in (1, 3)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert len(read_table(path).entries) in (1, 3)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [((64, 64), 64), ((1, 3), 64), ((72, 64), 80), ((192, 128), 192), ((17, 129), 192), ((256, 256), 256)],
+)
+def test_the_head_dim_of_a_key(sizes, wanted):
+    assert key_of("forward", Problem(*sizes, torch.float16)).head_dim == wanted
+
+
+def test_the_key_of_a_call():
+    problem = Problem(64, 64, torch.bfloat16, softcap=True, right=True)
+    assert key_of("forward", problem) == Key("forward", 64, "none", "long")
+    assert key_of("forward", replace(problem, query_scale=True, short=True)) == Key("forward", 64, "query", "short")
+    assert key_of("forward", replace(problem, key_scale=True)) == Key("forward", 64, "query+key", "long")
+    assert key_of("row_terms", problem) is None
+    assert key_of("forward", replace(problem, dtype=torch.float32)) is None
+    assert key_of("decode", replace(problem, block_table=True)) is None
+    assert key_of("decode", replace(problem, packed_rows=32)) is None
+    assert key_of("forward", replace(problem, dropout=True)) is None
+    assert key_of("forward", replace(problem, mask=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("scales", "wanted"),
+    [
+        ((), "none"), (("query_scale",), "query"), (("query_scale_grad",), "query+gradient"),
+        (("query_scale", "query_scale_grad"), "query+gradient"), (("key_scale",), "query+key+gradient"),
+        (("query_scale", "key_scale", "query_scale_grad"), "query+key+gradient"),
+    ],
+)  # fmt: skip
+def test_the_gradient_of_a_query_scale_has_keys_of_its_own(scales, wanted):
+    """It takes registers for its sums."""
+    problem = Problem(64, 64, torch.bfloat16, **dict.fromkeys(scales, True))
+    assert key_of("grad_query", problem).scales == wanted
+    assert "gradient" not in key_of("grad_key_value", problem).scales
+
+
+def test_every_key_prints_and_parses():
+    for key in keys():
+        assert Key.parse(str(key)) == key
+        assert key_of(key.kernel, key.problem) == key
+
+
+def test_the_fingerprint_is_of_the_code_alone():
+    code = 'def f(x):\n    """Doc."""\n    return x + 1  # why\n'
+    assert table._code(code) == table._code("# top\ndef f(x):\n\n    return (x + 1)\n".replace("(x + 1)", "x + 1"))
+    assert table._code(code) != table._code(code.replace("1", "2"))

@@ -1,0 +1,210 @@
+"""The commands: which keys, which table, what is printed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from ..command import CommandError
+from ..tuning import cache_dir, lookup
+from ..tuning.config import Target, TileConfig
+from ..tuning.gpus import GPU, GPUS, table_name
+from ..tuning.static import Compiler, keys, static_table
+from ..tuning.table import Entry, Key, Table, TableError, kernels_fingerprint, read_table, write_table
+from .progress import tqdm
+from .search import Effort, Result, pending, promising, search
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `tritonattn tune` is asked for.
+
+    dtypes    that a search times and checks each config in; an entry serves both
+    static    names of GPUS, architectures, or "all": no timing, no GPU
+    write     into autotune_cache/ rather than the user's folder
+    budget    minutes after which no further search begins
+    """
+
+    kernels: tuple[str, ...]
+    head_dims: tuple[int, ...]
+    lengths: tuple[str, ...]
+    dtypes: tuple[str, ...] = ("bf16",)
+    static: tuple[str, ...] = ()
+    write: bool = False
+    budget: float | None = None
+    workers: int | None = None
+
+    @property
+    def keys(self) -> list[Key]:
+        return [key for key in keys(self.kernels, self.head_dims) if key.lengths in self.lengths]
+
+
+def tune(request: Request) -> int:
+    """Search on this machine's GPU, or write static tables."""
+    if request.static:
+        return _tune_static(request)
+    if not torch.cuda.is_available():
+        raise CommandError(
+            "expected a GPU, found none. Without one, `--static NAME` compiles for "
+            f"{', '.join(gpu.name for gpu in GPUS)}, an architecture as sm_90, or all, and ranks by a model"
+        )
+    return _tune_here(request, torch.device("cuda", torch.cuda.current_device()))
+
+
+def named_gpus(names: tuple[str, ...]) -> list[GPU]:
+    """The GPUs of GPUS by their names or architectures. Raises CommandError."""
+    found: list[GPU] = []
+    for name in names:
+        meant = [gpu for gpu in GPUS if name in ("all", gpu.name, gpu.target.name)]
+        if not meant:
+            raise CommandError(
+                f"--static: expected {', '.join(gpu.name for gpu in GPUS)}, sm_90, ..., all; got {name!r}"
+            )
+        found += [gpu for gpu in meant if gpu not in found]
+    return found
+
+
+def _tune_static(request: Request) -> int:
+    gpus = named_gpus(request.static)
+    for target in dict.fromkeys(gpu.target for gpu in gpus):
+        with Compiler(target, request.workers) as compiler, tqdm(unit="kernel", desc=target.name) as progress:
+            tables = [
+                static_table(gpu, compiler, request.keys, progress.update)
+                for gpu in gpus
+                if gpu.target == target
+            ]
+        for table in tables:
+            path = _path(table.gpu, request.write)
+            before = _entries(path, table.target)
+            kept = {
+                key: entry for key, entry in before.items() if entry.source == "measured" or key not in table.entries
+            }
+            joined = replace(table, entries=table.entries | kept)
+            _write(path, joined)
+            print(f"\n{path}: {len(joined.entries)} entries\n\n{_static_summary(joined, before, request.keys)}")
+    return 0
+
+
+def _path(gpu: str, write: bool) -> Path:
+    folder = cache_dir.shipped_tables() if write else cache_dir.user_cache() / "autotune"
+    return folder / f"{gpu}.json"
+
+
+def _entries(path: Path, target: Target) -> dict[Key, Entry]:
+    """Of a file that is still of use; what is not is said and left behind."""
+    try:
+        return lookup.usable_table(path, target).entries
+    except FileNotFoundError:
+        return {}
+    except TableError as error:
+        print(f"not kept: {error}")
+        return {}
+
+
+def _write(path: Path, table: Table) -> None:
+    try:
+        write_table(path, table)
+    except OSError as error:
+        raise CommandError(
+            f"cannot write {path}: {error.strerror or error}; $TRITONATTN_CACHE_DIR names another folder"
+        ) from error
+
+
+def _static_summary(table: Table, before: dict[Key, Entry], wanted: list[Key]) -> str:
+    rows = []
+    for key in wanted:
+        entry, old = table.entries.get(key), before.get(key)
+        if entry is None:
+            rows.append([key, "no config passes: the default serves", "", ""])
+            continue
+        known = entry.details.get("registers", "")
+        changed = "" if old is None or old.config == entry.config else f"was {shown(old.config)}"
+        rows.append([key, shown(entry.config), known, changed or entry.source])
+    return tabulate(rows, ["key", "config", "registers", "source"], tablefmt="github")
+
+
+def shown(config: TileConfig) -> str:
+    """A config on one line."""
+    kind = " descriptors" if config.descriptors else ""
+    return f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages{kind}"
+
+
+def _tune_here(request: Request, device: torch.device) -> int:
+    target = Target.of(device)
+    path = _path(table_name(target), request.write)
+    entries = _entries(path, target)
+    todo = pending(request.keys, entries)
+    if len(todo) < len(request.keys):
+        print(f"{len(request.keys) - len(todo)} of {len(request.keys)} keys are measured already in {path}")
+    results = _search_all(request, todo, target, device, path, entries)
+    print(f"\n{path}\n\n{_measured_summary(results)}")
+    wrong = [line for result in results for line in result.wrong]
+    if wrong:
+        print("\nNot taken, since results or the run were wrong:\n" + "\n".join(wrong))
+    return 0
+
+
+def _search_all(
+    request: Request, todo: list[Key], target: Target, device: torch.device, path: Path, entries: dict[Key, Entry]
+) -> list[Result]:
+    """Each result goes into the file at once, so that Ctrl-C loses one search at most."""
+    results: list[Result] = []
+    end = None if request.budget is None else time.monotonic() + 60 * request.budget
+    with Compiler(target, request.workers) as compiler, tqdm(todo, unit="key") as progress:
+        for key in progress:
+            if end is not None and time.monotonic() > end:
+                print(f"the budget of {request.budget:g} minutes is spent: run the command again to go on")
+                break
+            progress.set_postfix_str(str(key))
+            try:
+                effort = Effort()
+                result = search(
+                    key, promising(key, compiler, effort.timed), target, device, effort,
+                    dtypes=tuple(DTYPES[name] for name in request.dtypes),
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                print("stopped: run the command again to go on")
+                break
+            results.append(result)
+            if result.entry is not None:
+                entries = entries | {key: result.entry}
+                _write(path, Table(table_name(target), target, kernels_fingerprint(), entries))
+                lookup.forget()
+    return results
+
+
+def _measured_summary(results: list[Result]) -> str:
+    rows = [
+        [
+            result.key, shown(result.before), "" if result.entry is None else shown(result.entry.config),
+            "" if result.timing is None else f"{result.timing.median:.4f}",
+            "" if result.gain is None else f"{result.gain:.3f}x",
+        ]
+        for result in results
+    ]  # fmt: skip
+    return tabulate(rows, ["key", "before", "now", "ms", "gain"], tablefmt="github")
+
+
+def configs(gpu: str | None) -> int:
+    """Print the table of a GPU, and where each entry comes from."""
+    if gpu is None and not torch.cuda.is_available():
+        raise CommandError(f"expected --gpu NAME, one of {', '.join(one.name for one in GPUS)}: there is no GPU here")
+    target = Target.of(torch.device("cuda")) if gpu is None else named_gpus((gpu,))[0].target._replace(card=gpu)
+    rows = []
+    for key in keys():
+        found = lookup.find(key.kernel, key.problem, target)
+        rows.append([key, shown(found.config), _origin(found.path, key)])
+    print(tabulate(rows, ["key", "config", "from"], tablefmt="github"))
+    return 0
+
+
+def _origin(path: Path | None, key: Key) -> str:
+    if path is None:
+        return "default"
+    return f"{path.name}, {read_table(path).entries[key].source}"

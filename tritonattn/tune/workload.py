@@ -1,0 +1,120 @@
+"""Calls in which one kernel does the work, and their check against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import reference, triton_backend
+from ..call import AttentionCall, Needs
+from ..decode_call import Cache, DecodeCall
+from ..tuning.table import Key
+from ..visibility import Visibility
+
+_COPIES = 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """batch sequences of `length` tokens; heads of queries, of which `group` share a key head."""
+
+    batch: int
+    heads: int
+    length: int
+    group: int = 1
+
+
+def typical_size(key: Key, length: int | None = None) -> Size:
+    """What a key is timed with: about as many tokens whatever the length."""
+    if key.kernel == "decode":
+        length = length or (1024 if key.lengths == "short" else 16384)
+        return Size(max(1, 2**18 // length), 32, length, 4)
+    length = length or (512 if key.lengths == "short" else 4096)
+    return Size(max(1, 2**14 // length), 16, length)
+
+
+class Workload:
+    """A key's kernel on random operands, causal; several copies of them, so that rounds find cold caches."""
+
+    def __init__(self, key: Key, size: Size, dtype: torch.dtype, device: torch.device, copies: int = _COPIES) -> None:
+        self.key, self.size, self.dtype, self.device = key, size, dtype, device
+        self._calls = [self._call(seed) for seed in range(copies)]
+        self._forwards: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, number: int) -> tuple[Tensor, ...]:
+        """Launch with the next copy, by the config in use; the results of the kernel."""
+        call = self._calls[number % len(self._calls)]
+        if isinstance(call, DecodeCall):
+            return (triton_backend.decode(call, aux=False).out,)
+        if not any(self._needs):
+            return (triton_backend.forward(call, aux=False).out,)
+        out, lse = self._forward(number % len(self._calls), call)
+        gradients = triton_backend.backward(call, out, lse, call.q, None, self._needs)
+        return tuple(x for x in gradients if x is not None)
+
+    def error(self) -> str | None:
+        """None if the results for the first heads are those of the reference, else what is wrong."""
+        found = [self._first_heads(x) for x in self(0)]
+        exact, eager = (self._reference(dtype) for dtype in (torch.float64, self.dtype))
+        for number, (ours, wanted, rounded) in enumerate(zip(found, exact, eager, strict=True)):
+            band = torch.finfo(self.dtype).eps * (16 if self.dtype == torch.float32 else 1)
+            allowed = 2 * (rounded.double() - wanted).abs().max() + band * wanted.abs().max()
+            error = (ours.double() - wanted).abs().max()
+            if not error <= allowed:  # NaN too
+                return f"result {number}: expected an error of at most {allowed:.2e}, got {error:.2e}"
+        return None
+
+    def _first_heads(self, x: Tensor) -> Tensor:
+        """Of the first sequence, the query heads of the first key head, or that key head."""
+        return x[:1, : self.size.group if x.shape[1] == self.size.heads else 1]
+
+    @property
+    def _needs(self) -> Needs:
+        """What of the backward is asked for; the row terms, a small part of the work, come with either kernel."""
+        of_query, of_key = self.key.kernel == "grad_query", self.key.kernel == "grad_key_value"
+        return Needs(of_query, of_key, of_key, query_scale=of_query and self.key.problem.query_scale_grad)
+
+    def _forward(self, copy: int, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        if copy not in self._forwards:
+            self._forwards[copy] = triton_backend.forward(call, aux=False)[:2]
+        return self._forwards[copy]
+
+    def _call(self, seed: int) -> AttentionCall | DecodeCall:
+        size, dim = self.size, self.key.head_dim
+        random = torch.Generator(self.device).manual_seed(seed)
+
+        def normal(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.randn(shape, generator=random, device=self.device, dtype=torch.float32).to(dtype)
+
+        rows = 1 if self.key.kernel == "decode" else size.length
+        q = normal(size.batch, size.heads, rows, dim)
+        k, v = (normal(size.batch, size.heads // size.group, size.length, dim) for _ in range(2))
+        problem = self.key.problem
+        scales = (
+            normal(*q.shape[:3], dtype=torch.float32) if problem.query_scale else None,
+            normal(*k.shape[:3], dtype=torch.float32) if problem.key_scale else None,
+        )
+        if self.key.kernel == "decode":
+            lengths = torch.full((size.batch,), size.length, device=self.device, dtype=torch.int32)
+            return DecodeCall(q, Cache(k, v, lengths), dim**-0.5, *scales, None, None, None)
+        return AttentionCall(q, k, v, Visibility.of(q, k, causal=True), dim**-0.5, *scales)
+
+    def _reference(self, dtype: torch.dtype) -> list[Tensor]:
+        """The results of the first heads, computed eagerly in a dtype."""
+        call = self._calls[0]
+        k, v = (call.cache.k, call.cache.v) if isinstance(call, DecodeCall) else (call.k, call.v)
+        q, k, v = (self._first_heads(x).to(dtype).requires_grad_() for x in (call.q, k, v))
+        wide = torch.promote_types(dtype, torch.float32)
+        multiplier, query_scale = torch.full((1, 1, 1, 1), call.scale, dtype=wide, device=q.device), None
+        if call.query_scale is not None:
+            query_scale = self._first_heads(call.query_scale).to(wide).requires_grad_()
+            multiplier = multiplier * query_scale[..., None]
+        if call.key_scale is not None:
+            multiplier = multiplier * call.key_scale[:1, :1, None]
+        visibility = Visibility.of(q, k, causal=self.key.kernel != "decode")
+        out = reference.attention(q, k, v, multiplier, visibility).out
+        pairs = zip((q, k, v, query_scale), self._needs, strict=False)
+        leaves = [x for x, needed in pairs if x is not None and needed]
+        return list(torch.autograd.grad(out, leaves, q.detach())) if leaves else [out.detach()]

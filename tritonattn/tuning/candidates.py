@@ -1,0 +1,50 @@
+"""The configs that are worth compiling for a kernel: around the defaults, in the ranges that flash attention uses."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from .config import Problem, Target, TileConfig, legal_reasons, may_use_descriptors
+from .defaults import default_config
+
+# By kernel: block_m, block_n, num_warps, num_stages.
+_RANGES = {
+    "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
+    "grad_query": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
+    "grad_key_value": ((32, 64, 128), (64, 128), (4, 8), (2, 3)),
+    "decode": ((16,), (32, 64, 128), (2, 4, 8), (2, 3, 4)),
+}
+_AMD_RANGES = {
+    "forward": ((64, 128), (32, 64), (4, 8), (1, 2)),
+    "grad_query": ((32, 64), (16, 32, 64), (4, 8), (1,)),
+    "grad_key_value": ((16, 32), (32, 64), (4, 8), (1,)),
+    "decode": ((16,), (16, 32, 64), (2, 4), (1, 2)),
+}
+
+
+def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """Legal configs, the default first, each once; with descriptors where the hardware has them."""
+    ranges = (_RANGES if target.backend == "cuda" else _AMD_RANGES)[kernel]
+    kinds = (True, False) if may_use_descriptors(kernel, problem, target) else (False,)
+    found = [TileConfig(*tiles, descriptors=kind) for kind in kinds for tiles in product(*ranges)]
+    default = default_config(kernel, problem, target)
+    return [default, *(one for one in found if one != default and _is_sensible(kernel, one, problem, target))]
+
+
+def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """Those that code tells apart: it does not say what more stages hide, nor what descriptors save in latency."""
+    default, *others = candidates(kernel, problem, target)
+    described = may_use_descriptors(kernel, problem, target)
+    stages = default.num_stages
+    return [default, *(one for one in others if one.num_stages == stages and one.descriptors == described)]
+
+
+def _is_sensible(kernel: str, config: TileConfig, problem: Problem, target: Target) -> bool:
+    """Legal, and with fp32 accumulators and logits that the registers of its warps (255 a thread) can hold at all."""
+    if legal_reasons(kernel, config, problem, target):
+        return False
+    held = config.block_n if kernel == "grad_key_value" else config.block_m
+    width = 2 * problem.width if kernel == "grad_key_value" else problem.width
+    in_registers = config.block_m * config.block_n + (0 if target.has_tensor_memory else held * width)
+    lanes = (64 if target.backend == "hip" else 32) * config.num_warps
+    return kernel == "decode" or in_registers <= 208 * lanes

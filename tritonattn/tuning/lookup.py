@@ -1,0 +1,108 @@
+"""The config of a call: from the user's table, the shipped one of this GPU, of its architecture, else a default."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from . import cache_dir
+from .config import Problem, Target, TileConfig, legal_reasons
+from .defaults import default_config
+from .gpus import GPUS, table_name
+from .table import Key, Table, TableError, kernels_fingerprint, key_of, read_table
+
+# What a compiler or a card refused although it is legal by the estimates.
+_struck: set[tuple[str, Problem, Target, TileConfig]] = set()
+
+
+class Found(NamedTuple):
+    """A config and the file that it comes from; None is the built-in default."""
+
+    config: TileConfig
+    path: Path | None
+
+
+def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
+    """The config that a call runs with; one that is not legal for it is passed over."""
+    return find(kernel, problem, target).config
+
+
+def find(kernel: str, problem: Problem, target: Target) -> Found:
+    """`config_for`, and where it was found. Files are read once a process and target."""
+    key = key_of(kernel, problem)
+    if key is not None:
+        for found in _entries(target).get(key, ()):
+            is_struck = (kernel, problem, target, found.config) in _struck
+            if not is_struck and not legal_reasons(kernel, found.config, problem, target):
+                return found
+    return Found(default_config(kernel, problem, target), None)
+
+
+def strike(kernel: str, problem: Problem, target: Target, config: TileConfig, why: Exception) -> bool:
+    """Pass over a table's config from now on, and say so; False where the config in use is of no table."""
+    found = find(kernel, problem, target)
+    if found.path is None or found.config != config:
+        return False
+    _struck.add((kernel, problem, target, config))
+    text = f"{type(why).__name__}: {str(why)[:200]}"
+    warnings.warn(
+        f"tritonattn skips a tuned config: {found.path}: {key_of(kernel, problem)}: {config}: {text}", stacklevel=2
+    )
+    return True
+
+
+def forget() -> None:
+    """Read the files again at the next call."""
+    _entries.cache_clear()
+    _struck.clear()
+
+
+def paths(target: Target) -> list[Path]:
+    """The files that may hold a table for a target, the first to be asked first; they need not exist."""
+    name = table_name(target)
+    try:
+        shipped = cache_dir.shipped_tables()
+    except FileNotFoundError:
+        shipped = None
+    relatives = [gpu.name for gpu in GPUS if gpu.target[:2] == target[:2] and gpu.name != name]
+    found = [user_table(target)] if name else []
+    if shipped is not None:
+        found += [shipped / f"{stem}.json" for stem in ([name] if name else []) + relatives]
+    return found
+
+
+def user_table(target: Target) -> Path:
+    """Where `tritonattn tune` writes for a target's card."""
+    return cache_dir.user_cache() / "autotune" / f"{table_name(target)}.json"
+
+
+def usable_table(path: Path, target: Target) -> Table:
+    """The table in a file, if it is for this architecture and these kernels. Raises TableError, FileNotFoundError."""
+    table = read_table(path)
+    if table.target[:2] != target[:2]:
+        raise TableError(f"{path}: target: expected {target.name}, got {table.target.name}")
+    if table.kernels != kernels_fingerprint():
+        wanted = kernels_fingerprint()
+        raise TableError(
+            f"{path}: kernels: expected {wanted}, got {table.kernels[:40]!r}: of other kernels, tune again"
+        )
+    return table
+
+
+@functools.lru_cache(maxsize=64)
+def _entries(target: Target) -> dict[Key, tuple[Found, ...]]:
+    """Of all files, in the order of the search; a file that cannot be used is reported once and skipped."""
+    merged: dict[Key, tuple[Found, ...]] = {}
+    for path in paths(target):
+        try:
+            table = usable_table(path, target)
+        except FileNotFoundError:
+            continue
+        except TableError as error:
+            warnings.warn(f"tritonattn skips a table of tuned configs: {error}", stacklevel=2)
+            continue
+        for key, entry in table.entries.items():
+            merged[key] = (*merged.get(key, ()), Found(entry.config, path))
+    return merged

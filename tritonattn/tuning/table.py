@@ -1,0 +1,225 @@
+"""Tables of tuned configs: what a file says, how it is checked, read and written. Data; nothing in it is executed."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+import tempfile
+import tokenize
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .config import TILED_KERNELS, Problem, Target, TileConfig
+
+SCHEMA_VERSION = 1
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+# By kernel, the scales of a call; "gradient": the query scale's too, which grad_query sums.
+_SCALES = ("none", "query", "query+key")
+_SCALES_OF_GRAD_QUERY = ("none", "query", "query+gradient", "query+key+gradient")
+SCALES: dict[str, tuple[str, ...]] = {
+    kernel: _SCALES_OF_GRAD_QUERY if kernel == "grad_query" else _SCALES for kernel in TILED_KERNELS
+}
+LENGTHS = ("short", "long")
+SOURCES = ("static", "measured")
+_LARGEST_FILE = 2**22
+_FIELDS = ("schema_version", "gpu", "target", "kernels", "entries")
+# Inclusive bounds of a config's numbers, so that no later arithmetic meets a hostile one.
+_MOST = {"block_m": 1024, "block_n": 1024, "num_warps": 32, "num_stages": 16}
+
+
+class TableError(ValueError):
+    """A table that cannot be used; the message names the file and says why."""
+
+
+class Key(NamedTuple):
+    """What an entry is for: 16-bit calls whose wider head dim is at most head_dim, and pads to the same tile."""
+
+    kernel: str
+    head_dim: int
+    scales: str
+    lengths: str
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self))
+
+    @classmethod
+    def parse(cls, text: str) -> Key:
+        """The key that prints as this; raises ValueError."""
+        kernel, head_dim, scales, lengths = text.split("/")
+        if kernel not in SCALES or scales not in SCALES[kernel] or lengths not in LENGTHS:
+            raise ValueError(text)
+        if head_dim not in map(str, HEAD_DIMS):
+            raise ValueError(text)
+        return cls(kernel, int(head_dim), scales, lengths)
+
+    @property
+    def problem(self) -> Problem:
+        """A call of this key, causal."""
+        dim, right = self.head_dim, self.kernel != "decode"
+        return Problem(
+            dim, dim, torch.bfloat16, right=right, short=self.lengths == "short",
+            query_scale="query" in self.scales, key_scale="key" in self.scales,
+            query_scale_grad="gradient" in self.scales,
+        )  # fmt: skip
+
+
+def key_of(kernel: str, problem: Problem) -> Key | None:
+    """The key of a call; None where tables have none: fp32, memory-bound kernels, and what takes more registers.
+
+    That is a mask, dropout, and decoding with many rows or from pages.
+    """
+    is_heavy = problem.mask or problem.dropout or problem.block_table or problem.packed_rows > 16
+    if problem.dtype.itemsize != 2 or kernel not in TILED_KERNELS or is_heavy:
+        return None
+    wider = max(problem.head_dim, problem.value_dim)
+    head_dim = next((dim for dim in HEAD_DIMS if dim >= wider), None)
+    if head_dim is None:
+        return None
+    return Key(kernel, head_dim, _scales(kernel, problem), LENGTHS[not problem.short])
+
+
+def _scales(kernel: str, problem: Problem) -> str:
+    """Where several kinds would do, the one with more in it: a key scale seldom comes alone, or without gradients."""
+    if kernel == "grad_query" and (problem.query_scale_grad or problem.key_scale):
+        return SCALES[kernel][2 + problem.key_scale]
+    return _SCALES[1 + problem.key_scale if problem.query_scale or problem.key_scale else 0]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A config and where it comes from.
+
+    source    "static": it passed the gate and came first by the model; "measured": it was timed on the card
+    details   what the source knows, for readers: registers, bytes, versions, milliseconds, runners-up
+    """
+
+    config: TileConfig
+    source: str
+    details: dict[str, Any]
+
+    def as_record(self) -> dict[str, Any]:
+        return {"config": asdict(self.config), "source": self.source, **self.details}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The entries for one GPU (its table_name), made for kernels of one fingerprint."""
+
+    gpu: str
+    target: Target
+    kernels: str
+    entries: dict[Key, Entry]
+
+    def text(self) -> str:
+        """The file's content; the same table is the same bytes."""
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "gpu": self.gpu,
+            "target": self.target.name,
+            "kernels": self.kernels,
+        }
+        order = sorted(self.entries, key=lambda key: (TILED_KERNELS.index(key.kernel), *key[1:]))
+        entries = {str(key): self.entries[key].as_record() for key in order}
+        return json.dumps({**record, "entries": entries}, indent=1, sort_keys=False) + "\n"
+
+
+def read_table(path: Path) -> Table:
+    """The table in a file. Raises TableError for a file that is no table of this schema; FileNotFoundError."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise ValueError(f"expected at most {_LARGEST_FILE} bytes")
+        return _parse(json.loads(content.decode("utf-8")))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise TableError(f"{path}: {error}") from error
+
+
+def _parse(record: Any) -> Table:
+    """Raises ValueError."""
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, got {type(record).__name__}")
+    version = record.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise ValueError(f"schema_version: expected {SCHEMA_VERSION}, got {_shown(version)}")
+    for name in _FIELDS:
+        wanted = {"schema_version": int, "entries": dict}.get(name, str)
+        if type(record.get(name)) is not wanted:
+            raise ValueError(f"{name}: expected {wanted.__name__}, got {_shown(record.get(name))}")
+    entries = {}
+    for text, entry in record["entries"].items():
+        try:
+            key = Key.parse(text)
+        except ValueError:
+            raise ValueError(f"entries: expected kernel/head_dim/scales/lengths, got {_shown(text)}") from None
+        entries[key] = _entry(text, entry)
+    return Table(record["gpu"], Target.parse(record["target"]), record["kernels"], entries)
+
+
+def _entry(key: str, record: Any) -> Entry:
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise ValueError(f"{key}: expected an object with a config, got {_shown(record)}")
+    details = {name: value for name, value in record.items() if name not in ("config", "source")}
+    if record.get("source") not in SOURCES:
+        raise ValueError(f"{key}: source: expected one of {', '.join(SOURCES)}, got {_shown(record.get('source'))}")
+    config, names = record["config"], {field.name for field in fields(TileConfig)}
+    if set(config) != names:
+        raise ValueError(f"{key}: config: expected {', '.join(sorted(names))}, got {_shown(sorted(config))}")
+    for name, value in config.items():
+        wanted = bool if name == "descriptors" else int
+        if type(value) is not wanted or not 0 <= value <= _MOST.get(name, 1):
+            raise ValueError(
+                f"{key}: {name}: expected {wanted.__name__} of at most {_MOST.get(name, 1)}, got {_shown(value)}"
+            )
+    return Entry(TileConfig(**config), record["source"], details)
+
+
+def _shown(value: Any) -> str:
+    """A value of a file in a message, short and on one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Replace a file at once: a reader, or another writer, meets the old file or the new one. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(table.text())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@functools.cache
+def kernels_fingerprint() -> str:
+    """16 hex digits of the kernels' code without its comments, docstrings and layout: tables are for one of it."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(__file__).parent.parent / "kernels").glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + _code(path.read_text(encoding="utf-8")).encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _code(source: str) -> str:
+    """Tokens, one a line; a string that is a statement of its own is a docstring."""
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    kept, starts_statement = [], True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        is_docstring = starts_statement and token.type == tokenize.STRING
+        if token.type not in layout and not is_docstring:
+            kept.append(token.string)
+        if token.type not in (tokenize.COMMENT, tokenize.NL):
+            starts_statement = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    return "\n".join(kept)

@@ -1,0 +1,101 @@
+"""The one timing protocol: contestants take turns, each call on fresh caches and the next set of inputs; quartiles."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+# A contestant is called with the number of the round, by which it chooses among its copies of the inputs.
+Contestant = Callable[[int], object]
+
+_FLUSHED_BYTES = 2**28  # more than any L2 of today
+_WARM_UP_SECONDS = 0.3
+_FEWEST_ROUNDS = 3  # of a measurement that its time limit cuts short: a median of less says little
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of a call over rounds: median and quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+    rounds: int
+
+    @classmethod
+    def of(cls, milliseconds: list[float]) -> Timing:
+        if len(milliseconds) == 1:
+            return cls(milliseconds[0], milliseconds[0], milliseconds[0], 1)
+        lower, _, upper = statistics.quantiles(milliseconds, n=4, method="inclusive")
+        return cls(statistics.median(milliseconds), lower, upper, len(milliseconds))
+
+
+def take_turns(
+    contestants: Mapping[str, Contestant],
+    device: torch.device,
+    rounds: int,
+    warm_up: float = _WARM_UP_SECONDS,
+    seconds: float = math.inf,
+) -> dict[str, list[float]]:
+    """Milliseconds of every contestant in every round: A B C, A B C, ..., so that a noisy moment meets all.
+
+    Everybody is called once before (what is compiled is compiled), then in turn for `warm_up` seconds, so that clocks
+    are steady. On a GPU the L2 cache is overwritten before each call and events take its time. After `seconds` of
+    rounds no further one begins, but three there are.
+    """
+    measure = _on_gpu(device) if device.type == "cuda" else _on_cpu
+    for contestant in contestants.values():
+        contestant(0)
+    number, start = 0, time.perf_counter()
+    while time.perf_counter() - start < warm_up:
+        for contestant in contestants.values():
+            measure(contestant, number)
+        number += 1
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    start = time.perf_counter()
+    for number in range(rounds):
+        if number >= _FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        for name, contestant in contestants.items():
+            taken[name].append(measure(contestant, number))
+    return taken
+
+
+def _on_cpu(contestant: Contestant, number: int) -> float:
+    start = time.perf_counter()
+    contestant(number)
+    return 1000 * (time.perf_counter() - start)
+
+
+def _on_gpu(device: torch.device) -> Callable[[Contestant, int], float]:
+    flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device)
+
+    def measure(contestant: Contestant, number: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flushed.zero_()
+        start.record()
+        contestant(number)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return measure
+
+
+def card_state(device: torch.device) -> dict[str, str]:
+    """Clocks, temperature, power and driver by nvidia-smi; empty where there is none."""
+    names = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+    if device.type != "cuda" or torch.version.hip:
+        return {}
+    query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "-i", str(device.index or 0)]
+    try:
+        line = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return {}
+    return dict(zip(names, (part.strip() for part in line.split(",")), strict=False))

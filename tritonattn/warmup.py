@@ -1,0 +1,51 @@
+"""`warmup`: compile before it is urgent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .api import attention
+
+Shape = tuple[int, int, int, int]
+
+
+def warmup(
+    shapes: Iterable[Shape | tuple[Shape, Shape, Shape]],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    backward: bool = False,
+    **options: Any,
+) -> None:
+    """Compile the kernels that calls of `attention` will launch, by calling it once with zeros.
+
+    A first call takes seconds to compile, and none may be compiled while a CUDA graph is captured. Kernels differ by
+    head dims, dtype, masks, scales and forms, and by whether there are more than 1024 rows or keys; not by other
+    lengths, batch or heads, so that a few shapes stand for many.
+
+    Args:
+        shapes: Of each call q's shape [B, Hq, Sq, D], which k and v then share, or those of (q, k, v).
+        dtype: Of q, k and v.
+        device: Where the calls will run.
+        backward: Compile the backward pass too.
+        options: As of `attention`: scaling, gain, causal, window, ...; tensors on `device`.
+
+    Raises:
+        ValueError: A shape that is neither; whatever `attention` raises.
+
+    >>> import tritonattn
+    >>> tritonattn.warmup([(1, 8, 128, 64)], device="cpu", scaling="key_count", causal=True, backward=True)
+    """
+    for shape in shapes:
+        each = shape if len(shape) == 3 else (shape,) * 3
+        if any(not hasattr(one, "__len__") or len(one) != 4 for one in each):
+            raise ValueError(f"shapes: expected (B, H, S, D), or three of them for q, k and v, got {shape}")
+        q, k, v = (torch.zeros(one, dtype=dtype, device=device, requires_grad=backward) for one in each)
+        with torch.set_grad_enabled(backward):
+            result = attention(q, k, v, **options)
+            out = result[0] if isinstance(result, tuple) else result
+            if backward:
+                out.backward(torch.zeros_like(out))
