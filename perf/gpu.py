@@ -78,7 +78,10 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, required=True, metavar="N", help="for all of it")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results, logs, tuned tables, plots")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "perf" / "results" / "gpu", metavar="DIR",
+        help="results, logs, tuned tables, plots (default: perf/results/gpu)",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--phases", type=lambda text: text.split(","), metavar="A,B", help="run these alone")
     parser.add_argument("--tests", metavar="PATH", help="what pytest runs; default: tests/kernels, on a CPU a part")

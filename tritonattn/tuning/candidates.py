@@ -7,7 +7,13 @@ from itertools import product
 from .config import Problem, Target, TileConfig, legal_reasons, may_use_descriptors
 from .defaults import default_config
 
-# By kernel: block_m, block_n, num_warps, num_stages.
+# By kernel: block_m, block_n, num_warps, num_stages; of head dims above 128, and of others.
+_WIDE_RANGES = {
+    "forward": ((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)),
+    "grad_query": ((32, 64, 128), (32, 64), (4, 8), (1, 2)),
+    "grad_key_value": ((32, 64), (32, 64), (4, 8), (1, 2)),
+    "decode": ((16,), (32, 64, 128), (2, 4, 8), (2, 3, 4)),
+}
 _RANGES = {
     "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
     "grad_query": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
@@ -24,7 +30,8 @@ _AMD_RANGES = {
 
 def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
     """Legal configs, the default first, each once; with descriptors where the hardware has them."""
-    ranges = (_RANGES if target.backend == "cuda" else _AMD_RANGES)[kernel]
+    of_width = _WIDE_RANGES if problem.width > 128 else _RANGES
+    ranges = (of_width if target.backend == "cuda" else _AMD_RANGES)[kernel]
     kinds = (True, False) if may_use_descriptors(kernel, problem, target) else (False,)
     found = [TileConfig(*tiles, descriptors=kind) for kind in kinds for tiles in product(*ranges)]
     default = default_config(kernel, problem, target)
@@ -32,11 +39,14 @@ def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig
 
 
 def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """Those that code tells apart: it does not say what more stages hide, nor what descriptors save in latency."""
+    """Those that code tells apart: it does not say what more stages hide, nor what descriptors save in latency.
+
+    Of wide heads fewer stages may be what fits.
+    """
     default, *others = candidates(kernel, problem, target)
     described = may_use_descriptors(kernel, problem, target)
-    stages = default.num_stages
-    return [default, *(one for one in others if one.num_stages == stages and one.descriptors == described)]
+    most, least = default.num_stages, 1 if problem.width > 128 and kernel != "decode" else default.num_stages
+    return [default, *(one for one in others if least <= one.num_stages <= most and one.descriptors == described)]
 
 
 def _is_sensible(kernel: str, config: TileConfig, problem: Problem, target: Target) -> bool:

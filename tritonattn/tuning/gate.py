@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from .compile import compile_kernel
 from .config import TENSOR_MEMORY_COLUMNS, Problem, Target, TileConfig, legal_reasons, padded_dim, shared_limit
-from .machine_code import MachineCode, flops_per_logit, read_machine_code
+from .machine_code import MachineCode, MmaLoop, flops_per_logit, read_machine_code
 from .model import RATES, cycles, programs_per_sm
 
 # Bytes that the L2 cache gives an SM a clock: 5120 for the 108 of an A100 (NVIDIA A100 whitepaper); taken for all.
 _L2_BYTES = 48
+# Clocks until a load from memory arrives, about.
+_LATENCY = 600
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,25 @@ def gate_reasons(kernel: str, problem: Problem, config: TileConfig, target: Targ
     loop = code.unmasked_loop
     if loop is None:
         return [*reasons, "has no loop with tensor instructions"]
-    tile = loop.tiles * config.block_m * config.block_n
-    exponentials = loop.instructions.get("exp", 0) * 32 * config.num_warps / tile
-    if kernel != "decode" and exponentials > 1.1:
-        reasons.append(f"computes {exponentials:.2f} exponentials a logit: warps repeat each other's softmax")
+    softmaxes = _softmaxes(kernel, config, loop)
+    if kernel != "decode" and softmaxes > 1.1:
+        reasons.append(f"computes {softmaxes:.2f} exponentials a logit: warps repeat each other's softmax")
     return reasons
+
+
+def _softmaxes(kernel: str, config: TileConfig, loop: MmaLoop) -> float:
+    """Exponentials a logit but for those that correct earlier sums, which 4 lanes of every warp may take for a row."""
+    rows = 4 * config.num_warps / config.block_n if kernel == "forward" else 0
+    tile = loop.tiles * config.block_m * config.block_n
+    return loop.instructions.get("exp", 0) * 32 * config.num_warps / tile - rows
 
 
 def modelled_clocks(kernel: str, problem: Problem, candidate: Candidate, target: Target, processors: int) -> float:
     """Clocks of a representative call on a GPU by the rates of its units: for ranking only.
 
     A processor holds some programs at once. Their units overlap as far as warps hide one another: an iteration takes
-    its longest unit's time and, of the others', the share that one warp of those on a scheduler leaves exposed.
+    its longest unit's time and, of the others', the share that one warp of those on a scheduler leaves exposed. Loads
+    that no pipeline makes ahead are hidden by the other programs alone.
     """
     config, code = candidate.config, candidate.code
     assert code is not None
@@ -71,8 +80,9 @@ def modelled_clocks(kernel: str, problem: Problem, candidate: Candidate, target:
     units["l2"] = loop.tiles * _streamed_bytes(kernel, problem, config) / _L2_BYTES
     longest = max(units.values())
     exposed = (units["tensor"] + units["exp"] + units["issue"] - longest) / max(1.0, resident * config.num_warps / 4)
+    waiting = _LATENCY * loop.tiles / resident if config.num_stages == 1 else 0.0
     waves = -(-programs // (processors * resident))
-    return waves * resident * iterations / loop.tiles * (longest + max(exposed, 0.0))
+    return waves * resident * iterations / loop.tiles * (longest + max(exposed, 0.0) + waiting)
 
 
 def _streamed_bytes(kernel: str, problem: Problem, config: TileConfig) -> int:

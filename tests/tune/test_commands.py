@@ -1,0 +1,230 @@
+"""`tritonattn tune`, `configs` and `env`: what they write, keep, print and refuse. Nothing is compiled or timed."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tritonattn import cli
+from tritonattn.tune import commands, environment, in_use
+from tritonattn.tune.search import Result
+from tritonattn.tuning import cache_dir, lookup
+from tritonattn.tuning.config import Target, TileConfig
+from tritonattn.tuning.defaults import default_config
+from tritonattn.tuning.gate import Candidate
+from tritonattn.tuning.machine_code import MachineCode, MmaLoop
+from tritonattn.tuning.static import keys
+from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, read_table, write_table
+from tritonattn.tuning.timing import Timing
+
+ONE = ["tune", "--static", "a100", "--kernels", "forward", "--head-dims", "64", "--lengths", "long"]
+KEYS = [Key("forward", 64, scales, "long") for scales in ("none", "query", "query+key")]
+BEST = TileConfig(64, 64, 4, 2)
+H100 = Target("cuda", "90", "NVIDIA H100 80GB HBM3")
+
+
+class FakeCompiler:
+    """Only BEST passes the gate."""
+
+    def __init__(self, target, workers):
+        self.target = target
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def examine(self, wanted, progress=None):
+        loop = MmaLoop({"tensor": 1, "exp": 1}, packed=0, tiles=1, flops=64 * 64 * 256, shared_bytes=1024)
+        code = MachineCode(128, 0, 32768, 0, 0, (loop,))
+        return [Candidate(config, code, () if config == BEST else ("spills",)) for _, _, config in wanted]
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    """The folder of the user's tables; none is shipped."""
+    (tmp_path / "shipped").mkdir()
+    monkeypatch.setattr(cache_dir, "shipped_tables", lambda: tmp_path / "shipped")
+    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "user"))
+    monkeypatch.setattr(commands, "Compiler", FakeCompiler)
+    lookup.forget()
+    yield tmp_path / "user" / "autotune"
+    lookup.forget()
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_without_a_gpu_it_says_so_and_offers_another_way(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    status, _, err = run(capsys, "tune")
+    assert status == 2
+    assert "expected a GPU, found none" in err
+    assert "--static" in err
+    assert "h100" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--static", "h1000"], "--static: expected a100, a10"),
+        (["--kernels", "forwards"], "--kernels: expected forward, grad_key_value, grad_query, decode, got 'forwards'"),
+        (["--head-dims", "63"], "--head-dims: expected 64, 80"),
+        (["--dtypes", "fp8"], "--dtypes: expected bf16, fp16"),
+        (["--lengths", "huge"], "--lengths: expected short, long"),
+    ],
+)
+def test_unknown_names(arguments, message, capsys):
+    status, _, err = run(capsys, "tune", *arguments)
+    assert status == 2
+    assert message in err
+
+
+def test_a_static_table_is_written_for_the_user(user, capsys):
+    status, out, _ = run(capsys, *ONE)
+    assert status == 0
+    table = read_table(user / "a100.json")
+    assert {key: entry.config for key, entry in table.entries.items()} == dict.fromkeys(KEYS, BEST)
+    assert table.kernels == kernels_fingerprint()
+    assert "64 x 64, 4 warps, 2 stages" in out
+    content = (user / "a100.json").read_bytes()
+    run(capsys, *ONE)
+    assert (user / "a100.json").read_bytes() == content
+
+
+def test_it_is_shipped_if_that_is_asked_for(user, tmp_path, capsys):
+    run(capsys, *ONE, "--write")
+    assert (tmp_path / "shipped" / "a100.json").exists()
+    assert not user.exists()
+
+
+def test_what_was_measured_and_what_was_not_asked_for_is_kept(user, capsys):
+    measured = Entry(TileConfig(128, 64, 4, 2), "measured", {"milliseconds": 1.0})
+    other = Key("decode", 64, "none", "long")
+    before = {KEYS[0]: measured, other: Entry(TileConfig(16, 64, 4, 2), "static", {})}
+    write_table(user / "a100.json", Table("a100", Target("cuda", "80"), kernels_fingerprint(), before))
+    run(capsys, *ONE)
+    entries = read_table(user / "a100.json").entries
+    assert set(entries) == {*KEYS, other}
+    assert entries[KEYS[0]] == measured
+    assert entries[KEYS[1]].config == BEST
+
+
+def test_a_table_of_other_kernels_is_replaced(user, capsys):
+    stale = {Key("decode", 64, "none", "long"): Entry(TileConfig(16, 64, 4, 2), "measured", {})}
+    write_table(user / "a100.json", Table("a100", Target("cuda", "80"), "0" * 16, stale))
+    _, out, _ = run(capsys, *ONE)
+    assert "not kept:" in out
+    assert "of other kernels" in out
+    assert set(read_table(user / "a100.json").entries) == set(KEYS)
+
+
+def test_a_folder_that_cannot_be_written(user, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "file"))
+    status, _, err = run(capsys, *ONE)
+    assert status == 2
+    assert "cannot write" in err
+    assert "$TRITONATTN_CACHE_DIR" in err
+
+
+@pytest.fixture
+def on_h100(user, monkeypatch):
+    """A machine with an H100 on which every search finds BEST; it fills the list of keys searched for."""
+    searched = []
+
+    def search(key, configs, target, device, effort, dtypes):
+        searched.append(key)
+        before, timing = default_config(key.kernel, key.problem, target), Timing(1.0, 0.9, 1.1, 20)
+        return Result(key, before, Timing(2.0, 1.9, 2.1, 20), Entry(BEST, "measured", {"milliseconds": 1.0}), timing)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: H100))
+    monkeypatch.setattr(commands, "search", search)
+    return searched
+
+
+SEARCH = ["tune", *ONE[3:]]
+
+
+def test_a_search_writes_what_it_found_and_shows_the_gain(on_h100, user, capsys):
+    status, out, _ = run(capsys, *SEARCH)
+    assert status == 0
+    assert read_table(user / "h100.json").entries == dict.fromkeys(KEYS, Entry(BEST, "measured", {"milliseconds": 1.0}))
+    assert "2.000x" in out
+    assert lookup.find("forward", KEYS[0].problem, H100) == (BEST, user / "h100.json")
+
+
+def test_a_search_that_is_stopped_goes_on(on_h100, user, monkeypatch, capsys):
+    search = commands.search
+
+    def stopped(key, *arguments, **options):
+        if key == KEYS[1]:
+            raise KeyboardInterrupt
+        return search(key, *arguments, **options)
+
+    monkeypatch.setattr(commands, "search", stopped)
+    status, out, _ = run(capsys, *SEARCH)
+    assert status == 0
+    assert "stopped: run the command again to go on" in out
+    assert set(read_table(user / "h100.json").entries) == {KEYS[0]}
+    monkeypatch.setattr(commands, "search", search)
+    _, out, _ = run(capsys, *SEARCH)
+    assert "1 of 3 keys are measured already" in out
+    assert on_h100 == KEYS
+
+
+def test_a_budget(on_h100, user, capsys):
+    _, out, _ = run(capsys, *SEARCH, "--budget", "-1")
+    assert "the budget of -1 minutes is spent" in out
+    assert on_h100 == []
+
+
+def test_configs_says_where_each_comes_from(user, capsys):
+    entries = {Key("forward", 64, "none", "long"): Entry(BEST, "static", {})}
+    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))
+    status, out, _ = run(capsys, "configs", "--gpu", "h100")
+    assert status == 0
+    lines = {line.split("|")[1].strip(): line for line in out.splitlines()[2:]}
+    assert set(lines) == set(map(str, keys()))
+    assert "h100.json, static" in lines["forward/64/none/long"]
+    assert "default" in lines["forward/64/none/short"]
+
+
+def test_env_says_which_tables_are_in_use(on_h100, user, monkeypatch):
+    entries = {Key("forward", 64, "none", "long"): Entry(BEST, "static", {})}
+    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))
+    (user / "h100.json").with_name("note.txt").write_text("", encoding="utf-8")
+    found = in_use.tables(H100)
+    assert found[str(user / "h100.json")] == f"1 entries, 1 of {len(list(keys()))} in use"
+    (user / "h100.json").write_text(json.dumps({"schema_version": 9}), encoding="utf-8")
+    lookup.forget()
+    with pytest.warns(UserWarning, match="skips a table"):
+        found = in_use.tables(H100)
+    assert "skipped" in found[str(user / "h100.json")]
+    assert "expected 1, got 9" in found[str(user / "h100.json")]
+
+
+def test_env_without_triton(monkeypatch):
+    monkeypatch.setattr(environment, "find_spec", lambda name: None)
+    facts = environment.environment()
+    assert facts["kernels run"] == "never: triton is not installed"
+    assert facts["torch"] == torch.__version__
+
+
+def test_env_is_for_a_report(capsys):
+    status, out, _ = run(capsys, "env")
+    assert status == 0
+    for fact in ("tritonattn: ", f"torch: {torch.__version__}", "kernels run: ", "user cache: ", "GPU"):
+        assert fact in out
+    assert os.environ.get("HOME", "/") in out
