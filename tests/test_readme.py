@@ -19,7 +19,7 @@ def test_snippets_run(position):
 
 
 def test_no_snippet_is_overlooked():
-    assert len(SNIPPETS) == 6
+    assert len(SNIPPETS) == 7
     assert "class LogKeyNorm(Scaling)" in SNIPPETS[1]
 
 

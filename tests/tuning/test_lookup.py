@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 
@@ -85,6 +86,10 @@ def test_a_table_for_other_kernels_or_another_gpu_is_skipped(folders):
     put(shipped / "h100.json", 32, kernels="feedfeedfeedfeed")
     with pytest.warns(UserWarning, match="kernels: expected .*, got 'feedfeedfeedfeed'"):
         assert lookup.find("forward", PROBLEM, H100).path is None
+    write_table(shipped / "h100.json", Table("h200", H200, kernels_fingerprint(), {}))
+    lookup.forget()
+    with pytest.warns(UserWarning, match="gpu: expected h100, got 'h200'"):
+        assert lookup.find("forward", PROBLEM, H100).path is None
     put(shipped / "h100.json", 32, target=Target("hip", "gfx942"))
     with pytest.warns(UserWarning, match="target: expected sm_90, got gfx942"):
         assert lookup.find("forward", PROBLEM, H100).path is None
@@ -97,13 +102,29 @@ def test_folders_that_cannot_be_read(folders, monkeypatch):
     with pytest.warns(UserWarning, match="directory"):
         assert lookup.find("forward", PROBLEM, H100).path is None
 
+    (user / "h100.json").rmdir()
+    os.mkfifo(user / "h100.json")
+    lookup.forget()
+    with pytest.warns(UserWarning, match="regular file"):
+        assert lookup.find("forward", PROBLEM, H100).path is None
+
     def missing():
         raise FileNotFoundError("neither")
 
     monkeypatch.setattr(cache_dir, "shipped_tables", missing)
-    (user / "h100.json").rmdir()
+    (user / "h100.json").unlink()
     lookup.forget()
     assert lookup.find("forward", PROBLEM, H100).path is None
+
+
+def test_a_user_without_a_home(folders, monkeypatch):
+    put(folders[0] / "h100.json", 32)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cache_dir, "user_cache", homeless)
+    assert found() == 32
 
 
 def test_an_illegal_entry_never_runs(folders):

@@ -87,6 +87,7 @@ def test_candidates(gpu):
         assert all(not legal_reasons(key.kernel, config, key.problem, gpu.target) for config in found)
 
 
+@pytest.mark.slow
 @compiled
 def test_a_static_table(tmp_path):
     wanted = [Key("forward", 64, "query", lengths) for lengths in ("short", "long")]

@@ -92,7 +92,10 @@ def _tune_static(request: Request) -> int:
 
 
 def _path(gpu: str, write: bool) -> Path:
-    folder = cache_dir.shipped_tables() if write else cache_dir.user_cache() / "autotune"
+    try:
+        folder = cache_dir.shipped_tables() if write else cache_dir.user_cache() / "autotune"
+    except (FileNotFoundError, RuntimeError) as error:
+        raise CommandError(f"{error}; $TRITONATTN_CACHE_DIR names a folder for the user's tables") from error
     return folder / f"{gpu}.json"
 
 

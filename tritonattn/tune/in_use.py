@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -18,7 +20,7 @@ def kernel_facts() -> dict[str, str]:
     facts = {
         "kernels": kernels_fingerprint(),
         "kernels run": "in Triton's interpreter (TRITON_INTERPRET=1)" if launch.interpreting else "compiled",
-        "shipped tables": _shipped(), "user cache": str(cache_dir.user_cache()),
+        "shipped tables": _told(cache_dir.shipped_tables), "user cache": _told(cache_dir.user_cache),
         "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", "not set"),
     }  # fmt: skip
     if not torch.cuda.is_available():
@@ -28,10 +30,10 @@ def kernel_facts() -> dict[str, str]:
     return facts
 
 
-def _shipped() -> str:
+def _told(folder: Callable[[], Path]) -> str:
     try:
-        return str(cache_dir.shipped_tables())
-    except FileNotFoundError as error:
+        return str(folder())
+    except (FileNotFoundError, RuntimeError) as error:
         return str(error)
 
 

@@ -24,7 +24,8 @@ def user_cache() -> Path:
     """The user's cache folder, which may not exist yet.
 
     $TRITONATTN_CACHE_DIR, else $XDG_CACHE_HOME/tritonattn, else ~/.cache/tritonattn. A relative
-    $XDG_CACHE_HOME is ignored, as the XDG base directory specification asks.
+    $XDG_CACHE_HOME is ignored, as the XDG base directory specification asks. Raises RuntimeError where a user without
+    a home asks for it.
     """
     if own := os.environ.get("TRITONATTN_CACHE_DIR"):
         return Path(own).expanduser()

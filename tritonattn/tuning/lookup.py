@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +68,9 @@ def paths(target: Target) -> list[Path]:
     except FileNotFoundError:
         shipped = None
     relatives = [gpu.name for gpu in GPUS if gpu.target[:2] == target[:2] and gpu.name != name]
-    found = [user_table(target)] if name else []
+    found = []
+    with suppress(RuntimeError):  # a user without a home
+        found = [user_table(target)] if name else []
     if shipped is not None:
         found += [shipped / f"{stem}.json" for stem in ([name] if name else []) + relatives]
     return found
@@ -79,8 +82,10 @@ def user_table(target: Target) -> Path:
 
 
 def usable_table(path: Path, target: Target) -> Table:
-    """The table in a file, if it is for this architecture and these kernels. Raises TableError, FileNotFoundError."""
+    """The table in a file, if it is for this GPU, architecture and kernels. Raises TableError, FileNotFoundError."""
     table = read_table(path)
+    if table.gpu != path.stem:
+        raise TableError(f"{path}: gpu: expected {path.stem}, got {table.gpu[:40]!r}")
     if table.target[:2] != target[:2]:
         raise TableError(f"{path}: target: expected {target.name}, got {table.target.name}")
     if table.kernels != kernels_fingerprint():

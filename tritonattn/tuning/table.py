@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import tempfile
 import tokenize
 from dataclasses import asdict, dataclass, fields
@@ -132,6 +133,8 @@ class Table:
 def read_table(path: Path) -> Table:
     """The table in a file. Raises TableError for a file that is no table of this schema; FileNotFoundError."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait
+            raise ValueError("expected a regular file, got a directory, a pipe or a device")
         with path.open("rb") as file:
             content = file.read(_LARGEST_FILE + 1)
         if len(content) > _LARGEST_FILE:
