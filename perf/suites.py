@@ -19,7 +19,7 @@ from .varlen_cases import VarlenCase, spread
 from .work import Shape
 
 MODES = tuple(tritonattn.SCALINGS)
-BACKENDS = {"cuda": "triton", "cpu": "sdpa", "interpret": "triton"}
+BACKENDS = {"cuda": "triton", "cpu": "sdpa", "interpret": "triton", "emulate": "triton"}
 _TOKENS, _WIDTH = 2**14, 2048  # of a training batch on a GPU, and of its model: head_dim times heads
 _CACHED = 2**18  # tokens in all caches of a decoding batch on a GPU
 
@@ -37,7 +37,7 @@ class Axes:
 
 @dataclass(frozen=True)
 class Place:
-    """kind is "cuda", "cpu" or "interpret": kernels on CPU tensors, in Triton's interpreter."""
+    """kind is "cuda", "cpu", "interpret" or "emulate": kernels on CPU tensors, in Triton's interpreter or compiled."""
 
     kind: str
 
@@ -68,8 +68,8 @@ class Suite:
     contests: Callable[[Axes, Place], Iterator[Contest | AccuracyCase]]
 
     def chosen(self, place: Place, quick: bool) -> Axes:
-        """What is quick on a CPU is short even for the interpreter, but for these."""
-        return self.quick if quick and place.kind != "interpret" else self.axes[place.kind]
+        """Those of --quick, which are short on a CPU; what runs slower has short ones anyway."""
+        return self.quick if quick and place.kind in ("cuda", "cpu") else self.axes[place.kind]
 
 
 def _against_peers(suite: str, passes: str) -> Callable[[Axes, Place], Iterator[Contest]]:
@@ -150,7 +150,10 @@ def _axes(
     return {
         "cuda": Axes(lengths["cuda"], head_dims, dtypes or ("bf16",), scalings, everybody),
         "cpu": Axes(lengths["cpu"], head_dims, dtypes or ("fp32",), scalings, everybody),
-        "interpret": Axes((32, 64), (16,), dtypes or ("fp32",), scalings, ("sdpa", "eager") if peers else ()),
+        **dict.fromkeys(
+            ("interpret", "emulate"),
+            Axes((32, 64), (16,), dtypes or ("fp32",), scalings, ("sdpa", "eager") if peers else ()),
+        ),
     }
 
 

@@ -14,12 +14,16 @@ from pathlib import Path
 
 _ROUNDS, _QUICK_ROUNDS = 25, 3
 _SECONDS = 20.0  # of rounds a case
+_DEVICES = (
+    "default: a GPU where there is one. For errors, not times: interpret, kernels in Triton's interpreter; emulate, "
+    "kernels compiled for sm_80 in the emulator of tests/emulator, in 16 bits as a GPU computes them"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     suites = "forward,backward,decode,varlen,overhead,accuracy,scaling,cpu,ceilings; default: all that suit the device"
     parser.add_argument("--suite", type=_names, metavar="A,B", help=suites)
-    parser.add_argument("--device", choices=("cuda", "cpu", "interpret"), help="default: a GPU where there is one")
+    parser.add_argument("--device", choices=("cuda", "cpu", "interpret", "emulate"), help=_DEVICES)
     parser.add_argument("--peers", type=_names, help="sdpa,flex,...: who runs beside ours; none for nobody")
     parser.add_argument("--quick", action="store_true", help="few small cases and rounds: whether all of it runs")
     parser.add_argument("--lengths", type=_numbers, help="1024,2048,...: queries and keys, keys of a cache, ...")
@@ -52,6 +56,10 @@ def run(arguments: argparse.Namespace) -> None:
     kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         sys.exit("sweep: device cuda: torch sees no GPU")
+    if kind == "emulate":
+        from tests.emulated.executor import GPU, Executor
+
+        launch.run = Executor(GPU(80))  # whose configs CPU tensors take
     if kind == "interpret" and not launch.runs_on(torch.device("cpu")):
         sys.exit("sweep: device interpret: set TRITON_INTERPRET=1 in the environment")
     if arguments.threads:

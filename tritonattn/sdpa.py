@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .autograd import first_order, needs_graph
+from .autograd import first_order, needs_graph, runs_eagerly
 from .call import AttentionCall
 from .visibility import Visibility
 
@@ -76,7 +76,10 @@ def _as_bool(condition: bool) -> bool:
 
 
 def _fold(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else _Fold.apply(x, scale)
+    if scale is None:
+        return x
+    is_plain = runs_eagerly(x, scale) and not needs_graph(x, scale)  # to enter autograd takes longer than a short call
+    return _times(x, scale) if is_plain else _Fold.apply(x, scale)
 
 
 def _for_kernel(x: Tensor, width: int) -> Tensor:

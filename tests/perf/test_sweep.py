@@ -15,6 +15,7 @@ from perf.__main__ import main
 from perf.peers import PEERS
 from perf.records import read
 from perf.suites import SUITES
+from tritonattn import launch
 
 from .commands import TINY, sweep
 
@@ -194,6 +195,19 @@ def test_the_gpu_and_the_interpreter_are_needed(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(SystemExit, match="set TRITON_INTERPRET=1"):
         main(["sweep", "--device", "interpret"])
+
+
+@pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+def test_errors_of_compiled_kernels_in_bfloat16(tmp_path, monkeypatch):
+    """The kernels' are smaller than those of a q that was multiplied and rounded."""
+    monkeypatch.setattr(launch, "run", launch.run)
+    options = ("--device", "emulate", "--suite", "accuracy", "--dtypes", "bf16", "--scalings", "key_norm_mean")
+    records = sweep(tmp_path / "records.jsonl", *options, "--lengths", "40")
+    cases = [record for record in records if record.suite == "accuracy"]
+    assert {record.axes["backend"] for record in cases} == {"triton"}
+    ours, recipe = ([r.error for r in cases if r.contestant.startswith(name)] for name in ("tritonattn", "pre-scaled"))
+    assert len(ours) == len(recipe) == 8
+    assert sum(ours) < sum(recipe)
 
 
 def test_every_case_has_a_name_of_its_own():
