@@ -115,6 +115,21 @@ def test_properties():
     assert not visibility_of(4, 7, mask=torch.ones(4, 7, dtype=torch.bool)).per_query_head
 
 
+SIZES = [(q_len, k_len) for q_len in (1, 2, 5) for k_len in (1, 2, 4, 7)]
+SIDES = [None, 0, 1, 3, 6]
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), SIZES)
+def test_what_sizes_tell(q_len, k_len):
+    for left in SIDES:
+        for right in SIDES:
+            for causal in (False, True):
+                visible = visibility_of(q_len, k_len, window=(left, right), causal=causal)
+                dense = visible.dense()
+                assert visible.is_full == dense.all().item(), (left, right, causal)
+                assert visible.sees_every_key == dense.any(-2).all().item(), (left, right, causal)
+
+
 def test_a_window_narrower_than_causal_wins():
     assert torch.equal(
         visibility_of(5, 5, causal=True, window=(1, 3)).dense(), visibility_of(5, 5, window=(1, 0)).dense()

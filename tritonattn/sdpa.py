@@ -14,7 +14,6 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .autograd import first_order, needs_graph, runs_eagerly
 from .call import AttentionCall
-from .visibility import Visibility
 
 
 def supports(call: AttentionCall) -> bool:
@@ -22,7 +21,7 @@ def supports(call: AttentionCall) -> bool:
     if call.softcap is not None or call.sinks is not None or call.dropout is not None:
         return False
     empty = 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape
-    return not empty and (_sees_all(call.visibility) or call.visibility.is_square_causal)
+    return not empty and (call.visibility.is_full or call.visibility.is_square_causal)
 
 
 def attention(call: AttentionCall) -> Tensor:
@@ -41,7 +40,7 @@ def attention(call: AttentionCall) -> Tensor:
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
     out = scaled_dot_product_attention(
         _for_kernel(q, width), _for_kernel(k, width), _for_kernel(v, width), scale=scale,
-        is_causal=_as_bool(not _sees_all(call.visibility)), enable_gqa=_as_bool(q.shape[1] != k.shape[1]),
+        is_causal=_as_bool(not call.visibility.is_full), enable_gqa=_as_bool(q.shape[1] != k.shape[1]),
     )  # fmt: skip
     return out[..., :value_width].to(call.q.dtype)
 
@@ -60,14 +59,6 @@ def _needs_fp32(call: AttentionCall) -> bool:
     grouped = call.q.shape[1] != call.k.shape[1]
     narrow = call.q.dtype in (torch.float16, torch.bfloat16)
     return narrow and grouped and call.q.device.type == "cpu" and needs_graph(call.k, call.v)
-
-
-def _sees_all(visible: Visibility) -> bool:
-    """Whether every row sees every key, as shapes tell: a lone causal query, a window that holds all."""
-    if not visible.sizes_tell_all:
-        return False
-    left, right = visible.left, visible.right
-    return (left is None or left >= visible.k_len - 1) and (right is None or right >= visible.q_len - 1)
 
 
 def _as_bool(condition: bool) -> bool:

@@ -65,7 +65,7 @@ class Statistics:
         return self._known[name]
 
     def _lengths(self) -> Tensor:
-        return key_lengths_of(self.k, None if self.visibility.is_full else self.visibility.seen_keys())
+        return key_lengths_of(self.k, None if self.visibility.sees_every_key else self.visibility.seen_keys())
 
     def _length_sum(self) -> Tensor:
         return self.visibility.sum(self.lengths).to(self.lengths.dtype)

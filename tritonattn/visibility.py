@@ -94,8 +94,19 @@ class Visibility:
 
     @property
     def is_full(self) -> bool:
-        """Whether every row sees every key."""
-        return self.left is None and self.right is None and self.sizes_tell_all
+        """Whether every row sees every key, as sizes tell: a lone causal query too, and a window that holds all."""
+        if not self.sizes_tell_all:
+            return False
+        reaches_first = self.left is None or self.left >= self.k_len - 1
+        return reaches_first and (self.right is None or self.right >= self.q_len - 1)
+
+    @property
+    def sees_every_key(self) -> bool:
+        """Whether every key is seen by some row, as sizes tell: rows see windows that follow upon one another."""
+        if not self.sizes_tell_all or self.q_len == 0:
+            return False
+        reaches_first = self.left is None or self.left >= self.k_len - self.q_len
+        return reaches_first and (self.right is None or self.right >= 0)
 
     @property
     def is_square_causal(self) -> bool:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import tritonattn
 from tritonattn.scaling import KeyCount, LogKeyCount, SqrtKeyCount
 from tritonattn.statistics import Statistics
 from tritonattn.visibility import Visibility
@@ -34,3 +35,16 @@ def test_the_base_is_where_the_factor_is_that_of_sqrt_dim():
 def test_bases_without_a_positive_logarithm_are_refused(base):
     with pytest.raises(ValueError, match=r"base must be a finite number above 1, got"):
         LogKeyCount(base=base)
+
+
+@pytest.mark.parametrize("name", ["key_count", "sqrt_key_count", "log_key_count", "qwen_logn", "llama4", "ministral3"])
+@pytest.mark.parametrize("keys", [0, 1, 7, 20000])
+def test_where_all_rows_see_all_keys_the_factor_is_a_number(name, keys):
+    """That of the last row of a causal mask."""
+    scaling = tritonattn.SCALINGS[name]()
+    q, k = torch.empty(1, 1, 1, 4), torch.empty(1, 1, keys, 4)
+    full, ranges = Visibility.of(q, k), Visibility.of(q, k, key_lengths=torch.tensor([keys]))
+    alone = scaling.scales(q, k, full, Statistics(k, full))
+    assert alone.query is None
+    of_rows = scaling.scales(q, k, ranges, Statistics(k, ranges))
+    assert alone.constant == pytest.approx((of_rows.constant * of_rows.query).item(), rel=1e-12)

@@ -60,7 +60,7 @@ class Tiles:
         self.members = self._members()
         self.lo, self.hi = visible.ranges()  # [B or 1, Sq]
         self.first, self.last = self._host_bounds()
-        self.unseen = None if visible.is_full else ~visible.seen_keys()  # [B or 1, 1 or Hkv, Sk]
+        self.unseen = None if visible.sees_every_key else ~visible.seen_keys()  # [B or 1, 1 or Hkv, Sk]
         self.holes = self._holes()
 
     def heads(self) -> Iterator[Heads]:

@@ -19,7 +19,7 @@ class KernelStatistics(Statistics):
     """Statistics whose lengths and prefix sums come from one fused pass over k in the "triton" backend."""
 
     def _lengths(self) -> Tensor:
-        seen = None if self.visibility.is_full else self.visibility.seen_keys()
+        seen = None if self.visibility.sees_every_key else self.visibility.seen_keys()
         lengths, self._length_prefix, self._square_prefix = _KeyLengths.apply(self.k, seen)
         return lengths
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..autograd import runs_eagerly
 from ..statistics import Statistics
 from ..visibility import Visibility
 
@@ -51,6 +53,14 @@ class Scaling:
         must not spread.
         """
         raise NotImplementedError(f"{type(self).__name__} must define multiplier(q, k, visible)")
+
+
+def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[Tensor], Tensor]) -> Scales:
+    """constant * factor(n), of fp64 counts n of any shape; one number where sizes tell that all rows see all keys."""
+    if visibility.is_full and isinstance(visibility.k_len, int) and runs_eagerly():
+        n = torch.tensor(visibility.k_len, dtype=torch.float64, device="cpu")
+        return Scales(constant * factor(n).item())
+    return Scales(constant, query=factor(visibility.counts()))
 
 
 def reciprocal(statistic: Tensor) -> Tensor:

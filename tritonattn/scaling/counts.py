@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..statistics import Statistics
 from ..visibility import Visibility
-from .base import Scales, Scaling, check_positive, reciprocal
+from .base import Scales, Scaling, check_positive, reciprocal, scales_of_count
 
 
 class KeyCount(Scaling):
@@ -22,7 +22,7 @@ class KeyCount(Scaling):
     name = "key_count"
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return Scales(1.0, query=reciprocal(visibility.counts()))
+        return scales_of_count(visibility, 1.0, reciprocal)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         return reciprocal(visible.sum(-1, keepdim=True))
@@ -34,7 +34,7 @@ class SqrtKeyCount(Scaling):
     name = "sqrt_key_count"
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return Scales(1.0, query=reciprocal(visibility.counts().sqrt()))
+        return scales_of_count(visibility, 1.0, lambda n: reciprocal(n.sqrt()))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         return reciprocal(visible.sum(-1, keepdim=True)).sqrt()
@@ -62,7 +62,7 @@ class LogKeyCount(Scaling):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         constant = q.shape[-1] ** -0.5 / math.log(self.base)
-        return Scales(constant, query=visibility.counts().clamp(min=1).log())
+        return scales_of_count(visibility, constant, lambda n: n.clamp(min=1).log())
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         n = visible.sum(-1, keepdim=True).double()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..statistics import Statistics
 from ..visibility import Visibility
-from .base import Scales, Scaling, check_positive
+from .base import Scales, Scaling, check_positive, scales_of_count
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,10 @@ class QwenLogn(Scaling):
         check_positive("train_length", self.train_length, above=1.0)
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        stretch = visibility.counts().clamp(min=self.train_length).log() / math.log(self.train_length)
-        return Scales(q.shape[-1] ** -0.5, query=stretch)
+        def stretch(n: Tensor) -> Tensor:
+            return n.clamp(min=self.train_length).log() / math.log(self.train_length)
+
+        return scales_of_count(visibility, q.shape[-1] ** -0.5, stretch)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         n = visible.sum(-1, keepdim=True).double()
@@ -73,8 +75,10 @@ class Llama4(Scaling):
         check_positive("floor_scale", self.floor_scale)
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        steps = (visibility.counts() / self.floor_scale).floor()
-        return Scales(q.shape[-1] ** -0.5, query=1 + self.scale * (1 + steps).log())
+        def temperature(n: Tensor) -> Tensor:
+            return 1 + self.scale * (1 + (n / self.floor_scale).floor()).log()
+
+        return scales_of_count(visibility, q.shape[-1] ** -0.5, temperature)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         position = visible.sum(-1, keepdim=True).double() - 1
@@ -106,8 +110,10 @@ class Ministral3(Scaling):
         check_positive("original_length", self.original_length)
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        steps = ((visibility.counts() - 1).clamp(min=0) / self.original_length).floor()
-        return Scales(q.shape[-1] ** -0.5, query=1 + self.beta * (1 + steps).log())
+        def temperature(n: Tensor) -> Tensor:
+            return 1 + self.beta * (1 + ((n - 1).clamp(min=0) / self.original_length).floor()).log()
+
+        return scales_of_count(visibility, q.shape[-1] ** -0.5, temperature)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         position = visible.sum(-1, keepdim=True).double() - 1

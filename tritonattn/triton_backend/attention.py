@@ -148,7 +148,7 @@ def _aligned(rows: int) -> int:
 
 def _seen(key_scale: Tensor, visible: Visibility) -> Tensor:
     """The key scale with 0 for keys that no row sees, whose scales may be anything."""
-    if visible.sizes_tell_all and visible.left is None:
+    if visible.sees_every_key:
         return key_scale
     return torch.where(visible.seen_keys(), key_scale, 0)
 
