@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from .versions import Environment
@@ -53,6 +53,11 @@ class Record:
     def case(self) -> str:
         return case_name(self.axes)
 
+    def line(self) -> str:
+        """Of a results file; optional fields that hold nothing are left out."""
+        required = {one.name for one in fields(self) if one.default is MISSING and one.default_factory is MISSING}
+        return json.dumps({name: x for name, x in asdict(self).items() if name in required or x not in (None, "", {})}) + "\n"
+
     @property
     def is_bad(self) -> bool:
         """Whether it makes a run fail."""
@@ -86,7 +91,7 @@ class ResultsFile:
         self._done |= {(record.suite, record.case) for record in records}
         if self.path is None:
             return
-        text = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        text = "".join(record.line() for record in records)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             file.seek(max(0, file.seek(0, 2) - 1))
