@@ -46,9 +46,6 @@ def test_every_mask_against_the_reference(case, mask, kv_heads):
     masks = MASKS[mask](2, 4, 5, 7)
     exact = outcome(scaling, leaves, backend="reference", **masks)
     assert_same(outcome(scaling, leaves, backend="sdpa", **masks), exact)
-    for name, parameter in scaling.named_parameters():
-        if parameter.numel() == 4 and mask == "causal" and case != "geometric begun":
-            assert exact[name].shape == (4,)
 
 
 @every_case
