@@ -29,7 +29,7 @@ ORDER = (
     {"dispatch", "decode_validation", "varlen_validation"},
     {"api", "decoding", "varlen"},
     {"nn", "huggingface", "warmup"},
-    {"analysis", "demo", "tune"},
+    {"analysis", "demo", "integrations", "tune"},
     {"__init__"},
     {"cli"},
     {"__main__"},
