@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from ..api import attention
 from ..scaling import Scaling
 from .arguments import scaling_for, visible_keys
+from .replacement import Replacement
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -184,29 +185,6 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     ) -> None:
         super().__init__(*arguments, **keywords)
         self.self_attn = MultiheadAttention.of(self.self_attn, scaling, backend)
-
-
-class Replacement:
-    """What `replace_multihead_attention` changed; a context manager that undoes it.
-
-    names   the replaced modules, by their names in the model
-    """
-
-    def __init__(self, changes: list[tuple[nn.Module, str, Any]], names: list[str]) -> None:
-        self._changes = changes
-        self.names = names
-
-    def undo(self) -> None:
-        """Put the layers back that were there before: their parameters are those that were trained since."""
-        for owner, name, before in self._changes:
-            setattr(owner, name, before)
-        self._changes = []
-
-    def __enter__(self) -> Replacement:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
 
 
 def replace_multihead_attention(
