@@ -160,7 +160,7 @@ def test_prefill_and_steps_are_one_pass(scaling, window, counts):
 
 
 class Rotated(nn.ScaledAttention):
-    """With rotary positions on the first two components of every head."""
+    """With rotary positions on the first two components of every head, and lengths that say the absolute position."""
 
     def positioned(self, q, k, positions):
         angle = positions[:, None].double()  # [B or 1, 1, Sq]
@@ -168,7 +168,7 @@ class Rotated(nn.ScaledAttention):
         def turned(x):
             a, b, rest = x[..., 0], x[..., 1], x[..., 2:]
             pair = torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
-            return torch.cat([pair, rest], -1)
+            return torch.cat([pair, rest], -1) * (1 + 0.1 * angle[..., None])
 
         return turned(q), turned(k)
 
@@ -200,6 +200,20 @@ def test_beams_and_guesses():
     torch.testing.assert_close(made(x[:, 8:10], cache=cache), made(story)[:, 6:])
     cache.reset()
     torch.testing.assert_close(made(x[:, :3], cache=cache), made(x[:, :3]))
+
+
+@torch.no_grad()
+def test_a_step_reads_lengths_and_not_old_keys(monkeypatch):
+    made, x, seen = layer("key_norm_sum", causal=True), tokens(length=5), []
+    cache = made.cache(2, 8)
+    decode = attention_module.attention_decode
+    monkeypatch.setattr(
+        attention_module, "attention_decode", lambda *a, **k: seen.append(k["statistics"]) or decode(*a, **k)
+    )
+    made(x[:, :4], cache=cache)
+    made(x[:, 4:], cache=cache)
+    assert len(seen) == 2
+    assert all(statistics is cache.statistics for statistics in seen)
 
 
 @torch.no_grad()

@@ -198,6 +198,35 @@ def test_compile_in_one_graph(case):
         torch.testing.assert_close(ours, expected)
 
 
+class Objective(torch.nn.Module):
+    def __init__(self, scaling) -> None:
+        super().__init__()
+        self.scaling = scaling
+
+    def forward(self, q, k, v):
+        return attention(q, k, v, scaling=self.scaling, causal=True).square().sum()
+
+
+@every_case
+def test_functional_gradients_alone_and_mapped(case):
+    layer, inputs = Objective(learned(case)), [x.detach() for x in operands().values()]
+    parameters = {name: x.detach() for name, x in layer.named_parameters()}
+    if not parameters:
+        return
+    gradient = torch.func.grad(lambda values, *x: torch.func.functional_call(layer, values, x))
+    expected = torch.autograd.grad(layer(*inputs), list(layer.parameters()), materialize_grads=True)
+    torch.testing.assert_close(list(gradient(parameters, *inputs).values()), list(expected))
+    of_samples = torch.func.vmap(gradient, in_dims=(None, 0, 0, 0))(parameters, *(x[:, None] for x in inputs))
+    torch.testing.assert_close([x.sum(0) for x in of_samples.values()], list(expected))
+
+
+@pytest.mark.parametrize("case", ["per_head of cosine", "power_law", "linear to learned"])
+def test_export(case):
+    layer, inputs = Objective(learned(case)), tuple(x.detach() for x in operands().values())
+    program = torch.export.export(layer, inputs, strict=False)
+    torch.testing.assert_close(program.module()(*inputs), layer(*inputs))
+
+
 @every_case
 def test_copies_and_states(case):
     scaling, leaves = learned(case), operands()
