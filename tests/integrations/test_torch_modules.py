@@ -106,6 +106,17 @@ def test_without_a_batch(mask):
     torch.testing.assert_close(*(f(x, x, x, key_padding_mask=padding)[0] for f in (ours, theirs)))
 
 
+def test_a_causal_hint_spares_the_mask(monkeypatch):
+    asked = []
+    attend = torch_modules.attention
+    monkeypatch.setattr(torch_modules, "attention", lambda *a, **k: asked.append(k) or attend(*a, **k))
+    _, ours = pair()
+    x = tokens(L, N, E)
+    ours(x, x, x, attn_mask=CAUSAL, is_causal=True, need_weights=False)
+    assert asked[0]["causal"] is True
+    assert "mask" not in asked[0]
+
+
 def by_hand(layer, x, hidden, factor):
     """The layer with a factor(q, k, visible, n, mean length) in plain PyTorch; x [N, L, E]."""
     q, k, v = (

@@ -12,7 +12,8 @@ from tests.support.learned import learned
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
-CASES = ("per_head of cosine", "ssmax with bias", "power_law", "linear to learned")
+QUICK, SLOW = ("per_head of cosine", "power_law"), ("ssmax with bias", "linear to learned")
+CASES = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 def outcome(scaling, tensors, **arguments):

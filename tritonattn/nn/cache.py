@@ -84,17 +84,12 @@ class KeyValueCache:
             raise ValueError(f"v_new: expected [B, Hkv, n, Dv] = {expected}, got {list(v_new.shape)}")
         if k_new.shape[-1] != self._k.shape[-1]:
             raise ValueError(f"k_new: expected head_dim {self._k.shape[-1]}, got {k_new.shape[-1]}")
-        order = torch.arange(k_new.shape[2], device=self.lengths.device)
-        place = self.lengths[:, None] + order  # [B, n]
-        kept = place < self.capacity
-        if counts is not None:
-            kept = kept & (order < counts[:, None])
+        place = self.lengths[:, None] + torch.arange(k_new.shape[2], device=self.lengths.device)  # [B, n]
+        place = place.clamp(max=self.capacity)[:, None, :, None]
         k_new = k_new.to(self._k.dtype)  # the statistics are those of the keys as stored
         self.statistics.append(k_new, counts)  # checks, and moves lengths on
-        place = torch.where(kept, place, self.capacity)[:, None, :, None]
         for buffer, new in ((self._k, k_new), (self._v, v_new)):
-            new = torch.where(kept[:, None, :, None], new.to(buffer.dtype), 0)
-            buffer.scatter_(2, place.expand_as(new), new)
+            buffer.scatter_(2, place.expand_as(new), new.to(buffer.dtype))
 
     @torch.no_grad()
     def reorder(self, index: Tensor) -> None:
