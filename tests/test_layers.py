@@ -29,17 +29,19 @@ ORDER = (
     {"dispatch", "decode_validation", "varlen_validation"},
     {"api", "decoding", "varlen"},
     {"nn", "huggingface", "warmup"},
-    {"analysis", "demo", "tune"},
+    {"analysis", "demo", "integrations", "tune"},
     {"__init__"},
     {"cli"},
     {"__main__"},
 )
 LAYERS = {module: layer for layer, modules in enumerate(ORDER) for module in modules}
 
-OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqdm", "numpy"}
+OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqdm", "numpy",
+            "diffusers", "kernels", "timm", "x_transformers"}  # fmt: skip
 OPTIONAL_IN = {
     "huggingface": {"transformers"},
     "demo": {"transformers", "matplotlib", "tabulate", "tqdm"},
+    "integrations": {"diffusers", "timm", "x_transformers"},
     "tune": {"tabulate", "tqdm"},
 }
 TRITON_IN = {"kernels", "tuning", "launch", "triton_backend", "tune"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,9 +37,19 @@ class Scaling:
     is the formula as its paper writes it, for the reference alone, and uses neither `scales` nor what
     `visibility` and `statistics` offer. Both are differentiable with respect to q and k. A factor may depend
     on the keys that the row sees, and on no others.
+
+    reads_keys   whether `scales` looks at k beyond its shape; a class whose `scales` takes all it needs of the keys
+                 from `statistics` says False, and decoding then gathers no pages for it. Not inherited: a subclass
+                 that does not say so itself reads them.
     """
 
     name: ClassVar[str]
+    reads_keys: bool = True
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "reads_keys" not in vars(cls):
+            cls.reads_keys = True
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         """The factor of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] as a float and at most two vectors."""

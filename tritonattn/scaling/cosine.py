@@ -26,6 +26,7 @@ class Cosine(Scaling):
     tau: float | None = None
 
     name = "cosine"
+    reads_keys = False
 
     def __post_init__(self) -> None:
         if self.tau is not None:

@@ -1,0 +1,37 @@
+"""Modules: logit scalings with parameters of their own, and an attention layer around any scaling.
+
+Every learned scaling is an `nn.Module` and a `tritonattn.Scaling`: pass it as `scaling=` to `attention`,
+`attention_varlen` or `attention_decode`. Its parameters get exact gradients, through the kernels' query_scale and
+without atomics.
+
+Weight decay pulls these parameters towards 0, which is no neutral value for most of them: PerHead's theta = 0 is its
+mode, but SSMax's s = 0 is uniform attention, and an exponent of 0 leaves a statistic out. Optimise them without decay:
+
+>>> import torch, tritonattn
+>>> model = tritonattn.nn.ScaledAttention(64, heads=4, scaling="ssmax", causal=True)
+>>> undecayed = set(tritonattn.nn.scaling_parameters(model))
+>>> optimizer = torch.optim.AdamW([
+...     {"params": [p for p in model.parameters() if p not in undecayed], "weight_decay": 0.1},
+...     {"params": list(undecayed), "weight_decay": 0.0},
+... ])
+"""
+
+from .attention import ScaledAttention
+from .cache import KeyValueCache
+from .learned import Cosine, Learned, PerHead, SSMax, scaling_parameters
+from .power_law import PowerLaw
+from .registry import LEARNED
+from .scheduled import Scheduled
+
+__all__ = [
+    "LEARNED",
+    "Cosine",
+    "KeyValueCache",
+    "Learned",
+    "PerHead",
+    "PowerLaw",
+    "SSMax",
+    "ScaledAttention",
+    "Scheduled",
+    "scaling_parameters",
+]
