@@ -56,7 +56,8 @@ class Record:
     def line(self) -> str:
         """Of a results file; optional fields that hold nothing are left out."""
         required = {one.name for one in fields(self) if one.default is MISSING and one.default_factory is MISSING}
-        return json.dumps({name: x for name, x in asdict(self).items() if name in required or x not in (None, "", {})}) + "\n"
+        kept = {name: x for name, x in asdict(self).items() if name in required or x not in (None, "", {})}
+        return json.dumps(kept) + "\n"
 
     @property
     def is_bad(self) -> bool:
