@@ -160,7 +160,7 @@ def draw(chart: Chart, records: list[Record], path: Path) -> None:
         axes.legend(fontsize=6)
     members = [record for record in records if record.suite == chart.suite]
     figure.suptitle(f"{members[-1].environment}, {members[-1].date}", fontsize=7)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=80)
 
 
 def _sorted(points: Points) -> tuple[list, list]:
