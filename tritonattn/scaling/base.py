@@ -35,9 +35,12 @@ class Scaling:
     is the formula as its paper writes it, for the reference alone, and uses neither `scales` nor what
     `visibility` and `statistics` offer. Both are differentiable with respect to q and k. A factor may depend
     on the keys that the row sees, and on no others.
+
+    normalises_query says that the factor divides by ||q||: logits are the same whatever q was multiplied by before.
     """
 
     name: ClassVar[str]
+    normalises_query: ClassVar[bool] = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         """The factor of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] as a float and at most two vectors."""

@@ -26,6 +26,7 @@ class Cosine(Scaling):
     tau: float | None = None
 
     name = "cosine"
+    normalises_query = True
 
     def __post_init__(self) -> None:
         if self.tau is not None:

@@ -1,0 +1,42 @@
+"""Attention weights for output_attentions=True, which no fast path forms: from the reference."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import utils
+
+from ..api import attention
+from .settings import ATTRIBUTE
+
+_COSTLY = (
+    "output_attentions=True: tritonattn's kernels form no attention weights; they come from the eager reference, in"
+    " O(Q K) memory for every layer"
+)
+
+
+def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller of the model asked for attention weights: by argument, by config, or by a recording hook."""
+    if kwargs.get("output_attentions"):
+        return True
+    shared = getattr(getattr(module, ATTRIBUTE, None), "shared", None)
+    for config in (getattr(module, "config", None), shared):
+        if getattr(config, "output_attentions", False):
+            return True
+    # transformers 5 records what attention modules return, and may drop the argument on the way to them.
+    recorder = getattr(getattr(utils, "output_capturing", None), "_active_collector", None)
+    if recorder is None or torch.compiler.is_compiling():
+        return False
+    return any("attentions" in name for name in recorder.get() or ())
+
+
+def attention_weights(module: nn.Module, query: Tensor, key: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """[B, Hq, Q, K] in query's dtype, before dropout: what the reference gives for values that are unit vectors."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"{type(module).__name__}: {_COSTLY}", stacklevel=3)
+    keys = key.shape[2]
+    unit = torch.eye(keys, dtype=key.dtype, device=key.device).expand(*key.shape[:2], keys, keys)
+    return cast(Tensor, attention(query, key, unit, **{**arguments, "dropout_p": 0.0, "backend": "reference"}))
