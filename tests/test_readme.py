@@ -19,8 +19,9 @@ def test_snippets_run(position):
 
 
 def test_no_snippet_is_overlooked():
-    assert len(SNIPPETS) == 6
+    assert len(SNIPPETS) == 7
     assert "class LogKeyNorm(Scaling)" in SNIPPETS[1]
+    assert "class CountPower(torch.nn.Module, Scaling)" in SNIPPETS[2]
 
 
 def test_every_mode_is_in_the_table():

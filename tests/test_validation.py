@@ -174,9 +174,9 @@ SCALING = factors("scaling", "[B, Hq, Sq] = [2, 4, 3]") | {
     "None": ({"scaling": None}, TypeError, ("scaling:", "a name", "NoneType")),
     "bool": ({"scaling": True}, TypeError, ("scaling:", "a name")),
     "infinite": ({"scaling": float("inf")}, ValueError, ("scaling:", "finite", "inf")),
-    "ssmax": ({"scaling": "ssmax"}, ValueError, ("'ssmax'", "module", "scaling='log_key_count', gain=")),
+    "ssmax": ({"scaling": "ssmax"}, ValueError, ("'ssmax'", "module", "tritonattn.nn.SSMax(heads=Hq)")),
     "power_law": ({"scaling": "power_law"}, ValueError, ("'power_law'", "module")),
-    "per_head": ({"scaling": "per_head"}, ValueError, ("'per_head'", "module", "gain=theta.exp()")),
+    "per_head": ({"scaling": "per_head"}, ValueError, ("'per_head'", "nn.PerHead('sqrt_dim', heads=Hq)")),
 }
 GAIN = factors("gain", "[B, Hq, Sq] = [2, 4, 3]") | {
     "gain type": ({"gain": "2"}, TypeError, ("gain:", "number", "'2'")),

@@ -1,5 +1,6 @@
 """Attention whose logit scaling is a parameter: exact, differentiable, on GPU (Triton) and CPU (PyTorch)."""
 
+from . import nn
 from .api import attention, scaled_attention
 from .cache_statistics import KeyStatistics
 from .decoding import attention_decode
@@ -20,6 +21,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "nn",
     "scaled_attention",
     "warmup",
 ]

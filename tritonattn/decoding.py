@@ -11,14 +11,11 @@ from .cache_statistics import CachedStatistics, KeyStatistics
 from .decode_call import Cache, DecodeCall
 from .decode_validation import check_decode, refuse_gradients
 from .dispatch import AttentionAux, autocast, autocast_is_on
-from .factor import Factor, Given, scale_dtype
-from .scaling import SCALINGS, Scaling
+from .factor import Factor, scale_dtype
+from .scaling import Scaling
 from .statistics import Statistics
 from .validation import Options
 from .visibility import Visibility, window_sides
-
-# These read keys through their statistics alone.
-_MODES_WITHOUT_KEYS = {Given, *SCALINGS.values()}
 
 
 def attention_decode(
@@ -57,8 +54,8 @@ def attention_decode(
         statistics: The `KeyStatistics` kept beside the cache, to which the new keys have been appended: then no mode
             reads old keys. Without it the modes that need key lengths (key_norm_*, cosine) read the visible keys of
             the cache once more, half of the memory traffic of the call itself, and gather pages to do so. A Scaling of
-            your own gets k_cache, gathered where it lies in pages. The reference follows the formulas and computes all
-            of it from the keys.
+            your own gets k_cache, gathered where it lies in pages unless its class says reads_keys = False. The
+            reference follows the formulas and computes all of it from the keys.
         block_table: int32 [B, max_pages]: key j of sequence b is in page block_table[b, j // page], at j % page.
         window: (left, right): row i sees own[i] - left <= j; no key behind own[i] is visible, whatever right is.
         softcap, sinks, return_aux, backend: As in `attention`.
@@ -133,7 +130,7 @@ def _scales(
     backend: str,
 ) -> tuple[float, Tensor | None, Tensor | None]:
     """The mode's scales times the gain, from the record of the cache or else from its keys."""
-    if cache.block_table is not None and type(factor.scaling) in _MODES_WITHOUT_KEYS:
+    if cache.block_table is not None and not factor.scaling.reads_keys:
         keys = q.new_full((), torch.nan).expand(*visibility.keys, q.shape[3])  # a shape, in place of a gathered copy
     else:
         keys = cache.keys()

@@ -104,6 +104,7 @@ class Given(Scaling):
     """The scaling of a caller who hands in the scales."""
 
     name = "given"
+    reads_keys = False
 
     def __init__(self, constant: float, query: Tensor | None = None, key: Tensor | None = None) -> None:
         self._scales = Scales(constant, query, key)

@@ -39,11 +39,13 @@ class Layout(NamedTuple):
 BATCHED = Layout("[B, Hq, Sq, D]", "[B, Hkv, Sk, D]", "[B, Hkv, Sk, Dv]", axes=4, sequence=2)
 PACKED = Layout("[T_q, Hq, D]", "[T_k, Hkv, D]", "[T_k, Hkv, Dv]", axes=3, sequence=0)
 
-# Modes with learned parameters, and how to have them without a module.
+# Modes that are modules, and what makes one for q of Hq heads.
 _LEARNED = {
-    "ssmax": "scaling='log_key_count', gain=s with a parameter s of shape [Hq, 1]",
-    "power_law": "a Scaling of your own that holds its exponents",
-    "per_head": "any mode with gain=theta.exp() and a parameter theta of shape [Hq, 1]",
+    "ssmax": "SSMax(heads=Hq)",
+    "power_law": "PowerLaw(heads=Hq)",
+    "per_head": "PerHead('sqrt_dim', heads=Hq)",
+    "learned_cosine": "Cosine(heads=Hq)",
+    "scheduled": "Scheduled('sqrt_dim', 'key_norm_mean', steps=1000)",
 }
 
 
@@ -125,8 +127,8 @@ def named_scaling(name: str) -> Scaling:
         return SCALINGS[name]()
     if name in _LEARNED:
         raise ValueError(
-            f"scaling: expected a mode without learned parameters, got {name!r}, which is a module and not a"
-            f" name; as a call: {_LEARNED[name]}"
+            f"scaling: expected a mode without a state of its own, got {name!r}, which is a module: make it once, keep"
+            f" it with the model, and pass it, scaling=tritonattn.nn.{_LEARNED[name]}"
         )
     close = difflib.get_close_matches(name, SCALINGS, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""

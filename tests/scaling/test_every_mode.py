@@ -1,13 +1,9 @@
 """What holds for every mode: both of its formulas agree, and nothing a row may not see reaches it."""
 
-import ast
-import inspect
-import sys
-import textwrap
-
 import pytest
 import torch
 
+from tests.support.formulas import assert_a_formula_of_its_own
 from tests.support.masks import MASKS, visible_pairs
 from tritonattn.scaling import SCALINGS, LogKeyCount, Scaling
 from tritonattn.statistics import Statistics
@@ -61,31 +57,9 @@ def test_names_are_the_keys():
     assert {name: mode.name for name, mode in SCALINGS.items()} == {name: name for name in SCALINGS}
 
 
-def names_reached_by(function, seen):
-    """The identifiers in the source of a function and of those of the package's functions that it calls."""
-    names = set()
-    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
-        names |= {getattr(node, field) for field in ("id", "attr") if hasattr(node, field)}
-    module = sys.modules[function.__module__]
-    for name in names - seen:
-        called = getattr(module, name, None)
-        if inspect.isfunction(called) and called.__module__.startswith("tritonattn"):
-            names |= names_reached_by(called, seen | names)
-    return names
-
-
 @every_mode
 def test_the_multiplier_is_a_formula_of_its_own(mode):
-    names = names_reached_by(SCALINGS[mode].multiplier, set())
-    offered = {name for owner in (Visibility, Statistics) for name in vars(owner) if not name.startswith("_")}
-    forbidden = (offered - {"sum", "max", "k"}) | {
-        "scales",
-        "visibility",
-        "statistics",
-        "key_lengths_of",
-        "prefix_sum",
-    }
-    assert not names & forbidden
+    assert_a_formula_of_its_own(SCALINGS[mode])
 
 
 @every_mode

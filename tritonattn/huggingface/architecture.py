@@ -101,6 +101,10 @@ def _obstacle(module: nn.Module) -> str | None:
     for name in _BIASES:
         if call is not None and name in call.keywords:
             return f"{name}: a bias on the logits is not supported"
+    # GPT-2, up to transformers 4: its own eager attention alone knows these.
+    if call is not None and call.keywords and "scaling" not in call.keywords:
+        if getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True):
+            return "scale_attn_by_inverse_layer_idx, scale_attn_weights: it scales its logits without saying so"
     if getattr(module, "config", None) is None:
         return "has no config that names its attention implementation"
     return None

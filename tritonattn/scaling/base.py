@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,11 +36,21 @@ class Scaling:
     `visibility` and `statistics` offer. Both are differentiable with respect to q and k. A factor may depend
     on the keys that the row sees, and on no others.
 
-    normalises_query says that the factor divides by ||q||: logits are the same whatever q was multiplied by before.
+    reads_keys         whether `scales` looks at k beyond its shape; a class whose `scales` takes all it needs of the
+                       keys from `statistics` says False, and decoding then gathers no pages for it. Not inherited: a
+                       subclass that does not say so itself reads them.
+    normalises_query   whether the factor divides by ||q||: logits are then the same whatever q was multiplied by, and a
+                       patched model's own factor does not apply
     """
 
     name: ClassVar[str]
-    normalises_query: ClassVar[bool] = False
+    reads_keys: bool = True
+    normalises_query: bool = False
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "reads_keys" not in vars(cls):
+            cls.reads_keys = True
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         """The factor of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] as a float and at most two vectors."""

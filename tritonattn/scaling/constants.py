@@ -17,6 +17,7 @@ class SqrtDim(Scaling):
     """
 
     name = "sqrt_dim"
+    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(q.shape[-1] ** -0.5)
@@ -32,6 +33,7 @@ class Dim(Scaling):
     """
 
     name = "dim"
+    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1 / q.shape[-1])
@@ -44,6 +46,7 @@ class Unscaled(Scaling):
     """factor = 1: the logits are the dot products, for models that scale q themselves (T5, Gemma 3n)."""
 
     name = "none"
+    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1.0)

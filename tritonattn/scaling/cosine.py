@@ -27,6 +27,7 @@ class Cosine(Scaling):
 
     name = "cosine"
     normalises_query = True
+    reads_keys = False
 
     def __post_init__(self) -> None:
         if self.tau is not None:

@@ -20,6 +20,7 @@ class KeyCount(Scaling):
     """
 
     name = "key_count"
+    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1.0, query=reciprocal(visibility.counts()))
@@ -32,6 +33,7 @@ class SqrtKeyCount(Scaling):
     """factor = 1 / sqrt(n)."""
 
     name = "sqrt_key_count"
+    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1.0, query=reciprocal(visibility.counts().sqrt()))
@@ -56,6 +58,7 @@ class LogKeyCount(Scaling):
     base: float = math.e
 
     name = "log_key_count"
+    reads_keys = False
 
     def __post_init__(self) -> None:
         check_positive("base", self.base, above=1.0)

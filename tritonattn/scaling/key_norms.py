@@ -27,6 +27,7 @@ class KeyNormSum(Scaling):
     """
 
     name = "key_norm_sum"
+    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1.0, query=reciprocal(statistics.length_sum))
@@ -39,6 +40,7 @@ class KeyNormMean(Scaling):
     """factor = 1 / mean ||k||, over the visible keys: about 1 / sqrt(D) for components of unit variance."""
 
     name = "key_norm_mean"
+    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1.0, query=reciprocal(statistics.length_sum / visibility.counts().clamp(min=1)))
@@ -52,6 +54,7 @@ class KeyNormRms(Scaling):
     """factor = 1 / sqrt(mean ||k||^2), over the visible keys."""
 
     name = "key_norm_rms"
+    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         mean_square = statistics.length_square_sum / visibility.counts().clamp(min=1)
@@ -67,6 +70,7 @@ class KeyNormMax(Scaling):
     """factor = 1 / max ||k||, over the visible keys; the lowest of equal keys takes the gradient."""
 
     name = "key_norm_max"
+    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1.0, query=reciprocal(statistics.length_max))
@@ -82,6 +86,7 @@ class KeyNormL2(Scaling):
     """factor = 1 / sqrt(sum ||k||^2), over the visible keys: the Frobenius norm of those keys."""
 
     name = "key_norm_l2"
+    reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         return Scales(1.0, query=reciprocal(root(statistics.length_square_sum)))

@@ -37,6 +37,7 @@ class QwenLogn(Scaling):
     train_length: float = 8192
 
     name = "qwen_logn"
+    reads_keys = False
 
     def __post_init__(self) -> None:
         check_positive("train_length", self.train_length, above=1.0)
@@ -67,6 +68,7 @@ class Llama4(Scaling):
     floor_scale: float = 8192
 
     name = "llama4"
+    reads_keys = False
 
     def __post_init__(self) -> None:
         check_positive("scale", self.scale)
@@ -100,6 +102,7 @@ class Ministral3(Scaling):
     original_length: float = 16384
 
     name = "ministral3"
+    reads_keys = False
 
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)

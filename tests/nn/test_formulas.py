@@ -1,0 +1,231 @@
+"""Where each learned scaling starts, what its parameters do, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.support.calls import operands
+from tests.support.learned import SIGNS
+from tests.support.masks import MASKS
+from tritonattn import SCALINGS, attention, nn
+from tritonattn.scaling import Cosine, LogKeyCount
+from tritonattn.statistics import Statistics
+from tritonattn.visibility import Visibility
+
+POINTS = ["sqrt_dim", "dim", "none", "key_count", "sqrt_key_count", "key_norm_sum", "key_norm_mean"]
+
+
+def factors(scaling, rows=6, dim=16, causal=True, seed=0):
+    """The factor of q . k, [1, 4, rows] or with keys [1, 4, rows, rows], and the operands."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(1, 4, rows, dim, dtype=torch.float64, generator=generator)
+    k = torch.randn(1, 2, rows, dim, dtype=torch.float64, generator=generator)
+    visibility = Visibility.of(q, k, causal=causal)
+    scales = scaling.scales(q, k, visibility, Statistics(k, visibility))
+    factor = scales.constant * (1.0 if scales.query is None else scales.query)
+    factor = torch.as_tensor(factor, dtype=torch.float64)
+    if factor.dim() > 1 and factor.shape[-2] == 2:
+        factor = factor.repeat_interleave(2, dim=-2)
+    factor = factor.expand(1, 4, rows)
+    return (factor if scales.key is None else factor[..., None] * scales.key.repeat_interleave(2, 1)[:, :, None]), q, k
+
+
+def set_to(parameter, *values):
+    parameter.data.copy_(torch.tensor(values, dtype=torch.float64))
+
+
+def test_per_head_multiplies_by_exp():
+    scaling = nn.PerHead("sqrt_key_count", heads=4).double()
+    assert torch.equal(factors(scaling)[0], factors(SCALINGS["sqrt_key_count"]())[0])
+    set_to(scaling.theta, 0.5, -1.0, 2.0, 0.0)
+    for head, theta in enumerate((0.5, -1.0, 2.0, 0.0)):
+        wanted = [math.exp(theta) / math.sqrt(n) for n in range(1, 7)]
+        assert factors(scaling)[0][0, head].tolist() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_ssmax_is_s_ln_n():
+    scaling = nn.SSMax(4, bias=True).double()
+    set_to(scaling.s, 0.5, 0.0, -1.0, 0.43)
+    set_to(scaling.b, 0.0, 1.0, 0.25, 0.0)
+    for head, (s, b) in enumerate(zip((0.5, 0.0, -1.0, 0.43), (0, 1, 0.25, 0), strict=True)):
+        wanted = [(s * math.log(n) + b) / 4 for n in range(1, 7)]
+        assert factors(scaling)[0][0, head].tolist() == pytest.approx(wanted, rel=1e-7)
+
+
+def test_ssmax_starts_at_log_key_count():
+    for base in (math.e, 512.0):
+        torch.testing.assert_close(factors(nn.SSMax(4, base).double())[0], factors(LogKeyCount(base))[0])
+    at_base, _, _ = factors(nn.SSMax(4, 64), rows=64)
+    torch.testing.assert_close(at_base[..., -1], torch.full((1, 4), 0.25, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("tau", [None, 10.0])
+def test_cosine_starts_at_its_tau(tau):
+    scaling = nn.Cosine(4, tau).double()
+    torch.testing.assert_close(factors(scaling)[0], factors(Cosine(tau))[0], rtol=1e-14, atol=0)
+    set_to(scaling.theta, 0.5, -1.0, 2.0, 0.0)
+    factor, q, k = factors(scaling)
+    logits = (q @ k.repeat_interleave(2, 1).mT) * factor
+    cosine = torch.nn.functional.cosine_similarity(q[:, :, :, None], k.repeat_interleave(2, 1)[:, :, None], dim=-1)
+    taus = (tau or 4.0) * torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).exp()
+    torch.testing.assert_close(logits, cosine * taus[:, None, None])
+
+
+@pytest.mark.parametrize("mode", POINTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", ["full", "causal window", "everything"])
+def test_the_power_law_starts_exactly_at_its_mode(mode, dtype, mask):
+    leaves, masks = operands(dtype), MASKS[mask](2, 4, 5, 7)
+    ours, named = (
+        attention(*leaves.values(), scaling=scaling, **masks) for scaling in (nn.PowerLaw(4, mode), mode)
+    )  # fmt: skip
+    tight = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 0.0}[dtype]
+    torch.testing.assert_close(ours, named, rtol=tight, atol=tight)
+    if dtype != torch.bfloat16:  # there a scale a row and a constant are rounded into q at different places
+        gradients = [torch.autograd.grad(x.double().square().sum(), leaves.values()) for x in (ours, named)]
+        torch.testing.assert_close(*gradients, rtol=10 * tight, atol=10 * tight)
+
+
+@pytest.mark.parametrize("mode", POINTS)
+def test_the_power_law_of_zero_keys_is_its_mode(mode):
+    """At keys of length 0 the factor still says what gradient the keys get."""
+    leaves = operands()
+    with torch.no_grad():
+        leaves["k"].zero_()
+    gradients = []
+    for scaling in (nn.PowerLaw(4, mode), mode):
+        for backend in ("sdpa", "reference"):
+            out = attention(*leaves.values(), scaling=scaling, causal=True, backend=backend)
+            gradients.append(torch.autograd.grad(out.square().sum(), leaves["k"])[0])
+    assert all(torch.equal(x == 0, gradients[0] == 0) for x in gradients)
+    for x in gradients[1:]:
+        torch.testing.assert_close(x, gradients[0])
+
+
+def test_the_power_law_by_hand():
+    scaling = nn.PowerLaw(4).double()
+    set_to(scaling.theta, 0.1, 0.0, -0.5, 0.0)
+    set_to(scaling.dim_exponent, 0.0, -0.5, 1.0, 0.0)
+    set_to(scaling.count_exponent, 0.5, -1.0, 0.0, 0.25)
+    set_to(scaling.length_exponent, -1.0, 0.5, 2.0, 0.0)
+    factor, _, k = factors(scaling, causal=False)
+    parameters = (scaling.theta, scaling.dim_exponent, scaling.count_exponent, scaling.length_exponent)
+    for head in range(4):
+        theta, a, b, c = (x[head].item() for x in parameters)
+        rho = k[0, head // 2].norm(dim=-1).mean().item()
+        wanted = math.exp(theta) * 16**a * 6**b * rho**c
+        assert factor[0, head].tolist() == pytest.approx([wanted] * 6, rel=1e-12)
+
+
+def test_the_exponent_of_the_dimension_waits_to_be_asked_for():
+    scaling = nn.PowerLaw(4, "key_norm_sum")
+    learned = {name for name, x in scaling.named_parameters() if x.requires_grad}
+    assert learned == {"theta", "count_exponent", "length_exponent"}
+    assert set(scaling.state_dict()) == {*learned, "dim_exponent"}
+
+
+@pytest.mark.parametrize("mode", ["key_norm_rms", "cosine", "ssmax", "", None])
+def test_modes_off_the_law_are_refused(mode):
+    with pytest.raises(ValueError, match=r"mode: expected one of sqrt_dim, dim, none, .*, got"):
+        nn.PowerLaw(4, mode)
+
+
+@pytest.mark.parametrize("blend", ["linear", "geometric"])
+@pytest.mark.parametrize(
+    ("start", "end"), [("sqrt_dim", "key_norm_sum"), ("log_key_count", "dim"), ("none", "key_count")]
+)
+def test_a_schedule_begins_and_ends_at_its_modes(start, end, blend):
+    scaling = nn.Scheduled(start, end, steps=8, blend=blend)
+    a, b = (factors(SCALINGS[mode]())[0] for mode in (start, end))
+    torch.testing.assert_close(factors(scaling)[0], a, rtol=0, atol=0)
+    for step in range(1, 11):
+        scaling.advance()
+        t = min(step / 8, 1)
+        assert scaling.progress().item() == t
+        wanted = (1 - t) * a + t * b if blend == "linear" else torch.where(a == 0, 1.0 * (t == 1), a ** (1 - t)) * b**t
+        torch.testing.assert_close(factors(scaling)[0], wanted, rtol=1e-13, atol=0)
+    torch.testing.assert_close(factors(scaling)[0], b, rtol=0, atol=0)
+
+
+def test_a_schedule_towards_cosine_is_geometric():
+    scaling = nn.Scheduled("sqrt_dim", "cosine", steps=4, blend="geometric")
+    (a, q, k), (b, _, _) = factors(SCALINGS["sqrt_dim"]()), factors(SCALINGS["cosine"]())
+    for step in range(6):
+        t = min(step / 4, 1)
+        found = factors(scaling)[0]
+        torch.testing.assert_close(found, (a[..., None] ** (1 - t) * b**t).expand_as(found), rtol=1e-13, atol=0)
+        scaling.advance()
+    with pytest.raises(ValueError, match=r"blend: expected 'geometric' .* got 'linear'"):
+        attention(q, k, k, scaling=nn.Scheduled("sqrt_dim", "cosine", steps=4))
+
+
+def test_advancing_by_more_and_the_state():
+    scaling = nn.Scheduled("dim", "none", steps=100)
+    scaling.advance(30)
+    scaling.advance()
+    assert scaling.state_dict()["step"].item() == 31
+    other = nn.Scheduled("dim", "none", steps=100)
+    other.load_state_dict(scaling.state_dict())
+    assert other.progress().item() == 0.31
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("sqrt_dim", "dim", 0), ValueError, "steps: expected at least 1, got 0"),
+        (("sqrt_dim", "dim", 10.0), TypeError, "steps: expected an int, got float 10.0"),
+        (("sqrt_dim", "dimm", 10), ValueError, "scaling: expected one of .*did you mean 'dim'"),
+        (("sqrt_dim", 3, 10), TypeError, "scaling: expected a name, a Scaling"),
+        ((SCALINGS["dim"], "dim", 10), TypeError, r"write Dim\(\)"),
+    ],
+)
+def test_schedules_that_are_none(arguments, error, message):
+    with pytest.raises(error, match=message):
+        nn.Scheduled(*arguments)
+    with pytest.raises(ValueError, match="blend: expected one of linear, geometric, got 'cubic'"):
+        nn.Scheduled("dim", "none", 10, blend="cubic")
+
+
+@pytest.mark.parametrize("base", [1.0, 0.0, math.inf, "e"])
+def test_bases_without_a_positive_logarithm_are_refused(base):
+    with pytest.raises(ValueError, match="base must be a finite number above 1"):
+        nn.SSMax(4, base)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_a_factor_goes_through_zero(backend):
+    """Attention is smooth there: the slope at 0 is that of a central difference, and its sides agree."""
+    leaves = operands()
+
+    def loss(shift):
+        scaling = nn.SSMax(4).double()
+        set_to(scaling.s, *(x + shift for x in SIGNS))
+        out = attention(*leaves.values(), scaling=scaling, causal=True, backend=backend)
+        direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+        value = (out * direction).sum()
+        return value.item(), torch.autograd.grad(value, scaling.s)[0]
+
+    step = 1e-5
+    (below, _), (_, slope), (above, _) = loss(-step), loss(0.0), loss(step)
+    assert slope.isfinite().all()
+    assert slope.ne(0).all()
+    assert slope.sum().item() == pytest.approx((above - below) / (2 * step), rel=1e-6)
+
+
+def test_sgd_through_zero_reaches_the_other_sign():
+    """A head whose target wants dissimilar keys learns a negative factor, from a positive start."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 4, 32, 16)
+    with torch.no_grad():
+        target = attention(q, k, v, scaling="log_key_count", gain=-1.0, causal=True)
+    scaling = nn.SSMax(4)
+    optimizer = torch.optim.Adam(scaling.parameters(), lr=0.1)
+    for _ in range(80):
+        optimizer.zero_grad()
+        loss = (attention(q, k, v, scaling=scaling, causal=True) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(scaling.s.detach(), torch.full((4,), -1.0), rtol=0, atol=0.05)

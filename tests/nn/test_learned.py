@@ -1,0 +1,320 @@
+"""What holds for every learned scaling: values, gradients of its parameters, every way to call it."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import pickle
+import re
+
+import pytest
+import torch
+
+import tritonattn
+from tests.support.bound import assert_within_bound
+from tests.support.caches import GrowingCache, sequences
+from tests.support.calls import operands
+from tests.support.formulas import assert_a_formula_of_its_own
+from tests.support.learned import LEARNED, learned
+from tests.support.masks import MASKS
+from tests.support.packed import RAGGED, one_by_one, packed_operands
+from tritonattn import SCALINGS, Scales, Scaling, attention, attention_decode, attention_varlen, decoding, nn
+from tritonattn.call import ForwardResult
+
+every_case = pytest.mark.parametrize("case", LEARNED)
+
+
+def outcome(scaling, leaves, call=attention, **arguments):
+    """out and the gradients of q, k, v and of the scaling's parameters, under a fixed objective."""
+    out = call(*leaves.values(), scaling=scaling, **arguments)
+    direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+    tensors = {**leaves, **dict(scaling.named_parameters())}
+    gradients = torch.autograd.grad((out.double() * direction).sum(), list(tensors.values()), materialize_grads=True)
+    return {"out": out, **dict(zip(tensors, gradients, strict=True))}
+
+
+def assert_same(ours, exact, rtol=1e-9, atol=1e-10):
+    for name, expected in exact.items():
+        torch.testing.assert_close(ours[name], expected, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@every_case
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_every_mask_against_the_reference(case, mask, kv_heads):
+    leaves, scaling = operands(heads=(4, kv_heads)), learned(case)
+    masks = MASKS[mask](2, 4, 5, 7)
+    exact = outcome(scaling, leaves, backend="reference", **masks)
+    assert_same(outcome(scaling, leaves, backend="sdpa", **masks), exact)
+    for name, parameter in scaling.named_parameters():
+        if parameter.numel() == 4 and mask == "causal" and case != "geometric begun":
+            assert exact[name].shape == (4,)
+
+
+@every_case
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_gradients_of_parameters_by_finite_differences(case, backend):
+    scaling, leaves = learned(case), operands()
+    names = [name for name, _ in scaling.named_parameters()]
+
+    class Call(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scaling = scaling
+
+        def forward(self, q, k, v):
+            return attention(q, k, v, scaling=self.scaling, causal=True, backend=backend)
+
+    def function(q, k, *values):
+        parameters = {f"scaling.{name}": value for name, value in zip(names, values, strict=True)}
+        return torch.func.functional_call(Call(), parameters, (q, k, leaves["v"].detach()))
+
+    values = [x.detach().clone().requires_grad_() for x in scaling.parameters()]
+    assert torch.autograd.gradcheck(function, (leaves["q"], leaves["k"], *values), fast_mode=True)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_within_the_bound(case, dtype):
+    rounded = operands(dtype)
+    wide = {name: x.detach().double().requires_grad_() for name, x in rounded.items()}
+    scaling = learned(case).float()
+    exact = outcome(scaling, wide, causal=True, backend="reference")
+    eager = outcome(scaling, rounded, causal=True, backend="reference")
+    for name, ours in outcome(scaling, rounded, causal=True, backend="sdpa").items():
+        assert_within_bound(ours, exact[name], eager[name], dtype, name)
+
+
+@every_case
+def test_packed_sequences(case):
+    leaves, scaling = packed_operands(RAGGED), learned(case)
+    ours = outcome(scaling, leaves, attention_varlen, **RAGGED.arguments(), causal=True)
+    exact = outcome(scaling, leaves, lambda *a, **k: one_by_one(RAGGED, *a, **k)[0], causal=True)
+    assert_same(ours, exact)
+
+
+@every_case
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("statistics", [True, False], ids=["statistics", "keys"])
+@pytest.mark.parametrize("page", [None, 19], ids=["contiguous", "pages"])
+@torch.no_grad()
+def test_prefill_then_decode_is_one_full_pass(case, backend, statistics, page):
+    q, k, v = sequences()
+    scaling = learned(case)
+    expected = attention(q, k, v, scaling=scaling, causal=True, window=(9, 0), backend="reference")
+    cache = GrowingCache(k, v, 29, page, statistics)
+    cache.write([3, 11])
+    for count in (1, 4, 1, 2):
+        cache.write(count)
+        found = attention_decode(
+            cache.newest(q, count), **cache.arguments(), scaling=scaling, window=(9, 0), backend=backend
+        )
+        torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
+
+
+@every_case
+@torch.no_grad()
+def test_decoding_gathers_no_pages_for_their_statistics(case, monkeypatch):
+    q, k, v = sequences()
+    cache = GrowingCache(k, v, 24, page=19, statistics=True)
+    cache.write([9, 14])
+    monkeypatch.setattr(decoding.Cache, "keys", lambda self: pytest.fail("the keys were gathered"))
+    monkeypatch.setattr(decoding.ops, "decode", lambda call, backend, aux: ForwardResult(call.q, call.q))
+    attention_decode(cache.newest(q, 1), **cache.arguments(), scaling=learned(case))
+
+
+def test_a_class_that_does_not_say_so_reads_keys():
+    class Own(Scaling):
+        name = "own"
+
+    class OfKeyCount(SCALINGS["key_count"]):
+        pass
+
+    class OfSSMax(nn.SSMax):
+        pass
+
+    assert Own().reads_keys
+    assert OfKeyCount().reads_keys
+    assert OfSSMax(4).reads_keys
+    assert nn.PerHead(Own(), heads=4).reads_keys
+    assert nn.Scheduled("dim", Own(), 5).reads_keys
+    assert not nn.PerHead("key_norm_max", heads=4).reads_keys
+
+
+def test_a_decode_step_that_would_need_a_gradient_says_so():
+    q, k, v = sequences()
+    cache = GrowingCache(k, v, 24)
+    cache.write(9)
+    with pytest.raises(NotImplementedError, match=r"scaling: attention_decode has no gradient"):
+        attention_decode(cache.newest(q, 1), **cache.arguments(), scaling=learned("ssmax"))
+
+
+@every_case
+def test_rows_without_keys_may_hold_nan(case):
+    leaves, scaling = operands(), learned(case)
+    masks = {"key_lengths": torch.tensor([0, 6])}
+    clean = {backend: outcome(scaling, leaves, backend=backend, **masks) for backend in ("sdpa", "reference")}
+    with torch.no_grad():
+        leaves["q"][0] = torch.nan
+        leaves["k"][0] = torch.nan
+        leaves["k"][1, :, 6:] = torch.inf
+    for backend, expected in clean.items():
+        for name, x in outcome(scaling, leaves, backend=backend, **masks).items():
+            assert torch.equal(x, expected[name]), name
+
+
+@every_case
+def test_zero_keys_and_queries_give_no_nan(case):
+    leaves, scaling = operands(), learned(case)
+    with torch.no_grad():
+        leaves["q"][:, :, 1] = 0
+        leaves["k"][0] = 0
+    results = [outcome(scaling, leaves, causal=True, backend=backend) for backend in ("sdpa", "reference")]
+    assert all(x.isfinite().all() for x in results[0].values())
+    assert_same(*results)
+
+
+@every_case
+def test_gradients_are_repeatable_to_the_bit(case):
+    leaves, scaling = operands(torch.float32), learned(case).float()
+    first, second = (outcome(scaling, leaves, causal=True) for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+
+
+@every_case
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")
+def test_compile_in_one_graph(case):
+    torch._dynamo.reset()
+    scaling, leaves = learned(case).float(), operands(torch.float32)
+
+    def function(q, k, v):
+        return attention(q, k, v, scaling=scaling, causal=True)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    tensors = [*leaves.values(), *scaling.parameters()]
+    results = [
+        torch.autograd.grad(f(*leaves.values()).square().sum(), tensors, materialize_grads=True)
+        for f in (compiled, function)
+    ]
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@every_case
+def test_copies_and_states(case):
+    scaling, leaves = learned(case), operands()
+    expected = attention(*leaves.values(), scaling=scaling, causal=True)
+    fresh = LEARNED[case]().double()
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.fill_(0.3)
+    if isinstance(fresh, nn.Scheduled):
+        fresh.step.zero_()
+    fresh.load_state_dict(scaling.state_dict(), strict=True)
+    for other in (fresh, copy.deepcopy(scaling), pickle.loads(pickle.dumps(scaling))):
+        assert torch.equal(attention(*leaves.values(), scaling=other, causal=True), expected)
+    assert all(x.ndim in (0, 1) for x in scaling.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", [*nn.LEARNED.values(), nn.Scheduled])
+def test_the_multiplier_is_a_formula_of_its_own(kind):
+    assert_a_formula_of_its_own(kind)
+
+
+@pytest.mark.parametrize("name", nn.LEARNED)
+def test_made_by_name_and_heads(name):
+    scaling = nn.LEARNED[name](heads=4)
+    assert scaling.name == name
+    assert isinstance(scaling, Scaling)
+    assert {tuple(x.shape) for x in scaling.parameters()} == {(4,)}
+    assert attention(*operands().values(), scaling=scaling).shape == (2, 4, 5, 6)
+
+
+@pytest.mark.parametrize("name", [*nn.LEARNED, "scheduled"])
+def test_a_name_in_a_call_is_answered_with_its_constructor(name):
+    leaves = operands()
+    with pytest.raises(ValueError, match=rf"got '{name}', which is a module") as error:
+        attention(*leaves.values(), scaling=name)
+    (constructor,) = re.findall(r"scaling=(tritonattn\.nn\..*)$", str(error.value))
+    scaling = eval(constructor, {"tritonattn": tritonattn, "Hq": 4})
+    assert scaling.name == name
+    attention(*leaves.values(), scaling=scaling)
+    with pytest.raises(ValueError, match="which is a module"):
+        nn.PerHead(name, heads=4)
+
+
+@every_case
+def test_other_heads_are_refused(case):
+    scaling = learned(case)
+    if not list(scaling.parameters()):
+        return
+    for backend in ("sdpa", "reference"):
+        with pytest.raises(ValueError, match=r"scaling: expected q of \w+'s 4 heads, got 2"):
+            attention(*operands(heads=(2, 2)).values(), scaling=scaling, backend=backend)
+
+
+def test_another_device_is_refused():
+    with pytest.raises(ValueError, match=r"scaling: expected SSMax on q's device cpu, got meta"):
+        attention(*operands().values(), scaling=nn.SSMax(4, device="meta"))
+
+
+@pytest.mark.parametrize("name", nn.LEARNED)
+@pytest.mark.parametrize(
+    ("heads", "error", "message"),
+    [
+        (0, ValueError, "heads: expected at least 1, got 0"),
+        (-2, ValueError, "heads: expected at least 1, got -2"),
+        (2.0, TypeError, "heads: expected an int, got float 2.0"),
+        (True, TypeError, "heads: expected an int, got bool"),
+        ("4", TypeError, "heads: expected an int, got str '4'"),
+    ],
+)
+def test_heads_that_are_none(name, heads, error, message):
+    with pytest.raises(error, match=message):
+        nn.LEARNED[name](heads=heads)
+
+
+@pytest.mark.parametrize("name", nn.LEARNED)
+def test_device_and_dtype(name):
+    scaling = nn.LEARNED[name](heads=3, device="meta", dtype=torch.float64)
+    assert {(x.device.type, x.dtype) for x in scaling.parameters()} == {("meta", torch.float64)}
+
+
+def test_scaling_parameters_are_those_of_every_scaling_once():
+    class Own(torch.nn.Module, Scaling):
+        name = "own"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4, 1))
+
+        def scales(self, q, k, visibility, statistics):
+            return Scales(1.0, self.weight)
+
+        def multiplier(self, q, k, visible):
+            return self.weight[..., None]
+
+    own, shared = Own(), nn.SSMax(4, bias=True)
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2), nn.PerHead(own, heads=4), torch.nn.ModuleList([shared])])
+    model.append(shared)
+    found = list(nn.scaling_parameters(model))
+    assert len(found) == 4
+    assert set(found) == {own.weight, model[1].theta, shared.s, shared.b}
+    outcome(own, operands(), causal=True)
+
+
+def test_representations():
+    assert repr(nn.PerHead("key_count", heads=4)) == "PerHead(key_count, heads=4)"
+    assert repr(nn.Cosine(4, tau=2.0)) == "Cosine(Cosine(tau=2.0), heads=4)"
+    assert repr(nn.SSMax(4)) == "SSMax(heads=4, bias=False)"
+    assert repr(nn.PowerLaw(4)) == "PowerLaw(heads=4)"
+    assert repr(nn.Scheduled("sqrt_dim", "dim", 7)) == "Scheduled(sqrt_dim, dim, steps=7, blend='linear')"
+    assert "(mode): SSMax(heads=2, bias=False)" in repr(nn.PerHead(nn.SSMax(2), heads=2))
+
+
+@pytest.mark.parametrize("module", ["", "learned", "power_law", "scheduled"])
+def test_the_examples_in_the_docstrings(module):
+    result = doctest.testmod(getattr(nn, module) if module else nn)
+    assert result.attempted >= 3
+    assert result.failed == 0

@@ -1,0 +1,221 @@
+"""Scalings with learned parameters, one value a query head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..factor import Factor
+from ..scaling import Cosine as FixedCosine
+from ..scaling import Scales, Scaling
+from ..scaling.base import check_positive
+from ..statistics import Statistics
+from ..validation import kind_of, named_scaling, refuse_scaling
+from ..visibility import Visibility
+
+
+class Learned(nn.Module, Scaling):
+    """A scaling whose parameters have one value for every query head: shape [heads], in float32 unless `dtype` says so.
+
+    They act in float64 and the resulting scale in float32, whatever the dtype of q. A subclass defines `scales` and
+    `multiplier`, as every `Scaling`.
+
+    heads   Hq, the heads of q; another number of heads in a call raises ValueError
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        if isinstance(heads, bool) or not isinstance(heads, int):
+            raise TypeError(f"heads: expected an int, got {kind_of(heads)}")
+        if heads < 1:
+            raise ValueError(f"heads: expected at least 1, got {heads}")
+        self.heads = heads
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
+    def per_head(self, parameter: Tensor, q: Tensor) -> Tensor:
+        """A parameter [heads] as fp64 [heads, 1], for q [B, heads, Sq, D].
+
+        Raises ValueError where q has other heads or lies on another device.
+        """
+        if q.shape[1] != self.heads:
+            raise ValueError(f"scaling: expected q of {type(self).__name__}'s {self.heads} heads, got {q.shape[1]}")
+        if parameter.device != q.device:
+            raise ValueError(
+                f"scaling: expected {type(self).__name__} on q's device {q.device}, got {parameter.device}"
+            )
+        return parameter.double()[:, None]
+
+
+class PerHead(Learned):
+    """factor = exp(theta_h) * (the factor of a mode): a learned temperature for every head.
+
+    Args:
+        mode: A name in `SCALINGS` or a `Scaling`, itself learned or not.
+        heads: Hq.
+        device, dtype: Of theta [heads], which starts at 0: exactly the mode.
+
+    Raises:
+        TypeError, ValueError: What is no mode, or no number of heads.
+
+    >>> import torch, tritonattn
+    >>> scaling = tritonattn.nn.PerHead("key_count", heads=4)
+    >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
+    >>> tritonattn.attention(q, k, v, scaling=scaling, causal=True).sum().backward()
+    >>> scaling.theta.grad.shape
+    torch.Size([4])
+    """
+
+    name = "per_head"
+
+    def __init__(
+        self,
+        mode: str | Scaling = "sqrt_dim",
+        *,
+        heads: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(heads)
+        self.mode = as_mode(mode)
+        self.theta = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype))
+
+    @property
+    def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.mode.reads_keys
+
+    @property
+    def normalises_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.mode.normalises_query
+
+    def extra_repr(self) -> str:
+        return f"{describe(self.mode)}heads={self.heads}"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        gain = self.per_head(self.theta, q).exp()
+        return Scales(*Factor(self.mode, gain).scales(q, k, visibility, statistics))
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        temperature = self.per_head(self.theta, q).exp()[..., None]  # [Hq, 1, 1]
+        return self.mode.multiplier(q, k, visible) * temperature
+
+
+class Cosine(PerHead):
+    """factor = tau_h / (||q|| * ||k||), tau_h = tau * exp(theta_h): cosine attention with a learned temperature.
+
+    Args:
+        heads: Hq.
+        tau: Where every head starts; None is sqrt(D), as for the mode "cosine". Swin V2 starts at 10. With tau=1
+            theta is Swin V2's logit_scale.
+        device, dtype: Of theta [heads], which starts at 0.
+
+    Source: Liu et al. 2021, "Swin Transformer V2", arXiv:2111.09883, equation 2 (a learned tau a head, without weight
+    decay); Henry et al. 2020, "Query-key normalization for transformers", arXiv:2010.04245, equation 4.
+    Raises TypeError or ValueError for a tau or a number of heads that is none.
+    """
+
+    name = "learned_cosine"
+
+    def __init__(
+        self,
+        heads: int,
+        tau: float | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(FixedCosine(tau), heads=heads, device=device, dtype=dtype)
+
+    @property
+    def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.mode.reads_keys
+
+
+class SSMax(Learned):
+    """factor = (s_h * ln(n) + b_h) / sqrt(D), n = the number of visible keys: Scalable-Softmax.
+
+    softmax(s ln(n) z) = n^(s z) / sum n^(s z), for logits z = q . k / sqrt(D). A head's s and b take any sign.
+
+    Args:
+        heads: Hq.
+        base: s starts at 1 / ln(base), which is `LogKeyCount(base)`: with the length of training as base, rows of that
+            many keys start as sqrt_dim's.
+        bias: Learn b [heads] too, from 0. Setting s to 0 and b to 1 starts exactly at sqrt_dim.
+        device, dtype: Of s and b.
+
+    Source: Nakanishi 2025, "Scalable-Softmax is superior for attention", arXiv:2501.19399: s learned for every layer
+    and head; the bias is a variant that it compares.
+    Raises TypeError for a number of heads that is none, ValueError unless base is finite and above 1.
+
+    >>> import torch, tritonattn
+    >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
+    >>> tritonattn.attention(q, k, v, scaling=tritonattn.nn.SSMax(heads=4), causal=True).shape
+    torch.Size([1, 4, 16, 8])
+    """
+
+    name = "ssmax"
+    reads_keys = False
+
+    def __init__(
+        self,
+        heads: int,
+        base: float = math.e,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(heads)
+        check_positive("base", base, above=1.0)
+        self.s: Tensor
+        self.b: Tensor | None
+        self.s = nn.Parameter(torch.full((heads,), 1 / math.log(base), device=device, dtype=dtype))
+        b = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("b", b)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, bias={self.b is not None}"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        query = self.per_head(self.s, q) * visibility.counts().clamp(min=1).log()  # [B, Hq, Sq]
+        if self.b is not None:
+            query = query + self.per_head(self.b, q)
+        return Scales(q.shape[-1] ** -0.5, query=query)
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        n = visible.sum(-1, keepdim=True).double()
+        s = self.per_head(self.s, q)[..., None]  # [Hq, 1, 1]
+        b = 0 if self.b is None else self.per_head(self.b, q)[..., None]
+        return (s * math.log(2) * torch.where(n > 0, n, 1).log2() + b) / math.sqrt(k.shape[-1])
+
+
+def scaling_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of every `Scaling` inside a module, each once: those to optimise without weight decay."""
+    seen: set[nn.Parameter] = set()
+    for part in module.modules():
+        if isinstance(part, Scaling):
+            for parameter in part.parameters():
+                if parameter not in seen:
+                    seen.add(parameter)
+                    yield parameter
+
+
+def as_mode(mode: str | Scaling) -> Scaling:
+    """A name in SCALINGS, or a Scaling, as a Scaling."""
+    if isinstance(mode, str):
+        return named_scaling(mode)
+    if not isinstance(mode, Scaling):
+        refuse_scaling(mode)
+    return mode
+
+
+def describe(mode: Scaling) -> str:
+    """A mode as an argument in a module's repr; "" where the mode is a module, which has a line of its own."""
+    if isinstance(mode, nn.Module):
+        return ""
+    plain = type(mode).__repr__ is object.__repr__
+    return f"{getattr(mode, 'name', type(mode).__name__) if plain else mode}, "

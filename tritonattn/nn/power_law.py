@@ -1,0 +1,102 @@
+"""The scaling that learns its exponents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..scaling import Scales
+from ..scaling.base import SMALLEST_STATISTIC, dense_lengths
+from ..statistics import Statistics
+from ..visibility import Visibility
+from .learned import Learned
+
+# a, b, c of the modes that are points of the law.
+_POINTS = {
+    "sqrt_dim": (-0.5, 0.0, 0.0),
+    "dim": (-1.0, 0.0, 0.0),
+    "none": (0.0, 0.0, 0.0),
+    "key_count": (0.0, -1.0, 0.0),
+    "sqrt_key_count": (0.0, -0.5, 0.0),
+    "key_norm_sum": (0.0, -1.0, -1.0),
+    "key_norm_mean": (0.0, 0.0, -1.0),
+}
+
+
+class PowerLaw(Learned):
+    """factor = exp(theta_h) * D^a_h * n^b_h * rho^c_h: named modes are points of it, and training moves between them.
+
+    n is the number and rho the mean length of the keys that the row sees. The exponents say how a head's logits ought
+    to depend on them. A rho of 0 counts as rho^c = 0, without gradient, and as 1 where c is exactly 0.
+
+    Args:
+        heads: Hq.
+        mode: Where every head starts, exactly: "sqrt_dim", "dim", "none", "key_count", "sqrt_key_count",
+            "key_norm_sum" or "key_norm_mean".
+        device, dtype: Of the parameters theta, dim_exponent (a), count_exponent (b) and length_exponent (c), [heads].
+
+    Within one head dimension theta and a move the same number, so a is frozen (requires_grad is False) until asked for.
+
+    Raises:
+        TypeError: A number of heads that is none.
+        ValueError: A mode that is no point of the law.
+
+    >>> import torch, tritonattn
+    >>> scaling = tritonattn.nn.PowerLaw(heads=4, mode="key_norm_sum")
+    >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
+    >>> tritonattn.attention(q, k, v, scaling=scaling, causal=True).sum().backward()
+    >>> scaling.count_exponent.grad.shape
+    torch.Size([4])
+    """
+
+    name = "power_law"
+    reads_keys = False
+
+    def __init__(
+        self,
+        heads: int,
+        mode: str = "sqrt_dim",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(heads)
+        if mode not in _POINTS:
+            raise ValueError(f"mode: expected one of {', '.join(_POINTS)}, got {mode!r}")
+        a, b, c = (
+            nn.Parameter(torch.full((heads,), x, device=device, dtype=dtype)) for x in _POINTS[mode]
+        )  # fmt: skip
+        self.theta = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype))
+        self.dim_exponent = a.requires_grad_(False)
+        self.count_exponent = b
+        self.length_exponent = c
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        theta, a, b, c = (self.per_head(x, q) for x in self._parameters_in_order())
+        n = visibility.counts().clamp(min=1)  # [B or 1, 1 or Hq, Sq]
+        rho = statistics.length_sum / n  # [B, Hkv or Hq, Sq]
+        rho = rho.repeat_interleave(self.heads // rho.shape[1], dim=1)
+        dim = torch.full((), q.shape[-1], dtype=torch.float64, device=q.device)
+        return Scales(1.0, query=theta.exp() * dim.pow(a) * n.pow(b) * _length_power(rho, c))
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        theta, a, b, c = (self.per_head(x, q)[..., None] for x in self._parameters_in_order())  # [Hq, 1, 1]
+        norms = torch.where(visible, dense_lengths(k, visible.any(-2))[..., None, :], 0)  # [B, Hq, Sq, Sk]
+        n = visible.sum(-1, keepdim=True).double()
+        n = torch.where(n > 0, n, 1)
+        rho = norms.sum(-1, keepdim=True) / n
+        usable = ~(rho < SMALLEST_STATISTIC)
+        logarithm = torch.where(usable, rho, 1).log()
+        dim = torch.full((), k.shape[-1], dtype=torch.float64, device=k.device)
+        factor = torch.exp(theta + a * dim.log() + b * n.log() + c * logarithm)
+        return torch.where(usable | (c == 0), factor, 0)
+
+    def _parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.theta, self.dim_exponent, self.count_exponent, self.length_exponent
+
+
+def _length_power(rho: Tensor, c: Tensor) -> Tensor:
+    """rho^c; where rho is 0 or below fp32's normal range 0, or 1 where c is 0, without gradient."""
+    usable = ~(rho < SMALLEST_STATISTIC)
+    power = torch.where(usable, rho, 1).pow(c)
+    return torch.where(usable, power, (c == 0).double())

@@ -1,0 +1,115 @@
+"""The scaling that turns from one mode into another in the course of training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..factor import Factor
+from ..scaling import Scales, Scaling
+from ..statistics import Statistics
+from ..validation import kind_of
+from ..visibility import Visibility
+from .learned import as_mode, describe
+
+_BLENDS = ("linear", "geometric")
+
+
+class Scheduled(nn.Module, Scaling):
+    """A factor that goes from mode_a's to mode_b's in a number of steps.
+
+        t      = min(step / steps, 1)
+        factor = (1 - t) * factor_a + t * factor_b        "linear"
+        factor = factor_a^(1 - t) * factor_b^t            "geometric"
+
+    `advance()` counts a step: call it once an optimiser step. At step 0 the factor is exactly mode_a's, from `steps` on
+    exactly mode_b's.
+
+    Args:
+        mode_a, mode_b: Names in `SCALINGS` or Scalings, themselves learned or not.
+        steps: At least 1.
+        blend: "linear" takes factors of any sign, but no mode with a factor a key (cosine), which no row's factor can
+            equal half-way. "geometric" takes every mode whose factors are not negative (else NaN), and moves evenly
+            between modes of different size.
+
+    The step is a buffer: state_dict keeps it, and neither compiling nor a CUDA graph fixes it.
+
+    Raises:
+        TypeError, ValueError: A mode, a number of steps or a blend that is none; in a call, a mode with a factor a key
+            in a linear blend.
+
+    >>> import torch, tritonattn
+    >>> scaling = tritonattn.nn.Scheduled("sqrt_dim", "key_norm_mean", steps=1000)
+    >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
+    >>> out = tritonattn.attention(q, k, v, scaling=scaling, causal=True)
+    >>> scaling.advance()
+    >>> scaling.progress().item()
+    0.001
+    """
+
+    name = "scheduled"
+
+    def __init__(self, mode_a: str | Scaling, mode_b: str | Scaling, steps: int, *, blend: str = "linear") -> None:
+        super().__init__()
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise TypeError(f"steps: expected an int, got {kind_of(steps)}")
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        if blend not in _BLENDS:
+            raise ValueError(f"blend: expected one of {', '.join(_BLENDS)}, got {blend!r}")
+        self.mode_a, self.mode_b = as_mode(mode_a), as_mode(mode_b)
+        self.steps, self.blend = steps, blend
+        self.step: Tensor
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.mode_a.reads_keys or self.mode_b.reads_keys
+
+    @property
+    def normalises_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.mode_a.normalises_query and self.mode_b.normalises_query
+
+    def extra_repr(self) -> str:
+        return f"{describe(self.mode_a)}{describe(self.mode_b)}steps={self.steps}, blend={self.blend!r}"
+
+    @torch.no_grad()
+    def advance(self, steps: int = 1) -> None:
+        """Count steps."""
+        self.step += steps
+
+    def progress(self) -> Tensor:
+        """t, an fp64 scalar from 0 to 1."""
+        return (self.step.double() / self.steps).clamp(0, 1)
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        t = self.progress().to(q.device)
+        parts = [Factor(mode).scales(q, k, visibility, statistics) for mode in (self.mode_a, self.mode_b)]
+        a, b = (constant if query is None else constant * query.double() for constant, query, _ in parts)
+        key_a, key_b = (key for *_, key in parts)
+        if self.blend == "geometric":
+            no_key = key_a is None and key_b is None
+            key = None if no_key else _geometric(1.0 if key_a is None else key_a, 1.0 if key_b is None else key_b, t)
+            return Scales(1.0, query=_geometric(a, b, t), key=key)
+        if key_a is not None or key_b is not None:
+            raise ValueError(
+                "blend: expected 'geometric' with a mode that has a factor a key, as cosine has, got 'linear'"
+            )
+        return Scales(1.0, query=(1 - t) * a + t * b)
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        t = self.progress().to(q.device)
+        a, b = (mode.multiplier(q, k, visible) for mode in (self.mode_a, self.mode_b))
+        return (1 - t) * a + t * b if self.blend == "linear" else _geometric(a, b, t)
+
+
+def _geometric(a: Tensor | float, b: Tensor | float, t: Tensor) -> Tensor:
+    """a^(1 - t) * b^t in fp64."""
+    a, b = (torch.as_tensor(x, dtype=torch.float64, device=t.device) for x in (a, b))
+    return _power(a, 1 - t) * _power(b, t)
+
+
+def _power(x: Tensor, exponent: Tensor) -> Tensor:
+    """x^exponent, with gradient 0 towards an x of 0."""
+    zero = x == 0
+    return torch.where(zero, (exponent == 0).double(), torch.where(zero, 1, x).pow(exponent))
