@@ -43,6 +43,13 @@ class AttentionModule:
         call = interface_call(type(self.module))
         return call is not None and call.passes_rest
 
+    @property
+    def keeps_output_attentions(self) -> bool:
+        """Whether the module takes output_attentions and does not pass it on."""
+        call = interface_call(type(self.module))
+        taken = "output_attentions" in inspect.signature(self.module.forward).parameters
+        return taken and call is not None and "output_attentions" not in call.keywords
+
 
 def attention_modules(model: nn.Module) -> list[AttentionModule]:
     """The attention modules of a model in its order: those that can be patched, and those that cannot."""

@@ -21,6 +21,7 @@ from .cached_keys import offer_cache
 from .scalings import built, described
 from .settings import ATTRIBUTE, LAYERS, LayerScaling, Settings
 from .table import table
+from .weights import note_wanted_weights
 
 _HANDLE = "_tritonattn_patched"
 _IMPLEMENTATION = "_attn_implementation_internal"  # the setter without "_internal" reaches into sub-configs
@@ -318,6 +319,8 @@ def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
     module.add_module(ATTRIBUTE, own)
     if one.passes_rest:
         result._hooks.append(module.register_forward_pre_hook(offer_cache, with_kwargs=True))
+    if one.keeps_output_attentions:
+        result._hooks.append(module.register_forward_pre_hook(note_wanted_weights, with_kwargs=True))
 
 
 def _shape(found: AttentionModule) -> tuple[str, str, str]:

@@ -60,8 +60,9 @@ class Settings:
 class LayerScaling(nn.Module):
     """What `patch` adds to an attention module, as its child `tritonattn`: it owns what is learned.
 
-    shared      the config of the module's model, whose attention implementation says what masks arrive
-    observer    called with what every call computed, see `Patched.watch`
+    shared           the config of the module's model, whose attention implementation says what masks arrive
+    observer         called with what every call computed, see `Patched.watch`
+    weights_wanted   whether the running call of the module is to return attention weights
     """
 
     def __init__(self, settings: Settings, shared: Any) -> None:
@@ -70,6 +71,7 @@ class LayerScaling(nn.Module):
         self.gain = settings.gain
         self.backend = settings.backend
         self.shared = shared
+        self.weights_wanted = False
         self.observer: Callable[..., None] | None = None
 
     def saved(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any, cast
 
@@ -18,12 +19,19 @@ _COSTLY = (
 )
 
 
+def note_wanted_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of a patched module whose argument output_attentions does not reach the attention function."""
+    arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    own = getattr(module, ATTRIBUTE)
+    own.weights_wanted = bool(arguments.get("output_attentions"))
+
+
 def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether the caller of the model asked for attention weights: by argument, by config, or by a recording hook."""
-    if kwargs.get("output_attentions"):
+    own = getattr(module, ATTRIBUTE, None)
+    if kwargs.get("output_attentions") or getattr(own, "weights_wanted", False):
         return True
-    shared = getattr(getattr(module, ATTRIBUTE, None), "shared", None)
-    for config in (getattr(module, "config", None), shared):
+    for config in (getattr(module, "config", None), getattr(own, "shared", None)):
         if getattr(config, "output_attentions", False):
             return True
     # transformers 5 records what attention modules return, and may drop the argument on the way to them.
