@@ -51,7 +51,7 @@ def test_dropped_padding(name, padding, monkeypatch):
 @pytest.mark.parametrize("where", ["prefill", "steps"])
 def test_statistics_that_count_padding(where, monkeypatch):
     def from_the_first_key(self, x, prefix):
-        lo, hi = self.ranges()
+        lo, _ = self.ranges()
         return original(self, x, prefix) + prefix.gather(2, lo[:, None].expand(*prefix.shape[:2], -1))
 
     padding_changes_nothing(ARCHITECTURES["llama"], "key_norm_mean")

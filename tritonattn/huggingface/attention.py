@@ -62,12 +62,12 @@ def attention_forward(
     weights = None
     if wants_weights(module, kwargs):
         weights = attention_weights(module, query, key, arguments)
-    arguments["scaling"] = with_cached_keys(arguments["scaling"], module, key, cache)
+    scaling = with_cached_keys(arguments["scaling"], module, key, cache)
     observer = getattr(getattr(module, ATTRIBUTE, None), "observer", None)
     if observer is None:
-        out = cast(Tensor, attention(query, key, value, **arguments))
+        out = cast(Tensor, attention(query, key, value, **{**arguments, "scaling": scaling}))
     else:
-        result = attention(query, key, value, **arguments, return_aux=True)
+        result = attention(query, key, value, **{**arguments, "scaling": scaling}, return_aux=True)
         out, aux = cast(tuple[Tensor, AttentionAux], result)
         observer(module, query, key, arguments, aux)
     return out.transpose(1, 2).contiguous(), weights

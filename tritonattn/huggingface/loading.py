@@ -1,76 +1,91 @@
 """A saved model's scalings, applied when it is loaded.
 
 `patch` writes them into the config, together with attn_implementation = "tritonattn", so that a process without
-`tritonattn.huggingface` refuses the checkpoint instead of computing something else. With it, every model finds the
-settings at the end of its construction, before its weights are read.
+`tritonattn.huggingface` refuses the checkpoint instead of computing something else (from transformers 5 on, which reads
+that entry). With it, every model finds the settings at the end of its construction, before its weights are read, and
+what is learned but missing among the weights starts anew.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
+from collections.abc import Callable, Container
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from .architecture import AttentionModule, attention_modules, query_heads
 from .attention import NAME
-from .patching import Patched, apply, patched
+from .patching import IMPLEMENTATION, SAVED_IMPLEMENTATION, Patched, apply, patched
 from .settings import ATTRIBUTE, LAYERS, LayerScaling
 
-_FOLLOWS = "_follows_tritonattn_settings"
+_EXTENDED = "_extended_by_tritonattn"
+_ASKED = "_tritonattn_implementation_asked_for"
 
 
 def restore(model: PreTrainedModel) -> Patched:
-    """Apply the settings in model.config that a `patch` left there; learned values start anew.
+    """Apply the settings in model.config that a `patch` left there; what is learned starts anew.
 
-    Raises ValueError where the config has none, or the model lacks a module that they name.
+    from_pretrained does so by itself. Raises ValueError where the config has none, or the model lacks a module that
+    they name.
     """
-    saved = getattr(model.config, ATTRIBUTE, None)
-    if not isinstance(saved, dict) or LAYERS not in saved:
+    saved = _saved(model)
+    if saved is None:
         raise ValueError(f"model: config.{ATTRIBUTE} holds no scalings of layers")
     found = attention_modules(model)
-    places = _places(model, found, saved[LAYERS])
-    missing = [name for name in saved[LAYERS] if name not in places]
+    places = _places(model, found, saved)
+    missing = [name for name in saved if name not in places]
     if missing:
         raise ValueError(f"model: {type(model).__name__} has no {', '.join(missing)}, which config.{ATTRIBUTE} names")
-    return _apply(model, found, places, saved[LAYERS])
+    return _apply(model, found, places, saved)
 
 
 def follow_saved_settings() -> None:
-    """Let every model apply the settings in its config at the end of its construction. Repeating it is harmless."""
-    if getattr(PreTrainedModel.post_init, _FOLLOWS, False):
+    """Let every model apply the settings in its config when it is made and loaded. Repeating it is harmless."""
+    _extend("post_init", lambda model, *_: _follow(model))
+    _extend("_initialize_missing_keys", _start_anew, first=True)
+
+
+def _extend(name: str, addition: Callable[..., Any], first: bool = False) -> None:
+    original = getattr(PreTrainedModel, name, None)
+    if original is None or getattr(original, _EXTENDED, False):
         return
-    original = PreTrainedModel.post_init
 
     @functools.wraps(original)
-    def post_init(self: PreTrainedModel) -> None:
-        original(self)
-        _follow(self)
+    def extended(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        finish = addition(self, *args) if first else None
+        result = original(self, *args, **kwargs)
+        if finish is not None:
+            finish()
+        elif not first:
+            addition(self)
+        return result
 
-    setattr(post_init, _FOLLOWS, True)
-    PreTrainedModel.post_init = post_init
+    setattr(extended, _EXTENDED, True)
+    setattr(PreTrainedModel, name, extended)
+
+
+def _saved(model: PreTrainedModel) -> dict[str, Any] | None:
+    saved = getattr(model.config, ATTRIBUTE, None)
+    return saved[LAYERS] if isinstance(saved, dict) and LAYERS in saved else None
 
 
 def _follow(model: PreTrainedModel) -> None:
-    saved = getattr(model.config, ATTRIBUTE, None)
-    if not isinstance(saved, dict) or LAYERS not in saved:
+    saved = _saved(model)
+    if saved is None:
+        return
+    found = attention_modules(model)
+    places = _places(model, found, saved)
+    if len(places) < len(saved):  # a part of a larger model, which will know; else the first call fails and says so
+        vars(model.config).setdefault(_ASKED, model.config._attn_implementation)
+        setattr(model.config, IMPLEMENTATION, NAME)
         return
     # A model is made of models that share its config: the outer one takes over what an inner one has applied.
-    inner = [one for module in model.modules() if (one := patched(module)) is not None]
-    if not inner and model.config._attn_implementation != NAME:
-        warnings.warn(
-            f"{type(model).__name__}: the scalings in config.{ATTRIBUTE} are not applied, since attn_implementation is"
-            f" {model.config._attn_implementation!r}; wanted {NAME!r}, or none",
-            stacklevel=4,
-        )
-        return
-    for one in inner:
-        one.undo()
-    found = attention_modules(model)
-    places = _places(model, found, saved[LAYERS])
-    if len(places) == len(saved[LAYERS]):  # else the first call says what is missing
-        _apply(model, found, places, saved[LAYERS])
+    for module in model.modules():
+        if (inner := patched(module)) is not None:
+            inner.undo()
+    _apply(model, found, places, saved)
 
 
 def _places(model: PreTrainedModel, found: list[AttentionModule], saved: dict[str, Any]) -> dict[str, AttentionModule]:
@@ -89,11 +104,41 @@ def _places(model: PreTrainedModel, found: list[AttentionModule], saved: dict[st
 def _apply(
     model: PreTrainedModel, found: list[AttentionModule], places: dict[str, AttentionModule], saved: dict[str, Any]
 ) -> Patched:
+    """Patch a model as if it had come without settings, so that `undo` leaves none."""
+    config: Any = model.config
+    asked = vars(config).pop(_ASKED, config._attn_implementation)
+    for name in (ATTRIBUTE, SAVED_IMPLEMENTATION):
+        vars(config).pop(name, None)
+    if config._attn_implementation == NAME:
+        default = model._check_and_adjust_attn_implementation(None if asked == NAME else asked)
+        config._attn_implementation = default  # of the config and those inside
     plans = {
         one.name: LayerScaling.from_saved(saved[name], one.module.config, query_heads(one.module))
         for name, one in places.items()
     }
-    if model.config._attn_implementation == NAME and len(plans) < len(found):
-        # The layers that were not patched take what they would have without tritonattn.
-        model.config._attn_implementation = model.get_correct_attn_implementation(None)
     return apply(model, found, plans)
+
+
+def _start_anew(model: PreTrainedModel, *args: Any) -> Callable[[], None] | None:
+    """What is to be done about learned values without weights, known before transformers marks all as initialised."""
+    one = patched(model)
+    if one is None:
+        return None
+    # transformers 5 marks the tensors that it has read; 4 hands over their names.
+    names: Container[str] = args[0] if args and isinstance(args[0], (list, set)) else ()
+    missing = []
+    for layer, own in one.layers.items():
+        for key, x in own.state_dict(keep_vars=True).items():
+            if f"{layer}.{ATTRIBUTE}.{key}" not in names and not getattr(x, "_is_hf_initialized", False):
+                missing.append((layer, key))
+    return functools.partial(_fill, one, missing) if missing else None
+
+
+@torch.no_grad()
+def _fill(one: Patched, missing: list[tuple[str, str]]) -> None:
+    for layer, key in missing:
+        own = one.layers[layer]
+        heads = query_heads(one.model.get_submodule(layer))
+        with torch.device("cpu"):
+            fresh = LayerScaling.from_saved(own.saved(), None, heads).state_dict()
+        own.state_dict()[key].copy_(fresh[key])

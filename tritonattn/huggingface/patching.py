@@ -24,8 +24,8 @@ from .table import table
 from .weights import note_wanted_weights
 
 _HANDLE = "_tritonattn_patched"
-_IMPLEMENTATION = "_attn_implementation_internal"  # the setter without "_internal" reaches into sub-configs
-_SAVED_IMPLEMENTATION = "attn_implementation"
+IMPLEMENTATION = "_attn_implementation_internal"  # the setter without "_internal" reaches into sub-configs
+SAVED_IMPLEMENTATION = "attn_implementation"
 _MASKS = ("eager", "sdpa", NAME)
 
 Selector = int | str
@@ -91,7 +91,7 @@ class Patched:
             delattr(module, ATTRIBUTE)
             module.config = config
         for config, before in self._configs:
-            for name in (_IMPLEMENTATION, ATTRIBUTE, _SAVED_IMPLEMENTATION):
+            for name in (IMPLEMENTATION, ATTRIBUTE, SAVED_IMPLEMENTATION):
                 if name in before:
                     setattr(config, name, before[name])
                 elif name in vars(config):
@@ -107,7 +107,7 @@ class Patched:
 
     def _remember(self, config: Any) -> None:
         if all(config is not known for known, _ in self._configs):
-            names = (_IMPLEMENTATION, ATTRIBUTE, _SAVED_IMPLEMENTATION)
+            names = (IMPLEMENTATION, ATTRIBUTE, SAVED_IMPLEMENTATION)
             self._configs.append((config, {name: vars(config)[name] for name in names if name in vars(config)}))
 
 
@@ -200,7 +200,7 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
     root = getattr(model, "config", None)
     if root is not None:
         setattr(root, ATTRIBUTE, {LAYERS: {name: plan.saved() for name, plan in plans.items()}})
-        setattr(root, _SAVED_IMPLEMENTATION, NAME)
+        setattr(root, SAVED_IMPLEMENTATION, NAME)
     model.__dict__[_HANDLE] = result
     return result
 
@@ -293,10 +293,10 @@ def _share(model: nn.Module, found: list[AttentionModule], plans: dict[str, Laye
     """Let masks come from tritonattn's mask function wherever all layers that they serve are patched."""
     for one in found:
         if one.name in plans and _whole_config(one, found, plans):
-            setattr(one.module.config, _IMPLEMENTATION, NAME)
+            setattr(one.module.config, IMPLEMENTATION, NAME)
     root = getattr(model, "config", None)
     if root is not None and isinstance(model, PreTrainedModel) and _whole(found, plans):
-        setattr(root, _IMPLEMENTATION, NAME)
+        setattr(root, IMPLEMENTATION, NAME)
 
 
 def _whole(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
@@ -312,7 +312,7 @@ def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
     """Give the module its settings, and a config of its own that names tritonattn."""
     module, shared = one.module, one.module.config
     config = copy.copy(shared)
-    setattr(config, _IMPLEMENTATION, NAME)
+    setattr(config, IMPLEMENTATION, NAME)
     result._own.append((module, shared))
     module.config = config
     own.train(module.training)
