@@ -58,7 +58,8 @@ def test_masks_of_a_forward_pass(name, padding, spy):
     network = architecture.build()
     with patch(network), torch.no_grad():
         architecture.outputs(network, architecture.inputs(padding))
-    assert set(spy.dtypes) <= ({torch.bool, None} if padding == "holes" else {torch.int32, None})  # BART's decoder: None
+    # BART's decoder is not padded: no mask.
+    assert set(spy.dtypes) <= ({torch.bool, None} if padding == "holes" else {torch.int32, None})
     assert padding == "none" or spy.dtypes[0] is not None
 
 
