@@ -155,7 +155,7 @@ def test_compare_from_end_to_end(small, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert compare("--json", "a.json") == 0
     out = capsys.readouterr().out
-    for part in ("perplexity", "model.layers.0.self_attn", "key_count", "cosine", "heads", "plot: compare.png"):
+    for part in ("perplexity", "model.layers.0.self_attn", "key_count", "cosine", "of heads", "plot: compare.png"):
         assert part in out
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     for row in json.loads((tmp_path / "a.json").read_text())["modes"]:
@@ -171,7 +171,7 @@ def test_compare_on_a_part_of_a_model(small, tmp_path, capsys, layers):
     assert compare("--layers", layers, "--plot", str(tmp_path / "a.svg")) == 0
     out = capsys.readouterr().out
     assert "left alone: not among the layers asked for" in out
-    assert out.count("model.layers.1.self_attn") == 2
+    assert out.count("model.layers.1.self_attn") == 1 + 3  # in the report, and for every mode
     assert out.count("model.layers.0.self_attn") == 1
 
 

@@ -61,19 +61,23 @@ class Report:
         return "\n\n".join(blocks)
 
     def layers(self) -> str:
-        """One row a layer, and for every mode its entropy, the heads' range of it, and the logits."""
-        headers = ["layer"]
+        """A table a mode with one row a layer: its entropy, that of its heads, and its logits."""
+        tables = []
         for one in self.measurements:
-            headers += [f"{one.mode}\nentropy", "heads", "row\nlogit", "largest\nlogit"]
-        rows = []
-        for own in zip(*(one.layers for one in self.measurements), strict=True):
-            row = [own[0].name]
-            for layer in own:
-                heads = f"{layer.lowest_entropy:.2f}-{layer.highest_entropy:.2f}"
-                row += [f"{layer.entropy:.3f}", heads, _short(layer.row_logit), _short(layer.largest_logit)]
-            rows.append(row)
-        return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, stralign="right",
-                        colalign=("left",))  # fmt: skip
+            headers = (one.mode, "entropy\n/ ln n", "of heads", "mean row's\nlargest logit", "largest\nlogit")
+            rows = [
+                (
+                    layer.name,
+                    f"{layer.entropy:.3f}",
+                    f"{layer.lowest_entropy:.2f} to {layer.highest_entropy:.2f}",
+                    _short(layer.row_logit),
+                    _short(layer.largest_logit),
+                )
+                for layer in one.layers
+            ]
+            tables.append(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True,
+                                   stralign="right", colalign=("left",)))  # fmt: skip
+        return "\n\n".join(tables)
 
     def check(self) -> str:
         return (
