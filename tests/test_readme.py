@@ -19,7 +19,7 @@ def test_snippets_run(position):
 
 
 def test_no_snippet_is_overlooked():
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 8
     assert "class LogKeyNorm(Scaling)" in SNIPPETS[1]
     assert "class CountPower(torch.nn.Module, Scaling)" in SNIPPETS[2]
 

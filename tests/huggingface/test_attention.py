@@ -99,7 +99,6 @@ def test_no_scaling_means_one_over_the_root_of_the_dimension():
         ("block_indices", torch.zeros(1)),
         ("sinks", torch.zeros(2)),
         ("head_mask", torch.ones(2)),
-        ("read_index", torch.zeros(1)),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(name, value):

@@ -368,12 +368,25 @@ def test_the_name_alone_works(tmp_path):
     assert torch.equal(logits(again.eval()), got)
 
 
-def test_continuous_batching_is_refused_by_name():
-    network = LLAMA.build("sdpa")
-    if not hasattr(network, "generate_batch"):
-        return
-    q = torch.randn(1, 4, 3, 8)
+def test_continuous_batching_without_masks_is_refused_by_name():
+    network, q = LLAMA.build("sdpa"), torch.randn(1, 4, 3, 8)
     with patch(network), pytest.raises(NotImplementedError, match="continuous batching"):
         tritonattn.huggingface.attention_forward(
             network.model.layers[0].self_attn, q, q, q, None, read_index=torch.zeros(3, dtype=torch.int64)
         )
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="it asks the hub for a tokenizer")
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_mean"])
+def test_continuous_batching_with_masks(scaling):
+    """Whole models are refused by name; with the dense masks of sdpa every request gives what it gives alone."""
+    network, ids = LLAMA.build("sdpa"), LLAMA.inputs()["input_ids"]
+    requests = [ids[0].tolist(), ids[1, :7].tolist()]
+    options = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with patch(network, scaling=scaling):
+        alone = [network.generate(torch.tensor([one]), generation_config=options)[0, len(one) :] for one in requests]
+        with pytest.raises(ValueError, match="tritonattn is not supported for continuous batching"):
+            network.generate_batch(requests, generation_config=options)
+        network.set_attn_implementation("sdpa")
+        batch = network.generate_batch(requests, generation_config=options).values()
+    assert sorted(one.generated_tokens for one in batch) == sorted(one.tolist() for one in alone)

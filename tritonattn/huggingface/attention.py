@@ -28,8 +28,7 @@ _REFUSED = {
     "block_indices": "sparse block indices",
     "sinks": "sink keys",
     "head_mask": "a mask of whole heads",
-    "read_index": "continuous batching (paged caches)",
-    "block_table": "continuous batching (paged caches)",
+    "block_table": "a paged cache",
 }
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -92,6 +91,11 @@ def call_arguments(
                 f"{name}: {meaning} is not supported by tritonattn in {type(module).__name__}; leave the module to"
                 " attn_implementation='eager'"
             )
+    if kwargs.get("read_index") is not None and attention_mask is None:
+        raise NotImplementedError(
+            "read_index: continuous batching is supported by tritonattn only with the masks of 'sdpa', got none in"
+            f" {type(module).__name__}: call model.set_attn_implementation('sdpa') after patching"
+        )
     settings = Settings.of(module)
     return {
         **_scaling_arguments(settings, scaling, query.shape[-1]),
