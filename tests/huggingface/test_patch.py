@@ -318,6 +318,33 @@ def test_gradient_checkpointing():
         assert (got[name] - wanted[name]).norm() <= 1e-3 * wanted[name].norm()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("scaling", "layers"), [("key_norm_mean", None), ("ssmax", [1])])
+def test_a_compiled_model_trains(scaling, layers):
+    network, ids = LLAMA.build("sdpa"), LLAMA.inputs()["input_ids"]
+
+    def gradient(run) -> torch.Tensor:
+        network.zero_grad()
+        run(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return torch.cat([x.grad.flatten() for x in network.parameters() if x.grad is not None])
+
+    with patch(network, scaling=scaling, layers=layers):
+        wanted = gradient(network)
+        torch._dynamo.reset()
+        got = gradient(torch.compile(network, fullgraph=True, backend="aot_eager"))
+    assert (got - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+def test_a_model_inside_another_module_is_patched_too():
+    network = LLAMA.build()
+    wanted = logits(network, **LLAMA.inputs())
+    outer = nn.Sequential(network)
+    with patch(outer, scaling="none") as one:
+        assert list(one.layers) == [f"0.{FIRST}", f"0.{SECOND}"]
+        assert not torch.allclose(logits(network, **LLAMA.inputs()), wanted, atol=1e-2)
+    assert torch.equal(logits(network, **LLAMA.inputs()), wanted)
+
+
 MODEL_SCALINGS = {
     "llama": 8**-0.5, "gemma3": 3**-0.5, "granite": 0.3, "opt": 1.0, "gpt2": 8**-0.5, "whisper": 1.0, "clip": 8**-0.5,
 }  # fmt: skip
@@ -383,10 +410,12 @@ def test_continuous_batching_with_masks(scaling):
     network, ids = LLAMA.build("sdpa"), LLAMA.inputs()["input_ids"]
     requests = [ids[0].tolist(), ids[1, :7].tolist()]
     options = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    batching = {"generation_config": options, "continuous_batching_config": small, "warmup": False}
     with patch(network, scaling=scaling):
         alone = [network.generate(torch.tensor([one]), generation_config=options)[0, len(one) :] for one in requests]
         with pytest.raises(ValueError, match="tritonattn is not supported for continuous batching"):
-            network.generate_batch(requests, generation_config=options)
+            network.generate_batch(requests, **batching)
         network.set_attn_implementation("sdpa")
-        batch = network.generate_batch(requests, generation_config=options).values()
+        batch = network.generate_batch(requests, **batching).values()
     assert sorted(one.generated_tokens for one in batch) == sorted(one.tolist() for one in alone)

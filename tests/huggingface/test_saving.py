@@ -81,6 +81,21 @@ def test_other_architectures_come_back(name, tmp_path):
     assert len(patched(again).layers) == len(patched(network).layers)
 
 
+def test_what_is_learned_stays_in_float32(tmp_path):
+    network = LLAMA.build()
+    with patch(network, scaling="per_head", gain=torch.full((4, 1), 1.2345678)) as one:
+        disturb(network)
+        wanted = {name: own.state_dict() for name, own in one.layers.items()}
+        network.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    assert again.dtype == torch.bfloat16
+    for name, own in patched(again).layers.items():
+        for key, x in own.state_dict().items():
+            assert x.dtype == torch.float32
+            assert torch.equal(x, wanted[name][key])
+    assert logits(again).isfinite().all()
+
+
 def test_undo_leaves_nothing_in_what_is_saved(tmp_path):
     network = LLAMA.build()
     patch(network, scaling="ssmax").undo()

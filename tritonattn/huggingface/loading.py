@@ -9,7 +9,8 @@ what is learned but missing among the weights starts anew.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,23 +44,21 @@ def restore(model: PreTrainedModel) -> Patched:
 
 def follow_saved_settings() -> None:
     """Let every model apply the settings in its config when it is made and loaded. Repeating it is harmless."""
-    _extend("post_init", lambda model, *_: _follow(model))
-    _extend("_initialize_missing_keys", _start_anew, first=True)
+    _extend("post_init", _follow)
+    _extend("_initialize_missing_keys", _start_anew)
 
 
-def _extend(name: str, addition: Callable[..., Any], first: bool = False) -> None:
+def _extend(name: str, addition: Callable[..., None]) -> None:
+    """Let a method of all models go on with addition(model, the method's arguments by name)."""
     original = getattr(PreTrainedModel, name, None)
     if original is None or getattr(original, _EXTENDED, False):
         return
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def extended(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        finish = addition(self, *args) if first else None
         result = original(self, *args, **kwargs)
-        if finish is not None:
-            finish()
-        elif not first:
-            addition(self)
+        addition(self, signature.bind(self, *args, **kwargs).arguments)
         return result
 
     setattr(extended, _EXTENDED, True)
@@ -71,7 +70,7 @@ def _saved(model: PreTrainedModel) -> dict[str, Any] | None:
     return saved[LAYERS] if isinstance(saved, dict) and LAYERS in saved else None
 
 
-def _follow(model: PreTrainedModel) -> None:
+def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
     saved = _saved(model)
     if saved is None:
         return
@@ -112,6 +111,8 @@ def _apply(
     if config._attn_implementation == NAME:
         default = model._check_and_adjust_attn_implementation(None if asked == NAME else asked)
         config._attn_implementation = default  # of the config and those inside
+    # What is learned stays in float32 whatever dtype the weights are loaded in.
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ATTRIBUTE}
     plans = {
         one.name: LayerScaling.from_saved(saved[name], one.module.config, query_heads(one.module))
         for name, one in places.items()
@@ -119,26 +120,16 @@ def _apply(
     return apply(model, found, plans)
 
 
-def _start_anew(model: PreTrainedModel, *args: Any) -> Callable[[], None] | None:
-    """What is to be done about learned values without weights, known before transformers marks all as initialised."""
-    one = patched(model)
-    if one is None:
-        return None
-    # transformers 5 marks the tensors that it has read; 4 hands over their names.
-    names: Container[str] = args[0] if args and isinstance(args[0], (list, set)) else ()
-    missing = []
-    for layer, own in one.layers.items():
-        for key, x in own.state_dict(keep_vars=True).items():
-            if f"{layer}.{ATTRIBUTE}.{key}" not in names and not getattr(x, "_is_hf_initialized", False):
-                missing.append((layer, key))
-    return functools.partial(_fill, one, missing) if missing else None
-
-
 @torch.no_grad()
-def _fill(one: Patched, missing: list[tuple[str, str]]) -> None:
-    for layer, key in missing:
-        own = one.layers[layer]
-        heads = query_heads(one.model.get_submodule(layer))
-        with torch.device("cpu"):
-            fresh = LayerScaling.from_saved(own.saved(), None, heads).state_dict()
-        own.state_dict()[key].copy_(fresh[key])
+def _start_anew(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """Give learned values that have no weights those that they start from: transformers leaves them undefined."""
+    one = patched(model)
+    # transformers marks the tensors that it has read; 4.54 hands over their names instead.
+    read = arguments.get("loaded_keys", ())
+    for layer, own in one.layers.items() if one is not None else ():
+        for key, x in own.state_dict(keep_vars=True).items():
+            if f"{layer}.{ATTRIBUTE}.{key}" in read or getattr(x, "_is_hf_initialized", False):
+                continue
+            with torch.device("cpu"):
+                fresh = LayerScaling.from_saved(own.saved(), None, query_heads(model.get_submodule(layer)))
+            x.copy_(fresh.state_dict()[key])

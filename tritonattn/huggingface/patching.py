@@ -186,12 +186,12 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
         note = None if one.name in plans else (one.obstacle or "not among the layers asked for")
         entries.append(_Entry(one, getattr(getattr(one.module, "config", None), "_attn_implementation", None), note))
     result = Patched(model, entries)
-    configs = [getattr(model, "config", None), *(one.module.config for one in found if one.name in plans)]
-    for config in configs:
-        if config is not None:
-            result._remember(config)
+    for config in _configs(model, found, plans):
+        result._remember(config)
     _check_masks(found, plans)
-    _share(model, found, plans)
+    for config in _configs(model, found, plans):
+        if _whole(found, plans) or _whole_config(config, found, plans):  # masks come from tritonattn's mask function
+            setattr(config, IMPLEMENTATION, NAME)
     for one in found:
         if one.name in plans:
             _install(result, one, plans[one.name])
@@ -280,7 +280,7 @@ def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
 def _check_masks(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> None:
     """Refuse a part of a model whose masks are of a form that only its own implementation reads."""
     for one in found:
-        if one.name in plans and not _whole_config(one, found, plans):
+        if one.name in plans and not _whole_config(one.module.config, found, plans):
             before = one.module.config._attn_implementation
             if before is not None and before not in _MASKS:
                 raise ValueError(
@@ -289,23 +289,22 @@ def _check_masks(found: list[AttentionModule], plans: dict[str, LayerScaling]) -
                 )
 
 
-def _share(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> None:
-    """Let masks come from tritonattn's mask function wherever all layers that they serve are patched."""
-    for one in found:
-        if one.name in plans and _whole_config(one, found, plans):
-            setattr(one.module.config, IMPLEMENTATION, NAME)
-    root = getattr(model, "config", None)
-    if root is not None and isinstance(model, PreTrainedModel) and _whole(found, plans):
-        setattr(root, IMPLEMENTATION, NAME)
+def _configs(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> list[Any]:
+    """The configs of the root, of patched modules, and of the models inside where the whole is patched: each once."""
+    configs = [getattr(model, "config", None), *(one.module.config for one in found if one.name in plans)]
+    if _whole(found, plans):
+        configs += [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return list({id(config): config for config in configs if config is not None}.values())
 
 
 def _whole(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
     return all(one.name in plans for one in found)
 
 
-def _whole_config(one: AttentionModule, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
-    shared = one.module.config
-    return all(other.name in plans for other in found if getattr(other.module, "config", None) is shared)
+def _whole_config(config: Any, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
+    """Whether all attention modules of a config, of which there are some, are patched."""
+    users = [one for one in found if getattr(one.module, "config", None) is config]
+    return bool(users) and all(one.name in plans for one in users)
 
 
 def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
@@ -316,6 +315,9 @@ def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
     result._own.append((module, shared))
     module.config = config
     own.train(module.training)
+    weight = next(module.parameters(), None)
+    if weight is not None and weight.device.type != "meta":
+        own.to(weight.device)
     module.add_module(ATTRIBUTE, own)
     if one.passes_rest:
         result._hooks.append(module.register_forward_pre_hook(offer_cache, with_kwargs=True))

@@ -34,7 +34,11 @@ def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     for config in (getattr(module, "config", None), getattr(own, "shared", None)):
         if getattr(config, "output_attentions", False):
             return True
-    # transformers 5 records what attention modules return, and may drop the argument on the way to them.
+    # transformers records what attention modules return, and may drop the argument on the way to them: up to 4.57 it
+    # replaces their forward while it does, later it lets hooks write into what is collected.
+    forward = vars(module).get("forward")
+    if getattr(getattr(forward, "__code__", None), "co_name", None) == "wrapped_forward":
+        return True
     recorder = getattr(getattr(utils, "output_capturing", None), "_active_collector", None)
     if recorder is None or torch.compiler.is_compiling():
         return False
