@@ -30,17 +30,19 @@ ORDER = (
     {"api", "decoding", "varlen"},
     {"nn", "warmup"},
     {"huggingface"},
-    {"analysis", "demo", "tune"},
+    {"analysis", "demo", "integrations", "tune"},
     {"__init__"},
     {"cli"},
     {"__main__"},
 )
 LAYERS = {module: layer for layer, modules in enumerate(ORDER) for module in modules}
 
-OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqdm", "numpy"}
+OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqdm", "numpy",
+            "diffusers", "kernels", "timm", "x_transformers"}  # fmt: skip
 OPTIONAL_IN = {
     "huggingface": {"transformers"},
     "demo": {"transformers", "matplotlib", "tabulate", "tqdm"},
+    "integrations": {"diffusers", "timm", "x_transformers"},
     "tune": {"tabulate", "tqdm"},
 }
 TRITON_IN = {"kernels", "tuning", "launch", "triton_backend", "tune"}

@@ -22,6 +22,7 @@ def test_no_snippet_is_overlooked():
     assert len(SNIPPETS) == 8
     assert "class LogKeyNorm(Scaling)" in SNIPPETS[1]
     assert "class CountPower(torch.nn.Module, Scaling)" in SNIPPETS[2]
+    assert "replace_multihead_attention" in SNIPPETS[7]
 
 
 def test_every_mode_is_in_the_table():

@@ -27,6 +27,13 @@ def test_it_makes_the_calls_that_are_to_come(monkeypatch):
     ]
 
 
+def test_it_leaves_no_gradients_behind():
+    scaling = tritonattn.nn.PerHead(tritonattn.nn.SSMax(2), heads=2)
+    gain, sinks = torch.ones(2, 1, requires_grad=True), torch.zeros(2, requires_grad=True)
+    warmup([(1, 2, 4, 16)], device="cpu", backward=True, scaling=scaling, gain=gain, sinks=sinks, causal=True)
+    assert [x.grad for x in (*scaling.parameters(), gain, sinks)] == [None] * 4
+
+
 @pytest.mark.parametrize("shapes", [[(2, 3)], [((1, 2, 3, 4), 5, 6)], [(1, 2, 3)]])
 def test_shapes_that_are_none(shapes):
     with pytest.raises(ValueError, match="shapes: expected"):

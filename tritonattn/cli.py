@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_tune(commands)
     _add_configs(commands)
+    _add_hub_kernel(commands)
     commands.add_parser("env", help="print versions, GPU, and the tables in use: for a report").set_defaults(run=_env)
     return parser
 
@@ -173,6 +174,27 @@ def _configs(options: argparse.Namespace) -> int:
     from .tune.commands import configs
 
     return configs(options.gpu)
+
+
+def _add_hub_kernel(commands: argparse._SubParsersAction) -> None:
+    kernel = commands.add_parser(
+        "hub-kernel",
+        help="write the package as a kernel repository of the HuggingFace hub",
+        description="Write build.toml, the sources for kernel-builder, and built variants that the library `kernels` "
+        "loads with get_local_kernel(FOLDER), into a new or empty folder. Nothing is uploaded.",
+    )
+    kernel.add_argument("folder", type=Path, metavar="FOLDER")
+    kernel.add_argument("--repo-id", default="tritonattn/tritonattn", metavar="OWNER/NAME", help="default: %(default)s")
+    kernel.add_argument("--version", type=int, default=1, metavar="N", help="on the hub (default: %(default)s)")
+    kernel.set_defaults(run=_hub_kernel)
+
+
+def _hub_kernel(options: argparse.Namespace) -> int:
+    from .integrations.hub_kernel import write
+
+    variants = write(options.folder, options.repo_id, options.version)
+    print(f"{options.folder}: built variants {', '.join(variants)}")
+    return 0
 
 
 def _env(_: argparse.Namespace) -> int:

@@ -48,4 +48,11 @@ def warmup(
             result = attention(q, k, v, **options)
             out = result[0] if isinstance(result, tuple) else result
             if backward:
-                out.backward(torch.zeros_like(out))
+                given = [*options.values(), *_parameters(options.get("scaling"))]
+                leaves = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
+                # Not out.backward(): a learned scaling or gain would be left with a gradient of zeros.
+                torch.autograd.grad(out, (q, k, v, *leaves), torch.zeros_like(out), allow_unused=True)
+
+
+def _parameters(scaling: Any) -> Iterable[torch.Tensor]:
+    return scaling.parameters() if isinstance(scaling, torch.nn.Module) else ()

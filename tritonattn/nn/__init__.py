@@ -8,7 +8,7 @@ Weight decay pulls these parameters towards 0, which is no neutral value for mos
 mode, but SSMax's s = 0 is uniform attention, and an exponent of 0 leaves a statistic out. Optimise them without decay:
 
 >>> import torch, tritonattn
->>> model = torch.nn.ModuleDict({"project": torch.nn.Linear(64, 64), "scaling": tritonattn.nn.SSMax(heads=4)})
+>>> model = tritonattn.nn.ScaledAttention(64, heads=4, scaling="ssmax", causal=True)
 >>> undecayed = set(tritonattn.nn.scaling_parameters(model))
 >>> optimizer = torch.optim.AdamW([
 ...     {"params": [p for p in model.parameters() if p not in undecayed], "weight_decay": 0.1},
@@ -16,16 +16,22 @@ mode, but SSMax's s = 0 is uniform attention, and an exponent of 0 leaves a stat
 ... ])
 """
 
+from .attention import ScaledAttention
+from .cache import KeyValueCache
 from .learned import Cosine, Learned, PerHead, SSMax, scaling_parameters
 from .power_law import PowerLaw
+from .registry import LEARNED
 from .scheduled import Scheduled
 
-# What makes each mode that is learned a head, with heads=Hq and otherwise its defaults.
-LEARNED: dict[str, type[Learned]] = {
-    "per_head": PerHead,
-    "ssmax": SSMax,
-    "learned_cosine": Cosine,
-    "power_law": PowerLaw,
-}
-
-__all__ = ["LEARNED", "Cosine", "Learned", "PerHead", "PowerLaw", "SSMax", "Scheduled", "scaling_parameters"]
+__all__ = [
+    "LEARNED",
+    "Cosine",
+    "KeyValueCache",
+    "Learned",
+    "PerHead",
+    "PowerLaw",
+    "SSMax",
+    "ScaledAttention",
+    "Scheduled",
+    "scaling_parameters",
+]

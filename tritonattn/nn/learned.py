@@ -93,7 +93,7 @@ class PerHead(Learned):
         return self.mode.normalises_query
 
     def extra_repr(self) -> str:
-        return f"{describe(self.mode)}heads={self.heads}"
+        return f"{listed(self.mode)}heads={self.heads}"
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         gain = self.per_head(self.theta, q).exp()
@@ -214,8 +214,11 @@ def as_mode(mode: str | Scaling) -> Scaling:
 
 
 def describe(mode: Scaling) -> str:
-    """A mode as an argument in a module's repr; "" where the mode is a module, which has a line of its own."""
-    if isinstance(mode, nn.Module):
-        return ""
+    """A mode as an argument in a module's repr: its name, or the repr of one that has settings."""
     plain = type(mode).__repr__ is object.__repr__
-    return f"{getattr(mode, 'name', type(mode).__name__) if plain else mode}, "
+    return getattr(mode, "name", type(mode).__name__) if plain else repr(mode)
+
+
+def listed(*modes: Scaling) -> str:
+    """Modes at the head of a module's repr, without those that are modules and have lines of their own."""
+    return "".join(f"{describe(mode)}, " for mode in modes if not isinstance(mode, nn.Module))

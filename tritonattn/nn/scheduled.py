@@ -10,7 +10,7 @@ from ..scaling import Scales, Scaling
 from ..statistics import Statistics
 from ..validation import kind_of
 from ..visibility import Visibility
-from .learned import as_mode, describe
+from .learned import as_mode, listed
 
 _BLENDS = ("linear", "geometric")
 
@@ -71,7 +71,7 @@ class Scheduled(nn.Module, Scaling):
         return self.mode_a.normalises_query and self.mode_b.normalises_query
 
     def extra_repr(self) -> str:
-        return f"{describe(self.mode_a)}{describe(self.mode_b)}steps={self.steps}, blend={self.blend!r}"
+        return f"{listed(self.mode_a, self.mode_b)}steps={self.steps}, blend={self.blend!r}"
 
     @torch.no_grad()
     def advance(self, steps: int = 1) -> None:

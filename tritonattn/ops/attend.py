@@ -19,6 +19,7 @@ from ..dropout import Dropout
 from ..sequences import Sequences
 from ..visibility import Visibility
 from .mapping import in_a_loop, in_one_batch
+from .names import qualified
 
 # The schema of _Flat.
 _CALL = (
@@ -171,7 +172,7 @@ def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...
 
 
 @torch.library.custom_op(
-    "tritonattn::forward", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor, Tensor)"
+    qualified("forward"), mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _forward_operator(*arguments):
     flat = _Flat(*arguments)
@@ -186,7 +187,7 @@ def _(*arguments):
 
 
 @torch.library.custom_op(
-    "tritonattn::backward",
+    qualified("backward"),
     mutates_args=(),
     schema=f"({_CALL}, Tensor out, Tensor lse, Tensor? d_out, Tensor? d_lse, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

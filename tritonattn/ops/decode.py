@@ -12,6 +12,7 @@ from ..autograd import runs_eagerly
 from ..call import ForwardResult
 from ..decode_call import Cache, DecodeCall
 from .mapping import in_a_loop
+from .names import qualified
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor key_lengths, Tensor? block_table, Tensor? query_scale, Tensor? key_scale, "
@@ -70,7 +71,7 @@ def _decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
         return blockwise.forward(call.as_attention(), aux)
 
 
-@torch.library.custom_op("tritonattn::decode", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor, Tensor)")
+@torch.library.custom_op(qualified("decode"), mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor, Tensor)")
 def _decode_operator(*arguments):
     flat = _Flat(*arguments)
     result = _decode(flat.call(), flat.backend, flat.aux)

@@ -13,6 +13,7 @@ from torch.autograd.function import Function
 from ..autograd import first_order, runs_eagerly
 from ..statistics import Statistics
 from .mapping import in_one_batch
+from .names import qualified
 
 
 class KernelStatistics(Statistics):
@@ -43,7 +44,7 @@ def _kernels() -> Any:
 
 
 @torch.library.custom_op(
-    "tritonattn::key_lengths", mutates_args=(), schema="(Tensor k, Tensor? seen) -> (Tensor, Tensor, Tensor)"
+    qualified("key_lengths"), mutates_args=(), schema="(Tensor k, Tensor? seen) -> (Tensor, Tensor, Tensor)"
 )
 def _key_lengths_operator(k, seen):
     return _kernels().key_statistics(k, seen)
@@ -61,7 +62,7 @@ def _key_lengths_backward(k: Tensor, seen: Tensor | None, lengths: Tensor, d_len
 
 
 @torch.library.custom_op(
-    "tritonattn::key_lengths_backward",
+    qualified("key_lengths_backward"),
     mutates_args=(),
     schema="(Tensor k, Tensor? seen, Tensor lengths, Tensor d_lengths) -> Tensor",
 )

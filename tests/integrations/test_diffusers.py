@@ -1,0 +1,233 @@
+"""diffusers' attention backends, one a scaling, inside its own models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="pip install 'tritonattn[integrations]'")
+
+from diffusers import FluxTransformer2DModel, UNet2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
+
+from tests.support.masks import visible_pairs
+from tritonattn import nn
+from tritonattn.integrations import diffusers as ours
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.fixture
+def registered():
+    """Registers, and undoes it: the table of backends is the process's."""
+    names = []
+
+    def register(name=ours.NAME, *arguments, **keywords):
+        ours.register(name, *arguments, **keywords)
+        names.append(name)
+        return name
+
+    yield register
+    for name in set(names):
+        ours.unregister(name)
+
+
+def flux(seed=0):
+    torch.manual_seed(seed)
+    made = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "norm_q" in name or "norm_k" in name:  # logits of a size that makes the softmax matter
+                parameter.mul_(2)
+    return made.eval()
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "hidden_states": normal(2, 9, 4), "encoder_hidden_states": normal(2, 5, 8), "pooled_projections": normal(2, 8),
+        "timestep": torch.tensor([0.3, 0.7]), "img_ids": normal(9, 3), "txt_ids": normal(5, 3),
+    }  # fmt: skip
+
+
+def operands(q_len=6, k_len=6, heads=(4, 4), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    sizes = ((q_len, heads[0]), (k_len, heads[1]), (k_len, heads[1]))
+    return [torch.randn(2, n, h, 8, generator=generator, dtype=torch.float64).to(dtype) for n, h in sizes]
+
+
+def sample(model):
+    return model(**inputs()).sample
+
+
+def test_sqrt_dim_is_their_model_and_its_gradients(registered):
+    model, name = flux(), registered()
+    expected = sample(model)
+    gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()), allow_unused=True)
+    replaced = ours.use(model, name)
+    assert replaced.names == ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
+    found = sample(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    own = torch.autograd.grad(found.square().sum(), list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close(own, gradients, rtol=1e-3, atol=1e-4)
+    replaced.undo()
+    assert torch.equal(sample(model), expected)
+
+
+def test_a_mode_changes_the_model_that_uses_it_alone(registered):
+    model, other = flux(), flux()
+    expected = sample(model)
+    with ours.use(model, registered("tritonattn_sum", "key_norm_sum")):
+        assert not torch.allclose(sample(model), expected, atol=1e-3)
+        assert torch.equal(sample(other), expected)
+    assert torch.equal(sample(model), expected)
+
+
+def test_diffusers_own_ways_to_choose(registered):
+    model, name = flux(), registered("tritonattn_max", "key_norm_max")
+    with ours.use(model, name):
+        expected = sample(model)
+    model.set_attention_backend(name)
+    try:
+        assert torch.equal(sample(model), expected)
+    finally:
+        model.set_attention_backend("native")
+        model.reset_attention_backend()
+    assert not torch.allclose(sample(model), expected, atol=1e-4)
+    with attention_backend(name):
+        assert torch.equal(sample(model), expected)
+
+
+MASKS = {
+    "full": {},
+    "keys": {"attn_mask": torch.arange(6) < torch.tensor([4, 6])[:, None]},
+    "bool": {"attn_mask": torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.6},
+    "floats": {"attn_mask": torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).bool().triu(1), -torch.inf)},
+    "ten thousand": {"attn_mask": torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).bool().triu(2), -1e4)},
+    "causal": {"is_causal": True},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("scale", [None, 0.9])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_every_argument_is_as_natives(registered, mask, scale, heads):
+    name, arguments = registered(), dict(MASKS[mask])
+    if "attn_mask" in arguments:
+        arguments["attn_mask"][..., 0] = True if arguments["attn_mask"].dtype == torch.bool else 0
+        if arguments["attn_mask"].is_floating_point():
+            arguments["attn_mask"] = arguments["attn_mask"].double()
+    found, expected = (
+        dispatch_attention_fn(
+            *operands(heads=heads), scale=scale, enable_gqa=heads[0] != heads[1],
+            backend=AttentionBackendName(backend), **arguments,
+        )
+        for backend in (name, "native")
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(4, 7), (7, 4)])
+def test_causal_is_top_left_where_lengths_differ(registered, q_len, k_len):
+    name = registered()
+    found, expected = (
+        dispatch_attention_fn(*operands(q_len, k_len), is_causal=True, backend=AttentionBackendName(backend))
+        for backend in (name, "native")
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_other_modes_by_hand(registered):
+    q, k, v = operands()
+    wide = [x.transpose(1, 2) for x in (q, k, v)]
+    visible = visible_pairs((2, 4, 6, 6), causal=True)
+    n = visible.sum(-1, keepdim=True).double()
+    mean = (wide[1].norm(dim=-1)[:, :, None] * visible).sum(-1, keepdim=True) / n
+    for mode, factor in {"key_norm_mean": 1 / mean, "log_key_count": n.log() / 8**0.5}.items():
+        for scale in (None, 0.5):
+            gain = 1 if scale is None else scale * 8**0.5
+            logits = (wide[0] @ wide[1].mT * factor * gain).masked_fill(~visible, -torch.inf)
+            expected = (logits.softmax(-1) @ wide[2]).transpose(1, 2)
+            backend = AttentionBackendName(registered("tritonattn_mode", mode))
+            found = dispatch_attention_fn(q, k, v, is_causal=True, scale=scale, backend=backend)
+            torch.testing.assert_close(found, expected)
+            out, lse = dispatch_attention_fn(
+                q, k, v, is_causal=True, scale=scale, attention_kwargs={"return_lse": True}, backend=backend
+            )
+            torch.testing.assert_close(out, expected)
+            torch.testing.assert_close(lse, logits.logsumexp(-1).transpose(1, 2))
+
+
+def test_a_learned_scaling_is_the_callers(registered):
+    scaling = nn.SSMax(heads=2)
+    model = flux()
+    with ours.use(model, registered("tritonattn_ssmax", scaling)):
+        sample(model).square().sum().backward()
+    assert scaling.s.grad.ne(0).all()
+
+
+def test_compiled_in_one_graph(registered):
+    torch._dynamo.reset()
+    q, k, v = operands()
+    member = AttentionBackendName(registered("tritonattn_compiled", "key_norm_mean"))
+
+    def function(q, k, v):
+        return dispatch_attention_fn(q, k, v, backend=member)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), function(q, k, v))
+
+
+def test_names_come_and_go(registered):
+    before = list(AttentionBackendName)
+    ours.register("tritonattn_twice", "dim")
+    ours.register("tritonattn_twice", "none")
+    q, k, v = operands()
+    found = dispatch_attention_fn(q, k, v, backend=AttentionBackendName("tritonattn_twice"))
+    p = (q.transpose(1, 2) @ k.transpose(1, 2).mT).softmax(-1)
+    torch.testing.assert_close(found, (p @ v.transpose(1, 2)).transpose(1, 2))
+    ours.unregister("tritonattn_twice")
+    assert list(AttentionBackendName) == before
+    with pytest.raises(ValueError, match="tritonattn_twice"):
+        AttentionBackendName("tritonattn_twice")
+
+
+def test_what_it_refuses(registered):
+    q, k, v = operands()
+    member = AttentionBackendName(registered())
+    with pytest.raises(NotImplementedError, match="attn_mask: expected a mask"):
+        dispatch_attention_fn(q, k, v, attn_mask=torch.randn(1, 1, 6, 6), backend=member)
+    with pytest.raises(ValueError, match="attn_mask: expected None beside is_causal=True"):
+        dispatch_attention_fn(q, k, v, attn_mask=torch.ones(6, 6).bool(), is_causal=True, backend=member)
+    with pytest.raises(NotImplementedError, match="_parallel_config: context parallelism"):
+        dispatch_attention_fn(q, k, v, parallel_config=object(), backend=member)
+    with pytest.raises(ValueError, match="key: expected query's 4 heads without enable_gqa, got 2"):
+        dispatch_attention_fn(*operands(heads=(4, 2)), backend=member)
+    for name in ("native", "flash"):
+        with pytest.raises(ValueError, match=f"name: expected one that is not diffusers' own, got '{name}'"):
+            ours.register(name)
+        with pytest.raises(ValueError, match=f"name: expected one that `register` made, got '{name}'"):
+            ours.unregister(name)
+        with pytest.raises(ValueError, match=f"name: expected one that `register` made, got '{name}'"):
+            ours.use(flux(), name)
+    with pytest.raises(ValueError, match="name: expected lower case"):
+        ours.register("TritonAttn")
+    with pytest.raises(ValueError, match="which is a module"):
+        ours.register("tritonattn_learned", "ssmax")
+
+
+def test_a_model_whose_processors_take_no_backend_is_refused(registered):
+    torch.manual_seed(0)
+    model = UNet2DModel(
+        8, 3, 3, block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="model: expected attention processors that take a backend, got UNet2DModel"):
+        ours.use(model, registered())

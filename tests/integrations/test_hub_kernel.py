@@ -1,0 +1,162 @@
+"""The kernel repository: its layout, what it imports, and that the library `kernels` loads it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tritonattn
+from tests.test_package import fresh
+from tritonattn import cli
+from tritonattn.integrations.hub_kernel import BACKENDS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "tritonattn"
+    assert cli.main(["hub-kernel", str(folder), "--repo-id", "someone/attention", "--version", "3"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kernel(repository):
+    kernels = pytest.importorskip("kernels", reason="loads the kernel: pip install 'tritonattn[integrations]'")
+    return kernels.get_local_kernel(repository, backend="cpu")
+
+
+def test_the_layout(repository):
+    assert {path.name for path in repository.iterdir()} == {"build.toml", "flake.nix", "CARD.md", "torch-ext", "build"}
+    assert {path.name for path in (repository / "build").iterdir()} == {f"torch-{backend}" for backend in BACKENDS}
+    source = repository / "torch-ext" / "tritonattn"
+    names = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    assert {"__init__.py", "kernels/forward.py", "nn/attention.py", "autotune_cache/README.md"} <= names
+    assert not any(name.split("/")[0] in ("cli.py", "demo", "huggingface", "integrations", "tune") for name in names)
+    for backend in BACKENDS:
+        built = repository / "build" / f"torch-{backend}"
+        found = {path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()}
+        assert found == names | {"metadata.json", "tritonattn/__init__.py"}
+        for name in names:
+            assert (built / name).read_bytes() == (source / name).read_bytes()
+        metadata = json.loads((built / "metadata.json").read_text())
+        assert metadata["backend"] == {"type": backend}
+        assert metadata["version"] == 3
+    assert "someone/attention" in (repository / "CARD.md").read_text()
+
+
+def test_imports_are_relative_or_of_torch_triton_and_the_standard_library(repository):
+    folder = repository / "torch-ext" / "tritonattn"
+    for path in folder.rglob("*.py"):
+        depth = len(path.relative_to(folder).parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                if node.level:  # a file that exists
+                    assert node.level <= depth, path
+                    parts = [] if node.module is None else node.module.split(".")
+                    target = path.parents[node.level - 1].joinpath(*parts)
+                    assert target.is_dir() or target.with_suffix(".py").is_file(), (path, node.module)
+                else:
+                    names = [node.module]
+            for name in names:
+                top = name.split(".")[0]
+                assert top in ("torch", "triton") or top in sys.stdlib_module_names, (path, name)
+
+
+def test_kernels_own_parser_takes_the_settings(repository):
+    rust = pytest.importorskip("kernels._rust")
+    assert {str(backend).lower() for backend in rust.Build.open(repository).general.backends} == set(BACKENDS)
+    metadata = rust.Metadata.read_from_file(repository / "build" / "torch-cuda" / "metadata.json")
+    assert (metadata.name.python_name, metadata.version, list(metadata.python_depends)) == ("tritonattn", 3, [])
+
+
+@pytest.mark.parametrize("scaling", tritonattn.SCALINGS)
+def test_the_loaded_kernel_is_the_package(kernel, scaling):
+    assert kernel is not tritonattn
+    assert kernel.attention.__module__ != tritonattn.attention.__module__
+    results = []
+    for library in (kernel, tritonattn):
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, heads, 9, 8, generator=generator).requires_grad_() for heads in (4, 2, 2))
+        out, aux = library.attention(q, k, v, scaling=scaling, causal=True, return_aux=True)
+        results.append([out, *aux, *torch.autograd.grad(out.square().sum() + aux.lse.sum(), (q, k, v))])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_loaded_kernel_has_modules_decoding_and_operators_of_its_own(kernel):
+    layer = kernel.nn.ScaledAttention(16, 2, scaling="ssmax", causal=True)
+    with torch.no_grad():
+        x = torch.randn(1, 3, 16)
+        torch.testing.assert_close(layer(x, cache=layer.cache(1, 8)), layer(x))
+    torch._dynamo.reset()
+    q = torch.randn(1, 2, 5, 8)
+    program = torch.export.export(_Layer(kernel), (q,), strict=False)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    namespace = kernel.__name__
+    assert namespace.startswith("_tritonattn_cpu_")
+    assert f"{namespace}.forward.default" in targets
+    assert not any(target.startswith("tritonattn.") for target in targets)
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, library) -> None:
+        super().__init__()
+        self.library = library
+
+    def forward(self, q):
+        return self.library.attention(q, q, q, window=(2, 1))
+
+
+def test_alone_in_a_process_and_by_the_older_layout(repository):
+    """Without the package to fall back on; the folder inside is what older versions of `kernels` import."""
+    pytest.importorskip("triton")
+    code = f"""
+import importlib.util, os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+sys.modules["tritonattn"] = None
+spec = importlib.util.spec_from_file_location("old", {str(repository / "build/torch-cpu/tritonattn/__init__.py")!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+import torch
+q = torch.randn(1, 2, 5, 4)
+out = module.attention(q, q, q, causal=True, backend="triton")
+torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+print(sorted(module.__all__) == sorted({sorted(tritonattn.__all__)!r}))
+"""
+    assert fresh(code) == "True"
+
+
+def test_what_the_command_refuses(tmp_path, capsys):
+    (tmp_path / "held").write_text("something")
+    for arguments, message in {
+        (str(tmp_path),): "expected a new or empty folder",
+        (str(tmp_path / "held"),): "expected a new or empty folder",
+        (str(tmp_path / "new"), "--repo-id", "nobody"): "--repo-id: expected OWNER/NAME, got 'nobody'",
+        (str(tmp_path / "new"), "--version", "0"): "--version: expected at least 1, got 0",
+    }.items():
+        assert cli.main(["hub-kernel", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_same_sources_give_the_same_repository(repository, tmp_path):
+    command = [sys.executable, "-m", "tritonattn", "hub-kernel", str(tmp_path / "again")]
+    done = subprocess.run(
+        [*command, "--repo-id", "someone/attention", "--version", "3"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'again'}: built variants torch-cpu, torch-cuda, torch-rocm\n"
+    first, second = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (repository, tmp_path / "again")
+    )
+    first = {name: text for name, text in first.items() if name.suffix != ".pyc"}
+    assert first == second

@@ -1,0 +1,122 @@
+"""timm's attention with a scaling, inside timm's own models."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+
+timm = pytest.importorskip("timm", reason="pip install 'tritonattn[integrations]'")
+
+from timm.layers.attention import Attention  # noqa: E402
+
+from tritonattn import nn  # noqa: E402
+from tritonattn.integrations import timm as ours  # noqa: E402
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+
+
+def model(**arguments):
+    torch.manual_seed(0)
+    made = timm.create_model("vit_tiny_patch16_224", **SMALL, **arguments).double()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "qkv" in name:  # logits of a size that makes the softmax matter
+                parameter.mul_(8)
+    return made.eval()
+
+
+def images():
+    return torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_sqrt_dim_is_timms_model():
+    theirs, made = model(), model(attn_layer=ours.attention_layer())
+    made.load_state_dict(theirs.state_dict(), strict=True)
+    assert [type(m).__name__ for m in made.modules() if isinstance(m, Attention)] == ["ScaledAttention"] * 2
+    outs = [x(images()) for x in (made, theirs)]
+    torch.testing.assert_close(*outs, rtol=1e-10, atol=1e-10)
+    gradients = [
+        torch.autograd.grad(out.square().sum(), list(x.parameters()))
+        for out, x in zip(outs, (made, theirs), strict=True)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"qkv_bias": True, "qk_norm": True}, {"scale_norm": True, "gated": True}, {"attn_head_dim": 5, "dim_out": 7}],
+    ids=str,
+)
+def test_every_option_of_the_layer(options, fused):
+    torch.manual_seed(0)
+    theirs = Attention(16, 4, norm_layer=torch.nn.LayerNorm, **options, dtype=torch.float64)
+    layer = ours.attention_layer()(16, 4, norm_layer=torch.nn.LayerNorm, **options, dtype=torch.float64)
+    layer.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.fused_attn = fused
+    x = 4 * torch.randn(2, 6, 16, dtype=torch.float64)
+    hidden = torch.ones(6, 6).bool().triu(1)
+    floats = torch.zeros(6, 6, dtype=torch.float64).masked_fill(hidden, -torch.inf)
+    for masks in ({}, {"attn_mask": ~hidden}, {"attn_mask": floats}, {"is_causal": True}):
+        torch.testing.assert_close(layer(x, **masks), theirs(x, **masks))
+
+
+def by_hand(layer, x, factor):
+    q, k, v = layer.qkv(x).reshape(2, 6, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    p = (q @ k.mT * factor(k)).softmax(-1)
+    return layer.proj((p @ v).transpose(1, 2).flatten(2))
+
+
+def test_other_modes_by_hand():
+    x = 4 * torch.randn(2, 6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    formulas = {
+        "key_norm_mean": lambda k: 1 / k.norm(dim=-1).mean(-1)[..., None, None],
+        "key_norm_sum": lambda k: 1 / k.norm(dim=-1).sum(-1)[..., None, None],
+        "log_key_count": lambda k: torch.tensor(6.0, dtype=torch.float64).log() / 2,
+    }
+    for mode, factor in formulas.items():
+        layer = ours.attention_layer(mode)(16, 4, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), by_hand(layer, x, factor))
+
+
+def test_a_learned_scaling_a_layer():
+    made = model(attn_layer=ours.attention_layer("ssmax"))
+    names = {name for name, _ in made.named_parameters() if "scaling" in name}
+    assert names == {"blocks.0.attn.scaling.s", "blocks.1.attn.scaling.s"}
+    made(images()).square().sum().backward()
+    assert all(x.grad.ne(0).all() for x in nn.scaling_parameters(made))
+    assert len(list(nn.scaling_parameters(made))) == 2
+
+
+def test_dropout_in_training_only():
+    layer = ours.attention_layer()(16, 4, attn_drop=0.5)
+    x = torch.randn(2, 6, 16)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_what_it_refuses():
+    layer, x = ours.attention_layer()(16, 4), torch.randn(2, 6, 16)
+    with pytest.raises(NotImplementedError, match="attn_mask: expected a mask"):
+        layer(x, attn_mask=torch.randn(6, 6))
+    with pytest.raises(ValueError, match="attn_mask: expected None beside is_causal=True"):
+        layer(x, attn_mask=torch.ones(6, 6).bool(), is_causal=True)
+    with pytest.raises(ValueError, match="scaling: expected one of"):
+        ours.attention_layer("squirt_dim")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")
+def test_compiled_in_one_graph():
+    torch._dynamo.reset()
+    made = model(attn_layer=ours.attention_layer("key_norm_mean"))
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images()), made(images()))
+
+
+def test_the_example_in_the_docstring():
+    result = doctest.testmod(ours)
+    assert result.attempted >= 4
+    assert result.failed == 0

@@ -1,0 +1,311 @@
+"""torch.nn.MultiheadAttention with a scaling: torch's own results for sqrt_dim, the formula for every mode."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+
+import pytest
+import torch
+from torch import nn
+
+from tritonattn import SCALINGS
+from tritonattn import nn as learned
+from tritonattn.integrations import torch_modules
+from tritonattn.integrations.torch_modules import (
+    MultiheadAttention,
+    TransformerEncoderLayer,
+    replace_multihead_attention,
+)
+
+E, H, N, L, S = 16, 4, 3, 6, 6
+
+
+def tokens(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(scaling="sqrt_dim", **arguments):
+    """torch's layer and ours with its parameters, of a size that makes the softmax matter."""
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(E, H, dtype=torch.float64, **arguments)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(0, 0.4)
+    return theirs, MultiheadAttention.of(theirs, scaling)
+
+
+def additive(hidden, value=-torch.inf):
+    return torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, value)
+
+
+CAUSAL = torch.ones(L, S).bool().triu(1)
+PADDING = torch.arange(S) >= torch.tensor([6, 2, 4])[:, None]
+PER_HEAD = (torch.rand(N * H, L, S, generator=torch.Generator().manual_seed(1)) < 0.4).index_fill(
+    2, torch.tensor([0]), False
+)
+CALLS = {
+    "plain": {},
+    "causal": {"attn_mask": CAUSAL},
+    "causal hint": {"attn_mask": CAUSAL, "is_causal": True},
+    "causal floats": {"attn_mask": additive(CAUSAL)},
+    "large floats": {"attn_mask": additive(CAUSAL, -1e9)},
+    "padding": {"key_padding_mask": PADDING},
+    "padding floats": {"key_padding_mask": additive(PADDING)},
+    "causal hint and padding": {"attn_mask": CAUSAL, "is_causal": True, "key_padding_mask": PADDING},
+    "masks of heads": {"attn_mask": PER_HEAD},
+    "masks of heads and padding": {"attn_mask": PER_HEAD & ~CAUSAL, "key_padding_mask": PADDING},
+}
+every_call = pytest.mark.parametrize("call", CALLS)
+
+
+def assert_same(ours, theirs, layer, *inputs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    leaves = [*inputs, *layer.parameters()]
+    direction = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).reshape(ours.shape)
+    gradients = [torch.autograd.grad((x * direction).sum(), leaves) for x in (ours, theirs)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@every_call
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_sqrt_dim_is_torchs_layer(call, need_weights, batch_first):
+    theirs, ours = pair(batch_first=batch_first)
+    x = tokens(*((N, L, E) if batch_first else (L, N, E))).requires_grad_()
+    settings = {**CALLS[call], "need_weights": need_weights}
+    (out, weights), (expected, their_weights) = ours(x, x, x, **settings), theirs(x, x, x, **settings)
+    assert_same(out, expected, theirs, x)
+    if need_weights:
+        torch.testing.assert_close(weights, their_weights)
+        per_head = ours(x, x, x, average_attn_weights=False, **settings)[1]
+        torch.testing.assert_close(per_head, theirs(x, x, x, average_attn_weights=False, **settings)[1])
+    else:
+        assert weights is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_cross_attention_of_other_widths(bias):
+    theirs, ours = pair(kdim=5, vdim=7, bias=bias, batch_first=True)
+    inputs = [
+        tokens(N, size, width, seed=i).requires_grad_() for i, (size, width) in enumerate(((4, E), (9, 5), (9, 7)))
+    ]
+    mask = torch.ones(4, 9).bool().triu(2)
+    assert_same(ours(*inputs, attn_mask=mask)[0], theirs(*inputs, attn_mask=mask)[0], theirs, *inputs)
+
+
+@pytest.mark.parametrize("mask", [None, CAUSAL, PER_HEAD[:H]])
+def test_without_a_batch(mask):
+    theirs, ours = pair()
+    x = tokens(L, E).requires_grad_()
+    (out, weights), (expected, their_weights) = (f(x, x, x, attn_mask=mask) for f in (ours, theirs))
+    assert_same(out, expected, theirs, x)
+    torch.testing.assert_close(weights, their_weights)
+    padding = torch.tensor([False, False, True, False, True, True])
+    torch.testing.assert_close(*(f(x, x, x, key_padding_mask=padding)[0] for f in (ours, theirs)))
+
+
+def test_a_causal_hint_spares_the_mask(monkeypatch):
+    asked = []
+    attend = torch_modules.attention
+    monkeypatch.setattr(torch_modules, "attention", lambda *a, **k: asked.append(k) or attend(*a, **k))
+    _, ours = pair()
+    x = tokens(L, N, E)
+    ours(x, x, x, attn_mask=CAUSAL, is_causal=True, need_weights=False)
+    assert asked[0]["causal"] is True
+    assert "mask" not in asked[0]
+
+
+def by_hand(layer, x, hidden, factor):
+    """The layer with a factor(q, k, visible, n, mean length) in plain PyTorch; x [N, L, E]."""
+    q, k, v = (
+        (x @ w.T + b).unflatten(-1, (H, -1)).transpose(1, 2)
+        for w, b in zip(layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3), strict=True)
+    )
+    visible = ~hidden.expand(N, H, L, S)
+    n = visible.sum(-1, keepdim=True).double()
+    mean = (k.norm(dim=-1)[:, :, None] * visible).sum(-1, keepdim=True) / n
+    p = ((q @ k.mT) * factor(n, mean)).masked_fill(hidden, -torch.inf).softmax(-1)
+    return layer.out_proj((p @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("call", ["causal hint", "padding", "masks of heads and padding"])
+def test_other_modes_by_hand(call, need_weights):
+    settings = CALLS[call]
+    hidden = torch.zeros(N, H, L, S, dtype=torch.bool)
+    if "attn_mask" in settings:
+        mask = settings["attn_mask"]
+        hidden = hidden | (mask if mask.dim() == 2 else mask.unflatten(0, (N, H)))
+    if "key_padding_mask" in settings:
+        hidden = hidden | settings["key_padding_mask"][:, None, None]
+    x = tokens(N, L, E).requires_grad_()
+    for mode, factor in {
+        "key_norm_mean": lambda n, mean: 1 / mean,
+        "sqrt_key_count": lambda n, mean: n**-0.5,
+        "log_key_count": lambda n, mean: n.log() / 2,
+    }.items():
+        _, ours = pair(mode, batch_first=True)
+        expected = by_hand(ours, x, hidden, factor)
+        assert_same(ours(x, x, x, need_weights=need_weights, **settings)[0], expected, ours, x)
+
+
+def test_a_learned_scaling_is_learned_and_kept():
+    _, ours = pair("ssmax", batch_first=True)
+    ours = ours.double()
+    x = tokens(N, L, E)
+    with torch.no_grad():
+        ours.scaling.s.copy_(torch.tensor([0.3, -1.0, 2.0, 0.0]))
+    expected = by_hand(ours, x, torch.zeros(L, S).bool(), lambda n, mean: ours.scaling.s[:, None, None] * n.log() / 2)
+    torch.testing.assert_close(ours(x, x, x)[0], expected)
+    ours(x, x, x)[0].square().sum().backward()
+    assert ours.scaling.s.grad.ne(0).sum() == 4
+    fresh = MultiheadAttention(E, H, batch_first=True, dtype=torch.float64, scaling="ssmax").double()
+    fresh.load_state_dict(ours.state_dict(), strict=True)
+    torch.testing.assert_close(fresh(x, x, x)[0], ours(x, x, x)[0])
+
+
+def test_dropout_in_training_only():
+    theirs, ours = pair(batch_first=True, dropout=0.5)
+    x = tokens(N, L, E)
+    for need_weights in (True, False):
+        ours.train()
+        assert not torch.equal(*(ours(x, x, x, need_weights=need_weights)[0] for _ in range(2)))
+        ours.eval()
+        theirs.eval()
+        torch.testing.assert_close(*(f(x, x, x, need_weights=need_weights)[0] for f in (ours, theirs)))
+    ours.train()
+    out, weights = ours(x, x, x, average_attn_weights=False)
+    value = (x @ ours.in_proj_weight[2 * E :].T + ours.in_proj_bias[2 * E :]).unflatten(-1, (H, -1)).transpose(1, 2)
+    torch.testing.assert_close(out, ours.out_proj((weights @ value).transpose(1, 2).flatten(2)))
+
+
+def test_rows_without_keys_are_zeros_not_nan():
+    _, ours = pair(batch_first=True)
+    x = tokens(N, L, E)
+    hidden = torch.ones(N, S, dtype=torch.bool)
+    for need_weights in (True, False):
+        out, _ = ours(x, x, x, key_padding_mask=hidden, need_weights=need_weights)
+        torch.testing.assert_close(out, ours.out_proj.bias.expand_as(out))
+
+
+@pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_sum"])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_an_encoder_keeps_its_scaling_in_inference(mode, norm_first):
+    """torch's encoders bypass the attention layer's forward in inference, and its padding by nested tensors."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, norm_first=norm_first, dtype=torch.float64)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
+    x = 3 * tokens(N, L, E)
+    plain = model.eval()(x, src_key_padding_mask=PADDING)
+    with replace_multihead_attention(model, mode) as replaced:
+        assert replaced.names == ["layers.0.self_attn", "layers.1.self_attn"]
+        model.train()
+        expected = model(x, src_key_padding_mask=PADDING)
+        model.eval()
+        with torch.no_grad():
+            found = model(x, src_key_padding_mask=PADDING)
+        seen = ~PADDING
+        torch.testing.assert_close(found[seen], expected[seen])
+        assert torch.allclose(found[seen], plain[seen]) == (mode == "sqrt_dim")
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+    torch.testing.assert_close(model(x, src_key_padding_mask=PADDING), plain)
+    assert model.use_nested_tensor == (not norm_first)
+
+
+def test_the_encoder_layer():
+    torch.manual_seed(0)
+    ours = TransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, dtype=torch.float64, scaling="key_norm_mean")
+    theirs = nn.TransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = tokens(N, L, E)
+    with torch.no_grad():
+        assert not torch.allclose(ours.eval()(x), theirs.eval()(x))
+        with replace_multihead_attention(theirs, "key_norm_mean"):
+            torch.testing.assert_close(ours(x, CAUSAL, is_causal=True), theirs(x, CAUSAL, is_causal=True))
+
+
+def test_a_whole_transformer_trains_as_torchs():
+    torch.manual_seed(0)
+    theirs = nn.Transformer(E, H, 1, 1, 32, 0.0, batch_first=True, dtype=torch.float64)
+    ours = copy.deepcopy(theirs)
+    replaced = replace_multihead_attention(ours, "sqrt_dim")
+    assert len(replaced.names) == 3
+    source, target = 3 * tokens(N, L, E), 3 * tokens(N, 5, E, seed=1)
+    mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    outs = [
+        model(source, target, tgt_mask=mask, src_key_padding_mask=PADDING, memory_key_padding_mask=PADDING)
+        for model in (ours, theirs)
+    ]
+    torch.testing.assert_close(*outs)
+    gradients = [
+        torch.autograd.grad(out.square().sum(), list(model.parameters()))
+        for out, model in zip(outs, (ours, theirs), strict=True)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_replacing_shares_parameters_and_takes_functions():
+    layer = nn.TransformerEncoderLayer(E, H, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    before = {name: id(x) for name, x in model.named_parameters()}
+
+    def choose(name, module):
+        assert isinstance(module, nn.MultiheadAttention)
+        return {"layers.0.self_attn": "ssmax", "layers.2.self_attn": "dim"}.get(name)
+
+    replaced = replace_multihead_attention(model, choose)
+    assert replaced.names == ["layers.0.self_attn", "layers.2.self_attn"]
+    assert isinstance(model.layers[0].self_attn.scaling, learned.SSMax)
+    assert type(model.layers[1].self_attn) is nn.MultiheadAttention
+    assert isinstance(model.layers[2].self_attn.scaling, SCALINGS["dim"])
+    after = {name: id(x) for name, x in model.named_parameters()}
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"layers.0.self_attn.scaling.s"}
+    replaced.undo()
+    assert {name: id(x) for name, x in model.named_parameters()} == before
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")
+def test_compiled_in_one_graph():
+    torch._dynamo.reset()
+    _, ours = pair("log_key_count", batch_first=True)
+    x = tokens(N, L, E)
+
+    def function(x):
+        return ours(x, x, x, attn_mask=additive(CAUSAL), key_padding_mask=additive(PADDING), need_weights=False)[0]
+
+    torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
+
+
+def test_what_it_refuses():
+    _, ours = pair(batch_first=True)
+    x = tokens(N, L, E)
+    bias = additive(CAUSAL)
+    bias[0, 0] = 0.5
+    with pytest.raises(NotImplementedError, match=r"attn_mask: expected a mask, .* other numbers are a bias"):
+        ours(x, x, x, attn_mask=bias)
+    with pytest.raises(NotImplementedError, match="key_padding_mask: expected a mask"):
+        ours(x, x, x, key_padding_mask=additive(PADDING, -3.0))
+    with pytest.raises(TypeError, match=r"attn_mask: expected a bool or floating mask, got torch.int64"):
+        ours(x, x, x, attn_mask=CAUSAL.long())
+    with pytest.raises(ValueError, match="is_causal: expected attn_mask with it"):
+        ours(x, x, x, is_causal=True)
+    for name in ("add_bias_kv", "add_zero_attn"):
+        with pytest.raises(NotImplementedError, match=name):
+            MultiheadAttention(E, H, **{name: True})
+        model = nn.ModuleList([nn.MultiheadAttention(E, H), nn.MultiheadAttention(E, H, **{name: True})])
+        with pytest.raises(NotImplementedError, match=name):
+            replace_multihead_attention(model, "dim")
+        assert type(model[0]) is nn.MultiheadAttention
+    with pytest.raises(ValueError, match="scaling: expected one of"):
+        MultiheadAttention(E, H, scaling="squirt_dim")
+    with pytest.raises(ValueError, match=r"model: expected one with a torch.nn.MultiheadAttention inside, got Linear"):
+        replace_multihead_attention(nn.Linear(2, 2))
+
+
+def test_the_examples_in_the_docstrings():
+    result = doctest.testmod(torch_modules)
+    assert result.attempted >= 8
+    assert result.failed == 0

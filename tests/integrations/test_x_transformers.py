@@ -1,0 +1,181 @@
+"""x-transformers' attention with a scaling, inside its own models."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("x_transformers", reason="pip install 'tritonattn[integrations]'")
+
+from x_transformers import CrossAttender, Decoder, Encoder, TransformerWrapper, XTransformer
+from x_transformers.attend import Attend
+
+from tritonattn import nn
+from tritonattn.integrations import x_transformers as ours
+
+TOKENS = torch.randint(0, 11, (2, 9), generator=torch.Generator().manual_seed(0))
+PADDING = torch.arange(9) < torch.tensor([9, 5])[:, None]
+OPTIONS = {
+    "plain": {},
+    "flash": {"attn_flash": True},
+    "rotary": {"rotary_pos_emb": True},
+    "grouped": {"attn_kv_heads": 2, "rotary_pos_emb": True},
+    "one key head": {"attn_one_kv_head": True},
+    "qk_norm": {"attn_qk_norm": True, "attn_qk_norm_scale": 7},
+    "qk_norm a dimension": {"attn_qk_norm": True, "attn_qk_norm_dim_scale": True},
+    "softclamp": {"attn_softclamp_logits": True, "attn_logit_softclamp_value": 2.0},
+    "sinks": {"attn_head_learned_sink": True},
+    "memory": {"attn_num_mem_kv": 3},
+}
+
+
+def model(layers=Decoder, **options):
+    torch.manual_seed(0)
+    made = TransformerWrapper(
+        num_tokens=11, max_seq_len=16, attn_layers=layers(dim=32, depth=2, heads=4, attn_dim_head=8, **options)
+    ).double()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "to_q" in name or "to_k" in name or "sink" in name:  # a size that makes the softmax matter
+                parameter.mul_(3).add_(0.3 * torch.randn_like(parameter))
+    return in_float64(made.eval())
+
+
+def in_float64(made):
+    """Their softmax is float32 even in a float64 model."""
+    for module in made.modules():
+        if isinstance(module, Attend) and "dtype" in getattr(module.attn_fn, "keywords", {}):
+            module.attn_fn = partial(torch.nn.functional.softmax, dim=-1)
+    return made
+
+
+def assert_same_model(theirs, made, *inputs, **masks):
+    outs = [x(*inputs, **masks) for x in (made, theirs)]
+    torch.testing.assert_close(*outs, rtol=1e-9, atol=1e-9)
+    gradients = [
+        torch.autograd.grad(out.square().sum(), list(x.parameters()), allow_unused=True)
+        for out, x in zip(outs, (made, theirs), strict=True)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("layers", [Decoder, Encoder])
+def test_sqrt_dim_is_their_model(options, layers):
+    theirs = model(layers, **OPTIONS[options])
+    made = copy.deepcopy(theirs)
+    replaced = ours.replace_attend(made)
+    assert len(replaced.names) == 2
+    assert not any(isinstance(x, Attend) for x in made.modules())
+    assert set(made.state_dict()) == set(theirs.state_dict())
+    assert_same_model(theirs, made, TOKENS)
+    if options != "memory" or layers is Encoder:
+        assert_same_model(theirs, made, TOKENS, mask=PADDING)
+    replaced.undo()
+    assert torch.equal(made(TOKENS), theirs(TOKENS))
+
+
+def test_cross_attention_and_generation():
+    torch.manual_seed(0)
+    theirs = in_float64(XTransformer(
+        dim=32, enc_num_tokens=11, enc_depth=1, enc_heads=4, enc_max_seq_len=16, dec_num_tokens=11, dec_depth=1,
+        dec_heads=4, dec_max_seq_len=16,
+    ).double().eval())  # fmt: skip
+    made = copy.deepcopy(theirs)
+    assert len(ours.replace_attend(made).names) == 3
+    torch.testing.assert_close(made(TOKENS, TOKENS, mask=PADDING), theirs(TOKENS, TOKENS, mask=PADDING))
+    found, expected = (x.generate(TOKENS, TOKENS[:, :1], 8, mask=PADDING, temperature=0.0) for x in (made, theirs))
+    assert torch.equal(found, expected)
+    torch.manual_seed(0)
+    cross = in_float64(CrossAttender(dim=32, depth=1, heads=4).double().eval())
+    x, context = torch.randn(2, 2, 9, 32, dtype=torch.float64)
+    expected = cross(x, context=context, context_mask=PADDING)
+    with ours.replace_attend(cross):
+        torch.testing.assert_close(cross(x, context=context, context_mask=PADDING), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("kv_heads", "scale"), [(4, None), (2, 0.7), (1, None)])
+def test_other_modes_by_hand(causal, kv_heads, scale):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 9, 8, dtype=torch.float64, generator=generator)
+    k, v = torch.randn(2, 2, kv_heads, 9, 8, dtype=torch.float64, generator=generator)
+    visible = PADDING[:, None, None] & (torch.ones(9, 9).bool().tril() if causal else True)
+    n = visible.sum(-1, keepdim=True).double()
+    wide_k, wide_v = (x.repeat(1, 4 // kv_heads, 1, 1) for x in (k, v))
+    lengths = wide_k.norm(dim=-1)[:, :, None]
+    formulas = {
+        "key_norm_mean": n / (lengths * visible).sum(-1, keepdim=True),
+        "key_norm_max": 1 / (lengths * visible).amax(-1, keepdim=True),
+        "log_key_count": n.log() / 8**0.5,
+    }
+    attend = Attend(causal=causal, heads=4, scale=scale)
+    for mode, factor in formulas.items():
+        gain = 1 if scale is None else scale * 8**0.5
+        p = (q @ wide_k.mT * factor * gain).masked_fill(~visible, -torch.inf).softmax(-1)
+        out, _ = ours.ScaledAttend(attend, 4, mode)(q, k, v, mask=PADDING)
+        torch.testing.assert_close(out, p @ wide_v)
+    cosine = 8**0.5 * torch.nn.functional.cosine_similarity(q[:, :, :, None], wide_k[:, :, None], dim=-1)
+    out, _ = ours.ScaledAttend(attend, 4, "cosine")(q, k, v, mask=PADDING)
+    torch.testing.assert_close(out, cosine.masked_fill(~visible, -torch.inf).softmax(-1) @ wide_v)
+
+
+def test_a_learned_scaling_a_layer_trains():
+    made = model(attn_kv_heads=2)
+    ours.replace_attend(made, "ssmax")
+    parameters = list(nn.scaling_parameters(made))
+    assert len(parameters) == 2
+    made.double()(TOKENS).square().sum().backward()
+    assert all(x.grad.ne(0).all() for x in parameters)
+
+
+def test_dropout_in_training_only():
+    made = model(attn_dropout=0.5)
+    expected = made(TOKENS)
+    ours.replace_attend(made)
+    torch.testing.assert_close(made(TOKENS), expected)
+    made.train()
+    assert not torch.equal(made(TOKENS), made(TOKENS))
+
+
+REFUSED = {
+    "pre_softmax_talking_heads": {"attn_pre_talking_heads": True},
+    "post_softmax_talking_heads": {"attn_post_talking_heads": True},
+    "l2_distance": {"attn_l2_distance": True},
+    "add_zero_kv": {"attn_add_zero_kv": True},
+    "selective": {"attn_selective": True},
+    "cog_signed": {"attn_cog_signed": True},
+    "attn_fn: expected softmax, got sparse_topk_attn": {"attn_sparse_topk": 3},
+    "attn_fn: expected softmax, got sigmoid": {"attn_sigmoid": True},
+    "attn_fn: expected softmax, got one_hot_straight_through": {"attn_hard": True},
+    "residual_attn": {"residual_attn": True},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_no_scaling_is_is_refused_by_name(message):
+    made = model(**REFUSED[message])
+    with pytest.raises(NotImplementedError, match=message):
+        ours.replace_attend(made)
+    assert sum(isinstance(x, Attend) for x in made.modules()) == 2
+
+
+def test_a_bias_is_refused_in_the_call_and_models_without_attention_at_once():
+    made = model(alibi_pos_bias=True)
+    ours.replace_attend(made)
+    with pytest.raises(NotImplementedError, match=r"attn_bias: a bias on the logits"):
+        made(TOKENS)
+    with pytest.raises(ValueError, match=r"model: expected one with an Attend of x-transformers, got Linear"):
+        ours.replace_attend(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="scaling: expected one of"):
+        ours.replace_attend(model(), "squirt_dim")
+
+
+def test_the_example_in_the_docstring():
+    result = doctest.testmod(ours)
+    assert result.attempted >= 5
+    assert result.failed == 0

@@ -1,0 +1,365 @@
+"""ScaledAttention: its arithmetic in plain PyTorch, gradients, masks, packing, caches, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import math
+
+import pytest
+import torch
+from torch.nn.functional import linear, rms_norm
+
+from tests.support.masks import MASKS, visible_pairs
+from tritonattn import SCALINGS, Scales, Scaling, nn
+from tritonattn.nn import attention as attention_module
+from tritonattn.nn import cache as cache_module
+
+WIDTH, HEADS, KV, D = 24, 4, 2, 6
+SCALED = ["sqrt_dim", "key_norm_mean", "log_key_count", "cosine", "ssmax", "power_law", 0.4]
+
+
+def layer(scaling="sqrt_dim", seed=0, kv_heads=KV, **arguments):
+    torch.manual_seed(seed)
+    made = nn.ScaledAttention(WIDTH, HEADS, kv_heads=kv_heads, scaling=scaling, dtype=torch.float64, **arguments)
+    with torch.no_grad():
+        for parameter in made.parameters():  # weights of a size that makes the softmax matter
+            parameter += 0.3 * torch.randn_like(parameter)
+    return made
+
+
+def tokens(batch=2, length=7, seed=1, width=WIDTH):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, width, dtype=torch.float64, generator=generator)
+
+
+def factor_by_hand(layer, q, k, visible):
+    """[B, H, Sq, Sk] in plain formulas; k repeated to the query heads."""
+    scaling, n = layer.scaling, visible.sum(-1, keepdim=True).clamp(min=1).double()
+    lengths = k.norm(dim=-1)[:, :, None]
+    mean = (lengths * visible).sum(-1, keepdim=True) / n
+    mean = torch.where(mean > 0, mean, 1)  # of rows without keys
+    if isinstance(scaling, float):
+        return scaling
+    return {
+        "sqrt_dim": lambda: D**-0.5,
+        "key_norm_mean": lambda: 1 / mean,
+        "log_key_count": lambda: n.log() * D**-0.5,
+        "cosine": lambda: D**0.5 / (q.norm(dim=-1)[..., None] * lengths),
+        "ssmax": lambda: scaling.s[:, None, None] * n.log() * D**-0.5,
+        "power_law": lambda: (
+            scaling.theta[:, None, None].exp() * D ** scaling.dim_exponent[:, None, None]
+            * n ** scaling.count_exponent[:, None, None] * mean ** scaling.length_exponent[:, None, None]
+        ),
+    }[scaling.name]()  # fmt: skip
+
+
+def by_hand(layer, x, context=None, visible=None, softcap=None):
+    """The whole layer in a dozen lines of PyTorch."""
+    y = x if context is None else context
+
+    def heads(projection, z):
+        return linear(z, projection.weight, projection.bias).unflatten(-1, (-1, D)).transpose(1, 2)
+
+    q, k, v = heads(layer.q_proj, x), heads(layer.k_proj, y), heads(layer.v_proj, y)
+    if isinstance(layer.q_norm, torch.nn.RMSNorm):
+        q = rms_norm(q, (D,), layer.q_norm.weight, 1e-6)
+        k = rms_norm(k, (D,), layer.k_norm.weight, 1e-6)
+    k, v = (z.repeat_interleave(HEADS // layer.kv_heads, 1) for z in (k, v))
+    logits = (q @ k.mT) * factor_by_hand(layer, q, k, visible)
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    logits = logits.masked_fill(~visible, -1e30)  # rows without keys are left out of every comparison
+    if layer.sinks is not None:
+        logits = torch.cat([logits, layer.sinks[None, :, None, None].expand(*logits.shape[:3], 1)], -1)
+    p = logits.softmax(-1)[..., : k.shape[2]]
+    return linear((p @ v).transpose(1, 2).flatten(2), layer.o_proj.weight, layer.o_proj.bias)
+
+
+def assert_same(layer, ours, expected, *inputs):
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    leaves = [*inputs, *(x for x in layer.parameters() if x.requires_grad)]
+    direction = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).reshape(ours.shape)
+    gradients = [torch.autograd.grad((x * direction).sum(), leaves) for x in (ours, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scaling", SCALED)
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_self_attention(scaling, qk_norm, kv_heads, causal):
+    made = layer(scaling, kv_heads=kv_heads, qk_norm=qk_norm, causal=causal, bias=True)
+    x = tokens().requires_grad_()
+    assert_same(made, made(x), by_hand(made, x, visible=visible_pairs((2, HEADS, 7, 7), causal=causal)), x)
+
+
+@pytest.mark.parametrize("mask", ["lengths", "ranges", "mask", "mask of heads"])
+@pytest.mark.parametrize("scaling", ["key_norm_mean", "ssmax"])
+def test_masks(mask, scaling):
+    made, x = layer(scaling, causal=True, window=(4, 0)), tokens().requires_grad_()
+    masks = MASKS[mask](2, HEADS, 7, 7)
+    visible = visible_pairs((2, HEADS, 7, 7), causal=True, window=(4, 0), **masks)
+    sees = visible.any(-1).all(1)  # [B, Sq]
+    ours, expected = made(x, **masks), by_hand(made, x, visible=visible)
+    assert_same(made, ours[sees], expected[sees], x)
+
+
+def test_cross_attention():
+    made = layer("key_norm_mean", context_width=10)
+    x, context = tokens().requires_grad_(), tokens(length=5, width=10).requires_grad_()
+    lengths = torch.tensor([3, 5])
+    visible = visible_pairs((2, HEADS, 7, 5), key_lengths=lengths)
+    expected = by_hand(made, x, context, visible)
+    assert_same(made, made(x, context, key_lengths=lengths), expected, x, context)
+
+
+def test_softcap_and_sinks():
+    made = layer("ssmax", causal=True, softcap=1.5, sinks=True)
+    x = tokens().requires_grad_()
+    expected = by_hand(made, x, visible=visible_pairs((2, HEADS, 7, 7), causal=True), softcap=1.5)
+    assert_same(made, made(x), expected, x)
+
+
+@pytest.mark.parametrize("scaling", ["key_norm_mean", "ssmax"])
+def test_packed_sequences_are_as_separate_ones(scaling):
+    made, x = layer(scaling, causal=True, window=(3, 0)), tokens(batch=1, length=12)[0].requires_grad_()
+    ends = torch.tensor([0, 3, 3, 11], dtype=torch.int32)
+    ours = made(x, cu_seqlens=ends, max_seqlen=8)
+    alone = [made(x[None, a:b])[0] for a, b in ((0, 3), (3, 11))]
+    assert_same(made, ours[:11], torch.cat(alone), x)
+    assert not ours[11:].any()
+
+
+@pytest.mark.parametrize("scaling", [*SCALED, "key_norm_max", "per_head", "learned_cosine"])
+@pytest.mark.parametrize("window", [None, (4, 0)])
+@pytest.mark.parametrize("counts", [[20, 20], [17, 3]], ids=["even", "ragged"])
+@torch.no_grad()
+def test_prefill_and_steps_are_one_pass(scaling, window, counts):
+    made = layer(scaling, causal=True, window=window, qk_norm=True, softcap=5.0, sinks=True)
+    x = tokens(length=26)
+    whole = made(x)
+    cache = made.cache(batch=2, capacity=30)
+    cache.k.fill_(torch.nan)
+    cache.v.fill_(torch.nan)
+    prompt = x[:, :20].clone()
+    for b, count in enumerate(counts):
+        prompt[b, count:] = torch.nan
+    given = None if counts == [20, 20] else torch.tensor(counts)
+    found = made(prompt, cache=cache, counts=given)
+    for b, count in enumerate(counts):
+        torch.testing.assert_close(found[b, :count], whole[b, :count])
+        assert not found[b, count:].any()
+    for size in (1, 3, 1):
+        rows = cache.lengths[:, None] + torch.arange(size)
+        step = x.gather(1, rows[..., None].expand(-1, -1, WIDTH))
+        expected = whole.gather(1, rows[..., None].expand(-1, -1, WIDTH))
+        torch.testing.assert_close(made(step, cache=cache), expected)
+    assert cache.lengths.tolist() == [count + 5 for count in counts]
+
+
+class Rotated(nn.ScaledAttention):
+    """With rotary positions on the first two components of every head, and lengths that say the absolute position."""
+
+    def positioned(self, q, k, positions):
+        angle = positions[:, None].double()  # [B or 1, 1, Sq]
+
+        def turned(x):
+            a, b, rest = x[..., 0], x[..., 1], x[..., 2:]
+            pair = torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+            return torch.cat([pair, rest], -1) * (1 + 0.1 * angle[..., None])
+
+        return turned(q), turned(k)
+
+
+@torch.no_grad()
+def test_positions_reach_a_subclass_in_every_form():
+    torch.manual_seed(0)
+    made = Rotated(WIDTH, HEADS, scaling="ssmax", causal=True, dtype=torch.float64)
+    x = 2 * tokens(length=9)
+    whole = made(x)
+    plain = nn.ScaledAttention(WIDTH, HEADS, scaling="ssmax", causal=True, dtype=torch.float64)
+    plain.load_state_dict(made.state_dict())
+    assert not torch.allclose(plain(x), whole)
+    cache = made.cache(2, 9)
+    pieces = [made(x[:, a:b], cache=cache) for a, b in ((0, 5), (5, 6), (6, 9))]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    packed = made(torch.cat([x[0, :4], x[1]]), cu_seqlens=torch.tensor([0, 4, 13], dtype=torch.int32), max_seqlen=9)
+    torch.testing.assert_close(packed, torch.cat([whole[0, :4], whole[1]]))
+
+
+@torch.no_grad()
+def test_beams_and_guesses():
+    made, x = layer("key_norm_sum", causal=True), tokens(length=12)
+    cache = made.cache(2, 16)
+    made(x[:, :8], cache=cache)
+    cache.truncate(6)
+    cache.reorder(torch.tensor([1, 1]))
+    story = torch.cat([x[[1, 1], :6], x[:, 8:10]], 1)
+    torch.testing.assert_close(made(x[:, 8:10], cache=cache), made(story)[:, 6:])
+    cache.reset()
+    torch.testing.assert_close(made(x[:, :3], cache=cache), made(x[:, :3]))
+
+
+@torch.no_grad()
+def test_a_step_reads_lengths_and_not_old_keys(monkeypatch):
+    made, x, seen = layer("key_norm_sum", causal=True), tokens(length=5), []
+    cache = made.cache(2, 8)
+    decode = attention_module.attention_decode
+    monkeypatch.setattr(
+        attention_module, "attention_decode", lambda *a, **k: seen.append(k["statistics"]) or decode(*a, **k)
+    )
+    made(x[:, :4], cache=cache)
+    made(x[:, 4:], cache=cache)
+    assert len(seen) == 2
+    assert all(statistics is cache.statistics for statistics in seen)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")
+def test_a_compiled_step_is_one_graph():
+    torch._dynamo.reset()
+    made, x = layer("power_law", causal=True), tokens(length=9)
+    whole, cache = made(x), made.cache(2, 12)
+
+    def step(token):
+        return made(token, cache=cache)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for i in range(9):
+        torch.testing.assert_close(compiled(x[:, i : i + 1]), whole[:, i : i + 1])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")
+def test_a_compiled_layer_trains_in_one_graph():
+    torch._dynamo.reset()
+    made, x = layer("ssmax", causal=True, qk_norm=True), tokens()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(f(x).square().sum(), list(made.parameters())) for f in (compiled, made)]
+    torch.testing.assert_close(*results)
+
+
+@torch.no_grad()
+def test_a_full_cache_refuses_more_keys():
+    made, x = layer(causal=True), tokens(length=5)
+    cache = made.cache(2, 5)
+    made(x[:, :4], cache=cache)
+    held = cache.k.clone()
+    with pytest.raises(ValueError, match=r"expected at most capacity = 5 keys, got 6"):
+        made(x[:, :2], cache=cache)
+    assert torch.equal(cache.k, held)
+    assert cache.lengths.tolist() == [4, 4]
+
+
+@torch.no_grad()
+def test_a_cache_holds_its_dtype_and_refuses_other_shapes():
+    cache = nn.KeyValueCache(2, 2, 8, 6, 4, dtype=torch.bfloat16)
+    cache.append(torch.randn(2, 2, 3, 6), torch.randn(2, 2, 3, 4))
+    assert (cache.k.dtype, cache.v.shape, cache.capacity) == (torch.bfloat16, (2, 2, 8, 4), 8)
+    with pytest.raises(ValueError, match=r"v_new: expected \[B, Hkv, n, Dv\] = \[2, 2, 3, 4\], got \[2, 2, 3, 6\]"):
+        cache.append(torch.randn(2, 2, 3, 6), torch.randn(2, 2, 3, 6))
+    with pytest.raises(ValueError, match="k_new: expected head_dim 6, got 5"):
+        cache.append(torch.randn(2, 2, 3, 5), torch.randn(2, 2, 3, 4))
+
+
+@torch.no_grad()
+def test_the_statistics_are_those_of_the_keys_as_stored():
+    cache = nn.KeyValueCache(1, 1, 8, 64, dtype=torch.bfloat16)
+    k = 1 + torch.rand(1, 1, 8, 64)
+    cache.append(k, k)
+    torch.testing.assert_close(cache.statistics.lengths, k.bfloat16().float().norm(dim=-1), rtol=1e-6, atol=0)
+
+
+def test_dropout_only_in_training():
+    made, x = layer("ssmax", dropout_p=0.5), tokens()
+    torch.manual_seed(0)
+    assert not torch.equal(made(x), made(x))
+    made.eval()
+    assert torch.equal(made(x), made(x))
+
+
+@pytest.mark.parametrize("scaling", ["ssmax", "power_law", "per_head", nn.Scheduled("dim", nn.SSMax(HEADS), 9)])
+def test_states_and_copies(scaling):
+    made, x = layer(scaling, causal=True, qk_norm=True, sinks=True, bias=True), tokens()
+    other = layer(copy.deepcopy(scaling), seed=5, causal=True, qk_norm=True, sinks=True, bias=True)
+    assert not torch.allclose(other(x), made(x))
+    other.load_state_dict(made.state_dict(), strict=True)
+    assert torch.equal(other(x), made(x))
+    assert torch.equal(copy.deepcopy(made)(x), made(x))
+    assert any(name.startswith("scaling.") for name in made.state_dict())
+
+
+def test_a_learned_name_makes_the_module_and_others_stay():
+    assert isinstance(layer("ssmax").scaling, nn.SSMax)
+    assert isinstance(layer("key_count").scaling, SCALINGS["key_count"])
+    assert layer(0.5).scaling == 0.5
+    assert {x.dtype for x in nn.scaling_parameters(layer("power_law"))} == {torch.float64}
+    assert "scaling=key_count" in repr(layer("key_count"))
+    assert "(scaling): SSMax" in repr(layer("ssmax"))
+
+
+def test_a_scaling_of_ones_own():
+    class Own(torch.nn.Module, Scaling):
+        name = "own"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((HEADS, 1), 0.2, dtype=torch.float64))
+
+        def scales(self, q, k, visibility, statistics):
+            return Scales(1.0, self.weight)
+
+        def multiplier(self, q, k, visible):
+            return self.weight[..., None]
+
+    made, x = layer(Own()), tokens()
+    with torch.no_grad():
+        made.scaling.weight.fill_(1 / math.sqrt(D))
+    made(x).sum().backward()
+    assert made.scaling.weight.grad.shape == (HEADS, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"heads": 5}, ValueError, "head_dim: expected an int where heads = 5 do not divide width = 24, got None"),
+        ({"heads": 4, "kv_heads": 3}, ValueError, "kv_heads: expected a divisor of heads = 4, got 3"),
+        ({"heads": 0}, ValueError, "kv_heads: expected a divisor of heads = 0"),
+        ({"heads": 4, "scaling": "ssmaxx"}, ValueError, "scaling: expected one of"),
+        ({"heads": 4, "scaling": float("nan")}, ValueError, "scaling: expected a finite number"),
+        ({"heads": 4, "scaling": None}, TypeError, "scaling: expected a number"),
+    ],
+)
+def test_layers_that_are_none(arguments, error, message):
+    with pytest.raises(error, match=message):
+        nn.ScaledAttention(WIDTH, **arguments)
+
+
+def test_arguments_that_exclude_one_another():
+    made, x = layer(causal=True), tokens()
+    cache, lengths = made.cache(2, 8), torch.tensor([3, 7])
+    with torch.no_grad():
+        for name, value in {"context": x, "key_lengths": lengths, "mask": torch.ones(7, 7).bool()}.items():
+            with pytest.raises(ValueError, match=f"{name}: expected None beside cache, got a tensor"):
+                made(x, cache=cache, **{name: value})
+        with pytest.raises(ValueError, match="cache: expected a causal layer"):
+            layer()(x, cache=cache)
+    with pytest.raises(ValueError, match="counts: expected None beside no cache"):
+        made(x, counts=lengths)
+    with pytest.raises(ValueError, match="key_lengths: expected None beside cu_seqlens"):
+        made(x[0], cu_seqlens=torch.tensor([0, 7]).int(), max_seqlen=7, key_lengths=lengths)
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected x \[T, width\] and max_seqlen, got \[2, 7, 24\]"):
+        made(x, cu_seqlens=torch.tensor([0, 7]).int(), max_seqlen=7)
+    with pytest.raises(ValueError, match=r"x: expected \[B, Sq, width\], got \[7, 24\]"):
+        made(x[0])
+    with pytest.raises(NotImplementedError, match="cache: no gradient goes through it"):
+        made(x, cache=cache)
+    assert cache.lengths.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("module", [attention_module, cache_module])
+def test_the_examples_in_the_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted >= 3
+    assert result.failed == 0

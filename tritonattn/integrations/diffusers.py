@@ -1,0 +1,146 @@
+"""Attention backends for diffusers, one a scaling: `model.set_attention_backend("tritonattn")`."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..api import attention
+from ..nn.learned import as_mode
+from ..scaling import Scaling
+from .arguments import gain_for, top_left_causal, visible_keys
+from .replacement import Replacement
+
+try:
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+except ImportError as error:
+    raise ImportError(
+        "tritonattn.integrations.diffusers needs diffusers: pip install 'tritonattn[integrations]'"
+    ) from error
+
+NAME = "tritonattn"
+
+
+def register(name: str = NAME, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> None:
+    """Make a scaling known to diffusers as an attention backend; a name that this made before is made anew.
+
+    Args:
+        name: What `model.set_attention_backend(name)` and `with attention_backend(name)` take; lower case.
+        scaling: A name in `tritonattn.SCALINGS` or a `Scaling`; a learned one is shared by all layers, and its
+            parameters are yours to train and keep.
+        backend: As in `tritonattn.attention`.
+
+    Masks are bool, True for visible, or additive with 0 and at most -1e4; a bias raises NotImplementedError, and so
+    does context parallelism. diffusers has no public registry: this adds a member to its enumeration of backends.
+
+    Raises:
+        TypeError, ValueError: A scaling that is none; a name that is not lower case, or one of diffusers' own.
+    """
+    mode = as_mode(scaling)
+    if name != name.lower():
+        raise ValueError(f"name: expected lower case, which is all that diffusers looks for, got {name!r}")
+    member = AttentionBackendName._value2member_map_.get(name)
+    if member is not None and member not in _OURS:
+        raise ValueError(f"name: expected one that is not diffusers' own, got {name!r}")
+    member = _member(name) if member is None else member
+    _OURS.add(member)
+    _AttentionBackendRegistry.register(cast(Any, member))(_function(mode, backend))
+
+
+def unregister(name: str = NAME) -> None:
+    """Undo `register`. Models that still use the name fail at their next call. Raises ValueError for other names."""
+    member = AttentionBackendName._value2member_map_.get(name)
+    if member not in _OURS:
+        raise ValueError(f"name: expected one that `register` made, got {name!r}")
+    _OURS.discard(member)
+    for table in (
+        _AttentionBackendRegistry._backends,
+        _AttentionBackendRegistry._constraints,
+        _AttentionBackendRegistry._supported_arg_names,
+    ):
+        table.pop(cast(Any, member))
+    AttentionBackendName._value2member_map_.pop(name)
+    AttentionBackendName._member_map_.pop(name.upper())
+    AttentionBackendName._member_names_.remove(name.upper())
+
+
+def use(model: nn.Module, name: str = NAME) -> Replacement:
+    """Let the layers of one model use a registered backend; `.undo()` gives each back what it had.
+
+    `model.set_attention_backend` does so too, but for every model of the process that has chosen none, and in silence
+    where a model's processors take no backend.
+
+    Raises:
+        ValueError: A name that `register` did not make, or a model none of whose attention processors takes a backend.
+    """
+    member = AttentionBackendName._value2member_map_.get(name)
+    if member not in _OURS:
+        raise ValueError(f"name: expected one that `register` made, got {name!r}")
+    changes, names = [], []
+    for layer_name, module in model.named_modules():
+        processor = getattr(module, "processor", None)
+        if hasattr(processor, "_attention_backend"):
+            changes.append((processor, "_attention_backend", cast(Any, processor)._attention_backend))
+            names.append(layer_name)
+    if not changes:
+        raise ValueError(
+            f"model: expected attention processors that take a backend, got {type(model).__name__} without one"
+        )
+    for processor, attribute, _ in changes:
+        setattr(processor, attribute, member)
+    return Replacement(changes, names)
+
+
+_OURS: set[Any] = set()
+
+
+def _member(name: str) -> Any:
+    """A new member of diffusers' enumeration of backends."""
+    member: Any = str.__new__(AttentionBackendName, name)
+    member._name_, member._value_ = name.upper(), name
+    AttentionBackendName._member_map_[name.upper()] = member
+    AttentionBackendName._value2member_map_[name] = member
+    AttentionBackendName._member_names_.append(name.upper())
+    return member
+
+
+def _function(scaling: Scaling, backend: str) -> Any:
+    # diffusers passes the arguments that are named here, and drops others with a warning.
+    def scaled(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+        _parallel_config: Any = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, S, H, D] each, as diffusers lays them out; lse [B, S, H]."""
+        if _parallel_config is not None:
+            raise NotImplementedError("_parallel_config: context parallelism is not supported by tritonattn")
+        if not enable_gqa and query.shape[2] != key.shape[2]:
+            raise ValueError(f"key: expected query's {query.shape[2]} heads without enable_gqa, got {key.shape[2]}")
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        masks: dict[str, Any] = {}
+        if attn_mask is not None:
+            if is_causal:
+                raise ValueError("attn_mask: expected None beside is_causal=True, got a tensor")
+            if attn_mask.dim() == 2 and attn_mask.shape == (query.shape[0], key.shape[1]):
+                attn_mask = attn_mask[:, None, None]
+            masks = {"mask": visible_keys("attn_mask", attn_mask)}
+        elif is_causal:
+            k, v, masks = top_left_causal(q, k, v)
+        result = attention(
+            q, k, v, scaling=scaling, gain=gain_for(scaling, scale, q.shape[-1]), dropout_p=dropout_p,
+            return_aux=return_lse, backend=backend, **masks,
+        )  # fmt: skip
+        if not isinstance(result, tuple):
+            return result.transpose(1, 2)
+        out, aux = result
+        return out.transpose(1, 2), aux.lse.transpose(1, 2)
+
+    return scaled

@@ -1,0 +1,148 @@
+"""The package as a kernel of the HuggingFace hub: sources for kernel-builder, and built variants ready to load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from ..command import CommandError
+from ..tuning.cache_dir import shipped_tables
+
+NAME = "tritonattn"
+BACKENDS = ("cpu", "cuda", "rocm")
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+# What needs more than torch and triton, or a command line.
+_LEFT_OUT = ("analysis", "demo", "huggingface", "integrations", "tune", "__main__.py", "cli.py", "command.py")
+
+_BUILD = """\
+[general]
+name = "{name}"
+version = {version}
+edition = 5
+license = "MIT"
+backends = [{backends}]
+
+[general.hub]
+repo-id = "{repo_id}"
+
+[torch-noarch]
+pyext = ["py", "json", "md"]
+"""
+
+_FLAKE = """\
+{
+  description = "tritonattn: attention whose logit scaling is a parameter";
+
+  inputs.kernel-builder.url = "github:huggingface/kernels";
+
+  outputs =
+    { self, kernel-builder }:
+    kernel-builder.lib.genKernelFlakeOutputs {
+      inherit self;
+      path = ./.;
+    };
+}
+"""
+
+_CARD = """\
+---
+library_name: kernels
+license: mit
+---
+
+# tritonattn
+
+Attention whose logit scaling is a parameter: exact, differentiable; Triton kernels on NVIDIA and AMD GPUs, PyTorch's
+attention on CPUs.
+
+```python
+from kernels import get_kernel
+
+tritonattn = get_kernel("{repo_id}", version={version}, trust_remote_code=["{repo_id}"])
+out = tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True)
+```
+
+Its functions are those of the Python package tritonattn, without what needs transformers. It needs torch and triton.
+"""
+
+# Older versions of `kernels` look for the package in a folder of its name: the same module, under another name.
+_ONE_FOLDER_DOWN = '''\
+"""The package one folder up, where older versions of `kernels` look for it."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+_file = Path(__file__).resolve().parent.parent / "__init__.py"
+_spec = importlib.util.spec_from_file_location("{identity}_nested", _file)
+_module = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = _module
+_spec.loader.exec_module(_module)
+globals().update({{name: value for name, value in vars(_module).items() if name in (*_module.__all__, "__all__")}})
+'''
+
+
+def write(folder: Path, repo_id: str, version: int = 1) -> list[str]:
+    """Write a kernel repository into a new or empty folder, and return the names of its built variants.
+
+        build.toml, flake.nix, CARD.md     for `kernel-builder build` and the hub
+        torch-ext/tritonattn/              the sources: relative imports, torch and triton only
+        build/torch-cpu/, -cuda/, -rocm/   the same with metadata.json: what `kernels.get_local_kernel(folder)` loads
+
+    repo_id    owner/name on the hub
+    version    the kernel's version on the hub, counted up at a change that breaks callers
+
+    The operators of every copy have a namespace of their own, so that a kernel loads beside an installed tritonattn,
+    and several versions of it in one process.
+
+    Raises CommandError where the folder holds something, or repo_id or version are none.
+    """
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise CommandError(f"--repo-id: expected OWNER/NAME, got {repo_id!r}")
+    if version < 1:
+        raise CommandError(f"--version: expected at least 1, got {version}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CommandError(f"{folder}: expected a new or empty folder")
+    files = _sources()
+    names = ", ".join(f'"{backend}"' for backend in BACKENDS)
+    _write(folder / "build.toml", _BUILD.format(name=NAME, version=version, backends=names, repo_id=repo_id))
+    _write(folder / "flake.nix", _FLAKE)
+    _write(folder / "CARD.md", _CARD.format(repo_id=repo_id, version=version))
+    _copy(files, folder / "torch-ext" / NAME)
+    digest = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()[:8]
+    variants = [f"torch-{backend}" for backend in BACKENDS]
+    for backend, variant in zip(BACKENDS, variants, strict=True):
+        built, identity = folder / "build" / variant, f"_{NAME}_{backend}_{digest}"
+        metadata = {
+            "name": NAME, "id": identity, "version": version, "license": "MIT", "python-depends": [],
+            "backend": {"type": backend},
+        }  # fmt: skip
+        _copy(files, built)
+        _write(built / "metadata.json", json.dumps(metadata, indent=2) + "\n")
+        _write(built / NAME / "__init__.py", _ONE_FOLDER_DOWN.format(identity=identity))
+    return variants
+
+
+def _sources() -> dict[str, str]:
+    """The kernel's files by their paths in the package."""
+    files = {}
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        inside = path.relative_to(_PACKAGE)
+        if inside.parts[0] not in _LEFT_OUT:
+            files[inside.as_posix()] = path.read_text(encoding="utf-8")
+    for path in sorted(shipped_tables().iterdir()):
+        if path.suffix in (".json", ".md"):
+            files[f"autotune_cache/{path.name}"] = path.read_text(encoding="utf-8")
+    return files
+
+
+def _copy(files: dict[str, str], folder: Path) -> None:
+    for name, text in files.items():
+        _write(folder / name, text)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,249 @@
+"""torch.nn.MultiheadAttention with a scaling, and its exchange inside models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..api import attention
+from ..scaling import Scaling
+from .arguments import scaling_for, visible_keys
+from .replacement import Replacement
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention whose logit scaling is a parameter: its arguments, masks, results and state_dict.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, kdim, vdim, batch_first, device, dtype: As in torch.
+        scaling: A name in `tritonattn.SCALINGS` or in `tritonattn.nn.LEARNED` (then a module of this layer's own), or a
+            `Scaling`.
+        backend: As in `tritonattn.attention`.
+
+    With "sqrt_dim" it is torch's layer, but for rows that see no key: they give o_proj of 0 where torch gives NaN.
+    With need_weights=True, torch's default, the weights are formed, [B, H, L, S]: ask for need_weights=False as
+    TransformerEncoderLayer does. is_causal=True stands for the mask given with it, as torch's hint does. PyTorch's
+    fused path for inference, which would leave the scaling out, is never taken.
+
+    Raises:
+        NotImplementedError: add_bias_kv, add_zero_attn, nested tensors, and a float mask that is a bias.
+        TypeError, ValueError: A scaling that is none.
+
+    >>> import torch
+    >>> from tritonattn.integrations.torch_modules import MultiheadAttention
+    >>> layer = MultiheadAttention(64, 4, batch_first=True, scaling="key_norm_mean")
+    >>> x = torch.randn(2, 10, 64)
+    >>> out, weights = layer(x, x, x)
+    >>> out.shape, weights.shape
+    (torch.Size([2, 10, 64]), torch.Size([2, 10, 10]))
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        scaling: str | Scaling = "sqrt_dim",
+        backend: str = "auto",
+    ) -> None:
+        _refuse_added_keys(add_bias_kv, add_zero_attn)
+        super().__init__(
+            embed_dim, num_heads, dropout=dropout, bias=bias, kdim=kdim, vdim=vdim, batch_first=batch_first,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self._scaled(scaling, backend)
+
+    @classmethod
+    def of(
+        cls, layer: nn.MultiheadAttention, scaling: str | Scaling = "sqrt_dim", backend: str = "auto"
+    ) -> MultiheadAttention:
+        """The layer with a scaling: it holds the same parameters, hooks and mode; the layer itself stays as it is."""
+        _refuse_added_keys(layer.bias_k is not None, layer.add_zero_attn)
+        made = cls.__new__(cls)
+        made.__dict__.update(layer.__dict__)
+        for name in ("_parameters", "_buffers", "_modules"):
+            made.__dict__[name] = dict(layer.__dict__[name])
+        made._scaled(scaling, backend)
+        return made
+
+    def _scaled(self, scaling: str | Scaling, backend: str) -> None:
+        self.scaling = scaling_for(scaling, self.num_heads)
+        if isinstance(self.scaling, nn.Module):
+            self.scaling.to(self.out_proj.weight.device)
+        self.backend = backend
+        self._qkv_same_embed_dim = False  # what torch's encoders ask before they pass this layer's forward by
+
+    def extra_repr(self) -> str:
+        return "" if isinstance(self.scaling, nn.Module) else f"scaling={self.scaling.name}"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As torch.nn.MultiheadAttention.forward."""
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise NotImplementedError("query, key, value: nested tensors are not supported; pad them, with a mask")
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal: expected attn_mask with it, of which it is a hint, got None")
+        is_batched = query.dim() == 3
+        if not is_batched:
+            query, key, value = query[None], key[None], value[None]
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = self._heads(query, key, value)
+        masks = self._masks(q, k, key_padding_mask, attn_mask, is_causal)
+        weights = None
+        if need_weights:
+            weights = self._weights(q, k, masks)
+            out = weights @ v
+        else:
+            dropout_p = self.dropout if self.training else 0.0
+            out = cast(
+                Tensor,
+                attention(q, k, v, scaling=self.scaling, dropout_p=dropout_p, backend=self.backend, **masks),
+            )
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not is_batched:
+            return out[0], None if weights is None else weights[0]
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The projections of [B, S, E], as [B, H, S, D]."""
+        if self.in_proj_weight is not None:
+            projections = self.in_proj_weight.chunk(3)
+        else:
+            projections = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = (
+            linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip((query, key, value), projections, biases, strict=True)
+        )
+        return q, k, v
+
+    def _masks(
+        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+    ) -> dict[str, Any]:
+        """torch's masks, True for hidden, as arguments of `attention`."""
+        masks: dict[str, Any] = {}
+        visible = None
+        if is_causal and q.shape[2] == k.shape[2]:
+            masks["causal"] = True
+        elif attn_mask is not None:
+            visible = _visible("attn_mask", attn_mask)
+            if visible.dim() == 3:
+                visible = visible.unflatten(0, (-1, self.num_heads))  # [B, H, L, S]
+        if key_padding_mask is not None:
+            keys = _visible("key_padding_mask", key_padding_mask)
+            keys = keys[None, None, None] if keys.dim() == 1 else keys[:, None, None]  # [B, 1, 1, S]
+            visible = keys if visible is None else visible & keys
+        return masks if visible is None else {**masks, "mask": visible}
+
+    def _weights(self, q: Tensor, k: Tensor, masks: dict[str, Any]) -> Tensor:
+        """The probabilities, after dropout: attention over the rows of the unit matrix. [B, H, L, S]"""
+        unit = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+        dropout_p = self.dropout if self.training else 0.0
+        return cast(
+            Tensor,
+            attention(q, k, unit, scaling=self.scaling, dropout_p=dropout_p, backend="reference", **masks),
+        )
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """torch.nn.TransformerEncoderLayer whose attention has a scaling; scaling and backend as in `MultiheadAttention`.
+
+    >>> import torch
+    >>> from tritonattn.integrations.torch_modules import TransformerEncoderLayer
+    >>> layer = TransformerEncoderLayer(64, 4, batch_first=True, scaling="log_key_count")
+    >>> torch.nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)(torch.randn(2, 10, 64)).shape
+    torch.Size([2, 10, 64])
+    """
+
+    def __init__(
+        self, *arguments: Any, scaling: str | Scaling = "sqrt_dim", backend: str = "auto", **keywords: Any
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        self.self_attn = MultiheadAttention.of(self.self_attn, scaling, backend)
+
+
+def replace_multihead_attention(
+    model: nn.Module,
+    scaling: str | Scaling | Callable[[str, nn.MultiheadAttention], str | Scaling | None] = "sqrt_dim",
+    backend: str = "auto",
+) -> Replacement:
+    """Give every torch.nn.MultiheadAttention inside a model a scaling; parameters stay the same objects.
+
+    Args:
+        model: TransformerEncoder, Transformer, torchvision's ViT, or anything else that holds such layers.
+        scaling: As in `MultiheadAttention`, or a function of a layer's name and itself that returns one, or None to
+            leave that layer alone. A learned name makes a module a layer: give its parameters to the optimiser.
+        backend: As in `tritonattn.attention`.
+
+    Raises:
+        ValueError: A model without such a layer, or a scaling that is none.
+        NotImplementedError: A layer with added keys (add_bias_kv, add_zero_attn); then nothing is changed.
+
+    >>> import torch
+    >>> from tritonattn.integrations.torch_modules import replace_multihead_attention
+    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(64, 4, batch_first=True), num_layers=2)
+    >>> with replace_multihead_attention(model, scaling="key_norm_mean") as replaced:
+    ...     print(replaced.names, model(torch.randn(2, 10, 64)).shape)
+    ['layers.0.self_attn', 'layers.1.self_attn'] torch.Size([2, 10, 64])
+    """
+    made: dict[nn.Module, nn.Module] = {}
+    changes: list[tuple[nn.Module, str, Any]] = []
+    names = []
+    for parent_name, parent in model.named_modules():
+        for name, layer in parent.named_children():
+            if not isinstance(layer, nn.MultiheadAttention):
+                continue
+            full = f"{parent_name}.{name}" if parent_name else name
+            own = scaling(full, layer) if callable(scaling) and not isinstance(scaling, Scaling) else scaling
+            if own is None:
+                continue
+            if layer not in made:
+                made[layer] = MultiheadAttention.of(layer, cast("str | Scaling", own), backend)
+            changes.append((parent, name, layer))
+            names.append(full)
+    if not changes:
+        raise ValueError(f"model: expected one with a torch.nn.MultiheadAttention inside, got {type(model).__name__}")
+    for parent, name, layer in changes:
+        setattr(parent, name, made[layer])
+    # An encoder would turn padded batches into nested tensors for the fused path, in inference only.
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+            changes.append((module, "use_nested_tensor", True))
+            module.use_nested_tensor = False
+    return Replacement(changes, names)
+
+
+def _visible(name: str, mask: Tensor) -> Tensor:
+    """torch's mask, bool with True for hidden or additive, as bool with True for visible."""
+    return ~mask if mask.dtype == torch.bool else visible_keys(name, mask)
+
+
+def _refuse_added_keys(bias: bool, zero: bool) -> None:
+    for name, given in (("add_bias_kv", bias), ("add_zero_attn", zero)):
+        if given:
+            raise NotImplementedError(f"{name}: keys that the layer adds are not supported, got True")

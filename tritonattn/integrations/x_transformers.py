@@ -1,0 +1,130 @@
+"""The `Attend` modules of x-transformers, exchanged for ones with a scaling."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..api import attention
+from ..scaling import Scaling
+from .arguments import gain_for, scaling_for
+from .replacement import Replacement
+
+try:
+    from x_transformers.attend import Attend, Intermediates
+except ImportError as error:
+    raise ImportError(
+        "tritonattn.integrations.x_transformers needs x-transformers: pip install 'tritonattn[integrations]'"
+    ) from error
+
+# What Attend can do to logits and probabilities that is no scaling; each is off where the attribute is None or False.
+_REFUSED = (
+    "pre_softmax_talking_heads", "post_softmax_talking_heads", "pre_scale_post_talking_heads", "inverted_attention",
+    "cog_signed", "l2_distance", "add_zero_kv", "selective", "cope", "flash_pack_seq",
+)  # fmt: skip
+_REFUSED_IN_CALLS = {
+    "attn_bias": "a bias on the logits (alibi, relative positions)",
+    "prev_attn": "logits of the layer before (residual_attn)",
+    "attn_delta": "a change of the probabilities",
+    "flash_pack_seq_kwargs": "packed sequences",
+}
+
+
+class ScaledAttend(nn.Module):
+    """An `Attend` whose logits are scaled by a mode.
+
+    It keeps causality, masks, grouped heads, softclamp, learned sinks and dropout. Attend's own scale, qk_norm's
+    included, stays a factor beside the mode. Its Intermediates stay empty, as those of Attend(flash=True): the logits
+    are never formed.
+    """
+
+    def __init__(self, attend: Attend, heads: int, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> None:
+        super().__init__()
+        _refuse(attend)
+        self.scaling = scaling_for(scaling, heads)
+        self.backend = backend
+        self.scale, self.causal, self.dropout = attend.scale, attend.causal, attend.dropout
+        self.softcap = attend.logit_softclamp_value if attend.softclamp_logits else None
+        self.head_attn_sink: Tensor | None
+        self.register_parameter("head_attn_sink", attend.head_attn_sink)
+        self.train(attend.training)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        row_mask: Tensor | None = None,
+        causal: bool | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, Intermediates]:
+        """As Attend.forward; row_mask concerns inverted attention alone."""
+        for name, meaning in _REFUSED_IN_CALLS.items():
+            if others.get(name) is not None:
+                raise NotImplementedError(f"{name}: {meaning} is not supported by tritonattn")
+        if 1 < k.shape[1] < q.shape[1]:  # query head h reads key head h % Hkv, where tritonattn has h // group
+            k, v = (x.repeat(1, q.shape[1] // k.shape[1], 1, 1) for x in (k, v))
+        if mask is not None and mask.dim() == 2:
+            mask = mask[:, None, None]
+        out = attention(
+            q, k, v, scaling=self.scaling, gain=gain_for(self.scaling, self.scale, q.shape[-1]),
+            causal=self.causal if causal is None else causal, mask=mask, softcap=self.softcap,
+            sinks=self.head_attn_sink, dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
+        )  # fmt: skip
+        return cast(Tensor, out), Intermediates()
+
+
+def replace_attend(model: nn.Module, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> Replacement:
+    """Give every attention layer inside a model of x-transformers a scaling.
+
+    Args:
+        model: A TransformerWrapper, Encoder, Decoder, ViTransformerWrapper, ...
+        scaling: A name in `tritonattn.SCALINGS`; one in `tritonattn.nn.LEARNED`, of which every layer makes its own
+            module (give its parameters to the optimiser); or a `Scaling`, which all layers share.
+        backend: As in `tritonattn.attention`.
+
+    Raises:
+        ValueError: A model without such a layer, or a scaling that is none.
+        NotImplementedError: A layer that does what no scaling is, by its name: talking heads, sparse or sigmoid
+            attention, residual attention, ...; then nothing is changed.
+
+    >>> import torch
+    >>> from x_transformers import Decoder, TransformerWrapper
+    >>> from tritonattn.integrations.x_transformers import replace_attend
+    >>> model = TransformerWrapper(num_tokens=9, max_seq_len=16, attn_layers=Decoder(dim=32, depth=2, heads=4))
+    >>> with replace_attend(model, "key_norm_mean") as replaced:
+    ...     print(len(replaced.names), model(torch.randint(0, 9, (2, 10))).shape)
+    2 torch.Size([2, 10, 9])
+    """
+    changes, names, made = [], [], []
+    for name, module in model.named_modules():
+        for flag in ("residual_attn", "cross_residual_attn"):
+            if getattr(module, flag, False) is True:
+                raise NotImplementedError(f"{flag}: logits of the layer before are not supported by tritonattn")
+        attend = getattr(module, "attend", None)
+        if isinstance(attend, Attend):
+            device = next(module.parameters()).device
+            made.append(ScaledAttend(attend, cast(int, module.heads), scaling, backend).to(device))
+            changes.append((module, "attend", attend))
+            names.append(f"{name}.attend" if name else "attend")
+    if not changes:
+        raise ValueError(f"model: expected one with an Attend of x-transformers, got {type(model).__name__}")
+    for (module, _, _), own in zip(changes, made, strict=True):
+        module.attend = own
+    return Replacement(changes, names)
+
+
+def _refuse(attend: Attend) -> None:
+    for name in _REFUSED:
+        if getattr(attend, name, None) not in (None, False):
+            raise NotImplementedError(f"{name}: not supported by tritonattn")
+    function = attend.attn_fn
+    while isinstance(function, partial):
+        function = function.func
+    if function is not torch.nn.functional.softmax:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise NotImplementedError(f"attn_fn: expected softmax, got {name}, which tritonattn does not support")

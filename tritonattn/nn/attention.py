@@ -1,0 +1,241 @@
+"""An attention layer around any scaling."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..api import attention
+from ..autograd import needs_graph
+from ..decode_validation import LONGEST_QUERY
+from ..decoding import attention_decode
+from ..scaling import Scaling
+from ..validation import check_number
+from ..varlen import attention_varlen
+from ..visibility import window_sides
+from .cache import KeyValueCache
+from .learned import as_mode, describe
+from .registry import LEARNED
+
+
+class ScaledAttention(nn.Module):
+    """Multi-head attention with its projections.
+
+        out = o_proj(attention(q_norm(q_proj(x)), k_norm(k_proj(y)), v_proj(y)))        y = context, or x without one
+
+    Args:
+        width: Features of x and of the result.
+        heads: Hq.
+        kv_heads: Hkv, a divisor of heads; None is heads.
+        head_dim: D; None is width // heads.
+        context_width: Features of context, for cross attention; None is width.
+        scaling: A name in `tritonattn.SCALINGS` or in `tritonattn.nn.LEARNED` (the layer then makes and keeps the
+            module), a `Scaling`, or a float. A module is registered and learned with the layer.
+        causal, window, softcap: As in `tritonattn.attention`.
+        sinks: Learn a sink [heads], a logit in the softmax's denominator only, from 0.
+        qk_norm: RMS-normalise q and k over D, each with a weight [D], as Qwen 3 and Gemma 3 do.
+        dropout_p: Chance to drop a probability, in training.
+        bias: Of the projections.
+        backend: As in `tritonattn.attention`.
+        device, dtype: Of the parameters.
+
+    Raises:
+        TypeError, ValueError: A scaling, or sizes, that do not describe a layer.
+
+    >>> import torch, tritonattn
+    >>> layer = tritonattn.nn.ScaledAttention(64, heads=4, kv_heads=2, scaling="ssmax", causal=True)
+    >>> layer(torch.randn(2, 10, 64)).shape
+    torch.Size([2, 10, 64])
+    >>> with torch.no_grad():
+    ...     cache = layer.cache(batch=2, capacity=32)
+    ...     prompt = layer(torch.randn(2, 10, 64), cache=cache)
+    ...     step = layer(torch.randn(2, 1, 64), cache=cache)
+    >>> cache.lengths
+    tensor([11, 11])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        context_width: int | None = None,
+        scaling: str | Scaling | float = "sqrt_dim",
+        causal: bool = False,
+        window: tuple[int | None, int | None] | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
+        qk_norm: bool = False,
+        dropout_p: float = 0.0,
+        bias: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or kv_heads < 1 or heads % kv_heads != 0:
+            raise ValueError(f"kv_heads: expected a divisor of heads = {heads}, got {kv_heads}")
+        if head_dim is None and width % heads != 0:
+            raise ValueError(f"head_dim: expected an int where heads = {heads} do not divide width = {width}, got None")
+        self.heads, self.kv_heads = heads, kv_heads
+        self.head_dim = width // heads if head_dim is None else head_dim
+        self.scaling = self._own_scaling(scaling, device, dtype)
+        self.causal, self.window, self.softcap = causal, window, softcap
+        self.dropout_p, self.backend = dropout_p, backend
+        source = width if context_width is None else context_width
+        own = {"bias": bias, "device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(width, heads * self.head_dim, **own)
+        self.k_proj = nn.Linear(source, kv_heads * self.head_dim, **own)
+        self.v_proj = nn.Linear(source, kv_heads * self.head_dim, **own)
+        self.o_proj = nn.Linear(heads * self.head_dim, width, **own)
+        norms = [
+            nn.RMSNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else nn.Identity()
+            for _ in range(2)
+        ]
+        self.q_norm, self.k_norm = norms
+        self.sinks: Tensor | None
+        learned = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype)) if sinks else None
+        self.register_parameter("sinks", learned)
+
+    def _own_scaling(
+        self, scaling: str | Scaling | float, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> Scaling | float:
+        if isinstance(scaling, str) and scaling in LEARNED:
+            return LEARNED[scaling](heads=self.heads, device=device, dtype=dtype)
+        if isinstance(scaling, (str, Scaling)):
+            return as_mode(scaling)
+        check_number("scaling", scaling)
+        return scaling
+
+    def extra_repr(self) -> str:
+        sizes = f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, causal={self.causal}"
+        if isinstance(self.scaling, nn.Module):
+            return sizes
+        return f"{sizes}, scaling={describe(self.scaling) if isinstance(self.scaling, Scaling) else self.scaling}"
+
+    def cache(self, batch: int, capacity: int) -> KeyValueCache:
+        """An empty cache for this layer, on its device and in its dtype."""
+        like = self.k_proj.weight
+        return KeyValueCache(batch, self.kv_heads, capacity, self.head_dim, device=like.device, dtype=like.dtype)
+
+    def positioned(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] of self attention as they meet; a subclass rotates them here.
+
+        positions   int64 [B or 1, Sq]: of the tokens in their sequences, those before them in a cache counted
+        """
+        return q, k
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        key_lengths: Tensor | None = None,
+        key_ranges: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: KeyValueCache | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of x over context, or over itself and what a cache holds.
+
+        Args:
+            x: [B, Sq, width]; with cu_seqlens [T, width].
+            context: [B, Sk, context_width]: cross attention.
+            key_lengths, key_ranges, mask: As in `tritonattn.attention`.
+            cu_seqlens, max_seqlen: Self attention of packed sequences: int32 [N + 1], sequence s is the rows
+                cu_seqlens[s] to cu_seqlens[s + 1]; and the longest one's length.
+            cache: A causal layer's: the new keys are appended to it, and x sees them and those before; no gradients.
+            counts: With a cache, integers [B]: how many of the Sq tokens are those of sequence b, the first ones. The
+                others reach nothing, and their rows are o_proj of zeros.
+
+        Returns:
+            As x, with `width` features.
+
+        Raises:
+            TypeError, ValueError: As in `tritonattn.attention`; arguments that exclude one another.
+            NotImplementedError: A gradient through a cache.
+        """
+        if cache is not None:
+            others = {"context": context, "key_lengths": key_lengths, "key_ranges": key_ranges, "mask": mask,
+                      "cu_seqlens": cu_seqlens}  # fmt: skip
+            _refuse_beside("cache", others)
+            return self._joined(self._cached(x, cache, counts))
+        _refuse_beside("no cache", {"counts": counts})
+        if cu_seqlens is not None:
+            _refuse_beside(
+                "cu_seqlens", {"context": context, "key_lengths": key_lengths, "key_ranges": key_ranges, "mask": mask}
+            )
+            return self._packed(x, cu_seqlens, max_seqlen)
+        q, k, v = self._projected(x, context)
+        if context is None:
+            q, k = self.positioned(q, k, torch.arange(x.shape[1], device=x.device)[None])
+        out = attention(
+            q, k, v, scaling=self.scaling, causal=self.causal, window=self.window, key_lengths=key_lengths,
+            key_ranges=key_ranges, mask=mask, dropout_p=self.dropout_p if self.training else 0.0,
+            softcap=self.softcap, sinks=self.sinks, backend=self.backend,
+        )  # fmt: skip
+        return self._joined(cast(Tensor, out))
+
+    def _projected(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""
+        if x.dim() != 3:
+            raise ValueError(f"x: expected [B, Sq, width], got {list(x.shape)}")
+        y = x if context is None else context
+        q, k, v = (project(z).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project, z in (
+            (self.q_proj, x), (self.k_proj, y), (self.v_proj, y)))  # fmt: skip
+        return self.q_norm(q), self.k_norm(k), v
+
+    def _joined(self, out: Tensor) -> Tensor:
+        """[B, Hq, Sq, D] through the last projection."""
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
+        if x.dim() != 2 or max_seqlen is None:
+            raise ValueError(f"cu_seqlens: expected x [T, width] and max_seqlen, got {list(x.shape)} and {max_seqlen}")
+        q, k, v = self._projected(x[None])
+        row = torch.arange(x.shape[0], device=x.device, dtype=cu_seqlens.dtype)
+        sequence = torch.searchsorted(cu_seqlens, row, right=True).clamp(max=cu_seqlens.shape[0] - 1) - 1
+        q, k = self.positioned(q, k, (row - cu_seqlens[sequence])[None])
+        q, k, v = (z[0].transpose(0, 1) for z in (q, k, v))  # [T, H, D]
+        out = attention_varlen(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scaling=self.scaling, causal=self.causal,
+            window=self.window, dropout_p=self.dropout_p if self.training else 0.0, softcap=self.softcap,
+            sinks=self.sinks, backend=self.backend,
+        )  # fmt: skip
+        return self.o_proj(cast(Tensor, out).flatten(1))
+
+    def _cached(self, x: Tensor, cache: KeyValueCache, counts: Tensor | None) -> Tensor:
+        """[B, Hq, Sq, D]"""
+        if not self.causal:
+            raise ValueError("cache: expected a causal layer, got causal=False")
+        q, k, v = self._projected(x)
+        if needs_graph(q, k, v):
+            raise NotImplementedError("cache: no gradient goes through it; call under torch.no_grad()")
+        own = cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, Sq]
+        q, k = self.positioned(q, k, own)
+        cache.append(k, v, counts)
+        settings = {"scaling": self.scaling, "softcap": self.softcap, "sinks": self.sinks, "backend": self.backend}
+        if counts is None and x.shape[1] <= LONGEST_QUERY:
+            out = attention_decode(
+                q, cache.k, cache.v, key_lengths=cache.lengths, statistics=cache.statistics, window=self.window,
+                **settings,
+            )  # fmt: skip
+            return cast(Tensor, out)
+        left, _ = window_sides(self.window)
+        first = torch.zeros_like(own) if left is None else (own - left).clamp(min=0)
+        end = torch.where(own < cache.lengths[:, None], own + 1, 0)  # rows past counts see nothing
+        key_ranges = torch.stack([torch.minimum(first, end), end], dim=-1)
+        return cast(Tensor, attention(q, cache.k, cache.v, key_ranges=key_ranges, **settings))
+
+
+def _refuse_beside(what: str, others: dict[str, Tensor | None]) -> None:
+    for name, x in others.items():
+        if x is not None:
+            raise ValueError(f"{name}: expected None beside {what}, got a tensor")

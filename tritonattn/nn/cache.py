@@ -1,0 +1,108 @@
+"""A contiguous KV cache with the statistics of its keys beside it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cache_statistics import KeyStatistics
+
+
+class KeyValueCache:
+    """The keys and values of B sequences of their own lengths, for `ScaledAttention(..., cache=)`.
+
+        k            [B, Hkv, capacity, D]      the first lengths[b] of sequence b count
+        v            [B, Hkv, capacity, Dv]
+        lengths      [B]                        int64
+        statistics   `KeyStatistics` of k
+
+    Args:
+        batch: B.
+        kv_heads: Hkv.
+        capacity: The keys that a sequence can hold.
+        head_dim: D.
+        value_dim: Dv; None is D.
+        device, dtype: Of k and v; None are torch's defaults.
+
+    Buffers have fixed shapes and change in place, and nothing waits for the device: a step can be compiled and captured
+    in a CUDA graph. On a GPU keys past the capacity are dropped, on a CPU they raise ValueError.
+
+    >>> import torch, tritonattn
+    >>> cache = tritonattn.nn.KeyValueCache(batch=1, kv_heads=2, capacity=16, head_dim=8)
+    >>> cache.append(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))
+    >>> cache.lengths
+    tensor([3])
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.statistics = KeyStatistics(
+            batch, kv_heads, capacity, device=device, dtype=torch.promote_types(dtype, torch.float32)
+        )
+        # One more place at the end, where what is dropped goes.
+        self._k = torch.zeros(batch, kv_heads, capacity + 1, head_dim, device=device, dtype=dtype)
+        shape = (batch, kv_heads, capacity + 1, head_dim if value_dim is None else value_dim)
+        self._v = torch.zeros(shape, device=device, dtype=dtype)
+
+    @property
+    def k(self) -> Tensor:
+        return self._k[:, :, :-1]
+
+    @property
+    def v(self) -> Tensor:
+        return self._v[:, :, :-1]
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.statistics.counts
+
+    @property
+    def capacity(self) -> int:
+        return self.statistics.capacity
+
+    @torch.no_grad()
+    def append(self, k_new: Tensor, v_new: Tensor, counts: Tensor | None = None) -> None:
+        """Write the next keys [B, Hkv, n, D] and values [B, Hkv, n, Dv] of every sequence.
+
+        counts   integers [B]: how many of the n are those of sequence b, the first ones; None is all
+
+        Raises TypeError or ValueError as `KeyStatistics.append`, and where values do not match the cache.
+        """
+        batch, kv_heads, _, value_dim = self._v.shape
+        if v_new.shape != (batch, kv_heads, k_new.shape[-2], value_dim):
+            expected = [batch, kv_heads, k_new.shape[-2], value_dim]
+            raise ValueError(f"v_new: expected [B, Hkv, n, Dv] = {expected}, got {list(v_new.shape)}")
+        if k_new.shape[-1] != self._k.shape[-1]:
+            raise ValueError(f"k_new: expected head_dim {self._k.shape[-1]}, got {k_new.shape[-1]}")
+        place = self.lengths[:, None] + torch.arange(k_new.shape[2], device=self.lengths.device)  # [B, n]
+        place = place.clamp(max=self.capacity)[:, None, :, None]
+        k_new = k_new.to(self._k.dtype)  # the statistics are those of the keys as stored
+        self.statistics.append(k_new, counts)  # checks, and moves lengths on
+        for buffer, new in ((self._k, k_new), (self._v, v_new)):
+            buffer.scatter_(2, place.expand_as(new), new.to(buffer.dtype))
+
+    @torch.no_grad()
+    def reorder(self, index: Tensor) -> None:
+        """Let sequence b go on from what sequence index[b] holds, as beam search asks."""
+        self.statistics.reorder(index)
+        index = index.long().clamp(0, max(len(self.lengths) - 1, 0))
+        for buffer in (self._k, self._v):
+            buffer.copy_(buffer.index_select(0, index))
+
+    def truncate(self, lengths: Tensor | int) -> None:
+        """Keep the first keys of every sequence, as when guessed tokens are rejected."""
+        self.statistics.truncate(lengths)
+
+    def reset(self) -> None:
+        """Forget all keys."""
+        self.statistics.reset()
