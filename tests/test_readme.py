@@ -19,7 +19,7 @@ def test_snippets_run(position):
 
 
 def test_no_snippet_is_overlooked():
-    assert len(SNIPPETS) == 8
+    assert len(SNIPPETS) == 9
     assert "class LogKeyNorm(Scaling)" in SNIPPETS[1]
     assert "class CountPower(torch.nn.Module, Scaling)" in SNIPPETS[2]
     assert "replace_multihead_attention" in SNIPPETS[7]

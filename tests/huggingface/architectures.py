@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 VOCABULARY = 61
 LENGTH = 13
 PADDINGS = {
@@ -58,7 +59,7 @@ class Architecture:
     config: str
     arguments: dict[str, Any]
     kind: str = "decoder"
-    since: int = 4  # the version of transformers in which its attention goes through AttentionInterface
+    since: tuple[int, int] = (4, 54)  # a version of transformers in which it can be patched
 
     @property
     def exists(self) -> bool:
@@ -67,7 +68,7 @@ class Architecture:
 
     @property
     def supported(self) -> bool:
-        return int(transformers.__version__.split(".")[0]) >= self.since
+        return VERSION >= self.since
 
     @property
     def generates(self) -> bool:
@@ -152,7 +153,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": _decoder("Phi3", sliding_window=5),
     "gpt2": Architecture("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "gpt2_inverse_layer": Architecture(
-        "GPT2LMHeadModel", "GPT2Config", {**_GPT2, "scale_attn_by_inverse_layer_idx": True}, since=5
+        "GPT2LMHeadModel", "GPT2Config", {**_GPT2, "scale_attn_by_inverse_layer_idx": True}, since=(5, 24)
     ),
     "gpt_neox": _decoder("GPTNeoX", num_key_value_heads=NotImplemented),
     "opt": Architecture("OPTForCausalLM", "OPTConfig", _OPT),
@@ -169,8 +170,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "intermediate_size_mlp": 48, "floor_scale": 4, "attn_scale": 0.5,
         },
     ),
-    "bert": Architecture("BertForMaskedLM", "BertConfig", _ENCODER, "encoder", since=5),
-    "roberta": Architecture("RobertaForMaskedLM", "RobertaConfig", _ENCODER, "encoder", since=5),
+    "bert": Architecture("BertForMaskedLM", "BertConfig", _ENCODER, "encoder", since=(5, 0)),
+    "roberta": Architecture("RobertaForMaskedLM", "RobertaConfig", _ENCODER, "encoder", since=(5, 0)),
     "vit": Architecture("ViTModel", "ViTConfig", _VISION, "image"),
     "clip": Architecture(
         "CLIPModel",

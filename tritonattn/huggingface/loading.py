@@ -1,9 +1,9 @@
 """A saved model's scalings, applied when it is loaded.
 
 `patch` writes them into the config, together with attn_implementation = "tritonattn", so that a process without
-`tritonattn.huggingface` refuses the checkpoint instead of computing something else (from transformers 5 on, which reads
-that entry). With it, every model finds the settings at the end of its construction, before its weights are read, and
-what is learned but missing among the weights starts anew.
+`tritonattn.huggingface` refuses the checkpoint instead of computing something else, in the versions of transformers
+that read that entry (5.24 does, 5.0 does not). With it, every model finds the settings at the end of its construction,
+before its weights are read, and what is learned but missing among the weights starts anew.
 """
 
 from __future__ import annotations
@@ -113,6 +113,8 @@ def _apply(
         config._attn_implementation = default  # of the config and those inside
     # What is learned stays in float32 whatever dtype the weights are loaded in.
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ATTRIBUTE}
+    if isinstance(dtypes := getattr(model, "dtype_plan", None), dict):  # the first versions 5
+        dtypes[ATTRIBUTE] = torch.float32
     plans = {
         one.name: LayerScaling.from_saved(saved[name], one.module.config, query_heads(one.module))
         for name, one in places.items()
