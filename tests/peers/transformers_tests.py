@@ -7,7 +7,8 @@ it is the only place of its tests; nothing of it is kept. Two ways, on six model
     B  "sdpa" is ours under its name: test_eager_matches_sdpa_inference, all dtypes, with and without padding
 
 Weights are of size 0.2: at transformers' 0.02 a wrong scale passes all of these tests, and from 0.3 on rounding alone
-fails some, with PyTorch's own attention as with ours. --fault runs them with logits 1.3 times too large, and succeeds when they fail.
+fails some, with PyTorch's own attention as with ours. --fault runs them with logits 1.3 times too large, and succeeds
+when they fail.
 """
 
 from __future__ import annotations
