@@ -211,6 +211,18 @@ def test_the_report_says_what_is_what():
     assert "undone" in one.report()
 
 
+@pytest.mark.parametrize("name", ["bart", "whisper"])
+def test_the_report_tells_cross_attention(name):
+    with patch(ARCHITECTURES[name].build()) as one:
+        rows = [line.split() for line in one.report().splitlines()[2:]]
+    kinds = {row[0].rpartition(".layers.")[0] + row[0].rpartition(".")[2]: row[1] for row in rows}
+    assert kinds == {
+        "model.encoderself_attn": "full_attention",
+        "model.decoderself_attn": "full_attention",
+        "model.decoderencoder_attn": "cross_attention",
+    }
+
+
 def test_the_report_names_what_cannot_be_patched():
     network = LLAMA.build()
 

@@ -150,10 +150,12 @@ def head_dim(module: Any) -> int | None:
     return width // query_heads(module) if isinstance(width, int) else None
 
 
-def layer_type(module: Any) -> str:
+def layer_type(found: AttentionModule) -> str:
     """What the model calls the layer, or "cross", "full" or "sliding" attention."""
+    module = found.module
     types, index = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
-    if "CrossAttention" in type(module).__name__ or getattr(module, "is_cross_attention", False):
+    names = f"{type(module).__name__}.{found.name.rpartition('.')[2]}"
+    if re.search("cross|encoder_attn", names, re.IGNORECASE) or getattr(module, "is_cross_attention", False):
         return "cross_attention"
     if types and isinstance(index, int) and index < len(types):
         return types[index]

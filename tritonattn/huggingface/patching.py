@@ -139,7 +139,8 @@ def patch(
             learned copy of it as parameter.
         backend: As in `tritonattn.attention`.
 
-    What is learned becomes parameters of the attention modules, so make the optimizer afterwards. The settings become
+    What is learned becomes parameters of the attention modules, so make the optimizer afterwards; the modules that hold
+    it are `Patched.layers[name].scaling`. The settings become
     part of model.config: save_pretrained keeps both, and from_pretrained applies them again where
     `tritonattn.huggingface` has been imported, and fails where it has not.
 
@@ -331,7 +332,7 @@ def _shape(found: AttentionModule) -> tuple[str, str, str]:
         return "-", "-", "-"
     module = found.module
     heads, keys = query_heads(module), key_heads(module)
-    return layer_type(module), f"{heads}" if heads == keys else f"{heads}/{keys}", str(head_dim(module) or "-")
+    return layer_type(found), f"{heads}" if heads == keys else f"{heads}/{keys}", str(head_dim(module) or "-")
 
 
 def _summary(own: LayerScaling) -> str:
