@@ -124,7 +124,8 @@ def test_softcap_and_sinks():
 
 @pytest.mark.parametrize("scaling", ["key_norm_mean", "ssmax"])
 def test_packed_sequences_are_as_separate_ones(scaling):
-    made, x = layer(scaling, causal=True, window=(3, 0)), tokens(batch=1, length=12)[0].requires_grad_()
+    made = layer(scaling, causal=True, window=(3, 0), softcap=1.5, sinks=True, qk_norm=True)
+    x = tokens(batch=1, length=12)[0].requires_grad_()
     ends = torch.tensor([0, 3, 3, 11], dtype=torch.int32)
     ours = made(x, cu_seqlens=ends, max_seqlen=8)
     alone = [made(x[None, a:b])[0] for a, b in ((0, 3), (3, 11))]
@@ -157,6 +158,36 @@ def test_prefill_and_steps_are_one_pass(scaling, window, counts):
         expected = whole.gather(1, rows[..., None].expand(-1, -1, WIDTH))
         torch.testing.assert_close(made(step, cache=cache), expected)
     assert cache.lengths.tolist() == [count + 5 for count in counts]
+
+
+@pytest.mark.parametrize(
+    ("function", "length", "arguments"),
+    [
+        ("attention", 20, {}),
+        ("attention", 20, {"cache": True}),
+        ("attention_decode", 3, {"cache": True}),
+        ("attention_varlen", 20, {"cu_seqlens": torch.tensor([0, 20], dtype=torch.int32), "max_seqlen": 20}),
+    ],
+)
+@torch.no_grad()
+def test_every_form_is_asked_for_all_settings(monkeypatch, function, length, arguments):
+    asked = {}
+    attend = getattr(attention_module, function)
+    monkeypatch.setattr(attention_module, function, lambda *a, **k: asked.update(k) or attend(*a, **k))
+    settings = {"softcap": 1.5, "window": (4, 0), "backend": "sdpa", "dropout_p": 0.25}
+    made = layer("ssmax", causal=True, sinks=True, **settings)
+    x = tokens(length=length)
+    if "cache" in arguments:
+        arguments = {"cache": made.cache(2, 32)}
+        del settings["dropout_p"]  # a cache is for inference
+    if "cu_seqlens" in arguments:
+        x = x[0]
+    if function == "attention" and "cache" in arguments:
+        del settings["window"]  # inside key_ranges
+    made(x, **arguments)
+    for name, value in {**settings, "scaling": made.scaling, "sinks": made.sinks}.items():
+        assert asked[name] is value or asked[name] == value, name
+    assert asked.get("causal", True) is True
 
 
 class Rotated(nn.ScaledAttention):

@@ -151,7 +151,8 @@ class ScaledAttention(nn.Module):
             key_lengths, key_ranges, mask: As in `tritonattn.attention`.
             cu_seqlens, max_seqlen: Self attention of packed sequences: int32 [N + 1], sequence s is the rows
                 cu_seqlens[s] to cu_seqlens[s + 1]; and the longest one's length.
-            cache: A causal layer's: the new keys are appended to it, and x sees them and those before; no gradients.
+            cache: A causal layer's: the new keys are appended to it, and x sees them and those before. For inference:
+                neither gradients nor dropout.
             counts: With a cache, integers [B]: how many of the Sq tokens are those of sequence b, the first ones. The
                 others reach nothing, and their rows are o_proj of zeros.
 
