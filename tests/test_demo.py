@@ -14,14 +14,13 @@ import pytest
 import torch
 import transformers
 
-import tritonattn
 from tritonattn import cli, demo
 from tritonattn.command import CommandError
 from tritonattn.demo import measurement as measuring
 from tritonattn.demo import model
 from tritonattn.demo.measurement import Layer, Measurement, Subject
 from tritonattn.demo.report import Report
-from tritonattn.huggingface import NAME
+from tritonattn.huggingface import patched
 
 MODES = "sqrt_dim,key_norm_mean,key_count,key_norm_sum,none"
 
@@ -102,28 +101,15 @@ def test_scalings_differ_and_order_as_they_must(small):
     assert found["none"].largest_logit == pytest.approx(8**0.5 * found["sqrt_dim"].largest_logit, rel=0.5)
 
 
-def test_masks_arrive_as_key_ranges(small, monkeypatch):
-    seen = []
-
-    def spy(q, k, v, **arguments):
-        seen.append(arguments["key_ranges"])
-        return tritonattn.attention(q, k, v, **arguments)
-
-    monkeypatch.setattr(measuring, "attention", spy)
-    measuring.measure(small, torch.ones(1, 9, dtype=torch.int64), "sqrt_dim")
-    assert [ranges.tolist() for ranges in seen] == [[[[[0, i + 1] for i in range(9)]]]] * 2
-
-
 def test_the_model_is_left_as_it_was_after_a_failure(small, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(measuring, "attention", broken)
+    monkeypatch.setattr(measuring, "_layer", broken)
     with pytest.raises(RuntimeError, match="broken"):
         measuring.measure(small, torch.ones(1, 9, dtype=torch.int64), "sqrt_dim")
     assert small.model.config._attn_implementation == "eager"
-    assert measuring.NAME not in transformers.AttentionInterface._global_mapping
-    assert measuring.NAME != NAME
+    assert patched(small.model) is None
 
 
 def test_the_baseline_is_always_measured_first(small, capsys, monkeypatch):
@@ -147,25 +133,56 @@ def test_a_text_without_tokens_is_refused(small, content, tmp_path, capsys):
 
 
 def test_a_difference_from_eager_is_an_error():
-    wrong = Report("m", 9, 3.0, True, (measurement("sqrt_dim", 3.001),))
+    wrong = Report("m", 9, 3.0, (measurement("sqrt_dim", 3.001),))
     assert not wrong.agrees
     assert "WRONG" in wrong.check()
-    foreign = Report("m", 9, 3.0, False, (measurement("sqrt_dim", 3.001),))
-    assert foreign.agrees
-    assert "own scaling is not 1/sqrt(head_dim)" in foreign.check()
 
 
-def test_a_foreign_scaling_is_noticed():
+def test_a_scaling_of_the_models_own_is_kept():
     one = subject(head_dim=8)
     for layer in one.model.model.layers:
         layer.self_attn.scaling = 0.1
-    measuring.measure(one, torch.ones(1, 9, dtype=torch.int64), "sqrt_dim")
-    assert not one.own_scaling_is_sqrt_dim
+    tokens = torch.randint(61, (1, 20), generator=torch.Generator().manual_seed(1))
+    own = measuring.eager_loss(one, tokens)
+    assert measuring.measure(one, tokens, "sqrt_dim").loss == pytest.approx(own, abs=1e-5)
+
+
+def compare(*arguments: str) -> int:
+    return cli.main(["compare", "--max-tokens", "40", "--modes", "key_count,cosine", *arguments])
+
+
+def test_compare_from_end_to_end(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert compare("--json", "a.json") == 0
+    out = capsys.readouterr().out
+    for part in ("perplexity", "model.layers.0.self_attn", "key_count", "cosine", "of heads", "plot: compare.png"):
+        assert part in out
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    for row in json.loads((tmp_path / "a.json").read_text())["modes"]:
+        for layer in row["layers"]:
+            assert 0 <= layer["lowest_entropy_of_a_head"] <= layer["entropy_over_ln_n"] + 1e-9
+            assert layer["entropy_over_ln_n"] <= layer["highest_entropy_of_a_head"] + 1e-9
+            assert layer["mean_largest_logit_of_a_row"] <= layer["largest_logit"]
+    assert patched(small.model) is None
+
+
+@pytest.mark.parametrize("layers", ["1", "*.1.*", "model.layers.1.self_attn"])
+def test_compare_on_a_part_of_a_model(small, tmp_path, capsys, layers):
+    assert compare("--layers", layers, "--plot", str(tmp_path / "a.svg")) == 0
+    out = capsys.readouterr().out
+    assert "left alone: not among the layers asked for" in out
+    assert out.count("model.layers.1.self_attn") == 1 + 3  # in the report, and for every mode
+    assert out.count("model.layers.0.self_attn") == 1
+
+
+def test_compare_refuses_layers_that_there_are_none_of(small, capsys):
+    assert compare("--layers", "7") == 2
+    assert "layers: expected numbers, names or patterns" in capsys.readouterr().err
 
 
 def test_a_usual_terminal_gets_a_table_and_a_narrow_one_a_block_a_mode():
     rows = (measurement("sqrt_dim", 3.0), measurement("sqrt_key_count", 7.809, logit=1234.5))
-    report = Report("m", 9, 3.0, True, rows)
+    report = Report("m", 9, 3.0, rows)
     wide = report.table(columns=80)
     assert max(map(len, wide.splitlines())) <= 80
     assert wide.splitlines()[-1].startswith("sqrt_key_count")
@@ -179,7 +196,6 @@ def test_figures_that_are_not_finite_are_null(tmp_path):
         "m",
         9,
         3.0,
-        True,
         (measurement("sqrt_dim", 3.0), measurement("none", math.nan), measurement("dim", 999.0)),
     )
     report.write_json(tmp_path / "a.json")

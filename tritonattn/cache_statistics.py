@@ -143,7 +143,7 @@ class KeyStatistics:
         last = len(self.counts) - 1
         self._check_per_sequence("index", index, last)
         index = index.long().clamp(0, max(last, 0))
-        for buffer in (self.counts, self._lengths, self._length_sums, self._square_sums, self._length_maxima):
+        for buffer in self._buffers():
             buffer.copy_(buffer.index_select(0, index))
 
     @torch.no_grad()
@@ -165,6 +165,51 @@ class KeyStatistics:
             raise ValueError(f"lengths: expected a value in [0, {self.capacity}], got {lengths}")
         else:
             self.counts.clamp_(max=lengths)
+
+    @torch.no_grad()
+    def select(self, index: Tensor) -> KeyStatistics:
+        """Statistics whose sequence b is this one's sequence index[b]: a copy, of as many sequences as index names.
+
+        Args:
+            index: Integers [n] in [0, B), in any order and number.
+
+        Raises:
+            TypeError, ValueError: A type, dtype, shape or device; on a CPU also values.
+        """
+        last = len(self.counts) - 1
+        check_integers("index", index, "[n]", self.counts, _OWNER)
+        if index.dim() != 1:
+            raise ValueError(f"index: expected shape [n], got {shape_of(index)}")
+        check_values("index", index, last, "")
+        index = index.long().clamp(0, max(last, 0))
+        other = self._like(len(index), self.capacity)
+        for mine, its in zip(self._buffers(), other._buffers(), strict=True):
+            its.copy_(mine.index_select(0, index))
+        return other
+
+    @torch.no_grad()
+    def with_capacity(self, capacity: int) -> KeyStatistics:
+        """A copy with room for more keys, beside a cache that has grown.
+
+        Raises:
+            ValueError: A capacity below this one.
+        """
+        if capacity < self.capacity:
+            raise ValueError(f"capacity: expected at least {self.capacity}, got {capacity}")
+        other = self._like(len(self.counts), capacity)
+        for mine, its in zip(self._buffers(), other._buffers(), strict=True):
+            if mine.dim() == 1:
+                its.copy_(mine)
+            else:
+                its[..., : mine.shape[-1] - 1].copy_(mine[..., :-1])
+        return other
+
+    def _like(self, batch: int, capacity: int) -> KeyStatistics:
+        lengths = self._lengths
+        return KeyStatistics(batch, lengths.shape[1], capacity, device=lengths.device, dtype=lengths.dtype)
+
+    def _buffers(self) -> tuple[Tensor, ...]:
+        return self.counts, self._lengths, self._length_sums, self._square_sums, self._length_maxima
 
     def _write(self, lengths: Tensor, place: Tensor) -> None:
         """Put the lengths [B, Hkv, n] of new keys at their places [B, n], and go on with the sums and maxima."""

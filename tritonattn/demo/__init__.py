@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ..command import CommandError
+from ..huggingface import Patched
 from ..scaling import SCALINGS
 from .measurement import Measurement, Subject, eager_loss, measure
 from .model import load
@@ -25,7 +26,11 @@ TEXT = Path(__file__).parent / "data" / "alice.txt"
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for; None takes the default."""
+    """What the user asked for; None takes the default.
+
+    layers     as in `patch`
+    by_layer   whether to print the statistics of every layer too, and what was patched
+    """
 
     modes: tuple[str, ...]
     model: str | None = None
@@ -34,13 +39,14 @@ class Request:
     device: str = "cpu"
     json: Path | None = None
     plot: Path | None = None
+    layers: tuple[int | str, ...] | None = None
+    by_layer: bool = False
 
 
 def run(request: Request) -> int:
-    """Measure, print the table, write the files.
+    """Measure, print the tables, write the files.
 
-    Returns 0, or 1 where sqrt_dim is the model's own scaling and yet gives another loss than its own
-    attention.
+    Returns 0, or 1 where sqrt_dim, which is the model's own scaling, gives another loss than its own attention.
     """
     modes, device = _checked_modes(request.modes), _checked_device(request.device)
     _check_outputs(request)
@@ -51,29 +57,37 @@ def run(request: Request) -> int:
         f"{subject.name}: {tokens.shape[1]} tokens of {(request.text or TEXT).name} on {device}",
         file=sys.stderr,
     )
-    eager, measurements = _measure_all(subject, tokens, modes)
-    report = Report(
-        subject.name, tokens.shape[1], eager, subject.own_scaling_is_sqrt_dim, tuple(measurements)
-    )
+    eager, measurements = _measure_all(subject, tokens, modes, request)
+    report = Report(subject.name, tokens.shape[1], eager, tuple(measurements))
     print(report.table())
+    if request.by_layer:
+        print(f"\n{report.layers()}")
     print(report.check())
     print(report.advice())
     if request.json is not None:
         report.write_json(request.json)
     if request.plot is not None:
         report.draw(request.plot)
+        print(f"plot: {request.plot}")
     return 0 if report.agrees else 1
 
 
-def _measure_all(subject: Subject, tokens: Tensor, modes: tuple[str, ...]) -> tuple[float, list[Measurement]]:
-    measurements = []
+def _measure_all(
+    subject: Subject, tokens: Tensor, modes: tuple[str, ...], request: Request
+) -> tuple[float, list[Measurement]]:
+    measurements: list[Measurement] = []
+
+    def show(patched: Patched) -> None:
+        if request.by_layer and request.layers is not None and not measurements:
+            progress.write(f"{patched.report()}\n", file=sys.stdout)
+
     with tqdm(total=len(modes) + 1, unit="pass", leave=False) as progress:
         progress.set_description("eager")
         eager = eager_loss(subject, tokens)
         progress.update()
         for mode in modes:
             progress.set_description(mode)
-            measurements.append(measure(subject, tokens, mode))
+            measurements.append(measure(subject, tokens, mode, request.layers, show))
             progress.update()
     return eager, measurements
 

@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..api import attention
 from ..command import CommandError
 from ..dispatch import AttentionAux
-from ..huggingface import call_arguments, key_range_mask, register, unregister
+from ..huggingface import Patched, patch
 from ..visibility import Visibility
 
-NAME = "tritonattn_watched"
 _ROWS = 256  # logits that the loss upcasts at a time
 
 
 @dataclass(eq=False)
 class Subject:
-    """The model under study; own_scaling_is_sqrt_dim says that every layer seen so far asks for 1/sqrt(D)."""
+    """The model under study."""
 
     name: str
     model: Any
     tokenizer: Any
     device: torch.device
-    own_scaling_is_sqrt_dim: bool = True
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Mean entropy / ln(n) and largest logit, over the heads and the rows that see more than one key."""
+    """One attention layer, over its heads and the rows that see more than one key.
+
+    entropy                           mean entropy / ln(n)
+    largest_logit                     of all
+    lowest_entropy, highest_entropy   the heads' means of entropy / ln(n): the sharpest and the most even head
+    row_logit                         mean of the rows' largest logits
+    """
 
     entropy: float
     largest_logit: float
+    lowest_entropy: float = 0.0
+    highest_entropy: float = 1.0
+    row_logit: float = 0.0
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,55 +66,37 @@ class Measurement:
         return max(layer.largest_logit for layer in self.layers)
 
 
-def measure(subject: Subject, tokens: Tensor, mode: str) -> Measurement:
-    """One pass over tokens [1, S] with the attention logits scaled by mode."""
-    layers: list[Layer] = []
+def measure(
+    subject: Subject, tokens: Tensor, mode: str, layers: Any = None, check: Callable[[Patched], None] | None = None
+) -> Measurement:
+    """One pass over tokens [1, S] with the logits of the layers that `patch` finds by `layers` scaled by mode.
 
-    def watched(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
-        own, scaling = query.shape[-1] ** -0.5, kwargs.get("scaling")
-        if scaling is not None and abs(scaling - own) > 1e-6 * own:
-            subject.own_scaling_is_sqrt_dim = False
-        arguments = call_arguments(module, query, key, *args, **kwargs)
-        out, aux = cast(
-            tuple[Tensor, AttentionAux], attention(query, key, value, **arguments, return_aux=True)
-        )
-        layers.append(_layer(query, key, arguments, aux))
-        return out.transpose(1, 2).contiguous(), None
+    check is called with what was patched, before the pass.
+    """
+    seen: list[Layer] = []
+    names = {id(module): name for name, module in subject.model.named_modules()}
 
-    config = subject.model.config
-    config.tritonattn = {"scaling": mode}
+    def observe(module: nn.Module, query: Tensor, key: Tensor, arguments: dict[str, Any], aux: AttentionAux) -> None:
+        seen.append(_layer(names[id(module)], query, key, arguments, aux))
+
     start = time.perf_counter()
-    register(NAME, watched, _every_range)
     try:
-        with _implementation(subject, NAME):
-            loss = _loss(subject, tokens)
-    finally:
-        unregister(NAME)
-        del config.tritonattn
-    if not layers:
-        raise CommandError(
-            f"--model: {type(subject.model).__name__} takes no attention from AttentionInterface"
-        )
-    return Measurement(mode, loss, tuple(layers), time.perf_counter() - start)
+        patched = patch(subject.model, scaling=mode, layers=layers)
+    except (NotImplementedError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    with patched, patched.watch(observe):
+        if check is not None:
+            check(patched)
+        loss = _loss(subject, tokens)
+    return Measurement(mode, loss, tuple(seen), time.perf_counter() - start)
 
 
 def eager_loss(subject: Subject, tokens: Tensor) -> float:
     """The loss with the model's own eager attention, in nats per token."""
-    with _implementation(subject, "eager"):
-        return _loss(subject, tokens)
-
-
-def _every_range(**arguments: Any) -> Tensor | None:
-    """The mask function, with plain causal masks as ranges too."""
-    return key_range_mask(**{**arguments, "allow_is_causal_skip": False})
-
-
-@contextmanager
-def _implementation(subject: Subject, name: str) -> Iterator[None]:
     before = subject.model.config._attn_implementation
-    subject.model.set_attn_implementation(name)
+    subject.model.set_attn_implementation("eager")
     try:
-        yield
+        return _loss(subject, tokens)
     finally:
         subject.model.set_attn_implementation(before)
 
@@ -122,10 +110,18 @@ def _loss(subject: Subject, tokens: Tensor) -> float:
     return float(total) / logits.shape[0]
 
 
-def _layer(query: Tensor, key: Tensor, arguments: dict[str, Any], aux: AttentionAux) -> Layer:
-    names = ("causal", "window", "key_ranges", "mask")
-    seen = Visibility.of(query, key, **{name: arguments[name] for name in names if name in arguments})
+def _layer(name: str, query: Tensor, key: Tensor, arguments: dict[str, Any], aux: AttentionAux) -> Layer:
+    parts = arguments.keys() & {"causal", "window", "key_ranges", "mask"}
+    seen = Visibility.of(query, key, **{part: arguments[part] for part in parts})
     count = seen.counts().expand_as(aux.entropy)  # [B, Hq, Sq]
     several = count > 1
-    relative = aux.entropy[several].double() / count[several].log()
-    return Layer(float(relative.mean()), float(aux.max_logit[several].max()))
+    relative = aux.entropy.double() / torch.where(several, count, 2).log()
+    heads = torch.where(several, relative, 0).sum((0, 2)) / several.sum((0, 2))  # [Hq]
+    return Layer(
+        entropy=float(relative[several].mean()),
+        largest_logit=float(aux.max_logit[several].max()),
+        lowest_entropy=float(heads.min()),
+        highest_entropy=float(heads.max()),
+        row_logit=float(aux.max_logit[several].double().mean()),
+        name=name,
+    )

@@ -34,7 +34,6 @@ class Report:
     model: str
     tokens: int
     eager_loss: float
-    own_scaling_is_sqrt_dim: bool
     measurements: tuple[Measurement, ...]
 
     @property
@@ -44,8 +43,8 @@ class Report:
 
     @property
     def agrees(self) -> bool:
-        """False where sqrt_dim is the model's own scaling and yet gives another loss."""
-        return not self.own_scaling_is_sqrt_dim or abs(self.difference) <= AGREEMENT
+        """False where sqrt_dim, which is every model's own scaling, gives another loss."""
+        return abs(self.difference) <= AGREEMENT
 
     def table(self, columns: int | None = None) -> str:
         """One row a mode; one block a mode where a row does not fit into the terminal."""
@@ -61,14 +60,30 @@ class Report:
         ]
         return "\n\n".join(blocks)
 
+    def layers(self) -> str:
+        """A table a mode with one row a layer: its entropy, that of its heads, and its logits."""
+        tables = []
+        for one in self.measurements:
+            headers = (one.mode, "entropy\n/ ln n", "of heads", "mean row's\nlargest logit", "largest\nlogit")
+            rows = [
+                (
+                    layer.name,
+                    f"{layer.entropy:.3f}",
+                    f"{layer.lowest_entropy:.2f} to {layer.highest_entropy:.2f}",
+                    _short(layer.row_logit),
+                    _short(layer.largest_logit),
+                )
+                for layer in one.layers
+            ]
+            tables.append(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True,
+                                   stralign="right", colalign=("left",)))  # fmt: skip
+        return "\n\n".join(tables)
+
     def check(self) -> str:
-        line = (
+        return (
             f"\nThe model's own eager attention has loss {self.eager_loss:.6f}; sqrt_dim differs from it by "
-            f"{self.difference:+.1e}"
+            f"{self.difference:+.1e} (wanted: at most {AGREEMENT:g}){'.' if self.agrees else ', which is WRONG.'}"
         )
-        if not self.own_scaling_is_sqrt_dim:
-            return f"{line}, since this model's own scaling is not 1/sqrt(head_dim)."
-        return f"{line} (wanted: at most {AGREEMENT:g}){'.' if self.agrees else ', which is WRONG.'}"
 
     def advice(self) -> str:
         """One sentence on how to read the table."""
@@ -126,8 +141,12 @@ class Report:
                     "seconds": round(one.seconds, 2),
                     "layers": [
                         {
+                            "name": layer.name,
                             "entropy_over_ln_n": _finite(layer.entropy),
+                            "lowest_entropy_of_a_head": _finite(layer.lowest_entropy),
+                            "highest_entropy_of_a_head": _finite(layer.highest_entropy),
                             "largest_logit": _finite(layer.largest_logit),
+                            "mean_largest_logit_of_a_row": _finite(layer.row_logit),
                         }
                         for layer in one.layers
                     ],

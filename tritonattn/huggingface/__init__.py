@@ -1,4 +1,8 @@
-"""tritonattn in transformers: `register()`, then `model.set_attn_implementation("tritonattn")`."""
+"""tritonattn in transformers: `patch(model, scaling=...)`, or `model.set_attn_implementation("tritonattn")`.
+
+Importing it registers the attention implementation "tritonattn", and lets models that were saved with a patch be loaded
+with it.
+"""
 
 try:
     import transformers  # noqa: F401
@@ -6,15 +10,24 @@ except ImportError as error:
     raise ImportError("tritonattn.huggingface needs transformers: pip install 'tritonattn[hf]'") from error
 
 from .attention import NAME, attention_forward, call_arguments, register, unregister
+from .loading import follow_saved_settings, restore
 from .masks import key_range_mask
+from .patching import Patched, patch, patched
 from .settings import Settings
+
+register()
+follow_saved_settings()
 
 __all__ = [
     "NAME",
+    "Patched",
     "Settings",
     "attention_forward",
     "call_arguments",
     "key_range_mask",
+    "patch",
+    "patched",
     "register",
+    "restore",
     "unregister",
 ]

@@ -227,8 +227,8 @@ def _remapped(function: Callable, position: Tensor) -> Bounds | None:
     return None if bounds is None else bounds.shifted(position - own)
 
 
-def _chunk(position: Tensor, chunk_size: int, left_padding: Tensor) -> Bounds:
-    start = left_padding.to(position.device)[:, None]
+def _chunk(position: Tensor, chunk_size: int, left_padding: Tensor | None = None) -> Bounds:
+    start = 0 if left_padding is None else left_padding.to(position.device)[:, None]
     lo = (position - start).div(chunk_size, rounding_mode="floor") * chunk_size + start
     return Bounds(lo, lo + chunk_size)
 

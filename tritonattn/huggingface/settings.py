@@ -1,35 +1,100 @@
-"""Which scaling a transformers module uses: read from its config, so saved and loaded with the model."""
+"""Which scaling an attention module uses: from `patch`, or from its model's config."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from ..scaling import Scaling
+from .scalings import described, restored
 
 ATTRIBUTE = "tritonattn"
+LAYERS = "layers"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Settings:
-    """config.tritonattn = {"scaling": ..., "gain": ..., "backend": ...}; each may be left out.
+    """What one attention module does with its logits.
 
-    scaling   as in `tritonattn.attention`; it replaces the model's own scaling; None keeps the model's
-    gain      a float that multiplies the scaling
+    scaling   as in `tritonattn.attention`; None keeps the model's own
+    gain      a float, or a tensor broadcastable to [Hq, 1], that multiplies the scaling
     backend   as in `tritonattn.attention`
     """
 
-    scaling: Any = None
-    gain: float | None = None
+    scaling: Scaling | float | None = None
+    gain: float | Tensor | None = None
     backend: str = "auto"
 
     @classmethod
     def of(cls, module: nn.Module) -> Settings:
-        """The settings in module.config, or the defaults. Raises ValueError for unknown entries."""
-        own = getattr(getattr(module, "config", None), ATTRIBUTE, None)
-        if own is None:
-            return cls()
+        """Those that `patch` gave the module, or else those of config.tritonattn, a dict of these fields.
+
+        Raises ValueError for unknown entries, and RuntimeError where the config holds the settings of a patch that was
+        not applied when the model was loaded.
+        """
+        own = getattr(module, ATTRIBUTE, None)
+        if isinstance(own, LayerScaling):
+            return cls(own.scaling, own.gain, own.backend)
+        saved = getattr(getattr(module, "config", None), ATTRIBUTE, None)
+        return cls() if saved is None else cls.read(saved)
+
+    @classmethod
+    def read(cls, saved: Any) -> Settings:
+        """From the dict of a config that holds for all layers."""
+        if isinstance(saved, dict) and LAYERS in saved:
+            raise RuntimeError(
+                f"config.{ATTRIBUTE} holds the scalings of {', '.join(saved[LAYERS])}, which were not applied to this"
+                " model: load it with `import tritonattn.huggingface` before from_pretrained, into the architecture"
+                " that was saved, or call tritonattn.huggingface.restore(model)"
+            )
         names = [field.name for field in fields(cls)]
-        if not isinstance(own, dict) or not set(own) <= set(names):
-            raise ValueError(f"config.{ATTRIBUTE}: wanted a dict with keys out of {names}, got {own!r}")
-        return cls(**own)
+        if not isinstance(saved, dict) or not set(saved) <= set(names):
+            raise ValueError(f"config.{ATTRIBUTE}: wanted a dict with keys out of {names}, got {saved!r}")
+        return cls(restored(saved.get("scaling")), saved.get("gain"), saved.get("backend", "auto"))
+
+
+class LayerScaling(nn.Module):
+    """What `patch` adds to an attention module, as its child `tritonattn`: it owns what is learned.
+
+    shared           the config of the module's model, whose attention implementation says what masks arrive
+    observer         called with what every call computed, see `Patched.watch`
+    weights_wanted   whether the running call of the module is to return attention weights
+    """
+
+    def __init__(self, settings: Settings, shared: Any) -> None:
+        super().__init__()
+        self.scaling = settings.scaling  # a child where it is a module
+        self.gain = settings.gain
+        self.backend = settings.backend
+        self.shared = shared
+        self.weights_wanted = False
+        self.observer: Callable[..., None] | None = None
+
+    def saved(self) -> dict[str, Any]:
+        """The settings as JSON; a learned gain by its shape, its values being in the state_dict."""
+        gain = self.gain
+        if isinstance(gain, Tensor):
+            gain = {"learned": list(gain.shape)}
+        return {"scaling": described(self.scaling), "gain": gain, "backend": self.backend}
+
+    @classmethod
+    def from_saved(cls, saved: dict[str, Any], shared: Any, heads: int) -> LayerScaling:
+        gain = saved.get("gain")
+        if isinstance(gain, dict):
+            gain = nn.Parameter(torch.ones(gain["learned"]))
+        return cls(Settings(restored(saved.get("scaling"), heads), gain, saved.get("backend", "auto")), shared)
+
+    def extra_repr(self) -> str:
+        scaling = "" if isinstance(self.scaling, nn.Module) else f"scaling={self.scaling!r}, "
+        gain = "learned" if isinstance(self.gain, Tensor) else self.gain
+        return f"{scaling}gain={gain}, backend={self.backend!r}"
+
+
+def replaces_the_models(scaling: Any) -> bool:
+    """Whether a scaling says what logits are, whatever the size of q, so that no factor of the model's remains."""
+    return bool(getattr(scaling, "normalises_query", False))
+

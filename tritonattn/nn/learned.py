@@ -88,6 +88,10 @@ class PerHead(Learned):
     def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.mode.reads_keys
 
+    @property
+    def normalises_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.mode.normalises_query
+
     def extra_repr(self) -> str:
         return f"{listed(self.mode)}heads={self.heads}"
 

@@ -66,6 +66,10 @@ class Scheduled(nn.Module, Scaling):
     def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.mode_a.reads_keys or self.mode_b.reads_keys
 
+    @property
+    def normalises_query(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.mode_a.normalises_query and self.mode_b.normalises_query
+
     def extra_repr(self) -> str:
         return f"{listed(self.mode_a, self.mode_b)}steps={self.steps}, blend={self.blend!r}"
 

@@ -38,13 +38,16 @@ class Scaling:
     `visibility` and `statistics` offer. Both are differentiable with respect to q and k. A factor may depend
     on the keys that the row sees, and on no others.
 
-    reads_keys   whether `scales` looks at k beyond its shape; a class whose `scales` takes all it needs of the keys
-                 from `statistics` says False, and decoding then gathers no pages for it. Not inherited: a subclass
-                 that does not say so itself reads them.
+    reads_keys         whether `scales` looks at k beyond its shape; a class whose `scales` takes all it needs of the
+                       keys from `statistics` says False, and decoding then gathers no pages for it. Not inherited: a
+                       subclass that does not say so itself reads them.
+    normalises_query   whether the factor divides by ||q||: logits are then the same whatever q was multiplied by, and a
+                       patched model's own factor does not apply
     """
 
     name: ClassVar[str]
     reads_keys: bool = True
+    normalises_query: bool = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

@@ -26,6 +26,7 @@ class Cosine(Scaling):
     tau: float | None = None
 
     name = "cosine"
+    normalises_query = True
     reads_keys = False
 
     def __post_init__(self) -> None:

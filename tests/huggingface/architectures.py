@@ -1,0 +1,188 @@
+"""Tiny random models of many architectures, with their inputs.
+
+Weights of size 1: with the usual 0.02 attention is uniform, and no wrong scaling would show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+VOCABULARY = 61
+LENGTH = 13
+PADDINGS = {
+    "none": None,
+    "left": [[0, 0, 0] + [1] * 10, [1] * LENGTH],
+    "right": [[1] * 9 + [0] * 4, [1] * LENGTH],
+    "holes": [[1, 1, 0, 1, 0, 0] + [1] * 7, [1] * LENGTH],
+}
+
+_SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 1.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_ENCODER = {key: value for key, value in _SMALL.items() if key != "num_key_value_heads"}
+_SEQ2SEQ = {
+    "vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+    "init_std": 1.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "forced_eos_token_id": None, "dropout": 0.0,
+}  # fmt: skip
+_VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 12,
+    "patch_size": 4, "initializer_range": 1.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A class of models, the name and arguments of its config, and the kind of its inputs.
+
+    kind   "decoder", "encoder", "seq2seq", "speech", "image" or "image and text"
+    """
+
+    model: str
+    config: str
+    arguments: dict[str, Any]
+    kind: str = "decoder"
+    since: tuple[int, int] = (4, 54)  # a version of transformers in which it can be patched
+
+    @property
+    def exists(self) -> bool:
+        """Whether the installed transformers has it."""
+        return hasattr(transformers, self.config)
+
+    @property
+    def supported(self) -> bool:
+        return VERSION >= self.since
+
+    @property
+    def generates(self) -> bool:
+        return self.kind in ("decoder", "seq2seq", "speech")
+
+    @property
+    def takes_padding(self) -> bool:
+        return self.kind in ("decoder", "encoder", "seq2seq", "image and text")
+
+    def build(self, implementation: str = "eager") -> Any:
+        """The model, in evaluation, with the same weights every time."""
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config)(**self.arguments)
+        config._attn_implementation = implementation
+        network = getattr(transformers, self.model)(config).eval()
+        for module in network.modules():
+            if isinstance(sinks := getattr(module, "sinks", None), nn.Parameter):
+                nn.init.normal_(sinks)
+        return network
+
+    def inputs(self, padding: str = "none") -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(3, VOCABULARY, (2, LENGTH), generator=generator)
+        mask = None if PADDINGS[padding] is None else {"attention_mask": torch.tensor(PADDINGS[padding])}
+        if self.kind == "image":
+            return {"pixel_values": torch.randn(2, 3, 12, 12, generator=generator)}
+        if self.kind == "image and text":
+            pixels = torch.randn(2, 3, 12, 12, generator=generator)
+            ids = torch.where(torch.arange(LENGTH) == 8, VOCABULARY - 1, ids.clamp(max=VOCABULARY - 2))  # the end
+            return {"input_ids": ids, "pixel_values": pixels, **(mask or {})}
+        if self.kind == "speech":
+            return {"input_features": torch.randn(2, 8, 26, generator=generator), "decoder_input_ids": ids[:, :7]}
+        if self.kind == "seq2seq":
+            return {"input_ids": ids, "decoder_input_ids": ids[:, 2:9], **(mask or {})}
+        return {"input_ids": ids, **(mask or {})}
+
+    def outputs(self, network: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """What the model computes where inputs are not padding, [..., any]."""
+        options = {"use_cache": False} if self.generates else {}
+        result = network(**inputs, **options)
+        if self.kind == "image and text":
+            return torch.cat([result.logits_per_text, result.text_embeds, result.image_embeds], dim=-1)
+        out = result.logits if hasattr(result, "logits") else result.last_hidden_state
+        seen = inputs.get("attention_mask")
+        return out if seen is None or self.kind == "seq2seq" else out[seen.bool()]
+
+
+def _decoder(name: str, **changes: Any) -> Architecture:
+    arguments = {key: value for key, value in {**_SMALL, **changes}.items() if value is not NotImplemented}
+    return Architecture(f"{name}ForCausalLM", f"{name}Config", arguments)
+
+
+_GPT2 = {
+    "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 1.0,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "resid_pdrop": 0.0, "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+}  # fmt: skip
+_OPT = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "init_std": 1.0, "word_embed_proj_dim": 32, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": None, "dropout": 0.0,
+}  # fmt: skip
+_WHISPER = {**_SEQ2SEQ, "max_source_positions": 13, "max_target_positions": 64, "num_mel_bins": 8,
+            "suppress_tokens": None, "begin_suppress_tokens": None}  # fmt: skip
+_LAYERED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _decoder("Llama"),
+    "llama_yarn": _decoder(
+        "Llama",
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4},
+    ),
+    "mistral": _decoder("Mistral", sliding_window=5),
+    "qwen2": _decoder("Qwen2"),
+    "qwen2_window": _decoder("Qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": _decoder("Qwen3", head_dim=8),
+    "gemma": _decoder("Gemma", head_dim=8),
+    "gemma2": _decoder("Gemma2", **_LAYERED, query_pre_attn_scalar=3, attn_logit_softcapping=2.0),
+    "gemma3": Architecture(
+        "Gemma3ForCausalLM", "Gemma3TextConfig", {**_SMALL, **_LAYERED, "query_pre_attn_scalar": 3}
+    ),
+    "phi3": _decoder("Phi3", sliding_window=5),
+    "gpt2": Architecture("GPT2LMHeadModel", "GPT2Config", _GPT2),
+    "gpt2_inverse_layer": Architecture(
+        "GPT2LMHeadModel", "GPT2Config", {**_GPT2, "scale_attn_by_inverse_layer_idx": True}, since=(5, 24)
+    ),
+    "gpt_neox": _decoder("GPTNeoX", num_key_value_heads=NotImplemented),
+    "opt": Architecture("OPTForCausalLM", "OPTConfig", _OPT),
+    "olmo2": _decoder("Olmo2"),
+    "granite": _decoder("Granite", attention_multiplier=0.3),
+    "cohere": _decoder("Cohere"),
+    "smollm3": _decoder("SmolLM3", use_sliding_window=False),
+    "gpt_oss": _decoder("GptOss", **_LAYERED, num_local_experts=2, num_experts_per_tok=1),
+    "llama4": Architecture(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {
+            **_SMALL, "head_dim": 8, "attention_chunk_size": 5, "no_rope_layers": [1, 0], "moe_layers": [],
+            "intermediate_size_mlp": 48, "floor_scale": 4, "attn_scale": 0.5,
+        },
+    ),
+    "bert": Architecture("BertForMaskedLM", "BertConfig", _ENCODER, "encoder", since=(5, 0)),
+    "roberta": Architecture("RobertaForMaskedLM", "RobertaConfig", _ENCODER, "encoder", since=(5, 0)),
+    "vit": Architecture("ViTModel", "ViTConfig", _VISION, "image"),
+    "clip": Architecture(
+        "CLIPModel",
+        "CLIPConfig",
+        {
+            "text_config": {**_ENCODER, "projection_dim": 16, "eos_token_id": VOCABULARY - 1},
+            "vision_config": {**_VISION, "projection_dim": 16},
+            "projection_dim": 16, "initializer_factor": 20.0,
+        },
+        "image and text",
+    ),
+    "whisper": Architecture("WhisperForConditionalGeneration", "WhisperConfig", _WHISPER, "speech"),
+    "bart": Architecture("BartForConditionalGeneration", "BartConfig", _SEQ2SEQ, "seq2seq"),
+}  # fmt: skip

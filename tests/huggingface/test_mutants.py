@@ -1,0 +1,65 @@
+"""The checks on models see the faults that they are there for."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+import tritonattn
+from tests.huggingface.architectures import ARCHITECTURES
+from tests.huggingface.checks import equals_eager, padding_changes_nothing
+from tritonattn.huggingface import attention as forward
+from tritonattn.huggingface import cached_keys, masks
+from tritonattn.visibility import Visibility
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bart"])
+def test_a_wrong_scale(name, monkeypatch):
+    def stretched(q, k, v, *, gain=None, **rest):
+        return tritonattn.attention(q, k, v, gain=1.3 if gain is None else 1.3 * gain, **rest)
+
+    equals_eager(ARCHITECTURES[name], "none")
+    monkeypatch.setattr(forward, "attention", stretched)
+    with pytest.raises(AssertionError):
+        equals_eager(ARCHITECTURES[name], "none")
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "phi3"])
+@pytest.mark.parametrize("off", [-1, 1])
+def test_a_window_off_by_one(name, off, monkeypatch):
+    window = masks._RULES["window"]
+    monkeypatch.setitem(masks._RULES, "window", lambda position, size: window(position, size + off))
+    with pytest.raises(AssertionError):
+        equals_eager(ARCHITECTURES[name], "none")
+
+
+# Right padding lies behind all rows that count in a causal model; transformers 4 makes BART's masks in its own way.
+PADDED = [("llama", "left"), ("gpt2", "left")] + [("bart", side) for side in ("left", "right")] * (
+    int(transformers.__version__.split(".")[0]) > 4
+)
+
+
+@pytest.mark.parametrize(("name", "padding"), PADDED)
+def test_dropped_padding(name, padding, monkeypatch):
+    monkeypatch.setattr(masks, "_padding_state", lambda request: ("none", None))
+    with pytest.raises(AssertionError):
+        equals_eager(ARCHITECTURES[name], padding)
+
+
+@pytest.mark.parametrize("where", ["prefill", "steps"])
+def test_statistics_that_count_padding(where, monkeypatch):
+    def from_the_first_key(self, x, prefix):
+        lo, _ = self.ranges()
+        return original(self, x, prefix) + prefix.gather(2, lo[:, None].expand(*prefix.shape[:2], -1))
+
+    padding_changes_nothing(ARCHITECTURES["llama"], "key_norm_mean")
+    if where == "prefill":
+        original = Visibility.sum_from_prefix
+        monkeypatch.setattr(Visibility, "sum_from_prefix", from_the_first_key)
+    else:
+        record = cached_keys._RecordedStatistics
+        monkeypatch.setattr(record, "_sum", lambda self, x, prefix: prefix[..., self.visibility.k_len, None])
+    with pytest.raises(AssertionError):
+        padding_changes_nothing(ARCHITECTURES["llama"], "key_norm_mean")

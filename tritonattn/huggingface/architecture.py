@@ -1,0 +1,173 @@
+"""What a model's attention modules are, found by what their code calls, and how they are described."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_BIASES = ("position_bias", "relative_position_bias")
+
+
+class InterfaceCall(NamedTuple):
+    """How a class calls AttentionInterface: the keywords that it names, and whether **kwargs follow them."""
+
+    keywords: frozenset[str]
+    passes_rest: bool
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionModule:
+    """An attention module of a model; obstacle says why it cannot be patched, or is None."""
+
+    name: str
+    module: Any  # an nn.Module; what else it has differs from model to model
+    obstacle: str | None = None
+
+    @property
+    def number(self) -> int | None:
+        """The layer that it belongs to: the first number in its name."""
+        return next((int(part) for part in self.name.split(".") if part.isdecimal()), None)
+
+    @property
+    def passes_rest(self) -> bool:
+        """Whether a keyword argument of the module's call reaches the attention function."""
+        call = interface_call(type(self.module))
+        return call is not None and call.passes_rest
+
+    @property
+    def keeps_output_attentions(self) -> bool:
+        """Whether the module takes output_attentions and does not pass it on."""
+        call = interface_call(type(self.module))
+        taken = "output_attentions" in inspect.signature(self.module.forward).parameters
+        return taken and call is not None and "output_attentions" not in call.keywords
+
+
+def attention_modules(model: nn.Module) -> list[AttentionModule]:
+    """The attention modules of a model in its order: those that can be patched, and those that cannot."""
+    found: list[AttentionModule] = []
+    calling = {name for name, module in model.named_modules() if interface_call(type(module)) is not None}
+    outer: str | None = None  # the attention module without an interface that holds the modules that follow
+    for name, module in model.named_modules():
+        if name in calling:
+            found.append(AttentionModule(name, module, _obstacle(module)))
+        elif not _is_attention(module) or (outer is not None and name.startswith(f"{outer}.")):
+            continue
+        elif not any(_holds(name, other) or _holds(other, name) for other in calling):
+            outer = name
+            found.append(AttentionModule(name, module, "takes no attention from transformers' AttentionInterface"))
+    return found
+
+
+@functools.cache
+def interface_call(cls: type) -> InterfaceCall | None:
+    """How the methods of a class call AttentionInterface, from their code; None where none does."""
+    if issubclass(cls, PreTrainedModel):  # it names the interface to choose an implementation
+        return None
+    methods: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if base is nn.Module or not issubclass(base, nn.Module):
+            continue
+        for name, member in vars(base).items():
+            methods.setdefault(name, member)
+    for method in methods.values():
+        function = inspect.unwrap(method) if callable(method) else None
+        code = getattr(function, "__code__", None)
+        if code is not None and _INTERFACE in code.co_names:
+            return _call_in(function)
+    return None
+
+
+def _call_in(function: Any) -> InterfaceCall:
+    takes_rest = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # no source: what the call passes is seen when it comes
+        return InterfaceCall(frozenset(), False)
+    keywords, passes_rest = set(), False
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "attention_interface":
+            for keyword in node.keywords:
+                if keyword.arg is None:
+                    passes_rest = True
+                elif not (isinstance(keyword.value, ast.Constant) and keyword.value.value is None):
+                    keywords.add(keyword.arg)
+    return InterfaceCall(frozenset(keywords), passes_rest and takes_rest)
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    call = interface_call(type(module))
+    for name in _BIASES:
+        if call is not None and name in call.keywords:
+            return f"{name}: a bias on the logits is not supported"
+    # GPT-2, up to transformers 4: its own eager attention alone knows these.
+    if call is not None and call.keywords and "scaling" not in call.keywords:
+        if getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True):
+            return "scale_attn_by_inverse_layer_idx, scale_attn_weights: it scales its logits without saying so"
+    if getattr(module, "config", None) is None:
+        return "has no config that names its attention implementation"
+    return None
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return re.search(r"Attention|SelfAttn", type(module).__name__) is not None
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return inner.startswith(f"{outer}.")
+
+
+def query_heads(module: Any) -> int:
+    """Hq. Raises ValueError where neither the module nor its config says."""
+    heads = _first(module, ("num_heads", "num_attention_heads", "n_heads", "n_head"), "num_attention_heads")
+    if heads is None:
+        raise ValueError(f"{type(module).__name__}: neither it nor its config says how many heads it has")
+    return heads
+
+
+def key_heads(module: Any) -> int:
+    """Hkv; as many as query heads where nothing else is said."""
+    if isinstance(groups := getattr(module, "num_key_value_groups", None), int):
+        return query_heads(module) // groups
+    own = _first(module, ("num_key_value_heads", "num_kv_heads"), "")
+    return query_heads(module) if own is None else own
+
+
+def head_dim(module: Any) -> int | None:
+    """D, where the module or its config says."""
+    own = _first(module, ("head_dim", "attention_head_size", "qk_head_dim", "head_size"), "head_dim")
+    if own is not None:
+        return own
+    width = getattr(module.config, "hidden_size", None)
+    return width // query_heads(module) if isinstance(width, int) else None
+
+
+def layer_type(found: AttentionModule) -> str:
+    """What the model calls the layer, or "cross", "full" or "sliding" attention."""
+    module = found.module
+    types, index = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    names = f"{type(module).__name__}.{found.name.rpartition('.')[2]}"
+    if re.search("cross|encoder_attn", names, re.IGNORECASE) or getattr(module, "is_cross_attention", False):
+        return "cross_attention"
+    if types and isinstance(index, int) and index < len(types):
+        return types[index]
+    if getattr(module, "sliding_window", None):
+        return "sliding_attention"
+    return "full_attention"
+
+
+def _first(module: Any, names: tuple[str, ...], config_name: str) -> int | None:
+    for owner, name in [*((module, name) for name in names), (module.config, config_name)]:
+        value = getattr(owner, name, None) if name else None
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+

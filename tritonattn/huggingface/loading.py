@@ -1,0 +1,137 @@
+"""A saved model's scalings, applied when it is loaded.
+
+`patch` writes them into the config, together with attn_implementation = "tritonattn", so that a process without
+`tritonattn.huggingface` refuses the checkpoint instead of computing something else, in the versions of transformers
+that read that entry (5.24 does, 5.0 does not). With it, every model finds the settings at the end of its construction,
+before its weights are read, and what is learned but missing among the weights starts anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .architecture import AttentionModule, attention_modules, query_heads
+from .attention import NAME
+from .patching import IMPLEMENTATION, SAVED_IMPLEMENTATION, Patched, apply, patched
+from .settings import ATTRIBUTE, LAYERS, LayerScaling
+
+_EXTENDED = "_extended_by_tritonattn"
+_ASKED = "_tritonattn_implementation_asked_for"
+
+
+def restore(model: PreTrainedModel) -> Patched:
+    """Apply the settings in model.config that a `patch` left there; what is learned starts anew.
+
+    from_pretrained does so by itself. Raises ValueError where the config has none, or the model lacks a module that
+    they name.
+    """
+    saved = _saved(model)
+    if saved is None:
+        raise ValueError(f"model: config.{ATTRIBUTE} holds no scalings of layers")
+    found = attention_modules(model)
+    places = _places(model, found, saved)
+    missing = [name for name in saved if name not in places]
+    if missing:
+        raise ValueError(f"model: {type(model).__name__} has no {', '.join(missing)}, which config.{ATTRIBUTE} names")
+    return _apply(model, found, places, saved)
+
+
+def follow_saved_settings() -> None:
+    """Let every model apply the settings in its config when it is made and loaded. Repeating it is harmless."""
+    _extend("post_init", _follow)
+    _extend("_initialize_missing_keys", _start_anew)
+
+
+def _extend(name: str, addition: Callable[..., None]) -> None:
+    """Let a method of all models go on with addition(model, the method's arguments by name)."""
+    original = getattr(PreTrainedModel, name, None)
+    if original is None or getattr(original, _EXTENDED, False):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def extended(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        addition(self, signature.bind(self, *args, **kwargs).arguments)
+        return result
+
+    setattr(extended, _EXTENDED, True)
+    setattr(PreTrainedModel, name, extended)
+
+
+def _saved(model: PreTrainedModel) -> dict[str, Any] | None:
+    saved = getattr(model.config, ATTRIBUTE, None)
+    return saved[LAYERS] if isinstance(saved, dict) and LAYERS in saved else None
+
+
+def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
+    saved = _saved(model)
+    if saved is None:
+        return
+    found = attention_modules(model)
+    places = _places(model, found, saved)
+    if len(places) < len(saved):  # a part of a larger model, which will know; else the first call fails and says so
+        vars(model.config).setdefault(_ASKED, model.config._attn_implementation)
+        setattr(model.config, IMPLEMENTATION, NAME)
+        return
+    # A model is made of models that share its config: the outer one takes over what an inner one has applied.
+    for module in model.modules():
+        if (inner := patched(module)) is not None:
+            inner.undo()
+    _apply(model, found, places, saved)
+
+
+def _places(model: PreTrainedModel, found: list[AttentionModule], saved: dict[str, Any]) -> dict[str, AttentionModule]:
+    """The modules of saved names, which may have been those of the model with or without its head."""
+    prefix = f"{model.base_model_prefix}."
+    by_name = {one.name: one for one in found if one.obstacle is None}
+    places = {}
+    for name in saved:
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in by_name:
+                places[name] = by_name[candidate]
+                break
+    return places
+
+
+def _apply(
+    model: PreTrainedModel, found: list[AttentionModule], places: dict[str, AttentionModule], saved: dict[str, Any]
+) -> Patched:
+    """Patch a model as if it had come without settings, so that `undo` leaves none."""
+    config: Any = model.config
+    asked = vars(config).pop(_ASKED, config._attn_implementation)
+    for name in (ATTRIBUTE, SAVED_IMPLEMENTATION):
+        vars(config).pop(name, None)
+    if config._attn_implementation == NAME:
+        default = model._check_and_adjust_attn_implementation(None if asked == NAME else asked)
+        config._attn_implementation = default  # of the config and those inside
+    # What is learned stays in float32 whatever dtype the weights are loaded in.
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ATTRIBUTE}
+    if isinstance(dtypes := getattr(model, "dtype_plan", None), dict):  # the first versions 5
+        dtypes[ATTRIBUTE] = torch.float32
+    plans = {
+        one.name: LayerScaling.from_saved(saved[name], one.module.config, query_heads(one.module))
+        for name, one in places.items()
+    }
+    return apply(model, found, plans)
+
+
+@torch.no_grad()
+def _start_anew(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """Give learned values that have no weights those that they start from: transformers leaves them undefined."""
+    one = patched(model)
+    # transformers marks the tensors that it has read; 4.54 hands over their names instead.
+    read = arguments.get("loaded_keys", ())
+    for layer, own in one.layers.items() if one is not None else ():
+        for key, x in own.state_dict(keep_vars=True).items():
+            if f"{layer}.{ATTRIBUTE}.{key}" in read or getattr(x, "_is_hf_initialized", False):
+                continue
+            with torch.device("cpu"):
+                fresh = LayerScaling.from_saved(own.saved(), None, query_heads(model.get_submodule(layer)))
+            x.copy_(fresh.state_dict()[key])

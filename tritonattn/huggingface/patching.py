@@ -1,0 +1,346 @@
+"""`patch`: give some or all attention layers of a model another logit scaling, and take it back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..scaling import Scaling
+from ..validation import BACKENDS
+from .architecture import AttentionModule, attention_modules, head_dim, key_heads, layer_type, query_heads
+from .attention import NAME
+from .cached_keys import offer_cache
+from .scalings import built, described
+from .settings import ATTRIBUTE, LAYERS, LayerScaling, Settings
+from .table import table
+from .weights import note_wanted_weights
+
+_HANDLE = "_tritonattn_patched"
+IMPLEMENTATION = "_attn_implementation_internal"  # the setter without "_internal" reaches into sub-configs
+SAVED_IMPLEMENTATION = "attn_implementation"
+_MASKS = ("eager", "sdpa", NAME)
+
+Selector = int | str
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One attention module in the report; note says why it was left alone."""
+
+    found: AttentionModule
+    before: str | None
+    note: str | None = None
+
+
+class Patched:
+    """What `patch` did to a model: report it, watch it, undo it. A context manager that undoes at its end."""
+
+    def __init__(self, model: nn.Module, entries: list[_Entry]) -> None:
+        self.model = model
+        self._entries = entries
+        self._configs: list[tuple[Any, dict[str, Any]]] = []  # what they held before, absent ones left out
+        self._own: list[tuple[Any, Any]] = []  # modules and the config that they had
+        self._hooks: list[Any] = []
+
+    @property
+    def layers(self) -> dict[str, LayerScaling]:
+        """What every patched module got, by the module's name; empty after `undo`."""
+        chosen = {entry.found.name: entry.found.module for entry in self._entries if entry.note is None}
+        settings = {name: getattr(module, ATTRIBUTE, None) for name, module in chosen.items()}
+        return {name: own for name, own in settings.items() if isinstance(own, LayerScaling)}
+
+    def report(self) -> str:
+        """A table, one row an attention module: what it is, what it used, and its scaling or why it was left alone."""
+        layers = self.layers
+        rows = []
+        for entry in self._entries:
+            found, own = entry.found, layers.get(entry.found.name)
+            scaling = _summary(own) if own is not None else f"left alone: {entry.note or 'undone'}"
+            rows.append((found.name, *_shape(found), entry.before or "its own", scaling))
+        return table(("module", "layer type", "heads", "head_dim", "before", "scaling"), rows)
+
+    @contextmanager
+    def watch(self, observer: Callable[[nn.Module, Tensor, Tensor, dict[str, Any], Any], None]):
+        """While the context lasts, call observer(module, query, key, arguments, aux) for every attention computed.
+
+        query [B, Hq, Q, D] and key [B, Hkv, K, D] as the module made them, arguments those of `tritonattn.attention`,
+        aux its `AttentionAux`.
+        """
+        layers = self.layers.values()
+        for own in layers:
+            own.observer = observer
+        try:
+            yield self
+        finally:
+            for own in layers:
+                own.observer = None
+
+    def undo(self) -> None:
+        """Put everything back: modules, parameters, hooks and configs are as before. Repeating it is harmless."""
+        for hook in self._hooks:
+            hook.remove()
+        for module, config in self._own:
+            delattr(module, ATTRIBUTE)
+            module.config = config
+        for config, before in self._configs:
+            for name in (IMPLEMENTATION, ATTRIBUTE, SAVED_IMPLEMENTATION):
+                if name in before:
+                    setattr(config, name, before[name])
+                elif name in vars(config):
+                    delattr(config, name)
+        self._hooks, self._own, self._configs = [], [], []
+        self.model.__dict__.pop(_HANDLE, None)
+
+    def __enter__(self) -> Patched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def _remember(self, config: Any) -> None:
+        if all(config is not known for known, _ in self._configs):
+            names = (IMPLEMENTATION, ATTRIBUTE, SAVED_IMPLEMENTATION)
+            self._configs.append((config, {name: vars(config)[name] for name in names if name in vars(config)}))
+
+
+def patch(
+    model: nn.Module,
+    scaling: str | Scaling | type[Scaling] | float | None = "sqrt_dim",
+    layers: Selector | Iterable[Selector] | Mapping[Selector, Any] | None = None,
+    *,
+    gain: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Patched:
+    """Compute attention layers of a transformers model by `tritonattn.attention`, with another scaling.
+
+        logit = model_scaling * sqrt(D) * gain * factor * (q . k)
+
+    where factor is the mode's and model_scaling what the model multiplies q . k by (usually 1 / sqrt(D)). So "sqrt_dim"
+    gives the model as it was, and a factor that the model has beyond 1 / sqrt(D) (query_pre_attn_scalar, YaRN's, a q
+    scaled beforehand as in Whisper and OPT) is kept. A scaling that normalises q, "cosine", replaces the model's.
+
+    Args:
+        model: A transformers model whose attention goes through transformers' AttentionInterface.
+        scaling: A name in `tritonattn.SCALINGS`, a `Scaling`, a class of them, or a float. A scaling that is an
+            nn.Module is copied for every layer, and a class of such is made for every layer with its number of query
+            heads. None keeps the model's.
+        layers: Which modules: None is all; a layer's number (in encoder-decoders that of both), a name, the name of
+            a module above, or a pattern of names as in the shell; several of these; or a dict from these to a scaling
+            or to {"scaling": ..., "gain": ..., "backend": ...}, where later entries go before earlier ones.
+        gain: A float, or a tensor broadcastable to [Hq, 1], such as torch.ones(heads, 1): then every layer gets a
+            learned copy of it as parameter.
+        backend: As in `tritonattn.attention`.
+
+    What is learned becomes parameters of the attention modules, so make the optimizer afterwards; the modules that hold
+    it are `Patched.layers[name].scaling`. The settings become
+    part of model.config: save_pretrained keeps both, and from_pretrained applies them again where
+    `tritonattn.huggingface` has been imported, and fails where it has not.
+
+    Layers that are left out keep their own implementation and masks. Where all layers are patched masks are ranges of
+    keys and O(Q); else those of the model's own implementation, which must be "eager" or "sdpa".
+
+    Returns:
+        A `Patched`. `model.set_attn_implementation` changes patched layers no more until its `undo()`.
+
+    Raises:
+        TypeError, ValueError: A model without attention that can be patched, or patched already; a layer that there is
+            none of; an argument.
+        NotImplementedError: A layer asked for that cannot be patched (T5's: position_bias), naming why.
+
+    >>> import torch, transformers, tritonattn.huggingface
+    >>> config = transformers.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+    ...     num_attention_heads=2, vocab_size=50)
+    >>> model = transformers.LlamaForCausalLM(config)
+    >>> with tritonattn.huggingface.patch(model, scaling="qwen_logn", layers=[1]) as patched:
+    ...     out = model(torch.ones(1, 5, dtype=torch.int64)).logits
+    """
+    found = _modules_of(model)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    common = {"scaling": scaling, "gain": gain, "backend": backend}
+    chosen = _chosen(found, layers, common)
+    plans = {
+        one.name: LayerScaling(_settings(wish, one.module), one.module.config)
+        for one in found
+        if (wish := chosen.get(one.name)) is not None
+    }
+    return apply(model, found, plans)
+
+
+def patched(model: nn.Module) -> Patched | None:
+    """The `Patched` of a model that is patched, by `patch` or on loading; else None."""
+    return model.__dict__.get(_HANDLE)
+
+
+def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> Patched:
+    """Put the plans, by module name, into a model."""
+    entries = []
+    for one in found:
+        note = None if one.name in plans else (one.obstacle or "not among the layers asked for")
+        entries.append(_Entry(one, getattr(getattr(one.module, "config", None), "_attn_implementation", None), note))
+    result = Patched(model, entries)
+    for config in _configs(model, found, plans):
+        result._remember(config)
+    _check_masks(found, plans)
+    for config in _configs(model, found, plans):
+        if _whole(found, plans) or _whole_config(config, found, plans):  # masks come from tritonattn's mask function
+            setattr(config, IMPLEMENTATION, NAME)
+    for one in found:
+        if one.name in plans:
+            _install(result, one, plans[one.name])
+        elif one.obstacle is None and one.module.config._attn_implementation == NAME and not _whole(found, plans):
+            _install(result, one, LayerScaling(Settings(), one.module.config))
+    root = getattr(model, "config", None)
+    if root is not None:
+        setattr(root, ATTRIBUTE, {LAYERS: {name: plan.saved() for name, plan in plans.items()}})
+        setattr(root, SAVED_IMPLEMENTATION, NAME)
+    model.__dict__[_HANDLE] = result
+    return result
+
+
+def _modules_of(model: Any) -> list[AttentionModule]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
+    found = attention_modules(model)
+    if any(isinstance(getattr(one.module, ATTRIBUTE, None), LayerScaling) for one in found):
+        raise ValueError(
+            f"model: expected one that is not patched, got a patched {type(model).__name__}: undo() that first, or give"
+            " all layers in one call, layers={10: ..., 11: ...}"
+        )
+    if not any(one.obstacle is None for one in found):
+        reasons = sorted({f"{type(one.module).__name__} {one.obstacle}" for one in found if one.obstacle})
+        detail = "; ".join(reasons) or "no attention module was found in it"
+        error = NotImplementedError if reasons else ValueError
+        raise error(f"model: tritonattn cannot patch {type(model).__name__}: {detail}")
+    return found
+
+
+def _chosen(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is wished for each module, by name."""
+    if layers is None:
+        return {one.name: common for one in found if one.obstacle is None}
+    if isinstance(layers, (int, str)):
+        layers = [layers]
+    wishes = layers.items() if isinstance(layers, Mapping) else [(selector, None) for selector in layers]
+    chosen: dict[str, dict[str, Any]] = {}
+    for selector, wish in wishes:
+        matching = [one for one in found if _matches(selector, one)]
+        if not matching:
+            names = ", ".join(one.name for one in found if one.obstacle is None)
+            raise ValueError(f"layers: expected numbers, names or patterns out of {names}, got {selector!r}")
+        able = [one for one in matching if one.obstacle is None]
+        if not able:
+            one = matching[0]
+            kind = type(one.module).__name__
+            raise NotImplementedError(f"layers: {one.name} ({kind}) cannot be patched: {one.obstacle}")
+        own = wish if isinstance(wish, dict) else {} if wish is None else {"scaling": wish}
+        chosen.update({one.name: {**common, **own} for one in able})
+    if not chosen:
+        raise ValueError("layers: expected at least one layer, got none")
+    return chosen
+
+
+def _matches(selector: Any, one: AttentionModule) -> bool:
+    if isinstance(selector, bool) or not isinstance(selector, (int, str)):
+        raise TypeError(f"layers: expected numbers or names, got {type(selector).__name__}")
+    if isinstance(selector, int):
+        return one.number == selector
+    return fnmatchcase(one.name, selector) or one.name.startswith(f"{selector}.")
+
+
+def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
+    """The settings of one module, with what is learned of its own."""
+    unknown = set(wish) - {"scaling", "gain", "backend"}
+    if unknown:
+        raise ValueError(f"layers: expected 'scaling', 'gain' and 'backend', got {', '.join(map(repr, unknown))}")
+    heads, gain = query_heads(module), wish["gain"]
+    if isinstance(gain, Tensor):
+        try:
+            torch.broadcast_shapes(gain.shape, (heads, 1))
+        except RuntimeError:
+            wanted = f"a tensor broadcastable to [Hq, 1] = [{heads}, 1]"
+            raise ValueError(f"gain: expected {wanted}, got {list(gain.shape)}") from None
+        reference = next(module.parameters(), None)
+        device = gain.device if reference is None else reference.device
+        gain = nn.Parameter(gain.detach().clone().to(device), requires_grad=True)
+    elif gain is not None and (isinstance(gain, bool) or not isinstance(gain, (int, float))):
+        raise TypeError(f"gain: expected a float or a tensor, got {type(gain).__name__}")
+    scaling = built(wish["scaling"], heads)
+    described(scaling)
+    return Settings(scaling, gain, wish["backend"])
+
+
+def _check_masks(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> None:
+    """Refuse a part of a model whose masks are of a form that only its own implementation reads."""
+    for one in found:
+        if one.name in plans and not _whole_config(one.module.config, found, plans):
+            before = one.module.config._attn_implementation
+            if before is not None and before not in _MASKS:
+                raise ValueError(
+                    f"layers: where only some layers are patched the model's implementation has to be one of"
+                    f" {', '.join(_MASKS)}, got {before!r}: call model.set_attn_implementation('sdpa') first"
+                )
+
+
+def _configs(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> list[Any]:
+    """The configs of the root, of patched modules, and of the models inside where the whole is patched: each once."""
+    configs = [getattr(model, "config", None), *(one.module.config for one in found if one.name in plans)]
+    if _whole(found, plans):
+        configs += [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return list({id(config): config for config in configs if config is not None}.values())
+
+
+def _whole(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
+    return all(one.name in plans for one in found)
+
+
+def _whole_config(config: Any, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
+    """Whether all attention modules of a config, of which there are some, are patched."""
+    users = [one for one in found if getattr(one.module, "config", None) is config]
+    return bool(users) and all(one.name in plans for one in users)
+
+
+def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
+    """Give the module its settings, and a config of its own that names tritonattn."""
+    module, shared = one.module, one.module.config
+    config = copy.copy(shared)
+    setattr(config, IMPLEMENTATION, NAME)
+    result._own.append((module, shared))
+    module.config = config
+    own.train(module.training)
+    weight = next(module.parameters(), None)
+    if weight is not None and weight.device.type != "meta":
+        own.to(weight.device)
+    module.add_module(ATTRIBUTE, own)
+    if one.passes_rest:
+        result._hooks.append(module.register_forward_pre_hook(offer_cache, with_kwargs=True))
+    if one.keeps_output_attentions:
+        result._hooks.append(module.register_forward_pre_hook(note_wanted_weights, with_kwargs=True))
+
+
+def _shape(found: AttentionModule) -> tuple[str, str, str]:
+    """Layer type, heads and head dimension for the report."""
+    if found.obstacle is not None:
+        return "-", "-", "-"
+    module = found.module
+    heads, keys = query_heads(module), key_heads(module)
+    return layer_type(found), f"{heads}" if heads == keys else f"{heads}/{keys}", str(head_dim(module) or "-")
+
+
+def _summary(own: LayerScaling) -> str:
+    scaling = described(own.scaling)
+    text = "the model's own" if scaling is None else str(scaling)
+    if isinstance(scaling, dict):
+        parameters = ", ".join(f"{key}={value}" for key, value in scaling.items() if key != "name")
+        text = f"{scaling['name']}({parameters})"
+    if own.gain is not None:
+        text += ", learned gain" if isinstance(own.gain, Tensor) else f", gain {own.gain:g}"
+    return text if own.backend == "auto" else f"{text}, {own.backend}"
