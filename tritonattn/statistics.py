@@ -93,7 +93,7 @@ class _Length(torch.autograd.Function):
     @staticmethod
     def forward(k: Tensor, seen: Tensor | None) -> Tensor:
         if runs_eagerly(k) and k.device.type == "cpu" and k.dim() > 1:
-            lengths = torch.cat([_lengths_of(piece) for piece in k.split(_ROWS, dim=-2)], dim=-1)
+            lengths = torch.cat([_lengths_on_cpu(piece) for piece in k.split(_ROWS, dim=-2)], dim=-1)
         else:
             lengths = _lengths_of(k)
         return lengths if seen is None else torch.where(seen, lengths, 0)
@@ -111,7 +111,19 @@ class _Length(torch.autograd.Function):
 
 
 # Keys whose widened copies exist at a time: whole copies of k would be the peak of a call's memory.
-_ROWS = 256
+_ROWS = 1024
+# Of lengths between these no square that counts has over- or underflowed in fp32.
+_SMALLEST, _LARGEST = 1e-15, 1e15
+
+
+def _lengths_on_cpu(k: Tensor) -> Tensor:
+    """`_lengths_of` in one pass, where the lengths, which can be read, say that this was enough."""
+    if k.numel() == 0:
+        return _lengths_of(k)
+    lengths = torch.linalg.vector_norm(k, dim=-1, dtype=torch.promote_types(k.dtype, torch.float32))
+    lowest, highest = torch.aminmax(lengths)
+    is_safe = _SMALLEST < lowest and highest < _LARGEST  # neither where one is NaN
+    return lengths if is_safe else _lengths_of(k)
 
 
 def _lengths_of(k: Tensor) -> Tensor:
