@@ -22,7 +22,8 @@ def test_no_snippet_is_overlooked():
     assert len(SNIPPETS) == 9
     assert "class LogKeyNorm(Scaling)" in SNIPPETS[1]
     assert "class CountPower(torch.nn.Module, Scaling)" in SNIPPETS[2]
-    assert "replace_multihead_attention" in SNIPPETS[7]
+    assert "tritonattn.huggingface.patch(" in SNIPPETS[7]
+    assert "replace_multihead_attention" in SNIPPETS[8]
 
 
 def test_every_mode_is_in_the_table():
