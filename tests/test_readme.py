@@ -22,7 +22,7 @@ def test_no_snippet_is_overlooked():
     assert len(SNIPPETS) == 10
     assert "class LogKeyNorm(Scaling)" in SNIPPETS[1]
     assert "class CountPower(torch.nn.Module, Scaling)" in SNIPPETS[2]
-    assert "huggingface.patch(model" in SNIPPETS[7]
+    assert "tritonattn.huggingface.patch(" in SNIPPETS[7]
     assert "replace_multihead_attention" in SNIPPETS[8]
 
 
