@@ -81,7 +81,7 @@ def key_lengths_of(k: Tensor, seen: Tensor | None = None) -> Tensor:
     """Euclidean lengths of k [..., D]: [...], fp32 (fp64 for fp64 k).
 
     seen, bool and broadcastable to [...], names the rows that count: the others have length 0 and gradient 0
-    even where they hold NaN. The largest component is factored out, so that no square over- or underflows.
+    even where they hold NaN. Where a square would over- or underflow the largest component is factored out.
     The gradient of ||k|| is k / ||k||, and 0 at k = 0.
     """
     return _Length.apply(k, seen)
@@ -120,14 +120,21 @@ def _lengths_on_cpu(k: Tensor) -> Tensor:
     """`_lengths_of` in one pass, where the lengths, which can be read, say that this was enough."""
     if k.numel() == 0:
         return _lengths_of(k)
-    lengths = torch.linalg.vector_norm(k, dim=-1, dtype=torch.promote_types(k.dtype, torch.float32))
+    lengths = _norm(k)
     lowest, highest = torch.aminmax(lengths)
     is_safe = _SMALLEST < lowest and highest < _LARGEST  # neither where one is NaN
     return lengths if is_safe else _lengths_of(k)
 
 
 def _lengths_of(k: Tensor) -> Tensor:
-    k = k.to(torch.promote_types(k.dtype, torch.float32))
-    largest = k.abs().amax(-1)
+    """A key's own length says whether its largest component is factored out, so that no key changes another's."""
+    lengths = _norm(k)
+    wide = k.to(lengths.dtype)
+    largest = wide.abs().amax(-1)
     largest = torch.where(largest > 0, largest, 1)
-    return largest * torch.linalg.vector_norm(k / largest[..., None], dim=-1)
+    factored = largest * _norm(wide / largest[..., None])
+    return torch.where((lengths > _SMALLEST) & (lengths < _LARGEST), lengths, factored)
+
+
+def _norm(k: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(k, dim=-1, dtype=torch.promote_types(k.dtype, torch.float32))
