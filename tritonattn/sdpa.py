@@ -50,9 +50,11 @@ def _needs_fp32(call: AttentionCall) -> bool:
 
     A scaled q can leave the range of fp16: 1 / n of a long sequence is a subnormal. PyTorch sums the gradients of
     a key head over the query heads of its group in 16 bits. And it takes the softmax's derivative from a rounded
-    output, an error that the gradient of query_scale has times the mean logit.
+    output, an error that the gradient of query_scale has times the mean logit, and that those of q and k feel where
+    a small scale leaves little else of them.
     """
-    if call.q.dtype == torch.bfloat16 and call.query_scale is not None and needs_graph(call.query_scale):
+    is_scaled = call.query_scale is not None
+    if call.q.dtype == torch.bfloat16 and is_scaled and needs_graph(call.q, call.k, call.query_scale):
         return True
     if call.q.dtype == torch.float16 and (call.query_scale is not None or call.key_scale is not None):
         return True
