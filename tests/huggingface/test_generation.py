@@ -126,13 +126,13 @@ class Lengths:
 
     def __init__(self, monkeypatch) -> None:
         self.keys = 0
-        original = statistics._lengths_of
+        original = statistics._lengths_on_cpu
 
         def counting(k):
             self.keys += k.shape[-2]
             return original(k)
 
-        monkeypatch.setattr(statistics, "_lengths_of", counting)
+        monkeypatch.setattr(statistics, "_lengths_on_cpu", counting)
 
     def take(self) -> int:
         keys, self.keys = self.keys, 0
