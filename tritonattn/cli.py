@@ -156,7 +156,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _chosen(option: str, text: str, known: Sequence) -> tuple:
     """Those of the known values that a comma-separated list names, in the order known."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = _names(text)
     for name in names:
         if name not in map(str, known):
             raise CommandError(f"{option}: expected {', '.join(map(str, known))}, got {name!r}")

@@ -56,7 +56,7 @@ def _needs_fp32(call: AttentionCall) -> bool:
     is_scaled = call.query_scale is not None
     if call.q.dtype == torch.bfloat16 and is_scaled and needs_graph(call.q, call.k, call.query_scale):
         return True
-    if call.q.dtype == torch.float16 and (call.query_scale is not None or call.key_scale is not None):
+    if call.q.dtype == torch.float16 and (is_scaled or call.key_scale is not None):
         return True
     grouped = call.q.shape[1] != call.k.shape[1]
     narrow = call.q.dtype in (torch.float16, torch.bfloat16)

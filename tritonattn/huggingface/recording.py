@@ -9,6 +9,7 @@ recorded gradients) the statistics are computed from the keys themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,19 +58,13 @@ def _recording(base: Any) -> Any:
         def batch_repeat_interleave(self, repeats: int) -> Any:
             record = self._valid()
             result = super().batch_repeat_interleave(repeats)
-            if record is not None:
-                entries = torch.arange(len(record.counts), device=record.counts.device)
-                record = record.select(entries.repeat_interleave(repeats))
-            self._keep(record)
+            self._keep(_selected(record, lambda entries: entries.repeat_interleave(repeats)))
             return result
 
         def batch_select_indices(self, indices: Tensor) -> Any:
             record = self._valid()
             result = super().batch_select_indices(indices)
-            if record is not None:
-                entries = torch.arange(len(record.counts), device=record.counts.device)
-                record = record.select(entries[indices])
-            self._keep(record)
+            self._keep(_selected(record, lambda entries: entries[indices]))
             return result
 
         def crop(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,6 +132,13 @@ class RecordingStaticLayer(_recording(cache_utils.StaticLayer)):
 
     def _truncate(self, record: KeyStatistics) -> None:
         record.truncate(self.cumulative_length.expand(len(record.counts)))
+
+
+def _selected(record: KeyStatistics | None, pick: Callable[[Tensor], Tensor]) -> KeyStatistics | None:
+    """The record with the batch entries that pick takes out of all their numbers."""
+    if record is None:
+        return None
+    return record.select(pick(torch.arange(len(record.counts), device=record.counts.device)))
 
 
 def _empty(keys: Tensor) -> KeyStatistics:
