@@ -130,6 +130,18 @@ def test_a_scale_of_zero_has_a_gradient():
     check(call)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_row_of_one_key_has_no_gradient_to_its_logit(dtype):
+    call = make_call(dtype, q_len=37, k_len=37, causal=True)
+    call.query_scale[..., 0] = 3
+    found = run(call, output_gradients(call)[0])
+    for name in ("q", "query_scale"):
+        assert found[name][:, :, 0].count_nonzero() == 0, name
+        assert found[name][:, :, 1:].count_nonzero() > 0, name
+    values = call.v[:, :, 0].repeat_interleave(2, dim=1)  # of each query head
+    torch.testing.assert_close(found["out"][:, :, 0], values, rtol=0, atol=0)
+
+
 def test_tiny_scales_keep_their_digits_in_fp16():
     call = make_call(torch.float16, q_len=64, k_len=64, scale=1.0, causal=True)
     call = dataclasses.replace(call, query_scale=call.query_scale * 1e-5, key_scale=None)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .autograd import first_order
+from .autograd import apply, first_order
 
 # Rows that a pass over a dense mask holds at a time: bounds its memory to [B, H, 256, Sk].
 _MASK_ROWS = 256
@@ -76,7 +76,7 @@ def sum_of_rows(g: Tensor, lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bo
 
 def sum_over_ranges(x: Tensor, prefix: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool) -> Tensor:
     """Sum of x [B, H, Sk] over every range, from its prefix sums: fp64 [B, H, Sq]. The gradient goes to x."""
-    return _RangeSum.apply(x, prefix, lo, hi, sorted_bounds)
+    return apply(_RangeSum, x, prefix, lo, hi, sorted_bounds)
 
 
 class _RangeSum(torch.autograd.Function):
@@ -102,7 +102,7 @@ class _RangeSum(torch.autograd.Function):
 
 def pick(x: Tensor, key: Tensor, seen: Tensor) -> Tensor:
     """x[..., key] where seen, else 0; the gradient returns to the picked keys in a fixed order."""
-    return _Pick.apply(x, key, seen)
+    return apply(_Pick, x, key, seen)
 
 
 class _Pick(torch.autograd.Function):
@@ -130,7 +130,7 @@ class _Pick(torch.autograd.Function):
 
 def sum_over_mask(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> Tensor:
     """Sum of x [B, H, Sk] over the pairs inside range and mask: fp64 [B, H, Sq]."""
-    return _MaskSum.apply(x, lo, hi, mask)
+    return apply(_MaskSum, x, lo, hi, mask)
 
 
 class _MaskSum(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .autograd import first_order, needs_graph, runs_eagerly
+from .autograd import apply, first_order, needs_graph
 from .call import AttentionCall
 
 
@@ -34,7 +34,7 @@ def attention(call: AttentionCall) -> Tensor:
     width, value_width = max(q.shape[-1], v.shape[-1]), v.shape[-1]
     if _needs_fp32(call):
         q, k, v = q.float(), k.float(), v.float()
-    q, k = _fold(q, call.query_scale), _fold(k, call.key_scale)
+    q, k = _fold(q, _without_lone_row(call)), _fold(k, call.key_scale)
     scale = call.scale
     if scale <= 0:  # the kernel hides keys by -inf before it multiplies
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
@@ -63,16 +63,25 @@ def _needs_fp32(call: AttentionCall) -> bool:
     return narrow and grouped and call.q.device.type == "cpu" and needs_graph(call.k, call.v)
 
 
+def _without_lone_row(call: AttentionCall) -> Tensor | None:
+    """query_scale with 0 for the first causal row where there are gradients: its softmax is 1, whatever the logit.
+
+    So its gradients are 0, as they should be. PyTorch's kernel leaves rounding of them, which a scale that is large
+    in this row, as 1 / n is, would lift above the gradients of all others.
+    """
+    scale = call.query_scale
+    if scale is None or call.visibility.is_full or not needs_graph(call.q, call.k, scale):
+        return scale
+    return scale * (torch.arange(call.visibility.q_len, device=scale.device) > 0)
+
+
 def _as_bool(condition: bool) -> bool:
     """A comparison of sizes as the bool that PyTorch's attention wants: under torch.compile it is a SymBool."""
     return True if condition else False
 
 
 def _fold(x: Tensor, scale: Tensor | None) -> Tensor:
-    if scale is None:
-        return x
-    is_plain = runs_eagerly(x, scale) and not needs_graph(x, scale)  # to enter autograd takes longer than a short call
-    return _times(x, scale) if is_plain else _Fold.apply(x, scale)
+    return x if scale is None else apply(_Fold, x, scale)
 
 
 def _for_kernel(x: Tensor, width: int) -> Tensor:

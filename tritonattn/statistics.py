@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .autograd import runs_eagerly
+from .autograd import apply, runs_eagerly
 from .visibility import Visibility
 
 
@@ -84,7 +84,7 @@ def key_lengths_of(k: Tensor, seen: Tensor | None = None) -> Tensor:
     even where they hold NaN. Where a square would over- or underflow the largest component is factored out.
     The gradient of ||k|| is k / ||k||, and 0 at k = 0.
     """
-    return _Length.apply(k, seen)
+    return apply(_Length, k, seen)
 
 
 class _Length(torch.autograd.Function):
@@ -93,7 +93,8 @@ class _Length(torch.autograd.Function):
     @staticmethod
     def forward(k: Tensor, seen: Tensor | None) -> Tensor:
         if runs_eagerly(k) and k.device.type == "cpu" and k.dim() > 1:
-            lengths = torch.cat([_lengths_on_cpu(piece) for piece in k.split(_ROWS, dim=-2)], dim=-1)
+            pieces = [_lengths_on_cpu(piece) for piece in k.split(_ROWS, dim=-2)]
+            lengths = torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
         else:
             lengths = _lengths_of(k)
         return lengths if seen is None else torch.where(seen, lengths, 0)

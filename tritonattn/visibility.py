@@ -144,6 +144,8 @@ class Visibility:
 
     def counts(self) -> Tensor:
         """n, the number of visible keys: fp64 [B or 1, 1 or Hq, Sq]."""
+        if self.is_square_causal:
+            return torch.arange(1, self.q_len + 1, dtype=torch.float64, device=self.device)[None, None]
         if self.mask is None:
             lo, hi = self.ranges()
             return (hi - lo)[:, None].double()
@@ -155,6 +157,10 @@ class Visibility:
         Where query heads see different keys (`per_query_head`) the result is [B, Hq, Sq]. Differentiable, without
         atomics. Accumulates in fp64, so that a short window late in a long sequence is as exact as an early one.
         """
+        if self.is_full:
+            return x.sum(-1, keepdim=True, dtype=torch.float64).expand(*x.shape[:-1], self.q_len)
+        if self.is_square_causal and x.device.type == "cpu":  # of whose cumsum ranges.prefix_sum says why
+            return x.cumsum(-1, dtype=torch.float64)
         if self.mask is not None:
             return ranges.sum_over_mask(self._per_mask_head(x), *self.ranges(), self.mask)
         return self.sum_from_prefix(x, ranges.prefix_sum(x.detach()))

@@ -82,8 +82,7 @@ def reciprocal(statistic: Tensor) -> Tensor:
     fp64 because the gradient -1 / s^2 leaves fp32's range long before s does.
     """
     statistic = statistic.double()
-    usable = ~(statistic < SMALLEST_STATISTIC)
-    return torch.where(usable, 1 / torch.where(usable, statistic, 1), 0)
+    return 1 / statistic.masked_fill(statistic < SMALLEST_STATISTIC, torch.inf)
 
 
 def root(square: Tensor) -> Tensor:
