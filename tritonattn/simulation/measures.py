@@ -85,10 +85,11 @@ class Measures:
 MEASURES = tuple(field.name for field in fields(Measures))
 
 
-def statistics_of(q: Tensor, k: Tensor, mode: str, **visible: Tensor) -> RowStatistics:
-    """`row_statistics` of a mode in SCALINGS, perhaps with gain, key_lengths and so on."""
-    gain = visible.pop("gain", None)
-    return row_statistics(q, k, Factor(named_scaling(mode), gain), Visibility.of(q, k, **visible))
+def statistics_of(
+    q: Tensor, k: Tensor, mode: str, key_lengths: Tensor | None = None, gain: Tensor | None = None
+) -> RowStatistics:
+    """`row_statistics` of a mode in SCALINGS."""
+    return row_statistics(q, k, Factor(named_scaling(mode), gain), Visibility.of(q, k, key_lengths=key_lengths))
 
 
 def softmax_measures(rows: RowStatistics) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ from .measures import Point
 from .paper import Component
 from .report import BY_COUNT, TITLES, Findings
 
-_DPI = 80
+_DPI = 75
 _FLOOR = 1e-20  # what is less is drawn here on a logarithmic axis
 _LINEAR = ("relative_entropy",)
 
@@ -69,7 +70,7 @@ def _paper(number: int, components: list[Component]) -> Figure:
 
 def _lines(findings: Findings, points: list[Point], axis: str, label: str) -> Figure:
     """A panel a measure, a line a mode, over one axis of the points."""
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     xs = sorted({getattr(point, axis) for point in points})
     ordered = sorted(points, key=lambda point: getattr(point, axis))
     for axes, measure in zip(figure.subplots(2, 3).flat, BY_COUNT, strict=True):
@@ -108,24 +109,25 @@ def _by_keys(findings: Findings) -> Figure:
 
 
 def _two_ways(findings: Findings) -> Figure:
-    """Every point of the sweep: a gradient that vanishes at the left is one-hot, at the right uniform."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    """Every point of the sweep: a gradient that vanishes at the left is uniform, at the right one-hot."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for mode in findings.modes:
-        xs = [findings.value(point, mode, "relative_entropy") for point in findings.points]
-        ys = [findings.value(point, mode, "gradient_norm") for point in findings.points]
-        style = _style(findings, mode)
-        axes.scatter(xs, _shown(ys, "gradient_norm"), s=12, color=style["color"], marker=style["marker"], label=mode)
-    axes.set(yscale="log", xlabel="entropy / ln n", ylabel=TITLES["gradient_norm"])
+        found = [findings.sweep[point, mode] for point in findings.points]
+        xs, ys = [x.logit_std for x in found], [x.logit_std * x.jacobian_norm for x in found]
+        axes.plot(_shown(xs, "logit_std"), ys, **{**_style(findings, mode), "linestyle": ""}, label=mode)
+    axes.set(xscale="log", yscale="log", ylim=(1e-10, 10), xlabel=TITLES["logit_std"],
+             ylabel="Jacobian's norm times that deviation")  # fmt: skip
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize=8)
-    figure.suptitle("Two ways for a gradient to vanish: one-hot (left) and uniform (right)", fontsize=10)
+    title = "Two ways for a gradient to vanish: uniform (left) and one-hot (right); every mode, number and kind of keys"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
 def _verdict(findings: Findings) -> Figure:
     figure = Figure(figsize=(13, 5.6), layout="constrained")
-    columns = [condition.name.replace(" ", "\n", 2) for condition in findings.conditions]
+    columns = [condition.name.replace(" ", "\n") for condition in findings.conditions]
     for axes, (name, title) in zip(
         figure.subplots(1, 2),
         (("as_published", "as published"), ("tuned", "with the best gain for the whole batch")),
@@ -156,6 +158,9 @@ def _shown(values: list[float], measure: str) -> list[float]:
     return values if measure in _LINEAR else [max(value, _FLOOR) for value in values]
 
 
-def _style(findings: Findings, mode: str) -> dict:
+def _style(findings: Findings, mode: str) -> dict[str, Any]:
     number = findings.modes.index(mode)
-    return {"color": f"C{number % 10}", "marker": "ovs"[number // 10 % 3], "markersize": 3, "linewidth": 1}
+    return {
+        "color": f"C{number % 10}", "marker": "ovs"[number // 10 % 3], "linestyle": ("-", "--", ":")[number // 10 % 3],
+        "markersize": 3, "linewidth": 1,
+    }  # fmt: skip

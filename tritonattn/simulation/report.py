@@ -145,7 +145,7 @@ class Findings:
         )  # fmt: skip
         tables = []
         for title, points, name, measures in axes:
-            for measure in measures if len(points) > 1 or points == self.by_count() else ():
+            for measure in measures if measures is BY_COUNT or len(points) > 1 else ():
                 rows = [[mode, *(self.value(point, mode, measure) for point in points)] for mode in self.modes]
                 tables.append(_table(f"{TITLES[measure]}, {title}", ["scaling", *map(name, points)], rows))
         return tables

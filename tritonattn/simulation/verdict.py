@@ -21,9 +21,10 @@ from .measures import softmax_measures, statistics_of
 
 KEYS = 256  # geometric mean of n
 _DIM, _ROWS = 64, 4
-# Standard deviations of a row's logits, 2^-10 to 2^8, at which its gradient is measured; gains that are tried.
+# Standard deviations of a row's logits, 2^-6 to 2^12, at which its gradient is measured, and gains that are tried. Two
+# largest logits that are almost equal let a gradient pass up to very large ones.
 _STEP = 0.25
-_SPREADS = torch.arange(-10, 8 + _STEP, _STEP, dtype=torch.float64)
+_SPREADS = torch.arange(-6, 12 + _STEP, _STEP, dtype=torch.float64)
 _GAINS = torch.arange(-24, 24 + _STEP, _STEP, dtype=torch.float64)
 
 
