@@ -15,7 +15,7 @@ from .measures import Point
 from .paper import Component
 from .report import BY_COUNT, TITLES, Findings
 
-_DPI = 75
+_DPI = 72
 _FLOOR = 1e-20  # what is less is drawn here on a logarithmic axis
 _LINEAR = ("relative_entropy",)
 
