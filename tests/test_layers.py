@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up. A module may import from strictly lower layers, and a folder's modules from one another.
 ORDER = (
-    {"autograd", "command"},
+    {"autograd", "command", "provenance"},
     {"ranges", "sequences", "dropout"},
     {"visibility"},
     {"call", "statistics"},
@@ -31,6 +31,7 @@ ORDER = (
     {"nn", "warmup"},
     {"huggingface"},
     {"analysis", "demo", "integrations", "tune"},
+    {"simulation"},
     {"__init__"},
     {"cli"},
     {"__main__"},
@@ -41,8 +42,10 @@ OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqd
             "diffusers", "kernels", "timm", "x_transformers"}  # fmt: skip
 OPTIONAL_IN = {
     "huggingface": {"transformers"},
+    "analysis": {"tabulate"},
     "demo": {"transformers", "matplotlib", "tabulate", "tqdm"},
     "integrations": {"diffusers", "timm", "x_transformers"},
+    "simulation": {"matplotlib", "tabulate", "tqdm"},
     "tune": {"tabulate", "tqdm"},
 }
 TRITON_IN = {"kernels", "tuning", "launch", "triton_backend", "tune"}

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
-from ..command import CommandError
+from ..command import CommandError, check_file, usable_device
 from ..huggingface import Patched
 from ..scaling import SCALINGS
 from .measurement import Measurement, Subject, eager_loss, measure
@@ -48,7 +47,7 @@ def run(request: Request) -> int:
 
     Returns 0, or 1 where sqrt_dim, which is the model's own scaling, gives another loss than its own attention.
     """
-    modes, device = _checked_modes(request.modes), _checked_device(request.device)
+    modes, device = _checked_modes(request.modes), usable_device(request.device)
     _check_outputs(request)
     text = _read(request.text or TEXT)
     subject = load(request.model, device)
@@ -101,20 +100,10 @@ def _checked_modes(modes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((BASELINE, *modes)))
 
 
-def _checked_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def _check_outputs(request: Request) -> None:
     """Refuse before the work what would fail after it."""
     for option, file in (("--json", request.json), ("--plot", request.plot)):
-        if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
-            raise CommandError(f"{option}: wanted a file in an existing folder, got {str(file)!r}")
+        check_file(option, file)
     if request.plot is not None:
         from .plot import file_types
 
