@@ -60,6 +60,13 @@ def test_the_context_undoes_on_an_error():
     assert patched(network) is None
 
 
+def test_an_undone_patch_is_not_entered_again():
+    with patch(LLAMA.build(), scaling="none") as one:
+        pass
+    with pytest.raises(RuntimeError, match="undone"), one:
+        pass
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("padding", ["none", "left", "holes"])
 def test_layers_left_out_keep_their_own_numbers(implementation, padding):
@@ -229,3 +236,18 @@ def test_the_report_names_what_cannot_be_patched():
     assert "left alone: takes no attention from transformers' AttentionInterface" in row
     with pytest.raises(NotImplementedError, match=r"extra \(OldAttention\)"):
         patch(network, layers="*.extra")
+
+
+def test_a_layer_without_its_model_is_patched_and_says_that_it_will_not_be_saved():
+    """The rest of the model, which shares its config, keeps its implementation and its masks."""
+    network = LLAMA.build()
+    before = state(network)
+    with patch(network, scaling="none", layers=[1]):
+        wanted = logits(network)
+    with pytest.warns(UserWarning, match="LlamaDecoderLayer is no transformers model.*save_pretrained"):
+        one = patch(network.model.layers[1], scaling="none")
+    assert network.config._attn_implementation == "eager"
+    assert network.model.layers[0].self_attn.config._attn_implementation == "eager"
+    assert torch.equal(logits(network), wanted)
+    one.undo()
+    assert state(network) == before

@@ -149,14 +149,47 @@ def test_a_compiled_model_trains(scaling, layers):
     assert (got - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-def test_a_model_inside_another_module_is_patched_too():
+@pytest.mark.parametrize("layers", [1, "model.layers.1", f"0.{SECOND}", "*.1.*"])
+def test_a_model_inside_another_module_is_patched_and_saved(layers, tmp_path):
+    """As PEFT wraps models: layers go by their numbers and names in the model, and its config keeps the settings."""
+    network = LLAMA.build("sdpa")
+    before = logits(network)
+    with patch(nn.Sequential(network), scaling="key_norm_mean", layers=layers) as one:
+        assert list(one.layers) == [f"0.{SECOND}"]
+        wanted = logits(network)
+        network.save_pretrained(tmp_path)
+    assert not torch.allclose(wanted, before, atol=1e-2)
+    assert torch.equal(logits(network), before)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert list(patched(again).layers) == [SECOND]
+    assert torch.equal(logits(again), wanted)
+
+
+class Wrapper(nn.Module):
+    """A module that passes on what it does not know, as PEFT's and FSDP's do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+@pytest.mark.parametrize("scaling", ["none", "per_head"])
+def test_what_a_wrapper_wraps_still_scales(scaling):
     network = LLAMA.build()
-    wanted = logits(network, **LLAMA.inputs())
-    outer = nn.Sequential(network)
-    with patch(outer, scaling="none") as one:
-        assert list(one.layers) == [f"0.{FIRST}", f"0.{SECOND}"]
-        assert not torch.allclose(logits(network, **LLAMA.inputs()), wanted, atol=1e-2)
-    assert torch.equal(logits(network, **LLAMA.inputs()), wanted)
+    one = patch(network, scaling=scaling, gain=torch.full((4, 1), 2.0))
+    wanted, report = logits(network), one.report()
+    for layer in network.model.layers:
+        layer.self_attn.tritonattn = Wrapper(layer.self_attn.tritonattn)
+    assert torch.equal(logits(network), wanted)
+    assert one.report() == report
+    with pytest.raises(ValueError, match="undo"):
+        patch(network)
 
 
 MODEL_SCALINGS = {
