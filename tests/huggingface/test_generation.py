@@ -32,6 +32,17 @@ def test_padding_changes_nothing_in_any_mode(mode):
     padding_changes_nothing(LLAMA, mode)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [name for name in ("bert", "roberta") if ARCHITECTURES[name].supported])
+def test_a_padded_encoder_says_what_it_says_alone(name, mode):
+    network, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs("right")
+    length = int(inputs["attention_mask"][0].sum())
+    assert length < inputs["input_ids"].shape[1]
+    with patch(network, scaling=mode), torch.no_grad():
+        alone = network(input_ids=inputs["input_ids"][:1, :length]).logits
+        close(network(**inputs).logits[:1, :length], alone)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("mode", MODES)
 def test_steps_equal_the_full_pass(mode, cache):

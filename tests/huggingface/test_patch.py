@@ -139,6 +139,16 @@ def test_every_layer_has_its_own_scaling():
     assert [seen[i]["gain"] for i in (0, 1)] == [3.0, None]
 
 
+def test_who_watches_goes_on_after_another_has():
+    network, calls = LLAMA.build(), []
+    with patch(network) as one, one.watch(lambda *_: calls.append("outer")):
+        with one.watch(lambda *_: calls.append("inner")):
+            logits(network)
+        logits(network)
+    logits(network)
+    assert calls == ["inner"] * 2 + ["outer"] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

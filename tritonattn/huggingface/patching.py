@@ -83,14 +83,14 @@ class Patched:
         query [B, Hq, Q, D] and key [B, Hkv, K, D] as the module made them, arguments those of `tritonattn.attention`,
         aux its `AttentionAux`.
         """
-        layers = self.layers.values()
-        for own in layers:
+        before = [(own, own.observer) for own in self.layers.values()]
+        for own, _ in before:
             own.observer = observer
         try:
             yield self
         finally:
-            for own in layers:
-                own.observer = None
+            for own, observer_before in before:
+                own.observer = observer_before
 
     def undo(self) -> None:
         """Put everything back: modules, parameters, hooks and configs are as before. Repeating it is harmless."""
