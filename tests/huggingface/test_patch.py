@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
-from tritonattn.huggingface import patch, patched
+from tritonattn.huggingface import NAME, patch, patched
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 SUPPORTED = [name for name, one in ARCHITECTURES.items() if one.exists and one.supported]
@@ -160,6 +160,8 @@ def test_who_watches_goes_on_after_another_has():
         ({"scaling": "sqrt"}, ValueError, "scaling: expected one of"),
         ({"scaling": torch.ones(4)}, TypeError, "scaling"),
         ({"gain": torch.ones(3, 1)}, ValueError, r"gain: .*\[4, 1\], got \[3, 1\]"),
+        ({"gain": torch.ones(4)}, ValueError, r"gain: .*\[4, 1\], got \[4\]"),
+        ({"gain": torch.ones(4, 1, dtype=torch.int64)}, TypeError, "gain: .*int64"),
         ({"gain": "2"}, TypeError, "gain"),
         ({"backend": "cuda"}, ValueError, "backend"),
     ],
@@ -190,12 +192,26 @@ def test_what_has_no_attention_to_patch_is_refused_by_name():
         patch("llama")
 
 
+def test_the_name_alone_is_refused_where_it_does_nothing():
+    """transformers warns at most, and goes on with the model's own attention."""
+    config = transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9)
+    with pytest.raises(NotImplementedError, match=r"BloomForCausalLM: BloomAttention .*AttentionInterface"):
+        transformers.BloomForCausalLM(config).set_attn_implementation(NAME)
+    for model in (transformers.BloomForCausalLM, transformers.BloomModel):
+        network = model._from_config(config, attn_implementation=NAME)
+        with pytest.raises(NotImplementedError, match=r"Bloom.*: BloomAttention .*AttentionInterface"):
+            network(torch.ones(1, 3, dtype=torch.int64))
+        network.config._attn_implementation = "eager"
+        network(torch.ones(1, 3, dtype=torch.int64))
+
+
 def test_t5_is_refused_by_name():
     config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     network = transformers.T5ForConditionalGeneration(config)
     wanted = "position_bias" if VERSION >= (5, 24) else "T5LayerSelfAttention"
-    with pytest.raises(NotImplementedError, match=f"T5ForConditionalGeneration.*{wanted}"):
-        patch(network)
+    for ask in (patch, lambda network: network.set_attn_implementation(NAME)):
+        with pytest.raises(NotImplementedError, match=f"T5ForConditionalGeneration.*{wanted}"):
+            ask(network)
 
 
 def test_implementations_whose_masks_nobody_else_reads():

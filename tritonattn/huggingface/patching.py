@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -237,12 +236,17 @@ def _modules_of(model: Any) -> list[AttentionModule]:
             f"model: expected one that is not patched, got a patched {type(model).__name__}: undo() that first, or give"
             " all layers in one call, layers={10: ..., 11: ...}"
         )
-    if not any(one.obstacle is None for one in found):
-        reasons = sorted({f"{type(one.module).__name__} {one.obstacle}" for one in found if one.obstacle})
-        detail = "; ".join(reasons) or "no attention module was found in it"
-        error = NotImplementedError if reasons else ValueError
-        raise error(f"model: tritonattn cannot patch {type(model).__name__}: {detail}")
+    if not found:
+        raise ValueError(f"model: tritonattn cannot patch {type(model).__name__}: no attention module was found in it")
+    refuse_unsupported(model, found)
     return found
+
+
+def refuse_unsupported(model: nn.Module, found: list[AttentionModule]) -> None:
+    """Raise NotImplementedError naming a model with attention modules of which none can be patched."""
+    if found and all(one.obstacle is not None for one in found):
+        reasons = sorted({f"{type(one.module).__name__} {one.obstacle}" for one in found})
+        raise NotImplementedError(f"model: tritonattn cannot patch {type(model).__name__}: {'; '.join(reasons)}")
 
 
 def _chosen(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -286,11 +290,11 @@ def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
         raise ValueError(f"layers: expected 'scaling', 'gain' and 'backend', got {', '.join(map(repr, unknown))}")
     heads, gain = query_heads(module), wish["gain"]
     if isinstance(gain, Tensor):
-        try:
-            torch.broadcast_shapes(gain.shape, (heads, 1))
-        except RuntimeError:
+        if not gain.is_floating_point():
+            raise TypeError(f"gain: expected a float or a tensor of a floating dtype, got {gain.dtype}")
+        if gain.shape not in ((), (1,), (1, 1), (heads, 1)):
             wanted = f"a tensor broadcastable to [Hq, 1] = [{heads}, 1]"
-            raise ValueError(f"gain: expected {wanted}, got {list(gain.shape)}") from None
+            raise ValueError(f"gain: expected {wanted}, got {list(gain.shape)}")
         reference = next(module.parameters(), None)
         device = gain.device if reference is None else reference.device
         gain = nn.Parameter(gain.detach().clone().to(device), requires_grad=True)
