@@ -143,7 +143,7 @@ def _recording(base: Any) -> Any:
 
         def _valid(self) -> KeyStatistics | None:
             """The record, where it provably describes what the layer holds."""
-            if self._statistics is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._statistics is None:
                 return None
             return self._statistics if _same(_marks(self._watched()), self._left) else None
 
