@@ -69,18 +69,29 @@ class Lengths:
         return keys
 
 
+def held_from_the_start(cache) -> bool:
+    """Whether the layers had been there before their first keys, so that these were made by layers that record."""
+    return all(not layer.keys.is_inference() for layer in cache.layers)
+
+
+@pytest.mark.parametrize(
+    ("mode", "context"),
+    [("key_norm_sum", torch.no_grad), ("key_norm_max", torch.no_grad), ("key_norm_sum", torch.inference_mode)],
+)
 @pytest.mark.parametrize("cache", RECORDED)
-@pytest.mark.parametrize("mode", ["key_norm_sum", "key_norm_max", "key_norm_rms"])
-def test_a_step_measures_new_keys_only(mode, cache, monkeypatch):
+def test_a_step_measures_new_keys_only(mode, cache, context, monkeypatch):
     """Before a window is full, when it becomes so, and after."""
     network, ids = network_of(cache), LLAMA.inputs()["input_ids"]
     layers = len(network.model.layers)
     for first in (3, 8):
-        with patch(network, scaling=mode), torch.no_grad():
+        with patch(network, scaling=mode), context():
             held = cache_of(cache, network)
             lengths = Lengths(monkeypatch)
             network(input_ids=ids[:, :first], past_key_values=held)
             assert lengths.take() == first * layers
+            if context is torch.inference_mode and not held_from_the_start(held):
+                network(input_ids=ids[:, :1], past_key_values=held)  # measures what a plain layer has made
+                lengths.take()
             for new in (1, 1, 2, 1, 3):
                 network(input_ids=ids[:, :new], past_key_values=held)
                 assert lengths.take() == new * layers
@@ -111,9 +122,10 @@ EDITS = {
 }
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("cache", RECORDED)
-def test_an_edited_cache_is_measured_again(edit, cache):
+def test_an_edited_cache_is_measured_again(edit, cache, context):
     """What a record cannot prove it does not claim: the answer is that of an unknown cache class with these keys."""
     network, ids = network_of(cache), LLAMA.inputs()["input_ids"]
 
@@ -127,8 +139,8 @@ def test_an_edited_cache_is_measured_again(edit, cache):
                 layer.__class__ = type("UnknownLayer", (known.get(type(layer), type(layer)),), {})
         return network(input_ids=ids[:, 8:9], past_key_values=held).logits
 
-    for mode in ("key_norm_sum", "key_norm_max", "cosine"):
-        with patch(network, scaling=mode), torch.no_grad():
+    for mode in ("key_norm_sum", *(["cosine"] if context is torch.no_grad else [])):
+        with patch(network, scaling=mode), context():
             close(run(unknown=False), run(unknown=True))
 
 
@@ -143,19 +155,28 @@ def test_a_copied_cache_goes_on_by_itself():
         assert held.layers[0].keys.shape == twin.layers[0].keys.shape
 
 
-def test_inference_mode_and_recorded_gradients_measure_all_keys():
-    network, ids = LLAMA.build(), LLAMA.inputs()["input_ids"]
+@pytest.mark.parametrize("cache", RECORDED)
+def test_modes_of_autograd_may_change_from_step_to_step(cache):
+    """What one mode leaves behind the next one takes up, or measures anew."""
+    network, ids = network_of(cache), LLAMA.inputs()["input_ids"]
+    plain, inference, recorded = torch.no_grad, torch.inference_mode, torch.enable_grad
+    orders = [(plain, inference) * 2, (inference, plain) * 2, (inference, inference, plain, plain)]
+    if "dynamic" in cache:
+        orders += [(recorded,) * 4, (plain, recorded, plain, inference)]
     with patch(network, scaling="key_norm_mean"):
         with torch.no_grad():
-            wanted = network(input_ids=ids, use_cache=False).logits[:, -1]
-        for context in (torch.inference_mode, torch.enable_grad):
-            with context():
-                held = DynamicCache()
-                network(input_ids=ids[:, :-1], past_key_values=held)
-                last = network(input_ids=ids[:, -1:], past_key_values=held).logits[:, -1]
-            close(last.detach(), wanted)
-        last.sum().backward()
-        assert network.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+            wanted = network(input_ids=ids, use_cache=False).logits
+        for order in orders:
+            held, got = cache_of(cache, network), []
+            for piece, context in zip(ids.split([4, 5, 1, 3], dim=1), order, strict=True):
+                with context():
+                    got.append(network(input_ids=piece, past_key_values=held).logits)
+            close(torch.cat([x.detach().clone() for x in got], dim=1), wanted)
+            if recorded not in order:
+                assert any(layer._statistics is not None for layer in held.layers)
+            if set(order) == {recorded}:
+                got[-1].sum().backward()
+                assert network.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("mode", ["key_norm_sum", "key_norm_max"])

@@ -7,17 +7,21 @@ record counts only while it provably describes the keys: they are the tensor tha
 since, as its version counter says. In any other case the statistics are computed from the keys themselves:
 
     keys put into the cache or edited there        another tensor, or another version
-    torch.inference_mode                           its tensors count no versions, so that an edit leaves no trace
-    a compiled step                                likewise: a graph reads no versions, and may run after an edit
+    a compiled step                                a graph reads no versions, and may run after an edit
+    keys made in torch.inference_mode              they count no versions, so that an edit leaves no trace
     recorded gradients                             a record has none
     static layers of older versions (5.0 is one)   they write to places that they are told, so that nothing says which
                                                    keys they hold
+
+In inference mode a layer therefore makes its keys outside of it, where all tensors count versions, also those of edits
+in inference mode; keys that it had before, or that a static layer was given room for before, it cannot help.
 
 Edits through `.data` or numpy, which count no versions anywhere, are not seen: reset such a cache.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +55,19 @@ def _same(now: Marks, before: Marks) -> bool:
     )
 
 
+def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
+    """What the method makes counts versions, if the layer allows it."""
+
+    @functools.wraps(method)
+    def outside(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or not self._leaves_inference_mode():
+            return method(self, *args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(self, *args, **kwargs)
+
+    return outside
+
+
 def _recording(base: Any) -> Any:
     """A subclass of a cache layer's class, of the same layout, so that the class of a living layer can be changed."""
 
@@ -63,6 +80,7 @@ def _recording(base: Any) -> Any:
             """Whether the last update returned key."""
             return key is (self._last_keys() if self._handed else self.keys)
 
+        @_outside_inference_mode
         def key_statistics(self) -> tuple[KeyStatistics, int]:
             """Those of the keys that the last update returned, made where not kept; and the first one's place there."""
             record, handed = self._valid(), self._last_keys()
@@ -72,6 +90,7 @@ def _recording(base: Any) -> Any:
                 self._keep(None if edited else record, handed)
             return record, self._first()
 
+        @_outside_inference_mode
         def update(self, key_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             record = self._valid()
             result = super().update(key_states, *args, **kwargs)
@@ -82,24 +101,28 @@ def _recording(base: Any) -> Any:
             self._keep(record, result[0])
             return result
 
+        @_outside_inference_mode
         def reorder_cache(self, beam_idx: Tensor) -> Any:
             record = self._valid()
             result = super().reorder_cache(beam_idx)
             self._keep(None if record is None else record.select(beam_idx.to(record.counts.device)))
             return result
 
+        @_outside_inference_mode
         def batch_repeat_interleave(self, repeats: int) -> Any:
             record = self._valid()
             result = super().batch_repeat_interleave(repeats)
             self._keep(_selected(record, lambda entries: entries.repeat_interleave(repeats)))
             return result
 
+        @_outside_inference_mode
         def batch_select_indices(self, indices: Tensor) -> Any:
             record = self._valid()
             result = super().batch_select_indices(indices)
             self._keep(_selected(record, lambda entries: entries[indices]))
             return result
 
+        @_outside_inference_mode
         def crop(self, *args: Any, **kwargs: Any) -> Any:
             record, before = self._valid(), self.get_seq_length()
             result = super().crop(*args, **kwargs)
@@ -123,6 +146,10 @@ def _recording(base: Any) -> Any:
         def _last_keys(self) -> Tensor | None:
             """What the last update returned beside the layer's own keys, while it lives."""
             return None if self._handed is None else self._handed[0]()
+
+        def _leaves_inference_mode(self) -> bool:
+            """Whether its methods work outside of inference mode, since they write to no tensors made in it."""
+            return True
 
         def _measured(self) -> KeyStatistics:
             return _statistics_of(self.keys)
@@ -158,6 +185,14 @@ def _recording(base: Any) -> Any:
                 self._statistics, self._left = record, marks
 
     return Recording
+
+
+def _writes_to_normal_tensors(layer: Any) -> bool:
+    """For a static layer. What it has before it is given room, its length, is exchanged for a normal tensor."""
+    if not layer.is_initialized and layer.cumulative_length.is_inference():
+        with torch.inference_mode(False), torch.no_grad():
+            layer.cumulative_length = layer.cumulative_length.clone()
+    return not any(isinstance(x, Tensor) and x.is_inference() for x in vars(layer).values())
 
 
 def _forgetting(base: Any) -> Any:
@@ -203,6 +238,9 @@ class RecordingDynamicLayer(_recording(cache_utils.DynamicLayer)):
 class RecordingStaticLayer(_recording(cache_utils.StaticLayer)):
     """New keys go to the places from cumulative_length on; the places behind it hold no keys."""
 
+    def _leaves_inference_mode(self) -> bool:
+        return _writes_to_normal_tensors(self)
+
     def _watched(self) -> tuple[Any, ...]:
         return (self.keys, self.cumulative_length)
 
@@ -235,6 +273,9 @@ if RecordingStaticLayer in RECORDING.values():
 
     class RecordingStaticSlidingWindowLayer(_forgetting(cache_utils.StaticSlidingWindowLayer)):
         """New keys go behind those held, until there is no place; from then on its keys move up."""
+
+        def _leaves_inference_mode(self) -> bool:
+            return _writes_to_normal_tensors(self)
 
         def _watched(self) -> tuple[Any, ...]:
             return (self.keys, self.cumulative_length, self.cumulative_length_int)
