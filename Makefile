@@ -25,7 +25,7 @@ test-slow: $(VENV)/.test $(VENV)/.real  ## the long tests, and those on real wei
 test-peers: $(VENV)/.test  ## transformers' own model tests against ours, and that they see a wrong scale; downloads its sdist
 	$(PIP) install --quiet parameterized
 	$(VENV)/bin/python -m tests.peers.transformers_tests $(ARGS)
-	$(VENV)/bin/python -m tests.peers.transformers_tests --fault --tb=no $(ARGS)
+	$(VENV)/bin/python -m tests.peers.transformers_tests --fault --tb=no --no-summary $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

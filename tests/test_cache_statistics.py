@@ -110,9 +110,24 @@ def test_more_room_keeps_what_is_held():
     _check(statistics.with_capacity(6), list(keys))
 
 
+def test_the_last_keys_are_a_copy():
+    statistics, keys, more = KeyStatistics(B, H, CAPACITY), _keys(9), _keys(3, seed=1)
+    counts = [9, 2, 0, 5][:B]
+    statistics.append(keys, torch.tensor(counts))
+    for last in (0, 1, 4, 9):
+        one = statistics.last(last, last + 3)
+        held = [own[:, max(count - last, 0) : count] for own, count in zip(keys, counts, strict=True)]
+        _check(one, held)
+        one.append(more)
+        _check(one, [torch.cat([old, new], dim=1) for old, new in zip(held, more, strict=True)])
+    _check(statistics, [own[:, :count] for own, count in zip(keys, counts, strict=True)])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda one: one.last(3, 2), ValueError, r"keys: expected a value in \[0, 2\], got 3"),
+        (lambda one: one.last(-1, 2), ValueError, "keys"),
         (lambda one: one.select(torch.tensor([3])), ValueError, "index"),
         (lambda one: one.select(torch.tensor([[0]])), ValueError, r"index: expected shape \[n\]"),
         (lambda one: one.select(torch.tensor([0.5])), TypeError, "index"),

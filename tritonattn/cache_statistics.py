@@ -204,6 +204,30 @@ class KeyStatistics:
                 its[..., : mine.shape[-1] - 1].copy_(mine[..., :-1])
         return other
 
+    @torch.no_grad()
+    def last(self, keys: int, capacity: int) -> KeyStatistics:
+        """A copy that holds the last keys of every sequence, beside a cache that forgets the others.
+
+        Args:
+            keys: How many; a sequence that holds fewer keeps all.
+            capacity: That of the copy, at least keys.
+
+        Raises:
+            ValueError: Less than 0 keys, or more than the copy can hold.
+        """
+        if not 0 <= keys <= capacity:
+            raise ValueError(f"keys: expected a value in [0, {capacity}], got {keys}")
+        other = self._like(len(self.counts), capacity)
+        held = self.counts.clamp(max=keys)
+        order = torch.arange(keys, device=held.device)
+        place = ((self.counts - held)[:, None] + order).clamp(max=self.capacity)
+        lengths = self._lengths.gather(2, place[:, None].expand(-1, self._lengths.shape[1], -1))
+        kept = order < held[:, None]
+        if keys:
+            other._write(torch.where(kept[:, None], lengths, 0), torch.where(kept, order, capacity))
+        other.counts.copy_(held)
+        return other
+
     def _like(self, batch: int, capacity: int) -> KeyStatistics:
         lengths = self._lengths
         return KeyStatistics(batch, lengths.shape[1], capacity, device=lengths.device, dtype=lengths.dtype)

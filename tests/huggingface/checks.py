@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 import tritonattn.huggingface
@@ -69,3 +70,8 @@ def stepwise(network: Any, ids: Tensor, mask: Tensor, position: Tensor, first: i
         )  # fmt: skip
         logits.append(out.logits)
     return torch.cat(logits, dim=1)
+
+
+def static_cache(network: Any, length: int, batch: int = 2) -> Any:
+    more = {"max_batch_size": batch} if transformers.__version__.startswith("4.") else {}
+    return transformers.StaticCache(config=network.config, max_cache_len=length, **more)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import math
-
 import pytest
 import torch
 import transformers
 from torch import nn
 
-import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
-from tests.huggingface.checks import gradients
 from tritonattn.huggingface import NAME, patch, patched
-from tritonattn.visibility import Visibility
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 SUPPORTED = [name for name, one in ARCHITECTURES.items() if one.exists and one.supported]
@@ -64,6 +58,13 @@ def test_the_context_undoes_on_an_error():
     with pytest.raises(KeyboardInterrupt), patch(network, scaling="none"):
         raise KeyboardInterrupt
     assert patched(network) is None
+
+
+def test_an_undone_patch_is_not_entered_again():
+    with patch(LLAMA.build(), scaling="none") as one:
+        pass
+    with pytest.raises(RuntimeError, match="undone"), one:
+        pass
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -138,6 +139,16 @@ def test_every_layer_has_its_own_scaling():
     assert [seen[i]["gain"] for i in (0, 1)] == [3.0, None]
 
 
+def test_who_watches_goes_on_after_another_has():
+    network, calls = LLAMA.build(), []
+    with patch(network) as one, one.watch(lambda *_: calls.append("outer")):
+        with one.watch(lambda *_: calls.append("inner")):
+            logits(network)
+        logits(network)
+    logits(network)
+    assert calls == ["inner"] * 2 + ["outer"] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -149,6 +160,8 @@ def test_every_layer_has_its_own_scaling():
         ({"scaling": "sqrt"}, ValueError, "scaling: expected one of"),
         ({"scaling": torch.ones(4)}, TypeError, "scaling"),
         ({"gain": torch.ones(3, 1)}, ValueError, r"gain: .*\[4, 1\], got \[3, 1\]"),
+        ({"gain": torch.ones(4)}, ValueError, r"gain: .*\[4, 1\], got \[4\]"),
+        ({"gain": torch.ones(4, 1, dtype=torch.int64)}, TypeError, "gain: .*int64"),
         ({"gain": "2"}, TypeError, "gain"),
         ({"backend": "cuda"}, ValueError, "backend"),
     ],
@@ -179,12 +192,26 @@ def test_what_has_no_attention_to_patch_is_refused_by_name():
         patch("llama")
 
 
+def test_the_name_alone_is_refused_where_it_does_nothing():
+    """transformers warns at most, and goes on with the model's own attention."""
+    config = transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9)
+    with pytest.raises(NotImplementedError, match=r"BloomForCausalLM: BloomAttention .*AttentionInterface"):
+        transformers.BloomForCausalLM(config).set_attn_implementation(NAME)
+    for model in (transformers.BloomForCausalLM, transformers.BloomModel):
+        network = model._from_config(config, attn_implementation=NAME)
+        with pytest.raises(NotImplementedError, match=r"Bloom.*: BloomAttention .*AttentionInterface"):
+            network(torch.ones(1, 3, dtype=torch.int64))
+        network.config._attn_implementation = "eager"
+        network(torch.ones(1, 3, dtype=torch.int64))
+
+
 def test_t5_is_refused_by_name():
     config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     network = transformers.T5ForConditionalGeneration(config)
     wanted = "position_bias" if VERSION >= (5, 24) else "T5LayerSelfAttention"
-    with pytest.raises(NotImplementedError, match=f"T5ForConditionalGeneration.*{wanted}"):
-        patch(network)
+    for ask in (patch, lambda network: network.set_attn_implementation(NAME)):
+        with pytest.raises(NotImplementedError, match=f"T5ForConditionalGeneration.*{wanted}"):
+            ask(network)
 
 
 def test_implementations_whose_masks_nobody_else_reads():
@@ -237,210 +264,16 @@ def test_the_report_names_what_cannot_be_patched():
         patch(network, layers="*.extra")
 
 
-def test_a_patched_layer_stays_patched_whatever_the_models_implementation():
-    """As when continuous batching switches the implementation of a model behind its user's back."""
-    network, inputs = LLAMA.build(), LLAMA.inputs("left")
-    with patch(network, scaling="none"):
-        wanted = logits(network, **inputs)
-        for implementation in ("sdpa", "eager"):
-            network.set_attn_implementation(implementation)
-            seen = inputs["attention_mask"].bool()
-            torch.testing.assert_close(logits(network, **inputs)[seen], wanted[seen], atol=1e-3, rtol=1e-3)
-
-
-def test_a_copy_of_a_patched_model_is_its_own():
+def test_a_layer_without_its_model_is_patched_and_says_that_it_will_not_be_saved():
+    """The rest of the model, which shares its config, keeps its implementation and its masks."""
     network = LLAMA.build()
-    own = logits(network)
-    one = patch(network, scaling="per_head")
-    twin = copy.deepcopy(network)
-    with torch.no_grad():
-        twin.model.layers[0].self_attn.tritonattn.scaling.theta.fill_(1.0)
-    seen = LLAMA.inputs("left")["attention_mask"].bool()
-    torch.testing.assert_close(logits(network)[seen], own[seen], atol=1e-3, rtol=1e-3)
-    assert not torch.allclose(logits(twin)[seen], own[seen], atol=1e-2)
-    patched(twin).undo()
-    assert torch.equal(logits(twin), own)
-    assert patched(network) is one
-
-
-def test_a_patched_model_and_its_cache_are_pickled(tmp_path):
-    network, ids = LLAMA.build(), LLAMA.inputs()["input_ids"]
-    with patch(network, scaling="key_norm_mean", gain=torch.ones(4, 1)), torch.no_grad():
-        cache = network(input_ids=ids[:, :-1], use_cache=True).past_key_values
-        torch.save((network, cache), tmp_path / "whole.pt")
-        wanted = network(input_ids=ids[:, -1:], past_key_values=cache).logits
-    again, cache = torch.load(tmp_path / "whole.pt", weights_only=False)
-    with torch.no_grad():
-        assert torch.equal(again(input_ids=ids[:, -1:], past_key_values=cache).logits, wanted)
-    patched(again).undo()
-    assert torch.equal(logits(again), logits(network))
-
-
-@pytest.mark.parametrize("scaling", ["per_head", "ssmax", "power_law", "learned_cosine", tritonattn.nn.SSMax])
-def test_what_is_learned_trains_with_the_model(scaling):
-    network, ids = LLAMA.build(), LLAMA.inputs()["input_ids"]
-    before = {name for name, _ in network.named_parameters()}
-    with patch(network, scaling=scaling, gain=torch.ones(4, 1)) as one:
-        added = {name: x for name, x in network.named_parameters() if name not in before}
-        assert {name.split(".tritonattn.")[0] for name in added} == {FIRST, SECOND}
-        assert {id(own.scaling) for own in one.layers.values()}.__len__() == 2
-        optimizer = torch.optim.SGD(added.values(), lr=1e-3)
-        losses = []
-        for _ in range(8):
-            optimizer.zero_grad()
-            loss = network(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert all(x.grad is not None for x in added.values() if x.requires_grad)
-        assert losses[-1] < losses[0]
-
-
-def test_a_given_module_is_copied_for_every_layer():
-    given = tritonattn.nn.PerHead("key_count", heads=4)
-    with patch(LLAMA.build(), scaling=given) as one:
-        modules = [own.scaling for own in one.layers.values()]
-    assert given not in modules
-    assert modules[0] is not modules[1]
-    assert all(type(module) is tritonattn.nn.PerHead for module in modules)
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_the_backend_reaches_the_call(backend):
-    architecture = LLAMA
-    network, inputs = architecture.build(), architecture.inputs()
-    wanted = gradients(network, architecture, inputs)
-    seen = []
-    with patch(network, backend=backend) as one, one.watch(lambda *call: seen.append(call[3]["backend"])):
-        got = gradients(network, architecture, inputs)
-    assert seen == [backend] * 2
-    for name in wanted:
-        assert (got[name] - wanted[name]).norm() <= 1e-3 * wanted[name].norm()
-
-
-def test_dropout_of_a_training_model_is_honoured():
-    network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA.arguments, attention_dropout=0.5))
-    inputs = LLAMA.inputs()
-    with patch(network):
-        network.train()
-        torch.manual_seed(0)
-        first = logits(network, **inputs)
-        assert not torch.equal(logits(network, **inputs), first)
-        torch.manual_seed(0)
-        assert torch.equal(logits(network, **inputs), first)
-        network.eval()
-        assert torch.equal(logits(network, **inputs), logits(network, **inputs))
-
-
-def test_gradient_checkpointing():
-    network, architecture = LLAMA.build(), LLAMA
-    wanted = gradients(network, architecture, architecture.inputs("left"))
-    with patch(network, scaling="sqrt_dim"):
-        network.train()
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-        got = gradients(network, architecture, architecture.inputs("left"))
-    for name in wanted:
-        assert (got[name] - wanted[name]).norm() <= 1e-3 * wanted[name].norm()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("scaling", "layers"), [("key_norm_mean", None), ("ssmax", [1])])
-def test_a_compiled_model_trains(scaling, layers):
-    network, ids = LLAMA.build("sdpa"), LLAMA.inputs()["input_ids"]
-
-    def gradient(run) -> torch.Tensor:
-        network.zero_grad()
-        run(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        return torch.cat([x.grad.flatten() for x in network.parameters() if x.grad is not None])
-
-    with patch(network, scaling=scaling, layers=layers):
-        wanted = gradient(network)
-        torch._dynamo.reset()
-        got = gradient(torch.compile(network, fullgraph=True, backend="aot_eager"))
-    assert (got - wanted).norm() <= 1e-4 * wanted.norm()
-
-
-def test_a_model_inside_another_module_is_patched_too():
-    network = LLAMA.build()
-    wanted = logits(network, **LLAMA.inputs())
-    outer = nn.Sequential(network)
-    with patch(outer, scaling="none") as one:
-        assert list(one.layers) == [f"0.{FIRST}", f"0.{SECOND}"]
-        assert not torch.allclose(logits(network, **LLAMA.inputs()), wanted, atol=1e-2)
-    assert torch.equal(logits(network, **LLAMA.inputs()), wanted)
-
-
-MODEL_SCALINGS = {
-    "llama": 8**-0.5, "gemma3": 3**-0.5, "granite": 0.3, "opt": 1.0, "gpt2": 8**-0.5, "whisper": 1.0, "clip": 8**-0.5,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("scaling", ["key_count", "key_norm_mean", "cosine", 0.05, None])
-@pytest.mark.parametrize("name", MODEL_SCALINGS)
-def test_the_one_rule(name, scaling):
-    """logit = model_scaling * sqrt(D) * factor * (q . k), recomputed densely from q and k; cosine stands alone."""
-    architecture, own = ARCHITECTURES[name], MODEL_SCALINGS[name]
-    network, inputs = architecture.build(), architecture.inputs()
-    checked = []
-
-    def compare(module, query, key, arguments, aux):
-        q, k = query.double(), key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        parts = arguments.keys() & {"causal", "window", "key_ranges", "mask"}
-        visible = Visibility.of(query, key, **{part: arguments[part] for part in parts}).dense()
-        lengths = (k.norm(dim=-1)[:, :, None] * visible).sum(-1, keepdim=True)
-        count = visible.sum(-1, keepdim=True)
-        dim = q.shape[-1]
-        factor = {
-            "key_count": own * math.sqrt(dim) / count,
-            "key_norm_mean": own * math.sqrt(dim) / (lengths / count),
-            "cosine": math.sqrt(dim) / (q.norm(dim=-1)[..., None] * k.norm(dim=-1)[:, :, None]),
-            0.05: own * math.sqrt(dim) * 0.05,
-            None: own,
-        }[scaling]
-        wanted = ((q @ k.mT) * factor).masked_fill(~visible, -math.inf).amax(-1)
-        torch.testing.assert_close(aux.max_logit.double(), wanted, atol=1e-3, rtol=1e-4)
-        checked.append(module)
-
-    with patch(network, scaling=scaling) as one, one.watch(compare):
-        architecture.outputs(network, inputs)
-    assert len(checked) >= 2
-
-
-def test_the_name_alone_works(tmp_path):
-    """set_attn_implementation and from_pretrained(attn_implementation=...), after the import."""
-    network = LLAMA.build()
-    wanted = logits(network)
-    network.set_attn_implementation(NAME)
-    got = logits(network)
-    seen = LLAMA.inputs("left")["attention_mask"].bool()
-    torch.testing.assert_close(got[seen], wanted[seen], atol=1e-3, rtol=1e-3)
-    network.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=NAME)
-    assert again.config._attn_implementation == NAME
-    assert torch.equal(logits(again.eval()), got)
-
-
-def test_continuous_batching_without_masks_is_refused_by_name():
-    network, q = LLAMA.build("sdpa"), torch.randn(1, 4, 3, 8)
-    with patch(network), pytest.raises(NotImplementedError, match="continuous batching"):
-        tritonattn.huggingface.attention_forward(
-            network.model.layers[0].self_attn, q, q, q, None, read_index=torch.zeros(3, dtype=torch.int64)
-        )
-
-
-@pytest.mark.skipif(VERSION < (5, 24), reason="it asks the hub for a tokenizer, or takes no small sizes")
-@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_mean"])
-def test_continuous_batching_with_masks(scaling):
-    """Whole models are refused by name; with the dense masks of sdpa every request gives what it gives alone."""
-    network, ids = LLAMA.build("sdpa"), LLAMA.inputs()["input_ids"]
-    requests = [ids[0].tolist(), ids[1, :7].tolist()]
-    options = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
-    batching = {"generation_config": options, "continuous_batching_config": small, "warmup": False}
-    with patch(network, scaling=scaling):
-        alone = [network.generate(torch.tensor([one]), generation_config=options)[0, len(one) :] for one in requests]
-        with pytest.raises(ValueError, match="tritonattn is not supported for continuous batching"):
-            network.generate_batch(requests, **batching)
-        network.set_attn_implementation("sdpa")
-        batch = network.generate_batch(requests, **batching).values()
-    assert sorted(one.generated_tokens for one in batch) == sorted(one.tolist() for one in alone)
+    before = state(network)
+    with patch(network, scaling="none", layers=[1]):
+        wanted = logits(network)
+    with pytest.warns(UserWarning, match="LlamaDecoderLayer is no transformers model.*save_pretrained"):
+        one = patch(network.model.layers[1], scaling="none")
+    assert network.config._attn_implementation == "eager"
+    assert network.model.layers[0].self_attn.config._attn_implementation == "eager"
+    assert torch.equal(logits(network), wanted)
+    one.undo()
+    assert state(network) == before

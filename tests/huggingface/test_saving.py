@@ -81,6 +81,41 @@ def test_other_architectures_come_back(name, tmp_path):
     assert len(patched(again).layers) == len(patched(network).layers)
 
 
+@pytest.mark.parametrize("part", ["whole", "layers", "model inside"])
+def test_a_model_of_models_comes_back(part, tmp_path):
+    """Settings lie in the config of the model that was patched, which may be that of a part."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=12, patch_size=4, initializer_range=1.0),
+        text_config=transformers.LlamaConfig(**LLAMA.arguments), image_token_id=60, image_token_index=60,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = transformers.LlavaForConditionalGeneration(config).eval()
+    ids, pixels = torch.tensor([[1, *[60] * 9, 5, 6, 7, 8]]), torch.randn(1, 3, 12, 12)
+
+    def run(one) -> torch.Tensor:
+        with torch.no_grad():
+            return one(input_ids=ids, pixel_values=pixels).logits
+
+    plain = run(network)
+    target = network.model.language_model if part == "model inside" else network
+    layers = "*language_model*" if part == "layers" else None
+    one = patch(target, scaling="per_head", gain=torch.full((4, 1), 0.3), layers=layers)
+    assert len(one.layers) == (4 if part == "whole" else 2)
+    wanted = run(network)
+    assert not torch.allclose(wanted, plain, atol=1e-2)
+    network.save_pretrained(tmp_path)
+    one.undo()
+    assert torch.equal(run(network), plain)
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(run(again), wanted)
+    one = patched(again.model.language_model if part == "model inside" else again)
+    assert len(one.layers) == (4 if part == "whole" else 2)
+    one.undo()
+    assert torch.equal(run(again), plain)
+
+
 def test_what_is_learned_stays_in_float32(tmp_path):
     network = LLAMA.build()
     with patch(network, scaling="per_head", gain=torch.full((4, 1), 1.2345678)) as one:

@@ -8,7 +8,7 @@ it is the only place of its tests; nothing of it is kept. Two ways, on six model
 
 Weights are of size 0.2: at transformers' 0.02 a wrong scale passes all of these tests, and from 0.3 on rounding alone
 fails some, with PyTorch's own attention as with ours. --fault runs them with logits 1.3 times too large, and succeeds
-when they fail.
+when most of every model's tests fail.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from xml.etree import ElementTree
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -35,10 +37,22 @@ def main() -> int:
     options, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         tests = prepare(Path(folder))
-        status = run(tests, 1.3 if options.fault else 1.0, rest)
-    if options.fault:
-        return 0 if status == 1 else 1
-    return status
+        if not options.fault:
+            return run(tests, 1.0, rest)
+        results = Path(folder) / "results.xml"
+        status = run(tests, 1.3, [*rest, f"--junitxml={results}"])
+        return 0 if status == 1 and fault_is_seen(results) else 1
+
+
+def fault_is_seen(results: Path) -> bool:
+    """Whether more than half of the tests of every model fail. Those in bfloat16 see no wrong scale."""
+    run_of, failed = Counter(), Counter()
+    for case in ElementTree.parse(results).iter("testcase"):
+        model = case.get("classname", "").rpartition(".")[2]
+        run_of[model] += case.find("skipped") is None
+        failed[model] += case.find("failure") is not None
+    print("\n".join(f"{model}: {failed[model]} of {run_of[model]} see the fault" for model in run_of))
+    return bool(run_of) and all(2 * failed[model] > run_of[model] for model in run_of)
 
 
 def prepare(folder: Path) -> Path:

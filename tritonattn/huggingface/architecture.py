@@ -26,16 +26,24 @@ class InterfaceCall(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AttentionModule:
-    """An attention module of a model; obstacle says why it cannot be patched, or is None."""
+    """An attention module of a model.
+
+    name       in the model that was asked about
+    module     an nn.Module; what else it has differs from model to model
+    own_name   in the outermost transformers model that holds it: the same, or shorter where that model is wrapped;
+               None where it was asked about without such a model
+    obstacle   why it cannot be patched, or None
+    """
 
     name: str
-    module: Any  # an nn.Module; what else it has differs from model to model
+    module: Any
+    own_name: str | None
     obstacle: str | None = None
 
     @property
     def number(self) -> int | None:
-        """The layer that it belongs to: the first number in its name."""
-        return next((int(part) for part in self.name.split(".") if part.isdecimal()), None)
+        """The layer that it belongs to: the first number in its own name."""
+        return next((int(part) for part in (self.own_name or self.name).split(".") if part.isdecimal()), None)
 
     @property
     def passes_rest(self) -> bool:
@@ -51,19 +59,34 @@ class AttentionModule:
         return taken and call is not None and "output_attentions" not in call.keywords
 
 
+def outermost_models(model: nn.Module) -> dict[str, Any]:
+    """The transformers models in a model that are in no other, by name: itself, or what it wraps."""
+    outermost: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(_name_inside(outer, name) for outer in outermost):
+            outermost[name] = module
+    return outermost
+
+
 def attention_modules(model: nn.Module) -> list[AttentionModule]:
     """The attention modules of a model in its order: those that can be patched, and those that cannot."""
     found: list[AttentionModule] = []
+    outermost = outermost_models(model)
+
+    def add(name: str, module: nn.Module, obstacle: str | None) -> None:
+        own_name = next(filter(None, (_name_inside(outer, name) for outer in outermost)), None)
+        found.append(AttentionModule(name, module, own_name, obstacle))
+
     calling = {name for name, module in model.named_modules() if interface_call(type(module)) is not None}
     outer: str | None = None  # the attention module without an interface that holds the modules that follow
     for name, module in model.named_modules():
         if name in calling:
-            found.append(AttentionModule(name, module, _obstacle(module)))
+            add(name, module, _obstacle(module))
         elif not _is_attention(module) or (outer is not None and name.startswith(f"{outer}.")):
             continue
         elif not any(_holds(name, other) or _holds(other, name) for other in calling):
             outer = name
-            found.append(AttentionModule(name, module, "takes no attention from transformers' AttentionInterface"))
+            add(name, module, "takes no attention from transformers' AttentionInterface")
     return found
 
 
@@ -123,6 +146,13 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _holds(outer: str, inner: str) -> bool:
     return inner.startswith(f"{outer}.")
+
+
+def _name_inside(outer: str, name: str) -> str | None:
+    """The name in the module `outer` ("" is the root) of what the root calls name; None where it is not in there."""
+    if not outer:
+        return name
+    return name[len(outer) + 1 :] if _holds(outer, name) else None
 
 
 def query_heads(module: Any) -> int:

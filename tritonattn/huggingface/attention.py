@@ -14,7 +14,7 @@ from ..dispatch import AttentionAux
 from ..scaling import Scaling, SqrtDim
 from .cached_keys import CACHE, with_cached_keys
 from .masks import key_range_mask
-from .settings import ATTRIBUTE, Settings
+from .settings import Settings, layer_scaling
 from .visible import visible_arguments
 from .weights import attention_weights, wants_weights
 
@@ -62,7 +62,7 @@ def attention_forward(
     if wants_weights(module, kwargs):
         weights = attention_weights(module, query, key, arguments)
     scaling = with_cached_keys(arguments["scaling"], module, key, cache)
-    observer = getattr(getattr(module, ATTRIBUTE, None), "observer", None)
+    observer = getattr(layer_scaling(module), "observer", None)
     if observer is None:
         out = cast(Tensor, attention(query, key, value, **{**arguments, "scaling": scaling}))
     else:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import cache_utils
 
-from ..cache_statistics import KeyStatistics
 from ..scaling import Scales, Scaling
 from ..statistics import Statistics
 from ..visibility import Visibility
 from .recording import RECORDING
+from .settings import layer_scaling
 
 CACHE = "tritonattn_cache"  # the keyword argument by which a module's cache reaches the attention function
 
@@ -23,6 +23,9 @@ def offer_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     for value in (*kwargs.values(), *args):
         if isinstance(value, (cache_utils.Cache, cache_utils.EncoderDecoderCache)):
+            if isinstance(layer_scaling(module).scaling, Scaling):
+                for layer in _layers_of(value, getattr(module, "layer_idx", None)):
+                    _record_from_now_on(layer)
             return args, {**kwargs, CACHE: value}
     return None
 
@@ -36,18 +39,24 @@ def with_cached_keys(scaling: Any, module: nn.Module, key: Tensor, cache: Any) -
 
 
 def _layer_of(cache: Any, index: Any, key: Tensor) -> Any:
-    """The layer whose keys are this very tensor, made to keep a record; None where its class is not known."""
-    parts = (getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache"))
-    for part in (cache, *parts):
-        layers = getattr(part, "layers", None)
-        if not isinstance(index, int) or not layers or index >= len(layers):
-            continue
-        layer = layers[index]
-        if getattr(layer, "keys", None) is key:
-            if type(layer) in RECORDING:
-                layer.__class__ = RECORDING[type(layer)]
-            return layer if type(layer) in RECORDING.values() else None
+    """The layer whose last update returned this very tensor; None where its class is not known."""
+    for layer in _layers_of(cache, index):
+        _record_from_now_on(layer)  # one that the update has made
+        if type(layer) in RECORDING.values() and layer.gave(key):
+            return layer
     return None
+
+
+def _layers_of(cache: Any, index: Any) -> list[Any]:
+    """The layers of a module's number, in the cache or in those that it is made of."""
+    parts = (getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache"))
+    lists = [getattr(part, "layers", None) or () for part in (cache, *parts)]
+    return [layers[index] for layers in lists if isinstance(index, int) and 0 <= index < len(layers)]
+
+
+def _record_from_now_on(layer: Any) -> None:
+    if type(layer) in RECORDING:
+        layer.__class__ = RECORDING[type(layer)]
 
 
 class _AskingCache(Scaling):
@@ -67,29 +76,32 @@ class _AskingCache(Scaling):
 
 
 class _RecordedStatistics(Statistics):
-    """Statistics of the visible keys from a record of the first Sk keys, which is made when first asked for."""
+    """Statistics of the visible keys from a record of the keys, which is made when first asked for."""
 
     def __init__(self, k: Tensor, visibility: Visibility, layer: Any) -> None:
         super().__init__(k, visibility)
         self._layer = layer
 
     def _lengths(self) -> Tensor:
-        lengths = self._record().lengths[..., : self.visibility.k_len]
+        lengths = self._kept()[0]
         return lengths if self.visibility.is_full else torch.where(self.visibility.seen_keys(), lengths, 0)
 
     def _length_sum(self) -> Tensor:
-        record = self._record()
-        return self._sum(record.lengths, record.length_sums).to(record.lengths.dtype)
+        lengths, sums, _ = self._kept()
+        return self._sum(lengths, sums).to(lengths.dtype)
 
     def _length_square_sum(self) -> Tensor:
-        record = self._record()
-        return self._sum(record.lengths.double().square(), record.square_sums)
+        lengths, _, sums = self._kept()
+        return self._sum(lengths.double().square(), sums)
 
     def _sum(self, values: Tensor, prefix: Tensor) -> Tensor:
-        keys = self.visibility.k_len
         if self.visibility.mask is not None:
-            return self.visibility.sum(values[..., :keys])
-        return self.visibility.sum_from_prefix(values[..., :keys], prefix[..., : keys + 1])
+            return self.visibility.sum(values)
+        return self.visibility.sum_from_prefix(values, prefix)
 
-    def _record(self) -> KeyStatistics:
-        return self._layer.key_statistics()
+    def _kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the record: lengths [B, Hkv, Sk], and the running sums [B, Hkv, Sk + 1] of lengths and their squares."""
+        record, first = self._layer.key_statistics()
+        end = first + self.visibility.k_len
+        sums = (x[..., first : end + 1] for x in (record.length_sums, record.square_sums))
+        return record.lengths[..., first:end], *sums

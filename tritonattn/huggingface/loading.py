@@ -4,10 +4,14 @@
 `tritonattn.huggingface` refuses the checkpoint instead of computing something else, in the versions of transformers
 that read that entry (5.24 does, 5.0 does not). With it, every model finds the settings at the end of its construction,
 before its weights are read, and what is learned but missing among the weights starts anew.
+
+A model that is asked to use "tritonattn" and cannot says so: at set_attn_implementation, or at its first call where it
+was made so, since it may be a part of a model that is about to choose another implementation for it.
 """
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import inspect
 from collections.abc import Callable
@@ -18,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .architecture import AttentionModule, attention_modules, query_heads
 from .attention import NAME
-from .patching import IMPLEMENTATION, SAVED_IMPLEMENTATION, Patched, apply, patched
+from .patching import IMPLEMENTATION, SAVED_IMPLEMENTATION, Patched, apply, patched, refuse_unsupported
 from .settings import ATTRIBUTE, LAYERS, LayerScaling
 
 _EXTENDED = "_extended_by_tritonattn"
@@ -46,6 +50,7 @@ def follow_saved_settings() -> None:
     """Let every model apply the settings in its config when it is made and loaded. Repeating it is harmless."""
     _extend("post_init", _follow)
     _extend("_initialize_missing_keys", _start_anew)
+    _extend("set_attn_implementation", _refuse)
 
 
 def _extend(name: str, addition: Callable[..., None]) -> None:
@@ -53,11 +58,17 @@ def _extend(name: str, addition: Callable[..., None]) -> None:
     original = getattr(PreTrainedModel, name, None)
     if original is None or getattr(original, _EXTENDED, False):
         return
-    signature = inspect.signature(original)
+    signature, running = inspect.signature(original), contextvars.ContextVar(name, default=False)
 
     @functools.wraps(original)
     def extended(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
+        if running.get():  # for a model inside
+            return original(self, *args, **kwargs)
+        token = running.set(True)
+        try:
+            result = original(self, *args, **kwargs)
+        finally:
+            running.reset(token)
         addition(self, signature.bind(self, *args, **kwargs).arguments)
         return result
 
@@ -73,6 +84,8 @@ def _saved(model: PreTrainedModel) -> dict[str, Any] | None:
 def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
     saved = _saved(model)
     if saved is None:
+        if model.config._attn_implementation == NAME:
+            _refuse_when_called(model)
         return
     found = attention_modules(model)
     places = _places(model, found, saved)
@@ -85,6 +98,22 @@ def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
         if (inner := patched(module)) is not None:
             inner.undo()
     _apply(model, found, places, saved)
+
+
+def _refuse(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """transformers warns, and leaves the implementation as it was."""
+    if arguments.get("attn_implementation") == NAME:
+        refuse_unsupported(model, attention_modules(model))
+
+
+def _refuse_when_called(model: PreTrainedModel) -> None:
+    def check(model: PreTrainedModel, _: Any) -> None:
+        if model.config._attn_implementation == NAME:
+            refuse_unsupported(model, attention_modules(model))
+
+    found = attention_modules(model)
+    if found and all(one.obstacle is not None for one in found):
+        model.register_forward_pre_hook(check)
 
 
 def _places(model: PreTrainedModel, found: list[AttentionModule], saved: dict[str, Any]) -> dict[str, AttentionModule]:

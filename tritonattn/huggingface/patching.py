@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..scaling import Scaling
 from ..validation import BACKENDS
-from .architecture import AttentionModule, attention_modules, head_dim, key_heads, layer_type, query_heads
+from .architecture import (
+    AttentionModule,
+    attention_modules,
+    head_dim,
+    key_heads,
+    layer_type,
+    outermost_models,
+    query_heads,
+)
 from .attention import NAME
 from .cached_keys import offer_cache
 from .scalings import built, described
-from .settings import ATTRIBUTE, LAYERS, LayerScaling, Settings
+from .settings import ATTRIBUTE, LAYERS, LayerScaling, Settings, layer_scaling
 from .table import table
 from .weights import note_wanted_weights
 
@@ -54,8 +62,8 @@ class Patched:
     def layers(self) -> dict[str, LayerScaling]:
         """What every patched module got, by the module's name; empty after `undo`."""
         chosen = {entry.found.name: entry.found.module for entry in self._entries if entry.note is None}
-        settings = {name: getattr(module, ATTRIBUTE, None) for name, module in chosen.items()}
-        return {name: own for name, own in settings.items() if isinstance(own, LayerScaling)}
+        settings = {name: layer_scaling(module) for name, module in chosen.items()}
+        return {name: own for name, own in settings.items() if own is not None}
 
     def report(self) -> str:
         """A table, one row an attention module: what it is, what it used, and its scaling or why it was left alone."""
@@ -74,14 +82,14 @@ class Patched:
         query [B, Hq, Q, D] and key [B, Hkv, K, D] as the module made them, arguments those of `tritonattn.attention`,
         aux its `AttentionAux`.
         """
-        layers = self.layers.values()
-        for own in layers:
+        before = [(own, own.observer) for own in self.layers.values()]
+        for own, _ in before:
             own.observer = observer
         try:
             yield self
         finally:
-            for own in layers:
-                own.observer = None
+            for own, observer_before in before:
+                own.observer = observer_before
 
     def undo(self) -> None:
         """Put everything back: modules, parameters, hooks and configs are as before. Repeating it is harmless."""
@@ -100,6 +108,8 @@ class Patched:
         self.model.__dict__.pop(_HANDLE, None)
 
     def __enter__(self) -> Patched:
+        if patched(self.model) is not self:
+            raise RuntimeError("this patch has been undone: call tritonattn.huggingface.patch again")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -128,7 +138,9 @@ def patch(
     scaled beforehand as in Whisper and OPT) is kept. A scaling that normalises q, "cosine", replaces the model's.
 
     Args:
-        model: A transformers model whose attention goes through transformers' AttentionInterface.
+        model: A transformers model whose attention goes through transformers' AttentionInterface, or a module that
+            wraps one (PEFT's): layers go by their names in either. Of a part that is no model, such as one layer, the
+            settings are not saved, which a warning says.
         scaling: A name in `tritonattn.SCALINGS`, a `Scaling`, a class of them, or a float. A scaling that is an
             nn.Module is copied for every layer, and a class of such is made for every layer with its number of query
             heads. None keeps the model's.
@@ -172,6 +184,12 @@ def patch(
         for one in found
         if (wish := chosen.get(one.name)) is not None
     }
+    if not outermost_models(model):
+        warnings.warn(
+            f"patch: {type(model).__name__} is no transformers model and holds none, so that save_pretrained will not"
+            " know of its scalings; to keep them, patch the model with layers=",
+            stacklevel=2,
+        )
     return apply(model, found, plans)
 
 
@@ -198,10 +216,13 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
             _install(result, one, plans[one.name])
         elif one.obstacle is None and one.module.config._attn_implementation == NAME and not _whole(found, plans):
             _install(result, one, LayerScaling(Settings(), one.module.config))
-    root = getattr(model, "config", None)
-    if root is not None:
-        setattr(root, ATTRIBUTE, {LAYERS: {name: plan.saved() for name, plan in plans.items()}})
-        setattr(root, SAVED_IMPLEMENTATION, NAME)
+    for root in outermost_models(model).values():
+        inside = {id(module) for module in root.modules()}
+        mine = [one for one in found if one.name in plans and id(one.module) in inside]
+        saved = {one.own_name: plans[one.name].saved() for one in mine}
+        if saved:
+            setattr(root.config, ATTRIBUTE, {LAYERS: saved})
+            setattr(root.config, SAVED_IMPLEMENTATION, NAME)
     model.__dict__[_HANDLE] = result
     return result
 
@@ -210,17 +231,22 @@ def _modules_of(model: Any) -> list[AttentionModule]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     found = attention_modules(model)
-    if any(isinstance(getattr(one.module, ATTRIBUTE, None), LayerScaling) for one in found):
+    if any(layer_scaling(one.module) is not None for one in found):
         raise ValueError(
             f"model: expected one that is not patched, got a patched {type(model).__name__}: undo() that first, or give"
             " all layers in one call, layers={10: ..., 11: ...}"
         )
-    if not any(one.obstacle is None for one in found):
-        reasons = sorted({f"{type(one.module).__name__} {one.obstacle}" for one in found if one.obstacle})
-        detail = "; ".join(reasons) or "no attention module was found in it"
-        error = NotImplementedError if reasons else ValueError
-        raise error(f"model: tritonattn cannot patch {type(model).__name__}: {detail}")
+    if not found:
+        raise ValueError(f"model: tritonattn cannot patch {type(model).__name__}: no attention module was found in it")
+    refuse_unsupported(model, found)
     return found
+
+
+def refuse_unsupported(model: nn.Module, found: list[AttentionModule]) -> None:
+    """Raise NotImplementedError naming a model with attention modules of which none can be patched."""
+    if found and all(one.obstacle is not None for one in found):
+        reasons = sorted({f"{type(one.module).__name__} {one.obstacle}" for one in found})
+        raise NotImplementedError(f"model: tritonattn cannot patch {type(model).__name__}: {'; '.join(reasons)}")
 
 
 def _chosen(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -253,7 +279,8 @@ def _matches(selector: Any, one: AttentionModule) -> bool:
         raise TypeError(f"layers: expected numbers or names, got {type(selector).__name__}")
     if isinstance(selector, int):
         return one.number == selector
-    return fnmatchcase(one.name, selector) or one.name.startswith(f"{selector}.")
+    names = {one.name, one.own_name or one.name}
+    return any(fnmatchcase(name, selector) or name.startswith(f"{selector}.") for name in names)
 
 
 def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
@@ -263,11 +290,11 @@ def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
         raise ValueError(f"layers: expected 'scaling', 'gain' and 'backend', got {', '.join(map(repr, unknown))}")
     heads, gain = query_heads(module), wish["gain"]
     if isinstance(gain, Tensor):
-        try:
-            torch.broadcast_shapes(gain.shape, (heads, 1))
-        except RuntimeError:
+        if not gain.is_floating_point():
+            raise TypeError(f"gain: expected a float or a tensor of a floating dtype, got {gain.dtype}")
+        if gain.shape not in ((), (1,), (1, 1), (heads, 1)):
             wanted = f"a tensor broadcastable to [Hq, 1] = [{heads}, 1]"
-            raise ValueError(f"gain: expected {wanted}, got {list(gain.shape)}") from None
+            raise ValueError(f"gain: expected {wanted}, got {list(gain.shape)}")
         reference = next(module.parameters(), None)
         device = gain.device if reference is None else reference.device
         gain = nn.Parameter(gain.detach().clone().to(device), requires_grad=True)
@@ -291,21 +318,23 @@ def _check_masks(found: list[AttentionModule], plans: dict[str, LayerScaling]) -
 
 
 def _configs(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> list[Any]:
-    """The configs of the root, of patched modules, and of the models inside where the whole is patched: each once."""
-    configs = [getattr(model, "config", None), *(one.module.config for one in found if one.name in plans)]
+    """The configs of outermost models, of patched modules, and of the models inside where all is patched: each once."""
+    configs = [root.config for root in outermost_models(model).values()]
+    configs += [one.module.config for one in found if one.name in plans]
     if _whole(found, plans):
         configs += [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return list({id(config): config for config in configs if config is not None}.values())
+    return list({id(config): config for config in configs}.values())
 
 
 def _whole(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
-    return all(one.name in plans for one in found)
+    """Whether all attention modules of a model are patched; of a mere part of one nobody knows the rest."""
+    return all(one.name in plans and one.own_name is not None for one in found)
 
 
 def _whole_config(config: Any, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
     """Whether all attention modules of a config, of which there are some, are patched."""
     users = [one for one in found if getattr(one.module, "config", None) is config]
-    return bool(users) and all(one.name in plans for one in users)
+    return bool(users) and _whole(users, plans)
 
 
 def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:

@@ -36,8 +36,8 @@ class Settings:
         Raises ValueError for unknown entries, and RuntimeError where the config holds the settings of a patch that was
         not applied when the model was loaded.
         """
-        own = getattr(module, ATTRIBUTE, None)
-        if isinstance(own, LayerScaling):
+        own = layer_scaling(module)
+        if own is not None:
             return cls(own.scaling, own.gain, own.backend)
         saved = getattr(getattr(module, "config", None), ATTRIBUTE, None)
         return cls() if saved is None else cls.read(saved)
@@ -94,7 +94,6 @@ class LayerScaling(nn.Module):
         return f"{scaling}gain={gain}, backend={self.backend!r}"
 
 
-def replaces_the_models(scaling: Any) -> bool:
-    """Whether a scaling says what logits are, whatever the size of q, so that no factor of the model's remains."""
-    return bool(getattr(scaling, "normalises_query", False))
-
+def layer_scaling(module: nn.Module) -> Any:
+    """What `patch` added to an attention module: its LayerScaling, or what PEFT or FSDP has wrapped around that."""
+    return getattr(module, "_modules", {}).get(ATTRIBUTE)

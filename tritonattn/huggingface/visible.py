@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .settings import ATTRIBUTE
+from .settings import layer_scaling
 
 
 def visible_arguments(
@@ -69,7 +69,7 @@ def _implied(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, An
 
 def _mask_source(module: nn.Module) -> str | None:
     """The attention implementation whose mask function serves the model of a patched module; None: tritonattn's."""
-    shared = getattr(getattr(module, ATTRIBUTE, None), "shared", None)
+    shared = getattr(layer_scaling(module), "shared", None)
     return getattr(shared, "_attn_implementation", None)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import utils
 
 from ..api import attention
-from .settings import ATTRIBUTE
+from .settings import layer_scaling
 
 _COSTLY = (
     "output_attentions=True: tritonattn's kernels form no attention weights; they come from the eager reference, in"
@@ -22,13 +22,13 @@ _COSTLY = (
 def note_wanted_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward pre-hook of a patched module whose argument output_attentions does not reach the attention function."""
     arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    own = getattr(module, ATTRIBUTE)
+    own = layer_scaling(module)
     own.weights_wanted = bool(arguments.get("output_attentions"))
 
 
 def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether the caller of the model asked for attention weights: by argument, by config, or by a recording hook."""
-    own = getattr(module, ATTRIBUTE, None)
+    own = layer_scaling(module)
     if kwargs.get("output_attentions") or getattr(own, "weights_wanted", False):
         return True
     for config in (getattr(module, "config", None), getattr(own, "shared", None)):
