@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module may import from strictly lower layers, and a folder's modules from one another.
 ORDER = (
     {"autograd", "command"},
+    {"observation"},
     {"ranges", "sequences", "dropout"},
     {"visibility"},
     {"call", "statistics"},
@@ -41,6 +42,7 @@ OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqd
             "diffusers", "kernels", "timm", "x_transformers"}  # fmt: skip
 OPTIONAL_IN = {
     "huggingface": {"transformers"},
+    "analysis": {"transformers"},
     "demo": {"transformers", "matplotlib", "tabulate", "tqdm"},
     "integrations": {"diffusers", "timm", "x_transformers"},
     "tune": {"tabulate", "tqdm"},

@@ -310,20 +310,24 @@ def _whole_config(config: Any, found: list[AttentionModule], plans: dict[str, La
 
 def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
     """Give the module its settings, and a config of its own that names tritonattn."""
-    module, shared = one.module, one.module.config
-    config = copy.copy(shared)
-    setattr(config, IMPLEMENTATION, NAME)
-    result._own.append((module, shared))
-    module.config = config
+    module = one.module
+    result._own.append((module, module.config))
+    install(module, own, NAME)
+    if one.passes_rest:
+        result._hooks.append(module.register_forward_pre_hook(offer_cache, with_kwargs=True))
+    if one.keeps_output_attentions:
+        result._hooks.append(module.register_forward_pre_hook(note_wanted_weights, with_kwargs=True))
+
+
+def install(module: Any, own: LayerScaling, implementation: str) -> None:
+    """Give an attention module `own` as its child, and a config of its own that names the implementation."""
+    module.config = copy.copy(module.config)
+    setattr(module.config, IMPLEMENTATION, implementation)
     own.train(module.training)
     weight = next(module.parameters(), None)
     if weight is not None and weight.device.type != "meta":
         own.to(weight.device)
     module.add_module(ATTRIBUTE, own)
-    if one.passes_rest:
-        result._hooks.append(module.register_forward_pre_hook(offer_cache, with_kwargs=True))
-    if one.keeps_output_attentions:
-        result._hooks.append(module.register_forward_pre_hook(note_wanted_weights, with_kwargs=True))
 
 
 def _shape(found: AttentionModule) -> tuple[str, str, str]:
