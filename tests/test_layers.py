@@ -42,7 +42,7 @@ OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqd
             "diffusers", "kernels", "timm", "x_transformers"}  # fmt: skip
 OPTIONAL_IN = {
     "huggingface": {"transformers"},
-    "analysis": {"transformers"},
+    "analysis": {"tabulate", "transformers"},
     "demo": {"transformers", "matplotlib", "tabulate", "tqdm"},
     "integrations": {"diffusers", "timm", "x_transformers"},
     "tune": {"tabulate", "tqdm"},

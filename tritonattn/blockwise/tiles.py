@@ -47,13 +47,13 @@ class Tiles:
 
     What belongs to a block is folded to [N, G * rows, ...], what belongs to keys to [N, keys, ...]: N batch
     entries times key heads; the G query heads of a key head lie one after the other, so that keys and
-    values are never repeated.
+    values are never repeated. Everything is widened to dtype: fp32 (fp64 for fp64 q) unless given.
     """
 
-    def __init__(self, call: AttentionCall) -> None:
+    def __init__(self, call: AttentionCall, dtype: torch.dtype | None = None) -> None:
         visible = call.visibility
         self.call = call
-        self.dtype = torch.promote_types(call.q.dtype, torch.float32)
+        self.dtype = dtype or torch.promote_types(call.q.dtype, torch.float32)
         self.group = visible.q_heads // max(visible.kv_heads, 1)
         self.row_step = max(1, _ROWS // max(self.group, 1))
         self.readable = readable(visible.device)

@@ -1,0 +1,139 @@
+"""`diagnose` against dense means over the rows and keys that count."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+
+from tests.support.masks import MASKS, visible_pairs
+from tests.support.rows import HQ, B, dense, tensors
+from tritonattn import nn
+from tritonattn.analysis import Diagnosis, diagnose
+from tritonattn.analysis import diagnosis as module
+
+
+def expected(q, k, scaling="sqrt_dim", gain=None, **masks):
+    rows = dense(q, k, scaling, gain, **masks)
+    visible = visible_pairs((*q.shape[:3], k.shape[2]), **masks)
+    group = q.shape[1] // k.shape[1]
+    seen = visible.unflatten(1, (k.shape[1], group)).any(2).any(2)  # [B, Hkv, Sk]
+    lengths = k.double().norm(dim=-1)
+    found: dict[str, list] = {field.name: [] for field in fields(Diagnosis)}
+    for head in range(q.shape[1]):
+        row = {name: value[:, head] for name, value in rows.items()}
+        sees, several = row["key_count"] > 0, row["key_count"] > 1
+        relative = row["entropy"][several] / row["key_count"][several].log()
+        counts, norms = row["key_count"][sees], lengths[:, head // group][seen[:, head // group]]
+        for name in ("logit_std", "max_probability", "jacobian_norm", "gradient_norm"):
+            found[name].append(row[name][sees].mean())
+        found["max_logit"].append(row["max_logit"][sees].max() if sees.any() else torch.tensor(-torch.inf).double())
+        found["relative_entropy"].append(relative.mean())
+        found["near_one_hot"].append((row["max_probability"][sees] > 0.95).double().mean())
+        found["near_uniform"].append((relative > 0.98).double().mean())
+        for name, x in (("key_count", counts), ("key_norm", norms)):
+            found[f"{name}_mean"].append(x.mean())
+            found[f"{name}_variation"].append(x.std(correction=0) / x.mean())
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("scaling", "gain"), [("sqrt_dim", 3.0), ("key_norm_sum", None)])
+def test_every_mask(mask, scaling, gain):
+    q, k = tensors()
+    masks = MASKS[mask](B, HQ, 6, 9)
+    ours, exact = diagnose(q, k, scaling=scaling, gain=gain, **masks), expected(q, k, scaling, gain, **masks)
+    for name, value in exact.items():
+        assert getattr(ours, name).shape == (HQ,)
+        torch.testing.assert_close(getattr(ours, name), value, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+def test_padding_counts_nowhere():
+    """What is padded is far longer than the rest, and would move every figure."""
+    q, k = tensors()
+    lengths = torch.tensor([0, 5])
+    k[0], k[1, :, 5:] = 1e3, torch.nan
+    ours, alone = diagnose(q, k, key_lengths=lengths), diagnose(q[1:], k[1:, :, :5])
+    for field in fields(Diagnosis):
+        torch.testing.assert_close(getattr(ours, field.name), getattr(alone, field.name), rtol=1e-12, atol=0)
+    assert (ours.key_count_mean == 5).all()
+    assert (ours.key_count_variation == 0).all()
+
+
+def test_rows_of_one_key_have_no_relative_entropy():
+    q, k = tensors(2, 2)
+    ours = diagnose(q, k, causal=True)
+    alone = diagnose(q[:, :, 1:], k)
+    torch.testing.assert_close(ours.relative_entropy, alone.relative_entropy)
+    torch.testing.assert_close(ours.near_uniform, alone.near_uniform)
+    torch.testing.assert_close(ours.logit_std, alone.logit_std / 2)
+    assert diagnose(q[:, :, :1], k[:, :, :1]).near_uniform.isnan().all()
+
+
+def test_shares_of_peaked_and_uniform_rows():
+    q, k = tensors(4, 8)
+    q[:, :, :3] *= 1e4
+    q[:, :, 3:] *= 1e-4
+    ours = diagnose(q, k)
+    torch.testing.assert_close(ours.near_one_hot, torch.full((HQ,), 0.75).double())
+    torch.testing.assert_close(ours.near_uniform, torch.full((HQ,), 0.25).double())
+
+
+def test_variation_across_the_batch():
+    q, k = torch.ones(2, 1, 3, 2), torch.ones(2, 1, 8, 2)
+    k[1] *= 3
+    ours = diagnose(q, k, key_lengths=torch.tensor([2, 6]))
+    assert ours.key_count_mean.item() == 4
+    assert ours.key_count_variation.item() == 0.5
+    mean = (2 + 6 * 3) / 8
+    assert ours.key_norm_mean.item() == pytest.approx(mean * 2**0.5)
+    variance = (2 * (1 - mean) ** 2 + 6 * (3 - mean) ** 2) / 8
+    assert ours.key_norm_variation.item() == pytest.approx(variance**0.5 / mean)
+
+
+def test_no_rows_at_all():
+    q, k = tensors()
+    ours = diagnose(q, k, key_lengths=torch.zeros(B, dtype=torch.int64))
+    assert (ours.max_logit == -torch.inf).all()
+    for field in fields(Diagnosis):
+        assert field.name == "max_logit" or getattr(ours, field.name).isnan().all(), field.name
+
+
+def test_arguments_are_those_of_attention():
+    q, k = tensors()
+    with pytest.raises(ValueError, match=r"scaling: expected one of .*did you mean 'sqrt_dim'"):
+        diagnose(q, k, scaling="sqrt_dims")
+    with pytest.raises(ValueError, match="key_lengths: expected values"):
+        diagnose(q, k, key_lengths=torch.tensor([1, 10]))
+    with pytest.raises(ValueError, match="k: expected a number of heads that divides"):
+        diagnose(q[:, :3], k)
+    with pytest.raises(TypeError, match="causal: expected a bool"):
+        diagnose(q, k, causal=1)
+    with pytest.raises(ValueError, match="gain: expected a shape broadcastable"):
+        diagnose(q, k, gain=torch.ones(5, 1))
+
+
+def test_a_learned_scaling_and_autocast():
+    q, k = tensors(dtype=torch.float32)
+    scaling = nn.PerHead("sqrt_dim", heads=HQ)
+    scaling.theta.data[1] = 2.0
+    ours, plain = diagnose(q.requires_grad_(), k, scaling=scaling), diagnose(q, k)
+    assert not ours.logit_std.requires_grad
+    ratio = ours.logit_std / plain.logit_std
+    torch.testing.assert_close(ratio, scaling.theta.detach().double().exp(), rtol=1e-6, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = diagnose(q, k)
+    exact = diagnose(q.bfloat16(), k.bfloat16())
+    torch.testing.assert_close(cast.gradient_norm, exact.gradient_norm)
+
+
+def test_the_table_has_a_line_a_head(monkeypatch):
+    q, k = tensors()
+    lines = diagnose(q, k).table().splitlines()
+    assert [line.split()[0] for line in lines[-HQ:]] == [str(head) for head in range(HQ)]
+    assert set(module._HEADERS) == {field.name for field in fields(Diagnosis)}
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    with pytest.raises(ImportError, match=r"pip install 'tritonattn\[demo\]'"):
+        diagnose(q, k).table()

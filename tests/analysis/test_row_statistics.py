@@ -1,0 +1,160 @@
+"""The statistics of every row against their definitions, dense and in float64, and the Jacobian against autograd's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.support.learned import LEARNED
+from tests.support.masks import MASKS
+from tests.support.rows import HQ, B, dense, tensors
+from tests.support.watch import Watch
+from tritonattn import SCALINGS
+from tritonattn.analysis.row_statistics import row_statistics
+from tritonattn.factor import Factor
+from tritonattn.visibility import Visibility
+
+
+def streamed(q, k, scaling="sqrt_dim", gain=None, **masks):
+    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
+    return row_statistics(q, k, factor, Visibility.of(q, k, **masks))
+
+
+def assert_same(ours, exact, rtol=1e-6, atol=1e-12):
+    for name, value in exact.items():
+        torch.testing.assert_close(getattr(ours, name), value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "cosine"])
+def test_every_mask(mask, scaling):
+    q, k = tensors()
+    masks = MASKS[mask](B, HQ, 6, 9)
+    assert_same(streamed(q, k, scaling, **masks), dense(q, k, scaling, **masks))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_every_mode(scaling):
+    q, k = tensors(kv_heads=1)
+    masks = MASKS["causal lengths"](B, HQ, 6, 9)
+    assert_same(streamed(q, k, scaling, **masks), dense(q, k, scaling, **masks))
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_every_learned_mode(name):
+    q, k = tensors()
+    assert_same(streamed(q, k, LEARNED[name](), causal=True), dense(q, k, LEARNED[name](), causal=True))
+
+
+def test_numbers_tensors_and_gains():
+    q, k = tensors()
+    given = torch.linspace(-1, 2, B * HQ * 6, dtype=torch.float64).view(B, HQ, 6)
+    gain = torch.tensor([[0.5], [-2.0], [0.0], [3.0]], dtype=torch.float64)
+    for scaling, one in ((0.3, None), (-0.7, gain), (given, 2.0), ("cosine", gain)):
+        assert_same(streamed(q, k, scaling, one), dense(q, k, scaling, one))
+    assert torch.equal(streamed(q, k, given, 2.0).factor, 2 * given)
+
+
+@pytest.mark.parametrize("lengths", [(1, 700), (300, 600), (3, 0), (0, 3), (4, 1)])
+def test_more_keys_and_rows_than_a_block_holds_and_none(lengths):
+    q, k = tensors(*lengths)
+    rows = slice(None) if lengths[0] < 10 else slice(255, 258)
+    ours = streamed(q, k, "key_norm_mean", causal=True)
+    if 0 in lengths:
+        assert all(getattr(ours, name).eq(0).all() for name in vars(ours))
+        assert ours.key_count.shape == (B, HQ, lengths[0])
+        return
+    ranges = torch.stack(Visibility.of(q, k, causal=True).ranges(), -1)[:, rows].expand(B, -1, -1)
+    exact = dense(q[:, :, rows], k, "key_norm_mean", key_ranges=ranges)
+    for name, value in exact.items():
+        torch.testing.assert_close(getattr(ours, name)[:, :, rows], value, rtol=1e-6, atol=1e-12)
+
+
+def test_a_lone_key_is_exact():
+    q, k = tensors(3, 1)
+    ours = streamed(q, k, "sqrt_dim")
+    assert (ours.max_probability == 1).all()
+    for name in ("entropy", "logit_std", "output_variance", "jacobian_norm", "gradient_norm"):
+        assert (getattr(ours, name) == 0).all(), name
+    assert ours.relative_entropy.isnan().all()
+
+
+@pytest.mark.parametrize("gap", [5.0, 50.0, 300.0])
+def test_what_is_left_of_a_one_hot_row_is_relative_to_itself(gap):
+    """Two keys whose logits are `gap` apart: p = (1 - e, e), where a sum of powers of p has nothing but rounding."""
+    q, k = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.tensor([0.0, gap]).double().view(1, 1, 2, 1)
+    rest = math.exp(-gap) / (1 + math.exp(-gap))
+    for order in (slice(None), torch.tensor([1, 0])):
+        ours = streamed(q, k[:, :, order], 1.0)
+        torch.testing.assert_close(ours.jacobian_norm.item(), 2 * rest * (1 - rest), rtol=1e-12, atol=0)
+        entropy = -rest * math.log(rest) - (1 - rest) * math.log1p(-rest)
+        torch.testing.assert_close(ours.entropy.item(), entropy, rtol=1e-12, atol=0)
+
+
+def test_a_one_hot_row_over_many_blocks():
+    k = torch.zeros(1, 1, 1024, 1, dtype=torch.float64)
+    k[0, 0, 700] = 80.0
+    ours = streamed(torch.ones(1, 1, 1, 1, dtype=torch.float64), k, 1.0)
+    e = math.exp(-80.0)
+    # J's entries: top p (1 - p) = 1023 e, others e, and -e beside the top; the rest is of order e^2.
+    torch.testing.assert_close(ours.jacobian_norm.item(), e * math.sqrt(1023**2 + 3 * 1023), rtol=1e-12, atol=0)
+
+
+def test_uniform_rows_keep_their_jacobian_and_lose_their_gradient():
+    q, k = torch.zeros(1, 1, 1, 4).double(), torch.randn(1, 1, 400, 4).double()
+    ours = streamed(q, k, 1e-9)
+    torch.testing.assert_close(ours.jacobian_norm.item(), math.sqrt(399) / 400, rtol=1e-9, atol=0)
+    torch.testing.assert_close(ours.gradient_norm.item(), 1e-9 * math.sqrt(399) / 400, rtol=1e-6, atol=0)
+    assert ours.relative_entropy.item() == pytest.approx(1, abs=1e-12)
+
+
+def test_the_spread_of_logits_far_from_zero():
+    """Logits around 1e6: a difference of mean squares would have lost them."""
+    k = torch.cat([torch.full((600, 1), 1e6), torch.arange(600.0)[:, None] / 600], -1)[None, None].double()
+    ours = streamed(torch.ones(1, 1, 1, 2).double(), k, 1.0)
+    exact = (torch.arange(600.0).double() / 600).std(correction=0)
+    torch.testing.assert_close(ours.logit_std.item(), exact.item(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_operands_are_widened_first(dtype):
+    q, k = tensors(dtype=dtype)
+    assert_same(streamed(q, k, "key_norm_sum"), dense(q, k, "key_norm_sum"), rtol=1e-6)
+
+
+def test_padding_of_nan_reaches_nothing():
+    q, k = tensors()
+    clean = streamed(q, k, "key_norm_mean", key_lengths=torch.tensor([4, 7]))
+    k[0, :, 4:], k[1, :, 7:] = torch.nan, torch.inf
+    dirty = streamed(q, k, "key_norm_mean", key_lengths=torch.tensor([4, 7]))
+    for name in vars(clean):
+        assert torch.equal(getattr(clean, name), getattr(dirty, name)), name
+
+
+def test_nan_in_a_visible_key_is_shown():
+    q, k = tensors(1, 600)
+    for place in (3, 599):
+        dirty = k.clone()
+        dirty[:, :, place] = torch.nan
+        ours = streamed(q, dirty, 1.0)
+        assert ours.max_probability.isnan().all()
+        assert ours.logit_std.isnan().all()
+
+
+def test_memory_is_that_of_blocks():
+    q, k = torch.randn(1, 1, 300, 8), torch.randn(1, 1, 1 << 16, 8)
+    ranges = torch.tensor([[0, 300]] * 299 + [[0, 1 << 16]])[None]
+    with Watch() as watch:
+        ours = streamed(q, k, "key_norm_sum", key_ranges=ranges)
+    assert watch.largest <= 8 << 20  # [Sq, Sk] of bytes alone would be 19 MiB
+    assert ours.key_count.amax() == 1 << 16
+
+
+def test_a_row_of_blocks_is_joined_in_any_order():
+    q, k = tensors(2, 900, size=3.0)
+    one = streamed(q, k, "cosine", 4.0)
+    two = streamed(q, k.flip(2), "cosine", 4.0)
+    for name in vars(one):
+        torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-9, atol=1e-15)

@@ -1,0 +1,177 @@
+"""`diagnose`: the health of a softmax, head by head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..dispatch import autocast
+from ..factor import Factor
+from ..scaling import Scaling
+from ..statistics import key_lengths_of
+from ..validation import Options, check
+from ..visibility import Visibility
+from .row_statistics import RowStatistics, row_statistics
+
+# A row is nearly one-hot above this max probability, and nearly uniform above this entropy / ln(n).
+ONE_HOT = 0.95
+UNIFORM = 0.98
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What `diagnose` found of every query head: fp64 [Hq]; means are over the rows that see a key.
+
+    logit_std             mean standard deviation of a row's logits
+    max_logit             the largest logit; -inf without rows
+    max_probability       mean of the rows' largest probabilities
+    relative_entropy      mean entropy / ln(n) of the rows that see n > 1 keys: 1 is uniform, 0 a single key
+    jacobian_norm         mean Frobenius norm of the softmax's Jacobian, diag(p) - p p^T
+    gradient_norm         mean Frobenius norm of dp / d(q . k), the Jacobian times the factor of the logits
+    near_one_hot          share of the rows whose max probability is above 0.95
+    near_uniform          share of the rows with n > 1 keys whose entropy / ln(n) is above 0.98
+    key_count_mean        mean n of the rows
+    key_count_variation   their standard deviation over their mean
+    key_norm_mean         mean length ||k|| of the keys of the head (those of its key head) that some row may see
+    key_norm_variation    their standard deviation over their mean
+
+    NaN where there is no such row or key; a standard deviation over nothing but zeros has variation 0.
+    """
+
+    logit_std: Tensor
+    max_logit: Tensor
+    max_probability: Tensor
+    relative_entropy: Tensor
+    jacobian_norm: Tensor
+    gradient_norm: Tensor
+    near_one_hot: Tensor
+    near_uniform: Tensor
+    key_count_mean: Tensor
+    key_count_variation: Tensor
+    key_norm_mean: Tensor
+    key_norm_variation: Tensor
+
+    def table(self) -> str:
+        """One line a head, as text. Needs tabulate; raises ImportError without it."""
+        try:
+            from tabulate import tabulate
+        except ImportError as error:
+            raise ImportError("Diagnosis.table() needs tabulate: pip install 'tritonattn[demo]'") from error
+        columns = [getattr(self, name).tolist() for name in _HEADERS]
+        rows = zip(range(len(self.logit_std)), *columns, strict=True)
+        return tabulate(rows, ["head", *_HEADERS.values()], floatfmt=".3g")
+
+
+_HEADERS = {
+    "logit_std": "logit\nstd",
+    "max_logit": "max\nlogit",
+    "max_probability": "max\np",
+    "relative_entropy": "entropy\n/ ln n",
+    "jacobian_norm": "Jacobian\nnorm",
+    "gradient_norm": "gradient\nnorm",
+    "near_one_hot": "near\none-hot",
+    "near_uniform": "near\nuniform",
+    "key_count_mean": "keys\nmean",
+    "key_count_variation": "keys\nvariation",
+    "key_norm_mean": "||k||\nmean",
+    "key_norm_variation": "||k||\nvariation",
+}
+
+
+@torch.no_grad()
+def diagnose(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scaling: str | Scaling | float | Tensor = "sqrt_dim",
+    gain: float | Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    key_ranges: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Diagnosis:
+    """What the softmax of `attention(q, k, v, ...)` looks like, and how much of a gradient passes it.
+
+        z[i, j] = gain[i] * factor[i, j] * (q[i] . k[j])       over the n keys j visible to row i
+        p[i]    = softmax(z[i])
+        J[i]    = diag(p[i]) - p[i] p[i]^T                     dp / dz, the softmax's Jacobian
+        dp / d(q . k) = J[i] diag(gain[i] * factor[i])
+
+    A gradient vanishes in two ways: p is one-hot (J is 0), or p is uniform since the factor is tiny (J is healthy, its
+    product with the factor is not). `near_one_hot` and `near_uniform` count such rows, `gradient_norm` measures both.
+    What the factor's own dependence on q or k adds is not part of it.
+
+    Args:
+        q: [B, Hq, Sq, D], float16, bfloat16, float32 or float64.
+        k: [B, Hkv, Sk, D] in q's dtype; Hkv divides Hq.
+
+    The other arguments are those of `attention`, with its defaults and errors. Everything is computed in float64, in
+    passes over blocks of keys: memory is O(S D), no [Sq, Sk] tensor is made. Nothing is differentiated. It is a tool to
+    look with, not to train with: on a CPU it takes about twenty times as long as a forward pass of `attention`.
+
+    Returns:
+        `Diagnosis`, of tensors [Hq] on q's device: means over the batch and its rows. Rows without keys are left out.
+
+    >>> import torch
+    >>> from tritonattn.analysis import diagnose
+    >>> q, k = torch.randn(2, 1, 4, 64, 32)
+    >>> diagnose(q, k, scaling="key_norm_sum", causal=True).near_uniform.shape
+    torch.Size([4])
+
+    Sources: Bernhard 2023, arXiv:2311.09406 (max and variance of the softmax's output, and its Jacobian, as signs of a
+    vanishing gradient); Zhai et al. 2023, arXiv:2303.06296 (low entropy as a sign of unstable training).
+    """
+    options = Options(causal, window, key_lengths, key_ranges, mask)
+    q, k, _ = autocast(q, k, k)
+    check(q, k, k, options)
+    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
+    visibility = Visibility.of(
+        q, k, causal=causal, window=window, key_lengths=key_lengths, key_ranges=key_ranges, mask=mask
+    )  # fmt: skip
+    key_norm_mean, key_norm_variation = _of_keys(k, visibility)
+    return _of_rows(row_statistics(q, k, factor, visibility), key_norm_mean, key_norm_variation)
+
+
+def _of_rows(rows: RowStatistics, key_norm_mean: Tensor, key_norm_variation: Tensor) -> Diagnosis:
+    """The heads' means; key_norm_mean and key_norm_variation are [Hq]."""
+    seeing, several = rows.key_count > 0, rows.key_count > 1
+    relative = rows.relative_entropy
+    key_count_mean, key_count_variation = _mean_and_variation(rows.key_count, seeing)
+    largest = torch.where(seeing, rows.max_logit, -torch.inf)
+    return Diagnosis(
+        logit_std=_mean(rows.logit_std, seeing),
+        max_logit=torch.nn.functional.pad(largest, (0, 1), value=-torch.inf).amax((0, 2)),
+        max_probability=_mean(rows.max_probability, seeing),
+        relative_entropy=_mean(relative, several),
+        jacobian_norm=_mean(rows.jacobian_norm, seeing),
+        gradient_norm=_mean(rows.gradient_norm, seeing),
+        near_one_hot=_mean((rows.max_probability > ONE_HOT).double(), seeing),
+        near_uniform=_mean((relative > UNIFORM).double(), several),
+        key_count_mean=key_count_mean,
+        key_count_variation=key_count_variation,
+        key_norm_mean=key_norm_mean,
+        key_norm_variation=key_norm_variation,
+    )
+
+
+def _of_keys(k: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor]:
+    """Mean and variation of the lengths of the keys that some row may see, [Hq] each."""
+    seen = visibility.seen_keys().expand(visibility.keys)
+    found = _mean_and_variation(key_lengths_of(k, seen).double(), seen)
+    mean, variation = (x.repeat_interleave(visibility.q_heads // max(visibility.kv_heads, 1)) for x in found)
+    return mean, variation
+
+
+def _mean(x: Tensor, counted: Tensor) -> Tensor:
+    """Mean of x [B, H, S] over the batch and S, of what is counted: [H]; NaN where nothing is."""
+    return torch.where(counted, x, 0).sum((0, 2)) / counted.sum((0, 2))
+
+
+def _mean_and_variation(x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and standard deviation over mean, likewise."""
+    mean = _mean(x, counted)
+    deviation = _mean((x - mean[:, None]).square(), counted).sqrt()
+    return mean, torch.where(deviation == 0, 0, deviation / mean)
