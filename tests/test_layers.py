@@ -32,6 +32,7 @@ ORDER = (
     {"nn", "warmup"},
     {"huggingface"},
     {"analysis", "demo", "integrations", "tune"},
+    {"advising"},
     {"__init__"},
     {"cli"},
     {"__main__"},
@@ -41,6 +42,7 @@ LAYERS = {module: layer for layer, modules in enumerate(ORDER) for module in mod
 OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqdm", "numpy",
             "diffusers", "kernels", "timm", "x_transformers"}  # fmt: skip
 OPTIONAL_IN = {
+    "advising": {"transformers"},
     "huggingface": {"transformers"},
     "analysis": {"tabulate", "transformers"},
     "demo": {"transformers", "matplotlib", "tabulate", "tqdm"},

@@ -35,7 +35,7 @@ class Monitor:
 
     A record is a dict: step; loss; alarms; and layers, by the module's name, each with
 
-        calls, rows          how many calls and rows (B Hq Sq) it rests on; rows that see no key, and padding, do not count
+        calls, rows          how many calls and rows (B Hq Sq) it rests on, without padding and rows that see no key
         max_logit            [Hq] the largest logit, before softcap
         relative_entropy     [Hq] mean over the rows that see n > 1 keys of entropy / ln n: 1 is uniform, 0 one key
         near_one_hot         [Hq] share of the rows whose largest probability is above 0.95

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import ScaledAttention
-from ..scaling import SCALINGS, Scaling
+from ..scaling import Scaling
 from .alarms import Alarm
 
 _NORM = re.compile(r"(q|k|qk|query|key)_?(layer)?_?norm(alization)?")
@@ -77,8 +77,8 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
     Weights only: the optimizer's state stays, as in the paper. Give the Monitor a threshold of no more than this one:
     `Thresholds(max_logit=threshold)`.
 
-    Layers: `tritonattn.nn.ScaledAttention`, `integrations.torch_modules.MultiheadAttention`, and transformers layers with
-    q_proj and k_proj (Llama, Mistral, OPT, Whisper, ...), query and key (BERT, ViT), q_lin and k_lin (DistilBERT),
+    Layers: `tritonattn.nn.ScaledAttention`, `integrations.torch_modules.MultiheadAttention`, and those of transformers
+    with q_proj and k_proj (Llama, Mistral, OPT, Whisper, ...), query and key (BERT, ViT), q_lin and k_lin (DistilBERT),
     qkv_proj (Phi-3) or c_attn (GPT-2).
 
     Raises (when it acts, before any weight is changed):
@@ -139,8 +139,8 @@ def _degree_in_keys(scaling: Scaling | float | None, name: str) -> int:
         if torch.allclose(2 * other_k, one, rtol=1e-4):
             return 0
     raise NotImplementedError(
-        f"{name}: QK-clip does not work with the scaling {getattr(scaling, 'name', type(scaling).__name__)}, whose logits"
-        " are not proportional to q"
+        f"{name}: QK-clip does not work with the scaling {getattr(scaling, 'name', type(scaling).__name__)}, whose"
+        " logits are not proportional to q"
     )
 
 
@@ -167,8 +167,8 @@ def _projections(name: str, module: Any) -> Projections:
             q, k = tuple(x[: sizes[0]] for x in rows), tuple(x[sizes[0] : sum(sizes)] for x in rows)
             return Projections(q, k, heads, kv_heads, scaling)
     raise NotImplementedError(
-        f"{name}: QK-clip knows projections named q_proj and k_proj, query and key, q_lin and k_lin, qkv_proj or c_attn;"
-        f" {type(module).__name__} has none of them"
+        f"{name}: QK-clip knows projections named q_proj and k_proj, query and key, q_lin and k_lin, qkv_proj or"
+        f" c_attn; {type(module).__name__} has none of them"
     )
 
 
@@ -190,8 +190,8 @@ def _refuse_norms(name: str, module: nn.Module) -> None:
     for child, norm in module.named_children():
         if _NORM.fullmatch(child) and not isinstance(norm, nn.Identity):
             raise NotImplementedError(
-                f"{name}: QK-clip does nothing before a norm of q and k, got {child} ({type(norm).__name__}); lower that"
-                " norm's weight, or give the layer a gain"
+                f"{name}: QK-clip does nothing before a norm of q and k, got {child} ({type(norm).__name__}); lower"
+                " that norm's weight, or give the layer a gain"
             )
 
 

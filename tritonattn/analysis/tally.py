@@ -12,7 +12,6 @@ from ..observation import ObservedCall
 from .diagnosis import ONE_HOT, UNIFORM
 
 
-
 class Tally:
     """Sums over the calls of one layer; on the device, and unread, until `summary`."""
 
@@ -36,7 +35,8 @@ class Tally:
         if not self._calls:
             return None
         calls = [{name: x.cpu() for name, x in sums.items()} for sums in self._calls]
-        total = {name: sum(one[name] for one in calls) for name in ("real_rows", "rows", "entropy", "one_hot", "uniform")}
+        names = ("real_rows", "rows", "entropy", "one_hot", "uniform")
+        total = {name: torch.stack([one[name] for one in calls]).sum(0) for name in names}
         largest = torch.stack([one["max_logit"] for one in calls]).amax(0)
         return {
             "calls": len(calls),
