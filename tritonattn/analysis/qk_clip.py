@@ -121,9 +121,9 @@ def _degree_in_keys(scaling: Scaling | float | None, name: str) -> int:
     """
     if not isinstance(scaling, Scaling):
         return 1
-    heads = max((p.shape[0] for p in scaling.parameters() if p.dim() > 0), default=1) if _is_module(scaling) else 1
-    parameter = next(scaling.parameters(), None) if _is_module(scaling) else None
-    device = "cpu" if parameter is None else parameter.device
+    parameters = list(scaling.parameters()) if isinstance(scaling, nn.Module) else []
+    heads = max((x.shape[0] for x in parameters if x.dim() > 0), default=1)
+    device = parameters[0].device if parameters else "cpu"
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, heads, 4, 8, dtype=torch.float64, generator=generator).to(device) for _ in range(2))
     visible = torch.ones(1, 1, 4, 4, dtype=torch.bool, device=device).tril()
@@ -142,10 +142,6 @@ def _degree_in_keys(scaling: Scaling | float | None, name: str) -> int:
         f"{name}: QK-clip does not work with the scaling {getattr(scaling, 'name', type(scaling).__name__)}, whose"
         " logits are not proportional to q"
     )
-
-
-def _is_module(scaling: Any) -> bool:
-    return isinstance(scaling, nn.Module)
 
 
 def _projections(name: str, module: Any) -> Projections:
