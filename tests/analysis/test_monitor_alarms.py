@@ -24,6 +24,13 @@ def lines(file) -> list[dict]:
     return [json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines()]
 
 
+def step(net, monitor, *loss, **keywords):
+    """A step of a model on the same tensor, and its record."""
+    torch.manual_seed(0)
+    net(torch.randn(2, 5, 32), **keywords).sum().backward()
+    return monitor.step(*loss)
+
+
 def sharpened(net, factor):
     with torch.no_grad():
         net.attention.q_proj.weight.mul_(factor)
@@ -33,10 +40,10 @@ def sharpened(net, factor):
 def test_a_record_is_a_line(tmp_path):
     net, file = Net(), tmp_path / "a.jsonl"
     with Monitor(net, every=2, file=file, thresholds=QUIET) as monitor:
-        for step in range(3):
+        for number in range(3):
             net(torch.randn(2, 5, 32)).sum().backward()
-            monitor.step(torch.tensor(float(step)))
-            if step == 0:
+            monitor.step(torch.tensor(float(number)))
+            if number == 0:
                 assert len(lines(file)) == 1  # at once, not at the end
     first, second = lines(file)
     assert (first["step"], second["step"], second["loss"]) == (0, 2, 2.0)
@@ -72,11 +79,9 @@ def test_it_warns_once_a_layer_until_it_recovers():
     with Monitor(net, every=1, thresholds=Thresholds(50.0, None, None), on_alarm=stood.append) as monitor:
         for factor in (1, 1000, 1, 1, 1e-3, 1, 1000):
             sharpened(net, factor)
-            torch.manual_seed(0)
-            net(torch.randn(2, 5, 32)).sum()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                record = monitor.step()
+                record = step(net, monitor)
             said.append([str(one.message) for one in caught])
             assert bool(record["alarms"]) == (max(record["layers"][NAME]["max_logit"]) > 50)
     assert [len(one) for one in said] == [0, 1, 0, 0, 0, 0, 1]
@@ -96,8 +101,7 @@ def test_both_ways_of_vanishing_alarm(scaling, measure):
     net = Net(scaling=scaling)
     thresholds = Thresholds(max_logit=None)
     with Monitor(net, every=1, thresholds=thresholds) as monitor, pytest.warns(RuntimeWarning, match=measure):
-        net(torch.randn(2, 5, 32)).sum()
-        record = monitor.step()
+        record = step(net, monitor)
     assert [one["measure"] for one in record["alarms"]] == [measure]
     assert record["alarms"][0]["value"] > 0.9
 
@@ -106,8 +110,7 @@ def test_both_ways_of_vanishing_alarm(scaling, measure):
 def test_a_loss_that_is_not_finite_alarms_in_any_step(loss, tmp_path):
     net, file, stood = Net(), tmp_path / "a.jsonl", []
     with Monitor(net, every=10, file=file, thresholds=QUIET, on_alarm=stood.extend) as monitor:
-        net(torch.randn(2, 5, 32)).sum()
-        monitor.step(1.0)
+        step(net, monitor, 1.0)
         monitor.step(1.0)
         with pytest.warns(RuntimeWarning, match="step 2: loss"):
             assert monitor.step(loss) is None
@@ -121,15 +124,13 @@ def test_a_nan_in_the_logits_alarms():
     net = Net()
     sharpened(net, math.nan)
     with Monitor(net, every=1) as monitor, pytest.warns(RuntimeWarning, match="max_logit nan"):
-        net(torch.randn(2, 5, 32)).sum()
-        monitor.step()
+        step(net, monitor)
 
 
 def test_a_layer_without_rows_does_not_alarm():
     net = Net()
     with Monitor(net, every=1) as monitor:
-        net(torch.randn(1, 5, 32), key_lengths=torch.tensor([0])).sum()
-        assert monitor.step()["alarms"] == []
+        assert step(net, monitor, key_lengths=torch.tensor([0, 0]))["alarms"] == []
 
 
 def test_undo_on_alarm():
@@ -137,9 +138,10 @@ def test_undo_on_alarm():
     with torch.no_grad():
         wanted = net(x).logits
     patch(net, "key_norm_sum", gain=1e-3)
-    with Monitor(net, every=1, on_alarm="undo") as monitor, pytest.warns(RuntimeWarning, match="near_uniform"):
+    with Monitor(net, every=1, on_alarm="undo") as monitor:
         net(x)
-        monitor.step()
+        with pytest.warns(RuntimeWarning, match="near_uniform"):
+            monitor.step()
         assert patched(net) is None
         net(x)
         record = monitor.step()  # it goes on, with the model's own attention
@@ -154,11 +156,10 @@ def test_qk_clip_on_alarm_brings_the_logits_back():
     sharpened(net, 30)
     action = qk_clip(net, 20.0)
     with Monitor(net, every=1, thresholds=Thresholds(20.0, None, None), on_alarm=action) as monitor:
-        with pytest.warns(RuntimeWarning, match="max_logit"), torch.no_grad():
-            net(x)
+        net(x)
+        with pytest.warns(RuntimeWarning, match="max_logit"):
             before = monitor.step()["layers"][NAME]["max_logit"]
-        with torch.no_grad():
-            net(x)
+        net(x)
         after = monitor.step()
     assert before[-1] > 20
     assert after["alarms"] == [] or max(after["layers"][NAME]["max_logit"]) < 20.001
@@ -171,9 +172,8 @@ def test_an_action_that_fails_ends_the_run_and_leaves_a_record(tmp_path):
         raise ZeroDivisionError
 
     net, file = Net(scaling=1e6), tmp_path / "a.jsonl"
-    with pytest.raises(ZeroDivisionError), Monitor(net, every=1, file=file, on_alarm=broken) as monitor:
-        net(torch.randn(2, 5, 32)).sum()
-        monitor.step()
+    with Monitor(net, every=1, file=file, on_alarm=broken) as monitor, pytest.raises(ZeroDivisionError):
+        step(net, monitor)
     assert lines(file)[0]["alarms"]
 
 

@@ -69,7 +69,8 @@ def test_multihead_attention(kdim, bias):
 def build(name: str):
     torch.manual_seed(0)
     if name == "llama":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=True))
+        config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=True)
+        model = transformers.LlamaForCausalLM(config)
     elif name == "phi3":
         config = transformers.Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0, eos_token_id=1)
         model = transformers.Phi3ForCausalLM(config)
@@ -113,7 +114,8 @@ def test_what_is_not_too_large_is_left_to_the_bit():
 
 def test_weights_in_bf16_are_rounded_once():
     net = Net(dtype=torch.bfloat16, kv_heads=1)
-    wanted = net.attention.q_proj.weight.detach().double() * torch.tensor([0.1, 1, 1, 1]).repeat_interleave(8)[:, None].double()
+    factor = torch.tensor([0.1, 1, 1, 1], dtype=torch.float64).repeat_interleave(8)[:, None]
+    wanted = net.attention.q_proj.weight.detach().double() * factor
     qk_clip(net, 10.0).clip({"attention": [100.0, 1.0, 1.0, 1.0]})
     assert (net.attention.q_proj.weight.double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()
 

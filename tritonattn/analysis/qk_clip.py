@@ -24,13 +24,14 @@ class Projections:
     """Where the weights of q and k lie in one attention module.
 
     query, key   views of the weights and biases, rows first: [H D, ...]; writing to them writes to the model
+    scaling      as in `tritonattn.attention`; None is the model's own factor
     """
 
     query: tuple[Tensor, ...]
     key: tuple[Tensor, ...]
     heads: int
     kv_heads: int
-    scaling: Scaling | float | None
+    scaling: Any
 
 
 class QKClip:
@@ -52,9 +53,10 @@ class QKClip:
         """
         found = {name: self._gamma(name, values) for name, values in max_logits.items()}
         found = {name: gamma for name, gamma in found.items() if bool((gamma < 1).any())}
-        plans = {name: _projections(name, self.model.get_submodule(name)) for name in found}  # refuse before changing
-        for name, gamma in found.items():
-            _apply(plans[name], name, gamma)
+        plans = {name: _plan(name, self.model.get_submodule(name), gamma) for name, gamma in found.items()}
+        for plan in plans.values():  # of which none was refused
+            for rows, factor in plan:
+                _multiply(rows, factor)
         return found
 
     def _gamma(self, name: str, values: Any) -> Tensor:
@@ -98,14 +100,15 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
     return QKClip(model, threshold)
 
 
-def _apply(found: Projections, name: str, gamma: Tensor) -> None:
+def _plan(name: str, module: nn.Module, gamma: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What to multiply by what, rows [H D, ...] by [H]; refuses what cannot be clipped."""
+    found = _projections(name, module)
     if gamma.shape[0] != found.heads:
         raise ValueError(f"{name}: expected {found.heads} largest logits, got {gamma.shape[0]}")
-    both = found.heads == found.kv_heads and _degree_in_keys(found.scaling, name) == 1
-    for rows in found.query:
-        _multiply(rows, gamma.sqrt() if both else gamma)
-    for rows in found.key if both else ():
-        _multiply(rows, gamma.sqrt())
+    degree = _degree_in_keys(found.scaling, name)
+    if degree == 1 and found.heads == found.kv_heads:
+        return [(rows, gamma.sqrt()) for rows in (*found.query, *found.key)]
+    return [(rows, gamma) for rows in found.query]
 
 
 def _multiply(rows: Tensor, factor: Tensor) -> None:
@@ -114,7 +117,7 @@ def _multiply(rows: Tensor, factor: Tensor) -> None:
     rows.copy_(rows.double() * wide.reshape(-1, *(1,) * (rows.dim() - 1)))
 
 
-def _degree_in_keys(scaling: Scaling | float | None, name: str) -> int:
+def _degree_in_keys(scaling: Any, name: str) -> int:
     """1 where doubled keys double the logits, 0 where the scaling takes that back; found by its formula.
 
     Raises NotImplementedError where the size of q, or of k in another way, does not act as a factor.
