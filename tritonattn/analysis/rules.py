@@ -155,13 +155,13 @@ RULES: tuple[Rule, ...] = (
         candidates=("log_key_count({count})",),
         heals=_always,
         otherwise="",
-        why="the same logits are sharper over few keys than over many; ln(n) / ln(mean n) evens that out, and leaves"
-        " rows of the mean number as they are",
-        watch="relative_entropy of short and long inputs, which should come nearer; the loss of each",
+        why="the same logit gets less attention among many keys than among few; ln(n) / ln(mean n) takes that back, and"
+        " leaves rows of the mean number as they are",
+        watch="the loss of short and of long inputs, each beside sqrt_dim's; max_logit of the long ones, which rises",
         turn_back="the loss of the short or of the long inputs is above sqrt_dim's",
         evidence=(
             "Chiang & Cholak 2022, arXiv:2202.12172",
-            "docs/workshop.md, exercise 4: the same logits under masks of several lengths",
+            "docs/workshop.md, exercise 4: what the right key gets among 8 and among 512",
         ),
     ),
     Rule(
