@@ -19,11 +19,11 @@ def test_snippets_run(position):
 
 
 def test_no_snippet_is_overlooked():
-    assert len(SNIPPETS) == 11
+    assert len(SNIPPETS) == 12
     assert "class LogKeyNorm(Scaling)" in SNIPPETS[1]
     assert "class CountPower(torch.nn.Module, Scaling)" in SNIPPETS[2]
-    assert "tritonattn.huggingface.patch(" in SNIPPETS[8]
-    assert "replace_multihead_attention" in SNIPPETS[9]
+    assert "tritonattn.huggingface.patch(" in SNIPPETS[9]
+    assert "replace_multihead_attention" in SNIPPETS[10]
 
 
 def test_every_mode_is_in_the_table():
