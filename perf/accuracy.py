@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 
 import torch
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
+from tritonattn.simulation.distributions import DISTRIBUTIONS
 
 from .attention_cases import DTYPES, OURS, entrant_name
 from .check import Question, judge, mode_scales
@@ -22,45 +20,6 @@ from .versions import Environment
 SUITE = "accuracy"
 RECIPE = "pre-scaled q"
 _ROWS = 32  # queries, each of which sees all keys
-_CLIPPED = 3e4  # fp16 holds it
-
-
-def _unit(k: Tensor) -> Tensor:
-    """Keys of length sqrt(D), as Gaussian ones have on average."""
-    return k / k.norm(dim=-1, keepdim=True) * math.sqrt(k.shape[-1])
-
-
-def _log_normal(k: Tensor, random: torch.Generator) -> Tensor:
-    return _unit(k) * torch.randn(k.shape[:-1], generator=random, dtype=k.dtype).exp()[..., None]
-
-
-def _heavy_tailed(k: Tensor, random: torch.Generator) -> Tensor:
-    """Components of Student's t with one degree of freedom: a ratio of normal numbers; clipped."""
-    return (k / torch.randn(k.shape, generator=random, dtype=k.dtype)).clamp(-_CLIPPED, _CLIPPED)
-
-
-def _few_giants(k: Tensor, random: torch.Generator) -> Tensor:
-    """The first key and one in 64 a thousand times as long as the rest."""
-    giant = torch.rand(k.shape[:-1], generator=random) < 1 / 64
-    giant[..., 0] = True
-    return torch.where(giant[..., None], 1000 * k, k)
-
-
-def _half_zeros(k: Tensor, random: torch.Generator) -> Tensor:
-    return k * (torch.rand(k.shape[:-1], generator=random) < 0.5)[..., None]
-
-
-# Made of keys k [..., D] with standard normal components, fp64.
-DISTRIBUTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
-    "gaussian": lambda k, random: k,
-    "unit sphere": lambda k, random: _unit(k),
-    "log-normal": _log_normal,
-    "heavy-tailed": _heavy_tailed,
-    "few giants": _few_giants,
-    "half zeros": _half_zeros,
-    "very large": lambda k, random: 1e3 * k,
-    "very small": lambda k, random: 1e-3 * k,
-}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from itertools import product
 import torch
 
 import tritonattn
+from tritonattn.simulation.distributions import DISTRIBUTIONS
 
-from .accuracy import DISTRIBUTIONS, AccuracyCase
+from .accuracy import AccuracyCase
 from .attention_cases import DTYPES, OURS, Case
 from .contest import Contest
 from .decode_cases import DecodeCase

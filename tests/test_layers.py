@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up. A module may import from strictly lower layers, and a folder's modules from one another.
 ORDER = (
-    {"autograd", "command"},
+    {"autograd", "command", "provenance"},
     {"observation"},
     {"ranges", "sequences", "dropout"},
     {"visibility"},
@@ -32,7 +32,7 @@ ORDER = (
     {"nn", "warmup"},
     {"huggingface"},
     {"analysis", "demo", "integrations", "tune"},
-    {"advising"},
+    {"advising", "simulation"},
     {"__init__"},
     {"cli"},
     {"__main__"},
@@ -47,6 +47,7 @@ OPTIONAL_IN = {
     "analysis": {"tabulate", "transformers"},
     "demo": {"transformers", "matplotlib", "tabulate", "tqdm"},
     "integrations": {"diffusers", "timm", "x_transformers"},
+    "simulation": {"matplotlib", "tabulate", "tqdm"},
     "tune": {"tabulate", "tqdm"},
 }
 TRITON_IN = {"kernels", "tuning", "launch", "triton_backend", "tune"}

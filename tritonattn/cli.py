@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .command import CommandError, require
+from .command import CommandError, check_file, require, usable_device
 
 DEMO_MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
 ADVISE_TOKENS = 512
@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_compare(commands)
     _add_advise(commands)
+    _add_simulate(commands)
     _add_tune(commands)
     _add_configs(commands)
     _add_hub_kernel(commands)
@@ -144,6 +145,68 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _add_simulate(commands: argparse._SubParsersAction) -> None:
+    simulate = commands.add_parser(
+        "simulate",
+        help="measure what each scaling makes of random queries and keys",
+        description="Simulate random queries and keys. paper: Bernhard's simulations (arXiv:2311.09406). sweep: what "
+        "the softmax looks like and which gradient reaches q and k, in every mode, by number, dimension and kind of "
+        "keys. verdict: whether one temperature serves rows whose keys vary in number or length. Needs no GPU.",
+    )
+    simulate.add_argument("--parts", default="paper,sweep,verdict", metavar="A,B", help="default: %(default)s")
+    simulate.add_argument("--modes", metavar="A,B", help="scalings to measure (default: all)")
+    simulate.add_argument("--counts", metavar="A,B", help="numbers of keys (default: 2 to 65536)")
+    simulate.add_argument(
+        "--dims", metavar="A,B", help="head dimensions, the one for all kinds of keys first (default: 64, 16 to 512)"
+    )
+    simulate.add_argument("--keys", metavar="A,B", help="kinds of keys (default: all; see docs/simulation.md)")
+    simulate.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    simulate.add_argument("--device", default="cpu", help="where to compute, e.g. cuda (default: %(default)s)")
+    simulate.add_argument("--quick", action="store_true", help="fewer numbers, dimensions and sequences: half a minute")
+    simulate.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
+    simulate.add_argument("--plot", type=Path, metavar="DIR", help="also draw the pictures, into this folder")
+    simulate.set_defaults(run=_simulate)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    require("simulate", ["tabulate", "tqdm"] + ["matplotlib"] * (options.plot is not None), extra="lab")
+    from .scaling import SCALINGS
+    from .simulation.command import PARTS, Request, run
+    from .simulation.distributions import DISTRIBUTIONS
+
+    counts, dims = "2,8,32,128,1024,8192,65536", "64,16,32,128,256,512"
+    if options.quick:
+        counts, dims = "2,32,1024", "64,16,256"
+    request = Request(
+        parts=_chosen("--parts", options.parts, PARTS),
+        modes=_chosen("--modes", options.modes or ",".join(SCALINGS), tuple(SCALINGS)),
+        counts=_numbers("--counts", options.counts or counts, 2),
+        dims=_numbers("--dims", options.dims or dims, 1),
+        keys=_chosen("--keys", options.keys or ",".join(DISTRIBUTIONS), tuple(DISTRIBUTIONS)),
+        seed=options.seed,
+        device=usable_device(options.device),
+        quick=options.quick,
+        json=options.json,
+        plot=options.plot,
+    )
+    check_file("--json", options.json)
+    if options.plot is not None:
+        try:
+            options.plot.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(f"--plot: wanted a folder, got {str(options.plot)!r}: {error.strerror}") from error
+    return run(request)
+
+
+def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
+    """The integers of a comma-separated list, each once, in its order."""
+    names = _names(text)
+    for name in names or ("nothing",):
+        if not name.isdecimal() or int(name) < least:
+            raise CommandError(f"{option}: expected integers of at least {least}, got {name!r}")
+    return tuple(dict.fromkeys(map(int, names)))
+
+
 def _add_tune(commands: argparse._SubParsersAction) -> None:
     tune = commands.add_parser(
         "tune",
@@ -190,7 +253,7 @@ def _tune(options: argparse.Namespace) -> int:
 def _chosen(option: str, text: str, known: Sequence) -> tuple:
     """Those of the known values that a comma-separated list names, in the order known."""
     names = _names(text)
-    for name in names:
+    for name in names or ("nothing",):
         if name not in map(str, known):
             raise CommandError(f"{option}: expected {', '.join(map(str, known))}, got {name!r}")
     return tuple(value for value in known if str(value) in names)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
+
+import torch
 
 
 class CommandError(Exception):
@@ -16,3 +19,19 @@ def require(command: str, modules: list[str], extra: str) -> None:
         raise CommandError(
             f"{command} needs {', '.join(missing)}; to mend it: pip install 'tritonattn[{extra}]'"
         )
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of an option --device; CommandError where it is none of this machine."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def check_file(option: str, file: Path | None) -> None:
+    """Refuse, before the work, a file that could not be written after it."""
+    if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
+        raise CommandError(f"{option}: wanted a file in an existing folder, got {str(file)!r}")

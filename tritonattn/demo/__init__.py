@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
-from ..command import CommandError
+from ..command import CommandError, check_file, usable_device
 from ..huggingface import Patched
 from ..scaling import SCALINGS
 from .measurement import Measurement, Subject, eager_loss, measure
@@ -68,7 +67,7 @@ def run(request: Request) -> int:
 
 def subject_and_tokens(request: Request) -> tuple[Subject, Tensor]:
     """The model asked for, and the tokens int64 [1, S] of the text, cut to what was asked for and to its context."""
-    device, file = _checked_device(request.device), request.text or TEXT
+    device, file = usable_device(request.device), request.text or TEXT
     text = _read(file)
     subject = load(request.model, device)
     tokens = _tokens(subject, text, request.max_tokens)
@@ -105,20 +104,10 @@ def _checked_modes(modes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((BASELINE, *modes)))
 
 
-def _checked_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def check_outputs(request: Request) -> None:
     """Refuse before the work what would fail after it."""
     for option, file in (("--json", request.json), ("--plot", request.plot)):
-        if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
-            raise CommandError(f"{option}: wanted a file in an existing folder, got {str(file)!r}")
+        check_file(option, file)
     if request.plot is not None:
         from .plot import file_types
 

@@ -1,0 +1,1 @@
+"""What each scaling makes of random queries and keys: `tritonattn simulate`."""

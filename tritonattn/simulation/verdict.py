@@ -1,0 +1,144 @@
+"""Does dividing by the sum of the keys' lengths help where the keys' number or lengths vary, and not elsewhere?
+
+Scalings differ by constant factors that any model learns away (in W_q, or as a gain). So a mode is given one gain for
+a whole batch, the best one, and is asked how far one temperature serves all rows of the batch. A row's reach is
+
+    reach = ||dp / d(q . k)||_F / the largest that it could be at any gain of the row's own
+
+of `RowStatistics.gradient_norm`: 1 where the row's temperature is the one at which most of a gradient passes, near 0
+where its softmax is one-hot or uniform. Without the gain it says how the mode does as published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .distributions import of_equal_length, of_log_normal_length
+from .measures import softmax_measures, statistics_of
+
+KEYS = 256  # geometric mean of n
+_DIM, _ROWS = 64, 4
+# Standard deviations of a row's logits, 2^-6 to 2^12, at which its gradient is measured, and gains that are tried. Two
+# largest logits that are almost equal let a gradient pass up to very large ones.
+_STEP = 0.25
+_SPREADS = torch.arange(-6, 12 + _STEP, _STEP, dtype=torch.float64)
+_GAINS = torch.arange(-24, 24 + _STEP, _STEP, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What varies in a batch: the number and the lengths of the keys.
+
+    fold      the largest n over the smallest
+    lengths   vary "between" sequences or "within" each
+    """
+
+    name: str
+    fold: int = 1
+    lengths: str | None = None
+
+
+CONDITIONS = (
+    Condition("homogeneous"),
+    Condition("counts vary 2-fold", fold=2),
+    Condition("counts vary 256-fold", fold=256),
+    Condition("lengths vary between sequences", lengths="between"),
+    Condition("lengths vary within a sequence", lengths="within"),
+    Condition("counts and lengths vary", fold=256, lengths="between"),
+)
+# Modes that multiply keys by factors of their own: see `Curves`.
+OWN_CURVES = ("cosine",)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """One mode under one condition.
+
+    as_published   mean reach of the rows without a gain
+    near_one_hot, near_uniform   shares of the rows, likewise
+    gain           the one gain of the batch with the largest mean reach
+    tuned          mean reach with it
+    lowest         the reach with it that one row in ten falls short of
+    unevenness     standard deviation over the rows of ln(standard deviation of a row's logits): 0 where one gain suits
+                   all rows alike; no gain changes it
+    """
+
+    as_published: float
+    near_one_hot: float
+    near_uniform: float
+    gain: float
+    tuned: float
+    lowest: float
+    unevenness: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """q [sets, 1, rows, D], k [sets, 1, Sk, D], fp64, and key_lengths [sets]."""
+
+    q: Tensor
+    k: Tensor
+    key_lengths: Tensor
+
+    @classmethod
+    def of(cls, condition: Condition, sets: int, seed: int, device: torch.device) -> Batch:
+        """n is drawn around 256 evenly in its logarithm; lengths are sqrt(D), or that times exp of a normal number."""
+        random = torch.Generator().manual_seed(seed)
+        q = torch.randn(sets, 1, _ROWS, _DIM, generator=random, dtype=torch.float64)
+        place = torch.rand(sets, generator=random, dtype=torch.float64) - 0.5
+        counts = (KEYS * condition.fold**place).round().long()
+        k = torch.randn(sets, 1, int(counts.max()), _DIM, generator=random, dtype=torch.float64)
+        k = of_log_normal_length(k, random) if condition.lengths == "within" else of_equal_length(k)
+        if condition.lengths == "between":
+            k = k * torch.randn(sets, 1, 1, 1, generator=random, dtype=torch.float64).exp()
+        return cls(*(x.to(device) for x in (q, k, counts)))
+
+
+class Curves:
+    """The reach of every row of a batch by the standard deviation of its logits.
+
+    Modes that multiply rows by a factor give a row the same probabilities wherever they give its logits the same
+    deviation; a mode with factors of keys has curves of its own.
+    """
+
+    def __init__(self, batch: Batch, mode: str) -> None:
+        spread = statistics_of(batch.q, batch.k, mode, key_lengths=batch.key_lengths).logit_std
+        gradients = []
+        for wanted in _SPREADS:
+            gain = 2**wanted / spread
+            rows = statistics_of(batch.q, batch.k, mode, key_lengths=batch.key_lengths, gain=gain)
+            gradients.append(rows.gradient_norm.flatten())
+        norms = torch.stack(gradients, dim=-1)  # [rows, spreads]
+        self._reach = norms / norms.amax(-1, keepdim=True)
+
+    def at(self, spread: Tensor) -> Tensor:
+        """The reach of every row where its logits have the deviations spread [rows]; linear in between."""
+        first, last = float(_SPREADS[0]), float(_SPREADS[-1])
+        place = ((spread.log2() - first) / _STEP).clamp(0, (last - first) / _STEP)
+        low = place.floor().clamp(max=self._reach.shape[1] - 2).long()[:, None]
+        part = place[:, None] - low
+        reach = self._reach.gather(1, low) * (1 - part) + self._reach.gather(1, low + 1) * part
+        # Below the first deviation p is uniform, and the gradient falls as the factor does.
+        return reach.squeeze(1) * (spread / 2**first).clamp(max=1)
+
+
+def reach_of(batch: Batch, mode: str, curves: Curves) -> Reach:
+    """A mode on a batch, with the curves of its kind."""
+    rows = statistics_of(batch.q, batch.k, mode, key_lengths=batch.key_lengths)
+    spread = rows.logit_std.flatten()
+    means = torch.stack([curves.at(spread * 2**gain).mean() for gain in _GAINS])
+    best = 2 ** float(_GAINS[means.argmax()])
+    tuned = curves.at(spread * best)
+    shares = softmax_measures(rows)
+    return Reach(
+        as_published=float(curves.at(spread).mean()),
+        near_one_hot=shares["near_one_hot"],
+        near_uniform=shares["near_uniform"],
+        gain=best,
+        tuned=float(tuned.mean()),
+        lowest=float(tuned.quantile(0.1)),
+        unevenness=float(spread.log().std(correction=0)),
+    )
