@@ -44,9 +44,11 @@ def sharpened(factor: float, layers=(0, 1), key: float = 1.0):
 )
 def test_models(factor, key, rule, mode):
     net = sharpened(factor, key=key)
-    before = state(net)
+    net.model.layers[0].train()
+    before, training = state(net), [module.training for module in net.modules()]
     advice = advise(net, TOKENS)
     assert state(net) == before
+    assert [module.training for module in net.modules()] == training
     assert {one.rule.name for one in advice.findings} == {rule}
     assert advice.mode == mode
     assert advice.keeps == (rule == "healthy")

@@ -10,10 +10,12 @@ from torch import nn
 
 import tritonattn
 from tests.analysis.models import DIM, HEADS, Net, dense, ids, llama
+from tests.huggingface.architectures import ARCHITECTURES
 from tests.huggingface.test_patch import state
 from tritonattn import observation
 from tritonattn.analysis import Monitor, Thresholds
 from tritonattn.huggingface import patch
+from tritonattn.huggingface.architecture import attention_modules
 from tritonattn.integrations.torch_modules import replace_multihead_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*use_reentrant.*:UserWarning")
@@ -142,6 +144,23 @@ def test_checkpointed_layers_count_once(kind, reentrant):
     for name, layer in wanted["layers"].items():
         close(got["layers"][name], layer)
         assert got["layers"][name]["calls"] == 1
+
+
+@pytest.mark.parametrize("name", [name for name, one in ARCHITECTURES.items() if one.exists and one.supported])
+def test_every_architecture_keeps_its_own_attention_and_is_seen(name):
+    architecture = ARCHITECTURES[name]
+    net, inputs = architecture.build(), architecture.inputs("left")
+    wanted, before = architecture.outputs(net, inputs), state(net)
+    with Monitor(net, every=1, thresholds=QUIET) as monitor:
+        out = architecture.outputs(net, inputs)
+        out.square().sum().backward()
+        layers = monitor.step()["layers"]
+    assert torch.equal(out, wanted)
+    assert state(net) == before
+    assert sorted(layers) == sorted(one.name for one in attention_modules(net) if one.obstacle is None)
+    for layer in layers.values():
+        assert layer["rows"] in {4 * 23, 4 * 26, 4 * 14, 4 * 20}  # texts without padding, speech and decoders, images
+        assert all(value is not None and value == value for name in MEASURES for value in layer[name])
 
 
 def test_only_every_kth_step_is_watched_and_nothing_is_left_between():

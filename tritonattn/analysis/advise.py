@@ -208,13 +208,14 @@ def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> li
 
     own = patched(model)
     handle = patch(model, "sqrt_dim") if own is None else own
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with handle.watch(observe), torch.no_grad():
             model(**inputs)
     finally:
-        model.train(training)
+        for module, mode in training:
+            module.training = mode
         if own is None:
             handle.undo()
     if not findings:
