@@ -40,7 +40,7 @@ class Net(nn.Module):
         return self.attention(x, **keywords)
 
 
-def dense(net: Net, x, factor, visible, real, weight) -> dict[str, torch.Tensor]:
+def dense(net: Net, x, factor, visible, real, weight, softcap=None) -> dict[str, torch.Tensor]:
     """The measures of Net's attention on x [B, S, 32] for the loss (out * weight).sum(), in float64.
 
     factor broadcasts to [B, Hq, S, S]; visible bool likewise; real [B, S]: rows that are no padding.
@@ -50,7 +50,8 @@ def dense(net: Net, x, factor, visible, real, weight) -> dict[str, torch.Tensor]
         q, k, v = (one.detach().double().requires_grad_() for one in layer._projected(x))
     group = layer.heads // layer.kv_heads
     logits = factor * (q @ k.repeat_interleave(group, 1).mT)
-    p = torch.softmax(logits.masked_fill(~visible, -torch.inf), -1)
+    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    p = torch.softmax(capped.masked_fill(~visible, -torch.inf), -1)
     out = p @ v.repeat_interleave(group, 1)
     projected = out.transpose(1, 2).flatten(2) @ layer.o_proj.weight.double().mT + layer.o_proj.bias.double()
     (projected * weight).sum().backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 
 import pytest
 import torch
@@ -55,6 +56,16 @@ def test_numbers_against_a_dense_computation(causal, backend):
     assert got["rows"] == HEADS * 15
     assert got["calls"] == 1
     assert got["max_logit"] == sorted(got["max_logit"])  # the sharpness of Net's heads rises
+
+
+def test_probabilities_are_those_after_the_softcap_and_logits_those_before():
+    net, x = Net(softcap=2.0), torch.randn(2, 9, 32)
+    visible, real = torch.ones(1, 1, 9, 9, dtype=torch.bool), torch.ones(2, 9, dtype=torch.bool)
+    got = record_of(net, lambda net: net(x).sum())["layers"]["attention"]
+    wanted = dense(net, x, DIM**-0.5, visible, real, torch.ones(2, 9, 32).double(), softcap=2.0)
+    close(got, {name: value.tolist() for name, value in wanted.items()})
+    assert got["max_logit"][-1] > 10
+    assert got["near_one_hot"] == [0.0] * HEADS
 
 
 def test_the_factor_of_a_mode_is_counted():
@@ -345,6 +356,36 @@ def test_an_attention_implementation_whose_masks_cannot_be_read_is_refused():
     with pytest.raises(ValueError, match=r"got 'flex_attention' in model\.layers\.0\.self_attn"):
         Monitor(net).__enter__()
     assert state(net) == before
+
+
+def test_a_watched_step_can_be_saved_but_not_patched(tmp_path):
+    net, x = llama(), ids()
+    names = set(net.state_dict())
+    with Monitor(net, every=1, thresholds=QUIET):
+        assert set(net.state_dict()) == names
+        net.save_pretrained(tmp_path)
+        with pytest.raises(RuntimeError, match="a Monitor is watching"):
+            patch(net, "none")
+    loaded = type(net).from_pretrained(tmp_path, attn_implementation="eager")
+    assert not hasattr(loaded.config, "tritonattn")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(x).logits, net.eval()(x).logits)
+
+
+def test_eager_attention_by_another_name_is_found():
+    from tritonattn.huggingface import observed
+
+    def eager_attention_forward():
+        raise AssertionError
+
+    def forward(self):
+        return ALL_ATTENTION_FUNCTIONS.get_interface("eager", text_eager_attention_forward)  # noqa: F821
+
+    names = {"ALL_ATTENTION_FUNCTIONS": None, "text_eager_attention_forward": eager_attention_forward}
+    kind = type("Other", (nn.Module,), {"forward": types.FunctionType(forward.__code__, names)})
+    module = kind()
+    module.tritonattn = types.SimpleNamespace(shared=types.SimpleNamespace(_attn_implementation_internal="eager"))
+    assert observed._own_function(module) is eager_attention_forward
 
 
 def test_decoding_is_left_alone():

@@ -177,6 +177,15 @@ def test_an_action_that_fails_ends_the_run_and_leaves_a_record(tmp_path):
     assert lines(file)[0]["alarms"]
 
 
+@pytest.mark.parametrize("loss", [torch.zeros(2), "1.0", True])
+def test_a_loss_that_is_none_is_refused_and_loses_nothing(loss):
+    net = Net()
+    with Monitor(net, every=1, thresholds=QUIET) as monitor:
+        with pytest.raises(TypeError, match="loss: expected a number"):
+            step(net, monitor, loss)
+        assert monitor.step(1.0)["layers"][NAME]["calls"] == 1
+
+
 class Writer:
     def __init__(self):
         self.scalars = {}

@@ -22,6 +22,7 @@ from .settings import ATTRIBUTE, LayerScaling, Settings
 _OBSERVED = "tritonattn_observed"
 _VISIBLE = ("causal", "window", "key_ranges", "mask")
 _READABLE = ("eager", "sdpa")
+_EAGER = "eager_attention_forward"
 
 
 def own_attention(model: nn.Module) -> list[AttentionModule]:
@@ -54,7 +55,9 @@ def tell_of(layers: list[AttentionModule]) -> Iterator[None]:
     try:
         for one in layers:
             installed.append((one.module, one.module.config))
-            install(one.module, LayerScaling(Settings(), one.module.config), _OBSERVED)
+            own = LayerScaling(Settings(), one.module.config)
+            own.lent = True
+            install(one.module, own, _OBSERVED)
         yield
     finally:
         for module, config in installed:
@@ -95,7 +98,7 @@ def _own_function(module: Any) -> Any:
     """What the module would have called."""
     shared = getattr(module, ATTRIBUTE).shared
     name = getattr(shared, IMPLEMENTATION, None) or "eager"
-    if name == "eager":
-        function = interface_function(type(module))
-        return function.__globals__["eager_attention_forward"]
-    return AttentionInterface()[name]
+    if name != "eager":
+        return AttentionInterface()[name]
+    function = interface_function(type(module))  # it names what its file calls eager attention
+    return next(function.__globals__[own] for own in function.__code__.co_names if own.endswith(_EAGER))

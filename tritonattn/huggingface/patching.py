@@ -210,6 +210,8 @@ def _modules_of(model: Any) -> list[AttentionModule]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     found = attention_modules(model)
+    if any(getattr(getattr(one.module, ATTRIBUTE, None), "lent", False) for one in found):
+        raise RuntimeError("model: a Monitor is watching its present attention: call patch() before `with monitor:`")
     if any(isinstance(getattr(one.module, ATTRIBUTE, None), LayerScaling) for one in found):
         raise ValueError(
             f"model: expected one that is not patched, got a patched {type(model).__name__}: undo() that first, or give"
