@@ -49,8 +49,8 @@ class Monitor:
 
     **What it changes: nothing.** Statistics are computed beside the model's own attention, from the same q and k and
     without dropout, by one more forward of O(S) memory. Weights after a run with a Monitor are bit for bit those
-    without, unless `on_alarm` changes them. A transformers layer that is not patched keeps its own attention ("eager" or
-    "sdpa"), and is lent another config while a watched step lasts: so `patch` before the with block. In steps that are
+    without, unless `on_alarm` changes them. A transformers layer that is not patched keeps its own attention (eager or
+    sdpa), and is lent another config while a watched step lasts: so `patch` before the with block. In steps that are
     not watched, `step` counts, and looks at the loss where that does not wait for a GPU; nothing else of the Monitor
     exists. A watched step took 1.12 to 1.21 times as long (`python -m perf monitor`; docs/rollout.md).
 
