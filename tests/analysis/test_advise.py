@@ -116,6 +116,10 @@ def test_tensors():
     varied = advise(q, k, key_lengths=torch.tensor([8, 64]))
     assert varied.findings[0].rule.name == "varied counts"
     assert varied.mode == f"log_key_count({round((8 * 8 + 64 * 64) / 72)})"
+    uneven = advise(q, k * torch.tensor([0.5, 2.0])[:, None, None, None], causal=True)
+    assert uneven.findings[0].rule.name == "varied lengths"
+    assert uneven.mode == "key_norm_mean"
+    assert uneven.findings[0].reading.key_norm_between == pytest.approx(0.6, abs=0.02)
     longer = advise(q, k, causal=True, context=32)
     assert longer.mode == "qwen_logn(32)"
     assert advise(q, k, causal=True, context=64).keeps

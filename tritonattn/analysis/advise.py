@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..observation import ObservedCall
 from ..scaling import SCALINGS, Scaling
+from ..statistics import key_lengths_of
 from ..validation import Options, check
 from ..visibility import Visibility
 from .diagnosis import Diagnosis, diagnose
@@ -129,6 +130,7 @@ class _Layer:
         place = torch.arange(1, hi.shape[-1] + 1, device=hi.device) + self.seen.k_len - self.seen.q_len
         return Reading(
             layer=self.name, mode=_name(self.scaling) if mode is None else mode, **_means(found),
+            key_norm_between=_between_sequences(self.k, self.seen),
             causal=bool((hi <= place)[hi > lo].all()), longest=int(self.seen.counts().max()), context=self.context,
         )  # fmt: skip
 
@@ -261,6 +263,18 @@ def _means(found: Diagnosis) -> dict[str, float]:
     names = [field.name for field in dataclasses.fields(Reading) if hasattr(found, field.name)]
     means = {name: float(getattr(found, name).mean()) for name in names}
     return {**means, "max_logit": float(found.max_logit.amax())}
+
+
+def _between_sequences(k: Tensor, seen: Visibility) -> float:
+    """Variation of the sequences' mean key lengths, mean over the heads."""
+    visible = seen.seen_keys().expand(seen.keys)  # [B, Hkv, Sk]
+    lengths = key_lengths_of(k, visible).double()
+    count = visible.sum(-1)
+    means = torch.where(visible, lengths, 0).sum(-1) / count.clamp(min=1)  # [B, Hkv]
+    means = means[(count > 0).all(1)]
+    if means.shape[0] < 2:
+        return 0.0
+    return float((means.std(0, correction=0) / means.mean(0)).nan_to_num().mean())
 
 
 def _name(scaling: Any) -> str:

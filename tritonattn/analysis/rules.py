@@ -9,7 +9,8 @@ from dataclasses import dataclass
 LARGE_LOGIT = 100.0  # QK-clip's threshold in Kimi K2
 ILL = 0.5  # a layer is ill where more of its rows than this are; SmolLM2-135M's have up to 0.31 one-hot, 0.03 uniform
 WELL = 0.25  # a mode heals a layer where no more of its rows than this stay ill
-VARIED = 0.25  # variation of the number of keys; among sequences of one length, not causal, it is 0
+COUNTS = 0.25  # variation of the rows' number of keys; 0 among sequences of one length, 0.30 for one of 8 and one of 64
+LENGTHS = 0.5  # variation of the sequences' mean key lengths; 0.6 where one has keys four times as long as the other
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Reading:
 
     mode       the scaling that it has
     max_logit  the largest of any head
+    key_norm_between   standard deviation over the sequences of their mean key length, over its mean; 0 for one sequence
     causal     whether every row sees up to its own place
     longest    the largest number of keys that a row sees
     context    what the model was trained for, in tokens; None where that is not known
@@ -36,6 +38,7 @@ class Reading:
     key_count_variation: float
     key_norm_mean: float
     key_norm_variation: float
+    key_norm_between: float
     causal: bool
     longest: int
     context: int | None = None
@@ -113,6 +116,8 @@ RULES: tuple[Rule, ...] = (
             "Zhai et al. 2023, arXiv:2303.06296: entropy collapse comes with unstable training",
             "Bernhard 2023, arXiv:2311.09406: large logits give vanishing gradients, key lengths take them back",
             "Henry et al. 2020, arXiv:2010.04245 (cosine); Kimi K2 2025, arXiv:2507.20534 (QK-clip)",
+            "docs/simulation.md, 3: keys 1000 times larger are one-hot with sqrt_dim, and as if they were not with"
+            " key_norm_mean and cosine; where lengths differ inside a sequence only cosine does not mind",
             "docs/workshop.md, exercise 2: the Jacobian of a peaked softmax",
             "the diagnosis of this layer's own q and k with the mode, beside it in the table",
         ),
@@ -129,7 +134,9 @@ RULES: tuple[Rule, ...] = (
         turn_back="the model has only begun to learn, and entropy falls by itself in the first hundred steps with"
         " sqrt_dim; or near_one_hot passes 0.5 in a Monitor; or the loss of `tritonattn compare` rises",
         evidence=(
-            "README.md, Modes: key_count and key_norm_sum make logits about 1/n",
+            "docs/simulation.md, 2: the gradient at q.k falls with n, under key_count and key_norm_sum by another n",
+            "docs/simulation.md, 3: keys 1000 times smaller are uniform with sqrt_dim, and not with key_norm_mean and"
+            " cosine",
             "Chiang & Cholak 2022, arXiv:2202.12172: ln n keeps attention sharp as n grows",
             "docs/workshop.md, exercise 3: gradients under a uniform softmax",
             "the diagnosis of this layer's own q and k with the mode, beside it in the table",
@@ -149,9 +156,25 @@ RULES: tuple[Rule, ...] = (
         evidence=("Qwen's modelling code (use_logn_attn)", "Su, kexue.fm/archives/8823: entropy invariance"),
     ),
     Rule(
+        name="varied lengths",
+        condition=f"the sequences' mean key lengths vary by more than {LENGTHS:.0%}",
+        applies=lambda one: one.key_norm_between > LENGTHS,
+        candidates=("key_norm_mean",),
+        heals=_always,
+        otherwise="",
+        why="one factor is too sharp for the sequence with long keys and too flat for the one with short keys; the"
+        " mean length of its own keys holds each at the same temperature",
+        watch="relative_entropy, which should differ less between sequences; the loss of each",
+        turn_back="the loss of either kind of sequence is above sqrt_dim's: then the lengths carry what the model means",
+        evidence=(
+            "docs/simulation.md, 4: lengths vary between sequences: reach 0.37 with sqrt_dim, 0.56 with key_norm_mean",
+            "Bernhard 2023, arXiv:2311.09406: the sum of key lengths, of which this is the mean",
+        ),
+    ),
+    Rule(
         name="varied counts",
-        condition=f"not causal, and the number of keys varies by more than {VARIED:.0%} among the rows",
-        applies=lambda one: not one.causal and one.key_count_variation > VARIED,
+        condition=f"not causal, and the number of keys varies by more than {COUNTS:.0%} among the rows",
+        applies=lambda one: not one.causal and one.key_count_variation > COUNTS,
         candidates=("log_key_count({count})",),
         heals=_always,
         otherwise="",
@@ -161,6 +184,8 @@ RULES: tuple[Rule, ...] = (
         turn_back="the loss of the short or of the long inputs is above sqrt_dim's",
         evidence=(
             "Chiang & Cholak 2022, arXiv:2202.12172",
+            "against it: docs/simulation.md, 4: on random operands it passes no more gradient than sqrt_dim (0.56 to"
+            " 0.55)",
             "docs/workshop.md, exercise 4: what the right key gets among 8 and among 512",
         ),
     ),
