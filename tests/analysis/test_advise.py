@@ -140,7 +140,9 @@ def test_where_no_mode_heals_it_says_what_else():
 
 def test_every_rule_names_modes_and_documents_that_exist():
     assert len({rule.name for rule in RULES}) == len(RULES)
+    rollout = (ROOT / "docs" / "rollout.md").read_text()
     for rule in RULES:
+        assert f"| {rule.name} | {rule.condition} |" in rollout
         for candidate in rule.candidates:
             mode_of(candidate.format(context=100, count=10))
         assert rule.evidence

@@ -165,7 +165,7 @@ RULES: tuple[Rule, ...] = (
         why="one factor is too sharp for the sequence with long keys and too flat for the one with short keys; the"
         " mean length of its own keys holds each at the same temperature",
         watch="relative_entropy, which should differ less between sequences; the loss of each",
-        turn_back="the loss of either kind of sequence is above sqrt_dim's: then the lengths carry what the model means",
+        turn_back="the loss of either kind of sequence is above sqrt_dim's: then lengths carry what the model means",
         evidence=(
             "docs/simulation.md, 4: lengths vary between sequences: reach 0.37 with sqrt_dim, 0.56 with key_norm_mean",
             "Bernhard 2023, arXiv:2311.09406: the sum of key lengths, of which this is the mean",
