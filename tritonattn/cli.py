@@ -180,8 +180,8 @@ def _simulate(options: argparse.Namespace) -> int:
     request = Request(
         parts=_chosen("--parts", options.parts, PARTS),
         modes=_chosen("--modes", options.modes or ",".join(SCALINGS), tuple(SCALINGS)),
-        counts=_numbers("--counts", options.counts or counts, 2),
-        dims=_numbers("--dims", options.dims or dims, 1),
+        counts=_numbers("--counts", options.counts or counts, 2, 1 << 20),
+        dims=_numbers("--dims", options.dims or dims, 1, 1 << 12),
         keys=_chosen("--keys", options.keys or ",".join(DISTRIBUTIONS), tuple(DISTRIBUTIONS)),
         seed=options.seed,
         device=usable_device(options.device),
@@ -189,6 +189,8 @@ def _simulate(options: argparse.Namespace) -> int:
         json=options.json,
         plot=options.plot,
     )
+    if not 0 <= options.seed < 1 << 63:
+        raise CommandError(f"--seed: expected an integer from 0 to 2^63 - 1, got {options.seed}")
     check_file("--json", options.json)
     if options.plot is not None:
         try:
@@ -198,12 +200,12 @@ def _simulate(options: argparse.Namespace) -> int:
     return run(request)
 
 
-def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
+def _numbers(option: str, text: str, least: int, most: int) -> tuple[int, ...]:
     """The integers of a comma-separated list, each once, in its order."""
     names = _names(text)
     for name in names or ("nothing",):
-        if not name.isdecimal() or int(name) < least:
-            raise CommandError(f"{option}: expected integers of at least {least}, got {name!r}")
+        if not name.isdecimal() or not least <= int(name) <= most:
+            raise CommandError(f"{option}: expected integers from {least} to {most}, got {name!r}")
     return tuple(dict.fromkeys(map(int, names)))
 
 

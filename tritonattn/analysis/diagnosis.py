@@ -160,7 +160,7 @@ def _of_rows(rows: RowStatistics, key_norm_mean: Tensor, key_norm_variation: Ten
 def _of_keys(k: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor]:
     """Mean and variation of the lengths of the keys that some row may see, [Hq] each."""
     seen = visibility.seen_keys().expand(visibility.keys)
-    found = _mean_and_variation(key_lengths_of(k, seen).double(), seen)
+    found = _mean_and_variation(key_lengths_of(k).double(), seen)
     mean, variation = (x.repeat_interleave(visibility.q_heads // max(visibility.kv_heads, 1)) for x in found)
     return mean, variation
 

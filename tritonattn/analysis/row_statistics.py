@@ -37,7 +37,7 @@ class RowStatistics:
     """Of every row, fp64 [B, Hq, Sq]; a row without keys has key_count 0, and 0 in every other field.
 
     key_count         n, the visible keys
-    factor            the factor of q . k that belongs to the row; 1 where a mode has factors of keys only
+    factor            the factor of q . k that belongs to the row; those of single keys (cosine's) are not in it
     logit_std         standard deviation of the logits over the n keys (divided by n, not n - 1)
     max_logit         the largest logit
     max_probability   max p

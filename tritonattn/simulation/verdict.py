@@ -130,7 +130,7 @@ def reach_of(batch: Batch, mode: str, curves: Curves) -> Reach:
     rows = statistics_of(batch.q, batch.k, mode, key_lengths=batch.key_lengths)
     spread = rows.logit_std.flatten()
     means = torch.stack([curves.at(spread * 2**gain).mean() for gain in _GAINS])
-    best = 2 ** float(_GAINS[means.argmax()])
+    best = 2 ** float(_GAINS[int(means.argmax())])
     tuned = curves.at(spread * best)
     shares = softmax_measures(rows)
     return Reach(
