@@ -120,6 +120,21 @@ def test_a_loss_that_is_not_finite_alarms_in_any_step(loss, tmp_path):
     assert [(one.step, one.measure, one.new) for one in stood] == [(2, "loss", True), (3, "loss", False)]
 
 
+def test_the_loss_of_a_gpu_is_read_in_watched_steps_only(monkeypatch):
+    monkeypatch.setattr(sys.modules["tritonattn.analysis.monitor"], "_is_elsewhere", lambda loss: True)
+    net, stood = Net(), []
+    losses = [1.0, math.nan, 1.0, 1.0, 1.0, 1.0, 1.0]
+    with Monitor(net, every=3, thresholds=QUIET, on_alarm=stood.extend) as monitor:
+        for number, loss in enumerate(losses):
+            if number == 3:
+                with pytest.warns(RuntimeWarning, match="step 3: loss: nan"):
+                    step(net, monitor, torch.tensor(loss))
+            else:
+                step(net, monitor, torch.tensor(loss))
+    assert [one.step for one in stood] == [3]
+    assert monitor.last["alarms"] == []
+
+
 def test_a_nan_in_the_logits_alarms():
     net = Net()
     sharpened(net, math.nan)

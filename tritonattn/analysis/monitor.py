@@ -186,7 +186,7 @@ class Monitor:
     def _loss_alarms(self, step: int, loss: float | Tensor | None, watched: bool) -> list[Alarm]:
         if loss is None:
             return []
-        if isinstance(loss, Tensor) and loss.device.type != "cpu":  # reading it would wait for the device
+        if isinstance(loss, Tensor) and _is_elsewhere(loss):
             bad = ~torch.isfinite(loss).all()
             self._not_finite = bad if self._not_finite is None else self._not_finite | bad
             if not watched:
@@ -237,6 +237,11 @@ class Monitor:
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def _is_elsewhere(loss: Tensor) -> bool:
+    """Whether reading it would wait for a device."""
+    return loss.device.type != "cpu"
 
 
 def _checked_loss(loss: Any) -> float | Tensor | None:
