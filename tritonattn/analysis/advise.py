@@ -305,7 +305,8 @@ def _joined(findings: list[Finding]) -> Advice:
     rule, first = chosen[0].rule, chosen[0].reading
     others = len(ill) - len(chosen) if ill else 0
     if ill:
-        text = f"{text}, on {len(chosen)} of {len(findings)} layers: {', '.join(one.layer for one in chosen)}"
+        where = f"{len(chosen)} of {len(findings)} layers: {', '.join(one.layer for one in chosen)}"
+        text = f"{text}, on {'all layers' if len(chosen) == len(findings) > 1 else where}"
         if others:
             text += f" ({others} more have something else, see the table)"
     return Advice(
