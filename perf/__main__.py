@@ -12,6 +12,7 @@ COMMANDS = {
     "plot": "charts of a sweep's records",
     "gpu": "all that a GPU machine is asked for, in one command",
     "cpu": "time and memory on a CPU, against PyTorch's attention",
+    "monitor": "what watching a training run costs",
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
     "soak": "random calls of the kernels, for a while, against float64",
     "sanitize": "a short soak under NVIDIA's compute-sanitizer",

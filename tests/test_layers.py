@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A module may import from strictly lower layers, and a folder's modules from one another.
 ORDER = (
     {"autograd", "command", "provenance"},
+    {"observation"},
     {"ranges", "sequences", "dropout"},
     {"visibility"},
     {"call", "statistics"},
@@ -31,7 +32,7 @@ ORDER = (
     {"nn", "warmup"},
     {"huggingface"},
     {"analysis", "demo", "integrations", "tune"},
-    {"simulation"},
+    {"advising", "simulation"},
     {"__init__"},
     {"cli"},
     {"__main__"},
@@ -41,8 +42,9 @@ LAYERS = {module: layer for layer, modules in enumerate(ORDER) for module in mod
 OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqdm", "numpy",
             "diffusers", "kernels", "timm", "x_transformers"}  # fmt: skip
 OPTIONAL_IN = {
+    "advising": {"transformers"},
     "huggingface": {"transformers"},
-    "analysis": {"tabulate"},
+    "analysis": {"tabulate", "transformers"},
     "demo": {"transformers", "matplotlib", "tabulate", "tqdm"},
     "integrations": {"diffusers", "timm", "x_transformers"},
     "simulation": {"matplotlib", "tabulate", "tqdm"},

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 import tritonattn
+from tests.support.snippets import ROOT, run, snippets
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = snippets("README.md")
 
 
 @pytest.mark.parametrize("position", range(len(SNIPPETS)))
 def test_snippets_run(position):
-    exec(compile(SNIPPETS[position], f"README.md snippet {position}", "exec"), {"__name__": "__main__"})
+    run("README.md", position)
 
 
 def test_no_snippet_is_overlooked():
-    assert len(SNIPPETS) == 11
+    assert len(SNIPPETS) == 12
     assert "class LogKeyNorm(Scaling)" in SNIPPETS[1]
     assert "class CountPower(torch.nn.Module, Scaling)" in SNIPPETS[2]
-    assert "tritonattn.huggingface.patch(" in SNIPPETS[8]
-    assert "replace_multihead_attention" in SNIPPETS[9]
+    assert "tritonattn.huggingface.patch(" in SNIPPETS[9]
+    assert "replace_multihead_attention" in SNIPPETS[10]
 
 
 def test_every_mode_is_in_the_table():
@@ -32,6 +32,6 @@ def test_every_mode_is_in_the_table():
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
-    makefile = (Path(__file__).resolve().parents[1] / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

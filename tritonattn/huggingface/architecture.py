@@ -93,6 +93,12 @@ def attention_modules(model: nn.Module) -> list[AttentionModule]:
 @functools.cache
 def interface_call(cls: type) -> InterfaceCall | None:
     """How the methods of a class call AttentionInterface, from their code; None where none does."""
+    function = interface_function(cls)
+    return None if function is None else _call_in(function)
+
+
+def interface_function(cls: type) -> Any:
+    """The method of a class, as a function, that calls AttentionInterface; None where none does."""
     if issubclass(cls, PreTrainedModel):  # it names the interface to choose an implementation
         return None
     methods: dict[str, Any] = {}
@@ -105,7 +111,7 @@ def interface_call(cls: type) -> InterfaceCall | None:
         function = inspect.unwrap(method) if callable(method) else None
         code = getattr(function, "__code__", None)
         if code is not None and _INTERFACE in code.co_names:
-            return _call_in(function)
+            return function
     return None
 
 

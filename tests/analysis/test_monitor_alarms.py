@@ -1,0 +1,237 @@
+"""What a Monitor writes, when it warns, and what it does then."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from tests.analysis.models import HEADS, Net, ids, llama
+from tritonattn.analysis import Monitor, Thresholds, qk_clip
+from tritonattn.analysis.records import JsonLines
+from tritonattn.huggingface import patch, patched
+
+QUIET = Thresholds(None, None, None)
+NAME = "attention"
+
+
+def lines(file) -> list[dict]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines()]
+
+
+def step(net, monitor, *loss, **keywords):
+    """A step of a model on the same tensor, and its record."""
+    torch.manual_seed(0)
+    net(torch.randn(2, 5, 32), **keywords).sum().backward()
+    return monitor.step(*loss)
+
+
+def sharpened(net, factor):
+    with torch.no_grad():
+        net.attention.q_proj.weight.mul_(factor)
+        net.attention.q_proj.bias.mul_(factor)
+
+
+def test_a_record_is_a_line(tmp_path):
+    net, file = Net(), tmp_path / "a.jsonl"
+    with Monitor(net, every=2, file=file, thresholds=QUIET) as monitor:
+        for number in range(3):
+            net(torch.randn(2, 5, 32)).sum().backward()
+            monitor.step(torch.tensor(float(number)))
+            if number == 0:
+                assert len(lines(file)) == 1  # at once, not at the end
+    first, second = lines(file)
+    assert (first["step"], second["step"], second["loss"]) == (0, 2, 2.0)
+    assert second == json.loads(json.dumps(monitor.last))
+    assert len(second["layers"][NAME]["max_logit"]) == HEADS
+    with Monitor(net, every=1, file=file, thresholds=QUIET) as monitor:
+        monitor.steps = 3
+        monitor.restart(3)
+        net(torch.randn(2, 5, 32)).sum().backward()
+        monitor.step(1.0)
+    assert [one["step"] for one in lines(file)] == [0, 2, 3]
+
+
+def test_a_line_that_a_killed_run_left_spoils_no_other(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"step": 1}\n{"ste')
+    JsonLines(file).write({"step": 2, "loss": math.inf, "layers": {"a": [math.nan, 1.0]}})
+    assert file.read_text().splitlines()[1:] == ['{"ste', '{"step": 2, "loss": null, "layers": {"a": [null, 1.0]}}']
+
+
+def test_a_write_in_parts_is_completed(tmp_path, monkeypatch):
+    import os
+
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data)[:7]))
+    target = JsonLines(tmp_path / "a.jsonl")
+    target.write({"step": 2, "loss": 1.5})
+    assert lines(target.path) == [{"step": 2, "loss": 1.5}]
+
+
+def test_it_warns_once_a_layer_until_it_recovers():
+    net, said, stood = Net(), [], []
+    with Monitor(net, every=1, thresholds=Thresholds(50.0, None, None), on_alarm=stood.append) as monitor:
+        for factor in (1, 1000, 1, 1, 1e-3, 1, 1000):
+            sharpened(net, factor)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                record = step(net, monitor)
+            said.append([str(one.message) for one in caught])
+            assert bool(record["alarms"]) == (max(record["layers"][NAME]["max_logit"]) > 50)
+    assert [len(one) for one in said] == [0, 1, 0, 0, 0, 0, 1]
+    assert said[1][0].startswith("step 1: attention: max_logit ")
+    assert said[1][0].endswith(", threshold 50")
+    assert [[(one.step, one.new) for one in alarms] for alarms in stood] == [
+        [(1, True)], [(2, False)], [(3, False)], [(6, True)]
+    ]  # fmt: skip
+    assert len(stood[0][0].heads) == HEADS
+    assert stood[0][0].value == max(stood[0][0].heads)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "measure"), [(1e6, "near_one_hot"), (1e-6, "near_uniform")], ids=["one-hot", "uniform"]
+)
+def test_both_ways_of_vanishing_alarm(scaling, measure):
+    net = Net(scaling=scaling)
+    thresholds = Thresholds(max_logit=None)
+    with Monitor(net, every=1, thresholds=thresholds) as monitor, pytest.warns(RuntimeWarning, match=measure):
+        record = step(net, monitor)
+    assert [one["measure"] for one in record["alarms"]] == [measure]
+    assert record["alarms"][0]["value"] > 0.9
+
+
+@pytest.mark.parametrize("loss", [math.nan, torch.tensor(math.inf)])
+def test_a_loss_that_is_not_finite_alarms_in_any_step(loss, tmp_path):
+    net, file, stood = Net(), tmp_path / "a.jsonl", []
+    with Monitor(net, every=10, file=file, thresholds=QUIET, on_alarm=stood.extend) as monitor:
+        step(net, monitor, 1.0)
+        monitor.step(1.0)
+        with pytest.warns(RuntimeWarning, match="step 2: loss"):
+            assert monitor.step(loss) is None
+        monitor.step(loss)  # said already
+        monitor.step(1.0)
+    assert [(one["step"], one["loss"]) for one in lines(file)] == [(0, 1.0), (2, None), (3, None)]
+    assert [(one.step, one.measure, one.new) for one in stood] == [(2, "loss", True), (3, "loss", False)]
+
+
+def test_the_loss_of_a_gpu_is_read_in_watched_steps_only(monkeypatch):
+    monkeypatch.setattr(sys.modules["tritonattn.analysis.monitor"], "_is_elsewhere", lambda loss: True)
+    net, stood = Net(), []
+    losses = [1.0, math.nan, 1.0, 1.0, 1.0, 1.0, 1.0]
+    with Monitor(net, every=3, thresholds=QUIET, on_alarm=stood.extend) as monitor:
+        for number, loss in enumerate(losses):
+            if number == 3:
+                with pytest.warns(RuntimeWarning, match="step 3: loss: nan"):
+                    step(net, monitor, torch.tensor(loss))
+            else:
+                step(net, monitor, torch.tensor(loss))
+    assert [one.step for one in stood] == [3]
+    assert monitor.last["alarms"] == []
+
+
+def test_a_nan_in_the_logits_alarms():
+    net = Net()
+    sharpened(net, math.nan)
+    with Monitor(net, every=1) as monitor, pytest.warns(RuntimeWarning, match="max_logit nan"):
+        step(net, monitor)
+
+
+def test_a_layer_without_rows_does_not_alarm():
+    net = Net()
+    with Monitor(net, every=1) as monitor:
+        assert step(net, monitor, key_lengths=torch.tensor([0, 0]))["alarms"] == []
+
+
+def test_undo_on_alarm():
+    net, x = llama(), ids()
+    with torch.no_grad():
+        wanted = net(x).logits
+    patch(net, "key_norm_sum", gain=1e-3)
+    with Monitor(net, every=1, on_alarm="undo") as monitor:
+        net(x)
+        with pytest.warns(RuntimeWarning, match="near_uniform"):
+            monitor.step()
+        assert patched(net) is None
+        net(x)
+        record = monitor.step()  # it goes on, with the model's own attention
+    assert len(record["layers"]) == 2
+    assert record["alarms"] == []
+    with torch.no_grad():
+        assert torch.equal(net(x).logits, wanted)
+
+
+def test_qk_clip_on_alarm_brings_the_logits_back():
+    net, x = Net(), torch.randn(2, 9, 32)
+    sharpened(net, 30)
+    action = qk_clip(net, 20.0)
+    with Monitor(net, every=1, thresholds=Thresholds(20.0, None, None), on_alarm=action) as monitor:
+        net(x)
+        with pytest.warns(RuntimeWarning, match="max_logit"):
+            before = monitor.step()["layers"][NAME]["max_logit"]
+        net(x)
+        after = monitor.step()
+    assert before[-1] > 20
+    assert after["alarms"] == [] or max(after["layers"][NAME]["max_logit"]) < 20.001
+    for old, new in zip(before, after["layers"][NAME]["max_logit"], strict=True):
+        assert new == pytest.approx(min(old, 20.0), rel=1e-4)
+
+
+def test_an_action_that_fails_ends_the_run_and_leaves_a_record(tmp_path):
+    def broken(alarms):
+        raise ZeroDivisionError
+
+    net, file = Net(scaling=1e6), tmp_path / "a.jsonl"
+    with Monitor(net, every=1, file=file, on_alarm=broken) as monitor, pytest.raises(ZeroDivisionError):
+        step(net, monitor)
+    assert lines(file)[0]["alarms"]
+
+
+@pytest.mark.parametrize("loss", [torch.zeros(2), "1.0", True])
+def test_a_loss_that_is_none_is_refused_and_loses_nothing(loss):
+    net = Net()
+    with Monitor(net, every=1, thresholds=QUIET) as monitor:
+        with pytest.raises(TypeError, match="loss: expected a number"):
+            step(net, monitor, loss)
+        assert monitor.step(1.0)["layers"][NAME]["calls"] == 1
+
+
+class Writer:
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, name, value, step):
+        self.scalars[name, step] = value
+
+
+def test_tensorboard_gets_the_loss_and_every_layer():
+    net, writer = Net(), Writer()
+    with Monitor(net, every=1, tensorboard=writer, thresholds=QUIET) as monitor:
+        net(torch.randn(2, 5, 32)).sum().backward()
+        record = monitor.step(2.0)
+    layer = record["layers"][NAME]
+    assert writer.scalars["loss", 0] == 2.0
+    assert writer.scalars["attention/max_logit", 0] == max(layer["max_logit"])
+    assert writer.scalars["attention/k_gradient_norm", 0] == pytest.approx(sum(layer["k_gradient_norm"]) / 2)
+    assert len(writer.scalars) == 8
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs: pip install 'tritonattn[monitor]'")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_itself(tmp_path):
+    net = Net()
+    with Monitor(net, every=1, tensorboard=tmp_path / "runs", thresholds=QUIET) as monitor:
+        net(torch.randn(2, 5, 32)).sum()
+        monitor.step(2.0)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_tensorboard_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"tritonattn\[monitor\]"):
+        Monitor(Net(), tensorboard="runs")

@@ -1,0 +1,171 @@
+"""`qk_clip`: each head's logits get its own factor, and no other's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from tests.analysis.models import Net
+from tritonattn.analysis import Monitor, Thresholds, qk_clip
+from tritonattn.huggingface import patch
+from tritonattn.huggingface.architecture import interface_call
+from tritonattn.integrations.torch_modules import MultiheadAttention
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+QUIET = Thresholds(None, None, None)
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=61,
+             max_position_embeddings=64, initializer_range=0.5)  # fmt: skip
+
+
+def largest(net, run) -> dict[str, list[float]]:
+    """The largest logit of every head, by layer."""
+    with Monitor(net, every=1, thresholds=QUIET) as monitor:
+        run(net)
+        return {name: layer["max_logit"] for name, layer in monitor.step()["layers"].items()}
+
+
+def clipped(net, run):
+    """Clip the first layer to half of its largest logits, and hold every head to what it should be."""
+    before = largest(net, run)
+    layer = next(iter(before))
+    ordered = sorted(before[layer])
+    threshold = (ordered[1] + ordered[2]) / 2  # between the heads
+    assert threshold > 0
+    found = qk_clip(net, threshold).clip({layer: before[layer]})
+    gamma = [min(1.0, threshold / one) if one > 0 else 1.0 for one in before[layer]]
+    torch.testing.assert_close(found[layer], torch.tensor(gamma, dtype=torch.float64))
+    after = largest(net, run)[layer]
+    for old, new, factor in zip(before[layer], after, gamma, strict=True):
+        assert new == pytest.approx(old * factor, rel=1e-4), (before[layer], after, gamma)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_mean", "key_norm_max", "log_key_count", "ssmax", 0.3])
+def test_scaled_attention(scaling, kv_heads):
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    net = Net(kv_heads=kv_heads, scaling=scaling, causal=True)
+    key = net.attention.k_proj.weight.detach().clone()
+    clipped(net, lambda net: net(x))
+    alone = kv_heads == 4 and not str(scaling).startswith("key_norm")
+    assert torch.equal(key, net.attention.k_proj.weight) is not alone
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kdim", [None, 24])
+def test_multihead_attention(kdim, bias):
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"a": MultiheadAttention(32, 4, batch_first=True, bias=bias, kdim=kdim)})
+    nn.init.normal_(net["a"].out_proj.weight)
+    if bias:
+        nn.init.normal_(net["a"].in_proj_bias)
+    x, y = torch.randn(2, 9, 32) * 3, torch.randn(2, 7, kdim or 32)
+    value = torch.randn(2, 7, 32)
+    clipped(net, lambda net: net["a"](x, y, value, need_weights=False))
+
+
+def build(name: str):
+    torch.manual_seed(0)
+    if name == "llama":
+        config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=True)
+        model = transformers.LlamaForCausalLM(config)
+    elif name == "phi3":
+        config = transformers.Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0, eos_token_id=1)
+        model = transformers.Phi3ForCausalLM(config)
+    elif name == "gpt2":
+        config = transformers.GPT2Config(
+            n_embd=32, n_head=4, n_layer=2, vocab_size=61, n_positions=64, initializer_range=0.5
+        )
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        model = transformers.BertModel(transformers.BertConfig(**SIZES))
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.5)
+    return model.train()
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "bert"])
+def test_layouts_of_transformers(name):
+    tokens = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    model = build(name)
+    if not any(interface_call(type(module)) for module in model.modules()):
+        pytest.skip("in this version its attention does not go through AttentionInterface")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    clipped(model, lambda model: model(tokens))
+
+
+def test_a_patched_model():
+    tokens = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    model = build("llama")
+    with patch(model, "key_norm_mean"):
+        clipped(model, lambda model: model(tokens))
+
+
+def test_what_is_not_too_large_is_left_to_the_bit():
+    net = Net()
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    assert qk_clip(net, 10.0).clip({"attention": [10.0, -3.0, None, math.nan]}) == {}
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+    assert qk_clip(net, 10.0)([]) == {}
+
+
+def test_weights_in_bf16_are_rounded_once():
+    net = Net(dtype=torch.bfloat16, kv_heads=1)
+    factor = torch.tensor([0.1, 1, 1, 1], dtype=torch.float64).repeat_interleave(8)[:, None]
+    wanted = net.attention.q_proj.weight.detach().double() * factor
+    qk_clip(net, 10.0).clip({"attention": [100.0, 1.0, 1.0, 1.0]})
+    assert (net.attention.q_proj.weight.double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()
+
+
+def refused(net, layer, match, heads=4):
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    with pytest.raises(NotImplementedError, match=match):
+        qk_clip(net, 1.0).clip({layer: [2.0] * heads})
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+
+
+def test_qk_norm_is_refused_by_name():
+    refused(Net(qk_norm=True), "attention", r"attention: .* norm of q and k, got q_norm \(RMSNorm\)")
+    qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8))
+    refused(qwen, "model.layers.1.self_attn", r"layers\.1\.self_attn: .* q_norm")
+
+
+def test_others_are_refused_by_name():
+    refused(Net(scaling="cosine"), "attention", "scaling cosine")
+    latent = transformers.DeepseekV3Config(
+        **SIZES, num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
+        v_head_dim=8, first_k_dense_replace=2,
+    )  # fmt: skip
+    refused(transformers.DeepseekV3ForCausalLM(latent), "model.layers.0.self_attn", "projections named|norm")
+    refused(nn.ModuleDict({"a": nn.Linear(3, 3)}), "a", "layout of Linear")
+    net = Net()
+    net.attention.q_proj = nn.Sequential(net.attention.q_proj)
+    refused(net, "attention", "plain linear layer as q_proj, got Sequential")
+    gated = Net()
+    gated.attention.q_proj = nn.Linear(32, 64)
+    refused(gated, "attention", "wants 32 outputs of q_proj, got 64")
+
+
+def test_no_layer_is_changed_where_one_is_refused():
+    net = nn.ModuleDict({"a": Net(), "b": Net(qk_norm=True)})
+    refused_net = {name: x.clone() for name, x in net.state_dict().items()}
+    with pytest.raises(NotImplementedError):
+        qk_clip(net, 1.0).clip({"a.attention": [2.0] * 4, "b.attention": [2.0] * 4})
+    assert all(torch.equal(x, refused_net[name]) for name, x in net.state_dict().items())
+
+
+@pytest.mark.parametrize("threshold", [0, -1.0, math.nan, "100", True])
+def test_thresholds(threshold):
+    with pytest.raises(ValueError, match="threshold: expected a positive number"):
+        qk_clip(Net(), threshold)
+
+
+def test_the_number_of_heads_is_checked():
+    with pytest.raises(ValueError, match="expected 4 largest logits, got 3"):
+        qk_clip(Net(), 1.0).clip({"attention": [2.0] * 3})

@@ -1,0 +1,20 @@
+"""The Python in a document, and running it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def snippets(document: str, language: str = "python") -> list[str]:
+    """The code blocks of a document of the repository."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def run(document: str, position: int) -> None:
+    """Execute a Python block as a program of its own."""
+    code = compile(snippets(document)[position], f"{document} snippet {position}", "exec")
+    exec(code, {"__name__": "__main__"})

@@ -1,0 +1,331 @@
+"""`advise`: which scaling to try first, on which layers, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..observation import ObservedCall
+from ..scaling import SCALINGS, Scaling
+from ..statistics import key_lengths_of
+from ..validation import Options, check
+from ..visibility import Visibility
+from .diagnosis import Diagnosis, diagnose
+from .records import finite
+from .rules import Reading, Rule, rule_for
+from .tally import counted_rows
+
+_VISIBLE = ("causal", "window", "key_lengths", "key_ranges", "mask")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was seen in one layer.
+
+    rule     the row of the table that applied
+    advice   the mode to try, or what to do instead
+    mode     the mode to try; None where it is to stay
+    after    the layer's reading with that mode on the same q and k; None without one
+    """
+
+    reading: Reading
+    rule: Rule
+    advice: str
+    mode: str | None = None
+    after: Reading | None = None
+
+    @property
+    def layer(self) -> str:
+        return self.reading.layer
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to try first, and what that rests on.
+
+    mode       a name for `scaling=`, with its parameter in brackets; "sqrt_dim" or what the model has: keep it
+    text       the same as a sentence
+    layers     where
+    why, watch, turn_back, evidence   of the rule that most layers with something to mend fall under
+    findings   every layer's
+    """
+
+    mode: str
+    text: str
+    layers: tuple[str, ...]
+    why: str
+    watch: str
+    turn_back: str
+    evidence: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the advice is to change nothing."""
+        return all(finding.mode is None for finding in self.findings)
+
+    def table(self) -> str:
+        """Every layer in a line: what was seen, which rule applied, and what the mode would make of it."""
+        try:
+            from tabulate import tabulate
+        except ImportError as error:
+            raise ImportError("Advice.table() needs tabulate: pip install 'tritonattn[demo]'") from error
+        headers = ("layer", "one-hot", "uniform", "entropy/ln n", "max logit", "Jacobian", "gradient", "rule", "try")
+        rows = [
+            (one.layer, *_figures(one.reading), one.rule.name, _tried(one.mode, one.after)) for one in self.findings
+        ]
+        return tabulate(rows, headers, tablefmt="simple", disable_numparse=True)
+
+    def report(self) -> str:
+        """All of it as text."""
+        parts = [("Try first", self.text), ("Why", self.why), ("Watch", self.watch), ("Turn back if", self.turn_back)]
+        lines = [textwrap.fill(f"{name}: {text}", 100, subsequent_indent="  ") for name, text in parts if text != "-"]
+        evidence = [textwrap.fill(text, 100, initial_indent="  - ", subsequent_indent="    ") for text in self.evidence]
+        return "\n".join([self.table(), "", *lines, "It rests on:", *evidence])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; numbers that are not finite are None."""
+        names = ("mode", "text", "layers", "why", "watch", "turn_back", "evidence")
+        own = {name: getattr(self, name) for name in names}
+        layers = [
+            {
+                "rule": one.rule.name,
+                "condition": one.rule.condition,
+                "advice": one.advice,
+                "mode": one.mode,
+                "reading": dataclasses.asdict(one.reading),
+                "after": None if one.after is None else dataclasses.asdict(one.after),
+            }
+            for one in self.findings
+        ]
+        return finite({**own, "keeps": self.keeps, "findings": layers})
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One call of an attention, so that it can be diagnosed with any mode."""
+
+    name: str
+    q: Tensor
+    k: Tensor
+    scaling: Any
+    gain: Any
+    relative: Any  # what the model multiplies any mode by, see `huggingface.patch`; None is 1
+    visible: dict[str, Any]
+    seen: Visibility
+    context: int | None
+
+    def read(self, mode: str | None) -> Reading:
+        """With a mode, or with the scaling that it has."""
+        scaling, gain = (self.scaling, self.gain) if mode is None else self._with(mode)
+        found = diagnose(self.q, self.k, scaling=scaling, gain=gain, **self.visible)
+        lo, hi = self.seen.ranges()
+        place = torch.arange(1, hi.shape[-1] + 1, device=hi.device) + self.seen.k_len - self.seen.q_len
+        return Reading(
+            layer=self.name, mode=_name(self.scaling) if mode is None else mode, **_means(found),
+            key_norm_between=_between_sequences(self.k, self.seen),
+            causal=bool((hi <= place)[hi > lo].all()), longest=int(self.seen.counts().max()), context=self.context,
+        )  # fmt: skip
+
+    def _with(self, mode: str) -> tuple[Scaling, Any]:
+        scaling = mode_of(mode)
+        return scaling, None if scaling.normalises_query else self.relative
+
+
+def advise(
+    model: nn.Module | Tensor,
+    tokens: Tensor | Mapping[str, Tensor],
+    *,
+    context: int | None = None,
+    scaling: str | Scaling | float = "sqrt_dim",
+    gain: float | Tensor | None = None,
+    **visible: Any,
+) -> Advice:
+    """Diagnose every attention layer, and say which scaling to try first.
+
+    Args:
+        model: A transformers model that `tritonattn.huggingface.patch` can patch, patched or not: it is left as it was.
+            Or q [B, Hq, Sq, D] of one layer.
+        tokens: Token ids [B, S], or the model's inputs by name (with attention_mask where there is padding, whose rows
+            do not count). Or k [B, Hkv, Sk, D].
+        context: The length that the model was trained for; None is its config's max_position_embeddings.
+        scaling, gain, causal, window, key_lengths, key_ranges, mask: With q and k: as in `diagnose`.
+
+    The rules are `tritonattn.analysis.rules.RULES`: the first whose condition a layer meets gives its advice. Modes are
+    tried on the layer's own q and k before they are advised. A layer's heads are averaged; softcap and sinks are not
+    read. One forward pass, and a `diagnose` a layer and mode: about twenty times a forward pass of its attention each.
+
+    Returns:
+        `Advice`; print(advice.report()).
+
+    Raises:
+        TypeError, ValueError: An argument, or a model without attention that can be patched.
+        NotImplementedError: A model whose attention cannot be patched, naming why.
+
+    >>> import torch
+    >>> from tritonattn.analysis import advise
+    >>> q, k = torch.randn(2, 1, 4, 128, 64)
+    >>> advise(q, k, causal=True).mode
+    'sqrt_dim'
+    >>> advise(8 * q, 8 * k, causal=True).mode
+    'cosine'
+    """
+    if isinstance(model, Tensor):
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"k: expected a tensor beside q, got {type(tokens).__name__}")
+        return _joined([_finding(_of_tensors(model, tokens, scaling, gain, visible, context))])
+    if visible or scaling != "sqrt_dim" or gain is not None:
+        names = [*visible, *(["scaling"] if scaling != "sqrt_dim" else []), *(["gain"] if gain is not None else [])]
+        raise TypeError(f"{', '.join(names)}: expected only with q and k, got a {type(model).__name__}")
+    return _joined(_findings_of_model(model, tokens, context))
+
+
+def mode_of(text: str) -> Scaling:
+    """The scaling that an `Advice.mode` names: "cosine", "qwen_logn(2048)"."""
+    name, _, parameter = text.partition("(")
+    kind: Any = SCALINGS[name]
+    return kind(int(parameter.rstrip(")"))) if parameter else kind()
+
+
+def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> list[Finding]:
+    try:
+        from ..huggingface import patch, patched
+    except ImportError as error:
+        raise ImportError("advise needs transformers for a model: pip install 'tritonattn[hf]'") from error
+    inputs = dict(tokens) if isinstance(tokens, Mapping) else {"input_ids": tokens}
+    if context is None:
+        context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    findings: list[Finding] = []
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def observe(module: nn.Module, q: Tensor, k: Tensor, arguments: dict[str, Any], aux: Any) -> None:
+        findings.append(_finding(_of_call(names[id(module)], q, k, arguments, aux, context)))
+
+    own = patched(model)
+    handle = patch(model, "sqrt_dim") if own is None else own
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with handle.watch(observe), torch.no_grad():
+            model(**inputs)
+    finally:
+        for module, mode in training:
+            module.training = mode
+        if own is None:
+            handle.undo()
+    if not findings:
+        raise ValueError("model: expected one that computes attention from these inputs, got none")
+    return findings
+
+
+def _of_call(
+    name: str, q: Tensor, k: Tensor, arguments: dict[str, Any], aux: Any, context: int | None
+) -> _Layer:
+    visible = {part: arguments[part] for part in arguments.keys() & set(_VISIBLE)}
+    scaling, gain = arguments["scaling"], arguments["gain"]
+    relative = gain
+    if not isinstance(scaling, (str, Scaling)):  # a float of the model's own
+        relative = scaling * q.shape[-1] ** 0.5 * (1.0 if gain is None else gain)
+    return _layer(name, q, k, scaling, gain, relative, visible, context)
+
+
+def _of_tensors(q: Tensor, k: Tensor, scaling: Any, gain: Any, visible: dict[str, Any], context: int | None) -> _Layer:
+    unknown = set(visible) - set(_VISIBLE)
+    if unknown:
+        raise TypeError(f"{', '.join(sorted(unknown))}: expected arguments out of {', '.join(_VISIBLE)}")
+    check(q, k, k, Options(**visible))
+    return _layer("q, k", q, k, scaling, gain, None, visible, context)
+
+
+def _layer(
+    name: str, q: Tensor, k: Tensor, scaling: Any, gain: Any, relative: Any, visible: dict[str, Any],
+    context: int | None,
+) -> _Layer:  # fmt: skip
+    seen = Visibility.of(q, k, **visible)
+    rows = counted_rows(ObservedCall(q, k, q, seen, None, lambda: None))
+    if not seen.sizes_tell_all and rows.shape[1] == 1:  # rows of padding get no keys, and so no say
+        lo, hi = seen.ranges()
+        hi = torch.where(rows[:, 0], hi, lo)
+        ranges = torch.stack(torch.broadcast_tensors(lo, hi), dim=-1).expand(q.shape[0], -1, -1)
+        visible = {name: x for name, x in visible.items() if name == "mask"} | {"key_ranges": ranges}
+        seen = Visibility.of(q, k, **visible)
+    return _Layer(name, q, k, scaling, gain, relative, visible, seen, context)
+
+
+def _means(found: Diagnosis) -> dict[str, float]:
+    names = [field.name for field in dataclasses.fields(Reading) if hasattr(found, field.name)]
+    means = {name: float(getattr(found, name).mean()) for name in names}
+    return {**means, "max_logit": float(found.max_logit.amax())}
+
+
+def _between_sequences(k: Tensor, seen: Visibility) -> float:
+    """Variation of the sequences' mean key lengths, mean over the heads."""
+    visible = seen.seen_keys().expand(seen.keys)  # [B, Hkv, Sk]
+    lengths = key_lengths_of(k, visible).double()
+    count = visible.sum(-1)
+    means = torch.where(visible, lengths, 0).sum(-1) / count.clamp(min=1)  # [B, Hkv]
+    means = means[(count > 0).all(1)]
+    if means.shape[0] < 2:
+        return 0.0
+    return float((means.std(0, correction=0) / means.mean(0)).nan_to_num().mean())
+
+
+def _name(scaling: Any) -> str:
+    if isinstance(scaling, str):
+        return scaling
+    return scaling.name if isinstance(scaling, Scaling) else "sqrt_dim"  # a float is the model's own factor
+
+
+def _finding(layer: _Layer) -> Finding:
+    reading = layer.read(None)
+    rule = rule_for(reading)
+    for candidate in rule.candidates:
+        mode = candidate.format(context=reading.context, count=max(2, round(reading.key_count_mean)))
+        if mode == reading.mode:
+            continue
+        after = layer.read(mode)
+        if rule.heals(reading, after):
+            return Finding(reading, rule, mode, mode, after)
+    return Finding(reading, rule, rule.otherwise.format(mode=reading.mode))
+
+
+def _joined(findings: list[Finding]) -> Advice:
+    """The advice for the whole: that of the most frequent finding that is not `healthy`."""
+    ill = [one for one in findings if one.rule.name != "healthy"]
+    counted = Counter((one.rule.name, one.mode, one.advice) for one in ill or findings)
+    (name, mode, text), _ = counted.most_common(1)[0]
+    chosen = [one for one in findings if (one.rule.name, one.mode, one.advice) == (name, mode, text)]
+    rule, first = chosen[0].rule, chosen[0].reading
+    others = len(ill) - len(chosen) if ill else 0
+    if ill:
+        where = f"{len(chosen)} of {len(findings)} layers: {', '.join(one.layer for one in chosen)}"
+        text = f"{text}, on {'all layers' if len(chosen) == len(findings) > 1 else where}"
+        if others:
+            text += f" ({others} more have something else, see the table)"
+    return Advice(
+        first.mode if mode is None else mode, text, tuple(one.layer for one in chosen), rule.why, rule.watch,
+        rule.turn_back, rule.evidence, tuple(findings),
+    )  # fmt: skip
+
+
+def _figures(one: Reading) -> tuple[str, ...]:
+    return (
+        f"{one.near_one_hot:.2f}", f"{one.near_uniform:.2f}", f"{one.relative_entropy:.3f}", f"{one.max_logit:.4g}",
+        f"{one.jacobian_norm:.2g}", f"{one.gradient_norm:.2g}",
+    )  # fmt: skip
+
+
+def _tried(mode: str | None, after: Reading | None) -> str:
+    if mode is None or after is None:
+        return "-"
+    shares = f"one-hot {after.near_one_hot:.2f}, uniform {after.near_uniform:.2f}"
+    return f"{mode}: {shares}, Jacobian {after.jacobian_norm:.2g}"
+
+

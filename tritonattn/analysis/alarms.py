@@ -1,0 +1,102 @@
+"""When a layer is in trouble, and since when it has been said."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+LOSS = "loss"
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What a healthy layer does not pass; None: not watched.
+
+    max_logit      the largest logit of any head and row: QK-clip's tau (Kimi K2, arXiv:2507.20534, uses 100)
+    near_one_hot   share of rows with one key above 0.95, mean over the heads: their softmax passes no gradient
+    near_uniform   share of rows with entropy / ln n above 0.98, mean over the heads: they average their values. A model
+                   that begins to learn is uniform: give None, or let it warn once
+    """
+
+    max_logit: float | None = 100.0
+    near_one_hot: float | None = 0.9
+    near_uniform: float | None = 0.9
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value != value):
+                raise ValueError(f"thresholds.{field.name}: expected a number or None, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One measure of one layer that is beyond its threshold, or a loss that is not finite.
+
+    step      of the record
+    layer     the module's name; "" for the loss
+    measure   a field of `Thresholds`, or "loss"
+    value     what it was: the largest head's logit, else the heads' mean
+    limit     the threshold; NaN for the loss
+    heads     the measure by head, None for one without rows; () for the loss
+    new       whether the layer was within the threshold when it was last watched
+    """
+
+    step: int
+    layer: str
+    measure: str
+    value: float
+    limit: float
+    heads: tuple[float | None, ...] = ()
+    new: bool = True
+
+    def __str__(self) -> str:
+        if self.measure == LOSS:
+            return f"loss: {self.value}"
+        return f"{self.layer}: {self.measure} {self.value:.4g}, threshold {self.limit:g}"
+
+
+class Alarms:
+    """The alarms that stand."""
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self._limits = {
+            field.name: getattr(thresholds, field.name)
+            for field in fields(thresholds)
+            if getattr(thresholds, field.name) is not None
+        }
+        self._standing: set[tuple[str, str]] = set()
+
+    def of(self, step: int, layers: dict[str, dict[str, Any]]) -> list[Alarm]:
+        """Those of the layers that were watched in this step; one that is well again has none."""
+        found = []
+        for layer, measures in layers.items():
+            for measure, limit in self._limits.items():
+                heads = tuple(value for value in measures[measure] if value is not None)
+                value = _of_layer(measure, heads)
+                if value is None or value <= limit:
+                    self._standing.discard((layer, measure))
+                    continue
+                new = (layer, measure) not in self._standing
+                self._standing.add((layer, measure))
+                found.append(Alarm(step, layer, measure, value, limit, tuple(measures[measure]), new))
+        return found
+
+    def of_loss(self, step: int, loss: float) -> list[Alarm]:
+        """That of a loss."""
+        if math.isfinite(loss):
+            self._standing.discard(("", LOSS))
+            return []
+        new = ("", LOSS) not in self._standing
+        self._standing.add(("", LOSS))
+        return [Alarm(step, "", LOSS, loss, math.nan, (), new)]
+
+
+def _of_layer(measure: str, heads: tuple[float, ...]) -> float | None:
+    """A measure of a layer from those of its heads; None where no row was counted, NaN where one of them is."""
+    if not heads:
+        return None
+    if any(math.isnan(value) for value in heads):
+        return math.nan
+    return max(heads) if measure == "max_logit" else sum(heads) / len(heads)

@@ -1,0 +1,270 @@
+"""`Monitor`: what attention does while a model trains."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .alarms import Alarm, Alarms, Thresholds
+from .records import JsonLines, Scalars
+from .watch import Watch
+
+Action = Callable[[Sequence[Alarm]], Any]
+
+
+class Monitor:
+    """Watch every k-th step of a training run: a context manager, with `step` at the end of every step.
+
+    Args:
+        model: A transformers model, patched or not, or any module that computes its attention by
+            `tritonattn.attention` or `attention_varlen`: `tritonattn.nn.ScaledAttention`, `tritonattn.integrations`.
+        every: Watch the steps 0, every, 2 every, ...
+        file: Append a record a watched step to it, as JSON lines.
+        tensorboard: A folder, or a writer with `add_scalar(name, value, step)`.
+        thresholds: What warns.
+        on_alarm: What to do, besides warning, in every watched step in which an alarm stands: "undo" calls
+            `tritonattn.huggingface.patched(model).undo()`; `qk_clip(model, threshold)`; or a function of the list of
+            `Alarm`s.
+
+    A record is a dict: step; loss; alarms; and layers, by the module's name, each with
+
+        calls, rows          how many calls and rows (B Hq Sq) it rests on, without padding and rows that see no key
+        max_logit            [Hq] the largest logit, before softcap
+        relative_entropy     [Hq] mean over the rows that see n > 1 keys of entropy / ln n: 1 is uniform, 0 one key
+        near_one_hot         [Hq] share of the rows whose largest probability is above 0.95
+        near_uniform         [Hq] share of the rows with n > 1 whose entropy / ln n is above 0.98
+        q_gradient_norm      [Hq] Frobenius norm of the gradient that reached q as it meets k, over rows and features
+        k_gradient_norm      [Hkv]
+        output_variance      [Hq] variance of the attention's output over the rows, mean over its features
+
+    Values that do not exist (no backward, no row) or are not finite are null in the file, and alarms name the latter.
+    Probabilities and entropy are those before dropout and without sinks; output is what the model got.
+
+    **What it changes: nothing.** Statistics are computed beside the model's own attention, from the same q and k and
+    without dropout, by one more forward of O(S) memory. Weights after a run with a Monitor are bit for bit those
+    without, unless `on_alarm` changes them. A transformers layer that is not patched keeps its own attention (eager or
+    sdpa), and is lent another config while a watched step lasts: so `patch` before the with block. In steps that are
+    not watched, `step` counts, and looks at the loss where that does not wait for a GPU; nothing else of the Monitor
+    exists. A watched step took 1.12 to 1.21 times as long (`python -m perf monitor`; docs/rollout.md).
+
+    **What counts.** A step is all that happens between two calls of `step`: forwards of several micro-batches or parts
+    of a loss are joined (counts, maxima, sums of squares: with gradient accumulation that is what one large batch would
+    have given). A layer in training mode counts, or one whose result has a graph; so an evaluation in eval mode under
+    torch.no_grad() between steps does not. Checkpointed layers count once. Under a GradScaler give `grad_scale`.
+    Frozen layers have gradient norms where a gradient passes through them. What torch.compile has compiled is not seen:
+    a warning says so. An exception ends the watch, loses the step, and leaves model and file whole. One process only:
+    in a distributed run each process sees its own part; watch on rank 0, or give each its file.
+
+    Raises:
+        ValueError, TypeError: An argument; a transformers model with an attention implementation other than eager, sdpa
+            and tritonattn in a layer that is not patched.
+        ImportError: tensorboard without that package.
+
+    >>> import torch, tritonattn
+    >>> from tritonattn.analysis import Monitor
+    >>> model = tritonattn.nn.ScaledAttention(32, heads=4, scaling="ssmax", causal=True)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with Monitor(model, every=2) as monitor:
+    ...     for _ in range(3):
+    ...         loss = model(torch.randn(2, 16, 32)).square().mean()
+    ...         loss.backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    ...         record = monitor.step(loss)
+    >>> record["step"], len(record["layers"]["ScaledAttention"]["max_logit"])
+    (2, 4)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int = 50,
+        file: str | os.PathLike[str] | None = None,
+        tensorboard: Any = None,
+        thresholds: Thresholds | None = None,
+        on_alarm: str | Action | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: expected a positive int, got {every!r}")
+        if thresholds is not None and not isinstance(thresholds, Thresholds):
+            raise TypeError(f"thresholds: expected Thresholds, got {type(thresholds).__name__}")
+        self.model, self.every = model, every
+        self.steps = 0  # taken so far; set it to go on with an earlier run's numbers
+        self.last: dict[str, Any] | None = None  # the latest record
+        self._alarms = Alarms(Thresholds() if thresholds is None else thresholds)
+        self._act = _action(on_alarm, model)
+        self._file = None if file is None else JsonLines(file)
+        self._scalars = None if tensorboard is None else Scalars(tensorboard)
+        self._watch: Watch | None = None
+        self._active = False
+        self._not_finite: Tensor | None = None  # bool on the loss's device: one since the last look was not
+        self._said_blind = False
+
+    def __enter__(self) -> Monitor:
+        if self._active:
+            raise RuntimeError("Monitor: expected one that is not in use, got one inside its with block")
+        self._active = True
+        try:
+            self._begin()
+        except BaseException:
+            self._active = False
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._active = False
+        self._end()
+        if self._scalars is not None:
+            self._scalars.close()
+
+    @property
+    def active(self) -> bool:
+        """Whether it is inside its with block."""
+        return self._active
+
+    def step(self, loss: float | Tensor | None = None, *, grad_scale: float = 1.0) -> dict[str, Any] | None:
+        """Call it once at the end of every step, after backward; before or after optimizer.step().
+
+        Args:
+            loss: Of the step, for the record. A loss that is not finite raises an alarm, in any step; that of a GPU
+                tensor in the next step that is watched.
+            grad_scale: What gradients are multiplied by: `scaler.get_scale()` before `scaler.update()`.
+
+        Returns:
+            The record of a watched step; None otherwise.
+        """
+        if not self._active:
+            raise RuntimeError("Monitor.step: expected to be inside `with monitor:`, got a Monitor that is not in use")
+        loss = _checked_loss(loss)
+        watch, step = self._watch, self.steps
+        self._end()
+        self.steps = step + 1
+        alarms = self._loss_alarms(step, loss, watch is not None)
+        record = None
+        if watch is not None or alarms:
+            record = self._record(step, loss, watch, alarms, grad_scale)
+        if self._active:
+            self._begin()
+        return record if watch is not None else None
+
+    def callback(self) -> Any:
+        """A callback for transformers' Trainer: `Trainer(..., callbacks=[monitor.callback()])`.
+
+        It begins and ends with the training. The loss of a record is that of the model's outputs; the number of a step
+        is the trainer's. `with monitor: trainer.train()` leaves the model whole after an exception, too.
+        """
+        from .trainer import MonitorCallback
+
+        return MonitorCallback(self)
+
+    def restart(self, step: int) -> None:
+        """Go on with the step of that number; what was watched of the one that has begun is dropped."""
+        self._end()
+        self.steps = step
+        self._begin()
+
+    def _begin(self) -> None:
+        if self.steps % self.every == 0:
+            self._watch = Watch(self.model)
+            self._watch.__enter__()
+
+    def _end(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.__exit__()
+
+    def _loss_alarms(self, step: int, loss: float | Tensor | None, watched: bool) -> list[Alarm]:
+        if loss is None:
+            return []
+        if isinstance(loss, Tensor) and _is_elsewhere(loss):
+            bad = ~torch.isfinite(loss).all()
+            self._not_finite = bad if self._not_finite is None else self._not_finite | bad
+            if not watched:
+                return []
+            failed, self._not_finite = bool(self._not_finite), None
+            value = float(loss)
+            return self._alarms.of_loss(step, math.nan if failed and math.isfinite(value) else value)
+        return self._alarms.of_loss(step, float(loss))
+
+    def _record(
+        self, step: int, loss: float | Tensor | None, watch: Watch | None, alarms: list[Alarm], grad_scale: float
+    ) -> dict[str, Any]:
+        """Make a record, write it, warn and act."""
+        layers: dict[str, Any] = {}
+        if watch is not None:
+            summaries = {name: tally.summary(grad_scale) for name, tally in watch.tallies.items()}
+            layers = {name: one for name, one in summaries.items() if one is not None}
+            if loss is None and (loss := watch.loss()) is not None:
+                alarms = self._alarms.of_loss(step, loss)
+            if not layers:
+                self._say_blind(step)
+        alarms = [*alarms, *self._alarms.of(step, layers)]
+        record = {
+            "step": step,
+            "loss": None if loss is None else float(loss),
+            "alarms": [
+                {"layer": one.layer, "measure": one.measure, "value": one.value, "limit": one.limit, "new": one.new}
+                for one in alarms
+            ],
+            "layers": layers,
+        }
+        self.last = record
+        for target in (self._file, self._scalars):
+            if target is not None:
+                target.write(record)
+        if alarms and self._act is not None:
+            self._act(alarms)
+        if new := [str(alarm) for alarm in alarms if alarm.new]:
+            warnings.warn(f"step {step}: {'; '.join(new)}", RuntimeWarning, stacklevel=3)
+        return record
+
+    def _say_blind(self, step: int) -> None:
+        if not self._said_blind:
+            self._said_blind = True
+            warnings.warn(
+                f"step {step}: Monitor saw no attention: wanted layers that compute it by tritonattn or transformers,"
+                " in training, and not inside torch.compile",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+def _is_elsewhere(loss: Tensor) -> bool:
+    """Whether reading it would wait for a device."""
+    return loss.device.type != "cpu"
+
+
+def _checked_loss(loss: Any) -> float | Tensor | None:
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.detach()
+    if loss is None or (isinstance(loss, (int, float)) and not isinstance(loss, bool)):
+        return loss
+    got = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise TypeError(f"loss: expected a number, a tensor of one element, or None, got {got}")
+
+
+def _action(on_alarm: str | Action | None, model: nn.Module) -> Action | None:
+    if on_alarm is None or callable(on_alarm):
+        return on_alarm
+    if on_alarm != "undo":
+        raise ValueError(f"on_alarm: expected 'undo', a function of alarms, or None, got {on_alarm!r}")
+    patched = None
+    if "transformers" in sys.modules:
+        from ..huggingface import patched as patch_of
+
+        patched = patch_of(model)
+    if patched is None:
+        raise ValueError(f"on_alarm: 'undo' wants a model that is patched, got a {type(model).__name__} that is not")
+    return lambda alarms: patched.undo()
+
+

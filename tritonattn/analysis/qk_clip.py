@@ -1,0 +1,229 @@
+"""QK-clip: take a head's projections back when its logits have grown too large."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import ScaledAttention
+from ..scaling import Scaling
+from .alarms import Alarm
+
+_NORM = re.compile(r"(q|k|qk|query|key)_?(layer)?_?norm(alization)?")
+_PAIRS = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"))
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Where the weights of q and k lie in one attention module.
+
+    query, key   views of the weights and biases, rows first: [H D, ...]; writing to them writes to the model
+    scaling      as in `tritonattn.attention`; None is the model's own factor
+    """
+
+    query: tuple[Tensor, ...]
+    key: tuple[Tensor, ...]
+    heads: int
+    kv_heads: int
+    scaling: Any
+
+
+class QKClip:
+    """The recipe for a model; see `qk_clip`. Called with alarms, or `clip`ped by hand."""
+
+    def __init__(self, model: nn.Module, threshold: float) -> None:
+        self.model, self.threshold = model, threshold
+
+    def __call__(self, alarms: Sequence[Alarm]) -> dict[str, Tensor]:
+        """Clip the layers whose alarm is of max_logit. Returns what `clip` returns."""
+        return self.clip({one.layer: one.heads for one in alarms if one.measure == "max_logit"})
+
+    @torch.no_grad()
+    def clip(self, max_logits: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Apply the recipe to layers by name, from the largest logit [Hq] of each head; None or NaN leaves a head.
+
+        Returns:
+            gamma, fp64 [Hq], of the layers in which a head was clipped.
+        """
+        found = {name: self._gamma(name, values) for name, values in max_logits.items()}
+        found = {name: gamma for name, gamma in found.items() if bool((gamma < 1).any())}
+        plans = {name: _plan(name, self.model.get_submodule(name), gamma) for name, gamma in found.items()}
+        for plan in plans.values():  # of which none was refused
+            for rows, factor in plan:
+                _multiply(rows, factor)
+        return found
+
+    def _gamma(self, name: str, values: Any) -> Tensor:
+        largest = torch.tensor([float("nan") if value is None else float(value) for value in values]).double()
+        gamma = (self.threshold / largest).clamp(max=1)
+        return torch.where(largest > self.threshold, gamma, 1.0)
+
+
+def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
+    """QK-clip (Kimi K2, arXiv:2507.20534), as `Monitor(..., on_alarm=qk_clip(model, threshold))`.
+
+        gamma_h = min(1, threshold / S_h)        S_h the largest logit of head h in the step
+        W_q, W_k of head h  *=  sqrt(gamma_h)    and their biases; with shared key heads W_q *= gamma_h, W_k is left
+
+    Afterwards the logits of head h are gamma_h times what they were, and those of the other heads are as they were.
+    Where query heads share a key head (GQA, MQA), shrinking its W_k would shrink all of them, by the largest gamma
+    too little for one and by the smallest too much for the rest; W_q alone gives each head exactly its own. So does it
+    for scalings that divide by the lengths of keys (key_norm_sum and its like), to which W_k's size is nothing.
+
+    Weights only: the optimizer's state stays, as in the paper. Give the Monitor a threshold of no more than this one:
+    `Thresholds(max_logit=threshold)`.
+
+    Layers: `tritonattn.nn.ScaledAttention`, `integrations.torch_modules.MultiheadAttention`, and those of transformers
+    with q_proj and k_proj (Llama, Mistral, OPT, Whisper, ...), query and key (BERT, ViT), q_lin and k_lin (DistilBERT),
+    qkv_proj (Phi-3) or c_attn (GPT-2).
+
+    Raises (when it acts, before any weight is changed):
+        NotImplementedError: Names the layer and why: QK-norm, whose result the weights before it do not move; a scaling
+            that divides by the length of q (cosine); projections that are quantised, adapted, gated or of another
+            layout (latent attention).
+        ValueError: A threshold that is not positive.
+
+    >>> import torch, tritonattn
+    >>> from tritonattn.analysis import qk_clip
+    >>> model = torch.nn.ModuleDict({"attention": tritonattn.nn.ScaledAttention(32, heads=4)})
+    >>> qk_clip(model, 50.0).clip({"attention": [10.0, 100.0, 50.0, 200.0]})
+    {'attention': tensor([1.0000, 0.5000, 1.0000, 0.2500], dtype=torch.float64)}
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 0:
+        raise ValueError(f"threshold: expected a positive number, got {threshold!r}")
+    return QKClip(model, threshold)
+
+
+def _plan(name: str, module: nn.Module, gamma: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What to multiply by what, rows [H D, ...] by [H]; refuses what cannot be clipped."""
+    found = _projections(name, module)
+    if gamma.shape[0] != found.heads:
+        raise ValueError(f"{name}: expected {found.heads} largest logits, got {gamma.shape[0]}")
+    degree = _degree_in_keys(found.scaling, name)
+    if degree == 1 and found.heads == found.kv_heads:
+        return [(rows, gamma.sqrt()) for rows in (*found.query, *found.key)]
+    return [(rows, gamma) for rows in found.query]
+
+
+def _multiply(rows: Tensor, factor: Tensor) -> None:
+    """Rows [H D, ...], a factor [H] each; one rounding to the weights' dtype."""
+    wide = factor.to(rows.device).repeat_interleave(rows.shape[0] // factor.shape[0])
+    rows.copy_(rows.double() * wide.reshape(-1, *(1,) * (rows.dim() - 1)))
+
+
+def _degree_in_keys(scaling: Any, name: str) -> int:
+    """1 where doubled keys double the logits, 0 where the scaling takes that back; found by its formula.
+
+    Raises NotImplementedError where the size of q, or of k in another way, does not act as a factor.
+    """
+    if not isinstance(scaling, Scaling):
+        return 1
+    parameters = list(scaling.parameters()) if isinstance(scaling, nn.Module) else []
+    heads = max((x.shape[0] for x in parameters if x.dim() > 0), default=1)
+    device = parameters[0].device if parameters else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 4, 8, dtype=torch.float64, generator=generator).to(device) for _ in range(2))
+    visible = torch.ones(1, 1, 4, 4, dtype=torch.bool, device=device).tril()
+
+    def factor(q: Tensor, k: Tensor) -> Tensor:
+        found = torch.as_tensor(scaling.multiplier(q, k, visible), dtype=torch.float64, device=device)
+        return torch.where(visible, found, 0)  # what it says of invisible pairs is of no account
+
+    one, other_q, other_k = factor(q, k), factor(2 * q, k), factor(q, 2 * k)
+    if torch.allclose(other_q, one, rtol=1e-4):
+        if torch.allclose(other_k, one, rtol=1e-4):
+            return 1
+        if torch.allclose(2 * other_k, one, rtol=1e-4):
+            return 0
+    raise NotImplementedError(
+        f"{name}: QK-clip does not work with the scaling {getattr(scaling, 'name', type(scaling).__name__)}, whose"
+        " logits are not proportional to q"
+    )
+
+
+def _projections(name: str, module: Any) -> Projections:
+    _refuse_norms(name, module)
+    if isinstance(module, nn.MultiheadAttention):
+        return _of_multihead_attention(module)
+    heads, kv_heads, head_dim, scaling = _description(name, module)
+    sizes = heads * head_dim, kv_heads * head_dim
+    for query, key in _PAIRS:
+        if hasattr(module, query) and hasattr(module, key):
+            q, k = _rows(name, query, getattr(module, query)), _rows(name, key, getattr(module, key))
+            _check_sizes(name, query, q, sizes[0])
+            _check_sizes(name, key, k, sizes[1])
+            return Projections(q, k, heads, kv_heads, scaling)
+    for fused in ("qkv_proj", "c_attn"):
+        if hasattr(module, fused):
+            rows = _rows(name, fused, getattr(module, fused))
+            _check_sizes(name, fused, rows, sizes[0] + 2 * sizes[1])
+            q, k = tuple(x[: sizes[0]] for x in rows), tuple(x[sizes[0] : sum(sizes)] for x in rows)
+            return Projections(q, k, heads, kv_heads, scaling)
+    raise NotImplementedError(
+        f"{name}: QK-clip knows projections named q_proj and k_proj, query and key, q_lin and k_lin, qkv_proj or"
+        f" c_attn; {type(module).__name__} has none of them"
+    )
+
+
+def _description(name: str, module: Any) -> tuple[int, int, int, Any]:
+    """Hq, Hkv, D and the scaling."""
+    if isinstance(module, ScaledAttention):
+        scaling = module.scaling
+        return module.heads, module.kv_heads, module.head_dim, scaling
+    if "transformers" in sys.modules:
+        from ..huggingface import Settings
+        from ..huggingface.architecture import head_dim, interface_call, key_heads, query_heads
+
+        if interface_call(type(module)) is not None and (dim := head_dim(module)) is not None:
+            return query_heads(module), key_heads(module), dim, Settings.of(module).scaling
+    raise NotImplementedError(f"{name}: QK-clip does not know the layout of {type(module).__name__}")
+
+
+def _refuse_norms(name: str, module: nn.Module) -> None:
+    for child, norm in module.named_children():
+        if _NORM.fullmatch(child) and not isinstance(norm, nn.Identity):
+            raise NotImplementedError(
+                f"{name}: QK-clip does nothing before a norm of q and k, got {child} ({type(norm).__name__}); lower"
+                " that norm's weight, or give the layer a gain"
+            )
+
+
+def _rows(name: str, child: str, layer: Any) -> tuple[Tensor, ...]:
+    """Weight and bias of a linear layer with the axis of its outputs first."""
+    kind = type(layer).__name__
+    if type(layer) is nn.Linear:
+        weight = layer.weight
+    elif kind == "Conv1D" and isinstance(layer.weight, nn.Parameter):  # transformers': [in, out]
+        weight = layer.weight.t()
+    else:
+        raise NotImplementedError(f"{name}: QK-clip wants a plain linear layer as {child}, got {kind}")
+    if not weight.is_floating_point():
+        raise NotImplementedError(f"{name}: QK-clip wants floating weights in {child}, got {weight.dtype}")
+    return (weight,) if layer.bias is None else (weight, layer.bias)
+
+
+def _check_sizes(name: str, child: str, rows: tuple[Tensor, ...], wanted: int) -> None:
+    if rows[0].shape[0] != wanted:
+        raise NotImplementedError(
+            f"{name}: QK-clip wants {wanted} outputs of {child}, got {rows[0].shape[0]}: it holds more than heads"
+        )
+
+
+def _of_multihead_attention(module: Any) -> Projections:
+    if module.in_proj_weight is not None:
+        query, key, _ = module.in_proj_weight.chunk(3)
+    else:
+        query, key = module.q_proj_weight, module.k_proj_weight
+    biases: list[tuple[Tensor, ...]] = [(), ()]
+    if module.in_proj_bias is not None:
+        biases = [(bias,) for bias in module.in_proj_bias.chunk(3)[:2]]
+    heads = module.num_heads
+    return Projections((query, *biases[0]), (key, *biases[1]), heads, heads, module.scaling)
+
+

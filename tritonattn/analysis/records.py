@@ -1,0 +1,77 @@
+"""Where a run's records go: a file of JSON lines, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """A file with one JSON object a line, each appended by one write: what is there is whole, whenever a run ends."""
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        self.path = Path(file)
+        if self.path.is_dir() or not self.path.absolute().parent.is_dir():
+            raise ValueError(f"file: expected a file in an existing folder, got {str(file)!r}")
+        with self.path.open("ab+") as opened:
+            if opened.tell() > 0:
+                opened.seek(-1, os.SEEK_END)
+                if opened.read(1) != b"\n":  # a line that another run was killed in
+                    opened.write(b"\n")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record; numbers that are not finite become null."""
+        line = (json.dumps(finite(record), allow_nan=False) + "\n").encode()
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            while line:
+                line = line[os.write(descriptor, line) :]
+        finally:
+            os.close(descriptor)
+
+
+def finite(x: Any) -> Any:
+    """x with None for the numbers in it that are not finite."""
+    if isinstance(x, dict):
+        return {key: finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+class Scalars:
+    """The records as TensorBoard scalars: the loss, and of every layer the largest logit and the heads' means."""
+
+    def __init__(self, target: Any) -> None:
+        """target: a folder, or a writer with add_scalar(name, value, step)."""
+        self._owned = not hasattr(target, "add_scalar")
+        self._writer = _writer(target) if self._owned else target
+
+    def write(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        if record["loss"] is not None:
+            self._writer.add_scalar("loss", record["loss"], step)
+        for layer, measures in record["layers"].items():
+            for name, values in measures.items():
+                values = [value for value in values if value is not None] if isinstance(values, list) else []
+                if values:
+                    value = max(values) if name == "max_logit" else sum(values) / len(values)
+                    self._writer.add_scalar(f"{layer}/{name}", value, step)
+
+    def close(self) -> None:
+        """Close a writer of our own; that of the caller is only flushed, where it can be."""
+        if self._owned:
+            self._writer.close()
+        elif hasattr(self._writer, "flush"):
+            self._writer.flush()
+
+
+def _writer(folder: str | os.PathLike[str]) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard: it is not installed; to mend it: pip install 'tritonattn[monitor]'") from error
+    return SummaryWriter(str(folder))

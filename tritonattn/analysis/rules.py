@@ -1,0 +1,209 @@
+"""The rules of `advise`, as a table: what is seen, what to try, and what that rests on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+LARGE_LOGIT = 100.0  # QK-clip's threshold in Kimi K2
+ILL = 0.5  # a layer is ill where more of its rows than this are; SmolLM2-135M's have up to 0.31 one-hot, 0.03 uniform
+WELL = 0.25  # a mode heals a layer where no more of its rows than this stay ill
+COUNTS = 0.25  # variation of the rows' number of keys; 0 among sequences of one length, 0.30 for one of 8 and one of 64
+LENGTHS = 0.5  # variation of the sequences' mean key lengths; 0.6 where one has keys four times as long as the other
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a layer's softmax is like with the scaling that it has: means over the heads, see `Diagnosis`.
+
+    mode       the scaling that it has
+    max_logit  the largest of any head
+    key_norm_between   standard deviation over the sequences of their mean key length, over its mean; 0 for one sequence
+    causal     whether every row sees up to its own place
+    longest    the largest number of keys that a row sees
+    context    what the model was trained for, in tokens; None where that is not known
+    """
+
+    layer: str
+    mode: str
+    logit_std: float
+    max_logit: float
+    relative_entropy: float
+    near_one_hot: float
+    near_uniform: float
+    jacobian_norm: float
+    gradient_norm: float
+    key_count_mean: float
+    key_count_variation: float
+    key_norm_mean: float
+    key_norm_variation: float
+    key_norm_between: float
+    causal: bool
+    longest: int
+    context: int | None = None
+
+    @property
+    def ill(self) -> float:
+        """Share of rows that are one-hot or uniform."""
+        return self.near_one_hot + self.near_uniform
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table.
+
+    condition    when it applies, in words; `applies` is the same in code
+    candidates   modes that are tried on the layer's own q and k, the least intrusive first: the first that heals it is
+                 advised; {context} and {count} stand for the layer's own numbers
+    heals        whether a mode's reading is better, given the old one
+    otherwise    what to do where no candidate heals
+    why, watch, turn_back   what the reader is told
+    evidence     what it rests on
+    """
+
+    name: str
+    condition: str
+    applies: Callable[[Reading], bool]
+    candidates: tuple[str, ...]
+    heals: Callable[[Reading, Reading], bool]
+    otherwise: str
+    why: str
+    watch: str
+    turn_back: str
+    evidence: tuple[str, ...]
+
+
+def _healed(old: Reading, new: Reading) -> bool:
+    return math.isfinite(new.max_logit) and new.max_logit <= LARGE_LOGIT and new.ill <= WELL
+
+
+def _always(old: Reading, new: Reading) -> bool:
+    return True
+
+
+def _past_context(one: Reading) -> bool:
+    return one.context is not None and one.longest > one.context
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        name="broken",
+        condition="a logit is NaN or infinite",
+        applies=lambda one: not math.isfinite(one.max_logit),
+        candidates=(),
+        heals=_always,
+        otherwise="keep the scaling; mend the numbers first: find the layer before this one that gives inf or NaN,"
+        " lower the learning rate, or leave float16",
+        why="no scaling mends inputs that are not finite",
+        watch="loss and max_logit of a Monitor: the first record that is null names the step and the layer",
+        turn_back="-",
+        evidence=("README.md, Numerical contract: a NaN in a key reaches the rows that see it",),
+    ),
+    Rule(
+        name="peaked",
+        condition=f"more than {ILL:.0%} of the rows give one key more than 0.95, or a logit is above {LARGE_LOGIT:g}",
+        applies=lambda one: one.near_one_hot > ILL or one.max_logit > LARGE_LOGIT,
+        candidates=("sqrt_dim", "key_norm_mean", "cosine"),
+        heals=_healed,
+        otherwise="in training: qk_clip, or QK-norm, or a lower learning rate; without training: keep the scaling",
+        why="rows are nearly one-hot: the softmax's Jacobian is nearly 0 there, and q and k learn from the few rows"
+        " that are not",
+        watch="near_one_hot and max_logit, which should fall, and the loss",
+        turn_back="the loss of `tritonattn compare` on these layers is above sqrt_dim's: then the sharpness is what the"
+        " model has learned, and not to be mended; or near_uniform passes 0.5 in a Monitor",
+        evidence=(
+            "Zhai et al. 2023, arXiv:2303.06296: entropy collapse comes with unstable training",
+            "Bernhard 2023, arXiv:2311.09406: large logits give vanishing gradients, key lengths take them back",
+            "Henry et al. 2020, arXiv:2010.04245 (cosine); Kimi K2 2025, arXiv:2507.20534 (QK-clip)",
+            "docs/simulation.md, 3: keys 1000 times larger are one-hot with sqrt_dim, and as if they were not with"
+            " key_norm_mean and cosine; where lengths differ inside a sequence only cosine does not mind",
+            "docs/workshop.md, exercise 2: the Jacobian of a peaked softmax",
+            "the diagnosis of this layer's own q and k with the mode, beside it in the table",
+        ),
+    ),
+    Rule(
+        name="uniform",
+        condition=f"entropy / ln n of more than {ILL:.0%} of the rows is above 0.98",
+        applies=lambda one: one.near_uniform > ILL,
+        candidates=("sqrt_dim", "key_norm_mean", "log_key_count", "cosine"),
+        heals=_healed,
+        otherwise="a learned gain on the scaling: patch(..., gain=torch.ones(heads, 1)), or PerHead, started above 1",
+        why="rows average their values: what q and k say changes the output hardly",
+        watch="near_uniform and relative_entropy, which should fall, output_variance, which should rise, and the loss",
+        turn_back="the model has only begun to learn, and entropy falls by itself in the first hundred steps with"
+        " sqrt_dim; or near_one_hot passes 0.5 in a Monitor; or the loss of `tritonattn compare` rises",
+        evidence=(
+            "docs/simulation.md, 2: the gradient at q.k falls with n, under key_count and key_norm_sum by another n",
+            "docs/simulation.md, 3: keys 1000 times smaller are uniform with sqrt_dim, and not with key_norm_mean and"
+            " cosine",
+            "Chiang & Cholak 2022, arXiv:2202.12172: ln n keeps attention sharp as n grows",
+            "docs/workshop.md, exercise 3: gradients under a uniform softmax",
+            "the diagnosis of this layer's own q and k with the mode, beside it in the table",
+        ),
+    ),
+    Rule(
+        name="beyond the context",
+        condition="rows see more keys than the model was trained for",
+        applies=_past_context,
+        candidates=("qwen_logn({context})",),
+        heals=_always,
+        otherwise="",
+        why="with more keys than in training a softmax spreads; ln(n) / ln(L) undoes that for n > L, and up to L the"
+        " model is as it was",
+        watch="the loss by position past L, beside sqrt_dim's",
+        turn_back="the loss past L is not below sqrt_dim's: then positions, not the softmax, are what fails",
+        evidence=("Qwen's modelling code (use_logn_attn)", "Su, kexue.fm/archives/8823: entropy invariance"),
+    ),
+    Rule(
+        name="varied lengths",
+        condition=f"the sequences' mean key lengths vary by more than {LENGTHS:.0%}",
+        applies=lambda one: one.key_norm_between > LENGTHS,
+        candidates=("key_norm_mean",),
+        heals=_always,
+        otherwise="",
+        why="one factor is too sharp for the sequence with long keys and too flat for the one with short keys; the"
+        " mean length of its own keys holds each at the same temperature",
+        watch="relative_entropy, which should differ less between sequences; the loss of each",
+        turn_back="the loss of either kind of sequence is above sqrt_dim's: then lengths carry what the model means",
+        evidence=(
+            "docs/simulation.md, 4: lengths vary between sequences: reach 0.37 with sqrt_dim, 0.56 with key_norm_mean",
+            "Bernhard 2023, arXiv:2311.09406: the sum of key lengths, of which this is the mean",
+        ),
+    ),
+    Rule(
+        name="varied counts",
+        condition=f"not causal, and the number of keys varies by more than {COUNTS:.0%} among the rows",
+        applies=lambda one: not one.causal and one.key_count_variation > COUNTS,
+        candidates=("log_key_count({count})",),
+        heals=_always,
+        otherwise="",
+        why="the same logit gets less attention among many keys than among few; ln(n) / ln(mean n) takes that back, and"
+        " leaves rows of the mean number as they are",
+        watch="the loss of short and of long inputs, each beside sqrt_dim's; max_logit of the long ones, which rises",
+        turn_back="the loss of the short or of the long inputs is above sqrt_dim's",
+        evidence=(
+            "Chiang & Cholak 2022, arXiv:2202.12172",
+            "against it: docs/simulation.md, 4: on random operands it passes no more gradient than sqrt_dim (0.56 to"
+            " 0.55)",
+            "docs/workshop.md, exercise 4: what the right key gets among 8 and among 512",
+        ),
+    ),
+    Rule(
+        name="healthy",
+        condition="none of these",
+        applies=lambda one: True,
+        candidates=(),
+        heals=_always,
+        otherwise="keep {mode}",
+        why="rows are neither one-hot nor uniform, logits are moderate: there is nothing that a scaling could mend",
+        watch="a Monitor at its default thresholds, if the model is trained on",
+        turn_back="-",
+        evidence=("the diagnosis itself", "README.md, Modes: sqrt_dim is what trained models expect"),
+    ),
+)
+
+
+def rule_for(reading: Reading) -> Rule:
+    """The first row of the table that applies."""
+    return next(rule for rule in RULES if rule.applies(reading))

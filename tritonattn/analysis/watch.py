@@ -1,0 +1,100 @@
+"""Collecting what the attention layers of a model do, for a while."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..observation import ObservedCall, observing
+from .tally import Tally
+
+
+class Watch:
+    """A context in which every attention that a model computes is counted, by the module that computes it.
+
+    Seen are calls of `tritonattn.attention` and `attention_varlen` by the model's modules, patched transformers layers
+    among them, and transformers layers that use their own "eager" or "sdpa" attention. No number of the model changes.
+
+    A module counts in training mode, or where its result has a graph: so evaluation under torch.no_grad() does not.
+    The second forward of a checkpointed layer, inside backward, does not count again.
+
+    tallies   by the module's name
+    losses    of the outputs of the model that have a loss
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._entered: list[nn.Module] = []
+        self._contexts = ExitStack()
+        self.tallies: dict[str, Tally] = {}
+        self.losses: list[Tensor] = []
+        self.losses_add_up = False
+
+    def __enter__(self) -> Watch:
+        with ExitStack() as contexts:
+            for context in _contexts_of(self._model):
+                contexts.enter_context(context)
+            contexts.enter_context(observing(self._observe))
+            for module in self._model.modules():
+                for handle in (
+                    module.register_forward_pre_hook(self._enter),
+                    module.register_forward_hook(self._leave, always_call=True),
+                ):
+                    contexts.callback(handle.remove)
+            handle = self._model.register_forward_hook(self._take_loss, with_kwargs=True)
+            contexts.callback(handle.remove)
+            self._contexts = contexts.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._contexts.close()
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self._entered.append(module)
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        if any(other is module for other in self._entered):  # one that raised may be left twice
+            while self._entered.pop() is not module:
+                pass
+
+    def _take_loss(self, module: nn.Module, _: Any, keywords: dict[str, Any], out: Any) -> None:
+        loss = getattr(out, "loss", None)
+        if module.training and isinstance(loss, Tensor) and loss.numel() == 1:
+            self.losses.append(loss.detach().reshape(()))
+            self.losses_add_up = keywords.get("num_items_in_batch") is not None
+
+    def _observe(self, call: ObservedCall) -> None:
+        if not self._entered:  # another model's
+            return
+        module = self._entered[-1]
+        if not (module.training or call.out.requires_grad):
+            return
+        name = self._names.get(id(module), "") or type(module).__name__
+        tally = self.tallies.setdefault(name, Tally())
+        tally.follow_gradients(call)
+        if not _in_backward():
+            tally.add(call)
+
+    def loss(self) -> float | None:
+        """Of the model's outputs: the sum where the model was told the number of items of the whole batch."""
+        if not self.losses:
+            return None
+        losses = torch.stack([loss.double().cpu() for loss in self.losses])
+        return float(losses.sum() if self.losses_add_up else losses.mean())
+
+
+def _contexts_of(model: nn.Module) -> list[Any]:
+    if "transformers" not in sys.modules:  # then no model of its is there
+        return []
+    from ..huggingface.observed import own_attention, tell_of
+
+    return [tell_of(own_attention(model))]
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
