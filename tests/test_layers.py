@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up. A module may import from strictly lower layers, and a folder's modules from one another.
 ORDER = (
-    {"autograd", "command"},
+    {"autograd", "command", "provenance", "texts"},
     {"ranges", "sequences", "dropout"},
     {"visibility"},
     {"call", "statistics"},
@@ -30,7 +30,7 @@ ORDER = (
     {"api", "decoding", "varlen"},
     {"nn", "warmup"},
     {"huggingface"},
-    {"analysis", "demo", "integrations", "tune"},
+    {"analysis", "demo", "integrations", "training", "tune"},
     {"__init__"},
     {"cli"},
     {"__main__"},
@@ -38,11 +38,12 @@ ORDER = (
 LAYERS = {module: layer for layer, modules in enumerate(ORDER) for module in modules}
 
 OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqdm", "numpy",
-            "diffusers", "kernels", "timm", "x_transformers"}  # fmt: skip
+            "diffusers", "kernels", "timm", "x_transformers", "sklearn", "scipy"}  # fmt: skip
 OPTIONAL_IN = {
     "huggingface": {"transformers"},
     "demo": {"transformers", "matplotlib", "tabulate", "tqdm"},
     "integrations": {"diffusers", "timm", "x_transformers"},
+    "training": {"matplotlib", "scipy", "sklearn", "tabulate", "tqdm"},
     "tune": {"tabulate", "tqdm"},
 }
 TRITON_IN = {"kernels", "tuning", "launch", "triton_backend", "tune"}

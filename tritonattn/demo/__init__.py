@@ -48,9 +48,9 @@ def run(request: Request) -> int:
 
     Returns 0, or 1 where sqrt_dim, which is the model's own scaling, gives another loss than its own attention.
     """
-    modes, device = _checked_modes(request.modes), _checked_device(request.device)
+    modes, device = _checked_modes(request.modes), checked_device(request.device)
     _check_outputs(request)
-    text = _read(request.text or TEXT)
+    text = read_text(request.text or TEXT)
     subject = load(request.model, device)
     tokens = _tokens(subject, text, request.max_tokens)
     print(
@@ -101,7 +101,7 @@ def _checked_modes(modes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((BASELINE, *modes)))
 
 
-def _checked_device(name: str) -> torch.device:
+def checked_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -126,7 +126,7 @@ def _check_outputs(request: Request) -> None:
         raise CommandError(f"--max-tokens: wanted at least 2, got {request.max_tokens}")
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
