@@ -55,7 +55,7 @@ class Assignment:
 
 
 def train(assignment: Assignment, tick: Callable[[], object] = lambda: None) -> Trace:
-    """Train a fresh model; tick is called once a step. An assignment gives the same trace again, on a CPU to the bit."""
+    """Train a fresh model; tick is called once a step. An assignment repeats itself, on a CPU to the bit."""
     task, recipe = assignment.task, assignment.recipe
     start, trace = time.perf_counter(), Trace()
     model = fresh_model(assignment)

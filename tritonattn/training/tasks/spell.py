@@ -40,7 +40,7 @@ class Spell(Task):
     name, metric = "spell", "exact"
     target = 0.25
     sizes = Sizes(width=64, heads=4, blocks=1)
-    defaults = Defaults(learning_rate=5e-3, steps=400, batch=64)
+    defaults = Defaults(learning_rate=5e-3, steps=300, batch=64)
 
     def model(self, attentions: Attentions) -> nn.Module:
         return EncoderDecoder(attentions, (10, len(WORDS)), _DIGITS, _LONGEST)

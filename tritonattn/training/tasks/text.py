@@ -25,7 +25,7 @@ class Text(Task):
     name, metric, higher_is_better = "text", "loss_128", False
     target = 2.25
     sizes = Sizes(width=64, heads=4, blocks=2)
-    defaults = Defaults(learning_rate=5e-3, steps=300, batch=16)
+    defaults = Defaults(learning_rate=5e-3, steps=200, batch=16)
     length = 128
     counted = 64
 
