@@ -16,7 +16,7 @@ from .tasks import TASKS
 
 def draw(runs: Sequence[Run], file: Path) -> None:
     """One task's runs: held-out loss, gradient norms and entropy over steps, gradient norms by layer, and measures."""
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     panels = figure.subplots(2, 3).flat
     modes = {mode: [run for run in members if run.status == "trained"] for mode, members in by_mode(runs).items()}
     modes = {mode: members for mode, members in modes.items() if members}
@@ -38,7 +38,7 @@ def draw(runs: Sequence[Run], file: Path) -> None:
     legend.legend(loc="center", fontsize="large")
     seeds = len({run.seed for run in runs})
     figure.suptitle(f"{runs[0].task}: {runs[0].recipe}; mean of {seeds} seeds, bands and bars 95% intervals")
-    figure.savefig(file, dpi=80)
+    figure.savefig(file, dpi=72)
 
 
 def _band(axes: Axes, runs: Sequence[Run], curve: Callable[[Run], Sequence[float]], colour: str) -> None:
