@@ -22,7 +22,7 @@ class Recall(Task):
     accuracy_<n>   share of right values in tables of n pairs; chance is 1/16
     """
 
-    name, metric = "recall", "accuracy_1024"
+    name, metric = "recall", "accuracy_4096"
     target = 0.25
     sizes = Sizes(width=64, heads=4, blocks=1)
     defaults = Defaults(learning_rate=5e-3, steps=250, batch=32)
