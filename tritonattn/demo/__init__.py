@@ -68,7 +68,7 @@ def run(request: Request) -> int:
 def subject_and_tokens(request: Request) -> tuple[Subject, Tensor]:
     """The model asked for, and the tokens int64 [1, S] of the text, cut to what was asked for and to its context."""
     device, file = usable_device(request.device), request.text or TEXT
-    text = _read(file)
+    text = read_text(file)
     subject = load(request.model, device)
     tokens = _tokens(subject, text, request.max_tokens)
     print(f"{subject.name}: {tokens.shape[1]} tokens of {file.name} on {device}", file=sys.stderr)
@@ -119,7 +119,7 @@ def check_outputs(request: Request) -> None:
         raise CommandError(f"--max-tokens: wanted at least 2, got {request.max_tokens}")
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

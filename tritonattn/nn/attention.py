@@ -174,15 +174,20 @@ class ScaledAttention(nn.Module):
                 "cu_seqlens", {"context": context, "key_lengths": key_lengths, "key_ranges": key_ranges, "mask": mask}
             )
             return self._packed(x, cu_seqlens, max_seqlen)
-        q, k, v = self._projected(x, context)
-        if context is None:
-            q, k = self.positioned(q, k, torch.arange(x.shape[1], device=x.device)[None])
+        q, k, v = self.operands(x, context)
         out = attention(
             q, k, v, scaling=self.scaling, causal=self.causal, window=self.window, key_lengths=key_lengths,
             key_ranges=key_ranges, mask=mask, dropout_p=self.dropout_p if self.training else 0.0,
             softcap=self.softcap, sinks=self.sinks, backend=self.backend,
         )  # fmt: skip
         return self._joined(cast(Tensor, out))
+
+    def operands(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention is computed of, without a cache: q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""
+        q, k, v = self._projected(x, context)
+        if context is None:
+            q, k = self.positioned(q, k, torch.arange(x.shape[1], device=x.device)[None])
+        return q, k, v
 
     def _projected(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""

@@ -12,7 +12,7 @@ from ..visibility import Visibility
 from .learned import Learned
 
 # a, b, c of the modes that are points of the law.
-_POINTS = {
+POINTS = {
     "sqrt_dim": (-0.5, 0.0, 0.0),
     "dim": (-1.0, 0.0, 0.0),
     "none": (0.0, 0.0, 0.0),
@@ -61,10 +61,10 @@ class PowerLaw(Learned):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(heads)
-        if mode not in _POINTS:
-            raise ValueError(f"mode: expected one of {', '.join(_POINTS)}, got {mode!r}")
+        if mode not in POINTS:
+            raise ValueError(f"mode: expected one of {', '.join(POINTS)}, got {mode!r}")
         a, b, c = (
-            nn.Parameter(torch.full((heads,), x, device=device, dtype=dtype)) for x in _POINTS[mode]
+            nn.Parameter(torch.full((heads,), x, device=device, dtype=dtype)) for x in POINTS[mode]
         )  # fmt: skip
         self.theta = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype))
         self.dim_exponent = a.requires_grad_(False)

@@ -1,0 +1,35 @@
+"""A mini-model trained through the kernels follows the reference's loss curve, for every mode."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.convergence import BAND, MODES, losses
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+SIZES = {"batch": 1, "length": 18, "heads": 1, "rate": 0.5}  # two tiles of keys
+STEPS = 3
+CAUGHT = ("sqrt_dim", "power_law")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_kernels_follow_the_reference(mode, device):
+    wanted, got = (losses(mode, backend, STEPS, device=device, **SIZES) for backend in ("reference", "triton"))
+    assert (got - wanted).abs().max() < BAND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_the_kernels_follow_the_reference_for_long(mode, device):
+    wanted, got = (losses(mode, backend, 60, device=device, **SIZES) for backend in ("reference", "triton"))
+    assert (got - wanted).abs().max() < BAND
+
+
+@pytest.mark.parametrize(
+    "mode", [mode if mode in CAUGHT else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES]
+)
+def test_a_backward_pass_with_another_scale_leaves_the_band(mode, device):
+    wanted = losses(mode, "reference", STEPS, device=device, **SIZES)
+    got = losses(mode, "triton", STEPS, device=device, fault=1.1, **SIZES)
+    assert (got - wanted).abs().max() > BAND

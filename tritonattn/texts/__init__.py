@@ -1,0 +1,7 @@
+"""Texts in the public domain that come with the package; ORIGIN.md says whence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+WONDERLAND = Path(__file__).parent / "wonderland.txt"

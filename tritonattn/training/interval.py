@@ -1,0 +1,41 @@
+"""Means over seeds with their confidence intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Interval:
+    """mean +- half: where the true mean lies with the confidence asked for, if values scatter normally.
+
+        half = t * s / sqrt(n)
+
+    t is the quantile of Student's t with n - 1 degrees of freedom, s the sample's standard deviation; half is infinite
+    for a single value.
+    """
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], confidence: float = 0.95) -> Interval:
+        """Of at least one value."""
+        n = len(values)
+        mean = math.fsum(values) / n
+        if n == 1:
+            return cls(mean, math.inf)
+        deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1))
+        return cls(mean, float(stats.t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n))
+
+    @property
+    def excludes_zero(self) -> bool:
+        return abs(self.mean) > self.half
+
+    def text(self, digits: int = 3, sign: str = "") -> str:
+        half = "?" if math.isinf(self.half) else f"{self.half:.{digits}f}"
+        return f"{self.mean:{sign}.{digits}f} ± {half}"

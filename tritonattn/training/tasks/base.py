@@ -1,0 +1,69 @@
+"""What a task is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models import Attentions, Sizes
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model is called with, and the classes that it ought to give; IGNORED ones do not count."""
+
+    inputs: dict[str, Tensor]
+    target: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch({name: x.to(device) for name, x in self.inputs.items()}, self.target.to(device))
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """How a task is trained unless asked otherwise: AdamW's learning rate, steps, and rows of a batch."""
+
+    learning_rate: float
+    steps: int
+    batch: int
+
+
+class Task(ABC):
+    """A model, its data, and what counts at the end.
+
+    metric    what `final` returns that decides, higher_is_better or not
+    target    a held-out loss; the steps until it is reached are counted
+    """
+
+    name: str
+    metric: str
+    higher_is_better = True
+    target: float
+    sizes: Sizes
+    defaults: Defaults
+
+    @abstractmethod
+    def model(self, attentions: Attentions) -> nn.Module: ...
+
+    @abstractmethod
+    def batch(self, size: int, random: torch.Generator) -> Batch:
+        """Of the training part. What it holds depends on random only."""
+
+    @abstractmethod
+    def held_out(self) -> Batch:
+        """The same for every mode and seed; no part of it is in a training batch."""
+
+    @abstractmethod
+    def final(self, model: nn.Module, device: torch.device, quick: bool) -> dict[str, float]:
+        """Measures of a trained model by name, `metric` among them; where quick, on less data."""
+
+
+def loss_of(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean cross entropy, in nats."""
+    return F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=IGNORED)
