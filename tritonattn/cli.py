@@ -230,6 +230,7 @@ def _add_train_compare(commands: argparse._SubParsersAction) -> None:
     compare.add_argument("--steps", type=int, metavar="N", help="of every run (default: each task's own)")
     compare.add_argument("--grid", action="store_true", help="two modes with several optimizers, rates and decays")
     compare.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
+    compare.add_argument("--report", action="store_true", help="train nothing: tables and plots of the folder's runs")
     compare.add_argument(
         "--out", type=Path, default=Path("train-compare"), metavar="DIR", help="default: %(default)s"
     )
@@ -249,6 +250,7 @@ def _train_compare(options: argparse.Namespace) -> int:
             steps=options.steps,
             quick=options.quick,
             grid=options.grid,
+            report=options.report,
             out=options.out,
             device=options.device,
         )

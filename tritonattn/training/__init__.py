@@ -14,7 +14,7 @@ from ..command import CommandError, usable_device
 from ..provenance import Environment, command_line
 from .modes import MODES, check_mode
 from .plot import draw
-from .records import Recipe, Run, RunsFile
+from .records import Recipe, Run, RunsFile, read
 from .report import best_recipes, comparison, exponents, grid, other_metrics
 from .tasks import TASKS
 from .trainer import Assignment, train
@@ -32,7 +32,8 @@ GRID_MODES = ("sqrt_dim", "key_norm_sum+gain")
 class Request:
     """What the user asked for; None takes the default.
 
-    grid   two modes with every optimiser, learning rate and weight decay instead of all modes with the task's own
+    grid     two modes with every optimiser, learning rate and weight decay instead of all modes with the task's own
+    report   train nothing: the tables and plots of the runs in the folder, from wherever they are
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -41,6 +42,7 @@ class Request:
     steps: int | None = None
     quick: bool = False
     grid: bool = False
+    report: bool = False
     out: Path = Path("train-compare")
     device: str = "cpu"
 
@@ -49,13 +51,15 @@ def run(request: Request) -> int:
     """Train what is not yet in the folder, print and write the tables and the plots. Returns 0, or 1 where the data of
     two modes differed."""
     modes, device = _checked(request)
-    assignments = _assignments(request, modes, device)
-    runs = _trained(assignments, request, Environment.of(device))
+    if request.report:
+        runs = _recorded(request, modes)
+    else:
+        runs = _trained(_assignments(request, modes, device), request, Environment.of(device))
     text = _tables(runs, request)
     print(text)
     (request.out / f"{_stem(request)}.md").write_text(text + "\n", encoding="utf-8")
     if not request.grid:
-        for name in request.tasks:
+        for name in dict.fromkeys(run.task for run in runs):
             file = request.out / f"{name}.png"
             draw([run for run in runs if run.task == name], file)
             print(f"plot: {file}", file=sys.stderr)
@@ -110,6 +114,15 @@ def _recipes(request: Request, defaults) -> list[Recipe]:
     ]
 
 
+def _recorded(request: Request, modes: tuple[str, ...]) -> list[Run]:
+    """The runs of the tasks and modes asked for that the folder has."""
+    files = [request.out / f"{_stem(request)}-{name}.jsonl" for name in request.tasks]
+    runs = [run for file in files if file.exists() for run in read(file) if run.mode in modes]
+    if not runs:
+        raise CommandError(f"--report: wanted runs in {', '.join(str(file) for file in files)}, found none")
+    return runs
+
+
 def _trained(assignments: list[Assignment], request: Request, environment: Environment) -> list[Run]:
     runs, command = [], command_line()
     files = {name: RunsFile(request.out / f"{_stem(request)}-{name}.jsonl") for name in request.tasks}
@@ -140,7 +153,7 @@ def _tables(runs: list[Run], request: Request) -> str:
     parts = []
     if request.quick:
         parts.append("A smoke run (--quick): too few steps for any figure here to mean anything.")
-    for name in request.tasks:
+    for name in dict.fromkeys(run.task for run in runs):
         same = [run for run in runs if run.task == name]
         about = f"{len({run.seed for run in same})} seeds; {same[0].environment}; `{same[0].command}`"
         if request.grid:
