@@ -161,6 +161,9 @@ def test_the_table_holds_means_and_paired_differences():
 def test_bins_cover_every_token_once():
     bins = study().bins()
     assert [n for lo, hi in bins for n in range(lo, hi)] == list(range(1, 100))
+    table = study().by_position().splitlines()
+    assert len(table) == 2 + len(bins)
+    assert table[3].split()[1:6] == ["20", "to", "39", "|", f"{study().baseline[19:39].mean():.3f}"]
     record = study().record()
     assert record["loss"]["sqrt_dim"][1] == pytest.approx(float(study().baseline[19:39].mean()), abs=1e-4)
 

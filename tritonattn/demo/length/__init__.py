@@ -52,7 +52,7 @@ def run(request: Request) -> int:
     variants = _variants(request, context)
     tokens = _tokens(subject, text, _QUICK if request.quick else request.max_tokens or context * 3 // 2, request)
     study = _study(subject, tokens, variants, context, request)
-    print(study.table())
+    print(f"{study.table()}\n\n{study.by_position()}")
     study.write_json(request.out / "length.json")
     study.draw(request.out / "length.png")
     print(f"plot: {request.out / 'length.png'}")

@@ -73,6 +73,15 @@ class Study:
             headers += [f"loss, tokens {lo} to {hi - 1}", "moved"]
         return tabulate(rows, headers, tablefmt="github", disable_numparse=True, stralign="right", colalign=("left",))
 
+    def by_position(self) -> str:
+        """A row a range of tokens: the mean loss of every variant."""
+        rows = [
+            (f"{lo} to {hi - 1}", *(f"{float(values[lo - 1 : hi - 1].mean()):.3f}" for values in self.losses.values()))
+            for lo, hi in self.bins()
+        ]
+        headers = ["tokens", *self.losses]
+        return tabulate(rows, headers, tablefmt="github", disable_numparse=True, stralign="right", colalign=("left",))
+
     def _alone_beyond(self) -> tuple[Tensor, Tensor] | None:
         """Losses of the tokens beyond the context, without and with what stands before `start`."""
         first = max(self.context, self.start + 1)
