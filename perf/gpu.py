@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,10 +136,11 @@ def execute(phase: Phase, out: Path, seconds: float) -> Outcome:
     start = time.monotonic()
     with (out / f"{phase.name}.log").open("w", encoding="utf-8") as log:
         print("$", *command, file=log, flush=True)
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | phase.environment, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+        with _heeding_ctrl_c():
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | phase.environment, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
         try:
             status = "failed" if process.wait(seconds + _GRACE) else "done"
         except subprocess.TimeoutExpired:
@@ -148,6 +151,16 @@ def execute(phase: Phase, out: Path, seconds: float) -> Outcome:
             _stop(process)
             raise
     return Outcome(phase, status, time.monotonic() - start)
+
+
+@contextmanager
+def _heeding_ctrl_c() -> Iterator[None]:
+    """Processes begun here heed SIGINT, though this one may have been begun with a & by a shell, and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _stop(process: subprocess.Popen) -> None:

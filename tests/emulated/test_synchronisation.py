@@ -79,19 +79,9 @@ def least(gpu: GPU) -> dict[str, int]:
     return LEAST | (LEAST_OF_SM_90 if gpu.capability == 90 else {}) | (LEAST_OF_DESCRIPTORS if gpu.descriptors else {})
 
 
-def _marks(kernel: str, gpu: GPU) -> list:
-    """One kernel that has every kind is among the fast tests."""
-    return [] if kernel == "forward" and gpu.descriptors else [pytest.mark.slow]
-
-
-@pytest.mark.parametrize(
-    ("kernel", "gpu"),
-    [
-        pytest.param(kernel, gpu, marks=_marks(kernel, gpu), id=f"{kernel}-{gpu}")
-        for kernel in ("forward", "grad_query", "grad_key_value")
-        for gpu in GPUS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
+@pytest.mark.parametrize("kernel", ["forward", "grad_query", "grad_key_value"])
 def test_none_can_be_left_out(kernel, gpu, emulate):
     missed = check(launches_of(kernel, emulate(gpu, kind=Recorder)))
     for kind, count in least(gpu).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 
 import pytest
@@ -71,6 +72,17 @@ def test_a_phase_that_hangs_is_stopped(tmp_path, monkeypatch):
     assert [outcome.status for outcome in found] == ["out of time", "done"]
     found = gpu.run_all([phase("hangs", failure="sleep(600)")], tmp_path, 0.5)  # which is in its log, as its command
     assert found[0].status == "failed"
+
+
+def test_a_phase_can_be_stopped_where_a_shell_has_begun_the_run_in_the_background(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_GRACE", 0.5)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        [outcome] = gpu.run_all([phase("hangs")], tmp_path, 0.5)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcome.seconds < 10
 
 
 def test_when_time_is_up_only_what_takes_none_runs(tmp_path):

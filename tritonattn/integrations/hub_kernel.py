@@ -14,7 +14,10 @@ BACKENDS = ("cpu", "cuda", "rocm")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 # What needs more than torch and triton, or a command line.
-_LEFT_OUT = ("analysis", "demo", "huggingface", "integrations", "tune", "__main__.py", "cli.py", "command.py")
+_LEFT_OUT = (
+    "analysis", "demo", "huggingface", "integrations", "simulation", "texts", "training", "tune",
+    "__main__.py", "advising.py", "cli.py", "command.py", "provenance.py",
+)  # fmt: skip
 
 _BUILD = """\
 [general]
