@@ -10,6 +10,7 @@ from tests.support.masks import MASKS
 from tests.support.watch import Watch
 from tests.test_blockwise import make_call, output_gradients, run_reference, tensors_of
 from tritonattn import sdpa
+from tritonattn.call import AttentionCall
 from tritonattn.visibility import Visibility
 
 FAST = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -140,6 +141,30 @@ def test_a_row_of_one_key_has_no_gradient_to_its_logit(dtype):
         assert found[name][:, :, 1:].count_nonzero() > 0, name
     values = call.v[:, :, 0].repeat_interleave(2, dim=1)  # of each query head
     torch.testing.assert_close(found["out"][:, :, 0], values, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_gradients_summed_over_many_rows():
+    check(make_call(
+        torch.bfloat16, batch=1, q_heads=1, kv_heads=1, q_len=8192, k_len=8192, dim=64, value_dim=64, scaled=False,
+        scale=0.125, causal=True,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "widened"), [(2048, False), (2049, True)])
+def test_gradients_over_many_rows_are_summed_in_fp32(rows, widened, monkeypatch):
+    kinds, plain = [], sdpa.scaled_dot_product_attention
+
+    def noting(q, *rest, **options):
+        kinds.append(q.dtype)
+        return plain(q, *rest, **options)
+
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", noting)
+    q, k, v = torch.randn(3, 1, 1, rows, 4, dtype=torch.bfloat16).unbind(0)
+    visibility = Visibility.of(q, k, causal=True)
+    for operand in (q, q.clone().requires_grad_()):
+        assert sdpa.attention(AttentionCall(operand, k, v, visibility, 0.5)).dtype == torch.bfloat16
+    assert kinds == [torch.bfloat16, torch.float32 if widened else torch.bfloat16]
 
 
 def test_tiny_scales_keep_their_digits_in_fp16():
