@@ -20,6 +20,7 @@ import triton
 from tabulate import tabulate
 
 from tritonattn.kernels import KERNELS
+from tritonattn.provenance import commit
 from tritonattn.tune.progress import tqdm
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
 from tritonattn.tuning.config import STREAMING_KERNELS, TileConfig
@@ -27,7 +28,6 @@ from tritonattn.tuning.machine_code import CLASSES, MachineCode, flops_per_logit
 from tritonattn.tuning.model import RATES, UNITS, cycles, programs_per_sm, utilisation
 
 from .ceilings import NON_MMA_PER_LOGIT
-from .versions import commit
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
+from tritonattn.provenance import commit, processor
 from tritonattn.tuning.timing import Contestant, take_turns
 from tritonattn.visibility import Visibility
-
-from .versions import commit, cpu_name
 
 HEADS, HEAD_DIM = 8, 64
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -146,7 +145,7 @@ def environment(arguments: argparse.Namespace) -> dict[str, str]:
         "shape": f"[1, {HEADS}, {arguments.length}, {HEAD_DIM}] float32",
         "threads": str(arguments.threads),
         "repeats": str(arguments.repeats),
-        "cpu": cpu_name(),
+        "cpu": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tritonattn": tritonattn.__version__,

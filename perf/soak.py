@@ -10,11 +10,11 @@ import warnings
 import torch
 
 from tritonattn import launch
+from tritonattn.provenance import commit
 
 from .soak_draw import HAZARD_SEEDS, INTERPRETED, ON_A_GPU, trials
 from .soak_guards import CONFIGS, small_tiles, soaking
 from .soak_trial import Trial
-from .versions import commit
 
 _SECONDS_BETWEEN_LINES = 10.0
 

@@ -29,7 +29,7 @@ def test_the_commit_is_that_of_the_packages_checkout(tmp_path, monkeypatch):
     module.parent.mkdir()
     module.write_text("a")
     monkeypatch.setattr(provenance, "__file__", str(module))
-    assert provenance._commit() == "unknown"
+    assert provenance.commit() == "unknown"
 
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -39,9 +39,9 @@ def test_the_commit_is_that_of_the_packages_checkout(tmp_path, monkeypatch):
     git("init")
     git("add", ".")
     git("commit", "-m", "a")
-    assert git("rev-parse", "HEAD").startswith(provenance._commit())
+    assert git("rev-parse", "HEAD").startswith(provenance.commit())
     module.write_text("b")
-    assert provenance._commit().endswith("-dirty")
+    assert provenance.commit().endswith("-dirty")
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ class Environment:
     def of(cls, device: torch.device) -> Environment:
         on_gpu = device.type == "cuda"
         return cls(
-            device=torch.cuda.get_device_name(device) if on_gpu else _processor(),
+            device=torch.cuda.get_device_name(device) if on_gpu else processor(),
             threads=None if on_gpu else torch.get_num_threads(),
             python=platform.python_version(),
             torch=torch.__version__,
-            tritonattn=_version("tritonattn"),
-            commit=_commit(),
+            tritonattn=version("tritonattn"),
+            commit=commit(),
         )
 
     def __str__(self) -> str:
@@ -54,7 +54,8 @@ def command_line() -> str:
     return " ".join(words)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """That of the checkout that the package lies in, "-dirty" where files differ from it, "unknown" outside of one."""
     folder = Path(__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return "unknown"
@@ -65,14 +66,16 @@ def _commit() -> str:
         return "unknown"
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The installed version, or "not installed"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, as /proc/cpuinfo has it where that is."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
