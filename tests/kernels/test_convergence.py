@@ -22,7 +22,9 @@ def test_the_kernels_follow_the_reference(mode, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_kernels_follow_the_reference_for_long(mode, device):
-    wanted, got = (losses(mode, backend, 60, device=device, **SIZES) for backend in ("reference", "triton"))
+    sizes = SIZES | {"rate": 0.1}  # at 0.5 some modes diverge in the end, and their exponentials overflow
+    wanted, got = (losses(mode, backend, 60, device=device, **sizes) for backend in ("reference", "triton"))
+    assert wanted[-1] < 0.8 * wanted[0]
     assert (got - wanted).abs().max() < BAND
 
 
