@@ -1,7 +1,8 @@
-"""What the figures of a document depend on: machine, versions, commit."""
+"""What the figures of a document depend on: machine, versions, commit; and how they are written down."""
 
 from __future__ import annotations
 
+import math
 import platform
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,3 +82,16 @@ def processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"
+
+
+def for_json(x: Any, digits: int | None = None) -> Any:
+    """x with None for the floats in it that are not finite, and the others to so many digits, where that is given."""
+    if isinstance(x, dict):
+        return {name: for_json(value, digits) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [for_json(value, digits) for value in x]
+    if not isinstance(x, float):
+        return x
+    if not math.isfinite(x):
+        return None
+    return x if digits is None else float(f"{x:.{digits}g}")

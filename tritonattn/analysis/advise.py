@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..observation import ObservedCall
+from ..provenance import for_json
 from ..scaling import SCALINGS, Scaling
 from ..statistics import key_lengths_of
 from ..validation import Options, check
 from ..visibility import Visibility
 from .diagnosis import Diagnosis, diagnose
-from .records import finite
 from .rules import Reading, Rule, rule_for
 from .tally import counted_rows
 
@@ -105,7 +105,7 @@ class Advice:
             }
             for one in self.findings
         ]
-        return finite({**own, "keeps": self.keeps, "findings": layers})
+        return for_json({**own, "keeps": self.keeps, "findings": layers})
 
 
 @dataclass(frozen=True, eq=False)

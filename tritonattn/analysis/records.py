@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
+
+from ..provenance import for_json
 
 
 class JsonLines:
@@ -24,22 +25,13 @@ class JsonLines:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; numbers that are not finite become null."""
-        line = (json.dumps(finite(record), allow_nan=False) + "\n").encode()
+        line = (json.dumps(for_json(record), allow_nan=False) + "\n").encode()
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             while line:
                 line = line[os.write(descriptor, line) :]
         finally:
             os.close(descriptor)
-
-
-def finite(x: Any) -> Any:
-    """x with None for the numbers in it that are not finite."""
-    if isinstance(x, dict):
-        return {key: finite(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [finite(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 class Scalars:

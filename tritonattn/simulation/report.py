@@ -11,7 +11,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ..provenance import Environment
+from ..provenance import Environment, for_json
 from .measures import MEASURES, Measures, Point
 from .paper import Component
 from .verdict import Condition, Reach
@@ -115,7 +115,7 @@ class Findings:
                 for (condition, mode), reach in self.verdict.items()
             ],
         }
-        text = json.dumps(_rounded(record), allow_nan=False)
+        text = json.dumps(for_json(record, 4), allow_nan=False)
         for opening in ('{"keys"', '{"dim"', '{"name"'):  # a line for each record, so that a difference can be read
             text = text.replace(opening, f"\n{opening}")
         file.write_text(f"{text}\n", encoding="utf-8")
@@ -173,13 +173,3 @@ def _header(name: str) -> str:
 
 def _unique(items: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(items))
-
-
-def _rounded(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {name: _rounded(value) for name, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_rounded(value) for value in x]
-    if isinstance(x, float):
-        return float(f"{x:.4g}") if math.isfinite(x) else None
-    return x

@@ -6,9 +6,8 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..provenance import Environment
+from ..provenance import Environment, for_json
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class RunsFile:
 
 
 def line(run: Run) -> str:
-    return json.dumps(_shortened(asdict(run)), allow_nan=False) + "\n"
+    return json.dumps(for_json(asdict(run), 5), allow_nan=False) + "\n"
 
 
 def read(path: Path) -> list[Run]:
@@ -103,15 +102,3 @@ def read(path: Path) -> list[Run]:
         except (ValueError, TypeError, KeyError) as error:
             print(f"{path}:{number}: expected a run of `tritonattn train-compare`, skipped: {error}", file=sys.stderr)
     return runs
-
-
-def _shortened(x: Any) -> Any:
-    """Five digits of every float inside; what is not finite as null."""
-    if isinstance(x, dict):
-        return {name: _shortened(value) for name, value in x.items()}
-    if isinstance(x, list):
-        return [_shortened(value) for value in x]
-    if isinstance(x, float):
-        return float(f"{x:.5g}") if abs(x) < float("inf") else None
-    return x
-
