@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .command import CommandError, check_file, require, usable_device
+from .command import CommandError, check_file, made_folder, require, usable_device
 
 DEMO_MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
 ADVISE_TOKENS = 512
@@ -195,10 +195,7 @@ def _simulate(options: argparse.Namespace) -> int:
         raise CommandError(f"--seed: expected an integer from 0 to 2^63 - 1, got {options.seed}")
     check_file("--json", options.json)
     if options.plot is not None:
-        try:
-            options.plot.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CommandError(f"--plot: wanted a folder, got {str(options.plot)!r}: {error.strerror}") from error
+        made_folder("--plot", options.plot)
     return run(request)
 
 

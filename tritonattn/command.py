@@ -35,3 +35,11 @@ def check_file(option: str, file: Path | None) -> None:
     """Refuse, before the work, a file that could not be written after it."""
     if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
         raise CommandError(f"{option}: wanted a file in an existing folder, got {str(file)!r}")
+
+
+def made_folder(option: str, folder: Path) -> None:
+    """Make the folder of an option where it is not there; CommandError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"{option}: wanted a folder, got {str(folder)!r}: {error.strerror}") from error

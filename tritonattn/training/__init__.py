@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..command import CommandError, usable_device
+from ..command import CommandError, made_folder, usable_device
 from ..provenance import Environment, command_line
 from .modes import MODES, check_mode
 from .plot import draw
@@ -81,12 +81,7 @@ def _checked(request: Request) -> tuple[tuple[str, ...], torch.device]:
     for option, value, least in (("--seeds", request.seeds, 2), ("--steps", request.steps, 1)):
         if value is not None and value < least:
             raise CommandError(f"{option}: wanted at least {least}, got {value}")
-    if request.out.exists() and not request.out.is_dir():
-        raise CommandError(f"--out: wanted a folder, got the file {str(request.out)!r}")
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--out: cannot make {str(request.out)!r}: {error}") from error
+    made_folder("--out", request.out)
     return modes, usable_device(request.device)
 
 

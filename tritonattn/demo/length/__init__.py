@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...command import CommandError, usable_device
+from ...command import CommandError, made_folder, usable_device
 from ...provenance import Environment, command_line
 from ...texts import WONDERLAND
 from .. import read_text
@@ -67,9 +67,7 @@ def _check(request: Request) -> None:
             raise CommandError(f"{option}: wanted at least 2, got {value}")
     for text in request.modes or VARIANTS:
         variant(text, 2048)  # before the model is loaded; any length will do
-    if request.out.exists() and not request.out.is_dir():
-        raise CommandError(f"--out: wanted a folder, got the file {str(request.out)!r}")
-    request.out.mkdir(parents=True, exist_ok=True)
+    made_folder("--out", request.out)
 
 
 def _variants(request: Request, context: int) -> list[Variant]:
