@@ -93,8 +93,9 @@ class _Length(torch.autograd.Function):
     @staticmethod
     def forward(k: Tensor, seen: Tensor | None) -> Tensor:
         if runs_eagerly(k) and k.device.type == "cpu" and k.dim() > 1:
-            pieces = [_lengths_on_cpu(piece) for piece in k.split(_ROWS, dim=-2)]
-            lengths = torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
+            few = k.shape[-2] <= _ROWS
+            pieces = [_lengths_on_cpu(piece) for piece in ((k,) if few else k.split(_ROWS, dim=-2))]
+            lengths = pieces[0] if few else torch.cat(pieces, dim=-1)
         else:
             lengths = _lengths_of(k)
         return lengths if seen is None else torch.where(seen, lengths, 0)
@@ -123,7 +124,7 @@ def _lengths_on_cpu(k: Tensor) -> Tensor:
         return _lengths_of(k)
     lengths = _norm(k)
     lowest, highest = torch.aminmax(lengths)
-    is_safe = _SMALLEST < lowest and highest < _LARGEST  # neither where one is NaN
+    is_safe = _SMALLEST < lowest.item() and highest.item() < _LARGEST  # neither where one is NaN
     return lengths if is_safe else _lengths_of(k)
 
 

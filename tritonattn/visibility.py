@@ -90,7 +90,8 @@ class Visibility:
     @property
     def sizes_tell_all(self) -> bool:
         """Whether sizes, causal and window alone say what is visible."""
-        return all(part is None for part in (self.key_lengths, self.key_ranges, self.mask, self.sequences))
+        only_sizes = self.key_lengths is None and self.key_ranges is None
+        return only_sizes and self.mask is None and self.sequences is None
 
     @property
     def is_full(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from tritonattn.tuning.machine_code import MachineCode, MmaLoop  # noqa: E402
 from tritonattn.tuning.static import Compiler, keys, static_table  # noqa: E402
 from tritonattn.tuning.table import Key  # noqa: E402
 
-SM_80 = Target("cuda", "80")
+SM_80, SM_90 = Target("cuda", "80"), Target("cuda", "90")
 PROBLEM = Problem(64, 64, torch.bfloat16, right=True, query_scale=True)
 CONFIG = TileConfig(128, 64, 4, 2)
 compiled = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
@@ -85,6 +87,25 @@ def test_candidates(gpu):
         assert len(set(found)) == len(found)
         assert set(static_candidates(key.kernel, key.problem, gpu.target)) <= set(found)
         assert all(not legal_reasons(key.kernel, config, key.problem, gpu.target) for config in found)
+
+
+def test_candidates_leave_out_what_cannot_be_fast():
+    def has(kernel: str, config: TileConfig, target: Target, head_dim: int = 64) -> bool:
+        return config in candidates(kernel, replace(PROBLEM, head_dim=head_dim, value_dim=head_dim), target)
+
+    too_few_rows = TileConfig(64, 64, 8, 2)
+    assert not has("forward", too_few_rows, SM_90), "of wgmma's 64 rows for 4 warps"
+    assert has("forward", too_few_rows, SM_80)
+    assert has("forward", replace(too_few_rows, num_warps=4), SM_90)
+    too_many_sums = TileConfig(128, 64, 4, 2)
+    assert not has("grad_key_value", too_many_sums, SM_80, head_dim=128), "256 fp32 values a thread"
+    assert has("grad_key_value", replace(too_many_sums, num_warps=8), SM_80, head_dim=128)
+
+
+@compiled
+def test_eight_warps_on_the_rows_of_one_wgmma_repeat_their_softmax():
+    [reason] = examine("forward", PROBLEM, TileConfig(64, 64, 8, 2), SM_90).reasons
+    assert "warps repeat each other's softmax" in reason
 
 
 @pytest.mark.slow

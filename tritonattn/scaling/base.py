@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from ..visibility import Visibility
 
 # Below it a statistic counts as zero: its reciprocal need not fit fp32.
 SMALLEST_STATISTIC = torch.finfo(torch.float32).tiny
+_LARGEST_ZERO = math.nextafter(SMALLEST_STATISTIC, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +83,7 @@ def reciprocal(statistic: Tensor) -> Tensor:
 
     fp64 because the gradient -1 / s^2 leaves fp32's range long before s does.
     """
-    statistic = statistic.double()
-    return 1 / statistic.masked_fill(statistic < SMALLEST_STATISTIC, torch.inf)
+    return torch.threshold(statistic.double(), _LARGEST_ZERO, math.inf).reciprocal()
 
 
 def root(square: Tensor) -> Tensor:

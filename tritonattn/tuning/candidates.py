@@ -12,13 +12,13 @@ _WIDE_RANGES = {
     "forward": ((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)),
     "grad_query": ((32, 64, 128), (32, 64), (4, 8), (1, 2)),
     "grad_key_value": ((32, 64), (32, 64), (4, 8), (1, 2)),
-    "decode": ((16,), (32, 64, 128), (2, 4, 8), (2, 3, 4)),
+    "decode": ((16,), (32, 64, 128), (2, 4), (2, 3, 4)),
 }
 _RANGES = {
     "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
     "grad_query": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
     "grad_key_value": ((32, 64, 128), (64, 128), (4, 8), (2, 3)),
-    "decode": ((16,), (32, 64, 128), (2, 4, 8), (2, 3, 4)),
+    "decode": ((16,), (32, 64, 128), (2, 4), (2, 3, 4)),
 }
 _AMD_RANGES = {
     "forward": ((64, 128), (32, 64), (4, 8), (1, 2)),
@@ -50,11 +50,21 @@ def static_candidates(kernel: str, problem: Problem, target: Target) -> list[Til
 
 
 def _is_sensible(kernel: str, config: TileConfig, problem: Problem, target: Target) -> bool:
-    """Legal, and with fp32 accumulators and logits that the registers of its warps (255 a thread) can hold at all."""
+    """Legal, with fp32 sums and logits that the registers of its warps (255 a thread) can hold at all.
+
+    And with rows for all warps where wgmma has four of them multiply 64 rows: with fewer they repeat one another's
+    work, or leave wgmma to slower instructions. A grad_key_value of wide heads has no registers for as many.
+    """
     if legal_reasons(kernel, config, problem, target):
         return False
-    held = config.block_n if kernel == "grad_key_value" else config.block_m
-    width = 2 * problem.width if kernel == "grad_key_value" else problem.width
-    in_registers = config.block_m * config.block_n + (0 if target.has_tensor_memory else held * width)
+    if kernel == "decode":
+        return True
+    of_keys = kernel == "grad_key_value"
+    held = config.block_n if of_keys else config.block_m
+    if target.arch == "90" and held < 16 * config.num_warps and not (of_keys and problem.width > 128):
+        return False
+    tiles = 1 if kernel == "forward" else 2  # logits, and their gradients
+    sums = 0 if target.has_tensor_memory else held * problem.width * (2 if of_keys else 1)
+    in_registers = tiles * config.block_m * config.block_n + sums
     lanes = (64 if target.backend == "hip" else 32) * config.num_warps
-    return kernel == "decode" or in_registers <= 208 * lanes
+    return in_registers <= 208 * lanes

@@ -79,31 +79,33 @@ def static_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Prog
 
 
 def _typical(key: Key) -> Problem:
-    """The call by which configs of a key are ranked: of the padded width, with query_scale, and its gradient if any."""
-    scales = "query+gradient" if "gradient" in key.scales else "query"
-    return key._replace(head_dim=padded_dim(key.head_dim), scales=scales).problem
+    """The call by which configs of a key are ranked: of the padded width, with query_scale."""
+    return key._replace(head_dim=padded_dim(key.head_dim), scales="query").problem
+
+
+def _contenders(key: Key, target: Target) -> list[tuple[str, Problem, TileConfig]]:
+    """What the ranking of a key examines, its own default first."""
+    problem = _typical(key)
+    configs = [default_config(key.kernel, key.problem, target), *static_candidates(key.kernel, problem, target)]
+    return [(key.kernel, problem, config) for config in dict.fromkeys(configs)]
 
 
 def _compile_ahead(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Progress | None) -> None:
     """Examine side by side what the ranking of all keys asks for, and then what came first for each."""
-    pairs = dict.fromkeys((key.kernel, replace(_typical(key), short=False)) for key in wanted)
-    target = compiler.target
-    compiler.examine([(*pair, config) for pair in pairs for config in static_candidates(*pair, target)], progress)
+    compiler.examine([one for key in wanted for one in _contenders(key, gpu.target)], progress)
     first = [(key.kernel, key.problem, config) for key in wanted for config in ranked(gpu, compiler, key)[:1]]
     compiler.examine(first, progress)
 
 
 def ranked(gpu: GPU, compiler: Compiler, key: Key) -> list[TileConfig]:
     """The configs that pass for a typical call of a key, the most promising first, all others behind."""
-    problem = _typical(key)
-    configs = static_candidates(key.kernel, problem, gpu.target)
-    examined = compiler.examine([(key.kernel, problem, config) for config in configs])
+    contenders = _contenders(key, gpu.target)
     clocks = {
-        one.config: modelled_clocks(key.kernel, problem, one, gpu.target, gpu.processors)
-        for one in examined
+        one.config: modelled_clocks(key.kernel, _typical(key), one, gpu.target, gpu.processors)
+        for one in compiler.examine(contenders)
         if not one.reasons
     }
-    default = default_config(key.kernel, problem, gpu.target)
+    [(_, _, default), *_] = contenders
     if default in clocks:
         clocks[default] *= _CLEARLY_AHEAD
     return sorted(clocks, key=clocks.__getitem__)
