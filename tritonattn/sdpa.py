@@ -45,7 +45,8 @@ def attention(call: AttentionCall) -> Tensor:
         _for_kernel(q, width), _for_kernel(k, width), _for_kernel(v, width), scale=scale,
         is_causal=_as_bool(not call.visibility.is_full), enable_gqa=_as_bool(q.shape[1] != k.shape[1]),
     )  # fmt: skip
-    return out[..., :value_width].to(call.q.dtype)
+    out = out if value_width == width else out[..., :value_width]
+    return out.to(call.q.dtype)
 
 
 def _needs_fp32(call: AttentionCall) -> bool:
@@ -122,4 +123,4 @@ class _Fold(Function):
 
 def _times(x: Tensor, scale: Tensor) -> Tensor:
     # A result takes the layout of its first factor: a contiguous scale saves autograd a copy of the gradient.
-    return (scale.contiguous()[..., None] * x).to(x.dtype)
+    return (scale.contiguous().unsqueeze(-1) * x).to(x.dtype)
