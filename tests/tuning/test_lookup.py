@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tritonattn.tuning import cache_dir, lookup
-from tritonattn.tuning.config import Problem, Target, TileConfig
+from tritonattn.tuning.config import Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPUS, table_name
 from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, write_table
@@ -138,6 +138,29 @@ def test_an_illegal_entry_never_runs(folders):
     write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
     lookup.forget()
     assert found() == 32, "too much shared memory"
+
+
+def test_nothing_in_a_config_breaks_a_call(folders):
+    """0 divides nothing: it is told as a fault of the file."""
+    shipped, user = folders
+    put(shipped / "h100.json", 32)
+    entry = Entry(TileConfig(0, 64, 4, 2), "static", {})
+    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
+    lookup.forget()
+    with pytest.warns(UserWarning, match=r"skips a table .*forward/64/none/long: block_m: expected 1 to 1024, got 0"):
+        assert found() == 32
+
+
+@pytest.mark.parametrize("kernel", ["forward", "decode"])
+@pytest.mark.parametrize("size", [0, -16, 48])
+def test_sizes_of_no_tile(kernel, size):
+    for config in (TileConfig(size, 64, 4, 2), TileConfig(64, size, 4, 2)):
+        assert f"{size} is not a power of two of at least 16" in legal_reasons(kernel, config, PROBLEM, H100)[0]
+
+
+def test_who_can_use_descriptors():
+    [reason] = legal_reasons("decode", TileConfig(16, 64, 4, 2, descriptors=True), PROBLEM, H100)
+    assert "forward, grad_key_value, grad_query on sm_90 or later" in reason
 
 
 def test_a_lookup_takes_little_time(folders):
