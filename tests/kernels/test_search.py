@@ -75,6 +75,24 @@ def test_a_wrong_result_is_not_taken(device, monkeypatch):
     assert "expected an error of at most" in result.wrong[0]
 
 
+@pytest.mark.parametrize("key", keys()[::2], ids=str)
+def test_what_a_kernel_leaves_out_is_no_earlier_result(key, device, monkeypatch):
+    """Memory that is handed out again holds an earlier config's results: a kernel gets it full of NaN."""
+    workload, run, results = Workload(key, SMALL, torch.float16, device, copies=1), launch.run, []
+
+    def watch(kernel, grid, arguments, config):
+        if kernel.__name__ == f"attention_{key.kernel}":
+            names = ("out_ptr", "d_q_ptr", "d_k_ptr", "d_v_ptr", "split_out_ptr")
+            results.extend(arguments[name] for name in names if name in arguments)
+            assert all(x.isnan().all() for x in results[-2:])
+        run(kernel, grid, arguments, config)
+
+    monkeypatch.setattr(launch, "run", watch)
+    assert workload.error() is None
+    assert results
+    assert torch.get_deterministic_debug_mode() == 0
+
+
 def test_what_fails_to_run_is_not_taken(device, monkeypatch):
     key = Key("grad_query", 64, "none", "short")
     run = launch.run
