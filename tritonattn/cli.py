@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -328,13 +329,17 @@ def _tune(options: argparse.Namespace) -> int:
     from .tuning.config import TILED_KERNELS
     from .tuning.table import HEAD_DIMS, LENGTHS
 
+    if options.workers is not None and options.workers < 1:
+        raise CommandError(f"--workers: expected at least 1, got {options.workers}")
+    if options.budget is not None and math.isnan(options.budget):
+        raise CommandError("--budget: expected minutes, got nan")
     return tune(
         Request(
             kernels=_chosen("--kernels", options.kernels, TILED_KERNELS),
             head_dims=_chosen("--head-dims", options.head_dims, HEAD_DIMS),
             lengths=_chosen("--lengths", options.lengths, LENGTHS),
             dtypes=_chosen("--dtypes", options.dtypes, tuple(DTYPES)),
-            static=() if options.static is None else tuple(options.static.split(",")),
+            static=() if options.static is None else _names(options.static) or ("",),
             write=options.write,
             budget=options.budget,
             workers=options.workers,
