@@ -10,6 +10,7 @@ from tritonattn.tune import search
 from tritonattn.tune.workload import Size
 from tritonattn.tuning.config import Target, TileConfig
 from tritonattn.tuning.gate import Candidate
+from tritonattn.tuning.static import Compiler
 from tritonattn.tuning.table import Key
 
 KEY = Key("forward", 64, "none", "short")
@@ -61,14 +62,12 @@ def test_a_lost_card(monkeypatch):
     assert search._is_lost(torch.device("cuda"))
 
 
-class Compiler:
-    target = SM_80
+def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):
+    """It would time the config in use alone, and call it the fastest."""
 
     def examine(self, wanted):
         return [Candidate(config, None, ("does not compile: no nvdisasm",)) for _, _, config in wanted]
 
-
-def test_a_machine_that_compiles_nothing_is_not_searched_on():
-    """It would time the config in use alone, and call it the fastest."""
-    with pytest.raises(search.SearchError, match=r"no config compiles; .*no nvdisasm"):
-        search.promising(KEY, Compiler(), 6)
+    monkeypatch.setattr(Compiler, "examine", examine)
+    with Compiler(SM_80, 1) as compiler, pytest.raises(search.SearchError, match=r"no config compiles; .*no nvdisasm"):
+        search.promising(KEY, compiler, 6)
