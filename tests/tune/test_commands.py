@@ -249,6 +249,19 @@ def test_two_searches_at_once_keep_each_others_results(on_h100, user, monkeypatc
     assert set(read_table(user / "h100.json").entries) == {*KEYS, other}
 
 
+def test_a_table_that_is_damaged_meanwhile_costs_no_result(on_h100, user, monkeypatch, capsys):
+    search = commands.search
+
+    def meanwhile(key, *arguments, **options):
+        (user / "h100.json").write_text("{", encoding="utf-8")
+        return search(key, *arguments, **options)
+
+    monkeypatch.setattr(commands, "search", meanwhile)
+    _, out, _ = run(capsys, *SEARCH)
+    assert "not kept:" in out
+    assert set(read_table(user / "h100.json").entries) == set(KEYS)
+
+
 def test_a_card_that_is_lost_is_said(on_h100, user, monkeypatch, capsys):
     search = commands.search
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tritonattn.tuning import cache_dir, lookup
+from tritonattn.tuning import cache_dir, config, lookup
 from tritonattn.tuning.config import Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPUS, table_name
@@ -154,8 +155,8 @@ def test_nothing_in_a_config_breaks_a_call(folders):
 @pytest.mark.parametrize("kernel", ["forward", "decode"])
 @pytest.mark.parametrize("size", [0, -16, 48])
 def test_sizes_of_no_tile(kernel, size):
-    for config in (TileConfig(size, 64, 4, 2), TileConfig(64, size, 4, 2)):
-        assert f"{size} is not a power of two of at least 16" in legal_reasons(kernel, config, PROBLEM, H100)[0]
+    for tiles in (TileConfig(size, 64, 4, 2), TileConfig(64, size, 4, 2)):
+        assert f"{size} is not a power of two of at least 16" in legal_reasons(kernel, tiles, PROBLEM, H100)[0]
 
 
 def test_who_can_use_descriptors():
@@ -190,6 +191,19 @@ def test_a_lookup_takes_little_time(folders):
 )  # fmt: skip
 def test_names_of_cards(card, arch, wanted):
     assert table_name(Target("cuda", arch, card)) == wanted
+
+
+def test_a_card_whose_name_rocm_does_not_know(monkeypatch):
+    """Its table is named by the architecture; of no name, `tritonattn tune` would write what nobody reads."""
+    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    config._target_of.cache_clear()
+    target = Target.of(torch.device("cuda", 0))
+    config._target_of.cache_clear()
+    assert target[:2] == ("hip", "gfx942")
+    assert table_name(target) == "gfx942"
 
 
 def test_every_gpu_is_found_by_its_own_name():

@@ -186,6 +186,7 @@ def _tune_here(request: Request, device: torch.device) -> int:
 def _search_all(request: Request, todo: list[Key], target: Target, device: torch.device, path: Path) -> list[Result]:
     """Each result goes at once into the file, beside what others wrote there: Ctrl-C loses one search at most."""
     results: list[Result] = []
+    found: dict[Key, Entry] = {}
     end = None if request.budget is None else time.monotonic() + 60 * request.budget
     with Compiler(target, request.workers) as compiler, tqdm(todo, unit="key") as progress:
         for key in progress:
@@ -206,7 +207,8 @@ def _search_all(request: Request, todo: list[Key], target: Target, device: torch
                 raise CommandError(f"{error}. {len(results)} keys were searched before, see {path}") from error
             results.append(result)
             if result.entry is not None:
-                entries = _entries(path, target) | {key: result.entry}
+                found[key] = result.entry
+                entries = _entries(path, target) | found
                 _write(path, Table(table_name(target), target, kernels_fingerprint(), entries), request.write)
                 lookup.forget()
     return results

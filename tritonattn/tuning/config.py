@@ -62,7 +62,8 @@ class Target(NamedTuple):
 def _target_of(index: int) -> Target:
     card = torch.cuda.get_device_name(index)
     if torch.version.hip:
-        return Target("hip", torch.cuda.get_device_properties(index).gcnArchName.split(":")[0], card)
+        arch = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+        return Target("hip", arch, card or arch)  # ROCm knows no name where its list of them is not installed
     major, minor = torch.cuda.get_device_capability(index)
     return Target("cuda", f"{major}{minor}", card)
 
