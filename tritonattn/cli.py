@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,16 +18,21 @@ COMPARE_MODES = "sqrt_dim,key_norm_mean,log_key_count"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; exit status 0, 1 where a check failed, 2 for wrong usage, 130 when interrupted."""
+    """Run one command; exit status 0, 1 where a check failed, 2 for wrong usage, 130 when interrupted, 141 unread."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        status = options.run(options)
+        print(end="", flush=True)
+        return status
     except CommandError as error:
         print(f"tritonattn {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has seen enough; what is left shall not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:
