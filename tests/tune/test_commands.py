@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -120,6 +121,17 @@ def test_a_machine_that_compiles_nothing_writes_nothing(user, monkeypatch, capsy
     assert "sm_80: no config passes; forward/64/none/long" in err
     assert "no nvdisasm" in err
     assert not (user / "a100.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [ONE, ["tune", *ONE[3:]]], ids=["static", "timed"])
+def test_a_compiler_that_is_killed(arguments, on_h100, monkeypatch, capsys):
+    def examine(self, wanted, progress=None):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(FakeCompiler, "examine", examine)
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "--workers" in err
 
 
 def test_a_list_with_spaces(user, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,14 +54,12 @@ def tune(request: Request) -> int:
     """Search on this machine's GPU, or write static tables."""
     if launch.interpreting:
         raise CommandError("expected compiled kernels, got TRITON_INTERPRET=1, which leaves none: unset it")
-    if request.static:
-        return _tune_static(request)
-    if not torch.cuda.is_available():
+    try:
+        return _tune_static(request) if request.static else _tune_here(request)
+    except BrokenProcessPool as error:
         raise CommandError(
-            "expected a GPU, found none. Without one, `--static NAME` compiles for "
-            f"{', '.join(gpu.name for gpu in GPUS)}, an architecture as sm_90, or all, and ranks by a model"
-        )
-    return _tune_here(request, torch.device("cuda", torch.cuda.current_device()))
+            "a process that compiles was ended from outside, perhaps for lack of memory: --workers takes fewer at once"
+        ) from error
 
 
 def named_gpus(option: str, names: tuple[str, ...], everything: tuple[str, ...] = ("all",)) -> list[GPU]:
@@ -168,7 +167,13 @@ def shown(config: TileConfig) -> str:
     return f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages{kind}"
 
 
-def _tune_here(request: Request, device: torch.device) -> int:
+def _tune_here(request: Request) -> int:
+    if not torch.cuda.is_available():
+        raise CommandError(
+            "expected a GPU, found none. Without one, `--static NAME` compiles for "
+            f"{', '.join(gpu.name for gpu in GPUS)}, an architecture as sm_90, or all, and ranks by a model"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
     target = Target.of(device)
     path = _path(table_name(target), request.write)
     _check_folder(path, request.write)

@@ -133,7 +133,10 @@ def _error(workloads: list[Workload], key: Key, config: TileConfig) -> str | Non
             return next(filter(None, (workload.error() for workload in workloads)), None)
     except Exception as error:  # whatever a compiler or driver raises; the config is as useless
         if _is_lost(workloads[0].device):
-            raise SearchError(f"{key} {config} left the card unusable to this process: {_told(error)}") from error
+            raise SearchError(
+                f"{key} {config} left the card unusable to this process: {_told(error)}; "
+                "--kernels, --head-dims and --lengths name others"
+            ) from error
         return _told(error)
 
 
