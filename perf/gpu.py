@@ -71,7 +71,7 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
         sweep("ceilings"),
         Phase("correctness", ("-m", "pytest", "-q", "-p", "no:cacheprovider", tests), 25, None, interpreted, "FAILED "),
         Phase("soak", ("-m", "perf", "soak", "--device", device), 8, "--minutes", interpreted, "repeat it: "),
-        Phase("tuning", ("-m", "tritonattn", "tune", *tune), 20, "--budget", tables),
+        Phase("tuning", ("-m", "tritonattn", "tune", *tune), 20, "--budget", tables | {"TRITON_INTERPRET": "0"}),
         *(sweep(suite) for suite in _SUITES if suite != "ceilings"),
         Phase("report", ("-m", "perf", "report", *files, "--out", str(out / "report.md")), 0),
         Phase("plots", ("-m", "perf", "plot", *files, "--out", str(out / "plots")), 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -97,3 +98,14 @@ def test_interruption_is_no_traceback(monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "require", interrupted)
     assert cli.main(["demo"]) == 130
+
+
+@pytest.mark.parametrize("length", [1, 100_000], ids=["buffered", "longer than the buffer"])
+def test_a_reader_that_leaves_is_no_traceback(length, monkeypatch):
+    """As `head` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(cli, "_env", lambda _: print("x" * length) or 0)
+    with os.fdopen(writing, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(["env"]) == 141

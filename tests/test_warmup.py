@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -34,7 +37,7 @@ def test_it_leaves_no_gradients_behind():
     assert [x.grad for x in (*scaling.parameters(), gain, sinks)] == [None] * 4
 
 
-@pytest.mark.parametrize("shapes", [[(2, 3)], [((1, 2, 3, 4), 5, 6)], [(1, 2, 3)]])
+@pytest.mark.parametrize("shapes", [[(2, 3)], [((1, 2, 3, 4), 5, 6)], [(1, 2, 3)], (1, 2, 3, 4)])
 def test_shapes_that_are_none(shapes):
     with pytest.raises(ValueError, match="shapes: expected"):
         warmup(shapes, device="cpu")
@@ -76,4 +79,38 @@ def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch):
     with pytest.raises(RuntimeError, match=rf"{kernel.__name__}.*graph is captured.*tritonattn\.warmup"):
         with launch._no_compilation_in_capture(kernel):
             kernel.warmup(**dict.fromkeys(kernel.arg_names, 1), grid=(1,))
+    assert triton.knobs.runtime.jit_cache_hook is before
+
+
+def test_a_capture_keeps_no_other_thread_from_compiling(monkeypatch):
+    """The hook is one for the whole process, and so is that of whoever put one there before."""
+    triton = pytest.importorskip("triton")
+    from tritonattn import launch
+    from tritonattn.kernels import KERNELS
+
+    capturing, seen = threading.current_thread(), []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: threading.current_thread() is capturing)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **options: seen.append(options))
+    with launch._no_compilation_in_capture(KERNELS["forward"]), ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(triton.knobs.runtime.jit_cache_hook, key="another").result()
+    assert seen == [{"key": "another"}]
+
+
+def test_captures_of_two_threads_leave_no_hook_behind(monkeypatch):
+    triton = pytest.importorskip("triton")
+    from tritonattn import launch
+    from tritonattn.kernels import KERNELS
+
+    begun, before = threading.Event(), triton.knobs.runtime.jit_cache_hook
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    def second() -> None:
+        with launch._no_compilation_in_capture(KERNELS["decode"]):
+            begun.set()
+
+    with launch._no_compilation_in_capture(KERNELS["forward"]):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not begun.wait(0.1), "it waits for the first"
+    thread.join()
     assert triton.knobs.runtime.jit_cache_hook is before

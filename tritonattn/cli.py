@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +18,21 @@ COMPARE_MODES = "sqrt_dim,key_norm_mean,log_key_count"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; exit status 0, 1 where a check failed, 2 for wrong usage, 130 when interrupted."""
+    """Run one command; exit status 0, 1 where a check failed, 2 for wrong usage, 130 when interrupted, 141 unread."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        status = options.run(options)
+        print(end="", flush=True)
+        return status
     except CommandError as error:
         print(f"tritonattn {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has seen enough; what is left shall not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -328,13 +335,17 @@ def _tune(options: argparse.Namespace) -> int:
     from .tuning.config import TILED_KERNELS
     from .tuning.table import HEAD_DIMS, LENGTHS
 
+    if options.workers is not None and options.workers < 1:
+        raise CommandError(f"--workers: expected at least 1, got {options.workers}")
+    if options.budget is not None and math.isnan(options.budget):
+        raise CommandError("--budget: expected minutes, got nan")
     return tune(
         Request(
             kernels=_chosen("--kernels", options.kernels, TILED_KERNELS),
             head_dims=_chosen("--head-dims", options.head_dims, HEAD_DIMS),
             lengths=_chosen("--lengths", options.lengths, LENGTHS),
             dtypes=_chosen("--dtypes", options.dtypes, tuple(DTYPES)),
-            static=() if options.static is None else tuple(options.static.split(",")),
+            static=() if options.static is None else _names(options.static) or ("",),
             write=options.write,
             budget=options.budget,
             workers=options.workers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -34,6 +35,9 @@ def run_on_device(kernel: Any, grid: Grid, arguments: Arguments, config: TileCon
         kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
+_one_hook_at_a_time = threading.RLock()  # two threads that capture would leave the hook of one behind
+
+
 @contextmanager
 def _no_compilation_in_capture(kernel: Any) -> Iterator[None]:
     """While a CUDA graph is captured, a kernel that is not compiled is refused: loading code would end the capture."""
@@ -41,17 +45,20 @@ def _no_compilation_in_capture(kernel: Any) -> Iterator[None]:
         yield
         return
 
-    def refuse(*_, **__) -> None:
-        raise RuntimeError(
-            f"{kernel.__name__}: expected a compiled kernel while a CUDA graph is captured, got one to be compiled: "
-            "call tritonattn.warmup, or the function itself, with the same shapes, dtype and options before"
-        )
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():  # not where another thread compiles meanwhile
+            raise RuntimeError(
+                f"{kernel.__name__}: expected a compiled kernel while a CUDA graph is captured, got one to compile: "
+                "call tritonattn.warmup, or the function itself, with the same shapes, dtype and options before"
+            )
+        return None if before is None else before(*arguments, **options)
 
-    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, refuse
-    try:
-        yield
-    finally:
-        knobs.runtime.jit_cache_hook = before
+    with _one_hook_at_a_time:
+        before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, refuse
+        try:
+            yield
+        finally:
+            knobs.runtime.jit_cache_hook = before
 
 
 def run_interpreted(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:

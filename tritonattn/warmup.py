@@ -23,11 +23,12 @@ def warmup(
     """Compile the kernels that calls of `attention` will launch, by calling it once with zeros.
 
     A first call takes seconds to compile, and none may be compiled while a CUDA graph is captured. Kernels differ by
-    head dims, dtype, masks, scales and forms, and by whether there are more than 1024 rows or keys; not by other
-    lengths, batch or heads, so that a few shapes stand for many.
+    head dims, dtype, masks, scales and forms, by whether there are more than 1024 rows or keys, and by whether strides
+    are multiples of 16. So a shape stands for others with as many heads a key head, if its head dims are multiples of
+    16, and its lengths are, too, where rows or keys are scaled or a mask is dense; elsewhere it stands for itself.
 
     Args:
-        shapes: Of each call q's shape [B, Hq, Sq, D], which k and v then share, or those of (q, k, v).
+        shapes: A list: of each call q's shape [B, Hq, Sq, D], which k and v then share, or those of (q, k, v).
         dtype: Of q, k and v.
         device: Where the calls will run.
         backward: Compile the backward pass too.
@@ -40,9 +41,9 @@ def warmup(
     >>> tritonattn.warmup([(1, 8, 128, 64)], device="cpu", scaling="key_count", causal=True, backward=True)
     """
     for shape in shapes:
-        each = shape if len(shape) == 3 else (shape,) * 3
+        each: Any = shape if hasattr(shape, "__len__") and len(shape) == 3 else (shape,) * 3
         if any(not hasattr(one, "__len__") or len(one) != 4 for one in each):
-            raise ValueError(f"shapes: expected (B, H, S, D), or three of them for q, k and v, got {shape}")
+            raise ValueError(f"shapes: expected a list of (B, H, S, D), or of three such for q, k and v, got {shape}")
         q, k, v = (torch.zeros(one, dtype=dtype, device=device, requires_grad=backward) for one in each)
         with torch.set_grad_enabled(backward):
             result = attention(q, k, v, **options)

@@ -75,6 +75,50 @@ def test_a_wrong_result_is_not_taken(device, monkeypatch):
     assert "expected an error of at most" in result.wrong[0]
 
 
+@pytest.mark.parametrize("key", keys()[::2], ids=str)
+def test_what_a_kernel_leaves_out_is_no_earlier_result(key, device, monkeypatch):
+    """Memory that is handed out again holds an earlier config's results: a kernel gets it full of NaN."""
+    workload, run, results = Workload(key, SMALL, torch.float16, device, copies=1), launch.run, []
+
+    def watch(kernel, grid, arguments, config):
+        if kernel.__name__ == f"attention_{key.kernel}":
+            names = ("out_ptr", "d_q_ptr", "d_k_ptr", "d_v_ptr", "split_out_ptr")
+            results.extend(arguments[name] for name in names if name in arguments)
+            assert all(x.isnan().all() for x in results[-2:])
+        run(kernel, grid, arguments, config)
+
+    monkeypatch.setattr(launch, "run", watch)
+    assert workload.error() is None
+    assert results
+    assert torch.get_deterministic_debug_mode() == 0
+
+
+@pytest.mark.parametrize("key", keys()[::2], ids=str)
+def test_a_result_that_is_wrong_for_the_last_head_alone(key, device, monkeypatch):
+    """What a config does to the programs at the end of a grid: no head before shows it."""
+    size, run = Size(batch=2, heads=4, length=24, group=2), launch.run
+    workload = Workload(key, size, torch.float16, device, copies=1)
+
+    def spoil(kernel, grid, arguments, config):
+        run(kernel, grid, arguments, config)
+        for name in ("out_ptr", "d_q_ptr", "d_v_ptr", "split_out_ptr"):
+            if name in arguments and kernel.__name__ == f"attention_{key.kernel}":
+                arguments[name][-1, -1] *= 1.2
+
+    assert workload.error() is None
+    monkeypatch.setattr(launch, "run", spoil)
+    workload._forwards.clear()
+    assert "expected an error of at most" in workload.error()
+
+
+def test_the_gradient_of_a_key_scale_is_asked_for(device):
+    """As training does, whose key scales come from the keys: it is timed, and held to the reference."""
+    key = Key("grad_key_value", 64, "query+key", "short")
+    workload = Workload(key, OF_A_GROUP, torch.float16, device, copies=1)
+    assert [tuple(x.shape) for x in workload(0)] == [(1, 2, 40, 64), (1, 2, 40, 64), (1, 2, 40)]
+    assert workload.error() is None
+
+
 def test_what_fails_to_run_is_not_taken(device, monkeypatch):
     key = Key("grad_query", 64, "none", "short")
     run = launch.run

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from tritonattn import cli
+from tritonattn import cli, launch
 from tritonattn.tune import commands, environment, in_use
-from tritonattn.tune.search import Result
+from tritonattn.tune.search import Result, SearchError
 from tritonattn.tuning import cache_dir, lookup
 from tritonattn.tuning.config import Target, TileConfig
 from tritonattn.tuning.defaults import default_config
@@ -52,6 +53,7 @@ def user(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_dir, "shipped_tables", lambda: tmp_path / "shipped")
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "user"))
     monkeypatch.setattr(commands, "Compiler", FakeCompiler)
+    monkeypatch.setattr(launch, "interpreting", False)
     lookup.forget()
     yield tmp_path / "user" / "autotune"
     lookup.forget()
@@ -63,7 +65,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
-def test_without_a_gpu_it_says_so_and_offers_another_way(capsys):
+def test_without_a_gpu_it_says_so_and_offers_another_way(user, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     status, _, err = run(capsys, "tune")
@@ -77,16 +79,65 @@ def test_without_a_gpu_it_says_so_and_offers_another_way(capsys):
     ("arguments", "message"),
     [
         (["--static", "h1000"], "--static: expected a100, a10"),
+        (["--static", ","], "--static: expected a100, a10"),
+        (["--workers", "-1"], "--workers: expected at least 1, got -1"),
+        (["--budget", "nan"], "--budget: expected minutes, got nan"),
         (["--kernels", "forwards"], "--kernels: expected forward, grad_key_value, grad_query, decode, got 'forwards'"),
         (["--head-dims", "63"], "--head-dims: expected 64, 80"),
         (["--dtypes", "fp8"], "--dtypes: expected bf16, fp16"),
         (["--lengths", "huge"], "--lengths: expected short, long"),
     ],
 )
-def test_unknown_names(arguments, message, capsys):
+def test_unknown_names(arguments, message, user, capsys):
     status, _, err = run(capsys, "tune", *arguments)
     assert status == 2
     assert message in err
+
+
+@pytest.mark.parametrize("name", ["h1000", "all", ""])
+def test_configs_of_no_gpu(name, capsys):
+    status, _, err = run(capsys, "configs", "--gpu", name)
+    assert status == 2
+    assert "configs: --gpu: expected a100, a10, l40s, h100, h200" in err
+    assert err.endswith(f"sm_90, ...; got {name!r}\n")
+
+
+@pytest.mark.parametrize("arguments", [ONE, ["tune"]], ids=["static", "timed"])
+def test_the_interpreter_is_not_tuned(arguments, user, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "interpreting", True)
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "TRITON_INTERPRET=1" in err
+    assert not user.exists()
+
+
+def test_a_machine_that_compiles_nothing_writes_nothing(user, monkeypatch, capsys):
+    def examine(self, wanted, progress=None):
+        return [Candidate(config, None, ("does not compile: no nvdisasm",)) for _, _, config in wanted]
+
+    monkeypatch.setattr(FakeCompiler, "examine", examine)
+    status, _, err = run(capsys, *ONE)
+    assert status == 2
+    assert "sm_80: no config passes; forward/64/none/long" in err
+    assert "no nvdisasm" in err
+    assert not (user / "a100.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [ONE, ["tune", *ONE[3:]]], ids=["static", "timed"])
+def test_a_compiler_that_is_killed(arguments, on_h100, monkeypatch, capsys):
+    def examine(self, wanted, progress=None):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(FakeCompiler, "examine", examine)
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "--workers" in err
+
+
+def test_a_list_with_spaces(user, capsys):
+    status, _, _ = run(capsys, "tune", "--static", "a100, h100", *ONE[3:])
+    assert status == 0
+    assert {path.name for path in user.iterdir()} == {"a100.json", "h100.json"}
 
 
 def test_a_static_table_is_written_for_the_user(user, capsys):
@@ -137,6 +188,17 @@ def test_a_folder_that_cannot_be_written(user, tmp_path, monkeypatch, capsys):
     assert "$TRITONATTN_CACHE_DIR" in err
 
 
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(user, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setattr(cache_dir, "shipped_tables", lambda: tmp_path / "file")
+    monkeypatch.setattr(FakeCompiler, "examine", lambda *_: pytest.fail("compiled"))
+    status, _, err = run(capsys, *ONE, "--write")
+    assert status == 2
+    assert f"cannot write {tmp_path / 'file' / 'a100.json'}" in err
+    assert "without --write" in err
+    assert "$TRITONATTN_CACHE_DIR" not in err
+
+
 @pytest.fixture
 def on_h100(user, monkeypatch):
     """A machine with an H100 on which every search finds BEST; it fills the list of keys searched for."""
@@ -182,6 +244,49 @@ def test_a_search_that_is_stopped_goes_on(on_h100, user, monkeypatch, capsys):
     _, out, _ = run(capsys, *SEARCH)
     assert "1 of 3 keys are measured already" in out
     assert on_h100 == KEYS
+
+
+def test_two_searches_at_once_keep_each_others_results(on_h100, user, monkeypatch, capsys):
+    """As on a machine with several cards of a kind."""
+    search, other = commands.search, Key("decode", 64, "none", "long")
+
+    def meanwhile(key, *arguments, **options):
+        entries = read_table(user / "h100.json").entries if (user / "h100.json").exists() else {}
+        entries[other] = Entry(TileConfig(16, 64, 4, 2), "measured", {})
+        write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))
+        return search(key, *arguments, **options)
+
+    monkeypatch.setattr(commands, "search", meanwhile)
+    run(capsys, *SEARCH)
+    assert set(read_table(user / "h100.json").entries) == {*KEYS, other}
+
+
+def test_a_table_that_is_damaged_meanwhile_costs_no_result(on_h100, user, monkeypatch, capsys):
+    search = commands.search
+
+    def meanwhile(key, *arguments, **options):
+        (user / "h100.json").write_text("{", encoding="utf-8")
+        return search(key, *arguments, **options)
+
+    monkeypatch.setattr(commands, "search", meanwhile)
+    _, out, _ = run(capsys, *SEARCH)
+    assert "not kept:" in out
+    assert set(read_table(user / "h100.json").entries) == set(KEYS)
+
+
+def test_a_card_that_is_lost_is_said(on_h100, user, monkeypatch, capsys):
+    search = commands.search
+
+    def lost(key, *arguments, **options):
+        if key == KEYS[1]:
+            raise SearchError(f"{key} left the card unusable to this process")
+        return search(key, *arguments, **options)
+
+    monkeypatch.setattr(commands, "search", lost)
+    status, _, err = run(capsys, *SEARCH)
+    assert status == 2
+    assert f"{KEYS[1]} left the card unusable to this process. 1 keys were searched before" in err
+    assert set(read_table(user / "h100.json").entries) == {KEYS[0]}
 
 
 def test_a_budget(on_h100, user, capsys):

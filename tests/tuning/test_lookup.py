@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tritonattn.tuning import cache_dir, lookup
-from tritonattn.tuning.config import Problem, Target, TileConfig
+from tritonattn.tuning import cache_dir, config, lookup
+from tritonattn.tuning.config import Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPUS, table_name
 from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, write_table
@@ -140,6 +141,29 @@ def test_an_illegal_entry_never_runs(folders):
     assert found() == 32, "too much shared memory"
 
 
+def test_nothing_in_a_config_breaks_a_call(folders):
+    """0 divides nothing: it is told as a fault of the file."""
+    shipped, user = folders
+    put(shipped / "h100.json", 32)
+    entry = Entry(TileConfig(0, 64, 4, 2), "static", {})
+    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
+    lookup.forget()
+    with pytest.warns(UserWarning, match=r"skips a table .*forward/64/none/long: block_m: expected 1 to 1024, got 0"):
+        assert found() == 32
+
+
+@pytest.mark.parametrize("kernel", ["forward", "decode"])
+@pytest.mark.parametrize("size", [0, -16, 48])
+def test_sizes_of_no_tile(kernel, size):
+    for tiles in (TileConfig(size, 64, 4, 2), TileConfig(64, size, 4, 2)):
+        assert f"{size} is not a power of two of at least 16" in legal_reasons(kernel, tiles, PROBLEM, H100)[0]
+
+
+def test_who_can_use_descriptors():
+    [reason] = legal_reasons("decode", TileConfig(16, 64, 4, 2, descriptors=True), PROBLEM, H100)
+    assert "forward, grad_key_value, grad_query on sm_90 or later" in reason
+
+
 def test_a_lookup_takes_little_time(folders):
     put(folders[0] / "h100.json", 32)
     found()
@@ -167,6 +191,19 @@ def test_a_lookup_takes_little_time(folders):
 )  # fmt: skip
 def test_names_of_cards(card, arch, wanted):
     assert table_name(Target("cuda", arch, card)) == wanted
+
+
+def test_a_card_whose_name_rocm_does_not_know(monkeypatch):
+    """Its table is named by the architecture; of no name, `tritonattn tune` would write what nobody reads."""
+    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    config._target_of.cache_clear()
+    target = Target.of(torch.device("cuda", 0))
+    config._target_of.cache_clear()
+    assert target[:2] == ("hip", "gfx942")
+    assert table_name(target) == "gfx942"
 
 
 def test_every_gpu_is_found_by_its_own_name():

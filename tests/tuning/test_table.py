@@ -11,6 +11,7 @@ import torch
 
 from tritonattn.tuning import table
 from tritonattn.tuning.config import Problem, Target, TileConfig
+from tritonattn.tuning.lookup import usable_table
 from tritonattn.tuning.static import keys
 from tritonattn.tuning.table import Entry, Key, Table, TableError, key_of, read_table, write_table
 
@@ -51,12 +52,15 @@ FAULTS = {
     "a huge number": ('{"schema_version": ' + "9" * 5000 + "}", "a100.json"),
     "huge": (" " * (2**22 + 1), "expected at most 4194304 bytes"),
     "without a schema": ("{}", "schema_version: expected 1, got None"),
+    "a name twice": ('{"gpu": "h100", "gpu": "a100"}', "expected each name once, got 'gpu' 2 times"),
 }
 CHANGES = {
     "a future schema": ({"schema_version": 2}, "schema_version: expected 1, got 2"),
     "a schema that is true": ({"schema_version": True}, "schema_version: expected 1, got True"),
     "gpu": ({"gpu": 5}, "gpu: expected str, got 5"),
     "target": ({"target": "H100"}, "target: expected sm_<number>"),
+    "a target of other digits": ({"target": "sm_\u00b2"}, "target: expected sm_<number>"),
+    "a target of two lines": ({"target": "gfx942\nroot"}, r"target: expected sm_<number> .*gfx942\\nroot"),
     "kernels": ({"kernels": None}, "kernels: expected str, got None"),
     "entries": ({"entries": []}, "entries: expected dict"),
     "a key": ({"entries": {"../../etc/passwd": {}}}, "entries: expected kernel/head_dim/scales/lengths"),
@@ -72,6 +76,7 @@ CONFIGS = {
     "a number for a bool": {"descriptors": 1},
     "huge": {"block_n": 10**300},
     "negative": {"num_stages": -1},
+    "zero": {"block_m": 0},
     "text": {"block_m": "128"},
 }
 
@@ -102,6 +107,15 @@ def test_faults_of_configs(change, tmp_path):
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(TableError, match=str(KEY)):
         read_table(path)
+
+
+@pytest.mark.parametrize("field", ["gpu", "target", "kernels"])
+def test_a_huge_field_makes_no_huge_message(field, tmp_path):
+    path = tmp_path / "a100.json"
+    path.write_text(json.dumps(record() | {field: "gfx" + 10**6 * "9"}), encoding="utf-8")
+    with pytest.raises(TableError) as caught:
+        usable_table(path, Target("cuda", "80"))
+    assert len(str(caught.value)) < len(str(path)) + 400
 
 
 def test_a_missing_field_of_a_config(tmp_path):

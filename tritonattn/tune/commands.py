@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tabulate import tabulate
 
+from .. import launch
 from ..command import CommandError
 from ..tuning import cache_dir, lookup
 from ..tuning.config import Target, TileConfig
+from ..tuning.defaults import default_config
 from ..tuning.gpus import GPU, GPUS, table_name
 from ..tuning.static import Compiler, keys, static_table
 from ..tuning.table import Entry, Key, Table, TableError, kernels_fingerprint, read_table, write_table
 from .progress import tqdm
-from .search import Effort, Result, pending, promising, search
+from .search import Effort, Result, SearchError, pending, promising, search
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,31 +52,32 @@ class Request:
 
 def tune(request: Request) -> int:
     """Search on this machine's GPU, or write static tables."""
-    if request.static:
-        return _tune_static(request)
-    if not torch.cuda.is_available():
+    if launch.interpreting:
+        raise CommandError("expected compiled kernels, got TRITON_INTERPRET=1, which leaves none: unset it")
+    try:
+        return _tune_static(request) if request.static else _tune_here(request)
+    except BrokenProcessPool as error:
         raise CommandError(
-            "expected a GPU, found none. Without one, `--static NAME` compiles for "
-            f"{', '.join(gpu.name for gpu in GPUS)}, an architecture as sm_90, or all, and ranks by a model"
-        )
-    return _tune_here(request, torch.device("cuda", torch.cuda.current_device()))
+            "a process that compiles was ended from outside, perhaps for lack of memory: --workers takes fewer at once"
+        ) from error
 
 
-def named_gpus(names: tuple[str, ...]) -> list[GPU]:
-    """The GPUs of GPUS by their names or architectures. Raises CommandError."""
+def named_gpus(option: str, names: tuple[str, ...], everything: tuple[str, ...] = ("all",)) -> list[GPU]:
+    """The GPUs of GPUS by their names or architectures, or a word for everything. Raises CommandError."""
     found: list[GPU] = []
     for name in names:
-        meant = [gpu for gpu in GPUS if name in ("all", gpu.name, gpu.target.name)]
+        meant = [gpu for gpu in GPUS if name in (gpu.name, gpu.target.name) or name in everything]
         if not meant:
-            raise CommandError(
-                f"--static: expected {', '.join(gpu.name for gpu in GPUS)}, sm_90, ..., all; got {name!r}"
-            )
+            known = ", ".join((*(gpu.name for gpu in GPUS), "sm_90", "...", *everything))
+            raise CommandError(f"{option}: expected {known}; got {name!r}")
         found += [gpu for gpu in meant if gpu not in found]
     return found
 
 
 def _tune_static(request: Request) -> int:
-    gpus = named_gpus(request.static)
+    gpus = named_gpus("--static", request.static)
+    for gpu in gpus:
+        _check_folder(_path(gpu.name, request.write), request.write)
     for target in dict.fromkeys(gpu.target for gpu in gpus):
         with Compiler(target, request.workers) as compiler, tqdm(unit="kernel", desc=target.name) as progress:
             tables = [
@@ -79,6 +85,8 @@ def _tune_static(request: Request) -> int:
                 for gpu in gpus
                 if gpu.target == target
             ]
+            if request.keys and not any(table.entries for table in tables):
+                _check_that_it_compiles(compiler, request.keys[0])
         for table in tables:
             path = _path(table.gpu, request.write)
             before = _entries(path, table.target)
@@ -86,7 +94,7 @@ def _tune_static(request: Request) -> int:
                 key: entry for key, entry in before.items() if entry.source == "measured" or key not in table.entries
             }
             joined = replace(table, entries=table.entries | kept)
-            _write(path, joined)
+            _write(path, joined, request.write)
             print(f"\n{path}: {len(joined.entries)} entries\n\n{_static_summary(joined, before, request.keys)}")
     return 0
 
@@ -110,13 +118,34 @@ def _entries(path: Path, target: Target) -> dict[Key, Entry]:
         return {}
 
 
-def _write(path: Path, table: Table) -> None:
+def _check_folder(path: Path, shipped: bool) -> None:
+    """Refuse, before the work, a folder that could not be written after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unwritable(path, error, shipped) from error
+
+
+def _write(path: Path, table: Table, shipped: bool) -> None:
     try:
         write_table(path, table)
     except OSError as error:
-        raise CommandError(
-            f"cannot write {path}: {error.strerror or error}; $TRITONATTN_CACHE_DIR names another folder"
-        ) from error
+        raise _unwritable(path, error, shipped) from error
+
+
+def _unwritable(path: Path, error: OSError, shipped: bool) -> CommandError:
+    other = "without --write the user's folder is written" if shipped else "$TRITONATTN_CACHE_DIR names another folder"
+    return CommandError(f"cannot write {path}: {error.strerror or error}; {other}")
+
+
+def _check_that_it_compiles(compiler: Compiler, key: Key) -> None:
+    """Where nothing passed, say whether nothing compiles: then it is the machine that is at fault, not the configs."""
+    config = default_config(key.kernel, key.problem, compiler.target)
+    [found] = compiler.examine([(key.kernel, key.problem, config)])
+    if found.code is None:
+        raise CommandError(f"{compiler.target.name}: no config passes; {key}, {config}: {'; '.join(found.reasons)}")
 
 
 def _static_summary(table: Table, before: dict[Key, Entry], wanted: list[Key]) -> str:
@@ -138,14 +167,20 @@ def shown(config: TileConfig) -> str:
     return f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages{kind}"
 
 
-def _tune_here(request: Request, device: torch.device) -> int:
+def _tune_here(request: Request) -> int:
+    if not torch.cuda.is_available():
+        raise CommandError(
+            "expected a GPU, found none. Without one, `--static NAME` compiles for "
+            f"{', '.join(gpu.name for gpu in GPUS)}, an architecture as sm_90, or all, and ranks by a model"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
     target = Target.of(device)
     path = _path(table_name(target), request.write)
-    entries = _entries(path, target)
-    todo = pending(request.keys, entries)
+    _check_folder(path, request.write)
+    todo = pending(request.keys, _entries(path, target))
     if len(todo) < len(request.keys):
         print(f"{len(request.keys) - len(todo)} of {len(request.keys)} keys are measured already in {path}")
-    results = _search_all(request, todo, target, device, path, entries)
+    results = _search_all(request, todo, target, device, path)
     print(f"\n{path}\n\n{_measured_summary(results)}")
     wrong = [line for result in results for line in result.wrong]
     if wrong:
@@ -153,11 +188,10 @@ def _tune_here(request: Request, device: torch.device) -> int:
     return 0
 
 
-def _search_all(
-    request: Request, todo: list[Key], target: Target, device: torch.device, path: Path, entries: dict[Key, Entry]
-) -> list[Result]:
-    """Each result goes into the file at once, so that Ctrl-C loses one search at most."""
+def _search_all(request: Request, todo: list[Key], target: Target, device: torch.device, path: Path) -> list[Result]:
+    """Each result goes at once into the file, beside what others wrote there: Ctrl-C loses one search at most."""
     results: list[Result] = []
+    found: dict[Key, Entry] = {}
     end = None if request.budget is None else time.monotonic() + 60 * request.budget
     with Compiler(target, request.workers) as compiler, tqdm(todo, unit="key") as progress:
         for key in progress:
@@ -174,10 +208,13 @@ def _search_all(
             except KeyboardInterrupt:
                 print("stopped: run the command again to go on")
                 break
+            except SearchError as error:
+                raise CommandError(f"{error}. {len(results)} keys were searched before, see {path}") from error
             results.append(result)
             if result.entry is not None:
-                entries = entries | {key: result.entry}
-                _write(path, Table(table_name(target), target, kernels_fingerprint(), entries))
+                found[key] = result.entry
+                entries = _entries(path, target) | found
+                _write(path, Table(table_name(target), target, kernels_fingerprint(), entries), request.write)
                 lookup.forget()
     return results
 
@@ -198,13 +235,18 @@ def configs(gpu: str | None) -> int:
     """Print the table of a GPU, and where each entry comes from."""
     if gpu is None and not torch.cuda.is_available():
         raise CommandError(f"expected --gpu NAME, one of {', '.join(one.name for one in GPUS)}: there is no GPU here")
-    target = Target.of(torch.device("cuda")) if gpu is None else named_gpus((gpu,))[0].target._replace(card=gpu)
+    target = Target.of(torch.device("cuda")) if gpu is None else _named_target(gpu)
     rows = []
     for key in keys():
         found = lookup.find(key.kernel, key.problem, target)
         rows.append([key, shown(found.config), _origin(found.path, key)])
     print(tabulate(rows, ["key", "config", "from"], tablefmt="github"))
     return 0
+
+
+def _named_target(name: str) -> Target:
+    """That of a GPU, or of a card without a table of its own where it is an architecture that is named."""
+    return named_gpus("--gpu", (name,), everything=())[0].target._replace(card=name)
 
 
 def _origin(path: Path | None, key: Key) -> str:

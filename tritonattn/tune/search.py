@@ -33,6 +33,10 @@ class Effort:
     warm_up: float = 0.2
 
 
+class SearchError(RuntimeError):
+    """Nothing more can be searched for by this process on this machine."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What a search found for a key; entry is None where no config passed, or none gave the reference's result."""
@@ -56,10 +60,25 @@ def search(
     key: Key, configs: list[TileConfig], target: Target, device: torch.device, effort: Effort,
     size: Size | None = None, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
 ) -> Result:  # fmt: skip
-    """Time configs for a key, the one in use among them, and check each against the reference, in every dtype."""
-    workloads = [Workload(key, size or typical_size(key), dtype, device) for dtype in dtypes]
+    """Time configs for a key, the one in use among them, and check each against the reference, in every dtype.
+
+    Where the card's memory does not hold the operands, the result says so. Raises SearchError where a config leaves the
+    card unusable.
+    """
     before = config_for(key.kernel, key.problem, target)
-    errors = {config: _error(workloads, key, config) for config in dict.fromkeys([before, *configs])}
+    try:
+        workloads = [Workload(key, size or typical_size(key), dtype, device) for dtype in dtypes]
+        return _search(key, [before, *configs], workloads, device, effort)
+    except torch.OutOfMemoryError as error:
+        return Result(key, before, None, None, None, (f"{key}: {_told(error)}",))
+
+
+def _search(
+    key: Key, configs: list[TileConfig], workloads: list[Workload], device: torch.device, effort: Effort
+) -> Result:
+    """The first of the configs is the one in use."""
+    before = configs[0]
+    errors = {config: _error(workloads, key, config) for config in dict.fromkeys(configs)}
     wrong = tuple(f"{key} {config}: {error}" for config, error in errors.items() if error)
     configs = [config for config, error in errors.items() if not error]
     if not configs:
@@ -79,13 +98,16 @@ def search(
 
 
 def promising(key: Key, compiler: Compiler, most: int) -> list[TileConfig]:
-    """The configs that pass the gate, those first that the model sees ahead."""
+    """The configs that pass the gate, those first that the model sees ahead. Raises SearchError if none compiles."""
     target, problem = compiler.target, key.problem
     configs = candidates(key.kernel, problem, target)
     processors = next((gpu.processors for gpu in GPUS if gpu.target[:2] == target[:2]), _PROCESSORS)
+    examined = compiler.examine([(key.kernel, problem, config) for config in configs])
+    if all(one.code is None for one in examined):
+        raise SearchError(f"{key}: no config compiles; {examined[0].config}: {'; '.join(examined[0].reasons)}")
     clocks = {
         one.config: modelled_clocks(key.kernel, problem, one, target, processors)
-        for one in compiler.examine([(key.kernel, problem, config) for config in configs])
+        for one in examined
         if not one.reasons
     }
     return sorted(clocks, key=clocks.__getitem__)[:most]
@@ -110,7 +132,27 @@ def _error(workloads: list[Workload], key: Key, config: TileConfig) -> str | Non
         with launch.configured(key.kernel, config):
             return next(filter(None, (workload.error() for workload in workloads)), None)
     except Exception as error:  # whatever a compiler or driver raises; the config is as useless
-        return f"{type(error).__name__}: {str(error)[:200]}"
+        if _is_lost(workloads[0].device):
+            raise SearchError(
+                f"{key} {config} left the card unusable to this process: {_told(error)}; "
+                "--kernels, --head-dims and --lengths name others"
+            ) from error
+        return _told(error)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def _is_lost(device: torch.device) -> bool:
+    """Whether every call of a GPU fails from now on, as it does after an illegal address."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _details(workloads: list[Workload], device: torch.device, timing: Timing) -> dict[str, Any]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 
 from .. import reference, triton_backend
@@ -14,6 +18,7 @@ from ..tuning.table import Key
 from ..visibility import Visibility
 
 _COPIES = 3
+_FIRST, _LAST = slice(0, 1), slice(-1, None)
 
 
 @dataclass(frozen=True)
@@ -55,26 +60,30 @@ class Workload:
         return tuple(x for x in gradients if x is not None)
 
     def error(self) -> str | None:
-        """None if the results for the first heads are those of the reference, else what is wrong."""
-        found = [self._first_heads(x) for x in self(0)]
-        exact, eager = (self._reference(dtype) for dtype in (torch.float64, self.dtype))
-        for number, (ours, wanted, rounded) in enumerate(zip(found, exact, eager, strict=True)):
-            band = torch.finfo(self.dtype).eps * (16 if self.dtype == torch.float32 else 1)
-            allowed = 2 * (rounded.double() - wanted).abs().max() + band * wanted.abs().max()
-            error = (ours.double() - wanted).abs().max()
-            if not error <= allowed:  # NaN too
-                return f"result {number}: expected an error of at most {allowed:.2e}, got {error:.2e}"
+        """None if the results for the first and the last heads are those of the reference, else what is wrong."""
+        with _poisoned_memory():
+            found = self(0)
+        for end in (_FIRST, _LAST):
+            exact, eager = (self._reference(dtype, end) for dtype in (torch.float64, self.dtype))
+            for number, (result, wanted, rounded) in enumerate(zip(found, exact, eager, strict=True)):
+                band = torch.finfo(self.dtype).eps * (16 if self.dtype == torch.float32 else 1)
+                allowed = 2 * (rounded.double() - wanted).abs().max() + band * wanted.abs().max()
+                error = (self._heads(result, end).double() - wanted).abs().max()
+                if not error <= allowed:  # NaN too
+                    return f"result {number}: expected an error of at most {allowed:.2e}, got {error:.2e}"
         return None
 
-    def _first_heads(self, x: Tensor) -> Tensor:
-        """Of the first sequence, the query heads of the first key head, or that key head."""
-        return x[:1, : self.size.group if x.shape[1] == self.size.heads else 1]
+    def _heads(self, x: Tensor, end: slice) -> Tensor:
+        """Of the first or last sequence, the first or last key head, or the query heads that share it."""
+        by_key_head = x.unflatten(1, (self.size.heads // self.size.group, -1))
+        return by_key_head[end, end].flatten(1, 2)
 
     @property
     def _needs(self) -> Needs:
         """What of the backward is asked for; the row terms, a small part of the work, come with either kernel."""
         of_query, of_key = self.key.kernel == "grad_query", self.key.kernel == "grad_key_value"
-        return Needs(of_query, of_key, of_key, query_scale=of_query and self.key.problem.query_scale_grad)
+        of_query_scale = of_query and self.key.problem.query_scale_grad
+        return Needs(of_query, of_key, of_key, of_query_scale, of_key and self.key.problem.key_scale)
 
     def _forward(self, copy: int, call: AttentionCall) -> tuple[Tensor, Tensor]:
         if copy not in self._forwards:
@@ -101,20 +110,37 @@ class Workload:
             return DecodeCall(q, Cache(k, v, lengths), dim**-0.5, *scales, None, None, None)
         return AttentionCall(q, k, v, Visibility.of(q, k, causal=True), dim**-0.5, *scales)
 
-    def _reference(self, dtype: torch.dtype) -> list[Tensor]:
-        """The results of the first heads, computed eagerly in a dtype."""
+    def _reference(self, dtype: torch.dtype, end: slice) -> list[Tensor]:
+        """The results of the first or the last heads, computed eagerly in a dtype."""
         call = self._calls[0]
         k, v = (call.cache.k, call.cache.v) if isinstance(call, DecodeCall) else (call.k, call.v)
-        q, k, v = (self._first_heads(x).to(dtype).requires_grad_() for x in (call.q, k, v))
+        q, k, v = (self._heads(x, end).to(dtype).requires_grad_() for x in (call.q, k, v))
         wide = torch.promote_types(dtype, torch.float32)
-        multiplier, query_scale = torch.full((1, 1, 1, 1), call.scale, dtype=wide, device=q.device), None
-        if call.query_scale is not None:
-            query_scale = self._first_heads(call.query_scale).to(wide).requires_grad_()
+        query_scale, key_scale = (
+            None if x is None else self._heads(x, end).to(wide).requires_grad_()
+            for x in (call.query_scale, call.key_scale)
+        )  # fmt: skip
+        multiplier = torch.full((1, 1, 1, 1), call.scale, dtype=wide, device=q.device)
+        if query_scale is not None:
             multiplier = multiplier * query_scale[..., None]
-        if call.key_scale is not None:
-            multiplier = multiplier * call.key_scale[:1, :1, None]
+        if key_scale is not None:
+            multiplier = multiplier * key_scale[:, :, None]
         visibility = Visibility.of(q, k, causal=self.key.kernel != "decode")
         out = reference.attention(q, k, v, multiplier, visibility).out
-        pairs = zip((q, k, v, query_scale), self._needs, strict=False)
+        pairs = zip((q, k, v, query_scale, key_scale), self._needs, strict=False)
         leaves = [x for x, needed in pairs if x is not None and needed]
         return list(torch.autograd.grad(out, leaves, q.detach())) if leaves else [out.detach()]
+
+
+@contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """Inside, torch hands out memory full of NaN: what a kernel leaves out shall not be an earlier config's result."""
+    settings: Any = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        settings.fill_uninitialized_memory = before[1]

@@ -11,6 +11,7 @@ from .config import Problem, Target, TileConfig, legal_reasons, padded_dim, sum_
 from .defaults import default_config
 
 _SCALAR_TYPES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
+_WIDEST = 256  # head dim
 _OPTIONAL = (
     "key_lengths", "key_ranges", "mask", "query_scale", "key_scale", "left", "right", "softcap", "sinks", "dropout",
     "block_table",
@@ -33,7 +34,8 @@ def compile_kernel(
     target    "sm_90", "gfx942", ... or a Target
 
     The specialisation is that of an aligned call: pointers, strides and alignments as for contiguous tensors whose head
-    dims are multiples of 16. Raises ValueError for an unknown kernel or target or a config that is not legal.
+    dims are multiples of 16. Raises ValueError for an unknown kernel or target, a problem that kernels do not solve
+    (head dims above 256, fp64) and a config that is not legal.
 
     >>> import torch
     >>> from tritonattn.tuning import Problem, compile_kernel
@@ -42,6 +44,11 @@ def compile_kernel(
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
+    dims = (problem.head_dim, problem.value_dim)
+    if not all(1 <= dim <= _WIDEST for dim in dims) or str(problem.dtype) not in _SCALAR_TYPES:
+        raise ValueError(
+            f"problem: expected head dims from 1 to {_WIDEST} and fp16, bf16 or fp32, got {dims} and {problem.dtype}"
+        )
     target = Target.parse(target) if isinstance(target, str) else target
     config = default_config(kernel, problem, target) if config is None else config
     reasons = legal_reasons(kernel, config, problem, target)

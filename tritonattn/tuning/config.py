@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from ..kernels import primitives
 
 # Kernels with an MMA loop, and the memory-bound ones, whose tiles only bound the rows that a program holds.
 TILED_KERNELS = ("forward", "grad_key_value", "grad_query", "decode")
+_DESCRIBED = TILED_KERNELS[:3]  # those that can load by the tensor memory accelerator
 STREAMING_KERNELS = ("row_terms", "key_statistics", "key_prefix_sums", "key_statistics_grad", "decode_combine")
 
 ROW_TERMS_ALIGNMENT = primitives.ROW_TERMS_ALIGNMENT.value
@@ -34,10 +36,8 @@ class Target(NamedTuple):
     @classmethod
     def parse(cls, name: str) -> Target:
         """From "sm_90" or "gfx942"."""
-        if name.startswith("sm_") and name[3:].isdigit():
-            return cls("cuda", name[3:])
-        if name.startswith("gfx"):
-            return cls("hip", name)
+        if found := re.fullmatch(r"sm_([0-9]{2,3})|(gfx[0-9a-z-]{3,20})", name):
+            return cls("cuda", found[1]) if found[1] else cls("hip", name)
         raise ValueError(f"target: expected sm_<number> or gfx<name>, got {name!r}")
 
     @classmethod
@@ -62,7 +62,8 @@ class Target(NamedTuple):
 def _target_of(index: int) -> Target:
     card = torch.cuda.get_device_name(index)
     if torch.version.hip:
-        return Target("hip", torch.cuda.get_device_properties(index).gcnArchName.split(":")[0], card)
+        arch = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+        return Target("hip", arch, card or arch)  # ROCm knows no name where its list of them is not installed
     major, minor = torch.cuda.get_device_capability(index)
     return Target("cuda", f"{major}{minor}", card)
 
@@ -147,10 +148,10 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
         reasons.append(f"num_warps {config.num_warps} is not a power of two up to 16")
     if config.num_stages < 1:
         reasons.append(f"num_stages {config.num_stages} is below 1")
-    if kernel in TILED_KERNELS and ROW_TERMS_ALIGNMENT % config.block_m:
+    if kernel in TILED_KERNELS and ROW_TERMS_ALIGNMENT % max(config.block_m, 1):
         reasons.append(f"block_m {config.block_m} does not divide the row terms' alignment {ROW_TERMS_ALIGNMENT}")
     if config.descriptors and not may_use_descriptors(kernel, problem, target):
-        reasons.append(f"descriptors need {', '.join(TILED_KERNELS)} on sm_90 or later, 16 bits and aligned tensors")
+        reasons.append(f"descriptors need {', '.join(_DESCRIBED)} on sm_90 or later, 16 bits and aligned tensors")
     shared, limit = _shared_estimate(kernel, config, problem, target), shared_limit(target)
     if shared > limit:
         reasons.append(f"tiles need at least {shared} bytes of shared memory, {target.name} has {limit}")
@@ -167,7 +168,7 @@ def shared_limit(target: Target) -> int:
 
 def may_use_descriptors(kernel: str, problem: Problem, target: Target) -> bool:
     """Whether the tensor memory accelerator can load a kernel's tiles."""
-    is_able = kernel in TILED_KERNELS and kernel != "decode" and target.backend == "cuda" and int(target.arch) >= 90
+    is_able = kernel in _DESCRIBED and target.backend == "cuda" and int(target.arch) >= 90
     return is_able and problem.aligned and problem.dtype.itemsize == 2
 
 

@@ -55,7 +55,7 @@ def strike(kernel: str, problem: Problem, target: Target, config: TileConfig, wh
 
 
 def forget() -> None:
-    """Read the files again at the next call."""
+    """Read the files again at the next lookup; the plans of `launch` keep what they were made with."""
     _entries.cache_clear()
     _struck.clear()
 

@@ -10,6 +10,7 @@ import os
 import stat
 import tempfile
 import tokenize
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +30,9 @@ SCALES: dict[str, tuple[str, ...]] = {
 LENGTHS = ("short", "long")
 SOURCES = ("static", "measured")
 _LARGEST_FILE = 2**22
+_LONGEST_MESSAGE = 300
 _FIELDS = ("schema_version", "gpu", "target", "kernels", "entries")
-# Inclusive bounds of a config's numbers, so that no later arithmetic meets a hostile one.
+# The most of a config's numbers, of which each is at least 1, so that no later arithmetic meets a hostile one.
 _MOST = {"block_m": 1024, "block_n": 1024, "num_warps": 32, "num_stages": 16}
 
 
@@ -139,11 +141,20 @@ def read_table(path: Path) -> Table:
             content = file.read(_LARGEST_FILE + 1)
         if len(content) > _LARGEST_FILE:
             raise ValueError(f"expected at most {_LARGEST_FILE} bytes")
-        return _parse(json.loads(content.decode("utf-8")))
+        return _parse(json.loads(content.decode("utf-8"), object_pairs_hook=_object))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise TableError(f"{path}: {error}") from error
+        raise TableError(f"{path}: {str(error)[:_LONGEST_MESSAGE]}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values of one name, a reader of the file would see either."""
+    if pairs:
+        [(name, count)] = Counter(name for name, _ in pairs).most_common(1)
+        if count > 1:
+            raise ValueError(f"expected each name once, got {_shown(name)} {count} times")
+    return dict(pairs)
 
 
 def _parse(record: Any) -> Table:
@@ -178,10 +189,10 @@ def _entry(key: str, record: Any) -> Entry:
         raise ValueError(f"{key}: config: expected {', '.join(sorted(names))}, got {_shown(sorted(config))}")
     for name, value in config.items():
         wanted = bool if name == "descriptors" else int
-        if type(value) is not wanted or not 0 <= value <= _MOST.get(name, 1):
-            raise ValueError(
-                f"{key}: {name}: expected {wanted.__name__} of at most {_MOST.get(name, 1)}, got {_shown(value)}"
-            )
+        if type(value) is not wanted:
+            raise ValueError(f"{key}: {name}: expected {wanted.__name__}, got {_shown(value)}")
+        if wanted is int and not 1 <= value <= _MOST[name]:
+            raise ValueError(f"{key}: {name}: expected 1 to {_MOST[name]}, got {_shown(value)}")
     return Entry(TileConfig(**config), record["source"], details)
 
 

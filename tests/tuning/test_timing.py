@@ -1,0 +1,93 @@
+"""The timing protocol on a card that a clock stands for."""
+
+from __future__ import annotations
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tritonattn.tuning import timing
+
+GPU = torch.device("cuda", 0)
+FLUSH = 0.1  # milliseconds of the card
+
+
+class Card:
+    """A stream: work begins when the host has launched it and the card is done with what came before."""
+
+    def __init__(self) -> None:
+        self.host = self.done = 0.0
+
+    def launch(self, host: float, work: float) -> None:
+        self.host += host
+        self.done = max(self.done, self.host) + work
+
+    def zero_(self) -> None:
+        self.launch(0.01, FLUSH)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    card = Card()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            card.launch(0.005, 0.0)
+            self.time = card.done
+
+        def query(self) -> bool:
+            return self.time <= card.host
+
+        def synchronize(self) -> None:
+            card.host = max(card.host, self.time)
+
+        def elapsed_time(self, end) -> float:
+            return end.time - self.time
+
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: card)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return card
+
+
+@pytest.mark.parametrize("host", [0.02, 0.5, 2.0])
+def test_the_hosts_time_is_not_in_a_cards(host, card):
+    """A kernel of 0.05 ms, though the host takes longer to launch it than the card to overwrite its L2 once."""
+    taken = timing.take_turns({"a": lambda _: card.launch(host, 0.05)}, GPU, rounds=4, warm_up=0)
+    assert taken["a"] == pytest.approx([0.05] * 4)
+
+
+def test_a_contestant_that_waits_for_the_card_is_timed_all_the_same(card):
+    def waits(_):
+        card.launch(0.02, 0.05)
+        card.host = max(card.host, card.done)
+
+    taken = timing.take_turns({"waits": waits}, GPU, rounds=3, warm_up=0)
+    assert taken["waits"] == pytest.approx([0.055] * 3)
+
+
+def test_clocks_are_those_of_the_card_in_use(monkeypatch):
+    """nvidia-smi knows nothing of CUDA_VISIBLE_DEVICES."""
+    asked = []
+
+    def run(command, **_):
+        asked.extend(command)
+        return SimpleNamespace(stdout="570.1, 1980 MHz, 2619 MHz, 40, 120 W\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert timing.card_state(GPU)["driver_version"] == "570.1"
+    assert asked[asked.index("-i") + 1] == "GPU-12ab-34"
+
+
+def test_without_nvidia_smi(monkeypatch):
+    def run(*_, **__):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert timing.card_state(GPU) == {}
