@@ -133,6 +133,23 @@ def test_an_error_of_ours_fails_the_run_and_a_peers_does_not(tmp_path, monkeypat
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_an_error_of_ours_fails_an_accuracy_run_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    right = attention_cases.tritonattn.attention
+
+    def broken(*args, scaling, backend, **options):
+        if scaling == "dim" and backend != "reference":
+            raise RuntimeError("out of resources")
+        return right(*args, scaling=scaling, backend=backend, **options)
+
+    monkeypatch.setattr(tritonattn, "attention", broken)
+    options = ("--suite", "accuracy", "--scalings", "dim,sqrt_dim", "--dtypes", "fp32")
+    with pytest.raises(SystemExit, match=r"8 results are wrong[^$]*tritonattn dim: RuntimeError: out of resources"):
+        sweep(tmp_path / "a.jsonl", *options)
+    found = [record for record in read(tmp_path / "a.jsonl") if record.suite == "accuracy"]
+    assert [record.status for record in found].count("measured") == 24
+    assert "- tritonattn: failed in 8 cases: RuntimeError: out of resources" in capsys.readouterr().out
+
+
 def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
     file, run, calls = tmp_path / "a.jsonl", contest.Contest.run, []
 
