@@ -93,7 +93,8 @@ def card_state(device: torch.device) -> dict[str, str]:
     names = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
     if device.type != "cuda" or torch.version.hip:
         return {}
-    query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "-i", str(device.index or 0)]
+    card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # nvidia-smi knows no CUDA_VISIBLE_DEVICES
+    query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "-i", card]
     try:
         line = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
