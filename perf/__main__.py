@@ -14,6 +14,7 @@ COMMANDS = {
     "cpu": "time and memory on a CPU, against PyTorch's attention",
     "monitor": "what watching a training run costs",
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
+    "correctness": "the kernels' tests, in several processes",
     "soak": "random calls of the kernels, for a while, against float64",
     "sanitize": "a short soak under NVIDIA's compute-sanitizer",
 }
@@ -21,7 +22,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Import the command's module alone: a GPU machine need not have what the others print and plot with."""
-    names = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
+    names = "\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m perf", description="Measure, read and try the package.", epilog=f"commands:\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -13,7 +13,7 @@ from tritonattn.simulation.distributions import DISTRIBUTIONS
 
 from .attention_cases import DTYPES, OURS, entrant_name
 from .check import Question, judge, mode_scales
-from .contest import Effort, Results, Verdict
+from .contest import Effort, Results, Verdict, raising
 from .records import Axis, Record
 from .versions import Environment
 
@@ -51,12 +51,14 @@ class AccuracyCase:
         records = []
         for scaling in self.scalings:
             exact, eager = question.exact(scaling), question.eager(scaling, rounding)
-            ours = judge(self._ours(question, scaling), exact, eager, question.q.dtype)
             theirs = judge(_prescaled(question, scaling), exact, eager, question.q.dtype)
-            records += [
-                _judged(blank, OURS, scaling, ours),
-                _judged(blank, RECIPE, scaling, replace(theirs, reason="")),
-            ]
+            try:
+                results = self._ours(question, scaling)
+            except Exception as error:  # of a compiler or a driver
+                records.append(raising(replace(blank, contestant=entrant_name(OURS, scaling), scaling=scaling), error))
+            else:
+                records.append(_judged(blank, OURS, scaling, judge(results, exact, eager, question.q.dtype)))
+            records.append(_judged(blank, RECIPE, scaling, replace(theirs, reason="")))
         return records
 
     def _question(self) -> Question:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
 
 import torch
@@ -24,6 +25,14 @@ class Unavailable(Exception):
     """Why a contestant cannot take part; its text goes into the record."""
 
 
+# A peer's error of so many bounds may be that of its own arithmetic; a larger one is that of other work.
+_INEXACT = 4.0
+
+
+class _Raised(Exception):
+    """A contestant raised in the midst of the rounds; its text is the contestant's name, its cause what was raised."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Of the worst result: its largest error and the bound on it, both relative to the largest exact value."""
@@ -31,6 +40,15 @@ class Verdict:
     error: float
     bound: float
     reason: str = ""  # what is wrong, if something is
+
+    @property
+    def bounds(self) -> float:
+        """The error in bounds: above 1 it is wrong; inf where it is no number."""
+        if math.isnan(self.error):
+            return math.inf
+        if self.bound == 0:
+            return math.inf if self.error else 0.0
+        return self.error / self.bound
 
 
 @dataclass(frozen=True)
@@ -83,20 +101,28 @@ class Contest:
         _forget_compiled_code()
         blank = Record(self.suite, self.axes, "", "", "measured", environment, date.today().isoformat())
         states = [_try_out(entrant, blank) for entrant in self.enter()]
-        contestants = {state.record.contestant: self._repeated(state.run) for state in states if state.run is not None}
-        if not contestants:
-            return [state.record for state in states]
-        taken = take_turns(contestants, self.device, effort.rounds, effort.warm_up, effort.seconds)
-        card = card_state(self.device)
-        return [self._timed(state.record, taken, card) for state in states]
+        while any(state.run is not None for state in states):
+            contestants = {
+                state.record.contestant: self._repeated(state.record.contestant, state.run)
+                for state in states if state.run is not None
+            }  # fmt: skip
+            try:
+                taken = take_turns(contestants, self.device, effort.rounds, effort.warm_up, effort.seconds)
+            except _Raised as raised:
+                name = str(raised)
+                states = [one.dropped(raised) if one.record.contestant == name else one for one in states]
+                continue
+            card = card_state(self.device)
+            return [self._timed(state.record, taken, card) for state in states]
+        return [state.record for state in states]
 
-    def _repeated(self, contestant: Contestant) -> Contestant:
-        if self.calls == 1:
-            return contestant
-
+    def _repeated(self, name: str, contestant: Contestant) -> Contestant:
         def several(number: int) -> None:
-            for _ in range(self.calls):
-                contestant(number)
+            try:
+                for _ in range(self.calls):
+                    contestant(number)
+            except Exception as error:  # as where memory, of which all hold some by now, runs out
+                raise _Raised(name) from error
 
         return several
 
@@ -123,7 +149,14 @@ class _State:
     """After the trial: a record that is final but for times, and what is to be timed, if all is right."""
 
     record: Record
-    run: Contestant | None = field(default=None)
+    ours: bool
+    run: Contestant | None = None
+
+    def dropped(self, raised: _Raised) -> _State:
+        """Out of the contest in the midst of its rounds."""
+        cause = raised.__cause__
+        assert isinstance(cause, Exception)
+        return _State(raising(self.record, cause, self.ours, "when all take turns: "), self.ours)
 
 
 def _try_out(entrant: Entrant, blank: Record) -> _State:
@@ -131,24 +164,28 @@ def _try_out(entrant: Entrant, blank: Record) -> _State:
     record = replace(blank, contestant=entrant.name, scaling=entrant.scaling)
     try:
         run = entrant.prepare()
-        results = run(0)
-        run(0)  # what can be done once only, as a backward that frees its graph, is found out here
+        results = [run(0) for _ in range(2)]  # a backward may free, or overwrite, what it has saved
     except Unavailable as error:
-        return _State(replace(record, status="skipped", reason=str(error)))
+        return _State(replace(record, status="skipped", reason=str(error)), entrant.ours)
     except Exception as error:  # of others' code: anything may come
-        lines = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
-        if not entrant.ours:
-            return _State(replace(record, status="skipped", reason=reason))
-        traceback.print_exc()
-        return _State(replace(record, status="failed", reason=reason))
+        return _State(raising(record, error, entrant.ours), entrant.ours)
     if entrant.check is None:
-        return _State(record, run)
-    verdict = entrant.check(results)
-    record = replace(record, error=verdict.error, bound=verdict.bound)
-    if verdict.reason:
-        return _State(replace(record, status="wrong", reason=verdict.reason))
-    return _State(record, run)
+        return _State(record, entrant.ours, run)
+    verdict = max(map(entrant.check, results), key=lambda one: one.bounds)
+    record = replace(record, error=verdict.error, bound=verdict.bound, reason=verdict.reason)
+    if not verdict.reason:
+        return _State(record, entrant.ours, run)
+    inexact = not entrant.ours and verdict.bounds <= _INEXACT
+    return _State(replace(record, status="inexact" if inexact else "wrong"), entrant.ours)
+
+
+def raising(record: Record, error: Exception, ours: bool = True, when: str = "") -> Record:
+    """Of an entrant that raised: ours has failed, a peer is skipped."""
+    lines = str(error).strip().splitlines()
+    reason = f"{when}{type(error).__name__}: {lines[0] if lines else ''}"
+    if ours:
+        traceback.print_exception(error)
+    return replace(record, status="failed" if ours else "skipped", reason=reason, error=None, bound=None)
 
 
 def _forget_compiled_code() -> None:

@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
 
-from .attention_cases import DTYPES, OURS, entrant_name, our_rounding
-from .check import Question, checker
+from .attention_cases import DTYPES, OURS, entrant_name, head, our_rounding
+from .check import Question, Sample, checker
 from .contest import Contest, Entrant, Results, Unavailable
 from .peers import package, require_16_bits, require_gpu
 from .recipes import prescaled
@@ -68,15 +68,23 @@ class DecodeCase:
     def enter(self) -> list[Entrant]:
         """A copy that moves as many bytes, ours with and without KeyStatistics, and peers."""
         contiguous = [_contiguous(self.shape, DTYPES[self.dtype], self.device, seed) for seed in range(_COPIES)]
-        first = contiguous[0]
-        group = self.shape.heads // self.shape.kv_heads
-        question = Question(first.q[:1, :group], first.k[:1, :1], first.v[:1, :1], None, causal=False)
+        samples = [self._sample(contiguous[0], place) for place in (0, -1)]
         caches = [_in_pages(cache) for cache in contiguous] if self.paged else contiguous
         steps: dict[str, Callable[[], Step]] = {OURS: lambda: self._ours(None)}
         if reads_keys(self.scaling):
             steps[COUNTED] = lambda: self._ours(contiguous)
         steps |= {name: lambda name=name: self._peer(name) for name in self.peers}
-        return [self._copy(), *(self._entrant(name, steps[name], caches, question) for name in steps)]
+        return [self._copy(), *(self._entrant(name, steps[name], caches, samples) for name in steps)]
+
+    def _sample(self, cache: Caches, place: int) -> Sample:
+        """The query heads of the first key head of the first sequence, or (-1) of the last of the last."""
+        group = self.shape.heads // self.shape.kv_heads
+
+        def part(out: Tensor) -> Tensor:
+            return out[place][None].unflatten(1, (-1, group))[:, place]
+
+        key_head = head(place)
+        return Sample(Question(part(cache.q), key_head(cache.k), key_head(cache.v), None, causal=False), part)
 
     def _copy(self) -> Entrant:
         def prepare() -> Callable[[int], Results]:
@@ -86,7 +94,7 @@ class DecodeCase:
 
         return Entrant(COPY, "", prepare, None)
 
-    def _entrant(self, name: str, make: Callable[[], Step], caches: list[Caches], question: Question) -> Entrant:
+    def _entrant(self, name: str, make: Callable[[], Step], caches: list[Caches], samples: list[Sample]) -> Entrant:
         ours = name in (OURS, COUNTED)
         rounding = our_rounding(self.backend, self.dtype) if ours else "operands"
 
@@ -94,7 +102,7 @@ class DecodeCase:
             step = make()
             return lambda number: {"out": step(caches[number % _COPIES])}
 
-        check = checker(question, self.scaling, rounding, lambda out: out[:1, : question.q.shape[1]])
+        check = checker(samples, self.scaling, rounding)
         return Entrant(entrant_name(name, self.scaling), self.scaling, prepare, check, ours)
 
     def _ours(self, counted: list[Caches] | None) -> Step:

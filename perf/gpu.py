@@ -59,6 +59,7 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
     on_gpu = device == "cuda"
     tables = {"TRITONATTN_CACHE_DIR": str(out / "tables")}
     interpreted = {} if on_gpu else {"TRITON_INTERPRET": "1"}
+    processes = () if on_gpu else ("--processes", "2")
     tune = ("--head-dims", "64,128", "--lengths", "long") if on_gpu else _TINY_TUNE
 
     def sweep(suite: str) -> Phase:
@@ -69,7 +70,7 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
     return [
         Phase("environment", ("-m", "tritonattn", "env"), 0, None, tables),
         sweep("ceilings"),
-        Phase("correctness", ("-m", "pytest", "-q", "-p", "no:cacheprovider", tests), 25, None, interpreted, "FAILED "),
+        Phase("correctness", ("-m", "perf", "correctness", tests, *processes), 25, None, interpreted, " FAILED "),
         Phase("soak", ("-m", "perf", "soak", "--device", device), 8, "--minutes", interpreted, "repeat it: "),
         Phase("tuning", ("-m", "tritonattn", "tune", *tune), 20, "--budget", tables | {"TRITON_INTERPRET": "0"}),
         *(sweep(suite) for suite in _SUITES if suite != "ceilings"),
@@ -102,7 +103,11 @@ def run(arguments: argparse.Namespace) -> None:
             sys.exit(f"gpu: --phases: expected some of {', '.join(known)}, got {name!r}")
     chosen = [phase for phase in chosen if arguments.phases is None or phase.name in arguments.phases]
     arguments.out.mkdir(parents=True, exist_ok=True)
-    outcomes = run_all(chosen, arguments.out.resolve(), 60 * arguments.minutes)
+    try:
+        with _handling(signal.SIGTERM):  # as `timeout` sends it: a phase must not outlive the run
+            outcomes = run_all(chosen, arguments.out.resolve(), 60 * arguments.minutes)
+    except KeyboardInterrupt:
+        sys.exit(f"gpu: stopped: {arguments.out} has what was done; the same command goes on with the sweeps")
     failed = [outcome.phase.name for outcome in outcomes if outcome.status == "failed"]
     if failed:
         sys.exit(f"gpu: {', '.join(failed)} failed: see the logs in {arguments.out}")
@@ -136,7 +141,7 @@ def execute(phase: Phase, out: Path, seconds: float) -> Outcome:
     start = time.monotonic()
     with (out / f"{phase.name}.log").open("w", encoding="utf-8") as log:
         print("$", *command, file=log, flush=True)
-        with _heeding_ctrl_c():
+        with _handling(signal.SIGINT):  # which a shell lets those ignore that it begins with a &
             process = subprocess.Popen(
                 command, cwd=ROOT, env=os.environ | phase.environment, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -154,13 +159,13 @@ def execute(phase: Phase, out: Path, seconds: float) -> Outcome:
 
 
 @contextmanager
-def _heeding_ctrl_c() -> Iterator[None]:
-    """Processes begun here heed SIGINT, though this one may have been begun with a & by a shell, and ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _handling(number: signal.Signals) -> Iterator[None]:
+    """A signal raises KeyboardInterrupt here, and in processes that are begun here has its usual effect."""
+    before = signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -51,8 +51,9 @@ class Peer:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated."""
+    """Bytes that can be allocated. What torch's allocator keeps of freed tensors is given back, and counts."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])

@@ -78,4 +78,3 @@ def rows_of(scaling: str, q: Tensor, k: Tensor, causal: bool) -> Tensor:
     if isinstance(multiplier, float):
         return torch.full(q.shape[:3], multiplier, device=q.device)
     return multiplier.expand(q.shape[:3]).contiguous()
-

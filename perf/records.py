@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
+from tritonattn.provenance import for_json
+
 from .versions import Environment
 
 Axis = str | int | float | bool
@@ -18,13 +20,14 @@ class Record:
     """What one contestant did in one case.
 
     axes        what makes the case: names and values (length, head_dim, dtype, causal, passes, ...)
-    status      "measured"; "skipped", as it is not installed or cannot do the case; "wrong", a result outside its
-                bound; "failed", our own code raised. `reason` says why.
+    status      "measured"; "skipped", as it is not installed or cannot do the case; "inexact", a peer whose own error
+                passes the bound; "wrong", a result of ours that does, or of a peer by far, as of other work; "failed",
+                our own code raised. `reason` says why.
     *_ms        milliseconds of a call over rounds: median and quartiles
     tflops      10^12 floating-point operations a second, by perf/work.py
     gbps        10^9 bytes a second, of the bytes that have to be moved
     ratio       time over that of `baseline`: the median over rounds, in which all take turns
-    error       largest |result - float64| over the largest |float64|, of the worst result
+    error       largest |result - float64| over the largest |float64|, of the worst result; None where it is no number
     bound       that error's bound, likewise
     card        clocks, temperature, power and driver of a GPU, right after the last round
     """
@@ -56,8 +59,9 @@ class Record:
     def line(self) -> str:
         """Of a results file; optional fields that hold nothing are left out."""
         required = {one.name for one in fields(self) if one.default is MISSING and one.default_factory is MISSING}
-        kept = {name: x for name, x in asdict(self).items() if name in required or x not in (None, "", {})}
-        return json.dumps(kept) + "\n"
+        values = for_json(asdict(self)).items()  # an error may be NaN
+        kept = {name: x for name, x in values if name in required or x not in (None, "", {})}
+        return json.dumps(kept, allow_nan=False) + "\n"
 
     @property
     def is_bad(self) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -43,7 +45,7 @@ def _times_table(records: list[Record]) -> str:
         "TFLOP/s": lambda r: _number(r.tflops), "GB/s": lambda r: _number(r.gbps),
         "time ratio": lambda r: "" if r.ratio is None else f"{r.ratio:.3f}",
         "us more": lambda r: "" if r.ratio is None else f"{1000 * r.median_ms * (1 - 1 / r.ratio):.0f}",
-        "error/bound": lambda r: "" if not r.bound else f"{r.error / r.bound:.2f}",
+        "error/bound": lambda r: "" if not r.bound else "NaN" if r.error is None else f"{r.error / r.bound:.2f}",
     }  # fmt: skip
     rows = []
     for record in records:
@@ -69,17 +71,21 @@ def _baselines(records: list[Record]) -> str:
 def _accuracy_table(records: list[Record]) -> str:
     """Errors of ours and of the recipe by kind of keys, by their number, and by scaling."""
     parts = ["Errors of the output over its largest exact value: median, and largest, of the cases in a row."]
+    records = [record for record in records if record.status != "failed"]
     for name in ("keys", "number of keys", "scaling"):
         axis = {"number of keys": "length"}.get(name, name)
         rows = []
         for dtype, value in dict.fromkeys((r.axes["dtype"], r.axes.get(axis, r.scaling)) for r in records):
             own = [r for r in records if (r.axes["dtype"], r.axes.get(axis, r.scaling)) == (dtype, value)]
             contestants = list(dict.fromkeys(implementation(r) for r in own))
-            errors = [[r.error for r in own if implementation(r) == name] for name in contestants]
+            errors = [[_size(r.error) for r in own if implementation(r) == name] for name in contestants]
             rows.append([dtype, value, *(f"{statistics.median(e):.1e}, {max(e):.1e}" for e in errors)])
         parts.append(tabulate(rows, ["dtype", name, *contestants], tablefmt="github", disable_numparse=True))
-    wrong = [f"- {r.case}, {r.contestant}: {r.reason}" for r in records if r.status == "wrong"]
-    return "\n\n".join([*parts, *(["Wrong:\n" + "\n".join(wrong)] if wrong else [])])
+    return "\n\n".join(parts)
+
+
+def _size(error: float | None) -> float:
+    return math.inf if error is None or math.isnan(error) else error
 
 
 def implementation(record: Record) -> str:
@@ -88,14 +94,18 @@ def implementation(record: Record) -> str:
 
 
 def _absent(records: list[Record]) -> str:
-    """Who was skipped in how many cases, or failed, and why."""
+    """Who was skipped in how many cases, or failed, and why; and each result that was wrong or not exact enough."""
     counts: dict[tuple[str, str, str], int] = {}
     for record in records:
         if record.status in ("skipped", "failed"):
             key = implementation(record), record.status, record.reason
             counts[key] = counts.get(key, 0) + 1
     lines = [f"- {name}: {status} in {n} cases: {reason}" for (name, status, reason), n in counts.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_not_timed(r) for r in records if r.status in ("wrong", "inexact"))])
+
+
+def _not_timed(record: Record) -> str:
+    return f"- {record.contestant}, {record.case}: {record.status}, so not timed: {record.reason}"
 
 
 def _card(records: list[Record]) -> str:
@@ -104,8 +114,15 @@ def _card(records: list[Record]) -> str:
     parts = []
     for name in names:
         values = list(dict.fromkeys(record.card[name] for record in records if name in record.card))
-        parts.append(f"{name} {values[0]}" if len(values) == 1 else f"{name} {min(values)} .. {max(values)}")
+        ends = min(values, key=_leading_number), max(values, key=_leading_number)
+        parts.append(f"{name} {values[0]}" if len(values) == 1 else f"{name} {ends[0]} .. {ends[1]}")
     return f"; {', '.join(parts)}" if parts else ""
+
+
+def _leading_number(text: str) -> float:
+    """Of "1980 MHz"; 0 of "[N/A]"."""
+    number = re.match(r"[\d.]+", text)
+    return float(number[0]) if number else 0.0
 
 
 def _text(value: object) -> str:

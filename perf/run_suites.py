@@ -49,20 +49,18 @@ def measure(request: Request) -> list[Record]:
     todo = [case for case in plan if not file.has(case.suite, case.axes)]
     if len(todo) < len(plan):
         print(f"{len(plan) - len(todo)} of {len(plan)} cases are in {request.json} already", file=sys.stderr)
-    with tqdm(total=len(todo), unit="case") as progress:
-        for number, case in enumerate(todo):
-            if request.deadline is not None and time.monotonic() > request.deadline:
-                print(f"time is up: {len(todo) - number} cases are left; the same command goes on", file=sys.stderr)
-                break
-            progress.set_postfix_str(f"{case.suite} {' '.join(map(str, case.axes.values()))}")
-            try:
-                records = case.run(request.effort, file.environment)
-            except KeyboardInterrupt:
-                print("stopped: the same command goes on", file=sys.stderr)
-                break
-            file.append(records)
-            _free(place.device)
-            progress.update()
+    try:
+        with tqdm(total=len(todo), unit="case") as progress:
+            for number, case in enumerate(todo):
+                if request.deadline is not None and time.monotonic() > request.deadline:
+                    print(f"time is up: {len(todo) - number} cases are left; the same command goes on", file=sys.stderr)
+                    break
+                progress.set_postfix_str(f"{case.suite} {' '.join(map(str, case.axes.values()))}")
+                file.append(case.run(request.effort, file.environment))
+                _free(place.device)
+                progress.update()
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
     return file.records
 
 

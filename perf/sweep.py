@@ -1,7 +1,8 @@
 """Time every suite's cases, check each result against float64, and write records as JSON lines.
 
 A case whose records the file has, from the same command and commit, is not run again: after Ctrl-C the same command
-goes on. The exit status is 1 where a result is wrong or our code fails; peers that are skipped are named, with reasons.
+goes on. The exit status is 1 where a result is wrong or our code fails; peers that are skipped, or whose own error passes
+the bound, are named, with reasons, and not timed.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import tritonattn
 
 from .attention_cases import DTYPES, OURS, entrant_name, our_rounding
-from .check import Question, checker
+from .check import Question, Sample, checker
 from .contest import Contest, Entrant, Results, Unavailable
 from .peers import package, require_16_bits, require_gpu
 from .recipes import CONSTANTS, prescaled
@@ -87,11 +87,25 @@ class VarlenCase:
 
     def enter(self) -> list[Entrant]:
         copies = [self._inputs(seed) for seed in range(_COPIES)]
-        last = slice(sum(self.lengths[:-1]), None)
-        head = [x[last, :1].transpose(0, 1)[None] for x in copies[0]]
-        question = Question(*head[:3], head[3] if self.passes != "forward" else None, causal=True)
+        parts = [self.packed_head(place) for place in self.places]
+        heads = [[part(x) for x in copies[0]] for part in parts]
+        questions = [Question(*x[:3], x[3] if self.passes != "forward" else None, causal=True) for x in heads]
         names = (PADDED, OURS, *self.peers)
-        return [self._entrant(name, copies, question) for name in names]
+        return [self._entrant(name, copies, questions) for name in names]
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Of the sequences that are checked: the first, unless it is one token, whose gradients are 0, and the last."""
+        return (0, -1) if self.lengths[0] > 1 else (-1,)
+
+    def packed_head(self, place: int) -> Callable[[Tensor], Tensor]:
+        """Of [T, H, D] the first head of the first sequence, or (-1) the last one of the last, as [1, 1, S, D]."""
+        rows = slice(self.lengths[0]) if place == 0 else slice(-self.lengths[-1], None)
+        return lambda x: x[rows, place][None, None]
+
+    def padded_head(self, place: int) -> Callable[[Tensor], Tensor]:
+        """Likewise of [N, H, longest, D]."""
+        return lambda x: x[place, place, : self.lengths[place]][None, None]
 
     def _inputs(self, seed: int) -> list[Tensor]:
         """q, k, v and the gradient of out: [T, H, D]."""
@@ -99,24 +113,20 @@ class VarlenCase:
         size = (4, sum(self.lengths), self.heads, self.head_dim)
         return list(torch.randn(size, generator=random, device=self.device, dtype=torch.float32).to(DTYPES[self.dtype]))
 
-    def _entrant(self, name: str, copies: list[list[Tensor]], question: Question) -> Entrant:
+    def _entrant(self, name: str, copies: list[list[Tensor]], questions: list[Question]) -> Entrant:
         """Padded contestants get padded inputs: padding them is no part of what is timed."""
         padded = name in (PADDED, "sdpa")
         ours = name in (OURS, PADDED)
         rounding = our_rounding(self.backend, self.dtype) if ours else "operands"
-        length = self.lengths[-1]
-
-        def part(x: Tensor) -> Tensor:
-            """The first head of the last sequence, [1, 1, S, D]."""
-            own = x[-1:, :1, :length] if padded else x[-length:, :1].transpose(0, 1)[None]
-            return own.detach()
+        part = self.padded_head if padded else self.packed_head
+        samples = [Sample(question, part(place)) for question, place in zip(questions, self.places, strict=True)]
 
         def prepare() -> Callable[[int], Results]:
             attend = self._call(name)
             tensors = [[self.ragged.padded(x) for x in copy] if padded else copy for copy in copies]
             return self._running(attend, tensors)
 
-        check = checker(question, self.scaling, rounding, part)
+        check = checker(samples, self.scaling, rounding)
         return Entrant(entrant_name(name, self.scaling), self.scaling, prepare, check, ours)
 
     def _running(self, attend: Callable[..., Tensor], tensors: list[list[Tensor]]) -> Callable[[int], Results]:

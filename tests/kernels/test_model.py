@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
 import transformers
 
 from tests.huggingface.architectures import ARCHITECTURES

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import os
+import re
 import signal
 import sys
+import threading
+import time
 
 import pytest
 
@@ -83,6 +88,71 @@ def test_a_phase_can_be_stopped_where_a_shell_has_begun_the_run_in_the_backgroun
     finally:
         signal.signal(signal.SIGINT, before)
     assert outcome.seconds < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch):
+    """Which has a session of its own, and would hold the card."""
+    monkeypatch.setattr(gpu, "phases", lambda *_: [phase("works"), phase("hangs", share=1.0), phase("works")])
+    begun, popen = [], gpu.subprocess.Popen
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda *a, **options: begun.append(popen(*a, **options)) or begun[-1])
+
+    def end():
+        while len(begun) < 2:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    with pytest.raises(SystemExit, match=r"gpu: stopped: .* the same command goes on"):
+        main(["gpu", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path)])
+    thread.join()
+    assert [process.poll() is not None for process in begun] == [True, True]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+PRESENT = {*sys.stdlib_module_names, "torch", "triton", "numpy", "pytest", "_pytest", "tabulate", "matplotlib"}
+ELSEWHERE = {"monitor.py", "codegen.py"}  # of perf, and no phase
+
+
+@pytest.mark.parametrize("folder", ["perf", "tests/kernels", "tests/support"])
+def test_nothing_is_imported_that_a_gpu_machine_lacks(folder):
+    """Unless inside of a function, after a `try`, or after pytest.importorskip."""
+    missing = []
+    for path in sorted((gpu.ROOT / folder).glob("*.py")):
+        for node in ast.parse(path.read_text()).body if path.name not in ELSEWHERE else ():
+            if "importorskip" in ast.unparse(node):
+                break
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            own = {"tritonattn", "tests", "perf"}
+            missing += [f"{path.name}: {name}" for name in names if name.partition(".")[0] not in PRESENT | own]
+    assert missing == []
+
+
+def correctness(folder, *options):
+    main(["correctness", str(folder), "--processes", "2", *options])
+
+
+def test_every_test_of_the_kernels_is_dealt_out_once(tmp_path, capsys):
+    (tmp_path / "test_a.py").write_text("import pytest\n\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n): ...")
+    correctness(tmp_path)
+    found = re.findall(r"test_it\[(\d)\] PASSED", capsys.readouterr().out)
+    assert sorted(found) == ["0", "1", "2"]
+
+
+def test_failures_and_files_that_cannot_be_read_fail_and_warnings_do_not(tmp_path, capsys):
+    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    (tmp_path / "test_a.py").write_text("import warnings\n\ndef test_it():\n    warnings.warn('of another version')\n")
+    (tmp_path / "test_b.py").write_text("def test_it():\n    assert False\n")
+    (tmp_path / "test_c.py").write_text("import missing\n")
+    with pytest.raises(SystemExit, match="exit statuses of pytest: 1, 1"):
+        correctness(tmp_path)
+    printed = capsys.readouterr().out
+    assert "test_a.py::test_it PASSED" in printed  # all the same
+    assert "test_b.py::test_it FAILED " in printed
+    assert "No module named 'missing'" in printed
 
 
 def test_when_time_is_up_only_what_takes_none_runs(tmp_path):

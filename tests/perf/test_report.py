@@ -52,6 +52,12 @@ def test_a_table_says_what_was_measured_where():
     assert "- xformers: skipped in 1 cases: is not installed" in text
 
 
+def test_ranges_of_clocks_are_those_of_their_numbers():
+    seen = [replace(OURS, card={"clocks.sm": f"{mhz} MHz", "power.draw": watts}) for mhz, watts in
+            ((1980, "98.5 W"), (990, "512.0 W"), (1005, "[N/A]"))]  # fmt: skip
+    assert "; clocks.sm 990 MHz .. 1980 MHz, power.draw [N/A] .. 512.0 W." in tables(seen)
+
+
 def test_environments_are_kept_apart():
     elsewhere = replace(OURS, environment=replace(HERE, device="Card Y"))
     text = tables([OURS, elsewhere])

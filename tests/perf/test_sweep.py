@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 import tritonattn
-from perf import attention_cases, contest, decode_cases, suites, varlen_cases
+from perf import attention_cases, contest, decode_cases, run_suites, suites, varlen_cases
 from perf.__main__ import main
 from perf.peers import PEERS
 from perf.records import read
@@ -133,6 +133,23 @@ def test_an_error_of_ours_fails_the_run_and_a_peers_does_not(tmp_path, monkeypat
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_an_error_of_ours_fails_an_accuracy_run_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    right = attention_cases.tritonattn.attention
+
+    def broken(*args, scaling, backend, **options):
+        if scaling == "dim" and backend != "reference":
+            raise RuntimeError("out of resources")
+        return right(*args, scaling=scaling, backend=backend, **options)
+
+    monkeypatch.setattr(tritonattn, "attention", broken)
+    options = ("--suite", "accuracy", "--scalings", "dim,sqrt_dim", "--dtypes", "fp32")
+    with pytest.raises(SystemExit, match=r"8 results are wrong[^$]*tritonattn dim: RuntimeError: out of resources"):
+        sweep(tmp_path / "a.jsonl", *options)
+    found = [record for record in read(tmp_path / "a.jsonl") if record.suite == "accuracy"]
+    assert [record.status for record in found].count("measured") == 24
+    assert "- tritonattn: failed in 8 cases: RuntimeError: out of resources" in capsys.readouterr().out
+
+
 def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
     file, run, calls = tmp_path / "a.jsonl", contest.Contest.run, []
 
@@ -157,6 +174,29 @@ def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
     assert len(calls) == 13
 
 
+def test_a_sweep_can_be_stopped_between_two_cases(tmp_path, monkeypatch, capsys):
+    def interrupted(device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_suites, "_free", interrupted)
+    records = sweep(tmp_path / "a.jsonl", "--suite", "forward", "--scalings", "dim", "--peers", "none")
+    assert [record.suite for record in records] == ["ceilings"]
+    printed = capsys.readouterr()
+    assert "stopped: the same command goes on" in printed.err
+    assert "## ceilings" in printed.out
+
+
+def test_quick_cases_are_few_on_every_device():
+    """FlexAttention, compiled for every case, alone would take a minute; every suite and mode is there all the same."""
+    for kind in suites.BACKENDS:
+        place = suites.Place(kind)
+        cases = {name: list(suite.contests(suite.chosen(place, True), place)) for name, suite in SUITES.items()}
+        assert all(cases[name] for name in SUITES if name != "ceilings")
+        assert sum(map(len, cases.values())) <= 110
+        assert len(cases["forward"]) <= 4
+        assert set(SUITES["scaling"].chosen(place, True).scalings) == set(tritonattn.SCALINGS)
+
+
 def test_a_torn_line_is_skipped_and_wrong_cases_run_again(tmp_path, capsys):
     file, options = tmp_path / "a.jsonl", ("--suite", "forward", "--scalings", "sqrt_dim", "--peers", "none")
     sweep(file, *options)
@@ -170,7 +210,7 @@ def test_a_torn_line_is_skipped_and_wrong_cases_run_again(tmp_path, capsys):
 
 def test_time_is_up(tmp_path, capsys):
     main(["sweep", *TINY, "--suite", "forward", "--minutes", "-1", "--json", str(tmp_path / "a.jsonl")])
-    assert "time is up: 6 cases are left" in capsys.readouterr().err
+    assert "time is up: 4 cases are left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""Tests of the kernels, dealt out to several processes of pytest: most of their time on a GPU goes to compiling."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from threading import Thread
+
+import pytest
+
+_MOST = 8  # processes, each with a context of its own on the card
+_NO_TESTS = 5  # pytest's exit status where a process was dealt none
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tests", nargs="*", default=["tests/kernels"], help="what pytest is given")
+    parser.add_argument("--processes", type=int, default=min(_MOST, os.cpu_count() or 1))
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the lines of all processes as they come, and exit with an error where one failed."""
+    processes = [_begun(arguments.tests, f"{n}/{arguments.processes}") for n in range(arguments.processes)]
+    threads = [Thread(target=_relay, args=(process,)) for process in processes]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:  # which the others got as well, and end in order
+        for thread in threads:
+            thread.join()
+    statuses = [process.wait() for process in processes]
+    if any(status not in (0, _NO_TESTS) for status in statuses) or set(statuses) == {_NO_TESTS}:
+        sys.exit(f"correctness: exit statuses of pytest: {', '.join(map(str, statuses))}")
+
+
+def _begun(tests: list[str], share: str) -> subprocess.Popen:
+    """A result a line, so that a failure shows though time runs out; warnings of other versions are no failures."""
+    options = ["-v", "-W", "default", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    options += ["-p", __name__, "--share", share]
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", *options, *tests], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+def _relay(process: subprocess.Popen) -> None:
+    assert process.stdout is not None
+    with process.stdout as lines:
+        for line in lines:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", default="0/1", help="n/m: of every m tests the one at place n")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every so manieth test: all kinds of them come early, in each process."""
+    place, count = map(int, config.getoption("--share").split("/"))
+    items[:] = items[place::count]

@@ -1,0 +1,159 @@
+"""Who is timed, and who is not: results that are wrong at the second call or in another head, and errors midway."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from perf import peers
+from perf.attention_cases import PEERS, Case
+from perf.check import judge
+from perf.contest import Contest, Effort, Entrant, Verdict
+from perf.decode_cases import DecodeCase
+from perf.records import Record, ResultsFile, read
+from perf.report import tables
+from perf.varlen_cases import VarlenCase
+from perf.versions import Environment
+from perf.work import Shape
+
+CPU = torch.device("cpu")
+HERE = Environment.of(CPU, "test")
+TWICE = Effort(2, 1.0, 0.0)
+RIGHT = Verdict(0.1, 1.0)
+
+
+def run(*entrants: Entrant) -> dict[str, Record]:
+    contest = Contest("forward", {"length": 1}, lambda: list(entrants), "ours", CPU)
+    return {record.contestant: record for record in contest.run(TWICE, HERE)}
+
+
+def entrant(name, error=0.1, call=lambda number: {}):
+    verdict = Verdict(error, 1.0, "" if error <= 1 else "out: expected")
+    return Entrant(name, "dim", lambda: call, lambda results: verdict, ours=name == "ours")
+
+
+def raises_at(call_number):
+    calls = []
+
+    def call(number):
+        calls.append(number)
+        if len(calls) >= call_number:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+        return {}
+
+    return call
+
+
+def test_a_peer_that_raises_in_the_midst_of_the_rounds_is_named_and_the_others_are_timed():
+    found = run(entrant("ours"), entrant("peer", call=raises_at(4)), entrant("other"))
+    assert {name: record.status for name, record in found.items()} == {
+        "ours": "measured", "peer": "skipped", "other": "measured",
+    }  # fmt: skip
+    assert found["peer"].reason == "when all take turns: OutOfMemoryError: CUDA out of memory."
+    assert found["peer"].median_ms is None
+    assert found["ours"].rounds == found["other"].rounds == 2
+
+
+def test_ours_that_raises_in_the_midst_of_the_rounds_has_failed(capsys):
+    found = run(entrant("ours", call=raises_at(4)), entrant("peer"))
+    assert (found["ours"].status, found["peer"].status) == ("failed", "measured")
+    assert "Traceback" in capsys.readouterr().err
+    assert run(entrant("ours", call=raises_at(4)))["ours"].is_bad
+
+
+@pytest.mark.parametrize(
+    ("error", "ours", "peers"),
+    [(0.9, "measured", "measured"), (1.7, "wrong", "inexact"), (5.0, "wrong", "wrong"), (math.nan, "wrong", "wrong")],
+)
+def test_a_peers_own_error_is_no_other_work(error, ours, peers):
+    """Named, not timed, but no failure of the run: as that of FlexAttention in fp32 on a CPU."""
+    found = run(entrant("ours", error), entrant("peer", error))
+    assert (found["ours"].status, found["peer"].status) == (ours, peers)
+    assert [record.is_bad for record in found.values()] == [ours == "wrong", peers == "wrong"]
+    assert all((record.median_ms is None) == (record.status != "measured") for record in found.values())
+    if peers != "measured":
+        line = f"- peer, length=1: {peers}, so not timed: out: expected"
+        assert line in tables(found.values()).splitlines()
+
+
+def test_the_second_call_is_checked_too():
+    verdicts = iter([RIGHT, Verdict(9.0, 1.0, "gradient of q: expected")])
+    found = run(Entrant("ours", "dim", lambda: lambda number: {}, lambda results: next(verdicts), ours=True))
+    assert (found["ours"].status, found["ours"].error) == ("wrong", 9.0)
+
+
+def test_the_worst_of_all_results_counts_and_their_shapes():
+    exact = {name: torch.ones(2, 3, dtype=torch.float64) for name in ("out", "gradient of q")}
+    eager = {name: x.float() for name, x in exact.items()}
+    worse = judge({"out": 1.001 * exact["out"], "gradient of q": 1.1 * exact["out"]}, exact, eager, torch.float32)
+    assert worse.reason.startswith("gradient of q: expected an error")
+    broadcast = judge({"out": torch.ones(2, 1)}, exact, eager, torch.float32)
+    assert broadcast.reason == "out: expected shape (2, 3), got (2, 1)"
+
+
+def spoil(attend, *place):
+    """Its result with one head, or one head of one sequence, wrong by one percent."""
+
+    def wrong(*args, **options):
+        out = attend(*args, **options).clone()
+        out[place] *= 1.01
+        return out
+
+    return wrong
+
+
+def statuses(records):
+    return {record.contestant: record.status for record in records}
+
+
+@pytest.mark.parametrize("passes", ["forward", "forward+backward", "backward"])
+def test_the_last_head_of_the_last_sequence_is_checked(passes, monkeypatch):
+    sdpa = PEERS["sdpa"]
+    monkeypatch.setitem(PEERS, "sdpa", replace(sdpa, build=lambda problem: spoil(sdpa.build(problem), -1, -1)))
+    who = (("tritonattn", "dim"), ("sdpa", "dim"), ("eager", "dim"))
+    case = Case("forward", Shape(2, 2, 2, 9, 9, 8, causal=True), "fp32", passes, who, CPU, "sdpa")
+    found = statuses(case.contest().run(TWICE, HERE))
+    assert found == {"tritonattn dim": "measured", "sdpa dim": "wrong", "eager dim": "measured"}
+
+
+@pytest.mark.parametrize("place", [(slice(3), 0), (slice(3, None), -1)])  # in the first sequence, and in the last
+def test_the_first_and_the_last_packed_sequence_are_checked(place, monkeypatch):
+    case = VarlenCase((3, 9), 2, 8, "fp32", "forward+backward", "key_norm_mean", ("sdpa",), CPU, "sdpa")
+    right = VarlenCase._ours
+    monkeypatch.setattr(VarlenCase, "_ours", lambda self: spoil(right(self), *place))
+    found = statuses(case.contest().run(TWICE, HERE))
+    assert found["tritonattn key_norm_mean"] == "wrong"
+    assert found["tritonattn padded key_norm_mean"] == found["sdpa key_norm_mean"] == "measured"
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_first_and_the_last_head_of_a_decoding_step_are_checked(place, paged, monkeypatch):
+    case = DecodeCase(Shape(2, 4, 2, 1, 16, 8, causal=False), "fp32", paged, "dim", (), CPU, "sdpa")
+    right = DecodeCase._ours
+    monkeypatch.setattr(DecodeCase, "_ours", lambda self, counted: spoil(right(self, counted), place, place))
+    assert statuses(case.contest().run(TWICE, HERE)) == {"copy": "measured", "tritonattn dim": "wrong"}
+
+
+def test_an_error_that_is_no_number_is_a_line_of_json_and_a_row(tmp_path):
+    record = run(entrant("ours", math.nan))["ours"]
+    ResultsFile(tmp_path / "a.jsonl", HERE).append([record])
+    line = json.loads((tmp_path / "a.jsonl").read_text(), parse_constant=pytest.fail)
+    assert "error" not in line
+    [again] = read(tmp_path / "a.jsonl")
+    assert "| NaN " in tables([again])
+    accuracy = replace(again, suite="accuracy", axes={"length": 1, "dtype": "fp32", "keys": "gaussian"})
+    assert "inf, inf" in tables([accuracy])
+
+
+def test_what_torchs_allocator_keeps_counts_as_free(monkeypatch):
+    """A peer's gigabytes, freed but kept, must not keep the next peer out."""
+    done = []
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (len(done), 80))
+    assert peers.available_memory(torch.device("cuda")) == 1
