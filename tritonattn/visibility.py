@@ -16,7 +16,6 @@ from torch import Tensor
 from . import ranges
 from .sequences import Sequences
 
-
 # No sequence is longer; a position and a window's side, both below it, add up to less than 2^63.
 _UNREACHED = 2**62
 
