@@ -15,6 +15,7 @@ from tritonattn.scaling import Scales, Scaling
 from tritonattn.validation import Options
 
 from .support.calls import operands
+from .support.masks import MASKS
 
 
 def test_triton_needs_a_gpu_or_the_interpreter():
@@ -137,3 +138,14 @@ def test_the_default_device_has_no_say(backend):
         found = call()
     for ours, wanted in zip(found, expected, strict=True):
         assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_meta_device_tells_shapes(mask, backend):
+    leaves = {name: x.detach().to("meta").requires_grad_() for name, x in operands(torch.bfloat16).items()}
+    masks = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in MASKS[mask](2, 4, 5, 7).items()}
+    out = tritonattn.attention(**leaves, scaling="key_norm_max", backend=backend, **masks)
+    assert (out.shape, out.dtype, out.device.type) == ((2, 4, 5, 6), torch.bfloat16, "meta")
+    gradients = torch.autograd.grad(out, list(leaves.values()), out)
+    assert [x.shape for x in gradients] == [x.shape for x in leaves.values()]

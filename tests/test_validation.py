@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -30,6 +32,10 @@ def operands(**overrides):
     return named | overrides
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # that these are a prototype
+    NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
 OPERANDS = {
     "no tensor": ({"q": [[1.0]]}, TypeError, ("q:", "tensor [B, Hq, Sq, D]", "list")),
     "rank of q": ({"q": torch.randn(HQ, SQ, D)}, ValueError, ("q:", "4 axes", "[4, 3, 8]")),
@@ -41,6 +47,7 @@ OPERANDS = {
         TypeError,
         ("q, k, v:", "one dtype", "torch.float32, torch.float32, torch.bfloat16"),
     ),
+    "nested": ({"v": NESTED}, TypeError, ("v:", "dense tensor [B, Hkv, Sk, Dv]", "nested tensor")),
     "sparse": ({"q": torch.ones(B, HQ, SQ, D).to_sparse()}, TypeError, ("q:", "dense", "sparse")),
     "devices": (
         {"k": torch.empty(B, HKV, SK, D, device="meta")},
@@ -74,6 +81,10 @@ OPERANDS = {
 }
 
 SHARED = {
+    "a nested softcap": ({"softcap": NESTED}, TypeError, ("softcap:", "number", "nested tensor")),
+    "nested sinks": ({"sinks": NESTED}, TypeError, ("sinks:", "dense tensor [Hq]", "nested tensor")),
+    "sparse sinks": ({"sinks": torch.zeros(HQ).to_sparse()}, TypeError, ("sinks:", "dense tensor [Hq]", "sparse")),
+    "a sparse mask": ({"mask": torch.ones(SQ, SK).bool().to_sparse()}, TypeError, ("mask:", "dense", "sparse")),
     "causal": ({"causal": 1}, TypeError, ("causal:", "bool", "int 1")),
     "return_aux": ({"return_aux": "yes"}, TypeError, ("return_aux:", "bool", "'yes'")),
     "backend": ({"backend": "cuda"}, ValueError, ("backend:", "auto, triton, sdpa, reference", "'cuda'")),
@@ -160,6 +171,7 @@ def factors(name: str, axes: str) -> dict:
             TypeError,
             (f"{name}:", "floating", "torch.int32"),
         ),
+        f"{name} sparse": ({name: torch.ones(HQ, 1).to_sparse()}, TypeError, (f"{name}:", "dense", "sparse")),
         f"{name} device": ({name: torch.ones(1, 1, device="meta")}, ValueError, (f"{name}:", "cpu", "meta")),
     }
 

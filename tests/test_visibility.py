@@ -1,5 +1,7 @@
 """Visibility: every question it answers, against the dense definition."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -128,6 +130,14 @@ def test_what_sizes_tell(q_len, k_len):
                 dense = visible.dense()
                 assert visible.is_full == dense.all().item(), (left, right, causal)
                 assert visible.sees_every_key == dense.any(-2).all().item(), (left, right, causal)
+
+
+@pytest.mark.parametrize("far", [2**62 - 1, 2**62, sys.maxsize - 3, sys.maxsize, 2**64])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_a_window_of_any_size_does_not_overflow(lengths, far):
+    for window, same in (((far, far), None), ((2, far), (2, None)), ((far, 1), (None, 1))):
+        visible = visibility_of(*lengths, window=window).dense()
+        assert torch.equal(visible, visibility_of(*lengths, window=same).dense())
 
 
 def test_a_window_narrower_than_causal_wins():

@@ -1,9 +1,10 @@
-"""What the package's autograd functions share: when to skip torch's dispatcher, and first-order gradients."""
+"""What the package's autograd functions share: when to skip torch's dispatcher, autocast, first-order gradients."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,17 @@ def needs_graph(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def autocast_is_on(tensor: Tensor) -> bool:
+    """Whether torch.autocast acts on operators of this tensor's device; it knows no meta device."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Operators on this tensor's device keep the dtypes of their operands."""
+    return torch.autocast(tensor.device.type, enabled=False) if autocast_is_on(tensor) else nullcontext()
 
 
 def apply(function: type[Function], *arguments: Any) -> Any:

@@ -67,8 +67,6 @@ def _check_operand(name: str, x: Any, axes: str) -> None:
     check_tensor(name, x, axes)
     if x.dim() != 4:
         raise ValueError(f"{name}: expected 4 axes {axes}, got {x.dim()} in {shape_of(x)}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
 

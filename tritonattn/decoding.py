@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .autograd import autocast_is_on, without_autocast
 from .backends import choose_backend
 from .cache_statistics import CachedStatistics, KeyStatistics
 from .decode_call import Cache, DecodeCall
 from .decode_validation import check_decode, refuse_gradients
-from .dispatch import AttentionAux, autocast, autocast_is_on
+from .dispatch import AttentionAux, autocast
 from .factor import Factor, scale_dtype
 from .scaling import Scaling
 from .statistics import Statistics
@@ -99,7 +100,7 @@ def _decode(
     q: Tensor, cache: Cache, factor: Factor, statistics: KeyStatistics | None, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     if autocast_is_on(q):
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             return _decode(q, cache, factor, statistics, options)
     backend = choose_backend(q, cache.k, cache.v, Options(backend=options.backend))
     left, _ = window_sides(options.window)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, sdpa
-from .autograd import is_transformed
+from .autograd import autocast_is_on, is_transformed, without_autocast
 from .backends import choose_backend
 from .call import AttentionCall
 from .dropout import Dropout
@@ -47,11 +47,6 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cast(q), cast(k), cast(v)
 
 
-def autocast_is_on(q: Tensor) -> bool:
-    device = q.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, factor: Factor, visibility: Visibility, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
@@ -74,7 +69,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, factor: Factor, visibility: Visibility, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     if autocast_is_on(q):
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             return _attend(q, k, v, factor, visibility, options)
     backend = choose_backend(q, k, v, options)
     dropout = Dropout.draw(options.dropout_p, q.device) if options.dropout_p > 0 else None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .autograd import without_autocast
 from .call import ForwardResult
 from .dropout import Dropout
 from .visibility import Visibility
@@ -48,7 +49,7 @@ def attention(
     query = torch.where(sees, q.to(dtype), 0)
     key, value = (torch.where(seen, _per_query_head(x.to(dtype), visibility), 0) for x in (k, v))
 
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         products = query @ key.mT  # [B, Hq, Sq, Sk]
         if isinstance(multiplier, Tensor):
             multiplier = torch.where(visible, multiplier.to(dtype), 0)

@@ -151,8 +151,6 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) ->
         check_tensor(name, x, axes)
         if x.dim() != layout.axes:
             raise ValueError(f"{name}: expected {layout.axes} axes {axes}, got {x.dim()} in {shape_of(x)}")
-        if x.layout is not torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if not q.dtype == k.dtype == v.dtype:
@@ -184,7 +182,7 @@ def check_flags(options: Options) -> None:
     for name in ("causal", "return_aux"):
         if not isinstance(getattr(options, name), bool):
             raise TypeError(f"{name}: expected a bool, got {kind_of(getattr(options, name))}")
-    if options.backend not in BACKENDS:
+    if not isinstance(options.backend, str) or options.backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {options.backend!r}")
     if options.softcap is not None:
         check_number("softcap", options.softcap)
@@ -251,6 +249,8 @@ def check_sinks(sinks: Any, q: Tensor) -> None:
 def check_tensor(name: str, x: Any, axes: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor {axes}, got {kind_of(x)}")
+    if x.is_nested or x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor {axes}, got {kind_of(x)} and layout {x.layout}")
 
 
 def check_device(name: str, x: Tensor, like: Tensor, owner: str = "q") -> None:
@@ -298,7 +298,8 @@ def shape_of(x: Tensor) -> list[int]:
 def kind_of(value: Any) -> str:
     """What came: the type of the value, and for a tensor its dtype and shape."""
     if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {shape_of(value)}"
+        kind = "nested tensor" if value.is_nested else f"tensor of shape {shape_of(value)}"
+        return f"a {value.dtype} {kind}"
     return (
         f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float)) else type(value).__name__
     )

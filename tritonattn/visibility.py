@@ -16,10 +16,13 @@ from torch import Tensor
 from . import ranges
 from .sequences import Sequences
 
+# No sequence is longer; a position and a window's side, both below it, add up to less than 2^63.
+_UNREACHED = 2**62
+
 
 def window_sides(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
-    """left and right of a window as users write it; None is no limit."""
-    left, right = (None if side in (None, -1) else side for side in window or (None, None))
+    """left and right of a window as users write it; None is no limit, as is sys.maxsize."""
+    left, right = (None if side in (None, -1) or side >= _UNREACHED else side for side in window or (None, None))
     return left, right
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from .. import blockwise
-from ..autograd import first_order, needs_graph, runs_eagerly
+from ..autograd import first_order, needs_graph, runs_eagerly, without_autocast
 from ..call import AttentionCall, ForwardResult, Gradients, Needs
 from ..dropout import Dropout
 from ..sequences import Sequences
@@ -116,7 +115,7 @@ def _without_repeats(call: AttentionCall) -> AttentionCall:
 def _forward(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     if _is_empty(call):
         return _forward_of_nothing(call, aux)
-    with _own_precision(call.q):
+    with without_autocast(call.q):
         return (_kernels() if backend == "triton" else blockwise).forward(call, aux)
 
 
@@ -130,7 +129,7 @@ def _backward(
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
     d_lse = None if d_lse is None else d_lse.resolve_neg()
     backend = _kernels() if flat.backend == "triton" else blockwise
-    with _own_precision(out):
+    with without_autocast(out):
         return backend.backward(call, out, lse, d_out, d_lse, needs)
 
 
@@ -142,11 +141,6 @@ def _kernels() -> Any:
     from .. import triton_backend
 
     return triton_backend
-
-
-def _own_precision(tensor: Tensor) -> AbstractContextManager:
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _is_empty(call: AttentionCall) -> bool:
