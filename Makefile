@@ -4,8 +4,8 @@ VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
-# One thread a worker: more would take the cores from one another.
-PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS)
+# One thread a worker: more would take the cores from one another. Neighbours share fixtures: they stay on one worker.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
 .DELETE_ON_ERROR:

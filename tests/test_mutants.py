@@ -37,33 +37,36 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def _run_kernel_test(package_parent: Path, test: str) -> subprocess.CompletedProcess:
+def _run_kernel_tests(package_parent: Path, *tests: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(package_parent), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{test}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [f"tests/kernels/{test}" for test in tests]
     return subprocess.run(command, cwd=package_parent, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """A copy of the package, its tests and their settings."""
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """A copy of the package, its tests and their settings, in which all the tests pass."""
+    folder = tmp_path_factory.mktemp("copy")
     ignore = shutil.ignore_patterns("__pycache__")
-    for folder in ("tritonattn", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    return tmp_path
+    for name in ("tritonattn", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    sound = _run_kernel_tests(folder, *(test for *_, test in MUTANTS.values()))
+    assert sound.returncode == 0, sound.stdout + sound.stderr
+    return folder
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_fault_is_caught(name, copy):
     file, line, fault, test = MUTANTS[name]
-    sound = _run_kernel_test(copy, test)
-    assert sound.returncode == 0, sound.stdout + sound.stderr
     path = copy / "tritonattn" / file
     source = path.read_text()
     assert source.count(line) == 1, f"{file}: expected the line {line!r} once, got it {source.count(line)} times"
     path.write_text(source.replace(line, fault))
-    broken = _run_kernel_test(copy, test)
+    broken = _run_kernel_tests(copy, test)
+    path.write_text(source)
     assert broken.returncode == 1, broken.stdout + broken.stderr
     assert "1 failed" in broken.stdout
     assert "AssertionError" in broken.stdout

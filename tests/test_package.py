@@ -136,7 +136,7 @@ print(*{name.split(".")[0] for name in set(sys.modules) - before})
 
 def test_import_is_quick():
     code = "import time, torch; t = time.perf_counter(); import tritonattn; print(time.perf_counter() - t)"
-    assert min(float(run(sys.executable, "-c", code, cwd=ROOT)) for _ in range(3)) < 0.3
+    assert any(float(run(sys.executable, "-c", code, cwd=ROOT)) < 0.3 for _ in range(3))
 
 
 def test_without_triton():

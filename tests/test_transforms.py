@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -45,10 +46,16 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    "mask", ["full", "causal", "window", "lengths", "ranges", "mask of heads", "everything"]
-)
-@pytest.mark.parametrize("scaling", MODES)
+def _modes_and_masks() -> list:
+    """All of them; quick are every mode without a mask, causal and under all masks, and sums and maxima under each."""
+    quick_modes, quick_masks = ("key_norm_sum", "key_norm_max"), ("full", "causal", "everything")
+    return [
+        pytest.param(*case, marks=() if case[0] in quick_modes or case[1] in quick_masks else pytest.mark.slow)
+        for case in itertools.product(MODES, [*quick_masks, "window", "lengths", "ranges", "mask of heads"])
+    ]
+
+
+@pytest.mark.parametrize(("scaling", "mask"), _modes_and_masks())
 def test_compile_forward_and_backward_in_one_graph(scaling, mask):
     function = partial(objective, scaling=scaling, **MASKS[mask](2, 4, 7, 7))
     assert_same_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), function, operands())

@@ -8,6 +8,11 @@ import torch
 from tritonattn import launch
 from tritonattn.tuning.config import TILED_KERNELS, TileConfig
 
+if launch.interpreting:
+    from tests.support.interpreter import quicken
+
+    quicken()
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,0 +1,18 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import gc
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and collected tests, 800,000 objects that stay, out of every later search for garbage.
+
+    A sweep of perf calls gc.collect() after each case, which would take a third of a second.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
