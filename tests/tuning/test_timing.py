@@ -70,6 +70,21 @@ def test_a_contestant_that_waits_for_the_card_is_timed_all_the_same(card):
     assert taken["waits"] == pytest.approx([0.055] * 3)
 
 
+def test_every_round_has_an_order_of_its_own_that_is_the_same_in_every_run():
+    def rounds() -> list[str]:
+        calls: list[str] = []
+        contestants = {name: lambda _, name=name: calls.append(name) for name in "abc"}
+        taken = timing.take_turns(contestants, torch.device("cpu"), rounds=12, warm_up=0)
+        assert list(taken) == ["a", "b", "c"]
+        assert all(len(times) == 12 for times in taken.values())
+        return ["".join(calls[at : at + 3]) for at in range(3, len(calls), 3)]
+
+    orders = rounds()
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len(set(orders)) > 2
+    assert orders == rounds()
+
+
 def test_clocks_are_those_of_the_card_in_use(monkeypatch):
     """nvidia-smi knows nothing of CUDA_VISIBLE_DEVICES."""
     asked = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import subprocess
 import time
@@ -15,6 +16,7 @@ import torch
 Contestant = Callable[[int], object]
 
 _FLUSHED_BYTES = 2**28  # more than any L2 of today
+_TAUGHT_BYTES = 2**25 - 2**16
 _WARM_UP_SECONDS = 0.3
 _MOST_FLUSHES = 32
 _FEWEST_ROUNDS = 3  # of a measurement that its time limit cuts short: a median of less says little
@@ -44,14 +46,16 @@ def take_turns(
     warm_up: float = _WARM_UP_SECONDS,
     seconds: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every contestant in every round: A B C, A B C, ..., so that a noisy moment meets all.
+    """Milliseconds of every contestant in every round: A B C, C A B, ..., so that a noisy moment meets all.
 
+    The order of a round is drawn, the same in every run, since what one leaves behind (caches, freed memory) is paid
+    for by who comes next.
     Everybody is called once before (what is compiled is compiled), then in turn for `warm_up` seconds, so that clocks
     are steady. On a GPU the L2 cache is overwritten before each call and events take its time, without the host's: the
     cache is overwritten so often that the host has launched the whole call before the card comes to it. After `seconds`
     of rounds no further one begins, but three there are.
     """
-    measure = _on_gpu(device) if device.type == "cuda" else _on_cpu
+    measure = _on_gpu(device) if device.type == "cuda" else _on_cpu()
     for contestant in contestants.values():
         contestant(0)
     number, start = 0, time.perf_counter()
@@ -60,19 +64,27 @@ def take_turns(
             measure(contestant, number)
         number += 1
     taken: dict[str, list[float]] = {name: [] for name in contestants}
-    start = time.perf_counter()
+    order, draw, start = list(contestants), random.Random(0), time.perf_counter()
     for number in range(rounds):
         if number >= _FEWEST_ROUNDS and time.perf_counter() - start > seconds:
             break
-        for name, contestant in contestants.items():
-            taken[name].append(measure(contestant, number))
+        draw.shuffle(order)
+        for name in order:
+            taken[name].append(measure(contestants[name], number))
     return taken
 
 
-def _on_cpu(contestant: Contestant, number: int) -> float:
-    start = time.perf_counter()
-    contestant(number)
-    return 1000 * (time.perf_counter() - start)
+def _on_cpu() -> Callable[[Contestant, int], float]:
+    # glibc keeps freed memory, whose pages need not be mapped again, up to twice the largest block that was freed so
+    # far, and learns from blocks of up to 32 MiB: a program that has run for a while has taught it.
+    torch.empty(_TAUGHT_BYTES, dtype=torch.int8)
+
+    def measure(contestant: Contestant, number: int) -> float:
+        start = time.perf_counter()
+        contestant(number)
+        return 1000 * (time.perf_counter() - start)
+
+    return measure
 
 
 def _on_gpu(device: torch.device) -> Callable[[Contestant, int], float]:
