@@ -33,7 +33,7 @@ class Effort:
     warm_up: float = 0.2
 
 
-class SearchError(RuntimeError):
+class SearchError(Exception):
     """Nothing more can be searched for by this process on this machine."""
 
 
@@ -71,6 +71,9 @@ def search(
         return _search(key, [before, *configs], workloads, device, effort)
     except torch.OutOfMemoryError as error:
         return Result(key, before, None, None, None, (f"{key}: {_told(error)}",))
+    except RuntimeError as error:
+        _refuse_if_lost(f"{key}, while timed,", device, error)
+        raise
 
 
 def _search(
@@ -132,12 +135,17 @@ def _error(workloads: list[Workload], key: Key, config: TileConfig) -> str | Non
         with launch.configured(key.kernel, config):
             return next(filter(None, (workload.error() for workload in workloads)), None)
     except Exception as error:  # whatever a compiler or driver raises; the config is as useless
-        if _is_lost(workloads[0].device):
-            raise SearchError(
-                f"{key} {config} left the card unusable to this process: {_told(error)}; "
-                "--kernels, --head-dims and --lengths name others"
-            ) from error
+        _refuse_if_lost(f"{key} {config}", workloads[0].device, error)
         return _told(error)
+
+
+def _refuse_if_lost(what: str, device: torch.device, error: Exception) -> None:
+    """Raise SearchError where an error has left the card of no use."""
+    if _is_lost(device):
+        raise SearchError(
+            f"{what} left the card unusable to this process: {_told(error)}; "
+            "--kernels, --head-dims and --lengths name others"
+        ) from error
 
 
 def _told(error: Exception) -> str:
