@@ -60,7 +60,7 @@ class Compiler:
 
 
 def _quiet() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one ends these
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal sends Ctrl-C to all: this one ends in silence
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
 
 
