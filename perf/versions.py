@@ -10,6 +10,8 @@ import torch
 import tritonattn
 from tritonattn.provenance import commit, processor, version
 
+PEERS = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers")  # the names under which they are installed
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -18,6 +20,7 @@ class Environment:
     device     name of the card or the processor
     threads    of torch on a CPU; None on a GPU
     command    that which measured, without the files it wrote to
+    peers      versions of the other libraries that are installed
     """
 
     device: str
@@ -28,6 +31,7 @@ class Environment:
     tritonattn: str
     commit: str
     command: str
+    peers: str = ""
 
     @classmethod
     def of(cls, device: torch.device, command: str) -> Environment:
@@ -41,9 +45,11 @@ class Environment:
             tritonattn=tritonattn.__version__,
             commit=commit(),
             command=command,
+            peers=", ".join(f"{name} {version(name)}" for name in PEERS if version(name) != "not installed"),
         )
 
     def __str__(self) -> str:
         threads = "" if self.threads is None else f" ({self.threads} threads)"
         versions = f"torch {self.torch}, triton {self.triton}, tritonattn {self.tritonattn}, Python {self.python}"
+        versions += f", {self.peers}" if self.peers else ""
         return f"{self.device}{threads}, {versions}, commit {self.commit}, `{self.command}`"

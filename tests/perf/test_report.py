@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from perf.__main__ import main
@@ -56,6 +57,15 @@ def test_ranges_of_clocks_are_those_of_their_numbers():
     seen = [replace(OURS, card={"clocks.sm": f"{mhz} MHz", "power.draw": watts}) for mhz, watts in
             ((1980, "98.5 W"), (990, "512.0 W"), (1005, "[N/A]"))]  # fmt: skip
     assert "; clocks.sm 990 MHz .. 1980 MHz, power.draw [N/A] .. 512.0 W." in tables(seen)
+
+
+def test_versions_of_the_peers_that_are_installed(monkeypatch):
+    installed = {"flash-attn": "2.8.3", "xformers": "0.0.35"}
+    monkeypatch.setattr("perf.versions.version", lambda name: installed.get(name, "not installed"))
+    here = Environment.of(torch.device("cpu"), "a command")
+    assert here.peers == "flash-attn 2.8.3, xformers 0.0.35"
+    assert f"Python {here.python}, flash-attn 2.8.3, xformers 0.0.35, commit " in str(here)
+    assert "xformers" not in str(HERE)
 
 
 def test_environments_are_kept_apart():
@@ -121,9 +131,9 @@ def test_plots_and_reports_of_every_suite(tmp_path, capsys):
     for path in (tmp_path / "plots").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
-    main(["report", str(file), "--out", str(tmp_path / "report.md")])
+    main(["report", str(file), "--out", str(tmp_path / "new" / "report.md")])
     printed = capsys.readouterr().out
-    assert printed == (tmp_path / "report.md").read_text()
+    assert printed == (tmp_path / "new" / "report.md").read_text()
     for suite in SUITES:
         assert f"## {suite}\n\nMeasured: " in printed
 
