@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
@@ -21,6 +23,10 @@ from .work import Shape, decode_bytes, forward_flops
 
 _PAGE = 256  # keys; what flash-attn 2 asks for
 _COPIES = 2
+_SDPA = {
+    "sdpa": None, "sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-math": SDPBackend.MATH,
+}  # fmt: skip
 COUNTED = f"{OURS} with KeyStatistics"  # kept beside the cache, so that no step reads old keys to scale
 
 
@@ -122,22 +128,25 @@ class DecodeCase:
         return step
 
     def _peer(self, name: str) -> Step:
-        if name == "sdpa":
-            return self._sdpa()
+        if name in _SDPA:
+            return self._sdpa(_SDPA[name])
         if name == "flash-attn-2":
             return self._flash_attn("flash_attn", "block_table")
         if name == "flash-attn-3":
             return self._flash_attn("flash_attn_interface", "page_table")
         raise Unavailable("is not asked to decode: it has no call for a KV cache, or none that is public")
 
-    def _sdpa(self) -> Step:
+    def _sdpa(self, backend: SDPBackend | None) -> Step:
         if self.paged:
             raise Unavailable("takes no pages")
+        if backend not in (None, SDPBackend.MATH):
+            require_gpu(self.device)
         grouped = self.shape.heads != self.shape.kv_heads
 
         def step(cache: Caches) -> Tensor:
             q, scale = prescaled(self.scaling, cache.q, cache.k, causal=False)
-            return scaled_dot_product_attention(q, cache.k, cache.v, scale=scale, enable_gqa=grouped)
+            with nullcontext() if backend is None else sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, cache.k, cache.v, scale=scale, enable_gqa=grouped)
 
         return step
 

@@ -35,6 +35,7 @@ class Phase:
     share    of the time that is left, among those after it; 0: it takes little, and runs even when time is up
     limit    the option by which it is told its minutes, or None
     failure  what its log says of a failure, though it is stopped before it can end with an error
+    cut      what its log says where it ended, in order, before all was done
     """
 
     name: str
@@ -43,6 +44,7 @@ class Phase:
     limit: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     failure: str | None = None
+    cut: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
 
     def sweep(suite: str) -> Phase:
         options = ("--device", device, "--json", str(out / f"{suite}.jsonl"), *(() if on_gpu else _TINY))
-        return Phase(suite, ("-m", "perf", "sweep", "--suite", suite, *options), _SUITES[suite], "--minutes", tables)
+        command = ("-m", "perf", "sweep", "--suite", suite, *options)
+        return Phase(suite, command, _SUITES[suite], "--minutes", tables, cut="time is up: ")
 
     files = [str(out / f"{suite}.jsonl") for suite in _SUITES]
     return [
@@ -72,7 +75,14 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
         sweep("ceilings"),
         Phase("correctness", ("-m", "perf", "correctness", tests, *processes), 25, None, interpreted, " FAILED "),
         Phase("soak", ("-m", "perf", "soak", "--device", device), 8, "--minutes", interpreted, "repeat it: "),
-        Phase("tuning", ("-m", "tritonattn", "tune", *tune), 20, "--budget", tables | {"TRITON_INTERPRET": "0"}),
+        Phase(
+            "tuning",
+            ("-m", "tritonattn", "tune", *tune),
+            20,
+            "--budget",
+            tables | {"TRITON_INTERPRET": "0"},
+            cut=" is spent: run the command again",
+        ),
         *(sweep(suite) for suite in _SUITES if suite != "ceilings"),
         Phase("report", ("-m", "perf", "report", *files, "--out", str(out / "report.md")), 0),
         Phase("plots", ("-m", "perf", "plot", *files, "--out", str(out / "plots")), 0),
@@ -138,8 +148,8 @@ def execute(phase: Phase, out: Path, seconds: float) -> Outcome:
     command = [sys.executable, *phase.command]
     if phase.limit is not None:
         command += [phase.limit, f"{seconds / 60:.2f}"]
-    start = time.monotonic()
-    with (out / f"{phase.name}.log").open("w", encoding="utf-8") as log:
+    start, file = time.monotonic(), out / f"{phase.name}.log"
+    with file.open("w", encoding="utf-8") as log:
         print("$", *command, file=log, flush=True)
         with _handling(signal.SIGINT):  # which a shell lets those ignore that it begins with a &
             process = subprocess.Popen(
@@ -147,15 +157,19 @@ def execute(phase: Phase, out: Path, seconds: float) -> Outcome:
                 start_new_session=True,
             )  # fmt: skip
         try:
-            status = "failed" if process.wait(seconds + _GRACE) else "done"
+            failed = process.wait(seconds + _GRACE) != 0
+            status = "failed" if failed else "out of time" if _says(file, phase.cut) else "done"
         except subprocess.TimeoutExpired:
             _stop(process)
-            seen = (out / f"{phase.name}.log").read_text(encoding="utf-8")
-            status = "failed" if phase.failure is not None and phase.failure in seen else "out of time"
+            status = "failed" if _says(file, phase.failure) else "out of time"
         except KeyboardInterrupt:
             _stop(process)
             raise
     return Outcome(phase, status, time.monotonic() - start)
+
+
+def _says(log: Path, text: str | None) -> bool:
+    return text is not None and text in log.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager

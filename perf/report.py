@@ -148,4 +148,5 @@ def run(arguments: argparse.Namespace) -> None:
         sys.exit(f"report: no records in {', '.join(map(str, arguments.files))}")
     print(text)
     if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """Time every suite's cases, check each result against float64, and write records as JSON lines.
 
 A case whose records the file has, from the same command and commit, is not run again: after Ctrl-C the same command
-goes on. The exit status is 1 where a result is wrong or our code fails; peers that are skipped, or whose own error passes
-the bound, are named, with reasons, and not timed.
+goes on. The exit status is 1 where a result is wrong or our code fails; peers that are skipped, or whose own error
+passes the bound, are named, with reasons, and not timed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dims", type=_numbers, help="64,128,...")
     parser.add_argument("--dtypes", type=_names, help="fp32,fp16,bf16")
     parser.add_argument("--scalings", type=_names, help="sqrt_dim,key_norm_mean,...")
-    parser.add_argument("--rounds", type=int, help=f"most rounds of a case (default: {_ROUNDS})")
-    parser.add_argument("--threads", type=int, help="of torch on a CPU")
+    parser.add_argument("--rounds", type=_number, help=f"most rounds of a case (default: {_ROUNDS})")
+    parser.add_argument("--threads", type=_number, help="of torch on a CPU")
     parser.add_argument("--minutes", type=float, help="begin no case after so long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this file")
     parser.set_defaults(run=run)
@@ -42,8 +42,14 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _number(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return int(text)
+
+
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    return tuple(map(_number, text.split(",")))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -63,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         launch.run = Executor(GPU(80))  # whose configs CPU tensors take
     if kind == "interpret" and not launch.runs_on(torch.device("cpu")):
         sys.exit("sweep: device interpret: set TRITON_INTERPRET=1 in the environment")
+    _check_file(arguments.json)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     from .report import tables
@@ -75,6 +82,16 @@ def run(arguments: argparse.Namespace) -> None:
     if bad:
         lines = [f"{record.suite} {record.case}, {record.contestant}: {record.reason}" for record in bad]
         sys.exit("\n".join([f"sweep: {len(bad)} results are wrong or missing", *lines]))
+
+
+def _check_file(file: Path | None) -> None:
+    """Before the work, that records can be written."""
+    try:
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.open("a").close()
+    except OSError as error:
+        sys.exit(f"sweep: --json: cannot write {file}: {error.strerror}")
 
 
 def command_line(arguments: argparse.Namespace) -> str:

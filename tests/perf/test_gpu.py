@@ -79,6 +79,16 @@ def test_a_phase_that_hangs_is_stopped(tmp_path, monkeypatch):
     assert found[0].status == "failed"
 
 
+@pytest.mark.parametrize("name", ["tuning", *SWEEPS])
+def test_a_phase_that_ends_itself_before_all_is_done_is_out_of_time(name, tmp_path):
+    """By what the commands print, as their sources have it."""
+    [one] = [one for one in gpu.phases("cuda", tmp_path, "tests/kernels") if one.name == name]
+    source = "tritonattn/tune/commands.py" if name == "tuning" else "perf/run_suites.py"
+    assert one.cut in (gpu.ROOT / source).read_text()
+    found = gpu.run_all([phase("works", cut="worked"), phase("works", cut=one.cut)], tmp_path, 20.0)
+    assert [outcome.status for outcome in found] == ["out of time", "done"]
+
+
 def test_a_phase_can_be_stopped_where_a_shell_has_begun_the_run_in_the_background(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_GRACE", 0.5)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

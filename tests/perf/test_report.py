@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+from perf import gpu
 from perf.__main__ import main
 from perf.plot import CHARTS, panels_of
 from perf.records import Record, ResultsFile, read
 from perf.report import tables
 from perf.suites import SUITES
-from perf.versions import Environment
+from perf.versions import Environment, differs, digest
 
 from .commands import sweep
 
@@ -56,6 +59,48 @@ def test_ranges_of_clocks_are_those_of_their_numbers():
     seen = [replace(OURS, card={"clocks.sm": f"{mhz} MHz", "power.draw": watts}) for mhz, watts in
             ((1980, "98.5 W"), (990, "512.0 W"), (1005, "[N/A]"))]  # fmt: skip
     assert "; clocks.sm 990 MHz .. 1980 MHz, power.draw [N/A] .. 512.0 W." in tables(seen)
+
+
+def test_versions_of_the_peers_that_are_installed(monkeypatch):
+    installed = {"flash-attn": "2.8.3", "xformers": "0.0.35"}
+    monkeypatch.setattr("perf.versions.version", lambda name: installed.get(name, "not installed"))
+    here = Environment.of(torch.device("cpu"), "a command")
+    assert here.peers == "flash-attn 2.8.3, xformers 0.0.35"
+    assert f"Python {here.python}, flash-attn 2.8.3, xformers 0.0.35, commit " in str(here)
+    assert "xformers" not in str(HERE)
+
+
+def test_code_that_no_commit_names_is_told_by_its_digest(tmp_path, monkeypatch):
+    """Else a run after an edit would take the records before it for its own."""
+    file = tmp_path / "tritonattn" / "kernels" / "forward.py"
+    file.parent.mkdir(parents=True)
+    found = []
+    for text in ("a", "b", "a"):
+        file.write_text(text)
+        found.append(digest(tmp_path))
+    assert found[0] == found[2] != found[1]
+    code = f" (code {digest(gpu.ROOT)})"
+    for known, edited, commit in (
+        ("abc", False, "abc"), ("abc-dirty", False, "abc"), ("abc-dirty", True, f"abc-dirty{code}"),
+        ("unknown", True, f"unknown{code}"),
+    ):  # fmt: skip
+        monkeypatch.setattr("perf.versions.commit", lambda known=known: known)
+        monkeypatch.setattr("perf.versions.differs", lambda root, edited=edited: edited)
+        assert Environment.of(torch.device("cpu"), "a command").commit == commit
+
+
+def test_results_that_a_run_appends_to_are_no_edit_of_the_code(tmp_path):
+    files = {name: tmp_path / name for name in ("perf/results/a.jsonl", "perf/sweep.py", "tritonattn/api.py")}
+    for file in files.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("a")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], check=True)
+    for name, file in files.items():
+        file.write_text("b")
+        assert differs(tmp_path) == (name != "perf/results/a.jsonl")
+        file.write_text("a")
 
 
 def test_environments_are_kept_apart():
@@ -121,9 +166,9 @@ def test_plots_and_reports_of_every_suite(tmp_path, capsys):
     for path in (tmp_path / "plots").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
-    main(["report", str(file), "--out", str(tmp_path / "report.md")])
+    main(["report", str(file), "--out", str(tmp_path / "new" / "report.md")])
     printed = capsys.readouterr().out
-    assert printed == (tmp_path / "report.md").read_text()
+    assert printed == (tmp_path / "new" / "report.md").read_text()
     for suite in SUITES:
         assert f"## {suite}\n\nMeasured: " in printed
 

@@ -220,11 +220,21 @@ def test_time_is_up(tmp_path, capsys):
         (("--peers", "sdp"), "--peers: expected some of sdpa, .*got 'sdp'"),
         (("--dtypes", "fp8"), "--dtypes: expected some of fp32, .*got 'fp8'"),
         (("--scalings", "dims"), "--scalings: expected some of sqrt_dim, .*got 'dims'"),
+        (("--json", "/dev/null/a.jsonl"), "--json: cannot write /dev/null/a.jsonl: File exists"),
+        (("--json", "/"), "--json: cannot write /: Is a directory"),
     ],
 )
 def test_unknown_names(options, message):
     with pytest.raises(SystemExit, match=message):
         main(["sweep", *TINY, *options])
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--lengths", "--head-dims", "--threads"])
+@pytest.mark.parametrize("value", ["-1", "0", "x", "1.5"])
+def test_what_is_no_number_from_one_up(option, value, capsys):
+    with pytest.raises(SystemExit):
+        main(["sweep", *TINY, f"{option}={value}"])
+    assert f"{option}: expected a whole number from 1 up, got '{value}'" in capsys.readouterr().err
 
 
 def test_the_gpu_and_the_interpreter_are_needed(monkeypatch):

@@ -1,4 +1,4 @@
-"""The timing protocol on a card that a clock stands for."""
+"""The timing protocol, also on a card that a clock stands for, and what is noted of a card beside its times."""
 
 from __future__ import annotations
 
@@ -72,17 +72,44 @@ def test_a_contestant_that_waits_for_the_card_is_timed_all_the_same(card):
 
 def test_every_round_has_an_order_of_its_own_that_is_the_same_in_every_run():
     def rounds() -> list[str]:
-        calls: list[str] = []
-        contestants = {name: lambda _, name=name: calls.append(name) for name in "abc"}
+        calls: list[tuple[str, int]] = []
+        contestants = {name: lambda number, name=name: calls.append((name, number)) for name in "abc"}
         taken = timing.take_turns(contestants, torch.device("cpu"), rounds=12, warm_up=0)
         assert list(taken) == ["a", "b", "c"]
         assert all(len(times) == 12 for times in taken.values())
-        return ["".join(calls[at : at + 3]) for at in range(3, len(calls), 3)]
+        first, *turns = (calls[at : at + 3] for at in range(0, len(calls), 3))
+        assert first == [("a", 0), ("b", 0), ("c", 0)]
+        assert [{number for _, number in turn} for turn in turns] == [{number} for number in range(12)], "inputs"
+        return ["".join(name for name, _ in turn) for turn in turns]
 
     orders = rounds()
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
     assert len(set(orders)) > 2
     assert orders == rounds()
+
+
+def test_every_call_on_a_card_meets_an_overwritten_cache(card):
+    steps: list[str] = []
+    overwrite = card.zero_
+    card.zero_ = lambda: (steps.append("flush"), overwrite())
+    contestants = {name: lambda _, name=name: (steps.append(name), card.launch(0.005, 0.05)) for name in "ab"}
+    timing.take_turns(contestants, GPU, rounds=3, warm_up=0)
+    calls = steps[2:]
+    assert sorted(calls) == ["a"] * 3 + ["b"] * 3 + ["flush"] * 6
+    assert calls[::2] == ["flush"] * 6
+
+
+def test_time_that_is_up_leaves_three_rounds():
+    calls: list[int] = []
+    taken = timing.take_turns({"a": calls.append}, torch.device("cpu"), rounds=9, warm_up=0, seconds=0)
+    assert len(taken["a"]) == 3
+    assert calls == [0, 0, 1, 2]
+
+
+def test_medians_and_quartiles():
+    found = timing.Timing.of([3.0, 1.0, 2.0, 4.0, 100.0])
+    assert (found.median, found.lower, found.upper, found.rounds) == (3.0, 2.0, 4.0, 5)
+    assert timing.Timing.of([2.0]) == timing.Timing(2.0, 2.0, 2.0, 1)
 
 
 def test_clocks_are_those_of_the_card_in_use(monkeypatch):
