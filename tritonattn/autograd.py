@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
@@ -29,7 +30,7 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
 
 def _is_its_memory(tensor: Tensor) -> bool:
     """Whether the values are what lies in memory: not their negatives, nor a batch of torch.autograd.grad."""
-    return not (tensor.is_neg() or torch._C._functorch.is_legacy_batchedtensor(tensor))
+    return not (tensor.is_neg() or is_legacy_batchedtensor(tensor))
 
 
 def is_transformed() -> bool:
