@@ -367,3 +367,15 @@ def test_the_examples_in_the_docstrings():
     result = doctest.testmod(api)
     assert result.attempted >= 4
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("scaling", ["key_norm_sum", "key_norm_max", "cosine"])
+def test_no_query_heads_under_a_mask_of_heads(scaling, backend, kv_heads):
+    leaves = operands(heads=(0, kv_heads))
+    mask = torch.ones(2, 0, 5, 7, dtype=torch.bool)
+    out = tritonattn.attention(**leaves, scaling=scaling, mask=mask, backend=backend)
+    assert out.shape == (2, 0, 5, 6)
+    out.sum().backward()
+    assert not leaves["v"].grad.any()

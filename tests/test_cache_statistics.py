@@ -131,6 +131,9 @@ def test_the_last_keys_are_a_copy():
         (lambda one: one.select(torch.tensor([3])), ValueError, "index"),
         (lambda one: one.select(torch.tensor([[0]])), ValueError, r"index: expected shape \[n\]"),
         (lambda one: one.select(torch.tensor([0.5])), TypeError, "index"),
+        (lambda one: one.last(1.5, 2), TypeError, "keys: expected an int, got float 1.5"),
+        (lambda one: one.last(1, "2"), TypeError, "capacity: expected an int, got str '2'"),
+        (lambda one: one.with_capacity("x"), TypeError, "capacity: expected an int, got str 'x'"),
         (lambda one: one.with_capacity(5), ValueError, "capacity: expected at least 20, got 5"),
     ],
 )

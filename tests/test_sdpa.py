@@ -221,9 +221,21 @@ LAYOUTS = {
     "last axis strided": last_axis_strided,
     "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "lengths inside": lambda x: x.mT.contiguous().mT,
+    "heads last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
     "expanded": lambda x: x[..., :1].expand(x.shape),
     "a part": lambda x: torch.cat([x, x], -1)[..., x.shape[-1] // 2 :][..., : x.shape[-1]],
 }
+
+
+@pytest.mark.parametrize("step", [1, 2, 31])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_overlap(dtype, name, step):
+    """Windows that slide along a sequence, as `unfold` makes them."""
+    call = make_call(dtype, kv_heads=4, q_len=16, k_len=16, dim=32, value_dim=32, scaled=False, scale=0.25)
+    x = getattr(call, name)
+    long = torch.randn(*x.shape[:2], 15 * step + 32).to(dtype)
+    check(dataclasses.replace(call, **{name: long.as_strided(x.shape, (*long.stride()[:2], step, 1))}))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -173,6 +173,25 @@ def test_vmap_over_some_operands_masks_and_other_axes():
     torch.testing.assert_close(mapped, wanted.movedim(0, 1))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("mask", ["causal", "window", "ranges", "mask of heads"])
+@pytest.mark.parametrize("scaling", ["log_key_count", "key_norm_max", "cosine"])
+def test_a_batch_of_output_gradients(scaling, mask, backend):
+    """As torch.autograd.functional.jacobian(vectorize=True) and gradcheck(check_batched_grad=True) ask for."""
+    leaves = operands()
+    q, k, v, gain = leaves
+    arguments = {"scaling": scaling, "gain": gain, "backend": backend, **MASKS[mask](2, 4, 7, 7)}
+    out, aux = tritonattn.attention(q, k, v, return_aux=True, **arguments)
+    for result in (tritonattn.attention(q, k, v, **arguments), out * aux.lse.nan_to_num(0, 0, 0)[..., None]):
+        d_out = torch.randn(3, *result.shape, generator=torch.Generator().manual_seed(0))
+        together = torch.autograd.grad(result, leaves, d_out, is_grads_batched=True, retain_graph=True)
+        for i in range(3):
+            one = torch.autograd.grad(result, leaves, d_out[i], retain_graph=True)
+            for ours, expected in zip(together, one, strict=True):
+                torch.testing.assert_close(ours[i], expected)
+
+
 def test_vmap_with_sinks_and_their_gradients():
     q, k, v, _ = (x.detach() for x in operands())
     sinks = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
@@ -24,7 +25,12 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(tensor is None or (type(tensor) in _PLAIN and not tensor.is_neg()) for tensor in tensors)
+    return all(tensor is None or (type(tensor) in _PLAIN and _is_its_memory(tensor)) for tensor in tensors)
+
+
+def _is_its_memory(tensor: Tensor) -> bool:
+    """Whether the values are what lies in memory: not their negatives, nor a batch of torch.autograd.grad."""
+    return not (tensor.is_neg() or is_legacy_batchedtensor(tensor))
 
 
 def is_transformed() -> bool:

@@ -66,10 +66,7 @@ class KeyStatistics:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         for name, size in (("batch", batch), ("kv_heads", kv_heads), ("capacity", capacity)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name}: expected an int, got {kind_of(size)}")
-            if size < 0:
-                raise ValueError(f"{name}: expected at least 0, got {size}")
+            _check_size(name, size)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
         self.capacity = capacity
@@ -192,8 +189,9 @@ class KeyStatistics:
         """A copy with room for more keys, beside a cache that has grown.
 
         Raises:
-            ValueError: A capacity below this one.
+            TypeError, ValueError: What is no int, or a capacity below this one.
         """
+        _check_size("capacity", capacity)
         if capacity < self.capacity:
             raise ValueError(f"capacity: expected at least {self.capacity}, got {capacity}")
         other = self._like(len(self.counts), capacity)
@@ -213,9 +211,11 @@ class KeyStatistics:
             capacity: That of the copy, at least keys.
 
         Raises:
-            ValueError: Less than 0 keys, or more than the copy can hold.
+            TypeError, ValueError: What is no int; less than 0 keys, or more than the copy can hold.
         """
-        if not 0 <= keys <= capacity:
+        for name, size in (("keys", keys), ("capacity", capacity)):
+            _check_size(name, size)
+        if keys > capacity:
             raise ValueError(f"keys: expected a value in [0, {capacity}], got {keys}")
         other = self._like(len(self.counts), capacity)
         held = self.counts.clamp(max=keys)
@@ -267,6 +267,13 @@ class KeyStatistics:
         if x.shape != self.counts.shape:
             raise ValueError(f"{name}: expected shape [B] = {shape_of(self.counts)}, got {shape_of(x)}")
         check_values(name, x, highest, "")
+
+
+def _check_size(name: str, size: Any) -> None:
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {kind_of(size)}")
+    if size < 0:
+        raise ValueError(f"{name}: expected at least 0, got {size}")
 
 
 class CachedStatistics(Statistics):

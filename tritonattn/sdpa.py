@@ -89,10 +89,14 @@ def _fold(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _for_kernel(x: Tensor, width: int) -> Tensor:
-    """x with the head_dim and the last stride that PyTorch's fast kernel takes."""
+    """x with the head_dim and the strides that PyTorch's fast kernel takes.
+
+    Of rows that overlap, as those of `unfold`, it reads memory that is none of theirs.
+    """
     if x.shape[-1] < width:
-        return pad(x, (0, width - x.shape[-1]))
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+        x = pad(x, (0, width - x.shape[-1]))  # which keeps an order of axes
+    is_taken = x.stride(-1) == 1 and x.stride(-2) >= width
+    return x if is_taken else x.clone(memory_format=torch.contiguous_format)
 
 
 class _Fold(Function):

@@ -72,10 +72,10 @@ class Visibility:
             right = 0 if right is None else min(right, 0)
         if key_ranges is not None and key_ranges.dim() == 4:
             key_ranges = key_ranges.squeeze(1)
-        if mask is not None:
-            mask = mask[(None,) * (4 - mask.dim())]
         batch, q_heads, q_len, _ = q.shape
         _, kv_heads, k_len, _ = k.shape
+        if mask is not None:  # of no query heads it says nothing, and its axis would not be that of key heads
+            mask = None if q_heads == 0 else mask[(None,) * (4 - mask.dim())]
         return cls(
             batch, q_heads, kv_heads, q_len, k_len, q.device, left, right, key_lengths, key_ranges, mask, sequences
         )  # fmt: skip

@@ -322,3 +322,13 @@ def test_a_second_backward_of_a_graph_that_is_kept(dtype, device):
     out = tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True, backend="triton")
     first, second = (torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
+def test_integers_that_cannot_hold_the_number_of_keys(dtype, device):
+    q, k = torch.randn(1, 1, 1, 16, device=device), torch.randn(1, 1, 300, 16, device=device)
+    lengths, ranges = (torch.tensor(x, dtype=dtype, device=device) for x in ([100], [[[3, 90]]]))
+    masks = {"key_lengths": lengths, "key_ranges": ranges}
+    torch.testing.assert_close(*(tritonattn.attention(q, k, k, **masks, backend=b) for b in ("triton", "reference")))
+    step = (tritonattn.attention_decode(q, k, k, key_lengths=lengths, backend=b) for b in ("triton", "reference"))
+    torch.testing.assert_close(*step)

@@ -243,9 +243,9 @@ def _visibility_arguments(call: AttentionCall) -> Arguments:
     if visible.sequences is not None:
         q_starts, k_starts = (x.contiguous() for x in (visible.sequences.q_starts, visible.sequences.k_starts))
     if lengths is not None:
-        lengths = lengths.clamp(0, visible.k_len).int().contiguous()
+        lengths = bounded(lengths, visible.k_len).contiguous()
     if ranges is not None:
-        ranges = ranges.clamp(0, visible.k_len).int().contiguous()
+        ranges = bounded(ranges, visible.k_len).contiguous()
     if mask is not None:
         mask = mask.expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len).view(torch.uint8)
     if ranges is not None or mask is not None:
@@ -255,6 +255,11 @@ def _visibility_arguments(call: AttentionCall) -> Arguments:
         "q_starts_ptr": q_starts, "k_starts_ptr": k_starts,
     }  # fmt: skip
     return arguments | stride_arguments("mask", mask)
+
+
+def bounded(x: Tensor, highest: int) -> Tensor:
+    """Integers clamped to [0, highest], int32. A dtype of fewer bits need not hold `highest`."""
+    return (x.int() if x.dtype.itemsize < 4 else x).clamp(0, highest).int()
 
 
 _LOG2_E = 1.4426950408889634

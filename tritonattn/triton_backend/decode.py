@@ -10,6 +10,7 @@ from ..decode_call import Cache, DecodeCall
 from ..kernels.decode import SHORTEST_SPLIT
 from ..launch import Arguments, Plan, is_wide, plan, planned, stride_arguments
 from ..tuning.config import Problem, is_short, padded_dim
+from .attention import bounded
 
 _MOST_SPLITS = 64
 
@@ -79,7 +80,7 @@ def _arguments(call: DecodeCall) -> Arguments:
     q, cache, table = call.q, call.cache, call.cache.block_table
     lengths = cache.key_lengths
     if lengths.dtype != torch.int32:
-        lengths = lengths.clamp(0, cache.capacity).int()
+        lengths = bounded(lengths, cache.capacity)
     arguments = {
         "q_ptr": q, "k_ptr": cache.k, "v_ptr": cache.v, "query_scale_ptr": call.query_scale,
         "key_scale_ptr": call.key_scale, "cache_lengths_ptr": lengths.contiguous(),
