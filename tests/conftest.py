@@ -5,13 +5,18 @@ from __future__ import annotations
 import gc
 
 
+def pytest_collectstart() -> None:
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """Leave modules and collected tests, 800,000 objects that stay, out of every later search for garbage.
+    """Leave modules and collected tests, 800,000 objects that stay, out of every search for garbage.
 
     A sweep of perf calls gc.collect() after each case, which would take a third of a second.
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

@@ -49,9 +49,13 @@ def example(
     sinks: bool = False,
     dropout: bool = False,
     sequences: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+    dims: tuple[int, int] = (8, 6),
     **masks,
 ) -> AttentionCall:
-    """A float64 call of a fixed seed whose every tensor asks for a gradient; sequences are lengths in rows and keys."""
+    """A float64 call of a fixed seed whose every tensor asks for a gradient.
+
+    sequences are lengths in rows and keys, dims (D, Dv)
+    """
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:
@@ -63,7 +67,7 @@ def example(
         masks["sequences"] = Sequences(
             offsets(q_lengths), offsets(k_lengths), max(q_lengths), max(k_lengths)
         )  # fmt: skip
-    q, k, v = leaf(batch, 4, 5, 8), leaf(batch, 2, 7, 8), leaf(batch, 2, 7, 6)
+    q, k, v = leaf(batch, 4, 5, dims[0]), leaf(batch, 2, 7, dims[0]), leaf(batch, 2, 7, dims[1])
     query_scale, key_scale = (leaf(batch, 4, 5), leaf(batch, 2, 7)) if scales else (None, None)
     return AttentionCall(
         q, k, v, Visibility.of(q, k, **masks), 0.3, query_scale, key_scale, softcap,

@@ -33,7 +33,13 @@ def _check(kernel: str, problem: Problem, target: str) -> None:
         assert code.mma_loops, f"{kernel} {problem} {target}: expected a loop with tensor instructions, got {code}"
 
 
-@pytest.mark.parametrize("target", NVIDIA)
+def _targets(*quick: str, of: tuple[str, ...]) -> list:
+    """All of these, slow but for the quick ones."""
+    return [pytest.param(target, marks=() if target in quick else pytest.mark.slow) for target in of]
+
+
+# What is slow here is quick, with more scales and so more registers, in test_codegen.test_no_loop_spills.
+@pytest.mark.parametrize("target", _targets("sm_80", "sm_90", "sm_100", of=NVIDIA))
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kernel", TILED_KERNELS)
 def test_default_configs_do_not_spill(kernel, head_dim, target):
@@ -46,7 +52,7 @@ def test_default_configs_do_not_spill_on_amd(kernel, target):
     _check(kernel, Problem(64, 64, torch.bfloat16, right=True, **SCALED), target)
 
 
-@pytest.mark.parametrize("target", [*NVIDIA, *AMD])
+@pytest.mark.parametrize("target", _targets("sm_90", "sm_100", "gfx942", of=(*NVIDIA, *AMD)))
 @pytest.mark.parametrize("kernel", STREAMING_KERNELS)
 def test_streaming_kernels(kernel, target):
     _check(kernel, Problem(64, 64, torch.bfloat16, **SCALED), target)

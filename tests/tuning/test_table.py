@@ -141,7 +141,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def _write_often(path, entries: int) -> None:
+def _write_often(path, entries: int, start) -> None:
+    start.wait(60)
     for _ in range(50):
         write_table(path, example(entries))
 
@@ -150,9 +151,11 @@ def test_writers_at_once(tmp_path):
     path = tmp_path / "a100.json"
     write_table(path, example())
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write_often, args=(path, entries)) for entries in (1, 3)]
+    start = context.Barrier(3)
+    writers = [context.Process(target=_write_often, args=(path, entries, start)) for entries in (1, 3)]
     for writer in writers:
         writer.start()
+    start.wait(60)
     while any(writer.is_alive() for writer in writers):
         assert len(read_table(path).entries) in (1, 3)
     assert [writer.exitcode for writer in writers] == [0, 0]
