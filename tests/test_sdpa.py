@@ -151,15 +151,19 @@ def test_a_row_of_one_key_has_no_gradient_to_its_logit(dtype):
     torch.testing.assert_close(found["out"][:, :, 0], values, rtol=0, atol=0)
 
 
-@pytest.mark.slow
-def test_gradients_summed_over_many_rows():
+@pytest.mark.parametrize(
+    ("dtype", "heads", "length", "dim"),
+    [(torch.float16, 2, 550, 16), pytest.param(torch.bfloat16, 1, 8192, 64, marks=pytest.mark.slow)],
+)
+def test_gradients_summed_over_many_rows(dtype, heads, length, dim):
+    """By PyTorch's kernel, in 16 bits, they are 1.5 and 1.2 times the bound off."""
     check(make_call(
-        torch.bfloat16, batch=1, q_heads=1, kv_heads=1, q_len=8192, k_len=8192, dim=64, value_dim=64, scaled=False,
-        scale=0.125, causal=True,
+        dtype, batch=1, q_heads=heads, kv_heads=heads, q_len=length, k_len=length, dim=dim, value_dim=dim, scaled=False,
+        scale=dim**-0.5, causal=True,
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize(("rows", "widened"), [(2048, False), (2049, True)])
+@pytest.mark.parametrize(("rows", "widened"), [(256, False), (257, True)])
 def test_gradients_over_many_rows_are_summed_in_fp32(rows, widened, monkeypatch):
     kinds, plain = [], sdpa.scaled_dot_product_attention
 
