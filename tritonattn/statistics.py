@@ -113,9 +113,6 @@ class _Length(torch.autograd.Function):
 
 # Keys whose widened copies exist at a time: whole copies of k would be the peak of a call's memory.
 _ROWS = 1024
-# Of lengths between these no square that counts has over- or underflowed in fp32.
-_SMALLEST, _LARGEST = 1e-15, 1e15
-
 
 def _lengths_on_cpu(k: Tensor) -> Tensor:
     """`_lengths_of` in one pass, where the lengths, which can be read, say that this was enough."""
@@ -123,7 +120,7 @@ def _lengths_on_cpu(k: Tensor) -> Tensor:
         return _lengths_of(k)
     lengths = _norm(k)
     lowest, highest = torch.aminmax(lengths)
-    is_safe = _SMALLEST < lowest and highest < _LARGEST  # neither where one is NaN
+    is_safe = _is_safe(lowest) & _is_safe(highest)  # neither where one is NaN
     return lengths if is_safe else _lengths_of(k)
 
 
@@ -134,7 +131,15 @@ def _lengths_of(k: Tensor) -> Tensor:
     largest = wide.abs().amax(-1)
     largest = torch.where(largest > 0, largest, 1)
     factored = largest * _norm(wide / largest[..., None])
-    return torch.where((lengths > _SMALLEST) & (lengths < _LARGEST), lengths, factored)
+    return torch.where(_is_safe(lengths), lengths, factored)
+
+
+def _is_safe(lengths: Tensor) -> Tensor:
+    """Whether no square that counts has over- or underflowed in fp32.
+
+    The bounds are no globals: torch.compile(dynamic=True) makes inputs of those, and cannot hand them to two functions.
+    """
+    return (lengths > 1e-15) & (lengths < 1e15)
 
 
 def _norm(k: Tensor) -> Tensor:
