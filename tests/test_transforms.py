@@ -88,6 +88,12 @@ def test_compile_with_sizes_windows_and_numbers_that_change():
         )
 
 
+def test_compile_dynamic_lengths_of_queries_and_keys():
+    layer = tritonattn.nn.ScaledAttention(8, heads=2, scaling="cosine", causal=True)
+    compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True), torch.randn(2, 7, 8)
+    assert_same_gradients(lambda x: compiled(x).sum(), lambda x: layer(x).sum(), (x.requires_grad_(),))
+
+
 @pytest.mark.parametrize("masks", [{"causal": True}, {"window": (2, 0)}])
 def test_compile_dynamic_shapes_do_not_recompile(masks):
     compiled = torch.compile(partial(objective, **masks), fullgraph=True, backend="aot_eager", dynamic=True)

@@ -12,6 +12,7 @@ same quantities takes the place of this class by overriding its underscore metho
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,8 +115,6 @@ class _Length(torch.autograd.Function):
 
 # Keys whose widened copies exist at a time: whole copies of k would be the peak of a call's memory.
 _ROWS = 1024
-# Of lengths between these no square that counts has over- or underflowed in fp32.
-_SMALLEST, _LARGEST = 1e-15, 1e15
 
 
 def _lengths_on_cpu(k: Tensor) -> Tensor:
@@ -124,7 +123,7 @@ def _lengths_on_cpu(k: Tensor) -> Tensor:
         return _lengths_of(k)
     lengths = _norm(k)
     lowest, highest = torch.aminmax(lengths)
-    is_safe = _SMALLEST < lowest.item() and highest.item() < _LARGEST  # neither where one is NaN
+    is_safe = _is_safe(lowest.item()) and _is_safe(highest.item())  # neither where one is NaN
     return lengths if is_safe else _lengths_of(k)
 
 
@@ -135,7 +134,15 @@ def _lengths_of(k: Tensor) -> Tensor:
     largest = wide.abs().amax(-1)
     largest = torch.where(largest > 0, largest, 1)
     factored = largest * _norm(wide / largest[..., None])
-    return torch.where((lengths > _SMALLEST) & (lengths < _LARGEST), lengths, factored)
+    return torch.where(_is_safe(lengths), lengths, factored)
+
+
+def _is_safe(lengths: Any) -> Any:
+    """Whether no square that counts has over- or underflowed in fp32, of a number or of each in a tensor.
+
+    The bounds are no globals: torch.compile(dynamic=True) makes inputs of those, and cannot hand them to two functions.
+    """
+    return (lengths > 1e-15) & (lengths < 1e15)
 
 
 def _norm(k: Tensor) -> Tensor:
