@@ -187,6 +187,7 @@ def test_weights_without_what_was_learned_are_said_and_start_anew(tmp_path, capl
     plain = logits(network)
     with patch(network, scaling="per_head", gain=torch.ones(4, 1)):
         network.config.save_pretrained(tmp_path)
+    caplog.set_level("WARNING", logger="transformers")
     transformers.utils.logging.enable_propagation()
     try:
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()

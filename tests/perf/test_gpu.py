@@ -114,9 +114,13 @@ def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch):
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=end)
-    thread.start()
-    with pytest.raises(SystemExit, match=r"gpu: stopped: .* the same command goes on"):
-        main(["gpu", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path)])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background jobs ignore it
+    try:
+        thread.start()
+        with pytest.raises(SystemExit, match=r"gpu: stopped: .* the same command goes on"):
+            main(["gpu", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert [process.poll() is not None for process in begun] == [True, True]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
