@@ -16,17 +16,13 @@ import tritonattn
 from .attention_cases import DTYPES, OURS, entrant_name, head, our_rounding
 from .check import Question, Sample, checker
 from .contest import Contest, Entrant, Results, Unavailable
-from .peers import package, require_16_bits, require_gpu
+from .peers import SDPA_BACKENDS, package, require_16_bits, require_gpu
 from .recipes import prescaled
 from .roofline import COPY
 from .work import Shape, decode_bytes, forward_flops
 
 _PAGE = 256  # keys; what flash-attn 2 asks for
 _COPIES = 2
-_SDPA = {
-    "sdpa": None, "sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa-math": SDPBackend.MATH,
-}  # fmt: skip
 COUNTED = f"{OURS} with KeyStatistics"  # kept beside the cache, so that no step reads old keys to scale
 
 
@@ -128,8 +124,8 @@ class DecodeCase:
         return step
 
     def _peer(self, name: str) -> Step:
-        if name in _SDPA:
-            return self._sdpa(_SDPA[name])
+        if name in SDPA_BACKENDS:
+            return self._sdpa(SDPA_BACKENDS[name])
         if name == "flash-attn-2":
             return self._flash_attn("flash_attn", "block_table")
         if name == "flash-attn-3":

@@ -76,11 +76,7 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
         Phase("correctness", ("-m", "perf", "correctness", tests, *processes), 25, None, interpreted, " FAILED "),
         Phase("soak", ("-m", "perf", "soak", "--device", device), 8, "--minutes", interpreted, "repeat it: "),
         Phase(
-            "tuning",
-            ("-m", "tritonattn", "tune", *tune),
-            20,
-            "--budget",
-            tables | {"TRITON_INTERPRET": "0"},
+            "tuning", ("-m", "tritonattn", "tune", *tune), 20, "--budget", tables | {"TRITON_INTERPRET": "0"},
             cut=" is spent: run the command again",
         ),
         *(sweep(suite) for suite in _SUITES if suite != "ceilings"),

@@ -207,11 +207,18 @@ def _eager(problem: Problem) -> Attend:
     return attend
 
 
+# None: the one that PyTorch chooses.
+SDPA_BACKENDS = {
+    "sdpa": None, "sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-math": SDPBackend.MATH,
+}  # fmt: skip
 PEERS = {
     "sdpa": Peer(_sdpa(None), "operands", "F.scaled_dot_product_attention, q multiplied before"),
-    "sdpa-flash": Peer(_sdpa(SDPBackend.FLASH_ATTENTION), "operands", "likewise, backend FLASH_ATTENTION"),
-    "sdpa-cudnn": Peer(_sdpa(SDPBackend.CUDNN_ATTENTION), "operands", "likewise, backend CUDNN_ATTENTION"),
-    "sdpa-math": Peer(_sdpa(SDPBackend.MATH), "operands", "likewise, backend MATH"),
+    **{
+        name: Peer(_sdpa(backend), "operands", f"likewise, backend {backend.name}")
+        for name, backend in SDPA_BACKENDS.items()
+        if backend is not None
+    },
     "flex": Peer(_flex, "P", "compiled flex_attention, the factor as score_mod"),
     "flash-attn-2": Peer(_flash_attn("flash_attn"), "operands", "flash_attn, q multiplied before"),
     "flash-attn-3": Peer(_flash_attn("flash_attn_interface"), "operands", "flash_attn_interface, likewise"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -54,6 +55,10 @@ def tune(request: Request) -> int:
     """Search on this machine's GPU, or write static tables."""
     if launch.interpreting:
         raise CommandError("expected compiled kernels, got TRITON_INTERPRET=1, which leaves none: unset it")
+    if request.workers is not None and request.workers < 1:
+        raise CommandError(f"--workers: expected at least 1, got {request.workers}")
+    if request.budget is not None and math.isnan(request.budget):
+        raise CommandError("--budget: expected minutes, got nan")
     try:
         return _tune_static(request) if request.static else _tune_here(request)
     except BrokenProcessPool as error:

@@ -13,7 +13,7 @@ import triton
 from .. import launch
 from ..tuning.candidates import candidates
 from ..tuning.config import Target, TileConfig
-from ..tuning.gate import modelled_clocks
+from ..tuning.gate import modelled_clocks, told
 from ..tuning.gpus import GPUS
 from ..tuning.lookup import config_for
 from ..tuning.static import Compiler
@@ -70,7 +70,7 @@ def search(
         workloads = [Workload(key, size or typical_size(key), dtype, device) for dtype in dtypes]
         return _search(key, [before, *configs], workloads, device, effort)
     except torch.OutOfMemoryError as error:
-        return Result(key, before, None, None, None, (f"{key}: {_told(error)}",))
+        return Result(key, before, None, None, None, (f"{key}: {told(error)}",))
     except RuntimeError as error:
         _refuse_if_lost(f"{key}, while timed,", device, error)
         raise
@@ -136,20 +136,16 @@ def _error(workloads: list[Workload], key: Key, config: TileConfig) -> str | Non
             return next(filter(None, (workload.error() for workload in workloads)), None)
     except Exception as error:  # whatever a compiler or driver raises; the config is as useless
         _refuse_if_lost(f"{key} {config}", workloads[0].device, error)
-        return _told(error)
+        return told(error)
 
 
 def _refuse_if_lost(what: str, device: torch.device, error: Exception) -> None:
     """Raise SearchError where an error has left the card of no use."""
     if _is_lost(device):
         raise SearchError(
-            f"{what} left the card unusable to this process: {_told(error)}; "
+            f"{what} left the card unusable to this process: {told(error)}; "
             "--kernels, --head-dims and --lengths name others"
         ) from error
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _is_lost(device: torch.device) -> bool:

@@ -31,8 +31,13 @@ def examine(kernel: str, problem: Problem, config: TileConfig, target: Target) -
     try:
         code = read_machine_code(compile_kernel(kernel, problem, config, target))
     except Exception as error:  # whatever a compiler raises; the config is as useless
-        return Candidate(config, None, (f"does not compile: {type(error).__name__}: {str(error)[:200]}",))
+        return Candidate(config, None, (f"does not compile: {told(error)}",))
     return Candidate(config, code, tuple(gate_reasons(kernel, problem, config, target, code)))
+
+
+def told(error: Exception) -> str:
+    """What a compiler or driver raised, on a line."""
+    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def gate_reasons(kernel: str, problem: Problem, config: TileConfig, target: Target, code: MachineCode) -> list[str]:
