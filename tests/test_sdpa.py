@@ -151,6 +151,24 @@ def test_a_row_of_one_key_has_no_gradient_to_its_logit(dtype):
     torch.testing.assert_close(found["out"][:, :, 0], values, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("power", [-1.0, -0.5])
+def test_rows_of_few_keys_in_every_head(power, dim):
+    """Scaled by n ** power they have the sharpest softmaxes: in one call of PyTorch's up to 3 heads in 10 are over."""
+    call = make_call(
+        torch.float32, batch=200, q_heads=2, kv_heads=1, q_len=40, k_len=40, dim=dim, value_dim=dim, scale=1.0,
+        causal=True,
+    )  # fmt: skip
+    factor = torch.arange(1, 41).double().pow(power).float().expand(200, 2, 40)
+    call = dataclasses.replace(call, query_scale=factor, key_scale=None)
+    d_out = output_gradients(call)[0]
+    exact, eager = exact_and_eager(call, d_out)
+    found = run(call, d_out)
+    for name in ("out", "q", "k", "v"):
+        for entry in range(200):
+            assert_within_bound(*(results[name][entry] for results in (found, exact, eager)), torch.float32, name=name)
+
+
 @pytest.mark.parametrize(
     ("dtype", "heads", "length", "dim"),
     [(torch.float16, 2, 550, 16), pytest.param(torch.bfloat16, 1, 8192, 64, marks=pytest.mark.slow)],
