@@ -7,21 +7,28 @@ strided; so the narrower operands are padded with zeros and strided ones copied.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from . import first_rows
 from .autograd import apply, first_order, needs_graph, runs_eagerly
 from .call import AttentionCall
+from .visibility import Visibility
 
 # Rows over which PyTorch may sum gradients in 16 bits. It rounds after each block of 64 (256 from 768 rows up): with 4
 # blocks gradients take up to 0.8 of the bound, with 7 up to 1.0, with 8 to 12 up to 1.5.
 _ROWS_SUMMED = 256
 
-# Causal rows whose gradients are computed apart. In 1,000 heads of D = 256 (randn; factors 1 / n and 1 / sqrt(n)) those
-# of q and k take up to 10 times the bound where there are none, 1.3 where there are 4, 0.8 where there are 16.
+# Causal rows whose gradients are computed apart. Of 1,000 heads of D = 256 (randn; factors 1 / n and 1 / sqrt(n)) those
+# of q and k take up to 10 times the bound where there are none, 1.3 times with 4, 0.8 with 16.
 _FIRST_ROWS = 16
+
+# Times 1 / sqrt(D): with a factor of three in all rows, gradients take up to 0.6 of the bound.
+_SHARP = 2.0
 
 
 def supports(call: AttentionCall) -> bool:
@@ -39,24 +46,51 @@ def attention(call: AttentionCall) -> Tensor:
     k * key_scale are rounded to bf16 once before they meet.
     """
     q, k, v = call.q, call.k, call.v
-    width, value_width = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-    if _needs_fp32(call):
-        q, k, v = q.float(), k.float(), v.float()
-    first = None
-    if _starts_sharp(call):
-        (q, q_first), (k, k_first), (v, v_first) = (_Split.apply(x) for x in (q, k, v))
-        first = _first_rows(q_first, k_first, v_first, call)
-    q, k = _fold(q, call.query_scale), _fold(k, call.key_scale)
-    scale = call.scale
+    wide = replace(call, q=q.float(), k=k.float(), v=v.float()) if _needs_fp32(call) else call
+    out = _first_rows_apart(wide) if _starts_sharp(wide) else _attention(_without_lone_row(wide))
+    return out.to(q.dtype)
+
+
+def _attention(call: AttentionCall) -> Tensor:
+    q, k, scale = _fold(call.q, call.query_scale), _fold(call.k, call.key_scale), call.scale
     if scale <= 0:  # the kernel hides keys by -inf before it multiplies
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
+    width, value_width = max(q.shape[-1], call.v.shape[-1]), call.v.shape[-1]
     out = scaled_dot_product_attention(
-        _for_kernel(q, width), _for_kernel(k, width), _for_kernel(v, width), scale=scale,
+        _for_kernel(q, width), _for_kernel(k, width), _for_kernel(call.v, width), scale=scale,
         is_causal=_as_bool(not call.visibility.is_full), enable_gqa=_as_bool(q.shape[1] != k.shape[1]),
     )  # fmt: skip
-    out = out if value_width == width else out[..., :value_width]
-    out = out if first is None else _DerivativeOfFirst.apply(out, first)
-    return out.to(call.q.dtype)
+    return out if value_width == width else out[..., :value_width]
+
+
+def _first_rows_apart(call: AttentionCall) -> Tensor:
+    """`_attention`, whose gradients of the first rows are those of a call in fp64."""
+    rows = min(call.visibility.q_len, _FIRST_ROWS)
+    operands = {name: getattr(call, name) for name in ("q", "k", "v", "query_scale", "key_scale")}
+    parts = {name: first_rows.split(x, rows) for name, x in operands.items() if x is not None}
+    out = _attention(replace(call, **{name: whole for name, (whole, _) in parts.items()}))
+    first = replace(call, **{name: part.double() for name, (_, part) in parts.items()})
+    first = replace(first, visibility=Visibility.of(first.q, first.k, causal=True))
+    return first_rows.join(out, _attention(_without_lone_row(first)).to(out.dtype))
+
+
+def _starts_sharp(call: AttentionCall) -> bool:
+    """Whether gradients of rows of few keys need care: causal, in fp32, and with large factors.
+
+    Scaled by 1 / n, those rows have the largest logits and gradients. In a sharp softmax dS = P (dP - delta) is a small
+    difference, and PyTorch's kernel takes delta, the sum of P dP, from the output, rounded otherwise than dP is.
+    """
+    scale, key_scale = call.query_scale, call.key_scale
+    if scale is None or call.visibility.is_full or not needs_graph(call.q, call.k, scale):
+        return False
+    if call.q.dtype == torch.float64 or call.q.device.type != "cpu":
+        return False
+    if not runs_eagerly(scale, key_scale):
+        return True
+    factor = call.scale * scale.detach()[:, :, 1:_FIRST_ROWS].abs().max().item()  # the first row has one key
+    if key_scale is not None:
+        factor *= key_scale.detach()[:, :, :_FIRST_ROWS].abs().max().item()
+    return not abs(factor) <= _SHARP * call.q.shape[-1] ** -0.5
 
 
 def _needs_fp32(call: AttentionCall) -> bool:
@@ -77,26 +111,16 @@ def _needs_fp32(call: AttentionCall) -> bool:
     return narrow and summed and call.q.device.type == "cpu" and needs_graph(call.q, call.k, call.v)
 
 
-def _starts_sharp(call: AttentionCall) -> bool:
-    """Whether gradients of the first rows need care: causal, and scaled by row, so perhaps by a function of n.
+def _without_lone_row(call: AttentionCall) -> AttentionCall:
+    """With query_scale 0 for the first causal row where there are gradients: its softmax is 1, whatever the logit.
 
-    Scaled by 1 / n, rows of few keys have the largest logits and gradients of all. dS = P (dP - delta) is then a small
-    difference, and PyTorch's kernel takes delta, the sum of P dP, from the output: rounded otherwise than dP is.
+    So its gradients are 0, as they should be. PyTorch's kernel leaves rounding of them, which a scale that is large
+    in this row, as 1 / n is, would lift above the gradients of all others.
     """
-    is_by_row = call.query_scale is not None and not call.visibility.is_full
-    return is_by_row and needs_graph(call.q, call.k, call.query_scale)
-
-
-def _first_rows(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """Rows [B, Hq, R, Dv] of the causal output from the first R of q, k and v, by eager operators."""
-    rows, group = q.shape[2], q.shape[1] // k.shape[1]
-    logits = q.unflatten(1, (-1, group)) @ k.unsqueeze(2).mT * call.scale  # [B, Hkv, group, R, R]
-    if call.query_scale is not None:
-        logits = logits * call.query_scale[:, :, :rows, None].unflatten(1, (-1, group))
-    if call.key_scale is not None:
-        logits = logits * call.key_scale[:, :, None, None, :rows]
-    hidden = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
-    return (logits.masked_fill(hidden, -torch.inf).softmax(-1) @ v.unsqueeze(2)).flatten(1, 2)
+    scale = call.query_scale
+    if scale is None or call.visibility.is_full or not needs_graph(call.q, call.k, scale):
+        return call
+    return replace(call, query_scale=scale * (torch.arange(call.visibility.q_len, device=scale.device) > 0))
 
 
 def _as_bool(condition: bool) -> bool:
@@ -117,50 +141,6 @@ def _for_kernel(x: Tensor, width: int) -> Tensor:
         x = pad(x, (0, width - x.shape[-1]))  # which keeps an order of axes
     is_taken = x.stride(-1) == 1 and x.stride(-2) >= width
     return x if is_taken else x.clone(memory_format=torch.contiguous_format)
-
-
-def _first(x: Tensor) -> Tensor:
-    # Not a slice of [:, :, :R]: a batch of torch.autograd.grad has no rule for the axes that are taken whole.
-    return x.narrow(2, 0, min(x.shape[2], _FIRST_ROWS))
-
-
-class _Split(Function):
-    """x [B, H, S, D] as it is, and its first rows; their gradients come back as one."""
-
-    @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.view_as(x), _first(x).clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, g: Tensor, g_first: Tensor):
-        is_own = runs_eagerly(g) and not g.requires_grad  # of attention alone: see _Fold
-        total = g if is_own else g.clone()
-        _first(total).add_(g_first)
-        return total
-
-
-class _DerivativeOfFirst(Function):
-    """out [B, H, S, Dv] with the derivative of `first`, [B, H, R, Dv], in its first R rows, whose values are the same."""
-
-    @staticmethod
-    def forward(out: Tensor, first: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, g: Tensor):
-        rest = g.clone()
-        _first(rest).zero_()
-        return rest, _first(g).clone()
 
 
 class _Fold(Function):

@@ -149,7 +149,7 @@ class Visibility:
     def counts(self) -> Tensor:
         """n, the number of visible keys: fp64 [B or 1, 1 or Hq, Sq]."""
         if self.is_square_causal:
-            return torch.arange(1, self.q_len + 1, dtype=torch.float64, device=self.device)[None, None]
+            return torch.arange(1, self.q_len + 1, dtype=torch.float64, device=self.device).view(1, 1, -1)
         if self.mask is None:
             lo, hi = self.ranges()
             return (hi - lo)[:, None].double()
