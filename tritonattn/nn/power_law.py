@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..scaling import Scales
 from ..scaling.base import SMALLEST_STATISTIC, dense_lengths
 from ..statistics import Statistics
+from ..validation import check_dtype
 from ..visibility import Visibility
 from .learned import Learned
 
@@ -38,7 +39,7 @@ class PowerLaw(Learned):
     Within one head dimension theta and a move the same number, so a is frozen (requires_grad is False) until asked for.
 
     Raises:
-        TypeError: A number of heads that is none.
+        TypeError: A number of heads or a dtype that is none.
         ValueError: A mode that is no point of the law.
 
     >>> import torch, tritonattn
@@ -61,8 +62,9 @@ class PowerLaw(Learned):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(heads)
-        if mode not in POINTS:
+        if not isinstance(mode, str) or mode not in POINTS:
             raise ValueError(f"mode: expected one of {', '.join(POINTS)}, got {mode!r}")
+        check_dtype(dtype)
         a, b, c = (
             nn.Parameter(torch.full((heads,), x, device=device, dtype=dtype)) for x in POINTS[mode]
         )  # fmt: skip
