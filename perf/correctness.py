@@ -29,10 +29,10 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         for thread in threads:
             thread.join()
-    except KeyboardInterrupt:  # which the others got as well, and end in order
+    finally:  # a Ctrl-C the others got as well, and end in order
         for thread in threads:
             thread.join()
-    statuses = [process.wait() for process in processes]
+        statuses = [process.wait() for process in processes]
     if any(status not in (0, _NO_TESTS) for status in statuses) or set(statuses) == {_NO_TESTS}:
         sys.exit(f"correctness: exit statuses of pytest: {', '.join(map(str, statuses))}")
 

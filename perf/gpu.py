@@ -2,7 +2,8 @@
 
 Environment and ceilings, correctness on the card, soak, tuning, forward and backward against peers, decoding, overhead
 of the scalings, report. A phase is a process of its own: one that fails, or leaves the card unusable, is reported, and
-the next one runs. The exit status is 1 where one failed. With --device cpu all phases are tiny: a rehearsal.
+the next one runs. The exit status is 1 where one failed, 130 after Ctrl-C. With --device cpu all phases are tiny: a
+rehearsal.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from tritonattn.command import INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[1]
 _GRACE = 60.0  # seconds past its share that a process has to start up and to finish what it began
@@ -113,7 +116,9 @@ def run(arguments: argparse.Namespace) -> None:
         with _handling(signal.SIGTERM):  # as `timeout` sends it: a phase must not outlive the run
             outcomes = run_all(chosen, arguments.out.resolve(), 60 * arguments.minutes)
     except KeyboardInterrupt:
-        sys.exit(f"gpu: stopped: {arguments.out} has what was done; the same command goes on with the sweeps")
+        on = "the same command goes on with the sweeps"
+        print(f"gpu: stopped: {arguments.out} has what was done; {on}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     failed = [outcome.phase.name for outcome in outcomes if outcome.status == "failed"]
     if failed:
         sys.exit(f"gpu: {', '.join(failed)} failed: see the logs in {arguments.out}")

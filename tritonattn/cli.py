@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .command import CommandError, check_file, made_folder, require, usable_device
+from .command import INTERRUPTED, CommandError, check_file, made_folder, require, usable_device
 
 DEMO_MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
 ADVISE_TOKENS = 512
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # `| head` has seen enough; what is left shall not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

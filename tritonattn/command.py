@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it: 128 + SIGINT
+
 
 class CommandError(Exception):
     """A message for the person at the command line: shown without a traceback, with exit status 2."""

@@ -101,7 +101,7 @@ def test_a_phase_can_be_stopped_where_a_shell_has_begun_the_run_in_the_backgroun
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch):
+def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch, capsys):
     """Which has a session of its own, and would hold the card."""
     monkeypatch.setattr(gpu, "phases", lambda *_: [phase("works"), phase("hangs", share=1.0), phase("works")])
     begun, popen = [], gpu.subprocess.Popen
@@ -117,11 +117,13 @@ def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background jobs ignore it
     try:
         thread.start()
-        with pytest.raises(SystemExit, match=r"gpu: stopped: .* the same command goes on"):
+        with pytest.raises(SystemExit) as stopped:
             main(["gpu", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path)])
     finally:
         signal.signal(signal.SIGINT, before)
     thread.join()
+    assert stopped.value.code == 130
+    assert re.search(r"gpu: stopped: .* the same command goes on", capsys.readouterr().err)
     assert [process.poll() is not None for process in begun] == [True, True]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -167,6 +169,25 @@ def test_failures_and_files_that_cannot_be_read_fail_and_warnings_do_not(tmp_pat
     assert "test_a.py::test_it PASSED" in printed  # all the same
     assert "test_b.py::test_it FAILED " in printed
     assert "No module named 'missing'" in printed
+
+
+def test_correctness_is_interrupted_when_its_processes_have_ended(tmp_path, monkeypatch, capsys):
+    class Interrupted(threading.Thread):
+        def join(self):
+            super().join()
+            if not joined:
+                joined.append(self)
+                raise KeyboardInterrupt
+
+    joined = []
+    (tmp_path / "test_a.py").write_text("def test_it(): ...")
+    monkeypatch.setattr("perf.correctness.Thread", Interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        correctness(tmp_path)
+    assert stopped.value.code == 130
+    printed = capsys.readouterr()
+    assert "test_a.py::test_it PASSED" in printed.out
+    assert printed.err == "correctness: interrupted\n"
 
 
 def test_when_time_is_up_only_what_takes_none_runs(tmp_path):

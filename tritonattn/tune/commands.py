@@ -14,7 +14,7 @@ import torch
 from tabulate import tabulate
 
 from .. import launch
-from ..command import CommandError
+from ..command import INTERRUPTED, CommandError
 from ..tuning import cache_dir, lookup
 from ..tuning.config import Target, TileConfig
 from ..tuning.defaults import default_config
@@ -185,17 +185,23 @@ def _tune_here(request: Request) -> int:
     todo = pending(request.keys, _entries(path, target))
     if len(todo) < len(request.keys):
         print(f"{len(request.keys) - len(todo)} of {len(request.keys)} keys are measured already in {path}")
-    results = _search_all(request, todo, target, device, path)
+    results, stopped = _search_all(request, todo, target, device, path)
     print(f"\n{path}\n\n{_measured_summary(results)}")
     wrong = [line for result in results for line in result.wrong]
     if wrong:
         print("\nNot taken, since results or the run were wrong:\n" + "\n".join(wrong))
-    return 0
+    return INTERRUPTED if stopped else 0
 
 
-def _search_all(request: Request, todo: list[Key], target: Target, device: torch.device, path: Path) -> list[Result]:
-    """Each result goes at once into the file, beside what others wrote there: Ctrl-C loses one search at most."""
+def _search_all(
+    request: Request, todo: list[Key], target: Target, device: torch.device, path: Path
+) -> tuple[list[Result], bool]:
+    """The results, and whether Ctrl-C ended the search.
+
+    Each result goes at once into the file, beside what others wrote there: Ctrl-C loses one search at most.
+    """
     results: list[Result] = []
+    stopped = False
     found: dict[Key, Entry] = {}
     end = None if request.budget is None else time.monotonic() + 60 * request.budget
     with Compiler(target, request.workers) as compiler, tqdm(todo, unit="key") as progress:
@@ -212,6 +218,7 @@ def _search_all(request: Request, todo: list[Key], target: Target, device: torch
                 )  # fmt: skip
             except KeyboardInterrupt:
                 print("stopped: run the command again to go on")
+                stopped = True
                 break
             except SearchError as error:
                 raise CommandError(f"{error}. {len(results)} keys were searched before, see {path}") from error
@@ -221,7 +228,7 @@ def _search_all(request: Request, todo: list[Key], target: Target, device: torch
                 entries = _entries(path, target) | found
                 _write(path, Table(table_name(target), target, kernels_fingerprint(), entries), request.write)
                 lookup.forget()
-    return results
+    return results, stopped
 
 
 def _measured_summary(results: list[Result]) -> str:
