@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,6 +32,13 @@ def usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise CommandError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on: a container or a job often has fewer than the machine."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def check_file(option: str, file: Path | None) -> None:

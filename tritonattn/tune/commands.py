@@ -33,6 +33,7 @@ class Request:
 
     dtypes    that a search times and checks each config in; an entry serves both
     static    names of GPUS, architectures, or "all": no timing, no GPU
+    workers   processes that compile
     write     into autotune_cache/ rather than the user's folder
     budget    minutes after which no further search begins
     """
@@ -40,11 +41,11 @@ class Request:
     kernels: tuple[str, ...]
     head_dims: tuple[int, ...]
     lengths: tuple[str, ...]
+    workers: int
     dtypes: tuple[str, ...] = ("bf16",)
     static: tuple[str, ...] = ()
     write: bool = False
     budget: float | None = None
-    workers: int | None = None
 
     @property
     def keys(self) -> list[Key]:
@@ -55,7 +56,7 @@ def tune(request: Request) -> int:
     """Search on this machine's GPU, or write static tables."""
     if launch.interpreting:
         raise CommandError("expected compiled kernels, got TRITON_INTERPRET=1, which leaves none: unset it")
-    if request.workers is not None and request.workers < 1:
+    if request.workers < 1:
         raise CommandError(f"--workers: expected at least 1, got {request.workers}")
     if request.budget is not None and math.isnan(request.budget):
         raise CommandError("--budget: expected minutes, got nan")
