@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from tritonattn.command import INTERRUPTED
+from tritonattn.command import INTERRUPTED, CommandError
 
 COMMANDS = {
     "sweep": "times and errors beside those of other implementations, as JSON lines",
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     try:
         _run(chosen.command, chosen.arguments)
+    except CommandError as error:
+        sys.exit(f"{chosen.command}: {error}")
     except KeyboardInterrupt:
         print(f"{chosen.command}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

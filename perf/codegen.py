@@ -19,7 +19,7 @@ import torch
 import triton
 from tabulate import tabulate
 
-from tritonattn.command import usable_cores
+from tritonattn.command import check_file, usable_cores
 from tritonattn.kernels import KERNELS
 from tritonattn.provenance import commit
 from tritonattn.tune.progress import tqdm
@@ -268,6 +268,7 @@ def _numbers(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Compile, print the tables and write the files."""
+    check_file("--json", arguments.json)
     found = cases(arguments.targets, arguments.head_dims, DTYPES[arguments.dtype])
     readings = read_all(found, arguments.workers, arguments.cubins)
     facts = {"triton": triton.__version__, "commit": commit()}

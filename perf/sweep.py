@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from tritonattn import launch
-    from tritonattn.command import INTERRUPTED
+    from tritonattn.command import INTERRUPTED, check_file
 
     kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         launch.run = Executor(GPU(80))  # whose configs CPU tensors take
     if kind == "interpret" and not launch.runs_on(torch.device("cpu")):
         sys.exit("sweep: device interpret: set TRITON_INTERPRET=1 in the environment")
-    _check_file(arguments.json)
+    check_file("--json", arguments.json)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     from .report import tables
@@ -85,16 +85,6 @@ def run(arguments: argparse.Namespace) -> None:
         sys.exit("\n".join([f"sweep: {len(bad)} results are wrong or missing", *lines]))
     if stopped:
         sys.exit(INTERRUPTED)
-
-
-def _check_file(file: Path | None) -> None:
-    """Before the work, that records can be written."""
-    try:
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.open("a").close()
-    except OSError as error:
-        sys.exit(f"sweep: --json: cannot write {file}: {error.strerror}")
 
 
 def command_line(arguments: argparse.Namespace) -> str:

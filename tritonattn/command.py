@@ -42,9 +42,12 @@ def usable_cores() -> int:
 
 
 def check_file(option: str, file: Path | None) -> None:
-    """Refuse, before the work, a file that could not be written after it."""
-    if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
-        raise CommandError(f"{option}: wanted a file in an existing folder, got {str(file)!r}")
+    """Before the work, make the folder of a file that is written after it; CommandError where it could not be."""
+    if file is None:
+        return
+    made_folder(option, file.parent)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise CommandError(f"{option}: wanted a file that can be written, got {str(file)!r}")
 
 
 def made_folder(option: str, folder: Path) -> None:
