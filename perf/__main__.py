@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+from tritonattn.command import INTERRUPTED, CommandError
 
 COMMANDS = {
     "sweep": "times and errors beside those of other implementations, as JSON lines",
@@ -21,7 +24,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Import the command's module alone: a GPU machine need not have what the others print and plot with."""
+    """Run one command; the exit status is 130 when interrupted, else the command's."""
     names = "\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m perf", description="Measure, read and try the package.", epilog=f"commands:\n{names}",
@@ -30,10 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below; `<command> --help` says more")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
-    module = import_module(f".{chosen.command}", __package__)
-    own = argparse.ArgumentParser(prog=f"python -m perf {chosen.command}", description=module.__doc__)
+    try:
+        _run(chosen.command, chosen.arguments)
+    except CommandError as error:
+        sys.exit(f"{chosen.command}: {error}")
+    except KeyboardInterrupt:
+        print(f"{chosen.command}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _run(command: str, arguments: Sequence[str]) -> None:
+    """Import the command's module alone: a GPU machine need not have what the others print and plot with."""
+    module = import_module(f".{command}", __package__)
+    own = argparse.ArgumentParser(prog=f"python -m perf {command}", description=module.__doc__)
     module.add_arguments(own)
-    options = own.parse_args(chosen.arguments)
+    options = own.parse_args(arguments)
     options.run(options)
 
 

@@ -19,6 +19,7 @@ import torch
 import triton
 from tabulate import tabulate
 
+from tritonattn.command import check_file, usable_cores
 from tritonattn.kernels import KERNELS
 from tritonattn.provenance import commit
 from tritonattn.tune.progress import tqdm
@@ -250,7 +251,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--json", type=Path, help="write the readings to this file")
     parser.add_argument("--cubins", type=Path, help="write the binaries into this folder, for nvdisasm")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes that compile")
     parser.set_defaults(run=run)
 
 
@@ -267,6 +268,7 @@ def _numbers(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Compile, print the tables and write the files."""
+    check_file("--json", arguments.json)
     found = cases(arguments.targets, arguments.head_dims, DTYPES[arguments.dtype])
     readings = read_all(found, arguments.workers, arguments.cubins)
     facts = {"triton": triton.__version__, "commit": commit()}

@@ -10,13 +10,15 @@ from threading import Thread
 
 import pytest
 
+from tritonattn.command import usable_cores
+
 _MOST = 8  # processes, each with a context of its own on the card
 _NO_TESTS = 5  # pytest's exit status where a process was dealt none
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tests", nargs="*", default=["tests/kernels"], help="what pytest is given")
-    parser.add_argument("--processes", type=int, default=min(_MOST, os.cpu_count() or 1))
+    parser.add_argument("--processes", type=int, default=min(_MOST, usable_cores()))
     parser.set_defaults(run=run)
 
 
@@ -29,10 +31,10 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         for thread in threads:
             thread.join()
-    except KeyboardInterrupt:  # which the others got as well, and end in order
+    finally:  # a Ctrl-C the others got as well, and end in order
         for thread in threads:
             thread.join()
-    statuses = [process.wait() for process in processes]
+        statuses = [process.wait() for process in processes]
     if any(status not in (0, _NO_TESTS) for status in statuses) or set(statuses) == {_NO_TESTS}:
         sys.exit(f"correctness: exit statuses of pytest: {', '.join(map(str, statuses))}")
 

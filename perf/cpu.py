@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
+from tritonattn.command import check_file
 from tritonattn.provenance import commit, processor
 from tritonattn.tuning.timing import Contestant, take_turns
 from tritonattn.visibility import Visibility
@@ -164,6 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print the table and write the file."""
+    check_file("--json", arguments.json)
     facts, records = environment(arguments), measure(arguments)
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     print("measured: forward + backward; ratios to the first of each case, median of interleaved rounds\n")

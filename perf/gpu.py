@@ -2,7 +2,8 @@
 
 Environment and ceilings, correctness on the card, soak, tuning, forward and backward against peers, decoding, overhead
 of the scalings, report. A phase is a process of its own: one that fails, or leaves the card unusable, is reported, and
-the next one runs. The exit status is 1 where one failed. With --device cpu all phases are tiny: a rehearsal.
+the next one runs. The exit status is 1 where one failed, 130 after Ctrl-C. With --device cpu all phases are tiny: a
+rehearsal.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from pathlib import Path
 
 import torch
 
+from tritonattn.command import INTERRUPTED
+
 ROOT = Path(__file__).resolve().parents[1]
-_GRACE = 60.0  # seconds past its share that a process has to start up and to finish what it began
+_GRACE = 60.0  # seconds past its share, at most, that a process has to start up and to finish what it began
 _SECONDS_TO_STOP = 20.0
+_SECONDS_OF_BRIEF = 20.0  # kept for each phase without a share
 _SUITES = {"ceilings": 2, "forward": 14, "backward": 14, "decode": 7, "overhead": 7}  # and their shares
 _TINY_TUNE = ("--static", "sm_80", "--kernels", "decode", "--head-dims", "64", "--lengths", "short")
 _TINY = ("--quick", "--lengths", "16", "--head-dims", "8", "--rounds", "1", "--peers", "sdpa,eager,flash-attn-2")
@@ -86,7 +90,7 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, required=True, metavar="N", help="for all of it")
+    parser.add_argument("--minutes", type=float, required=True, metavar="N", help="for all of it, report and plots too")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "perf" / "results" / "gpu", metavar="DIR",
         help="results, logs, tuned tables, plots (default: perf/results/gpu)",
@@ -113,22 +117,27 @@ def run(arguments: argparse.Namespace) -> None:
         with _handling(signal.SIGTERM):  # as `timeout` sends it: a phase must not outlive the run
             outcomes = run_all(chosen, arguments.out.resolve(), 60 * arguments.minutes)
     except KeyboardInterrupt:
-        sys.exit(f"gpu: stopped: {arguments.out} has what was done; the same command goes on with the sweeps")
+        on = "the same command goes on with the sweeps"
+        print(f"gpu: stopped: {arguments.out} has what was done; {on}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     failed = [outcome.phase.name for outcome in outcomes if outcome.status == "failed"]
     if failed:
         sys.exit(f"gpu: {', '.join(failed)} failed: see the logs in {arguments.out}")
 
 
 def run_all(chosen: list[Phase], out: Path, seconds: float) -> list[Outcome]:
-    """Every phase in its turn; time that one leaves over is shared among those after it."""
+    """Every phase in its turn, all within so many seconds; what one leaves over is shared among those after it."""
     end = time.monotonic() + seconds
     outcomes = []
     for number, phase in enumerate(chosen):
-        left = end - time.monotonic()
+        later = chosen[number:]
+        kept = _SECONDS_TO_STOP + _SECONDS_OF_BRIEF * sum(one.share == 0 for one in later)
+        left = end - time.monotonic() - kept
         if phase.share == 0:
-            outcomes.append(execute(phase, out, _GRACE))
+            outcomes.append(execute(phase, out, 0.0, _GRACE))
         elif left > 0:
-            outcomes.append(execute(phase, out, left * phase.share / sum(later.share for later in chosen[number:])))
+            grace = min(_GRACE, left / 4)
+            outcomes.append(execute(phase, out, (left - grace) * phase.share / sum(one.share for one in later), grace))
         else:
             outcomes.append(Outcome(phase, "out of time", 0.0))
         last = outcomes[-1]
@@ -139,8 +148,8 @@ def run_all(chosen: list[Phase], out: Path, seconds: float) -> list[Outcome]:
     return outcomes
 
 
-def execute(phase: Phase, out: Path, seconds: float) -> Outcome:
-    """Run a phase's process for so long at most, its output in a file."""
+def execute(phase: Phase, out: Path, seconds: float, grace: float) -> Outcome:
+    """Run a phase's process, its output in a file: it is told the seconds, and stopped when the grace is over, too."""
     command = [sys.executable, *phase.command]
     if phase.limit is not None:
         command += [phase.limit, f"{seconds / 60:.2f}"]
@@ -153,7 +162,7 @@ def execute(phase: Phase, out: Path, seconds: float) -> Outcome:
                 start_new_session=True,
             )  # fmt: skip
         try:
-            failed = process.wait(seconds + _GRACE) != 0
+            failed = process.wait(seconds + grace) != 0
             status = "failed" if failed else "out of time" if _says(file, phase.cut) else "done"
         except subprocess.TimeoutExpired:
             _stop(process)

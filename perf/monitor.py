@@ -16,6 +16,7 @@ import transformers
 from tabulate import tabulate
 
 from tritonattn.analysis import Monitor, Thresholds
+from tritonattn.command import check_file
 from tritonattn.huggingface import patch
 from tritonattn.tuning.timing import Contestant, take_turns
 
@@ -91,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print the table and write the file."""
+    check_file("--json", arguments.json)
     torch.set_num_threads(arguments.threads)
     given = " ".join(part for part in sys.argv[1:] if not part.startswith("--json") and not part.endswith(".json"))
     facts = Environment.of(torch.device(arguments.device), f"python -m perf {given}")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from tritonattn.command import check_file
+
 from .records import Record, read_all
 
 # Axes that say what a row is; the rest (batch, heads, ...) follows from these.
@@ -143,10 +145,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_file("--out", arguments.out)
     text = tables(read_all(arguments.files))
     if not text:
         sys.exit(f"report: no records in {', '.join(map(str, arguments.files))}")
     print(text)
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text + "\n", encoding="utf-8")

@@ -41,27 +41,29 @@ class Request:
     deadline: float | None = None
 
 
-def measure(request: Request) -> list[Record]:
-    """The records of all cases asked for, those that the file had included."""
+def measure(request: Request) -> tuple[list[Record], bool]:
+    """The records of all cases asked for, those that the file had included, and whether Ctrl-C ended it before."""
     place = Place(request.kind)
     plan = planned(request, place)
     file = ResultsFile(request.json, Environment.of(place.device, request.command))
     todo = [case for case in plan if not file.has(case.suite, case.axes)]
     if len(todo) < len(plan):
         print(f"{len(plan) - len(todo)} of {len(plan)} cases are in {request.json} already", file=sys.stderr)
+    going_on = "the same command goes on" if request.json else "the same command would go on, had it --json FILE"
     try:
         with tqdm(total=len(todo), unit="case") as progress:
             for number, case in enumerate(todo):
                 if request.deadline is not None and time.monotonic() > request.deadline:
-                    print(f"time is up: {len(todo) - number} cases are left; the same command goes on", file=sys.stderr)
+                    print(f"time is up: {len(todo) - number} cases are left; {going_on}", file=sys.stderr)
                     break
                 progress.set_postfix_str(f"{case.suite} {' '.join(map(str, case.axes.values()))}")
                 file.append(case.run(request.effort, file.environment))
                 _free(place.device)
                 progress.update()
     except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
-    return file.records
+        print(f"stopped: {going_on}", file=sys.stderr)
+        return file.records, True
+    return file.records, False
 
 
 def planned(request: Request, place: Place) -> list[Contest | AccuracyCase]:

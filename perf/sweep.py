@@ -1,8 +1,8 @@
 """Time every suite's cases, check each result against float64, and write records as JSON lines.
 
 A case whose records the file has, from the same command and commit, is not run again: after Ctrl-C the same command
-goes on. The exit status is 1 where a result is wrong or our code fails; peers that are skipped, or whose own error
-passes the bound, are named, with reasons, and not timed.
+goes on. The exit status is 1 where a result is wrong or our code fails, else 130 after Ctrl-C; peers that are skipped,
+or whose own error passes the bound, are named, with reasons, and not timed.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from tritonattn import launch
+    from tritonattn.command import INTERRUPTED, check_file
 
     kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
@@ -69,29 +70,21 @@ def run(arguments: argparse.Namespace) -> None:
         launch.run = Executor(GPU(80))  # whose configs CPU tensors take
     if kind == "interpret" and not launch.runs_on(torch.device("cpu")):
         sys.exit("sweep: device interpret: set TRITON_INTERPRET=1 in the environment")
-    _check_file(arguments.json)
+    check_file("--json", arguments.json)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     from .report import tables
     from .run_suites import measure
 
     request = _request(arguments, kind)
-    records = measure(request)
+    records, stopped = measure(request)
     print(tables(records))
     bad = [record for record in records if record.is_bad]
     if bad:
         lines = [f"{record.suite} {record.case}, {record.contestant}: {record.reason}" for record in bad]
         sys.exit("\n".join([f"sweep: {len(bad)} results are wrong or missing", *lines]))
-
-
-def _check_file(file: Path | None) -> None:
-    """Before the work, that records can be written."""
-    try:
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.open("a").close()
-    except OSError as error:
-        sys.exit(f"sweep: --json: cannot write {file}: {error.strerror}")
+    if stopped:
+        sys.exit(INTERRUPTED)
 
 
 def command_line(arguments: argparse.Namespace) -> str:

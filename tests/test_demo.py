@@ -55,7 +55,7 @@ def measurement(mode: str, loss: float, entropy: float = 0.5, logit: float = 3.0
 
 
 def test_the_demo_from_end_to_end(small, tmp_path, capsys):
-    files = tmp_path / "a.json", tmp_path / "a.png"
+    files = tmp_path / "new" / "a.json", tmp_path / "new" / "a.png"
     status = cli.main(
         ["demo", "--modes", MODES, "--max-tokens", "40", "--json", str(files[0]), "--plot", str(files[1])]
     )

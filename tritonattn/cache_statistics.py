@@ -12,6 +12,7 @@ from .ranges import prefix_sum
 from .statistics import Statistics, key_lengths_of
 from .validation import (
     FLOATS,
+    check_count,
     check_device,
     check_integers,
     check_tensor,
@@ -66,7 +67,7 @@ class KeyStatistics:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         for name, size in (("batch", batch), ("kv_heads", kv_heads), ("capacity", capacity)):
-            _check_size(name, size)
+            check_count(name, size)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
         self.capacity = capacity
@@ -191,7 +192,7 @@ class KeyStatistics:
         Raises:
             TypeError, ValueError: What is no int, or a capacity below this one.
         """
-        _check_size("capacity", capacity)
+        check_count("capacity", capacity)
         if capacity < self.capacity:
             raise ValueError(f"capacity: expected at least {self.capacity}, got {capacity}")
         other = self._like(len(self.counts), capacity)
@@ -214,7 +215,7 @@ class KeyStatistics:
             TypeError, ValueError: What is no int; less than 0 keys, or more than the copy can hold.
         """
         for name, size in (("keys", keys), ("capacity", capacity)):
-            _check_size(name, size)
+            check_count(name, size)
         if keys > capacity:
             raise ValueError(f"keys: expected a value in [0, {capacity}], got {keys}")
         other = self._like(len(self.counts), capacity)
@@ -267,13 +268,6 @@ class KeyStatistics:
         if x.shape != self.counts.shape:
             raise ValueError(f"{name}: expected shape [B] = {shape_of(self.counts)}, got {shape_of(x)}")
         check_values(name, x, highest, "")
-
-
-def _check_size(name: str, size: Any) -> None:
-    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {kind_of(size)}")
-    if size < 0:
-        raise ValueError(f"{name}: expected at least 0, got {size}")
 
 
 class CachedStatistics(Statistics):

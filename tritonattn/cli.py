@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .command import CommandError, check_file, made_folder, require, usable_device
+from .command import INTERRUPTED, CommandError, check_file, made_folder, require, usable_cores, usable_device
 
 DEMO_MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
 ADVISE_TOKENS = 512
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # `| head` has seen enough; what is left shall not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -320,11 +320,11 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
     )
     tune.add_argument("--lengths", default="short,long", metavar="A,B", help="at most 1024 tokens, and more")
     tune.add_argument("--budget", type=float, metavar="MINUTES", help="begin no search after so long")
-    tune.add_argument(
-        "--static", metavar="A,B", help="h100, sm_90, ..., all: rank by a model instead; needs no GPU"
-    )
+    tune.add_argument("--static", metavar="A,B", help="h100, sm_90, ..., all: rank by a model instead; needs no GPU")
     tune.add_argument("--write", action="store_true", help="write into autotune_cache/, not the user's folder")
-    tune.add_argument("--workers", type=int, metavar="N", help="processes that compile (default: one a core)")
+    tune.add_argument(
+        "--workers", type=int, default=usable_cores(), metavar="N", help="processes that compile (default: one a core)"
+    )
     tune.set_defaults(run=_tune)
 
 

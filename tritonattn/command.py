@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it: 128 + SIGINT
 
 
 class CommandError(Exception):
@@ -31,10 +34,20 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def usable_cores() -> int:
+    """The cores that this process may run on: a container or a job often has fewer than the machine."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def check_file(option: str, file: Path | None) -> None:
-    """Refuse, before the work, a file that could not be written after it."""
-    if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
-        raise CommandError(f"{option}: wanted a file in an existing folder, got {str(file)!r}")
+    """Before the work, make the folder of a file that is written after it; CommandError where it could not be."""
+    if file is None:
+        return
+    made_folder(option, file.parent)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise CommandError(f"{option}: wanted a file that can be written, got {str(file)!r}")
 
 
 def made_folder(option: str, folder: Path) -> None:

@@ -303,3 +303,22 @@ def kind_of(value: Any) -> str:
     return (
         f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float)) else type(value).__name__
     )
+
+
+def check_count(name: str, value: Any, least: int = 0) -> None:
+    """Raise unless value is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {kind_of(value)}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {kind_of(value)}")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise unless dtype is one that attention takes, or None, which stands for torch's default."""
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype!r}")

@@ -10,13 +10,13 @@ from torch import Tensor
 from .validation import (
     PACKED,
     Options,
+    check_count,
     check_device,
     check_flags,
     check_operands,
     check_sinks,
     check_tensor,
     check_window,
-    kind_of,
     shape_of,
     values_are_read,
 )
@@ -39,31 +39,25 @@ def check_varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Opt
         check_window(options.window)
     if options.sinks is not None:
         check_sinks(options.sinks, q)
-    _check_offsets("cu_seqlens_q", packing.cu_seqlens_q, q)
-    _check_offsets("cu_seqlens_k", packing.cu_seqlens_k, q)
+    check_offsets("cu_seqlens_q", packing.cu_seqlens_q, q)
+    check_offsets("cu_seqlens_k", packing.cu_seqlens_k, q)
     q_members, k_members = packing.cu_seqlens_q.shape[0] - 1, packing.cu_seqlens_k.shape[0] - 1
     if q_members != k_members:
         raise ValueError(f"cu_seqlens_k: expected as many sequences as cu_seqlens_q has, {q_members}, got {k_members}")
-    _check_longest("max_seqlen_q", packing.max_seqlen_q)
-    _check_longest("max_seqlen_k", packing.max_seqlen_k)
+    check_count("max_seqlen_q", packing.max_seqlen_q)
+    check_count("max_seqlen_k", packing.max_seqlen_k)
     _check_values("q", packing.cu_seqlens_q, packing.max_seqlen_q, q.shape[0])
     _check_values("k", packing.cu_seqlens_k, packing.max_seqlen_k, k.shape[0])
 
 
-def _check_offsets(name: str, offsets: Any, q: Tensor) -> None:
+def check_offsets(name: str, offsets: Any, q: Tensor) -> None:
+    """Raise unless these are int32 [N + 1] on q's device."""
     check_tensor(name, offsets, "[N + 1]")
     if offsets.dtype != torch.int32:
         raise TypeError(f"{name}: expected dtype torch.int32, got {offsets.dtype}")
     check_device(name, offsets, q)
     if offsets.dim() != 1 or offsets.shape[0] == 0:
         raise ValueError(f"{name}: expected shape [N + 1] for N sequences, got {shape_of(offsets)}")
-
-
-def _check_longest(name: str, longest: Any) -> None:
-    if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {kind_of(longest)}")
-    if longest < 0:
-        raise ValueError(f"{name}: expected at least 0, got {longest}")
 
 
 def _check_values(side: str, offsets: Tensor, longest: int, length: int) -> None:

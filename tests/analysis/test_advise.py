@@ -187,7 +187,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
         (["--max-tokens", "1"], "--max-tokens: wanted at least 2"),
         (["--context", "0"], "--context: wanted at least 2"),
         (["--text", "/nowhere.txt"], "--text: cannot read"),
-        (["--json", "/nowhere/a.json"], "--json: wanted a file in an existing folder"),
+        (["--json", "/dev/null/a.json"], "--json: wanted a folder, got '/dev/null'"),
         (["--model", "/nowhere/model"], "--model: cannot load"),
     ],
 )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.analysis import test_monitor, test_qk_clip
+from tests.analysis import test_monitor, test_monitor_model, test_qk_clip
 from tritonattn.analysis import tally, watch
 
 pytestmark = test_monitor.pytestmark
@@ -22,7 +22,7 @@ def padding():
 
 
 def checkpointing():
-    test_monitor.test_checkpointed_layers_count_once("eager", False)
+    test_monitor_model.test_checkpointed_layers_count_once("eager", False)
 
 
 def unnormalised(call):

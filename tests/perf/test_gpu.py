@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -38,9 +39,11 @@ def test_the_order_of_worth_is_that_of_the_issue():
 
 
 @pytest.mark.parametrize("name", [name for name in names("cpu") if name not in ("report", "plots")])
-def test_every_phase(name, tmp_path, capsys):
-    minutes = "0.02" if name == "soak" else "2"
-    main(["gpu", "--device", "cpu", "--minutes", minutes, "--out", str(tmp_path), "--phases", name])
+def test_every_phase(name, tmp_path, monkeypatch, capsys):
+    phases = gpu.phases("cpu", tmp_path, "tests/kernels/test_key_statistics.py")
+    short = [replace(one, command=(*one.command, "--minutes", "0.02"), limit=None) for one in phases]
+    monkeypatch.setattr(gpu, "phases", lambda *_: short if name == "soak" else phases)
+    main(["gpu", "--device", "cpu", "--minutes", "5", "--out", str(tmp_path), "--phases", name])
     log = (tmp_path / f"{name}.log").read_text()
     assert capsys.readouterr().out.startswith(f"{name}: done after ")
     assert (tmp_path / "phases.txt").read_text().startswith(f"{name}: done")
@@ -72,10 +75,11 @@ def test_a_phase_that_fails_is_reported_and_the_next_one_runs(tmp_path, monkeypa
 
 
 def test_a_phase_that_hangs_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "_GRACE", 0.5)
-    found = gpu.run_all([phase("hangs"), phase("works", share=0.0)], tmp_path, 0.5)
+    monkeypatch.setattr(gpu, "_SECONDS_OF_BRIEF", 1.0)
+    found = gpu.run_all([phase("hangs"), phase("works", share=0.0)], tmp_path, gpu._SECONDS_TO_STOP + 2.0)
     assert [outcome.status for outcome in found] == ["out of time", "done"]
-    found = gpu.run_all([phase("hangs", failure="sleep(600)")], tmp_path, 0.5)  # which is in its log, as its command
+    said = phase("hangs", failure="sleep(600)")  # which is in its log, as its command
+    found = gpu.run_all([said], tmp_path, gpu._SECONDS_TO_STOP + 1.0)
     assert found[0].status == "failed"
 
 
@@ -85,15 +89,14 @@ def test_a_phase_that_ends_itself_before_all_is_done_is_out_of_time(name, tmp_pa
     [one] = [one for one in gpu.phases("cuda", tmp_path, "tests/kernels") if one.name == name]
     source = "tritonattn/tune/commands.py" if name == "tuning" else "perf/run_suites.py"
     assert one.cut in (gpu.ROOT / source).read_text()
-    found = gpu.run_all([phase("works", cut="worked"), phase("works", cut=one.cut)], tmp_path, 20.0)
+    found = gpu.run_all([phase("works", cut="worked"), phase("works", cut=one.cut)], tmp_path, 60.0)
     assert [outcome.status for outcome in found] == ["out of time", "done"]
 
 
-def test_a_phase_can_be_stopped_where_a_shell_has_begun_the_run_in_the_background(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "_GRACE", 0.5)
+def test_a_phase_can_be_stopped_where_a_shell_has_begun_the_run_in_the_background(tmp_path):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        [outcome] = gpu.run_all([phase("hangs")], tmp_path, 0.5)
+        [outcome] = gpu.run_all([phase("hangs")], tmp_path, gpu._SECONDS_TO_STOP + 1.0)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -101,7 +104,7 @@ def test_a_phase_can_be_stopped_where_a_shell_has_begun_the_run_in_the_backgroun
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch):
+def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch, capsys):
     """Which has a session of its own, and would hold the card."""
     monkeypatch.setattr(gpu, "phases", lambda *_: [phase("works"), phase("hangs", share=1.0), phase("works")])
     begun, popen = [], gpu.subprocess.Popen
@@ -117,11 +120,13 @@ def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background jobs ignore it
     try:
         thread.start()
-        with pytest.raises(SystemExit, match=r"gpu: stopped: .* the same command goes on"):
+        with pytest.raises(SystemExit) as stopped:
             main(["gpu", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path)])
     finally:
         signal.signal(signal.SIGINT, before)
     thread.join()
+    assert stopped.value.code == 130
+    assert re.search(r"gpu: stopped: .* the same command goes on", capsys.readouterr().err)
     assert [process.poll() is not None for process in begun] == [True, True]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -169,6 +174,25 @@ def test_failures_and_files_that_cannot_be_read_fail_and_warnings_do_not(tmp_pat
     assert "No module named 'missing'" in printed
 
 
+def test_correctness_is_interrupted_when_its_processes_have_ended(tmp_path, monkeypatch, capsys):
+    class Interrupted(threading.Thread):
+        def join(self):
+            super().join()
+            if not joined:
+                joined.append(self)
+                raise KeyboardInterrupt
+
+    joined = []
+    (tmp_path / "test_a.py").write_text("def test_it(): ...")
+    monkeypatch.setattr("perf.correctness.Thread", Interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        correctness(tmp_path)
+    assert stopped.value.code == 130
+    printed = capsys.readouterr()
+    assert "test_a.py::test_it PASSED" in printed.out
+    assert printed.err == "correctness: interrupted\n"
+
+
 def test_when_time_is_up_only_what_takes_none_runs(tmp_path):
     found = gpu.run_all([phase("works"), phase("fails", share=0.0)], tmp_path, -1.0)
     assert [outcome.status for outcome in found] == ["out of time", "failed"]
@@ -177,13 +201,33 @@ def test_when_time_is_up_only_what_takes_none_runs(tmp_path):
 def test_time_left_over_is_passed_on(tmp_path, monkeypatch):
     given = []
 
-    def execute(one, out, seconds):
+    def execute(one, out, seconds, grace):
         given.append(seconds)
         return gpu.Outcome(one, "done", 0.0)
 
     monkeypatch.setattr(gpu, "execute", execute)
-    gpu.run_all([phase("works", share=1), phase("fails", share=1), phase("hangs", share=2)], tmp_path, 100.0)
-    assert given == pytest.approx([25, 100 / 3, 100], abs=0.1)
+    chosen = [phase("works", share=1), phase("fails", share=1), phase("hangs", share=2)]
+    gpu.run_all(chosen, tmp_path, 100 + gpu._GRACE + gpu._SECONDS_TO_STOP + 80)
+    assert given == pytest.approx([45, 60, 180], abs=0.1)
+    gpu.run_all(chosen, tmp_path, 100 + gpu._SECONDS_TO_STOP)  # of little time the grace is a quarter
+    assert given[3:] == pytest.approx([75 / 4, 75 / 3, 75], abs=0.1)
+
+
+@pytest.mark.parametrize("minutes", [1.5, 3, 10, 60])
+def test_phases_that_all_take_the_most_have_ended_in_time(minutes, tmp_path, monkeypatch):
+    now, run = [1000.0], []
+
+    def execute(one, out, seconds, grace):
+        run.append(one.name)
+        now[0] += gpu._SECONDS_OF_BRIEF if one.share == 0 else seconds + grace + gpu._SECONDS_TO_STOP
+        return gpu.Outcome(one, "out of time", 0.0)
+
+    monkeypatch.setattr(gpu, "execute", execute)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    gpu.run_all(gpu.phases("cuda", tmp_path, "tests/kernels"), tmp_path, 60 * minutes)
+    assert run[-2:] == ["report", "plots"]
+    assert len(run) >= 4
+    assert now[0] <= 1000 + 60 * minutes
 
 
 def test_a_gpu_is_needed(tmp_path, monkeypatch):

@@ -178,3 +178,28 @@ def test_nothing_to_draw(tmp_path):
     for command in (["plot", "--out", str(tmp_path)], ["report"]):
         with pytest.raises(SystemExit, match=r"a\.jsonl"):
             main([command[0], str(tmp_path / "a.jsonl"), *command[1:]])
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("sweep", "--json"), ("cpu", "--json"), ("monitor", "--json"), ("codegen", "--json"), ("report", "--out")],
+)
+def test_before_the_work_a_file_that_cannot_be_written_is_refused(command, option, tmp_path, monkeypatch):
+    if command == "monitor":
+        pytest.importorskip("transformers")
+    work = {"sweep": "perf.run_suites.measure", "cpu": "perf.cpu.measure", "monitor": "perf.monitor.measure",
+            "codegen": "perf.codegen.cases", "report": "perf.report.read_all"}  # fmt: skip
+
+    def begun(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work[command], begun)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    files = ["a.jsonl"] if command == "report" else []
+    for file, message in {"/dev/null/a": "wanted a folder, got '/dev/null'", "/": "wanted a file that can be"}.items():
+        with pytest.raises(SystemExit, match=f"{command}: {option}: {message}"):
+            main([command, *files, option, file])
+    with pytest.raises(SystemExit) as stopped:
+        main([command, *files, option, str(tmp_path / "new" / "a")])
+    assert stopped.value.code == 130
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new"]

@@ -89,7 +89,7 @@ def test_one_point_has_nothing_to_compare(capsys):
         (["--dims", "-4"], ["--dims", "'-4'"]),
         (["--keys", "gauss"], ["--keys", "'gauss'", "few giants"]),
         (["--device", "nowhere"], ["--device", "nowhere"]),
-        (["--json", "/no/such/folder/a.json"], ["--json", "/no/such/folder"]),
+        (["--json", "/dev/null/a.json"], ["--json", "/dev/null"]),
         (["--plot", __file__], ["--plot", "test_command.py"]),
     ],
 )  # fmt: skip

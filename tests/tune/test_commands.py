@@ -237,7 +237,7 @@ def test_a_search_that_is_stopped_goes_on(on_h100, user, monkeypatch, capsys):
 
     monkeypatch.setattr(commands, "search", stopped)
     status, out, _ = run(capsys, *SEARCH)
-    assert status == 0
+    assert status == 130
     assert "stopped: run the command again to go on" in out
     assert set(read_table(user / "h100.json").entries) == {KEYS[0]}
     monkeypatch.setattr(commands, "search", search)

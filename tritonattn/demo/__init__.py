@@ -106,8 +106,6 @@ def _checked_modes(modes: tuple[str, ...]) -> tuple[str, ...]:
 
 def check_outputs(request: Request) -> None:
     """Refuse before the work what would fail after it."""
-    for option, file in (("--json", request.json), ("--plot", request.plot)):
-        check_file(option, file)
     if request.plot is not None:
         from .plot import file_types
 
@@ -117,6 +115,8 @@ def check_outputs(request: Request) -> None:
             )
     if request.max_tokens is not None and request.max_tokens < 2:
         raise CommandError(f"--max-tokens: wanted at least 2, got {request.max_tokens}")
+    for option, file in (("--json", request.json), ("--plot", request.plot)):
+        check_file(option, file)
 
 
 def read_text(file: Path) -> str:

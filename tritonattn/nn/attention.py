@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,21 @@ from ..autograd import needs_graph
 from ..decode_validation import LONGEST_QUERY
 from ..decoding import attention_decode
 from ..scaling import Scaling
-from ..validation import check_number
+from ..validation import (
+    FLOATS,
+    Options,
+    check_bool,
+    check_count,
+    check_dtype,
+    check_flags,
+    check_number,
+    check_tensor,
+    check_window,
+    kind_of,
+    shape_of,
+)
 from ..varlen import attention_varlen
+from ..varlen_validation import check_offsets
 from ..visibility import window_sides
 from .cache import KeyValueCache
 from .learned import as_mode, describe
@@ -42,7 +55,7 @@ class ScaledAttention(nn.Module):
         device, dtype: Of the parameters.
 
     Raises:
-        TypeError, ValueError: A scaling, or sizes, that do not describe a layer.
+        TypeError, ValueError: Arguments that do not describe a layer.
 
     >>> import torch, tritonattn
     >>> layer = tritonattn.nn.ScaledAttention(64, heads=4, kv_heads=2, scaling="ssmax", causal=True)
@@ -77,21 +90,21 @@ class ScaledAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        options = Options(causal, window, softcap=softcap, dropout_p=dropout_p, backend=backend)
+        _check_settings(options, {"sinks": sinks, "qk_norm": qk_norm, "bias": bias}, dtype)
         kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or kv_heads < 1 or heads % kv_heads != 0:
-            raise ValueError(f"kv_heads: expected a divisor of heads = {heads}, got {kv_heads}")
-        if head_dim is None and width % heads != 0:
-            raise ValueError(f"head_dim: expected an int where heads = {heads} do not divide width = {width}, got None")
+        context_width = width if context_width is None else context_width
+        _check_sizes(width, heads, kv_heads, head_dim, context_width)
+        self.width, self.context_width = width, context_width
         self.heads, self.kv_heads = heads, kv_heads
         self.head_dim = width // heads if head_dim is None else head_dim
         self.scaling = self._own_scaling(scaling, device, dtype)
         self.causal, self.window, self.softcap = causal, window, softcap
         self.dropout_p, self.backend = dropout_p, backend
-        source = width if context_width is None else context_width
         own = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(width, heads * self.head_dim, **own)
-        self.k_proj = nn.Linear(source, kv_heads * self.head_dim, **own)
-        self.v_proj = nn.Linear(source, kv_heads * self.head_dim, **own)
+        self.k_proj = nn.Linear(context_width, kv_heads * self.head_dim, **own)
+        self.v_proj = nn.Linear(context_width, kv_heads * self.head_dim, **own)
         self.o_proj = nn.Linear(heads * self.head_dim, width, **own)
         norms = [
             nn.RMSNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else nn.Identity()
@@ -191,8 +204,10 @@ class ScaledAttention(nn.Module):
 
     def _projected(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""
-        if x.dim() != 3:
-            raise ValueError(f"x: expected [B, Sq, width], got {list(x.shape)}")
+        _check_features("x", x, f"[B, Sq, width = {self.width}]", self.width)
+        if context is not None:
+            axes = f"[B, Sk, context_width = {self.context_width}]"
+            _check_features("context", context, axes, self.context_width)
         y = x if context is None else context
         q, k, v = (project(z).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project, z in (
             (self.q_proj, x), (self.k_proj, y), (self.v_proj, y)))  # fmt: skip
@@ -202,9 +217,10 @@ class ScaledAttention(nn.Module):
         """[B, Hq, Sq, D] through the last projection."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
-        if x.dim() != 2 or max_seqlen is None:
-            raise ValueError(f"cu_seqlens: expected x [T, width] and max_seqlen, got {list(x.shape)} and {max_seqlen}")
+    def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: Any) -> Tensor:
+        _check_features("x", x, f"[T, width = {self.width}]", self.width)
+        check_offsets("cu_seqlens", cu_seqlens, x)
+        check_count("max_seqlen", max_seqlen)
         q, k, v = self._projected(x[None])
         row = torch.arange(x.shape[0], device=x.device, dtype=cu_seqlens.dtype)
         sequence = torch.searchsorted(cu_seqlens, row, right=True).clamp(max=cu_seqlens.shape[0] - 1) - 1
@@ -221,6 +237,8 @@ class ScaledAttention(nn.Module):
         """[B, Hq, Sq, D]"""
         if not self.causal:
             raise ValueError("cache: expected a causal layer, got causal=False")
+        if not isinstance(cache, KeyValueCache):
+            raise TypeError(f"cache: expected a KeyValueCache, got {kind_of(cache)}")
         q, k, v = self._projected(x)
         if needs_graph(q, k, v):
             raise NotImplementedError("cache: no gradient goes through it; call under torch.no_grad()")
@@ -239,6 +257,34 @@ class ScaledAttention(nn.Module):
         end = torch.where(own < cache.lengths[:, None], own + 1, 0)  # rows past counts see nothing
         key_ranges = torch.stack([torch.minimum(first, end), end], dim=-1)
         return cast(Tensor, attention(q, cache.k, cache.v, key_ranges=key_ranges, **settings))
+
+
+def _check_settings(options: Options, flags: dict[str, Any], dtype: Any) -> None:
+    check_flags(options)
+    if options.window is not None:
+        check_window(options.window)
+    for name, flag in flags.items():
+        check_bool(name, flag)
+    check_dtype(dtype)
+
+
+def _check_sizes(width: Any, heads: Any, kv_heads: Any, head_dim: Any, context_width: Any) -> None:
+    sizes = {"width": width, "heads": heads, "kv_heads": kv_heads, "context_width": context_width}
+    for name, size in (sizes if head_dim is None else sizes | {"head_dim": head_dim}).items():
+        check_count(name, size, 1)
+    if heads % kv_heads != 0:
+        raise ValueError(f"kv_heads: expected a divisor of heads = {heads}, got {kv_heads}")
+    if head_dim is None and width % heads != 0:
+        raise ValueError(f"head_dim: expected an int where heads = {heads} do not divide width = {width}, got None")
+
+
+def _check_features(name: str, x: Any, axes: str, width: int) -> None:
+    """Raise unless x is a floating tensor of these axes, of which the last is `width`."""
+    check_tensor(name, x, axes)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if x.dim() != axes.count(",") + 1 or x.shape[-1] != width:
+        raise ValueError(f"{name}: expected {axes}, got {shape_of(x)}")
 
 
 def _refuse_beside(what: str, others: dict[str, Tensor | None]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..cache_statistics import KeyStatistics
+from ..validation import FLOATS, check_count, check_device, check_dtype, check_tensor, shape_of
 
 
 class KeyValueCache:
@@ -23,6 +26,8 @@ class KeyValueCache:
         head_dim: D.
         value_dim: Dv; None is D.
         device, dtype: Of k and v; None are torch's defaults.
+
+    Raises TypeError or ValueError for sizes and a dtype that are none.
 
     Buffers have fixed shapes and change in place, and nothing waits for the device: a step can be compiled and captured
     in a CUDA graph. On a GPU keys past the capacity are dropped, on a CPU they raise ValueError.
@@ -45,14 +50,17 @@ class KeyValueCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        value_dim = head_dim if value_dim is None else value_dim
+        for name, size in (("head_dim", head_dim), ("value_dim", value_dim)):
+            check_count(name, size, 1)
+        check_dtype(dtype)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         self.statistics = KeyStatistics(
             batch, kv_heads, capacity, device=device, dtype=torch.promote_types(dtype, torch.float32)
         )
         # One more place at the end, where what is dropped goes.
         self._k = torch.zeros(batch, kv_heads, capacity + 1, head_dim, device=device, dtype=dtype)
-        shape = (batch, kv_heads, capacity + 1, head_dim if value_dim is None else value_dim)
-        self._v = torch.zeros(shape, device=device, dtype=dtype)
+        self._v = torch.zeros(batch, kv_heads, capacity + 1, value_dim, device=device, dtype=dtype)
 
     @property
     def k(self) -> Tensor:
@@ -76,20 +84,28 @@ class KeyValueCache:
 
         counts   integers [B]: how many of the n are those of sequence b, the first ones; None is all
 
-        Raises TypeError or ValueError as `KeyStatistics.append`, and where values do not match the cache.
+        Raises TypeError or ValueError as `KeyStatistics.append`, and where keys or values do not match the cache.
         """
-        batch, kv_heads, _, value_dim = self._v.shape
-        if v_new.shape != (batch, kv_heads, k_new.shape[-2], value_dim):
-            expected = [batch, kv_heads, k_new.shape[-2], value_dim]
-            raise ValueError(f"v_new: expected [B, Hkv, n, Dv] = {expected}, got {list(v_new.shape)}")
-        if k_new.shape[-1] != self._k.shape[-1]:
-            raise ValueError(f"k_new: expected head_dim {self._k.shape[-1]}, got {k_new.shape[-1]}")
+        self._check_new("k_new", k_new, self._k, "[B, Hkv, n, D]")
+        self._check_new("v_new", v_new, self._v, "[B, Hkv, n, Dv]")
+        if v_new.shape[2] != k_new.shape[2]:
+            raise ValueError(f"v_new: expected k_new's n = {k_new.shape[2]}, got {v_new.shape[2]}")
         place = self.lengths[:, None] + torch.arange(k_new.shape[2], device=self.lengths.device)  # [B, n]
         place = place.clamp(max=self.capacity)[:, None, :, None]
         k_new = k_new.to(self._k.dtype)  # the statistics are those of the keys as stored
-        self.statistics.append(k_new, counts)  # checks, and moves lengths on
+        self.statistics.append(k_new, counts)  # checks counts and room, and moves lengths on
         for buffer, new in ((self._k, k_new), (self._v, v_new)):
             buffer.scatter_(2, place.expand_as(new), new.to(buffer.dtype))
+
+    def _check_new(self, name: str, new: Any, buffer: Tensor, axes: str) -> None:
+        """Raise unless these are floats that fit into the buffer of their kind, whatever their n."""
+        check_tensor(name, new, axes)
+        if new.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected a floating dtype, got {new.dtype}")
+        batch, kv_heads, _, size = buffer.shape
+        if new.dim() != 4 or (new.shape[0], new.shape[1], new.shape[3]) != (batch, kv_heads, size):
+            raise ValueError(f"{name}: expected {axes} = [{batch}, {kv_heads}, n, {size}], got {shape_of(new)}")
+        check_device(name, new, buffer, "this KeyValueCache")
 
     @torch.no_grad()
     def reorder(self, index: Tensor) -> None:

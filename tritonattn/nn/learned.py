@@ -13,7 +13,7 @@ from ..scaling import Cosine as FixedCosine
 from ..scaling import Scales, Scaling
 from ..scaling.base import check_positive
 from ..statistics import Statistics
-from ..validation import kind_of, named_scaling, refuse_scaling
+from ..validation import check_bool, check_count, check_dtype, kind_of, named_scaling, refuse_scaling
 from ..visibility import Visibility
 
 
@@ -28,10 +28,7 @@ class Learned(nn.Module, Scaling):
 
     def __init__(self, heads: int) -> None:
         super().__init__()
-        if isinstance(heads, bool) or not isinstance(heads, int):
-            raise TypeError(f"heads: expected an int, got {kind_of(heads)}")
-        if heads < 1:
-            raise ValueError(f"heads: expected at least 1, got {heads}")
+        check_count("heads", heads, 1)
         self.heads = heads
 
     def extra_repr(self) -> str:
@@ -60,7 +57,7 @@ class PerHead(Learned):
         device, dtype: Of theta [heads], which starts at 0: exactly the mode.
 
     Raises:
-        TypeError, ValueError: What is no mode, or no number of heads.
+        TypeError, ValueError: What is no mode, no number of heads or no floating dtype.
 
     >>> import torch, tritonattn
     >>> scaling = tritonattn.nn.PerHead("key_count", heads=4)
@@ -81,6 +78,7 @@ class PerHead(Learned):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(heads)
+        check_dtype(dtype)
         self.mode = as_mode(mode)
         self.theta = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype))
 
@@ -149,7 +147,8 @@ class SSMax(Learned):
 
     Source: Nakanishi 2025, "Scalable-Softmax is superior for attention", arXiv:2501.19399: s learned for every layer
     and head; the bias is a variant that it compares.
-    Raises TypeError for a number of heads that is none, ValueError unless base is finite and above 1.
+    Raises TypeError or ValueError for a number of heads or a dtype that is none, ValueError unless base is finite and
+    above 1.
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
@@ -171,6 +170,8 @@ class SSMax(Learned):
     ) -> None:
         super().__init__(heads)
         check_positive("base", base, above=1.0)
+        check_bool("bias", bias)
+        check_dtype(dtype)
         self.s: Tensor
         self.b: Tensor | None
         self.s = nn.Parameter(torch.full((heads,), 1 / math.log(base), device=device, dtype=dtype))
@@ -195,6 +196,8 @@ class SSMax(Learned):
 
 def scaling_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of every `Scaling` inside a module, each once: those to optimise without weight decay."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected an nn.Module, got {kind_of(module)}")
     seen: set[nn.Parameter] = set()
     for part in module.modules():
         if isinstance(part, Scaling):

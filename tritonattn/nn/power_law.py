@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..scaling import Scales
 from ..scaling.base import SMALLEST_STATISTIC, dense_lengths
 from ..statistics import Statistics
+from ..validation import check_dtype
 from ..visibility import Visibility
 from .learned import Learned
 
@@ -22,12 +23,15 @@ POINTS = {
     "key_norm_mean": (0.0, 0.0, -1.0),
 }
 
+_LARGEST = 1 / SMALLEST_STATISTIC  # as of the modes that divide by a statistic
+
 
 class PowerLaw(Learned):
     """factor = exp(theta_h) * D^a_h * n^b_h * rho^c_h: named modes are points of it, and training moves between them.
 
     n is the number and rho the mean length of the keys that the row sees. The exponents say how a head's logits ought
-    to depend on them. A rho of 0 counts as rho^c = 0, without gradient, and as 1 where c is exactly 0.
+    to depend on them. A rho of 0 counts as rho^c = 0, without gradient, and as 1 where c is exactly 0. Unless q
+    is float64, a factor is 8.5e37 at most, there without gradient.
 
     Args:
         heads: Hq.
@@ -38,7 +42,7 @@ class PowerLaw(Learned):
     Within one head dimension theta and a move the same number, so a is frozen (requires_grad is False) until asked for.
 
     Raises:
-        TypeError: A number of heads that is none.
+        TypeError: A number of heads or a dtype that is none.
         ValueError: A mode that is no point of the law.
 
     >>> import torch, tritonattn
@@ -61,8 +65,9 @@ class PowerLaw(Learned):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(heads)
-        if mode not in POINTS:
+        if not isinstance(mode, str) or mode not in POINTS:
             raise ValueError(f"mode: expected one of {', '.join(POINTS)}, got {mode!r}")
+        check_dtype(dtype)
         a, b, c = (
             nn.Parameter(torch.full((heads,), x, device=device, dtype=dtype)) for x in POINTS[mode]
         )  # fmt: skip
@@ -77,7 +82,7 @@ class PowerLaw(Learned):
         rho = statistics.length_sum / n  # [B, Hkv or Hq, Sq]
         rho = rho.repeat_interleave(self.heads // rho.shape[1], dim=1)
         dim = torch.full((), q.shape[-1], dtype=torch.float64, device=q.device)
-        return Scales(1.0, query=theta.exp() * dim.pow(a) * n.pow(b) * _length_power(rho, c))
+        return Scales(1.0, query=_held(theta.exp() * dim.pow(a) * n.pow(b) * _length_power(rho, c), q))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         theta, a, b, c = (self.per_head(x, q)[..., None] for x in self._parameters_in_order())  # [Hq, 1, 1]
@@ -88,11 +93,16 @@ class PowerLaw(Learned):
         usable = ~(rho < SMALLEST_STATISTIC)
         logarithm = torch.where(usable, rho, 1).log()
         dim = torch.full((), k.shape[-1], dtype=torch.float64, device=k.device)
-        factor = torch.exp(theta + a * dim.log() + b * n.log() + c * logarithm)
+        factor = _held(torch.exp(theta + a * dim.log() + b * n.log() + c * logarithm), q)
         return torch.where(usable | (c == 0), factor, 0)
 
     def _parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.theta, self.dim_exponent, self.count_exponent, self.length_exponent
+
+
+def _held(factor: Tensor, q: Tensor) -> Tensor:
+    """A factor in the range of float32, in which it acts: an exponent of -2 makes 1e60 of keys of 1e-30."""
+    return factor if q.dtype == torch.float64 else factor.clamp(max=_LARGEST)
 
 
 def _length_power(rho: Tensor, c: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..factor import Factor
 from ..scaling import Scales, Scaling
 from ..statistics import Statistics
-from ..validation import kind_of
+from ..validation import check_count
 from ..visibility import Visibility
 from .learned import as_mode, listed
 
@@ -51,10 +51,7 @@ class Scheduled(nn.Module, Scaling):
 
     def __init__(self, mode_a: str | Scaling, mode_b: str | Scaling, steps: int, *, blend: str = "linear") -> None:
         super().__init__()
-        if isinstance(steps, bool) or not isinstance(steps, int):
-            raise TypeError(f"steps: expected an int, got {kind_of(steps)}")
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps}")
+        check_count("steps", steps, 1)
         if blend not in _BLENDS:
             raise ValueError(f"blend: expected one of {', '.join(_BLENDS)}, got {blend!r}")
         self.mode_a, self.mode_b = as_mode(mode_a), as_mode(mode_b)
@@ -75,7 +72,8 @@ class Scheduled(nn.Module, Scaling):
 
     @torch.no_grad()
     def advance(self, steps: int = 1) -> None:
-        """Count steps."""
+        """Count steps, at least 0 at a time."""
+        check_count("steps", steps)
         self.step += steps
 
     def progress(self) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from tabulate import tabulate
 
 from .. import launch
-from ..command import CommandError
+from ..command import INTERRUPTED, CommandError
 from ..tuning import cache_dir, lookup
 from ..tuning.config import Target, TileConfig
 from ..tuning.defaults import default_config
@@ -33,6 +33,7 @@ class Request:
 
     dtypes    that a search times and checks each config in; an entry serves both
     static    names of GPUS, architectures, or "all": no timing, no GPU
+    workers   processes that compile
     write     into autotune_cache/ rather than the user's folder
     budget    minutes after which no further search begins
     """
@@ -40,11 +41,11 @@ class Request:
     kernels: tuple[str, ...]
     head_dims: tuple[int, ...]
     lengths: tuple[str, ...]
+    workers: int
     dtypes: tuple[str, ...] = ("bf16",)
     static: tuple[str, ...] = ()
     write: bool = False
     budget: float | None = None
-    workers: int | None = None
 
     @property
     def keys(self) -> list[Key]:
@@ -55,7 +56,7 @@ def tune(request: Request) -> int:
     """Search on this machine's GPU, or write static tables."""
     if launch.interpreting:
         raise CommandError("expected compiled kernels, got TRITON_INTERPRET=1, which leaves none: unset it")
-    if request.workers is not None and request.workers < 1:
+    if request.workers < 1:
         raise CommandError(f"--workers: expected at least 1, got {request.workers}")
     if request.budget is not None and math.isnan(request.budget):
         raise CommandError("--budget: expected minutes, got nan")
@@ -185,17 +186,23 @@ def _tune_here(request: Request) -> int:
     todo = pending(request.keys, _entries(path, target))
     if len(todo) < len(request.keys):
         print(f"{len(request.keys) - len(todo)} of {len(request.keys)} keys are measured already in {path}")
-    results = _search_all(request, todo, target, device, path)
+    results, stopped = _search_all(request, todo, target, device, path)
     print(f"\n{path}\n\n{_measured_summary(results)}")
     wrong = [line for result in results for line in result.wrong]
     if wrong:
         print("\nNot taken, since results or the run were wrong:\n" + "\n".join(wrong))
-    return 0
+    return INTERRUPTED if stopped else 0
 
 
-def _search_all(request: Request, todo: list[Key], target: Target, device: torch.device, path: Path) -> list[Result]:
-    """Each result goes at once into the file, beside what others wrote there: Ctrl-C loses one search at most."""
+def _search_all(
+    request: Request, todo: list[Key], target: Target, device: torch.device, path: Path
+) -> tuple[list[Result], bool]:
+    """The results, and whether Ctrl-C ended the search.
+
+    Each result goes at once into the file, beside what others wrote there: Ctrl-C loses one search at most.
+    """
     results: list[Result] = []
+    stopped = False
     found: dict[Key, Entry] = {}
     end = None if request.budget is None else time.monotonic() + 60 * request.budget
     with Compiler(target, request.workers) as compiler, tqdm(todo, unit="key") as progress:
@@ -212,6 +219,7 @@ def _search_all(request: Request, todo: list[Key], target: Target, device: torch
                 )  # fmt: skip
             except KeyboardInterrupt:
                 print("stopped: run the command again to go on")
+                stopped = True
                 break
             except SearchError as error:
                 raise CommandError(f"{error}. {len(results)} keys were searched before, see {path}") from error
@@ -221,7 +229,7 @@ def _search_all(request: Request, todo: list[Key], target: Target, device: torch
                 entries = _entries(path, target) | found
                 _write(path, Table(table_name(target), target, kernels_fingerprint(), entries), request.write)
                 lookup.forget()
-    return results
+    return results, stopped
 
 
 def _measured_summary(results: list[Result]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,10 +34,10 @@ def keys(kernels: tuple[str, ...] = TILED_KERNELS, head_dims: tuple[int, ...] = 
 class Compiler:
     """Examines configs in processes, each once for all lengths and for all cards of an architecture."""
 
-    def __init__(self, target: Target, workers: int | None = None) -> None:
+    def __init__(self, target: Target, workers: int) -> None:
         self.target = target
         self.examined: Compiled = {}
-        self._pool = ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn"), _quiet)
+        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _quiet)
 
     def __enter__(self) -> Compiler:
         return self

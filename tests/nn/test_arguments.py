@@ -1,0 +1,157 @@
+"""What the modules refuse: every error names the argument, what was wanted and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tritonattn import nn
+
+from .test_attention import WIDTH, layer, tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"heads": 5}, ValueError, "head_dim: expected an int where heads = 5 do not divide width = 24, got None"),
+        ({"heads": 4, "kv_heads": 3}, ValueError, "kv_heads: expected a divisor of heads = 4, got 3"),
+        ({"heads": 0}, ValueError, "^heads: expected at least 1, got 0"),
+        ({"heads": 4, "scaling": "ssmaxx"}, ValueError, "scaling: expected one of"),
+        ({"heads": 4, "scaling": float("nan")}, ValueError, "scaling: expected a finite number"),
+        ({"heads": 4, "scaling": None}, TypeError, "scaling: expected a number"),
+        ({"heads": "a"}, TypeError, "^heads: expected an int, got str 'a'"),
+        ({"heads": True}, TypeError, "^heads: expected an int, got bool"),
+        ({"heads": 4, "kv_heads": 0}, ValueError, "kv_heads: expected at least 1, got 0"),
+        ({"heads": 4, "kv_heads": 2.0}, TypeError, "kv_heads: expected an int, got float 2.0"),
+        ({"heads": 4, "head_dim": 0}, ValueError, "head_dim: expected at least 1, got 0"),
+        ({"heads": 4, "context_width": "a"}, TypeError, "context_width: expected an int, got str 'a'"),
+        ({"heads": 4, "causal": 1}, TypeError, "causal: expected a bool, got int 1"),
+        ({"heads": 4, "window": 3}, TypeError, r"window: expected \(left, right\), got 3"),
+        ({"heads": 4, "softcap": -1.0}, ValueError, "softcap: expected a number above 0, got -1.0"),
+        ({"heads": 4, "dropout_p": 1.5}, ValueError, r"dropout_p: expected a number in \[0, 1\), got 1.5"),
+        ({"heads": 4, "backend": "tritn"}, ValueError, "backend: expected one of auto, .*, got 'tritn'"),
+        ({"heads": 4, "sinks": torch.zeros(4)}, TypeError, "sinks: expected a bool, got a torch.float32 tensor"),
+        ({"heads": 4, "qk_norm": "no"}, TypeError, "qk_norm: expected a bool, got str 'no'"),
+        ({"heads": 4, "bias": None}, TypeError, "bias: expected a bool, got NoneType"),
+        ({"heads": 4, "dtype": torch.int32}, TypeError, "dtype: expected float16, .*, got torch.int32"),
+    ],
+)
+def test_layers_that_are_none(arguments, error, message):
+    with pytest.raises(error, match=message):
+        nn.ScaledAttention(WIDTH, **arguments)
+
+
+def test_arguments_that_exclude_one_another():
+    made, x = layer(causal=True), tokens()
+    cache, lengths = made.cache(2, 8), torch.tensor([3, 7])
+    with torch.no_grad():
+        for name, value in {"context": x, "key_lengths": lengths, "mask": torch.ones(7, 7).bool()}.items():
+            with pytest.raises(ValueError, match=f"{name}: expected None beside cache, got a tensor"):
+                made(x, cache=cache, **{name: value})
+        with pytest.raises(ValueError, match="cache: expected a causal layer"):
+            layer()(x, cache=cache)
+    with pytest.raises(ValueError, match="counts: expected None beside no cache"):
+        made(x, counts=lengths)
+    with pytest.raises(ValueError, match="key_lengths: expected None beside cu_seqlens"):
+        made(x[0], cu_seqlens=torch.tensor([0, 7]).int(), max_seqlen=7, key_lengths=lengths)
+    with pytest.raises(NotImplementedError, match="cache: no gradient goes through it"):
+        made(x, cache=cache)
+    assert cache.lengths.tolist() == [0, 0]
+
+
+OFFSETS = torch.tensor([0, 7], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, r"x: expected a tensor \[B, Sq, width = 24\], got list"),
+        ({"x": tokens()[0]}, ValueError, r"x: expected \[B, Sq, width = 24\], got \[7, 24\]"),
+        ({"x": tokens(width=8)}, ValueError, r"x: expected \[B, Sq, width = 24\], got \[2, 7, 8\]"),
+        ({"x": tokens().int()}, TypeError, "x: expected a floating dtype, got torch.int32"),
+        ({"context": [1.0]}, TypeError, r"context: expected a tensor \[B, Sk, context_width = 16\], got list"),
+        ({"context": tokens()}, ValueError, r"context: expected \[B, Sk, context_width = 16\], got \[2, 7, 24\]"),
+        ({"cu_seqlens": OFFSETS, "max_seqlen": 7}, ValueError, r"x: expected \[T, width = 24\], got \[2, 7, 24\]"),
+        ({"x": tokens()[0], "cu_seqlens": [0, 7]}, TypeError, r"cu_seqlens: expected a tensor \[N \+ 1\], got list"),
+        ({"x": tokens()[0], "cu_seqlens": OFFSETS[:0]}, ValueError, r"cu_seqlens: expected shape .*, got \[0\]"),
+        ({"x": tokens()[0], "cu_seqlens": OFFSETS}, TypeError, "max_seqlen: expected an int, got NoneType"),
+        ({"cache": [tokens()]}, TypeError, "cache: expected a KeyValueCache, got list"),
+    ],
+)
+def test_calls_that_are_none(arguments, error, message):
+    made = layer(causal=True, context_width=16)
+    with torch.no_grad(), pytest.raises(error, match=message):
+        made(**{"x": tokens()} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batch": 2.0}, TypeError, "batch: expected an int, got float 2.0"),
+        ({"head_dim": "a"}, TypeError, "head_dim: expected an int, got str 'a'"),
+        ({"head_dim": 0}, ValueError, "head_dim: expected at least 1, got 0"),
+        ({"value_dim": -1}, ValueError, "value_dim: expected at least 1, got -1"),
+        ({"dtype": torch.int32}, TypeError, "dtype: expected float16, bfloat16, float32 or float64, got torch.int32"),
+        ({"dtype": "float"}, TypeError, "dtype: expected float16, bfloat16, float32 or float64, got 'float'"),
+    ],
+)
+def test_caches_that_are_none(arguments, error, message):
+    sizes = {"batch": 2, "kv_heads": 2, "capacity": 8, "head_dim": 6}
+    with pytest.raises(error, match=message):
+        nn.KeyValueCache(**sizes | arguments)
+
+
+K, V = torch.randn(2, 2, 3, 6), torch.randn(2, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("new", "error", "message"),
+    [
+        (([1.0], V), TypeError, r"k_new: expected a tensor \[B, Hkv, n, D\], got list"),
+        ((K, [1.0]), TypeError, r"v_new: expected a tensor \[B, Hkv, n, Dv\], got list"),
+        ((K.int(), V), TypeError, "k_new: expected a floating dtype, got torch.int32"),
+        ((K, V.int()), TypeError, "v_new: expected a floating dtype, got torch.int32"),
+        ((K[..., :5], V), ValueError, r"k_new: expected \[B, Hkv, n, D\] = \[2, 2, n, 6\], got \[2, 2, 3, 5\]"),
+        ((K, K), ValueError, r"v_new: expected \[B, Hkv, n, Dv\] = \[2, 2, n, 4\], got \[2, 2, 3, 6\]"),
+        ((K, V[0]), ValueError, r"v_new: expected \[B, Hkv, n, Dv\] = \[2, 2, n, 4\], got \[2, 3, 4\]"),
+        ((K, V[:, :, :2]), ValueError, "v_new: expected k_new's n = 3, got 2"),
+        ((K, V.to("meta")), ValueError, "v_new: expected this KeyValueCache's device cpu, got meta"),
+        ((K, V, [3, 3]), TypeError, r"counts: expected a tensor \[B\], got list"),
+    ],
+)
+def test_refused_keys_and_values_leave_the_cache_as_it_was(new, error, message):
+    cache = nn.KeyValueCache(2, 2, 8, 6, 4)
+    with pytest.raises(error, match=message):
+        cache.append(*new)
+    assert cache.lengths.tolist() == [0, 0]
+    assert not cache.k.any()
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "message"),
+    [
+        ("x", TypeError, "steps: expected an int, got str 'x'"),
+        (1.5, TypeError, "steps: expected an int, got float 1.5"),
+        (-1, ValueError, "steps: expected at least 0, got -1"),
+    ],
+)
+def test_steps_that_are_none(steps, error, message):
+    scaling = nn.Scheduled("dim", "none", steps=10)
+    with pytest.raises(error, match=message):
+        scaling.advance(steps)
+    assert scaling.progress() == 0
+
+
+@pytest.mark.parametrize("name", nn.LEARNED)
+def test_a_dtype_without_gradients(name):
+    with pytest.raises(TypeError, match=r"dtype: expected float16, bfloat16, float32 or float64, got torch\.int32"):
+        nn.LEARNED[name](heads=4, dtype=torch.int32)
+
+
+def test_other_arguments_of_learned_scalings():
+    with pytest.raises(TypeError, match="bias: expected a bool, got str 'no'"):
+        nn.SSMax(4, bias="no")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"mode: expected one of sqrt_dim, .*, got \['dim'\]"):
+        nn.PowerLaw(4, ["dim"])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"module: expected an nn\.Module, got list"):
+        next(nn.scaling_parameters([nn.SSMax(4)]))  # pyright: ignore[reportArgumentType]
