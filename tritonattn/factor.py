@@ -65,6 +65,17 @@ class Factor:
         self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
     ) -> tuple[float, Tensor | None, Tensor | None]:
         """The mode's scales times the gain, as a float, [B, Hq, Sq] and [B, Hkv, Sk]."""
+        constant, query, key = self.exact_scales(q, k, visibility, statistics)
+        if query is not None:
+            query = query.to(scale_dtype(q)).expand(visibility.rows)
+        if key is not None:
+            key = key.to(scale_dtype(q)).expand(visibility.keys)
+        return constant, query, key
+
+    def exact_scales(
+        self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
+    ) -> tuple[float, Tensor | None, Tensor | None]:
+        """`scales` as the mode gave them, neither rounded nor expanded: for a mode that is made of others."""
         scales = self.scaling.scales(q, k, visibility, statistics)
         name = f"{getattr(self.scaling, 'name', type(self.scaling).__name__)}.scales()"
         if not isinstance(scales, Scales):
@@ -79,11 +90,8 @@ class Factor:
         elif gain is not None:
             constant = constant * gain
             check_number(f"{name}.constant * gain", constant)
-        if query is not None:
-            query = query.to(scale_dtype(q)).expand(visibility.rows)
         if key is not None:
             check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
-            key = key.to(scale_dtype(q)).expand(visibility.keys)
         return constant, query, key
 
     def multiplier(self, q: Tensor, k: Tensor, visibility: Visibility) -> Tensor | float:

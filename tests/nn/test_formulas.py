@@ -185,6 +185,22 @@ def test_a_schedule_towards_cosine_is_geometric():
         attention(q, k, k, scaling=nn.Scheduled("sqrt_dim", "cosine", steps=4))
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0])
+def test_a_schedule_is_differentiated_in_double_precision(size):
+    """Of tiny keys the factor is large, and its gradient towards the modes' own factors is below float32."""
+    scaling = nn.Scheduled("sqrt_dim", "key_norm_sum", steps=10, blend="geometric")
+    scaling.advance(3)
+    narrow = operands(torch.float32)
+    with torch.no_grad():
+        narrow["k"].mul_(size)
+    wide = {name: x.detach().double().requires_grad_() for name, x in narrow.items()}
+    ours, exact = (
+        torch.autograd.grad(attention(*x.values(), scaling=scaling, backend=b).double().square().sum(), x["k"])[0]
+        for x, b in ((narrow, "sdpa"), (wide, "reference"))
+    )
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-4 * exact.abs().max().item())
+
+
 def test_advancing_by_more_and_the_state():
     scaling = nn.Scheduled("dim", "none", steps=100)
     scaling.advance(30)

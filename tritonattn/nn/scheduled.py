@@ -82,7 +82,7 @@ class Scheduled(nn.Module, Scaling):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         t = self.progress().to(q.device)
-        parts = [Factor(mode).scales(q, k, visibility, statistics) for mode in (self.mode_a, self.mode_b)]
+        parts = [Factor(mode).exact_scales(q, k, visibility, statistics) for mode in (self.mode_a, self.mode_b)]
         a, b = (constant if query is None else constant * query.double() for constant, query, _ in parts)
         key_a, key_b = (key for *_, key in parts)
         if self.blend == "geometric":
