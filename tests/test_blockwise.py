@@ -142,6 +142,22 @@ def test_every_option_in_every_dtype(options, dtype):
     check(make_call(dtype, **OPTIONS[options], **MASKS["causal ranges"](2, 4, 37, 45)))
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("root", "dim"), [(1, 128), (2, 128), (1, 64)])
+def test_rows_of_few_keys(options, root, dim):
+    """Sharp softmaxes, whose gradients are differences of what nearly cancels, in every head by itself."""
+    sizes = {"batch": 1, "q_heads": 50, "kv_heads": 50, "q_len": 16, "k_len": 16, "dim": dim, "value_dim": dim}
+    call = make_call(torch.float32, scaled=False, scale=1.0, causal=True, **sizes, **OPTIONS[options])
+    counts = torch.arange(1.0, 17).pow(-1 / root).expand(1, 50, 16)
+    call = dataclasses.replace(call, query_scale=counts)
+    gradients = output_gradients(call)[0], torch.zeros(1, 50, 16)
+    ours = run(call, *gradients)[1]
+    exact, eager = (run_reference(call, *gradients, dtype)[1] for dtype in (torch.float64, torch.float32))
+    for name in ("q", "k", "v"):
+        for values in zip(*(getattr(x, name).unbind(1) for x in (ours, exact, eager)), strict=True):
+            assert_within_bound(*values, torch.float32, name=name)
+
+
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 130), (17, 37), (37, 17), (130, 130), (600, 1100)], ids=str)
 @pytest.mark.parametrize("mask", ["causal", "window", "causal lengths", "ranges", "mask"])
 def test_lengths(lengths, mask):

@@ -82,6 +82,42 @@ def test_statistics_in_16_bit(mode, dtype, device):
     harness.check(tensors, functools.partial(tritonattn.attention, scaling=mode), causal=True)
 
 
+HEADS = 24
+FEW_KEYS = {
+    "plain": {},
+    "more blocks": {"length": 40, "head_dim": 64},
+    "softcap": {"softcap": 30.0},
+    "dropout": {"dropout_p": 0.2},
+    "frozen sinks": {"sinks": torch.linspace(-3, 3, HEADS)},
+    "ranges": {"key_ranges": torch.tensor([[[row // 4 * 4, row + 1] for row in range(16)]])},
+}
+
+
+@pytest.mark.parametrize("options", FEW_KEYS)
+def test_rows_of_few_keys(options, device):
+    """Sharp softmaxes, whose gradients are differences of what nearly cancels, in every head by itself."""
+    arguments = {"length": 16, "head_dim": 128, **FEW_KEYS[options]}
+    arguments = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    length, head_dim = arguments.pop("length"), arguments.pop("head_dim")
+    sizes = {"q_len": length, "k_len": length, "head_dim": head_dim, "value_dim": head_dim}
+    tensors = harness.inputs(torch.float32, device, batch=1, kv_heads=HEADS, group=1, seed=7, **sizes)
+    attend = functools.partial(tritonattn.attention, scaling="key_count")
+    harness.check_each_head(tensors, attend, causal=True, **arguments)
+
+
+def test_the_gradient_of_k_alone_is_no_other(device):
+    q, k, v = harness.inputs(torch.float32, device, head_dim=64, value_dim=64).values()
+    visibility = tritonattn.visibility.Visibility.of(q, k, causal=True)
+    call = tritonattn.call.AttentionCall(q, k, v, visibility, 1.0)
+    result = triton_backend.forward(call, aux=False)
+    together, alone = (
+        triton_backend.backward(call, *result[:2], q, None, tritonattn.call.Needs(others, True, others))
+        for others in (True, False)
+    )
+    assert torch.equal(together.k, alone.k)
+    assert alone.q is None
+
+
 def test_default_tiles(device, monkeypatch):
     monkeypatch.undo()
     tensors = harness.inputs(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..call import AttentionCall, Gradients, Needs
 from .forward_pass import softmax_of
-from .tiles import Block, Heads, Tiles, exp_
+from .tiles import Block, Heads, Tiles, exp_, logits_of
 
 
 def backward(
@@ -42,19 +42,25 @@ class _Rows:
 
     query         q
     query_scale   query_scale, or None
-    scaled        q * query_scale * scale
+    factor        query_scale * scale
+    scaled        q * factor
     lse           without the sink
     d_out         d_out * share / (1 - p)
-    shift         d_lse - share * delta
+    delta         out . d_out
+    share         of the softmax that the sink leaves to the keys, or None without sinks
+    d_lse         d_lse, or None
     d_sink        -(1 - share) * delta, or None without sinks
     """
 
     query: Tensor
     query_scale: Tensor | None
+    factor: Tensor | float
     scaled: Tensor
     lse: Tensor
     d_out: Tensor
-    shift: Tensor
+    delta: Tensor
+    share: Tensor | None
+    d_lse: Tensor | None
     d_sink: Tensor | None
 
     @classmethod
@@ -76,19 +82,26 @@ class _Rows:
 
         query, d_out = seeing(call.q), seeing(d_out)
         query_scale = None if call.query_scale is None else seeing(call.query_scale[..., None])
-        scaled = query * call.scale if query_scale is None else query * query_scale * call.scale
+        factor = call.scale if query_scale is None else query_scale * call.scale
         delta = torch.linalg.vecdot(seeing(out) if exact_out is None else exact_out, d_out)[..., None]
-        d_sink = None
+        share = d_sink = None
         if call.sinks is not None:
             sinks = tiles.of_each_row(call.sinks[None, :, None].expand(call.q.shape[:3]), block)
             sink_share = torch.sigmoid(sinks - lse.masked_fill(blind, 0))
             d_sink = -sink_share * delta
             share = torch.sigmoid(lse.masked_fill(blind, 0) - sinks)
-            d_out, delta = d_out * share, delta * share
+            d_out = d_out * share
         if call.dropout is not None:
             d_out = d_out / (1 - call.dropout.p)
-        shift = -delta if d_lse is None else seeing(d_lse[..., None]) - delta
-        return cls(query, query_scale, scaled, lse.masked_fill(blind, torch.inf), d_out, shift, d_sink)
+        d_lse = None if d_lse is None else seeing(d_lse[..., None])
+        lse = lse.masked_fill(blind, torch.inf)
+        return cls(query, query_scale, factor, query * factor, lse, d_out, delta, share, d_lse, d_sink)
+
+    def shift(self, delta: Tensor) -> Tensor:
+        """d_lse - share * delta, what the gradient of a weight lacks to be that of a logit."""
+        if self.share is not None:
+            delta = delta * self.share
+        return -delta if self.d_lse is None else self.d_lse - delta
 
 
 @dataclass(frozen=True)
@@ -113,19 +126,28 @@ class _KeySums:
 def _add_tiles(
     tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradients: Gradients
 ) -> Tensor | None:
-    """Add the block's tiles to the sums over rows; the sum over keys of dx * k * key_scale is returned."""
+    """Add the block's tiles to the sums over rows; the sum over keys of dx * k * key_scale is returned.
+
+    Where one tile has all the keys, weights are divided by their sum and delta is sum_j weight[j] * d_weight[j]: of a
+    single key d_weight - delta is then 0, and neither the rounding of lse nor that of out is left.
+    """
     needs_query = gradients.q is not None or gradients.query_scale is not None
     d_query = torch.zeros_like(rows.query) if needs_query else None
+    is_only_tile = len(tiles.spans_of(block)) == 1
     for keys, hidden in tiles.keys_of(block):
         key = tiles.scaled_keys(block.heads, keys)
         weight, slope = _weights(tiles, block, rows, key, hidden)
+        if is_only_tile:
+            total = weight.sum(-1, keepdim=True)
+            weight.div_(total.masked_fill_(total == 0, 1))
         if sums.value is not None:
             sums.value[:, keys].baddbmm_(tiles.drop(weight, block, keys).mT, rows.d_out)
         if d_query is None and sums.key is None:
             continue
         value = tiles.of_keys(tiles.call.v, block.heads, keys)
         d_logit = tiles.drop(torch.bmm(rows.d_out, value.mT), block, keys)
-        d_logit = d_logit.add_(rows.shift).mul_(weight)
+        delta = torch.linalg.vecdot(weight, d_logit)[..., None] if is_only_tile else rows.delta
+        d_logit = d_logit.add_(rows.shift(delta)).mul_(weight)
         if slope is not None:
             d_logit.mul_(slope)
         if d_query is not None:
@@ -140,7 +162,7 @@ def _weights(
 ) -> tuple[Tensor, Tensor | None]:
     """exp(z - lse), 0 where hidden, and dz / dx, or None for 1."""
     softcap, slope = tiles.call.softcap, None
-    logit = torch.bmm(rows.scaled, key.mT)
+    logit = logits_of(rows.query, rows.factor, key)
     if softcap is not None:
         tangent = logit.div_(softcap).tanh_()
         slope = 1 - tangent.square()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..call import AttentionCall, ForwardResult
-from .tiles import Block, Tiles, exp_
+from .tiles import Block, Tiles, exp_, logits_of
 
 
 def forward(call: AttentionCall, aux: bool) -> ForwardResult:
@@ -54,10 +54,10 @@ class _Softmax:
 
     def __init__(self, tiles: Tiles, block: Block, aux: bool) -> None:
         self.tiles, self.block, self.call, self.aux = tiles, block, tiles.call, aux
-        query = tiles.of_rows(self.call.q, block)
+        self.query = query = tiles.of_rows(self.call.q, block)
+        self.factor = self.call.scale
         if self.call.query_scale is not None:
-            query = query * tiles.of_each_row(self.call.query_scale, block)
-        self.query = query * self.call.scale
+            self.factor = tiles.of_each_row(self.call.query_scale, block) * self.call.scale
         self.peak = query.new_full((*query.shape[:2], 1), -torch.inf)
         self.max_logit = self.peak
         self.total, self.spread = torch.zeros_like(self.peak), torch.zeros_like(self.peak)
@@ -99,7 +99,7 @@ class _Softmax:
 
     def _logits(self, keys: slice, hidden: Tensor | None) -> Tensor:
         tiles, block, softcap = self.tiles, self.block, self.call.softcap
-        logit = torch.bmm(self.query, tiles.scaled_keys(block.heads, keys).mT)
+        logit = logits_of(self.query, self.factor, tiles.scaled_keys(block.heads, keys))
         tiles.hide(logit, block, hidden)
         if self.aux:
             self.max_logit = torch.maximum(self.max_logit, logit.amax(-1, keepdim=True))

@@ -89,21 +89,25 @@ class Tiles:
 
         Hidden pairs are bool, broadcastable to [batch entries, key heads, G, rows, keys].
         """
-        mask, batch = self.call.visibility.mask, block.heads.batch
-        spans = _cut(block.keys, _KEYS)
+        mask = self.call.visibility.mask
+        for keys, is_whole in self.spans_of(block):
+            if is_whole and mask is None and self._bounds_tell_all():
+                yield keys, None
+                continue
+            hidden = self._hidden(block, keys)
+            if mask is None or not self.readable:
+                yield keys, hidden
+            elif not hidden.all():
+                yield keys, hidden if hidden.any() else None
+
+    def spans_of(self, block: Block) -> list[tuple[slice, bool]]:
+        """The spans of keys that some row's range touches, and whether each lies in the ranges of all."""
+        spans, batch = _cut(block.keys, _KEYS), block.heads.batch
         first, last = (_slice(bound, batch, block.rows)[..., None] for bound in (self.first, self.last))
         start, stop = (first.new_tensor([getattr(keys, end) for keys in spans]) for end in ("start", "stop"))
         touched = ((first < stop) & (last > start)).flatten(0, 1).any(0).tolist()
         whole = ((first <= start) & (last >= stop)).flatten(0, 1).all(0).tolist()
-        for keys, is_touched, is_whole in zip(spans, touched, whole, strict=True):
-            if is_touched and is_whole and mask is None and self._bounds_tell_all():
-                yield keys, None
-            elif is_touched:
-                hidden = self._hidden(block, keys)
-                if mask is None or not self.readable:
-                    yield keys, hidden
-                elif not hidden.all():
-                    yield keys, hidden if hidden.any() else None
+        return [(keys, all_see) for keys, some_see, all_see in zip(spans, touched, whole, strict=True) if some_see]
 
     def of_rows(self, x: Tensor, block: Block) -> Tensor:
         """The block of x [B, Hq, Sq, C], widened: [N, G * rows, C]."""
@@ -207,6 +211,11 @@ class Tiles:
         mask = _slice(mask, batch, block.heads.queries, block.rows, keys)
         mask = mask.unflatten(1, (-1, self.group)) if mask.shape[1] > 1 else mask[:, None]
         return hidden | ~mask
+
+
+def logits_of(query: Tensor, factor: Tensor | float, key: Tensor) -> Tensor:
+    """(query . key) * factor, [N, G * rows, keys]; to round query * factor first would err more."""
+    return torch.bmm(query, key.mT).mul_(factor)
 
 
 def exp_(x: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ from .primitives import (
     visible_tile,
 )
 
+# Few keys, over which a block of rows walks twice. Among more, some row's exact gradient is far larger than an error.
+FEW_KEYS = tl.constexpr(64)
+
 
 @triton.jit
 def _gather_query_gradient(
@@ -39,12 +42,13 @@ def _gather_query_gradient(
     batch, kv_head, batch_head, first_packed_row, first_packed_key,
     k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED_BELOW: tl.constexpr,
-    WITH_FACTOR: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    WITH_SUM: tl.constexpr, WITH_FACTOR: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add sum_j dX[i, j] * key_scale[j] * k[j] over the blocks of [full_start, full_end), or around it if MASKED.
 
-    WITH_FACTOR also adds up dS, dX * x and P * dz/dx * x in fp32, x the logit without the row's factor. These products
-    are fma's with 0, which nothing fuses further.
+    WITH_SUM also adds up dS, WITH_FACTOR dX * x and P * dz/dx * x, all in fp32, x the logit without the row's factor.
+    These products are fma's with 0, which nothing fuses further.
     """
     COLUMNS: tl.constexpr = d_factor.shape[1]
     start, end = full_start, full_end
@@ -96,7 +100,7 @@ def _gather_query_gradient(
             d_probabilities = tl.where(kept, d_probabilities * keep_scale, 0.0)
         zero = tl.zeros_like(logits)
         d_logits = tl.fma(probabilities, d_probabilities - delta[:, None], zero)
-        if WITH_FACTOR:
+        if WITH_SUM:
             d_logit_sum += partial_sums(d_logits, COLUMNS)
         if softcap is not None:
             slope = soft_cap_slope(capped, softcap)
@@ -113,6 +117,17 @@ def _gather_query_gradient(
     return accumulator, d_logit_sum, d_factor, mean_logit
 
 
+@triton.jit
+def _excess(d_logit_sum, d_lse_ptr, d_sinks_ptr, row_offsets, live):
+    """sum_j dS[i, j] - (d_lse[i] - d_sinks[i]): minus the error of delta[i]."""
+    excess = tl.sum(d_logit_sum, 1)
+    if d_lse_ptr is not None:
+        excess -= tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
+    if d_sinks_ptr is not None:
+        excess += tl.load(d_sinks_ptr + row_offsets, mask=live, other=0.0)
+    return excess
+
+
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_grad_query(
     k_descriptor, v_descriptor, q_ptr, k_ptr, v_ptr, d_out_ptr, d_lse_ptr, d_sinks_ptr, key_size_ptr,
@@ -127,8 +142,8 @@ def attention_grad_query(
     key_scale_stride_b, key_scale_stride_h, key_scale_stride_s,
     mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUM_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUM_COLUMNS: tl.constexpr, CORRECT_DELTA: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q and query_scale for BLOCK_M rows of one (batch or sequence, head), as `attention_forward`.
 
@@ -148,7 +163,8 @@ def attention_grad_query(
     d_query_scale equals scale * (q[i] . raw[i]), but that sums dX after rounding to 16 bits, and with it delta's error
     times the mean logit, which for sharp softmaxes passes the result. So dX stays in fp32. And since dS must sum over a
     row to d_lse - d_sinks, the excess of its sum is delta's error: it takes its share of the gradient
-    out again, and corrects delta for the pass over the keys.
+    out again, and corrects delta for the pass over the keys. CORRECT_DELTA does that without d_query_scale too, and
+    takes d_q of few keys by the corrected delta: of a single key dP - delta leaves nothing but their errors.
     """
     block, head, member = program_position(first_head, first_member, LAST_FIRST=right is not None)
     rows = q_len
@@ -204,16 +220,26 @@ def attention_grad_query(
         lo, hi, first_row, last_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr,
         BLOCK_N,
     )  # fmt: skip
-    for walk in tl.static_range(2):  # the blocks that need a mask, then the others
-        if walk == 0 or mask_ptr is None:
+    WITH_FACTOR: tl.constexpr = d_query_scale_ptr is not None
+    WITH_SUM: tl.constexpr = CORRECT_DELTA or WITH_FACTOR
+    for walk in tl.static_range(3):  # the blocks that need a mask, the others, and few keys again
+        if walk == 2 and WITH_SUM:
+            excess = _excess(d_logit_sum, d_lse_ptr, d_sinks_ptr, row_offsets, live)
+            delta += excess
+        if walk == 2 and CORRECT_DELTA:
+            are_few = touch_hi - touch_lo <= FEW_KEYS
+            raw = tl.where(are_few, 0.0, raw)
+            touch_hi = tl.where(are_few, touch_hi, 0)
+            full_end = full_start
+        if walk == 0 or (walk == 1 and mask_ptr is None) or (walk == 2 and CORRECT_DELTA):
             raw, d_logit_sum, d_factor, mean_logit = _gather_query_gradient(
                 raw, d_logit_sum, d_factor, mean_logit, q, d_out, factor, exponent_term, delta, softcap,
                 k_ptr, v_ptr, k_descriptor, v_descriptor, key_scale_ptr, key_size, seen_ptr, mask_ptr, dropout_ptr,
                 keep_from, keep_scale, offs_row, lo, hi, q_len, k_len, touch_lo, touch_hi, full_start, full_end,
                 batch, kv_head, batch * q_heads + head, first_packed_row, first_packed_key,
                 k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-                HEAD_DIM, VALUE_DIM, MASKED_STEP if walk == 0 else BLOCK_N, BOUNDED_BELOW,
-                d_query_scale_ptr is not None, PRECISION, WIDE, walk == 0,
+                HEAD_DIM, VALUE_DIM, BLOCK_N if walk == 1 else MASKED_STEP, BOUNDED_BELOW,
+                WITH_SUM and walk < 2, WITH_FACTOR and walk < 2, PRECISION, WIDE, walk != 1,
             )  # fmt: skip
 
     d_q = raw * scale
@@ -223,14 +249,13 @@ def attention_grad_query(
         query_scale_ptr += wide_batch * query_scale_stride_b + wide_head * query_scale_stride_h
         scale_offsets = (memory_row + tl.arange(0, BLOCK_M)) * query_scale_stride_s
         d_q *= tl.load(query_scale_ptr + scale_offsets, mask=live, other=0.0)[:, None]
-    if d_query_scale_ptr is not None:
-        excess = tl.sum(d_logit_sum, 1)
-        if d_lse_ptr is not None:
-            excess -= tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
-        if d_sinks_ptr is not None:
-            excess += tl.load(d_sinks_ptr + row_offsets, mask=live, other=0.0)
+    if WITH_FACTOR:
         d_query_scale = tl.fma(-excess, tl.sum(mean_logit, 1), tl.sum(d_factor, 1)) * scale
         tl.store(d_query_scale_ptr + row_offsets, d_query_scale, mask=keep_row)
-        store_term(terms_ptr + 2 * term_offsets + 1, -(delta + excess) * factor, factor, keep_row)
+    if WITH_SUM:
+        gradient_term = -delta
+        if query_scale_ptr is not None:
+            gradient_term *= factor
+        store_term(terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_row)
     d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(BLOCK_M, BLOCK_D, HEAD_DIM, 1, False)
     store_tile(d_q_ptrs, d_q, keep_row, HEAD_DIM)

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..call import AttentionCall, ForwardResult, Gradients, Needs
 from ..launch import Arguments, Plan, is_wide, planned, stride_arguments
-from ..tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, is_short, padded_dim
+from ..tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
 from ..visibility import Visibility
 from .key_statistics import seen_bytes
 
@@ -38,7 +38,7 @@ def backward(
     """
     shared = _call_arguments(call) | stride_arguments("d_out", d_out) | {"d_out_ptr": d_out}
     shared |= {"lse_ptr": lse.contiguous(), "d_lse_ptr": None if d_lse is None else d_lse.contiguous()}
-    takes_sinks = call.sinks is not None and (needs.sinks or needs.query_scale)
+    takes_sinks = call.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
     shared["d_sinks_ptr"] = _results(call, lse.shape, torch.float32) if takes_sinks else None
     shared |= _row_terms(call, shared, out)
     d_sinks = shared["d_sinks_ptr"]
@@ -63,7 +63,8 @@ def _row_terms(call: AttentionCall, shared: Arguments, out: Tensor) -> Arguments
 
 
 def _grad_query(call: AttentionCall, shared: Arguments, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
-    if not (needs.q or needs.query_scale):
+    for_keys = corrects_delta(call.q.dtype) and (needs.k or needs.key_scale)  # whose pass reads the corrected terms
+    if not (needs.q or needs.query_scale or for_keys):
         return None, None
     d_q = _results(call, call.q.shape, call.q.dtype)
     d_query_scale = _results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None

@@ -7,7 +7,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from ..kernels import KERNELS
-from .config import Problem, Target, TileConfig, legal_reasons, padded_dim, sum_columns
+from .config import Problem, Target, TileConfig, corrects_delta, legal_reasons, padded_dim, sum_columns
 from .defaults import default_config
 
 _SCALAR_TYPES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
@@ -96,6 +96,7 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> di
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "SUM_COLUMNS": sum_columns(problem, target),
+        "CORRECT_DELTA": corrects_delta(problem.dtype),
         "SPLIT_TERMS": target.has_tensor_memory,
         "PRECISION": "ieee",
         "WIDE": False,

@@ -118,6 +118,11 @@ def sum_columns(problem: Problem, target: Target) -> int:
     return 8 if in_registers and problem.dtype.itemsize == 2 else 1
 
 
+def corrects_delta(dtype: torch.dtype) -> bool:
+    """Whether `grad_query` corrects delta, which errs more than all else where nothing is rounded to 16 bits."""
+    return dtype == torch.float32
+
+
 @dataclass(frozen=True)
 class TileConfig:
     """block_m query rows and block_n keys a tile, warps a program, stages of the software pipeline.
