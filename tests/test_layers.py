@@ -19,7 +19,7 @@ ORDER = (
     {"observation"},
     {"ranges", "sequences", "dropout"},
     {"visibility"},
-    {"call", "statistics"},
+    {"call", "first_rows", "statistics"},
     {"scaling", "decode_call"},
     {"reference", "sdpa", "blockwise", "kernels"},
     {"tuning"},
