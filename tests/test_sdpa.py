@@ -17,6 +17,19 @@ from tritonattn.visibility import Visibility
 FAST = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
+@pytest.fixture
+def handed_on(monkeypatch):
+    """The q of every call of PyTorch's attention."""
+    queries, plain = [], sdpa.scaled_dot_product_attention
+
+    def noting(q, *rest, **options):
+        queries.append(q)
+        return plain(q, *rest, **options)
+
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", noting)
+    return queries
+
+
 def run(call, d_out):
     """out and the gradients of q, k, v and the scales."""
     leaves = {
@@ -170,24 +183,18 @@ def test_rows_of_few_keys_in_every_head(power, dim):
 
 
 @pytest.mark.parametrize(("factor", "apart"), [(0.49, False), (0.51, True), (-0.51, True)])
-def test_first_rows_are_apart_where_factors_are_large(factor, apart, monkeypatch):
+def test_first_rows_are_apart_where_factors_are_large(factor, apart, handed_on):
     """Than 2 / sqrt(16); that of the first row, of one key, is of no account, nor is one without gradients."""
     call = make_call(torch.float32, q_len=37, k_len=37, scale=-1.0, causal=True)
     scale = torch.full_like(call.query_scale, factor)
     scale[..., 0] = 9
     call = dataclasses.replace(call, query_scale=scale, key_scale=None)
     check(call)
-    lengths, plain = [], sdpa.scaled_dot_product_attention
-
-    def noting(q, *rest, **options):
-        lengths.append(q.shape[2])
-        return plain(q, *rest, **options)
-
-    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", noting)
+    handed_on.clear()
     sdpa.attention(call)
-    assert lengths == [37]
+    assert [x.shape[2] for x in handed_on] == [37]
     sdpa.attention(dataclasses.replace(call, k=call.k.clone().requires_grad_()))
-    assert lengths == [37, 37, *([16] if apart else [])]
+    assert [x.shape[2] for x in handed_on] == [37, 37, *([16] if apart else [])]
 
 
 @pytest.mark.parametrize(
@@ -203,19 +210,12 @@ def test_gradients_summed_over_many_rows(dtype, heads, length, dim):
 
 
 @pytest.mark.parametrize(("rows", "widened"), [(256, False), (257, True)])
-def test_gradients_over_many_rows_are_summed_in_fp32(rows, widened, monkeypatch):
-    kinds, plain = [], sdpa.scaled_dot_product_attention
-
-    def noting(q, *rest, **options):
-        kinds.append(q.dtype)
-        return plain(q, *rest, **options)
-
-    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", noting)
+def test_gradients_over_many_rows_are_summed_in_fp32(rows, widened, handed_on):
     q, k, v = torch.randn(3, 1, 1, rows, 4, dtype=torch.bfloat16).unbind(0)
     visibility = Visibility.of(q, k, causal=True)
     for operand in (q, q.clone().requires_grad_()):
         assert sdpa.attention(AttentionCall(operand, k, v, visibility, 0.5)).dtype == torch.bfloat16
-    assert kinds == [torch.bfloat16, torch.float32 if widened else torch.bfloat16]
+    assert [x.dtype for x in handed_on] == [torch.bfloat16, torch.float32 if widened else torch.bfloat16]
 
 
 def test_tiny_scales_keep_their_digits_in_fp16():

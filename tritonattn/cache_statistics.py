@@ -192,9 +192,7 @@ class KeyStatistics:
         Raises:
             TypeError, ValueError: What is no int, or a capacity below this one.
         """
-        check_count("capacity", capacity)
-        if capacity < self.capacity:
-            raise ValueError(f"capacity: expected at least {self.capacity}, got {capacity}")
+        check_count("capacity", capacity, self.capacity)
         other = self._like(len(self.counts), capacity)
         for mine, its in zip(self._buffers(), other._buffers(), strict=True):
             if mine.dim() == 1:

@@ -45,9 +45,14 @@ def attention(call: AttentionCall) -> Tensor:
     The scales are folded in q's dtype: exact to rounding in fp32 and fp64, while in bf16 q * query_scale and
     k * key_scale are rounded to bf16 once before they meet.
     """
-    q, k, v = call.q, call.k, call.v
+    q, k, v, scale = call.q, call.k, call.v, call.query_scale
     wide = replace(call, q=q.float(), k=k.float(), v=v.float()) if _needs_fp32(call) else call
-    out = _first_rows_apart(wide) if _starts_sharp(wide) else _attention(_without_lone_row(wide))
+    if scale is None or call.visibility.is_full or not needs_graph(q, k, scale):
+        out = _attention(wide)
+    elif _starts_sharp(wide, scale):
+        out = _first_rows_apart(wide)
+    else:
+        out = _attention(_without_lone_row(wide, scale))
     return out.to(q.dtype)
 
 
@@ -69,20 +74,18 @@ def _first_rows_apart(call: AttentionCall) -> Tensor:
     operands = {name: getattr(call, name) for name in ("q", "k", "v", "query_scale", "key_scale")}
     parts = {name: first_rows.split(x, rows) for name, x in operands.items() if x is not None}
     out = _attention(replace(call, **{name: whole for name, (whole, _) in parts.items()}))
-    first = replace(call, **{name: part.double() for name, (_, part) in parts.items()})
-    first = replace(first, visibility=Visibility.of(first.q, first.k, causal=True))
-    return first_rows.join(out, _attention(_without_lone_row(first)).to(out.dtype))
+    first = {name: part.double() for name, (_, part) in parts.items()}
+    narrow = replace(call, **first, visibility=Visibility.of(first["q"], first["k"], causal=True))
+    return first_rows.join(out, _attention(_without_lone_row(narrow, first["query_scale"])).to(out.dtype))
 
 
-def _starts_sharp(call: AttentionCall) -> bool:
-    """Whether gradients of rows of few keys need care: causal, in fp32, and with large factors.
+def _starts_sharp(call: AttentionCall, scale: Tensor) -> bool:
+    """Whether causal gradients of rows of few keys need care, scaled by row: in fp32, and with large factors.
 
     Scaled by 1 / n, those rows have the largest logits and gradients. In a sharp softmax dS = P (dP - delta) is a small
     difference, and PyTorch's kernel takes delta, the sum of P dP, from the output, rounded otherwise than dP is.
     """
-    scale, key_scale = call.query_scale, call.key_scale
-    if scale is None or call.visibility.is_full or not needs_graph(call.q, call.k, scale):
-        return False
+    key_scale = call.key_scale
     if call.q.dtype == torch.float64 or call.q.device.type != "cpu":
         return False
     if not runs_eagerly(scale, key_scale):
@@ -111,15 +114,12 @@ def _needs_fp32(call: AttentionCall) -> bool:
     return narrow and summed and call.q.device.type == "cpu" and needs_graph(call.q, call.k, call.v)
 
 
-def _without_lone_row(call: AttentionCall) -> AttentionCall:
-    """With query_scale 0 for the first causal row where there are gradients: its softmax is 1, whatever the logit.
+def _without_lone_row(call: AttentionCall, scale: Tensor) -> AttentionCall:
+    """With query_scale 0 for the first causal row, for the sake of gradients: its softmax is 1, whatever the logit.
 
     So its gradients are 0, as they should be. PyTorch's kernel leaves rounding of them, which a scale that is large
     in this row, as 1 / n is, would lift above the gradients of all others.
     """
-    scale = call.query_scale
-    if scale is None or call.visibility.is_full or not needs_graph(call.q, call.k, scale):
-        return call
     return replace(call, query_scale=scale * (torch.arange(call.visibility.q_len, device=scale.device) > 0))
 
 

@@ -179,9 +179,8 @@ def _check_sizes(q: Tensor, k: Tensor, v: Tensor, sequence: int) -> None:
 
 
 def check_flags(options: Options) -> None:
-    for name in ("causal", "return_aux"):
-        if not isinstance(getattr(options, name), bool):
-            raise TypeError(f"{name}: expected a bool, got {kind_of(getattr(options, name))}")
+    check_bool("causal", options.causal)
+    check_bool("return_aux", options.return_aux)
     if not isinstance(options.backend, str) or options.backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {options.backend!r}")
     if options.softcap is not None:

@@ -121,7 +121,7 @@ def _of_block(tiles: Tiles, block: Block) -> dict[str, Tensor]:
         factor = factor * tiles.of_each_row(tiles.call.query_scale, block)
     query = query * factor
     softmax = None
-    for keys, hidden in tiles.keys_of(block):
+    for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
         part = _part(tiles, block, query, keys, hidden)
         softmax = part if softmax is None else _joined(softmax, part)
     return {} if softmax is None else _finished(softmax, factor)

@@ -133,8 +133,9 @@ def _add_tiles(
     """
     needs_query = gradients.q is not None or gradients.query_scale is not None
     d_query = torch.zeros_like(rows.query) if needs_query else None
-    is_only_tile = len(tiles.spans_of(block)) == 1
-    for keys, hidden in tiles.keys_of(block):
+    spans = tiles.spans_of(block)
+    is_only_tile = len(spans) == 1
+    for keys, hidden in tiles.keys_of(block, spans):
         key = tiles.scaled_keys(block.heads, keys)
         weight, slope = _weights(tiles, block, rows, key, hidden)
         if is_only_tile:

@@ -29,7 +29,7 @@ def forward(call: AttentionCall, aux: bool) -> ForwardResult:
 def softmax_of(tiles: Tiles, block: Block, aux: bool = False) -> _Softmax:
     """The softmax of a block's rows over all keys that they see."""
     softmax = _Softmax(tiles, block, aux)
-    for keys, hidden in tiles.keys_of(block):
+    for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
         softmax.add(keys, hidden)
     return softmax
 

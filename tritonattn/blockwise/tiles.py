@@ -84,13 +84,13 @@ class Tiles:
             for part in _cut(rows, self.row_step):
                 yield Block(heads, part, keys)
 
-    def keys_of(self, block: Block) -> Iterator[tuple[slice, Tensor | None]]:
-        """The spans of keys that some row of the block may see, and what of each is hidden: None for nothing.
+    def keys_of(self, block: Block, spans: list[tuple[slice, bool]]) -> Iterator[tuple[slice, Tensor | None]]:
+        """Those of `spans_of(block)` that some row may see, and what of each is hidden: None for nothing.
 
         Hidden pairs are bool, broadcastable to [batch entries, key heads, G, rows, keys].
         """
         mask = self.call.visibility.mask
-        for keys, is_whole in self.spans_of(block):
+        for keys, is_whole in spans:
             if is_whole and mask is None and self._bounds_tell_all():
                 yield keys, None
                 continue
