@@ -37,21 +37,24 @@ opcheck_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a
 
 
 @opcheck_reads_grad
-@pytest.mark.parametrize("aux", [False, True])
+@pytest.mark.parametrize(("aux", "keep_rounding"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("case", CALLS)
-def test_forward_passes_opcheck(case, aux):
-    opcheck(torch.ops.tritonattn.forward.default, tuple(attend._Flat.of(example(**CALLS[case]), "sdpa", aux)))
+def test_forward_passes_opcheck(case, aux, keep_rounding):
+    flat = attend._Flat.of(example(**CALLS[case]), "sdpa", aux, keep_rounding)
+    opcheck(torch.ops.tritonattn.forward.default, tuple(flat))
 
 
+@pytest.mark.parametrize("keep_rounding", [False, True])
 @pytest.mark.parametrize("case", CALLS)
-def test_backward_passes_opcheck(case):
+def test_backward_passes_opcheck(case, keep_rounding):
     call = example(**CALLS[case])
-    flat = attend._Flat.of(call, "sdpa", False)
+    flat = attend._Flat.of(call, "sdpa", False, keep_rounding)
     detached = [x.detach() if isinstance(x, Tensor) else x for x in flat]
     out, lse, *_ = (x if x is None else x.detach() for x in ops.attention(call, "sdpa", False))
     present = [x is not None for x in flat[: len(FIELDS)]]
     for needs in (present, [present[0], False, *present[2:]]):
-        arguments = (*detached, out, lse, torch.ones_like(out), None, needs)
+        rounding = torch.zeros_like(out) if keep_rounding else None
+        arguments = (*detached, out, lse, rounding, torch.ones_like(out), None, needs)
         opcheck(torch.ops.tritonattn.backward.default, arguments)
 
 
@@ -72,7 +75,7 @@ def test_the_operator_itself_differentiates(case):
     call = example(**CALLS[case])
     leaves = tuple(differentiable(call).values())
     wanted = torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), leaves)
-    result = ForwardResult(*torch.ops.tritonattn.forward(*attend._Flat.of(call, "sdpa", False)))
+    result = ForwardResult(*torch.ops.tritonattn.forward(*attend._Flat.of(call, "sdpa", False, True)))
     for ours, expected in zip(torch.autograd.grad(loss(result), leaves), wanted, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
@@ -150,9 +153,7 @@ def test_a_saved_tensor_changed_in_place_is_noticed(changed):
 def test_gradients_of_gradients_are_refused(case):
     call = example(**CALLS[case])
     (d_q,) = torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), call.q, create_graph=True)
-    torch.testing.assert_close(
-        d_q.detach(), torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), call.q)[0]
-    )
+    torch.testing.assert_close(d_q.detach(), torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), call.q)[0])
     with pytest.raises(RuntimeError, match="gradients of gradients are not supported"):
         d_q.sum().backward()
 
@@ -176,9 +177,7 @@ def test_forward_mode_is_refused():
 
 def test_autocast_does_not_reach_into_a_backend():
     call = example(causal=True)
-    call = replace(
-        call, **{name: x.detach().float().requires_grad_() for name, x in differentiable(call).items()}
-    )
+    call = replace(call, **{name: x.detach().float().requires_grad_() for name, x in differentiable(call).items()})
     leaves = tuple(differentiable(call).values())
     wanted = torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), leaves)
     with torch.autocast("cpu", dtype=torch.bfloat16):

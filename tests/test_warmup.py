@@ -17,7 +17,7 @@ def test_it_makes_the_calls_that_are_to_come(monkeypatch):
     attention = api.attention
 
     def watch(q, k, v, **options):
-        seen.append((q.shape, k.shape, v.shape, q.dtype, q.requires_grad, options))
+        seen.append((q.shape, k.shape, v.shape, q.dtype, q.requires_grad and torch.is_grad_enabled(), options))
         return attention(q, k, v, **options)
 
     monkeypatch.setitem(warmup.__globals__, "attention", watch)
@@ -25,8 +25,9 @@ def test_it_makes_the_calls_that_are_to_come(monkeypatch):
     warmup([(1, 2, 4, 16), of_each], dtype=torch.float16, device="cpu", backward=True, causal=True, return_aux=True)
     options = {"causal": True, "return_aux": True}
     assert seen == [
-        (*[(1, 2, 4, 16)] * 3, torch.float16, True, options),
-        (*of_each, torch.float16, True, options),
+        (*shapes, torch.float16, with_graph, options)
+        for shapes in ([(1, 2, 4, 16)] * 3, of_each)
+        for with_graph in (False, True)  # the kernels of inference, and those of training
     ]
 
 

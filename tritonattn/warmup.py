@@ -31,7 +31,8 @@ def warmup(
         shapes: A list: of each call q's shape [B, Hq, Sq, D], which k and v then share, or those of (q, k, v).
         dtype: Of q, k and v.
         device: Where the calls will run.
-        backward: Compile the backward pass too.
+        backward: Compile the backward pass too, and the forward pass that keeps what it needs, besides the one of
+            calls without gradients.
         options: As of `attention`: scaling, gain, causal, window, ...; tensors on `device`.
 
     Raises:
@@ -45,10 +46,12 @@ def warmup(
         if any(not hasattr(one, "__len__") or len(one) != 4 for one in each):
             raise ValueError(f"shapes: expected a list of (B, H, S, D), or of three such for q, k and v, got {shape}")
         q, k, v = (torch.zeros(one, dtype=dtype, device=device, requires_grad=backward) for one in each)
-        with torch.set_grad_enabled(backward):
-            result = attention(q, k, v, **options)
-            out = result[0] if isinstance(result, tuple) else result
-            if backward:
+        with torch.no_grad():
+            attention(q, k, v, **options)
+        if backward:
+            with torch.enable_grad():
+                result = attention(q, k, v, **options)
+                out = result[0] if isinstance(result, tuple) else result
                 given = [*options.values(), *_parameters(options.get("scaling"))]
                 leaves = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
                 # Not out.backward(): a learned scaling or gain would be left with a gradient of zeros.

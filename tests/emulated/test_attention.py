@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
+import tritonattn
+from tests.kernels import harness
 from tests.support.pairs import all_pairs
 from tritonattn.tuning import TileConfig
 
-from .cases import FORMS, WIDE_MASKS, Case
-from .executor import GPU, GPUS
+from .cases import CPU, FORMS, WIDE_MASKS, Case, with_padded_gradient
+from .executor import GPU, GPUS, padded_operands
 
 HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
 SMALL = TileConfig(16, 16, 1, 2)  # short sequences have inner blocks, edges and tails
@@ -53,6 +57,16 @@ def test_attention(gpu, case, emulate):
     executor = emulate(gpu, case.tiles)
     case.check()
     assert len(executor.launched) == 4  # forward, row terms, both backward kernels
+
+
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_count"])
+def test_keys_and_values_with_means(scaling, emulate):
+    """What delta errs by, d_q has times the mean key: so it must not come from an output of 16 bits."""
+    emulate(GPU(80), SMALL)
+    tensors = harness.inputs(BFLOAT, CPU, q_len=40, k_len=64, head_dim=64, value_dim=64)
+    tensors |= {"k": tensors["k"] + 3, "v": tensors["v"] + 3}
+    attend = with_padded_gradient(functools.partial(tritonattn.attention, scaling=scaling))
+    harness.check(padded_operands(tensors), attend)
 
 
 @pytest.mark.slow

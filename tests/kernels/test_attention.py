@@ -105,13 +105,28 @@ def test_rows_of_few_keys(options, device):
     harness.check_each_head(tensors, attend, causal=True, **arguments)
 
 
+@pytest.mark.parametrize("mode", ["sqrt_dim", "key_count"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # the interpreter truncates to bf16
+def test_keys_and_values_with_means(mode, dtype, device):
+    """What delta errs by, d_q has times the mean key: so it must not come from an output of 16 bits."""
+    tensors = harness.inputs(dtype, device, q_len=40, k_len=64, head_dim=64, value_dim=64)
+    tensors |= {"k": tensors["k"] + 3, "v": tensors["v"] + 3}
+    harness.check(tensors, functools.partial(tritonattn.attention, scaling=mode))
+
+
+def test_scales_of_0(device):
+    tensors = harness.inputs(torch.float32, device, scales=("query_scale",))
+    tensors["query_scale"].zero_()
+    harness.check(tensors, return_aux=True, causal=True)
+
+
 def test_the_gradient_of_k_alone_is_no_other(device):
     q, k, v = harness.inputs(torch.float32, device, head_dim=64, value_dim=64).values()
     visibility = tritonattn.visibility.Visibility.of(q, k, causal=True)
     call = tritonattn.call.AttentionCall(q, k, v, visibility, 1.0)
     result = triton_backend.forward(call, aux=False)
     together, alone = (
-        triton_backend.backward(call, *result[:2], q, None, tritonattn.call.Needs(others, True, others))
+        triton_backend.backward(call, result, q, None, tritonattn.call.Needs(others, True, others))
         for others in (True, False)
     )
     assert torch.equal(together.k, alone.k)
@@ -338,7 +353,7 @@ def test_every_program_runs_once(monkeypatch):
     visibility = tritonattn.visibility.Visibility.of(q, q)
     call = tritonattn.call.AttentionCall(q, q, q, visibility, 1.0)
     result = triton_backend.forward(call, aux=False)
-    triton_backend.backward(call, *result[:2], q, None, tritonattn.call.Needs(True, True, True))
+    triton_backend.backward(call, result, q, None, tritonattn.call.Needs(True, True, True))
     assert [grid[1:] for grid, _ in grids] == [(1, 65_535), (1, 34_465)] * 4
     assert [arguments["first_member"] for _, arguments in grids] == [0, 65_535] * 4
 

@@ -7,29 +7,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..call import AttentionCall, Gradients, Needs
-from .forward_pass import softmax_of
+from ..call import AttentionCall, ForwardResult, Gradients, Needs
 from .tiles import Block, Heads, Tiles, exp_, logits_of
 
 
 def backward(
-    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Needs
+    call: AttentionCall, result: ForwardResult, d_out: Tensor, d_lse: Tensor | None, needs: Needs
 ) -> Gradients:
     """The gradients that `needs`, a bool for each, asks for.
 
-    out [B, Hq, Sq, Dv] and lse [B, Hq, Sq] as `forward` returned them; d_out and d_lse alike, any strides.
+    result, of which out, lse and rounding are read, as `forward` returned it; d_out [B, Hq, Sq, Dv] and d_lse
+    [B, Hq, Sq], any strides.
     """
     tiles = Tiles(call)
     tensors = (call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
     pairs = zip(tensors, needs, strict=True)
     gradients = Gradients(*(x.new_zeros(x.shape) if need and x is not None else None for x, need in pairs))
-    # From a rounded out, delta = out . d_out has an error that the gradient of query_scale takes times the mean logit.
-    exact = needs.query_scale and call.q.dtype != tiles.dtype
     for heads in tiles.heads():
         sums = _KeySums.of(tiles, heads, gradients)
         for block in tiles.blocks(heads):
-            exact_out = softmax_of(tiles, block).out() if exact else None
-            rows = _Rows.of(tiles, block, (out, lse, d_out, d_lse), exact_out)
+            rows = _Rows.of(tiles, block, result, d_out, d_lse)
             d_query = _add_tiles(tiles, block, rows, sums, gradients)
             _store_of_rows(tiles, block, rows, d_query, gradients)
         _store_of_keys(tiles, heads, sums, gradients)
@@ -64,17 +61,9 @@ class _Rows:
     d_sink: Tensor | None
 
     @classmethod
-    def of(
-        cls,
-        tiles: Tiles,
-        block: Block,
-        saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
-        exact_out: Tensor | None,
-    ) -> _Rows:
-        """From (out, lse, d_out, d_lse); exact_out, [N, G * rows, Dv], stands for a rounded out."""
+    def of(cls, tiles: Tiles, block: Block, result: ForwardResult, d_out: Tensor, d_lse: Tensor | None) -> _Rows:
         call = tiles.call
-        out, lse, d_out, d_lse = saved
-        lse = tiles.of_each_row(lse, block)
+        lse = tiles.of_each_row(result.lse, block)
         blind = lse == -torch.inf
 
         def seeing(x: Tensor) -> Tensor:
@@ -83,7 +72,10 @@ class _Rows:
         query, d_out = seeing(call.q), seeing(d_out)
         query_scale = None if call.query_scale is None else seeing(call.query_scale[..., None])
         factor = call.scale if query_scale is None else query_scale * call.scale
-        delta = torch.linalg.vecdot(seeing(out) if exact_out is None else exact_out, d_out)[..., None]
+        out = seeing(result.out)
+        if result.rounding is not None:
+            out += seeing(result.rounding)
+        delta = torch.linalg.vecdot(out, d_out)[..., None]
         share = d_sink = None
         if call.sinks is not None:
             sinks = tiles.of_each_row(call.sinks[None, :, None].expand(call.q.shape[:3]), block)
@@ -123,9 +115,7 @@ class _KeySums:
         return cls(key, None if gradients.v is None else zeros(tiles.call.v))
 
 
-def _add_tiles(
-    tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradients: Gradients
-) -> Tensor | None:
+def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradients: Gradients) -> Tensor | None:
     """Add the block's tiles to the sums over rows; the sum over keys of dx * k * key_scale is returned.
 
     Where one tile has all the keys, weights are divided by their sum and delta is sum_j weight[j] * d_weight[j]: of a
@@ -172,9 +162,7 @@ def _weights(
     return exp_(logit.sub_(rows.lse)), slope
 
 
-def _store_of_rows(
-    tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | None, gradients: Gradients
-) -> None:
+def _store_of_rows(tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | None, gradients: Gradients) -> None:
     if gradients.sinks is not None and rows.d_sink is not None:
         gradients.sinks[block.heads.queries] += tiles.by_head(rows.d_sink, block).sum((0, 3, 4)).flatten()
     if d_query is None:

@@ -9,29 +9,27 @@ from ..call import AttentionCall, ForwardResult
 from .tiles import Block, Tiles, exp_, logits_of
 
 
-def forward(call: AttentionCall, aux: bool) -> ForwardResult:
-    """The output and lse of a call, and with aux its max_logit and entropy."""
+def forward(call: AttentionCall, aux: bool, keep_rounding: bool = False) -> ForwardResult:
+    """The output and lse of a call, with aux its max_logit and entropy, and with keep_rounding its rounding."""
     tiles = Tiles(call)
     rows = call.q.shape[:3]
     out = call.q.new_empty(*rows, call.v.shape[3])
+    rounding = torch.empty_like(out) if keep_rounding else None
     lse, max_logit, entropy = (call.q.new_empty(rows, dtype=tiles.dtype) for _ in range(3))
     for heads in tiles.heads():
         for block in tiles.blocks(heads):
-            softmax = softmax_of(tiles, block, aux)
-            _store(out, softmax.out(), block)
+            softmax = _Softmax(tiles, block, aux)
+            for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
+                softmax.add(keys, hidden)
+            exact = softmax.out()
+            _store(out, exact, block)
+            if rounding is not None:
+                _store(rounding, exact - exact.to(out.dtype), block)
             _store(lse, softmax.lse(), block)
             if aux:
                 _store(max_logit, softmax.max_logit, block)
                 _store(entropy, softmax.entropy(), block)
-    return ForwardResult(out, lse, max_logit, entropy) if aux else ForwardResult(out, lse)
-
-
-def softmax_of(tiles: Tiles, block: Block, aux: bool = False) -> _Softmax:
-    """The softmax of a block's rows over all keys that they see."""
-    softmax = _Softmax(tiles, block, aux)
-    for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
-        softmax.add(keys, hidden)
-    return softmax
+    return ForwardResult(out, lse, *((max_logit, entropy) if aux else (None, None)), rounding)
 
 
 def _store(whole: Tensor, part: Tensor, block: Block) -> None:

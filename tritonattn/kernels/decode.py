@@ -147,7 +147,7 @@ def attention_decode(
 
     place = ((batch * q_heads + kv_head * group) * q_len + packed) * splits + split
     row_sum = tl.sum(running_sum, 1)
-    shift, lse, max_logit, entropy = softmax_results(running_max, row_sum, tl.sum(running_spread, 1), softcap)
+    shift, lse, max_logit, entropy = softmax_results(running_max, row_sum, tl.sum(running_spread, 1), factor, softcap)
     tl.store(split_lse_ptr + place, lse, mask=keep_row)
     if split_max_logit_ptr is not None:
         tl.store(split_max_logit_ptr + place, max_logit, mask=keep_row)

@@ -68,7 +68,7 @@ def online_softmax(
 
 
 @triton.jit
-def softmax_results(running_max, row_sum, row_spread, softcap):
+def softmax_results(running_max, row_sum, row_spread, factor, softcap):
     """(shift in base 2, lse, max_logit, entropy) of rows; 0, -inf, -inf, 0 for a row without keys."""
     empty = row_sum == 0.0
     total = tl.where(empty, 1.0, row_sum)
@@ -78,7 +78,8 @@ def softmax_results(running_max, row_sum, row_spread, softcap):
     shift = tl.where(empty, 0.0, shift)
     lse = tl.where(empty, float("-inf"), (shift + tl.log2(total)) * LN_2)
     entropy = tl.where(empty, 0.0, (tl.log2(total) - row_spread / total) * LN_2)
-    return shift, lse, running_max * LN_2, tl.maximum(entropy, 0.0)
+    max_logit = tl.where((factor == TINY) & (row_sum > 0.0), 0.0, running_max * LN_2)  # TINY stands for 0
+    return shift, lse, max_logit, tl.maximum(entropy, 0.0)
 
 
 @triton.jit
@@ -157,7 +158,7 @@ def _attend(
 def attention_forward(
     k_descriptor, v_descriptor, q_ptr, k_ptr, v_ptr, query_scale_ptr, key_scale_ptr, sinks_ptr,
     key_lengths_ptr, key_ranges_ptr, mask_ptr, seen_ptr, q_starts_ptr, k_starts_ptr, dropout_ptr,
-    out_ptr, lse_ptr, max_logit_ptr, entropy_ptr,
+    out_ptr, rounding_ptr, lse_ptr, max_logit_ptr, entropy_ptr,
     scale, softcap, keep_from, keep_scale, left, right, q_len, k_len, q_heads, group, first_head, first_member,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     v_stride_b, v_stride_h, v_stride_s, v_stride_d, query_scale_stride_b, query_scale_stride_h, query_scale_stride_s,
@@ -188,6 +189,7 @@ def attention_forward(
     dropout          `primitives.dropout_keeps` or None = no dropout
     out, lse         [B, Hq, Sq, Dv] in q's dtype and fp32 [B, Hq, Sq] in natural log, contiguous; max_logit and
                      entropy likewise or None
+    rounding         what out lost when it was rounded to q's dtype, as out, or None
     BLOCK_D, BLOCK_DV  powers of two >= 16 that hold HEAD_DIM and VALUE_DIM
 
     Products accumulate in fp32; the scales act in fp32 on the accumulated product; the sign of a row's factor is folded
@@ -258,15 +260,19 @@ def attention_forward(
             )  # fmt: skip
 
     row_sum = tl.sum(running_sum, 1)
-    shift, lse, max_logit, entropy = softmax_results(running_max, row_sum, tl.sum(running_spread, 1), softcap)
+    shift, lse, max_logit, entropy = softmax_results(running_max, row_sum, tl.sum(running_spread, 1), factor, softcap)
     weight, total = softmax_total(row_sum, shift, sinks_ptr, head)
     out = accumulator / total[:, None]
     if sinks_ptr is not None:
         out *= weight[:, None]
     if dropout_ptr is not None:
         out *= keep_scale
-    out_ptrs = out_ptr + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)
-    store_tile(out_ptrs, out, keep_row, VALUE_DIM)
+    # Offsets of 32 bits: those of 64, wanted twice, would hold registers all through the loops.
+    out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)
+    store_tile(out_ptr + row_base * VALUE_DIM + out_offsets, out, keep_row, VALUE_DIM)
+    if rounding_ptr is not None:
+        rounded = out.to(out_ptr.dtype.element_ty).to(tl.float32)
+        store_tile(rounding_ptr + row_base * VALUE_DIM + out_offsets, out - rounded, keep_row, VALUE_DIM)
     row_offsets = row_base + tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + row_offsets, lse, mask=keep_row)
     if max_logit_ptr is not None:

@@ -21,7 +21,7 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_row_terms(
-    out_ptr, d_out_ptr, lse_ptr, d_lse_ptr, query_scale_ptr, sinks_ptr, q_starts_ptr,
+    out_ptr, rounding_ptr, d_out_ptr, lse_ptr, d_lse_ptr, query_scale_ptr, sinks_ptr, q_starts_ptr,
     terms_ptr, delta_ptr, d_sinks_ptr,
     scale, q_len, terms_len, q_heads, first_head, first_member,
     d_out_stride_b, d_out_stride_h, d_out_stride_s, d_out_stride_d,
@@ -36,10 +36,14 @@ def attention_row_terms(
         factor[i]  = scale * log2(e) * query_scale[i]          only with query_scale
         d_sinks[i] = -exp(sinks[head]) / total[i] * sum_c out[i, c] * d_out[i, c]
 
+    where out is what it was before it was rounded: with 16 bits of it, delta's error times the mean key passes d_q
+    where keys and values have means (arXiv:2510.04212 traces training that diverges to such rounding).
+
     Grid: (blocks of the longest Sq rounded up to ROW_TERMS_ALIGNMENT, Hq, members).
     out [B, Hq, Sq, Dv] and lse [B, Hq, Sq] contiguous, d_out any strides; d_lse and d_sinks fp32 [B, Hq, Sq] contiguous
     or None.
 
+    rounding    what out lost when it was rounded, as out, or None
     delta       fp32 [B, Hq, terms_len], contiguous; where a row stands, `primitives.terms_offset` says. Rows between a
                 sequence's end and the next multiple are as rows without keys, so that no reader needs a bound
     terms       likewise [B, Hq, terms_len, 2], what a fma adds to logits and to dP: -lse2 and -delta in fp32, or with
@@ -60,9 +64,11 @@ def attention_row_terms(
 
     lse = tl.load(lse_ptr + row_offsets, mask=keep_row, other=float("-inf"))
     live = lse != float("-inf")
-    out = load_tile(
-        out_ptr + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False), live, VALUE_DIM, True
-    ).to(tl.float32)
+    out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)
+    out = load_tile(out_ptr + row_base * VALUE_DIM + out_offsets, live, VALUE_DIM, True).to(tl.float32)
+    if rounding_ptr is not None:
+        rounding_ptr += row_base * VALUE_DIM
+        out += load_tile(rounding_ptr + out_offsets, live, VALUE_DIM, True).to(tl.float32)
     d_out_ptr += wide_batch * d_out_stride_b + wide_head * d_out_stride_h + memory_row * d_out_stride_s
     d_out = load_tile(
         d_out_ptr + tile_offsets(BLOCK_M, BLOCK_DV, d_out_stride_s, d_out_stride_d, WIDE), live, VALUE_DIM, True

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from .. import blockwise
-from ..autograd import first_order, needs_graph, runs_eagerly, without_autocast
+from ..autograd import first_order, is_transformed, needs_graph, runs_eagerly, without_autocast
 from ..call import AttentionCall, ForwardResult, Gradients, Needs
 from ..dropout import Dropout
 from ..sequences import Sequences
@@ -25,7 +25,7 @@ _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? query_scale, Tensor? key_scale, Tensor? sinks, "
     "Tensor? key_lengths, Tensor? key_ranges, Tensor? mask, Tensor? q_starts, Tensor? k_starts, Tensor? dropout_state, "
     "float scale, SymInt? left, SymInt? right, SymInt longest_q, SymInt longest_k, float? softcap, float dropout_p, "
-    "bool aux, str backend"
+    "bool aux, bool keep_rounding, str backend"
 )
 
 
@@ -52,10 +52,11 @@ class _Flat(NamedTuple):
     softcap: float | None
     dropout_p: float
     aux: bool
+    keep_rounding: bool
     backend: str
 
     @classmethod
-    def of(cls, call: AttentionCall, backend: str, aux: bool) -> _Flat:
+    def of(cls, call: AttentionCall, backend: str, aux: bool, keep_rounding: bool) -> _Flat:
         visible, sequences, dropout = call.visibility, call.visibility.sequences, call.dropout
         state, p = (None, 0.0) if dropout is None else (dropout.state, dropout.p)
         starts, longest = (None, None), (0, 0)
@@ -65,7 +66,7 @@ class _Flat(NamedTuple):
         return cls(
             call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks,
             visible.key_lengths, visible.key_ranges, visible.mask, *starts, state,
-            call.scale, visible.left, visible.right, *longest, call.softcap, p, aux, backend,
+            call.scale, visible.left, visible.right, *longest, call.softcap, p, aux, keep_rounding, backend,
         )  # fmt: skip
 
     def call(self) -> AttentionCall:
@@ -92,13 +93,14 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     max_logit and entropy are None without aux.
     """
     tensors = (call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
+    keep_rounding = call.q.dtype.itemsize == 2 and (is_transformed() or needs_graph(*tensors))
     if not runs_eagerly(*tensors):
-        result = ForwardResult(*_Attention.apply(*_Flat.of(_without_repeats(call), backend, aux)))
+        results = _Attention.apply(*_Flat.of(_without_repeats(call), backend, aux, keep_rounding))
     elif needs_graph(*tensors):
-        result = ForwardResult(*_EagerAttention.apply(*_Flat.of(call, backend, aux), call))
+        results = _EagerAttention.apply(*_Flat.of(call, backend, aux, keep_rounding), call)
     else:
-        return _forward(call, backend, aux)
-    return result if aux else ForwardResult(result.out, result.lse)
+        return _forward(call, backend, aux, keep_rounding)
+    return ForwardResult(*results[: 4 if aux else 2])
 
 
 def _without_repeats(call: AttentionCall) -> AttentionCall:
@@ -112,17 +114,17 @@ def _without_repeats(call: AttentionCall) -> AttentionCall:
     return replace(call, k=k.view_as(k), v=v.view_as(v))
 
 
-def _forward(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
+def _forward(call: AttentionCall, backend: str, aux: bool, keep_rounding: bool) -> ForwardResult:
     if _is_empty(call):
-        return _forward_of_nothing(call, aux)
+        return _forward_of_nothing(call, aux, keep_rounding)
     with without_autocast(call.q):
-        return (_kernels() if backend == "triton" else blockwise).forward(call, aux)
+        return (_kernels() if backend == "triton" else blockwise).forward(call, aux, keep_rounding)
 
 
 def _backward(
-    flat: _Flat, out: Tensor, lse: Tensor, d_out: Tensor | None, d_lse: Tensor | None, needs: Needs
+    flat: _Flat, result: ForwardResult, d_out: Tensor | None, d_lse: Tensor | None, needs: Needs
 ) -> Gradients:
-    call = flat.call()
+    call, out = flat.call(), result.out
     if _is_empty(call):
         pairs = zip(flat[:_GRADIENTS], needs, strict=True)
         return Gradients(*(_zeros(x) if need else None for x, need in pairs))
@@ -130,7 +132,7 @@ def _backward(
     d_lse = None if d_lse is None else d_lse.resolve_neg()
     backend = _kernels() if flat.backend == "triton" else blockwise
     with without_autocast(out):
-        return backend.backward(call, out, lse, d_out, d_lse, needs)
+        return backend.backward(call, result, d_out, d_lse, needs)
 
 
 def _zeros(x: Any) -> Tensor:
@@ -147,17 +149,20 @@ def _is_empty(call: AttentionCall) -> bool:
     return call.q.numel() == 0 or call.k.numel() == 0
 
 
-def _forward_of_nothing(call: AttentionCall, aux: bool) -> ForwardResult:
-    out, lse, max_logit, entropy = _allocate_forward(call.q, call.v, aux)
-    result = ForwardResult(out.zero_(), lse.fill_(-torch.inf), max_logit.fill_(-torch.inf), entropy.zero_())
-    return result if aux else ForwardResult(out, lse)
+def _forward_of_nothing(call: AttentionCall, aux: bool, keep_rounding: bool) -> ForwardResult:
+    out, lse, max_logit, entropy, rounding = _allocate_forward(call.q, call.v, aux, keep_rounding)
+    for none in (lse, max_logit):
+        none.fill_(-torch.inf)
+    return ForwardResult(out.zero_(), lse, max_logit, entropy.zero_(), rounding.zero_())
 
 
-def _allocate_forward(q: Tensor, v: Tensor, aux: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _allocate_forward(q: Tensor, v: Tensor, aux: bool, keep_rounding: bool) -> tuple[Tensor, ...]:
     rows, aux_rows = q.shape[:3], q.shape[:3] if aux else (0,)
+    out_shape = (*rows, v.shape[3])
     dtype = torch.promote_types(q.dtype, torch.float32)
     lse, max_logit, entropy = (q.new_empty(shape, dtype=dtype) for shape in (rows, aux_rows, aux_rows))
-    return q.new_empty((*rows, v.shape[3])), lse, max_logit, entropy
+    rounding = q.new_empty(out_shape) if keep_rounding else lse.new_empty(0)
+    return q.new_empty(out_shape), lse, max_logit, entropy, rounding
 
 
 def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -166,29 +171,30 @@ def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...
 
 
 @torch.library.custom_op(
-    qualified("forward"), mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor, Tensor)"
+    qualified("forward"), mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _forward_operator(*arguments):
     flat = _Flat(*arguments)
-    result = _forward(flat.call(), flat.backend, flat.aux)
+    result = _forward(flat.call(), flat.backend, flat.aux, flat.keep_rounding)
     return _filled(result, result.lse)
 
 
 @_forward_operator.register_fake
 def _(*arguments):
     flat = _Flat(*arguments)
-    return _allocate_forward(flat.q, flat.v, flat.aux)
+    return _allocate_forward(flat.q, flat.v, flat.aux, flat.keep_rounding)
 
 
 @torch.library.custom_op(
     qualified("backward"),
     mutates_args=(),
-    schema=f"({_CALL}, Tensor out, Tensor lse, Tensor? d_out, Tensor? d_lse, bool[] needs) "
+    schema=f"({_CALL}, Tensor out, Tensor lse, Tensor? rounding, Tensor? d_out, Tensor? d_lse, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward_operator(*arguments):
-    *flat, out, lse, d_out, d_lse, needs = arguments
-    return _filled(_backward(_Flat(*flat), out, lse, d_out, d_lse, Needs(*needs)), out)
+    *flat, out, lse, rounding, d_out, d_lse, needs = arguments
+    result = ForwardResult(out, lse, rounding=rounding)
+    return _filled(_backward(_Flat(*flat), result, d_out, d_lse, Needs(*needs)), out)
 
 
 @_backward_operator.register_fake
@@ -205,30 +211,32 @@ class _Attention(Function):
     @staticmethod
     def forward(
         q, k, v, query_scale, key_scale, sinks, key_lengths, key_ranges, mask, q_starts, k_starts, dropout_state,
-        scale, left, right, longest_q, longest_k, softcap, dropout_p, aux, backend,
+        scale, left, right, longest_q, longest_k, softcap, dropout_p, aux, keep_rounding, backend,
     ):  # fmt: skip
         return _forward_operator(
             q, k, v, query_scale, key_scale, sinks, key_lengths, key_ranges, mask, q_starts, k_starts, dropout_state,
-            scale, left, right, longest_q, longest_k, softcap, dropout_p, aux, backend,
+            scale, left, right, longest_q, longest_k, softcap, dropout_p, aux, keep_rounding, backend,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        out, lse, max_logit, entropy = output
+        out, lse, max_logit, entropy, rounding = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(max_logit, entropy)
-        ctx.save_for_backward(*inputs[:_TENSORS], out, lse)
+        ctx.mark_non_differentiable(max_logit, entropy, rounding)
+        ctx.save_for_backward(*inputs[:_TENSORS], out, lse, rounding)
         ctx.settings = inputs[_TENSORS:]
 
     @staticmethod
     @first_order
-    def backward(ctx, saved, d_out, d_lse, d_max_logit, d_entropy):
-        *tensors, out, lse = saved
+    def backward(ctx, saved, d_out, d_lse, *none):
+        *tensors, out, lse, rounding = saved
+        flat = _Flat(*tensors, *ctx.settings)
+        result = ForwardResult(out, lse, rounding=rounding if flat.keep_rounding else None)
         needs = Needs(*ctx.needs_input_grad[:_GRADIENTS])
         if runs_eagerly(*tensors, d_out, d_lse):
-            gradients = _backward(_Flat(*tensors, *ctx.settings), out, lse, d_out, d_lse, needs)
+            gradients = _backward(flat, result, d_out, d_lse, needs)
         else:
-            filled = _backward_operator(*tensors, *ctx.settings, out, lse, d_out, d_lse, list(needs))
+            filled = _backward_operator(*flat, out, lse, result.rounding, d_out, d_lse, list(needs))
             gradients = (gradient if need else None for gradient, need in zip(filled, needs, strict=True))
         return (*gradients, *[None] * (len(_Flat._fields) - _GRADIENTS))
 
@@ -240,7 +248,7 @@ class _EagerAttention(Function):
     def forward(ctx, *flat_and_call):
         *flat, call = flat_and_call
         flat = _Flat(*flat)
-        result = _forward(call, flat.backend, flat.aux)
+        result = _forward(call, flat.backend, flat.aux, flat.keep_rounding)
         outputs = _filled(result, result.lse)
         _Attention.setup_context(ctx, flat, outputs)
         return outputs

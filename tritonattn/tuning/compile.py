@@ -21,7 +21,7 @@ _POINTER_TYPES = {
     "q_starts": "i32", "k_starts": "i32", "mask": "u8", "seen": "u8", "dropout": "i64",
     "length_prefix": "fp64", "square_prefix": "fp64",
 }  # fmt: skip
-_DATA_POINTERS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
+_DATA_POINTERS = ("q", "k", "v", "out", "rounding", "d_out", "d_q", "d_k", "d_v")
 
 
 def compile_kernel(
@@ -119,6 +119,7 @@ def _argument_type(name: str, problem: Problem, config: TileConfig) -> str | int
         "row_bounds": not problem.key_ranges,
         "seen": not (problem.key_ranges or problem.mask),
         "d_lse": True,
+        "rounding": problem.dtype.itemsize != 2,
         "d_sinks": not problem.sinks,
         "q_starts": not problem.sequences,
         "k_starts": not problem.sequences,
