@@ -209,13 +209,48 @@ def test_gradients_summed_over_many_rows(dtype, heads, length, dim):
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize(("rows", "widened"), [(256, False), (257, True)])
-def test_gradients_over_many_rows_are_summed_in_fp32(rows, widened, handed_on):
-    q, k, v = torch.randn(3, 1, 1, rows, 4, dtype=torch.bfloat16).unbind(0)
+def test_gradients_are_computed_in_fp32(handed_on):
+    q, k, v = torch.randn(3, 1, 1, 9, 4, dtype=torch.bfloat16).unbind(0)
     visibility = Visibility.of(q, k, causal=True)
     for operand in (q, q.clone().requires_grad_()):
         assert sdpa.attention(AttentionCall(operand, k, v, visibility, 0.5)).dtype == torch.bfloat16
-    assert [x.dtype for x in handed_on] == [torch.bfloat16, torch.float32 if widened else torch.bfloat16]
+    assert [x.dtype for x in handed_on] == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("means", [(10, 0), (10, 10), (100, 100)], ids=str)
+@pytest.mark.parametrize(("scale", "masks"), [(1 / 256, {}), (0.125, {}), (0.125, {"causal": True})], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_and_values_with_means(dtype, scale, masks, means):
+    """Of a rounded output, delta has an error that d_q has times the mean key, and d_k too: each head by itself."""
+    call = make_call(dtype, batch=4, q_len=256, k_len=256, dim=64, value_dim=64, scaled=False, scale=scale, **masks)
+    call = dataclasses.replace(call, k=call.k + means[0], v=call.v + means[1])
+    d_out = output_gradients(call)[0]
+    exact, eager = exact_and_eager(call, d_out)
+    found = run(call, d_out)
+    for name in ("out", "q", "k", "v"):
+        for head in itertools.product(range(4), range(call.k.shape[1])):
+            by_key_head = (x[name].unflatten(1, (call.k.shape[1], -1))[head] for x in (found, exact, eager))
+            assert_within_bound(*by_key_head, dtype, name=f"{name} of {head}")
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_only_large_means_are_taken_away(name, monkeypatch):
+    operands = []
+    plain = sdpa.scaled_dot_product_attention
+    monkeypatch.setattr(
+        sdpa, "scaled_dot_product_attention", lambda q, k, v, **kw: (operands.append((k, v)), plain(q, k, v, **kw))[1]
+    )
+    call = make_call(torch.float32, q_len=256, k_len=256, kv_heads=4, value_dim=16, scaled=False, causal=True)
+    call = dataclasses.replace(call, q=call.q.requires_grad_())
+    x = getattr(call, name)
+    unbounded = x.clone()
+    unbounded[:, :, 200] = torch.inf
+    far = x + 3 * (torch.arange(4) == 2)[:, None, None]  # one head of four
+    for value, is_moved in ((x, False), (unbounded, False), (far, True)):
+        sdpa.attention(dataclasses.replace(call, **{name: value}))
+        [handed] = (pair["kv".index(name)] for pair in operands)
+        assert (handed.data_ptr() != value.data_ptr()) == is_moved
+        operands.clear()
 
 
 def test_tiny_scales_keep_their_digits_in_fp16():

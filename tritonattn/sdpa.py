@@ -19,13 +19,16 @@ from .autograd import apply, first_order, needs_graph, runs_eagerly
 from .call import AttentionCall
 from .visibility import Visibility
 
-# Rows over which PyTorch may sum gradients in 16 bits. It rounds after each block of 64 (256 from 768 rows up): with 4
-# blocks gradients take up to 0.8 of the bound, with 7 up to 1.0, with 8 to 12 up to 1.5.
-_ROWS_SUMMED = 256
-
 # Causal rows whose gradients are computed apart. Of 1,000 heads of D = 256 (randn; factors 1 / n and 1 / sqrt(n)) those
 # of q and k take up to 10 times the bound where there are none, 1.3 times with 4, 0.8 with 16.
 _FIRST_ROWS = 16
+
+# Of a head's keys, or values: about as many give their mean.
+_SAMPLED_KEYS = 32
+
+# Share of the mean in the sum of squares. At a half of it, gradients still take at most 0.9 of the bound; but it is one
+# share for all heads, and the mean may be that of few.
+_LARGE_MEAN = 0.1
 
 # Times 1 / sqrt(D): with a factor of three in all rows, gradients take up to 0.6 of the bound.
 _SHARP = 2.0
@@ -57,15 +60,20 @@ def attention(call: AttentionCall) -> Tensor:
 
 
 def _attention(call: AttentionCall) -> Tensor:
-    q, k, scale = _fold(call.q, call.query_scale), _fold(call.k, call.key_scale), call.scale
+    q, k, v, scale = _fold(call.q, call.query_scale), _fold(call.k, call.key_scale), call.v, call.scale
+    mean_value = None
+    if q.dtype == torch.float32 and q.device.type == "cpu" and needs_graph(q, k, v):
+        k, _ = _centred(k)
+        v, mean_value = _centred(v)
     if scale <= 0:  # the kernel hides keys by -inf before it multiplies
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
-    width, value_width = max(q.shape[-1], call.v.shape[-1]), call.v.shape[-1]
+    width, value_width = max(q.shape[-1], v.shape[-1]), v.shape[-1]
     out = scaled_dot_product_attention(
-        _for_kernel(q, width), _for_kernel(k, width), _for_kernel(call.v, width), scale=scale,
+        _for_kernel(q, width), _for_kernel(k, width), _for_kernel(v, width), scale=scale,
         is_causal=_as_bool(not call.visibility.is_full), enable_gqa=_as_bool(q.shape[1] != k.shape[1]),
     )  # fmt: skip
-    return out if value_width == width else out[..., :value_width]
+    out = out if value_width == width else out[..., :value_width]
+    return out if mean_value is None else out + mean_value.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
 
 def _first_rows_apart(call: AttentionCall) -> Tensor:
@@ -99,19 +107,16 @@ def _starts_sharp(call: AttentionCall, scale: Tensor) -> bool:
 def _needs_fp32(call: AttentionCall) -> bool:
     """Whether PyTorch's kernel in the call's own 16 bits would be off by more than rounding its operands.
 
-    A scaled q can leave the range of fp16: 1 / n of a long sequence is a subnormal. PyTorch sums the gradients of
-    a key head over the query heads of its group, and over blocks of rows, in 16 bits. And it takes the softmax's
-    derivative from a rounded output, an error that the gradient of query_scale has times the mean logit, and that
-    those of q and k feel where a small scale leaves little else of them.
+    A scaled q can leave the range of fp16: 1 / n of a long sequence is a subnormal. And gradients: PyTorch takes the
+    softmax's derivative from a rounded output, an error that d_q has times the mean key, up to 8 bounds where keys and
+    values have means of three times their spread, and d_query_scale times the mean logit. It sums those of a key head
+    over the query heads of its group, and over blocks of 64 or 256 rows, in 16 bits.
     """
-    is_scaled = call.query_scale is not None
-    if call.q.dtype == torch.bfloat16 and is_scaled and needs_graph(call.q, call.k, call.query_scale):
+    is_scaled = call.query_scale is not None or call.key_scale is not None
+    if call.q.dtype == torch.float16 and is_scaled:
         return True
-    if call.q.dtype == torch.float16 and (is_scaled or call.key_scale is not None):
-        return True
-    narrow = call.q.dtype in (torch.float16, torch.bfloat16)
-    summed = call.q.shape[1] != call.k.shape[1] or call.q.shape[2] > _ROWS_SUMMED
-    return narrow and summed and call.q.device.type == "cpu" and needs_graph(call.q, call.k, call.v)
+    operands = (call.q, call.k, call.v, call.query_scale, call.key_scale)
+    return call.q.dtype.itemsize == 2 and (is_scaled or call.q.device.type == "cpu") and needs_graph(*operands)
 
 
 def _without_lone_row(call: AttentionCall, scale: Tensor) -> AttentionCall:
@@ -130,6 +135,22 @@ def _as_bool(condition: bool) -> bool:
 
 def _fold(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else apply(_Fold, x, scale)
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Keys or values [B, H, S, D] less a mean over S, [B, H, 1, D], and that; as they are, and None, where it is small.
+
+    A mean key changes no softmax, a mean value is added to the output, and neither changes a gradient: only what these
+    lose. PyTorch takes delta = out . d_out from a rounded output, an error that d_q has times the mean key.
+    """
+    sample = x.detach()[:, :, :: max(1, x.shape[2] // _SAMPLED_KEYS)]
+    mean = sample.mean(2, keepdim=True)
+    if runs_eagerly(x):
+        of_mean, of_all = (torch.linalg.vector_norm(part).item() ** 2 for part in (mean, sample))
+        if not of_mean * sample.shape[2] > _LARGE_MEAN * of_all:
+            return x, None
+    mean = mean.nan_to_num(0.0, 0.0, 0.0)
+    return x - mean, mean
 
 
 def _for_kernel(x: Tensor, width: int) -> Tensor:
