@@ -325,6 +325,15 @@ def test_rows_that_overlap(dtype, name, step):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [0, 1, 5, 37])
+def test_a_product_in_pieces_is_that_of_the_whole(layout, rows, monkeypatch):
+    call = make_call(torch.bfloat16)
+    q = LAYOUTS[layout](call.q)
+    monkeypatch.setattr(sdpa, "_CACHED", rows * 2 * 4 * 16)
+    assert torch.equal(sdpa._fold(q, call.query_scale), (q.float() * call.query_scale[..., None]).bfloat16())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("head_dims", [(16, 16), (1, 1), (16, 8), (8, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -26,6 +26,10 @@ _FIRST_ROWS = 16
 # Of a head's keys, or values: about as many give their mean.
 _SAMPLED_KEYS = 32
 
+# Elements of a product that is rounded before it leaves the caches: one of all of x in fp32 is fresh memory, and takes
+# two to three times as long.
+_CACHED = 2**18
+
 # Share of the mean in the sum of squares. At a half of it, gradients still take at most 0.9 of the bound; but it is one
 # share for all heads, and the mean may be that of few.
 _LARGE_MEAN = 0.1
@@ -192,4 +196,11 @@ class _Fold(Function):
 
 def _times(x: Tensor, scale: Tensor) -> Tensor:
     # A result takes the layout of its first factor: a contiguous scale saves autograd a copy of the gradient.
-    return (scale.contiguous().unsqueeze(-1) * x).to(x.dtype)
+    scale = scale.contiguous().unsqueeze(-1)
+    if x.dtype == scale.dtype or not runs_eagerly(x, scale):
+        return (scale * x).to(x.dtype)
+    out = x.new_empty(x.shape)
+    rows = max(1, _CACHED // out[:, :, 0].numel())
+    for part, x_part, scale_part in zip(*(y.split(rows, 2) for y in (out, x, scale)), strict=True):
+        part.copy_(x_part.to(scale.dtype).mul_(scale_part))
+    return out
