@@ -25,7 +25,10 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(tensor is None or (type(tensor) in _PLAIN and _is_its_memory(tensor)) for tensor in tensors)
+    for tensor in tensors:  # no generator: a tiny call asks a dozen times
+        if tensor is not None and not (type(tensor) in _PLAIN and _is_its_memory(tensor)):
+            return False
+    return True
 
 
 def _is_its_memory(tensor: Tensor) -> bool:
@@ -42,7 +45,11 @@ def needs_graph(*tensors: Tensor | None) -> bool:
     """Whether a result of these must carry a derivative: backward, or forward mode, which is refused."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def autocast_is_on(tensor: Tensor) -> bool:
