@@ -30,9 +30,9 @@ _SAMPLED_KEYS = 32
 # two to three times as long.
 _CACHED = 2**18
 
-# Share of the mean in the sum of squares. At a half of it, gradients still take at most 0.9 of the bound; but it is one
+# Share of the mean in the sum of squares. At a half, gradients still take at most 0.9 of the bound; but it is one
 # share for all heads, and the mean may be that of few.
-_LARGE_MEAN = 0.1
+_LARGE_MEAN = 0.25
 
 # Times 1 / sqrt(D): with a factor of three in all rows, gradients take up to 0.6 of the bound.
 _SHARP = 2.0
