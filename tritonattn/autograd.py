@@ -42,6 +42,8 @@ def needs_graph(*tensors: Tensor | None) -> bool:
     """Whether a result of these must carry a derivative: backward, or forward mode, which is refused."""
     if forward_ad._current_level >= 0:
         return True
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return torch.is_grad_enabled()  # to a compiler that traces torch.func.grad, its tensors require none
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
