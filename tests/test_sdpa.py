@@ -253,6 +253,18 @@ def test_only_large_means_are_taken_away(name, monkeypatch):
         operands.clear()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mean_is_that_of_a_head(compiled):
+    """Not of all heads, which would hide that of one; nor is it what one key of many brings, as tokens that sink do."""
+    centred = torch.compile(sdpa._centred, backend="eager", fullgraph=True) if compiled else sdpa._centred
+    x = torch.randn(8, 8, 256, 16, generator=torch.Generator().manual_seed(0))
+    x[3, 5] += 1
+    x[:, 2, 0] = 100
+    found, mean = centred(x)
+    assert mean.count_nonzero((2, 3)).nonzero().tolist() == [[3, 5]]
+    torch.testing.assert_close(found + mean, x)
+
+
 def test_tiny_scales_keep_their_digits_in_fp16():
     call = make_call(torch.float16, q_len=64, k_len=64, scale=1.0, causal=True)
     call = dataclasses.replace(call, query_scale=call.query_scale * 1e-5, key_scale=None)

@@ -30,8 +30,7 @@ _SAMPLED_KEYS = 32
 # two to three times as long.
 _CACHED = 2**18
 
-# Share of the mean in the sum of squares. At a half, gradients still take at most 0.9 of the bound; but it is one
-# share for all heads, and the mean may be that of few.
+# Share of the mean in a head's sum of squares. At a half, gradients still take at most 0.9 of the bound.
 _LARGE_MEAN = 0.25
 
 # Times 1 / sqrt(D): with a factor of three in all rows, gradients take up to 0.6 of the bound.
@@ -142,18 +141,19 @@ def _fold(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Keys or values [B, H, S, D] less a mean over S, [B, H, 1, D], and that; as they are, and None, where it is small.
+    """Keys or values [B, H, S, D] less a mean over S, [B, H, 1, D], and that: 0 in heads where it is small.
 
-    A mean key changes no softmax, a mean value is added to the output, and neither changes a gradient: only what these
-    lose. PyTorch takes delta = out . d_out from a rounded output, an error that d_q has times the mean key.
+    As they are, and None, where it is small in all. A mean key changes no softmax, a mean value is added to the output,
+    and neither changes a gradient: only what these lose. PyTorch takes delta = out . d_out from a rounded output, an
+    error that d_q has times the mean key.
     """
     sample = x.detach()[:, :, :: max(1, x.shape[2] // _SAMPLED_KEYS)]
     mean = sample.mean(2, keepdim=True)
-    if runs_eagerly(x):
-        of_mean, of_all = (torch.linalg.vector_norm(part).item() ** 2 for part in (mean, sample))
-        if not of_mean * sample.shape[2] > _LARGE_MEAN * of_all:
-            return x, None
-    mean = mean.nan_to_num(0.0, 0.0, 0.0)
+    of_mean, of_all = (torch.linalg.vector_norm(part, dim=(2, 3), keepdim=True) for part in (mean, sample))
+    is_large = of_mean > (_LARGE_MEAN / sample.shape[2]) ** 0.5 * of_all  # False of NaN and of inf
+    if runs_eagerly(x) and not is_large.any():
+        return x, None
+    mean = torch.where(is_large, mean, 0)
     return x - mean, mean
 
 
