@@ -46,8 +46,6 @@ def needs_graph(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():
-        if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return True  # to a compiler that traces torch.func.grad, its tensors require none
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
