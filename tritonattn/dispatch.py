@@ -52,8 +52,8 @@ def attend(
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention of checked operands [B, H, S, D] on the backend that `options` asks for."""
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # Dynamo has rules of its own for autograd functions in a torch.func.grad, and gradients came out wrong. It leaves
-        # uncompiled what raises; fullgraph=True hands the error on.
+        # Dynamo's own rules for autograd functions in torch.func.grad gave wrong gradients. What raises it leaves
+        # uncompiled; fullgraph=True hands the error on.
         raise RuntimeError("tritonattn: a torch.func transform of attention is not compiled")
     result = _attend(q, k, v, factor, visibility, options)
     if is_observed():
