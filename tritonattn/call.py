@@ -38,15 +38,13 @@ class AttentionCall:
 class ForwardResult(NamedTuple):
     """out [B, Hq, Sq, Dv] in q's dtype; lse, max_logit, entropy [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.
 
-    rounding is what out lost when it was rounded to 16 bits, as out; out + rounding is what gradients are made from.
-    max_logit, entropy and rounding are None unless asked for.
+    max_logit and entropy are None unless asked for.
     """
 
     out: Tensor
     lse: Tensor
     max_logit: Tensor | None = None
     entropy: Tensor | None = None
-    rounding: Tensor | None = None
 
 
 class Needs(NamedTuple):

@@ -118,7 +118,7 @@ def _decode(
         result = ops.decode(call, backend, options.return_aux)
     if not options.return_aux:
         return result.out
-    return result.out, AttentionAux._make(result[1:4])
+    return result.out, AttentionAux._make(result[1:])
 
 
 def _scales(

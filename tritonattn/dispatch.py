@@ -92,7 +92,7 @@ def _attend(
         result = ops.attention(call, backend, aux=True)
     if not options.return_aux:
         return result.out
-    return result.out, AttentionAux._make(result[1:4])
+    return result.out, AttentionAux._make(result[1:])
 
 
 def _out(call: AttentionCall, backend: str) -> Tensor:

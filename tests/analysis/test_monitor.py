@@ -150,7 +150,8 @@ def test_frozen_layers():
     assert got["first.attention"]["q_gradient_norm"] is None
     assert got["first.attention"]["max_logit"] == wanted["first.attention"]["max_logit"]
     assert got["second.attention"]["q_gradient_norm"] is None  # nothing before it learns
-    assert got["second.attention"]["k_gradient_norm"] == wanted["second.attention"]["k_gradient_norm"]
+    # To rounding: without gradients, the first layer's output is computed otherwise.
+    assert got["second.attention"]["k_gradient_norm"] == pytest.approx(wanted["second.attention"]["k_gradient_norm"])
     net.first.attention.o_proj.requires_grad_(True)
     through = record_of(net, lambda net: net(x).square().sum())["layers"]
     assert through["second.attention"]["q_gradient_norm"] == wanted["second.attention"]["q_gradient_norm"]

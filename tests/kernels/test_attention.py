@@ -126,7 +126,7 @@ def test_the_gradient_of_k_alone_is_no_other(device):
     call = tritonattn.call.AttentionCall(q, k, v, visibility, 1.0)
     result = triton_backend.forward(call, aux=False)
     together, alone = (
-        triton_backend.backward(call, result, q, None, tritonattn.call.Needs(others, True, others))
+        triton_backend.backward(call, *result[:2], q, None, tritonattn.call.Needs(others, True, others))
         for others in (True, False)
     )
     assert torch.equal(together.k, alone.k)
@@ -353,7 +353,7 @@ def test_every_program_runs_once(monkeypatch):
     visibility = tritonattn.visibility.Visibility.of(q, q)
     call = tritonattn.call.AttentionCall(q, q, q, visibility, 1.0)
     result = triton_backend.forward(call, aux=False)
-    triton_backend.backward(call, result, q, None, tritonattn.call.Needs(True, True, True))
+    triton_backend.backward(call, *result[:2], q, None, tritonattn.call.Needs(True, True, True))
     assert [grid[1:] for grid, _ in grids] == [(1, 65_535), (1, 34_465)] * 4
     assert [arguments["first_member"] for _, arguments in grids] == [0, 65_535] * 4
 

@@ -102,8 +102,9 @@ def test_aot_specialisation_is_that_of_a_launch(monkeypatch):
     scales = torch.ones(2, 4, 64), torch.ones(2, 4, 64)
     visibility = Visibility.of(q, k, causal=True)
     call = AttentionCall(q, k, k, visibility, 0.1, *scales)
-    result = triton_backend.forward(call, aux=False, keep_rounding=True)
-    triton_backend.backward(call, result, q, None, Needs(True, True, True, True, True))
+    rounding = torch.empty_like(q)
+    result = triton_backend.forward(call, False, rounding)
+    triton_backend.backward(call, *result[:2], q, None, Needs(True, True, True, True, True), rounding)
     problem = Problem(64, 64, torch.float16, right=True, query_scale_grad=True, **SCALED)
     assert len(seen) == 4
     for kernel, arguments in seen.items():

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..call import AttentionCall, ForwardResult, Gradients, Needs
+from ..call import AttentionCall, Gradients, Needs
 from .tiles import Block, Heads, Tiles, exp_, logits_of
 
 
 def backward(
-    call: AttentionCall, result: ForwardResult, d_out: Tensor, d_lse: Tensor | None, needs: Needs
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Needs,
+    rounding: Tensor | None = None,
 ) -> Gradients:
     """The gradients that `needs`, a bool for each, asks for.
 
-    result, of which out, lse and rounding are read, as `forward` returned it; d_out [B, Hq, Sq, Dv] and d_lse
-    [B, Hq, Sq], any strides.
-    """
+    out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding as `forward` left them; d_out and d_lse alike, any strides.
+    """  # fmt: skip
     tiles = Tiles(call)
     tensors = (call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
     pairs = zip(tensors, needs, strict=True)
@@ -26,7 +26,7 @@ def backward(
     for heads in tiles.heads():
         sums = _KeySums.of(tiles, heads, gradients)
         for block in tiles.blocks(heads):
-            rows = _Rows.of(tiles, block, result, d_out, d_lse)
+            rows = _Rows.of(tiles, block, (out, rounding, lse, d_out, d_lse))
             d_query = _add_tiles(tiles, block, rows, sums, gradients)
             _store_of_rows(tiles, block, rows, d_query, gradients)
         _store_of_keys(tiles, heads, sums, gradients)
@@ -61,9 +61,13 @@ class _Rows:
     d_sink: Tensor | None
 
     @classmethod
-    def of(cls, tiles: Tiles, block: Block, result: ForwardResult, d_out: Tensor, d_lse: Tensor | None) -> _Rows:
+    def of(
+        cls, tiles: Tiles, block: Block, saved: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
+    ) -> _Rows:
+        """From (out, rounding, lse, d_out, d_lse)."""
         call = tiles.call
-        lse = tiles.of_each_row(result.lse, block)
+        out, rounding, lse, d_out, d_lse = saved
+        lse = tiles.of_each_row(lse, block)
         blind = lse == -torch.inf
 
         def seeing(x: Tensor) -> Tensor:
@@ -72,9 +76,9 @@ class _Rows:
         query, d_out = seeing(call.q), seeing(d_out)
         query_scale = None if call.query_scale is None else seeing(call.query_scale[..., None])
         factor = call.scale if query_scale is None else query_scale * call.scale
-        out = seeing(result.out)
-        if result.rounding is not None:
-            out += seeing(result.rounding)
+        out = seeing(out)
+        if rounding is not None:
+            out += seeing(rounding)
         delta = torch.linalg.vecdot(out, d_out)[..., None]
         share = d_sink = None
         if call.sinks is not None:

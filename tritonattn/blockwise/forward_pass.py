@@ -9,12 +9,14 @@ from ..call import AttentionCall, ForwardResult
 from .tiles import Block, Tiles, exp_, logits_of
 
 
-def forward(call: AttentionCall, aux: bool, keep_rounding: bool = False) -> ForwardResult:
-    """The output and lse of a call, with aux its max_logit and entropy, and with keep_rounding its rounding."""
+def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
+    """The output and lse of a call, and with aux its max_logit and entropy.
+
+    rounding, as the output, is filled with what that lost when it was rounded to 16 bits.
+    """
     tiles = Tiles(call)
     rows = call.q.shape[:3]
     out = call.q.new_empty(*rows, call.v.shape[3])
-    rounding = torch.empty_like(out) if keep_rounding else None
     lse, max_logit, entropy = (call.q.new_empty(rows, dtype=tiles.dtype) for _ in range(3))
     for heads in tiles.heads():
         for block in tiles.blocks(heads):
@@ -29,7 +31,7 @@ def forward(call: AttentionCall, aux: bool, keep_rounding: bool = False) -> Forw
             if aux:
                 _store(max_logit, softmax.max_logit, block)
                 _store(entropy, softmax.entropy(), block)
-    return ForwardResult(out, lse, *((max_logit, entropy) if aux else (None, None)), rounding)
+    return ForwardResult(out, lse, max_logit, entropy) if aux else ForwardResult(out, lse)
 
 
 def _store(whole: Tensor, part: Tensor, block: Block) -> None:

@@ -99,7 +99,7 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     elif needs_graph(*tensors):
         results = _EagerAttention.apply(*_Flat.of(call, backend, aux, keep_rounding), call)
     else:
-        return _forward(call, backend, aux, keep_rounding)
+        return _forward(call, backend, aux)
     return ForwardResult(*results[: 4 if aux else 2])
 
 
@@ -114,17 +114,27 @@ def _without_repeats(call: AttentionCall) -> AttentionCall:
     return replace(call, k=k.view_as(k), v=v.view_as(v))
 
 
-def _forward(call: AttentionCall, backend: str, aux: bool, keep_rounding: bool) -> ForwardResult:
+def _forward(call: AttentionCall, backend: str, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
     if _is_empty(call):
-        return _forward_of_nothing(call, aux, keep_rounding)
+        return _forward_of_nothing(call, aux)
     with without_autocast(call.q):
-        return (_kernels() if backend == "triton" else blockwise).forward(call, aux, keep_rounding)
+        return (_kernels() if backend == "triton" else blockwise).forward(call, aux, rounding)
+
+
+def _forward_of(flat: _Flat, call: AttentionCall) -> tuple[Tensor, ...]:
+    """The results of the operator: of size 0 where there are none."""
+    q, v = flat.q, flat.v
+    allocate = q.new_empty if flat.q_starts is None else q.new_zeros  # rows of no sequence are never written
+    rounding = allocate((*q.shape[:3], v.shape[3])) if flat.keep_rounding else None
+    result = _forward(call, flat.backend, flat.aux, rounding)
+    return _filled((*result, rounding), result.lse)
 
 
 def _backward(
-    flat: _Flat, result: ForwardResult, d_out: Tensor | None, d_lse: Tensor | None, needs: Needs
+    flat: _Flat, saved: tuple[Tensor, Tensor, Tensor | None], d_out: Tensor | None, d_lse: Tensor | None, needs: Needs
 ) -> Gradients:
-    call, out = flat.call(), result.out
+    """From `saved`: out, lse and rounding."""
+    call, (out, lse, rounding) = flat.call(), saved
     if _is_empty(call):
         pairs = zip(flat[:_GRADIENTS], needs, strict=True)
         return Gradients(*(_zeros(x) if need else None for x, need in pairs))
@@ -132,7 +142,7 @@ def _backward(
     d_lse = None if d_lse is None else d_lse.resolve_neg()
     backend = _kernels() if flat.backend == "triton" else blockwise
     with without_autocast(out):
-        return backend.backward(call, result, d_out, d_lse, needs)
+        return backend.backward(call, out, lse, d_out, d_lse, needs, rounding)
 
 
 def _zeros(x: Any) -> Tensor:
@@ -149,11 +159,10 @@ def _is_empty(call: AttentionCall) -> bool:
     return call.q.numel() == 0 or call.k.numel() == 0
 
 
-def _forward_of_nothing(call: AttentionCall, aux: bool, keep_rounding: bool) -> ForwardResult:
-    out, lse, max_logit, entropy, rounding = _allocate_forward(call.q, call.v, aux, keep_rounding)
-    for none in (lse, max_logit):
-        none.fill_(-torch.inf)
-    return ForwardResult(out.zero_(), lse, max_logit, entropy.zero_(), rounding.zero_())
+def _forward_of_nothing(call: AttentionCall, aux: bool) -> ForwardResult:
+    out, lse, max_logit, entropy, _ = _allocate_forward(call.q, call.v, aux, keep_rounding=False)
+    result = ForwardResult(out.zero_(), lse.fill_(-torch.inf), max_logit.fill_(-torch.inf), entropy.zero_())
+    return result if aux else ForwardResult(out, lse)
 
 
 def _allocate_forward(q: Tensor, v: Tensor, aux: bool, keep_rounding: bool) -> tuple[Tensor, ...]:
@@ -175,8 +184,7 @@ def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...
 )
 def _forward_operator(*arguments):
     flat = _Flat(*arguments)
-    result = _forward(flat.call(), flat.backend, flat.aux, flat.keep_rounding)
-    return _filled(result, result.lse)
+    return _forward_of(flat, flat.call())
 
 
 @_forward_operator.register_fake
@@ -193,8 +201,7 @@ def _(*arguments):
 )
 def _backward_operator(*arguments):
     *flat, out, lse, rounding, d_out, d_lse, needs = arguments
-    result = ForwardResult(out, lse, rounding=rounding)
-    return _filled(_backward(_Flat(*flat), result, d_out, d_lse, Needs(*needs)), out)
+    return _filled(_backward(_Flat(*flat), (out, lse, rounding), d_out, d_lse, Needs(*needs)), out)
 
 
 @_backward_operator.register_fake
@@ -231,12 +238,12 @@ class _Attention(Function):
     def backward(ctx, saved, d_out, d_lse, *none):
         *tensors, out, lse, rounding = saved
         flat = _Flat(*tensors, *ctx.settings)
-        result = ForwardResult(out, lse, rounding=rounding if flat.keep_rounding else None)
+        rounding = rounding if flat.keep_rounding else None
         needs = Needs(*ctx.needs_input_grad[:_GRADIENTS])
         if runs_eagerly(*tensors, d_out, d_lse):
-            gradients = _backward(flat, result, d_out, d_lse, needs)
+            gradients = _backward(flat, (out, lse, rounding), d_out, d_lse, needs)
         else:
-            filled = _backward_operator(*flat, out, lse, result.rounding, d_out, d_lse, list(needs))
+            filled = _backward_operator(*flat, out, lse, rounding, d_out, d_lse, list(needs))
             gradients = (gradient if need else None for gradient, need in zip(filled, needs, strict=True))
         return (*gradients, *[None] * (len(_Flat._fields) - _GRADIENTS))
 
@@ -248,8 +255,7 @@ class _EagerAttention(Function):
     def forward(ctx, *flat_and_call):
         *flat, call = flat_and_call
         flat = _Flat(*flat)
-        result = _forward(call, flat.backend, flat.aux, flat.keep_rounding)
-        outputs = _filled(result, result.lse)
+        outputs = _forward_of(flat, call)
         _Attention.setup_context(ctx, flat, outputs)
         return outputs
 

@@ -75,7 +75,7 @@ def _decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
 def _decode_operator(*arguments):
     flat = _Flat(*arguments)
     result = _decode(flat.call(), flat.backend, flat.aux)
-    return tuple(result.lse.new_empty(0) if x is None else x for x in result[:4])  # but rounding
+    return tuple(result.lse.new_empty(0) if x is None else x for x in result)
 
 
 @_decode_operator.register_fake

@@ -15,11 +15,13 @@ from ..visibility import Visibility
 from .key_statistics import seen_bytes
 
 
-def forward(call: AttentionCall, aux: bool, keep_rounding: bool = False) -> ForwardResult:
-    """out and lse, with aux max_logit and entropy, and with keep_rounding rounding, by the forward kernel."""
+def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
+    """out and lse, and with aux max_logit and entropy, by the forward kernel.
+
+    rounding, contiguous and as out, is filled with what out lost when it was rounded to 16 bits.
+    """
     q, v = call.q, call.v
     out = _results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
-    rounding = _results(call, out.shape, q.dtype) if keep_rounding else None
     lse = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
     max_logit = entropy = None
     if aux:
@@ -28,23 +30,23 @@ def forward(call: AttentionCall, aux: bool, keep_rounding: bool = False) -> Forw
     results = {"out_ptr": out, "rounding_ptr": rounding, "lse_ptr": lse}
     results |= {"max_logit_ptr": max_logit, "entropy_ptr": entropy}
     _launch("forward", _call_arguments(call) | results, call, call.visibility.q_heads)
-    return ForwardResult(out, lse, max_logit, entropy, rounding)
+    return ForwardResult(out, lse, max_logit, entropy)
 
 
 def backward(
-    call: AttentionCall, result: ForwardResult, d_out: Tensor, d_lse: Tensor | None, needs: Needs
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Needs,
+    rounding: Tensor | None = None,
 ) -> Gradients:
     """Gradients by the row-terms, grad_query and grad_key_value kernels.
 
-    result, of which out, lse and rounding are read, as `forward` returned it; d_out [B, Hq, Sq, Dv] in q's dtype and
-    d_lse fp32 [B, Hq, Sq], any strides.
-    """
-    lse = result.lse
+    out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in q's dtype and d_lse fp32 [B, Hq, Sq], any
+    strides.
+    """  # fmt: skip
     shared = _call_arguments(call) | stride_arguments("d_out", d_out) | {"d_out_ptr": d_out}
     shared |= {"lse_ptr": lse.contiguous(), "d_lse_ptr": None if d_lse is None else d_lse.contiguous()}
     takes_sinks = call.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
     shared["d_sinks_ptr"] = _results(call, lse.shape, torch.float32) if takes_sinks else None
-    shared |= _row_terms(call, shared, result)
+    shared |= _row_terms(call, shared, out, rounding)
     d_sinks = shared["d_sinks_ptr"]
     d_q, d_query_scale = _grad_query(call, shared, needs)
     d_k, d_v, d_key_scale = _grad_key_value(call, shared, needs)
@@ -53,8 +55,7 @@ def backward(
     return Gradients(*(value if need else None for value, need in zip(values, needs, strict=True)))
 
 
-def _row_terms(call: AttentionCall, shared: Arguments, result: ForwardResult) -> Arguments:
-    out, rounding = result.out, result.rounding
+def _row_terms(call: AttentionCall, shared: Arguments, out: Tensor, rounding: Tensor | None) -> Arguments:
     visible, sequences = call.visibility, call.visibility.sequences
     terms_len = _aligned(visible.q_len)
     if sequences is not None:

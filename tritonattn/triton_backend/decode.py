@@ -26,17 +26,17 @@ def _decode(call: DecodeCall, aux: bool, chosen: Plan) -> ForwardResult:
     tiles = -(-q_heads // cache.kv_heads * q_len // chosen.config.block_m)
     joined = _allocate(call, (), call.q.dtype, aux)
     parts = joined if splits == 1 else _allocate(call, (splits,), torch.float32, aux)
+    names = ("split_out_ptr", "split_lse_ptr", "split_max_logit_ptr", "split_entropy_ptr")
     sinks = None if call.sinks is None else call.sinks.contiguous()
-    arguments = _arguments(call) | _result_arguments("split_", parts)
+    arguments = _arguments(call) | dict(zip(names, parts, strict=True))
     arguments |= {"splits": splits, "sinks_ptr": sinks if splits == 1 else None}
     keys, values = _by_head(cache.k, cache), _by_head(cache.v, cache)
     chosen.launch((splits * tiles, cache.kv_heads, batch), arguments, is_wide(keys, values))
     if splits > 1:
+        results = dict(zip(("out_ptr", "lse_ptr", "max_logit_ptr", "entropy_ptr"), joined, strict=True))
         problem = Problem(call.q.shape[3], cache.v.shape[3], call.q.dtype, sinks=sinks is not None, aux=aux)
         combined = plan("decode_combine", problem, call.q.device)
-        combined.launch(
-            (q_len, q_heads, batch), arguments | _result_arguments("", joined) | {"sinks_ptr": sinks}, False
-        )
+        combined.launch((q_len, q_heads, batch), arguments | results | {"sinks_ptr": sinks}, False)
     return joined
 
 
@@ -74,10 +74,6 @@ def _allocate(call: DecodeCall, splits: tuple[int, ...], dtype: torch.dtype, aux
     out = call.q.new_empty((*rows, call.cache.v.shape[3]), dtype=dtype)
     lse, *extra = (call.q.new_empty(rows, dtype=torch.float32) for _ in range(3 if aux else 1))
     return ForwardResult(out, lse, *extra)
-
-
-def _result_arguments(prefix: str, result: ForwardResult) -> Arguments:
-    return {f"{prefix}{name}_ptr": getattr(result, name) for name in ("out", "lse", "max_logit", "entropy")}
 
 
 def _arguments(call: DecodeCall) -> Arguments:

@@ -12,7 +12,7 @@ import torch.utils.deterministic
 from torch import Tensor
 
 from .. import reference, triton_backend
-from ..call import AttentionCall, ForwardResult, Needs
+from ..call import AttentionCall, Needs
 from ..decode_call import Cache, DecodeCall
 from ..tuning.table import Key
 from ..visibility import Visibility
@@ -46,7 +46,7 @@ class Workload:
     def __init__(self, key: Key, size: Size, dtype: torch.dtype, device: torch.device, copies: int = _COPIES) -> None:
         self.key, self.size, self.dtype, self.device = key, size, dtype, device
         self._calls = [self._call(seed) for seed in range(copies)]
-        self._forwards: dict[int, ForwardResult] = {}
+        self._forwards: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, number: int) -> tuple[Tensor, ...]:
         """Launch with the next copy, by the config in use; the results of the kernel."""
@@ -55,8 +55,8 @@ class Workload:
             return (triton_backend.decode(call, aux=False).out,)
         if not any(self._needs):
             return (triton_backend.forward(call, aux=False).out,)
-        result = self._forward(number % len(self._calls), call)
-        gradients = triton_backend.backward(call, result, call.q, None, self._needs)
+        out, lse = self._forward(number % len(self._calls), call)
+        gradients = triton_backend.backward(call, out, lse, call.q, None, self._needs)
         return tuple(x for x in gradients if x is not None)
 
     def error(self) -> str | None:
@@ -85,9 +85,9 @@ class Workload:
         of_query_scale = of_query and self.key.problem.query_scale_grad
         return Needs(of_query, of_key, of_key, of_query_scale, of_key and self.key.problem.key_scale)
 
-    def _forward(self, copy: int, call: AttentionCall) -> ForwardResult:
+    def _forward(self, copy: int, call: AttentionCall) -> tuple[Tensor, Tensor]:
         if copy not in self._forwards:
-            self._forwards[copy] = triton_backend.forward(call, aux=False, keep_rounding=self.dtype.itemsize == 2)
+            self._forwards[copy] = triton_backend.forward(call, aux=False)[:2]
         return self._forwards[copy]
 
     def _call(self, seed: int) -> AttentionCall | DecodeCall:
