@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, sdpa
-from .autograd import autocast_is_on, is_transformed, without_autocast
+from .autograd import autocast_is_on, is_compiled_transform, is_transformed, without_autocast
 from .backends import choose_backend
 from .call import AttentionCall
 from .dropout import Dropout
@@ -51,7 +51,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, factor: Factor, visibility: Visibility, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention of checked operands [B, H, S, D] on the backend that `options` asks for."""
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if is_compiled_transform():
         # Dynamo's own rules for autograd functions in torch.func.grad gave wrong gradients. What raises it leaves
         # uncompiled; fullgraph=True hands the error on.
         raise RuntimeError("tritonattn: a torch.func transform of attention is not compiled")

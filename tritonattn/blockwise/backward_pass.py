@@ -14,11 +14,11 @@ from .tiles import Block, Heads, Tiles, exp_, logits_of
 def backward(
     call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Needs,
     rounding: Tensor | None = None,
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     """The gradients that `needs`, a bool for each, asks for.
 
     out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding as `forward` left them; d_out and d_lse alike, any strides.
-    """  # fmt: skip
+    """
     tiles = Tiles(call)
     tensors = (call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
     pairs = zip(tensors, needs, strict=True)

@@ -24,9 +24,10 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
             for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
                 softmax.add(keys, hidden)
             exact = softmax.out()
-            _store(out, exact, block)
+            rounded = exact.to(out.dtype)
+            _store(out, rounded, block)
             if rounding is not None:
-                _store(rounding, exact - exact.to(out.dtype), block)
+                _store(rounding, exact - rounded, block)
             _store(lse, softmax.lse(), block)
             if aux:
                 _store(max_logit, softmax.max_logit, block)

@@ -124,8 +124,7 @@ def _forward(call: AttentionCall, backend: str, aux: bool, rounding: Tensor | No
 def _forward_of(flat: _Flat, call: AttentionCall) -> tuple[Tensor, ...]:
     """The results of the operator: of size 0 where there are none."""
     q, v = flat.q, flat.v
-    allocate = q.new_empty if flat.q_starts is None else q.new_zeros  # rows of no sequence are never written
-    rounding = allocate((*q.shape[:3], v.shape[3])) if flat.keep_rounding else None
+    rounding = q.new_empty((*q.shape[:3], v.shape[3])) if flat.keep_rounding else None
     result = _forward(call, flat.backend, flat.aux, rounding)
     return _filled((*result, rounding), result.lse)
 

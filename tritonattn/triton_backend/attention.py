@@ -36,12 +36,12 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
 def backward(
     call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Needs,
     rounding: Tensor | None = None,
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     """Gradients by the row-terms, grad_query and grad_key_value kernels.
 
     out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in q's dtype and d_lse fp32 [B, Hq, Sq], any
     strides.
-    """  # fmt: skip
+    """
     shared = _call_arguments(call) | stride_arguments("d_out", d_out) | {"d_out_ptr": d_out}
     shared |= {"lse_ptr": lse.contiguous(), "d_lse_ptr": None if d_lse is None else d_lse.contiguous()}
     takes_sinks = call.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
