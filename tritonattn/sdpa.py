@@ -59,7 +59,7 @@ def attention(call: AttentionCall) -> Tensor:
         out = _first_rows_apart(wide)
     else:
         out = _attention(_without_lone_row(wide, scale))
-    return out.to(q.dtype)
+    return out if out.dtype == q.dtype else out.to(q.dtype)
 
 
 def _attention(call: AttentionCall) -> Tensor:
@@ -197,7 +197,9 @@ class _Fold(Function):
 def _times(x: Tensor, scale: Tensor) -> Tensor:
     # A result takes the layout of its first factor: a contiguous scale saves autograd a copy of the gradient.
     scale = scale.contiguous().unsqueeze(-1)
-    if x.dtype == scale.dtype or x.device.type != "cpu" or not runs_eagerly(x, scale):
+    if x.dtype == scale.dtype:
+        return scale * x
+    if x.device.type != "cpu" or not runs_eagerly(x, scale):
         return (scale * x).to(x.dtype)
     out = x.new_empty(x.shape)
     rows = max(1, _CACHED // out[:, :, 0].numel())

@@ -93,12 +93,8 @@ class _Length(torch.autograd.Function):
 
     @staticmethod
     def forward(k: Tensor, seen: Tensor | None) -> Tensor:
-        if runs_eagerly(k) and k.device.type == "cpu" and k.dim() > 1:
-            few = k.shape[-2] <= _ROWS
-            pieces = [_lengths_on_cpu(piece) for piece in ((k,) if few else k.split(_ROWS, dim=-2))]
-            lengths = pieces[0] if few else torch.cat(pieces, dim=-1)
-        else:
-            lengths = _lengths_of(k)
+        is_readable = runs_eagerly(k) and k.device.type == "cpu" and k.numel() > 0
+        lengths = _lengths_on_cpu(k) if is_readable else _lengths_of(k)
         return lengths if seen is None else torch.where(seen, lengths, 0)
 
     @staticmethod
@@ -119,12 +115,16 @@ _ROWS = 1024
 
 def _lengths_on_cpu(k: Tensor) -> Tensor:
     """`_lengths_of` in one pass, where the lengths, which can be read, say that this was enough."""
-    if k.numel() == 0:
-        return _lengths_of(k)
-    lengths = _norm(k)
+    lengths = _norm(k) if k.dtype.itemsize > 2 else _by_pieces(_norm, k)
     lowest, highest = torch.aminmax(lengths)
     is_safe = _is_safe(lowest.item()) and _is_safe(highest.item())  # neither where one is NaN
-    return lengths if is_safe else _lengths_of(k)
+    return lengths if is_safe else _by_pieces(_lengths_of, k)
+
+
+def _by_pieces(lengths: Callable[[Tensor], Tensor], k: Tensor) -> Tensor:
+    if k.dim() < 2 or k.shape[-2] <= _ROWS:
+        return lengths(k)
+    return torch.cat([lengths(piece) for piece in k.split(_ROWS, dim=-2)], dim=-1)
 
 
 def _lengths_of(k: Tensor) -> Tensor:
