@@ -19,11 +19,12 @@ import torch
 import triton
 from tabulate import tabulate
 
-from tritonattn.command import check_file, usable_cores
+from tritonattn.command import check_file, usable_cores, whole_number
 from tritonattn.kernels import KERNELS
 from tritonattn.provenance import commit
 from tritonattn.tune.progress import tqdm
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
+from tritonattn.tuning.compile import WIDEST
 from tritonattn.tuning.config import STREAMING_KERNELS, TileConfig
 from tritonattn.tuning.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
 from tritonattn.tuning.model import RATES, UNITS, cycles, programs_per_sm, utilisation
@@ -41,8 +42,8 @@ Static: read from the machine code that triton {triton} compiled at commit {comm
 
 Tiles are query rows x keys. Stack and spills (local memory moved inside loops) are bytes of a thread, shared memory is
 bytes of a block, TMEM columns. From "non-MMA" on: instructions per logit in the unmasked loop, first all but the MMAs,
-then by class; ceilings are those of perf/ceilings.py. Modelled figures come from a card's rates (perf/model.py), as if
-all units overlapped. AMD: registers, spills (of the whole kernel) and LDS only."""
+then by class; ceilings are those of perf/ceilings.py. Modelled figures come from a card's rates
+(tritonattn/tuning/model.py), as if all units overlapped. AMD: registers, spills (of the whole kernel) and LDS only."""
 
 
 @dataclass(frozen=True)
@@ -246,24 +247,30 @@ def _text(figure: float | None) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--targets", type=_names, default=TARGETS, help="sm_80,gfx942,...: those to compile for")
-    parser.add_argument("--head-dims", type=_numbers, default=(64, 128), help="64,128,...")
+    parser.add_argument("--targets", type=_targets, default=TARGETS, help="sm_80,gfx942,...: those to compile for")
+    parser.add_argument("--head-dims", type=_head_dims, default=(64, 128), help="64,128,...")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--json", type=Path, help="write the readings to this file")
     parser.add_argument("--cubins", type=Path, help="write the binaries into this folder, for nvdisasm")
-    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes that compile")
+    parser.add_argument("--workers", type=whole_number, default=usable_cores(), help="processes that compile")
     parser.set_defaults(run=run)
 
 
-def _names(text: str) -> list[str]:
+def _targets(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
-        Target.parse(name)
+        try:
+            Target.parse(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
     return names
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def _head_dims(text: str) -> list[int]:
+    dims = [whole_number(part) for part in text.split(",")]
+    if max(dims) > WIDEST:
+        raise argparse.ArgumentTypeError(f"expected numbers from 1 to {WIDEST}, got {text!r}")
+    return dims
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from threading import Thread
 
 import pytest
 
-from tritonattn.command import usable_cores
+from tritonattn.command import usable_cores, whole_number
 
 _MOST = 8  # processes, each with a context of its own on the card
 _NO_TESTS = 5  # pytest's exit status where a process was dealt none
@@ -18,7 +18,7 @@ _NO_TESTS = 5  # pytest's exit status where a process was dealt none
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tests", nargs="*", default=["tests/kernels"], help="what pytest is given")
-    parser.add_argument("--processes", type=int, default=min(_MOST, usable_cores()))
+    parser.add_argument("--processes", type=whole_number, default=min(_MOST, usable_cores()))
     parser.set_defaults(run=run)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
-from tritonattn.command import check_file
+from tritonattn.command import check_file, whole_number
 from tritonattn.provenance import commit, processor
 from tritonattn.tuning.timing import Contestant, take_turns
 from tritonattn.visibility import Visibility
@@ -155,9 +155,9 @@ def environment(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=15, help="rounds, in which all take turns")
-    parser.add_argument("--length", type=int, default=4096, help="queries and keys")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=whole_number, default=15, help="rounds, in which all take turns")
+    parser.add_argument("--length", type=whole_number, default=4096, help="queries and keys")
+    parser.add_argument("--threads", type=whole_number, default=2)
     parser.add_argument("--case", choices=list(cases(64)), help="measure this one alone")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.set_defaults(run=run)

@@ -16,7 +16,7 @@ import transformers
 from tabulate import tabulate
 
 from tritonattn.analysis import Monitor, Thresholds
-from tritonattn.command import check_file
+from tritonattn.command import CommandError, check_file, usable_device, whole_number
 from tritonattn.huggingface import patch
 from tritonattn.tuning.timing import Contestant, take_turns
 
@@ -41,7 +41,10 @@ def contestant(arguments: argparse.Namespace, every: int | None, folder: str, co
     """A training step of a model of its own; every: of its Monitor, None for no Monitor."""
     model = model_of(arguments)
     if arguments.scaling is not None:
-        patch(model, arguments.scaling)
+        try:
+            patch(model, arguments.scaling)
+        except ValueError as error:
+            raise CommandError(f"--scaling: {error}") from error
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     shape = arguments.batch, arguments.length
     tokens = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(1)).to(arguments.device)
@@ -79,13 +82,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=15, help="rounds, in which all take turns")
-    parser.add_argument("--width", type=int, default=256, help="of the model; its heads are of 64")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--repeats", type=whole_number, default=15, help="rounds, in which all take turns")
+    parser.add_argument("--width", type=whole_number, default=256, help="of the model; its heads are of 64")
+    parser.add_argument("--length", type=whole_number, default=512, help="tokens of a sequence")
+    parser.add_argument("--batch", type=whole_number, default=2)
     parser.add_argument("--scaling", help="patch the model with this mode (default: its own attention)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=whole_number, default=2)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.set_defaults(run=run)
 
@@ -95,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_file("--json", arguments.json)
     torch.set_num_threads(arguments.threads)
     given = " ".join(part for part in sys.argv[1:] if not part.startswith("--json") and not part.endswith(".json"))
-    facts = Environment.of(torch.device(arguments.device), f"python -m perf {given}")
+    facts = Environment.of(usable_device(arguments.device), f"python -m perf {given}")
     found = measure(arguments)
     idle, watched = (one["time_ratio"] - 1 for one in list(found.values())[1:])
     overall = idle + (watched - idle) / EVERY

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from tritonattn.command import made_folder
+
 from .records import Record, read_all
 from .report import implementation
 from .roofline import COPY, MATMUL, SUITE
@@ -175,7 +177,6 @@ def draw_all(records: Iterable[Record], folder: Path) -> list[Path]:
     records = list(records)
     devices = list(dict.fromkeys(record.environment.device for record in records))
     written = []
-    folder.mkdir(parents=True, exist_ok=True)
     for device in devices:
         own = [record for record in records if record.environment.device == device]
         suffix = "" if len(devices) == 1 else "_" + re.sub(r"\W+", "-", device).strip("-").lower()
@@ -193,6 +194,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    made_folder("--out", arguments.out)
     written = draw_all(read_all(arguments.files), arguments.out)
     if not written:
         sys.exit(f"plot: nothing measured in {', '.join(map(str, arguments.files))}")

@@ -121,7 +121,7 @@ def read_all(paths: Iterable[Path]) -> list[Record]:
     """Of several files; of records of the same case, contestant and environment the last."""
     found: dict[tuple, Record] = {}
     for path in paths:
-        if not path.exists():
+        if not path.is_file():
             print(f"{path}: no such file, skipped", file=sys.stderr)
             continue
         for record in read(path):

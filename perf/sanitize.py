@@ -11,13 +11,15 @@ from pathlib import Path
 
 import torch
 
+from tritonattn.command import whole_number
+
 # Reads of memory that nothing has written are the soak's own to find: it fills new memory with NaN.
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tools", type=lambda text: text.split(","), default=TOOLS, help="memcheck,racecheck,...")
-    parser.add_argument("--trials", type=int, default=100, help="calls of the soak under each tool")
+    parser.add_argument("--trials", type=whole_number, default=100, help="calls of the soak under each tool")
     parser.add_argument("--seed", type=int, default=0, help="of the first call")
     parser.set_defaults(run=run)
 

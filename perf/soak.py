@@ -10,6 +10,7 @@ import warnings
 import torch
 
 from tritonattn import launch
+from tritonattn.command import whole_number
 from tritonattn.provenance import commit
 
 from .soak_draw import HAZARD_SEEDS, INTERPRETED, ON_A_GPU, trials
@@ -21,7 +22,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long")
-    parser.add_argument("--trials", type=int, help="stop after so many calls")
+    parser.add_argument("--trials", type=whole_number, help="stop after so many calls")
     hazard = f"of the first call; below {HAZARD_SEEDS}: head_dim 32, several stages"
     parser.add_argument("--seed", type=int, default=0, help=hazard)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -56,6 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
     summary = f"{count} calls, {executor.launches} launches"
     if failed:
         sys.exit(f"{summary}: {failed} calls failed")
+    if count == 0:
+        sys.exit(f"soak: --minutes: expected enough for a call, got {arguments.minutes:g}: nothing was tested")
     print(f"{summary}: every result within the bound, and the same twice")
 
 

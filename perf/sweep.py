@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from tritonattn.command import INTERRUPTED, check_file, whole_number
+
 _ROUNDS, _QUICK_ROUNDS = 25, 3
 _SECONDS = 20.0  # of rounds a case
 _DEVICES = (
@@ -31,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dims", type=_numbers, help="64,128,...")
     parser.add_argument("--dtypes", type=_names, help="fp32,fp16,bf16")
     parser.add_argument("--scalings", type=_names, help="sqrt_dim,key_norm_mean,...")
-    parser.add_argument("--rounds", type=_number, help=f"most rounds of a case (default: {_ROUNDS})")
-    parser.add_argument("--threads", type=_number, help="of torch on a CPU")
+    parser.add_argument("--rounds", type=whole_number, help=f"most rounds of a case (default: {_ROUNDS})")
+    parser.add_argument("--threads", type=whole_number, help="of torch on a CPU")
     parser.add_argument("--minutes", type=float, help="begin no case after so long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append records to this file")
     parser.set_defaults(run=run)
@@ -42,14 +44,8 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _number(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
-    return int(text)
-
-
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(_number, text.split(",")))
+    return tuple(map(whole_number, text.split(",")))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -59,7 +55,6 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from tritonattn import launch
-    from tritonattn.command import INTERRUPTED, check_file
 
     kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from functools import partial
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tritonattn
-from tritonattn import varlen
 from tritonattn.scaling import SCALINGS
 from tritonattn.sequences import Sequences
 from tritonattn.visibility import Visibility
@@ -267,9 +265,3 @@ def test_what_a_row_sees(members, tails, causal, window, block):
     assert not visibility.is_full
     assert not visibility.is_square_causal
     assert not visibility.every_row_sees
-
-
-def test_the_example_in_the_docstring():
-    result = doctest.testmod(varlen)
-    assert result.attempted >= 3
-    assert result.failed == 0

@@ -44,6 +44,11 @@ def test_shapes_that_are_none(shapes):
         warmup(shapes, device="cpu")
 
 
+def test_a_device_that_is_not_there():
+    with pytest.raises(ValueError, match="device: expected one of this machine, got 'cuda:99': "):
+        warmup([(1, 1, 16, 16)], device="cuda:99")
+
+
 def test_options_are_those_of_attention():
     with pytest.raises(ValueError, match="scaling"):
         tritonattn.warmup([(1, 1, 4, 16)], device="cpu", scaling="no such")

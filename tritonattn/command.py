@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,13 @@ def require(command: str, modules: list[str], extra: str) -> None:
         raise CommandError(
             f"{command} needs {', '.join(missing)}; to mend it: pip install 'tritonattn[{extra}]'"
         )
+
+
+def whole_number(text: str) -> int:
+    """The type of an option that takes a number from 1 up."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return int(text)
 
 
 def usable_device(name: str) -> torch.device:

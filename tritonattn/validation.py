@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -121,8 +121,8 @@ def check_multiplier(scaling: Scaling, factor: Tensor, shape: tuple[int, ...]) -
         )
 
 
-def named_scaling(name: str) -> Scaling:
-    """The mode of a name in SCALINGS, with its defaults."""
+def named_scaling(name: str, learned: Iterable[str] = ()) -> Scaling:
+    """The mode of a name in SCALINGS, with its defaults; a caller makes those that are `learned` itself."""
     if name in SCALINGS:
         return SCALINGS[name]()
     if name in _LEARNED:
@@ -130,9 +130,10 @@ def named_scaling(name: str) -> Scaling:
             f"scaling: expected a mode without a state of its own, got {name!r}, which is a module: make it once, keep"
             f" it with the model, and pass it, scaling=tritonattn.nn.{_LEARNED[name]}"
         )
-    close = difflib.get_close_matches(name, SCALINGS, n=1)
+    known = [*SCALINGS, *learned]
+    close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"scaling: expected one of {', '.join(SCALINGS)}, got {name!r}{hint}")
+    raise ValueError(f"scaling: expected one of {', '.join(known)}, got {name!r}{hint}")
 
 
 def refuse_scaling(scaling: Any) -> None:

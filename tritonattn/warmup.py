@@ -36,11 +36,15 @@ def warmup(
         options: As of `attention`: scaling, gain, causal, window, ...; tensors on `device`.
 
     Raises:
-        ValueError: A shape that is neither; whatever `attention` raises.
+        ValueError: A shape that is neither, a device that is not there; whatever `attention` raises.
 
     >>> import tritonattn
     >>> tritonattn.warmup([(1, 8, 128, 64)], device="cpu", scaling="key_count", causal=True, backward=True)
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: expected one of this machine, got {device!r}: {error}") from error
     for shape in shapes:
         each: Any = shape if hasattr(shape, "__len__") and len(shape) == 3 else (shape,) * 3
         if any(not hasattr(one, "__len__") or len(one) != 4 for one in each):

@@ -233,6 +233,8 @@ def test_arguments():
         Monitor("model")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"thresholds.max_logit"):
         Thresholds(max_logit=float("nan"))
+    with pytest.raises(ValueError, match=r"thresholds.near_one_hot: expected a share of rows, at most 1, got 90"):
+        Thresholds(near_one_hot=90)
     with Monitor(net) as monitor, pytest.raises(RuntimeError, match="not in use"):
         monitor.__enter__()
 

@@ -158,6 +158,7 @@ def test_who_watches_goes_on_after_another_has():
         ({"layers": [1.5]}, TypeError, "float"),
         ({"layers": {0: {"scalling": 1}}}, ValueError, "scalling"),
         ({"scaling": "sqrt"}, ValueError, "scaling: expected one of"),
+        ({"scaling": "ssmx"}, ValueError, "scaling: expected one of .*did you mean 'ssmax'"),
         ({"scaling": torch.ones(4)}, TypeError, "scaling"),
         ({"gain": torch.ones(3, 1)}, ValueError, r"gain: .*\[4, 1\], got \[3, 1\]"),
         ({"gain": torch.ones(4)}, ValueError, r"gain: .*\[4, 1\], got \[4\]"),

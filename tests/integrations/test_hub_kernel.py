@@ -139,6 +139,7 @@ def test_what_the_command_refuses(tmp_path, capsys):
     for arguments, message in {
         (str(tmp_path),): "expected a new or empty folder",
         (str(tmp_path / "held"),): "expected a new or empty folder",
+        (str(tmp_path / "held" / "in"),): "folder: wanted a folder, got",
         (str(tmp_path / "new"), "--repo-id", "nobody"): "--repo-id: expected OWNER/NAME, got 'nobody'",
         (str(tmp_path / "new"), "--version", "0"): "--version: expected at least 1, got 0",
     }.items():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 import torch
 
@@ -114,9 +112,3 @@ def test_compiled_in_one_graph():
     made = model(attn_layer=ours.attention_layer("key_norm_mean"))
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images()), made(images()))
-
-
-def test_the_example_in_the_docstring():
-    result = doctest.testmod(ours)
-    assert result.attempted >= 4
-    assert result.failed == 0

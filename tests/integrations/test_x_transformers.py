@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 from functools import partial
 
 import pytest
@@ -173,9 +172,3 @@ def test_a_bias_is_refused_in_the_call_and_models_without_attention_at_once():
         ours.replace_attend(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="scaling: expected one of"):
         ours.replace_attend(model(), "squirt_dim")
-
-
-def test_the_example_in_the_docstring():
-    result = doctest.testmod(ours)
-    assert result.attempted >= 5
-    assert result.failed == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import pickle
 import re
 
@@ -340,10 +339,3 @@ def test_representations():
     assert repr(nn.PowerLaw(4)) == "PowerLaw(heads=4)"
     assert repr(nn.Scheduled("sqrt_dim", "dim", 7)) == "Scheduled(sqrt_dim, dim, steps=7, blend='linear')"
     assert "(mode): SSMax(heads=2, bias=False)" in repr(nn.PerHead(nn.SSMax(2), heads=2))
-
-
-@pytest.mark.parametrize("module", ["", "learned", "power_law", "scheduled"])
-def test_the_examples_in_the_docstrings(module):
-    result = doctest.testmod(getattr(nn, module) if module else nn)
-    assert result.attempted >= 3
-    assert result.failed == 0

@@ -86,9 +86,10 @@ def test_without_a_gpu_it_says_so_and_offers_another_way(user, capsys):
         (["--head-dims", "63"], "--head-dims: expected 64, 80"),
         (["--dtypes", "fp8"], "--dtypes: expected bf16, fp16"),
         (["--lengths", "huge"], "--lengths: expected short, long"),
+        (["--static", "h100", "--budget", "0"], "--budget: expected none beside --static, which times nothing, got 0"),
     ],
 )
-def test_unknown_names(arguments, message, user, capsys):
+def test_what_it_cannot_do(arguments, message, user, capsys):
     status, _, err = run(capsys, "tune", *arguments)
     assert status == 2
     assert message in err

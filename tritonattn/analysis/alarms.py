@@ -28,6 +28,8 @@ class Thresholds:
             value = getattr(self, field.name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value != value):
                 raise ValueError(f"thresholds.{field.name}: expected a number or None, got {value!r}")
+            if value is not None and value > 1 and field.name != "max_logit":
+                raise ValueError(f"thresholds.{field.name}: expected a share of rows, at most 1, got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def built(scaling: Any, heads: int) -> Any:
     if isinstance(scaling, (int, float)) and not isinstance(scaling, bool):
         return float(scaling)
     if isinstance(scaling, str):
-        return LEARNED[scaling](heads=heads) if scaling in LEARNED else named_scaling(scaling)
+        return LEARNED[scaling](heads=heads) if scaling in LEARNED else named_scaling(scaling, LEARNED)
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
         return scaling(heads=heads) if issubclass(scaling, nn.Module) else scaling()
     if not isinstance(scaling, Scaling):

@@ -24,7 +24,7 @@ def scaling_for(scaling: str | Scaling, heads: int) -> Scaling:
     """The Scaling of a layer: a name of a learned one makes a module of its own, other names and Scalings stay."""
     if isinstance(scaling, str) and scaling in LEARNED:
         return LEARNED[scaling](heads=heads)
-    return as_mode(scaling)
+    return as_mode(scaling, LEARNED)
 
 
 def gain_for(scaling: Scaling, scale: float | None, head_dim: int) -> float | None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..command import CommandError
+from ..command import CommandError, made_folder
 from ..tuning.cache_dir import shipped_tables
 
 NAME = "tritonattn"
@@ -108,6 +108,7 @@ def write(folder: Path, repo_id: str, version: int = 1) -> list[str]:
         raise CommandError(f"--version: expected at least 1, got {version}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CommandError(f"{folder}: expected a new or empty folder")
+    made_folder("folder", folder)
     files = _sources()
     names = ", ".join(f'"{backend}"' for backend in BACKENDS)
     _write(folder / "build.toml", _BUILD.format(name=NAME, version=version, backends=names, repo_id=repo_id))

@@ -121,7 +121,7 @@ class ScaledAttention(nn.Module):
         if isinstance(scaling, str) and scaling in LEARNED:
             return LEARNED[scaling](heads=self.heads, device=device, dtype=dtype)
         if isinstance(scaling, (str, Scaling)):
-            return as_mode(scaling)
+            return as_mode(scaling, LEARNED)
         check_number("scaling", scaling)
         return scaling
 

@@ -60,6 +60,8 @@ def tune(request: Request) -> int:
         raise CommandError(f"--workers: expected at least 1, got {request.workers}")
     if request.budget is not None and math.isnan(request.budget):
         raise CommandError("--budget: expected minutes, got nan")
+    if request.static and request.budget is not None:
+        raise CommandError(f"--budget: expected none beside --static, which times nothing, got {request.budget:g}")
     try:
         return _tune_static(request) if request.static else _tune_here(request)
     except BrokenProcessPool as error:

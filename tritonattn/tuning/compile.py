@@ -11,7 +11,7 @@ from .config import Problem, Target, TileConfig, corrects_delta, legal_reasons, 
 from .defaults import default_config
 
 _SCALAR_TYPES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
-_WIDEST = 256  # head dim
+WIDEST = 256  # head dim
 _OPTIONAL = (
     "key_lengths", "key_ranges", "mask", "query_scale", "key_scale", "left", "right", "softcap", "sinks", "dropout",
     "block_table",
@@ -40,14 +40,14 @@ def compile_kernel(
     >>> import torch
     >>> from tritonattn.tuning import Problem, compile_kernel
     >>> compile_kernel("forward", Problem(64, 64, torch.bfloat16), target="sm_90").metadata.num_warps
-    8
+    4
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
     dims = (problem.head_dim, problem.value_dim)
-    if not all(1 <= dim <= _WIDEST for dim in dims) or str(problem.dtype) not in _SCALAR_TYPES:
+    if not all(1 <= dim <= WIDEST for dim in dims) or str(problem.dtype) not in _SCALAR_TYPES:
         raise ValueError(
-            f"problem: expected head dims from 1 to {_WIDEST} and fp16, bf16 or fp32, got {dims} and {problem.dtype}"
+            f"problem: expected head dims from 1 to {WIDEST} and fp16, bf16 or fp32, got {dims} and {problem.dtype}"
         )
     target = Target.parse(target) if isinstance(target, str) else target
     config = default_config(kernel, problem, target) if config is None else config
