@@ -94,11 +94,12 @@ def test_compile_dynamic_lengths_of_queries_and_keys():
     assert_same_gradients(lambda x: compiled(x).sum(), lambda x: layer(x).sum(), (x.requires_grad_(),))
 
 
+@pytest.mark.parametrize("lengths", [(10, 11, 13), (40, 70, 130)])  # 16 causal rows are computed apart
 @pytest.mark.parametrize("masks", [{"causal": True}, {"window": (2, 0)}])
-def test_compile_dynamic_shapes_do_not_recompile(masks):
+def test_compile_dynamic_shapes_do_not_recompile(masks, lengths):
     compiled = torch.compile(partial(objective, **masks), fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for length in (10, 11, 13):
+        for length in lengths:
             assert_same_gradients(compiled, partial(objective, **masks), operands(length=length))
 
 
@@ -147,6 +148,28 @@ def test_export(masks, strict):
         torch.testing.assert_close(program.module()(*leaves), Layer()(*leaves))
     if "window" in masks:
         assert torch.ops.tritonattn.forward.default in {node.target for node in program.graph.nodes}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("options", [{"causal": True, "scaling": "key_count"}, {}, {"window": (2, 0)}], ids=str)
+def test_export_of_a_layer_that_learns(options, strict):
+    """Whose parameters want gradients, as those of every new layer."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = torch.nn.Linear(8, 48)
+
+        def forward(self, x):
+            q, k, v = self.project(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            return tritonattn.attention(q, k, v, **options)
+
+    layer = Layer()
+    lengths = ({1: torch.export.Dim("length", min=16, max=512)},)
+    program = torch.export.export(layer, (torch.randn(2, 50, 8),), strict=strict, dynamic_shapes=lengths)
+    for length in (17, 64, 200):
+        x = torch.randn(2, length, 8)
+        torch.testing.assert_close(program.module()(x), layer(x))
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -147,7 +147,8 @@ def _centred(x: Tensor) -> tuple[Tensor, Tensor | None]:
     and neither changes a gradient: only what these lose. PyTorch takes delta = out . d_out from a rounded output, an
     error that d_q has times the mean key.
     """
-    sample = x.detach()[:, :, :: max(1, x.shape[2] // _SAMPLED_KEYS)]
+    step = max(1, x.shape[2] // _SAMPLED_KEYS) if runs_eagerly(x) else 1  # a compiler would guard a step by the length
+    sample = x.detach()[:, :, ::step]
     mean = sample.mean(2, keepdim=True)
     of_mean, of_all = (torch.linalg.vector_norm(part, dim=(2, 3), keepdim=True) for part in (mean, sample))
     is_large = of_mean > (_LARGE_MEAN / sample.shape[2]) ** 0.5 * of_all  # False of NaN and of inf
