@@ -48,6 +48,13 @@ def test_ragged_lengths(mask, q_len, k_len, device):
     harness.check(tensors, **_mask(mask, device, 1, 2, q_len, k_len))
 
 
+@pytest.mark.parametrize("window", [(1, 0), (17, 3), (16, None), (None, 1)], ids=str)
+def test_windows_whose_edge_begins_a_tile(window, device):
+    """Of 16 rows or keys: a block of keys is seen by a single row of the last tile that it reaches, or by the last."""
+    tensors = harness.inputs(torch.float32, device, q_len=48, k_len=48, batch=1)
+    harness.check(tensors, window=window)
+
+
 @pytest.mark.parametrize(
     ("head_dim", "value_dim"), [(1, 1), (8, 24), (17, 16), (64, 64), (80, 80), (96, 40), (192, 128), (256, 256)]
 )
@@ -266,6 +273,24 @@ def test_offsets_past_int32(device, monkeypatch):
     found = tritonattn.scaled_attention(tensors["q"], k, tensors["v"], backend="triton")
     expected = tritonattn.scaled_attention(**tensors, backend="triton")
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["batch", "heads"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "d_out"])
+def test_entries_and_heads_past_int32(name, axis, device):
+    """2^30 elements apart, three of them."""
+    tensors = harness.inputs(torch.float16, device, batch=3, kv_heads=3, group=1, q_len=20, k_len=20)
+    d_out = torch.ones_like(tensors["q"])
+    expected = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton")
+    far = d_out if name == "d_out" else tensors[name]
+    strides = [2**12, 2**9, 16, 1]
+    strides[axis] = 2**30
+    storage = torch.empty(2**31 + 2**14, dtype=torch.float16, device=device)
+    far = storage.as_strided(far.shape, strides).copy_(far)
+    tensors, d_out = (tensors, far) if name == "d_out" else (tensors | {name: far}, d_out)
+    found = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton")
+    for result, wanted in expected.items():
+        assert torch.equal(found[result], wanted), result
 
 
 @pytest.mark.parametrize("mask", ["lengths", "causal lengths", "mask of keys", "window"])
