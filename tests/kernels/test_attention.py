@@ -48,9 +48,9 @@ def test_ragged_lengths(mask, q_len, k_len, device):
     harness.check(tensors, **_mask(mask, device, 1, 2, q_len, k_len))
 
 
-@pytest.mark.parametrize("window", [(1, 0), (17, 3), (16, None), (None, 1)], ids=str)
-def test_windows_whose_edge_begins_a_tile(window, device):
-    """Of 16 rows or keys: a block of keys is seen by a single row of the last tile that it reaches, or by the last."""
+@pytest.mark.parametrize("window", [(1, 0), (17, 3), (30, 0), (None, 14), (None, 1)], ids=str)
+def test_windows_whose_edge_is_that_of_a_tile(window, device):
+    """Of 16 rows or keys: a single row of the last tile sees a block of keys, or all but a single one do."""
     tensors = harness.inputs(torch.float32, device, q_len=48, k_len=48, batch=1)
     harness.check(tensors, window=window)
 
