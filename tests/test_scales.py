@@ -128,3 +128,17 @@ def test_one_compiled_graph_serves_any_number_of_keys():
     for length in (200, 300, 700, 1300):
         call(*torch.randn(3, 1, 1, length, 8).unbind(0))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_a_scale_of_a_key_that_nobody_sees(backend):
+    q, k, v = torch.randn(3, 1, 1, 4, 8).unbind(0)
+    gradients = []
+    for hidden in (1.0, float("nan")):
+        query_scale, key_scale = torch.ones(1, 1, 4, requires_grad=True), torch.ones(1, 1, 4)
+        key_scale[..., 3] = hidden
+        out = tritonattn.scaled_attention(
+            q, k, v, query_scale, key_scale, key_lengths=torch.tensor([3]), backend=backend
+        )
+        gradients += torch.autograd.grad(out.sum(), query_scale)
+    assert torch.equal(*gradients)

@@ -121,3 +121,37 @@ def test_a_mean_is_that_of_a_head(compiled):
     found, mean = centred(x)
     assert mean.count_nonzero((2, 3)).nonzero().tolist() == [[3, 5]]
     torch.testing.assert_close(found + mean, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("size", [1e3, 1e9])
+def test_far_off_keys_that_a_row_cannot_see_move_nothing(size, name, dtype):
+    """As right padding under causal: a mean of all of them would leave nothing but rounding of the others."""
+    call = make_call(dtype, q_len=64, k_len=64, scaled=False, scale=0.25, causal=True)
+    padded = getattr(call, name).clone()
+    padded[:, :, 40:] = size * torch.randn(padded.shape[3])
+    d_out = output_gradients(call)[0]
+    d_out[:, :, 40:] = 0
+    expected, found = run(call, d_out), run(dataclasses.replace(call, **{name: padded}), d_out)
+    for result in ("out", "q", "k", "v"):
+        torch.testing.assert_close(found[result][:, :, :40], expected[result][:, :, :40], msg=result)
+
+
+def test_a_sample_of_one_phase_is_no_mean():
+    """Keys of a period that the sample has, too: it sees keys of one kind alone."""
+    call = make_call(torch.float32, q_len=256, k_len=256, dim=64, value_dim=64, scaled=False, scale=0.125)
+    sign = torch.where(torch.arange(256) % 8 == 0, 1.0, -1 / 7)
+    assert sdpa._centred(call.k + 30 * sign[:, None])[1] is None
+    check(dataclasses.replace(call, v=call.v + 30 * sign[:, None]))
+
+
+def test_a_gradient_of_a_scale_under_autocast():
+    call = make_call(torch.float32, k_len=37, causal=True)
+    d_out = output_gradients(call)[0]
+    expected = run(call, d_out)["query_scale"]
+    scale = call.query_scale.requires_grad_()
+    out = sdpa.attention(call)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        [found] = torch.autograd.grad(out, scale, d_out)
+    torch.testing.assert_close(found, expected)

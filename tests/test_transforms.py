@@ -103,6 +103,19 @@ def test_compile_dynamic_shapes_do_not_recompile(masks, lengths):
             assert_same_gradients(compiled, partial(objective, **masks), operands(length=length))
 
 
+@pytest.mark.parametrize("scaling", ["key_norm_sum", "key_norm_max"])
+def test_compile_dynamic_shapes_of_a_mask(scaling):
+    def total(q, k, mask):
+        return tritonattn.attention(q, k, k, scaling=scaling, mask=mask).sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch, q_len, k_len in ((1, 6, 15), (2, 7, 17), (3, 8, 19)):
+        q = torch.randn(batch, 2, q_len, 8, requires_grad=True)
+        k = torch.randn(batch, 2, k_len, 8, requires_grad=True)
+        mask = torch.rand(batch, 1, q_len, k_len) > 0.3
+        assert_same_gradients(partial(compiled, mask=mask), partial(total, mask=mask), (q, k))
+
+
 def test_compile_under_autocast_and_with_dropout():
     def function(q, k, v, gain):
         with torch.autocast("cpu", dtype=torch.bfloat16):

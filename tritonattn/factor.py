@@ -127,7 +127,8 @@ class Given(Scaling):
         if key is not None:
             if key.dim() > 1 and key.shape[-2] > 1:
                 key = key.repeat_interleave(k.shape[1] // key.shape[-2], dim=-2)  # one row a query head
-            factor = factor * key[..., None, :] if key.dim() else factor * key
+            key = key[..., None, :] if key.dim() else key
+            factor = factor * torch.where(visible, key, 0)  # that of a key which no row sees may be NaN
         return factor
 
 

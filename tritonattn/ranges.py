@@ -145,15 +145,15 @@ class _MaskSum(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         x, lo, hi, mask = inputs
-        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
         ctx.save_for_backward(lo, hi, mask)
 
     @staticmethod
     @first_order
     def backward(ctx, saved, g: Tensor):
-        dx = g.new_zeros(ctx.shape)
+        dx = g.new_zeros((*g.shape[:2], ctx.k_len))
         lo, hi, mask = saved
-        for rows, tile in row_tiles(lo, hi, mask, ctx.shape[-1]):
+        for rows, tile in row_tiles(lo, hi, mask, ctx.k_len):
             dx = dx + torch.where(tile, g[:, :, rows, None], 0).sum(-2)
         return dx.to(ctx.dtype), None, None, None
 

@@ -15,7 +15,7 @@ from torch.autograd.function import Function
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from . import first_rows
-from .autograd import apply, first_order, needs_graph, runs_eagerly
+from .autograd import apply, first_order, needs_graph, runs_eagerly, without_autocast
 from .call import AttentionCall
 from .visibility import Visibility
 
@@ -23,7 +23,7 @@ from .visibility import Visibility
 # of q and k take up to 10 times the bound where there are none, 1.3 times with 4, 0.8 with 16.
 _FIRST_ROWS = 16
 
-# Of a head's keys, or values: about as many give their mean.
+# Of a head's keys, or values: about as many say whether a look at all is worth it.
 _SAMPLED_KEYS = 32
 
 # Elements of a product that is rounded before it leaves the caches: one of all of x in fp32 is fresh memory, and takes
@@ -32,6 +32,9 @@ _CACHED = 2**18
 
 # Share of the mean in a head's sum of squares. At a half, gradients still take at most 0.9 of the bound.
 _LARGE_MEAN = 0.25
+
+# Length of a mean over that of the shortest key or value from which it may be taken, whose rounding grows as much.
+_FAR = 4.0
 
 # Times 1 / sqrt(D): with a factor of three in all rows, gradients take up to 0.6 of the bound.
 _SHARP = 2.0
@@ -147,15 +150,26 @@ def _centred(x: Tensor) -> tuple[Tensor, Tensor | None]:
     and neither changes a gradient: only what these lose. PyTorch takes delta = out . d_out from a rounded output, an
     error that d_q has times the mean key.
     """
-    step = max(1, x.shape[2] // _SAMPLED_KEYS) if runs_eagerly(x) else 1  # a compiler would guard a step by the length
-    sample = x.detach()[:, :, ::step]
-    mean = sample.mean(2, keepdim=True)
-    of_mean, of_all = (torch.linalg.vector_norm(part, dim=(2, 3), keepdim=True) for part in (mean, sample))
-    is_large = of_mean > (_LARGE_MEAN / sample.shape[2]) ** 0.5 * of_all  # False of NaN and of inf
+    whole = x.detach()
+    if runs_eagerly(x) and not _mean(whole[:, :, :: max(1, x.shape[2] // _SAMPLED_KEYS)])[1].any():
+        return x, None
+    mean, is_large = _mean(whole)
     if runs_eagerly(x) and not is_large.any():
         return x, None
     mean = torch.where(is_large, mean, 0)
     return x - mean, mean
+
+
+def _mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """That of keys or values over S, [B, H, 1, D], and the heads, [B, H, 1, 1], where it is large, but not of giants.
+
+    Taken from far smaller ones, of which a causal row may see no others, it would leave nothing but rounding.
+    """
+    mean = x.mean(2, keepdim=True)
+    of_mean, of_each = (torch.linalg.vector_norm(part, dim=3, keepdim=True) for part in (mean, x))
+    of_all = torch.linalg.vector_norm(of_each, dim=2, keepdim=True)
+    is_large = of_mean > (_LARGE_MEAN / x.shape[2]) ** 0.5 * of_all  # False of NaN and of inf
+    return mean, is_large & (of_mean <= _FAR * of_each.amin(2, keepdim=True))
 
 
 def _for_kernel(x: Tensor, width: int) -> Tensor:
@@ -187,7 +201,8 @@ class _Fold(Function):
     def backward(ctx, saved, g: Tensor):
         x, scale = saved
         needs_x, needs_scale = ctx.needs_input_grad
-        d_scale = torch.linalg.vecdot(g.to(scale.dtype), x.to(scale.dtype)) if needs_scale else None
+        with without_autocast(g):
+            d_scale = torch.linalg.vecdot(g.to(scale.dtype), x.to(scale.dtype)) if needs_scale else None
         if not needs_x:
             return None, d_scale
         # The product is known to attention alone, so that its gradient is nobody else's: fresh memory takes longer.

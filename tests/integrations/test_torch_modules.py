@@ -298,7 +298,7 @@ def test_what_it_refuses():
         with pytest.raises(NotImplementedError, match=name):
             replace_multihead_attention(model, "dim")
         assert type(model[0]) is nn.MultiheadAttention
-    with pytest.raises(ValueError, match="scaling: expected one of .*ssmax.*did you mean 'power_law'"):
+    with pytest.raises(ValueError, match=r"scaling: expected one of .*ssmax.*did you mean 'power_law'"):
         MultiheadAttention(E, H, scaling="power_lw")
     with pytest.raises(ValueError, match=r"model: expected one with a torch.nn.MultiheadAttention inside, got Linear"):
         replace_multihead_attention(nn.Linear(2, 2))

@@ -77,7 +77,8 @@ def _allocate(call: DecodeCall, splits: tuple[int, ...], dtype: torch.dtype, aux
 
 
 def _arguments(call: DecodeCall) -> Arguments:
-    q, query_scale, cache, table = _near(call.q), _near(call.query_scale), call.cache, call.cache.block_table
+    q, cache, table = _near(call.q), call.cache, call.cache.block_table
+    query_scale = None if call.query_scale is None else _near(call.query_scale)
     lengths = cache.key_lengths
     if lengths.dtype != torch.int32:
         lengths = bounded(lengths, cache.capacity)
@@ -97,10 +98,9 @@ def _arguments(call: DecodeCall) -> Arguments:
     return arguments
 
 
-def _near(rows: Tensor | None) -> Tensor | None:
+def _near(rows: Tensor) -> Tensor:
     """Few rows [B, Hq, Sq, ...], copied where those of a head lie past the 32 bits in which the kernel counts them."""
-    is_near = rows is None or rows.shape[2] * rows.stride(2) < 2**31
-    return rows if is_near else rows.contiguous()
+    return rows if rows.shape[2] * rows.stride(2) < 2**31 else rows.contiguous()
 
 
 def _by_head(x: Tensor, cache: Cache) -> Tensor:
