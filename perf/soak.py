@@ -21,7 +21,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=10.0, help="how long")
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long, but one call at least")
     parser.add_argument("--trials", type=whole_number, help="stop after so many calls")
     hazard = f"of the first call; below {HAZARD_SEEDS}: head_dim 32, several stages"
     parser.add_argument("--seed", type=int, default=0, help=hazard)
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     with soaking(guards=not arguments.bare) as executor:
         for trial in trials(arguments.seed, device, ON_A_GPU if device.type == "cuda" else INTERPRETED):
             now = time.monotonic()
-            if now - start > 60 * arguments.minutes or count == arguments.trials:
+            if (count and now - start > 60 * arguments.minutes) or count == arguments.trials:
                 break
             if now - shown > _SECONDS_BETWEEN_LINES:
                 print(f"{now - start:.0f} s: {count} calls, {executor.launches} launches, {failed} failed", flush=True)
@@ -57,8 +57,6 @@ def run(arguments: argparse.Namespace) -> None:
     summary = f"{count} calls, {executor.launches} launches"
     if failed:
         sys.exit(f"{summary}: {failed} calls failed")
-    if count == 0:
-        sys.exit(f"soak: --minutes: expected enough for a call, got {arguments.minutes:g}: nothing was tested")
     print(f"{summary}: every result within the bound, and the same twice")
 
 

@@ -319,7 +319,8 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
         "--dtypes", default="bf16", metavar="A,B", help="bf16,fp16: what configs are timed in; an entry serves both"
     )
     tune.add_argument("--lengths", default="short,long", metavar="A,B", help="at most 1024 tokens, and more")
-    tune.add_argument("--budget", type=float, metavar="MINUTES", help="begin no search after so long")
+    after = "begin no search, nor an architecture's tables, after so long"
+    tune.add_argument("--budget", type=float, metavar="MINUTES", help=after)
     tune.add_argument("--static", metavar="A,B", help="h100, sm_90, ..., all: rank by a model instead; needs no GPU")
     tune.add_argument("--write", action="store_true", help="write into autotune_cache/, not the user's folder")
     tune.add_argument(

@@ -37,10 +37,3 @@ def test_refusals(arguments, message, tmp_path, capsys):
     assert ended.value.code != 0
     said = f"{ended.value.code} {capsys.readouterr().err}"
     assert re.search(message, said), said
-
-
-def test_a_soak_without_a_call_is_no_success(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setattr("tritonattn.launch.interpreting", True)
-    with pytest.raises(SystemExit, match="--minutes: expected enough for a call, got 0: nothing was tested"):
-        main(["soak", "--device", "cpu", "--minutes", "0"])

@@ -86,10 +86,9 @@ def test_without_a_gpu_it_says_so_and_offers_another_way(user, capsys):
         (["--head-dims", "63"], "--head-dims: expected 64, 80"),
         (["--dtypes", "fp8"], "--dtypes: expected bf16, fp16"),
         (["--lengths", "huge"], "--lengths: expected short, long"),
-        (["--static", "h100", "--budget", "0"], "--budget: expected none beside --static, which times nothing, got 0"),
     ],
 )
-def test_what_it_cannot_do(arguments, message, user, capsys):
+def test_unknown_names(arguments, message, user, capsys):
     status, _, err = run(capsys, "tune", *arguments)
     assert status == 2
     assert message in err
@@ -294,6 +293,13 @@ def test_a_budget(on_h100, user, capsys):
     _, out, _ = run(capsys, *SEARCH, "--budget", "-1")
     assert "the budget of -1 minutes is spent" in out
     assert on_h100 == []
+
+
+def test_a_budget_of_tables(user, capsys):
+    status, out, _ = run(capsys, *ONE, "--budget", "0")
+    assert status == 0
+    assert "the budget of 0 minutes is spent: nothing is compiled from sm_80 on" in out
+    assert not list(user.iterdir())
 
 
 def test_configs_says_where_each_comes_from(user, capsys):

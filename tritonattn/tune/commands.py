@@ -35,7 +35,7 @@ class Request:
     static    names of GPUS, architectures, or "all": no timing, no GPU
     workers   processes that compile
     write     into autotune_cache/ rather than the user's folder
-    budget    minutes after which no further search begins
+    budget    minutes after which no further search, or architecture, begins
     """
 
     kernels: tuple[str, ...]
@@ -60,14 +60,17 @@ def tune(request: Request) -> int:
         raise CommandError(f"--workers: expected at least 1, got {request.workers}")
     if request.budget is not None and math.isnan(request.budget):
         raise CommandError("--budget: expected minutes, got nan")
-    if request.static and request.budget is not None:
-        raise CommandError(f"--budget: expected none beside --static, which times nothing, got {request.budget:g}")
     try:
         return _tune_static(request) if request.static else _tune_here(request)
     except BrokenProcessPool as error:
         raise CommandError(
             "a process that compiles was ended from outside, perhaps for lack of memory: --workers takes fewer at once"
         ) from error
+
+
+def _end(request: Request) -> float:
+    """Of the budget that begins now, on the clock of time.monotonic."""
+    return math.inf if request.budget is None else time.monotonic() + 60 * request.budget
 
 
 def named_gpus(option: str, names: tuple[str, ...], everything: tuple[str, ...] = ("all",)) -> list[GPU]:
@@ -86,7 +89,11 @@ def _tune_static(request: Request) -> int:
     gpus = named_gpus("--static", request.static)
     for gpu in gpus:
         _check_folder(_path(gpu.name, request.write), request.write)
+    end = _end(request)
     for target in dict.fromkeys(gpu.target for gpu in gpus):
+        if time.monotonic() >= end:
+            print(f"the budget of {request.budget:g} minutes is spent: nothing is compiled from {target.name} on")
+            break
         with Compiler(target, request.workers) as compiler, tqdm(unit="kernel", desc=target.name) as progress:
             tables = [
                 static_table(gpu, compiler, request.keys, progress.update)
@@ -206,10 +213,10 @@ def _search_all(
     results: list[Result] = []
     stopped = False
     found: dict[Key, Entry] = {}
-    end = None if request.budget is None else time.monotonic() + 60 * request.budget
+    end = _end(request)
     with Compiler(target, request.workers) as compiler, tqdm(todo, unit="key") as progress:
         for key in progress:
-            if end is not None and time.monotonic() > end:
+            if time.monotonic() >= end:
                 print(f"the budget of {request.budget:g} minutes is spent: run the command again to go on")
                 break
             progress.set_postfix_str(str(key))
