@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -19,7 +20,7 @@ import torch
 import triton
 from tabulate import tabulate
 
-from tritonattn.command import check_file, usable_cores, whole_number
+from tritonattn.command import check_file, usable_cores, whole_number, whole_numbers
 from tritonattn.kernels import KERNELS
 from tritonattn.provenance import commit
 from tritonattn.tune.progress import tqdm
@@ -93,7 +94,7 @@ class Reading:
     compile_seconds: float
 
 
-def cases(targets: list[str], head_dims: list[int], dtype: torch.dtype) -> list[Case]:
+def cases(targets: Sequence[str], head_dims: Sequence[int], dtype: torch.dtype) -> list[Case]:
     """Every kernel without scales, with query_scale, and with key_scale too; full and causal, decode only causal."""
     found = []
     for target, head_dim, kernel in product(targets, head_dims, READ):
@@ -266,8 +267,8 @@ def _targets(text: str) -> list[str]:
     return names
 
 
-def _head_dims(text: str) -> list[int]:
-    dims = [whole_number(part) for part in text.split(",")]
+def _head_dims(text: str) -> tuple[int, ...]:
+    dims = whole_numbers(text)
     if max(dims) > WIDEST:
         raise argparse.ArgumentTypeError(f"expected numbers from 1 to {WIDEST}, got {text!r}")
     return dims

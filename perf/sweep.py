@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from tritonattn.command import INTERRUPTED, check_file, whole_number
+from tritonattn.command import INTERRUPTED, check_file, whole_number, whole_numbers
 
 _ROUNDS, _QUICK_ROUNDS = 25, 3
 _SECONDS = 20.0  # of rounds a case
@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu", "interpret", "emulate"), help=_DEVICES)
     parser.add_argument("--peers", type=_names, help="sdpa,flex,...: who runs beside ours; none for nobody")
     parser.add_argument("--quick", action="store_true", help="few small cases and rounds: whether all of it runs")
-    parser.add_argument("--lengths", type=_numbers, help="1024,2048,...: queries and keys, keys of a cache, ...")
-    parser.add_argument("--head-dims", type=_numbers, help="64,128,...")
+    parser.add_argument("--lengths", type=whole_numbers, help="1024,2048,...: queries and keys, keys of a cache, ...")
+    parser.add_argument("--head-dims", type=whole_numbers, help="64,128,...")
     parser.add_argument("--dtypes", type=_names, help="fp32,fp16,bf16")
     parser.add_argument("--scalings", type=_names, help="sqrt_dim,key_norm_mean,...")
     parser.add_argument("--rounds", type=whole_number, help=f"most rounds of a case (default: {_ROUNDS})")
@@ -42,10 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(whole_number, text.split(",")))
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -32,6 +32,11 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """The type of an option that takes several, with commas between them."""
+    return tuple(map(whole_number, text.split(",")))
+
+
 def usable_device(name: str) -> torch.device:
     """The device of an option --device; CommandError where it is none of this machine."""
     try:

@@ -62,7 +62,7 @@ def attention(call: AttentionCall) -> Tensor:
         out = _first_rows_apart(wide)
     else:
         out = _attention(_without_lone_row(wide, scale))
-    return out if out.dtype == q.dtype else out.to(q.dtype)
+    return out.to(q.dtype)
 
 
 def _attention(call: AttentionCall) -> Tensor:
@@ -150,11 +150,12 @@ def _centred(x: Tensor) -> tuple[Tensor, Tensor | None]:
     and neither changes a gradient: only what these lose. PyTorch takes delta = out . d_out from a rounded output, an
     error that d_q has times the mean key.
     """
-    whole = x.detach()
-    if runs_eagerly(x) and not _mean(whole[:, :, :: max(1, x.shape[2] // _SAMPLED_KEYS)])[1].any():
-        return x, None
-    mean, is_large = _mean(whole)
-    if runs_eagerly(x) and not is_large.any():
+    whole, is_readable = x.detach(), runs_eagerly(x)
+    step = max(1, x.shape[2] // _SAMPLED_KEYS) if is_readable else 1  # a compiler would guard it by the length
+    mean, is_large = _mean(whole[:, :, ::step])
+    if step > 1 and is_large.any():
+        mean, is_large = _mean(whole)
+    if is_readable and not is_large.any():
         return x, None
     mean = torch.where(is_large, mean, 0)
     return x - mean, mean
@@ -213,9 +214,7 @@ class _Fold(Function):
 def _times(x: Tensor, scale: Tensor) -> Tensor:
     # A result takes the layout of its first factor: a contiguous scale saves autograd a copy of the gradient.
     scale = scale.contiguous().unsqueeze(-1)
-    if x.dtype == scale.dtype:
-        return scale * x
-    if x.device.type != "cpu" or not runs_eagerly(x, scale):
+    if x.dtype == scale.dtype or x.device.type != "cpu" or not runs_eagerly(x, scale):
         return (scale * x).to(x.dtype)
     out = x.new_empty(x.shape)
     rows = max(1, _CACHED // out[:, :, 0].numel())

@@ -283,10 +283,8 @@ def values_are_read(x: Tensor) -> bool:
 def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     if len(shape) > len(target):
         return False
-    for size, wanted in zip(reversed(shape), reversed(target), strict=False):  # no generator: it takes twice as long
-        if size != 1 and size != wanted:  # `in` does not see symbolic sizes
-            return False
-    return True
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return all(size == 1 or size == wanted for size, wanted in pairs)  # `in` does not see symbolic sizes
 
 
 def _is_number(value: Any) -> bool:

@@ -13,7 +13,7 @@ from tests.kernels import harness
 from tests.support.bound import assert_within_bound
 from tests.support.masks import MASKS
 from tritonattn import launch, triton_backend
-from tritonattn.tuning.config import Target, TileConfig
+from tritonattn.tuning.config import Target
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCALES = ((), ("query_scale",), ("query_scale", "key_scale"))
@@ -196,19 +196,6 @@ def test_a_factor_below_the_normal_numbers(device):
         assert result.isfinite().all(), name
 
 
-def test_lazily_negated_tensors(device):
-    """Their memory holds the negatives of their values."""
-    tensors = harness.inputs(torch.float32, device, batch=1, q_len=20, k_len=20, group=1)
-    expected = harness.run(tensors, tensors["q"], tritonattn.scaled_attention, backend="triton")
-    negated = {name: torch.complex(x, -x).conj().imag for name, x in tensors.items()}
-    assert all(x.is_neg() for x in negated.values())
-    leaves = {name: x.requires_grad_() for name, x in negated.items()}
-    out = tritonattn.scaled_attention(**leaves, backend="triton")
-    gradients = torch.autograd.grad(out, list(leaves.values()), negated["q"].detach())
-    for name, result in zip(("out", *leaves), (out, *gradients), strict=True):
-        torch.testing.assert_close(result, expected[name], msg=name)
-
-
 def test_ranges_past_int32(device):
     """On a GPU nobody reads them: they are clamped before they become 32 bits wide."""
     tensors = harness.inputs(torch.float32, device, q_len=20, k_len=33)
@@ -223,74 +210,6 @@ def _of_ranges(tensors: harness.Tensors, ranges: torch.Tensor) -> torch.Tensor:
     visibility = tritonattn.visibility.Visibility.of(tensors["q"], tensors["k"], key_ranges=ranges)
     call = tritonattn.call.AttentionCall(*tensors.values(), visibility, 0.3)
     return triton_backend.forward(call, aux=False).out
-
-
-def _variants(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same values in other memory: transposed axes, a strided last axis, an offset, padding between rows."""
-    padded = torch.nn.functional.pad(tensor, (1, 3, 2, 0))
-    strided = tensor.new_empty(*tensor.shape[:3], 2 * tensor.shape[3])[..., ::2]
-    return {
-        "transposed": tensor.transpose(1, 2).contiguous().transpose(1, 2),
-        "last axis outermost": tensor.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
-        "every other element": strided.copy_(tensor),
-        "slice of a larger tensor": padded[:, :, 2:, 1 : 1 + tensor.shape[3]],
-    }
-
-
-LAYOUTS = ("transposed", "last axis outermost", "every other element", "slice of a larger tensor")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides(layout, device):
-    tensors = harness.inputs(torch.float32, device, q_len=20, k_len=35, kv_heads=2)
-    expected = harness.run(tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton")
-    views = {name: _variants(tensor)[layout] for name, tensor in tensors.items()}
-    d_out = _variants(torch.ones_like(tensors["q"]))[layout]
-    found = harness.run(views, d_out, tritonattn.scaled_attention, backend="triton")
-    for name, result in expected.items():
-        torch.testing.assert_close(found[name], result, rtol=0, atol=0, msg=name)
-
-
-def test_expanded_tensors(device):
-    """Stride 0: a key head shared by expansion, a gradient from sum()."""
-    tensors = harness.inputs(torch.float32, device, q_len=18, k_len=18, group=1)
-    k, v = (tensors[name].expand(-1, 3, -1, -1) for name in ("k", "v"))
-    q = tensors["q"].expand(-1, 3, -1, -1).contiguous().requires_grad_()
-    out = tritonattn.scaled_attention(q, k, v, causal=True, backend="triton")
-    out.sum().backward()
-    reference = q.detach().double().requires_grad_()
-    tritonattn.scaled_attention(reference, k.double(), v.double(), causal=True, backend="reference").sum().backward()
-    torch.testing.assert_close(q.grad.double(), reference.grad, rtol=1e-5, atol=1e-6)
-
-
-def test_offsets_past_int32(device, monkeypatch):
-    """Rows 2^27 elements apart, 20 of them in one tile: offsets inside it pass 2^31, though few elements are used."""
-    monkeypatch.setattr(launch, "config_for", lambda *_: TileConfig(32, 32, 4, 1))
-    stride = 2**27
-    storage = torch.empty(20 * stride, dtype=torch.float16, device=device)
-    tensors = harness.inputs(torch.float16, device, batch=1, group=1, q_len=20, k_len=20)
-    k = storage.as_strided((1, 1, 20, 16), (20 * stride, 20 * stride, stride, 1)).copy_(tensors["k"])
-    found = tritonattn.scaled_attention(tensors["q"], k, tensors["v"], backend="triton")
-    expected = tritonattn.scaled_attention(**tensors, backend="triton")
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("axis", [0, 1], ids=["batch", "heads"])
-@pytest.mark.parametrize("name", ["q", "k", "v", "d_out"])
-def test_entries_and_heads_past_int32(name, axis, device):
-    """2^30 elements apart, three of them."""
-    tensors = harness.inputs(torch.float16, device, batch=3, kv_heads=3, group=1, q_len=20, k_len=20)
-    d_out = torch.ones_like(tensors["q"])
-    expected = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton")
-    far = d_out if name == "d_out" else tensors[name]
-    strides = [2**12, 2**9, 16, 1]
-    strides[axis] = 2**30
-    storage = torch.empty(2**31 + 2**14, dtype=torch.float16, device=device)
-    far = storage.as_strided(far.shape, strides).copy_(far)
-    tensors, d_out = (tensors, far) if name == "d_out" else (tensors | {name: far}, d_out)
-    found = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton")
-    for result, wanted in expected.items():
-        assert torch.equal(found[result], wanted), result
 
 
 @pytest.mark.parametrize("mask", ["lengths", "causal lengths", "mask of keys", "window"])

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..nn import LEARNED, Cosine, PerHead, Scheduled, SSMax
+from ..nn.registry import named
 from ..scaling import SCALINGS, Scaling
-from ..validation import named_scaling, refuse_scaling
+from ..validation import refuse_scaling
 
 
 def built(scaling: Any, heads: int) -> Any:
@@ -23,7 +24,7 @@ def built(scaling: Any, heads: int) -> Any:
     if isinstance(scaling, (int, float)) and not isinstance(scaling, bool):
         return float(scaling)
     if isinstance(scaling, str):
-        return LEARNED[scaling](heads=heads) if scaling in LEARNED else named_scaling(scaling, LEARNED)
+        return named(scaling, heads)
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
         return scaling(heads=heads) if issubclass(scaling, nn.Module) else scaling()
     if not isinstance(scaling, Scaling):

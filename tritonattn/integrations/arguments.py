@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..nn.learned import as_mode
-from ..nn.registry import LEARNED
+from ..nn.registry import named
 from ..scaling import Scaling
 
 # An additive mask hides a key by any number from here down: exp of it is 0 in every dtype.
@@ -22,9 +22,7 @@ _BIAS = (
 
 def scaling_for(scaling: str | Scaling, heads: int) -> Scaling:
     """The Scaling of a layer: a name of a learned one makes a module of its own, other names and Scalings stay."""
-    if isinstance(scaling, str) and scaling in LEARNED:
-        return LEARNED[scaling](heads=heads)
-    return as_mode(scaling, LEARNED)
+    return named(scaling, heads) if isinstance(scaling, str) else as_mode(scaling)
 
 
 def gain_for(scaling: Scaling, scale: float | None, head_dim: int) -> float | None:

@@ -29,8 +29,8 @@ from ..varlen import attention_varlen
 from ..varlen_validation import check_offsets
 from ..visibility import window_sides
 from .cache import KeyValueCache
-from .learned import as_mode, describe
-from .registry import LEARNED
+from .learned import describe
+from .registry import named
 
 
 class ScaledAttention(nn.Module):
@@ -118,10 +118,10 @@ class ScaledAttention(nn.Module):
     def _own_scaling(
         self, scaling: str | Scaling | float, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> Scaling | float:
-        if isinstance(scaling, str) and scaling in LEARNED:
-            return LEARNED[scaling](heads=self.heads, device=device, dtype=dtype)
-        if isinstance(scaling, (str, Scaling)):
-            return as_mode(scaling, LEARNED)
+        if isinstance(scaling, str):
+            return named(scaling, self.heads, device=device, dtype=dtype)
+        if isinstance(scaling, Scaling):
+            return scaling
         check_number("scaling", scaling)
         return scaling
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -207,10 +207,10 @@ def scaling_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
                     yield parameter
 
 
-def as_mode(mode: str | Scaling, learned: Iterable[str] = ()) -> Scaling:
-    """A name in SCALINGS, or a Scaling, as a Scaling; a caller makes those that are `learned` itself."""
+def as_mode(mode: str | Scaling) -> Scaling:
+    """A name in SCALINGS, or a Scaling, as a Scaling."""
     if isinstance(mode, str):
-        return named_scaling(mode, learned)
+        return named_scaling(mode)
     if not isinstance(mode, Scaling):
         refuse_scaling(mode)
     return mode

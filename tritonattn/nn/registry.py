@@ -1,5 +1,11 @@
 """The learned scalings by name."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from ..scaling import Scaling
+from ..validation import named_scaling
 from .learned import Cosine, PerHead, SSMax
 from .power_law import PowerLaw
 
@@ -10,3 +16,8 @@ LEARNED: dict[str, type[PerHead | SSMax | PowerLaw]] = {
     "learned_cosine": Cosine,
     "power_law": PowerLaw,
 }
+
+
+def named(name: str, heads: int, **options: Any) -> Scaling:
+    """The mode of a name in SCALINGS, or a new module of a name in LEARNED, made with the options."""
+    return LEARNED[name](heads=heads, **options) if name in LEARNED else named_scaling(name, LEARNED)
