@@ -10,9 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
 from tritonattn.simulation.distributions import DISTRIBUTIONS
+from tritonattn.statistics import Statistics
+from tritonattn.visibility import Visibility
 
 from .attention_cases import DTYPES, OURS, entrant_name
-from .check import Question, judge, mode_scales
+from .check import Question, judge
 from .contest import Effort, Results, Verdict, raising
 from .records import Axis, Record
 from .versions import Environment
@@ -79,7 +81,8 @@ class AccuracyCase:
 def _prescaled(question: Question, scaling: str) -> Results:
     """The whole factor in q (cosine's key part in k) before F.scaled_dot_product_attention, which scales no more."""
     q, k = question.q, question.k
-    scales = mode_scales(q, k, scaling, question.causal)
+    visibility = Visibility.of(q, k)
+    scales = tritonattn.SCALINGS[scaling]().scales(q, k, visibility, Statistics(k, visibility))
     query = torch.ones(1, device=q.device) if scales.query is None else scales.query
     q = (q * (scales.constant * query.float())[..., None]).to(q.dtype)
     k = k if scales.key is None else (k * scales.key.float()[..., None]).to(k.dtype)

@@ -12,9 +12,6 @@ from torch import Tensor
 
 import tritonattn
 from tests.support.bound import allowed_error
-from tritonattn.scaling import Scales
-from tritonattn.statistics import Statistics
-from tritonattn.visibility import Visibility
 
 from .contest import Results, Verdict
 
@@ -30,7 +27,7 @@ ROUNDINGS = ("P", "operands", "logits")
 
 @dataclass(frozen=True)
 class Question:
-    """One head's attention: q [1, H, Sq, D], k and v [1, 1, Sk, D], d_out like q or None for no gradients."""
+    """One head's attention: q [1, H, Sq, D], k and v [1, 1, Sk, D], Sq <= Sk; d_out like q, or None: no gradients."""
 
     q: Tensor
     k: Tensor
@@ -59,71 +56,56 @@ class Question:
 
 def _by_rows(question: Question, leaves: list[Tensor], scaling: str, rounding: str | None) -> Results:
     """out and gradients from blocks of rows, so that memory does not grow with Sq Sk."""
-    q, k, v = leaves
-    operands, factor = leaves, scaling
-    if rounding == "operands":
-        operands, factor = _scaled_before(q, k, v, scaling, question.causal)
-    parts = [x.detach().requires_grad_(question.d_out is not None) for x in operands]
+    q, k, _ = leaves
     wide = torch.promote_types(q.dtype, torch.float32)
-    sums = [torch.zeros_like(x, dtype=wide) for x in parts]
+    sums = [torch.zeros_like(x, dtype=wide) for x in leaves]
     outs = []
     block = max(1, _LOGITS // (k.shape[2] * q.shape[1]))
     for first in range(0, q.shape[2], block):
         rows = slice(first, min(first + block, q.shape[2]))
-        out = _attend(parts, rows, factor, question.causal, rounding)
+        out = _attend(leaves, rows, scaling, question.causal, rounding)
         outs.append(out.detach())
         if question.d_out is not None:
             given = question.d_out[:, :, rows].to(out.dtype)
-            for total, part in zip(sums, torch.autograd.grad(out, parts, given), strict=True):
+            for total, part in zip(sums, torch.autograd.grad(out, leaves, given), strict=True):
                 total += part
     results = {"out": torch.cat(outs, dim=2)}
     if question.d_out is None:
         return results
-    found = [total.to(x.dtype) for total, x in zip(sums, parts, strict=True)]
-    if operands is not leaves:
-        found = torch.autograd.grad(operands, leaves, found)
+    found = (total.to(x.dtype) for total, x in zip(sums, leaves, strict=True))
     return results | {f"gradient of {name}": x for name, x in zip("qkv", found, strict=True)}
 
 
-def _attend(parts: list[Tensor], rows: slice, factor: str | float, causal: bool, rounding: str | None) -> Tensor:
-    """Some rows of the reference, which see the keys that they see in the whole."""
-    q, k, v = parts
-    offset = k.shape[2] - q.shape[2]
-    hi = torch.arange(rows.start, rows.stop, device=q.device) + offset + 1 if causal else None
-    block = q[:, :, rows]
-    if rounding == "logits":
-        return _attend_rounding_logits(block, k, v, factor, hi)
-    ranges = None
-    if hi is not None:
-        hi = hi.clamp(min=0)
-        ranges = torch.stack([torch.zeros_like(hi), hi], dim=-1)[None].int()
-    return tritonattn.attention(block, k, v, scaling=factor, key_ranges=ranges, backend="reference")
+def _attend(leaves: list[Tensor], rows: slice, scaling: str, causal: bool, rounding: str | None) -> Tensor:
+    """Some rows of attention as it is defined, which see the keys that they see in the whole.
+
+    Of the package only the dense formula of the mode is used: what is judged may not be its own judge.
+    """
+    q, k, v = leaves
+    wide = torch.promote_types(q.dtype, torch.float32)
+    own = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + (k.shape[2] - q.shape[2])
+    visible = torch.arange(k.shape[2], device=q.device) <= (own if causal else k.shape[2])  # [rows or 1, Sk]
+    q = q[:, :, rows]
+    keys = k.expand(-1, q.shape[1], -1, -1)
+    factor = tritonattn.SCALINGS[scaling]().multiplier(q, keys, visible[None, None]).to(wide)
+    if rounding == "operands":
+        q, k, factor = _scaled_before(q, k, factor, scaling)
+    products = (q @ k.mT).to(wide) if rounding == "logits" else q.to(wide) @ k.to(wide).mT
+    weights = (products * factor).masked_fill(~visible, -torch.inf).softmax(-1).to(v.dtype)
+    return weights @ v if rounding == "logits" else (weights.to(wide) @ v.to(wide)).to(q.dtype)
 
 
-def _attend_rounding_logits(q: Tensor, k: Tensor, v: Tensor, scaling: str, hi: Tensor | None) -> Tensor:
-    """Eager attention in the dtype of its operands, of rows that see the keys j < hi; softmax in fp32."""
-    visible = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-    if hi is not None:
-        visible = visible & (torch.arange(k.shape[2], device=q.device) < hi[:, None])
-    multiplier = tritonattn.SCALINGS[scaling]().multiplier(q, k.expand(-1, q.shape[1], -1, -1), visible)
-    logits = (q @ k.mT).float() * multiplier
-    return logits.float().masked_fill(~visible, -torch.inf).softmax(-1).to(v.dtype) @ v
-
-
-def _scaled_before(q: Tensor, k: Tensor, v: Tensor, scaling: str, causal: bool) -> tuple[list[Tensor], float]:
-    """q, k times the scales of a mode in their own dtype, v, and the constant that is left."""
-    scales = mode_scales(q, k, scaling, causal)
-
-    def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-        return x.clone() if scale is None else (x * scale.float()[..., None]).to(x.dtype)
-
-    return [scaled(q, scales.query), scaled(k, scales.key), v.clone()], scales.constant
-
-
-def mode_scales(q: Tensor, k: Tensor, scaling: str, causal: bool) -> Scales:
-    """What a mode gives the kernels."""
-    visibility = Visibility.of(q, k, causal=causal)
-    return tritonattn.SCALINGS[scaling]().scales(q, k, visibility, Statistics(k, visibility))
+def _scaled_before(q: Tensor, k: Tensor, factor: Tensor, scaling: str) -> tuple[Tensor, Tensor, Tensor | float]:
+    """q [1, H, rows, D] and k in their own dtype times what is theirs of a factor, and the constant that is left."""
+    if factor.numel() == 1 and not scaling.startswith("key_norm"):  # a number, which every call takes
+        return q, k, factor
+    if factor.shape[-1] == 1:  # one a row
+        return (q * factor).to(q.dtype), k, 1.0
+    # tau / (||q|| ||k||): both are made unit vectors
+    lengths = [x.to(factor.dtype).norm(dim=-1, keepdim=True) for x in (q, k)]
+    tau = (factor * lengths[0] * lengths[1].mT).detach().amax()
+    units = [torch.where(length > 0, x / length, 0).to(x.dtype) for x, length in zip((q, k), lengths, strict=True)]
+    return units[0], units[1], tau
 
 
 def judge(results: Results, exact: Results, eager: Results, dtype: torch.dtype) -> Verdict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -252,17 +253,36 @@ def test_what_nobody_may_see_reaches_no_result(scaling, poison):
         torch.testing.assert_close(poisoned[name], expected, rtol=0, atol=0)
 
 
+def gradients_beside_nan(leaves: dict[str, Tensor], fill: float, call) -> list[Tensor]:
+    """out and gradients of `call` where what rows without keys hold, d_out too, is `fill`: one batch, one row more."""
+    blind = torch.zeros(2, 1, 5, dtype=torch.bool)
+    blind[0], blind[1, :, 2] = True, True
+    leaves = {name: x.detach().clone() for name, x in leaves.items()}
+    for name in leaves.keys() - {"k", "v", "key_scale"}:
+        leaves[name][blind.expand(2, 4, 5)] = fill
+    inputs = {name: x.requires_grad_() for name, x in leaves.items()}
+    ranges = torch.where(blind[:, 0, :, None], 3, torch.tensor([1, 6])).int()
+    out = call(**inputs, key_ranges=ranges)
+    d_out = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+    d_out[blind.expand(2, 4, 5)] = fill
+    return [out, *torch.autograd.grad(out, list(inputs.values()), d_out.to(out.dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_a_row_without_keys_may_hold_nan(scaling, backend):
-    leaves = operands()
-    leaves["gain"] = torch.rand(4, 1, dtype=torch.float64, requires_grad=True)
-    arguments = {"scaling": scaling, "key_lengths": torch.tensor([0, 6]), "backend": backend}
-    clean = outcome(leaves, **arguments)
-    with torch.no_grad():
-        leaves["q"][0] = torch.nan
-    for name, expected in outcome(leaves, **arguments).items():
-        assert torch.equal(expected, clean[name]), name
+@pytest.mark.parametrize("scaling", [*SCALINGS, "given"])
+def test_a_row_without_keys_may_hold_nan(scaling, backend, dtype):
+    leaves = {name: x.to(dtype) for name, x in operands().items()}
+    rows = torch.rand(2, 4, 5, dtype=torch.promote_types(dtype, torch.float32))
+    if scaling == "given":
+        call = functools.partial(tritonattn.scaled_attention, backend=backend)
+        leaves |= {"query_scale": rows, "key_scale": torch.rand(2, 2, 7, dtype=rows.dtype)}
+    else:
+        call = functools.partial(tritonattn.attention, scaling=scaling, backend=backend)
+        leaves["gain"] = rows
+    clean, dirty = (gradients_beside_nan(leaves, fill, call) for fill in (1.0, torch.nan))
+    for name, expected, found in zip(("out", *leaves), clean, dirty, strict=True):
+        assert torch.equal(expected, found), name
 
 
 SHAPES = {

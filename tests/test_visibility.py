@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.masks import MASKS, visible_pairs
+from tests.support.watch import Watch
+from tritonattn import ranges
 from tritonattn.ranges import prefix_sum
 from tritonattn.visibility import Visibility
 
@@ -161,17 +163,34 @@ def test_ranges_with_a_head_axis():
     assert torch.equal(three, four)
 
 
-def test_a_mask_longer_than_a_block_of_rows():
-    sizes = (B, HQ, 600, 7)
-    mask = torch.rand(B, HQ, 600, 7, generator=torch.Generator().manual_seed(3)) > 0.5
+@pytest.mark.parametrize("entries", [1, 2**10, 2**13])
+def test_a_mask_longer_than_a_block_of_rows(monkeypatch, entries):
+    """Blocks of 1, of 18 (36 for the counts) and of 146 rows."""
+    monkeypatch.setattr(ranges, "_ENTRIES", entries)
+    sizes = (B, HQ, 200, 7)
+    mask = torch.rand(B, HQ, 200, 7, generator=torch.Generator().manual_seed(3)) > 0.5
     x = values(7).requires_grad_()
-    visibility = visibility_of(600, 7, mask=mask)
+    visibility = visibility_of(200, 7, mask=mask)
     dense = visible_pairs(sizes, mask=mask)
     assert torch.equal(visibility.counts(), dense.sum(-1).double())
+    assert torch.equal(visibility.seen_keys(), dense.any(-2).unflatten(1, (HKV, -1)).any(2))
     y = visibility.sum(x)
     z = torch.where(dense, per_query_head(x)[:, :, None], 0).sum(-1)
     torch.testing.assert_close(y, z)
     torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (y, z)))
+    largest = torch.where(dense, per_query_head(x)[:, :, None], -torch.inf).amax(-1)
+    torch.testing.assert_close(visibility.max(x), torch.where(dense.any(-1), largest, 0))
+
+
+def test_a_mask_that_heads_share_is_not_expanded():
+    q, k = torch.empty(4, 16, 512, 1), torch.empty(4, 16, 512, 1)
+    visibility = Visibility.of(q, k, mask=torch.ones(512, 512, dtype=torch.bool).tril())
+    x = torch.rand(4, 16, 512, requires_grad=True)
+    with Watch() as watch:
+        sums, largest, counts = visibility.sum(x), visibility.max(x), visibility.counts()
+        torch.autograd.grad(sums.sum() + largest.sum(), x)
+    assert counts.shape == (1, 1, 512)
+    assert watch.largest <= 8 * ranges._ENTRIES < 8 * 4 * 16 * 256 * 512
 
 
 def test_a_late_window_is_as_exact_as_an_early_one():

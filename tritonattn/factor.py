@@ -98,14 +98,16 @@ class Factor:
         """The factor of every pair as the mode's formula says it, for the reference."""
         group = visibility.q_heads // visibility.kv_heads
         visible = visibility.dense()
-        factor = self.scaling.multiplier(q, k.repeat_interleave(group, dim=1), visible)
+        seen, sees = visible.any(-2)[..., None], visible.any(-1)  # [B, Hq, Sk, 1], [B, Hq, Sq]
+        keys = torch.where(seen, k.repeat_interleave(group, dim=1), 0)
+        factor = self.scaling.multiplier(torch.where(sees[..., None], q, 0), keys, visible)
         if isinstance(factor, Tensor):
             check_multiplier(self.scaling, factor, (*visibility.rows, visibility.k_len))
         else:
             check_number(f"{type(self.scaling).__name__}.multiplier()", factor)
         if self.gain is None:
             return factor
-        return factor * (self.gain[..., None] if isinstance(self.gain, Tensor) else self.gain)
+        return factor * (torch.where(sees, self.gain, 0)[..., None] if isinstance(self.gain, Tensor) else self.gain)
 
 
 class Given(Scaling):

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from .autograd import apply, first_order
 
-# Rows that a pass over a dense mask holds at a time: bounds its memory to [B, H, 256, Sk].
-_MASK_ROWS = 256
+# Entries that a pass over a dense mask holds at a time: 32 MiB in fp64. Compiled code holds none of them, and would
+# unroll as many blocks: its number of rows is fixed.
+_ENTRIES = 2**22
+_COMPILED_ROWS = 256
 
 
 def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, rows: slice, key: Tensor, keys: slice) -> Tensor:
@@ -27,11 +29,12 @@ def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, rows: slice, key: Tensor,
     return visible & (mask if mask.shape[3] == 1 else mask[..., keys])
 
 
-def row_tiles(lo: Tensor, hi: Tensor, mask: Tensor | None, k_len: int) -> Iterator[tuple[slice, Tensor]]:
-    """The visible pairs, a block of rows and all keys at a time."""
+def row_tiles(lo: Tensor, hi: Tensor, mask: Tensor, k_len: int, heads: int) -> Iterator[tuple[slice, Tensor]]:
+    """The visible pairs, a block of rows and all keys at a time: of as many rows as `heads` heads in all may take."""
     q_len, key, keys = lo.shape[-1], torch.arange(k_len, device=lo.device), slice(0, k_len)
-    for start in range(0, max(q_len, 1), _MASK_ROWS):
-        rows = slice(start, min(start + _MASK_ROWS, q_len))
+    block = _COMPILED_ROWS if torch.compiler.is_compiling() else max(1, _ENTRIES // max(heads * k_len, 1))
+    for start in range(0, max(q_len, 1), block):
+        rows = slice(start, min(start + block, q_len))
         yield rows, pairs(lo, hi, mask, rows, key, keys)
 
 
@@ -139,7 +142,8 @@ class _MaskSum(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> Tensor:
         wide = x.double()[:, :, None]  # [B, H, 1, Sk]
-        sums = [torch.where(tile, wide, 0).sum(-1) for _, tile in row_tiles(lo, hi, mask, x.shape[-1])]
+        tiles = row_tiles(lo, hi, mask, x.shape[-1], x.shape[0] * x.shape[1])
+        sums = [torch.where(tile, wide, 0).sum(-1) for _, tile in tiles]
         return torch.cat(sums, dim=-1)
 
     @staticmethod
@@ -153,7 +157,7 @@ class _MaskSum(torch.autograd.Function):
     def backward(ctx, saved, g: Tensor):
         dx = g.new_zeros((*g.shape[:2], ctx.k_len))
         lo, hi, mask = saved
-        for rows, tile in row_tiles(lo, hi, mask, ctx.k_len):
+        for rows, tile in row_tiles(lo, hi, mask, ctx.k_len, g.shape[0] * g.shape[1]):
             dx = dx + torch.where(tile, g[:, :, rows, None], 0).sum(-2)
         return dx.to(ctx.dtype), None, None, None
 
@@ -184,7 +188,7 @@ def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 def argmax_over_mask(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The key inside range and mask that attains the maximum of x [B, H, Sk], the lowest, and whether there is one."""
     first, seen = [], []
-    for _, tile in row_tiles(lo, hi, mask, x.shape[-1]):
+    for _, tile in row_tiles(lo, hi, mask, x.shape[-1], x.shape[0] * x.shape[1]):
         hidden = torch.where(tile, x[:, :, None], -torch.inf)  # [B, H, rows, Sk]
         first.append(hidden.argmax(-1) if x.shape[-1] else hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64))
         seen.append(tile.any(-1))

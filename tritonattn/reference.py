@@ -40,8 +40,9 @@ def attention(
 
     Operands keep their dtype; logits, softmax and accumulation are in fp32 (fp64 for fp64 q); p is rounded to
     v's dtype before it meets v. out and lse are differentiable, max_logit and entropy are not. A row without
-    keys gives out 0, lse = max_logit = -inf, entropy 0 and no gradient. Keys that no row sees, and queries
-    that see no key, are replaced by zeros first, so that NaN and inf in them reach no result and no gradient.
+    keys gives out 0, lse = max_logit = -inf, entropy 0 and no gradient, whatever d_out holds there. Keys that no
+    row sees, and queries that see no key, are replaced by zeros first, so that NaN and inf in them reach no result
+    and no gradient.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     visible = visibility.dense()
@@ -66,7 +67,7 @@ def attention(
             heads = (visibility.batch, visibility.q_heads)
             keep = dropout.tile(heads, slice(0, visibility.q_len), slice(0, visibility.k_len))
             probability = torch.where(keep, probability, 0) / (1 - dropout.p)
-        out = probability.to(v.dtype).to(dtype) @ value
+        out = torch.where(sees, probability.to(v.dtype).to(dtype) @ value, 0)
 
     max_logit = _maximum(torch.where(visible, logit, -torch.inf)).squeeze(-1)
     entropy = torch.special.entr(_softmax(capped.detach())).sum(-1)

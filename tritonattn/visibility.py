@@ -153,7 +153,7 @@ class Visibility:
         if self.mask is None:
             lo, hi = self.ranges()
             return (hi - lo)[:, None].double()
-        return torch.cat([tile.sum(-1) for _, tile in self._mask_tiles()], dim=-1).double()
+        return torch.cat([tile.sum(-1) for _, tile in self._mask_tiles(self.mask)], dim=-1).double()
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of x [B, Hkv, Sk] over the keys visible to each row: fp64 [B, Hkv, Sq], 0 for a row without keys.
@@ -194,7 +194,7 @@ class Visibility:
             rows = torch.ones_like(lo, dtype=torch.float64)[:, None]
             return ranges.sum_of_rows(rows, lo[:, None], hi[:, None], self.k_len, self.key_ranges is None) > 0
         seen = torch.zeros((), dtype=torch.bool, device=self.device)
-        for _, tile in self._mask_tiles():
+        for _, tile in self._mask_tiles(self.mask):
             seen = seen | tile.any(-2)
         if self.per_query_head:
             seen = seen.unflatten(1, (self.kv_heads, -1)).any(2)
@@ -216,8 +216,8 @@ class Visibility:
         key = torch.arange(self.k_len, device=self.device)[keys]
         return ranges.pairs(*self.ranges(), self.mask, rows, key, keys)
 
-    def _mask_tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        return ranges.row_tiles(*self.ranges(), self.mask, self.k_len)
+    def _mask_tiles(self, mask: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        return ranges.row_tiles(*self.ranges(), mask, self.k_len, self.batch * mask.shape[1])
 
     def _per_mask_head(self, x: Tensor) -> Tensor:
         group = self.q_heads // self.kv_heads if self.kv_heads else 1

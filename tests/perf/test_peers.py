@@ -21,6 +21,7 @@ from perf.recipes import rows_of
 from perf.varlen_cases import VarlenCase
 from perf.versions import Environment
 from perf.work import Shape
+from tritonattn.factor import Factor
 
 CPU = torch.device("cpu")
 HERE = Environment.of(CPU, "test")
@@ -161,6 +162,28 @@ def test_blocks_of_rows_change_nothing(rounding, monkeypatch):
         torch.testing.assert_close(found, exact.detach())
     for found, exact in zip(question.eager("key_norm_mean", rounding).values(), wanted, strict=True):
         torch.testing.assert_close(found.double(), exact.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_mean", "cosine"])
+def test_the_package_is_not_its_own_judge(monkeypatch, scaling, dtype):
+    """Logits that are 3% off on every backend are found, and torch's own are not."""
+    right = Factor.scales, Factor.multiplier
+
+    def scales(self, *arguments):
+        constant, query, key = right[0](self, *arguments)
+        return 1.03 * constant, query, key
+
+    monkeypatch.setattr(Factor, "scales", scales)
+    monkeypatch.setattr(Factor, "multiplier", lambda self, *arguments: 1.03 * right[1](self, *arguments))
+    who = (("tritonattn", scaling), ("sdpa", "sqrt_dim"), ("eager", scaling))
+    shape = Shape(1, 2, 2, 48, 48, 16, causal=True)
+    for passes in ("forward", "backward"):
+        case = Case(passes, shape, dtype, passes, who, CPU, "sdpa")
+        found = {name: status for name, (status, _) in statuses(case.contest().run(ONCE, HERE)).items()}
+        assert found.pop(f"tritonattn {scaling}") == "wrong"
+        assert found.pop("sdpa sqrt_dim") == "measured"
+        assert set(found.values()) <= {"measured", "skipped"}
 
 
 def test_a_verdict_is_on_the_worst_result():

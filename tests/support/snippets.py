@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,7 +15,9 @@ def snippets(document: str, language: str = "python") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def run(document: str, position: int) -> None:
-    """Execute a Python block as a program of its own."""
+def run(document: str, position: int) -> dict[str, Any]:
+    """Execute a Python block as a program of its own: its names."""
     code = compile(snippets(document)[position], f"{document} snippet {position}", "exec")
-    exec(code, {"__name__": "__main__"})
+    names = {"__name__": "__main__"}
+    exec(code, names)
+    return names

@@ -94,12 +94,13 @@ def attention_decode(
         first_key = tl.maximum(length - q_len - left, 0)
     start, stop = _keys_of_split(split, splits, first_key, length, BLOCK_N)
 
-    q_rows = batch * q_stride_b + head * q_stride_h + row * q_stride_s
+    wide_row = row.to(tl.int64)
+    q_rows = batch * q_stride_b + head * q_stride_h + wide_row * q_stride_s
     q_offsets = q_rows[:, None] + tl.arange(0, BLOCK_D).to(tl.int64)[None, :] * q_stride_d
     q = load_tile(q_ptr + q_offsets, keep_row, HEAD_DIM, True)
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
     if query_scale_ptr is not None:
-        scale_rows = batch * query_scale_stride_b + head * query_scale_stride_h + row * query_scale_stride_s
+        scale_rows = batch * query_scale_stride_b + head * query_scale_stride_h + wide_row * query_scale_stride_s
         factor *= tl.load(query_scale_ptr + scale_rows, mask=keep_row, other=0.0)
     q = tl.where((factor < 0)[:, None], -q, q)
     factor = tl.abs(factor)

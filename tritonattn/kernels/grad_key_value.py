@@ -183,7 +183,8 @@ def attention_grad_key_value(
 
     memory_row, memory_key = first_packed_row.to(tl.int64), (first_packed_key + first_key).to(tl.int64)
     k_ptr += wide_batch * k_stride_b + wide_head * k_stride_h + memory_key * k_stride_s
-    k = load_tile(k_ptr + tile_offsets(BLOCK_N, BLOCK_D, k_stride_s, k_stride_d, WIDE), load_key, HEAD_DIM, True)
+    k_ptrs = k_ptr + tile_offsets(BLOCK_N, BLOCK_D, k_stride_s, k_stride_d, WIDE)
+    k = load_tile(k_ptrs, load_key, HEAD_DIM, True)
     v_ptr += wide_batch * v_stride_b + wide_head * v_stride_h + memory_key * v_stride_s
     v = load_tile(v_ptr + tile_offsets(BLOCK_N, BLOCK_DV, v_stride_s, v_stride_d, WIDE), load_key, VALUE_DIM, True)
     key_scale = None
@@ -232,6 +233,9 @@ def attention_grad_key_value(
     key_base = (wide_batch * kv_heads + wide_head) * keys + memory_key
     if key_scale_ptr is not None:
         if d_key_scale_ptr is not None:
+            # Loaded again, by a policy of its own so that the compiler does not take both loads for one: keys that
+            # outlive the loop are held in registers all through it, and in fp32 spill.
+            k = load_tile(k_ptrs, load_key, HEAD_DIM, True, "evict_first")
             d_key_scale = tl.sum(k.to(tl.float32) * d_k, 1)
             tl.store(d_key_scale_ptr + key_base + tl.arange(0, BLOCK_N), d_key_scale, mask=keep_key)
         d_k *= key_scale[:, None]

@@ -37,17 +37,18 @@ def tile_offsets(ROWS: tl.constexpr, COLUMNS: tl.constexpr, row_stride, column_s
 
 
 @triton.jit
-def load_tile(pointers, keep_row, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+def load_tile(pointers, keep_row, WIDTH: tl.constexpr, MASKED: tl.constexpr, EVICTION: tl.constexpr = ""):
     """A [ROWS, COLUMNS] tile; columns at and after WIDTH are 0, and where MASKED so are rows that keep_row drops."""
     COLUMNS: tl.constexpr = pointers.shape[1]
     if MASKED and WIDTH == COLUMNS:
-        tile = tl.load(pointers, mask=keep_row[:, None], other=0.0)
+        tile = tl.load(pointers, mask=keep_row[:, None], other=0.0, eviction_policy=EVICTION)
     elif MASKED:
-        tile = tl.load(pointers, mask=keep_row[:, None] & (tl.arange(0, COLUMNS)[None, :] < WIDTH), other=0.0)
+        keep = keep_row[:, None] & (tl.arange(0, COLUMNS)[None, :] < WIDTH)
+        tile = tl.load(pointers, mask=keep, other=0.0, eviction_policy=EVICTION)
     elif WIDTH == COLUMNS:
-        tile = tl.load(pointers)
+        tile = tl.load(pointers, eviction_policy=EVICTION)
     else:
-        tile = tl.load(pointers, mask=tl.arange(0, COLUMNS)[None, :] < WIDTH, other=0.0)
+        tile = tl.load(pointers, mask=tl.arange(0, COLUMNS)[None, :] < WIDTH, other=0.0, eviction_policy=EVICTION)
     return tile
 
 

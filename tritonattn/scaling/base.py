@@ -64,8 +64,8 @@ class Scaling:
         """The factor of every pair, broadcastable to [B, Hq, Sq, Sk].
 
         q [B, Hq, Sq, D]; k [B, Hq, Sk, D], repeated to the query heads; visible bool, broadcastable to [B,
-        Hq, Sq, Sk]. What it gives where a pair is invisible is of no account; NaN in a key that no row sees
-        must not spread.
+        Hq, Sq, Sk]. A call hands it zeros in place of keys that no row sees and of rows without keys. What it
+        gives where a pair is invisible is of no account; a key must not touch the factors of rows that do not see it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define multiplier(q, k, visible)")
 

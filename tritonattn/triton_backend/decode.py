@@ -77,13 +77,12 @@ def _allocate(call: DecodeCall, splits: tuple[int, ...], dtype: torch.dtype, aux
 
 
 def _arguments(call: DecodeCall) -> Arguments:
-    q, cache, table = _near(call.q), call.cache, call.cache.block_table
-    query_scale = None if call.query_scale is None else _near(call.query_scale)
+    q, cache, table = call.q, call.cache, call.cache.block_table
     lengths = cache.key_lengths
     if lengths.dtype != torch.int32:
         lengths = bounded(lengths, cache.capacity)
     arguments = {
-        "q_ptr": q, "k_ptr": cache.k, "v_ptr": cache.v, "query_scale_ptr": query_scale,
+        "q_ptr": q, "k_ptr": cache.k, "v_ptr": cache.v, "query_scale_ptr": call.query_scale,
         "key_scale_ptr": call.key_scale, "cache_lengths_ptr": lengths.contiguous(),
         "block_table_ptr": None if table is None else table.contiguous(),
         "scale": float(call.scale), "softcap": call.softcap,
@@ -93,14 +92,9 @@ def _arguments(call: DecodeCall) -> Arguments:
         "group": q.shape[1] // cache.kv_heads,
     }  # fmt: skip
     operands = {"q": q, "k": _by_head(cache.k, cache), "v": _by_head(cache.v, cache)}
-    for name, tensor in (operands | {"query_scale": query_scale, "key_scale": call.key_scale}).items():
+    for name, tensor in (operands | {"query_scale": call.query_scale, "key_scale": call.key_scale}).items():
         arguments |= stride_arguments(name, tensor)
     return arguments
-
-
-def _near(rows: Tensor) -> Tensor:
-    """Few rows [B, Hq, Sq, ...], copied where those of a head lie past the 32 bits in which the kernel counts them."""
-    return rows if rows.shape[2] * rows.stride(2) < 2**31 else rows.contiguous()
 
 
 def _by_head(x: Tensor, cache: Cache) -> Tensor:
