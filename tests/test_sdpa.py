@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+import tritonattn
 from tests.support.bound import assert_within_bound
 from tests.support.masks import MASKS
 from tests.support.watch import Watch
@@ -193,6 +194,23 @@ def test_supports_no_mask_that_hides_by_values(mask):
 @pytest.mark.parametrize("extra", [{"softcap": 2.0}, {"sinks": True}, {"p": 0.1}, {"k_len": 0}, {"batch": 0}])
 def test_supports_no_extras_and_nothing_empty(extra):
     assert not sdpa.supports(make_call(**extra))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17])
+def test_nan_that_a_row_sees_is_in_its_output(length, causal, dtype):
+    """Of fewer than 16 keys PyTorch's kernel makes 0 of it, or what was in memory."""
+    visible = torch.ones(length, length, dtype=torch.bool).tril(0 if causal else length)
+    for name, place, learns in itertools.product(("q", "k", "gain"), {0, length // 2, length - 1}, (False, True)):
+        q, k, v = torch.randn(3, 1, 2, length, 8).to(dtype).unbind(0)
+        operands = {"q": q.clone(), "k": k.clone(), "v": v.clone()}
+        operands["gain"] = torch.ones(1, 2, length, dtype=torch.promote_types(dtype, torch.float32))
+        operands[name][:, :, place] = torch.nan
+        leaves = {key: x.requires_grad_(learns) for key, x in operands.items()}
+        out = tritonattn.attention(**leaves, scaling="key_count", causal=causal)
+        touched = visible[:, place] if name == "k" else torch.arange(length) == place
+        assert torch.equal(out.isnan(), touched[:, None].expand_as(out)), (name, place, learns)
 
 
 def last_axis_strided(x):

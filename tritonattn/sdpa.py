@@ -7,6 +7,7 @@ strided; so the narrower operands are padded with zeros and strided ones copied.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -40,12 +41,27 @@ _FAR = 4.0
 _SHARP = 2.0
 
 
+# Keys that PyTorch's kernel for CPUs compares at a time, at most.
+_VECTOR = 16
+
+
 def supports(call: AttentionCall) -> bool:
     """Whether `attention` computes this call: all keys or a square's lower triangle seen, and no extras."""
     if call.softcap is not None or call.sinks is not None or call.dropout is not None:
         return False
     empty = 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape
-    return not empty and (call.visibility.is_full or call.visibility.is_square_causal)
+    return not empty and (call.visibility.is_full or call.visibility.is_square_causal) and not _hides_nan(call)
+
+
+def _hides_nan(call: AttentionCall) -> bool:
+    """Whether PyTorch's kernel would take a row of NaN for one without keys, and return 0 or what was in memory.
+
+    In a rest of keys that fills no vector its maximum passes over NaN: of fewer keys nothing is left.
+    """
+    if not (runs_eagerly(call.k) and call.k.device.type == "cpu" and call.k.shape[2] < _VECTOR):
+        return False
+    operands = [x for x in (call.q, call.k, call.query_scale, call.key_scale) if x is not None]
+    return runs_eagerly(*operands) and not all(math.isfinite(x.detach().sum().item()) for x in operands)
 
 
 def attention(call: AttentionCall) -> Tensor:

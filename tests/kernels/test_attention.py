@@ -55,6 +55,13 @@ def test_windows_whose_edge_is_that_of_a_tile(window, device):
     harness.check(tensors, window=window)
 
 
+@pytest.mark.parametrize("lengths", [(15, 16, 17), (31, 32, 33), (47, 48, 64)], ids=str)
+def test_lengths_whose_edge_is_that_of_a_tile(lengths, device):
+    """One key fewer than fills blocks, as many, one more: no gradient reaches the one that is hidden."""
+    tensors = harness.inputs(torch.float32, device, q_len=48, k_len=64, batch=3)
+    harness.check(tensors, key_lengths=torch.tensor(lengths, device=device))
+
+
 @pytest.mark.parametrize(
     ("head_dim", "value_dim"), [(1, 1), (8, 24), (17, 16), (64, 64), (80, 80), (96, 40), (192, 128), (256, 256)]
 )

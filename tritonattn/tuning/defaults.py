@@ -58,8 +58,12 @@ _DESCRIPTOR_TILES = {
         "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
     },
 }
-# IEEE fp32 products run on the FMA units, from registers.
-_TILES_OF_FLOAT32 = {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)}
+# IEEE fp32 products run on NVIDIA's FMA units, from registers, and on AMD's matrix cores, where a thread of 4 warps has
+# twice as many registers as one of 8.
+_TILES_OF_FLOAT32 = {
+    "cuda": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "hip": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+}
 # Decoding waits for memory: two blocks of keys on their way to every program, and several programs a multiprocessor.
 # By family and width: block_n, num_warps, num_stages.
 _DECODE_TILES = {
@@ -85,9 +89,16 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
     if kernel == "decode":
         return _decode_config(problem, width, family)
     if problem.dtype == torch.float32:
-        return TileConfig(*_TILES_OF_FLOAT32[width])
+        return _float32_config(kernel, problem, target, width)
     config = _tiled_config(kernel, problem, target, family, width)
     return _lighter(kernel, config) if _takes_many_registers(kernel, problem) else config
+
+
+def _float32_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:
+    config = TileConfig(*_TILES_OF_FLOAT32[target.backend][width])
+    if kernel == "forward" or not _takes_many_registers(kernel, problem):
+        return config
+    return replace(config, block_m=16, block_n=16)
 
 
 def _tiled_config(kernel: str, problem: Problem, target: Target, family: str, width: int) -> TileConfig:
