@@ -69,6 +69,23 @@ def test_keys_and_values_with_means(scaling, emulate):
     harness.check(padded_operands(tensors), attend)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "gain"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_nan_that_a_row_sees_is_in_its_output(name, softcap, emulate):
+    """A GPU's maximum passes over NaN: it must not leave a row of NaN as one without keys."""
+    emulate(GPU(80), SMALL)
+    q, k, v = torch.randn(3, 1, 1, 24, 16, dtype=BFLOAT).unbind(0)
+    operands = {"q": q, "k": k, "v": v, "gain": torch.ones(1, 1, 24)}
+    place = 0 if name == "k" else 20
+    operands[name][:, :, place] = torch.nan
+    operands |= padded_operands({key: operands[key] for key in "qkv"})
+    out = tritonattn.attention(
+        **operands, scaling="key_count", causal=True, softcap=softcap, return_aux=True, backend="triton"
+    )[0]
+    nan = torch.arange(24) >= 0 if name == "k" else torch.arange(24) == place
+    assert torch.equal(out.isnan(), nan[:, None].expand_as(out))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "case"), EVERYTHING, ids=str)
 def test_every_pair_of_choices(gpu, case, emulate):

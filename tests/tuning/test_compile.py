@@ -58,9 +58,21 @@ def test_streaming_kernels(kernel, target):
     _check(kernel, Problem(64, 64, torch.bfloat16, **SCALED), target)
 
 
+FORMS = {
+    "causal": {"right": True, "query_scale": True},
+    "key scale": {"right": True, **SCALED},
+    "query scale grad": {"right": True, **SCALED, "query_scale_grad": True},
+    "mask": {"mask": True, **SCALED, "query_scale_grad": True},
+    "dropout": {"dropout": True, "right": True, **SCALED, "query_scale_grad": True},
+}
+
+
+@pytest.mark.parametrize("target", _targets("sm_90", "gfx942", of=(*NVIDIA, *AMD)))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("kernel", TILED_KERNELS)
-def test_float32_does_not_spill(kernel):
-    _check(kernel, Problem(64, 64, torch.float32, right=True, **SCALED), "sm_80")
+def test_float32_does_not_spill(kernel, head_dim, form, target):
+    _check(kernel, Problem(head_dim, head_dim, torch.float32, **FORMS[form]), target)
 
 
 def _variants() -> list[Problem]:
