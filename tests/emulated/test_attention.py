@@ -71,19 +71,21 @@ def test_keys_and_values_with_means(scaling, emulate):
 
 @pytest.mark.parametrize("name", ["q", "k", "gain"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_nan_that_a_row_sees_is_in_its_output(name, softcap, emulate):
-    """A GPU's maximum passes over NaN: it must not leave a row of NaN as one without keys."""
+def test_nan_that_a_row_sees_is_in_its_results(name, softcap, emulate):
+    """A GPU's maximum passes over NaN: it must not leave a row of NaN, and its statistics, as those without keys."""
     emulate(GPU(80), SMALL)
     q, k, v = torch.randn(3, 1, 1, 24, 16, dtype=BFLOAT).unbind(0)
     operands = {"q": q, "k": k, "v": v, "gain": torch.ones(1, 1, 24)}
     place = 0 if name == "k" else 20
     operands[name][:, :, place] = torch.nan
     operands |= padded_operands({key: operands[key] for key in "qkv"})
-    out = tritonattn.attention(
+    out, aux = tritonattn.attention(
         **operands, scaling="key_count", causal=True, softcap=softcap, return_aux=True, backend="triton"
-    )[0]
+    )
     nan = torch.arange(24) >= 0 if name == "k" else torch.arange(24) == place
     assert torch.equal(out.isnan(), nan[:, None].expand_as(out))
+    for statistic in aux:
+        assert torch.equal(statistic.isnan(), nan.expand_as(statistic))
 
 
 @pytest.mark.slow

@@ -112,6 +112,23 @@ def test_decode(case, capability, emulate):
     assert ("combine_splits" in executor.launched) == (case.window != (30, 0))
 
 
+@pytest.mark.parametrize("name", ["q", "k"])
+@pytest.mark.parametrize("length", [60, 150])
+def test_nan_that_a_row_sees_is_in_its_results(name, length, emulate):
+    """Of one split, and of several, of which one or all are NaN; the other sequence is as before."""
+    executor = emulate(GPU(80), SMALL)
+    operands = dict(zip("qkv", sequences(BFLOAT, heads=(2, 1), length=length, dims=(16, 16)), strict=True))
+    operands["q"] = operands["q"][:, :, -1:].clone()
+    operands[name][0, :, 0] = torch.nan
+    q, k, v = (padded(x) for x in operands.values())
+    lengths = torch.tensor([length, length])
+    out, aux = attention_decode(q, k, v, key_lengths=lengths, return_aux=True, backend="triton")
+    assert ("combine_splits" in executor.launched) == (length == 150)
+    for result in (out, *aux):
+        assert result[0].isnan().all()
+        assert result[1].isfinite().all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "case"), EVERYTHING, ids=str)
 def test_every_pair_of_choices(gpu, case, emulate):

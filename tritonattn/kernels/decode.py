@@ -193,8 +193,7 @@ def combine_splits(
             part = tl.load(split_max_logit_ptr + first + offs_split, mask=keep, other=float("-inf"))
             max_logit = tl.maximum(max_logit, part)
     shift = tl.max(highest, 0)
-    empty = shift == float("-inf")
-    shift = tl.where(empty, 0.0, shift)
+    shift = tl.where(shift == float("-inf"), 0.0, shift)
 
     weight_sum = tl.zeros([BLOCK_N], tl.float32)
     entropy_sum = weight_sum
@@ -214,13 +213,17 @@ def combine_splits(
         part = tl.load(out_ptrs, mask=keep[:, None] & (offs_value[None, :] < VALUE_DIM), other=0.0)
         accumulator += tl.sum(part * weight[:, None], 0)
 
-    total = tl.where(empty, 1.0, tl.sum(weight_sum, 0))
+    total = tl.sum(weight_sum, 0)
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
     log_total = tl.log2(total) * LN_2
     tl.store(lse_ptr + row, tl.where(empty, float("-inf"), shift + log_total))
     if max_logit_ptr is not None:
-        tl.store(max_logit_ptr + row, tl.max(max_logit, 0))
+        # A GPU's maximum passes over NaN, which the sum keeps.
+        tl.store(max_logit_ptr + row, tl.where(total == total, tl.max(max_logit, 0), total))
     if entropy_ptr is not None:
-        tl.store(entropy_ptr + row, tl.maximum(tl.sum(entropy_sum, 0) / total + log_total, 0.0))
+        entropy = tl.sum(entropy_sum, 0) / total + log_total
+        tl.store(entropy_ptr + row, tl.where(entropy < 0.0, 0.0, entropy))
     if sinks_ptr is not None:
         total += tl.exp2((tl.load(sinks_ptr + head) - shift) * LOG2_E)
     out = (accumulator / total).to(out_ptr.dtype.element_ty)

@@ -69,7 +69,7 @@ def online_softmax(
 
 @triton.jit
 def softmax_results(running_max, row_sum, row_spread, factor, softcap):
-    """(shift in base 2, lse, max_logit, entropy) of rows; 0, -inf, -inf, 0 for a row without keys."""
+    """(shift in base 2, lse, max_logit, entropy) of rows; 0, -inf, -inf, 0 for a row without keys, NaN of NaN."""
     empty = row_sum == 0.0
     total = tl.where(empty, 1.0, row_sum)
     shift = running_max
@@ -79,7 +79,8 @@ def softmax_results(running_max, row_sum, row_spread, factor, softcap):
     lse = tl.where(empty, float("-inf"), (shift + tl.log2(total)) * LN_2)
     entropy = tl.where(empty, 0.0, (tl.log2(total) - row_spread / total) * LN_2)
     max_logit = tl.where((factor == TINY) & (row_sum > 0.0), 0.0, running_max * LN_2)  # TINY stands for 0
-    return shift, lse, max_logit, tl.maximum(entropy, 0.0)
+    max_logit = tl.where(row_sum == row_sum, max_logit, row_sum)  # a GPU's maximum passes over NaN
+    return shift, lse, max_logit, tl.where(entropy < 0.0, 0.0, entropy)
 
 
 @triton.jit

@@ -91,7 +91,7 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
     if problem.dtype == torch.float32:
         return _float32_config(kernel, problem, target, width)
     config = _tiled_config(kernel, problem, target, family, width)
-    return _lighter(kernel, config) if _takes_many_registers(kernel, problem) else config
+    return _lighter(kernel, problem, width, config) if _takes_many_registers(kernel, problem) else config
 
 
 def _float32_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:
@@ -113,12 +113,19 @@ def _takes_many_registers(kernel: str, problem: Problem) -> bool:
     return problem.mask or problem.dropout or (kernel == "grad_query" and problem.query_scale_grad)
 
 
-def _lighter(kernel: str, config: TileConfig) -> TileConfig:
-    """The same for more warps, or with shorter steps over what is streamed."""
+def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> TileConfig:
+    """The same for more warps, or smaller: with shorter steps, but at width 256 it is what is held that has to shrink.
+
+    Not below 128 rows unless it must: 8 warps that share fewer compute each other's softmax.
+    """
     held, streamed = ("block_n", "block_m") if kernel == "grad_key_value" else ("block_m", "block_n")
-    if config.num_warps == 4 and getattr(config, held) == 128:
+    rows = getattr(config, held)
+    if config.num_warps == 4 and rows == 128:
         return replace(config, num_warps=8)
-    return replace(config, **{streamed: max(16, getattr(config, streamed) // 2)})
+    halved = {held} if width == 256 and rows < 128 else {streamed}
+    if problem.mask and problem.dropout and width > (64 if kernel == "grad_key_value" else 128):
+        halved |= {held}
+    return replace(config, **{name: max(16, getattr(config, name) // 2) for name in halved})
 
 
 def _decode_config(problem: Problem, width: int, family: str) -> TileConfig:
