@@ -14,6 +14,7 @@ import tritonattn
 from tests.support.bound import allowed_error
 
 from .contest import Results, Verdict
+from .recipes import CONSTANTS
 
 # Logits of a head that are in memory at once, in fp64 and several times over.
 _LOGITS = 2**23
@@ -84,28 +85,30 @@ def _attend(leaves: list[Tensor], rows: slice, scaling: str, causal: bool, round
     q, k, v = leaves
     wide = torch.promote_types(q.dtype, torch.float32)
     own = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + (k.shape[2] - q.shape[2])
-    visible = torch.arange(k.shape[2], device=q.device) <= (own if causal else k.shape[2])  # [rows or 1, Sk]
+    visible = torch.arange(k.shape[2], device=q.device)[None] <= (own if causal else k.shape[2])  # [rows or 1, Sk]
+    is_vector = (causal and q.shape[2] > 1) or scaling.startswith(("key_norm", "cosine"))
     q = q[:, :, rows]
     keys = k.expand(-1, q.shape[1], -1, -1)
     factor = tritonattn.SCALINGS[scaling]().multiplier(q, keys, visible[None, None]).to(wide)
-    if rounding == "operands":
-        q, k, factor = _scaled_before(q, k, factor, scaling)
+    if rounding == "operands" and is_vector and scaling not in CONSTANTS:  # a number is taken by every call
+        q, k, factor = _scaled_before(q, k, factor)
     products = (q @ k.mT).to(wide) if rounding == "logits" else q.to(wide) @ k.to(wide).mT
     weights = (products * factor).masked_fill(~visible, -torch.inf).softmax(-1).to(v.dtype)
     return weights @ v if rounding == "logits" else (weights.to(wide) @ v.to(wide)).to(q.dtype)
 
 
-def _scaled_before(q: Tensor, k: Tensor, factor: Tensor, scaling: str) -> tuple[Tensor, Tensor, Tensor | float]:
+def _scaled_before(q: Tensor, k: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
     """q [1, H, rows, D] and k in their own dtype times what is theirs of a factor, and the constant that is left."""
-    if factor.numel() == 1 and not scaling.startswith("key_norm"):  # a number, which every call takes
-        return q, k, factor
     if factor.shape[-1] == 1:  # one a row
         return (q * factor).to(q.dtype), k, 1.0
     # tau / (||q|| ||k||): both are made unit vectors
     lengths = [x.to(factor.dtype).norm(dim=-1, keepdim=True) for x in (q, k)]
     tau = (factor * lengths[0] * lengths[1].mT).detach().amax()
-    units = [torch.where(length > 0, x / length, 0).to(x.dtype) for x, length in zip((q, k), lengths, strict=True)]
-    return units[0], units[1], tau
+    unit_q, unit_k = (
+        torch.where(length > 0, x / torch.where(length > 0, length, 1), 0).to(x.dtype)
+        for x, length in zip((q, k), lengths, strict=True)
+    )
+    return unit_q, unit_k, tau
 
 
 def judge(results: Results, exact: Results, eager: Results, dtype: torch.dtype) -> Verdict:

@@ -199,7 +199,7 @@ def test_supports_no_extras_and_nothing_empty(extra):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17])
-def test_nan_that_a_row_sees_is_in_its_output(length, causal, dtype):
+def test_nan_that_a_row_sees_is_in_its_results(length, causal, dtype):
     """Of fewer than 16 keys PyTorch's kernel makes 0 of it, or what was in memory."""
     visible = torch.ones(length, length, dtype=torch.bool).tril(0 if causal else length)
     for name, place, learns in itertools.product(("q", "k", "gain"), {0, length // 2, length - 1}, (False, True)):
@@ -211,6 +211,20 @@ def test_nan_that_a_row_sees_is_in_its_output(length, causal, dtype):
         out = tritonattn.attention(**leaves, scaling="key_count", causal=causal)
         touched = visible[:, place] if name == "k" else torch.arange(length) == place
         assert torch.equal(out.isnan(), touched[:, None].expand_as(out)), (name, place, learns)
+        aux = tritonattn.attention(**leaves, scaling="key_count", causal=causal, return_aux=True)[1]
+        assert all(torch.equal(x.isnan(), touched.expand_as(x)) for x in aux), (name, place, learns)
+
+
+@pytest.mark.parametrize("length", [3, 15])
+def test_logits_that_are_nan_of_finite_operands(length):
+    """Of keys whose products overflow to inf - inf; those of the other head are as ever."""
+    q, k, v = torch.randn(3, 1, 2, length, 8).unbind(0)
+    q[:, 0, :, :2] = 1e20
+    k[:, 0, :, :2] = torch.tensor([1e20, -1e20])
+    found, exact = (tritonattn.attention(q, k, v, backend=backend) for backend in ("sdpa", "reference"))
+    assert torch.equal(found.isnan(), exact.isnan())
+    assert found[:, 0].isnan().all()
+    torch.testing.assert_close(found[:, 1], exact[:, 1])
 
 
 def last_axis_strided(x):

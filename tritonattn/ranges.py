@@ -11,12 +11,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .autograd import apply, first_order
+from .autograd import apply, first_order, runs_eagerly
 
-# Entries that a pass over a dense mask holds at a time: 32 MiB in fp64. Compiled code holds none of them, and would
-# unroll as many blocks: its number of rows is fixed.
+# Entries that a pass over a dense mask holds at a time, or those of a row: 32 MiB in fp64, on a GPU, whose every block
+# is several launches, 256. Code that is traced holds none of them, and would unroll as many blocks: its rows are fixed.
 _ENTRIES = 2**22
-_COMPILED_ROWS = 256
+_ENTRIES_OF_GPU = 2**25
+_TRACED_ROWS = 256
 
 
 def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, rows: slice, key: Tensor, keys: slice) -> Tensor:
@@ -32,7 +33,8 @@ def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, rows: slice, key: Tensor,
 def row_tiles(lo: Tensor, hi: Tensor, mask: Tensor, k_len: int, heads: int) -> Iterator[tuple[slice, Tensor]]:
     """The visible pairs, a block of rows and all keys at a time: of as many rows as `heads` heads in all may take."""
     q_len, key, keys = lo.shape[-1], torch.arange(k_len, device=lo.device), slice(0, k_len)
-    block = _COMPILED_ROWS if torch.compiler.is_compiling() else max(1, _ENTRIES // max(heads * k_len, 1))
+    entries = _ENTRIES if lo.device.type == "cpu" else _ENTRIES_OF_GPU
+    block = max(1, entries // max(heads * k_len, 1)) if runs_eagerly(lo, mask) else _TRACED_ROWS
     for start in range(0, max(q_len, 1), block):
         rows = slice(start, min(start + block, q_len))
         yield rows, pairs(lo, hi, mask, rows, key, keys)

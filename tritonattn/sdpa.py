@@ -43,6 +43,7 @@ _SHARP = 2.0
 
 # Keys that PyTorch's kernel for CPUs compares at a time, at most.
 _VECTOR = 16
+_LARGEST = 1e38
 
 
 def supports(call: AttentionCall) -> bool:
@@ -54,14 +55,19 @@ def supports(call: AttentionCall) -> bool:
 
 
 def _hides_nan(call: AttentionCall) -> bool:
-    """Whether PyTorch's kernel would take a row of NaN for one without keys, and return 0 or what was in memory.
+    """Whether PyTorch's kernel may take a row of NaN for one without keys, and return 0 or what was in memory.
 
-    In a rest of keys that fills no vector its maximum passes over NaN: of fewer keys nothing is left.
+    In a rest of keys that fills no vector its maximum passes over NaN: of fewer keys nothing is left. No logit is NaN
+    where the norms of all operands have a product that fp32 holds.
     """
     if not (runs_eagerly(call.k) and call.k.device.type == "cpu" and call.k.shape[2] < _VECTOR):
         return False
     operands = [x for x in (call.q, call.k, call.query_scale, call.key_scale) if x is not None]
-    return runs_eagerly(*operands) and not all(math.isfinite(x.detach().sum().item()) for x in operands)
+    return runs_eagerly(*operands) and not math.prod(map(_norm, operands)) < _LARGEST
+
+
+def _norm(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32)).item()
 
 
 def attention(call: AttentionCall) -> Tensor:

@@ -148,8 +148,9 @@ def test_masks_and_sizes_that_a_peer_cannot_do(monkeypatch):
             peers.PEERS[name].build(large)
 
 
+@pytest.mark.parametrize("block", [1, 5])
 @pytest.mark.parametrize("rounding", ["P", "operands", "logits"])
-def test_blocks_of_rows_change_nothing(rounding, monkeypatch):
+def test_blocks_of_rows_change_nothing(rounding, block, monkeypatch):
     """The reference in blocks is the reference, and no eager computation is far from it."""
     random = torch.Generator().manual_seed(0)
     q, k, v, d_out = (torch.randn(1, 1, 23, 8, generator=random) for _ in range(4))
@@ -157,11 +158,32 @@ def test_blocks_of_rows_change_nothing(rounding, monkeypatch):
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     out = tritonattn.attention(*leaves, scaling="key_norm_mean", causal=True, backend="reference")
     wanted = [out, *torch.autograd.grad(out, leaves, d_out.double())]
-    monkeypatch.setattr("perf.check._LOGITS", 5 * 23)
+    monkeypatch.setattr("perf.check._LOGITS", block * 23)
     for found, exact in zip(question.exact("key_norm_mean").values(), wanted, strict=True):
         torch.testing.assert_close(found, exact.detach())
     for found, exact in zip(question.eager("key_norm_mean", rounding).values(), wanted, strict=True):
         torch.testing.assert_close(found.double(), exact.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_of_one_row_rounds_as_others(monkeypatch):
+    """Its factor is one entry, and still no number that a call takes."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (4 * torch.randn(3, 1, 1, 23, 8, generator=random)).bfloat16().unbind(0)
+    whole = Question(q, k, v, None, causal=True).eager("key_count", "operands")["out"]
+    monkeypatch.setattr("perf.check._LOGITS", 23)
+    by_row = Question(q, k, v, None, causal=True)
+    assert (by_row.eager("key_count", "operands")["out"] != whole).double().mean() < 0.05
+    assert (by_row.eager("key_count", "P")["out"] != whole).double().mean() > 0.2
+
+
+@pytest.mark.parametrize("scaling", ["cosine", "key_norm_sum"])
+@pytest.mark.parametrize("rounding", ["P", "operands", "logits"])
+def test_a_key_of_zeros_has_a_bound(scaling, rounding):
+    q, k, v, d_out = torch.randn(4, 1, 1, 9, 8).unbind(0)
+    k[:, :, 3] = 0
+    question = Question(q, k, v, d_out, causal=False)
+    for results in (question.exact(scaling), question.eager(scaling, rounding)):
+        assert all(x.isfinite().all() for x in results.values())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

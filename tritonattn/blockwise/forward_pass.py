@@ -94,9 +94,9 @@ class _Softmax:
         return self.peak + self.total.log()
 
     def entropy(self) -> Tensor:
-        sees = self.total > 0
-        total = torch.where(sees, self.total, 1)
-        return torch.where(sees, total.log() - self.spread / total, 0).clamp(min=0)
+        empty = self.total == 0
+        total = self.total.masked_fill(empty, 1)
+        return (total.log() - self.spread / total).masked_fill(empty, 0).clamp(min=0)
 
     def _logits(self, keys: slice, hidden: Tensor | None) -> Tensor:
         tiles, block, softcap = self.tiles, self.block, self.call.softcap
