@@ -68,7 +68,9 @@ FORMS = {
 
 
 @pytest.mark.parametrize("target", _targets("sm_90", "gfx942", of=(*NVIDIA, *AMD)))
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=() if form == "query scale grad" else pytest.mark.slow) for form in FORMS]
+)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("kernel", TILED_KERNELS)
 def test_float32_does_not_spill(kernel, head_dim, form, target):
