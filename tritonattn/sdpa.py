@@ -40,10 +40,11 @@ _FAR = 4.0
 # Times 1 / sqrt(D): with a factor of three in all rows, gradients take up to 0.6 of the bound.
 _SHARP = 2.0
 
-
 # Keys that PyTorch's kernel for CPUs compares at a time, at most.
 _VECTOR = 16
-_LARGEST = 1e38
+
+# What no logit may pass whose kernel is PyTorch's: fp32 ends at 3.4e38.
+_LARGEST_LOGIT = 1e38
 
 
 def supports(call: AttentionCall) -> bool:
@@ -58,12 +59,13 @@ def _hides_nan(call: AttentionCall) -> bool:
     """Whether PyTorch's kernel may take a row of NaN for one without keys, and return 0 or what was in memory.
 
     In a rest of keys that fills no vector its maximum passes over NaN: of fewer keys nothing is left. No logit is NaN
-    where the norms of all operands have a product that fp32 holds.
+    where the product of all norms, which bounds every one and every sum on the way to it, is in fp32's range.
     """
     if not (runs_eagerly(call.k) and call.k.device.type == "cpu" and call.k.shape[2] < _VECTOR):
         return False
     operands = [x for x in (call.q, call.k, call.query_scale, call.key_scale) if x is not None]
-    return runs_eagerly(*operands) and not math.prod(map(_norm, operands)) < _LARGEST
+    largest = max(1.0, abs(call.scale)) * math.prod(map(_norm, operands)) if runs_eagerly(*operands) else 0.0
+    return not largest < _LARGEST_LOGIT
 
 
 def _norm(x: Tensor) -> float:
