@@ -132,7 +132,7 @@ def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> T
 def _decode_config(problem: Problem, width: int, family: str) -> TileConfig:
     """As many rows as a group fills and registers hold; a page number is loaded one stage before its keys."""
     if problem.dtype == torch.float32:
-        return TileConfig(16, 4096 // max(width, 128), 4, 2)
+        return TileConfig(16, 4096 // max(width, 128), 8 if width > 64 and family != "amd" else 4, 2)
     rows = min(problem.packed_rows, 64, 8192 // width)
     block_n, warps, stages = _DECODE_TILES[family][width]
     block_n = min(block_n, 2**18 // (rows * width))
