@@ -67,7 +67,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("target", _targets("sm_90", "gfx942", of=(*NVIDIA, *AMD)))
+@pytest.mark.parametrize("target", _targets("sm_90", of=(*NVIDIA, *AMD)))
 @pytest.mark.parametrize(
     "form", [pytest.param(form, marks=() if form == "query scale grad" else pytest.mark.slow) for form in FORMS]
 )
