@@ -86,11 +86,12 @@ def _attend(leaves: list[Tensor], rows: slice, scaling: str, causal: bool, round
     wide = torch.promote_types(q.dtype, torch.float32)
     own = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + (k.shape[2] - q.shape[2])
     visible = torch.arange(k.shape[2], device=q.device)[None] <= (own if causal else k.shape[2])  # [rows or 1, Sk]
-    is_vector = (causal and q.shape[2] > 1) or scaling.startswith(("key_norm", "cosine"))
+    differs_by_row = causal and q.shape[2] > 1
+    is_vector = scaling not in CONSTANTS and (differs_by_row or scaling.startswith(("key_norm", "cosine")))
     q = q[:, :, rows]
     keys = k.expand(-1, q.shape[1], -1, -1)
     factor = tritonattn.SCALINGS[scaling]().multiplier(q, keys, visible[None, None]).to(wide)
-    if rounding == "operands" and is_vector and scaling not in CONSTANTS:  # a number is taken by every call
+    if rounding == "operands" and is_vector:  # a number is taken by every call
         q, k, factor = _scaled_before(q, k, factor)
     products = (q @ k.mT).to(wide) if rounding == "logits" else q.to(wide) @ k.to(wide).mT
     weights = (products * factor).masked_fill(~visible, -torch.inf).softmax(-1).to(v.dtype)

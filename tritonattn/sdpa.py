@@ -64,8 +64,9 @@ def _hides_nan(call: AttentionCall) -> bool:
     if not (runs_eagerly(call.k) and call.k.device.type == "cpu" and call.k.shape[2] < _VECTOR):
         return False
     operands = [x for x in (call.q, call.k, call.query_scale, call.key_scale) if x is not None]
-    largest = max(1.0, abs(call.scale)) * math.prod(map(_norm, operands)) if runs_eagerly(*operands) else 0.0
-    return not largest < _LARGEST_LOGIT
+    if not runs_eagerly(*operands):
+        return False
+    return not max(1.0, abs(call.scale)) * math.prod(map(_norm, operands)) < _LARGEST_LOGIT
 
 
 def _norm(x: Tensor) -> float:

@@ -96,6 +96,7 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
 
 
 def _float32_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:
+    """With the smallest tiles in gradients that take many registers."""
     config = TileConfig(*_TILES_OF_FLOAT32[target.backend][width])
     if kernel == "forward" or not _takes_many_registers(kernel, problem):
         return config
@@ -115,9 +116,10 @@ def _takes_many_registers(kernel: str, problem: Problem) -> bool:
 
 
 def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> TileConfig:
-    """The same for more warps, or smaller: with shorter steps, but at width 256 it is what is held that has to shrink.
+    """The same for more warps, or smaller.
 
-    Not below 128 rows unless it must: 8 warps that share fewer compute each other's softmax.
+    Steps are shorter; at width 256 it is what is held that shrinks, but not from 128 rows, of which 8 warps have 16
+    each: those that share rows compute each other's softmax. A mask and dropout at once take both from wide tiles.
     """
     held, streamed = ("block_n", "block_m") if kernel == "grad_key_value" else ("block_m", "block_n")
     rows = getattr(config, held)
