@@ -235,7 +235,7 @@ def attention_grad_key_value(
         if d_key_scale_ptr is not None:
             # Loaded again, by a policy of its own so that the compiler does not take both loads for one: keys that
             # outlive the loop are held in registers all through it, and in fp32 spill.
-            k = load_tile(k_ptrs, load_key, HEAD_DIM, True, "evict_first")
+            k = load_tile(k_ptrs, load_key, HEAD_DIM, True, LAST=True)
             d_key_scale = tl.sum(k.to(tl.float32) * d_k, 1)
             tl.store(d_key_scale_ptr + key_base + tl.arange(0, BLOCK_N), d_key_scale, mask=keep_key)
         d_k *= key_scale[:, None]

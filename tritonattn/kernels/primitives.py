@@ -37,9 +37,13 @@ def tile_offsets(ROWS: tl.constexpr, COLUMNS: tl.constexpr, row_stride, column_s
 
 
 @triton.jit
-def load_tile(pointers, keep_row, WIDTH: tl.constexpr, MASKED: tl.constexpr, EVICTION: tl.constexpr = ""):
-    """A [ROWS, COLUMNS] tile; columns at and after WIDTH are 0, and where MASKED so are rows that keep_row drops."""
+def load_tile(pointers, keep_row, WIDTH: tl.constexpr, MASKED: tl.constexpr, LAST: tl.constexpr = False):
+    """A [ROWS, COLUMNS] tile; columns at and after WIDTH are 0, and where MASKED so are rows that keep_row drops.
+
+    LAST: the program does not load the tile again, so that caches may drop it first.
+    """
     COLUMNS: tl.constexpr = pointers.shape[1]
+    EVICTION: tl.constexpr = "evict_first" if LAST else ""
     if MASKED and WIDTH == COLUMNS:
         tile = tl.load(pointers, mask=keep_row[:, None], other=0.0, eviction_policy=EVICTION)
     elif MASKED:

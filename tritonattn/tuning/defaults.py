@@ -62,7 +62,7 @@ _DESCRIPTOR_TILES = {
 # IEEE fp32 products run on NVIDIA's FMA units, from registers, and on AMD's matrix cores, where a thread of 4 warps has
 # twice as many registers as one of 8.
 _TILES_OF_FLOAT32 = {
-    "cuda": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "cuda": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 2)},
     "hip": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
 # Decoding waits for memory: two blocks of keys on their way to every program, and several programs a multiprocessor.
@@ -96,11 +96,11 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
 
 
 def _float32_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:
-    """With the smallest tiles in gradients that take many registers."""
+    """With the smallest tiles, and no addresses of a second stage, in gradients that take many registers."""
     config = TileConfig(*_TILES_OF_FLOAT32[target.backend][width])
     if kernel == "forward" or not _takes_many_registers(kernel, problem):
         return config
-    return replace(config, block_m=16, block_n=16)
+    return replace(config, block_m=16, block_n=16, num_stages=1)
 
 
 def _tiled_config(kernel: str, problem: Problem, target: Target, family: str, width: int) -> TileConfig:
