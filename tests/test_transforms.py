@@ -145,21 +145,24 @@ def test_inductor(scaling):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("masks", [{"causal": True}, {"window": (2, 0)}])
-def test_export(masks, strict):
+@pytest.mark.parametrize("arguments", [
+    {"causal": True, "scaling": "key_norm_mean"}, {"window": (2, 0), "scaling": "key_norm_mean"},
+    {"causal": True, "scaling": "key_norm_max"},
+], ids=str)  # fmt: skip
+def test_export(arguments, strict):
     class Layer(torch.nn.Module):
         def forward(self, q, k, v, gain):
-            return tritonattn.attention(q, k, v, scaling="key_norm_mean", gain=gain, **masks)
+            return tritonattn.attention(q, k, v, gain=gain, **arguments)
 
     leaves = tuple(x.detach() for x in operands())
     dynamic = {2: torch.export.Dim("length", min=4, max=64)}
     program = torch.export.export(
         Layer(), leaves, strict=strict, dynamic_shapes=(dynamic, dynamic, dynamic, None)
     )
-    for length in (7, 11):
+    for length in (7, 11, 60):
         leaves = tuple(x.detach() for x in operands(length=length))
         torch.testing.assert_close(program.module()(*leaves), Layer()(*leaves))
-    if "window" in masks:
+    if "window" in arguments:
         assert torch.ops.tritonattn.forward.default in {node.target for node in program.graph.nodes}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import apply, first_order, runs_eagerly
@@ -185,6 +186,16 @@ def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
             best = _larger(x, best[..., :-width], best[..., width:])
         width *= 2
     return answer
+
+
+def argmax_of_prefixes(x: Tensor, hi: Tensor) -> Tensor:
+    """`argmax_over_ranges` where lo is 0: O(S) time, and the same code for any length, which a trace may leave free."""
+    if x.shape[-1] == 0:
+        return torch.zeros((*x.shape[:-1], hi.shape[-1]), dtype=torch.int64, device=x.device)
+    before = F.pad(x.cummax(-1).values, (1, -1), value=-torch.inf)
+    rises = (x > before) | (x.isnan() & ~before.isnan())
+    best = torch.where(rises, torch.arange(x.shape[-1], device=x.device), 0).cummax(-1).values
+    return _gather(best, (hi - 1).clamp(min=0))
 
 
 def argmax_over_mask(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

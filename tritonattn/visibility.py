@@ -184,7 +184,11 @@ class Visibility:
             first, seen = ranges.argmax_over_mask(x.detach(), *self.ranges(), self.mask)
         else:
             lo, hi = self.ranges()
-            first, seen = ranges.argmax_over_ranges(x.detach(), lo[:, None], hi[:, None]), (hi > lo)[:, None]
+            if self.left is None and self.key_ranges is None and self.sequences is None:
+                first = ranges.argmax_of_prefixes(x.detach(), hi[:, None])
+            else:
+                first = ranges.argmax_over_ranges(x.detach(), lo[:, None], hi[:, None])
+            seen = (hi > lo)[:, None]
         return ranges.pick(x, first, seen.expand_as(first))
 
     def seen_keys(self) -> Tensor:

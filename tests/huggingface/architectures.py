@@ -185,4 +185,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "whisper": Architecture("WhisperForConditionalGeneration", "WhisperConfig", _WHISPER, "speech"),
     "bart": Architecture("BartForConditionalGeneration", "BartConfig", _SEQ2SEQ, "seq2seq"),
+    # Without support for SDPA; their layers' is_causal contradicts their masks.
+    "splinter": Architecture("SplinterModel", "SplinterConfig", _ENCODER, "encoder", since=(5, 0)),
+    "nllb_moe": Architecture(
+        "NllbMoeForConditionalGeneration",
+        "NllbMoeConfig",
+        {**_SEQ2SEQ, "num_experts": 2, "encoder_sparse_step": 0, "decoder_sparse_step": 0},
+        "seq2seq",
+        since=(5, 0),
+    ),
 }  # fmt: skip

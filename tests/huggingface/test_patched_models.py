@@ -276,3 +276,77 @@ def test_continuous_batching_with_masks(scaling):
         network.set_attn_implementation("sdpa")
         batch = network.generate_batch(requests, **batching).values()
     assert sorted(one.generated_tokens for one in batch) == sorted(one.tolist() for one in alone)
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_another_model_of_the_same_config_is_left_alone(layers, tmp_path):
+    network = LLAMA.build("sdpa")
+    other = transformers.LlamaForCausalLM(network.config).eval()
+    own, wanted = logits(network), logits(other)
+    first = patch(network, scaling="key_norm_sum", layers=layers)
+    assert torch.equal(logits(other), wanted)
+    assert other.config._attn_implementation == "sdpa"
+    other.save_pretrained(tmp_path / "unpatched")
+    second = patch(other, scaling="cosine", layers=layers)
+    first.undo()
+    second.undo()
+    other.save_pretrained(tmp_path / "undone")
+    assert network.config is other.config
+    assert torch.equal(logits(network), own)
+    for folder in ("unpatched", "undone"):
+        again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / folder, attn_implementation="sdpa").eval()
+        assert patched(again) is None
+        assert torch.equal(logits(again), wanted)
+
+
+def test_what_is_written_to_a_patched_models_config_stays_after_undo():
+    network = ARCHITECTURES["clip"].build()
+    config, text = network.config, network.config.text_config
+    other = transformers.CLIPModel(config)
+    with patch(network, scaling="none"):
+        network.config.initializer_factor = 3.0
+        network.config.text_config.vocab_size = network.text_model.config.vocab_size + 1
+        assert network.text_model.config.vocab_size == 62
+        text.attention_dropout = 0.25  # to the original
+        assert other.text_model.config.vocab_size == 61
+        assert network.text_model.encoder.layers[0].self_attn.tritonattn.shared is network.text_model.config
+    assert network.config is config
+    assert config.text_config is text
+    assert network.text_model.config is text
+    assert (config.initializer_factor, text.vocab_size, text.attention_dropout) == (3.0, 62, 0.25)
+    assert not hasattr(config, "tritonattn")
+
+
+def test_a_copy_made_while_a_patch_is_watched_is_not_observed():
+    network, seen = LLAMA.build(), []
+    with patch(network, scaling="cosine") as one:
+        with one.watch(lambda *call: seen.append(call)):
+            twin = copy.deepcopy(network)
+            logits(network)
+        assert len(seen) == 2
+        wanted = logits(network)
+    assert torch.equal(logits(twin), wanted)
+    assert len(seen) == 2
+
+
+def test_a_layer_without_a_config_keeps_its_masks():
+    """Informer's ProbSparse attention takes the mask that its model makes, by the model's config."""
+    config = transformers.InformerConfig(
+        prediction_length=5, context_length=8, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48,
+        encoder_attention_heads=4, decoder_attention_heads=4, decoder_ffn_dim=48, num_time_features=1,
+        lags_sequence=[1, 2], init_std=0.8, dropout=0.0, attention_type="prob", attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = transformers.InformerModel(config).eval()
+    past = {"past_values": torch.randn(2, 10), "past_time_features": torch.randn(2, 10, 1)}
+    future = {"future_values": torch.randn(2, 5), "future_time_features": torch.randn(2, 5, 1)}
+
+    def run() -> torch.Tensor:
+        torch.manual_seed(1)  # it samples keys
+        with torch.no_grad():
+            return network(**past, **future, past_observed_mask=torch.ones(2, 10)).last_hidden_state
+
+    wanted = run()
+    with patch(network) as one:
+        torch.testing.assert_close(run(), wanted, atol=1e-4, rtol=1e-4)
+    assert "left alone" in one.report()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +12,23 @@ from torch import Tensor, nn
 
 from ..observation import ObservedCall, observing
 from .tally import Tally
+
+
+class _Hook:
+    """A hook of one model: in a copy of it, it does nothing."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # of copy.deepcopy, too
+        return _Hook, (_nothing,)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 class Watch:
@@ -42,11 +60,11 @@ class Watch:
             contexts.enter_context(observing(self._observe))
             for module in self._model.modules():
                 for handle in (
-                    module.register_forward_pre_hook(self._enter),
-                    module.register_forward_hook(self._leave, always_call=True),
+                    module.register_forward_pre_hook(_Hook(self._enter)),
+                    module.register_forward_hook(_Hook(self._leave), always_call=True),
                 ):
                     contexts.callback(handle.remove)
-            handle = self._model.register_forward_hook(self._take_loss, with_kwargs=True)
+            handle = self._model.register_forward_hook(_Hook(self._take_loss), with_kwargs=True)
             contexts.callback(handle.remove)
             self._contexts = contexts.pop_all()
         return self

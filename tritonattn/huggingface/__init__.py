@@ -12,10 +12,12 @@ except ImportError as error:
 from .attention import NAME, attention_forward, call_arguments, register, unregister
 from .loading import follow_saved_settings, restore
 from .masks import key_range_mask
+from .observed import register_observed
 from .patching import Patched, patch, patched
 from .settings import Settings
 
 register()
+register_observed()
 follow_saved_settings()
 
 __all__ = [

@@ -32,13 +32,21 @@ class AttentionModule:
     module     an nn.Module; what else it has differs from model to model
     own_name   in the outermost transformers model that holds it: the same, or shorter where that model is wrapped;
                None where it was asked about without such a model
+    inner      the innermost transformers model that holds it, or None
     obstacle   why it cannot be patched, or None
     """
 
     name: str
     module: Any
     own_name: str | None
+    inner: Any = None
     obstacle: str | None = None
+
+    @property
+    def config(self) -> Any:
+        """The config by which its masks are made: its own, else that of the model around it."""
+        own = getattr(self.module, "config", None)
+        return getattr(self.inner, "config", None) if own is None else own
 
     @property
     def number(self) -> int | None:
@@ -72,10 +80,12 @@ def attention_modules(model: nn.Module) -> list[AttentionModule]:
     """The attention modules of a model in its order: those that can be patched, and those that cannot."""
     found: list[AttentionModule] = []
     outermost = outermost_models(model)
+    models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
 
     def add(name: str, module: nn.Module, obstacle: str | None) -> None:
         own_name = next(filter(None, (_name_inside(outer, name) for outer in outermost)), None)
-        found.append(AttentionModule(name, module, own_name, obstacle))
+        around = max((outer for outer in models if _name_inside(outer, name)), key=len, default="")
+        found.append(AttentionModule(name, module, own_name, models.get(around), obstacle))
 
     calling = {name for name, module in model.named_modules() if interface_call(type(module)) is not None}
     outer: str | None = None  # the attention module without an interface that holds the modules that follow

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from .architecture import AttentionModule, attention_modules, query_heads
 from .attention import NAME
-from .patching import IMPLEMENTATION, SAVED_IMPLEMENTATION, Patched, apply, patched, refuse_unsupported
+from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, state_masks
+from .patching import Patched, apply, patched, refuse_unsupported
 from .settings import ATTRIBUTE, LAYERS, LayerScaling
 
 _EXTENDED = "_extended_by_tritonattn"
@@ -86,6 +87,7 @@ def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
     if saved is None:
         if model.config._attn_implementation == NAME:
             _refuse_when_called(model)
+        state_masks(model)
         return
     found = attention_modules(model)
     places = _places(model, found, saved)
@@ -104,6 +106,7 @@ def _refuse(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """transformers warns, and leaves the implementation as it was."""
     if arguments.get("attn_implementation") == NAME:
         refuse_unsupported(model, attention_modules(model))
+    state_masks(model)
 
 
 def _refuse_when_called(model: PreTrainedModel) -> None:
@@ -145,10 +148,10 @@ def _apply(
     if isinstance(dtypes := getattr(model, "dtype_plan", None), dict):  # the first versions 5
         dtypes[ATTRIBUTE] = torch.float32
     plans = {
-        one.name: LayerScaling.from_saved(saved[name], one.module.config, query_heads(one.module))
+        one.name: LayerScaling.from_saved(saved[name], query_heads(one.module))
         for name, one in places.items()
     }
-    return apply(model, found, plans)
+    return apply(model, found, plans, shared=set())
 
 
 @torch.no_grad()
@@ -162,5 +165,5 @@ def _start_anew(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
             if f"{layer}.{ATTRIBUTE}.{key}" in read or getattr(x, "_is_hf_initialized", False):
                 continue
             with torch.device("cpu"):
-                fresh = LayerScaling.from_saved(own.saved(), None, query_heads(model.get_submodule(layer)))
+                fresh = LayerScaling.from_saved(own.saved(), query_heads(model.get_submodule(layer)))
             x.copy_(fresh.state_dict()[key])

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+STATED = "_tritonattn_states_masks"  # of a config: its models' is_causal flags say nothing
+
 _COMPILED_HOLES = (
     "tritonattn: attention_mask has masked keys between visible ones; such a mask is not a range of keys "
     "and torch.compile cannot switch to a dense mask: wanted padding on the left or right, or no compilation"
@@ -59,6 +61,7 @@ class MaskRequest:
     local_size: int | None
     may_skip_causal: bool
     may_skip_bidirectional: bool
+    stated: bool
 
     @classmethod
     def of(cls, arguments: dict[str, Any]) -> MaskRequest:
@@ -85,6 +88,7 @@ class MaskRequest:
             local_size=arguments.get("local_size"),
             may_skip_causal=arguments.get("allow_is_causal_skip", True),
             may_skip_bidirectional=arguments.get("allow_is_bidirectional_skip", False),
+            stated=getattr(arguments.get("config"), STATED, False),
         )
 
 
@@ -109,7 +113,7 @@ def key_range_mask(**arguments: Any) -> Tensor | None:
 
 def _is_implied(request: MaskRequest) -> bool:
     """Whether the module's is_causal flag alone says which keys are visible, bottom-right aligned."""
-    if request.local_size is not None and request.kv_length > request.local_size:
+    if request.stated or (request.local_size is not None and request.kv_length > request.local_size):
         return False
     kinds = _kinds(request.mask_function)
     if kinds <= {"bidirectional", "bidirectional window"}:

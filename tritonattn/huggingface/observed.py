@@ -16,8 +16,9 @@ from ..observation import ObservedCall, is_observed, tell
 from ..visibility import Visibility
 from .architecture import AttentionModule, attention_modules, interface_function
 from .attention import NAME, call_arguments
-from .patching import IMPLEMENTATION, install
-from .settings import ATTRIBUTE, LayerScaling, Settings, layer_scaling
+from .own_configs import IMPLEMENTATION
+from .patching import install, take_back_copies
+from .settings import ATTRIBUTE, LENT, LayerScaling, Settings, layer_scaling, take_back
 
 _OBSERVED = "tritonattn_observed"
 _VISIBLE = ("causal", "window", "key_ranges", "mask")
@@ -30,8 +31,9 @@ def own_attention(model: nn.Module) -> list[AttentionModule]:
 
     Raises ValueError where one uses an implementation whose masks cannot be read.
     """
-    found = []
-    for one in attention_modules(model):
+    found, modules = [], attention_modules(model)
+    take_back_copies(modules)
+    for one in modules:
         patched = layer_scaling(one.module) is not None
         if one.obstacle is not None or patched or _implementation(one) == NAME:
             continue
@@ -50,20 +52,25 @@ def tell_of(layers: list[AttentionModule]) -> Iterator[None]:
 
     Each computes what it computed before, to the bit; only the name of its implementation differs.
     """
-    AttentionInterface.register(_OBSERVED, _observed_forward)
-    installed: list[tuple[Any, Any]] = []
+    lent: list[tuple[Any, LayerScaling]] = []
     try:
         for one in layers:
-            installed.append((one.module, one.module.config))
-            own = LayerScaling(Settings(), one.module.config)
+            own = LayerScaling(Settings())
             own.lent = True
+            LENT.add(own)
+            lent.append((one.module, own))
             install(one.module, own, _OBSERVED)
         yield
     finally:
-        for module, config in installed:
-            if hasattr(module, ATTRIBUTE):
-                delattr(module, ATTRIBUTE)
-            module.config = config
+        for module, own in lent:
+            LENT.discard(own)
+            if layer_scaling(module) is own:
+                take_back(module)
+
+
+def register_observed() -> None:
+    """Make the implementation of watched layers known to transformers; copies of a watched model name it, too."""
+    AttentionInterface.register(_OBSERVED, _observed_forward)
 
 
 def _implementation(one: AttentionModule) -> str:

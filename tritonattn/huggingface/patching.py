@@ -26,14 +26,13 @@ from .architecture import (
 )
 from .attention import NAME
 from .cached_keys import offer_cache
+from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, shared_configs, state_masks
 from .scalings import built, described
-from .settings import ATTRIBUTE, LAYERS, LayerScaling, Settings, layer_scaling
+from .settings import ATTRIBUTE, LAYERS, LENT, LayerScaling, Settings, layer_scaling, take_back
 from .table import table
 from .weights import note_wanted_weights
 
 _HANDLE = "_tritonattn_patched"
-IMPLEMENTATION = "_attn_implementation_internal"  # the setter without "_internal" reaches into sub-configs
-SAVED_IMPLEMENTATION = "attn_implementation"
 _MASKS = ("eager", "sdpa", NAME)
 
 Selector = int | str
@@ -51,10 +50,10 @@ class _Entry:
 class Patched:
     """What `patch` did to a model: report it, watch it, undo it. A context manager that undoes at its end."""
 
-    def __init__(self, model: nn.Module, entries: list[_Entry]) -> None:
+    def __init__(self, model: nn.Module, entries: list[_Entry], configs: OwnConfigs) -> None:
         self.model = model
         self._entries = entries
-        self._configs: list[tuple[Any, dict[str, Any]]] = []  # what they held before, absent ones left out
+        self._configs = configs
         self._own: list[tuple[Any, Any]] = []  # modules and the config that they had
         self._hooks: list[Any] = []
 
@@ -98,13 +97,8 @@ class Patched:
         for module, config in self._own:
             delattr(module, ATTRIBUTE)
             module.config = config
-        for config, before in self._configs:
-            for name in (IMPLEMENTATION, ATTRIBUTE, SAVED_IMPLEMENTATION):
-                if name in before:
-                    setattr(config, name, before[name])
-                elif name in vars(config):
-                    delattr(config, name)
-        self._hooks, self._own, self._configs = [], [], []
+        self._configs.undo()
+        self._hooks, self._own = [], []
         self.model.__dict__.pop(_HANDLE, None)
 
     def __enter__(self) -> Patched:
@@ -114,11 +108,6 @@ class Patched:
 
     def __exit__(self, *_: object) -> None:
         self.undo()
-
-    def _remember(self, config: Any) -> None:
-        if all(config is not known for known, _ in self._configs):
-            names = (IMPLEMENTATION, ATTRIBUTE, SAVED_IMPLEMENTATION)
-            self._configs.append((config, {name: vars(config)[name] for name in names if name in vars(config)}))
 
 
 def patch(
@@ -152,8 +141,8 @@ def patch(
         backend: As in `tritonattn.attention`.
 
     What is learned becomes parameters of the attention modules, so make the optimizer afterwards; the modules that hold
-    it are `Patched.layers[name].scaling`. The settings become
-    part of model.config: save_pretrained keeps both, and from_pretrained applies them again where
+    it are `Patched.layers[name].scaling`. The settings become part of model.config, or of a copy of it where other
+    models have been made from the same one: save_pretrained keeps both, and from_pretrained applies them again where
     `tritonattn.huggingface` has been imported, and fails where it has not.
 
     Layers that are left out keep their own implementation and masks. Where all layers are patched masks are ranges of
@@ -180,7 +169,7 @@ def patch(
     common = {"scaling": scaling, "gain": gain, "backend": backend}
     chosen = _chosen(found, layers, common)
     plans = {
-        one.name: LayerScaling(_settings(wish, one.module), one.module.config)
+        one.name: LayerScaling(_settings(wish, one.module))
         for one in found
         if (wish := chosen.get(one.name)) is not None
     }
@@ -190,7 +179,7 @@ def patch(
             " know of its scalings; to keep them, patch the model with layers=",
             stacklevel=2,
         )
-    return apply(model, found, plans)
+    return apply(model, found, plans, shared_configs(model))
 
 
 def patched(model: nn.Module) -> Patched | None:
@@ -198,16 +187,16 @@ def patched(model: nn.Module) -> Patched | None:
     return model.__dict__.get(_HANDLE)
 
 
-def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> Patched:
-    """Put the plans, by module name, into a model."""
+def apply(
+    model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling], shared: set[int]
+) -> Patched:
+    """Put the plans, by module name, into a model, and into its configs or copies of those that are shared."""
     entries = []
     for one in found:
         note = None if one.name in plans else (one.obstacle or "not among the layers asked for")
         entries.append(_Entry(one, getattr(getattr(one.module, "config", None), "_attn_implementation", None), note))
-    result = Patched(model, entries)
-    for config in _configs(model, found, plans):
-        result._remember(config)
     _check_masks(found, plans)
+    result = Patched(model, entries, OwnConfigs(model, _configs(model, found, plans), shared))
     for config in _configs(model, found, plans):
         if _whole(found, plans) or _whole_config(config, found, plans):  # masks come from tritonattn's mask function
             setattr(config, IMPLEMENTATION, NAME)
@@ -215,7 +204,7 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
         if one.name in plans:
             _install(result, one, plans[one.name])
         elif one.obstacle is None and one.module.config._attn_implementation == NAME and not _whole(found, plans):
-            _install(result, one, LayerScaling(Settings(), one.module.config))
+            _install(result, one, LayerScaling(Settings()))
     for root in outermost_models(model).values():
         inside = {id(module) for module in root.modules()}
         mine = [one for one in found if one.name in plans and id(one.module) in inside]
@@ -223,6 +212,7 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
         if saved:
             setattr(root.config, ATTRIBUTE, {LAYERS: saved})
             setattr(root.config, SAVED_IMPLEMENTATION, NAME)
+    state_masks(model)
     model.__dict__[_HANDLE] = result
     return result
 
@@ -231,7 +221,7 @@ def _modules_of(model: Any) -> list[AttentionModule]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     found = attention_modules(model)
-    if any(getattr(getattr(one.module, ATTRIBUTE, None), "lent", False) for one in found):
+    if not take_back_copies(found):
         raise RuntimeError("model: a Monitor is watching its present attention: call patch() before `with monitor:`")
     if any(layer_scaling(one.module) is not None for one in found):
         raise ValueError(
@@ -242,6 +232,16 @@ def _modules_of(model: Any) -> list[AttentionModule]:
         raise ValueError(f"model: tritonattn cannot patch {type(model).__name__}: no attention module was found in it")
     refuse_unsupported(model, found)
     return found
+
+
+def take_back_copies(found: list[AttentionModule]) -> bool:
+    """Remove what a Monitor has lent to the model that this one is a copy of; whether none is lent to this one."""
+    lent = [one.module for one in found if getattr(layer_scaling(one.module), "lent", False)]
+    if any(layer_scaling(module) in LENT for module in lent):
+        return False
+    for module in lent:
+        take_back(module)
+    return True
 
 
 def refuse_unsupported(model: nn.Module, found: list[AttentionModule]) -> None:
@@ -335,7 +335,7 @@ def _whole(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool
 
 def _whole_config(config: Any, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
     """Whether all attention modules of a config, of which there are some, are patched."""
-    users = [one for one in found if getattr(one.module, "config", None) is config]
+    users = [one for one in found if one.config is config]
     return bool(users) and _whole(users, plans)
 
 
@@ -352,6 +352,7 @@ def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
 
 def install(module: Any, own: LayerScaling, implementation: str) -> None:
     """Give an attention module `own` as its child, and a config of its own that names the implementation."""
+    own.shared = module.config
     module.config = copy.copy(module.config)
     setattr(module.config, IMPLEMENTATION, implementation)
     own.train(module.training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,6 +15,7 @@ from .scalings import described, restored
 
 ATTRIBUTE = "tritonattn"
 LAYERS = "layers"
+LENT: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those that a Monitor has lent and is going to take back
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,18 +65,23 @@ class LayerScaling(nn.Module):
     shared           the config of the module's model, whose attention implementation says what masks arrive
     observer         called with what every call computed, see `Patched.watch`
     weights_wanted   whether the running call of the module is to return attention weights
-    lent             whether it is there for a while, so that a Monitor can see a layer that is not patched
+    lent             whether it is there for a while, so that a Monitor can see a layer that is not patched; a copy of
+                     the model keeps it until `take_back`
     """
 
-    def __init__(self, settings: Settings, shared: Any) -> None:
+    def __init__(self, settings: Settings) -> None:
         super().__init__()
         self.scaling = settings.scaling  # a child where it is a module
         self.gain = settings.gain
         self.backend = settings.backend
-        self.shared = shared
+        self.shared: Any = None
         self.weights_wanted = False
         self.lent = False
         self.observer: Callable[..., None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not observed."""
+        return {**self.__dict__, "observer": None}
 
     def saved(self) -> dict[str, Any]:
         """The settings as JSON; a learned gain by its shape, its values being in the state_dict."""
@@ -84,11 +91,11 @@ class LayerScaling(nn.Module):
         return {"scaling": described(self.scaling), "gain": gain, "backend": self.backend}
 
     @classmethod
-    def from_saved(cls, saved: dict[str, Any], shared: Any, heads: int) -> LayerScaling:
+    def from_saved(cls, saved: dict[str, Any], heads: int) -> LayerScaling:
         gain = saved.get("gain")
         if isinstance(gain, dict):
             gain = nn.Parameter(torch.ones(gain["learned"]))
-        return cls(Settings(restored(saved.get("scaling"), heads), gain, saved.get("backend", "auto")), shared)
+        return cls(Settings(restored(saved.get("scaling"), heads), gain, saved.get("backend", "auto")))
 
     def extra_repr(self) -> str:
         scaling = "" if isinstance(self.scaling, nn.Module) else f"scaling={self.scaling!r}, "
@@ -99,3 +106,9 @@ class LayerScaling(nn.Module):
 def layer_scaling(module: nn.Module) -> Any:
     """What `patch` added to an attention module: its LayerScaling, or what PEFT or FSDP has wrapped around that."""
     return getattr(module, "_modules", {}).get(ATTRIBUTE)
+
+
+def take_back(module: Any) -> None:
+    """Remove what a Monitor has lent to an attention module."""
+    module.config = layer_scaling(module).shared
+    delattr(module, ATTRIBUTE)

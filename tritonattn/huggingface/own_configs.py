@@ -1,0 +1,76 @@
+"""What a patch writes into a model's configs, and how it comes out again."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .attention import NAME
+from .masks import STATED
+from .settings import ATTRIBUTE
+
+IMPLEMENTATION = "_attn_implementation_internal"  # the setter without "_internal" reaches into sub-configs
+SAVED_IMPLEMENTATION = "attn_implementation"
+_WRITTEN = frozenset((IMPLEMENTATION, SAVED_IMPLEMENTATION, ATTRIBUTE, STATED))
+
+
+class OwnConfigs:
+    """Configs that a patch may write to, until `undo`.
+
+    One that another model has been made from as well is copied, and the copy put in its place all through the model.
+    What else is written to a copy meanwhile (use_cache, a new vocab_size) `undo` writes to the original.
+
+    shared   ids of the configs to copy
+    """
+
+    def __init__(self, model: nn.Module, configs: list[Any], shared: set[int]) -> None:
+        self._model = model
+        self._pairs = [(config, copy.copy(config) if id(config) in shared else config) for config in configs]
+        self._before = [dict(vars(config)) for config in configs]
+        self._exchange(self._pairs)
+
+    def undo(self) -> None:
+        original_of = {id(own): original for original, own in self._pairs}
+        self._exchange([(own, original) for original, own in self._pairs])
+        for (original, own), before in zip(self._pairs, self._before, strict=True):
+            if own is original:
+                for name in _WRITTEN:
+                    vars(own).pop(name, None)
+                vars(own).update({name: before[name] for name in _WRITTEN & before.keys()})
+                continue
+            for name, value in vars(own).items():
+                value = original_of.get(id(value), value)
+                is_new = name not in before or before[name] is not value
+                if is_new and name not in _WRITTEN:
+                    vars(original)[name] = value
+        self._pairs, self._before = [], []
+
+    def _exchange(self, pairs: list[tuple[Any, Any]]) -> None:
+        """Put the second of every pair wherever the model, or another second one, holds the first."""
+        other = {id(one): two for one, two in pairs}
+        for holder in (*self._model.modules(), *other.values()):
+            for name, value in vars(holder).items():
+                if id(value) in other:
+                    vars(holder)[name] = other[id(value)]
+
+
+def shared_configs(model: nn.Module) -> set[int]:
+    """The ids of the configs of transformers models that neither are in this one nor hold it."""
+    inside = {id(module) for module in model.modules()}
+    models = [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel) and id(one) not in inside]
+    return {id(one.config) for one in models if all(module is not model for module in one.modules())}
+
+
+def state_masks(model: nn.Module) -> None:
+    """Where masks come from tritonattn, have those of models without support for SDPA stated in full.
+
+    Such a model's layers never needed their is_causal, and may have it wrong.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == NAME:
+            if not module._supports_sdpa:
+                setattr(module.config, STATED, True)
