@@ -131,11 +131,17 @@ def test_what_is_learned_stays_in_float32(tmp_path):
     assert logits(again).isfinite().all()
 
 
-def test_undo_leaves_nothing_in_what_is_saved(tmp_path):
-    network = LLAMA.build()
-    patch(network, scaling="ssmax").undo()
+@pytest.mark.parametrize("name", ["llama", "splinter"])
+def test_undo_leaves_nothing_in_what_is_saved(name, tmp_path):
+    network = ARCHITECTURES[name].build()
+    patch(network, scaling="ssmax")
     network.save_pretrained(tmp_path)
-    assert "tritonattn" not in (tmp_path / "config.json").read_text()
+    assert "tritonattn" in (tmp_path / "config.json").read_text()
+    again = type(network).from_pretrained(tmp_path)
+    for one in (network, again):
+        patched(one).undo()
+        one.save_pretrained(tmp_path)
+        assert "tritonattn" not in (tmp_path / "config.json").read_text()
 
 
 @pytest.mark.skipif(

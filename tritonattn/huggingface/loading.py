@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from .architecture import AttentionModule, attention_modules, query_heads
 from .attention import NAME
+from .masks import STATED
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, state_masks
 from .patching import Patched, apply, patched, refuse_unsupported
 from .settings import ATTRIBUTE, LAYERS, LayerScaling
@@ -138,7 +139,7 @@ def _apply(
     """Patch a model as if it had come without settings, so that `undo` leaves none."""
     config: Any = model.config
     asked = vars(config).pop(_ASKED, config._attn_implementation)
-    for name in (ATTRIBUTE, SAVED_IMPLEMENTATION):
+    for name in (ATTRIBUTE, SAVED_IMPLEMENTATION, STATED):
         vars(config).pop(name, None)
     if config._attn_implementation == NAME:
         default = model._check_and_adjust_attn_implementation(None if asked == NAME else asked)

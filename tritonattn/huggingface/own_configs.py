@@ -62,7 +62,8 @@ def shared_configs(model: nn.Module) -> set[int]:
     """The ids of the configs of transformers models that neither are in this one nor hold it."""
     inside = {id(module) for module in model.modules()}
     models = [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel) and id(one) not in inside]
-    return {id(one.config) for one in models if all(module is not model for module in one.modules())}
+    others = [one for one in models if all(module is not model for module in one.modules())]
+    return {id(one.config) for one in others if hasattr(one, "config")}
 
 
 def state_masks(model: nn.Module) -> None:
