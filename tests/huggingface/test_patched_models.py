@@ -299,6 +299,13 @@ def test_another_model_of_the_same_config_is_left_alone(layers, tmp_path):
         assert torch.equal(logits(again), wanted)
 
 
+def test_a_part_of_a_model_shares_the_config_of_the_whole():
+    network = ARCHITECTURES["bart"].build()
+    with patch(network.model.decoder, scaling="none"):
+        assert network.model.decoder.config is network.config
+        assert "tritonattn" in network.config.to_dict()
+
+
 def test_what_is_written_to_a_patched_models_config_stays_after_undo():
     network = ARCHITECTURES["clip"].build()
     config, text = network.config, network.config.text_config

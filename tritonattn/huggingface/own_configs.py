@@ -59,11 +59,11 @@ class OwnConfigs:
 
 
 def shared_configs(model: nn.Module) -> set[int]:
-    """The ids of the configs of transformers models that neither are in this one nor hold it."""
-    inside = {id(module) for module in model.modules()}
-    models = [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel) and id(one) not in inside]
-    others = [one for one in models if all(module is not model for module in one.modules())]
-    return {id(one.config) for one in others if hasattr(one, "config")}
+    """The ids of the configs of transformers models that are neither in this one nor beside it in one that holds it."""
+    models = [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel) and hasattr(one, "config")]
+    whole = [one for one in models if any(module is model for module in one.modules())]
+    family = {id(module) for one in (model, *whole) for module in one.modules()}
+    return {id(one.config) for one in models if id(one) not in family}
 
 
 def state_masks(model: nn.Module) -> None:
