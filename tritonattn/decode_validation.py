@@ -122,7 +122,8 @@ def _check_pages(cache: Cache, q_len: int, window: tuple[int | None, int | None]
     table, lengths = cache.block_table, cache.key_lengths
     if table is None or not values_are_read(table) or not values_are_read(lengths):
         return
-    first, lengths = torch.arange(table.shape[1], device=table.device) * cache.page, lengths.long()
+    lengths = lengths.long()  # uint8 has no number below 0
+    first = torch.arange(table.shape[1], device=table.device) * cache.page
     used = first < lengths[:, None]
     left, _ = window_sides(window)
     if left is not None:

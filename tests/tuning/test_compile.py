@@ -17,7 +17,6 @@ from tritonattn.tuning.machine_code import read_machine_code  # noqa: E402
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx950")
-LOOPS = ("forward", "grad_query", "grad_key_value")
 SCALED = {"query_scale": True, "key_scale": True}
 
 pytestmark = [
@@ -34,26 +33,26 @@ def _check(kernel: str, problem: Problem, target: str, spill_bytes: int = 0) -> 
         assert code.mma_loops, f"{kernel} {problem} {target}: expected a loop with tensor instructions, got {code}"
 
 
-def _targets(*quick: str, of: tuple[str, ...]) -> list:
+def _slow_but(*quick: str, of: tuple[str, ...]) -> list:
     """All of these, slow but for the quick ones."""
-    return [pytest.param(target, marks=() if target in quick else pytest.mark.slow) for target in of]
+    return [pytest.param(one, marks=() if one in quick else pytest.mark.slow) for one in of]
 
 
 # What is slow here is quick in test_codegen: of sm_80, 90 and 100 for its ceilings, of the others with more scales.
-@pytest.mark.parametrize("target", _targets("sm_80", "sm_90", "sm_100", of=NVIDIA))
+@pytest.mark.parametrize("target", _slow_but("sm_80", "sm_90", "sm_100", of=NVIDIA))
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("kernel", ["decode", *(pytest.param(one, marks=pytest.mark.slow) for one in LOOPS)])
+@pytest.mark.parametrize("kernel", _slow_but("decode", of=TILED_KERNELS))
 def test_default_configs_do_not_spill(kernel, head_dim, target):
     _check(kernel, Problem(head_dim, head_dim, torch.bfloat16, right=True, query_scale=True), target)
 
 
-@pytest.mark.parametrize("target", _targets("gfx950", of=AMD))
+@pytest.mark.parametrize("target", _slow_but("gfx950", of=AMD))
 @pytest.mark.parametrize("kernel", TILED_KERNELS)
 def test_default_configs_do_not_spill_on_amd(kernel, target):
     _check(kernel, Problem(64, 64, torch.bfloat16, right=True, **SCALED), target)
 
 
-@pytest.mark.parametrize("target", _targets("sm_90", "sm_100", "gfx942", of=(*NVIDIA, *AMD)))
+@pytest.mark.parametrize("target", _slow_but("sm_90", "sm_100", "gfx942", of=(*NVIDIA, *AMD)))
 @pytest.mark.parametrize("kernel", STREAMING_KERNELS)
 def test_streaming_kernels(kernel, target):
     _check(kernel, Problem(64, 64, torch.bfloat16, **SCALED), target)
@@ -68,7 +67,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("target", _targets("sm_90", of=(*NVIDIA, *AMD)))
+@pytest.mark.parametrize("target", _slow_but("sm_90", of=(*NVIDIA, *AMD)))
 @pytest.mark.parametrize(
     "form", [pytest.param(form, marks=() if form == "query scale grad" else pytest.mark.slow) for form in FORMS]
 )

@@ -79,13 +79,13 @@ def outermost_models(model: nn.Module) -> dict[str, Any]:
 def attention_modules(model: nn.Module) -> list[AttentionModule]:
     """The attention modules of a model in its order: those that can be patched, and those that cannot."""
     found: list[AttentionModule] = []
-    outermost = outermost_models(model)
     models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
 
     def add(name: str, module: nn.Module, obstacle: str | None) -> None:
-        own_name = next(filter(None, (_name_inside(outer, name) for outer in outermost)), None)
-        around = max((outer for outer in models if _name_inside(outer, name)), key=len, default="")
-        found.append(AttentionModule(name, module, own_name, models.get(around), obstacle))
+        around = [outer for outer in models if _name_inside(outer, name)]  # from the outermost in
+        own_name = _name_inside(around[0], name) if around else None
+        inner = models[around[-1]] if around else None
+        found.append(AttentionModule(name, module, own_name, inner, obstacle))
 
     calling = {name for name, module in model.named_modules() if interface_call(type(module)) is not None}
     outer: str | None = None  # the attention module without an interface that holds the modules that follow

@@ -17,8 +17,8 @@ from ..visibility import Visibility
 from .architecture import AttentionModule, attention_modules, interface_function
 from .attention import NAME, call_arguments
 from .own_configs import IMPLEMENTATION
-from .patching import install, take_back_copies
-from .settings import ATTRIBUTE, LENT, LayerScaling, Settings, layer_scaling, take_back
+from .patching import install
+from .settings import ATTRIBUTE, LENT, LayerScaling, Settings, layer_scaling, take_back, take_back_copies
 
 _OBSERVED = "tritonattn_observed"
 _VISIBLE = ("causal", "window", "key_ranges", "mask")
@@ -32,7 +32,7 @@ def own_attention(model: nn.Module) -> list[AttentionModule]:
     Raises ValueError where one uses an implementation whose masks cannot be read.
     """
     found, modules = [], attention_modules(model)
-    take_back_copies(modules)
+    take_back_copies(one.module for one in modules)
     for one in modules:
         patched = layer_scaling(one.module) is not None
         if one.obstacle is not None or patched or _implementation(one) == NAME:

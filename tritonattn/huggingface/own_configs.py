@@ -33,6 +33,11 @@ class OwnConfigs:
         self._before = [dict(vars(config)) for config in configs]
         self._exchange(self._pairs)
 
+    @property
+    def own(self) -> list[Any]:
+        """Those to write to."""
+        return [own for _, own in self._pairs]
+
     def undo(self) -> None:
         original_of = {id(own): original for original, own in self._pairs}
         self._exchange([(own, original) for original, own in self._pairs])
@@ -72,6 +77,7 @@ def state_masks(model: nn.Module) -> None:
     Such a model's layers never needed their is_causal, and may have it wrong.
     """
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == NAME:
-            if not module._supports_sdpa:
-                setattr(module.config, STATED, True)
+        if not isinstance(module, PreTrainedModel) or module._supports_sdpa:
+            continue
+        if module.config._attn_implementation == NAME:
+            setattr(module.config, STATED, True)

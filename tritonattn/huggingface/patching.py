@@ -28,7 +28,7 @@ from .attention import NAME
 from .cached_keys import offer_cache
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, shared_configs, state_masks
 from .scalings import built, described
-from .settings import ATTRIBUTE, LAYERS, LENT, LayerScaling, Settings, layer_scaling, take_back
+from .settings import ATTRIBUTE, LAYERS, LENT, LayerScaling, Settings, layer_scaling, take_back_copies
 from .table import table
 from .weights import note_wanted_weights
 
@@ -196,8 +196,9 @@ def apply(
         note = None if one.name in plans else (one.obstacle or "not among the layers asked for")
         entries.append(_Entry(one, getattr(getattr(one.module, "config", None), "_attn_implementation", None), note))
     _check_masks(found, plans)
-    result = Patched(model, entries, OwnConfigs(model, _configs(model, found, plans), shared))
-    for config in _configs(model, found, plans):
+    configs = OwnConfigs(model, _configs(model, found, plans), shared)
+    result = Patched(model, entries, configs)
+    for config in configs.own:
         if _whole(found, plans) or _whole_config(config, found, plans):  # masks come from tritonattn's mask function
             setattr(config, IMPLEMENTATION, NAME)
     for one in found:
@@ -221,7 +222,8 @@ def _modules_of(model: Any) -> list[AttentionModule]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     found = attention_modules(model)
-    if not take_back_copies(found):
+    take_back_copies(one.module for one in found)
+    if any(layer_scaling(one.module) in LENT for one in found):
         raise RuntimeError("model: a Monitor is watching its present attention: call patch() before `with monitor:`")
     if any(layer_scaling(one.module) is not None for one in found):
         raise ValueError(
@@ -232,16 +234,6 @@ def _modules_of(model: Any) -> list[AttentionModule]:
         raise ValueError(f"model: tritonattn cannot patch {type(model).__name__}: no attention module was found in it")
     refuse_unsupported(model, found)
     return found
-
-
-def take_back_copies(found: list[AttentionModule]) -> bool:
-    """Remove what a Monitor has lent to the model that this one is a copy of; whether none is lent to this one."""
-    lent = [one.module for one in found if getattr(layer_scaling(one.module), "lent", False)]
-    if any(layer_scaling(module) in LENT for module in lent):
-        return False
-    for module in lent:
-        take_back(module)
-    return True
 
 
 def refuse_unsupported(model: nn.Module, found: list[AttentionModule]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -112,3 +112,11 @@ def take_back(module: Any) -> None:
     """Remove what a Monitor has lent to an attention module."""
     module.config = layer_scaling(module).shared
     delattr(module, ATTRIBUTE)
+
+
+def take_back_copies(modules: Iterable[Any]) -> None:
+    """Remove what a Monitor has lent to the attention modules that these are copies of."""
+    for module in modules:
+        own = layer_scaling(module)
+        if getattr(own, "lent", False) and own not in LENT:
+            take_back(module)
