@@ -190,12 +190,7 @@ def test_autocast_does_not_reach_into_a_backend():
 # The pass over the keys, with torch in the kernels' place.
 
 
-def _key_statistics(k: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    lengths = key_lengths_of(k, seen).detach()
-    return lengths, prefix_sum(lengths), prefix_sum(lengths.double().square())
-
-
-def _key_statistics_backward(k, seen, lengths, d_lengths):
+def _key_lengths_backward(k, seen, lengths, d_lengths):
     rate = torch.where(lengths > 0, d_lengths / lengths.clamp(min=1e-30), 0)
     return torch.where((lengths > 0)[..., None], rate[..., None] * k, 0).to(k.dtype).contiguous()
 
@@ -203,7 +198,8 @@ def _key_statistics_backward(k, seen, lengths, d_lengths):
 @pytest.fixture
 def torch_kernels(monkeypatch):
     kernels = SimpleNamespace(
-        key_statistics=_key_statistics, key_statistics_backward=_key_statistics_backward
+        key_lengths=lambda k, seen: key_lengths_of(k, seen).detach(), prefix_sums=prefix_sum,
+        key_lengths_backward=_key_lengths_backward,
     )  # fmt: skip
     monkeypatch.setattr(key_statistics, "_kernels", lambda: kernels)
 
@@ -217,6 +213,7 @@ def test_key_lengths_pass_opcheck(seen):
     lengths = key_lengths_of(k, seen).detach()
     arguments = (k.detach(), seen, lengths, torch.randn_like(lengths))
     opcheck(torch.ops.tritonattn.key_lengths_backward.default, arguments)
+    opcheck(torch.ops.tritonattn.prefix_sums.default, (lengths,))
 
 
 @pytest.mark.usefixtures("torch_kernels")

@@ -42,6 +42,11 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
     return "triton"
 
 
+def kernels_take(x: Tensor) -> bool:
+    """Whether "auto" runs kernels on x [B, H, S, D]."""
+    return x.device.type == "cuda" and _HAS_TRITON and _kernel_obstacle(x, x) is None
+
+
 def _kernel_obstacle(q: Tensor, v: Tensor) -> str | None:
     """What kernels cannot honour."""
     if q.dtype == torch.float64:

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autograd import runs_eagerly
+from .backends import kernels_take
+from .ops import append_keys
 from .ranges import prefix_sum
 from .statistics import Statistics, key_lengths_of
 from .validation import (
@@ -114,6 +117,10 @@ class KeyStatistics:
             self._check_per_sequence("counts", counts, new)
         self._check_room(new if counts is None else counts)
         if new == 0:
+            return
+        is_narrow = self._lengths.dtype == torch.float32
+        if is_narrow and kernels_take(k_new) and runs_eagerly(k_new, counts, self.counts):
+            append_keys(k_new, counts, self._buffers())
             return
         order = torch.arange(new, device=k_new.device)
         place = self.counts[:, None] + order  # [B, n]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -48,13 +49,9 @@ class Cache:
     def visibility(self, q: Tensor, left: int | None) -> Visibility:
         """Row i of q [B, Hq, Sq, D] sees own - left <= j <= own, with own = i + key_lengths[b] - Sq."""
         q_heads, q_len = q.shape[1:3]
-        lengths = self.key_lengths.long().clamp(0, self.capacity)
-        own = lengths[:, None] + torch.arange(q_len, device=q.device) - q_len  # [B, Sq]
-        lo = torch.zeros_like(own) if left is None else (own - left).clamp(min=0)
-        ranges = torch.stack([lo, own + 1], dim=-1)
-        return Visibility(
-            self.batch, q_heads, self.kv_heads, q_len, self.capacity, q.device, key_ranges=ranges
-        )  # fmt: skip
+        return _CacheVisibility(
+            self.batch, q_heads, self.kv_heads, q_len, self.capacity, q.device, left=left, key_lengths=self.key_lengths
+        )
 
     def keys(self) -> Tensor:
         """[B, Hkv, capacity, D]; pages are gathered."""
@@ -76,6 +73,17 @@ class Cache:
             pages = x[torch.where(valid, table, 0)]  # [B, max_pages, page, Hkv, D]
             pages = torch.where(valid[..., None, None, None], pages, 0)
         return pages.flatten(1, 2).transpose(1, 2)
+
+
+class _CacheVisibility(Visibility):
+    """Whose rows stand at the end of the key_lengths of their sequence, not of the capacity."""
+
+    def _ranges(self) -> tuple[Tensor, Tensor]:
+        lengths = cast(Tensor, self.key_lengths).long().clamp(0, self.k_len)[:, None]  # [B, 1]
+        hi = lengths
+        if self.q_len > 1:
+            hi = (lengths + torch.arange(1 - self.q_len, 1, device=self.device)).clamp(min=0)  # [B, Sq]
+        return torch.zeros_like(hi) if self.left is None else (hi - (self.left + 1)).clamp(min=0), hi
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +110,9 @@ class DecodeCall:
 
     def as_attention(self) -> AttentionCall:
         """The same over the whole cache, gathered where it lies in pages."""
+        visible, keys = self.cache.visibility(self.q, self.left), self.cache.keys()
+        visible = Visibility.of(self.q, keys, key_ranges=torch.stack(visible.ranges(), dim=-1))
         return AttentionCall(
-            self.q, self.cache.keys(), self.cache.values(), self.cache.visibility(self.q, self.left), self.scale,
-            self.query_scale, self.key_scale, self.softcap, self.sinks,
+            self.q, keys, self.cache.values(), visible, self.scale, self.query_scale, self.key_scale, self.softcap,
+            self.sinks,
         )  # fmt: skip

@@ -6,7 +6,7 @@ there is one, is read a block of rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -54,47 +54,65 @@ def prefix_sum(x: Tensor) -> Tensor:
     return total
 
 
-def _gather(x: Tensor, index: Tensor) -> Tensor:
+def gather(x: Tensor, index: Tensor) -> Tensor:
     """x[..., index] along the last axis, the others broadcast: take_along_dim, on which inductor fails."""
     shape = torch.broadcast_shapes(x.shape[:-1], index.shape[:-1])
     return x.expand(*shape, -1).gather(-1, index.expand(*shape, -1))
 
 
-def sum_of_rows(g: Tensor, lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool) -> Tensor:
+def _rows_begun(bound: Tensor, k_len: int) -> Tensor:
+    """How many rows have bound <= j, of each key j: int64 [..., Sk]; bound [..., Sq] does not fall along the rows."""
+    keys = torch.arange(k_len, device=bound.device)
+    return torch.searchsorted(bound.contiguous(), keys.expand(*bound.shape[:-1], -1).contiguous(), right=True)
+
+
+def rows_of_keys(lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool) -> Tensor:
+    """How many rows see each key: int64 [..., Sk]; sorted_bounds says that lo and hi do not fall along the rows."""
+    bounds = (lo, hi) if sorted_bounds else (lo.sort(dim=-1).values, hi.sort(dim=-1).values)
+    begun, ended = (_rows_begun(bound, k_len) for bound in bounds)
+    return begun - ended
+
+
+def sum_of_rows(
+    g: Tensor, lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool, scan: Callable[[Tensor], Tensor] = prefix_sum
+) -> Tensor:
     """y[j] = sum of g[i] over the rows with lo[i] <= j < hi[i]: the transpose of a sum over ranges, without atomics.
 
-    g [B, H, Sq], lo and hi broadcastable to it; sorted_bounds says that lo and hi do not fall along the rows.
+    g [B, H, Sq], lo and hi broadcastable to it; sorted_bounds says that lo and hi do not fall along the rows; scan is
+    `prefix_sum`, or another that computes it.
     """
-    keys = torch.arange(k_len, device=g.device)
+    if sorted_bounds:
+        prefix = scan(g)
+        begun, ended = (gather(prefix, _rows_begun(bound, k_len)) for bound in (lo, hi))
+        return begun - ended
 
     def ending_by_key(bound: Tensor) -> Tensor:  # sum of g over the rows with bound <= j
-        if sorted_bounds:
-            prefix = prefix_sum(g)
-        else:
-            bound, order = bound.sort(dim=-1, stable=True)
-            prefix = prefix_sum(_gather(g, order))
-        wanted = keys + bound.new_zeros((*bound.shape[:-1], 1))
-        rows = torch.searchsorted(bound.contiguous(), wanted, right=True)
-        return _gather(prefix, rows)
+        bound, order = bound.sort(dim=-1, stable=True)
+        return gather(scan(gather(g, order)), _rows_begun(bound, k_len))
 
     return ending_by_key(lo) - ending_by_key(hi)
 
 
-def sum_over_ranges(x: Tensor, prefix: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool) -> Tensor:
-    """Sum of x [B, H, Sk] over every range, from its prefix sums: fp64 [B, H, Sq]. The gradient goes to x."""
-    return apply(_RangeSum, x, prefix, lo, hi, sorted_bounds)
+def sum_over_ranges(
+    x: Tensor, prefix: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool, scan: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Sum of x [B, H, Sk] over every range, from its prefix sums: fp64 [B, H, Sq]. The gradient goes to x.
+
+    sorted_bounds and scan as in `sum_of_rows`.
+    """
+    return apply(_RangeSum, x, prefix, lo, hi, sorted_bounds, scan)
 
 
 class _RangeSum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, prefix: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool) -> Tensor:
-        return _gather(prefix, hi) - _gather(prefix, lo)
+    def forward(x, prefix, lo, hi, sorted_bounds, scan) -> Tensor:
+        return gather(prefix, hi) - gather(prefix, lo)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, _, lo, hi, ctx.sorted_bounds = inputs
+        x, _, lo, hi, ctx.sorted_bounds, ctx.scan = inputs
         ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
         ctx.save_for_backward(lo, hi)
 
@@ -103,26 +121,65 @@ class _RangeSum(torch.autograd.Function):
     def backward(ctx, saved, g: Tensor):
         lo, hi = saved
         seeing = torch.where(hi > lo, g, 0)  # the factor of a row without keys may have an infinite slope
-        return sum_of_rows(seeing, lo, hi, ctx.k_len, ctx.sorted_bounds).to(ctx.dtype), None, None, None, None
+        d_x = sum_of_rows(seeing, lo, hi, ctx.k_len, ctx.sorted_bounds, ctx.scan)
+        return d_x.to(ctx.dtype), None, None, None, None, None
 
 
-def pick(x: Tensor, key: Tensor, seen: Tensor) -> Tensor:
-    """x[..., key] where seen, else 0; the gradient returns to the picked keys in a fixed order."""
-    return apply(_Pick, x, key, seen)
+def sum_over_prefixes(
+    x: Tensor, prefix: Tensor, hi: Tensor | None, q_len: int, scan: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`sum_over_ranges` where lo is 0 and hi does not fall along the Sq rows; None is hi[i] = i + 1 + Sk - Sq."""
+    return apply(_PrefixSums, x, prefix, hi, q_len, scan)
+
+
+class _PrefixSums(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, prefix, hi, q_len, scan) -> Tensor:
+        if hi is None:
+            return prefix[..., x.shape[-1] - q_len + 1 :].clone()  # autograd wants no view of an input
+        return gather(prefix, hi)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, _, hi, ctx.q_len, ctx.scan = inputs
+        ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
+        ctx.save_for_backward(hi)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, g: Tensor):
+        (hi,) = saved
+        if hi is None:
+            prefix = ctx.scan(g)
+            ended = F.pad(prefix[..., :-1], (ctx.k_len - ctx.q_len, 0))  # [..., Sk]
+        else:
+            prefix = ctx.scan(torch.where(hi > 0, g, 0))  # as in _RangeSum
+            ended = gather(prefix, _rows_begun(hi, ctx.k_len))
+        return (prefix[..., -1:] - ended).to(ctx.dtype), None, None, None, None
+
+
+def pick(x: Tensor, key: Tensor, seen: Tensor, sorted_keys: bool, scan: Callable[[Tensor], Tensor]) -> Tensor:
+    """x[..., key] where seen, else 0; the gradient returns to the picked keys in a fixed order.
+
+    sorted_keys says that key does not fall along the rows; scan as in `sum_of_rows`.
+    """
+    return apply(_Pick, x, key, seen, sorted_keys, scan)
 
 
 class _Pick(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, key: Tensor, seen: Tensor) -> Tensor:
+    def forward(x, key, seen, sorted_keys, scan) -> Tensor:
         if x.shape[-1] == 0:
             return x.new_zeros(key.shape)
-        return torch.where(seen, _gather(x, key), 0)
+        return torch.where(seen, gather(x, key), 0)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, key, seen = inputs
+        x, key, seen, ctx.sorted_keys, ctx.scan = inputs
         ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
         ctx.save_for_backward(key, seen)
 
@@ -131,7 +188,8 @@ class _Pick(torch.autograd.Function):
     def backward(ctx, saved, g: Tensor):
         key, seen = saved
         picked = torch.where(seen, g, 0)
-        return sum_of_rows(picked, key, key + 1, ctx.k_len, sorted_bounds=False).to(ctx.dtype), None, None
+        d_x = sum_of_rows(picked, key, key + 1, ctx.k_len, ctx.sorted_keys, ctx.scan)
+        return d_x.to(ctx.dtype), None, None, None, None
 
 
 def sum_over_mask(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> Tensor:
@@ -178,8 +236,8 @@ def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     width = 1
     while width <= k_len:
         top = k_len - width
-        first = _gather(best, lo.clamp(max=top))
-        last = _gather(best, (hi - width).clamp(0, top))
+        first = gather(best, lo.clamp(max=top))
+        last = gather(best, (hi - width).clamp(0, top))
         fits = (hi - lo >= width) & (hi - lo < 2 * width)
         answer = torch.where(fits, _larger(x, first, last), answer)
         if 2 * width <= k_len:
@@ -188,14 +246,16 @@ def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     return answer
 
 
-def argmax_of_prefixes(x: Tensor, hi: Tensor) -> Tensor:
-    """`argmax_over_ranges` where lo is 0: O(S) time, and the same code for any length, which a trace may leave free."""
+def argmax_of_prefixes(x: Tensor) -> Tensor:
+    """Lowest key that attains the maximum of x over the keys up to j: int64 [B, H, Sk], which does not fall.
+
+    O(S) time, and the same code for any length, which a trace may leave free.
+    """
     if x.shape[-1] == 0:
-        return torch.zeros((*x.shape[:-1], hi.shape[-1]), dtype=torch.int64, device=x.device)
+        return torch.zeros(x.shape, dtype=torch.int64, device=x.device)
     before = F.pad(x.cummax(-1).values, (1, -1), value=-torch.inf)
     rises = (x > before) | (x.isnan() & ~before.isnan())
-    best = torch.where(rises, torch.arange(x.shape[-1], device=x.device), 0).cummax(-1).values
-    return _gather(best, (hi - 1).clamp(min=0))
+    return torch.where(rises, torch.arange(x.shape[-1], device=x.device), 0).cummax(-1).values
 
 
 def argmax_over_mask(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,34 +270,5 @@ def argmax_over_mask(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> tuple[T
 
 def _larger(x: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """The index of the larger entry of x, the first of equals; NaN is larger than all."""
-    a, b = _gather(x, first), _gather(x, last)
+    a, b = gather(x, first), gather(x, last)
     return torch.where((b > a) | (b.isnan() & ~a.isnan()), last, first)
-
-
-def rows_of_blocks(lo: Tensor, hi: Tensor, k_len: int, block: int) -> Tensor:
-    """First and one past the last row whose range touches each block of keys: int32 [..., cdiv(Sk, block), 2].
-
-    A block that no range touches has first >= last. Every range is the union of two spans of 2^level blocks; the
-    extremes of each span are pushed down to single blocks: O((Sq + blocks) log blocks).
-    """
-    q_len = lo.shape[-1]
-    blocks = -(-k_len // block)
-    first, span = lo // block, (hi + block - 1) // block - lo // block
-    levels = max(blocks, 1).bit_length()
-    level = sum((span >= 1 << power).long() for power in range(1, levels)) + torch.zeros_like(span)
-    nowhere = torch.full_like(span, levels * blocks)
-    spans = [first, first + span - (1 << level)]
-    slots = torch.cat([torch.where(hi > lo, level * blocks + start, nowhere) for start in spans], dim=-1)
-    row = torch.arange(q_len, device=lo.device).repeat(2).expand_as(slots)
-    extremes = []
-    for reduce, empty, rows in (("amin", q_len, row), ("amax", 0, row + 1)):
-        table = torch.full((lo.shape[0], levels * blocks + 1), empty, device=lo.device)
-        table = table.scatter_reduce(-1, slots, rows, reduce)[:, :-1].unflatten(-1, (levels, blocks))
-        narrower = torch.minimum if reduce == "amin" else torch.maximum
-        spread = table[:, -1]
-        for power in reversed(range(levels - 1)):
-            shifted = torch.full_like(spread, empty)
-            shifted[:, 1 << power :] = spread[:, : -(1 << power)]
-            spread = narrower(table[:, power], narrower(spread, shifted))
-        extremes.append(spread)
-    return torch.stack(extremes, dim=-1).int()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .autograd import apply, runs_eagerly
+from .ranges import prefix_sum
 from .visibility import Visibility
 
 
@@ -33,6 +34,8 @@ class Statistics:
     (`visibility.per_query_head`), and 0 for a row without keys. k in fp64 gives fp64 everywhere. Each is
     computed at its first use and kept.
     """
+
+    _scan: Callable[[Tensor], Tensor] = staticmethod(prefix_sum)
 
     def __init__(self, k: Tensor | Callable[[], Tensor], visibility: Visibility) -> None:
         self._source = k
@@ -69,13 +72,13 @@ class Statistics:
         return key_lengths_of(self.k, None if self.visibility.sees_every_key else self.visibility.seen_keys())
 
     def _length_sum(self) -> Tensor:
-        return self.visibility.sum(self.lengths).to(self.lengths.dtype)
+        return self.visibility.sum(self.lengths, self._scan).to(self.lengths.dtype)
 
     def _length_square_sum(self) -> Tensor:
-        return self.visibility.sum(self.lengths.double().square())
+        return self.visibility.sum(self.lengths.double().square(), self._scan)
 
     def _length_max(self) -> Tensor:
-        return self.visibility.max(self.lengths)
+        return self.visibility.max(self.lengths, self._scan)
 
 
 def key_lengths_of(k: Tensor, seen: Tensor | None = None) -> Tensor:

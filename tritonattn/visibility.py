@@ -7,14 +7,18 @@ prefix sums. A dense bool mask is the fallback for holes; it is intersected with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import ranges
+from .ranges import prefix_sum
 from .sequences import Sequences
+
+Result = TypeVar("Result")
 
 # No sequence is longer; a position and a window's side, both below it, add up to less than 2^63.
 _UNREACHED = 2**62
@@ -37,7 +41,8 @@ class Visibility:
     key_ranges    int [B, Sq, 2]: row i sees key_ranges[b, i, 0] <= j < key_ranges[b, i, 1]
     mask          bool, 4-D, each axis of [B, Hq, Sq, Sk] or 1: True is visible
 
-    Every part that is given narrows the rest. Values outside [0, Sk] are clamped, lo >= hi is a row without keys.
+    Every part that is given narrows the rest. Values outside [0, Sk] are clamped, lo >= hi is a row without keys. What
+    the ranges and counts of rows are is computed when first asked, and kept.
     """
 
     batch: int
@@ -52,6 +57,7 @@ class Visibility:
     key_ranges: Tensor | None = None
     mask: Tensor | None = None
     sequences: Sequences | None = None
+    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
@@ -101,8 +107,12 @@ class Visibility:
         """Whether every row sees every key, as sizes tell: a lone causal query too, and a window that holds all."""
         if not self.sizes_tell_all:
             return False
-        reaches_first = self.left is None or self.left >= self.k_len - 1
-        return reaches_first and (self.right is None or self.right >= self.q_len - 1)
+        return self._reaches_first and (self.right is None or self.right >= self.q_len - 1)
+
+    @property
+    def _reaches_first(self) -> bool:
+        """Whether no window hides a key from the left."""
+        return self.left is None or self.left >= self.k_len - 1
 
     @property
     def sees_every_key(self) -> bool:
@@ -113,9 +123,19 @@ class Visibility:
         return reaches_first and (self.right is None or self.right >= 0)
 
     @property
+    def is_causal(self) -> bool:
+        """Whether row i sees the keys j <= i + Sk - Sq, of Sq <= Sk, and nothing else narrows them."""
+        return self.sizes_tell_all and self.right == 0 and self.q_len <= self.k_len and self._reaches_first
+
+    @property
     def is_square_causal(self) -> bool:
         """Whether the visible keys are the lower triangle of a square, and nothing else."""
-        return self.left is None and self.right == 0 and self.q_len == self.k_len and self.sizes_tell_all
+        return self.q_len == self.k_len and self.is_causal
+
+    @property
+    def begins_at_first(self) -> bool:
+        """Whether the keys of every row begin at the first one, as far as ranges say."""
+        return self.left is None and self.key_ranges is None and self.sequences is None
 
     @property
     def every_row_sees(self) -> bool:
@@ -129,15 +149,17 @@ class Visibility:
 
     def ranges(self) -> tuple[Tensor, Tensor]:
         """lo and hi, int64, [B, Sq], or [1, Sq] where they are the same for all; 0 <= lo <= hi <= Sk."""
+        return self._once("ranges", self._ranges)
+
+    def _ranges(self) -> tuple[Tensor, Tensor]:
         if self.sequences is None:
-            own = torch.arange(self.q_len, device=self.device)[None] + (self.k_len - self.q_len)  # [1, Sq]
-            lo, hi = torch.zeros_like(own), torch.full_like(own, self.k_len)
+            own = torch.arange(self.k_len - self.q_len, self.k_len, device=self.device)[None]  # [1, Sq]
+            lo = torch.zeros_like(own) if self.left is None else own - self.left
+            hi = torch.full_like(own, self.k_len) if self.right is None else own + (self.right + 1)
         else:
             lo, hi, own = self.sequences.keys_of_rows(self.q_len)
-        if self.left is not None:
-            lo = torch.maximum(lo, own - self.left)
-        if self.right is not None:
-            hi = torch.minimum(hi, own + self.right + 1)
+            lo = lo if self.left is None else torch.maximum(lo, own - self.left)
+            hi = hi if self.right is None else torch.minimum(hi, own + (self.right + 1))
         if self.key_ranges is not None:
             lo = torch.maximum(lo, self.key_ranges[..., 0])
             hi = torch.minimum(hi, self.key_ranges[..., 1])
@@ -148,68 +170,82 @@ class Visibility:
 
     def counts(self) -> Tensor:
         """n, the number of visible keys: fp64 [B or 1, 1 or Hq, Sq]."""
-        if self.is_square_causal:
-            return torch.arange(1, self.q_len + 1, dtype=torch.float64, device=self.device).view(1, 1, -1)
+        return self._once("counts", self._counts)
+
+    def _counts(self) -> Tensor:
+        if self.is_causal:
+            first = self.k_len - self.q_len + 1
+            return torch.arange(first, self.k_len + 1, dtype=torch.float64, device=self.device).view(1, 1, -1)
+        if self.is_full:
+            return torch.full((1, 1, 1), self.k_len, dtype=torch.float64, device=self.device).expand(1, 1, self.q_len)
         if self.mask is None:
             lo, hi = self.ranges()
-            return (hi - lo)[:, None].double()
+            return (hi if self.begins_at_first else hi - lo)[:, None].double()
         return torch.cat([tile.sum(-1) for _, tile in self._mask_tiles(self.mask)], dim=-1).double()
 
-    def sum(self, x: Tensor) -> Tensor:
+    def sum(self, x: Tensor, scan: Callable[[Tensor], Tensor] = prefix_sum) -> Tensor:
         """Sum of x [B, Hkv, Sk] over the keys visible to each row: fp64 [B, Hkv, Sq], 0 for a row without keys.
 
         Where query heads see different keys (`per_query_head`) the result is [B, Hq, Sq]. Differentiable, without
-        atomics. Accumulates in fp64, so that a short window late in a long sequence is as exact as an early one.
+        atomics. Accumulates in fp64, so that a short window late in a long sequence is as exact as an early one; scan
+        is what computes prefix sums.
         """
         if self.is_full:
             return x.sum(-1, keepdim=True, dtype=torch.float64).expand(*x.shape[:-1], self.q_len)
-        if self.is_square_causal and x.device.type == "cpu":  # of whose cumsum ranges.prefix_sum says why
-            return x.cumsum(-1, dtype=torch.float64)
+        if self.is_causal and x.device.type == "cpu" and scan is prefix_sum:  # which says why not elsewhere
+            return x.cumsum(-1, dtype=torch.float64)[..., self.k_len - self.q_len :]
         if self.mask is not None:
             return ranges.sum_over_mask(self._per_mask_head(x), *self.ranges(), self.mask)
-        return self.sum_from_prefix(x, ranges.prefix_sum(x.detach()))
+        return self.sum_from_prefix(x, scan(x.detach()), scan)
 
-    def sum_from_prefix(self, x: Tensor, prefix: Tensor) -> Tensor:
-        """`sum(x)` from its prefix sums, fp64 [B, Hkv, Sk + 1], without a dense mask. The gradient goes to x."""
+    def sum_from_prefix(
+        self, x: Tensor, prefix: Tensor, scan: Callable[[Tensor], Tensor] = prefix_sum
+    ) -> Tensor:
+        """`sum(x, scan)` from its prefix sums, fp64 [B, Hkv, Sk + 1], without a dense mask. The gradient goes to x."""
+        if self.is_causal:
+            return ranges.sum_over_prefixes(x, prefix, None, self.q_len, scan)
         lo, hi = self.ranges()
-        return ranges.sum_over_ranges(x, prefix, lo[:, None], hi[:, None], self.key_ranges is None)
+        if self.begins_at_first:
+            return ranges.sum_over_prefixes(x, prefix, hi[:, None], self.q_len, scan)
+        return ranges.sum_over_ranges(x, prefix, lo[:, None], hi[:, None], self.key_ranges is None, scan)
 
-    def max(self, x: Tensor) -> Tensor:
+    def max(self, x: Tensor, scan: Callable[[Tensor], Tensor] = prefix_sum) -> Tensor:
         """Maximum of x [B, Hkv, Sk] over the visible keys, shapes as `sum`, in x's dtype; 0 for a row without keys.
 
-        The lowest key that attains the maximum takes its gradient.
+        The lowest key that attains the maximum takes its gradient; scan as in `sum`.
         """
         if self.mask is not None:
             x = self._per_mask_head(x)
             first, seen = ranges.argmax_over_mask(x.detach(), *self.ranges(), self.mask)
-        else:
+            return ranges.pick(x, first, seen, False, scan)
+        if not self.begins_at_first:
             lo, hi = self.ranges()
-            if self.left is None and self.key_ranges is None and self.sequences is None:
-                first = ranges.argmax_of_prefixes(x.detach(), hi[:, None])
-            else:
-                first = ranges.argmax_over_ranges(x.detach(), lo[:, None], hi[:, None])
-            seen = (hi > lo)[:, None]
-        return ranges.pick(x, first, seen.expand_as(first))
+            first = ranges.argmax_over_ranges(x.detach(), lo[:, None], hi[:, None])
+            return ranges.pick(x, first, (hi > lo)[:, None].expand_as(first), False, scan)
+        first, seen = self._latest(ranges.argmax_of_prefixes(x.detach()))
+        return ranges.pick(x, first, seen.expand_as(first), True, scan)
+
+    def _latest(self, of_keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the last key that each row sees, what there is for it [B, H, Sk]: [B, H, Sq], and whether it sees one."""
+        if self.is_causal:
+            first = of_keys[..., self.k_len - self.q_len :]
+            return first, torch.ones((1, 1, 1), dtype=torch.bool, device=self.device)
+        lo, hi = self.ranges()
+        seen = (hi > lo)[:, None]
+        if self.k_len == 0:
+            return of_keys.new_zeros((*of_keys.shape[:-1], self.q_len)), seen
+        return ranges.gather(of_keys, (hi - 1).clamp(min=0)[:, None]), seen
 
     def seen_keys(self) -> Tensor:
         """Keys that at least one row sees: bool [B or 1, 1 or Hkv, Sk]."""
         if self.mask is None:
-            lo, hi = self.ranges()
-            rows = torch.ones_like(lo, dtype=torch.float64)[:, None]
-            return ranges.sum_of_rows(rows, lo[:, None], hi[:, None], self.k_len, self.key_ranges is None) > 0
+            return (ranges.rows_of_keys(*self.ranges(), self.k_len, self.key_ranges is None) > 0)[:, None]
         seen = torch.zeros((), dtype=torch.bool, device=self.device)
         for _, tile in self._mask_tiles(self.mask):
             seen = seen | tile.any(-2)
         if self.per_query_head:
             seen = seen.unflatten(1, (self.kv_heads, -1)).any(2)
         return seen.expand(-1, -1, self.k_len)
-
-    def rows_of_key_blocks(self, block: int) -> Tensor:
-        """First and one past the last row whose range touches each block of keys: int32 [B or 1, cdiv(Sk, block), 2].
-
-        A block that no range touches has first >= last.
-        """
-        return ranges.rows_of_blocks(*self.ranges(), self.k_len, block)
 
     def dense(self) -> Tensor:
         """The visible pairs, bool [B or 1, 1 or Hq, Sq, Sk]: O(Sq Sk), for the reference."""
@@ -219,6 +255,11 @@ class Visibility:
         """The visible pairs of some rows and keys, bool [B or 1, 1 or Hq, rows, keys]."""
         key = torch.arange(self.k_len, device=self.device)[keys]
         return ranges.pairs(*self.ranges(), self.mask, rows, key, keys)
+
+    def _once(self, name: str, compute: Callable[[], Result]) -> Result:
+        if name not in self._known:
+            self._known[name] = compute()
+        return self._known[name]
 
     def _mask_tiles(self, mask: Tensor) -> Iterator[tuple[slice, Tensor]]:
         return ranges.row_tiles(*self.ranges(), mask, self.k_len, self.batch * mask.shape[1])

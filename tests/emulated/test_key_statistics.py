@@ -6,8 +6,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tritonattn import triton_backend
+from tests.support.masks import visible_pairs
+from tritonattn import KeyStatistics, triton_backend
+from tritonattn.call import AttentionCall
 from tritonattn.statistics import key_lengths_of
+from tritonattn.triton_backend import attention
+from tritonattn.tuning import TileConfig
+from tritonattn.visibility import Visibility
 
 from .executor import GPU, padded
 
@@ -23,12 +28,13 @@ def check(dtype: torch.dtype, head_dim: int, k_len: int, some_unseen: bool) -> N
     d_lengths = torch.randn(2, 2, k_len, generator=generator)
     expected.backward(d_lengths.double())
     k = padded(k if seen is None else torch.where(seen[..., None], k, torch.nan))
-    lengths, length_prefix, square_prefix = triton_backend.key_statistics(k, seen)
+    lengths = triton_backend.key_lengths(k, seen)
     torch.testing.assert_close(lengths.double(), expected.detach(), rtol=1e-6, atol=0)
-    for prefix, terms in ((length_prefix, lengths.double()), (square_prefix, lengths.double().square())):
-        assert (prefix[..., 0] == 0).all()
-        torch.testing.assert_close(prefix[..., 1:], terms.cumsum(-1), rtol=1e-12, atol=0)
-    d_k = triton_backend.key_statistics_backward(k, seen, lengths, d_lengths)
+    for addends in (lengths, lengths.double().square()):
+        sums = triton_backend.prefix_sums(addends)
+        assert (sums[..., 0] == 0).all()
+        torch.testing.assert_close(sums[..., 1:], addends.double().cumsum(-1), rtol=1e-12, atol=0)
+    d_k = triton_backend.key_lengths_backward(k, seen, lengths, d_lengths)
     tolerance = max(torch.finfo(dtype).eps, 1e-6)
     torch.testing.assert_close(d_k.double(), leaf.grad, rtol=tolerance, atol=tolerance)
 
@@ -40,7 +46,43 @@ def check(dtype: torch.dtype, head_dim: int, k_len: int, some_unseen: bool) -> N
 def test_key_statistics(head_dim, k_len, dtype, capability, emulate):
     executor = emulate(GPU(capability))
     check(dtype, head_dim, k_len, some_unseen=dtype != torch.float32)
-    assert executor.launched == ["key_lengths", "key_prefix_sums", "key_statistics_grad"]
+    assert executor.launched == ["key_lengths", "prefix_sums", "prefix_sums", "key_statistics_grad"]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "head_dim"), [(80, torch.bfloat16, 17), (90, torch.float32, 64)])
+def test_append_keys(head_dim, dtype, capability, emulate):
+    executor = emulate(GPU(capability))
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (KeyStatistics(2, 2, 140) for _ in range(2))
+    for new, counts in ((130, [130, 67]), (1, None), (5, [0, 3])):
+        k = torch.randn(2, 2, new, head_dim, generator=generator).to(dtype)
+        k[:, 1, 0] = torch.nan if new == 5 else 2
+        counts = None if counts is None else torch.tensor(counts)
+        theirs.append(k, counts)
+        triton_backend.append_keys(padded(k), counts, ours._buffers())
+    assert executor.launched == ["append_keys"] * 3
+    assert ours.counts.tolist() == theirs.counts.tolist() == [131, 71]
+    for found, expected in zip(ours._buffers()[1:], theirs._buffers()[1:], strict=True):
+        for one, other, count in zip(found, expected, [131, 71], strict=True):
+            end = count if found is ours._lengths else count + 1
+            torch.testing.assert_close(one[:, :end], other[:, :end], rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_rows_of_key_blocks(capability, emulate):
+    executor = emulate(GPU(capability))
+    key_ranges = torch.randint(-3, 60, (2, 33, 2), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    key_lengths = torch.tensor([50, 20])
+    q, k = torch.empty(2, 1, 33, 16), torch.empty(2, 1, 50, 16)
+    visibility = Visibility.of(q, k, causal=True, key_lengths=key_lengths, key_ranges=key_ranges)
+    call = AttentionCall(q, k, k, visibility, 1.0)
+    bounds = attention._row_bounds(TileConfig(16, 16, 4, 1), attention._call_arguments(call), call)
+    assert executor.launched == ["rows_of_key_block"]
+    seen = visible_pairs((2, 1, 33, 50), causal=True, key_lengths=key_lengths, key_ranges=key_ranges)[:, 0]
+    for batch in range(2):
+        for (first, end), keys in zip(bounds[batch].tolist(), seen[batch].split(16, -1), strict=True):
+            rows = keys.any(-1).nonzero().flatten().tolist()
+            assert (first, end) == (rows[0], rows[-1] + 1) if rows else first >= end
 
 
 @pytest.mark.slow

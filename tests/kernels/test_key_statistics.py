@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.masks import MASKS
-from tritonattn import triton_backend
+from tests.support.masks import MASKS, visible_pairs
+from tritonattn import KeyStatistics, cache_statistics, triton_backend
+from tritonattn.call import AttentionCall
 from tritonattn.ops import KernelStatistics
 from tritonattn.statistics import Statistics, key_lengths_of
+from tritonattn.triton_backend import attention
+from tritonattn.tuning import TileConfig
 from tritonattn.visibility import Visibility
 
 
@@ -16,30 +19,28 @@ from tritonattn.visibility import Visibility
 @pytest.mark.parametrize(("k_len", "head_dim"), [(1, 16), (37, 5), (130, 64), (1500, 8)])
 def test_lengths_and_prefix_sums(dtype, k_len, head_dim, device):
     k = torch.randn(2, 2, k_len, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
-    lengths, length_prefix, square_prefix = triton_backend.key_statistics(k, None)
+    lengths = triton_backend.key_lengths(k, None)
     exact = k.double().norm(dim=-1)
     torch.testing.assert_close(lengths.double(), exact, rtol=1e-6, atol=0)
-    for prefix, terms in ((length_prefix, lengths.double()), (square_prefix, lengths.double().square())):
-        assert (prefix[..., 0] == 0).all()
-        torch.testing.assert_close(prefix[..., 1:], terms.cumsum(-1), rtol=1e-12, atol=0)
+    for addends in (lengths, lengths.double().square()):
+        sums = triton_backend.prefix_sums(addends)
+        assert (sums[..., 0] == 0).all()
+        torch.testing.assert_close(sums[..., 1:], addends.double().cumsum(-1), rtol=1e-12, atol=0)
 
 
 def test_unseen_keys_count_nothing(device):
     k = torch.ones(1, 1, 4, 16, device=device)
     k[:, :, 2] = float("nan")
     seen = torch.tensor([True, True, False, True], device=device)
-    lengths, length_prefix, _ = triton_backend.key_statistics(k, seen)
-    assert lengths.flatten().tolist() == [4, 4, 0, 4]
-    assert length_prefix.flatten().tolist() == [0, 4, 8, 8, 12]
+    assert triton_backend.key_lengths(k, seen).flatten().tolist() == [4, 4, 0, 4]
 
 
 @pytest.mark.parametrize("size", [1e30, 1e-30, 0.0])
 def test_any_finite_length(size, device):
     k = torch.full((1, 1, 3, 16), size, device=device)
-    lengths, _, square_prefix = triton_backend.key_statistics(k, None)
+    lengths = triton_backend.key_lengths(k, None)
     torch.testing.assert_close(lengths, torch.full_like(lengths, 4 * size), rtol=1e-6, atol=0)
-    assert square_prefix.isfinite().all()
-    d_k = triton_backend.key_statistics_backward(k, None, lengths, torch.ones_like(lengths))
+    d_k = triton_backend.key_lengths_backward(k, None, lengths, torch.ones_like(lengths))
     torch.testing.assert_close(d_k, torch.full_like(k, 0.25 if size else 0.0), rtol=1e-6, atol=0)
 
 
@@ -69,5 +70,67 @@ def test_backward_matches_autograd(device):
     d_lengths = torch.randn(1, 2, 33, generator=random).to(device)
     leaf = k.double().requires_grad_()
     (key_lengths_of(leaf) * d_lengths).sum().backward()
-    found = triton_backend.key_statistics_backward(k, None, triton_backend.key_statistics(k, None)[0], d_lengths)
+    found = triton_backend.key_lengths_backward(k, None, triton_backend.key_lengths(k, None), d_lengths)
     torch.testing.assert_close(found.double(), leaf.grad, rtol=1e-6, atol=1e-6)
+
+
+def _held(statistics: KeyStatistics) -> list[torch.Tensor]:
+    """What counts of the buffers, sequence by sequence."""
+    parts = []
+    for count, *buffers in zip(statistics.counts.tolist(), *statistics._buffers()[1:], strict=True):
+        ends = (count, *[count + 1] * 3)
+        parts += [buffer[:, :end].double() for buffer, end in zip(buffers, ends, strict=True)]
+    return [statistics.counts, *parts]
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 7), (torch.float16, 64), (torch.bfloat16, 200)])
+def test_keys_are_appended_as_by_torch(dtype, head_dim, device, monkeypatch):
+    """Of one and of many blocks, none, some that count for nothing, and past the capacity, where values go unread."""
+    random = torch.Generator().manual_seed(0)
+    for module in ("cache_statistics", "validation"):
+        monkeypatch.setattr(f"tritonattn.{module}.values_are_read", lambda x: False)
+    ours, theirs = (KeyStatistics(3, 2, 170, device=device) for _ in range(2))
+    for new, counts in ((1, None), (130, [130, 0, 67]), (1, [0, 1, 1]), (3, None), (60, [60, -5, 99]), (2, None)):
+        k = torch.randn(3, new, 2, head_dim, generator=random).to(dtype).to(device).transpose(1, 2)
+        if new == 60:
+            k[2, 1, 7, 0] = torch.nan
+        if counts is not None:
+            counts = torch.tensor(counts, dtype=torch.int32, device=device)
+        for statistics, by_kernel in ((ours, True), (theirs, False)):
+            monkeypatch.setattr(cache_statistics, "kernels_take", lambda x, by_kernel=by_kernel: by_kernel)
+            statistics.append(k, counts)
+        for found, expected in zip(_held(ours), _held(theirs), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)
+    assert ours.counts.tolist() == [170, 7, 134]
+    assert ours.length_maxima[2, 1, 134].isnan()
+    assert not ours.length_maxima[2, 0, 134].isnan()
+
+
+def test_fp64_keys_are_not_for_the_kernel(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a kernel in fp32")
+
+    monkeypatch.setattr(cache_statistics, "append_keys", refuse)
+    monkeypatch.setattr(cache_statistics, "kernels_take", lambda x: True)
+    statistics = KeyStatistics(1, 1, 4, dtype=torch.float64)
+    statistics.append(torch.ones(1, 1, 2, 4, dtype=torch.float64))
+    assert statistics.length_sums[0, 0, 2] == 4
+
+
+@pytest.mark.parametrize("extra", [{}, {"causal": True}, {"window": (9, 4)}, {"key_lengths": [70, 20]}], ids=str)
+def test_rows_of_key_blocks(extra, device):
+    q_len, k_len = 90, 75
+    random = torch.Generator().manual_seed(0)
+    key_ranges = torch.randint(-3, k_len + 9, (2, q_len, 2), generator=random, dtype=torch.int32)
+    key_ranges[0, :40, 1] = key_ranges[0, :40, 0] + 2
+    given = {name: torch.tensor(x) if isinstance(x, list) else x for name, x in extra.items()}
+    pairs = visible_pairs((2, 1, q_len, k_len), key_ranges=key_ranges, **given)[:, 0]
+    on_device = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    q, k = torch.empty(2, 1, q_len, 16, device=device), torch.empty(2, 1, k_len, 16, device=device)
+    visibility = Visibility.of(q, k, key_ranges=key_ranges.to(device), **on_device)
+    call = AttentionCall(q, k, k, visibility, 1.0)
+    bounds = attention._row_bounds(TileConfig(16, 16, 4, 1), attention._call_arguments(call), call)
+    for batch in range(2):
+        for (first, end), keys in zip(bounds[batch].tolist(), pairs[batch].split(16, -1), strict=True):
+            rows = keys.any(-1).nonzero().flatten().tolist()
+            assert (first, end) == (rows[0], rows[-1] + 1) if rows else first >= end

@@ -4,7 +4,8 @@ from .decode import attention_decode, combine_splits
 from .forward import attention_forward
 from .grad_key_value import attention_grad_key_value
 from .grad_query import attention_grad_query
-from .key_statistics import key_lengths, key_prefix_sums, key_statistics_grad
+from .key_statistics import append_keys, key_lengths, key_statistics_grad, prefix_sums
+from .row_bounds import rows_of_key_block
 from .row_terms import attention_row_terms
 
 KERNELS = {
@@ -15,6 +16,8 @@ KERNELS = {
     "decode": attention_decode,
     "decode_combine": combine_splits,
     "key_statistics": key_lengths,
-    "key_prefix_sums": key_prefix_sums,
+    "prefix_sums": prefix_sums,
     "key_statistics_grad": key_statistics_grad,
+    "append_keys": append_keys,
+    "row_bounds": rows_of_key_block,
 }

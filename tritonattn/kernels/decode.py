@@ -10,7 +10,7 @@ from .primitives import COUNTS, LENGTHS, LN_2, LOG2_E, TINY, load_tile, program_
 
 # Blocks of keys in the shortest split: shorter ones would move more of their own results than of the cache.
 SHORTEST_SPLIT = tl.constexpr(4)
-_SIZES = ["capacity", "page", "pages", "table_len", "splits"]
+_SIZES = ["page", "pages", "table_len", "splits"]
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def attention_decode(
     q, k, v          [B, Hq, Sq, D], [B, Hkv, capacity, D], [B, Hkv, capacity, Dv]  fp16, bf16 or fp32, any strides
     block_table      int32 [B, table_len] contiguous or None: then k, v are pages [N, page, Hkv, D], N = `pages`, and
                      *_stride_b, *_stride_s are those of N and page; keys of pages outside [0, N) are zeros
-    cache_lengths    int32 [B], clamped to [0, capacity]; nothing behind it is read
+    cache_lengths    int32 or int64 [B], clamped to [0, capacity]; nothing behind it is read
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, capacity] or None = 1
     sinks            fp32 [Hq] or None, with splits = 1 only
     split_out        [B, Hq, Sq, splits, Dv] contiguous; of several splits not written where a row sees no key of one
@@ -85,7 +85,7 @@ def attention_decode(
     """
     block, kv_head, batch = program_position(first_head, first_member, LAST_FIRST=False)
     split, tile, kv_head, batch = block % splits, block // splits, kv_head.to(tl.int64), batch.to(tl.int64)
-    length = tl.minimum(tl.maximum(tl.load(cache_lengths_ptr + batch), 0), capacity)
+    length = tl.minimum(tl.maximum(tl.load(cache_lengths_ptr + batch), 0), capacity).to(tl.int32)
     packed, member, row, lo, hi = _rows_of_decode(tile, group, q_len, length, left, BLOCK_M)
     keep_row = packed < group * q_len
     head = kv_head * group + member

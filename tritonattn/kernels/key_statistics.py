@@ -1,4 +1,4 @@
-"""Lengths of keys, their fp64 prefix sums, and the way back of a statistic's gradient into k."""
+"""Lengths of keys, fp64 prefix sums, and the way back of a statistic's gradient into k."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ from .primitives import COUNTS, LENGTHS, load_tile, program_position, store_tile
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 
+@triton.jit
+def _lengths_of(k):
+    """Euclidean lengths of keys [rows, D], fp32, the largest component factored out."""
+    magnitude = tl.abs(k.to(tl.float32))
+    largest = tl.max(magnitude, 1)
+    unit = magnitude / tl.where(largest > 0.0, largest, 1.0)[:, None]
+    return largest * tl.sqrt(tl.sum(unit * unit, 1))
+
+
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def key_lengths(
     k_ptr, seen_ptr, lengths_ptr, k_len, kv_heads, first_head, first_member,
     k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Euclidean length of BLOCK_N keys of one (batch, kv head), the largest component factored out.
+    """Euclidean length of BLOCK_N keys of one (batch, kv head).
 
     Grid: (blocks of Sk, Hkv, B). k [B, Hkv, Sk, D] any strides; seen uint8 [B, Hkv, Sk] contiguous or None, keys
     that no row sees are not read and have length 0; lengths fp32 [B, Hkv, Sk] contiguous.
@@ -33,39 +42,86 @@ def key_lengths(
         load_key = load_key & (tl.load(seen_ptr + key_offsets, mask=keep_key, other=0) != 0)
     k_ptr += wide_batch * k_stride_b + wide_head * k_stride_h + first_key.to(tl.int64) * k_stride_s
     k = load_tile(k_ptr + tile_offsets(BLOCK_N, BLOCK_D, k_stride_s, k_stride_d, WIDE), load_key, HEAD_DIM, True)
-    magnitude = tl.abs(k.to(tl.float32))
-    largest = tl.max(magnitude, 1)
-    unit = magnitude / tl.where(largest > 0.0, largest, 1.0)[:, None]
-    tl.store(lengths_ptr + key_offsets, largest * tl.sqrt(tl.sum(unit * unit, 1)), mask=keep_key)
+    tl.store(lengths_ptr + key_offsets, _lengths_of(k), mask=keep_key)
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
-def key_prefix_sums(
-    lengths_ptr, length_prefix_ptr, square_prefix_ptr, k_len, kv_heads, first_head, first_member,
-    BLOCK_N: tl.constexpr,
+def prefix_sums(
+    addends_ptr, sums_ptr, addends_len, q_heads, first_head, first_member, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """fp64 sums of lengths and of their squares over the keys before j, j = 0 .. Sk, of one (batch, kv head).
+    """fp64 sums of addends over [0, j), j = 0 .. n, of one (batch, head).
 
-    Grid: (1, Hkv, B). lengths fp32 [B * Hkv, Sk]; both prefixes fp64 [B * Hkv, Sk + 1], contiguous.
+    Grid: (1, H, B). addends [B, H, n] of any float dtype, sums fp64 [B, H, n + 1], both contiguous; n = addends_len.
     """
     _, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
-    row = batch.to(tl.int64) * kv_heads + head
-    lengths_ptr += row * k_len
-    length_prefix_ptr += row * (k_len + 1)
-    square_prefix_ptr += row * (k_len + 1)
-    length_sum = tl.zeros([1], tl.float64)
-    square_sum = tl.zeros([1], tl.float64)
-    tl.store(length_prefix_ptr + tl.arange(0, 1), length_sum)
-    tl.store(square_prefix_ptr + tl.arange(0, 1), square_sum)
-    for start_n in range(0, k_len, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        keep_key = offs_n < k_len
-        length = tl.load(lengths_ptr + offs_n, mask=keep_key, other=0.0).to(tl.float64)
-        square = length * length
-        tl.store(length_prefix_ptr + 1 + offs_n, length_sum + tl.cumsum(length, 0), mask=keep_key)
-        tl.store(square_prefix_ptr + 1 + offs_n, square_sum + tl.cumsum(square, 0), mask=keep_key)
-        length_sum += tl.sum(length, 0)
+    row = batch.to(tl.int64) * q_heads + head
+    addends_ptr += row * addends_len
+    sums_ptr += row * (addends_len + 1)
+    total = tl.zeros([1], tl.float64)
+    tl.store(sums_ptr + tl.arange(0, 1), total)
+    for start in range(0, addends_len, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        keep = offs_n < addends_len
+        addends = tl.load(addends_ptr + offs_n, mask=keep, other=0.0).to(tl.float64)
+        tl.store(sums_ptr + 1 + offs_n, total + tl.cumsum(addends, 0), mask=keep)
+        total += tl.sum(addends, 0)
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger of two, NaN before all: a GPU's own maximum passes over it."""
+    return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+def append_keys(
+    k_ptr, new_counts_ptr, counts_ptr, counts_after_ptr, lengths_ptr, length_sums_ptr, square_sums_ptr,
+    length_maxima_ptr, k_len, capacity, kv_heads, first_head, first_member,
+    k_stride_b, k_stride_h, k_stride_s, k_stride_d,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Bring the next keys of one (batch, kv head) into the buffers of a `KeyStatistics`, behind the counts that it has.
+
+    Grid: (1, Hkv, B). k [B, Hkv, k_len, D] any strides; the buffers contiguous, one place longer than KeyStatistics
+    shows them: lengths fp32 [B, Hkv, capacity + 1], length_sums, square_sums fp64 and length_maxima fp32 [B, Hkv,
+    capacity + 2].
+
+    new_counts     int64 [B] or None: how many of the k_len are keys; None is all. Those past the capacity are dropped
+    counts         int64 [B]: how many there are, which other programs read too; so counts_after, likewise, is another
+    """
+    _, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
+    held = tl.load(counts_ptr + batch)
+    new = held * 0 + k_len
+    if new_counts_ptr is not None:
+        new = tl.minimum(new, tl.load(new_counts_ptr + batch))
+    new = tl.maximum(tl.minimum(new, capacity - held), 0)
+    row = wide_batch * kv_heads + wide_head
+    lengths_ptr += row * (capacity + 1) + held
+    length_sums_ptr += row * (capacity + 2) + held
+    square_sums_ptr += row * (capacity + 2) + held
+    length_maxima_ptr += row * (capacity + 2) + held
+    length_sum, square_sum = tl.load(length_sums_ptr), tl.load(square_sums_ptr)
+    maximum = tl.load(length_maxima_ptr)
+    k_ptr += wide_batch * k_stride_b + wide_head * k_stride_h
+    k_offsets = tile_offsets(BLOCK_N, BLOCK_D, k_stride_s, k_stride_d, WIDE)
+    for start in range(0, k_len, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        keep_key = offs_n < new
+        k = load_tile(k_ptr + tl.cast(start, tl.int64) * k_stride_s + k_offsets, keep_key, HEAD_DIM, True)
+        length = _lengths_of(k)
+        wide_length = length.to(tl.float64)
+        square = wide_length * wide_length
+        highest = _larger(maximum, tl.associative_scan(length, 0, _larger))
+        tl.store(lengths_ptr + offs_n, length, mask=keep_key)
+        tl.store(length_sums_ptr + 1 + offs_n, length_sum + tl.cumsum(wide_length, 0), mask=keep_key)
+        tl.store(square_sums_ptr + 1 + offs_n, square_sum + tl.cumsum(square, 0), mask=keep_key)
+        tl.store(length_maxima_ptr + 1 + offs_n, highest, mask=keep_key)
+        length_sum += tl.sum(wide_length, 0)
         square_sum += tl.sum(square, 0)
+        maximum = tl.reduce(highest, 0, _larger)
+    if head == 0:
+        tl.store(counts_after_ptr + batch, held + new)
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)

@@ -20,7 +20,8 @@ ROW_TERMS_ALIGNMENT = tl.constexpr(128)
 
 # Arguments whose values change from call to call: compiled code does not depend on them, but for group = 1.
 LENGTHS = [
-    "q_len", "k_len", "terms_len", "left", "right", "keep_from", "first_head", "first_member", "q_heads", "kv_heads",
+    "q_len", "k_len", "terms_len", "addends_len", "left", "right", "keep_from", "first_head", "first_member", "q_heads",
+    "kv_heads", "capacity", "key_block",
 ]  # fmt: skip
 COUNTS = ["group"]
 

@@ -1,4 +1,4 @@
-"""`tritonattn::key_lengths`: the "triton" backend's one pass over the keys, and its differentiation."""
+"""`tritonattn::key_lengths`: the "triton" backend's pass over the keys, its differentiation, and prefix sums."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ from .mapping import in_one_batch
 from .names import qualified
 
 
+def _prefix_sum(x: Tensor) -> Tensor:
+    """`ranges.prefix_sum` of x [B, H, n] in the "triton" backend: one launch, where torch's take dozens on a GPU."""
+    return _kernels().prefix_sums(x) if runs_eagerly(x) else _prefix_sums_operator(x)
+
+
 class KernelStatistics(Statistics):
-    """Statistics whose lengths and prefix sums come from one fused pass over k in the "triton" backend."""
+    """Statistics whose lengths, and every prefix sum, come from kernels of the "triton" backend."""
+
+    _scan = staticmethod(_prefix_sum)
 
     def _lengths(self) -> Tensor:
         seen = None if self.visibility.sees_every_key else self.visibility.seen_keys()
-        lengths, self._length_prefix, self._square_prefix = _KeyLengths.apply(self.k, seen)
-        return lengths
+        return _KeyLengths.apply(self.k, seen)
 
-    def _length_sum(self) -> Tensor:
-        if self.visibility.mask is not None:
-            return super()._length_sum()
-        lengths = self.lengths
-        return self.visibility.sum_from_prefix(lengths, self._length_prefix).to(lengths.dtype)
 
-    def _length_square_sum(self) -> Tensor:
-        if self.visibility.mask is not None:
-            return super()._length_square_sum()
-        squares = self.lengths.double().square()
-        return self.visibility.sum_from_prefix(squares, self._square_prefix)
+def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> None:
+    """The "triton" backend's; a call that a compiler sees has no operator for it."""
+    _kernels().append_keys(k, new_counts, buffers)
 
 
 def _kernels() -> Any:
@@ -43,22 +42,28 @@ def _kernels() -> Any:
     return triton_backend
 
 
-@torch.library.custom_op(
-    qualified("key_lengths"), mutates_args=(), schema="(Tensor k, Tensor? seen) -> (Tensor, Tensor, Tensor)"
-)
+@torch.library.custom_op(qualified("prefix_sums"), mutates_args=(), schema="(Tensor x) -> Tensor")
+def _prefix_sums_operator(x):
+    return _kernels().prefix_sums(x)
+
+
+@_prefix_sums_operator.register_fake
+def _(x):
+    return x.new_empty((*x.shape[:-1], x.shape[-1] + 1), dtype=torch.float64)
+
+
+@torch.library.custom_op(qualified("key_lengths"), mutates_args=(), schema="(Tensor k, Tensor? seen) -> Tensor")
 def _key_lengths_operator(k, seen):
-    return _kernels().key_statistics(k, seen)
+    return _kernels().key_lengths(k, seen)
 
 
 @_key_lengths_operator.register_fake
 def _(k, seen):
-    prefix = (*k.shape[:2], k.shape[2] + 1)
-    lengths = k.new_empty(k.shape[:3], dtype=torch.float32)
-    return lengths, k.new_empty(prefix, dtype=torch.float64), k.new_empty(prefix, dtype=torch.float64)
+    return k.new_empty(k.shape[:3], dtype=torch.float32)
 
 
 def _key_lengths_backward(k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor) -> Tensor:
-    return _kernels().key_statistics_backward(k, seen, lengths, d_lengths)
+    return _kernels().key_lengths_backward(k, seen, lengths, d_lengths)
 
 
 @torch.library.custom_op(
@@ -76,25 +81,21 @@ def _(k, seen, lengths, d_lengths):
 
 
 class _KeyLengths(Function):
-    """lengths [B, Hkv, Sk] fp32, and the fp64 [B, Hkv, Sk + 1] prefix sums of them and of their squares."""
+    """Lengths of keys, fp32 [B, Hkv, Sk]."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(k, seen):
-        if runs_eagerly(k, seen):
-            return _kernels().key_statistics(k, seen)
-        return _key_lengths_operator(k, seen)
+        return _kernels().key_lengths(k, seen) if runs_eagerly(k, seen) else _key_lengths_operator(k, seen)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        lengths, *prefixes = output
-        ctx.mark_non_differentiable(*prefixes)
-        ctx.save_for_backward(*inputs, lengths)
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     @first_order
-    def backward(ctx, saved, d_lengths, *d_prefixes):
+    def backward(ctx, saved, d_lengths):
         k, seen, lengths = saved
         eager = runs_eagerly(*saved, d_lengths)
         run = _key_lengths_backward if eager else _key_lengths_backward_operator
@@ -108,5 +109,5 @@ def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
     return in_one_batch(operator, info.batch_size, in_dims, arguments)
 
 
-_key_lengths_operator.register_vmap(partial(_vmap, _key_lengths_operator))
-_key_lengths_backward_operator.register_vmap(partial(_vmap, _key_lengths_backward_operator))
+for _operator in (_prefix_sums_operator, _key_lengths_operator, _key_lengths_backward_operator):
+    _operator.register_vmap(partial(_vmap, _operator))

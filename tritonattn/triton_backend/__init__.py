@@ -2,6 +2,15 @@
 
 from .attention import backward, forward, problem_of
 from .decode import decode
-from .key_statistics import key_statistics, key_statistics_backward
+from .key_statistics import append_keys, key_lengths, key_lengths_backward, prefix_sums
 
-__all__ = ["backward", "decode", "forward", "key_statistics", "key_statistics_backward", "problem_of"]
+__all__ = [
+    "append_keys",
+    "backward",
+    "decode",
+    "forward",
+    "key_lengths",
+    "key_lengths_backward",
+    "prefix_sums",
+    "problem_of",
+]

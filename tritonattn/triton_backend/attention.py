@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..call import AttentionCall, ForwardResult, Gradients, Needs
-from ..launch import Arguments, Plan, is_wide, planned, stride_arguments
+from ..launch import Arguments, Plan, is_wide, plan, planned, stride_arguments
 from ..tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
 from ..visibility import Visibility
 from .key_statistics import seen_bytes
@@ -110,18 +110,23 @@ def _launch(kernel: str, available: Arguments, call: AttentionCall, heads: int) 
     def launches(chosen: Plan) -> None:
         of_config = _descriptors(chosen.config, call, d_out)
         if kernel == "grad_key_value":
-            of_config["row_bounds_ptr"] = _row_bounds(chosen.config, call)
+            of_config["row_bounds_ptr"] = _row_bounds(chosen.config, available, call)
         grid = (_blocks(kernel, chosen.config, call), heads, _members(call))
         chosen.launch(grid, available | of_config, is_wide(call.q, call.k, call.v, d_out))
 
     planned(kernel, problem, call.q.device, launches)
 
 
-def _row_bounds(config: TileConfig, call: AttentionCall) -> Tensor | None:
-    """[B, key blocks, 2], the rows that a block of keys needs; None where ranges of keys do not say."""
+def _row_bounds(config: TileConfig, available: Arguments, call: AttentionCall) -> Tensor | None:
+    """int32 [B, key blocks, 2], the rows that a block of keys needs; None where ranges of keys do not say."""
     if call.visibility.key_ranges is None:
         return None
-    return call.visibility.rows_of_key_blocks(config.block_n).expand(call.visibility.batch, -1, -1).contiguous()
+    blocks = -(-call.visibility.k_len // config.block_n)
+    bounds = torch.empty((call.visibility.batch, blocks, 2), dtype=torch.int32, device=call.q.device)
+    chosen = plan("row_bounds", Problem(1, 1, torch.float32), call.q.device)
+    arguments = available | {"bounds_ptr": bounds, "key_block": config.block_n}
+    chosen.launch((blocks, 1, call.visibility.batch), arguments, False)
+    return bounds
 
 
 def _blocks(kernel: str, config: TileConfig, call: AttentionCall) -> int:

@@ -79,7 +79,7 @@ def _allocate(call: DecodeCall, splits: tuple[int, ...], dtype: torch.dtype, aux
 def _arguments(call: DecodeCall) -> Arguments:
     q, cache, table = call.q, call.cache, call.cache.block_table
     lengths = cache.key_lengths
-    if lengths.dtype != torch.int32:
+    if lengths.dtype not in (torch.int32, torch.int64):
         lengths = bounded(lengths, cache.capacity)
     arguments = {
         "q_ptr": q, "k_ptr": cache.k, "v_ptr": cache.v, "query_scale_ptr": call.query_scale,

@@ -1,4 +1,4 @@
-"""The pass over the keys: lengths, their prefix sums, and the way back into k."""
+"""The pass over the keys: lengths, prefix sums, and the way back into k."""
 
 from __future__ import annotations
 
@@ -9,35 +9,56 @@ from ..launch import Arguments, is_wide, plan, stride_arguments
 from ..tuning.config import Problem
 
 
-def key_statistics(k: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Lengths of keys and fp64 prefix sums of lengths and squared lengths, K read once.
+def key_lengths(k: Tensor, seen: Tensor | None) -> Tensor:
+    """Lengths of the keys k [B, Hkv, Sk, D]: fp32 [B, Hkv, Sk].
 
-    k [B, Hkv, Sk, D]; seen bool, broadcastable to [B, Hkv, Sk], or None. Returns fp32 [B, Hkv, Sk] and fp64
-    [B, Hkv, Sk + 1] twice; unseen keys count 0.
+    seen   bool, broadcastable to [B, Hkv, Sk], or None; unseen keys have length 0
     """
     lengths = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
-    prefix = (*k.shape[:2], k.shape[2] + 1)
-    length_prefix, square_prefix = (torch.empty(prefix, dtype=torch.float64, device=k.device) for _ in range(2))
-    arguments = _key_arguments(k, seen) | {"lengths_ptr": lengths}
-    _launch_keys("key_statistics", arguments, k)
-    sums = {"length_prefix_ptr": length_prefix, "square_prefix_ptr": square_prefix}
-    _launch_keys("key_prefix_sums", arguments | sums, k)
-    return lengths, length_prefix, square_prefix
+    _launch_keys("key_statistics", _key_arguments(k, seen) | {"lengths_ptr": lengths}, k)
+    return lengths
 
 
-def key_statistics_backward(k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor) -> Tensor:
-    """d_k [B, Hkv, Sk, D] from the lengths that `key_statistics` returned and their gradient, fp32 [B, Hkv, Sk]."""
+def prefix_sums(addends: Tensor) -> Tensor:
+    """fp64 sums of addends [B, H, n], of any float dtype, over [0, j), j = 0 .. n: [B, H, n + 1]."""
+    batch, heads, count = addends.shape
+    sums = torch.empty((batch, heads, count + 1), dtype=torch.float64, device=addends.device)
+    chosen = plan("prefix_sums", Problem(1, 1, torch.float32), addends.device)
+    arguments = {"addends_ptr": addends.contiguous(), "sums_ptr": sums, "addends_len": count, "q_heads": heads}
+    chosen.launch((1, heads, batch), arguments, False)
+    return sums
+
+
+def key_lengths_backward(k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor) -> Tensor:
+    """d_k [B, Hkv, Sk, D] from the lengths that `key_lengths` returned and their gradient, fp32 [B, Hkv, Sk]."""
     d_k = torch.empty_like(k, memory_format=torch.contiguous_format)
     gradients = {"lengths_ptr": lengths.contiguous(), "d_lengths_ptr": d_lengths.contiguous(), "d_k_ptr": d_k}
     _launch_keys("key_statistics_grad", _key_arguments(k, seen) | gradients, k)
     return d_k
 
 
+def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> None:
+    """Bring the next keys k [B, Hkv, n, D] into the buffers of a fp32 `KeyStatistics`, in the order of its own list.
+
+    new_counts   integers [B], how many of the n are keys, or None for all
+    """
+    counts, lengths, length_sums, square_sums, length_maxima = buffers
+    counts_after = torch.empty_like(counts)
+    arguments = _key_arguments(k, None) | {
+        "new_counts_ptr": None if new_counts is None else new_counts.long().contiguous(),
+        "counts_ptr": counts, "counts_after_ptr": counts_after, "lengths_ptr": lengths, "length_sums_ptr": length_sums,
+        "square_sums_ptr": square_sums, "length_maxima_ptr": length_maxima, "capacity": lengths.shape[2] - 1,
+    }  # fmt: skip
+    batch, heads, _, head_dim = k.shape
+    chosen = plan("append_keys", Problem(head_dim, head_dim, k.dtype), k.device)
+    chosen.launch((1, heads, batch), arguments, is_wide(k))
+    counts.copy_(counts_after)
+
+
 def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     batch, heads, k_len, head_dim = k.shape
     chosen = plan(kernel, Problem(head_dim, head_dim, k.dtype), k.device)
-    blocks = 1 if kernel == "key_prefix_sums" else -(-k_len // chosen.config.block_n)
-    chosen.launch((blocks, heads, batch), available, is_wide(k))
+    chosen.launch((-(-k_len // chosen.config.block_n), heads, batch), available, is_wide(k))
 
 
 def _key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:

@@ -19,7 +19,8 @@ _OPTIONAL = (
 _POINTER_TYPES = {
     "key_lengths": "i32", "cache_lengths": "i32", "block_table": "i32", "key_ranges": "i32", "row_bounds": "i32",
     "q_starts": "i32", "k_starts": "i32", "mask": "u8", "seen": "u8", "dropout": "i64",
-    "length_prefix": "fp64", "square_prefix": "fp64",
+    "bounds": "i32", "sums": "fp64", "length_sums": "fp64", "square_sums": "fp64", "counts": "i64",
+    "counts_after": "i64",
 }  # fmt: skip
 _DATA_POINTERS = ("q", "k", "v", "out", "rounding", "d_out", "d_q", "d_k", "d_v")
 
@@ -119,6 +120,7 @@ def _argument_type(name: str, problem: Problem, config: TileConfig) -> str | int
         "row_bounds": not problem.key_ranges,
         "seen": not (problem.key_ranges or problem.mask),
         "d_lse": True,
+        "new_counts": True,
         "rounding": problem.dtype.itemsize != 2,
         "d_sinks": not problem.sinks,
         "q_starts": not problem.sequences,

@@ -14,7 +14,9 @@ from ..kernels import primitives
 # Kernels with an MMA loop, and the memory-bound ones, whose tiles only bound the rows that a program holds.
 TILED_KERNELS = ("forward", "grad_key_value", "grad_query", "decode")
 _DESCRIBED = TILED_KERNELS[:3]  # those that can load by the tensor memory accelerator
-STREAMING_KERNELS = ("row_terms", "key_statistics", "key_prefix_sums", "key_statistics_grad", "decode_combine")
+STREAMING_KERNELS = (
+    "row_terms", "key_statistics", "prefix_sums", "key_statistics_grad", "append_keys", "row_bounds", "decode_combine",
+)  # fmt: skip
 
 ROW_TERMS_ALIGNMENT = primitives.ROW_TERMS_ALIGNMENT.value
 

@@ -84,7 +84,9 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
     """The config of a kernel where no table has one."""
     width = min(size for size in (64, 128, 256) if size >= problem.width)
     if kernel in STREAMING_KERNELS:
-        rows = 1024 if kernel == "key_prefix_sums" else 8192 // max(width, 128)
+        if kernel == "prefix_sums":  # a program goes through a whole row: few steps, each as wide as registers allow
+            return TileConfig(4096, 4096, 8, 1)
+        rows = 1024 if kernel == "row_bounds" else 8192 // max(width, 128)
         return TileConfig(rows, rows, 4, 1)
     family = "amd" if target.backend == "hip" else _FAMILIES.get(target.arch, "sm_86")
     if kernel == "decode":
