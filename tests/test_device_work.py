@@ -71,6 +71,7 @@ RANGES = {"key_ranges": torch.stack([torch.full((1, S), 3), torch.arange(1, S + 
         ("key_norm_sum", {"causal": True}, 3, 6),
         ("key_norm_mean", {"causal": True}, 3, 9),
         ("key_norm_max", {"causal": True}, 2, 20),
+        ("cosine", {"causal": True}, 3, 8),
         ("sqrt_dim", LENGTHS, 1, 1),
         ("key_count", LENGTHS, 1, 16),
         ("key_norm_sum", LENGTHS, 3, 26),

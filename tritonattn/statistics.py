@@ -62,6 +62,10 @@ class Statistics:
     def length_max(self) -> Tensor:
         return self._once("length_max", self._length_max)
 
+    def lengths_of(self, x: Tensor) -> Tensor:
+        """Euclidean lengths of x [B, H, S, D], as queries are: [B, H, S], fp32 (fp64 for fp64 x), differentiable."""
+        return key_lengths_of(x)
+
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         # Not functools.cached_property: torch.compile cannot trace its lock (Python < 3.12).
         if name not in self._known:

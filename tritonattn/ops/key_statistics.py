@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from ..autograd import first_order, runs_eagerly
+from ..autograd import apply, first_order, runs_eagerly
 from ..statistics import Statistics
 from .mapping import in_one_batch
 from .names import qualified
@@ -22,13 +22,19 @@ def _prefix_sum(x: Tensor) -> Tensor:
 
 
 class KernelStatistics(Statistics):
-    """Statistics whose lengths, and every prefix sum, come from kernels of the "triton" backend."""
+    """Statistics whose lengths, and every prefix sum, come from kernels of the "triton" backend.
+
+    One pass over x, where torch's operators on a GPU take several over copies of it in fp32.
+    """
 
     _scan = staticmethod(_prefix_sum)
 
     def _lengths(self) -> Tensor:
         seen = None if self.visibility.sees_every_key else self.visibility.seen_keys()
-        return _KeyLengths.apply(self.k, seen)
+        return apply(_KeyLengths, self.k, seen)
+
+    def lengths_of(self, x: Tensor) -> Tensor:
+        return apply(_KeyLengths, x, None)
 
 
 def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..statistics import Statistics, key_lengths_of
+from ..statistics import Statistics
 from ..visibility import Visibility
 from .base import Scales, Scaling, check_positive, dense_lengths, reciprocal
 
@@ -35,7 +35,7 @@ class Cosine(Scaling):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         constant = q.shape[-1] ** 0.5 if self.tau is None else self.tau
-        return Scales(constant, query=reciprocal(key_lengths_of(q)), key=reciprocal(statistics.lengths))
+        return Scales(constant, query=reciprocal(statistics.lengths_of(q)), key=reciprocal(statistics.lengths))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         tau = math.sqrt(k.shape[-1]) if self.tau is None else self.tau
