@@ -130,6 +130,15 @@ def test_decode(scaling, recorded, of_ours, of_torch, kernels):
     assert len(kernels) == 2 * of_ours
 
 
+def test_a_lone_row_with_a_range(kernels):
+    """A step of generation after padding on the left."""
+    q, k, v = operands()
+    ranges = torch.tensor([[[3, S]]], dtype=torch.int32)
+    found = work_of_torch(lambda: tritonattn.attention(q[:, :, :1], k, v, key_ranges=ranges, backend="triton"))
+    assert found == ["clamp"]
+    assert kernels == ["attention_forward"] * 2
+
+
 def test_one_more_key_in_a_cache(kernels, monkeypatch):
     monkeypatch.setattr("tritonattn.cache_statistics.kernels_take", lambda x: True)
     statistics, k = tritonattn.KeyStatistics(1, 4, 64), torch.randn(1, 4, 1, 64, dtype=torch.bfloat16)

@@ -219,11 +219,14 @@ def _of_ranges(tensors: harness.Tensors, ranges: torch.Tensor) -> torch.Tensor:
     return triton_backend.forward(call, aux=False).out
 
 
-@pytest.mark.parametrize("mask", ["lengths", "causal lengths", "mask of keys", "window"])
+@pytest.mark.parametrize("q_len", [20, 1])
+@pytest.mark.parametrize("mask", ["lengths", "causal lengths", "mask of keys", "window", "ranges"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_hidden_keys_reach_nothing(mask, poison, device):
-    tensors = harness.inputs(torch.float32, device, scales=("query_scale", "key_scale"), q_len=20, k_len=53)
-    arguments = _mask(mask, device, 2, 2, 20, 53)
+def test_hidden_keys_reach_nothing(mask, poison, q_len, device):
+    tensors = harness.inputs(torch.float32, device, scales=("query_scale", "key_scale"), q_len=q_len, k_len=53)
+    arguments = _mask(mask, device, 2, 2, q_len, 53)
+    if mask == "ranges":
+        arguments["key_ranges"] = arguments["key_ranges"].clamp(7, 39)
     visibility = tritonattn.visibility.Visibility.of(tensors["q"], tensors["k"], **arguments)
     hidden = ~visibility.seen_keys().expand(tensors["k"].shape[:3])
     assert hidden.any()
