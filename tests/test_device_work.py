@@ -130,13 +130,15 @@ def test_decode(scaling, recorded, of_ours, of_torch, kernels):
     assert len(kernels) == 2 * of_ours
 
 
-def test_a_lone_row_with_a_range(kernels):
-    """A step of generation after padding on the left."""
+@pytest.mark.parametrize(("masks", "rows"), [({}, 1), ({"causal": True}, 9), (RANGES, 1), (LENGTHS, 1)], ids=str)
+def test_few_rows(masks, rows, kernels):
+    """A step of generation, also after padding on the left: programs share the keys of a row, as in decoding."""
     q, k, v = operands()
-    ranges = torch.tensor([[[3, S]]], dtype=torch.int32)
-    found = work_of_torch(lambda: tritonattn.attention(q[:, :, :1], k, v, key_ranges=ranges, backend="triton"))
-    assert found == ["clamp"]
-    assert kernels == ["attention_forward"] * 2
+    if masks is RANGES:
+        masks = {"key_ranges": masks["key_ranges"][:, :1]}
+    found = work_of_torch(lambda: tritonattn.attention(q[:, :, :rows], k, v, backend="triton", **masks))
+    assert found == []
+    assert kernels == ["attention_decode"] * 2
 
 
 def test_one_more_key_in_a_cache(kernels, monkeypatch):

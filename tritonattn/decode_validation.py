@@ -101,8 +101,8 @@ def _check_sizes(q: Tensor, cache: Cache) -> None:
 
 
 def _check_key_lengths(cache: Cache, q: Tensor) -> None:
-    lengths = cache.key_lengths
-    check_integers("key_lengths", lengths, "[B]", q)
+    check_integers("key_lengths", cache.key_lengths, "[B]", q)
+    lengths = cache.lengths
     if lengths.shape != q.shape[:1]:
         raise ValueError(f"key_lengths: expected shape [B] = [{q.shape[0]}], got {shape_of(lengths)}")
     check_values("key_lengths", lengths, cache.capacity, "capacity = ")
@@ -119,7 +119,7 @@ def _check_block_table(table: Any, q: Tensor) -> None:
 
 def _check_pages(cache: Cache, q_len: int, window: tuple[int | None, int | None] | None) -> None:
     """Pages that no row looks into, behind key_lengths or before the window, may have been given away."""
-    table, lengths = cache.block_table, cache.key_lengths
+    table, lengths = cache.block_table, cache.lengths
     if table is None or not values_are_read(table) or not values_are_read(lengths):
         return
     lengths = lengths.long()  # uint8 has no number below 0
@@ -145,11 +145,11 @@ def _check_statistics(statistics: Any, q: Tensor, cache: Cache) -> None:
     dtype = torch.promote_types(q.dtype, torch.float32)
     if statistics.lengths.dtype != dtype:
         raise TypeError(f"statistics: expected dtype {dtype} for q of {q.dtype}, got {statistics.lengths.dtype}")
-    if values_are_read(statistics.counts) and values_are_read(cache.key_lengths):
-        missing = statistics.counts < cache.key_lengths
+    if values_are_read(statistics.counts) and values_are_read(cache.lengths):
+        missing = statistics.counts < cache.lengths
         if missing.any():
             entry = int(missing.nonzero()[0])
             raise ValueError(
                 f"statistics: expected all keys of key_lengths, new ones too (append first), got"
-                f" {int(statistics.counts[entry])} of {int(cache.key_lengths[entry])} in sequence {entry}"
+                f" {int(statistics.counts[entry])} of {int(cache.lengths[entry])} in sequence {entry}"
             )

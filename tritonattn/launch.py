@@ -170,6 +170,11 @@ def stride_arguments(name: str, tensor: Tensor | None) -> Arguments:
     return dict.fromkeys(names, 1) if tensor is None else dict(zip(names, tensor.stride(), strict=True))
 
 
+def bounded(x: Tensor, highest: int) -> Tensor:
+    """Integers clamped to [0, highest], int32. A dtype of fewer bits need not hold `highest`."""
+    return (x.int() if x.dtype.itemsize < 4 else x).clamp(0, highest).int()
+
+
 def is_wide(*tensors: Tensor | None) -> bool:
     """Whether offsets inside one tile can pass 2^31: no tile has more than 1024 rows."""
     return any(x is not None and 1024 * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31 for x in tensors)

@@ -76,7 +76,7 @@ def test_rows_of_key_blocks(capability, emulate):
     q, k = torch.empty(2, 1, 33, 16), torch.empty(2, 1, 50, 16)
     visibility = Visibility.of(q, k, causal=True, key_lengths=key_lengths, key_ranges=key_ranges)
     call = AttentionCall(q, k, k, visibility, 1.0)
-    bounds = attention._row_bounds(TileConfig(16, 16, 4, 1), attention._call_arguments(call, forward=False), call)
+    bounds = attention._row_bounds(TileConfig(16, 16, 4, 1), attention._call_arguments(call), call)
     assert executor.launched == ["rows_of_key_block"]
     seen = visible_pairs((2, 1, 33, 50), causal=True, key_lengths=key_lengths, key_ranges=key_ranges)[:, 0]
     for batch in range(2):

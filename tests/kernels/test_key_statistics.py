@@ -129,7 +129,7 @@ def test_rows_of_key_blocks(extra, device):
     q, k = torch.empty(2, 1, q_len, 16, device=device), torch.empty(2, 1, k_len, 16, device=device)
     visibility = Visibility.of(q, k, key_ranges=key_ranges.to(device), **on_device)
     call = AttentionCall(q, k, k, visibility, 1.0)
-    bounds = attention._row_bounds(TileConfig(16, 16, 4, 1), attention._call_arguments(call, forward=False), call)
+    bounds = attention._row_bounds(TileConfig(16, 16, 4, 1), attention._call_arguments(call), call)
     for batch in range(2):
         for (first, end), keys in zip(bounds[batch].tolist(), pairs[batch].split(16, -1), strict=True):
             rows = keys.any(-1).nonzero().flatten().tolist()

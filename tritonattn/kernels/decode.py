@@ -50,7 +50,7 @@ def _rows_of_decode(tile, group, q_len, length, left, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*LENGTHS, *_SIZES], do_not_specialize_on_alignment=COUNTS)
 def attention_decode(
-    q_ptr, k_ptr, v_ptr, query_scale_ptr, key_scale_ptr, cache_lengths_ptr, block_table_ptr, sinks_ptr,
+    q_ptr, k_ptr, v_ptr, query_scale_ptr, key_scale_ptr, cache_lengths_ptr, key_ranges_ptr, block_table_ptr, sinks_ptr,
     split_out_ptr, split_lse_ptr, split_max_logit_ptr, split_entropy_ptr,
     scale, softcap, left, q_len, capacity, page, pages, table_len, splits, q_heads, group, first_head, first_member,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
@@ -62,7 +62,7 @@ def attention_decode(
 ):  # fmt: skip
     """Attention of the newest Sq tokens of one sequence, for the heads of one group, over one split of its cache.
 
-        own         = i + length - Sq,  length = cache_lengths[b]             row i sees own - left <= j <= own
+        own         = i + length - Sq                                         row i sees own - left <= j <= own
         logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j]   capped with softcap
         lse[i]      = ln sum_j exp(logit[i, j])                               over the visible keys of the split
         out[i]      = sum_j exp(logit[i, j] - lse[i]) * v[j]
@@ -73,7 +73,9 @@ def attention_decode(
     q, k, v          [B, Hq, Sq, D], [B, Hkv, capacity, D], [B, Hkv, capacity, Dv]  fp16, bf16 or fp32, any strides
     block_table      int32 [B, table_len] contiguous or None: then k, v are pages [N, page, Hkv, D], N = `pages`, and
                      *_stride_b, *_stride_s are those of N and page; keys of pages outside [0, N) are zeros
-    cache_lengths    int32 or int64 [B], clamped to [0, capacity]; nothing behind it is read
+    cache_lengths    int32 or int64 [B], clamped to [0, capacity], or None = capacity: the length, behind which nothing
+                     is read
+    key_ranges       int32 [B, 2] contiguous or None: of those keys each row sees lo <= j < hi, and hi narrows length
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, capacity] or None = 1
     sinks            fp32 [Hq] or None, with splits = 1 only
     split_out        [B, Hq, Sq, splits, Dv] contiguous; of several splits not written where a row sees no key of one
@@ -85,13 +87,17 @@ def attention_decode(
     """
     block, kv_head, batch = program_position(first_head, first_member, LAST_FIRST=False)
     split, tile, kv_head, batch = block % splits, block // splits, kv_head.to(tl.int64), batch.to(tl.int64)
-    length = tl.minimum(tl.maximum(tl.load(cache_lengths_ptr + batch), 0), capacity).to(tl.int32)
+    length, first_key = capacity, batch.to(tl.int32) * 0
+    if cache_lengths_ptr is not None:
+        length = tl.minimum(tl.maximum(tl.load(cache_lengths_ptr + batch), 0), capacity).to(tl.int32)
+    if key_ranges_ptr is not None:
+        first_key = tl.maximum(tl.load(key_ranges_ptr + 2 * batch), 0)
+        length = tl.minimum(tl.maximum(tl.load(key_ranges_ptr + 2 * batch + 1), 0), length)
     packed, member, row, lo, hi = _rows_of_decode(tile, group, q_len, length, left, BLOCK_M)
     keep_row = packed < group * q_len
     head = kv_head * group + member
-    first_key = length * 0
     if left is not None:
-        first_key = tl.maximum(length - q_len - left, 0)
+        first_key = tl.maximum(length - q_len - left, first_key)
     start, stop = _keys_of_split(split, splits, first_key, length, BLOCK_N)
 
     wide_row = row.to(tl.int64)

@@ -9,17 +9,21 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..call import AttentionCall, ForwardResult, Gradients, Needs
-from ..launch import Arguments, Plan, is_wide, plan, planned, stride_arguments
+from ..launch import Arguments, Plan, bounded, is_wide, plan, planned, stride_arguments
 from ..tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
 from ..visibility import Visibility
+from .decode import decode, few_rows
 from .key_statistics import seen_bytes
 
 
 def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
-    """out and lse, and with aux max_logit and entropy, by the forward kernel.
+    """out and lse, and with aux max_logit and entropy: by the forward kernel, or, of few rows, by that of decoding.
 
     rounding, contiguous and as out, is filled with what out lost when it was rounded to 16 bits.
     """
+    few = few_rows(call)
+    if few is not None and rounding is None:
+        return decode(few, aux)
     q, v = call.q, call.v
     out = _results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
     lse = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
@@ -29,7 +33,7 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
         entropy = _results(call, q.shape[:3], torch.float32)
     results = {"out_ptr": out, "rounding_ptr": rounding, "lse_ptr": lse}
     results |= {"max_logit_ptr": max_logit, "entropy_ptr": entropy}
-    _launch("forward", _call_arguments(call, forward=True) | results, call, call.visibility.q_heads)
+    _launch("forward", _call_arguments(call) | results, call, call.visibility.q_heads)
     return ForwardResult(out, lse, max_logit, entropy)
 
 
@@ -42,7 +46,7 @@ def backward(
     out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in q's dtype and d_lse fp32 [B, Hq, Sq], any
     strides.
     """
-    shared = _call_arguments(call, forward=False) | stride_arguments("d_out", d_out) | {"d_out_ptr": d_out}
+    shared = _call_arguments(call) | stride_arguments("d_out", d_out) | {"d_out_ptr": d_out}
     shared |= {"lse_ptr": lse.contiguous(), "d_lse_ptr": None if d_lse is None else d_lse.contiguous()}
     takes_sinks = call.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
     shared["d_sinks_ptr"] = _results(call, lse.shape, torch.float32) if takes_sinks else None
@@ -227,7 +231,7 @@ def _descriptor(tensor: Tensor, rows: int) -> Any:
     return TensorDescriptor(tensor, list(tensor.shape), [*outer, 1], [1, 1, rows, padded_dim(tensor.shape[3])])
 
 
-def _call_arguments(call: AttentionCall, *, forward: bool) -> Arguments:
+def _call_arguments(call: AttentionCall) -> Arguments:
     """The arguments that the forward and both backward kernels share."""
     visible, dropout = call.visibility, call.dropout
     reach = visible.q_len + visible.k_len
@@ -246,10 +250,10 @@ def _call_arguments(call: AttentionCall, *, forward: bool) -> Arguments:
     }  # fmt: skip
     for name in ("q", "k", "v", "query_scale", "key_scale"):
         arguments |= stride_arguments(name, arguments[name + "_ptr"])
-    return arguments | _visibility_arguments(call, forward)
+    return arguments | _visibility_arguments(call)
 
 
-def _visibility_arguments(call: AttentionCall, forward: bool) -> Arguments:
+def _visibility_arguments(call: AttentionCall) -> Arguments:
     visible = call.visibility
     lengths, ranges, mask, seen = visible.key_lengths, visible.key_ranges, visible.mask, None
     q_starts = k_starts = None
@@ -261,20 +265,13 @@ def _visibility_arguments(call: AttentionCall, forward: bool) -> Arguments:
         ranges = bounded(ranges, visible.k_len).contiguous()
     if mask is not None:
         mask = mask.expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len).view(torch.uint8)
-    # A pass over rows loads no key outside the range of a lone row, while one over keys loads blocks of them.
-    is_lone_row = forward and visible.q_len == 1 and mask is None
-    if (ranges is not None or mask is not None) and not is_lone_row:
+    if ranges is not None or mask is not None:
         seen = seen_bytes(visible.seen_keys(), call.k)
     arguments = {
         "key_lengths_ptr": lengths, "key_ranges_ptr": ranges, "mask_ptr": mask, "seen_ptr": seen,
         "q_starts_ptr": q_starts, "k_starts_ptr": k_starts,
     }  # fmt: skip
     return arguments | stride_arguments("mask", mask)
-
-
-def bounded(x: Tensor, highest: int) -> Tensor:
-    """Integers clamped to [0, highest], int32. A dtype of fewer bits need not hold `highest`."""
-    return (x.int() if x.dtype.itemsize < 4 else x).clamp(0, highest).int()
 
 
 _LOG2_E = 1.4426950408889634

@@ -5,19 +5,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..call import ForwardResult
+from ..call import AttentionCall, ForwardResult
 from ..decode_call import Cache, DecodeCall
 from ..kernels.decode import SHORTEST_SPLIT
-from ..launch import Arguments, Plan, is_wide, plan, planned, stride_arguments
+from ..launch import Arguments, Plan, bounded, is_wide, plan, planned, stride_arguments
 from ..tuning.config import Problem, is_short, padded_dim
-from .attention import bounded
 
 _MOST_SPLITS = 64
+_MOST_ROWS = 16
 
 
 def decode(call: DecodeCall, aux: bool) -> ForwardResult:
     """out and lse, with aux also max_logit and entropy: the decode kernel, and the combination of several splits."""
     return planned("decode", _problem(call, aux), call.q.device, lambda chosen: _decode(call, aux, chosen))
+
+
+def few_rows(call: AttentionCall) -> DecodeCall | None:
+    """A call of few rows, whose programs had better share the keys, as one of decoding; None for any other.
+
+    Rows must stand at the end of the keys, as causal ones do and a lone one that sees all of them.
+    """
+    visible = call.visibility
+    if visible.q_len > _MOST_ROWS or call.dropout is not None:
+        return None
+    if visible.mask is not None or visible.sequences is not None:
+        return None
+    narrowed = visible.key_lengths is not None or visible.key_ranges is not None
+    if narrowed and (visible.q_len > 1 or visible.left is not None):
+        return None
+    if visible.q_len > 1 and visible.right != 0:
+        return None
+    ranges = visible.key_ranges
+    cache = Cache(
+        call.k, call.v, visible.key_lengths,
+        key_ranges=None if ranges is None else ranges.reshape(visible.batch, 2),
+    )  # fmt: skip
+    return DecodeCall(
+        call.q, cache, call.scale, call.query_scale, call.key_scale, visible.left, call.softcap, call.sinks
+    )
 
 
 def _decode(call: DecodeCall, aux: bool, chosen: Plan) -> ForwardResult:
@@ -56,6 +81,7 @@ def _problem(call: DecodeCall, aux: bool) -> Problem:
         value_dim=cache.v.shape[3],
         dtype=call.q.dtype,
         left=call.left is not None,
+        key_ranges=cache.key_ranges is not None,
         query_scale=call.query_scale is not None,
         key_scale=call.key_scale is not None,
         grouped=group > 1,
@@ -78,12 +104,15 @@ def _allocate(call: DecodeCall, splits: tuple[int, ...], dtype: torch.dtype, aux
 
 def _arguments(call: DecodeCall) -> Arguments:
     q, cache, table = call.q, call.cache, call.cache.block_table
-    lengths = cache.key_lengths
-    if lengths.dtype not in (torch.int32, torch.int64):
+    lengths, ranges = cache.key_lengths, cache.key_ranges
+    if lengths is not None and lengths.dtype not in (torch.int32, torch.int64):
         lengths = bounded(lengths, cache.capacity)
+    if ranges is not None and ranges.dtype != torch.int32:
+        ranges = bounded(ranges, cache.capacity)
     arguments = {
         "q_ptr": q, "k_ptr": cache.k, "v_ptr": cache.v, "query_scale_ptr": call.query_scale,
-        "key_scale_ptr": call.key_scale, "cache_lengths_ptr": lengths.contiguous(),
+        "key_scale_ptr": call.key_scale, "cache_lengths_ptr": None if lengths is None else lengths.contiguous(),
+        "key_ranges_ptr": None if ranges is None else ranges.contiguous(),
         "block_table_ptr": None if table is None else table.contiguous(),
         "scale": float(call.scale), "softcap": call.softcap,
         "left": None if call.left is None else min(call.left, cache.capacity), "q_len": q.shape[2],
