@@ -56,7 +56,9 @@ EVERYTHING = [
 def test_attention(gpu, case, emulate):
     executor = emulate(gpu, case.tiles)
     case.check()
-    assert len(executor.launched) == 4  # forward, row terms, both backward kernels
+    of_ranges = executor.launched.count("rows_of_key_block")
+    assert of_ranges == (case.mask in ("ranges", "causal ranges", "everything"))
+    assert len(executor.launched) == 4 + of_ranges  # forward, row terms, both backward kernels
 
 
 @pytest.mark.parametrize("scaling", ["sqrt_dim", "key_count"])
