@@ -21,8 +21,8 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
 
     rounding, contiguous and as out, is filled with what out lost when it was rounded to 16 bits.
     """
-    few = few_rows(call)
-    if few is not None and rounding is None:
+    few = few_rows(call) if rounding is None else None
+    if few is not None:
         return decode(few, aux)
     q, v = call.q, call.v
     out = _results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
