@@ -118,8 +118,8 @@ class KeyStatistics:
         self._check_room(new if counts is None else counts)
         if new == 0:
             return
-        is_narrow = self._lengths.dtype == torch.float32
-        if is_narrow and kernels_take(k_new) and runs_eagerly(k_new, counts, self.counts):
+        fits = self._lengths.dtype == torch.float32 and k_new.numel() > 0
+        if fits and kernels_take(k_new) and runs_eagerly(k_new, counts, self.counts):
             append_keys(k_new, counts, self._buffers())
             return
         order = torch.arange(new, device=k_new.device)
