@@ -259,6 +259,8 @@ class KeyStatistics:
             raise TypeError(f"k_new: expected a floating dtype, got {k_new.dtype}")
         if k_new.dim() != 4 or k_new.shape[:2] != (batch, kv_heads):
             raise ValueError(f"k_new: expected [B, Hkv, n, D] = [{batch}, {kv_heads}, n, D], got {shape_of(k_new)}")
+        if k_new.shape[3] == 0:
+            raise ValueError(f"k_new: expected D of at least 1, got {shape_of(k_new)}")
         check_device("k_new", k_new, self.counts, _OWNER)
 
     def _check_room(self, new: Tensor | int) -> None:

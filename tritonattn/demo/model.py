@@ -96,8 +96,10 @@ def _location(source: str) -> tuple[str, dict[str, str]]:
     if not path.is_dir():
         return source, {}
     files = sorted(path.glob("*.gguf"))
-    if (path / "config.json").is_file() or not files:
+    if (path / "config.json").is_file():
         return str(path), {}
+    if not files:
+        raise CommandError(f"--model: wanted a folder with a config.json or a .gguf file, got neither in {source!r}")
     if len(files) > 1:
         raise CommandError(
             f"--model: {source!r} holds several models, name one of {', '.join(str(f) for f in files)}"
