@@ -252,7 +252,7 @@ def test_a_failed_fetch_says_what_to_do(monkeypatch, tmp_path, result, members, 
 
 
 def test_where_a_model_lies(tmp_path):
-    with pytest.raises(CommandError, match=r"--model: wanted a folder with a config\.json or a \.gguf file, got neither"):
+    with pytest.raises(CommandError, match=r"--model: wanted a folder with a config\.json or a \.gguf file"):
         model._location(str(tmp_path))
     (tmp_path / "one.gguf").touch()
     assert model._location(str(tmp_path)) == (str(tmp_path), {"gguf_file": "one.gguf"})

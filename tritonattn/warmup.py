@@ -23,10 +23,10 @@ def warmup(
     """Compile the kernels that calls of `attention` will launch, by calling it once with zeros.
 
     A first call takes seconds to compile, and none may be compiled while a CUDA graph is captured. Kernels differ by
-    head dims, dtype, masks, scales and forms, by whether there are more than 1024 rows or keys, or at most 16 rows (then
-    also by whether several programs share the keys, from some hundred keys on), and by whether strides are multiples
-    of 16. So a shape stands for others with as many heads a key head, if its head dims are multiples of
-    16, and its lengths are, too, where rows or keys are scaled or a mask is dense; elsewhere it stands for itself.
+    head dims, dtype, masks, scales and forms, by whether there are more than 1024 rows or keys, or at most 16 rows
+    (then also by whether several programs share the keys, from some hundred keys on), and by whether strides are
+    multiples of 16. So a shape stands for others with as many heads a key head, if its head dims are multiples of 16,
+    and its lengths are, too, where rows or keys are scaled or a mask is dense; elsewhere it stands for itself.
 
     Args:
         shapes: A list: of each call q's shape [B, Hq, Sq, D], which k and v then share, or those of (q, k, v).
