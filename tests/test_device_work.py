@@ -74,8 +74,8 @@ RANGES = {"key_ranges": torch.stack([torch.full((1, S), 3), torch.arange(1, S + 
         ("cosine", {"causal": True}, 3, 8),
         ("sqrt_dim", LENGTHS, 1, 1),
         ("key_count", LENGTHS, 1, 16),
-        ("key_norm_sum", LENGTHS, 3, 26),
-        ("sqrt_dim", RANGES, 1, 24),
+        ("key_norm_sum", LENGTHS, 3, 30),
+        ("sqrt_dim", RANGES, 1, 28),
     ],
 )
 def test_forward(scaling, masks, of_ours, of_torch, kernels):
@@ -91,7 +91,7 @@ def test_forward(scaling, masks, of_ours, of_torch, kernels):
         ("sqrt_dim", {"causal": True}, 4, 0),
         ("key_count", {"causal": True}, 4, 3),
         ("key_norm_sum", {"causal": True}, 8, 17),
-        ("sqrt_dim", RANGES, 5, 48),
+        ("sqrt_dim", RANGES, 5, 56),
     ],
 )
 def test_forward_and_backward(scaling, masks, of_ours, of_torch, kernels):

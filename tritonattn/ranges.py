@@ -62,8 +62,8 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 def _rows_begun(bound: Tensor, k_len: int) -> Tensor:
     """How many rows have bound <= j, of each key j: int64 [..., Sk]; bound [..., Sq] does not fall along the rows."""
-    keys = torch.arange(k_len, device=bound.device)
-    return torch.searchsorted(bound.contiguous(), keys.expand(*bound.shape[:-1], -1).contiguous(), right=True)
+    keys = torch.arange(k_len, device=bound.device) + bound.new_zeros((*bound.shape[:-1], 1))  # dense, in vmap too
+    return torch.searchsorted(bound.contiguous(), keys, right=True)
 
 
 def rows_of_keys(lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool) -> Tensor:

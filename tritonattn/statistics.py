@@ -62,9 +62,16 @@ class Statistics:
     def length_max(self) -> Tensor:
         return self._once("length_max", self._length_max)
 
-    def lengths_of(self, x: Tensor) -> Tensor:
-        """Euclidean lengths of x [B, H, S, D], as queries are: [B, H, S], fp32 (fp64 for fp64 x), differentiable."""
-        return key_lengths_of(x)
+    def query_lengths(self, q: Tensor) -> Tensor:
+        """Euclidean lengths of the queries q [B, Hq, Sq, D]: [B, Hq, Sq], fp32 (fp64 for fp64 q), differentiable.
+
+        0 for a row without keys, whatever it holds.
+        """
+        return key_lengths_of(q, self._rows_that_see())
+
+    def _rows_that_see(self) -> Tensor | None:
+        """bool, broadcastable to [B, Hq, Sq]; None is all."""
+        return None if self.visibility.every_row_sees else self.visibility.counts() > 0
 
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         # Not functools.cached_property: torch.compile cannot trace its lock (Python < 3.12).

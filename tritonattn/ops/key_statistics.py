@@ -33,8 +33,8 @@ class KernelStatistics(Statistics):
         seen = None if self.visibility.sees_every_key else self.visibility.seen_keys()
         return apply(_KeyLengths, self.k, seen)
 
-    def lengths_of(self, x: Tensor) -> Tensor:
-        return apply(_KeyLengths, x, None)
+    def query_lengths(self, q: Tensor) -> Tensor:
+        return apply(_KeyLengths, q, self._rows_that_see())
 
 
 def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> None:

@@ -35,7 +35,7 @@ class Cosine(Scaling):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         constant = q.shape[-1] ** 0.5 if self.tau is None else self.tau
-        return Scales(constant, query=reciprocal(statistics.lengths_of(q)), key=reciprocal(statistics.lengths))
+        return Scales(constant, query=reciprocal(statistics.query_lengths(q)), key=reciprocal(statistics.lengths))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         tau = math.sqrt(k.shape[-1]) if self.tau is None else self.tau
