@@ -114,13 +114,23 @@ def test_the_last_keys_are_a_copy():
     statistics, keys, more = KeyStatistics(B, H, CAPACITY), _keys(9), _keys(3, seed=1)
     counts = [9, 2, 0, 5][:B]
     statistics.append(keys, torch.tensor(counts))
-    for last in (0, 1, 4, 9):
+    for last in (0, 1, 4, 9, CAPACITY + 5):
         one = statistics.last(last, last + 3)
         held = [own[:, max(count - last, 0) : count] for own, count in zip(keys, counts, strict=True)]
         _check(one, held)
         one.append(more)
         _check(one, [torch.cat([old, new], dim=1) for old, new in zip(held, more, strict=True)])
     _check(statistics, [own[:, :count] for own, count in zip(keys, counts, strict=True)])
+
+
+def test_copies_are_as_exact_as_what_they_copy():
+    """Beside a float64 cache that has grown `attention_decode` asks for float64 again."""
+    statistics, keys = KeyStatistics(B, H, CAPACITY, dtype=torch.float64), _keys(6, dtype=torch.float64)
+    statistics.append(keys)
+    copies = (statistics.select(torch.arange(B)), statistics.with_capacity(30), statistics.last(6, 10))
+    for copy in copies:
+        assert copy.lengths.dtype == copy.length_maxima.dtype == torch.float64
+        _check(copy, list(keys), rtol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tritonattn.call import ForwardResult
 from tritonattn.scaling import SCALINGS, Llama4, Ministral3, QwenLogn
 
 BACKENDS = ("sdpa", "reference")
-WINDOWS = (None, (5, None), (0, 0), (40, 3))
+WINDOWS = (None, (5, None), (0, 0), (40, 3), (1 << 40, 0))
 # With thresholds that short sequences reach.
 SMALL = {
     "qwen_logn": lambda: QwenLogn(3),
@@ -245,6 +245,31 @@ def test_a_scaling_of_ones_own_gets_the_keys(page):
     assert results[0].isfinite().all()
 
 
+@every_layout
+def test_keys_taken_back_have_no_length(page):
+    """A key that no row sees has length 0 for a scaling of one's own, with a record of it or without."""
+
+    class LongestOfCache(Scaling):
+        name = "longest of cache"
+
+        def scales(self, q, k, visibility, statistics):
+            return Scales(1.0, query=1 / statistics.lengths.amax(-1, keepdim=True))
+
+        def multiplier(self, q, k, visible):
+            return 1 / torch.where(visible.any(-2), k.norm(dim=-1), 0).amax(-1)[..., None, None]
+
+    q, k, v = sequences()
+    k[:, :, 12:] *= 50
+    cache = GrowingCache(k, v, 24, page, statistics=True)
+    cache.write([14, 20])
+    cache.truncate([9, 12])
+    arguments, query = cache.arguments(), cache.newest(q, 2)
+    expected = attention_decode(query, **arguments, scaling=LongestOfCache(), backend="reference")
+    for record in (cache.record, None):
+        found = attention_decode(query, **{**arguments, "statistics": record}, scaling=LongestOfCache())
+        torch.testing.assert_close(found, expected)
+
+
 def test_strided_caches():
     """[B, capacity, Hkv, D] in memory, a slice of a larger allocation."""
     q, k, v = sequences()
@@ -260,8 +285,9 @@ def test_strided_caches():
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
 def test_any_integer_counts_keys(dtype):
+    """In a cache whose capacity is no number of the shortest, too."""
     q, k, v = sequences()
-    cache = GrowingCache(k, v, 24)
+    cache = GrowingCache(k, v, 300)
     cache.write([9, 20])
     arguments = cache.arguments()
     expected = attention_decode(cache.newest(q, 2), **arguments)
