@@ -174,6 +174,8 @@ def _ones(*shape, dtype=torch.float32):
         ({"scaling": "sqrt"}, ValueError, "scaling: expected one of"),
         ({"gain": _ones(4)}, ValueError, "gain: expected a shape that says its axis"),
         ({"q": _ones(2, 4, 1, 8).requires_grad_()}, NotImplementedError, "q: attention_decode has no gradient"),
+        ({"k_cache": _ones(2, 2, 24, 8).requires_grad_()}, NotImplementedError, "k_cache: attention_decode has no"),
+        ({"v_cache": _ones(2, 2, 24, 6).requires_grad_()}, NotImplementedError, "v_cache: attention_decode has no"),
         ({"gain": _ones(4, 1).requires_grad_()}, NotImplementedError, "gain: attention_decode has no gradient"),
         ({"sinks": _ones(4).requires_grad_()}, NotImplementedError, "sinks: attention_decode has no gradient"),
         ({"scaling": _ones(4, 1).requires_grad_()}, NotImplementedError, "scaling: attention_decode has no gradient"),

@@ -130,8 +130,18 @@ def test_additive_masks_of_zero_and_minus_infinity_are_bool_masks():
     for low in (-torch.inf, torch.finfo(q.dtype).min):
         additive = torch.zeros(1, 1, 3, 3).masked_fill(~visible, low)
         torch.testing.assert_close(attention_forward(module, q, q, q, additive, scaling=0.5)[0], wanted)
-    with pytest.raises(NotImplementedError, match="attention_mask: a bias"):
-        attention_forward(module, q, q, q, torch.full((1, 1, 3, 3), -1.5), scaling=0.5)
+    for bias in (-1.5, -1e4):
+        with pytest.raises(NotImplementedError, match="attention_mask: a bias"):
+            attention_forward(module, q, q, q, torch.full((1, 1, 3, 3), bias), scaling=0.5)
+
+
+def test_a_mask_of_more_keys_than_there_are_is_cut():
+    """As some models cut that of a static cache."""
+    q, module = torch.randn(1, 2, 3, 4), SimpleNamespace()
+    visible = torch.ones(1, 1, 3, 5, dtype=torch.bool).tril()
+    wanted = attention_forward(module, q, q, q, visible[..., :3], scaling=0.5)[0]
+    for mask in (visible, torch.zeros(1, 1, 3, 5).masked_fill(~visible, -torch.inf)):
+        assert torch.equal(attention_forward(module, q, q, q, mask, scaling=0.5)[0], wanted)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -156,6 +166,23 @@ def test_packed_lengths_without_a_mask(causal):
     torch.testing.assert_close(out, torch.cat(parts, dim=2).transpose(1, 2))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_lengths_of_other_keys_than_rows(causal):
+    """Bottom-right in every document; rows past the last document see nothing."""
+    q, (k, v) = torch.randn(1, 2, 11, 4), torch.randn(2, 1, 2, 13, 4)
+    ends = {"cu_seq_lens_q": torch.tensor([0, 4, 6, 9]).int(), "cu_seq_lens_k": torch.tensor([0, 3, 9, 12]).int()}
+    out, _ = attention_forward(SimpleNamespace(), q, k, v, None, scaling=0.5, is_causal=causal, **ends)
+    pairs = [(slice(0, 4), slice(0, 3)), (slice(4, 6), slice(3, 9)), (slice(6, 9), slice(9, 12))]
+    parts = [
+        tritonattn.attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], scaling=0.5, causal=causal)
+        for rows, keys in pairs
+    ]
+    torch.testing.assert_close(out[:, :9], torch.cat(parts, dim=2).transpose(1, 2))
+    assert (out[:, 9:] == 0).all()
+    with pytest.raises(NotImplementedError, match="sliding_window"):
+        attention_forward(SimpleNamespace(), q, k, v, None, scaling=0.5, is_causal=causal, sliding_window=2, **ends)
+
+
 def test_a_window_without_a_mask():
     q, k, v = torch.randn(3, 1, 2, 9, 4)
     module = SimpleNamespace(is_causal=True)
@@ -166,6 +193,8 @@ def test_a_window_without_a_mask():
     torch.testing.assert_close(wide, tritonattn.attention(q, k, v, scaling=0.5, causal=True).transpose(1, 2))
     with pytest.raises(NotImplementedError, match="sliding_window"):
         attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=3, is_causal=False)
+    wide, _ = attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=9, is_causal=False)
+    torch.testing.assert_close(wide, tritonattn.attention(q, k, v, scaling=0.5).transpose(1, 2))
 
 
 def test_settings_refuse_what_they_do_not_know():

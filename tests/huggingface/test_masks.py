@@ -51,6 +51,7 @@ def mask_functions(length: int, square: bool) -> dict:
             remapped = masking_utils.remap_positions_for_packed_sequence(functions[name], restart)
             functions[f"remapped {name}"] = and_masks(remapped, packed)
             functions[f"remapped {name} alone"] = remapped
+            functions[f"remapped {name} and a window alone"] = and_masks(remapped, window)
     return functions
 
 
@@ -96,6 +97,23 @@ def test_ranges_equal_the_dense_mask(q_length, kv_length, q_offset, kv_offset, p
         assert ranges.dtype == torch.int32, name
         assert ranges.shape == (BATCH, 1, q_length, 2), name
         assert torch.equal(dense(ranges, kv_length), expected.expand(BATCH, 1, -1, -1)), name
+
+
+def test_padding_that_says_nothing_of_the_last_keys_hides_them():
+    """As that of a static cache, which is as long as the text."""
+    padding = torch.ones(BATCH, 6, dtype=torch.bool)
+    padding[1, :2] = False
+    asked = arguments(4, 9, mask_function=sliding_window_overlay(20)) | {"attention_mask": padding}
+    assert torch.equal(dense(key_range_mask(**asked), 9), sdpa_mask(**asked).expand(BATCH, 1, -1, -1))
+
+
+def test_a_sequence_of_padding_alone_sees_an_empty_range():
+    padding = torch.ones(BATCH, 9, dtype=torch.bool)
+    padding[1] = False
+    asked = arguments(9, 9, mask_function=causal_mask_function) | {"attention_mask": padding}
+    ranges = key_range_mask(**asked)
+    assert ranges.dtype == torch.int32
+    assert torch.equal(dense(ranges, 9), sdpa_mask(**asked).expand(BATCH, 1, -1, -1))
 
 
 @pytest.mark.parametrize("case", ["holes", "or", "unknown", "vmap"])

@@ -127,6 +127,30 @@ def test_layers_by_number_name_pattern_and_dict(layers, chosen):
     assert one.layers == {}
 
 
+def test_a_name_is_not_the_beginning_of_another():
+    network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA.arguments | {"num_hidden_layers": 11}))
+    with patch(network, layers="model.layers.1") as one:
+        assert list(one.layers) == [SECOND]
+
+
+def test_every_layer_learns_a_gain_of_its_own():
+    """From the numbers that were given, which stay what they were."""
+    network, given = LLAMA.build(), torch.ones(4, 1)
+    with patch(network, gain=given) as one:
+        first, second = (own.gain for own in one.layers.values())
+        with torch.no_grad():
+            first.fill_(3.0)
+        assert (second == 1).all()
+        assert (given == 1).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_layer_gets_trains_where_the_layer_does(training):
+    network = LLAMA.build().train(training)
+    with patch(network, scaling="per_head"):
+        assert {module.training for module in network.modules()} == {training}
+
+
 def test_every_layer_has_its_own_scaling():
     network = LLAMA.build()
     options = {0: {"scaling": "key_count", "gain": 3.0}, 1: "dim"}
