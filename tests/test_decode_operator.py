@@ -255,6 +255,31 @@ def test_pages_that_no_row_looks_into_may_be_given_away():
             attention_decode(q[:, :, :2], **arguments | {"block_table": table, "key_lengths": lengths})
 
 
+def test_the_first_page_of_a_window_must_be_there():
+    """Row 0 of 2, with 40 keys, sees those from 38 - left on; page 1 holds the keys 16 to 31."""
+    q, k, v = sequences(batch=1, length=40)
+    cache = GrowingCache(k, v, 64, page=16)
+    cache.write([40])
+    arguments = cache.arguments()
+    expected = attention_decode(q[:, :, :2], **arguments, window=(6, None))
+    arguments["block_table"] = arguments["block_table"].clone()
+    arguments["block_table"][:, :2] = -1
+    assert torch.equal(attention_decode(q[:, :, :2], **arguments, window=(6, None)), expected)
+    with pytest.raises(ValueError, match="block_table: expected pages in"):
+        attention_decode(q[:, :, :2], **arguments, window=(7, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
+def test_a_window_that_reaches_before_the_first_key_begins_there(dtype):
+    q, k, v = sequences(batch=1)
+    cache = GrowingCache(k, v, 64, page=16)
+    cache.write([3])
+    arguments = cache.arguments() | {"key_lengths": cache.lengths.to(dtype)}
+    arguments["block_table"] = torch.full_like(arguments["block_table"], -1)
+    with pytest.raises(ValueError, match="block_table: expected pages in"):
+        attention_decode(q[:, :, :2], **arguments, window=(5, None))
+
+
 def test_lazily_negated_sinks():
     """Their memory holds the negatives of their values."""
     q, k, v = sequences(dtype=torch.float32)

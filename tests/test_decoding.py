@@ -245,6 +245,17 @@ def test_a_scaling_of_ones_own_gets_the_keys(page):
     assert results[0].isfinite().all()
 
 
+@every_mode
+def test_a_record_of_more_keys_than_a_call_sees(mode):
+    """Of which key_lengths says how many count, as of the cache."""
+    q, k, v = sequences()
+    scaling, cache = MODES[mode](), GrowingCache(k, v, 24, statistics=True)
+    cache.write([9, 20])
+    arguments = cache.arguments() | {"scaling": scaling, "key_lengths": torch.tensor([7, 20])}
+    found = attention_decode(q[:, :, 5:7], **arguments)
+    torch.testing.assert_close(found, attention_decode(q[:, :, 5:7], **arguments | {"statistics": None}))
+
+
 @every_layout
 def test_keys_taken_back_have_no_length(page):
     """A key that no row sees has length 0 for a scaling of one's own, with a record of it or without."""

@@ -180,6 +180,7 @@ def test_who_watches_goes_on_after_another_has():
         ({"layers": ["lm_head"]}, ValueError, "lm_head"),
         ({"layers": []}, ValueError, "at least one"),
         ({"layers": [1.5]}, TypeError, "float"),
+        ({"layers": [True]}, TypeError, "layers: expected numbers or names, got bool"),
         ({"layers": {0: {"scalling": 1}}}, ValueError, "scalling"),
         ({"scaling": "sqrt"}, ValueError, "scaling: expected one of"),
         ({"scaling": "ssmx"}, ValueError, "scaling: expected one of .*did you mean 'ssmax'"),
@@ -188,6 +189,7 @@ def test_who_watches_goes_on_after_another_has():
         ({"gain": torch.ones(4)}, ValueError, r"gain: .*\[4, 1\], got \[4\]"),
         ({"gain": torch.ones(4, 1, dtype=torch.int64)}, TypeError, "gain: .*int64"),
         ({"gain": "2"}, TypeError, "gain"),
+        ({"gain": True}, TypeError, "gain: expected a float or a tensor, got bool"),
         ({"backend": "cuda"}, ValueError, "backend"),
     ],
 )

@@ -218,6 +218,33 @@ def test_positions_reach_a_subclass_in_every_form():
     torch.testing.assert_close(packed, torch.cat([whole[0, :4], whole[1]]))
 
 
+def test_cross_attention_has_no_positions():
+    torch.manual_seed(0)
+    made, x, context = Rotated(WIDTH, HEADS, dtype=torch.float64), tokens(), tokens(length=5, seed=2)
+    plain = nn.ScaledAttention(WIDTH, HEADS, dtype=torch.float64)
+    plain.load_state_dict(made.state_dict())
+    assert torch.equal(made(x, context), plain(x, context))
+
+
+@pytest.mark.parametrize("window", [None, (4, 0)])
+@torch.no_grad()
+def test_short_pieces_of_different_lengths(window):
+    """As where one sequence takes more guessed tokens than the other; positions are each sequence's own."""
+    torch.manual_seed(0)
+    made = Rotated(WIDTH, HEADS, kv_heads=KV, scaling="key_norm_mean", causal=True, window=window, dtype=torch.float64)
+    x = 2 * tokens(length=15)
+    whole, cache = made(x), made.cache(batch=2, capacity=15)
+    for counts in ([6, 2], [0, 3], [4, 1], [1, 1], None):
+        taken = [1, 1] if counts is None else counts
+        rows = cache.lengths[:, None] + torch.arange(max(taken))
+        piece, expected = (z.gather(1, rows[..., None].expand(-1, -1, WIDTH)) for z in (x, whole))
+        found = made(piece, cache=cache, counts=None if counts is None else torch.tensor(counts))
+        for b, count in enumerate(taken):
+            torch.testing.assert_close(found[b, :count], expected[b, :count])
+            assert not found[b, count:].any()
+    assert cache.lengths.tolist() == [12, 8]
+
+
 @torch.no_grad()
 def test_beams_and_guesses():
     made, x = layer("key_norm_sum", causal=True), tokens(length=12)
@@ -302,6 +329,15 @@ def test_dropout_only_in_training():
     assert not torch.equal(made(x), made(x))
     made.eval()
     assert torch.equal(made(x), made(x))
+
+
+def test_dropout_of_packed_sequences_only_in_training():
+    made, x = layer("ssmax", dropout_p=0.5), tokens()[0]
+    packed = {"cu_seqlens": torch.tensor([0, 3, 7], dtype=torch.int32), "max_seqlen": 4}
+    torch.manual_seed(0)
+    assert not torch.equal(made(x, **packed), made(x, **packed))
+    made.eval()
+    assert torch.equal(made(x, **packed), made(x, **packed))
 
 
 @pytest.mark.parametrize("scaling", ["ssmax", "power_law", "per_head", nn.Scheduled("dim", nn.SSMax(HEADS), 9)])
