@@ -11,7 +11,7 @@ import transformers
 
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES
-from tritonattn.huggingface import Settings, attention_forward, call_arguments
+from tritonattn.huggingface import Settings, attention_forward, call_arguments, register, unregister
 
 PADDING = ARCHITECTURES["llama"].inputs("left")["attention_mask"]
 
@@ -195,6 +195,14 @@ def test_a_window_without_a_mask():
         attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=3, is_causal=False)
     wide, _ = attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=9, is_causal=False)
     torch.testing.assert_close(wide, tritonattn.attention(q, k, v, scaling=0.5).transpose(1, 2))
+
+
+def test_a_name_is_taken_back_with_its_masks():
+    interfaces = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
+    register("tritonattn_twice")
+    assert all("tritonattn_twice" in interface.valid_keys() for interface in interfaces)
+    unregister("tritonattn_twice")
+    assert not any("tritonattn_twice" in interface.valid_keys() for interface in interfaces)
 
 
 def test_settings_refuse_what_they_do_not_know():
