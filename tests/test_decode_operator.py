@@ -162,6 +162,7 @@ def _ones(*shape, dtype=torch.float32):
         ({"key_lengths": torch.tensor([10, 20])}, ValueError, "(append first), got 9 of 10 in sequence 0"),
         ({"statistics": "mean"}, TypeError, "statistics: expected a KeyStatistics, got str 'mean'"),
         ({"statistics": KeyStatistics(2, 2, 25)}, ValueError, "[B, Hkv, capacity] = [2, 2, 24], got [2, 2, 25]"),
+        ({"statistics": KeyStatistics(2, 2, 24, device="meta")}, ValueError, "statistics: expected q's device cpu"),
         (
             {"statistics": KeyStatistics(2, 2, 24, dtype=torch.float64)},
             TypeError,

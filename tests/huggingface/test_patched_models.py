@@ -165,6 +165,19 @@ def test_a_model_inside_another_module_is_patched_and_saved(layers, tmp_path):
     assert torch.equal(logits(again), wanted)
 
 
+def test_models_side_by_side_are_saved_each_with_its_own(tmp_path):
+    """As a draft beside its target: layers of both bear the same names in their models."""
+    networks = [LLAMA.build("sdpa"), LLAMA.build("sdpa")]
+    with patch(nn.ModuleList(networks), layers={"0.*": "none", f"1.{FIRST}": "key_norm_mean"}):
+        wanted = [logits(network) for network in networks]
+        for i, network in enumerate(networks):
+            network.save_pretrained(tmp_path / str(i))
+    for i, layers in enumerate(([FIRST, SECOND], [FIRST])):
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(i)).eval()
+        assert list(patched(again).layers) == layers
+        assert torch.equal(logits(again), wanted[i])
+
+
 class Wrapper(nn.Module):
     """A module that passes on what it does not know, as PEFT's and FSDP's do."""
 

@@ -232,9 +232,9 @@ def test_short_pieces_of_different_lengths(window):
     """As where one sequence takes more guessed tokens than the other; positions are each sequence's own."""
     torch.manual_seed(0)
     made = Rotated(WIDTH, HEADS, kv_heads=KV, scaling="key_norm_mean", causal=True, window=window, dtype=torch.float64)
-    x = 2 * tokens(length=15)
-    whole, cache = made(x), made.cache(batch=2, capacity=15)
-    for counts in ([6, 2], [0, 3], [4, 1], [1, 1], None):
+    x = 2 * tokens(length=16)
+    whole, cache = made(x), made.cache(batch=2, capacity=12)
+    for counts in ([6, 2], [0, 3], [4, 1], [1, 1], None, [0, 4]):  # the last one beside a full sequence
         taken = [1, 1] if counts is None else counts
         rows = cache.lengths[:, None] + torch.arange(max(taken))
         piece, expected = (z.gather(1, rows[..., None].expand(-1, -1, WIDTH)) for z in (x, whole))
@@ -242,7 +242,7 @@ def test_short_pieces_of_different_lengths(window):
         for b, count in enumerate(taken):
             torch.testing.assert_close(found[b, :count], expected[b, :count])
             assert not found[b, count:].any()
-    assert cache.lengths.tolist() == [12, 8]
+    assert cache.lengths.tolist() == [12, 12]
 
 
 @torch.no_grad()
@@ -313,6 +313,15 @@ def test_a_cache_holds_its_dtype():
     cache = nn.KeyValueCache(2, 2, 8, 6, 4, dtype=torch.bfloat16)
     cache.append(torch.randn(2, 2, 3, 6), torch.randn(2, 2, 3, 4))
     assert (cache.k.dtype, cache.v.shape, cache.capacity) == (torch.bfloat16, (2, 2, 8, 4), 8)
+
+
+def test_a_cache_is_of_torchs_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        cache = nn.KeyValueCache(2, 2, 8, 6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert cache.k.dtype == cache.v.dtype == cache.statistics.lengths.dtype == torch.float64
 
 
 @torch.no_grad()
