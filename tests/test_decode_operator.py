@@ -237,6 +237,14 @@ def test_lengths_and_pages_that_are_not_read_are_clamped():
     wild = Cache(cache.k, cache.v, torch.tensor([-5, 1 << 40]), torch.full_like(cache.block_table, 1 << 30))
     out = ops.decode(DecodeCall(call.q, wild, 0.3), "sdpa", aux=False).out
     assert (out == 0).all()  # no keys; and keys and values of zeros
+    query, cache = _grown()
+    keys, values = (x.nan_to_num(0.5) for x in (cache.k, cache.v))
+    lengths = torch.tensor([-5, 1 << 40])
+    found = ops.decode(DecodeCall(query, Cache(keys, values, lengths), 0.3, left=6), "sdpa", aux=False).out
+    expected = attention_decode(
+        query, keys, values, key_lengths=torch.tensor([0, 24]), scaling=0.3, window=(6, None)
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected)
 
 
 def test_pages_that_no_row_looks_into_may_be_given_away():
