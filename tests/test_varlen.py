@@ -234,6 +234,12 @@ def test_offsets_that_nobody_read_are_put_in_order(held, starts):
     assert ((0 <= lo) & (lo <= hi) & (hi <= 9)).all()
 
 
+def test_one_tensor_of_offsets_is_held_to_the_rows_and_to_the_keys():
+    held = torch.tensor([0, 4, 9], dtype=torch.int32)
+    sequences = Sequences.of(held, held, 9, 6, 9, 9)
+    assert (sequences.q_starts.tolist(), sequences.k_starts.tolist()) == ([0, 4, 9], [0, 4, 6])
+
+
 lengths = st.integers(0, 6)
 
 
