@@ -223,6 +223,7 @@ def test_bad_arguments_are_named(case):
         ([0, 2**31 - 1, 0, 0], [0, 9, 9, 9]),
         ([-(2**31)], [0]),
         ([4, 2], [0, 2]),
+        ([0, 7, 3], [0, 7, 7]),
     ],
 )
 def test_offsets_that_nobody_read_are_put_in_order(held, starts):
