@@ -58,6 +58,19 @@ def test_steps_equal_the_full_pass(mode, cache):
         assert type(held.layers[0]) in RECORDING.values()
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("mode", ["key_norm_sum", "key_norm_rms", "key_norm_max"])
+def test_steps_of_a_part_of_a_model_equal_its_full_pass(mode, implementation):
+    """The other layers' implementation makes the masks, which say nothing of ranges."""
+    network, inputs = LLAMA.build(implementation), LLAMA.inputs("left")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    with patch(network, scaling=mode, layers=[1]), torch.no_grad():
+        wanted = network(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits
+        got = stepwise(network, ids, mask, position, cache=DynamicCache())
+    close(got[mask.bool()], wanted[mask.bool()])
+
+
 @pytest.mark.parametrize("mode", ["key_norm_mean", "key_norm_max", "cosine", "key_count"])
 @pytest.mark.parametrize("name", WINDOWED)
 def test_greedy_text_is_that_of_full_passes(name, mode):
