@@ -108,6 +108,33 @@ def test_padding_and_accumulation_say_what_the_sequences_say_alone(kind, side):
         assert (layer["calls"], wanted["layers"][name]["calls"]) == (1, 2)
 
 
+def test_rows_of_packed_sequences_are_no_padding_where_keys_are():
+    """Where queries and keys are packed apart, a row's number says nothing of a key's."""
+
+    class Packed(nn.Module):
+        def forward(self, x):
+            q, k = torch.tensor([[0, 5, 9], [0, 4, 8]], dtype=torch.int32)
+            return tritonattn.attention_varlen(x, x, x, q, k, 5, 4)
+
+    x = torch.randn(9, HEADS, DIM, requires_grad=True)
+    assert record_of(Packed(), lambda net: net(x).sum())["layers"]["Packed"]["rows"] == HEADS * 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradient_norms_of_16_bits_are_not_rounded_to_them(dtype):
+    """Nor do they overflow under a scaled loss."""
+
+    class Bare(nn.Module):
+        def forward(self, *operands):
+            return tritonattn.attention(*operands, causal=True).float().sin().sum() * 2e4
+
+    operands = [x.to(dtype).requires_grad_() for x in torch.randn(3, 2, HEADS, 64, DIM)]
+    got = record_of(Bare(), lambda net: net(*operands))["layers"]["Bare"]
+    for name, x in zip(("q_gradient_norm", "k_gradient_norm"), operands, strict=False):
+        wanted = x.grad.double().square().sum((0, 2, 3)).sqrt()
+        torch.testing.assert_close(torch.tensor(got[name]).double(), wanted, rtol=1e-5, atol=0)
+
+
 def test_an_evaluation_between_does_not_count():
     net, x = llama(), ids()
     wanted = record_of(net, lambda net: net(x, labels=x).loss)

@@ -220,6 +220,32 @@ RULE_CASES = [
 ]
 
 
+def _spent(scaling):
+    scaling.advance(scaling.steps)
+    return scaling
+
+
+@pytest.mark.parametrize(
+    ("scaling", "named"),
+    [
+        (tritonattn.nn.PerHead("cosine", heads=4), "cosine"),
+        (tritonattn.nn.Cosine(4), "cosine"),
+        (tritonattn.nn.Scheduled("cosine", "cosine", 1, blend="geometric"), "cosine"),
+        (_spent(tritonattn.nn.Scheduled("cosine", "sqrt_dim", 1, blend="geometric")), "sqrt_dim"),
+    ],
+    ids=["per_head", "learned_cosine", "scheduled", "scheduled away from cosine"],
+)
+def test_the_rule_of_what_learns_is_that_of_the_mode_where_it_stands(scaling, named):
+    """In a model whose own factor is not 1 / sqrt(D)."""
+    architecture = ARCHITECTURES["opt"]
+    network, inputs = architecture.build(), architecture.inputs()
+    outputs = []
+    for mode in (scaling, named):
+        with patch(network, mode), torch.no_grad():
+            outputs.append(architecture.outputs(network, inputs))
+    torch.testing.assert_close(*outputs, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("name", "scaling"), dict.fromkeys(RULE_CASES))
 def test_the_one_rule(name, scaling):
     """logit = model_scaling * sqrt(D) * factor * (q . k), recomputed densely from q and k; cosine stands alone."""
