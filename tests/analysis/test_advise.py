@@ -130,6 +130,15 @@ def test_tensors():
     json.dumps(broken.as_dict(), allow_nan=False)
 
 
+def test_a_mode_that_leaves_a_large_logit_does_not_heal():
+    """A single long query, which only cosine takes back."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 64, 32)
+    q[:, :, 40] *= 1000
+    assert advise(q, k, causal=True).findings[0].rule.name == "peaked"
+    assert advise(q, k, causal=True).mode == "cosine"
+
+
 def test_where_no_mode_heals_it_says_what_else():
     q = torch.zeros(1, 2, 16, 8)
     advice = advise(q, torch.randn(1, 2, 16, 8))

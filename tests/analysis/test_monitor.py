@@ -121,15 +121,19 @@ def test_rows_of_packed_sequences_are_no_padding_where_keys_are():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_gradient_norms_of_16_bits_are_not_rounded_to_them(dtype):
-    """Nor do they overflow under a scaled loss."""
+def test_numbers_of_16_bits_are_not_rounded_to_them(dtype):
+    """Nor do gradient norms overflow under a scaled loss."""
 
     class Bare(nn.Module):
         def forward(self, *operands):
-            return tritonattn.attention(*operands, causal=True).float().sin().sum() * 2e4
+            self.out = tritonattn.attention(*operands, causal=True)
+            return self.out.float().sin().sum() * 2e4
 
     operands = [x.to(dtype).requires_grad_() for x in torch.randn(3, 2, HEADS, 64, DIM)]
-    got = record_of(Bare(), lambda net: net(*operands))["layers"]["Bare"]
+    net = Bare()
+    got = record_of(net, lambda net: net(*operands))["layers"]["Bare"]
+    variance = net.out.detach().double().transpose(0, 1).flatten(1, 2).var(1, correction=0).mean(-1)
+    torch.testing.assert_close(torch.tensor(got["output_variance"]).double(), variance, rtol=1e-5, atol=0)
     for name, x in zip(("q_gradient_norm", "k_gradient_norm"), operands, strict=False):
         wanted = x.grad.double().square().sum((0, 2, 3)).sqrt()
         torch.testing.assert_close(torch.tensor(got[name]).double(), wanted, rtol=1e-5, atol=0)

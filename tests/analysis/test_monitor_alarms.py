@@ -116,8 +116,12 @@ def test_a_loss_that_is_not_finite_alarms_in_any_step(loss, tmp_path):
             assert monitor.step(loss) is None
         monitor.step(loss)  # said already
         monitor.step(1.0)
-    assert [(one["step"], one["loss"]) for one in lines(file)] == [(0, 1.0), (2, None), (3, None)]
-    assert [(one.step, one.measure, one.new) for one in stood] == [(2, "loss", True), (3, "loss", False)]
+        with pytest.warns(RuntimeWarning, match="step 5: loss"):
+            monitor.step(loss)
+    assert [(one["step"], one["loss"]) for one in lines(file)] == [(0, 1.0), (2, None), (3, None), (5, None)]
+    assert [(one.step, one.measure, one.new) for one in stood] == [
+        (2, "loss", True), (3, "loss", False), (5, "loss", True)
+    ]  # fmt: skip
 
 
 def test_the_loss_of_a_gpu_is_read_in_watched_steps_only(monkeypatch):
@@ -140,6 +144,46 @@ def test_a_nan_in_the_logits_alarms():
     sharpened(net, math.nan)
     with Monitor(net, every=1) as monitor, pytest.warns(RuntimeWarning, match="max_logit nan"):
         step(net, monitor)
+
+
+def test_a_nan_in_one_head_alarms():
+    net = Net()
+    with torch.no_grad():
+        net.attention.q_proj.bias[-1] = math.nan
+    with Monitor(net, every=1) as monitor, pytest.warns(RuntimeWarning, match="max_logit nan"):
+        step(net, monitor)
+
+
+@pytest.mark.parametrize("scaling", [1e6, 1e-6])
+def test_what_is_at_its_threshold_is_well(scaling):
+    """Not even all of the rows are more than all of the rows."""
+    net = Net(scaling=scaling)
+    with Monitor(net, every=1, thresholds=Thresholds(None, 1.0, 1.0)) as monitor:
+        record = step(net, monitor)
+    assert max(record["layers"][NAME]["near_one_hot"] + record["layers"][NAME]["near_uniform"]) == 1.0
+    assert record["alarms"] == []
+
+
+def test_an_alarm_says_of_which_head_it_is():
+    """Beside a head without rows, too: QK-clip goes by the place."""
+    net, stood = Net(), []
+    sharpened(net, 1000)
+    mask = (torch.arange(HEADS) > 0)[None, :, None, None]
+    clip = qk_clip(net, 100.0)
+    before = net.attention.q_proj.weight.clone().unflatten(0, (HEADS, -1))
+
+    def act(alarms):
+        stood.extend(alarms)
+        clip(alarms)
+
+    with Monitor(net, every=1, thresholds=Thresholds(100.0, None, None), on_alarm=act) as monitor:
+        with pytest.warns(RuntimeWarning, match="max_logit"):
+            step(net, monitor, mask=mask)
+    assert stood[0].heads[0] is None
+    assert len(stood[0].heads) == HEADS
+    after = net.attention.q_proj.weight.unflatten(0, (HEADS, -1))
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[-1], before[-1])
 
 
 def test_a_layer_without_rows_does_not_alarm():

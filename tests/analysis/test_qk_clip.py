@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from tests.analysis.models import Net
+from tritonattn import Scales, Scaling
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
 from tritonattn.huggingface import patch
 from tritonattn.huggingface.architecture import interface_call
@@ -120,7 +121,21 @@ def test_weights_in_bf16_are_rounded_once():
     factor = torch.tensor([0.1, 1, 1, 1], dtype=torch.float64).repeat_interleave(8)[:, None]
     wanted = net.attention.q_proj.weight.detach().double() * factor
     qk_clip(net, 10.0).clip({"attention": [100.0, 1.0, 1.0, 1.0]})
-    assert (net.attention.q_proj.weight.double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()
+    assert torch.equal(net.attention.q_proj.weight, wanted.bfloat16())
+
+
+def test_what_a_scaling_says_of_invisible_pairs_does_not_matter():
+    class OfVisible(Scaling):
+        name = "of visible"
+
+        def scales(self, q, k, visibility, statistics):
+            return Scales(0.3)
+
+        def multiplier(self, q, k, visible):
+            return torch.where(visible, 0.3, math.nan)
+
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    clipped(Net(kv_heads=4, scaling=OfVisible(), causal=True), lambda net: net(x))
 
 
 def refused(net, layer, match, heads=4):
@@ -147,6 +162,9 @@ def test_others_are_refused_by_name():
     net = Net()
     net.attention.q_proj = nn.Sequential(net.attention.q_proj)
     refused(net, "attention", "plain linear layer as q_proj, got Sequential")
+    adapted = Net()
+    adapted.attention.q_proj.__class__ = type("LoraLinear", (nn.Linear,), {})  # what it adds is not in its weight
+    refused(adapted, "attention", "plain linear layer as q_proj, got LoraLinear")
     gated = Net()
     gated.attention.q_proj = nn.Linear(32, 64)
     refused(gated, "attention", "wants 32 outputs of q_proj, got 64")
