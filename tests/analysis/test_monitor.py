@@ -164,6 +164,28 @@ def test_a_layer_that_raises_and_is_caught_does_not_shift_the_names():
     assert list(record_of(Twice(), lambda net: net(torch.randn(2, 5, 32)).sum())["layers"]) == ["attention"]
 
 
+def test_what_a_module_computes_after_a_part_of_it_raised_is_its_own():
+    class Outer(Net):
+        def forward(self, x):
+            with contextlib.suppress(ValueError):
+                self.attention(x[0])
+            return tritonattn.attention(*x.unflatten(-1, (HEADS, DIM)).transpose(1, 2).expand(3, -1, -1, -1, -1))
+
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    assert list(record_of(Outer(), lambda net: net(x).sum())["layers"]) == ["Outer"]
+
+
+def test_monitors_side_by_side_see_the_same():
+    """Whichever begins its next step first."""
+    net, x = Net(), torch.randn(2, 5, 32)
+    with Monitor(net, every=1, thresholds=QUIET) as first, Monitor(net, every=2, thresholds=QUIET) as second:
+        for number in range(5):
+            net(x).sum().backward()
+            record, other = first.step(), second.step()
+            assert record["layers"]["attention"]["calls"] == 1
+            assert other == (record if number % 2 == 0 else None)
+
+
 def test_frozen_layers():
     class Two(nn.Module):
         def __init__(self):

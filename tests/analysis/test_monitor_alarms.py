@@ -226,6 +226,15 @@ def test_qk_clip_on_alarm_brings_the_logits_back():
         assert new == pytest.approx(min(old, 20.0), rel=1e-4)
 
 
+def test_qk_clip_goes_by_the_logits_whatever_else_alarms():
+    net = Net()
+    sharpened(net, 1e4)
+    with Monitor(net, every=1, thresholds=Thresholds(20.0, 0.5), on_alarm=qk_clip(net, 20.0)) as monitor:
+        with pytest.warns(RuntimeWarning, match="max_logit"):
+            assert [one["measure"] for one in step(net, monitor)["alarms"]] == ["max_logit", "near_one_hot"]
+        assert max(step(net, monitor)["layers"][NAME]["max_logit"]) < 20.001
+
+
 def test_an_action_that_fails_ends_the_run_and_leaves_a_record(tmp_path):
     def broken(alarms):
         raise ZeroDivisionError

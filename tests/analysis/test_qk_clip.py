@@ -165,6 +165,9 @@ def test_others_are_refused_by_name():
     adapted = Net()
     adapted.attention.q_proj.__class__ = type("LoraLinear", (nn.Linear,), {})  # what it adds is not in its weight
     refused(adapted, "attention", "plain linear layer as q_proj, got LoraLinear")
+    quantised = Net()
+    quantised.attention.q_proj.weight = nn.Parameter(torch.ones(32, 32, dtype=torch.int8), requires_grad=False)
+    refused(quantised, "attention", "floating weights in q_proj, got torch.int8")
     gated = Net()
     gated.attention.q_proj = nn.Linear(32, 64)
     refused(gated, "attention", "wants 32 outputs of q_proj, got 64")
