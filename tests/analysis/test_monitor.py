@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,12 +147,21 @@ def test_an_evaluation_between_does_not_count():
     with Monitor(net, every=1, thresholds=QUIET) as monitor:
         net.eval()
         with torch.no_grad():
-            net(ids(4, seed=5))
+            net(ids(4, seed=5), labels=ids(4, seed=5))
             net.generate(x[:1, :4], max_new_tokens=2, do_sample=False, pad_token_id=0)
         net.train()
         net(x, labels=x).loss.backward()
         got = monitor.step()
     assert got["layers"] == wanted["layers"]
+    assert got["loss"] == wanted["loss"]
+
+
+def test_a_loss_by_row_is_none_of_a_step():
+    class Rows(Net):
+        def forward(self, x):
+            return SimpleNamespace(loss=self.attention(x).square().mean((1, 2)))
+
+    assert record_of(Rows(), lambda net: net(torch.randn(2, 5, 32)).loss.sum())["loss"] is None
 
 
 def test_a_layer_that_raises_and_is_caught_does_not_shift_the_names():

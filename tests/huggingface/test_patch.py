@@ -88,6 +88,16 @@ def test_layers_left_out_keep_their_own_numbers(implementation, padding):
     torch.testing.assert_close(got[seen], wanted[seen], atol=1e-3, rtol=1e-3)
 
 
+def test_layers_left_out_of_a_model_that_uses_tritonattn_go_on_with_it():
+    inputs = LLAMA.inputs("left")
+    results = []
+    for implementation in ("sdpa", NAME):
+        network = LLAMA.build(implementation)
+        with patch(network, scaling="none", layers=[1]):
+            results.append(logits(network, **inputs)[inputs["attention_mask"].bool()])
+    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["mistral", "gemma3", "llama4", "whisper", "bart", "gpt2", "gpt_neox"])
 def test_a_part_of_a_model_generates_as_before(name, implementation):
