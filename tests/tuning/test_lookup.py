@@ -91,9 +91,34 @@ def test_a_table_for_other_kernels_or_another_gpu_is_skipped(folders):
     lookup.forget()
     with pytest.warns(UserWarning, match="gpu: expected h100, got 'h200'"):
         assert lookup.find("forward", PROBLEM, H100).path is None
-    put(shipped / "h100.json", 32, target=Target("hip", "gfx942"))
-    with pytest.warns(UserWarning, match="target: expected sm_90, got gfx942"):
-        assert lookup.find("forward", PROBLEM, H100).path is None
+    for other in (Target("hip", "gfx942"), Target("cuda", "100")):
+        put(shipped / "h100.json", 32, target=other)
+        with pytest.warns(UserWarning, match=f"target: expected sm_90, got {other.name}"):
+            assert lookup.find("forward", PROBLEM, H100).path is None
+
+
+def test_no_file_is_asked_twice(folders):
+    for target in (H100, H200, Target("cuda", "90"), Target("cuda", "80", "NVIDIA A100-SXM4-80GB")):
+        asked = lookup.paths(target)
+        assert len(set(asked)) == len(asked) > 0
+
+
+def test_a_config_that_a_compiler_refused_is_passed_over(folders):
+    """For that call alone, with a warning, until the files are read again."""
+    shipped, user = folders
+    put(shipped / "h100.json", 32)
+    put(user / "h100.json", 64)
+    other = Problem(64, 64, torch.bfloat16, right=True)
+    refused, why = lookup.config_for("forward", PROBLEM, H100), RuntimeError("out of resource")
+    with pytest.warns(UserWarning, match=r"skips a tuned config: .*user.autotune.h100.json: forward/.*out of resource"):
+        assert lookup.strike("forward", PROBLEM, H100, refused, why)
+    assert (found(), found(problem=other)) == (32, 64)
+    assert not lookup.strike("forward", PROBLEM, H100, refused, why)  # is in use no more
+    assert found() == 32
+    lookup.forget()
+    assert found() == 64
+    single = Problem(64, 64, torch.float32)
+    assert not lookup.strike("forward", single, H100, lookup.config_for("forward", single, H100), why)
 
 
 def test_folders_that_cannot_be_read(folders, monkeypatch):
