@@ -88,6 +88,18 @@ def test_layers_left_out_keep_their_own_numbers(implementation, padding):
     torch.testing.assert_close(got[seen], wanted[seen], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_no_mask_means_what_the_models_own_implementation_means_by_it(implementation):
+    """To eager all keys, to sdpa what is_causal says."""
+    network, hidden = LLAMA.build(implementation), torch.randn(1, 5, LLAMA.arguments["hidden_size"])
+    attention = network.model.layers[1].self_attn
+    inputs = {"position_embeddings": network.model.rotary_emb(hidden, torch.arange(5)[None]), "attention_mask": None}
+    with torch.no_grad():
+        wanted = attention(hidden, **inputs)[0]
+        with patch(network, layers=[1]):
+            torch.testing.assert_close(attention(hidden, **inputs)[0], wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_layers_left_out_of_a_model_that_uses_tritonattn_go_on_with_it():
     inputs = LLAMA.inputs("left")
     results = []

@@ -36,6 +36,11 @@ def test_what_is_written_is_read_back(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_written_table_may_be_read_by_others(tmp_path):
+    write_table(tmp_path / "h100.json", Table("h100", Target("cuda", "90"), "feedfeedfeedfeed", {}))
+    assert (tmp_path / "h100.json").stat().st_mode & 0o777 == 0o644
+
+
 def test_the_same_table_is_the_same_bytes():
     entries = example(3).entries
     backwards = replace(example(3), entries=dict(reversed(entries.items())))
