@@ -144,6 +144,20 @@ def test_inductor(scaling):
     assert_same_gradients(torch.compile(function, fullgraph=True), function, operands())
 
 
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_count", "key_norm_sum"])
+@pytest.mark.parametrize("window", [(20, 0), (20, None), (None, 20)], ids=str)
+def test_export_of_a_window_wider_than_the_example(window, scaling):
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return tritonattn.attention(q, k, v, window=window, scaling=scaling)
+
+    length = {2: torch.export.Dim("length", min=2, max=64)}
+    program = torch.export.export(Layer(), tuple(x.detach() for x in operands()[:3]), dynamic_shapes=(length,) * 3)
+    for size in (7, 60):
+        leaves = tuple(x.detach() for x in operands(length=size)[:3])
+        torch.testing.assert_close(program.module()(*leaves), Layer()(*leaves))
+
+
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("arguments", [
     {"causal": True, "scaling": "key_norm_mean"}, {"window": (2, 0), "scaling": "key_norm_mean"},

@@ -54,6 +54,7 @@ def test_tiles_are_cut_from_dense(case):
 def test_counts(case):
     visibility, expected = case
     assert torch.equal(visibility.counts().expand(expected.shape[:-1]), expected.sum(-1).double())
+    assert torch.equal(visibility.seeing_rows().expand(expected.shape[:-1]), expected.any(-1))
 
 
 def test_ranges_are_ordered_and_inside(case):
@@ -155,6 +156,15 @@ def test_values_outside_the_keys_are_clamped():
     assert torch.stack([lo, hi], -1)[0].tolist() == expected
     _, hi = visibility_of(1, 4, key_lengths=torch.tensor([-3, 9])).ranges()
     assert hi.tolist() == [[0], [4]]
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_what_is_handed_out_may_be_written_to(name):
+    visibility = visibility_of(5, 9, **MASKS[name](B, HQ, 5, 9))
+    for ask in (visibility.counts, lambda: visibility.ranges()[0], lambda: visibility.ranges()[1]):
+        before = ask().clone()
+        ask().add_(1)
+        assert torch.equal(ask(), before)
 
 
 def test_ranges_with_a_head_axis():

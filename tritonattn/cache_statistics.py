@@ -119,8 +119,8 @@ class KeyStatistics:
         if new == 0:
             return
         fits = self._lengths.dtype == torch.float32 and k_new.numel() > 0
-        if fits and kernels_take(k_new) and runs_eagerly(k_new, counts, self.counts):
-            append_keys(k_new, counts, self._buffers())
+        by_kernel = fits and kernels_take(k_new) and runs_eagerly(k_new, counts, self.counts)
+        if by_kernel and append_keys(k_new, counts, self._buffers()):
             return
         order = torch.arange(new, device=k_new.device)
         place = self.counts[:, None] + order  # [B, n]

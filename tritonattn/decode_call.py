@@ -11,6 +11,8 @@ from torch import Tensor
 from .call import AttentionCall
 from .visibility import Visibility
 
+LONGEST_QUERY = 16  # rows
+
 
 @dataclass(frozen=True, eq=False)
 class Cache:
@@ -18,28 +20,19 @@ class Cache:
 
     k, v          [B, Hkv, capacity, D], [B, Hkv, capacity, Dv], or with a block table pages [N, page, Hkv, D] and
                   [N, page, Hkv, Dv]; any strides
-    key_lengths   int [B], values outside [0, capacity] are clamped; None is the capacity
+    key_lengths   int [B]; values outside [0, capacity] are clamped
     block_table   int32 [B, max_pages] or None: key j of sequence b lies in page block_table[b, j // page], at j % page.
                   Entries outside [0, N) and those behind key_lengths are not followed: keys and values there are zeros.
-    key_ranges    int [B, 2] or None: of the keys of sequence b only lo <= j < hi count, its pair (lo, hi)
     """
 
     k: Tensor
     v: Tensor
-    key_lengths: Tensor | None
+    key_lengths: Tensor
     block_table: Tensor | None = None
-    key_ranges: Tensor | None = None
 
     @property
     def batch(self) -> int:
-        return (self.k if self.block_table is None else self.block_table).shape[0]
-
-    @property
-    def lengths(self) -> Tensor:
-        """key_lengths, also where they are the capacity."""
-        if self.key_lengths is not None:
-            return self.key_lengths
-        return torch.full((self.batch,), self.capacity, dtype=torch.int32, device=self.k.device)
+        return self.key_lengths.shape[0]
 
     @property
     def kv_heads(self) -> int:
@@ -59,7 +52,7 @@ class Cache:
         """Row i of q [B, Hq, Sq, D] sees own - left <= j <= own, with own = i + key_lengths[b] - Sq."""
         q_heads, q_len = q.shape[1:3]
         return _CacheVisibility(
-            self.batch, q_heads, self.kv_heads, q_len, self.capacity, q.device, left=left, key_lengths=self.lengths
+            self.batch, q_heads, self.kv_heads, q_len, self.capacity, q.device, left=left, key_lengths=self.key_lengths
         )
 
     def keys(self) -> Tensor:
@@ -75,7 +68,7 @@ class Cache:
             return x
         first = torch.arange(self.block_table.shape[1], device=x.device) * self.page
         table = self.block_table.long()
-        valid = (table >= 0) & (table < x.shape[0]) & (first < self.lengths[:, None])  # [B, max_pages]
+        valid = (table >= 0) & (table < x.shape[0]) & (first < self.key_lengths[:, None])  # [B, max_pages]
         if x.shape[0] == 0:
             pages = x.new_zeros(*table.shape, *x.shape[1:])
         else:

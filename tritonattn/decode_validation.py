@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .autograd import needs_graph
 from .cache_statistics import KeyStatistics
-from .decode_call import Cache
+from .decode_call import LONGEST_QUERY, Cache
 from .validation import (
     FLOATS,
     Options,
@@ -26,7 +26,6 @@ from .validation import (
 )
 from .visibility import window_sides
 
-LONGEST_QUERY = 16
 SMALLEST_PAGE = 16
 
 
@@ -101,8 +100,8 @@ def _check_sizes(q: Tensor, cache: Cache) -> None:
 
 
 def _check_key_lengths(cache: Cache, q: Tensor) -> None:
-    check_integers("key_lengths", cache.key_lengths, "[B]", q)
-    lengths = cache.lengths
+    lengths = cache.key_lengths
+    check_integers("key_lengths", lengths, "[B]", q)
     if lengths.shape != q.shape[:1]:
         raise ValueError(f"key_lengths: expected shape [B] = [{q.shape[0]}], got {shape_of(lengths)}")
     check_values("key_lengths", lengths, cache.capacity, "capacity = ")
@@ -119,7 +118,7 @@ def _check_block_table(table: Any, q: Tensor) -> None:
 
 def _check_pages(cache: Cache, q_len: int, window: tuple[int | None, int | None] | None) -> None:
     """Pages that no row looks into, behind key_lengths or before the window, may have been given away."""
-    table, lengths = cache.block_table, cache.lengths
+    table, lengths = cache.block_table, cache.key_lengths
     if table is None or not values_are_read(table) or not values_are_read(lengths):
         return
     lengths = lengths.long()  # uint8 has no number below 0
@@ -145,11 +144,11 @@ def _check_statistics(statistics: Any, q: Tensor, cache: Cache) -> None:
     dtype = torch.promote_types(q.dtype, torch.float32)
     if statistics.lengths.dtype != dtype:
         raise TypeError(f"statistics: expected dtype {dtype} for q of {q.dtype}, got {statistics.lengths.dtype}")
-    if values_are_read(statistics.counts) and values_are_read(cache.lengths):
-        missing = statistics.counts < cache.lengths
+    if values_are_read(statistics.counts) and values_are_read(cache.key_lengths):
+        missing = statistics.counts < cache.key_lengths
         if missing.any():
             entry = int(missing.nonzero()[0])
             raise ValueError(
                 f"statistics: expected all keys of key_lengths, new ones too (append first), got"
-                f" {int(statistics.counts[entry])} of {int(cache.lengths[entry])} in sequence {entry}"
+                f" {int(statistics.counts[entry])} of {int(cache.key_lengths[entry])} in sequence {entry}"
             )

@@ -35,6 +35,10 @@ def run_on_device(kernel: Any, grid: Grid, arguments: Arguments, config: TileCon
         kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
+class NotCompiledError(RuntimeError):
+    """A kernel would have to be compiled while a CUDA graph is captured."""
+
+
 _one_hook_at_a_time = threading.RLock()  # two threads that capture would leave the hook of one behind
 
 
@@ -47,7 +51,7 @@ def _no_compilation_in_capture(kernel: Any) -> Iterator[None]:
 
     def refuse(*arguments: Any, **options: Any) -> Any:
         if torch.cuda.is_current_stream_capturing():  # not where another thread compiles meanwhile
-            raise RuntimeError(
+            raise NotCompiledError(
                 f"{kernel.__name__}: expected a compiled kernel while a CUDA graph is captured, got one to compile: "
                 "call tritonattn.warmup, or the function itself, with the same shapes, dtype and options before"
             )

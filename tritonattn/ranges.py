@@ -74,7 +74,7 @@ def rows_of_keys(lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool) -> Ten
 
 
 def sum_of_rows(
-    g: Tensor, lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool, scan: Callable[[Tensor], Tensor] = prefix_sum
+    g: Tensor, lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool, scan: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """y[j] = sum of g[i] over the rows with lo[i] <= j < hi[i]: the transpose of a sum over ranges, without atomics.
 

@@ -67,11 +67,11 @@ class Statistics:
 
         0 for a row without keys, whatever it holds.
         """
-        return key_lengths_of(q, self._rows_that_see())
+        return key_lengths_of(q, self._seeing_rows())
 
-    def _rows_that_see(self) -> Tensor | None:
+    def _seeing_rows(self) -> Tensor | None:
         """bool, broadcastable to [B, Hq, Sq]; None is all."""
-        return None if self.visibility.every_row_sees else self.visibility.counts() > 0
+        return None if self.visibility.every_row_sees else self.visibility.seeing_rows()
 
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         # Not functools.cached_property: torch.compile cannot trace its lock (Python < 3.12).

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +16,6 @@ from torch import Tensor
 from . import ranges
 from .ranges import prefix_sum
 from .sequences import Sequences
-
-Result = TypeVar("Result")
 
 # No sequence is longer; a position and a window's side, both below it, add up to less than 2^63.
 _UNREACHED = 2**62
@@ -41,8 +38,7 @@ class Visibility:
     key_ranges    int [B, Sq, 2]: row i sees key_ranges[b, i, 0] <= j < key_ranges[b, i, 1]
     mask          bool, 4-D, each axis of [B, Hq, Sq, Sk] or 1: True is visible
 
-    Every part that is given narrows the rest. Values outside [0, Sk] are clamped, lo >= hi is a row without keys. What
-    the ranges and counts of rows are is computed when first asked, and kept.
+    Every part that is given narrows the rest. Values outside [0, Sk] are clamped, lo >= hi is a row without keys.
     """
 
     batch: int
@@ -57,7 +53,7 @@ class Visibility:
     key_ranges: Tensor | None = None
     mask: Tensor | None = None
     sequences: Sequences | None = None
-    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False)
 
     @classmethod
     def of(
@@ -104,15 +100,14 @@ class Visibility:
 
     @property
     def is_full(self) -> bool:
-        """Whether every row sees every key, as sizes tell: a lone causal query too, and a window that holds all."""
+        """Whether every row sees every key, as sizes tell: a lone causal query too, and a window that holds all.
+
+        Lengths that a trace leaves free tell nothing: an answer would bind them.
+        """
         if not self.sizes_tell_all:
             return False
-        return self._reaches_first and (self.right is None or self.right >= self.q_len - 1)
-
-    @property
-    def _reaches_first(self) -> bool:
-        """Whether no window hides a key from the left."""
-        return self.left is None or self.left >= self.k_len - 1
+        reaches_first = self.left is None or (isinstance(self.k_len, int) and self.left >= self.k_len - 1)
+        return reaches_first and (self.right is None or (isinstance(self.q_len, int) and self.right >= self.q_len - 1))
 
     @property
     def sees_every_key(self) -> bool:
@@ -125,7 +120,7 @@ class Visibility:
     @property
     def is_causal(self) -> bool:
         """Whether row i sees the keys j <= i + Sk - Sq, of Sq <= Sk, and nothing else narrows them."""
-        return self.sizes_tell_all and self.right == 0 and self.q_len <= self.k_len and self._reaches_first
+        return self.left is None and self.right == 0 and self.q_len <= self.k_len and self.sizes_tell_all
 
     @property
     def is_square_causal(self) -> bool:
@@ -149,7 +144,14 @@ class Visibility:
 
     def ranges(self) -> tuple[Tensor, Tensor]:
         """lo and hi, int64, [B, Sq], or [1, Sq] where they are the same for all; 0 <= lo <= hi <= Sk."""
-        return self._once("ranges", self._ranges)
+        lo, hi = self._bounds()
+        return lo.clone(), hi.clone()
+
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """`ranges`, computed once and kept, for nobody to write to."""
+        if not self._kept:
+            self._kept.append(self._ranges())
+        return self._kept[0]
 
     def _ranges(self) -> tuple[Tensor, Tensor]:
         if self.sequences is None:
@@ -170,16 +172,13 @@ class Visibility:
 
     def counts(self) -> Tensor:
         """n, the number of visible keys: fp64 [B or 1, 1 or Hq, Sq]."""
-        return self._once("counts", self._counts)
-
-    def _counts(self) -> Tensor:
         if self.is_causal:
             first = self.k_len - self.q_len + 1
             return torch.arange(first, self.k_len + 1, dtype=torch.float64, device=self.device).view(1, 1, -1)
-        if self.is_full:
-            return torch.full((1, 1, 1), self.k_len, dtype=torch.float64, device=self.device).expand(1, 1, self.q_len)
+        if self.left is None and self.is_full:
+            return torch.full((1, 1, self.q_len), self.k_len, dtype=torch.float64, device=self.device)
         if self.mask is None:
-            lo, hi = self.ranges()
+            lo, hi = self._bounds()
             return (hi if self.begins_at_first else hi - lo)[:, None].double()
         return torch.cat([tile.sum(-1) for _, tile in self._mask_tiles(self.mask)], dim=-1).double()
 
@@ -190,21 +189,24 @@ class Visibility:
         atomics. Accumulates in fp64, so that a short window late in a long sequence is as exact as an early one; scan
         is what computes prefix sums.
         """
-        if self.is_full:
+        if self.left is None and self.is_full:
             return x.sum(-1, keepdim=True, dtype=torch.float64).expand(*x.shape[:-1], self.q_len)
         if self.is_causal and x.device.type == "cpu" and scan is prefix_sum:  # which says why not elsewhere
             return x.cumsum(-1, dtype=torch.float64)[..., self.k_len - self.q_len :]
         if self.mask is not None:
-            return ranges.sum_over_mask(self._per_mask_head(x), *self.ranges(), self.mask)
+            return ranges.sum_over_mask(self._per_mask_head(x), *self._bounds(), self.mask)
         return self.sum_from_prefix(x, scan(x.detach()), scan)
 
     def sum_from_prefix(
         self, x: Tensor, prefix: Tensor, scan: Callable[[Tensor], Tensor] = prefix_sum
     ) -> Tensor:
-        """`sum(x, scan)` from its prefix sums, fp64 [B, Hkv, Sk + 1], without a dense mask. The gradient goes to x."""
+        """`sum(x, scan)` from its prefix sums, fp64 [B, Hkv, Sk + 1], the first of them 0, without a dense mask.
+
+        The gradient goes to x.
+        """
         if self.is_causal:
             return ranges.sum_over_prefixes(x, prefix, None, self.q_len, scan)
-        lo, hi = self.ranges()
+        lo, hi = self._bounds()
         if self.begins_at_first:
             return ranges.sum_over_prefixes(x, prefix, hi[:, None], self.q_len, scan)
         return ranges.sum_over_ranges(x, prefix, lo[:, None], hi[:, None], self.key_ranges is None, scan)
@@ -216,12 +218,12 @@ class Visibility:
         """
         if self.mask is not None:
             x = self._per_mask_head(x)
-            first, seen = ranges.argmax_over_mask(x.detach(), *self.ranges(), self.mask)
+            first, seen = ranges.argmax_over_mask(x.detach(), *self._bounds(), self.mask)
             return ranges.pick(x, first, seen, False, scan)
         if not self.begins_at_first:
-            lo, hi = self.ranges()
+            lo, hi = self._bounds()
             first = ranges.argmax_over_ranges(x.detach(), lo[:, None], hi[:, None])
-            return ranges.pick(x, first, (hi > lo)[:, None].expand_as(first), False, scan)
+            return ranges.pick(x, first, self.seeing_rows().expand_as(first), False, scan)
         first, seen = self._latest(ranges.argmax_of_prefixes(x.detach()))
         return ranges.pick(x, first, seen.expand_as(first), True, scan)
 
@@ -230,16 +232,23 @@ class Visibility:
         if self.is_causal:
             first = of_keys[..., self.k_len - self.q_len :]
             return first, torch.ones((1, 1, 1), dtype=torch.bool, device=self.device)
-        lo, hi = self.ranges()
-        seen = (hi > lo)[:, None]
+        _, hi = self._bounds()
+        seen = self.seeing_rows()
         if self.k_len == 0:
             return of_keys.new_zeros((*of_keys.shape[:-1], self.q_len)), seen
         return ranges.gather(of_keys, (hi - 1).clamp(min=0)[:, None]), seen
 
+    def seeing_rows(self) -> Tensor:
+        """Rows that see at least one key: bool [B or 1, 1 or Hq, Sq]."""
+        if self.mask is not None:
+            return self.counts() > 0
+        lo, hi = self._bounds()
+        return (hi > lo)[:, None]
+
     def seen_keys(self) -> Tensor:
         """Keys that at least one row sees: bool [B or 1, 1 or Hkv, Sk]."""
         if self.mask is None:
-            return (ranges.rows_of_keys(*self.ranges(), self.k_len, self.key_ranges is None) > 0)[:, None]
+            return (ranges.rows_of_keys(*self._bounds(), self.k_len, self.key_ranges is None) > 0)[:, None]
         seen = torch.zeros((), dtype=torch.bool, device=self.device)
         for _, tile in self._mask_tiles(self.mask):
             seen = seen | tile.any(-2)
@@ -254,15 +263,10 @@ class Visibility:
     def tile(self, rows: slice, keys: slice) -> Tensor:
         """The visible pairs of some rows and keys, bool [B or 1, 1 or Hq, rows, keys]."""
         key = torch.arange(self.k_len, device=self.device)[keys]
-        return ranges.pairs(*self.ranges(), self.mask, rows, key, keys)
-
-    def _once(self, name: str, compute: Callable[[], Result]) -> Result:
-        if name not in self._known:
-            self._known[name] = compute()
-        return self._known[name]
+        return ranges.pairs(*self._bounds(), self.mask, rows, key, keys)
 
     def _mask_tiles(self, mask: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        return ranges.row_tiles(*self.ranges(), mask, self.k_len, self.batch * mask.shape[1])
+        return ranges.row_tiles(*self._bounds(), mask, self.k_len, self.batch * mask.shape[1])
 
     def _per_mask_head(self, x: Tensor) -> Tensor:
         group = self.q_heads // self.kv_heads if self.kv_heads else 1

@@ -156,10 +156,21 @@ def test_few_rows_of_attention(form, device, monkeypatch):
     assert ("combine_splits" in launched) == (form in FEW)
 
 
-def test_gradients_of_few_rows_are_those_of_the_forward_kernel(device, monkeypatch):
+def test_ranges_of_few_rows_that_nobody_read_are_clamped(device, monkeypatch):
+    """The largest number as the first key of a row without any; several splits."""
+    monkeypatch.setattr("tritonattn.validation.values_are_read", lambda x: False)
+    q, k, v = sequences(torch.float32, heads=(2, 1), length=150, dims=(16, 16), device=device)
+    wild = torch.tensor([[[2**31 - 1, 150]], [[-5, 2**31 - 1]]], dtype=torch.int32, device=device)
+    found = attention(q[:, :, -1:], k, v, key_ranges=wild, backend="triton")
+    assert (found[0] == 0).all()
+    torch.testing.assert_close(found[1], attention(q[:, :, -1:], k, v, backend="triton")[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_gradients_of_few_rows_are_those_of_the_forward_kernel(dtype, device, monkeypatch):
     launched, run = [], launch.run
     monkeypatch.setattr(launch, "run", lambda kernel, *rest: (launched.append(kernel.__name__), run(kernel, *rest)))
-    tensors = sequences(torch.float16, heads=(2, 1), length=9, dims=(16, 16), device=device)
+    tensors = sequences(dtype, heads=(2, 1), length=9, dims=(16, 16), device=device)
     q, k, v = (x.requires_grad_() for x in tensors)
     attention(q, k, v, causal=True, backend="triton").sum().backward()
     assert launched[0] == "attention_forward"

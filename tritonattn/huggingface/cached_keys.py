@@ -103,5 +103,7 @@ class _RecordedStatistics(Statistics):
         """Of the record: lengths [B, Hkv, Sk], and the running sums [B, Hkv, Sk + 1] of lengths and their squares."""
         record, first = self._layer.key_statistics()
         end = first + self.visibility.k_len
-        sums = (x[..., first : end + 1] for x in (record.length_sums, record.square_sums))
+        sums = [x[..., first : end + 1] for x in (record.length_sums, record.square_sums)]
+        if first > 0:  # the keys before are forgotten
+            sums = [x - x[..., :1] for x in sums]
         return record.lengths[..., first:end], *sums

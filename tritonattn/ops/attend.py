@@ -99,7 +99,7 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     elif needs_graph(*tensors):
         results = _EagerAttention.apply(*_Flat.of(call, backend, aux, keep_rounding), call)
     else:
-        return _forward(call, backend, aux)
+        return _forward(call, backend, aux, has_graph=False)
     return ForwardResult(*results[: 4 if aux else 2])
 
 
@@ -114,18 +114,25 @@ def _without_repeats(call: AttentionCall) -> AttentionCall:
     return replace(call, k=k.view_as(k), v=v.view_as(v))
 
 
-def _forward(call: AttentionCall, backend: str, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
+def _forward(
+    call: AttentionCall, backend: str, aux: bool, rounding: Tensor | None = None, *, has_graph: bool
+) -> ForwardResult:
     if _is_empty(call):
         return _forward_of_nothing(call, aux)
     with without_autocast(call.q):
-        return (_kernels() if backend == "triton" else blockwise).forward(call, aux, rounding)
+        if backend != "triton":
+            return blockwise.forward(call, aux, rounding)
+        # With a graph the tiles of forward and backward had better multiply alike.
+        few = None if has_graph else _kernels().attend_few_rows(call, aux)
+        return _kernels().forward(call, aux, rounding) if few is None else few
 
 
 def _forward_of(flat: _Flat, call: AttentionCall) -> tuple[Tensor, ...]:
     """The results of the operator: of size 0 where there are none."""
     q, v = flat.q, flat.v
     rounding = q.new_empty((*q.shape[:3], v.shape[3])) if flat.keep_rounding else None
-    result = _forward(call, flat.backend, flat.aux, rounding)
+    has_graph = flat.keep_rounding or q.dtype.itemsize > 2  # of wider ones nothing says so here
+    result = _forward(call, flat.backend, flat.aux, rounding, has_graph=has_graph)
     return _filled((*result, rounding), result.lse)
 
 

@@ -41,7 +41,7 @@ class _Flat(NamedTuple):
     def of(cls, call: DecodeCall, backend: str, aux: bool) -> _Flat:
         cache = call.cache
         return cls(
-            call.q, cache.k, cache.v, cache.lengths, cache.block_table, call.query_scale, call.key_scale,
+            call.q, cache.k, cache.v, cache.key_lengths, cache.block_table, call.query_scale, call.key_scale,
             call.sinks, call.scale, call.left, call.softcap, aux, backend,
         )  # fmt: skip
 
@@ -56,7 +56,7 @@ def decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
     """Run a call on "triton" or "sdpa", without gradients; max_logit and entropy are None without aux."""
     flat = _Flat.of(call, backend, aux)
     cache, scales = call.cache, (call.query_scale, call.key_scale)
-    if runs_eagerly(call.q, cache.k, cache.v, cache.lengths, *scales, call.sinks):
+    if runs_eagerly(call.q, cache.k, cache.v, cache.key_lengths, *scales, call.sinks):
         return _decode(call, backend, aux)
     result = ForwardResult(*_decode_operator(*flat))
     return result if aux else ForwardResult(result.out, result.lse)

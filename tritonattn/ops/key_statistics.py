@@ -24,7 +24,7 @@ def _prefix_sum(x: Tensor) -> Tensor:
 class KernelStatistics(Statistics):
     """Statistics whose lengths, and every prefix sum, come from kernels of the "triton" backend.
 
-    One pass over x, where torch's operators on a GPU take several over copies of it in fp32.
+    Lengths take one pass over keys or queries, where torch's operators on a GPU take several over copies in fp32.
     """
 
     _scan = staticmethod(_prefix_sum)
@@ -34,12 +34,18 @@ class KernelStatistics(Statistics):
         return apply(_KeyLengths, self.k, seen)
 
     def query_lengths(self, q: Tensor) -> Tensor:
-        return apply(_KeyLengths, q, self._rows_that_see())
+        return apply(_KeyLengths, q, self._seeing_rows())
 
 
-def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> None:
-    """The "triton" backend's; a call that a compiler sees has no operator for it."""
-    _kernels().append_keys(k, new_counts, buffers)
+def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> bool:
+    """That of the "triton" backend; False, and nothing done, where a CUDA graph's capture forbids to compile it."""
+    from ..launch import NotCompiledError
+
+    try:
+        _kernels().append_keys(k, new_counts, buffers)
+    except NotCompiledError:
+        return False
+    return True
 
 
 def _kernels() -> Any:

@@ -1,11 +1,12 @@
 """The "triton" backend: calls as kernel launches, on a GPU, in the interpreter, or wherever launch.run sends them."""
 
 from .attention import backward, forward, problem_of
-from .decode import decode
+from .decode import attend_few_rows, decode
 from .key_statistics import append_keys, key_lengths, key_lengths_backward, prefix_sums
 
 __all__ = [
     "append_keys",
+    "attend_few_rows",
     "backward",
     "decode",
     "forward",

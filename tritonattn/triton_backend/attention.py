@@ -12,18 +12,14 @@ from ..call import AttentionCall, ForwardResult, Gradients, Needs
 from ..launch import Arguments, Plan, bounded, is_wide, plan, planned, stride_arguments
 from ..tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
 from ..visibility import Visibility
-from .decode import decode, few_rows
 from .key_statistics import seen_bytes
 
 
 def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
-    """out and lse, and with aux max_logit and entropy: by the forward kernel, or, of few rows, by that of decoding.
+    """out and lse, and with aux max_logit and entropy, by the forward kernel.
 
     rounding, contiguous and as out, is filled with what out lost when it was rounded to 16 bits.
     """
-    few = few_rows(call) if rounding is None else None
-    if few is not None:
-        return decode(few, aux)
     q, v = call.q, call.v
     out = _results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
     lse = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
