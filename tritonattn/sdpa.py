@@ -24,7 +24,7 @@ from .visibility import Visibility
 # of q and k take up to 10 times the bound where there are none, 1.3 times with 4, 0.8 with 16.
 _FIRST_ROWS = 16
 
-# Of a head's keys, or values: about as many say whether a look at all is worth it.
+# Of a head's keys and values: about as many say whether a look at all of them is worth it.
 _SAMPLED_KEYS = 32
 
 # Elements of a product that is rounded before it leaves the caches: one of all of x in fp32 is fresh memory, and takes
@@ -93,7 +93,8 @@ def attention(call: AttentionCall) -> Tensor:
 def _attention(call: AttentionCall) -> Tensor:
     q, k, v, scale = _fold(call.q, call.query_scale), _fold(call.k, call.key_scale), call.v, call.scale
     mean_value = None
-    if q.dtype == torch.float32 and q.device.type == "cpu" and needs_graph(q, k, v):
+    is_narrow = q.dtype == torch.float32 and q.device.type == "cpu"
+    if is_narrow and needs_graph(q, k, v) and _show_means(k, v):
         k, _ = _centred(k)
         v, mean_value = _centred(v)
     if scale <= 0:  # the kernel hides keys by -inf before it multiplies
@@ -168,19 +169,26 @@ def _fold(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else apply(_Fold, x, scale)
 
 
+def _show_means(k: Tensor, v: Tensor) -> bool:
+    """Whether a look at some keys and values finds a head whose mean is large; True of those that cannot be read."""
+    if not runs_eagerly(k, v):
+        return True
+    step = max(1, k.shape[2] // _SAMPLED_KEYS)
+    samples = [x.detach()[:, :, ::step] for x in (k, v)]
+    if k.shape[3] == v.shape[3]:  # one look at both takes half as long
+        samples = [torch.cat(samples, dim=1)]
+    return any(_is_large(x.mean(2, keepdim=True), x).any().item() for x in samples)
+
+
 def _centred(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Keys or values [B, H, S, D] less a mean over S, [B, H, 1, D], and that: 0 in heads where it is small.
+    """Keys or values [B, H, S, D] less their mean over S, [B, H, 1, D], and that: 0 in heads where it is small.
 
     As they are, and None, where it is small in all. A mean key changes no softmax, a mean value is added to the output,
     and neither changes a gradient: only what these lose. PyTorch takes delta = out . d_out from a rounded output, an
     error that d_q has times the mean key.
     """
-    whole, is_readable = x.detach(), runs_eagerly(x)
-    step = max(1, x.shape[2] // _SAMPLED_KEYS) if is_readable else 1  # a compiler would guard it by the length
-    mean, is_large = _mean(whole[:, :, ::step])
-    if step > 1 and is_large.any():
-        mean, is_large = _mean(whole)
-    if is_readable and not is_large.any():
+    mean, is_large = _mean(x.detach())
+    if runs_eagerly(x) and not is_large.any():
         return x, None
     mean = torch.where(is_large, mean, 0)
     return x - mean, mean
@@ -192,10 +200,15 @@ def _mean(x: Tensor) -> tuple[Tensor, Tensor]:
     Taken from far smaller ones, of which a causal row may see no others, it would leave nothing but rounding.
     """
     mean = x.mean(2, keepdim=True)
-    of_mean, of_each = (torch.linalg.vector_norm(part, dim=3, keepdim=True) for part in (mean, x))
-    of_all = torch.linalg.vector_norm(of_each, dim=2, keepdim=True)
-    is_large = of_mean > (_LARGE_MEAN / x.shape[2]) ** 0.5 * of_all  # False of NaN and of inf
-    return mean, is_large & (of_mean <= _FAR * of_each.amin(2, keepdim=True))
+    shortest = torch.linalg.vector_norm(x, dim=3, keepdim=True).amin(2, keepdim=True)
+    is_near = torch.linalg.vector_norm(mean, dim=3, keepdim=True) <= _FAR * shortest
+    return mean, _is_large(mean, x) & is_near
+
+
+def _is_large(mean: Tensor, x: Tensor) -> Tensor:
+    """Whether the mean over S holds much of a head's sum of squares, [B, H, 1, 1]; False of NaN and of inf."""
+    of_mean, of_all = (torch.linalg.vector_norm(part, dim=(2, 3), keepdim=True) for part in (mean, x))
+    return of_mean > (_LARGE_MEAN / x.shape[2]) ** 0.5 * of_all
 
 
 def _for_kernel(x: Tensor, width: int) -> Tensor:
