@@ -86,7 +86,8 @@ def test_aot_specialisation_is_that_of_a_launch(page, everything, monkeypatch):
         forms = {**EVERYTHING, **forms}
         options = {"gain": torch.ones(4, 1), "scaling": "cosine", "window": (900, 0), "softcap": 1.0,
                    "sinks": torch.ones(4), "return_aux": True}  # fmt: skip
-    attention_decode(cache.newest(q, 2), **cache.arguments(), **options, backend="triton")
+    lengths = {"key_lengths": cache.lengths.int()}
+    attention_decode(cache.newest(q, 2), **{**cache.arguments(), **lengths}, **options, backend="triton")
     problem = Problem(64, 64, torch.float16, **forms)
     assert len(seen) == 2
     for kernel, arguments in seen.items():
