@@ -67,11 +67,11 @@ class Statistics:
 
         0 for a row without keys, whatever it holds.
         """
-        return key_lengths_of(q, self._seeing_rows())
+        return self._lengths_of(q, None if self.visibility.every_row_sees else self.visibility.seeing_rows())
 
-    def _seeing_rows(self) -> Tensor | None:
-        """bool, broadcastable to [B, Hq, Sq]; None is all."""
-        return None if self.visibility.every_row_sees else self.visibility.seeing_rows()
+    @staticmethod
+    def _lengths_of(x: Tensor, seen: Tensor | None) -> Tensor:
+        return key_lengths_of(x, seen)
 
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         # Not functools.cached_property: torch.compile cannot trace its lock (Python < 3.12).
@@ -80,7 +80,7 @@ class Statistics:
         return self._known[name]
 
     def _lengths(self) -> Tensor:
-        return key_lengths_of(self.k, None if self.visibility.sees_every_key else self.visibility.seen_keys())
+        return self._lengths_of(self.k, None if self.visibility.sees_every_key else self.visibility.seen_keys())
 
     def _length_sum(self) -> Tensor:
         return self.visibility.sum(self.lengths, self._scan).to(self.lengths.dtype)

@@ -197,9 +197,7 @@ class Visibility:
             return ranges.sum_over_mask(self._per_mask_head(x), *self._bounds(), self.mask)
         return self.sum_from_prefix(x, scan(x.detach()), scan)
 
-    def sum_from_prefix(
-        self, x: Tensor, prefix: Tensor, scan: Callable[[Tensor], Tensor] = prefix_sum
-    ) -> Tensor:
+    def sum_from_prefix(self, x: Tensor, prefix: Tensor, scan: Callable[[Tensor], Tensor] = prefix_sum) -> Tensor:
         """`sum(x, scan)` from its prefix sums, fp64 [B, Hkv, Sk + 1], the first of them 0, without a dense mask.
 
         The gradient goes to x.

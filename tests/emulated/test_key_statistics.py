@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tests.support.masks import visible_pairs
+from tests.support.masks import assert_rows_of_key_blocks, visible_pairs
 from tritonattn import KeyStatistics, triton_backend
 from tritonattn.call import AttentionCall
 from tritonattn.statistics import key_lengths_of
@@ -79,10 +79,7 @@ def test_rows_of_key_blocks(capability, emulate):
     bounds = attention._row_bounds(TileConfig(16, 16, 4, 1), attention._call_arguments(call), call)
     assert executor.launched == ["rows_of_key_block"]
     seen = visible_pairs((2, 1, 33, 50), causal=True, key_lengths=key_lengths, key_ranges=key_ranges)[:, 0]
-    for batch in range(2):
-        for (first, end), keys in zip(bounds[batch].tolist(), seen[batch].split(16, -1), strict=True):
-            rows = keys.any(-1).nonzero().flatten().tolist()
-            assert (first, end) == (rows[0], rows[-1] + 1) if rows else first >= end
+    assert_rows_of_key_blocks(bounds, seen, 16)
 
 
 @pytest.mark.slow

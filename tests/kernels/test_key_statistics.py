@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.masks import MASKS, visible_pairs
+from tests.support.masks import MASKS, assert_rows_of_key_blocks, visible_pairs
 from tritonattn import KeyStatistics, cache_statistics, triton_backend
 from tritonattn.call import AttentionCall
 from tritonattn.ops import KernelStatistics
@@ -130,7 +130,4 @@ def test_rows_of_key_blocks(extra, device):
     visibility = Visibility.of(q, k, key_ranges=key_ranges.to(device), **on_device)
     call = AttentionCall(q, k, k, visibility, 1.0)
     bounds = attention._row_bounds(TileConfig(16, 16, 4, 1), attention._call_arguments(call), call)
-    for batch in range(2):
-        for (first, end), keys in zip(bounds[batch].tolist(), pairs[batch].split(16, -1), strict=True):
-            rows = keys.any(-1).nonzero().flatten().tolist()
-            assert (first, end) == (rows[0], rows[-1] + 1) if rows else first >= end
+    assert_rows_of_key_blocks(bounds, pairs, 16)

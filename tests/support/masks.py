@@ -85,3 +85,11 @@ def visible_pairs(
     if mask is not None:
         visible &= mask
     return visible
+
+
+def assert_rows_of_key_blocks(bounds: Tensor, pairs: Tensor, block: int) -> None:
+    """bounds [B, blocks, 2] are the first and one past the last row of pairs [B, Sq, Sk] that sees a block of keys."""
+    for of_blocks, visible in zip(bounds.tolist(), pairs, strict=True):
+        for (first, end), keys in zip(of_blocks, visible.split(block, -1), strict=True):
+            rows = keys.any(-1).nonzero().flatten().tolist()
+            assert (first, end) == (rows[0], rows[-1] + 1) if rows else first >= end

@@ -29,12 +29,9 @@ class KernelStatistics(Statistics):
 
     _scan = staticmethod(_prefix_sum)
 
-    def _lengths(self) -> Tensor:
-        seen = None if self.visibility.sees_every_key else self.visibility.seen_keys()
-        return apply(_KeyLengths, self.k, seen)
-
-    def query_lengths(self, q: Tensor) -> Tensor:
-        return apply(_KeyLengths, q, self._seeing_rows())
+    @staticmethod
+    def _lengths_of(x: Tensor, seen: Tensor | None) -> Tensor:
+        return apply(_KeyLengths, x, seen)
 
 
 def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> bool:

@@ -21,8 +21,8 @@ class _Rows:
     """What the decode kernel is asked: rows that stand at the end of the keys, as its docstring has them.
 
     k, v          [B, Hkv, capacity, D or Dv], or with a block table pages as [N, Hkv, page, D or Dv]
-    key_lengths   int32 or int64 [B], or None for the capacity
-    key_ranges    int32 [B, 2], from 0 to the capacity, or None
+    key_lengths   integers [B], or None for the capacity
+    key_ranges    integers [B, 1, 2] or None
     """
 
     q: Tensor
@@ -52,12 +52,9 @@ def decode(call: DecodeCall, aux: bool) -> ForwardResult:
     """out and lse, with aux also max_logit and entropy: the decode kernel, and the combination of several splits."""
     cache = call.cache
     k, v = (cache.k, cache.v) if cache.block_table is None else (cache.k.transpose(1, 2), cache.v.transpose(1, 2))
-    lengths = cache.key_lengths
-    if lengths.dtype not in (torch.int32, torch.int64):
-        lengths = bounded(lengths, cache.capacity)
     rows = _Rows(
         call.q, k, v, cache.capacity, call.scale, call.query_scale, call.key_scale, call.left, call.softcap, call.sinks,
-        lengths, block_table=cache.block_table,
+        cache.key_lengths, block_table=cache.block_table,
     )  # fmt: skip
     return _attend(rows, aux)
 
@@ -68,20 +65,15 @@ def attend_few_rows(call: AttentionCall, aux: bool) -> ForwardResult | None:
     Rows must stand at the end of the keys, as causal ones do and a lone one that sees all of them.
     """
     visible = call.visibility
-    lengths, ranges = visible.key_lengths, visible.key_ranges
-    narrowed = lengths is not None or ranges is not None
-    takes = visible.q_len == 1 if narrowed else visible.q_len == 1 or visible.right == 0
-    if visible.q_len > LONGEST_QUERY or not takes or (narrowed and visible.left is not None):
-        return None
     if visible.mask is not None or visible.sequences is not None or call.dropout is not None:
         return None
-    if lengths is not None and lengths.dtype not in (torch.int32, torch.int64):
-        lengths = bounded(lengths, visible.k_len)
-    if ranges is not None:
-        ranges = bounded(ranges, visible.k_len).reshape(visible.batch, 2)
+    narrowed = visible.key_lengths is not None or visible.key_ranges is not None
+    stand_at_the_end = visible.q_len == 1 or (visible.right == 0 and not narrowed)
+    if visible.q_len > LONGEST_QUERY or not stand_at_the_end or (narrowed and visible.left is not None):
+        return None
     rows = _Rows(
         call.q, call.k, call.v, visible.k_len, call.scale, call.query_scale, call.key_scale, visible.left, call.softcap,
-        call.sinks, lengths, ranges,
+        call.sinks, visible.key_lengths, visible.key_ranges,
     )  # fmt: skip
     return _attend(rows, aux)
 
@@ -145,12 +137,14 @@ def _allocate(rows: _Rows, splits: tuple[int, ...], dtype: torch.dtype, aux: boo
 
 
 def _arguments(rows: _Rows) -> Arguments:
-    table = rows.block_table
+    lengths, ranges, table = rows.key_lengths, rows.key_ranges, rows.block_table
+    if lengths is not None and lengths.dtype not in (torch.int32, torch.int64):
+        lengths = bounded(lengths, rows.capacity)
     arguments = {
         "q_ptr": rows.q, "k_ptr": rows.k, "v_ptr": rows.v, "query_scale_ptr": rows.query_scale,
         "key_scale_ptr": rows.key_scale,
-        "cache_lengths_ptr": None if rows.key_lengths is None else rows.key_lengths.contiguous(),
-        "key_ranges_ptr": None if rows.key_ranges is None else rows.key_ranges.contiguous(),
+        "cache_lengths_ptr": None if lengths is None else lengths.contiguous(),
+        "key_ranges_ptr": None if ranges is None else bounded(ranges, rows.capacity).contiguous(),
         "block_table_ptr": None if table is None else table.contiguous(),
         "scale": float(rows.scale), "softcap": None if rows.softcap is None else float(rows.softcap),
         "left": None if rows.left is None else min(rows.left, rows.capacity), "q_len": rows.q.shape[2],

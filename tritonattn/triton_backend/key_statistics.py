@@ -49,16 +49,15 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
         "counts_ptr": counts, "counts_after_ptr": counts_after, "lengths_ptr": lengths, "length_sums_ptr": length_sums,
         "square_sums_ptr": square_sums, "length_maxima_ptr": length_maxima, "capacity": lengths.shape[2] - 1,
     }  # fmt: skip
-    batch, heads, _, head_dim = k.shape
-    chosen = plan("append_keys", Problem(head_dim, head_dim, k.dtype), k.device)
-    chosen.launch((1, heads, batch), arguments, is_wide(k))
+    _launch_keys("append_keys", arguments, k)
     counts.copy_(counts_after)
 
 
 def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     batch, heads, k_len, head_dim = k.shape
     chosen = plan(kernel, Problem(head_dim, head_dim, k.dtype), k.device)
-    chosen.launch((-(-k_len // chosen.config.block_n), heads, batch), available, is_wide(k))
+    blocks = 1 if kernel == "append_keys" else -(-k_len // chosen.config.block_n)  # its sums go through all keys
+    chosen.launch((blocks, heads, batch), available, is_wide(k))
 
 
 def _key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:
@@ -68,5 +67,3 @@ def _key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:
 
 def seen_bytes(seen: Tensor, k: Tensor) -> Tensor:
     return seen.expand(k.shape[:3]).contiguous().view(torch.uint8)
-
-
