@@ -19,8 +19,9 @@ from tritonattn import launch
 
 # Operators without work for a device: of shapes and strides, or of numbers that the host holds.
 HOST = {
-    "alias", "as_strided", "contiguous", "detach", "detach_", "empty", "empty_like", "empty_strided", "expand",
-    "flatten", "lift_fresh", "narrow", "new_empty", "promote_types", "reshape", "resize_", "resolve_neg", "result_type",
+    "alias", "as_strided", "broadcast_tensors", "contiguous", "detach", "detach_", "empty", "empty_like",
+    "empty_strided", "expand", "flatten", "lift_fresh", "narrow", "new_empty", "promote_types", "reshape", "resize_",
+    "resolve_conj", "resolve_neg", "result_type",
     "scalar_tensor", "select", "slice", "squeeze", "to", "transpose", "unflatten", "unsqueeze", "view", "view_as",
     "_local_scalar_dense", "item",
 }  # fmt: skip
@@ -31,7 +32,13 @@ S = 64
 def kernels(monkeypatch) -> list[str]:
     """The kernels launched, which do nothing."""
     launched: list[str] = []
-    monkeypatch.setattr(launch, "run", lambda kernel, *rest: launched.append(kernel.__name__))
+
+    def run(kernel, grid, arguments, config) -> None:
+        launched.append(kernel.__name__)
+        if "argmax_ptr" in arguments:  # what torch takes for places of keys; by numpy, which no profiler of torch sees
+            arguments["argmax_ptr"].numpy()[:] = 0
+
+    monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(launch, "config_for", lambda *call: tritonattn.tuning.default_config(*call))
     for module in ("validation", "decode_validation", "cache_statistics"):
         monkeypatch.setattr(f"tritonattn.{module}.values_are_read", lambda x: False)
@@ -67,15 +74,17 @@ RANGES = {"key_ranges": torch.stack([torch.full((1, S), 3), torch.arange(1, S + 
         ("key_count", {}, 1, 1),  # of one number, on the host
         ("key_count", {"causal": True}, 1, 3),
         ("key_count", {"causal": True, "window": (16, 0)}, 1, 10),
-        ("key_norm_sum", {}, 2, 7),
-        ("key_norm_sum", {"causal": True}, 3, 6),
-        ("key_norm_mean", {"causal": True}, 3, 9),
-        ("key_norm_max", {"causal": True}, 2, 20),
-        ("cosine", {"causal": True}, 3, 8),
+        ("key_norm_sum", {}, 2, 5),
+        ("key_norm_sum", {"causal": True}, 3, 3),
+        ("key_norm_mean", {"causal": True}, 3, 8),
+        ("key_norm_max", {"causal": True}, 3, 9),
+        ("key_norm_max", {"causal": True, "window": (16, 0)}, 3, 9),
+        ("cosine", {"causal": True}, 3, 4),
         ("sqrt_dim", LENGTHS, 1, 1),
-        ("key_count", LENGTHS, 1, 16),
-        ("key_norm_sum", LENGTHS, 3, 30),
-        ("sqrt_dim", RANGES, 1, 28),
+        ("key_count", LENGTHS, 1, 15),
+        ("key_norm_sum", LENGTHS, 4, 17),
+        ("sqrt_dim", RANGES, 2, 2),
+        ("key_norm_sum", RANGES, 5, 22),
     ],
 )
 def test_forward(scaling, masks, of_ours, of_torch, kernels):
@@ -90,8 +99,9 @@ def test_forward(scaling, masks, of_ours, of_torch, kernels):
     [
         ("sqrt_dim", {"causal": True}, 4, 0),
         ("key_count", {"causal": True}, 4, 3),
-        ("key_norm_sum", {"causal": True}, 8, 17),
-        ("sqrt_dim", RANGES, 5, 56),
+        ("key_norm_sum", {"causal": True}, 8, 10),
+        ("key_norm_max", {"causal": True, "window": (16, 0)}, 8, 26),
+        ("sqrt_dim", RANGES, 7, 4),
     ],
 )
 def test_forward_and_backward(scaling, masks, of_ours, of_torch, kernels):
@@ -110,9 +120,9 @@ def test_forward_and_backward(scaling, masks, of_ours, of_torch, kernels):
     ("scaling", "recorded", "of_ours", "of_torch"),
     [
         ("sqrt_dim", False, 2, 0),
-        ("key_count", False, 2, 9),
-        ("key_norm_sum", True, 2, 12),
-        ("key_norm_max", True, 2, 11),
+        ("key_count", False, 2, 8),
+        ("key_norm_sum", True, 2, 8),
+        ("key_norm_max", True, 2, 9),
     ],
 )
 def test_decode(scaling, recorded, of_ours, of_torch, kernels):

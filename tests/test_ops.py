@@ -14,7 +14,7 @@ from torch.library import opcheck
 from tritonattn import blockwise, ops
 from tritonattn.call import ForwardResult, Gradients, Needs
 from tritonattn.ops import attend, key_statistics
-from tritonattn.ranges import prefix_sum
+from tritonattn.ranges import argmax_over_ranges, prefix_sum
 from tritonattn.statistics import Statistics, key_lengths_of
 from tritonattn.visibility import Visibility
 
@@ -199,6 +199,7 @@ def _key_lengths_backward(k, seen, lengths, d_lengths):
 def torch_kernels(monkeypatch):
     kernels = SimpleNamespace(
         key_lengths=lambda k, seen: key_lengths_of(k, seen).detach(), prefix_sums=prefix_sum,
+        argmax_over_ranges=argmax_over_ranges, seen_keys=Visibility.seen_keys,
         key_lengths_backward=_key_lengths_backward,
     )  # fmt: skip
     monkeypatch.setattr(key_statistics, "_kernels", lambda: kernels)
@@ -214,6 +215,8 @@ def test_key_lengths_pass_opcheck(seen):
     arguments = (k.detach(), seen, lengths, torch.randn_like(lengths))
     opcheck(torch.ops.tritonattn.key_lengths_backward.default, arguments)
     opcheck(torch.ops.tritonattn.prefix_sums.default, (lengths,))
+    lo, hi = torch.tensor([[[0, 2, 5]], [[1, 1, 0]]]), torch.tensor([[[7, 4, 5]], [[7, 2, 0]]])
+    opcheck(torch.ops.tritonattn.argmax_over_ranges.default, (lengths, lo, hi))
 
 
 @pytest.mark.usefixtures("torch_kernels")

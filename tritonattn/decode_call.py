@@ -80,6 +80,10 @@ class Cache:
 class _CacheVisibility(Visibility):
     """Whose rows stand at the end of the key_lengths of their sequence, not of the capacity."""
 
+    @property
+    def rows_end_with_keys(self) -> bool:
+        return False
+
     def _ranges(self) -> tuple[Tensor, Tensor]:
         lengths = cast(Tensor, self.key_lengths).long().clamp(0, self.k_len)[:, None]  # [B, 1]
         hi = lengths

@@ -94,9 +94,9 @@ def sum_of_rows(
 
 
 def sum_over_ranges(
-    x: Tensor, prefix: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool, scan: Callable[[Tensor], Tensor]
+    x: Tensor, prefix: Tensor | None, lo: Tensor, hi: Tensor, sorted_bounds: bool, scan: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Sum of x [B, H, Sk] over every range, from its prefix sums: fp64 [B, H, Sq]. The gradient goes to x.
+    """Sum of x [B, H, Sk] over every range, from its prefix sums, or None: fp64 [B, H, Sq]. The gradient goes to x.
 
     sorted_bounds and scan as in `sum_of_rows`.
     """
@@ -108,6 +108,7 @@ class _RangeSum(torch.autograd.Function):
 
     @staticmethod
     def forward(x, prefix, lo, hi, sorted_bounds, scan) -> Tensor:
+        prefix = scan(x) if prefix is None else prefix
         return gather(prefix, hi) - gather(prefix, lo)
 
     @staticmethod
@@ -126,7 +127,7 @@ class _RangeSum(torch.autograd.Function):
 
 
 def sum_over_prefixes(
-    x: Tensor, prefix: Tensor, hi: Tensor | None, q_len: int, scan: Callable[[Tensor], Tensor]
+    x: Tensor, prefix: Tensor | None, hi: Tensor | None, q_len: int, scan: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """`sum_over_ranges` where lo is 0 and hi does not fall along the Sq rows; None is hi[i] = i + 1 + Sk - Sq."""
     return apply(_PrefixSums, x, prefix, hi, q_len, scan)
@@ -137,9 +138,11 @@ class _PrefixSums(torch.autograd.Function):
 
     @staticmethod
     def forward(x, prefix, hi, q_len, scan) -> Tensor:
-        if hi is None:
-            return prefix[..., x.shape[-1] - q_len + 1 :].clone()  # autograd wants no view of an input
-        return gather(prefix, hi)
+        sums = scan(x) if prefix is None else prefix
+        if hi is not None:
+            return gather(sums, hi)
+        last = sums[..., x.shape[-1] - q_len + 1 :]
+        return last if prefix is None else last.clone()  # autograd wants no view of an input
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -153,17 +156,19 @@ class _PrefixSums(torch.autograd.Function):
         (hi,) = saved
         if hi is None:
             prefix = ctx.scan(g)
-            ended = F.pad(prefix[..., :-1], (ctx.k_len - ctx.q_len, 0))  # [..., Sk]
+            ended = prefix[..., :-1]
+            if ctx.k_len != ctx.q_len:
+                ended = F.pad(ended, (ctx.k_len - ctx.q_len, 0))  # [..., Sk]
         else:
             prefix = ctx.scan(torch.where(hi > 0, g, 0))  # as in _RangeSum
             ended = gather(prefix, _rows_begun(hi, ctx.k_len))
         return (prefix[..., -1:] - ended).to(ctx.dtype), None, None, None, None
 
 
-def pick(x: Tensor, key: Tensor, seen: Tensor, sorted_keys: bool, scan: Callable[[Tensor], Tensor]) -> Tensor:
+def pick(x: Tensor, key: Tensor, seen: Tensor | None, sorted_keys: bool, scan: Callable[[Tensor], Tensor]) -> Tensor:
     """x[..., key] where seen, else 0; the gradient returns to the picked keys in a fixed order.
 
-    sorted_keys says that key does not fall along the rows; scan as in `sum_of_rows`.
+    seen None says that all are; sorted_keys says that key does not fall along the rows; scan as in `sum_of_rows`.
     """
     return apply(_Pick, x, key, seen, sorted_keys, scan)
 
@@ -175,7 +180,7 @@ class _Pick(torch.autograd.Function):
     def forward(x, key, seen, sorted_keys, scan) -> Tensor:
         if x.shape[-1] == 0:
             return x.new_zeros(key.shape)
-        return torch.where(seen, gather(x, key), 0)
+        return _where(seen, gather(x, key))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -187,9 +192,12 @@ class _Pick(torch.autograd.Function):
     @first_order
     def backward(ctx, saved, g: Tensor):
         key, seen = saved
-        picked = torch.where(seen, g, 0)
-        d_x = sum_of_rows(picked, key, key + 1, ctx.k_len, ctx.sorted_keys, ctx.scan)
+        d_x = sum_of_rows(_where(seen, g), key, key + 1, ctx.k_len, ctx.sorted_keys, ctx.scan)
         return d_x.to(ctx.dtype), None, None, None, None
+
+
+def _where(seen: Tensor | None, x: Tensor) -> Tensor:
+    return x if seen is None else torch.where(seen, x, 0)
 
 
 def sum_over_mask(x: Tensor, lo: Tensor, hi: Tensor, mask: Tensor) -> Tensor:
@@ -224,14 +232,14 @@ class _MaskSum(torch.autograd.Function):
 
 
 def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """Lowest key of [lo, hi) that attains the maximum of x there: int64 [B, H, Sq]; any key for an empty range.
+    """Lowest key of [lo, hi) that attains the maximum of x there: int64 [B, H, Sq], in order where lo and hi are.
 
-    x [B, H, Sk], lo and hi [B or 1, 1, Sq]. Level by level `best` holds the argmax of x over [j, j + width), width a
-    power of two; a range is the union of two such spans of the largest width that fits. O(S log S) time, O(S) memory.
+    For an empty range it is lo, or the last key where lo is none. x [B, H, Sk], lo and hi [B or 1, 1, Sq]. Level by
+    level `best` holds the argmax of x over [j, j + width), width a power of two; a range is the union of two such spans
+    of the largest width that fits. O(S log S) time, O(S) memory.
     """
-    shape = (*x.shape[:-1], lo.shape[-1])
-    answer = torch.zeros(shape, dtype=torch.int64, device=x.device)
     k_len = x.shape[-1]
+    answer = lo.clamp(max=max(k_len - 1, 0)).expand(*x.shape[:-1], -1)
     best = torch.arange(k_len, device=x.device).expand_as(x)
     width = 1
     while width <= k_len:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .autograd import apply, runs_eagerly
-from .ranges import prefix_sum
+from .ranges import argmax_over_ranges, prefix_sum
 from .visibility import Visibility
 
 
@@ -36,6 +36,7 @@ class Statistics:
     """
 
     _scan: Callable[[Tensor], Tensor] = staticmethod(prefix_sum)
+    _argmax: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(argmax_over_ranges)
 
     def __init__(self, k: Tensor | Callable[[], Tensor], visibility: Visibility) -> None:
         self._source = k
@@ -80,7 +81,10 @@ class Statistics:
         return self._known[name]
 
     def _lengths(self) -> Tensor:
-        return self._lengths_of(self.k, None if self.visibility.sees_every_key else self.visibility.seen_keys())
+        return self._lengths_of(self.k, None if self.visibility.sees_every_key else self._seen_keys())
+
+    def _seen_keys(self) -> Tensor:
+        return self.visibility.seen_keys()
 
     def _length_sum(self) -> Tensor:
         return self.visibility.sum(self.lengths, self._scan).to(self.lengths.dtype)
@@ -89,7 +93,7 @@ class Statistics:
         return self.visibility.sum(self.lengths.double().square(), self._scan)
 
     def _length_max(self) -> Tensor:
-        return self.visibility.max(self.lengths, self._scan)
+        return self.visibility.max(self.lengths, self._scan, self._argmax)
 
 
 def key_lengths_of(k: Tensor, seen: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ranges
-from .ranges import prefix_sum
+from .ranges import argmax_over_ranges, prefix_sum
 from .sequences import Sequences
 
 # No sequence is longer; a position and a window's side, both below it, add up to less than 2^63.
@@ -138,6 +138,11 @@ class Visibility:
         return self.q_len <= self.k_len and self.k_len > 0 and self.sizes_tell_all
 
     @property
+    def rows_end_with_keys(self) -> bool:
+        """Whether the last row stands at key Sk - 1, and the others before it: left and right count from there."""
+        return self.sequences is None
+
+    @property
     def per_query_head(self) -> bool:
         """Whether the query heads of one key head may see different keys (a mask with a head axis)."""
         return self.mask is not None and self.mask.shape[1] > 1
@@ -195,12 +200,14 @@ class Visibility:
             return x.cumsum(-1, dtype=torch.float64)[..., self.k_len - self.q_len :]
         if self.mask is not None:
             return ranges.sum_over_mask(self._per_mask_head(x), *self._bounds(), self.mask)
-        return self.sum_from_prefix(x, scan(x.detach()), scan)
+        return self.sum_from_prefix(x, None, scan)
 
-    def sum_from_prefix(self, x: Tensor, prefix: Tensor, scan: Callable[[Tensor], Tensor] = prefix_sum) -> Tensor:
+    def sum_from_prefix(
+        self, x: Tensor, prefix: Tensor | None, scan: Callable[[Tensor], Tensor] = prefix_sum
+    ) -> Tensor:
         """`sum(x, scan)` from its prefix sums, fp64 [B, Hkv, Sk + 1], the first of them 0, without a dense mask.
 
-        The gradient goes to x.
+        None has them computed. The gradient goes to x.
         """
         if self.is_causal:
             return ranges.sum_over_prefixes(x, prefix, None, self.q_len, scan)
@@ -209,32 +216,36 @@ class Visibility:
             return ranges.sum_over_prefixes(x, prefix, hi[:, None], self.q_len, scan)
         return ranges.sum_over_ranges(x, prefix, lo[:, None], hi[:, None], self.key_ranges is None, scan)
 
-    def max(self, x: Tensor, scan: Callable[[Tensor], Tensor] = prefix_sum) -> Tensor:
+    def max(
+        self,
+        x: Tensor,
+        scan: Callable[[Tensor], Tensor] = prefix_sum,
+        argmax: Callable[[Tensor, Tensor, Tensor], Tensor] = argmax_over_ranges,
+    ) -> Tensor:
         """Maximum of x [B, Hkv, Sk] over the visible keys, shapes as `sum`, in x's dtype; 0 for a row without keys.
 
-        The lowest key that attains the maximum takes its gradient; scan as in `sum`.
+        The lowest key that attains the maximum takes its gradient; scan as in `sum`, and argmax finds those keys.
         """
         if self.mask is not None:
             x = self._per_mask_head(x)
             first, seen = ranges.argmax_over_mask(x.detach(), *self._bounds(), self.mask)
             return ranges.pick(x, first, seen, False, scan)
-        if not self.begins_at_first:
-            lo, hi = self._bounds()
-            first = ranges.argmax_over_ranges(x.detach(), lo[:, None], hi[:, None])
-            return ranges.pick(x, first, self.seeing_rows().expand_as(first), False, scan)
-        first, seen = self._latest(ranges.argmax_of_prefixes(x.detach()))
-        return ranges.pick(x, first, seen.expand_as(first), True, scan)
+        if self.begins_at_first and argmax is argmax_over_ranges:
+            return self._max_of_prefixes(x, scan)
+        lo, hi = self._bounds()
+        first = argmax(x.detach(), lo[:, None], hi[:, None])
+        seen = None if self.every_row_sees else self.seeing_rows()
+        return ranges.pick(x, first, seen, self.key_ranges is None, scan)
 
-    def _latest(self, of_keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the last key that each row sees, what there is for it [B, H, Sk]: [B, H, Sq], and whether it sees one."""
+    def _max_of_prefixes(self, x: Tensor, scan: Callable[[Tensor], Tensor]) -> Tensor:
+        """`max` where the keys of every row begin at the first one, in O(Sk) time."""
+        first = ranges.argmax_of_prefixes(x.detach())
         if self.is_causal:
-            first = of_keys[..., self.k_len - self.q_len :]
-            return first, torch.ones((1, 1, 1), dtype=torch.bool, device=self.device)
+            return ranges.pick(x, first[..., self.k_len - self.q_len :], None, True, scan)
         _, hi = self._bounds()
-        seen = self.seeing_rows()
-        if self.k_len == 0:
-            return of_keys.new_zeros((*of_keys.shape[:-1], self.q_len)), seen
-        return ranges.gather(of_keys, (hi - 1).clamp(min=0)[:, None]), seen
+        last = (hi - 1).clamp(min=0)[:, None]
+        first = last.expand(*x.shape[:-1], -1) if self.k_len == 0 else ranges.gather(first, last)
+        return ranges.pick(x, first, self.seeing_rows(), True, scan)
 
     def seeing_rows(self) -> Tensor:
         """Rows that see at least one key: bool [B or 1, 1 or Hq, Sq]."""

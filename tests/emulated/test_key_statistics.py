@@ -6,12 +6,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tests.support.masks import assert_rows_of_key_blocks, visible_pairs
+from tests.support.masks import assert_rows_of_key_blocks, largest_keys, visible_pairs
 from tritonattn import KeyStatistics, triton_backend
-from tritonattn.call import AttentionCall
 from tritonattn.statistics import key_lengths_of
-from tritonattn.triton_backend import attention
-from tritonattn.tuning import TileConfig
+from tritonattn.triton_backend import ranges
 from tritonattn.visibility import Visibility
 
 from .executor import GPU, padded
@@ -69,17 +67,24 @@ def test_append_keys(head_dim, dtype, capability, emulate):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_rows_of_key_blocks(capability, emulate):
+def test_passes_over_ranges(capability, emulate):
     executor = emulate(GPU(capability))
     key_ranges = torch.randint(-3, 60, (2, 33, 2), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     key_lengths = torch.tensor([50, 20])
     q, k = torch.empty(2, 1, 33, 16), torch.empty(2, 1, 50, 16)
     visibility = Visibility.of(q, k, causal=True, key_lengths=key_lengths, key_ranges=key_ranges)
-    call = AttentionCall(q, k, k, visibility, 1.0)
-    bounds = attention._row_bounds(TileConfig(16, 16, 4, 1), attention._call_arguments(call), call)
-    assert executor.launched == ["rows_of_key_block"]
-    seen = visible_pairs((2, 1, 33, 50), causal=True, key_lengths=key_lengths, key_ranges=key_ranges)[:, 0]
-    assert_rows_of_key_blocks(bounds, seen, 16)
+    bounds = ranges.rows_of_key_blocks(visibility, ranges.range_arguments(visibility), 16)
+    x = torch.randint(0, 9, (2, 3, 50), generator=torch.Generator().manual_seed(1)) / 4
+    x[1, 1, 8::20], x[1, 2, 7::30] = torch.inf, torch.nan
+    lo, hi = visibility.ranges()
+    largest = ranges.argmax_over_ranges(x, lo[:, None], hi[:, None])
+    seen = ranges.seen_keys(visibility)
+    assert executor.launched == ["rows_of_key_block", "argmax_of_ranges", "keys_seen"]
+    pairs = visible_pairs((2, 1, 33, 50), causal=True, key_lengths=key_lengths, key_ranges=key_ranges)
+    assert_rows_of_key_blocks(bounds, pairs[:, 0], 16)
+    assert torch.equal(seen, pairs.any(2))
+    sees = pairs.any(-1).expand_as(largest)
+    assert torch.equal(largest[sees], largest_keys(x, pairs)[sees])
 
 
 @pytest.mark.slow

@@ -5,13 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.masks import MASKS, assert_rows_of_key_blocks, visible_pairs
+from tests.support.masks import MASKS
 from tritonattn import KeyStatistics, cache_statistics, triton_backend
-from tritonattn.call import AttentionCall
 from tritonattn.ops import KernelStatistics
 from tritonattn.statistics import Statistics, key_lengths_of
-from tritonattn.triton_backend import attention
-from tritonattn.tuning import TileConfig
 from tritonattn.visibility import Visibility
 
 
@@ -115,19 +112,3 @@ def test_fp64_keys_are_not_for_the_kernel(monkeypatch):
     statistics = KeyStatistics(1, 1, 4, dtype=torch.float64)
     statistics.append(torch.ones(1, 1, 2, 4, dtype=torch.float64))
     assert statistics.length_sums[0, 0, 2] == 4
-
-
-@pytest.mark.parametrize("extra", [{}, {"causal": True}, {"window": (9, 4)}, {"key_lengths": [70, 20]}], ids=str)
-def test_rows_of_key_blocks(extra, device):
-    q_len, k_len = 90, 75
-    random = torch.Generator().manual_seed(0)
-    key_ranges = torch.randint(-3, k_len + 9, (2, q_len, 2), generator=random, dtype=torch.int32)
-    key_ranges[0, :40, 1] = key_ranges[0, :40, 0] + 2
-    given = {name: torch.tensor(x) if isinstance(x, list) else x for name, x in extra.items()}
-    pairs = visible_pairs((2, 1, q_len, k_len), key_ranges=key_ranges, **given)[:, 0]
-    on_device = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
-    q, k = torch.empty(2, 1, q_len, 16, device=device), torch.empty(2, 1, k_len, 16, device=device)
-    visibility = Visibility.of(q, k, key_ranges=key_ranges.to(device), **on_device)
-    call = AttentionCall(q, k, k, visibility, 1.0)
-    bounds = attention._row_bounds(TileConfig(16, 16, 4, 1), attention._call_arguments(call), call)
-    assert_rows_of_key_blocks(bounds, pairs, 16)

@@ -87,6 +87,13 @@ def visible_pairs(
     return visible
 
 
+def largest_keys(x: Tensor, pairs: Tensor) -> Tensor:
+    """The lowest key with the largest x [B, H, Sk], at least 0 or NaN, of each row of pairs [B, 1, Sq, Sk]."""
+    visible = torch.where(pairs, x[:, :, None].nan_to_num(3e38, posinf=2e38), -1)
+    is_largest = visible == visible.amax(-1, keepdim=True)
+    return torch.where(is_largest, torch.arange(x.shape[-1]), x.shape[-1]).amin(-1)
+
+
 def assert_rows_of_key_blocks(bounds: Tensor, pairs: Tensor, block: int) -> None:
     """bounds [B, blocks, 2] are the first and one past the last row of pairs [B, Sq, Sk] that sees a block of keys."""
     for of_blocks, visible in zip(bounds.tolist(), pairs, strict=True):

@@ -5,7 +5,7 @@ from .forward import attention_forward
 from .grad_key_value import attention_grad_key_value
 from .grad_query import attention_grad_query
 from .key_statistics import append_keys, key_lengths, key_statistics_grad, prefix_sums
-from .row_bounds import rows_of_key_block
+from .ranges import argmax_of_ranges, keys_seen, rows_of_key_block
 from .row_terms import attention_row_terms
 
 KERNELS = {
@@ -20,4 +20,6 @@ KERNELS = {
     "key_statistics_grad": key_statistics_grad,
     "append_keys": append_keys,
     "row_bounds": rows_of_key_block,
+    "keys_seen": keys_seen,
+    "argmax_of_ranges": argmax_of_ranges,
 }

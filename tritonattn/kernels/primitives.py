@@ -21,7 +21,7 @@ ROW_TERMS_ALIGNMENT = tl.constexpr(128)
 # Arguments whose values change from call to call: compiled code does not depend on them, but for group = 1.
 LENGTHS = [
     "q_len", "k_len", "terms_len", "addends_len", "left", "right", "keep_from", "first_head", "first_member", "q_heads",
-    "kv_heads", "capacity", "key_block",
+    "kv_heads", "capacity", "key_block", "bounds_len",
 ]  # fmt: skip
 COUNTS = ["group"]
 

@@ -1,4 +1,4 @@
-"""`tritonattn::key_lengths`: the "triton" backend's pass over the keys, its differentiation, and prefix sums."""
+"""`tritonattn::key_lengths`: the "triton" backend's pass over the keys, its differentiation, and passes over ranges."""
 
 from __future__ import annotations
 
@@ -21,13 +21,25 @@ def _prefix_sum(x: Tensor) -> Tensor:
     return _kernels().prefix_sums(x) if runs_eagerly(x) else _prefix_sums_operator(x)
 
 
+def _argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """`ranges.argmax_over_ranges` in the "triton" backend: one launch, where torch's take a dozen a power of two."""
+    run = _kernels().argmax_over_ranges if runs_eagerly(x, lo, hi) else _argmax_operator
+    return run(x, lo, hi)
+
+
 class KernelStatistics(Statistics):
-    """Statistics whose lengths, and every prefix sum, come from kernels of the "triton" backend.
+    """Statistics whose lengths, prefix sums and maxima come from kernels of the "triton" backend.
 
     Lengths take one pass over keys or queries, where torch's operators on a GPU take several over copies in fp32.
     """
 
     _scan = staticmethod(_prefix_sum)
+    _argmax = staticmethod(_argmax_over_ranges)
+
+    def _seen_keys(self) -> Tensor:
+        visible = self.visibility
+        is_plain = runs_eagerly(visible.key_lengths, visible.key_ranges)
+        return _kernels().seen_keys(visible) if is_plain else super()._seen_keys()
 
     @staticmethod
     def _lengths_of(x: Tensor, seen: Tensor | None) -> Tensor:
@@ -59,6 +71,18 @@ def _prefix_sums_operator(x):
 @_prefix_sums_operator.register_fake
 def _(x):
     return x.new_empty((*x.shape[:-1], x.shape[-1] + 1), dtype=torch.float64)
+
+
+@torch.library.custom_op(
+    qualified("argmax_over_ranges"), mutates_args=(), schema="(Tensor x, Tensor lo, Tensor hi) -> Tensor"
+)
+def _argmax_operator(x, lo, hi):
+    return _kernels().argmax_over_ranges(x, lo, hi)
+
+
+@_argmax_operator.register_fake
+def _(x, lo, hi):
+    return lo.new_empty((*x.shape[:-1], lo.shape[-1]))
 
 
 @torch.library.custom_op(qualified("key_lengths"), mutates_args=(), schema="(Tensor k, Tensor? seen) -> Tensor")
@@ -118,5 +142,7 @@ def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
     return in_one_batch(operator, info.batch_size, in_dims, arguments)
 
 
-for _operator in (_prefix_sums_operator, _key_lengths_operator, _key_lengths_backward_operator):
+for _operator in (
+    _prefix_sums_operator, _argmax_operator, _key_lengths_operator, _key_lengths_backward_operator,
+):  # fmt: skip
     _operator.register_vmap(partial(_vmap, _operator))

@@ -10,13 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..autograd import runs_eagerly
+from ..autograd import apply, runs_eagerly
 from ..statistics import Statistics
 from ..visibility import Visibility
 
 # Below it a statistic counts as zero: its reciprocal need not fit fp32.
 SMALLEST_STATISTIC = torch.finfo(torch.float32).tiny
-_LARGEST_ZERO = math.nextafter(SMALLEST_STATISTIC, 0)
+_LARGEST_ZERO = {
+    torch.float32: SMALLEST_STATISTIC - torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps,
+    torch.float64: math.nextafter(SMALLEST_STATISTIC, 0),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +82,25 @@ def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[T
 
 
 def reciprocal(statistic: Tensor) -> Tensor:
-    """1 / s in fp64; 0, with gradient 0, where s is 0 or below fp32's normal range; NaN stays NaN.
+    """1 / s, fp32 of fp32 s, else fp64; 0, with gradient 0, where s is below fp32's normal range; NaN stays NaN."""
+    return apply(_Reciprocal, statistic if statistic.dtype == torch.float32 else statistic.double())
 
-    fp64 because the gradient -1 / s^2 leaves fp32's range long before s does.
-    """
-    return torch.threshold(statistic.double(), _LARGEST_ZERO, math.inf).reciprocal()
+
+class _Reciprocal(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(statistic: Tensor) -> Tensor:
+        return torch.threshold(statistic, _LARGEST_ZERO[statistic.dtype], math.inf).reciprocal()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        (factor,) = ctx.saved_tensors
+        return (g * factor) * -factor  # not by 1 / s^2, which leaves fp32's range long before s does
 
 
 def root(square: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from .attention import backward, forward, problem_of
 from .decode import attend_few_rows, decode
-from .key_statistics import append_keys, key_lengths, key_lengths_backward, prefix_sums
+from .key_statistics import append_keys, key_lengths, key_lengths_backward
+from .ranges import argmax_over_ranges, prefix_sums, seen_keys
 
 __all__ = [
     "append_keys",
+    "argmax_over_ranges",
     "attend_few_rows",
     "backward",
     "decode",
@@ -14,4 +16,5 @@ __all__ = [
     "key_lengths_backward",
     "prefix_sums",
     "problem_of",
+    "seen_keys",
 ]

@@ -9,10 +9,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..call import AttentionCall, ForwardResult, Gradients, Needs
-from ..launch import Arguments, Plan, bounded, is_wide, plan, planned, stride_arguments
+from ..launch import Arguments, Plan, is_wide, planned, stride_arguments
 from ..tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
 from ..visibility import Visibility
-from .key_statistics import seen_bytes
+from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
 
 
 def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
@@ -110,23 +110,11 @@ def _launch(kernel: str, available: Arguments, call: AttentionCall, heads: int) 
     def launches(chosen: Plan) -> None:
         of_config = _descriptors(chosen.config, call, d_out)
         if kernel == "grad_key_value":
-            of_config["row_bounds_ptr"] = _row_bounds(chosen.config, available, call)
+            of_config["row_bounds_ptr"] = rows_of_key_blocks(call.visibility, available, chosen.config.block_n)
         grid = (_blocks(kernel, chosen.config, call), heads, _members(call))
         chosen.launch(grid, available | of_config, is_wide(call.q, call.k, call.v, d_out))
 
     planned(kernel, problem, call.q.device, launches)
-
-
-def _row_bounds(config: TileConfig, available: Arguments, call: AttentionCall) -> Tensor | None:
-    """int32 [B, key blocks, 2], the rows that a block of keys needs; None where ranges of keys do not say."""
-    if call.visibility.key_ranges is None:
-        return None
-    blocks = -(-call.visibility.k_len // config.block_n)
-    bounds = torch.empty((call.visibility.batch, blocks, 2), dtype=torch.int32, device=call.q.device)
-    chosen = plan("row_bounds", Problem(1, 1, torch.float32), call.q.device)
-    arguments = available | {"bounds_ptr": bounds, "key_block": config.block_n}
-    chosen.launch((blocks, 1, call.visibility.batch), arguments, False)
-    return bounds
 
 
 def _blocks(kernel: str, config: TileConfig, call: AttentionCall) -> int:
@@ -163,7 +151,7 @@ def _seen(key_scale: Tensor, visible: Visibility) -> Tensor:
     """The key scale with 0 for keys that no row sees, whose scales may be anything."""
     if visible.sees_every_key:
         return key_scale
-    return torch.where(visible.seen_keys(), key_scale, 0)
+    return torch.where(seen_keys(visible), key_scale, 0)
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -230,7 +218,6 @@ def _descriptor(tensor: Tensor, rows: int) -> Any:
 def _call_arguments(call: AttentionCall) -> Arguments:
     """The arguments that the forward and both backward kernels share."""
     visible, dropout = call.visibility, call.dropout
-    reach = visible.q_len + visible.k_len
     arguments = {
         "q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v,
         "query_scale_ptr": call.query_scale, "key_scale_ptr": call.key_scale,
@@ -239,9 +226,6 @@ def _call_arguments(call: AttentionCall) -> Arguments:
         "keep_from": 0 if dropout is None else dropout.threshold - 2**31,
         "keep_scale": 1.0 if dropout is None else 1 / (1 - dropout.p),
         "scale": float(call.scale), "softcap": None if call.softcap is None else float(call.softcap),
-        "q_len": visible.q_len, "k_len": visible.k_len,
-        "left": None if visible.left is None else min(visible.left, reach),
-        "right": None if visible.right is None else min(visible.right, reach),
         "q_heads": visible.q_heads, "group": visible.q_heads // visible.kv_heads,
     }  # fmt: skip
     for name in ("q", "k", "v", "query_scale", "key_scale"):
@@ -251,22 +235,15 @@ def _call_arguments(call: AttentionCall) -> Arguments:
 
 def _visibility_arguments(call: AttentionCall) -> Arguments:
     visible = call.visibility
-    lengths, ranges, mask, seen = visible.key_lengths, visible.key_ranges, visible.mask, None
-    q_starts = k_starts = None
+    arguments = range_arguments(visible)
+    mask = seen = q_starts = k_starts = None
     if visible.sequences is not None:
         q_starts, k_starts = (x.contiguous() for x in (visible.sequences.q_starts, visible.sequences.k_starts))
-    if lengths is not None:
-        lengths = bounded(lengths, visible.k_len).contiguous()
-    if ranges is not None:
-        ranges = bounded(ranges, visible.k_len).contiguous()
-    if mask is not None:
-        mask = mask.expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len).view(torch.uint8)
-    if ranges is not None or mask is not None:
-        seen = seen_bytes(visible.seen_keys(), call.k)
-    arguments = {
-        "key_lengths_ptr": lengths, "key_ranges_ptr": ranges, "mask_ptr": mask, "seen_ptr": seen,
-        "q_starts_ptr": q_starts, "k_starts_ptr": k_starts,
-    }  # fmt: skip
+    if visible.mask is not None:
+        mask = visible.mask.expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len).view(torch.uint8)
+    if visible.mask is not None or visible.key_ranges is not None:
+        seen = seen_bytes(seen_keys(visible, arguments), call.k)
+    arguments |= {"mask_ptr": mask, "seen_ptr": seen, "q_starts_ptr": q_starts, "k_starts_ptr": k_starts}
     return arguments | stride_arguments("mask", mask)
 
 

@@ -1,4 +1,4 @@
-"""The pass over the keys: lengths, prefix sums, and the way back into k."""
+"""The pass over the keys: their lengths, and the way back into k."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..launch import Arguments, is_wide, plan, stride_arguments
 from ..tuning.config import Problem
+from .ranges import seen_bytes
 
 
 def key_lengths(k: Tensor, seen: Tensor | None) -> Tensor:
@@ -17,16 +18,6 @@ def key_lengths(k: Tensor, seen: Tensor | None) -> Tensor:
     lengths = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
     _launch_keys("key_statistics", _key_arguments(k, seen) | {"lengths_ptr": lengths}, k)
     return lengths
-
-
-def prefix_sums(addends: Tensor) -> Tensor:
-    """fp64 sums of addends [B, H, n], of any float dtype, over [0, j), j = 0 .. n: [B, H, n + 1]."""
-    batch, heads, count = addends.shape
-    sums = torch.empty((batch, heads, count + 1), dtype=torch.float64, device=addends.device)
-    chosen = plan("prefix_sums", Problem(1, 1, torch.float32), addends.device)
-    arguments = {"addends_ptr": addends.contiguous(), "sums_ptr": sums, "addends_len": count, "q_heads": heads}
-    chosen.launch((1, heads, batch), arguments, False)
-    return sums
 
 
 def key_lengths_backward(k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor) -> Tensor:
@@ -63,7 +54,3 @@ def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
 def _key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:
     arguments = {"k_ptr": k, "seen_ptr": None if seen is None else seen_bytes(seen, k)}
     return arguments | stride_arguments("k", k) | {"k_len": k.shape[2], "kv_heads": k.shape[1]}
-
-
-def seen_bytes(seen: Tensor, k: Tensor) -> Tensor:
-    return seen.expand(k.shape[:3]).contiguous().view(torch.uint8)

@@ -15,7 +15,8 @@ from ..kernels import primitives
 TILED_KERNELS = ("forward", "grad_key_value", "grad_query", "decode")
 _DESCRIBED = TILED_KERNELS[:3]  # those that can load by the tensor memory accelerator
 STREAMING_KERNELS = (
-    "row_terms", "key_statistics", "prefix_sums", "key_statistics_grad", "append_keys", "row_bounds", "decode_combine",
+    "row_terms", "key_statistics", "prefix_sums", "key_statistics_grad", "append_keys", "row_bounds", "keys_seen",
+    "argmax_of_ranges", "decode_combine",
 )  # fmt: skip
 
 ROW_TERMS_ALIGNMENT = primitives.ROW_TERMS_ALIGNMENT.value

@@ -75,6 +75,14 @@ _DECODE_TILES = {
     "sm_100": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)},
     "amd": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1)},
 }
+# Of passes without a head dim. A program of prefix_sums goes through a whole row: few steps, each as wide as registers
+# allow. One of argmax_of_ranges holds a tile where rows differ, and goes by a tile's keys where they do not.
+_STREAMING_TILES = {
+    "prefix_sums": TileConfig(4096, 4096, 8, 1),
+    "row_bounds": TileConfig(1024, 1024, 4, 1),
+    "keys_seen": TileConfig(64, 64, 4, 1),
+    "argmax_of_ranges": TileConfig(64, 128, 16, 1),
+}
 _FAMILIES = {
     "80": "sm_80", "87": "sm_80", "90": "sm_90", "100": "sm_100", "103": "sm_100", "120": "sm_120", "121": "sm_120",
 }  # fmt: skip
@@ -84,10 +92,8 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
     """The config of a kernel where no table has one."""
     width = min(size for size in (64, 128, 256) if size >= problem.width)
     if kernel in STREAMING_KERNELS:
-        if kernel == "prefix_sums":  # a program goes through a whole row: few steps, each as wide as registers allow
-            return TileConfig(4096, 4096, 8, 1)
-        rows = 1024 if kernel == "row_bounds" else 8192 // max(width, 128)
-        return TileConfig(rows, rows, 4, 1)
+        rows = 8192 // max(width, 128)
+        return _STREAMING_TILES.get(kernel, TileConfig(rows, rows, 4, 1))
     family = "amd" if target.backend == "hip" else _FAMILIES.get(target.arch, "sm_86")
     if kernel == "decode":
         return _decode_config(problem, width, family)

@@ -1,0 +1,102 @@
+"""Passes over the ranges of keys that rows see: which keys, by which rows, and the largest entry of each range."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import COUNTS, LENGTHS, key_blocks_of_rows, program_position, row_range, skip_gap
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+def rows_of_key_block(
+    key_lengths_ptr, key_ranges_ptr, bounds_ptr, left, right, q_len, k_len, key_block, first_head, first_member,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """First and one past the last row that sees a key of one block of keys; first >= last where none does.
+
+    Grid: (blocks of key_block keys, 1, B). bounds int32 [B, blocks, 2], contiguous; the other arguments as in
+    `primitives.row_range`.
+    """
+    block, _, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    first_key = block * key_block
+    first, end = tl.full([BLOCK_M], 0, tl.int32) + q_len, tl.full([BLOCK_M], 0, tl.int32)
+    for start in range(0, q_len, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        row = tl.minimum(offs_m, q_len - 1)
+        lo, hi = row_range(row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
+        touches = (tl.maximum(lo, first_key) < tl.minimum(hi, first_key + key_block)) & (offs_m < q_len)
+        first = tl.minimum(first, tl.where(touches, row, q_len))
+        end = tl.maximum(end, tl.where(touches, row + 1, 0))
+    bounds_ptr += (batch.to(tl.int64) * tl.num_programs(0) + block) * 2
+    tl.store(bounds_ptr, tl.min(first, 0))
+    tl.store(bounds_ptr + 1, tl.max(end, 0))
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+def keys_seen(
+    key_lengths_ptr, key_ranges_ptr, keys_seen_ptr, left, right, q_len, k_len, first_head, first_member,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Which of BLOCK_N keys some row sees.
+
+    Grid: (blocks of Sk, 1, B). keys_seen uint8 [B, Sk], contiguous; the other arguments as in `primitives.row_range`.
+    Rows are asked from the last one on, which sees most under a causal mask, until every key has been seen.
+    """
+    block, _, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    first_key = block * BLOCK_N
+    offs_n = first_key + tl.arange(0, BLOCK_N)
+    seen = (offs_n >= k_len).to(tl.int32)
+    start = (q_len - 1) // BLOCK_M * BLOCK_M
+    while (start >= 0) & (start < q_len) & (tl.min(seen, 0) == 0):
+        row = tl.minimum(start + tl.arange(0, BLOCK_M), q_len - 1)
+        lo, hi = row_range(row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
+        touches = tl.maximum(lo, first_key) < tl.minimum(hi, first_key + BLOCK_N)
+        if tl.max(touches.to(tl.int32), 0) > 0:
+            covers = (lo[:, None] <= offs_n[None, :]) & (offs_n[None, :] < hi[:, None])
+            seen = tl.maximum(seen, tl.max(covers.to(tl.int32), 0))
+        start -= BLOCK_M
+    tl.store(keys_seen_ptr + batch.to(tl.int64) * k_len + offs_n, seen, mask=offs_n < k_len)
+
+
+@triton.jit
+def _ranked(x, key):
+    """int64 whose order is that of x, at least 0, with NaN last, and of equals that of falling keys."""
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return (magnitude.to(tl.int64) << 32) | (0x7FFFFFFF - key).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+def argmax_of_ranges(
+    x_ptr, lo_ptr, hi_ptr, argmax_ptr, q_len, k_len, q_heads, bounds_len, first_head, first_member,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The lowest key that attains the maximum of x over the range of each of BLOCK_M rows.
+
+    For an empty range it is lo, or the last key where lo is none. What all rows see is gone through once, as a vector.
+
+    Grid: (blocks of Sq, H, B). x fp32 [B, H, Sk], at least 0 or NaN; lo and hi int64, 0 <= lo <= hi <= Sk, those of one
+    batch entry bounds_len apart: Sq, or 0 where they are those of all; argmax int64 [B, H, Sq]. All contiguous.
+    """
+    block, head, batch = program_position(first_head, first_member, LAST_FIRST=True)
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.minimum(offs_m, q_len - 1)
+    lo = tl.load(lo_ptr + batch.to(tl.int64) * bounds_len + row).to(tl.int32)
+    hi = tl.load(hi_ptr + batch.to(tl.int64) * bounds_len + row).to(tl.int32)
+    touch_lo, touch_hi, full_start, full_end = key_blocks_of_rows(
+        lo, hi, block, block, batch, q_len, k_len, None, None, None, lo_ptr, None, BLOCK_N
+    )
+    x_ptr += (batch.to(tl.int64) * q_heads + head) * k_len
+    columns = tl.arange(0, BLOCK_N)
+    of_all = tl.full([BLOCK_N], -1, tl.int64)
+    for start in range(full_start, full_end, BLOCK_N):
+        of_all = tl.maximum(of_all, _ranked(tl.load(x_ptr + start + columns), start + columns))
+    largest = tl.full([BLOCK_M], -1, tl.int64)
+    for position in range(touch_lo // BLOCK_N * BLOCK_N, touch_hi - (full_end - full_start), BLOCK_N):
+        offs_n = skip_gap(position, full_start, full_end) + columns
+        x = tl.load(x_ptr + offs_n, mask=(offs_n >= touch_lo) & (offs_n < touch_hi), other=0.0)
+        visible = (offs_n[None, :] >= lo[:, None]) & (offs_n[None, :] < hi[:, None])
+        largest = tl.maximum(largest, tl.max(tl.where(visible, _ranked(x, offs_n)[None, :], -1), 1))
+    largest = tl.maximum(largest, tl.max(of_all, 0))
+    key = tl.where(largest < 0, tl.minimum(lo, k_len - 1), 0x7FFFFFFF - (largest & 0x7FFFFFFF).to(tl.int32))
+    tl.store(argmax_ptr + (batch.to(tl.int64) * q_heads + head) * q_len + offs_m, key, mask=offs_m < q_len)
