@@ -62,7 +62,11 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 def _rows_begun(bound: Tensor, k_len: int) -> Tensor:
     """How many rows have bound <= j, of each key j: int64 [..., Sk]; bound [..., Sq] does not fall along the rows."""
-    keys = torch.arange(k_len, device=bound.device) + bound.new_zeros((*bound.shape[:-1], 1))  # dense, in vmap too
+    keys = torch.arange(k_len, device=bound.device)
+    if runs_eagerly(bound):
+        keys = keys.expand(*bound.shape[:-1], -1).contiguous()
+    else:
+        keys = keys + bound.new_zeros((*bound.shape[:-1], 1))  # dense, in vmap too
     return torch.searchsorted(bound.contiguous(), keys, right=True)
 
 

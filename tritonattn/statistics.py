@@ -96,6 +96,29 @@ class Statistics:
         return self.visibility.max(self.lengths, self._scan, self._argmax)
 
 
+class DoubleStatistics(Statistics):
+    """Others in fp64, for a mode made of modes: gradients towards their factors may leave fp32's range."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        super().__init__(lambda: statistics.k, statistics.visibility)
+        self._narrow = statistics
+
+    def query_lengths(self, q: Tensor) -> Tensor:
+        return self._narrow.query_lengths(q).double()
+
+    def _lengths(self) -> Tensor:
+        return self._narrow.lengths.double()
+
+    def _length_sum(self) -> Tensor:
+        return self._narrow.length_sum.double()
+
+    def _length_square_sum(self) -> Tensor:
+        return self._narrow.length_square_sum
+
+    def _length_max(self) -> Tensor:
+        return self._narrow.length_max.double()
+
+
 def key_lengths_of(k: Tensor, seen: Tensor | None = None) -> Tensor:
     """Euclidean lengths of k [..., D]: [...], fp32 (fp64 for fp64 k).
 

@@ -159,21 +159,26 @@ class Visibility:
         return self._kept[0]
 
     def _ranges(self) -> tuple[Tensor, Tensor]:
-        if self.sequences is None:
-            own = torch.arange(self.k_len - self.q_len, self.k_len, device=self.device)[None]  # [1, Sq]
-            lo = torch.zeros_like(own) if self.left is None else own - self.left
-            hi = torch.full_like(own, self.k_len) if self.right is None else own + (self.right + 1)
-        else:
+        lo = hi = own = None
+        if self.sequences is not None:
             lo, hi, own = self.sequences.keys_of_rows(self.q_len)
-            lo = lo if self.left is None else torch.maximum(lo, own - self.left)
-            hi = hi if self.right is None else torch.minimum(hi, own + (self.right + 1))
+        elif self.left is not None or self.right is not None:
+            own = torch.arange(self.k_len - self.q_len, self.k_len, device=self.device)[None]  # [1, Sq]
+        if own is not None and self.left is not None:
+            lo = _later(lo, own - self.left)
+        if own is not None and self.right is not None:
+            hi = _earlier(hi, own + (self.right + 1))
         if self.key_ranges is not None:
-            lo = torch.maximum(lo, self.key_ranges[..., 0])
-            hi = torch.minimum(hi, self.key_ranges[..., 1])
+            given = self.key_ranges.long()
+            lo, hi = _later(lo, given[..., 0]), _earlier(hi, given[..., 1])
         if self.key_lengths is not None:
-            hi = torch.minimum(hi, self.key_lengths.long()[:, None])
+            hi = _earlier(hi, self.key_lengths.long()[:, None])
+        if lo is None:
+            lo = torch.zeros((1, self.q_len), dtype=torch.int64, device=self.device)
+            hi = torch.full_like(lo, self.k_len) if hi is None else hi.clamp(0, self.k_len)
+            return lo, hi.expand(-1, self.q_len)
         lo = lo.clamp(0, self.k_len)
-        return lo, torch.maximum(hi.clamp(0, self.k_len), lo)
+        return lo, torch.full_like(lo, self.k_len) if hi is None else torch.maximum(hi.clamp(0, self.k_len), lo)
 
     def counts(self) -> Tensor:
         """n, the number of visible keys: fp64 [B or 1, 1 or Hq, Sq]."""
@@ -280,3 +285,11 @@ class Visibility:
     def _per_mask_head(self, x: Tensor) -> Tensor:
         group = self.q_heads // self.kv_heads if self.kv_heads else 1
         return x.repeat_interleave(group, dim=1) if self.per_query_head and group > 1 else x
+
+
+def _later(bound: Tensor | None, other: Tensor) -> Tensor:
+    return other if bound is None else torch.maximum(bound, other)
+
+
+def _earlier(bound: Tensor | None, other: Tensor) -> Tensor:
+    return other if bound is None else torch.minimum(bound, other)

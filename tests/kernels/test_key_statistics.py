@@ -103,6 +103,18 @@ def test_keys_are_appended_as_by_torch(dtype, head_dim, device, monkeypatch):
     assert not ours.length_maxima[2, 0, 134].isnan()
 
 
+def test_many_keys_are_appended_in_steps(device, monkeypatch):
+    monkeypatch.setattr(cache_statistics, "kernels_take", lambda x: True)
+    k = torch.randn(2, 2, 2100, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    statistics = KeyStatistics(2, 2, 2100, device=device)
+    statistics.append(k, torch.tensor([2100, 1030], device=device))
+    lengths = k.double().norm(dim=-1)
+    for entry, count in enumerate((2100, 1030)):
+        sums, maxima = (buffer[entry, :, 1 : count + 1] for buffer in statistics._buffers()[2::2])
+        torch.testing.assert_close(sums, lengths[entry, :, :count].cumsum(-1), rtol=1e-6, atol=0)
+        torch.testing.assert_close(maxima.double(), lengths[entry, :, :count].cummax(-1).values, rtol=1e-6, atol=0)
+
+
 def test_fp64_keys_are_not_for_the_kernel(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a kernel in fp32")

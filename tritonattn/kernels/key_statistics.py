@@ -75,7 +75,7 @@ def _larger(a, b):
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def append_keys(
-    k_ptr, new_counts_ptr, counts_ptr, counts_after_ptr, lengths_ptr, length_sums_ptr, square_sums_ptr,
+    k_ptr, new_lengths_ptr, new_counts_ptr, counts_ptr, counts_after_ptr, lengths_ptr, length_sums_ptr, square_sums_ptr,
     length_maxima_ptr, k_len, capacity, kv_heads, first_head, first_member,
     k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
@@ -86,6 +86,7 @@ def append_keys(
     shows them: lengths fp32 [B, Hkv, capacity + 1], length_sums, square_sums fp64 and length_maxima fp32 [B, Hkv,
     capacity + 2].
 
+    new_lengths    fp32 [B, Hkv, k_len], contiguous, those of k, which is then not read; or None
     new_counts     int64 [B] or None: how many of the k_len are keys; None is all. Those past the capacity are dropped
     counts         int64 [B]: how many there are, which other programs read too; so counts_after, likewise, is another
     """
@@ -105,11 +106,15 @@ def append_keys(
     maximum = tl.load(length_maxima_ptr)
     k_ptr += wide_batch * k_stride_b + wide_head * k_stride_h
     k_offsets = tile_offsets(BLOCK_N, BLOCK_D, k_stride_s, k_stride_d, WIDE)
-    for start in range(0, k_len, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
+    STEP: tl.constexpr = BLOCK_N if new_lengths_ptr is None else BLOCK_N * 16  # a vector takes few registers
+    for start in range(0, k_len, STEP):
+        offs_n = start + tl.arange(0, STEP)
         keep_key = offs_n < new
-        k = load_tile(k_ptr + tl.cast(start, tl.int64) * k_stride_s + k_offsets, keep_key, HEAD_DIM, True)
-        length = _lengths_of(k)
+        if new_lengths_ptr is None:
+            k = load_tile(k_ptr + tl.cast(start, tl.int64) * k_stride_s + k_offsets, keep_key, HEAD_DIM, True)
+            length = _lengths_of(k)
+        else:
+            length = tl.load(new_lengths_ptr + row * k_len + offs_n, mask=keep_key, other=0.0)
         wide_length = length.to(tl.float64)
         square = wide_length * wide_length
         highest = _larger(maximum, tl.associative_scan(length, 0, _larger))

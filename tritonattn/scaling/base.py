@@ -16,10 +16,8 @@ from ..visibility import Visibility
 
 # Below it a statistic counts as zero: its reciprocal need not fit fp32.
 SMALLEST_STATISTIC = torch.finfo(torch.float32).tiny
-_LARGEST_ZERO = {
-    torch.float32: SMALLEST_STATISTIC - torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps,
-    torch.float64: math.nextafter(SMALLEST_STATISTIC, 0),
-}
+_LARGEST_ZERO = math.nextafter(SMALLEST_STATISTIC, 0)
+_LARGEST_ZERO_OF_FLOAT32 = SMALLEST_STATISTIC - 2.0**-149
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,16 +80,21 @@ def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[T
 
 
 def reciprocal(statistic: Tensor) -> Tensor:
-    """1 / s, fp32 of fp32 s, else fp64; 0, with gradient 0, where s is below fp32's normal range; NaN stays NaN."""
-    return apply(_Reciprocal, statistic if statistic.dtype == torch.float32 else statistic.double())
+    """1 / s; 0, with gradient 0, where s is 0 or below fp32's normal range; NaN stays NaN.
+
+    fp64, or fp32 of fp32 s that is not traced.
+    """
+    if statistic.dtype == torch.float32 and runs_eagerly(statistic):
+        return apply(_Reciprocal, statistic)
+    return torch.threshold(statistic.double(), _LARGEST_ZERO, math.inf).reciprocal()
 
 
 class _Reciprocal(torch.autograd.Function):
-    generate_vmap_rule = True
+    """Of fp32 in fp32, where operators in fp64 would be twice as many. Its slope -1 / s^2 leaves fp32's range."""
 
     @staticmethod
     def forward(statistic: Tensor) -> Tensor:
-        return torch.threshold(statistic, _LARGEST_ZERO[statistic.dtype], math.inf).reciprocal()
+        return torch.threshold(statistic, _LARGEST_ZERO_OF_FLOAT32, math.inf).reciprocal()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -100,7 +103,7 @@ class _Reciprocal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         (factor,) = ctx.saved_tensors
-        return (g * factor) * -factor  # not by 1 / s^2, which leaves fp32's range long before s does
+        return (g * factor) * -factor
 
 
 def root(square: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from ..launch import Arguments, is_wide, plan, stride_arguments
 from ..tuning.config import Problem
 from .ranges import seen_bytes
 
+# New keys whose lengths one program a head takes while it adds up; those of more are shared by many before.
+_FEW_KEYS = 64
+
 
 def key_lengths(k: Tensor, seen: Tensor | None) -> Tensor:
     """Lengths of the keys k [B, Hkv, Sk, D]: fp32 [B, Hkv, Sk].
@@ -36,6 +39,7 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
     counts, lengths, length_sums, square_sums, length_maxima = buffers
     counts_after = torch.empty_like(counts)
     arguments = _key_arguments(k, None) | {
+        "new_lengths_ptr": key_lengths(k, None) if k.shape[2] > _FEW_KEYS else None,
         "new_counts_ptr": None if new_counts is None else new_counts.long().contiguous(),
         "counts_ptr": counts, "counts_after_ptr": counts_after, "lengths_ptr": lengths, "length_sums_ptr": length_sums,
         "square_sums_ptr": square_sums, "length_maxima_ptr": length_maxima, "capacity": lengths.shape[2] - 1,
