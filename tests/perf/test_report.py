@@ -117,6 +117,23 @@ def test_wrong_results_are_shown_without_times():
     assert "300" not in row
 
 
+def accuracy(name, scaling, error, status="measured"):
+    axes = {"length": 64, "dtype": "fp32", "keys": "gaussian"}
+    return Record("accuracy", axes, f"{name} {scaling}", scaling, status, HERE, "2026-01-02", error=error, bound=1e-2)
+
+
+def test_errors_stand_under_the_name_of_whose_they_are():
+    """Also in the row of a scaling that ours fails for."""
+    records = [accuracy("tritonattn", "dim", None, "failed"), accuracy("tritonattn", "none", 1e-4)]
+    records += [accuracy("pre-scaled", scaling, error) for scaling, error in (("dim", 2e-3), ("none", 3e-3))]
+    for order in (records, records[::-1]):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables(order).splitlines()]
+        header = next(row for row in rows if row[1:2] == ["scaling"])
+        found = {row[1]: dict(zip(header, row, strict=True)) for row in rows if row[1:2] in (["dim"], ["none"])}
+        assert (found["dim"]["tritonattn"], found["dim"]["pre-scaled"]) == ("", "2.0e-03, 2.0e-03")
+        assert (found["none"]["tritonattn"], found["none"]["pre-scaled"]) == ("1.0e-04, 1.0e-04", "3.0e-03, 3.0e-03")
+
+
 def test_records_survive_the_file(tmp_path):
     file = ResultsFile(tmp_path / "a.jsonl", HERE)
     file.append([OURS, PEER])
