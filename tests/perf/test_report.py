@@ -110,6 +110,19 @@ def test_environments_are_kept_apart():
     assert "Card Y" in text
 
 
+def test_a_suite_has_one_table_whatever_the_order_of_its_records():
+    later, cpu = replace(PEER, date="2026-01-03"), replace(OURS, suite="cpu")
+    text = tables([OURS, cpu, later])
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## cpu", "## forward"]
+    assert "`, 2026-01-02, 2026-01-03; clocks" in text
+
+
+def test_a_report_is_printed_and_kept(tmp_path, capsys):
+    ResultsFile(tmp_path / "a.jsonl", HERE).append([OURS, PEER])
+    main(["report", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "report.md")])
+    assert capsys.readouterr().out == (tmp_path / "report.md").read_text() == tables([OURS, PEER]) + "\n"
+
+
 def test_wrong_results_are_shown_without_times():
     wrong = replace(OURS, status="wrong", reason="out: expected", median_ms=None, ratio=None, tflops=None, gbps=None)
     row = next(line for line in tables([wrong]).splitlines() if "tritonattn dim" in line)

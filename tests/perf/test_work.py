@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from perf.work import Shape, bytes_moved, decode_bytes, flops, forward_flops, visible_pairs
+from perf.work import Shape, bytes_moved, decode_bytes, flops, forward_flops, matmul_flops, visible_pairs
 from tritonattn.visibility import Visibility
 
 
@@ -31,3 +31,8 @@ def test_bytes_are_those_of_the_tensors():
     assert bytes_moved(shape, "backward", q.dtype) == backward
     assert bytes_moved(shape, "forward+backward", q.dtype) == forward + backward
     assert decode_bytes(shape, q.dtype) == forward
+    assert shape.logits == (q @ torch.empty(2, 4, 8, 9, dtype=q.dtype)).numel()
+
+
+def test_a_product_of_matrices():
+    assert matmul_flops(3) == 9 * 3 * 2
