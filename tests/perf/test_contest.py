@@ -84,6 +84,15 @@ def test_a_peer_that_raises_in_the_midst_of_the_rounds_is_named_and_the_others_a
     assert found["ours"].rounds == found["other"].rounds == 2
 
 
+def test_an_error_without_a_text_is_named():
+    def fails(number):
+        raise RuntimeError
+
+    found = run(entrant("ours"), entrant("peer", call=fails))
+    assert (found["peer"].status, found["peer"].reason) == ("skipped", "RuntimeError: ")
+    assert found["ours"].status == "measured"
+
+
 def test_ours_that_raises_in_the_midst_of_the_rounds_has_failed(capsys):
     found = run(entrant("ours", call=raises_at(4)), entrant("peer"))
     assert (found["ours"].status, found["peer"].status) == ("failed", "measured")

@@ -213,3 +213,4 @@ def test_the_fingerprint_is_of_the_code_alone():
     code = 'def f(x):\n    """Doc."""\n    return x + 1  # why\n'
     assert table._code(code) == table._code("# top\ndef f(x):\n\n    return (x + 1)\n".replace("(x + 1)", "x + 1"))
     assert table._code(code) != table._code(code.replace("1", "2"))
+    assert table._code('# top\n\n"""Doc."""\n\nx = "a"\n') == table._code('x = "a"\n') != table._code('x = "b"\n')

@@ -57,8 +57,10 @@ def card(monkeypatch):
 @pytest.mark.parametrize("host", [0.02, 0.5, 2.0])
 def test_the_hosts_time_is_not_in_a_cards(host, card):
     """A kernel of 0.05 ms, though the host takes longer to launch it than the card to overwrite its L2 once."""
-    taken = timing.take_turns({"a": lambda _: card.launch(host, 0.05)}, GPU, rounds=4, warm_up=0)
+    calls: list[int] = []
+    taken = timing.take_turns({"a": lambda n: (calls.append(n), card.launch(host, 0.05))}, GPU, rounds=4, warm_up=0)
     assert taken["a"] == pytest.approx([0.05] * 4)
+    assert len(calls) <= 5 + 5, "the right number of flushes, at most 32, is found by doubling"
 
 
 def test_a_contestant_that_waits_for_the_card_is_timed_all_the_same(card):
@@ -97,6 +99,20 @@ def test_every_call_on_a_card_meets_an_overwritten_cache(card):
     calls = steps[2:]
     assert sorted(calls) == ["a"] * 3 + ["b"] * 3 + ["flush"] * 6
     assert calls[::2] == ["flush"] * 6
+
+
+def test_milliseconds_of_a_cpu_after_its_warm_up(monkeypatch):
+    """Which is no part of the seconds that the rounds may take."""
+    now, calls = [0.0], []
+
+    def contestant(number: int) -> None:
+        calls.append(number)
+        now[0] += 0.25
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    taken = timing.take_turns({"a": contestant}, torch.device("cpu"), rounds=9, warm_up=1.0, seconds=0.9)
+    assert taken["a"] == [250.0] * 4
+    assert calls == [0, *range(4), *range(4)]
 
 
 def test_time_that_is_up_leaves_three_rounds():
