@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -82,6 +83,18 @@ def test_a_peer_that_raises_in_the_midst_of_the_rounds_is_named_and_the_others_a
     assert found["peer"].reason == "when all take turns: OutOfMemoryError: CUDA out of memory."
     assert found["peer"].median_ms is None
     assert found["ours"].rounds == found["other"].rounds == 2
+
+
+def test_a_case_forgets_what_was_compiled_for_the_last(monkeypatch):
+    """Else the shapes of many cases pass torch.compile's limit, and the next peer is slow."""
+    done = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("forgotten"))
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    run(entrant("ours"))
+    assert done == []
+    monkeypatch.setitem(sys.modules, "torch._dynamo", torch)
+    run(entrant("ours", call=lambda number: done.append("called") or {}))
+    assert done[:2] == ["forgotten", "called"]
 
 
 def test_an_error_without_a_text_is_named():

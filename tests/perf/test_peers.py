@@ -131,10 +131,16 @@ def test_every_backend_of_pytorchs_attention_decodes(monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_flex_attention():
     who = (("tritonattn", "key_norm_mean"), ("flex", "key_norm_mean"))
-    case = Case("forward", Shape(1, 2, 2, 40, 40, 16, causal=True), "fp32", "forward", who, CPU, "sdpa")
+    case = Case("forward", Shape(1, 2, 2, 24, 40, 16, causal=True), "fp32", "forward", who, CPU, "sdpa")
     assert statuses(case.contest().run(ONCE, HERE))["flex key_norm_mean"] == ("measured", "")
     backward = replace(case, passes="backward").contest().run(ONCE, HERE)
     assert statuses(backward)["flex key_norm_mean"] == ("skipped", "has no backward on a CPU")
+
+
+def test_the_eager_peer_masks_from_the_last_key():
+    who = (("tritonattn", "key_norm_mean"), ("eager", "key_norm_mean"))
+    case = Case("forward", Shape(1, 2, 2, 24, 40, 16, causal=True), "fp32", "forward", who, CPU, "sdpa")
+    assert statuses(case.contest().run(ONCE, HERE))["eager key_norm_mean"] == ("measured", "")
 
 
 def test_masks_and_sizes_that_a_peer_cannot_do(monkeypatch):
@@ -174,6 +180,18 @@ def test_a_block_of_one_row_rounds_as_others(monkeypatch):
     by_row = Question(q, k, v, None, causal=True)
     assert (by_row.eager("key_count", "operands")["out"] != whole).double().mean() < 0.05
     assert (by_row.eager("key_count", "P")["out"] != whole).double().mean() > 0.2
+
+
+@pytest.mark.parametrize(("scaling", "is_number"), [("key_count", True), ("sqrt_dim", True), ("key_norm_mean", False)])
+def test_a_factor_of_one_row_that_only_counts_is_a_number(scaling, is_number):
+    """Which no call needs to round."""
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 32, 1, 8, generator=random).bfloat16()
+    k, v = torch.randn(2, 1, 1, 23, 8, generator=random).bfloat16().unbind(0)
+    for causal in (False, True):
+        question = Question(q, k, v, None, causal)
+        found = [question.eager(scaling, rounding)["out"] for rounding in ("operands", "P")]
+        assert torch.equal(*found) == is_number
 
 
 @pytest.mark.parametrize("scaling", ["cosine", "key_norm_sum"])

@@ -158,6 +158,28 @@ def test_it_is_shipped_if_that_is_asked_for(user, tmp_path, capsys):
     assert not user.exists()
 
 
+def test_a_gpu_that_is_named_twice_is_one(user, capsys):
+    """By its name, and by its architecture with all that share it."""
+    _, out, _ = run(capsys, "tune", "--static", "rtx_5090,sm_120,rtx_5090", *ONE[3:])
+    found = [line.partition(":")[0] for line in out.splitlines() if line.endswith(" entries")]
+    assert found == [str(user / "rtx_5090.json"), str(user / "rtx_pro_6000.json")]
+
+
+def test_a_config_that_changes_is_shown_with_the_one_before(user, capsys):
+    write_table(
+        user / "a100.json",
+        Table(
+            "a100",
+            Target("cuda", "80"),
+            kernels_fingerprint(),
+            dict(zip(KEYS, (Entry(TileConfig(128, 32, 8, 3), "static", {}), Entry(BEST, "static", {})), strict=False)),
+        ),
+    )
+    _, out, _ = run(capsys, *ONE)
+    rows = [line.rstrip(" |").split("| ")[-1] for line in out.splitlines() if line.startswith("| forward")]
+    assert rows == ["was 128 x 32, 8 warps, 3 stages", "static", "static"]
+
+
 def test_what_was_measured_and_what_was_not_asked_for_is_kept(user, capsys):
     measured = Entry(TileConfig(128, 64, 4, 2), "measured", {"milliseconds": 1.0})
     other = Key("decode", 64, "none", "long")
@@ -205,6 +227,8 @@ def on_h100(user, monkeypatch):
     searched = []
 
     def search(key, configs, target, device, effort, dtypes):
+        assert set(configs) <= {BEST}
+        assert dtypes == (torch.bfloat16,)
         searched.append(key)
         before, timing = default_config(key.kernel, key.problem, target), Timing(1.0, 0.9, 1.1, 20)
         return Result(key, before, Timing(2.0, 1.9, 2.1, 20), Entry(BEST, "measured", {"milliseconds": 1.0}), timing)
@@ -220,11 +244,28 @@ SEARCH = ["tune", *ONE[3:]]
 
 
 def test_a_search_writes_what_it_found_and_shows_the_gain(on_h100, user, capsys):
+    assert lookup.find("forward", KEYS[0].problem, H100).path is None
     status, out, _ = run(capsys, *SEARCH)
     assert status == 0
     assert read_table(user / "h100.json").entries == dict.fromkeys(KEYS, Entry(BEST, "measured", {"milliseconds": 1.0}))
     assert "2.000x" in out
     assert lookup.find("forward", KEYS[0].problem, H100) == (BEST, user / "h100.json")
+
+
+def test_a_search_that_finds_nothing_changes_nothing(on_h100, user, monkeypatch, capsys):
+    search = commands.search
+
+    def nothing(key, *arguments, **options):
+        if key != KEYS[1]:
+            return search(key, *arguments, **options)
+        return Result(key, BEST, None, None, None, (f"{key} {BEST}: result 0: expected an error",))
+
+    monkeypatch.setattr(commands, "search", nothing)
+    status, out, _ = run(capsys, *SEARCH, "--write")
+    assert status == 0
+    assert f"were wrong:\n{KEYS[1]} {BEST}: result 0: expected an error" in out
+    assert set(read_table(cache_dir.shipped_tables() / "h100.json").entries) == {KEYS[0], KEYS[2]}
+    assert not user.exists(), "--write"
 
 
 def test_a_search_that_is_stopped_goes_on(on_h100, user, monkeypatch, capsys):
@@ -293,6 +334,13 @@ def test_a_budget(on_h100, user, capsys):
     _, out, _ = run(capsys, *SEARCH, "--budget", "-1")
     assert "the budget of -1 minutes is spent" in out
     assert on_h100 == []
+
+
+def test_a_budget_is_of_minutes(on_h100, monkeypatch, capsys):
+    monkeypatch.setattr(commands.time, "monotonic", lambda: 1000.0 + 40 * len(on_h100))
+    _, out, _ = run(capsys, *SEARCH, "--budget", "1")
+    assert "the budget of 1 minutes is spent" in out
+    assert on_h100 == KEYS[:2]
 
 
 def test_a_budget_of_tables(user, capsys):

@@ -132,15 +132,16 @@ def test_a_missing_field_of_a_config(tmp_path):
         read_table(path)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_failed_write_leaves_the_old_file(error, tmp_path, monkeypatch):
     path = tmp_path / "a100.json"
     write_table(path, example())
 
     def fail(*_):
-        raise OSError("disk full")
+        raise error("disk full")
 
     monkeypatch.setattr(table.Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(error, match="disk full"):
         write_table(path, example(3))
     assert read_table(path) == example()
     assert list(tmp_path.iterdir()) == [path]
