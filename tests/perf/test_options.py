@@ -6,9 +6,13 @@ import argparse
 import re
 
 import pytest
+import torch
 
+pytest.importorskip("triton")
 from perf import run_suites, sweep
 from perf.__main__ import main
+from perf.records import Record
+from perf.versions import Environment
 
 WHOLE = "expected a whole number from 1 up, got '0'"
 
@@ -53,6 +57,15 @@ def test_the_command_of_a_sweep_is_what_its_figures_depend_on():
     options = ("--suite", "forward,cpu", "--head-dims", "64,128", "--quick", "--rounds", "2")
     found = sweep.command_line(parsed(*options))
     assert found == "python -m perf sweep --suite forward,cpu --quick --head-dims 64,128 --rounds 2"
+
+
+def test_a_wrong_result_is_said_though_the_sweep_was_stopped(monkeypatch):
+    wrong = Record(
+        "cpu", {}, "ours dim", "dim", "wrong", Environment.of(torch.device("cpu"), ""), "", reason="out: far"
+    )
+    monkeypatch.setattr(run_suites, "measure", lambda request: ([wrong], True))
+    with pytest.raises(SystemExit, match="1 results are wrong or missing\ncpu , ours dim: out: far"):
+        main(["sweep", "--device", "cpu"])
 
 
 def test_what_a_sweep_is_asked_for(monkeypatch):

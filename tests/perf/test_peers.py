@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -98,6 +99,14 @@ def test_packages_of_gpus(causal, installed):
     assert statuses(wide)["flash-attn-3 dim"] == ("skipped", "takes float16 and bfloat16, not float32")
 
 
+def test_key_heads_that_query_heads_share(installed):
+    who = tuple((name, "key_norm_mean") for name in ("tritonattn", "sdpa", "flash-attn-2", "xformers"))
+    case = Case("forward", Shape(1, 4, 2, 9, 9, 16, causal=True), "fp32", "forward", who[:2], CPU, "sdpa")
+    assert [record.status for record in case.contest().run(ONCE, HERE)] == ["measured"] * 2
+    found = statuses(replace(case, who=who, dtype="bf16").contest().run(ONCE, HERE))
+    assert found["xformers key_norm_mean"] == ("skipped", "wants key heads repeated for the query heads of a group")
+
+
 def test_packages_of_gpus_packed_and_decoding(installed):
     names = ("flash-attn-2", "flash-attn-3", "xformers")
     packed = VarlenCase((5, 9), 2, 16, "bf16", "forward+backward", "dim", names, CPU, "sdpa")
@@ -147,11 +156,19 @@ def test_masks_and_sizes_that_a_peer_cannot_do(monkeypatch):
     problem = peers.Problem(Shape(1, 2, 1, 4, 6, 8, causal=True), torch.float32, CPU, False, "dim")
     with pytest.raises(Unavailable, match="is another mask unless"):
         peers.PEERS["sdpa"].build(problem)
-    monkeypatch.setattr(peers, "available_memory", lambda device: 2**30)
     large = replace(problem, shape=Shape(1, 1, 1, 2**14, 2**14, 8, causal=False))
-    for name in ("eager", "sdpa-math"):
-        with pytest.raises(Unavailable, match=r"would take about 4\.0 GiB of 1\.0 GiB"):
-            peers.PEERS[name].build(large)
+    for backward, needed, free in ((False, "4.0", 4.5), (True, "12.0", 14.0)):
+        for name in ("eager", "sdpa-math"):
+            monkeypatch.setattr(peers, "available_memory", lambda device, free=free: int(free * 2**30))
+            with pytest.raises(Unavailable, match=f"would take about {needed} GiB of {free:.1f} GiB"):
+                peers.PEERS[name].build(replace(large, backward=backward))
+            monkeypatch.setattr(peers, "available_memory", lambda device, free=free: int(1.5 * free * 2**30))
+            peers.PEERS[name].build(replace(large, backward=backward))
+
+
+def test_free_memory_is_in_bytes():
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert total / 200 < peers.available_memory(CPU) <= total
 
 
 @pytest.mark.parametrize("block", [1, 5])

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from perf import gpu
 from perf.__main__ import main
 from perf.plot import CHARTS, panels_of
-from perf.records import Record, ResultsFile, read
+from perf.records import Record, ResultsFile, read, read_all
 from perf.report import tables
 from perf.suites import SUITES
 from perf.versions import Environment, differs, digest
@@ -79,6 +79,8 @@ def test_code_that_no_commit_names_is_told_by_its_digest(tmp_path, monkeypatch):
         file.write_text(text)
         found.append(digest(tmp_path))
     assert found[0] == found[2] != found[1]
+    file.rename(file.with_name("decode.py"))
+    assert digest(tmp_path) != found[0], "what imports it finds another"
     code = f" (code {digest(gpu.ROOT)})"
     for known, edited, commit in (
         ("abc", False, "abc"), ("abc-dirty", False, "abc"), ("abc-dirty", True, f"abc-dirty{code}"),
@@ -157,6 +159,30 @@ def test_records_survive_the_file(tmp_path):
     assert again.has("forward", AXES)
     assert not again.has("forward", AXES | {"length": 2048})
     assert not ResultsFile(tmp_path / "a.jsonl", replace(HERE, commit="other")).has("forward", AXES)
+
+
+def test_of_several_files_the_last_result_of_a_machine_counts(tmp_path, capsys):
+    again, elsewhere = replace(OURS, median_ms=1.5), replace(OURS, environment=replace(HERE, device="Card Y"))
+    for name, records in {"a": [OURS, PEER], "b": [again, elsewhere]}.items():
+        ResultsFile(tmp_path / name, HERE).append(records)
+    assert read_all([tmp_path / "a", tmp_path, tmp_path / "b"]) == [again, PEER, elsewhere]
+    assert capsys.readouterr().err == f"{tmp_path}: no such file, skipped\n"
+
+
+def test_a_case_that_failed_is_run_again(tmp_path):
+    other = AXES | {"length": 2048}
+    ResultsFile(tmp_path / "a", HERE).append(
+        [OURS, replace(PEER, status="inexact"), replace(OURS, axes=other, status="failed")]
+    )
+    file = ResultsFile(tmp_path / "a", HERE)
+    assert (file.has("forward", AXES), file.has("forward", other)) == (True, False)
+
+
+@pytest.mark.parametrize("before", ["", "torn"])
+def test_a_line_that_was_torn_is_ended(before, tmp_path):
+    (tmp_path / "a").write_text(before)
+    ResultsFile(tmp_path / "a", HERE).append([OURS])
+    assert (tmp_path / "a").read_text() == (before and before + "\n") + OURS.line()
 
 
 def chart(name):

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 from tritonattn import cli, launch
 from tritonattn.tune import commands, environment, in_use
-from tritonattn.tune.search import Result, SearchError
+from tritonattn.tune.search import Effort, Result, SearchError
 from tritonattn.tuning import cache_dir, lookup
 from tritonattn.tuning.config import Target, TileConfig
 from tritonattn.tuning.defaults import default_config
@@ -250,6 +250,13 @@ def test_a_search_writes_what_it_found_and_shows_the_gain(on_h100, user, capsys)
     assert read_table(user / "h100.json").entries == dict.fromkeys(KEYS, Entry(BEST, "measured", {"milliseconds": 1.0}))
     assert "2.000x" in out
     assert lookup.find("forward", KEYS[0].problem, H100) == (BEST, user / "h100.json")
+
+
+def test_as_many_configs_are_timed_as_the_effort_says(on_h100, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(commands, "promising", lambda key, compiler, most: asked.append(most) or [])
+    run(capsys, *SEARCH)
+    assert asked == [Effort().timed] * 3
 
 
 def test_a_search_that_finds_nothing_changes_nothing(on_h100, user, monkeypatch, capsys):

@@ -71,6 +71,8 @@ CHANGES = {
     "a key": ({"entries": {"../../etc/passwd": {}}}, "entries: expected kernel/head_dim/scales/lengths"),
     "a kernel": ({"entries": {"row_terms/64/none/long": {}}}, "entries: expected kernel"),
     "a head_dim": ({"entries": {"forward/65/none/long": {}}}, "entries: expected kernel"),
+    "other scales": ({"entries": {"forward/64/query+gradient/long": {}}}, "entries: expected kernel"),
+    "lengths": ({"entries": {"forward/64/none/longer": {}}}, "entries: expected kernel"),
     "an entry": ({"entries": {str(KEY): "128"}}, "expected an object with a config"),
     "a source": ({"entries": {str(KEY): {"config": asdict(CONFIG), "source": "guess"}}}, "source: expected one of"),
 }
@@ -80,6 +82,9 @@ CONFIGS = {
     "a bool": {"num_warps": True},
     "a number for a bool": {"descriptors": 1},
     "huge": {"block_n": 10**300},
+    "many rows": {"block_m": 2048},
+    "many warps": {"num_warps": 64},
+    "many stages": {"num_stages": 17},
     "negative": {"num_stages": -1},
     "zero": {"block_m": 0},
     "text": {"block_m": "128"},

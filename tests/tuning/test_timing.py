@@ -142,10 +142,28 @@ def test_clocks_are_those_of_the_card_in_use(monkeypatch):
     assert asked[asked.index("-i") + 1] == "GPU-12ab-34"
 
 
-def test_without_nvidia_smi(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("nvidia-smi"),
+        subprocess.TimeoutExpired("nvidia-smi", 10),
+        subprocess.CalledProcessError(6, ""),
+    ],
+    ids=repr,
+)
+def test_without_nvidia_smi(error, monkeypatch):
     def run(*_, **__):
-        raise FileNotFoundError("nvidia-smi")
+        raise error
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
     monkeypatch.setattr(subprocess, "run", run)
+    assert timing.card_state(GPU) == {}
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=""))
+    assert timing.card_state(GPU) == {}
+
+
+def test_nvidia_smi_is_not_asked_about_other_cards(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked"))
+    assert timing.card_state(torch.device("cpu")) == {}
+    monkeypatch.setattr(torch.version, "hip", "6.4")
     assert timing.card_state(GPU) == {}
