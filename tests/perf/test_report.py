@@ -145,6 +145,8 @@ def test_errors_stand_under_the_name_of_whose_they_are():
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables(order).splitlines()]
         header = next(row for row in rows if row[1:2] == ["scaling"])
         found = {row[1]: dict(zip(header, row, strict=True)) for row in rows if row[1:2] in (["dim"], ["none"])}
+        by_keys = next(row for row in rows if row[1:2] == ["gaussian"])
+        assert sorted(by_keys[2:]) == ["1.0e-04, 1.0e-04", "2.5e-03, 3.0e-03"], "median, and largest"
         assert (found["dim"]["tritonattn"], found["dim"]["pre-scaled"]) == ("", "2.0e-03, 2.0e-03")
         assert (found["none"]["tritonattn"], found["none"]["pre-scaled"]) == ("1.0e-04, 1.0e-04", "3.0e-03, 3.0e-03")
 

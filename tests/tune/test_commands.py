@@ -160,9 +160,9 @@ def test_it_is_shipped_if_that_is_asked_for(user, tmp_path, capsys):
 
 def test_a_gpu_that_is_named_twice_is_one(user, capsys):
     """By its name, and by its architecture with all that share it."""
-    _, out, _ = run(capsys, "tune", "--static", "rtx_5090,sm_120,rtx_5090", *ONE[3:])
+    _, out, _ = run(capsys, "tune", "--static", "rtx_5090,sm_120,a10,rtx_5090", *ONE[3:])
     found = [line.partition(":")[0] for line in out.splitlines() if line.endswith(" entries")]
-    assert found == [str(user / "rtx_5090.json"), str(user / "rtx_pro_6000.json")]
+    assert found == [str(user / f"{name}.json") for name in ("rtx_5090", "rtx_pro_6000", "a10")]
 
 
 def test_a_config_that_changes_is_shown_with_the_one_before(user, capsys):

@@ -44,6 +44,8 @@ def test_the_gate():
     assert "takes 200000 bytes of shared memory, sm_80 has 166912" in reasons(code(shared=200000))
     assert "1.75 exponentials a logit" in reasons(code(exp=128)), "2 less those of 4 lanes of 4 warps for a row of 64"
     assert reasons(code(exp=80)) == "", "1.25, of which 0.25 correct earlier sums"
+    assert "1.25 exponentials a logit" in gate_reasons("grad_query", PROBLEM, CONFIG, SM_80, code(exp=80))[0]
+    assert gate_reasons("decode", PROBLEM, CONFIG, SM_80, code(exp=80)) == [], "of few rows lanes repeat them"
     [once] = code().mma_loops
     unrolled = replace(once, instructions=once.instructions | {"exp": 128}, tiles=2)
     assert reasons(replace(code(), mma_loops=(unrolled,))) == ""
