@@ -156,6 +156,7 @@ def test_masks_and_sizes_that_a_peer_cannot_do(monkeypatch):
     problem = peers.Problem(Shape(1, 2, 1, 4, 6, 8, causal=True), torch.float32, CPU, False, "dim")
     with pytest.raises(Unavailable, match="is another mask unless"):
         peers.PEERS["sdpa"].build(problem)
+    peers.PEERS["sdpa"].build(replace(problem, shape=replace(problem.shape, causal=False)))
     large = replace(problem, shape=Shape(1, 1, 1, 2**14, 2**14, 8, causal=False))
     for backward, needed, free in ((False, "4.0", 4.5), (True, "12.0", 14.0)):
         for name in ("eager", "sdpa-math"):
@@ -171,7 +172,7 @@ def test_free_memory_is_in_bytes():
     assert total / 200 < peers.available_memory(CPU) <= total
 
 
-@pytest.mark.parametrize("block", [1, 5])
+@pytest.mark.parametrize("block", [0, 1, 5])
 @pytest.mark.parametrize("rounding", ["P", "operands", "logits"])
 def test_blocks_of_rows_change_nothing(rounding, block, monkeypatch):
     """The reference in blocks is the reference, and no eager computation is far from it."""

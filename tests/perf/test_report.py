@@ -70,6 +70,14 @@ def test_versions_of_the_peers_that_are_installed(monkeypatch):
     assert "xformers" not in str(HERE)
 
 
+def test_threads_are_those_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card X")
+    card = Environment.of(torch.device("cuda"), "a command")
+    assert (card.device, card.threads) == ("Card X", None)
+    assert str(card).startswith("Card X, torch ")
+    assert f" ({torch.get_num_threads()} threads), torch " in str(Environment.of(torch.device("cpu"), "a command"))
+
+
 def test_code_that_no_commit_names_is_told_by_its_digest(tmp_path, monkeypatch):
     """Else a run after an edit would take the records before it for its own."""
     file = tmp_path / "tritonattn" / "kernels" / "forward.py"
