@@ -97,6 +97,11 @@ def test_a_table_for_other_kernels_or_another_gpu_is_skipped(folders):
             assert lookup.find("forward", PROBLEM, H100).path is None
 
 
+def test_a_device_without_a_name_has_no_table_of_its_own(folders):
+    shipped, _ = folders
+    assert lookup.paths(Target("cuda", "90")) == [shipped / "h100.json", shipped / "h200.json"]
+
+
 def test_no_file_is_asked_twice(folders):
     for target in (H100, H200, Target("cuda", "90"), Target("cuda", "80", "NVIDIA A100-SXM4-80GB")):
         asked = lookup.paths(target)
