@@ -244,6 +244,22 @@ def test_the_package_is_not_its_own_judge(monkeypatch, scaling, dtype):
         assert set(found.values()) <= {"measured", "skipped"}
 
 
+def test_an_eager_computation_rounds_weights_to_the_dtype_of_v():
+    random = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 23, 8, generator=random).bfloat16().unbind(0)
+    weights = (q.float() @ k.float().mT).softmax(-1)
+    found = Question(q, k, v, None, causal=False).eager("none", "P")["out"]
+    assert torch.equal(found, (weights.bfloat16().float() @ v.float()).bfloat16())
+    assert not torch.equal(found, (weights @ v.float()).bfloat16())
+
+
+def test_a_result_that_is_zero_has_a_verdict():
+    exact = {"gradient of q": torch.zeros(3, dtype=torch.float64)}
+    eager = {"gradient of q": torch.zeros(3)}
+    assert judge(eager, exact, eager, torch.float32).bounds == 0
+    assert judge({"gradient of q": torch.full((3,), 1e-9)}, exact, eager, torch.float32).reason
+
+
 def test_a_verdict_is_on_the_worst_result():
     exact = {"out": torch.tensor([1.0, 2.0]).double(), "gradient of q": torch.tensor([4.0]).double()}
     same = {name: x.float() for name, x in exact.items()}

@@ -42,6 +42,7 @@ def test_the_gate():
     assert reasons(code()) == ""
     assert "spills 8 bytes" in reasons(code(spill=8))
     assert "takes 200000 bytes of shared memory, sm_80 has 166912" in reasons(code(shared=200000))
+    assert reasons(code(shared=166912)) == reasons(replace(code(), tensor_memory=512)) == "", "all that there is"
     assert "1.75 exponentials a logit" in reasons(code(exp=128)), "2 less those of 4 lanes of 4 warps for a row of 64"
     assert reasons(code(exp=80)) == "", "1.25, of which 0.25 correct earlier sums"
     assert "1.25 exponentials a logit" in gate_reasons("grad_query", PROBLEM, CONFIG, SM_80, code(exp=80))[0]
