@@ -188,6 +188,15 @@ def test_a_case_that_failed_is_run_again(tmp_path):
     assert (file.has("forward", AXES), file.has("forward", other)) == (True, False)
 
 
+def test_lines_that_are_no_records_are_named_and_skipped(tmp_path, capsys):
+    unknown = OURS.line().replace('"median_ms"', '"mean_ms"')
+    text = "".join(("[]\n", '{"suite": "cpu"}\n', '{"environment": {}}\n', unknown, "{\n", OURS.line()))
+    (tmp_path / "a").write_text(text)
+    assert read(tmp_path / "a") == [OURS]
+    named = [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert named == [f"{tmp_path / 'a'}:{number}" for number in range(1, 6)]
+
+
 @pytest.mark.parametrize("before", ["", "torn"])
 def test_a_line_that_was_torn_is_ended(before, tmp_path):
     (tmp_path / "a").write_text(before)
