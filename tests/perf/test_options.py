@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch
 pytest.importorskip("triton")
 from perf import run_suites, sweep
 from perf.__main__ import main
+from perf.contest import Effort
 from perf.records import Record
+from perf.suites import SUITES, Place
 from perf.versions import Environment
 
 WHOLE = "expected a whole number from 1 up, got '0'"
@@ -66,6 +69,19 @@ def test_a_wrong_result_is_said_though_the_sweep_was_stopped(monkeypatch):
     monkeypatch.setattr(run_suites, "measure", lambda request: ([wrong], True))
     with pytest.raises(SystemExit, match="1 results are wrong or missing\ncpu , ours dim: out: far"):
         main(["sweep", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu", "interpret"])
+def test_the_suite_of_the_cpu_is_run_on_a_cpu_alone(kind):
+    """Unless it is asked for."""
+    request = run_suites.Request(None, kind, True, {}, Effort(1, 1.0, 0.0), "")
+    default, asked = (
+        {case.suite for case in run_suites.planned(replace(request, suites=suites), Place(kind))}
+        for suites in (None, ("cpu",))
+    )
+    assert default - {"cpu"} == set(SUITES) - {"cpu"}
+    assert ("cpu" in default) == (kind == "cpu")
+    assert asked == {"ceilings", "cpu"}
 
 
 def test_what_a_sweep_is_asked_for(monkeypatch):
