@@ -52,6 +52,7 @@ def test_a_table_says_what_was_measured_where():
         "1024", "64", "bf16", "yes", "fwd", "sdpa dim", "3", "1.9 - 2.1", "200", "100", "1.500", "1000", "0.25", ""
     ]  # fmt: skip
     assert "to tritonattn dim." in text
+    assert "| 1000 " in tables([replace(OURS, tflops=999.7)]), "no 1e+03"
     assert "Time ratios" not in tables([OURS, *CEILINGS]), "of ours to itself"
     assert "- xformers: skipped in 1 cases: is not installed" in text
 
