@@ -74,14 +74,14 @@ def _accuracy_table(records: list[Record]) -> str:
     """Errors of ours and of the recipe by kind of keys, by their number, and by scaling."""
     parts = ["Errors of the output over its largest exact value: median, and largest, of the cases in a row."]
     records = [record for record in records if record.status != "failed"]
+    contestants = list(dict.fromkeys(implementation(record) for record in records))
     for name in ("keys", "number of keys", "scaling"):
         axis = {"number of keys": "length"}.get(name, name)
         rows = []
         for dtype, value in dict.fromkeys((r.axes["dtype"], r.axes.get(axis, r.scaling)) for r in records):
             own = [r for r in records if (r.axes["dtype"], r.axes.get(axis, r.scaling)) == (dtype, value)]
-            contestants = list(dict.fromkeys(implementation(r) for r in own))
-            errors = [[_size(r.error) for r in own if implementation(r) == name] for name in contestants]
-            rows.append([dtype, value, *(f"{statistics.median(e):.1e}, {max(e):.1e}" for e in errors)])
+            errors = [[_size(r.error) for r in own if implementation(r) == who] for who in contestants]
+            rows.append([dtype, value, *(f"{statistics.median(e):.1e}, {max(e):.1e}" if e else "" for e in errors)])
         parts.append(tabulate(rows, ["dtype", name, *contestants], tablefmt="github", disable_numparse=True))
     return "\n\n".join(parts)
 

@@ -101,12 +101,16 @@ def test_missing_tables_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(cache_dir, "_PACKAGE", tmp_path / "tritonattn")
     with pytest.raises(FileNotFoundError, match="found neither"):
         cache_dir.shipped_tables()
+    for folder in (tmp_path, tmp_path / "tritonattn"):  # what lies beside an installed package is another's
+        (folder / "autotune_cache").mkdir(parents=True)
+        assert cache_dir.shipped_tables() == folder / "autotune_cache"
 
 
 @pytest.mark.parametrize(
     ("environment", "wanted"),
     [
         ({"TRITONATTN_CACHE_DIR": "/a/b", "XDG_CACHE_HOME": "/x"}, "/a/b"),
+        ({"TRITONATTN_CACHE_DIR": "~/a"}, "~/a"),
         ({"XDG_CACHE_HOME": "/x"}, "/x/tritonattn"),
         ({"XDG_CACHE_HOME": "relative"}, "~/.cache/tritonattn"),
         ({}, "~/.cache/tritonattn"),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from perf import peers
+from perf import check, contest, peers
 from perf.attention_cases import PEERS, Case
-from perf.check import judge
+from perf.check import Sample, checker, judge
 from perf.contest import Contest, Effort, Entrant, Verdict
 from perf.decode_cases import DecodeCase
 from perf.records import Record, ResultsFile, read
@@ -28,8 +29,8 @@ RIGHT = Verdict(0.1, 1.0)
 
 
 def run(*entrants: Entrant) -> dict[str, Record]:
-    contest = Contest("forward", {"length": 1}, lambda: list(entrants), "ours", CPU)
-    return {record.contestant: record for record in contest.run(TWICE, HERE)}
+    case = Contest("forward", {"length": 1}, lambda: list(entrants), "ours", CPU)
+    return {record.contestant: record for record in case.run(TWICE, HERE)}
 
 
 def entrant(name, error=0.1, call=lambda number: {}):
@@ -49,14 +50,60 @@ def raises_at(call_number):
     return call
 
 
+def test_times_rates_and_ratios_are_those_of_one_call(monkeypatch):
+    """Of several that are timed together; a ratio is the median of the rounds'."""
+    calls = []
+
+    def take_turns(contestants, *_):
+        contestants["peer"](5)
+        return {"ours": [1.0, 2.0, 4.0], "peer": [3.0, 4.0, 4.0]}
+
+    monkeypatch.setattr(contest, "take_turns", take_turns)
+    entrants = [entrant("ours"), entrant("peer", call=lambda number: calls.append(number) or {})]
+    case = Contest("forward", {}, lambda: entrants, "ours", CPU, flops=6 * 10**9, bytes=8 * 10**6, calls=2)
+    ours, peer = case.run(TWICE, HERE)
+    assert calls == [0, 0, 5, 5], "the trial's two, and those of a round"
+    assert (peer.median_ms, peer.lower_ms, peer.upper_ms, peer.rounds) == (2.0, 1.75, 2.0, 3)
+    assert (peer.tflops, peer.gbps, peer.ratio, peer.baseline) == (3.0, 4.0, 2.0, "ours")
+    assert (ours.median_ms, ours.ratio) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "bound", "wanted"), [(1.0, 4.0, 0.25), (0.0, 0.0, 0.0), (1e-9, 0.0, math.inf), (math.nan, 1.0, math.inf)]
+)
+def test_an_error_in_bounds(error, bound, wanted):
+    assert Verdict(error, bound).bounds == wanted
+
+
 def test_a_peer_that_raises_in_the_midst_of_the_rounds_is_named_and_the_others_are_timed():
     found = run(entrant("ours"), entrant("peer", call=raises_at(4)), entrant("other"))
     assert {name: record.status for name, record in found.items()} == {
         "ours": "measured", "peer": "skipped", "other": "measured",
     }  # fmt: skip
     assert found["peer"].reason == "when all take turns: OutOfMemoryError: CUDA out of memory."
-    assert found["peer"].median_ms is None
+    assert found["peer"].median_ms is found["peer"].error is None
     assert found["ours"].rounds == found["other"].rounds == 2
+
+
+def test_a_case_forgets_what_was_compiled_for_the_last(monkeypatch):
+    """Else the shapes of many cases pass torch.compile's limit, and the next peer is slow."""
+    done = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("forgotten"))
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    run(entrant("ours"))
+    assert done == []
+    monkeypatch.setitem(sys.modules, "torch._dynamo", torch)
+    run(entrant("ours", call=lambda number: done.append("called") or {}))
+    assert done[:2] == ["forgotten", "called"]
+
+
+def test_an_error_without_a_text_is_named():
+    def fails(number):
+        raise RuntimeError
+
+    found = run(entrant("ours"), entrant("peer", call=fails))
+    assert (found["peer"].status, found["peer"].reason) == ("skipped", "RuntimeError: ")
+    assert found["ours"].status == "measured"
 
 
 def test_ours_that_raises_in_the_midst_of_the_rounds_has_failed(capsys):
@@ -68,7 +115,13 @@ def test_ours_that_raises_in_the_midst_of_the_rounds_has_failed(capsys):
 
 @pytest.mark.parametrize(
     ("error", "ours", "peers"),
-    [(0.9, "measured", "measured"), (1.7, "wrong", "inexact"), (5.0, "wrong", "wrong"), (math.nan, "wrong", "wrong")],
+    [
+        (0.9, "measured", "measured"),
+        (1.7, "wrong", "inexact"),
+        (4.0, "wrong", "inexact"),
+        (4.1, "wrong", "wrong"),
+        (math.nan, "wrong", "wrong"),
+    ],
 )
 def test_a_peers_own_error_is_no_other_work(error, ours, peers):
     """Named, not timed, but no failure of the run: as that of FlexAttention in fp32 on a CPU."""
@@ -92,8 +145,19 @@ def test_the_worst_of_all_results_counts_and_their_shapes():
     eager = {name: x.float() for name, x in exact.items()}
     worse = judge({"out": 1.001 * exact["out"], "gradient of q": 1.1 * exact["out"]}, exact, eager, torch.float32)
     assert worse.reason.startswith("gradient of q: expected an error")
+    rough = eager | {"out": 1.1 * eager["out"]}  # whose bound a larger error keeps
+    worst = judge({"out": 1.1 * exact["out"], "gradient of q": 1.001 * exact["out"]}, exact, rough, torch.float32)
+    assert worst.reason.startswith("gradient of q: expected an error")
     broadcast = judge({"out": torch.ones(2, 1)}, exact, eager, torch.float32)
     assert broadcast.reason == "out: expected shape (2, 3), got (2, 1)"
+
+
+def test_the_worst_of_all_samples_counts(monkeypatch):
+    """In bounds, which differ among heads."""
+    verdicts = iter([Verdict(0.5, 1.0), Verdict(0.2, 0.1, "out: expected"), RIGHT])
+    monkeypatch.setattr(check, "judge", lambda *_: next(verdicts))
+    question = check.Question(*torch.ones(3, 1, 1, 1, 1), None, causal=False)
+    assert checker([Sample(question, lambda x: x)] * 3, "dim", "P")({}).reason == "out: expected"
 
 
 def spoil(attend, *place):

@@ -193,6 +193,12 @@ def test_correctness_is_interrupted_when_its_processes_have_ended(tmp_path, monk
     assert printed.err == "correctness: interrupted\n"
 
 
+def test_a_phase_is_told_its_minutes(tmp_path):
+    one = gpu.Phase("told", ("-c", "import sys; print(sys.argv[1:])"), 1.0, "--minutes")
+    assert gpu.execute(one, tmp_path, 90.0, 30.0).status == "done"
+    assert (tmp_path / "told.log").read_text().splitlines()[-1] == "['--minutes', '1.50']"
+
+
 def test_when_time_is_up_only_what_takes_none_runs(tmp_path):
     found = gpu.run_all([phase("works"), phase("fails", share=0.0)], tmp_path, -1.0)
     assert [outcome.status for outcome in found] == ["out of time", "failed"]

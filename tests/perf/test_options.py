@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 
+pytest.importorskip("triton")
+from perf import run_suites, sweep
 from perf.__main__ import main
+from perf.contest import Effort
+from perf.records import Record
+from perf.suites import SUITES, Place
+from perf.versions import Environment
 
 WHOLE = "expected a whole number from 1 up, got '0'"
 
@@ -37,3 +46,54 @@ def test_refusals(arguments, message, tmp_path, capsys):
     assert ended.value.code != 0
     said = f"{ended.value.code} {capsys.readouterr().err}"
     assert re.search(message, said), said
+
+
+def parsed(*options):
+    parser = argparse.ArgumentParser()
+    sweep.add_arguments(parser)
+    return parser.parse_args(options)
+
+
+def test_the_command_of_a_sweep_is_what_its_figures_depend_on():
+    """A file, and the time that there was, change nothing: another run goes on."""
+    assert sweep.command_line(parsed("--json", "a.jsonl", "--minutes", "3")) == "python -m perf sweep"
+    options = ("--suite", "forward,cpu", "--head-dims", "64,128", "--quick", "--rounds", "2")
+    found = sweep.command_line(parsed(*options))
+    assert found == "python -m perf sweep --suite forward,cpu --quick --head-dims 64,128 --rounds 2"
+
+
+def test_a_wrong_result_is_said_though_the_sweep_was_stopped(monkeypatch):
+    wrong = Record(
+        "cpu", {}, "ours dim", "dim", "wrong", Environment.of(torch.device("cpu"), ""), "", reason="out: far"
+    )
+    monkeypatch.setattr(run_suites, "measure", lambda request: ([wrong], True))
+    with pytest.raises(SystemExit, match="1 results are wrong or missing\ncpu , ours dim: out: far"):
+        main(["sweep", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu", "interpret"])
+def test_the_suite_of_the_cpu_is_run_on_a_cpu_alone(kind):
+    """Unless it is asked for."""
+    request = run_suites.Request(None, kind, True, {}, Effort(1, 1.0, 0.0), "")
+    default, asked = (
+        {case.suite for case in run_suites.planned(replace(request, suites=suites), Place(kind))}
+        for suites in (None, ("cpu",))
+    )
+    assert default - {"cpu"} == set(SUITES) - {"cpu"}
+    assert ("cpu" in default) == (kind == "cpu")
+    assert asked == {"ceilings", "cpu"}
+
+
+def test_what_a_sweep_is_asked_for(monkeypatch):
+    requests, threads = [], []
+    monkeypatch.setattr(run_suites, "measure", lambda request: (requests.append(request) or [], False))
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    main(["sweep", "--minutes", "2", "--threads", "3"])
+    main(["sweep", "--quick", "--device", "cpu"])
+    main(["sweep", "--quick", "--rounds", "7"])
+    assert [request.deadline for request in requests] == [1120.0, None, None]
+    assert [request.kind for request in requests] == ["cuda", "cpu", "cuda"]
+    assert [request.effort.rounds for request in requests] == [25, 3, 7]
+    assert threads == [3]

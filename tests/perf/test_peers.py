@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -98,6 +99,14 @@ def test_packages_of_gpus(causal, installed):
     assert statuses(wide)["flash-attn-3 dim"] == ("skipped", "takes float16 and bfloat16, not float32")
 
 
+def test_key_heads_that_query_heads_share(installed):
+    who = tuple((name, "key_norm_mean") for name in ("tritonattn", "sdpa", "flash-attn-2", "xformers"))
+    case = Case("forward", Shape(1, 4, 2, 9, 9, 16, causal=True), "fp32", "forward", who[:2], CPU, "sdpa")
+    assert [record.status for record in case.contest().run(ONCE, HERE)] == ["measured"] * 2
+    found = statuses(replace(case, who=who, dtype="bf16").contest().run(ONCE, HERE))
+    assert found["xformers key_norm_mean"] == ("skipped", "wants key heads repeated for the query heads of a group")
+
+
 def test_packages_of_gpus_packed_and_decoding(installed):
     names = ("flash-attn-2", "flash-attn-3", "xformers")
     packed = VarlenCase((5, 9), 2, 16, "bf16", "forward+backward", "dim", names, CPU, "sdpa")
@@ -131,24 +140,39 @@ def test_every_backend_of_pytorchs_attention_decodes(monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_flex_attention():
     who = (("tritonattn", "key_norm_mean"), ("flex", "key_norm_mean"))
-    case = Case("forward", Shape(1, 2, 2, 40, 40, 16, causal=True), "fp32", "forward", who, CPU, "sdpa")
+    case = Case("forward", Shape(1, 2, 2, 24, 40, 16, causal=True), "fp32", "forward", who, CPU, "sdpa")
     assert statuses(case.contest().run(ONCE, HERE))["flex key_norm_mean"] == ("measured", "")
     backward = replace(case, passes="backward").contest().run(ONCE, HERE)
     assert statuses(backward)["flex key_norm_mean"] == ("skipped", "has no backward on a CPU")
+
+
+def test_the_eager_peer_masks_from_the_last_key():
+    who = (("tritonattn", "key_norm_mean"), ("eager", "key_norm_mean"))
+    case = Case("forward", Shape(1, 2, 2, 24, 40, 16, causal=True), "fp32", "forward", who, CPU, "sdpa")
+    assert statuses(case.contest().run(ONCE, HERE))["eager key_norm_mean"] == ("measured", "")
 
 
 def test_masks_and_sizes_that_a_peer_cannot_do(monkeypatch):
     problem = peers.Problem(Shape(1, 2, 1, 4, 6, 8, causal=True), torch.float32, CPU, False, "dim")
     with pytest.raises(Unavailable, match="is another mask unless"):
         peers.PEERS["sdpa"].build(problem)
-    monkeypatch.setattr(peers, "available_memory", lambda device: 2**30)
+    peers.PEERS["sdpa"].build(replace(problem, shape=replace(problem.shape, causal=False)))
     large = replace(problem, shape=Shape(1, 1, 1, 2**14, 2**14, 8, causal=False))
-    for name in ("eager", "sdpa-math"):
-        with pytest.raises(Unavailable, match=r"would take about 4\.0 GiB of 1\.0 GiB"):
-            peers.PEERS[name].build(large)
+    for backward, needed, free in ((False, "4.0", 4.5), (True, "12.0", 14.0)):
+        for name in ("eager", "sdpa-math"):
+            monkeypatch.setattr(peers, "available_memory", lambda device, free=free: int(free * 2**30))
+            with pytest.raises(Unavailable, match=f"would take about {needed} GiB of {free:.1f} GiB"):
+                peers.PEERS[name].build(replace(large, backward=backward))
+            monkeypatch.setattr(peers, "available_memory", lambda device, free=free: int(1.5 * free * 2**30))
+            peers.PEERS[name].build(replace(large, backward=backward))
 
 
-@pytest.mark.parametrize("block", [1, 5])
+def test_free_memory_is_in_bytes():
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert total / 200 < peers.available_memory(CPU) <= total
+
+
+@pytest.mark.parametrize("block", [0, 1, 5])
 @pytest.mark.parametrize("rounding", ["P", "operands", "logits"])
 def test_blocks_of_rows_change_nothing(rounding, block, monkeypatch):
     """The reference in blocks is the reference, and no eager computation is far from it."""
@@ -174,6 +198,18 @@ def test_a_block_of_one_row_rounds_as_others(monkeypatch):
     by_row = Question(q, k, v, None, causal=True)
     assert (by_row.eager("key_count", "operands")["out"] != whole).double().mean() < 0.05
     assert (by_row.eager("key_count", "P")["out"] != whole).double().mean() > 0.2
+
+
+@pytest.mark.parametrize(("scaling", "is_number"), [("key_count", True), ("sqrt_dim", True), ("key_norm_mean", False)])
+def test_a_factor_of_one_row_that_only_counts_is_a_number(scaling, is_number):
+    """Which no call needs to round."""
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 32, 1, 8, generator=random).bfloat16()
+    k, v = torch.randn(2, 1, 1, 23, 8, generator=random).bfloat16().unbind(0)
+    for causal in (False, True):
+        question = Question(q, k, v, None, causal)
+        found = [question.eager(scaling, rounding)["out"] for rounding in ("operands", "P")]
+        assert torch.equal(*found) == is_number
 
 
 @pytest.mark.parametrize("scaling", ["cosine", "key_norm_sum"])
@@ -206,6 +242,22 @@ def test_the_package_is_not_its_own_judge(monkeypatch, scaling, dtype):
         assert found.pop(f"tritonattn {scaling}") == "wrong"
         assert found.pop("sdpa sqrt_dim") == "measured"
         assert set(found.values()) <= {"measured", "skipped"}
+
+
+def test_an_eager_computation_rounds_weights_to_the_dtype_of_v():
+    random = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 23, 8, generator=random).bfloat16().unbind(0)
+    weights = (q.float() @ k.float().mT).softmax(-1)
+    found = Question(q, k, v, None, causal=False).eager("none", "P")["out"]
+    assert torch.equal(found, (weights.bfloat16().float() @ v.float()).bfloat16())
+    assert not torch.equal(found, (weights @ v.float()).bfloat16())
+
+
+def test_a_result_that_is_zero_has_a_verdict():
+    exact = {"gradient of q": torch.zeros(3, dtype=torch.float64)}
+    eager = {"gradient of q": torch.zeros(3)}
+    assert judge(eager, exact, eager, torch.float32).bounds == 0
+    assert judge({"gradient of q": torch.full((3,), 1e-9)}, exact, eager, torch.float32).reason
 
 
 def test_a_verdict_is_on_the_worst_result():

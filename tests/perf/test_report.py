@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from perf import gpu
 from perf.__main__ import main
 from perf.plot import CHARTS, panels_of
-from perf.records import Record, ResultsFile, read
+from perf.records import Record, ResultsFile, read, read_all
 from perf.report import tables
 from perf.suites import SUITES
 from perf.versions import Environment, differs, digest
@@ -52,6 +52,8 @@ def test_a_table_says_what_was_measured_where():
         "1024", "64", "bf16", "yes", "fwd", "sdpa dim", "3", "1.9 - 2.1", "200", "100", "1.500", "1000", "0.25", ""
     ]  # fmt: skip
     assert "to tritonattn dim." in text
+    assert "| 1000 " in tables([replace(OURS, tflops=999.7)]), "no 1e+03"
+    assert "Time ratios" not in tables([OURS, *CEILINGS]), "of ours to itself"
     assert "- xformers: skipped in 1 cases: is not installed" in text
 
 
@@ -70,6 +72,14 @@ def test_versions_of_the_peers_that_are_installed(monkeypatch):
     assert "xformers" not in str(HERE)
 
 
+def test_threads_are_those_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card X")
+    card = Environment.of(torch.device("cuda"), "a command")
+    assert (card.device, card.threads) == ("Card X", None)
+    assert str(card).startswith("Card X, torch ")
+    assert f" ({torch.get_num_threads()} threads), torch " in str(Environment.of(torch.device("cpu"), "a command"))
+
+
 def test_code_that_no_commit_names_is_told_by_its_digest(tmp_path, monkeypatch):
     """Else a run after an edit would take the records before it for its own."""
     file = tmp_path / "tritonattn" / "kernels" / "forward.py"
@@ -79,6 +89,8 @@ def test_code_that_no_commit_names_is_told_by_its_digest(tmp_path, monkeypatch):
         file.write_text(text)
         found.append(digest(tmp_path))
     assert found[0] == found[2] != found[1]
+    file.rename(file.with_name("decode.py"))
+    assert digest(tmp_path) != found[0], "what imports it finds another"
     code = f" (code {digest(gpu.ROOT)})"
     for known, edited, commit in (
         ("abc", False, "abc"), ("abc-dirty", False, "abc"), ("abc-dirty", True, f"abc-dirty{code}"),
@@ -110,11 +122,43 @@ def test_environments_are_kept_apart():
     assert "Card Y" in text
 
 
+def test_a_suite_has_one_table_whatever_the_order_of_its_records():
+    later, cpu = replace(PEER, date="2026-01-03"), replace(OURS, suite="cpu")
+    text = tables([OURS, cpu, later])
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## cpu", "## forward"]
+    assert "`, 2026-01-02, 2026-01-03; clocks" in text
+
+
+def test_a_report_is_printed_and_kept(tmp_path, capsys):
+    ResultsFile(tmp_path / "a.jsonl", HERE).append([OURS, PEER])
+    main(["report", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "report.md")])
+    assert capsys.readouterr().out == (tmp_path / "report.md").read_text() == tables([OURS, PEER]) + "\n"
+
+
 def test_wrong_results_are_shown_without_times():
     wrong = replace(OURS, status="wrong", reason="out: expected", median_ms=None, ratio=None, tflops=None, gbps=None)
     row = next(line for line in tables([wrong]).splitlines() if "tritonattn dim" in line)
     assert "| wrong |" in row
     assert "300" not in row
+
+
+def accuracy(name, scaling, error, status="measured"):
+    axes = {"length": 64, "dtype": "fp32", "keys": "gaussian"}
+    return Record("accuracy", axes, f"{name} {scaling}", scaling, status, HERE, "2026-01-02", error=error, bound=1e-2)
+
+
+def test_errors_stand_under_the_name_of_whose_they_are():
+    """Also in the row of a scaling that ours fails for."""
+    records = [accuracy("tritonattn", "dim", None, "failed"), accuracy("tritonattn", "none", 1e-4)]
+    records += [accuracy("pre-scaled", scaling, error) for scaling, error in (("dim", 2e-3), ("none", 3e-3))]
+    for order in (records, records[::-1]):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables(order).splitlines()]
+        header = next(row for row in rows if row[1:2] == ["scaling"])
+        found = {row[1]: dict(zip(header, row, strict=True)) for row in rows if row[1:2] in (["dim"], ["none"])}
+        by_keys = next(row for row in rows if row[1:2] == ["gaussian"])
+        assert sorted(by_keys[2:]) == ["1.0e-04, 1.0e-04", "2.5e-03, 3.0e-03"], "median, and largest"
+        assert (found["dim"]["tritonattn"], found["dim"]["pre-scaled"]) == ("", "2.0e-03, 2.0e-03")
+        assert (found["none"]["tritonattn"], found["none"]["pre-scaled"]) == ("1.0e-04, 1.0e-04", "3.0e-03, 3.0e-03")
 
 
 def test_records_survive_the_file(tmp_path):
@@ -127,6 +171,39 @@ def test_records_survive_the_file(tmp_path):
     assert again.has("forward", AXES)
     assert not again.has("forward", AXES | {"length": 2048})
     assert not ResultsFile(tmp_path / "a.jsonl", replace(HERE, commit="other")).has("forward", AXES)
+
+
+def test_of_several_files_the_last_result_of_a_machine_counts(tmp_path, capsys):
+    again, elsewhere = replace(OURS, median_ms=1.5), replace(OURS, environment=replace(HERE, device="Card Y"))
+    for name, records in {"a": [OURS, PEER], "b": [again, elsewhere]}.items():
+        ResultsFile(tmp_path / name, HERE).append(records)
+    assert read_all([tmp_path / "a", tmp_path, tmp_path / "b"]) == [again, PEER, elsewhere]
+    assert capsys.readouterr().err == f"{tmp_path}: no such file, skipped\n"
+
+
+def test_a_case_that_failed_is_run_again(tmp_path):
+    other = AXES | {"length": 2048}
+    ResultsFile(tmp_path / "a", HERE).append(
+        [OURS, replace(PEER, status="inexact"), replace(OURS, axes=other, status="failed")]
+    )
+    file = ResultsFile(tmp_path / "a", HERE)
+    assert (file.has("forward", AXES), file.has("forward", other)) == (True, False)
+
+
+def test_lines_that_are_no_records_are_named_and_skipped(tmp_path, capsys):
+    unknown = OURS.line().replace('"median_ms"', '"mean_ms"')
+    text = "".join(("[]\n", '{"suite": "cpu"}\n', '{"environment": {}}\n', unknown, "{\n", OURS.line()))
+    (tmp_path / "a").write_text(text)
+    assert read(tmp_path / "a") == [OURS]
+    named = [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert named == [f"{tmp_path / 'a'}:{number}" for number in range(1, 6)]
+
+
+@pytest.mark.parametrize("before", ["", "torn"])
+def test_a_line_that_was_torn_is_ended(before, tmp_path):
+    (tmp_path / "a").write_text(before)
+    ResultsFile(tmp_path / "a", HERE).append([OURS])
+    assert (tmp_path / "a").read_text() == (before and before + "\n") + OURS.line()
 
 
 def chart(name):

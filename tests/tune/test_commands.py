@@ -10,59 +10,15 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tritonattn import cli, launch
-from tritonattn.tune import commands, environment, in_use
-from tritonattn.tune.search import Result, SearchError
+from tritonattn import launch
+from tritonattn.tune import environment, in_use
 from tritonattn.tuning import cache_dir, lookup
 from tritonattn.tuning.config import Target, TileConfig
-from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gate import Candidate
-from tritonattn.tuning.machine_code import MachineCode, MmaLoop
 from tritonattn.tuning.static import keys
 from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, read_table, write_table
-from tritonattn.tuning.timing import Timing
 
-ONE = ["tune", "--static", "a100", "--kernels", "forward", "--head-dims", "64", "--lengths", "long"]
-KEYS = [Key("forward", 64, scales, "long") for scales in ("none", "query", "query+key")]
-BEST = TileConfig(64, 64, 4, 2)
-H100 = Target("cuda", "90", "NVIDIA H100 80GB HBM3")
-
-
-class FakeCompiler:
-    """Only BEST passes the gate."""
-
-    def __init__(self, target, workers):
-        self.target = target
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def examine(self, wanted, progress=None):
-        loop = MmaLoop({"tensor": 1, "exp": 1}, packed=0, tiles=1, flops=64 * 64 * 256, shared_bytes=1024)
-        code = MachineCode(128, 0, 32768, 0, 0, (loop,))
-        return [Candidate(config, code, () if config == BEST else ("spills",)) for _, _, config in wanted]
-
-
-@pytest.fixture
-def user(tmp_path, monkeypatch):
-    """The folder of the user's tables; none is shipped."""
-    (tmp_path / "shipped").mkdir()
-    monkeypatch.setattr(cache_dir, "shipped_tables", lambda: tmp_path / "shipped")
-    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "user"))
-    monkeypatch.setattr(commands, "Compiler", FakeCompiler)
-    monkeypatch.setattr(launch, "interpreting", False)
-    lookup.forget()
-    yield tmp_path / "user" / "autotune"
-    lookup.forget()
-
-
-def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    status = cli.main(list(arguments))
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+from .stubs import BEST, H100, KEYS, ONE, FakeCompiler, run
 
 
 def test_without_a_gpu_it_says_so_and_offers_another_way(user, capsys):
@@ -158,6 +114,28 @@ def test_it_is_shipped_if_that_is_asked_for(user, tmp_path, capsys):
     assert not user.exists()
 
 
+def test_a_gpu_that_is_named_twice_is_one(user, capsys):
+    """By its name, and by its architecture with all that share it."""
+    _, out, _ = run(capsys, "tune", "--static", "rtx_5090,sm_120,a10,rtx_5090", *ONE[3:])
+    found = [line.partition(":")[0] for line in out.splitlines() if line.endswith(" entries")]
+    assert found == [str(user / f"{name}.json") for name in ("rtx_5090", "rtx_pro_6000", "a10")]
+
+
+def test_a_config_that_changes_is_shown_with_the_one_before(user, capsys):
+    write_table(
+        user / "a100.json",
+        Table(
+            "a100",
+            Target("cuda", "80"),
+            kernels_fingerprint(),
+            dict(zip(KEYS, (Entry(TileConfig(128, 32, 8, 3), "static", {}), Entry(BEST, "static", {})), strict=False)),
+        ),
+    )
+    _, out, _ = run(capsys, *ONE)
+    rows = [line.rstrip(" |").split("| ")[-1] for line in out.splitlines() if line.startswith("| forward")]
+    assert rows == ["was 128 x 32, 8 warps, 3 stages", "static", "static"]
+
+
 def test_what_was_measured_and_what_was_not_asked_for_is_kept(user, capsys):
     measured = Entry(TileConfig(128, 64, 4, 2), "measured", {"milliseconds": 1.0})
     other = Key("decode", 64, "none", "long")
@@ -197,102 +175,6 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(user, tmp_
     assert f"cannot write {tmp_path / 'file' / 'a100.json'}" in err
     assert "without --write" in err
     assert "$TRITONATTN_CACHE_DIR" not in err
-
-
-@pytest.fixture
-def on_h100(user, monkeypatch):
-    """A machine with an H100 on which every search finds BEST; it fills the list of keys searched for."""
-    searched = []
-
-    def search(key, configs, target, device, effort, dtypes):
-        searched.append(key)
-        before, timing = default_config(key.kernel, key.problem, target), Timing(1.0, 0.9, 1.1, 20)
-        return Result(key, before, Timing(2.0, 1.9, 2.1, 20), Entry(BEST, "measured", {"milliseconds": 1.0}), timing)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: H100))
-    monkeypatch.setattr(commands, "search", search)
-    return searched
-
-
-SEARCH = ["tune", *ONE[3:]]
-
-
-def test_a_search_writes_what_it_found_and_shows_the_gain(on_h100, user, capsys):
-    status, out, _ = run(capsys, *SEARCH)
-    assert status == 0
-    assert read_table(user / "h100.json").entries == dict.fromkeys(KEYS, Entry(BEST, "measured", {"milliseconds": 1.0}))
-    assert "2.000x" in out
-    assert lookup.find("forward", KEYS[0].problem, H100) == (BEST, user / "h100.json")
-
-
-def test_a_search_that_is_stopped_goes_on(on_h100, user, monkeypatch, capsys):
-    search = commands.search
-
-    def stopped(key, *arguments, **options):
-        if key == KEYS[1]:
-            raise KeyboardInterrupt
-        return search(key, *arguments, **options)
-
-    monkeypatch.setattr(commands, "search", stopped)
-    status, out, _ = run(capsys, *SEARCH)
-    assert status == 130
-    assert "stopped: run the command again to go on" in out
-    assert set(read_table(user / "h100.json").entries) == {KEYS[0]}
-    monkeypatch.setattr(commands, "search", search)
-    _, out, _ = run(capsys, *SEARCH)
-    assert "1 of 3 keys are measured already" in out
-    assert on_h100 == KEYS
-
-
-def test_two_searches_at_once_keep_each_others_results(on_h100, user, monkeypatch, capsys):
-    """As on a machine with several cards of a kind."""
-    search, other = commands.search, Key("decode", 64, "none", "long")
-
-    def meanwhile(key, *arguments, **options):
-        entries = read_table(user / "h100.json").entries if (user / "h100.json").exists() else {}
-        entries[other] = Entry(TileConfig(16, 64, 4, 2), "measured", {})
-        write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))
-        return search(key, *arguments, **options)
-
-    monkeypatch.setattr(commands, "search", meanwhile)
-    run(capsys, *SEARCH)
-    assert set(read_table(user / "h100.json").entries) == {*KEYS, other}
-
-
-def test_a_table_that_is_damaged_meanwhile_costs_no_result(on_h100, user, monkeypatch, capsys):
-    search = commands.search
-
-    def meanwhile(key, *arguments, **options):
-        (user / "h100.json").write_text("{", encoding="utf-8")
-        return search(key, *arguments, **options)
-
-    monkeypatch.setattr(commands, "search", meanwhile)
-    _, out, _ = run(capsys, *SEARCH)
-    assert "not kept:" in out
-    assert set(read_table(user / "h100.json").entries) == set(KEYS)
-
-
-def test_a_card_that_is_lost_is_said(on_h100, user, monkeypatch, capsys):
-    search = commands.search
-
-    def lost(key, *arguments, **options):
-        if key == KEYS[1]:
-            raise SearchError(f"{key} left the card unusable to this process")
-        return search(key, *arguments, **options)
-
-    monkeypatch.setattr(commands, "search", lost)
-    status, _, err = run(capsys, *SEARCH)
-    assert status == 2
-    assert f"{KEYS[1]} left the card unusable to this process. 1 keys were searched before" in err
-    assert set(read_table(user / "h100.json").entries) == {KEYS[0]}
-
-
-def test_a_budget(on_h100, user, capsys):
-    _, out, _ = run(capsys, *SEARCH, "--budget", "-1")
-    assert "the budget of -1 minutes is spent" in out
-    assert on_h100 == []
 
 
 def test_a_budget_of_tables(user, capsys):

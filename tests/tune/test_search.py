@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from tritonattn import launch
 from tritonattn.tune import search
 from tritonattn.tune.workload import Size
 from tritonattn.tuning.config import Target, TileConfig
 from tritonattn.tuning.gate import Candidate
+from tritonattn.tuning.lookup import config_for
+from tritonattn.tuning.machine_code import MachineCode
 from tritonattn.tuning.static import Compiler
 from tritonattn.tuning.table import Key
 
@@ -85,3 +90,93 @@ def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):
     monkeypatch.setattr(Compiler, "examine", examine)
     with Compiler(SM_80, 1) as compiler, pytest.raises(search.SearchError, match=r"no config compiles; .*no nvdisasm"):
         search.promising(KEY, compiler, 6)
+
+
+OTHERS = [TileConfig(16, 16, 4, stages) for stages in (1, 2, 3, 4)]
+IN_USE = config_for(KEY.kernel, KEY.problem, SM_80)
+HALF, BRAIN = torch.float16, torch.bfloat16
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Results that are right but for those of (dtype, config) in `wrong`, times by config; calls as they are made."""
+    timed = SimpleNamespace(
+        wrong=set(), milliseconds=dict(zip([IN_USE, *OTHERS], (8, 4, 2, 16, 32), strict=True)), calls=[]
+    )
+
+    class Right(Workload):
+        def config(self):
+            return launch.config_for(KEY.kernel, KEY.problem, SM_80)
+
+        def error(self):
+            return "is wrong" if (self.dtype, self.config()) in timed.wrong else None
+
+        def __call__(self, number):
+            timed.calls.append((self.dtype, self.config(), number))
+
+    def take_turns(contestants, *_):
+        for contestant in contestants.values():
+            contestant(7)
+        seen = list(dict.fromkeys(config for _, config, _ in timed.calls))
+        return {
+            name: [timed.milliseconds[config] * x for x in (1, 0.5, 2)]
+            for name, config in zip(contestants, seen, strict=True)
+        }
+
+    monkeypatch.setattr(search, "Workload", Right)
+    monkeypatch.setattr(search, "take_turns", take_turns)
+    return timed
+
+
+def find():
+    return search.search(KEY, OTHERS, SM_80, CPU, search.Effort(), Size(2, 4, 16), (BRAIN, HALF))
+
+
+def test_the_fastest_is_taken_and_the_next_are_noted(timed):
+    result = find()
+    assert (result.before, result.entry.config, result.gain) == (IN_USE, OTHERS[1], 4.0)
+    assert timed.calls == [(dtype, config, 7) for config in (IN_USE, *OTHERS) for dtype in (BRAIN, HALF)]
+    details = result.entry.details
+    assert (details["milliseconds"], details["quartiles"]) == (2, [1.5, 3])
+    assert (details["shape"], details["dtypes"]) == ([2, 4, 16, 64], ["bfloat16", "float16"])
+    assert [(one["num_stages"], one["milliseconds"]) for one in details["runners_up"]] == [
+        (1, 4), (IN_USE.num_stages, 8), (3, 16),
+    ]  # fmt: skip
+
+
+def test_a_result_that_is_wrong_in_one_dtype_is_not_taken(timed):
+    timed.wrong = {(HALF, OTHERS[1])}
+    result = find()
+    assert result.entry.config == OTHERS[0]
+    assert result.wrong == (f"{KEY} {OTHERS[1]}: is wrong",)
+
+
+def test_there_is_no_gain_over_what_is_wrong(timed):
+    timed.wrong = {(BRAIN, IN_USE)}
+    result = find()
+    assert result.entry.config == OTHERS[1]
+    assert (result.before, result.before_timing, result.gain) == (IN_USE, None, None)
+
+
+def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):
+    """Which is told the processors of the card, also where a device has its full name."""
+    asked = []
+
+    def examine(self, wanted):
+        code = MachineCode(128, 0, 0, 0)
+        return [Candidate(config, code, ("spills",) if config.num_warps == 8 else ()) for _, _, config in wanted]
+
+    def clocks(kernel, problem, candidate, target, processors):
+        asked.append((kernel, problem, processors))
+        return candidate.config.num_stages + 8 / candidate.config.block_n
+
+    monkeypatch.setattr(Compiler, "examine", examine)
+    monkeypatch.setattr(search, "modelled_clocks", clocks)
+    for target, processors in ((Target("cuda", "80", "NVIDIA A100-SXM4-80GB"), 108), (Target("cuda", "87"), 128)):
+        with Compiler(target, 1) as compiler:
+            found = search.promising(KEY, compiler, 4)
+        assert [(one.num_stages, one.block_n, one.num_warps) for one in found] == [
+            (2, 128, 4), (2, 128, 4), (2, 64, 4), (2, 64, 4),
+        ]  # fmt: skip
+        assert set(asked) == {(KEY.kernel, KEY.problem, processors)}
+        asked.clear()

@@ -97,6 +97,11 @@ def test_a_table_for_other_kernels_or_another_gpu_is_skipped(folders):
             assert lookup.find("forward", PROBLEM, H100).path is None
 
 
+def test_a_device_without_a_name_has_no_table_of_its_own(folders):
+    shipped, _ = folders
+    assert lookup.paths(Target("cuda", "90")) == [shipped / "h100.json", shipped / "h200.json"]
+
+
 def test_no_file_is_asked_twice(folders):
     for target in (H100, H200, Target("cuda", "90"), Target("cuda", "80", "NVIDIA A100-SXM4-80GB")):
         asked = lookup.paths(target)
@@ -212,6 +217,7 @@ def test_a_lookup_takes_little_time(folders):
         ("NVIDIA L40S", "89", "l40s"), ("NVIDIA H100 80GB HBM3", "90", "h100"), ("NVIDIA H200", "90", "h200"),
         ("NVIDIA B200", "100", "b200"), ("NVIDIA GeForce RTX 5090", "120", "rtx_5090"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "120", "rtx_pro_6000"), ("", "90", ""),
+        ("NVIDIA RTX PRO 6000 Ada", "89", "nvidia_rtx_pro_6000_ada"),
     ],
 )  # fmt: skip
 def test_names_of_cards(card, arch, wanted):

@@ -42,8 +42,14 @@ def test_the_gate():
     assert reasons(code()) == ""
     assert "spills 8 bytes" in reasons(code(spill=8))
     assert "takes 200000 bytes of shared memory, sm_80 has 166912" in reasons(code(shared=200000))
+    assert reasons(code(shared=166912)) == reasons(replace(code(), tensor_memory=512)) == "", "all that there is"
     assert "1.75 exponentials a logit" in reasons(code(exp=128)), "2 less those of 4 lanes of 4 warps for a row of 64"
     assert reasons(code(exp=80)) == "", "1.25, of which 0.25 correct earlier sums"
+    assert "1.25 exponentials a logit" in gate_reasons("grad_query", PROBLEM, CONFIG, SM_80, code(exp=80))[0]
+    assert gate_reasons("decode", PROBLEM, CONFIG, SM_80, code(exp=80)) == [], "of few rows lanes repeat them"
+    [once] = code().mma_loops
+    unrolled = replace(once, instructions=once.instructions | {"exp": 128}, tiles=2)
+    assert reasons(replace(code(), mma_loops=(unrolled,))) == ""
     assert "no loop" in reasons(MachineCode(128, 0, 0, 0, 0, ()))
     assert "tensor memory" in reasons(MachineCode(128, 0, 0, 0, 1024, code().mma_loops))
     assert reasons(MachineCode(300, 0, 0, 0, 0, None), Target("hip", "gfx942")) == ""
@@ -70,10 +76,12 @@ def test_an_illegal_config_is_not_compiled(monkeypatch):
 
 def test_what_does_not_compile_is_refused(monkeypatch):
     def fail(*_):
-        raise RuntimeError("PassManager::run failed")
+        raise RuntimeError("PassManager::run failed\n" + 100 * "  and more\n")
 
     monkeypatch.setattr("tritonattn.tuning.gate.compile_kernel", fail)
-    assert "RuntimeError: PassManager::run failed" in examine("forward", PROBLEM, CONFIG, SM_80).reasons[0]
+    [reason] = examine("forward", PROBLEM, CONFIG, SM_80).reasons
+    assert "RuntimeError: PassManager::run failed and more and" in reason, "on one line"
+    assert len(reason) < 250
 
 
 def test_the_model_prefers_less_work_and_more_programs_at_once():

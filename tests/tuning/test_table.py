@@ -71,6 +71,8 @@ CHANGES = {
     "a key": ({"entries": {"../../etc/passwd": {}}}, "entries: expected kernel/head_dim/scales/lengths"),
     "a kernel": ({"entries": {"row_terms/64/none/long": {}}}, "entries: expected kernel"),
     "a head_dim": ({"entries": {"forward/65/none/long": {}}}, "entries: expected kernel"),
+    "other scales": ({"entries": {"forward/64/query+gradient/long": {}}}, "entries: expected kernel"),
+    "lengths": ({"entries": {"forward/64/none/longer": {}}}, "entries: expected kernel"),
     "an entry": ({"entries": {str(KEY): "128"}}, "expected an object with a config"),
     "a source": ({"entries": {str(KEY): {"config": asdict(CONFIG), "source": "guess"}}}, "source: expected one of"),
 }
@@ -80,6 +82,9 @@ CONFIGS = {
     "a bool": {"num_warps": True},
     "a number for a bool": {"descriptors": 1},
     "huge": {"block_n": 10**300},
+    "many rows": {"block_m": 2048},
+    "many warps": {"num_warps": 64},
+    "many stages": {"num_stages": 17},
     "negative": {"num_stages": -1},
     "zero": {"block_m": 0},
     "text": {"block_m": "128"},
@@ -132,15 +137,16 @@ def test_a_missing_field_of_a_config(tmp_path):
         read_table(path)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_failed_write_leaves_the_old_file(error, tmp_path, monkeypatch):
     path = tmp_path / "a100.json"
     write_table(path, example())
 
     def fail(*_):
-        raise OSError("disk full")
+        raise error("disk full")
 
     monkeypatch.setattr(table.Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(error, match="disk full"):
         write_table(path, example(3))
     assert read_table(path) == example()
     assert list(tmp_path.iterdir()) == [path]
@@ -213,3 +219,4 @@ def test_the_fingerprint_is_of_the_code_alone():
     code = 'def f(x):\n    """Doc."""\n    return x + 1  # why\n'
     assert table._code(code) == table._code("# top\ndef f(x):\n\n    return (x + 1)\n".replace("(x + 1)", "x + 1"))
     assert table._code(code) != table._code(code.replace("1", "2"))
+    assert table._code('# top\n\n"""Doc."""\n\nx = "a"\n') == table._code('x = "a"\n') != table._code('x = "b"\n')

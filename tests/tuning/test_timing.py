@@ -57,8 +57,10 @@ def card(monkeypatch):
 @pytest.mark.parametrize("host", [0.02, 0.5, 2.0])
 def test_the_hosts_time_is_not_in_a_cards(host, card):
     """A kernel of 0.05 ms, though the host takes longer to launch it than the card to overwrite its L2 once."""
-    taken = timing.take_turns({"a": lambda _: card.launch(host, 0.05)}, GPU, rounds=4, warm_up=0)
+    calls: list[int] = []
+    taken = timing.take_turns({"a": lambda n: (calls.append(n), card.launch(host, 0.05))}, GPU, rounds=4, warm_up=0)
     assert taken["a"] == pytest.approx([0.05] * 4)
+    assert len(calls) <= 5 + 5, "the right number of flushes, at most 32, is found by doubling"
 
 
 def test_a_contestant_that_waits_for_the_card_is_timed_all_the_same(card):
@@ -99,6 +101,20 @@ def test_every_call_on_a_card_meets_an_overwritten_cache(card):
     assert calls[::2] == ["flush"] * 6
 
 
+def test_milliseconds_of_a_cpu_after_its_warm_up(monkeypatch):
+    """Which is no part of the seconds that the rounds may take."""
+    now, calls = [0.0], []
+
+    def contestant(number: int) -> None:
+        calls.append(number)
+        now[0] += 0.25
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    taken = timing.take_turns({"a": contestant}, torch.device("cpu"), rounds=9, warm_up=1.0, seconds=0.9)
+    assert taken["a"] == [250.0] * 4
+    assert calls == [0, *range(4), *range(4)]
+
+
 def test_time_that_is_up_leaves_three_rounds():
     calls: list[int] = []
     taken = timing.take_turns({"a": calls.append}, torch.device("cpu"), rounds=9, warm_up=0, seconds=0)
@@ -122,14 +138,35 @@ def test_clocks_are_those_of_the_card_in_use(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
     monkeypatch.setattr(subprocess, "run", run)
-    assert timing.card_state(GPU)["driver_version"] == "570.1"
+    assert timing.card_state(GPU) == {
+        "driver_version": "570.1", "clocks.sm": "1980 MHz", "clocks.mem": "2619 MHz", "temperature.gpu": "40",
+        "power.draw": "120 W",
+    }  # fmt: skip
     assert asked[asked.index("-i") + 1] == "GPU-12ab-34"
 
 
-def test_without_nvidia_smi(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("nvidia-smi"),
+        subprocess.TimeoutExpired("nvidia-smi", 10),
+        subprocess.CalledProcessError(6, ""),
+    ],
+    ids=repr,
+)
+def test_without_nvidia_smi(error, monkeypatch):
     def run(*_, **__):
-        raise FileNotFoundError("nvidia-smi")
+        raise error
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
     monkeypatch.setattr(subprocess, "run", run)
+    assert timing.card_state(GPU) == {}
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=""))
+    assert timing.card_state(GPU) == {}
+
+
+def test_nvidia_smi_is_not_asked_about_other_cards(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked"))
+    assert timing.card_state(torch.device("cpu")) == {}
+    monkeypatch.setattr(torch.version, "hip", "6.4")
     assert timing.card_state(GPU) == {}

@@ -37,7 +37,7 @@ def examine(kernel: str, problem: Problem, config: TileConfig, target: Target) -
 
 def told(error: Exception) -> str:
     """What a compiler or driver raised, on a line."""
-    return f"{type(error).__name__}: {str(error)[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def gate_reasons(kernel: str, problem: Problem, config: TileConfig, target: Target, code: MachineCode) -> list[str]:

@@ -1,0 +1,95 @@
+"""Targets, the classes of a problem, and what tiles take of shared and of tensor memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tritonattn.tuning import config
+from tritonattn.tuning.config import Problem, Target, TileConfig, is_short, legal_reasons, shared_limit, sum_columns
+
+HALF, FULL = torch.float16, torch.float32
+SM_80, SM_90, SM_100, GFX942 = map(Target.parse, ("sm_80", "sm_90", "sm_100", "gfx942"))
+
+
+def reasons(tiles: TileConfig, target: Target, kernel: str = "forward", dim: int = 128, dtype=HALF) -> list[str]:
+    return legal_reasons(kernel, tiles, Problem(dim, dim, dtype), target)
+
+
+def test_a_target_is_that_of_the_device_meant(monkeypatch):
+    cards = {0: ("Card A", (8, 6)), 1: ("Card B", (9, 0))}
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: cards[index][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: cards[index][1])
+    config._target_of.cache_clear()
+    found = [Target.of(torch.device(name)) for name in ("cuda:0", "cuda:1", "cuda", "cpu")]
+    config._target_of.cache_clear()
+    second = Target("cuda", "90", "Card B")
+    assert found == [Target("cuda", "86", "Card A"), second, second, SM_80]
+
+
+def test_short_calls_have_at_most_1024_rows_and_keys():
+    lengths = ((1024, 1024), (1, 1024), (1025, 1), (1, 1025))
+    assert [is_short(*each) for each in lengths] == [True, True, False, False]
+
+
+def test_sums_have_columns_where_they_lie_in_registers():
+    """Of 16-bit products, whose accumulators have pairs of columns a lane."""
+    targets = (SM_80, SM_90, SM_100, Target.parse("sm_103"), GFX942)
+    found = {
+        (target.name, dtype): sum_columns(Problem(64, 64, dtype), target)
+        for target in targets
+        for dtype in (HALF, FULL)
+    }
+    assert {name for name, columns in found.items() if columns == 8} == {("sm_80", HALF), ("sm_90", HALF)}
+    assert set(found.values()) == {1, 8}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target", "dtype", "wanted"),
+    [
+        ("forward", SM_80, HALF, 64 * 128 + 32 * 256 * 2),  # Q, and K and V of two stages
+        ("forward", SM_90, HALF, 64 * 128 + 32 * 256 * 3),
+        ("forward", SM_90, FULL, 64 * 128 + 32 * 256 * 2),
+        ("decode", SM_90, HALF, 64 * 128 + 32 * 256 * 2),
+        ("grad_query", SM_80, HALF, 64 * 256 + 32 * 256 * 2),
+        ("grad_key_value", SM_80, HALF, 32 * 256 + 64 * 256 * 2),
+        ("row_terms", SM_80, HALF, 0),
+    ],
+)
+def test_what_passes_through_shared_memory(kernel, target, dtype, wanted):
+    """Elements of tiles that are held once, and of those that are streamed in three stages."""
+    found = config._shared_estimate(kernel, TileConfig(64, 32, 4, 3), Problem(128, 128, dtype), target)
+    assert found == wanted * dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wanted"),
+    [("forward", 96 + 64), ("grad_query", 160 + 64), ("grad_key_value", (384 + 64 + 64) // 2), ("decode", 0)],
+)
+def test_columns_of_tensor_memory(kernel, wanted):
+    """Of 128 rows: logits of fp32 and of 16 bits, in a backward their gradients too, and sums."""
+    tiles, problem = TileConfig(128, 64, 4, 2), Problem(64, 64, HALF)
+    assert config._tensor_memory_estimate(kernel, tiles, problem) == wanted
+    assert config._tensor_memory_estimate(kernel, tiles, Problem(64, 64, FULL)) == 0, "products of fp32 use none"
+
+
+def test_tiles_may_fill_the_memory_there_is():
+    assert reasons(TileConfig(64, 32, 4, 4), GFX942) == [], "65,536 bytes"
+    [reason] = reasons(TileConfig(64, 32, 4, 5), GFX942)
+    assert "tiles need at least 81920 bytes of shared memory, gfx942 has 65536" in reason
+    assert reasons(TileConfig(128, 256, 8, 1), SM_100) == [], "512 columns"
+    [reason] = reasons(TileConfig(128, 256, 16, 1), SM_100, kernel="grad_query", dim=64)
+    assert "tiles need 704 columns of tensor memory, sm_100 has 512" in reason
+    assert shared_limit(Target.parse("sm_130")) == 65536, "of an unknown one what all have"
+
+
+def test_warps_and_descriptors_that_there_are():
+    [reason] = reasons(TileConfig(128, 64, 32, 2), SM_80)
+    assert reason == "num_warps 32 is not a power of two up to 16"
+    described = TileConfig(64, 32, 4, 2, descriptors=True)
+    assert reasons(described, SM_90) == reasons(described, Target.parse("sm_120")) == []
+    for target, dtype in ((SM_80, HALF), (Target.parse("sm_89"), HALF), (SM_90, FULL), (GFX942, HALF)):
+        assert "descriptors need" in reasons(described, target, dtype=dtype)[0]

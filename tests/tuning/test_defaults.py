@@ -1,0 +1,92 @@
+"""Defaults of calls that take more registers, and of targets that no table of tiles names; nothing is compiled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tritonattn.tuning.config import Problem, Target, TileConfig, legal_reasons
+from tritonattn.tuning.defaults import default_config
+
+TARGETS = [Target.parse(name) for name in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")]
+HALF, FULL = torch.float16, torch.float32
+
+
+def problem(width: int, dtype: torch.dtype = HALF, **forms) -> Problem:
+    return Problem(width, width, dtype, right=True, **forms)
+
+
+def values(kernel: str, config: TileConfig, width: int) -> float:
+    """Of a tile's logits and of the sums that are held, those of a warp."""
+    held = config.block_n * 2 if kernel == "grad_key_value" else config.block_m
+    return (config.block_m * config.block_n + held * width) / config.num_warps
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("kernel", ["forward", "grad_query", "grad_key_value"])
+def test_what_takes_many_registers_has_fewer_of_other_values(kernel, width, target):
+    plain = default_config(kernel, problem(width), target)
+    both = {"mask": True, "dropout": True}
+    forms = [{"mask": True}, {"dropout": True}, both]
+    if kernel == "grad_query":
+        forms.append({"query_scale": True, "query_scale_grad": True})
+    for form in forms:
+        given = problem(width, **form)
+        found = default_config(kernel, given, target)
+        assert legal_reasons(kernel, found, given, target) == []
+        assert values(kernel, found, width) < values(kernel, plain, width), form
+        if form != both:
+            held = "block_n" if kernel == "grad_key_value" else "block_m"
+            if width < 256 or getattr(plain, held) == 128:
+                assert getattr(found, held) == getattr(plain, held), "warps that share rows repeat their softmax"
+
+
+def test_a_mask_and_dropout_take_from_both_sides_of_wide_tiles():
+    for target in TARGETS:
+        wide = [("grad_key_value", 128)] + [("forward", 256)] * (target.name in ("sm_90", "sm_100"))
+        for kernel, width in wide:
+            one, both = (default_config(kernel, problem(width, mask=True, dropout=x), target) for x in (False, True))
+            assert (both.block_m * both.block_n) * 2 == one.block_m * one.block_n
+
+
+def test_gradients_of_float32_that_take_many_registers_have_the_smallest_tiles():
+    for target in TARGETS:
+        for kernel in ("forward", "grad_query", "grad_key_value"):
+            plain, heavy = (default_config(kernel, problem(64, FULL, dropout=x), target) for x in (False, True))
+            assert heavy == (plain if kernel == "forward" else replace(plain, block_m=16, block_n=16, num_stages=1))
+
+
+@pytest.mark.parametrize("name", ["sm_89", "sm_130"])
+def test_a_target_without_tiles_of_its_own_takes_those_of_least_memory(name):
+    for kernel in ("forward", "grad_query", "grad_key_value", "decode"):
+        for width in (64, 128, 256):
+            given = problem(width, aligned=False)
+            assert default_config(kernel, given, Target.parse(name)) == default_config(
+                kernel, given, Target.parse("sm_86")
+            )
+
+
+def test_page_numbers_come_a_stage_before_their_keys():
+    for target in TARGETS:
+        plain, paged = (default_config("decode", problem(64, block_table=x), target) for x in (False, True))
+        assert paged.num_stages - plain.num_stages == (target.backend == "cuda")
+
+
+def test_rows_of_a_group_leave_registers_for_keys():
+    found = [default_config("decode", problem(256, packed_rows=rows), TARGETS[0]) for rows in (16, 32, 256)]
+    assert [(config.block_m, config.block_n) for config in found] == [(16, 32), (32, 32), (32, 32)]
+    found = [default_config("decode", problem(64, packed_rows=rows), TARGETS[0]) for rows in (16, 256)]
+    assert [(config.block_m, config.block_n) for config in found] == [(16, 64), (64, 64)]
+    warps = [
+        default_config("decode", problem(128, packed_rows=rows), Target.parse("sm_120")).num_warps for rows in (16, 64)
+    ]
+    assert warps == [4, 8]
+
+
+def test_decoding_of_float32_has_waves_with_more_registers_on_amd():
+    found = {t.name: default_config("decode", problem(128, FULL), t).num_warps for t in TARGETS}
+    assert found == {t.name: 4 if t.backend == "hip" else 8 for t in TARGETS}
