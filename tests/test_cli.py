@@ -69,7 +69,7 @@ sys.exit(main(["demo"]))
     [
         (["--modes", "sqrt_dim,no_such_mode"], ["--modes", "'no_such_mode'", "sqrt_dim"]),
         (["--modes", "__import__('os').abort()"], ["--modes", "abort"]),
-        (["--modes", ","], ["--modes", "nothing"]),
+        (["--modes", ","], ["--modes", "got ''"]),
         (["--device", "no_such_device"], ["--device", "no_such_device"]),
         (["--text", "/no/such/file"], ["--text", "/no/such/file"]),
         (["--json", "/dev/null/a.json"], ["--json: wanted a folder", "'/dev/null'"]),

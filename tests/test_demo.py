@@ -119,6 +119,23 @@ def test_the_baseline_is_always_measured_first(small, capsys, monkeypatch):
     assert -1 < out.find("\nsqrt_dim ") < out.find("\nkey_count ")
 
 
+def test_modes_have_bases_and_gains_as_advice_names_them(small, capsys):
+    """The model's context is 64: up to it qwen_logn of it is sqrt_dim."""
+    modes = "qwen_logn:CONTEXT,qwen_logn(64),log_key_count:9*2"
+    assert cli.main(["demo", "--modes", modes, "--max-tokens", "30"]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert rows["qwen_logn:64"][1] == rows["qwen_logn(64)"][1] == rows["sqrt_dim"][1]
+    assert rows["log_key_count:9*2"][1] != rows["sqrt_dim"][1]
+    assert cli.main(["demo", "--modes", "key_count:4"]) == 2
+    assert "--modes: wanted a base after log_key_count or qwen_logn only" in capsys.readouterr().err
+
+
+def test_layers_that_are_not_there_are_refused_before_any_pass(small, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "eager_loss", lambda *_: pytest.fail("a pass"))
+    assert cli.main(["compare", "--layers", "99", "--max-tokens", "9"]) == 2
+    assert "99" in capsys.readouterr().err
+
+
 def test_a_text_longer_than_the_context_is_cut_and_said_to_be(small, tmp_path, capsys):
     (tmp_path / "long.txt").write_text("word " * 100)
     assert cli.main(["demo", "--modes", "sqrt_dim", "--text", str(tmp_path / "long.txt")]) == 0
@@ -201,7 +218,7 @@ def test_figures_that_are_not_finite_are_null(tmp_path):
     report.write_json(tmp_path / "a.json")
     record = json.loads((tmp_path / "a.json").read_text())
     assert [row["perplexity"] for row in record["modes"]][1:] == [None, None]
-    assert "dim moved least" in report.advice()
+    assert "dim moved the loss least" in report.advice()
 
 
 def test_the_text_is_what_its_origin_says():

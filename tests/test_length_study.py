@@ -13,10 +13,11 @@ from tests.test_demo import subject
 from tritonattn import cli
 from tritonattn.command import CommandError
 from tritonattn.demo import length
+from tritonattn.demo.length import VARIANTS
 from tritonattn.demo.length.passes import check_head, losses
 from tritonattn.demo.length.report import Study, difference
-from tritonattn.demo.length.variants import VARIANTS, variant
 from tritonattn.demo.measurement import Subject
+from tritonattn.demo.variants import variant
 from tritonattn.huggingface import patched
 from tritonattn.provenance import Environment
 from tritonattn.scaling import LogKeyCount, QwenLogn

@@ -14,6 +14,9 @@ from .command import INTERRUPTED, CommandError, check_file, made_folder, require
 DEMO_MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
 ADVISE_TOKENS = 512
 COMPARE_MODES = "sqrt_dim,key_norm_mean,log_key_count"
+_WRITTEN_MODE = (
+    "NAME[:BASE][*GAIN]: a mode, its base or training length, CONTEXT being the model's, and a constant gain"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,9 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tritonattn", description="Attention whose logit scaling is a parameter."
-    )
+    parser = argparse.ArgumentParser(prog="tritonattn", description="Attention whose logit scaling is a parameter.")
     parser.add_argument("--version", action="version", version=f"tritonattn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_demo(commands)
@@ -112,7 +113,7 @@ def _advise(options: argparse.Namespace) -> int:
 
 def _add_measuring(parser: argparse.ArgumentParser, modes: str) -> None:
     _add_text(parser)
-    parser.add_argument("--modes", default=modes, metavar="A,B", help="scalings to run (default: %(default)s)")
+    parser.add_argument("--modes", default=modes, metavar="A,B", help=f"{_WRITTEN_MODE} (default: %(default)s)")
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
@@ -274,9 +275,8 @@ def _add_length_study(commands: argparse._SubParsersAction) -> None:
     study.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text (default: all of Alice in Wonderland)")
     study.add_argument(
         "--modes", metavar="A,B",
-        help="NAME[:BASE][*GAIN]: a mode, its base or training length, a constant gain; CONTEXT is the model's trained "
-        "length (default: sqrt_dim, sqrt_dim*1.08, qwen_logn:CONTEXT, qwen_logn:2048, log_key_count:CONTEXT, llama4, "
-        "key_norm_mean)",
+        help=f"{_WRITTEN_MODE} (default: sqrt_dim, sqrt_dim*1.08, qwen_logn:CONTEXT, qwen_logn:2048, "
+        "log_key_count:CONTEXT, llama4, key_norm_mean)",
     )  # fmt: skip
     study.add_argument("--max-tokens", type=int, metavar="N", help="default: one and a half times the trained context")
     study.add_argument("--bin", type=int, metavar="N", help="positions averaged (default: a 24th of the tokens)")

@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
 from tritonattn.huggingface import NAME, patch, patched
+from tritonattn.nn import PerHead
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 SUPPORTED = [name for name, one in ARCHITECTURES.items() if one.exists and one.supported]
@@ -207,6 +208,7 @@ def test_who_watches_goes_on_after_another_has():
         ({"scaling": "sqrt"}, ValueError, "scaling: expected one of"),
         ({"scaling": "ssmx"}, ValueError, "scaling: expected one of .*did you mean 'ssmax'"),
         ({"scaling": torch.ones(4)}, TypeError, "scaling"),
+        ({"scaling": PerHead("key_count", heads=3)}, ValueError, "scaling: expected PerHead of 4 heads, got one of 3"),
         ({"gain": torch.ones(3, 1)}, ValueError, r"gain: .*\[4, 1\], got \[3, 1\]"),
         ({"gain": torch.ones(4)}, ValueError, r"gain: .*\[4, 1\], got \[4\]"),
         ({"gain": torch.ones(4, 1, dtype=torch.int64)}, TypeError, "gain: .*int64"),

@@ -81,6 +81,19 @@ def test_other_architectures_come_back(name, tmp_path):
     assert len(patched(again).layers) == len(patched(network).layers)
 
 
+def test_a_model_whose_prefix_names_no_attribute_comes_back(tmp_path):
+    """Llama 4's text model is `model`, its base_model_prefix "language_model"."""
+    architecture = ARCHITECTURES["llama4"]
+    network = architecture.build("sdpa")
+    one = patch(network, "key_norm_mean", layers=[0])
+    with torch.no_grad():
+        wanted = architecture.outputs(network, architecture.inputs())
+        network.save_pretrained(tmp_path)
+        again = type(network).from_pretrained(tmp_path).eval()
+        assert patched(again).layers.keys() == one.layers.keys()
+        assert torch.equal(architecture.outputs(again, architecture.inputs()), wanted)
+
+
 @pytest.mark.parametrize("part", ["whole", "layers", "model inside"])
 def test_a_model_of_models_comes_back(part, tmp_path):
     """Settings lie in the config of the model that was patched, which may be that of a part."""

@@ -32,7 +32,7 @@ WHOLE = "expected a whole number from 1 up, got '0'"
         ("monitor --scaling nope", "--scaling: .* got 'nope'"),
         ("codegen --workers 0", WHOLE),
         ("codegen --head-dims 64,300", "expected numbers from 1 to 256, got '64,300'"),
-        ("codegen --targets h100", "expected sm_<number> or gfx<name>, got 'h100'"),
+        ("codegen --targets h100", "expected sm_<number from 70> or gfx<name>, got 'h100'"),
         ("report {folder}", "report: no records in"),
         ("plot x.jsonl --out {file}", "--out: wanted a folder, got"),
         ("gpu --minutes 1 --device cpu --out {file}", "--out: wanted a folder, got"),

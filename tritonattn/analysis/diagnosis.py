@@ -30,7 +30,7 @@ class Diagnosis:
     relative_entropy      mean entropy / ln(n) of the rows that see n > 1 keys: 1 is uniform, 0 a single key
     jacobian_norm         mean Frobenius norm of the softmax's Jacobian, diag(p) - p p^T
     gradient_norm         mean Frobenius norm of dp / d(q . k), the Jacobian times the factor of the logits
-    near_one_hot          share of the rows whose max probability is above 0.95
+    near_one_hot          share of the rows whose max probability is above 0.95, those that see one key among them
     near_uniform          share of the rows with n > 1 keys whose entropy / ln(n) is above 0.98
     key_count_mean        mean n of the rows
     key_count_variation   their standard deviation over their mean

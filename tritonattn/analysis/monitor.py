@@ -38,7 +38,7 @@ class Monitor:
         calls, rows          how many calls and rows (B Hq Sq) it rests on, without padding and rows that see no key
         max_logit            [Hq] the largest logit, before softcap
         relative_entropy     [Hq] mean over the rows that see n > 1 keys of entropy / ln n: 1 is uniform, 0 one key
-        near_one_hot         [Hq] share of the rows whose largest probability is above 0.95
+        near_one_hot         [Hq] share of the rows whose largest probability is above 0.95, those of one key among them
         near_uniform         [Hq] share of the rows with n > 1 whose entropy / ln n is above 0.98
         q_gradient_norm      [Hq] Frobenius norm of the gradient that reached q as it meets k, over rows and features
         k_gradient_norm      [Hkv]

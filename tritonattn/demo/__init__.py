@@ -11,15 +11,14 @@ from tqdm import tqdm
 
 from ..command import CommandError, check_file, usable_device
 from ..huggingface import Patched
-from ..scaling import SCALINGS
-from .measurement import Measurement, Subject, eager_loss, measure
+from .measurement import Measurement, Subject, eager_loss, measure, patched_with
 from .model import load
 from .report import Report
+from .variants import BASELINE, variant
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BASELINE = "sqrt_dim"
 TEXT = Path(__file__).parent / "data" / "alice.txt"
 
 
@@ -78,6 +77,7 @@ def subject_and_tokens(request: Request) -> tuple[Subject, Tensor]:
 def _measure_all(
     subject: Subject, tokens: Tensor, modes: tuple[str, ...], request: Request
 ) -> tuple[float, list[Measurement]]:
+    patched_with(subject, variant(BASELINE, None), request.layers).undo()  # layers that are not there: refused at once
     measurements: list[Measurement] = []
 
     def show(patched: Patched) -> None:
@@ -97,10 +97,8 @@ def _measure_all(
 
 def _checked_modes(modes: tuple[str, ...]) -> tuple[str, ...]:
     """The modes without repetition, the baseline first."""
-    unknown = [mode for mode in modes if mode not in SCALINGS]
-    if unknown or not modes:
-        got = ", ".join(map(repr, unknown)) if unknown else "nothing"
-        raise CommandError(f"--modes: wanted names out of {', '.join(SCALINGS)}; got {got}")
+    for mode in modes or ("",):
+        variant(mode, 2048)  # before the model is loaded; any length will do
     return tuple(dict.fromkeys((BASELINE, *modes)))
 
 

@@ -15,6 +15,7 @@ from ..command import CommandError
 from ..dispatch import AttentionAux
 from ..huggingface import Patched, patch
 from ..visibility import Visibility
+from .variants import Variant, variant
 
 _ROWS = 256  # logits that the loss upcasts at a time
 
@@ -71,7 +72,7 @@ def measure(
 ) -> Measurement:
     """One pass over tokens [1, S] with the logits of the layers that `patch` finds by `layers` scaled by mode.
 
-    check is called with what was patched, before the pass.
+    mode is written as in `variants.variant`; check is called with what was patched, before the pass.
     """
     seen: list[Layer] = []
     names = {id(module): name for name, module in subject.model.named_modules()}
@@ -79,16 +80,22 @@ def measure(
     def observe(module: nn.Module, query: Tensor, key: Tensor, arguments: dict[str, Any], aux: AttentionAux) -> None:
         seen.append(_layer(names[id(module)], query, key, arguments, aux))
 
+    one = variant(mode, getattr(subject.model.config, "max_position_embeddings", None))
     start = time.perf_counter()
-    try:
-        patched = patch(subject.model, scaling=mode, layers=layers)
-    except (NotImplementedError, ValueError) as error:
-        raise CommandError(str(error)) from error
+    patched = patched_with(subject, one, layers)
     with patched, patched.watch(observe):
         if check is not None:
             check(patched)
         loss = _loss(subject, tokens)
-    return Measurement(mode, loss, tuple(seen), time.perf_counter() - start)
+    return Measurement(one.name, loss, tuple(seen), time.perf_counter() - start)
+
+
+def patched_with(subject: Subject, one: Variant, layers: Any) -> Patched:
+    """`patch`, whose refusals a command prints."""
+    try:
+        return patch(subject.model, scaling=one.scaling, gain=one.gain, layers=layers)
+    except (NotImplementedError, ValueError) as error:
+        raise CommandError(str(error)) from error
 
 
 def eager_loss(subject: Subject, tokens: Tensor) -> float:

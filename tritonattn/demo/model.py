@@ -38,7 +38,7 @@ def load(model: str | None, device: torch.device) -> Subject:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         network: Any = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CommandError(f"--model: cannot load {source!r}: {_first_line(error)}{_hint(where)}") from error
+        raise CommandError(f"--model: cannot load {source!r}: {_on_a_line(error)}{_hint(where)}") from error
     if "gguf_file" not in options:  # those come in fp32, and transformers refuses to cast them
         network = network.float()
     network = network.eval().requires_grad_(False).to(device)
@@ -107,8 +107,8 @@ def _location(source: str) -> tuple[str, dict[str, str]]:
     return str(path), {"gguf_file": files[0].name}
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _on_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _hint(where: str) -> str:

@@ -86,19 +86,18 @@ class Report:
         )
 
     def advice(self) -> str:
-        """One sentence on how to read the table."""
+        """How to read the table, and which mode moved the loss least."""
         text = (
             "How to read it: entropy / ln n is 1 for uniform attention and 0 for a single key; the "
-            "weights were trained with their own scaling, so a mode that keeps its logits keeps its loss"
-        )
-        others = self.measurements[1:]
-        if others:
-            near = min(others, key=lambda other: _distance(other.loss, self.measurements[0].loss))
-            text += f" (here {near.mode} moved least)"
-        return (
-            f"{text}, while one whose factor shrinks with the number of keys (key_count, key_norm_sum) "
+            "weights were trained with their own scaling, so a mode that keeps its logits keeps its loss, "
+            "while one whose factor shrinks with the number of keys (key_count, key_norm_sum) "
             "averages the context away unless the model is trained with it or it is given a gain."
         )
+        others, base = self.measurements[1:], self.measurements[0].loss
+        if others:
+            near = min(others, key=lambda other: _distance(other.loss, base))
+            text += f" Here {near.mode} moved the loss least, by {near.loss - base:+.4f}."
+        return text
 
     def write_json(self, file: Path) -> None:
         """Every figure; a figure that is not finite becomes null."""

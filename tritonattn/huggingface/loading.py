@@ -121,12 +121,17 @@ def _refuse_when_called(model: PreTrainedModel) -> None:
 
 
 def _places(model: PreTrainedModel, found: list[AttentionModule], saved: dict[str, Any]) -> dict[str, AttentionModule]:
-    """The modules of saved names, which may have been those of the model with or without its head."""
+    """The modules of saved names, which may have been those of the model with or without its head.
+
+    base_model_prefix need not name the attribute that a model has of a class without a head (Llama 4).
+    """
     prefix = f"{model.base_model_prefix}."
     by_name = {one.name: one for one in found if one.obstacle is None}
     places = {}
     for name in saved:
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
+        inside = [one for one in by_name if one.endswith(f".{name}")]
+        candidates = [name, name.removeprefix(prefix), prefix + name, *(inside if len(inside) == 1 else ())]
+        for candidate in candidates:
             if candidate in by_name:
                 places[name] = by_name[candidate]
                 break

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..nn import LEARNED, Cosine, PerHead, Scheduled, SSMax
+from ..nn.learned import Learned
 from ..nn.registry import named
 from ..scaling import SCALINGS, Scaling
 from ..validation import refuse_scaling
@@ -29,7 +30,12 @@ def built(scaling: Any, heads: int) -> Any:
         return scaling(heads=heads) if issubclass(scaling, nn.Module) else scaling()
     if not isinstance(scaling, Scaling):
         refuse_scaling(scaling)
-    return copy.deepcopy(scaling) if isinstance(scaling, nn.Module) else scaling
+    if not isinstance(scaling, nn.Module):
+        return scaling
+    for part in scaling.modules():
+        if isinstance(part, Learned) and part.heads != heads:
+            raise ValueError(f"scaling: expected {type(part).__name__} of {heads} heads, got one of {part.heads}")
+    return copy.deepcopy(scaling)
 
 
 def described(scaling: Any) -> Any:

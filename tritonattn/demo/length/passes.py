@@ -11,7 +11,7 @@ from torch import Tensor
 from ...command import CommandError
 from ...huggingface import patch
 from ..measurement import Subject
-from .variants import Variant
+from ..variants import Variant
 
 _ROWS = 256  # whose logits exist at a time
 # Settings with which a model changes its logits after the head.
