@@ -23,9 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the lines of all processes as they come, and exit with an error where one failed."""
+    """Print the lines of all processes as they come, and exit with an error where one failed, or no test ran."""
     processes = [_begun(arguments.tests, f"{n}/{arguments.processes}") for n in range(arguments.processes)]
-    threads = [Thread(target=_relay, args=(process,)) for process in processes]
+    passed: list[str] = []
+    threads = [Thread(target=_relay, args=(process, passed)) for process in processes]
     for thread in threads:
         thread.start()
     try:
@@ -37,6 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
         statuses = [process.wait() for process in processes]
     if any(status not in (0, _NO_TESTS) for status in statuses) or set(statuses) == {_NO_TESTS}:
         sys.exit(f"correctness: exit statuses of pytest: {', '.join(map(str, statuses))}")
+    if not passed:
+        sys.exit("correctness: expected tests that pass, got only ones that were skipped: the kernels' want a GPU")
 
 
 def _begun(tests: list[str], share: str) -> subprocess.Popen:
@@ -49,12 +52,15 @@ def _begun(tests: list[str], share: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def _relay(process: subprocess.Popen) -> None:
+def _relay(process: subprocess.Popen, passed: list[str]) -> None:
+    """Print the lines, and keep those of tests that passed."""
     assert process.stdout is not None
     with process.stdout as lines:
         for line in lines:
             sys.stdout.write(line)
             sys.stdout.flush()
+            if " PASSED" in line:
+                passed.append(line)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

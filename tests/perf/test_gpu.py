@@ -174,6 +174,12 @@ def test_failures_and_files_that_cannot_be_read_fail_and_warnings_do_not(tmp_pat
     assert "No module named 'missing'" in printed
 
 
+def test_tests_that_are_all_skipped_show_nothing(tmp_path):
+    (tmp_path / "test_a.py").write_text("import pytest\n\n@pytest.mark.skip\ndef test_it(): ...\n")
+    with pytest.raises(SystemExit, match="expected tests that pass, got only ones that were skipped"):
+        correctness(tmp_path)
+
+
 def test_correctness_is_interrupted_when_its_processes_have_ended(tmp_path, monkeypatch, capsys):
     class Interrupted(threading.Thread):
         def join(self):
