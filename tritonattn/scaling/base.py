@@ -17,6 +17,7 @@ from ..visibility import Visibility
 # Below it a statistic counts as zero: its reciprocal need not fit fp32.
 SMALLEST_STATISTIC = torch.finfo(torch.float32).tiny
 _LARGEST_ZERO = math.nextafter(SMALLEST_STATISTIC, 0)
+_LARGEST_ZERO_SQUARE = math.nextafter(SMALLEST_STATISTIC**2, 0)
 _LARGEST_ZERO_OF_FLOAT32 = SMALLEST_STATISTIC - 2.0**-149
 
 
@@ -106,11 +107,9 @@ class _Reciprocal(torch.autograd.Function):
         return (g * factor) * -factor
 
 
-def root(square: Tensor) -> Tensor:
-    """sqrt(x) in fp64; 0, with gradient 0, where that is 0 or below fp32's normal range; NaN stays NaN."""
-    square = square.double()
-    usable = ~(square < SMALLEST_STATISTIC**2)
-    return torch.where(usable, torch.where(usable, square, 1).sqrt(), 0)
+def reciprocal_root(square: Tensor) -> Tensor:
+    """1 / sqrt(x) in fp64; 0, with gradient 0, where the root is 0 or below fp32's normal range; NaN stays NaN."""
+    return torch.threshold(square.double(), _LARGEST_ZERO_SQUARE, math.inf).rsqrt()
 
 
 def dense_lengths(x: Tensor, counted: Tensor) -> Tensor:

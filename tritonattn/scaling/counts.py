@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..statistics import Statistics
 from ..visibility import Visibility
-from .base import Scales, Scaling, check_positive, reciprocal, scales_of_count
+from .base import Scales, Scaling, check_positive, reciprocal, reciprocal_root, scales_of_count
 
 
 class KeyCount(Scaling):
@@ -36,7 +36,7 @@ class SqrtKeyCount(Scaling):
     reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return scales_of_count(visibility, 1.0, lambda n: reciprocal(n.sqrt()))
+        return scales_of_count(visibility, 1.0, reciprocal_root)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         return reciprocal(visible.sum(-1, keepdim=True)).sqrt()

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from ..statistics import Statistics
 from ..visibility import Visibility
-from .base import Scales, Scaling, dense_lengths, reciprocal, root
+from .base import Scales, Scaling, dense_lengths, reciprocal, reciprocal_root
 
 
 class KeyNormSum(Scaling):
@@ -58,7 +58,7 @@ class KeyNormRms(Scaling):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         mean_square = statistics.length_square_sum / visibility.counts().clamp(min=1)
-        return Scales(1.0, query=reciprocal(root(mean_square)))
+        return Scales(1.0, query=reciprocal_root(mean_square))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         n = visible.sum(-1, keepdim=True)
@@ -89,7 +89,7 @@ class KeyNormL2(Scaling):
     reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return Scales(1.0, query=reciprocal(root(statistics.length_square_sum)))
+        return Scales(1.0, query=reciprocal_root(statistics.length_square_sum))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         return reciprocal(_visible_lengths(k, visible).norm(dim=-1, keepdim=True))
