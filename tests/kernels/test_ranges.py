@@ -12,8 +12,8 @@ from tritonattn.sequences import Sequences
 from tritonattn.triton_backend import ranges
 from tritonattn.visibility import Visibility
 
-Q_LEN, K_LEN = 150, 175
-CASES = [{}, {"causal": True}, {"window": (9, 4)}, {"key_lengths": [70, 20]}, {"causal": True, "key_lengths": [175, 0]}]
+Q_LEN, K_LEN = 300, 325
+CASES = [{}, {"causal": True}, {"window": (9, 4)}, {"key_lengths": [70, 200]}, {"causal": True, "key_lengths": [325, 0]}]
 
 
 def example(extra: dict, with_ranges: bool, device: torch.device) -> tuple[Visibility, Tensor]:

@@ -80,7 +80,7 @@ _DECODE_TILES = {
 _STREAMING_TILES = {
     "prefix_sums": TileConfig(4096, 4096, 8, 1),
     "row_bounds": TileConfig(1024, 1024, 4, 1),
-    "keys_seen": TileConfig(64, 64, 4, 1),
+    "keys_seen": TileConfig(256, 64, 8, 1),
     "argmax_of_ranges": TileConfig(64, 128, 16, 1),
 }
 _FAMILIES = {
