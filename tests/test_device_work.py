@@ -100,8 +100,9 @@ def test_forward(scaling, masks, of_ours, of_torch, kernels):
     [
         ("sqrt_dim", {"causal": True}, 4, 0),
         ("key_count", {"causal": True}, 4, 3),
-        ("key_norm_sum", {"causal": True}, 8, 10),
-        ("key_norm_max", {"causal": True, "window": (16, 0)}, 8, 24),
+        ("key_norm_sum", {"causal": True}, 8, 9),
+        ("key_norm_max", {"causal": True, "window": (16, 0)}, 8, 23),
+        ("cosine", {"causal": True}, 8, 10),
         ("sqrt_dim", RANGES, 7, 4),
     ],
 )

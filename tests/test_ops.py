@@ -190,9 +190,10 @@ def test_autocast_does_not_reach_into_a_backend():
 # The pass over the keys, with torch in the kernels' place.
 
 
-def _key_lengths_backward(k, seen, lengths, d_lengths):
+def _key_lengths_backward(k, seen, lengths, d_lengths, added=None):
     rate = torch.where(lengths > 0, d_lengths / lengths.clamp(min=1e-30), 0)
-    return torch.where((lengths > 0)[..., None], rate[..., None] * k, 0).to(k.dtype).contiguous()
+    d_k = torch.where((lengths > 0)[..., None], rate[..., None] * k, 0)
+    return (d_k if added is None else d_k + added).to(k.dtype).contiguous()
 
 
 @pytest.fixture

@@ -86,6 +86,7 @@ def _attend(
     else:
         statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visibility)
         constant, query, key = factor.scales(q, k, visibility, statistics)
+        q, k = statistics.operands(q, k)
         call = AttentionCall(q, k, v, visibility, constant, query, key, options.cap, sinks, dropout)
         if not options.return_aux:
             return _out(call, backend)

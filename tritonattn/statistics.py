@@ -70,9 +70,12 @@ class Statistics:
         """
         return self._lengths_of(q, None if self.visibility.every_row_sees else self.visibility.seeing_rows())
 
-    @staticmethod
-    def _lengths_of(x: Tensor, seen: Tensor | None) -> Tensor:
+    def _lengths_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
         return key_lengths_of(x, seen)
+
+    def operands(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k as attention is to read them, once the scales are known."""
+        return q, k
 
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         # Not functools.cached_property: torch.compile cannot trace its lock (Python < 3.12).

@@ -35,7 +35,9 @@ def check(dtype: torch.dtype, head_dim: int, k_len: int, some_unseen: bool) -> N
     d_k = triton_backend.key_lengths_backward(k, seen, lengths, d_lengths)
     tolerance = max(torch.finfo(dtype).eps, 1e-6)
     torch.testing.assert_close(d_k.double(), leaf.grad, rtol=tolerance, atol=tolerance)
-
+    added = torch.randn(k.shape, generator=generator).to(dtype)
+    both = triton_backend.key_lengths_backward(k, seen, lengths, d_lengths, added)
+    torch.testing.assert_close(both.double(), leaf.grad + added.double(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -44,7 +46,7 @@ def check(dtype: torch.dtype, head_dim: int, k_len: int, some_unseen: bool) -> N
 def test_key_statistics(head_dim, k_len, dtype, capability, emulate):
     executor = emulate(GPU(capability))
     check(dtype, head_dim, k_len, some_unseen=dtype != torch.float32)
-    assert executor.launched == ["key_lengths", "prefix_sums", "prefix_sums", "key_statistics_grad"]
+    assert executor.launched == ["key_lengths", "prefix_sums", "prefix_sums", "key_statistics_grad", "key_statistics_grad"]
 
 
 @pytest.mark.parametrize(("capability", "dtype", "head_dim"), [(80, torch.bfloat16, 17), (90, torch.float32, 64)])

@@ -71,6 +71,27 @@ def test_backward_matches_autograd(device):
     torch.testing.assert_close(found.double(), leaf.grad, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_keys_and_of_their_lengths_are_added_before_they_are_rounded(dtype, device):
+    random = torch.Generator().manual_seed(0)
+    k, d_k = (torch.randn(2, 2, 33, 20, generator=random).to(dtype).to(device) for _ in range(2))
+    seen = (torch.arange(33, device=device) < 30).expand(2, 2, -1)
+    d_k[:, :, 30:] = 0
+    d_lengths = torch.randn(2, 2, 33, generator=random).to(device)
+    leaf = k.clone().requires_grad_()
+    statistics = KernelStatistics(leaf, Visibility.of(k, k, key_lengths=torch.tensor([30, 30], device=device)))
+    lengths, (q, same) = statistics.lengths, statistics.operands(k, leaf)
+    assert q is k
+    assert same is not leaf
+    assert torch.equal(same, leaf)
+    strided = d_k.transpose(2, 3).contiguous().transpose(2, 3)
+    found = torch.autograd.grad((lengths, same), leaf, (d_lengths, strided), retain_graph=True)[0]
+    wide = k.double().requires_grad_()
+    exact = d_k + torch.autograd.grad(key_lengths_of(wide, seen), wide, d_lengths.double())[0]
+    torch.testing.assert_close(found, exact.to(dtype), rtol=1e-6, atol=1e-6)
+    assert torch.equal(torch.autograd.grad(same, leaf, d_k)[0], d_k)
+
+
 def _held(statistics: KeyStatistics) -> list[torch.Tensor]:
     """What counts of the buffers, sequence by sequence."""
     parts = []

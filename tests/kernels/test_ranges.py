@@ -13,7 +13,8 @@ from tritonattn.triton_backend import ranges
 from tritonattn.visibility import Visibility
 
 Q_LEN, K_LEN = 300, 325
-CASES = [{}, {"causal": True}, {"window": (9, 4)}, {"key_lengths": [70, 200]}, {"causal": True, "key_lengths": [325, 0]}]
+LENGTHS = {"key_lengths": [70, 200]}
+CASES = [{}, {"causal": True}, {"window": (9, 4)}, LENGTHS, {"causal": True, "key_lengths": [325, 0]}]
 
 
 def example(extra: dict, with_ranges: bool, device: torch.device) -> tuple[Visibility, Tensor]:

@@ -55,7 +55,8 @@ def test_default_configs_do_not_spill_on_amd(kernel, target):
 @pytest.mark.parametrize("target", _slow_but("sm_90", "sm_100", "gfx942", of=(*NVIDIA, *AMD)))
 @pytest.mark.parametrize("kernel", STREAMING_KERNELS)
 def test_streaming_kernels(kernel, target):
-    _check(kernel, Problem(64, 64, torch.bfloat16, **SCALED), target)
+    masks = {"right": True, "left": True, "key_lengths": True, "key_ranges": True}
+    _check(kernel, Problem(64, 64, torch.bfloat16, **masks, **SCALED), target)
 
 
 FORMS = {

@@ -131,14 +131,14 @@ def append_keys(
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def key_statistics_grad(
-    k_ptr, seen_ptr, lengths_ptr, d_lengths_ptr, d_k_ptr, k_len, kv_heads, first_head, first_member,
+    k_ptr, seen_ptr, lengths_ptr, d_lengths_ptr, added_ptr, d_k_ptr, k_len, kv_heads, first_head, first_member,
     k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """d_k[j] = d_lengths[j] * k[j] / |k[j]| for BLOCK_N keys; 0 where |k[j]| is 0 or below fp32's normal range.
 
     Grid: (blocks of Sk, Hkv, B). lengths and d_lengths fp32 [B, Hkv, Sk] contiguous; d_k [B, Hkv, Sk, D] in k's
-    dtype, contiguous.
+    dtype, contiguous; added is like d_k or None, what reached k by other ways, and is added before rounding.
     """
     block, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
     wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
@@ -156,5 +156,7 @@ def key_statistics_grad(
     k_ptr += wide_batch * k_stride_b + wide_head * k_stride_h + first_key.to(tl.int64) * k_stride_s
     k = load_tile(k_ptr + tile_offsets(BLOCK_N, BLOCK_D, k_stride_s, k_stride_d, WIDE), live, HEAD_DIM, True)
     d_k = k.to(tl.float32) / tl.where(live, length, 1.0)[:, None] * d_length[:, None]
-    d_k_ptrs = d_k_ptr + key_base * HEAD_DIM + tile_offsets(BLOCK_N, BLOCK_D, HEAD_DIM, 1, False)
-    store_tile(d_k_ptrs, d_k, keep_key, HEAD_DIM)
+    offsets = key_base * HEAD_DIM + tile_offsets(BLOCK_N, BLOCK_D, HEAD_DIM, 1, False)
+    if added_ptr is not None:
+        d_k += load_tile(added_ptr + offsets, keep_key, HEAD_DIM, True).to(tl.float32)
+    store_tile(d_k_ptr + offsets, d_k, keep_key, HEAD_DIM)

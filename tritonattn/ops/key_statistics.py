@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from ..autograd import apply, first_order, runs_eagerly
+from ..autograd import apply, first_order, needs_graph, runs_eagerly
 from ..statistics import Statistics
+from ..visibility import Visibility
 from .mapping import in_one_batch
 from .names import qualified
 
@@ -36,14 +37,26 @@ class KernelStatistics(Statistics):
     _scan = staticmethod(_prefix_sum)
     _argmax = staticmethod(_argmax_over_ranges)
 
+    def __init__(self, k: Tensor | Callable[[], Tensor], visibility: Visibility) -> None:
+        super().__init__(k, visibility)
+        self._measured: list[tuple[Tensor, Tensor]] = []
+
     def _seen_keys(self) -> Tensor:
         visible = self.visibility
         is_plain = runs_eagerly(visible.key_lengths, visible.key_ranges)
         return _kernels().seen_keys(visible) if is_plain else super()._seen_keys()
 
-    @staticmethod
-    def _lengths_of(x: Tensor, seen: Tensor | None) -> Tensor:
-        return apply(_KeyLengths, x, seen)
+    def _lengths_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
+        if not (runs_eagerly(x, seen) and needs_graph(x)):
+            return apply(_KeyLengths, x, seen)
+        lengths, same = apply(_LengthsBeside, x, seen)
+        self._measured.append((x, same))
+        return lengths
+
+    def operands(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Those whose lengths were measured come from the node that did: it adds up their gradients in one pass."""
+        found = {id(x): same for x, same in self._measured}
+        return found.get(id(q), q), found.get(id(k), k)
 
 
 def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> bool:
@@ -133,6 +146,30 @@ class _KeyLengths(Function):
         eager = runs_eagerly(*saved, d_lengths)
         run = _key_lengths_backward if eager else _key_lengths_backward_operator
         return run(k, seen, lengths, d_lengths), None
+
+
+class _LengthsBeside(Function):
+    """Lengths of x [B, H, S, D], fp32 [B, H, S], and x as it is, so that the gradients of both meet here."""
+
+    @staticmethod
+    def forward(x, seen):
+        return _kernels().key_lengths(x, seen), x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, output[0])
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, d_lengths, d_same):
+        if d_lengths is None:
+            return d_same, None
+        x, seen, lengths = saved
+        if runs_eagerly(x, d_lengths, d_same):
+            return _kernels().key_lengths_backward(x, seen, lengths, d_lengths, d_same), None
+        d_x = _key_lengths_backward_operator(x, seen, lengths, d_lengths)
+        return d_x if d_same is None else d_x + d_same, None
 
 
 _key_lengths_operator.register_autograd(_KeyLengths.backward, setup_context=_KeyLengths.setup_context)

@@ -23,10 +23,16 @@ def key_lengths(k: Tensor, seen: Tensor | None) -> Tensor:
     return lengths
 
 
-def key_lengths_backward(k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor) -> Tensor:
-    """d_k [B, Hkv, Sk, D] from the lengths that `key_lengths` returned and their gradient, fp32 [B, Hkv, Sk]."""
+def key_lengths_backward(
+    k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor, added: Tensor | None = None
+) -> Tensor:
+    """d_k [B, Hkv, Sk, D] from the lengths that `key_lengths` returned and their gradient, fp32 [B, Hkv, Sk].
+
+    added   what reached k by other ways, in k's dtype, or None
+    """
     d_k = torch.empty_like(k, memory_format=torch.contiguous_format)
-    gradients = {"lengths_ptr": lengths.contiguous(), "d_lengths_ptr": d_lengths.contiguous(), "d_k_ptr": d_k}
+    gradients: Arguments = {"lengths_ptr": lengths.contiguous(), "d_lengths_ptr": d_lengths.contiguous()}
+    gradients |= {"added_ptr": None if added is None else added.contiguous(), "d_k_ptr": d_k}
     _launch_keys("key_statistics_grad", _key_arguments(k, seen) | gradients, k)
     return d_k
 

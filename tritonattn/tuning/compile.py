@@ -122,6 +122,7 @@ def _argument_type(name: str, problem: Problem, config: TileConfig) -> str | int
         "d_lse": True,
         "new_counts": True,
         "new_lengths": True,
+        "added": True,
         "rounding": problem.dtype.itemsize != 2,
         "d_sinks": not problem.sinks,
         "q_starts": not problem.sequences,
