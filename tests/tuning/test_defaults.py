@@ -42,7 +42,8 @@ def test_what_takes_many_registers_has_fewer_of_other_values(kernel, width, targ
         if form != both:
             held = "block_n" if kernel == "grad_key_value" else "block_m"
             if width < 256 or getattr(plain, held) == 128:
-                assert getattr(found, held) == getattr(plain, held), "warps that share rows repeat their softmax"
+                of_a_warp = [getattr(config, held) / config.num_warps for config in (plain, found)]
+                assert of_a_warp[1] >= min(of_a_warp[0], 16), "warps that share rows repeat their softmax"
 
 
 def test_a_mask_and_dropout_take_from_both_sides_of_wide_tiles():
@@ -50,7 +51,7 @@ def test_a_mask_and_dropout_take_from_both_sides_of_wide_tiles():
         wide = [("grad_key_value", 128)] + [("forward", 256)] * (target.name in ("sm_90", "sm_100"))
         for kernel, width in wide:
             one, both = (default_config(kernel, problem(width, mask=True, dropout=x), target) for x in (False, True))
-            assert (both.block_m * both.block_n) * 2 == one.block_m * one.block_n
+            assert both.block_m * both.block_n / both.num_warps * 2 == one.block_m * one.block_n / one.num_warps
 
 
 def test_gradients_of_float32_that_take_many_registers_have_the_smallest_tiles():
