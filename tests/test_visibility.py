@@ -158,6 +158,16 @@ def test_values_outside_the_keys_are_clamped():
     assert hi.tolist() == [[0], [4]]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_bounds_of_dtypes_that_cannot_hold_the_number_of_keys(dtype):
+    """uint8 holds no Sk of 300, int16 no 40,000."""
+    k_len, bounds = (300, [7, 250]) if dtype == torch.uint8 else (40_000, [7, 30_000])
+    visibility = visibility_of(1, k_len, key_ranges=torch.tensor(bounds, dtype=dtype).expand(B, 1, 2))
+    assert torch.stack(visibility.ranges(), -1)[1, 0].tolist() == bounds
+    visibility = visibility_of(1, k_len, key_lengths=torch.tensor(bounds, dtype=dtype))
+    assert visibility.ranges()[1].flatten().tolist() == bounds
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_what_is_handed_out_may_be_written_to(name):
     visibility = visibility_of(5, 9, **MASKS[name](B, HQ, 5, 9))

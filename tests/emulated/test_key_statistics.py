@@ -77,7 +77,7 @@ def test_passes_over_ranges(capability, emulate):
     visibility = Visibility.of(q, k, causal=True, key_lengths=key_lengths, key_ranges=key_ranges)
     bounds = ranges.rows_of_key_blocks(visibility, ranges.range_arguments(visibility), 16)
     x = torch.randint(0, 9, (2, 3, 50), generator=torch.Generator().manual_seed(1)) / 4
-    x[1, 1, 8::20], x[1, 2, 7::30] = torch.inf, torch.nan
+    x[1, 1, 8::20], x[1, 2, 7::30], x[:, 0] = torch.inf, torch.nan, torch.arange(50)
     lo, hi = visibility.ranges()
     largest = ranges.argmax_over_ranges(x, lo[:, None], hi[:, None])
     seen = ranges.seen_keys(visibility)

@@ -14,7 +14,10 @@ from tritonattn.visibility import Visibility
 
 Q_LEN, K_LEN = 300, 325
 LENGTHS = {"key_lengths": [70, 200]}
-CASES = [{}, {"causal": True}, {"window": (9, 4)}, LENGTHS, {"causal": True, "key_lengths": [325, 0]}]
+CASES = [
+    {}, {"causal": True}, {"window": (9, 4)}, LENGTHS, {"causal": True, "key_lengths": [325, 0]},
+    {"window": (9, 4), **LENGTHS},
+]  # fmt: skip
 
 
 def example(extra: dict, with_ranges: bool, device: torch.device) -> tuple[Visibility, Tensor]:
@@ -67,6 +70,8 @@ def test_largest_of_ranges(extra, with_ranges, device):
     visibility, pairs = example(extra, with_ranges, device)
     x = torch.randint(0, 9, (2, 3, K_LEN), generator=torch.Generator().manual_seed(1)) / 4
     x[1, 1, 30::40], x[1, 2, 7::90], x[0, 2] = torch.inf, torch.nan, 0
+    x[:, 0] = torch.arange(K_LEN)  # ends of ranges tell, as few levels do not: each is met within some keys
+    x[0, 1] = x[0, 0].flip(0)
     lo, hi = visibility.ranges()
     found = ranges.argmax_over_ranges(x.to(device), lo[:, None], hi[:, None]).cpu()
     expected = largest_keys(x, pairs[:, None])

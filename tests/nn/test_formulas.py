@@ -186,9 +186,10 @@ def test_a_schedule_towards_cosine_is_geometric():
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0])
-def test_a_schedule_is_differentiated_in_double_precision(size):
+@pytest.mark.parametrize("mode", ["key_norm_sum", "key_norm_max"])
+def test_a_schedule_is_differentiated_in_double_precision(mode, size):
     """Of tiny keys the factor is large, and its gradient towards the modes' own factors is below float32."""
-    scaling = nn.Scheduled("sqrt_dim", "key_norm_sum", steps=10, blend="geometric")
+    scaling = nn.Scheduled("sqrt_dim", mode, steps=10, blend="geometric")
     scaling.advance(3)
     narrow = operands(torch.float32)
     with torch.no_grad():

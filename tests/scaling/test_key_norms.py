@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tritonattn.scaling import SCALINGS, KeyNormMax
+from tritonattn.scaling.base import SMALLEST_STATISTIC, reciprocal, reciprocal_root
 from tritonattn.statistics import Statistics
 from tritonattn.visibility import Visibility
 
@@ -71,3 +72,17 @@ def test_a_nan_that_a_row_sees_is_not_hidden():
     k[0, 0, 1, 0] = torch.nan
     for mode in ("key_norm_sum", "key_norm_mean", "key_norm_rms", "key_norm_max", "key_norm_l2"):
         assert query_scale(SCALINGS[mode](), k, causal=True).isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest_statistic_that_counts(dtype):
+    """In fp32, where it is a node of its own, as in fp64; a root counts where its square is the smallest's."""
+    limit = torch.tensor(SMALLEST_STATISTIC, dtype=dtype)
+    below = limit.nextafter(torch.zeros_like(limit))
+    s = torch.stack([limit, below, torch.zeros_like(limit), limit * 0 + torch.nan]).requires_grad_()
+    factor = reciprocal(s)
+    assert factor[:3].tolist() == [2.0**126, 0, 0]
+    assert factor[3].isnan()
+    assert torch.autograd.grad(factor[:3].sum() * 2.0**-130, s)[0][:3].tolist() == [-(2.0**122), 0, 0]
+    square = s.detach().double().square()
+    assert reciprocal_root(square)[:3].tolist() == [2.0**126, 0, 0]
