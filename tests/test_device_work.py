@@ -78,6 +78,7 @@ RANGES = {"key_ranges": torch.stack([torch.full((1, S), 3), torch.arange(1, S + 
         ("key_norm_sum", {"causal": True}, 3, 3),
         ("key_norm_mean", {"causal": True}, 3, 8),
         ("key_norm_rms", {"causal": True}, 3, 8),
+        ("key_norm_max", {}, 2, 4),  # argmax, gather, threshold, reciprocal
         ("key_norm_max", {"causal": True}, 3, 7),
         ("key_norm_max", {"causal": True, "window": (16, 0)}, 3, 9),
         ("cosine", {"causal": True}, 3, 4),

@@ -235,6 +235,9 @@ class Visibility:
             x = self._per_mask_head(x)
             first, seen = ranges.argmax_over_mask(x.detach(), *self._bounds(), self.mask)
             return ranges.pick(x, first, seen, False, scan)
+        if self.left is None and self.is_full and self.k_len > 0:  # one key for all rows, in O(Sk) time
+            first = x.detach().argmax(-1, keepdim=True).expand(*x.shape[:-1], self.q_len)
+            return ranges.pick(x, first, None, True, scan)
         if self.begins_at_first and argmax is argmax_over_ranges:
             return self._max_of_prefixes(x, scan)
         lo, hi = self._bounds()
