@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .scaling import Scales, Scaling
-from .statistics import Statistics
+from .scaling import SCALINGS, Scales, Scaling
+from .statistics import DoubleStatistics, Statistics
 from .validation import (
     check_factor,
     check_multiplier,
@@ -65,7 +65,8 @@ class Factor:
         self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
     ) -> tuple[float, Tensor | None, Tensor | None]:
         """The mode's scales times the gain, as a float, [B, Hq, Sq] and [B, Hkv, Sk]."""
-        constant, query, key = self.exact_scales(q, k, visibility, statistics)
+        take = self.exact_scales if isinstance(self.gain, Tensor) else self._scales
+        constant, query, key = take(q, k, visibility, statistics)
         if query is not None:
             query = query.to(scale_dtype(q)).expand(visibility.rows)
         if key is not None:
@@ -75,7 +76,13 @@ class Factor:
     def exact_scales(
         self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
     ) -> tuple[float, Tensor | None, Tensor | None]:
-        """`scales` as the mode gave them, neither rounded nor expanded: for a mode that is made of others."""
+        """`scales` in fp64, neither rounded nor expanded, of a mode of `SCALINGS`: for one that is made of others."""
+        wide = DoubleStatistics(statistics) if type(self.scaling) in SCALINGS.values() else statistics
+        return self._scales(q, k, visibility, wide)
+
+    def _scales(
+        self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
+    ) -> tuple[float, Tensor | None, Tensor | None]:
         scales = self.scaling.scales(q, k, visibility, statistics)
         name = f"{getattr(self.scaling, 'name', type(self.scaling).__name__)}.scales()"
         if not isinstance(scales, Scales):

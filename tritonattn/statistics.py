@@ -100,7 +100,7 @@ class Statistics:
 
 
 class DoubleStatistics(Statistics):
-    """Others in fp64, for a mode made of modes: gradients towards their factors may leave fp32's range."""
+    """Others in fp64, for a factor that goes into others: gradients towards it may leave fp32's range."""
 
     def __init__(self, statistics: Statistics) -> None:
         super().__init__(lambda: statistics.k, statistics.visibility)

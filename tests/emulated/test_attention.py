@@ -56,9 +56,10 @@ EVERYTHING = [
 def test_attention(gpu, case, emulate):
     executor = emulate(gpu, case.tiles)
     case.check()
-    of_ranges = executor.launched.count("rows_of_key_block")
+    of_ranges, of_keys = (executor.launched.count(name) for name in ("rows_of_key_block", "keys_seen"))
     assert of_ranges == (case.mask in ("ranges", "causal ranges", "everything"))
-    assert len(executor.launched) == 4 + of_ranges  # forward, row terms, both backward kernels
+    assert of_keys == 2 * (case.mask in ("ranges", "causal ranges"))
+    assert len(executor.launched) == 4 + of_ranges + of_keys  # forward, row terms, both backward kernels
 
 
 @pytest.mark.parametrize("scaling", ["sqrt_dim", "key_count"])

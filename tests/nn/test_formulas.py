@@ -10,7 +10,7 @@ import torch
 from tests.support.calls import operands
 from tests.support.learned import SIGNS
 from tests.support.masks import MASKS
-from tritonattn import SCALINGS, attention, nn
+from tritonattn import SCALINGS, Scales, Scaling, attention, nn
 from tritonattn.scaling import Cosine, LogKeyCount
 from tritonattn.statistics import Statistics
 from tritonattn.visibility import Visibility
@@ -200,6 +200,32 @@ def test_a_schedule_is_differentiated_in_double_precision(mode, size):
         for x, b in ((narrow, "sdpa"), (wide, "reference"))
     )
     torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-4 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("mode", ["key_norm_sum", "key_norm_max"])
+def test_a_gain_that_takes_a_large_factor_back_leaves_its_gradient(mode):
+    narrow = operands(torch.float32)
+    with torch.no_grad():
+        narrow["k"].mul_(1e-25)
+    wide = {name: x.detach().double().requires_grad_() for name, x in narrow.items()}
+    results = []
+    for x, backend in ((narrow, "sdpa"), (wide, "reference")):
+        out = attention(*x.values(), scaling=mode, gain=x["q"].new_full((1, 1), 1e-20), backend=backend)
+        results.append(torch.autograd.grad(out.double().square().sum(), x["k"])[0].double())
+    ours, exact = results
+    torch.testing.assert_close(ours, exact, rtol=0, atol=1e-4 * exact.abs().max().item())
+
+
+def test_a_mode_of_ones_own_gets_statistics_in_float32_from_a_schedule():
+    class Own(Scaling):
+        def scales(self, q, k, visibility, statistics):
+            assert statistics.length_sum.dtype == torch.float32
+            return Scales(1.0, query=statistics.length_sum.reciprocal())
+
+    q, k, v = operands(torch.float32).values()
+    schedule = nn.Scheduled(Own(), "key_norm_sum", steps=10)
+    wanted = attention(q, k, v, scaling="key_norm_sum")
+    torch.testing.assert_close(attention(q, k, v, scaling=schedule), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_advancing_by_more_and_the_state():

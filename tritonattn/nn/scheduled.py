@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..factor import Factor
 from ..scaling import Scales, Scaling
-from ..statistics import DoubleStatistics, Statistics
+from ..statistics import Statistics
 from ..validation import check_count
 from ..visibility import Visibility
 from .learned import as_mode, listed
@@ -82,8 +82,7 @@ class Scheduled(nn.Module, Scaling):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         t = self.progress().to(q.device)
-        wide = DoubleStatistics(statistics)
-        parts = [Factor(mode).exact_scales(q, k, visibility, wide) for mode in (self.mode_a, self.mode_b)]
+        parts = [Factor(mode).exact_scales(q, k, visibility, statistics) for mode in (self.mode_a, self.mode_b)]
         a, b = (constant if query is None else constant * query.double() for constant, query, _ in parts)
         key_a, key_b = (key for *_, key in parts)
         if self.blend == "geometric":
