@@ -38,6 +38,8 @@ def test_tasks_and_modes_can_be_chosen(recorded, capsys):
     assert (recorded / "text.png").exists()
 
 
-def test_a_folder_without_runs(tmp_path, capsys):
-    assert cli.main(["train-compare", "--report", "--out", str(tmp_path)]) == 2
+def test_a_folder_without_runs_is_not_made(tmp_path, capsys):
+    missing = tmp_path / "missing"
+    assert cli.main(["train-compare", "--report", "--out", str(missing)]) == 2
     assert "--report: wanted runs in" in capsys.readouterr().err
+    assert not missing.exists()

@@ -81,8 +81,10 @@ def _checked(request: Request) -> tuple[tuple[str, ...], torch.device]:
     for option, value, least in (("--seeds", request.seeds, 2), ("--steps", request.steps, 1)):
         if value is not None and value < least:
             raise CommandError(f"{option}: wanted at least {least}, got {value}")
-    made_folder("--out", request.out)
-    return modes, usable_device(request.device)
+    device = usable_device(request.device)
+    if not request.report:
+        made_folder("--out", request.out)
+    return modes, device
 
 
 def _assignments(request: Request, modes: tuple[str, ...], device: torch.device) -> list[Assignment]:

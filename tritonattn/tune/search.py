@@ -12,8 +12,8 @@ import triton
 
 from .. import launch
 from ..tuning.candidates import candidates
-from ..tuning.config import Target, TileConfig
-from ..tuning.gate import modelled_clocks, told
+from ..tuning.config import Target, TileConfig, told
+from ..tuning.gate import modelled_clocks
 from ..tuning.gpus import GPUS
 from ..tuning.lookup import config_for
 from ..tuning.static import Compiler

@@ -169,6 +169,11 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
     return reasons
 
 
+def told(error: Exception) -> str:
+    """What a compiler or driver raised about a config, on a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def shared_limit(target: Target) -> int:
     """Bytes of shared memory that a program may take; of an unknown architecture, what all have."""
     return _SHARED_BYTES.get(target.arch, 65536)

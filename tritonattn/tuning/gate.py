@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .compile import compile_kernel
-from .config import TENSOR_MEMORY_COLUMNS, Problem, Target, TileConfig, legal_reasons, padded_dim, shared_limit
+from .config import TENSOR_MEMORY_COLUMNS, Problem, Target, TileConfig, legal_reasons, padded_dim, shared_limit, told
 from .machine_code import MachineCode, MmaLoop, flops_per_logit, read_machine_code
 from .model import RATES, cycles, programs_per_sm
 
@@ -33,11 +33,6 @@ def examine(kernel: str, problem: Problem, config: TileConfig, target: Target) -
     except Exception as error:  # whatever a compiler raises; the config is as useless
         return Candidate(config, None, (f"does not compile: {told(error)}",))
     return Candidate(config, code, tuple(gate_reasons(kernel, problem, config, target, code)))
-
-
-def told(error: Exception) -> str:
-    """What a compiler or driver raised, on a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def gate_reasons(kernel: str, problem: Problem, config: TileConfig, target: Target, code: MachineCode) -> list[str]:

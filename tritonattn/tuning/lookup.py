@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import cache_dir
-from .config import Problem, Target, TileConfig, legal_reasons
+from .config import Problem, Target, TileConfig, legal_reasons, told
 from .defaults import default_config
 from .gpus import GPUS, table_name
 from .table import Key, Table, TableError, kernels_fingerprint, key_of, read_table
@@ -47,10 +47,8 @@ def strike(kernel: str, problem: Problem, target: Target, config: TileConfig, wh
     if found.path is None or found.config != config:
         return False
     _struck.add((kernel, problem, target, config))
-    text = f"{type(why).__name__}: {str(why)[:200]}"
-    warnings.warn(
-        f"tritonattn skips a tuned config: {found.path}: {key_of(kernel, problem)}: {config}: {text}", stacklevel=2
-    )
+    what = f"{found.path}: {key_of(kernel, problem)}: {config}: {told(why)}"
+    warnings.warn(f"tritonattn skips a tuned config: {what}", stacklevel=2)
     return True
 
 
