@@ -77,7 +77,8 @@ class Factor:
         self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
     ) -> tuple[float, Tensor | None, Tensor | None]:
         """`scales` in fp64, neither rounded nor expanded, of a mode of `SCALINGS`: for one that is made of others."""
-        wide = DoubleStatistics(statistics) if type(self.scaling) in SCALINGS.values() else statistics
+        is_own = type(self.scaling) is SCALINGS.get(getattr(self.scaling, "name", ""))
+        wide = DoubleStatistics(statistics) if is_own else statistics
         return self._scales(q, k, visibility, wide)
 
     def _scales(

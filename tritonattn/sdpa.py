@@ -253,7 +253,9 @@ def _times(x: Tensor, scale: Tensor) -> Tensor:
     # A result takes the layout of its first factor: a contiguous scale saves autograd a copy of the gradient.
     scale = scale.contiguous().unsqueeze(-1)
     if x.dtype == scale.dtype or x.device.type != "cpu" or not runs_eagerly(x, scale):
-        return (scale * x).to(x.dtype)
+        out = scale * x
+        # The compiler of torch 2.11 gives no gradient to a Function that returns a cast which changes nothing.
+        return out if out.dtype == x.dtype else out.to(x.dtype)
     out = x.new_empty(x.shape)
     rows = max(1, _CACHED // out[:, :, 0].numel())
     for part, x_part, scale_part in zip(*(y.split(rows, 2) for y in (out, x, scale)), strict=True):
