@@ -48,7 +48,7 @@ def kernels(monkeypatch) -> list[str]:
 def work_of_torch(call: Callable[[], object]) -> list[str]:
     """The operators of torch that compute something, innermost ones."""
     call()
-    with profile(activities=[ProfilerActivity.CPU]) as record:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as record:
         call()
     found = []
     for event in record.events():

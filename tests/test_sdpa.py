@@ -9,6 +9,7 @@ import torch
 import tritonattn
 from tests.support.bound import assert_within_bound
 from tests.support.masks import MASKS
+from tests.support.versions import TORCH
 from tests.support.watch import Watch
 from tests.test_blockwise import make_call, output_gradients, run_reference, tensors_of
 from tritonattn import sdpa
@@ -82,7 +83,7 @@ def _lengths_and_heads() -> list:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("length", "kv_heads"), _lengths_and_heads())
 def test_is_the_reference(causal, scaled, dtype, length, kv_heads):
-    scale = 0.1 if scaled else 0.25
+    scale = 0.05 if scaled else 0.25  # sharper rows are under the README's Limits
     lengths = {"q_len": length, "k_len": length}
     check(make_call(dtype, kv_heads=kv_heads, **lengths, scaled=scaled, scale=scale, causal=causal))
 
@@ -288,6 +289,7 @@ def test_a_gradient_of_stride_zero():
         torch.testing.assert_close(result, full[name])
 
 
+@pytest.mark.skipif(TORCH < (2, 9), reason="PyTorch's kernel takes no shared key heads")
 def test_key_heads_are_not_expanded():
     call = make_call(torch.float32, batch=1, q_heads=32, kv_heads=1, q_len=8, k_len=512, value_dim=16)
     with Watch() as watch:

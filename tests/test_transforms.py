@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import tritonattn
 
 from .support.masks import MASKS
+from .support.versions import TORCH, skip_where_export_binds_lengths
 
 pytestmark = [
     # torch's own, while it compiles or falls back
@@ -147,6 +148,8 @@ def test_inductor(scaling):
 @pytest.mark.parametrize("scaling", ["sqrt_dim", "key_count", "key_norm_sum"])
 @pytest.mark.parametrize("window", [(20, 0), (20, None), (None, 20)], ids=str)
 def test_export_of_a_window_wider_than_the_example(window, scaling):
+    skip_where_export_binds_lengths(strict=False)
+
     class Layer(torch.nn.Module):
         def forward(self, q, k, v):
             return tritonattn.attention(q, k, v, window=window, scaling=scaling)
@@ -164,6 +167,8 @@ def test_export_of_a_window_wider_than_the_example(window, scaling):
     {"causal": True, "scaling": "key_norm_max"},
 ], ids=str)  # fmt: skip
 def test_export(arguments, strict):
+    skip_where_export_binds_lengths(strict)
+
     class Layer(torch.nn.Module):
         def forward(self, q, k, v, gain):
             return tritonattn.attention(q, k, v, gain=gain, **arguments)
@@ -184,6 +189,7 @@ def test_export(arguments, strict):
 @pytest.mark.parametrize("options", [{"causal": True, "scaling": "key_count"}, {}, {"window": (2, 0)}], ids=str)
 def test_export_of_a_layer_that_learns(options, strict):
     """Whose parameters want gradients, as those of every new layer."""
+    skip_where_export_binds_lengths(strict)
 
     class Layer(torch.nn.Module):
         def __init__(self) -> None:
@@ -358,5 +364,6 @@ def test_a_compiled_transform_is_computed_as_uncompiled(transform, scaling, mask
         for ours, expected in zip(compiled(*operands), wanted, strict=True):
             torch.testing.assert_close(ours, expected)
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="is not compiled"):
+    message = "is not compiled" if TORCH > (2, 8) else "Observed exception"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
         torch.compile(gradient, backend="aot_eager", fullgraph=True)(*operands)

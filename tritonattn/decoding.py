@@ -11,7 +11,7 @@ from .backends import choose_backend
 from .cache_statistics import CachedStatistics, KeyStatistics
 from .decode_call import Cache, DecodeCall
 from .decode_validation import check_decode, refuse_gradients
-from .dispatch import AttentionAux, autocast
+from .dispatch import AttentionAux, autocast, aux_of
 from .factor import Factor, scale_dtype
 from .scaling import Scaling
 from .statistics import Statistics
@@ -118,7 +118,7 @@ def _decode(
         result = ops.decode(call, backend, options.return_aux)
     if not options.return_aux:
         return result.out
-    return result.out, AttentionAux._make(result[1:])
+    return result.out, aux_of(result)
 
 
 def _scales(

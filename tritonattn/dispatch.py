@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops, reference, sdpa
 from .autograd import autocast_is_on, is_compiled_transform, is_transformed, without_autocast
 from .backends import choose_backend
-from .call import AttentionCall
+from .call import AttentionCall, ForwardResult
 from .dropout import Dropout
 from .factor import Factor, scale_dtype
 from .observation import ObservedCall, is_observed, tell
@@ -93,7 +93,14 @@ def _attend(
         result = ops.attention(call, backend, aux=True)
     if not options.return_aux:
         return result.out
-    return result.out, AttentionAux._make(result[1:])
+    return result.out, aux_of(result)
+
+
+def aux_of(result: ForwardResult) -> AttentionAux:
+    """Of a call that was asked for it."""
+    assert result.max_logit is not None
+    assert result.entropy is not None
+    return AttentionAux(result.lse, result.max_logit, result.entropy)
 
 
 def _out(call: AttentionCall, backend: str) -> Tensor:

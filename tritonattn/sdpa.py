@@ -43,6 +43,9 @@ _SHARP = 2.0
 # Keys that PyTorch's kernel for CPUs compares at a time, at most.
 _VECTOR = 16
 
+# Whether PyTorch's kernel for CPUs serves several query heads with one key head.
+_SHARES_KEY_HEADS = torch.__version__ >= "2.9"
+
 # What no logit may pass whose kernel is PyTorch's: fp32 ends at 3.4e38.
 _LARGEST_LOGIT = 1e38
 
@@ -99,13 +102,15 @@ def _attention(call: AttentionCall) -> Tensor:
         v, mean_value = _centred(v)
     if scale <= 0:  # the kernel hides keys by -inf before it multiplies
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
+    if not _SHARES_KEY_HEADS and q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     width, value_width = max(q.shape[-1], v.shape[-1]), v.shape[-1]
     out = scaled_dot_product_attention(
         _for_kernel(q, width), _for_kernel(k, width), _for_kernel(v, width), scale=scale,
         is_causal=_as_bool(not call.visibility.is_full), enable_gqa=_as_bool(q.shape[1] != k.shape[1]),
     )  # fmt: skip
     out = out if value_width == width else out[..., :value_width]
-    return out if mean_value is None else out + mean_value.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return out if mean_value is None else out + mean_value.repeat_interleave(q.shape[1] // mean_value.shape[1], 1)
 
 
 def _first_rows_apart(call: AttentionCall) -> Tensor:

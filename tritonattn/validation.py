@@ -283,7 +283,7 @@ def values_are_read(x: Tensor) -> bool:
 def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     if len(shape) > len(target):
         return False
-    pairs = zip(reversed(shape), reversed(target), strict=False)
+    pairs = zip(shape, target[len(target) - len(shape) :], strict=True)
     return all(size == 1 or size == wanted for size, wanted in pairs)  # `in` does not see symbolic sizes
 
 

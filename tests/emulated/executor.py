@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.emulator import Report, run
 from tests.emulator.compile import Compiled, compile_for
+from tests.support.versions import OLDER_TRITON
 from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
 
@@ -56,7 +57,7 @@ class Executor:
         compiled = self.compile(kernel, arguments, config)
         report = run(compiled.kernel, grid, compiled.arguments, names=compiled.names)
         self.reports.append(report)
-        assert report.ok, str(report)
+        assert not any(map(_is_ours, report.problems())), str(report)
 
     def compile(self, kernel, arguments: dict[str, Any], config: TileConfig) -> Compiled:
         return compile_for(
@@ -71,6 +72,13 @@ class Executor:
     def executed(self, kind: str) -> int:
         """Warp instructions of a class, such as "cp.async"."""
         return sum(report.counts.get(kind, 0) for report in self.reports)
+
+
+def _is_ours(problem: dict) -> bool:
+    """Whether a finding says something of the kernels, not of the compiler: older ones compute with undefined registers
+    what nobody uses, and leave out fences that PTX asks for before wgmma."""
+    of_compiler = ("uninitialised register", "async-proxy access", "no wgmma.fence before")
+    return not OLDER_TRITON or not any(text in problem["message"] for text in of_compiler)
 
 
 def padded(tensor: Tensor, gap: tuple[int, ...] = (0, GAP, 0, 2)) -> Tensor:

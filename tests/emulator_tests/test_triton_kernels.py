@@ -11,12 +11,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tests.emulator import PTXFault
 from tests.emulator.compile import launch
 from tests.emulator.execute import run_ptx
+from tests.support.versions import OLDER_TRITON
 from tritonattn.launch import interpreting
 
 from . import kernels
 
 pytestmark = pytest.mark.skipif(interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 CAPABILITIES = pytest.mark.parametrize("capability", [80, 90])
+newest_triton = pytest.mark.skipif(OLDER_TRITON, reason="an older compiler's code reads undefined registers")
 
 
 def normal(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
@@ -39,6 +41,7 @@ def test_a_wrong_bound_is_a_fault():
     assert raised.value.loc is not None
 
 
+@newest_triton
 @CAPABILITIES
 def test_softmax(capability):
     x, out = normal(5, 300), torch.full((5, 300), torch.nan)
@@ -47,6 +50,7 @@ def test_softmax(capability):
     torch.testing.assert_close(out, x.softmax(1), rtol=1e-5, atol=1e-7)
 
 
+@newest_triton
 @CAPABILITIES
 @pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
