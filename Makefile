@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
+# Versions to test with: make test VENV=.venv-old VERSIONS="torch==2.8.0 triton==3.4.0 'numpy<2.4'"
+VERSIONS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # One thread a worker: more would take the cores from one another. Neighbours share fixtures: they stay on one worker.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
@@ -52,7 +54,7 @@ $(VENV)/.real: $(VENV)/.demo
 	touch $@
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml
-	$(PIP) install --quiet --editable '.[test]'
+	$(PIP) install --quiet --editable '.[test]' $(VERSIONS)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml

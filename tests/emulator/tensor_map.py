@@ -204,7 +204,7 @@ def host_map(address: int, descriptor, layout: dict) -> np.ndarray:
     size, rank = layout["elem_size"], len(descriptor.shape)
     values = {
         "global_address": [address], "rank": [rank - 1], "elemtype": [layout["elem_type"]],
-        "swizzle_mode": [layout["swizzle"]], "fill_mode": [int(descriptor.padding == "nan")],
+        "swizzle_mode": [layout["swizzle"]], "fill_mode": [int(getattr(descriptor, "padding", "zero") == "nan")],
         "box_dim": layout["block_size"][::-1], "global_dim": descriptor.shape[::-1], "element_stride": [1] * rank,
         "global_stride": [stride * size for stride in descriptor.strides[-2::-1]],
     }  # fmt: skip

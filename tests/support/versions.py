@@ -15,7 +15,8 @@ def _release(package: str) -> tuple[int, ...]:
 
 
 TORCH = _release("torch")
-OLDER_TRITON = _release("triton") < (3, 9)  # instructions are counted in the code of 3.9
+TRITON = _release("triton")
+OLDER_TRITON = TRITON < (3, 9)  # instructions are counted in the code of 3.9
 
 
 def skip_where_export_binds_lengths(strict: bool) -> None:

@@ -33,7 +33,7 @@ class Bounds(NamedTuple):
     lo: Tensor | None = None
     hi: Tensor | None = None
 
-    def __and__(self, other: Bounds) -> Bounds:
+    def within(self, other: Bounds) -> Bounds:
         return Bounds(_joined(torch.maximum, self.lo, other.lo), _joined(torch.minimum, self.hi, other.hi))
 
     def shifted(self, distance: Tensor) -> Bounds:
@@ -108,7 +108,7 @@ def key_range_mask(**arguments: Any) -> Tensor | None:
         return _dense(arguments)
     if padded == "none" and _is_implied(request):
         return None
-    return _stacked(bounds if padding is None else bounds & padding, request)
+    return _stacked(bounds if padding is None else bounds.within(padding), request)
 
 
 def _is_implied(request: MaskRequest) -> bool:
@@ -189,6 +189,7 @@ _CLOSURES = {
     "packed_sequence_mask_function": "packed",
     "remap_positions_for_packed_sequence": "remapped",
 }
+_CAPTURING = frozenset(_CLOSURES.values())
 
 
 def _captured(function: Callable) -> tuple[Any, ...]:
@@ -214,12 +215,10 @@ def _bounds(function: Callable, position: Tensor) -> Bounds | None:
             bounds = _remapped(part, position) if _kind(part) == "remapped" else _bounds(part, position)
             if bounds is None:
                 return None
-            total = total & bounds
+            total = total.within(bounds)
         return total
     rule = _RULES.get(kind)
-    return (
-        None if rule is None else rule(position, *(_captured(function) if kind in _CLOSURES.values() else ()))
-    )
+    return None if rule is None else rule(position, *(_captured(function) if kind in _CAPTURING else ()))
 
 
 def _remapped(function: Callable, position: Tensor) -> Bounds | None:

@@ -36,7 +36,7 @@ def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
             return True
     # transformers records what attention modules return, and may drop the argument on the way to them: up to 4.57 it
     # replaces their forward while it does, later it lets hooks write into what is collected.
-    forward = vars(module).get("forward")
+    forward = module.__dict__.get("forward")
     if getattr(getattr(forward, "__code__", None), "co_name", None) == "wrapped_forward":
         return True
     recorder = getattr(getattr(utils, "output_capturing", None), "_active_collector", None)

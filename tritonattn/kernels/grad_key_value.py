@@ -50,9 +50,10 @@ def _gather_key_value_gradient(
     one = tl.full([BLOCK_M], 1.0, tl.float32)
     # Carried along: addresses made from the position would make the loop's counter one of 64 bits.
     term_ptrs = terms_ptr + 2 * (loop_start + tl.arange(0, BLOCK_M))
-    for start_m in tl.range(loop_start, loop_end, BLOCK_M):
+    for position in tl.range(loop_start, loop_end, BLOCK_M):
+        start_m = position  # a loop's own variable must stay as it is: triton 3.4 reads it wherever it was written
         if MASKED:
-            start_m = skip_gap(start_m, full_start, full_end)
+            start_m = skip_gap(position, full_start, full_end)
             term_ptrs = terms_ptr + 2 * (start_m + tl.arange(0, BLOCK_M))
         start_m = tl.multiple_of(start_m, BLOCK_M)
         offs_m = start_m + tl.arange(0, BLOCK_M)
