@@ -140,7 +140,8 @@ def test_every_backend_of_pytorchs_attention_decodes(monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_flex_attention():
     who = (("tritonattn", "key_norm_mean"), ("flex", "key_norm_mean"))
-    case = Case("forward", Shape(1, 2, 2, 24, 40, 16, causal=True), "fp32", "forward", who, CPU, "sdpa")
+    # Of 40 keys it gives NaN on a CPU without AVX-512 (torch 2.8 to 2.13).
+    case = Case("forward", Shape(1, 2, 2, 32, 64, 16, causal=True), "fp32", "forward", who, CPU, "sdpa")
     assert statuses(case.contest().run(ONCE, HERE))["flex key_norm_mean"] == ("measured", "")
     backward = replace(case, passes="backward").contest().run(ONCE, HERE)
     assert statuses(backward)["flex key_norm_mean"] == ("skipped", "has no backward on a CPU")
