@@ -20,6 +20,6 @@ OLDER_TRITON = TRITON < (3, 9)  # instructions are counted in the code of 3.9
 
 
 def skip_where_export_binds_lengths(strict: bool) -> None:
-    """torch up to 2.11 does, unless it is strict, where key heads are shared or rows are packed."""
-    if not strict and TORCH < (2, 12):
+    """torch up to 2.12 does, unless it is strict, where key heads are shared or rows are packed."""
+    if not strict and TORCH < (2, 13):
         pytest.skip("this torch exports free lengths with strict=True only")

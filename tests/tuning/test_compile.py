@@ -8,6 +8,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+from tests.support.versions import OLDER_TRITON  # noqa: E402
 from tritonattn import launch, triton_backend  # noqa: E402
 from tritonattn.kernels import KERNELS  # noqa: E402
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config, legal_reasons  # noqa: E402
@@ -80,6 +81,7 @@ def test_float32_does_not_spill(kernel, head_dim, form, target):
     _check(kernel, Problem(head_dim, head_dim, torch.float32, **FORMS[form]), target, allowed)
 
 
+@pytest.mark.skipif(OLDER_TRITON, reason="3.8 spills")
 @pytest.mark.parametrize("target", _slow_but("sm_90", of=NVIDIA))
 @pytest.mark.parametrize("form", [{"right": True}, {"mask": True}, {"right": True, "left": True, "key_lengths": True}])
 @pytest.mark.parametrize("head_dim", [pytest.param(64, marks=pytest.mark.slow), 128])
