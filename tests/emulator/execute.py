@@ -89,7 +89,7 @@ def _three_axes(grid) -> tuple[int, int, int]:
     return (*sizes, 1, 1)[:3]
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=16)
 def _program(ptx: str) -> Program:
     kernel = parse(ptx)
     constants = {name: slot_address(slot) for slot, name in enumerate(kernel.constants)}
