@@ -10,7 +10,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-from tests.huggingface.architectures import ARCHITECTURES, VERSION
+from tests.huggingface.architectures import ARCHITECTURES
 from tritonattn.huggingface import attention_forward, key_range_mask, patch, register
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -44,10 +44,7 @@ def spy():
     register()
 
 
-# Older versions make the masks of some models in their own files, and dense.
-OWN_MASKS = ("bart", "opt", "clip") if VERSION < (5, 0) else ("opt",) if VERSION < (5, 24) else ()
-NAMES = [name for name, one in ARCHITECTURES.items() if one.exists and one.supported and one.takes_padding]
-NAMES = [name for name in NAMES if name not in OWN_MASKS]
+NAMES = [name for name, one in ARCHITECTURES.items() if one.exists and one.takes_padding and not one.makes_own_masks]
 CACHED = ["llama", "mistral", "gemma3", "llama4", "phi3", "gpt_oss"]
 
 

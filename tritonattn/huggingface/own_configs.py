@@ -64,11 +64,15 @@ class OwnConfigs:
 
 
 def shared_configs(model: nn.Module) -> set[int]:
-    """The ids of the configs of transformers models that are neither in this one nor beside it in one that holds it."""
+    """The ids of the configs of transformers models that are neither in this one nor beside it in one that holds it.
+
+    Parts of models before transformers 5 (CLIP's text model) are no models themselves, and hold one all the same.
+    """
     models = [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel) and hasattr(one, "config")]
     whole = [one for one in models if any(module is model for module in one.modules())]
     family = {id(module) for one in (model, *whole) for module in one.modules()}
-    return {id(one.config) for one in models if id(one) not in family}
+    others = [one for one in models if id(one) not in family]
+    return {id(module.config) for one in others for module in one.modules() if hasattr(module, "config")}
 
 
 def state_masks(model: nn.Module) -> None:
