@@ -23,7 +23,9 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     Then an implementation can be called as it is, and values of CPU tensors can be read; else a call must go
     through an operator that torch can see.
     """
-    if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0:
         return False
     for tensor in tensors:  # no generator: a tiny call asks a dozen times
         if tensor is not None and not (type(tensor) in _PLAIN and _is_its_memory(tensor)):

@@ -67,10 +67,11 @@ class Factor:
         """The mode's scales times the gain, as a float, [B, Hq, Sq] and [B, Hkv, Sk]."""
         take = self.exact_scales if isinstance(self.gain, Tensor) else self._scales
         constant, query, key = take(q, k, visibility, statistics)
+        dtype = scale_dtype(q)
         if query is not None:
-            query = query.to(scale_dtype(q)).expand(visibility.rows)
+            query = _expanded(query, dtype, visibility.rows)
         if key is not None:
-            key = key.to(scale_dtype(q)).expand(visibility.keys)
+            key = _expanded(key, dtype, visibility.keys)
         return constant, query, key
 
     def exact_scales(
@@ -140,6 +141,12 @@ class Given(Scaling):
             key = key[..., None, :] if key.dim() else key
             factor = factor * torch.where(visible, key, 0)  # that of a key which no row sees may be NaN
         return factor
+
+
+def _expanded(scale: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if scale.dtype != dtype:
+        scale = scale.to(dtype)
+    return scale if scale.shape == shape else scale.expand(shape)
 
 
 def _where_seeing(visibility: Visibility, query: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def attention(call: AttentionCall) -> Tensor:
         out = _first_rows_apart(wide)
     else:
         out = _attention(_without_lone_row(wide, scale))
-    return out.to(q.dtype)
+    return out if wide is call else out.to(q.dtype)
 
 
 def _attention(call: AttentionCall) -> Tensor:
