@@ -11,6 +11,7 @@ import torch
 triton = pytest.importorskip("triton")
 from perf.ceilings import KEY_SCALE, NON_MMA_PER_LOGIT, QUERY_SCALE, QUERY_SCALE_OF_TARGET  # noqa: E402
 from perf.codegen import Case, Reading, read  # noqa: E402
+from tests.support.slow import marked  # noqa: E402
 from tests.support.versions import OLDER_TRITON  # noqa: E402
 from tritonattn import launch  # noqa: E402
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config  # noqa: E402
@@ -33,11 +34,6 @@ def reading(kernel: str, target: str, head_dim: int, scales: str = "q", causal: 
     """What `python -m perf codegen` reads of a bf16 kernel."""
     problem = Problem(head_dim, head_dim, torch.bfloat16, right=causal, **SCALES[scales])
     return read(Case(kernel, target, problem))
-
-
-def marked(cases, quick) -> list:
-    """The cases, slow but for those that `quick` accepts."""
-    return [pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow) for case in cases]
 
 
 @pytest.mark.parametrize(("kernel", "target", "head_dim"), NON_MMA_PER_LOGIT)

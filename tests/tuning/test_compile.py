@@ -9,6 +9,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+from tests.support.slow import marked  # noqa: E402
 from tests.support.versions import OLDER_TRITON  # noqa: E402
 from tritonattn import launch, triton_backend  # noqa: E402
 from tritonattn.kernels import KERNELS  # noqa: E402
@@ -42,16 +43,12 @@ def _slow_but(*quick: str, of: tuple[str, ...]) -> list:
 
 def _third(*axes, quick: Callable[..., bool]) -> list:
     """The quick combinations, and of all others a third as slow ones: those of any axes but one meet each in turn."""
-    places = {combination: sum(place) for combination, place in _placed(axes)}
-    return [
-        pytest.param(*combination, marks=() if quick(*combination) else pytest.mark.slow)
-        for combination, place in places.items()
-        if quick(*combination) or place % 3 == 0
-    ]
-
-
-def _placed(axes) -> zip:
-    return zip(itertools.product(*axes), itertools.product(*(range(len(axis)) for axis in axes)), strict=True)
+    cases = []
+    for numbered in itertools.product(*map(enumerate, axes)):
+        places, case = zip(*numbered, strict=True)
+        if quick(*case) or sum(places) % 3 == 0:
+            cases.append(case)
+    return marked(cases, quick)
 
 
 # What is slow here is quick in test_codegen: of sm_80, 90 and 100 for its ceilings, of the others with more scales.
