@@ -52,8 +52,8 @@ def test_offsets_in_a_tile_of_1024_rows_that_pass_int32(width, strides, wide):
 def test_strides_of_a_tensor_that_is_not_there():
     """Are ones, which Triton makes constants of."""
     names = [f"mask_stride_{axis}" for axis in "bhqk"]
-    assert launch.stride_arguments("mask", None) == dict.fromkeys(names, 1)
-    assert launch.stride_arguments("mask", torch.empty(2, 3, 4, 5)) == dict(zip(names, (60, 20, 5, 1), strict=True))
+    assert launch.stride_arguments(mask=None) == dict.fromkeys(names, 1)
+    assert launch.stride_arguments(mask=torch.empty(2, 3, 4, 5)) == dict(zip(names, (60, 20, 5, 1), strict=True))
 
 
 def test_kernels_run_where_the_executor_does(monkeypatch):

@@ -169,9 +169,13 @@ _STRIDE_NAMES = {
 }
 
 
-def stride_arguments(name: str, tensor: Tensor | None) -> Arguments:
-    names = _STRIDE_NAMES[name]
-    return dict.fromkeys(names, 1) if tensor is None else dict(zip(names, tensor.stride(), strict=True))
+def stride_arguments(**tensors: Tensor | None) -> Arguments:
+    """A kernel's strides of the tensors that it knows by these names; 1 of one that is not there."""
+    strides: Arguments = {}
+    for name, tensor in tensors.items():
+        names = _STRIDE_NAMES[name]
+        strides.update(dict.fromkeys(names, 1) if tensor is None else zip(names, tensor.stride(), strict=True))
+    return strides
 
 
 def bounded(x: Tensor, highest: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
         entropy = _results(call, q.shape[:3], torch.float32)
     results = {"out_ptr": out, "rounding_ptr": rounding, "lse_ptr": lse}
     results |= {"max_logit_ptr": max_logit, "entropy_ptr": entropy}
-    _launch("forward", _call_arguments(call) | results, call, call.visibility.q_heads)
+    _launch("forward", problem_of(call, aux=aux), call, _call_arguments(call) | results)
     return ForwardResult(out, lse, max_logit, entropy)
 
 
@@ -42,20 +43,23 @@ def backward(
     out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in q's dtype and d_lse fp32 [B, Hq, Sq], any
     strides.
     """
-    shared = _call_arguments(call) | stride_arguments("d_out", d_out) | {"d_out_ptr": d_out}
+    shared = _call_arguments(call) | stride_arguments(d_out=d_out) | {"d_out_ptr": d_out}
     shared |= {"lse_ptr": lse.contiguous(), "d_lse_ptr": None if d_lse is None else d_lse.contiguous()}
     takes_sinks = call.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
     shared["d_sinks_ptr"] = _results(call, lse.shape, torch.float32) if takes_sinks else None
-    shared |= _row_terms(call, shared, out, rounding)
+    problem = problem_of(call, d_out)
+    shared |= _row_terms(problem, call, shared, out, rounding)
     d_sinks = shared["d_sinks_ptr"]
-    d_q, d_query_scale = _grad_query(call, shared, needs)
-    d_k, d_v, d_key_scale = _grad_key_value(call, shared, needs)
+    d_q, d_query_scale = _grad_query(problem, call, shared, needs)
+    d_k, d_v, d_key_scale = _grad_key_value(problem, call, shared, needs)
     d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
     values = (d_q, d_k, d_v, d_query_scale, d_key_scale, d_sinks)
     return Gradients(*(value if need else None for value, need in zip(values, needs, strict=True)))
 
 
-def _row_terms(call: AttentionCall, shared: Arguments, out: Tensor, rounding: Tensor | None) -> Arguments:
+def _row_terms(
+    problem: Problem, call: AttentionCall, shared: Arguments, out: Tensor, rounding: Tensor | None
+) -> Arguments:
     visible, sequences = call.visibility, call.visibility.sequences
     terms_len = _aligned(visible.q_len)
     if sequences is not None:
@@ -65,11 +69,13 @@ def _row_terms(call: AttentionCall, shared: Arguments, out: Tensor, rounding: Te
     delta, both = out.new_empty(shape, dtype=torch.float32), out.new_empty((*shape, 2), dtype=joined)
     terms = {"terms_ptr": both, "delta_ptr": delta, "terms_len": terms_len}
     output = {"out_ptr": out.contiguous(), "rounding_ptr": None if rounding is None else rounding.contiguous()}
-    _launch("row_terms", shared | terms | output, call, visible.q_heads)
+    _launch("row_terms", problem, call, shared | terms | output)
     return terms
 
 
-def _grad_query(call: AttentionCall, shared: Arguments, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+def _grad_query(
+    problem: Problem, call: AttentionCall, shared: Arguments, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
     for_keys = corrects_delta(call.q.dtype) and (needs.k or needs.key_scale)  # whose pass reads the corrected terms
     if not (needs.q or needs.query_scale or for_keys):
         return None, None
@@ -78,12 +84,14 @@ def _grad_query(call: AttentionCall, shared: Arguments, needs: Needs) -> tuple[T
     results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size_ptr": None}
     if call.key_scale is not None and call.q.dtype == torch.float16:
         results["key_size_ptr"] = _largest(_seen(call.key_scale, call.visibility))
-    _launch("grad_query", shared | results, call, call.visibility.q_heads)
+    if needs.query_scale:
+        problem = replace(problem, query_scale_grad=True)
+    _launch("grad_query", problem, call, shared | results)
     return d_q, d_query_scale
 
 
 def _grad_key_value(
-    call: AttentionCall, shared: Arguments, needs: Needs
+    problem: Problem, call: AttentionCall, shared: Arguments, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if not (needs.k or needs.v or needs.key_scale):
         return None, None, None
@@ -95,22 +103,19 @@ def _grad_key_value(
     if call.query_scale is not None and call.q.dtype == torch.float16:
         factor = (call.query_scale * (call.scale * _LOG2_E)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
         results["factor_size_ptr"] = _largest(factor)
-    _launch("grad_key_value", shared | results, call, visible.kv_heads)
+    _launch("grad_key_value", problem, call, shared | results)
     return d_k, d_v, d_key_scale
 
 
-def _launch(kernel: str, available: Arguments, call: AttentionCall, heads: int) -> None:
-    """A program for each block of rows, or of keys, of each of the heads of each member."""
-    d_out = available.get("d_out_ptr")
-    problem = problem_of(
-        call, d_out,
-        query_scale_grad=available.get("d_query_scale_ptr") is not None, aux=available.get("max_logit_ptr") is not None,
-    )  # fmt: skip
+def _launch(kernel: str, problem: Problem, call: AttentionCall, available: Arguments) -> None:
+    """A program for each block of rows, or of keys, of each head of each member."""
+    d_out, visible = available.get("d_out_ptr"), call.visibility
+    heads = visible.kv_heads if kernel == "grad_key_value" else visible.q_heads
 
     def launches(chosen: Plan) -> None:
         of_config = _descriptors(chosen.config, call, d_out)
         if kernel == "grad_key_value":
-            of_config["row_bounds_ptr"] = rows_of_key_blocks(call.visibility, available, chosen.config.block_n)
+            of_config["row_bounds_ptr"] = rows_of_key_blocks(visible, available, chosen.config.block_n)
         grid = (_blocks(kernel, chosen.config, call), heads, _members(call))
         chosen.launch(grid, available | of_config, is_wide(call.q, call.k, call.v, d_out))
 
@@ -160,9 +165,7 @@ def _largest(x: Tensor) -> Tensor:
     return torch.where(largest < torch.finfo(x.dtype).tiny, 1.0, largest).contiguous()
 
 
-def problem_of(
-    call: AttentionCall, d_out: Tensor | None = None, *, query_scale_grad: bool = False, aux: bool = False
-) -> Problem:
+def problem_of(call: AttentionCall, d_out: Tensor | None = None, *, aux: bool = False) -> Problem:
     """The parts of a call that select code."""
     visible = call.visibility
     return Problem(
@@ -176,14 +179,13 @@ def problem_of(
         mask=visible.mask is not None,
         query_scale=call.query_scale is not None,
         key_scale=call.key_scale is not None,
-        query_scale_grad=query_scale_grad,
         grouped=visible.q_heads != visible.kv_heads,
         softcap=call.softcap is not None,
         sinks=call.sinks is not None,
         dropout=call.dropout is not None,
         aux=aux,
         sequences=visible.sequences is not None,
-        aligned=all(_fits_descriptor(x) for x in (call.q, call.k, call.v, d_out)),
+        aligned=all(map(_fits_descriptor, (call.q, call.k, call.v, d_out))),
         short=is_short(*_lengths(call)),
     )
 
@@ -192,11 +194,14 @@ def _fits_descriptor(tensor: Tensor | None) -> bool:
     """Whether the tensor memory accelerator can address [B, H, S, D]: multiples of 16 bytes, the last axis dense."""
     if tensor is None:
         return True
-    *outer, last = tensor.stride()
-    steps = (stride for stride, size in zip(outer, tensor.shape, strict=False) if size > 1)
-    width = tensor.dtype.itemsize
-    is_dense = last == 1 and all(step > 0 and step * width % 16 == 0 for step in steps)
-    return is_dense and tensor.data_ptr() % 16 == 0
+    shape, strides, width = tensor.shape, tensor.stride(), tensor.dtype.itemsize
+    if strides[3] != 1 or tensor.data_ptr() % 16:
+        return False
+    for axis in range(3):  # no generator: a call asks of all its tensors
+        step = strides[axis] * width
+        if shape[axis] > 1 and (step <= 0 or step % 16):
+            return False
+    return True
 
 
 def _descriptors(config: TileConfig, call: AttentionCall, d_out: Tensor | None) -> Arguments:
@@ -228,8 +233,9 @@ def _call_arguments(call: AttentionCall) -> Arguments:
         "scale": float(call.scale), "softcap": None if call.softcap is None else float(call.softcap),
         "q_heads": visible.q_heads, "group": visible.q_heads // visible.kv_heads,
     }  # fmt: skip
-    for name in ("q", "k", "v", "query_scale", "key_scale"):
-        arguments |= stride_arguments(name, arguments[name + "_ptr"])
+    arguments |= stride_arguments(
+        q=call.q, k=call.k, v=call.v, query_scale=call.query_scale, key_scale=call.key_scale
+    )  # fmt: skip
     return arguments | _visibility_arguments(call)
 
 
@@ -244,7 +250,7 @@ def _visibility_arguments(call: AttentionCall) -> Arguments:
     if visible.mask is not None or visible.key_ranges is not None:
         seen = seen_bytes(seen_keys(visible, arguments), call.k)
     arguments |= {"mask_ptr": mask, "seen_ptr": seen, "q_starts_ptr": q_starts, "k_starts_ptr": k_starts}
-    return arguments | stride_arguments("mask", mask)
+    return arguments | stride_arguments(mask=mask)
 
 
 _LOG2_E = 1.4426950408889634

@@ -151,6 +151,6 @@ def _arguments(rows: _Rows) -> Arguments:
         "capacity": rows.capacity, "page": rows.k.shape[2], "pages": rows.k.shape[0],
         "table_len": 0 if table is None else table.shape[1], "q_heads": rows.q.shape[1], "group": rows.group,
     }  # fmt: skip
-    for name in ("q", "k", "v", "query_scale", "key_scale"):
-        arguments |= stride_arguments(name, arguments[name + "_ptr"])
-    return arguments
+    return arguments | stride_arguments(
+        q=rows.q, k=rows.k, v=rows.v, query_scale=rows.query_scale, key_scale=rows.key_scale
+    )  # fmt: skip

@@ -63,4 +63,4 @@ def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
 
 def _key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:
     arguments = {"k_ptr": k, "seen_ptr": None if seen is None else seen_bytes(seen, k)}
-    return arguments | stride_arguments("k", k) | {"k_len": k.shape[2], "kv_heads": k.shape[1]}
+    return arguments | stride_arguments(k=k) | {"k_len": k.shape[2], "kv_heads": k.shape[1]}
