@@ -194,8 +194,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    made_folder("--out", arguments.out)
-    written = draw_all(read_all(arguments.files), arguments.out)
-    if not written:
+    records = read_all(arguments.files)
+    if not any(panels_of(chart, records) for chart in CHARTS):
         sys.exit(f"plot: nothing measured in {', '.join(map(str, arguments.files))}")
-    print("\n".join(map(str, written)))
+    made_folder("--out", arguments.out)
+    print("\n".join(map(str, draw_all(records, arguments.out))))

@@ -20,6 +20,7 @@ from tritonattn.demo import measurement as measuring
 from tritonattn.demo import model
 from tritonattn.demo.measurement import Layer, Measurement, Subject
 from tritonattn.demo.report import Report
+from tritonattn.demo.variants import variant
 from tritonattn.huggingface import patched
 
 MODES = "sqrt_dim,key_norm_mean,key_count,key_norm_sum,none"
@@ -82,7 +83,7 @@ def test_the_demo_from_end_to_end(small, tmp_path, capsys):
 
 def test_statistics_against_a_dense_computation(small):
     tokens = torch.randint(61, (1, 20), generator=torch.Generator().manual_seed(1))
-    got = measuring.measure(small, tokens, "sqrt_dim")
+    got = measuring.measure(small, tokens, variant("sqrt_dim", None))
     with torch.no_grad():
         wanted = small.model(tokens, output_attentions=True, use_cache=False)
     assert len(got.layers) == 2
@@ -96,7 +97,7 @@ def test_statistics_against_a_dense_computation(small):
 
 def test_scalings_differ_and_order_as_they_must(small):
     tokens = torch.randint(61, (1, 40), generator=torch.Generator().manual_seed(1))
-    found = {mode: measuring.measure(small, tokens, mode) for mode in MODES.split(",")}
+    found = {mode: measuring.measure(small, tokens, variant(mode, None)) for mode in MODES.split(",")}
     assert found["none"].entropy < found["sqrt_dim"].entropy < found["key_norm_sum"].entropy
     assert found["none"].largest_logit == pytest.approx(8**0.5 * found["sqrt_dim"].largest_logit, rel=0.5)
 
@@ -107,7 +108,7 @@ def test_the_model_is_left_as_it_was_after_a_failure(small, monkeypatch):
 
     monkeypatch.setattr(measuring, "_layer", broken)
     with pytest.raises(RuntimeError, match="broken"):
-        measuring.measure(small, torch.ones(1, 9, dtype=torch.int64), "sqrt_dim")
+        measuring.measure(small, torch.ones(1, 9, dtype=torch.int64), variant("sqrt_dim", None))
     assert small.model.config._attn_implementation == "eager"
     assert patched(small.model) is None
 
@@ -117,6 +118,12 @@ def test_the_baseline_is_always_measured_first(small, capsys, monkeypatch):
     assert cli.main(["demo", "--modes", "key_count", "--max-tokens", "9"]) == 0
     out = capsys.readouterr().out
     assert -1 < out.find("\nsqrt_dim ") < out.find("\nkey_count ")
+
+
+def test_a_mode_that_is_written_twice_is_measured_once(small, capsys):
+    """The model's context is 64."""
+    assert cli.main(["demo", "--modes", "qwen_logn:CONTEXT,sqrt_dim,qwen_logn:64", "--max-tokens", "9"]) == 0
+    assert capsys.readouterr().out.count("\nqwen_logn:64 ") == 1
 
 
 def test_modes_have_bases_and_gains_as_advice_names_them(small, capsys):
@@ -161,7 +168,7 @@ def test_a_scaling_of_the_models_own_is_kept():
         layer.self_attn.scaling = 0.1
     tokens = torch.randint(61, (1, 20), generator=torch.Generator().manual_seed(1))
     own = measuring.eager_loss(one, tokens)
-    assert measuring.measure(one, tokens, "sqrt_dim").loss == pytest.approx(own, abs=1e-5)
+    assert measuring.measure(one, tokens, variant("sqrt_dim", None)).loss == pytest.approx(own, abs=1e-5)
 
 
 def compare(*arguments: str) -> int:

@@ -16,6 +16,7 @@ import transformers
 from tritonattn import SCALINGS, demo
 from tritonattn.demo import measurement
 from tritonattn.demo.model import load
+from tritonattn.demo.variants import variant
 from tritonattn.huggingface import patch
 
 pytestmark = [pytest.mark.realmodel, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")]
@@ -92,13 +93,14 @@ class TestSmolLM:
 
     @pytest.mark.parametrize("mode", SCALINGS)
     def test_the_loss_of_every_mode(self, smollm, mode):
-        loss = measurement.measure(smollm, tokens(smollm), mode).loss
+        loss = measurement.measure(smollm, tokens(smollm), variant(mode, None)).loss
         assert loss == pytest.approx(SMOLLM_LOSSES[mode], abs=ALLOWED.get(mode, 5e-3))
 
     def test_a_part_of_it_moves_less_than_all_of_it(self, smollm):
         ids = tokens(smollm)
         own = measurement.eager_loss(smollm, ids)
-        part, whole = (measurement.measure(smollm, ids, "key_norm_mean", layers).loss for layers in ([28, 29], None))
+        mode = variant("key_norm_mean", None)
+        part, whole = (measurement.measure(smollm, ids, mode, layers).loss for layers in ([28, 29], None))
         assert abs(part - own) < 0.05 < whole - own
         assert measurement.eager_loss(smollm, ids) == own
 
@@ -153,4 +155,5 @@ class TestGemma3:
 
     @pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_mean", "key_count"])
     def test_the_loss_of_modes(self, gemma, mode):
-        assert measurement.measure(gemma, tokens(gemma), mode).loss == pytest.approx(GEMMA_LOSSES[mode], abs=5e-3)
+        loss = measurement.measure(gemma, tokens(gemma), variant(mode, None)).loss
+        assert loss == pytest.approx(GEMMA_LOSSES[mode], abs=5e-3)

@@ -252,9 +252,10 @@ def test_plots_and_reports_of_every_suite(tmp_path, capsys):
 
 def test_nothing_to_draw(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
-    for command in (["plot", "--out", str(tmp_path)], ["report"]):
+    for command in (["plot", "--out", str(tmp_path / "plots")], ["report"]):
         with pytest.raises(SystemExit, match=r"a\.jsonl"):
             main([command[0], str(tmp_path / "a.jsonl"), *command[1:]])
+    assert not (tmp_path / "plots").exists()
 
 
 @pytest.mark.parametrize(

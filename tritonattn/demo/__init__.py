@@ -14,7 +14,7 @@ from ..huggingface import Patched
 from .measurement import Measurement, Subject, eager_loss, measure, patched_with
 from .model import load
 from .report import Report
-from .variants import BASELINE, variant
+from .variants import Variant, check_written, variants
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,10 +46,10 @@ def run(request: Request) -> int:
 
     Returns 0, or 1 where sqrt_dim, which is the model's own scaling, gives another loss than its own attention.
     """
-    modes = _checked_modes(request.modes)
+    check_written(request.modes or ("",))
     check_outputs(request)
     subject, tokens = subject_and_tokens(request)
-    eager, measurements = _measure_all(subject, tokens, modes, request)
+    eager, measurements = _measure_all(subject, tokens, variants(request.modes, subject.context), request)
     report = Report(subject.name, tokens.shape[1], eager, tuple(measurements))
     print(report.table())
     if request.by_layer:
@@ -75,31 +75,24 @@ def subject_and_tokens(request: Request) -> tuple[Subject, Tensor]:
 
 
 def _measure_all(
-    subject: Subject, tokens: Tensor, modes: tuple[str, ...], request: Request
+    subject: Subject, tokens: Tensor, asked: list[Variant], request: Request
 ) -> tuple[float, list[Measurement]]:
-    patched_with(subject, variant(BASELINE, None), request.layers).undo()  # layers that are not there: refused at once
+    patched_with(subject, asked[0], request.layers).undo()  # layers that are not there: refused at once
     measurements: list[Measurement] = []
 
     def show(patched: Patched) -> None:
         if request.by_layer and request.layers is not None and not measurements:
             progress.write(f"{patched.report()}\n", file=sys.stdout)
 
-    with tqdm(total=len(modes) + 1, unit="pass", leave=False) as progress:
+    with tqdm(total=len(asked) + 1, unit="pass", leave=False) as progress:
         progress.set_description("eager")
         eager = eager_loss(subject, tokens)
         progress.update()
-        for mode in modes:
-            progress.set_description(mode)
-            measurements.append(measure(subject, tokens, mode, request.layers, show))
+        for one in asked:
+            progress.set_description(one.name)
+            measurements.append(measure(subject, tokens, one, request.layers, show))
             progress.update()
     return eager, measurements
-
-
-def _checked_modes(modes: tuple[str, ...]) -> tuple[str, ...]:
-    """The modes without repetition, the baseline first."""
-    for mode in modes or ("",):
-        variant(mode, 2048)  # before the model is loaded; any length will do
-    return tuple(dict.fromkeys((BASELINE, *modes)))
 
 
 def check_outputs(request: Request) -> None:
@@ -127,7 +120,7 @@ def read_text(file: Path) -> str:
 def _tokens(subject: Subject, text: str, limit: int | None) -> Tensor:
     """int64 [1, S], cut to limit and to the context that the model was trained on."""
     tokens = subject.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
-    context = getattr(subject.model.config, "max_position_embeddings", None)
+    context = subject.context
     if context is not None and tokens.shape[1] > context and (limit is None or limit > context):
         print(
             f"the text has {tokens.shape[1]} tokens; using the first {context}, the model's context",

@@ -15,7 +15,7 @@ from ..command import CommandError
 from ..dispatch import AttentionAux
 from ..huggingface import Patched, patch
 from ..visibility import Visibility
-from .variants import Variant, variant
+from .variants import Variant
 
 _ROWS = 256  # logits that the loss upcasts at a time
 
@@ -28,6 +28,11 @@ class Subject:
     model: Any
     tokenizer: Any
     device: torch.device
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model was trained on at once, where its configuration says so."""
+        return getattr(self.model.config, "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,11 @@ class Measurement:
 
 
 def measure(
-    subject: Subject, tokens: Tensor, mode: str, layers: Any = None, check: Callable[[Patched], None] | None = None
+    subject: Subject, tokens: Tensor, one: Variant, layers: Any = None, check: Callable[[Patched], None] | None = None
 ) -> Measurement:
-    """One pass over tokens [1, S] with the logits of the layers that `patch` finds by `layers` scaled by mode.
+    """One pass over tokens [1, S] with the logits of the layers that `patch` finds by `layers` scaled by a variant.
 
-    mode is written as in `variants.variant`; check is called with what was patched, before the pass.
+    check is called with what was patched, before the pass.
     """
     seen: list[Layer] = []
     names = {id(module): name for name, module in subject.model.named_modules()}
@@ -80,7 +85,6 @@ def measure(
     def observe(module: nn.Module, query: Tensor, key: Tensor, arguments: dict[str, Any], aux: AttentionAux) -> None:
         seen.append(_layer(names[id(module)], query, key, arguments, aux))
 
-    one = variant(mode, getattr(subject.model.config, "max_position_embeddings", None))
     start = time.perf_counter()
     patched = patched_with(subject, one, layers)
     with patched, patched.watch(observe):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..command import CommandError
@@ -20,6 +21,18 @@ class Variant:
     name: str
     scaling: str | Scaling
     gain: float | None = None
+
+
+def variants(texts: Iterable[str], context: int | None) -> list[Variant]:
+    """The baseline, then those that are written, each once: a BASE of CONTEXT may be another's number."""
+    found = (variant(text, context) for text in (BASELINE, *texts))
+    return list({one.name: one for one in found}.values())
+
+
+def check_written(texts: Iterable[str]) -> None:
+    """Raise CommandError for what is a variant of no model, before one is loaded."""
+    for text in texts:
+        variant(text, 2048)  # any length will do
 
 
 def variant(text: str, context: int | None) -> Variant:

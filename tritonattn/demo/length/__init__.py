@@ -17,7 +17,7 @@ from ...texts import WONDERLAND
 from .. import read_text
 from ..measurement import Subject
 from ..model import load
-from ..variants import BASELINE, Variant, variant
+from ..variants import BASELINE, Variant, check_written, variants
 from .passes import check_head, losses
 from .report import Study
 
@@ -51,12 +51,11 @@ def run(request: Request) -> int:
     text = read_text(request.text or WONDERLAND)
     subject = load(request.model, device)
     check_head(subject)
-    context = getattr(subject.model.config, "max_position_embeddings", None)
+    context = subject.context
     if context is None:
         raise CommandError(f"--model: wanted one whose configuration has max_position_embeddings, got {subject.name!r}")
-    variants = _variants(request, context)
     tokens = _tokens(subject, text, _QUICK if request.quick else request.max_tokens or context * 3 // 2, request)
-    study = _study(subject, tokens, variants, context, request)
+    study = _study(subject, tokens, variants(request.modes or VARIANTS, context), context, request)
     print(f"{study.table()}\n\n{study.by_position()}")
     study.write_json(request.out / "length.json")
     study.draw(request.out / "length.png")
@@ -70,15 +69,8 @@ def _check(request: Request) -> None:
     for option, value in (("--max-tokens", request.max_tokens), ("--bin", request.bin)):
         if value is not None and value < 2:
             raise CommandError(f"{option}: wanted at least 2, got {value}")
-    for text in request.modes or VARIANTS:
-        variant(text, 2048)  # before the model is loaded; any length will do
+    check_written(request.modes or VARIANTS)
     made_folder("--out", request.out)
-
-
-def _variants(request: Request, context: int) -> list[Variant]:
-    """Without repetition, the baseline first."""
-    names = dict.fromkeys((BASELINE, *(request.modes or VARIANTS)))
-    return list({one.name: one for one in (variant(name, context) for name in names)}.values())
 
 
 def _tokens(subject: Subject, text: str, limit: int, request: Request) -> Tensor:
@@ -92,17 +84,17 @@ def _tokens(subject: Subject, text: str, limit: int, request: Request) -> Tensor
     return tokens.to(subject.device)
 
 
-def _study(subject: Subject, tokens: Tensor, variants: list[Variant], context: int, request: Request) -> Study:
+def _study(subject: Subject, tokens: Tensor, asked: list[Variant], context: int, request: Request) -> Study:
     """Every variant on all tokens, then the baseline on the second half alone."""
     environment, start = Environment.of(subject.device), tokens.shape[1] // 2
     done = _Done(request.out / "losses.jsonl", environment, subject.name, tokens)
     found = {}
-    with tqdm(total=len(variants) + 1, unit="pass", leave=False) as progress:
-        for one in variants:
+    with tqdm(total=len(asked) + 1, unit="pass", leave=False) as progress:
+        for one in asked:
             progress.set_description(one.name)
             found[one.name] = done.get(one.name, 0, lambda one=one: losses(subject, tokens, one))
             progress.update()
-        alone = done.get(BASELINE, start, lambda: losses(subject, tokens[:, start:], variants[0]))
+        alone = done.get(BASELINE, start, lambda: losses(subject, tokens[:, start:], asked[0]))
         progress.update()
     return Study(
         model=subject.name, text=(request.text or WONDERLAND).name, context=context,
