@@ -65,6 +65,15 @@ def test_default_configs_do_not_spill_on_amd(kernel, target):
     _check(kernel, Problem(64, 64, torch.bfloat16, right=True, **SCALED), target)
 
 
+@pytest.mark.parametrize("target", _slow_but("gfx942", of=AMD))
+@pytest.mark.parametrize("kernel", ["row_bounds", "keys_seen", "argmax_of_ranges"])
+def test_passes_over_ranges_keep_to_amds_scalar_registers(kernel, target):
+    """Which hold what the threads of a wave have in common: here the bounds of its rows."""
+    form = dict.fromkeys(("left", "right", "key_lengths", "key_ranges"), True)
+    code = compile_kernel(kernel, Problem(1, 1, torch.float32, **form), target=target).asm["amdgcn"]
+    assert ".sgpr_spill_count: 0\n" in code
+
+
 @pytest.mark.parametrize("target", _slow_but("sm_90", "sm_100", "gfx942", of=(*NVIDIA, *AMD)))
 @pytest.mark.parametrize("kernel", STREAMING_KERNELS)
 def test_streaming_kernels(kernel, target):

@@ -41,7 +41,9 @@ def keys_seen(
     """Which of BLOCK_N keys some row sees.
 
     Grid: (blocks of Sk, 1, B). keys_seen uint8 [B, Sk], contiguous; the other arguments as in `primitives.row_range`.
-    Rows are asked from the last one on, which sees most under a causal mask, until every key has been seen.
+    Rows are asked from the last one on, which sees most under a causal mask, until every key has been seen: BLOCK_M at
+    once whether any of them sees one, and of those in turn BLOCK_N which ones. (AMD's compiler holds what a wave's rows
+    have in common in scalar registers: of tiles of more rows it spills them.)
     """
     block, _, batch = program_position(first_head, first_member, LAST_FIRST=False)
     first_key = block * BLOCK_N
@@ -52,9 +54,15 @@ def keys_seen(
         row = tl.minimum(start + tl.arange(0, BLOCK_M), q_len - 1)
         lo, hi = row_range(row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
         touches = tl.maximum(lo, first_key) < tl.minimum(hi, first_key + BLOCK_N)
+        first = start - 1
         if tl.max(touches.to(tl.int32), 0) > 0:
-            covers = (lo[:, None] <= offs_n[None, :]) & (offs_n[None, :] < hi[:, None])
+            first = (tl.minimum(start + BLOCK_M, q_len) - 1) // BLOCK_N * BLOCK_N
+        while (first >= start) & (tl.min(seen, 0) == 0):
+            few = tl.minimum(first + tl.arange(0, BLOCK_N), q_len - 1)
+            few_lo, few_hi = row_range(few, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
+            covers = (few_lo[:, None] <= offs_n[None, :]) & (offs_n[None, :] < few_hi[:, None])
             seen = tl.maximum(seen, tl.max(covers.to(tl.int32), 0))
+            first -= BLOCK_N
         start -= BLOCK_M
     tl.store(keys_seen_ptr + batch.to(tl.int64) * k_len + offs_n, seen, mask=offs_n < k_len)
 

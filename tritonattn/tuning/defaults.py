@@ -76,11 +76,12 @@ _DECODE_TILES = {
     "amd": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1)},
 }
 # Of passes without a head dim. A program of prefix_sums goes through a whole row: few steps, each as wide as registers
-# allow. One of argmax_of_ranges holds a tile where rows differ, and goes by a tile's keys where they do not.
+# allow. One of keys_seen asks so many rows whether they see a key of its block, and takes those that do by fewer. One
+# of argmax_of_ranges holds a tile where rows differ, and goes by a tile's keys where they do not.
 _STREAMING_TILES = {
     "prefix_sums": TileConfig(4096, 4096, 8, 1),
     "row_bounds": TileConfig(1024, 1024, 4, 1),
-    "keys_seen": TileConfig(256, 64, 8, 1),
+    "keys_seen": TileConfig(1024, 64, 8, 1),
     "argmax_of_ranges": TileConfig(64, 128, 16, 1),
 }
 _FAMILIES = {
