@@ -9,7 +9,6 @@ import os
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -189,7 +188,6 @@ def read_all(found: list[Case], workers: int, cubins: Path | None) -> list[Readi
 
 def _start_worker(cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache  # empty: every kernel is compiled, and timed
-    warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
 
 
 def code_table(readings: list[Reading]) -> str:

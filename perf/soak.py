@@ -37,7 +37,6 @@ def run(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     if obstacle := _obstacle(device):
         sys.exit(f"soak: {obstacle}")
-    warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
     warnings.filterwarnings("ignore", ".*deterministic")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
     print(f"commit {commit()}, torch {torch.__version__}, {name}, seeds from {arguments.seed}", flush=True)

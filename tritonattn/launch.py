@@ -16,7 +16,7 @@ from triton.errors import TritonError
 
 from .kernels import KERNELS
 from .tuning import lookup
-from .tuning.compile import constexpr_values
+from .tuning.compile import compile_options, constexpr_values
 from .tuning.config import Problem, Target, TileConfig, legal_reasons
 
 Arguments = dict[str, Any]
@@ -29,10 +29,10 @@ def run_on_device(kernel: Any, grid: Grid, arguments: Arguments, config: TileCon
     """Compile where needed and launch, on the device of the tensors."""
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type != "cuda":
-        kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+        kernel[grid](**arguments, **compile_options(config))
         return
     with torch.cuda.device(device), _no_compilation_in_capture(kernel):
-        kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+        kernel[grid](**arguments, **compile_options(config))
 
 
 class NotCompiledError(RuntimeError):

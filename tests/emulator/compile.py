@@ -50,7 +50,7 @@ def compile_for(function, values: dict[str, Any], *, num_warps: int, num_stages:
         _compiled[key] = triton.compile(
             ASTSource(function, signature, constants, attributes),
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": num_warps, "num_stages": num_stages},
+            options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
         )
     return Compiled(_compiled[key], arguments, names)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from perf.records import Record
 from perf.suites import SUITES, Place
 from perf.versions import Environment
 
+RECORDS = Path(__file__).parents[2] / "perf" / "results" / "cpu_short.jsonl"
 WHOLE = "expected a whole number from 1 up, got '0'"
 
 
@@ -34,7 +36,7 @@ WHOLE = "expected a whole number from 1 up, got '0'"
         ("codegen --head-dims 64,300", "expected numbers from 1 to 256, got '64,300'"),
         ("codegen --targets h100", "expected sm_<number from 70> or gfx<name>, got 'h100'"),
         ("report {folder}", "report: no records in"),
-        ("plot x.jsonl --out {file}", "--out: wanted a folder, got"),
+        ("plot {records} --out {file}", "--out: wanted a folder, got"),
         ("gpu --minutes 1 --device cpu --out {file}", "--out: wanted a folder, got"),
     ],
 )
@@ -42,7 +44,7 @@ def test_refusals(arguments, message, tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(SystemExit) as ended:
-        main(arguments.format(folder=tmp_path, file=file).split())
+        main(arguments.format(folder=tmp_path, file=file, records=RECORDS).split())
     assert ended.value.code != 0
     said = f"{ended.value.code} {capsys.readouterr().err}"
     assert re.search(message, said), said

@@ -25,7 +25,6 @@ SCALES = {"none": {}, "q": {"query_scale": True}, "qk": {"query_scale": True, "k
 pytestmark = [
     pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile"),
     pytest.mark.skipif(OLDER_TRITON, reason="the ceilings are those of another compiler's code"),
-    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
 ]
 
 

@@ -24,7 +24,6 @@ SCALED = {"query_scale": True, "key_scale": True}
 
 pytestmark = [
     pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile"),
-    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
 ]
 
 

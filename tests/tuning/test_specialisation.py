@@ -89,4 +89,4 @@ def test_lanes_of_a_target(name, wanted, monkeypatch):
     compile_kernel("forward", PROBLEM, TILES, name)
     [(target, options)] = seen
     assert (target.backend, target.arch, target.warp_size) == wanted
-    assert options == {"num_warps": 4, "num_stages": 2}
+    assert options == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}

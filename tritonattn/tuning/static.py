@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -60,7 +59,6 @@ class Compiler:
 
 def _quiet() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal sends Ctrl-C to all: this one ends in silence
-    warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
 
 
 def static_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Progress | None = None) -> Table:
