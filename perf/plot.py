@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,19 +172,15 @@ def _sorted(points: Points) -> tuple[list, list]:
     return xs, [points[x] for x in xs]
 
 
-def draw_all(records: Iterable[Record], folder: Path) -> list[Path]:
-    """Every chart that has something to show, for every device; the paths written."""
-    records = list(records)
+def drawings(records: list[Record]) -> dict[str, tuple[Chart, list[Record]]]:
+    """Every chart that has something to show, for every device, by the name of its file."""
     devices = list(dict.fromkeys(record.environment.device for record in records))
-    written = []
+    found = {}
     for device in devices:
         own = [record for record in records if record.environment.device == device]
         suffix = "" if len(devices) == 1 else "_" + re.sub(r"\W+", "-", device).strip("-").lower()
-        for chart in CHARTS:
-            if panels_of(chart, own):
-                written.append(folder / f"{chart.name}{suffix}.png")
-                draw(chart, own, written[-1])
-    return written
+        found |= {f"{chart.name}{suffix}.png": (chart, own) for chart in CHARTS if panels_of(chart, own)}
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,8 +190,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    records = read_all(arguments.files)
-    if not any(panels_of(chart, records) for chart in CHARTS):
+    found = drawings(read_all(arguments.files))
+    if not found:
         sys.exit(f"plot: nothing measured in {', '.join(map(str, arguments.files))}")
     made_folder("--out", arguments.out)
-    print("\n".join(map(str, draw_all(records, arguments.out))))
+    for name, (chart, records) in found.items():
+        draw(chart, records, arguments.out / name)
+        print(arguments.out / name)
