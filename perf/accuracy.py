@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
-from tritonattn.simulation.distributions import DISTRIBUTIONS
-from tritonattn.statistics import Statistics
-from tritonattn.visibility import Visibility
+from tritonattn.core.statistics import Statistics
+from tritonattn.core.visibility import Visibility
+from tritonattn.lab.simulation.distributions import DISTRIBUTIONS
 
 from .attention_cases import DTYPES, OURS, entrant_name
 from .check import Question, judge

@@ -19,15 +19,15 @@ import torch
 import triton
 from tabulate import tabulate
 
-from tritonattn.command import check_file, usable_cores, whole_number, whole_numbers
+from tritonattn.core.command import check_file, usable_cores, whole_number, whole_numbers
+from tritonattn.core.provenance import commit
 from tritonattn.kernels import KERNELS
-from tritonattn.provenance import commit
-from tritonattn.tune.progress import tqdm
+from tritonattn.tuner.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
+from tritonattn.tuner.model import RATES, UNITS, cycles, programs_per_sm, utilisation
+from tritonattn.tuner.progress import tqdm
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
 from tritonattn.tuning.compile import WIDEST
 from tritonattn.tuning.config import STREAMING_KERNELS, TileConfig
-from tritonattn.tuning.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
-from tritonattn.tuning.model import RATES, UNITS, cycles, programs_per_sm, utilisation
 
 from .ceilings import NON_MMA_PER_LOGIT
 
@@ -43,7 +43,7 @@ Static: read from the machine code that triton {triton} compiled at commit {comm
 Tiles are query rows x keys. Stack and spills (local memory moved inside loops) are bytes of a thread, shared memory is
 bytes of a block, TMEM columns. From "non-MMA" on: instructions per logit in the unmasked loop, first all but the MMAs,
 then by class; ceilings are those of perf/ceilings.py. Modelled figures come from a card's rates
-(tritonattn/tuning/model.py), as if all units overlapped. AMD: registers, spills (of the whole kernel) and LDS only."""
+(tritonattn/tuner/model.py), as if all units overlapped. AMD: registers, spills (of the whole kernel) and LDS only."""
 
 
 @dataclass(frozen=True)

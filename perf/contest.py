@@ -13,7 +13,7 @@ from datetime import date
 import torch
 from torch import Tensor
 
-from tritonattn.tuning.timing import Contestant, Timing, card_state, take_turns
+from tritonattn.tuner.timing import Contestant, Timing, card_state, take_turns
 
 from .records import Axis, Record
 from .versions import Environment

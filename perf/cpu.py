@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
-from tritonattn.command import check_file, whole_number
-from tritonattn.provenance import commit, processor
-from tritonattn.tuning.timing import Contestant, take_turns
-from tritonattn.visibility import Visibility
+from tritonattn.core.command import check_file, whole_number
+from tritonattn.core.provenance import commit, processor
+from tritonattn.core.visibility import Visibility
+from tritonattn.tuner.timing import Contestant, take_turns
 
 HEADS, HEAD_DIM = 8, 64
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from tritonattn.command import INTERRUPTED, made_folder
+from tritonattn.core.command import INTERRUPTED, made_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 _GRACE = 60.0  # seconds past its share, at most, that a process has to start up and to finish what it began

@@ -16,9 +16,9 @@ import transformers
 from tabulate import tabulate
 
 from tritonattn.analysis import Monitor, Thresholds
-from tritonattn.command import CommandError, check_file, usable_device, whole_number
+from tritonattn.core.command import CommandError, check_file, usable_device, whole_number
 from tritonattn.huggingface import patch
-from tritonattn.tuning.timing import Contestant, take_turns
+from tritonattn.tuner.timing import Contestant, take_turns
 
 from .versions import Environment
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from tritonattn.command import made_folder
+from tritonattn.core.command import made_folder
 
 from .records import Record, read_all
 from .report import implementation

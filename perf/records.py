@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
-from tritonattn.provenance import for_json
+from tritonattn.core.provenance import for_json
 
 from .versions import Environment
 

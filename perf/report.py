@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from tritonattn.command import check_file
+from tritonattn.core.command import check_file
 
 from .records import Record, read_all
 

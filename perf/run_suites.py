@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tritonattn.tune.progress import tqdm
+from tritonattn.tuner.progress import tqdm
 
 from . import roofline
 from .accuracy import AccuracyCase

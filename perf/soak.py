@@ -9,9 +9,9 @@ import warnings
 
 import torch
 
-from tritonattn import launch
-from tritonattn.command import whole_number
-from tritonattn.provenance import commit
+from tritonattn.backends.triton import launch
+from tritonattn.core.command import whole_number
+from tritonattn.core.provenance import commit
 
 from .soak_draw import HAZARD_SEEDS, INTERPRETED, ON_A_GPU, trials
 from .soak_guards import CONFIGS, small_tiles, soaking

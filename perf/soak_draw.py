@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import tritonattn
-from tritonattn.decode_call import Cache
+from tritonattn.core.decode_call import Cache
 
 from .soak_trial import Tensors, Trial
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonattn import launch
+from tritonattn.backends.triton import launch
 from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
 

@@ -9,7 +9,7 @@ from itertools import product
 import torch
 
 import tritonattn
-from tritonattn.simulation.distributions import DISTRIBUTIONS
+from tritonattn.lab.simulation.distributions import DISTRIBUTIONS
 
 from .accuracy import AccuracyCase
 from .attention_cases import DTYPES, OURS, Case

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from tritonattn.command import INTERRUPTED, check_file, whole_number, whole_numbers
+from tritonattn.core.command import INTERRUPTED, check_file, whole_number, whole_numbers
 
 _ROUNDS, _QUICK_ROUNDS = 25, 3
 _SECONDS = 20.0  # of rounds a case
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
     import torch
 
-    from tritonattn import launch
+    from tritonattn.backends.triton import launch
 
     kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import tritonattn
-from tritonattn.provenance import commit, processor, version
+from tritonattn.core.provenance import commit, processor, version
 
 PEERS = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers")  # the names under which they are installed
 

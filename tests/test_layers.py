@@ -1,8 +1,9 @@
-"""Imports inside the package point down only."""
+"""Imports inside the package point down only, and optional packages stay where they are wanted."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,104 +14,96 @@ import tritonattn
 PACKAGE = Path(tritonattn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# From the bottom up. A module may import from strictly lower layers, and a folder's modules from one another.
-ORDER = (
-    {"autograd", "command", "provenance", "texts"},
-    {"observation"},
-    {"ranges", "sequences", "dropout"},
-    {"visibility"},
-    {"call", "first_rows", "statistics"},
-    {"scaling", "decode_call"},
-    {"reference", "sdpa", "blockwise", "kernels"},
-    {"tuning"},
-    {"launch"},
-    {"triton_backend"},
-    {"ops", "validation"},
-    {"factor", "backends"},
-    {"cache_statistics"},
-    {"dispatch", "decode_validation", "varlen_validation"},
-    {"api", "decoding", "varlen"},
-    {"nn", "warmup"},
-    {"huggingface"},
-    {"analysis", "demo", "integrations", "training", "tune"},
-    {"advising", "simulation"},
+# Folders from the bottom up: each may import from those on lower floors, and its own files from one another.
+FLOORS = (
+    {"core", "kernels"},
+    {"scaling", "tuning"},
+    {"backends"},
+    {"ops", "tuner"},
+    {"calls"},
+    {"nn"},
+    {"huggingface", "integrations"},
+    {"analysis"},
+    {"lab"},
     {"__init__"},
     {"cli"},
     {"__main__"},
 )
-LAYERS = {module: layer for layer, modules in enumerate(ORDER) for module in modules}
+FLOOR_OF = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
 
 OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqdm", "numpy",
             "diffusers", "kernels", "timm", "x_transformers", "sklearn", "scipy"}  # fmt: skip
 OPTIONAL_IN = {
-    "advising": {"transformers"},
     "huggingface": {"transformers"},
     "analysis": {"tabulate", "transformers"},
-    "demo": {"transformers", "matplotlib", "tabulate", "tqdm"},
     "integrations": {"diffusers", "timm", "x_transformers"},
-    "simulation": {"matplotlib", "tabulate", "tqdm"},
-    "training": {"matplotlib", "scipy", "sklearn", "tabulate", "tqdm"},
-    "tune": {"tabulate", "tqdm"},
+    "lab": {"matplotlib", "scipy", "sklearn", "tabulate", "tqdm", "transformers"},
+    "tuner": {"tqdm"},
+    "cli": {"tabulate", "tqdm", "transformers"},
 }
-TRITON_IN = {"kernels", "tuning", "launch", "triton_backend", "tune"}
+TRITON_IN = ("kernels", "tuning", "tuner", "backends/triton")
 
 
-def unit(path: Path) -> str:
-    """The top-level module or folder of the package that a file belongs to."""
-    first = path.relative_to(PACKAGE).parts[0]
-    return first.removesuffix(".py")
+def module_of(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
+
+
+MODULES = {module_of(path) for path in FILES}
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(relative level, module) of every import; `from . import a` gives the module a."""
+    """(relative level, dotted name) of everything that a file imports, names of a module's members included."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            for name in node.names:
-                yield 0, name.name
+            yield from ((0, name.name) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if node.module is None:
-                for name in node.names:
-                    yield node.level, name.name
-            else:
-                yield node.level, node.module
+            module = [node.module] if node.module else []
+            yield from ((node.level, ".".join([*module, name.name])) for name in node.names)
 
 
-def imported_units(path: Path) -> Iterator[str]:
-    depth = len(path.relative_to(PACKAGE).parts)
-    for level, module in imports(path):
-        if level == depth:
-            first = module.split(".")[0]
-            known = (PACKAGE / first).is_dir() or (PACKAGE / f"{first}.py").is_file()
-            yield first if known else "__init__"
-        elif level == 0 and module.split(".")[0] == "tritonattn":
-            pytest.fail(f"{path}: wanted a relative import, got {module}")
+def imported_modules(path: Path) -> Iterator[tuple[str, ...]]:
+    """Modules of the package that a file imports."""
+    inside = path.relative_to(PACKAGE).parts
+    for level, name in imports(path):
+        if level == 0:
+            assert name.split(".")[0] != "tritonattn", f"{path}: expected a relative import, got {name}"
+            continue
+        target = (*inside[: len(inside) - level], *name.split("."))
+        while target and target not in MODULES:
+            target = target[:-1]
+        yield target or ("__init__",)
 
 
-def test_every_module_has_a_layer():
-    assert {unit(path) for path in FILES} <= set(LAYERS)
+def by_file(test):
+    return pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))(test)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_there_are_at_most_twelve_floors_and_every_folder_is_on_one():
+    assert len(FLOORS) <= 12
+    assert {module[0] for module in MODULES} == set(FLOOR_OF)
+
+
+@by_file
 def test_imports_point_down(path):
-    own = unit(path)
-    for other in imported_units(path):
-        assert LAYERS[other] < LAYERS[own], (
-            f"{own} (layer {LAYERS[own]}) imports {other} (layer {LAYERS[other]})"
-        )
+    own = module_of(path)[0]
+    for other, *_ in imported_modules(path):
+        assert other == own or FLOOR_OF[other] < FLOOR_OF[own], f"{own} imports {other}, which is not below it"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_circle_of_files():
+    arrows = {module_of(path): set(imported_modules(path)) - {module_of(path)} for path in FILES}
+    list(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError
+
+
+@by_file
 def test_only_its_users_import_an_optional_package(path):
-    own = unit(path)
-    outside = {module.split(".")[0] for level, module in imports(path) if level == 0}
-    assert outside & OPTIONAL <= OPTIONAL_IN.get(own, set())
-    if own not in TRITON_IN:
+    outside = {name.split(".")[0] for level, name in imports(path) if level == 0}
+    assert outside & OPTIONAL <= OPTIONAL_IN.get(module_of(path)[0], set())
+    if not path.relative_to(PACKAGE).as_posix().startswith(TRITON_IN):
         assert "triton" not in outside
 
 
-def test_kernels_know_neither_torch_nor_policy():
-    for path in (PACKAGE / "kernels").glob("*.py"):
-        assert {module.split(".")[0] for level, module in imports(path) if level == 0} <= {
-            "triton",
-            "__future__",
-        }, path
+@pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").glob("*.py")), ids=lambda path: path.name)
+def test_kernels_know_neither_torch_nor_policy(path):
+    assert {name.split(".")[0] for level, name in imports(path) if level == 0} <= {"triton", "__future__"}

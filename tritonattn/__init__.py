@@ -1,13 +1,13 @@
 """Attention whose logit scaling is a parameter: exact, differentiable, on GPU (Triton) and CPU (PyTorch)."""
 
 from . import nn
-from .api import attention, scaled_attention
-from .cache_statistics import KeyStatistics
-from .decoding import attention_decode
-from .dispatch import AttentionAux
+from .calls.attention import attention, scaled_attention
+from .calls.decode import attention_decode
+from .calls.dispatch import AttentionAux
+from .calls.key_statistics import KeyStatistics
+from .calls.varlen import attention_varlen
+from .calls.warmup import warmup
 from .scaling import SCALINGS, Scales, Scaling
-from .varlen import attention_varlen
-from .warmup import warmup
 
 __version__ = "0.1.0"
 

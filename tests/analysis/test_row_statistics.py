@@ -13,8 +13,8 @@ from tests.support.rows import HQ, B, dense, tensors
 from tests.support.watch import Watch
 from tritonattn import SCALINGS
 from tritonattn.analysis.row_statistics import row_statistics
-from tritonattn.factor import Factor
-from tritonattn.visibility import Visibility
+from tritonattn.calls.factor import Factor
+from tritonattn.core.visibility import Visibility
 
 
 def streamed(q, k, scaling="sqrt_dim", gain=None, **masks):

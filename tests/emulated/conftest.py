@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tritonattn import launch
+from tritonattn.backends.triton import launch
 from tritonattn.tuning.config import Target, TileConfig
 
 

@@ -47,7 +47,7 @@ GPUS = (GPU(80), GPU(90), GPU(90, descriptors=True))
 
 
 class Executor:
-    """Takes the place of `tritonattn.launch.run`; `reports`: what the emulator found at each launch."""
+    """Takes the place of `tritonattn.backends.triton.launch.run`; `reports`: what the emulator found at each launch."""
 
     def __init__(self, gpu: GPU) -> None:
         self.gpu = gpu

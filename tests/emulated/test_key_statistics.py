@@ -7,10 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 from tests.support.masks import assert_rows_of_key_blocks, largest_keys, visible_pairs
-from tritonattn import KeyStatistics, triton_backend
-from tritonattn.statistics import key_lengths_of
-from tritonattn.triton_backend import ranges
-from tritonattn.visibility import Visibility
+from tritonattn import KeyStatistics
+from tritonattn.backends import triton as triton_backend
+from tritonattn.backends.triton import ranges
+from tritonattn.core.statistics import key_lengths_of
+from tritonattn.core.visibility import Visibility
 
 from .executor import GPU, padded
 

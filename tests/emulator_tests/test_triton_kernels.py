@@ -12,7 +12,7 @@ from tests.emulator import PTXFault
 from tests.emulator.compile import launch
 from tests.emulator.execute import run_ptx
 from tests.support.versions import OLDER_TRITON
-from tritonattn.launch import interpreting
+from tritonattn.backends.triton.launch import interpreting
 
 from . import kernels
 

@@ -7,9 +7,9 @@ import pytest
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES
 from tests.huggingface.checks import equals_eager, padding_changes_nothing
+from tritonattn.core.visibility import Visibility
 from tritonattn.huggingface import attention as forward
 from tritonattn.huggingface import cached_keys, masks
-from tritonattn.visibility import Visibility
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

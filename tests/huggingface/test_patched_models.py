@@ -13,8 +13,8 @@ from torch import nn
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
 from tests.huggingface.checks import gradients
+from tritonattn.core.visibility import Visibility
 from tritonattn.huggingface import NAME, patch, patched
-from tritonattn.visibility import Visibility
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 LLAMA = ARCHITECTURES["llama"]

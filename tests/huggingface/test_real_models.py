@@ -13,11 +13,12 @@ import pytest
 import torch
 import transformers
 
-from tritonattn import SCALINGS, demo
-from tritonattn.demo import measurement
-from tritonattn.demo.model import load
-from tritonattn.demo.variants import variant
+from tritonattn import SCALINGS
 from tritonattn.huggingface import patch
+from tritonattn.lab import demo
+from tritonattn.lab.demo import measurement
+from tritonattn.lab.demo.model import load
+from tritonattn.lab.demo.variants import variant
 
 pytestmark = [pytest.mark.realmodel, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")]
 TOKENS = 400

@@ -15,7 +15,7 @@ from transformers import DynamicCache, cache_utils
 
 from tests.huggingface.architectures import ARCHITECTURES
 from tests.huggingface.checks import static_cache
-from tritonattn import statistics
+from tritonattn.core import statistics
 from tritonattn.huggingface import patch
 from tritonattn.huggingface.recording import RECORDING, RecordingDynamicLayer
 

@@ -13,7 +13,7 @@ import torch
 
 import tritonattn
 from tests.test_package import fresh
-from tritonattn import cli
+from tritonattn.cli import main as cli
 from tritonattn.integrations.hub_kernel import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,10 +7,10 @@ import torch
 
 timm = pytest.importorskip("timm", reason="pip install 'tritonattn[integrations]'")
 
-from timm.layers.attention import Attention  # noqa: E402
+from timm.layers.attention import Attention
 
-from tritonattn import nn  # noqa: E402
-from tritonattn.integrations import timm as ours  # noqa: E402
+from tritonattn import nn
+from tritonattn.integrations import timm as ours
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 

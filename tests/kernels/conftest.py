@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tritonattn import launch
+from tritonattn.backends.triton import launch
 from tritonattn.tuning.config import TILED_KERNELS, TileConfig
 
 if launch.interpreting:

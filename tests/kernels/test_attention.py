@@ -12,7 +12,8 @@ import tritonattn
 from tests.kernels import harness
 from tests.support.bound import assert_within_bound
 from tests.support.masks import MASKS
-from tritonattn import launch, triton_backend
+from tritonattn.backends import triton as triton_backend
+from tritonattn.backends.triton import launch
 from tritonattn.tuning.config import Target
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -136,11 +137,11 @@ def test_scales_of_0(device):
 
 def test_the_gradient_of_k_alone_is_no_other(device):
     q, k, v = harness.inputs(torch.float32, device, head_dim=64, value_dim=64).values()
-    visibility = tritonattn.visibility.Visibility.of(q, k, causal=True)
-    call = tritonattn.call.AttentionCall(q, k, v, visibility, 1.0)
+    visibility = tritonattn.core.visibility.Visibility.of(q, k, causal=True)
+    call = tritonattn.core.call.AttentionCall(q, k, v, visibility, 1.0)
     result = triton_backend.forward(call, aux=False)
     together, alone = (
-        triton_backend.backward(call, *result[:2], q, None, tritonattn.call.Needs(others, True, others))
+        triton_backend.backward(call, *result[:2], q, None, tritonattn.core.call.Needs(others, True, others))
         for others in (True, False)
     )
     assert torch.equal(together.k, alone.k)
@@ -214,8 +215,8 @@ def test_ranges_past_int32(device):
 
 
 def _of_ranges(tensors: harness.Tensors, ranges: torch.Tensor) -> torch.Tensor:
-    visibility = tritonattn.visibility.Visibility.of(tensors["q"], tensors["k"], key_ranges=ranges)
-    call = tritonattn.call.AttentionCall(*tensors.values(), visibility, 0.3)
+    visibility = tritonattn.core.visibility.Visibility.of(tensors["q"], tensors["k"], key_ranges=ranges)
+    call = tritonattn.core.call.AttentionCall(*tensors.values(), visibility, 0.3)
     return triton_backend.forward(call, aux=False).out
 
 
@@ -227,7 +228,7 @@ def test_hidden_keys_reach_nothing(mask, poison, q_len, device):
     arguments = _mask(mask, device, 2, 2, q_len, 53)
     if mask == "ranges":
         arguments["key_ranges"] = arguments["key_ranges"].clamp(7, 39)
-    visibility = tritonattn.visibility.Visibility.of(tensors["q"], tensors["k"], **arguments)
+    visibility = tritonattn.core.visibility.Visibility.of(tensors["q"], tensors["k"], **arguments)
     hidden = ~visibility.seen_keys().expand(tensors["k"].shape[:3])
     assert hidden.any()
     d_out = torch.ones_like(tensors["q"])
@@ -256,8 +257,8 @@ def test_lse_and_its_gradient(device):
     results = []
     for backend, values in (("triton", tensors), ("sdpa", harness.as_double(tensors))):
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in values.items()}
-        visibility = tritonattn.visibility.Visibility.of(leaves["q"], leaves["k"], causal=True)
-        call = tritonattn.call.AttentionCall(
+        visibility = tritonattn.core.visibility.Visibility.of(leaves["q"], leaves["k"], causal=True)
+        call = tritonattn.core.call.AttentionCall(
             leaves["q"], leaves["k"], leaves["v"], visibility, 0.3, leaves["query_scale"], leaves["key_scale"]
         )  # fmt: skip
         result = tritonattn.ops.attention(call, backend, aux=False)
@@ -304,10 +305,10 @@ def test_every_program_runs_once(monkeypatch):
     grids = []
     monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: grids.append((grid, arguments)))
     q = torch.empty(100_000, 1, 1, 16)
-    visibility = tritonattn.visibility.Visibility.of(q, q)
-    call = tritonattn.call.AttentionCall(q, q, q, visibility, 1.0)
+    visibility = tritonattn.core.visibility.Visibility.of(q, q)
+    call = tritonattn.core.call.AttentionCall(q, q, q, visibility, 1.0)
     result = triton_backend.forward(call, aux=False)
-    triton_backend.backward(call, *result[:2], q, None, tritonattn.call.Needs(True, True, True))
+    triton_backend.backward(call, *result[:2], q, None, tritonattn.core.call.Needs(True, True, True))
     assert [grid[1:] for grid, _ in grids] == [(1, 65_535), (1, 34_465)] * 4
     assert [arguments["first_member"] for _, arguments in grids] == [0, 65_535] * 4
 

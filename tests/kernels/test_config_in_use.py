@@ -9,7 +9,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 import tritonattn
-from tritonattn import launch
+from tritonattn.backends.triton import launch
 from tritonattn.tuning import cache_dir, lookup
 from tritonattn.tuning.config import Target, TileConfig
 from tritonattn.tuning.gpus import table_name

@@ -10,8 +10,11 @@ import torch
 from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
 from tests.support.watch import Watch
-from tritonattn import attention, attention_decode, decoding, launch, triton_backend
-from tritonattn.decode_call import Cache, DecodeCall
+from tritonattn import attention, attention_decode
+from tritonattn.backends import triton as triton_backend
+from tritonattn.backends.triton import launch
+from tritonattn.calls import decode as decoding
+from tritonattn.core.decode_call import Cache, DecodeCall
 from tritonattn.scaling import SCALINGS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -15,7 +15,7 @@ from tests.kernels.conftest import DEVICE
 from tests.support.masks import MASKS
 from tests.support.packed import Packed
 from tests.support.versions import TRITON
-from tritonattn import launch
+from tritonattn.backends.triton import launch
 from tritonattn.tuning.config import Target
 
 TAKE_DESCRIPTORS = ("forward", "grad_key_value", "grad_query")

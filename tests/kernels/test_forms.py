@@ -8,7 +8,7 @@ import torch
 import tritonattn
 from tests.kernels import harness
 from tests.support.masks import MASKS
-from tritonattn.dropout import Dropout
+from tritonattn.core.dropout import Dropout
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from tests.support.masks import MASKS
-from tritonattn import KeyStatistics, cache_statistics, triton_backend
+from tritonattn import KeyStatistics
+from tritonattn.backends import triton as triton_backend
+from tritonattn.calls import key_statistics as cache_statistics
+from tritonattn.core.statistics import Statistics, key_lengths_of
+from tritonattn.core.visibility import Visibility
 from tritonattn.ops import KernelStatistics
-from tritonattn.statistics import Statistics, key_lengths_of
-from tritonattn.visibility import Visibility
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

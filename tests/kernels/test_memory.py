@@ -7,7 +7,7 @@ import torch
 
 import tritonattn
 from tests.kernels import harness
-from tritonattn import launch
+from tritonattn.backends.triton import launch
 from tritonattn.tuning.config import TileConfig
 
 pytestmark = pytest.mark.usefixtures("small_tiles")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tests.support.masks import assert_rows_of_key_blocks, largest_keys, visible_pairs
-from tritonattn.decode_call import Cache
-from tritonattn.sequences import Sequences
-from tritonattn.triton_backend import ranges
-from tritonattn.visibility import Visibility
+from tritonattn.backends.triton import ranges
+from tritonattn.core.decode_call import Cache
+from tritonattn.core.sequences import Sequences
+from tritonattn.core.visibility import Visibility
 
 Q_LEN, K_LEN = 300, 325
 LENGTHS = {"key_lengths": [70, 200]}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tritonattn import launch
-from tritonattn.tune.search import Effort, pending, search
-from tritonattn.tune.workload import Size, Workload
+from tritonattn.backends.triton import launch
+from tritonattn.tuner.search import Effort, pending, search
+from tritonattn.tuner.workload import Size, Workload
 from tritonattn.tuning.config import Target, TileConfig
 from tritonattn.tuning.table import SCALES, Entry, Key
 

@@ -11,9 +11,9 @@ from tests.support.calls import operands
 from tests.support.learned import SIGNS
 from tests.support.masks import MASKS
 from tritonattn import SCALINGS, Scales, Scaling, attention, nn
+from tritonattn.core.statistics import Statistics
+from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import Cosine, LogKeyCount
-from tritonattn.statistics import Statistics
-from tritonattn.visibility import Visibility
 
 POINTS = ["sqrt_dim", "dim", "none", "key_count", "sqrt_key_count", "key_norm_sum", "key_norm_mean"]
 

@@ -17,8 +17,9 @@ from tests.support.formulas import assert_a_formula_of_its_own
 from tests.support.learned import LEARNED, learned
 from tests.support.masks import MASKS
 from tests.support.packed import RAGGED, one_by_one, packed_operands
-from tritonattn import SCALINGS, Scales, Scaling, attention, attention_decode, attention_varlen, decoding, nn
-from tritonattn.call import ForwardResult
+from tritonattn import SCALINGS, Scales, Scaling, attention, attention_decode, attention_varlen, nn
+from tritonattn.calls import decode as decoding
+from tritonattn.core.call import ForwardResult
 
 every_case = pytest.mark.parametrize("case", LEARNED)
 COMPILED_QUICKLY = ("per_head of cosine", "ssmax with bias", "power_law", "linear to learned", "geometric to cosine")

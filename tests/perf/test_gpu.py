@@ -87,7 +87,7 @@ def test_a_phase_that_hangs_is_stopped(tmp_path, monkeypatch):
 def test_a_phase_that_ends_itself_before_all_is_done_is_out_of_time(name, tmp_path):
     """By what the commands print, as their sources have it."""
     [one] = [one for one in gpu.phases("cuda", tmp_path, "tests/kernels") if one.name == name]
-    source = "tritonattn/tune/commands.py" if name == "tuning" else "perf/run_suites.py"
+    source = "tritonattn/cli/tune.py" if name == "tuning" else "perf/run_suites.py"
     assert one.cut in (gpu.ROOT / source).read_text()
     found = gpu.run_all([phase("works", cut="worked"), phase("works", cut=one.cut)], tmp_path, 60.0)
     assert [outcome.status for outcome in found] == ["out of time", "done"]
@@ -255,10 +255,10 @@ def test_unknown_phases(tmp_path):
 
 def test_without_tqdm(monkeypatch, capsys):
     """A GPU machine may lack it."""
-    monkeypatch.setattr("tritonattn.tune.progress", importlib.import_module("tritonattn.tune.progress"))
+    monkeypatch.setattr("tritonattn.tuner.progress", importlib.import_module("tritonattn.tuner.progress"))
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.delitem(sys.modules, "tritonattn.tune.progress")
-    progress = importlib.import_module("tritonattn.tune.progress")
+    monkeypatch.delitem(sys.modules, "tritonattn.tuner.progress")
+    progress = importlib.import_module("tritonattn.tuner.progress")
     assert progress.tqdm is progress.Lines
     with progress.tqdm(["a", "b"], unit="key") as bar:
         for name in bar:

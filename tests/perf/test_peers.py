@@ -22,7 +22,7 @@ from perf.recipes import rows_of
 from perf.varlen_cases import VarlenCase
 from perf.versions import Environment
 from perf.work import Shape
-from tritonattn.factor import Factor
+from tritonattn.calls.factor import Factor
 
 CPU = torch.device("cpu")
 HERE = Environment.of(CPU, "test")

@@ -47,7 +47,7 @@ def test_a_gpu_or_the_interpreter_is_needed(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="soak: device cuda: torch sees no GPU"):
         _soak("--device", "cuda")
-    monkeypatch.setattr("tritonattn.launch.interpreting", False)
+    monkeypatch.setattr("tritonattn.backends.triton.launch.interpreting", False)
     with pytest.raises(SystemExit, match="TRITON_INTERPRET=1"):
         _soak("--device", "cpu")
 

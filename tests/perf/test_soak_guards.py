@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from perf.soak_guards import CONFIGS, Executor, soaking
-from tritonattn import launch
+from tritonattn.backends.triton import launch
 from tritonattn.tuning.config import Problem, Target
 from tritonattn.tuning.defaults import default_config
 

@@ -15,7 +15,7 @@ from perf.__main__ import main
 from perf.peers import PEERS
 from perf.records import read
 from perf.suites import SUITES
-from tritonattn import launch
+from tritonattn.backends.triton import launch
 
 from .commands import TINY, sweep
 
@@ -258,7 +258,7 @@ def test_the_gpu_and_the_interpreter_are_needed(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="device cuda: torch sees no GPU"):
         main(["sweep", "--device", "cuda"])
-    monkeypatch.setattr("tritonattn.launch.runs_on", lambda device: False)
+    monkeypatch.setattr("tritonattn.backends.triton.launch.runs_on", lambda device: False)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(SystemExit, match="set TRITON_INTERPRET=1"):
         main(["sweep", "--device", "interpret"])

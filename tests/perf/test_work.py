@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 from perf import roofline
 from perf.work import Shape, bytes_moved, decode_bytes, flops, forward_flops, matmul_flops, visible_pairs
-from tritonattn.visibility import Visibility
+from tritonattn.core.visibility import Visibility
 
 
 @pytest.mark.parametrize("causal", [False, True])

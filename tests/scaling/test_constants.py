@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tritonattn.core.statistics import Statistics
+from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS
-from tritonattn.statistics import Statistics
-from tritonattn.visibility import Visibility
 
 
 @pytest.mark.parametrize(("mode", "factor"), [("sqrt_dim", 0.25), ("dim", 0.0625), ("none", 1.0)])

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import tritonattn
+from tritonattn.core.statistics import Statistics
+from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import KeyCount, LogKeyCount, SqrtKeyCount
-from tritonattn.statistics import Statistics
-from tritonattn.visibility import Visibility
 
 
 def factors(scaling, rows=5, dim=16):

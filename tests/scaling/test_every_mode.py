@@ -5,9 +5,9 @@ import torch
 
 from tests.support.formulas import assert_a_formula_of_its_own
 from tests.support.masks import MASKS, visible_pairs
+from tritonattn.core.statistics import Statistics
+from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, LogKeyCount, Scaling
-from tritonattn.statistics import Statistics
-from tritonattn.visibility import Visibility
 
 B, HQ, SQ, SK, D = 2, 4, 6, 9, 5
 SMALL_PRESETS = {

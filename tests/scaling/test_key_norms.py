@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from tritonattn.core.statistics import Statistics
+from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, KeyNormMax
 from tritonattn.scaling.base import SMALLEST_STATISTIC, reciprocal, reciprocal_root
-from tritonattn.statistics import Statistics
-from tritonattn.visibility import Visibility
 
 KEYS = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-6.0, 8.0]], dtype=torch.float64)[
     None, None

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from tritonattn.core.statistics import Statistics
+from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import Llama4, Ministral3, QwenLogn
-from tritonattn.statistics import Statistics
-from tritonattn.visibility import Visibility
 
 D = 16
 

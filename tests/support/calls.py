@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonattn.call import AttentionCall
-from tritonattn.dropout import Dropout
-from tritonattn.sequences import Sequences
-from tritonattn.visibility import Visibility
+from tritonattn.core.call import AttentionCall
+from tritonattn.core.dropout import Dropout
+from tritonattn.core.sequences import Sequences
+from tritonattn.core.visibility import Visibility
 
 from .packed import offsets
 

@@ -8,9 +8,9 @@ import sys
 import textwrap
 from collections.abc import Callable
 
+from tritonattn.core.statistics import Statistics
+from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import Scaling
-from tritonattn.statistics import Statistics
-from tritonattn.visibility import Visibility
 
 
 def assert_a_formula_of_its_own(mode: type[Scaling]) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from tests.support.learned import HEADS
 from tests.support.masks import visible_pairs
-from tritonattn.factor import Factor
+from tritonattn.calls.factor import Factor
 
 B, HQ, D = 2, HEADS, 5
 

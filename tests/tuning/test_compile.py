@@ -9,14 +9,15 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from tests.support.slow import marked  # noqa: E402
-from tests.support.versions import OLDER_TRITON  # noqa: E402
-from tritonattn import launch, triton_backend  # noqa: E402
-from tritonattn.kernels import KERNELS  # noqa: E402
-from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config, legal_reasons  # noqa: E402
-from tritonattn.tuning.compile import specialisation  # noqa: E402
-from tritonattn.tuning.config import STREAMING_KERNELS, TILED_KERNELS, shared_limit  # noqa: E402
-from tritonattn.tuning.machine_code import read_machine_code  # noqa: E402
+from tests.support.slow import marked
+from tests.support.versions import OLDER_TRITON
+from tritonattn.backends import triton as triton_backend
+from tritonattn.backends.triton import launch
+from tritonattn.kernels import KERNELS
+from tritonattn.tuner.machine_code import read_machine_code
+from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config, legal_reasons
+from tritonattn.tuning.compile import specialisation
+from tritonattn.tuning.config import STREAMING_KERNELS, TILED_KERNELS, shared_limit
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx950")
@@ -147,8 +148,8 @@ def hash_of(text: str) -> int:
 
 def test_aot_specialisation_is_that_of_a_launch(monkeypatch):
     """The argument grammar of compile.py says for each argument what a launch passes."""
-    from tritonattn.call import AttentionCall, Needs
-    from tritonattn.visibility import Visibility
+    from tritonattn.core.call import AttentionCall, Needs
+    from tritonattn.core.visibility import Visibility
 
     seen = {}
     monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: seen.update({kernel: arguments}))

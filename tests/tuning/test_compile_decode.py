@@ -8,11 +8,13 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from tests.support.caches import GrowingCache, sequences  # noqa: E402
-from tritonattn import attention_decode, backends, launch  # noqa: E402
-from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config  # noqa: E402
-from tritonattn.tuning.compile import specialisation  # noqa: E402
-from tritonattn.tuning.machine_code import read_machine_code  # noqa: E402
+from tests.support.caches import GrowingCache, sequences
+from tritonattn import attention_decode
+from tritonattn.backends.triton import launch
+from tritonattn.calls import backend as backends
+from tritonattn.tuner.machine_code import read_machine_code
+from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config
+from tritonattn.tuning.compile import specialisation
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx950")

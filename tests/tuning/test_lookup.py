@@ -197,7 +197,7 @@ def test_who_can_use_descriptors():
 def test_a_lookup_takes_little_time(folders):
     put(folders[0] / "h100.json", 32)
     found()
-    from tritonattn import launch
+    from tritonattn.backends.triton import launch
 
     plan = launch._plan
     plan("forward", PROBLEM, H100, launch.config_for)

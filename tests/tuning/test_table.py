@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from tritonattn.tuner.static import keys
 from tritonattn.tuning import table
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.lookup import usable_table
-from tritonattn.tuning.static import keys
 from tritonattn.tuning.table import Entry, Key, Table, TableError, key_of, read_table, write_table
 
 CONFIG = TileConfig(128, 64, 8, 2)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..observation import ObservedCall
-from ..provenance import for_json
+from ..calls.checks import Options, check
+from ..core.observation import ObservedCall
+from ..core.provenance import for_json
+from ..core.statistics import key_lengths_of
+from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scaling
-from ..statistics import key_lengths_of
-from ..validation import Options, check
-from ..visibility import Visibility
 from .diagnosis import Diagnosis, diagnose
 from .rules import Reading, Rule, rule_for
 from .tally import counted_rows

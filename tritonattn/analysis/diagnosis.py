@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..dispatch import autocast
-from ..factor import Factor
+from ..calls.checks import Options, check
+from ..calls.dispatch import autocast
+from ..calls.factor import Factor
+from ..core.statistics import key_lengths_of
+from ..core.visibility import Visibility
 from ..scaling import Scaling
-from ..statistics import key_lengths_of
-from ..validation import Options, check
-from ..visibility import Visibility
 from .row_statistics import RowStatistics, row_statistics
 
 # A row is nearly one-hot above this max probability, and nearly uniform above this entropy / ln(n).

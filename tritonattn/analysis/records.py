@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..provenance import for_json
+from ..core.provenance import for_json
 
 
 class JsonLines:

@@ -23,11 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..blockwise.tiles import Block, Tiles
-from ..call import AttentionCall
-from ..factor import Factor
-from ..statistics import Statistics
-from ..visibility import Visibility
+from ..backends.cpu.tiles import Block, Tiles
+from ..calls.factor import Factor
+from ..core.call import AttentionCall
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
 
 _NOTHING = -1000.0  # a difference of logits of which exp is 0; -inf would make 0 * -inf
 

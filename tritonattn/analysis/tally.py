@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..observation import ObservedCall
+from ..core.observation import ObservedCall
 from .diagnosis import ONE_HOT, UNIFORM
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..observation import ObservedCall, observing
+from ..core.observation import ObservedCall, observing
 from .tally import Tally
 
 

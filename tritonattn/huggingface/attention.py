@@ -9,8 +9,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ..api import attention
-from ..dispatch import AttentionAux
+from ..calls.attention import attention
+from ..calls.dispatch import AttentionAux
 from ..scaling import Scaling, SqrtDim
 from .cached_keys import CACHE, with_cached_keys
 from .masks import key_range_mask

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import cache_utils
 
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling
-from ..statistics import Statistics
-from ..visibility import Visibility
 from .recording import RECORDING
 from .settings import layer_scaling
 

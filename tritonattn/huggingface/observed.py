@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ..api import attention
-from ..dispatch import AttentionAux
-from ..observation import ObservedCall, is_observed, tell
-from ..visibility import Visibility
+from ..calls.attention import attention
+from ..calls.dispatch import AttentionAux
+from ..core.observation import ObservedCall, is_observed, tell
+from ..core.visibility import Visibility
 from .architecture import AttentionModule, attention_modules, interface_function
 from .attention import NAME, call_arguments
 from .own_configs import IMPLEMENTATION

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calls.checks import BACKENDS
 from ..scaling import Scaling
-from ..validation import BACKENDS
 from .architecture import (
     AttentionModule,
     attention_modules,

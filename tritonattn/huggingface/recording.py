@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
-from ..cache_statistics import KeyStatistics
+from ..calls.key_statistics import KeyStatistics
 
 _ROOM = 64  # keys, the least by which a record grows
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from ..calls.checks import refuse_scaling
 from ..nn import LEARNED, Cosine, PerHead, Scheduled, SSMax
 from ..nn.learned import Learned
 from ..nn.registry import named
 from ..scaling import SCALINGS, Scaling
-from ..validation import refuse_scaling
 
 
 def built(scaling: Any, heads: int) -> Any:

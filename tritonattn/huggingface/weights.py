@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import utils
 
-from ..api import attention
+from ..calls.attention import attention
 from .settings import layer_scaling
 
 _COSTLY = (

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..command import CommandError, made_folder
+from ..core.command import CommandError, made_folder
 from ..tuning.cache_dir import shipped_tables
 
 NAME = "tritonattn"

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..api import attention
+from ..calls.attention import attention
 from ..scaling import Scaling
 from .arguments import scaling_for, top_left_causal, visible_keys
 

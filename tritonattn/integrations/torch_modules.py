@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..api import attention
+from ..calls.attention import attention
 from ..scaling import Scaling
 from .arguments import scaling_for, visible_keys
 from .replacement import Replacement

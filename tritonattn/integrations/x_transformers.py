@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..api import attention
+from ..calls.attention import attention
 from ..scaling import Scaling
 from .arguments import gain_for, scaling_for
 from .replacement import Replacement

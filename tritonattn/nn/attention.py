@@ -7,12 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..api import attention
-from ..autograd import needs_graph
-from ..decode_validation import LONGEST_QUERY
-from ..decoding import attention_decode
-from ..scaling import Scaling
-from ..validation import (
+from ..calls.attention import attention
+from ..calls.checks import (
     FLOATS,
     Options,
     check_bool,
@@ -25,9 +21,13 @@ from ..validation import (
     kind_of,
     shape_of,
 )
-from ..varlen import attention_varlen
-from ..varlen_validation import check_offsets
-from ..visibility import window_sides
+from ..calls.decode import attention_decode
+from ..calls.decode_checks import LONGEST_QUERY
+from ..calls.varlen import attention_varlen
+from ..calls.varlen_checks import check_offsets
+from ..core.autograd import needs_graph
+from ..core.visibility import window_sides
+from ..scaling import Scaling
 from .cache import KeyValueCache
 from .learned import describe
 from .registry import named

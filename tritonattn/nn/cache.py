@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache_statistics import KeyStatistics
-from ..validation import FLOATS, check_count, check_device, check_dtype, check_tensor, shape_of
+from ..calls.checks import FLOATS, check_count, check_device, check_dtype, check_tensor, shape_of
+from ..calls.key_statistics import KeyStatistics
 
 
 class KeyValueCache:

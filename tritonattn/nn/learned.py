@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..factor import Factor
+from ..calls.checks import check_bool, check_count, check_dtype, kind_of, named_scaling, refuse_scaling
+from ..calls.factor import Factor
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
 from ..scaling import Cosine as FixedCosine
 from ..scaling import Scales, Scaling
 from ..scaling.base import check_positive
-from ..statistics import Statistics
-from ..validation import check_bool, check_count, check_dtype, kind_of, named_scaling, refuse_scaling
-from ..visibility import Visibility
 
 
 class Learned(nn.Module, Scaling):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..calls.checks import check_dtype
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
 from ..scaling import Scales
 from ..scaling.base import SMALLEST_STATISTIC, dense_lengths
-from ..statistics import Statistics
-from ..validation import check_dtype
-from ..visibility import Visibility
 from .learned import Learned
 
 # a, b, c of the modes that are points of the law.

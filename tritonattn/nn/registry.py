@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..calls.checks import named_scaling
 from ..scaling import Scaling
-from ..validation import named_scaling
 from .learned import Cosine, PerHead, SSMax
 from .power_law import PowerLaw
 

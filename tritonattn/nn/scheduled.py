@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..factor import Factor
+from ..calls.checks import check_count
+from ..calls.factor import Factor
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling
-from ..statistics import Statistics
-from ..validation import check_count
-from ..visibility import Visibility
 from .learned import as_mode, listed
 
 _BLENDS = ("linear", "geometric")

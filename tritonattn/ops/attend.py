@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from .. import blockwise
-from ..autograd import first_order, is_transformed, needs_graph, runs_eagerly, without_autocast
-from ..call import AttentionCall, ForwardResult, Gradients, Needs
-from ..dropout import Dropout
-from ..sequences import Sequences
-from ..visibility import Visibility
+from ..backends import cpu as blockwise
+from ..core.autograd import first_order, is_transformed, needs_graph, runs_eagerly, without_autocast
+from ..core.call import AttentionCall, ForwardResult, Gradients, Needs
+from ..core.dropout import Dropout
+from ..core.sequences import Sequences
+from ..core.visibility import Visibility
 from .mapping import in_a_loop, in_one_batch
 from .names import qualified
 
@@ -156,7 +156,7 @@ def _zeros(x: Any) -> Tensor:
 
 
 def _kernels() -> Any:
-    from .. import triton_backend
+    from ..backends import triton as triton_backend
 
     return triton_backend
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import blockwise
-from ..autograd import runs_eagerly
-from ..call import ForwardResult
-from ..decode_call import Cache, DecodeCall
+from ..backends import cpu as blockwise
+from ..core.autograd import runs_eagerly
+from ..core.call import ForwardResult
+from ..core.decode_call import Cache, DecodeCall
 from .mapping import in_a_loop
 from .names import qualified
 
@@ -65,7 +65,7 @@ def decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
 def _decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
     with torch.no_grad():
         if backend == "triton":
-            from .. import triton_backend
+            from ..backends import triton as triton_backend
 
             return triton_backend.decode(call, aux)
         return blockwise.forward(call.as_attention(), aux)

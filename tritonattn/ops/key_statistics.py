@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from ..autograd import apply, first_order, needs_graph, runs_eagerly
-from ..statistics import Statistics
-from ..visibility import Visibility
+from ..core.autograd import apply, first_order, needs_graph, runs_eagerly
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
 from .mapping import in_one_batch
 from .names import qualified
 
@@ -61,7 +61,7 @@ class KernelStatistics(Statistics):
 
 def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> bool:
     """That of the "triton" backend; False, and nothing done, where a CUDA graph's capture forbids to compile it."""
-    from ..launch import NotCompiledError
+    from ..backends.triton.launch import NotCompiledError
 
     try:
         _kernels().append_keys(k, new_counts, buffers)
@@ -71,7 +71,7 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
 
 
 def _kernels() -> Any:
-    from .. import triton_backend
+    from ..backends import triton as triton_backend
 
     return triton_backend
 

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..autograd import apply, runs_eagerly
-from ..statistics import Statistics
-from ..visibility import Visibility
+from ..core.autograd import apply, runs_eagerly
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
 
 # Below it a statistic counts as zero: its reciprocal need not fit fp32.
 SMALLEST_STATISTIC = torch.finfo(torch.float32).tiny

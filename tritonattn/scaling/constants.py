@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..statistics import Statistics
-from ..visibility import Visibility
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
 from .base import Scales, Scaling
 
 

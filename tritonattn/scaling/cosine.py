@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..statistics import Statistics
-from ..visibility import Visibility
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
 from .base import Scales, Scaling, check_positive, dense_lengths, reciprocal
 
 

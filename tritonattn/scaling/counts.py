@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..statistics import Statistics
-from ..visibility import Visibility
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
 from .base import Scales, Scaling, check_positive, reciprocal, reciprocal_root, scales_of_count
 
 

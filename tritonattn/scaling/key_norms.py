@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..statistics import Statistics
-from ..visibility import Visibility
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
 from .base import Scales, Scaling, dense_lengths, reciprocal, reciprocal_root
 
 

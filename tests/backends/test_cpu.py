@@ -1,0 +1,392 @@
+"""The blockwise path against the reference in fp64: every mask, option and gradient, across tile edges."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.support.bound import assert_within_bound
+from tests.support.masks import MASKS
+from tests.support.watch import Watch
+from tritonattn.backends import cpu as blockwise
+from tritonattn.backends import reference
+from tritonattn.backends.cpu import tiles
+from tritonattn.core.call import AttentionCall, Gradients, Needs
+from tritonattn.core.dropout import Dropout
+from tritonattn.core.visibility import Visibility
+
+ALL = Needs(*[True] * 6)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OPTIONS = {
+    "plain": {},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "dropout": {"p": 0.3},
+    "all": {"softcap": 1.5, "sinks": True, "p": 0.3},
+}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 16 rows (over a group's heads) and 8 keys, two heads at a time."""
+    monkeypatch.setattr(tiles, "_ROWS", 16)
+    monkeypatch.setattr(tiles, "_KEYS", 8)
+    monkeypatch.setattr(tiles, "_PAIRS", 256)
+
+
+def make_call(
+    dtype=torch.float64, batch=2, q_heads=4, kv_heads=2, q_len=37, k_len=45, dim=16, value_dim=8,
+    scaled=True, softcap=None, sinks=False, p=0.0, scale=0.3, seed=0, **masks,
+):  # fmt: skip
+    """A call on random tensors; the scales have either sign and zeros."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k, v = (
+        normal(batch, heads, length, width).to(dtype)
+        for heads, length, width in (
+            (q_heads, q_len, dim), (kv_heads, k_len, dim), (kv_heads, k_len, value_dim)
+        )
+    )  # fmt: skip
+    query_scale, key_scale = normal(batch, q_heads, q_len).to(wide), normal(batch, kv_heads, k_len).to(wide)
+    query_scale[..., ::7], key_scale[..., ::5] = 0, 0
+    return AttentionCall(
+        q, k, v, Visibility.of(q, k, **masks), scale,
+        query_scale if scaled else None, key_scale if scaled else None, softcap,
+        normal(q_heads).to(wide) if sinks else None,
+        Dropout(p, torch.tensor([7, 3])) if p else None,
+    )  # fmt: skip
+
+
+def tensors_of(call):
+    return Gradients(call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
+
+
+def output_gradients(call, seed=1):
+    """Random gradients of out and lse."""
+    random = torch.Generator().manual_seed(seed)
+    shape = (*call.q.shape[:3], call.v.shape[3])
+    d_out = torch.randn(shape, generator=random, dtype=torch.float64).to(call.q.dtype)
+    d_lse = torch.randn(shape[:3], generator=random, dtype=torch.float64)
+    return d_out, d_lse.to(torch.promote_types(call.q.dtype, torch.float32))
+
+
+def run(call, d_out, d_lse, needs=ALL):
+    rounding = torch.zeros_like(d_out) if call.q.dtype.itemsize == 2 else None
+    result = blockwise.forward(call, True, rounding)
+    return result, blockwise.backward(call, result.out, result.lse, d_out, d_lse, needs, rounding)
+
+
+def run_reference(call, d_out, d_lse, dtype):
+    """The reference in `dtype` and its gradients."""
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k, v, query_scale, key_scale, sinks = leaves = Gradients(
+        *(
+            None if x is None else x.detach().to(dtype if i < 3 else wide).requires_grad_()
+            for i, x in enumerate(tensors_of(call))
+        )
+    )
+    factor = torch.tensor(call.scale, dtype=wide)
+    if query_scale is not None:
+        factor = factor * query_scale[..., None]
+    if key_scale is not None:
+        factor = factor * key_scale.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None, :]
+    result = reference.attention(
+        q, k, v, factor, call.visibility, softcap=call.softcap, sinks=sinks, dropout=call.dropout
+    )  # fmt: skip
+    outputs, gradients = [result.out, result.lse], [d_out.to(dtype), d_lse.to(wide)]
+    present = [x for x in leaves if x is not None]
+    found = iter(torch.autograd.grad(outputs, present, gradients))
+    return result, Gradients(*(None if x is None else next(found) for x in leaves))
+
+
+def check(call):
+    """Every result and gradient within the bound."""
+    dtype = call.q.dtype
+    d_out, d_lse = output_gradients(call)
+    ours, exact, eager = (
+        run(call, d_out, d_lse),
+        run_reference(call, d_out, d_lse, torch.float64),
+        run_reference(call, d_out, d_lse, dtype),
+    )
+    for fields, exact_fields, eager_fields in zip(ours, exact, eager, strict=True):
+        for name, value in fields._asdict().items():
+            wanted, low = getattr(exact_fields, name), getattr(eager_fields, name)
+            assert (value is None) == (wanted is None), name
+            if value is not None:
+                assert value.dtype == low.dtype, name
+                assert torch.equal(value.isinf(), wanted.isinf()), name
+                finite = [torch.where(wanted.isinf(), 0, x) for x in (value, wanted, low)]
+                assert_within_bound(*finite, dtype, name=name)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.usefixtures("small_tiles")
+def test_every_mask_with_every_option(mask, options):
+    check(make_call(**OPTIONS[options], **MASKS[mask](2, 4, 37, 45)))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_every_mask_in_every_dtype(mask, dtype, kv_heads, small_tiles):
+    check(make_call(dtype, kv_heads=kv_heads, **MASKS[mask](2, 4, 37, 45)))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.usefixtures("small_tiles")
+def test_every_option_in_every_dtype(options, dtype):
+    check(make_call(dtype, **OPTIONS[options], **MASKS["causal ranges"](2, 4, 37, 45)))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("root", "dim"), [(1, 128), (2, 128), (1, 64)])
+def test_rows_of_few_keys(options, root, dim):
+    """Sharp softmaxes, whose gradients are differences of what nearly cancels, in every head by itself."""
+    sizes = {"batch": 1, "q_heads": 50, "kv_heads": 50, "q_len": 16, "k_len": 16, "dim": dim, "value_dim": dim}
+    call = make_call(torch.float32, scaled=False, scale=1.0, causal=True, **sizes, **OPTIONS[options])
+    counts = torch.arange(1.0, 17).pow(-1 / root).expand(1, 50, 16)
+    call = dataclasses.replace(call, query_scale=counts)
+    gradients = output_gradients(call)[0], torch.zeros(1, 50, 16)
+    ours = run(call, *gradients)[1]
+    exact, eager = (run_reference(call, *gradients, dtype)[1] for dtype in (torch.float64, torch.float32))
+    for name in ("q", "k", "v"):
+        for values in zip(*(getattr(x, name).unbind(1) for x in (ours, exact, eager)), strict=True):
+            assert_within_bound(*values, torch.float32, name=name)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 130), (17, 37), (37, 17), (130, 130), (600, 1100)], ids=str)
+@pytest.mark.parametrize("mask", ["causal", "window", "causal lengths", "ranges", "mask"])
+def test_lengths(lengths, mask):
+    check(make_call(torch.float32, batch=1, q_len=lengths[0], k_len=lengths[1], **MASKS[mask](1, 4, *lengths)))
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(1, 1), (3, 200), (96, 5), (256, 256)])
+@pytest.mark.usefixtures("small_tiles")
+def test_head_dims(dim, value_dim):
+    check(make_call(torch.float32, dim=dim, value_dim=value_dim, scale=dim**-0.5, scaled=False, window=(9, 4)))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3, 24])
+@pytest.mark.parametrize("pairs", [1, 1 << 10, 1 << 30])
+def test_heads_and_batch_entries_in_any_parts(kv_heads, pairs, monkeypatch):
+    monkeypatch.setattr(tiles, "_ROWS", 16)
+    monkeypatch.setattr(tiles, "_KEYS", 8)
+    monkeypatch.setattr(tiles, "_PAIRS", pairs)
+    check(make_call(batch=3, q_heads=24, kv_heads=kv_heads, q_len=9, k_len=11, **MASKS["everything"](3, 24, 9, 11)))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.usefixtures("small_tiles")
+def test_zero_and_negative_constants(scale, scaled):
+    check(make_call(scale=scale, scaled=scaled, causal=True))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_scale_of_zero_has_a_gradient():
+    call = make_call(causal=True)
+    zero = dataclasses.replace(call, query_scale=torch.zeros_like(call.query_scale))
+    d_out, d_lse = output_gradients(zero)
+    gradients = run(zero, d_out, d_lse)[1]
+    assert gradients.query_scale.abs().max() > 0.1
+    check(zero)
+
+
+@pytest.mark.parametrize("sink", [-torch.inf, -200.0, 200.0])
+@pytest.mark.usefixtures("small_tiles")
+def test_extreme_sinks(sink):
+    call = make_call(torch.float32, sinks=True, **MASKS["ranges"](2, 4, 37, 45))
+    call.sinks[1] = sink
+    check(call)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_large_logits_keep_the_softmax_finite():
+    call = make_call(torch.float32, scale=200.0, scaled=False, causal=True)
+    d_out, d_lse = output_gradients(call)
+    result, gradients = run(call, d_out, d_lse)
+    exact, eager = (run_reference(call, d_out, d_lse, dtype)[0] for dtype in (torch.float64, torch.float32))
+    assert exact.max_logit.max() > 1000
+    assert_within_bound(result.out, exact.out, eager.out, torch.float32)
+    assert all(gradient.isfinite().all() for gradient in gradients[:3])
+
+
+@pytest.mark.parametrize("mask", ["causal lengths", "causal ranges", "everything"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.usefixtures("small_tiles")
+def test_what_no_row_sees_reaches_nothing(mask, poison, options):
+    call = make_call(**OPTIONS[options], **MASKS[mask](2, 4, 37, 45))
+    visible = call.visibility.dense().expand(2, 4, 37, 45)
+    unseen = ~visible.unflatten(1, (2, 2)).any(3).any(2)  # [B, Hkv, Sk]
+    blind = ~visible.any(-1)  # [B, Hq, Sq]
+    assert unseen.any()
+    assert blind.any() or mask == "causal lengths"
+    d_out, d_lse = output_gradients(call)
+    clean = run(call, d_out, d_lse)
+    for tensor, hidden in ((call.k, unseen), (call.v, unseen), (call.q, blind), (d_out, blind)):
+        tensor[hidden] = poison
+    call.key_scale[unseen], call.query_scale[blind], d_lse[blind] = poison, poison, poison
+    for wanted, got in zip(sum(clean, ()), sum(run(call, d_out, d_lse), ()), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_rows_without_keys():
+    call = make_call(sinks=True, key_lengths=torch.tensor([0, 20]))
+    d_out, d_lse = output_gradients(call)
+    result, gradients = run(call, d_out, d_lse)
+    assert (result.out[0] == 0).all()
+    assert (result.lse[0] == -torch.inf).all()
+    assert (result.max_logit[0] == -torch.inf).all()
+    assert (result.entropy[0] == 0).all()
+    for gradient in gradients[:5]:
+        assert (gradient[0] == 0).all()
+        assert gradient[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("asked", range(6))
+@pytest.mark.usefixtures("small_tiles")
+def test_only_what_is_needed_is_computed(asked):
+    call = make_call(**OPTIONS["all"], causal=True)
+    d_out, d_lse = output_gradients(call)
+    everything = run(call, d_out, d_lse)[1]
+    alone = run(call, d_out, d_lse, Needs(*(i == asked for i in range(6))))[1]
+    for i, (gradient, wanted) in enumerate(zip(alone, everything, strict=True)):
+        if i == asked:
+            assert torch.equal(gradient, wanted)
+        else:
+            assert gradient is None
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_without_a_gradient_of_lse():
+    call = make_call(causal=True)
+    d_out, d_lse = output_gradients(call)
+    nothing, zero = (run(call, d_out, d)[1] for d in (None, torch.zeros_like(d_lse)))
+    assert all(torch.equal(a, b) for a, b in zip(nothing[:5], zero[:5], strict=True))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_strides_are_of_no_account():
+    call = make_call(torch.float32, **MASKS["mask of heads"](2, 4, 37, 45))
+    d_out, d_lse = torch.ones(()).expand(2, 4, 37, 8), torch.ones(()).expand(2, 4, 37)
+    wanted = run(call, d_out.contiguous(), d_lse.contiguous())
+    q, k, v, query_scale, key_scale, _ = tensors_of(call)
+    strided = dataclasses.replace(
+        call, q=q.mT.contiguous().mT, k=k.transpose(1, 2).contiguous().transpose(1, 2),
+        v=torch.stack([v, v], -1)[..., 1], query_scale=query_scale.mT.contiguous().mT,
+        key_scale=torch.stack([key_scale, key_scale], -1)[..., 0],
+    )  # fmt: skip
+    for want, got in zip(sum(wanted, ()), sum(run(strided, d_out, d_lse), ()), strict=True):
+        assert (want is None and got is None) or torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_inputs_stay_as_they_are_and_results_repeat():
+    call = make_call(torch.float32, **OPTIONS["all"], **MASKS["everything"](2, 4, 37, 45))
+    d_out, d_lse = output_gradients(call)
+    inputs = (*tensors_of(call), d_out, d_lse)
+    before = [x.clone() for x in inputs]
+    first, second = (sum(run(call, d_out, d_lse), ()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_where_values_cannot_be_read(mask, small_tiles, monkeypatch):
+    monkeypatch.setattr(tiles, "readable", lambda device: False)
+    check(make_call(**OPTIONS["all"], **MASKS[mask](2, 4, 37, 45)))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"batch": 0}, {"q_len": 0}, {"k_len": 0}, {"q_heads": 0, "kv_heads": 0}, {"value_dim": 0}]
+)
+def test_empty_tensors(changed):
+    call = make_call(**changed)
+    result, gradients = run(call, output_gradients(call)[0], None)
+    for tensor in (result.out, *gradients[:5]):
+        assert (tensor == 0).all()
+
+
+def test_keys_and_values_with_means(small_tiles):
+    """What delta errs by, d_q has times the mean key: so it must not come from an output of 16 bits."""
+    call = make_call(dtype=torch.bfloat16, q_len=40, k_len=64, dim=64, value_dim=64, scaled=False)
+    call = dataclasses.replace(call, k=call.k + 10, v=call.v + 10)
+    check(call)
+
+
+def test_gradcheck(small_tiles):
+    call = make_call(batch=1, q_heads=2, kv_heads=1, q_len=6, k_len=9, dim=3, value_dim=2,
+                     **OPTIONS["all"], causal=True)  # fmt: skip
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.call = with_tensors(tensors)
+            result = blockwise.forward(ctx.call, False)
+            ctx.save_for_backward(result.out, result.lse)
+            return result.out, result.lse
+
+        @staticmethod
+        def backward(ctx, d_out, d_lse):
+            return tuple(blockwise.backward(ctx.call, *ctx.saved_tensors, d_out, d_lse, ALL))
+
+    def with_tensors(tensors):
+        return dataclasses.replace(call, **Gradients(*tensors)._asdict())
+
+    assert torch.autograd.gradcheck(Attention.apply, [x.requires_grad_() for x in tensors_of(call)])
+
+
+def packed(length, document):
+    """Ranges of documents that lie one after the other."""
+    start = torch.arange(length) // document * document
+    return torch.stack([start, start + document], -1)[None].int()
+
+
+LONG = {
+    "window": {"causal": True, "window": (256, None)},
+    "lengths": {"key_lengths": torch.tensor([1000])},
+    "ranges": {"key_ranges": packed(8192, 512)},
+    "mask of keys": {"mask": (torch.arange(8192) < 700)[None, None, None]},
+}
+
+
+@pytest.mark.parametrize("mask", LONG)
+def test_memory_grows_with_the_length_alone(mask):
+    call = make_call(torch.float32, batch=1, q_heads=2, kv_heads=1, q_len=8192, k_len=8192, **LONG[mask])
+    with Watch() as watch:
+        run(call, *output_gradients(call))
+    inputs = 4 * 8192 * 2 * 16  # bytes of q
+    assert watch.largest <= max(4 * tiles._PAIRS, 3 * inputs)
+
+
+@pytest.mark.parametrize(("mask", "keys"), [("window", 512), ("lengths", 1024), ("ranges", 512), ("mask of keys", 768)])
+def test_tiles_that_nobody_sees_are_skipped(mask, keys):
+    call = make_call(torch.float32, batch=1, q_heads=2, kv_heads=1, q_len=8192, k_len=8192, **LONG[mask])
+    with Watch() as watch:
+        blockwise.forward(call, False)
+    blocks = 8192 // (tiles._ROWS // 2)
+    assert watch.calls["aten::bmm"] <= blocks * (keys // tiles._KEYS)
+
+
+def test_tiles_between_far_ranges_are_skipped(small_tiles):
+    ranges = torch.tensor([[0, 4], [156, 160]] * 8, dtype=torch.int32)[None]
+    call = make_call(batch=1, q_heads=1, kv_heads=1, q_len=16, k_len=160, key_ranges=ranges)
+    with Watch() as watch:
+        blockwise.forward(call, False)
+    assert watch.calls["aten::bmm"] == 2
+
+
+def test_tiles_that_all_rows_see_are_not_masked(small_tiles):
+    call = make_call(batch=1, q_heads=1, kv_heads=1, q_len=64, k_len=64, causal=True)
+    with Watch() as watch:
+        blockwise.forward(call, False)
+    assert watch.calls["aten::bmm"] == 2 + 4 + 6 + 8  # 4 blocks of 16 rows, spans of 8 keys
+    assert watch.calls["aten::masked_fill_"] == 4 * 2  # the diagonal's

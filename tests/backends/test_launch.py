@@ -1,0 +1,104 @@
+"""How launches are split, and which arguments they pass: what holds on every device. No kernel runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tritonattn.backends.triton import launch
+from tritonattn.tuning.config import Problem, Target, TileConfig
+
+CPU, SM_80 = torch.device("cpu"), Target("cuda", "80")
+TILES = TileConfig(64, 64, 4, 2)
+
+
+def test_long_axes_of_a_grid_take_several_launches(monkeypatch):
+    """All heads and members are covered once, and no axis is longer than a card takes."""
+    seen = []
+    monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: seen.append((grid, arguments)))
+    names = ("first_head", "x", "first_member", "WIDE", "BLOCK_M")
+    launch.Plan(print, TILES, names, {"BLOCK_M": 64}).launch((3, 70_000, 131_071), {"x": 5, "y": 6}, True)
+    assert {blocks for (blocks, _, _), _ in seen} == {3}
+    assert max(max(grid) for grid, _ in seen) <= 65_535
+    covered = [(first["first_head"], heads, first["first_member"], members) for (_, heads, members), first in seen]
+    assert covered == [
+        (head, heads, member, members)
+        for member, members in ((0, 65_535), (65_535, 65_535), (131_070, 1))
+        for head, heads in ((0, 65_535), (65_535, 4_465))
+    ]
+    first = {"first_head": 0, "x": 5, "first_member": 0, "WIDE": True, "BLOCK_M": 64}
+    assert list(seen[0][1].items()) == list(first.items()), "in the kernel's order"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_lengths_are_bounded_whatever_holds_them(dtype):
+    far = torch.iinfo(dtype).max
+    found = launch.bounded(torch.tensor([-far, -1, 0, 100, far], dtype=dtype), 70_000)
+    assert found.dtype == torch.int32
+    assert found.tolist() == [0, 0, 0, 100, min(far, 70_000)]
+
+
+@pytest.mark.parametrize(
+    ("width", "strides", "wide"),
+    [(64, (2**21 - 1, 1), False), (64, (2**21, 1), True), (2, (16, 2**30 - 2**14), False), (2, (16, 2**30), True)],
+)
+def test_offsets_in_a_tile_of_1024_rows_that_pass_int32(width, strides, wide):
+    x = torch.empty(0).as_strided((0, 1, 1, width), (1, 1, *strides))
+    assert launch.is_wide(x, None) == launch.is_wide(None, x) == wide
+    assert not launch.is_wide(None)
+
+
+def test_strides_of_a_tensor_that_is_not_there():
+    """Are ones, which Triton makes constants of."""
+    names = [f"mask_stride_{axis}" for axis in "bhqk"]
+    assert launch.stride_arguments(mask=None) == dict.fromkeys(names, 1)
+    assert launch.stride_arguments(mask=torch.empty(2, 3, 4, 5)) == dict(zip(names, (60, 20, 5, 1), strict=True))
+
+
+def test_kernels_run_where_the_executor_does(monkeypatch):
+    monkeypatch.setattr(launch, "run", launch.run_on_device)
+    assert launch.runs_on(torch.device("cuda"))
+    assert not launch.runs_on(CPU)
+    monkeypatch.setattr(launch, "run", lambda *_: None)
+    assert launch.runs_on(CPU)
+
+
+def test_a_config_is_for_its_kernel_and_for_calls_that_it_is_legal_for(monkeypatch):
+    monkeypatch.setattr(launch, "config_for", lambda *_: TILES)
+    problem, single = Problem(256, 256, torch.float16), Problem(256, 256, torch.float32)
+    meant = TileConfig(128, 64, 8, 2)
+    with launch.configured("forward", meant):
+        found = [
+            launch.plan(*asked, CPU).config
+            for asked in (("forward", problem), ("forward", single), ("decode", problem))
+        ]
+    assert found == [meant, TILES, TILES], "in fp32 it takes more shared memory than there is"
+    assert launch.plan("forward", problem, CPU).config == TILES
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (RuntimeError("PassManager::run failed"), True), (launch.TritonError("out of resource"), True),
+        (RuntimeError("an illegal memory access was encountered"), False),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_the_next_config_is_planned_after_a_refusal_alone(error, again, monkeypatch):
+    configs = [TILES, TileConfig(32, 32, 4, 1)]
+    monkeypatch.setattr(launch, "config_for", lambda *_: configs[0])
+    monkeypatch.setattr(launch.lookup, "strike", lambda *given: configs.pop(0) == given[3])
+
+    def launches(plan):
+        if plan.config == TILES:
+            raise error
+        return plan.config
+
+    problem = Problem(64, 64, torch.float16)
+    if again:
+        assert launch.planned("forward", problem, CPU, launches) == TileConfig(32, 32, 4, 1)
+    else:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            launch.planned("forward", problem, CPU, launches)
+        assert configs[0] == TILES

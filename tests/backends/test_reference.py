@@ -1,0 +1,253 @@
+"""The reference against the textbook: one row at a time, only the visible keys, in fp64."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from tests.support.masks import MASKS, visible_pairs
+from tritonattn.backends.reference import attention
+from tritonattn.core.dropout import Dropout
+from tritonattn.core.visibility import Visibility
+from tritonattn.scaling import SCALINGS
+
+B, HQ, HKV, SQ, SK, D, DV = 2, 4, 2, 6, 9, 5, 3
+
+
+def tensors(dtype=torch.float64, q_len=SQ, k_len=SK, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(B, HQ, q_len, D), (B, HKV, k_len, D), (B, HKV, k_len, DV)]
+    return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]
+
+
+def textbook(q, k, v, multiplier, visible, softcap=None, sinks=None, keep=None, p=0.0):
+    """out, lse, max_logit, entropy by a loop over rows that never touches an invisible key."""
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    lse, max_logit, entropy = (q.new_full(q.shape[:-1], value) for value in (-math.inf, -math.inf, 0.0))
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        keys = visible[b, h, i].nonzero().flatten()
+        if len(keys) == 0:
+            continue
+        group = h // (q.shape[1] // k.shape[1])
+        logit = multiplier.expand(visible.shape)[b, h, i, keys] * (k[b, group, keys] @ q[b, h, i])
+        max_logit[b, h, i] = logit.max()
+        capped = logit if softcap is None else softcap * torch.tanh(logit / softcap)
+        lse[b, h, i] = torch.logsumexp(capped, 0)
+        entropy[b, h, i] = torch.distributions.Categorical(logits=capped).entropy()
+        entries = capped if sinks is None else torch.cat([capped, sinks[h, None]])
+        probability = torch.softmax(entries, 0)[: len(keys)]
+        if keep is not None:
+            probability = probability * keep[b, h, i, keys] / (1 - p)
+        out[b, h, i] = probability @ v[b, group, keys]
+    return out, lse, max_logit, entropy
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_is_the_textbook(name, softcap, with_sinks, p):
+    arguments = MASKS[name](B, HQ, SQ, SK)
+    visible = visible_pairs((B, HQ, SQ, SK), **arguments)
+    q, k, v = tensors()
+    multiplier = torch.randn(B, HQ, SQ, SK, dtype=torch.float64)  # any sign
+    sinks = torch.randn(HQ, dtype=torch.float64) if with_sinks else None
+    inputs = [x.requires_grad_() for x in (q, k, v, multiplier, sinks) if x is not None]
+    dropout = Dropout(p, torch.tensor([1, 2])) if p else None
+    keep = dropout.tile((B, HQ), slice(0, SQ), slice(0, SK)) if p else None
+
+    ours = attention(
+        q, k, v, multiplier, Visibility.of(q, k, **arguments), softcap=softcap, sinks=sinks, dropout=dropout
+    )
+    theirs = textbook(q, k, v, multiplier, visible, softcap, sinks, keep, p)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b.detach() if not a.requires_grad else b, rtol=1e-11, atol=1e-12)
+    assert not ours.max_logit.requires_grad
+    assert not ours.entropy.requires_grad
+
+    weights = torch.randn_like(theirs[0])
+    row_weights = torch.where(visible.any(-1), torch.randn_like(theirs[1]), 0)
+
+    def gradients(out, lse):
+        finite = torch.where(visible.any(-1), lse, 0)
+        loss = (out * weights).sum() + (finite * row_weights).sum()
+        return torch.autograd.grad(loss, inputs, materialize_grads=True)
+
+    torch.testing.assert_close(gradients(*ours[:2]), gradients(*theirs[:2]), rtol=1e-10, atol=1e-11)
+
+
+def test_is_torchs_attention():
+    q, k, v = tensors(q_len=SK)
+    expected = scaled_dot_product_attention(
+        q, *(x.repeat_interleave(HQ // HKV, 1) for x in (k, v)), is_causal=True
+    )
+    ours = attention(q, k, v, D**-0.5, Visibility.of(q, k, causal=True))
+    torch.testing.assert_close(ours.out, expected)
+
+
+@pytest.mark.parametrize("mode", SCALINGS)
+def test_second_order_gradients_of_every_mode(mode):
+    """The reference and the multipliers are plain torch: they can be differentiated to any order."""
+    q, k, v = (x[:1, :2, :3].clone().requires_grad_() for x in tensors())
+    visibility = Visibility.of(q, k, causal=True)
+
+    def run(q, k, v):
+        multiplier = SCALINGS[mode]().multiplier(q, k, visibility.dense())
+        result = attention(q, k, v, multiplier, visibility, softcap=5.0)
+        return result.out, result.lse
+
+    assert torch.autograd.gradcheck(run, (q, k, v), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (q, k, v), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "sinks", [None, torch.zeros(HQ), torch.full((HQ,), -math.inf)], ids=["none", "0", "-inf"]
+)
+def test_rows_without_keys(sinks):
+    q, k, v = (x.requires_grad_() for x in tensors(torch.float32))
+    sinks = None if sinks is None else sinks.clone().requires_grad_()
+    visibility = Visibility.of(q, k, key_lengths=torch.tensor([0, 4]))
+    result = attention(q, k, v, 1.0, visibility, softcap=2.0, sinks=sinks)
+    assert (result.out[0] == 0).all()
+    assert (result.lse[0] == -math.inf).all()
+    assert (result.max_logit[0] == -math.inf).all()
+    assert (result.entropy[0] == 0).all()
+    assert all(x[1].isfinite().all() for x in result)
+    inputs = [x for x in (q, k, v, sinks) if x is not None]
+    gradients = torch.autograd.grad(result.out.sum() + result.lse[1].sum(), inputs)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert all((gradient[0] == 0).all() for gradient in gradients[:3])
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"key_lengths": torch.tensor([4, 7])},
+        {"key_ranges": torch.tensor([[[2, 9]] * SQ, [[4, 9]] * SQ], dtype=torch.int32)},
+        {"mask": torch.arange(SK) < 4},
+        {"window": (1, -2)},
+        {"causal": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_sum", "key_norm_max", "cosine"])
+def test_what_nobody_sees_reaches_nothing(arguments, junk, mode):
+    q_len = 12 if "causal" in arguments else SQ  # rows before the first key
+    visible = visible_pairs((B, HQ, q_len, SK), **arguments)
+    unseen, blind = ~visible[:, :HKV].any(-2), ~visible.any(-1)
+    clean = tensors(q_len=q_len)
+    dirty = [torch.where(blind[..., None], junk, clean[0])]
+    dirty += [torch.where(unseen[..., None], junk, x) for x in clean[1:]]
+
+    def run(q, k, v):
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        visibility = Visibility.of(q, k, **arguments)
+        multiplier = SCALINGS[mode]().multiplier(q, k.repeat_interleave(HQ // HKV, 1), visibility.dense())
+        result = attention(q, k, v, multiplier, visibility)
+        loss = result.out.square().sum() + torch.where(blind, 0, result.lse).square().sum()
+        return [*result, *torch.autograd.grad(loss, inputs)]
+
+    for a, b in zip(run(*dirty), run(*clean), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype):
+    q, k, v = tensors(dtype)
+    result = attention(q, k, v, 1.0, Visibility.of(q, k, causal=True))
+    assert result.out.dtype == dtype
+    rows = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [x.dtype for x in result[1:]] == [rows] * 3
+    exact = attention(q.double(), k.double(), v.double(), 1.0, Visibility.of(q, k, causal=True))
+    torch.testing.assert_close(result.lse.double(), exact.lse, rtol=2e-6, atol=2e-6)
+    assert (result.out.double() - exact.out).abs().max() <= 2 * torch.finfo(dtype).eps * exact.out.abs().max()
+
+
+def test_probabilities_are_rounded_to_the_dtype_of_v():
+    q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3, 4)
+    v = torch.full((1, 1, 3, 1), 1.0, dtype=torch.bfloat16)
+    third = torch.tensor(1 / 3).to(torch.bfloat16).float()
+    out = attention(q, k, v, 1.0, Visibility.of(q, k)).out
+    assert out.dtype == torch.float32
+    assert out.item() == pytest.approx(3 * third.item(), rel=1e-6)
+
+
+def test_autocast_does_not_reach_inside():
+    q, k, v = tensors(torch.float32)
+    visibility = Visibility.of(q, k)
+    expected = attention(q, k, v, 1.0, visibility)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = attention(q, k, v, 1.0, visibility)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+def test_a_multiplier_of_zero_is_uniform_attention():
+    q, k, v = tensors()
+    result = attention(q, k, v, 0.0, Visibility.of(q, k))
+    mean = v.mean(2, keepdim=True).repeat_interleave(HQ // HKV, 1)
+    torch.testing.assert_close(result.out, mean.expand_as(result.out))
+    torch.testing.assert_close(result.entropy, torch.full_like(result.entropy, math.log(SK)))
+
+
+def test_far_apart_logits_and_sinks():
+    q = torch.tensor([[[[1.0]]]])
+    k = torch.tensor([[[[1e4], [-1e4], [1e4]]]])
+    v = torch.tensor([[[[1.0], [2.0], [4.0]]]])
+    result = attention(q, k, v, 1.0, Visibility.of(q, k))
+    assert result.out.item() == 2.5
+    assert result.lse.item() == pytest.approx(1e4 + math.log(2))
+    assert result.entropy.item() == pytest.approx(math.log(2))
+    sinks = torch.tensor([3e4], requires_grad=True)
+    drained = attention(q, k, v, 1.0, Visibility.of(q, k), sinks=sinks)
+    assert drained.out.item() == 0
+    assert drained.lse.item() == result.lse.item()
+    assert torch.autograd.grad(drained.out.sum(), sinks)[0].item() == 0
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(0, 5), (5, 0), (0, 0)])
+def test_empty(q_len, k_len):
+    q, k, v = (x.requires_grad_() for x in tensors(q_len=q_len, k_len=k_len))
+    result = attention(q, k, v, 1.0, Visibility.of(q, k, causal=True), sinks=torch.zeros(HQ))
+    assert torch.equal(result.out, torch.zeros(B, HQ, q_len, DV))
+    assert torch.equal(result.lse, torch.full((B, HQ, q_len), -math.inf))
+    assert all(
+        (g == 0).all() for g in torch.autograd.grad(result.out.sum(), (q, k, v), materialize_grads=True)
+    )
+
+
+def test_no_heads_and_no_batch():
+    for batch, heads in ((0, 2), (2, 0)):
+        q, k = torch.empty(batch, heads, SQ, D), torch.empty(batch, heads, SK, D)
+        assert attention(q, k, k, 1.0, Visibility.of(q, k)).out.shape == q.shape
+
+
+def test_functorch():
+    q, k, v = tensors()
+    visibility = Visibility.of(q, k, causal=True)
+
+    def loss(q):
+        return attention(q, k, v, 1.0, visibility, softcap=3.0).out.square().sum()
+
+    batch = torch.stack([tensors(seed=seed)[0] for seed in range(3)])
+    expected = []
+    for q in batch:
+        q = q.clone().requires_grad_()
+        expected.append(torch.autograd.grad(loss(q), q)[0])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(batch), torch.stack(expected))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, while it traces a Function
+def test_compiled_as_one_graph():
+    torch.compiler.reset()
+    q, k, v = (x.requires_grad_() for x in tensors())
+    sinks, state = torch.zeros(HQ, dtype=torch.float64), torch.tensor([1, 2])
+
+    def loss(q, k, v):
+        visibility = Visibility.of(q, k, causal=True, window=(3, None))
+        result = attention(q, k, v, 1.0, visibility, softcap=3.0, sinks=sinks, dropout=Dropout(0.2, state))
+        return result.out.square().sum() + result.lse.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(q, k, v), (q, k, v)) for f in (compiled, loss)))

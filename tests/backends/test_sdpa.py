@@ -1,0 +1,345 @@
+"""The path through PyTorch's attention: its results, and that it never leaves the fast kernel."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+import tritonattn
+from tests.backends.test_cpu import make_call, output_gradients, run_reference, tensors_of
+from tests.support.bound import assert_within_bound
+from tests.support.masks import MASKS
+from tests.support.versions import TORCH
+from tests.support.watch import Watch
+from tritonattn.backends.cpu import sdpa
+from tritonattn.core.visibility import Visibility
+
+FAST = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+
+def run(call, d_out):
+    """out and the gradients of q, k, v and the scales."""
+    leaves = {
+        name: tensor.detach().requires_grad_()
+        for name, tensor in tensors_of(call)._asdict().items()
+        if tensor is not None
+    }
+    out = sdpa.attention(dataclasses.replace(call, **leaves))
+    gradients = torch.autograd.grad(out, list(leaves.values()), d_out)
+    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def exact_and_eager(call, d_out, folded=False):
+    """The reference in fp64 and in the call's dtype; `folded` rounds q * query_scale and k * key_scale."""
+    d_lse = torch.zeros(call.q.shape[:3])
+    results = []
+    for dtype in (torch.float64, call.q.dtype):
+        rounded = folded and dtype == call.q.dtype
+        result, gradients = run_reference(_folded(call) if rounded else call, d_out, d_lse, dtype)
+        found = {"out": result.out.detach(), **gradients._asdict()}
+        if rounded:
+            found |= _unfolded(call, gradients)
+        results.append(found)
+    return results
+
+
+def _folded(call):
+    q, k = (
+        x if scale is None else (x * scale[..., None]).to(x.dtype)
+        for x, scale in ((call.q, call.query_scale), (call.k, call.key_scale))
+    )
+    return dataclasses.replace(call, q=q, k=k, query_scale=None, key_scale=None)
+
+
+def _unfolded(call, gradients):
+    found = {}
+    for name, scale in (("q", "query_scale"), ("k", "key_scale")):
+        x, factor, g = getattr(call, name), getattr(call, scale), getattr(gradients, name)
+        if factor is not None:
+            found |= {name: (g * factor[..., None]).to(x.dtype), scale: (g.float() * x.float()).sum(-1)}
+    return found
+
+
+def check(call):
+    """Results and gradients within the bound; in bf16 the bound of eager attention on rounded operands."""
+    assert sdpa.supports(call)
+    d_out, folded = output_gradients(call)[0], call.q.dtype == torch.bfloat16
+    exact, eager = exact_and_eager(call, d_out, folded)
+    for name, result in run(call, d_out).items():
+        assert_within_bound(result, exact[name], eager[name], call.q.dtype, name=name)
+
+
+def _lengths_and_heads() -> list:
+    """(length, kv_heads): all of them; the length of several of PyTorch's blocks is quick with one number of heads."""
+    return [
+        pytest.param(*case, marks=() if case[0] < 600 or case[1] == 2 else pytest.mark.slow)
+        for case in itertools.product([17, 130, 600], [1, 2, 4])
+    ]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("length", "kv_heads"), _lengths_and_heads())
+def test_is_the_reference(causal, scaled, dtype, length, kv_heads):
+    scale = 0.25
+    if scaled:  # in fp32 sharper rows are under the README's Limits
+        scale = 0.05 if dtype == torch.float32 else 0.1
+    lengths = {"q_len": length, "k_len": length}
+    check(make_call(dtype, kv_heads=kv_heads, **lengths, scaled=scaled, scale=scale, causal=causal))
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_lone_key(q_len, dtype):
+    call = make_call(dtype, q_len=q_len, k_len=1)
+    d_out = output_gradients(call)[0]
+    results = run(call, d_out)
+    assert torch.equal(results.pop("out"), call.v.repeat_interleave(2, 1).expand(-1, -1, q_len, -1))
+    wanted = d_out.double().unflatten(1, (2, 2)).sum((2, 3))
+    error = (results.pop("v")[:, :, 0].double() - wanted).abs().max()
+    assert error <= 2 * torch.finfo(dtype).eps * wanted.abs().max()
+    for gradient in results.values():  # zero, but for rounding
+        assert gradient.abs().max() <= 64 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    "head_dims", [(1, 1), (3, 16), (16, 3), (37, 37), (96, 64), (64, 128), (200, 256), (256, 1)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_head_dims(head_dims, dtype):
+    dim, value_dim = head_dims
+    check(
+        make_call(
+            dtype,
+            dim=dim,
+            value_dim=value_dim,
+            scaled=False,
+            scale=dim**-0.5,
+            q_len=70,
+            k_len=70,
+            causal=True,
+        )
+    )
+
+
+@pytest.mark.parametrize("lengths", [(1, 40), (40, 2), (37, 90), (90, 37)], ids=str)
+def test_rectangles_without_a_mask(lengths):
+    check(make_call(torch.float32, q_len=lengths[0], k_len=lengths[1]))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("causal", [False, True])
+def test_zero_and_negative_constants(scale, causal):
+    check(make_call(torch.float32, q_len=45, k_len=45, scale=scale, causal=causal))
+
+
+def test_a_scale_of_zero_has_a_gradient():
+    call = make_call(torch.float32, k_len=37, causal=True)
+    call.query_scale.zero_()
+    assert run(call, output_gradients(call)[0])["query_scale"].abs().max() > 0.1
+    check(call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_row_of_one_key_has_no_gradient_to_its_logit(dtype):
+    call = make_call(dtype, q_len=37, k_len=37, causal=True)
+    call.query_scale[..., 0] = 3
+    found = run(call, output_gradients(call)[0])
+    for name in ("q", "query_scale"):
+        assert found[name][:, :, 0].count_nonzero() == 0, name
+        assert found[name][:, :, 1:].count_nonzero() > 0, name
+    values = call.v[:, :, 0].repeat_interleave(2, dim=1)  # of each query head
+    torch.testing.assert_close(found["out"][:, :, 0], values, rtol=0, atol=0)
+
+
+def test_tiny_scales_keep_their_digits_in_fp16():
+    call = make_call(torch.float16, q_len=64, k_len=64, scale=1.0, causal=True)
+    call = dataclasses.replace(call, query_scale=call.query_scale * 1e-5, key_scale=None)
+    d_out = output_gradients(call)[0]
+    exact, _ = exact_and_eager(call, d_out)
+    error = (run(call, d_out)["query_scale"].double() - exact["query_scale"]).abs().max()
+    assert error <= 2e-3 * exact["query_scale"].abs().max()
+    check(call)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "masks", "supported"),
+    [
+        ((9, 9), {}, True),
+        ((9, 12), {}, True),
+        ((9, 9), {"causal": True}, True),
+        ((1, 12), {"causal": True}, True),
+        ((1, 12), {"window": (11, 0)}, True),
+        ((9, 12), {"window": (11, 8)}, True),
+        ((9, 9), {"causal": True, "window": (8, None)}, False),
+        ((1, 12), {"window": (10, 0)}, False),
+        ((9, 12), {"window": (11, 7)}, False),
+        ((9, 12), {"causal": True}, False),
+        ((12, 9), {"causal": True}, False),
+        ((9, 9), {"window": (0, 8)}, False),
+    ],
+)
+def test_supports_what_shapes_tell(lengths, masks, supported):
+    call = make_call(q_len=lengths[0], k_len=lengths[1], **masks)
+    assert sdpa.supports(call) == supported
+    if supported:
+        check(call)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_supports_no_mask_that_hides_by_values(mask):
+    call = make_call(k_len=37, **MASKS[mask](2, 4, 37, 37))
+    assert sdpa.supports(call) == (mask in ("full", "causal"))
+
+
+@pytest.mark.parametrize("extra", [{"softcap": 2.0}, {"sinks": True}, {"p": 0.1}, {"k_len": 0}, {"batch": 0}])
+def test_supports_no_extras_and_nothing_empty(extra):
+    assert not sdpa.supports(make_call(**extra))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17])
+def test_nan_that_a_row_sees_is_in_its_results(length, causal, dtype):
+    """Of fewer than 16 keys PyTorch's kernel makes 0 of it, or what was in memory."""
+    visible = torch.ones(length, length, dtype=torch.bool).tril(0 if causal else length)
+    for name, place, learns in itertools.product(("q", "k", "gain"), {0, length // 2, length - 1}, (False, True)):
+        q, k, v = torch.randn(3, 1, 2, length, 8).to(dtype).unbind(0)
+        operands = {"q": q.clone(), "k": k.clone(), "v": v.clone()}
+        operands["gain"] = torch.ones(1, 2, length, dtype=torch.promote_types(dtype, torch.float32))
+        operands[name][:, :, place] = torch.nan
+        leaves = {key: x.requires_grad_(learns) for key, x in operands.items()}
+        out = tritonattn.attention(**leaves, scaling="key_count", causal=causal)
+        touched = visible[:, place] if name == "k" else torch.arange(length) == place
+        assert torch.equal(out.isnan(), touched[:, None].expand_as(out)), (name, place, learns)
+        aux = tritonattn.attention(**leaves, scaling="key_count", causal=causal, return_aux=True)[1]
+        assert all(torch.equal(x.isnan(), touched.expand_as(x)) for x in aux), (name, place, learns)
+
+
+@pytest.mark.parametrize("length", [3, 15])
+def test_logits_that_are_nan_of_finite_operands(length):
+    """Of keys whose products overflow to inf - inf; those of the other head are as ever."""
+    q, k, v = torch.randn(3, 1, 2, length, 8).unbind(0)
+    q[:, 0, :, :2] = 1e20
+    k[:, 0, :, :2] = torch.tensor([1e20, -1e20])
+    found, exact = (tritonattn.attention(q, k, v, backend=backend) for backend in ("sdpa", "reference"))
+    assert torch.equal(found.isnan(), exact.isnan())
+    assert found[:, 0].isnan().all()
+    torch.testing.assert_close(found[:, 1], exact[:, 1])
+
+
+def last_axis_strided(x):
+    return torch.stack([x, x], -1)[..., 1]
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "last axis strided": last_axis_strided,
+    "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "lengths inside": lambda x: x.mT.contiguous().mT,
+    "heads last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "expanded": lambda x: x[..., :1].expand(x.shape),
+    "a part": lambda x: torch.cat([x, x], -1)[..., x.shape[-1] // 2 :][..., : x.shape[-1]],
+}
+
+
+@pytest.mark.parametrize("step", [1, 2, 31])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_overlap(dtype, name, step):
+    """Windows that slide along a sequence, as `unfold` makes them."""
+    call = make_call(dtype, kv_heads=4, q_len=16, k_len=16, dim=32, value_dim=32, scaled=False, scale=0.25)
+    x = getattr(call, name)
+    long = torch.randn(*x.shape[:2], 15 * step + 32).to(dtype)
+    check(dataclasses.replace(call, **{name: long.as_strided(x.shape, (*long.stride()[:2], step, 1))}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [0, 1, 5, 37])
+def test_a_product_in_pieces_is_that_of_the_whole(layout, rows, monkeypatch):
+    call = make_call(torch.bfloat16)
+    q = LAYOUTS[layout](call.q)
+    monkeypatch.setattr(sdpa, "_CACHED", rows * 2 * 4 * 16)
+    assert torch.equal(sdpa._fold(q, call.query_scale), (q.float() * call.query_scale[..., None]).bfloat16())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("head_dims", [(16, 16), (1, 1), (16, 8), (8, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_never_leaves_the_fast_kernel(layout, kv_heads, head_dims, dtype):
+    dim, value_dim = head_dims
+    call = make_call(
+        dtype, kv_heads=kv_heads, q_len=512, k_len=512, dim=dim, value_dim=value_dim, causal=True
+    )
+    q, k, v = (LAYOUTS[layout](x) for x in (call.q, call.k, call.v))
+    call = dataclasses.replace(call, q=q, k=k, v=v)
+    with Watch() as watch:
+        run(call, output_gradients(call)[0])
+    assert watch.calls[FAST] == watch.calls[FAST + "_backward"] == (1 if dtype == torch.float64 else 2)  # first rows
+    assert watch.largest <= 2 * 8 * 2 * 4 * 512 * 16  # twice q in fp64: a sixteenth of the 512 * 512 pairs
+
+
+def test_a_gradient_of_stride_zero():
+    call = make_call(torch.float32, k_len=37, causal=True)
+    one = torch.ones(())
+    shape = (*call.q.shape[:3], call.v.shape[3])
+    expanded, full = (run(call, d_out) for d_out in (one.expand(shape), one.expand(shape).contiguous()))
+    for name, result in expanded.items():
+        torch.testing.assert_close(result, full[name])
+
+
+@pytest.mark.skipif(TORCH < (2, 9), reason="PyTorch's kernel takes no shared key heads")
+def test_key_heads_are_not_expanded():
+    call = make_call(torch.float32, batch=1, q_heads=32, kv_heads=1, q_len=8, k_len=512, value_dim=16)
+    with Watch() as watch:
+        run(call, output_gradients(call)[0])
+    assert watch.largest < 4 * 32 * 512 * 16 / 8
+
+
+@pytest.mark.parametrize(
+    ("scales", "copies"), [((), 0), (("query_scale",), 1), (("query_scale", "key_scale"), 2)]
+)
+def test_saves_the_inputs_the_output_and_the_folded_operands(scales, copies):
+    call = make_call(torch.float32, q_len=256, k_len=256, dim=32, value_dim=32, kv_heads=4, causal=True)
+    call = dataclasses.replace(
+        call, **{name: None for name in ("query_scale", "key_scale") if name not in scales}
+    )
+    leaves = {n: x.detach().requires_grad_() for n, x in tensors_of(call)._asdict().items() if x is not None}
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = sdpa.attention(dataclasses.replace(call, **leaves))
+    assert out.requires_grad
+    large = [size for size in storages.values() if size >= call.q.nbytes]
+    assert sum(large) == (4 + copies) * call.q.nbytes  # q, k, v, out
+
+
+def test_gradients_of_gradients_are_refused():
+    call = make_call(torch.float64, k_len=37, causal=True)
+    q = call.q.requires_grad_()
+    (gradient,) = torch.autograd.grad(sdpa.attention(call).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.sum(), q)
+
+
+def test_gradcheck():
+    call = make_call(batch=1, q_heads=2, kv_heads=1, q_len=7, k_len=7, dim=3, value_dim=2, causal=True)
+
+    def attend(*tensors):
+        names = ("q", "k", "v", "query_scale", "key_scale")
+        return sdpa.attention(dataclasses.replace(call, **dict(zip(names, tensors, strict=True))))
+
+    assert torch.autograd.gradcheck(attend, [x.requires_grad_() for x in tensors_of(call)[:5]])
+
+
+def test_no_key_goes_unseen():
+    """Why nothing is zeroed on this path: both of its masks show every key to some row."""
+    for masks in ({}, {"causal": True}):
+        assert Visibility.of(torch.zeros(1, 1, 9, 2), torch.zeros(1, 1, 9, 2), **masks).seen_keys().all()

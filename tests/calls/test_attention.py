@@ -1,0 +1,394 @@
+"""The public functions on a CPU: values and gradients against float64, backends, edges, aux."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tritonattn
+from tritonattn.backends import reference
+from tritonattn.core.dropout import Dropout
+from tritonattn.core.visibility import Visibility
+from tritonattn.scaling import SCALINGS, Scales, Scaling
+
+from .support.bound import assert_within_bound
+from .support.calls import operands
+from .support.masks import MASKS
+
+
+def outcome(leaves: dict[str, Tensor], **arguments) -> dict[str, Tensor]:
+    """out, lse and the gradient of every leaf under a fixed objective of both."""
+    tensors = dict(leaves)
+    q, k, v = (tensors.pop(name) for name in "qkv")
+    out, aux = tritonattn.attention(q, k, v, return_aux=True, **tensors, **arguments)
+    direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+    lse = torch.where(aux.lse.isfinite(), aux.lse, 0)
+    objective = (out.double() * direction).sum() + lse.double().sin().sum()
+    gradients = torch.autograd.grad(objective, list(leaves.values()))
+    return {"out": out, "lse": lse} | dict(zip(leaves, gradients, strict=True))
+
+
+def in_dtype(leaves: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
+
+
+def assert_accurate(leaves: dict[str, Tensor], dtype: torch.dtype, **arguments) -> None:
+    """The sdpa backend in a dtype within the bound: reference in float64, and in the dtype for eager."""
+    rounded = in_dtype(leaves, dtype)
+    ours = outcome(rounded, backend="sdpa", **arguments)
+    eager = outcome(rounded, backend="reference", **arguments)
+    exact = outcome(in_dtype(rounded, torch.float64), backend="reference", **arguments)
+    for name in exact:
+        assert_within_bound(ours[name], exact[name], eager[name], dtype, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_every_mode_under_every_mask(scaling, mask, dtype):
+    leaves = operands()
+    leaves["gain"] = torch.tensor([[0.5], [1.0], [-1.5], [2.0]], dtype=torch.float64, requires_grad=True)
+    leaves["sinks"] = torch.tensor([0.5, -1.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    assert_accurate(leaves, dtype, scaling=scaling, **MASKS[mask](2, 4, 5, 7))
+
+
+@pytest.mark.parametrize("square", [True, False])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_the_path_of_torchs_own_attention(scaling, square):
+    """A call without aux and sinks may go to F.scaled_dot_product_attention; the results agree."""
+    leaves = operands(lengths=(7, 7) if square else (5, 7))
+    results = []
+    for backend in ("sdpa", "reference"):
+        out = tritonattn.attention(*leaves.values(), scaling=scaling, causal=square, backend=backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves.values())))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        0.25,
+        2,
+        torch.rand(4, 1) - 0.5,
+        torch.rand(1, 5),
+        torch.rand(2, 1, 5),
+        torch.rand(2, 4, 5),
+        torch.tensor(0.3),
+    ],
+)
+def test_a_number_or_a_tensor_as_scaling(scaling, backend):
+    leaves = operands()
+    if isinstance(scaling, Tensor):
+        scaling = scaling.double().requires_grad_()
+        leaves["scaling"] = scaling
+    else:
+        factor = scaling
+    ours = outcome(
+        leaves, causal=True, backend=backend, **({} if "scaling" in leaves else {"scaling": factor})
+    )
+    row_scale = torch.as_tensor(scaling).expand(2, 4, 5)[..., None]
+    folded = leaves["q"] * row_scale
+    out = reference.attention(
+        folded, leaves["k"], leaves["v"], 1.0, Visibility.of(folded, leaves["k"], causal=True)
+    )  # fmt: skip
+    torch.testing.assert_close(ours["out"], out.out)
+    assert {name for name in leaves if ours[name].shape != leaves[name].shape} == set()
+
+
+def test_the_gradient_of_a_scaling_tensor_is_right():
+    leaves = operands()
+    scaling = torch.rand(4, 1, dtype=torch.float64, requires_grad=True)
+
+    def function(scaling: Tensor) -> Tensor:
+        return tritonattn.attention(*(x.detach() for x in leaves.values()), scaling=scaling, window=(2, 1))
+
+    assert torch.autograd.gradcheck(function, scaling)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_gain_multiplies_the_mode(backend):
+    q, k, v = operands().values()
+    for gain in (2.0, torch.full((4, 1), 2.0), torch.tensor(2.0)):
+        ours = tritonattn.attention(q, k, v, scaling="key_norm_sum", gain=gain, causal=True, backend=backend)
+        wanted = tritonattn.attention(2 * q, k, v, scaling="key_norm_sum", causal=True, backend=backend)
+        torch.testing.assert_close(ours, wanted)
+
+
+@dataclass(frozen=True)
+class Cooled(Scaling):
+    """1 / (sqrt(D) * (1 + ||q||)) * weight[j]: a user's mode with both scales and a parameter."""
+
+    name: ClassVar[str] = "cooled"
+    weight: Tensor
+
+    def scales(self, q, k, visibility, statistics) -> Scales:
+        return Scales(q.shape[-1] ** -0.5, 1 / (1 + q.norm(dim=-1)), self.weight)
+
+    def multiplier(self, q, k, visible) -> Tensor:
+        weight = self.weight.repeat_interleave(2, dim=0)[:, None]
+        return weight * (q.shape[-1] ** -0.5 / (1 + q.norm(dim=-1)))[..., None]
+
+
+def test_a_scaling_of_a_user():
+    leaves = operands()
+    weight = torch.rand(2, 7, dtype=torch.float64, requires_grad=True)
+    results = []
+    for backend in ("sdpa", "reference"):
+        out = tritonattn.attention(*leaves.values(), scaling=Cooled(weight), window=(3, 0), backend=backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (*leaves.values(), weight))))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
+
+
+class Broken(Scaling):
+    name = "broken"
+
+    def __init__(self, result) -> None:
+        self.result = result
+
+    def scales(self, q, k, visibility, statistics):
+        return self.result
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        (0.5, TypeError, r"broken\.scales\(\): expected Scales, got float"),
+        (Scales(torch.ones(())), TypeError, r"broken\.scales\(\)\.constant: expected a number"),
+        (Scales(1.0, torch.ones(4)), ValueError, r"broken\.scales\(\)\.query: .*1-D \[4\]"),
+        (
+            Scales(1.0, None, torch.ones(4, 7)),
+            ValueError,
+            r"broken\.scales\(\)\.key: .*\[2, 2, 7\], got \[4, 7\]",
+        ),
+    ],
+)
+def test_a_broken_scaling_of_a_user_is_named(result, error, message):
+    with pytest.raises(error, match=message):
+        tritonattn.attention(*operands().values(), scaling=Broken(result))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_scaled_attention(backend):
+    q, k, v = operands().values()
+    query_scale, key_scale = torch.randn(2, 4, 5).double(), torch.randn(2, 2, 7).double()
+    ours = tritonattn.scaled_attention(
+        q, k, v, query_scale, key_scale, scale=0.5, causal=True, backend=backend
+    )
+    folded = (q * query_scale[..., None], k * key_scale[..., None], v)
+    torch.testing.assert_close(ours, tritonattn.attention(*folded, scaling=0.5, causal=True))
+    plain = tritonattn.scaled_attention(q, k, v, backend=backend)
+    torch.testing.assert_close(plain, tritonattn.attention(q, k, v))
+    one_head = tritonattn.scaled_attention(q, k, v, key_scale=key_scale[:, :1], backend=backend)
+    torch.testing.assert_close(one_head, tritonattn.attention(q, k * key_scale[:, :1, :, None], v))
+    rows = tritonattn.scaled_attention(q, k, v, key_scale=torch.tensor(2.0), backend=backend)
+    torch.testing.assert_close(rows, tritonattn.attention(q, 2 * k, v))
+
+
+def test_scales_act_in_fp32_whatever_their_dtype():
+    leaves = in_dtype(operands(), torch.bfloat16)
+    scale = torch.rand(4, 1).double()
+    ours = tritonattn.attention(*leaves.values(), scaling=scale, window=(2, 2))
+    assert torch.equal(ours, tritonattn.attention(*leaves.values(), scaling=scale.float(), window=(2, 2)))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_aux(backend):
+    q, k, v = operands(torch.float32).values()
+    out, aux = tritonattn.attention(q, k, v, softcap=1.5, causal=True, return_aux=True, backend=backend)
+    assert isinstance(aux, tritonattn.AttentionAux)
+    logit = (q @ k.repeat_interleave(2, 1).mT) / 8**0.5
+    logit = logit.masked_fill(~torch.ones(5, 7).bool().tril(2), -torch.inf)
+    capped = 1.5 * torch.tanh(logit / 1.5)
+    capped = capped.masked_fill(logit == -torch.inf, -torch.inf)
+    p = capped.softmax(-1)
+    torch.testing.assert_close(aux.lse, capped.logsumexp(-1))
+    torch.testing.assert_close(aux.max_logit, logit.amax(-1))
+    torch.testing.assert_close(aux.entropy, torch.special.entr(p).sum(-1))
+    assert {x.dtype for x in aux} == {torch.float32}
+    assert [x.requires_grad for x in (out, *aux)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_rows_without_keys(backend):
+    leaves = operands(lengths=(7, 5))
+    q, k, v = leaves.values()
+    lengths = torch.tensor([0, 3])
+    out, aux = tritonattn.attention(
+        q, k, v, scaling="key_norm_mean", causal=True, key_lengths=lengths, return_aux=True, backend=backend
+    )  # fmt: skip
+    empty = torch.zeros(2, 7, dtype=torch.bool)
+    empty[0], empty[1, :2] = True, True
+    empty = empty[:, None].expand(2, 4, 7)
+    assert not out[empty].any()
+    assert (aux.lse[empty] == -torch.inf).all()
+    assert (aux.max_logit[empty] == -torch.inf).all()
+    assert not aux.entropy[empty].any()
+    assert aux.lse[~empty].isfinite().all()
+    gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert not gradients[0][empty].any()
+    assert all(x.isfinite().all() and not x[0].any() for x in gradients)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_what_nobody_may_see_reaches_no_result(scaling, poison):
+    leaves = operands()
+    arguments = {"scaling": scaling, "key_lengths": torch.tensor([4, 6]), "causal": True}
+    clean = outcome(leaves, **arguments)
+    with torch.no_grad():
+        for name in ("k", "v"):
+            leaves[name][0, :, 4:], leaves[name][1, :, 6:] = poison, poison
+    poisoned = outcome(leaves, **arguments)
+    for name, expected in clean.items():
+        torch.testing.assert_close(poisoned[name], expected, rtol=0, atol=0)
+
+
+def gradients_beside_nan(leaves: dict[str, Tensor], fill: float, call) -> list[Tensor]:
+    """out and gradients of `call` where what rows without keys hold, d_out too, is `fill`: one batch, one row more."""
+    blind = torch.zeros(2, 1, 5, dtype=torch.bool)
+    blind[0], blind[1, :, 2] = True, True
+    leaves = {name: x.detach().clone() for name, x in leaves.items()}
+    for name in leaves.keys() - {"k", "v", "key_scale"}:
+        leaves[name][blind.expand(2, 4, 5)] = fill
+    inputs = {name: x.requires_grad_() for name, x in leaves.items()}
+    ranges = torch.where(blind[:, 0, :, None], 3, torch.tensor([1, 6])).int()
+    out = call(**inputs, key_ranges=ranges)
+    d_out = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+    d_out[blind.expand(2, 4, 5)] = fill
+    return [out, *torch.autograd.grad(out, list(inputs.values()), d_out.to(out.dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("scaling", [*SCALINGS, "given"])
+def test_a_row_without_keys_may_hold_nan(scaling, backend, dtype):
+    leaves = {name: x.to(dtype) for name, x in operands().items()}
+    rows = torch.rand(2, 4, 5, dtype=torch.promote_types(dtype, torch.float32))
+    if scaling == "given":
+        call = functools.partial(tritonattn.scaled_attention, backend=backend)
+        leaves |= {"query_scale": rows, "key_scale": torch.rand(2, 2, 7, dtype=rows.dtype)}
+    else:
+        call = functools.partial(tritonattn.attention, scaling=scaling, backend=backend)
+        leaves["gain"] = rows
+    clean, dirty = (gradients_beside_nan(leaves, fill, call) for fill in (1.0, torch.nan))
+    for name, expected, found in zip(("out", *leaves), clean, dirty, strict=True):
+        assert torch.equal(expected, found), name
+
+
+SHAPES = {
+    "batch": (0, (4, 2), (3, 5)),
+    "queries": (2, (4, 2), (0, 5)),
+    "keys": (2, (4, 2), (3, 0)),
+    "queries and keys": (2, (4, 2), (0, 0)),
+    "heads": (2, (0, 0), (3, 5)),
+    "query heads": (2, (0, 2), (3, 5)),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "sdpa", "reference"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_nothing_to_compute(scaling, shape, backend):
+    batch, heads, lengths = SHAPES[shape]
+    leaves = operands(torch.float32, batch, heads, lengths)
+    leaves["gain"] = torch.rand(heads[0], 1, requires_grad=True)
+    asked = {"causal": True, "key_lengths": torch.zeros(batch).int()}
+    if backend != "triton":  # which refuses them
+        leaves["sinks"] = torch.rand(heads[0], requires_grad=True)
+        asked["return_aux"] = True
+    tensors = dict(leaves)
+    q, k, v = (tensors.pop(name) for name in "qkv")
+    result = tritonattn.attention(q, k, v, scaling=scaling, backend=backend, **asked, **tensors)
+    out, aux = result if "return_aux" in asked else (result, None)
+    assert out.shape == (batch, heads[0], lengths[0], 6)
+    assert not out.any()
+    if aux is not None:
+        assert {x.shape for x in aux} == {out.shape[:3]}
+        assert (aux.lse == -torch.inf).all()
+    out.sum().backward()
+    for name, x in leaves.items():
+        assert x.grad is not None, name
+        assert not x.grad.any(), name
+
+
+def test_dropout_is_the_same_on_every_backend_and_follows_the_seed():
+    q, k, v = operands().values()
+    outs = []
+    for backend in ("sdpa", "reference", "auto"):
+        torch.manual_seed(5)
+        outs.append(tritonattn.attention(q, k, v, causal=True, dropout_p=0.4, backend=backend))
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0])
+    again = tritonattn.attention(q, k, v, causal=True, dropout_p=0.4)
+    assert not torch.allclose(again, outs[0])
+    torch.manual_seed(5)
+    dropout = Dropout.draw(0.4, q.device)
+    visibility = Visibility.of(q, k, causal=True)
+    torch.testing.assert_close(
+        reference.attention(q, k, v, 8**-0.5, visibility, dropout=dropout).out, outs[0]
+    )
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("masks", [{"causal": True}, {"window": (2, 0)}])
+def test_autocast_casts_as_torch_does(masks, backend, cast):
+    leaves = operands(torch.float32, lengths=(7, 7))
+    leaves["v"] = leaves["v"].detach().to(cast).requires_grad_()
+    with torch.autocast("cpu", dtype=cast):
+        out = tritonattn.attention(*leaves.values(), scaling="key_norm_mean", backend=backend, **masks)
+        like = torch.nn.functional.scaled_dot_product_attention(*leaves.values(), enable_gqa=True)
+    gradients = torch.autograd.grad(out.float().sum(), leaves.values())
+    assert out.dtype == like.dtype == cast
+    assert [x.dtype for x in gradients] == [torch.float32, torch.float32, cast]
+    by_hand = in_dtype(leaves, cast)
+    wanted = tritonattn.attention(*by_hand.values(), scaling="key_norm_mean", backend=backend, **masks)
+    assert torch.equal(out, wanted)
+    for ours, expected in zip(
+        gradients, torch.autograd.grad(wanted.float().sum(), by_hand.values()), strict=True
+    ):
+        assert torch.equal(ours, expected.to(ours.dtype))
+
+
+def test_autocast_leaves_float64():
+    leaves = operands()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = tritonattn.attention(*leaves.values(), window=(2, 0))
+    assert torch.equal(out, tritonattn.attention(*leaves.values(), window=(2, 0)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3), kv_heads=st.integers(1, 3), group=st.integers(1, 3), q_len=st.integers(0, 9),
+    k_len=st.integers(0, 9), dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    scaling=st.sampled_from(sorted(SCALINGS)), mask=st.sampled_from(sorted(MASKS)),
+)  # fmt: skip
+def test_any_shape(batch, kv_heads, group, q_len, k_len, dims, scaling, mask):
+    leaves = operands(torch.float64, batch, (kv_heads * group, kv_heads), (q_len, k_len), dims)
+    masks = MASKS[mask](batch, kv_heads * group, q_len, k_len)
+    ours = outcome(leaves, scaling=scaling, backend="sdpa", **masks)
+    exact = outcome(leaves, scaling=scaling, backend="reference", **masks)
+    for name, expected in exact.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("scaling", ["key_norm_sum", "key_norm_max", "cosine"])
+def test_no_query_heads_under_a_mask_of_heads(scaling, backend, kv_heads):
+    leaves = operands(heads=(0, kv_heads))
+    mask = torch.ones(2, 0, 5, 7, dtype=torch.bool)
+    out = tritonattn.attention(**leaves, scaling=scaling, mask=mask, backend=backend)
+    assert out.shape == (2, 0, 5, 6)
+    out.sum().backward()
+    assert not leaves["v"].grad.any()

@@ -1,0 +1,154 @@
+"""Which backend runs a call, and what each of them refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import tritonattn
+from tritonattn import ops
+from tritonattn.backends import reference
+from tritonattn.calls import backend as backends
+from tritonattn.calls import dispatch
+from tritonattn.calls.checks import Options
+from tritonattn.scaling import Scales, Scaling
+
+from .support.calls import operands
+from .support.masks import MASKS
+
+
+def test_triton_needs_a_gpu_or_the_interpreter():
+    code = """
+import torch, tritonattn
+x = torch.randn(1, 1, 4, 8)
+try:
+    tritonattn.attention(x, x, x, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    environment = {"PATH": "/usr/bin", "TRITON_INTERPRET": "0"}
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "backend: 'triton' expects tensors on a CUDA or HIP device, got cpu" in done.stdout
+    assert "TRITON_INTERPRET=1" in done.stdout
+
+
+def test_triton_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    with pytest.raises(ImportError, match=r"backend: 'triton' needs .* pip install 'triton>=3.4'"):
+        tritonattn.attention(*operands(torch.float32).values(), backend="triton")
+    tritonattn.attention(*operands(torch.float32).values())
+
+
+@pytest.mark.parametrize(
+    ("argument", "dtype", "dims"),
+    [
+        ("q of dtype torch.float64", torch.float64, (8, 8)),
+        ("head_dim 257", torch.float32, (257, 8)),
+        ("head_dim 300", torch.float32, (8, 300)),
+    ],
+)
+def test_what_triton_cannot_do(argument, dtype, dims):
+    leaves = operands(dtype, dims=dims)
+    with pytest.raises(NotImplementedError, match=f"^{argument}.*backend 'triton'.*'sdpa' and 'reference'"):
+        tritonattn.attention(*leaves.values(), backend="triton")
+    for backend in ("sdpa", "reference"):
+        tritonattn.attention(*leaves.values(), backend=backend)
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says it lies on a GPU: enough to see which backend is chosen."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("installed", "dtype", "dim", "arguments", "backend", "reason"),
+    [
+        (True, torch.float32, 8, {}, "triton", None),
+        (True, torch.bfloat16, 256, {"causal": True, "mask": torch.ones(5, 7).bool()}, "triton", None),
+        (False, torch.float32, 8, {}, "sdpa", "triton is not installed"),
+        (True, torch.float64, 8, {}, "sdpa", "float64"),
+        (True, torch.float32, 257, {}, "sdpa", "head_dim 257"),
+        (True, torch.float16, 8, {"softcap": 1.0, "dropout_p": 0.1, "return_aux": True}, "triton", None),
+        (True, torch.float16, 8, {"sinks": torch.zeros(4)}, "triton", None),
+    ],
+)
+def test_auto_on_a_gpu(installed, dtype, dim, arguments, backend, reason, monkeypatch):
+    monkeypatch.setattr(backends, "_HAS_TRITON", installed)
+    backends._warn.cache_clear()
+    q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(dtype, dims=(dim, 8)).values())
+    options = Options(**arguments)
+    if reason is None:
+        assert backends.choose_backend(q, k, v, options) == backend
+        return
+    with pytest.warns(UserWarning, match=f"'sdpa' instead of 'triton': {reason}|{reason}"):
+        assert backends.choose_backend(q, k, v, options) == backend
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        assert backends.choose_backend(q, k, v, options) == backend
+
+
+def test_triton_gets_kernel_statistics(monkeypatch):
+    seen = []
+    monkeypatch.setattr(dispatch, "choose_backend", lambda *_: "triton")
+    monkeypatch.setattr(ops, "attention", lambda call, backend, aux: seen.append(backend) or call)
+
+    class Watched(Scaling):
+        name = "watched"
+
+        def scales(self, q, k, visibility, statistics):
+            seen.append(type(statistics))
+            return Scales(1.0)
+
+    with pytest.raises(AttributeError):
+        tritonattn.attention(*operands().values(), scaling=Watched())
+    assert seen == [ops.KernelStatistics, "triton"]
+
+
+def test_cpu_takes_sdpa(monkeypatch):
+    monkeypatch.setattr(reference, "attention", None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, k, v = operands(torch.float32).values()
+    assert backends.choose_backend(q, k, v, Options()) == "sdpa"
+    tritonattn.attention(q, k, v)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_the_default_device_has_no_say(backend):
+    """Whatever is made inside a call lies where its tensors lie."""
+    q = torch.randn(1, 2, 40, 8)
+    table, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([20])
+
+    def call() -> list[torch.Tensor]:
+        options = {"scaling": "key_norm_mean", "backend": backend}
+        return [
+            tritonattn.attention(q, q, q, window=(5, 1), key_lengths=lengths, **options),
+            tritonattn.attention(q, q, q, causal=True, softcap=3.0, return_aux=True, **options)[1].entropy,
+            tritonattn.attention_decode(
+                q[:, :, :1], q.view(2, 20, 2, 8), q.view(2, 20, 2, 8), key_lengths=lengths, block_table=table, **options
+            ),
+        ]  # fmt: skip
+
+    expected = call()
+    with torch.device("meta"):
+        found = call()
+    for ours, wanted in zip(found, expected, strict=True):
+        assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_meta_device_tells_shapes(mask, backend):
+    leaves = {name: x.detach().to("meta").requires_grad_() for name, x in operands(torch.bfloat16).items()}
+    masks = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in MASKS[mask](2, 4, 5, 7).items()}
+    out = tritonattn.attention(**leaves, scaling="key_norm_max", backend=backend, **masks)
+    assert (out.shape, out.dtype, out.device.type) == ((2, 4, 5, 6), torch.bfloat16, "meta")
+    gradients = torch.autograd.grad(out, list(leaves.values()), out)
+    assert [x.shape for x in gradients] == [x.shape for x in leaves.values()]

@@ -1,0 +1,318 @@
+"""attention_decode on the CPU backends: prefill, then decoding, is one full pass, for every mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.bound import assert_within_bound
+from tests.support.caches import GrowingCache, sequences
+from tritonattn import Scales, Scaling, attention, attention_decode
+from tritonattn.calls import decode as decoding
+from tritonattn.core.call import ForwardResult
+from tritonattn.scaling import SCALINGS, Llama4, Ministral3, QwenLogn
+
+BACKENDS = ("sdpa", "reference")
+WINDOWS = (None, (5, None), (0, 0), (40, 3), (1 << 40, 0))
+# With thresholds that short sequences reach.
+SMALL = {
+    "qwen_logn": lambda: QwenLogn(3),
+    "llama4": lambda: Llama4(0.5, 2),
+    "ministral3": lambda: Ministral3(0.5, 2),
+}
+MODES = {**SCALINGS, **SMALL}
+every_mode = pytest.mark.parametrize("mode", MODES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+with_or_without = pytest.mark.parametrize("statistics", [True, False], ids=["statistics", "keys"])
+every_layout = pytest.mark.parametrize("page", [None, 16, 19], ids=["contiguous", "page 16", "page 19"])
+
+
+@every_mode
+@every_backend
+@with_or_without
+@pytest.mark.parametrize("page", [None, 19], ids=["contiguous", "pages"])
+@pytest.mark.parametrize("window", WINDOWS[:2], ids=["full", "window"])
+def test_prefill_then_decode_is_one_full_pass(mode, backend, statistics, page, window):
+    q, k, v = sequences()
+    scaling = MODES[mode]()
+    expected = attention(q, k, v, scaling=scaling, causal=True, window=window, backend="reference")
+    cache = GrowingCache(k, v, 29, page, statistics)
+    cache.write([3, 11])
+    for count in (1, 1, 4, 1, 2):
+        cache.write(count)
+        found = attention_decode(
+            cache.newest(q, count), **cache.arguments(), scaling=scaling, window=window, backend=backend
+        )
+        torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
+
+
+@every_mode
+def test_token_by_token_from_nothing(mode):
+    q, k, v = sequences(length=18)
+    scaling = MODES[mode]()
+    expected = attention(q, k, v, scaling=scaling, causal=True, backend="reference")
+    cache = GrowingCache(k, v, 18, statistics=True)
+    for _ in range(18):
+        cache.write(1)
+        found = attention_decode(cache.newest(q, 1), **cache.arguments(), scaling=scaling)
+        torch.testing.assert_close(found, cache.newest(expected, 1), rtol=1e-11, atol=1e-13)
+
+
+@every_mode
+@every_layout
+def test_guesses_are_taken_back(mode, page):
+    """Speculative decoding: 5 guessed tokens, of which 2 and 4 stay."""
+    q, k, v = sequences()
+    guessed_k, guessed_v = k.clone(), v.clone()
+    scaling = MODES[mode]()
+    expected = attention(q, k, v, scaling=scaling, causal=True, window=(9, 0), backend="reference")
+    for b, accepted in enumerate((7 + 2, 12 + 4)):
+        guessed_k[b, :, accepted:] *= 50
+        guessed_v[b, :, accepted:] = 99
+    cache = GrowingCache(guessed_k, guessed_v, 40, page, statistics=True)
+    cache.write([7, 12])
+    cache.write(5)
+    cache.truncate([9, 16])
+    cache.keys, cache.values = k, v
+    for count in (3, 1):
+        cache.write(count)
+        found = attention_decode(cache.newest(q, count), **cache.arguments(), scaling=scaling, window=(9, 0))
+        torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
+
+
+@every_mode
+@every_layout
+def test_beams_change_places(mode, page):
+    q, k, v = sequences(batch=3)
+    scaling, index = MODES[mode](), torch.tensor([2, 0, 0])
+    cache = GrowingCache(k, v, 40, page, statistics=True)
+    cache.write([9, 12, 5])
+    cache.reorder(index)
+    assert cache.lengths.tolist() == [5, 9, 9]
+    inherited = (torch.arange(24) < cache.lengths[:, None])[:, None, :, None]
+    cache.keys, cache.values = (torch.where(inherited, x[index], x) for x in (k, v))
+    expected = attention(q, cache.keys, cache.values, scaling=scaling, causal=True, backend="reference")
+    for count in (1, 3):
+        cache.write(count)
+        found = attention_decode(cache.newest(q, count), **cache.arguments(), scaling=scaling)
+        torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
+
+
+@every_mode
+def test_a_cache_is_used_again(mode):
+    """After a reset nothing is left of the sequences before, which were longer."""
+    cache = GrowingCache(*(50 * x for x in sequences(seed=1)[1:]), 24, statistics=True)
+    cache.write([24, 17])
+    cache.record.reset()
+    q, cache.keys, cache.values = sequences()
+    cache.lengths = torch.zeros_like(cache.lengths)
+    scaling, options = MODES[mode](), {"window": (6, None)}
+    expected = attention(q, cache.keys, cache.values, scaling=scaling, causal=True, backend="reference", **options)
+    cache.write([3, 9])
+    cache.write(2)
+    found = attention_decode(cache.newest(q, 2), **cache.arguments(), scaling=scaling, **options)
+    torch.testing.assert_close(found, cache.newest(expected, 2), rtol=1e-11, atol=1e-13)
+
+
+@every_backend
+@pytest.mark.parametrize("count", range(1, 17))
+def test_any_number_of_new_tokens(backend, count):
+    q, k, v = sequences()
+    expected = attention(q, k, v, scaling="key_norm_sum", causal=True, backend="reference")
+    cache = GrowingCache(k, v, 24, page=16, statistics=True)
+    cache.write([1, 24 - count])
+    cache.write(count)
+    found = attention_decode(cache.newest(q, count), **cache.arguments(), scaling="key_norm_sum", backend=backend)
+    torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
+
+
+@every_mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_within_the_bound(mode, dtype):
+    q, k, v = sequences(dtype, length=40)
+    scaling = MODES[mode]()
+    exact, eager = (
+        attention(*(x.to(kind) for x in (q, k, v)), scaling=scaling, causal=True, backend="reference")
+        for kind in (torch.float64, dtype)
+    )
+    cache = GrowingCache(k, v, 45, page=16, statistics=True)
+    cache.write([20, 33])
+    for count in (1, 5):
+        cache.write(count)
+        found = attention_decode(cache.newest(q, count), **cache.arguments(), scaling=scaling)
+        assert_within_bound(found, cache.newest(exact, count), cache.newest(eager, count), dtype)
+
+
+@every_backend
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 1), (6, 2)], ids=str)
+def test_windows_and_groups(backend, window, heads):
+    q, k, v = sequences(heads=heads)
+    expected = attention(q, k, v, scaling="key_norm_max", causal=True, window=window, backend="reference")
+    cache = GrowingCache(k, v, 24, page=17, statistics=True)
+    cache.write([1, 20])
+    cache.write(3)
+    found = attention_decode(
+        cache.newest(q, 3), **cache.arguments(), scaling="key_norm_max", window=window, backend=backend
+    )
+    torch.testing.assert_close(found, cache.newest(expected, 3))
+
+
+@every_backend
+def test_gain_softcap_sinks_and_aux(backend):
+    q, k, v = sequences(torch.float64)
+    options = {"scaling": "key_norm_mean", "gain": torch.tensor([[1.0], [-2.0], [0.5], [0.0]]), "softcap": 1.5,
+               "sinks": torch.tensor([0.1, -3.0, 2.0, 0.0]), "return_aux": True}  # fmt: skip
+    out, aux = attention(q, k, v, causal=True, backend="reference", **options)
+    cache = GrowingCache(k, v, 24, statistics=True)
+    cache.write([4, 20])
+    cache.write(3)
+    found, found_aux = attention_decode(cache.newest(q, 3), **cache.arguments(), backend=backend, **options)
+    torch.testing.assert_close(found, cache.newest(out, 3))
+    for name, row in found_aux._asdict().items():
+        torch.testing.assert_close(row, cache.newest(getattr(aux, name), 3), msg=name)
+
+
+@every_backend
+@every_layout
+@every_mode
+def test_rows_without_keys_give_zeros(backend, page, mode):
+    q, k, v = sequences(length=8)
+    cache = GrowingCache(k, v, 24, page, statistics=True)
+    cache.write([0, 2])
+    found, aux = attention_decode(
+        q[:, :, :3], **cache.arguments(), scaling=MODES[mode](), return_aux=True, backend=backend
+    )
+    empty = torch.tensor([[True, True, True], [True, False, False]])[:, None].expand(2, 4, 3)
+    assert (found[empty] == 0).all()
+    assert found[~empty].isfinite().all()
+    assert (found[~empty] != 0).all()
+    assert torch.equal(aux.lse == -torch.inf, empty)
+    assert torch.equal(aux.max_logit == -torch.inf, empty)
+    assert (aux.entropy[empty] == 0).all()
+
+
+@every_mode
+@every_layout
+@pytest.mark.parametrize("window", WINDOWS[:2], ids=["full", "window"])
+def test_statistics_spare_the_old_keys(mode, page, window):
+    """The scales of a step are the same when the cache's old keys are NaN."""
+    q, k, v = sequences()
+    cache = GrowingCache(k, v, 24, page, statistics=True)
+    cache.write([9, 14])
+    cache.write(2)
+    query = cache.newest(q, 2)
+    scales = _scales_of(query, cache, MODES[mode](), window)
+    cache.k.fill_(torch.nan)
+    for found, expected in zip(_scales_of(query, cache, MODES[mode](), window), scales, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def _scales_of(query, cache, scaling, window):
+    """What the scaling hands to the operator."""
+    seen = []
+
+    def decode(call, backend, aux):
+        seen.extend((call.scale, call.query_scale, call.key_scale))
+        return ForwardResult(call.q, call.q)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding.ops, "decode", decode)
+        attention_decode(query, **cache.arguments(), scaling=scaling, window=window)
+    return [x for x in seen if x is not None]
+
+
+@every_layout
+def test_a_scaling_of_ones_own_gets_the_keys(page):
+    class FirstComponent(Scaling):
+        name = "first component"
+
+        def scales(self, q, k, visibility, statistics):
+            first = torch.where(visibility.seen_keys(), k[..., 0], 0)
+            return Scales(0.5, query=visibility.sum(first), key=first)
+
+        def multiplier(self, q, k, visible):
+            first = torch.where(visible.any(-2), k[..., 0], 0)[..., None, :]
+            return 0.5 * torch.where(visible, first, 0).sum(-1, keepdim=True) * first
+
+    q, k, v = sequences()
+    cache = GrowingCache(k, v, 24, page, statistics=True)
+    cache.write([9, 20])
+    results = [
+        attention_decode(cache.newest(q, 4), **cache.arguments(), scaling=FirstComponent(), backend=backend)
+        for backend in BACKENDS
+    ]
+    torch.testing.assert_close(*results)
+    assert results[0].isfinite().all()
+
+
+@every_mode
+def test_a_record_of_more_keys_than_a_call_sees(mode):
+    """Of which key_lengths says how many count, as of the cache."""
+    q, k, v = sequences()
+    scaling, cache = MODES[mode](), GrowingCache(k, v, 24, statistics=True)
+    cache.write([9, 20])
+    arguments = cache.arguments() | {"scaling": scaling, "key_lengths": torch.tensor([7, 20])}
+    found = attention_decode(q[:, :, 5:7], **arguments)
+    torch.testing.assert_close(found, attention_decode(q[:, :, 5:7], **arguments | {"statistics": None}))
+
+
+@every_layout
+def test_keys_taken_back_have_no_length(page):
+    """A key that no row sees has length 0 for a scaling of one's own, with a record of it or without."""
+
+    class LongestOfCache(Scaling):
+        name = "longest of cache"
+
+        def scales(self, q, k, visibility, statistics):
+            return Scales(1.0, query=1 / statistics.lengths.amax(-1, keepdim=True))
+
+        def multiplier(self, q, k, visible):
+            return 1 / torch.where(visible.any(-2), k.norm(dim=-1), 0).amax(-1)[..., None, None]
+
+    q, k, v = sequences()
+    k[:, :, 12:] *= 50
+    cache = GrowingCache(k, v, 24, page, statistics=True)
+    cache.write([14, 20])
+    cache.truncate([9, 12])
+    arguments, query = cache.arguments(), cache.newest(q, 2)
+    expected = attention_decode(query, **arguments, scaling=LongestOfCache(), backend="reference")
+    for record in (cache.record, None):
+        found = attention_decode(query, **{**arguments, "statistics": record}, scaling=LongestOfCache())
+        torch.testing.assert_close(found, expected)
+
+
+def test_strided_caches():
+    """[B, capacity, Hkv, D] in memory, a slice of a larger allocation."""
+    q, k, v = sequences()
+    cache = GrowingCache(k, v, 24)
+    cache.write([9, 20])
+    expected = attention_decode(cache.newest(q, 2), **cache.arguments())
+    arguments = cache.arguments()
+    for name in ("k_cache", "v_cache"):
+        wide = torch.nn.functional.pad(arguments[name].transpose(1, 2), (1, 2, 0, 0, 3, 3))
+        arguments[name] = wide[:, 3:-3, :, 1:-2].transpose(1, 2)
+    torch.testing.assert_close(attention_decode(cache.newest(q, 2), **arguments), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+def test_any_integer_counts_keys(dtype):
+    """In a cache whose capacity is no number of the shortest, too."""
+    q, k, v = sequences()
+    cache = GrowingCache(k, v, 300)
+    cache.write([9, 20])
+    arguments = cache.arguments()
+    expected = attention_decode(cache.newest(q, 2), **arguments)
+    arguments["key_lengths"] = cache.lengths.to(dtype)
+    torch.testing.assert_close(attention_decode(cache.newest(q, 2), **arguments), expected)
+
+
+def test_autocast_casts_as_attention_does():
+    q, k, v = sequences(torch.float32)
+    cache = GrowingCache(k, v, 24, statistics=True)
+    cache.write([9, 20])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_decode(cache.newest(q, 2), **cache.arguments(), scaling="key_norm_mean")
+    assert found.dtype == torch.bfloat16
+    expected = attention_decode(cache.newest(q, 2), **cache.arguments(), scaling="key_norm_mean")
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)

@@ -1,0 +1,183 @@
+"""How many pieces of work a call on a GPU hands to it: kernels of ours, and torch's, each a launch.
+
+The kernels are not run, and the tensors are a CPU's: what a GPU is not asked for, reading values, is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import tritonattn
+
+pytest.importorskip("triton")
+from tritonattn.backends.triton import launch
+
+# Operators without work for a device: of shapes and strides, or of numbers that the host holds.
+HOST = {
+    "alias", "as_strided", "broadcast_tensors", "contiguous", "detach", "detach_", "empty", "empty_like",
+    "empty_strided", "expand", "flatten", "lift_fresh", "narrow", "new_empty", "promote_types", "reshape", "resize_",
+    "resolve_conj", "resolve_neg", "result_type",
+    "scalar_tensor", "select", "slice", "squeeze", "to", "transpose", "unflatten", "unsqueeze", "view", "view_as",
+    "_local_scalar_dense", "item",
+}  # fmt: skip
+S = 64
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> list[str]:
+    """The kernels launched, which do nothing."""
+    launched: list[str] = []
+
+    def run(kernel, grid, arguments, config) -> None:
+        launched.append(kernel.__name__)
+        if "argmax_ptr" in arguments:  # what torch takes for places of keys; by numpy, which no profiler of torch sees
+            arguments["argmax_ptr"].numpy()[:] = 0
+
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "config_for", lambda *call: tritonattn.tuning.default_config(*call))
+    for module in ("validation", "decode_validation", "cache_statistics"):
+        monkeypatch.setattr(f"tritonattn.{module}.values_are_read", lambda x: False)
+    return launched
+
+
+def work_of_torch(call: Callable[[], object]) -> list[str]:
+    """The operators of torch that compute something, innermost ones."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as record:
+        call()
+    found = []
+    for event in record.events():
+        name = event.name.removeprefix("aten::")
+        inner = {child.name.removeprefix("aten::") for child in event.cpu_children}
+        if event.name.startswith("aten::") and name not in HOST and inner <= HOST:
+            found.append(name)
+    return found
+
+
+def operands(requires_grad: bool = False) -> list[Tensor]:
+    return [torch.randn(1, 4, S, 64, dtype=torch.bfloat16, requires_grad=requires_grad) for _ in range(3)]
+
+
+LENGTHS = {"key_lengths": torch.tensor([50], dtype=torch.int32)}
+RANGES = {"key_ranges": torch.stack([torch.full((1, S), 3), torch.arange(1, S + 1)[None]], -1).int()}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "masks", "of_ours", "of_torch"),
+    [
+        ("sqrt_dim", {"causal": True}, 1, 0),
+        ("key_count", {}, 1, 1),  # of one number, on the host
+        ("key_count", {"causal": True}, 1, 3),
+        ("key_count", {"causal": True, "window": (16, 0)}, 1, 10),
+        ("key_norm_sum", {}, 2, 5),
+        ("key_norm_sum", {"causal": True}, 3, 3),
+        ("key_norm_mean", {"causal": True}, 3, 8),
+        ("key_norm_rms", {"causal": True}, 3, 8),
+        ("key_norm_max", {}, 2, 4),  # argmax, gather, threshold, reciprocal
+        ("key_norm_max", {"causal": True}, 3, 7),
+        ("key_norm_max", {"causal": True, "window": (16, 0)}, 3, 9),
+        ("cosine", {"causal": True}, 3, 4),
+        ("sqrt_dim", LENGTHS, 1, 1),
+        ("key_count", LENGTHS, 1, 10),
+        ("key_norm_sum", LENGTHS, 4, 12),
+        ("sqrt_dim", RANGES, 2, 2),
+        ("key_norm_sum", RANGES, 5, 16),
+    ],
+)
+def test_forward(scaling, masks, of_ours, of_torch, kernels):
+    q, k, v = operands()
+    found = work_of_torch(lambda: tritonattn.attention(q, k, v, scaling=scaling, backend="triton", **masks))
+    assert len(found) <= of_torch, found
+    assert len(kernels) == 2 * of_ours
+
+
+@pytest.mark.parametrize(
+    ("scaling", "masks", "of_ours", "of_torch"),
+    [
+        ("sqrt_dim", {"causal": True}, 4, 0),
+        ("key_count", {"causal": True}, 4, 3),
+        ("key_norm_sum", {"causal": True}, 8, 9),
+        ("key_norm_max", {"causal": True, "window": (16, 0)}, 8, 23),
+        ("cosine", {"causal": True}, 8, 10),
+        ("sqrt_dim", RANGES, 7, 4),
+    ],
+)
+def test_forward_and_backward(scaling, masks, of_ours, of_torch, kernels):
+    q, k, v = operands(requires_grad=True)
+
+    def call() -> None:
+        out = tritonattn.attention(q, k, v, scaling=scaling, backend="triton", **masks)
+        torch.autograd.grad(out, (q, k, v), q.detach())
+
+    found = work_of_torch(call)
+    assert len(found) <= of_torch, found
+    assert len(kernels) == 2 * of_ours
+
+
+@pytest.mark.parametrize(
+    ("scaling", "recorded", "of_ours", "of_torch"),
+    [
+        ("sqrt_dim", False, 2, 0),
+        ("key_count", False, 2, 8),
+        ("key_norm_sum", True, 2, 8),
+        ("key_norm_max", True, 2, 9),
+    ],
+)
+def test_decode(scaling, recorded, of_ours, of_torch, kernels):
+    q = torch.randn(1, 4, 1, 64, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, 4, 4096, 64, dtype=torch.bfloat16)
+    statistics = tritonattn.KeyStatistics(batch=1, kv_heads=4, capacity=4096) if recorded else None
+
+    def call() -> None:
+        tritonattn.attention_decode(
+            q, k, v, key_lengths=torch.tensor([4000]), scaling=scaling, statistics=statistics, backend="triton"
+        )
+
+    found = work_of_torch(call)
+    assert len(found) <= of_torch, found
+    assert len(kernels) == 2 * of_ours
+
+
+@pytest.mark.parametrize(("masks", "rows"), [({}, 1), ({"causal": True}, 9), (RANGES, 1), (LENGTHS, 1)], ids=str)
+def test_few_rows(masks, rows, kernels):
+    """A step of generation, also after padding on the left: programs share the keys of a row, as in decoding."""
+    q, k, v = operands()
+    if masks is RANGES:
+        masks = {"key_ranges": masks["key_ranges"][:, :1]}
+    found = work_of_torch(lambda: tritonattn.attention(q[:, :, :rows], k, v, backend="triton", **masks))
+    assert found == ["clamp"] * ("key_ranges" in masks)
+    assert kernels == ["attention_decode"] * 2
+
+
+def test_one_more_key_in_a_cache(kernels, monkeypatch):
+    monkeypatch.setattr("tritonattn.calls.key_statistics.kernels_take", lambda x: True)
+    statistics, k = tritonattn.KeyStatistics(1, 4, 64), torch.randn(1, 4, 1, 64, dtype=torch.bfloat16)
+    found = work_of_torch(lambda: statistics.append(k))
+    assert found == ["copy_"]  # of the counts
+    assert kernels == ["append_keys"] * 2
+
+
+def test_a_prompt_in_a_cache(kernels, monkeypatch):
+    """Whose lengths many programs take before one a head adds them up."""
+    monkeypatch.setattr("tritonattn.calls.key_statistics.kernels_take", lambda x: True)
+    tritonattn.KeyStatistics(1, 4, 100).append(torch.randn(1, 4, 100, 64, dtype=torch.bfloat16))
+    assert kernels == ["key_lengths", "append_keys"]
+
+
+def test_a_key_whose_kernel_may_not_be_compiled_is_brought_in_by_torch(monkeypatch):
+    """While a CUDA graph is captured."""
+
+    def refuse(kernel, *rest):
+        raise launch.NotCompiledError(kernel.__name__)
+
+    monkeypatch.setattr(launch, "run", refuse)
+    monkeypatch.setattr("tritonattn.calls.key_statistics.kernels_take", lambda x: True)
+    statistics = tritonattn.KeyStatistics(1, 1, 8)
+    statistics.append(torch.full((1, 1, 2, 4), 3.0))
+    assert statistics.length_sums[0, 0, :3].tolist() == [0, 6, 12]
+    assert statistics.counts.tolist() == [2]

@@ -1,0 +1,261 @@
+"""KeyStatistics: what it holds after any history, what it costs, and what it refuses."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tests.support.watch import Watch
+from tritonattn import KeyStatistics
+
+B, H, D, CAPACITY = 3, 2, 5, 20
+
+
+def _keys(n: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(B, H, n, D, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def _check(statistics: KeyStatistics, held: list[torch.Tensor], rtol: float = 1e-6) -> None:
+    """Compare with the keys [H, n, D] that every sequence holds."""
+    assert statistics.counts.tolist() == [keys.shape[1] for keys in held]
+    for b, keys in enumerate(held):
+        lengths = keys.double().norm(dim=-1)
+        n = lengths.shape[1]
+        prefixes = {
+            "length_sums": lengths.cumsum(-1),
+            "square_sums": lengths.square().cumsum(-1),
+            "length_maxima": lengths.cummax(-1).values if n else lengths,
+        }
+        found = statistics.lengths[b, :, :n].double()
+        torch.testing.assert_close(found, lengths, rtol=rtol, atol=0)
+        for name, prefix in prefixes.items():
+            found = getattr(statistics, name)[b, :, : n + 1].double()
+            torch.testing.assert_close(found, torch.nn.functional.pad(prefix, (1, 0)), rtol=rtol, atol=0)
+
+
+def test_a_long_random_history():
+    """Appends of ragged counts, rejected guesses, beams that change places, and a reset."""
+    dice = random.Random(0)
+    statistics = KeyStatistics(B, H, CAPACITY)
+    held = [torch.empty(H, 0, D)] * B
+    for step in range(200):
+        action = dice.choice(["append", "append", "append", "truncate", "reorder", "reset"])
+        if action == "append":
+            counts = [dice.randint(0, min(4, CAPACITY - keys.shape[1])) for keys in held]
+            new = _keys(max(counts), seed=step)
+            held = [torch.cat([keys, new[b, :, : counts[b]]], dim=1) for b, keys in enumerate(held)]
+            for b, count in enumerate(counts):
+                new[b, :, count:] = torch.nan
+            statistics.append(new, torch.tensor(counts))
+        elif action == "truncate":
+            lengths = [dice.randint(0, CAPACITY) for _ in held]
+            held = [keys[:, :length] for keys, length in zip(held, lengths, strict=True)]
+            statistics.truncate(torch.tensor(lengths))
+        elif action == "reorder":
+            index = [dice.randrange(B) for _ in held]
+            held = [held[i] for i in index]
+            statistics.reorder(torch.tensor(index))
+        elif dice.random() < 0.2:
+            held = [torch.empty(H, 0, D)] * B
+            statistics.reset()
+        _check(statistics, held)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_dtypes(dtype):
+    wide = dtype == torch.float64
+    statistics = KeyStatistics(B, H, CAPACITY, dtype=torch.float64 if wide else torch.float32)
+    keys = _keys(CAPACITY, dtype=dtype)
+    statistics.append(keys)
+    _check(statistics, list(keys), rtol=1e-14 if wide else 1e-6)
+
+
+def test_huge_and_tiny_keys():
+    statistics = KeyStatistics(B, H, CAPACITY)
+    keys = torch.cat([_keys(3) * 1e30, _keys(3) * 1e-30], dim=2)
+    statistics.append(keys)
+    _check(statistics, list(keys))
+
+
+def test_truncate_with_one_number():
+    statistics = KeyStatistics(B, H, CAPACITY)
+    statistics.append(_keys(9), torch.tensor([9, 2, 5]))
+    statistics.truncate(4)
+    assert statistics.counts.tolist() == [4, 2, 4]
+
+
+def test_selected_sequences_are_a_copy():
+    statistics, keys = KeyStatistics(B, H, CAPACITY), _keys(6)
+    statistics.append(keys, torch.tensor([6, 0, 4]))
+    held = [keys[0], keys[1, :, :0], keys[2, :, :4]]
+    index = [2, 2, 0, 1, 2]
+    chosen = statistics.select(torch.tensor(index))
+    _check(chosen, [held[i] for i in index])
+    chosen.append(_keys(1, seed=1)[[0] * len(index)])
+    _check(statistics, held)
+    assert len(statistics.select(torch.tensor([], dtype=torch.int64)).counts) == 0
+
+
+def test_more_room_keeps_what_is_held():
+    statistics, keys, more = KeyStatistics(B, H, 6), _keys(6), _keys(5, seed=1)
+    statistics.append(keys)
+    larger = statistics.with_capacity(CAPACITY)
+    assert (larger.capacity, statistics.capacity) == (CAPACITY, 6)
+    larger.append(more)
+    _check(larger, list(torch.cat([keys, more], dim=2)))
+    _check(statistics, list(keys))
+    _check(statistics.with_capacity(6), list(keys))
+
+
+def test_the_last_keys_are_a_copy():
+    statistics, keys, more = KeyStatistics(B, H, CAPACITY), _keys(9), _keys(3, seed=1)
+    counts = [9, 2, 0, 5][:B]
+    statistics.append(keys, torch.tensor(counts))
+    for last in (0, 1, 4, 9, CAPACITY + 5):
+        one = statistics.last(last, last + 3)
+        held = [own[:, max(count - last, 0) : count] for own, count in zip(keys, counts, strict=True)]
+        _check(one, held)
+        one.append(more)
+        _check(one, [torch.cat([old, new], dim=1) for old, new in zip(held, more, strict=True)])
+    _check(statistics, [own[:, :count] for own, count in zip(keys, counts, strict=True)])
+
+
+def test_copies_are_as_exact_as_what_they_copy():
+    """Beside a float64 cache that has grown `attention_decode` asks for float64 again."""
+    statistics, keys = KeyStatistics(B, H, CAPACITY, dtype=torch.float64), _keys(6, dtype=torch.float64)
+    statistics.append(keys)
+    copies = (statistics.select(torch.arange(B)), statistics.with_capacity(30), statistics.last(6, 10))
+    for copy in copies:
+        assert copy.lengths.dtype == copy.length_maxima.dtype == torch.float64
+        _check(copy, list(keys), rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda one: one.last(3, 2), ValueError, r"keys: expected a value in \[0, 2\], got 3"),
+        (lambda one: one.last(-1, 2), ValueError, "keys"),
+        (lambda one: one.select(torch.tensor([3])), ValueError, "index"),
+        (lambda one: one.select(torch.tensor([[0]])), ValueError, r"index: expected shape \[n\]"),
+        (lambda one: one.select(torch.tensor([0.5])), TypeError, "index"),
+        (lambda one: one.last(1.5, 2), TypeError, "keys: expected an int, got float 1.5"),
+        (lambda one: one.last(1, "2"), TypeError, "capacity: expected an int, got str '2'"),
+        (lambda one: one.with_capacity("x"), TypeError, "capacity: expected an int, got str 'x'"),
+        (lambda one: one.with_capacity(5), ValueError, "capacity: expected at least 20, got 5"),
+    ],
+)
+def test_refused_copies(call, error, message):
+    with pytest.raises(error, match=message):
+        call(KeyStatistics(B, H, CAPACITY))
+
+
+def test_no_keys_at_all():
+    statistics = KeyStatistics(B, H, CAPACITY)
+    statistics.append(_keys(0))
+    _check(statistics, [torch.empty(H, 0, D)] * B)
+    KeyStatistics(0, H, CAPACITY).append(torch.empty(0, H, 3, D))
+
+
+def test_an_append_costs_as_much_as_its_keys():
+    """No temporary is as large as the buffers."""
+    statistics = KeyStatistics(B, H, 4096)
+    statistics.append(_keys(100))
+    new = _keys(2)
+    with Watch() as watch:
+        watch.largest = 0
+        place = torch.arange(2)
+        statistics._write(new.norm(dim=-1), (statistics.counts[:, None] + place))
+    buffers = {x.untyped_storage().nbytes() for x in (statistics._lengths, statistics._length_sums)}
+    assert watch.largest in buffers  # what is written to in place
+    before = {name: x.data_ptr() for name, x in vars(statistics).items() if isinstance(x, torch.Tensor)}
+    statistics.append(new)
+    statistics.truncate(5)
+    statistics.reorder(torch.tensor([2, 2, 0]))
+    statistics.reset()
+    assert before == {name: x.data_ptr() for name, x in vars(statistics).items() if isinstance(x, torch.Tensor)}
+
+
+def test_keys_that_require_gradients_leave_none():
+    statistics = KeyStatistics(B, H, CAPACITY)
+    statistics.append(_keys(3).requires_grad_())
+    assert not statistics.lengths.requires_grad
+    assert not statistics.length_sums.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, while it traces a Function
+@pytest.mark.parametrize("ragged", [False, True])
+def test_compiles_in_one_graph(ragged):
+    def grow(statistics, new, counts):
+        statistics.append(new, counts)
+        statistics.truncate(counts + 4)
+        statistics.reorder(torch.arange(B).flip(0))
+        return statistics.length_sums.clone()
+
+    counts = torch.tensor([1, 3, 0]) if ragged else torch.tensor([3, 3, 3])
+    expected, found = KeyStatistics(B, H, CAPACITY), KeyStatistics(B, H, CAPACITY)
+    compiled = torch.compile(grow, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        sums = grow(expected, _keys(3, seed), counts)
+        torch.testing.assert_close(compiled(found, _keys(3, seed), counts), sums)
+    assert torch.equal(found.counts, expected.counts)
+
+
+def test_past_the_capacity_raises_on_a_cpu():
+    statistics = KeyStatistics(B, H, CAPACITY)
+    statistics.append(_keys(18), torch.tensor([18, 3, 0]))
+    with pytest.raises(ValueError, match="k_new: expected at most capacity = 20 keys, got 21 with those held"):
+        statistics.append(_keys(3))
+    statistics.append(_keys(3), torch.tensor([2, 3, 3]))
+
+
+def test_past_the_capacity_is_dropped_where_values_are_not_read(monkeypatch):
+    monkeypatch.setattr("tritonattn.calls.key_statistics.values_are_read", lambda x: False)
+    statistics = KeyStatistics(B, H, CAPACITY)
+    keys = _keys(15)
+    statistics.append(keys)
+    statistics.append(keys)
+    _check(statistics, list(torch.cat([keys, keys], dim=2)[:, :, :CAPACITY]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0.5, 1, 1), TypeError, "batch: expected an int, got float 0.5"),
+        ((1, True, 1), TypeError, "kv_heads: expected an int, got bool"),
+        ((1, 1, -1), ValueError, "capacity: expected at least 0, got -1"),
+    ],
+)
+def test_refused_sizes(arguments, error, message):
+    with pytest.raises(error, match=message):
+        KeyStatistics(*arguments)
+
+
+def test_refused_dtype():
+    with pytest.raises(TypeError, match=r"dtype: expected torch.float32 or torch.float64, got torch.bfloat16"):
+        KeyStatistics(1, 1, 1, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "error", "message"),
+    [
+        ("append", (None,), TypeError, r"k_new: expected a tensor \[B, Hkv, n, D\], got NoneType"),
+        ("append", (torch.ones(B, H, 1, D).int(),), TypeError, "k_new: expected a floating dtype"),
+        ("append", (torch.ones(B, D),), ValueError, r"k_new: expected \[B, Hkv, n, D\] = \[3, 2, n, D\], got \[3, 5\]"),
+        ("append", (torch.ones(B, H, 1, 0),), ValueError, r"k_new: expected D of at least 1, got \[3, 2, 1, 0\]"),
+        ("append", (_keys(1).to("meta"),), ValueError, "k_new: expected this KeyStatistics's device cpu, got meta"),
+        ("append", (_keys(2), torch.ones(B)), TypeError, "counts: expected an integer dtype, got torch.float32"),
+        ("append", (_keys(2), torch.ones(2).int()), ValueError, r"counts: expected shape \[B\] = \[3\], got \[2\]"),
+        ("append", (_keys(2), torch.tensor([0, 3, 0])), ValueError, r"counts: expected values in \[0, 2\], got 3"),
+        ("reorder", ([0, 1, 2],), TypeError, r"index: expected a tensor \[B\], got list"),
+        ("reorder", (torch.tensor([0, 1, 3]),), ValueError, r"index: expected values in \[0, 2\], got 3"),
+        ("truncate", (torch.tensor([0, -1, 3]),), ValueError, r"lengths: expected values in \[0, 20\], got -1"),
+        ("truncate", (21,), ValueError, r"lengths: expected a value in \[0, 20\], got 21"),
+        ("truncate", (1.0,), TypeError, r"lengths: expected an integer tensor \[B\] or an int, got float 1.0"),
+    ],
+)
+def test_refused_arguments(method, arguments, error, message):
+    with pytest.raises(error, match=message):
+        getattr(KeyStatistics(B, H, CAPACITY), method)(*arguments)

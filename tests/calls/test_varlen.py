@@ -1,0 +1,269 @@
+"""attention_varlen against one call for every sequence alone: modes, forms, gradients, edges, refusals."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tritonattn
+from tritonattn.core.sequences import Sequences
+from tritonattn.core.visibility import Visibility
+from tritonattn.scaling import SCALINGS
+
+from .support.bound import assert_within_bound
+from .support.packed import RAGGED, Packed, offsets, one_by_one, packed_operands
+
+BACKENDS = ("sdpa", "reference")
+MASKS = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (2, 1)},
+    "causal window": {"causal": True, "window": (1, None)},
+}
+
+
+def outcome(attend, leaves: dict[str, Tensor], **arguments) -> dict[str, Tensor]:
+    """out, aux and the gradient of every leaf under a fixed objective of out and lse."""
+    out, aux = attend(**leaves, **arguments)
+    direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+    lse = torch.where(aux.lse == -torch.inf, 0, aux.lse)
+    objective = (out.double() * direction).sum() + lse.double().sin().sum()
+    gradients = torch.autograd.grad(objective, list(leaves.values()))
+    results = {"out": out} | dict(zip(aux._fields, aux, strict=True))
+    return results | {"d_" + name: x for name, x in zip(leaves, gradients, strict=True)}
+
+
+def ours(packed: Packed, backend: str):
+    return partial(tritonattn.attention_varlen, **packed.arguments(), return_aux=True, backend=backend)
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    for name, expected in wanted.items():
+        assert found[name].shape == expected.shape, name
+        torch.testing.assert_close(found[name], expected, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_every_sequence_is_as_if_alone(scaling, mask, backend):
+    leaves = packed_operands(RAGGED)
+    leaves["gain"] = torch.rand(4, 1, dtype=torch.float64, requires_grad=True)
+    arguments = {"scaling": scaling, **MASKS[mask]}
+    assert_same(
+        outcome(ours(RAGGED, backend), leaves, **arguments),
+        outcome(partial(one_by_one, RAGGED), leaves, **arguments),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_softcap_sinks_and_a_gain_of_every_row(mask, backend):
+    leaves = packed_operands(RAGGED)
+    leaves["gain"] = torch.randn(4, RAGGED.q_len, dtype=torch.float64).requires_grad_()
+    leaves["sinks"] = torch.randn(4, dtype=torch.float64).requires_grad_()
+    arguments = {"softcap": 1.5, **MASKS[mask]}
+    assert_same(
+        outcome(ours(RAGGED, backend), leaves, **arguments),
+        outcome(partial(one_by_one, RAGGED), leaves, **arguments),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_as_scaling(backend):
+    leaves = packed_operands(RAGGED)
+    factor = torch.randn(4, RAGGED.q_len, dtype=torch.float64).requires_grad_()
+    found = outcome(ours(RAGGED, backend), leaves | {"scaling": factor}, causal=True)
+    wanted = outcome(partial(one_by_one, RAGGED), leaves | {"gain": factor}, causal=True, scaling="none")
+    wanted["d_scaling"] = wanted.pop("d_gain")
+    assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 2)])
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_sum", "key_norm_max", "cosine"])
+def test_accuracy(scaling, heads, dtype):
+    packed = Packed((37, 1, 0, 130), (37, 17, 5, 90))
+    rounded = packed_operands(packed, dtype, heads, dims=(16, 24))
+    arguments = {"scaling": scaling, "causal": True}
+    found = outcome(ours(packed, "sdpa"), rounded, **arguments)
+    eager = outcome(ours(packed, "reference"), rounded, **arguments)
+    exact = outcome(
+        partial(one_by_one, packed),
+        {name: x.detach().double().requires_grad_() for name, x in rounded.items()},
+        **arguments,
+    )
+    for name in ("out", "d_q", "d_k", "d_v"):
+        assert_within_bound(found[name], exact[name], eager[name], dtype, name)
+    for name in ("lse", "max_logit", "entropy"):
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_batch_of_one_is_attention():
+    packed = Packed((7,), (9,))
+    leaves = packed_operands(packed, torch.float32)
+    out = tritonattn.attention_varlen(**leaves, **packed.arguments(), causal=True, window=(3, None))
+    q, k, v = (x.transpose(0, 1)[None] for x in leaves.values())
+    like = tritonattn.attention(q, k, v, causal=True, window=(3, None))
+    torch.testing.assert_close(out, like[0].transpose(0, 1))
+    assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_dropout_counts_packed_rows_and_keys(mask):
+    leaves = packed_operands(Packed(RAGGED.q_lengths, RAGGED.k_lengths))
+    packed = Packed(RAGGED.q_lengths, RAGGED.k_lengths)
+    q, k, v = leaves.values()
+    results = []
+    for backend in BACKENDS:
+        torch.manual_seed(3)
+        out = tritonattn.attention_varlen(
+            q, k, v, **packed.arguments(), dropout_p=0.4, backend=backend, **MASKS[mask]
+        )  # fmt: skip
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    torch.manual_seed(3)
+    batched = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = tritonattn.attention(*batched, mask=packed.visible(**MASKS[mask]), dropout_p=0.4)[0].transpose(0, 1)
+    results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for tensors in results[:-1]:
+        for x, expected in zip(tensors, results[-1], strict=True):
+            torch.testing.assert_close(x, expected)
+    assert not torch.allclose(
+        out, tritonattn.attention_varlen(q, k, v, **packed.arguments(), **MASKS[mask])
+    )
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize(
+    "packed",
+    [Packed((), ()), Packed((0, 0), (0, 0)), Packed((), (), 3, 2), Packed((2, 1), (0, 0)), Packed((0,), (4,))],
+    ids=str,
+)
+def test_nothing_to_compute(packed, backend):
+    leaves = packed_operands(packed, torch.float32)
+    out = tritonattn.attention_varlen(
+        **leaves, **packed.arguments(), scaling="key_norm_mean", causal=True, backend=backend
+    )  # fmt: skip
+    assert out.shape == (packed.q_len, 4, 6)
+    assert not out.any()
+    out.sum().backward()
+    assert not any(x.grad.any() for x in leaves.values())
+
+
+def test_a_longer_maximum_than_the_longest_sequence_changes_nothing():
+    leaves = packed_operands(RAGGED)
+    arguments = RAGGED.arguments()
+    out = tritonattn.attention_varlen(**leaves, **arguments, causal=True)
+    arguments["max_seqlen_q"], arguments["max_seqlen_k"] = 1000, 7
+    assert torch.equal(out, tritonattn.attention_varlen(**leaves, **arguments, causal=True))
+
+
+CU = offsets((3, 2))
+CORRUPT = {
+    "dtype": ({"cu_seqlens_q": CU.long()}, TypeError, r"cu_seqlens_q: expected dtype torch.int32, got torch.int64"),
+    "no tensor": ({"cu_seqlens_k": [0, 3, 5]}, TypeError, r"cu_seqlens_k: expected a tensor \[N \+ 1\], got list"),
+    "device": ({"cu_seqlens_k": CU.to("meta")}, ValueError, "cu_seqlens_k: expected q's device cpu, got meta"),
+    "axes": ({"cu_seqlens_q": CU[None]}, ValueError, r"cu_seqlens_q: expected shape \[N \+ 1\].*got \[1, 3\]"),
+    "no offset": ({"cu_seqlens_q": CU[:0]}, ValueError, r"cu_seqlens_q: expected shape \[N \+ 1\].*got \[0\]"),
+    "members": ({"cu_seqlens_k": offsets((5,))}, ValueError, "cu_seqlens_k: expected as many .*, 2, got 1"),
+    "start": ({"cu_seqlens_q": CU + 1}, ValueError, "cu_seqlens_q: expected a first offset of 0, got 1"),
+    "order": (
+        {"cu_seqlens_k": torch.tensor([0, 4, 3]).int()},
+        ValueError,
+        "cu_seqlens_k: expected offsets that do not fall, got 3 after 4",
+    ),
+    "end": ({"cu_seqlens_k": offsets((3, 3))}, ValueError, "cu_seqlens_k: .* at most T_k = 5, got 6"),
+    "short maximum of rows": ({"max_seqlen_q": 2}, ValueError, "max_seqlen_q: expected at least .*, 3, got 2"),
+    "short maximum of keys": ({"max_seqlen_k": 2}, ValueError, "max_seqlen_k: expected at least .*, 3, got 2"),
+    "maximum below 0": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q: expected at least 0, got -1"),
+    "maximum of a type": ({"max_seqlen_k": 3.0}, TypeError, "max_seqlen_k: expected an int, got float 3.0"),
+    "maximum of bool": ({"max_seqlen_k": True}, TypeError, "max_seqlen_k: expected an int, got bool|int True"),
+    "axes of q": ({"q": torch.zeros(1, 5, 4, 8)}, ValueError, r"q: expected 3 axes \[T_q, Hq, D\], got 4"),
+    "heads": ({"q": torch.zeros(5, 3, 8)}, ValueError, "k: expected a number of heads that divides q's 3, got 2"),
+    "length": ({"v": torch.zeros(6, 2, 8)}, ValueError, "v: expected k's length 5, got 6"),
+    "head_dim": ({"k": torch.zeros(5, 2, 7)}, ValueError, "k: expected q's head_dim 8, got 7"),
+    "dtypes": ({"k": torch.zeros(5, 2, 8).half()}, TypeError, "q, k, v: expected one dtype"),
+    "gain": ({"gain": torch.ones(4, 6)}, ValueError, r"gain: .* \[Hq, T_q\] = \[4, 5\], got \[4, 6\]"),
+    "gain with a batch": ({"gain": torch.ones(1, 4, 5)}, ValueError, r"gain: .* \[Hq, T_q\] = \[4, 5\]"),
+    "scaling": ({"scaling": torch.ones(5)}, ValueError, r"scaling: .* got the 1-D \[5\]"),
+    "name": ({"scaling": "sqrt"}, ValueError, "scaling: expected one of"),
+    "sinks": ({"sinks": torch.ones(3)}, ValueError, r"sinks: expected shape \[Hq\] = \[4\], got \[3\]"),
+    "window": ({"window": (-2, 0)}, ValueError, "window: expected sides of at least 0"),
+    "softcap": ({"softcap": 0.0}, ValueError, "softcap: expected a number above 0"),
+    "dropout": ({"dropout_p": 1.0}, ValueError, r"dropout_p: expected a number in \[0, 1\)"),
+    "causal": ({"causal": 1}, TypeError, "causal: expected a bool"),
+    "backend": ({"backend": "cuda"}, ValueError, "backend: expected one of"),
+}
+
+
+@pytest.mark.parametrize("case", CORRUPT)
+def test_bad_arguments_are_named(case):
+    changed, error, message = CORRUPT[case]
+    q, k, v = torch.zeros(5, 4, 8), torch.zeros(5, 2, 8), torch.zeros(5, 2, 8)
+    arguments = {
+        "q": q, "k": k, "v": v, "cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 3, "max_seqlen_k": 3,
+    }  # fmt: skip
+    tritonattn.attention_varlen(**arguments)
+    with pytest.raises(error, match=message):
+        tritonattn.attention_varlen(**(arguments | changed))
+
+
+@pytest.mark.parametrize(
+    ("held", "starts"),
+    [
+        ([0, 3, 7, 9], [0, 3, 7, 9]),
+        ([0, 7, 3, 9], [0, 7, 7, 9]),
+        ([5, -4, 3, 2**31 - 1], [0, 0, 3, 9]),
+        ([0, 2**31 - 1, 0, 0], [0, 9, 9, 9]),
+        ([-(2**31)], [0]),
+        ([4, 2], [0, 2]),
+        ([0, 7, 3], [0, 7, 7]),
+    ],
+)
+def test_offsets_that_nobody_read_are_put_in_order(held, starts):
+    held = torch.tensor(held, dtype=torch.int32)
+    sequences = Sequences.of(held, held.clone(), 9, 9, 9, 9)
+    assert sequences.q_starts.tolist() == sequences.k_starts.tolist() == starts
+    assert sequences.q_starts.dtype == torch.int32
+    lo, hi = Visibility(1, 1, 1, 9, 9, held.device, 0, 0, sequences=sequences).ranges()
+    assert ((0 <= lo) & (lo <= hi) & (hi <= 9)).all()
+
+
+def test_one_tensor_of_offsets_is_held_to_the_rows_and_to_the_keys():
+    held = torch.tensor([0, 4, 9], dtype=torch.int32)
+    sequences = Sequences.of(held, held, 9, 6, 9, 9)
+    assert (sequences.q_starts.tolist(), sequences.k_starts.tolist()) == ([0, 4, 9], [0, 4, 6])
+
+
+lengths = st.integers(0, 6)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    members=st.lists(st.tuples(lengths, lengths), max_size=5), tails=st.tuples(lengths, lengths),
+    causal=st.booleans(), window=st.tuples(st.none() | lengths, st.none() | lengths),
+)  # fmt: skip
+def test_what_a_row_sees(members, tails, causal, window):
+    packed = Packed(tuple(q for q, _ in members), tuple(k for _, k in members), *tails)
+    dense = packed.visible(causal, window)
+    q, k = torch.empty(1, 2, packed.q_len, 1), torch.empty(1, 1, packed.k_len, 1)
+    given = packed.arguments()
+    sequences = Sequences.of(given["cu_seqlens_q"], given["cu_seqlens_k"], packed.q_len, packed.k_len, 6, 6)
+    visibility = Visibility.of(q, k, causal=causal, window=window, sequences=sequences)
+    x = torch.rand(1, 1, packed.k_len, dtype=torch.float64)
+    shown = torch.where(dense, x, 0)
+    assert torch.equal(visibility.dense()[0, 0], dense)
+    assert torch.equal(visibility.tile(slice(1, 4), slice(2, 5))[0, 0], dense[1:4, 2:5])
+    assert torch.equal(visibility.counts()[0, 0], dense.sum(-1).double())
+    assert torch.equal(visibility.seen_keys()[0, 0], dense.any(0))
+    torch.testing.assert_close(visibility.sum(x)[0], shown.sum(-1), rtol=1e-12, atol=1e-12)
+    assert torch.equal(visibility.max(x)[0], torch.nn.functional.pad(shown, (0, 1)).amax(-1))
+    assert not visibility.is_full
+    assert not visibility.is_square_causal
+    assert not visibility.every_row_sees

@@ -1,0 +1,137 @@
+"""`warmup`, and the refusal to compile while a CUDA graph is captured."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import tritonattn
+from tritonattn.calls import attention as api
+from tritonattn.calls import warmup
+
+
+def test_it_makes_the_calls_that_are_to_come(monkeypatch):
+    seen = []
+    attention = api.attention
+
+    def watch(q, k, v, **options):
+        seen.append((q.shape, k.shape, v.shape, q.dtype, q.requires_grad and torch.is_grad_enabled(), options))
+        return attention(q, k, v, **options)
+
+    monkeypatch.setitem(warmup.__globals__, "attention", watch)
+    of_each = ((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6))
+    warmup([(1, 2, 4, 16), of_each], dtype=torch.float16, device="cpu", backward=True, causal=True, return_aux=True)
+    options = {"causal": True, "return_aux": True}
+    assert seen == [
+        (*shapes, torch.float16, with_graph, options)
+        for shapes in ([(1, 2, 4, 16)] * 3, of_each)
+        for with_graph in (False, True)  # the kernels of inference, and those of training
+    ]
+
+
+def test_the_backward_pass_is_compiled_where_gradients_are_off(monkeypatch):
+    """As in a function that serves, which warms up what a trainer beside it calls."""
+    backward, calls = torch.autograd.grad, []
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *given, **options: calls.append(1) or backward(*given, **options)
+    )
+    with torch.no_grad():
+        warmup([(1, 2, 4, 16)], device="cpu", backward=True)
+    assert calls == [1]
+
+
+def test_it_leaves_no_gradients_behind():
+    scaling = tritonattn.nn.PerHead(tritonattn.nn.SSMax(2), heads=2)
+    scaling.register_parameter("spare", torch.nn.Parameter(torch.ones(1)))  # no call reaches it
+    gain, sinks = torch.ones(2, 1, requires_grad=True), torch.zeros(2, requires_grad=True)
+    warmup([(1, 2, 4, 16)], device="cpu", backward=True, scaling=scaling, gain=gain, sinks=sinks, causal=True)
+    assert [x.grad for x in (*scaling.parameters(), gain, sinks)] == [None] * 5
+
+
+@pytest.mark.parametrize("shapes", [[(2, 3)], [((1, 2, 3, 4), 5, 6)], [(1, 2, 3)], (1, 2, 3, 4)])
+def test_shapes_that_are_none(shapes):
+    with pytest.raises(ValueError, match="shapes: expected"):
+        warmup(shapes, device="cpu")
+
+
+def test_a_device_that_is_not_there():
+    with pytest.raises(ValueError, match="device: expected one of this machine, got 'cuda:99': "):
+        warmup([(1, 1, 16, 16)], device="cuda:99")
+
+
+def test_options_are_those_of_attention():
+    with pytest.raises(ValueError, match="scaling"):
+        tritonattn.warmup([(1, 1, 4, 16)], device="cpu", scaling="no such")
+
+
+class Driver:
+    """What Triton's JIT asks of a driver before it compiles."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 80, 32)
+
+
+def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch):
+    triton = pytest.importorskip("triton")
+    from triton.runtime.driver import driver
+
+    from tritonattn.backends.triton import launch
+    from tritonattn.kernels import KERNELS
+    from tritonattn.tuning import TileConfig
+    from tritonattn.tuning.compile import compile_options
+
+    if launch.interpreting or torch.cuda.is_available():
+        pytest.skip("the JIT is not asked, or has a driver of its own")
+    kernel, options = KERNELS["decode_combine"], compile_options(TileConfig(16, 16, 4, 1))
+    before = triton.knobs.runtime.jit_cache_hook
+    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=rf"{kernel.__name__}.*graph is captured.*tritonattn\.warmup"):
+        with launch._no_compilation_in_capture(kernel):
+            kernel.warmup(**dict.fromkeys(kernel.arg_names, 1), **options, grid=(1,))
+    assert triton.knobs.runtime.jit_cache_hook is before
+
+
+def test_a_capture_keeps_no_other_thread_from_compiling(monkeypatch):
+    """The hook is one for the whole process, and so is that of whoever put one there before."""
+    triton = pytest.importorskip("triton")
+    from tritonattn.backends.triton import launch
+    from tritonattn.kernels import KERNELS
+
+    capturing, seen = threading.current_thread(), []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: threading.current_thread() is capturing)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **options: seen.append(options))
+    with launch._no_compilation_in_capture(KERNELS["forward"]), ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(triton.knobs.runtime.jit_cache_hook, key="another").result()
+    assert seen == [{"key": "another"}]
+
+
+def test_captures_of_two_threads_leave_no_hook_behind(monkeypatch):
+    triton = pytest.importorskip("triton")
+    from tritonattn.backends.triton import launch
+    from tritonattn.kernels import KERNELS
+
+    begun, before = threading.Event(), triton.knobs.runtime.jit_cache_hook
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    def second() -> None:
+        with launch._no_compilation_in_capture(KERNELS["decode"]):
+            begun.set()
+
+    with launch._no_compilation_in_capture(KERNELS["forward"]):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not begun.wait(0.1), "it waits for the first"
+    thread.join()
+    assert triton.knobs.runtime.jit_cache_hook is before

@@ -1,0 +1,183 @@
+"""Key statistics against their dense definition, at the ends of the number range, under transforms."""
+
+import pytest
+import torch
+
+from tests.support.masks import MASKS, visible_pairs
+from tritonattn.core.statistics import Statistics, key_lengths_of
+from tritonattn.core.visibility import Visibility
+
+B, HQ, HKV, SQ, SK, D = 2, 4, 2, 6, 9, 5
+STATISTICS = ["length_sum", "length_square_sum", "length_max"]
+
+
+def keys(dtype=torch.float64, seed=0):
+    return torch.randn(B, HKV, SK, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        dtype
+    )
+
+
+def statistics_of(k, q_len=SQ, **arguments):
+    return Statistics(k, Visibility.of(torch.empty(k.shape[0], HQ, q_len, D), k, **arguments))
+
+
+def dense(k, visible):
+    """The three statistics by definition, [B, Hq, Sq] fp64."""
+    lengths = k.double().square().sum(-1).sqrt().repeat_interleave(HQ // HKV, 1)
+    shown = torch.where(visible, lengths[:, :, None], 0)
+    return dict(zip(STATISTICS, (shown.sum(-1), shown.square().sum(-1), shown.amax(-1)), strict=True))
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_statistics_are_the_definition(name, dtype):
+    arguments = MASKS[name](B, HQ, SQ, SK)
+    k = keys(dtype)
+    ours = statistics_of(k, **arguments)
+    tolerance = 1e-13 if dtype == torch.float64 else 3e-7
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    for statistic, expected in dense(k, visible_pairs((B, HQ, SQ, SK), **arguments)).items():
+        value = getattr(ours, statistic)
+        assert value.dtype == (torch.float64 if statistic == "length_square_sum" else result)
+        value = value.double().repeat_interleave(HQ // value.shape[1], 1)
+        torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "ranges", "mask", "mask of heads"])
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_gradients(name, statistic):
+    arguments = MASKS[name](B, HQ, SQ, SK)
+    assert torch.autograd.gradcheck(
+        lambda k: getattr(statistics_of(k, **arguments), statistic), keys().requires_grad_()
+    )
+
+
+def test_a_statistic_is_computed_once_and_from_the_overridden_method():
+    class Counted(Statistics):
+        calls = 0
+
+        def _lengths(self):
+            Counted.calls += 1
+            return torch.ones(B, HKV, SK)
+
+    k = keys()
+    ours = Counted(k, Visibility.of(torch.empty(B, HQ, SQ, D), k))
+    assert Counted.calls == 0
+    assert (ours.length_sum == SK).all()
+    assert (ours.length_square_sum == SK).all()
+    assert ours.length_sum is ours.length_sum
+    assert Counted.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "component"),
+    [
+        (torch.float32, 1e30),
+        (torch.bfloat16, 1e30),
+        (torch.float32, 1e-30),
+        (torch.float16, 6e4),
+        (torch.float64, 1e300),
+    ],
+)
+def test_lengths_at_the_ends_of_the_range(dtype, component):
+    k = torch.full((3, 4), component, dtype=dtype, requires_grad=True)
+    lengths = key_lengths_of(k)
+    torch.testing.assert_close(lengths.double(), 2 * k[:, 0].double(), rtol=1e-6, atol=0)
+    lengths.sum().backward()
+    torch.testing.assert_close(k.grad, torch.full_like(k, 0.5))
+
+
+def test_squares_of_huge_keys_fit():
+    k = torch.full((B, HKV, SK, D), 1e30, requires_grad=True)
+    total = statistics_of(k).length_square_sum
+    torch.testing.assert_close(total, torch.full_like(total, SK * D * 1e60), rtol=1e-6, atol=0)
+    total.sqrt().sum().backward()
+    assert k.grad.isfinite().all()
+
+
+def test_the_length_of_a_zero_key_has_gradient_zero():
+    k = keys().requires_grad_()
+    k.data[:, :, 3] = 0
+    lengths = key_lengths_of(k)
+    assert (lengths[:, :, 3] == 0).all()
+    lengths.sum().backward()
+    assert (k.grad[:, :, 3] == 0).all()
+    assert k.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"key_lengths": torch.tensor([5, 7])},
+        {"key_ranges": torch.tensor([[[2, 9]] * SQ, [[4, 9]] * SQ], dtype=torch.int32)},
+        {"mask": torch.arange(SK) < 5},
+    ],
+    ids=str,
+)
+def test_keys_that_no_row_sees_do_not_enter(arguments, junk):
+    unseen = ~visible_pairs((B, HKV, SQ, SK), **arguments).any(-2)
+    clean = keys(torch.float32)
+    dirty = torch.where(unseen[..., None], junk, clean).requires_grad_()
+    for statistic in STATISTICS:
+        ours = getattr(statistics_of(dirty, **arguments), statistic)
+        assert torch.equal(ours, getattr(statistics_of(clean, **arguments), statistic))
+        (gradient,) = torch.autograd.grad(ours.sum(), dirty)
+        assert gradient.isfinite().all()
+        assert (gradient[unseen] == 0).all()
+
+
+def test_a_late_window_over_64k_keys():
+    length, width = 65536, 16
+    k = torch.randn(1, 1, length, 8, generator=torch.Generator().manual_seed(0))
+    visibility = Visibility.of(k, k, causal=True, window=(width - 1, 0))
+    ours = Statistics(k, visibility)
+    windows = k.double().norm(dim=-1).unfold(-1, width, 1)[..., -1000:, :]
+    for statistic, expected in zip(
+        STATISTICS, (windows.sum(-1), windows.square().sum(-1), windows.amax(-1)), strict=True
+    ):
+        error = (getattr(ours, statistic)[..., -1000:] - expected).abs() / expected
+        assert error.max() < 1e-6, statistic
+
+
+def test_causal_sums_over_64k_keys():
+    k = torch.randn(1, 1, 65536, 8, generator=torch.Generator().manual_seed(0))
+    ours = Statistics(k, Visibility.of(k, k, causal=True)).length_sum
+    for row in (0, 1, 999, 40000, 65535):
+        exact = k[:, :, : row + 1].double().norm(dim=-1).sum(-1)
+        torch.testing.assert_close(ours[..., row].double(), exact, rtol=2e-7, atol=0)
+
+
+def test_no_keys_and_no_rows():
+    assert statistics_of(keys()[:, :, :0]).length_sum.tolist() == [[[0.0] * SQ] * HKV] * B
+    assert statistics_of(keys()[:, :, :0]).length_max.tolist() == [[[0.0] * SQ] * HKV] * B
+    assert statistics_of(keys(), q_len=0).length_sum.shape == (B, HKV, 0)
+
+
+def loss_of(k):
+    ours = statistics_of(k, causal=True)
+    return (ours.length_sum + ours.length_square_sum + ours.length_max).square().sum()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted")
+def test_functorch():
+    expected = []
+    for seed in range(3):
+        k = keys(seed=seed).requires_grad_()
+        expected.append(torch.autograd.grad(loss_of(k), k)[0])
+    torch.testing.assert_close(torch.func.grad(loss_of)(keys(seed=0)), expected[0])
+    batch = torch.stack([keys(seed=seed) for seed in range(3)])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss_of))(batch), torch.stack(expected))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, while it traces a Function
+def test_compiled_as_one_graph():
+    k = keys().requires_grad_()
+    expected = torch.autograd.grad(loss_of(k), k)[0]
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(k)
+    torch.testing.assert_close(compiled, loss_of(k))
+    torch.testing.assert_close(torch.autograd.grad(compiled, k)[0], expected)
+
+
+def test_lengths_differentiate_twice():
+    assert torch.autograd.gradgradcheck(key_lengths_of, keys()[:1, :1, :2].requires_grad_())

@@ -1,0 +1,276 @@
+"""Visibility: every question it answers, against the dense definition."""
+
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+
+from tests.support.masks import MASKS, visible_pairs
+from tritonattn.core import ranges
+from tritonattn.core.ranges import prefix_sum
+from tritonattn.core.visibility import Visibility
+
+B, HQ, HKV = 2, 4, 2
+LENGTHS = [(9, 9), (5, 11), (11, 5), (1, 13), (0, 4), (4, 0)]
+
+
+def visibility_of(q_len, k_len, **arguments):
+    q, k = torch.empty(B, HQ, q_len, 1), torch.empty(B, HKV, k_len, 1)
+    return Visibility.of(q, k, **arguments)
+
+
+@pytest.fixture(params=[(name, *lengths) for name in MASKS for lengths in LENGTHS], ids=str)
+def case(request):
+    """A record and its visible pairs [B, Hq, Sq, Sk]."""
+    name, q_len, k_len = request.param
+    sizes = (B, HQ, q_len, k_len)
+    arguments = MASKS[name](*sizes)
+    return visibility_of(q_len, k_len, **arguments), visible_pairs(sizes, **arguments)
+
+
+def per_query_head(x):
+    return x.repeat_interleave(HQ // x.shape[1], 1)
+
+
+def values(k_len, seed=0):
+    return torch.randn(B, HKV, k_len, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_dense_is_the_definition(case):
+    visibility, expected = case
+    assert torch.equal(visibility.dense().expand_as(expected), expected)
+
+
+def test_tiles_are_cut_from_dense(case):
+    visibility, expected = case
+    rows, keys = slice(1, 3), slice(2, 5)
+    tile = visibility.tile(rows, keys)
+    assert torch.equal(tile.expand(B, HQ, -1, -1), expected[:, :, rows, keys])
+
+
+def test_counts(case):
+    visibility, expected = case
+    assert torch.equal(visibility.counts().expand(expected.shape[:-1]), expected.sum(-1).double())
+    assert torch.equal(visibility.seeing_rows().expand(expected.shape[:-1]), expected.any(-1))
+
+
+def test_ranges_are_ordered_and_inside(case):
+    visibility, expected = case
+    lo, hi = visibility.ranges()
+    assert ((0 <= lo) & (lo <= hi) & (hi <= expected.shape[-1])).all()
+    if visibility.key_lengths is None and visibility.key_ranges is None:
+        assert lo.shape[0] == hi.shape[0] == 1
+
+
+def test_seen_keys(case):
+    visibility, expected = case
+    seen = per_query_head(visibility.seen_keys().expand(B, HKV, -1))
+    by_head = expected.any(-2).unflatten(1, (HKV, -1)).any(2, keepdim=True).expand(-1, -1, HQ // HKV, -1)
+    assert torch.equal(seen, by_head.flatten(1, 2))
+
+
+def test_sum_and_its_gradient(case):
+    visibility, expected = case
+    x = values(expected.shape[-1]).requires_grad_()
+    y = visibility.sum(x)
+    dense = torch.where(expected, per_query_head(x)[:, :, None], 0).sum(-1)
+    assert y.dtype == torch.float64
+    assert y.shape[1] == (HQ if visibility.per_query_head else HKV)
+    torch.testing.assert_close(per_query_head(y), dense, rtol=1e-12, atol=1e-12)
+
+    weights = torch.randn(dense.shape, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((z * weights).sum(), x)[0] for z in (per_query_head(y), dense))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_max_and_its_gradient(case):
+    visibility, expected = case
+    k_len = expected.shape[-1]
+    x = values(k_len).mul(2).round().requires_grad_()  # with ties
+    y = visibility.max(x)
+    assert y.shape[1] == (HQ if visibility.per_query_head else HKV)
+
+    padded = torch.nn.functional.pad(
+        x, (0, 1), value=-99
+    )  # a key below all, so that an empty row has a maximum
+    hidden = torch.where(
+        torch.nn.functional.pad(expected, (0, 1), value=True), per_query_head(padded)[:, :, None], -98
+    )
+    first = (hidden == hidden.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
+    dense = torch.where(expected.any(-1), hidden.gather(-1, first).squeeze(-1), 0)
+    assert torch.equal(per_query_head(y), dense)
+
+    weights = torch.randn(dense.shape, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((z * weights).sum(), x)[0] for z in (per_query_head(y), dense))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_properties():
+    assert visibility_of(4, 7).is_full
+    assert not visibility_of(4, 7, causal=True).is_full
+    assert visibility_of(4, 7, window=(-1, None)).is_full
+    assert visibility_of(7, 7, causal=True).is_square_causal
+    assert visibility_of(7, 7, window=(None, 0)).is_square_causal
+    assert not visibility_of(4, 7, causal=True).is_square_causal
+    assert not visibility_of(7, 7, causal=True, window=(3, 0)).is_square_causal
+    assert visibility_of(4, 7, mask=torch.ones(HQ, 1, 7, dtype=torch.bool)).per_query_head
+    assert not visibility_of(4, 7, mask=torch.ones(4, 7, dtype=torch.bool)).per_query_head
+
+
+SIZES = [(q_len, k_len) for q_len in (1, 2, 5) for k_len in (1, 2, 4, 7)]
+SIDES = [None, 0, 1, 3, 6]
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), SIZES)
+def test_what_sizes_tell(q_len, k_len):
+    for left in SIDES:
+        for right in SIDES:
+            for causal in (False, True):
+                visible = visibility_of(q_len, k_len, window=(left, right), causal=causal)
+                dense = visible.dense()
+                assert visible.is_full == dense.all().item(), (left, right, causal)
+                assert visible.sees_every_key == dense.any(-2).all().item(), (left, right, causal)
+
+
+@pytest.mark.parametrize("far", [2**62 - 1, 2**62, sys.maxsize - 3, sys.maxsize, 2**64])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_a_window_of_any_size_does_not_overflow(lengths, far):
+    for window, same in (((far, far), None), ((2, far), (2, None)), ((far, 1), (None, 1))):
+        visible = visibility_of(*lengths, window=window).dense()
+        assert torch.equal(visible, visibility_of(*lengths, window=same).dense())
+
+
+def test_a_window_narrower_than_causal_wins():
+    assert torch.equal(
+        visibility_of(5, 5, causal=True, window=(1, 3)).dense(), visibility_of(5, 5, window=(1, 0)).dense()
+    )
+
+
+def test_values_outside_the_keys_are_clamped():
+    ranges = torch.tensor([[[-5, 99], [3, 1], [-9, -2], [7, 50]]], dtype=torch.int32).expand(B, 4, 2)
+    expected = [[0, 4], [3, 3], [0, 0], [4, 4]]
+    lo, hi = visibility_of(4, 4, key_ranges=ranges).ranges()
+    assert torch.stack([lo, hi], -1)[0].tolist() == expected
+    _, hi = visibility_of(1, 4, key_lengths=torch.tensor([-3, 9])).ranges()
+    assert hi.tolist() == [[0], [4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_bounds_of_dtypes_that_cannot_hold_the_number_of_keys(dtype):
+    """uint8 holds no Sk of 300, int16 no 40,000."""
+    k_len, bounds = (300, [7, 250]) if dtype == torch.uint8 else (40_000, [7, 30_000])
+    visibility = visibility_of(1, k_len, key_ranges=torch.tensor(bounds, dtype=dtype).expand(B, 1, 2))
+    assert torch.stack(visibility.ranges(), -1)[1, 0].tolist() == bounds
+    visibility = visibility_of(1, k_len, key_lengths=torch.tensor(bounds, dtype=dtype))
+    assert visibility.ranges()[1].flatten().tolist() == bounds
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_what_is_handed_out_may_be_written_to(name):
+    visibility = visibility_of(5, 9, **MASKS[name](B, HQ, 5, 9))
+    for ask in (visibility.counts, lambda: visibility.ranges()[0], lambda: visibility.ranges()[1]):
+        before = ask().clone()
+        ask().add_(1)
+        assert torch.equal(ask(), before)
+
+
+def test_ranges_with_a_head_axis():
+    ranges = torch.randint(0, 9, (B, 4, 2), dtype=torch.int32)
+    three, four = (visibility_of(4, 8, key_ranges=r).dense() for r in (ranges, ranges[:, None]))
+    assert torch.equal(three, four)
+
+
+@pytest.mark.parametrize("entries", [1, 2**10, 2**13])
+def test_a_mask_longer_than_a_block_of_rows(monkeypatch, entries):
+    """Blocks of 1, of 18 and of 146 rows."""
+    monkeypatch.setattr(ranges, "_ENTRIES", entries)
+    sizes = (B, HQ, 200, 7)
+    mask = torch.rand(B, HQ, 200, 7, generator=torch.Generator().manual_seed(3)) > 0.5
+    x = values(7).requires_grad_()
+    visibility = visibility_of(200, 7, mask=mask)
+    dense = visible_pairs(sizes, mask=mask)
+    assert torch.equal(visibility.counts(), dense.sum(-1).double())
+    assert torch.equal(visibility.seen_keys(), dense.any(-2).unflatten(1, (HKV, -1)).any(2))
+    y = visibility.sum(x)
+    z = torch.where(dense, per_query_head(x)[:, :, None], 0).sum(-1)
+    torch.testing.assert_close(y, z)
+    torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (y, z)))
+    largest = torch.where(dense, per_query_head(x)[:, :, None], -torch.inf).amax(-1)
+    torch.testing.assert_close(visibility.max(x), torch.where(dense.any(-1), largest, 0))
+
+
+def test_a_mask_that_heads_share_is_not_expanded():
+    q, k = torch.empty(4, 16, 512, 1), torch.empty(4, 16, 512, 1)
+    visibility = Visibility.of(q, k, mask=torch.ones(512, 512, dtype=torch.bool).tril())
+    x = torch.rand(4, 16, 512, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        sums, largest, counts = visibility.sum(x), visibility.max(x), visibility.counts()
+        torch.autograd.grad(sums.sum() + largest.sum(), x)
+    assert counts.shape == (1, 1, 512)
+    taken = max(event.self_cpu_memory_usage for event in record.events())
+    assert 0 < taken <= 8 * ranges._ENTRIES < 8 * 4 * 16 * 256 * 512
+
+
+def test_a_late_window_is_as_exact_as_an_early_one():
+    length = 65536
+    x = torch.rand(1, 1, length, generator=torch.Generator().manual_seed(0)) + 0.5  # fp32
+    q = torch.empty(1, 1, length, 1)
+    y = Visibility.of(q, q, causal=True, window=(15, 0)).sum(x)
+    exact = x.double().unfold(-1, 16, 1).sum(-1)
+    assert ((y[..., 15:] - exact).abs() / exact).max() < 1e-10
+
+
+def test_a_windowed_maximum_over_many_keys():
+    length, width = 5000, 37
+    x = torch.randn(1, 1, length, generator=torch.Generator().manual_seed(0))
+    q = torch.empty(1, 1, length, 1)
+    y = Visibility.of(q, q, causal=True, window=(width - 1, 0)).max(x)
+    assert torch.equal(y[..., width - 1 :], x.unfold(-1, width, 1).amax(-1))
+
+
+def test_prefix_sum_starts_at_zero():
+    assert prefix_sum(torch.tensor([1.0, 2.0, 3.0])).tolist() == [0.0, 1.0, 3.0, 6.0]
+    assert prefix_sum(torch.empty(2, 0)).tolist() == [[0.0], [0.0]]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted")
+@pytest.mark.parametrize("name", ["causal window", "ranges", "mask of heads"])
+def test_functorch(name):
+    sizes = (B, HQ, 5, 7)
+    visibility = visibility_of(5, 7, **MASKS[name](*sizes))
+
+    def loss(x):
+        return visibility.sum(x).square().sum() + visibility.max(x).square().sum()
+
+    batch = torch.stack([values(7, seed) for seed in range(3)])
+    expected = []
+    for x in batch:
+        x = x.clone().requires_grad_()
+        expected.append(torch.autograd.grad(loss(x), x)[0])
+    torch.testing.assert_close(torch.func.grad(loss)(batch[0]), expected[0])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(batch), torch.stack(expected))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_combination_of_ranges(data):
+    q_len, k_len = data.draw(st.integers(0, 12)), data.draw(st.integers(0, 12))
+    side = st.none() | st.integers(0, 14)
+    bound = st.integers(-2, k_len + 2)
+    arguments = {"causal": data.draw(st.booleans()), "window": (data.draw(side), data.draw(side))}
+    if data.draw(st.booleans()):
+        arguments["key_lengths"] = torch.tensor([data.draw(bound) for _ in range(B)])
+    if data.draw(st.booleans()):
+        bounds = [[[data.draw(bound), data.draw(bound)] for _ in range(q_len)] for _ in range(B)]
+        arguments["key_ranges"] = torch.tensor(bounds, dtype=torch.int32).reshape(B, q_len, 2)
+    visibility = visibility_of(q_len, k_len, **arguments)
+    dense = visible_pairs((B, HQ, q_len, k_len), **arguments)
+    x = values(k_len).abs()
+    assert torch.equal(visibility.dense().expand_as(dense), dense)
+    assert torch.equal(visibility.seen_keys().expand(B, 1, -1), dense[:, :1].any(-2))
+    shown = torch.where(dense[:, :HKV], x[:, :, None], 0)
+    torch.testing.assert_close(visibility.sum(x), shown.sum(-1), rtol=1e-12, atol=1e-12)
+    assert torch.equal(visibility.max(x), torch.nn.functional.pad(shown, (0, 1)).amax(-1))

@@ -1,0 +1,121 @@
+"""`tritonattn simulate` as a command: tables, JSON, pictures, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from tritonattn.cli import main as cli
+from tritonattn.lab.simulation import command
+from tritonattn.lab.simulation.plot import density
+
+TINY = ["--modes", "sqrt_dim,key_norm_sum,cosine", "--counts", "2,40", "--dims", "4,6", "--keys", "gaussian,few giants"]
+
+
+@pytest.fixture(autouse=True)
+def few_sequences(monkeypatch):
+    monkeypatch.setattr(command, "_FEW_SETS", 1)
+    monkeypatch.setattr(command, "CONDITIONS", command.CONDITIONS[:2])
+
+
+def simulate(*arguments):
+    return cli.main(["simulate", "--quick", *TINY, *arguments])
+
+
+def test_everything(tmp_path, capsys):
+    file, folder = tmp_path / "a.json", tmp_path / "plots"
+    assert simulate("--json", str(file), "--plot", str(folder), "--seed", "3") == 0
+    printed = capsys.readouterr().out
+    for part in ("32 keys, 500 queries", "entropy / ln n, by number of keys", "by kind of keys; n = 40, d = 4",
+                 "by dimension; gaussian keys, n = 40", "Reach with that gain", "seed 3"):  # fmt: skip
+        assert part in printed
+    record = json.loads(file.read_text())
+    assert record["seed"] == 3
+    assert record["environment"]["torch"] == torch.__version__
+    assert len(record["paper"]) == 6
+    points = record["sweep"]["points"]
+    assert [(x["keys"], x["count"], x["dim"]) for x in points] == [
+        ("gaussian", 2, 4), ("gaussian", 40, 4), ("gaussian", 2, 6), ("gaussian", 40, 6), ("few giants", 2, 4),
+        ("few giants", 40, 4),
+    ]  # fmt: skip
+    for point in points:
+        assert list(point["modes"]) == ["sqrt_dim", "key_norm_sum", "cosine"]
+        for values in point["modes"].values():
+            found = dict(zip(record["sweep"]["measures"], values, strict=True))
+            assert 1 / point["count"] <= found["max_probability"] <= 1
+            assert 0 <= found["relative_entropy"] <= 1
+    judged = {(x["name"], x["mode"]) for x in record["verdict"]}
+    assert judged == set(product(("homogeneous", "counts vary 2-fold"), ("sqrt_dim", "key_norm_sum", "cosine")))
+    names = {"paper_figure_1", "paper_figure_2", "by_count", "by_dim", "by_keys", "two_ways", "verdict"}
+    assert {path.name for path in folder.iterdir()} == {f"{name}.png" for name in names}
+    assert all(path.stat().st_size > 5000 for path in folder.iterdir())
+
+
+def test_a_seed_repeats_itself(tmp_path):
+    records = []
+    for number, seed in enumerate((1, 1, 2)):
+        file = tmp_path / f"{number}.json"
+        assert simulate("--parts", "sweep,paper", "--json", str(file), "--seed", str(seed)) == 0
+        record = json.loads(file.read_text())
+        records.append((record["sweep"], record["paper"]))
+    assert records[0] == records[1]
+    assert records[0] != records[2]
+    assert record["verdict"] == []
+
+
+def test_one_point_has_nothing_to_compare(capsys):
+    assert cli.main(["simulate", "--parts", "sweep", "--counts", "3", "--dims", "2", "--keys", "half zeros"]) == 0
+    printed = capsys.readouterr().out
+    assert "by number of keys; half zeros keys, d = 2" in printed
+    assert "by dimension" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--modes", "sqrt_dim,nope"], ["--modes", "'nope'", "key_norm_sum"]),
+        (["--modes", ","], ["--modes", "nothing"]),
+        (["--parts", "papers"], ["--parts", "'papers'", "paper, sweep, verdict"]),
+        (["--counts", "1"], ["--counts", "from 2 to 1048576", "'1'"]),
+        (["--counts", "8,99999999999"], ["--counts", "'99999999999'"]),
+        (["--seed", "-1"], ["--seed", "-1"]),
+        (["--counts", "8,x"], ["--counts", "'x'"]),
+        (["--counts", ","], ["--counts", "nothing"]),
+        (["--dims", "0"], ["--dims", "from 1", "'0'"]),
+        (["--dims", "-4"], ["--dims", "'-4'"]),
+        (["--keys", "gauss"], ["--keys", "'gauss'", "few giants"]),
+        (["--device", "nowhere"], ["--device", "nowhere"]),
+        (["--json", "/dev/null/a.json"], ["--json", "/dev/null"]),
+        (["--plot", __file__], ["--plot", "test_command.py"]),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_named_before_any_work(arguments, parts, capsys):
+    assert cli.main(["simulate", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for part in ("tritonattn simulate: ", *parts):
+        assert part in captured.err
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("tritonattn.core.command.find_spec", lambda name: None)
+    assert cli.main(["simulate", "--plot", "x"]) == 2
+    message = capsys.readouterr().err
+    assert "simulate needs tabulate, tqdm, matplotlib; to mend it: pip install 'tritonattn[lab]'" in message
+
+
+def test_densities():
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, y = density(values)
+    assert (x[0], x[-1]) == (values.min(), values.max())
+    assert torch.trapezoid(y, x).item() == pytest.approx(1, abs=0.01)
+    torch.testing.assert_close(y, (-x.square() / 2).exp() / math.sqrt(2 * math.pi), rtol=0, atol=0.04)
+    _, flat = density(torch.ones(10, dtype=torch.float64))
+    assert flat.eq(0).all()
+    _, spike = density(torch.cat([torch.zeros(90), torch.ones(10)]).double())  # quartiles alike: the deviation serves
+    assert spike.isfinite().all()
+    assert spike.max() > 1

@@ -1,0 +1,103 @@
+"""The sweep's measures against the formulas, and its samples."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tritonattn import attention
+from tritonattn.lab.simulation.distributions import DISTRIBUTIONS
+from tritonattn.lab.simulation.measures import MEASURES, Measures, Point, Sample, measure, points_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_sum", "cosine", "log_key_count"])
+@pytest.mark.parametrize("keys", ["gaussian", "log-normal", "half zeros"])
+def test_gradients_are_those_of_the_reference(mode, keys):
+    sample = Sample.of(Point(keys, 300, 8), 1, CPU)
+    q, k = sample.q.clone().requires_grad_(), sample.k.clone().requires_grad_()
+    out = attention(q, k, sample.v, scaling=mode, backend="reference")
+    (out * sample.weights).sum().backward()
+    ours = measure(sample, mode)
+    assert ours.q_gradient == pytest.approx(q.grad.norm(dim=-1).mean().item(), rel=1e-9)
+    assert ours.k_gradient == pytest.approx((k.grad.square().sum((1, 2, 3)) / 32).sqrt().mean().item(), rel=1e-9)
+
+
+def test_softmax_measures_follow_from_the_probabilities():
+    sample = Sample.of(Point("gaussian", 40, 8), 0, CPU)
+    p = torch.softmax(sample.q @ sample.k.mT, -1)
+    ours = measure(sample, "none")
+    entropy = torch.special.entr(p).sum(-1) / math.log(40)
+    assert ours.max_probability == pytest.approx(p.amax(-1).mean().item())
+    assert ours.relative_entropy == pytest.approx(entropy.mean().item())
+    assert ours.near_one_hot == pytest.approx((p.amax(-1) > 0.95).double().mean().item())
+    assert ours.near_uniform == pytest.approx((entropy > 0.98).double().mean().item())
+    assert ours.logit_std == pytest.approx((sample.q @ sample.k.mT).std(-1, correction=0).mean().item())
+
+
+def test_a_step_along_the_gradient_moves_the_output_so_much():
+    """q_gradient against a difference of the outputs."""
+    sample = Sample.of(Point("gaussian", 16, 4), 0, CPU)
+    direction, step = sample.q.flip(0), 1e-5
+    q = sample.q.clone().requires_grad_()
+    out = attention(q, sample.k, sample.v, scaling="key_norm_mean")
+    (of_q,) = torch.autograd.grad(out, q, sample.weights)
+    ahead, behind = (
+        attention(sample.q + sign * step * direction, sample.k, sample.v, scaling="key_norm_mean") for sign in (1, -1)
+    )
+    difference = ((ahead - behind) * sample.weights).sum(-1) / (2 * step)
+    torch.testing.assert_close((of_q * direction).sum(-1), difference, rtol=1e-6, atol=1e-8)
+    assert measure(sample, "key_norm_mean").q_gradient == pytest.approx(of_q.norm(dim=-1).mean().item())
+
+
+def test_both_ways_to_vanish():
+    """Sums of lengths: uniform, with a healthy Jacobian. No scaling at d = 256: one-hot, without one."""
+    flat = measure(Sample.of(Point("gaussian", 1024, 64), 0, CPU), "key_norm_sum")
+    assert flat.near_uniform == 1
+    assert flat.jacobian_norm == pytest.approx(1 / 32, rel=0.01)
+    assert flat.gradient_norm < 1e-5
+    assert flat.q_gradient < 1e-4
+    sharp = measure(Sample.of(Point("very large", 1024, 64), 0, CPU), "none")
+    assert sharp.near_one_hot > 0.99
+    assert sharp.jacobian_norm < 1e-3
+    assert sharp.q_gradient < 1e-3
+
+
+@pytest.mark.parametrize(("count", "sets"), [(2, 64), (128, 64), (1024, 8), (5000, 1), (20000, 1)])
+def test_samples(count, sets):
+    sample = Sample.of(Point("gaussian", count, 3), 5, CPU)
+    assert sample.q.shape == sample.weights.shape == (sets, 1, 32, 3)
+    assert sample.k.shape == sample.v.shape == (sets, 1, count, 3)
+    torch.testing.assert_close(sample.weights.norm(dim=-1), torch.ones(sets, 1, 32).double())
+    assert torch.equal(sample.k, Sample.of(Point("gaussian", count, 3), 5, CPU).k)
+    assert not torch.equal(sample.k, Sample.of(Point("gaussian", count, 3), 6, CPU).k)
+
+
+@pytest.mark.parametrize("keys", DISTRIBUTIONS)
+def test_every_kind_of_keys(keys):
+    lengths = Sample.of(Point(keys, 8192, 16), 0, CPU).k.norm(dim=-1) / 4
+    expected = {
+        "gaussian": lambda x: abs(x.mean() - 1) < 0.02 and 0.1 < x.std() < 0.25,
+        "unit sphere": lambda x: (x - 1).abs().max() < 1e-12,
+        "log-normal": lambda x: abs(x.log().mean()) < 0.05 and abs(x.log().std() - 1) < 0.05,
+        "heavy-tailed": lambda x: x.max() > 100 * x.median() and x.max() <= 3e4,
+        "few giants": lambda x: abs((x > 100).double().mean() - 1 / 64) < 0.005 and x[..., 0] > 100,
+        "half zeros": lambda x: abs((x == 0).double().mean() - 0.5) < 0.02,
+        "very large": lambda x: abs(x.mean() / 1e3 - 1) < 0.02,
+        "very small": lambda x: abs(x.mean() / 1e-3 - 1) < 0.02,
+    }
+    assert expected[keys](lengths)
+
+
+def test_points_vary_one_axis_at_a_time_around_the_first():
+    points = points_of((2, 8), (64, 16), ("gaussian", "log-normal"))
+    assert points == [
+        Point(*x) for x in (
+            ("gaussian", 2, 64), ("gaussian", 8, 64), ("gaussian", 2, 16), ("gaussian", 8, 16),
+            ("log-normal", 2, 64), ("log-normal", 8, 64),
+        )
+    ]  # fmt: skip
+    assert MEASURES == tuple(Measures.__dataclass_fields__)

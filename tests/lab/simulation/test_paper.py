@@ -1,0 +1,78 @@
+"""Bernhard's simulation: its values by the formulas of the paper, and the two readings of its figures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tritonattn.lab.simulation import paper
+from tritonattn.lab.simulation.paper import (
+    KEYS,
+    PANELS,
+    QUERIES,
+    component,
+    measures_of,
+    operands,
+    refilled,
+    softmax_of,
+)
+
+CPU = torch.device("cpu")
+DIVISORS = {
+    "none": lambda keys: 1.0,
+    "sqrt_dim": lambda keys: math.sqrt(keys.shape[1]),
+    "key_norm_sum": lambda keys: keys.norm(dim=1).sum(),
+}
+
+
+def by_formula(dim, mode, seed=0):
+    q, k = (x[0, 0] for x in operands(dim, seed, CPU))
+    return torch.softmax(q @ k.T / DIVISORS[mode](k), dim=1)
+
+
+@pytest.mark.parametrize(("dim", "mode"), paper.ROWS)
+def test_probabilities_and_their_measures(dim, mode):
+    expected = by_formula(dim, mode)
+    torch.testing.assert_close(softmax_of(*operands(dim, 0, CPU), mode), expected)
+    ours = measures_of(dim, mode, 0, CPU)
+    assert ours["max_probability"] == pytest.approx(expected.amax(1).mean().item())
+    assert ours["relative_entropy"] == pytest.approx(
+        (torch.special.entr(expected).sum(1) / math.log(KEYS)).mean().item()
+    )
+    assert ours["output_variance"] == pytest.approx(expected.var(1, correction=0).mean().item())
+    assert ours["component_variance"] == pytest.approx(expected[:, 0].var().item())
+    jacobians = torch.diag_embed(expected) - expected[:, :, None] * expected[:, None]
+    assert ours["jacobian_norm"] == pytest.approx(jacobians.norm(dim=(1, 2)).mean().item())
+    divisor = float(DIVISORS[mode](operands(dim, 0, CPU)[1][0, 0]))
+    assert ours["gradient_norm"] == pytest.approx(ours["jacobian_norm"] / divisor)
+
+
+def test_the_setup_is_the_papers():
+    assert [(panel.figure, panel.letter, panel.dim, panel.mode) for panel in PANELS] == [
+        (1, "a", 16, None), (1, "b", 16, "none"), (1, "c", 16, "sqrt_dim"),
+        (2, "a", 256, None), (2, "b", 256, "sqrt_dim"), (2, "c", 256, "key_norm_sum"),
+    ]  # fmt: skip
+    for dim in (16, 256):
+        q, k = operands(dim, 3, CPU)
+        assert (q.shape, k.shape) == ((1, 1, 500, dim), (1, 1, 32, dim))
+        assert abs(q.std() - 1) < 0.05
+        assert not torch.equal(q, operands(dim, 4, CPU)[0])
+        assert torch.equal(q, operands(dim, 3, CPU)[0])
+
+
+def test_what_the_published_package_does_to_rows_and_columns():
+    """R: matrix(apply(queries, 1, f), nrow = 3) of 3 queries and 2 keys, f giving the values of one query."""
+    by_query = torch.tensor([[11, 12], [21, 22], [31, 32]])
+    assert refilled(by_query).tolist() == [[11, 22], [12, 31], [21, 32]]
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: f"{panel.figure}{panel.letter}")
+def test_both_readings_of_a_component(panel):
+    found = component(panel, 0, CPU)
+    q, k = operands(panel.dim, 0, CPU)
+    matrix = (q @ k.mT)[0, 0] if panel.mode is None else by_formula(panel.dim, panel.mode)
+    assert found.values.shape == found.as_published.shape == (QUERIES,)
+    torch.testing.assert_close(found.values, matrix[:, 0])
+    torch.testing.assert_close(found.as_published, matrix.flatten()[:QUERIES])  # queries 1 to 15, and 20 keys of 16

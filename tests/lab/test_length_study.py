@@ -1,0 +1,176 @@
+"""The length study, on a small random model."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+
+from tests.lab.test_demo import subject
+from tritonattn.cli import main as cli
+from tritonattn.core.command import CommandError
+from tritonattn.core.provenance import Environment
+from tritonattn.huggingface import patched
+from tritonattn.lab import length
+from tritonattn.lab.demo.measurement import Subject
+from tritonattn.lab.demo.variants import variant
+from tritonattn.lab.length import VARIANTS
+from tritonattn.lab.length.passes import check_head, losses
+from tritonattn.lab.length.report import Study, difference
+from tritonattn.scaling import LogKeyCount, QwenLogn
+
+MODES = "sqrt_dim,sqrt_dim*1.5,qwen_logn:CONTEXT,log_key_count:32"
+
+
+@pytest.fixture
+def small(monkeypatch) -> Subject:
+    one = subject()  # 64 positions
+    monkeypatch.setattr(length, "load", lambda name, device: one)
+    return one
+
+
+def command(*arguments: str) -> int:
+    return cli.main(["length-study", *arguments])
+
+
+def study(**changes) -> Study:
+    torch.manual_seed(0)
+    base = torch.rand(99) + 1
+    values = {
+        "model": "m", "text": "t", "context": 60, "bin": 20, "losses": {"sqrt_dim": base, "other": base + 0.5},
+        "start": 50, "alone": base[50:] + 0.25, "environment": Environment("p", 1, "3", "2", "0", "c"),
+        "command": "tritonattn length-study", "quick": False, **changes,
+    }  # fmt: skip
+    return Study(**values)
+
+
+def test_the_command_writes_everything_and_goes_on_where_it_was(small, tmp_path, capsys, monkeypatch):
+    arguments = ["--modes", MODES, "--max-tokens", "96", "--out", str(tmp_path)]
+    assert command(*arguments) == 0
+    out = capsys.readouterr().out
+    for part in ("sqrt_dim*1.5", "qwen_logn:64", "log_key_count:32", "tokens 64 to 95", "nothing before 48", "±"):
+        assert part in out
+    record = json.loads((tmp_path / "length.json").read_text())
+    assert (record["context"], record["tokens"], len(record["bins"])) == (64, 96, 24)
+    assert all(len(means) == 24 for means in record["loss"].values())
+    assert (tmp_path / "length.png").read_bytes().startswith(b"\x89PNG")
+    assert patched(small.model) is None
+
+    passes = []
+    monkeypatch.setattr(length, "losses", lambda s, tokens, one: passes.append(one.name) or losses(s, tokens, one))
+    lines = (tmp_path / "losses.jsonl").read_text().splitlines()
+    kept = [line for line in lines if "qwen_logn" not in line]
+    (tmp_path / "losses.jsonl").write_text("\n".join([*kept, lines[3][:50]]))  # killed while it wrote
+    assert command(*arguments) == 0
+    assert passes == ["qwen_logn:64"]
+    assert capsys.readouterr().out == out
+
+
+def test_losses_are_those_of_all_logits(small):
+    tokens = torch.randint(61, (1, 300), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = small.model(tokens).logits
+    wanted = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none")
+    torch.testing.assert_close(losses(small, tokens, variant("sqrt_dim", 64)), wanted, rtol=1e-4, atol=1e-4)
+    hotter = losses(small, tokens, variant("sqrt_dim*2", 64))
+    assert (hotter - wanted).abs().max() > 0.1
+
+
+def test_no_more_logits_than_a_few_rows_exist_at_a_time(small):
+    shapes = []
+    small.model.lm_head.register_forward_hook(lambda module, arguments, output: shapes.append(output.shape[0]))
+    losses(small, torch.ones(1, 700, dtype=torch.int64), variant("sqrt_dim", 64))
+    assert sum(shapes) == 699
+    assert max(shapes) <= 256
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "scaling", "gain"),
+    [
+        ("sqrt_dim", "sqrt_dim", "sqrt_dim", None),
+        ("sqrt_dim*1.08", "sqrt_dim*1.08", "sqrt_dim", 1.08),
+        ("qwen_logn:CONTEXT", "qwen_logn:8192", QwenLogn(8192), None),
+        ("log_key_count:512*.5", "log_key_count:512*.5", LogKeyCount(512), 0.5),
+    ],
+)
+def test_variants(text, name, scaling, gain):
+    one = variant(text, 8192)
+    assert (one.name, one.scaling, one.gain) == (name, scaling, gain)
+
+
+def test_the_default_variants_exist():
+    assert len([variant(text, 8192) for text in VARIANTS]) >= 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--modes", "sqrt_dim,no_such"], ["--modes", "'no_such'", "llama4"]),
+        (["--modes", "sqrt_dim:7"], ["--modes", "base", "'sqrt_dim:7'"]),
+        (["--modes", "qwen_logn:many"], ["--modes", "'qwen_logn:many'"]),
+        (["--modes", "qwen_logn:0"], ["--modes", "'qwen_logn:0'"]),
+        (["--modes", "sqrt_dim*1.2.3"], ["--modes", "'sqrt_dim*1.2.3'"]),
+        (["--max-tokens", "1"], ["--max-tokens", "at least 2"]),
+        (["--bin", "0"], ["--bin", "at least 2"]),
+        (["--text", "/no/such/file"], ["--text", "/no/such/file"]),
+        (["--device", "no_such_device"], ["--device", "no_such_device"]),
+        (["--out", __file__], ["--out", "folder"]),
+    ],
+)
+def test_wrong_usage_is_named_before_a_model_is_loaded(arguments, parts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(length, "load", lambda *_: pytest.fail("loaded"))
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    assert command(*arguments, *out) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for part in parts:
+        assert part in captured.err
+
+
+def test_a_short_text_is_used_and_said_to_be_short(small, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("some words " * 5)
+    assert command("--text", str(tmp_path / "text.txt"), "--modes", "sqrt_dim", "--out", str(tmp_path / "out")) == 0
+    assert "text.txt has 55 tokens, less than the 96 wanted" in capsys.readouterr().err
+    (tmp_path / "text.txt").write_text("a")
+    assert command("--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")) == 2
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused():
+    one = subject()
+    one.model.config.final_logit_softcapping = 30.0
+    with pytest.raises(CommandError, match="final_logit_softcapping"):
+        check_head(one)
+    headless = Subject("m", transformers.LlamaModel(one.model.config), None, torch.device("cpu"))
+    headless.model.config.final_logit_softcapping = None
+    with pytest.raises(CommandError, match="LlamaModel"):
+        check_head(headless)
+
+
+def test_the_table_holds_means_and_paired_differences():
+    one = study()
+    base = one.baseline
+    lines = one.table().splitlines()
+    assert f"{base[:29].mean():.4f}" in lines[2]
+    assert f"{base[59:].mean() + 0.5:.4f}" in lines[3]
+    assert lines[3].count("+0.5000 ± 0.0000 *") == 3
+    assert "+0.2500 ± 0.0000 *" in lines[4]
+
+
+def test_bins_cover_every_token_once():
+    bins = study().bins()
+    assert [n for lo, hi in bins for n in range(lo, hi)] == list(range(1, 100))
+    table = study().by_position().splitlines()
+    assert len(table) == 2 + len(bins)
+    assert table[3].split()[1:6] == ["20", "to", "39", "|", f"{study().baseline[19:39].mean():.3f}"]
+    record = study().record()
+    assert record["loss"]["sqrt_dim"][1] == pytest.approx(float(study().baseline[19:39].mean()), abs=1e-4)
+
+
+def test_the_interval_of_a_difference():
+    values = torch.tensor([0.1, 0.3, 0.2, 0.4], dtype=torch.float64)
+    half = 1.96 * math.sqrt(0.05 / 3) / 2
+    assert difference(values) == f"+0.2500 ± {half:.4f} *"
+    assert "*" not in difference(values - 0.25)

@@ -1,0 +1,185 @@
+"""The command train-compare: files, tables, intervals, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn", reason="pip install 'tritonattn[lab]'")
+
+from scipy import stats
+
+from tritonattn.cli import main as cli
+from tritonattn.core.provenance import Environment
+from tritonattn.lab import training
+from tritonattn.lab.training import report
+from tritonattn.lab.training.interval import Interval
+from tritonattn.lab.training.records import Recipe, Run, RunsFile, read
+
+ENVIRONMENT = Environment("a processor", 1, "3.11", "2.13", "0.1.0", "abc")
+RECIPE = Recipe("adamw", 1e-2, 0.01, 3, 4)
+
+
+def a_run(mode: str = "sqrt_dim", seed: int = 0, metric: float = 0.9, **changes) -> Run:
+    own = Run(
+        task="digits", mode=mode, seed=seed, recipe=RECIPE, environment=ENVIRONMENT, command="c", date="2026-01-01",
+        status="trained", quick=False, data="d", seconds=1.0, steps=[1, 2], train_loss=[2.0, 1.0],
+        held_out_loss=[2.0, 1.5], gradients={"a qk": [0.1, 0.2], "a vo": [1.0, 1.0]}, entropy={"a": [0.9, 0.5]},
+        steps_to_target=2, metrics={"accuracy": metric},
+    )  # fmt: skip
+    return replace(own, **changes)
+
+
+def command(*arguments: str) -> int:
+    return cli.main(["train-compare", *arguments])
+
+
+def test_the_command_writes_everything_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+    arguments = ["--tasks", "digits", "--modes", "sqrt_dim,power_law", "--seeds", "2", "--steps", "2"]
+    arguments += ["--out", str(tmp_path)]
+    assert command(*arguments) == 0
+    out = capsys.readouterr().out
+    for part in ("sqrt_dim", "power_law", "accuracy", "±", "exponent of n", "nearest mode", "2 seeds"):
+        assert part in out
+    assert (tmp_path / "runs.md").read_text() == out
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    runs = read(tmp_path / "runs-digits.jsonl")
+    assert [(run.seed, run.mode) for run in runs] == [(s, m) for s in (0, 1) for m in ("sqrt_dim", "power_law")]
+    assert runs[0].environment.torch == torch.__version__
+    assert runs[0].command
+
+    trained = []
+    real = training.train
+    monkeypatch.setattr(training, "train", lambda one, tick: trained.append((one.seed, one.mode)) or real(one, tick))
+    lines = (tmp_path / "runs-digits.jsonl").read_text().splitlines()
+    torn = "\n".join([*lines[:2], lines[2][:40]])  # killed while it wrote the third
+    (tmp_path / "runs-digits.jsonl").write_text(torn)
+    assert command(*arguments) == 0
+    assert trained == [(1, "sqrt_dim"), (1, "power_law")]
+    captured = capsys.readouterr()
+    assert captured.out == out
+    assert "skipped" in captured.err
+
+
+def test_a_grid_of_optimizers(tmp_path, capsys, monkeypatch):
+    assert [len(rates) * len(decays) for rates, decays in training._GRID.values()] == [6, 6]
+    monkeypatch.setattr(training, "_GRID", {"adamw": ((1e-2,), (0.0, 0.1)), "sgd": ((0.1,), (0.0,))})
+    assert command("--tasks", "digits", "--grid", "--steps", "1", "--out", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    for part in ("sgd", "adamw", "learning rate", "weight decay", "is best with"):
+        assert part in out
+    assert len(read(tmp_path / "grid-digits.jsonl")) == 2 * 2 * 3
+
+
+def test_a_quick_run_says_that_it_means_nothing(tmp_path, capsys):
+    arguments = ["--quick", "--tasks", "digits", "--modes", "sqrt_dim", "--steps", "1", "--out", str(tmp_path)]
+    assert command(*arguments) == 0
+    assert "means" not in capsys.readouterr().out.split("mean anything")[1].splitlines()[0]
+    assert all(run.quick for run in read(tmp_path / "runs-digits.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--tasks", "digits,chess"], ["--tasks", "'chess'", "recall"]),
+        (["--tasks", ","], ["--tasks", "nothing"]),
+        (["--modes", "sqrt_dim,no_such_mode"], ["--modes", "'no_such_mode'", "key_norm_mean"]),
+        (["--modes", "ssmax+gain"], ["--modes", "'ssmax+gain'"]),
+        (["--modes", ","], ["--modes", "nothing"]),
+        (["--seeds", "1"], ["--seeds", "at least 2", "got 1"]),
+        (["--steps", "0"], ["--steps", "at least 1", "got 0"]),
+        (["--grid", "--modes", "sqrt_dim"], ["--grid", "two", "got 1"]),
+        (["--device", "no_such_device"], ["--device", "no_such_device"]),
+        (["--out", __file__], ["--out", "folder"]),
+    ],
+)
+def test_wrong_usage_is_named(arguments, parts, tmp_path, capsys):
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    assert command(*arguments, *out) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for part in parts:
+        assert part in captured.err
+
+
+def test_a_missing_extra_is_named():
+    code = """
+import sys
+from tritonattn import command
+command.find_spec = lambda name: None
+from tritonattn.cli import main
+sys.exit(main(["train-compare"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "sklearn" in done.stderr
+    assert "pip install 'tritonattn[lab]'" in done.stderr
+
+
+def test_data_that_differs_between_modes_fails_the_command(capsys):
+    assert training._same_data([a_run(), a_run("power_law")])
+    assert not training._same_data([a_run(), a_run("power_law", data="e")])
+    assert "power_law and sqrt_dim saw different data" in capsys.readouterr().err
+    assert training._same_data([a_run(), a_run("power_law", seed=1, data="e")])
+
+
+def test_the_interval_is_students():
+    values = [0.91, 0.93, 0.88, 0.97, 0.90]
+    own = Interval.of(values)
+    low, high = stats.t.interval(0.95, 4, loc=own.mean, scale=stats.sem(values))
+    assert (own.mean - own.half, own.mean + own.half) == pytest.approx((low, high), rel=1e-12)
+    assert Interval.of([1.0, 3.0]).half == pytest.approx(12.706, abs=1e-3)  # t's quantile 0.975, 1 degree of freedom
+    assert Interval.of([2.0]).text() == "2.000 ± ?"
+    assert not Interval.of([-1.0, 3.0]).excludes_zero
+    assert Interval.of([2.9, 3.0]).excludes_zero
+
+
+def test_differences_are_paired_by_seed():
+    runs = [a_run(seed=seed, metric=x) for seed, x in enumerate((0.5, 0.7, 0.9))]
+    runs += [a_run("power_law", seed, x + 0.01 + 0.001 * seed) for seed, x in enumerate((0.5, 0.7, 0.9))]
+    row = next(line for line in report.comparison(runs).splitlines() if "power_law" in line)
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3] == "+0.011 ± 0.002 *"
+    assert cells[2].startswith("0.711 ± ")
+
+
+def test_a_diverged_run_is_counted_and_left_out_of_means():
+    lost = a_run(seed=1, status="diverged", metrics={}, held_out_loss=[None, None], steps_to_target=None)
+    row = report.comparison([a_run(), lost]).splitlines()[2]
+    assert "1 of 2" in row
+    assert "0.900 ± ?" in row
+    assert "2 (1 of 2)" in row
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "wanted"),
+    [(0.1, -0.1, "sqrt_dim"), (-0.9, 0.0, "key_count"), (-0.4, 0.1, "sqrt_key_count"), (0.1, -0.8, "key_norm_mean"),
+     (-1.1, -0.9, "key_norm_sum")],
+)  # fmt: skip
+def test_the_nearest_named_mode(count, length, wanted):
+    assert report.nearest_point(count, length)[0] == wanted
+
+
+def test_exponents_are_shown_beside_the_nearest_mode():
+    scaling = {"a": {"theta": [0.1, 0.3], "count_exponent": [-1.0, -0.9], "length_exponent": [0.0, 0.1]}}
+    text = report.exponents([a_run("power_law", scaling=scaling), a_run()])
+    assert "-0.95 (-1.00 to -0.90)" in text
+    assert "key_count" in text
+    assert report.exponents([a_run()]) == ""
+
+
+def test_a_record_survives_its_file_and_what_is_not_finite_becomes_null(tmp_path):
+    file = RunsFile(tmp_path / "runs.jsonl")
+    run = a_run(held_out_loss=[2.0, float("nan")], status="diverged")
+    file.append(run)
+    (line,) = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert json.loads(line)["held_out_loss"] == [2.0, None]
+    (again,) = read(tmp_path / "runs.jsonl")
+    assert again == replace(run, held_out_loss=[2.0, None])
+    assert RunsFile(tmp_path / "runs.jsonl").get(run.key) == again
+    assert RunsFile(tmp_path / "runs.jsonl").get(replace(run, environment=replace(ENVIRONMENT, commit="x")).key) is None

@@ -1,0 +1,224 @@
+"""Training runs: the same weights and data for every mode, the same trace again, and what they observe."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn", reason="pip install 'tritonattn[lab]'")
+
+from tritonattn.lab.training import trainer
+from tritonattn.lab.training.models import Attentions, Rotary, Sizes
+from tritonattn.lab.training.modes import MODES, build
+from tritonattn.lab.training.observe import attentions, entropies, gradient_norms
+from tritonattn.lab.training.records import Recipe
+from tritonattn.lab.training.tasks import IGNORED, TASKS, loss_of
+from tritonattn.lab.training.tasks.spell import WORDS, spelled
+from tritonattn.lab.training.trainer import Assignment, fresh_model, train
+from tritonattn.nn import PerHead, ScaledAttention
+
+CPU = torch.device("cpu")
+
+
+def assignment(task: str = "digits", mode: str = "sqrt_dim", seed: int = 0, **recipe) -> Assignment:
+    own = Recipe("adamw", 1e-2, 0.01, steps=3, batch=4)
+    return Assignment(TASKS[task](), mode, seed, replace(own, **recipe), CPU, quick=True)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_mode_starts_from_the_same_weights_and_gets_the_same_batches(task, monkeypatch):
+    seen = {}
+    for mode in ("sqrt_dim", "key_count+gain", "power_law"):
+        one = assignment(task, mode, steps=2)
+        batches, own = [], one.task.batch
+
+        def batch(size, random, batches=batches, own=own):
+            batches.append(own(size, random))
+            return batches[-1]
+
+        monkeypatch.setattr(one.task, "batch", batch)
+        trace = train(one)
+        weights = {name: p for name, p in fresh_model(one).named_parameters() if ".scaling." not in name}
+        seen[mode] = weights, batches, trace.data
+    (weights, batches, data), *others = seen.values()
+    for other_weights, other_batches, other_data in others:
+        assert weights.keys() == other_weights.keys()
+        assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+        for a, b in zip(batches, other_batches, strict=True):
+            assert torch.equal(a.target, b.target)
+            assert all(torch.equal(a.inputs[name], b.inputs[name]) for name in a.inputs)
+        assert data == other_data
+    other_seed = assignment(task, seed=1)
+    assert not torch.equal(next(fresh_model(other_seed).parameters()), next(iter(weights.values())))
+    assert not torch.equal(other_seed.task.batch(4, torch.Generator().manual_seed(1)).target, batches[0].target)
+
+
+@pytest.mark.parametrize("mode", ["sqrt_dim", "power_law"])
+def test_a_run_repeats_itself_to_the_bit(mode):
+    first, again = (train(assignment("recall", mode)) for _ in range(2))
+    first.seconds = again.seconds = 0.0
+    assert first == again
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_default_mode_trains(mode):
+    trace = train(replace(assignment(mode=mode, steps=8, batch=32), observations=4))
+    assert trace.status == "trained"
+    assert trace.train_loss[-1] < trace.train_loss[0]
+    assert trace.steps == [2, 4, 6, 8]
+
+
+def test_a_run_that_diverges_says_so_and_stops():
+    trace = train(assignment(optimizer="sgd", learning_rate=1e30, steps=40))
+    assert trace.status == "diverged"
+    assert trace.metrics == {}
+    assert len(trace.steps) < 20
+
+
+def test_steps_to_the_target_are_the_first_at_or_below_it(monkeypatch):
+    one = assignment(steps=6, batch=32)
+    trace = train(one)
+    below = trace.held_out_loss[3]
+    monkeypatch.setattr(one.task, "target", below)
+    first = next(step for step, loss in zip(trace.steps, trace.held_out_loss, strict=True) if loss <= below)
+    assert train(one).steps_to_target == first
+    monkeypatch.setattr(one.task, "target", 0.0)
+    assert train(one).steps_to_target is None
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [trainer._rate(step, 100) for step in range(100)]
+    assert rates[9] == max(rates) == 1
+    assert all(a < b for a, b in pairwise(rates[:10]))
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert rates[99] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_parameters_of_scalings_are_not_decayed():
+    model = fresh_model(assignment(mode="ssmax"))
+    decayed, kept = trainer._optimizer(model, Recipe("adamw", 1.0, 0.5, 1, 1)).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.5, 0.0)
+    assert not [names[id(p)] for p in decayed["params"] if ".scaling." in names[id(p)]]
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+def test_entropies_against_a_dense_computation():
+    torch.manual_seed(0)
+    layer = ScaledAttention(16, 2, scaling="none")
+    x, lengths = 3 * torch.randn(2, 5, 16), torch.tensor([5, 3])
+    with entropies(torch.nn.Sequential(layer)) as found:
+        layer(x, key_lengths=lengths)
+    q, k, _ = layer.operands(x)
+    logits = (q @ k.mT).detach().masked_fill(torch.arange(5) >= lengths[:, None, None, None], -math.inf)
+    entropy = torch.special.entr(logits.softmax(-1)).sum(-1) / lengths[:, None, None].log()
+    assert found["0"] == pytest.approx(float(entropy.mean()), abs=1e-5)
+    layer(x)  # no hook is left
+    assert list(found) == ["0"]
+
+
+def test_gradient_norms_by_layer_and_part():
+    model = fresh_model(assignment("spell"))
+    batch = TASKS["spell"]().held_out()
+    loss_of(model(**batch.inputs), batch.target).backward()
+    norms = gradient_norms(model)
+    assert list(attentions(model)) == ["encoder.0.attention", "decoder.0.attention", "decoder.0.cross"]
+    assert len(norms) == 6
+    cross = model.get_submodule("decoder.0.cross")
+    wanted = torch.cat([cross.q_proj.weight.grad.flatten(), cross.k_proj.weight.grad.flatten()]).norm()
+    assert norms["decoder.0.cross qk"] == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["key_count+gain", "log_key_count", "ssmax", "qwen_logn"])
+def test_a_row_of_as_many_keys_as_in_training_starts_as_sqrt_dim(mode):
+    x = torch.randn(1, 10, 16)
+    torch.manual_seed(0)
+    base = ScaledAttention(16, 2)
+    torch.manual_seed(0)
+    other = ScaledAttention(16, 2, scaling=build(mode, 2, 8, keys=10))
+    torch.testing.assert_close(other(x), base(x))
+
+
+def test_a_gain_makes_a_sum_of_lengths_their_mean():
+    scaling = build("key_norm_sum+gain", 2, 8, keys=10)
+    assert isinstance(scaling, PerHead)
+    x = torch.randn(1, 10, 16)
+    torch.manual_seed(0)
+    ours = ScaledAttention(16, 2, scaling=scaling)
+    torch.manual_seed(0)
+    mean = ScaledAttention(16, 2, scaling="key_norm_mean")
+    torch.testing.assert_close(ours(x), mean(x))
+
+
+def test_rotary_logits_depend_on_distances_only():
+    torch.manual_seed(0)
+    layer = Rotary(16, 2)
+    x = torch.randn(16).expand(1, 30, 16)
+    q, k, _ = layer.operands(x)
+    logits = q @ k.mT
+    torch.testing.assert_close(logits[..., 20:, 20:], logits[..., :10, :10], rtol=1e-4, atol=1e-5)
+    assert (logits[0, 0, 0] - logits[0, 0, 0, 0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "zero"), (7, "seven"), (13, "thirteen"), (40, "forty"), (85, "eighty five"), (100, "one hundred"),
+        (1407, "one thousand four hundred seven"), (20000, "twenty thousand"), (300001, "three hundred thousand one"),
+        (999999, "nine hundred ninety nine thousand nine hundred ninety nine"),
+    ],
+)  # fmt: skip
+def test_numbers_are_spelled(number, words):
+    assert " ".join(spelled(number)) == words
+    assert set(spelled(number)) <= set(WORDS)
+
+
+def test_no_held_out_number_is_trained_on_and_lengths_vary():
+    task, random = TASKS["spell"](), torch.Generator().manual_seed(0)
+
+    def numbers(batch) -> list[int]:
+        rows = zip(batch.inputs["source"].tolist(), batch.inputs["lengths"].tolist(), strict=True)
+        return [int("".join(map(str, digits[:length]))) for digits, length in rows]
+
+    trained, held_out = numbers(task.batch(2000, random)), numbers(task.held_out())
+    assert {n % 11 for n in held_out} == {3}
+    assert 3 not in {n % 11 for n in trained}
+    assert {len(str(n)) for n in trained} == {len(str(n)) for n in held_out} == set(range(1, 7))
+
+
+def test_what_is_held_out_of_the_book_and_of_the_digits_is_not_trained_on():
+    text, held_out = TASKS["text"]().bytes
+    assert text.shape[0] + held_out.shape[0] > 140_000
+    assert held_out.shape[0] == pytest.approx(text.shape[0] / 9, rel=1e-3)
+    (images, _), (others, _) = TASKS["digits"]().parts
+    assert (images.shape[0], others.shape[0]) == (1348, 449)
+
+
+def test_a_table_has_each_key_once_and_is_asked_for_keys_inside_its_length():
+    task = TASKS["recall"]()
+    batch = task.batch(20, torch.Generator().manual_seed(0))
+    keys, values, lengths, asked = (batch.inputs[name] for name in ("keys", "values", "lengths", "asked"))
+    assert keys.min() >= 0
+    assert keys.max() == 15
+    assert len(set(lengths.tolist())) > 5
+    for row in range(20):
+        table = [tuple(key) for key in keys[row].tolist()]
+        assert len(set(table)) == len(table) == 64
+        found = [table.index(tuple(key)) for key in asked[row].tolist()]
+        assert max(found) < lengths[row]
+        assert [values[row, i].item() for i in found] == batch.target[row].tolist()
+
+
+def test_targets_that_are_ignored_do_not_count():
+    logits, target = torch.randn(1, 3, 5), torch.tensor([[2, IGNORED, 1]])
+    wanted = torch.nn.functional.cross_entropy(logits[0, [0, 2]], target[0, [0, 2]])
+    torch.testing.assert_close(loss_of(logits, target), wanted)
+
+
+def test_attentions_make_a_scaling_of_its_own_for_every_layer():
+    make = Attentions("power_law", Sizes(width=16, heads=2))
+    assert make(8).scaling is not make(8).scaling

@@ -1,0 +1,257 @@
+"""The operators: schema, fake kernels, gradients, and what must be refused loudly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import opcheck
+
+from tritonattn import ops
+from tritonattn.backends import cpu as blockwise
+from tritonattn.core.call import ForwardResult, Gradients, Needs
+from tritonattn.core.ranges import argmax_over_ranges, prefix_sum
+from tritonattn.core.statistics import Statistics, key_lengths_of
+from tritonattn.core.visibility import Visibility
+from tritonattn.ops import attend, key_statistics
+
+from .support.calls import CALLS, example
+from .support.masks import MASKS
+
+FIELDS = Gradients._fields
+
+
+def differentiable(call) -> dict[str, Tensor]:
+    return {name: getattr(call, name) for name in FIELDS if getattr(call, name) is not None}
+
+
+def loss(result: ForwardResult) -> Tensor:
+    return result.out.square().sum() + result.lse.clamp(min=-50).sin().sum()
+
+
+# opcheck's own, from torch 2.15 on
+opcheck_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@opcheck_reads_grad
+@pytest.mark.parametrize(("aux", "keep_rounding"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("case", CALLS)
+def test_forward_passes_opcheck(case, aux, keep_rounding):
+    flat = attend._Flat.of(example(**CALLS[case]), "sdpa", aux, keep_rounding)
+    opcheck(torch.ops.tritonattn.forward.default, tuple(flat))
+
+
+@pytest.mark.parametrize("keep_rounding", [False, True])
+@pytest.mark.parametrize("case", CALLS)
+def test_backward_passes_opcheck(case, keep_rounding):
+    call = example(**CALLS[case])
+    flat = attend._Flat.of(call, "sdpa", False, keep_rounding)
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in flat]
+    out, lse, *_ = (x if x is None else x.detach() for x in ops.attention(call, "sdpa", False))
+    present = [x is not None for x in flat[: len(FIELDS)]]
+    for needs in (present, [present[0], False, *present[2:]]):
+        rounding = torch.zeros_like(out) if keep_rounding else None
+        arguments = (*detached, out, lse, rounding, torch.ones_like(out), None, needs)
+        opcheck(torch.ops.tritonattn.backward.default, arguments)
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_gradients_agree_with_finite_differences(case):
+    call = example(**CALLS[case], dims=(3, 2))
+    leaves = differentiable(call)
+
+    def function(*values: Tensor):
+        result = ops.attention(replace(call, **dict(zip(leaves, values, strict=True))), "sdpa", False)
+        return result.out, result.lse.clamp(min=-50)
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_the_operator_itself_differentiates(case):
+    call = example(**CALLS[case])
+    leaves = tuple(differentiable(call).values())
+    wanted = torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), leaves)
+    out, lse, *_ = torch.ops.tritonattn.forward(*attend._Flat.of(call, "sdpa", False, True))
+    result = ForwardResult(out, lse)
+    for ours, expected in zip(torch.autograd.grad(loss(result), leaves), wanted, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("asked", FIELDS)
+def test_only_gradients_that_are_asked_for_are_computed(asked, monkeypatch):
+    call = example(causal=True, sinks=True)
+    call = replace(call, **{name: getattr(call, name).detach() for name in FIELDS if name != asked})
+    seen = []
+    backward = blockwise.backward
+
+    def watched(*arguments):
+        seen.extend(x for x in arguments if isinstance(x, Needs))
+        return backward(*arguments)
+
+    monkeypatch.setattr(blockwise, "backward", watched)
+    loss(ops.attention(call, "sdpa", False)).backward()
+    assert seen == [Needs(*(name == asked for name in FIELDS))]
+    assert [name for name in FIELDS if getattr(call, name).grad is not None] == [asked]
+
+
+def test_nothing_is_kept_without_gradients():
+    call = example(causal=True)
+    with torch.no_grad():
+        assert ops.attention(call, "sdpa", False).out.grad_fn is None
+
+
+def test_strided_and_expanded_gradients():
+    call = example(window=(2, 1))
+    result = ops.attention(call, "sdpa", False)
+    leaves = tuple(differentiable(call).values())
+    base = torch.randn(6, 5, 4, 2, dtype=torch.float64)
+    for d_out in (torch.ones((), dtype=torch.float64).expand_as(result.out), base.permute(3, 2, 1, 0)):
+        strided = torch.autograd.grad(result.out, leaves, d_out, retain_graph=True)
+        dense = torch.autograd.grad(result.out, leaves, d_out.contiguous(), retain_graph=True)
+        for ours, expected in zip(strided, dense, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_lse_alone_has_a_gradient():
+    call = example(causal=True)
+    leaves = tuple(differentiable(call).values())
+    alone = torch.autograd.grad(ops.attention(call, "sdpa", False).lse.clamp(min=-50).sum(), leaves)
+    result = ops.attention(call, "sdpa", False)
+    both = torch.autograd.grad(result.lse.clamp(min=-50).sum() + 0 * result.out.sum(), leaves)
+    for ours, expected in zip(alone, both, strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert not alone[FIELDS.index("v")].any()
+    assert alone[FIELDS.index("q")].any()
+
+
+def test_max_logit_and_entropy_have_none():
+    result = ops.attention(example(), "sdpa", True)
+    assert result.lse.requires_grad
+    assert not result.max_logit.requires_grad
+    assert not result.entropy.requires_grad
+
+
+@pytest.mark.parametrize("changed", ["q", "k", "v", "query_scale", "key_scale", "sinks", "mask", "out"])
+def test_a_saved_tensor_changed_in_place_is_noticed(changed):
+    call = example(mask=torch.ones(5, 7).bool(), sinks=True)
+    copies = {name: x.clone() for name, x in differentiable(call).items()}
+    call = replace(call, **copies)
+    result = ops.attention(call, "sdpa", False)
+    objective = loss(result)
+    tensor = {"mask": call.visibility.mask, "out": result.out}.get(changed)
+    tensor = copies[changed] if tensor is None else tensor
+    with torch.no_grad():
+        tensor.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        objective.backward()
+
+
+@pytest.mark.parametrize("case", ["causal scales", "ranges", "mask sinks"])
+def test_gradients_of_gradients_are_refused(case):
+    call = example(**CALLS[case])
+    (d_q,) = torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), call.q, create_graph=True)
+    torch.testing.assert_close(d_q.detach(), torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), call.q)[0])
+    with pytest.raises(RuntimeError, match="gradients of gradients are not supported"):
+        d_q.sum().backward()
+
+    def first(q: Tensor) -> Tensor:
+        inner = torch.func.grad(lambda x: loss(ops.attention(replace(call, q=x), "sdpa", False)))
+        return inner(q).square().sum()
+
+    with pytest.raises(RuntimeError, match="gradients of gradients are not supported"):
+        torch.func.grad(first)(call.q.detach())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_forward_mode_is_refused():
+    call = example()
+    tangent = torch.ones_like(call.q)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda q: ops.attention(replace(call, q=q), "sdpa", False).out, (call.q,), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        ops.attention(replace(call, q=forward_ad.make_dual(call.q.detach(), tangent)), "sdpa", False)
+
+
+def test_autocast_does_not_reach_into_a_backend():
+    call = example(causal=True)
+    call = replace(call, **{name: x.detach().float().requires_grad_() for name, x in differentiable(call).items()})
+    leaves = tuple(differentiable(call).values())
+    wanted = torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), leaves)
+    for x, expected in zip(ours, wanted, strict=True):
+        assert torch.equal(x, expected)
+
+
+# The pass over the keys, with torch in the kernels' place.
+
+
+def _key_lengths_backward(k, seen, lengths, d_lengths, added=None):
+    rate = torch.where(lengths > 0, d_lengths / lengths.clamp(min=1e-30), 0)
+    d_k = torch.where((lengths > 0)[..., None], rate[..., None] * k, 0)
+    return (d_k if added is None else d_k + added).to(k.dtype).contiguous()
+
+
+@pytest.fixture
+def torch_kernels(monkeypatch):
+    kernels = SimpleNamespace(
+        key_lengths=lambda k, seen: key_lengths_of(k, seen).detach(), prefix_sums=prefix_sum,
+        argmax_over_ranges=argmax_over_ranges, seen_keys=Visibility.seen_keys,
+        key_lengths_backward=_key_lengths_backward,
+    )  # fmt: skip
+    monkeypatch.setattr(key_statistics, "_kernels", lambda: kernels)
+
+
+@opcheck_reads_grad
+@pytest.mark.usefixtures("torch_kernels")
+@pytest.mark.parametrize("seen", [None, torch.arange(7)[None, None] < torch.tensor([3, 7])[:, None, None]])
+def test_key_lengths_pass_opcheck(seen):
+    k = torch.randn(2, 2, 7, 8, requires_grad=True)
+    opcheck(torch.ops.tritonattn.key_lengths.default, (k, seen))
+    lengths = key_lengths_of(k, seen).detach()
+    arguments = (k.detach(), seen, lengths, torch.randn_like(lengths))
+    opcheck(torch.ops.tritonattn.key_lengths_backward.default, arguments)
+    opcheck(torch.ops.tritonattn.prefix_sums.default, (lengths,))
+    lo, hi = torch.tensor([[[0, 2, 5]], [[1, 1, 0]]]), torch.tensor([[[7, 4, 5]], [[7, 2, 0]]])
+    opcheck(torch.ops.tritonattn.argmax_over_ranges.default, (lengths, lo, hi))
+
+
+@pytest.mark.usefixtures("torch_kernels")
+@pytest.mark.parametrize("mask", MASKS)
+def test_key_statistics_of_the_kernels_and_of_torch_agree(mask):
+    results = []
+    for kind in (Statistics, ops.KernelStatistics):
+        k = torch.randn(2, 2, 7, 8, generator=torch.Generator().manual_seed(0))
+        k[0, 0, 2] = 0
+        k.requires_grad_()
+        visibility = Visibility.of(torch.empty(2, 4, 5, 8), k, **MASKS[mask](2, 4, 5, 7))
+        statistics = kind(k, visibility)
+        values = (statistics.length_sum, statistics.length_square_sum, statistics.length_max)
+        sum((x.double() * torch.arange(5)).sum() for x in values).backward()
+        results.append((*values, k.grad))
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == expected.dtype
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert not results[1][-1][0, 0, 2].any()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
+@pytest.mark.usefixtures("torch_kernels")
+def test_key_statistics_under_transforms_and_compilers():
+    q = torch.empty(2, 4, 5, 8)
+    k = torch.randn(3, 2, 2, 7, 8, generator=torch.Generator().manual_seed(0))
+
+    def objective(k: Tensor) -> Tensor:
+        statistics = ops.KernelStatistics(k, Visibility.of(q, k, causal=True))
+        return (statistics.length_sum.double() * statistics.length_square_sum).sum()
+
+    one_by_one = torch.stack([torch.func.grad(objective)(x) for x in k])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(objective))(k), one_by_one)
+    leaf = k[0].clone().requires_grad_()
+    torch.compile(objective, fullgraph=True, backend="aot_eager")(leaf).backward()
+    torch.testing.assert_close(leaf.grad, one_by_one[0])

@@ -1,0 +1,309 @@
+"""tritonattn::decode under opcheck, torch.compile, torch.func and fake tensors; and what attention_decode refuses."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import tritonattn
+from tests.support.caches import GrowingCache, sequences
+from tests.support.watch import Watch
+from tritonattn import KeyStatistics, attention_decode, ops
+from tritonattn.core.decode_call import Cache, DecodeCall
+from tritonattn.ops.decode import _Flat
+
+pytestmark = [  # torch's own, while it traces and compiles
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script"),
+]
+
+
+def _grown(page=None, dtype=torch.float32, statistics=True):
+    q, k, v = sequences(dtype)
+    cache = GrowingCache(k, v, 24, page, statistics)
+    cache.write([9, 20])
+    return cache.newest(q, 3), cache
+
+
+def _call(page, **options) -> DecodeCall:
+    query, cache = _grown(page)
+    arguments = cache.arguments()
+    record = Cache(arguments["k_cache"], arguments["v_cache"], arguments["key_lengths"], arguments.get("block_table"))
+    return DecodeCall(query, record, 0.3, **options)
+
+
+OPTIONS = {
+    "plain": {},
+    "window and softcap": {"left": 4, "softcap": 2.0},
+    "scales and sinks": {
+        "query_scale": torch.randn(2, 4, 3),
+        "key_scale": torch.randn(2, 2, 32),
+        "sinks": torch.randn(4),
+    },
+}
+
+
+@pytest.mark.parametrize("aux", [False, True])
+@pytest.mark.parametrize("page", [None, 16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_opcheck(options, page, aux):
+    call = _call(page, **OPTIONS[options])
+    if call.key_scale is not None and page is None:
+        call = DecodeCall(call.q, call.cache, 0.3, call.query_scale, call.key_scale[..., :24], sinks=call.sinks)
+    opcheck(torch.ops.tritonattn.decode.default, tuple(_Flat.of(call, "sdpa", aux)))
+
+
+@pytest.mark.parametrize("page", [None, 16])
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "log_key_count", "key_norm_rms", "key_norm_max", "cosine"])
+@pytest.mark.parametrize("statistics", [True, False])
+def test_compile_in_one_graph(scaling, page, statistics):
+    query, cache = _grown(page, statistics=statistics)
+    arguments = {"scaling": scaling, "window": (12, None), "return_aux": True, **cache.arguments()}
+
+    def step(query, arguments):
+        return attention_decode(query, **arguments)
+
+    torch._dynamo.reset()
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(query, arguments)
+    expected = step(query, arguments)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_compiled_step_appends_and_decodes_without_recompiling():
+    q, k, v = sequences(torch.float32)
+    cache = GrowingCache(k, v, 24)
+    record = KeyStatistics(2, 2, 24)
+    compiles = []
+
+    def backend(graph, example):
+        compiles.append(graph)
+        return graph
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def step(query, key, k_cache, v_cache, key_lengths):
+        record.append(key)
+        return attention_decode(
+            query, k_cache, v_cache, key_lengths=key_lengths, scaling="key_norm_mean", statistics=record
+        )
+
+    torch._dynamo.reset()
+    expected = tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True)
+    for _ in range(4):
+        cache.write(1)
+        found = step(cache.newest(q, 1), cache.newest(k, 1), cache.k, cache.v, cache.lengths)
+        torch.testing.assert_close(found, cache.newest(expected, 1))
+    assert len(compiles) == 1
+
+
+@pytest.mark.slow
+def test_inductor():
+    query, cache = _grown(16)
+    arguments = {"scaling": "key_norm_l2", **cache.arguments()}
+    torch._dynamo.reset()
+    found = torch.compile(lambda query: attention_decode(query, **arguments), fullgraph=True)(query)
+    torch.testing.assert_close(found, attention_decode(query, **arguments))
+
+
+def test_vmap_over_queries():
+    query, cache = _grown()
+    queries = torch.stack([query, -query])
+    found = torch.vmap(lambda query: attention_decode(query, **cache.arguments(), scaling="cosine"))(queries)
+    expected = [attention_decode(x, **cache.arguments(), scaling="cosine") for x in queries]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_sum", "key_norm_max", "cosine"])
+def test_a_step_with_statistics_copies_no_cache(scaling):
+    """Pages stay where they are: nothing outside the operator is as large as the keys."""
+    query, cache = _grown(16)
+    arguments = cache.arguments()
+    arguments |= {name: arguments[name].repeat(1, 1, 1, 8) for name in ("k_cache", "v_cache")}
+    query = query.repeat(1, 1, 1, 8)
+    with Watch() as watch:
+        attention_decode(query, **arguments, scaling=scaling)
+    gathered = 2 * 2 * cache.capacity * query.shape[3] * 4
+    assert watch.calls["tritonattn::decode"] == 1
+    assert watch.largest < gathered
+
+
+def _refused(error, message, page=None, **changes):
+    query, cache = _grown(page)
+    arguments = {"q": query, **cache.arguments(), **changes}
+    with pytest.raises(error, match=re.escape(message)):
+        attention_decode(**arguments)
+
+
+def _ones(*shape, dtype=torch.float32):
+    return torch.ones(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": None}, TypeError, "q: expected a tensor [B, Hq, Sq, D], got NoneType"),
+        ({"q": _ones(2, 4, 8)}, ValueError, "q: expected 4 axes [B, Hq, Sq, D], got 3 in [2, 4, 8]"),
+        ({"q": _ones(2, 4, 17, 8)}, ValueError, "q: expected Sq of 1 to 16, got 17; for more rows: attention"),
+        ({"q": _ones(2, 4, 0, 8)}, ValueError, "q: expected Sq of 1 to 16, got 0"),
+        ({"q": _ones(2, 0, 1, 8)}, ValueError, "k_cache: expected a number of heads that divides q's 0, got 2"),
+        ({"q": _ones(2, 3, 1, 8)}, ValueError, "k_cache: expected a number of heads that divides q's 3, got 2"),
+        ({"q": _ones(2, 4, 1, 7)}, ValueError, "k_cache: expected q's head_dim 7, got 8"),
+        ({"q": _ones(3, 4, 1, 8)}, ValueError, "k_cache: expected q's batch size 3, got 2"),
+        ({"q": _ones(2, 4, 1, 8).half()}, TypeError, "q, k_cache, v_cache: expected one dtype, got torch.float16"),
+        ({"k_cache": _ones(2, 2, 24, 8).to("meta")}, ValueError, "k_cache: expected q's device cpu, got meta"),
+        ({"v_cache": _ones(2, 2, 23, 6)}, ValueError, "v_cache: expected k_cache's [2, 2, 24], got [2, 2, 23, 6]"),
+        ({"v_cache": _ones(2, 2, 24, 0)}, ValueError, "expected head_dim of at least 1, got 8 in q and 0 in v_cache"),
+        ({"key_lengths": [9, 20]}, TypeError, "key_lengths: expected a tensor [B], got list"),
+        ({"key_lengths": _ones(2)}, TypeError, "key_lengths: expected an integer dtype, got torch.float32"),
+        ({"key_lengths": torch.tensor([9])}, ValueError, "key_lengths: expected shape [B] = [2], got [1]"),
+        ({"key_lengths": torch.tensor([9, 25])}, ValueError, "expected values in [0, capacity = 24], got 25"),
+        ({"key_lengths": torch.tensor([10, 20])}, ValueError, "(append first), got 9 of 10 in sequence 0"),
+        ({"statistics": "mean"}, TypeError, "statistics: expected a KeyStatistics, got str 'mean'"),
+        ({"statistics": KeyStatistics(2, 2, 25)}, ValueError, "[B, Hkv, capacity] = [2, 2, 24], got [2, 2, 25]"),
+        ({"statistics": KeyStatistics(2, 2, 24, device="meta")}, ValueError, "statistics: expected q's device cpu"),
+        (
+            {"statistics": KeyStatistics(2, 2, 24, dtype=torch.float64)},
+            TypeError,
+            "statistics: expected dtype torch.float32 for q of torch.float32, got torch.float64",
+        ),
+        ({"window": (-2, 0)}, ValueError, "window: expected sides of at least 0"),
+        ({"softcap": 0.0}, ValueError, "softcap: expected a number above 0, got 0.0"),
+        ({"sinks": _ones(3)}, ValueError, "sinks: expected shape [Hq] = [4], got [3]"),
+        ({"backend": "flash"}, ValueError, "backend: expected one of auto, triton, sdpa, reference, got 'flash'"),
+        ({"scaling": "sqrt"}, ValueError, "scaling: expected one of"),
+        ({"gain": _ones(4)}, ValueError, "gain: expected a shape that says its axis"),
+        ({"q": _ones(2, 4, 1, 8).requires_grad_()}, NotImplementedError, "q: attention_decode has no gradient"),
+        ({"k_cache": _ones(2, 2, 24, 8).requires_grad_()}, NotImplementedError, "k_cache: attention_decode has no"),
+        ({"v_cache": _ones(2, 2, 24, 6).requires_grad_()}, NotImplementedError, "v_cache: attention_decode has no"),
+        ({"gain": _ones(4, 1).requires_grad_()}, NotImplementedError, "gain: attention_decode has no gradient"),
+        ({"sinks": _ones(4).requires_grad_()}, NotImplementedError, "sinks: attention_decode has no gradient"),
+        ({"scaling": _ones(4, 1).requires_grad_()}, NotImplementedError, "scaling: attention_decode has no gradient"),
+    ],
+)
+def test_refused_arguments(changes, error, message):
+    _refused(error, message, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"block_table": _ones(2, 2)}, TypeError, "block_table: expected torch.int32, got torch.float32"),
+        (
+            {"block_table": _ones(3, 2, dtype=torch.int32)},
+            ValueError,
+            "block_table: expected [B, max_pages] = [2, max_pages], got [3, 2]",
+        ),
+        (
+            {"block_table": torch.tensor([[0, 1], [7, 1]], dtype=torch.int32)},
+            ValueError,
+            "block_table: expected pages in [0, N = 7) up to key_lengths, got 7",
+        ),
+        ({"k_cache": _ones(7, 9, 2, 8), "v_cache": _ones(7, 9, 2, 6)}, ValueError, "pages of at least 16 keys, got 9"),
+        ({"block_table": _ones(2, 0, dtype=torch.int32)}, ValueError, "k_cache: expected a capacity of at least 1 key"),
+    ],
+)
+def test_refused_pages(changes, error, message):
+    _refused(error, message, page=16, **changes)
+
+
+def test_a_scaling_with_a_parameter_is_refused_while_gradients_are_recorded():
+    class Learned(tritonattn.Scaling):
+        def __init__(self):
+            self.parameter = torch.ones((), requires_grad=True)
+
+        def scales(self, q, k, visibility, statistics):
+            return tritonattn.Scales(1.0, query=self.parameter)
+
+    _refused(NotImplementedError, "scaling: attention_decode has no gradient", scaling=Learned())
+    query, cache = _grown()
+    with torch.no_grad():
+        assert not attention_decode(query, **cache.arguments(), scaling=Learned()).requires_grad
+
+
+def test_the_operator_itself_has_no_gradient():
+    call = _call(None)
+    flat = _Flat.of(call, "sdpa", False)._replace(q=call.q.requires_grad_())
+    out = torch.ops.tritonattn.decode.default(*flat)[0]
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        out.sum().backward()
+
+
+def test_lengths_and_pages_that_are_not_read_are_clamped():
+    """As on a GPU: through the operator, below the checks."""
+    call = _call(16)
+    cache = call.cache
+    wild = Cache(cache.k, cache.v, torch.tensor([-5, 1 << 40]), torch.full_like(cache.block_table, 1 << 30))
+    out = ops.decode(DecodeCall(call.q, wild, 0.3), "sdpa", aux=False).out
+    assert (out == 0).all()  # no keys; and keys and values of zeros
+    query, cache = _grown()
+    keys, values = (x.nan_to_num(0.5) for x in (cache.k, cache.v))
+    lengths = torch.tensor([-5, 1 << 40])
+    found = ops.decode(DecodeCall(query, Cache(keys, values, lengths), 0.3, left=6), "sdpa", aux=False).out
+    expected = attention_decode(
+        query, keys, values, key_lengths=torch.tensor([0, 24]), scaling=0.3, window=(6, None)
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected)
+
+
+def test_pages_that_no_row_looks_into_may_be_given_away():
+    """Those before the window, and behind the lengths."""
+    q, k, v = sequences(length=50)
+    cache = GrowingCache(k, v, 64, page=16)
+    cache.write([40, 50])
+    arguments = cache.arguments() | {"window": (5, None)}
+    expected = attention_decode(q[:, :, :2], **arguments)
+    table = arguments["block_table"].clone()
+    table[:, :2] = -1
+    assert torch.equal(attention_decode(q[:, :, :2], **arguments | {"block_table": table}), expected)
+    table[:, 2] = -1
+    for dtype in (torch.int64, torch.uint8):  # of which a length less rows and window may be no number
+        lengths = arguments["key_lengths"].to(dtype)
+        with pytest.raises(ValueError, match="block_table: expected pages in"):
+            attention_decode(q[:, :, :2], **arguments | {"block_table": table, "key_lengths": lengths})
+
+
+def test_the_first_page_of_a_window_must_be_there():
+    """Row 0 of 2, with 40 keys, sees those from 38 - left on; page 1 holds the keys 16 to 31."""
+    q, k, v = sequences(batch=1, length=40)
+    cache = GrowingCache(k, v, 64, page=16)
+    cache.write([40])
+    arguments = cache.arguments()
+    expected = attention_decode(q[:, :, :2], **arguments, window=(6, None))
+    arguments["block_table"] = arguments["block_table"].clone()
+    arguments["block_table"][:, :2] = -1
+    assert torch.equal(attention_decode(q[:, :, :2], **arguments, window=(6, None)), expected)
+    with pytest.raises(ValueError, match="block_table: expected pages in"):
+        attention_decode(q[:, :, :2], **arguments, window=(7, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
+def test_a_window_that_reaches_before_the_first_key_begins_there(dtype):
+    q, k, v = sequences(batch=1)
+    cache = GrowingCache(k, v, 64, page=16)
+    cache.write([3])
+    arguments = cache.arguments() | {"key_lengths": cache.lengths.to(dtype)}
+    arguments["block_table"] = torch.full_like(arguments["block_table"], -1)
+    with pytest.raises(ValueError, match="block_table: expected pages in"):
+        attention_decode(q[:, :, :2], **arguments, window=(5, None))
+
+
+def test_lazily_negated_sinks():
+    """Their memory holds the negatives of their values."""
+    q, k, v = sequences(dtype=torch.float32)
+    cache = GrowingCache(k, v, 24)
+    cache.write([10, 20])
+    sinks = torch.tensor([1.0, -2.0, 3.0, 0.5])
+    negated = torch.complex(sinks, -sinks).conj().imag
+    assert negated.is_neg()
+    found, expected = (attention_decode(q[:, :, :2], **cache.arguments(), sinks=x) for x in (negated, sinks))
+    torch.testing.assert_close(found, expected)
+
+
+def test_empty_batches():
+    q, k, v = sequences(batch=0)
+    cache = GrowingCache(k, v, 24, statistics=True)
+    for backend in ("auto", "reference"):
+        found = attention_decode(q[:, :, :2], **cache.arguments(), scaling="key_norm_mean", backend=backend)
+        assert found.shape == (0, 4, 2, 6)

@@ -1,0 +1,53 @@
+"""Machines for the commands. Imports are inside, since triton may be missing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    """The folder of the user's tables; none is shipped."""
+    from tritonattn.backends.triton import launch
+    from tritonattn.cli import tune as commands
+    from tritonattn.tuning import cache_dir, lookup
+
+    from .stubs import FakeCompiler
+
+    (tmp_path / "shipped").mkdir()
+    monkeypatch.setattr(cache_dir, "shipped_tables", lambda: tmp_path / "shipped")
+    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "user"))
+    monkeypatch.setattr(commands, "Compiler", FakeCompiler)
+    monkeypatch.setattr(launch, "interpreting", False)
+    lookup.forget()
+    yield tmp_path / "user" / "autotune"
+    lookup.forget()
+
+
+@pytest.fixture
+def on_h100(user, monkeypatch):
+    """A machine with an H100 on which every search finds BEST; it fills the list of keys searched for."""
+    from tritonattn.cli import tune as commands
+    from tritonattn.tuner.search import Result
+    from tritonattn.tuner.timing import Timing
+    from tritonattn.tuning.config import Target
+    from tritonattn.tuning.defaults import default_config
+    from tritonattn.tuning.table import Entry
+
+    from .stubs import BEST, H100
+
+    searched = []
+
+    def search(key, configs, target, device, effort, dtypes):
+        assert set(configs) <= {BEST}
+        assert dtypes == (torch.bfloat16,)
+        searched.append(key)
+        before, timing = default_config(key.kernel, key.problem, target), Timing(1.0, 0.9, 1.1, 20)
+        return Result(key, before, Timing(2.0, 1.9, 2.1, 20), Entry(BEST, "measured", {"milliseconds": 1.0}), timing)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: H100))
+    monkeypatch.setattr(commands, "search", search)
+    return searched

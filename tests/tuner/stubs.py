@@ -1,0 +1,39 @@
+"""What the commands are run with in these tests: a compiler that compiles nothing, and a few keys."""
+
+from __future__ import annotations
+
+from tritonattn.cli import main as cli
+from tritonattn.tuner.gate import Candidate
+from tritonattn.tuner.machine_code import MachineCode, MmaLoop
+from tritonattn.tuning.config import Target, TileConfig
+from tritonattn.tuning.table import Key
+
+ONE = ["tune", "--static", "a100", "--kernels", "forward", "--head-dims", "64", "--lengths", "long"]
+KEYS = [Key("forward", 64, scales, "long") for scales in ("none", "query", "query+key")]
+BEST = TileConfig(64, 64, 4, 2)
+H100 = Target("cuda", "90", "NVIDIA H100 80GB HBM3")
+SEARCH = ["tune", *ONE[3:]]
+
+
+class FakeCompiler:
+    """Only BEST passes the gate."""
+
+    def __init__(self, target, workers):
+        self.target = target
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def examine(self, wanted, progress=None):
+        loop = MmaLoop({"tensor": 1, "exp": 1}, packed=0, tiles=1, flops=64 * 64 * 256, shared_bytes=1024)
+        code = MachineCode(128, 0, 32768, 0, 0, (loop,))
+        return [Candidate(config, code, () if config == BEST else ("spills",)) for _, _, config in wanted]
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err

@@ -1,0 +1,224 @@
+"""`tritonattn tune`, `configs` and `env`: what they write, keep, print and refuse. Nothing is compiled or timed."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tritonattn.backends.triton import launch
+from tritonattn.tuner import environment, in_use
+from tritonattn.tuner.gate import Candidate
+from tritonattn.tuner.static import keys
+from tritonattn.tuning import cache_dir, lookup
+from tritonattn.tuning.config import Target, TileConfig
+from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, read_table, write_table
+
+from .stubs import BEST, H100, KEYS, ONE, FakeCompiler, run
+
+
+def test_without_a_gpu_it_says_so_and_offers_another_way(user, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    status, _, err = run(capsys, "tune")
+    assert status == 2
+    assert "expected a GPU, found none" in err
+    assert "--static" in err
+    assert "h100" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--static", "h1000"], "--static: expected a100, a10"),
+        (["--static", ","], "--static: expected a100, a10"),
+        (["--workers", "-1"], "--workers: expected at least 1, got -1"),
+        (["--budget", "nan"], "--budget: expected minutes, got nan"),
+        (["--kernels", "forwards"], "--kernels: expected forward, grad_key_value, grad_query, decode, got 'forwards'"),
+        (["--head-dims", "63"], "--head-dims: expected 64, 80"),
+        (["--dtypes", "fp8"], "--dtypes: expected bf16, fp16"),
+        (["--lengths", "huge"], "--lengths: expected short, long"),
+    ],
+)
+def test_unknown_names(arguments, message, user, capsys):
+    status, _, err = run(capsys, "tune", *arguments)
+    assert status == 2
+    assert message in err
+
+
+@pytest.mark.parametrize("name", ["h1000", "all", ""])
+def test_configs_of_no_gpu(name, capsys):
+    status, _, err = run(capsys, "configs", "--gpu", name)
+    assert status == 2
+    assert "configs: --gpu: expected a100, a10, l40s, h100, h200" in err
+    assert err.endswith(f"sm_90, ...; got {name!r}\n")
+
+
+@pytest.mark.parametrize("arguments", [ONE, ["tune"]], ids=["static", "timed"])
+def test_the_interpreter_is_not_tuned(arguments, user, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "interpreting", True)
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "TRITON_INTERPRET=1" in err
+    assert not user.exists()
+
+
+def test_a_machine_that_compiles_nothing_writes_nothing(user, monkeypatch, capsys):
+    def examine(self, wanted, progress=None):
+        return [Candidate(config, None, ("does not compile: no nvdisasm",)) for _, _, config in wanted]
+
+    monkeypatch.setattr(FakeCompiler, "examine", examine)
+    status, _, err = run(capsys, *ONE)
+    assert status == 2
+    assert "sm_80: no config passes; forward/64/none/long" in err
+    assert "no nvdisasm" in err
+    assert not (user / "a100.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [ONE, ["tune", *ONE[3:]]], ids=["static", "timed"])
+def test_a_compiler_that_is_killed(arguments, on_h100, monkeypatch, capsys):
+    def examine(self, wanted, progress=None):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(FakeCompiler, "examine", examine)
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "--workers" in err
+
+
+def test_a_list_with_spaces(user, capsys):
+    status, _, _ = run(capsys, "tune", "--static", "a100, h100", *ONE[3:])
+    assert status == 0
+    assert {path.name for path in user.iterdir()} == {"a100.json", "h100.json"}
+
+
+def test_a_static_table_is_written_for_the_user(user, capsys):
+    status, out, _ = run(capsys, *ONE)
+    assert status == 0
+    table = read_table(user / "a100.json")
+    assert {key: entry.config for key, entry in table.entries.items()} == dict.fromkeys(KEYS, BEST)
+    assert table.kernels == kernels_fingerprint()
+    assert "64 x 64, 4 warps, 2 stages" in out
+    content = (user / "a100.json").read_bytes()
+    run(capsys, *ONE)
+    assert (user / "a100.json").read_bytes() == content
+
+
+def test_it_is_shipped_if_that_is_asked_for(user, tmp_path, capsys):
+    run(capsys, *ONE, "--write")
+    assert (tmp_path / "shipped" / "a100.json").exists()
+    assert not user.exists()
+
+
+def test_a_gpu_that_is_named_twice_is_one(user, capsys):
+    """By its name, and by its architecture with all that share it."""
+    _, out, _ = run(capsys, "tune", "--static", "rtx_5090,sm_120,a10,rtx_5090", *ONE[3:])
+    found = [line.partition(":")[0] for line in out.splitlines() if line.endswith(" entries")]
+    assert found == [str(user / f"{name}.json") for name in ("rtx_5090", "rtx_pro_6000", "a10")]
+
+
+def test_a_config_that_changes_is_shown_with_the_one_before(user, capsys):
+    write_table(
+        user / "a100.json",
+        Table(
+            "a100",
+            Target("cuda", "80"),
+            kernels_fingerprint(),
+            dict(zip(KEYS, (Entry(TileConfig(128, 32, 8, 3), "static", {}), Entry(BEST, "static", {})), strict=False)),
+        ),
+    )
+    _, out, _ = run(capsys, *ONE)
+    rows = [line.rstrip(" |").split("| ")[-1] for line in out.splitlines() if line.startswith("| forward")]
+    assert rows == ["was 128 x 32, 8 warps, 3 stages", "static", "static"]
+
+
+def test_what_was_measured_and_what_was_not_asked_for_is_kept(user, capsys):
+    measured = Entry(TileConfig(128, 64, 4, 2), "measured", {"milliseconds": 1.0})
+    other = Key("decode", 64, "none", "long")
+    before = {KEYS[0]: measured, other: Entry(TileConfig(16, 64, 4, 2), "static", {})}
+    write_table(user / "a100.json", Table("a100", Target("cuda", "80"), kernels_fingerprint(), before))
+    run(capsys, *ONE)
+    entries = read_table(user / "a100.json").entries
+    assert set(entries) == {*KEYS, other}
+    assert entries[KEYS[0]] == measured
+    assert entries[KEYS[1]].config == BEST
+
+
+def test_a_table_of_other_kernels_is_replaced(user, capsys):
+    stale = {Key("decode", 64, "none", "long"): Entry(TileConfig(16, 64, 4, 2), "measured", {})}
+    write_table(user / "a100.json", Table("a100", Target("cuda", "80"), "0" * 16, stale))
+    _, out, _ = run(capsys, *ONE)
+    assert "not kept:" in out
+    assert "of other kernels" in out
+    assert set(read_table(user / "a100.json").entries) == set(KEYS)
+
+
+def test_a_folder_that_cannot_be_written(user, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "file"))
+    status, _, err = run(capsys, *ONE)
+    assert status == 2
+    assert "cannot write" in err
+    assert "$TRITONATTN_CACHE_DIR" in err
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(user, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setattr(cache_dir, "shipped_tables", lambda: tmp_path / "file")
+    monkeypatch.setattr(FakeCompiler, "examine", lambda *_: pytest.fail("compiled"))
+    status, _, err = run(capsys, *ONE, "--write")
+    assert status == 2
+    assert f"cannot write {tmp_path / 'file' / 'a100.json'}" in err
+    assert "without --write" in err
+    assert "$TRITONATTN_CACHE_DIR" not in err
+
+
+def test_a_budget_of_tables(user, capsys):
+    status, out, _ = run(capsys, *ONE, "--budget", "0")
+    assert status == 0
+    assert "the budget of 0 minutes is spent: nothing is compiled from sm_80 on" in out
+    assert not list(user.iterdir())
+
+
+def test_configs_says_where_each_comes_from(user, capsys):
+    entries = {Key("forward", 64, "none", "long"): Entry(BEST, "static", {})}
+    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))
+    status, out, _ = run(capsys, "configs", "--gpu", "h100")
+    assert status == 0
+    lines = {line.split("|")[1].strip(): line for line in out.splitlines()[2:]}
+    assert set(lines) == set(map(str, keys()))
+    assert "h100.json, static" in lines["forward/64/none/long"]
+    assert "default" in lines["forward/64/none/short"]
+
+
+def test_env_says_which_tables_are_in_use(on_h100, user, monkeypatch):
+    entries = {Key("forward", 64, "none", "long"): Entry(BEST, "static", {})}
+    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))
+    (user / "h100.json").with_name("note.txt").write_text("", encoding="utf-8")
+    found = in_use.tables(H100)
+    assert found[str(user / "h100.json")] == f"1 entries, 1 of {len(list(keys()))} in use"
+    (user / "h100.json").write_text(json.dumps({"schema_version": 9}), encoding="utf-8")
+    lookup.forget()
+    with pytest.warns(UserWarning, match="skips a table"):
+        found = in_use.tables(H100)
+    assert "skipped" in found[str(user / "h100.json")]
+    assert "expected 1, got 9" in found[str(user / "h100.json")]
+
+
+def test_env_without_triton(monkeypatch):
+    monkeypatch.setattr(environment, "find_spec", lambda name: None)
+    facts = environment.environment()
+    assert facts["kernels run"] == "never: triton is not installed"
+    assert facts["torch"] == torch.__version__
+
+
+def test_env_is_for_a_report(capsys):
+    status, out, _ = run(capsys, "env")
+    assert status == 0
+    for fact in ("tritonattn: ", f"torch: {torch.__version__}", "kernels run: ", "user cache: ", "GPU"):
+        assert fact in out
+    assert os.environ.get("HOME", "/") in out

@@ -1,0 +1,103 @@
+"""The model that ranks configs, against sums by hand and what has to hold for any kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tritonattn.tuner.gate import Candidate, modelled_clocks
+from tritonattn.tuner.machine_code import MachineCode, MmaLoop
+from tritonattn.tuner.model import RATES, Rates, cycles, programs_per_sm, utilisation
+from tritonattn.tuning.config import Problem, Target, TileConfig
+
+SM_80, GFX942 = Target("cuda", "80"), Target("hip", "gfx942")
+PROBLEM = Problem(64, 64, torch.bfloat16, right=True)
+CONFIG = TileConfig(128, 64, 8, 2)
+# On an A100 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
+LOOP = MmaLoop({"tensor": 100, "exp": 50, "integer": 150}, packed=0, tiles=1, flops=2048 * 1000, shared_bytes=0)
+# Of its units that to memory takes longest, by far.
+LOADS = MmaLoop({"tensor": 1, "exp": 1, "integer": 1}, packed=0, tiles=1, flops=2048, shared_bytes=0)
+
+
+def clocks(loop, config=CONFIG, kernel="forward", target=SM_80, processors=108, registers=128, short=False):
+    code = MachineCode(registers, 0, 49152, 0, 0, None if loop is None else (loop,))
+    return modelled_clocks(kernel, replace(PROBLEM, short=short), Candidate(config, code, ()), target, processors)
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "tensor_memory", "warps", "wanted"),
+    [
+        ("80", 128, 0, 0, 4, 4),
+        ("80", 33, 0, 0, 4, 12),  # 40 registers a thread, as they are given out
+        ("80", 32, 83968, 0, 4, 1),  # half of it, but for 1 KiB
+        ("86", 16, 0, 0, 8, 6),
+        ("80", 16, 0, 0, 1, 32),
+        ("100", 32, 0, 256, 4, 2),
+    ],
+)
+def test_programs_that_a_multiprocessor_holds(arch, registers, shared, tensor_memory, warps, wanted):
+    assert programs_per_sm(RATES[arch], registers, shared, tensor_memory, warps) == wanted
+
+
+def test_clocks_of_every_unit():
+    mix = {"tensor": 2, "exp": 3, "fp32": 4, "multiply": 5, "compare": 6, "convert": 7, "integer": 8}
+    rates = Rates("card", tensor=1024, fp32=64, shared_memory=0, warps=64, programs=32)
+    bounds = cycles(MmaLoop(mix, packed=1, tiles=1, flops=8192, shared_bytes=1280), rates, warps=4)
+    assert bounds == {"tensor": 8, "exp": 24, "fp32": 20, "integer": 42, "issue": 35, "shared": 10}
+    assert utilisation(bounds, 4096, rates) == pytest.approx(4 / 42)
+
+
+def test_clocks_of_a_call():
+    """8,192 programs, 2 to a processor: 38 waves of 128 iterations, of whose other units 4 warps a scheduler hide."""
+    assert clocks(LOOP) == pytest.approx(38 * 2 * 128 * (1000 + (800 + 600) / 4))
+    alone = replace(CONFIG, num_stages=1)
+    assert clocks(LOOP, alone) == pytest.approx(38 * 2 * 128 * (1000 + (800 + 600) / 4 + 600 / 2))
+    stores = replace(LOOP, shared_bytes=5000 * 128)
+    assert clocks(stores) == pytest.approx(38 * 2 * 128 * 5000)
+
+
+def test_the_last_wave_counts_as_a_whole():
+    whole, one_more = (clocks(LOOP, processors=count, registers=255) for count in (8192, 8191))
+    assert one_more == 2 * whole > 0
+
+
+@pytest.mark.parametrize("loop", [LOOP, LOADS])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_loop_that_is_unrolled_takes_no_longer(loop, stages):
+    twice = MmaLoop({name: 2 * n for name, n in loop.instructions.items()}, 0, 2, 2 * loop.flops, 0)
+    config = replace(CONFIG, num_stages=stages)
+    assert clocks(twice, config) == pytest.approx(clocks(loop, config))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "held"), [("forward", "block_m"), ("grad_query", "block_m"), ("grad_key_value", "block_n")]
+)
+def test_more_rows_held_are_fewer_loads(kernel, held):
+    """What is streamed passes once for each tile that is held, in tiles of any size."""
+    square = TileConfig(64, 64, 8, 2)
+    found = {
+        name: clocks(LOADS, replace(square, **{name: 128}), kernel, processors=1) for name in ("block_m", "block_n")
+    }
+    usual = clocks(LOADS, square, kernel, processors=1)
+    assert found.pop(held) == pytest.approx(usual / 2)
+    assert [*found.values()] == pytest.approx([usual])
+
+
+@pytest.mark.parametrize("kernel", ["forward", "grad_key_value", "decode"])
+@pytest.mark.parametrize("loop", [LOOP, None])
+def test_a_short_call_takes_less_but_something(kernel, loop):
+    target = GFX942 if loop is None else SM_80
+    assert 0 < clocks(loop, CONFIG, kernel, target, short=True) < clocks(loop, CONFIG, kernel, target)
+
+
+def test_without_rates_small_tiles_and_lone_waves_are_dear():
+    def of(config, registers=128):
+        return clocks(None, config, target=GFX942, registers=registers)
+
+    square = TileConfig(64, 64, 4, 1)
+    assert of(square) < min(of(replace(square, block_m=32)), of(replace(square, block_n=32)))
+    assert of(square) < of(square, registers=512)
+    assert of(replace(square, num_warps=8)) < of(square)

@@ -1,0 +1,182 @@
+"""What a card or a compiler does to a search; no kernel runs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tritonattn.backends.triton import launch
+from tritonattn.tuner import search
+from tritonattn.tuner.gate import Candidate
+from tritonattn.tuner.machine_code import MachineCode
+from tritonattn.tuner.static import Compiler
+from tritonattn.tuner.workload import Size
+from tritonattn.tuning.config import Target, TileConfig
+from tritonattn.tuning.lookup import config_for
+from tritonattn.tuning.table import Key
+
+KEY = Key("forward", 64, "none", "short")
+BEST = TileConfig(16, 16, 4, 1)
+SM_80, CPU = Target("cuda", "80"), torch.device("cpu")
+
+
+class Workload:
+    """Stands for one of a key, whose launch meets an illegal address."""
+
+    def __init__(self, key, size, dtype, device):
+        self.key, self.size, self.dtype, self.device = key, size, dtype, device
+
+    def error(self):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def run(configs=(BEST,)):
+    return search.search(KEY, list(configs), SM_80, CPU, search.Effort(warm_up=0), Size(1, 1, 16))
+
+
+def test_operands_that_the_memory_does_not_hold(monkeypatch):
+    def build(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
+
+    monkeypatch.setattr(search, "Workload", build)
+    result = run()
+    assert result.entry is None
+    assert "forward/64/none/short: OutOfMemoryError: CUDA out of memory" in result.wrong[0]
+
+
+def test_a_config_that_takes_the_card_with_it_ends_the_search(monkeypatch):
+    """No later result of the process means anything: neither that a config is wrong, nor that one is fast."""
+    monkeypatch.setattr(search, "Workload", Workload)
+    assert len(run().wrong) == 2, "a failure that the card outlives is the config's alone"
+    monkeypatch.setattr(search, "_is_lost", lambda device: True)
+    with pytest.raises(search.SearchError, match=r"forward/64/none/short .*unusable.*illegal memory access"):
+        run()
+
+
+def test_a_card_that_is_lost_while_it_is_timed(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Workload, "error", lambda self: None)
+    monkeypatch.setattr(search, "Workload", Workload)
+    monkeypatch.setattr(search, "take_turns", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run()
+    monkeypatch.setattr(search, "_is_lost", lambda device: True)
+    with pytest.raises(search.SearchError, match=r"forward/64/none/short, while timed, left the card unusable"):
+        run()
+
+
+def test_a_lost_card(monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert not search._is_lost(CPU)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert not search._is_lost(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert search._is_lost(torch.device("cuda"))
+
+
+def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):
+    """It would time the config in use alone, and call it the fastest."""
+
+    def examine(self, wanted):
+        return [Candidate(config, None, ("does not compile: no nvdisasm",)) for _, _, config in wanted]
+
+    monkeypatch.setattr(Compiler, "examine", examine)
+    with Compiler(SM_80, 1) as compiler, pytest.raises(search.SearchError, match=r"no config compiles; .*no nvdisasm"):
+        search.promising(KEY, compiler, 6)
+
+
+OTHERS = [TileConfig(16, 16, 4, stages) for stages in (1, 2, 3, 4)]
+IN_USE = config_for(KEY.kernel, KEY.problem, SM_80)
+HALF, BRAIN = torch.float16, torch.bfloat16
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Results that are right but for those of (dtype, config) in `wrong`, times by config; calls as they are made."""
+    timed = SimpleNamespace(
+        wrong=set(), milliseconds=dict(zip([IN_USE, *OTHERS], (8, 4, 2, 16, 32), strict=True)), calls=[]
+    )
+
+    class Right(Workload):
+        def config(self):
+            return launch.config_for(KEY.kernel, KEY.problem, SM_80)
+
+        def error(self):
+            return "is wrong" if (self.dtype, self.config()) in timed.wrong else None
+
+        def __call__(self, number):
+            timed.calls.append((self.dtype, self.config(), number))
+
+    def take_turns(contestants, *_):
+        for contestant in contestants.values():
+            contestant(7)
+        seen = list(dict.fromkeys(config for _, config, _ in timed.calls))
+        return {
+            name: [timed.milliseconds[config] * x for x in (1, 0.5, 2)]
+            for name, config in zip(contestants, seen, strict=True)
+        }
+
+    monkeypatch.setattr(search, "Workload", Right)
+    monkeypatch.setattr(search, "take_turns", take_turns)
+    return timed
+
+
+def find():
+    return search.search(KEY, OTHERS, SM_80, CPU, search.Effort(), Size(2, 4, 16), (BRAIN, HALF))
+
+
+def test_the_fastest_is_taken_and_the_next_are_noted(timed):
+    result = find()
+    assert (result.before, result.entry.config, result.gain) == (IN_USE, OTHERS[1], 4.0)
+    assert timed.calls == [(dtype, config, 7) for config in (IN_USE, *OTHERS) for dtype in (BRAIN, HALF)]
+    details = result.entry.details
+    assert (details["milliseconds"], details["quartiles"]) == (2, [1.5, 3])
+    assert (details["shape"], details["dtypes"]) == ([2, 4, 16, 64], ["bfloat16", "float16"])
+    assert [(one["num_stages"], one["milliseconds"]) for one in details["runners_up"]] == [
+        (1, 4), (IN_USE.num_stages, 8), (3, 16),
+    ]  # fmt: skip
+
+
+def test_a_result_that_is_wrong_in_one_dtype_is_not_taken(timed):
+    timed.wrong = {(HALF, OTHERS[1])}
+    result = find()
+    assert result.entry.config == OTHERS[0]
+    assert result.wrong == (f"{KEY} {OTHERS[1]}: is wrong",)
+
+
+def test_there_is_no_gain_over_what_is_wrong(timed):
+    timed.wrong = {(BRAIN, IN_USE)}
+    result = find()
+    assert result.entry.config == OTHERS[1]
+    assert (result.before, result.before_timing, result.gain) == (IN_USE, None, None)
+
+
+def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):
+    """Which is told the processors of the card, also where a device has its full name."""
+    asked = []
+
+    def examine(self, wanted):
+        code = MachineCode(128, 0, 0, 0)
+        return [Candidate(config, code, ("spills",) if config.num_warps == 8 else ()) for _, _, config in wanted]
+
+    def clocks(kernel, problem, candidate, target, processors):
+        asked.append((kernel, problem, processors))
+        return candidate.config.num_stages + 8 / candidate.config.block_n
+
+    monkeypatch.setattr(Compiler, "examine", examine)
+    monkeypatch.setattr(search, "modelled_clocks", clocks)
+    for target, processors in ((Target("cuda", "80", "NVIDIA A100-SXM4-80GB"), 108), (Target("cuda", "87"), 128)):
+        with Compiler(target, 1) as compiler:
+            found = search.promising(KEY, compiler, 4)
+        assert [(one.num_stages, one.block_n, one.num_warps) for one in found] == [
+            (2, 128, 4), (2, 128, 4), (2, 64, 4), (2, 64, 4),
+        ]  # fmt: skip
+        assert set(asked) == {(KEY.kernel, KEY.problem, processors)}
+        asked.clear()

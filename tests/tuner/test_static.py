@@ -1,0 +1,193 @@
+"""The gate, the ranking by the model, and the tables that come of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from tests.support.versions import OLDER_TRITON
+from tritonattn.backends.triton import launch
+from tritonattn.cli import main as cli
+from tritonattn.tuner.candidates import candidates, static_candidates
+from tritonattn.tuner.gate import examine, gate_reasons, modelled_clocks
+from tritonattn.tuner.machine_code import MachineCode, MmaLoop
+from tritonattn.tuner.static import Compiler, keys, static_table
+from tritonattn.tuning import cache_dir
+from tritonattn.tuning.config import Problem, Target, TileConfig, legal_reasons
+from tritonattn.tuning.defaults import default_config
+from tritonattn.tuning.gpus import GPUS
+from tritonattn.tuning.lookup import usable_table
+from tritonattn.tuning.table import Key
+
+SM_80, SM_90 = Target("cuda", "80"), Target("cuda", "90")
+PROBLEM = Problem(64, 64, torch.bfloat16, right=True, query_scale=True)
+CONFIG = TileConfig(128, 64, 4, 2)
+compiled = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+
+
+def code(registers: int = 128, spill: int = 0, shared: int = 49152, exp: int = 64, other: int = 400) -> MachineCode:
+    mix = {"tensor": 128, "exp": exp, "fp32": 200, "integer": other}
+    loop = MmaLoop(mix, packed=0, tiles=1, flops=128 * 64 * 256, shared_bytes=65536)
+    return MachineCode(registers, 0, shared, spill, 0, (loop,))
+
+
+def test_the_gate():
+    def reasons(found: MachineCode, target: Target = SM_80) -> str:
+        return "; ".join(gate_reasons("forward", PROBLEM, CONFIG, target, found))
+
+    assert reasons(code()) == ""
+    assert "spills 8 bytes" in reasons(code(spill=8))
+    assert "takes 200000 bytes of shared memory, sm_80 has 166912" in reasons(code(shared=200000))
+    assert reasons(code(shared=166912)) == reasons(replace(code(), tensor_memory=512)) == "", "all that there is"
+    assert "1.75 exponentials a logit" in reasons(code(exp=128)), "2 less those of 4 lanes of 4 warps for a row of 64"
+    assert reasons(code(exp=80)) == "", "1.25, of which 0.25 correct earlier sums"
+    assert "1.25 exponentials a logit" in gate_reasons("grad_query", PROBLEM, CONFIG, SM_80, code(exp=80))[0]
+    assert gate_reasons("decode", PROBLEM, CONFIG, SM_80, code(exp=80)) == [], "of few rows lanes repeat them"
+    [once] = code().mma_loops
+    unrolled = replace(once, instructions=once.instructions | {"exp": 128}, tiles=2)
+    assert reasons(replace(code(), mma_loops=(unrolled,))) == ""
+    assert "no loop" in reasons(MachineCode(128, 0, 0, 0, 0, ()))
+    assert "tensor memory" in reasons(MachineCode(128, 0, 0, 0, 1024, code().mma_loops))
+    assert reasons(MachineCode(300, 0, 0, 0, 0, None), Target("hip", "gfx942")) == ""
+
+
+def test_no_more_processes_than_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert cli._parser().parse_args(["tune"]).workers == 1
+    for command, option in {"codegen": "workers", "correctness": "processes"}.items():
+        parser = argparse.ArgumentParser()
+        import_module(f"perf.{command}").add_arguments(parser)
+        assert getattr(parser.parse_args([]), option) == 1
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert cli._parser().parse_args(["tune"]).workers == 64
+
+
+def test_an_illegal_config_is_not_compiled(monkeypatch):
+    monkeypatch.setattr("tritonattn.tuner.gate.compile_kernel", lambda *_: pytest.fail("compiled"))
+    found = examine("forward", PROBLEM, TileConfig(48, 64, 4, 2), SM_80)
+    assert "block_m 48" in found.reasons[0]
+    assert found.code is None
+
+
+def test_what_does_not_compile_is_refused(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("PassManager::run failed\n" + 100 * "  and more\n")
+
+    monkeypatch.setattr("tritonattn.tuner.gate.compile_kernel", fail)
+    [reason] = examine("forward", PROBLEM, CONFIG, SM_80).reasons
+    assert "RuntimeError: PassManager::run failed and more and" in reason, "on one line"
+    assert len(reason) < 250
+
+
+def test_the_model_prefers_less_work_and_more_programs_at_once():
+    from tritonattn.tuner.gate import Candidate
+
+    def clocks(found: MachineCode, problem: Problem = PROBLEM) -> float:
+        return modelled_clocks("forward", problem, Candidate(CONFIG, found, ()), SM_80, 108)
+
+    assert clocks(code(other=200)) < clocks(code())
+    assert clocks(code(registers=128)) < clocks(code(registers=255))
+
+
+def test_the_model_sees_what_a_pipeline_hides():
+    from tritonattn.tuner.gate import Candidate
+
+    found = [Candidate(TileConfig(128, 64, 4, stages), code(), ()) for stages in (1, 2)]
+    alone, piped = (modelled_clocks("forward", PROBLEM, one, SM_80, 108) for one in found)
+    assert alone > piped
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_candidates(gpu):
+    for key in keys():
+        found = candidates(key.kernel, key.problem, gpu.target)
+        assert found[0] == default_config(key.kernel, key.problem, gpu.target)
+        assert len(set(found)) == len(found)
+        assert set(static_candidates(key.kernel, key.problem, gpu.target)) <= set(found)
+        assert all(not legal_reasons(key.kernel, config, key.problem, gpu.target) for config in found)
+
+
+def test_candidates_leave_out_what_cannot_be_fast():
+    def has(kernel: str, config: TileConfig, target: Target, head_dim: int = 64) -> bool:
+        return config in candidates(kernel, replace(PROBLEM, head_dim=head_dim, value_dim=head_dim), target)
+
+    too_few_rows = TileConfig(64, 64, 8, 2)
+    assert not has("forward", too_few_rows, SM_90), "of wgmma's 64 rows for 4 warps"
+    assert has("forward", too_few_rows, SM_80)
+    assert has("forward", replace(too_few_rows, num_warps=4), SM_90)
+    too_many_sums = TileConfig(128, 64, 4, 2)
+    assert not has("grad_key_value", too_many_sums, SM_80, head_dim=128), "256 fp32 values a thread"
+    assert has("grad_key_value", replace(too_many_sums, num_warps=8), SM_80, head_dim=128)
+
+
+@compiled
+def test_eight_warps_on_the_rows_of_one_wgmma_repeat_their_softmax():
+    [reason] = examine("forward", PROBLEM, TileConfig(64, 64, 8, 2), SM_90).reasons
+    assert "warps repeat each other's softmax" in reason
+
+
+@pytest.mark.slow
+@compiled
+def test_a_static_table(tmp_path):
+    wanted = [Key("forward", 64, "query", lengths) for lengths in ("short", "long")]
+    gpu = next(gpu for gpu in GPUS if gpu.name == "a100")
+    with Compiler(gpu.target, workers=1) as compiler:
+        first = static_table(gpu, compiler, wanted)
+        second = static_table(gpu, compiler, wanted)
+    assert first.text() == second.text()
+    assert list(first.entries) == wanted
+    for entry in first.entries.values():
+        assert entry.source == "static"
+        assert entry.details["spill_bytes"] == 0
+        assert entry.details["registers"] <= 255
+
+
+def shipped() -> list:
+    return sorted(cache_dir.shipped_tables().glob("*.json"))
+
+
+def test_a_table_is_shipped_for_every_gpu():
+    assert {path.stem for path in shipped()} == {gpu.name for gpu in GPUS}
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_shipped_tables_are_in_use(gpu):
+    """Of these kernels, with a legal entry for every key; the file is what its content prints."""
+    path = cache_dir.shipped_tables() / f"{gpu.name}.json"
+    table = usable_table(path, gpu.target)
+    assert path.read_text(encoding="utf-8") == table.text()
+    assert set(table.entries) == set(keys())
+    for key, entry in table.entries.items():
+        assert not legal_reasons(key.kernel, entry.config, key.problem, gpu.target)
+        assert entry.source == "measured" or entry.details["spill_bytes"] == 0
+
+
+def sample() -> list:
+    """One or two entries of every table, and slowly an eighth of all."""
+    found = []
+    for position, gpu in enumerate(GPUS):
+        for number, key in enumerate(keys()):
+            is_quick = number % 144 == (11 * position) % 144 and not gpu.target.arch.startswith("gfx")
+            is_slow = number % 8 == position % 8
+            if is_quick or is_slow:
+                marks = () if is_quick else pytest.mark.slow
+                found.append(pytest.param(gpu, key, id=f"{gpu.name}-{key}", marks=marks))
+    return found
+
+
+@compiled
+@pytest.mark.skipif(OLDER_TRITON, reason="the tables are of another compiler's code")
+@pytest.mark.parametrize(("gpu", "key"), sample())
+def test_shipped_entries_pass_the_gate(gpu, key):
+    entry = usable_table(cache_dir.shipped_tables() / f"{gpu.name}.json", gpu.target).entries[key]
+    found = examine(key.kernel, key.problem, entry.config, gpu.target)
+    assert found.reasons == ()
+    if entry.details.get("triton") == triton.__version__:
+        assert found.code.registers == entry.details["registers"]

@@ -1,0 +1,145 @@
+"""`tritonattn tune` on a GPU that a stub stands for: what is searched for, kept, printed, and stopped."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tritonattn.cli import tune as commands
+from tritonattn.tuner.search import Effort, Result, SearchError
+from tritonattn.tuning import cache_dir, lookup
+from tritonattn.tuning.config import TileConfig
+from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, read_table, write_table
+
+from .stubs import BEST, H100, KEYS, SEARCH, run
+
+
+def test_a_search_writes_what_it_found_and_shows_the_gain(on_h100, user, capsys):
+    assert lookup.find("forward", KEYS[0].problem, H100).path is None
+    status, out, _ = run(capsys, *SEARCH)
+    assert status == 0
+    assert read_table(user / "h100.json").entries == dict.fromkeys(KEYS, Entry(BEST, "measured", {"milliseconds": 1.0}))
+    assert "2.000x" in out
+    assert lookup.find("forward", KEYS[0].problem, H100) == (BEST, user / "h100.json")
+
+
+def test_as_many_configs_are_timed_as_the_effort_says(on_h100, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(commands, "promising", lambda key, compiler, most: asked.append(most) or [])
+    run(capsys, *SEARCH)
+    assert asked == [Effort().timed] * 3
+
+
+def test_a_search_that_finds_nothing_changes_nothing(on_h100, user, monkeypatch, capsys):
+    search = commands.search
+
+    def nothing(key, *arguments, **options):
+        if key != KEYS[1]:
+            return search(key, *arguments, **options)
+        return Result(key, BEST, None, None, None, (f"{key} {BEST}: result 0: expected an error",))
+
+    monkeypatch.setattr(commands, "search", nothing)
+    status, out, _ = run(capsys, *SEARCH, "--write")
+    assert status == 0
+    assert f"were wrong:\n{KEYS[1]} {BEST}: result 0: expected an error" in out
+    assert set(read_table(cache_dir.shipped_tables() / "h100.json").entries) == {KEYS[0], KEYS[2]}
+    assert not user.exists(), "--write"
+
+
+def test_a_search_that_is_stopped_goes_on(on_h100, user, monkeypatch, capsys):
+    search = commands.search
+
+    def stopped(key, *arguments, **options):
+        if key == KEYS[1]:
+            raise KeyboardInterrupt
+        return search(key, *arguments, **options)
+
+    monkeypatch.setattr(commands, "search", stopped)
+    status, out, _ = run(capsys, *SEARCH)
+    assert status == 130
+    assert "stopped: run the command again to go on" in out
+    assert set(read_table(user / "h100.json").entries) == {KEYS[0]}
+    monkeypatch.setattr(commands, "search", search)
+    _, out, _ = run(capsys, *SEARCH)
+    assert "1 of 3 keys are measured already" in out
+    assert on_h100 == KEYS
+
+
+def test_two_searches_at_once_keep_each_others_results(on_h100, user, monkeypatch, capsys):
+    """As on a machine with several cards of a kind."""
+    search, other = commands.search, Key("decode", 64, "none", "long")
+
+    def meanwhile(key, *arguments, **options):
+        entries = read_table(user / "h100.json").entries if (user / "h100.json").exists() else {}
+        entries[other] = Entry(TileConfig(16, 64, 4, 2), "measured", {})
+        write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))
+        return search(key, *arguments, **options)
+
+    monkeypatch.setattr(commands, "search", meanwhile)
+    run(capsys, *SEARCH)
+    assert set(read_table(user / "h100.json").entries) == {*KEYS, other}
+
+
+def test_a_table_that_is_damaged_meanwhile_costs_no_result(on_h100, user, monkeypatch, capsys):
+    search = commands.search
+
+    def meanwhile(key, *arguments, **options):
+        (user / "h100.json").write_text("{", encoding="utf-8")
+        return search(key, *arguments, **options)
+
+    monkeypatch.setattr(commands, "search", meanwhile)
+    _, out, _ = run(capsys, *SEARCH)
+    assert "not kept:" in out
+    assert set(read_table(user / "h100.json").entries) == set(KEYS)
+
+
+def test_a_card_that_is_lost_is_said(on_h100, user, monkeypatch, capsys):
+    search = commands.search
+
+    def lost(key, *arguments, **options):
+        if key == KEYS[1]:
+            raise SearchError(f"{key} left the card unusable to this process")
+        return search(key, *arguments, **options)
+
+    monkeypatch.setattr(commands, "search", lost)
+    status, _, err = run(capsys, *SEARCH)
+    assert status == 2
+    assert f"{KEYS[1]} left the card unusable to this process. 1 keys were searched before" in err
+    assert set(read_table(user / "h100.json").entries) == {KEYS[0]}
+
+
+def test_a_budget(on_h100, user, capsys):
+    _, out, _ = run(capsys, *SEARCH, "--budget", "-1")
+    assert "the budget of -1 minutes is spent" in out
+    assert on_h100 == []
+
+
+def test_a_budget_is_of_minutes(on_h100, monkeypatch, capsys):
+    monkeypatch.setattr(commands.time, "monotonic", lambda: 1000.0 + 40 * len(on_h100))
+    _, out, _ = run(capsys, *SEARCH, "--budget", "1")
+    assert "the budget of 1 minutes is spent" in out
+    assert on_h100 == KEYS[:2]
+
+
+def test_the_dtypes_asked_for_are_timed(on_h100, monkeypatch, capsys):
+    asked = []
+
+    def search(key, *_, dtypes):
+        asked.append(dtypes)
+        return Result(key, BEST, None, None, None)
+
+    monkeypatch.setattr(commands, "search", search)
+    run(capsys, *SEARCH, "--dtypes", "fp16,bf16")
+    run(capsys, *SEARCH, "--dtypes", "fp16")
+    assert asked == [(torch.bfloat16, torch.float16)] * 3 + [(torch.float16,)] * 3
+
+
+def test_nothing_is_timed_whose_result_could_not_be_written(on_h100, user, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    status, _, err = run(capsys, *SEARCH)
+    assert status == 2
+    assert f"cannot write {user / 'h100.json'}: Permission denied" in err
+    assert on_h100 == []

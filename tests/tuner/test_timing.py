@@ -1,0 +1,172 @@
+"""The timing protocol, also on a card that a clock stands for, and what is noted of a card beside its times."""
+
+from __future__ import annotations
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tritonattn.tuner import timing
+
+GPU = torch.device("cuda", 0)
+FLUSH = 0.1  # milliseconds of the card
+
+
+class Card:
+    """A stream: work begins when the host has launched it and the card is done with what came before."""
+
+    def __init__(self) -> None:
+        self.host = self.done = 0.0
+
+    def launch(self, host: float, work: float) -> None:
+        self.host += host
+        self.done = max(self.done, self.host) + work
+
+    def zero_(self) -> None:
+        self.launch(0.01, FLUSH)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    card = Card()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            card.launch(0.005, 0.0)
+            self.time = card.done
+
+        def query(self) -> bool:
+            return self.time <= card.host
+
+        def synchronize(self) -> None:
+            card.host = max(card.host, self.time)
+
+        def elapsed_time(self, end) -> float:
+            return end.time - self.time
+
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: card)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return card
+
+
+@pytest.mark.parametrize("host", [0.02, 0.5, 2.0])
+def test_the_hosts_time_is_not_in_a_cards(host, card):
+    """A kernel of 0.05 ms, though the host takes longer to launch it than the card to overwrite its L2 once."""
+    calls: list[int] = []
+    taken = timing.take_turns({"a": lambda n: (calls.append(n), card.launch(host, 0.05))}, GPU, rounds=4, warm_up=0)
+    assert taken["a"] == pytest.approx([0.05] * 4)
+    assert len(calls) <= 5 + 5, "the right number of flushes, at most 32, is found by doubling"
+
+
+def test_a_contestant_that_waits_for_the_card_is_timed_all_the_same(card):
+    def waits(_):
+        card.launch(0.02, 0.05)
+        card.host = max(card.host, card.done)
+
+    taken = timing.take_turns({"waits": waits}, GPU, rounds=3, warm_up=0)
+    assert taken["waits"] == pytest.approx([0.055] * 3)
+
+
+def test_every_round_has_an_order_of_its_own_that_is_the_same_in_every_run():
+    def rounds() -> list[str]:
+        calls: list[tuple[str, int]] = []
+        contestants = {name: lambda number, name=name: calls.append((name, number)) for name in "abc"}
+        taken = timing.take_turns(contestants, torch.device("cpu"), rounds=12, warm_up=0)
+        assert list(taken) == ["a", "b", "c"]
+        assert all(len(times) == 12 for times in taken.values())
+        first, *turns = (calls[at : at + 3] for at in range(0, len(calls), 3))
+        assert first == [("a", 0), ("b", 0), ("c", 0)]
+        assert [{number for _, number in turn} for turn in turns] == [{number} for number in range(12)], "inputs"
+        return ["".join(name for name, _ in turn) for turn in turns]
+
+    orders = rounds()
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len(set(orders)) > 2
+    assert orders == rounds()
+
+
+def test_every_call_on_a_card_meets_an_overwritten_cache(card):
+    steps: list[str] = []
+    overwrite = card.zero_
+    card.zero_ = lambda: (steps.append("flush"), overwrite())
+    contestants = {name: lambda _, name=name: (steps.append(name), card.launch(0.005, 0.05)) for name in "ab"}
+    timing.take_turns(contestants, GPU, rounds=3, warm_up=0)
+    calls = steps[2:]
+    assert sorted(calls) == ["a"] * 3 + ["b"] * 3 + ["flush"] * 6
+    assert calls[::2] == ["flush"] * 6
+
+
+def test_milliseconds_of_a_cpu_after_its_warm_up(monkeypatch):
+    """Which is no part of the seconds that the rounds may take."""
+    now, calls = [0.0], []
+
+    def contestant(number: int) -> None:
+        calls.append(number)
+        now[0] += 0.25
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    taken = timing.take_turns({"a": contestant}, torch.device("cpu"), rounds=9, warm_up=1.0, seconds=0.9)
+    assert taken["a"] == [250.0] * 4
+    assert calls == [0, *range(4), *range(4)]
+
+
+def test_time_that_is_up_leaves_three_rounds():
+    calls: list[int] = []
+    taken = timing.take_turns({"a": calls.append}, torch.device("cpu"), rounds=9, warm_up=0, seconds=0)
+    assert len(taken["a"]) == 3
+    assert calls == [0, 0, 1, 2]
+
+
+def test_medians_and_quartiles():
+    found = timing.Timing.of([3.0, 1.0, 2.0, 4.0, 100.0])
+    assert (found.median, found.lower, found.upper, found.rounds) == (3.0, 2.0, 4.0, 5)
+    assert timing.Timing.of([2.0]) == timing.Timing(2.0, 2.0, 2.0, 1)
+
+
+def test_clocks_are_those_of_the_card_in_use(monkeypatch):
+    """nvidia-smi knows nothing of CUDA_VISIBLE_DEVICES."""
+    asked = []
+
+    def run(command, **_):
+        asked.extend(command)
+        return SimpleNamespace(stdout="570.1, 1980 MHz, 2619 MHz, 40, 120 W\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert timing.card_state(GPU) == {
+        "driver_version": "570.1", "clocks.sm": "1980 MHz", "clocks.mem": "2619 MHz", "temperature.gpu": "40",
+        "power.draw": "120 W",
+    }  # fmt: skip
+    assert asked[asked.index("-i") + 1] == "GPU-12ab-34"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("nvidia-smi"),
+        subprocess.TimeoutExpired("nvidia-smi", 10),
+        subprocess.CalledProcessError(6, ""),
+    ],
+    ids=repr,
+)
+def test_without_nvidia_smi(error, monkeypatch):
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert timing.card_state(GPU) == {}
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=""))
+    assert timing.card_state(GPU) == {}
+
+
+def test_nvidia_smi_is_not_asked_about_other_cards(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked"))
+    assert timing.card_state(torch.device("cpu")) == {}
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert timing.card_state(GPU) == {}

@@ -1,0 +1,198 @@
+"""Gradients: logits and masks are computed again, tile by tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...core.call import AttentionCall, Gradients, Needs
+from .tiles import Block, Heads, Tiles, exp_, logits_of
+
+
+def backward(
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Needs,
+    rounding: Tensor | None = None,
+) -> Gradients:  # fmt: skip
+    """The gradients that `needs`, a bool for each, asks for.
+
+    out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding as `forward` left them; d_out and d_lse alike, any strides.
+    """
+    tiles = Tiles(call)
+    tensors = (call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
+    pairs = zip(tensors, needs, strict=True)
+    gradients = Gradients(*(x.new_zeros(x.shape) if need and x is not None else None for x, need in pairs))
+    for heads in tiles.heads():
+        sums = _KeySums.of(tiles, heads, gradients)
+        for block in tiles.blocks(heads):
+            rows = _Rows.of(tiles, block, (out, rounding, lse, d_out, d_lse))
+            d_query = _add_tiles(tiles, block, rows, sums, gradients)
+            _store_of_rows(tiles, block, rows, d_query, gradients)
+        _store_of_keys(tiles, heads, sums, gradients)
+    return gradients
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a block brings to all its tiles, [N, G * rows, ...]; zeros, and lse inf, for rows without keys.
+
+    query         q
+    query_scale   query_scale, or None
+    factor        query_scale * scale
+    scaled        q * factor
+    lse           without the sink
+    d_out         d_out * share / (1 - p)
+    delta         out . d_out
+    share         of the softmax that the sink leaves to the keys, or None without sinks
+    d_lse         d_lse, or None
+    d_sink        -(1 - share) * delta, or None without sinks
+    """
+
+    query: Tensor
+    query_scale: Tensor | None
+    factor: Tensor | float
+    scaled: Tensor
+    lse: Tensor
+    d_out: Tensor
+    delta: Tensor
+    share: Tensor | None
+    d_lse: Tensor | None
+    d_sink: Tensor | None
+
+    @classmethod
+    def of(
+        cls, tiles: Tiles, block: Block, saved: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
+    ) -> _Rows:
+        """From (out, rounding, lse, d_out, d_lse)."""
+        call = tiles.call
+        out, rounding, lse, d_out, d_lse = saved
+        lse = tiles.of_each_row(lse, block)
+        blind = lse == -torch.inf
+
+        def seeing(x: Tensor) -> Tensor:
+            return tiles.of_rows(x, block).masked_fill(blind, 0)
+
+        query, d_out = seeing(call.q), seeing(d_out)
+        query_scale = None if call.query_scale is None else seeing(call.query_scale[..., None])
+        factor = call.scale if query_scale is None else query_scale * call.scale
+        out = seeing(out)
+        if rounding is not None:
+            out += seeing(rounding)
+        delta = torch.linalg.vecdot(out, d_out)[..., None]
+        share = d_sink = None
+        if call.sinks is not None:
+            sinks = tiles.of_each_row(call.sinks[None, :, None].expand(call.q.shape[:3]), block)
+            sink_share = torch.sigmoid(sinks - lse.masked_fill(blind, 0))
+            d_sink = -sink_share * delta
+            share = torch.sigmoid(lse.masked_fill(blind, 0) - sinks)
+            d_out = d_out * share
+        if call.dropout is not None:
+            d_out = d_out / (1 - call.dropout.p)
+        d_lse = None if d_lse is None else seeing(d_lse[..., None])
+        lse = lse.masked_fill(blind, torch.inf)
+        return cls(query, query_scale, factor, query * factor, lse, d_out, delta, share, d_lse, d_sink)
+
+    def shift(self, delta: Tensor) -> Tensor:
+        """d_lse - share * delta, what the gradient of a weight lacks to be that of a logit."""
+        if self.share is not None:
+            delta = delta * self.share
+        return -delta if self.d_lse is None else self.d_lse - delta
+
+
+@dataclass(frozen=True)
+class _KeySums:
+    """Sums over rows, [N, Sk, ...], of dx * q * query_scale * scale and of keep * s * share * d_out."""
+
+    key: Tensor | None
+    value: Tensor | None
+
+    @classmethod
+    def of(cls, tiles: Tiles, heads: Heads, gradients: Gradients) -> _KeySums:
+        entries = (heads.batch.stop - heads.batch.start) * (heads.keys.stop - heads.keys.start)
+
+        def zeros(like: Tensor) -> Tensor:
+            return like.new_zeros(entries, *like.shape[2:], dtype=tiles.dtype)
+
+        needs_key = gradients.k is not None or gradients.key_scale is not None
+        key = zeros(tiles.call.k) if needs_key else None
+        return cls(key, None if gradients.v is None else zeros(tiles.call.v))
+
+
+def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradients: Gradients) -> Tensor | None:
+    """Add the block's tiles to the sums over rows; the sum over keys of dx * k * key_scale is returned.
+
+    Where one tile has all the keys, weights are divided by their sum and delta is sum_j weight[j] * d_weight[j]: of a
+    single key d_weight - delta is then 0, and neither the rounding of lse nor that of out is left.
+    """
+    needs_query = gradients.q is not None or gradients.query_scale is not None
+    d_query = torch.zeros_like(rows.query) if needs_query else None
+    spans = tiles.spans_of(block)
+    is_only_tile = len(spans) == 1
+    for keys, hidden in tiles.keys_of(block, spans):
+        key = tiles.scaled_keys(block.heads, keys)
+        weight, slope = _weights(tiles, block, rows, key, hidden)
+        if is_only_tile:
+            total = weight.sum(-1, keepdim=True)
+            weight.div_(total.masked_fill_(total == 0, 1))
+        if sums.value is not None:
+            sums.value[:, keys].baddbmm_(tiles.drop(weight, block, keys).mT, rows.d_out)
+        if d_query is None and sums.key is None:
+            continue
+        value = tiles.of_keys(tiles.call.v, block.heads, keys)
+        d_logit = tiles.drop(torch.bmm(rows.d_out, value.mT), block, keys)
+        delta = torch.linalg.vecdot(weight, d_logit)[..., None] if is_only_tile else rows.delta
+        d_logit = d_logit.add_(rows.shift(delta)).mul_(weight)
+        if slope is not None:
+            d_logit.mul_(slope)
+        if d_query is not None:
+            d_query.baddbmm_(d_logit, key)
+        if sums.key is not None:
+            sums.key[:, keys].baddbmm_(d_logit.mT, rows.scaled)
+    return d_query
+
+
+def _weights(
+    tiles: Tiles, block: Block, rows: _Rows, key: Tensor, hidden: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """exp(z - lse), 0 where hidden, and dz / dx, or None for 1."""
+    softcap, slope = tiles.call.softcap, None
+    logit = logits_of(rows.query, rows.factor, key)
+    if softcap is not None:
+        tangent = logit.div_(softcap).tanh_()
+        slope = 1 - tangent.square()
+        logit = tangent.mul_(softcap)
+    tiles.hide(logit, block, hidden)
+    return exp_(logit.sub_(rows.lse)), slope
+
+
+def _store_of_rows(tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | None, gradients: Gradients) -> None:
+    if gradients.sinks is not None and rows.d_sink is not None:
+        gradients.sinks[block.heads.queries] += tiles.by_head(rows.d_sink, block).sum((0, 3, 4)).flatten()
+    if d_query is None:
+        return
+    d_query.mul_(tiles.call.scale)
+    if gradients.query_scale is not None:
+        place = gradients.query_scale[block.index]
+        place.copy_(torch.linalg.vecdot(d_query, rows.query).view(place.shape))
+    if gradients.q is not None:
+        place = gradients.q[block.index]
+        d_query = d_query if rows.query_scale is None else d_query * rows.query_scale
+        place.copy_(d_query.view(place.shape))
+
+
+def _store_of_keys(tiles: Tiles, heads: Heads, sums: _KeySums, gradients: Gradients) -> None:
+    if gradients.v is not None and sums.value is not None:
+        place = gradients.v[heads.batch, heads.keys]
+        place.copy_(sums.value.view(place.shape))
+    if sums.key is None:
+        return
+    if gradients.key_scale is not None:
+        place = gradients.key_scale[heads.batch, heads.keys]
+        place.copy_(torch.linalg.vecdot(sums.key, tiles.of_keys(tiles.call.k, heads)).view(place.shape))
+    if gradients.k is not None:
+        place = gradients.k[heads.batch, heads.keys]
+        d_key = sums.key
+        if tiles.call.key_scale is not None:
+            d_key = d_key * tiles.of_keys(tiles.call.key_scale[..., None], heads)
+        place.copy_(d_key.view(place.shape))

@@ -1,0 +1,238 @@
+"""How a call is cut into tiles, which of them are touched, and what of a tile is hidden."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ...core.call import AttentionCall
+from ...core.visibility import Visibility
+
+# Rows (over all query heads of a group) and keys of a tile; pairs of all tiles that are computed together.
+_ROWS = 256
+_KEYS = 256
+_PAIRS = 1 << 19
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Batch entries, query heads and key heads whose tiles are computed together."""
+
+    batch: slice
+    queries: slice
+    keys: slice
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some query rows of some heads, and the keys outside which they see none."""
+
+    heads: Heads
+    rows: slice
+    keys: slice
+
+    @property
+    def index(self) -> tuple[slice, slice, slice]:
+        """Where the block lies in a tensor [B, Hq, Sq, ...]."""
+        return self.heads.batch, self.heads.queries, self.rows
+
+
+class Tiles:
+    """An AttentionCall cut into tiles.
+
+    What belongs to a block is folded to [N, G * rows, ...], what belongs to keys to [N, keys, ...]: N batch
+    entries times key heads; the G query heads of a key head lie one after the other, so that keys and
+    values are never repeated. Everything is widened to dtype: fp32 (fp64 for fp64 q) unless given.
+    """
+
+    def __init__(self, call: AttentionCall, dtype: torch.dtype | None = None) -> None:
+        visible = call.visibility
+        self.call = call
+        self.dtype = dtype or torch.promote_types(call.q.dtype, torch.float32)
+        self.group = visible.q_heads // max(visible.kv_heads, 1)
+        self.row_step = max(1, _ROWS // max(self.group, 1))
+        self.readable = readable(visible.device)
+        self.members = self._members()
+        self.lo, self.hi = visible.ranges()  # [B or 1, Sq]
+        self.first, self.last = self._host_bounds()
+        self.unseen = None if visible.sees_every_key else ~visible.seen_keys()  # [B or 1, 1 or Hkv, Sk]
+        self.holes = self._holes()
+
+    def heads(self) -> Iterator[Heads]:
+        """All heads, as many at a time as `_PAIRS` allows."""
+        visible, group = self.call.visibility, self.group
+        longest_q = max((rows.stop - rows.start for rows, _ in self.members), default=0)
+        longest_k = max((keys.stop - keys.start for _, keys in self.members), default=0)
+        pairs = min(self.row_step, longest_q) * group * min(_KEYS, longest_k)
+        fitting = max(1, _PAIRS // max(pairs, 1))
+        head_step = max(1, min(fitting, visible.kv_heads))
+        batch_step = fitting // head_step if head_step == visible.kv_heads else 1
+        for entry in range(0, visible.batch, batch_step):
+            batch = slice(entry, min(entry + batch_step, visible.batch))
+            for head in range(0, visible.kv_heads, head_step):
+                keys = slice(head, min(head + head_step, visible.kv_heads))
+                yield Heads(batch, slice(keys.start * group, keys.stop * group), keys)
+
+    def blocks(self, heads: Heads) -> Iterator[Block]:
+        """All rows of some heads."""
+        for rows, keys in self.members:
+            for part in _cut(rows, self.row_step):
+                yield Block(heads, part, keys)
+
+    def keys_of(self, block: Block, spans: list[tuple[slice, bool]]) -> Iterator[tuple[slice, Tensor | None]]:
+        """Those of `spans_of(block)` that some row may see, and what of each is hidden: None for nothing.
+
+        Hidden pairs are bool, broadcastable to [batch entries, key heads, G, rows, keys].
+        """
+        mask = self.call.visibility.mask
+        for keys, is_whole in spans:
+            if is_whole and mask is None and self._bounds_tell_all():
+                yield keys, None
+                continue
+            hidden = self._hidden(block, keys)
+            if mask is None or not self.readable:
+                yield keys, hidden
+            elif not hidden.all():
+                yield keys, hidden if hidden.any() else None
+
+    def spans_of(self, block: Block) -> list[tuple[slice, bool]]:
+        """The spans of keys that some row's range touches, and whether each lies in the ranges of all."""
+        spans, batch = _cut(block.keys, _KEYS), block.heads.batch
+        first, last = (_slice(bound, batch, block.rows)[..., None] for bound in (self.first, self.last))
+        start, stop = (first.new_tensor([getattr(keys, end) for keys in spans]) for end in ("start", "stop"))
+        touched = ((first < stop) & (last > start)).flatten(0, 1).any(0).tolist()
+        whole = ((first <= start) & (last >= stop)).flatten(0, 1).all(0).tolist()
+        return [(keys, all_see) for keys, some_see, all_see in zip(spans, touched, whole, strict=True) if some_see]
+
+    def of_rows(self, x: Tensor, block: Block) -> Tensor:
+        """The block of x [B, Hq, Sq, C], widened: [N, G * rows, C]."""
+        x = x[block.index].to(self.dtype)
+        return x.unflatten(1, (-1, self.group)).flatten(2, 3).flatten(0, 1)
+
+    def of_each_row(self, x: Tensor, block: Block) -> Tensor:
+        """The block of x [B, Hq, Sq], widened: [N, G * rows, 1]."""
+        return self.of_rows(x[..., None], block)
+
+    def of_keys(self, x: Tensor, heads: Heads, keys: slice | None = None) -> Tensor:
+        """Some or all keys of x [B, Hkv, Sk, C], widened, zero where no row sees them: [N, keys, C]."""
+        keys = slice(0, x.shape[2]) if keys is None else keys
+        x = x[heads.batch, heads.keys, keys].to(self.dtype)
+        if self.unseen is not None and (self.holes is None or self.holes[keys.start] < self.holes[keys.stop]):
+            x = x.masked_fill(_slice(self.unseen, heads.batch, heads.keys)[..., keys, None], 0)
+        return x.flatten(0, 1)
+
+    def scaled_keys(self, heads: Heads, keys: slice) -> Tensor:
+        """k * key_scale: [N, keys, D]."""
+        key = self.of_keys(self.call.k, heads, keys)
+        if self.call.key_scale is None:
+            return key
+        return key * self.of_keys(self.call.key_scale[..., None], heads, keys)
+
+    def hide(self, logit: Tensor, block: Block, hidden: Tensor | None, value: float = -torch.inf) -> None:
+        """Overwrite the hidden pairs of logit [N, G * rows, keys]."""
+        if hidden is not None:
+            self.by_head(logit, block).masked_fill_(hidden, value)
+
+    def drop(self, probability: Tensor, block: Block, keys: slice) -> Tensor:
+        """probability [N, G * rows, keys] with zeros for what dropout does not keep."""
+        dropout = self.call.dropout
+        if dropout is None:
+            return probability
+        heads, rows = block.heads, block.rows
+        pairs = self.by_head(probability, block)
+        batch, head, row, key = (
+            torch.arange(part.start, part.stop, device=probability.device)
+            for part in (heads.batch, heads.queries, rows, keys)
+        )
+        head = head.view(-1, self.group, 1, 1)
+        keep = dropout.keep(batch.view(-1, 1, 1, 1, 1), head, row[:, None], key, self.call.visibility.q_heads)
+        return torch.where(keep, pairs, 0).view_as(probability)
+
+    def by_head(self, x: Tensor, block: Block) -> Tensor:
+        """[N, G * rows, C] as [batch entries, key heads, G, rows, C]."""
+        batch, heads = block.heads.batch, block.heads.keys
+        shape = (batch.stop - batch.start, heads.stop - heads.start, self.group)
+        return x.view(*shape, block.rows.stop - block.rows.start, x.shape[-1])
+
+    def _members(self) -> list[tuple[slice, slice]]:
+        """Rows, and the keys that they may see: one part, or one for every packed sequence; together all rows."""
+        visible = self.call.visibility
+        whole = (slice(0, visible.q_len), slice(0, visible.k_len))
+        if visible.sequences is None or not self.readable:
+            return [whole]
+        q_starts, k_starts = visible.sequences.q_starts.tolist(), visible.sequences.k_starts.tolist()
+        parts = [
+            (slice(*rows), slice(*keys))
+            for rows, keys in zip(pairwise(q_starts), pairwise(k_starts), strict=True)
+        ]
+        return [*parts, (slice(q_starts[-1], visible.q_len), slice(0, 0))]
+
+    def _host_bounds(self) -> tuple[Tensor, Tensor]:
+        """First and one past the last key of each row, in host memory, [B or 1, Sq]; (Sk, 0) for none."""
+        lo, hi = self.lo, self.hi
+        if not self.readable:
+            lo, hi = self._told_by_sizes().ranges()
+        empty = lo >= hi
+        return lo.masked_fill(empty, self.call.visibility.k_len), hi.masked_fill(empty, 0)
+
+    def _told_by_sizes(self) -> Visibility:
+        """What sizes, causal and window alone say, in host memory."""
+        visible, cpu = self.call.visibility, torch.device("cpu")
+        shape = (visible.batch, visible.q_heads, visible.kv_heads, visible.q_len, visible.k_len)
+        if visible.sequences is not None:  # there causal and window start from each sequence
+            return Visibility(*shape, cpu)
+        return Visibility(*shape, cpu, visible.left, visible.right)
+
+    def _bounds_tell_all(self) -> bool:
+        visible = self.call.visibility
+        values = (visible.key_lengths, visible.key_ranges, visible.sequences)
+        return self.readable or all(part is None for part in values)
+
+    def _holes(self) -> list[int] | None:
+        """How many keys before each are unseen somewhere; None where nobody may read it."""
+        if self.unseen is None or not self.readable:
+            return None
+        holes = self.unseen.flatten(0, -2).any(0)
+        return [0, *holes.cumsum(0).tolist()]
+
+    def _hidden(self, block: Block, keys: slice) -> Tensor:
+        batch = block.heads.batch
+        lo, hi = (_slice(bound, batch, block.rows)[:, None, None, :, None] for bound in (self.lo, self.hi))
+        key = torch.arange(keys.start, keys.stop, device=lo.device)
+        hidden = (key < lo) | (key >= hi)
+        mask = self.call.visibility.mask
+        if mask is None:
+            return hidden
+        mask = _slice(mask, batch, block.heads.queries, block.rows, keys)
+        mask = mask.unflatten(1, (-1, self.group)) if mask.shape[1] > 1 else mask[:, None]
+        return hidden | ~mask
+
+
+def logits_of(query: Tensor, factor: Tensor | float, key: Tensor) -> Tensor:
+    """(query . key) * factor, [N, G * rows, keys]; to round query * factor first would err more."""
+    return torch.bmm(query, key.mT).mul_(factor)
+
+
+def exp_(x: Tensor) -> Tensor:
+    """exp(x) in place, and 0 for subnormal results, which would slow down every later product several times."""
+    smallest = math.log(torch.finfo(x.dtype).tiny)
+    return torch.threshold_(x, smallest, -torch.inf).exp_()
+
+
+def readable(device: torch.device) -> bool:
+    """Whether values are read to skip tiles. Reading would wait for other devices: there only shapes tell."""
+    return device.type == "cpu"
+
+
+def _cut(whole: slice, step: int) -> list[slice]:
+    return [slice(start, min(start + step, whole.stop)) for start in range(whole.start, whole.stop, step)]
+
+
+def _slice(x: Tensor, *parts: slice) -> Tensor:
+    """x[parts], where an axis of size 1 stands for any size."""
+    return x[tuple(slice(None) if size == 1 else part for size, part in zip(x.shape, parts, strict=False))]

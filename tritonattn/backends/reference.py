@@ -1,0 +1,106 @@
+"""The specification: attention in eager torch, O(Sq Sk), in any dtype up to fp64; written to be read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..core.autograd import without_autocast
+from ..core.call import ForwardResult
+from ..core.dropout import Dropout
+from ..core.visibility import Visibility
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    multiplier: Tensor | float,
+    visibility: Visibility,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> ForwardResult:
+    """Attention over the visible keys.
+
+        logit[i, j]   = (q[i] . k[j]) * multiplier[i, j]
+        capped[i, j]  = softcap * tanh(logit[i, j] / softcap)         or logit[i, j] without softcap
+        lse[i]        = ln sum_j exp(capped[i, j])                    over the keys j visible to row i
+        p[i, j]       = exp(capped[i, j]) / (exp(lse[i]) + exp(sink)) without sinks, no second term
+        out[i]        = sum_j keep[i, j] / (1 - p_drop) * p[i, j] * v[j]
+        max_logit[i]  = max_j logit[i, j]
+        entropy[i]    = -sum_j s[i, j] * ln(s[i, j]),  s[i, j] = exp(capped[i, j] - lse[i])
+
+    q, k, v      [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; Hkv divides Hq
+    multiplier   a float or a tensor broadcastable to [B, Hq, Sq, Sk]; of no account at invisible pairs
+    sinks        [Hq]
+    returns      out [B, Hq, Sq, Dv] in q's dtype; the others [B, Hq, Sq] in fp32 (fp64 for fp64 q)
+
+    Operands keep their dtype; logits, softmax and accumulation are in fp32 (fp64 for fp64 q); p is rounded to
+    v's dtype before it meets v. out and lse are differentiable, max_logit and entropy are not. A row without
+    keys gives out 0, lse = max_logit = -inf, entropy 0 and no gradient, whatever d_out holds there. Keys that no
+    row sees, and queries that see no key, are replaced by zeros first, so that NaN and inf in them reach no result
+    and no gradient.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    visible = visibility.dense()
+    seen, sees = visible.any(-2)[..., None], visible.any(-1)[..., None]  # [B, Hq, Sk, 1], [B, Hq, Sq, 1]
+    query = torch.where(sees, q.to(dtype), 0)
+    key, value = (torch.where(seen, _per_query_head(x.to(dtype), visibility), 0) for x in (k, v))
+
+    with without_autocast(q):
+        products = query @ key.mT  # [B, Hq, Sq, Sk]
+        if isinstance(multiplier, Tensor):
+            multiplier = torch.where(visible, multiplier.to(dtype), 0)
+        logit = torch.where(visible, products * multiplier, 0)
+        capped = logit if softcap is None else softcap * torch.tanh(logit / softcap)
+        capped = torch.where(visible, capped, -torch.inf)
+
+        entries = capped
+        if sinks is not None:  # one more key, without a value
+            column = sinks.to(dtype)[:, None, None].expand(*capped.shape[:-1], 1)
+            entries = torch.cat([capped, column], dim=-1)
+        probability = _softmax(entries)[..., : k.shape[2]]
+        if dropout is not None:
+            heads = (visibility.batch, visibility.q_heads)
+            keep = dropout.tile(heads, slice(0, visibility.q_len), slice(0, visibility.k_len))
+            probability = torch.where(keep, probability, 0) / (1 - dropout.p)
+        out = torch.where(sees, probability.to(v.dtype).to(dtype) @ value, 0)
+
+    max_logit = _maximum(torch.where(visible, logit, -torch.inf)).squeeze(-1)
+    entropy = torch.special.entr(_softmax(capped.detach())).sum(-1)
+    return ForwardResult(out.to(q.dtype), _log_sum_exp(capped), max_logit, entropy)
+
+
+def _per_query_head(x: Tensor, visibility: Visibility) -> Tensor:
+    """x [B, Hkv, S, D] with every key head repeated for the query heads of its group: [B, Hq, S, D]."""
+    group = visibility.q_heads // max(visibility.kv_heads, 1)
+    return x.repeat_interleave(group, dim=1)
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """exp(x) / sum exp(x) along the last axis; 0, with gradient 0, where all of x is -inf."""
+    weight, _ = _shifted_exp(x)
+    total = weight.sum(-1, keepdim=True)
+    return weight / torch.where(total == 0, 1, total)
+
+
+def _log_sum_exp(x: Tensor) -> Tensor:
+    """ln sum exp(x) along the last axis; -inf, with gradient 0, where all of x is -inf."""
+    weight, shift = _shifted_exp(x)
+    total = weight.sum(-1)
+    return torch.where(total == 0, -torch.inf, shift.squeeze(-1) + torch.where(total == 0, 1, total).log())
+
+
+def _shifted_exp(x: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(x - shift) and shift, the maximum of x along the last axis, or 0 where that is -inf."""
+    shift = _maximum(x)
+    shift = torch.where(shift == -torch.inf, 0, shift)
+    return torch.exp(x - shift), shift
+
+
+def _maximum(x: Tensor) -> Tensor:
+    """Detached maximum along the last axis, kept; -inf over no entries."""
+    return pad(x.detach(), (0, 1), value=-torch.inf).amax(-1, keepdim=True)

@@ -1,0 +1,256 @@
+"""From an AttentionCall to kernel launches: allocate, choose strides and grid, launch. No autograd, no policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
+from ...core.visibility import Visibility
+from ...tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
+from .launch import Arguments, Plan, is_wide, planned, stride_arguments
+from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
+
+
+def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
+    """out and lse, and with aux max_logit and entropy, by the forward kernel.
+
+    rounding, contiguous and as out, is filled with what out lost when it was rounded to 16 bits.
+    """
+    q, v = call.q, call.v
+    out = _results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
+    lse = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
+    max_logit = entropy = None
+    if aux:
+        max_logit = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
+        entropy = _results(call, q.shape[:3], torch.float32)
+    results = {"out_ptr": out, "rounding_ptr": rounding, "lse_ptr": lse}
+    results |= {"max_logit_ptr": max_logit, "entropy_ptr": entropy}
+    _launch("forward", problem_of(call, aux=aux), call, _call_arguments(call) | results)
+    return ForwardResult(out, lse, max_logit, entropy)
+
+
+def backward(
+    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Needs,
+    rounding: Tensor | None = None,
+) -> Gradients:  # fmt: skip
+    """Gradients by the row-terms, grad_query and grad_key_value kernels.
+
+    out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in q's dtype and d_lse fp32 [B, Hq, Sq], any
+    strides.
+    """
+    shared = _call_arguments(call) | stride_arguments(d_out=d_out) | {"d_out_ptr": d_out}
+    shared |= {"lse_ptr": lse.contiguous(), "d_lse_ptr": None if d_lse is None else d_lse.contiguous()}
+    takes_sinks = call.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
+    shared["d_sinks_ptr"] = _results(call, lse.shape, torch.float32) if takes_sinks else None
+    problem = problem_of(call, d_out)
+    shared |= _row_terms(problem, call, shared, out, rounding)
+    d_sinks = shared["d_sinks_ptr"]
+    d_q, d_query_scale = _grad_query(problem, call, shared, needs)
+    d_k, d_v, d_key_scale = _grad_key_value(problem, call, shared, needs)
+    d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
+    values = (d_q, d_k, d_v, d_query_scale, d_key_scale, d_sinks)
+    return Gradients(*(value if need else None for value, need in zip(values, needs, strict=True)))
+
+
+def _row_terms(
+    problem: Problem, call: AttentionCall, shared: Arguments, out: Tensor, rounding: Tensor | None
+) -> Arguments:
+    visible, sequences = call.visibility, call.visibility.sequences
+    terms_len = _aligned(visible.q_len)
+    if sequences is not None:
+        terms_len += ROW_TERMS_ALIGNMENT * (len(sequences.q_starts) - 1)
+    shape = (*call.q.shape[:2], terms_len)
+    joined = torch.float32 if call.query_scale is None else torch.int64
+    delta, both = out.new_empty(shape, dtype=torch.float32), out.new_empty((*shape, 2), dtype=joined)
+    terms = {"terms_ptr": both, "delta_ptr": delta, "terms_len": terms_len}
+    output = {"out_ptr": out.contiguous(), "rounding_ptr": None if rounding is None else rounding.contiguous()}
+    _launch("row_terms", problem, call, shared | terms | output)
+    return terms
+
+
+def _grad_query(
+    problem: Problem, call: AttentionCall, shared: Arguments, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    for_keys = corrects_delta(call.q.dtype) and (needs.k or needs.key_scale)  # whose pass reads the corrected terms
+    if not (needs.q or needs.query_scale or for_keys):
+        return None, None
+    d_q = _results(call, call.q.shape, call.q.dtype)
+    d_query_scale = _results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None
+    results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size_ptr": None}
+    if call.key_scale is not None and call.q.dtype == torch.float16:
+        results["key_size_ptr"] = _largest(_seen(call.key_scale, call.visibility))
+    if needs.query_scale:
+        problem = replace(problem, query_scale_grad=True)
+    _launch("grad_query", problem, call, shared | results)
+    return d_q, d_query_scale
+
+
+def _grad_key_value(
+    problem: Problem, call: AttentionCall, shared: Arguments, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if not (needs.k or needs.v or needs.key_scale):
+        return None, None, None
+    visible = call.visibility
+    d_k = _results(call, call.k.shape, call.k.dtype)
+    d_v = _results(call, call.v.shape, call.v.dtype)
+    d_key_scale = _results(call, call.k.shape[:3], torch.float32) if needs.key_scale else None
+    results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size_ptr": None}
+    if call.query_scale is not None and call.q.dtype == torch.float16:
+        factor = (call.query_scale * (call.scale * _LOG2_E)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
+        results["factor_size_ptr"] = _largest(factor)
+    _launch("grad_key_value", problem, call, shared | results)
+    return d_k, d_v, d_key_scale
+
+
+def _launch(kernel: str, problem: Problem, call: AttentionCall, available: Arguments) -> None:
+    """A program for each block of rows, or of keys, of each head of each member."""
+    d_out, visible = available.get("d_out_ptr"), call.visibility
+    heads = visible.kv_heads if kernel == "grad_key_value" else visible.q_heads
+
+    def launches(chosen: Plan) -> None:
+        of_config = _descriptors(chosen.config, call, d_out)
+        if kernel == "grad_key_value":
+            of_config["row_bounds_ptr"] = rows_of_key_blocks(visible, available, chosen.config.block_n)
+        grid = (_blocks(kernel, chosen.config, call), heads, _members(call))
+        chosen.launch(grid, available | of_config, is_wide(call.q, call.k, call.v, d_out))
+
+    planned(kernel, problem, call.q.device, launches)
+
+
+def _blocks(kernel: str, config: TileConfig, call: AttentionCall) -> int:
+    """Of rows or keys, of the longest member."""
+    rows, keys = _lengths(call)
+    if kernel == "grad_key_value":
+        return -(-keys // config.block_n)
+    return -(-(_aligned(rows) if kernel == "row_terms" else rows) // config.block_m)
+
+
+def _lengths(call: AttentionCall) -> tuple[int, int]:
+    """Rows and keys of the longest member."""
+    visible, sequences = call.visibility, call.visibility.sequences
+    return (visible.q_len, visible.k_len) if sequences is None else (sequences.longest_q, sequences.longest_k)
+
+
+def _members(call: AttentionCall) -> int:
+    sequences = call.visibility.sequences
+    return call.visibility.batch if sequences is None else len(sequences.q_starts) - 1
+
+
+def _results(call: AttentionCall, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+    """A contiguous tensor that a kernel fills; what belongs to no packed sequence, no kernel writes."""
+    if call.visibility.sequences is None:
+        return torch.empty(shape, dtype=dtype, device=call.q.device)
+    return torch.full(shape, fill, dtype=dtype, device=call.q.device)
+
+
+def _aligned(rows: int) -> int:
+    return -(-rows // ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
+
+
+def _seen(key_scale: Tensor, visible: Visibility) -> Tensor:
+    """The key scale with 0 for keys that no row sees, whose scales may be anything."""
+    if visible.sees_every_key:
+        return key_scale
+    return torch.where(seen_keys(visible), key_scale, 0)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest finite |x| over the last axis, contiguous; 1 where that is 0 or denormal: it divides."""
+    largest = x.abs().nan_to_num(0.0, 0.0, 0.0).amax(-1)
+    return torch.where(largest < torch.finfo(x.dtype).tiny, 1.0, largest).contiguous()
+
+
+def problem_of(call: AttentionCall, d_out: Tensor | None = None, *, aux: bool = False) -> Problem:
+    """The parts of a call that select code."""
+    visible = call.visibility
+    return Problem(
+        head_dim=call.q.shape[-1],
+        value_dim=call.v.shape[-1],
+        dtype=call.q.dtype,
+        right=visible.right is not None,
+        left=visible.left is not None,
+        key_lengths=visible.key_lengths is not None,
+        key_ranges=visible.key_ranges is not None,
+        mask=visible.mask is not None,
+        query_scale=call.query_scale is not None,
+        key_scale=call.key_scale is not None,
+        grouped=visible.q_heads != visible.kv_heads,
+        softcap=call.softcap is not None,
+        sinks=call.sinks is not None,
+        dropout=call.dropout is not None,
+        aux=aux,
+        sequences=visible.sequences is not None,
+        aligned=all(map(_fits_descriptor, (call.q, call.k, call.v, d_out))),
+        short=is_short(*_lengths(call)),
+    )
+
+
+def _fits_descriptor(tensor: Tensor | None) -> bool:
+    """Whether the tensor memory accelerator can address [B, H, S, D]: multiples of 16 bytes, the last axis dense."""
+    if tensor is None:
+        return True
+    shape, strides, width = tensor.shape, tensor.stride(), tensor.dtype.itemsize
+    if strides[3] != 1 or tensor.data_ptr() % 16:
+        return False
+    for axis in range(3):  # no generator: a call asks of all its tensors
+        step = strides[axis] * width
+        if shape[axis] > 1 and (step <= 0 or step % 16):
+            return False
+    return True
+
+
+def _descriptors(config: TileConfig, call: AttentionCall, d_out: Tensor | None) -> Arguments:
+    tensors = {"q": call.q, "k": call.k, "v": call.v, "d_out": d_out}
+    if not config.descriptors:
+        return {f"{name}_descriptor": None for name in tensors}
+    rows = {"q": config.block_m, "k": config.block_n, "v": config.block_n, "d_out": config.block_m}
+    return {f"{name}_descriptor": _descriptor(x, rows[name]) for name, x in tensors.items() if x is not None}
+
+
+def _descriptor(tensor: Tensor, rows: int) -> Any:
+    """Tiles of `rows` rows of one (batch, head); an axis of one entry may have any stride, so it gets a legal one."""
+    legal = 16 // tensor.dtype.itemsize
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    *outer, _ = (stride if size > 1 else legal for size, stride in pairs)
+    return TensorDescriptor(tensor, list(tensor.shape), [*outer, 1], [1, 1, rows, padded_dim(tensor.shape[3])])
+
+
+def _call_arguments(call: AttentionCall) -> Arguments:
+    """The arguments that the forward and both backward kernels share."""
+    visible, dropout = call.visibility, call.dropout
+    arguments = {
+        "q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v,
+        "query_scale_ptr": call.query_scale, "key_scale_ptr": call.key_scale,
+        "sinks_ptr": None if call.sinks is None else call.sinks.contiguous(),
+        "dropout_ptr": None if dropout is None else dropout.state,
+        "keep_from": 0 if dropout is None else dropout.threshold - 2**31,
+        "keep_scale": 1.0 if dropout is None else 1 / (1 - dropout.p),
+        "scale": float(call.scale), "softcap": None if call.softcap is None else float(call.softcap),
+        "q_heads": visible.q_heads, "group": visible.q_heads // visible.kv_heads,
+    }  # fmt: skip
+    arguments |= stride_arguments(
+        q=call.q, k=call.k, v=call.v, query_scale=call.query_scale, key_scale=call.key_scale
+    )  # fmt: skip
+    return arguments | _visibility_arguments(call)
+
+
+def _visibility_arguments(call: AttentionCall) -> Arguments:
+    visible = call.visibility
+    arguments = range_arguments(visible)
+    mask = seen = q_starts = k_starts = None
+    if visible.sequences is not None:
+        q_starts, k_starts = (x.contiguous() for x in (visible.sequences.q_starts, visible.sequences.k_starts))
+    if visible.mask is not None:
+        mask = visible.mask.expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len).view(torch.uint8)
+    if visible.mask is not None or visible.key_ranges is not None:
+        seen = seen_bytes(seen_keys(visible, arguments), call.k)
+    arguments |= {"mask_ptr": mask, "seen_ptr": seen, "q_starts_ptr": q_starts, "k_starts_ptr": k_starts}
+    return arguments | stride_arguments(mask=mask)
+
+
+_LOG2_E = 1.4426950408889634

@@ -1,0 +1,66 @@
+"""The pass over the keys: their lengths, and the way back into k."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...tuning.config import Problem
+from .launch import Arguments, is_wide, plan, stride_arguments
+from .ranges import seen_bytes
+
+# New keys whose lengths one program a head takes while it adds up; those of more are shared by many before.
+_FEW_KEYS = 64
+
+
+def key_lengths(k: Tensor, seen: Tensor | None) -> Tensor:
+    """Lengths of the keys k [B, Hkv, Sk, D]: fp32 [B, Hkv, Sk].
+
+    seen   bool, broadcastable to [B, Hkv, Sk], or None; unseen keys have length 0
+    """
+    lengths = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
+    _launch_keys("key_statistics", _key_arguments(k, seen) | {"lengths_ptr": lengths}, k)
+    return lengths
+
+
+def key_lengths_backward(
+    k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor, added: Tensor | None = None
+) -> Tensor:
+    """d_k [B, Hkv, Sk, D] from the lengths that `key_lengths` returned and their gradient, fp32 [B, Hkv, Sk].
+
+    added   what reached k by other ways, in k's dtype, or None
+    """
+    d_k = torch.empty_like(k, memory_format=torch.contiguous_format)
+    gradients: Arguments = {"lengths_ptr": lengths.contiguous(), "d_lengths_ptr": d_lengths.contiguous()}
+    gradients |= {"added_ptr": None if added is None else added.contiguous(), "d_k_ptr": d_k}
+    _launch_keys("key_statistics_grad", _key_arguments(k, seen) | gradients, k)
+    return d_k
+
+
+def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> None:
+    """Bring the next keys k [B, Hkv, n, D] into the buffers of a fp32 `KeyStatistics`, in the order of its own list.
+
+    new_counts   integers [B], how many of the n are keys, or None for all
+    """
+    counts, lengths, length_sums, square_sums, length_maxima = buffers
+    counts_after = torch.empty_like(counts)
+    arguments = _key_arguments(k, None) | {
+        "new_lengths_ptr": key_lengths(k, None) if k.shape[2] > _FEW_KEYS else None,
+        "new_counts_ptr": None if new_counts is None else new_counts.long().contiguous(),
+        "counts_ptr": counts, "counts_after_ptr": counts_after, "lengths_ptr": lengths, "length_sums_ptr": length_sums,
+        "square_sums_ptr": square_sums, "length_maxima_ptr": length_maxima, "capacity": lengths.shape[2] - 1,
+    }  # fmt: skip
+    _launch_keys("append_keys", arguments, k)
+    counts.copy_(counts_after)
+
+
+def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
+    batch, heads, k_len, head_dim = k.shape
+    chosen = plan(kernel, Problem(head_dim, head_dim, k.dtype), k.device)
+    blocks = 1 if kernel == "append_keys" else -(-k_len // chosen.config.block_n)  # its sums go through all keys
+    chosen.launch((blocks, heads, batch), available, is_wide(k))
+
+
+def _key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:
+    arguments = {"k_ptr": k, "seen_ptr": None if seen is None else seen_bytes(seen, k)}
+    return arguments | stride_arguments(k=k) | {"k_len": k.shape[2], "kv_heads": k.shape[1]}

@@ -1,0 +1,199 @@
+"""How a kernel is run: the one function every launch passes, its config, its arguments. Plain tensors; no policy."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.errors import TritonError
+
+from ...kernels import KERNELS
+from ...tuning import lookup
+from ...tuning.compile import compile_options, constexpr_values
+from ...tuning.config import Problem, Target, TileConfig, legal_reasons
+
+Arguments = dict[str, Any]
+Grid = tuple[int, int, int]
+ConfigFor = Callable[[str, Problem, Target], TileConfig]
+Result = TypeVar("Result")
+
+
+def run_on_device(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
+    """Compile where needed and launch, on the device of the tensors."""
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    if device.type != "cuda":
+        kernel[grid](**arguments, **compile_options(config))
+        return
+    with torch.cuda.device(device), _no_compilation_in_capture(kernel):
+        kernel[grid](**arguments, **compile_options(config))
+
+
+class NotCompiledError(RuntimeError):
+    """A kernel would have to be compiled while a CUDA graph is captured."""
+
+
+_one_hook_at_a_time = threading.RLock()  # two threads that capture would leave the hook of one behind
+
+
+@contextmanager
+def _no_compilation_in_capture(kernel: Any) -> Iterator[None]:
+    """While a CUDA graph is captured, a kernel that is not compiled is refused: loading code would end the capture."""
+    if not torch.cuda.is_current_stream_capturing():
+        yield
+        return
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():  # not where another thread compiles meanwhile
+            raise NotCompiledError(
+                f"{kernel.__name__}: expected a compiled kernel while a CUDA graph is captured, got one to compile: "
+                "call tritonattn.warmup, or the function itself, with the same shapes, dtype and options before"
+            )
+        return None if before is None else before(*arguments, **options)
+
+    with _one_hook_at_a_time:
+        before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, refuse
+        try:
+            yield
+        finally:
+            knobs.runtime.jit_cache_hook = before
+
+
+def run_interpreted(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
+    """Launch under TRITON_INTERPRET=1 with bf16 widened to fp32, and round the results back to nearest even.
+
+    Triton's interpreter computes on the raw bits of bf16 and truncates when it converts (triton issues 11584, 11604).
+    What is lost: P and dS are not rounded to bf16, so an interpreted result is closer to exact than a GPU's.
+    """
+    wide = {name: _widened(value) for name, value in arguments.items() if _is_bfloat16(value)}
+    kernel[grid](**(arguments | wide))
+    for name, value in wide.items():
+        # What was only read is left alone: autograd watches for writes, and refuses a second backward.
+        if not name.startswith(_READ_ONLY) and not torch.equal(arguments[name].float(), value):
+            arguments[name].copy_(value)
+
+
+config_for: ConfigFor = lookup.config_for
+
+# Every kernel call passes `run`; a test may put another executor of the same signature here.
+interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
+run: Callable[[Any, Grid, Arguments, TileConfig], None] = run_interpreted if interpreting else run_on_device
+
+_READ_ONLY = ("q_ptr", "k_ptr", "v_ptr", "d_out_ptr")
+# Programs along the second and the third axis of a grid (CUDA C++ Programming Guide, table of compute capabilities).
+LONGEST_AXIS = 65535
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can be run on tensors of this device: a GPU, or any where the executor is not the GPU's own."""
+    return device.type == "cuda" or run is not run_on_device
+
+
+class Plan(NamedTuple):
+    """What a kernel's launches of one problem share."""
+
+    kernel: Callable
+    config: TileConfig
+    names: tuple[str, ...]
+    constexprs: Arguments
+
+    def launch(self, grid: Grid, available: Arguments, wide: bool) -> None:
+        """Run with the kernel's own arguments out of those available, in its order.
+
+        grid   blocks, heads and members (batch entries or sequences); past LONGEST_AXIS in several launches
+        """
+        blocks, heads, members = grid
+        for first_member in range(0, members, LONGEST_AXIS):
+            for first_head in range(0, heads, LONGEST_AXIS):
+                first = {"first_head": first_head, "first_member": first_member}
+                values = {**available, **self.constexprs, **first, "WIDE": wide}
+                part = blocks, min(heads - first_head, LONGEST_AXIS), min(members - first_member, LONGEST_AXIS)
+                run(self.kernel, part, {name: values[name] for name in self.names}, self.config)
+
+
+@contextmanager
+def configured(kernel: str, config: TileConfig) -> Iterator[None]:
+    """Inside, a kernel runs with this config, whatever the call, if it is legal for it."""
+    global config_for
+    before, config_for = config_for, _overriding(kernel, config, config_for)
+    try:
+        yield
+    finally:
+        config_for = before
+
+
+@functools.lru_cache(maxsize=64)
+def _overriding(kernel: str, config: TileConfig, otherwise: ConfigFor) -> ConfigFor:
+    """The same function for the same arguments, so that plans made by it are found again."""
+
+    def chosen(name: str, problem: Problem, target: Target) -> TileConfig:
+        is_meant = name == kernel and not legal_reasons(name, config, problem, target)
+        return config if is_meant else otherwise(name, problem, target)
+
+    return chosen
+
+
+def plan(kernel: str, problem: Problem, device: torch.device) -> Plan:
+    return _plan(kernel, problem, Target.of(device), config_for)
+
+
+def planned(kernel: str, problem: Problem, device: torch.device, launches: Callable[[Plan], Result]) -> Result:
+    """launches(plan); again by the next config where a table's is one that cannot be compiled or launched here."""
+    while True:
+        chosen = plan(kernel, problem, device)
+        try:
+            return launches(chosen)
+        except (TritonError, RuntimeError) as error:
+            is_refusal = isinstance(error, TritonError) or "PassManager" in str(error)
+            if not is_refusal or not lookup.strike(kernel, problem, Target.of(device), chosen.config, error):
+                raise
+            _plan.cache_clear()
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(kernel: str, problem: Problem, target: Target, config_of: ConfigFor) -> Plan:
+    function, config = KERNELS[kernel], config_of(kernel, problem, target)
+    return Plan(function, config, tuple(function.arg_names), constexpr_values(problem, config, target))
+
+
+_STRIDE_NAMES = {
+    name: tuple(f"{name}_stride_{axis}" for axis in axes)
+    for axes, names in (("bhsd", "q k v d_out"), ("bhs", "query_scale key_scale"), ("bhqk", "mask"))
+    for name in names.split()
+}
+
+
+def stride_arguments(**tensors: Tensor | None) -> Arguments:
+    """A kernel's strides of the tensors that it knows by these names; 1 of one that is not there."""
+    strides: Arguments = {}
+    for name, tensor in tensors.items():
+        names = _STRIDE_NAMES[name]
+        strides.update(dict.fromkeys(names, 1) if tensor is None else zip(names, tensor.stride(), strict=True))
+    return strides
+
+
+def bounded(x: Tensor, highest: int) -> Tensor:
+    """Integers clamped to [0, highest], int32. A dtype of fewer bits need not hold `highest`."""
+    return (x.int() if x.dtype.itemsize < 4 else x).clamp(0, highest).int()
+
+
+def is_wide(*tensors: Tensor | None) -> bool:
+    """Whether offsets inside one tile can pass 2^31: no tile has more than 1024 rows."""
+    return any(x is not None and 1024 * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31 for x in tensors)
+
+
+def _is_bfloat16(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """An fp32 copy with the same strides, shared elements of expanded tensors included."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = tensor.as_strided((max(extent, 0),), (1,)).float()
+    return flat.as_strided(tensor.shape, tensor.stride(), 0)

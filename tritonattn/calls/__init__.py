@@ -1,0 +1,1 @@
+"""The public calls, and what each passes on its way to an operator."""

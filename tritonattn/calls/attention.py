@@ -1,0 +1,148 @@
+"""`attention` and `scaled_attention`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..core.visibility import Visibility
+from ..scaling import Scaling
+from .checks import Options, check, check_factor, check_number
+from .dispatch import AttentionAux, attend, autocast
+from .factor import Factor, Given, scale_dtype
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scaling: str | Scaling | float | Tensor = "sqrt_dim",
+    gain: float | Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    key_ranges: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_aux: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, AttentionAux]:
+    """Attention whose logit scaling is a parameter.
+
+        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j])
+        out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j visible to row i
+
+    Args:
+        q: [B, Hq, Sq, D], float16, bfloat16, float32 or (not in kernels) float64; any strides.
+        k: [B, Hkv, Sk, D] in q's dtype. Hkv divides Hq: query head h reads key head h // (Hq / Hkv).
+        v: [B, Hkv, Sk, Dv] in q's dtype.
+        scaling: The factor: a name in `SCALINGS`, a `Scaling`, a float (the factor itself), or a tensor
+            broadcastable to [B, Hq, Sq], which gets a gradient. "sqrt_dim" is 1 / sqrt(D).
+        gain: A float, or a tensor broadcastable to [B, Hq, Sq] (one a head: [Hq, 1]), which gets a gradient.
+        causal: Row i sees the keys j <= i + Sk - Sq (bottom-right).
+        window: (left, right): row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
+        key_lengths: Integers [B]: keys at and after it are invisible.
+        key_ranges: Integers [B, Sq, 2] or [B, 1, Sq, 2]: row i sees lo <= j < hi of its pair (lo, hi).
+        mask: bool, broadcastable to [B, Hq, Sq, Sk], True is visible: for masks with holes; slower.
+        softcap: c > 0: logit -> c * tanh(logit / c), after scaling.
+        sinks: [Hq]: a logit that joins the softmax's denominator only, neither scaled nor capped; gets a
+            gradient.
+        dropout_p: Chance in [0, 1) to drop a probability; the others are multiplied by 1 / (1 - dropout_p).
+            The bits follow torch.manual_seed and are the same on every backend.
+        return_aux: Return (out, `AttentionAux`).
+        backend: "auto", "triton" (kernels), "sdpa" (PyTorch) or "reference" (eager, O(Sq Sk)). "auto" runs
+            kernels for CUDA and HIP tensors, and PyTorch for others and for what kernels cannot do (it warns
+            once).
+
+    causal, window, key_lengths, key_ranges and mask narrow one another. Key lengths and ranges on a GPU are
+    clamped to [0, Sk] and never read by the host; on a CPU they are checked.
+
+    Returns:
+        [B, Hq, Sq, Dv] in q's dtype. A row that sees no key gives zeros and no gradient. What no row of a
+        batch entry may see reaches no result, NaN and inf included. Gradients are of first order.
+
+    Raises:
+        TypeError: A type or dtype.
+        ValueError: A shape, device, value or name.
+        NotImplementedError: An argument that the backend asked for cannot honour.
+        ImportError: Backend "triton" without triton.
+
+    Under torch.autocast q, k and v are cast as `F.scaled_dot_product_attention` casts them.
+
+    >>> import torch, tritonattn
+    >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
+    >>> tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True).shape
+    torch.Size([1, 4, 16, 8])
+
+    Sources: Vaswani et al. 2017, arXiv:1706.03762 (sqrt_dim); Bernhard 2023, arXiv:2311.09406 (key_norm_sum);
+    each mode names its own. Dao 2023, arXiv:2307.08691 (the algorithm).
+    """
+    options = Options(
+        causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend
+    )  # fmt: skip
+    q, k, v = autocast(q, k, v)
+    check(q, k, v, options)
+    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
+    return attend(q, k, v, factor, _visibility(q, k, options), options)
+
+
+def scaled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    key_ranges: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_aux: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, AttentionAux]:
+    """Attention with the scales themselves: what every scaling comes down to.
+
+        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j]
+
+    Args:
+        query_scale: Floating, broadcastable to [B, Hq, Sq]; any sign, 0 included; gets a gradient.
+        key_scale: Floating, broadcastable to [B, Hkv, Sk], likewise.
+        scale: A finite float; None is 1 / sqrt(D).
+
+    The other arguments, the result and the errors are those of `attention`. Scales are float32 (float64 for
+    float64 q), whatever their dtype.
+
+    >>> import torch, tritonattn
+    >>> q = k = v = torch.randn(1, 2, 5, 8)
+    >>> tritonattn.scaled_attention(q, k, v, torch.full((2, 1), 0.5), scale=1.0).shape
+    torch.Size([1, 2, 5, 8])
+    """
+    options = Options(
+        causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend
+    )  # fmt: skip
+    q, k, v = autocast(q, k, v)
+    check(q, k, v, options)
+    if query_scale is not None:
+        check_factor("query_scale", query_scale, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
+        query_scale = query_scale.to(scale_dtype(q))
+    if key_scale is not None:
+        check_factor("key_scale", key_scale, q, tuple(k.shape[:3]), "[B, Hkv, Sk]")
+        key_scale = key_scale.to(scale_dtype(q))
+    constant = q.shape[-1] ** -0.5 if scale is None else scale
+    check_number("scale", constant)
+    factor = Factor(Given(constant, query_scale, key_scale))
+    return attend(q, k, v, factor, _visibility(q, k, options), options)
+
+
+def _visibility(q: Tensor, k: Tensor, options: Options) -> Visibility:
+    return Visibility.of(
+        q, k, causal=options.causal, window=options.window, key_lengths=options.key_lengths,
+        key_ranges=options.key_ranges, mask=options.mask,
+    )  # fmt: skip

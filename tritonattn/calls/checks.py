@@ -1,0 +1,324 @@
+"""The one place where arguments of `attention` and `scaled_attention` are checked.
+
+Shapes, dtypes and devices always; values of CPU tensors too, except while compiling or under a transform.
+Values of device tensors are never read: there backends clamp them. Every error names the argument, what was
+expected and what came: TypeError for types and dtypes, ValueError for the rest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.autograd import runs_eagerly
+from ..scaling import SCALINGS, Scaling
+
+BACKENDS = ("auto", "triton", "sdpa", "reference")
+
+_LARGEST = torch.finfo(torch.float32).max * math.log(2)  # numbers act in float32, times log2(e)
+_SMALLEST = torch.finfo(torch.float32).tiny
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Layout(NamedTuple):
+    """How q, k and v are laid out: the names of their axes, how many there are, and which one is the sequence."""
+
+    q: str
+    k: str
+    v: str
+    axes: int
+    sequence: int
+
+
+BATCHED = Layout("[B, Hq, Sq, D]", "[B, Hkv, Sk, D]", "[B, Hkv, Sk, Dv]", axes=4, sequence=2)
+PACKED = Layout("[T_q, Hq, D]", "[T_k, Hkv, D]", "[T_k, Hkv, Dv]", axes=3, sequence=0)
+
+# Modes that are modules, and what makes one for q of Hq heads.
+_LEARNED = {
+    "ssmax": "SSMax(heads=Hq)",
+    "power_law": "PowerLaw(heads=Hq)",
+    "per_head": "PerHead('sqrt_dim', heads=Hq)",
+    "learned_cosine": "Cosine(heads=Hq)",
+    "scheduled": "Scheduled('sqrt_dim', 'key_norm_mean', steps=1000)",
+}
+
+
+class Options(NamedTuple):
+    """The arguments that `attention` and `scaled_attention` share."""
+
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    key_lengths: Tensor | None = None
+    key_ranges: Tensor | None = None
+    mask: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout_p: float = 0.0
+    return_aux: bool = False
+    backend: str = "auto"
+
+    @property
+    def cap(self) -> float | None:
+        """softcap as a float: an int is another type to a kernel."""
+        return float(self.softcap) if isinstance(self.softcap, int) else self.softcap
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
+    """Raise TypeError or ValueError unless these describe one attention call."""
+    check_operands(q, k, v)
+    check_flags(options)
+    if options.window is not None:
+        check_window(options.window)
+    if options.key_lengths is not None:
+        _check_key_lengths(options.key_lengths, q, k)
+    if options.key_ranges is not None:
+        _check_key_ranges(options.key_ranges, q, k)
+    if options.mask is not None:
+        _check_mask(options.mask, q, k)
+    if options.sinks is not None:
+        check_sinks(options.sinks, q)
+
+
+def check_factor(name: str, factor: Any, q: Tensor, shape: tuple[int, ...], axes: str) -> None:
+    """Raise unless a factor of the logits is a floating tensor on q's device that broadcasts to `shape`."""
+    check_tensor(name, factor, axes)
+    if factor.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating dtype, got {factor.dtype}")
+    check_device(name, factor, q)
+    if factor.dim() == 1 and factor.shape[0] != 1:
+        raise ValueError(
+            f"{name}: expected a shape that says its axis, [H, 1] for a value a head or [1, S] for a value a"
+            f" position, got the 1-D {shape_of(factor)}"
+        )
+    if not _broadcasts(factor.shape, shape):
+        raise ValueError(
+            f"{name}: expected a shape broadcastable to {axes} = {list(shape)}, got {shape_of(factor)}"
+        )
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless value is a finite number."""
+    if not _is_number(value):
+        raise TypeError(f"{name}: expected a number, got {kind_of(value)}")
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{name}: expected a finite number, got {value!r} (the largest is {_LARGEST:.4g})")
+
+
+def check_multiplier(scaling: Scaling, factor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless a mode's dense formula gave a floating tensor for every pair."""
+    name = f"{type(scaling).__name__}.multiplier()"
+    if factor.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating dtype, got {factor.dtype}")
+    if not _broadcasts(factor.shape, shape):
+        raise ValueError(
+            f"{name}: expected a shape broadcastable to [B, Hq, Sq, Sk] = {list(shape)}, got {shape_of(factor)}"
+        )
+
+
+def named_scaling(name: str, learned: Iterable[str] = ()) -> Scaling:
+    """The mode of a name in SCALINGS, with its defaults; a caller makes those that are `learned` itself."""
+    if name in SCALINGS:
+        return SCALINGS[name]()
+    if name in _LEARNED:
+        raise ValueError(
+            f"scaling: expected a mode without a state of its own, got {name!r}, which is a module: make it once, keep"
+            f" it with the model, and pass it, scaling=tritonattn.nn.{_LEARNED[name]}"
+        )
+    known = [*SCALINGS, *learned]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"scaling: expected one of {', '.join(known)}, got {name!r}{hint}")
+
+
+def refuse_scaling(scaling: Any) -> None:
+    """Raise the TypeError for what is no scaling."""
+    if isinstance(scaling, type) and issubclass(scaling, Scaling):
+        raise TypeError(
+            f"scaling: expected an instance of a Scaling, got the class {scaling.__name__};"
+            f" write {scaling.__name__}()"
+        )
+    raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {kind_of(scaling)}")
+
+
+def check_operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> None:
+    """Raise unless these are the operands of one attention call, each in its layout."""
+    for name, x, axes in (("q", q, layout.q), ("k", k, layout.k), ("v", v, layout.v)):
+        check_tensor(name, x, axes)
+        if x.dim() != layout.axes:
+            raise ValueError(f"{name}: expected {layout.axes} axes {axes}, got {x.dim()} in {shape_of(x)}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
+    if layout is BATCHED and not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(
+            f"k, v: expected q's batch size {q.shape[0]}, got {k.shape[0]} in k and {v.shape[0]} in v"
+        )
+    _check_sizes(q, k, v, layout.sequence)
+
+
+def _check_sizes(q: Tensor, k: Tensor, v: Tensor, sequence: int) -> None:
+    q_heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[-1]
+    if kv_heads != v.shape[1]:
+        raise ValueError(f"v: expected k's {kv_heads} heads, got {v.shape[1]}")
+    if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads != 0):
+        raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}")
+    if k.shape[sequence] != v.shape[sequence]:
+        raise ValueError(f"v: expected k's length {k.shape[sequence]}, got {v.shape[sequence]}")
+    if k.shape[-1] != head_dim:
+        raise ValueError(f"k: expected q's head_dim {head_dim}, got {k.shape[-1]}")
+    if head_dim == 0 or v.shape[-1] == 0:
+        raise ValueError(f"q, v: expected head_dim of at least 1, got {head_dim} in q and {v.shape[-1]} in v")
+
+
+def check_flags(options: Options) -> None:
+    check_bool("causal", options.causal)
+    check_bool("return_aux", options.return_aux)
+    if not isinstance(options.backend, str) or options.backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {options.backend!r}")
+    if options.softcap is not None:
+        check_number("softcap", options.softcap)
+        if options.softcap < _SMALLEST:
+            least = f"(the least is {_SMALLEST:.4g})"
+            raise ValueError(f"softcap: expected a number above 0, got {options.softcap!r} {least}")
+    check_number("dropout_p", options.dropout_p)
+    if not 0 <= options.dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a number in [0, 1), got {options.dropout_p!r}")
+
+
+def check_window(window: Any) -> None:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window: expected (left, right), got {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, (int, torch.SymInt))):
+            raise TypeError(f"window: expected (left, right) of int or None, got {window!r}")
+        if side is not None and side < -1:
+            raise ValueError(
+                f"window: expected sides of at least 0, or -1 or None for unlimited, got {window!r}"
+            )
+
+
+def _check_key_lengths(key_lengths: Any, q: Tensor, k: Tensor) -> None:
+    check_integers("key_lengths", key_lengths, "[B]", q)
+    if key_lengths.shape != q.shape[:1]:
+        raise ValueError(f"key_lengths: expected shape [B] = [{q.shape[0]}], got {shape_of(key_lengths)}")
+    check_values("key_lengths", key_lengths, k.shape[2])
+
+
+def _check_key_ranges(key_ranges: Any, q: Tensor, k: Tensor) -> None:
+    check_integers("key_ranges", key_ranges, "[B, Sq, 2]", q)
+    batch, _, q_len, _ = q.shape
+    if key_ranges.shape != (batch, q_len, 2) and key_ranges.shape != (batch, 1, q_len, 2):
+        raise ValueError(
+            f"key_ranges: expected shape [B, Sq, 2] = {[batch, q_len, 2]} or {[batch, 1, q_len, 2]},"
+            f" got {shape_of(key_ranges)}"
+        )
+    check_values("key_ranges", key_ranges, k.shape[2])
+
+
+def _check_mask(mask: Any, q: Tensor, k: Tensor) -> None:
+    check_tensor("mask", mask, "[B, Hq, Sq, Sk]")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected dtype torch.bool, True for visible, got {mask.dtype}")
+    check_device("mask", mask, q)
+    shape = (*q.shape[:3], k.shape[2])
+    if not _broadcasts(mask.shape, shape):
+        raise ValueError(
+            f"mask: expected a shape broadcastable to [B, Hq, Sq, Sk] = {list(shape)}, got {shape_of(mask)};"
+            " a padding mask is [B, 1, 1, Sk]"
+        )
+
+
+def check_sinks(sinks: Any, q: Tensor) -> None:
+    check_tensor("sinks", sinks, "[Hq]")
+    if sinks.dtype not in FLOATS:
+        raise TypeError(f"sinks: expected a floating dtype, got {sinks.dtype}")
+    check_device("sinks", sinks, q)
+    if sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks: expected shape [Hq] = [{q.shape[1]}], got {shape_of(sinks)}")
+
+
+def check_tensor(name: str, x: Any, axes: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {axes}, got {kind_of(x)}")
+    if x.is_nested or x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor {axes}, got {kind_of(x)} and layout {x.layout}")
+
+
+def check_device(name: str, x: Tensor, like: Tensor, owner: str = "q") -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected {owner}'s device {like.device}, got {x.device}")
+
+
+def check_integers(name: str, x: Any, axes: str, like: Tensor, owner: str = "q") -> None:
+    """Raise unless x is an integer tensor on the device of `like`, which belongs to `owner`."""
+    check_tensor(name, x, axes)
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
+    check_device(name, x, like, owner)
+
+
+def check_values(name: str, x: Tensor, highest: int, meaning: str = "Sk = ") -> None:
+    """Raise where a value of a CPU tensor is outside [0, highest]."""
+    if not values_are_read(x):
+        return
+    low, high = (int(bound) for bound in x.aminmax())
+    if low < 0 or high > highest:
+        raise ValueError(f"{name}: expected values in [0, {meaning}{highest}], got {low if low < 0 else high}")
+
+
+def values_are_read(x: Tensor) -> bool:
+    """Whether values of x can be checked: on a CPU, unless a compiler or a transform stands between."""
+    return x.device.type == "cpu" and runs_eagerly(x) and x.numel() > 0
+
+
+def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    if len(shape) > len(target):
+        return False
+    pairs = zip(shape, target[len(target) - len(shape) :], strict=True)
+    return all(size == 1 or size == wanted for size, wanted in pairs)  # `in` does not see symbolic sizes
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def shape_of(x: Tensor) -> list[int]:
+    return list(x.shape)
+
+
+def kind_of(value: Any) -> str:
+    """What came: the type of the value, and for a tensor its dtype and shape."""
+    if isinstance(value, Tensor):
+        kind = "nested tensor" if value.is_nested else f"tensor of shape {shape_of(value)}"
+        return f"a {value.dtype} {kind}"
+    return (
+        f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float)) else type(value).__name__
+    )
+
+
+def check_count(name: str, value: Any, least: int = 0) -> None:
+    """Raise unless value is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {kind_of(value)}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {kind_of(value)}")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise unless dtype is one that attention takes, or None, which stands for torch's default."""
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype!r}")

@@ -1,0 +1,145 @@
+"""`attention_decode`: a few new tokens a sequence against a KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends import reference
+from ..core.autograd import autocast_is_on, without_autocast
+from ..core.decode_call import Cache, DecodeCall
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility, window_sides
+from ..scaling import Scaling
+from .backend import choose_backend
+from .checks import Options
+from .decode_checks import check_decode, refuse_gradients
+from .dispatch import AttentionAux, autocast, aux_of
+from .factor import Factor, scale_dtype
+from .key_statistics import CachedStatistics, KeyStatistics
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    key_lengths: Tensor,
+    scaling: str | Scaling | float | Tensor = "sqrt_dim",
+    gain: float | Tensor | None = None,
+    statistics: KeyStatistics | None = None,
+    block_table: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_aux: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, AttentionAux]:
+    """Attention of the newest tokens over a KV cache that already holds their keys and values; no gradients.
+
+        own[i]      = i + key_lengths[b] - Sq                      the position of query row i
+        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j])
+        out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j <= own[i] of sequence b
+
+    A prefill by `attention(..., causal=True)` followed by calls of this function gives what one full pass gives, for
+    every scaling: n, sums and maxima are those of the keys that the row sees.
+
+    Args:
+        q: [B, Hq, Sq, D], the newest 1 to 16 tokens of every sequence (more than one: speculative decoding).
+        k_cache: [B, Hkv, capacity, D] in q's dtype, any strides; with block_table pages [N, page, Hkv, D], of any
+            page of at least 16 keys. Hkv divides Hq.
+        v_cache: Likewise, with Dv.
+        key_lengths: Integers [B] on q's device: the keys of every sequence, the Sq new ones included. Below Sq the
+            first rows see nothing.
+        scaling, gain: As in `attention`.
+        statistics: The `KeyStatistics` kept beside the cache, to which the new keys have been appended: then no mode
+            reads old keys. Without it the modes that need key lengths (key_norm_*, cosine) read the visible keys of
+            the cache once more, half of the memory traffic of the call itself, and gather pages to do so. A Scaling of
+            your own gets k_cache, gathered where it lies in pages unless its class says reads_keys = False. The
+            reference follows the formulas and computes all of it from the keys.
+        block_table: int32 [B, max_pages]: key j of sequence b is in page block_table[b, j // page], at j % page.
+        window: (left, right): row i sees own[i] - left <= j; no key behind own[i] is visible, whatever right is.
+        softcap, sinks, return_aux, backend: As in `attention`.
+
+    What lies behind key_lengths in the cache, NaN included, reaches no result, and block_table is not followed there.
+    On a GPU key_lengths, block_table and statistics are not read by the host: lengths are clamped to [0, capacity], a
+    page outside [0, N) counts as zeros. The launch depends on shapes only, so that a CUDA graph can capture it; the
+    keys are split among programs by the capacity, never by the batch. On a CPU values are checked.
+
+    Returns:
+        [B, Hq, Sq, Dv] in q's dtype, and with return_aux `AttentionAux`. A row that sees no key gives zeros.
+
+    Raises:
+        TypeError, ValueError: As in `attention`; statistics that lack keys.
+        NotImplementedError: A tensor that requires a gradient, while gradients are recorded; an argument that the
+            backend asked for cannot honour.
+
+    >>> import torch, tritonattn
+    >>> q, k_cache, v_cache = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 32, 8), torch.randn(1, 2, 32, 8)
+    >>> statistics = tritonattn.KeyStatistics(batch=1, kv_heads=2, capacity=32)
+    >>> statistics.append(k_cache[:, :, :20])
+    >>> tritonattn.attention_decode(
+    ...     q, k_cache, v_cache, key_lengths=torch.tensor([20]), scaling="key_norm_mean", statistics=statistics
+    ... ).shape
+    torch.Size([1, 4, 1, 8])
+
+    Sources: Dao et al. 2023, "Flash-Decoding for long-context inference", https://pytorch.org/blog/flash-decoding
+    (keys split, then combined); Kwon et al. 2023, "Efficient memory management for large language model serving with
+    PagedAttention", arXiv:2309.06180 (pages).
+    """
+    options = Options(window=window, softcap=softcap, sinks=sinks, return_aux=return_aux, backend=backend)
+    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
+    cache = Cache(k_cache, v_cache, key_lengths, block_table)
+    check_decode(q, cache, statistics, options)
+    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
+    refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, scaling=scaling, gain=gain, sinks=sinks)
+    return _decode(q, cache, factor, statistics, options)
+
+
+def _decode(
+    q: Tensor, cache: Cache, factor: Factor, statistics: KeyStatistics | None, options: Options
+) -> Tensor | tuple[Tensor, AttentionAux]:
+    if autocast_is_on(q):
+        with without_autocast(q):
+            return _decode(q, cache, factor, statistics, options)
+    backend = choose_backend(q, cache.k, cache.v, Options(backend=options.backend))
+    left, _ = window_sides(options.window)
+    sinks = None if options.sinks is None else options.sinks.to(scale_dtype(q))
+    visibility = cache.visibility(q, left)
+    if backend == "reference":
+        keys = cache.keys()
+        multiplier = factor.multiplier(q, keys, visibility)
+        result = reference.attention(
+            q, keys, cache.values(), multiplier, visibility, softcap=options.cap, sinks=sinks
+        )  # fmt: skip
+    else:
+        scales = _scales(q, cache, factor, visibility, left, statistics, backend)
+        call = DecodeCall(q, cache, *scales, left, options.cap, sinks)
+        result = ops.decode(call, backend, options.return_aux)
+    if not options.return_aux:
+        return result.out
+    return result.out, aux_of(result)
+
+
+def _scales(
+    q: Tensor,
+    cache: Cache,
+    factor: Factor,
+    visibility: Visibility,
+    left: int | None,
+    record: KeyStatistics | None,
+    backend: str,
+) -> tuple[float, Tensor | None, Tensor | None]:
+    """The mode's scales times the gain, from the record of the cache or else from its keys."""
+    if cache.block_table is not None and not factor.scaling.reads_keys:
+        keys = q.new_full((), torch.nan).expand(*visibility.keys, q.shape[3])  # a shape, in place of a gathered copy
+    else:
+        keys = cache.keys()
+    if record is not None:
+        statistics = CachedStatistics(cache.keys, visibility, record, left)
+    else:
+        statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(cache.keys, visibility)
+    scales = factor.scales(q, keys, visibility, statistics)
+    refuse_gradients(scaling=scales[1], key_scale=scales[2])
+    return scales

@@ -1,0 +1,158 @@
+"""The factor of q . k that a call asks for: a scaling in any of its forms, and the gain on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.statistics import DoubleStatistics, Statistics
+from ..core.visibility import Visibility
+from ..scaling import SCALINGS, Scales, Scaling
+from .checks import check_factor, check_multiplier, check_number, check_tensor, named_scaling, refuse_scaling
+
+
+def scale_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of scales, gains and sinks: float32, float64 for float64 q."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """gain[i] * (the factor of a mode). A tensor as gain broadcasts to [B, Hq, Sq]."""
+
+    scaling: Scaling
+    gain: float | Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        scaling: str | Scaling | float | Tensor,
+        gain: float | Tensor | None,
+        q: Tensor,
+        rows: tuple[int, ...],
+        axes: str,
+    ) -> Factor:
+        """From arguments, which are checked; a tensor among them broadcasts to the shape `rows`, named `axes`."""
+        if isinstance(scaling, str):
+            mode = named_scaling(scaling)
+        elif isinstance(scaling, Scaling):
+            mode = scaling
+        elif isinstance(scaling, Tensor):
+            check_factor("scaling", scaling, q, rows, axes)
+            mode = Given(1.0, scaling.to(scale_dtype(q)))
+        else:
+            if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+                refuse_scaling(scaling)
+            check_number("scaling", scaling)
+            mode = Given(scaling)
+        if isinstance(gain, Tensor):
+            check_factor("gain", gain, q, rows, axes)
+            gain = gain.to(scale_dtype(q))
+        elif gain is not None:
+            check_number("gain", gain)
+        return cls(mode, gain)
+
+    def scales(
+        self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
+    ) -> tuple[float, Tensor | None, Tensor | None]:
+        """The mode's scales times the gain, as a float, [B, Hq, Sq] and [B, Hkv, Sk]."""
+        take = self.exact_scales if isinstance(self.gain, Tensor) else self._scales
+        constant, query, key = take(q, k, visibility, statistics)
+        dtype = scale_dtype(q)
+        if query is not None:
+            query = _expanded(query, dtype, visibility.rows)
+        if key is not None:
+            key = _expanded(key, dtype, visibility.keys)
+        return constant, query, key
+
+    def exact_scales(
+        self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
+    ) -> tuple[float, Tensor | None, Tensor | None]:
+        """`scales` in fp64, neither rounded nor expanded, of a mode of `SCALINGS`: for one that is made of others."""
+        is_own = type(self.scaling) is SCALINGS.get(getattr(self.scaling, "name", ""))
+        wide = DoubleStatistics(statistics) if is_own else statistics
+        return self._scales(q, k, visibility, wide)
+
+    def _scales(
+        self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
+    ) -> tuple[float, Tensor | None, Tensor | None]:
+        scales = self.scaling.scales(q, k, visibility, statistics)
+        name = f"{getattr(self.scaling, 'name', type(self.scaling).__name__)}.scales()"
+        if not isinstance(scales, Scales):
+            raise TypeError(f"{name}: expected Scales, got {type(scales).__name__}")
+        check_number(f"{name}.constant", scales.constant)
+        constant, query, key, gain = scales.constant, scales.query, scales.key, self.gain
+        if query is not None:
+            query = _where_seeing(visibility, _per_query_head(f"{name}.query", query, q, visibility))
+        if isinstance(gain, Tensor):
+            gain = _where_seeing(visibility, gain)
+            query = gain if query is None else query * gain
+        elif gain is not None:
+            constant = constant * gain
+            check_number(f"{name}.constant * gain", constant)
+        if key is not None:
+            check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
+        return constant, query, key
+
+    def multiplier(self, q: Tensor, k: Tensor, visibility: Visibility) -> Tensor | float:
+        """The factor of every pair as the mode's formula says it, for the reference."""
+        group = visibility.q_heads // visibility.kv_heads
+        visible = visibility.dense()
+        seen, sees = visible.any(-2)[..., None], visible.any(-1)  # [B, Hq, Sk, 1], [B, Hq, Sq]
+        keys = torch.where(seen, k.repeat_interleave(group, dim=1), 0)
+        factor = self.scaling.multiplier(torch.where(sees[..., None], q, 0), keys, visible)
+        if isinstance(factor, Tensor):
+            check_multiplier(self.scaling, factor, (*visibility.rows, visibility.k_len))
+        else:
+            check_number(f"{type(self.scaling).__name__}.multiplier()", factor)
+        if self.gain is None:
+            return factor
+        return factor * (torch.where(sees, self.gain, 0)[..., None] if isinstance(self.gain, Tensor) else self.gain)
+
+
+class Given(Scaling):
+    """The scaling of a caller who hands in the scales."""
+
+    name = "given"
+    reads_keys = False
+
+    def __init__(self, constant: float, query: Tensor | None = None, key: Tensor | None = None) -> None:
+        self._scales = Scales(constant, query, key)
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        return self._scales
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor | float:
+        factor, (query, key) = self._scales.constant, (self._scales.query, self._scales.key)
+        if query is not None:
+            factor = factor * query[..., None]
+        if key is not None:
+            if key.dim() > 1 and key.shape[-2] > 1:
+                key = key.repeat_interleave(k.shape[1] // key.shape[-2], dim=-2)  # one row a query head
+            key = key[..., None, :] if key.dim() else key
+            factor = factor * torch.where(visible, key, 0)  # that of a key which no row sees may be NaN
+        return factor
+
+
+def _expanded(scale: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if scale.dtype != dtype:
+        scale = scale.to(dtype)
+    return scale if scale.shape == shape else scale.expand(shape)
+
+
+def _where_seeing(visibility: Visibility, query: Tensor) -> Tensor:
+    """A query scale with 0 for rows without keys, where a mode may have divided by 0 or met NaN in q."""
+    return query if visibility.every_row_sees else torch.where(visibility.seeing_rows(), query, 0)
+
+
+def _per_query_head(name: str, query: Tensor, q: Tensor, visibility: Visibility) -> Tensor:
+    """A query scale broadcastable to [B, Hq, Sq], from one that may have a row a key head."""
+    (batch, q_heads, q_len), kv_heads = visibility.rows, visibility.kv_heads
+    check_tensor(name, query, "[B, Hq, Sq]")
+    if query.dim() > 1 and 1 < query.shape[-2] == kv_heads != q_heads:
+        check_factor(name, query, q, (batch, kv_heads, q_len), "[B, Hkv, Sq]")
+        return query.repeat_interleave(q_heads // kv_heads, dim=-2)
+    check_factor(name, query, q, visibility.rows, "[B, Hq, Sq]")
+    return query

@@ -1,0 +1,313 @@
+"""Statistics of the keys in a KV cache, kept beside it and grown with it, for scalings that depend on key lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.autograd import runs_eagerly
+from ..core.ranges import prefix_sum
+from ..core.statistics import Statistics, key_lengths_of
+from ..core.visibility import Visibility
+from ..ops import append_keys
+from .backend import kernels_take
+from .checks import (
+    FLOATS,
+    check_count,
+    check_device,
+    check_integers,
+    check_tensor,
+    check_values,
+    kind_of,
+    shape_of,
+    values_are_read,
+)
+
+_OWNER = "this KeyStatistics"
+
+
+class KeyStatistics:
+    """Lengths of the keys in a KV cache, with their sums and maxima, for `attention_decode(..., statistics=)`.
+
+    With c[b] keys held by batch entry b, over the keys j' < j, for j = 0 .. c[b]:
+
+        lengths[b, h, j]         = ||k[b, h, j]||                   [B, Hkv, capacity]      `dtype`
+        length_sums[b, h, j]     = sum ||k[b, h, j']||              [B, Hkv, capacity + 1]  float64
+        square_sums[b, h, j]     = sum ||k[b, h, j']||^2            [B, Hkv, capacity + 1]  float64
+        length_maxima[b, h, j]   = max ||k[b, h, j']||, 0 at j = 0  [B, Hkv, capacity + 1]  `dtype`
+        counts[b]                = c[b]                             [B]                     int64
+
+    What lies after c[b] is of no account. Sums over a window are differences, its maximum comes from the lengths.
+
+    Args:
+        batch: B, the sequences of the cache.
+        kv_heads: Hkv.
+        capacity: The keys that a sequence can hold: Sk of a contiguous cache, max_pages * page of a paged one.
+        device: That of the cache; None is torch's default.
+        dtype: float32, or float64 beside a float64 cache.
+
+    All buffers have fixed shapes and change in place, nothing waits for the device, and the work is O(new keys):
+    every method can be captured in a CUDA graph and compiled. On a GPU values are not read: keys past the capacity
+    are dropped. On a CPU they raise ValueError.
+
+    >>> import torch, tritonattn
+    >>> statistics = tritonattn.KeyStatistics(batch=1, kv_heads=2, capacity=16)
+    >>> statistics.append(torch.ones(1, 2, 3, 4))
+    >>> statistics.length_sums[0, 0, :4].tolist()
+    [0.0, 2.0, 4.0, 6.0]
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        for name, size in (("batch", batch), ("kv_heads", kv_heads), ("capacity", capacity)):
+            check_count(name, size)
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+        self.capacity = capacity
+        self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
+        # Each has one more place at its end, where what is dropped goes.
+        shape, prefix = (batch, kv_heads, capacity + 1), (batch, kv_heads, capacity + 2)
+        self._lengths = torch.zeros(shape, dtype=dtype, device=device)
+        self._length_sums = torch.zeros(prefix, dtype=torch.float64, device=device)
+        self._square_sums = torch.zeros(prefix, dtype=torch.float64, device=device)
+        self._length_maxima = torch.zeros(prefix, dtype=dtype, device=device)
+
+    @property
+    def lengths(self) -> Tensor:
+        return self._lengths[..., :-1]
+
+    @property
+    def length_sums(self) -> Tensor:
+        return self._length_sums[..., :-1]
+
+    @property
+    def square_sums(self) -> Tensor:
+        return self._square_sums[..., :-1]
+
+    @property
+    def length_maxima(self) -> Tensor:
+        return self._length_maxima[..., :-1]
+
+    @torch.no_grad()
+    def append(self, k_new: Tensor, counts: Tensor | None = None) -> None:
+        """Bring in the next keys of every sequence, before the `attention_decode` that sees them.
+
+        Args:
+            k_new: [B, Hkv, n, D], as they are written to the cache.
+            counts: Integers [B]: how many of the n are keys of sequence b, the first ones; None is all. The others
+                may hold anything.
+
+        Raises:
+            TypeError, ValueError: A type, dtype, shape or device; on a CPU also counts outside [0, n] and keys past
+                the capacity.
+        """
+        self._check_keys(k_new)
+        new = k_new.shape[2]
+        if counts is not None:
+            self._check_per_sequence("counts", counts, new)
+        self._check_room(new if counts is None else counts)
+        if new == 0:
+            return
+        fits = self._lengths.dtype == torch.float32 and k_new.numel() > 0
+        by_kernel = fits and kernels_take(k_new) and runs_eagerly(k_new, counts, self.counts)
+        if by_kernel and append_keys(k_new, counts, self._buffers()):
+            return
+        order = torch.arange(new, device=k_new.device)
+        place = self.counts[:, None] + order  # [B, n]
+        kept = place < self.capacity
+        if counts is not None:
+            kept = kept & (order < counts[:, None])
+        self._write(key_lengths_of(k_new, kept[:, None]), torch.where(kept, place, self.capacity))
+        self.counts += kept.sum(-1)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget all keys. To forget those of some sequences, `truncate` them to 0."""
+        self.counts.zero_()
+
+    @torch.no_grad()
+    def reorder(self, index: Tensor) -> None:
+        """Let sequence b go on from what sequence index[b] holds, as beam search asks of a cache.
+
+        Args:
+            index: Integers [B] in [0, B), in any order and number.
+
+        Raises:
+            TypeError, ValueError: A type, dtype, shape or device; on a CPU also values.
+        """
+        last = len(self.counts) - 1
+        self._check_per_sequence("index", index, last)
+        index = index.long().clamp(0, max(last, 0))
+        for buffer in self._buffers():
+            buffer.copy_(buffer.index_select(0, index))
+
+    @torch.no_grad()
+    def truncate(self, lengths: Tensor | int) -> None:
+        """Keep the first keys of every sequence: min(c[b], lengths[b]), as when guessed tokens are rejected.
+
+        Args:
+            lengths: Integers [B] in [0, capacity], or one int.
+
+        Raises:
+            TypeError, ValueError: A type, dtype, shape or device; an int, or on a CPU a tensor, outside.
+        """
+        if isinstance(lengths, Tensor):
+            self._check_per_sequence("lengths", lengths, self.capacity)
+            self.counts.copy_(torch.minimum(self.counts, lengths.long().clamp(min=0)))
+        elif isinstance(lengths, bool) or not isinstance(lengths, int):
+            raise TypeError(f"lengths: expected an integer tensor [B] or an int, got {kind_of(lengths)}")
+        elif not 0 <= lengths <= self.capacity:
+            raise ValueError(f"lengths: expected a value in [0, {self.capacity}], got {lengths}")
+        else:
+            self.counts.clamp_(max=lengths)
+
+    @torch.no_grad()
+    def select(self, index: Tensor) -> KeyStatistics:
+        """Statistics whose sequence b is this one's sequence index[b]: a copy, of as many sequences as index names.
+
+        Args:
+            index: Integers [n] in [0, B), in any order and number.
+
+        Raises:
+            TypeError, ValueError: A type, dtype, shape or device; on a CPU also values.
+        """
+        last = len(self.counts) - 1
+        check_integers("index", index, "[n]", self.counts, _OWNER)
+        if index.dim() != 1:
+            raise ValueError(f"index: expected shape [n], got {shape_of(index)}")
+        check_values("index", index, last, "")
+        index = index.long().clamp(0, max(last, 0))
+        other = self._like(len(index), self.capacity)
+        for mine, its in zip(self._buffers(), other._buffers(), strict=True):
+            its.copy_(mine.index_select(0, index))
+        return other
+
+    @torch.no_grad()
+    def with_capacity(self, capacity: int) -> KeyStatistics:
+        """A copy with room for more keys, beside a cache that has grown.
+
+        Raises:
+            TypeError, ValueError: What is no int, or a capacity below this one.
+        """
+        check_count("capacity", capacity, self.capacity)
+        other = self._like(len(self.counts), capacity)
+        for mine, its in zip(self._buffers(), other._buffers(), strict=True):
+            if mine.dim() == 1:
+                its.copy_(mine)
+            else:
+                its[..., : mine.shape[-1] - 1].copy_(mine[..., :-1])
+        return other
+
+    @torch.no_grad()
+    def last(self, keys: int, capacity: int) -> KeyStatistics:
+        """A copy that holds the last keys of every sequence, beside a cache that forgets the others.
+
+        Args:
+            keys: How many; a sequence that holds fewer keeps all.
+            capacity: That of the copy, at least keys.
+
+        Raises:
+            TypeError, ValueError: What is no int; less than 0 keys, or more than the copy can hold.
+        """
+        for name, size in (("keys", keys), ("capacity", capacity)):
+            check_count(name, size)
+        if keys > capacity:
+            raise ValueError(f"keys: expected a value in [0, {capacity}], got {keys}")
+        other = self._like(len(self.counts), capacity)
+        held = self.counts.clamp(max=keys)
+        order = torch.arange(keys, device=held.device)
+        place = ((self.counts - held)[:, None] + order).clamp(max=self.capacity)
+        lengths = self._lengths.gather(2, place[:, None].expand(-1, self._lengths.shape[1], -1))
+        kept = order < held[:, None]
+        if keys:
+            other._write(torch.where(kept[:, None], lengths, 0), torch.where(kept, order, capacity))
+        other.counts.copy_(held)
+        return other
+
+    def _like(self, batch: int, capacity: int) -> KeyStatistics:
+        lengths = self._lengths
+        return KeyStatistics(batch, lengths.shape[1], capacity, device=lengths.device, dtype=lengths.dtype)
+
+    def _buffers(self) -> tuple[Tensor, ...]:
+        return self.counts, self._lengths, self._length_sums, self._square_sums, self._length_maxima
+
+    def _write(self, lengths: Tensor, place: Tensor) -> None:
+        """Put the lengths [B, Hkv, n] of new keys at their places [B, n], and go on with the sums and maxima."""
+        lengths = lengths.to(self._lengths.dtype)
+        held = self.counts[:, None, None].expand(*lengths.shape[:2], 1)
+        place = place[:, None].expand_as(lengths)
+        self._lengths.scatter_(2, place, lengths)
+        for sums, values in ((self._length_sums, lengths), (self._square_sums, lengths.double().square())):
+            sums.scatter_(2, place + 1, sums.gather(2, held) + prefix_sum(values)[..., 1:])
+        maxima = torch.maximum(self._length_maxima.gather(2, held), lengths.cummax(-1).values)
+        self._length_maxima.scatter_(2, place + 1, maxima)
+
+    def _check_keys(self, k_new: Any) -> None:
+        batch, kv_heads = self._lengths.shape[:2]
+        check_tensor("k_new", k_new, "[B, Hkv, n, D]")
+        if k_new.dtype not in FLOATS:
+            raise TypeError(f"k_new: expected a floating dtype, got {k_new.dtype}")
+        if k_new.dim() != 4 or k_new.shape[:2] != (batch, kv_heads):
+            raise ValueError(f"k_new: expected [B, Hkv, n, D] = [{batch}, {kv_heads}, n, D], got {shape_of(k_new)}")
+        if k_new.shape[3] == 0:
+            raise ValueError(f"k_new: expected D of at least 1, got {shape_of(k_new)}")
+        check_device("k_new", k_new, self.counts, _OWNER)
+
+    def _check_room(self, new: Tensor | int) -> None:
+        if not values_are_read(self.counts):
+            return
+        needed = int((self.counts + new).max())
+        if needed > self.capacity:
+            raise ValueError(f"k_new: expected at most capacity = {self.capacity} keys, got {needed} with those held")
+
+    def _check_per_sequence(self, name: str, x: Any, highest: int) -> None:
+        check_integers(name, x, "[B]", self.counts, _OWNER)
+        if x.shape != self.counts.shape:
+            raise ValueError(f"{name}: expected shape [B] = {shape_of(self.counts)}, got {shape_of(x)}")
+        check_values(name, x, highest, "")
+
+
+class CachedStatistics(Statistics):
+    """What `KeyStatistics` says of the keys that each row of `visibility` sees; k itself is not read.
+
+    left   rows see at most left + 1 keys, or None
+    """
+
+    def __init__(
+        self, k: Tensor | Callable[[], Tensor], visibility: Visibility, record: KeyStatistics, left: int | None
+    ) -> None:
+        super().__init__(k, visibility)
+        self._record = record
+        self._left = left
+
+    def _lengths(self) -> Tensor:
+        return torch.where(self.visibility.seen_keys(), self._record.lengths, 0)
+
+    def _length_sum(self) -> Tensor:
+        record = self._record
+        return self.visibility.sum_from_prefix(record.lengths, record.length_sums).to(record.lengths.dtype)
+
+    def _length_square_sum(self) -> Tensor:
+        return self.visibility.sum_from_prefix(self._record.lengths, self._record.square_sums)
+
+    def _length_max(self) -> Tensor:
+        lo, hi = (bound[:, None] for bound in self.visibility.ranges())  # [B, 1, Sq]
+        heads = self._record.lengths.shape[1]
+        if self._left is None:
+            return self._record.length_maxima.gather(2, hi.expand(-1, heads, -1))
+        width = min(self._left + 1, self._record.capacity)
+        key = lo[..., None] + torch.arange(width, device=lo.device)  # [B, 1, Sq, width]
+        seen = key < hi[..., None]
+        place = torch.where(seen, key, 0).flatten(2).expand(-1, heads, -1)
+        lengths = self._record.lengths.gather(2, place).unflatten(2, (-1, width))
+        return torch.where(seen, lengths, 0).amax(-1)

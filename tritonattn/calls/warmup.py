@@ -1,0 +1,67 @@
+"""`warmup`: compile before it is urgent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .attention import attention
+
+Shape = tuple[int, int, int, int]
+
+
+def warmup(
+    shapes: Iterable[Shape | tuple[Shape, Shape, Shape]],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    backward: bool = False,
+    **options: Any,
+) -> None:
+    """Compile the kernels that calls of `attention` will launch, by calling it once with zeros.
+
+    A first call takes seconds to compile, and none may be compiled while a CUDA graph is captured. Kernels differ by
+    head dims, dtype, masks, scales and forms, by whether there are more than 1024 rows or keys, or at most 16 rows
+    (then also by whether several programs share the keys, from some hundred keys on), and by whether strides are
+    multiples of 16. So a shape stands for others with as many heads a key head, if its head dims are multiples of 16,
+    and its lengths are, too, where rows or keys are scaled or a mask is dense; elsewhere it stands for itself.
+
+    Args:
+        shapes: A list: of each call q's shape [B, Hq, Sq, D], which k and v then share, or those of (q, k, v).
+        dtype: Of q, k and v.
+        device: Where the calls will run.
+        backward: Compile the backward pass too, and the forward pass that keeps what it needs, besides the one of
+            calls without gradients.
+        options: As of `attention`: scaling, gain, causal, window, ...; tensors on `device`.
+
+    Raises:
+        ValueError: A shape that is neither, a device that is not there; whatever `attention` raises.
+
+    >>> import tritonattn
+    >>> tritonattn.warmup([(1, 8, 128, 64)], device="cpu", scaling="key_count", causal=True, backward=True)
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: expected one of this machine, got {device!r}: {error}") from error
+    for shape in shapes:
+        each: Any = shape if hasattr(shape, "__len__") and len(shape) == 3 else (shape,) * 3
+        if any(not hasattr(one, "__len__") or len(one) != 4 for one in each):
+            raise ValueError(f"shapes: expected a list of (B, H, S, D), or of three such for q, k and v, got {shape}")
+        q, k, v = (torch.zeros(one, dtype=dtype, device=device, requires_grad=backward) for one in each)
+        with torch.no_grad():
+            attention(q, k, v, **options)
+        if backward:
+            with torch.enable_grad():
+                result = attention(q, k, v, **options)
+                out = result[0] if isinstance(result, tuple) else result
+                given = [*options.values(), *_parameters(options.get("scaling"))]
+                leaves = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
+                # Not out.backward(): a learned scaling or gain would be left with a gradient of zeros.
+                torch.autograd.grad(out, (q, k, v, *leaves), torch.zeros_like(out), allow_unused=True)
+
+
+def _parameters(scaling: Any) -> Iterable[torch.Tensor]:
+    return scaling.parameters() if isinstance(scaling, torch.nn.Module) else ()

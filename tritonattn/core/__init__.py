@@ -1,0 +1,1 @@
+"""Records and semantics that every layer above shares."""

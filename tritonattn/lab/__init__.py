@@ -1,0 +1,1 @@
+"""Commands that measure scalings on models and on random keys."""

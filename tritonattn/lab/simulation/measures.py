@@ -1,0 +1,120 @@
+"""A scaling on random queries and keys: what the softmax looks like, and which gradient reaches q and k."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ...analysis.diagnosis import ONE_HOT, UNIFORM
+from ...analysis.row_statistics import RowStatistics, row_statistics
+from ...calls.attention import attention
+from ...calls.checks import named_scaling
+from ...calls.factor import Factor
+from ...core.visibility import Visibility
+from .distributions import DISTRIBUTIONS
+
+_ROWS = 32  # queries of each set of keys
+_MOST_SETS, _KEYS = 64, 1 << 13  # sets of keys: so many, or as many as hold so many keys together; at least one
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a scaling is measured: the kind of keys, their number n, and the head dimension."""
+
+    keys: str
+    count: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """q [sets, 1, rows, D], k and v [sets, 1, n, D], fp64; weights, the gradient of the output, rows of length 1."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, point: Point, seed: int, device: torch.device) -> Sample:
+        """The sample of a point; always the same one for a seed."""
+        random = torch.Generator().manual_seed(seed)
+        sets = max(1, min(_MOST_SETS, _KEYS // point.count))
+
+        def normal(length: int) -> Tensor:
+            return torch.randn(sets, 1, length, point.dim, generator=random, dtype=torch.float64)
+
+        q, k, v, weights = (normal(length) for length in (_ROWS, point.count, point.count, _ROWS))
+        k = DISTRIBUTIONS[point.keys](k, random)
+        return cls(*(x.to(device) for x in (q, k, v, weights / weights.norm(dim=-1, keepdim=True))))
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Means over the rows of a sample; the first seven as in `RowStatistics`.
+
+    logit_std          standard deviation of a row's logits
+    max_probability    the largest probability
+    relative_entropy   entropy / ln(n)
+    output_variance    variance of the softmax's output over the keys
+    jacobian_norm      ||J||_F, J = diag(p) - p p^T
+    gradient_norm      ||J||_F times the factor: what reaches q . k
+    near_one_hot       share of the rows whose max probability is above 0.95
+    near_uniform       share of the rows whose entropy / ln(n) is above 0.98
+    q_gradient         ||dL/dq|| of a row, where dL/dout of every row has length 1 and v is standard normal
+    k_gradient         ||dL/dk|| over all keys of a set, divided by sqrt(rows): what one row adds
+
+    The last two go through v and through the factor's own dependence on q and k.
+    """
+
+    logit_std: float
+    max_probability: float
+    relative_entropy: float
+    output_variance: float
+    jacobian_norm: float
+    gradient_norm: float
+    near_one_hot: float
+    near_uniform: float
+    q_gradient: float
+    k_gradient: float
+
+
+MEASURES = tuple(field.name for field in fields(Measures))
+
+
+def statistics_of(
+    q: Tensor, k: Tensor, mode: str, key_lengths: Tensor | None = None, gain: Tensor | None = None
+) -> RowStatistics:
+    """`row_statistics` of a mode in SCALINGS."""
+    return row_statistics(q, k, Factor(named_scaling(mode), gain), Visibility.of(q, k, key_lengths=key_lengths))
+
+
+def softmax_measures(rows: RowStatistics) -> dict[str, float]:
+    """The measures that need no gradient, of rows that see at least two keys each."""
+    means = {name: getattr(rows, name) for name in MEASURES[:6]} | {
+        "near_one_hot": (rows.max_probability > ONE_HOT).double(),
+        "near_uniform": (rows.relative_entropy > UNIFORM).double(),
+    }
+    return {name: float(x.mean()) for name, x in means.items()}
+
+
+def measure(sample: Sample, mode: str) -> Measures:
+    """A mode in SCALINGS on a sample."""
+    q, k = (x.detach().requires_grad_() for x in (sample.q, sample.k))
+    out = attention(q, k, sample.v, scaling=mode, backend="sdpa")
+    assert isinstance(out, Tensor)
+    of_q, of_k = torch.autograd.grad(out, (q, k), sample.weights)
+    return Measures(
+        **softmax_measures(statistics_of(sample.q, sample.k, mode)),
+        q_gradient=float(of_q.norm(dim=-1).mean()),
+        k_gradient=float(of_k.norm(dim=(-2, -1)).mean()) / math.sqrt(q.shape[2]),
+    )
+
+
+def points_of(counts: tuple[int, ...], dims: tuple[int, ...], keys: tuple[str, ...]) -> list[Point]:
+    """Every count with every dimension for the first kind of keys, and with every kind for the first dimension."""
+    pairs = [(keys[0], dim) for dim in dims] + [(kind, dims[0]) for kind in keys[1:]]
+    return [Point(kind, count, dim) for kind, dim in pairs for count in counts]

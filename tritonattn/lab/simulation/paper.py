@@ -1,0 +1,92 @@
+"""The simulations of Bernhard 2023, arXiv:2311.09406: 32 keys, 500 queries, independent standard normal components.
+
+Figures 1 and 2 of the paper are density plots of one component of a row, the value of key 1, over the queries. They
+were made with the author's R package, https://github.com/James-Bernhard/attnsims, whose `simulate_attentions` mixes
+rows and columns: `apply(queries, 1, f)` gives a matrix [keys, queries], which `matrix(..., nrow = n_queries)` refills
+in R's column order. Its "column 1" is then all 32 values of queries 1 to 15 and 20 of query 16, not the value of key 1
+for 500 queries. Here a component is that of key 1 over the 500 queries, as the paper's text has it; the other reading
+is kept beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...calls.attention import attention
+from .measures import softmax_measures, statistics_of
+
+KEYS, QUERIES = 32, 500
+SMALL, LARGE = 16, 256  # head dimensions of Figures 1 and 2
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of a figure: what the values are, of which mode; without a mode they are the products q . k."""
+
+    figure: int
+    letter: str
+    title: str
+    dim: int
+    mode: str | None
+
+
+PANELS = (
+    Panel(1, "a", "unscaled, no softmax", SMALL, None),
+    Panel(1, "b", "unscaled, softmax", SMALL, "none"),
+    Panel(1, "c", "divided by sqrt(d), softmax", SMALL, "sqrt_dim"),
+    Panel(2, "a", "unscaled, no softmax", LARGE, None),
+    Panel(2, "b", "divided by sqrt(d), softmax", LARGE, "sqrt_dim"),
+    Panel(2, "c", "divided by the sum of the keys' lengths, softmax", LARGE, "key_norm_sum"),
+)
+# What the figures compare, and what they leave out: sums of lengths at d = 16, no scaling at d = 256.
+ROWS = tuple((dim, mode) for dim in (SMALL, LARGE) for mode in ("none", "sqrt_dim", "key_norm_sum"))
+
+
+@dataclass(frozen=True)
+class Component:
+    """500 values of a panel: of key 1 over the queries, and what the published package takes for that."""
+
+    panel: Panel
+    values: Tensor
+    as_published: Tensor
+
+
+def operands(dim: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """q [1, 1, 500, dim] and k [1, 1, 32, dim], fp64."""
+    random = torch.Generator().manual_seed(seed)
+    q, k = (
+        torch.randn(1, 1, length, dim, generator=random, dtype=torch.float64).to(device) for length in (QUERIES, KEYS)
+    )
+    return q, k
+
+
+def softmax_of(q: Tensor, k: Tensor, mode: str | None) -> Tensor:
+    """The probabilities of q [1, 1, rows, D] over k [1, 1, keys, D], or the products without a mode: [rows, keys]."""
+    if mode is None:
+        return (q @ k.mT)[0, 0]
+    values = torch.eye(k.shape[2], dtype=q.dtype, device=q.device)[None, None]  # of them the output is p itself
+    out = attention(q, k, values, scaling=mode, backend="sdpa")
+    assert isinstance(out, Tensor)
+    return out[0, 0]
+
+
+def component(panel: Panel, seed: int, device: torch.device) -> Component:
+    """The values of a panel."""
+    matrix = softmax_of(*operands(panel.dim, seed, device), panel.mode).cpu()
+    return Component(panel, matrix[:, 0], refilled(matrix)[:, 0])
+
+
+def refilled(matrix: Tensor) -> Tensor:
+    """A matrix [queries, keys] as the published package returns it: R's matrix(t(matrix), nrow = queries)."""
+    queries, keys = matrix.shape
+    return matrix.flatten().view(keys, queries).mT  # by columns: t(matrix) holds one query after another
+
+
+def measures_of(dim: int, mode: str, seed: int, device: torch.device) -> dict[str, float]:
+    """What `softmax_measures` finds in the 500 rows, and the variance of key 1's probability over the queries."""
+    q, k = operands(dim, seed, device)
+    over_queries = softmax_of(q, k, mode)[:, 0].var(correction=1)
+    return softmax_measures(statistics_of(q, k, mode)) | {"component_variance": float(over_queries)}

@@ -1,0 +1,61 @@
+"""The scalings that a comparison can name."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from ...core.command import CommandError
+from ...nn import LEARNED, PerHead, SSMax
+from ...scaling import SCALINGS, LogKeyCount, QwenLogn, Scaling
+
+GAIN = "+gain"
+MODES = (
+    "sqrt_dim", "key_norm_mean", "key_norm_sum+gain", "key_count", "key_count+gain", "log_key_count", "ssmax",
+    "learned_cosine", "power_law",
+)  # fmt: skip
+
+
+def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
+    """A fresh scaling for one attention layer.
+
+    name   one of `SCALINGS` or `LEARNED`, or a mode with a learned gain a head, "key_count+gain"
+    keys   the most keys that a row of the layer sees in training
+
+    log_key_count, qwen_logn and ssmax get `keys` for their base: a row of that many keys starts as sqrt_dim's. A gain
+    starts where it does the same for the modes that divide by n or by its root, or, for sums of lengths, makes them the
+    mean's; elsewhere at 1.
+    """
+    check_mode(name)
+    if name.endswith(GAIN):
+        scaling = PerHead(_mode(name.removesuffix(GAIN), keys), heads=heads)
+        nn.init.constant_(scaling.theta, math.log(_gain(name.removesuffix(GAIN), head_dim, keys)))
+        return scaling
+    if name == "ssmax":
+        return SSMax(heads, base=keys)
+    return LEARNED[name](heads=heads) if name in LEARNED else _mode(name, keys)
+
+
+def check_mode(name: str) -> None:
+    """Raise CommandError for a name that `build` does not know."""
+    plain = name.removesuffix(GAIN)
+    if plain not in SCALINGS and (name.endswith(GAIN) or name not in LEARNED):
+        raise CommandError(
+            f"--modes: wanted names out of {', '.join(SCALINGS)}, one of these with {GAIN}, or {', '.join(LEARNED)}; "
+            f"got {name!r}"
+        )
+
+
+def _mode(name: str, keys: int) -> str | Scaling:
+    based = {"log_key_count": LogKeyCount, "qwen_logn": QwenLogn}
+    return based[name](keys) if name in based else name
+
+
+def _gain(name: str, head_dim: int, keys: int) -> float:
+    return {
+        "key_count": keys / math.sqrt(head_dim),
+        "sqrt_key_count": math.sqrt(keys / head_dim),
+        "key_norm_sum": keys,
+        "key_norm_l2": math.sqrt(keys),
+    }.get(name, 1.0)

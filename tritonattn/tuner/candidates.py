@@ -1,0 +1,70 @@
+"""The configs that are worth compiling for a kernel: around the defaults, in the ranges that flash attention uses."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from ..tuning.config import Problem, Target, TileConfig, legal_reasons, may_use_descriptors
+from ..tuning.defaults import default_config
+
+# By kernel: block_m, block_n, num_warps, num_stages; of head dims above 128, and of others.
+_WIDE_RANGES = {
+    "forward": ((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)),
+    "grad_query": ((32, 64, 128), (32, 64), (4, 8), (1, 2)),
+    "grad_key_value": ((32, 64), (32, 64), (4, 8), (1, 2)),
+    "decode": ((16,), (32, 64, 128), (2, 4), (2, 3, 4)),
+}
+_RANGES = {
+    "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
+    "grad_query": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
+    "grad_key_value": ((32, 64, 128), (64, 128), (4, 8), (2, 3)),
+    "decode": ((16,), (32, 64, 128), (2, 4), (2, 3, 4)),
+}
+_AMD_RANGES = {
+    "forward": ((64, 128), (32, 64), (4, 8), (1, 2)),
+    "grad_query": ((32, 64), (16, 32, 64), (4, 8), (1,)),
+    "grad_key_value": ((16, 32), (32, 64), (4, 8), (1,)),
+    "decode": ((16,), (16, 32, 64), (2, 4), (1, 2)),
+}
+
+
+def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """Legal configs, the default first, each once; with descriptors where the hardware has them."""
+    of_width = _WIDE_RANGES if problem.width > 128 else _RANGES
+    ranges = (of_width if target.backend == "cuda" else _AMD_RANGES)[kernel]
+    kinds = (True, False) if may_use_descriptors(kernel, problem, target) else (False,)
+    found = [TileConfig(*tiles, descriptors=kind) for kind in kinds for tiles in product(*ranges)]
+    default = default_config(kernel, problem, target)
+    return [default, *(one for one in found if one != default and _is_sensible(kernel, one, problem, target))]
+
+
+def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """Those that code tells apart: it does not say what more stages hide, nor what descriptors save in latency.
+
+    Of wide heads fewer stages may be what fits.
+    """
+    default, *others = candidates(kernel, problem, target)
+    described = may_use_descriptors(kernel, problem, target)
+    most, least = default.num_stages, 1 if problem.width > 128 and kernel != "decode" else default.num_stages
+    return [default, *(one for one in others if least <= one.num_stages <= most and one.descriptors == described)]
+
+
+def _is_sensible(kernel: str, config: TileConfig, problem: Problem, target: Target) -> bool:
+    """Legal, with fp32 sums and logits that the registers of its warps (255 a thread) can hold at all.
+
+    And with rows for all warps where wgmma has four of them multiply 64 rows: with fewer they repeat one another's
+    work, or leave wgmma to slower instructions. A grad_key_value of wide heads has no registers for as many.
+    """
+    if legal_reasons(kernel, config, problem, target):
+        return False
+    if kernel == "decode":
+        return True
+    of_keys = kernel == "grad_key_value"
+    held = config.block_n if of_keys else config.block_m
+    if target.arch == "90" and held < 16 * config.num_warps and not (of_keys and problem.width > 128):
+        return False
+    tiles = 1 if kernel == "forward" else 2  # logits, and their gradients
+    sums = 0 if target.has_tensor_memory else held * problem.width * (2 if of_keys else 1)
+    in_registers = tiles * config.block_m * config.block_n + sums
+    lanes = (64 if target.backend == "hip" else 32) * config.num_warps
+    return in_registers <= 208 * lanes

@@ -1,0 +1,119 @@
+"""What compiled code must show before a config is worth timing, and how promising it looks: nothing runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..tuning.compile import compile_kernel
+from ..tuning.config import (
+    TENSOR_MEMORY_COLUMNS,
+    Problem,
+    Target,
+    TileConfig,
+    legal_reasons,
+    padded_dim,
+    shared_limit,
+    told,
+)
+from .machine_code import MachineCode, MmaLoop, flops_per_logit, read_machine_code
+from .model import RATES, cycles, programs_per_sm
+
+# Bytes that the L2 cache gives an SM a clock: 5120 for the 108 of an A100 (NVIDIA A100 whitepaper); taken for all.
+_L2_BYTES = 48
+# Clocks until a load from memory arrives, about.
+_LATENCY = 600
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A config, its code, and why it may not be taken; code is None where it did not compile."""
+
+    config: TileConfig
+    code: MachineCode | None
+    reasons: tuple[str, ...]
+
+
+def examine(kernel: str, problem: Problem, config: TileConfig, target: Target) -> Candidate:
+    """Compile a config and hold it to the gate."""
+    if reasons := legal_reasons(kernel, config, problem, target):
+        return Candidate(config, None, tuple(reasons))
+    try:
+        code = read_machine_code(compile_kernel(kernel, problem, config, target))
+    except Exception as error:  # whatever a compiler raises; the config is as useless
+        return Candidate(config, None, (f"does not compile: {told(error)}",))
+    return Candidate(config, code, tuple(gate_reasons(kernel, problem, config, target, code)))
+
+
+def gate_reasons(kernel: str, problem: Problem, config: TileConfig, target: Target, code: MachineCode) -> list[str]:
+    """Why code is refused: an empty list says that it may be timed."""
+    reasons = []
+    if code.spill_bytes:
+        reasons.append(f"spills {code.spill_bytes} bytes a thread in a loop")
+    if code.shared_bytes > shared_limit(target):
+        reasons.append(f"takes {code.shared_bytes} bytes of shared memory, {target.name} has {shared_limit(target)}")
+    if code.tensor_memory > TENSOR_MEMORY_COLUMNS:
+        reasons.append(f"takes {code.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}")
+    if code.mma_loops is None:  # AMD
+        return reasons
+    loop = code.unmasked_loop
+    if loop is None:
+        return [*reasons, "has no loop with tensor instructions"]
+    softmaxes = _softmaxes(kernel, config, loop)
+    if kernel != "decode" and softmaxes > 1.1:
+        reasons.append(f"computes {softmaxes:.2f} exponentials a logit: warps repeat each other's softmax")
+    return reasons
+
+
+def _softmaxes(kernel: str, config: TileConfig, loop: MmaLoop) -> float:
+    """Exponentials a logit but for those that correct earlier sums, which 4 lanes of every warp may take for a row."""
+    rows = 4 * config.num_warps / config.block_n if kernel == "forward" else 0
+    tile = loop.tiles * config.block_m * config.block_n
+    return loop.instructions.get("exp", 0) * 32 * config.num_warps / tile - rows
+
+
+def modelled_clocks(kernel: str, problem: Problem, candidate: Candidate, target: Target, processors: int) -> float:
+    """Clocks of a representative call on a GPU by the rates of its units: for ranking only.
+
+    A processor holds some programs at once. Their units overlap as far as warps hide one another: an iteration takes
+    its longest unit's time and, of the others', the share that one warp of those on a scheduler leaves exposed. Loads
+    that no pipeline makes ahead are hidden by the other programs alone.
+    """
+    config, code = candidate.config, candidate.code
+    assert code is not None
+    programs, iterations = _work(kernel, problem, config)
+    rates, loop = RATES.get(target.arch), code.unmasked_loop
+    if rates is None or loop is None:
+        return _clocks_without_rates(kernel, problem, config, code, programs * iterations / processors)
+    resident = max(1, programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, config.num_warps))
+    units = cycles(loop, rates, config.num_warps)
+    units["l2"] = loop.tiles * _streamed_bytes(kernel, problem, config) / _L2_BYTES
+    longest = max(units.values())
+    exposed = (units["tensor"] + units["exp"] + units["issue"] - longest) / max(1.0, resident * config.num_warps / 4)
+    waiting = _LATENCY * loop.tiles / resident if config.num_stages == 1 else 0.0
+    waves = -(-programs // (processors * resident))
+    return waves * resident * iterations / loop.tiles * (longest + max(exposed, 0.0) + waiting)
+
+
+def _streamed_bytes(kernel: str, problem: Problem, config: TileConfig) -> int:
+    """Bytes that an iteration loads: keys and values, or queries and the output's gradient."""
+    rows = config.block_m if kernel == "grad_key_value" else config.block_n
+    return rows * (padded_dim(problem.head_dim) + padded_dim(problem.value_dim)) * problem.dtype.itemsize
+
+
+def _work(kernel: str, problem: Problem, config: TileConfig) -> tuple[int, int]:
+    """Programs, and iterations of each, of 128 heads of 512 tokens, or of 8192."""
+    length = 512 if problem.short else 8192
+    held, streamed = config.block_m, config.block_n
+    if kernel == "grad_key_value":
+        held, streamed = streamed, held
+    if kernel == "decode":  # 16 splits of 32 sequences with 8 key heads
+        return 16 * 32 * 8, max(1, length // 16 // streamed)
+    return 128 * -(-length // held), length // streamed
+
+
+def _clocks_without_rates(kernel: str, problem: Problem, config: TileConfig, code: MachineCode, tiles: float) -> float:
+    """For AMD: work of the matrix cores, dearer for small tiles, which load more a product, and for lone waves."""
+    waves = max(1, 512 // max(code.registers, 1)) if code.registers <= 512 else 1
+    flops = flops_per_logit(kernel, problem) * config.block_m * config.block_n
+    loads = 1 + 16 * (1 / config.block_m + 1 / config.block_n)
+    return tiles * flops / 4096 * loads * (1 + 1 / (waves * max(1, config.num_warps // 4)))

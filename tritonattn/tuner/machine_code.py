@@ -1,0 +1,237 @@
+"""What a kernel's machine code says without a GPU: registers, memory, spills, and the work of its MMA loops."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.compiler import CompiledKernel
+
+from ..tuning.config import Problem, padded_dim
+from .control_flow import Instruction, Span, innermost, loops, parse, parse_ptx
+
+_TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
+
+# What each opcode (up to its first dot) is; MUFU is the exp unit, U* the uniform datapath, and the rest integer.
+_OPCODES = {
+    "tensor": "HMMA HGMMA QGMMA IMMA IGMMA QMMA OMMA DMMA UTCHMMA UTCQMMA UTCOMMA UTCIMMA",
+    "exp": "MUFU",
+    "fp32": "FFMA FMUL FADD FFMA2 FMUL2 FADD2 FFMA32I FADD32I HFMA2 HMUL2 HADD2 UFFMA UFMUL UFADD",
+    "multiply": "IMAD UIMAD IMAD32I IDP",
+    "compare": "FMNMX FMNMX3 FSEL FSETP FSET FCHK HMNMX2 UFMNMX UFSETP",
+    "convert": "F2FP F2F I2F F2I I2FP F2IP I2I FRND",
+    "shared": "LDS LDSM STS STSM ATOMS",
+    "tensor_memory": "LDTM STTM LDT STT UTCCP UTCATOMSWS UTCSHIFT",
+    "global": "LDG STG LDGSTS LD ST RED REDG ATOM ATOMG LDC LDCU ULDC UTMALDG UTMASTG UTMAPF UTMAREDG UBLKCP UBLKRED",
+    "shuffle": "SHFL REDUX CREDUX VOTE MATCH",
+    "barrier": "BAR SYNCS WARPSYNC DEPBAR LDGDEPBAR WARPGROUP FENCE MEMBAR UTCBAR ARRIVES BSYNC BSSY CCTL ERRBAR ELECT "
+    "NANOSLEEP USETMAXREG UTMACMDFLUSH UTMACCTL ACQBULK CGAERRBAR",
+    "local": "LDL STL",
+    "control": "BRA EXIT NOP BRX CALL RET JMP BREAK PLOP3 UPLOP3 P2R R2P UP2UR BMOV KILL WARPEXIT YIELD",
+}
+CLASSES = (*_OPCODES, "integer", "uniform")
+_CLASS_OF = {opcode: name for name, opcodes in _OPCODES.items() for opcode in opcodes.split()}
+_PACKED = ("FFMA2", "FMUL2", "FADD2")
+
+
+@dataclass(frozen=True)
+class MmaLoop:
+    """One iteration of a loop with tensor instructions and no such loop inside.
+
+    instructions   by class, of one warp; `tensor` are the MMAs themselves
+    packed         those of the fp32 instructions that do two operations a lane
+    tiles          iterations of the source's loop in one of this: more than 1 where ptxas unrolled it
+    flops          of the tensor instructions, of the whole program (thread block); more than the tiles need where warps
+                   that find too few rows repeat each other's work
+    shared_bytes   moved to and from shared memory by the whole program: loads, stores, asynchronous copies, and what
+                   wgmma and tcgen05 read as operands. Not what the TMA writes, whose size no instruction holds
+    """
+
+    instructions: dict[str, int]
+    packed: int
+    tiles: int
+    flops: int
+    shared_bytes: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.instructions.values())
+
+    @property
+    def other(self) -> int:
+        """Instructions of one warp that are not MMAs."""
+        return self.total - self.instructions["tensor"]
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """registers, stack_bytes and spill_bytes of a thread, shared_bytes of a program, tensor_memory in columns.
+
+    spill_bytes    loaded from and stored to local memory by the instructions that lie in any loop, each counted once.
+                   AMD: of the whole kernel, as its compiler reports them
+    mma_loops      None for AMD, whose loops are not read
+    """
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    spill_bytes: int
+    tensor_memory: int = 0
+    mma_loops: tuple[MmaLoop, ...] | None = None
+
+    @property
+    def unmasked_loop(self) -> MmaLoop | None:
+        """The loop over the blocks that need no mask: that with the fewest other instructions for its MMAs' work."""
+        return min(self.mma_loops or (), key=lambda loop: loop.other / loop.flops, default=None)
+
+
+def read_machine_code(compiled: CompiledKernel) -> MachineCode:
+    """Read a kernel that was compiled for any target."""
+    shared = compiled.metadata.shared
+    if "amdgcn" in compiled.asm:
+        assembly = compiled.asm["amdgcn"]
+        names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+        registers, spills, scratch = (_number(rf"\.{name}:?\s+(\d+)", assembly) for name in names)
+        return MachineCode(registers, scratch, shared, 4 * spills)
+    usage, listing = disassemble(compiled.asm["cubin"])
+    registers, stack = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
+    code = parse(listing)
+    spans = loops(code)
+    inside = {index for span in spans for index in span.indices}
+    spills = sum(_local_bytes(code.instructions[index]) for index in inside)
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    hot = _mma_loops(code.instructions, spans, compiled.asm["ptx"], compiled.metadata.num_warps)
+    return MachineCode(registers, stack, shared, spills, tensor_memory, hot)
+
+
+def flops_per_logit(kernel: str, problem: Problem) -> int:
+    """FLOPs of the products for one row and key, head dims padded: 2 products forward, 3 for dq, 4 for dk and dv."""
+    query_key, value = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
+    widths = {"grad_query": 2 * query_key + value, "grad_key_value": 2 * query_key + 2 * value}
+    return 2 * widths.get(kernel, query_key + value)
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """(resource usage, listing) by the cuobjdump and nvdisasm that triton carries.
+
+    -ndf leaves out an analysis of stacked branches, which took a quarter of the time; kernels have none.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return _output("cuobjdump", "--dump-resource-usage", str(path)), _output("nvdisasm", "-c", "-ndf", str(path))
+
+
+def _output(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"machine code: expected {pattern!r}, got none")
+    return int(found[1])
+
+
+def _class(instruction: Instruction) -> str:
+    name = instruction.name
+    return _CLASS_OF.get(name) or ("uniform" if name.startswith("U") or name in ("R2UR", "S2UR") else "integer")
+
+
+def _mma_loops(instructions: list[Instruction], spans: list[Span], ptx: str, warps: int) -> tuple[MmaLoop, ...]:
+    """The loops with tensor instructions that hold no other such loop, in order.
+
+    ptxas turns an MMA of the PTX into one instruction, and LLVM does not unroll loops that synchronise a program, so
+    the MMAs of a loop in the PTX are those of one tile.
+    """
+    inner = innermost(spans, {index for index, one in enumerate(instructions) if _class(one) == "tensor"})
+    source = parse_ptx(ptx)
+    mmas = {index for index, one in enumerate(source.instructions) if "mma" in one.opcode}
+    of_a_tile = [len(span.indices & mmas) for span in innermost(loops(source), mmas)]
+    if len(set(of_a_tile)) == 1:
+        of_a_tile = of_a_tile[:1] * len(inner)
+    return tuple(_mma_loop(instructions, span, count, warps) for span, count in zip(inner, of_a_tile, strict=True))
+
+
+def _mma_loop(instructions: list[Instruction], span: Span, mmas_of_a_tile: int, warps: int) -> MmaLoop:
+    body = [instructions[index] for index in span.body]
+    flops = shared = 0
+    for index in span.body:
+        instruction = instructions[index]
+        if _class(instruction) == "tensor":
+            work, operands, sharing_warps = _mma(instructions, index, warps)
+            flops += work * warps // sharing_warps
+            shared += operands * warps // sharing_warps
+        else:
+            shared += _shared_bytes(instruction) * warps
+    mix = Counter(_class(instruction) for instruction in body)
+    packed = sum(instruction.name in _PACKED for instruction in body)
+    tiles, rest = divmod(mix["tensor"], mmas_of_a_tile)
+    if rest:
+        raise ValueError(f"loop: expected a multiple of the PTX's {mmas_of_a_tile} MMAs, got {mix['tensor']}")
+    return MmaLoop(dict(mix), packed, tiles, flops, shared)
+
+
+def _mma(instructions: list[Instruction], index: int, warps: int) -> tuple[int, int, int]:
+    """(FLOPs, bytes of operands in shared memory, warps that do it together) of a 16-bit tensor instruction.
+
+    HMMA is a warp's, with operands in registers; wgmma (HGMMA) four warps', tcgen05 (UTCHMMA) a program's.
+    """
+    instruction = instructions[index]
+    if instruction.name == "HMMA":
+        shape = instruction.opcode.split(".")[1]  # m, n and k written together
+        return {"16816": 4096, "1688": 2048, "1684": 1024}[shape], 0, 1
+    in_shared = instruction.operands.count("gdesc[")
+    if instruction.name == "HGMMA":
+        m, n, k = map(int, instruction.opcode.split(".")[1].split("x"))
+        sharing = 4
+    elif instruction.name == "UTCHMMA":
+        descriptor = _constant(instructions, index, _found(r"idesc\[(UR\d+)\]", instruction.operands))
+        m, n = (descriptor >> 24 & 31) << 4, (descriptor >> 17 & 63) << 3  # PTX ISA, tcgen05 instruction descriptor
+        k = 8 if descriptor >> 7 & 7 == 2 else 16  # tf32, else 16 bits
+        sharing = warps
+    else:
+        raise ValueError(f"tensor instruction: expected HMMA, HGMMA or UTCHMMA, got {instruction.opcode}")
+    return 2 * m * n * k, 2 * k * (n + (m if in_shared == 2 else 0)), sharing
+
+
+def _constant(instructions: list[Instruction], index: int, register: str) -> int:
+    """The constant that the last write before an instruction put into a uniform register."""
+    for instruction in reversed(instructions[:index]):
+        if re.match(rf"{register}\b", instruction.operands):
+            value = re.fullmatch(r"UR\d+, (0x[0-9a-f]+)", instruction.operands.strip())
+            if instruction.name == "UMOV" and value:
+                return int(value[1], 16)
+            break
+    raise ValueError(f"tcgen05 descriptor: expected a constant in {register} at {instructions[index]}")
+
+
+def _found(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"operands: expected {pattern!r}, got {text!r}")
+    return found[1]
+
+
+def _width(instruction: Instruction) -> int:
+    """Bytes a lane of a load or store: 4 unless the opcode says otherwise."""
+    widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1}
+    return next((widths[part] for part in instruction.opcode.split(".")[1:] if part in widths), 4)
+
+
+def _local_bytes(instruction: Instruction) -> int:
+    return _width(instruction) if _class(instruction) == "local" else 0
+
+
+def _shared_bytes(instruction: Instruction) -> int:
+    """Bytes that a warp moves to or from shared memory."""
+    if instruction.name in ("LDSM", "STSM"):  # matrices of 8 x 8 16-bit elements
+        return 128 * next((int(part) for part in instruction.opcode.split(".") if part in ("2", "4")), 1)
+    if instruction.name in ("LDS", "STS", "LDGSTS"):
+        return 32 * _width(instruction)
+    return 0

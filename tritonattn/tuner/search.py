@@ -1,0 +1,176 @@
+"""The timed search: for each key, the configs that pass the gate, the most promising on the card itself, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import date
+from typing import Any
+
+import torch
+import triton
+
+from ..backends.triton import launch
+from ..tuning.config import Target, TileConfig, told
+from ..tuning.gpus import GPUS
+from ..tuning.lookup import config_for
+from ..tuning.table import Entry, Key
+from .candidates import candidates
+from .gate import modelled_clocks
+from .static import Compiler
+from .timing import Timing, card_state, take_turns
+from .workload import Size, Workload, typical_size
+
+_PROCESSORS = 128
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is tried for a key: configs timed, rounds, seconds of warming up."""
+
+    timed: int = 6
+    rounds: int = 20
+    warm_up: float = 0.2
+
+
+class SearchError(Exception):
+    """Nothing more can be searched for by this process on this machine."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search found for a key; entry is None where no config passed, or none gave the reference's result."""
+
+    key: Key
+    before: TileConfig
+    before_timing: Timing | None
+    entry: Entry | None
+    timing: Timing | None
+    wrong: tuple[str, ...] = ()
+
+    @property
+    def gain(self) -> float | None:
+        """Time of the config so far over that of the new one."""
+        if self.timing is None or self.before_timing is None:
+            return None
+        return self.before_timing.median / self.timing.median
+
+
+def search(
+    key: Key, configs: list[TileConfig], target: Target, device: torch.device, effort: Effort,
+    size: Size | None = None, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
+) -> Result:  # fmt: skip
+    """Time configs for a key, the one in use among them, and check each against the reference, in every dtype.
+
+    Where the card's memory does not hold the operands, the result says so. Raises SearchError where a config leaves the
+    card unusable.
+    """
+    before = config_for(key.kernel, key.problem, target)
+    try:
+        workloads = [Workload(key, size or typical_size(key), dtype, device) for dtype in dtypes]
+        return _search(key, [before, *configs], workloads, device, effort)
+    except torch.OutOfMemoryError as error:
+        return Result(key, before, None, None, None, (f"{key}: {told(error)}",))
+    except RuntimeError as error:
+        _refuse_if_lost(f"{key}, while timed,", device, error)
+        raise
+
+
+def _search(
+    key: Key, configs: list[TileConfig], workloads: list[Workload], device: torch.device, effort: Effort
+) -> Result:
+    """The first of the configs is the one in use."""
+    before = configs[0]
+    errors = {config: _error(workloads, key, config) for config in dict.fromkeys(configs)}
+    wrong = tuple(f"{key} {config}: {error}" for config, error in errors.items() if error)
+    configs = [config for config, error in errors.items() if not error]
+    if not configs:
+        return Result(key, before, None, None, None, wrong)
+    taken = take_turns(
+        {str(number): _Running(workloads, key, config) for number, config in enumerate(configs)},
+        device, effort.rounds, effort.warm_up,
+    )  # fmt: skip
+    timings = [Timing.of(milliseconds) for milliseconds in taken.values()]
+    order = sorted(range(len(configs)), key=lambda number: timings[number].median)
+    best = order[0]
+    details = _details(workloads, device, timings[best]) | {
+        "runners_up": [{**asdict(configs[n]), "milliseconds": round(timings[n].median, 4)} for n in order[1:4]]
+    }
+    before_timing = timings[0] if configs[0] == before else None
+    return Result(key, before, before_timing, Entry(configs[best], "measured", details), timings[best], wrong)
+
+
+def promising(key: Key, compiler: Compiler, most: int) -> list[TileConfig]:
+    """The configs that pass the gate, those first that the model sees ahead. Raises SearchError if none compiles."""
+    target, problem = compiler.target, key.problem
+    configs = candidates(key.kernel, problem, target)
+    processors = next((gpu.processors for gpu in GPUS if gpu.target[:2] == target[:2]), _PROCESSORS)
+    examined = compiler.examine([(key.kernel, problem, config) for config in configs])
+    if all(one.code is None for one in examined):
+        raise SearchError(f"{key}: no config compiles; {examined[0].config}: {'; '.join(examined[0].reasons)}")
+    clocks = {
+        one.config: modelled_clocks(key.kernel, problem, one, target, processors)
+        for one in examined
+        if not one.reasons
+    }
+    return sorted(clocks, key=clocks.__getitem__)[:most]
+
+
+@dataclass(frozen=True)
+class _Running:
+    """The kernel in one config, once for each dtype: a contestant."""
+
+    workloads: list[Workload]
+    key: Key
+    config: TileConfig
+
+    def __call__(self, number: int) -> object:
+        with launch.configured(self.key.kernel, self.config):
+            return [workload(number) for workload in self.workloads]
+
+
+def _error(workloads: list[Workload], key: Key, config: TileConfig) -> str | None:
+    """What is wrong with a config's results, or with running it at all."""
+    try:
+        with launch.configured(key.kernel, config):
+            return next(filter(None, (workload.error() for workload in workloads)), None)
+    except Exception as error:  # whatever a compiler or driver raises; the config is as useless
+        _refuse_if_lost(f"{key} {config}", workloads[0].device, error)
+        return told(error)
+
+
+def _refuse_if_lost(what: str, device: torch.device, error: Exception) -> None:
+    """Raise SearchError where an error has left the card of no use."""
+    if _is_lost(device):
+        raise SearchError(
+            f"{what} left the card unusable to this process: {told(error)}; "
+            "--kernels, --head-dims and --lengths name others"
+        ) from error
+
+
+def _is_lost(device: torch.device) -> bool:
+    """Whether every call of a GPU fails from now on, as it does after an illegal address."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _details(workloads: list[Workload], device: torch.device, timing: Timing) -> dict[str, Any]:
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    size = workloads[0].size
+    return {
+        "card": card, "driver": card_state(device).get("driver_version", "unknown"),
+        "torch": torch.__version__, "triton": triton.__version__, "date": date.today().isoformat(),
+        "shape": [size.batch, size.heads, size.length, workloads[0].key.head_dim],
+        "dtypes": [str(workload.dtype).removeprefix("torch.") for workload in workloads],
+        "milliseconds": round(timing.median, 4), "quartiles": [round(timing.lower, 4), round(timing.upper, 4)],
+    }  # fmt: skip
+
+
+def pending(keys: Iterable[Key], done: dict[Key, Entry]) -> list[Key]:
+    """The keys that a table has no measured entry for, so that a search goes on where it was stopped."""
+    return [key for key in keys if key not in done or done[key].source != "measured"]
