@@ -27,9 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; the exit status is 130 when interrupted, else the command's."""
     names = "\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m perf", description="Measure, read and try the package.", epilog=f"commands:\n{names}",
+        prog="python -m perf",
+        description="Measure, read and try the package.",
+        epilog=f"commands:\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below; `<command> --help` says more")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)

@@ -40,9 +40,12 @@ class AccuracyCase:
     @property
     def axes(self) -> dict[str, Axis]:
         return {
-            "length": self.count, "head_dim": self.head_dim, "dtype": self.dtype, "keys": self.keys,
+            "length": self.count,
+            "head_dim": self.head_dim,
+            "dtype": self.dtype,
+            "keys": self.keys,
             "backend": self.backend,
-        }  # fmt: skip
+        }
 
     def run(self, effort: Effort, environment: Environment) -> list[Record]:
         """Ours, which has to keep the bound, and the recipe, whose error is shown whatever it is; nothing is timed."""
@@ -91,6 +94,11 @@ def _prescaled(question: Question, scaling: str) -> Results:
 
 def _judged(blank: Record, name: str, scaling: str, verdict: Verdict) -> Record:
     return replace(
-        blank, contestant=entrant_name(name, scaling), scaling=scaling, error=verdict.error, bound=verdict.bound,
-        status="wrong" if verdict.reason else "measured", reason=verdict.reason,
-    )  # fmt: skip
+        blank,
+        contestant=entrant_name(name, scaling),
+        scaling=scaling,
+        error=verdict.error,
+        bound=verdict.bound,
+        status="wrong" if verdict.reason else "measured",
+        reason=verdict.reason,
+    )

@@ -43,15 +43,27 @@ class Case:
     def contest(self) -> Contest:
         shape = self.shape
         axes = {
-            "length": shape.k_len, "head_dim": shape.head_dim, "dtype": self.dtype, "causal": shape.causal,
-            "passes": self.passes, "batch": shape.batch, "heads": shape.heads, "backend": self.backend,
-        }  # fmt: skip
+            "length": shape.k_len,
+            "head_dim": shape.head_dim,
+            "dtype": self.dtype,
+            "causal": shape.causal,
+            "passes": self.passes,
+            "batch": shape.batch,
+            "heads": shape.heads,
+            "backend": self.backend,
+        }
         if len({scaling for _, scaling in self.who}) == 1:
             axes["scaling"] = self.who[0][1]
         return Contest(
-            self.suite, axes, self.enter, entrant_name(*self.who[0]), self.device,
-            flops(shape, self.passes), bytes_moved(shape, self.passes, DTYPES[self.dtype]), self.calls,
-        )  # fmt: skip
+            self.suite,
+            axes,
+            self.enter,
+            entrant_name(*self.who[0]),
+            self.device,
+            flops(shape, self.passes),
+            bytes_moved(shape, self.passes, DTYPES[self.dtype]),
+            self.calls,
+        )
 
     def enter(self) -> list[Entrant]:
         inputs = Inputs(self)
@@ -65,15 +77,18 @@ class Case:
         else:
             build, rounding = PEERS[name].build, PEERS[name].rounding
         return Entrant(
-            entrant_name(name, scaling), scaling, lambda: inputs.running(build(problem), self.passes),
-            checker(samples, scaling, rounding), ours=name == OURS,
-        )  # fmt: skip
+            entrant_name(name, scaling),
+            scaling,
+            lambda: inputs.running(build(problem), self.passes),
+            checker(samples, scaling, rounding),
+            ours=name == OURS,
+        )
 
     def _ours(self, problem: Problem) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return tritonattn.attention(
                 q, k, v, scaling=problem.scaling, causal=problem.shape.causal, backend=self.backend
-            )  # fmt: skip
+            )
 
         return attend
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 # Non-MMA instructions per logit with query_scale: kernel, target, head_dim.
 NON_MMA_PER_LOGIT = {
-    ("forward", "sm_80", 64): 8.4, ("forward", "sm_80", 128): 11.8,
-    ("forward", "sm_90", 64): 6.9, ("forward", "sm_90", 128): 7.6,
-    ("forward", "sm_100", 64): 6.4, ("forward", "sm_100", 128): 7.0,
-    ("grad_key_value", "sm_80", 64): 9.4, ("grad_key_value", "sm_80", 128): 14.0,
-    ("grad_key_value", "sm_90", 64): 9.7, ("grad_key_value", "sm_90", 128): 10.8,
-    ("grad_key_value", "sm_100", 64): 10.4, ("grad_key_value", "sm_100", 128): 11.4,
-    ("grad_query", "sm_80", 64): 7.4, ("grad_query", "sm_80", 128): 10.5,
-    ("grad_query", "sm_90", 64): 8.2, ("grad_query", "sm_90", 128): 8.9,
-    ("grad_query", "sm_100", 64): 8.2, ("grad_query", "sm_100", 128): 9.0,
-}  # fmt: skip
+    ("forward", "sm_80", 64): 8.4,
+    ("forward", "sm_80", 128): 11.8,
+    ("forward", "sm_90", 64): 6.9,
+    ("forward", "sm_90", 128): 7.6,
+    ("forward", "sm_100", 64): 6.4,
+    ("forward", "sm_100", 128): 7.0,
+    ("grad_key_value", "sm_80", 64): 9.4,
+    ("grad_key_value", "sm_80", 128): 14.0,
+    ("grad_key_value", "sm_90", 64): 9.7,
+    ("grad_key_value", "sm_90", 128): 10.8,
+    ("grad_key_value", "sm_100", 64): 10.4,
+    ("grad_key_value", "sm_100", 128): 11.4,
+    ("grad_query", "sm_80", 64): 7.4,
+    ("grad_query", "sm_80", 128): 10.5,
+    ("grad_query", "sm_90", 64): 8.2,
+    ("grad_query", "sm_90", 128): 8.9,
+    ("grad_query", "sm_100", 64): 8.2,
+    ("grad_query", "sm_100", 128): 9.0,
+}
 
 # What query_scale may add per logit to a kernel without scales, in one config.
 QUERY_SCALE = {"forward": 0.05, "grad_query": 0.05, "grad_key_value": 0.3}

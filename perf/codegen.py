@@ -201,12 +201,22 @@ def code_table(readings: list[Reading]) -> str:
         config, mix = reading.config, reading.instructions or {}
         rows.append(
             [
-                *_identity(reading), f"{config['block_m']} x {config['block_n']}", config["num_warps"],
-                config["num_stages"], reading.registers, reading.stack_bytes, reading.spill_bytes,
-                reading.shared_bytes, reading.tensor_memory, reading.blocks_per_sm, _text(reading.non_mma_per_logit),
-                _ceiling(reading), *(_text(mix.get(name)) for name in _mix(readings)), f"{reading.compile_seconds:.1f}",
+                *_identity(reading),
+                f"{config['block_m']} x {config['block_n']}",
+                config["num_warps"],
+                config["num_stages"],
+                reading.registers,
+                reading.stack_bytes,
+                reading.spill_bytes,
+                reading.shared_bytes,
+                reading.tensor_memory,
+                reading.blocks_per_sm,
+                _text(reading.non_mma_per_logit),
+                _ceiling(reading),
+                *(_text(mix.get(name)) for name in _mix(readings)),
+                f"{reading.compile_seconds:.1f}",
             ]
-        )  # fmt: skip
+        )
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 

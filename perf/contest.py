@@ -104,8 +104,9 @@ class Contest:
         while any(state.run is not None for state in states):
             contestants = {
                 state.record.contestant: self._repeated(state.record.contestant, state.run)
-                for state in states if state.run is not None
-            }  # fmt: skip
+                for state in states
+                if state.run is not None
+            }
             try:
                 taken = take_turns(contestants, self.device, effort.rounds, effort.warm_up, effort.seconds)
             except _Raised as raised:
@@ -133,10 +134,15 @@ class Contest:
         milliseconds = [one / self.calls for one in taken[record.contestant]]
         timing = Timing.of(milliseconds)
         times = replace(
-            record, median_ms=timing.median, lower_ms=timing.lower, upper_ms=timing.upper, rounds=timing.rounds,
+            record,
+            median_ms=timing.median,
+            lower_ms=timing.lower,
+            upper_ms=timing.upper,
+            rounds=timing.rounds,
             tflops=self.flops / timing.median / 1e9 if self.flops else None,
-            gbps=self.bytes / timing.median / 1e6 if self.bytes else None, card=card,
-        )  # fmt: skip
+            gbps=self.bytes / timing.median / 1e6 if self.bytes else None,
+            card=card,
+        )
         if self.baseline not in taken:
             return times
         theirs = taken[self.baseline]

@@ -47,9 +47,12 @@ def _begun(tests: list[str], share: str) -> subprocess.Popen:
     options = ["-v", "-W", "default", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     options += ["-p", __name__, "--share", share]
     return subprocess.Popen(
-        [sys.executable, "-m", "pytest", *options, *tests], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-m", "pytest", *options, *tests],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+    )
 
 
 def _relay(process: subprocess.Popen, passed: list[str]) -> None:

@@ -61,10 +61,17 @@ class DecodeCase:
         shape, dtype = self.shape, DTYPES[self.dtype]
         size = decode_bytes(shape, dtype)
         axes = {
-            "length": shape.k_len, "head_dim": shape.head_dim, "dtype": self.dtype, "paged": self.paged,
-            "scaling": self.scaling, "batch": shape.batch, "heads": shape.heads, "kv_heads": shape.kv_heads,
-            "cache_bytes": size, "backend": self.backend,
-        }  # fmt: skip
+            "length": shape.k_len,
+            "head_dim": shape.head_dim,
+            "dtype": self.dtype,
+            "paged": self.paged,
+            "scaling": self.scaling,
+            "batch": shape.batch,
+            "heads": shape.heads,
+            "kv_heads": shape.kv_heads,
+            "cache_bytes": size,
+            "backend": self.backend,
+        }
         return Contest("decode", axes, self.enter, COPY, self.device, forward_flops(shape), size)
 
     def enter(self) -> list[Entrant]:
@@ -117,9 +124,15 @@ class DecodeCase:
 
         def step(cache: Caches) -> Tensor:
             return tritonattn.attention_decode(
-                cache.q, cache.k, cache.v, key_lengths=cache.lengths, block_table=cache.table, scaling=self.scaling,
-                statistics=records.get(cache.q.data_ptr()), backend=self.backend,
-            )  # fmt: skip
+                cache.q,
+                cache.k,
+                cache.v,
+                key_lengths=cache.lengths,
+                block_table=cache.table,
+                scaling=self.scaling,
+                statistics=records.get(cache.q.data_ptr()),
+                backend=self.backend,
+            )
 
         return step
 
@@ -158,9 +171,13 @@ class DecodeCase:
             q, scale = prescaled(self.scaling, cache.q, cache.k, causal=False)
             pages = {} if cache.table is None else {table: cache.table}
             out = function(
-                q.transpose(1, 2), *cache.sequences_first, cache_seqlens=cache.lengths, softmax_scale=scale,
-                causal=True, **pages,
-            )  # fmt: skip
+                q.transpose(1, 2),
+                *cache.sequences_first,
+                cache_seqlens=cache.lengths,
+                softmax_scale=scale,
+                causal=True,
+                **pages,
+            )
             return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
         return step

@@ -80,7 +80,11 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
         Phase("correctness", ("-m", "perf", "correctness", tests, *processes), 25, None, interpreted, " FAILED "),
         Phase("soak", ("-m", "perf", "soak", "--device", device), 8, "--minutes", interpreted, "repeat it: "),
         Phase(
-            "tuning", ("-m", "tritonattn", "tune", *tune), 20, "--budget", tables | {"TRITON_INTERPRET": "0"},
+            "tuning",
+            ("-m", "tritonattn", "tune", *tune),
+            20,
+            "--budget",
+            tables | {"TRITON_INTERPRET": "0"},
             cut=" is spent: run the command again",
         ),
         *(sweep(suite) for suite in _SUITES if suite != "ceilings"),
@@ -92,9 +96,12 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, required=True, metavar="N", help="for all of it, report and plots too")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "perf" / "results" / "gpu", metavar="DIR",
+        "--out",
+        type=Path,
+        default=ROOT / "perf" / "results" / "gpu",
+        metavar="DIR",
         help="results, logs, tuned tables, plots (default: perf/results/gpu)",
-    )  # fmt: skip
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--phases", type=lambda text: text.split(","), metavar="A,B", help="run these alone")
     parser.add_argument("--tests", metavar="PATH", help="what pytest runs; default: tests/kernels, on a CPU a part")
@@ -158,9 +165,13 @@ def execute(phase: Phase, out: Path, seconds: float, grace: float) -> Outcome:
         print("$", *command, file=log, flush=True)
         with _handling(signal.SIGINT):  # which a shell lets those ignore that it begins with a &
             process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | phase.environment, stdout=log, stderr=subprocess.STDOUT,
+                command,
+                cwd=ROOT,
+                env=os.environ | phase.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         try:
             failed = process.wait(seconds + grace) != 0
             status = "failed" if failed else "out of time" if _says(file, phase.cut) else "done"

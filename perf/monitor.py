@@ -30,10 +30,14 @@ QUIET = Thresholds(None, None, None)
 def model_of(arguments: argparse.Namespace) -> transformers.LlamaForCausalLM:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=arguments.width, intermediate_size=2 * arguments.width, num_hidden_layers=4,
-        num_attention_heads=arguments.width // 64, num_key_value_heads=arguments.width // 64,
+        vocab_size=VOCABULARY,
+        hidden_size=arguments.width,
+        intermediate_size=2 * arguments.width,
+        num_hidden_layers=4,
+        num_attention_heads=arguments.width // 64,
+        num_key_value_heads=arguments.width // 64,
         attn_implementation="sdpa",
-    )  # fmt: skip
+    )
     return transformers.LlamaForCausalLM(config).to(arguments.device).train()
 
 
@@ -103,8 +107,10 @@ def run(arguments: argparse.Namespace) -> None:
     idle, watched = (one["time_ratio"] - 1 for one in list(found.values())[1:])
     overall = idle + (watched - idle) / EVERY
     print(f"Measured: {facts}")
-    print(f"{arguments.batch} x {arguments.length} tokens, width {arguments.width}, 4 layers, fp32, "
-          f"{arguments.scaling or 'sdpa, not patched'}; forward, backward and AdamW\n")  # fmt: skip
+    print(
+        f"{arguments.batch} x {arguments.length} tokens, width {arguments.width}, 4 layers, fp32, "
+        f"{arguments.scaling or 'sdpa, not patched'}; forward, backward and AdamW\n"
+    )
     rows = [(name, one["median_ms"], one["time_ratio"]) for name, one in found.items()]
     print(tabulate(rows, ["", "ms a step", "time ratio"], floatfmt=("", ".1f", ".3f")))
     print(f"\nevery = {EVERY}: {overall:+.1%}, of which {(watched - idle) / EVERY:+.1%} in the watched steps")

@@ -209,9 +209,11 @@ def _eager(problem: Problem) -> Attend:
 
 # None: the one that PyTorch chooses.
 SDPA_BACKENDS = {
-    "sdpa": None, "sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa": None,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
-}  # fmt: skip
+}
 PEERS = {
     "sdpa": Peer(_sdpa(None), "operands", "F.scaled_dot_product_attention, q multiplied before"),
     **{

@@ -82,8 +82,15 @@ def _copy(records: list[Record], ceilings: dict[str, Record]) -> dict[str, Point
 _SHAPE = ("head_dim", "dtype", "causal")
 CHARTS = (
     *(
-        Chart(f"{suite}_tflops", suite, "TFLOP/s", lambda r: r.tflops, (*_SHAPE, "scaling"), implementation,
-              limits=_roofline)
+        Chart(
+            f"{suite}_tflops",
+            suite,
+            "TFLOP/s",
+            lambda r: r.tflops,
+            (*_SHAPE, "scaling"),
+            implementation,
+            limits=_roofline,
+        )
         for suite in ("forward", "backward")
     ),
     *(
@@ -93,17 +100,53 @@ CHARTS = (
     Chart("cpu_ratio", "cpu", "time over plain SDPA", _ratio_of_others, (*_SHAPE, "passes"), _contestant),
     Chart("overhead", "overhead", "% over sqrt_dim", _overhead, ("head_dim", "dtype", "passes"), lambda r: r.scaling),
     Chart("scaling", "scaling", "time over ours", _ratio_of_others, _SHAPE, implementation, x="scaling"),
-    Chart("decode", "decode", "GB/s", lambda r: None if r.contestant == COPY else r.gbps,
-          ("head_dim", "dtype", "paged", "scaling"), implementation, limits=_copy),
-    Chart("varlen", "varlen", "time over padded", _ratio_of_others, ("head_dim", "dtype", "passes", "scaling"),
-          implementation),
-    Chart("accuracy_by_count", "accuracy", "error, median of the scalings", lambda r: r.error or None,
-          ("dtype", "keys"), implementation, errors=True),
-    Chart("accuracy_by_scaling", "accuracy", "error, median of the cases", lambda r: r.error or None, ("dtype",),
-          implementation, x="scaling", errors=True),
-    Chart("accuracy_by_keys", "accuracy", "error, median of the scalings", lambda r: r.error or None, ("dtype",),
-          implementation, x="keys", errors=True),
-)  # fmt: skip
+    Chart(
+        "decode",
+        "decode",
+        "GB/s",
+        lambda r: None if r.contestant == COPY else r.gbps,
+        ("head_dim", "dtype", "paged", "scaling"),
+        implementation,
+        limits=_copy,
+    ),
+    Chart(
+        "varlen",
+        "varlen",
+        "time over padded",
+        _ratio_of_others,
+        ("head_dim", "dtype", "passes", "scaling"),
+        implementation,
+    ),
+    Chart(
+        "accuracy_by_count",
+        "accuracy",
+        "error, median of the scalings",
+        lambda r: r.error or None,
+        ("dtype", "keys"),
+        implementation,
+        errors=True,
+    ),
+    Chart(
+        "accuracy_by_scaling",
+        "accuracy",
+        "error, median of the cases",
+        lambda r: r.error or None,
+        ("dtype",),
+        implementation,
+        x="scaling",
+        errors=True,
+    ),
+    Chart(
+        "accuracy_by_keys",
+        "accuracy",
+        "error, median of the scalings",
+        lambda r: r.error or None,
+        ("dtype",),
+        implementation,
+        x="keys",
+        errors=True,
+    ),
+)
 
 
 def panels_of(chart: Chart, records: list[Record]) -> list[Panel]:

@@ -33,8 +33,10 @@ class Keys:
 
 
 CONSTANTS: dict[str, Callable[[int], float]] = {
-    "sqrt_dim": lambda dim: dim**-0.5, "dim": lambda dim: 1 / dim, "none": lambda dim: 1.0,
-}  # fmt: skip
+    "sqrt_dim": lambda dim: dim**-0.5,
+    "dim": lambda dim: 1 / dim,
+    "none": lambda dim: 1.0,
+}
 _ROWS: dict[str, Callable[[Keys], Tensor]] = {
     "key_count": lambda keys: 1 / keys.n,
     "sqrt_key_count": lambda keys: keys.n**-0.5,

@@ -19,9 +19,19 @@ from .records import Record, read_all
 
 # Axes that say what a row is; the rest (batch, heads, ...) follows from these.
 _SHOWN = (
-    "batch", "heads", "kv_heads", "length", "sequences", "head_dim", "dtype", "causal", "passes", "paged", "size",
+    "batch",
+    "heads",
+    "kv_heads",
+    "length",
+    "sequences",
+    "head_dim",
+    "dtype",
+    "causal",
+    "passes",
+    "paged",
+    "size",
     "bytes",
-)  # fmt: skip
+)
 _SHORT = {"forward+backward": "fwd+bwd", "forward": "fwd", "backward": "bwd", "True": "yes", "False": ""}
 
 
@@ -44,11 +54,12 @@ def _times_table(records: list[Record]) -> str:
     columns: dict[str, Callable[[Record], str]] = {
         "ms": lambda r: _number(r.median_ms),
         "quartiles": lambda r: "" if r.median_ms is None else f"{_number(r.lower_ms)} - {_number(r.upper_ms)}",
-        "TFLOP/s": lambda r: _number(r.tflops), "GB/s": lambda r: _number(r.gbps),
+        "TFLOP/s": lambda r: _number(r.tflops),
+        "GB/s": lambda r: _number(r.gbps),
         "time ratio": lambda r: "" if r.ratio is None else f"{r.ratio:.3f}",
         "us more": lambda r: "" if r.ratio is None else f"{1000 * r.median_ms * (1 - 1 / r.ratio):.0f}",
         "error/bound": lambda r: "" if not r.bound else "NaN" if r.error is None else f"{r.error / r.bound:.2f}",
-    }  # fmt: skip
+    }
     rows = []
     for record in records:
         if record.status == "skipped":

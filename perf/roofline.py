@@ -20,11 +20,9 @@ def contests(dtypes: tuple[str, ...], device: torch.device, quick: bool) -> list
     """A product of square matrices in each dtype (fp32: IEEE, as in the kernels), and a copy."""
     size = _SIZE[device.type] // (2 if quick else 1)
     products = [
-        Contest(
-            SUITE, {"size": size, "dtype": dtype}, _matmul(size, dtype, device), MATMUL, device, matmul_flops(size)
-        )
+        Contest(SUITE, {"size": size, "dtype": dtype}, _matmul(size, dtype, device), MATMUL, device, matmul_flops(size))
         for dtype in dtypes
-    ]  # fmt: skip
+    ]
     count = _COPIED_BYTES[device.type] // (4 if quick else 1)
     return [*products, Contest(SUITE, {"bytes": count}, _copy(count, device), COPY, device, bytes=2 * count)]
 

@@ -168,51 +168,66 @@ _DECODING = ("sdpa", "flash-attn-2")
 _TRAINING = {"cuda": _POWERS, "cpu": (512, 1024, 2048)}
 _QUICK = Axes((128,), (32,), ("fp32",), _COMMON, _ON_CPU)
 _CPU_AXES = Axes(
-    (512, 1024, 2048, 4096, 8192), (64, 128), ("fp32", "bf16"), ("sqrt_dim", "key_count", "key_norm_sum"),
+    (512, 1024, 2048, 4096, 8192),
+    (64, 128),
+    ("fp32", "bf16"),
+    ("sqrt_dim", "key_count", "key_norm_sum"),
     ("flex", "eager"),
-)  # fmt: skip
+)
 
 SUITES = {
     "forward": Suite(
-        "the forward pass against peers", _axes(_TRAINING, (64, 128), _COMMON),
+        "the forward pass against peers",
+        _axes(_TRAINING, (64, 128), _COMMON),
         replace(_QUICK, scalings=("key_norm_mean",)),  # FlexAttention is compiled for every case
         _against_peers("forward", "forward"),
     ),
     "backward": Suite(
-        "the backward pass alone against peers", _axes(_TRAINING, (64, 128), _COMMON), _QUICK,
+        "the backward pass alone against peers",
+        _axes(_TRAINING, (64, 128), _COMMON),
+        _QUICK,
         _against_peers("backward", "backward"),
     ),
     "cpu": Suite(
         "ours over plain F.scaled_dot_product_attention, forward and forward+backward",
-        dict.fromkeys(BACKENDS, _CPU_AXES), Axes((128,), (32,), ("fp32",), ("sqrt_dim", "key_norm_sum"), ("eager",)),
+        dict.fromkeys(BACKENDS, _CPU_AXES),
+        Axes((128,), (32,), ("fp32",), ("sqrt_dim", "key_norm_sum"), ("eager",)),
         _against_plain,
     ),
     "overhead": Suite(
         "every scaling over sqrt_dim, by length",
         _axes({"cuda": (128, 512, 2048, 4096, 8192, 32768, 65536), "cpu": (128, 512, 2048, 4096)}, (64,), MODES, False),
-        Axes((64, 128), (32,), ("fp32",), MODES), _overhead,
+        Axes((64, 128), (32,), ("fp32",), MODES),
+        _overhead,
     ),
     "scaling": Suite(
-        "every scaling, ours and as peers do it", _axes({"cuda": (4096,), "cpu": (1024,)}, (64,), MODES),
-        Axes((128,), (32,), ("fp32",), MODES, ("sdpa", "eager")), _against_peers("scaling", "forward+backward"),
+        "every scaling, ours and as peers do it",
+        _axes({"cuda": (4096,), "cpu": (1024,)}, (64,), MODES),
+        Axes((128,), (32,), ("fp32",), MODES, ("sdpa", "eager")),
+        _against_peers("scaling", "forward+backward"),
     ),
     "decode": Suite(
         "a decoding step over a copy of as many bytes, by length of the cache",
         _axes({"cuda": (1024, 4096, 16384, 65536), "cpu": (1024, 4096)}, (128,), _COMMON),
-        Axes((256,), (32,), ("fp32",), _COMMON, _DECODING), _decode,
+        Axes((256,), (32,), ("fp32",), _COMMON, _DECODING),
+        _decode,
     ),
     "varlen": Suite(
-        "packed sequences over the same ones padded", _axes({"cuda": (1024, 4096), "cpu": (512,)}, (128,), _COMMON),
-        Axes((64,), (32,), ("fp32",), _COMMON, _DECODING), _varlen,
+        "packed sequences over the same ones padded",
+        _axes({"cuda": (1024, 4096), "cpu": (512,)}, (128,), _COMMON),
+        Axes((64,), (32,), ("fp32",), _COMMON, _DECODING),
+        _varlen,
     ),
     "accuracy": Suite(
         "errors against float64, by kind and number of keys",
         _axes({"cuda": _KEY_COUNTS, "cpu": _KEY_COUNTS}, (64,), MODES, False, tuple(DTYPES)),
-        Axes((1, 64, 1024), (32,), ("fp32", "bf16"), MODES), _accuracy,
+        Axes((1, 64, 1024), (32,), ("fp32", "bf16"), MODES),
+        _accuracy,
     ),
     "ceilings": Suite(
         "a product of matrices and a copy, which every sweep begins with, alone",
-        _axes({"cuda": (), "cpu": ()}, (), (), False, tuple(DTYPES)), Axes((), (), tuple(DTYPES), ()),
+        _axes({"cuda": (), "cpu": ()}, (), (), False, tuple(DTYPES)),
+        Axes((), (), tuple(DTYPES), ()),
         lambda axes, place: iter(()),
     ),
-}  # fmt: skip
+}

@@ -99,9 +99,18 @@ def _request(arguments: argparse.Namespace, kind: str):
     rounds = arguments.rounds or (_QUICK_ROUNDS if arguments.quick else _ROUNDS)
     limit = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     return Request(
-        suites=arguments.suite, kind=kind, quick=arguments.quick,
-        axes={"peers": arguments.peers, "lengths": arguments.lengths, "head_dims": arguments.head_dims,
-              "dtypes": arguments.dtypes, "scalings": arguments.scalings},
+        suites=arguments.suite,
+        kind=kind,
+        quick=arguments.quick,
+        axes={
+            "peers": arguments.peers,
+            "lengths": arguments.lengths,
+            "head_dims": arguments.head_dims,
+            "dtypes": arguments.dtypes,
+            "scalings": arguments.scalings,
+        },
         effort=Effort(rounds, 1.0 if arguments.quick else _SECONDS, 0.0 if arguments.quick else 0.3),
-        command=command_line(arguments), json=arguments.json, deadline=limit,
-    )  # fmt: skip
+        command=command_line(arguments),
+        json=arguments.json,
+        deadline=limit,
+    )

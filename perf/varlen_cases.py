@@ -77,10 +77,16 @@ class VarlenCase:
     def contest(self) -> Contest:
         shapes = [Shape(1, self.heads, self.heads, n, n, self.head_dim, causal=True) for n in self.lengths]
         axes = {
-            "length": max(self.lengths), "sequences": len(self.lengths), "tokens": sum(self.lengths),
-            "head_dim": self.head_dim, "dtype": self.dtype, "passes": self.passes, "scaling": self.scaling,
-            "heads": self.heads, "backend": self.backend,
-        }  # fmt: skip
+            "length": max(self.lengths),
+            "sequences": len(self.lengths),
+            "tokens": sum(self.lengths),
+            "head_dim": self.head_dim,
+            "dtype": self.dtype,
+            "passes": self.passes,
+            "scaling": self.scaling,
+            "heads": self.heads,
+            "backend": self.backend,
+        }
         work = sum(flops(shape, self.passes) for shape in shapes)
         size = sum(bytes_moved(shape, self.passes, DTYPES[self.dtype]) for shape in shapes)
         return Contest("varlen", axes, self.enter, entrant_name(PADDED, self.scaling), self.device, work, size)
@@ -157,7 +163,7 @@ class VarlenCase:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return tritonattn.attention_varlen(
                 q, k, v, ends, ends, longest, longest, scaling=self.scaling, causal=True, backend=self.backend
-            )  # fmt: skip
+            )
 
         return attend
 
@@ -167,7 +173,7 @@ class VarlenCase:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return tritonattn.attention(
                 q, k, v, scaling=self.scaling, causal=True, key_lengths=lengths, backend=self.backend
-            )  # fmt: skip
+            )
 
         return attend
 

@@ -31,8 +31,21 @@ FLOORS = (
 )
 FLOOR_OF = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
 
-OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tabulate", "tqdm", "numpy",
-            "diffusers", "kernels", "timm", "x_transformers", "sklearn", "scipy"}  # fmt: skip
+OPTIONAL = {
+    "transformers",
+    "accelerate",
+    "gguf",
+    "matplotlib",
+    "tabulate",
+    "tqdm",
+    "numpy",
+    "diffusers",
+    "kernels",
+    "timm",
+    "x_transformers",
+    "sklearn",
+    "scipy",
+}
 OPTIONAL_IN = {
     "huggingface": {"transformers"},
     "analysis": {"tabulate", "transformers"},

@@ -34,7 +34,7 @@ MUTANTS = {
         "q, factor = (q * tl.abs(factor)[:, None]).to(q.dtype), tl.full([BLOCK_M], 1.0, tl.float32)",
         "test_attention.py::test_scales_act_on_the_accumulated_product_in_fp32",
     ),
-}  # fmt: skip
+}
 
 
 def _run_kernel_tests(package_parent: Path, *tests: str) -> subprocess.CompletedProcess:

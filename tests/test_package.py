@@ -15,9 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(*command: str | Path, **options) -> str:
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=False, **options
-    )
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -79,9 +77,7 @@ print(pathlib.Path(tritonattn.__file__).parent, shipped_tables(), (shipped_table
 
 
 def test_version_is_the_same_everywhere(installed):
-    code = (
-        "import importlib.metadata as m, tritonattn; print(tritonattn.__version__, m.version('tritonattn'))"
-    )
+    code = "import importlib.metadata as m, tritonattn; print(tritonattn.__version__, m.version('tritonattn'))"
     own, metadata = fresh(code, installed).split()
     assert own == metadata
     assert run(installed, "-m", "tritonattn", "--version").split() == ["tritonattn", own]
@@ -162,7 +158,5 @@ except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
 
 
 def test_console_script_is_declared(installed):
-    code = (
-        "import importlib.metadata as m; print(*[e.value for e in m.distribution('tritonattn').entry_points])"
-    )
+    code = "import importlib.metadata as m; print(*[e.value for e in m.distribution('tritonattn').entry_points])"
     assert fresh(code, installed) == "tritonattn.cli:main"

@@ -14,9 +14,16 @@ HEADS, KV_HEADS, DIM = 4, 2, 8
 def llama(implementation: str = "eager", **config):
     torch.manual_seed(0)
     small = transformers.LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, max_position_embeddings=64, initializer_range=0.3, **config,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        **config,
+    )
     return transformers.AutoModelForCausalLM.from_config(small, attn_implementation=implementation).train()
 
 

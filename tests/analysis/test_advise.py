@@ -71,8 +71,10 @@ def test_a_reading_is_that_of_diagnose_and_of_what_the_patch_would_do():
     for layer in net.model.layers:
         layer.self_attn.scaling = 0.2  # not 1 / sqrt(D) = 0.354
     advice = advise(net, TOKENS)
-    with patch(net, advice.mode, layers=[0]) as patched, torch.no_grad(), patched.watch(
-        lambda module, q, k, arguments, aux: seen.append((q, k, arguments))
+    with (
+        patch(net, advice.mode, layers=[0]) as patched,
+        torch.no_grad(),
+        patched.watch(lambda module, q, k, arguments, aux: seen.append((q, k, arguments))),
     ):
         net(TOKENS)
     q, k, arguments = seen[0]

@@ -17,8 +17,15 @@ from tritonattn.integrations.torch_modules import replace_multihead_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*use_reentrant.*:UserWarning")
 QUIET = Thresholds(None, None, None)
-MEASURES = ("max_logit", "relative_entropy", "near_one_hot", "near_uniform", "q_gradient_norm", "k_gradient_norm",
-            "output_variance")  # fmt: skip
+MEASURES = (
+    "max_logit",
+    "relative_entropy",
+    "near_one_hot",
+    "near_uniform",
+    "q_gradient_norm",
+    "k_gradient_norm",
+    "output_variance",
+)
 
 
 def record_of(net, *losses, **options):
@@ -286,10 +293,13 @@ def test_compiled_code_is_not_seen_and_said_so():
 def test_arguments():
     net = Net()
     for options, error in (
-        ({"every": 0}, ValueError), ({"every": 1.5}, ValueError), ({"on_alarm": "stop"}, ValueError),
-        ({"on_alarm": "undo"}, ValueError), ({"thresholds": {"loss": 1}}, TypeError),
+        ({"every": 0}, ValueError),
+        ({"every": 1.5}, ValueError),
+        ({"on_alarm": "stop"}, ValueError),
+        ({"on_alarm": "undo"}, ValueError),
+        ({"thresholds": {"loss": 1}}, TypeError),
         ({"file": "/nowhere/at/all.jsonl"}, ValueError),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=next(iter(options))):
             Monitor(net, **options)
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):

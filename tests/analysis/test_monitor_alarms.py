@@ -88,8 +88,11 @@ def test_it_warns_once_a_layer_until_it_recovers():
     assert said[1][0].startswith("step 1: attention: max_logit ")
     assert said[1][0].endswith(", threshold 50")
     assert [[(one.step, one.new) for one in alarms] for alarms in stood] == [
-        [(1, True)], [(2, False)], [(3, False)], [(6, True)]
-    ]  # fmt: skip
+        [(1, True)],
+        [(2, False)],
+        [(3, False)],
+        [(6, True)],
+    ]
     assert len(stood[0][0].heads) == HEADS
     assert stood[0][0].value == max(stood[0][0].heads)
 
@@ -120,8 +123,10 @@ def test_a_loss_that_is_not_finite_alarms_in_any_step(loss, tmp_path):
             monitor.step(loss)
     assert [(one["step"], one["loss"]) for one in lines(file)] == [(0, 1.0), (2, None), (3, None), (5, None)]
     assert [(one.step, one.measure, one.new) for one in stood] == [
-        (2, "loss", True), (3, "loss", False), (5, "loss", True)
-    ]  # fmt: skip
+        (2, "loss", True),
+        (3, "loss", False),
+        (5, "loss", True),
+    ]
 
 
 def test_the_loss_of_a_gpu_is_read_in_watched_steps_only(monkeypatch):

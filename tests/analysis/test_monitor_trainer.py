@@ -32,10 +32,22 @@ class Texts(torch.utils.data.Dataset):
 
 def trainer(net, folder, monitor=None, **options):
     arguments = transformers.TrainingArguments(
-        str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, learning_rate=0.1,
-        optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[], save_strategy="no",
-        use_cpu=True, disable_tqdm=True, logging_steps=1, data_seed=0, **options,
-    )  # fmt: skip
+        str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        learning_rate=0.1,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        data_seed=0,
+        **options,
+    )
     return transformers.Trainer(
         net, arguments, train_dataset=Texts(), eval_dataset=Texts(), callbacks=[monitor.callback()] if monitor else []
     )

@@ -68,4 +68,3 @@ def test_a_wrong_clip_is_found(broken, kv_heads, monkeypatch):
     monkeypatch.setattr(sys.modules["tritonattn.analysis.qk_clip"], "_multiply", multiply)
     with pytest.raises(AssertionError):
         test_qk_clip.test_scaled_attention("sqrt_dim", kv_heads)
-

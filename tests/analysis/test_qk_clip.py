@@ -18,8 +18,15 @@ from tritonattn.integrations.torch_modules import MultiheadAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 QUIET = Thresholds(None, None, None)
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=61,
-             max_position_embeddings=64, initializer_range=0.5)  # fmt: skip
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=61,
+    max_position_embeddings=64,
+    initializer_range=0.5,
+)
 
 
 def largest(net, run) -> dict[str, list[float]]:
@@ -154,9 +161,15 @@ def test_qk_norm_is_refused_by_name():
 def test_others_are_refused_by_name():
     refused(Net(scaling="cosine"), "attention", "scaling cosine")
     latent = transformers.DeepseekV3Config(
-        **SIZES, num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
-        v_head_dim=8, first_k_dense_replace=2,
-    )  # fmt: skip
+        **SIZES,
+        num_key_value_heads=4,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        first_k_dense_replace=2,
+    )
     refused(transformers.DeepseekV3ForCausalLM(latent), "model.layers.0.self_attn", "projections named|norm")
     refused(nn.ModuleDict({"a": nn.Linear(3, 3)}), "a", "layout of Linear")
     net = Net()

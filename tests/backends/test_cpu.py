@@ -35,9 +35,22 @@ def small_tiles(monkeypatch):
 
 
 def make_call(
-    dtype=torch.float64, batch=2, q_heads=4, kv_heads=2, q_len=37, k_len=45, dim=16, value_dim=8,
-    scaled=True, softcap=None, sinks=False, p=0.0, scale=0.3, seed=0, **masks,
-):  # fmt: skip
+    dtype=torch.float64,
+    batch=2,
+    q_heads=4,
+    kv_heads=2,
+    q_len=37,
+    k_len=45,
+    dim=16,
+    value_dim=8,
+    scaled=True,
+    softcap=None,
+    sinks=False,
+    p=0.0,
+    scale=0.3,
+    seed=0,
+    **masks,
+):
     """A call on random tensors; the scales have either sign and zeros."""
     random = torch.Generator().manual_seed(seed)
 
@@ -47,18 +60,22 @@ def make_call(
     wide = torch.promote_types(dtype, torch.float32)
     q, k, v = (
         normal(batch, heads, length, width).to(dtype)
-        for heads, length, width in (
-            (q_heads, q_len, dim), (kv_heads, k_len, dim), (kv_heads, k_len, value_dim)
-        )
-    )  # fmt: skip
+        for heads, length, width in ((q_heads, q_len, dim), (kv_heads, k_len, dim), (kv_heads, k_len, value_dim))
+    )
     query_scale, key_scale = normal(batch, q_heads, q_len).to(wide), normal(batch, kv_heads, k_len).to(wide)
     query_scale[..., ::7], key_scale[..., ::5] = 0, 0
     return AttentionCall(
-        q, k, v, Visibility.of(q, k, **masks), scale,
-        query_scale if scaled else None, key_scale if scaled else None, softcap,
+        q,
+        k,
+        v,
+        Visibility.of(q, k, **masks),
+        scale,
+        query_scale if scaled else None,
+        key_scale if scaled else None,
+        softcap,
         normal(q_heads).to(wide) if sinks else None,
         Dropout(p, torch.tensor([7, 3])) if p else None,
-    )  # fmt: skip
+    )
 
 
 def tensors_of(call):
@@ -96,7 +113,7 @@ def run_reference(call, d_out, d_lse, dtype):
         factor = factor * key_scale.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None, :]
     result = reference.attention(
         q, k, v, factor, call.visibility, softcap=call.softcap, sinks=sinks, dropout=call.dropout
-    )  # fmt: skip
+    )
     outputs, gradients = [result.out, result.lse], [d_out.to(dtype), d_lse.to(wide)]
     present = [x for x in leaves if x is not None]
     found = iter(torch.autograd.grad(outputs, present, gradients))
@@ -280,10 +297,13 @@ def test_strides_are_of_no_account():
     wanted = run(call, d_out.contiguous(), d_lse.contiguous())
     q, k, v, query_scale, key_scale, _ = tensors_of(call)
     strided = dataclasses.replace(
-        call, q=q.mT.contiguous().mT, k=k.transpose(1, 2).contiguous().transpose(1, 2),
-        v=torch.stack([v, v], -1)[..., 1], query_scale=query_scale.mT.contiguous().mT,
+        call,
+        q=q.mT.contiguous().mT,
+        k=k.transpose(1, 2).contiguous().transpose(1, 2),
+        v=torch.stack([v, v], -1)[..., 1],
+        query_scale=query_scale.mT.contiguous().mT,
         key_scale=torch.stack([key_scale, key_scale], -1)[..., 0],
-    )  # fmt: skip
+    )
     for want, got in zip(sum(wanted, ()), sum(run(strided, d_out, d_lse), ()), strict=True):
         assert (want is None and got is None) or torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -323,8 +343,9 @@ def test_keys_and_values_with_means(small_tiles):
 
 
 def test_gradcheck(small_tiles):
-    call = make_call(batch=1, q_heads=2, kv_heads=1, q_len=6, k_len=9, dim=3, value_dim=2,
-                     **OPTIONS["all"], causal=True)  # fmt: skip
+    call = make_call(
+        batch=1, q_heads=2, kv_heads=1, q_len=6, k_len=9, dim=3, value_dim=2, **OPTIONS["all"], causal=True
+    )
 
     class Attention(torch.autograd.Function):
         @staticmethod

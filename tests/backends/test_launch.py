@@ -80,11 +80,12 @@ def test_a_config_is_for_its_kernel_and_for_calls_that_it_is_legal_for(monkeypat
 @pytest.mark.parametrize(
     ("error", "again"),
     [
-        (RuntimeError("PassManager::run failed"), True), (launch.TritonError("out of resource"), True),
+        (RuntimeError("PassManager::run failed"), True),
+        (launch.TritonError("out of resource"), True),
         (RuntimeError("an illegal memory access was encountered"), False),
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_the_next_config_is_planned_after_a_refusal_alone(error, again, monkeypatch):
     configs = [TILES, TileConfig(32, 32, 4, 1)]
     monkeypatch.setattr(launch, "config_for", lambda *_: configs[0])

@@ -79,9 +79,7 @@ def test_is_the_textbook(name, softcap, with_sinks, p):
 
 def test_is_torchs_attention():
     q, k, v = tensors(q_len=SK)
-    expected = scaled_dot_product_attention(
-        q, *(x.repeat_interleave(HQ // HKV, 1) for x in (k, v)), is_causal=True
-    )
+    expected = scaled_dot_product_attention(q, *(x.repeat_interleave(HQ // HKV, 1) for x in (k, v)), is_causal=True)
     ours = attention(q, k, v, D**-0.5, Visibility.of(q, k, causal=True))
     torch.testing.assert_close(ours.out, expected)
 
@@ -101,9 +99,7 @@ def test_second_order_gradients_of_every_mode(mode):
     assert torch.autograd.gradgradcheck(run, (q, k, v), fast_mode=True)
 
 
-@pytest.mark.parametrize(
-    "sinks", [None, torch.zeros(HQ), torch.full((HQ,), -math.inf)], ids=["none", "0", "-inf"]
-)
+@pytest.mark.parametrize("sinks", [None, torch.zeros(HQ), torch.full((HQ,), -math.inf)], ids=["none", "0", "-inf"])
 def test_rows_without_keys(sinks):
     q, k, v = (x.requires_grad_() for x in tensors(torch.float32))
     sinks = None if sinks is None else sinks.clone().requires_grad_()
@@ -212,9 +208,7 @@ def test_empty(q_len, k_len):
     result = attention(q, k, v, 1.0, Visibility.of(q, k, causal=True), sinks=torch.zeros(HQ))
     assert torch.equal(result.out, torch.zeros(B, HQ, q_len, DV))
     assert torch.equal(result.lse, torch.full((B, HQ, q_len), -math.inf))
-    assert all(
-        (g == 0).all() for g in torch.autograd.grad(result.out.sum(), (q, k, v), materialize_grads=True)
-    )
+    assert all((g == 0).all() for g in torch.autograd.grad(result.out.sum(), (q, k, v), materialize_grads=True))
 
 
 def test_no_heads_and_no_batch():

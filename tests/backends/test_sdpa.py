@@ -104,9 +104,7 @@ def test_a_lone_key(q_len, dtype):
         assert gradient.abs().max() <= 64 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize(
-    "head_dims", [(1, 1), (3, 16), (16, 3), (37, 37), (96, 64), (64, 128), (200, 256), (256, 1)]
-)
+@pytest.mark.parametrize("head_dims", [(1, 1), (3, 16), (16, 3), (37, 37), (96, 64), (64, 128), (200, 256), (256, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_head_dims(head_dims, dtype):
     dim, value_dim = head_dims
@@ -271,9 +269,7 @@ def test_a_product_in_pieces_is_that_of_the_whole(layout, rows, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_never_leaves_the_fast_kernel(layout, kv_heads, head_dims, dtype):
     dim, value_dim = head_dims
-    call = make_call(
-        dtype, kv_heads=kv_heads, q_len=512, k_len=512, dim=dim, value_dim=value_dim, causal=True
-    )
+    call = make_call(dtype, kv_heads=kv_heads, q_len=512, k_len=512, dim=dim, value_dim=value_dim, causal=True)
     q, k, v = (LAYOUTS[layout](x) for x in (call.q, call.k, call.v))
     call = dataclasses.replace(call, q=q, k=k, v=v)
     with Watch() as watch:
@@ -299,14 +295,10 @@ def test_key_heads_are_not_expanded():
     assert watch.largest < 4 * 32 * 512 * 16 / 8
 
 
-@pytest.mark.parametrize(
-    ("scales", "copies"), [((), 0), (("query_scale",), 1), (("query_scale", "key_scale"), 2)]
-)
+@pytest.mark.parametrize(("scales", "copies"), [((), 0), (("query_scale",), 1), (("query_scale", "key_scale"), 2)])
 def test_saves_the_inputs_the_output_and_the_folded_operands(scales, copies):
     call = make_call(torch.float32, q_len=256, k_len=256, dim=32, value_dim=32, kv_heads=4, causal=True)
-    call = dataclasses.replace(
-        call, **{name: None for name in ("query_scale", "key_scale") if name not in scales}
-    )
+    call = dataclasses.replace(call, **{name: None for name in ("query_scale", "key_scale") if name not in scales})
     leaves = {n: x.detach().requires_grad_() for n, x in tensors_of(call)._asdict().items() if x is not None}
     storages = {}
 

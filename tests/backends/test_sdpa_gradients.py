@@ -32,9 +32,17 @@ def handed_on(monkeypatch):
 def test_rows_of_few_keys_in_every_head(power, dim):
     """Scaled by n ** power they have the sharpest softmaxes: in one call of PyTorch's up to 3 heads in 10 are over."""
     call = make_call(
-        torch.float32, batch=200, q_heads=2, kv_heads=1, q_len=40, k_len=40, dim=dim, value_dim=dim, scale=1.0,
+        torch.float32,
+        batch=200,
+        q_heads=2,
+        kv_heads=1,
+        q_len=40,
+        k_len=40,
+        dim=dim,
+        value_dim=dim,
+        scale=1.0,
         causal=True,
-    )  # fmt: skip
+    )
     factor = torch.arange(1, 41).double().pow(power).float().expand(200, 2, 40)
     call = dataclasses.replace(call, query_scale=factor, key_scale=None)
     d_out = output_gradients(call)[0]
@@ -66,10 +74,21 @@ def test_first_rows_are_apart_where_factors_are_large(factor, apart, handed_on):
 )
 def test_gradients_summed_over_many_rows(dtype, heads, length, dim):
     """By PyTorch's kernel, in 16 bits, they are 1.5 and 1.2 times the bound off."""
-    check(make_call(
-        dtype, batch=1, q_heads=heads, kv_heads=heads, q_len=length, k_len=length, dim=dim, value_dim=dim, scaled=False,
-        scale=dim**-0.5, causal=True,
-    ))  # fmt: skip
+    check(
+        make_call(
+            dtype,
+            batch=1,
+            q_heads=heads,
+            kv_heads=heads,
+            q_len=length,
+            k_len=length,
+            dim=dim,
+            value_dim=dim,
+            scaled=False,
+            scale=dim**-0.5,
+            causal=True,
+        )
+    )
 
 
 def test_gradients_are_computed_in_fp32(handed_on):

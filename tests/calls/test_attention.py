@@ -92,14 +92,10 @@ def test_a_number_or_a_tensor_as_scaling(scaling, backend):
         leaves["scaling"] = scaling
     else:
         factor = scaling
-    ours = outcome(
-        leaves, causal=True, backend=backend, **({} if "scaling" in leaves else {"scaling": factor})
-    )
+    ours = outcome(leaves, causal=True, backend=backend, **({} if "scaling" in leaves else {"scaling": factor}))
     row_scale = torch.as_tensor(scaling).expand(2, 4, 5)[..., None]
     folded = leaves["q"] * row_scale
-    out = reference.attention(
-        folded, leaves["k"], leaves["v"], 1.0, Visibility.of(folded, leaves["k"], causal=True)
-    )  # fmt: skip
+    out = reference.attention(folded, leaves["k"], leaves["v"], 1.0, Visibility.of(folded, leaves["k"], causal=True))
     torch.testing.assert_close(ours["out"], out.out)
     assert {name for name in leaves if ours[name].shape != leaves[name].shape} == set()
 
@@ -181,9 +177,7 @@ def test_a_broken_scaling_of_a_user_is_named(result, error, message):
 def test_scaled_attention(backend):
     q, k, v = operands().values()
     query_scale, key_scale = torch.randn(2, 4, 5).double(), torch.randn(2, 2, 7).double()
-    ours = tritonattn.scaled_attention(
-        q, k, v, query_scale, key_scale, scale=0.5, causal=True, backend=backend
-    )
+    ours = tritonattn.scaled_attention(q, k, v, query_scale, key_scale, scale=0.5, causal=True, backend=backend)
     folded = (q * query_scale[..., None], k * key_scale[..., None], v)
     torch.testing.assert_close(ours, tritonattn.attention(*folded, scaling=0.5, causal=True))
     plain = tritonattn.scaled_attention(q, k, v, backend=backend)
@@ -225,7 +219,7 @@ def test_rows_without_keys(backend):
     lengths = torch.tensor([0, 3])
     out, aux = tritonattn.attention(
         q, k, v, scaling="key_norm_mean", causal=True, key_lengths=lengths, return_aux=True, backend=backend
-    )  # fmt: skip
+    )
     empty = torch.zeros(2, 7, dtype=torch.bool)
     empty[0], empty[1, :2] = True, True
     empty = empty[:, None].expand(2, 4, 7)
@@ -334,9 +328,7 @@ def test_dropout_is_the_same_on_every_backend_and_follows_the_seed():
     torch.manual_seed(5)
     dropout = Dropout.draw(0.4, q.device)
     visibility = Visibility.of(q, k, causal=True)
-    torch.testing.assert_close(
-        reference.attention(q, k, v, 8**-0.5, visibility, dropout=dropout).out, outs[0]
-    )
+    torch.testing.assert_close(reference.attention(q, k, v, 8**-0.5, visibility, dropout=dropout).out, outs[0])
 
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
@@ -354,9 +346,7 @@ def test_autocast_casts_as_torch_does(masks, backend, cast):
     by_hand = in_dtype(leaves, cast)
     wanted = tritonattn.attention(*by_hand.values(), scaling="key_norm_mean", backend=backend, **masks)
     assert torch.equal(out, wanted)
-    for ours, expected in zip(
-        gradients, torch.autograd.grad(wanted.float().sum(), by_hand.values()), strict=True
-    ):
+    for ours, expected in zip(gradients, torch.autograd.grad(wanted.float().sum(), by_hand.values()), strict=True):
         assert torch.equal(ours, expected.to(ours.dtype))
 
 
@@ -369,10 +359,15 @@ def test_autocast_leaves_float64():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    batch=st.integers(1, 3), kv_heads=st.integers(1, 3), group=st.integers(1, 3), q_len=st.integers(0, 9),
-    k_len=st.integers(0, 9), dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    scaling=st.sampled_from(sorted(SCALINGS)), mask=st.sampled_from(sorted(MASKS)),
-)  # fmt: skip
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    q_len=st.integers(0, 9),
+    k_len=st.integers(0, 9),
+    dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    scaling=st.sampled_from(sorted(SCALINGS)),
+    mask=st.sampled_from(sorted(MASKS)),
+)
 def test_any_shape(batch, kv_heads, group, q_len, k_len, dims, scaling, mask):
     leaves = operands(torch.float64, batch, (kv_heads * group, kv_heads), (q_len, k_len), dims)
     masks = MASKS[mask](batch, kv_heads * group, q_len, k_len)

@@ -32,9 +32,7 @@ except ValueError as error:
 """
     environment = {"PATH": "/usr/bin", "TRITON_INTERPRET": "0"}
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "backend: 'triton' expects tensors on a CUDA or HIP device, got cpu" in done.stdout
     assert "TRITON_INTERPRET=1" in done.stdout
 
@@ -134,7 +132,7 @@ def test_the_default_device_has_no_say(backend):
             tritonattn.attention_decode(
                 q[:, :, :1], q.view(2, 20, 2, 8), q.view(2, 20, 2, 8), key_lengths=lengths, block_table=table, **options
             ),
-        ]  # fmt: skip
+        ]
 
     expected = call()
     with torch.device("meta"):

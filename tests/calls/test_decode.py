@@ -161,8 +161,13 @@ def test_windows_and_groups(backend, window, heads):
 @every_backend
 def test_gain_softcap_sinks_and_aux(backend):
     q, k, v = sequences(torch.float64)
-    options = {"scaling": "key_norm_mean", "gain": torch.tensor([[1.0], [-2.0], [0.5], [0.0]]), "softcap": 1.5,
-               "sinks": torch.tensor([0.1, -3.0, 2.0, 0.0]), "return_aux": True}  # fmt: skip
+    options = {
+        "scaling": "key_norm_mean",
+        "gain": torch.tensor([[1.0], [-2.0], [0.5], [0.0]]),
+        "softcap": 1.5,
+        "sinks": torch.tensor([0.1, -3.0, 2.0, 0.0]),
+        "return_aux": True,
+    }
     out, aux = attention(q, k, v, causal=True, backend="reference", **options)
     cache = GrowingCache(k, v, 24, statistics=True)
     cache.write([4, 20])

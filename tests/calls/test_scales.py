@@ -15,8 +15,10 @@ def _operands(dtype: torch.dtype, kv_heads: int, spread: float) -> tuple[torch.T
     random = torch.Generator().manual_seed(0)
     size = spread**0.5
     shapes = ((2, 4, 48, 16), (2, kv_heads, 48, 16), (2, kv_heads, 48, 16), (2, 4, 48, 16))
-    return tuple((torch.randn(shape, generator=random) * factor).to(dtype) for shape, factor in
-                 zip(shapes, (size, size, 1, 1), strict=True))  # fmt: skip
+    return tuple(
+        (torch.randn(shape, generator=random) * factor).to(dtype)
+        for shape, factor in zip(shapes, (size, size, 1, 1), strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -68,9 +68,17 @@ def test_compile_everything_at_once():
     def function(q, k, v, gain, sinks):
         masks = {"key_lengths": torch.tensor([3, 7]), "mask": torch.ones(7, 7, dtype=torch.bool)}
         out, aux = tritonattn.attention(
-            q, k, v, scaling="key_norm_mean", gain=gain, softcap=3.0, sinks=sinks, window=(2, 1),
-            return_aux=True, **masks,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            scaling="key_norm_mean",
+            gain=gain,
+            softcap=3.0,
+            sinks=sinks,
+            window=(2, 1),
+            return_aux=True,
+            **masks,
+        )
         return out.sum() + aux.lse.sum()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -84,9 +92,7 @@ def test_compile_with_sizes_windows_and_numbers_that_change():
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     for length, left, factor in ((10, 2, 0.5), (13, 3, 0.7)):
         settings = {"left": left, "factor": factor}
-        assert_same_gradients(
-            partial(compiled, **settings), partial(function, **settings), operands(length=length)
-        )
+        assert_same_gradients(partial(compiled, **settings), partial(function, **settings), operands(length=length))
 
 
 def test_compile_dynamic_lengths_of_queries_and_keys():
@@ -162,10 +168,15 @@ def test_export_of_a_window_wider_than_the_example(window, scaling):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("arguments", [
-    {"causal": True, "scaling": "key_norm_mean"}, {"window": (2, 0), "scaling": "key_norm_mean"},
-    {"causal": True, "scaling": "key_norm_max"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"causal": True, "scaling": "key_norm_mean"},
+        {"window": (2, 0), "scaling": "key_norm_mean"},
+        {"causal": True, "scaling": "key_norm_max"},
+    ],
+    ids=str,
+)
 def test_export(arguments, strict):
     skip_where_export_binds_lengths(strict)
 
@@ -175,9 +186,7 @@ def test_export(arguments, strict):
 
     leaves = tuple(x.detach() for x in operands())
     dynamic = {2: torch.export.Dim("length", min=4, max=64)}
-    program = torch.export.export(
-        Layer(), leaves, strict=strict, dynamic_shapes=(dynamic, dynamic, dynamic, None)
-    )
+    program = torch.export.export(Layer(), leaves, strict=strict, dynamic_shapes=(dynamic, dynamic, dynamic, None))
     for length in (7, 11, 60):
         leaves = tuple(x.detach() for x in operands(length=length))
         torch.testing.assert_close(program.module()(*leaves), Layer()(*leaves))
@@ -337,7 +346,7 @@ def test_fake_tensors():
         q, k, v = torch.empty(2, 4, 7, 8), torch.empty(2, 2, 7, 8), torch.empty(2, 2, 7, 6)
         out, aux = tritonattn.attention(
             q, k, v, scaling="key_norm_sum", key_lengths=torch.empty(2, dtype=torch.int32), return_aux=True
-        )  # fmt: skip
+        )
     assert out.shape == (2, 4, 7, 6)
     assert {x.shape for x in aux} == {(2, 4, 7)}
 

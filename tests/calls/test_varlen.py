@@ -123,9 +123,7 @@ def test_dropout_counts_packed_rows_and_keys(mask):
     results = []
     for backend in BACKENDS:
         torch.manual_seed(3)
-        out = tritonattn.attention_varlen(
-            q, k, v, **packed.arguments(), dropout_p=0.4, backend=backend, **MASKS[mask]
-        )  # fmt: skip
+        out = tritonattn.attention_varlen(q, k, v, **packed.arguments(), dropout_p=0.4, backend=backend, **MASKS[mask])
         results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     torch.manual_seed(3)
     batched = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -134,9 +132,7 @@ def test_dropout_counts_packed_rows_and_keys(mask):
     for tensors in results[:-1]:
         for x, expected in zip(tensors, results[-1], strict=True):
             torch.testing.assert_close(x, expected)
-    assert not torch.allclose(
-        out, tritonattn.attention_varlen(q, k, v, **packed.arguments(), **MASKS[mask])
-    )
+    assert not torch.allclose(out, tritonattn.attention_varlen(q, k, v, **packed.arguments(), **MASKS[mask]))
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
@@ -149,7 +145,7 @@ def test_nothing_to_compute(packed, backend):
     leaves = packed_operands(packed, torch.float32)
     out = tritonattn.attention_varlen(
         **leaves, **packed.arguments(), scaling="key_norm_mean", causal=True, backend=backend
-    )  # fmt: skip
+    )
     assert out.shape == (packed.q_len, 4, 6)
     assert not out.any()
     out.sum().backward()
@@ -207,8 +203,14 @@ def test_bad_arguments_are_named(case):
     changed, error, message = CORRUPT[case]
     q, k, v = torch.zeros(5, 4, 8), torch.zeros(5, 2, 8), torch.zeros(5, 2, 8)
     arguments = {
-        "q": q, "k": k, "v": v, "cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 3, "max_seqlen_k": 3,
-    }  # fmt: skip
+        "q": q,
+        "k": k,
+        "v": v,
+        "cu_seqlens_q": CU,
+        "cu_seqlens_k": CU,
+        "max_seqlen_q": 3,
+        "max_seqlen_k": 3,
+    }
     tritonattn.attention_varlen(**arguments)
     with pytest.raises(error, match=message):
         tritonattn.attention_varlen(**(arguments | changed))
@@ -246,9 +248,11 @@ lengths = st.integers(0, 6)
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
-    members=st.lists(st.tuples(lengths, lengths), max_size=5), tails=st.tuples(lengths, lengths),
-    causal=st.booleans(), window=st.tuples(st.none() | lengths, st.none() | lengths),
-)  # fmt: skip
+    members=st.lists(st.tuples(lengths, lengths), max_size=5),
+    tails=st.tuples(lengths, lengths),
+    causal=st.booleans(),
+    window=st.tuples(st.none() | lengths, st.none() | lengths),
+)
 def test_what_a_row_sees(members, tails, causal, window):
     packed = Packed(tuple(q for q, _ in members), tuple(k for _, k in members), *tails)
     dense = packed.visible(causal, window)

@@ -36,7 +36,7 @@ def operands(packed: Packed = RAGGED) -> tuple[Tensor, ...]:
 def objective(q, k, v, gain, sinks, packed: Packed = RAGGED, **arguments) -> Tensor:
     out, aux = tritonattn.attention_varlen(
         q, k, v, **packed.arguments(), gain=gain, sinks=sinks, return_aux=True, **arguments
-    )  # fmt: skip
+    )
     return out.square().sum() + torch.where(aux.lse == -torch.inf, 0, aux.lse).sin().sum()
 
 
@@ -70,9 +70,13 @@ def test_compile_with_one_tensor_for_both_offsets():
 
 def test_compile_once_for_any_lengths():
     def function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-        return tritonattn.attention_varlen(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scaling="key_norm_sum", window=(3, 0)
-        ).square().sum()  # fmt: skip
+        return (
+            tritonattn.attention_varlen(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scaling="key_norm_sum", window=(3, 0)
+            )
+            .square()
+            .sum()
+        )
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -109,7 +113,7 @@ def test_export(strict):
         def forward(self, q, k, v, cu_seqlens_q, cu_seqlens_k):
             return tritonattn.attention_varlen(
                 q, k, v, cu_seqlens_q, cu_seqlens_k, 16, 16, scaling="key_norm_mean", causal=True
-            )  # fmt: skip
+            )
 
     def arguments(packed: Packed) -> tuple[Tensor, ...]:
         leaves = (x.detach() for x in packed_operands(packed, torch.float32).values())
@@ -162,9 +166,11 @@ def test_offsets_that_a_transform_hides_are_put_in_order():
 
     def gradients(offsets):
         def function(q, k, v):
-            return tritonattn.attention_varlen(
-                q, k, v, offsets, offsets, 9, 9, scaling="key_norm_max", window=(2, 3)
-            ).square().sum()  # fmt: skip
+            return (
+                tritonattn.attention_varlen(q, k, v, offsets, offsets, 9, 9, scaling="key_norm_max", window=(2, 3))
+                .square()
+                .sum()
+            )
 
         return torch.func.grad(function, argnums=(0, 1, 2))(*leaves)
 
@@ -181,17 +187,15 @@ def test_autocast(backend, cast):
     with torch.autocast("cpu", dtype=cast):
         out = tritonattn.attention_varlen(
             **leaves, **RAGGED.arguments(), scaling="key_norm_mean", causal=True, backend=backend
-        )  # fmt: skip
+        )
     by_hand = {name: x.detach().to(cast).requires_grad_() for name, x in leaves.items()}
     wanted = tritonattn.attention_varlen(
         **by_hand, **RAGGED.arguments(), scaling="key_norm_mean", causal=True, backend=backend
-    )  # fmt: skip
+    )
     assert out.dtype == cast
     assert torch.equal(out, wanted)
     gradients = torch.autograd.grad(out.float().sum(), leaves.values())
-    for ours, expected in zip(
-        gradients, torch.autograd.grad(wanted.float().sum(), by_hand.values()), strict=True
-    ):
+    for ours, expected in zip(gradients, torch.autograd.grad(wanted.float().sum(), by_hand.values()), strict=True):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, expected.float())
 
@@ -210,8 +214,6 @@ def test_fake_tensors():
     with torch._subclasses.FakeTensorMode():
         q, k, v = torch.empty(7, 4, 8), torch.empty(9, 2, 8), torch.empty(9, 2, 6)
         ends = torch.empty(3, dtype=torch.int32)
-        out, aux = tritonattn.attention_varlen(
-            q, k, v, ends, ends, 7, 9, scaling="key_norm_sum", return_aux=True
-        )  # fmt: skip
+        out, aux = tritonattn.attention_varlen(q, k, v, ends, ends, 7, 9, scaling="key_norm_sum", return_aux=True)
     assert out.shape == (7, 4, 6)
     assert {x.shape for x in aux} == {(4, 7)}

@@ -43,9 +43,7 @@ def test_default_modes_exist_and_are_at_least_six():
 
 
 def test_a_missing_extra_names_the_command_that_mends_it():
-    with pytest.raises(
-        CommandError, match=r"needs no_such_module; to mend it: pip install 'tritonattn\[demo\]'"
-    ):
+    with pytest.raises(CommandError, match=r"needs no_such_module; to mend it: pip install 'tritonattn\[demo\]'"):
         require("the demo", ["sys", "no_such_module"], "demo")
 
 
@@ -78,7 +76,7 @@ sys.exit(main(["demo"]))
         (["--max-tokens", "1"], ["--max-tokens", "at least 2"]),
         (["--model", __file__], ["--model", ".gguf"]),
     ],
-)  # fmt: skip
+)
 def test_wrong_usage_is_named_before_any_work(arguments, parts, capsys):
     message = stderr_of(*arguments, capsys=capsys)
     for part in parts:

@@ -12,9 +12,7 @@ STATISTICS = ["length_sum", "length_square_sum", "length_max"]
 
 
 def keys(dtype=torch.float64, seed=0):
-    return torch.randn(B, HKV, SK, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-        dtype
-    )
+    return torch.randn(B, HKV, SK, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def statistics_of(k, q_len=SQ, **arguments):

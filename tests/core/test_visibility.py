@@ -93,12 +93,8 @@ def test_max_and_its_gradient(case):
     y = visibility.max(x)
     assert y.shape[1] == (HQ if visibility.per_query_head else HKV)
 
-    padded = torch.nn.functional.pad(
-        x, (0, 1), value=-99
-    )  # a key below all, so that an empty row has a maximum
-    hidden = torch.where(
-        torch.nn.functional.pad(expected, (0, 1), value=True), per_query_head(padded)[:, :, None], -98
-    )
+    padded = torch.nn.functional.pad(x, (0, 1), value=-99)  # a key below all, so that an empty row has a maximum
+    hidden = torch.where(torch.nn.functional.pad(expected, (0, 1), value=True), per_query_head(padded)[:, :, None], -98)
     first = (hidden == hidden.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
     dense = torch.where(expected.any(-1), hidden.gather(-1, first).squeeze(-1), 0)
     assert torch.equal(per_query_head(y), dense)

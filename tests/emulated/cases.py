@@ -60,9 +60,17 @@ class Case:
         if arguments.pop("sinks", False):
             scales = (*scales, "sinks")
         tensors = harness.inputs(
-            self.dtype, CPU, batch=self.batch, kv_heads=kv_heads, group=group, q_len=q_len, k_len=k_len,
-            head_dim=self.dims[0], value_dim=self.dims[1], scales=scales,
-        )  # fmt: skip
+            self.dtype,
+            CPU,
+            batch=self.batch,
+            kv_heads=kv_heads,
+            group=group,
+            q_len=q_len,
+            k_len=k_len,
+            head_dim=self.dims[0],
+            value_dim=self.dims[1],
+            scales=scales,
+        )
         arguments |= WIDE_MASKS[self.mask](self.batch, kv_heads * group, q_len, k_len)
         if "mask" in arguments:
             arguments["mask"] = padded(arguments["mask"])

@@ -61,9 +61,12 @@ class Executor:
 
     def compile(self, kernel, arguments: dict[str, Any], config: TileConfig) -> Compiled:
         return compile_for(
-            kernel, arguments, num_warps=config.num_warps, num_stages=config.num_stages,
+            kernel,
+            arguments,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
             capability=self.gpu.capability,
-        )  # fmt: skip
+        )
 
     @property
     def launched(self) -> list[str]:

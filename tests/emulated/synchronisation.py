@@ -83,7 +83,7 @@ def copied(arguments: list) -> list:
 
 
 def kind_of(instruction: Instruction) -> str | None:
-    """"bar.sync", "cp.async.wait_group", "mbarrier.try_wait", ... of a synchronising instruction; None of another."""
+    """ "bar.sync", "cp.async.wait_group", "mbarrier.try_wait", ... of a synchronising instruction; None of another."""
     parts = instruction.parts
     if instruction.is_barrier:
         return "bar.sync"

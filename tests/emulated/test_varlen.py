@@ -57,9 +57,15 @@ class Case:
         if arguments.pop("sinks", False):
             scales = (*scales, "sinks")
         tensors = harness.packed_inputs(
-            packed, self.dtype, CPU, kv_heads=self.heads[0], group=self.heads[1], head_dim=self.dims[0],
-            value_dim=self.dims[1], scales=scales,
-        )  # fmt: skip
+            packed,
+            self.dtype,
+            CPU,
+            kv_heads=self.heads[0],
+            group=self.heads[1],
+            head_dim=self.dims[0],
+            value_dim=self.dims[1],
+            scales=scales,
+        )
         # fp32's band is below what rows of one key leave, and a chain of 256 products: logits of 10 are 40 eps off.
         cancelling = (12.0 if self.dims[0] == 256 else 1.0) if self.dtype == torch.float32 else 0.0
         attend = with_padded_gradient(partial(attention_varlen, **packed.arguments()))

@@ -39,9 +39,15 @@ ret;
 
 
 def execute(
-    body: str, *tensors: torch.Tensor, threads: int = THREADS, grid=1, shared: int = 4096, pointers: int | None = None,
-    collect: bool = False, **options,
-) -> Report:  # fmt: skip
+    body: str,
+    *tensors: torch.Tensor,
+    threads: int = THREADS,
+    grid=1,
+    shared: int = 4096,
+    pointers: int | None = None,
+    collect: bool = False,
+    **options,
+) -> Report:
     text = module(body, len(tensors) if pointers is None else pointers, threads)
     return run_ptx(text, grid, tensors, num_warps=threads // 32, shared=shared, collect=collect, **options)
 

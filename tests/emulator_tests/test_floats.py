@@ -77,9 +77,11 @@ def assert_equal(one: Format, found: list[int], exact: list) -> None:
 def test_rounded_once(opcode, one):
     a, b, c = (values(one) for _ in range(3))
     exact = {
-        "add": lambda x, y, z: x + y, "sub": lambda x, y, z: x - y, "mul": lambda x, y, z: x * y,
+        "add": lambda x, y, z: x + y,
+        "sub": lambda x, y, z: x - y,
+        "mul": lambda x, y, z: x * y,
         "fma": lambda x, y, z: x * y + z,
-    }[opcode]  # fmt: skip
+    }[opcode]
     operands = [(one.register, part) for part in (a, b, c)[: 3 if opcode == "fma" else 2]]
     names = ", ".join(("{a}", "{b}", "{c}")[: len(operands)])
     found = apply(f"{opcode}.rn.{one.name} {{d}}, {names};", one.register, *operands)

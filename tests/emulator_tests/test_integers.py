@@ -226,6 +226,9 @@ def test_packing_and_selection():
 @pytest.mark.parametrize("size", [8, 16])
 def test_narrow_loads_extend(size):
     """A narrow load fills a wider register, with its sign where signed."""
-    found = apply(f"st.shared.b32 [0], 0; st.shared.u{size} [0], {{a}}; ld.shared.s{size} {{d}}, [0];", "b32",
-                  ("b32", [0xF1F2F3F4] * 32))  # fmt: skip
+    found = apply(
+        f"st.shared.b32 [0], 0; st.shared.u{size} [0], {{a}}; ld.shared.s{size} {{d}}, [0];",
+        "b32",
+        ("b32", [0xF1F2F3F4] * 32),
+    )
     assert found == [signed(0xF1F2F3F4, size) & MASK] * 32

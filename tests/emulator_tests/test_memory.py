@@ -73,9 +73,11 @@ def test_predicated_off_accesses_are_none():
 def test_collected_faults_read_nan():
     x, out = tensor(32), torch.zeros(32)
     report = execute(
-        f"{ADDRESS} ld.global.b32 %r1, [%rd11+4]; add.u64 %rd12, %rd2, %rd10; st.global.b32 [%rd12], %r1;", x, out,
+        f"{ADDRESS} ld.global.b32 %r1, [%rd11+4]; add.u64 %rd12, %rd2, %rd10; st.global.b32 [%rd12], %r1;",
+        x,
+        out,
         collect=True,
-    )  # fmt: skip
+    )
     assert [found["line"] for found in report.faults.values()]
     assert out[31].isnan()
     assert torch.equal(out[:31], x[1:])

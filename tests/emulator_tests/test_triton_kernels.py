@@ -59,7 +59,7 @@ def test_product(dtype, stages, capability):
     out = torch.full((70, 40), torch.nan)
     report = launch(
         kernels.product, (2,), a, b, out, 70, 40, 90, M=64, N=64, K=32, capability=capability, num_stages=stages
-    )  # fmt: skip
+    )
     assert report.ok, str(report)
     tolerance = 1e-2 if dtype == torch.float32 else 1e-5  # Triton multiplies float32 as tf32
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=tolerance, atol=tolerance)
@@ -77,7 +77,7 @@ def test_product_by_descriptors(stages, width):
     described = [TensorDescriptor.from_tensor(x, block) for x, block in zip((a, b, out), blocks, strict=True)]
     report = launch(
         kernels.described_product, (2,), *described, 160, M=64, N=width, K=64, capability=90, num_stages=stages
-    )  # fmt: skip
+    )
     assert report.ok, str(report)
     assert report.counts["tma"]
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-2, atol=1e-2)

@@ -37,15 +37,32 @@ _SMALL = {
 }
 _ENCODER = {key: value for key, value in _SMALL.items() if key != "num_key_value_heads"}
 _SEQ2SEQ = {
-    "vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
-    "init_std": 1.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
-    "forced_eos_token_id": None, "dropout": 0.0,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "init_std": 1.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+    "dropout": 0.0,
+}
 _VISION = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 12,
-    "patch_size": 4, "initializer_range": 1.0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 12,
+    "patch_size": 4,
+    "initializer_range": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -127,17 +144,41 @@ def _decoder(name: str, **changes: Any) -> Architecture:
 
 
 _GPT2 = {
-    "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 1.0,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "resid_pdrop": 0.0, "attn_pdrop": 0.0,
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "initializer_range": 1.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "resid_pdrop": 0.0,
+    "attn_pdrop": 0.0,
     "embd_pdrop": 0.0,
-}  # fmt: skip
+}
 _OPT = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "init_std": 1.0, "word_embed_proj_dim": 32, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": None, "dropout": 0.0,
-}  # fmt: skip
-_WHISPER = {**_SEQ2SEQ, "max_source_positions": 13, "max_target_positions": 64, "num_mel_bins": 8,
-            "suppress_tokens": None, "begin_suppress_tokens": None}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "init_std": 1.0,
+    "word_embed_proj_dim": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "dropout": 0.0,
+}
+_WHISPER = {
+    **_SEQ2SEQ,
+    "max_source_positions": 13,
+    "max_target_positions": 64,
+    "num_mel_bins": 8,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
 _LAYERED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -152,9 +193,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": _decoder("Qwen3", head_dim=8),
     "gemma": _decoder("Gemma", head_dim=8),
     "gemma2": _decoder("Gemma2", **_LAYERED, query_pre_attn_scalar=3, attn_logit_softcapping=2.0),
-    "gemma3": Architecture(
-        "Gemma3ForCausalLM", "Gemma3TextConfig", {**_SMALL, **_LAYERED, "query_pre_attn_scalar": 3}
-    ),
+    "gemma3": Architecture("Gemma3ForCausalLM", "Gemma3TextConfig", {**_SMALL, **_LAYERED, "query_pre_attn_scalar": 3}),
     "phi3": _decoder("Phi3", sliding_window=5),
     "gpt2": Architecture("GPT2LMHeadModel", "GPT2Config", _GPT2, shared_masks=(4, 55)),
     "gpt2_inverse_layer": Architecture(
@@ -171,8 +210,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Llama4ForCausalLM",
         "Llama4TextConfig",
         {
-            **_SMALL, "head_dim": 8, "attention_chunk_size": 5, "no_rope_layers": [1, 0], "moe_layers": [],
-            "intermediate_size_mlp": 48, "floor_scale": 4, "attn_scale": 0.5,
+            **_SMALL,
+            "head_dim": 8,
+            "attention_chunk_size": 5,
+            "no_rope_layers": [1, 0],
+            "moe_layers": [],
+            "intermediate_size_mlp": 48,
+            "floor_scale": 4,
+            "attn_scale": 0.5,
         },
     ),
     "bert": Architecture("BertForMaskedLM", "BertConfig", _ENCODER, "encoder", since=(5, 0)),
@@ -184,7 +229,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         {
             "text_config": {**_ENCODER, "projection_dim": 16, "eos_token_id": VOCABULARY - 1},
             "vision_config": {**_VISION, "projection_dim": 16},
-            "projection_dim": 16, "initializer_factor": 20.0,
+            "projection_dim": 16,
+            "initializer_factor": 20.0,
         },
         "image and text",
         shared_masks=(5, 0),
@@ -200,4 +246,4 @@ ARCHITECTURES: dict[str, Architecture] = {
         "seq2seq",
         shared_masks=(5, 0),
     ),
-}  # fmt: skip
+}

@@ -58,16 +58,22 @@ def padding_changes_nothing(architecture: Architecture, scaling: str) -> None:
 def stepwise(network: Any, ids: Tensor, mask: Tensor, position: Tensor, first: int = 6, cache: Any = None) -> Tensor:
     """Logits [B, S, V] of a prefill of `first` tokens and of single steps after it."""
     out = network(
-        input_ids=ids[:, :first], attention_mask=mask[:, :first], position_ids=position[:, :first], use_cache=True,
+        input_ids=ids[:, :first],
+        attention_mask=mask[:, :first],
+        position_ids=position[:, :first],
+        use_cache=True,
         past_key_values=cache,
-    )  # fmt: skip
+    )
     logits, cache = [out.logits], out.past_key_values
     for step in range(first, ids.shape[1]):
         here = slice(step, step + 1)
         out = network(
-            input_ids=ids[:, here], attention_mask=mask[:, : step + 1], position_ids=position[:, here],
-            past_key_values=cache, use_cache=True,
-        )  # fmt: skip
+            input_ids=ids[:, here],
+            attention_mask=mask[:, : step + 1],
+            position_ids=position[:, here],
+            past_key_values=cache,
+            use_cache=True,
+        )
         logits.append(out.logits)
     return torch.cat(logits, dim=1)
 

@@ -19,9 +19,7 @@ CHUNKS_FOLLOW_PADDING = "left_padding" in inspect.signature(masking_utils.chunke
 
 
 def documents(length: int) -> torch.Tensor:
-    return torch.tensor(
-        [[(i >= 4) + (i >= 5) + (i >= 9 + b) for i in range(length)] for b in range(BATCH)]
-    ).int()
+    return torch.tensor([[(i >= 4) + (i >= 5) + (i >= 9 + b) for i in range(length)] for b in range(BATCH)]).int()
 
 
 def mask_functions(length: int, square: bool) -> dict:
@@ -66,9 +64,14 @@ def arguments(q_length: int, kv_length: int, q_offset=0, kv_offset: int = 0, pad
     if POSITIONAL:
         where = {"cache_position": torch.arange(q_length) + q_offset}
     return {
-        "batch_size": BATCH, "kv_length": kv_length, "kv_offset": kv_offset, "attention_mask": padding,
-        "allow_is_causal_skip": False, **where, **rest,
-    }  # fmt: skip
+        "batch_size": BATCH,
+        "kv_length": kv_length,
+        "kv_offset": kv_offset,
+        "attention_mask": padding,
+        "allow_is_causal_skip": False,
+        **where,
+        **rest,
+    }
 
 
 def dense(mask: torch.Tensor, kv_length: int) -> torch.Tensor:
@@ -85,9 +88,7 @@ def dense(mask: torch.Tensor, kv_length: int) -> torch.Tensor:
 def test_ranges_equal_the_dense_mask(q_length, kv_length, q_offset, kv_offset, padding):
     functions = mask_functions(kv_length, square=q_length == kv_length)
     for name, function in functions.items():
-        asked = arguments(
-            q_length, kv_length, q_offset, kv_offset, PADDINGS[padding], mask_function=function
-        )  # fmt: skip
+        asked = arguments(q_length, kv_length, q_offset, kv_offset, PADDINGS[padding], mask_function=function)
         expected = sdpa_mask(**asked)
         ranges = key_range_mask(**asked)
         if name.startswith("remapped") and name.endswith("alone"):
@@ -141,15 +142,11 @@ def test_what_is_no_range_becomes_the_dense_mask(case):
         (arguments(9, 9, padding=(2, 0)), False),
         (arguments(4, 9), False),
         (
-            arguments(
-                9, 9, mask_function=and_masks(sliding_window_overlay(9), causal_mask_function), local_size=9
-            ),
+            arguments(9, 9, mask_function=and_masks(sliding_window_overlay(9), causal_mask_function), local_size=9),
             True,
         ),
         (
-            arguments(
-                9, 9, mask_function=and_masks(sliding_window_overlay(8), causal_mask_function), local_size=8
-            ),
+            arguments(9, 9, mask_function=and_masks(sliding_window_overlay(8), causal_mask_function), local_size=8),
             False,
         ),
     ],

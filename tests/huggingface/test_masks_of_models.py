@@ -104,9 +104,15 @@ LONG = 65536
 
 def long_model(**changes):
     arguments = {
-        **ARCHITECTURES["mistral"].arguments, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-        "num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": LONG, **changes,
-    }  # fmt: skip
+        **ARCHITECTURES["mistral"].arguments,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": LONG,
+        **changes,
+    }
     return transformers.MistralModel(transformers.MistralConfig(**arguments)).eval()
 
 

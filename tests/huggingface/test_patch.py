@@ -30,10 +30,14 @@ def state(network) -> dict:
         "modules": [(name, type(m), id(getattr(m, "config", None))) for name, m in network.named_modules()],
         "hooks": [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in network.modules()],
         "attributes": [set(vars(m)) for m in network.modules()],
-        "implementations": {key: getattr(m.config, "_attn_implementation", None) for m in network.modules()
-                            if hasattr(m, "config") for key in [id(m.config)]},
+        "implementations": {
+            key: getattr(m.config, "_attn_implementation", None)
+            for m in network.modules()
+            if hasattr(m, "config")
+            for key in [id(m.config)]
+        },
         "configs": configs,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -178,8 +182,9 @@ def test_every_layer_has_its_own_scaling():
     network = LLAMA.build()
     options = {0: {"scaling": "key_count", "gain": 3.0}, 1: "dim"}
     seen = {}
-    with patch(network, layers=options) as one, one.watch(
-        lambda module, query, key, arguments, aux: seen.update({module.layer_idx: arguments})
+    with (
+        patch(network, layers=options) as one,
+        one.watch(lambda module, query, key, arguments, aux: seen.update({module.layer_idx: arguments})),
     ):
         logits(network)
     assert [seen[i]["scaling"].name for i in (0, 1)] == ["key_count", "dim"]

@@ -208,10 +208,14 @@ def test_what_a_wrapper_wraps_still_scales(scaling):
 # What each model multiplies q . k by, q scaled beforehand being part of q: 1 / sqrt(8) but for these.
 MODEL_SCALINGS = {"gemma2": 3**-0.5, "gemma3": 3**-0.5, "granite": 0.3, "opt": 1.0, "whisper": 1.0}
 RULE_MODES = {
-    "llama": ["key_count", "key_norm_mean", "cosine", 0.05, None], "gemma3": ["key_count", 0.05, None],
-    "whisper": ["key_count", "cosine"], "granite": ["cosine", None], "gpt2": ["key_count", None],
-    "clip": ["cosine"], "opt": ["cosine"],
-}  # fmt: skip
+    "llama": ["key_count", "key_norm_mean", "cosine", 0.05, None],
+    "gemma3": ["key_count", 0.05, None],
+    "whisper": ["key_count", "cosine"],
+    "granite": ["cosine", None],
+    "gpt2": ["key_count", None],
+    "clip": ["cosine"],
+    "opt": ["cosine"],
+}
 RULE_CASES = [
     (name, mode)
     for name, one in ARCHITECTURES.items()
@@ -378,10 +382,22 @@ def test_a_copy_made_while_a_patch_is_watched_is_not_observed():
 def test_a_layer_without_a_config_keeps_its_masks():
     """Informer's ProbSparse attention takes the mask that its model makes, by the model's config."""
     config = transformers.InformerConfig(
-        prediction_length=5, context_length=8, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48,
-        encoder_attention_heads=4, decoder_attention_heads=4, decoder_ffn_dim=48, num_time_features=1,
-        lags_sequence=[1, 2], init_std=0.8, dropout=0.0, attention_type="prob", attn_implementation="eager",
-    )  # fmt: skip
+        prediction_length=5,
+        context_length=8,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=48,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        num_time_features=1,
+        lags_sequence=[1, 2],
+        init_std=0.8,
+        dropout=0.0,
+        attention_type="prob",
+        attn_implementation="eager",
+    )
     torch.manual_seed(0)
     network = transformers.InformerModel(config).eval()
     past = {"past_values": torch.randn(2, 10), "past_time_features": torch.randn(2, 10, 1)}

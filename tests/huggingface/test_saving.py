@@ -100,9 +100,11 @@ def test_a_model_of_models_comes_back(part, tmp_path):
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**vision, image_size=12, patch_size=4, initializer_range=1.0),
-        text_config=transformers.LlamaConfig(**LLAMA.arguments), image_token_id=60, image_token_index=60,
+        text_config=transformers.LlamaConfig(**LLAMA.arguments),
+        image_token_id=60,
+        image_token_index=60,
         vision_feature_layer=-1,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     network = transformers.LlavaForConditionalGeneration(config).eval()
     ids, pixels = torch.tensor([[1, *[60] * 9, 5, 6, 7, 8]]), torch.randn(1, 3, 12, 12)

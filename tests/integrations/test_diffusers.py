@@ -35,9 +35,15 @@ def registered():
 def flux(seed=0):
     torch.manual_seed(seed)
     made = FluxTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 4, 8),
+    )
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "norm_q" in name or "norm_k" in name:  # logits of a size that makes the softmax matter
@@ -52,9 +58,13 @@ def inputs():
         return torch.randn(*shape, generator=generator)
 
     return {
-        "hidden_states": normal(2, 9, 4), "encoder_hidden_states": normal(2, 5, 8), "pooled_projections": normal(2, 8),
-        "timestep": torch.tensor([0.3, 0.7]), "img_ids": normal(9, 3), "txt_ids": normal(5, 3),
-    }  # fmt: skip
+        "hidden_states": normal(2, 9, 4),
+        "encoder_hidden_states": normal(2, 5, 8),
+        "pooled_projections": normal(2, 8),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "img_ids": normal(9, 3),
+        "txt_ids": normal(5, 3),
+    }
 
 
 def operands(q_len=6, k_len=6, heads=(4, 4), dtype=torch.float64):
@@ -126,11 +136,14 @@ def test_every_argument_is_as_natives(registered, mask, scale, heads):
             arguments["attn_mask"] = arguments["attn_mask"].double()
     found, expected = (
         dispatch_attention_fn(
-            *operands(heads=heads), scale=scale, enable_gqa=heads[0] != heads[1],
-            backend=AttentionBackendName(backend), **arguments,
+            *operands(heads=heads),
+            scale=scale,
+            enable_gqa=heads[0] != heads[1],
+            backend=AttentionBackendName(backend),
+            **arguments,
         )
         for backend in (name, "native")
-    )  # fmt: skip
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -226,8 +239,14 @@ def test_what_it_refuses(registered):
 def test_a_model_whose_processors_take_no_backend_is_refused(registered):
     torch.manual_seed(0)
     model = UNet2DModel(
-        8, 3, 3, block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        8,
+        3,
+        3,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
     with pytest.raises(ValueError, match="model: expected attention processors that take a backend, got UNet2DModel"):
         ours.use(model, registered())

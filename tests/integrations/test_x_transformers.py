@@ -80,10 +80,21 @@ def test_sqrt_dim_is_their_model(options, layers):
 
 def test_cross_attention_and_generation():
     torch.manual_seed(0)
-    theirs = in_float64(XTransformer(
-        dim=32, enc_num_tokens=11, enc_depth=1, enc_heads=4, enc_max_seq_len=16, dec_num_tokens=11, dec_depth=1,
-        dec_heads=4, dec_max_seq_len=16,
-    ).double().eval())  # fmt: skip
+    theirs = in_float64(
+        XTransformer(
+            dim=32,
+            enc_num_tokens=11,
+            enc_depth=1,
+            enc_heads=4,
+            enc_max_seq_len=16,
+            dec_num_tokens=11,
+            dec_depth=1,
+            dec_heads=4,
+            dec_max_seq_len=16,
+        )
+        .double()
+        .eval()
+    )
     made = copy.deepcopy(theirs)
     assert len(ours.replace_attend(made).names) == 3
     torch.testing.assert_close(made(TOKENS, TOKENS, mask=PADDING), theirs(TOKENS, TOKENS, mask=PADDING))

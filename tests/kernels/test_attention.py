@@ -68,9 +68,15 @@ def test_lengths_whose_edge_is_that_of_a_tile(lengths, device):
 )
 def test_head_dims(head_dim, value_dim, device):
     tensors = harness.inputs(
-        torch.float32, device, head_dim=head_dim, value_dim=value_dim, q_len=21, k_len=19, batch=1,
+        torch.float32,
+        device,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        q_len=21,
+        k_len=19,
+        batch=1,
         scales=("query_scale", "key_scale"),
-    )  # fmt: skip
+    )
     harness.check(tensors, causal=True)
 
 
@@ -78,7 +84,7 @@ def test_head_dims(head_dim, value_dim, device):
 def test_grouped_heads(kv_heads, group, device):
     tensors = harness.inputs(
         torch.float32, device, kv_heads=kv_heads, group=group, q_len=18, k_len=20, scales=("query_scale", "key_scale")
-    )  # fmt: skip
+    )
     harness.check(tensors, causal=True)
 
 
@@ -152,7 +158,7 @@ def test_default_tiles(device, monkeypatch):
     monkeypatch.undo()
     tensors = harness.inputs(
         torch.float16, device, batch=1, q_len=150, k_len=170, head_dim=64, value_dim=64, scales=("query_scale",)
-    )  # fmt: skip
+    )
     harness.check(tensors, causal=True)
 
 
@@ -174,9 +180,11 @@ def test_key_lengths_of_any_size(size, device):
     out, exact, eager = (
         tritonattn.attention(**operands, scaling="key_norm_mean", causal=True, backend=backend)
         for operands, backend in (
-            (tensors, "triton"), (harness.as_double(tensors), "reference"), (tensors, "reference")
+            (tensors, "triton"),
+            (harness.as_double(tensors), "reference"),
+            (tensors, "reference"),
         )
-    )  # fmt: skip
+    )
     assert_within_bound(out, exact, eager, torch.float32)
 
 
@@ -199,7 +207,7 @@ def test_a_factor_below_the_normal_numbers(device):
     tensors["query_scale"] = torch.ones(1, 2, 20, device=device)
     found = harness.run(
         tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton", scale=1e-39
-    )  # fmt: skip
+    )
     for name, result in found.items():
         assert result.isfinite().all(), name
 
@@ -260,7 +268,7 @@ def test_lse_and_its_gradient(device):
         visibility = tritonattn.core.visibility.Visibility.of(leaves["q"], leaves["k"], causal=True)
         call = tritonattn.core.call.AttentionCall(
             leaves["q"], leaves["k"], leaves["v"], visibility, 0.3, leaves["query_scale"], leaves["key_scale"]
-        )  # fmt: skip
+        )
         result = tritonattn.ops.attention(call, backend, aux=False)
         weight = torch.linspace(-1, 1, 20, device=device)
         (result.lse * weight).sum().backward()

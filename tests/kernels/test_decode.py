@@ -25,9 +25,18 @@ pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 def _check(
-    dtype, device, *, written=(70, 149), count=1, page=None, statistics=True, heads=(4, 2), dims=(16, 24), window=None,
+    dtype,
+    device,
+    *,
+    written=(70, 149),
+    count=1,
+    page=None,
+    statistics=True,
+    heads=(4, 2),
+    dims=(16, 24),
+    window=None,
     **options,
-):  # fmt: skip
+):
     """Hold the newest rows of a cache to the bound of the same rows of one full pass, out and aux."""
     q, k, v = sequences(dtype, heads=heads, length=LENGTH, dims=dims, device=device)
     whole = {"causal": True, "window": window, "backend": "reference", "return_aux": True, **options}
@@ -124,9 +133,13 @@ def test_rows_without_keys(page, capacity, device):
     cache = GrowingCache(k, v, capacity, page, statistics=True)
     cache.write([0, 2])
     found, aux = attention_decode(
-        q[:, :, :3], **cache.arguments(), scaling="key_norm_rms", return_aux=True, backend="triton",
+        q[:, :, :3],
+        **cache.arguments(),
+        scaling="key_norm_rms",
+        return_aux=True,
+        backend="triton",
         sinks=torch.tensor([0.0, 1.0, -torch.inf, 5.0], device=device),
-    )  # fmt: skip
+    )
     empty = torch.tensor([[True, True, True], [True, False, False]], device=device)[:, None].expand(2, 4, 3)
     assert (found[empty] == 0).all()
     assert found[~empty].isfinite().all()

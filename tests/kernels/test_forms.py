@@ -124,9 +124,7 @@ def test_a_sink_of_minus_infinity_is_none(device):
 
 def test_the_statistics_of_rows_without_keys(device):
     tensors = harness.inputs(torch.float32, device, q_len=30, k_len=20, batch=1, scales=("sinks",))
-    out, aux = tritonattn.scaled_attention(
-        **tensors, causal=True, softcap=2.0, return_aux=True, backend="triton"
-    )  # fmt: skip
+    out, aux = tritonattn.scaled_attention(**tensors, causal=True, softcap=2.0, return_aux=True, backend="triton")
     for x, nothing in ((out, 0.0), (aux.lse, -torch.inf), (aux.max_logit, -torch.inf), (aux.entropy, 0.0)):
         assert (x[:, :, :10] == nothing).all()
         assert x[:, :, 10:].isfinite().all()

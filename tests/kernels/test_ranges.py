@@ -15,9 +15,13 @@ from tritonattn.core.visibility import Visibility
 Q_LEN, K_LEN = 300, 325
 LENGTHS = {"key_lengths": [70, 200]}
 CASES = [
-    {}, {"causal": True}, {"window": (9, 4)}, LENGTHS, {"causal": True, "key_lengths": [325, 0]},
+    {},
+    {"causal": True},
+    {"window": (9, 4)},
+    LENGTHS,
+    {"causal": True, "key_lengths": [325, 0]},
     {"window": (9, 4), **LENGTHS},
-]  # fmt: skip
+]
 
 
 def example(extra: dict, with_ranges: bool, device: torch.device) -> tuple[Visibility, Tensor]:

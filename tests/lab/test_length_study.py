@@ -40,10 +40,18 @@ def study(**changes) -> Study:
     torch.manual_seed(0)
     base = torch.rand(99) + 1
     values = {
-        "model": "m", "text": "t", "context": 60, "bin": 20, "losses": {"sqrt_dim": base, "other": base + 0.5},
-        "start": 50, "alone": base[50:] + 0.25, "environment": Environment("p", 1, "3", "2", "0", "c"),
-        "command": "tritonattn length-study", "quick": False, **changes,
-    }  # fmt: skip
+        "model": "m",
+        "text": "t",
+        "context": 60,
+        "bin": 20,
+        "losses": {"sqrt_dim": base, "other": base + 0.5},
+        "start": 50,
+        "alone": base[50:] + 0.25,
+        "environment": Environment("p", 1, "3", "2", "0", "c"),
+        "command": "tritonattn length-study",
+        "quick": False,
+        **changes,
+    }
     return Study(**values)
 
 

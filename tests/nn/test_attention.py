@@ -46,10 +46,12 @@ def factor_by_hand(layer, q, k, visible):
         "cosine": lambda: D**0.5 / (q.norm(dim=-1)[..., None] * lengths),
         "ssmax": lambda: scaling.s[:, None, None] * n.log() * D**-0.5,
         "power_law": lambda: (
-            scaling.theta[:, None, None].exp() * D ** scaling.dim_exponent[:, None, None]
-            * n ** scaling.count_exponent[:, None, None] * mean ** scaling.length_exponent[:, None, None]
+            scaling.theta[:, None, None].exp()
+            * D ** scaling.dim_exponent[:, None, None]
+            * n ** scaling.count_exponent[:, None, None]
+            * mean ** scaling.length_exponent[:, None, None]
         ),
-    }[scaling.name]()  # fmt: skip
+    }[scaling.name]()
 
 
 def by_hand(layer, x, context=None, visible=None, softcap=None):

@@ -79,9 +79,7 @@ def test_cosine_starts_at_its_tau(tau):
 @pytest.mark.parametrize("mask", ["full", "causal window", "everything"])
 def test_the_power_law_starts_exactly_at_its_mode(mode, dtype, mask):
     leaves, masks = operands(dtype), MASKS[mask](2, 4, 5, 7)
-    ours, named = (
-        attention(*leaves.values(), scaling=scaling, **masks) for scaling in (nn.PowerLaw(4, mode), mode)
-    )  # fmt: skip
+    ours, named = (attention(*leaves.values(), scaling=scaling, **masks) for scaling in (nn.PowerLaw(4, mode), mode))
     tight = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 0.0}[dtype]
     torch.testing.assert_close(ours, named, rtol=tight, atol=tight)
     if dtype != torch.bfloat16:  # there a scale a row and a constant are rounded into q at different places

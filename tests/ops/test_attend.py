@@ -200,10 +200,12 @@ def _key_lengths_backward(k, seen, lengths, d_lengths, added=None):
 @pytest.fixture
 def torch_kernels(monkeypatch):
     kernels = SimpleNamespace(
-        key_lengths=lambda k, seen: key_lengths_of(k, seen).detach(), prefix_sums=prefix_sum,
-        argmax_over_ranges=argmax_over_ranges, seen_keys=Visibility.seen_keys,
+        key_lengths=lambda k, seen: key_lengths_of(k, seen).detach(),
+        prefix_sums=prefix_sum,
+        argmax_over_ranges=argmax_over_ranges,
+        seen_keys=Visibility.seen_keys,
         key_lengths_backward=_key_lengths_backward,
-    )  # fmt: skip
+    )
     monkeypatch.setattr(key_statistics, "_kernels", lambda: kernels)
 
 

@@ -241,9 +241,7 @@ def test_lengths_and_pages_that_are_not_read_are_clamped():
     keys, values = (x.nan_to_num(0.5) for x in (cache.k, cache.v))
     lengths = torch.tensor([-5, 1 << 40])
     found = ops.decode(DecodeCall(query, Cache(keys, values, lengths), 0.3, left=6), "sdpa", aux=False).out
-    expected = attention_decode(
-        query, keys, values, key_lengths=torch.tensor([0, 24]), scaling=0.3, window=(6, None)
-    )  # fmt: skip
+    expected = attention_decode(query, keys, values, key_lengths=torch.tensor([0, 24]), scaling=0.3, window=(6, None))
     torch.testing.assert_close(found, expected)
 
 

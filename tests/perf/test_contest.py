@@ -78,8 +78,10 @@ def test_an_error_in_bounds(error, bound, wanted):
 def test_a_peer_that_raises_in_the_midst_of_the_rounds_is_named_and_the_others_are_timed():
     found = run(entrant("ours"), entrant("peer", call=raises_at(4)), entrant("other"))
     assert {name: record.status for name, record in found.items()} == {
-        "ours": "measured", "peer": "skipped", "other": "measured",
-    }  # fmt: skip
+        "ours": "measured",
+        "peer": "skipped",
+        "other": "measured",
+    }
     assert found["peer"].reason == "when all take turns: OutOfMemoryError: CUDA out of memory."
     assert found["peer"].median_ms is found["peer"].error is None
     assert found["ours"].rounds == found["other"].rounds == 2

@@ -57,7 +57,7 @@ def memory_efficient_attention(q, k, v, attn_bias, scale):
 def flash_attn_varlen_func(q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale, causal):
     return tritonattn.attention_varlen(
         q, k, v, ends_q, ends_k, longest_q, longest_k, scaling=softmax_scale, causal=causal
-    )  # fmt: skip
+    )
 
 
 def flash_attn_with_kvcache(q, k, v, cache_seqlens, softmax_scale, causal, **table):
@@ -66,9 +66,13 @@ def flash_attn_with_kvcache(q, k, v, cache_seqlens, softmax_scale, causal, **tab
     if not table:
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     return tritonattn.attention_decode(
-        q.transpose(1, 2), k, v, key_lengths=cache_seqlens, scaling=softmax_scale,
+        q.transpose(1, 2),
+        k,
+        v,
+        key_lengths=cache_seqlens,
+        scaling=softmax_scale,
         block_table=table.get("block_table", table.get("page_table")),
-    ).transpose(1, 2)  # fmt: skip
+    ).transpose(1, 2)
 
 
 @pytest.fixture

@@ -22,10 +22,25 @@ from .commands import sweep
 HERE = Environment("Card X", None, "3.12", "2.11", "3.6", "0.1", "abc123", "python -m perf sweep --suite forward")
 AXES = {"length": 1024, "head_dim": 64, "dtype": "bf16", "causal": True, "passes": "forward", "scaling": "dim"}
 OURS = Record(
-    "forward", AXES, "tritonattn dim", "dim", "measured", HERE, "2026-01-02", median_ms=2.0, lower_ms=1.9, upper_ms=2.1,
-    rounds=25, tflops=300.0, gbps=150.0, ratio=1.0, baseline="tritonattn dim", error=1e-3, bound=4e-3,
+    "forward",
+    AXES,
+    "tritonattn dim",
+    "dim",
+    "measured",
+    HERE,
+    "2026-01-02",
+    median_ms=2.0,
+    lower_ms=1.9,
+    upper_ms=2.1,
+    rounds=25,
+    tflops=300.0,
+    gbps=150.0,
+    ratio=1.0,
+    baseline="tritonattn dim",
+    error=1e-3,
+    bound=4e-3,
     card={"clocks.sm": "1980 MHz", "temperature.gpu": "41"},
-)  # fmt: skip
+)
 PEER = replace(OURS, contestant="sdpa dim", median_ms=3.0, tflops=200.0, gbps=100.0, ratio=1.5)
 ABSENT = Record("forward", AXES, "xformers dim", "dim", "skipped", HERE, "2026-01-02", reason="is not installed")
 
@@ -49,8 +64,21 @@ def test_a_table_says_what_was_measured_where():
     row = next(line for line in text.splitlines() if "sdpa dim" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == [
-        "1024", "64", "bf16", "yes", "fwd", "sdpa dim", "3", "1.9 - 2.1", "200", "100", "1.500", "1000", "0.25", ""
-    ]  # fmt: skip
+        "1024",
+        "64",
+        "bf16",
+        "yes",
+        "fwd",
+        "sdpa dim",
+        "3",
+        "1.9 - 2.1",
+        "200",
+        "100",
+        "1.500",
+        "1000",
+        "0.25",
+        "",
+    ]
     assert "to tritonattn dim." in text
     assert "| 1000 " in tables([replace(OURS, tflops=999.7)]), "no 1e+03"
     assert "Time ratios" not in tables([OURS, *CEILINGS]), "of ours to itself"
@@ -58,8 +86,10 @@ def test_a_table_says_what_was_measured_where():
 
 
 def test_ranges_of_clocks_are_those_of_their_numbers():
-    seen = [replace(OURS, card={"clocks.sm": f"{mhz} MHz", "power.draw": watts}) for mhz, watts in
-            ((1980, "98.5 W"), (990, "512.0 W"), (1005, "[N/A]"))]  # fmt: skip
+    seen = [
+        replace(OURS, card={"clocks.sm": f"{mhz} MHz", "power.draw": watts})
+        for mhz, watts in ((1980, "98.5 W"), (990, "512.0 W"), (1005, "[N/A]"))
+    ]
     assert "; clocks.sm 990 MHz .. 1980 MHz, power.draw [N/A] .. 512.0 W." in tables(seen)
 
 
@@ -93,9 +123,11 @@ def test_code_that_no_commit_names_is_told_by_its_digest(tmp_path, monkeypatch):
     assert digest(tmp_path) != found[0], "what imports it finds another"
     code = f" (code {digest(gpu.ROOT)})"
     for known, edited, commit in (
-        ("abc", False, "abc"), ("abc-dirty", False, "abc"), ("abc-dirty", True, f"abc-dirty{code}"),
+        ("abc", False, "abc"),
+        ("abc-dirty", False, "abc"),
+        ("abc-dirty", True, f"abc-dirty{code}"),
         ("unknown", True, f"unknown{code}"),
-    ):  # fmt: skip
+    ):
         monkeypatch.setattr("perf.versions.commit", lambda known=known: known)
         monkeypatch.setattr("perf.versions.differs", lambda root, edited=edited: edited)
         assert Environment.of(torch.device("cpu"), "a command").commit == commit
@@ -266,8 +298,13 @@ def test_nothing_to_draw(tmp_path):
 def test_before_the_work_a_file_that_cannot_be_written_is_refused(command, option, tmp_path, monkeypatch):
     if command == "monitor":
         pytest.importorskip("transformers")
-    work = {"sweep": "perf.run_suites.measure", "cpu": "perf.cpu.measure", "monitor": "perf.monitor.measure",
-            "codegen": "perf.codegen.cases", "report": "perf.report.read_all"}  # fmt: skip
+    work = {
+        "sweep": "perf.run_suites.measure",
+        "cpu": "perf.cpu.measure",
+        "monitor": "perf.monitor.measure",
+        "codegen": "perf.codegen.cases",
+        "report": "perf.report.read_all",
+    }
 
     def begun(*_):
         raise KeyboardInterrupt

@@ -85,7 +85,7 @@ def test_time_is_up(fakes, capsys):
 def _run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
-    )  # fmt: skip
+    )
 
 
 def test_in_the_interpreter():

@@ -80,11 +80,14 @@ def _spoiled(attend):
 @pytest.mark.parametrize(
     ("suite", "module", "name"),
     [
-        ("forward", attention_cases, "attention"), ("backward", attention_cases, "attention"),
-        ("cpu", attention_cases, "attention"), ("accuracy", attention_cases, "attention"),
-        ("varlen", varlen_cases, "attention_varlen"), ("decode", decode_cases, "attention_decode"),
+        ("forward", attention_cases, "attention"),
+        ("backward", attention_cases, "attention"),
+        ("cpu", attention_cases, "attention"),
+        ("accuracy", attention_cases, "attention"),
+        ("varlen", varlen_cases, "attention_varlen"),
+        ("decode", decode_cases, "attention_decode"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_result_of_ours_fails_the_run(suite, module, name, tmp_path, monkeypatch):
     right = getattr(tritonattn, name)
 

@@ -75,9 +75,7 @@ def test_both_formulas_agree(mode, mask, kv_heads):
 
     if ours.requires_grad:
         weights = torch.where(visible, torch.randn(visible.shape, dtype=torch.float64), 0)
-        gradients = [
-            torch.autograd.grad((x * weights).sum(), (q, k), materialize_grads=True) for x in (ours, theirs)
-        ]
+        gradients = [torch.autograd.grad((x * weights).sum(), (q, k), materialize_grads=True) for x in (ours, theirs)]
         torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-13)
 
 
@@ -88,9 +86,7 @@ def test_gradients_of_scales(mode, mask):
     q, k = (x.requires_grad_() for x in tensors())
     factor = factor_of(small(mode), q, k, **arguments)
     if factor.requires_grad:
-        assert torch.autograd.gradcheck(
-            lambda q, k: factor_of(small(mode), q, k, **arguments), (q, k), fast_mode=True
-        )
+        assert torch.autograd.gradcheck(lambda q, k: factor_of(small(mode), q, k, **arguments), (q, k), fast_mode=True)
     else:
         assert mode not in NORM_MODES
 
@@ -150,18 +146,14 @@ def test_keys_that_nobody_sees_do_not_enter(mode, formula, junk, arguments):
 @every_mode
 def test_rows_without_keys(mode):
     q, k = (x.requires_grad_() for x in tensors())
-    ranges = torch.tensor([[3, 3], [0, 9], [5, 2], [0, 0], [9, 9], [2, 4]], dtype=torch.int32)[None].expand(
-        B, -1, -1
-    )
+    ranges = torch.tensor([[3, 3], [0, 9], [5, 2], [0, 0], [9, 9], [2, 4]], dtype=torch.int32)[None].expand(B, -1, -1)
     for factor in (
         factor_of(small(mode), q, k, key_ranges=ranges),
         multiplier_of(small(mode), q, k, key_ranges=ranges)[0],
     ):
         assert factor.isfinite().all()
         if factor.requires_grad:
-            assert all(
-                g.isfinite().all() for g in torch.autograd.grad(factor.sum(), (q, k), materialize_grads=True)
-            )
+            assert all(g.isfinite().all() for g in torch.autograd.grad(factor.sum(), (q, k), materialize_grads=True))
 
 
 @every_mode
@@ -230,9 +222,7 @@ def test_the_side_of_the_padding_does_not_matter(mode):
     right_padded = factor_of(small(mode), q, k, key_lengths=torch.tensor(sizes))
     left_padded = factor_of(small(mode), q, left, key_ranges=ranges)
     for b, size in enumerate(sizes):
-        torch.testing.assert_close(
-            left_padded[b, :, :, SK - size :], right_padded[b, :, :, :size], rtol=1e-12, atol=0
-        )
+        torch.testing.assert_close(left_padded[b, :, :, SK - size :], right_padded[b, :, :, :size], rtol=1e-12, atol=0)
 
 
 @every_mode
@@ -251,9 +241,7 @@ def test_packed_documents_are_as_separate_ones(mode):
 @pytest.mark.parametrize("size", [1e-3, 7.0, 1e12])
 def test_the_size_of_the_keys_does_not_matter_to_norm_modes(mode, size):
     q, k = tensors()
-    plain, scaled = (
-        (q @ per_query_head(x).mT) * factor_of(small(mode), q, x, causal=True) for x in (k, k * size)
-    )
+    plain, scaled = ((q @ per_query_head(x).mT) * factor_of(small(mode), q, x, causal=True) for x in (k, k * size))
     torch.testing.assert_close(scaled, plain, rtol=1e-11, atol=1e-12)
 
 

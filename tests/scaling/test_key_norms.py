@@ -10,9 +10,7 @@ from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, KeyNormMax
 from tritonattn.scaling.base import SMALLEST_STATISTIC, reciprocal, reciprocal_root
 
-KEYS = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-6.0, 8.0]], dtype=torch.float64)[
-    None, None
-]  # lengths 5, 2, 10
+KEYS = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-6.0, 8.0]], dtype=torch.float64)[None, None]  # lengths 5, 2, 10
 
 
 def query_scale(scaling, k, **arguments):

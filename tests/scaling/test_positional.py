@@ -31,9 +31,7 @@ def test_qwen(length):
 def test_llama4():
     positions = torch.arange(200)
     model = torch.log1p(torch.floor((positions.double() + 1.0) / 16)) * 0.3 + 1.0
-    torch.testing.assert_close(
-        temperatures(Llama4(scale=0.3, floor_scale=16), 200), model, rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(temperatures(Llama4(scale=0.3, floor_scale=16), 200), model, rtol=1e-12, atol=0)
 
 
 def test_ministral3_is_its_models_function():
@@ -49,9 +47,16 @@ def test_llama4_is_its_models_layer():
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     config = modeling.Llama4TextConfig(
-        hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=D, num_hidden_layers=4,
-        no_rope_layers=[0] * 4, attn_scale=0.3, floor_scale=4, use_qk_norm=False,
-    )  # fmt: skip
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=D,
+        num_hidden_layers=4,
+        no_rope_layers=[0] * 4,
+        attn_scale=0.3,
+        floor_scale=4,
+        use_qk_norm=False,
+    )
     seen = {}
 
     def record(module, query, key, value, mask, scaling, **_):
@@ -72,9 +77,7 @@ def test_defaults_leave_short_sequences_alone():
     for scaling in (QwenLogn(), Llama4(), Ministral3()):
         assert (temperatures(scaling, 8191) == 1).all()
     rows = 16385
-    assert temperatures(QwenLogn(), rows)[8191:8193].tolist() == pytest.approx(
-        [1, math.log(8193) / math.log(8192)]
-    )
+    assert temperatures(QwenLogn(), rows)[8191:8193].tolist() == pytest.approx([1, math.log(8193) / math.log(8192)])
     assert temperatures(Llama4(), rows)[8190:8192].tolist() == pytest.approx([1, 1 + 0.1 * math.log(2)])
     assert temperatures(Ministral3(), rows)[16383:].tolist() == pytest.approx([1, 1 + 0.1 * math.log(2)])
 
@@ -99,7 +102,5 @@ def test_a_window_stops_the_growth_at_its_width():
     ],
 )
 def test_bad_parameters_are_refused(mode, argument, value, bound):
-    with pytest.raises(
-        ValueError, match=rf"^{argument} must be a finite number above {bound}, got {value!r}"
-    ):
+    with pytest.raises(ValueError, match=rf"^{argument} must be a finite number above {bound}, got {value!r}"):
         mode(**{argument: value})

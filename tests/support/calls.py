@@ -13,9 +13,7 @@ from tritonattn.core.visibility import Visibility
 from .packed import offsets
 
 
-def operands(
-    dtype=torch.float64, batch=2, heads=(4, 2), lengths=(5, 7), dims=(8, 6), seed=0
-) -> dict[str, Tensor]:
+def operands(dtype=torch.float64, batch=2, heads=(4, 2), lengths=(5, 7), dims=(8, 6), seed=0) -> dict[str, Tensor]:
     """q, k and v of a fixed seed that ask for gradients; heads (Hq, Hkv), lengths (Sq, Sk), dims (D, Dv)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -64,12 +62,18 @@ def example(
     batch = 2
     if sequences is not None:
         batch, (q_lengths, k_lengths) = 1, sequences
-        masks["sequences"] = Sequences(
-            offsets(q_lengths), offsets(k_lengths), max(q_lengths), max(k_lengths)
-        )  # fmt: skip
+        masks["sequences"] = Sequences(offsets(q_lengths), offsets(k_lengths), max(q_lengths), max(k_lengths))
     q, k, v = leaf(batch, 4, 5, dims[0]), leaf(batch, 2, 7, dims[0]), leaf(batch, 2, 7, dims[1])
     query_scale, key_scale = (leaf(batch, 4, 5), leaf(batch, 2, 7)) if scales else (None, None)
     return AttentionCall(
-        q, k, v, Visibility.of(q, k, **masks), 0.3, query_scale, key_scale, softcap,
-        leaf(4) if sinks else None, Dropout(0.3, torch.tensor([3, 4])) if dropout else None,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        Visibility.of(q, k, **masks),
+        0.3,
+        query_scale,
+        key_scale,
+        softcap,
+        leaf(4) if sinks else None,
+        Dropout(0.3, torch.tensor([3, 4])) if dropout else None,
+    )

@@ -50,9 +50,17 @@ class MiniModel(nn.Module):
 
 
 def losses(
-    mode: str, backend: str, steps: int, *, batch: int = 4, length: int = 12, heads: int = 2, rate: float = 0.1,
-    fault: float = 1.0, device: torch.device | str = "cpu",
-) -> Tensor:  # fmt: skip
+    mode: str,
+    backend: str,
+    steps: int,
+    *,
+    batch: int = 4,
+    length: int = 12,
+    heads: int = 2,
+    rate: float = 0.1,
+    fault: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """[steps] of training on one batch of random features [batch, length, WIDTH] and classes: SGD with momentum."""
     torch.manual_seed(0)
     model = MiniModel(mode, backend, heads, fault)

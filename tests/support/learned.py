@@ -39,9 +39,12 @@ def _cosine() -> torch.nn.Module:
 
 def _power_law() -> torch.nn.Module:
     return _set(
-        nn.PowerLaw(HEADS), theta=(0.1, -0.3, 0.0, 0.5), dim_exponent=(-0.5, 0.2, 0.0, -1.0),
-        count_exponent=(0.3, -0.5, 0.0, -1.0), length_exponent=(0.4, 0.0, -1.0, -0.7),
-    )  # fmt: skip
+        nn.PowerLaw(HEADS),
+        theta=(0.1, -0.3, 0.0, 0.5),
+        dim_exponent=(-0.5, 0.2, 0.0, -1.0),
+        count_exponent=(0.3, -0.5, 0.0, -1.0),
+        length_exponent=(0.4, 0.0, -1.0, -0.7),
+    )
 
 
 LEARNED: dict[str, Callable[[], torch.nn.Module]] = {

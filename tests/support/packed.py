@@ -64,9 +64,7 @@ def offsets(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
-def packed_operands(
-    packed: Packed, dtype=torch.float64, heads=(4, 2), dims=(8, 6), seed=0
-) -> dict[str, Tensor]:
+def packed_operands(packed: Packed, dtype=torch.float64, heads=(4, 2), dims=(8, 6), seed=0) -> dict[str, Tensor]:
     """q, k and v that ask for gradients; NaN in the rows and keys of no sequence."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -90,9 +88,7 @@ def one_by_one(
     for rows, keys in packed.members():
         arrays = (x[part].transpose(0, 1)[None] for x, part in ((q, rows), (k, keys), (v, keys)))
         own_gain = gain if gain is None or gain.shape[-1] == 1 else gain[:, rows]
-        out, of_member = tritonattn.attention(
-            *arrays, gain=own_gain, return_aux=True, backend="reference", **arguments
-        )  # fmt: skip
+        out, of_member = tritonattn.attention(*arrays, gain=own_gain, return_aux=True, backend="reference", **arguments)
         outs.append(out[0].transpose(0, 1))
         aux.append([x[0] for x in of_member])
     outs.append(q.new_zeros(packed.q_tail, q.shape[1], v.shape[2]))

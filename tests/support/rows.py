@@ -47,6 +47,4 @@ def _row(x, f):
     jacobian = torch.autograd.functional.jacobian(lambda z: torch.softmax(z, -1), z)
     reaching = torch.autograd.functional.jacobian(lambda x: torch.softmax(f * x, -1), x)
     values = (len(x), z.std(correction=0), z.max(), p.max(), torch.special.entr(p).sum(), p.var(correction=0))
-    return {
-        **dict(zip(names, values, strict=True)), "jacobian_norm": jacobian.norm(), "gradient_norm": reaching.norm()
-    }  # fmt: skip
+    return {**dict(zip(names, values, strict=True)), "jacobian_norm": jacobian.norm(), "gradient_norm": reaching.norm()}

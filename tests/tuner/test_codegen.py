@@ -72,9 +72,10 @@ def test_counts_do_not_depend_on_fp_fusion(kernel, target, head_dim, monkeypatch
 
     def count(fused: bool) -> dict[str, int]:
         monkeypatch.setattr(
-            triton, "compile",
+            triton,
+            "compile",
             lambda source, target, options: compile_any(source, target, options | {"enable_fp_fusion": fused}),
-        )  # fmt: skip
+        )
         return read_machine_code(compile_kernel(kernel, problem, target=target)).unmasked_loop.instructions
 
     assert count(True)["fp32"] == count(False)["fp32"]

@@ -68,8 +68,12 @@ def test_loops_of_ptx():
     source = parse_ptx(PTX)
     (loop,) = loops(source)
     assert [source.instructions[index].opcode.split(".")[0] for index in sorted(loop.indices)] == [
-        "bra", "mma", "bra", "tcgen05", "bra",
-    ]  # fmt: skip
+        "bra",
+        "mma",
+        "bra",
+        "tcgen05",
+        "bra",
+    ]
 
 
 def instruction(opcode: str, operands: str = "") -> Instruction:
@@ -87,11 +91,15 @@ DESCRIPTOR, OF_TF32 = (f"UR4, {(128 // 16 << 24) + (256 // 8 << 17) + (kind << 7
         ((), "HMMA.1688.F32.TF32", "R4, R8, R12, R4", (2 * 16 * 8 * 8, 0, 1)),
         ((), "HGMMA.64x128x16.F32", "R24, R4, gdesc[UR4], R24", (2 * 64 * 128 * 16, 2 * 16 * 128, 4)),
         ((), "HGMMA.64x64x16.F32", "R24, gdesc[UR8], gdesc[UR4]", (2 * 64 * 64 * 16, 2 * 16 * (64 + 64), 4)),
-        (("UR4, 0x1", DESCRIPTOR), "UTCHMMA", "gdesc[UR8], gdesc[UR2], tmem[UR6], idesc[UR4]",
-         (2 * 128 * 256 * 16, 2 * 16 * (256 + 128), 8)),
+        (
+            ("UR4, 0x1", DESCRIPTOR),
+            "UTCHMMA",
+            "gdesc[UR8], gdesc[UR2], tmem[UR6], idesc[UR4]",
+            (2 * 128 * 256 * 16, 2 * 16 * (256 + 128), 8),
+        ),
         ((OF_TF32,), "UTCHMMA", "tmem[UR8], gdesc[UR2], tmem[UR6], idesc[UR4]", (2 * 128 * 256 * 8, 2 * 8 * 256, 8)),
     ],
-)  # fmt: skip
+)
 def test_work_and_operands_of_a_tensor_instruction(before, opcode, operands, wanted):
     """FLOPs, bytes that it reads of shared memory, and the warps, of 8, that do it together."""
     code = [
@@ -114,11 +122,20 @@ def test_descriptors_that_are_no_constants_are_refused():
 @pytest.mark.parametrize(
     ("opcode", "shared", "local"),
     [
-        ("LDS", 128, 0), ("LDS.64", 256, 0), ("STS.128", 512, 0), ("LDS.U16", 64, 0), ("LDGSTS.E.BYPASS.128", 512, 0),
-        ("LDSM.16.M88.4", 512, 0), ("STSM.16.MT88.2", 256, 0), ("LDSM.16.M88", 128, 0), ("LDG.E.128", 0, 0),
-        ("LDL", 0, 4), ("STL.128", 0, 16), ("LDL.U8", 0, 1),
+        ("LDS", 128, 0),
+        ("LDS.64", 256, 0),
+        ("STS.128", 512, 0),
+        ("LDS.U16", 64, 0),
+        ("LDGSTS.E.BYPASS.128", 512, 0),
+        ("LDSM.16.M88.4", 512, 0),
+        ("STSM.16.MT88.2", 256, 0),
+        ("LDSM.16.M88", 128, 0),
+        ("LDG.E.128", 0, 0),
+        ("LDL", 0, 4),
+        ("STL.128", 0, 16),
+        ("LDL.U8", 0, 1),
     ],
-)  # fmt: skip
+)
 def test_bytes_that_a_warp_moves_and_a_thread_spills(opcode, shared, local):
     assert machine_code._shared_bytes(instruction(opcode)) == shared
     assert machine_code._local_bytes(instruction(opcode)) == local

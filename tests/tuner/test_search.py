@@ -140,8 +140,10 @@ def test_the_fastest_is_taken_and_the_next_are_noted(timed):
     assert (details["milliseconds"], details["quartiles"]) == (2, [1.5, 3])
     assert (details["shape"], details["dtypes"]) == ([2, 4, 16, 64], ["bfloat16", "float16"])
     assert [(one["num_stages"], one["milliseconds"]) for one in details["runners_up"]] == [
-        (1, 4), (IN_USE.num_stages, 8), (3, 16),
-    ]  # fmt: skip
+        (1, 4),
+        (IN_USE.num_stages, 8),
+        (3, 16),
+    ]
 
 
 def test_a_result_that_is_wrong_in_one_dtype_is_not_taken(timed):
@@ -176,7 +178,10 @@ def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):
         with Compiler(target, 1) as compiler:
             found = search.promising(KEY, compiler, 4)
         assert [(one.num_stages, one.block_n, one.num_warps) for one in found] == [
-            (2, 128, 4), (2, 128, 4), (2, 64, 4), (2, 64, 4),
-        ]  # fmt: skip
+            (2, 128, 4),
+            (2, 128, 4),
+            (2, 64, 4),
+            (2, 64, 4),
+        ]
         assert set(asked) == {(KEY.kernel, KEY.problem, processors)}
         asked.clear()

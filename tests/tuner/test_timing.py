@@ -139,9 +139,12 @@ def test_clocks_are_those_of_the_card_in_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
     monkeypatch.setattr(subprocess, "run", run)
     assert timing.card_state(GPU) == {
-        "driver_version": "570.1", "clocks.sm": "1980 MHz", "clocks.mem": "2619 MHz", "temperature.gpu": "40",
+        "driver_version": "570.1",
+        "clocks.sm": "1980 MHz",
+        "clocks.mem": "2619 MHz",
+        "temperature.gpu": "40",
         "power.draw": "120 W",
-    }  # fmt: skip
+    }
     assert asked[asked.index("-i") + 1] == "GPU-12ab-34"
 
 

@@ -93,10 +93,13 @@ FORMS = {
 @pytest.mark.parametrize(
     ("kernel", "head_dim", "form", "target"),
     _third(
-        TILED_KERNELS, (64, 128, 256), FORMS, (*NVIDIA, *AMD),
+        TILED_KERNELS,
+        (64, 128, 256),
+        FORMS,
+        (*NVIDIA, *AMD),
         quick=lambda kernel, head_dim, form, target: (head_dim, form, target) == (256, "query scale grad", "sm_90"),
     ),
-)  # fmt: skip
+)
 def test_float32_does_not_spill(kernel, head_dim, form, target):
     """On sm_120 ptxas keeps to 80 registers, one too few."""
     allowed = 4 if target == "sm_120" else 0
@@ -107,10 +110,13 @@ def test_float32_does_not_spill(kernel, head_dim, form, target):
 @pytest.mark.parametrize(
     ("kernel", "head_dim", "masks", "target"),
     _third(
-        ("forward", "grad_query", "grad_key_value"), (64, 128), ("right", "mask", "right left key_lengths"), NVIDIA,
+        ("forward", "grad_query", "grad_key_value"),
+        (64, 128),
+        ("right", "mask", "right left key_lengths"),
+        NVIDIA,
         quick=lambda kernel, head_dim, masks, target: (head_dim, target) == (128, "sm_90"),
     ),
-)  # fmt: skip
+)
 def test_dropout_does_not_spill(kernel, head_dim, masks, target):
     """On sm_120 three registers too few for a dense mask besides, at head dim 64."""
     form = dict.fromkeys(masks.split(), True)
@@ -178,9 +184,13 @@ def test_the_legality_predicate():
     problem = Problem(128, 128, torch.bfloat16)
     assert legal_reasons("forward", TileConfig(128, 64, 8, 2), problem, Target("cuda", "80")) == []
     for config in (
-        TileConfig(48, 64, 4, 2), TileConfig(8, 64, 4, 2), TileConfig(64, 64, 3, 2), TileConfig(64, 64, 4, 0),
-        TileConfig(256, 64, 8, 2), TileConfig(128, 128, 8, 5),
-    ):  # fmt: skip
+        TileConfig(48, 64, 4, 2),
+        TileConfig(8, 64, 4, 2),
+        TileConfig(64, 64, 3, 2),
+        TileConfig(64, 64, 4, 0),
+        TileConfig(256, 64, 8, 2),
+        TileConfig(128, 128, 8, 5),
+    ):
         assert legal_reasons("forward", config, problem, Target("cuda", "80")), config
         with pytest.raises(ValueError, match="config: expected a legal one"):
             compile_kernel("forward", problem, config, "sm_80")

@@ -19,9 +19,15 @@ from tritonattn.tuning.compile import specialisation
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx950")
 EVERYTHING = {
-    "query_scale": True, "key_scale": True, "left": True, "block_table": True, "softcap": True, "sinks": True,
-    "aux": True, "grouped": True,
-}  # fmt: skip
+    "query_scale": True,
+    "key_scale": True,
+    "left": True,
+    "block_table": True,
+    "softcap": True,
+    "sinks": True,
+    "aux": True,
+    "grouped": True,
+}
 
 pytestmark = [
     pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile"),
@@ -88,8 +94,14 @@ def test_aot_specialisation_is_that_of_a_launch(page, everything, monkeypatch):
     options = {}
     if everything:
         forms = {**EVERYTHING, **forms}
-        options = {"gain": torch.ones(4, 1), "scaling": "cosine", "window": (900, 0), "softcap": 1.0,
-                   "sinks": torch.ones(4), "return_aux": True}  # fmt: skip
+        options = {
+            "gain": torch.ones(4, 1),
+            "scaling": "cosine",
+            "window": (900, 0),
+            "softcap": 1.0,
+            "sinks": torch.ones(4),
+            "return_aux": True,
+        }
     lengths = {"key_lengths": cache.lengths.int()}
     attention_decode(cache.newest(q, 2), **{**cache.arguments(), **lengths}, **options, backend="triton")
     problem = Problem(64, 64, torch.float16, **forms)

@@ -213,13 +213,19 @@ def test_a_lookup_takes_little_time(folders):
 @pytest.mark.parametrize(
     ("card", "arch", "wanted"),
     [
-        ("NVIDIA A100-SXM4-80GB", "80", "a100"), ("NVIDIA A10", "86", "a10"), ("NVIDIA A10G", "86", "nvidia_a10g"),
-        ("NVIDIA L40S", "89", "l40s"), ("NVIDIA H100 80GB HBM3", "90", "h100"), ("NVIDIA H200", "90", "h200"),
-        ("NVIDIA B200", "100", "b200"), ("NVIDIA GeForce RTX 5090", "120", "rtx_5090"),
-        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "120", "rtx_pro_6000"), ("", "90", ""),
+        ("NVIDIA A100-SXM4-80GB", "80", "a100"),
+        ("NVIDIA A10", "86", "a10"),
+        ("NVIDIA A10G", "86", "nvidia_a10g"),
+        ("NVIDIA L40S", "89", "l40s"),
+        ("NVIDIA H100 80GB HBM3", "90", "h100"),
+        ("NVIDIA H200", "90", "h200"),
+        ("NVIDIA B200", "100", "b200"),
+        ("NVIDIA GeForce RTX 5090", "120", "rtx_5090"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "120", "rtx_pro_6000"),
+        ("", "90", ""),
         ("NVIDIA RTX PRO 6000 Ada", "89", "nvidia_rtx_pro_6000_ada"),
     ],
-)  # fmt: skip
+)
 def test_names_of_cards(card, arch, wanted):
     assert table_name(Target("cuda", arch, card)) == wanted
 

@@ -27,8 +27,17 @@ def types(kernel: str, problem: Problem, tiles: TileConfig = TILES) -> dict[str,
 @pytest.mark.parametrize(
     ("kernel", "option", "names"),
     [
-        ("forward", "mask", {"mask_ptr": "*u8", "seen_ptr": "*u8", "mask_stride_b": "i32", "mask_stride_h": "i32",
-                             "mask_stride_q": "i32"}),
+        (
+            "forward",
+            "mask",
+            {
+                "mask_ptr": "*u8",
+                "seen_ptr": "*u8",
+                "mask_stride_b": "i32",
+                "mask_stride_h": "i32",
+                "mask_stride_q": "i32",
+            },
+        ),
         ("grad_key_value", "key_ranges", {"key_ranges_ptr": "*i32", "row_bounds_ptr": "*i32", "seen_ptr": "*u8"}),
         ("grad_query", "sequences", {"q_starts_ptr": "*i32", "k_starts_ptr": "*i32"}),
         ("grad_query", "query_scale_grad", {"d_query_scale_ptr": "*fp32"}),
@@ -36,7 +45,7 @@ def types(kernel: str, problem: Problem, tiles: TileConfig = TILES) -> dict[str,
         ("forward", "grouped", {"group": "i32"}),
         ("forward", "aux", {"max_logit_ptr": "*fp32", "entropy_ptr": "*fp32"}),
     ],
-)  # fmt: skip
+)
 def test_an_option_brings_its_arguments(kernel, option, names):
     without, given = types(kernel, PROBLEM), types(kernel, replace(PROBLEM, **{option: True}))
     assert {name: text for name, text in given.items() if name not in without} == names
@@ -69,8 +78,11 @@ def test_descriptors_are_of_the_streamed_blocks():
 
 def test_constants_follow_the_dtype_and_the_target():
     full = replace(PROBLEM, dtype=torch.float32)
-    found = {(problem.dtype, target.name): constexpr_values(problem, TILES, target)
-             for problem in (PROBLEM, full) for target in (SM_90, SM_100)}  # fmt: skip
+    found = {
+        (problem.dtype, target.name): constexpr_values(problem, TILES, target)
+        for problem in (PROBLEM, full)
+        for target in (SM_90, SM_100)
+    }
     assert {key for key, values in found.items() if values["CORRECT_DELTA"]} == {
         (full.dtype, "sm_90"),
         (full.dtype, "sm_100"),

@@ -198,11 +198,14 @@ def test_the_key_of_a_call():
 @pytest.mark.parametrize(
     ("scales", "wanted"),
     [
-        ((), "none"), (("query_scale",), "query"), (("query_scale_grad",), "query+gradient"),
-        (("query_scale", "query_scale_grad"), "query+gradient"), (("key_scale",), "query+key+gradient"),
+        ((), "none"),
+        (("query_scale",), "query"),
+        (("query_scale_grad",), "query+gradient"),
+        (("query_scale", "query_scale_grad"), "query+gradient"),
+        (("key_scale",), "query+key+gradient"),
         (("query_scale", "key_scale", "query_scale_grad"), "query+key+gradient"),
     ],
-)  # fmt: skip
+)
 def test_the_gradient_of_a_query_scale_has_keys_of_its_own(scales, wanted):
     """It takes registers for its sums."""
     problem = Problem(64, 64, torch.bfloat16, **dict.fromkeys(scales, True))

@@ -129,10 +129,14 @@ class _Layer:
         lo, hi = self.seen.ranges()
         place = torch.arange(1, hi.shape[-1] + 1, device=hi.device) + self.seen.k_len - self.seen.q_len
         return Reading(
-            layer=self.name, mode=_name(self.scaling) if mode is None else mode, **_means(found),
+            layer=self.name,
+            mode=_name(self.scaling) if mode is None else mode,
+            **_means(found),
             key_norm_between=_between_sequences(self.k, self.seen),
-            causal=bool((hi <= place)[hi > lo].all()), longest=int(self.seen.counts().max()), context=self.context,
-        )  # fmt: skip
+            causal=bool((hi <= place)[hi > lo].all()),
+            longest=int(self.seen.counts().max()),
+            context=self.context,
+        )
 
     def _with(self, mode: str) -> tuple[Scaling, Any]:
         scaling = mode_of(mode)
@@ -225,9 +229,7 @@ def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> li
     return findings
 
 
-def _of_call(
-    name: str, q: Tensor, k: Tensor, arguments: dict[str, Any], aux: Any, context: int | None
-) -> _Layer:
+def _of_call(name: str, q: Tensor, k: Tensor, arguments: dict[str, Any], aux: Any, context: int | None) -> _Layer:
     visible = {part: arguments[part] for part in arguments.keys() & set(_VISIBLE)}
     scaling, gain = arguments["scaling"], arguments["gain"]
     relative = gain
@@ -245,9 +247,15 @@ def _of_tensors(q: Tensor, k: Tensor, scaling: Any, gain: Any, visible: dict[str
 
 
 def _layer(
-    name: str, q: Tensor, k: Tensor, scaling: Any, gain: Any, relative: Any, visible: dict[str, Any],
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    scaling: Any,
+    gain: Any,
+    relative: Any,
+    visible: dict[str, Any],
     context: int | None,
-) -> _Layer:  # fmt: skip
+) -> _Layer:
     seen = Visibility.of(q, k, **visible)
     rows = counted_rows(ObservedCall(q, k, q, seen, None, lambda: None))
     if not seen.sizes_tell_all and rows.shape[1] == 1:  # rows of padding get no keys, and so no say
@@ -310,16 +318,26 @@ def _joined(findings: list[Finding]) -> Advice:
         if others:
             text += f" ({others} more have something else, see the table)"
     return Advice(
-        first.mode if mode is None else mode, text, tuple(one.layer for one in chosen), rule.why, rule.watch,
-        rule.turn_back, rule.evidence, tuple(findings),
-    )  # fmt: skip
+        first.mode if mode is None else mode,
+        text,
+        tuple(one.layer for one in chosen),
+        rule.why,
+        rule.watch,
+        rule.turn_back,
+        rule.evidence,
+        tuple(findings),
+    )
 
 
 def _figures(one: Reading) -> tuple[str, ...]:
     return (
-        f"{one.near_one_hot:.2f}", f"{one.near_uniform:.2f}", f"{one.relative_entropy:.3f}", f"{one.max_logit:.4g}",
-        f"{one.jacobian_norm:.2g}", f"{one.gradient_norm:.2g}",
-    )  # fmt: skip
+        f"{one.near_one_hot:.2f}",
+        f"{one.near_uniform:.2f}",
+        f"{one.relative_entropy:.3f}",
+        f"{one.max_logit:.4g}",
+        f"{one.jacobian_norm:.2g}",
+        f"{one.gradient_norm:.2g}",
+    )
 
 
 def _tried(mode: str | None, after: Reading | None) -> str:
@@ -327,5 +345,3 @@ def _tried(mode: str | None, after: Reading | None) -> str:
         return "-"
     shares = f"one-hot {after.near_one_hot:.2f}, uniform {after.near_uniform:.2f}"
     return f"{mode}: {shares}, Jacobian {after.jacobian_norm:.2g}"
-
-

@@ -130,7 +130,7 @@ def diagnose(
     factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
     visibility = Visibility.of(
         q, k, causal=causal, window=window, key_lengths=key_lengths, key_ranges=key_ranges, mask=mask
-    )  # fmt: skip
+    )
     key_norm_mean, key_norm_variation = _of_keys(k, visibility)
     return _of_rows(row_statistics(q, k, factor, visibility), key_norm_mean, key_norm_variation)
 

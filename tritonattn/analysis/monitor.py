@@ -266,5 +266,3 @@ def _action(on_alarm: str | Action | None, model: nn.Module) -> Action | None:
     if patched is None:
         raise ValueError(f"on_alarm: 'undo' wants a model that is patched, got a {type(model).__name__} that is not")
     return lambda alarms: patched.undo()
-
-

@@ -225,5 +225,3 @@ def _of_multihead_attention(module: Any) -> Projections:
         biases = [(bias,) for bias in module.in_proj_bias.chunk(3)[:2]]
     heads = module.num_heads
     return Projections((query, *biases[0]), (key, *biases[1]), heads, heads, module.scaling)
-
-

@@ -155,9 +155,18 @@ def _part(tiles: Tiles, block: Block, query: Tensor, keys: slice, hidden: Tensor
         f_squares, f_cubes = torch.bmm(square, f), torch.bmm(cube, f)
     spread = (w * shift.clamp(min=_NOTHING)).sum(-1, keepdim=True)
     return _Part(
-        top, top_square, w.sum(-1, keepdim=True), spread, squares, cubes, f_squares, f_cubes, count, mean,
+        top,
+        top_square,
+        w.sum(-1, keepdim=True),
+        spread,
+        squares,
+        cubes,
+        f_squares,
+        f_cubes,
+        count,
+        mean,
         deviation.square().sum(-1, keepdim=True),
-    )  # fmt: skip
+    )
 
 
 def _joined(one: _Part, two: _Part) -> _Part:

@@ -79,9 +79,7 @@ def attention(
     Sources: Vaswani et al. 2017, arXiv:1706.03762 (sqrt_dim); Bernhard 2023, arXiv:2311.09406 (key_norm_sum);
     each mode names its own. Dao 2023, arXiv:2307.08691 (the algorithm).
     """
-    options = Options(
-        causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend
-    )  # fmt: skip
+    options = Options(causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend)
     q, k, v = autocast(q, k, v)
     check(q, k, v, options)
     factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
@@ -124,9 +122,7 @@ def scaled_attention(
     >>> tritonattn.scaled_attention(q, k, v, torch.full((2, 1), 0.5), scale=1.0).shape
     torch.Size([1, 2, 5, 8])
     """
-    options = Options(
-        causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend
-    )  # fmt: skip
+    options = Options(causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend)
     q, k, v = autocast(q, k, v)
     check(q, k, v, options)
     if query_scale is not None:
@@ -143,6 +139,11 @@ def scaled_attention(
 
 def _visibility(q: Tensor, k: Tensor, options: Options) -> Visibility:
     return Visibility.of(
-        q, k, causal=options.causal, window=options.window, key_lengths=options.key_lengths,
-        key_ranges=options.key_ranges, mask=options.mask,
-    )  # fmt: skip
+        q,
+        k,
+        causal=options.causal,
+        window=options.window,
+        key_lengths=options.key_lengths,
+        key_ranges=options.key_ranges,
+        mask=options.mask,
+    )

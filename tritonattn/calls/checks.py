@@ -97,9 +97,7 @@ def check_factor(name: str, factor: Any, q: Tensor, shape: tuple[int, ...], axes
             f" position, got the 1-D {shape_of(factor)}"
         )
     if not _broadcasts(factor.shape, shape):
-        raise ValueError(
-            f"{name}: expected a shape broadcastable to {axes} = {list(shape)}, got {shape_of(factor)}"
-        )
+        raise ValueError(f"{name}: expected a shape broadcastable to {axes} = {list(shape)}, got {shape_of(factor)}")
 
 
 def check_number(name: str, value: Any) -> None:
@@ -140,8 +138,7 @@ def refuse_scaling(scaling: Any) -> None:
     """Raise the TypeError for what is no scaling."""
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
         raise TypeError(
-            f"scaling: expected an instance of a Scaling, got the class {scaling.__name__};"
-            f" write {scaling.__name__}()"
+            f"scaling: expected an instance of a Scaling, got the class {scaling.__name__}; write {scaling.__name__}()"
         )
     raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {kind_of(scaling)}")
 
@@ -159,9 +156,7 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) ->
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
     if layout is BATCHED and not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(
-            f"k, v: expected q's batch size {q.shape[0]}, got {k.shape[0]} in k and {v.shape[0]} in v"
-        )
+        raise ValueError(f"k, v: expected q's batch size {q.shape[0]}, got {k.shape[0]} in k and {v.shape[0]} in v")
     _check_sizes(q, k, v, layout.sequence)
 
 
@@ -201,9 +196,7 @@ def check_window(window: Any) -> None:
         if side is not None and (isinstance(side, bool) or not isinstance(side, (int, torch.SymInt))):
             raise TypeError(f"window: expected (left, right) of int or None, got {window!r}")
         if side is not None and side < -1:
-            raise ValueError(
-                f"window: expected sides of at least 0, or -1 or None for unlimited, got {window!r}"
-            )
+            raise ValueError(f"window: expected sides of at least 0, or -1 or None for unlimited, got {window!r}")
 
 
 def _check_key_lengths(key_lengths: Any, q: Tensor, k: Tensor) -> None:
@@ -300,9 +293,7 @@ def kind_of(value: Any) -> str:
     if isinstance(value, Tensor):
         kind = "nested tensor" if value.is_nested else f"tensor of shape {shape_of(value)}"
         return f"a {value.dtype} {kind}"
-    return (
-        f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float)) else type(value).__name__
-    )
+    return f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float)) else type(value).__name__
 
 
 def check_count(name: str, value: Any, least: int = 0) -> None:

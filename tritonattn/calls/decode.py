@@ -110,9 +110,7 @@ def _decode(
     if backend == "reference":
         keys = cache.keys()
         multiplier = factor.multiplier(q, keys, visibility)
-        result = reference.attention(
-            q, keys, cache.values(), multiplier, visibility, softcap=options.cap, sinks=sinks
-        )  # fmt: skip
+        result = reference.attention(q, keys, cache.values(), multiplier, visibility, softcap=options.cap, sinks=sinks)
     else:
         scales = _scales(q, cache, factor, visibility, left, statistics, backend)
         call = DecodeCall(q, cache, *scales, left, options.cap, sinks)

@@ -82,9 +82,15 @@ def _attend(
     sinks = None if options.sinks is None else options.sinks.to(scale_dtype(q))
     if backend == "reference":
         result = reference.attention(
-            q, k, v, factor.multiplier(q, k, visibility), visibility,
-            softcap=options.cap, sinks=sinks, dropout=dropout,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            factor.multiplier(q, k, visibility),
+            visibility,
+            softcap=options.cap,
+            sinks=sinks,
+            dropout=dropout,
+        )
     else:
         statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visibility)
         constant, query, key = factor.scales(q, k, visibility, statistics)

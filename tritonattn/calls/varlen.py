@@ -80,9 +80,14 @@ def attention_varlen(
     Source: Dao 2023, arXiv:2307.08691, whose flash_attn_varlen_func has these names and this layout.
     """
     options = Options(
-        causal=causal, window=window, softcap=softcap, sinks=sinks, dropout_p=dropout_p, return_aux=return_aux,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        return_aux=return_aux,
         backend=backend,
-    )  # fmt: skip
+    )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     q, k, v = autocast(q, k, v)
     check_varlen(q, k, v, packing, options)

@@ -105,10 +105,8 @@ def _advise(options: argparse.Namespace) -> int:
     from .advise import run
 
     return run(
-        Request(
-            (), options.model, options.text, options.max_tokens, options.device, options.json
-        ), options.context
-    )  # fmt: skip
+        Request((), options.model, options.text, options.max_tokens, options.device, options.json), options.context
+    )
 
 
 def _add_measuring(parser: argparse.ArgumentParser, modes: str) -> None:
@@ -226,18 +224,17 @@ def _add_train_compare(commands: argparse._SubParsersAction) -> None:
     )
     compare.add_argument("--tasks", default="text,digits,spell,recall", metavar="A,B", help="default: %(default)s")
     compare.add_argument(
-        "--modes", metavar="A,B",
+        "--modes",
+        metavar="A,B",
         help="modes, learned scalings (ssmax, power_law, ...), and modes with a learned gain a head (key_count+gain); "
         "default: nine of them, or with --grid sqrt_dim,key_norm_sum+gain",
-    )  # fmt: skip
+    )
     compare.add_argument("--seeds", type=int, metavar="N", help="at least 2 (default: 5; 2 with --quick or --grid)")
     compare.add_argument("--steps", type=int, metavar="N", help="of every run (default: each task's own)")
     compare.add_argument("--grid", action="store_true", help="two modes with several optimizers, rates and decays")
     compare.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     compare.add_argument("--report", action="store_true", help="train nothing: tables and plots of the folder's runs")
-    compare.add_argument(
-        "--out", type=Path, default=Path("train-compare"), metavar="DIR", help="default: %(default)s"
-    )
+    compare.add_argument("--out", type=Path, default=Path("train-compare"), metavar="DIR", help="default: %(default)s")
     compare.add_argument("--device", default="cpu", help="where models train, e.g. cuda (default: %(default)s)")
     compare.set_defaults(run=_train_compare)
 
@@ -274,10 +271,11 @@ def _add_length_study(commands: argparse._SubParsersAction) -> None:
     )
     study.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text (default: all of Alice in Wonderland)")
     study.add_argument(
-        "--modes", metavar="A,B",
+        "--modes",
+        metavar="A,B",
         help=f"{_WRITTEN_MODE} (default: sqrt_dim, sqrt_dim*1.08, qwen_logn:CONTEXT, qwen_logn:2048, "
         "log_key_count:CONTEXT, llama4, key_norm_mean)",
-    )  # fmt: skip
+    )
     study.add_argument("--max-tokens", type=int, metavar="N", help="default: one and a half times the trained context")
     study.add_argument("--bin", type=int, metavar="N", help="positions averaged (default: a 24th of the tokens)")
     study.add_argument("--quick", action="store_true", help="384 tokens, to see that it works")

@@ -96,9 +96,7 @@ def _tune_static(request: Request) -> int:
             break
         with Compiler(target, request.workers) as compiler, tqdm(unit="kernel", desc=target.name) as progress:
             tables = [
-                static_table(gpu, compiler, request.keys, progress.update)
-                for gpu in gpus
-                if gpu.target == target
+                static_table(gpu, compiler, request.keys, progress.update) for gpu in gpus if gpu.target == target
             ]
             if request.keys and not any(table.entries for table in tables):
                 _check_that_it_compiles(compiler, request.keys[0])
@@ -223,9 +221,13 @@ def _search_all(
             try:
                 effort = Effort()
                 result = search(
-                    key, promising(key, compiler, effort.timed), target, device, effort,
+                    key,
+                    promising(key, compiler, effort.timed),
+                    target,
+                    device,
+                    effort,
                     dtypes=tuple(DTYPES[name] for name in request.dtypes),
-                )  # fmt: skip
+                )
             except KeyboardInterrupt:
                 print("stopped: run the command again to go on")
                 stopped = True
@@ -244,12 +246,14 @@ def _search_all(
 def _measured_summary(results: list[Result]) -> str:
     rows = [
         [
-            result.key, shown(result.before), "" if result.entry is None else shown(result.entry.config),
+            result.key,
+            shown(result.before),
+            "" if result.entry is None else shown(result.entry.config),
             "" if result.timing is None else f"{result.timing.median:.4f}",
             "" if result.gain is None else f"{result.gain:.3f}x",
         ]
         for result in results
-    ]  # fmt: skip
+    ]
     return tabulate(rows, ["key", "before", "now", "ms", "gain"], tablefmt="github")
 
 

@@ -20,9 +20,7 @@ def require(command: str, modules: list[str], extra: str) -> None:
     """Raise CommandError naming the missing modules and the pip command that brings them."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise CommandError(
-            f"{command} needs {', '.join(missing)}; to mend it: pip install 'tritonattn[{extra}]'"
-        )
+        raise CommandError(f"{command} needs {', '.join(missing)}; to mend it: pip install 'tritonattn[{extra}]'")
 
 
 def whole_number(text: str) -> int:

@@ -119,6 +119,13 @@ class DecodeCall:
         visible, keys = self.cache.visibility(self.q, self.left), self.cache.keys()
         visible = Visibility.of(self.q, keys, key_ranges=torch.stack(visible.ranges(), dim=-1))
         return AttentionCall(
-            self.q, keys, self.cache.values(), visible, self.scale, self.query_scale, self.key_scale, self.softcap,
+            self.q,
+            keys,
+            self.cache.values(),
+            visible,
+            self.scale,
+            self.query_scale,
+            self.key_scale,
+            self.softcap,
             self.sinks,
-        )  # fmt: skip
+        )

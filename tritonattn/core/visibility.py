@@ -80,7 +80,7 @@ class Visibility:
             mask = None if q_heads == 0 else mask[(None,) * (4 - mask.dim())]
         return cls(
             batch, q_heads, kv_heads, q_len, k_len, q.device, left, right, key_lengths, key_ranges, mask, sequences
-        )  # fmt: skip
+        )
 
     @property
     def rows(self) -> tuple[int, int, int]:

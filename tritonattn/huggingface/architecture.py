@@ -216,4 +216,3 @@ def _first(module: Any, names: tuple[str, ...], config_name: str) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
-

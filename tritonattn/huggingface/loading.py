@@ -153,10 +153,7 @@ def _apply(
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ATTRIBUTE}
     if isinstance(dtypes := getattr(model, "dtype_plan", None), dict):  # the first versions 5
         dtypes[ATTRIBUTE] = torch.float32
-    plans = {
-        one.name: LayerScaling.from_saved(saved[name], query_heads(one.module))
-        for name, one in places.items()
-    }
+    plans = {one.name: LayerScaling.from_saved(saved[name], query_heads(one.module)) for name, one in places.items()}
     return apply(model, found, plans, shared=set())
 
 

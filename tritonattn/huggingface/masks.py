@@ -223,9 +223,7 @@ def _bounds(function: Callable, position: Tensor) -> Bounds | None:
 
 def _remapped(function: Callable, position: Tensor) -> Bounds | None:
     inner, position_ids = _captured(function)
-    own = position_ids.gather(
-        1, position.expand(position_ids.shape[0], -1)
-    )  # [B, Q], steps of 1 in a document
+    own = position_ids.gather(1, position.expand(position_ids.shape[0], -1))  # [B, Q], steps of 1 in a document
     bounds = _bounds(inner, own)
     return None if bounds is None else bounds.shifted(position - own)
 

@@ -78,9 +78,15 @@ def _implementation(one: AttentionModule) -> str:
 
 
 def _observed_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | Tensor | None = None, dropout: float = 0.0, **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | Tensor | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """The module's own attention function, and what it was called with."""
     own = _own_function(module)
     rest = dict(kwargs) if scaling is None else {**kwargs, "scaling": scaling}
@@ -93,9 +99,7 @@ def _observed_forward(
         def aux() -> AttentionAux:
             with torch.no_grad():
                 narrow = key.detach()[..., :1]
-                return cast(
-                    tuple[Tensor, AttentionAux], attention(query, key, narrow, **arguments, return_aux=True)
-                )[1]
+                return cast(tuple[Tensor, AttentionAux], attention(query, key, narrow, **arguments, return_aux=True))[1]
 
         tell(ObservedCall(query, key, out.transpose(1, 2), seen, arguments["softcap"], aux))
     return out, weights

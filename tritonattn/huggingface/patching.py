@@ -187,9 +187,7 @@ def patched(model: nn.Module) -> Patched | None:
     return model.__dict__.get(_HANDLE)
 
 
-def apply(
-    model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling], shared: set[int]
-) -> Patched:
+def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling], shared: set[int]) -> Patched:
     """Put the plans, by module name, into a model, and into its configs or copies of those that are shared."""
     entries = []
     for one in found:

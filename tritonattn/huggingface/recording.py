@@ -49,9 +49,13 @@ def _marks(watched: tuple[Any, ...]) -> Marks:
 
 
 def _same(now: Marks, before: Marks) -> bool:
-    return bool(now) and len(now) == len(before) and all(
-        (x == left if isinstance(x, int) else x is left) and version == old
-        for (x, version), (left, old) in zip(now, before, strict=True)
+    return (
+        bool(now)
+        and len(now) == len(before)
+        and all(
+            (x == left if isinstance(x, int) else x is left) and version == old
+            for (x, version), (left, old) in zip(now, before, strict=True)
+        )
     )
 
 

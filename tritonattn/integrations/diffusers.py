@@ -135,9 +135,16 @@ def _function(scaling: Scaling, backend: str) -> Any:
         elif is_causal:
             k, v, masks = top_left_causal(q, k, v)
         result = attention(
-            q, k, v, scaling=scaling, gain=gain_for(scaling, scale, q.shape[-1]), dropout_p=dropout_p,
-            return_aux=return_lse, backend=backend, **masks,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            scaling=scaling,
+            gain=gain_for(scaling, scale, q.shape[-1]),
+            dropout_p=dropout_p,
+            return_aux=return_lse,
+            backend=backend,
+            **masks,
+        )
         if not isinstance(result, tuple):
             return result.transpose(1, 2)
         out, aux = result

@@ -15,9 +15,20 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 # What needs more than torch and triton, or a command line.
 _LEFT_OUT = (
-    "analysis", "demo", "huggingface", "integrations", "simulation", "texts", "training", "tune",
-    "__main__.py", "advising.py", "cli.py", "command.py", "provenance.py",
-)  # fmt: skip
+    "analysis",
+    "demo",
+    "huggingface",
+    "integrations",
+    "simulation",
+    "texts",
+    "training",
+    "tune",
+    "__main__.py",
+    "advising.py",
+    "cli.py",
+    "command.py",
+    "provenance.py",
+)
 
 _BUILD = """\
 [general]
@@ -120,9 +131,13 @@ def write(folder: Path, repo_id: str, version: int = 1) -> list[str]:
     for backend, variant in zip(BACKENDS, variants, strict=True):
         built, identity = folder / "build" / variant, f"_{NAME}_{backend}_{digest}"
         metadata = {
-            "name": NAME, "id": identity, "version": version, "license": "MIT", "python-depends": [],
+            "name": NAME,
+            "id": identity,
+            "version": version,
+            "license": "MIT",
+            "python-depends": [],
             "backend": {"type": backend},
-        }  # fmt: skip
+        }
         _copy(files, built)
         _write(built / "metadata.json", json.dumps(metadata, indent=2) + "\n")
         _write(built / NAME / "__init__.py", _ONE_FOLDER_DOWN.format(identity=identity))

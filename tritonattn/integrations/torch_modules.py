@@ -61,9 +61,16 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         _refuse_added_keys(add_bias_kv, add_zero_attn)
         super().__init__(
-            embed_dim, num_heads, dropout=dropout, bias=bias, kdim=kdim, vdim=vdim, batch_first=batch_first,
-            device=device, dtype=dtype,
-        )  # fmt: skip
+            embed_dim,
+            num_heads,
+            dropout=dropout,
+            bias=bias,
+            kdim=kdim,
+            vdim=vdim,
+            batch_first=batch_first,
+            device=device,
+            dtype=dtype,
+        )
         self._scaled(scaling, backend)
 
     @classmethod

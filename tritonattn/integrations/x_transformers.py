@@ -22,9 +22,17 @@ except ImportError as error:
 
 # What Attend can do to logits and probabilities that is no scaling; each is off where the attribute is None or False.
 _REFUSED = (
-    "pre_softmax_talking_heads", "post_softmax_talking_heads", "pre_scale_post_talking_heads", "inverted_attention",
-    "cog_signed", "l2_distance", "add_zero_kv", "selective", "cope", "flash_pack_seq",
-)  # fmt: skip
+    "pre_softmax_talking_heads",
+    "post_softmax_talking_heads",
+    "pre_scale_post_talking_heads",
+    "inverted_attention",
+    "cog_signed",
+    "l2_distance",
+    "add_zero_kv",
+    "selective",
+    "cope",
+    "flash_pack_seq",
+)
 _REFUSED_IN_CALLS = {
     "attn_bias": "a bias on the logits (alibi, relative positions)",
     "prev_attn": "logits of the layer before (residual_attn)",
@@ -71,10 +79,18 @@ class ScaledAttend(nn.Module):
         if mask is not None and mask.dim() == 2:
             mask = mask[:, None, None]
         out = attention(
-            q, k, v, scaling=self.scaling, gain=gain_for(self.scaling, self.scale, q.shape[-1]),
-            causal=self.causal if causal is None else causal, mask=mask, softcap=self.softcap,
-            sinks=self.head_attn_sink, dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            scaling=self.scaling,
+            gain=gain_for(self.scaling, self.scale, q.shape[-1]),
+            causal=self.causal if causal is None else causal,
+            mask=mask,
+            softcap=self.softcap,
+            sinks=self.head_attn_sink,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
         return cast(Tensor, out), Intermediates()
 
 

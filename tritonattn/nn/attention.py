@@ -177,8 +177,13 @@ class ScaledAttention(nn.Module):
             NotImplementedError: A gradient through a cache.
         """
         if cache is not None:
-            others = {"context": context, "key_lengths": key_lengths, "key_ranges": key_ranges, "mask": mask,
-                      "cu_seqlens": cu_seqlens}  # fmt: skip
+            others = {
+                "context": context,
+                "key_lengths": key_lengths,
+                "key_ranges": key_ranges,
+                "mask": mask,
+                "cu_seqlens": cu_seqlens,
+            }
             _refuse_beside("cache", others)
             return self._joined(self._cached(x, cache, counts))
         _refuse_beside("no cache", {"counts": counts})
@@ -189,10 +194,20 @@ class ScaledAttention(nn.Module):
             return self._packed(x, cu_seqlens, max_seqlen)
         q, k, v = self.operands(x, context)
         out = attention(
-            q, k, v, scaling=self.scaling, causal=self.causal, window=self.window, key_lengths=key_lengths,
-            key_ranges=key_ranges, mask=mask, dropout_p=self.dropout_p if self.training else 0.0,
-            softcap=self.softcap, sinks=self.sinks, backend=self.backend,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            scaling=self.scaling,
+            causal=self.causal,
+            window=self.window,
+            key_lengths=key_lengths,
+            key_ranges=key_ranges,
+            mask=mask,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            backend=self.backend,
+        )
         return self._joined(cast(Tensor, out))
 
     def operands(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,8 +224,10 @@ class ScaledAttention(nn.Module):
             axes = f"[B, Sk, context_width = {self.context_width}]"
             _check_features("context", context, axes, self.context_width)
         y = x if context is None else context
-        q, k, v = (project(z).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project, z in (
-            (self.q_proj, x), (self.k_proj, y), (self.v_proj, y)))  # fmt: skip
+        q, k, v = (
+            project(z).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project, z in ((self.q_proj, x), (self.k_proj, y), (self.v_proj, y))
+        )
         return self.q_norm(q), self.k_norm(k), v
 
     def _joined(self, out: Tensor) -> Tensor:
@@ -227,10 +244,21 @@ class ScaledAttention(nn.Module):
         q, k = self.positioned(q, k, (row - cu_seqlens[sequence])[None])
         q, k, v = (z[0].transpose(0, 1) for z in (q, k, v))  # [T, H, D]
         out = attention_varlen(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scaling=self.scaling, causal=self.causal,
-            window=self.window, dropout_p=self.dropout_p if self.training else 0.0, softcap=self.softcap,
-            sinks=self.sinks, backend=self.backend,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            scaling=self.scaling,
+            causal=self.causal,
+            window=self.window,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            backend=self.backend,
+        )
         return self.o_proj(cast(Tensor, out).flatten(1))
 
     def _cached(self, x: Tensor, cache: KeyValueCache, counts: Tensor | None) -> Tensor:
@@ -248,9 +276,14 @@ class ScaledAttention(nn.Module):
         settings = {"scaling": self.scaling, "softcap": self.softcap, "sinks": self.sinks, "backend": self.backend}
         if counts is None and x.shape[1] <= LONGEST_QUERY:
             out = attention_decode(
-                q, cache.k, cache.v, key_lengths=cache.lengths, statistics=cache.statistics, window=self.window,
+                q,
+                cache.k,
+                cache.v,
+                key_lengths=cache.lengths,
+                statistics=cache.statistics,
+                window=self.window,
                 **settings,
-            )  # fmt: skip
+            )
             return cast(Tensor, out)
         left, _ = window_sides(self.window)
         first = torch.zeros_like(own) if left is None else (own - left).clamp(min=0)

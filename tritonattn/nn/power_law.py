@@ -68,9 +68,7 @@ class PowerLaw(Learned):
         if not isinstance(mode, str) or mode not in POINTS:
             raise ValueError(f"mode: expected one of {', '.join(POINTS)}, got {mode!r}")
         check_dtype(dtype)
-        a, b, c = (
-            nn.Parameter(torch.full((heads,), x, device=device, dtype=dtype)) for x in POINTS[mode]
-        )  # fmt: skip
+        a, b, c = (nn.Parameter(torch.full((heads,), x, device=device, dtype=dtype)) for x in POINTS[mode])
         self.theta = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype))
         self.dim_exponent = a.requires_grad_(False)
         self.count_exponent = b

@@ -64,22 +64,54 @@ class _Flat(NamedTuple):
             starts = (sequences.q_starts, sequences.k_starts)
             longest = (sequences.longest_q, sequences.longest_k)
         return cls(
-            call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks,
-            visible.key_lengths, visible.key_ranges, visible.mask, *starts, state,
-            call.scale, visible.left, visible.right, *longest, call.softcap, p, aux, keep_rounding, backend,
-        )  # fmt: skip
+            call.q,
+            call.k,
+            call.v,
+            call.query_scale,
+            call.key_scale,
+            call.sinks,
+            visible.key_lengths,
+            visible.key_ranges,
+            visible.mask,
+            *starts,
+            state,
+            call.scale,
+            visible.left,
+            visible.right,
+            *longest,
+            call.softcap,
+            p,
+            aux,
+            keep_rounding,
+            backend,
+        )
 
     def call(self) -> AttentionCall:
         sequences = None
         if self.q_starts is not None and self.k_starts is not None:
             sequences = Sequences(self.q_starts, self.k_starts, self.longest_q, self.longest_k)
         visibility = Visibility.of(
-            self.q, self.k, window=(self.left, self.right), key_lengths=self.key_lengths,
-            key_ranges=self.key_ranges, mask=self.mask, sequences=sequences,
-        )  # fmt: skip
+            self.q,
+            self.k,
+            window=(self.left, self.right),
+            key_lengths=self.key_lengths,
+            key_ranges=self.key_ranges,
+            mask=self.mask,
+            sequences=sequences,
+        )
         dropout = None if self.dropout_state is None else Dropout(self.dropout_p, self.dropout_state)
-        return AttentionCall(self.q, self.k, self.v, visibility, self.scale, self.query_scale, self.key_scale,
-                             self.softcap, self.sinks, dropout)  # fmt: skip
+        return AttentionCall(
+            self.q,
+            self.k,
+            self.v,
+            visibility,
+            self.scale,
+            self.query_scale,
+            self.key_scale,
+            self.softcap,
+            self.sinks,
+            dropout,
+        )
 
 
 # What of _Flat can have a gradient, and what of it is tensors: its first fields.
@@ -223,13 +255,53 @@ class _Attention(Function):
 
     @staticmethod
     def forward(
-        q, k, v, query_scale, key_scale, sinks, key_lengths, key_ranges, mask, q_starts, k_starts, dropout_state,
-        scale, left, right, longest_q, longest_k, softcap, dropout_p, aux, keep_rounding, backend,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        query_scale,
+        key_scale,
+        sinks,
+        key_lengths,
+        key_ranges,
+        mask,
+        q_starts,
+        k_starts,
+        dropout_state,
+        scale,
+        left,
+        right,
+        longest_q,
+        longest_k,
+        softcap,
+        dropout_p,
+        aux,
+        keep_rounding,
+        backend,
+    ):
         return _forward_operator(
-            q, k, v, query_scale, key_scale, sinks, key_lengths, key_ranges, mask, q_starts, k_starts, dropout_state,
-            scale, left, right, longest_q, longest_k, softcap, dropout_p, aux, keep_rounding, backend,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            query_scale,
+            key_scale,
+            sinks,
+            key_lengths,
+            key_ranges,
+            mask,
+            q_starts,
+            k_starts,
+            dropout_state,
+            scale,
+            left,
+            right,
+            longest_q,
+            longest_k,
+            softcap,
+            dropout_p,
+            aux,
+            keep_rounding,
+            backend,
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -41,15 +41,26 @@ class _Flat(NamedTuple):
     def of(cls, call: DecodeCall, backend: str, aux: bool) -> _Flat:
         cache = call.cache
         return cls(
-            call.q, cache.k, cache.v, cache.key_lengths, cache.block_table, call.query_scale, call.key_scale,
-            call.sinks, call.scale, call.left, call.softcap, aux, backend,
-        )  # fmt: skip
+            call.q,
+            cache.k,
+            cache.v,
+            cache.key_lengths,
+            cache.block_table,
+            call.query_scale,
+            call.key_scale,
+            call.sinks,
+            call.scale,
+            call.left,
+            call.softcap,
+            aux,
+            backend,
+        )
 
     def call(self) -> DecodeCall:
         cache = Cache(self.k, self.v, self.key_lengths, self.block_table)
         return DecodeCall(
             self.q, cache, self.scale, self.query_scale, self.key_scale, self.left, self.softcap, self.sinks
-        )  # fmt: skip
+        )
 
 
 def decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:

@@ -180,6 +180,9 @@ def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
 
 
 for _operator in (
-    _prefix_sums_operator, _argmax_operator, _key_lengths_operator, _key_lengths_backward_operator,
-):  # fmt: skip
+    _prefix_sums_operator,
+    _argmax_operator,
+    _key_lengths_operator,
+    _key_lengths_backward_operator,
+):
     _operator.register_vmap(partial(_vmap, _operator))

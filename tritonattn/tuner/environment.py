@@ -12,10 +12,15 @@ import torch
 def environment() -> dict[str, str]:
     """Versions, then what the kernels run with, in the order in which they are printed; triton may be missing."""
     facts = {
-        "tritonattn": _version("tritonattn"), "torch": torch.__version__, "triton": _version("triton"),
-        "transformers": _version("transformers"), "python": platform.python_version(),
-        "platform": platform.platform(), "cuda": str(torch.version.cuda), "hip": str(torch.version.hip),
-    }  # fmt: skip
+        "tritonattn": _version("tritonattn"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": str(torch.version.cuda),
+        "hip": str(torch.version.hip),
+    }
     if find_spec("triton") is None:
         return facts | {"kernels run": "never: triton is not installed"}
     from .in_use import kernel_facts

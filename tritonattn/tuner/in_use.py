@@ -20,9 +20,10 @@ def kernel_facts() -> dict[str, str]:
     facts = {
         "kernels": kernels_fingerprint(),
         "kernels run": "in Triton's interpreter (TRITON_INTERPRET=1)" if launch.interpreting else "compiled",
-        "shipped tables": _told(cache_dir.shipped_tables), "user cache": _told(cache_dir.user_cache),
+        "shipped tables": _told(cache_dir.shipped_tables),
+        "user cache": _told(cache_dir.user_cache),
         "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", "not set"),
-    }  # fmt: skip
+    }
     if not torch.cuda.is_available():
         return facts | {"GPU": "none"}
     for index in range(torch.cuda.device_count()):

@@ -41,7 +41,7 @@ RATES = {
     "90": Rates("H100", 4096, 128, 233472, 64, 32),
     "100": Rates("B200", 8192, 128, 233472, 64, 32),
     "120": Rates("RTX PRO 6000", 1024, 128, 102400, 48, 24),
-}  # fmt: skip
+}
 
 
 def programs_per_sm(rates: Rates, registers: int, shared_bytes: int, tensor_memory: int, warps: int) -> int:

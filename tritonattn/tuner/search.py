@@ -57,9 +57,14 @@ class Result:
 
 
 def search(
-    key: Key, configs: list[TileConfig], target: Target, device: torch.device, effort: Effort,
-    size: Size | None = None, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
-) -> Result:  # fmt: skip
+    key: Key,
+    configs: list[TileConfig],
+    target: Target,
+    device: torch.device,
+    effort: Effort,
+    size: Size | None = None,
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
+) -> Result:
     """Time configs for a key, the one in use among them, and check each against the reference, in every dtype.
 
     Where the card's memory does not hold the operands, the result says so. Raises SearchError where a config leaves the
@@ -88,8 +93,10 @@ def _search(
         return Result(key, before, None, None, None, wrong)
     taken = take_turns(
         {str(number): _Running(workloads, key, config) for number, config in enumerate(configs)},
-        device, effort.rounds, effort.warm_up,
-    )  # fmt: skip
+        device,
+        effort.rounds,
+        effort.warm_up,
+    )
     timings = [Timing.of(milliseconds) for milliseconds in taken.values()]
     order = sorted(range(len(configs)), key=lambda number: timings[number].median)
     best = order[0]
@@ -109,9 +116,7 @@ def promising(key: Key, compiler: Compiler, most: int) -> list[TileConfig]:
     if all(one.code is None for one in examined):
         raise SearchError(f"{key}: no config compiles; {examined[0].config}: {'; '.join(examined[0].reasons)}")
     clocks = {
-        one.config: modelled_clocks(key.kernel, problem, one, target, processors)
-        for one in examined
-        if not one.reasons
+        one.config: modelled_clocks(key.kernel, problem, one, target, processors) for one in examined if not one.reasons
     }
     return sorted(clocks, key=clocks.__getitem__)[:most]
 
@@ -163,12 +168,16 @@ def _details(workloads: list[Workload], device: torch.device, timing: Timing) ->
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     size = workloads[0].size
     return {
-        "card": card, "driver": card_state(device).get("driver_version", "unknown"),
-        "torch": torch.__version__, "triton": triton.__version__, "date": date.today().isoformat(),
+        "card": card,
+        "driver": card_state(device).get("driver_version", "unknown"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": date.today().isoformat(),
         "shape": [size.batch, size.heads, size.length, workloads[0].key.head_dim],
         "dtypes": [str(workload.dtype).removeprefix("torch.") for workload in workloads],
-        "milliseconds": round(timing.median, 4), "quartiles": [round(timing.lower, 4), round(timing.upper, 4)],
-    }  # fmt: skip
+        "milliseconds": round(timing.median, 4),
+        "quartiles": [round(timing.lower, 4), round(timing.upper, 4)],
+    }
 
 
 def pending(keys: Iterable[Key], done: dict[Key, Entry]) -> list[Key]:

@@ -70,9 +70,11 @@ def static_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Prog
             code = found.code
             assert code is not None
             details = {
-                "triton": triton.__version__, "registers": code.registers, "spill_bytes": code.spill_bytes,
+                "triton": triton.__version__,
+                "registers": code.registers,
+                "spill_bytes": code.spill_bytes,
                 "shared_bytes": code.shared_bytes,
-            }  # fmt: skip
+            }
             entries[key] = Entry(found.config, "static", details)
     return Table(gpu.name, gpu.target, kernels_fingerprint(), entries)
 

@@ -120,7 +120,7 @@ class Workload:
         query_scale, key_scale = (
             None if x is None else self._heads(x, end).to(wide).requires_grad_()
             for x in (call.query_scale, call.key_scale)
-        )  # fmt: skip
+        )
         multiplier = torch.full((1, 1, 1, 1), call.scale, dtype=wide, device=q.device)
         if query_scale is not None:
             multiplier = multiplier * query_scale[..., None]

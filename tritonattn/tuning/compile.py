@@ -13,15 +13,40 @@ from .defaults import default_config
 _SCALAR_TYPES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
 WIDEST = 256  # head dim
 _OPTIONAL = (
-    "key_lengths", "key_ranges", "mask", "query_scale", "key_scale", "left", "right", "softcap", "sinks", "dropout",
+    "key_lengths",
+    "key_ranges",
+    "mask",
+    "query_scale",
+    "key_scale",
+    "left",
+    "right",
+    "softcap",
+    "sinks",
+    "dropout",
     "block_table",
-)  # fmt: skip
+)
 _POINTER_TYPES = {
-    "key_lengths": "i32", "cache_lengths": "i32", "block_table": "i32", "key_ranges": "i32", "row_bounds": "i32",
-    "q_starts": "i32", "k_starts": "i32", "mask": "u8", "seen": "u8", "dropout": "i64",
-    "bounds": "i32", "sums": "fp64", "length_sums": "fp64", "square_sums": "fp64", "counts": "i64",
-    "counts_after": "i64", "keys_seen": "u8", "lo": "i64", "hi": "i64", "argmax": "i64",
-}  # fmt: skip
+    "key_lengths": "i32",
+    "cache_lengths": "i32",
+    "block_table": "i32",
+    "key_ranges": "i32",
+    "row_bounds": "i32",
+    "q_starts": "i32",
+    "k_starts": "i32",
+    "mask": "u8",
+    "seen": "u8",
+    "dropout": "i64",
+    "bounds": "i32",
+    "sums": "fp64",
+    "length_sums": "fp64",
+    "square_sums": "fp64",
+    "counts": "i64",
+    "counts_after": "i64",
+    "keys_seen": "u8",
+    "lo": "i64",
+    "hi": "i64",
+    "argmax": "i64",
+}
 _DATA_POINTERS = ("q", "k", "v", "out", "rounding", "d_out", "d_q", "d_k", "d_v")
 
 

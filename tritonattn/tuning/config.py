@@ -15,17 +15,34 @@ from ..kernels import primitives
 TILED_KERNELS = ("forward", "grad_key_value", "grad_query", "decode")
 _DESCRIBED = TILED_KERNELS[:3]  # those that can load by the tensor memory accelerator
 STREAMING_KERNELS = (
-    "row_terms", "key_statistics", "prefix_sums", "key_statistics_grad", "append_keys", "row_bounds", "keys_seen",
-    "argmax_of_ranges", "decode_combine",
-)  # fmt: skip
+    "row_terms",
+    "key_statistics",
+    "prefix_sums",
+    "key_statistics_grad",
+    "append_keys",
+    "row_bounds",
+    "keys_seen",
+    "argmax_of_ranges",
+    "decode_combine",
+)
 
 ROW_TERMS_ALIGNMENT = primitives.ROW_TERMS_ALIGNMENT.value
 
 # Largest shared memory of one block in bytes (CUDA C++ Programming Guide, table of compute capabilities; AMD LDS).
 _SHARED_BYTES = {
-    "80": 166912, "86": 101376, "87": 166912, "89": 101376, "90": 232448, "100": 232448, "103": 232448,
-    "120": 101376, "121": 101376, "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840,
-}  # fmt: skip
+    "80": 166912,
+    "86": 101376,
+    "87": 166912,
+    "89": 101376,
+    "90": 232448,
+    "100": 232448,
+    "103": 232448,
+    "120": 101376,
+    "121": 101376,
+    "gfx90a": 65536,
+    "gfx942": 65536,
+    "gfx950": 163840,
+}
 TENSOR_MEMORY_COLUMNS = 512  # of 128 rows and 4 bytes, a program
 
 

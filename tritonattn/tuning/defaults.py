@@ -85,8 +85,14 @@ _STREAMING_TILES = {
     "argmax_of_ranges": TileConfig(64, 128, 16, 1),
 }
 _FAMILIES = {
-    "80": "sm_80", "87": "sm_80", "90": "sm_90", "100": "sm_100", "103": "sm_100", "120": "sm_120", "121": "sm_120",
-}  # fmt: skip
+    "80": "sm_80",
+    "87": "sm_80",
+    "90": "sm_90",
+    "100": "sm_100",
+    "103": "sm_100",
+    "120": "sm_120",
+    "121": "sm_120",
+}
 
 
 def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:

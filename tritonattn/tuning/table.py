@@ -66,10 +66,15 @@ class Key(NamedTuple):
         """A call of this key, causal."""
         dim, right = self.head_dim, self.kernel != "decode"
         return Problem(
-            dim, dim, torch.bfloat16, right=right, short=self.lengths == "short",
-            query_scale="query" in self.scales, key_scale="key" in self.scales,
+            dim,
+            dim,
+            torch.bfloat16,
+            right=right,
+            short=self.lengths == "short",
+            query_scale="query" in self.scales,
+            key_scale="key" in self.scales,
             query_scale_grad="gradient" in self.scales,
-        )  # fmt: skip
+        )
 
 
 def key_of(kernel: str, problem: Problem) -> Key | None:

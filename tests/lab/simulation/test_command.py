@@ -30,8 +30,14 @@ def test_everything(tmp_path, capsys):
     file, folder = tmp_path / "a.json", tmp_path / "plots"
     assert simulate("--json", str(file), "--plot", str(folder), "--seed", "3") == 0
     printed = capsys.readouterr().out
-    for part in ("32 keys, 500 queries", "entropy / ln n, by number of keys", "by kind of keys; n = 40, d = 4",
-                 "by dimension; gaussian keys, n = 40", "Reach with that gain", "seed 3"):  # fmt: skip
+    for part in (
+        "32 keys, 500 queries",
+        "entropy / ln n, by number of keys",
+        "by kind of keys; n = 40, d = 4",
+        "by dimension; gaussian keys, n = 40",
+        "Reach with that gain",
+        "seed 3",
+    ):
         assert part in printed
     record = json.loads(file.read_text())
     assert record["seed"] == 3
@@ -39,9 +45,13 @@ def test_everything(tmp_path, capsys):
     assert len(record["paper"]) == 6
     points = record["sweep"]["points"]
     assert [(x["keys"], x["count"], x["dim"]) for x in points] == [
-        ("gaussian", 2, 4), ("gaussian", 40, 4), ("gaussian", 2, 6), ("gaussian", 40, 6), ("few giants", 2, 4),
+        ("gaussian", 2, 4),
+        ("gaussian", 40, 4),
+        ("gaussian", 2, 6),
+        ("gaussian", 40, 6),
+        ("few giants", 2, 4),
         ("few giants", 40, 4),
-    ]  # fmt: skip
+    ]
     for point in points:
         assert list(point["modes"]) == ["sqrt_dim", "key_norm_sum", "cosine"]
         for values in point["modes"].values():
@@ -92,7 +102,7 @@ def test_one_point_has_nothing_to_compare(capsys):
         (["--json", "/dev/null/a.json"], ["--json", "/dev/null"]),
         (["--plot", __file__], ["--plot", "test_command.py"]),
     ],
-)  # fmt: skip
+)
 def test_wrong_usage_is_named_before_any_work(arguments, parts, capsys):
     assert cli.main(["simulate", *arguments]) == 2
     captured = capsys.readouterr()

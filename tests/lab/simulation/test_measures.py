@@ -95,9 +95,14 @@ def test_every_kind_of_keys(keys):
 def test_points_vary_one_axis_at_a_time_around_the_first():
     points = points_of((2, 8), (64, 16), ("gaussian", "log-normal"))
     assert points == [
-        Point(*x) for x in (
-            ("gaussian", 2, 64), ("gaussian", 8, 64), ("gaussian", 2, 16), ("gaussian", 8, 16),
-            ("log-normal", 2, 64), ("log-normal", 8, 64),
+        Point(*x)
+        for x in (
+            ("gaussian", 2, 64),
+            ("gaussian", 8, 64),
+            ("gaussian", 2, 16),
+            ("gaussian", 8, 16),
+            ("log-normal", 2, 64),
+            ("log-normal", 8, 64),
         )
-    ]  # fmt: skip
+    ]
     assert MEASURES == tuple(Measures.__dataclass_fields__)

@@ -10,9 +10,11 @@ from tritonattn.lab.simulation.verdict import CONDITIONS, Batch, Condition, Curv
 
 CPU = torch.device("cpu")
 SAME, COUNTS, BETWEEN, WITHIN = (
-    Condition("same"), Condition("counts", fold=16), Condition("between", lengths="between"),
+    Condition("same"),
+    Condition("counts", fold=16),
+    Condition("between", lengths="between"),
     Condition("within", lengths="within"),
-)  # fmt: skip
+)
 
 
 def batch_of(condition, sets=6):
@@ -40,8 +42,13 @@ def test_batches():
 
 def test_conditions_are_those_of_the_verdict():
     assert [(x.fold, x.lengths) for x in CONDITIONS] == [
-        (1, None), (2, None), (256, None), (1, "between"), (1, "within"), (256, "between"),
-    ]  # fmt: skip
+        (1, None),
+        (2, None),
+        (256, None),
+        (1, "between"),
+        (1, "within"),
+        (256, "between"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["same", "counts"])
@@ -70,8 +77,9 @@ def test_reach_far_from_its_best(batches):
 
 
 def test_homogeneous_rows_are_served_alike_by_all_modes(batches):
-    one, two, three = (reach_of(batches["same"][0], mode, batches["same"][1]) for mode in
-                       ("sqrt_dim", "key_norm_sum", "key_count"))  # fmt: skip
+    one, two, three = (
+        reach_of(batches["same"][0], mode, batches["same"][1]) for mode in ("sqrt_dim", "key_norm_sum", "key_count")
+    )
     assert one.tuned == pytest.approx(two.tuned, abs=0.005)
     assert one.tuned == pytest.approx(three.tuned, abs=0.005)
     assert two.gain / one.gain == pytest.approx(256, rel=0.2)
@@ -81,16 +89,20 @@ def test_homogeneous_rows_are_served_alike_by_all_modes(batches):
 
 
 def test_sums_of_lengths_lose_where_counts_vary(batches):
-    plain, sums, means = (reach_of(batches["counts"][0], mode, batches["counts"][1]) for mode in
-                          ("sqrt_dim", "key_norm_sum", "key_norm_mean"))  # fmt: skip
+    plain, sums, means = (
+        reach_of(batches["counts"][0], mode, batches["counts"][1])
+        for mode in ("sqrt_dim", "key_norm_sum", "key_norm_mean")
+    )
     assert sums.tuned < plain.tuned - 0.05
     assert sums.unevenness > 3 * plain.unevenness
     assert means.tuned == pytest.approx(plain.tuned, abs=1e-6)
 
 
 def test_they_win_where_lengths_vary_between_sequences_as_means_do(batches):
-    plain, sums, means = (reach_of(batches["between"][0], mode, batches["between"][1]) for mode in
-                          ("sqrt_dim", "key_norm_sum", "key_norm_mean"))  # fmt: skip
+    plain, sums, means = (
+        reach_of(batches["between"][0], mode, batches["between"][1])
+        for mode in ("sqrt_dim", "key_norm_sum", "key_norm_mean")
+    )
     assert sums.unevenness < plain.unevenness / 2
     assert sums.unevenness == pytest.approx(means.unevenness)
     assert sums.tuned == pytest.approx(means.tuned, abs=0.005)

@@ -27,11 +27,25 @@ RECIPE = Recipe("adamw", 1e-2, 0.01, 3, 4)
 
 def a_run(mode: str = "sqrt_dim", seed: int = 0, metric: float = 0.9, **changes) -> Run:
     own = Run(
-        task="digits", mode=mode, seed=seed, recipe=RECIPE, environment=ENVIRONMENT, command="c", date="2026-01-01",
-        status="trained", quick=False, data="d", seconds=1.0, steps=[1, 2], train_loss=[2.0, 1.0],
-        held_out_loss=[2.0, 1.5], gradients={"a qk": [0.1, 0.2], "a vo": [1.0, 1.0]}, entropy={"a": [0.9, 0.5]},
-        steps_to_target=2, metrics={"accuracy": metric},
-    )  # fmt: skip
+        task="digits",
+        mode=mode,
+        seed=seed,
+        recipe=RECIPE,
+        environment=ENVIRONMENT,
+        command="c",
+        date="2026-01-01",
+        status="trained",
+        quick=False,
+        data="d",
+        seconds=1.0,
+        steps=[1, 2],
+        train_loss=[2.0, 1.0],
+        held_out_loss=[2.0, 1.5],
+        gradients={"a qk": [0.1, 0.2], "a vo": [1.0, 1.0]},
+        entropy={"a": [0.9, 0.5]},
+        steps_to_target=2,
+        metrics={"accuracy": metric},
+    )
     return replace(own, **changes)
 
 
@@ -158,9 +172,14 @@ def test_a_diverged_run_is_counted_and_left_out_of_means():
 
 @pytest.mark.parametrize(
     ("count", "length", "wanted"),
-    [(0.1, -0.1, "sqrt_dim"), (-0.9, 0.0, "key_count"), (-0.4, 0.1, "sqrt_key_count"), (0.1, -0.8, "key_norm_mean"),
-     (-1.1, -0.9, "key_norm_sum")],
-)  # fmt: skip
+    [
+        (0.1, -0.1, "sqrt_dim"),
+        (-0.9, 0.0, "key_count"),
+        (-0.4, 0.1, "sqrt_key_count"),
+        (0.1, -0.8, "key_norm_mean"),
+        (-1.1, -0.9, "key_norm_sum"),
+    ],
+)
 def test_the_nearest_named_mode(count, length, wanted):
     assert report.nearest_point(count, length)[0] == wanted
 

@@ -12,9 +12,14 @@ from .tiles import Block, Heads, Tiles, exp_, logits_of
 
 
 def backward(
-    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Needs,
+    call: AttentionCall,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    needs: Needs,
     rounding: Tensor | None = None,
-) -> Gradients:  # fmt: skip
+) -> Gradients:
     """The gradients that `needs`, a bool for each, asks for.
 
     out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding as `forward` left them; d_out and d_lse alike, any strides.

@@ -106,9 +106,13 @@ def _attention(call: AttentionCall) -> Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     width, value_width = max(q.shape[-1], v.shape[-1]), v.shape[-1]
     out = scaled_dot_product_attention(
-        _for_kernel(q, width), _for_kernel(k, width), _for_kernel(v, width), scale=scale,
-        is_causal=_as_bool(not call.visibility.is_full), enable_gqa=_as_bool(q.shape[1] != k.shape[1]),
-    )  # fmt: skip
+        _for_kernel(q, width),
+        _for_kernel(k, width),
+        _for_kernel(v, width),
+        scale=scale,
+        is_causal=_as_bool(not call.visibility.is_full),
+        enable_gqa=_as_bool(q.shape[1] != k.shape[1]),
+    )
     out = out if value_width == width else out[..., :value_width]
     return out if mean_value is None else out + mean_value.repeat_interleave(q.shape[1] // mean_value.shape[1], 1)
 

@@ -167,8 +167,7 @@ class Tiles:
             return [whole]
         q_starts, k_starts = visible.sequences.q_starts.tolist(), visible.sequences.k_starts.tolist()
         parts = [
-            (slice(*rows), slice(*keys))
-            for rows, keys in zip(pairwise(q_starts), pairwise(k_starts), strict=True)
+            (slice(*rows), slice(*keys)) for rows, keys in zip(pairwise(q_starts), pairwise(k_starts), strict=True)
         ]
         return [*parts, (slice(q_starts[-1], visible.q_len), slice(0, 0))]
 

@@ -35,9 +35,14 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
 
 
 def backward(
-    call: AttentionCall, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, needs: Needs,
+    call: AttentionCall,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    needs: Needs,
     rounding: Tensor | None = None,
-) -> Gradients:  # fmt: skip
+) -> Gradients:
     """Gradients by the row-terms, grad_query and grad_key_value kernels.
 
     out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in q's dtype and d_lse fp32 [B, Hq, Sq], any
@@ -224,18 +229,21 @@ def _call_arguments(call: AttentionCall) -> Arguments:
     """The arguments that the forward and both backward kernels share."""
     visible, dropout = call.visibility, call.dropout
     arguments = {
-        "q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v,
-        "query_scale_ptr": call.query_scale, "key_scale_ptr": call.key_scale,
+        "q_ptr": call.q,
+        "k_ptr": call.k,
+        "v_ptr": call.v,
+        "query_scale_ptr": call.query_scale,
+        "key_scale_ptr": call.key_scale,
         "sinks_ptr": None if call.sinks is None else call.sinks.contiguous(),
         "dropout_ptr": None if dropout is None else dropout.state,
         "keep_from": 0 if dropout is None else dropout.threshold - 2**31,
         "keep_scale": 1.0 if dropout is None else 1 / (1 - dropout.p),
-        "scale": float(call.scale), "softcap": None if call.softcap is None else float(call.softcap),
-        "q_heads": visible.q_heads, "group": visible.q_heads // visible.kv_heads,
-    }  # fmt: skip
-    arguments |= stride_arguments(
-        q=call.q, k=call.k, v=call.v, query_scale=call.query_scale, key_scale=call.key_scale
-    )  # fmt: skip
+        "scale": float(call.scale),
+        "softcap": None if call.softcap is None else float(call.softcap),
+        "q_heads": visible.q_heads,
+        "group": visible.q_heads // visible.kv_heads,
+    }
+    arguments |= stride_arguments(q=call.q, k=call.k, v=call.v, query_scale=call.query_scale, key_scale=call.key_scale)
     return arguments | _visibility_arguments(call)
 
 

@@ -53,9 +53,19 @@ def decode(call: DecodeCall, aux: bool) -> ForwardResult:
     cache = call.cache
     k, v = (cache.k, cache.v) if cache.block_table is None else (cache.k.transpose(1, 2), cache.v.transpose(1, 2))
     rows = _Rows(
-        call.q, k, v, cache.capacity, call.scale, call.query_scale, call.key_scale, call.left, call.softcap, call.sinks,
-        cache.key_lengths, block_table=cache.block_table,
-    )  # fmt: skip
+        call.q,
+        k,
+        v,
+        cache.capacity,
+        call.scale,
+        call.query_scale,
+        call.key_scale,
+        call.left,
+        call.softcap,
+        call.sinks,
+        cache.key_lengths,
+        block_table=cache.block_table,
+    )
     return _attend(rows, aux)
 
 
@@ -72,9 +82,19 @@ def attend_few_rows(call: AttentionCall, aux: bool) -> ForwardResult | None:
     if visible.q_len > LONGEST_QUERY or not stand_at_the_end or (narrowed and visible.left is not None):
         return None
     rows = _Rows(
-        call.q, call.k, call.v, visible.k_len, call.scale, call.query_scale, call.key_scale, visible.left, call.softcap,
-        call.sinks, visible.key_lengths, visible.key_ranges,
-    )  # fmt: skip
+        call.q,
+        call.k,
+        call.v,
+        visible.k_len,
+        call.scale,
+        call.query_scale,
+        call.key_scale,
+        visible.left,
+        call.softcap,
+        call.sinks,
+        visible.key_lengths,
+        visible.key_ranges,
+    )
     return _attend(rows, aux)
 
 
@@ -141,16 +161,25 @@ def _arguments(rows: _Rows) -> Arguments:
     if lengths is not None and lengths.dtype not in (torch.int32, torch.int64):
         lengths = bounded(lengths, rows.capacity)
     arguments = {
-        "q_ptr": rows.q, "k_ptr": rows.k, "v_ptr": rows.v, "query_scale_ptr": rows.query_scale,
+        "q_ptr": rows.q,
+        "k_ptr": rows.k,
+        "v_ptr": rows.v,
+        "query_scale_ptr": rows.query_scale,
         "key_scale_ptr": rows.key_scale,
         "cache_lengths_ptr": None if lengths is None else lengths.contiguous(),
         "key_ranges_ptr": None if ranges is None else bounded(ranges, rows.capacity).contiguous(),
         "block_table_ptr": None if table is None else table.contiguous(),
-        "scale": float(rows.scale), "softcap": None if rows.softcap is None else float(rows.softcap),
-        "left": None if rows.left is None else min(rows.left, rows.capacity), "q_len": rows.q.shape[2],
-        "capacity": rows.capacity, "page": rows.k.shape[2], "pages": rows.k.shape[0],
-        "table_len": 0 if table is None else table.shape[1], "q_heads": rows.q.shape[1], "group": rows.group,
-    }  # fmt: skip
+        "scale": float(rows.scale),
+        "softcap": None if rows.softcap is None else float(rows.softcap),
+        "left": None if rows.left is None else min(rows.left, rows.capacity),
+        "q_len": rows.q.shape[2],
+        "capacity": rows.capacity,
+        "page": rows.k.shape[2],
+        "pages": rows.k.shape[0],
+        "table_len": 0 if table is None else table.shape[1],
+        "q_heads": rows.q.shape[1],
+        "group": rows.group,
+    }
     return arguments | stride_arguments(
         q=rows.q, k=rows.k, v=rows.v, query_scale=rows.query_scale, key_scale=rows.key_scale
-    )  # fmt: skip
+    )

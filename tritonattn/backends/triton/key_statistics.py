@@ -47,9 +47,14 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
     arguments = _key_arguments(k, None) | {
         "new_lengths_ptr": key_lengths(k, None) if k.shape[2] > _FEW_KEYS else None,
         "new_counts_ptr": None if new_counts is None else new_counts.long().contiguous(),
-        "counts_ptr": counts, "counts_after_ptr": counts_after, "lengths_ptr": lengths, "length_sums_ptr": length_sums,
-        "square_sums_ptr": square_sums, "length_maxima_ptr": length_maxima, "capacity": lengths.shape[2] - 1,
-    }  # fmt: skip
+        "counts_ptr": counts,
+        "counts_after_ptr": counts_after,
+        "lengths_ptr": lengths,
+        "length_sums_ptr": length_sums,
+        "square_sums_ptr": square_sums,
+        "length_maxima_ptr": length_maxima,
+        "capacity": lengths.shape[2] - 1,
+    }
     _launch_keys("append_keys", arguments, k)
     counts.copy_(counts_after)
 

@@ -25,9 +25,15 @@ def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     lo, hi = torch.broadcast_tensors(lo, hi)
     argmax = torch.empty((batch, heads, q_len), dtype=torch.int64, device=x.device)
     arguments = {
-        "x_ptr": x.contiguous(), "lo_ptr": lo.contiguous(), "hi_ptr": hi.contiguous(), "argmax_ptr": argmax,
-        "q_len": q_len, "k_len": k_len, "q_heads": heads, "bounds_len": q_len if lo.shape[0] > 1 else 0,
-    }  # fmt: skip
+        "x_ptr": x.contiguous(),
+        "lo_ptr": lo.contiguous(),
+        "hi_ptr": hi.contiguous(),
+        "argmax_ptr": argmax,
+        "q_len": q_len,
+        "k_len": k_len,
+        "q_heads": heads,
+        "bounds_len": q_len if lo.shape[0] > 1 else 0,
+    }
     chosen = _plan("argmax_of_ranges", x.device)
     chosen.launch((-(-q_len // chosen.config.block_m), heads, batch), arguments, False)
     return argmax
@@ -71,8 +77,9 @@ def range_arguments(visible: Visibility) -> Arguments:
         "right": None if visible.right is None else min(visible.right, reach),
         "key_lengths_ptr": None if lengths is None else bounded(lengths, visible.k_len).contiguous(),
         "key_ranges_ptr": None if ranges is None else bounded(ranges, visible.k_len).contiguous(),
-        "q_len": visible.q_len, "k_len": visible.k_len,
-    }  # fmt: skip
+        "q_len": visible.q_len,
+        "k_len": visible.k_len,
+    }
 
 
 def seen_bytes(seen: Tensor, k: Tensor) -> Tensor:

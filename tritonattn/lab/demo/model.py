@@ -101,9 +101,7 @@ def _location(source: str) -> tuple[str, dict[str, str]]:
     if not files:
         raise CommandError(f"--model: wanted a folder with a config.json or a .gguf file, got neither in {source!r}")
     if len(files) > 1:
-        raise CommandError(
-            f"--model: {source!r} holds several models, name one of {', '.join(str(f) for f in files)}"
-        )
+        raise CommandError(f"--model: {source!r} holds several models, name one of {', '.join(str(f) for f in files)}")
     return str(path), {"gguf_file": files[0].name}
 
 
@@ -115,7 +113,5 @@ def _hint(where: str) -> str:
     if Path(where).is_dir():
         return ""
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"}:
-        return (
-            " (HF_HUB_OFFLINE is set, so only folders and models already in HuggingFace's cache can be used)"
-        )
+        return " (HF_HUB_OFFLINE is set, so only folders and models already in HuggingFace's cache can be used)"
     return " (no folder here, and no model that the hub gave; without network, give a folder or a .gguf file)"

@@ -49,15 +49,14 @@ class Report:
     def table(self, columns: int | None = None) -> str:
         """One row a mode; one block a mode where a row does not fit into the terminal."""
         rows = [self._row(measurement) for measurement in self.measurements]
-        table = tabulate(rows, headers=_HEADERS, tablefmt="simple", disable_numparse=True, stralign="right",
-                         colalign=("left",))  # fmt: skip
+        table = tabulate(
+            rows, headers=_HEADERS, tablefmt="simple", disable_numparse=True, stralign="right", colalign=("left",)
+        )
         columns = columns or shutil.get_terminal_size().columns
         if max(map(len, table.splitlines())) <= columns:
             return table
         names = [header.replace("/\n", "/").replace("\n", " ") for header in _HEADERS]
-        blocks = [
-            tabulate(zip(names, row, strict=True), tablefmt="plain", disable_numparse=True) for row in rows
-        ]
+        blocks = [tabulate(zip(names, row, strict=True), tablefmt="plain", disable_numparse=True) for row in rows]
         return "\n\n".join(blocks)
 
     def layers(self) -> str:
@@ -75,8 +74,16 @@ class Report:
                 )
                 for layer in one.layers
             ]
-            tables.append(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True,
-                                   stralign="right", colalign=("left",)))  # fmt: skip
+            tables.append(
+                tabulate(
+                    rows,
+                    headers=headers,
+                    tablefmt="simple",
+                    disable_numparse=True,
+                    stralign="right",
+                    colalign=("left",),
+                )
+            )
         return "\n\n".join(tables)
 
     def check(self) -> str:

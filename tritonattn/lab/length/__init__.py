@@ -25,9 +25,14 @@ _QUICK = 384
 _BINS = 24
 
 VARIANTS = (
-    BASELINE, "sqrt_dim*1.08", "qwen_logn:CONTEXT", "qwen_logn:2048", "log_key_count:CONTEXT", "llama4",
+    BASELINE,
+    "sqrt_dim*1.08",
+    "qwen_logn:CONTEXT",
+    "qwen_logn:2048",
+    "log_key_count:CONTEXT",
+    "llama4",
     "key_norm_mean",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,17 @@ def _study(subject: Subject, tokens: Tensor, asked: list[Variant], context: int,
         alone = done.get(BASELINE, start, lambda: losses(subject, tokens[:, start:], asked[0]))
         progress.update()
     return Study(
-        model=subject.name, text=(request.text or WONDERLAND).name, context=context,
-        bin=request.bin or max(1, tokens.shape[1] // _BINS), losses=found, start=start, alone=alone,
-        environment=environment, command=command_line(), quick=request.quick,
-    )  # fmt: skip
+        model=subject.name,
+        text=(request.text or WONDERLAND).name,
+        context=context,
+        bin=request.bin or max(1, tokens.shape[1] // _BINS),
+        losses=found,
+        start=start,
+        alone=alone,
+        environment=environment,
+        command=command_line(),
+        quick=request.quick,
+    )
 
 
 class _Done:

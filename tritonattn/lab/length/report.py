@@ -66,8 +66,14 @@ class Study:
             rows.append((name, *cells))
         if (alone := self._alone_beyond()) is not None:
             blank = [""] * (2 * len(parts) - 2)
-            rows.append((f"sqrt_dim, nothing before {self.start}", *blank, f"{alone[0].mean():.4f}",
-                         difference(alone[0] - alone[1])))  # fmt: skip
+            rows.append(
+                (
+                    f"sqrt_dim, nothing before {self.start}",
+                    *blank,
+                    f"{alone[0].mean():.4f}",
+                    difference(alone[0] - alone[1]),
+                )
+            )
         headers = ["scaling"]
         for lo, hi in parts:
             headers += [f"loss, tokens {lo} to {hi - 1}", "moved"]
@@ -91,15 +97,20 @@ class Study:
 
     def record(self) -> dict[str, Any]:
         return {
-            "model": self.model, "text": self.text, "tokens": self.tokens, "context": self.context,
-            "quick": self.quick, "environment": asdict(self.environment), "command": self.command,
+            "model": self.model,
+            "text": self.text,
+            "tokens": self.tokens,
+            "context": self.context,
+            "quick": self.quick,
+            "environment": asdict(self.environment),
+            "command": self.command,
             "bins": self.bins(),
             "loss": {
                 name: [round(float(x[lo - 1 : hi - 1].mean()), 4) for lo, hi in self.bins()]
                 for name, x in self.losses.items()
             },
             "second_part_alone": {"start": self.start, "loss": round(float(self.alone.mean()), 4)},
-        }  # fmt: skip
+        }
 
     def write_json(self, file: Path) -> None:
         file.write_text(json.dumps(self.record()) + "\n", encoding="utf-8")

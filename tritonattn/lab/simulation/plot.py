@@ -116,8 +116,13 @@ def _two_ways(findings: Findings) -> Figure:
         found = [findings.sweep[point, mode] for point in findings.points]
         xs, ys = [x.logit_std for x in found], [x.logit_std * x.jacobian_norm for x in found]
         axes.plot(_shown(xs, "logit_std"), ys, **{**_style(findings, mode), "linestyle": ""}, label=mode)
-    axes.set(xscale="log", yscale="log", ylim=(1e-10, 10), xlabel=TITLES["logit_std"],
-             ylabel="Jacobian's norm times that deviation")  # fmt: skip
+    axes.set(
+        xscale="log",
+        yscale="log",
+        ylim=(1e-10, 10),
+        xlabel=TITLES["logit_std"],
+        ylabel="Jacobian's norm times that deviation",
+    )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize=8)
     title = "Two ways for a gradient to vanish: uniform (left) and one-hot (right); every mode, number and kind of keys"
@@ -141,17 +146,29 @@ def _verdict(findings: Findings) -> Figure:
 
 
 def _heatmap(
-    axes: Axes, values: list[list[float]], rows: list[str], columns: list[str], text: str,
+    axes: Axes,
+    values: list[list[float]],
+    rows: list[str],
+    columns: list[str],
+    text: str,
     limits: tuple[float, float] | None,
-) -> None:  # fmt: skip
+) -> None:
     low, high = limits or (None, None)
     axes.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=high)
     axes.set_xticks(range(len(columns)), columns, fontsize=7, rotation=30 if len(columns) > 6 else 0)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     for y, line in enumerate(values):
         for x, value in enumerate(line):
-            axes.text(x, y, text.format(value), ha="center", va="center", fontsize=7, color="white",
-                      bbox={"facecolor": "black", "alpha": 0.35, "pad": 0.8, "linewidth": 0})  # fmt: skip
+            axes.text(
+                x,
+                y,
+                text.format(value),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white",
+                bbox={"facecolor": "black", "alpha": 0.35, "pad": 0.8, "linewidth": 0},
+            )
 
 
 def _shown(values: list[float], measure: str) -> list[float]:
@@ -161,6 +178,9 @@ def _shown(values: list[float], measure: str) -> list[float]:
 def _style(findings: Findings, mode: str) -> dict[str, Any]:
     number = findings.modes.index(mode)
     return {
-        "color": f"C{number % 10}", "marker": "ovs"[number // 10 % 3], "linestyle": ("-", "--", ":")[number // 10 % 3],
-        "markersize": 3, "linewidth": 1,
-    }  # fmt: skip
+        "color": f"C{number % 10}",
+        "marker": "ovs"[number // 10 % 3],
+        "linestyle": ("-", "--", ":")[number // 10 % 3],
+        "markersize": 3,
+        "linewidth": 1,
+    }

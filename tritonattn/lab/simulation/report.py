@@ -128,10 +128,14 @@ class Findings:
 
     def _component_table(self) -> str:
         rows = [
-            (f"{part.panel.figure}{part.panel.letter}", part.panel.dim, part.panel.title,
-             *(float(x) for values in (part.values, part.as_published) for x in (values.mean(), values.std())))
+            (
+                f"{part.panel.figure}{part.panel.letter}",
+                part.panel.dim,
+                part.panel.title,
+                *(float(x) for values in (part.values, part.as_published) for x in (values.mean(), values.std())),
+            )
             for part in self.components
-        ]  # fmt: skip
+        ]
         title = "Its figures: the value of key 1 over the queries, and what the published package takes for that"
         return _table(title, ["figure", "d", "values", "mean", "std", "mean as\npublished", "std as\npublished"], rows)
 
@@ -140,9 +144,13 @@ class Findings:
         axes: tuple[tuple[str, list[Point], Callable[[Point], Any], tuple[str, ...]], ...] = (
             (f"by number of keys; {first.keys} keys, d = {first.dim}", self.by_count(), lambda x: x.count, BY_COUNT),
             (f"by dimension; {first.keys} keys, n = {self.by_dim()[0].count}", self.by_dim(), lambda x: x.dim, BY_DIM),
-            (f"by kind of keys; n = {self.by_keys()[0].count}, d = {first.dim}", self.by_keys(),
-             lambda x: x.keys.replace(" ", "\n"), BY_KEYS),
-        )  # fmt: skip
+            (
+                f"by kind of keys; n = {self.by_keys()[0].count}, d = {first.dim}",
+                self.by_keys(),
+                lambda x: x.keys.replace(" ", "\n"),
+                BY_KEYS,
+            ),
+        )
         tables = []
         for title, points, name, measures in axes:
             for measure in measures if measures is BY_COUNT or len(points) > 1 else ():

@@ -141,9 +141,16 @@ def _run(one: Assignment, environment: Environment, command: str, progress: tqdm
     trace = train(one, progress.update)
     date = datetime.now(timezone.utc).date().isoformat()
     return Run(
-        task=one.task.name, mode=one.mode, seed=one.seed, recipe=one.recipe, environment=environment, command=command,
-        date=date, quick=one.quick, **asdict(trace),
-    )  # fmt: skip
+        task=one.task.name,
+        mode=one.mode,
+        seed=one.seed,
+        recipe=one.recipe,
+        environment=environment,
+        command=command,
+        date=date,
+        quick=one.quick,
+        **asdict(trace),
+    )
 
 
 def _tables(runs: list[Run], request: Request) -> str:

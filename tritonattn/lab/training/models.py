@@ -63,9 +63,12 @@ class Block(nn.Module):
         self.feed = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(
-        self, x: Tensor, lengths: Tensor | None = None, context: Tensor | None = None,
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        context: Tensor | None = None,
         context_lengths: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), key_lengths=lengths)
         if self.cross is not None and self.cross_norm is not None:
             x = x + self.cross(self.cross_norm(x), context, key_lengths=context_lengths)

@@ -12,9 +12,16 @@ from ...scaling import SCALINGS, LogKeyCount, QwenLogn, Scaling
 
 GAIN = "+gain"
 MODES = (
-    "sqrt_dim", "key_norm_mean", "key_norm_sum+gain", "key_count", "key_count+gain", "log_key_count", "ssmax",
-    "learned_cosine", "power_law",
-)  # fmt: skip
+    "sqrt_dim",
+    "key_norm_mean",
+    "key_norm_sum+gain",
+    "key_count",
+    "key_count+gain",
+    "log_key_count",
+    "ssmax",
+    "learned_cosine",
+    "power_law",
+)
 
 
 def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:

@@ -71,9 +71,13 @@ def _measures(axes: Axes, modes: dict[str, list[Run]], colours: dict[str, str]) 
         if lengths:
             found = [Interval.of([run.metrics[name] for run in members]) for name in lengths]
             axes.errorbar(
-                list(lengths.values()), [one.mean for one in found], [one.half for one in found],
-                color=colours[mode], capsize=2, linewidth=1.2,
-            )  # fmt: skip
+                list(lengths.values()),
+                [one.mean for one in found],
+                [one.half for one in found],
+                color=colours[mode],
+                capsize=2,
+                linewidth=1.2,
+            )
         else:
             one = Interval.of([run.metrics[task.metric] for run in members])
             axes.barh(row, one.mean, xerr=one.half, color=colours[mode], capsize=2)

@@ -49,9 +49,15 @@ def comparison(runs: Sequence[Run]) -> str:
             )
         )
     headers = (
-        "mode", task.metric, f"against {BASELINE}", "held-out loss", f"steps to loss {task.target:g}", "entropy / ln n",
-        "gradient of q, k", "diverged",
-    )  # fmt: skip
+        "mode",
+        task.metric,
+        f"against {BASELINE}",
+        "held-out loss",
+        f"steps to loss {task.target:g}",
+        "entropy / ln n",
+        "gradient of q, k",
+        "diverged",
+    )
     return _table(rows, headers)
 
 

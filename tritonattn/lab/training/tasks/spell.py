@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from ..models import Attentions, EncoderDecoder, Sizes
 from .base import IGNORED, Batch, Defaults, Task
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen").split()  # fmt: skip
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+).split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 WORDS = ("<end>", *ONES, *TENS, "hundred", "thousand", "<start>")
 _END, _START = 0, len(WORDS) - 1
