@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tritonattn
+from tests.support.bound import assert_within_bound
+from tests.support.calls import operands
+from tests.support.masks import MASKS
 from tritonattn.backends import reference
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, Scales, Scaling
-
-from .support.bound import assert_within_bound
-from .support.calls import operands
-from .support.masks import MASKS
 
 
 def outcome(leaves: dict[str, Tensor], **arguments) -> dict[str, Tensor]:

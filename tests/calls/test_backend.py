@@ -10,15 +10,14 @@ import pytest
 import torch
 
 import tritonattn
+from tests.support.calls import operands
+from tests.support.masks import MASKS
 from tritonattn import ops
 from tritonattn.backends import reference
 from tritonattn.calls import backend as backends
 from tritonattn.calls import dispatch
 from tritonattn.calls.checks import Options
 from tritonattn.scaling import Scales, Scaling
-
-from .support.calls import operands
-from .support.masks import MASKS
 
 
 def test_triton_needs_a_gpu_or_the_interpreter():

@@ -67,8 +67,8 @@ def kernels(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(launch, "config_for", lambda *call: tritonattn.tuning.default_config(*call))
-    for module in ("validation", "decode_validation", "cache_statistics"):
-        monkeypatch.setattr(f"tritonattn.{module}.values_are_read", lambda x: False)
+    for module in ("checks", "decode_checks", "key_statistics"):
+        monkeypatch.setattr(f"tritonattn.calls.{module}.values_are_read", lambda x: False)
     return launched
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import tritonattn
-
-from .support.calls import operands
-from .support.packed import Packed, offsets, packed_operands
+from tests.support.calls import operands
+from tests.support.packed import Packed, offsets, packed_operands
 
 B, HQ, SQ, SK = 2, 4, 5, 7
 BACKENDS = ("sdpa", "reference")

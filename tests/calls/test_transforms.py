@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import tritonattn
-
-from .support.masks import MASKS
-from .support.versions import TORCH, skip_where_export_binds_lengths
+from tests.support.masks import MASKS
+from tests.support.versions import TORCH, skip_where_export_binds_lengths
 
 pytestmark = [
     # torch's own, while it compiles or falls back

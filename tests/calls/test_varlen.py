@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tritonattn
+from tests.support.bound import assert_within_bound
+from tests.support.packed import RAGGED, Packed, offsets, one_by_one, packed_operands
 from tritonattn.core.sequences import Sequences
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS
-
-from .support.bound import assert_within_bound
-from .support.packed import RAGGED, Packed, offsets, one_by_one, packed_operands
 
 BACKENDS = ("sdpa", "reference")
 MASKS = {

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tritonattn
-
-from .support.packed import RAGGED, Packed, offsets, packed_operands
-from .support.versions import skip_where_export_binds_lengths
+from tests.support.packed import RAGGED, Packed, offsets, packed_operands
+from tests.support.versions import skip_where_export_binds_lengths
 
 pytestmark = [
     # torch's own, while it compiles or falls back

@@ -272,8 +272,8 @@ def test_the_launch_depends_on_shapes_only(device, monkeypatch):
 @pytest.mark.parametrize("mode", SCALINGS)
 def test_nothing_waits_for_the_device(mode, device, monkeypatch):
     """Where values are not read, as on a GPU, neither an append nor a step asks for one."""
-    for module in ("validation", "decode_validation", "cache_statistics"):
-        monkeypatch.setattr(f"tritonattn.{module}.values_are_read", lambda x: False)
+    for module in ("checks", "decode_checks", "key_statistics"):
+        monkeypatch.setattr(f"tritonattn.calls.{module}.values_are_read", lambda x: False)
     q, k, v = sequences(torch.float32, length=LENGTH, dims=(16, 16), device=device)
     cache = GrowingCache(k, v, CAPACITY, page=16, statistics=True)
     cache.write([60, 100])

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
+from tests.support.calls import CALLS, example
+from tests.support.masks import MASKS
 from tritonattn import ops
 from tritonattn.backends import cpu as blockwise
 from tritonattn.core.call import ForwardResult, Gradients, Needs
@@ -18,9 +20,6 @@ from tritonattn.core.ranges import argmax_over_ranges, prefix_sum
 from tritonattn.core.statistics import Statistics, key_lengths_of
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops import attend, key_statistics
-
-from .support.calls import CALLS, example
-from .support.masks import MASKS
 
 FIELDS = Gradients._fields
 
