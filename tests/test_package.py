@@ -56,7 +56,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tritonattn"}
-    texts = ("demo/data/alice.txt", "texts/wonderland.txt")
+    texts = ("lab/demo/data/alice.txt", "lab/texts/wonderland.txt")
     for wanted in ("py.typed", "autotune_cache/README.md", *texts, "kernels/__init__.py"):
         assert f"tritonattn/{wanted}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -159,4 +159,4 @@ except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
 
 def test_console_script_is_declared(installed):
     code = "import importlib.metadata as m; print(*[e.value for e in m.distribution('tritonattn').entry_points])"
-    assert fresh(code, installed) == "tritonattn.cli:main"
+    assert fresh(code, installed) == "tritonattn.cli.main:main"

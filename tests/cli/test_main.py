@@ -50,9 +50,9 @@ def test_a_missing_extra_names_the_command_that_mends_it():
 def test_the_command_line_without_its_extras():
     code = """
 import sys
-from tritonattn import command
+from tritonattn.core import command
 command.find_spec = lambda name: None
-from tritonattn.cli import main
+from tritonattn.cli.main import main
 sys.exit(main(["demo"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

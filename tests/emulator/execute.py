@@ -169,5 +169,3 @@ def _value(position: int, parameter: Parameter, argument, addresses: dict[int, i
     else:
         number = int(argument or 0)
     return (number & ((1 << 8 * parameter.size) - 1)).to_bytes(parameter.size, "little")
-
-

@@ -1,5 +1,1 @@
 """The command line: `tritonattn <command>`."""
-
-from .main import main
-
-__all__ = ["main"]

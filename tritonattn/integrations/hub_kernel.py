@@ -13,22 +13,8 @@ NAME = "tritonattn"
 BACKENDS = ("cpu", "cuda", "rocm")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
-# What needs more than torch and triton, or a command line.
-_LEFT_OUT = (
-    "analysis",
-    "demo",
-    "huggingface",
-    "integrations",
-    "simulation",
-    "texts",
-    "training",
-    "tune",
-    "__main__.py",
-    "advising.py",
-    "cli.py",
-    "command.py",
-    "provenance.py",
-)
+# Folders that need more than torch and triton, or a command line.
+_LEFT_OUT = ("analysis", "cli", "huggingface", "integrations", "lab", "tuner", "__main__.py")
 
 _BUILD = """\
 [general]

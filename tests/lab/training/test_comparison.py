@@ -124,9 +124,9 @@ def test_wrong_usage_is_named(arguments, parts, tmp_path, capsys):
 def test_a_missing_extra_is_named():
     code = """
 import sys
-from tritonattn import command
+from tritonattn.core import command
 command.find_spec = lambda name: None
-from tritonattn.cli import main
+from tritonattn.cli.main import main
 sys.exit(main(["train-compare"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
