@@ -13,7 +13,7 @@ from tests.analysis.models import Net
 from tritonattn import Scales, Scaling
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
 from tritonattn.huggingface import patch
-from tritonattn.huggingface.architecture import interface_call
+from tritonattn.huggingface.architecture import interface_keywords
 from tritonattn.integrations.torch_modules import MultiheadAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -100,7 +100,7 @@ def build(name: str):
 def test_layouts_of_transformers(name):
     tokens = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     model = build(name)
-    if not any(interface_call(type(module)) for module in model.modules()):
+    if not any(interface_keywords(type(module)) is not None for module in model.modules()):
         pytest.skip("in this version its attention does not go through AttentionInterface")
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES
 from tests.huggingface.checks import equals_eager, padding_changes_nothing
 from tritonattn.core.visibility import Visibility
 from tritonattn.huggingface import attention as forward
-from tritonattn.huggingface import cached_keys, masks
+from tritonattn.huggingface import masks
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -48,16 +49,16 @@ def test_dropped_padding(name, padding, monkeypatch):
 
 @pytest.mark.parametrize("where", ["prefill", "steps"])
 def test_statistics_that_count_padding(where, monkeypatch):
-    def from_the_first_key(self, x, prefix):
-        lo, _ = self.ranges()
-        return original(self, x, prefix) + prefix.gather(2, lo[:, None].expand(*prefix.shape[:2], -1))
+    original = Visibility.sum
+
+    def from_the_first_key(self, x, scan):
+        if (self.q_len == 1) is (where == "prefill"):
+            return original(self, x, scan)
+        _, hi = self.ranges()
+        return x.cumsum(-1, dtype=torch.float64).gather(2, (hi - 1)[:, None].clamp(min=0).expand(*x.shape[:2], -1))
 
     padding_changes_nothing(ARCHITECTURES["llama"], "key_norm_mean")
-    if where == "prefill":
-        original = Visibility.sum_from_prefix
-        monkeypatch.setattr(Visibility, "sum_from_prefix", from_the_first_key)
-    else:
-        record = cached_keys._RecordedStatistics
-        monkeypatch.setattr(record, "_sum", lambda self, x, prefix: prefix[..., self.visibility.k_len, None])
+    monkeypatch.setattr(Visibility, "sum", from_the_first_key)
+    monkeypatch.setattr(Visibility, "seen_keys", lambda self: torch.ones(self.keys, dtype=torch.bool))
     with pytest.raises(AssertionError):
         padding_changes_nothing(ARCHITECTURES["llama"], "key_norm_mean")

@@ -178,9 +178,9 @@ def _description(name: str, module: Any) -> tuple[int, int, int, Any]:
         return module.heads, module.kv_heads, module.head_dim, scaling
     if "transformers" in sys.modules:
         from ..huggingface import Settings
-        from ..huggingface.architecture import head_dim, interface_call, key_heads, query_heads
+        from ..huggingface.architecture import head_dim, interface_keywords, key_heads, query_heads
 
-        if interface_call(type(module)) is not None and (dim := head_dim(module)) is not None:
+        if interface_keywords(type(module)) is not None and (dim := head_dim(module)) is not None:
             return query_heads(module), key_heads(module), dim, Settings.of(module).scaling
     raise NotImplementedError(f"{name}: QK-clip does not know the layout of {type(module).__name__}")
 

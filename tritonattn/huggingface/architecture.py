@@ -8,20 +8,13 @@ import inspect
 import re
 import textwrap
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _BIASES = ("position_bias", "relative_position_bias")
-
-
-class InterfaceCall(NamedTuple):
-    """How a class calls AttentionInterface: the keywords that it names, and whether **kwargs follow them."""
-
-    keywords: frozenset[str]
-    passes_rest: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,17 +47,11 @@ class AttentionModule:
         return next((int(part) for part in (self.own_name or self.name).split(".") if part.isdecimal()), None)
 
     @property
-    def passes_rest(self) -> bool:
-        """Whether a keyword argument of the module's call reaches the attention function."""
-        call = interface_call(type(self.module))
-        return call is not None and call.passes_rest
-
-    @property
     def keeps_output_attentions(self) -> bool:
         """Whether the module takes output_attentions and does not pass it on."""
-        call = interface_call(type(self.module))
+        passed = interface_keywords(type(self.module))
         taken = "output_attentions" in inspect.signature(self.module.forward).parameters
-        return taken and call is not None and "output_attentions" not in call.keywords
+        return taken and passed is not None and "output_attentions" not in passed
 
 
 def outermost_models(model: nn.Module) -> dict[str, Any]:
@@ -87,7 +74,7 @@ def attention_modules(model: nn.Module) -> list[AttentionModule]:
         inner = models[around[-1]] if around else None
         found.append(AttentionModule(name, module, own_name, inner, obstacle))
 
-    calling = {name for name, module in model.named_modules() if interface_call(type(module)) is not None}
+    calling = {name for name, module in model.named_modules() if interface_keywords(type(module)) is not None}
     outer: str | None = None  # the attention module without an interface that holds the modules that follow
     for name, module in model.named_modules():
         if name in calling:
@@ -101,10 +88,10 @@ def attention_modules(model: nn.Module) -> list[AttentionModule]:
 
 
 @functools.cache
-def interface_call(cls: type) -> InterfaceCall | None:
-    """How the methods of a class call AttentionInterface, from their code; None where none does."""
+def interface_keywords(cls: type) -> frozenset[str] | None:
+    """The keywords that a class passes to AttentionInterface by name, from its code; None if it does not call it."""
     function = interface_function(cls)
-    return None if function is None else _call_in(function)
+    return None if function is None else _keywords_in(function)
 
 
 def interface_function(cls: type) -> Any:
@@ -125,30 +112,28 @@ def interface_function(cls: type) -> Any:
     return None
 
 
-def _call_in(function: Any) -> InterfaceCall:
-    takes_rest = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+def _keywords_in(function: Any) -> frozenset[str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):  # no source: what the call passes is seen when it comes
-        return InterfaceCall(frozenset(), False)
-    keywords, passes_rest = set(), False
+        return frozenset()
+    keywords = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "attention_interface":
             for keyword in node.keywords:
-                if keyword.arg is None:
-                    passes_rest = True
-                elif not (isinstance(keyword.value, ast.Constant) and keyword.value.value is None):
+                is_none = isinstance(keyword.value, ast.Constant) and keyword.value.value is None
+                if keyword.arg is not None and not is_none:
                     keywords.add(keyword.arg)
-    return InterfaceCall(frozenset(keywords), passes_rest and takes_rest)
+    return frozenset(keywords)
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    call = interface_call(type(module))
+    passed = interface_keywords(type(module)) or frozenset()
     for name in _BIASES:
-        if call is not None and name in call.keywords:
+        if name in passed:
             return f"{name}: a bias on the logits is not supported"
     # GPT-2, up to transformers 4: its own eager attention alone knows these.
-    if call is not None and call.keywords and "scaling" not in call.keywords:
+    if passed and "scaling" not in passed:
         if getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True):
             return "scale_attn_by_inverse_layer_idx, scale_attn_weights: it scales its logits without saying so"
     if getattr(module, "config", None) is None:

@@ -12,7 +12,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ..calls.attention import attention
 from ..calls.dispatch import AttentionAux
 from ..scaling import Scaling, SqrtDim
-from .cached_keys import CACHE, with_cached_keys
 from .masks import key_range_mask
 from .settings import Settings, layer_scaling
 from .visible import visible_arguments
@@ -56,17 +55,15 @@ def attention_forward(
     Raises NotImplementedError naming any argument that changes the result and that is not supported (a bias on the
     logits, sparse indices).
     """
-    cache = kwargs.pop(CACHE, None)
     arguments = call_arguments(module, query, key, attention_mask, scaling, dropout, **kwargs)
     weights = None
     if wants_weights(module, kwargs):
         weights = attention_weights(module, query, key, arguments)
-    scaling = with_cached_keys(arguments["scaling"], module, key, cache)
     observer = getattr(layer_scaling(module), "observer", None)
     if observer is None:
-        out = cast(Tensor, attention(query, key, value, **{**arguments, "scaling": scaling}))
+        out = cast(Tensor, attention(query, key, value, **arguments))
     else:
-        result = attention(query, key, value, **{**arguments, "scaling": scaling}, return_aux=True)
+        result = attention(query, key, value, **arguments, return_aux=True)
         out, aux = cast(tuple[Tensor, AttentionAux], result)
         observer(module, query, key, arguments, aux)
     return out.transpose(1, 2).contiguous(), weights

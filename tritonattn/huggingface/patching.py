@@ -25,7 +25,6 @@ from .architecture import (
     query_heads,
 )
 from .attention import NAME
-from .cached_keys import offer_cache
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, shared_configs, state_masks
 from .scalings import built, described
 from .settings import ATTRIBUTE, LAYERS, LENT, LayerScaling, Settings, layer_scaling, take_back_copies
@@ -334,8 +333,6 @@ def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
     module = one.module
     result._own.append((module, module.config))
     install(module, own, NAME)
-    if one.passes_rest:
-        result._hooks.append(module.register_forward_pre_hook(offer_cache, with_kwargs=True))
     if one.keeps_output_attentions:
         result._hooks.append(module.register_forward_pre_hook(note_wanted_weights, with_kwargs=True))
 
