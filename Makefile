@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist wor
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-peers lint clean
+.PHONY: demo test test-slow test-peers mutants lint clean
 
 demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="--plot demo.png"
 	$(VENV)/bin/tritonattn demo $(ARGS)
@@ -28,6 +28,9 @@ test-peers: $(VENV)/.test  ## transformers' own model tests against ours, and th
 	$(PIP) install --quiet parameterized
 	$(VENV)/bin/python -m tests.peers.transformers_tests $(ARGS)
 	$(VENV)/bin/python -m tests.peers.transformers_tests --fault --tb=no --no-summary $(ARGS)
+
+mutants: $(VENV)/.test  ## every deliberate fault of tests/mutants/table.txt is caught by its test: make mutants ARGS=decode
+	$(VENV)/bin/python -m tests.mutants --jobs $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
+
+import pytest
 
 _TRIES = 8
 
 _Choice = tuple[int, int]  # positions of a name and of its value
 _Pair = tuple[_Choice, _Choice]
+
+
+def pairwise(**choices: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize a test with few combinations of the arguments' values: every pair of values occurs in one."""
+    rows = [tuple(row.values()) for row in all_pairs({name: list(values) for name, values in choices.items()})]
+    return pytest.mark.parametrize(tuple(choices), rows, ids=["-".join(map(str, row)) for row in rows])
 
 
 def all_pairs(choices: Mapping[str, Sequence[Any]], first: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
