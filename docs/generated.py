@@ -1,0 +1,150 @@
+"""The parts of the documents that code writes: `python -m docs.generated` lists stale ones, `--write` renews them.
+
+A part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import graphlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "perf/results"
+_PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(header), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def floors() -> str:
+    """Folders of the package by floor, and which they import, without those that another of these imports anyway."""
+    from tests.test_layers import FILES, FLOORS, imported_modules, module_of
+
+    below: dict[str, set[str]] = {folder: set() for folders in FLOORS for folder in folders}
+    for file in FILES:
+        own = module_of(file)[0]
+        below[own] |= {other for other, *_ in imported_modules(file)} - {own}
+    reached: dict[str, set[str]] = {}
+    for folder in graphlib.TopologicalSorter(below).static_order():
+        reached[folder] = below[folder].union(*(reached[other] for other in below[folder]))
+    lines = []
+    for number, folders in reversed([*enumerate(FLOORS, 1)]):
+        for position, folder in enumerate(sorted(folders)):
+            over = below[folder]
+            nearest = sorted(one for one in over if not any(one in reached[other] for other in over))
+            floor = f"{number:2}" if position == 0 else "  "
+            lines.append(f"{floor}  {folder:13}{'-> ' + ', '.join(nearest) if nearest else ''}".rstrip())
+    return "```text\n" + "\n".join(lines) + "\n```\n"
+
+
+def support() -> str:
+    """What runs on which backend, tried by `docs/probes.py`."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "docs.probes"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return table(["", "`triton`", "`sdpa`", "`reference`"], json.loads(done.stdout.splitlines()[-1]))
+
+
+COST_MODES = ("sqrt_dim", "key_count", "key_norm_sum")
+# Tokens, dtype, passes; [1, 8, tokens, 64], causal.
+COST_CASES = (
+    (512, "fp32", "forward"),
+    (512, "fp32", "forward+backward"),
+    (4096, "fp32", "forward"),
+    (4096, "fp32", "forward+backward"),
+    (4096, "bf16", "forward"),
+    (4096, "bf16", "forward+backward"),
+)
+
+
+def costs() -> str:
+    """Time over that of PyTorch's attention on a CPU, from perf/results/cpu.jsonl; compile times from codegen.json."""
+    records = [json.loads(line) for line in (RESULTS / "cpu.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def one(mode: str, **axes) -> dict:
+        (record,) = (
+            record
+            for record in records
+            if record["contestant"] == f"tritonattn {mode}" and axes.items() <= record["axes"].items()
+        )
+        return record
+
+    rows = [
+        [
+            f"{length:,} tokens, {dtype}, {passes.replace('+', ' and ')}",
+            *(
+                f"{one(mode, length=length, dtype=dtype, passes=passes, head_dim=64, causal=True)['ratio']:.2f}x"
+                for mode in COST_MODES
+            ),
+        ]
+        for length, dtype, passes in COST_CASES
+    ]
+    tiny = [[one(mode, length=16, passes=passes) for mode in COST_MODES] for passes in ("forward", "forward+backward")]
+    for name, members in zip(("forward", "forward and backward"), tiny, strict=True):
+        more = (f"+{1000 * (1 - 1 / record['ratio']) * record['median_ms']:.0f} us" for record in members)
+        rows.append([f"16 tokens, 1 head, fp32, {name}", *more])
+    compiled = json.loads((RESULTS / "codegen.json").read_text(encoding="utf-8"))
+    seconds = [case["compile_seconds"] for case in compiled]
+    compilation = f"{statistics.median(seconds):.1f} s a kernel, at most {max(seconds):.1f} s"
+    rows.append(
+        ["first call on a GPU: compiling 1 kernel, 3 more for the backward", compilation, "likewise", "+1 or 2"]
+    )
+    run = one("sqrt_dim", length=512, dtype="fp32", passes="forward", head_dim=64, causal=True)["environment"]
+    source = (
+        f"\nMeasured: {run['device']}, {run['threads']} threads, torch {run['torch']}, commit {run['commit']}, "
+        f"`{run['command']}`. Compile times: triton "
+        f"{compiled[0]['triton']}, commit {compiled[0]['commit']}, `python -m perf codegen`.\n"
+    )
+    return table(["time over PyTorch's attention", *(f"`{mode}`" for mode in COST_MODES)], rows) + source
+
+
+PARTS: dict[str, Callable[[], str]] = {"floors": floors, "support": support, "costs": costs}
+
+
+def renewed(text: str, known: dict[str, str]) -> str:
+    """A document's text with its parts written anew; `known` keeps what was computed."""
+
+    def part(found: re.Match) -> str:
+        name = found[2]
+        if name not in known:
+            known[name] = PARTS[name]()
+        return f"{found[1]}{known[name]}{found[3]}"
+
+    return _PART.sub(part, text)
+
+
+def documents() -> list[Path]:
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [file for file in files if _PART.search(file.read_text(encoding="utf-8"))]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m docs.generated", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="renew the documents in place")
+    write, known, stale = parser.parse_args().write, {}, []
+    for file in documents():
+        text = file.read_text(encoding="utf-8")
+        new = renewed(text, known)
+        if new != text:
+            stale.append(file.relative_to(ROOT).as_posix())
+            if write:
+                file.write_text(new, encoding="utf-8")
+    print("\n".join(f"{'renewed' if write else 'stale'}: {name}" for name in stale) or "nothing is stale")
+    return 1 if stale and not write else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Try what each backend does: `python -m docs.probes` prints it as JSON. Kernels run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # it is read when triton is imported
+
+import torch
+from torch import Tensor
+
+from tritonattn import attention, attention_decode, attention_varlen
+
+BACKENDS = ("triton", "sdpa", "reference")
+Probe = Callable[[str], None]
+
+
+def operands(heads=(2, 2), dims=(8, 8), dtype=torch.float32, length=6) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int, dim: int) -> Tensor:
+        return torch.randn(1, count, length, dim, generator=generator).to(dtype).requires_grad_()
+
+    return draw(heads[0], dims[0]), draw(heads[1], dims[0]), draw(heads[1], dims[1])
+
+
+def run(backend: str, shapes: dict | None = None, **arguments) -> tuple[Tensor, ...]:
+    """Output, or output and aux, then gradients of every operand."""
+    shapes = shapes or {}
+    leaves = list(operands(**shapes))
+    leaves += [value for value in arguments.values() if isinstance(value, Tensor) and value.requires_grad]
+    torch.manual_seed(0)
+    result = attention(*leaves[:3], backend=backend, **{"scaling": "key_norm_mean", **arguments})
+    out, aux = result if isinstance(result, tuple) else (result, ())
+    return out, *aux, *torch.autograd.grad(out.square().sum(), leaves)
+
+
+def agrees(shapes: dict | None = None, **arguments) -> Probe:
+    """A probe: the backend's results are the reference's."""
+
+    def probe(backend: str) -> None:
+        tolerance = 1e-4 if (shapes or {}).get("dtype", torch.float32).itemsize > 2 else 0.05
+        found, expected = run(backend, shapes, **arguments), run("reference", shapes, **arguments)
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+    return probe
+
+
+def varlen(backend: str) -> None:
+    q, k, v = (x[0].transpose(0, 1) for x in operands())
+    ends = torch.tensor([0, 2, 6], dtype=torch.int32)
+    found, expected = (
+        attention_varlen(q, k, v, ends, ends, 4, 4, scaling="key_norm_mean", causal=True, backend=one)
+        for one in (backend, "reference")
+    )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def decode(paged: bool, backend: str) -> None:
+    q, k, v = (x.detach() for x in operands(length=32))
+    pages = {"block_table": torch.tensor([[0, 1]], dtype=torch.int32)} if paged else {}
+    caches = [x[0].unflatten(1, (2, 16)).permute(1, 2, 0, 3) if paged else x for x in (k, v)]
+    found = attention_decode(
+        q[:, :, -1:], *caches, key_lengths=torch.tensor([32]), scaling="key_norm_mean", backend=backend, **pages
+    )
+    expected = attention(q, k, v, scaling="key_norm_mean", causal=True, backend="reference")[:, :, -1:]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def autocast(backend: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(*operands(), backend=backend).dtype == torch.bfloat16
+
+
+def compiled(backend: str) -> None:
+    call = partial(attention, scaling="key_norm_mean", causal=True, backend=backend)
+    found = torch.compile(call, backend="aot_eager", fullgraph=True)(*operands())
+    torch.testing.assert_close(found, call(*operands()), atol=1e-4, rtol=1e-4)
+
+
+def transformed(backend: str) -> None:
+    q, k, v = (x.detach() for x in operands())
+
+    def loss(x: Tensor) -> Tensor:
+        return attention(x, k, v, scaling="key_norm_mean", backend=backend).square().sum()
+
+    torch.func.vmap(torch.func.grad(loss))(torch.stack([q, q]))
+
+
+def second_order(backend: str) -> None:
+    q, k, v = operands()
+    out = attention(q, k, v, scaling="key_norm_mean", causal=True, backend=backend)
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    torch.autograd.grad(first.sum(), q)
+
+
+def ranges() -> Tensor:
+    return torch.tensor([[0, 2], [1, 3], [0, 6], [2, 2], [3, 6], [0, 1]], dtype=torch.int32)[None]
+
+
+ROWS: dict[str, list[Probe]] = {
+    "fp16, bf16, fp32; head dims 1 to 256, Dv different from D": [
+        *(agrees({"dtype": dtype}) for dtype in (torch.float16, torch.bfloat16, torch.float32)),
+        *(agrees({"dims": dims}) for dims in ((1, 1), (5, 9), (256, 256))),
+    ],
+    "fp64": [agrees({"dtype": torch.float64})],
+    "head dims above 256": [agrees({"dims": (320, 320)})],
+    "grouped and single key heads (GQA, MQA)": [agrees({"heads": heads}) for heads in ((4, 2), (4, 1))],
+    "`causal`, `window`, `key_lengths`, `key_ranges`, `mask`": [
+        agrees(causal=True),
+        agrees(window=(2, 1)),
+        agrees(key_lengths=torch.tensor([4])),
+        agrees(key_ranges=ranges()),
+        agrees(mask=torch.tensor([1, 0, 1, 1, 0, 1]).bool().expand(1, 1, 6, 6)),
+    ],
+    "`softcap`, `sinks`, `dropout_p`, `return_aux`": [
+        agrees(softcap=2.0),
+        agrees(sinks=torch.zeros(2, requires_grad=True)),
+        agrees(dropout_p=0.3),
+        agrees(return_aux=True),
+    ],
+    "gradients of q, k, v, `scaling`, `gain`": [
+        agrees(scaling=torch.ones(2, 1, requires_grad=True), gain=torch.ones(2, 1, requires_grad=True)),
+    ],
+    "`attention_varlen`; `attention_decode`, contiguous and paged": [
+        varlen,
+        partial(decode, False),
+        partial(decode, True),
+    ],
+    "autocast, `torch.compile`, `torch.func.grad`, `vmap`": [autocast, compiled, transformed],
+    "gradients of gradients": [second_order],
+}
+
+
+def outcome(probes: list[Probe], backend: str) -> str:
+    """Return "yes" where all probes pass, "refused" where one is refused by name; raise any other error."""
+    for probe in probes:
+        try:
+            probe(backend)
+        except NotImplementedError:
+            return "refused"
+        except RuntimeError as error:
+            if "gradients of gradients are not supported" not in str(error):
+                raise
+            return "refused"
+    return "yes"
+
+
+if __name__ == "__main__":
+    print(json.dumps([[name, *(outcome(probes, one) for one in BACKENDS)] for name, probes in ROWS.items()]))

@@ -1,0 +1,24 @@
+"""The generated parts of the documents are those that the code writes now."""
+
+from __future__ import annotations
+
+import pytest
+
+from docs import generated
+
+STORED = {
+    found[2]: (file, found[0])
+    for file in generated.documents()
+    for found in generated._PART.finditer(file.read_text(encoding="utf-8"))
+}
+
+
+@pytest.mark.parametrize("name", generated.PARTS)
+def test_part_is_not_stale(name):
+    file, stored = STORED[name]
+    assert generated.renewed(stored, {}) == stored, f"{file}: run python -m docs.generated --write"
+
+
+def test_a_stale_part_is_found():
+    stale = "<!-- generated: floors -->\nold\n<!-- end -->"
+    assert generated.renewed(stale, {"floors": "new\n"}) == stale.replace("old", "new")
