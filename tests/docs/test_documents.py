@@ -1,4 +1,4 @@
-"""The code of docs/ runs as it stands, its commands are commands, and what it points to exists."""
+"""The code of the documents runs as it stands, their commands are commands, and what they point to exists."""
 
 from __future__ import annotations
 
@@ -10,27 +10,33 @@ import pytest
 from tests.support.snippets import ROOT, run, snippets
 from tritonattn.cli import main as cli
 
-DOCUMENTS = ("docs/rollout.md", "docs/workshop.md")
+DOCUMENTS = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "perf/README.md", "autotune_cache/README.md", *DOCUMENTS]
 BLOCKS = [(document, position) for document in DOCUMENTS for position in range(len(snippets(document)))]
+OPTIONAL = ("transformers", "peft")
 
 
 @pytest.mark.parametrize(("document", "position"), BLOCKS, ids=lambda value: str(value))
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_snippets_run(document, position, tmp_path, monkeypatch):
+    for package in OPTIONAL:
+        if re.search(
+            rf"^(import|from) ({package}|tritonattn.huggingface)\b", snippets(document)[position], re.MULTILINE
+        ):
+            pytest.importorskip(package if package == "peft" else "transformers")
     monkeypatch.chdir(tmp_path)
     run(document, position)
 
 
-def test_no_snippet_is_overlooked():
-    assert len(snippets("docs/workshop.md")) == 8
-    assert len(snippets("docs/rollout.md")) == 5
-    for document in DOCUMENTS:
-        text = (ROOT / document).read_text(encoding="utf-8")
-        fences = re.findall(r"^```(\w*)$", text, re.MULTILINE)
-        assert set(fences) <= {"python", "sh", "text", ""}
+@pytest.mark.parametrize("document", PAGES)
+def test_no_snippet_is_overlooked(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    openings = re.findall(r"^ *```(\w*)\n", text, re.MULTILINE)[::2]
+    assert set(openings) <= {"python", "sh", "text"}, "a fence names its language"
+    assert openings.count("python") == len(snippets(document))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", PAGES)
 def test_commands_parse(document):
     for block in snippets(document, "sh"):
         for line in block.splitlines():
@@ -39,8 +45,44 @@ def test_commands_parse(document):
                 cli._parser().parse_args(words[1:])
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", PAGES)
 def test_files_that_are_named_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    for file in re.findall(r"`((?:docs|perf|tests)/[\w./-]+\.(?:md|py|json))`", text):
+    for file in re.findall(r"`((?:docs|perf|tests|autotune_cache)/[\w./-]+\.(?:md|py|json|jsonl))`", text):
         assert (ROOT / file).is_file(), file
+
+
+def anchors(document: str) -> set[str]:
+    """The names of its headings in links, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.*)$", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", PAGES)
+def test_links_lead_somewhere(document):
+    folder = (ROOT / document).parent
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    for target in targets:
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (folder / file).resolve() if file else ROOT / document
+        assert path.is_file(), target
+        if anchor:
+            assert anchor in anchors(path.relative_to(ROOT).as_posix()), target
+
+
+@pytest.mark.parametrize("document", PAGES)
+def test_no_sentence_has_to_be_decoded(document):
+    """The prose rules of CONTRIBUTING.md: no sentence begins with these words (questions may)."""
+    text = re.sub(r"```.*?```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
+    sentences = re.split(r"(?<=[.!?:])\s+|\n\s*(?:[-*|#]|\d\.)\s*|\n\n|\|", text)
+    for sentence in sentences:
+        decoded = re.match(r"\W*(What|Whether|Whose|Those of|That of|Of a)\b", sentence)
+        assert not decoded or sentence.rstrip("*_ ").endswith("?"), sentence
+
+
+def test_every_page_is_in_the_site():
+    listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(file.removeprefix("docs/") for file in DOCUMENTS)

@@ -1,0 +1,24 @@
+"""`make docs` builds the site: every page, with no warning and no dead link."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.snippets import ROOT
+
+pytest.importorskip("mkdocs", reason="pip install 'tritonattn[docs]'")
+pytest.importorskip("material", reason="pip install 'tritonattn[docs]'")
+
+
+def test_it_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in (ROOT / "docs").glob("*.md"):
+        assert (tmp_path / f"{page.stem}.html").is_file()
+    api = (tmp_path / "api.html").read_text(encoding="utf-8")
+    for name in ("tritonattn.attention", "tritonattn.nn.SSMax", "tritonattn.analysis.Monitor"):
+        assert f'id="{name}"' in api, name
