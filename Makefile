@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist wor
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-peers mutants lint clean
+.PHONY: demo test test-slow test-peers mutants docs lint clean
 
 demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="--plot demo.png"
 	$(VENV)/bin/tritonattn demo $(ARGS)
@@ -31,6 +31,9 @@ test-peers: $(VENV)/.test  ## transformers' own model tests against ours, and th
 
 mutants: $(VENV)/.test  ## every deliberate fault of tests/mutants/table.txt is caught by its test: make mutants ARGS=decode
 	$(VENV)/bin/python -m tests.mutants --jobs $(WORKERS) $(ARGS)
+
+docs: $(VENV)/.docs  ## the documents as a site, in site/; it fails on a dead link
+	$(VENV)/bin/mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -58,6 +61,10 @@ $(VENV)/.real: $(VENV)/.demo
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml
 	$(PIP) install --quiet --editable '.[test]' $(VERSIONS)
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.made pyproject.toml
+	$(PIP) install --quiet --editable '.[docs]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml
