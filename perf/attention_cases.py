@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._functorch import config as compiled_autograd
 
 import tritonattn
+from tests.support.bound import BAND, PYTORCH_GRADIENT_BAND
 
 from .check import Question, Sample, checker
 from .contest import Contest, Entrant, Results
@@ -80,7 +81,7 @@ class Case:
             entrant_name(name, scaling),
             scaling,
             lambda: inputs.running(build(problem), self.passes),
-            checker(samples, scaling, rounding),
+            checker(samples, scaling, rounding, PYTORCH_GRADIENT_BAND if self.backend == "sdpa" else BAND),
             ours=name == OURS,
         )
 

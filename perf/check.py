@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import tritonattn
-from tests.support.bound import allowed_error
+from tests.support.bound import BAND, allowed_error
 
 from .contest import Results, Verdict
 from .recipes import CONSTANTS
@@ -112,15 +112,16 @@ def _scaled_before(q: Tensor, k: Tensor, factor: Tensor) -> tuple[Tensor, Tensor
     return unit_q, unit_k, tau
 
 
-def judge(results: Results, exact: Results, eager: Results, dtype: torch.dtype) -> Verdict:
+def judge(results: Results, exact: Results, eager: Results, dtype: torch.dtype, gradient_band: int = BAND) -> Verdict:
     """The tests' bound on every result; the verdict on the one that passes it by most, or comes closest to it."""
-    verdicts = (_judged(name, result, exact[name], eager[name], dtype) for name, result in results.items())
+    bands = {name: BAND if name == "out" else gradient_band for name in results}
+    verdicts = (_judged(name, results[name], exact[name], eager[name], dtype, band) for name, band in bands.items())
     return max(verdicts, key=lambda verdict: verdict.bounds)
 
 
-def _judged(name: str, result: Tensor, exact: Tensor, eager: Tensor, dtype: torch.dtype) -> Verdict:
+def _judged(name: str, result: Tensor, exact: Tensor, eager: Tensor, dtype: torch.dtype, band: int) -> Verdict:
     size = exact.abs().max().item() or 1.0
-    bound = allowed_error(exact, eager, dtype) / size
+    bound = allowed_error(exact, eager, dtype, band=band) / size
     if result.shape != exact.shape:
         return Verdict(math.inf, bound, f"{name}: expected shape {tuple(exact.shape)}, got {tuple(result.shape)}")
     error = (result.double() - exact).abs().max().item() / size
@@ -138,13 +139,16 @@ class Sample:
     part: Callable[[Tensor], Tensor]
 
 
-def checker(samples: Sequence[Sample], scaling: str, rounding: str) -> Callable[[Results], Verdict]:
+def checker(
+    samples: Sequence[Sample], scaling: str, rounding: str, gradient_band: int = BAND
+) -> Callable[[Results], Verdict]:
     """Judges results by samples of them; the verdict on the worst."""
 
     def verdict(results: Results, sample: Sample) -> Verdict:
         question = sample.question
         parts = {name: sample.part(x).detach() for name, x in results.items()}
-        return judge(parts, question.exact(scaling), question.eager(scaling, rounding), question.q.dtype)
+        exact, eager = question.exact(scaling), question.eager(scaling, rounding)
+        return judge(parts, exact, eager, question.q.dtype, gradient_band)
 
     def check(results: Results) -> Verdict:
         return max((verdict(results, sample) for sample in samples), key=lambda one: one.bounds)

@@ -8,7 +8,7 @@ import torch
 
 import tritonattn
 from tests.backends.test_cpu import make_call, output_gradients, run_reference, tensors_of
-from tests.support.bound import assert_within_bound
+from tests.support.bound import BAND, PYTORCH_GRADIENT_BAND, assert_within_bound
 from tests.support.masks import MASKS
 from tests.support.versions import TORCH
 from tests.support.watch import Watch
@@ -61,13 +61,17 @@ def _unfolded(call, gradients):
     return found
 
 
+def band_of(name):
+    return BAND if name == "out" else PYTORCH_GRADIENT_BAND
+
+
 def check(call):
     """Results and gradients within the bound; in bf16 the bound of eager attention on rounded operands."""
     assert sdpa.supports(call)
     d_out, folded = output_gradients(call)[0], call.q.dtype == torch.bfloat16
     exact, eager = exact_and_eager(call, d_out, folded)
     for name, result in run(call, d_out).items():
-        assert_within_bound(result, exact[name], eager[name], call.q.dtype, name=name)
+        assert_within_bound(result, exact[name], eager[name], call.q.dtype, name=name, band=band_of(name))
 
 
 def _lengths_and_heads() -> list:
@@ -255,15 +259,6 @@ def test_rows_that_overlap(dtype, name, step):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rows", [0, 1, 5, 37])
-def test_a_product_in_pieces_is_that_of_the_whole(layout, rows, monkeypatch):
-    call = make_call(torch.bfloat16)
-    q = LAYOUTS[layout](call.q)
-    monkeypatch.setattr(sdpa, "_CACHED", rows * 2 * 4 * 16)
-    assert torch.equal(sdpa._fold(q, call.query_scale), (q.float() * call.query_scale[..., None]).bfloat16())
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("head_dims", [(16, 16), (1, 1), (16, 8), (8, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -274,7 +269,7 @@ def test_never_leaves_the_fast_kernel(layout, kv_heads, head_dims, dtype):
     call = dataclasses.replace(call, q=q, k=k, v=v)
     with Watch() as watch:
         run(call, output_gradients(call)[0])
-    assert watch.calls[FAST] == watch.calls[FAST + "_backward"] == (1 if dtype == torch.float64 else 2)  # first rows
+    assert watch.calls[FAST] == watch.calls[FAST + "_backward"] == 1
     assert watch.largest <= 2 * 8 * 2 * 4 * 512 * 16  # twice q in fp64: a sixteenth of the 512 * 512 pairs
 
 
