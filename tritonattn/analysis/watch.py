@@ -1,16 +1,18 @@
-"""Collecting what the attention layers of a model do, for a while."""
+"""Collecting the attention calls of a model's layers for a while."""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.observation import ObservedCall, observing
+from ..core.observation import ObservedCall, Observer
 from .tally import Tally
 
 
@@ -31,11 +33,21 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
+class _Running(threading.local):
+    """The modules whose forward runs in this thread, outermost first, with their names."""
+
+    def __init__(self) -> None:
+        self.modules: list[tuple[str, nn.Module]] = []
+
+
 class Watch:
     """A context in which every attention that a model computes is counted, by the module that computes it.
 
     Seen are calls of `tritonattn.attention` and `attention_varlen` by the model's modules, patched transformers layers
     among them, and transformers layers that use their own "eager" or "sdpa" attention. No number of the model changes.
+
+    Calls are seen while a module of the model runs, in the thread in which it runs: autograd's threads, where
+    checkpointed layers run again, and those of nn.DataParallel count too, and other models do not.
 
     A module counts in training mode, or where its result has a graph: so evaluation under torch.no_grad() does not.
     The second forward of a checkpointed layer, inside backward, does not count again.
@@ -46,8 +58,8 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._entered: list[nn.Module] = []
+        self._running = _Running()
+        self._observer = Observer(self._observe)
         self._contexts = ExitStack()
         self.tallies: dict[str, Tally] = {}
         self.losses: list[Tensor] = []
@@ -57,10 +69,11 @@ class Watch:
         with ExitStack() as contexts:
             for context in _contexts_of(self._model):
                 contexts.enter_context(context)
-            contexts.enter_context(observing(self._observe))
-            for module in self._model.modules():
+            contexts.callback(self._observer.close)
+            for name, module in self._model.named_modules():
+                enter = partial(self._enter, name or type(module).__name__)
                 for handle in (
-                    module.register_forward_pre_hook(_Hook(self._enter)),
+                    module.register_forward_pre_hook(_Hook(enter)),
                     module.register_forward_hook(_Hook(self._leave), always_call=True),
                 ):
                     contexts.callback(handle.remove)
@@ -72,13 +85,18 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._contexts.close()
 
-    def _enter(self, module: nn.Module, _: Any) -> None:
-        self._entered.append(module)
+    def _enter(self, name: str, module: nn.Module, _: Any) -> None:
+        if not self._running.modules:
+            self._observer.begin()
+        self._running.modules.append((name, module))
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
-        if any(other is module for other in self._entered):  # one that raised may be left twice
-            while self._entered.pop() is not module:
+        modules = self._running.modules
+        if any(other is module for _, other in modules):  # one that raised may be left twice
+            while modules.pop()[1] is not module:
                 pass
+            if not modules:
+                self._observer.end()
 
     def _take_loss(self, module: nn.Module, _: Any, keywords: dict[str, Any], out: Any) -> None:
         loss = getattr(out, "loss", None)
@@ -87,12 +105,9 @@ class Watch:
             self.losses_add_up = keywords.get("num_items_in_batch") is not None
 
     def _observe(self, call: ObservedCall) -> None:
-        if not self._entered:  # another model's
-            return
-        module = self._entered[-1]
+        name, module = self._running.modules[-1]
         if not (module.training or call.out.requires_grad):
             return
-        name = self._names.get(id(module), "") or type(module).__name__
         tally = self.tallies.setdefault(name, Tally())
         tally.follow_gradients(call)
         if not _in_backward():

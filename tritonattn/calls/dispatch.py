@@ -13,7 +13,7 @@ from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, is_compiled_transform, is_transformed, without_autocast
 from ..core.call import AttentionCall, ForwardResult
 from ..core.dropout import Dropout
-from ..core.observation import ObservedCall, is_observed, tell
+from ..core.observation import ObservedCall, is_observed, notify_observers
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from .backend import choose_backend
@@ -67,7 +67,7 @@ def attend(
                 return cast(tuple[Tensor, AttentionAux], _attend(q, k, narrow, factor, visibility, again))[1]
 
         out = result[0] if isinstance(result, tuple) else result
-        tell(ObservedCall(q, k, out, visibility, options.softcap, aux))
+        notify_observers(ObservedCall(q, k, out, visibility, options.softcap, aux))
     return result
 
 

@@ -1,9 +1,9 @@
-"""Whoever wants to see what attention is computed from: told of every call, changing none."""
+"""Observers of attention: each sees the calls of the threads in which it has begun, and changes none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,42 +33,47 @@ class ObservedCall:
     aux: Callable[[], Any]
 
 
-_observers: tuple[Callable[[ObservedCall], None], ...] = ()
+class Observer:
+    """Hand calls of attention to a function, in each thread (or context) between `begin` and `end`.
 
-
-@contextmanager
-def observing(observer: Callable[[ObservedCall], None]) -> Iterator[None]:
-    """Call observer after every attention of the process while the context lasts.
-
-    Calls inside torch.compile, under torch.func and of `attention_decode` are not seen.
+    After `close` it sees nothing in any thread. Calls inside torch.compile, under torch.func and of `attention_decode`
+    are not seen, nor are calls that the function itself makes.
     """
-    global _observers
-    _observers = (*_observers, observer)
-    try:
-        yield
-    finally:
-        _observers = tuple(other for other in _observers if other is not observer)
+
+    def __init__(self, function: Callable[[ObservedCall], None]) -> None:
+        self.function = function
+        self.closed = False
+
+    def begin(self) -> None:
+        _observers.set((*_open_observers(), self))
+
+    def end(self) -> None:
+        _observers.set(tuple(other for other in _open_observers() if other is not self))
+
+    def close(self) -> None:
+        self.closed = True
+        self.end()
 
 
-@contextmanager
-def unobserved() -> Iterator[None]:
-    """Nobody is told while the context lasts."""
-    global _observers
-    before, _observers = _observers, ()
-    try:
-        yield
-    finally:
-        _observers = before
+_observers: ContextVar[tuple[Observer, ...]] = ContextVar("tritonattn_observers", default=())
+
+
+def _open_observers() -> tuple[Observer, ...]:
+    return tuple(observer for observer in _observers.get() if not observer.closed)
 
 
 def is_observed() -> bool:
-    """Whether somebody wants to see a call made now. A compiler reads no state here."""
-    return not torch.compiler.is_compiling() and bool(_observers) and not is_transformed()
+    """Whether a call made now has an observer. A compiler reads no state here."""
+    return not torch.compiler.is_compiling() and bool(_open_observers()) and not is_transformed()
 
 
-def tell(call: ObservedCall) -> None:
-    """Show a call to all observers."""
-    observers = _observers
-    with torch.no_grad(), unobserved():
-        for observer in observers:
-            observer(call)
+def notify_observers(call: ObservedCall) -> None:
+    """Hand a call to every observer of this thread."""
+    observers = _open_observers()
+    unobserved = _observers.set(())
+    try:
+        with torch.no_grad():
+            for observer in observers:
+                observer.function(call)
+    finally:
+        _observers.reset(unobserved)

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from ..calls.attention import attention
 from ..calls.dispatch import AttentionAux
-from ..core.observation import ObservedCall, is_observed, tell
+from ..core.observation import ObservedCall, is_observed, notify_observers
 from ..core.visibility import Visibility
 from .architecture import AttentionModule, attention_modules, interface_function
 from .attention import NAME, call_arguments
@@ -101,7 +101,7 @@ def _observed_forward(
                 narrow = key.detach()[..., :1]
                 return cast(tuple[Tensor, AttentionAux], attention(query, key, narrow, **arguments, return_aux=True))[1]
 
-        tell(ObservedCall(query, key, out.transpose(1, 2), seen, arguments["softcap"], aux))
+        notify_observers(ObservedCall(query, key, out.transpose(1, 2), seen, arguments["softcap"], aux))
     return out, weights
 
 

@@ -1,0 +1,143 @@
+"""Monitors in threads: each sees the calls of its own model, wherever they run, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.analysis.models import Net, ids, llama
+from tests.analysis.test_monitor import QUIET, close, pytestmark, record_of
+from tests.huggingface.test_patch import state
+from tritonattn.analysis import Monitor
+from tritonattn.core import observation
+
+__all__ = ["pytestmark"]
+
+
+def run_together(*functions):
+    """Results of functions that run in threads at the same time."""
+    barrier = threading.Barrier(len(functions))
+
+    def started(function):
+        barrier.wait()
+        return function()
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [future.result() for future in [pool.submit(started, function) for function in functions]]
+
+
+def test_monitors_in_threads_see_their_own_models():
+    nets = [Net(scaling=scaling) for scaling in ("sqrt_dim", "key_count", "none")]
+    x = torch.randn(2, 5, 32)
+
+    def loss(net):
+        return net(x).square().sum()
+
+    wanted = [record_of(net, loss)["layers"] for net in nets]
+
+    def run(net):
+        return lambda: [record_of(net, loss, loss) for _ in range(8)]
+
+    for layers, records in zip(wanted, run_together(*map(run, nets)), strict=True):
+        for record in records:
+            assert record["layers"].keys() == {"attention"}
+            assert record["layers"]["attention"]["calls"] == 2
+            assert record["layers"]["attention"]["max_logit"] == layers["attention"]["max_logit"]
+
+
+def test_monitors_in_threads_watch_transformers_models():
+    nets, x = [llama(), llama("sdpa")], ids()
+    before = [state(net) for net in nets]
+    wanted = [record_of(net, lambda net: net(x, labels=x).loss)["layers"] for net in nets]
+    found = run_together(*(lambda net=net: record_of(net, lambda net: net(x, labels=x).loss)["layers"] for net in nets))
+    for got, layers in zip(found, wanted, strict=True):
+        assert got.keys() == layers.keys()
+        for name in layers:
+            close(got[name], layers[name])
+    assert [state(net) for net in nets] == before
+
+
+def test_a_model_that_runs_in_several_threads_counts_in_each():
+    """As under nn.DataParallel: replicas are shallow copies of the modules, each run by a thread."""
+    net, x = Net(), torch.randn(2, 5, 32)
+    replica = net._replicate_for_data_parallel()
+    replica.attention = net.attention._replicate_for_data_parallel()
+    replica.attention._parameters = net.attention._parameters
+    with Monitor(net, every=1, thresholds=QUIET) as monitor:
+        outs = run_together(lambda: net(x[:1]), lambda: replica(x[1:]))
+        sum(out.square().sum() for out in outs).backward()
+        got = monitor.step()["layers"]
+    wanted = record_of(net, lambda net: net(x).square().sum())["layers"]
+    assert got.keys() == wanted.keys() == {"attention"}
+    assert got["attention"]["calls"] == 2
+    close(got["attention"], wanted["attention"])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_in_another_thread_has_gradients(reentrant):
+    """As on a GPU, where a thread of autograd runs checkpointed layers again."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x):
+            return checkpoint(self.net, x, use_reentrant=reentrant)
+
+    net, x = Checkpointed(), torch.randn(2, 5, 32, requires_grad=True)
+    wanted = record_of(net.net, lambda net: net(x).square().sum())["layers"]["attention"]
+    with Monitor(net, every=1, thresholds=QUIET) as monitor:
+        loss = net(x).square().sum()
+        run_together(loss.backward)
+        got = monitor.step()["layers"]["net.attention"]
+    assert got["calls"] == 1
+    close(got, wanted)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_no_observer_outlives_an_exception(error):
+    net, x = Net(), torch.randn(2, 5, 32)
+
+    def fail(*_):
+        raise error
+
+    hook = net.attention.o_proj.register_forward_pre_hook(fail)
+
+    def run():
+        with pytest.raises(error), Monitor(net, every=1, thresholds=QUIET):
+            net(x)
+        return observation._observers.get()
+
+    assert run_together(run) == [()]
+    assert run() == ()
+    hook.remove()
+    assert record_of(net, lambda net: net(x).sum())["layers"]["attention"]["calls"] == 1
+
+
+def test_a_thread_that_was_in_the_model_at_the_end_of_a_step_is_not_observed_later():
+    net, x = Net(), torch.randn(2, 5, 32)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        go_on.wait(10)
+
+    def run():
+        net(x)
+        return observation.is_observed()
+
+    hook = net.attention.o_proj.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        with Monitor(net, every=2, thresholds=QUIET) as monitor:
+            observed = pool.submit(run)
+            assert inside.wait(10)
+            monitor.step()
+        go_on.set()
+        assert observed.result() is False
+    hook.remove()
