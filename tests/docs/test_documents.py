@@ -46,10 +46,10 @@ def test_commands_parse(document):
 
 
 @pytest.mark.parametrize("document", PAGES)
-def test_files_that_are_named_exist(document):
+def test_paths_that_are_named_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    for file in re.findall(r"`((?:docs|perf|tests|autotune_cache)/[\w./-]+\.(?:md|py|json|jsonl))`", text):
-        assert (ROOT / file).is_file(), file
+    for path in re.findall(r"`((?:docs|perf|tests|tritonattn|autotune_cache)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
 
 
 def anchors(document: str) -> set[str]:
@@ -69,7 +69,7 @@ def test_links_lead_somewhere(document):
         file, _, anchor = target.partition("#")
         path = (folder / file).resolve() if file else ROOT / document
         assert path.is_file(), target
-        if anchor:
+        if anchor and path.suffix == ".md":
             assert anchor in anchors(path.relative_to(ROOT).as_posix()), target
 
 

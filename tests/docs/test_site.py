@@ -22,3 +22,4 @@ def test_it_builds_without_a_warning(tmp_path):
     api = (tmp_path / "api.html").read_text(encoding="utf-8")
     for name in ("tritonattn.attention", "tritonattn.nn.SSMax", "tritonattn.analysis.Monitor"):
         assert f'id="{name}"' in api, name
+    assert "<blockquote>" not in api, "a docstring's doctest is set as prose"
