@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from tritonattn.core.command import INTERRUPTED, CommandError
+from tritonattn.core.errors import INTERRUPTED, CommandError
 
 COMMANDS = {
     "sweep": "times and errors beside those of other implementations, as JSON lines",

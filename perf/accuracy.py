@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
+from tritonattn.core.provenance import Environment
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
 from tritonattn.lab.simulation.distributions import DISTRIBUTIONS
@@ -17,7 +18,6 @@ from .attention_cases import DTYPES, OURS, entrant_name
 from .check import Question, judge
 from .contest import Effort, Results, Verdict, raising
 from .records import Axis, Record
-from .versions import Environment
 
 SUITE = "accuracy"
 RECIPE = "pre-scaled q"

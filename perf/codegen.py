@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 import triton
 from tabulate import tabulate
+from tqdm import tqdm
 
-from tritonattn.core.command import check_file, usable_cores, whole_number, whole_numbers
+from tritonattn.cli.options import check_file, usable_cores, whole_number, whole_numbers
 from tritonattn.core.provenance import commit
 from tritonattn.kernels import KERNELS
 from tritonattn.tuner.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
 from tritonattn.tuner.model import RATES, UNITS, cycles, programs_per_sm, utilisation
-from tritonattn.tuner.progress import tqdm
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
 from tritonattn.tuning.compile import WIDEST
 from tritonattn.tuning.config import STREAMING_KERNELS, TileConfig

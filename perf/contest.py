@@ -13,10 +13,10 @@ from datetime import date
 import torch
 from torch import Tensor
 
+from tritonattn.core.provenance import Environment
 from tritonattn.tuner.timing import Contestant, Timing, card_state, take_turns
 
 from .records import Axis, Record
-from .versions import Environment
 
 Results = dict[str, Tensor]
 

@@ -10,7 +10,7 @@ from threading import Thread
 
 import pytest
 
-from tritonattn.core.command import usable_cores, whole_number
+from tritonattn.cli.options import usable_cores, whole_number
 
 _MOST = 8  # processes, each with a context of its own on the card
 _NO_TESTS = 5  # pytest's exit status where a process was dealt none

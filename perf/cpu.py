@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import tritonattn
-from tritonattn.core.command import check_file, whole_number
-from tritonattn.core.provenance import commit, processor
+from tritonattn.cli.options import check_file, whole_number
+from tritonattn.core.provenance import Environment
+from tritonattn.core.records import write_json
+from tritonattn.core.tables import table
 from tritonattn.core.visibility import Visibility
 from tritonattn.tuner.timing import Contestant, take_turns
+
+from .options import command_line
 
 HEADS, HEAD_DIM = 8, 64
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -115,15 +117,14 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(arguments: argparse.Namespace) -> list[dict]:
+def measure(options: argparse.Namespace) -> list[dict]:
     """One record a contestant."""
-    torch.set_num_threads(arguments.threads)
     records = []
-    for case, compared in cases(arguments.length).items():
-        if arguments.case not in (None, case):
+    for case, compared in cases(options.length).items():
+        if options.case not in (None, case):
             continue
-        taken = times(compared, arguments.length, arguments.repeats)
-        memory = {name: peak_memory(case, name, arguments.length, arguments.threads) for name in compared}
+        taken = times(compared, options.length, options.repeats)
+        memory = {name: peak_memory(case, name, options.length, options.threads) for name in compared}
         baseline = next(iter(compared))
         for name in compared:
             ratios = [ours / theirs for ours, theirs in zip(taken[name], taken[baseline], strict=True)]
@@ -140,20 +141,6 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
     return records
 
 
-def environment(arguments: argparse.Namespace) -> dict[str, str]:
-    """What the figures depend on."""
-    return {
-        "shape": f"[1, {HEADS}, {arguments.length}, {HEAD_DIM}] float32",
-        "threads": str(arguments.threads),
-        "repeats": str(arguments.repeats),
-        "cpu": processor(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "tritonattn": tritonattn.__version__,
-        "commit": commit(),
-    }
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=whole_number, default=15, help="rounds, in which all take turns")
     parser.add_argument("--length", type=whole_number, default=4096, help="queries and keys")
@@ -163,16 +150,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Measure, print the table and write the file."""
-    check_file("--json", arguments.json)
-    facts, records = environment(arguments), measure(arguments)
-    print("\n".join(f"{name}: {value}" for name, value in facts.items()))
-    print("measured: forward + backward; ratios to the first of each case, median of interleaved rounds\n")
+    check_file("--json", options.json)
+    torch.set_num_threads(options.threads)
+    environment = Environment.of(torch.device("cpu"), command_line("cpu", options))
+    records = measure(options)
+    print(f"Measured: {environment}")
+    print(f"[1, {HEADS}, {options.length}, {HEAD_DIM}] float32, forward + backward; ratios to the first of each case,")
+    print(f"medians of {options.repeats} interleaved rounds\n")
     headers = ["case", "attention", "ms", "time ratio", "peak MiB", "memory ratio"]
-    rows = [list(record.values()) for record in records]
-    print(tabulate(rows, headers, floatfmt=("", "", ".0f", ".3f", ".0f", ".2f")))
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"environment": facts, "results": records}, indent=2) + "\n", encoding="utf-8"
-        )
+    digits = ("", "", ".0f", ".3f", ".0f", ".2f")
+    rows = [[format(x, one) for x, one in zip(record.values(), digits, strict=True)] for record in records]
+    print(table(rows, headers, "simple"))
+    if options.json:
+        write_json(options.json, {"environment": asdict(environment), "results": records})

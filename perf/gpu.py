@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from tritonattn.core.command import INTERRUPTED, made_folder
+from tritonattn.cli.options import make_folder
+from tritonattn.core.errors import INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[1]
 _GRACE = 60.0  # seconds past its share, at most, that a process has to start up and to finish what it began
@@ -119,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
         if name not in known:
             sys.exit(f"gpu: --phases: expected some of {', '.join(known)}, got {name!r}")
     chosen = [phase for phase in chosen if arguments.phases is None or phase.name in arguments.phases]
-    made_folder("--out", arguments.out)
+    make_folder("--out", arguments.out)
     try:
         with _handling(signal.SIGTERM):  # as `timeout` sends it: a phase must not outlive the run
             outcomes = run_all(chosen, arguments.out.resolve(), 60 * arguments.minutes)

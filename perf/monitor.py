@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -13,45 +11,48 @@ from pathlib import Path
 
 import torch
 import transformers
-from tabulate import tabulate
 
 from tritonattn.analysis import Monitor, Thresholds
-from tritonattn.core.command import CommandError, check_file, usable_device, whole_number
+from tritonattn.cli.options import check_file, device, whole_number
+from tritonattn.core.errors import CommandError
+from tritonattn.core.provenance import Environment
+from tritonattn.core.records import write_json
+from tritonattn.core.tables import table
 from tritonattn.huggingface import patch
 from tritonattn.tuner.timing import Contestant, take_turns
 
-from .versions import Environment
+from .options import command_line
 
 EVERY = 50  # the Monitor's default
 VOCABULARY = 4096
 QUIET = Thresholds(None, None, None)
 
 
-def model_of(arguments: argparse.Namespace) -> transformers.LlamaForCausalLM:
+def model_of(options: argparse.Namespace) -> transformers.LlamaForCausalLM:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=arguments.width,
-        intermediate_size=2 * arguments.width,
+        hidden_size=options.width,
+        intermediate_size=2 * options.width,
         num_hidden_layers=4,
-        num_attention_heads=arguments.width // 64,
-        num_key_value_heads=arguments.width // 64,
+        num_attention_heads=options.width // 64,
+        num_key_value_heads=options.width // 64,
         attn_implementation="sdpa",
     )
-    return transformers.LlamaForCausalLM(config).to(arguments.device).train()
+    return transformers.LlamaForCausalLM(config).to(options.device).train()
 
 
-def contestant(arguments: argparse.Namespace, every: int | None, folder: str, contexts: ExitStack) -> Contestant:
+def contestant(options: argparse.Namespace, every: int | None, folder: str, contexts: ExitStack) -> Contestant:
     """A training step of a model of its own; every: of its Monitor, None for no Monitor."""
-    model = model_of(arguments)
-    if arguments.scaling is not None:
+    model = model_of(options)
+    if options.scaling is not None:
         try:
-            patch(model, arguments.scaling)
+            patch(model, options.scaling)
         except ValueError as error:
             raise CommandError(f"--scaling: {error}") from error
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    shape = arguments.batch, arguments.length
-    tokens = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(1)).to(arguments.device)
+    shape = options.batch, options.length
+    tokens = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(1)).to(options.device)
     monitor = None
     if every is not None:
         file = Path(folder) / f"{every}.jsonl"
@@ -69,12 +70,12 @@ def contestant(arguments: argparse.Namespace, every: int | None, folder: str, co
     return step
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Milliseconds of a step, and the median of the rounds' ratios to that without a Monitor."""
     kinds = {"no Monitor": None, "Monitor, a step that is not watched": 10**9, "Monitor, a watched step": 1}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as contexts:
-        contestants = {name: contestant(arguments, every, folder, contexts) for name, every in kinds.items()}
-        taken = take_turns(contestants, torch.device(arguments.device), arguments.repeats)
+        contestants = {name: contestant(options, every, folder, contexts) for name, every in kinds.items()}
+        taken = take_turns(contestants, options.device, options.repeats)
     plain = taken["no Monitor"]
     return {
         name: {
@@ -91,30 +92,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=whole_number, default=512, help="tokens of a sequence")
     parser.add_argument("--batch", type=whole_number, default=2)
     parser.add_argument("--scaling", help="patch the model with this mode (default: its own attention)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--threads", type=whole_number, default=2)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Measure, print the table and write the file."""
-    check_file("--json", arguments.json)
-    torch.set_num_threads(arguments.threads)
-    given = " ".join(part for part in sys.argv[1:] if not part.startswith("--json") and not part.endswith(".json"))
-    facts = Environment.of(usable_device(arguments.device), f"python -m perf {given}")
-    found = measure(arguments)
+    check_file("--json", options.json)
+    torch.set_num_threads(options.threads)
+    environment = Environment.of(options.device, command_line("monitor", options))
+    found = measure(options)
     idle, watched = (one["time_ratio"] - 1 for one in list(found.values())[1:])
     overall = idle + (watched - idle) / EVERY
-    print(f"Measured: {facts}")
+    print(f"Measured: {environment}")
     print(
-        f"{arguments.batch} x {arguments.length} tokens, width {arguments.width}, 4 layers, fp32, "
-        f"{arguments.scaling or 'sdpa, not patched'}; forward, backward and AdamW\n"
+        f"{options.batch} x {options.length} tokens, width {options.width}, 4 layers, fp32, "
+        f"{options.scaling or 'sdpa, not patched'}; forward, backward and AdamW\n"
     )
-    rows = [(name, one["median_ms"], one["time_ratio"]) for name, one in found.items()]
-    print(tabulate(rows, ["", "ms a step", "time ratio"], floatfmt=("", ".1f", ".3f")))
+    rows = [(name, f"{one['median_ms']:.1f}", f"{one['time_ratio']:.3f}") for name, one in found.items()]
+    print(table(rows, ["", "ms a step", "time ratio"], "simple"))
     print(f"\nevery = {EVERY}: {overall:+.1%}, of which {(watched - idle) / EVERY:+.1%} in the watched steps")
-    if arguments.json:
-        shape = {name: getattr(arguments, name) for name in ("batch", "length", "width", "scaling", "repeats")}
-        record = {"environment": asdict(facts), "shape": shape, "results": found, "overhead_at_50": overall}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if options.json:
+        shape = {name: getattr(options, name) for name in ("batch", "length", "width", "scaling", "repeats")}
+        record = {"environment": asdict(environment), "shape": shape, "results": found, "overhead_at_50": overall}
+        write_json(options.json, record)

@@ -207,6 +207,8 @@ def _eager(problem: Problem) -> Attend:
     return attend
 
 
+# The names under which peers other than PyTorch's own are installed.
+PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
 # None: the one that PyTorch chooses.
 SDPA_BACKENDS = {
     "sdpa": None,

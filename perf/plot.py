@@ -13,7 +13,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from tritonattn.core.command import made_folder
+from tritonattn.cli.options import make_folder
 
 from .records import Record, read_all
 from .report import implementation
@@ -236,7 +236,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = drawings(read_all(arguments.files))
     if not found:
         sys.exit(f"plot: nothing measured in {', '.join(map(str, arguments.files))}")
-    made_folder("--out", arguments.out)
+    make_folder("--out", arguments.out)
     for name, (chart, records) in found.items():
         draw(chart, records, arguments.out / name)
         print(arguments.out / name)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from tritonattn.core.provenance import for_json
-
-from .versions import Environment
+from tritonattn.core import records as files
+from tritonattn.core.provenance import Environment
 
 Axis = str | int | float | bool
 
@@ -56,12 +55,12 @@ class Record:
     def case(self) -> str:
         return case_name(self.axes)
 
-    def line(self) -> str:
-        """Of a results file; optional fields that hold nothing are left out."""
+    def values(self) -> dict[str, Any]:
+        """List what a line of a results file holds: required fields, and the optional ones that are set."""
         required = {one.name for one in fields(self) if one.default is MISSING and one.default_factory is MISSING}
-        values = for_json(asdict(self)).items()  # an error may be NaN
-        kept = {name: x for name, x in values if name in required or x not in (None, "", {})}
-        return json.dumps(kept, allow_nan=False) + "\n"
+        return {
+            name: x for name, x in files.for_json(asdict(self)).items() if name in required or x not in (None, "", {})
+        }
 
     @property
     def is_bad(self) -> bool:
@@ -81,7 +80,7 @@ class ResultsFile:
 
     def __init__(self, path: Path | None, environment: Environment) -> None:
         self.path, self.environment = path, environment
-        known = read(path) if path is not None and path.exists() else []
+        known = [] if path is None else read(path)
         known = [record for record in known if record.environment == environment]
         again = {(record.suite, record.case) for record in known if record.is_bad}
         self.records = [record for record in known if (record.suite, record.case) not in again]
@@ -94,31 +93,21 @@ class ResultsFile:
         """All records of a case at once: an interrupted case leaves none."""
         self.records += records
         self._done |= {(record.suite, record.case) for record in records}
-        if self.path is None:
-            return
-        text = "".join(record.line() for record in records)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            file.seek(max(0, file.seek(0, 2) - 1))
-            torn = file.read() not in (b"", b"\n")  # a run that was killed while it wrote
-            file.write(("\n" * torn + text).encode())
+        if self.path is not None:
+            files.append(self.path, (record.values() for record in records))
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file; a line that is none is named on stderr and skipped."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            values = json.loads(line)
-            values["environment"] = Environment(**values["environment"])
-            records.append(Record(**values))
-        except (ValueError, TypeError, KeyError) as error:
-            print(f"{path}:{number}: expected a record of `perf sweep`, skipped: {error}", file=sys.stderr)
-    return records
+    """Read the records of a file; a line that is none is named on stderr and skipped."""
+    return files.read(path, _decoded, "a record of `perf sweep`")
+
+
+def _decoded(values: dict[str, Any]) -> Record:
+    return Record(**values | {"environment": Environment(**values["environment"])})
 
 
 def read_all(paths: Iterable[Path]) -> list[Record]:
-    """Of several files; of records of the same case, contestant and environment the last."""
+    """Read several files; of records of the same case, contestant and environment keep the last."""
     found: dict[tuple, Record] = {}
     for path in paths:
         if not path.is_file():

@@ -1,63 +1,52 @@
-"""From what is asked for to records: cases in order, each kept as soon as it is done."""
+"""Run the cases of a sweep in order, and keep the records of each as soon as it is done."""
 
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from argparse import Namespace
+from dataclasses import fields, replace
 
 import torch
+from tqdm import tqdm
 
-from tritonattn.tuner.progress import tqdm
+from tritonattn.core.provenance import Environment
 
 from . import roofline
 from .accuracy import AccuracyCase
 from .attention_cases import DTYPES
 from .contest import Contest, Effort
-from .peers import PEERS
+from .peers import PACKAGES, PEERS
 from .records import Record, ResultsFile
-from .suites import MODES, SUITES, Place
-from .versions import Environment
+from .suites import MODES, SUITES, Axes, Place
+
+_ROUNDS, _QUICK_ROUNDS = 25, 3
+_SECONDS = 20.0  # of rounds a case
 
 
-@dataclass(frozen=True)
-class Request:
-    """What `python -m perf sweep` is asked for.
+def measure(options: Namespace, command: str) -> tuple[list[Record], bool]:
+    """Run the cases that the options of a sweep ask for; options.device is the kind of a Place.
 
-    suites     names of SUITES, None for all that make sense on the device
-    axes       fields of Axes that replace a suite's own, where they are not None
-    deadline   of time.monotonic(), after which no case begins
+    Returns the records of all cases, those that the file had included, and whether Ctrl-C ended the sweep.
     """
-
-    suites: tuple[str, ...] | None
-    kind: str
-    quick: bool
-    axes: dict[str, tuple | None]
-    effort: Effort
-    command: str
-    json: Path | None = None
-    deadline: float | None = None
-
-
-def measure(request: Request) -> tuple[list[Record], bool]:
-    """The records of all cases asked for, those that the file had included, and whether Ctrl-C ended it before."""
-    place = Place(request.kind)
-    plan = planned(request, place)
-    file = ResultsFile(request.json, Environment.of(place.device, request.command))
+    place, effort = Place(options.device), effort_of(options)
+    deadline = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
+    plan = planned(options, place)
+    file = ResultsFile(options.json, Environment.of(place.device, command, PACKAGES))
     todo = [case for case in plan if not file.has(case.suite, case.axes)]
     if len(todo) < len(plan):
-        print(f"{len(plan) - len(todo)} of {len(plan)} cases are in {request.json} already", file=sys.stderr)
-    going_on = "the same command goes on" if request.json else "the same command would go on, had it --json FILE"
+        print(f"{len(plan) - len(todo)} of {len(plan)} cases are in {options.json} already", file=sys.stderr)
+    going_on = "the same command goes on" if options.json else "the same command would go on, had it --json FILE"
     try:
         with tqdm(total=len(todo), unit="case") as progress:
             for number, case in enumerate(todo):
-                if request.deadline is not None and time.monotonic() > request.deadline:
+                if time.monotonic() > deadline:
                     print(f"time is up: {len(todo) - number} cases are left; {going_on}", file=sys.stderr)
                     break
                 progress.set_postfix_str(f"{case.suite} {' '.join(map(str, case.axes.values()))}")
-                file.append(case.run(request.effort, file.environment))
+                file.append(case.run(effort, file.environment))
                 _free(place.device)
                 progress.update()
     except KeyboardInterrupt:
@@ -66,17 +55,27 @@ def measure(request: Request) -> tuple[list[Record], bool]:
     return file.records, False
 
 
-def planned(request: Request, place: Place) -> list[Contest | AccuracyCase]:
-    """Ceilings first, then the suites' cases. SystemExit for a name that is none."""
-    names = request.suites or tuple(name for name in SUITES if name != "cpu" or place.kind == "cpu")
+def effort_of(options: Namespace) -> Effort:
+    """Choose the rounds and seconds of a case."""
+    if options.quick:
+        return Effort(options.rounds or _QUICK_ROUNDS, seconds=1.0, warm_up=0.0)
+    return Effort(options.rounds or _ROUNDS, seconds=_SECONDS, warm_up=0.3)
+
+
+def planned(options: Namespace, place: Place) -> list[Contest | AccuracyCase]:
+    """List the ceilings, then the suites' cases. SystemExit for an unknown name.
+
+    Options that are set replace the axes that a suite has of its own.
+    """
+    names = options.suite or tuple(name for name in SUITES if name != "cpu" or place.kind == "cpu")
     _check_names("--suite", names, SUITES)
-    wanted = {name: value for name, value in request.axes.items() if value is not None}
-    wanted = {name: () if value == ("none",) else value for name, value in wanted.items()}
+    wanted = {axis.name: getattr(options, axis.name) for axis in fields(Axes)}
+    wanted = {name: () if value == ("none",) else value for name, value in wanted.items() if value is not None}
     for option, known in (("peers", PEERS), ("dtypes", DTYPES), ("scalings", MODES)):
         _check_names(f"--{option}", wanted.get(option, ()), known)
-    axes = {name: replace(SUITES[name].chosen(place, request.quick), **wanted) for name in names}
+    axes = {name: replace(SUITES[name].chosen(place, options.quick), **wanted) for name in names}
     dtypes = tuple(dict.fromkeys(dtype for one in axes.values() for dtype in one.dtypes))
-    cases: list[Contest | AccuracyCase] = list(roofline.contests(dtypes, place.device, request.quick))
+    cases: list[Contest | AccuracyCase] = list(roofline.contests(dtypes, place.device, options.quick))
     for name in names:
         cases += SUITES[name].contests(axes[name], place)
     return cases
@@ -89,7 +88,7 @@ def _check_names(option: str, names, known) -> None:
 
 
 def _free(device: torch.device) -> None:
-    """What autograd's graphs of the last case hold, before the next one is allocated."""
+    """Free the memory of the last case, which autograd's graphs hold, before the next one is allocated."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

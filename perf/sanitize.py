@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tritonattn.core.command import whole_number
+from tritonattn.cli.options import whole_number
 
 # Reads of memory that nothing has written are the soak's own to find: it fills new memory with NaN.
 TOOLS = ("memcheck", "racecheck", "synccheck")

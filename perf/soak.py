@@ -10,7 +10,7 @@ import warnings
 import torch
 
 from tritonattn.backends.triton import launch
-from tritonattn.core.command import whole_number
+from tritonattn.cli.options import whole_number
 from tritonattn.core.provenance import commit
 
 from .soak_draw import HAZARD_SEEDS, INTERPRETED, ON_A_GPU, trials

@@ -48,11 +48,12 @@ OPTIONAL = {
 }
 OPTIONAL_IN = {
     "huggingface": {"transformers"},
-    "analysis": {"tabulate", "transformers"},
+    "core": {"tabulate"},
+    "analysis": {"transformers"},
     "integrations": {"diffusers", "timm", "x_transformers"},
-    "lab": {"matplotlib", "scipy", "sklearn", "tabulate", "tqdm", "transformers"},
+    "lab": {"matplotlib", "scipy", "sklearn", "tqdm", "transformers"},
     "tuner": {"tqdm"},
-    "cli": {"tabulate", "tqdm", "transformers"},
+    "cli": {"transformers"},
 }
 TRITON_IN = ("kernels", "tuning", "tuner", "backends/triton")
 

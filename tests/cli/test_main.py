@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+from tritonattn.cli import demo, env
 from tritonattn.cli import main as cli
-from tritonattn.core.command import CommandError, require
+from tritonattn.cli.options import require
+from tritonattn.core.errors import CommandError
 from tritonattn.scaling import SCALINGS
 
 
@@ -37,7 +39,7 @@ def test_help_names_every_option(capsys):
 
 
 def test_default_modes_exist_and_are_at_least_six():
-    modes = cli.DEMO_MODES.split(",")
+    modes = demo.MODES.split(",")
     assert len(modes) >= 6
     assert set(modes) <= set(SCALINGS)
 
@@ -50,8 +52,8 @@ def test_a_missing_extra_names_the_command_that_mends_it():
 def test_the_command_line_without_its_extras():
     code = """
 import sys
-from tritonattn.core import command
-command.find_spec = lambda name: None
+from tritonattn.cli import options
+options.find_spec = lambda name: None
 from tritonattn.cli.main import main
 sys.exit(main(["demo"]))
 """
@@ -95,7 +97,7 @@ def test_interruption_is_no_traceback(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "require", interrupted)
+    monkeypatch.setattr(demo, "require", interrupted)
     assert cli.main(["demo"]) == 130
 
 
@@ -104,7 +106,7 @@ def test_a_reader_that_leaves_is_no_traceback(length, monkeypatch):
     """As `head` does."""
     reading, writing = os.pipe()
     os.close(reading)
-    monkeypatch.setattr(cli, "_env", lambda _: print("x" * length) or 0)
+    monkeypatch.setattr(env, "run", lambda _: print("x" * length) or 0)
     with os.fdopen(writing, "w", encoding="utf-8") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert cli.main(["env"]) == 141

@@ -11,25 +11,43 @@ import pytest
 import torch
 
 from tritonattn.core import provenance
-from tritonattn.core.provenance import Environment, command_line
+from tritonattn.core.provenance import Environment, command_line, differs, digest
 
 
 def test_an_environment_names_machine_versions_and_commit():
     own = Environment.of(torch.device("cpu"))
     assert own.torch == torch.__version__
     assert own.threads == torch.get_num_threads()
-    assert re.fullmatch(r"unknown|[0-9a-f]{7,}(-dirty)?|.+-g[0-9a-f]+(-dirty)?", own.commit)
+    assert re.fullmatch(r"(unknown|[0-9a-f]{7,}|.+-g[0-9a-f]+)( \(code [0-9a-f]{12}\))?", own.commit)
     for part in (own.device, own.commit, f"torch {own.torch}"):
         assert part in str(own)
 
 
+def test_threads_are_those_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card X")
+    card = Environment.of(torch.device("cuda"), "a command")
+    assert (card.device, card.threads) == ("Card X", None)
+    assert str(card).startswith("Card X, torch ")
+    assert str(card).endswith(", `a command`")
+    threads = torch.get_num_threads()
+    assert f" ({threads} thread{'s' * (threads != 1)}), torch " in str(Environment.of(torch.device("cpu"), "a command"))
+
+
+def test_versions_of_the_peers_that_are_installed(monkeypatch):
+    installed = {"flash-attn": "2.8.3", "xformers": "0.0.35"}
+    monkeypatch.setattr(provenance, "version", lambda name: installed.get(name, "not installed"))
+    here = Environment.of(torch.device("cpu"), peers=("flash-attn", "flash-attn-3", "xformers"))
+    assert here.peers == "flash-attn 2.8.3, xformers 0.0.35"
+    assert f"Python {here.python}, flash-attn 2.8.3, xformers 0.0.35, commit " in str(here)
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_commit_is_that_of_the_packages_checkout(tmp_path, monkeypatch):
-    module = tmp_path / "tritonattn" / "provenance.py"
-    module.parent.mkdir()
+    module = tmp_path / "tritonattn" / "core" / "provenance.py"
+    module.parent.mkdir(parents=True)
     module.write_text("a")
     monkeypatch.setattr(provenance, "__file__", str(module))
-    assert provenance.commit() == "unknown"
+    assert provenance.commit() == f"unknown (code {digest(tmp_path)})"
 
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -39,9 +57,37 @@ def test_the_commit_is_that_of_the_packages_checkout(tmp_path, monkeypatch):
     git("init")
     git("add", ".")
     git("commit", "-m", "a")
-    assert git("rev-parse", "HEAD").startswith(provenance.commit())
+    clean = provenance.commit()
+    assert git("rev-parse", "HEAD").startswith(clean)
     module.write_text("b")
-    assert provenance.commit().endswith("-dirty")
+    assert provenance.commit() == f"{clean} (code {digest(tmp_path)})"
+
+
+def test_a_digest_is_of_names_and_contents(tmp_path):
+    file = tmp_path / "tritonattn" / "kernels" / "forward.py"
+    file.parent.mkdir(parents=True)
+    found = []
+    for text in ("a", "b", "a"):
+        file.write_text(text)
+        found.append(digest(tmp_path))
+    assert found[0] == found[2] != found[1]
+    file.rename(file.with_name("decode.py"))
+    assert digest(tmp_path) != found[0], "what imports it finds another"
+
+
+def test_results_that_a_run_appends_to_are_no_edit_of_the_code(tmp_path):
+    names = ("perf/results/a.jsonl", "perf/sweep.py", "tritonattn/calls/attention.py")
+    files = {name: tmp_path / name for name in names}
+    for file in files.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("a")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], check=True)
+    for name, file in files.items():
+        file.write_text("b")
+        assert differs(tmp_path) == (name != "perf/results/a.jsonl")
+        file.write_text("a")
 
 
 @pytest.mark.parametrize(

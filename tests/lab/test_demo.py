@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from tritonattn.cli import main as cli
-from tritonattn.core.command import CommandError
+from tritonattn.core.errors import CommandError
 from tritonattn.huggingface import patched
 from tritonattn.lab import demo
 from tritonattn.lab.demo import measurement as measuring

@@ -11,7 +11,7 @@ import transformers
 
 from tests.lab.test_demo import subject
 from tritonattn.cli import main as cli
-from tritonattn.core.command import CommandError
+from tritonattn.core.errors import CommandError
 from tritonattn.core.provenance import Environment
 from tritonattn.huggingface import patched
 from tritonattn.lab import length

@@ -19,8 +19,8 @@ from perf.decode_cases import DecodeCase
 from perf.records import Record, ResultsFile, read
 from perf.report import tables
 from perf.varlen_cases import VarlenCase
-from perf.versions import Environment
 from perf.work import Shape
+from tritonattn.core.provenance import Environment
 
 CPU = torch.device("cpu")
 HERE = Environment.of(CPU, "test")

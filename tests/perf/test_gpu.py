@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import os
 import re
 import signal
@@ -87,7 +86,7 @@ def test_a_phase_that_hangs_is_stopped(tmp_path, monkeypatch):
 def test_a_phase_that_ends_itself_before_all_is_done_is_out_of_time(name, tmp_path):
     """By what the commands print, as their sources have it."""
     [one] = [one for one in gpu.phases("cuda", tmp_path, "tests/kernels") if one.name == name]
-    source = "tritonattn/cli/tune.py" if name == "tuning" else "perf/run_suites.py"
+    source = "tritonattn/tuner/tune.py" if name == "tuning" else "perf/run_suites.py"
     assert one.cut in (gpu.ROOT / source).read_text()
     found = gpu.run_all([phase("works", cut="worked"), phase("works", cut=one.cut)], tmp_path, 60.0)
     assert [outcome.status for outcome in found] == ["out of time", "done"]
@@ -131,7 +130,7 @@ def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch, c
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-PRESENT = {*sys.stdlib_module_names, "torch", "triton", "numpy", "pytest", "_pytest", "tabulate", "matplotlib"}
+PRESENT = {*sys.stdlib_module_names, "torch", "triton", "numpy", "pytest", "_pytest", "tabulate", "tqdm", "matplotlib"}
 ELSEWHERE = {"monitor.py", "codegen.py"}  # of perf, and no phase
 
 
@@ -251,17 +250,3 @@ def test_a_gpu_is_needed(tmp_path, monkeypatch):
 def test_unknown_phases(tmp_path):
     with pytest.raises(SystemExit, match=r"--phases: expected some of environment, .*got 'soaking'"):
         main(["gpu", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path), "--phases", "soaking"])
-
-
-def test_without_tqdm(monkeypatch, capsys):
-    """A GPU machine may lack it."""
-    monkeypatch.setattr("tritonattn.tuner.progress", importlib.import_module("tritonattn.tuner.progress"))
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.delitem(sys.modules, "tritonattn.tuner.progress")
-    progress = importlib.import_module("tritonattn.tuner.progress")
-    assert progress.tqdm is progress.Lines
-    with progress.tqdm(["a", "b"], unit="key") as bar:
-        for name in bar:
-            bar.set_postfix_str(name)
-    assert capsys.readouterr().err == "2/2 key b\n"
-    assert list(progress.tqdm(iter("ab"))) == ["a", "b"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +13,10 @@ import torch
 pytest.importorskip("triton")
 from perf import run_suites, sweep
 from perf.__main__ import main
-from perf.contest import Effort
+from perf.options import command_line
 from perf.records import Record
 from perf.suites import SUITES, Place
-from perf.versions import Environment
+from tritonattn.core.provenance import Environment
 
 RECORDS = Path(__file__).parents[2] / "perf" / "results" / "cpu_short.jsonl"
 WHOLE = "expected a whole number from 1 up, got '0'"
@@ -58,17 +58,15 @@ def parsed(*options):
 
 def test_the_command_of_a_sweep_is_what_its_figures_depend_on():
     """A file, and the time that there was, change nothing: another run goes on."""
-    assert sweep.command_line(parsed("--json", "a.jsonl", "--minutes", "3")) == "python -m perf sweep"
+    assert command_line("sweep", parsed("--json", "a.jsonl", "--minutes", "3")) == "python -m perf sweep"
     options = ("--suite", "forward,cpu", "--head-dims", "64,128", "--quick", "--rounds", "2")
-    found = sweep.command_line(parsed(*options))
+    found = command_line("sweep", parsed(*options))
     assert found == "python -m perf sweep --suite forward,cpu --quick --head-dims 64,128 --rounds 2"
 
 
 def test_a_wrong_result_is_said_though_the_sweep_was_stopped(monkeypatch):
-    wrong = Record(
-        "cpu", {}, "ours dim", "dim", "wrong", Environment.of(torch.device("cpu"), ""), "", reason="out: far"
-    )
-    monkeypatch.setattr(run_suites, "measure", lambda request: ([wrong], True))
+    wrong = Record("cpu", {}, "ours dim", "dim", "wrong", Environment.of(torch.device("cpu")), "", reason="out: far")
+    monkeypatch.setattr(run_suites, "measure", lambda options, command: ([wrong], True))
     with pytest.raises(SystemExit, match="1 results are wrong or missing\ncpu , ours dim: out: far"):
         main(["sweep", "--device", "cpu"])
 
@@ -76,10 +74,9 @@ def test_a_wrong_result_is_said_though_the_sweep_was_stopped(monkeypatch):
 @pytest.mark.parametrize("kind", ["cuda", "cpu", "interpret"])
 def test_the_suite_of_the_cpu_is_run_on_a_cpu_alone(kind):
     """Unless it is asked for."""
-    request = run_suites.Request(None, kind, True, {}, Effort(1, 1.0, 0.0), "")
     default, asked = (
-        {case.suite for case in run_suites.planned(replace(request, suites=suites), Place(kind))}
-        for suites in (None, ("cpu",))
+        {case.suite for case in run_suites.planned(parsed("--quick", *suite), Place(kind))}
+        for suite in ((), ("--suite", "cpu"))
     )
     assert default - {"cpu"} == set(SUITES) - {"cpu"}
     assert ("cpu" in default) == (kind == "cpu")
@@ -87,15 +84,38 @@ def test_the_suite_of_the_cpu_is_run_on_a_cpu_alone(kind):
 
 
 def test_what_a_sweep_is_asked_for(monkeypatch):
-    requests, threads = [], []
-    monkeypatch.setattr(run_suites, "measure", lambda request: (requests.append(request) or [], False))
-    monkeypatch.setattr(sweep.time, "monotonic", lambda: 1000.0)
+    asked, threads = [], []
+    monkeypatch.setattr(run_suites, "measure", lambda options, command: (asked.append((options, command)) or [], False))
     monkeypatch.setattr("torch.set_num_threads", threads.append)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     main(["sweep", "--minutes", "2", "--threads", "3"])
     main(["sweep", "--quick", "--device", "cpu"])
     main(["sweep", "--quick", "--rounds", "7"])
-    assert [request.deadline for request in requests] == [1120.0, None, None]
-    assert [request.kind for request in requests] == ["cuda", "cpu", "cuda"]
-    assert [request.effort.rounds for request in requests] == [25, 3, 7]
+    assert [options.minutes for options, _ in asked] == [2.0, None, None]
+    assert [options.device for options, _ in asked] == ["cuda", "cpu", "cuda"]
+    assert [run_suites.effort_of(options).rounds for options, _ in asked] == [25, 3, 7]
+    assert [command for _, command in asked] == [
+        "python -m perf sweep --threads 3",
+        "python -m perf sweep --device cpu --quick",
+        "python -m perf sweep --quick --rounds 7",
+    ]
     assert threads == [3]
+
+
+@pytest.mark.parametrize(("minutes", "left"), [("1", 1), ("5", 0)])
+def test_no_case_begins_after_the_time_that_there_was(minutes, left, monkeypatch, capsys):
+    """Each of two cases takes two minutes."""
+    now = [1000.0]
+
+    class Case:
+        suite, axes = "cpu", {}
+
+        def run(self, effort, environment):
+            now[0] += 120.0
+            return []
+
+    monkeypatch.setattr(run_suites, "planned", lambda options, place: [Case(), Case()])
+    monkeypatch.setattr(run_suites, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    options = parsed("--device", "cpu", "--minutes", minutes)
+    run_suites.measure(options, "")
+    assert (f"time is up: {left} cases are left" in capsys.readouterr().err) == bool(left)

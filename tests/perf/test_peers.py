@@ -20,9 +20,9 @@ from perf.contest import Effort, Unavailable
 from perf.decode_cases import DecodeCase
 from perf.recipes import rows_of
 from perf.varlen_cases import VarlenCase
-from perf.versions import Environment
 from perf.work import Shape
 from tritonattn.calls.factor import Factor
+from tritonattn.core.provenance import Environment
 
 CPU = torch.device("cpu")
 HERE = Environment.of(CPU, "test")

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from perf import gpu
 from perf.__main__ import main
 from perf.plot import CHARTS, panels_of
 from perf.records import Record, ResultsFile, read, read_all
 from perf.report import tables
 from perf.suites import SUITES
-from perf.versions import Environment, differs, digest
+from tritonattn.core.provenance import Environment
 
 from .commands import sweep
 
-HERE = Environment("Card X", None, "3.12", "2.11", "3.6", "0.1", "abc123", "python -m perf sweep --suite forward")
+HERE = Environment("Card X", None, "3.12", "2.11", "0.1", "abc123", "3.6", "python -m perf sweep --suite forward")
 AXES = {"length": 1024, "head_dim": 64, "dtype": "bf16", "causal": True, "passes": "forward", "scaling": "dim"}
 OURS = Record(
     "forward",
@@ -91,61 +90,6 @@ def test_ranges_of_clocks_are_those_of_their_numbers():
         for mhz, watts in ((1980, "98.5 W"), (990, "512.0 W"), (1005, "[N/A]"))
     ]
     assert "; clocks.sm 990 MHz .. 1980 MHz, power.draw [N/A] .. 512.0 W." in tables(seen)
-
-
-def test_versions_of_the_peers_that_are_installed(monkeypatch):
-    installed = {"flash-attn": "2.8.3", "xformers": "0.0.35"}
-    monkeypatch.setattr("perf.versions.version", lambda name: installed.get(name, "not installed"))
-    here = Environment.of(torch.device("cpu"), "a command")
-    assert here.peers == "flash-attn 2.8.3, xformers 0.0.35"
-    assert f"Python {here.python}, flash-attn 2.8.3, xformers 0.0.35, commit " in str(here)
-    assert "xformers" not in str(HERE)
-
-
-def test_threads_are_those_of_a_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card X")
-    card = Environment.of(torch.device("cuda"), "a command")
-    assert (card.device, card.threads) == ("Card X", None)
-    assert str(card).startswith("Card X, torch ")
-    assert f" ({torch.get_num_threads()} threads), torch " in str(Environment.of(torch.device("cpu"), "a command"))
-
-
-def test_code_that_no_commit_names_is_told_by_its_digest(tmp_path, monkeypatch):
-    """Else a run after an edit would take the records before it for its own."""
-    file = tmp_path / "tritonattn" / "kernels" / "forward.py"
-    file.parent.mkdir(parents=True)
-    found = []
-    for text in ("a", "b", "a"):
-        file.write_text(text)
-        found.append(digest(tmp_path))
-    assert found[0] == found[2] != found[1]
-    file.rename(file.with_name("decode.py"))
-    assert digest(tmp_path) != found[0], "what imports it finds another"
-    code = f" (code {digest(gpu.ROOT)})"
-    for known, edited, commit in (
-        ("abc", False, "abc"),
-        ("abc-dirty", False, "abc"),
-        ("abc-dirty", True, f"abc-dirty{code}"),
-        ("unknown", True, f"unknown{code}"),
-    ):
-        monkeypatch.setattr("perf.versions.commit", lambda known=known: known)
-        monkeypatch.setattr("perf.versions.differs", lambda root, edited=edited: edited)
-        assert Environment.of(torch.device("cpu"), "a command").commit == commit
-
-
-def test_results_that_a_run_appends_to_are_no_edit_of_the_code(tmp_path):
-    names = ("perf/results/a.jsonl", "perf/sweep.py", "tritonattn/calls/attention.py")
-    files = {name: tmp_path / name for name in names}
-    for file in files.values():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("a")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
-        subprocess.run([*git, *command], check=True)
-    for name, file in files.items():
-        file.write_text("b")
-        assert differs(tmp_path) == (name != "perf/results/a.jsonl")
-        file.write_text("a")
 
 
 def test_environments_are_kept_apart():
@@ -224,8 +168,9 @@ def test_a_case_that_failed_is_run_again(tmp_path):
 
 
 def test_lines_that_are_no_records_are_named_and_skipped(tmp_path, capsys):
-    unknown = OURS.line().replace('"median_ms"', '"mean_ms"')
-    text = "".join(("[]\n", '{"suite": "cpu"}\n', '{"environment": {}}\n', unknown, "{\n", OURS.line()))
+    ours = json.dumps(OURS.values()) + "\n"
+    unknown = ours.replace('"median_ms"', '"mean_ms"')
+    text = "".join(("[]\n", '{"suite": "cpu"}\n', '{"environment": {}}\n', unknown, "{\n", ours))
     (tmp_path / "a").write_text(text)
     assert read(tmp_path / "a") == [OURS]
     named = [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()]
@@ -236,7 +181,7 @@ def test_lines_that_are_no_records_are_named_and_skipped(tmp_path, capsys):
 def test_a_line_that_was_torn_is_ended(before, tmp_path):
     (tmp_path / "a").write_text(before)
     ResultsFile(tmp_path / "a", HERE).append([OURS])
-    assert (tmp_path / "a").read_text() == (before and before + "\n") + OURS.line()
+    assert (tmp_path / "a").read_text() == (before and before + "\n") + json.dumps(OURS.values()) + "\n"
 
 
 def chart(name):

@@ -10,7 +10,7 @@ import torch
 def user(tmp_path, monkeypatch):
     """The folder of the user's tables; none is shipped."""
     from tritonattn.backends.triton import launch
-    from tritonattn.cli import tune as commands
+    from tritonattn.tuner import tune as commands
     from tritonattn.tuning import cache_dir, lookup
 
     from .stubs import FakeCompiler
@@ -28,7 +28,7 @@ def user(tmp_path, monkeypatch):
 @pytest.fixture
 def on_h100(user, monkeypatch):
     """A machine with an H100 on which every search finds BEST; it fills the list of keys searched for."""
-    from tritonattn.cli import tune as commands
+    from tritonattn.tuner import tune as commands
     from tritonattn.tuner.search import Result
     from tritonattn.tuner.timing import Timing
     from tritonattn.tuning.config import Target

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tritonattn.cli import tune as commands
+from tritonattn.tuner import tune as commands
 from tritonattn.tuner.search import Effort, Result, SearchError
 from tritonattn.tuning import cache_dir, lookup
 from tritonattn.tuning.config import TileConfig

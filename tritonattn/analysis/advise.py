@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..calls.checks import Options, check
 from ..core.observation import ObservedCall
-from ..core.provenance import for_json
+from ..core.records import for_json
 from ..core.statistics import key_lengths_of
+from ..core.tables import table
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scaling
 from .diagnosis import Diagnosis, diagnose
@@ -73,15 +74,11 @@ class Advice:
 
     def table(self) -> str:
         """Every layer in a line: what was seen, which rule applied, and what the mode would make of it."""
-        try:
-            from tabulate import tabulate
-        except ImportError as error:
-            raise ImportError("Advice.table() needs tabulate: pip install 'tritonattn[demo]'") from error
         headers = ("layer", "one-hot", "uniform", "entropy/ln n", "max logit", "Jacobian", "gradient", "rule", "try")
         rows = [
             (one.layer, *_figures(one.reading), one.rule.name, _tried(one.mode, one.after)) for one in self.findings
         ]
-        return tabulate(rows, headers, tablefmt="simple", disable_numparse=True)
+        return table(rows, headers, "simple", align="left")
 
     def report(self) -> str:
         """All of it as text."""

@@ -11,6 +11,7 @@ from ..calls.checks import Options, check
 from ..calls.dispatch import autocast
 from ..calls.factor import Factor
 from ..core.statistics import key_lengths_of
+from ..core.tables import table
 from ..core.visibility import Visibility
 from ..scaling import Scaling
 from .row_statistics import RowStatistics, row_statistics
@@ -55,13 +56,9 @@ class Diagnosis:
 
     def table(self) -> str:
         """One line a head, as text. Needs tabulate; raises ImportError without it."""
-        try:
-            from tabulate import tabulate
-        except ImportError as error:
-            raise ImportError("Diagnosis.table() needs tabulate: pip install 'tritonattn[demo]'") from error
         columns = [getattr(self, name).tolist() for name in _HEADERS]
-        rows = zip(range(len(self.logit_std)), *columns, strict=True)
-        return tabulate(rows, ["head", *_HEADERS.values()], floatfmt=".3g")
+        rows = [[head, *(f"{x:.3g}" for x in row)] for head, row in enumerate(zip(*columns, strict=True))]
+        return table(rows, ["head", *_HEADERS.values()], "simple")
 
 
 _HEADERS = {

@@ -1,37 +1,26 @@
-"""Where a run's records go: a file of JSON lines, TensorBoard."""
+"""Outputs of a monitored run: a file of JSON lines, TensorBoard."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from ..core.provenance import for_json
+from ..core.records import append
 
 
 class JsonLines:
-    """A file with one JSON object a line, each appended by one write: what is there is whole, whenever a run ends."""
+    """A file with one JSON object a line, each appended by one write: whenever a run ends, its lines are whole."""
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.path = Path(file)
         if self.path.is_dir() or not self.path.absolute().parent.is_dir():
             raise ValueError(f"file: expected a file in an existing folder, got {str(file)!r}")
-        with self.path.open("ab+") as opened:
-            if opened.tell() > 0:
-                opened.seek(-1, os.SEEK_END)
-                if opened.read(1) != b"\n":  # a line that another run was killed in
-                    opened.write(b"\n")
+        append(self.path, [])  # the file exists, and can be written, before the run begins
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; numbers that are not finite become null."""
-        line = (json.dumps(for_json(record), allow_nan=False) + "\n").encode()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            while line:
-                line = line[os.write(descriptor, line) :]
-        finally:
-            os.close(descriptor)
+        append(self.path, [record])
 
 
 class Scalars:

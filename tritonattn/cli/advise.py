@@ -1,30 +1,51 @@
-"""The `tritonattn advise` command."""
+"""`tritonattn advise`."""
 
 from __future__ import annotations
 
-import json
+import argparse
 
-import torch
-import transformers
+from ..core.errors import CommandError
+from .language_model import NEEDED, add_opening
+from .options import at_least, check_file, require
 
-from ..analysis import advise
-from ..core.command import CommandError
-from ..lab.demo import Request, check_outputs, subject_and_tokens
+HELP = "say which scaling a model should try first, on which layers, and why"
+DESCRIPTION = (
+    "Run a text through a pretrained language model, look at the softmax of every attention layer, and say which "
+    "scaling to try first, or to keep sqrt_dim: why, what to watch, what would make it turn back, and what each of "
+    "that rests on. Needs no GPU."
+)
 
 
-def run(request: Request, context: int | None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_opening(parser)
+    parser.add_argument(
+        "--context",
+        type=at_least("--context", 2),
+        metavar="N",
+        help="tokens that the model was trained for (default: what its config says)",
+    )
+    parser.set_defaults(max_tokens=512)
+
+
+def run(options: argparse.Namespace) -> int:
     """Print the advice for a model on a text, and write it."""
-    if context is not None and context < 2:
-        raise CommandError(f"--context: wanted at least 2, got {context}")
-    check_outputs(request)
-    subject, tokens = subject_and_tokens(request)
+    require("advise", NEEDED, extra="demo")
+    import torch
+    import transformers
+
+    from ..analysis import advise
+    from ..core.records import write_json
+    from ..lab.demo import subject_and_tokens
+
+    check_file("--json", options.json)
+    subject, tokens = subject_and_tokens(options)
     try:
-        advice = advise(subject.model, tokens, context=context)
+        advice = advise(subject.model, tokens, context=options.context)
     except (NotImplementedError, ValueError) as error:
         raise CommandError(str(error)) from error
     print(advice.report())
-    if request.json is not None:
+    if options.json is not None:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         record = {"model": subject.name, "tokens": tokens.shape[1], "versions": versions, **advice.as_dict()}
-        request.json.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(options.json, record)
     return 0

@@ -6,15 +6,16 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..core.command import CommandError, made_folder
+from ..core.errors import CommandError
 from ..tuning.cache_dir import shipped_tables
 
 NAME = "tritonattn"
 BACKENDS = ("cpu", "cuda", "rocm")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
-# Folders that need more than torch and triton, or a command line.
+# Files that need more than torch and triton, and those of commands.
 _LEFT_OUT = ("analysis", "cli", "huggingface", "integrations", "lab", "tuner", "__main__.py")
+_LEFT_OUT += ("core/provenance.py", "core/records.py", "core/tables.py")
 
 _BUILD = """\
 [general]
@@ -105,7 +106,7 @@ def write(folder: Path, repo_id: str, version: int = 1) -> list[str]:
         raise CommandError(f"--version: expected at least 1, got {version}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CommandError(f"{folder}: expected a new or empty folder")
-    made_folder("folder", folder)
+    folder.mkdir(parents=True, exist_ok=True)
     files = _sources()
     names = ", ".join(f'"{backend}"' for backend in BACKENDS)
     _write(folder / "build.toml", _BUILD.format(name=NAME, version=version, backends=names, repo_id=repo_id))
@@ -135,7 +136,7 @@ def _sources() -> dict[str, str]:
     files = {}
     for path in sorted(_PACKAGE.rglob("*.py")):
         inside = path.relative_to(_PACKAGE)
-        if inside.parts[0] not in _LEFT_OUT:
+        if not any(inside.is_relative_to(one) for one in _LEFT_OUT):
             files[inside.as_posix()] = path.read_text(encoding="utf-8")
     for path in sorted(shipped_tables().iterdir()):
         if path.suffix in (".json", ".md"):

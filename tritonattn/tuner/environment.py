@@ -1,21 +1,22 @@
-"""`tritonattn env`: what a report of a problem should say."""
+"""Versions, GPU and tables in use, for the report of a problem: `tritonattn env`."""
 
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from importlib.util import find_spec
 
 import torch
 
+from ..core.provenance import version
+
 
 def environment() -> dict[str, str]:
-    """Versions, then what the kernels run with, in the order in which they are printed; triton may be missing."""
+    """Describe the versions, then how kernels run, in the order in which they are printed; triton may be missing."""
     facts = {
-        "tritonattn": _version("tritonattn"),
+        "tritonattn": version("tritonattn"),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": version("triton"),
+        "transformers": version("transformers"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cuda": str(torch.version.cuda),
@@ -26,10 +27,3 @@ def environment() -> dict[str, str]:
     from .in_use import kernel_facts
 
     return facts | kernel_facts()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

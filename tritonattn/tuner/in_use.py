@@ -1,4 +1,4 @@
-"""What kernels run with on this machine: the executor, GPUs, cache folders, and the tables that configs come from."""
+"""The configs in use, and the machine that uses them: executor, GPUs, cache folders, tables."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from pathlib import Path
 import torch
 
 from ..backends.triton import launch
+from ..core.errors import CommandError
+from ..core.tables import table
 from ..tuning import cache_dir, lookup
-from ..tuning.config import Target
-from ..tuning.table import TableError, kernels_fingerprint
+from ..tuning.config import Target, TileConfig
+from ..tuning.gpus import GPU, GPUS
+from ..tuning.table import Key, TableError, kernels_fingerprint, read_table
 from .static import keys
 from .timing import card_state
 
 
 def kernel_facts() -> dict[str, str]:
+    """Describe how kernels run on this machine, by the names that `tritonattn env` prints."""
     facts = {
         "kernels": kernels_fingerprint(),
         "kernels run": "in Triton's interpreter (TRITON_INTERPRET=1)" if launch.interpreting else "compiled",
-        "shipped tables": _told(cache_dir.shipped_tables),
-        "user cache": _told(cache_dir.user_cache),
+        "shipped tables": _folder(cache_dir.shipped_tables),
+        "user cache": _folder(cache_dir.user_cache),
         "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", "not set"),
     }
     if not torch.cuda.is_available():
@@ -31,7 +35,7 @@ def kernel_facts() -> dict[str, str]:
     return facts
 
 
-def _told(folder: Callable[[], Path]) -> str:
+def _folder(folder: Callable[[], Path]) -> str:
     try:
         return str(folder())
     except (FileNotFoundError, RuntimeError) as error:
@@ -46,15 +50,57 @@ def _of_gpu(device: torch.device) -> dict[str, str]:
 
 
 def tables(target: Target) -> dict[str, str]:
-    """Each file that may hold a table for a target: how many keys take their config from it, or why none does."""
+    """Describe each file that may hold a table for a target: how many keys take their config from it, or why none."""
     used = [lookup.find(key.kernel, key.problem, target).path for key in keys()]
     found = {}
     for path in lookup.paths(target):
         try:
-            table = lookup.usable_table(path, target)
-            found[str(path)] = f"{len(table.entries)} entries, {used.count(path)} of {len(used)} in use"
+            entries = lookup.usable_table(path, target).entries
+            found[str(path)] = f"{len(entries)} entries, {used.count(path)} of {len(used)} in use"
         except FileNotFoundError:
             found[str(path)] = "no such file"
         except TableError as error:
             found[str(path)] = f"skipped: {error}"
     return found | {"defaults": f"{used.count(None)} of {len(used)} in use"}
+
+
+def configs(gpu: str | None) -> int:
+    """Print the config of every key on a GPU, and where it comes from; None is this machine's GPU."""
+    if gpu is None and not torch.cuda.is_available():
+        raise CommandError(f"expected --gpu NAME, one of {', '.join(one.name for one in GPUS)}: there is no GPU here")
+    target = Target.of(torch.device("cuda")) if gpu is None else _named_target(gpu)
+    rows = []
+    for key in keys():
+        found = lookup.find(key.kernel, key.problem, target)
+        rows.append([key, shown(found.config), _origin(found.path, key)])
+    print(table(rows, ["key", "config", "from"], align="left"))
+    return 0
+
+
+def named_gpus(option: str, names: tuple[str, ...], everything: tuple[str, ...] = ("all",)) -> list[GPU]:
+    """Find GPUs by their names, their architectures, or a word for all of them. Raises CommandError."""
+    found: list[GPU] = []
+    for name in names:
+        meant = [gpu for gpu in GPUS if name in (gpu.name, gpu.target.name) or name in everything]
+        if not meant:
+            known = ", ".join((*(gpu.name for gpu in GPUS), "sm_90", "...", *everything))
+            raise CommandError(f"{option}: expected {known}; got {name!r}")
+        found += [gpu for gpu in meant if gpu not in found]
+    return found
+
+
+def shown(config: TileConfig) -> str:
+    """Write a config on one line."""
+    kind = " descriptors" if config.descriptors else ""
+    return f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages{kind}"
+
+
+def _named_target(name: str) -> Target:
+    """Return the target of a GPU; the name of an architecture stands for a card without a table of its own."""
+    return named_gpus("--gpu", (name,), everything=())[0].target._replace(card=name)
+
+
+def _origin(path: Path | None, key: Key) -> str:
+    if path is None:
+        return "default"
+    return f"{path.name}, {read_table(path).entries[key].source}"

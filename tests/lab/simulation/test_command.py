@@ -112,7 +112,7 @@ def test_wrong_usage_is_named_before_any_work(arguments, parts, capsys):
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setattr("tritonattn.core.command.find_spec", lambda name: None)
+    monkeypatch.setattr("tritonattn.cli.options.find_spec", lambda name: None)
     assert cli.main(["simulate", "--plot", "x"]) == 2
     message = capsys.readouterr().err
     assert "simulate needs tabulate, tqdm, matplotlib; to mend it: pip install 'tritonattn[lab]'" in message

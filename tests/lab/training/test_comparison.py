@@ -19,7 +19,7 @@ from tritonattn.core.provenance import Environment
 from tritonattn.lab import training
 from tritonattn.lab.training import report
 from tritonattn.lab.training.interval import Interval
-from tritonattn.lab.training.records import Recipe, Run, RunsFile, read
+from tritonattn.lab.training.records import Recipe, Run, append, read
 
 ENVIRONMENT = Environment("a processor", 1, "3.11", "2.13", "0.1.0", "abc")
 RECIPE = Recipe("adamw", 1e-2, 0.01, 3, 4)
@@ -124,8 +124,8 @@ def test_wrong_usage_is_named(arguments, parts, tmp_path, capsys):
 def test_a_missing_extra_is_named():
     code = """
 import sys
-from tritonattn.core import command
-command.find_spec = lambda name: None
+from tritonattn.cli import options
+options.find_spec = lambda name: None
 from tritonattn.cli.main import main
 sys.exit(main(["train-compare"]))
 """
@@ -193,12 +193,12 @@ def test_exponents_are_shown_beside_the_nearest_mode():
 
 
 def test_a_record_survives_its_file_and_what_is_not_finite_becomes_null(tmp_path):
-    file = RunsFile(tmp_path / "runs.jsonl")
+    file = tmp_path / "runs.jsonl"
     run = a_run(held_out_loss=[2.0, float("nan")], status="diverged")
-    file.append(run)
-    (line,) = (tmp_path / "runs.jsonl").read_text().splitlines()
+    append(file, run)
+    (line,) = file.read_text().splitlines()
     assert json.loads(line)["held_out_loss"] == [2.0, None]
-    (again,) = read(tmp_path / "runs.jsonl")
+    (again,) = read(file)
     assert again == replace(run, held_out_loss=[2.0, None])
-    assert RunsFile(tmp_path / "runs.jsonl").get(run.key) == again
-    assert RunsFile(tmp_path / "runs.jsonl").get(replace(run, environment=replace(ENVIRONMENT, commit="x")).key) is None
+    assert again.key == run.key
+    assert replace(run, environment=replace(ENVIRONMENT, commit="x")).key != run.key

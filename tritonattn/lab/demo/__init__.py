@@ -1,15 +1,15 @@
-"""What each scaling does to a pretrained language model: the `tritonattn demo` command."""
+"""The loss and attention of a pretrained language model with each scaling: `tritonattn demo` and `compare`."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ...core.command import CommandError, check_file, usable_device
+from ...core.errors import CommandError
 from ...huggingface import Patched
 from .measurement import Measurement, Subject, eager_loss, measure, patched_with
 from .model import load
@@ -22,66 +22,57 @@ if TYPE_CHECKING:
 TEXT = Path(__file__).parent / "data" / "alice.txt"
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for; None takes the default.
-
-    layers     as in `patch`
-    by_layer   whether to print the statistics of every layer too, and what was patched
-    """
-
-    modes: tuple[str, ...]
-    model: str | None = None
-    text: Path | None = None
-    max_tokens: int | None = None
-    device: str = "cpu"
-    json: Path | None = None
-    plot: Path | None = None
-    layers: tuple[int | str, ...] | None = None
-    by_layer: bool = False
-
-
-def run(request: Request) -> int:
-    """Measure, print the tables, write the files.
+def run(options: Namespace) -> int:
+    """Measure, print the tables, write the files; `options` are those of `tritonattn compare`.
 
     Returns 0, or 1 where sqrt_dim, which is the model's own scaling, gives another loss than its own attention.
     """
-    check_written(request.modes or ("",))
-    check_outputs(request)
-    subject, tokens = subject_and_tokens(request)
-    eager, measurements = _measure_all(subject, tokens, variants(request.modes, subject.context), request)
+    subject, tokens = subject_and_tokens(options)
+    eager, measurements = _measure_all(subject, tokens, variants(options.modes, subject.context), options)
     report = Report(subject.name, tokens.shape[1], eager, tuple(measurements))
     print(report.table())
-    if request.by_layer:
+    if options.by_layer:
         print(f"\n{report.layers()}")
     print(report.check())
     print(report.advice())
-    if request.json is not None:
-        report.write_json(request.json)
-    if request.plot is not None:
-        report.draw(request.plot)
-        print(f"plot: {request.plot}")
+    if options.json is not None:
+        report.write_json(options.json)
+    if options.plot is not None:
+        report.draw(options.plot)
+        print(f"plot: {options.plot}")
     return 0 if report.agrees else 1
 
 
-def subject_and_tokens(request: Request) -> tuple[Subject, Tensor]:
-    """The model asked for, and the tokens int64 [1, S] of the text, cut to what was asked for and to its context."""
-    device, file = usable_device(request.device), request.text or TEXT
+def check(options: Namespace) -> None:
+    """Raise CommandError for modes that no model has, and for pictures that cannot be drawn."""
+    check_written(options.modes or ("",))
+    if options.plot is not None:
+        from .plot import file_types
+
+        if options.plot.suffix[1:].lower() not in file_types():
+            raise CommandError(
+                f"--plot: wanted a name ending in one of {', '.join(file_types())}, got {options.plot.name!r}"
+            )
+
+
+def subject_and_tokens(options: Namespace) -> tuple[Subject, Tensor]:
+    """Load --model, and read --text as int64 tokens [1, S], cut to --max-tokens and to the model's context."""
+    file = options.text or TEXT
     text = read_text(file)
-    subject = load(request.model, device)
-    tokens = _tokens(subject, text, request.max_tokens)
-    print(f"{subject.name}: {tokens.shape[1]} tokens of {file.name} on {device}", file=sys.stderr)
+    subject = load(options.model, options.device)
+    tokens = _tokens(subject, text, options.max_tokens)
+    print(f"{subject.name}: {tokens.shape[1]} tokens of {file.name} on {options.device}", file=sys.stderr)
     return subject, tokens
 
 
 def _measure_all(
-    subject: Subject, tokens: Tensor, asked: list[Variant], request: Request
+    subject: Subject, tokens: Tensor, asked: list[Variant], options: Namespace
 ) -> tuple[float, list[Measurement]]:
-    patched_with(subject, asked[0], request.layers).undo()  # layers that are not there: refused at once
+    patched_with(subject, asked[0], options.layers).undo()  # refuses missing layers before any pass
     measurements: list[Measurement] = []
 
     def show(patched: Patched) -> None:
-        if request.by_layer and request.layers is not None and not measurements:
+        if options.by_layer and options.layers is not None and not measurements:
             progress.write(f"{patched.report()}\n", file=sys.stdout)
 
     with tqdm(total=len(asked) + 1, unit="pass", leave=False) as progress:
@@ -90,27 +81,13 @@ def _measure_all(
         progress.update()
         for one in asked:
             progress.set_description(one.name)
-            measurements.append(measure(subject, tokens, one, request.layers, show))
+            measurements.append(measure(subject, tokens, one, options.layers, show))
             progress.update()
     return eager, measurements
 
 
-def check_outputs(request: Request) -> None:
-    """Refuse before the work what would fail after it."""
-    if request.plot is not None:
-        from .plot import file_types
-
-        if request.plot.suffix[1:].lower() not in file_types():
-            raise CommandError(
-                f"--plot: wanted a name ending in one of {', '.join(file_types())}, got {request.plot.name!r}"
-            )
-    if request.max_tokens is not None and request.max_tokens < 2:
-        raise CommandError(f"--max-tokens: wanted at least 2, got {request.max_tokens}")
-    for option, file in (("--json", request.json), ("--plot", request.plot)):
-        check_file(option, file)
-
-
 def read_text(file: Path) -> str:
+    """Read a UTF-8 text. Raises CommandError."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

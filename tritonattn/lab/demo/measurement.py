@@ -1,4 +1,4 @@
-"""Run a model with one scaling, and watch every attention layer."""
+"""Run a model with one scaling, and observe every attention layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...calls.dispatch import AttentionAux
-from ...core.command import CommandError
+from ...core.errors import CommandError
 from ...core.visibility import Visibility
 from ...huggingface import Patched, patch
 from .variants import Variant
@@ -22,7 +22,7 @@ _ROWS = 256  # logits that the loss upcasts at a time
 
 @dataclass(eq=False)
 class Subject:
-    """The model under study."""
+    """A model under study, with its tokenizer."""
 
     name: str
     model: Any
@@ -31,7 +31,7 @@ class Subject:
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model was trained on at once, where its configuration says so."""
+        """The longest sequence in the model's training, if its configuration states one."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
 
@@ -75,9 +75,9 @@ class Measurement:
 def measure(
     subject: Subject, tokens: Tensor, one: Variant, layers: Any = None, check: Callable[[Patched], None] | None = None
 ) -> Measurement:
-    """One pass over tokens [1, S] with the logits of the layers that `patch` finds by `layers` scaled by a variant.
+    """Run tokens [1, S] through the model, with the layers that `patch` finds by `layers` scaled by a variant.
 
-    check is called with what was patched, before the pass.
+    check is called with the patched model before the pass.
     """
     seen: list[Layer] = []
     names = {id(module): name for name, module in subject.model.named_modules()}
@@ -95,7 +95,7 @@ def measure(
 
 
 def patched_with(subject: Subject, one: Variant, layers: Any) -> Patched:
-    """`patch`, whose refusals a command prints."""
+    """Patch a model. Raises CommandError where `patch` refuses."""
     try:
         return patch(subject.model, scaling=one.scaling, gain=one.gain, layers=layers)
     except (NotImplementedError, ValueError) as error:
@@ -103,7 +103,7 @@ def patched_with(subject: Subject, one: Variant, layers: Any) -> Patched:
 
 
 def eager_loss(subject: Subject, tokens: Tensor) -> float:
-    """The loss with the model's own eager attention, in nats per token."""
+    """Compute the loss with the model's own eager attention, in nats per token."""
     before = subject.model.config._attn_implementation
     subject.model.set_attn_implementation("eager")
     try:

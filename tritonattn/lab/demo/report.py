@@ -1,8 +1,7 @@
-"""The demo's figures as a table, sentences and files."""
+"""The figures of `tritonattn demo` as tables, sentences and files."""
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 import transformers
-from tabulate import tabulate
 
+from ...core.records import write_json
+from ...core.tables import table
 from .measurement import Measurement
 
 AGREEMENT = 1e-4
@@ -29,7 +29,7 @@ _HEADERS = (
 
 @dataclass(frozen=True)
 class Report:
-    """measurements: the first is sqrt_dim's, from which the others are told to have moved."""
+    """The measurements of a model; the first is sqrt_dim's, with which the others are compared."""
 
     model: str
     tokens: int
@@ -43,24 +43,23 @@ class Report:
 
     @property
     def agrees(self) -> bool:
-        """False where sqrt_dim, which is every model's own scaling, gives another loss."""
+        """Whether sqrt_dim, which is every model's own scaling, gives the model's loss."""
         return abs(self.difference) <= AGREEMENT
 
     def table(self, columns: int | None = None) -> str:
-        """One row a mode; one block a mode where a row does not fit into the terminal."""
+        """One row a mode, or one block a mode where a row is wider than the terminal."""
         rows = [self._row(measurement) for measurement in self.measurements]
-        table = tabulate(
-            rows, headers=_HEADERS, tablefmt="simple", disable_numparse=True, stralign="right", colalign=("left",)
-        )
+        text = table(rows, _HEADERS, "simple")
         columns = columns or shutil.get_terminal_size().columns
-        if max(map(len, table.splitlines())) <= columns:
-            return table
+        if max(map(len, text.splitlines())) <= columns:
+            return text
         names = [header.replace("/\n", "/").replace("\n", " ") for header in _HEADERS]
-        blocks = [tabulate(zip(names, row, strict=True), tablefmt="plain", disable_numparse=True) for row in rows]
+        width = max(map(len, names))
+        blocks = ["\n".join(f"{name:{width}}  {x}" for name, x in zip(names, row, strict=True)) for row in rows]
         return "\n\n".join(blocks)
 
     def layers(self) -> str:
-        """A table a mode with one row a layer: its entropy, that of its heads, and its logits."""
+        """One table a mode, one row a layer: entropy of the layer and of its heads, and logits."""
         tables = []
         for one in self.measurements:
             headers = (one.mode, "entropy\n/ ln n", "of heads", "mean row's\nlargest logit", "largest\nlogit")
@@ -74,16 +73,7 @@ class Report:
                 )
                 for layer in one.layers
             ]
-            tables.append(
-                tabulate(
-                    rows,
-                    headers=headers,
-                    tablefmt="simple",
-                    disable_numparse=True,
-                    stralign="right",
-                    colalign=("left",),
-                )
-            )
+            tables.append(table(rows, headers, "simple"))
         return "\n\n".join(tables)
 
     def check(self) -> str:
@@ -93,7 +83,7 @@ class Report:
         )
 
     def advice(self) -> str:
-        """How to read the table, and which mode moved the loss least."""
+        """Say how to read the table, and which mode moved the loss least."""
         text = (
             "How to read it: entropy / ln n is 1 for uniform attention and 0 for a single key; the "
             "weights were trained with their own scaling, so a mode that keeps its logits keeps its loss, "
@@ -107,8 +97,8 @@ class Report:
         return text
 
     def write_json(self, file: Path) -> None:
-        """Every figure; a figure that is not finite becomes null."""
-        file.write_text(json.dumps(self._record(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        """Write every figure; one that is not finite becomes null."""
+        write_json(file, self._record())
 
     def draw(self, file: Path) -> None:
         from .plot import draw
@@ -132,27 +122,27 @@ class Report:
         return {
             "model": self.model,
             "tokens": self.tokens,
-            "eager_loss": _finite(self.eager_loss),
-            "sqrt_dim_minus_eager_loss": _finite(self.difference),
+            "eager_loss": self.eager_loss,
+            "sqrt_dim_minus_eager_loss": self.difference,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "modes": [
                 {
                     "mode": one.mode,
-                    "loss": _finite(one.loss),
-                    "perplexity": _finite(_perplexity(one.loss)),
-                    "entropy_over_ln_n": _finite(one.entropy),
-                    "largest_logit": _finite(one.largest_logit),
-                    "loss_moved": _finite(one.loss - base.loss),
-                    "largest_logit_moved": _finite(one.largest_logit - base.largest_logit),
+                    "loss": one.loss,
+                    "perplexity": _perplexity(one.loss),
+                    "entropy_over_ln_n": one.entropy,
+                    "largest_logit": one.largest_logit,
+                    "loss_moved": one.loss - base.loss,
+                    "largest_logit_moved": one.largest_logit - base.largest_logit,
                     "seconds": round(one.seconds, 2),
                     "layers": [
                         {
                             "name": layer.name,
-                            "entropy_over_ln_n": _finite(layer.entropy),
-                            "lowest_entropy_of_a_head": _finite(layer.lowest_entropy),
-                            "highest_entropy_of_a_head": _finite(layer.highest_entropy),
-                            "largest_logit": _finite(layer.largest_logit),
-                            "mean_largest_logit_of_a_row": _finite(layer.row_logit),
+                            "entropy_over_ln_n": layer.entropy,
+                            "lowest_entropy_of_a_head": layer.lowest_entropy,
+                            "highest_entropy_of_a_head": layer.highest_entropy,
+                            "largest_logit": layer.largest_logit,
+                            "mean_largest_logit_of_a_row": layer.row_logit,
                         }
                         for layer in one.layers
                     ],
@@ -171,9 +161,5 @@ def _distance(loss: float, base: float) -> float:
 
 
 def _short(value: float, sign: str = "") -> str:
-    """Two decimals, or four digits and an exponent for what would be wide."""
+    """Format with two decimals, a wide number with four digits and an exponent."""
     return f"{value:{sign}.2f}" if abs(value) < 1e5 else f"{value:{sign}.3e}"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

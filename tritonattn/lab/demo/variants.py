@@ -1,4 +1,4 @@
-"""The scalings that a command runs a model with, as its user writes them."""
+"""The scalings of a command's --modes: NAME[:BASE][*GAIN]."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...core.command import CommandError
+from ...core.errors import CommandError
 from ...scaling import SCALINGS, LogKeyCount, QwenLogn, Scaling
 
 _WRITTEN = re.compile(r"(?P<mode>\w+)(:(?P<base>\w+)|\((?P<advised>\w+)\))?(\*(?P<gain>[\d.]+))?")
@@ -24,21 +24,21 @@ class Variant:
 
 
 def variants(texts: Iterable[str], context: int | None) -> list[Variant]:
-    """The baseline, then those that are written, each once: a BASE of CONTEXT may be another's number."""
+    """Parse modes: the baseline first, then each once, though a BASE of CONTEXT may be the number of another."""
     found = (variant(text, context) for text in (BASELINE, *texts))
     return list({one.name: one for one in found}.values())
 
 
 def check_written(texts: Iterable[str]) -> None:
-    """Raise CommandError for what is a variant of no model, before one is loaded."""
+    """Raise CommandError for a mode that no model has, before one is loaded."""
     for text in texts:
-        variant(text, 2048)  # any length will do
+        variant(text, 2048)  # of any context length
 
 
 def variant(text: str, context: int | None) -> Variant:
-    """NAME[:BASE][*GAIN], or NAME(BASE) as `Advice.mode` has it; a BASE of CONTEXT is the model's trained length.
+    """Parse NAME[:BASE][*GAIN], or NAME(BASE) as in `Advice.mode`; a BASE of CONTEXT is the model's trained length.
 
-    Raises CommandError for what is none.
+    Raises CommandError for another text.
     """
     parts = _WRITTEN.fullmatch(text)
     mode, base, advised, gain = parts.group("mode", "base", "advised", "gain") if parts else ("", None, None, None)

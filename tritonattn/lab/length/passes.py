@@ -1,4 +1,4 @@
-"""The loss of every token of a long text."""
+"""The loss of every token of a long text, without logits for all of them at once."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.command import CommandError
+from ...core.errors import CommandError
 from ...huggingface import patch
 from ..demo.measurement import Subject
 from ..demo.variants import Variant
 
-_ROWS = 256  # whose logits exist at a time
-# Settings with which a model changes its logits after the head.
+_ROWS = 256  # logits that exist at a time
+# Settings that change a model's logits after the head.
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def check_head(subject: Subject) -> None:
-    """Raise CommandError for a model whose logits are not its head's."""
+    """Raise CommandError for a model without a head, or with logits that differ from its head's output."""
     for name in _AFTER_THE_HEAD:
         if getattr(subject.model.config, name, None) not in (None, 1.0):
             raise CommandError(f"--model: wanted one whose head gives its logits, got {subject.name!r} with {name}")
@@ -28,7 +28,7 @@ def check_head(subject: Subject) -> None:
 
 
 def losses(subject: Subject, tokens: Tensor, variant: Variant) -> Tensor:
-    """fp32 [S - 1]: the cross entropy in nats of tokens 1 to S - 1 of tokens [1, S], given all before.
+    """Compute the cross entropy in nats of tokens 1 to S - 1 of tokens [1, S], given all before: fp32 [S - 1].
 
     Logits exist for a few hundred positions at a time, never [S, vocabulary].
     """

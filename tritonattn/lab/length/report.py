@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from tabulate import tabulate
 from torch import Tensor
 
 from ...core.provenance import Environment
+from ...core.tables import table
 
 _NORMAL = 1.96  # quantile of a 95% interval
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """losses: by variant, the baseline first, [S - 1], entry i that of token i + 1.
+    """Losses of a model by position.
 
-    alone        losses of the last tokens with nothing before `start` to read: entry i that of token start + 1 + i
+    losses       by variant, the baseline first: [S - 1], entry i of token i + 1
+    alone        losses of the baseline without the tokens before `start`: entry i of token start + 1 + i
     context      positions that the model was trained on
     """
 
@@ -47,12 +48,12 @@ class Study:
         return next(iter(self.losses.values()))
 
     def bins(self) -> list[tuple[int, int]]:
-        """Ranges of token numbers, from 1 on."""
+        """Split the token numbers, from 1 on, into ranges."""
         edges = [1, *range(self.bin, self.tokens, self.bin), self.tokens]
         return [(lo, hi) for lo, hi in pairwise(edges) if lo < hi]
 
     def table(self) -> str:
-        """A row a variant: mean loss of tokens inside of the trained context and beyond, and what it moved there."""
+        """One row a variant: mean loss within the trained context and beyond, and its difference from the baseline."""
         parts = [(max(1, self.context // 2), min(self.context, self.tokens)), (self.context, self.tokens)]
         parts = [(1, min(self.context // 2, self.tokens)), *parts]
         parts = [(lo, hi) for lo, hi in parts if lo < hi]
@@ -77,19 +78,19 @@ class Study:
         headers = ["scaling"]
         for lo, hi in parts:
             headers += [f"loss, tokens {lo} to {hi - 1}", "moved"]
-        return tabulate(rows, headers, tablefmt="github", disable_numparse=True, stralign="right", colalign=("left",))
+        return table(rows, headers)
 
     def by_position(self) -> str:
-        """A row a range of tokens: the mean loss of every variant."""
+        """One row a range of tokens: the mean loss of every variant."""
         rows = [
             (f"{lo} to {hi - 1}", *(f"{float(values[lo - 1 : hi - 1].mean()):.3f}" for values in self.losses.values()))
             for lo, hi in self.bins()
         ]
         headers = ["tokens", *self.losses]
-        return tabulate(rows, headers, tablefmt="github", disable_numparse=True, stralign="right", colalign=("left",))
+        return table(rows, headers)
 
     def _alone_beyond(self) -> tuple[Tensor, Tensor] | None:
-        """Losses of the tokens beyond the context, without and with what stands before `start`."""
+        """Losses of the tokens beyond the context, without and with the tokens before `start`."""
         first = max(self.context, self.start + 1)
         if first >= self.tokens:
             return None
@@ -116,7 +117,7 @@ class Study:
         file.write_text(json.dumps(self.record()) + "\n", encoding="utf-8")
 
     def draw(self, file: Path) -> None:
-        """Loss by position, and what every variant moved."""
+        """Draw the loss by position, and its difference from the baseline's."""
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         loss, moved = figure.subplots(1, 2)
         bins = self.bins()
@@ -141,7 +142,7 @@ class Study:
 
 
 def difference(values: Tensor) -> str:
-    """Mean and 95% interval of token by token differences, taken as independent; a star where it leaves 0 out."""
+    """Format the mean of differences with its 95% interval, as if they were independent; a star where it excludes 0."""
     n = values.shape[0]
     half = _NORMAL * float(values.std()) / math.sqrt(n) if n > 1 else math.inf
     mean = float(torch.mean(values))

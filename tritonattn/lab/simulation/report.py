@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
-from ...core.provenance import Environment, for_json
+from ...core.provenance import Environment
+from ...core.records import for_json
+from ...core.tables import table
 from .measures import MEASURES, Measures, Point
 from .paper import Component
 from .verdict import Condition, Reach
@@ -171,8 +171,8 @@ class Findings:
 
 
 def _table(title: str, headers: list[Any], rows: Iterable[Iterable[Any]]) -> str:
-    body = tabulate(rows, [str(header) for header in headers], tablefmt="simple", floatfmt=".3g")
-    return f"{title}\n\n{body}"
+    cells = [[f"{x:.3g}" if isinstance(x, float) else x for x in row] for row in rows]
+    return f"{title}\n\n{table(cells, headers, 'simple')}"
 
 
 def _header(name: str) -> str:

@@ -1,20 +1,19 @@
-"""What a scaling does to training: the `tritonattn train-compare` command."""
+"""Training with each scaling: the `tritonattn train-compare` command."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from argparse import Namespace
+from dataclasses import asdict
 from datetime import datetime, timezone
-from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from ...core.command import CommandError, made_folder, usable_device
+from ...core.errors import CommandError
 from ...core.provenance import Environment, command_line
 from .modes import MODES, check_mode
 from .plot import draw
-from .records import Recipe, Run, RunsFile, read
+from .records import Recipe, Run, append, read
 from .report import best_recipes, comparison, exponents, grid, other_metrics
 from .tasks import TASKS
 from .trainer import Assignment, train
@@ -28,80 +27,54 @@ _GRID = {
 GRID_MODES = ("sqrt_dim", "key_norm_sum+gain")
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for; None takes the default.
+def run(options: Namespace) -> int:
+    """Train the runs that the folder lacks, print and write the tables, draw the plots; --report trains none.
 
-    grid     two modes with every optimiser, learning rate and weight decay instead of all modes with the task's own
-    report   train nothing: the tables and plots of the runs in the folder, from wherever they are
+    Returns 0, or 1 where the data of two modes differed.
     """
-
-    tasks: tuple[str, ...] = tuple(TASKS)
-    modes: tuple[str, ...] | None = None
-    seeds: int | None = None
-    steps: int | None = None
-    quick: bool = False
-    grid: bool = False
-    report: bool = False
-    out: Path = Path("train-compare")
-    device: str = "cpu"
-
-
-def run(request: Request) -> int:
-    """Train what is not yet in the folder, print and write the tables and the plots. Returns 0, or 1 where the data of
-    two modes differed."""
-    modes, device = _checked(request)
-    if request.report:
-        runs = _recorded(request, modes)
-    else:
-        runs = _trained(_assignments(request, modes, device), request, Environment.of(device))
-    text = _tables(runs, request)
+    runs = _recorded(options) if options.report else _trained(_assignments(options), options)
+    text = _tables(runs, options)
     print(text)
-    (request.out / f"{_stem(request)}.md").write_text(text + "\n", encoding="utf-8")
-    if not request.grid:
+    (options.out / f"{_stem(options)}.md").write_text(text + "\n", encoding="utf-8")
+    if not options.grid:
         for name in dict.fromkeys(run.task for run in runs):
-            file = request.out / f"{name}.png"
+            file = options.out / f"{name}.png"
             draw([run for run in runs if run.task == name], file)
             print(f"plot: {file}", file=sys.stderr)
     return 0 if _same_data(runs) else 1
 
 
-def _checked(request: Request) -> tuple[tuple[str, ...], torch.device]:
-    unknown = [name for name in request.tasks if name not in TASKS]
-    if unknown or not request.tasks:
+def checked_modes(options: Namespace) -> tuple[str, ...]:
+    """Return the modes of --modes, or the default ones, each once. Raises CommandError for a wrong option."""
+    unknown = [name for name in options.tasks if name not in TASKS]
+    if unknown or not options.tasks:
         got = ", ".join(map(repr, unknown)) if unknown else "nothing"
         raise CommandError(f"--tasks: wanted names out of {', '.join(TASKS)}; got {got}")
-    modes = tuple(dict.fromkeys(request.modes if request.modes is not None else GRID_MODES if request.grid else MODES))
+    modes = tuple(dict.fromkeys(options.modes if options.modes is not None else GRID_MODES if options.grid else MODES))
     if not modes:
         raise CommandError("--modes: wanted at least one name, got nothing")
     for mode in modes:
         check_mode(mode)
-    if request.grid and len(modes) != 2:
+    if options.grid and len(modes) != 2:
         raise CommandError(f"--grid: wanted two --modes, got {len(modes)}")
-    for option, value, least in (("--seeds", request.seeds, 2), ("--steps", request.steps, 1)):
-        if value is not None and value < least:
-            raise CommandError(f"{option}: wanted at least {least}, got {value}")
-    device = usable_device(request.device)
-    if not request.report:
-        made_folder("--out", request.out)
-    return modes, device
+    return modes
 
 
-def _assignments(request: Request, modes: tuple[str, ...], device: torch.device) -> list[Assignment]:
-    """Seeds outermost: a comparison that is stopped has whole seeds of every mode."""
-    seeds = request.seeds or (_QUICK_SEEDS if request.quick else _GRID_SEEDS if request.grid else _SEEDS)
+def _assignments(options: Namespace) -> list[Assignment]:
+    """List the runs, seeds outermost: a comparison that is stopped has whole seeds of every mode."""
+    seeds = options.seeds or (_QUICK_SEEDS if options.quick else _GRID_SEEDS if options.grid else _SEEDS)
     return [
-        Assignment(task, mode, seed, recipe, device, request.quick)
-        for task in (TASKS[name]() for name in dict.fromkeys(request.tasks))
+        Assignment(task, mode, seed, recipe, options.device, options.quick)
+        for task in (TASKS[name]() for name in dict.fromkeys(options.tasks))
         for seed in range(seeds)
-        for recipe in _recipes(request, task.defaults)
-        for mode in modes
+        for recipe in _recipes(options, task.defaults)
+        for mode in options.modes
     ]
 
 
-def _recipes(request: Request, defaults) -> list[Recipe]:
-    steps = request.steps or (_QUICK_STEPS if request.quick else defaults.steps)
-    if not request.grid:
+def _recipes(options: Namespace, defaults) -> list[Recipe]:
+    steps = options.steps or (_QUICK_STEPS if options.quick else defaults.steps)
+    if not options.grid:
         return [Recipe("adamw", defaults.learning_rate, _WEIGHT_DECAY, steps, defaults.batch)]
     return [
         Recipe(optimizer, rate, decay, steps, defaults.batch)
@@ -111,29 +84,30 @@ def _recipes(request: Request, defaults) -> list[Recipe]:
     ]
 
 
-def _recorded(request: Request, modes: tuple[str, ...]) -> list[Run]:
-    """The runs of the tasks and modes asked for that the folder has."""
-    files = [request.out / f"{_stem(request)}-{name}.jsonl" for name in request.tasks]
-    runs = [run for file in files if file.exists() for run in read(file) if run.mode in modes]
+def _recorded(options: Namespace) -> list[Run]:
+    """Read the folder's runs of the tasks and modes asked for."""
+    files = [options.out / f"{_stem(options)}-{name}.jsonl" for name in options.tasks]
+    runs = [run for file in files for run in read(file) if run.mode in options.modes]
     if not runs:
         raise CommandError(f"--report: wanted runs in {', '.join(str(file) for file in files)}, found none")
     return runs
 
 
-def _trained(assignments: list[Assignment], request: Request, environment: Environment) -> list[Run]:
-    runs, command = [], command_line()
-    files = {name: RunsFile(request.out / f"{_stem(request)}-{name}.jsonl") for name in request.tasks}
+def _trained(assignments: list[Assignment], options: Namespace) -> list[Run]:
+    """Train, and append each run to its task's file, unless the file has it."""
+    environment, command, runs = Environment.of(options.device), command_line(), []
+    files = {name: options.out / f"{_stem(options)}-{name}.jsonl" for name in options.tasks}
+    known = {run.key: run for file in files.values() for run in read(file)}
     with tqdm(total=sum(one.recipe.steps for one in assignments), unit="step", leave=False) as progress:
         for one in assignments:
             key = (one.task.name, one.mode, one.seed, one.recipe, one.quick, environment)
-            known = files[one.task.name].get(key)
-            if known is None:
-                progress.set_description(f"{one.task.name} {one.mode}, seed {one.seed}")
-                known = _run(one, environment, command, progress)
-                files[one.task.name].append(known)
-            else:
+            if key in known:
                 progress.update(one.recipe.steps)
-            runs.append(known)
+            else:
+                progress.set_description(f"{one.task.name} {one.mode}, seed {one.seed}")
+                known[key] = _run(one, environment, command, progress)
+                append(files[one.task.name], known[key])
+            runs.append(known[key])
     return runs
 
 
@@ -153,26 +127,26 @@ def _run(one: Assignment, environment: Environment, command: str, progress: tqdm
     )
 
 
-def _tables(runs: list[Run], request: Request) -> str:
+def _tables(runs: list[Run], options: Namespace) -> str:
     parts = []
-    if request.quick:
+    if options.quick:
         parts.append("A smoke run (--quick): too few steps for any figure here to mean anything.")
     for name in dict.fromkeys(run.task for run in runs):
         same = [run for run in runs if run.task == name]
         about = f"{len({run.seed for run in same})} seeds; {same[0].environment}; `{same[0].command}`"
-        if request.grid:
+        if options.grid:
             parts += [f"## {name}, grid\n\n{about}.", grid(same), best_recipes(same)]
             continue
         parts += [f"## {name}\n\n{same[0].recipe}; {about}.", comparison(same), other_metrics(same)]
-    parts.append(exponents([] if request.grid else runs))
+    parts.append(exponents([] if options.grid else runs))
     return "\n\n".join(part for part in parts if part)
 
 
 def _same_data(runs: list[Run]) -> bool:
-    """Whether runs that differ in their mode, or in their optimiser, saw the same batches; says which did not."""
+    """Whether runs of a seed saw the same batches whatever their mode and optimiser; print the first that did not."""
     seen: dict[tuple, Run] = {}
     for run in runs:
-        if run.status == "diverged":  # it stopped before the others
+        if run.status == "diverged":  # it stopped early
             continue
         other = seen.setdefault((run.task, run.seed, run.recipe.steps, run.recipe.batch), run)
         if other.data != run.data:
@@ -181,5 +155,5 @@ def _same_data(runs: list[Run]) -> bool:
     return True
 
 
-def _stem(request: Request) -> str:
-    return "grid" if request.grid else "runs"
+def _stem(options: Namespace) -> str:
+    return "grid" if options.grid else "runs"

@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from ...core.command import CommandError
+from ...core.errors import CommandError
 from ...nn import LEARNED, PerHead, SSMax
 from ...scaling import SCALINGS, LogKeyCount, QwenLogn, Scaling
 

@@ -1,13 +1,13 @@
-"""Files of training runs: one run a line, as JSON, appended as soon as it has ended."""
+"""Training runs, and the JSON lines files that each is appended to when it ends."""
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ...core.provenance import Environment, for_json
+from ...core import records
+from ...core.provenance import Environment
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Run:
 
     status            "trained", or "diverged" where a loss was not finite: then without metrics
     data              digest of all its training batches: the same for every mode of a seed
-    steps             at which the lists below were taken
+    steps             of the entries of the lists below
     train_loss        mean since the step before
     held_out_loss     at the step
     gradients         norms by layer and part, at the step: see `observe.gradient_norms`
@@ -67,38 +67,16 @@ class Run:
         return self.task, self.mode, self.seed, self.recipe, self.quick, self.environment
 
 
-class RunsFile:
-    """The runs of a file, and those appended to it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._runs = {run.key: run for run in read(path)} if path.exists() else {}
-
-    def get(self, key: tuple) -> Run | None:
-        return self._runs.get(key)
-
-    def append(self, run: Run) -> None:
-        self._runs[run.key] = run
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            file.seek(max(0, file.seek(0, 2) - 1))
-            torn = file.read() not in (b"", b"\n")  # by a run that was killed while it wrote
-            file.write(("\n" * torn + line(run)).encode())
+def append(file: Path, run: Run) -> None:
+    """Append a run to a file."""
+    records.append(file, [asdict(run)], digits=5)
 
 
-def line(run: Run) -> str:
-    return json.dumps(for_json(asdict(run), 5), allow_nan=False) + "\n"
+def read(file: Path) -> list[Run]:
+    """Read the runs of a file; a line that is none is named on stderr and skipped."""
+    return records.read(file, _decoded, "a run of `tritonattn train-compare`")
 
 
-def read(path: Path) -> list[Run]:
-    """The runs of a file; a line that is none is named on stderr and skipped."""
-    runs = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            values = json.loads(text)
-            values["environment"] = Environment(**values["environment"])
-            values["recipe"] = Recipe(**values["recipe"])
-            runs.append(Run(**values))
-        except (ValueError, TypeError, KeyError) as error:
-            print(f"{path}:{number}: expected a run of `tritonattn train-compare`, skipped: {error}", file=sys.stderr)
-    return runs
+def _decoded(values: dict[str, Any]) -> Run:
+    parts = {"environment": Environment(**values["environment"]), "recipe": Recipe(**values["recipe"])}
+    return Run(**values | parts)

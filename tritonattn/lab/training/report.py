@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
-from tabulate import tabulate
-
+from ...core.tables import table
 from ...nn.power_law import POINTS
 from .interval import Interval
 from .records import Recipe, Run
@@ -58,7 +57,7 @@ def comparison(runs: Sequence[Run]) -> str:
         "gradient of q, k",
         "diverged",
     )
-    return _table(rows, headers)
+    return table(rows, headers)
 
 
 def other_metrics(runs: Sequence[Run]) -> str:
@@ -71,7 +70,7 @@ def other_metrics(runs: Sequence[Run]) -> str:
     for mode, members in by_mode(runs).items():
         good = [run for run in members if run.status == "trained"]
         rows.append((mode, *(_mean(good, lambda run, name=name: run.metrics[name]) for name in names)))
-    return _table(rows, ("mode", *names))
+    return table(rows, ("mode", *names))
 
 
 def exponents(runs: Iterable[Run]) -> str:
@@ -86,7 +85,7 @@ def exponents(runs: Iterable[Run]) -> str:
             nearest, distance = nearest_point(sum(n) / len(n), sum(rho) / len(rho))
             rows.append((task, layer, _spread(n), _spread(rho), _spread(values["theta"]), nearest, f"{distance:.2f}"))
     headers = ("task", "layer", "exponent of n", "of mean length", "theta", "nearest mode", "distance")
-    return _table(rows, headers) if rows else ""
+    return table(rows, headers) if rows else ""
 
 
 def nearest_point(count_exponent: float, length_exponent: float) -> tuple[str, float]:
@@ -116,7 +115,7 @@ def grid(runs: Sequence[Run]) -> str:
             lost = f" ({len(same) - len(good)} of {len(same)} diverged)" if len(good) < len(same) else ""
             cells.append(_mean(good, lambda run: run.metrics[task.metric]) + lost)
         rows.append((recipe.optimizer, f"{recipe.learning_rate:g}", f"{recipe.weight_decay:g}", *cells))
-    return _table(rows, ("optimizer", "learning rate", "weight decay", *modes))
+    return table(rows, ("optimizer", "learning rate", "weight decay", *modes))
 
 
 def best_recipes(runs: Sequence[Run]) -> str:
@@ -164,7 +163,3 @@ def _average(lists: dict[str, list[float]], ending: str = "") -> float:
 
 def _spread(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
-
-
-def _table(rows: Iterable[Sequence[str]], headers: Sequence[str]) -> str:
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, stralign="right", colalign=("left",))

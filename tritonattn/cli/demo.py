@@ -1,0 +1,33 @@
+"""`tritonattn demo`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .language_model import NEEDED, add_modes, add_opening
+from .options import check_file, require
+
+HELP = "run a text through a real language model with each scaling"
+DESCRIPTION = (
+    "Run a text through a pretrained language model once with each scaling of the attention logits, and print what "
+    "that does to its loss and its attention. Needs no GPU."
+)
+MODES = "sqrt_dim,key_norm_mean,sqrt_key_count,key_count,key_norm_sum,log_key_count,none"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_opening(parser)
+    add_modes(parser, MODES)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures (.png, .svg, .pdf)")
+    parser.set_defaults(layers=None, by_layer=False)
+
+
+def run(options: argparse.Namespace) -> int:
+    require(options.command, NEEDED + ["matplotlib"] * (options.plot is not None), extra="demo")
+    from ..lab import demo
+
+    demo.check(options)
+    check_file("--json", options.json)
+    check_file("--plot", options.plot)
+    return demo.run(options)

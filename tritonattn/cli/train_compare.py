@@ -1,0 +1,55 @@
+"""`tritonattn train-compare`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .options import at_least, device, make_folder, names, require
+
+HELP = "train small models with each scaling, several seeds each, and compare them"
+DESCRIPTION = (
+    "Train small transformers with each scaling on four tasks: a byte language model (text), a vision transformer "
+    "(digits), numbers to words by cross attention (spell), and retrieval from tables longer than those of training "
+    "(recall). Every mode of a seed starts from the same weights and sees the same data. Write records, tables and "
+    "plots into a folder; the same command goes on where it was stopped. Needs no GPU."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tasks", type=names, default="text,digits,spell,recall", metavar="A,B", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--modes",
+        type=names,
+        metavar="A,B",
+        help="modes, learned scalings (ssmax, power_law, ...), and modes with a learned gain a head (key_count+gain); "
+        "default: nine of them, or with --grid sqrt_dim,key_norm_sum+gain",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=at_least("--seeds", 2),
+        metavar="N",
+        help="at least 2 (default: 5; 2 with --quick or --grid)",
+    )
+    parser.add_argument(
+        "--steps", type=at_least("--steps", 1), metavar="N", help="of every run (default: each task's own)"
+    )
+    parser.add_argument("--grid", action="store_true", help="two modes with several optimizers, rates and decays")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
+    parser.add_argument("--report", action="store_true", help="train nothing: tables and plots of the folder's runs")
+    parser.add_argument("--out", type=Path, default=Path("train-compare"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--device", type=device, default="cpu", help="where models train, e.g. cuda (default: %(default)s)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    require("train-compare", ["sklearn", "scipy", "matplotlib", "tabulate", "tqdm"], extra="lab")
+    from ..lab import training
+
+    options.modes = training.checked_modes(options)
+    if not options.report:
+        make_folder("--out", options.out)
+    return training.run(options)

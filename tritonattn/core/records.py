@@ -1,0 +1,64 @@
+"""JSON files: one value, or JSON lines that a run appends to and a later run reads again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+Record = TypeVar("Record")
+
+
+def for_json(x: Any, digits: int | None = None) -> Any:
+    """Replace floats that are not finite by None, in dicts and lists too; round the others to significant digits."""
+    if isinstance(x, dict):
+        return {name: for_json(value, digits) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [for_json(value, digits) for value in x]
+    if not isinstance(x, float):
+        return x
+    if not math.isfinite(x):
+        return None
+    return x if digits is None else float(f"{x:.{digits}g}")
+
+
+def write_json(file: Path, x: Any, digits: int | None = None) -> None:
+    """Write one value, indented; floats as in `for_json`."""
+    file.write_text(json.dumps(for_json(x, digits), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def append(file: Path, records: Iterable[dict[str, Any]], digits: int | None = None) -> None:
+    """Append records as JSON lines in one write, so that an interruption leaves whole records or a torn last line.
+
+    A torn last line, which a killed run has left, is ended first. Floats as in `for_json`.
+    """
+    text = "".join(json.dumps(for_json(record, digits), allow_nan=False) + "\n" for record in records)
+    descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        torn = os.lseek(descriptor, 0, os.SEEK_END) > 0
+        if torn:
+            os.lseek(descriptor, -1, os.SEEK_END)
+            torn = os.read(descriptor, 1) != b"\n"
+        left = ("\n" * torn + text).encode()
+        while left:
+            left = left[os.write(descriptor, left) :]
+    finally:
+        os.close(descriptor)
+
+
+def read(file: Path, decode: Callable[[dict[str, Any]], Record], kind: str) -> list[Record]:
+    """Read the records of a JSON lines file; none where there is no file.
+
+    A line that `decode` refuses (ValueError, TypeError, KeyError) is named on stderr, as no `kind`, and skipped.
+    """
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else (), 1):
+        try:
+            records.append(decode(json.loads(line)))
+        except (ValueError, TypeError, KeyError) as error:
+            print(f"{file}:{number}: expected {kind}, skipped: {error}", file=sys.stderr)
+    return records

@@ -1,0 +1,201 @@
+"""Fill tables with tile configs, ranked by a model or searched on this machine's GPU: `tritonattn tune`."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import time
+from argparse import Namespace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..backends.triton import launch
+from ..core.errors import INTERRUPTED, CommandError
+from ..core.tables import table as layout
+from ..tuning import cache_dir, lookup
+from ..tuning.config import Target
+from ..tuning.defaults import default_config
+from ..tuning.gpus import GPUS, table_name
+from ..tuning.table import Entry, Key, Table, TableError, kernels_fingerprint, write_table
+from .in_use import named_gpus, shown
+from .search import Effort, Result, SearchError, pending, promising, search
+from .static import Compiler, keys, static_table
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def tune(options: Namespace) -> int:
+    """Search on this machine's GPU, or write static tables; `options` are those of `tritonattn tune`."""
+    if launch.interpreting:
+        raise CommandError("expected compiled kernels, got TRITON_INTERPRET=1, which leaves none: unset it")
+    if options.workers < 1:
+        raise CommandError(f"--workers: expected at least 1, got {options.workers}")
+    if options.budget is not None and math.isnan(options.budget):
+        raise CommandError("--budget: expected minutes, got nan")
+    wanted = [key for key in keys(options.kernels, options.head_dims) if key.lengths in options.lengths]
+    end = math.inf if options.budget is None else time.monotonic() + 60 * options.budget
+    try:
+        return (_tune_static if options.static else _tune_here)(options, wanted, end)
+    except BrokenProcessPool as error:
+        raise CommandError(
+            "a process that compiles was ended from outside, perhaps for lack of memory: --workers takes fewer at once"
+        ) from error
+
+
+def _tune_static(options: Namespace, wanted: list[Key], end: float) -> int:
+    """Rank by the model; no architecture begins after `end`, of time.monotonic."""
+    gpus = named_gpus("--static", options.static)
+    for gpu in gpus:
+        _check_folder(_path(gpu.name, options.write), options.write)
+    for target in dict.fromkeys(gpu.target for gpu in gpus):
+        if time.monotonic() >= end:
+            print(f"the budget of {options.budget:g} minutes is spent: nothing is compiled from {target.name} on")
+            break
+        with Compiler(target, options.workers) as compiler, tqdm(unit="kernel", desc=target.name) as progress:
+            tables = [static_table(gpu, compiler, wanted, progress.update) for gpu in gpus if gpu.target == target]
+            if wanted and not any(table.entries for table in tables):
+                _check_that_it_compiles(compiler, wanted[0])
+        for table in tables:
+            path = _path(table.gpu, options.write)
+            before = _entries(path, table.target)
+            kept = {
+                key: entry for key, entry in before.items() if entry.source == "measured" or key not in table.entries
+            }
+            joined = replace(table, entries=table.entries | kept)
+            _write(path, joined, options.write)
+            print(f"\n{path}: {len(joined.entries)} entries\n\n{_static_summary(joined, before, wanted)}")
+    return 0
+
+
+def _path(gpu: str, write: bool) -> Path:
+    """Return the file of a GPU's table: shipped where it is to be written there, else the user's."""
+    try:
+        folder = cache_dir.shipped_tables() if write else cache_dir.user_cache() / "autotune"
+    except (FileNotFoundError, RuntimeError) as error:
+        raise CommandError(f"{error}; $TRITONATTN_CACHE_DIR names a folder for the user's tables") from error
+    return folder / f"{gpu}.json"
+
+
+def _entries(path: Path, target: Target) -> dict[Key, Entry]:
+    """Read the entries of a usable file; one that is not is named on stdout, and has none."""
+    try:
+        return lookup.usable_table(path, target).entries
+    except FileNotFoundError:
+        return {}
+    except TableError as error:
+        print(f"not kept: {error}")
+        return {}
+
+
+def _check_folder(path: Path, shipped: bool) -> None:
+    """Refuse, before the work, a folder that could not be written after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unwritable(path, error, shipped) from error
+
+
+def _write(path: Path, table: Table, shipped: bool) -> None:
+    try:
+        write_table(path, table)
+    except OSError as error:
+        raise _unwritable(path, error, shipped) from error
+
+
+def _unwritable(path: Path, error: OSError, shipped: bool) -> CommandError:
+    other = "without --write the user's folder is written" if shipped else "$TRITONATTN_CACHE_DIR names another folder"
+    return CommandError(f"cannot write {path}: {error.strerror or error}; {other}")
+
+
+def _check_that_it_compiles(compiler: Compiler, key: Key) -> None:
+    """Raise CommandError where not even the default config compiles: the machine is at fault, not the configs."""
+    config = default_config(key.kernel, key.problem, compiler.target)
+    [found] = compiler.examine([(key.kernel, key.problem, config)])
+    if found.code is None:
+        raise CommandError(f"{compiler.target.name}: no config passes; {key}, {config}: {'; '.join(found.reasons)}")
+
+
+def _static_summary(table: Table, before: dict[Key, Entry], wanted: list[Key]) -> str:
+    rows = []
+    for key in wanted:
+        entry, old = table.entries.get(key), before.get(key)
+        if entry is None:
+            rows.append([key, "no config passes: the default serves", "", ""])
+            continue
+        known = entry.details.get("registers", "")
+        changed = "" if old is None or old.config == entry.config else f"was {shown(old.config)}"
+        rows.append([key, shown(entry.config), known, changed or entry.source])
+    return layout(rows, ["key", "config", "registers", "source"], align="left")
+
+
+def _tune_here(options: Namespace, wanted: list[Key], end: float) -> int:
+    """Search on this machine's GPU; no search begins after `end`, of time.monotonic."""
+    if not torch.cuda.is_available():
+        raise CommandError(
+            "expected a GPU, found none. Without one, `--static NAME` compiles for "
+            f"{', '.join(gpu.name for gpu in GPUS)}, an architecture as sm_90, or all, and ranks by a model"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    target = Target.of(device)
+    path = _path(table_name(target), options.write)
+    _check_folder(path, options.write)
+    todo = pending(wanted, _entries(path, target))
+    if len(todo) < len(wanted):
+        print(f"{len(wanted) - len(todo)} of {len(wanted)} keys are measured already in {path}")
+    results: list[Result] = []
+    try:
+        with Compiler(target, options.workers) as compiler, tqdm(todo, unit="key") as progress:
+            for key in progress:
+                if time.monotonic() >= end:
+                    print(f"the budget of {options.budget:g} minutes is spent: run the command again to go on")
+                    break
+                progress.set_postfix_str(str(key))
+                results.append(_searched(options, key, compiler, device))
+                if results[-1].entry is not None:
+                    _save(results, path, target, options.write)  # at once: Ctrl-C loses one search at most
+        status = 0
+    except SearchError as error:
+        raise CommandError(f"{error}. {len(results)} keys were searched before, see {path}") from error
+    except KeyboardInterrupt:
+        print("stopped: run the command again to go on")
+        status = INTERRUPTED
+    print(f"\n{path}\n\n{_measured_summary(results)}")
+    if wrong := [line for result in results for line in result.wrong]:
+        print("\nNot taken, since results or the run were wrong:\n" + "\n".join(wrong))
+    return status
+
+
+def _searched(options: Namespace, key: Key, compiler: Compiler, device: torch.device) -> Result:
+    effort = Effort()
+    configs = promising(key, compiler, effort.timed)
+    dtypes = tuple(DTYPES[name] for name in options.dtypes)
+    return search(key, configs, compiler.target, device, effort, dtypes=dtypes)
+
+
+def _save(results: list[Result], path: Path, target: Target, shipped: bool) -> None:
+    """Write the results into the file, beside what others wrote there."""
+    found = {result.key: result.entry for result in results if result.entry is not None}
+    table = Table(table_name(target), target, kernels_fingerprint(), _entries(path, target) | found)
+    _write(path, table, shipped)
+    lookup.forget()
+
+
+def _measured_summary(results: list[Result]) -> str:
+    rows = [
+        [
+            result.key,
+            shown(result.before),
+            "" if result.entry is None else shown(result.entry.config),
+            "" if result.timing is None else f"{result.timing.median:.4f}",
+            "" if result.gain is None else f"{result.gain:.3f}x",
+        ]
+        for result in results
+    ]
+    return layout(rows, ["key", "before", "now", "ms", "gain"], align="left")
