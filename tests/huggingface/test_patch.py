@@ -86,9 +86,10 @@ def test_layers_left_out_keep_their_own_numbers(implementation, padding):
     with patch(network, scaling="sqrt_dim", layers=[1]):
         got = logits(network, **inputs)
         assert torch.equal(outputs[0], first)
-        assert network.model.layers[0].self_attn.config is configs[0]
+        assert network.model.layers[0].self_attn.config is network.config
         assert network.config._attn_implementation == implementation
     seen = inputs.get("attention_mask", torch.ones(2, 13)).bool()
+    assert [layer.self_attn.config for layer in network.model.layers] == configs
     torch.testing.assert_close(outputs[1][seen], second[seen], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(got[seen], wanted[seen], atol=1e-3, rtol=1e-3)
 
@@ -320,14 +321,18 @@ def test_the_report_names_what_cannot_be_patched():
         patch(network, layers="*.extra")
 
 
-def test_a_layer_without_its_model_is_patched_and_says_that_it_will_not_be_saved():
+def test_a_layer_without_its_model_is_patched_and_saved_with_it(tmp_path):
     """The rest of the model, which shares its config, keeps its implementation and its masks."""
     network = LLAMA.build()
+    network.save_pretrained(tmp_path)  # which writes the config's architectures
     before = state(network)
     with patch(network, scaling="none", layers=[1]):
         wanted = logits(network)
-    with pytest.warns(UserWarning, match="LlamaDecoderLayer is no transformers model.*save_pretrained"):
-        one = patch(network.model.layers[1], scaling="none")
+    one = patch(network.model.layers[1], scaling="none")
+    network.save_pretrained(tmp_path)
+    again = type(network).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert list(patched(again).layers) == ["model.layers.1.self_attn"]
+    assert torch.equal(logits(again), wanted)
     assert network.config._attn_implementation == "eager"
     assert network.model.layers[0].self_attn.config._attn_implementation == "eager"
     assert torch.equal(logits(network), wanted)

@@ -342,11 +342,19 @@ def test_another_model_of_the_same_config_is_left_alone(layers, tmp_path):
         assert torch.equal(logits(again), wanted)
 
 
-def test_a_part_of_a_model_shares_the_config_of_the_whole():
-    network = ARCHITECTURES["bart"].build()
-    with patch(network.model.decoder, scaling="none"):
-        assert network.model.decoder.config is network.config
-        assert "tritonattn" in network.config.to_dict()
+def test_a_part_of_a_model_is_saved_with_the_whole(tmp_path):
+    architecture = ARCHITECTURES["bart"]
+    network, inputs = architecture.build(), architecture.inputs()
+    network.save_pretrained(tmp_path)  # which writes the config's architectures
+    before = network.config.to_dict().keys()
+    with patch(network.model.decoder, scaling="none") as one, torch.no_grad():
+        assert network.model.encoder.config._attn_implementation == "eager"
+        wanted = architecture.outputs(network, inputs)
+        network.save_pretrained(tmp_path)
+        again = type(network).from_pretrained(tmp_path, attn_implementation="eager").eval()
+        torch.testing.assert_close(architecture.outputs(again, inputs), wanted, atol=1e-3, rtol=1e-3)
+        assert len(patched(again).layers) == len(one.layers)
+    assert network.config.to_dict().keys() == before
 
 
 def test_what_is_written_to_a_patched_models_config_stays_after_undo():

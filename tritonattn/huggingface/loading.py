@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .attention import NAME
 from .masks import STATED
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, state_masks
 from .patching import Patched, apply, patched, refuse_unsupported
-from .settings import ATTRIBUTE, LAYERS, LayerScaling
+from .settings import ATTRIBUTE, LAYERS, LayerScaling, layer_scaling
 
 _EXTENDED = "_extended_by_tritonattn"
 _ASKED = "_tritonattn_implementation_asked_for"
@@ -49,14 +50,19 @@ def restore(model: PreTrainedModel) -> Patched:
 
 
 def follow_saved_settings() -> None:
-    """Let every model apply the settings in its config when it is made and loaded. Repeating it is harmless."""
-    _extend("post_init", _follow)
-    _extend("_initialize_missing_keys", _start_anew)
-    _extend("set_attn_implementation", _refuse)
+    """Let every model save its settings, and apply those in its config when it is made. Repeating it is harmless."""
+    _extend("post_init", then=_follow)
+    _extend("_initialize_missing_keys", then=_start_anew)
+    _extend("set_attn_implementation", then=_refuse)
+    _extend("save_pretrained", within=_settings_in_config)
 
 
-def _extend(name: str, addition: Callable[..., None]) -> None:
-    """Let a method of all models go on with addition(model, the method's arguments by name)."""
+def _extend(
+    name: str,
+    then: Callable[..., None] = lambda model, arguments: None,
+    within: Callable[[PreTrainedModel], AbstractContextManager[None]] = lambda model: nullcontext(),
+) -> None:
+    """Run a method of all models in the context within(model), then call then(model, its arguments by name)."""
     original = getattr(PreTrainedModel, name, None)
     if original is None or getattr(original, _EXTENDED, False):
         return
@@ -68,10 +74,11 @@ def _extend(name: str, addition: Callable[..., None]) -> None:
             return original(self, *args, **kwargs)
         token = running.set(True)
         try:
-            result = original(self, *args, **kwargs)
+            with within(self):
+                result = original(self, *args, **kwargs)
         finally:
             running.reset(token)
-        addition(self, signature.bind(self, *args, **kwargs).arguments)
+        then(self, signature.bind(self, *args, **kwargs).arguments)
         return result
 
     setattr(extended, _EXTENDED, True)
@@ -81,6 +88,25 @@ def _extend(name: str, addition: Callable[..., None]) -> None:
 def _saved(model: PreTrainedModel) -> dict[str, Any] | None:
     saved = getattr(model.config, ATTRIBUTE, None)
     return saved[LAYERS] if isinstance(saved, dict) and LAYERS in saved else None
+
+
+@contextmanager
+def _settings_in_config(model: PreTrainedModel) -> Iterator[None]:
+    """State the settings of patched layers in a config that does not: that of a model of which a part was patched."""
+    own = {one.name: layer_scaling(one.module) for one in attention_modules(model)}
+    layers = {name: one.saved() for name, one in own.items() if one is not None and not one.lent}
+    if not layers or hasattr(model.config, ATTRIBUTE):
+        yield
+        return
+    entries = vars(model.config)
+    before = {name: entries[name] for name in (SAVED_IMPLEMENTATION,) if name in entries}
+    entries.update({ATTRIBUTE: {LAYERS: layers}, SAVED_IMPLEMENTATION: NAME})
+    try:
+        yield
+    finally:
+        for name in (ATTRIBUTE, SAVED_IMPLEMENTATION):
+            entries.pop(name)
+        entries.update(before)
 
 
 def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
@@ -154,7 +180,7 @@ def _apply(
     if isinstance(dtypes := getattr(model, "dtype_plan", None), dict):  # the first versions 5
         dtypes[ATTRIBUTE] = torch.float32
     plans = {one.name: LayerScaling.from_saved(saved[name], query_heads(one.module)) for name, one in places.items()}
-    return apply(model, found, plans, shared=set())
+    return apply(model, found, plans, copied=False)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from typing import Any
 
 from torch import nn
@@ -21,15 +20,14 @@ _WRITTEN = frozenset((IMPLEMENTATION, SAVED_IMPLEMENTATION, ATTRIBUTE, STATED))
 class OwnConfigs:
     """Configs that a patch may write to, until `undo`.
 
-    One that another model has been made from as well is copied, and the copy put in its place all through the model.
-    What else is written to a copy meanwhile (use_cache, a new vocab_size) `undo` writes to the original.
-
-    shared   ids of the configs to copy
+    copied   whether copies take their places all through the model, since other models may share them; a model that
+             is being loaded writes to its own. Entries that are written to a copy meanwhile, such as use_cache or a
+             new vocab_size, go to its original at `undo`
     """
 
-    def __init__(self, model: nn.Module, configs: list[Any], shared: set[int]) -> None:
+    def __init__(self, model: nn.Module, configs: list[Any], copied: bool) -> None:
         self._model = model
-        self._pairs = [(config, copy.copy(config) if id(config) in shared else config) for config in configs]
+        self._pairs = [(config, copy.copy(config) if copied else config) for config in configs]
         self._before = [dict(vars(config)) for config in configs]
         self._exchange(self._pairs)
 
@@ -61,18 +59,6 @@ class OwnConfigs:
             for name, value in vars(holder).items():
                 if id(value) in other:
                     vars(holder)[name] = other[id(value)]
-
-
-def shared_configs(model: nn.Module) -> set[int]:
-    """The ids of the configs of transformers models that are neither in this one nor beside it in one that holds it.
-
-    Parts of models before transformers 5 (CLIP's text model) are no models themselves, and hold one all the same.
-    """
-    models = [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel) and hasattr(one, "config")]
-    whole = [one for one in models if any(module is model for module in one.modules())]
-    family = {id(module) for one in (model, *whole) for module in one.modules()}
-    others = [one for one in models if id(one) not in family]
-    return {id(module.config) for one in others for module in one.modules() if hasattr(module, "config")}
 
 
 def state_masks(model: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from .architecture import (
     query_heads,
 )
 from .attention import NAME
-from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, shared_configs, state_masks
+from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, state_masks
 from .scalings import built, described
 from .settings import ATTRIBUTE, LAYERS, LENT, LayerScaling, Settings, layer_scaling, take_back_copies
 from .table import table
@@ -127,8 +126,7 @@ def patch(
 
     Args:
         model: A transformers model whose attention goes through transformers' AttentionInterface, or a module that
-            wraps one (PEFT's): layers go by their names in either. Of a part that is no model, such as one layer, the
-            settings are not saved, which a warning says.
+            wraps one (PEFT's), or a part of one, such as one layer: layers go by their names in it.
         scaling: A name in `tritonattn.SCALINGS`, a `Scaling`, a class of them, or a float. A scaling that is an
             nn.Module is copied for every layer, and a class of such is made for every layer with its number of query
             heads. None keeps the model's.
@@ -140,9 +138,9 @@ def patch(
         backend: As in `tritonattn.attention`.
 
     What is learned becomes parameters of the attention modules, so make the optimizer afterwards; the modules that hold
-    it are `Patched.layers[name].scaling`. The settings become part of model.config, or of a copy of it where other
-    models have been made from the same one: save_pretrained keeps both, and from_pretrained applies them again where
-    `tritonattn.huggingface` has been imported, and fails where it has not.
+    it are `Patched.layers[name].scaling`. The settings become part of model.config, which is a copy until `undo`,
+    since other models may share the original. save_pretrained, of the model or of one that holds it, keeps both, and
+    from_pretrained applies them again where `tritonattn.huggingface` has been imported, and fails where it has not.
 
     Layers that are left out keep their own implementation and masks. Where all layers are patched masks are ranges of
     keys and O(Q); else those of the model's own implementation, which must be "eager" or "sdpa".
@@ -172,13 +170,7 @@ def patch(
         for one in found
         if (wish := chosen.get(one.name)) is not None
     }
-    if not outermost_models(model):
-        warnings.warn(
-            f"patch: {type(model).__name__} is no transformers model and holds none, so that save_pretrained will not"
-            " know of its scalings; to keep them, patch the model with layers=",
-            stacklevel=2,
-        )
-    return apply(model, found, plans, shared_configs(model))
+    return apply(model, found, plans, copied=True)
 
 
 def patched(model: nn.Module) -> Patched | None:
@@ -186,14 +178,14 @@ def patched(model: nn.Module) -> Patched | None:
     return model.__dict__.get(_HANDLE)
 
 
-def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling], shared: set[int]) -> Patched:
-    """Put the plans, by module name, into a model, and into its configs or copies of those that are shared."""
+def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling], copied: bool) -> Patched:
+    """Put the plans, by module name, into a model, and into its configs or, if copied, into copies of them."""
     entries = []
     for one in found:
         note = None if one.name in plans else (one.obstacle or "not among the layers asked for")
         entries.append(_Entry(one, getattr(getattr(one.module, "config", None), "_attn_implementation", None), note))
     _check_masks(found, plans)
-    configs = OwnConfigs(model, _configs(model, found, plans), shared)
+    configs = OwnConfigs(model, _configs(model, found, plans), copied)
     result = Patched(model, entries, configs)
     for config in configs.own:
         if _whole(found, plans) or _whole_config(config, found, plans):  # masks come from tritonattn's mask function
