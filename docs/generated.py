@@ -100,7 +100,12 @@ def costs() -> str:
     seconds = [case["compile_seconds"] for case in compiled]
     compilation = f"{statistics.median(seconds):.1f} s a kernel, at most {max(seconds):.1f} s"
     rows.append(
-        ["first call on a GPU: compiling 1 kernel, 3 more for the backward", compilation, "likewise", "+1 or 2"]
+        [
+            "first call on a GPU: to compile 1 kernel, and 3 in the backward",
+            compilation,
+            "likewise",
+            "likewise, 1 or 2 kernels more",
+        ]
     )
     run = one("sqrt_dim", length=512, dtype="fp32", passes="forward", head_dim=64, causal=True)["environment"]
     source = (
