@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .architecture import AttentionModule, attention_modules, query_heads
@@ -26,7 +27,7 @@ from .attention import NAME
 from .masks import STATED
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, state_masks
 from .patching import Patched, apply, patched, refuse_unsupported
-from .settings import ATTRIBUTE, LAYERS, LayerScaling, layer_scaling
+from .settings import ATTRIBUTE, LAYERS, LayerScaling, Settings, layer_scaling, saved_layers
 
 _EXTENDED = "_extended_by_tritonattn"
 _ASKED = "_tritonattn_implementation_asked_for"
@@ -86,15 +87,14 @@ def _extend(
 
 
 def _saved(model: PreTrainedModel) -> dict[str, Any] | None:
-    saved = getattr(model.config, ATTRIBUTE, None)
-    return saved[LAYERS] if isinstance(saved, dict) and LAYERS in saved else None
+    return saved_layers(getattr(model.config, ATTRIBUTE, None))
 
 
 @contextmanager
 def _settings_in_config(model: PreTrainedModel) -> Iterator[None]:
     """State the settings of patched layers in a config that does not: that of a model of which a part was patched."""
     own = {one.name: layer_scaling(one.module) for one in attention_modules(model)}
-    layers = {name: one.saved() for name, one in own.items() if one is not None and not one.lent}
+    layers = {name: one.to_config() for name, one in own.items() if one is not None and not one.temporary}
     if not layers or hasattr(model.config, ATTRIBUTE):
         yield
         return
@@ -112,6 +112,8 @@ def _settings_in_config(model: PreTrainedModel) -> Iterator[None]:
 def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
     saved = _saved(model)
     if saved is None:
+        if (for_all := getattr(model.config, ATTRIBUTE, None)) is not None:
+            Settings.from_config(for_all)  # refuse a damaged one now
         if model.config._attn_implementation == NAME:
             _refuse_when_called(model)
         state_masks(model)
@@ -179,8 +181,13 @@ def _apply(
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ATTRIBUTE}
     if isinstance(dtypes := getattr(model, "dtype_plan", None), dict):  # the first versions 5
         dtypes[ATTRIBUTE] = torch.float32
-    plans = {one.name: LayerScaling.from_saved(saved[name], query_heads(one.module)) for name, one in places.items()}
+    plans = {one.name: _layer_scaling(saved, name, one.module) for name, one in places.items()}
     return apply(model, found, plans, copied=False)
+
+
+def _layer_scaling(saved: dict[str, Any], name: str, module: nn.Module) -> LayerScaling:
+    entry = f"config.{ATTRIBUTE}.{LAYERS}[{name!r}]"
+    return LayerScaling(Settings.from_config(saved[name], query_heads(module), entry))
 
 
 @torch.no_grad()
@@ -190,9 +197,13 @@ def _start_anew(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     # transformers marks the tensors that it has read; 4.54 hands over their names instead.
     read = arguments.get("loaded_keys", ())
     for layer, own in one.layers.items() if one is not None else ():
-        for key, x in own.state_dict(keep_vars=True).items():
-            if f"{layer}.{ATTRIBUTE}.{key}" in read or getattr(x, "_is_hf_initialized", False):
-                continue
+        missing = {
+            key: x
+            for key, x in own.state_dict(keep_vars=True).items()
+            if f"{layer}.{ATTRIBUTE}.{key}" not in read and not getattr(x, "_is_hf_initialized", False)
+        }
+        if missing:
             with torch.device("cpu"):
-                fresh = LayerScaling.from_saved(own.saved(), query_heads(model.get_submodule(layer)))
-            x.copy_(fresh.state_dict()[key])
+                fresh = _layer_scaling({layer: own.to_config()}, layer, model.get_submodule(layer)).state_dict()
+            for key, x in missing.items():
+                x.copy_(fresh[key])

@@ -18,7 +18,7 @@ from .architecture import AttentionModule, attention_modules, interface_function
 from .attention import NAME, call_arguments
 from .own_configs import IMPLEMENTATION
 from .patching import install
-from .settings import ATTRIBUTE, LENT, LayerScaling, Settings, layer_scaling, take_back, take_back_copies
+from .settings import ATTRIBUTE, LayerScaling, Settings, layer_scaling, remove, remove_abandoned
 
 _OBSERVED = "tritonattn_observed"
 _VISIBLE = ("causal", "window", "key_ranges", "mask")
@@ -32,7 +32,7 @@ def own_attention(model: nn.Module) -> list[AttentionModule]:
     Raises ValueError where one uses an implementation whose masks cannot be read.
     """
     found, modules = [], attention_modules(model)
-    take_back_copies(one.module for one in modules)
+    remove_abandoned(one.module for one in modules)
     for one in modules:
         patched = layer_scaling(one.module) is not None
         if one.obstacle is not None or patched or _implementation(one) == NAME:
@@ -52,20 +52,18 @@ def tell_of(layers: list[AttentionModule]) -> Iterator[None]:
 
     Each computes what it computed before, to the bit; only the name of its implementation differs.
     """
-    lent: list[tuple[Any, LayerScaling]] = []
+    installed: list[tuple[Any, LayerScaling]] = []
     try:
         for one in layers:
-            own = LayerScaling(Settings())
-            own.lent = True
-            LENT.add(own)
-            lent.append((one.module, own))
+            own = LayerScaling(Settings(), temporary=True)
+            installed.append((one.module, own))
             install(one.module, own, _OBSERVED)
         yield
     finally:
-        for module, own in lent:
-            LENT.discard(own)
+        for module, own in installed:
+            own.watched = False
             if layer_scaling(module) is own:
-                take_back(module)
+                remove(module)
 
 
 def register_observed() -> None:

@@ -25,8 +25,8 @@ from .architecture import (
 )
 from .attention import NAME
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, state_masks
-from .scalings import built, described
-from .settings import ATTRIBUTE, LAYERS, LENT, LayerScaling, Settings, layer_scaling, take_back_copies
+from .scalings import make_scaling, to_config
+from .settings import ATTRIBUTE, LAYERS, LayerScaling, Settings, is_gain_shape, layer_scaling, remove_abandoned
 from .table import table
 from .weights import note_wanted_weights
 
@@ -198,7 +198,7 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
     for root in outermost_models(model).values():
         inside = {id(module) for module in root.modules()}
         mine = [one for one in found if one.name in plans and id(one.module) in inside]
-        saved = {one.own_name: plans[one.name].saved() for one in mine}
+        saved = {one.own_name: plans[one.name].to_config() for one in mine}
         if saved:
             setattr(root.config, ATTRIBUTE, {LAYERS: saved})
             setattr(root.config, SAVED_IMPLEMENTATION, NAME)
@@ -211,8 +211,8 @@ def _modules_of(model: Any) -> list[AttentionModule]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     found = attention_modules(model)
-    take_back_copies(one.module for one in found)
-    if any(layer_scaling(one.module) in LENT for one in found):
+    remove_abandoned(one.module for one in found)
+    if any(getattr(layer_scaling(one.module), "watched", False) for one in found):
         raise RuntimeError("model: a Monitor is watching its present attention: call patch() before `with monitor:`")
     if any(layer_scaling(one.module) is not None for one in found):
         raise ValueError(
@@ -275,7 +275,7 @@ def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
     if isinstance(gain, Tensor):
         if not gain.is_floating_point():
             raise TypeError(f"gain: expected a float or a tensor of a floating dtype, got {gain.dtype}")
-        if gain.shape not in ((), (1,), (1, 1), (heads, 1)):
+        if not is_gain_shape(gain.shape, heads):
             wanted = f"a tensor broadcastable to [Hq, 1] = [{heads}, 1]"
             raise ValueError(f"gain: expected {wanted}, got {list(gain.shape)}")
         reference = next(module.parameters(), None)
@@ -283,8 +283,8 @@ def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
         gain = nn.Parameter(gain.detach().clone().to(device), requires_grad=True)
     elif gain is not None and (isinstance(gain, bool) or not isinstance(gain, (int, float))):
         raise TypeError(f"gain: expected a float or a tensor, got {type(gain).__name__}")
-    scaling = built(wish["scaling"], heads)
-    described(scaling)
+    scaling = make_scaling(wish["scaling"], heads)
+    to_config(scaling)  # refuse now, not at save_pretrained
     return Settings(scaling, gain, wish["backend"])
 
 
@@ -351,7 +351,7 @@ def _shape(found: AttentionModule) -> tuple[str, str, str]:
 
 
 def _summary(own: LayerScaling) -> str:
-    scaling = described(own.scaling)
+    scaling = to_config(own.scaling)
     text = "the model's own" if scaling is None else str(scaling)
     if isinstance(scaling, dict):
         parameters = ", ".join(f"{key}={value}" for key, value in scaling.items() if key != "name")

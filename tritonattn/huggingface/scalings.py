@@ -1,9 +1,13 @@
-"""Scalings of attention modules: built from what a user names, and written into a config and read from it."""
+"""Scalings of attention modules: made from an argument of `patch`, and written into a config and read from it."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import inspect
+import math
+import reprlib
 from typing import Any
 
 from torch import nn
@@ -14,11 +18,15 @@ from ..nn.learned import Learned
 from ..nn.registry import named
 from ..scaling import SCALINGS, Scaling
 
+_MODES = ("mode", "mode_a", "mode_b")  # arguments that are scalings themselves
+_DEPTH = 8  # scalings inside one another, at most
+_OF_THE_LAYER = {"heads", "device", "dtype"}  # arguments that no config gives
 
-def built(scaling: Any, heads: int) -> Any:
+
+def make_scaling(scaling: Any, heads: int) -> Any:
     """The scaling of one attention module with that many query heads: a Scaling, a float or None.
 
-    A learned one is a new module each time. Raises TypeError or ValueError for what is no scaling.
+    A learned one is a new module each time. Raises TypeError or ValueError for anything else.
     """
     if scaling is None:
         return None
@@ -38,8 +46,9 @@ def built(scaling: Any, heads: int) -> Any:
     return copy.deepcopy(scaling)
 
 
-def described(scaling: Any) -> Any:
-    """A scaling as JSON: its name, or a dict of its name and arguments. What it has learned is in the state_dict."""
+def to_config(scaling: Any, depth: int = 1) -> Any:
+    """A scaling as JSON: its name, or a dict of its name and arguments. Learned values are in the state_dict."""
+    _check_depth("scaling", depth)
     if not isinstance(scaling, Scaling):
         return scaling
     name, arguments = getattr(scaling, "name", type(scaling).__name__), {}
@@ -48,37 +57,78 @@ def described(scaling: Any) -> Any:
     elif isinstance(scaling, Cosine):
         arguments = {"tau": getattr(scaling.mode, "tau", None)}
     elif isinstance(scaling, PerHead):
-        arguments = {"mode": described(scaling.mode)}
+        arguments = {"mode": to_config(scaling.mode, depth + 1)}
     elif isinstance(scaling, SSMax):
         arguments = {"bias": scaling.b is not None}
     elif isinstance(scaling, Scheduled):
-        modes = {"mode_a": described(scaling.mode_a), "mode_b": described(scaling.mode_b)}
+        modes = {"mode_a": to_config(scaling.mode_a, depth + 1), "mode_b": to_config(scaling.mode_b, depth + 1)}
         arguments = {**modes, "steps": scaling.steps, "blend": scaling.blend}
     return {"name": name, **arguments} if arguments else name
 
 
-def restored(saved: Any, heads: int | None = None) -> Any:
-    """The scaling that `described` wrote; anything else that `tritonattn.attention` takes comes back as it is.
+def from_config(saved: Any, heads: int | None, entry: str, depth: int = 1) -> Any:
+    """The scaling that `to_config` wrote. A `Scaling` comes back as it is.
 
-    heads   the query heads of its attention module; None refuses what has parameters of its own
+    heads   the query heads of its attention module; None refuses modes with parameters of their own
+    entry   of the config, for errors
+    depth   scalings around this one, and itself
+
+    Raises ValueError naming the entry.
     """
-    if not isinstance(saved, (str, dict)):
+    _check_depth(entry, depth)
+    if saved is None or isinstance(saved, Scaling) or is_finite(saved):
         return saved
-    arguments: dict[str, Any] = {} if isinstance(saved, str) else dict(saved)
-    name = str(saved if isinstance(saved, str) else arguments.pop("name", None))
-    for mode in arguments.keys() & {"mode", "mode_a", "mode_b"}:
-        arguments[mode] = restored(arguments[mode], heads)
+    arguments = dict(saved) if isinstance(saved, dict) else {"name": saved}
+    name = arguments.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"{entry}: expected a name, a dict with a name, a number or None, got {reprlib.repr(saved)}")
+    cls = _class_of(name, heads, entry)
+    taken = _arguments_of(cls)
+    check_entries(entry, arguments, taken - _OF_THE_LAYER)
+    for mode in arguments.keys() & set(_MODES):
+        arguments[mode] = from_config(arguments[mode], heads, f"{entry}.{mode}", depth + 1)
+    if "heads" in taken:
+        arguments["heads"] = heads
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{entry}: {name} cannot be made: {error}") from error
+
+
+def _class_of(name: str, heads: int | None, entry: str) -> Any:
     cls = SCALINGS.get(name) or LEARNED.get(name) or {Scheduled.name: Scheduled}.get(name)
     if cls is None:
         raise ValueError(
-            f"config.tritonattn: scaling {name!r} is not in tritonattn.SCALINGS; a Scaling of your own has to be put"
-            f" there, as SCALINGS[{name!r}] = its class, before the model is loaded"
+            f"{entry}: expected a name in tritonattn.SCALINGS, got {name!r}; a Scaling of your own has to be put there,"
+            f" as SCALINGS[{name!r}] = its class, before the model is loaded"
         )
     if issubclass(cls, nn.Module) and heads is None:
         raise ValueError(
-            f"config.tritonattn: scaling {name!r} has parameters of its own, which every layer needs for itself: use"
-            f" tritonattn.huggingface.patch(model, scaling={name!r})"
+            f"{entry}: expected a scaling without parameters of its own, which every layer needs for itself, got"
+            f" {name!r}: use tritonattn.huggingface.patch(model, scaling={name!r})"
         )
-    if issubclass(cls, nn.Module) and cls is not Scheduled:
-        arguments["heads"] = heads
-    return cls(**arguments)
+    return cls
+
+
+@functools.cache
+def _arguments_of(cls: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(cls).parameters)
+
+
+def check_entries(entry: str, saved: Any, known: Any) -> None:
+    """Raise ValueError unless saved is a dict with keys out of `known`."""
+    wanted = f"expected a dict with keys out of {', '.join(sorted(known)) or 'none'}"
+    if not isinstance(saved, dict):
+        raise ValueError(f"{entry}: {wanted}, got {reprlib.repr(saved)}")
+    if unknown := [name for name in saved if name not in known]:
+        raise ValueError(f"{entry}: {wanted}, got {', '.join(map(reprlib.repr, unknown))}")
+
+
+def is_finite(x: Any) -> bool:
+    """Whether x is a finite number, and no bool."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _check_depth(entry: str, depth: int) -> None:
+    if depth > _DEPTH:
+        raise ValueError(f"{entry}: expected at most {_DEPTH} scalings inside one another, got more")

@@ -1,8 +1,8 @@
-"""Which scaling an attention module uses: from `patch`, or from its model's config."""
+"""The scaling of an attention module: from `patch`, or from its model's config."""
 
 from __future__ import annotations
 
-import weakref
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls.checks import BACKENDS
 from ..scaling import Scaling
-from .scalings import described, restored
+from .scalings import check_entries, from_config, is_finite, to_config
 
 ATTRIBUTE = "tritonattn"
 LAYERS = "layers"
-LENT: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those that a Monitor has lent and is going to take back
 
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """What one attention module does with its logits.
+    """How one attention module scales its logits.
 
     scaling   as in `tritonattn.attention`; None keeps the model's own
     gain      a float, or a tensor broadcastable to [Hq, 1], that multiplies the scaling
@@ -33,7 +33,7 @@ class Settings:
 
     @classmethod
     def of(cls, module: nn.Module) -> Settings:
-        """Those that `patch` gave the module, or else those of config.tritonattn, a dict of these fields.
+        """The settings from `patch`, or else those of config.tritonattn, a dict of these fields.
 
         Raises ValueError for unknown entries, and RuntimeError where the config holds the settings of a patch that was
         not applied when the model was loaded.
@@ -42,60 +42,63 @@ class Settings:
         if own is not None:
             return cls(own.scaling, own.gain, own.backend)
         saved = getattr(getattr(module, "config", None), ATTRIBUTE, None)
-        return cls() if saved is None else cls.read(saved)
-
-    @classmethod
-    def read(cls, saved: Any) -> Settings:
-        """From the dict of a config that holds for all layers."""
-        if isinstance(saved, dict) and LAYERS in saved:
+        if saved is None:
+            return cls()
+        if (layers := saved_layers(saved)) is not None:
             raise RuntimeError(
-                f"config.{ATTRIBUTE} holds the scalings of {', '.join(saved[LAYERS])}, which were not applied to this"
+                f"config.{ATTRIBUTE} holds the scalings of {', '.join(layers)}, which were not applied to this"
                 " model: load it with `import tritonattn.huggingface` before from_pretrained, into the architecture"
                 " that was saved, or call tritonattn.huggingface.restore(model)"
             )
-        names = [field.name for field in fields(cls)]
-        if not isinstance(saved, dict) or not set(saved) <= set(names):
-            raise ValueError(f"config.{ATTRIBUTE}: wanted a dict with keys out of {names}, got {saved!r}")
-        return cls(restored(saved.get("scaling")), saved.get("gain"), saved.get("backend", "auto"))
+        return cls.from_config(saved)
+
+    @classmethod
+    def from_config(cls, saved: Any, heads: int | None = None, entry: str = f"config.{ATTRIBUTE}") -> Settings:
+        """From an entry of a config: a layer's with `heads`, or without one that holds for all layers.
+
+        Raises ValueError naming the entry, what was expected and what came.
+        """
+        check_entries(entry, saved, {field.name for field in fields(cls)})
+        gain, backend = saved.get("gain"), saved.get("backend", "auto")
+        if backend not in BACKENDS:
+            raise ValueError(f"{entry}.backend: expected one of {', '.join(BACKENDS)}, got {reprlib.repr(backend)}")
+        if isinstance(gain, dict) and heads is not None:
+            gain = _learned_gain(gain, heads, f"{entry}.gain")
+        elif not (gain is None or isinstance(gain, Tensor) or is_finite(gain)):
+            raise ValueError(f"{entry}.gain: expected a number or None, got {reprlib.repr(gain)}")
+        return cls(from_config(saved.get("scaling"), heads, f"{entry}.scaling"), gain, backend)
 
 
 class LayerScaling(nn.Module):
-    """What `patch` adds to an attention module, as its child `tritonattn`: it owns what is learned.
+    """The child `tritonattn` that `patch` adds to an attention module: it owns the learned parameters.
 
     shared           the config of the module's model, whose attention implementation says what masks arrive
-    observer         called with what every call computed, see `Patched.watch`
+    observer         called with every computed attention, see `Patched.watch`
     weights_wanted   whether the running call of the module is to return attention weights
-    lent             whether it is there for a while, so that a Monitor can see a layer that is not patched; a copy of
-                     the model keeps it until `take_back`
+    temporary        whether a Monitor added it, to see a layer that is not patched
+    watched          whether that Monitor is going to remove it; a copy of the model keeps it until `remove_abandoned`
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, temporary: bool = False) -> None:
         super().__init__()
         self.scaling = settings.scaling  # a child where it is a module
         self.gain = settings.gain
         self.backend = settings.backend
         self.shared: Any = None
         self.weights_wanted = False
-        self.lent = False
+        self.temporary = self.watched = temporary
         self.observer: Callable[..., None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is not observed."""
-        return {**self.__dict__, "observer": None}
+        """A copy is neither observed nor watched."""
+        return {**self.__dict__, "observer": None, "watched": False}
 
-    def saved(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         """The settings as JSON; a learned gain by its shape, its values being in the state_dict."""
         gain = self.gain
         if isinstance(gain, Tensor):
             gain = {"learned": list(gain.shape)}
-        return {"scaling": described(self.scaling), "gain": gain, "backend": self.backend}
-
-    @classmethod
-    def from_saved(cls, saved: dict[str, Any], heads: int) -> LayerScaling:
-        gain = saved.get("gain")
-        if isinstance(gain, dict):
-            gain = nn.Parameter(torch.ones(gain["learned"]))
-        return cls(Settings(restored(saved.get("scaling"), heads), gain, saved.get("backend", "auto")))
+        return {"scaling": to_config(self.scaling), "gain": gain, "backend": self.backend}
 
     def extra_repr(self) -> str:
         scaling = "" if isinstance(self.scaling, nn.Module) else f"scaling={self.scaling!r}, "
@@ -103,20 +106,45 @@ class LayerScaling(nn.Module):
         return f"{scaling}gain={gain}, backend={self.backend!r}"
 
 
+def is_gain_shape(shape: Any, heads: int) -> bool:
+    """Whether a learned gain of a module with that many query heads may have the shape."""
+    return tuple(shape) in ((), (1,), (1, 1), (heads, 1))
+
+
+def _learned_gain(saved: dict[str, Any], heads: int, entry: str) -> nn.Parameter:
+    shape = saved.get("learned")
+    if saved.keys() != {"learned"} or not isinstance(shape, list) or not is_gain_shape(shape, heads):
+        wanted = f"a number, None or {{'learned': [{heads}, 1]}}"
+        raise ValueError(f"{entry}: expected {wanted}, got {reprlib.repr(saved)}")
+    return nn.Parameter(torch.ones(shape))
+
+
+def saved_layers(saved: Any) -> dict[str, Any] | None:
+    """The settings by layer in a config's entry; None where it holds for all layers. Raises ValueError if damaged."""
+    if not isinstance(saved, dict) or LAYERS not in saved:
+        return None
+    check_entries(f"config.{ATTRIBUTE}", saved, {LAYERS})
+    layers = saved[LAYERS]
+    if not isinstance(layers, dict) or not layers or not all(isinstance(name, str) for name in layers):
+        wanted = "expected a dict from names of modules to their settings"
+        raise ValueError(f"config.{ATTRIBUTE}.{LAYERS}: {wanted}, got {reprlib.repr(layers)}")
+    return layers
+
+
 def layer_scaling(module: nn.Module) -> Any:
-    """What `patch` added to an attention module: its LayerScaling, or what PEFT or FSDP has wrapped around that."""
+    """The LayerScaling of an attention module, or the wrapper of PEFT or FSDP around it; None without."""
     return getattr(module, "_modules", {}).get(ATTRIBUTE)
 
 
-def take_back(module: Any) -> None:
-    """Remove what a Monitor has lent to an attention module."""
+def remove(module: Any) -> None:
+    """Remove the temporary LayerScaling of an attention module."""
     module.config = layer_scaling(module).shared
     delattr(module, ATTRIBUTE)
 
 
-def take_back_copies(modules: Iterable[Any]) -> None:
-    """Remove what a Monitor has lent to the attention modules that these are copies of."""
+def remove_abandoned(modules: Iterable[Any]) -> None:
+    """Remove temporary LayerScalings that came with a copy of a watched model."""
     for module in modules:
         own = layer_scaling(module)
-        if getattr(own, "lent", False) and own not in LENT:
-            take_back(module)
+        if getattr(own, "temporary", False) and not own.watched:
+            remove(module)

@@ -1,0 +1,132 @@
+"""Damaged or hostile settings in a config are refused when the model is loaded, by the name of the entry."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+
+import pytest
+import transformers
+
+from tests.huggingface.architectures import ARCHITECTURES
+from tritonattn.huggingface import patch, patched
+from tritonattn.nn import PerHead, Scheduled
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+LLAMA = ARCHITECTURES["llama"]
+LAYER = "model.layers.0.self_attn"
+ENTRY = f"config.tritonattn.layers['{LAYER}']"
+
+
+def nested(depth: int):
+    scaling = "sqrt_dim"
+    for _ in range(depth):
+        scaling = {"name": "per_head", "mode": scaling}
+    return scaling
+
+
+# Settings of one layer, the entry that is named, and the rest of the message.
+LAYERS = {
+    "null": (None, "", "expected a dict with keys out of backend, gain, scaling, got None"),
+    "a list": ([1], "", "expected a dict with keys out of backend, gain, scaling, got [1]"),
+    "an unknown entry": ({"scale": 1.0}, "", "expected a dict with keys out of backend, gain, scaling, got 'scale'"),
+    "a bool": ({"scaling": True}, ".scaling", "expected a name, a dict with a name, a number or None, got True"),
+    "NaN": ({"scaling": math.nan}, ".scaling", "expected a name, a dict with a name, a number or None, got nan"),
+    "a list as scaling": ({"scaling": ["dim"]}, ".scaling", "expected a name"),
+    "no name": ({"scaling": {"tau": 1.0}}, ".scaling", "expected a name"),
+    "an unknown name": ({"scaling": "sqrt"}, ".scaling", "expected a name in tritonattn.SCALINGS, got 'sqrt'"),
+    "an unknown argument": (
+        {"scaling": {"name": "cosine", "tauu": 1.0}},
+        ".scaling",
+        "expected a dict with keys out of tau, got 'tauu'",
+    ),
+    "heads": (
+        {"scaling": {"name": "per_head", "heads": 10**9}},
+        ".scaling",
+        "expected a dict with keys out of mode, got 'heads'",
+    ),
+    "a bad argument": (
+        {"scaling": {"name": "cosine", "tau": "x"}},
+        ".scaling",
+        "cosine cannot be made: tau",
+    ),
+    "a missing argument": ({"scaling": "scheduled"}, ".scaling", "scheduled cannot be made"),
+    "a bad mode": (
+        {"scaling": {"name": "per_head", "mode": {"name": "x"}}},
+        ".scaling.mode",
+        "expected a name in tritonattn.SCALINGS, got 'x'",
+    ),
+    "null as mode": ({"scaling": {"name": "per_head", "mode": None}}, ".scaling", "per_head cannot be made"),
+    "300 nested": (
+        {"scaling": nested(300)},
+        ".scaling" + 8 * ".mode",
+        "expected at most 8 scalings inside one another, got more",
+    ),
+    "a gain": ({"gain": "x"}, ".gain", "expected a number or None, got 'x'"),
+    "an infinite gain": ({"gain": math.inf}, ".gain", "expected a number or None, got inf"),
+    "a huge gain": (
+        {"gain": {"learned": [10**12]}},
+        ".gain",
+        "expected a number, None or {'learned': [4, 1]}, got {'learned': [1000000000000]}",
+    ),
+    "a nested gain": ({"gain": {"learned": [[4], 1]}}, ".gain", "expected a number, None or {'learned': [4, 1]}"),
+    "a backend": ({"backend": "cuda"}, ".backend", "expected one of auto, "),
+    "a list as backend": ({"backend": []}, ".backend", "expected one of auto, "),
+}
+# Whole entries `tritonattn`, and the message.
+WHOLES = {
+    "layers null": ({"layers": None}, "config.tritonattn.layers: expected a dict from names of modules to their"),
+    "layers a list": ({"layers": [LAYER]}, "config.tritonattn.layers: expected a dict from names of modules to their"),
+    "no layers": ({"layers": {}}, "config.tritonattn.layers: expected a dict from names of modules to their settings"),
+    "an entry beside": (
+        {"layers": {LAYER: {}}, "more": 1},
+        "config.tritonattn: expected a dict with keys out of layers, got 'more'",
+    ),
+    "a string": ("ssmax", "config.tritonattn: expected a dict with keys out of backend, gain, scaling, got 'ssmax'"),
+    "unknown": ({"scalings": "dim"}, "config.tritonattn: expected a dict with keys out of backend, gain, scaling, got"),
+    "learned for all": ({"scaling": "ssmax"}, "config.tritonattn.scaling: expected a scaling without parameters of"),
+    "a learned gain for all": (
+        {"gain": {"learned": [4, 1]}},
+        "config.tritonattn.gain: expected a number or None, got {'learned': [4, 1]}",
+    ),
+}
+CASES = {
+    name: ({"layers": {LAYER: settings}}, f"{ENTRY}{entry}: {text}") for name, (settings, entry, text) in LAYERS.items()
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    LLAMA.build("sdpa").save_pretrained(folder)
+    return folder, json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("case", [*CASES, *WHOLES])
+def test_it_is_refused_on_loading(case, saved):
+    folder, config = saved
+    entry, message = {**CASES, **WHOLES}[case]
+    (folder / "config.json").write_text(json.dumps({**config, "tritonattn": entry}))
+    begun = time.process_time()
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert time.process_time() - begun < 2
+    assert len(str(error.value)) < 500
+
+
+def test_nesting_that_could_not_be_loaded_is_refused_by_patch():
+    network, scaling = LLAMA.build(), PerHead("dim", heads=4)
+    for _ in range(8):
+        scaling = PerHead(scaling, heads=4)
+    with pytest.raises(ValueError, match="scaling: expected at most 8 scalings inside one another, got more"):
+        patch(network, scaling)
+
+
+def test_nested_scalings_come_back(tmp_path):
+    network, inner = LLAMA.build("sdpa"), PerHead("key_norm_mean", heads=4)
+    patch(network, Scheduled(PerHead(inner, heads=4), "dim", steps=3))
+    network.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert patched(again).report() == patched(network).report()
