@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import re
 import shlex
 
@@ -36,13 +38,27 @@ def test_no_snippet_is_overlooked(document):
     assert openings.count("python") == len(snippets(document))
 
 
+def commands(document: str) -> list[list[str]]:
+    """The words of every command of ours, in blocks and in sentences."""
+    lines = [line for block in snippets(document, "sh") for line in block.splitlines()]
+    lines += re.findall(r"`((?:tritonattn|python -m perf) [^`\n]+)`", (ROOT / document).read_text(encoding="utf-8"))
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
 @pytest.mark.parametrize("document", PAGES)
 def test_commands_parse(document):
-    for block in snippets(document, "sh"):
-        for line in block.splitlines():
-            words = shlex.split(line, comments=True)
-            if words and words[0] == "tritonattn":
-                cli._parser().parse_args(words[1:])
+    for words in commands(document):
+        if words[0] == "tritonattn":
+            cli._parser().parse_args(words[1:])
+        elif words[:3] == ["python", "-m", "perf"] and words[3] != "COMMAND":
+            parser = argparse.ArgumentParser()
+            importlib.import_module(f"perf.{words[3]}").add_arguments(parser)
+            parser.parse_args(words[4:])
+
+
+def test_commands_are_found():
+    assert ["tritonattn", "train-compare", "--tasks", "recall", "--seeds", "5"] in commands("README.md")
+    assert ["tritonattn", "env"] in commands("docs/tuning.md")
 
 
 @pytest.mark.parametrize("document", PAGES)
