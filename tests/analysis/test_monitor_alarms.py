@@ -13,6 +13,7 @@ import torch
 
 from tests.analysis.models import HEADS, Net, ids, llama
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
+from tritonattn.analysis.alarms import Alarms
 from tritonattn.analysis.records import JsonLines
 from tritonattn.huggingface import patch, patched
 
@@ -107,6 +108,12 @@ def test_both_ways_of_vanishing_alarm(scaling, measure):
         record = step(net, monitor)
     assert [one["measure"] for one in record["alarms"]] == [measure]
     assert record["alarms"][0]["value"] > 0.9
+
+
+def test_shares_of_a_layer_are_means_over_its_heads():
+    measures = {"max_logit": [1.0, 101.0], "near_one_hot": [1.0, 0.875], "near_uniform": [1.0, 0.5]}
+    found = Alarms(Thresholds()).of(0, {"layer": measures})
+    assert [(one.measure, one.value) for one in found] == [("max_logit", 101.0), ("near_one_hot", 0.9375)]
 
 
 @pytest.mark.parametrize("loss", [math.nan, torch.tensor(math.inf)])

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.support.masks import MASKS, visible_pairs
+from tests.support.pairs import pairwise
 from tritonattn.backends.reference import attention
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.visibility import Visibility
@@ -43,10 +44,7 @@ def textbook(q, k, v, multiplier, visible, softcap=None, sinks=None, keep=None, 
     return out, lse, max_logit, entropy
 
 
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("softcap", [None, 0.7])
-@pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("p", [0.0, 0.4])
+@pairwise(name=MASKS, softcap=[None, 0.7], with_sinks=[False, True], p=[0.0, 0.4])
 def test_is_the_textbook(name, softcap, with_sinks, p):
     arguments = MASKS[name](B, HQ, SQ, SK)
     visible = visible_pairs((B, HQ, SQ, SK), **arguments)

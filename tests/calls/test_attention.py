@@ -16,6 +16,7 @@ import tritonattn
 from tests.support.bound import assert_within_bound
 from tests.support.calls import operands
 from tests.support.masks import MASKS
+from tests.support.pairs import pairwise
 from tritonattn.backends import reference
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.visibility import Visibility
@@ -48,11 +49,14 @@ def assert_accurate(leaves: dict[str, Tensor], dtype: torch.dtype, **arguments) 
         assert_within_bound(ours[name], exact[name], eager[name], dtype, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_every_mode_under_every_mask(scaling, mask, dtype):
-    leaves = operands()
+@pairwise(
+    scaling=SCALINGS,
+    mask=MASKS,
+    dtype=[torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    heads=[(4, 2), (4, 1), (4, 4)],
+)
+def test_every_mode_under_every_mask(scaling, mask, dtype, heads):
+    leaves = operands(heads=heads)
     leaves["gain"] = torch.tensor([[0.5], [1.0], [-1.5], [2.0]], dtype=torch.float64, requires_grad=True)
     leaves["sinks"] = torch.tensor([0.5, -1.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
     assert_accurate(leaves, dtype, scaling=scaling, **MASKS[mask](2, 4, 5, 7))
@@ -232,8 +236,7 @@ def test_rows_without_keys(backend):
     assert all(x.isfinite().all() and not x[0].any() for x in gradients)
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pairwise(scaling=SCALINGS, poison=[torch.nan, torch.inf])
 def test_what_nobody_may_see_reaches_no_result(scaling, poison):
     leaves = operands()
     arguments = {"scaling": scaling, "key_lengths": torch.tensor([4, 6]), "causal": True}
@@ -261,9 +264,7 @@ def gradients_beside_nan(leaves: dict[str, Tensor], fill: float, call) -> list[T
     return [out, *torch.autograd.grad(out, list(inputs.values()), d_out.to(out.dtype))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize("scaling", [*SCALINGS, "given"])
+@pairwise(scaling=[*SCALINGS, "given"], backend=["sdpa", "reference"], dtype=[torch.float64, torch.bfloat16])
 def test_a_row_without_keys_may_hold_nan(scaling, backend, dtype):
     leaves = {name: x.to(dtype) for name, x in operands().items()}
     rows = torch.rand(2, 4, 5, dtype=torch.promote_types(dtype, torch.float32))
@@ -288,9 +289,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton", "sdpa", "reference"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pairwise(scaling=SCALINGS, shape=SHAPES, backend=["auto", "triton", "sdpa", "reference"])
 def test_nothing_to_compute(scaling, shape, backend):
     batch, heads, lengths = SHAPES[shape]
     leaves = operands(torch.float32, batch, heads, lengths)

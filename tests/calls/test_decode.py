@@ -7,6 +7,7 @@ import torch
 
 from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
+from tests.support.pairs import pairwise
 from tritonattn import Scales, Scaling, attention, attention_decode
 from tritonattn.calls import decode as decoding
 from tritonattn.core.call import ForwardResult
@@ -23,15 +24,11 @@ SMALL = {
 MODES = {**SCALINGS, **SMALL}
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-with_or_without = pytest.mark.parametrize("statistics", [True, False], ids=["statistics", "keys"])
-every_layout = pytest.mark.parametrize("page", [None, 16, 19], ids=["contiguous", "page 16", "page 19"])
+PAGES = (None, 16, 19)
+every_layout = pytest.mark.parametrize("page", PAGES)
 
 
-@every_mode
-@every_backend
-@with_or_without
-@pytest.mark.parametrize("page", [None, 19], ids=["contiguous", "pages"])
-@pytest.mark.parametrize("window", WINDOWS[:2], ids=["full", "window"])
+@pairwise(mode=MODES, backend=BACKENDS, statistics=[True, False], page=PAGES, window=WINDOWS[:2])
 def test_prefill_then_decode_is_one_full_pass(mode, backend, statistics, page, window):
     q, k, v = sequences()
     scaling = MODES[mode]()
@@ -58,8 +55,7 @@ def test_token_by_token_from_nothing(mode):
         torch.testing.assert_close(found, cache.newest(expected, 1), rtol=1e-11, atol=1e-13)
 
 
-@every_mode
-@every_layout
+@pairwise(mode=MODES, page=PAGES[:2])
 def test_guesses_are_taken_back(mode, page):
     """Speculative decoding: 5 guessed tokens, of which 2 and 4 stay."""
     q, k, v = sequences()
@@ -80,8 +76,7 @@ def test_guesses_are_taken_back(mode, page):
         torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
 
 
-@every_mode
-@every_layout
+@pairwise(mode=MODES, page=PAGES[::2])
 def test_beams_change_places(mode, page):
     q, k, v = sequences(batch=3)
     scaling, index = MODES[mode](), torch.tensor([2, 0, 0])
@@ -114,8 +109,7 @@ def test_a_cache_is_used_again(mode):
     torch.testing.assert_close(found, cache.newest(expected, 2), rtol=1e-11, atol=1e-13)
 
 
-@every_backend
-@pytest.mark.parametrize("count", range(1, 17))
+@pairwise(backend=BACKENDS, count=[1, 2, 3, 7, 15, 16])
 def test_any_number_of_new_tokens(backend, count):
     q, k, v = sequences()
     expected = attention(q, k, v, scaling="key_norm_sum", causal=True, backend="reference")
@@ -143,9 +137,7 @@ def test_within_the_bound(mode, dtype):
         assert_within_bound(found, cache.newest(exact, count), cache.newest(eager, count), dtype)
 
 
-@every_backend
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("heads", [(4, 4), (6, 1), (6, 2)], ids=str)
+@pairwise(window=WINDOWS, heads=[(4, 4), (6, 1), (6, 2)], backend=BACKENDS)
 def test_windows_and_groups(backend, window, heads):
     q, k, v = sequences(heads=heads)
     expected = attention(q, k, v, scaling="key_norm_max", causal=True, window=window, backend="reference")
@@ -178,9 +170,7 @@ def test_gain_softcap_sinks_and_aux(backend):
         torch.testing.assert_close(row, cache.newest(getattr(aux, name), 3), msg=name)
 
 
-@every_backend
-@every_layout
-@every_mode
+@pairwise(mode=MODES, backend=BACKENDS, page=PAGES)
 def test_rows_without_keys_give_zeros(backend, page, mode):
     q, k, v = sequences(length=8)
     cache = GrowingCache(k, v, 24, page, statistics=True)
@@ -197,9 +187,7 @@ def test_rows_without_keys_give_zeros(backend, page, mode):
     assert (aux.entropy[empty] == 0).all()
 
 
-@every_mode
-@every_layout
-@pytest.mark.parametrize("window", WINDOWS[:2], ids=["full", "window"])
+@pairwise(mode=MODES, page=PAGES, window=WINDOWS[:2])
 def test_statistics_spare_the_old_keys(mode, page, window):
     """The scales of a step are the same when the cache's old keys are NaN."""
     q, k, v = sequences()

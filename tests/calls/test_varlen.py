@@ -13,6 +13,7 @@ from torch import Tensor
 import tritonattn
 from tests.support.bound import assert_within_bound
 from tests.support.packed import RAGGED, Packed, offsets, one_by_one, packed_operands
+from tests.support.pairs import pairwise
 from tritonattn.core.sequences import Sequences
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS
@@ -47,9 +48,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: 
         torch.testing.assert_close(found[name], expected, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pairwise(scaling=SCALINGS, mask=MASKS, backend=BACKENDS)
 def test_every_sequence_is_as_if_alone(scaling, mask, backend):
     leaves = packed_operands(RAGGED)
     leaves["gain"] = torch.rand(4, 1, dtype=torch.float64, requires_grad=True)
@@ -83,9 +82,11 @@ def test_a_tensor_as_scaling(backend):
     assert_same(found, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 2)])
-@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_sum", "key_norm_max", "cosine"])
+@pairwise(
+    scaling=["sqrt_dim", "key_norm_sum", "key_norm_max", "cosine"],
+    heads=[(4, 4), (4, 1), (6, 2)],
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+)
 def test_accuracy(scaling, heads, dtype):
     packed = Packed((37, 1, 0, 130), (37, 17, 5, 90))
     rounded = packed_operands(packed, dtype, heads, dims=(16, 24))

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonattn
 from tests.support.packed import RAGGED, Packed, offsets, packed_operands
+from tests.support.pairs import in_turn
 from tests.support.versions import skip_where_export_binds_lengths
 
 pytestmark = [
@@ -21,8 +22,6 @@ pytestmark = [
 ]
 
 MODES = ["sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine"]
-CASES = [(scaling, {"causal": True}) for scaling in MODES]
-CASES += [("key_norm_sum", {}), ("key_norm_sum", {"window": (2, 1)})]
 
 
 def operands(packed: Packed = RAGGED) -> tuple[Tensor, ...]:
@@ -50,7 +49,7 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("scaling", "masks"), CASES, ids=str)
+@in_turn(scaling=MODES, masks=[{"causal": True}, {}, {"window": (2, 1)}])
 def test_compile_forward_and_backward_in_one_graph(scaling, masks):
     function = partial(objective, scaling=scaling, **masks)
     assert_same_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), function, operands())
@@ -128,7 +127,7 @@ def test_export(strict):
         torch.testing.assert_close(program.module()(*given), Layer()(*given))
 
 
-@pytest.mark.parametrize(("scaling", "masks"), CASES, ids=str)
+@in_turn(scaling=MODES, masks=[{"causal": True}, {}, {"window": (2, 1)}])
 def test_func_grad_and_vmap_of_it(scaling, masks):
     function = partial(objective, scaling=scaling, **masks)
     gradient = torch.func.grad(function, argnums=(0, 1, 2, 3, 4))

@@ -23,14 +23,6 @@ WIDE_MASKS = MASKS | {
     "wide causal window": lambda *_: {"causal": True, "window": (150, None)},
     "an entry without keys": lambda batch, _, __, k_len: {"key_lengths": torch.tensor([0, k_len])[:batch]},
 }
-FORMS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "softcap": {"softcap": 1.5},
-    "sinks": {"sinks": True},
-    "dropout": {"dropout_p": 0.3},
-    "aux": {"return_aux": True},
-    "every form": {"softcap": 1.5, "sinks": True, "dropout_p": 0.3, "return_aux": True},
-}
 
 
 @dataclass(frozen=True)
@@ -56,20 +48,9 @@ class Case:
     def check(self) -> None:
         """Hold the results and every gradient of backend "triton", which the emulator executes, to the bound."""
         (kv_heads, group), (q_len, k_len) = self.heads, self.lengths
-        arguments, scales = dict(FORMS[self.form]), self.scales
-        if arguments.pop("sinks", False):
-            scales = (*scales, "sinks")
-        tensors = harness.inputs(
-            self.dtype,
-            CPU,
-            batch=self.batch,
-            kv_heads=kv_heads,
-            group=group,
-            q_len=q_len,
-            k_len=k_len,
-            head_dim=self.dims[0],
-            value_dim=self.dims[1],
-            scales=scales,
+        sizes = {"q_len": q_len, "k_len": k_len, "head_dim": self.dims[0], "value_dim": self.dims[1]}
+        tensors, arguments = harness.of_form(
+            self.form, self.dtype, CPU, scales=self.scales, batch=self.batch, kv_heads=kv_heads, group=group, **sizes
         )
         arguments |= WIDE_MASKS[self.mask](self.batch, kv_heads * group, q_len, k_len)
         if "mask" in arguments:

@@ -10,6 +10,7 @@ import torch
 import tritonattn.huggingface
 from tests.huggingface.architectures import ARCHITECTURES, PADDINGS
 from tests.huggingface.checks import equals_eager
+from tests.support.pairs import in_turn
 
 NAMES = [name for name, one in ARCHITECTURES.items() if one.exists and one.supported]
 GENERATING = [name for name in NAMES if ARCHITECTURES[name].generates]
@@ -25,8 +26,7 @@ def test_outputs_and_gradients_equal_eager(name, padding):
     equals_eager(ARCHITECTURES[name], padding)
 
 
-@pytest.mark.parametrize("name", GENERATING)
-@pytest.mark.parametrize("padding", ["none", "left"])
+@in_turn(name=GENERATING, padding=["left", "none"])
 def test_generation_equals_eager(name, padding):
     architecture = ARCHITECTURES[name]
     network, inputs = architecture.build(), architecture.inputs(padding)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
 from tests.huggingface.checks import PAD, padding_changes_nothing, static_cache, stepwise
+from tests.support.pairs import in_turn, pairwise
 from tritonattn.huggingface import patch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -42,8 +43,7 @@ def test_a_padded_encoder_says_what_it_says_alone(mode):
         close(network(**inputs).logits[:1, :length], alone)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("mode", MODES)
+@in_turn(mode=MODES, cache=["dynamic", "static"])
 def test_steps_equal_the_full_pass(mode, cache):
     network, inputs = LLAMA.build(), LLAMA.inputs("left")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -161,8 +161,7 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_mean", "key_norm_max", "cosine"])
-@pytest.mark.parametrize("search", SEARCHES)
+@in_turn(search=[*SEARCHES] * 2, mode=["sqrt_dim", "key_norm_mean", "key_norm_max", "cosine", "key_count"])
 def test_searches_are_those_without_a_cache(search, mode):
     network, inputs = LLAMA.build(), LLAMA.inputs("left")
     texts = []
@@ -190,9 +189,7 @@ def test_assisted_generation_is_the_greedy_one(name, mode):
     assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_mean", "key_norm_max", "cosine"])
-@pytest.mark.parametrize("name", ["bart", "whisper"])
-@pytest.mark.parametrize("beams", [1, 3])
+@pairwise(name=["bart", "whisper"], mode=["key_norm_mean", "key_norm_max", "cosine"], beams=[1, 3])
 def test_encoder_decoders_generate_as_without_a_cache(name, mode, beams):
     architecture = ARCHITECTURES[name]
     network, inputs = architecture.build(), architecture.inputs("left")

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
 from tests.huggingface.architectures import ARCHITECTURES
+from tests.support.pairs import in_turn, pairwise
 from tritonattn.huggingface import attention_forward, key_range_mask, patch, register
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -45,11 +46,10 @@ def spy():
 
 
 NAMES = [name for name, one in ARCHITECTURES.items() if one.exists and one.takes_padding and not one.makes_own_masks]
-CACHED = ["llama", "mistral", "gemma3", "llama4", "phi3", "gpt_oss"]
+CACHED = [name for name in ("llama", "mistral", "gemma3", "llama4", "phi3", "gpt_oss") if ARCHITECTURES[name].exists]
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
-@pytest.mark.parametrize("name", NAMES)
+@in_turn(name=[*NAMES, *CACHED * 4], padding=["none", "left", "right", "holes", "left"])
 def test_masks_of_a_forward_pass(name, padding, spy):
     architecture = ARCHITECTURES[name]
     network = architecture.build()
@@ -61,9 +61,7 @@ def test_masks_of_a_forward_pass(name, padding, spy):
     assert padding == "none" or spy.dtypes[0] is not None
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("padding", ["none", "left"])
-@pytest.mark.parametrize("name", [name for name in CACHED if ARCHITECTURES[name].exists])
+@pairwise(name=CACHED, padding=["none", "left"], cache=["dynamic", "static"])
 def test_masks_of_caches(name, padding, cache, spy):
     """Full, sliding and chunked layers of dynamic and static caches, past the end of the window."""
     network, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs(padding)

@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
+from tests.support.pairs import in_turn
 from tritonattn.huggingface import NAME, patch, patched
 from tritonattn.nn import PerHead
 
@@ -40,8 +41,7 @@ def state(network) -> dict:
     }
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", SUPPORTED)
+@in_turn(name=SUPPORTED, implementation=["eager", "sdpa"])
 def test_undo_is_bit_identical(name, implementation):
     architecture = ARCHITECTURES[name]
     network, inputs = architecture.build("eager"), architecture.inputs()
@@ -116,8 +116,10 @@ def test_layers_left_out_of_a_model_that_uses_tritonattn_go_on_with_it():
     torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["mistral", "gemma3", "llama4", "whisper", "bart", "gpt2", "gpt_neox"])
+@in_turn(
+    name=["mistral", "gemma3", "llama4", "whisper", "bart", "gpt2", "gpt_neox", "mistral", "bart"],
+    implementation=["eager", "sdpa"],
+)
 def test_a_part_of_a_model_generates_as_before(name, implementation):
     architecture = ARCHITECTURES[name]
     network, inputs = architecture.build(implementation), architecture.inputs("left")

@@ -14,6 +14,17 @@ from tests.support.packed import Packed, packed_operands
 
 Tensors = dict[str, Tensor]
 
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "dropout": {"dropout_p": 0.3},
+    "aux": {"return_aux": True},
+    "softcap aux": {"softcap": 1.5, "return_aux": True},
+    "sinks dropout": {"sinks": True, "dropout_p": 0.3},
+    "everything": {"softcap": 1.5, "sinks": True, "dropout_p": 0.3, "return_aux": True},
+}
+
 
 def inputs(
     dtype: torch.dtype,
@@ -52,6 +63,16 @@ def inputs(
     if "sinks" in scales:
         tensors["sinks"] = normal(heads)
     return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def of_form(
+    form: str, dtype: torch.dtype, device: torch.device, *, scales: tuple[str, ...] = (), **sizes: int
+) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors and the arguments of one of `FORMS`."""
+    arguments = dict(FORMS[form])
+    if arguments.pop("sinks", False):
+        scales = (*scales, "sinks")
+    return inputs(dtype, device, scales=scales, **sizes), arguments
 
 
 def packed_inputs(

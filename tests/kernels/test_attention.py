@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-import itertools
 
 import pytest
 import torch
 
 import tritonattn
 from tests.kernels import harness
+from tests.kernels.harness import FORMS, of_form
 from tests.support.bound import assert_within_bound
 from tests.support.masks import MASKS
+from tests.support.pairs import in_turn, pairwise
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
 from tritonattn.tuning.config import Target
@@ -27,26 +28,33 @@ def _mask(name: str, device: torch.device, batch: int = 2, heads: int = 2, q_len
     return {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
 
 
-def _masks_and_scales() -> list:
-    """All of them; 16 bits, whose rounding no mask changes, with one set of scales each but slowly with the others."""
-    found = []
-    for number, (mask, scales, dtype) in enumerate(itertools.product(MASKS, SCALES, DTYPES)):
-        is_quick = dtype == torch.float32 or number // 9 % 3 == SCALES.index(scales)
-        name = f"{mask}-{'+'.join(scales) or 'constant'}-{dtype}"
-        found.append(pytest.param(mask, scales, dtype, id=name, marks=() if is_quick else pytest.mark.slow))
-    return found
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_mask(mask, device):
+    harness.check(harness.inputs(torch.float32, device), scale=0.3, **_mask(mask, device))
 
 
-@pytest.mark.parametrize(("mask", "scales", "dtype"), _masks_and_scales())
-def test_every_mask_and_scale(mask, scales, dtype, device):
-    harness.check(harness.inputs(dtype, device, scales=scales), scale=0.3, **_mask(mask, device))
+@pairwise(
+    mask=MASKS,
+    form=FORMS,
+    scales=SCALES,
+    dtype=DTYPES,
+    heads=[(1, 2), (2, 1), (1, 3)],
+    lengths=[(21, 35), (1, 17), (16, 32), (37, 20)],
+    dims=[(16, 16), (17, 40)],
+)
+def test_every_pair_of_choices(mask, form, scales, dtype, heads, lengths, dims, device):
+    (kv_heads, group), (q_len, k_len), (head_dim, value_dim) = heads, lengths, dims
+    sizes = {"kv_heads": kv_heads, "group": group, "q_len": q_len, "k_len": k_len}
+    tensors, arguments = of_form(
+        form, dtype, device, scales=scales, head_dim=head_dim, value_dim=value_dim, batch=2, **sizes
+    )
+    harness.check(tensors, scale=0.3, **arguments, **_mask(mask, device, 2, kv_heads * group, q_len, k_len))
 
 
-@pytest.mark.parametrize("mask", ["causal", "causal window", "ranges"])
-@pytest.mark.parametrize(("q_len", "k_len"), [(1, 17), (17, 2), (53, 37), (16, 32), (130, 130)])
-def test_ragged_lengths(mask, q_len, k_len, device):
-    tensors = harness.inputs(torch.float32, device, q_len=q_len, k_len=k_len, scales=("query_scale",), batch=1)
-    harness.check(tensors, **_mask(mask, device, 1, 2, q_len, k_len))
+@pytest.mark.parametrize(("q_len", "k_len"), [(17, 2), (37, 1)])
+def test_more_rows_than_keys(q_len, k_len, device):
+    tensors, arguments = of_form("everything", torch.float32, device, batch=1, q_len=q_len, k_len=k_len)
+    harness.check(tensors, causal=True, **arguments)
 
 
 @pytest.mark.parametrize("window", [(1, 0), (17, 3), (30, 0), (None, 14), (None, 1)], ids=str)
@@ -80,16 +88,7 @@ def test_head_dims(head_dim, value_dim, device):
     harness.check(tensors, causal=True)
 
 
-@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (3, 1), (1, 5), (2, 3)])
-def test_grouped_heads(kv_heads, group, device):
-    tensors = harness.inputs(
-        torch.float32, device, kv_heads=kv_heads, group=group, q_len=18, k_len=20, scales=("query_scale", "key_scale")
-    )
-    harness.check(tensors, causal=True)
-
-
-@pytest.mark.parametrize("mode", tritonattn.SCALINGS)
-@pytest.mark.parametrize("mask", ["causal", "window", "ranges"])
+@in_turn(mode=tritonattn.SCALINGS, mask=["causal", "window", "ranges", "mask of heads"])
 def test_every_mode(mode, mask, device):
     tensors = harness.inputs(torch.float32, device, scales=("gain",), q_len=20, k_len=33)
     arguments = _mask(mask, device, 2, 2, 20, 33)

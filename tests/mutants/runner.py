@@ -16,7 +16,7 @@ from .table import ROOT, Mutant
 
 _COPIED = ("tritonattn", "tests", "perf", "autotune_cache")
 # Where pytest says at the end of a failure which error a line raised.
-_ASSERTED = re.compile(r"^\S+:\d+: (AssertionError|Failed)$", re.MULTILINE)
+_ASSERTED = re.compile(r"^\S+:\d+: (AssertionError|Failed|GradcheckError)$", re.MULTILINE)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from tests.support.formulas import assert_a_formula_of_its_own
 from tests.support.learned import LEARNED, learned
 from tests.support.masks import MASKS
 from tests.support.packed import RAGGED, one_by_one, packed_operands
+from tests.support.pairs import pairwise
 from tritonattn import SCALINGS, Scales, Scaling, attention, attention_decode, attention_varlen, nn
 from tritonattn.calls import decode as decoding
 from tritonattn.core.call import ForwardResult
@@ -39,9 +40,7 @@ def assert_same(ours, exact, rtol=1e-9, atol=1e-10):
         torch.testing.assert_close(ours[name], expected, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@every_case
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pairwise(case=LEARNED, mask=MASKS, kv_heads=[1, 2, 4])
 def test_every_mask_against_the_reference(case, mask, kv_heads):
     leaves, scaling = operands(heads=(4, kv_heads)), learned(case)
     masks = MASKS[mask](2, 4, 5, 7)
@@ -91,10 +90,7 @@ def test_packed_sequences(case):
     assert_same(ours, exact)
 
 
-@every_case
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize("statistics", [True, False], ids=["statistics", "keys"])
-@pytest.mark.parametrize("page", [None, 19], ids=["contiguous", "pages"])
+@pairwise(case=LEARNED, backend=["sdpa", "reference"], statistics=[True, False], page=[None, 19])
 @torch.no_grad()
 def test_prefill_then_decode_is_one_full_pass(case, backend, statistics, page):
     q, k, v = sequences()

@@ -13,6 +13,7 @@ from torch.library import opcheck
 
 from tests.support.calls import CALLS, example
 from tests.support.masks import MASKS
+from tests.support.pairs import in_turn
 from tritonattn import ops
 from tritonattn.backends import cpu as blockwise
 from tritonattn.core.call import ForwardResult, Gradients, Needs
@@ -37,15 +38,13 @@ opcheck_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a
 
 
 @opcheck_reads_grad
-@pytest.mark.parametrize(("aux", "keep_rounding"), [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("case", CALLS)
+@in_turn(case=CALLS, aux=[False, True], keep_rounding=[True, False])
 def test_forward_passes_opcheck(case, aux, keep_rounding):
     flat = attend._Flat.of(example(**CALLS[case]), "sdpa", aux, keep_rounding)
     opcheck(torch.ops.tritonattn.forward.default, tuple(flat))
 
 
-@pytest.mark.parametrize("keep_rounding", [False, True])
-@pytest.mark.parametrize("case", CALLS)
+@in_turn(case=CALLS, keep_rounding=[False, True])
 def test_backward_passes_opcheck(case, keep_rounding):
     call = example(**CALLS[case])
     flat = attend._Flat.of(call, "sdpa", False, keep_rounding)

@@ -10,6 +10,7 @@ from torch.library import opcheck
 
 import tritonattn
 from tests.support.caches import GrowingCache, sequences
+from tests.support.pairs import pairwise
 from tests.support.watch import Watch
 from tritonattn import KeyStatistics, attention_decode, ops
 from tritonattn.core.decode_call import Cache, DecodeCall
@@ -56,9 +57,11 @@ def test_opcheck(options, page, aux):
     opcheck(torch.ops.tritonattn.decode.default, tuple(_Flat.of(call, "sdpa", aux)))
 
 
-@pytest.mark.parametrize("page", [None, 16])
-@pytest.mark.parametrize("scaling", ["sqrt_dim", "log_key_count", "key_norm_rms", "key_norm_max", "cosine"])
-@pytest.mark.parametrize("statistics", [True, False])
+@pairwise(
+    scaling=["sqrt_dim", "log_key_count", "key_norm_rms", "key_norm_max", "cosine"],
+    page=[None, 16],
+    statistics=[True, False],
+)
 def test_compile_in_one_graph(scaling, page, statistics):
     query, cache = _grown(page, statistics=statistics)
     arguments = {"scaling": scaling, "window": (12, None), "return_aux": True, **cache.arguments()}

@@ -5,6 +5,7 @@ import torch
 
 from tests.support.formulas import assert_a_formula_of_its_own
 from tests.support.masks import MASKS, visible_pairs
+from tests.support.pairs import pairwise
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, LogKeyCount, Scaling
@@ -16,10 +17,10 @@ SMALL_PRESETS = {
     "ministral3": {"original_length": 2},
 }
 NORM_MODES = ["key_norm_sum", "key_norm_mean", "key_norm_rms", "key_norm_max", "key_norm_l2", "cosine"]
-PADDINGS = [
-    {"key_lengths": torch.tensor([4, 7])},
-    {"key_ranges": torch.tensor([[[3, SK]] * SQ, [[1, SK]] * SQ], dtype=torch.int32)},
-]
+PADDINGS = {
+    "right": {"key_lengths": torch.tensor([4, 7])},
+    "left": {"key_ranges": torch.tensor([[[3, SK]] * SQ, [[1, SK]] * SQ], dtype=torch.int32)},
+}
 every_mode = pytest.mark.parametrize("mode", SCALINGS)
 
 
@@ -53,6 +54,9 @@ def multiplier_of(scaling, q, k, **arguments):
     return scaling.multiplier(q, per_query_head(k), visible).expand(visible.shape), visible
 
 
+FORMULAS = {"scales": factor_of, "multiplier": lambda *a, **k: multiplier_of(*a, **k)[0]}
+
+
 def test_names_are_the_keys():
     assert {name: mode.name for name, mode in SCALINGS.items()} == {name: name for name in SCALINGS}
 
@@ -62,9 +66,7 @@ def test_the_multiplier_is_a_formula_of_its_own(mode):
     assert_a_formula_of_its_own(SCALINGS[mode])
 
 
-@every_mode
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pairwise(mode=SCALINGS, mask=MASKS, kv_heads=[1, 2, 4])
 def test_both_formulas_agree(mode, mask, kv_heads):
     arguments = MASKS[mask](B, HQ, SQ, SK)
     q, k = (x.requires_grad_() for x in tensors(kv_heads))
@@ -103,11 +105,9 @@ def test_narrow_inputs_are_computed_wide(mode, dtype):
     torch.testing.assert_close(theirs[visible].double(), exact[visible], rtol=1e-6, atol=0)
 
 
-@every_mode
-@pytest.mark.parametrize(
-    "formula", [factor_of, lambda *a, **k: multiplier_of(*a, **k)[0]], ids=["scales", "multiplier"]
-)
+@pairwise(mode=SCALINGS, formula=FORMULAS)
 def test_zero_vectors_give_zero_and_no_nan(mode, formula):
+    formula = FORMULAS[formula]
     q, k = tensors()
     q[:, :, 2] = 0
     k[:, :, :4] = 0
@@ -124,13 +124,9 @@ def test_zero_vectors_give_zero_and_no_nan(mode, formula):
         assert (factor[..., :4] == 0).all()
 
 
-@every_mode
-@pytest.mark.parametrize(
-    "formula", [factor_of, lambda *a, **k: multiplier_of(*a, **k)[0]], ids=["scales", "multiplier"]
-)
-@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
-@pytest.mark.parametrize("arguments", PADDINGS, ids=["right", "left"])
-def test_keys_that_nobody_sees_do_not_enter(mode, formula, junk, arguments):
+@pairwise(mode=SCALINGS, formula=FORMULAS, junk=[float("nan"), float("inf")], padding=PADDINGS)
+def test_keys_that_nobody_sees_do_not_enter(mode, formula, junk, padding):
+    formula, arguments = FORMULAS[formula], PADDINGS[padding]
     q, clean = tensors()
     visible = visible_pairs((B, HQ, SQ, SK), **arguments)
     unseen = ~visible[:, :2].any(-2)
@@ -163,9 +159,7 @@ def test_no_keys_at_all(mode):
     assert multiplier_of(small(mode), q, k)[0].shape == (B, HQ, SQ, 0)
 
 
-@every_mode
-@pytest.mark.parametrize("size", [1e30, 1e-30])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pairwise(mode=SCALINGS, size=[1e30, 1e-30], dtype=[torch.float32, torch.bfloat16])
 def test_huge_and_tiny_keys(mode, size, dtype):
     q, k = tensors()
     q, k = q.to(dtype), (k * size).to(dtype).requires_grad_()

@@ -21,6 +21,14 @@ def pairwise(**choices: Iterable[Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(tuple(choices), rows, ids=["-".join(map(str, row)) for row in rows])
 
 
+def in_turn(**choices: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize a test so that every value occurs: as many combinations as the longest choice has values."""
+    values = [list(one) for one in choices.values()]
+    rows = [tuple(one[at % len(one)] for one in values) for at in range(max(map(len, values)))]
+    rows = list({str(row): row for row in rows}.values())
+    return pytest.mark.parametrize(tuple(choices), rows, ids=["-".join(map(str, row)) for row in rows])
+
+
 def all_pairs(choices: Mapping[str, Sequence[Any]], first: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """Combinations, one value of each of `choices` in every one, that hold every pair of values of different names.
 

@@ -185,6 +185,7 @@ def test_the_legality_predicate():
     assert legal_reasons("forward", TileConfig(128, 64, 8, 2), problem, Target("cuda", "80")) == []
     for config in (
         TileConfig(48, 64, 4, 2),
+        TileConfig(64, 48, 4, 2),
         TileConfig(8, 64, 4, 2),
         TileConfig(64, 64, 3, 2),
         TileConfig(64, 64, 4, 0),
