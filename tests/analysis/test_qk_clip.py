@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import transformers
 from torch import nn
 
 from tests.analysis.models import Net
-from tritonattn import Scales, Scaling
+from tritonattn import Scales, Scaling, attention
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
 from tritonattn.huggingface import patch
 from tritonattn.huggingface.architecture import interface_keywords
@@ -171,7 +172,7 @@ def test_others_are_refused_by_name():
         first_k_dense_replace=2,
     )
     refused(transformers.DeepseekV3ForCausalLM(latent), "model.layers.0.self_attn", "projections named|norm")
-    refused(nn.ModuleDict({"a": nn.Linear(3, 3)}), "a", "layout of Linear")
+    refused(nn.ModuleDict({"a": nn.Linear(3, 3), "b": Net()}), "a", "layout of Linear")
     net = Net()
     net.attention.q_proj = nn.Sequential(net.attention.q_proj)
     refused(net, "attention", "plain linear layer as q_proj, got Sequential")
@@ -192,6 +193,81 @@ def test_no_layer_is_changed_where_one_is_refused():
     with pytest.raises(NotImplementedError):
         qk_clip(net, 1.0).clip({"a.attention": [2.0] * 4, "b.attention": [2.0] * 4})
     assert all(torch.equal(x, refused_net[name]) for name, x in net.state_dict().items())
+
+
+def test_a_model_without_a_layer_that_can_be_clipped_is_refused_at_once():
+    for net, match in (
+        (Net(qk_norm=True), r"Net: attention: QK-clip does nothing before a norm .* got q_norm \(RMSNorm\)"),
+        (Net(scaling="cosine"), "Net: attention: QK-clip does not work with the scaling cosine"),
+        (nn.Linear(3, 3), "Linear: it holds no tritonattn.nn.ScaledAttention"),
+        (nn.TransformerEncoderLayer(32, 4), "TransformerEncoderLayer: it holds no"),
+    ):
+        with pytest.raises(NotImplementedError, match=match):
+            qk_clip(net)
+    qwen = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**{**SIZES, "num_hidden_layers": 6}, num_key_value_heads=2, head_dim=8)
+    )
+    with pytest.raises(NotImplementedError, match=r"layers\.1\.self_attn, \.\.\., model\.layers\.5\.self_attn: QK"):
+        qk_clip(qwen)
+
+
+def test_layers_that_cannot_be_clipped_are_named_at_once_and_left_in_a_run():
+    net, x = nn.Sequential(Net(qk_norm=True), Net(scaling="none")), torch.randn(2, 9, 32)
+    with pytest.warns(
+        UserWarning, match=r"these layers will not be clipped: 0\.attention: QK-clip does nothing .*norm"
+    ):
+        clip = qk_clip(net, 1.0)
+    assert clip.skipped.keys() == {"0.attention"}
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="qk_clip")
+        warnings.filterwarnings("ignore", category=RuntimeWarning)
+        with Monitor(net, every=1, thresholds=Thresholds(0.5, None, None), on_alarm=clip) as monitor:
+            net(x).sum().backward()
+            alarms = monitor.step()["alarms"]
+    assert {alarm["layer"] for alarm in alarms} == {"0.attention", "1.attention"}
+    changed = {name for name, x in net.state_dict().items() if not torch.equal(x, before[name])}
+    assert changed == {"1.attention.q_proj.weight", "1.attention.q_proj.bias"}
+
+
+class Own(nn.Module):
+    """An attention of one's own, beside one that is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Net()
+
+    def forward(self, x):
+        heads = 9 * x.unflatten(-1, (4, 8)).transpose(1, 2)
+        return attention(heads, heads, heads, causal=True).transpose(1, 2).flatten(2) + self.inner(x)
+
+
+def test_a_run_goes_on_past_a_layer_that_turns_out_to_be_unknown():
+    net, x = Own(), torch.randn(2, 9, 32, requires_grad=True)
+    clip = qk_clip(net, 1.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Monitor(net, every=1, thresholds=Thresholds(0.5, None, None), on_alarm=clip) as monitor:
+            for _ in range(3):
+                net(x).sum().backward()
+                monitor.step()
+    (said,) = [str(one.message) for one in caught if "qk_clip" in str(one.message)]
+    assert said.startswith("qk_clip: a layer will not be clipped: Own: QK-clip does not know the layout of Own")
+    assert clip.skipped.keys() == {"Own"}
+
+
+def test_a_layer_that_is_the_model_itself_is_clipped():
+    net, x = Net(kv_heads=4).attention, torch.randn(2, 9, 32)
+    clipped(net, lambda net: net(x))
+
+
+def test_infinite_logits_leave_a_head_and_names_are_checked():
+    net = Net()
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    assert qk_clip(net, 10.0).clip({"attention": [math.inf, -math.inf, math.nan, None]}) == {}
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+    with pytest.raises(ValueError, match="max_logits: expected names of layers, got 'attentions'"):
+        qk_clip(net, 10.0).clip({"attentions": [20.0] * 4})
 
 
 @pytest.mark.parametrize("threshold", [0, -1.0, math.nan, "100", True])

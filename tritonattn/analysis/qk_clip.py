@@ -1,9 +1,10 @@
-"""QK-clip: take a head's projections back when its logits have grown too large."""
+"""QK-clip: shrink a head's projections of q and k when its logits have grown too large."""
 
 from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..integrations.torch_modules import MultiheadAttention
 from ..nn import ScaledAttention
 from ..scaling import Scaling
 from .alarms import Alarm
@@ -35,34 +37,66 @@ class Projections:
 
 
 class QKClip:
-    """The recipe for a model; see `qk_clip`. Called with alarms, or `clip`ped by hand."""
+    """QK-clip of a model, see `qk_clip`: a function of a Monitor's alarms, or of logits by `clip`.
+
+    skipped   the layers that cannot be clipped, with the reason
+    """
 
     def __init__(self, model: nn.Module, threshold: float) -> None:
         self.model, self.threshold = model, threshold
+        self.skipped: dict[str, str] = {}
+        layers = _attention_layers(model)
+        for name, module in layers.items():
+            try:
+                _plan(name, module, None)
+            except (NotImplementedError, ValueError) as error:
+                self.skipped[name] = str(error).removeprefix(f"{name}: ")
+        if len(self.skipped) == len(layers):
+            reasons = _by_reason(self.skipped) or f"it holds no {_KNOWN} and no attention of transformers"
+            raise NotImplementedError(f"model: QK-clip cannot clip a layer of this {type(model).__name__}: {reasons}")
+        if self.skipped:
+            warnings.warn(f"qk_clip: these layers will not be clipped: {_by_reason(self.skipped)}", stacklevel=3)
 
     def __call__(self, alarms: Sequence[Alarm]) -> dict[str, Tensor]:
-        """Clip the layers whose alarm is of max_logit. Returns what `clip` returns."""
-        return self.clip({one.layer: one.heads for one in alarms if one.measure == "max_logit"})
+        """Clip the layers whose alarm is of max_logit, and return what `clip` returns.
+
+        It never ends a training: a layer that cannot be clipped is left as it is, with one warning.
+        """
+        clipped = {}
+        for one in alarms:
+            if one.measure != "max_logit" or one.layer in self.skipped:
+                continue
+            try:
+                clipped.update(self.clip({one.layer: one.heads}))
+            except (NotImplementedError, ValueError) as error:
+                self.skipped[one.layer] = str(error)
+                warnings.warn(f"qk_clip: a layer will not be clipped: {error}", RuntimeWarning, stacklevel=2)
+        return clipped
 
     @torch.no_grad()
     def clip(self, max_logits: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Apply the recipe to layers by name, from the largest logit [Hq] of each head; None or NaN leaves a head.
+        """Clip layers by name, as a Monitor names them, from the largest logit [Hq] of each head.
+
+        None, NaN and infinity leave a head as it is.
 
         Returns:
             gamma, fp64 [Hq], of the layers in which a head was clipped.
+
+        Raises (before any weight is changed):
+            NotImplementedError: A layer that cannot be clipped, and why.
+            ValueError: A name that is none of a module, or another number of logits.
         """
-        found = {name: self._gamma(name, values) for name, values in max_logits.items()}
+        found = {name: self._gamma(values) for name, values in max_logits.items()}
         found = {name: gamma for name, gamma in found.items() if bool((gamma < 1).any())}
-        plans = {name: _plan(name, self.model.get_submodule(name), gamma) for name, gamma in found.items()}
-        for plan in plans.values():  # of which none was refused
-            for rows, factor in plan:
-                _multiply(rows, factor)
+        plans = [_plan(name, _module(self.model, name), gamma) for name, gamma in found.items()]
+        for rows, factor in (pair for plan in plans for pair in plan):
+            _multiply(rows, factor)
         return found
 
-    def _gamma(self, name: str, values: Any) -> Tensor:
+    def _gamma(self, values: Any) -> Tensor:
         largest = torch.tensor([float("nan") if value is None else float(value) for value in values]).double()
         gamma = (self.threshold / largest).clamp(max=1)
-        return torch.where(largest > self.threshold, gamma, 1.0)
+        return torch.where((largest > self.threshold) & largest.isfinite(), gamma, 1.0)
 
 
 def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
@@ -72,9 +106,9 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
         W_q, W_k of head h  *=  sqrt(gamma_h)    and their biases; with shared key heads W_q *= gamma_h, W_k is left
 
     Afterwards the logits of head h are gamma_h times what they were, and those of the other heads are as they were.
-    Where query heads share a key head (GQA, MQA), shrinking its W_k would shrink all of them, by the largest gamma
-    too little for one and by the smallest too much for the rest; W_q alone gives each head exactly its own. So does it
-    for scalings that divide by the lengths of keys (key_norm_sum and its like), to which W_k's size is nothing.
+    Query heads that share a key head (GQA, MQA) would all shrink with its W_k, so W_q alone gives each its own
+    gamma. The same holds for scalings that divide by the lengths of keys (key_norm_sum and its like): their logits do
+    not depend on the size of W_k.
 
     Weights only: the optimizer's state stays, as in the paper. Give the Monitor a threshold of no more than this one:
     `Thresholds(max_logit=threshold)`.
@@ -83,10 +117,12 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
     with q_proj and k_proj (Llama, Mistral, OPT, Whisper, ...), query and key (BERT, ViT), q_lin and k_lin (DistilBERT),
     qkv_proj (Phi-3) or c_attn (GPT-2).
 
-    Raises (when it acts, before any weight is changed):
-        NotImplementedError: Names the layer and why: QK-norm, whose result the weights before it do not move; a scaling
-            that divides by the length of q (cosine); projections that are quantised, adapted, gated or of another
-            layout (latent attention).
+    Layers that cannot be clipped are named in a warning here, and are left as they are later: QK-norm, whose result
+    does not depend on the size of the weights before it; a scaling that divides by the length of q (cosine);
+    projections that are quantised, adapted, gated or of another layout (latent attention).
+
+    Raises:
+        NotImplementedError: A model without a layer that can be clipped, and why.
         ValueError: A threshold that is not positive.
 
     >>> import torch, tritonattn
@@ -100,12 +136,51 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
     return QKClip(model, threshold)
 
 
-def _plan(name: str, module: nn.Module, gamma: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What to multiply by what, rows [H D, ...] by [H]; refuses what cannot be clipped."""
+_KNOWN = "tritonattn.nn.ScaledAttention, no tritonattn.integrations.torch_modules.MultiheadAttention"
+
+
+def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers whose attention a Monitor sees and whose kind is known, by its names."""
+    kinds = (ScaledAttention, MultiheadAttention)
+    found = {_name(name, module): module for name, module in model.named_modules() if isinstance(module, kinds)}
+    if "transformers" in sys.modules:
+        from ..huggingface.architecture import attention_modules
+
+        modules = [one for one in attention_modules(model) if one.obstacle is None]
+        found.update({_name(one.name, one.module): one.module for one in modules})
+    return found
+
+
+def _name(name: str, module: nn.Module) -> str:
+    return name or type(module).__name__  # as a Monitor names the root
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    if name == type(model).__name__:
+        return model
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"max_logits: expected names of layers, got {name!r}") from error
+
+
+def _by_reason(skipped: dict[str, str]) -> str:
+    """Layers and reasons in a line, a reason once."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        layers.setdefault(reason, []).append(name)
+    listed = {reason: names if len(names) <= 4 else [*names[:2], "...", names[-1]] for reason, names in layers.items()}
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in listed.items())
+
+
+def _plan(name: str, module: nn.Module, gamma: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of rows [H D, ...] and their factors [H], none without gamma; raises for a layer that cannot be clipped."""
     found = _projections(name, module)
+    degree = _degree_in_keys(found.scaling, name)
+    if gamma is None:
+        return []
     if gamma.shape[0] != found.heads:
         raise ValueError(f"{name}: expected {found.heads} largest logits, got {gamma.shape[0]}")
-    degree = _degree_in_keys(found.scaling, name)
     if degree == 1 and found.heads == found.kv_heads:
         return [(rows, gamma.sqrt()) for rows in (*found.query, *found.key)]
     return [(rows, gamma) for rows in found.query]
@@ -149,7 +224,7 @@ def _degree_in_keys(scaling: Any, name: str) -> int:
 
 def _projections(name: str, module: Any) -> Projections:
     _refuse_norms(name, module)
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, MultiheadAttention):
         return _of_multihead_attention(module)
     heads, kv_heads, head_dim, scaling = _description(name, module)
     sizes = heads * head_dim, kv_heads * head_dim
