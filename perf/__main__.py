@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(command: str, arguments: Sequence[str]) -> None:
-    """Import the command's module alone: a GPU machine need not have what the others print and plot with."""
+    """Import the module of one command alone, since a GPU machine may lack the packages of the others."""
     module = import_module(f".{command}", __package__)
     own = argparse.ArgumentParser(prog=f"python -m perf {command}", description=module.__doc__)
     module.add_arguments(own)

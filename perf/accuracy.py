@@ -1,4 +1,4 @@
-"""How exact results are: ours, and those of q multiplied in its own dtype, against float64."""
+"""Errors against float64: ours, and those of q multiplied in its own dtype."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .records import Axis, Record
 
 SUITE = "accuracy"
 RECIPE = "pre-scaled q"
-_ROWS = 32  # queries, each of which sees all keys
+_ROWS = 32  # queries; each sees all keys
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class AccuracyCase:
         }
 
     def run(self, effort: Effort, environment: Environment) -> list[Record]:
-        """Ours, which has to keep the bound, and the recipe, whose error is shown whatever it is; nothing is timed."""
+        """Judge ours, which must keep the bound, and the recipe, which need not. Nothing is timed."""
         question = self._question()
-        # The CPU path folds scales into q: where keys make logits of thousands that shows in fp32 too.
+        # The CPU path folds scales into q, which shows in fp32 too where logits reach thousands.
         rounding = "operands" if self.backend == "sdpa" else "P"
         blank = Record(SUITE, self.axes, "", "", "measured", environment, date.today().isoformat())
         records = []
@@ -59,7 +59,7 @@ class AccuracyCase:
             theirs = judge(_prescaled(question, scaling), exact, eager, question.q.dtype)
             try:
                 results = self._ours(question, scaling)
-            except Exception as error:  # of a compiler or a driver
+            except Exception as error:  # from a compiler or a driver
                 records.append(raising(replace(blank, contestant=entrant_name(OURS, scaling), scaling=scaling), error))
             else:
                 records.append(_judged(blank, OURS, scaling, judge(results, exact, eager, question.q.dtype)))
@@ -67,7 +67,7 @@ class AccuracyCase:
         return records
 
     def _question(self) -> Question:
-        """q [1, 1, 32, D], k and v [1, 1, count, D], of a seed that depends on the count alone."""
+        """Draw q [1, 1, 32, D], k and v [1, 1, count, D] from a seed that depends on the count alone."""
         random = torch.Generator().manual_seed(self.count)
         q, k, v = (
             torch.randn(1, 1, rows, self.head_dim, generator=random, dtype=torch.float64)
@@ -82,7 +82,7 @@ class AccuracyCase:
 
 
 def _prescaled(question: Question, scaling: str) -> Results:
-    """The whole factor in q (cosine's key part in k) before F.scaled_dot_product_attention, which scales no more."""
+    """Multiply q by the whole factor (k by cosine's key part), and call F.scaled_dot_product_attention with scale 1."""
     q, k = question.q, question.k
     visibility = Visibility.of(q, k)
     scales = tritonattn.SCALINGS[scaling]().scales(q, k, visibility, Statistics(k, visibility))

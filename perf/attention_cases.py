@@ -20,15 +20,15 @@ from .work import Shape, bytes_moved, flops
 
 OURS = "tritonattn"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_COPIES = 3  # of the inputs, which rounds take in turn
+_COPIES = 3  # of the inputs; rounds take them in turn
 _LOGITS_OF_TWO_SAMPLES = 2**26  # in a head: 8,192 queries and keys
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured; `who` are (contestant, scaling), the first one the baseline.
+    """A case of dense attention; `who` are (contestant, scaling), the baseline first.
 
-    backend   ours
+    backend   of ours
     calls     calls that are timed together
     """
 
@@ -95,21 +95,22 @@ class Case:
 
 
 def our_rounding(backend: str, dtype: str) -> str:
-    """Of check.ROUNDINGS: on a CPU scales are folded into 16-bit operands."""
+    """Name the rounding of check.ROUNDINGS that ours has: on a CPU scales are folded into 16-bit operands."""
     return "operands" if backend == "sdpa" and dtype != "fp32" else "P"
 
 
 def entrant_name(name: str, scaling: str) -> str:
+    """Name a contestant with its scaling."""
     return f"{name} {scaling}"
 
 
 def head(place: int) -> Callable[[Tensor], Tensor]:
-    """Of [B, H, ...] the first head of the first sequence, or (-1) the last one of the last, as [1, 1, ...]."""
+    """Make a function that takes [B, H, ...] to one head [1, 1, ...]: at 0 the first of all, at -1 the last."""
     return lambda x: x[place][place][None, None]
 
 
 class Inputs:
-    """Several copies of q, k, v and the gradient of out, all standard normal, from seeds."""
+    """Several copies of q, k, v and the gradient of out, standard normal, from seeds."""
 
     def __init__(self, case: Case) -> None:
         shape, self.backward = case.shape, case.passes != "forward"
@@ -129,7 +130,7 @@ class Inputs:
         self.causal = shape.causal
 
     def samples(self) -> list[Sample]:
-        """The first head of the first sequence, and, where that does not take minutes, the last one of the last."""
+        """List the checked heads: the first of the first sequence and, where it is quick, the last of the last."""
         first = self.copies[0]
         batch, heads, q_len = first["q"].shape[:3]
         two = batch * heads > 1 and q_len * first["k"].shape[2] <= _LOGITS_OF_TWO_SAMPLES
@@ -140,7 +141,7 @@ class Inputs:
         return Sample(Question(q, k, v, part(self.copies[0]["d_out"]) if self.backward else None, self.causal), part)
 
     def running(self, attend: Attend, passes: str) -> Callable[[int], Results]:
-        """Calls of `attend` on the copies in turn; of "backward" alone the forwards are made now."""
+        """Return a function that calls `attend` on the copies in turn; for "backward" the forwards run now."""
         leaves = [[copy[name].detach().requires_grad_(self.backward) for name in "qkv"] for copy in self.copies]
         if passes == "forward":
             return lambda number: {"out": attend(*leaves[number % _COPIES])}
@@ -159,5 +160,5 @@ class Inputs:
 
 
 def _graphs_are_kept() -> AbstractContextManager:
-    """Compiled code must not reuse the memory of what it saved for a backward that runs many times."""
+    """Keep compiled code from reusing the memory that it saved for a backward, which runs many times here."""
     return compiled_autograd.patch(donated_buffer=False)

@@ -1,4 +1,4 @@
-"""Results held to float64: the errors that an eager computation with the same roundings makes set the bound."""
+"""Errors against float64, bounded by those of an eager computation with the same roundings."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tests.support.bound import BAND, allowed_error
 from .contest import Results, Verdict
 from .recipes import CONSTANTS
 
-# Logits of a head that are in memory at once, in fp64 and several times over.
+# Logits of a head in memory at once, in fp64 and several times over.
 _LOGITS = 2**23
 
-# What an eager computation rounds to the operands' dtype beside P, and so what a contestant may lose.
+# Roundings to the operands' dtype, beside that of P, in the eager computation that sets a contestant's bound.
 #   "P"           nothing: logits and scales are fp32
-#   "operands"    q and k times their scales: the recipe of those who scale before they call
+#   "operands"    q and k times their scales, as where a caller scales before the call
 #   "logits"      the product of q and k
 ROUNDINGS = ("P", "operands", "logits")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One head's attention: q [1, H, Sq, D], k and v [1, 1, Sk, D], Sq <= Sk; d_out like q, or None: no gradients."""
+    """Attention of a head: q [1, H, Sq, D], k and v [1, 1, Sk, D], Sq <= Sk; d_out like q, or None for no gradients."""
 
     q: Tensor
     k: Tensor
@@ -47,7 +47,7 @@ class Question:
         return self._answer(scaling, rounding)
 
     def _answer(self, scaling: str, rounding: str | None) -> Results:
-        """In float64, or in the operands' dtype with a rounding of ROUNDINGS."""
+        """Compute the results in float64, or in the operands' dtype with a rounding of ROUNDINGS; kept."""
         if (scaling, rounding) not in self._answers:
             dtype = torch.float64 if rounding is None else self.q.dtype
             leaves = [x.detach().to(dtype).requires_grad_(self.d_out is not None) for x in (self.q, self.k, self.v)]
@@ -56,7 +56,7 @@ class Question:
 
 
 def _by_rows(question: Question, leaves: list[Tensor], scaling: str, rounding: str | None) -> Results:
-    """out and gradients from blocks of rows, so that memory does not grow with Sq Sk."""
+    """Compute out and gradients by blocks of rows, so that memory does not grow with Sq Sk."""
     q, k, _ = leaves
     wide = torch.promote_types(q.dtype, torch.float32)
     sums = [torch.zeros_like(x, dtype=wide) for x in leaves]
@@ -78,9 +78,9 @@ def _by_rows(question: Question, leaves: list[Tensor], scaling: str, rounding: s
 
 
 def _attend(leaves: list[Tensor], rows: slice, scaling: str, causal: bool, rounding: str | None) -> Tensor:
-    """Some rows of attention as it is defined, which see the keys that they see in the whole.
+    """Compute some rows of attention from its definition, with the keys that these rows see in the whole.
 
-    Of the package only the dense formula of the mode is used: what is judged may not be its own judge.
+    Only the mode's dense formula is taken from the package, since the package is under test.
     """
     q, k, v = leaves
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -91,7 +91,7 @@ def _attend(leaves: list[Tensor], rows: slice, scaling: str, causal: bool, round
     q = q[:, :, rows]
     keys = k.expand(-1, q.shape[1], -1, -1)
     factor = tritonattn.SCALINGS[scaling]().multiplier(q, keys, visible[None, None]).to(wide)
-    if rounding == "operands" and is_vector:  # a number is taken by every call
+    if rounding == "operands" and is_vector:  # every call takes a number
         q, k, factor = _scaled_before(q, k, factor)
     products = (q @ k.mT).to(wide) if rounding == "logits" else q.to(wide) @ k.to(wide).mT
     weights = (products * factor).masked_fill(~visible, -torch.inf).softmax(-1).to(v.dtype)
@@ -99,7 +99,7 @@ def _attend(leaves: list[Tensor], rows: slice, scaling: str, causal: bool, round
 
 
 def _scaled_before(q: Tensor, k: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-    """q [1, H, rows, D] and k in their own dtype times what is theirs of a factor, and the constant that is left."""
+    """Scale q [1, H, rows, D] and k in their own dtype by their parts of a factor; also return the constant left."""
     if factor.shape[-1] == 1:  # one a row
         return (q * factor).to(q.dtype), k, 1.0
     # tau / (||q|| ||k||): both are made unit vectors
@@ -113,7 +113,7 @@ def _scaled_before(q: Tensor, k: Tensor, factor: Tensor) -> tuple[Tensor, Tensor
 
 
 def judge(results: Results, exact: Results, eager: Results, dtype: torch.dtype, gradient_band: int = BAND) -> Verdict:
-    """The tests' bound on every result; the verdict on the one that passes it by most, or comes closest to it."""
+    """Hold every result to the tests' bound, and return the verdict with the largest error in bounds."""
     bands = {name: BAND if name == "out" else gradient_band for name in results}
     verdicts = (_judged(name, results[name], exact[name], eager[name], dtype, band) for name, band in bands.items())
     return max(verdicts, key=lambda verdict: verdict.bounds)
@@ -133,7 +133,7 @@ def _judged(name: str, result: Tensor, exact: Tensor, eager: Tensor, dtype: torc
 
 @dataclass(frozen=True)
 class Sample:
-    """A head of a case: what is asked of it, and where it lies in a result."""
+    """A head of a case: the question, and the part of a result that answers it."""
 
     question: Question
     part: Callable[[Tensor], Tensor]
@@ -142,7 +142,7 @@ class Sample:
 def checker(
     samples: Sequence[Sample], scaling: str, rounding: str, gradient_band: int = BAND
 ) -> Callable[[Results], Verdict]:
-    """Judges results by samples of them; the verdict on the worst."""
+    """Return a function that judges results by samples, and returns the worst verdict."""
 
     def verdict(results: Results, sample: Sample) -> Verdict:
         question = sample.question

@@ -22,28 +22,28 @@ Results = dict[str, Tensor]
 
 
 class Unavailable(Exception):
-    """Why a contestant cannot take part; its text goes into the record."""
+    """A contestant cannot take part; the text says why, and goes into the record."""
 
 
-# A peer's error of so many bounds may be that of its own arithmetic; a larger one is that of other work.
+# A peer's error up to so many bounds may come from its arithmetic; a larger one means other work.
 _INEXACT = 4.0
 
 
 class _Raised(Exception):
-    """A contestant raised in the midst of the rounds; its text is the contestant's name, its cause what was raised."""
+    """A contestant raised during the rounds; the text is its name, the cause is the exception."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of the worst result: its largest error and the bound on it, both relative to the largest exact value."""
+    """The worst result's largest error and its bound, both relative to the largest exact value."""
 
     error: float
     bound: float
-    reason: str = ""  # what is wrong, if something is
+    reason: str = ""  # the error, where there is one
 
     @property
     def bounds(self) -> float:
-        """The error in bounds: above 1 it is wrong; inf where it is no number."""
+        """The error in bounds: above 1 it is wrong; inf for NaN."""
         if math.isnan(self.error):
             return math.inf
         if self.bound == 0:
@@ -53,12 +53,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Entrant:
-    """Somebody who may take part.
+    """A contestant that may take part.
 
-    prepare   makes what is timed: called with the number of a round, it returns the results, by name. Unavailable
-              where it cannot do the case.
-    check     judges the results of round 0; None for what is no attention (a copy, a product of matrices)
-    ours      whatever it raises fails the run; what a peer raises is recorded, and the peer is skipped
+    prepare   makes the timed function, which takes a round's number and returns the results by name; raises
+              Unavailable where it cannot do the case
+    check     judges the results of round 0; None for a copy or a product of matrices
+    ours      an exception fails the run; that of a peer is recorded, and the peer is skipped
     """
 
     name: str
@@ -70,7 +70,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Effort:
-    """Rounds, seconds after which a case begins no further one, seconds of warming up."""
+    """Rounds of a case, seconds after which none begins, seconds of warming up."""
 
     rounds: int
     seconds: float
@@ -81,9 +81,9 @@ class Effort:
 class Contest:
     """A case.
 
-    enter      makes the entrants and their inputs, when the case's turn has come
-    baseline   the name of the entrant whose time the others' are divided by
-    flops, bytes   of a call, see perf/work.py; 0 where a rate says nothing
+    enter      makes the entrants and their inputs when the case begins
+    baseline   the name of the entrant whose time is the denominator of ratios
+    flops, bytes   of a call, see perf/work.py; 0 for no rate
     calls      calls that are timed together, where one is too short for a clock
     """
 
@@ -97,7 +97,7 @@ class Contest:
     calls: int = 1
 
     def run(self, effort: Effort, environment: Environment) -> list[Record]:
-        """A record for everybody who entered."""
+        """Check and time the entrants; one record each."""
         _forget_compiled_code()
         blank = Record(self.suite, self.axes, "", "", "measured", environment, date.today().isoformat())
         states = [_try_out(entrant, blank) for entrant in self.enter()]
@@ -122,13 +122,13 @@ class Contest:
             try:
                 for _ in range(self.calls):
                     contestant(number)
-            except Exception as error:  # as where memory, of which all hold some by now, runs out
+            except Exception as error:  # for example out of memory, since all contestants hold some now
                 raise _Raised(name) from error
 
         return several
 
     def _timed(self, record: Record, taken: dict[str, list[float]], card: dict[str, str]) -> Record:
-        """With its times, where it has any; no wrong result has."""
+        """Add an entrant's times to its record, if it was timed."""
         if record.contestant not in taken:
             return record
         milliseconds = [one / self.calls for one in taken[record.contestant]]
@@ -152,14 +152,14 @@ class Contest:
 
 @dataclass(frozen=True)
 class _State:
-    """After the trial: a record that is final but for times, and what is to be timed, if all is right."""
+    """An entrant after its trial: its record without times, and the function to time unless it is out."""
 
     record: Record
     ours: bool
     run: Contestant | None = None
 
     def dropped(self, raised: _Raised) -> _State:
-        """Out of the contest in the midst of its rounds."""
+        """Take the entrant out of the contest during its rounds."""
         cause = raised.__cause__
         assert isinstance(cause, Exception)
         return _State(raising(self.record, cause, self.ours, "when all take turns: "), self.ours)
@@ -170,10 +170,10 @@ def _try_out(entrant: Entrant, blank: Record) -> _State:
     record = replace(blank, contestant=entrant.name, scaling=entrant.scaling)
     try:
         run = entrant.prepare()
-        results = [run(0) for _ in range(2)]  # a backward may free, or overwrite, what it has saved
+        results = [run(0) for _ in range(2)]  # a backward may free or overwrite its saved tensors
     except Unavailable as error:
         return _State(replace(record, status="skipped", reason=str(error)), entrant.ours)
-    except Exception as error:  # of others' code: anything may come
+    except Exception as error:  # other libraries may raise anything
         return _State(raising(record, error, entrant.ours), entrant.ours)
     if entrant.check is None:
         return _State(record, entrant.ours, run)
@@ -186,7 +186,7 @@ def _try_out(entrant: Entrant, blank: Record) -> _State:
 
 
 def raising(record: Record, error: Exception, ours: bool = True, when: str = "") -> Record:
-    """Of an entrant that raised: ours has failed, a peer is skipped."""
+    """Record an exception: ours has failed, a peer is skipped."""
     lines = str(error).strip().splitlines()
     reason = f"{when}{type(error).__name__}: {lines[0] if lines else ''}"
     if ours:
@@ -195,6 +195,6 @@ def raising(record: Record, error: Exception, ours: bool = True, when: str = "")
 
 
 def _forget_compiled_code() -> None:
-    """So that what torch.compile keeps for the shapes of one case does not use up its limit for the next."""
+    """Drop what torch.compile keeps for the shapes of one case, so that the next one has its whole limit."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

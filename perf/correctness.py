@@ -1,4 +1,4 @@
-"""Tests of the kernels, dealt out to several processes of pytest: most of their time on a GPU goes to compiling."""
+"""Tests of the kernels in several processes of pytest, since most of their time on a GPU goes to compiling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tritonattn.cli.options import usable_cores, whole_number
 
 _MOST = 8  # processes, each with a context of its own on the card
-_NO_TESTS = 5  # pytest's exit status where a process was dealt none
+_NO_TESTS = 5  # pytest's exit status for a process without tests
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         for thread in threads:
             thread.join()
-    finally:  # a Ctrl-C the others got as well, and end in order
+    finally:  # Ctrl-C reached the processes as well; they end in order
         for thread in threads:
             thread.join()
         statuses = [process.wait() for process in processes]
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _begun(tests: list[str], share: str) -> subprocess.Popen:
-    """A result a line, so that a failure shows though time runs out; warnings of other versions are no failures."""
+    """Start pytest with one line a result, so that failures show though time runs out; warnings do not fail."""
     options = ["-v", "-W", "default", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     options += ["-p", __name__, "--share", share]
     return subprocess.Popen(
@@ -71,6 +71,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Every so manieth test: all kinds of them come early, in each process."""
+    """Keep every m-th test, so that all kinds of them come early in each process."""
     place, count = map(int, config.getoption("--share").split("/"))
     items[:] = items[place::count]

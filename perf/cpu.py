@@ -29,14 +29,14 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def packed(length: int) -> Tensor:
-    """Key ranges of eight documents that lie one after the other, causal by `causal=True`."""
+    """Return the key ranges of eight documents in a row; `causal=True` adds the rest of the mask."""
     document = max(1, length // 8)
     start = torch.arange(length) // document * document
     return torch.stack([start, start + document], dim=-1)[None].int()
 
 
 def cases(length: int) -> dict[str, dict[str, Attend]]:
-    """For each mask, what is compared; the first of each is the baseline."""
+    """List the contestants by mask; the first of each is the baseline."""
     masks = {
         "causal, window 512": {"causal": True, "window": (512, None)},
         "causal, 3/4 of the keys": {"causal": True, "key_lengths": torch.tensor([length * 3 // 4])},
@@ -65,7 +65,7 @@ def _masked(mask: dict, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def inputs(length: int) -> list[Tensor]:
-    """q, k, v and the gradient of out: fp32 [1, 8, length, 64]."""
+    """Draw q, k, v and the gradient of out: fp32 [1, 8, length, 64]."""
     random = torch.Generator().manual_seed(0)
     q, k, v, d_out = (torch.randn(1, HEADS, length, HEAD_DIM, generator=random) for _ in range(4))
     return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), d_out]
@@ -79,7 +79,7 @@ def forward_backward(attend: Attend, tensors: list[Tensor]) -> None:
 
 
 def times(compared: dict[str, Attend], length: int, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each contestant in every round."""
+    """Time every contestant in every round, in milliseconds."""
     tensors = inputs(length)
 
     def contestant(attend: Attend) -> Contestant:
@@ -90,7 +90,7 @@ def times(compared: dict[str, Attend], length: int, repeats: int) -> dict[str, l
 
 
 def peak_memory(case: str, name: str, length: int, threads: int) -> int:
-    """Bytes that one forward and backward, inputs included, add to a fresh process after a warm-up call."""
+    """Measure the bytes that one forward and backward, inputs included, add to a fresh process after a warm-up."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak_memory, (case, name, length, threads))
@@ -106,7 +106,7 @@ def _peak_memory(case: str, name: str, length: int, threads: int) -> int:
 
 
 def _reset_peak() -> int:
-    """Bytes now resident. The peak counts from here on: importing peaks above what stays."""
+    """Restart the count of the peak, which importing has raised, and return the bytes now resident."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _resident("VmRSS")
 
@@ -118,7 +118,7 @@ def _resident(field: str) -> int:
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """One record a contestant."""
+    """Measure times and memory; one record a contestant."""
     records = []
     for case, compared in cases(options.length).items():
         if options.case not in (None, case):

@@ -21,14 +21,14 @@ from .recipes import prescaled
 from .roofline import COPY
 from .work import Shape, decode_bytes, forward_flops
 
-_PAGE = 256  # keys; what flash-attn 2 asks for
+_PAGE = 256  # keys; flash-attn 2 takes multiples of it
 _COPIES = 2
-COUNTED = f"{OURS} with KeyStatistics"  # kept beside the cache, so that no step reads old keys to scale
+COUNTED = f"{OURS} with KeyStatistics"  # kept beside the cache, so that no step reads old keys for its scale
 
 
 @dataclass(frozen=True)
 class Caches:
-    """Full caches of one kind: q [B, Hq, 1, D]; k, v [B, Hkv, S, D], or pages [N, page, Hkv, D] with their table."""
+    """Full caches: q [B, Hq, 1, D]; k, v [B, Hkv, S, D], or pages [N, page, Hkv, D] with their table."""
 
     q: Tensor
     k: Tensor
@@ -47,7 +47,7 @@ Step = Callable[[Caches], Tensor]
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """A step; shape.k_len is the length of the caches, in pages or not."""
+    """A decoding step; shape.k_len is the length of the caches."""
 
     shape: Shape
     dtype: str
@@ -75,7 +75,7 @@ class DecodeCase:
         return Contest("decode", axes, self.enter, COPY, self.device, forward_flops(shape), size)
 
     def enter(self) -> list[Entrant]:
-        """A copy that moves as many bytes, ours with and without KeyStatistics, and peers."""
+        """Enter a copy that moves as many bytes, ours with and without KeyStatistics, and peers."""
         contiguous = [_contiguous(self.shape, DTYPES[self.dtype], self.device, seed) for seed in range(_COPIES)]
         samples = [self._sample(contiguous[0], place) for place in (0, -1)]
         caches = [_in_pages(cache) for cache in contiguous] if self.paged else contiguous
@@ -86,7 +86,7 @@ class DecodeCase:
         return [self._copy(), *(self._entrant(name, steps[name], caches, samples) for name in steps)]
 
     def _sample(self, cache: Caches, place: int) -> Sample:
-        """The query heads of the first key head of the first sequence, or (-1) of the last of the last."""
+        """Sample the query heads of one key head: 0 is the first of the first sequence, -1 the last of the last."""
         group = self.shape.heads // self.shape.kv_heads
 
         def part(out: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class DecodeCase:
         return Entrant(entrant_name(name, self.scaling), self.scaling, prepare, check, ours)
 
     def _ours(self, counted: list[Caches] | None) -> Step:
-        """With records of the caches' keys, or without; one that is kept is found by its cache's q."""
+        """Make our step, with KeyStatistics for the given caches, found by their q's address, or without."""
         records = {}
         for cache in counted or ():
             record = tritonattn.KeyStatistics(*cache.k.shape[:3], device=self.device)
@@ -160,7 +160,7 @@ class DecodeCase:
         return step
 
     def _flash_attn(self, name: str, table: str) -> Step:
-        """flash_attn_with_kvcache: q [B, 1, Hq, D]."""
+        """Make a step of flash_attn_with_kvcache: q [B, 1, Hq, D]."""
         function = package(name).flash_attn_with_kvcache
         require_gpu(self.device)
         require_16_bits(DTYPES[self.dtype])
@@ -184,7 +184,7 @@ class DecodeCase:
 
 
 def reads_keys(scaling: str) -> bool:
-    """Whether its factor depends on the keys, not on their number alone."""
+    """Whether a scaling's factor depends on the keys, not only on their number."""
     return scaling.startswith("key_norm") or scaling == "cosine"
 
 
@@ -201,14 +201,14 @@ def _contiguous(shape: Shape, dtype: torch.dtype, device: torch.device, seed: in
 
 
 def _in_pages(cache: Caches) -> Caches:
-    """The same keys in shuffled pages."""
+    """Move the keys into shuffled pages."""
     batch, _, length, _ = cache.k.shape
     page = min(_PAGE, length)
     each = length // page
     order = torch.randperm(batch * each, generator=torch.Generator().manual_seed(0)).to(cache.k.device)
 
     def paged(x: Tensor) -> Tensor:
-        """[B, Hkv, S, D] as [N, page, Hkv, D], page n of them in place order[n]."""
+        """Cut x [B, Hkv, S, D] into pages [N, page, Hkv, D], page n at order[n]."""
         pages = x.unflatten(2, (each, page)).permute(0, 2, 3, 1, 4).flatten(0, 1)
         return torch.empty_like(pages, memory_format=torch.contiguous_format).index_copy_(0, order, pages)
 

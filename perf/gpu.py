@@ -1,4 +1,4 @@
-"""All that a GPU machine is asked for, in order of worth, each phase's results saved as it ends.
+"""Everything a GPU machine is needed for, the most useful first; results are saved as each phase ends.
 
 Environment and ceilings, correctness on the card, soak, tuning, forward and backward against peers, decoding, overhead
 of the scalings, report. A phase is a process of its own: one that fails, or leaves the card unusable, is reported, and
@@ -25,10 +25,10 @@ from tritonattn.cli.options import make_folder
 from tritonattn.core.errors import INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[1]
-_GRACE = 60.0  # seconds past its share, at most, that a process has to start up and to finish what it began
+_GRACE = 60.0  # most seconds past its share that a process has to start up and to finish its work
 _SECONDS_TO_STOP = 20.0
-_SECONDS_OF_BRIEF = 20.0  # kept for each phase without a share
-_SUITES = {"ceilings": 2, "forward": 14, "backward": 14, "decode": 7, "overhead": 7}  # and their shares
+_SECONDS_OF_BRIEF = 20.0  # in reserve for each phase without a share
+_SUITES = {"ceilings": 2, "forward": 14, "backward": 14, "decode": 7, "overhead": 7}  # with their shares
 _TINY_TUNE = ("--static", "sm_80", "--kernels", "decode", "--head-dims", "64", "--lengths", "short")
 _TINY = ("--quick", "--lengths", "16", "--head-dims", "8", "--rounds", "1", "--peers", "sdpa,eager,flash-attn-2")
 
@@ -37,10 +37,10 @@ _TINY = ("--quick", "--lengths", "16", "--head-dims", "8", "--rounds", "1", "--p
 class Phase:
     """A command of Python.
 
-    share    of the time that is left, among those after it; 0: it takes little, and runs even when time is up
-    limit    the option by which it is told its minutes, or None
-    failure  what its log says of a failure, though it is stopped before it can end with an error
-    cut      what its log says where it ended, in order, before all was done
+    share    of the time left for this phase and later ones; 0: it is short, and runs even when time is up
+    limit    the option that takes its minutes, or None
+    failure  text of its log that means a failure, even if it was stopped before it could exit with an error
+    cut      text of its log that means an orderly end before all was done
     """
 
     name: str
@@ -54,7 +54,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Outcome:
-    """status is "done", "failed" or "out of time" (what it had done is saved)."""
+    """The end of a phase: "done", "failed" or "out of time", with its finished part saved."""
 
     phase: Phase
     status: str
@@ -62,7 +62,7 @@ class Outcome:
 
 
 def phases(device: str, out: Path, tests: str) -> list[Phase]:
-    """Those of a GPU, or tiny ones of a CPU with kernels in Triton's interpreter."""
+    """List the phases of a GPU, or tiny ones of a CPU with kernels in Triton's interpreter."""
     on_gpu = device == "cuda"
     tables = {"TRITONATTN_CACHE_DIR": str(out / "tables")}
     interpreted = {} if on_gpu else {"TRITON_INTERPRET": "1"}
@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run the phases, say after each how it went, and exit with an error where one failed."""
+    """Run the phases, print how each ended, and exit with an error where one failed."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu: device cuda: torch sees no GPU; --device cpu rehearses")
     few = "tests/kernels" if arguments.device == "cuda" else "tests/kernels/test_key_statistics.py"
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
     chosen = [phase for phase in chosen if arguments.phases is None or phase.name in arguments.phases]
     make_folder("--out", arguments.out)
     try:
-        with _handling(signal.SIGTERM):  # as `timeout` sends it: a phase must not outlive the run
+        with _handling(signal.SIGTERM):  # sent by `timeout`; a phase must not outlive the run
             outcomes = run_all(chosen, arguments.out.resolve(), 60 * arguments.minutes)
     except KeyboardInterrupt:
         on = "the same command goes on with the sweeps"
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def run_all(chosen: list[Phase], out: Path, seconds: float) -> list[Outcome]:
-    """Every phase in its turn, all within so many seconds; what one leaves over is shared among those after it."""
+    """Run every phase within `seconds` in all; time that one leaves over is shared among later ones."""
     end = time.monotonic() + seconds
     outcomes = []
     for number, phase in enumerate(chosen):
@@ -157,14 +157,14 @@ def run_all(chosen: list[Phase], out: Path, seconds: float) -> list[Outcome]:
 
 
 def execute(phase: Phase, out: Path, seconds: float, grace: float) -> Outcome:
-    """Run a phase's process, its output in a file: it is told the seconds, and stopped when the grace is over, too."""
+    """Run a phase's process for `seconds`, its output in a file; stop it after the grace."""
     command = [sys.executable, *phase.command]
     if phase.limit is not None:
         command += [phase.limit, f"{seconds / 60:.2f}"]
     start, file = time.monotonic(), out / f"{phase.name}.log"
     with file.open("w", encoding="utf-8") as log:
         print("$", *command, file=log, flush=True)
-        with _handling(signal.SIGINT):  # which a shell lets those ignore that it begins with a &
+        with _handling(signal.SIGINT):  # a shell makes background processes ignore it
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -191,7 +191,7 @@ def _says(log: Path, text: str | None) -> bool:
 
 @contextmanager
 def _handling(number: signal.Signals) -> Iterator[None]:
-    """A signal raises KeyboardInterrupt here, and in processes that are begun here has its usual effect."""
+    """Make a signal raise KeyboardInterrupt here; processes started inside have its default action."""
     before = signal.signal(number, signal.default_int_handler)
     try:
         yield
@@ -200,7 +200,7 @@ def _handling(number: signal.Signals) -> Iterator[None]:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """As Ctrl-C does, so that a sweep or a search ends in order; then by force, with all that it started."""
+    """Interrupt a process as Ctrl-C does, so that it ends in order; then kill it with all that it started."""
     os.killpg(process.pid, signal.SIGINT)
     try:
         process.wait(_SECONDS_TO_STOP)

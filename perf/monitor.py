@@ -1,4 +1,4 @@
-"""What watching a training run with `tritonattn.analysis.Monitor` costs: a training step of a small Llama."""
+"""The cost of watching a training run with `tritonattn.analysis.Monitor`: training steps of a small Llama."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model_of(options: argparse.Namespace) -> transformers.LlamaForCausalLM:
 
 
 def contestant(options: argparse.Namespace, every: int | None, folder: str, contexts: ExitStack) -> Contestant:
-    """A training step of a model of its own; every: of its Monitor, None for no Monitor."""
+    """Make a training step of a new model; `every` is its Monitor's, None for no Monitor."""
     model = model_of(options)
     if options.scaling is not None:
         try:
@@ -66,12 +66,12 @@ def contestant(options: argparse.Namespace, every: int | None, folder: str, cont
         if monitor is not None:
             monitor.step(loss)
 
-    step(0)  # the one that a rare Monitor watches
+    step(0)  # the only step that a rare Monitor watches
     return step
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step, and the median of the rounds' ratios to that without a Monitor."""
+    """Time a step in milliseconds, and take the median of the rounds' ratios to no Monitor."""
     kinds = {"no Monitor": None, "Monitor, a step that is not watched": 10**9, "Monitor, a watched step": 1}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as contexts:
         contestants = {name: contestant(options, every, folder, contexts) for name, every in kinds.items()}

@@ -1,15 +1,15 @@
-"""The command of a measurement, as its options say it."""
+"""The command line of a measurement, rebuilt from its options."""
 
 from __future__ import annotations
 
 import argparse
 
-# Files and time limits change no figure; another run with the same command goes on.
+# They change no figure, so that a run with other ones goes on.
 _OF_NO_FIGURE = ("run", "json", "minutes")
 
 
 def command_line(command: str, options: argparse.Namespace) -> str:
-    """Write the command that measures the same: every option that is set, but for files and time limits."""
+    """Rebuild the command that measures the same: all options that are set, without files and time limits."""
     words = [f"python -m perf {command}"]
     for name, value in vars(options).items():
         if name in _OF_NO_FIGURE or value in (None, False):

@@ -1,10 +1,10 @@
 """Other implementations of attention, each through its own public API.
 
-A peer is made for a case by a function of PEERS, which raises Unavailable with the reason where it cannot do it. It
-takes q [B, H, S, D], k and v likewise, and returns out, with gradients through all that the scaling is made of.
+A function of PEERS makes a peer for a case, or raises Unavailable with the reason. The peer takes q, k, v
+[B, H, S, D] and returns out, with gradients through everything that the scaling uses.
 
-Those without a scaling of their own get q multiplied before (perf/recipes.py), which rounds it: `Peer.rounding` names
-what they round more than our kernels do, and perf/check.py holds them to an eager computation that rounds the same.
+Peers without a scaling of their own get q multiplied before (perf/recipes.py), which rounds it. `Peer.rounding` names
+such extra roundings, and perf/check.py holds the peer to an eager computation with the same ones.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .recipes import factor, prescaled, rows_of
 from .work import Shape
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-# In all heads' logits of fp32: how many such an eager forward holds at once, or several kept for their backwards.
+# fp32 logits of all heads that an eager forward holds at once, without and with tensors saved for its backward.
 _EAGER_COPIES = {False: 4, True: 12}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A case for a peer: shapes, operands' dtype, device, whether gradients are asked for, the scaling."""
+    """A case for a peer: shapes, operands' dtype, device, whether it has a backward, the scaling."""
 
     shape: Shape
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Peer:
-    """build makes the call for a problem; rounding is one of check.ROUNDINGS."""
+    """An implementation: `build` makes the call for a problem; `rounding` is one of check.ROUNDINGS."""
 
     build: Callable[[Problem], Attend]
     rounding: str
@@ -51,7 +51,7 @@ class Peer:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated. What torch's allocator keeps of freed tensors is given back, and counts."""
+    """Count the bytes that can be allocated, after torch's allocator has given back freed tensors."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -77,13 +77,13 @@ def require_16_bits(dtype: torch.dtype) -> None:
 
 
 def _square(problem: Problem) -> None:
-    """is_causal of PyTorch is top-left: another mask than ours unless Sq = Sk."""
+    """Refuse causal problems unless Sq = Sk, since PyTorch's is_causal is top-left."""
     if problem.shape.causal and problem.shape.q_len != problem.shape.k_len:
         raise Unavailable("is_causal is another mask unless there are as many queries as keys")
 
 
 def _fits_eager(problem: Problem) -> None:
-    """Refuse what would take more memory than there is."""
+    """Refuse a problem that would take more memory than is free."""
     needed = 4 * problem.shape.logits * _EAGER_COPIES[problem.backward]
     free = available_memory(problem.device)
     if needed > 0.8 * free:
@@ -91,7 +91,7 @@ def _fits_eager(problem: Problem) -> None:
 
 
 def _sdpa(backend: SDPBackend | None) -> Callable[[Problem], Attend]:
-    """F.scaled_dot_product_attention with a backend, or with the one that it chooses."""
+    """Build F.scaled_dot_product_attention with a backend, or with the one that it chooses."""
 
     def build(problem: Problem) -> Attend:
         _square(problem)
@@ -116,7 +116,7 @@ def _sdpa(backend: SDPBackend | None) -> Callable[[Problem], Attend]:
 
 
 def _flex(problem: Problem) -> Attend:
-    """Compiled FlexAttention: the factor as score_mod, one that is a number as `scale`; a block mask for causal."""
+    """Build compiled FlexAttention: the factor as score_mod, a number as `scale`, a block mask for causal."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     shape, scaling = problem.shape, problem.scaling
@@ -150,7 +150,7 @@ def _flex(problem: Problem) -> Attend:
 
 
 def _flash_attn(name: str) -> Callable[[Problem], Attend]:
-    """flash_attn_func of flash-attn 2, 3 or 4: q [B, S, H, D]; 3 and 4 may return lse too."""
+    """Build flash_attn_func of flash-attn 2, 3 or 4: q [B, S, H, D]; 3 and 4 may return lse too."""
 
     def build(problem: Problem) -> Attend:
         function = package(name).flash_attn_func
@@ -172,7 +172,7 @@ def _out(result: Tensor | tuple) -> Tensor:
 
 
 def _xformers(problem: Problem) -> Attend:
-    """memory_efficient_attention: q [B, S, H, D], as many key heads."""
+    """Build memory_efficient_attention: q [B, S, H, D], as many key heads."""
     operators = package("xformers.ops")
     require_gpu(problem.device)
     if problem.shape.heads != problem.shape.kv_heads:
@@ -189,7 +189,7 @@ def _xformers(problem: Problem) -> Attend:
 
 
 def _eager(problem: Problem) -> Attend:
-    """Products in the operands' dtype, softmax in fp32, as models write it."""
+    """Build products in the operands' dtype with a softmax in fp32, as models write it."""
     _fits_eager(problem)
     shape = problem.shape
     visible = None
@@ -207,9 +207,9 @@ def _eager(problem: Problem) -> Attend:
     return attend
 
 
-# The names under which peers other than PyTorch's own are installed.
+# Peers other than PyTorch's own, as they are named on PyPI.
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
-# None: the one that PyTorch chooses.
+# None lets PyTorch choose.
 SDPA_BACKENDS = {
     "sdpa": None,
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,

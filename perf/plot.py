@@ -24,7 +24,7 @@ Points = dict[float | str, float]  # y by x: a length, or a kind of keys
 
 @dataclass(frozen=True)
 class Panel:
-    """lines: measured, by label; limits: dashed, what the machine allows at most."""
+    """Measured lines by label, and dashed limits of the machine."""
 
     title: str
     lines: dict[str, Points]
@@ -33,12 +33,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """How a suite is drawn.
+    """A chart of a suite.
 
-    y        a record's height, None where it has none
+    y        a record's height; None leaves it out
     panels   the axes whose values get a panel each
     label    the name of a record's line
-    errors   a logarithmic axis, and of several records at one place the median; else the last
+    errors   a logarithmic axis, and the median of records at one place; else the last
     """
 
     name: str
@@ -65,7 +65,7 @@ def _contestant(record: Record) -> str:
 
 
 def _roofline(records: list[Record], ceilings: dict[str, Record]) -> dict[str, Points]:
-    """TFLOP/s that a product of matrices reaches, or the bandwidth of a copy times the operations a byte, if less."""
+    """Take the lower of the product of matrices and the copy's bandwidth times operations a byte, in TFLOP/s."""
     product, copy = ceilings.get(f"{MATMUL} {records[0].axes['dtype']}"), ceilings.get(COPY)
     if product is None or copy is None:
         return {}
@@ -150,7 +150,7 @@ CHARTS = (
 
 
 def panels_of(chart: Chart, records: list[Record]) -> list[Panel]:
-    """The panels of a chart that have something to show."""
+    """List the panels of a chart that have something to show."""
     ceilings = {_ceiling_name(record): record for record in records if record.suite == SUITE}
     own = [record for record in records if record.suite == chart.suite and record.status == "measured"]
     found = []
@@ -190,7 +190,7 @@ def draw(chart: Chart, records: list[Record], path: Path) -> None:
         axes.set_axis_off()
     for panel, axes in zip(panels, grid.flat, strict=False):
         for n, (label, points) in enumerate(panel.lines.items()):
-            dashes = "-" if n < 10 else ":"  # there are ten colours
+            dashes = "-" if n < 10 else ":"  # matplotlib has ten colours
             axes.plot(*_sorted(points), dashes, marker="o", markersize=3, color=colours[label], label=label)
         for label, points in panel.limits.items():
             axes.plot(*_sorted(points), "--", color="black", linewidth=1, label=label)
@@ -209,14 +209,14 @@ def draw(chart: Chart, records: list[Record], path: Path) -> None:
 
 
 def _sorted(points: Points) -> tuple[list, list]:
-    """Numbers in order, words as they come."""
+    """Sort numbers; keep words in their order."""
     numbers = all(isinstance(x, (int, float)) for x in points)
     xs = sorted(points) if numbers else list(points)
     return xs, [points[x] for x in xs]
 
 
 def drawings(records: list[Record]) -> dict[str, tuple[Chart, list[Record]]]:
-    """Every chart that has something to show, for every device, by the name of its file."""
+    """List, for every device, each chart that has something to show, by the name of its file."""
     devices = list(dict.fromkeys(record.environment.device for record in records))
     found = {}
     for device in devices:
@@ -233,6 +233,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Draw every chart that has something to show."""
     found = drawings(read_all(arguments.files))
     if not found:
         sys.exit(f"plot: nothing measured in {', '.join(map(str, arguments.files))}")

@@ -1,4 +1,4 @@
-"""The scalings as those write them who have no kernel for them: q times a factor, in torch, before the call."""
+"""The scalings written without a kernel for them: q times a factor, in torch, before the call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .contest import Unavailable
 
 @dataclass(frozen=True)
 class Keys:
-    """What a recipe may use: head_dim, the number n of visible keys [Sq] or [1], and k in fp32."""
+    """Inputs of a recipe: head_dim, the number n of visible keys [Sq] or [1], and k in fp32."""
 
     head_dim: int
     n: Tensor
@@ -23,11 +23,12 @@ class Keys:
     causal: bool
 
     def total(self, power: int) -> Tensor:
-        """sum ||k||^power over the visible keys, [B, Hkv, Sq] or [B, Hkv, 1]."""
+        """Sum ||k||^power over the visible keys: [B, Hkv, Sq] or [B, Hkv, 1]."""
         lengths = self.k.norm(dim=-1) ** power
         return lengths.cumsum(-1)[..., -self.q_len :] if self.causal else lengths.sum(-1, keepdim=True)
 
     def longest(self) -> Tensor:
+        """Find the largest ||k|| of the visible keys, likewise."""
         lengths = self.k.norm(dim=-1)
         return lengths.cummax(-1).values[..., -self.q_len :] if self.causal else lengths.amax(-1, keepdim=True)
 
@@ -53,7 +54,7 @@ _ROWS: dict[str, Callable[[Keys], Tensor]] = {
 
 
 def factor(scaling: str, q: Tensor, k: Tensor, causal: bool) -> float | Tensor:
-    """Of q [B, H, Sq, D] and k [B, Hkv, Sk, D] with Sq <= Sk: a float, or fp32 broadcastable to [B, H, Sq]."""
+    """Compute the factor for q [B, H, Sq, D] and k [B, Hkv, Sk, D], Sq <= Sk: a float, or fp32 that fits [B, H, Sq]."""
     dim, (q_len, k_len) = q.shape[-1], (q.shape[2], k.shape[2])
     if scaling in CONSTANTS:
         return CONSTANTS[scaling](dim)
@@ -67,7 +68,7 @@ def factor(scaling: str, q: Tensor, k: Tensor, causal: bool) -> float | Tensor:
 
 
 def prescaled(scaling: str, q: Tensor, k: Tensor, causal: bool) -> tuple[Tensor, float]:
-    """q times the factor, rounded to q's dtype, and the scale of the call: a factor that is a number goes there."""
+    """Multiply q by the factor, rounded to q's dtype; a factor that is a number is returned as the call's scale."""
     multiplier = factor(scaling, q, k, causal)
     if isinstance(multiplier, float):
         return q, multiplier
@@ -75,7 +76,7 @@ def prescaled(scaling: str, q: Tensor, k: Tensor, causal: bool) -> tuple[Tensor,
 
 
 def rows_of(scaling: str, q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    """The factor as fp32 [B, H, Sq], for a call that takes one a row."""
+    """Compute the factor as fp32 [B, H, Sq], for a call that takes one a row."""
     multiplier = factor(scaling, q, k, causal)
     if isinstance(multiplier, float):
         return torch.full(q.shape[:3], multiplier, device=q.device)

@@ -1,4 +1,4 @@
-"""Results files: a record a line, as JSON, appended as soon as a case is done."""
+"""Results files: JSON lines of records, appended as soon as a case is done."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Axis = str | int | float | bool
 
 @dataclass(frozen=True)
 class Record:
-    """What one contestant did in one case.
+    """The result of one contestant in one case.
 
-    axes        what makes the case: names and values (length, head_dim, dtype, causal, passes, ...)
-    status      "measured"; "skipped", as it is not installed or cannot do the case; "inexact", a peer whose own error
-                passes the bound; "wrong", a result of ours that does, or of a peer by far, as of other work; "failed",
-                our own code raised. `reason` says why.
+    axes        names and values that make the case (length, head_dim, dtype, causal, passes, ...)
+    status      "measured"; "skipped", not installed or unable to do the case; "inexact", a peer with an error beyond
+                the bound; "wrong", ours with such an error, or a peer that is far off; "failed", our code raised.
+                `reason` says why.
     *_ms        milliseconds of a call over rounds: median and quartiles
     tflops      10^12 floating-point operations a second, by perf/work.py
-    gbps        10^9 bytes a second, of the bytes that have to be moved
+    gbps        10^9 bytes a second, of the bytes that must move
     ratio       time over that of `baseline`: the median over rounds, in which all take turns
-    error       largest |result - float64| over the largest |float64|, of the worst result; None where it is no number
+    error       largest |result - float64| over the largest |float64|, of the worst result; None for NaN
     bound       that error's bound, likewise
     card        clocks, temperature, power and driver of a GPU, right after the last round
     """
@@ -56,7 +56,7 @@ class Record:
         return case_name(self.axes)
 
     def values(self) -> dict[str, Any]:
-        """List what a line of a results file holds: required fields, and the optional ones that are set."""
+        """Return the contents of a line: required fields, and the optional ones that are set."""
         required = {one.name for one in fields(self) if one.default is MISSING and one.default_factory is MISSING}
         return {
             name: x for name, x in files.for_json(asdict(self)).items() if name in required or x not in (None, "", {})
@@ -75,7 +75,7 @@ def case_name(axes: dict[str, Axis]) -> str:
 class ResultsFile:
     """A file that records are appended to, case by case; None keeps nothing.
 
-    A case that the file holds already, from the same command and commit, is done, unless something was wrong with it.
+    A case that the file has from the same command and commit is done, unless it was wrong or failed.
     """
 
     def __init__(self, path: Path | None, environment: Environment) -> None:
@@ -90,7 +90,7 @@ class ResultsFile:
         return (suite, case_name(axes)) in self._done
 
     def append(self, records: list[Record]) -> None:
-        """All records of a case at once: an interrupted case leaves none."""
+        """Append all records of a case in one write: an interrupted case leaves none."""
         self.records += records
         self._done |= {(record.suite, record.case) for record in records}
         if self.path is not None:
@@ -98,7 +98,7 @@ class ResultsFile:
 
 
 def read(path: Path) -> list[Record]:
-    """Read the records of a file; a line that is none is named on stderr and skipped."""
+    """Read the records of a file; other lines are named on stderr and skipped."""
     return files.read(path, _decoded, "a record of `perf sweep`")
 
 

@@ -16,7 +16,7 @@ from tritonattn.core.tables import table as layout
 
 from .records import Record, read_all
 
-# Axes that say what a row is; the rest (batch, heads, ...) follows from these.
+# Axes that get a column; the others follow from these.
 _SHOWN = (
     "batch",
     "heads",
@@ -35,7 +35,7 @@ _SHORT = {"forward+backward": "fwd+bwd", "forward": "fwd", "backward": "bwd", "T
 
 
 def tables(records: Iterable[Record]) -> str:
-    """Markdown: a heading for every suite and environment, its table, and who was skipped and why."""
+    """Write Markdown: a heading for every suite and environment, its table, and who was skipped and why."""
     ordered = sorted(records, key=lambda record: (record.suite, str(record.environment)))
     parts = []
     for (suite, environment), group in groupby(ordered, key=lambda record: (record.suite, str(record.environment))):
@@ -48,7 +48,7 @@ def tables(records: Iterable[Record]) -> str:
 
 
 def _times_table(records: list[Record]) -> str:
-    """A row a contestant and case."""
+    """One row a contestant and case."""
     shown = [name for name in _SHOWN if any(name in record.axes for record in records)]
     columns: dict[str, Callable[[Record], str]] = {
         "ms": lambda r: _number(r.median_ms),
@@ -81,7 +81,7 @@ def _baselines(records: list[Record]) -> str:
 
 
 def _accuracy_table(records: list[Record]) -> str:
-    """Errors of ours and of the recipe by kind of keys, by their number, and by scaling."""
+    """Tabulate errors of ours and of the recipe by kind of keys, by their number, and by scaling."""
     parts = ["Errors of the output over its largest exact value: median, and largest, of the cases in a row."]
     records = [record for record in records if record.status != "failed"]
     contestants = list(dict.fromkeys(implementation(record) for record in records))
@@ -101,12 +101,12 @@ def _size(error: float | None) -> float:
 
 
 def implementation(record: Record) -> str:
-    """The contestant's name without its scaling."""
+    """Return the contestant's name without its scaling."""
     return record.contestant.removesuffix(f" {record.scaling}")
 
 
 def _absent(records: list[Record]) -> str:
-    """Who was skipped in how many cases, or failed, and why; and each result that was wrong or not exact enough."""
+    """List the contestants that were skipped or failed, with counts and reasons, and each wrong or inexact result."""
     counts: dict[tuple[str, str, str], int] = {}
     for record in records:
         if record.status in ("skipped", "failed"):
@@ -121,7 +121,7 @@ def _not_timed(record: Record) -> str:
 
 
 def _card(records: list[Record]) -> str:
-    """The range of clocks and temperatures over the cases."""
+    """Write the range of clocks and temperatures over the cases."""
     names = dict.fromkeys(name for record in records for name in record.card)
     parts = []
     for name in names:
@@ -132,7 +132,7 @@ def _card(records: list[Record]) -> str:
 
 
 def _leading_number(text: str) -> float:
-    """Of "1980 MHz"; 0 of "[N/A]"."""
+    """Parse "1980 MHz"; "[N/A]" is 0."""
     number = re.match(r"[\d.]+", text)
     return float(number[0]) if number else 0.0
 
@@ -142,7 +142,7 @@ def _text(value: object) -> str:
 
 
 def _number(figure: float | None) -> str:
-    """Three digits."""
+    """Format with three digits."""
     if figure is None:
         return ""
     return f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}"
@@ -155,6 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Print the tables, and write them to --out."""
     check_file("--out", arguments.out)
     text = tables(read_all(arguments.files))
     if not text:

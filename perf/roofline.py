@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured beside everything else: a product of matrices, and a copy."""
+"""The machine's limits, measured in every sweep: a product of matrices, and a copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIZE = {"cuda": 8192, "cpu": 1024}  # rows and columns
 
 
 def contests(dtypes: tuple[str, ...], device: torch.device, quick: bool) -> list[Contest]:
-    """A product of square matrices in each dtype (fp32: IEEE, as in the kernels), and a copy."""
+    """List a product of square matrices in each dtype (fp32: IEEE, as in the kernels), and a copy."""
     size = _SIZE[device.type] // (2 if quick else 1)
     products = [
         Contest(SUITE, {"size": size, "dtype": dtype}, _matmul(size, dtype, device), MATMUL, device, matmul_flops(size))

@@ -13,7 +13,7 @@ import torch
 
 from tritonattn.cli.options import whole_number
 
-# Reads of memory that nothing has written are the soak's own to find: it fills new memory with NaN.
+# The soak itself finds reads of memory that was never written: it fills new memory with NaN.
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
@@ -47,14 +47,14 @@ def _finds_something(sanitizer: str, tool: str, arguments: argparse.Namespace) -
     soak = ["-m", "perf", "soak", "--bare", "--device", "cuda", "--minutes", "600"]
     soak += ["--trials", str(arguments.trials), "--seed", str(arguments.seed)]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *_only_our_kernels(sanitizer), sys.executable, *soak]
-    # Without torch's cache every tensor has bounds of its own.
+    # Without torch's cache every tensor is an allocation with its own bounds.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     print(f"== {tool}", flush=True)
     return subprocess.run(command, env=environment, check=False).returncode != 0
 
 
 def _only_our_kernels(sanitizer: str) -> list[str]:
-    """Options that leave other kernels at their speed, by the name that this sanitizer has for them."""
+    """Return options that check our kernels alone, under the name that this sanitizer has for them."""
     from tritonattn.kernels import KERNELS
 
     usage = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, check=False).stdout

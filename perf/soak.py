@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Soak, print each call that fails with a command that repeats it, and then exit with an error."""
+    """Soak; print each failed call with a command that repeats it, and then exit with an error."""
     device = torch.device(arguments.device)
     if obstacle := _obstacle(device):
         sys.exit(f"soak: {obstacle}")
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _obstacle(device: torch.device) -> str | None:
-    """Why nothing can be launched there."""
+    """Say why no kernel can be launched on a device, or return None."""
     if device.type == "cuda":
         return None if torch.cuda.is_available() else "device cuda: torch sees no GPU"
     if launch.interpreting:
@@ -69,8 +69,8 @@ def _obstacle(device: torch.device) -> str | None:
 
 
 def _passes(trial: Trial, arguments: argparse.Namespace) -> bool:
-    """Whether a call is right. Where it does not even run to its end, as after an illegal access, the soak ends."""
-    described = str(trial)  # now, since after an illegal access no tensor can be read
+    """Whether a call is right. The soak ends where a call raises anything else, as after an illegal access."""
+    described = str(trial)  # before the call: after an illegal access no tensor can be read
     try:
         trial.check()
     except Exception as error:

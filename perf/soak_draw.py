@@ -18,15 +18,15 @@ from tritonattn.core.decode_call import Cache
 from .soak_trial import Tensors, Trial
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Trials of the seeds below this one hammer head_dim 32 with software pipelines of several stages: triton issue 10573
-# reports illegal accesses of such a backward pass on sm_90.
+# Seeds below this one test head_dim 32 with software pipelines of several stages: triton issue 10573 reports illegal
+# accesses of such a backward pass on sm_90.
 HAZARD_SEEDS = 128
 HAZARD_STAGES = (2, 3, 4)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a trial may get, and how many seeds in a row share what code is compiled for.
+    """The largest size of a trial, and how many seeds in a row share the choices that select code.
 
     An interpreter takes short sequences and narrow heads, and compiles nothing.
     """
@@ -44,8 +44,8 @@ INTERPRETED = Limits(40, (5, 8, 16, 17, 32), variations=1)
 class Draw:
     """Random choices and tensors of one seed.
 
-    code      draws what selects code: dtype, widths, memory layouts, which arguments there are
-    size      draws the rest: lengths, numbers of heads, values
+    code      draws the choices that select code: dtype, widths, memory layouts, which arguments are given
+    size      draws lengths, numbers of heads and values
     numbers   fills tensors
     """
 
@@ -68,24 +68,24 @@ class Draw:
         return self.code.random() < chance
 
     def between(self, low: int, high: int) -> int:
-        """Of all orders of magnitude alike: short sequences are where the edges are."""
+        """Draw a number, each order of magnitude alike, since edge cases are in short sequences."""
         return min(high, max(low, round(low * (high / low) ** self.size.random())))
 
     def lengths(self) -> tuple[int, int]:
-        """Rows and keys, often as many."""
+        """Draw the numbers of rows and keys, which are often equal."""
         length = self.between(1, self.limits.length)
         return length, length if self.size.random() < 0.4 else self.between(1, self.limits.length)
 
     def normal(self, *shape: int) -> Tensor:
-        """fp32 on the device."""
+        """Draw fp32 on the device."""
         return torch.randn(shape, generator=self.numbers).to(self.device)
 
     def counts(self, batch: int, most: int) -> Tensor:
-        """Integers [B] in [0, most]."""
+        """Draw integers [B] in [0, most]."""
         return torch.randint(0, most + 1, (batch,), generator=self.numbers).to(self.device)
 
     def operand(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Random numbers, contiguous or in the midst of NaN: rows padded, heads and rows transposed, off alignment."""
+        """Draw a tensor, contiguous or inside of NaN: padded rows, transposed heads and rows, off alignment."""
         rows, (before, after) = self.one_of(0, 1), self.one_of((0, 0), (0, 0), (8, 8), (1, 2))
         heads_inside = self.happens(0.3)
         outer = [*shape[:-3], *((shape[-2], shape[-3]) if heads_inside else shape[-3:-1])]
@@ -96,12 +96,12 @@ class Draw:
 
 
 def trials(first: int, device: torch.device, limits: Limits) -> Iterator[Trial]:
-    """Trials of the seeds from `first` on."""
+    """Draw the trials of the seeds from `first` on."""
     return (draw(seed, device, limits) for seed in itertools.count(first))
 
 
 def draw(seed: int, device: torch.device, limits: Limits) -> Trial:
-    """The trial of a seed, the same wherever the limits are."""
+    """Draw the trial of a seed; it is the same for the same limits."""
     source = Draw(seed, device, limits)
     if seed < HAZARD_SEEDS:
         return _dense(source, head_dim=32, stages=source.one_of(*HAZARD_STAGES))
@@ -193,7 +193,7 @@ def _decode(source: Draw, head_dim: int) -> Trial:
 
 
 def _decode_with_statistics(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any) -> Any:
-    """`attention_decode` beside a record of the keys that the cache holds."""
+    """Call `attention_decode` with a record of the keys in the cache."""
     cache = Cache(k_cache, v_cache, options["key_lengths"], options.get("block_table"))
     dtype = torch.promote_types(q.dtype, torch.float32)
     record = tritonattn.KeyStatistics(cache.batch, cache.kv_heads, cache.capacity, device=q.device, dtype=dtype)
@@ -202,7 +202,7 @@ def _decode_with_statistics(q: Tensor, k_cache: Tensor, v_cache: Tensor, **optio
 
 
 def _heads(source: Draw) -> tuple[int, int, int]:
-    """Batch, key heads, and query heads for each of them."""
+    """Draw the batch, the key heads, and the query heads of each."""
     return source.size.choice((1, 2, 3)), source.size.choice((1, 1, 2)), source.one_of(1, 1, 2, 5)
 
 
@@ -211,14 +211,14 @@ def _value_dim(source: Draw, head_dim: int) -> int:
 
 
 def _mode(source: Draw, leaves: Tensors, q_heads: int) -> str:
-    """A name in SCALINGS, sometimes with a gain."""
+    """Draw a name in SCALINGS, sometimes with a gain."""
     if source.happens(0.3):
         leaves["gain"] = source.normal(q_heads, 1)
     return source.one_of(*tritonattn.SCALINGS)
 
 
 def _scales(source: Draw, batch: int, kv_heads: int, group: int, q_len: int, k_len: int) -> Tensors:
-    """Scales of either sign, some of them 0, or none."""
+    """Draw scales of either sign, some of them 0, or none."""
     scales = {}
     if source.happens(0.8):
         scales["query_scale"] = source.normal(batch, kv_heads * group, q_len)
@@ -230,7 +230,7 @@ def _scales(source: Draw, batch: int, kv_heads: int, group: int, q_len: int, k_l
 
 
 def _masks(source: Draw, batch: int, q_len: int, k_len: int) -> dict[str, Any]:
-    """Some of causal, window, key_lengths, key_ranges, and a dense mask."""
+    """Draw some of causal, window, key_lengths, key_ranges, and a dense mask."""
     masks: dict[str, Any] = {"causal": source.happens(0.5)}
     if source.happens(0.3):
         masks["window"] = (source.between(1, k_len), source.one_of(None, 0, 5))
@@ -245,7 +245,7 @@ def _masks(source: Draw, batch: int, q_len: int, k_len: int) -> dict[str, Any]:
 
 
 def _forms(source: Draw, q_heads: int, leaves: Tensors) -> dict[str, Any]:
-    """Some of softcap, sinks (a leaf) and the auxiliary results."""
+    """Draw some of softcap, sinks (a leaf) and the auxiliary results."""
     forms: dict[str, Any] = {}
     if source.happens(0.25):
         forms["softcap"] = source.one_of(0.7, 5.0, 30.0)

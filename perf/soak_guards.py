@@ -1,4 +1,4 @@
-"""Launches whose every tensor lies between guards, and kernels whose pipelines have a given number of stages."""
+"""Launches with every tensor between guards, and kernels with a given number of pipeline stages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig,
 from tritonattn.tuning.defaults import default_config
 
 _GUARD = 1 << 13  # elements on either side
-_ALIGNMENT = 256  # bytes, of torch's allocators: what a kernel may take from an address stays
+_ALIGNMENT = 256  # bytes, of torch's allocators; copies keep an address modulo this
 
 
 class Executor:
-    """A launch function that counts, and that with `guards` lends kernels copies of their tensors between guards.
+    """A launch function that counts, and that with `guards` hands kernels copies of their tensors between guards.
 
-    A guard holds NaN, or large integers; AssertionError where a kernel writes one.
+    A guard holds NaN, or large integers. Raises AssertionError where a kernel writes one.
     """
 
     def __init__(self, run: Callable[..., None], guards: bool) -> None:
@@ -31,18 +31,18 @@ class Executor:
         self.launches += 1
         if not self.guards:
             return self.run(kernel, grid, arguments, config)
-        lent = {name: _Lent(value) for name, value in arguments.items() if isinstance(value, Tensor)}
+        copied = {name: _Copy(value) for name, value in arguments.items() if isinstance(value, Tensor)}
         described = {name: value for name, value in arguments.items() if hasattr(value, "base")}  # TensorDescriptors
-        bases = {name: _Lent(value.base) for name, value in described.items()}
-        copies = {name: copy.inner for name, copy in lent.items()}
+        bases = {name: _Copy(value.base) for name, value in described.items()}
+        copies = {name: copy.inner for name, copy in copied.items()}
         copies |= {name: replace(value, base=bases[name].inner) for name, value in described.items()}
         self.run(kernel, grid, arguments | copies, config)
-        for name, copy in (lent | bases).items():
+        for name, copy in (copied | bases).items():
             assert copy.guards_hold(), f"{kernel.__name__}: wrote out of the bounds of {name}"
-            copy.give_back()
+            copy.write_back()
 
 
-class _Lent:
+class _Copy:
     """A copy of a tensor, with the gaps between its rows, in the middle of a guarded buffer."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -60,8 +60,8 @@ class _Lent:
     def guards_hold(self) -> bool:
         return all(map(_same_bits, (self.before, self.after), self.kept))
 
-    def give_back(self) -> None:
-        """What the kernel wrote; a tensor that it only read is left alone, as autograd watches for writes."""
+    def write_back(self) -> None:
+        """Copy the kernel's writes back; a tensor that was only read stays untouched, since autograd tracks writes."""
         if not _same_bits(self.flat, self.original):
             self.original.copy_(self.flat)
 
@@ -71,7 +71,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def small_tiles(kernel: str, problem: Problem, target: Target) -> TileConfig:
-    """16 x 16: what an interpreter computes in reasonable time, with blocks of every kind in short sequences."""
+    """Choose tiles of 16 x 16, which an interpreter computes quickly, with blocks of every kind in short sequences."""
     config = default_config(kernel, problem, target)
     return replace(config, block_m=16, block_n=16, num_stages=1) if kernel in TILED_KERNELS else config
 
@@ -86,13 +86,13 @@ def _with_stages(stages: int) -> Callable[[str, Problem, Target], TileConfig]:
     return config
 
 
-# One function for each number: plans are kept by the function that chose their config.
+# One function for each number, since launch plans are kept by the function that chose their config.
 CONFIGS = {stages: _with_stages(stages) for stages in (2, 3, 4)} | {None: default_config}
 
 
 @contextmanager
 def soaking(guards: bool) -> Iterator[Executor]:
-    """Every launch goes through the Executor; with guards, memory that nothing has written yet is NaN."""
+    """Launch through an Executor inside the context; with guards, fresh memory is NaN."""
     executor = Executor(launch.run, guards)
     kept = launch.run, launch.config_for, torch.are_deterministic_algorithms_enabled()
     launch.run = executor

@@ -16,9 +16,9 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Trial:
-    """attend(**leaves, backend=...) returns out, or out and AttentionAux.
+    """A call: attend(**leaves, backend=...) returns out, or out and AttentionAux.
 
-    leaves     random tensors in dtype (scales fp32), which get gradients where `gradients`
+    leaves     random tensors in dtype (scales fp32), with gradients where `gradients`
     stages     stages of the software pipeline, None for each kernel's default
     """
 
@@ -41,7 +41,7 @@ class Trial:
         return f"{self.function} of {self.dtype}{stages}, {shapes}, {options}"
 
     def check(self) -> None:
-        """AssertionError unless two runs of the kernels agree bit for bit, and with float64 within the tests' bound."""
+        """Raise AssertionError unless two runs agree bit for bit, and with float64 within the tests' bound."""
         ours, again = (self.results("triton", self.leaves) for _ in range(2))
         eager = self.results("reference", self.leaves)
         double = {name: tensor.double() for name, tensor in self.leaves.items()}
@@ -55,7 +55,7 @@ class Trial:
             assert_within_bound(*values, self.dtype, name, summands.get(name, 0.0))
 
     def results(self, backend: str, leaves: Tensors) -> Tensors:
-        """What the function returns, and the gradients of random gradients of it."""
+        """Compute the function's results, and the gradients of random gradients of them."""
         leaves = {name: tensor.detach().requires_grad_(self.gradients) for name, tensor in leaves.items()}
         named = self._call(backend, leaves, self.options)
         results = {name: tensor.detach() for name, tensor in named.items()}
@@ -78,9 +78,9 @@ class Trial:
         return torch.randn(x.shape, generator=random_numbers).to(self.dtype).to(x.device, x.dtype)
 
     def _summands(self, double: Tensors, exact: Tensors) -> dict[str, float]:
-        """Sizes of what cancels in a result, of which little may be left in small calls and sharp softmaxes.
+        """Bound the summands that cancel in a result, which may be far larger than the result itself.
 
-        Logarithms are as exact as what they are taken of, 1 at least. The entropy is lse minus the mean logit.
+        Logarithms are as exact as their arguments, 1 at least. The entropy is lse minus the mean logit.
         Gradients of logits are d_out[i] . v[j] - d_out[i] . out[i]: the largest d_out . v, times the gradient of the
         sum of ln(exp(lse) + exp(sink)).
         """

@@ -1,4 +1,4 @@
-"""The suites of `python -m perf sweep`: which cases each has on which device."""
+"""The suites of `python -m perf sweep`: their cases by device."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .work import Shape
 
 MODES = tuple(tritonattn.SCALINGS)
 BACKENDS = {"cuda": "triton", "cpu": "sdpa", "interpret": "triton", "emulate": "triton"}
-_TOKENS, _WIDTH = 2**14, 2048  # of a training batch on a GPU, and of its model: head_dim times heads
+_TOKENS, _WIDTH = 2**14, 2048  # tokens of a training batch on a GPU; head_dim times heads of its model
 _CACHED = 2**18  # tokens in all caches of a decoding batch on a GPU
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What a suite goes through; batch and heads are chosen from these."""
+    """The values that a suite iterates over; batch and heads follow from them."""
 
     lengths: tuple[int, ...]
     head_dims: tuple[int, ...]
@@ -38,7 +38,7 @@ class Axes:
 
 @dataclass(frozen=True)
 class Place:
-    """kind is "cuda", "cpu", "interpret" or "emulate": kernels on CPU tensors, in Triton's interpreter or compiled."""
+    """A device, and how kernels run: on "cuda", "cpu", or on CPU tensors in Triton's "interpret"er or "emulate"d."""
 
     kind: str
 
@@ -51,7 +51,7 @@ class Place:
         return BACKENDS[self.kind]
 
     def shape(self, length: int, head_dim: int, causal: bool) -> Shape:
-        """A training batch: as many tokens whatever the length on a GPU, one sequence of 8 heads on a CPU."""
+        """Choose a training batch: equally many tokens for every length on a GPU, one sequence of 8 heads on a CPU."""
         if self.kind == "cuda":
             batch, heads = max(1, _TOKENS // length), max(1, _WIDTH // head_dim)
         else:
@@ -61,7 +61,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Suite:
-    """axes by device, and those of --quick; `contests` makes the cases of an Axes."""
+    """Cases of a sweep: `axes` by device and `quick` ones, from which `contests` makes them."""
 
     about: str
     axes: dict[str, Axes]
@@ -69,7 +69,7 @@ class Suite:
     contests: Callable[[Axes, Place], Iterator[Contest | AccuracyCase]]
 
     def chosen(self, place: Place, quick: bool) -> Axes:
-        """Those of --quick; where kernels are interpreted or emulated one length and dtype of their short ones."""
+        """Choose the axes; --quick takes one length and dtype of the suite's where kernels do not run on a device."""
         own = self.axes[place.kind]
         if not quick:
             return own
@@ -79,7 +79,7 @@ class Suite:
 
 
 def _against_peers(suite: str, passes: str) -> Callable[[Axes, Place], Iterator[Contest]]:
-    """Ours and every peer with the same scaling, a case for every scaling; ours is the baseline."""
+    """Compare ours, the baseline, with every peer: one case for every scaling."""
 
     def contests(axes: Axes, place: Place) -> Iterator[Contest]:
         for scaling, dtype, length in product(axes.scalings, axes.dtypes, axes.lengths):
@@ -92,7 +92,7 @@ def _against_peers(suite: str, passes: str) -> Callable[[Axes, Place], Iterator[
 
 
 def _overhead(axes: Axes, place: Place) -> Iterator[Contest]:
-    """Ours with every scaling, statistics of the keys included, over ours with sqrt_dim."""
+    """Compare ours with every scaling, statistics of the keys included, with ours with sqrt_dim."""
     who = tuple((OURS, scaling) for scaling in ("sqrt_dim", *(s for s in axes.scalings if s != "sqrt_dim")))
     for head_dim, dtype, length in product(axes.head_dims, axes.dtypes, axes.lengths):
         for passes in ("forward", "forward+backward"):
@@ -101,7 +101,7 @@ def _overhead(axes: Axes, place: Place) -> Iterator[Contest]:
 
 
 def _against_plain(axes: Axes, place: Place) -> Iterator[Contest]:
-    """Ours, and peers with the costliest of the scalings, over plain F.scaled_dot_product_attention."""
+    """Compare ours, and peers with the costliest scaling, with plain F.scaled_dot_product_attention."""
     plain = ("sdpa", "sqrt_dim")
     ours = tuple((OURS, scaling) for scaling in axes.scalings)
     peers = tuple((peer, axes.scalings[-1]) for peer in axes.peers if (peer, axes.scalings[-1]) != plain)
@@ -109,14 +109,14 @@ def _against_plain(axes: Axes, place: Place) -> Iterator[Contest]:
         for causal, passes in product((False, True), ("forward", "forward+backward")):
             shape = place.shape(length, head_dim, causal)
             yield Case("cpu", shape, dtype, passes, (plain, *ours, *peers), place.device, place.backend).contest()
-    # Of so small a call Python is all that is timed.
+    # A call so small times Python alone.
     tiny = Shape(1, 1, 1, 16, 16, 16, causal=False)
     for passes in ("forward", "forward+backward"):
         yield Case("cpu", tiny, "fp32", passes, (plain, *ours), place.device, place.backend, calls=100).contest()
 
 
 def _decode(axes: Axes, place: Place) -> Iterator[Contest]:
-    """Groups of 4 query heads; on a GPU as many cached tokens whatever the length."""
+    """List decoding cases with groups of 4 query heads; on a GPU equally many cached tokens for every length."""
     for head_dim, dtype, scaling in product(axes.head_dims, axes.dtypes, axes.scalings):
         for length, paged in product(axes.lengths, (False, True)):
             batch, heads = (max(1, _CACHED // length), 32) if place.kind == "cuda" else (2, 8)
@@ -125,6 +125,7 @@ def _decode(axes: Axes, place: Place) -> Iterator[Contest]:
 
 
 def _varlen(axes: Axes, place: Place) -> Iterator[Contest]:
+    """List cases of packed sequences."""
     for head_dim, dtype, scaling in product(axes.head_dims, axes.dtypes, axes.scalings):
         for length, passes in product(axes.lengths, ("forward", "forward+backward")):
             lengths = spread(length, max(1, 2 * _TOKENS // length) if place.kind == "cuda" else 4)
@@ -135,6 +136,7 @@ def _varlen(axes: Axes, place: Place) -> Iterator[Contest]:
 
 
 def _accuracy(axes: Axes, place: Place) -> Iterator[AccuracyCase]:
+    """List cases of accuracy for every kind of keys."""
     for head_dim, dtype, keys, count in product(axes.head_dims, axes.dtypes, DISTRIBUTIONS, axes.lengths):
         yield AccuracyCase(keys, count, head_dim, dtype, axes.scalings, place.device, place.backend)
 
@@ -151,7 +153,7 @@ def _axes(
     peers: bool = True,
     dtypes: tuple[str, ...] | None = None,
 ) -> dict[str, Axes]:
-    """Axes by device: bf16 on a GPU, fp32 and short sequences elsewhere, if not told otherwise; all peers or none."""
+    """Make axes by device, with all peers or none: bf16 on a GPU, fp32 and short sequences elsewhere by default."""
     everybody = tuple(PEERS) if peers else ()
     return {
         "cuda": Axes(lengths["cuda"], head_dims, dtypes or ("bf16",), scalings, everybody),

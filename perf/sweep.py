@@ -1,8 +1,8 @@
 """Time every suite's cases, check each result against float64, and write records as JSON lines.
 
-A case whose records the file has, from the same command and commit, is not run again: after Ctrl-C the same command
-goes on. The exit status is 1 where a result is wrong or our code fails, else 130 after Ctrl-C; peers that are skipped,
-or whose own error passes the bound, are named, with reasons, and not timed.
+A case that the file has from the same command and commit is not run again: after Ctrl-C the same command goes on. The
+exit status is 1 where a result is wrong or our code fails, else 130 after Ctrl-C. Peers that are skipped, or that pass
+the bound themselves, are named with reasons and not timed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     if kind == "emulate":
         from tests.emulated.executor import GPU, Executor
 
-        launch.run = Executor(GPU(80))  # whose configs CPU tensors take
+        launch.run = Executor(GPU(80))  # for CPU tensors, with the configs of this GPU
     if kind == "interpret" and not launch.runs_on(torch.device("cpu")):
         sys.exit("sweep: device interpret: set TRITON_INTERPRET=1 in the environment")
     check_file("--json", options.json)

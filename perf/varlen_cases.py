@@ -1,4 +1,4 @@
-"""Cases of packed sequences: lengths of their own, against the same sequences padded to the longest."""
+"""Cases of packed sequences of different lengths, against the same ones padded to the longest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COPIES = 2
 
 @dataclass(frozen=True)
 class Ragged:
-    """Sequences one after another: x [T, H, D], their offsets [N + 1], and how to pad them to the longest."""
+    """Sequences in a row, x [T, H, D], with their offsets [N + 1] and their padded form."""
 
     lengths: tuple[int, ...]
     device: torch.device
@@ -40,19 +40,19 @@ class Ragged:
 
     @property
     def places(self) -> Tensor:
-        """Of every token in a flattened [N, longest]."""
+        """Index of every token in a flattened [N, longest]."""
         parts = [torch.arange(length) + n * self.longest for n, length in enumerate(self.lengths)]
         return torch.cat(parts).to(self.device)
 
     def padded(self, x: Tensor) -> Tensor:
-        """x [T, H, D] as [N, H, longest, D], with zeros."""
+        """Pad x [T, H, D] with zeros to [N, H, longest, D]."""
         flat = x.new_zeros(len(self.lengths) * self.longest, *x.shape[1:])
         flat[self.places] = x
         return flat.unflatten(0, (len(self.lengths), self.longest)).transpose(1, 2).contiguous()
 
 
 def spread(longest: int, count: int) -> tuple[int, ...]:
-    """Lengths of `count` sequences, evenly from longest / count to longest: half of a padded batch is padding."""
+    """Spread the lengths of `count` sequences evenly up to the longest: half of a padded batch is padding."""
     return tuple(max(1, longest * (n + 1) // count) for n in range(count))
 
 
@@ -101,26 +101,26 @@ class VarlenCase:
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Of the sequences that are checked: the first, unless it is one token, whose gradients are 0, and the last."""
+        """The checked sequences: the last, and the first unless it is one token, whose gradients are 0."""
         return (0, -1) if self.lengths[0] > 1 else (-1,)
 
     def packed_head(self, place: int) -> Callable[[Tensor], Tensor]:
-        """Of [T, H, D] the first head of the first sequence, or (-1) the last one of the last, as [1, 1, S, D]."""
+        """Make a function that takes [T, H, D] to one head [1, 1, S, D]: the first of all at 0, the last at -1."""
         rows = slice(self.lengths[0]) if place == 0 else slice(-self.lengths[-1], None)
         return lambda x: x[rows, place][None, None]
 
     def padded_head(self, place: int) -> Callable[[Tensor], Tensor]:
-        """Likewise of [N, H, longest, D]."""
+        """Make a function that takes [N, H, longest, D] to the same head."""
         return lambda x: x[place, place, : self.lengths[place]][None, None]
 
     def _inputs(self, seed: int) -> list[Tensor]:
-        """q, k, v and the gradient of out: [T, H, D]."""
+        """Draw q, k, v and the gradient of out: [T, H, D]."""
         random = torch.Generator(self.device).manual_seed(seed)
         size = (4, sum(self.lengths), self.heads, self.head_dim)
         return list(torch.randn(size, generator=random, device=self.device, dtype=torch.float32).to(DTYPES[self.dtype]))
 
     def _entrant(self, name: str, copies: list[list[Tensor]], questions: list[Question]) -> Entrant:
-        """Padded contestants get padded inputs: padding them is no part of what is timed."""
+        """Make an entrant; padded ones get padded inputs, since padding is not timed."""
         padded = name in (PADDED, "sdpa")
         ours = name in (OURS, PADDED)
         rounding = our_rounding(self.backend, self.dtype) if ours else "operands"
@@ -178,7 +178,7 @@ class VarlenCase:
         return attend
 
     def _sdpa_padded(self) -> Callable[..., Tensor]:
-        """Causal alone hides right padding from all rows but those of the padding."""
+        """Make PyTorch's call on padded inputs; causal alone hides right padding from all real rows."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, scale = prescaled(self.scaling, q, k, causal=True)
@@ -187,7 +187,7 @@ class VarlenCase:
         return attend
 
     def _flash_attn(self, name: str) -> Callable[..., Tensor]:
-        """flash_attn_varlen_func."""
+        """Make a call of flash_attn_varlen_func."""
         function = package(name).flash_attn_varlen_func
         require_gpu(self.device)
         require_16_bits(DTYPES[self.dtype])
