@@ -51,7 +51,7 @@ def raises_at(call_number):
 
 
 def test_times_rates_and_ratios_are_those_of_one_call(monkeypatch):
-    """Of several that are timed together; a ratio is the median of the rounds'."""
+    """Calls that are timed together; a ratio is the median of the rounds'."""
     calls = []
 
     def take_turns(contestants, *_):

@@ -1,4 +1,4 @@
-"""What the commands of perf refuse, before they work."""
+"""Options that the commands of perf refuse before they work."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_what_scales_keys_has_no_recipe():
 
 
 def flash_attn_func(q, k, v, softmax_scale, causal):
-    """Of [B, S, H, D]; returns lse too, as flash-attn 3 and 4 may."""
+    """Takes [B, S, H, D], and returns lse too, as flash-attn 3 and 4 may."""
     out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=softmax_scale, is_causal=causal)
     return out.transpose(1, 2), None
 
@@ -127,7 +127,7 @@ def test_packages_of_gpus_packed_and_decoding(installed):
 
 
 def test_every_backend_of_pytorchs_attention_decodes(monkeypatch):
-    """Those of GPUs are reached, though there is none here that could serve the call."""
+    """Peers that need a GPU are reached, though no GPU here could serve the call."""
     names = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-math")
     case = DecodeCase(Shape(2, 4, 2, 1, 64, 16, causal=False), "bf16", False, "key_norm_mean", names, CPU, "sdpa")
     found = {name: statuses(case.contest().run(ONCE, HERE))[f"{name} key_norm_mean"] for name in names}
@@ -144,7 +144,7 @@ def test_every_backend_of_pytorchs_attention_decodes(monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_flex_attention():
     who = (("tritonattn", "key_norm_mean"), ("flex", "key_norm_mean"))
-    # Of 40 keys it gives NaN on a CPU without AVX-512 (torch 2.8 to 2.13).
+    # With 40 keys it gives NaN on a CPU without AVX-512 (torch 2.8 to 2.13).
     case = Case("forward", Shape(1, 2, 2, 32, 64, 16, causal=True), "fp32", "forward", who, CPU, "sdpa")
     assert statuses(case.contest().run(ONCE, HERE))["flex key_norm_mean"] == ("measured", "")
     backward = replace(case, passes="backward").contest().run(ONCE, HERE)

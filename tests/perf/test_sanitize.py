@@ -1,4 +1,4 @@
-"""What `python -m perf sanitize` asks of compute-sanitizer, here a script that writes down its arguments."""
+"""`python -m perf sanitize` with a script in place of compute-sanitizer that writes down its arguments."""
 
 from __future__ import annotations
 

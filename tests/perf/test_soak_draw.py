@@ -1,4 +1,4 @@
-"""What the soak draws: the same call for the same seed, every form sooner or later, the known hazard first."""
+"""Calls that the soak draws: the same for the same seed, every form sooner or later, the known hazard first."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_every_form_is_drawn():
 
 
 def _code(trial) -> tuple:
-    """What selects code, as far as it shows."""
+    """The choices that select code, as far as they show."""
     widths = ("q", "k", "v", "k_cache", "v_cache")
     shapes = {name: tensor.shape[-1] if name in widths else None for name, tensor in trial.leaves.items()}
     options = {name: type(value) if isinstance(value, Tensor) else None for name, value in trial.options.items()}

@@ -1,4 +1,4 @@
-"""What the commands are run with in these tests: a compiler that compiles nothing, and a few keys."""
+"""Stubs for tests of the commands: a compiler that compiles nothing, and a few keys."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ pytestmark = [
 
 @functools.cache
 def reading(kernel: str, target: str, head_dim: int, scales: str = "q", causal: bool = True) -> Reading:
-    """What `python -m perf codegen` reads of a bf16 kernel."""
+    """Read a bf16 kernel as `python -m perf codegen` does."""
     problem = Problem(head_dim, head_dim, torch.bfloat16, right=causal, **SCALES[scales])
     return read(Case(kernel, target, problem))
 

@@ -1,4 +1,4 @@
-"""What `tritonattn env` says of a machine with several GPUs."""
+"""`tritonattn env` on a machine with several GPUs."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ PROBLEM = Problem(64, 64, torch.bfloat16, right=True)
 CONFIG = TileConfig(128, 64, 8, 2)
 # On an A100 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
 LOOP = MmaLoop({"tensor": 100, "exp": 50, "integer": 150}, packed=0, tiles=1, flops=2048 * 1000, shared_bytes=0)
-# Of its units that to memory takes longest, by far.
+# Its memory unit takes longest, by far.
 LOADS = MmaLoop({"tensor": 1, "exp": 1, "integer": 1}, packed=0, tiles=1, flops=2048, shared_bytes=0)
 
 
@@ -76,7 +76,7 @@ def test_a_loop_that_is_unrolled_takes_no_longer(loop, stages):
     ("kernel", "held"), [("forward", "block_m"), ("grad_query", "block_m"), ("grad_key_value", "block_n")]
 )
 def test_more_rows_held_are_fewer_loads(kernel, held):
-    """What is streamed passes once for each tile that is held, in tiles of any size."""
+    """Streamed operands pass once for each tile that is held, in tiles of any size."""
     square = TileConfig(64, 64, 8, 2)
     found = {
         name: clocks(LOADS, replace(square, **{name: 128}), kernel, processors=1) for name in ("block_m", "block_n")

@@ -42,7 +42,7 @@ class Stub:
 
 @pytest.fixture
 def clocks(monkeypatch):
-    """What the model sees: 100 but for the configs that a test gives others."""
+    """The model's clocks: 100, but for the configs to which a test gives others."""
     clocks = {}
     monkeypatch.setattr(static, "modelled_clocks", lambda kernel, problem, one, *_: clocks.get(one.config, 100.0))
     return clocks

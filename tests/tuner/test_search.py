@@ -1,4 +1,4 @@
-"""What a card or a compiler does to a search; no kernel runs."""
+"""Searches on cards and with compilers that fail; no kernel runs."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def test_a_table_is_shipped_for_every_gpu():
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_shipped_tables_are_in_use(gpu):
-    """Of these kernels, with a legal entry for every key; the file is what its content prints."""
+    """It is of these kernels, has a legal entry for every key, and is written as its content prints."""
     path = cache_dir.shipped_tables() / f"{gpu.name}.json"
     table = usable_table(path, gpu.target)
     assert path.read_text(encoding="utf-8") == table.text()

@@ -1,4 +1,4 @@
-"""The errors of commands, and their exit statuses."""
+"""The error of commands, and an exit status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configs that are worth compiling for a kernel: around the defaults, in the ranges that flash attention uses."""
+"""The configs worth compiling for a kernel: around the defaults, in the ranges of flash attention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import product
 from ..tuning.config import Problem, Target, TileConfig, legal_reasons, may_use_descriptors
 from ..tuning.defaults import default_config
 
-# By kernel: block_m, block_n, num_warps, num_stages; of head dims above 128, and of others.
+# By kernel: block_m, block_n, num_warps, num_stages; for head dims above 128, and for others.
 _WIDE_RANGES = {
     "forward": ((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)),
     "grad_query": ((32, 64, 128), (32, 64), (4, 8), (1, 2)),
@@ -29,7 +29,7 @@ _AMD_RANGES = {
 
 
 def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """Legal configs, the default first, each once; with descriptors where the hardware has them."""
+    """List legal configs, the default first, each once; with descriptors where the hardware has them."""
     of_width = _WIDE_RANGES if problem.width > 128 else _RANGES
     ranges = (of_width if target.backend == "cuda" else _AMD_RANGES)[kernel]
     kinds = (True, False) if may_use_descriptors(kernel, problem, target) else (False,)
@@ -39,9 +39,10 @@ def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig
 
 
 def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """Those that code tells apart: it does not say what more stages hide, nor what descriptors save in latency.
+    """List the candidates that static code tells apart, with the default's stages and descriptors.
 
-    Of wide heads fewer stages may be what fits.
+    Code does not show what more stages hide, nor the latency that descriptors save. Wide heads also get fewer stages,
+    which may be all that fit.
     """
     default, *others = candidates(kernel, problem, target)
     described = may_use_descriptors(kernel, problem, target)
@@ -50,10 +51,10 @@ def static_candidates(kernel: str, problem: Problem, target: Target) -> list[Til
 
 
 def _is_sensible(kernel: str, config: TileConfig, problem: Problem, target: Target) -> bool:
-    """Legal, with fp32 sums and logits that the registers of its warps (255 a thread) can hold at all.
+    """Whether a config is legal, and its warps' registers (255 a thread) can hold its fp32 sums and logits.
 
-    And with rows for all warps where wgmma has four of them multiply 64 rows: with fewer they repeat one another's
-    work, or leave wgmma to slower instructions. A grad_key_value of wide heads has no registers for as many.
+    With wgmma, four warps multiply 64 rows: a config also needs rows for all its warps, which else repeat one another's
+    work or leave wgmma to slower instructions. grad_key_value of wide heads has no registers for as many.
     """
     if legal_reasons(kernel, config, problem, target):
         return False

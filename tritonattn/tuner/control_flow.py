@@ -18,7 +18,7 @@ _PTX_INSTRUCTION = re.compile(
 
 
 class Instruction(NamedTuple):
-    """address, predicate ("@P0 " or ""), full opcode ("HMMA.16816.F32.BF16") and operands as printed."""
+    """An instruction as printed: address, predicate ("@P0 " or ""), full opcode ("HMMA.16816.F32.BF16"), operands."""
 
     address: int
     predicate: str
@@ -31,7 +31,7 @@ class Instruction(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """Instructions in order, and the index of the instruction that each label stands before."""
+    """Instructions in order, and for each label the index of the instruction behind it."""
 
     instructions: list[Instruction]
     labels: dict[str, int]
@@ -41,8 +41,8 @@ class Listing(NamedTuple):
 class Span:
     """A loop, as indices of instructions.
 
-    body      from its first instruction to the last branch back to it: what an iteration runs
-    indices   also what lies elsewhere and comes back, such as the retries of a wait
+    body      from its first instruction to the last branch back to it: the instructions of an iteration
+    indices   also the instructions that lie elsewhere and come back, such as the retries of a wait
     """
 
     body: tuple[int, ...]
@@ -50,7 +50,7 @@ class Span:
 
 
 def parse(listing: str) -> Listing:
-    """The instructions of a listing by nvdisasm and its labels."""
+    """Parse the instructions and labels of a listing by nvdisasm."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in listing.splitlines():
@@ -62,7 +62,7 @@ def parse(listing: str) -> Listing:
 
 
 def parse_ptx(text: str) -> Listing:
-    """The branches and MMAs of PTX, and its labels; an address is the number of the line."""
+    """Parse the branches, MMAs and labels of PTX; an address is the number of the line."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -74,10 +74,10 @@ def parse_ptx(text: str) -> Listing:
 
 
 def loops(listing: Listing) -> list[Span]:
-    """The natural loops, which a branch back to a dominating block closes, in the order of their first instructions.
+    """Find the natural loops, each closed by a branch back to a dominating block, ordered by their first instructions.
 
-    Aho, Lam, Sethi, Ullman, Compilers, section 9.6. ptxas moves retries of waits out of line, whose jump back is no
-    loop: nothing that it jumps to dominates it.
+    Aho, Lam, Sethi, Ullman, Compilers, section 9.6. ptxas moves retries of waits out of line; their jump back closes no
+    loop, since its target does not dominate it.
     """
     blocks, successors = _blocks(listing)
     predecessors: dict[int, set[int]] = {start: set() for start in blocks}
@@ -93,7 +93,7 @@ def loops(listing: Listing) -> list[Span]:
 
 
 def innermost(spans: list[Span], wanted: set[int]) -> list[Span]:
-    """The loops with some of the wanted instructions that hold no other such loop."""
+    """Select the loops that hold some of the wanted instructions, and no other such loop."""
     some = [span for span in spans if span.indices & wanted]
     return [span for span in some if not any(other.indices < span.indices for other in some)]
 
@@ -111,7 +111,7 @@ def _span(header: int, latches: list[int], blocks: dict[int, int], predecessors:
 
 
 def _blocks(listing: Listing) -> tuple[dict[int, int], dict[int, set[int]]]:
-    """Basic blocks as {start: end}, and the starts that may follow each."""
+    """Cut into basic blocks {start: end}; also return the starts that may follow each."""
     instructions, labels = listing
     count = len(instructions)
     leaders = {0, *(index for index in labels.values() if index < count)}
@@ -130,7 +130,7 @@ def _blocks(listing: Listing) -> tuple[dict[int, int], dict[int, set[int]]]:
 
 
 def _leaves(instruction: Instruction) -> bool:
-    """Whether the next instruction in order is never the next to run."""
+    """Whether the next instruction in order never runs next."""
     if instruction.predicate:
         return False
     if instruction.name in _JUMPS:
@@ -141,7 +141,7 @@ def _leaves(instruction: Instruction) -> bool:
 def _dominators(
     starts: list[int], successors: dict[int, set[int]], predecessors: dict[int, set[int]]
 ) -> dict[int, frozenset[int]]:
-    """For each block that the entry reaches, the blocks that every way to it passes, itself included."""
+    """For each block that the entry reaches, find the blocks on every path to it, itself included."""
     entry, reached, pending = starts[0], {starts[0]}, [starts[0]]
     while pending:
         for other in successors[pending.pop()] - reached:

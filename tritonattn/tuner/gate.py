@@ -1,4 +1,4 @@
-"""What compiled code must show before a config is worth timing, and how promising it looks: nothing runs."""
+"""The static gate: conditions on compiled code, and a ranking by modelled clocks, before a config is timed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .model import RATES, cycles, programs_per_sm
 
 # Bytes that the L2 cache gives an SM a clock: 5120 for the 108 of an A100 (NVIDIA A100 whitepaper); taken for all.
 _L2_BYTES = 48
-# Clocks until a load from memory arrives, about.
+# Approximate clocks until a load from memory arrives.
 _LATENCY = 600
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A config, its code, and why it may not be taken; code is None where it did not compile."""
+    """A config, its code (None where it did not compile), and the reasons to refuse it."""
 
     config: TileConfig
     code: MachineCode | None
@@ -39,13 +39,13 @@ def examine(kernel: str, problem: Problem, config: TileConfig, target: Target) -
         return Candidate(config, None, tuple(reasons))
     try:
         code = read_machine_code(compile_kernel(kernel, problem, config, target))
-    except Exception as error:  # whatever a compiler raises; the config is as useless
+    except Exception as error:  # a compiler may raise anything; the config is refused
         return Candidate(config, None, (f"does not compile: {told(error)}",))
     return Candidate(config, code, tuple(gate_reasons(kernel, problem, config, target, code)))
 
 
 def gate_reasons(kernel: str, problem: Problem, config: TileConfig, target: Target, code: MachineCode) -> list[str]:
-    """Why code is refused: an empty list says that it may be timed."""
+    """List the reasons to refuse code; an empty list lets it be timed."""
     reasons = []
     if code.spill_bytes:
         reasons.append(f"spills {code.spill_bytes} bytes a thread in a loop")
@@ -65,18 +65,18 @@ def gate_reasons(kernel: str, problem: Problem, config: TileConfig, target: Targ
 
 
 def _softmaxes(kernel: str, config: TileConfig, loop: MmaLoop) -> float:
-    """Exponentials a logit but for those that correct earlier sums, which 4 lanes of every warp may take for a row."""
+    """Count exponentials a logit, without those that correct earlier sums, at most 4 lanes of every warp a row."""
     rows = 4 * config.num_warps / config.block_n if kernel == "forward" else 0
     tile = loop.tiles * config.block_m * config.block_n
     return loop.instructions.get("exp", 0) * 32 * config.num_warps / tile - rows
 
 
 def modelled_clocks(kernel: str, problem: Problem, candidate: Candidate, target: Target, processors: int) -> float:
-    """Clocks of a representative call on a GPU by the rates of its units: for ranking only.
+    """Model the clocks of a representative call on a GPU from the rates of its units, for ranking only.
 
     A processor holds some programs at once. Their units overlap as far as warps hide one another: an iteration takes
-    its longest unit's time and, of the others', the share that one warp of those on a scheduler leaves exposed. Loads
-    that no pipeline makes ahead are hidden by the other programs alone.
+    its longest unit's time and, of the others' time, the share that one of a scheduler's warps leaves exposed. Loads
+    that no pipeline issues ahead are hidden by the other programs alone.
     """
     config, code = candidate.config, candidate.code
     assert code is not None
@@ -95,13 +95,13 @@ def modelled_clocks(kernel: str, problem: Problem, candidate: Candidate, target:
 
 
 def _streamed_bytes(kernel: str, problem: Problem, config: TileConfig) -> int:
-    """Bytes that an iteration loads: keys and values, or queries and the output's gradient."""
+    """Count the bytes that an iteration loads: keys and values, or queries and the output's gradient."""
     rows = config.block_m if kernel == "grad_key_value" else config.block_n
     return rows * (padded_dim(problem.head_dim) + padded_dim(problem.value_dim)) * problem.dtype.itemsize
 
 
 def _work(kernel: str, problem: Problem, config: TileConfig) -> tuple[int, int]:
-    """Programs, and iterations of each, of 128 heads of 512 tokens, or of 8192."""
+    """Count programs, and iterations of each, of 128 heads of 512 tokens, or of 8192."""
     length = 512 if problem.short else 8192
     held, streamed = config.block_m, config.block_n
     if kernel == "grad_key_value":
@@ -112,7 +112,7 @@ def _work(kernel: str, problem: Problem, config: TileConfig) -> tuple[int, int]:
 
 
 def _clocks_without_rates(kernel: str, problem: Problem, config: TileConfig, code: MachineCode, tiles: float) -> float:
-    """For AMD: work of the matrix cores, dearer for small tiles, which load more a product, and for lone waves."""
+    """Model AMD's clocks: matrix work, weighted for small tiles, which load more a product, and for lone waves."""
     waves = max(1, 512 // max(code.registers, 1)) if code.registers <= 512 else 1
     flops = flops_per_logit(kernel, problem) * config.block_m * config.block_n
     loads = 1 + 16 * (1 / config.block_m + 1 / config.block_n)

@@ -1,4 +1,4 @@
-"""What a kernel's machine code says without a GPU: registers, memory, spills, and the work of its MMA loops."""
+"""Static facts of a kernel's machine code: registers, memory, spills, and the work of its MMA loops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .control_flow import Instruction, Span, innermost, loops, parse, parse_ptx
 
 _TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
 
-# What each opcode (up to its first dot) is; MUFU is the exp unit, U* the uniform datapath, and the rest integer.
+# Classes of opcodes (up to their first dot); MUFU is the exp unit, U* the uniform datapath; others are integer.
 _OPCODES = {
     "tensor": "HMMA HGMMA QGMMA IMMA IGMMA QMMA OMMA DMMA UTCHMMA UTCQMMA UTCOMMA UTCIMMA",
     "exp": "MUFU",
@@ -44,12 +44,12 @@ class MmaLoop:
     """One iteration of a loop with tensor instructions and no such loop inside.
 
     instructions   by class, of one warp; `tensor` are the MMAs themselves
-    packed         those of the fp32 instructions that do two operations a lane
-    tiles          iterations of the source's loop in one of this: more than 1 where ptxas unrolled it
+    packed         fp32 instructions that do two operations a lane
+    tiles          iterations of the source's loop in one of these: more than 1 where ptxas unrolled it
     flops          of the tensor instructions, of the whole program (thread block); more than the tiles need where warps
                    that find too few rows repeat each other's work
-    shared_bytes   moved to and from shared memory by the whole program: loads, stores, asynchronous copies, and what
-                   wgmma and tcgen05 read as operands. Not what the TMA writes, whose size no instruction holds
+    shared_bytes   moved to and from shared memory by the whole program: loads, stores, asynchronous copies, and
+                   operands of wgmma and tcgen05. Writes of the TMA are left out: no instruction holds their size
     """
 
     instructions: dict[str, int]
@@ -70,9 +70,9 @@ class MmaLoop:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """registers, stack_bytes and spill_bytes of a thread, shared_bytes of a program, tensor_memory in columns.
+    """Resources: registers, stack_bytes, spill_bytes of a thread; shared_bytes of a program; columns of tensor_memory.
 
-    spill_bytes    loaded from and stored to local memory by the instructions that lie in any loop, each counted once.
+    spill_bytes    loaded from and stored to local memory by the instructions inside loops, each counted once.
                    AMD: of the whole kernel, as its compiler reports them
     mma_loops      None for AMD, whose loops are not read
     """
@@ -86,7 +86,7 @@ class MachineCode:
 
     @property
     def unmasked_loop(self) -> MmaLoop | None:
-        """The loop over the blocks that need no mask: that with the fewest other instructions for its MMAs' work."""
+        """The loop over blocks without a mask: the one with the fewest other instructions for its MMAs' work."""
         return min(self.mma_loops or (), key=lambda loop: loop.other / loop.flops, default=None)
 
 
@@ -110,14 +110,14 @@ def read_machine_code(compiled: CompiledKernel) -> MachineCode:
 
 
 def flops_per_logit(kernel: str, problem: Problem) -> int:
-    """FLOPs of the products for one row and key, head dims padded: 2 products forward, 3 for dq, 4 for dk and dv."""
+    """Count a row and key's FLOPs, head dims padded: 2 products forward, 3 for dq, 4 for dk and dv."""
     query_key, value = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
     widths = {"grad_query": 2 * query_key + value, "grad_key_value": 2 * query_key + 2 * value}
     return 2 * widths.get(kernel, query_key + value)
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, listing) by the cuobjdump and nvdisasm that triton carries.
+    """Return (resource usage, listing) from the cuobjdump and nvdisasm in triton.
 
     -ndf leaves out an analysis of stacked branches, which took a quarter of the time; kernels have none.
     """
@@ -144,7 +144,7 @@ def _class(instruction: Instruction) -> str:
 
 
 def _mma_loops(instructions: list[Instruction], spans: list[Span], ptx: str, warps: int) -> tuple[MmaLoop, ...]:
-    """The loops with tensor instructions that hold no other such loop, in order.
+    """Find the loops that hold tensor instructions and no other such loop, in order.
 
     ptxas turns an MMA of the PTX into one instruction, and LLVM does not unroll loops that synchronise a program, so
     the MMAs of a loop in the PTX are those of one tile.
@@ -178,9 +178,9 @@ def _mma_loop(instructions: list[Instruction], span: Span, mmas_of_a_tile: int, 
 
 
 def _mma(instructions: list[Instruction], index: int, warps: int) -> tuple[int, int, int]:
-    """(FLOPs, bytes of operands in shared memory, warps that do it together) of a 16-bit tensor instruction.
+    """Return (FLOPs, bytes of operands in shared memory, warps that share it) of a 16-bit tensor instruction.
 
-    HMMA is a warp's, with operands in registers; wgmma (HGMMA) four warps', tcgen05 (UTCHMMA) a program's.
+    One warp issues HMMA, with operands in registers; four warps share wgmma (HGMMA), a program tcgen05 (UTCHMMA).
     """
     instruction = instructions[index]
     if instruction.name == "HMMA":
@@ -201,7 +201,7 @@ def _mma(instructions: list[Instruction], index: int, warps: int) -> tuple[int, 
 
 
 def _constant(instructions: list[Instruction], index: int, register: str) -> int:
-    """The constant that the last write before an instruction put into a uniform register."""
+    """Find the constant that the last write before an instruction put into a uniform register."""
     for instruction in reversed(instructions[:index]):
         if re.match(rf"{register}\b", instruction.operands):
             value = re.fullmatch(r"UR\d+, (0x[0-9a-f]+)", instruction.operands.strip())
@@ -219,7 +219,7 @@ def _found(pattern: str, text: str) -> str:
 
 
 def _width(instruction: Instruction) -> int:
-    """Bytes a lane of a load or store: 4 unless the opcode says otherwise."""
+    """Count the bytes a lane of a load or store: 4 unless the opcode says otherwise."""
     widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1}
     return next((widths[part] for part in instruction.opcode.split(".")[1:] if part in widths), 4)
 
@@ -229,7 +229,7 @@ def _local_bytes(instruction: Instruction) -> int:
 
 
 def _shared_bytes(instruction: Instruction) -> int:
-    """Bytes that a warp moves to or from shared memory."""
+    """Count the bytes that a warp moves to or from shared memory."""
     if instruction.name in ("LDSM", "STSM"):  # matrices of 8 x 8 16-bit elements
         return 128 * next((int(part) for part in instruction.opcode.split(".") if part in ("2", "4")), 1)
     if instruction.name in ("LDS", "STS", "LDGSTS"):

@@ -1,6 +1,7 @@
-"""How long one iteration of an MMA loop occupies each unit of an SM: a model from rates, not a measurement.
+"""Clocks that an iteration of an MMA loop occupies each unit of an SM: a model from rates, not a measurement.
 
-No latency, bank conflict, dependency or clock is in it, so it ranks and rejects configs; it does not predict a time.
+It leaves out latency, bank conflicts, dependencies and clock rates: it ranks and rejects configs, and does not
+predict a time.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ UNITS = ("tensor", "exp", "fp32", "integer", "issue", "shared")
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one SM: tensor FLOPs (dense, 16-bit operands, fp32 sums) and lanes of each unit a clock, and what it holds.
+    """Rates and sizes of one SM: tensor FLOPs (dense, 16-bit operands, fp32 sums) and lanes of each unit a clock.
 
-    Everywhere 4 warp instructions are issued and 128 bytes of shared memory move a clock; a packed fp32 instruction is
+    Every SM issues 4 warp instructions and moves 128 bytes of shared memory a clock; a packed fp32 instruction is
     issued once and takes two turns of the fp32 unit.
     """
 
@@ -45,7 +46,7 @@ RATES = {
 
 
 def programs_per_sm(rates: Rates, registers: int, shared_bytes: int, tensor_memory: int, warps: int) -> int:
-    """Programs (thread blocks) that fit an SM at once.
+    """Count the programs (thread blocks) that fit an SM at once.
 
     Registers are given out in units of 256 a warp, shared memory with 1 KiB on top for each program, and tensor memory
     in columns of 512.
@@ -59,7 +60,7 @@ def programs_per_sm(rates: Rates, registers: int, shared_bytes: int, tensor_memo
 
 
 def cycles(loop: MmaLoop, rates: Rates, warps: int) -> dict[str, float]:
-    """Clocks that a program's iteration occupies each unit of an SM."""
+    """Count the clocks that a program's iteration occupies each unit of an SM."""
     count = loop.instructions.get
     lanes = 32 * warps
     on_fp32 = count("fp32", 0) + loop.packed + count("multiply", 0)
@@ -75,5 +76,5 @@ def cycles(loop: MmaLoop, rates: Rates, warps: int) -> dict[str, float]:
 
 
 def utilisation(bounds: dict[str, float], flops: float, rates: Rates) -> float:
-    """Share of the tensor unit's peak that the `flops` asked for reach if all units overlap perfectly."""
+    """Compute the share of the tensor unit's peak that `flops` reach if all units overlap perfectly."""
     return flops / rates.tensor / max(bounds.values())

@@ -1,4 +1,4 @@
-"""The timed search: for each key, the configs that pass the gate, the most promising on the card itself, in turns."""
+"""The timed search: for each key, time the most promising configs that pass the gate, in turns on the card itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PROCESSORS = 128
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is tried for a key: configs timed, rounds, seconds of warming up."""
+    """Configs timed for a key, rounds, seconds of warming up."""
 
     timed: int = 6
     rounds: int = 20
@@ -34,12 +34,12 @@ class Effort:
 
 
 class SearchError(Exception):
-    """Nothing more can be searched for by this process on this machine."""
+    """This process can search for nothing more on this machine."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a search found for a key; entry is None where no config passed, or none gave the reference's result."""
+    """The result of a key's search; entry is None where no config passed, or none gave the reference's result."""
 
     key: Key
     before: TileConfig
@@ -50,7 +50,7 @@ class Result:
 
     @property
     def gain(self) -> float | None:
-        """Time of the config so far over that of the new one."""
+        """Time of the config in use over that of the new one."""
         if self.timing is None or self.before_timing is None:
             return None
         return self.before_timing.median / self.timing.median
@@ -84,7 +84,7 @@ def search(
 def _search(
     key: Key, configs: list[TileConfig], workloads: list[Workload], device: torch.device, effort: Effort
 ) -> Result:
-    """The first of the configs is the one in use."""
+    """Search among configs, the first of which is in use."""
     before = configs[0]
     errors = {config: _error(workloads, key, config) for config in dict.fromkeys(configs)}
     wrong = tuple(f"{key} {config}: {error}" for config, error in errors.items() if error)
@@ -108,7 +108,7 @@ def _search(
 
 
 def promising(key: Key, compiler: Compiler, most: int) -> list[TileConfig]:
-    """The configs that pass the gate, those first that the model sees ahead. Raises SearchError if none compiles."""
+    """List configs that pass the gate, the best by the model first. Raises SearchError if none compiles."""
     target, problem = compiler.target, key.problem
     configs = candidates(key.kernel, problem, target)
     processors = next((gpu.processors for gpu in GPUS if gpu.target[:2] == target[:2]), _PROCESSORS)
@@ -123,7 +123,7 @@ def promising(key: Key, compiler: Compiler, most: int) -> list[TileConfig]:
 
 @dataclass(frozen=True)
 class _Running:
-    """The kernel in one config, once for each dtype: a contestant."""
+    """A contestant: the kernel in one config, once for each dtype."""
 
     workloads: list[Workload]
     key: Key
@@ -135,17 +135,17 @@ class _Running:
 
 
 def _error(workloads: list[Workload], key: Key, config: TileConfig) -> str | None:
-    """What is wrong with a config's results, or with running it at all."""
+    """Describe what is wrong with a config's results, or the exception that it raised; None if nothing is."""
     try:
         with launch.configured(key.kernel, config):
             return next(filter(None, (workload.error() for workload in workloads)), None)
-    except Exception as error:  # whatever a compiler or driver raises; the config is as useless
+    except Exception as error:  # a compiler or driver may raise anything; the config is refused
         _refuse_if_lost(f"{key} {config}", workloads[0].device, error)
         return told(error)
 
 
 def _refuse_if_lost(what: str, device: torch.device, error: Exception) -> None:
-    """Raise SearchError where an error has left the card of no use."""
+    """Raise SearchError where an error has left the card unusable."""
     if _is_lost(device):
         raise SearchError(
             f"{what} left the card unusable to this process: {told(error)}; "
@@ -154,7 +154,7 @@ def _refuse_if_lost(what: str, device: torch.device, error: Exception) -> None:
 
 
 def _is_lost(device: torch.device) -> bool:
-    """Whether every call of a GPU fails from now on, as it does after an illegal address."""
+    """Whether every call of a GPU fails from now on, as after an illegal address."""
     if device.type != "cuda":
         return False
     try:
@@ -181,5 +181,5 @@ def _details(workloads: list[Workload], device: torch.device, timing: Timing) ->
 
 
 def pending(keys: Iterable[Key], done: dict[Key, Entry]) -> list[Key]:
-    """The keys that a table has no measured entry for, so that a search goes on where it was stopped."""
+    """List the keys without a measured entry in a table: a search that was stopped goes on with them."""
     return [key for key in keys if key not in done or done[key].source != "measured"]

@@ -1,4 +1,4 @@
-"""Tables without a GPU: of the configs that pass the gate, the one that the model ranks first."""
+"""Tables without a GPU: each entry is the config that passes the gate and ranks first in the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..tuning.table import HEAD_DIMS, LENGTHS, SCALES, Entry, Key, Table, kernel
 from .candidates import static_candidates
 from .gate import Candidate, examine, modelled_clocks
 
-# A config takes the default's place when the model, which is no measurement, sees it ahead by this much.
+# A config replaces the default only if it leads by this much in the model, which is no measurement.
 _CLEARLY_AHEAD = 0.95
 
 Compiled = dict[tuple[str, Problem, TileConfig], Candidate]
@@ -58,11 +58,11 @@ class Compiler:
 
 
 def _quiet() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal sends Ctrl-C to all: this one ends in silence
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal sends Ctrl-C to all processes; this one ends silently
 
 
 def static_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Progress | None = None) -> Table:
-    """The table of a GPU, whose entries are those wanted for which some config passes."""
+    """Make the table of a GPU, with entries for the wanted keys for which some config passes."""
     _compile_ahead(gpu, compiler, wanted, progress)
     entries = {}
     for key in wanted:
@@ -80,26 +80,26 @@ def static_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Prog
 
 
 def _typical(key: Key) -> Problem:
-    """The call by which configs of a key are ranked: of the padded width, with query_scale."""
+    """Return the problem by which configs of a key are ranked: the padded width, with query_scale."""
     return key._replace(head_dim=padded_dim(key.head_dim), scales="query").problem
 
 
 def _contenders(key: Key, target: Target) -> list[tuple[str, Problem, TileConfig]]:
-    """What the ranking of a key examines, its own default first."""
+    """List the configs that the ranking of a key examines, its own default first."""
     problem = _typical(key)
     configs = [default_config(key.kernel, key.problem, target), *static_candidates(key.kernel, problem, target)]
     return [(key.kernel, problem, config) for config in dict.fromkeys(configs)]
 
 
 def _compile_ahead(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Progress | None) -> None:
-    """Examine side by side what the ranking of all keys asks for, and then what came first for each."""
+    """Examine in parallel the contenders of all keys, and then the first of each."""
     compiler.examine([one for key in wanted for one in _contenders(key, gpu.target)], progress)
     first = [(key.kernel, key.problem, config) for key in wanted for config in ranked(gpu, compiler, key)[:1]]
     compiler.examine(first, progress)
 
 
 def ranked(gpu: GPU, compiler: Compiler, key: Key) -> list[TileConfig]:
-    """The configs that pass for a typical call of a key, the most promising first, all others behind."""
+    """Rank configs: those that pass for a typical call of a key first, the most promising before the others."""
     contenders = _contenders(key, gpu.target)
     clocks = {
         one.config: modelled_clocks(key.kernel, _typical(key), one, gpu.target, gpu.processors)

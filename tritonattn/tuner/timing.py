@@ -1,4 +1,4 @@
-"""The one timing protocol: contestants take turns, each call on fresh caches and the next set of inputs; quartiles."""
+"""The timing protocol: contestants take turns, each call on fresh caches and the next set of inputs; quartiles."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 import torch
 
-# A contestant is called with the number of the round, by which it chooses among its copies of the inputs.
+# A contestant takes the number of the round, by which it chooses among its copies of the inputs.
 Contestant = Callable[[int], object]
 
 _FLUSHED_BYTES = 2**28  # more than any L2 of today
-_TAUGHT_BYTES = 2**25 - 2**16
+_FREED_BYTES = 2**25 - 2**16
 _WARM_UP_SECONDS = 0.3
 _MOST_FLUSHES = 32
-_FEWEST_ROUNDS = 3  # of a measurement that its time limit cuts short: a median of less says little
+_FEWEST_ROUNDS = 3  # of a measurement that its time limit cuts short: a median of fewer means little
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of a call over rounds: median and quartiles."""
+    """Median and quartiles over rounds, in milliseconds of a call."""
 
     median: float
     lower: float
@@ -46,14 +46,13 @@ def take_turns(
     warm_up: float = _WARM_UP_SECONDS,
     seconds: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every contestant in every round: A B C, C A B, ..., so that a noisy moment meets all.
+    """Time every contestant in every round, in milliseconds: A B C, C A B, ..., so that a noisy moment meets all.
 
-    The order of a round is drawn, the same in every run, since what one leaves behind (caches, freed memory) is paid
-    for by who comes next.
-    Everybody is called once before (what is compiled is compiled), then in turn for `warm_up` seconds, so that clocks
-    are steady. On a GPU the L2 cache is overwritten before each call and events take its time, without the host's: the
-    cache is overwritten so often that the host has launched the whole call before the card comes to it. After `seconds`
-    of rounds no further one begins, but three there are.
+    The order of a round is random, the same in every run, since a contestant pays for what the one before it leaves
+    behind (caches, freed memory). Each contestant is called once before, which compiles it, then in turn for `warm_up`
+    seconds, so that clocks are steady. On a GPU the L2 cache is overwritten before each call, and events take the time
+    of the card without the host's: the cache is overwritten until the host has launched the whole call before the card
+    comes to it. After `seconds` no further round begins, but there are three at least.
     """
     measure = _on_gpu(device) if device.type == "cuda" else _on_cpu()
     for contestant in contestants.values():
@@ -75,9 +74,9 @@ def take_turns(
 
 
 def _on_cpu() -> Callable[[Contestant, int], float]:
-    # glibc keeps freed memory, whose pages need not be mapped again, up to twice the largest block that was freed so
-    # far, and learns from blocks of up to 32 MiB: a program that has run for a while has taught it.
-    torch.empty(_TAUGHT_BYTES, dtype=torch.int8)
+    # glibc keeps freed memory mapped, up to twice the largest block freed so far, blocks above 32 MiB left out. Freeing
+    # nearly 32 MiB now brings a fresh process to the state of one that has run for a while.
+    torch.empty(_FREED_BYTES, dtype=torch.int8)
 
     def measure(contestant: Contestant, number: int) -> float:
         start = time.perf_counter()
@@ -99,9 +98,11 @@ def _on_gpu(device: torch.device) -> Callable[[Contestant, int], float]:
             start.record()
             contestant(number)
             end.record()
-            has_waited = start.query()  # the card may have: it came to the call before all of it was launched
+            has_waited = start.query()  # if so, the card came to the call before all of it was launched
             end.synchronize()
-            if not has_waited or flushes == _MOST_FLUSHES:  # a contestant that itself waits for the card never passes
+            if (
+                not has_waited or flushes == _MOST_FLUSHES
+            ):  # a contestant that itself waits for the card never gets there
                 return start.elapsed_time(end)
             flushes *= 2
 
@@ -109,11 +110,11 @@ def _on_gpu(device: torch.device) -> Callable[[Contestant, int], float]:
 
 
 def card_state(device: torch.device) -> dict[str, str]:
-    """Clocks, temperature, power and driver by nvidia-smi; empty where there is none."""
+    """Read clocks, temperature, power and driver from nvidia-smi; empty without it."""
     names = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
     if device.type != "cuda" or torch.version.hip:
         return {}
-    # Not by its index: CUDA_VISIBLE_DEVICES renumbers the cards for torch alone.
+    # By its UUID, since CUDA_VISIBLE_DEVICES renumbers the cards for torch alone.
     card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "-i", card]
     try:

@@ -73,7 +73,7 @@ def _tune_static(options: Namespace, wanted: list[Key], end: float) -> int:
 
 
 def _path(gpu: str, write: bool) -> Path:
-    """Return the file of a GPU's table: shipped where it is to be written there, else the user's."""
+    """Return the file of a GPU's table: the shipped one for --write, else the user's."""
     try:
         folder = cache_dir.shipped_tables() if write else cache_dir.user_cache() / "autotune"
     except (FileNotFoundError, RuntimeError) as error:
@@ -82,7 +82,7 @@ def _path(gpu: str, write: bool) -> Path:
 
 
 def _entries(path: Path, target: Target) -> dict[Key, Entry]:
-    """Read the entries of a usable file; one that is not is named on stdout, and has none."""
+    """Read the entries of a file; one that is not usable is named on stdout, and has none."""
     try:
         return lookup.usable_table(path, target).entries
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def _unwritable(path: Path, error: OSError, shipped: bool) -> CommandError:
 
 
 def _check_that_it_compiles(compiler: Compiler, key: Key) -> None:
-    """Raise CommandError where not even the default config compiles: the machine is at fault, not the configs."""
+    """Raise CommandError where the default config does not compile: then the machine is at fault."""
     config = default_config(key.kernel, key.problem, compiler.target)
     [found] = compiler.examine([(key.kernel, key.problem, config)])
     if found.code is None:

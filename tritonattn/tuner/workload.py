@@ -24,7 +24,7 @@ _FIRST, _LAST = slice(0, 1), slice(-1, None)
 
 @dataclass(frozen=True)
 class Size:
-    """batch sequences of `length` tokens; heads of queries, of which `group` share a key head."""
+    """A batch of sequences of `length` tokens, with query heads, of which `group` share a key head."""
 
     batch: int
     heads: int
@@ -33,7 +33,7 @@ class Size:
 
 
 def typical_size(key: Key, length: int | None = None) -> Size:
-    """What a key is timed with: about as many tokens whatever the length."""
+    """Choose the size that a key is timed with: about as many tokens for every length."""
     if key.kernel == "decode":
         length = length or (1024 if key.lengths == "short" else 16384)
         return Size(max(1, 2**18 // length), 32, length, 4)
@@ -42,7 +42,7 @@ def typical_size(key: Key, length: int | None = None) -> Size:
 
 
 class Workload:
-    """A key's kernel on random operands, causal; several copies of them, so that rounds find cold caches."""
+    """A key's kernel on random causal operands; several copies of them, so that rounds find cold caches."""
 
     def __init__(self, key: Key, size: Size, dtype: torch.dtype, device: torch.device, copies: int = _COPIES) -> None:
         self.key, self.size, self.dtype, self.device = key, size, dtype, device
@@ -50,7 +50,7 @@ class Workload:
         self._forwards: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, number: int) -> tuple[Tensor, ...]:
-        """Launch with the next copy, by the config in use; the results of the kernel."""
+        """Launch with the next copy in the config in use, and return the kernel's results."""
         call = self._calls[number % len(self._calls)]
         if isinstance(call, DecodeCall):
             return (triton_backend.decode(call, aux=False).out,)
@@ -61,7 +61,7 @@ class Workload:
         return tuple(x for x in gradients if x is not None)
 
     def error(self) -> str | None:
-        """None if the results for the first and the last heads are those of the reference, else what is wrong."""
+        """Compare the results of the first and the last heads with the reference; return what is wrong, or None."""
         with _poisoned_memory():
             found = self(0)
         for end in (_FIRST, _LAST):
@@ -75,13 +75,13 @@ class Workload:
         return None
 
     def _heads(self, x: Tensor, end: slice) -> Tensor:
-        """Of the first or last sequence, the first or last key head, or the query heads that share it."""
+        """Take the first key head of the first sequence, or the last of the last, or the query heads that share it."""
         by_key_head = x.unflatten(1, (self.size.heads // self.size.group, -1))
         return by_key_head[end, end].flatten(1, 2)
 
     @property
     def _needs(self) -> Needs:
-        """What of the backward is asked for; the row terms, a small part of the work, come with either kernel."""
+        """Say which gradients are computed; the row terms, a small part of the work, come with either kernel."""
         of_query, of_key = self.key.kernel == "grad_query", self.key.kernel == "grad_key_value"
         of_query_scale = of_query and self.key.problem.query_scale_grad
         return Needs(of_query, of_key, of_key, of_query_scale, of_key and self.key.problem.key_scale)
@@ -112,7 +112,7 @@ class Workload:
         return AttentionCall(q, k, v, Visibility.of(q, k, causal=True), dim**-0.5, *scales)
 
     def _reference(self, dtype: torch.dtype, end: slice) -> list[Tensor]:
-        """The results of the first or the last heads, computed eagerly in a dtype."""
+        """Compute the results of the first or the last heads eagerly in a dtype."""
         call = self._calls[0]
         k, v = (call.cache.k, call.cache.v) if isinstance(call, DecodeCall) else (call.k, call.v)
         q, k, v = (self._heads(x, end).to(dtype).requires_grad_() for x in (call.q, k, v))
@@ -135,7 +135,7 @@ class Workload:
 
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """Inside, torch hands out memory full of NaN: what a kernel leaves out shall not be an earlier config's result."""
+    """Fill fresh memory with NaN inside the context, so that a kernel that skips a result shows."""
     settings: Any = torch.utils.deterministic
     before = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("warn")

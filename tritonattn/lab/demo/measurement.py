@@ -55,7 +55,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Measurement:
-    """loss in nats per token; layers in the order in which they ran."""
+    """The loss of a mode in nats per token, and its layers in the order in which they ran."""
 
     mode: str
     loss: float

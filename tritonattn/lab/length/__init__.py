@@ -96,7 +96,7 @@ def _measured(
 
 
 class _Passes:
-    """Losses of passes, a line each in a file, from which a study that was stopped goes on; rounded to 1e-4."""
+    """Losses of passes, a line each in a file, so that a study that was stopped goes on; rounded to 1e-4."""
 
     def __init__(self, file: Path, environment: Environment, tokens: Tensor) -> None:
         self.file, self.tokens = file, tokens

@@ -142,7 +142,7 @@ class Study:
 
 
 def difference(values: Tensor) -> str:
-    """Format the mean of differences with its 95% interval, as if they were independent; a star where it excludes 0."""
+    """Format the mean of differences, as if independent, with its 95% interval; a star where it excludes 0."""
     n = values.shape[0]
     half = _NORMAL * float(values.std()) / math.sqrt(n) if n > 1 else math.inf
     mean = float(torch.mean(values))

@@ -1,1 +1,1 @@
-"""What each scaling makes of random queries and keys: `tritonattn simulate`."""
+"""Scalings on random queries and keys: `tritonattn simulate`."""

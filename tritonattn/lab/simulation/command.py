@@ -17,7 +17,7 @@ _SETS, _FEW_SETS = 64, 8  # sequences in a batch of the verdict
 
 
 def run(options: Namespace) -> int:
-    """Simulate, print the tables, write the files; returns 0."""
+    """Simulate, print the tables, write the files; `options` are those of `tritonattn simulate`. Returns 0."""
     points = points_of(options.counts, options.dims, options.keys) if "sweep" in options.parts else []
     conditions = CONDITIONS if "verdict" in options.parts else ()
     rows, panels = (ROWS, PANELS) if "paper" in options.parts else ((), ())

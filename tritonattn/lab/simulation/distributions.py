@@ -1,4 +1,4 @@
-"""Kinds of keys, by how long they are."""
+"""Kinds of keys, by the distribution of their lengths."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_CLIPPED = 3e4  # fp16 holds it
+_CLIPPED = 3e4  # within fp16's range
 
 
 def of_equal_length(k: Tensor) -> Tensor:
-    """Keys of length sqrt(D), as Gaussian ones have on average."""
+    """Scale keys to length sqrt(D), the average of Gaussian ones."""
     return k / k.norm(dim=-1, keepdim=True) * math.sqrt(k.shape[-1])
 
 
 def of_log_normal_length(k: Tensor, random: torch.Generator) -> Tensor:
-    """sqrt(D) times exp of a standard normal number of each key."""
+    """Scale keys to lengths sqrt(D) exp(x), x standard normal for each key."""
     return of_equal_length(k) * torch.randn(k.shape[:-1], generator=random, dtype=k.dtype).exp()[..., None]
 
 
 def _heavy_tailed(k: Tensor, random: torch.Generator) -> Tensor:
-    """Components of Student's t with one degree of freedom: a ratio of normal numbers; clipped."""
+    """Make components follow Student's t with one degree of freedom, a ratio of normal numbers; clipped."""
     return (k / torch.randn(k.shape, generator=random, dtype=k.dtype)).clamp(-_CLIPPED, _CLIPPED)
 
 
 def _few_giants(k: Tensor, random: torch.Generator) -> Tensor:
-    """The first key and one in 64 a thousand times as long as the rest."""
+    """Make the first key and one in 64 a thousand times as long as the rest."""
     giant = torch.rand(k.shape[:-1], generator=random) < 1 / 64
     giant[..., 0] = True
     return torch.where(giant[..., None], 1000 * k, k)
@@ -37,7 +37,7 @@ def _half_zeros(k: Tensor, random: torch.Generator) -> Tensor:
     return k * (torch.rand(k.shape[:-1], generator=random) < 0.5)[..., None]
 
 
-# Made of keys k [..., D] with standard normal components, fp64 on the CPU.
+# From keys k [..., D] with standard normal components, fp64 on the CPU.
 DISTRIBUTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "gaussian": lambda k, random: k,
     "unit sphere": lambda k, random: of_equal_length(k),

@@ -1,4 +1,4 @@
-"""A scaling on random queries and keys: what the softmax looks like, and which gradient reaches q and k."""
+"""Measures of the softmax on random queries and keys, and of the gradients that reach q and k."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ...core.visibility import Visibility
 from .distributions import DISTRIBUTIONS
 
 _ROWS = 32  # queries of each set of keys
-_MOST_SETS, _KEYS = 64, 1 << 13  # sets of keys: so many, or as many as hold so many keys together; at least one
+_MOST_SETS, _KEYS = 64, 1 << 13  # the most sets of keys, and the most keys in all of them; at least one set
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where a scaling is measured: the kind of keys, their number n, and the head dimension."""
+    """A place of the sweep: the kind of keys, their number n, and the head dimension."""
 
     keys: str
     count: int
@@ -31,7 +31,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Sample:
-    """q [sets, 1, rows, D], k and v [sets, 1, n, D], fp64; weights, the gradient of the output, rows of length 1."""
+    """Random operands: q [sets, 1, rows, D], k and v [sets, 1, n, D], fp64.
+
+    weights, the gradient of the output, has rows of length 1.
+    """
 
     q: Tensor
     k: Tensor
@@ -40,7 +43,7 @@ class Sample:
 
     @classmethod
     def of(cls, point: Point, seed: int, device: torch.device) -> Sample:
-        """The sample of a point; always the same one for a seed."""
+        """Draw the sample of a point; a seed always gives the same one."""
         random = torch.Generator().manual_seed(seed)
         sets = max(1, min(_MOST_SETS, _KEYS // point.count))
 
@@ -88,12 +91,12 @@ MEASURES = tuple(field.name for field in fields(Measures))
 def statistics_of(
     q: Tensor, k: Tensor, mode: str, key_lengths: Tensor | None = None, gain: Tensor | None = None
 ) -> RowStatistics:
-    """`row_statistics` of a mode in SCALINGS."""
+    """Compute `row_statistics` for a mode in SCALINGS."""
     return row_statistics(q, k, Factor(named_scaling(mode), gain), Visibility.of(q, k, key_lengths=key_lengths))
 
 
 def softmax_measures(rows: RowStatistics) -> dict[str, float]:
-    """The measures that need no gradient, of rows that see at least two keys each."""
+    """Compute the measures that need no gradient, for rows that see at least two keys each."""
     means = {name: getattr(rows, name) for name in MEASURES[:6]} | {
         "near_one_hot": (rows.max_probability > ONE_HOT).double(),
         "near_uniform": (rows.relative_entropy > UNIFORM).double(),
@@ -102,7 +105,7 @@ def softmax_measures(rows: RowStatistics) -> dict[str, float]:
 
 
 def measure(sample: Sample, mode: str) -> Measures:
-    """A mode in SCALINGS on a sample."""
+    """Measure a mode in SCALINGS on a sample."""
     q, k = (x.detach().requires_grad_() for x in (sample.q, sample.k))
     out = attention(q, k, sample.v, scaling=mode, backend="sdpa")
     assert isinstance(out, Tensor)
@@ -115,6 +118,6 @@ def measure(sample: Sample, mode: str) -> Measures:
 
 
 def points_of(counts: tuple[int, ...], dims: tuple[int, ...], keys: tuple[str, ...]) -> list[Point]:
-    """Every count with every dimension for the first kind of keys, and with every kind for the first dimension."""
+    """Combine every count with all dimensions for the first kind of keys, with all kinds for the first dimension."""
     pairs = [(keys[0], dim) for dim in dims] + [(kind, dims[0]) for kind in keys[1:]]
     return [Point(kind, count, dim) for kind, dim in pairs for count in counts]

@@ -24,7 +24,7 @@ SMALL, LARGE = 16, 256  # head dimensions of Figures 1 and 2
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel of a figure: what the values are, of which mode; without a mode they are the products q . k."""
+    """A panel of a figure: the probabilities of a mode, or without a mode the products q . k."""
 
     figure: int
     letter: str
@@ -41,13 +41,13 @@ PANELS = (
     Panel(2, "b", "divided by sqrt(d), softmax", LARGE, "sqrt_dim"),
     Panel(2, "c", "divided by the sum of the keys' lengths, softmax", LARGE, "key_norm_sum"),
 )
-# What the figures compare, and what they leave out: sums of lengths at d = 16, no scaling at d = 256.
+# The modes that the figures compare, and two that they leave out: sums of lengths at d = 16, none at d = 256.
 ROWS = tuple((dim, mode) for dim in (SMALL, LARGE) for mode in ("none", "sqrt_dim", "key_norm_sum"))
 
 
 @dataclass(frozen=True)
 class Component:
-    """500 values of a panel: of key 1 over the queries, and what the published package takes for that."""
+    """500 values of a panel: of key 1 over the queries, and of column 1 in the published package's order."""
 
     panel: Panel
     values: Tensor
@@ -55,7 +55,7 @@ class Component:
 
 
 def operands(dim: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """q [1, 1, 500, dim] and k [1, 1, 32, dim], fp64."""
+    """Draw q [1, 1, 500, dim] and k [1, 1, 32, dim], fp64."""
     random = torch.Generator().manual_seed(seed)
     q, k = (
         torch.randn(1, 1, length, dim, generator=random, dtype=torch.float64).to(device) for length in (QUERIES, KEYS)
@@ -64,29 +64,29 @@ def operands(dim: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def softmax_of(q: Tensor, k: Tensor, mode: str | None) -> Tensor:
-    """The probabilities of q [1, 1, rows, D] over k [1, 1, keys, D], or the products without a mode: [rows, keys]."""
+    """Compute the softmax [rows, keys] of q [1, 1, rows, D] over k [1, 1, keys, D]; without a mode the products."""
     if mode is None:
         return (q @ k.mT)[0, 0]
-    values = torch.eye(k.shape[2], dtype=q.dtype, device=q.device)[None, None]  # of them the output is p itself
+    values = torch.eye(k.shape[2], dtype=q.dtype, device=q.device)[None, None]  # the output is p itself
     out = attention(q, k, values, scaling=mode, backend="sdpa")
     assert isinstance(out, Tensor)
     return out[0, 0]
 
 
 def component(panel: Panel, seed: int, device: torch.device) -> Component:
-    """The values of a panel."""
+    """Compute the values of a panel."""
     matrix = softmax_of(*operands(panel.dim, seed, device), panel.mode).cpu()
     return Component(panel, matrix[:, 0], refilled(matrix)[:, 0])
 
 
 def refilled(matrix: Tensor) -> Tensor:
-    """A matrix [queries, keys] as the published package returns it: R's matrix(t(matrix), nrow = queries)."""
+    """Reorder a matrix [queries, keys] as the published package returns it: R's matrix(t(matrix), nrow = queries)."""
     queries, keys = matrix.shape
     return matrix.flatten().view(keys, queries).mT  # by columns: t(matrix) holds one query after another
 
 
 def measures_of(dim: int, mode: str, seed: int, device: torch.device) -> dict[str, float]:
-    """What `softmax_measures` finds in the 500 rows, and the variance of key 1's probability over the queries."""
+    """Measure the softmax of the 500 rows, and the variance of key 1's probability over the queries."""
     q, k = operands(dim, seed, device)
     over_queries = softmax_of(q, k, mode)[:, 0].var(correction=1)
     return softmax_measures(statistics_of(q, k, mode)) | {"component_variance": float(over_queries)}

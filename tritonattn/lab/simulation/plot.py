@@ -1,4 +1,4 @@
-"""What `tritonattn simulate` found, as pictures."""
+"""Pictures of a simulation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .paper import Component
 from .report import BY_COUNT, TITLES, Findings
 
 _DPI = 72
-_FLOOR = 1e-20  # what is less is drawn here on a logarithmic axis
+_FLOOR = 1e-20  # the lowest value on a logarithmic axis
 _LINEAR = ("relative_entropy",)
 
 
 def draw_all(findings: Findings, folder: Path) -> list[Path]:
-    """Every picture that there are figures for; the paths written."""
+    """Draw every picture that has figures, and return the paths."""
     figures: dict[str, Figure] = {}
     for number in dict.fromkeys(part.panel.figure for part in findings.components):
         figures[f"paper_figure_{number}"] = _paper(number, findings.components)
@@ -40,7 +40,7 @@ def draw_all(findings: Findings, folder: Path) -> list[Path]:
 
 
 def density(values: Tensor, points: int = 512) -> tuple[Tensor, Tensor]:
-    """A kernel density over the range of the values, with the bandwidth of R's density(): nrd0."""
+    """Estimate a kernel density over the range of the values, with the bandwidth of R's density(): nrd0."""
     spread = values.std()
     low, high = values.quantile(torch.tensor([0.25, 0.75], dtype=values.dtype))
     narrower = torch.minimum(spread, (high - low) / 1.34)
@@ -69,7 +69,7 @@ def _paper(number: int, components: list[Component]) -> Figure:
 
 
 def _lines(findings: Findings, points: list[Point], axis: str, label: str) -> Figure:
-    """A panel a measure, a line a mode, over one axis of the points."""
+    """Draw a panel a measure and a line a mode, over one axis of the points."""
     figure = Figure(figsize=(12, 6), layout="constrained")
     xs = sorted({getattr(point, axis) for point in points})
     ordered = sorted(points, key=lambda point: getattr(point, axis))
@@ -109,7 +109,7 @@ def _by_keys(findings: Findings) -> Figure:
 
 
 def _two_ways(findings: Findings) -> Figure:
-    """Every point of the sweep: a gradient that vanishes at the left is uniform, at the right one-hot."""
+    """Draw every point of the sweep: a gradient that vanishes at the left is uniform, at the right one-hot."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for mode in findings.modes:

@@ -1,4 +1,4 @@
-"""What `tritonattn simulate` found, as tables and as JSON."""
+"""A simulation as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .measures import MEASURES, Measures, Point
 from .paper import Component
 from .verdict import Condition, Reach
 
-_REFERENCE = 1024  # keys at which dimensions and kinds of keys are compared, or as near as there is
+_REFERENCE = 1024  # dimensions and kinds of keys are compared at this number of keys, or the nearest
 BY_COUNT = ("logit_std", "max_probability", "relative_entropy", "output_variance", "jacobian_norm", "gradient_norm")
 BY_DIM = ("relative_entropy", "gradient_norm")
 BY_KEYS = ("max_probability", "relative_entropy", "q_gradient")
@@ -40,7 +40,7 @@ VERDICT = {
 
 @dataclass(frozen=True)
 class Findings:
-    """Parts that were not asked for are empty.
+    """The figures of a simulation; parts that were not run are empty.
 
     paper        of (dimension, mode): measures by name
     components   the values of each panel of the paper's figures
@@ -69,7 +69,7 @@ class Findings:
         return _unique(condition for condition, _ in self.verdict)
 
     def by_count(self) -> list[Point]:
-        """The points that differ from the first in their number of keys only."""
+        """Select the points that differ from the first in their number of keys only."""
         first = self.points[0]
         return [point for point in self.points if (point.keys, point.dim) == (first.keys, first.dim)]
 
@@ -88,7 +88,7 @@ class Findings:
         return [point for point in self.points if point.count == nearest]
 
     def text(self) -> str:
-        """All tables."""
+        """Write all tables."""
         parts = []
         if self.paper:
             parts += [self._paper_table(), self._component_table()]
@@ -99,7 +99,7 @@ class Findings:
         return "\n\n".join(parts)
 
     def write_json(self, file: Path) -> None:
-        """Every figure to four digits; one that is not finite becomes null."""
+        """Write every figure to four digits; one that is not finite becomes null."""
         sweep = [
             {**asdict(point), "modes": {mode: list(asdict(self.sweep[point, mode]).values()) for mode in self.modes}}
             for point in self.points
@@ -116,7 +116,7 @@ class Findings:
             ],
         }
         text = json.dumps(for_json(record, 4), allow_nan=False)
-        for opening in ('{"keys"', '{"dim"', '{"name"'):  # a line for each record, so that a difference can be read
+        for opening in ('{"keys"', '{"dim"', '{"name"'):  # one record a line, for readable diffs
             text = text.replace(opening, f"\n{opening}")
         file.write_text(f"{text}\n", encoding="utf-8")
 

@@ -1,12 +1,12 @@
-"""Does dividing by the sum of the keys' lengths help where the keys' number or lengths vary, and not elsewhere?
+"""A test of the claim that dividing by the sum of the keys' lengths helps where their number or lengths vary.
 
 Scalings differ by constant factors that any model learns away (in W_q, or as a gain). So a mode is given one gain for
-a whole batch, the best one, and is asked how far one temperature serves all rows of the batch. A row's reach is
+a whole batch, the best one, and judged by how far one temperature serves all rows of the batch. A row's reach is
 
     reach = ||dp / d(q . k)||_F / the largest that it could be at any gain of the row's own
 
-of `RowStatistics.gradient_norm`: 1 where the row's temperature is the one at which most of a gradient passes, near 0
-where its softmax is one-hot or uniform. Without the gain it says how the mode does as published.
+of `RowStatistics.gradient_norm`: 1 where most of a gradient passes at the row's temperature, near 0 where its softmax
+is one-hot or uniform. Without the gain it judges the mode as published.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .measures import softmax_measures, statistics_of
 
 KEYS = 256  # geometric mean of n
 _DIM, _ROWS = 64, 4
-# Standard deviations of a row's logits, 2^-6 to 2^12, at which its gradient is measured, and gains that are tried. Two
-# largest logits that are almost equal let a gradient pass up to very large ones.
+# Standard deviations of a row's logits, 2^-6 to 2^12, at which its gradient is measured, and gains to try. A gradient
+# passes up to very large ones where the two largest logits are almost equal.
 _STEP = 0.25
 _SPREADS = torch.arange(-6, 12 + _STEP, _STEP, dtype=torch.float64)
 _GAINS = torch.arange(-24, 24 + _STEP, _STEP, dtype=torch.float64)
@@ -30,7 +30,7 @@ _GAINS = torch.arange(-24, 24 + _STEP, _STEP, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Condition:
-    """What varies in a batch: the number and the lengths of the keys.
+    """The variation in a batch of the number and the lengths of the keys.
 
     fold      the largest n over the smallest
     lengths   vary "between" sequences or "within" each
@@ -55,13 +55,13 @@ OWN_CURVES = ("cosine",)
 
 @dataclass(frozen=True)
 class Reach:
-    """One mode under one condition.
+    """The reach of one mode under one condition.
 
     as_published   mean reach of the rows without a gain
     near_one_hot, near_uniform   shares of the rows, likewise
     gain           the one gain of the batch with the largest mean reach
     tuned          mean reach with it
-    lowest         the reach with it that one row in ten falls short of
+    lowest         reach with it that a tenth of the rows fall short of
     unevenness     standard deviation over the rows of ln(standard deviation of a row's logits): 0 where one gain suits
                    all rows alike; no gain changes it
     """
@@ -77,7 +77,7 @@ class Reach:
 
 @dataclass(frozen=True)
 class Batch:
-    """q [sets, 1, rows, D], k [sets, 1, Sk, D], fp64, and key_lengths [sets]."""
+    """Random operands: q [sets, 1, rows, D], k [sets, 1, Sk, D], fp64, and key_lengths [sets]."""
 
     q: Tensor
     k: Tensor
@@ -85,7 +85,7 @@ class Batch:
 
     @classmethod
     def of(cls, condition: Condition, sets: int, seed: int, device: torch.device) -> Batch:
-        """n is drawn around 256 evenly in its logarithm; lengths are sqrt(D), or that times exp of a normal number."""
+        """Draw a batch: n around 256, even in its logarithm; lengths sqrt(D), or that times exp of a normal number."""
         random = torch.Generator().manual_seed(seed)
         q = torch.randn(sets, 1, _ROWS, _DIM, generator=random, dtype=torch.float64)
         place = torch.rand(sets, generator=random, dtype=torch.float64) - 0.5
@@ -115,7 +115,7 @@ class Curves:
         self._reach = norms / norms.amax(-1, keepdim=True)
 
     def at(self, spread: Tensor) -> Tensor:
-        """The reach of every row where its logits have the deviations spread [rows]; linear in between."""
+        """Interpolate the reach of every row where its logits have the deviations spread [rows]."""
         first, last = float(_SPREADS[0]), float(_SPREADS[-1])
         place = ((spread.log2() - first) / _STEP).clamp(0, (last - first) / _STEP)
         low = place.floor().clamp(max=self._reach.shape[1] - 2).long()[:, None]
@@ -126,7 +126,7 @@ class Curves:
 
 
 def reach_of(batch: Batch, mode: str, curves: Curves) -> Reach:
-    """A mode on a batch, with the curves of its kind."""
+    """Judge a mode on a batch, with the curves of its kind."""
     rows = statistics_of(batch.q, batch.k, mode, key_lengths=batch.key_lengths)
     spread = rows.logit_std.flatten()
     means = torch.stack([curves.at(spread * 2**gain).mean() for gain in _GAINS])

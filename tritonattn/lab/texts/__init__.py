@@ -1,4 +1,4 @@
-"""Texts in the public domain that come with the package; ORIGIN.md says whence."""
+"""Texts in the public domain that come with the package; ORIGIN.md names their sources."""
 
 from __future__ import annotations
 

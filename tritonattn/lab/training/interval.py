@@ -11,7 +11,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Interval:
-    """mean +- half: where the true mean lies with the confidence asked for, if values scatter normally.
+    """mean +- half: a confidence interval of the mean of normally distributed values.
 
         half = t * s / sqrt(n)
 
@@ -24,7 +24,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float], confidence: float = 0.95) -> Interval:
-        """Of at least one value."""
+        """Compute the interval of at least one value."""
         n = len(values)
         mean = math.fsum(values) / n
         if n == 1:

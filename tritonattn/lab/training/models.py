@@ -13,7 +13,7 @@ from .modes import build
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model: features, heads of an attention layer, and blocks."""
+    """Sizes of a model: features, heads of an attention layer, and blocks."""
 
     width: int = 64
     heads: int = 4
@@ -21,7 +21,7 @@ class Sizes:
 
 
 class Rotary(ScaledAttention):
-    """Self attention with rotary positions (Su et al. 2021, arXiv:2104.09864), which go on past those trained."""
+    """Self attention with rotary positions (Su et al. 2021, arXiv:2104.09864), which extend beyond the trained ones."""
 
     def positioned(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         half = self.head_dim // 2
@@ -32,7 +32,7 @@ class Rotary(ScaledAttention):
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
-    """x [B, H, S, D] with its halves as the real and imaginary parts that turn."""
+    """Multiply x [B, H, S, D], its halves being real and imaginary parts, by `turn`."""
     real, imaginary = x.chunk(2, dim=-1)
     turned = torch.complex(real, imaginary) * turn
     return torch.cat([turned.real, turned.imag], dim=-1)
@@ -40,20 +40,20 @@ def _turned(x: Tensor, turn: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Attentions:
-    """Makes the attention layers of a model, all with one mode."""
+    """A factory of a model's attention layers, all with one mode."""
 
     mode: str
     sizes: Sizes
 
     def __call__(self, keys: int, *, causal: bool = False, rotary: bool = False) -> ScaledAttention:
-        """keys is the most that a row sees in training."""
+        """Make a layer; `keys` is the most keys that a row sees in training."""
         width, heads = self.sizes.width, self.sizes.heads
         kind = Rotary if rotary else ScaledAttention
         return kind(width, heads, scaling=build(self.mode, heads, width // heads, keys), causal=causal)
 
 
 class Block(nn.Module):
-    """Attention over x, where given over a context too, and two layers, each on normalised features and added."""
+    """Attention over x, over a context where given one, and two layers; each on normalised features, and added."""
 
     def __init__(self, width: int, attention: ScaledAttention, cross: ScaledAttention | None = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The scalings that a comparison can name."""
+"""The scalings of train-compare's --modes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MODES = (
 
 
 def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
-    """A fresh scaling for one attention layer.
+    """Make a scaling for one attention layer.
 
     name   one of `SCALINGS` or `LEARNED`, or a mode with a learned gain a head, "key_count+gain"
     keys   the most keys that a row of the layer sees in training
 
     log_key_count, qwen_logn and ssmax get `keys` for their base: a row of that many keys starts as sqrt_dim's. A gain
-    starts where it does the same for the modes that divide by n or by its root, or, for sums of lengths, makes them the
-    mean's; elsewhere at 1.
+    starts where a mode that divides by n or by its root does the same, and where one that divides by a sum of lengths
+    divides by their mean; for other modes at 1.
     """
     check_mode(name)
     if name.endswith(GAIN):

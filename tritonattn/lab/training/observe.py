@@ -1,4 +1,4 @@
-"""What a training run looks at besides its loss."""
+"""Observations of a training run beside its loss: gradient norms and entropies."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from ...calls.attention import attention
 from ...core.visibility import Visibility
 from ...nn import ScaledAttention
 
-# The weights through which a gradient comes from the softmax's input, and those that go around it.
+# Weights before the softmax's input, and those whose gradient bypasses it.
 _PARTS = {"qk": ("q_proj", "k_proj"), "vo": ("v_proj", "o_proj")}
 
 
 def attentions(model: nn.Module) -> dict[str, ScaledAttention]:
-    """The attention layers by name, in the model's order."""
+    """Find the attention layers by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ScaledAttention)}
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """By layer and part, "blocks.0.attention qk": the norm of the gradient of the weights that make q and k ("qk"), and
-    of those of v and the output ("vo")."""
+    """Compute gradient norms by layer and part, such as "blocks.0.attention qk".
+
+    "qk" are the weights that make q and k, "vo" those of v and the output.
+    """
     found = {}
     for name, layer in attentions(model).items():
         for part, projections in _PARTS.items():
@@ -36,7 +38,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 @contextmanager
 def entropies(model: nn.Module) -> Iterator[dict[str, float]]:
-    """A dict that forward passes inside of the context fill.
+    """Observe forward passes inside the context: they fill the returned dict.
 
     By layer, the mean of entropy / ln n over the rows that see n > 1 keys: 1 is uniform attention, 0 a single key.
     """

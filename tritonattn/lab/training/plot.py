@@ -1,4 +1,4 @@
-"""Training runs as pictures."""
+"""Pictures of training runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tasks import TASKS
 
 
 def draw(runs: Sequence[Run], file: Path) -> None:
-    """One task's runs: held-out loss, gradient norms and entropy over steps, gradient norms by layer, and measures."""
+    """Draw one task's runs: held-out loss, gradient norms and entropy over steps, gradients by layer, and measures."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     panels = figure.subplots(2, 3).flat
     modes = {mode: [run for run in members if run.status == "trained"] for mode, members in by_mode(runs).items()}
@@ -62,7 +62,7 @@ def _by_layer(axes: Axes, runs: Sequence[Run], colour: str) -> None:
 
 
 def _measures(axes: Axes, modes: dict[str, list[Run]], colours: dict[str, str]) -> None:
-    """A measure for several lengths as a line over them, one measure as a bar a mode."""
+    """Draw a measure for several lengths as a line over them, one measure as a bar a mode."""
     runs = next(iter(modes.values()))
     task = TASKS[runs[0].task]
     stem = task.metric.rsplit("_", 1)[0] + "_"

@@ -12,7 +12,7 @@ from ...core.provenance import Environment
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run is trained: optimizer "adamw", or "sgd" with a momentum of 0.9."""
+    """The training of a run: optimizer "adamw", or "sgd" with a momentum of 0.9."""
 
     optimizer: str
     learning_rate: float
@@ -73,7 +73,7 @@ def append(file: Path, run: Run) -> None:
 
 
 def read(file: Path) -> list[Run]:
-    """Read the runs of a file; a line that is none is named on stderr and skipped."""
+    """Read the runs of a file; other lines are named on stderr and skipped."""
     return records.read(file, _decoded, "a run of `tritonattn train-compare`")
 
 

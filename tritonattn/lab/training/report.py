@@ -16,7 +16,7 @@ _MISSING = "-"
 
 
 def by_mode(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs by mode, in the order in which modes appear; the baseline first."""
+    """Group runs by mode, in the order in which modes appear, the baseline first."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(run.mode, []).append(run)
@@ -24,10 +24,10 @@ def by_mode(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def comparison(runs: Sequence[Run]) -> str:
-    """A row a mode, of one task's runs with one recipe: means over seeds with 95% intervals.
+    """Tabulate one task's runs with one recipe, a row a mode: means over seeds with 95% intervals.
 
-    "against sqrt_dim" is the mean over seeds of the difference of two runs that had the same weights to begin with and
-    the same data; a star where its interval leaves 0 out.
+    "against sqrt_dim" is the mean over seeds of the difference of two runs that began with the same weights and saw the
+    same data; a star where its interval excludes 0.
     """
     task = TASKS[runs[0].task]
     modes = by_mode(runs)
@@ -61,7 +61,7 @@ def comparison(runs: Sequence[Run]) -> str:
 
 
 def other_metrics(runs: Sequence[Run]) -> str:
-    """The task's other measures, a row a mode; empty where it has none."""
+    """Tabulate the task's other measures, a row a mode; empty where it has none."""
     task = TASKS[runs[0].task]
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     if names in ([], [task.metric]):
@@ -74,7 +74,7 @@ def other_metrics(runs: Sequence[Run]) -> str:
 
 
 def exponents(runs: Iterable[Run]) -> str:
-    """What PowerLaw learned, a row a layer: mean over heads and seeds, their range, and the nearest named mode."""
+    """Tabulate PowerLaw's exponents, a row a layer: mean over heads and seeds, range, and the nearest named mode."""
     rows = []
     members = [run for run in runs if run.mode == "power_law" and run.status == "trained"]
     for task, group in groupby(sorted(members, key=lambda run: run.task), key=lambda run: run.task):
@@ -89,7 +89,7 @@ def exponents(runs: Iterable[Run]) -> str:
 
 
 def nearest_point(count_exponent: float, length_exponent: float) -> tuple[str, float]:
-    """The named mode whose exponents of n and of the mean length are nearest, and how far they are.
+    """Find the named mode whose exponents of n and of the mean length are nearest, and its distance.
 
     Modes that differ by a constant only ("dim", "none") count as "sqrt_dim".
     """
@@ -102,7 +102,7 @@ def nearest_point(count_exponent: float, length_exponent: float) -> tuple[str, f
 
 
 def grid(runs: Sequence[Run]) -> str:
-    """A row a recipe, a column a mode, of one task's runs: the metric's mean over seeds."""
+    """Tabulate one task's runs, a row a recipe, a column a mode: the metric's mean over seeds."""
     task = TASKS[runs[0].task]
     modes = by_mode(runs)
     recipes: dict[Recipe, None] = dict.fromkeys(run.recipe for run in runs)
@@ -119,7 +119,7 @@ def grid(runs: Sequence[Run]) -> str:
 
 
 def best_recipes(runs: Sequence[Run]) -> str:
-    """The best recipe of every mode in a grid, a sentence each."""
+    """Name the best recipe of every mode in a grid, a sentence each."""
     task = TASKS[runs[0].task]
     sentences = []
     for mode, members in by_mode(runs).items():
@@ -156,7 +156,7 @@ def _target(runs: Sequence[Run]) -> str:
 
 
 def _average(lists: dict[str, list[float]], ending: str = "") -> float:
-    """Mean over layers of the last value."""
+    """Average the last value over layers."""
     values = [one[-1] for name, one in lists.items() if name.endswith(ending)]
     return sum(values) / len(values)
 

@@ -17,13 +17,13 @@ from .observe import attentions, entropies, gradient_norms
 from .records import Recipe
 from .tasks import Batch, Task, loss_of
 
-_WARM = 0.1  # of the steps, while the learning rate rises
-_LAST = 0.1  # of the learning rate, at the end of a cosine
+_WARM = 0.1  # share of the steps in which the learning rate rises
+_LAST = 0.1  # share of the learning rate at the end of the cosine
 
 
 @dataclass
 class Trace:
-    """What a run left; lists as in `records.Run`."""
+    """The outcome of a run; lists as in `records.Run`."""
 
     status: str = "trained"
     data: str = ""
@@ -40,9 +40,9 @@ class Trace:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What to train. seed sets the weights and the order of the data, neither of which depends on the mode.
+    """A run to train. seed sets the weights and the order of the data, neither of which depends on the mode.
 
-    observations   how often losses, gradients and entropies are taken, the last step included
+    observations   number of times that losses, gradients and entropies are taken, the last step included
     """
 
     task: Task
@@ -90,14 +90,14 @@ def train(assignment: Assignment, tick: Callable[[], object] = lambda: None) -> 
 
 
 def fresh_model(assignment: Assignment) -> nn.Module:
-    """The untrained model of a seed: its weights are the same with every mode."""
+    """Make the untrained model of a seed: its weights are the same with every mode."""
     torch.manual_seed(assignment.seed)
     task = assignment.task
     return task.model(Attentions(assignment.mode, task.sizes)).to(assignment.device)
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Parameters of scalings, and those of one dimension, are not decayed."""
+    """Make the optimizer; parameters of scalings, and those of one dimension, are not decayed."""
     scalings = set(scaling_parameters(model))
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p not in scalings and p.dim() > 1]
@@ -109,7 +109,7 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Of the learning rate: a linear rise, then a cosine."""
+    """Compute the share of the learning rate: a linear rise, then a cosine."""
     warm = max(1, round(_WARM * steps))
     if step < warm:
         return (step + 1) / warm

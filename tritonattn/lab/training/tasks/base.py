@@ -1,4 +1,4 @@
-"""What a task is."""
+"""The interface of a task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model is called with, and the classes that it ought to give; IGNORED ones do not count."""
+    """A model's arguments, and the right classes; IGNORED ones do not count."""
 
     inputs: dict[str, Tensor]
     target: Tensor
@@ -27,7 +27,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Defaults:
-    """How a task is trained unless asked otherwise: AdamW's learning rate, steps, and rows of a batch."""
+    """The default training of a task: AdamW's learning rate, steps, and rows of a batch."""
 
     learning_rate: float
     steps: int
@@ -35,9 +35,9 @@ class Defaults:
 
 
 class Task(ABC):
-    """A model, its data, and what counts at the end.
+    """A model, its data, and its measures.
 
-    metric    what `final` returns that decides, higher_is_better or not
+    metric    the measure of `final` that decides, higher_is_better or not
     target    a held-out loss; the steps until it is reached are counted
     """
 
@@ -53,17 +53,17 @@ class Task(ABC):
 
     @abstractmethod
     def batch(self, size: int, random: torch.Generator) -> Batch:
-        """Of the training part. What it holds depends on random only."""
+        """Draw a batch of the training part; it depends on random only."""
 
     @abstractmethod
     def held_out(self) -> Batch:
-        """The same for every mode and seed; no part of it is in a training batch."""
+        """Return the held-out batch, the same for every mode and seed, with nothing of a training batch."""
 
     @abstractmethod
     def final(self, model: nn.Module, device: torch.device, quick: bool) -> dict[str, float]:
-        """Measures of a trained model by name, `metric` among them; where quick, on less data."""
+        """Measure a trained model: `metric` and others by name; where quick, on less data."""
 
 
 def loss_of(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross entropy, in nats."""
+    """Compute the mean cross entropy, in nats."""
     return F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=IGNORED)

@@ -14,7 +14,7 @@ _SHORTEST, _LONGEST = 16, 64
 
 
 class Recall(Task):
-    """The value that stands beside an asked key, among n pairs of random keys and values.
+    """Find the value of an asked key among n pairs of random keys and values.
 
     A key is 4 symbols out of 16, a value one out of 16, and no key is twice in a table. Training tables have 16 to 64
     pairs, padded to 64; test tables up to 4,096, where about 4 keys differ from the asked one in a single place.
@@ -53,9 +53,9 @@ class Recall(Task):
 
 
 def _tables(lengths: Tensor, longest: int, random: torch.Generator) -> Batch:
-    """One table a row of `lengths`, each padded to `longest` pairs."""
+    """Draw one table a row of `lengths`, each padded to `longest` pairs."""
     size = lengths.shape[0]
-    # Sorted numbers, each raised by its rank, are distinct; then they are shuffled.
+    # Sorted numbers, each raised by its rank, are distinct; then shuffle them.
     drawn = torch.randint(_SYMBOLS**_PLACES - longest + 1, (size, longest), generator=random).sort(dim=1).values
     shuffled = torch.rand(size, longest, generator=random).argsort(dim=1)
     codes = (drawn + torch.arange(longest)).gather(1, shuffled)  # [B, longest]

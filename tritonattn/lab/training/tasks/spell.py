@@ -20,7 +20,7 @@ _LONGEST = 10  # "three hundred seventy three thousand three hundred seventy thr
 
 
 def spelled(number: int) -> list[str]:
-    """1407 is one thousand four hundred seven; of numbers from 0 to 999,999."""
+    """Spell a number from 0 to 999,999: 1407 is one thousand four hundred seven."""
     if number < 20:
         return [ONES[number]]
     for size, word in ((1000, "thousand"), (100, "hundred")):
@@ -30,12 +30,12 @@ def spelled(number: int) -> list[str]:
 
 
 class Spell(Task):
-    """Digits of a number to its English words: lengths vary from 1 to 6 and from 2 to 10, in padded batches.
+    """Write a number's digits in English words: lengths vary from 1 to 6 and from 2 to 10, in padded batches.
 
-    Every number whose remainder by 11 is 3 is held out; a length is as likely as another.
+    Every number that is 3 modulo 11 is held out; all lengths are equally likely.
 
-    exact   share of held-out numbers with every word right. A greedy decoder gives the same words: where all are right
-            after right ones, they are its own.
+    exact   share of held-out numbers with every word right. A word is predicted after right ones; where all are right,
+            a greedy decoder writes the same words.
     words   share of right words after right ones
     """
 
@@ -65,12 +65,12 @@ class Spell(Task):
 
 
 def _numbers(size: int, random: torch.Generator, *, held_out: bool) -> Tensor:
-    """[size], of both parts that asked for."""
+    """Draw numbers [size] of the training part or of the held-out one."""
     digits = torch.randint(1, _DIGITS + 1, (size,), generator=random)
     lowest = torch.where(digits == 1, 0, 10 ** (digits - 1))
     within = torch.rand(size, generator=random, dtype=torch.float64) * (10**digits - lowest - 1)
     numbers = lowest + within.long()
-    if held_out:  # the next that belongs, or the one before where that has a digit more
+    if held_out:  # the next one held out, or the one before where the next has a digit more
         numbers = numbers + (3 - numbers) % 11
         return torch.where(numbers < 10**digits, numbers, numbers - 11)
     return torch.where(numbers % 11 == 3, numbers + 1, numbers)

@@ -16,10 +16,10 @@ _BYTES = 128  # the book is plain ASCII
 
 
 class Text(Task):
-    """Next bytes of Alice's Adventures in Wonderland, from up to 128 before; the last tenth is held out.
+    """Predict bytes of Alice's Adventures in Wonderland from up to 128 before; the last tenth is held out.
 
     loss_<n>   nats a byte on the held-out tenth, at the last 64 positions of windows of n bytes, which all end alike:
-               n = 128 as in training, and 256 and 512, with contexts that training never had
+               n = 128 as in training, and 256 and 512, with contexts longer than in training
     """
 
     name, metric, higher_is_better = "text", "loss_128", False
