@@ -1,0 +1,29 @@
+"""The pictures of the documents show what was recorded, or what the library computes."""
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+
+from docs.figures import masks, recall
+
+
+@pytest.mark.parametrize("theme", recall.THEMES)
+def test_every_mode_is_drawn_with_its_value(theme):
+    (axes,) = recall.draw(theme).axes
+    texts = [text.get_text() for text in axes.texts]
+    for mode, by_length in recall.recalls().items():
+        assert f"{mode}  {by_length[4096].mean:.0%}" in texts
+        assert any(list(line.get_ydata()) == [one.mean for one in by_length.values()] for line in axes.lines)
+    assert "train-compare --tasks recall --seeds 5" in recall.source()
+
+
+def test_the_masks_are_those_of_their_titles():
+    seen = {title: masks.visible(**arguments) for title, arguments in masks.CALLS.items()}
+    i, j = torch.arange(8)[:, None], torch.arange(8)
+    assert torch.equal(seen["causal=True"], j <= i)
+    assert torch.equal(seen["window=(2, 0)"], (i - 2 <= j) & (j <= i))
+    assert torch.equal(seen["key_lengths=[5]"], (j < 5).expand(8, 8))
+    counts = [[int(text.get_text()) for text in axes.texts if text.get_text() != "n"] for axes in masks.draw().axes]
+    assert counts == [one.sum(1).tolist() for one in seen.values()]
