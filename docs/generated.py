@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "perf/results"
-_PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -128,12 +128,12 @@ def renewed(text: str, known: dict[str, str]) -> str:
             known[name] = PARTS[name]()
         return f"{found[1]}{known[name]}{found[3]}"
 
-    return _PART.sub(part, text)
+    return PART.sub(part, text)
 
 
 def documents() -> list[Path]:
     files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return [file for file in files if _PART.search(file.read_text(encoding="utf-8"))]
+    return [file for file in files if PART.search(file.read_text(encoding="utf-8"))]
 
 
 def main() -> int:

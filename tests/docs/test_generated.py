@@ -9,7 +9,7 @@ from docs import generated
 STORED = {
     found[2]: (file, found[0])
     for file in generated.documents()
-    for found in generated._PART.finditer(file.read_text(encoding="utf-8"))
+    for found in generated.PART.finditer(file.read_text(encoding="utf-8"))
 }
 
 
