@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tritonattn.core.provenance import Environment
-from tritonattn.tuner.timing import Contestant, Timing, card_state, take_turns
+from tritonattn.tuner.timing import Contestant, Timing, card_state, median_ratio, take_turns
 
 from .records import Axis, Record
 
@@ -145,8 +144,7 @@ class Contest:
         )
         if self.baseline not in taken:
             return times
-        theirs = taken[self.baseline]
-        ratio = statistics.median(a / (b / self.calls) for a, b in zip(milliseconds, theirs, strict=True))
+        ratio = median_ratio(taken[record.contestant], taken[self.baseline])
         return replace(times, ratio=ratio, baseline=self.baseline)
 
 

@@ -20,7 +20,7 @@ from tritonattn.core.provenance import Environment
 from tritonattn.core.records import write_json
 from tritonattn.core.tables import table
 from tritonattn.core.visibility import Visibility
-from tritonattn.tuner.timing import Contestant, take_turns
+from tritonattn.tuner.timing import Contestant, median_ratio, take_turns
 
 from .options import command_line
 
@@ -127,13 +127,12 @@ def measure(options: argparse.Namespace) -> list[dict]:
         memory = {name: peak_memory(case, name, options.length, options.threads) for name in compared}
         baseline = next(iter(compared))
         for name in compared:
-            ratios = [ours / theirs for ours, theirs in zip(taken[name], taken[baseline], strict=True)]
             records.append(
                 {
                     "case": case,
                     "attention": name,
                     "median_ms": statistics.median(taken[name]),
-                    "time_ratio": statistics.median(ratios),
+                    "time_ratio": median_ratio(taken[name], taken[baseline]),
                     "peak_mib": memory[name] / 2**20,
                     "memory_ratio": memory[name] / memory[baseline],
                 }

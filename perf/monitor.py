@@ -19,7 +19,7 @@ from tritonattn.core.provenance import Environment
 from tritonattn.core.records import write_json
 from tritonattn.core.tables import table
 from tritonattn.huggingface import patch
-from tritonattn.tuner.timing import Contestant, take_turns
+from tritonattn.tuner.timing import Contestant, median_ratio, take_turns
 
 from .options import command_line
 
@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     return {
         name: {
             "median_ms": statistics.median(times),
-            "time_ratio": statistics.median(ours / theirs for ours, theirs in zip(times, plain, strict=True)),
+            "time_ratio": median_ratio(times, plain),
         }
         for name, times in taken.items()
     }

@@ -46,7 +46,7 @@ class Chart:
     ylabel: str
     y: Callable[[Record], float | None]
     panels: tuple[str, ...]
-    label: Callable[[Record], str]
+    label: Callable[[Record], str] = implementation
     x: str = "length"
     limits: Callable[[list[Record], dict[str, Record]], dict[str, Points]] = lambda records, ceilings: {}
     errors: bool = False
@@ -60,8 +60,8 @@ def _overhead(record: Record) -> float | None:
     return None if record.ratio is None or record.contestant == record.baseline else 100 * (record.ratio - 1)
 
 
-def _contestant(record: Record) -> str:
-    return record.contestant
+def _bandwidth(record: Record) -> float | None:
+    return None if record.contestant == COPY else record.gbps
 
 
 def _roofline(records: list[Record], ceilings: dict[str, Record]) -> dict[str, Points]:
@@ -79,73 +79,25 @@ def _copy(records: list[Record], ceilings: dict[str, Record]) -> dict[str, Point
     return {"copy": dict.fromkeys((r.axes["length"] for r in records), ceilings[COPY].gbps)}
 
 
-_SHAPE = ("head_dim", "dtype", "causal")
+def _error(record: Record) -> float | None:
+    return record.error or None
+
+
+_PASSES = ("forward", "backward")
+_SHAPE, _PACKED = ("head_dim", "dtype", "causal"), ("head_dim", "dtype", "passes", "scaling")
 CHARTS = (
-    *(
-        Chart(
-            f"{suite}_tflops",
-            suite,
-            "TFLOP/s",
-            lambda r: r.tflops,
-            (*_SHAPE, "scaling"),
-            implementation,
-            limits=_roofline,
-        )
-        for suite in ("forward", "backward")
-    ),
-    *(
-        Chart(f"{suite}_ratio", suite, "time over ours", _ratio_of_others, (*_SHAPE, "scaling"), implementation)
-        for suite in ("forward", "backward")
-    ),
-    Chart("cpu_ratio", "cpu", "time over plain SDPA", _ratio_of_others, (*_SHAPE, "passes"), _contestant),
+    *(Chart(f"{x}_tflops", x, "TFLOP/s", lambda r: r.tflops, (*_SHAPE, "scaling"), limits=_roofline) for x in _PASSES),
+    *(Chart(f"{x}_ratio", x, "time over ours", _ratio_of_others, (*_SHAPE, "scaling")) for x in _PASSES),
+    Chart("cpu_ratio", "cpu", "time over plain SDPA", _ratio_of_others, (*_SHAPE, "passes"), lambda r: r.contestant),
     Chart("overhead", "overhead", "% over sqrt_dim", _overhead, ("head_dim", "dtype", "passes"), lambda r: r.scaling),
-    Chart("scaling", "scaling", "time over ours", _ratio_of_others, _SHAPE, implementation, x="scaling"),
+    Chart("scaling", "scaling", "time over ours", _ratio_of_others, _SHAPE, x="scaling"),
+    Chart("decode", "decode", "GB/s", _bandwidth, ("head_dim", "dtype", "paged", "scaling"), limits=_copy),
+    Chart("varlen", "varlen", "time over padded", _ratio_of_others, _PACKED),
+    Chart("accuracy_by_count", "accuracy", "error, median of the scalings", _error, ("dtype", "keys"), errors=True),
     Chart(
-        "decode",
-        "decode",
-        "GB/s",
-        lambda r: None if r.contestant == COPY else r.gbps,
-        ("head_dim", "dtype", "paged", "scaling"),
-        implementation,
-        limits=_copy,
+        "accuracy_by_scaling", "accuracy", "error, median of the cases", _error, ("dtype",), x="scaling", errors=True
     ),
-    Chart(
-        "varlen",
-        "varlen",
-        "time over padded",
-        _ratio_of_others,
-        ("head_dim", "dtype", "passes", "scaling"),
-        implementation,
-    ),
-    Chart(
-        "accuracy_by_count",
-        "accuracy",
-        "error, median of the scalings",
-        lambda r: r.error or None,
-        ("dtype", "keys"),
-        implementation,
-        errors=True,
-    ),
-    Chart(
-        "accuracy_by_scaling",
-        "accuracy",
-        "error, median of the cases",
-        lambda r: r.error or None,
-        ("dtype",),
-        implementation,
-        x="scaling",
-        errors=True,
-    ),
-    Chart(
-        "accuracy_by_keys",
-        "accuracy",
-        "error, median of the scalings",
-        lambda r: r.error or None,
-        ("dtype",),
-        implementation,
-        x="keys",
-        errors=True,
-    ),
+    Chart("accuracy_by_keys", "accuracy", "error, median of the scalings", _error, ("dtype",), x="keys", errors=True),
 )
 
 

@@ -177,13 +177,6 @@ def test_lines_that_are_no_records_are_named_and_skipped(tmp_path, capsys):
     assert named == [f"{tmp_path / 'a'}:{number}" for number in range(1, 6)]
 
 
-@pytest.mark.parametrize("before", ["", "torn"])
-def test_a_line_that_was_torn_is_ended(before, tmp_path):
-    (tmp_path / "a").write_text(before)
-    ResultsFile(tmp_path / "a", HERE).append([OURS])
-    assert (tmp_path / "a").read_text() == (before and before + "\n") + json.dumps(OURS.values()) + "\n"
-
-
 def chart(name):
     return next(one for one in CHARTS if one.name == name)
 

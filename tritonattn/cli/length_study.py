@@ -17,25 +17,24 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add_model(parser, "all of Alice in Wonderland")
-    parser.add_argument(
+    add(
         "--modes",
         type=names,
         metavar="A,B",
         help=f"{WRITTEN_MODE} (default: sqrt_dim, sqrt_dim*1.08, qwen_logn:CONTEXT, qwen_logn:2048, "
         "log_key_count:CONTEXT, llama4, key_norm_mean)",
     )
-    parser.add_argument(
+    add(
         "--max-tokens",
         type=at_least("--max-tokens", 2),
         metavar="N",
         help="default: one and a half times the trained context",
     )
-    parser.add_argument(
-        "--bin", type=at_least("--bin", 2), metavar="N", help="positions averaged (default: a 24th of the tokens)"
-    )
-    parser.add_argument("--quick", action="store_true", help="384 tokens, to see that it works")
-    parser.add_argument("--out", type=Path, default=Path("length-study"), metavar="DIR", help="default: %(default)s")
+    add("--bin", type=at_least("--bin", 2), metavar="N", help="positions averaged (default: a 24th of the tokens)")
+    add("--quick", action="store_true", help="384 tokens, to see that it works")
+    add("--out", type=Path, default=Path("length-study"), metavar="DIR", help="default: %(default)s")
 
 
 def run(options: argparse.Namespace) -> int:

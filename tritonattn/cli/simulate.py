@@ -22,43 +22,35 @@ _QUICK_COUNTS, _QUICK_DIMS = (2, 32, 1024), (64, 16, 256)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     modes, kinds = tuple(SCALINGS), tuple(DISTRIBUTIONS)
-    parser.add_argument(
-        "--parts", type=chosen("--parts", PARTS), default=",".join(PARTS), metavar="A,B", help="default: %(default)s"
-    )
-    parser.add_argument(
+    add("--parts", type=chosen("--parts", PARTS), default=",".join(PARTS), metavar="A,B", help="default: %(default)s")
+    add(
         "--modes",
         type=chosen("--modes", modes),
         default=modes,
         metavar="A,B",
         help="scalings to measure (default: all)",
     )
-    parser.add_argument(
-        "--counts",
-        type=numbers("--counts", 2, 1 << 20),
-        metavar="A,B",
-        help="numbers of keys (default: 2 to 65536)",
-    )
-    parser.add_argument(
+    add("--counts", type=numbers("--counts", 2, 1 << 20), metavar="A,B", help="numbers of keys (default: 2 to 65536)")
+    add(
         "--dims",
         type=numbers("--dims", 1, 1 << 12),
         metavar="A,B",
         help="head dimensions, the one for all kinds of keys first (default: 64, 16 to 512)",
     )
-    parser.add_argument(
+    add(
         "--keys",
         type=chosen("--keys", kinds),
         default=kinds,
         metavar="A,B",
         help="kinds of keys (default: all; see docs/simulation.md)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--device", type=device, default="cpu", help="where to compute, e.g. cuda (default: %(default)s)"
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer numbers, dimensions and sequences: half a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="also draw the pictures, into this folder")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--device", type=device, default="cpu", help="where to compute, e.g. cuda (default: %(default)s)")
+    add("--quick", action="store_true", help="fewer numbers, dimensions and sequences: half a minute")
+    add("--json", type=Path, metavar="FILE", help="also write every figure as JSON")
+    add("--plot", type=Path, metavar="DIR", help="also draw the pictures, into this folder")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -17,32 +17,22 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tasks", type=names, default="text,digits,spell,recall", metavar="A,B", help="default: %(default)s"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--tasks", type=names, default="text,digits,spell,recall", metavar="A,B", help="default: %(default)s")
+    add(
         "--modes",
         type=names,
         metavar="A,B",
         help="modes, learned scalings (ssmax, power_law, ...), and modes with a learned gain a head (key_count+gain); "
         "default: nine of them, or with --grid sqrt_dim,key_norm_sum+gain",
     )
-    parser.add_argument(
-        "--seeds",
-        type=at_least("--seeds", 2),
-        metavar="N",
-        help="at least 2 (default: 5; 2 with --quick or --grid)",
-    )
-    parser.add_argument(
-        "--steps", type=at_least("--steps", 1), metavar="N", help="of every run (default: each task's own)"
-    )
-    parser.add_argument("--grid", action="store_true", help="two modes with several optimizers, rates and decays")
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
-    parser.add_argument("--report", action="store_true", help="train nothing: tables and plots of the folder's runs")
-    parser.add_argument("--out", type=Path, default=Path("train-compare"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument(
-        "--device", type=device, default="cpu", help="where models train, e.g. cuda (default: %(default)s)"
-    )
+    add("--seeds", type=at_least("--seeds", 2), metavar="N", help="at least 2 (default: 5; 2 with --quick or --grid)")
+    add("--steps", type=at_least("--steps", 1), metavar="N", help="of every run (default: each task's own)")
+    add("--grid", action="store_true", help="two modes with several optimizers, rates and decays")
+    add("--quick", action="store_true", help="a few steps of everything, to see that it works")
+    add("--report", action="store_true", help="train nothing: tables and plots of the folder's runs")
+    add("--out", type=Path, default=Path("train-compare"), metavar="DIR", help="default: %(default)s")
+    add("--device", type=device, default="cpu", help="where models train, e.g. cuda (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:

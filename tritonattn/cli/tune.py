@@ -15,24 +15,21 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kernels", default="forward,grad_key_value,grad_query,decode", metavar="A,B")
-    parser.add_argument("--head-dims", default="64,80,96,128,192,256", metavar="A,B")
-    parser.add_argument(
-        "--dtypes", default="bf16", metavar="A,B", help="bf16,fp16: what configs are timed in; an entry serves both"
-    )
-    parser.add_argument("--lengths", default="short,long", metavar="A,B", help="at most 1024 tokens, and more")
+    add = parser.add_argument
+    add("--kernels", default="forward,grad_key_value,grad_query,decode", metavar="A,B")
+    add("--head-dims", default="64,80,96,128,192,256", metavar="A,B")
+    add("--dtypes", default="bf16", metavar="A,B", help="bf16,fp16: what configs are timed in; an entry serves both")
+    add("--lengths", default="short,long", metavar="A,B", help="at most 1024 tokens, and more")
     after = "begin no search, nor an architecture's tables, after so long"
-    parser.add_argument("--budget", type=float, metavar="MINUTES", help=after)
-    parser.add_argument(
+    add("--budget", type=float, metavar="MINUTES", help=after)
+    add(
         "--static",
         type=lambda text: names(text) or ("",),
         metavar="A,B",
         help="h100, sm_90, ..., all: rank by a model instead; needs no GPU",
     )
-    parser.add_argument("--write", action="store_true", help="write into autotune_cache/, not the user's folder")
-    parser.add_argument(
-        "--workers", type=int, default=usable_cores(), metavar="N", help="processes that compile (default: one a core)"
-    )
+    add("--write", action="store_true", help="write into autotune_cache/, not the user's folder")
+    add("--workers", type=int, default=usable_cores(), metavar="N", help="processes that compile (default: one a core)")
 
 
 def run(options: argparse.Namespace) -> int:

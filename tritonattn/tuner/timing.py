@@ -39,6 +39,11 @@ class Timing:
         return cls(statistics.median(milliseconds), lower, upper, len(milliseconds))
 
 
+def median_ratio(times: list[float], baseline: list[float]) -> float:
+    """Compute the median of the rounds' ratios, so that noise of a whole round cancels."""
+    return statistics.median(ours / theirs for ours, theirs in zip(times, baseline, strict=True))
+
+
 def take_turns(
     contestants: Mapping[str, Contestant],
     device: torch.device,

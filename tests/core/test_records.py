@@ -1,0 +1,47 @@
+"""JSON lines: appended whole, read again after an interruption."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import pytest
+
+from tritonattn.core import records
+
+
+@pytest.mark.parametrize("before", ["", '{"a": 1}\n', '{"a": 1}\n{"to'])
+def test_a_torn_line_is_ended_before_others_follow(before, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(before)
+    records.append(file, [{"a": 2}, {"a": 3}])
+    ended = before if before.endswith("\n") or not before else f"{before}\n"
+    assert file.read_text() == f'{ended}{{"a": 2}}\n{{"a": 3}}\n'
+
+
+def test_a_write_in_parts_is_completed(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data)[:7]))
+    records.append(tmp_path / "a.jsonl", [{"step": 2, "loss": 1.5}])
+    assert json.loads((tmp_path / "a.jsonl").read_text()) == {"step": 2, "loss": 1.5}
+
+
+def test_other_lines_are_named_and_skipped(tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"a": 1}\n[]\n{"b": 2}\n{"a": 3}\n{"a')
+    assert records.read(file, lambda values: values["a"], "a record") == [1, 3]
+    named = capsys.readouterr().err.splitlines()
+    assert [line.split(": expected a record, skipped: ")[0] for line in named] == [f"{file}:{n}" for n in (2, 3, 5)]
+
+
+def test_no_file_has_no_records(tmp_path):
+    assert records.read(tmp_path / "none.jsonl", dict, "a record") == []
+
+
+def test_figures_are_rounded_and_those_that_are_not_finite_become_null(tmp_path):
+    x = {"a": [math.nan, -math.inf, 1.23456], "b": (1, "c", True)}
+    assert records.for_json(x, digits=3) == {"a": [None, None, 1.23], "b": [1, "c", True]}
+    assert records.for_json(x)["a"][2] == 1.23456
+    records.write_json(tmp_path / "a.json", x, digits=2)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, None, 1.2], "b": [1, "c", True]}
