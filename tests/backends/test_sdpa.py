@@ -10,6 +10,7 @@ import tritonattn
 from tests.backends.test_cpu import make_call, output_gradients, run_reference, tensors_of
 from tests.support.bound import BAND, PYTORCH_GRADIENT_BAND, assert_within_bound
 from tests.support.masks import MASKS
+from tests.support.pairs import in_turn, pairwise
 from tests.support.versions import TORCH
 from tests.support.watch import Watch
 from tritonattn.backends.cpu import sdpa
@@ -74,19 +75,14 @@ def check(call):
         assert_within_bound(result, exact[name], eager[name], call.q.dtype, name=name, band=band_of(name))
 
 
-def _lengths_and_heads() -> list:
-    """(length, kv_heads): all of them; the length of several of PyTorch's blocks is quick with one number of heads."""
-    return [
-        pytest.param(*case, marks=() if case[0] < 600 or case[1] == 2 else pytest.mark.slow)
-        for case in itertools.product([17, 130, 600], [1, 2, 4])
-    ]
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("length", "kv_heads"), _lengths_and_heads())
-def test_is_the_reference(causal, scaled, dtype, length, kv_heads):
+@pairwise(
+    length=[17, 130, 600],
+    kv_heads=[1, 2, 4],
+    dtype=[torch.float64, torch.float32, torch.float16, torch.bfloat16],
+    scaled=[False, True],
+    causal=[False, True],
+)
+def test_is_the_reference(length, kv_heads, dtype, scaled, causal):
     scale = 0.25
     if scaled:  # in fp32 sharper rows are under the README's Limits
         scale = 0.05 if dtype == torch.float32 else 0.1
@@ -108,8 +104,10 @@ def test_a_lone_key(q_len, dtype):
         assert gradient.abs().max() <= 64 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("head_dims", [(1, 1), (3, 16), (16, 3), (37, 37), (96, 64), (64, 128), (200, 256), (256, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@in_turn(
+    head_dims=[(1, 1), (3, 16), (16, 3), (37, 37), (96, 64), (64, 128), (200, 256), (256, 1)],
+    dtype=[torch.float32, torch.float16, torch.bfloat16],
+)
 def test_head_dims(head_dims, dtype):
     dim, value_dim = head_dims
     check(
@@ -209,9 +207,7 @@ def test_supports_no_extras_and_nothing_empty(extra):
     assert not sdpa.supports(make_call(**extra))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17])
+@pairwise(length=[1, 2, 15, 16, 17], causal=[False, True], dtype=[torch.float32, torch.bfloat16, torch.float64])
 def test_nan_that_a_row_sees_is_in_its_results(length, causal, dtype):
     """Of fewer than 16 keys PyTorch's kernel makes 0 of it, or what was in memory."""
     visible = torch.ones(length, length, dtype=torch.bool).tril(0 if causal else length)
@@ -255,9 +251,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("step", [1, 2, 31])
-@pytest.mark.parametrize("name", ["q", "k", "v"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pairwise(dtype=[torch.float32, torch.bfloat16], name=["q", "k", "v"], step=[1, 2, 31])
 def test_rows_that_overlap(dtype, name, step):
     """Windows that slide along a sequence, as `unfold` makes them."""
     call = make_call(dtype, kv_heads=4, q_len=16, k_len=16, dim=32, value_dim=32, scaled=False, scale=0.25)
@@ -266,10 +260,12 @@ def test_rows_that_overlap(dtype, name, step):
     check(dataclasses.replace(call, **{name: long.as_strided(x.shape, (*long.stride()[:2], step, 1))}))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kv_heads", [1, 4])
-@pytest.mark.parametrize("head_dims", [(16, 16), (1, 1), (16, 8), (8, 16)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pairwise(
+    layout=LAYOUTS,
+    kv_heads=[1, 4],
+    head_dims=[(16, 16), (1, 1), (16, 8), (8, 16)],
+    dtype=[torch.float32, torch.bfloat16, torch.float64],
+)
 def test_never_leaves_the_fast_kernel(layout, kv_heads, head_dims, dtype):
     dim, value_dim = head_dims
     call = make_call(dtype, kv_heads=kv_heads, q_len=512, k_len=512, dim=dim, value_dim=value_dim, causal=True)

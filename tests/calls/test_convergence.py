@@ -7,7 +7,6 @@ import pytest
 from tests.support.convergence import BAND, MODES, losses
 
 STEPS = 30
-CAUGHT = ("sqrt_dim", "key_norm_sum", "learned_cosine")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -15,15 +14,7 @@ def test_the_cpu_path_follows_the_reference(mode):
     assert_follows(mode, STEPS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-def test_the_cpu_path_follows_the_reference_until_it_has_converged(mode):
-    assert_follows(mode, 300)
-
-
-@pytest.mark.parametrize(
-    "mode", [mode if mode in CAUGHT else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES]
-)
+@pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_sum", "learned_cosine"])
 def test_a_backward_pass_with_another_scale_leaves_the_band(mode):
     sound, faulty = (losses(mode, "sdpa", STEPS, fault=fault) for fault in (1.0, 1.1))
     assert (sound - faulty).abs().max() > 5 * BAND

@@ -102,18 +102,6 @@ def test_compile_dynamic_shapes_do_not_recompile(masks):
             assert_same_gradients(compiled, partial(objective, **masks), operands(length=length))
 
 
-def test_compile_dynamic_shapes_of_a_mask():
-    def total(q, k, mask):
-        return tritonattn.attention(q, k, k, scaling="key_norm_sum", mask=mask).sum()
-
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager", dynamic=True)
-    for batch, q_len, k_len in ((1, 6, 15), (2, 7, 17)):
-        q = torch.randn(batch, 2, q_len, 8, requires_grad=True)
-        k = torch.randn(batch, 2, k_len, 8, requires_grad=True)
-        mask = torch.rand(batch, 1, q_len, k_len) > 0.3
-        assert_same_gradients(partial(compiled, mask=mask), partial(total, mask=mask), (q, k))
-
-
 def test_compile_under_autocast_and_with_dropout():
     def function(q, k, v, gain):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -133,13 +121,6 @@ def test_compile_with_one_tensor_as_every_operand(masks):
         return tritonattn.attention(x, x, x, scaling="key_norm_sum", **masks).square().sum()
 
     assert_same_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), function, (x,))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_max"])
-def test_inductor(scaling):
-    function = partial(objective, scaling=scaling, window=(3, 0))
-    assert_same_gradients(torch.compile(function, fullgraph=True), function, operands())
 
 
 @in_turn(scaling=["sqrt_dim", "key_count", "key_norm_sum"], window=[(20, 0), (20, None), (None, 20)])

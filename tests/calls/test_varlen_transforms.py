@@ -85,13 +85,6 @@ def test_compile_once_for_any_lengths():
             assert_same_gradients(partial(compiled, **given), partial(function, **given), leaves)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_max"])
-def test_inductor(scaling):
-    function = partial(objective, scaling=scaling, causal=True)
-    assert_same_gradients(torch.compile(function, fullgraph=True), function, operands())
-
-
 def test_compile_under_autocast_and_with_dropout():
     def function(*leaves):
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -89,12 +89,3 @@ def test_nan_that_a_row_sees_is_in_its_results(name, softcap, emulate):
     assert torch.equal(out.isnan(), nan[:, None].expand_as(out))
     for statistic in aux:
         assert torch.equal(statistic.isnan(), nan.expand_as(statistic))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("gpu", "case"), EVERYTHING, ids=str)
-def test_every_pair_of_choices(gpu, case, emulate):
-    executor = emulate(gpu)
-    case.check()
-    if gpu.descriptors and case.mask == "full" and case.lengths[1] >= 130 and case.dims != (17, 40):
-        assert executor.executed("tma") > 0

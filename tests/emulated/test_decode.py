@@ -147,11 +147,3 @@ def test_few_rows_of_attention(count, capability, emulate):
     found = attention(*padded_ones, **masks, scaling="key_norm_mean", backend="triton")
     assert_within_bound(found, exact, eager, BFLOAT)
     assert executor.launched[-2:] == ["attention_decode", "combine_splits"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("gpu", "case"), EVERYTHING, ids=str)
-def test_every_pair_of_choices(gpu, case, emulate):
-    executor = emulate(gpu)
-    case.check()
-    assert "combine_splits" in executor.launched or case.window == (90, 0)

@@ -100,13 +100,3 @@ def test_keys_that_few_of_many_rows_see(capability, emulate):
         key_ranges[1, row] = torch.tensor([150 - hi, 150])
     visibility = Visibility.of(torch.empty(2, 1, 2100, 16), torch.empty(2, 1, 150, 16), key_ranges=key_ranges)
     assert torch.equal(ranges.seen_keys(visibility), visibility.dense().any(2))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 192, 256])
-def test_head_dims(head_dim, dtype, capability, emulate):
-    emulate(GPU(capability))
-    for k_len, some_unseen in ((150, False), (37, True)):
-        check(dtype, head_dim, k_len, some_unseen)

@@ -99,12 +99,3 @@ def test_varlen(gpu, case, emulate):
     executor = emulate(gpu, case.tiles)
     case.check()
     assert (executor.executed("tma") > 0) == gpu.descriptors
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("gpu", "case"), EVERYTHING, ids=str)
-def test_every_pair_of_choices(gpu, case, emulate):
-    executor = emulate(gpu)
-    case.check()
-    if gpu.descriptors and case.mask == "full":
-        assert executor.executed("tma") > 0

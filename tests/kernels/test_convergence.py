@@ -10,7 +10,6 @@ pytestmark = pytest.mark.usefixtures("small_tiles")
 
 SIZES = {"batch": 1, "length": 18, "heads": 1, "rate": 0.5}  # two tiles of keys
 STEPS = 3
-CAUGHT = ("sqrt_dim", "power_law")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -19,18 +18,7 @@ def test_the_kernels_follow_the_reference(mode, device):
     assert (got - wanted).abs().max() < BAND
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-def test_the_kernels_follow_the_reference_for_long(mode, device):
-    sizes = SIZES | {"rate": 0.1}  # at 0.5 some modes diverge in the end, and their exponentials overflow
-    wanted, got = (losses(mode, backend, 60, device=device, **sizes) for backend in ("reference", "triton"))
-    assert wanted[-1] < 0.8 * wanted[0]
-    assert (got - wanted).abs().max() < BAND
-
-
-@pytest.mark.parametrize(
-    "mode", [mode if mode in CAUGHT else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES]
-)
+@pytest.mark.parametrize("mode", ["sqrt_dim", "power_law"])
 def test_a_backward_pass_with_another_scale_leaves_the_band(mode, device):
     wanted = losses(mode, "reference", STEPS, device=device, **SIZES)
     got = losses(mode, "triton", STEPS, device=device, fault=1.1, **SIZES)

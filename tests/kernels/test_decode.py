@@ -9,6 +9,7 @@ import torch
 
 from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
+from tests.support.pairs import pairwise
 from tests.support.watch import Watch
 from tritonattn import attention, attention_decode
 from tritonattn.backends import triton as triton_backend
@@ -18,6 +19,7 @@ from tritonattn.core.decode_call import Cache, DecodeCall
 from tritonattn.scaling import SCALINGS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KINDS = ("sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine")
 # With 16 keys a block and 4 blocks in the shortest split: up to 3 splits.
 LENGTH, CAPACITY = 150, 171
 
@@ -52,16 +54,16 @@ def _check(
         torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("page", [None, 16, 23], ids=["contiguous", "page 16", "page 23"])
-@pytest.mark.parametrize("count", [1, 5])
+@pairwise(dtype=DTYPES, page=[None, 16, 23], count=[1, 5])
 def test_dtypes_layouts_and_new_tokens(dtype, page, count, device):
     _check(dtype, device, page=page, count=count, scaling="cosine")
 
 
-@pytest.mark.parametrize("mode", SCALINGS)
-@pytest.mark.parametrize("statistics", [True, False], ids=["statistics", "keys"])
-def test_every_mode(mode, statistics, device):
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize(
+    "mode", ["sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine"]
+)
+def test_every_kind_of_mode(mode, statistics, device):
     _check(torch.float32, device, scaling=mode, statistics=statistics, page=19, count=2, window=(80, None))
 
 
@@ -269,7 +271,7 @@ def test_the_launch_depends_on_shapes_only(device, monkeypatch):
     assert grids[: len(grids) // 2] == grids[len(grids) // 2 :]
 
 
-@pytest.mark.parametrize("mode", SCALINGS)
+@pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_max", "cosine"])
 def test_nothing_waits_for_the_device(mode, device, monkeypatch):
     """Where values are not read, as on a GPU, neither an append nor a step asks for one."""
     for module in ("checks", "decode_checks", "key_statistics"):

@@ -10,6 +10,7 @@ import torch
 import tritonattn
 from tests.kernels import harness
 from tests.support.packed import Packed
+from tests.support.pairs import in_turn
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -28,8 +29,7 @@ def attend(packed: Packed, device: torch.device):
     return partial(tritonattn.attention_varlen, **packed.arguments(device))
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_sum"])
+@in_turn(scaling=["sqrt_dim", "key_norm_sum", "key_norm_sum"], mask=MASKS)
 def test_masks(scaling, mask, device):
     tensors = harness.packed_inputs(PACKED, torch.float32, device, scales=("gain",))
     harness.check(tensors, attend(PACKED, device), scaling=scaling, **MASKS[mask])

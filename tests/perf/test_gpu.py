@@ -37,9 +37,9 @@ def test_the_order_of_worth_is_that_of_the_issue():
     assert names("cuda") == names("cpu") == wanted
 
 
-@pytest.mark.parametrize("name", [name for name in names("cpu") if name not in ("report", "plots")])
-def test_every_phase(name, tmp_path, monkeypatch, capsys):
-    phases = gpu.phases("cpu", tmp_path, "tests/kernels/test_key_statistics.py")
+@pytest.mark.parametrize("name", ["environment", "correctness", "soak", "tuning", "forward"])
+def test_phases(name, tmp_path, monkeypatch, capsys):
+    phases = gpu.phases("cpu", tmp_path, "tests/kernels/test_config_in_use.py")
     short = [replace(one, command=(*one.command, "--minutes", "0.02"), limit=None) for one in phases]
     monkeypatch.setattr(gpu, "phases", lambda *_: short if name == "soak" else phases)
     main(["gpu", "--device", "cpu", "--minutes", "5", "--out", str(tmp_path), "--phases", name])
@@ -149,28 +149,23 @@ def test_nothing_is_imported_that_a_gpu_machine_lacks(folder):
     assert missing == []
 
 
-def correctness(folder, *options):
-    main(["correctness", str(folder), "--processes", "2", *options])
+def correctness(folder, processes=1):
+    main(["correctness", str(folder), "--processes", str(processes)])
 
 
-def test_every_test_of_the_kernels_is_dealt_out_once(tmp_path, capsys):
-    (tmp_path / "test_a.py").write_text("import pytest\n\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n): ...")
-    correctness(tmp_path)
-    found = re.findall(r"test_it\[(\d)\] PASSED", capsys.readouterr().out)
-    assert sorted(found) == ["0", "1", "2"]
-
-
-def test_failures_and_files_that_cannot_be_read_fail_and_warnings_do_not(tmp_path, capsys):
+def test_tests_are_dealt_out_once_and_failures_fail_and_warnings_do_not(tmp_path, capsys):
     (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
     (tmp_path / "test_a.py").write_text("import warnings\n\ndef test_it():\n    warnings.warn('of another version')\n")
     (tmp_path / "test_b.py").write_text("def test_it():\n    assert False\n")
     (tmp_path / "test_c.py").write_text("import missing\n")
+    (tmp_path / "test_d.py").write_text("import pytest\n\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n): ...")
     with pytest.raises(SystemExit, match="exit statuses of pytest: 1, 1"):
-        correctness(tmp_path)
+        correctness(tmp_path, processes=2)
     printed = capsys.readouterr().out
     assert "test_a.py::test_it PASSED" in printed  # all the same
     assert "test_b.py::test_it FAILED " in printed
     assert "No module named 'missing'" in printed
+    assert sorted(re.findall(r"test_it\[(\d)\] PASSED", printed)) == ["0", "1", "2"]
 
 
 def test_tests_that_are_all_skipped_show_nothing(tmp_path):

@@ -202,7 +202,6 @@ def test_overhead_in_percent_and_decoding_beside_a_copy():
     assert "paged" in panel.title
 
 
-@pytest.mark.slow
 def test_plots_and_reports_of_every_suite(tmp_path, capsys):
     file = tmp_path / "a.jsonl"
     suites = ",".join(name for name in SUITES if name != "accuracy")

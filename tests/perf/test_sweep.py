@@ -81,8 +81,6 @@ def _spoiled(attend):
     ("suite", "module", "name"),
     [
         ("forward", attention_cases, "attention"),
-        ("backward", attention_cases, "attention"),
-        ("cpu", attention_cases, "attention"),
         ("accuracy", attention_cases, "attention"),
         ("varlen", varlen_cases, "attention_varlen"),
         ("decode", decode_cases, "attention_decode"),

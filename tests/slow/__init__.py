@@ -1,0 +1,1 @@
+"""The long tail: `make test-slow` runs this folder, `make test` all others."""

@@ -1,0 +1,55 @@
+"""The emulated kernels in their default configs: every pair of choices, every head dim, every synchronisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tests.emulated import test_attention as attention
+from tests.emulated import test_decode as decode
+from tests.emulated import test_key_statistics as key_statistics
+from tests.emulated import test_synchronisation as synchronisation
+from tests.emulated import test_varlen as varlen
+from tests.emulated.executor import GPU, GPUS
+
+
+@pytest.mark.parametrize(("gpu", "case"), attention.EVERYTHING, ids=str)
+def test_attention(gpu, case, emulate):
+    executor = emulate(gpu)
+    case.check()
+    if gpu.descriptors and case.mask == "full" and case.lengths[1] >= 130 and case.dims != (17, 40):
+        assert executor.executed("tma") > 0
+
+
+@pytest.mark.parametrize(("gpu", "case"), decode.EVERYTHING, ids=str)
+def test_decode(gpu, case, emulate):
+    executor = emulate(gpu)
+    case.check()
+    assert "combine_splits" in executor.launched or case.window == (90, 0)
+
+
+@pytest.mark.parametrize(("gpu", "case"), varlen.EVERYTHING, ids=str)
+def test_varlen(gpu, case, emulate):
+    executor = emulate(gpu)
+    case.check()
+    if gpu.descriptors and case.mask == "full":
+        assert executor.executed("tma") > 0
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 192, 256])
+def test_head_dims_of_key_statistics(head_dim, dtype, capability, emulate):
+    emulate(GPU(capability))
+    for k_len, some_unseen in ((150, False), (37, True)):
+        key_statistics.check(dtype, head_dim, k_len, some_unseen)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
+@pytest.mark.parametrize("kernel", ["forward", "grad_query", "grad_key_value"])
+def test_no_synchronisation_can_be_left_out(kernel, gpu, emulate):
+    launches = synchronisation.launches_of(kernel, emulate(gpu, kind=synchronisation.Recorder))
+    missed = synchronisation.check(launches)
+    for kind, count in synchronisation.least(gpu).items():
+        assert missed[kind] >= count, f"{kind}: expected at least {count} to be missed, got {missed[kind]}"

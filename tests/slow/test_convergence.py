@@ -1,0 +1,13 @@
+"""A mini-model trained through the CPU path follows the reference's loss curve until it has converged."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.calls.test_convergence import assert_follows
+from tests.support.convergence import MODES
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_cpu_path_follows_the_reference_until_it_has_converged(mode):
+    assert_follows(mode, 300)
