@@ -201,6 +201,22 @@ def test_statistics_spare_the_old_keys(mode, page, window):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@every_mode
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_a_key_that_has_left_the_window_reaches_nothing(mode, value):
+    """A record of it, in lengths and sums, is in no result of the rows that no longer see it."""
+    q, k, v = sequences()
+    scaling, results = MODES[mode](), []
+    for spoilt in (1.0, value):
+        k[:, :, 2] = spoilt
+        cache = GrowingCache(k, v, 24, statistics=True)
+        cache.write([7, 12])
+        arguments = cache.arguments() | {"scaling": scaling, "window": (3, 0)}
+        results.append(attention_decode(cache.newest(q, 1), **arguments))
+        assert results[-1].isfinite().all()
+    assert torch.equal(*results)
+
+
 def _scales_of(query, cache, scaling, window):
     """What the scaling hands to the operator."""
     seen = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class KeyStatistics:
         length_maxima[b, h, j]   = max ||k[b, h, j']||, 0 at j = 0  [B, Hkv, capacity + 1]  `dtype`
         counts[b]                = c[b]                             [B]                     int64
 
-    What lies after c[b] is of no account. Sums over a window are differences, its maximum comes from the lengths.
+    What lies after c[b] is of no account. Sums and maxima over a window come from its lengths.
 
     Args:
         batch: B, the sequences of the cache.
@@ -278,9 +278,12 @@ class KeyStatistics:
 
 
 class CachedStatistics(Statistics):
-    """What `KeyStatistics` says of the keys that each row of `visibility` sees; k itself is not read.
+    """The row statistics of `visibility` from a `KeyStatistics` record; k itself is not read.
 
-    left   rows see at most left + 1 keys, or None
+    left   rows see at most left + 1 keys, or None for all before their own
+
+    Rows that see all keys before their own read the record's prefix sums and maxima. Rows of a window read the lengths
+    inside it: a difference of prefix sums would keep the NaN, inf or rounding of keys that have left the window.
     """
 
     def __init__(
@@ -294,20 +297,35 @@ class CachedStatistics(Statistics):
         return torch.where(self.visibility.seen_keys(), self._record.lengths, 0)
 
     def _length_sum(self) -> Tensor:
-        record = self._record
-        return self.visibility.sum_from_prefix(record.lengths, record.length_sums).to(record.lengths.dtype)
+        dtype = self._record.lengths.dtype
+        if self._left is None:
+            return self._at_row_ends(self._record.length_sums).to(dtype)
+        return self._in_windows().sum(-1, dtype=torch.float64).to(dtype)
 
     def _length_square_sum(self) -> Tensor:
-        return self.visibility.sum_from_prefix(self._record.lengths, self._record.square_sums)
+        if self._left is None:
+            return self._at_row_ends(self._record.square_sums)
+        return self._in_windows().double().square().sum(-1)
 
     def _length_max(self) -> Tensor:
-        lo, hi = (bound[:, None] for bound in self.visibility.ranges())  # [B, 1, Sq]
-        heads = self._record.lengths.shape[1]
         if self._left is None:
-            return self._record.length_maxima.gather(2, hi.expand(-1, heads, -1))
-        width = min(self._left + 1, self._record.capacity)
+            return self._at_row_ends(self._record.length_maxima)
+        return self._in_windows().amax(-1)
+
+    def _at_row_ends(self, prefix: Tensor) -> Tensor:
+        """The prefix [B, Hkv, capacity + 1] of each row's keys: [B, Hkv, Sq]."""
+        _, hi = self.visibility.ranges()  # [B, Sq]
+        return prefix.gather(2, hi[:, None].expand(-1, prefix.shape[1], -1))
+
+    def _in_windows(self) -> Tensor:
+        """Lengths of the keys that each row sees, and 0 in place of others: [B, Hkv, Sq, width]."""
+        return self._once("lengths_in_windows", self._lengths_in_windows)
+
+    def _lengths_in_windows(self) -> Tensor:
+        lo, hi = (bound[:, None] for bound in self.visibility.ranges())  # [B, 1, Sq]
+        record = self._record
+        width = min(cast(int, self._left) + 1, record.capacity)
         key = lo[..., None] + torch.arange(width, device=lo.device)  # [B, 1, Sq, width]
         seen = key < hi[..., None]
-        place = torch.where(seen, key, 0).flatten(2).expand(-1, heads, -1)
-        lengths = self._record.lengths.gather(2, place).unflatten(2, (-1, width))
-        return torch.where(seen, lengths, 0).amax(-1)
+        place = torch.where(seen, key, 0).flatten(2).expand(-1, record.lengths.shape[1], -1)
+        return torch.where(seen, record.lengths.gather(2, place).unflatten(2, (-1, width)), 0)
