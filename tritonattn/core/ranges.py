@@ -98,26 +98,26 @@ def sum_of_rows(
 
 
 def sum_over_ranges(
-    x: Tensor, prefix: Tensor | None, lo: Tensor, hi: Tensor, sorted_bounds: bool, scan: Callable[[Tensor], Tensor]
+    x: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool, scan: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Sum of x [B, H, Sk] over every range, from its prefix sums, or None: fp64 [B, H, Sq]. The gradient goes to x.
+    """Sum of x [B, H, Sk] over every range: fp64 [B, H, Sq].
 
     sorted_bounds and scan as in `sum_of_rows`.
     """
-    return apply(_RangeSum, x, prefix, lo, hi, sorted_bounds, scan)
+    return apply(_RangeSum, x, lo, hi, sorted_bounds, scan)
 
 
 class _RangeSum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, prefix, lo, hi, sorted_bounds, scan) -> Tensor:
-        prefix = scan(x) if prefix is None else prefix
+    def forward(x, lo, hi, sorted_bounds, scan) -> Tensor:
+        prefix = scan(x)
         return gather(prefix, hi) - gather(prefix, lo)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, _, lo, hi, ctx.sorted_bounds, ctx.scan = inputs
+        x, lo, hi, ctx.sorted_bounds, ctx.scan = inputs
         ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
         ctx.save_for_backward(lo, hi)
 
@@ -127,30 +127,25 @@ class _RangeSum(torch.autograd.Function):
         lo, hi = saved
         seeing = torch.where(hi > lo, g, 0)  # the factor of a row without keys may have an infinite slope
         d_x = sum_of_rows(seeing, lo, hi, ctx.k_len, ctx.sorted_bounds, ctx.scan)
-        return d_x.to(ctx.dtype), None, None, None, None, None
+        return d_x.to(ctx.dtype), None, None, None, None
 
 
-def sum_over_prefixes(
-    x: Tensor, prefix: Tensor | None, hi: Tensor | None, q_len: int, scan: Callable[[Tensor], Tensor]
-) -> Tensor:
+def sum_over_prefixes(x: Tensor, hi: Tensor | None, q_len: int, scan: Callable[[Tensor], Tensor]) -> Tensor:
     """`sum_over_ranges` where lo is 0 and hi does not fall along the Sq rows; None is hi[i] = i + 1 + Sk - Sq."""
-    return apply(_PrefixSums, x, prefix, hi, q_len, scan)
+    return apply(_PrefixSums, x, hi, q_len, scan)
 
 
 class _PrefixSums(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, prefix, hi, q_len, scan) -> Tensor:
-        sums = scan(x) if prefix is None else prefix
-        if hi is not None:
-            return gather(sums, hi)
-        last = sums[..., x.shape[-1] - q_len + 1 :]
-        return last if prefix is None else last.clone()  # autograd wants no view of an input
+    def forward(x, hi, q_len, scan) -> Tensor:
+        sums = scan(x)
+        return sums[..., x.shape[-1] - q_len + 1 :] if hi is None else gather(sums, hi)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, _, hi, ctx.q_len, ctx.scan = inputs
+        x, hi, ctx.q_len, ctx.scan = inputs
         ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
         ctx.save_for_backward(hi)
 
@@ -166,7 +161,7 @@ class _PrefixSums(torch.autograd.Function):
         else:
             prefix = ctx.scan(torch.where(hi > 0, g, 0))  # as in _RangeSum
             ended = gather(prefix, _rows_begun(hi, ctx.k_len))
-        return (prefix[..., -1:] - ended).to(ctx.dtype), None, None, None, None
+        return (prefix[..., -1:] - ended).to(ctx.dtype), None, None, None
 
 
 def pick(x: Tensor, key: Tensor, seen: Tensor | None, sorted_keys: bool, scan: Callable[[Tensor], Tensor]) -> Tensor:

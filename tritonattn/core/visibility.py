@@ -205,21 +205,12 @@ class Visibility:
             return x.cumsum(-1, dtype=torch.float64)[..., self.k_len - self.q_len :]
         if self.mask is not None:
             return ranges.sum_over_mask(self._per_mask_head(x), *self._bounds(), self.mask)
-        return self.sum_from_prefix(x, None, scan)
-
-    def sum_from_prefix(
-        self, x: Tensor, prefix: Tensor | None, scan: Callable[[Tensor], Tensor] = prefix_sum
-    ) -> Tensor:
-        """`sum(x, scan)` from its prefix sums, fp64 [B, Hkv, Sk + 1], the first of them 0, without a dense mask.
-
-        None has them computed. The gradient goes to x.
-        """
         if self.is_causal:
-            return ranges.sum_over_prefixes(x, prefix, None, self.q_len, scan)
+            return ranges.sum_over_prefixes(x, None, self.q_len, scan)
         lo, hi = self._bounds()
         if self.begins_at_first:
-            return ranges.sum_over_prefixes(x, prefix, hi[:, None], self.q_len, scan)
-        return ranges.sum_over_ranges(x, prefix, lo[:, None], hi[:, None], self.key_ranges is None, scan)
+            return ranges.sum_over_prefixes(x, hi[:, None], self.q_len, scan)
+        return ranges.sum_over_ranges(x, lo[:, None], hi[:, None], self.key_ranges is None, scan)
 
     def max(
         self,
