@@ -1,18 +1,17 @@
 """The blockwise path against the reference in fp64: every mask, option and gradient, across tile edges."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from tests.support.bound import assert_within_bound
+from tests.support.calls import changed
 from tests.support.masks import MASKS
 from tests.support.pairs import pairwise
 from tests.support.watch import Watch
 from tritonattn.backends import cpu as blockwise
 from tritonattn.backends import reference
 from tritonattn.backends.cpu import tiles
-from tritonattn.core.call import AttentionCall, Gradients, Needs
+from tritonattn.core.call import AttentionCall, Gradients, Logits, Needs
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.visibility import Visibility
 
@@ -70,17 +69,19 @@ def make_call(
         k,
         v,
         Visibility.of(q, k, **masks),
-        scale,
-        query_scale if scaled else None,
-        key_scale if scaled else None,
-        softcap,
-        normal(q_heads).to(wide) if sinks else None,
+        Logits(
+            scale,
+            query_scale if scaled else None,
+            key_scale if scaled else None,
+            softcap,
+            normal(q_heads).to(wide) if sinks else None,
+        ),
         Dropout(p, torch.tensor([7, 3])) if p else None,
     )
 
 
 def tensors_of(call):
-    return Gradients(call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
+    return Gradients(*call.tensors)
 
 
 def output_gradients(call, seed=1):
@@ -107,13 +108,13 @@ def run_reference(call, d_out, d_lse, dtype):
             for i, x in enumerate(tensors_of(call))
         )
     )
-    factor = torch.tensor(call.scale, dtype=wide)
+    factor = torch.tensor(call.logits.scale, dtype=wide)
     if query_scale is not None:
         factor = factor * query_scale[..., None]
     if key_scale is not None:
         factor = factor * key_scale.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None, :]
     result = reference.attention(
-        q, k, v, factor, call.visibility, softcap=call.softcap, sinks=sinks, dropout=call.dropout
+        q, k, v, factor, call.visibility, softcap=call.logits.softcap, sinks=sinks, dropout=call.dropout
     )
     outputs, gradients = [result.out, result.lse], [d_out.to(dtype), d_lse.to(wide)]
     present = [x for x in leaves if x is not None]
@@ -154,7 +155,7 @@ def test_rows_of_few_keys(options, root, dim):
     sizes = {"batch": 1, "q_heads": 50, "kv_heads": 50, "q_len": 16, "k_len": 16, "dim": dim, "value_dim": dim}
     call = make_call(torch.float32, scaled=False, scale=1.0, causal=True, **sizes, **OPTIONS[options])
     counts = torch.arange(1.0, 17).pow(-1 / root).expand(1, 50, 16)
-    call = dataclasses.replace(call, query_scale=counts)
+    call = changed(call, query_scale=counts)
     gradients = output_gradients(call)[0], torch.zeros(1, 50, 16)
     ours = run(call, *gradients)[1]
     exact, eager = (run_reference(call, *gradients, dtype)[1] for dtype in (torch.float64, torch.float32))
@@ -194,7 +195,7 @@ def test_zero_and_negative_constants(scale, scaled):
 @pytest.mark.usefixtures("small_tiles")
 def test_a_scale_of_zero_has_a_gradient():
     call = make_call(causal=True)
-    zero = dataclasses.replace(call, query_scale=torch.zeros_like(call.query_scale))
+    zero = changed(call, query_scale=torch.zeros_like(call.logits.query_scale))
     d_out, d_lse = output_gradients(zero)
     gradients = run(zero, d_out, d_lse)[1]
     assert gradients.query_scale.abs().max() > 0.1
@@ -205,7 +206,7 @@ def test_a_scale_of_zero_has_a_gradient():
 @pytest.mark.usefixtures("small_tiles")
 def test_extreme_sinks(sink):
     call = make_call(torch.float32, sinks=True, **MASKS["ranges"](2, 4, 37, 45))
-    call.sinks[1] = sink
+    call.logits.sinks[1] = sink
     check(call)
 
 
@@ -237,7 +238,7 @@ def test_what_no_row_sees_reaches_nothing(mask, poison, options):
     clean = run(call, d_out, d_lse)
     for tensor, hidden in ((call.k, unseen), (call.v, unseen), (call.q, blind), (d_out, blind)):
         tensor[hidden] = poison
-    call.key_scale[unseen], call.query_scale[blind], d_lse[blind] = poison, poison, poison
+    call.logits.key_scale[unseen], call.logits.query_scale[blind], d_lse[blind] = poison, poison, poison
     for wanted, got in zip(sum(clean, ()), sum(run(call, d_out, d_lse), ()), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
@@ -284,7 +285,7 @@ def test_strides_are_of_no_account():
     d_out, d_lse = torch.ones(()).expand(2, 4, 37, 8), torch.ones(()).expand(2, 4, 37)
     wanted = run(call, d_out.contiguous(), d_lse.contiguous())
     q, k, v, query_scale, key_scale, _ = tensors_of(call)
-    strided = dataclasses.replace(
+    strided = changed(
         call,
         q=q.mT.contiguous().mT,
         k=k.transpose(1, 2).contiguous().transpose(1, 2),
@@ -326,7 +327,7 @@ def test_empty_tensors(changed):
 def test_keys_and_values_with_means(small_tiles):
     """What delta errs by, d_q has times the mean key: so it must not come from an output of 16 bits."""
     call = make_call(dtype=torch.bfloat16, q_len=40, k_len=64, dim=64, value_dim=64, scaled=False)
-    call = dataclasses.replace(call, k=call.k + 10, v=call.v + 10)
+    call = changed(call, k=call.k + 10, v=call.v + 10)
     check(call)
 
 
@@ -348,7 +349,7 @@ def test_gradcheck(small_tiles):
             return tuple(blockwise.backward(ctx.call, *ctx.saved_tensors, d_out, d_lse, ALL))
 
     def with_tensors(tensors):
-        return dataclasses.replace(call, **Gradients(*tensors)._asdict())
+        return changed(call, **Gradients(*tensors)._asdict())
 
     assert torch.autograd.gradcheck(Attention.apply, [x.requires_grad_() for x in tensors_of(call)])
 

@@ -1,6 +1,5 @@
 """The path through PyTorch's attention: its results, and that it never leaves the fast kernel."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 import tritonattn
 from tests.backends.test_cpu import make_call, output_gradients, run_reference, tensors_of
 from tests.support.bound import BAND, PYTORCH_GRADIENT_BAND, assert_within_bound
+from tests.support.calls import changed
 from tests.support.masks import MASKS
 from tests.support.pairs import in_turn, pairwise
 from tests.support.versions import TORCH
@@ -26,7 +26,7 @@ def run(call, d_out):
         for name, tensor in tensors_of(call)._asdict().items()
         if tensor is not None
     }
-    out = sdpa.attention(dataclasses.replace(call, **leaves))
+    out = sdpa.attention(changed(call, **leaves))
     gradients = torch.autograd.grad(out, list(leaves.values()), d_out)
     return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
@@ -48,9 +48,9 @@ def exact_and_eager(call, d_out, folded=False):
 def _folded(call):
     q, k = (
         x if scale is None else (x * scale[..., None]).to(x.dtype)
-        for x, scale in ((call.q, call.query_scale), (call.k, call.key_scale))
+        for x, scale in ((call.q, call.logits.query_scale), (call.k, call.logits.key_scale))
     )
-    return dataclasses.replace(call, q=q, k=k, query_scale=None, key_scale=None)
+    return changed(call, q=q, k=k, query_scale=None, key_scale=None)
 
 
 def _unfolded(call, gradients):
@@ -137,7 +137,7 @@ def test_zero_and_negative_constants(scale, causal):
 
 def test_a_scale_of_zero_has_a_gradient():
     call = make_call(torch.float32, k_len=37, causal=True)
-    call.query_scale.zero_()
+    call.logits.query_scale.zero_()
     assert run(call, output_gradients(call)[0])["query_scale"].abs().max() > 0.1
     check(call)
 
@@ -145,7 +145,7 @@ def test_a_scale_of_zero_has_a_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_row_of_one_key_has_no_gradient_to_its_logit(dtype):
     call = make_call(dtype, q_len=37, k_len=37, causal=True)
-    call.query_scale[..., 0] = 3
+    call.logits.query_scale[..., 0] = 3
     found = run(call, output_gradients(call)[0])
     for name in ("q", "query_scale"):
         assert found[name][:, :, 0].count_nonzero() == 0, name
@@ -156,7 +156,7 @@ def test_a_row_of_one_key_has_no_gradient_to_its_logit(dtype):
 
 def test_tiny_scales_keep_their_digits_in_fp16():
     call = make_call(torch.float16, q_len=64, k_len=64, scale=1.0, causal=True)
-    call = dataclasses.replace(call, query_scale=call.query_scale * 1e-5, key_scale=None)
+    call = changed(call, query_scale=call.logits.query_scale * 1e-5, key_scale=None)
     d_out = output_gradients(call)[0]
     exact, _ = exact_and_eager(call, d_out)
     error = (run(call, d_out)["query_scale"].double() - exact["query_scale"]).abs().max()
@@ -257,7 +257,7 @@ def test_rows_that_overlap(dtype, name, step):
     call = make_call(dtype, kv_heads=4, q_len=16, k_len=16, dim=32, value_dim=32, scaled=False, scale=0.25)
     x = getattr(call, name)
     long = torch.randn(*x.shape[:2], 15 * step + 32).to(dtype)
-    check(dataclasses.replace(call, **{name: long.as_strided(x.shape, (*long.stride()[:2], step, 1))}))
+    check(changed(call, **{name: long.as_strided(x.shape, (*long.stride()[:2], step, 1))}))
 
 
 @pairwise(
@@ -270,7 +270,7 @@ def test_never_leaves_the_fast_kernel(layout, kv_heads, head_dims, dtype):
     dim, value_dim = head_dims
     call = make_call(dtype, kv_heads=kv_heads, q_len=512, k_len=512, dim=dim, value_dim=value_dim, causal=True)
     q, k, v = (LAYOUTS[layout](x) for x in (call.q, call.k, call.v))
-    call = dataclasses.replace(call, q=q, k=k, v=v)
+    call = changed(call, q=q, k=k, v=v)
     with Watch() as watch:
         run(call, output_gradients(call)[0])
     assert watch.calls[FAST] == watch.calls[FAST + "_backward"] == 1
@@ -297,7 +297,7 @@ def test_key_heads_are_not_expanded():
 @pytest.mark.parametrize(("scales", "copies"), [((), 0), (("query_scale",), 1), (("query_scale", "key_scale"), 2)])
 def test_saves_the_inputs_the_output_and_the_folded_operands(scales, copies):
     call = make_call(torch.float32, q_len=256, k_len=256, dim=32, value_dim=32, kv_heads=4, causal=True)
-    call = dataclasses.replace(call, **{name: None for name in ("query_scale", "key_scale") if name not in scales})
+    call = changed(call, **{name: None for name in ("query_scale", "key_scale") if name not in scales})
     leaves = {n: x.detach().requires_grad_() for n, x in tensors_of(call)._asdict().items() if x is not None}
     storages = {}
 
@@ -306,7 +306,7 @@ def test_saves_the_inputs_the_output_and_the_folded_operands(scales, copies):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = sdpa.attention(dataclasses.replace(call, **leaves))
+        out = sdpa.attention(changed(call, **leaves))
     assert out.requires_grad
     large = [size for size in storages.values() if size >= call.q.nbytes]
     assert sum(large) == (4 + copies) * call.q.nbytes  # q, k, v, out
@@ -325,7 +325,7 @@ def test_gradcheck():
 
     def attend(*tensors):
         names = ("q", "k", "v", "query_scale", "key_scale")
-        return sdpa.attention(dataclasses.replace(call, **dict(zip(names, tensors, strict=True))))
+        return sdpa.attention(changed(call, **dict(zip(names, tensors, strict=True))))
 
     assert torch.autograd.gradcheck(attend, [x.requires_grad_() for x in tensors_of(call)[:5]])
 

@@ -1,6 +1,5 @@
 """The path through PyTorch's attention: gradients where its kernel alone is least exact."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -9,8 +8,9 @@ import torch
 from tests.backends.test_cpu import make_call, output_gradients
 from tests.backends.test_sdpa import band_of, check, exact_and_eager, run
 from tests.support.bound import assert_within_bound
+from tests.support.calls import changed
 from tritonattn.backends.cpu import sdpa
-from tritonattn.core.call import AttentionCall
+from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.visibility import Visibility
 
 
@@ -44,7 +44,7 @@ def test_rows_of_few_keys_in_every_head(power, dim):
         causal=True,
     )
     factor = torch.arange(1, 41).double().pow(power).float().expand(200, 2, 40)
-    call = dataclasses.replace(call, query_scale=factor, key_scale=None)
+    call = changed(call, query_scale=factor, key_scale=None)
     d_out = output_gradients(call)[0]
     exact, eager = exact_and_eager(call, d_out)
     found = run(call, d_out)
@@ -62,10 +62,10 @@ def test_a_row_of_one_key_leaves_no_rounding_in_gradients(scaled, length, dtype)
     sizes = {"q_heads": 16, "kv_heads": 16, "q_len": length, "k_len": length, "dim": 64, "value_dim": 64}
     call = make_call(dtype, **sizes, scaled=False, scale=0.125, causal=True)
     if scaled:
-        call = dataclasses.replace(call, query_scale=torch.arange(length, 0, -1.0).expand(2, 16, length) / length)
+        call = changed(call, query_scale=torch.arange(length, 0, -1.0).expand(2, 16, length) / length)
     d_out = output_gradients(call)[0]
     first = torch.arange(length)[:, None] == 0
-    found, without = (run(dataclasses.replace(call, q=q), d_out) for q in (call.q, call.q.masked_fill(first, 0)))
+    found, without = (run(changed(call, q=q), d_out) for q in (call.q, call.q.masked_fill(first, 0)))
     assert found["q"][:, :, 0].count_nonzero() == 0
     assert found["k"].count_nonzero() > 0
     assert torch.equal(found["k"], without["k"])
@@ -99,7 +99,7 @@ def test_gradients_are_computed_in_fp32(handed_on):
     q, k, v = torch.randn(3, 1, 1, 9, 4, dtype=torch.bfloat16).unbind(0)
     visibility = Visibility.of(q, k, causal=True)
     for operand in (q, q.clone().requires_grad_()):
-        assert sdpa.attention(AttentionCall(operand, k, v, visibility, 0.5)).dtype == torch.bfloat16
+        assert sdpa.attention(AttentionCall(operand, k, v, visibility, Logits(0.5))).dtype == torch.bfloat16
     assert [q.dtype for q, _, _ in handed_on] == [torch.bfloat16, torch.float32]
 
 
@@ -112,7 +112,7 @@ def test_gradients_are_computed_in_fp32(handed_on):
 def test_keys_and_values_with_means(dtype, scale, masks, means):
     """The error of delta, taken from a rounded output, reaches d_q and d_k times the mean key: each head by itself."""
     call = make_call(dtype, batch=4, q_len=256, k_len=256, dim=64, value_dim=64, scaled=False, scale=scale, **masks)
-    call = dataclasses.replace(call, k=call.k + means[0], v=call.v + means[1])
+    call = changed(call, k=call.k + means[0], v=call.v + means[1])
     d_out = output_gradients(call)[0]
     exact, eager = exact_and_eager(call, d_out)
     found = run(call, d_out)
@@ -132,7 +132,7 @@ def test_far_off_keys_that_a_row_cannot_see_move_nothing(size, name, dtype):
     padded[:, :, 40:] = size * torch.randn(padded.shape[3])
     d_out = output_gradients(call)[0]
     d_out[:, :, 40:] = 0
-    expected, found = run(call, d_out), run(dataclasses.replace(call, **{name: padded}), d_out)
+    expected, found = run(call, d_out), run(changed(call, **{name: padded}), d_out)
     for result in ("out", "q", "k", "v"):
         torch.testing.assert_close(found[result][:, :, :40], expected[result][:, :, :40], msg=result)
 
@@ -141,7 +141,7 @@ def test_a_gradient_of_a_scale_under_autocast():
     call = make_call(torch.float32, k_len=37, causal=True)
     d_out = output_gradients(call)[0]
     expected = run(call, d_out)["query_scale"]
-    scale = call.query_scale.requires_grad_()
+    scale = call.logits.query_scale.requires_grad_()
     out = sdpa.attention(call)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         [found] = torch.autograd.grad(out, scale, d_out)

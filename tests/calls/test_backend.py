@@ -14,7 +14,6 @@ from tests.support.calls import operands
 from tests.support.masks import MASKS
 from tritonattn import ops
 from tritonattn.backends import reference
-from tritonattn.calls import backend as backends
 from tritonattn.calls import dispatch
 from tritonattn.calls.checks import Options
 from tritonattn.scaling import Scales, Scaling
@@ -37,7 +36,7 @@ except ValueError as error:
 
 
 def test_triton_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
     with pytest.raises(ImportError, match=r"backend: 'triton' needs .* pip install 'triton>=3.4'"):
         tritonattn.attention(*operands(torch.float32).values(), backend="triton")
     tritonattn.attention(*operands(torch.float32).values())
@@ -78,18 +77,18 @@ class OnGpu(torch.Tensor):
     ],
 )
 def test_auto_on_a_gpu(installed, dtype, dim, arguments, backend, reason, monkeypatch):
-    monkeypatch.setattr(backends, "_HAS_TRITON", installed)
-    backends._warn.cache_clear()
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", installed)
+    dispatch._warn.cache_clear()
     q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(dtype, dims=(dim, 8)).values())
     options = Options(**arguments)
     if reason is None:
-        assert backends.choose_backend(q, k, v, options) == backend
+        assert dispatch.choose_backend(q, k, v, options) == backend
         return
     with pytest.warns(UserWarning, match=f"'sdpa' instead of 'triton': {reason}|{reason}"):
-        assert backends.choose_backend(q, k, v, options) == backend
+        assert dispatch.choose_backend(q, k, v, options) == backend
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
-        assert backends.choose_backend(q, k, v, options) == backend
+        assert dispatch.choose_backend(q, k, v, options) == backend
 
 
 def test_triton_gets_kernel_statistics(monkeypatch):
@@ -113,7 +112,7 @@ def test_cpu_takes_sdpa(monkeypatch):
     monkeypatch.setattr(reference, "attention", None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     q, k, v = operands(torch.float32).values()
-    assert backends.choose_backend(q, k, v, Options()) == "sdpa"
+    assert dispatch.choose_backend(q, k, v, Options()) == "sdpa"
     tritonattn.attention(q, k, v)
 
 

@@ -15,6 +15,7 @@ from tests.support.masks import MASKS
 from tests.support.pairs import in_turn, pairwise
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
+from tritonattn.core.call import Logits
 from tritonattn.tuning.config import Target
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -143,7 +144,7 @@ def test_scales_of_0(device):
 def test_the_gradient_of_k_alone_is_no_other(device):
     q, k, v = harness.inputs(torch.float32, device, head_dim=64, value_dim=64).values()
     visibility = tritonattn.core.visibility.Visibility.of(q, k, causal=True)
-    call = tritonattn.core.call.AttentionCall(q, k, v, visibility, 1.0)
+    call = tritonattn.core.call.AttentionCall(q, k, v, visibility, Logits(1.0))
     result = triton_backend.forward(call, aux=False)
     together, alone = (
         triton_backend.backward(call, *result[:2], q, None, tritonattn.core.call.Needs(others, True, others))
@@ -223,7 +224,7 @@ def test_ranges_past_int32(device):
 
 def _of_ranges(tensors: harness.Tensors, ranges: torch.Tensor) -> torch.Tensor:
     visibility = tritonattn.core.visibility.Visibility.of(tensors["q"], tensors["k"], key_ranges=ranges)
-    call = tritonattn.core.call.AttentionCall(*tensors.values(), visibility, 0.3)
+    call = tritonattn.core.call.AttentionCall(*tensors.values(), visibility, Logits(0.3))
     return triton_backend.forward(call, aux=False).out
 
 
@@ -266,7 +267,7 @@ def test_lse_and_its_gradient(device):
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in values.items()}
         visibility = tritonattn.core.visibility.Visibility.of(leaves["q"], leaves["k"], causal=True)
         call = tritonattn.core.call.AttentionCall(
-            leaves["q"], leaves["k"], leaves["v"], visibility, 0.3, leaves["query_scale"], leaves["key_scale"]
+            *(leaves[name] for name in "qkv"), visibility, Logits(0.3, leaves["query_scale"], leaves["key_scale"])
         )
         result = tritonattn.ops.attention(call, backend, aux=False)
         weight = torch.linspace(-1, 1, 20, device=device)
@@ -313,7 +314,7 @@ def test_every_program_runs_once(monkeypatch):
     monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: grids.append((grid, arguments)))
     q = torch.empty(100_000, 1, 1, 16)
     visibility = tritonattn.core.visibility.Visibility.of(q, q)
-    call = tritonattn.core.call.AttentionCall(q, q, q, visibility, 1.0)
+    call = tritonattn.core.call.AttentionCall(q, q, q, visibility, Logits(1.0))
     result = triton_backend.forward(call, aux=False)
     triton_backend.backward(call, *result[:2], q, None, tritonattn.core.call.Needs(True, True, True))
     assert [grid[1:] for grid, _ in grids] == [(1, 65_535), (1, 34_465)] * 4

@@ -15,6 +15,7 @@ from tritonattn import attention, attention_decode
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
 from tritonattn.calls import decode as decoding
+from tritonattn.core.call import Logits
 from tritonattn.core.decode_call import Cache, DecodeCall
 from tritonattn.scaling import SCALINGS
 
@@ -159,7 +160,7 @@ def test_wild_lengths_are_clamped(dtype, page, device):
     cache.write(48)
     table = cache.arguments().get("block_table")
     lengths = torch.tensor([-7, torch.iinfo(dtype).max], dtype=dtype, device=device)
-    call = DecodeCall(q[:, :, -1:], Cache(cache.k, cache.v, lengths, table), 0.25)
+    call = DecodeCall(q[:, :, -1:], Cache(cache.k, cache.v, lengths, table), Logits(0.25))
     found = triton_backend.decode(call, aux=False).out
     assert (found[0] == 0).all()
     assert torch.equal(found[1], attention_decode(q[:, :, -1:], **cache.arguments(), backend="triton")[1])
@@ -176,7 +177,9 @@ def test_wild_pages_count_as_zeros(device):
     for b, number in enumerate((-1, len(cache.k))):
         table[b, 1] = number
         cache.k[cache.numbers[b, 1]] = cache.v[cache.numbers[b, 1]] = 0
-    found = triton_backend.decode(DecodeCall(q[:, :, -1:], Cache(*pages, cache.lengths, table), 0.25), aux=False).out
+    found = triton_backend.decode(
+        DecodeCall(q[:, :, -1:], Cache(*pages, cache.lengths, table), Logits(0.25)), aux=False
+    ).out
     assert torch.equal(found, attention_decode(q[:, :, -1:], **cache.arguments(), backend="triton"))
 
 

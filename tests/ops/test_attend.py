@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
-from tests.support.calls import CALLS, example
+from tests.support.calls import CALLS, changed, example
 from tests.support.masks import MASKS
 from tests.support.pairs import in_turn
 from tritonattn import ops
@@ -26,7 +25,8 @@ FIELDS = Gradients._fields
 
 
 def differentiable(call) -> dict[str, Tensor]:
-    return {name: getattr(call, name) for name in FIELDS if getattr(call, name) is not None}
+    pairs = zip(Gradients._fields, call.tensors, strict=True)
+    return {name: x for name, x in pairs if x is not None}
 
 
 def loss(result: ForwardResult) -> Tensor:
@@ -63,7 +63,7 @@ def test_gradients_agree_with_finite_differences(case):
     leaves = differentiable(call)
 
     def function(*values: Tensor):
-        result = ops.attention(replace(call, **dict(zip(leaves, values, strict=True))), "sdpa", False)
+        result = ops.attention(changed(call, **dict(zip(leaves, values, strict=True))), "sdpa", False)
         return result.out, result.lse.clamp(min=-50)
 
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
@@ -83,7 +83,7 @@ def test_the_operator_itself_differentiates(case):
 @pytest.mark.parametrize("asked", FIELDS)
 def test_only_gradients_that_are_asked_for_are_computed(asked, monkeypatch):
     call = example(causal=True, sinks=True)
-    call = replace(call, **{name: getattr(call, name).detach() for name in FIELDS if name != asked})
+    call = changed(call, **{name: x.detach() for name, x in differentiable(call).items() if name != asked})
     seen = []
     backward = blockwise.backward
 
@@ -94,7 +94,7 @@ def test_only_gradients_that_are_asked_for_are_computed(asked, monkeypatch):
     monkeypatch.setattr(blockwise, "backward", watched)
     loss(ops.attention(call, "sdpa", False)).backward()
     assert seen == [Needs(*(name == asked for name in FIELDS))]
-    assert [name for name in FIELDS if getattr(call, name).grad is not None] == [asked]
+    assert [name for name, x in differentiable(call).items() if x.grad is not None] == [asked]
 
 
 def test_nothing_is_kept_without_gradients():
@@ -134,15 +134,15 @@ def test_max_logit_and_entropy_have_none():
     assert not result.entropy.requires_grad
 
 
-@pytest.mark.parametrize("changed", ["q", "k", "v", "query_scale", "key_scale", "sinks", "mask", "out"])
-def test_a_saved_tensor_changed_in_place_is_noticed(changed):
+@pytest.mark.parametrize("written", ["q", "k", "v", "query_scale", "key_scale", "sinks", "mask", "out"])
+def test_a_saved_tensor_changed_in_place_is_noticed(written):
     call = example(mask=torch.ones(5, 7).bool(), sinks=True)
     copies = {name: x.clone() for name, x in differentiable(call).items()}
-    call = replace(call, **copies)
+    call = changed(call, **copies)
     result = ops.attention(call, "sdpa", False)
     objective = loss(result)
-    tensor = {"mask": call.visibility.mask, "out": result.out}.get(changed)
-    tensor = copies[changed] if tensor is None else tensor
+    tensor = {"mask": call.visibility.mask, "out": result.out}.get(written)
+    tensor = copies[written] if tensor is None else tensor
     with torch.no_grad():
         tensor.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -158,7 +158,7 @@ def test_gradients_of_gradients_are_refused(case):
         d_q.sum().backward()
 
     def first(q: Tensor) -> Tensor:
-        inner = torch.func.grad(lambda x: loss(ops.attention(replace(call, q=x), "sdpa", False)))
+        inner = torch.func.grad(lambda x: loss(ops.attention(changed(call, q=x), "sdpa", False)))
         return inner(q).square().sum()
 
     with pytest.raises(RuntimeError, match="gradients of gradients are not supported"):
@@ -170,14 +170,14 @@ def test_forward_mode_is_refused():
     call = example()
     tangent = torch.ones_like(call.q)
     with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda q: ops.attention(replace(call, q=q), "sdpa", False).out, (call.q,), (tangent,))
+        torch.func.jvp(lambda q: ops.attention(changed(call, q=q), "sdpa", False).out, (call.q,), (tangent,))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        ops.attention(replace(call, q=forward_ad.make_dual(call.q.detach(), tangent)), "sdpa", False)
+        ops.attention(changed(call, q=forward_ad.make_dual(call.q.detach(), tangent)), "sdpa", False)
 
 
 def test_autocast_does_not_reach_into_a_backend():
     call = example(causal=True)
-    call = replace(call, **{name: x.detach().float().requires_grad_() for name, x in differentiable(call).items()})
+    call = changed(call, **{name: x.detach().float().requires_grad_() for name, x in differentiable(call).items()})
     leaves = tuple(differentiable(call).values())
     wanted = torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), leaves)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.support.caches import GrowingCache, sequences
 from tests.support.pairs import pairwise
 from tests.support.watch import Watch
 from tritonattn import KeyStatistics, attention_decode, ops
+from tritonattn.core.call import Logits
 from tritonattn.core.decode_call import Cache, DecodeCall
 from tritonattn.ops.decode import _Flat
 
@@ -33,7 +35,8 @@ def _call(page, **options) -> DecodeCall:
     query, cache = _grown(page)
     arguments = cache.arguments()
     record = Cache(arguments["k_cache"], arguments["v_cache"], arguments["key_lengths"], arguments.get("block_table"))
-    return DecodeCall(query, record, 0.3, **options)
+    left = options.pop("left", None)
+    return DecodeCall(query, record, Logits(0.3, **options), left)
 
 
 OPTIONS = {
@@ -52,8 +55,8 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 def test_opcheck(options, page, aux):
     call = _call(page, **OPTIONS[options])
-    if call.key_scale is not None and page is None:
-        call = DecodeCall(call.q, call.cache, 0.3, call.query_scale, call.key_scale[..., :24], sinks=call.sinks)
+    if call.logits.key_scale is not None and page is None:
+        call = replace(call, logits=call.logits._replace(key_scale=call.logits.key_scale[..., :24]))
     opcheck(torch.ops.tritonattn.decode.default, tuple(_Flat.of(call, "sdpa", aux)))
 
 
@@ -229,12 +232,12 @@ def test_lengths_and_pages_that_are_not_read_are_clamped():
     call = _call(16)
     cache = call.cache
     wild = Cache(cache.k, cache.v, torch.tensor([-5, 1 << 40]), torch.full_like(cache.block_table, 1 << 30))
-    out = ops.decode(DecodeCall(call.q, wild, 0.3), "sdpa", aux=False).out
+    out = ops.decode(DecodeCall(call.q, wild, Logits(0.3)), "sdpa", aux=False).out
     assert (out == 0).all()  # no keys; and keys and values of zeros
     query, cache = _grown()
     keys, values = (x.nan_to_num(0.5) for x in (cache.k, cache.v))
     lengths = torch.tensor([-5, 1 << 40])
-    found = ops.decode(DecodeCall(query, Cache(keys, values, lengths), 0.3, left=6), "sdpa", aux=False).out
+    found = ops.decode(DecodeCall(query, Cache(keys, values, lengths), Logits(0.3), left=6), "sdpa", aux=False).out
     expected = attention_decode(query, keys, values, key_lengths=torch.tensor([0, 24]), scaling=0.3, window=(6, None))
     torch.testing.assert_close(found, expected)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from tritonattn.core.call import AttentionCall
+from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.sequences import Sequences
 from tritonattn.core.visibility import Visibility
@@ -41,6 +44,12 @@ CALLS: dict[str, dict] = {
 }
 
 
+def changed(call: AttentionCall, **fields: Any) -> AttentionCall:
+    """The call with other values of some of its fields, those of its logits among them."""
+    of_logits = {name: fields.pop(name) for name in Logits._fields if name in fields}
+    return replace(call, logits=call.logits._replace(**of_logits), **fields)
+
+
 def example(
     scales: bool = True,
     softcap: float | None = None,
@@ -70,10 +79,6 @@ def example(
         k,
         v,
         Visibility.of(q, k, **masks),
-        0.3,
-        query_scale,
-        key_scale,
-        softcap,
-        leaf(4) if sinks else None,
+        Logits(0.3, query_scale, key_scale, softcap, leaf(4) if sinks else None),
         Dropout(0.3, torch.tensor([3, 4])) if dropout else None,
     )

@@ -154,7 +154,7 @@ def hash_of(text: str) -> int:
 
 def test_aot_specialisation_is_that_of_a_launch(monkeypatch):
     """The argument grammar of compile.py says for each argument what a launch passes."""
-    from tritonattn.core.call import AttentionCall, Needs
+    from tritonattn.core.call import AttentionCall, Logits, Needs
     from tritonattn.core.visibility import Visibility
 
     seen = {}
@@ -162,7 +162,7 @@ def test_aot_specialisation_is_that_of_a_launch(monkeypatch):
     q, k = torch.zeros(2, 4, 64, 64, dtype=torch.float16), torch.zeros(2, 4, 64, 64, dtype=torch.float16)
     scales = torch.ones(2, 4, 64), torch.ones(2, 4, 64)
     visibility = Visibility.of(q, k, causal=True)
-    call = AttentionCall(q, k, k, visibility, 0.1, *scales)
+    call = AttentionCall(q, k, k, visibility, Logits(0.1, *scales))
     rounding = torch.empty_like(q)
     result = triton_backend.forward(call, False, rounding)
     triton_backend.backward(call, *result[:2], q, None, Needs(True, True, True, True, True), rounding)

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 from tests.support.caches import GrowingCache, sequences
 from tritonattn import attention_decode
 from tritonattn.backends.triton import launch
-from tritonattn.calls import backend as backends
+from tritonattn.calls import dispatch
 from tritonattn.tuner.machine_code import read_machine_code
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config
 from tritonattn.tuning.compile import specialisation
@@ -86,7 +86,7 @@ def test_tiles_fit_the_rows():
 def test_aot_specialisation_is_that_of_a_launch(page, everything, monkeypatch):
     seen = {}
     monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: seen.update({kernel: arguments}))
-    monkeypatch.setattr(backends, "_check_kernels_run_on", lambda device: None)
+    monkeypatch.setattr(dispatch, "_check_kernels_run_on", lambda device: None)
     q, k, v = sequences(torch.float16, batch=2, length=20, dims=(64, 64))
     cache = GrowingCache(k, v, 1024, page, statistics=True)
     cache.write(20)

@@ -122,7 +122,7 @@ def diagnose(
     vanishing gradient); Zhai et al. 2023, arXiv:2303.06296 (low entropy as a sign of unstable training).
     """
     options = Options(causal, window, key_lengths, key_ranges, mask)
-    q, k, _ = autocast(q, k, k)
+    (q, k, _), _ = autocast(q, k, k)
     check(q, k, k, options)
     factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
     visibility = Visibility.of(

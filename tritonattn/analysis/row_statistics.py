@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..backends.cpu.tiles import Block, Tiles
 from ..calls.factor import Factor
-from ..core.call import AttentionCall
+from ..core.call import AttentionCall, Logits
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 
@@ -69,7 +69,7 @@ def row_statistics(q: Tensor, k: Tensor, factor: Factor, visibility: Visibility)
     """The statistics of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D], computed in fp64; memory O(S D), no [Sq, Sk] tensor."""
     with torch.autocast(q.device.type, enabled=False):
         scales = factor.scales(q, k, visibility, Statistics(k, visibility))
-        call = AttentionCall(q, k, k, visibility, *scales)
+        call = AttentionCall(q, k, k, visibility, Logits(*scales))
         tiles = Tiles(call, torch.float64)
         names = [field.name for field in fields(RowStatistics)]
         found = {name: q.new_zeros(visibility.rows, dtype=torch.float64) for name in names}
@@ -116,9 +116,9 @@ class _Part(NamedTuple):
 def _of_block(tiles: Tiles, block: Block) -> dict[str, Tensor]:
     """The fields of RowStatistics for a block's rows, [N, G * rows, 1] each; none where no row sees a key."""
     query = tiles.of_rows(tiles.call.q, block)
-    factor = torch.full_like(query[..., :1], tiles.call.scale)
-    if tiles.call.query_scale is not None:
-        factor = factor * tiles.of_each_row(tiles.call.query_scale, block)
+    factor = torch.full_like(query[..., :1], tiles.call.logits.scale)
+    if tiles.call.logits.query_scale is not None:
+        factor = factor * tiles.of_each_row(tiles.call.logits.query_scale, block)
     query = query * factor
     softmax = None
     for keys, hidden in tiles.keys_of(block, tiles.spans_of(block)):
@@ -149,8 +149,8 @@ def _part(tiles: Tiles, block: Block, query: Tensor, keys: slice, hidden: Tensor
     cube = square * w
     squares, cubes = square.sum(-1, keepdim=True), cube.sum(-1, keepdim=True)
     top_square, f_squares, f_cubes = torch.ones_like(top), squares, cubes
-    if tiles.call.key_scale is not None:
-        f = tiles.of_keys(tiles.call.key_scale[..., None], block.heads, keys).square()  # [N, keys, 1]
+    if tiles.call.logits.key_scale is not None:
+        f = tiles.of_keys(tiles.call.logits.key_scale[..., None], block.heads, keys).square()  # [N, keys, 1]
         top_square = f.mT.expand_as(w).gather(-1, place)
         f_squares, f_cubes = torch.bmm(square, f), torch.bmm(cube, f)
     spread = (w * shift.clamp(min=_NOTHING)).sum(-1, keepdim=True)

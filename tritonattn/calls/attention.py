@@ -80,10 +80,11 @@ def attention(
     each mode names its own. Dao 2023, arXiv:2307.08691 (the algorithm).
     """
     options = Options(causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend)
-    q, k, v = autocast(q, k, v)
+    (q, k, v), autocast_off = autocast(q, k, v)
     check(q, k, v, options)
     factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
-    return attend(q, k, v, factor, _visibility(q, k, options), options)
+    with autocast_off:
+        return attend(q, k, v, factor, _visibility(q, k, options), options)
 
 
 def scaled_attention(
@@ -123,7 +124,7 @@ def scaled_attention(
     torch.Size([1, 2, 5, 8])
     """
     options = Options(causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend)
-    q, k, v = autocast(q, k, v)
+    (q, k, v), autocast_off = autocast(q, k, v)
     check(q, k, v, options)
     if query_scale is not None:
         check_factor("query_scale", query_scale, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
@@ -134,7 +135,8 @@ def scaled_attention(
     constant = q.shape[-1] ** -0.5 if scale is None else scale
     check_number("scale", constant)
     factor = Factor(Given(constant, query_scale, key_scale))
-    return attend(q, k, v, factor, _visibility(q, k, options), options)
+    with autocast_off:
+        return attend(q, k, v, factor, _visibility(q, k, options), options)
 
 
 def _visibility(q: Tensor, k: Tensor, options: Options) -> Visibility:

@@ -7,16 +7,15 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import reference
-from ..core.autograd import autocast_is_on, without_autocast
+from ..core.call import Logits
 from ..core.decode_call import Cache, DecodeCall
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
-from .backend import choose_backend
 from .checks import Options
 from .decode_checks import check_decode, refuse_gradients
-from .dispatch import AttentionAux, autocast, aux_of
-from .factor import Factor, scale_dtype
+from .dispatch import AttentionAux, autocast, aux_of, choose_backend, sinks_of
+from .factor import Factor
 from .key_statistics import CachedStatistics, KeyStatistics
 
 
@@ -89,23 +88,21 @@ def attention_decode(
     PagedAttention", arXiv:2309.06180 (pages).
     """
     options = Options(window=window, softcap=softcap, sinks=sinks, return_aux=return_aux, backend=backend)
-    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
+    (q, k_cache, v_cache), autocast_off = autocast(q, k_cache, v_cache)
     cache = Cache(k_cache, v_cache, key_lengths, block_table)
     check_decode(q, cache, statistics, options)
     factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
     refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, scaling=scaling, gain=gain, sinks=sinks)
-    return _decode(q, cache, factor, statistics, options)
+    with autocast_off:
+        return _decode(q, cache, factor, statistics, options)
 
 
 def _decode(
     q: Tensor, cache: Cache, factor: Factor, statistics: KeyStatistics | None, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
-    if autocast_is_on(q):
-        with without_autocast(q):
-            return _decode(q, cache, factor, statistics, options)
     backend = choose_backend(q, cache.k, cache.v, Options(backend=options.backend))
     left, _ = window_sides(options.window)
-    sinks = None if options.sinks is None else options.sinks.to(scale_dtype(q))
+    sinks = sinks_of(q, options)
     visibility = cache.visibility(q, left)
     if backend == "reference":
         keys = cache.keys()
@@ -113,7 +110,7 @@ def _decode(
         result = reference.attention(q, keys, cache.values(), multiplier, visibility, softcap=options.cap, sinks=sinks)
     else:
         scales = _scales(q, cache, factor, visibility, left, statistics, backend)
-        call = DecodeCall(q, cache, *scales, left, options.cap, sinks)
+        call = DecodeCall(q, cache, Logits(*scales, options.cap, sinks), left)
         result = ops.decode(call, backend, options.return_aux)
     if not options.return_aux:
         return result.out

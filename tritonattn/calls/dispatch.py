@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, cast
 
 import torch
@@ -10,15 +14,17 @@ from torch import Tensor
 from .. import ops
 from ..backends import reference
 from ..backends.cpu import sdpa
-from ..core.autograd import autocast_is_on, is_compiled_transform, is_transformed, without_autocast
-from ..core.call import AttentionCall, ForwardResult
+from ..core.autograd import autocast_is_on, is_compiled_transform, is_transformed
+from ..core.call import AttentionCall, ForwardResult, Logits
 from ..core.dropout import Dropout
 from ..core.observation import ObservedCall, is_observed, notify_observers
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
-from .backend import choose_backend
 from .checks import Options
 from .factor import Factor, scale_dtype
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_LARGEST_KERNEL_DIM = 256
 
 
 class AttentionAux(NamedTuple):
@@ -36,25 +42,29 @@ class AttentionAux(NamedTuple):
     entropy: Tensor
 
 
-def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in the dtype of torch.autocast where it is on; float64 stays, as in torch's own operators."""
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], AbstractContextManager]:
+    """q, k, v in the dtype of torch.autocast where it is on, and a context in which it is off.
+
+    float64 stays, as in torch's own operators. Attention computes in the dtypes of its operands from there on.
+    """
     if not isinstance(q, Tensor) or not autocast_is_on(q):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
+        return (q, k, v), nullcontext()
+    device = q.device.type
+    dtype = torch.get_autocast_dtype(device)
 
     def cast(x: Tensor) -> Tensor:
         eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
         return x.to(dtype) if eligible else x
 
-    return cast(q), cast(k), cast(v)
+    return (cast(q), cast(k), cast(v)), torch.autocast(device, enabled=False)
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, factor: Factor, visibility: Visibility, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
-    """Attention of checked operands [B, H, S, D] on the backend that `options` asks for."""
+    """Attention of checked operands [B, H, S, D] on the backend that `options` asks for, with autocast off."""
     if is_compiled_transform():
-        # Dynamo's own rules for autograd functions in torch.func.grad gave wrong gradients. What raises it leaves
+        # Dynamo's own rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call
         # uncompiled; fullgraph=True hands the error on.
         raise RuntimeError("tritonattn: a torch.func transform of attention is not compiled")
     result = _attend(q, k, v, factor, visibility, options)
@@ -74,12 +84,9 @@ def attend(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, factor: Factor, visibility: Visibility, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
-    if autocast_is_on(q):
-        with without_autocast(q):
-            return _attend(q, k, v, factor, visibility, options)
     backend = choose_backend(q, k, v, options)
     dropout = Dropout.draw(options.dropout_p, q.device) if options.dropout_p > 0 else None
-    sinks = None if options.sinks is None else options.sinks.to(scale_dtype(q))
+    sinks = sinks_of(q, options)
     if backend == "reference":
         result = reference.attention(
             q,
@@ -93,9 +100,9 @@ def _attend(
         )
     else:
         statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visibility)
-        constant, query, key = factor.scales(q, k, visibility, statistics)
+        logits = Logits(*factor.scales(q, k, visibility, statistics), options.cap, sinks)
         q, k = statistics.operands(q, k)
-        call = AttentionCall(q, k, v, visibility, constant, query, key, options.cap, sinks, dropout)
+        call = AttentionCall(q, k, v, visibility, logits, dropout)
         if not options.return_aux:
             return _out(call, backend)
         result = ops.attention(call, backend, aux=True)
@@ -104,8 +111,13 @@ def _attend(
     return result.out, aux_of(result)
 
 
+def sinks_of(q: Tensor, options: Options) -> Tensor | None:
+    """The sinks of a call in the dtype in which they act."""
+    return None if options.sinks is None else options.sinks.to(scale_dtype(q))
+
+
 def aux_of(result: ForwardResult) -> AttentionAux:
-    """Of a call that was asked for it."""
+    """The `AttentionAux` of a result that was computed with aux."""
     assert result.max_logit is not None
     assert result.entropy is not None
     return AttentionAux(result.lse, result.max_logit, result.entropy)
@@ -116,3 +128,66 @@ def _out(call: AttentionCall, backend: str) -> Tensor:
     if backend == "sdpa" and not is_transformed() and sdpa.supports(call):
         return sdpa.attention(call)
     return ops.attention(call, backend, aux=False).out
+
+
+def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
+    """The backend that runs the call: the one asked for, which must be able to, or one that can."""
+    asked = options.backend
+    if asked == "triton" and (obstacle := _kernel_obstacle(q, v)):
+        raise NotImplementedError(
+            f"{obstacle}: backend 'triton' does not support it; backends 'sdpa' and 'reference' do"
+        )
+    if q.numel() == 0 or k.numel() == 0:
+        return "sdpa"  # nothing to compute
+    if asked in ("sdpa", "reference"):
+        return asked
+    if asked == "auto":
+        if q.device.type != "cuda":
+            return "sdpa"
+        if obstacle := _kernel_obstacle(q, v) or (not _HAS_TRITON and "triton is not installed"):
+            _warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
+            return "sdpa"
+        return "triton"
+    if not _HAS_TRITON:
+        raise ImportError(
+            "backend: 'triton' needs the package triton, which is not installed: pip install 'triton>=3.4'"
+            " (Linux); backends 'sdpa' and 'reference' do without"
+        )
+    _check_kernels_run_on(q.device)
+    return "triton"
+
+
+def kernels_take(x: Tensor) -> bool:
+    """Whether "auto" runs kernels on x [B, H, S, D]."""
+    return x.device.type == "cuda" and _HAS_TRITON and _kernel_obstacle(x, x) is None
+
+
+def _kernel_obstacle(q: Tensor, v: Tensor) -> str | None:
+    """What kernels cannot honour."""
+    if q.dtype == torch.float64:
+        return "q of dtype torch.float64"
+    if max(q.shape[3], v.shape[3]) > _LARGEST_KERNEL_DIM:
+        return f"head_dim {max(q.shape[3], v.shape[3])}, above {_LARGEST_KERNEL_DIM}"
+    return None
+
+
+def _check_kernels_run_on(device: torch.device) -> None:
+    if device.type == "cuda":
+        return
+    from ..backends.triton import launch
+
+    if not launch.runs_on(device):
+        raise ValueError(
+            f"backend: 'triton' expects tensors on a CUDA or HIP device, got {device}; kernels run on CPU"
+            " tensors only in triton's interpreter, with TRITON_INTERPRET=1 in the environment"
+        )
+
+
+def _warn_once(message: str) -> None:
+    if not torch.compiler.is_compiling():
+        _warn(message)
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=6)

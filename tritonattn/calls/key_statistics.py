@@ -13,7 +13,6 @@ from ..core.ranges import prefix_sum
 from ..core.statistics import Statistics, key_lengths_of
 from ..core.visibility import Visibility
 from ..ops import append_keys
-from .backend import kernels_take
 from .checks import (
     FLOATS,
     check_count,
@@ -25,6 +24,7 @@ from .checks import (
     shape_of,
     values_are_read,
 )
+from .dispatch import kernels_take
 
 _OWNER = "this KeyStatistics"
 

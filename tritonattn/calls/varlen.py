@@ -89,7 +89,7 @@ def attention_varlen(
         backend=backend,
     )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    q, k, v = autocast(q, k, v)
+    (q, k, v), autocast_off = autocast(q, k, v)
     check_varlen(q, k, v, packing, options)
     (q_len, q_heads, _), k_len = q.shape, k.shape[0]
     factor = Factor.of(scaling, gain, q, (q_heads, q_len), "[Hq, T_q]")
@@ -97,7 +97,8 @@ def attention_varlen(
     longest = min(max_seqlen_q, q_len), min(max_seqlen_k, k_len)
     sequences = Sequences.of(cu_seqlens_q, cu_seqlens_k, q_len, k_len, *longest)
     visibility = Visibility.of(q, k, causal=causal, window=window, sequences=sequences)
-    result = attend(q, k, v, factor, visibility, options)
+    with autocast_off:
+        result = attend(q, k, v, factor, visibility, options)
     if not isinstance(result, tuple):
         return _packed(result)
     out, aux = result

@@ -11,28 +11,48 @@ from .dropout import Dropout
 from .visibility import Visibility
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionCall:
-    """logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] over the visible keys, softmax, times v.
+class Logits(NamedTuple):
+    """logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j], and the softmax's other terms.
 
-    q, k, v       [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; one dtype; any strides
     query_scale   [B, Hq, Sq] or None, fp32 (fp64 for fp64 q); any strides, 0 included
     key_scale     [B, Hkv, Sk] or None, likewise
     softcap       c: logit -> c * tanh(logit / c), or None
     sinks         fp32 [Hq] or None: a logit per head in the softmax's denominator only, neither scaled nor capped
-    dropout       on the probabilities, after the softmax
+    """
+
+    scale: float
+    query_scale: Tensor | None = None
+    key_scale: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """The softmax of `logits` over the visible keys, times v.
+
+    q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; one dtype; any strides
+    dropout    on the probabilities, after the softmax
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     visibility: Visibility
-    scale: float
-    query_scale: Tensor | None = None
-    key_scale: Tensor | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
+    logits: Logits
     dropout: Dropout | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The tensors that may have a gradient, in the order of `Gradients`."""
+        logits = self.logits
+        return self.q, self.k, self.v, logits.query_scale, logits.key_scale, logits.sinks
+
+    scale = property(lambda self: self.logits.scale)
+    query_scale = property(lambda self: self.logits.query_scale)
+    key_scale = property(lambda self: self.logits.key_scale)
+    softcap = property(lambda self: self.logits.softcap)
+    sinks = property(lambda self: self.logits.sinks)
 
 
 class ForwardResult(NamedTuple):

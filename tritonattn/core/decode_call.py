@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .call import AttentionCall
+from .call import AttentionCall, Logits
 from .visibility import Visibility
 
 LONGEST_QUERY = 16  # rows
@@ -94,38 +94,27 @@ class _CacheVisibility(Visibility):
 
 @dataclass(frozen=True, eq=False)
 class DecodeCall:
-    """logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j], softmax, times v, over the keys that row i
-    of sequence b sees: own - left <= j <= own, with own = i + key_lengths[b] - Sq.
+    """The softmax of `logits` times v, over the keys that row i of sequence b sees: own - left <= j <= own, with
+    own = i + key_lengths[b] - Sq.
 
-    q             [B, Hq, Sq, D] in the cache's dtype; any strides
-    left          keys before its own that a row sees; None is all
-    query_scale   [B, Hq, Sq] or None, fp32 (fp64 for fp64 q); any strides
-    key_scale     [B, Hkv, capacity] or None, likewise
-    softcap       c: logit -> c * tanh(logit / c), or None
-    sinks         fp32 [Hq] or None: a logit per head in the softmax's denominator only, neither scaled nor capped
+    q        [B, Hq, Sq, D] in the cache's dtype; any strides
+    logits   with a key_scale of [B, Hkv, capacity]
+    left     keys before its own that a row sees; None is all
     """
 
     q: Tensor
     cache: Cache
-    scale: float
-    query_scale: Tensor | None = None
-    key_scale: Tensor | None = None
+    logits: Logits
     left: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
 
     def as_attention(self) -> AttentionCall:
         """The same over the whole cache, gathered where it lies in pages."""
         visible, keys = self.cache.visibility(self.q, self.left), self.cache.keys()
         visible = Visibility.of(self.q, keys, key_ranges=torch.stack(visible.ranges(), dim=-1))
-        return AttentionCall(
-            self.q,
-            keys,
-            self.cache.values(),
-            visible,
-            self.scale,
-            self.query_scale,
-            self.key_scale,
-            self.softcap,
-            self.sinks,
-        )
+        return AttentionCall(self.q, keys, self.cache.values(), visible, self.logits)
+
+    scale = property(lambda self: self.logits.scale)
+    query_scale = property(lambda self: self.logits.query_scale)
+    key_scale = property(lambda self: self.logits.key_scale)
+    softcap = property(lambda self: self.logits.softcap)
+    sinks = property(lambda self: self.logits.sinks)

@@ -97,9 +97,7 @@ def sum_of_rows(
     return ending_by_key(lo) - ending_by_key(hi)
 
 
-def sum_over_ranges(
-    x: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool, scan: Callable[[Tensor], Tensor]
-) -> Tensor:
+def sum_over_ranges(x: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool, scan: Callable[[Tensor], Tensor]) -> Tensor:
     """Sum of x [B, H, Sk] over every range: fp64 [B, H, Sq].
 
     sorted_bounds and scan as in `sum_of_rows`.

@@ -13,24 +13,16 @@ from torch.autograd.function import Function
 
 from ..backends import cpu as blockwise
 from ..core.autograd import first_order, is_transformed, needs_graph, runs_eagerly, without_autocast
-from ..core.call import AttentionCall, ForwardResult, Gradients, Needs
+from ..core.call import AttentionCall, ForwardResult, Gradients, Logits, Needs
 from ..core.dropout import Dropout
 from ..core.sequences import Sequences
 from ..core.visibility import Visibility
 from .mapping import in_a_loop, in_one_batch
-from .names import qualified
-
-# The schema of _Flat.
-_CALL = (
-    "Tensor q, Tensor k, Tensor v, Tensor? query_scale, Tensor? key_scale, Tensor? sinks, "
-    "Tensor? key_lengths, Tensor? key_ranges, Tensor? mask, Tensor? q_starts, Tensor? k_starts, Tensor? dropout_state, "
-    "float scale, SymInt? left, SymInt? right, SymInt longest_q, SymInt longest_k, float? softcap, float dropout_p, "
-    "bool aux, bool keep_rounding, str backend"
-)
+from .schema import arguments_of, qualified
 
 
 class _Flat(NamedTuple):
-    """An AttentionCall in the order of the operators' schema; the first six fields are those of Gradients."""
+    """An AttentionCall as the arguments of an operator; the first six fields are those of Gradients."""
 
     q: Tensor
     k: Tensor
@@ -58,32 +50,24 @@ class _Flat(NamedTuple):
     @classmethod
     def of(cls, call: AttentionCall, backend: str, aux: bool, keep_rounding: bool) -> _Flat:
         visible, sequences, dropout = call.visibility, call.visibility.sequences, call.dropout
-        state, p = (None, 0.0) if dropout is None else (dropout.state, dropout.p)
-        starts, longest = (None, None), (0, 0)
-        if sequences is not None:
-            starts = (sequences.q_starts, sequences.k_starts)
-            longest = (sequences.longest_q, sequences.longest_k)
         return cls(
-            call.q,
-            call.k,
-            call.v,
-            call.query_scale,
-            call.key_scale,
-            call.sinks,
-            visible.key_lengths,
-            visible.key_ranges,
-            visible.mask,
-            *starts,
-            state,
-            call.scale,
-            visible.left,
-            visible.right,
-            *longest,
-            call.softcap,
-            p,
-            aux,
-            keep_rounding,
-            backend,
+            *call.tensors,
+            key_lengths=visible.key_lengths,
+            key_ranges=visible.key_ranges,
+            mask=visible.mask,
+            q_starts=None if sequences is None else sequences.q_starts,
+            k_starts=None if sequences is None else sequences.k_starts,
+            dropout_state=None if dropout is None else dropout.state,
+            scale=call.logits.scale,
+            left=visible.left,
+            right=visible.right,
+            longest_q=0 if sequences is None else sequences.longest_q,
+            longest_k=0 if sequences is None else sequences.longest_k,
+            softcap=call.logits.softcap,
+            dropout_p=0.0 if dropout is None else dropout.p,
+            aux=aux,
+            keep_rounding=keep_rounding,
+            backend=backend,
         )
 
     def call(self) -> AttentionCall:
@@ -99,24 +83,15 @@ class _Flat(NamedTuple):
             mask=self.mask,
             sequences=sequences,
         )
+        logits = Logits(self.scale, self.query_scale, self.key_scale, self.softcap, self.sinks)
         dropout = None if self.dropout_state is None else Dropout(self.dropout_p, self.dropout_state)
-        return AttentionCall(
-            self.q,
-            self.k,
-            self.v,
-            visibility,
-            self.scale,
-            self.query_scale,
-            self.key_scale,
-            self.softcap,
-            self.sinks,
-            dropout,
-        )
+        return AttentionCall(self.q, self.k, self.v, visibility, logits, dropout)
 
 
-# What of _Flat can have a gradient, and what of it is tensors: its first fields.
+# The first fields of _Flat can have a gradient, and more of them are tensors.
 _GRADIENTS = len(Gradients._fields)
 _TENSORS = _Flat._fields.index("scale")
+_CALL = arguments_of(_Flat)
 
 
 def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
@@ -124,7 +99,7 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
 
     max_logit and entropy are None without aux.
     """
-    tensors = (call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
+    tensors = call.tensors
     keep_rounding = call.q.dtype.itemsize == 2 and (is_transformed() or needs_graph(*tensors))
     if not runs_eagerly(*tensors):
         results = _Attention.apply(*_Flat.of(_without_repeats(call), backend, aux, keep_rounding))

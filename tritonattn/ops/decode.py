@@ -9,19 +9,14 @@ from torch import Tensor
 
 from ..backends import cpu as blockwise
 from ..core.autograd import runs_eagerly
-from ..core.call import ForwardResult
+from ..core.call import ForwardResult, Logits
 from ..core.decode_call import Cache, DecodeCall
 from .mapping import in_a_loop
-from .names import qualified
-
-_CALL = (
-    "Tensor q, Tensor k, Tensor v, Tensor key_lengths, Tensor? block_table, Tensor? query_scale, Tensor? key_scale, "
-    "Tensor? sinks, float scale, SymInt? left, float? softcap, bool aux, str backend"
-)
+from .schema import arguments_of, qualified
 
 
 class _Flat(NamedTuple):
-    """A DecodeCall in the order of the operator's schema."""
+    """A DecodeCall as the arguments of the operator."""
 
     q: Tensor
     k: Tensor
@@ -39,37 +34,23 @@ class _Flat(NamedTuple):
 
     @classmethod
     def of(cls, call: DecodeCall, backend: str, aux: bool) -> _Flat:
-        cache = call.cache
-        return cls(
-            call.q,
-            cache.k,
-            cache.v,
-            cache.key_lengths,
-            cache.block_table,
-            call.query_scale,
-            call.key_scale,
-            call.sinks,
-            call.scale,
-            call.left,
-            call.softcap,
-            aux,
-            backend,
-        )
+        cache, (scale, query_scale, key_scale, softcap, sinks) = call.cache, call.logits
+        tensors = (call.q, cache.k, cache.v, cache.key_lengths, cache.block_table, query_scale, key_scale, sinks)
+        return cls(*tensors, scale, call.left, softcap, aux, backend)
 
     def call(self) -> DecodeCall:
         cache = Cache(self.k, self.v, self.key_lengths, self.block_table)
-        return DecodeCall(
-            self.q, cache, self.scale, self.query_scale, self.key_scale, self.left, self.softcap, self.sinks
-        )
+        logits = Logits(self.scale, self.query_scale, self.key_scale, self.softcap, self.sinks)
+        return DecodeCall(self.q, cache, logits, self.left)
 
 
 def decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
     """Run a call on "triton" or "sdpa", without gradients; max_logit and entropy are None without aux."""
-    flat = _Flat.of(call, backend, aux)
-    cache, scales = call.cache, (call.query_scale, call.key_scale)
-    if runs_eagerly(call.q, cache.k, cache.v, cache.key_lengths, *scales, call.sinks):
+    cache, logits = call.cache, call.logits
+    scales = (logits.query_scale, logits.key_scale, logits.sinks)
+    if runs_eagerly(call.q, cache.k, cache.v, cache.key_lengths, *scales):
         return _decode(call, backend, aux)
-    result = ForwardResult(*_decode_operator(*flat))
+    result = ForwardResult(*_decode_operator(*_Flat.of(call, backend, aux)))
     return result if aux else ForwardResult(result.out, result.lse)
 
 
@@ -82,7 +63,9 @@ def _decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
         return blockwise.forward(call.as_attention(), aux)
 
 
-@torch.library.custom_op(qualified("decode"), mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor, Tensor)")
+@torch.library.custom_op(
+    qualified("decode"), mutates_args=(), schema=f"({arguments_of(_Flat)}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 def _decode_operator(*arguments):
     flat = _Flat(*arguments)
     result = _decode(flat.call(), flat.backend, flat.aux)

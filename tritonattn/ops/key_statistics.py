@@ -14,7 +14,7 @@ from ..core.autograd import apply, first_order, needs_graph, runs_eagerly
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from .mapping import in_one_batch
-from .names import qualified
+from .schema import qualified
 
 
 def _prefix_sum(x: Tensor) -> Tensor:

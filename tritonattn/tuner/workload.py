@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends import triton as triton_backend
-from ..core.call import AttentionCall, Needs
+from ..core.call import AttentionCall, Logits, Needs
 from ..core.decode_call import Cache, DecodeCall
 from ..core.visibility import Visibility
 from ..tuning.table import Key
@@ -102,14 +102,15 @@ class Workload:
         q = normal(size.batch, size.heads, rows, dim)
         k, v = (normal(size.batch, size.heads // size.group, size.length, dim) for _ in range(2))
         problem = self.key.problem
-        scales = (
+        logits = Logits(
+            dim**-0.5,
             normal(*q.shape[:3], dtype=torch.float32) if problem.query_scale else None,
             normal(*k.shape[:3], dtype=torch.float32) if problem.key_scale else None,
         )
         if self.key.kernel == "decode":
             lengths = torch.full((size.batch,), size.length, device=self.device, dtype=torch.int32)
-            return DecodeCall(q, Cache(k, v, lengths), dim**-0.5, *scales, None, None, None)
-        return AttentionCall(q, k, v, Visibility.of(q, k, causal=True), dim**-0.5, *scales)
+            return DecodeCall(q, Cache(k, v, lengths), logits)
+        return AttentionCall(q, k, v, Visibility.of(q, k, causal=True), logits)
 
     def _reference(self, dtype: torch.dtype, end: slice) -> list[Tensor]:
         """Compute the results of the first or the last heads eagerly in a dtype."""
@@ -119,9 +120,9 @@ class Workload:
         wide = torch.promote_types(dtype, torch.float32)
         query_scale, key_scale = (
             None if x is None else self._heads(x, end).to(wide).requires_grad_()
-            for x in (call.query_scale, call.key_scale)
+            for x in (call.logits.query_scale, call.logits.key_scale)
         )
-        multiplier = torch.full((1, 1, 1, 1), call.scale, dtype=wide, device=q.device)
+        multiplier = torch.full((1, 1, 1, 1), call.logits.scale, dtype=wide, device=q.device)
         if query_scale is not None:
             multiplier = multiplier * query_scale[..., None]
         if key_scale is not None:

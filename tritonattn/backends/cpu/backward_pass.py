@@ -25,8 +25,7 @@ def backward(
     out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding as `forward` left them; d_out and d_lse alike, any strides.
     """
     tiles = Tiles(call)
-    tensors = (call.q, call.k, call.v, call.query_scale, call.key_scale, call.sinks)
-    pairs = zip(tensors, needs, strict=True)
+    pairs = zip(call.tensors, needs, strict=True)
     gradients = Gradients(*(x.new_zeros(x.shape) if need and x is not None else None for x, need in pairs))
     for heads in tiles.heads():
         sums = _KeySums.of(tiles, heads, gradients)
@@ -79,15 +78,15 @@ class _Rows:
             return tiles.of_rows(x, block).masked_fill(blind, 0)
 
         query, d_out = seeing(call.q), seeing(d_out)
-        query_scale = None if call.query_scale is None else seeing(call.query_scale[..., None])
-        factor = call.scale if query_scale is None else query_scale * call.scale
+        query_scale = None if call.logits.query_scale is None else seeing(call.logits.query_scale[..., None])
+        factor = call.logits.scale if query_scale is None else query_scale * call.logits.scale
         out = seeing(out)
         if rounding is not None:
             out += seeing(rounding)
         delta = torch.linalg.vecdot(out, d_out)[..., None]
         share = d_sink = None
-        if call.sinks is not None:
-            sinks = tiles.of_each_row(call.sinks[None, :, None].expand(call.q.shape[:3]), block)
+        if call.logits.sinks is not None:
+            sinks = tiles.of_each_row(call.logits.sinks[None, :, None].expand(call.q.shape[:3]), block)
             sink_share = torch.sigmoid(sinks - lse.masked_fill(blind, 0))
             d_sink = -sink_share * delta
             share = torch.sigmoid(lse.masked_fill(blind, 0) - sinks)
@@ -161,7 +160,7 @@ def _weights(
     tiles: Tiles, block: Block, rows: _Rows, key: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """exp(z - lse), 0 where hidden, and dz / dx, or None for 1."""
-    softcap, slope = tiles.call.softcap, None
+    softcap, slope = tiles.call.logits.softcap, None
     logit = logits_of(rows.query, rows.factor, key)
     if softcap is not None:
         tangent = logit.div_(softcap).tanh_()
@@ -176,7 +175,7 @@ def _store_of_rows(tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | No
         gradients.sinks[block.heads.queries] += tiles.by_head(rows.d_sink, block).sum((0, 3, 4)).flatten()
     if d_query is None:
         return
-    d_query.mul_(tiles.call.scale)
+    d_query.mul_(tiles.call.logits.scale)
     if gradients.query_scale is not None:
         place = gradients.query_scale[block.index]
         place.copy_(torch.linalg.vecdot(d_query, rows.query).view(place.shape))
@@ -198,6 +197,6 @@ def _store_of_keys(tiles: Tiles, heads: Heads, sums: _KeySums, gradients: Gradie
     if gradients.k is not None:
         place = gradients.k[heads.batch, heads.keys]
         d_key = sums.key
-        if tiles.call.key_scale is not None:
-            d_key = d_key * tiles.of_keys(tiles.call.key_scale[..., None], heads)
+        if tiles.call.logits.key_scale is not None:
+            d_key = d_key * tiles.of_keys(tiles.call.logits.key_scale[..., None], heads)
         place.copy_(d_key.view(place.shape))

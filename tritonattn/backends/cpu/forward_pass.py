@@ -56,9 +56,9 @@ class _Softmax:
     def __init__(self, tiles: Tiles, block: Block, aux: bool) -> None:
         self.tiles, self.block, self.call, self.aux = tiles, block, tiles.call, aux
         self.query = query = tiles.of_rows(self.call.q, block)
-        self.factor = self.call.scale
-        if self.call.query_scale is not None:
-            self.factor = tiles.of_each_row(self.call.query_scale, block) * self.call.scale
+        self.factor = self.call.logits.scale
+        if self.call.logits.query_scale is not None:
+            self.factor = tiles.of_each_row(self.call.logits.query_scale, block) * self.call.logits.scale
         self.peak = query.new_full((*query.shape[:2], 1), -torch.inf)
         self.max_logit = self.peak
         self.total, self.spread = torch.zeros_like(self.peak), torch.zeros_like(self.peak)
@@ -82,8 +82,8 @@ class _Softmax:
 
     def out(self) -> Tensor:
         total = self.total
-        if self.call.sinks is not None:
-            sinks = self.call.sinks[None, :, None].expand(self.call.q.shape[:3])
+        if self.call.logits.sinks is not None:
+            sinks = self.call.logits.sinks[None, :, None].expand(self.call.q.shape[:3])
             base = self.peak.masked_fill(self.peak == -torch.inf, 0)
             total = total + torch.exp(self.tiles.of_each_row(sinks, self.block) - base)
         if self.call.dropout is not None:
@@ -99,7 +99,7 @@ class _Softmax:
         return (total.log() - self.spread / total).masked_fill(empty, 0).clamp(min=0)
 
     def _logits(self, keys: slice, hidden: Tensor | None) -> Tensor:
-        tiles, block, softcap = self.tiles, self.block, self.call.softcap
+        tiles, block, softcap = self.tiles, self.block, self.call.logits.softcap
         logit = logits_of(self.query, self.factor, tiles.scaled_keys(block.heads, keys))
         tiles.hide(logit, block, hidden)
         if self.aux:

@@ -29,7 +29,7 @@ _LARGEST_LOGIT = 1e38
 
 def supports(call: AttentionCall) -> bool:
     """Whether `attention` computes this call: all keys or a square's lower triangle seen, and no extras."""
-    if call.softcap is not None or call.sinks is not None or call.dropout is not None:
+    if call.logits.softcap is not None or call.logits.sinks is not None or call.dropout is not None:
         return False
     empty = 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape
     return not empty and (call.visibility.is_full or call.visibility.is_square_causal) and not _hides_nan(call)
@@ -43,10 +43,10 @@ def _hides_nan(call: AttentionCall) -> bool:
     """
     if not (runs_eagerly(call.k) and call.k.device.type == "cpu" and call.k.shape[2] < _VECTOR):
         return False
-    operands = [x for x in (call.q, call.k, call.query_scale, call.key_scale) if x is not None]
+    operands = [x for x in (call.q, call.k, call.logits.query_scale, call.logits.key_scale) if x is not None]
     if not runs_eagerly(*operands):
         return False
-    return not max(1.0, abs(call.scale)) * math.prod(map(_norm, operands)) < _LARGEST_LOGIT
+    return not max(1.0, abs(call.logits.scale)) * math.prod(map(_norm, operands)) < _LARGEST_LOGIT
 
 
 def _norm(x: Tensor) -> float:
@@ -62,10 +62,10 @@ def attention(call: AttentionCall) -> Tensor:
     dtype = call.q.dtype
     if _needs_fp32(call):
         call = replace(call, q=call.q.float(), k=call.k.float(), v=call.v.float())
-    query_scale, scale = call.query_scale, call.scale
-    if not call.visibility.is_full and needs_graph(call.q, call.k, query_scale, call.key_scale):
+    query_scale, scale = call.logits.query_scale, call.logits.scale
+    if not call.visibility.is_full and needs_graph(call.q, call.k, query_scale, call.logits.key_scale):
         query_scale = _without_first_row(call)
-    q, k, v = _fold(call.q, query_scale), _fold(call.k, call.key_scale), call.v
+    q, k, v = _fold(call.q, query_scale), _fold(call.k, call.logits.key_scale), call.v
     if scale <= 0:  # the kernel hides keys by -inf before it multiplies
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
     if not _SHARES_KEY_HEADS and q.shape[1] != k.shape[1]:
@@ -90,10 +90,10 @@ def _needs_fp32(call: AttentionCall) -> bool:
     delta = out . d_out from a rounded output, an error that d_q has times the mean key and d_query_scale times the mean
     logit, and it sums those of a key head over its query heads and over blocks of 64 or 256 rows in 16 bits.
     """
-    is_scaled = call.query_scale is not None or call.key_scale is not None
+    is_scaled = call.logits.query_scale is not None or call.logits.key_scale is not None
     if call.q.dtype == torch.float16 and is_scaled:
         return True
-    operands = (call.q, call.k, call.v, call.query_scale, call.key_scale)
+    operands = (call.q, call.k, call.v, call.logits.query_scale, call.logits.key_scale)
     return call.q.dtype.itemsize == 2 and (is_scaled or call.q.device.type == "cpu") and needs_graph(*operands)
 
 
@@ -105,9 +105,9 @@ def _without_first_row(call: AttentionCall) -> Tensor:
     """
     dtype = torch.promote_types(call.q.dtype, torch.float32)
     after_first = torch.arange(call.visibility.q_len, device=call.q.device) > 0
-    if call.query_scale is None:
+    if call.logits.query_scale is None:
         return after_first.to(dtype)[None, None]
-    return call.query_scale * after_first
+    return call.logits.query_scale * after_first
 
 
 def _as_bool(condition: bool) -> bool:

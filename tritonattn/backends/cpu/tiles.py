@@ -129,9 +129,9 @@ class Tiles:
     def scaled_keys(self, heads: Heads, keys: slice) -> Tensor:
         """k * key_scale: [N, keys, D]."""
         key = self.of_keys(self.call.k, heads, keys)
-        if self.call.key_scale is None:
+        if self.call.logits.key_scale is None:
             return key
-        return key * self.of_keys(self.call.key_scale[..., None], heads, keys)
+        return key * self.of_keys(self.call.logits.key_scale[..., None], heads, keys)
 
     def hide(self, logit: Tensor, block: Block, hidden: Tensor | None, value: float = -torch.inf) -> None:
         """Overwrite the hidden pairs of logit [N, G * rows, keys]."""
