@@ -142,7 +142,9 @@ _KNOWN = "tritonattn.nn.ScaledAttention, no tritonattn.integrations.torch_module
 def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers whose attention a Monitor sees and whose kind is known, by its names."""
     kinds = (ScaledAttention, MultiheadAttention)
-    found = {_name(name, module): module for name, module in model.named_modules() if isinstance(module, kinds)}
+    found: dict[str, nn.Module] = {
+        _name(name, module): module for name, module in model.named_modules() if isinstance(module, kinds)
+    }
     if "transformers" in sys.modules:
         from ..huggingface.architecture import attention_modules
 
