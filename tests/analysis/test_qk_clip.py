@@ -184,7 +184,7 @@ def test_others_are_refused_by_name():
     refused(quantised, "attention", "floating weights in q_proj, got torch.int8")
     gated = Net()
     gated.attention.q_proj = nn.Linear(32, 64)
-    refused(gated, "attention", "wants 32 outputs of q_proj, got 64")
+    refused(gated, "attention", "expected 32 outputs of q_proj, got 64")
 
 
 def test_no_layer_is_changed_where_one_is_refused():

@@ -64,8 +64,8 @@ LAYERS = {
         ".scaling" + 8 * ".mode",
         "expected at most 8 scalings inside one another, got more",
     ),
-    "a gain": ({"gain": "x"}, ".gain", "expected a number or None, got 'x'"),
-    "an infinite gain": ({"gain": math.inf}, ".gain", "expected a number or None, got inf"),
+    "a gain": ({"gain": "x"}, ".gain", "expected a number, None or {'learned': [4, 1]}, got 'x'"),
+    "an infinite gain": ({"gain": math.inf}, ".gain", "expected a number, None or {'learned': [4, 1]}, got inf"),
     "a huge gain": (
         {"gain": {"learned": [10**12]}},
         ".gain",

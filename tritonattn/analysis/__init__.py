@@ -1,4 +1,4 @@
-"""What the softmax of an attention looks like, how much of a gradient passes it, and what to do about it."""
+"""Diagnosis of attention: its softmax and gradients, in one call or during training, and remedies."""
 
 from .advise import Advice, Finding, advise
 from .alarms import Alarm, Thresholds

@@ -28,12 +28,12 @@ _VISIBLE = ("causal", "window", "key_lengths", "key_ranges", "mask")
 
 @dataclass(frozen=True)
 class Finding:
-    """What was seen in one layer.
+    """The diagnosis of one layer, and the advice for it.
 
-    rule     the row of the table that applied
-    advice   the mode to try, or what to do instead
-    mode     the mode to try; None where it is to stay
-    after    the layer's reading with that mode on the same q and k; None without one
+    rule     the first rule that applied
+    advice   the mode to try, or another remedy
+    mode     the mode to try; None to keep the present one
+    after    the layer's reading with that mode on the same q and k; None without a mode
     """
 
     reading: Reading
@@ -49,13 +49,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to try first, and what that rests on.
+    """The scaling to try first, with reasons.
 
-    mode       a name for `scaling=`, with its parameter in brackets; "sqrt_dim" or what the model has: keep it
-    text       the same as a sentence
-    layers     where
-    why, watch, turn_back, evidence   of the rule that most layers with something to mend fall under
-    findings   every layer's
+    mode       a name for `scaling=`, with its parameter in brackets; the present mode if it is to be kept
+    text       the advice as a sentence
+    layers     the layers that it is for
+    why, watch, turn_back, evidence   of the rule behind most findings that are not healthy
+    findings   one for each layer
     """
 
     mode: str
@@ -73,7 +73,7 @@ class Advice:
         return all(finding.mode is None for finding in self.findings)
 
     def table(self) -> str:
-        """Every layer in a line: what was seen, which rule applied, and what the mode would make of it."""
+        """A line for each layer: its figures, its rule, and its figures with the mode to try."""
         headers = ("layer", "one-hot", "uniform", "entropy/ln n", "max logit", "Jacobian", "gradient", "rule", "try")
         rows = [
             (one.layer, *_figures(one.reading), one.rule.name, _tried(one.mode, one.after)) for one in self.findings
@@ -81,14 +81,14 @@ class Advice:
         return table(rows, headers, "simple", align="left")
 
     def report(self) -> str:
-        """All of it as text."""
+        """The table and the reasons as text."""
         parts = [("Try first", self.text), ("Why", self.why), ("Watch", self.watch), ("Turn back if", self.turn_back)]
         lines = [textwrap.fill(f"{name}: {text}", 100, subsequent_indent="  ") for name, text in parts if text != "-"]
         evidence = [textwrap.fill(text, 100, initial_indent="  - ", subsequent_indent="    ") for text in self.evidence]
         return "\n".join([self.table(), "", *lines, "It rests on:", *evidence])
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; numbers that are not finite are None."""
+        """A dict for JSON, in which numbers that are not finite are None."""
         names = ("mode", "text", "layers", "why", "watch", "turn_back", "evidence")
         own = {name: getattr(self, name) for name in names}
         layers = [
@@ -107,20 +107,20 @@ class Advice:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """One call of an attention, so that it can be diagnosed with any mode."""
+    """The operands of one attention call, to be diagnosed with any mode."""
 
     name: str
     q: Tensor
     k: Tensor
     scaling: Any
     gain: Any
-    relative: Any  # what the model multiplies any mode by, see `huggingface.patch`; None is 1
+    relative: Any  # the model's factor beside any mode, see `huggingface.patch`; None is 1
     visible: dict[str, Any]
     seen: Visibility
     context: int | None
 
     def read(self, mode: str | None) -> Reading:
-        """With a mode, or with the scaling that it has."""
+        """Diagnose the layer with a mode; None is its own scaling."""
         scaling, gain = (self.scaling, self.gain) if mode is None else self._with(mode)
         found = diagnose(self.q, self.k, scaling=scaling, gain=gain, **self.visible)
         lo, hi = self.seen.ranges()
@@ -152,16 +152,16 @@ def advise(
     """Diagnose every attention layer, and say which scaling to try first.
 
     Args:
-        model: A transformers model that `tritonattn.huggingface.patch` can patch, patched or not: it is left as it was.
+        model: A transformers model that `tritonattn.huggingface.patch` can patch, patched or not; it does not change.
             Or q [B, Hq, Sq, D] of one layer.
-        tokens: Token ids [B, S], or the model's inputs by name (with attention_mask where there is padding, whose rows
-            do not count). Or k [B, Hkv, Sk, D].
-        context: The length that the model was trained for; None is its config's max_position_embeddings.
+        tokens: Token ids [B, S], or the model's inputs by name, with attention_mask if there is padding, whose rows do
+            not count. Or k [B, Hkv, Sk, D].
+        context: The length of the model's training; None is its config's max_position_embeddings.
         scaling, gain, causal, window, key_lengths, key_ranges, mask: With q and k: as in `diagnose`.
 
-    The rules are `tritonattn.analysis.rules.RULES`: the first whose condition a layer meets gives its advice. Modes are
-    tried on the layer's own q and k before they are advised. A layer's heads are averaged; softcap and sinks are not
-    read. One forward pass, and a `diagnose` a layer and mode: about twenty times a forward pass of its attention each.
+    The first of `tritonattn.analysis.rules.RULES` that applies to a layer gives its advice. Modes are tried on the
+    layer's own q and k before they are advised. Heads are averaged; softcap and sinks are ignored. The cost is one
+    forward pass, and for each layer and mode a `diagnose`, about twenty forward passes of its attention.
 
     Returns:
         `Advice`; print(advice.report()).
@@ -189,7 +189,7 @@ def advise(
 
 
 def mode_of(text: str) -> Scaling:
-    """The scaling that an `Advice.mode` names: "cosine", "qwen_logn(2048)"."""
+    """Make the scaling of an `Advice.mode`, such as "cosine" or "qwen_logn(2048)"."""
     name, _, parameter = text.partition("(")
     kind: Any = SCALINGS[name]
     return kind(int(parameter.rstrip(")"))) if parameter else kind()
@@ -255,7 +255,7 @@ def _layer(
 ) -> _Layer:
     seen = Visibility.of(q, k, **visible)
     rows = counted_rows(ObservedCall(q, k, q, seen, None, lambda: None))
-    if not seen.sizes_tell_all and rows.shape[1] == 1:  # rows of padding get no keys, and so no say
+    if not seen.sizes_tell_all and rows.shape[1] == 1:  # hide all keys from rows of padding
         lo, hi = seen.ranges()
         hi = torch.where(rows[:, 0], hi, lo)
         ranges = torch.stack(torch.broadcast_tensors(lo, hi), dim=-1).expand(q.shape[0], -1, -1)
@@ -271,7 +271,7 @@ def _means(found: Diagnosis) -> dict[str, float]:
 
 
 def _between_sequences(k: Tensor, seen: Visibility) -> float:
-    """Variation of the sequences' mean key lengths, mean over the heads."""
+    """Standard deviation over mean of the sequences' mean key lengths, averaged over the heads."""
     visible = seen.seen_keys().expand(seen.keys)  # [B, Hkv, Sk]
     lengths = key_lengths_of(k, visible).double()
     count = visible.sum(-1)
@@ -302,7 +302,7 @@ def _finding(layer: _Layer) -> Finding:
 
 
 def _joined(findings: list[Finding]) -> Advice:
-    """The advice for the whole: that of the most frequent finding that is not `healthy`."""
+    """The advice for a model: that of its most frequent finding that is not `healthy`."""
     ill = [one for one in findings if one.rule.name != "healthy"]
     counted = Counter((one.rule.name, one.mode, one.advice) for one in ill or findings)
     (name, mode, text), _ = counted.most_common(1)[0]
@@ -313,7 +313,7 @@ def _joined(findings: list[Finding]) -> Advice:
         where = f"{len(chosen)} of {len(findings)} layers: {', '.join(one.layer for one in chosen)}"
         text = f"{text}, on {'all layers' if len(chosen) == len(findings) > 1 else where}"
         if others:
-            text += f" ({others} more have something else, see the table)"
+            text += f" ({others} more have other findings, see the table)"
     return Advice(
         first.mode if mode is None else mode,
         text,

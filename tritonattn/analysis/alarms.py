@@ -1,4 +1,4 @@
-"""When a layer is in trouble, and since when it has been said."""
+"""Thresholds of a Monitor, and the alarms of layers beyond them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ LOSS = "loss"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a healthy layer does not pass; None: not watched.
+    """Limits beyond which a layer raises an alarm; None is no limit.
 
     max_logit      the largest logit of any head and row: QK-clip's tau (Kimi K2, arXiv:2507.20534, uses 100)
-    near_one_hot   share of rows with one key above 0.95, mean over the heads: their softmax passes no gradient
-    near_uniform   share of rows with entropy / ln n above 0.98, mean over the heads: they average their values. A model
-                   that begins to learn is uniform: give None, or let it warn once
+    near_one_hot   share of rows with one key above 0.95, mean over the heads; their softmax passes no gradient
+    near_uniform   share of rows with entropy / ln n above 0.98, mean over the heads; they average their values. Models
+                   begin uniform: give None, or let it warn once
     """
 
     max_logit: float | None = 100.0
@@ -34,15 +34,15 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Alarm:
-    """One measure of one layer that is beyond its threshold, or a loss that is not finite.
+    """A measure of a layer beyond its threshold, or a loss that is not finite.
 
     step      of the record
     layer     the module's name; "" for the loss
     measure   a field of `Thresholds`, or "loss"
-    value     what it was: the largest head's logit, else the heads' mean
+    value     the measure: the largest head's logit, else the heads' mean
     limit     the threshold; NaN for the loss
     heads     the measure by head, None for one without rows; () for the loss
-    new       whether the layer was within the threshold when it was last watched
+    new       whether the layer was within the threshold in the last watched step
     """
 
     step: int
@@ -60,7 +60,7 @@ class Alarm:
 
 
 class Alarms:
-    """The alarms that stand."""
+    """The alarms of a run, which stand until their measure is back within its threshold."""
 
     def __init__(self, thresholds: Thresholds) -> None:
         self._limits = {
@@ -71,7 +71,7 @@ class Alarms:
         self._standing: set[tuple[str, str]] = set()
 
     def of(self, step: int, layers: dict[str, dict[str, Any]]) -> list[Alarm]:
-        """Those of the layers that were watched in this step; one that is well again has none."""
+        """The standing alarms of the layers that were watched in this step."""
         found = []
         for layer, measures in layers.items():
             for measure, limit in self._limits.items():
@@ -86,7 +86,7 @@ class Alarms:
         return found
 
     def of_loss(self, step: int, loss: float) -> list[Alarm]:
-        """That of a loss."""
+        """The alarm of a loss, if it is not finite."""
         if math.isfinite(loss):
             self._standing.discard(("", LOSS))
             return []
@@ -96,7 +96,7 @@ class Alarms:
 
 
 def _of_layer(measure: str, heads: tuple[float, ...]) -> float | None:
-    """A measure of a layer from those of its heads; None where no row was counted, NaN where one of them is."""
+    """A layer's measure from its heads': None if no row was counted, NaN if one of them is."""
     if not heads:
         return None
     if any(math.isnan(value) for value in heads):

@@ -23,7 +23,7 @@ UNIFORM = 0.98
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What `diagnose` found of every query head: fp64 [Hq]; means are over the rows that see a key.
+    """Figures of every query head, fp64 [Hq]; means are over the rows that see a key.
 
     logit_std             mean standard deviation of a row's logits
     max_logit             the largest logit; -inf without rows
@@ -31,14 +31,14 @@ class Diagnosis:
     relative_entropy      mean entropy / ln(n) of the rows that see n > 1 keys: 1 is uniform, 0 a single key
     jacobian_norm         mean Frobenius norm of the softmax's Jacobian, diag(p) - p p^T
     gradient_norm         mean Frobenius norm of dp / d(q . k), the Jacobian times the factor of the logits
-    near_one_hot          share of the rows whose max probability is above 0.95, those that see one key among them
+    near_one_hot          share of the rows whose max probability is above 0.95, rows of one key included
     near_uniform          share of the rows with n > 1 keys whose entropy / ln(n) is above 0.98
     key_count_mean        mean n of the rows
     key_count_variation   their standard deviation over their mean
-    key_norm_mean         mean length ||k|| of the keys of the head (those of its key head) that some row may see
+    key_norm_mean         mean length ||k|| of the keys of its key head that some row may see
     key_norm_variation    their standard deviation over their mean
 
-    NaN where there is no such row or key; a standard deviation over nothing but zeros has variation 0.
+    NaN if there is no such row or key. The variation of zeros is 0.
     """
 
     logit_std: Tensor
@@ -90,7 +90,7 @@ def diagnose(
     key_ranges: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Diagnosis:
-    """What the softmax of `attention(q, k, v, ...)` looks like, and how much of a gradient passes it.
+    """Measure how sharp the softmax of `attention(q, k, v, ...)` is, and how much of a gradient passes it.
 
         z[i, j] = gain[i] * factor[i, j] * (q[i] . k[j])       over the n keys j visible to row i
         p[i]    = softmax(z[i])
@@ -99,15 +99,15 @@ def diagnose(
 
     A gradient vanishes in two ways: p is one-hot (J is 0), or p is uniform since the factor is tiny (J is healthy, its
     product with the factor is not). `near_one_hot` and `near_uniform` count such rows, `gradient_norm` measures both.
-    What the factor's own dependence on q or k adds is not part of it.
+    It leaves out the factor's own dependence on q or k.
 
     Args:
         q: [B, Hq, Sq, D], float16, bfloat16, float32 or float64.
         k: [B, Hkv, Sk, D] in q's dtype; Hkv divides Hq.
 
     The other arguments are those of `attention`, with its defaults and errors. Everything is computed in float64, in
-    passes over blocks of keys: memory is O(S D), no [Sq, Sk] tensor is made. Nothing is differentiated. It is a tool to
-    look with, not to train with: on a CPU it takes about twenty times as long as a forward pass of `attention`.
+    passes over blocks of keys: memory is O(S D), no [Sq, Sk] tensor is made. Nothing is differentiated. On a CPU it
+    takes about twenty times as long as a forward pass of `attention`.
 
     Returns:
         `Diagnosis`, of tensors [Hq] on q's device: means over the batch and its rows. Rows without keys are left out.
@@ -133,7 +133,7 @@ def diagnose(
 
 
 def _of_rows(rows: RowStatistics, key_norm_mean: Tensor, key_norm_variation: Tensor) -> Diagnosis:
-    """The heads' means; key_norm_mean and key_norm_variation are [Hq]."""
+    """Average statistics of rows by head; key_norm_mean and key_norm_variation are [Hq]."""
     seeing, several = rows.key_count > 0, rows.key_count > 1
     relative = rows.relative_entropy
     key_count_mean, key_count_variation = _mean_and_variation(rows.key_count, seeing)
@@ -163,12 +163,12 @@ def _of_keys(k: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor]:
 
 
 def _mean(x: Tensor, counted: Tensor) -> Tensor:
-    """Mean of x [B, H, S] over the batch and S, of what is counted: [H]; NaN where nothing is."""
+    """Mean of the counted x [B, H, S] over the batch and S: [H]; NaN if nothing is counted."""
     return torch.where(counted, x, 0).sum((0, 2)) / counted.sum((0, 2))
 
 
 def _mean_and_variation(x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and standard deviation over mean, likewise."""
+    """Mean of the counted x, and standard deviation over mean: [H] each."""
     mean = _mean(x, counted)
     deviation = _mean((x - mean[:, None]).square(), counted).sqrt()
     return mean, torch.where(deviation == 0, 0, deviation / mean)

@@ -1,4 +1,4 @@
-"""`Monitor`: what attention does while a model trains."""
+"""`Monitor`: statistics of a model's attention while it trains."""
 
 from __future__ import annotations
 
@@ -20,52 +20,55 @@ Action = Callable[[Sequence[Alarm]], Any]
 
 
 class Monitor:
-    """Watch every k-th step of a training run: a context manager, with `step` at the end of every step.
+    """Watch every k-th step of a training run: a context manager whose `step` is called at the end of every step.
 
     Args:
         model: A transformers model, patched or not, or any module that computes its attention by
             `tritonattn.attention` or `attention_varlen`: `tritonattn.nn.ScaledAttention`, `tritonattn.integrations`.
         every: Watch the steps 0, every, 2 every, ...
-        file: Append a record a watched step to it, as JSON lines.
+        file: A file to append a record to in every watched step, as JSON lines.
         tensorboard: A folder, or a writer with `add_scalar(name, value, step)`.
-        thresholds: What warns.
-        on_alarm: What to do, besides warning, in every watched step in which an alarm stands: "undo" calls
+        thresholds: Limits that raise alarms, which warn.
+        on_alarm: An action, besides the warning, in every watched step in which an alarm stands: "undo" calls
             `tritonattn.huggingface.patched(model).undo()`; `qk_clip(model, threshold)`; or a function of the list of
             `Alarm`s.
 
     A record is a dict: step; loss; alarms; and layers, by the module's name, each with
 
-        calls, rows          how many calls and rows (B Hq Sq) it rests on, without padding and rows that see no key
+        calls, rows          numbers of calls and rows (B Hq Sq), without padding and rows that see no key
         max_logit            [Hq] the largest logit, before softcap
         relative_entropy     [Hq] mean over the rows that see n > 1 keys of entropy / ln n: 1 is uniform, 0 one key
-        near_one_hot         [Hq] share of the rows whose largest probability is above 0.95, those of one key among them
+        near_one_hot         [Hq] share of the rows whose largest probability is above 0.95, rows of one key included
         near_uniform         [Hq] share of the rows with n > 1 whose entropy / ln n is above 0.98
         q_gradient_norm      [Hq] Frobenius norm of the gradient that reached q as it meets k, over rows and features
         k_gradient_norm      [Hkv]
         output_variance      [Hq] variance of the attention's output over the rows, mean over its features
 
     Values that do not exist (no backward, no row) or are not finite are null in the file, and alarms name the latter.
-    Probabilities and entropy are those before dropout and without sinks; output is what the model got.
+    Probabilities and entropy are taken before dropout and without sinks; the output is the one that the model gets.
 
-    **What it changes: nothing.** Statistics are computed beside the model's own attention, from the same q and k and
-    without dropout, by one more forward of O(S) memory. Weights after a run with a Monitor are bit for bit those
-    without, unless `on_alarm` changes them. A transformers layer that is not patched keeps its own attention (eager or
-    sdpa), and is lent another config while a watched step lasts: so `patch` before the with block. In steps that are
-    not watched, `step` counts, and looks at the loss where that does not wait for a GPU; nothing else of the Monitor
-    exists. A watched step took 1.12 to 1.21 times as long (`python -m perf monitor`; docs/rollout.md).
+    **It changes nothing.** Statistics are computed beside the model's own attention, from the same q and k and without
+    dropout, by one more forward of O(S) memory. Weights after a run with a Monitor are bit for bit those without,
+    unless `on_alarm` changes them. A transformers layer that is not patched keeps its own attention (eager or sdpa),
+    and has another config during a watched step: so `patch` before the with block. In other steps `step` only counts,
+    and checks the loss if that does not wait for a GPU. A watched step took 1.12 to 1.21 times as long
+    (`python -m perf monitor`; docs/rollout.md).
 
-    **What counts.** A step is all that happens between two calls of `step`: forwards of several micro-batches or parts
-    of a loss are joined (counts, maxima, sums of squares: with gradient accumulation that is what one large batch would
-    have given). A layer in training mode counts, or one whose result has a graph; so an evaluation in eval mode under
-    torch.no_grad() between steps does not. Checkpointed layers count once. Under a GradScaler give `grad_scale`.
-    Frozen layers have gradient norms where a gradient passes through them. What torch.compile has compiled is not seen:
-    a warning says so. An exception ends the watch, loses the step, and leaves model and file whole. One process only:
-    in a distributed run each process sees its own part; watch on rank 0, or give each its file.
+    **A step** is everything between two calls of `step`. Forwards of several micro-batches or parts of a loss are
+    joined (counts, maxima, sums of squares), so gradient accumulation gives the statistics of one large batch. A layer
+    counts in training mode, or if its result has a graph, so an evaluation in eval mode under torch.no_grad() does not.
+    Checkpointed layers count once. Under a GradScaler give `grad_scale`. Frozen layers have gradient norms if a
+    gradient passes through them. Code compiled by torch.compile is not seen, which a warning says. An exception ends
+    the watch, loses the step, and leaves model and file whole.
+
+    **Threads and processes.** Monitors of different models may run in different threads. Modules count in whatever
+    thread they run, so nn.DataParallel does. A process of a distributed run sees its own part: watch on rank 0, or give
+    each process its file.
 
     Raises:
-        ValueError, TypeError: An argument; a transformers model with an attention implementation other than eager, sdpa
-            and tritonattn in a layer that is not patched.
-        ImportError: tensorboard without that package.
+        ValueError, TypeError: A bad argument; a transformers model with an attention implementation other than eager,
+            sdpa and tritonattn in a layer that is not patched.
+        ImportError: A folder for tensorboard without that package.
 
     >>> import torch, tritonattn
     >>> from tritonattn.analysis import Monitor
@@ -99,7 +102,7 @@ class Monitor:
         if thresholds is not None and not isinstance(thresholds, Thresholds):
             raise TypeError(f"thresholds: expected Thresholds, got {type(thresholds).__name__}")
         self.model, self.every = model, every
-        self.steps = 0  # taken so far; set it to go on with an earlier run's numbers
+        self.steps = 0  # taken so far; assign to go on with an earlier run's numbers
         self.last: dict[str, Any] | None = None  # the latest record
         self._alarms = Alarms(Thresholds() if thresholds is None else thresholds)
         self._act = _action(on_alarm, model)
@@ -107,8 +110,8 @@ class Monitor:
         self._scalars = None if tensorboard is None else Scalars(tensorboard)
         self._watch: Watch | None = None
         self._active = False
-        self._not_finite: Tensor | None = None  # bool on the loss's device: one since the last look was not
-        self._said_blind = False
+        self._not_finite: Tensor | None = None  # bool on the loss's device: whether one since the last check was
+        self._warned_blind = False
 
     def __enter__(self) -> Monitor:
         if self._active:
@@ -133,12 +136,12 @@ class Monitor:
         return self._active
 
     def step(self, loss: float | Tensor | None = None, *, grad_scale: float = 1.0) -> dict[str, Any] | None:
-        """Call it once at the end of every step, after backward; before or after optimizer.step().
+        """End a step, after backward, and before or after optimizer.step().
 
         Args:
-            loss: Of the step, for the record. A loss that is not finite raises an alarm, in any step; that of a GPU
-                tensor in the next step that is watched.
-            grad_scale: What gradients are multiplied by: `scaler.get_scale()` before `scaler.update()`.
+            loss: The step's loss, for the record. One that is not finite raises an alarm in any step; a GPU tensor
+                raises it in the next watched step.
+            grad_scale: The factor of the gradients: `scaler.get_scale()` before `scaler.update()`.
 
         Returns:
             The record of a watched step; None otherwise.
@@ -158,17 +161,17 @@ class Monitor:
         return record if watch is not None else None
 
     def callback(self) -> Any:
-        """A callback for transformers' Trainer: `Trainer(..., callbacks=[monitor.callback()])`.
+        """Make a callback for transformers' Trainer: `Trainer(..., callbacks=[monitor.callback()])`.
 
-        It begins and ends with the training. The loss of a record is that of the model's outputs; the number of a step
-        is the trainer's. `with monitor: trainer.train()` leaves the model whole after an exception, too.
+        It begins and ends with the training. Records have the loss of the model's outputs and the trainer's number of
+        the step. `with monitor: trainer.train()` leaves the model whole after an exception too.
         """
         from .trainer import MonitorCallback
 
         return MonitorCallback(self)
 
     def restart(self, step: int) -> None:
-        """Go on with the step of that number; what was watched of the one that has begun is dropped."""
+        """Begin the step of that number, and drop the step that has begun."""
         self._end()
         self.steps = step
         self._begin()
@@ -207,7 +210,7 @@ class Monitor:
             if loss is None and (loss := watch.loss()) is not None:
                 alarms = self._alarms.of_loss(step, loss)
             if not layers:
-                self._say_blind(step)
+                self._warn_blind(step)
         alarms = [*alarms, *self._alarms.of(step, layers)]
         record = {
             "step": step,
@@ -228,19 +231,19 @@ class Monitor:
             warnings.warn(f"step {step}: {'; '.join(new)}", RuntimeWarning, stacklevel=3)
         return record
 
-    def _say_blind(self, step: int) -> None:
-        if not self._said_blind:
-            self._said_blind = True
+    def _warn_blind(self, step: int) -> None:
+        if not self._warned_blind:
+            self._warned_blind = True
             warnings.warn(
-                f"step {step}: Monitor saw no attention: wanted layers that compute it by tritonattn or transformers,"
-                " in training, and not inside torch.compile",
+                f"step {step}: Monitor saw no attention: expected layers that compute it by tritonattn or transformers,"
+                " in training mode and outside torch.compile, got none",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
 
 def _is_elsewhere(loss: Tensor) -> bool:
-    """Whether reading it would wait for a device."""
+    """Whether reading a loss would wait for a device."""
     return loss.device.type != "cpu"
 
 
@@ -264,5 +267,7 @@ def _action(on_alarm: str | Action | None, model: nn.Module) -> Action | None:
 
         patched = patch_of(model)
     if patched is None:
-        raise ValueError(f"on_alarm: 'undo' wants a model that is patched, got a {type(model).__name__} that is not")
+        raise ValueError(
+            f"on_alarm: expected a patched model for 'undo', got a {type(model).__name__} that is not patched"
+        )
     return lambda alarms: patched.undo()

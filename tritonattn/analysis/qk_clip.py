@@ -23,7 +23,7 @@ _PAIRS = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"))
 
 @dataclass(frozen=True)
 class Projections:
-    """Where the weights of q and k lie in one attention module.
+    """The weights of q and k in one attention module.
 
     query, key   views of the weights and biases, rows first: [H D, ...]; writing to them writes to the model
     scaling      as in `tritonattn.attention`; None is the model's own factor
@@ -142,7 +142,9 @@ _KNOWN = "tritonattn.nn.ScaledAttention, no tritonattn.integrations.torch_module
 def _attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers whose attention a Monitor sees and whose kind is known, by its names."""
     kinds = (ScaledAttention, MultiheadAttention)
-    found = {_name(name, module): module for name, module in model.named_modules() if isinstance(module, kinds)}
+    found: dict[str, nn.Module] = {
+        _name(name, module): module for name, module in model.named_modules() if isinstance(module, kinds)
+    }
     if "transformers" in sys.modules:
         from ..huggingface.architecture import attention_modules
 
@@ -187,15 +189,15 @@ def _plan(name: str, module: nn.Module, gamma: Tensor | None) -> list[tuple[Tens
 
 
 def _multiply(rows: Tensor, factor: Tensor) -> None:
-    """Rows [H D, ...], a factor [H] each; one rounding to the weights' dtype."""
+    """Multiply rows [H D, ...] in place by a factor [H] of each head, with one rounding to their dtype."""
     wide = factor.to(rows.device).repeat_interleave(rows.shape[0] // factor.shape[0])
     rows.copy_(rows.double() * wide.reshape(-1, *(1,) * (rows.dim() - 1)))
 
 
 def _degree_in_keys(scaling: Any, name: str) -> int:
-    """1 where doubled keys double the logits, 0 where the scaling takes that back; found by its formula.
+    """1 if doubled keys double the logits, 0 if they leave them; found by the scaling's formula.
 
-    Raises NotImplementedError where the size of q, or of k in another way, does not act as a factor.
+    Raises NotImplementedError if the logits are not proportional to q, or depend on the size of k in another way.
     """
     if not isinstance(scaling, Scaling):
         return 1
@@ -208,7 +210,7 @@ def _degree_in_keys(scaling: Any, name: str) -> int:
 
     def factor(q: Tensor, k: Tensor) -> Tensor:
         found = torch.as_tensor(scaling.multiplier(q, k, visible), dtype=torch.float64, device=device)
-        return torch.where(visible, found, 0)  # what it says of invisible pairs is of no account
+        return torch.where(visible, found, 0)  # factors of invisible pairs may be anything
 
     one, other_q, other_k = factor(q, k), factor(2 * q, k), factor(q, 2 * k)
     if torch.allclose(other_q, one, rtol=1e-4):
@@ -217,8 +219,8 @@ def _degree_in_keys(scaling: Any, name: str) -> int:
         if torch.allclose(2 * other_k, one, rtol=1e-4):
             return 0
     raise NotImplementedError(
-        f"{name}: QK-clip does not work with the scaling {getattr(scaling, 'name', type(scaling).__name__)}, whose"
-        " logits are not proportional to q"
+        f"{name}: QK-clip does not work with the scaling {getattr(scaling, 'name', type(scaling).__name__)}: its logits"
+        " are not proportional to q"
     )
 
 
@@ -241,13 +243,13 @@ def _projections(name: str, module: Any) -> Projections:
             q, k = tuple(x[: sizes[0]] for x in rows), tuple(x[sizes[0] : sum(sizes)] for x in rows)
             return Projections(q, k, heads, kv_heads, scaling)
     raise NotImplementedError(
-        f"{name}: QK-clip knows projections named q_proj and k_proj, query and key, q_lin and k_lin, qkv_proj or"
-        f" c_attn; {type(module).__name__} has none of them"
+        f"{name}: expected projections named q_proj and k_proj, query and key, q_lin and k_lin, qkv_proj or c_attn, got"
+        f" a {type(module).__name__} without them"
     )
 
 
 def _description(name: str, module: Any) -> tuple[int, int, int, Any]:
-    """Hq, Hkv, D and the scaling."""
+    """Hq, Hkv, D and the scaling of an attention module."""
     if isinstance(module, ScaledAttention):
         scaling = module.scaling
         return module.heads, module.kv_heads, module.head_dim, scaling
@@ -270,23 +272,23 @@ def _refuse_norms(name: str, module: nn.Module) -> None:
 
 
 def _rows(name: str, child: str, layer: Any) -> tuple[Tensor, ...]:
-    """Weight and bias of a linear layer with the axis of its outputs first."""
+    """Weight and bias of a linear layer, outputs first."""
     kind = type(layer).__name__
     if type(layer) is nn.Linear:
         weight = layer.weight
     elif kind == "Conv1D" and isinstance(layer.weight, nn.Parameter):  # transformers': [in, out]
         weight = layer.weight.t()
     else:
-        raise NotImplementedError(f"{name}: QK-clip wants a plain linear layer as {child}, got {kind}")
+        raise NotImplementedError(f"{name}: QK-clip: expected a plain linear layer as {child}, got {kind}")
     if not weight.is_floating_point():
-        raise NotImplementedError(f"{name}: QK-clip wants floating weights in {child}, got {weight.dtype}")
+        raise NotImplementedError(f"{name}: QK-clip: expected floating weights in {child}, got {weight.dtype}")
     return (weight,) if layer.bias is None else (weight, layer.bias)
 
 
 def _check_sizes(name: str, child: str, rows: tuple[Tensor, ...], wanted: int) -> None:
     if rows[0].shape[0] != wanted:
         raise NotImplementedError(
-            f"{name}: QK-clip wants {wanted} outputs of {child}, got {rows[0].shape[0]}: it holds more than heads"
+            f"{name}: QK-clip: expected {wanted} outputs of {child}, got {rows[0].shape[0]}: it holds more than heads"
         )
 
 

@@ -1,18 +1,18 @@
-"""What the softmax of every row looks like, and how much of a gradient passes it: one pass over blocks of keys.
+"""Statistics of every row's softmax and of its gradient, in one pass over blocks of keys.
 
 With the logits z_j = f_j x_j of a row, x_j = q . k_j, over its n visible keys, and p = softmax(z):
 
     J = diag(p) - p p^T                           the softmax's Jacobian, dp / dz
     ||J||_F^2 = S2 - 2 S3 + S2^2                  S_k = sum p_j^k
-    dp / dx = J diag(f)                           what a gradient of p is multiplied by on its way to q . k
+    dp / dx = J diag(f)                           the factor of a gradient of p on its way to q . k
 
-Both norms vanish where p is one-hot. Where p is uniform ||J||_F is about 1 / sqrt(n), and dp / dx vanishes with f.
-A sum of powers of p would cancel where p is nearly one-hot. So the row's largest logit is left out of every sum: with
+Both norms vanish if p is one-hot. If p is uniform, ||J||_F is about 1 / sqrt(n), and dp / dx vanishes with f.
+A sum of powers of p would cancel if p is nearly one-hot. So the row's largest logit is left out of every sum: with
 w_j = exp(z_j - z_top), r = sum w, a = sum w^2, and A = sum f^2 w^2, B = sum f^2 w^3 over the other keys,
 
     (1 + r)^4 ||J diag(f)||_F^2 = (f_top^2 + A) (r^2 + a) + 2 (A - B) (1 + r)
 
-of which every term is at least 0.
+and every term is at least 0.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from ..core.call import AttentionCall, Logits
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 
-_NOTHING = -1000.0  # a difference of logits of which exp is 0; -inf would make 0 * -inf
+_NOTHING = -1000.0  # a difference of logits whose exp is 0; -inf would make 0 * -inf
 
 
 @dataclass(frozen=True, eq=False)
 class RowStatistics:
-    """Of every row, fp64 [B, Hq, Sq]; a row without keys has key_count 0, and 0 in every other field.
+    """Statistics of every row, fp64 [B, Hq, Sq]; all are 0 for a row without keys.
 
     key_count         n, the visible keys
-    factor            the factor of q . k that belongs to the row; those of single keys (cosine's) are not in it
+    factor            the row's factor of q . k, without factors of single keys (cosine's)
     logit_std         standard deviation of the logits over the n keys (divided by n, not n - 1)
     max_logit         the largest logit
     max_probability   max p
@@ -83,7 +83,7 @@ def row_statistics(q: Tensor, k: Tensor, factor: Factor, visibility: Visibility)
 
 
 class _Part(NamedTuple):
-    """A softmax over some keys, [N, G * rows, 1] each. "Other" keys are all but that of the largest logit, the top.
+    """A softmax over some keys, [N, G * rows, 1] each. "Other" keys are all but the top, which has the largest logit.
 
     top          its logit; -inf over no keys
     top_square   f^2 of its key
@@ -97,7 +97,7 @@ class _Part(NamedTuple):
     mean         of the logits
     deviations   sum of (logit - mean)^2
 
-    f is the factor of a key here, that of the row is left to the end.
+    f is here the factor of a key; the row's is applied at the end.
     """
 
     top: Tensor
@@ -114,7 +114,7 @@ class _Part(NamedTuple):
 
 
 def _of_block(tiles: Tiles, block: Block) -> dict[str, Tensor]:
-    """The fields of RowStatistics for a block's rows, [N, G * rows, 1] each; none where no row sees a key."""
+    """The fields of RowStatistics for a block's rows, [N, G * rows, 1] each; none if no row sees a key."""
     query = tiles.of_rows(tiles.call.q, block)
     factor = torch.full_like(query[..., :1], tiles.call.logits.scale)
     if tiles.call.logits.query_scale is not None:

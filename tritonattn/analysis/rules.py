@@ -1,4 +1,4 @@
-"""The rules of `advise`, as a table: what is seen, what to try, and what that rests on."""
+"""The rules of `advise`: conditions on a layer's figures, modes to try, and evidence."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LENGTHS = 0.5  # variation of the sequences' mean key lengths; 0.6 where one has
 
 @dataclass(frozen=True)
 class Reading:
-    """What a layer's softmax is like with the scaling that it has: means over the heads, see `Diagnosis`.
+    """Figures of a layer's softmax with its present scaling: means over the heads, see `Diagnosis`.
 
-    mode       the scaling that it has
+    mode       the present scaling
     max_logit  the largest of any head
-    key_norm_between   standard deviation over the sequences of their mean key length, over its mean; 0 for one sequence
-    causal     whether every row sees up to its own place
+    key_norm_between   standard deviation over mean of the sequences' mean key lengths; 0 for one sequence
+    causal     whether rows see only keys up to their own place
     longest    the largest number of keys that a row sees
-    context    what the model was trained for, in tokens; None where that is not known
+    context    the length of the model's training in tokens; None if it is not known
     """
 
     layer: str
@@ -51,15 +51,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table.
+    """A rule of `advise`.
 
-    condition    when it applies, in words; `applies` is the same in code
-    candidates   modes that are tried on the layer's own q and k, the least intrusive first: the first that heals it is
-                 advised; {context} and {count} stand for the layer's own numbers
+    condition    in words; `applies` is the same in code
+    candidates   modes to try on the layer's own q and k, the least intrusive first: the first that heals it is advised;
+                 {context} and {count} stand for the layer's own numbers
     heals        whether a mode's reading is better, given the old one
-    otherwise    what to do where no candidate heals
-    why, watch, turn_back   what the reader is told
-    evidence     what it rests on
+    otherwise    the advice if no candidate heals
+    why, watch, turn_back, evidence   explanations for the reader
     """
 
     name: str
@@ -205,5 +204,5 @@ RULES: tuple[Rule, ...] = (
 
 
 def rule_for(reading: Reading) -> Rule:
-    """The first row of the table that applies."""
+    """The first rule that applies."""
     return next(rule for rule in RULES if rule.applies(reading))

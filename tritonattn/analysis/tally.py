@@ -1,4 +1,4 @@
-"""What one attention layer did in a step, by head, from any number of calls."""
+"""Statistics of one attention layer in a step, by head, from any number of calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .diagnosis import ONE_HOT, UNIFORM
 
 
 class Tally:
-    """Sums over the calls of one layer; on the device, and unread, until `summary`."""
+    """Sums over the calls of one layer, kept on the device until `summary` reads them."""
 
     def __init__(self) -> None:
         self._calls: list[dict[str, Tensor]] = []
@@ -25,13 +25,13 @@ class Tally:
         self._calls.append(_sums(call))
 
     def follow_gradients(self, call: ObservedCall) -> None:
-        """Take the gradients that reach q and k, when backward comes to them."""
+        """Collect the gradients of q and k when backward computes them."""
         for x, squares in ((call.q, self._q_squares), (call.k, self._k_squares)):
             if x.requires_grad:
                 x.register_hook(lambda g, squares=squares: squares.append(_square(g)))
 
     def summary(self, grad_scale: float = 1.0) -> dict[str, Any] | None:
-        """The measures as lists, one number a head, None where there is none; None where no call was counted."""
+        """The measures as lists, one number or None a head; None if no call was counted."""
         if not self._calls:
             return None
         calls = [{name: x.cpu() for name, x in sums.items()} for sums in self._calls]
@@ -52,10 +52,10 @@ class Tally:
 
 
 def counted_rows(call: ObservedCall) -> Tensor:
-    """The rows that are no padding and see a key: bool [B or 1, 1 or Hq, Sq].
+    """The rows that see a key and are no padding: bool [B or 1, 1 or Hq, Sq].
 
-    In self attention a row is padding where no row sees the key at its place. (Cross attention does not say which of
-    its rows are padding; there, and where by chance Sq = Sk, the rows at the places of unseen keys are left out.)
+    A row of self attention is padding if no row sees the key at its place. In cross attention padding of rows is not
+    known, so all rows count, except if Sq = Sk by chance: then rows at the places of unseen keys are left out.
     """
     seen = call.visibility
     rows = seen.counts() > 0
@@ -100,7 +100,7 @@ def _moments(out: Tensor, real: Tensor) -> dict[str, Tensor]:
 def _variance(calls: list[dict[str, Tensor]]) -> Tensor:
     """Variance of every feature over the rows of all calls, averaged over the features: [Hq].
 
-    Two samples join by Chan, Golub and LeVeque's formula, which does not cancel.
+    Calls are joined by the formula of Chan, Golub and LeVeque, which does not cancel.
     """
     count = torch.zeros_like(calls[0]["mean"][:, :1])
     mean, deviations = torch.zeros_like(calls[0]["mean"]), torch.zeros_like(calls[0]["mean"])
@@ -126,5 +126,5 @@ def _norm(squares: list[Tensor], grad_scale: float) -> list[float | None] | None
 
 
 def _numbers(x: Tensor, count: Tensor) -> list[float | None]:
-    """None where nothing was counted, so that a NaN is one that was computed."""
+    """Numbers as a list, with None where nothing was counted: a NaN is one that was computed."""
     return [value if n > 0 else None for value, n in zip(x.tolist(), count.tolist(), strict=True)]

@@ -11,9 +11,9 @@ except ImportError as error:
 
 
 class MonitorCallback(TrainerCallback):
-    """Opens a monitor for a training, and tells it of every optimizer step.
+    """Open a monitor for a training, and end its step with every optimizer step.
 
-    A monitor that is inside its with block already stays open at the end.
+    A monitor that is already inside its with block stays open at the end.
     """
 
     def __init__(self, monitor: Any) -> None:

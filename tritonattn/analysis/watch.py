@@ -25,7 +25,7 @@ class _Hook:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self._function(*args, **kwargs)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # of copy.deepcopy, too
+    def __reduce__(self) -> tuple[Any, ...]:  # also for copy.deepcopy
         return _Hook, (_nothing,)
 
 
@@ -43,17 +43,17 @@ class _Running(threading.local):
 class Watch:
     """A context in which every attention that a model computes is counted, by the module that computes it.
 
-    Seen are calls of `tritonattn.attention` and `attention_varlen` by the model's modules, patched transformers layers
+    It sees calls of `tritonattn.attention` and `attention_varlen` by the model's modules, patched transformers layers
     among them, and transformers layers that use their own "eager" or "sdpa" attention. No number of the model changes.
 
-    Calls are seen while a module of the model runs, in the thread in which it runs: autograd's threads, where
-    checkpointed layers run again, and those of nn.DataParallel count too, and other models do not.
+    It sees calls while a module of the model runs, in the thread that runs it. This includes autograd's threads, which
+    run checkpointed layers again, and those of nn.DataParallel, and excludes other models.
 
-    A module counts in training mode, or where its result has a graph: so evaluation under torch.no_grad() does not.
+    A module counts in training mode, or if its result has a graph, so evaluation under torch.no_grad() does not.
     The second forward of a checkpointed layer, inside backward, does not count again.
 
     tallies   by the module's name
-    losses    of the outputs of the model that have a loss
+    losses    of those outputs of the model that have one
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -114,7 +114,7 @@ class Watch:
             tally.add(call)
 
     def loss(self) -> float | None:
-        """Of the model's outputs: the sum where the model was told the number of items of the whole batch."""
+        """The loss of the model's outputs: their mean, or their sum if the model was given num_items_in_batch."""
         if not self.losses:
             return None
         losses = torch.stack([loss.double().cpu() for loss in self.losses])
@@ -122,11 +122,11 @@ class Watch:
 
 
 def _contexts_of(model: nn.Module) -> list[Any]:
-    if "transformers" not in sys.modules:  # then no model of its is there
+    if "transformers" not in sys.modules:  # then no model is one of transformers
         return []
-    from ..huggingface.observed import own_attention, tell_of
+    from ..huggingface.observed import observable, own_attention
 
-    return [tell_of(own_attention(model))]
+    return [observable(own_attention(model))]
 
 
 def _in_backward() -> bool:

@@ -1,7 +1,6 @@
 """tritonattn in transformers: `patch(model, scaling=...)`, or `model.set_attn_implementation("tritonattn")`.
 
-Importing it registers the attention implementation "tritonattn", and lets models that were saved with a patch be loaded
-with it.
+Importing it registers the attention implementation "tritonattn", and lets saved patched models load with their patch.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""What a model's attention modules are, found by what their code calls, and how they are described."""
+"""Find a model's attention modules by the code that calls AttentionInterface, and read their sizes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _BIASES = ("position_bias", "relative_position_bias")
 class AttentionModule:
     """An attention module of a model.
 
-    name       in the model that was asked about
-    module     an nn.Module; what else it has differs from model to model
-    own_name   in the outermost transformers model that holds it: the same, or shorter where that model is wrapped;
-               None where it was asked about without such a model
+    name       in the model that was searched
+    module     an nn.Module, whose attributes differ from model to model
+    own_name   in the outermost transformers model that holds it: shorter than name if that model is wrapped, and None
+               if the search began inside it
     inner      the innermost transformers model that holds it, or None
-    obstacle   why it cannot be patched, or None
+    obstacle   the reason why it cannot be patched, or None
     """
 
     name: str
@@ -37,13 +37,13 @@ class AttentionModule:
 
     @property
     def config(self) -> Any:
-        """The config by which its masks are made: its own, else that of the model around it."""
+        """The config that decides its masks: its own, else that of the model around it."""
         own = getattr(self.module, "config", None)
         return getattr(self.inner, "config", None) if own is None else own
 
     @property
     def number(self) -> int | None:
-        """The layer that it belongs to: the first number in its own name."""
+        """The number of its layer: the first number in its own name."""
         return next((int(part) for part in (self.own_name or self.name).split(".") if part.isdecimal()), None)
 
     @property
@@ -55,7 +55,7 @@ class AttentionModule:
 
 
 def outermost_models(model: nn.Module) -> dict[str, Any]:
-    """The transformers models in a model that are in no other, by name: itself, or what it wraps."""
+    """The transformers models in a model that lie in no other, by name: the model itself, or those that it wraps."""
     outermost: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and not any(_name_inside(outer, name) for outer in outermost):
@@ -64,7 +64,7 @@ def outermost_models(model: nn.Module) -> dict[str, Any]:
 
 
 def attention_modules(model: nn.Module) -> list[AttentionModule]:
-    """The attention modules of a model in its order: those that can be patched, and those that cannot."""
+    """The attention modules of a model in its order, with an obstacle if they cannot be patched."""
     found: list[AttentionModule] = []
     models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
 
@@ -95,8 +95,8 @@ def interface_keywords(cls: type) -> frozenset[str] | None:
 
 
 def interface_function(cls: type) -> Any:
-    """The method of a class, as a function, that calls AttentionInterface; None where none does."""
-    if issubclass(cls, PreTrainedModel):  # it names the interface to choose an implementation
+    """The method of a class that calls AttentionInterface, as a function; None if none does."""
+    if issubclass(cls, PreTrainedModel):  # names the interface, to choose an implementation
         return None
     methods: dict[str, Any] = {}
     for base in cls.__mro__:
@@ -115,7 +115,7 @@ def interface_function(cls: type) -> Any:
 def _keywords_in(function: Any) -> frozenset[str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # no source: what the call passes is seen when it comes
+    except (OSError, TypeError, SyntaxError):  # no source: an argument is refused when it comes
         return frozenset()
     keywords = set()
     for node in ast.walk(tree):
@@ -132,10 +132,12 @@ def _obstacle(module: nn.Module) -> str | None:
     for name in _BIASES:
         if name in passed:
             return f"{name}: a bias on the logits is not supported"
-    # GPT-2, up to transformers 4: its own eager attention alone knows these.
+    # GPT-2 up to transformers 4: only its own eager attention reads these.
     if passed and "scaling" not in passed:
         if getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True):
-            return "scale_attn_by_inverse_layer_idx, scale_attn_weights: it scales its logits without saying so"
+            return (
+                "scale_attn_by_inverse_layer_idx, scale_attn_weights: it scales its logits without passing a scaling on"
+            )
     if getattr(module, "config", None) is None:
         return "has no config that names its attention implementation"
     return None
@@ -150,22 +152,22 @@ def _holds(outer: str, inner: str) -> bool:
 
 
 def _name_inside(outer: str, name: str) -> str | None:
-    """The name in the module `outer` ("" is the root) of what the root calls name; None where it is not in there."""
+    """A module's name counted from the module `outer` ("" is the root); None if it lies elsewhere."""
     if not outer:
         return name
     return name[len(outer) + 1 :] if _holds(outer, name) else None
 
 
 def query_heads(module: Any) -> int:
-    """Hq. Raises ValueError where neither the module nor its config says."""
+    """Hq. Raises ValueError if neither the module nor its config has it."""
     heads = _first(module, ("num_heads", "num_attention_heads", "n_heads", "n_head"), "num_attention_heads")
     if heads is None:
-        raise ValueError(f"{type(module).__name__}: neither it nor its config says how many heads it has")
+        raise ValueError(f"{type(module).__name__}: expected a number of heads in it or its config, got none")
     return heads
 
 
 def key_heads(module: Any) -> int:
-    """Hkv; as many as query heads where nothing else is said."""
+    """Hkv; by default as many as query heads."""
     if isinstance(groups := getattr(module, "num_key_value_groups", None), int):
         return query_heads(module) // groups
     own = _first(module, ("num_key_value_heads", "num_kv_heads"), "")
@@ -173,7 +175,7 @@ def key_heads(module: Any) -> int:
 
 
 def head_dim(module: Any) -> int | None:
-    """D, where the module or its config says."""
+    """D, or None if neither the module nor its config has it."""
     own = _first(module, ("head_dim", "attention_head_size", "qk_head_dim", "head_size"), "head_dim")
     if own is not None:
         return own
@@ -182,7 +184,7 @@ def head_dim(module: Any) -> int | None:
 
 
 def layer_type(found: AttentionModule) -> str:
-    """What the model calls the layer, or "cross", "full" or "sliding" attention."""
+    """The model's own name of the layer's type, or "cross_attention", "sliding_attention" or "full_attention"."""
     module = found.module
     types, index = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
     names = f"{type(module).__name__}.{found.name.rpartition('.')[2]}"

@@ -19,7 +19,7 @@ from .weights import attention_weights, wants_weights
 
 NAME = "tritonattn"
 
-# Keyword arguments that change the result and that nothing here can honour.
+# Keyword arguments that change the result and are not supported.
 _REFUSED = {
     "position_bias": "a bias on the logits",
     "relative_position_bias": "a bias on the logits",
@@ -47,13 +47,13 @@ def attention_forward(
 
         logit = model_scaling * sqrt(D) * (gain * the mode's factor) * (q . k)
 
-    with the scaling and gain of `Settings.of(module)` and the model's own `scaling`, None being 1 / sqrt(D): "sqrt_dim"
-    is the model as it was, and a factor that the model puts on top of 1 / sqrt(D) or into q stays. A scaling that
-    normalises q (cosine) replaces the model's.
+    with the scaling and gain of `Settings.of(module)`. model_scaling is the model's own `scaling`, by default
+    1 / sqrt(D). So "sqrt_dim" gives the model as it was, and factors beyond 1 / sqrt(D), or in q, are kept. A scaling
+    that normalises q (cosine) replaces the model's.
 
-    Where output_attentions asks for them the weights [B, Hq, Q, K] come second, from the reference and with a warning.
-    Raises NotImplementedError naming any argument that changes the result and that is not supported (a bias on the
-    logits, sparse indices).
+    With output_attentions the weights [B, Hq, Q, K] are returned too, from the reference and with a warning.
+    Raises NotImplementedError naming an argument that changes the result and is not supported (a bias on the logits,
+    sparse indices).
     """
     arguments = call_arguments(module, query, key, attention_mask, scaling, dropout, **kwargs)
     weights = None
@@ -81,7 +81,7 @@ def call_arguments(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """The keyword arguments of `tritonattn.attention` that say what transformers asks for."""
+    """Translate a call of transformers into keyword arguments of `tritonattn.attention`."""
     for name, meaning in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise NotImplementedError(
@@ -109,23 +109,23 @@ def register(
     function: AttentionFunction = attention_forward,
     mask_function: Callable[..., Tensor | None] = key_range_mask,
 ) -> None:
-    """Make function known to transformers: `model.set_attn_implementation(name)`. Repeating it is harmless.
+    """Register an attention function with transformers, for `model.set_attn_implementation(name)`; repeatable.
 
-    The mask function is registered with it; without one transformers would pass no mask, padding or not. Importing
-    `tritonattn.huggingface` has done this for "tritonattn".
+    Without a mask function transformers would pass no mask, even with padding. Importing `tritonattn.huggingface`
+    registers "tritonattn".
     """
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)
 
 
 def unregister(name: str = NAME) -> None:
-    """Undo `register`; models that still use the name fail at their next call."""
+    """Undo `register`. Models that still use the name fail at their next call."""
     for interface in (AttentionInterface, AttentionMaskInterface):
         interface._global_mapping.pop(name, None)
 
 
 def _scaling_arguments(settings: Settings, own: float | Tensor | None, head_dim: int) -> dict[str, Any]:
-    """scaling and gain such that logit = own * sqrt(D) * gain * factor * (q . k)."""
+    """Arguments scaling and gain, so that logit = own * sqrt(D) * gain * factor * (q . k)."""
     scaling, gain = settings.scaling, settings.gain
     if scaling is None or type(scaling) is SqrtDim:  # exactly the model's
         if isinstance(own, Tensor):

@@ -1,12 +1,12 @@
-"""A saved model's scalings, applied when it is loaded.
+"""Saving the scalings of a model, and applying them when it is loaded.
 
-`patch` writes them into the config, together with attn_implementation = "tritonattn", so that a process without
-`tritonattn.huggingface` refuses the checkpoint instead of computing something else, in the versions of transformers
-that read that entry (5.24 does, 5.0 does not). With it, every model finds the settings at the end of its construction,
-before its weights are read, and what is learned but missing among the weights starts anew.
+`patch` writes them into the config, together with attn_implementation = "tritonattn". So a process without
+`tritonattn.huggingface` refuses the checkpoint instead of computing something else, if its version of transformers
+reads that entry (5.24 does, 5.0 does not). With it, every model applies the settings at the end of its construction,
+before its weights are read. Learned values that are missing among the weights start anew.
 
-A model that is asked to use "tritonattn" and cannot says so: at set_attn_implementation, or at its first call where it
-was made so, since it may be a part of a model that is about to choose another implementation for it.
+A model that cannot use "tritonattn" raises: at set_attn_implementation, or at its first call if it was constructed so,
+since an outer model may still choose another implementation for it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _ASKED = "_tritonattn_implementation_asked_for"
 
 
 def restore(model: PreTrainedModel) -> Patched:
-    """Apply the settings in model.config that a `patch` left there; what is learned starts anew.
+    """Apply the settings that a `patch` left in model.config; learned values start anew.
 
-    from_pretrained does so by itself. Raises ValueError where the config has none, or the model lacks a module that
-    they name.
+    from_pretrained does so by itself. Raises ValueError if the config has no settings, or names a module that the model
+    lacks.
     """
     saved = _saved(model)
     if saved is None:
-        raise ValueError(f"model: config.{ATTRIBUTE} holds no scalings of layers")
+        raise ValueError(f"model: expected scalings of layers in config.{ATTRIBUTE}, got none")
     found = attention_modules(model)
     places = _places(model, found, saved)
     missing = [name for name in saved if name not in places]
@@ -71,7 +71,7 @@ def _extend(
 
     @functools.wraps(original)
     def extended(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if running.get():  # for a model inside
+        if running.get():  # called by an outer model
             return original(self, *args, **kwargs)
         token = running.set(True)
         try:
@@ -120,11 +120,11 @@ def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
         return
     found = attention_modules(model)
     places = _places(model, found, saved)
-    if len(places) < len(saved):  # a part of a larger model, which will know; else the first call fails and says so
+    if len(places) < len(saved):  # the outer model will apply them; without one the first call raises
         vars(model.config).setdefault(_ASKED, model.config._attn_implementation)
         setattr(model.config, IMPLEMENTATION, NAME)
         return
-    # A model is made of models that share its config: the outer one takes over what an inner one has applied.
+    # Inner models share the config and have applied it first: the outer model does it anew for all.
     for module in model.modules():
         if (inner := patched(module)) is not None:
             inner.undo()
@@ -132,7 +132,7 @@ def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
 
 
 def _refuse(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
-    """transformers warns, and leaves the implementation as it was."""
+    """Raise, where transformers would warn and keep the former implementation."""
     if arguments.get("attn_implementation") == NAME:
         refuse_unsupported(model, attention_modules(model))
     state_masks(model)
@@ -149,9 +149,9 @@ def _refuse_when_called(model: PreTrainedModel) -> None:
 
 
 def _places(model: PreTrainedModel, found: list[AttentionModule], saved: dict[str, Any]) -> dict[str, AttentionModule]:
-    """The modules of saved names, which may have been those of the model with or without its head.
+    """The modules of saved names, which come from the model with or without its head.
 
-    base_model_prefix need not name the attribute that a model has of a class without a head (Llama 4).
+    base_model_prefix need not be the name of the attribute that holds the model without its head (Llama 4).
     """
     prefix = f"{model.base_model_prefix}."
     by_name = {one.name: one for one in found if one.obstacle is None}
@@ -169,15 +169,15 @@ def _places(model: PreTrainedModel, found: list[AttentionModule], saved: dict[st
 def _apply(
     model: PreTrainedModel, found: list[AttentionModule], places: dict[str, AttentionModule], saved: dict[str, Any]
 ) -> Patched:
-    """Patch a model as if it had come without settings, so that `undo` leaves none."""
+    """Patch a model as if its config had no settings, so that `undo` leaves none."""
     config: Any = model.config
     asked = vars(config).pop(_ASKED, config._attn_implementation)
     for name in (ATTRIBUTE, SAVED_IMPLEMENTATION, STATED):
         vars(config).pop(name, None)
     if config._attn_implementation == NAME:
         default = model._check_and_adjust_attn_implementation(None if asked == NAME else asked)
-        config._attn_implementation = default  # of the config and those inside
-    # What is learned stays in float32 whatever dtype the weights are loaded in.
+        config._attn_implementation = default  # also of sub-configs
+    # Learned values stay in float32, whatever the dtype of the weights.
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ATTRIBUTE}
     if isinstance(dtypes := getattr(model, "dtype_plan", None), dict):  # the first versions 5
         dtypes[ATTRIBUTE] = torch.float32
@@ -192,9 +192,9 @@ def _layer_scaling(saved: dict[str, Any], name: str, module: nn.Module) -> Layer
 
 @torch.no_grad()
 def _start_anew(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
-    """Give learned values that have no weights those that they start from: transformers leaves them undefined."""
+    """Initialise learned values that have no weights, which transformers leaves undefined."""
     one = patched(model)
-    # transformers marks the tensors that it has read; 4.54 hands over their names instead.
+    # transformers marks the tensors that it has read; 4.54 passes their names instead.
     read = arguments.get("loaded_keys", ())
     for layer, own in one.layers.items() if one is not None else ():
         missing = {

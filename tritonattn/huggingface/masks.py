@@ -2,11 +2,10 @@
 
 transformers describes a mask by a closure over (batch, head, query, key) indices and a 2-D padding mask, once
 a forward pass and layer type. The closures that models use are ranges of keys for every query row, so the
-mask becomes int32 [B, 1, Q, 2]: row i sees the keys [lo, hi). That is O(B Q) instead of O(B Q K), it says how
-many keys a row sees, and since it has four axes transformers passes it on untouched, through generate(), a
-static cache and torch.compile alike. What is no range (an unknown closure, padding with holes; while
-compiling, any closure but plain causal and bidirectional) becomes transformers' own dense bool mask,
-[B, 1, Q, K].
+mask becomes int32 [B, 1, Q, 2]: row i sees the keys [lo, hi). That takes O(B Q) instead of O(B Q K) and gives
+the number of keys of each row. It has four axes, so transformers passes it on untouched, through generate(), a
+static cache and torch.compile alike. Other masks (an unknown closure, padding with holes; while compiling, any
+closure but plain causal and bidirectional) become transformers' own dense bool mask, [B, 1, Q, K].
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-STATED = "_tritonattn_states_masks"  # of a config: its models' is_causal flags say nothing
+STATED = "_tritonattn_states_masks"  # entry of a config whose models' is_causal flags may be wrong
 
 _COMPILED_HOLES = (
-    "tritonattn: attention_mask has masked keys between visible ones; such a mask is not a range of keys "
-    "and torch.compile cannot switch to a dense mask: wanted padding on the left or right, or no compilation"
+    "tritonattn: attention_mask: expected padding on the left or right, got masked keys between visible ones, for which"
+    " torch.compile cannot switch to a dense mask: do not compile"
 )
 
 
@@ -43,11 +42,11 @@ class Bounds(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskRequest:
-    """What transformers asks a mask function for, in the words of 4.57 and of 5.24.
+    """The arguments of a mask function, by the names of transformers 4.57 and 5.24.
 
-    position [Q] is where the queries stand, key_offset where the first key stands, from the start of the
-    text. aligned says that the last query stands at the last key, as far as that is known without reading a
-    tensor.
+    position     [Q], places of the queries in the text
+    key_offset   the place of the first key
+    aligned      whether the last query is known, without reading a tensor, to stand at the last key
     """
 
     batch_size: int
@@ -65,7 +64,7 @@ class MaskRequest:
 
     @classmethod
     def of(cls, arguments: dict[str, Any]) -> MaskRequest:
-        """From the keyword arguments: `cache_position` up to 5.0, `q_length` and `q_offset` after."""
+        """Read the keyword arguments: `cache_position` up to 5.0, `q_length` and `q_offset` after."""
         kv_length, key_offset = arguments["kv_length"], arguments.get("kv_offset", 0)
         position = arguments.get("cache_position")
         if position is None:
@@ -93,11 +92,11 @@ class MaskRequest:
 
 
 def key_range_mask(**arguments: Any) -> Tensor | None:
-    """The mask function for AttentionMaskInterface; takes what transformers' `sdpa_mask` does.
+    """The mask function for AttentionMaskInterface, with the arguments of transformers' `sdpa_mask`.
 
-    None where causal=True (or no mask at all) says everything, int32 [B, 1, Q, 2] where every row sees a
-    range of keys, and transformers' dense bool [B, 1, Q, K] otherwise. While compiling, padding with holes
-    fails an assertion.
+    Returns None if causal=True, or no mask, describes the visible keys; int32 [B, 1, Q, 2] if every row sees a range
+    of keys; and transformers' dense bool [B, 1, Q, K] otherwise. While compiling, padding with holes fails an
+    assertion.
     """
     request = MaskRequest.of(arguments)
     bounds = None if arguments.get("use_vmap") else _bounds(request.mask_function, request.position[None])
@@ -112,7 +111,7 @@ def key_range_mask(**arguments: Any) -> Tensor | None:
 
 
 def _is_implied(request: MaskRequest) -> bool:
-    """Whether the module's is_causal flag alone says which keys are visible, bottom-right aligned."""
+    """Whether the module's is_causal flag alone describes the visible keys, bottom-right aligned."""
     if request.stated or (request.local_size is not None and request.kv_length > request.local_size):
         return False
     kinds = _kinds(request.mask_function)
@@ -122,7 +121,7 @@ def _is_implied(request: MaskRequest) -> bool:
 
 
 def _padding_state(request: MaskRequest) -> tuple[str, Bounds | None]:
-    """("none" | "range" | "holes", the range of unmasked keys [B, 1]).
+    """Classify padding: ("none" | "range" | "holes", the range of unmasked keys [B, 1]).
 
     Reads the mask on the host, once, except while compiling.
     """
@@ -144,7 +143,7 @@ def _padding_state(request: MaskRequest) -> tuple[str, Bounds | None]:
 
 
 def _stacked(bounds: Bounds, request: MaskRequest) -> Tensor:
-    """int32 [B, 1, Q, 2] of bounds, counted from the first key."""
+    """Bounds as int32 [B, 1, Q, 2], counted from the first key."""
     shape = (request.batch_size, request.q_length)
     sides = []
     for side, default in zip(bounds, (0, request.kv_length), strict=True):
@@ -170,7 +169,7 @@ def _joined(join: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tenso
 
 
 def _kind(function: Callable) -> str:
-    """Which of transformers' mask functions this is, by identity or qualified name; "unknown" otherwise."""
+    """The kind of a mask function of transformers, by identity or qualified name; "unknown" for others."""
     if function is masking_utils.causal_mask_function:
         return "causal"
     if function is getattr(masking_utils, "bidirectional_mask_function", None):
@@ -193,7 +192,7 @@ _CAPTURING = frozenset(_CLOSURES.values())
 
 
 def _captured(function: Callable) -> tuple[Any, ...]:
-    """The variables that a closure of transformers holds, in alphabetical order of their names."""
+    """The variables of a closure of transformers, in alphabetical order of their names."""
     return tuple(cell.cell_contents for cell in function.__closure__ or ())
 
 
@@ -203,11 +202,11 @@ def _kinds(function: Callable) -> set[str]:
 
 
 def _bounds(function: Callable, position: Tensor) -> Bounds | None:
-    """The keys that function shows to rows at position [B or 1, Q]; None where that may be no range."""
+    """The keys that a mask function shows to rows at position [B or 1, Q]; None if they may be no range."""
     kind = _kind(function)
     if kind == "and":
         kinds = _kinds(function)
-        # Positions restart in every packed document: remapped bounds hold only inside the row's own document.
+        # Positions restart in every packed document, so remapped bounds hold only inside the row's own document.
         if "remapped" in kinds and "packed" not in kinds:
             return None
         total = Bounds()

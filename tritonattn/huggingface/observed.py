@@ -1,4 +1,4 @@
-"""Seeing the attention of layers that were not patched: they compute as ever, and say what from."""
+"""Observing the attention of layers that are not patched, without changing a bit of it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _EAGER = "eager_attention_forward"
 
 
 def own_attention(model: nn.Module) -> list[AttentionModule]:
-    """The attention modules of a transformers model that use its own attention: not patched, and not "tritonattn".
+    """The attention modules of a model that are neither patched nor use the implementation "tritonattn".
 
-    Raises ValueError where one uses an implementation whose masks cannot be read.
+    Raises ValueError if one has an implementation whose masks cannot be read.
     """
     found, modules = [], attention_modules(model)
     remove_abandoned(one.module for one in modules)
@@ -47,10 +47,10 @@ def own_attention(model: nn.Module) -> list[AttentionModule]:
 
 
 @contextmanager
-def tell_of(layers: list[AttentionModule]) -> Iterator[None]:
-    """While the context lasts, layers of `own_attention` tell `observing` of their calls.
+def observable(layers: list[AttentionModule]) -> Iterator[None]:
+    """While the context lasts, layers of `own_attention` notify observers of their calls.
 
-    Each computes what it computed before, to the bit; only the name of its implementation differs.
+    Their results do not change; only the name of their implementation does.
     """
     installed: list[tuple[Any, LayerScaling]] = []
     try:
@@ -67,7 +67,7 @@ def tell_of(layers: list[AttentionModule]) -> Iterator[None]:
 
 
 def register_observed() -> None:
-    """Make the implementation of watched layers known to transformers; copies of a watched model name it, too."""
+    """Register the implementation of observable layers, which copies of a watched model name for good."""
     AttentionInterface.register(_OBSERVED, _observed_forward)
 
 
@@ -85,7 +85,7 @@ def _observed_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The module's own attention function, and what it was called with."""
+    """Call the module's own attention function, and notify observers."""
     own = _own_function(module)
     rest = dict(kwargs) if scaling is None else {**kwargs, "scaling": scaling}
     out, weights = own(module, query, key, value, attention_mask, dropout=dropout, **rest)
@@ -104,10 +104,10 @@ def _observed_forward(
 
 
 def _own_function(module: Any) -> Any:
-    """What the module would have called."""
+    """The function that the module calls while it is not observed."""
     shared = getattr(module, ATTRIBUTE).shared
     name = getattr(shared, IMPLEMENTATION, None) or "eager"
     if name != "eager":
         return AttentionInterface()[name]
-    function = interface_function(type(module))  # it names what its file calls eager attention
+    function = interface_function(type(module))  # it names its file's eager attention
     return next(function.__globals__[own] for own in function.__code__.co_names if own.endswith(_EAGER))

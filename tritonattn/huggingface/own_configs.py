@@ -1,4 +1,4 @@
-"""What a patch writes into a model's configs, and how it comes out again."""
+"""The configs that a patch writes to, and the entries that it writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WRITTEN = frozenset((IMPLEMENTATION, SAVED_IMPLEMENTATION, ATTRIBUTE, STATED))
 
 
 class OwnConfigs:
-    """Configs that a patch may write to, until `undo`.
+    """Configs that a patch may write to until `undo`.
 
     copied   whether copies take their places all through the model, since other models may share them; a model that
              is being loaded writes to its own. Entries that are written to a copy meanwhile, such as use_cache or a
@@ -33,7 +33,7 @@ class OwnConfigs:
 
     @property
     def own(self) -> list[Any]:
-        """Those to write to."""
+        """The configs to write to."""
         return [own for _, own in self._pairs]
 
     def undo(self) -> None:
@@ -62,9 +62,9 @@ class OwnConfigs:
 
 
 def state_masks(model: nn.Module) -> None:
-    """Where masks come from tritonattn, have those of models without support for SDPA stated in full.
+    """Ask for explicit masks in models that take tritonattn's masks and do not support SDPA.
 
-    Such a model's layers never needed their is_causal, and may have it wrong.
+    The layers of such a model never needed their is_causal flags, which may be wrong.
     """
     for module in model.modules():
         if not isinstance(module, PreTrainedModel) or module._supports_sdpa:

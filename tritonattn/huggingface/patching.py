@@ -1,4 +1,4 @@
-"""`patch`: give some or all attention layers of a model another logit scaling, and take it back."""
+"""`patch`: give some or all attention layers of a model another logit scaling, and undo it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Selector = int | str
 
 @dataclass(frozen=True)
 class _Entry:
-    """One attention module in the report; note says why it was left alone."""
+    """One attention module in the report, with a note if it was left alone."""
 
     found: AttentionModule
     before: str | None
@@ -46,24 +46,24 @@ class _Entry:
 
 
 class Patched:
-    """What `patch` did to a model: report it, watch it, undo it. A context manager that undoes at its end."""
+    """A patched model: report, watch and undo the patch. A context manager that undoes at its end."""
 
     def __init__(self, model: nn.Module, entries: list[_Entry], configs: OwnConfigs) -> None:
         self.model = model
         self._entries = entries
         self._configs = configs
-        self._own: list[tuple[Any, Any]] = []  # modules and the config that they had
+        self._own: list[tuple[Any, Any]] = []  # modules and their former configs
         self._hooks: list[Any] = []
 
     @property
     def layers(self) -> dict[str, LayerScaling]:
-        """What every patched module got, by the module's name; empty after `undo`."""
+        """The settings of every patched module, by the module's name; empty after `undo`."""
         chosen = {entry.found.name: entry.found.module for entry in self._entries if entry.note is None}
         settings = {name: layer_scaling(module) for name, module in chosen.items()}
         return {name: own for name, own in settings.items() if own is not None}
 
     def report(self) -> str:
-        """A table, one row an attention module: what it is, what it used, and its scaling or why it was left alone."""
+        """A table with a row for each attention module: kind, former implementation, and scaling or obstacle."""
         layers = self.layers
         rows = []
         for entry in self._entries:
@@ -76,8 +76,8 @@ class Patched:
     def watch(self, observer: Callable[[nn.Module, Tensor, Tensor, dict[str, Any], Any], None]):
         """While the context lasts, call observer(module, query, key, arguments, aux) for every attention computed.
 
-        query [B, Hq, Q, D] and key [B, Hkv, K, D] as the module made them, arguments those of `tritonattn.attention`,
-        aux its `AttentionAux`.
+        query [B, Hq, Q, D] and key [B, Hkv, K, D] come from the module, arguments are those of `tritonattn.attention`,
+        and aux is its `AttentionAux`.
         """
         before = [(own, own.observer) for own in self.layers.values()]
         for own, _ in before:
@@ -89,7 +89,7 @@ class Patched:
                 own.observer = observer_before
 
     def undo(self) -> None:
-        """Put everything back: modules, parameters, hooks and configs are as before. Repeating it is harmless."""
+        """Restore modules, parameters, hooks and configs as they were before. Repeating it is harmless."""
         for hook in self._hooks:
             hook.remove()
         for module, config in self._own:
@@ -120,38 +120,38 @@ def patch(
 
         logit = model_scaling * sqrt(D) * gain * factor * (q . k)
 
-    where factor is the mode's and model_scaling what the model multiplies q . k by (usually 1 / sqrt(D)). So "sqrt_dim"
-    gives the model as it was, and a factor that the model has beyond 1 / sqrt(D) (query_pre_attn_scalar, YaRN's, a q
-    scaled beforehand as in Whisper and OPT) is kept. A scaling that normalises q, "cosine", replaces the model's.
+    factor is the mode's; model_scaling is the model's own factor of q . k, usually 1 / sqrt(D). So "sqrt_dim" gives
+    the model as it was, and factors beyond 1 / sqrt(D) are kept (query_pre_attn_scalar, YaRN's, a q scaled beforehand
+    as in Whisper and OPT). A scaling that normalises q, "cosine", replaces the model's.
 
     Args:
-        model: A transformers model whose attention goes through transformers' AttentionInterface, or a module that
-            wraps one (PEFT's), or a part of one, such as one layer: layers go by their names in it.
-        scaling: A name in `tritonattn.SCALINGS`, a `Scaling`, a class of them, or a float. A scaling that is an
-            nn.Module is copied for every layer, and a class of such is made for every layer with its number of query
-            heads. None keeps the model's.
-        layers: Which modules: None is all; a layer's number (in encoder-decoders that of both), a name, the name of
-            a module above, or a pattern of names as in the shell; several of these; or a dict from these to a scaling
-            or to {"scaling": ..., "gain": ..., "backend": ...}, where later entries go before earlier ones.
-        gain: A float, or a tensor broadcastable to [Hq, 1], such as torch.ones(heads, 1): then every layer gets a
-            learned copy of it as parameter.
+        model: A transformers model whose attention goes through transformers' AttentionInterface, a module that wraps
+            one (PEFT's), or a part of one, such as one layer. Layers go by their names in this module.
+        scaling: A name in `tritonattn.SCALINGS`, a `Scaling`, a class of them, or a float. An nn.Module is copied for
+            every layer; a class of modules is made for every layer with its number of query heads. None keeps the
+            model's.
+        layers: The modules to patch. None is all; a layer's number (in encoder-decoders both layers of that number), a
+            name, the name of a module above, or a pattern of names as in the shell; several of these; or a dict from
+            these to a scaling or to {"scaling": ..., "gain": ..., "backend": ...}, where later entries win.
+        gain: A float, or a tensor broadcastable to [Hq, 1], such as torch.ones(heads, 1), of which every layer gets a
+            learned copy as parameter.
         backend: As in `tritonattn.attention`.
 
-    What is learned becomes parameters of the attention modules, so make the optimizer afterwards; the modules that hold
-    it are `Patched.layers[name].scaling`. The settings become part of model.config, which is a copy until `undo`,
+    Learned values become parameters of the attention modules, in `Patched.layers[name].scaling`, so make the optimizer
+    afterwards. The settings become part of model.config, which is a copy until `undo`,
     since other models may share the original. save_pretrained, of the model or of one that holds it, keeps both, and
     from_pretrained applies them again where `tritonattn.huggingface` has been imported, and fails where it has not.
 
-    Layers that are left out keep their own implementation and masks. Where all layers are patched masks are ranges of
-    keys and O(Q); else those of the model's own implementation, which must be "eager" or "sdpa".
+    Layers that are left out keep their own implementation and masks. If all layers are patched, masks are ranges of
+    keys and O(Q); otherwise they are those of the model's own implementation, which must be "eager" or "sdpa".
 
     Returns:
-        A `Patched`. `model.set_attn_implementation` changes patched layers no more until its `undo()`.
+        A `Patched`. Until its `undo()`, `model.set_attn_implementation` does not change patched layers.
 
     Raises:
-        TypeError, ValueError: A model without attention that can be patched, or patched already; a layer that there is
-            none of; an argument.
-        NotImplementedError: A layer asked for that cannot be patched (T5's: position_bias), naming why.
+        TypeError, ValueError: A model without attention that can be patched, or one that is patched already; a layer
+            that does not exist; an argument.
+        NotImplementedError: A chosen layer that cannot be patched (T5's: position_bias), and why.
 
     >>> import torch, transformers, tritonattn.huggingface
     >>> config = transformers.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
@@ -174,7 +174,7 @@ def patch(
 
 
 def patched(model: nn.Module) -> Patched | None:
-    """The `Patched` of a model that is patched, by `patch` or on loading; else None."""
+    """The `Patched` of a model, made by `patch` or on loading; None if it is not patched."""
     return model.__dict__.get(_HANDLE)
 
 
@@ -188,12 +188,12 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
     configs = OwnConfigs(model, _configs(model, found, plans), copied)
     result = Patched(model, entries, configs)
     for config in configs.own:
-        if _whole(found, plans) or _whole_config(config, found, plans):  # masks come from tritonattn's mask function
+        if _all_patched(found, plans) or _all_of_config_patched(config, found, plans):  # then masks are tritonattn's
             setattr(config, IMPLEMENTATION, NAME)
     for one in found:
         if one.name in plans:
             _install(result, one, plans[one.name])
-        elif one.obstacle is None and one.module.config._attn_implementation == NAME and not _whole(found, plans):
+        elif one.obstacle is None and one.module.config._attn_implementation == NAME and not _all_patched(found, plans):
             _install(result, one, LayerScaling(Settings()))
     for root in outermost_models(model).values():
         inside = {id(module) for module in root.modules()}
@@ -226,14 +226,14 @@ def _modules_of(model: Any) -> list[AttentionModule]:
 
 
 def refuse_unsupported(model: nn.Module, found: list[AttentionModule]) -> None:
-    """Raise NotImplementedError naming a model with attention modules of which none can be patched."""
+    """Raise NotImplementedError if none of the attention modules of a model can be patched."""
     if found and all(one.obstacle is not None for one in found):
         reasons = sorted({f"{type(one.module).__name__} {one.obstacle}" for one in found})
         raise NotImplementedError(f"model: tritonattn cannot patch {type(model).__name__}: {'; '.join(reasons)}")
 
 
 def _chosen(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What is wished for each module, by name."""
+    """The arguments of `patch` for each chosen module, by its name."""
     if layers is None:
         return {one.name: common for one in found if one.obstacle is None}
     if isinstance(layers, (int, str)):
@@ -267,7 +267,7 @@ def _matches(selector: Any, one: AttentionModule) -> bool:
 
 
 def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
-    """The settings of one module, with what is learned of its own."""
+    """The settings of one module, with its own copies of what is learned."""
     unknown = set(wish) - {"scaling", "gain", "backend"}
     if unknown:
         raise ValueError(f"layers: expected 'scaling', 'gain' and 'backend', got {', '.join(map(repr, unknown))}")
@@ -289,39 +289,39 @@ def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
 
 
 def _check_masks(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> None:
-    """Refuse a part of a model whose masks are of a form that only its own implementation reads."""
+    """Refuse to patch a part of a model whose masks only its own implementation can read."""
     for one in found:
-        if one.name in plans and not _whole_config(one.module.config, found, plans):
+        if one.name in plans and not _all_of_config_patched(one.module.config, found, plans):
             before = one.module.config._attn_implementation
             if before is not None and before not in _MASKS:
                 raise ValueError(
-                    f"layers: where only some layers are patched the model's implementation has to be one of"
-                    f" {', '.join(_MASKS)}, got {before!r}: call model.set_attn_implementation('sdpa') first"
+                    f"layers: expected an attention implementation out of {', '.join(_MASKS)} if only some layers are"
+                    f" patched, got {before!r}: call model.set_attn_implementation('sdpa') first"
                 )
 
 
 def _configs(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> list[Any]:
-    """The configs of outermost models, of patched modules, and of the models inside where all is patched: each once."""
+    """The configs, each once, of outermost models, of patched modules and, if all is patched, of the models inside."""
     configs = [root.config for root in outermost_models(model).values()]
     configs += [one.module.config for one in found if one.name in plans]
-    if _whole(found, plans):
+    if _all_patched(found, plans):
         configs += [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     return list({id(config): config for config in configs}.values())
 
 
-def _whole(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
-    """Whether all attention modules of a model are patched; of a mere part of one nobody knows the rest."""
+def _all_patched(found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
+    """Whether all attention modules of a model are patched; False for a part of a model, whose rest is not known."""
     return all(one.name in plans and one.own_name is not None for one in found)
 
 
-def _whole_config(config: Any, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
-    """Whether all attention modules of a config, of which there are some, are patched."""
+def _all_of_config_patched(config: Any, found: list[AttentionModule], plans: dict[str, LayerScaling]) -> bool:
+    """Whether a config has attention modules, and all are patched."""
     users = [one for one in found if one.config is config]
-    return bool(users) and _whole(users, plans)
+    return bool(users) and _all_patched(users, plans)
 
 
 def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
-    """Give the module its settings, and a config of its own that names tritonattn."""
+    """Give a module its settings, and a config of its own that names tritonattn."""
     module = one.module
     result._own.append((module, module.config))
     install(module, own, NAME)

@@ -59,13 +59,10 @@ class Settings:
         Raises ValueError naming the entry, what was expected and what came.
         """
         check_entries(entry, saved, {field.name for field in fields(cls)})
-        gain, backend = saved.get("gain"), saved.get("backend", "auto")
+        backend = saved.get("backend", "auto")
         if backend not in BACKENDS:
             raise ValueError(f"{entry}.backend: expected one of {', '.join(BACKENDS)}, got {reprlib.repr(backend)}")
-        if isinstance(gain, dict) and heads is not None:
-            gain = _learned_gain(gain, heads, f"{entry}.gain")
-        elif not (gain is None or isinstance(gain, Tensor) or is_finite(gain)):
-            raise ValueError(f"{entry}.gain: expected a number or None, got {reprlib.repr(gain)}")
+        gain = _gain(saved.get("gain"), heads, f"{entry}.gain")
         return cls(from_config(saved.get("scaling"), heads, f"{entry}.scaling"), gain, backend)
 
 
@@ -111,12 +108,15 @@ def is_gain_shape(shape: Any, heads: int) -> bool:
     return tuple(shape) in ((), (1,), (1, 1), (heads, 1))
 
 
-def _learned_gain(saved: dict[str, Any], heads: int, entry: str) -> nn.Parameter:
-    shape = saved.get("learned")
-    if saved.keys() != {"learned"} or not isinstance(shape, list) or not is_gain_shape(shape, heads):
-        wanted = f"a number, None or {{'learned': [{heads}, 1]}}"
-        raise ValueError(f"{entry}: expected {wanted}, got {reprlib.repr(saved)}")
-    return nn.Parameter(torch.ones(shape))
+def _gain(saved: Any, heads: int | None, entry: str) -> float | Tensor | None:
+    """The gain that `LayerScaling.to_config` wrote; a learned one, only with heads, starts at 1."""
+    if saved is None or isinstance(saved, Tensor) or is_finite(saved):
+        return saved
+    shape = saved.get("learned") if isinstance(saved, dict) and saved.keys() == {"learned"} else None
+    if heads is not None and isinstance(shape, list) and is_gain_shape(shape, heads):
+        return nn.Parameter(torch.ones(shape))
+    wanted = "a number or None" if heads is None else f"a number, None or {{'learned': [{heads}, 1]}}"
+    raise ValueError(f"{entry}: expected {wanted}, got {reprlib.repr(saved)}")
 
 
 def saved_layers(saved: Any) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What transformers' mask, or the lack of one, says about the keys that a row sees."""
+"""Translate transformers' mask, or its absence, into the visibility arguments of `tritonattn.attention`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .settings import layer_scaling
 def visible_arguments(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """causal, window, key_ranges and mask of `tritonattn.attention`.
+    """The arguments causal, window, key_ranges and mask of `tritonattn.attention`.
 
-    mask is int32 [B, 1, Q, 2] from tritonattn's mask function, or the 4-D mask of "sdpa" (bool) or "eager" (0 and
-    very negative), where only some layers of a model are patched.
+    mask is int32 [B, 1, Q, 2] from tritonattn's mask function. If only some layers of a model are patched, it is the
+    4-D mask of "sdpa" (bool) or "eager" (0 and very negative).
 
     Raises ValueError for any other mask, NotImplementedError for one that holds a bias.
     """
@@ -25,24 +25,24 @@ def visible_arguments(
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         got = f"{mask.dim()}-D" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask: wanted a 4-D tensor from the mask function of tritonattn, sdpa or eager, got {got};"
-            " where only some layers are patched, the model's own implementation has to be one of these"
+            f"attention_mask: expected a 4-D tensor from the mask function of tritonattn, sdpa or eager, got {got};"
+            " if only some layers are patched, the model's own implementation has to be one of these"
         )
     if mask.dtype == torch.int32:
         if mask.shape[-1] != 2:
-            raise ValueError(f"attention_mask: wanted key ranges [B, 1, Q, 2], got int32 {list(mask.shape)}")
+            raise ValueError(f"attention_mask: expected key ranges [B, 1, Q, 2], got int32 {list(mask.shape)}")
         return {"key_ranges": mask.expand(query.shape[0], -1, -1, -1)}
     mask = mask[..., : key.shape[-2]]
     return {"mask": mask if mask.dtype == torch.bool else _without_bias(mask)}
 
 
 def _without_bias(mask: Tensor) -> Tensor:
-    """The bool mask that an additive mask of 0 and very negative entries means; other biases are refused."""
+    """Turn an additive mask of 0 and very negative entries into a bool mask; refuse other biases."""
     visible = mask == 0
     pure = (visible | (mask <= torch.finfo(mask.dtype).min / 2)).all()
     message = (
-        "attention_mask: a bias on the logits is not supported by tritonattn; wanted only 0 and -inf "
-        "(or the dtype's minimum)"
+        "attention_mask: a bias on the logits is not supported by tritonattn: expected only 0 and -inf (or the dtype's"
+        " minimum), got other numbers"
     )
     if torch.compiler.is_compiling():
         torch._assert_async(pure, message)  # pyright: ignore[reportPrivateImportUsage]
@@ -52,12 +52,12 @@ def _without_bias(mask: Tensor) -> Tensor:
 
 
 def _implied(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """No mask: the module's is_causal flag, packed documents and the window say what is visible."""
+    """Visibility without a mask: from the module's is_causal flag, packed documents and the window."""
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     source = _mask_source(module)
     if source == "eager":
-        return {}  # eager attention adds the mask that it is given, and nothing else
+        return {}  # eager attention hides nothing but by its mask
     window = _window(causal, query, key, kwargs)
     if kwargs.get("cu_seq_lens_q") is not None:
         ranges = _document_ranges(query.shape[2], kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], causal)
@@ -68,13 +68,13 @@ def _implied(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, An
 
 
 def _mask_source(module: nn.Module) -> str | None:
-    """The attention implementation whose mask function serves the model of a patched module; None: tritonattn's."""
+    """The attention implementation whose mask function makes the masks of a patched module; None is tritonattn's."""
     shared = getattr(layer_scaling(module), "shared", None)
     return getattr(shared, "_attn_implementation", None)
 
 
 def _top_left(query: Tensor) -> Tensor:
-    """int32 [B, Q, 2]: row i sees j <= i, as "sdpa" means no mask in the prefill of an empty static cache."""
+    """int32 [B, Q, 2]: row i sees j <= i, the meaning of no mask to "sdpa" in the prefill of an empty static cache."""
     end = torch.arange(1, query.shape[2] + 1, device=query.device, dtype=torch.int32)
     return torch.stack([torch.zeros_like(end), end], dim=-1).expand(query.shape[0], -1, -1)
 
@@ -86,14 +86,14 @@ def _window(causal: bool, query: Tensor, key: Tensor, kwargs: dict[str, Any]) ->
     packed = kwargs.get("cu_seq_lens_q") is not None
     if not causal or (packed and query.shape[2] != key.shape[2]):
         raise NotImplementedError(
-            "sliding_window: without a mask, tritonattn knows a window only for causal attention, in "
-            "packed documents only where queries and keys are as many"
+            "sliding_window: without a mask, expected causal attention, with as many queries as keys if documents are"
+            f" packed, got causal={causal}, {query.shape[2]} queries and {key.shape[2]} keys"
         )
     return {"window": (size - 1, None)}
 
 
 def _document_ranges(q_length: int, q_ends: Tensor, k_ends: Tensor, causal: bool) -> Tensor:
-    """Packed documents as ranges, int32 [1, Q, 2]: document d sees the keys [k_ends[d], k_ends[d + 1]).
+    """Key ranges of packed documents, int32 [1, Q, 2]: document d sees the keys [k_ends[d], k_ends[d + 1]).
 
     q_ends and k_ends int [documents + 1] start at 0 (`cu_seq_lens_q`, `cu_seq_lens_k`); causal is
     bottom-right in every document; rows past the last document see nothing.

@@ -1,4 +1,4 @@
-"""Attention of other libraries on tritonattn, a file each; nothing is imported until a file is.
+"""Attention of other libraries on tritonattn, in one file each, which is imported on demand.
 
 torch_modules    torch.nn.MultiheadAttention, and with it TransformerEncoder, TransformerDecoder and Transformer
 timm             timm's `attn_layer`
@@ -8,9 +8,9 @@ hub_kernel       the package as a kernel of the HuggingFace hub, for the library
 
 transformers has `tritonattn.huggingface`.
 
-What a library calls its own scale stays a factor beside the mode: logit = scale * sqrt(D) * factor * (q . k), which for
-"sqrt_dim" is the library's own logit. Cosine modes replace it. A bias on the logits is refused by name, never dropped.
+A library's own scale stays a factor beside the mode: logit = scale * sqrt(D) * factor * (q . k), which for "sqrt_dim"
+is the library's own logit. Cosine modes replace it. A bias on the logits is refused by name, never dropped.
 
-Left out: torch.nn.attention.register_flash_attention_impl. It exchanges the CUDA kernels under every
-F.scaled_dot_product_attention of the process, where no scaling but a number can be asked for.
+torch.nn.attention.register_flash_attention_impl is not used: it exchanges the CUDA kernels under every
+F.scaled_dot_product_attention of the process, which has no scaling but a number.
 """

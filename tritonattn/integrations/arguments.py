@@ -1,4 +1,4 @@
-"""What other libraries' attention is asked for, in the terms of `tritonattn.attention`."""
+"""Translation of other libraries' arguments into those of `tritonattn.attention`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..nn.learned import as_mode
 from ..nn.registry import named
 from ..scaling import Scaling
 
-# An additive mask hides a key by any number from here down: exp of it is 0 in every dtype.
+# An additive mask hides a key by a number at most this, whose exp is 0 in every dtype.
 _HIDDEN = -1e4
 _BIAS = (
-    "{}: expected a mask, that is bool, or floats that are 0 or at most -1e4; other numbers are a bias on the logits,"
-    " which tritonattn does not add"
+    "{}: expected a mask, bool or floats that are 0 or at most -1e4; other numbers are a bias on the logits, which"
+    " tritonattn does not add"
 )
 
 
 def scaling_for(scaling: str | Scaling, heads: int) -> Scaling:
-    """The Scaling of a layer: a name of a learned one makes a module of its own, other names and Scalings stay."""
+    """The Scaling of a layer: a learned one by name is a new module, a `Scaling` is returned as it is."""
     return named(scaling, heads) if isinstance(scaling, str) else as_mode(scaling)
 
 
 def gain_for(scaling: Scaling, scale: float | None, head_dim: int) -> float | None:
-    """The gain that keeps a library's own scale beside the mode; None where it is 1 / sqrt(D), or the mode a cosine."""
+    """The gain that keeps a library's own scale beside the mode; None if it is 1 / sqrt(D), or the mode a cosine."""
     if scale is None or scaling.name in ("cosine", "learned_cosine"):
         return None
     gain = scale * math.sqrt(head_dim)
@@ -34,10 +34,10 @@ def gain_for(scaling: Scaling, scale: float | None, head_dim: int) -> float | No
 
 
 def visible_keys(name: str, mask: Tensor) -> Tensor:
-    """A mask that is added to logits, or bool with True for visible, as bool with True for visible.
+    """Turn a mask, additive or bool with True for visible, into bool with True for visible.
 
-    Raises NotImplementedError where an additive one is a bias. Its values are read on the host, except while compiling,
-    where a bias fails an assertion.
+    Raises NotImplementedError for an additive mask that is a bias. Its values are read on the host; while compiling, a
+    bias fails an assertion instead.
     """
     if mask.dtype == torch.bool:
         return mask
@@ -53,7 +53,7 @@ def visible_keys(name: str, mask: Tensor) -> Tensor:
 
 
 def top_left_causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """k, v and the arguments that show key j to row i where j <= i, as PyTorch's is_causal does."""
+    """k, v and the arguments that let row i see the keys j <= i, as PyTorch's is_causal does."""
     q_len, k_len = q.shape[2], k.shape[2]
     if q_len > k_len:
         return k, v, {"window": (None, q_len - k_len)}

@@ -23,10 +23,10 @@ NAME = "tritonattn"
 
 
 def register(name: str = NAME, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> None:
-    """Make a scaling known to diffusers as an attention backend; a name that this made before is made anew.
+    """Register a scaling with diffusers as an attention backend, or register a name of ours again.
 
     Args:
-        name: What `model.set_attention_backend(name)` and `with attention_backend(name)` take; lower case.
+        name: For `model.set_attention_backend(name)` and `with attention_backend(name)`, in lower case.
         scaling: A name in `tritonattn.SCALINGS` or a `Scaling`; a learned one is shared by all layers, and its
             parameters are yours to train and keep.
         backend: As in `tritonattn.attention`.
@@ -39,7 +39,7 @@ def register(name: str = NAME, scaling: str | Scaling = "sqrt_dim", backend: str
     """
     mode = as_mode(scaling)
     if name != name.lower():
-        raise ValueError(f"name: expected lower case, which is all that diffusers looks for, got {name!r}")
+        raise ValueError(f"name: expected lower case, the only case that diffusers looks for, got {name!r}")
     member = AttentionBackendName._value2member_map_.get(name)
     if member is not None and member not in _OURS:
         raise ValueError(f"name: expected one that is not diffusers' own, got {name!r}")
@@ -66,10 +66,10 @@ def unregister(name: str = NAME) -> None:
 
 
 def use(model: nn.Module, name: str = NAME) -> Replacement:
-    """Let the layers of one model use a registered backend; `.undo()` gives each back what it had.
+    """Let the layers of one model use a registered backend until `.undo()`.
 
-    `model.set_attention_backend` does so too, but for every model of the process that has chosen none, and in silence
-    where a model's processors take no backend.
+    `model.set_attention_backend` also changes every model of the process that has chosen none, and is silent if a
+    model's processors take no backend.
 
     Raises:
         ValueError: A name that `register` did not make, or a model none of whose attention processors takes a backend.
@@ -106,7 +106,7 @@ def _member(name: str) -> Any:
 
 
 def _function(scaling: Scaling, backend: str) -> Any:
-    # diffusers passes the arguments that are named here, and drops others with a warning.
+    # diffusers passes the arguments that this signature names, and drops others with a warning.
     def scaled(
         query: Tensor,
         key: Tensor,

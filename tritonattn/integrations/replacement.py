@@ -1,4 +1,4 @@
-"""Undoing an exchange inside a model."""
+"""Undoing a replacement inside a model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 class Replacement:
-    """What was exchanged in a model; a context manager that undoes it.
+    """A replacement of modules inside a model: a context manager that undoes it.
 
-    names   the exchanged modules, by their names in the model
+    names   of the replaced modules in the model
     """
 
     def __init__(self, changes: list[tuple[Any, str, Any]], names: list[str]) -> None:
@@ -16,7 +16,7 @@ class Replacement:
         self.names = names
 
     def undo(self) -> None:
-        """Put back what was there before; parameters that were shared keep what they learned since."""
+        """Put the former modules back; parameters that they share keep what they have learned since."""
         for owner, name, before in self._changes:
             setattr(owner, name, before)
         self._changes = []

@@ -37,7 +37,7 @@ def attention_layer(scaling: str | Scaling = "sqrt_dim", backend: str = "auto") 
     >>> model(torch.randn(2, 3, 32, 32)).shape
     torch.Size([2, 3])
     """
-    scaling_for(scaling, 1)  # refuse what is none before a model is half built
+    scaling_for(scaling, 1)  # refuse a bad one before a model is half made
 
     class ScaledAttention(Attention):
         def __init__(self, *arguments, **keywords) -> None:

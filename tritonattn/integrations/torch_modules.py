@@ -1,4 +1,4 @@
-"""torch.nn.MultiheadAttention with a scaling, and its exchange inside models."""
+"""torch.nn.MultiheadAttention with a scaling, and its replacement inside models."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             `Scaling`.
         backend: As in `tritonattn.attention`.
 
-    With "sqrt_dim" it is torch's layer, but for rows that see no key: they give o_proj of 0 where torch gives NaN.
-    With need_weights=True, torch's default, the weights are formed, [B, H, L, S]: ask for need_weights=False as
+    With "sqrt_dim" it is torch's layer, except that rows that see no key give o_proj of 0 instead of NaN.
+    With need_weights=True, torch's default, the weights are formed, [B, H, L, S]: give need_weights=False, as
     TransformerEncoderLayer does. is_causal=True stands for the mask given with it, as torch's hint does. PyTorch's
     fused path for inference, which would leave the scaling out, is never taken.
 
@@ -91,7 +91,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if isinstance(self.scaling, nn.Module):
             self.scaling.to(self.out_proj.weight.device)
         self.backend = backend
-        self._qkv_same_embed_dim = False  # what torch's encoders ask before they pass this layer's forward by
+        self._qkv_same_embed_dim = False  # torch's encoders check it before they bypass this layer's forward
 
     def extra_repr(self) -> str:
         return "" if isinstance(self.scaling, nn.Module) else f"scaling={self.scaling.name}"

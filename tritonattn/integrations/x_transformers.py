@@ -1,4 +1,4 @@
-"""The `Attend` modules of x-transformers, exchanged for ones with a scaling."""
+"""Replacement of the `Attend` modules of x-transformers by ones with a scaling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ except ImportError as error:
         "tritonattn.integrations.x_transformers needs x-transformers: pip install 'tritonattn[integrations]'"
     ) from error
 
-# What Attend can do to logits and probabilities that is no scaling; each is off where the attribute is None or False.
+# Options of Attend that change logits or probabilities and are no scaling; None and False turn them off.
 _REFUSED = (
     "pre_softmax_talking_heads",
     "post_softmax_talking_heads",
@@ -45,8 +45,8 @@ class ScaledAttend(nn.Module):
     """An `Attend` whose logits are scaled by a mode.
 
     It keeps causality, masks, grouped heads, softclamp, learned sinks and dropout. Attend's own scale, qk_norm's
-    included, stays a factor beside the mode. Its Intermediates stay empty, as those of Attend(flash=True): the logits
-    are never formed.
+    included, stays a factor beside the mode. Its Intermediates are empty, as with Attend(flash=True): logits are never
+    formed.
     """
 
     def __init__(self, attend: Attend, heads: int, scaling: str | Scaling = "sqrt_dim", backend: str = "auto") -> None:
@@ -70,7 +70,7 @@ class ScaledAttend(nn.Module):
         causal: bool | None = None,
         **others: Any,
     ) -> tuple[Tensor, Intermediates]:
-        """As Attend.forward; row_mask concerns inverted attention alone."""
+        """As Attend.forward; row_mask matters only to inverted attention."""
         for name, meaning in _REFUSED_IN_CALLS.items():
             if others.get(name) is not None:
                 raise NotImplementedError(f"{name}: {meaning} is not supported by tritonattn")
@@ -105,8 +105,8 @@ def replace_attend(model: nn.Module, scaling: str | Scaling = "sqrt_dim", backen
 
     Raises:
         ValueError: A model without such a layer, or a scaling that is none.
-        NotImplementedError: A layer that does what no scaling is, by its name: talking heads, sparse or sigmoid
-            attention, residual attention, ...; then nothing is changed.
+        NotImplementedError: A layer with another option, by its name: talking heads, sparse or sigmoid attention,
+            residual attention, ...; then nothing is changed.
 
     >>> import torch
     >>> from x_transformers import Decoder, TransformerWrapper
