@@ -17,12 +17,11 @@ demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="
 	$(VENV)/bin/tritonattn demo $(ARGS)
 
 test: $(VENV)/.test  ## every test that needs no download; the kernels' on the GPU, or in Triton's interpreter
-	$(PYTEST) -m "not slow" --ignore tests/kernels --ignore tests/slow $(ARGS)
+	$(PYTEST) --ignore tests/kernels --ignore tests/slow $(ARGS)
 	$(INTERPRETED) $(PYTEST) tests/kernels $(ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.real  ## the long tests, and those on real weights
 	$(PYTEST) tests/slow --ignore tests/slow/kernels $(ARGS)
-	$(PYTEST) -m slow tests/tuner tests/tuning $(ARGS)
 	$(INTERPRETED) $(PYTEST) tests/slow/kernels $(ARGS)
 
 test-peers: $(VENV)/.test  ## transformers' own model tests against ours, and that they see a wrong scale; downloads its sdist

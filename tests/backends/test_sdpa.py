@@ -167,7 +167,7 @@ def test_tiny_scales_keep_their_digits_in_fp16():
 def test_large_scales_of_small_keys_do_not_overflow_in_fp16():
     """Where q * query_scale would be infinite, and the logits are not large."""
     call = make_call(torch.float16, q_len=64, k_len=64, scale=0.1, causal=True)
-    call = changed(call, k=call.k * 1e-4, query_scale=call.query_scale * 1e5, key_scale=None)
+    call = changed(call, k=call.k * 1e-4, query_scale=call.logits.query_scale * 1e5, key_scale=None)
     exact, eager = exact_and_eager(call, output_gradients(call)[0])
     assert_within_bound(sdpa.attention(call), exact["out"], eager["out"], torch.float16)
 

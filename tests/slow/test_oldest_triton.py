@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 COMPILE = """
 import sys, torch, triton
@@ -36,7 +34,6 @@ def test_no_loop_writes_to_its_own_variable():
                 assert ast.unparse(loop.target) not in written, f"{path.name}:{loop.lineno}"
 
 
-@pytest.mark.slow
 def test_the_oldest_triton_compiles_every_kernel(tmp_path):
     oldest = re.search(r'"triton>=([\d.]+);', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "packages")]

@@ -1,0 +1,53 @@
+"""The rest of the table of compiled cases, and of the shipped configs."""
+
+from __future__ import annotations
+
+import pytest
+
+triton = pytest.importorskip("triton")
+from perf.ceilings import NON_MMA_PER_LOGIT
+from tests.compiled.table import CASES, QUICK
+from tests.compiled.test_compiled import check_ceiling, check_cost_of_scales, code_of, of_this_compiler, pytestmark
+from tests.tuner.test_static import ENTRIES, check_shipped_entry
+from tritonattn.tuner.static import Compiler, static_table
+from tritonattn.tuning.gpus import GPUS
+from tritonattn.tuning.table import Key
+
+__all__ = ["pytestmark"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in QUICK], ids=str)
+def test_cases(case):
+    case.check()
+
+
+@of_this_compiler
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("kernel", "target", "head_dim"), NON_MMA_PER_LOGIT)
+def test_other_instructions_per_logit(kernel, target, head_dim, causal):
+    check_ceiling(kernel, target, head_dim, code_of(kernel, target, head_dim, causal=causal))
+
+
+@of_this_compiler
+@pytest.mark.parametrize(("kernel", "target", "head_dim"), [*NON_MMA_PER_LOGIT][::2])
+def test_what_scales_cost(kernel, target, head_dim):
+    check_cost_of_scales(kernel, target, head_dim)
+
+
+@pytest.mark.parametrize("position", range(0, len(ENTRIES), 24))
+def test_shipped_entries_pass_the_gate(position):
+    check_shipped_entry(position)
+
+
+def test_a_static_table_is_the_same_twice():
+    wanted = [Key("forward", 64, "query", lengths) for lengths in ("short", "long")]
+    gpu = next(gpu for gpu in GPUS if gpu.name == "a100")
+    with Compiler(gpu.target, workers=1) as compiler:
+        first = static_table(gpu, compiler, wanted)
+        second = static_table(gpu, compiler, wanted)
+    assert first.text() == second.text()
+    assert list(first.entries) == wanted
+    for entry in first.entries.values():
+        assert entry.source == "static"
+        assert entry.details["spill_bytes"] == 0
+        assert entry.details["registers"] <= 255
