@@ -26,8 +26,7 @@ from tritonattn.kernels import KERNELS
 from tritonattn.tuner.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
 from tritonattn.tuner.model import RATES, UNITS, cycles, programs_per_sm, utilisation
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
-from tritonattn.tuning.compile import WIDEST
-from tritonattn.tuning.config import STREAMING_KERNELS, TileConfig
+from tritonattn.tuning.config import STREAMING_KERNELS, WIDEST, TileConfig
 
 from .ceilings import NON_MMA_PER_LOGIT
 

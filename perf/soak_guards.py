@@ -31,13 +31,19 @@ class Executor:
         self.launches += 1
         if not self.guards:
             return self.run(kernel, grid, arguments, config)
-        copied = {name: _Copy(value) for name, value in arguments.items() if isinstance(value, Tensor)}
-        described = {name: value for name, value in arguments.items() if hasattr(value, "base")}  # TensorDescriptors
-        bases = {name: _Copy(value.base) for name, value in described.items()}
-        copies = {name: copy.inner for name, copy in copied.items()}
-        copies |= {name: replace(value, base=bases[name].inner) for name, value in described.items()}
-        self.run(kernel, grid, arguments | copies, config)
-        for name, copy in (copied | bases).items():
+        copies: list[tuple[str, _Copy]] = []
+
+        def guarded(name: str, value: Any) -> Any:
+            def copied(tensor: Tensor) -> Tensor:
+                copies.append((name, _Copy(tensor)))
+                return copies[-1][1].inner
+
+            if hasattr(value, "base"):  # a TensorDescriptor
+                return replace(value, base=copied(value.base))
+            return launch.map_tensors(copied, value)
+
+        self.run(kernel, grid, {name: guarded(name, value) for name, value in arguments.items()}, config)
+        for name, copy in copies:
             assert copy.guards_hold(), f"{kernel.__name__}: wrote out of the bounds of {name}"
             copy.write_back()
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from tritonattn.backends.triton import launch
+from tritonattn.kernels import KERNELS
+from tritonattn.kernels.records import Results
 from tritonattn.tuning.config import Problem, Target, TileConfig
 
 CPU, SM_80 = torch.device("cpu"), Target("cuda", "80")
@@ -49,11 +53,36 @@ def test_offsets_in_a_tile_of_1024_rows_that_pass_int32(width, strides, wide):
     assert not launch.is_wide(None)
 
 
-def test_strides_of_a_tensor_that_is_not_there():
-    """Are ones, which Triton makes constants of."""
-    names = [f"mask_stride_{axis}" for axis in "bhqk"]
-    assert launch.stride_arguments(mask=None) == dict.fromkeys(names, 1)
-    assert launch.stride_arguments(mask=torch.empty(2, 3, 4, 5)) == dict(zip(names, (60, 20, 5, 1), strict=True))
+def test_records_of_tensors():
+    """A tensor that is not there has none; a vector's fourth stride is 1, of which Triton makes a constant."""
+    mask, scale = torch.empty(2, 3, 4, 5), torch.empty(2, 3, 4)[..., ::2]
+    assert launch.strided(None) is None
+    assert launch.strided(mask) == (mask, 60, 20, 5, 1)
+    assert launch.strided(scale) == (scale, 12, 4, 2, 1)
+
+
+def test_tensors_in_records():
+    x, y, z = torch.zeros(3, 1).unbind()
+    values = [x, 5, None, Results(y, None, z, None, None)]
+    assert list(launch.tensors_of(values)) == [x, y, z]
+    changed = [launch.map_tensors(torch.Tensor.exp, value) for value in values]
+    assert changed == [torch.ones(1), 5, None, Results(torch.ones(1), None, torch.ones(1), None, None)]
+    assert type(changed[3]) is Results
+
+
+def test_what_is_recorded_is_not_run(monkeypatch):
+    """Launches of one context alone, as on another card."""
+    monkeypatch.setattr(launch, "run", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr(launch, "config_for", lambda *_: pytest.fail("asked"))
+    problem = Problem(64, 64, torch.float16)
+    with launch.recording(Target("cuda", "100"), lambda *_: TILES) as launches:
+        launch.plan("row_terms", problem, CPU).launch(
+            (3, 2, 1), dict.fromkeys(KERNELS["row_terms"].arg_names, 7), False
+        )
+        with ThreadPoolExecutor(1) as pool, pytest.raises(pytest.fail.Exception, match="asked"):
+            pool.submit(launch.plan, "row_terms", problem, CPU).result()
+    assert [(one.kernel, one.grid, one.config) for one in launches] == [(KERNELS["row_terms"], (3, 2, 1), TILES)]
+    assert launches[0].arguments["BLOCK_M"] == 64
 
 
 def test_kernels_run_where_the_executor_does(monkeypatch):

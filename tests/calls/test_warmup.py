@@ -89,11 +89,10 @@ def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch):
     from tritonattn.backends.triton import launch
     from tritonattn.kernels import KERNELS
     from tritonattn.tuning import TileConfig
-    from tritonattn.tuning.compile import compile_options
 
     if launch.interpreting or torch.cuda.is_available():
         pytest.skip("the JIT is not asked, or has a driver of its own")
-    kernel, options = KERNELS["decode_combine"], compile_options(TileConfig(16, 16, 4, 1))
+    kernel, options = KERNELS["decode_combine"], launch.compile_options(TileConfig(16, 16, 4, 1))
     before = triton.knobs.runtime.jit_cache_hook
     monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
-from triton.runtime.jit import mangle_type
+from triton.compiler import CompiledKernel
+
+from tritonattn.backends.triton.compile import specialised
 
 from .execute import DEFAULT_MAX_THREADS, run
 from .report import Report
 
-_DIVISIBLE = [["tt.divisibility", 16]]
 _compiled: dict[tuple, CompiledKernel] = {}
 
 
@@ -29,30 +29,31 @@ class Compiled(NamedTuple):
 def compile_for(function, values: dict[str, Any], *, num_warps: int, num_stages: int, capability: int) -> Compiled:
     """Compile for arguments by name (constexprs included) and a compute capability such as 80 or 90.
 
-    As in a launch, the integer 1 becomes a constant, multiples of 16 (of a tensor: its address) are marked divisible,
-    unless the function says `do_not_specialize`. Kept per specialisation for the life of the process.
+    Kept per specialisation for the life of the process.
     """
-    signature, constants, attributes, arguments, names = {}, {}, {}, [], []
-    for position, parameter in enumerate(function.params):
-        name = parameter.name
-        value = _value(function, name, values)
-        kind = _type(parameter, value)
-        signature[name] = kind
-        if kind == "constexpr":
-            constants[name] = value
-            continue
-        if _is_divisible(parameter, value):
-            attributes[position,] = _DIVISIBLE
-        arguments.append(value)
-        names += [name] * (1 + 2 * len(value.shape) if kind.startswith("tensordesc") else 1)
-    key = (function, str(signature), str(constants), str(attributes), num_warps, num_stages, capability)
+    values = {parameter.name: _value(function, parameter.name, values) for parameter in function.params}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    target = GPUTarget("cuda", capability, 32)
+    source = specialised(function, values, options, target)
+    key = (source.hash(), num_warps, num_stages, capability)
     if key not in _compiled:
-        _compiled[key] = triton.compile(
-            ASTSource(function, signature, constants, attributes),
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
-        )
+        _compiled[key] = triton.compile(source, target=target, options=options)
+    arguments, names = [], []
+    for name, value in values.items():
+        for path, argument, kind in _at_run_time(name, value, source.signature[name]):
+            arguments.append(argument)
+            names += [path] * (1 + 2 * len(argument.shape) if kind.startswith("tensordesc") else 1)
     return Compiled(_compiled[key], arguments, names)
+
+
+def _at_run_time(name: str, value: Any, kind: Any) -> Iterator[tuple[str, Any, str]]:
+    """(name, argument, type) of what an argument passes at run time: nothing of a constant, the members of a record."""
+    if isinstance(kind, tuple):
+        fields = getattr(value, "_fields", range(len(value)))
+        for field, member, its_kind in zip(fields, value, kind, strict=True):
+            yield from _at_run_time(f"{name}.{field}", member, its_kind)
+    elif kind != "constexpr":
+        yield name, value, kind
 
 
 def launch(
@@ -75,17 +76,3 @@ def _value(function, name: str, values: dict[str, Any]):
     if default is inspect.Parameter.empty:
         raise TypeError(f"{function.__name__}: expected a value for {name}, got none")
     return getattr(default, "value", default)
-
-
-def _type(parameter, value) -> str:
-    """Triton's name of the type of an argument: "constexpr", "*bf16", "i32", "tensordesc<bf16[16, 64]>", ..."""
-    constant_one = type(value) is int and value == 1 and not parameter.do_not_specialize
-    return "constexpr" if parameter.is_constexpr or constant_one else mangle_type(value)
-
-
-def _is_divisible(parameter, value) -> bool:
-    if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
-        return False
-    if isinstance(value, torch.Tensor):
-        return value.storage_offset() * value.element_size() % 16 == 0
-    return type(value) is int and value % 16 == 0

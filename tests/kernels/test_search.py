@@ -48,6 +48,13 @@ def test_a_workload_launches_its_kernel_in_the_config(key, device, monkeypatch):
     assert {other for other, _ in seen} <= {name, "attention_row_terms", "attention_decode_combine"}
 
 
+def results_of(arguments) -> list[torch.Tensor]:
+    """Of a forward or decode kernel its output, of a backward kernel the gradients of q, or of k and v."""
+    if "results" in arguments:
+        return [arguments["results"].out]
+    return [arguments[name] for name in ("d_q_ptr", "d_k_ptr", "d_v_ptr") if name in arguments]
+
+
 def test_the_search_takes_the_fastest_that_is_right(device, monkeypatch):
     key = Key("forward", 64, "query", "short")
     target = Target.of(device)
@@ -66,7 +73,7 @@ def test_a_wrong_result_is_not_taken(device, monkeypatch):
     def spoil(kernel, grid, arguments, config):
         run(kernel, grid, arguments, config)
         if config == OTHER:
-            arguments["out_ptr"][..., 0] *= 1.1
+            arguments["results"].out[..., 0] *= 1.1
 
     monkeypatch.setattr(launch, "run", spoil)
     result = search(key, [OTHER], Target.of(device), device, QUICK, SMALL)
@@ -82,8 +89,7 @@ def test_what_a_kernel_leaves_out_is_no_earlier_result(key, device, monkeypatch)
 
     def watch(kernel, grid, arguments, config):
         if kernel.__name__ == f"attention_{key.kernel}":
-            names = ("out_ptr", "d_q_ptr", "d_k_ptr", "d_v_ptr", "split_out_ptr")
-            results.extend(arguments[name] for name in names if name in arguments)
+            results.extend(results_of(arguments))
             assert all(x.isnan().all() for x in results[-2:])
         run(kernel, grid, arguments, config)
 
@@ -101,9 +107,8 @@ def test_a_result_that_is_wrong_for_the_last_head_alone(key, device, monkeypatch
 
     def spoil(kernel, grid, arguments, config):
         run(kernel, grid, arguments, config)
-        for name in ("out_ptr", "d_q_ptr", "d_v_ptr", "split_out_ptr"):
-            if name in arguments and kernel.__name__ == f"attention_{key.kernel}":
-                arguments[name][-1, -1] *= 1.2
+        if kernel.__name__ == f"attention_{key.kernel}":
+            results_of(arguments)[-1][-1, -1] *= 1.2
 
     assert workload.error() is None
     monkeypatch.setattr(launch, "run", spoil)

@@ -215,7 +215,8 @@ def test_key_lengths_pass_opcheck(seen):
     opcheck(torch.ops.tritonattn.key_lengths.default, (k, seen))
     lengths = key_lengths_of(k, seen).detach()
     arguments = (k.detach(), seen, lengths, torch.randn_like(lengths))
-    opcheck(torch.ops.tritonattn.key_lengths_backward.default, arguments)
+    for added in (None, torch.ones(k.shape)):
+        opcheck(torch.ops.tritonattn.key_lengths_backward.default, (*arguments, added))
     opcheck(torch.ops.tritonattn.prefix_sums.default, (lengths,))
     lo, hi = torch.tensor([[[0, 2, 5]], [[1, 1, 0]]]), torch.tensor([[[7, 4, 5]], [[7, 2, 0]]])
     opcheck(torch.ops.tritonattn.argmax_over_ranges.default, (lengths, lo, hi))

@@ -8,11 +8,8 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from tritonattn.backends import triton as triton_backend
-from tritonattn.backends.triton import launch
 from tritonattn.kernels import KERNELS
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config, legal_reasons
-from tritonattn.tuning.compile import specialisation
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx950")
@@ -28,34 +25,6 @@ def _variants() -> list[Problem]:
         Problem(*size, dtype, **see, **scale)
         for size, dtype, see, scale in itertools.product(sizes, (torch.float16, torch.bfloat16), visible, scales)
     ]
-
-
-def test_aot_specialisation_is_that_of_a_launch(monkeypatch):
-    """The argument grammar of compile.py says for each argument what a launch passes."""
-    from tritonattn.core.call import AttentionCall, Logits, Needs
-    from tritonattn.core.visibility import Visibility
-
-    seen = {}
-    monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: seen.update({kernel: arguments}))
-    q, k = torch.zeros(2, 4, 64, 64, dtype=torch.float16), torch.zeros(2, 4, 64, 64, dtype=torch.float16)
-    scales = torch.ones(2, 4, 64), torch.ones(2, 4, 64)
-    visibility = Visibility.of(q, k, causal=True)
-    call = AttentionCall(q, k, k, visibility, Logits(0.1, *scales))
-    rounding = torch.empty_like(q)
-    result = triton_backend.forward(call, False, rounding)
-    triton_backend.backward(call, *result[:2], q, None, Needs(True, True, True, True, True), rounding)
-    problem = Problem(64, 64, torch.float16, right=True, query_scale_grad=True, **SCALED)
-    assert len(seen) == 4
-    for kernel, arguments in seen.items():
-        signature, constants, _ = specialisation(kernel, problem, TileConfig(64, 64, 4, 2), Target("cuda", "80"))
-        for name, value in arguments.items():
-            if isinstance(value, torch.Tensor):
-                short = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}[value.dtype]
-                assert signature[name] == short, name
-            elif value is None or ((name in ("group",) or "_stride_" in name) and value == 1):
-                assert constants[name] == value, name
-            elif not name.isupper():
-                assert signature[name] in ("i32", "fp32"), name
 
 
 def test_the_legality_predicate():

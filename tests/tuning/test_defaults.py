@@ -91,3 +91,14 @@ def test_rows_of_a_group_leave_registers_for_keys():
 def test_decoding_of_float32_has_waves_with_more_registers_on_amd():
     found = {t.name: default_config("decode", problem(128, FULL), t).num_warps for t in TARGETS}
     assert found == {t.name: 4 if t.backend == "hip" else 8 for t in TARGETS}
+
+
+def test_tiles_of_decoding_fit_the_rows():
+    target = Target("cuda", "90")
+
+    def rows(packed: int, width: int = 128) -> int:
+        return default_config("decode", Problem(width, width, torch.float16, packed_rows=packed), target).block_m
+
+    assert [rows(packed) for packed in (16, 32, 64, 128)] == [16, 32, 64, 64]
+    assert rows(64, width=256) == 32
+    assert rows(128, width=64) == 64

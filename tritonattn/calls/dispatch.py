@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..backends import reference
 from ..backends.cpu import sdpa
-from ..core.autograd import autocast_is_on, is_compiled_transform, is_transformed
+from ..core.autograd import autocast_is_on, is_compiled_transform, is_transformed, needs_graph
 from ..core.call import AttentionCall, ForwardResult, Logits
 from ..core.dropout import Dropout
 from ..core.observation import ObservedCall, is_observed, notify_observers
@@ -85,6 +85,8 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, factor: Factor, visibility: Visibility, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     backend = choose_backend(q, k, v, options)
+    if backend != "triton" and q.dtype.itemsize == 2 and (is_transformed() or needs_graph(q, k)):
+        q, k = q.float(), k.float()  # gradients of logits and of lengths add up before they are rounded
     dropout = Dropout.draw(options.dropout_p, q.device) if options.dropout_p > 0 else None
     sinks = sinks_of(q, options)
     if backend == "reference":
@@ -98,6 +100,7 @@ def _attend(
             sinks=sinks,
             dropout=dropout,
         )
+        result = result._replace(out=result.out.to(v.dtype))
     else:
         statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visibility)
         logits = Logits(*factor.scales(q, k, visibility, statistics), options.cap, sinks)

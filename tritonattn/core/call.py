@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -31,8 +31,11 @@ class Logits(NamedTuple):
 class AttentionCall:
     """The softmax of `logits` over the visible keys, times v.
 
-    q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; one dtype; any strides
+    q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; any strides; one dtype, in which the output is
     dropout    on the probabilities, after the softmax
+
+    With v in 16 bits, q and k may hold its values in fp32: their gradients are then fp32, and what else reaches q or k,
+    as through key lengths, is added before the sum is rounded.
     """
 
     q: Tensor
@@ -48,6 +51,13 @@ class AttentionCall:
         logits = self.logits
         return self.q, self.k, self.v, logits.query_scale, logits.key_scale, logits.sinks
 
+    def narrowed(self) -> AttentionCall:
+        """The call with q and k in v's dtype."""
+        dtype = self.v.dtype
+        if self.q.dtype == self.k.dtype == dtype:
+            return self
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype))
+
     scale = property(lambda self: self.logits.scale)
     query_scale = property(lambda self: self.logits.query_scale)
     key_scale = property(lambda self: self.logits.key_scale)
@@ -56,7 +66,7 @@ class AttentionCall:
 
 
 class ForwardResult(NamedTuple):
-    """out [B, Hq, Sq, Dv] in q's dtype; lse, max_logit, entropy [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.
+    """out [B, Hq, Sq, Dv] in v's dtype; lse, max_logit, entropy [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.
 
     max_logit and entropy are None unless asked for.
     """

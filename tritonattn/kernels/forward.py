@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -12,28 +14,47 @@ from .primitives import (
     LOG2_E,
     TINY,
     dropout_keeps,
-    key_blocks_of_rows,
-    keys_at,
-    load_block,
     load_signed,
-    load_vector,
     partial_sums,
     program_position,
-    row_range,
     scale_rows_add,
-    sequence_bounds,
     soft_cap,
     store_tile,
     tile_offsets,
-    visible_tile,
 )
+from .records import Dropout, Keys, Sight, View
+from .walk import begin, place_of_member, rows_of_block, visible_tile, walk_keys, walk_over_keys
+
+
+class Softmax(NamedTuple):
+    """What rows carry from block to block: accumulator [M, Dv], the rest as `online_softmax` returns it."""
+
+    accumulator: Any
+    running_max: Any
+    running_sum: Any
+    running_spread: Any
+
+
+class RowFactors(NamedTuple):
+    """What a step needs of the rows: their factor [M], softcap or None, and `Dropout`."""
+
+    factor: Any
+    softcap: Any
+    dropout: Dropout
 
 
 @triton.jit
 def online_softmax(
-    logits, keep, factor, softcap, running_max, running_sum, running_spread,
-    MASKED: tl.constexpr, ENTROPY: tl.constexpr,
-):  # fmt: skip
+    logits,
+    keep,
+    factor,
+    softcap,
+    running_max,
+    running_sum,
+    running_spread,
+    MASKED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
     """One step: (probabilities, decay, running_max, running_sum, running_spread), all relative to the new maximum.
 
     logits [BLOCK_M, BLOCK_N] without factor >= 0; keep says which are visible where MASKED. The running maximum is that
@@ -99,76 +120,77 @@ def softmax_total(row_sum, shift, sinks_ptr, head):
 
 @triton.jit
 def _attend(
-    accumulator, running_max, running_sum, running_spread, q, factor, softcap,
-    k_ptr, v_ptr, k_descriptor, v_descriptor, key_scale_ptr, seen_ptr, mask_ptr, dropout_ptr, keep_from,
-    offs_row, lo, hi, q_len, k_len, touch_lo, touch_hi, full_start, full_end,
-    batch, kv_head, batch_head, first_packed_row, first_packed_key,
-    k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED_BELOW: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, ENTROPY: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over the blocks of [full_start, full_end), or, where MASKED, over those around it."""
-    start, end = full_start, full_end
+    state,
+    block,
+    key_scale,
+    terms,
+    sight,
+    PRECISION: tl.constexpr,
+    SUMS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A step of `walk_keys`: online softmax. SUMS: 1 with the entropy's."""
+    keep = None
     if MASKED:
-        start, end = touch_lo // BLOCK_N * BLOCK_N, touch_hi - (full_end - full_start)
-    k_offsets = tile_offsets(BLOCK_N, q.shape[1], k_stride_s, k_stride_d, WIDE)
-    v_offsets = tile_offsets(BLOCK_N, accumulator.shape[1], v_stride_s, v_stride_d, WIDE)
-    scale_ptrs = key_scale_ptr
-    if key_scale_ptr is not None:
-        # Carried along: addresses made from the position would make the loop's counter one of 64 bits.
-        key_scale_stride_s = tl.cast(key_scale_stride_s, tl.int64)
-        scale_ptrs += (start + tl.arange(0, BLOCK_N)) * key_scale_stride_s
-    for position in tl.range(start, end, BLOCK_N):
-        start_n, offs_key, keep_key = keys_at(
-            position, full_start, full_end, touch_lo, touch_hi, seen_ptr, BLOCK_N, MASKED
-        )
-        k = load_block(
-            k_descriptor, k_ptr + start_n.to(tl.int64) * k_stride_s + k_offsets,
-            batch, kv_head, first_packed_key + start_n, keep_key, HEAD_DIM, MASKED,
-        )  # fmt: skip
-        v = load_block(
-            v_descriptor, v_ptr + start_n.to(tl.int64) * v_stride_s + v_offsets,
-            batch, kv_head, first_packed_key + start_n, keep_key, VALUE_DIM, MASKED,
-        )  # fmt: skip
-        logits = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if key_scale_ptr is not None:
-            if MASKED:
-                scale_ptrs = key_scale_ptr + offs_key * key_scale_stride_s
-            logits *= load_vector(scale_ptrs, keep_key, MASKED)[None, :]
-            scale_ptrs += BLOCK_N * key_scale_stride_s
-        keep = None
-        if MASKED:
-            keep = visible_tile(
-                offs_row, offs_key, lo, hi, mask_ptr, q_len, k_len, mask_stride_q, mask_stride_k, BOUNDED_BELOW
-            )
-        probabilities, decay, running_max, running_sum, running_spread = online_softmax(
-            logits, keep, factor, softcap, running_max, running_sum, running_spread, MASKED, ENTROPY
-        )
-        if dropout_ptr is not None:
-            kept = dropout_keeps(
-                dropout_ptr, keep_from, batch_head, (first_packed_row + offs_row)[:, None],
-                (first_packed_key + offs_key)[None, :],
-            )  # fmt: skip
-            probabilities = tl.where(kept, probabilities, 0.0)
-        accumulator = accumulator * decay[:, None]
-        accumulator = tl.dot(probabilities.to(v.dtype), v, accumulator, input_precision=PRECISION)
-    return accumulator, running_max, running_sum, running_spread
+        keep = visible_tile(sight, block.offs)
+    probabilities, decay, running_max, running_sum, running_spread = online_softmax(
+        block.logits,
+        keep,
+        terms.factor,
+        terms.softcap,
+        state.running_max,
+        state.running_sum,
+        state.running_spread,
+        MASKED,
+        SUMS == 1,
+    )
+    dropout = terms.dropout
+    if dropout.state is not None:
+        kept = dropout_keeps(dropout, dropout.rows[:, None], (dropout.first_key + block.offs)[None, :])
+        probabilities = tl.where(kept, probabilities, 0.0)
+    accumulator = state.accumulator * decay[:, None]
+    accumulator = tl.dot(probabilities.to(block.v.dtype), block.v, accumulator, input_precision=PRECISION)
+    return Softmax(accumulator, running_max, running_sum, running_spread)
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_forward(
-    k_descriptor, v_descriptor, q_ptr, k_ptr, v_ptr, query_scale_ptr, key_scale_ptr, sinks_ptr,
-    key_lengths_ptr, key_ranges_ptr, mask_ptr, seen_ptr, q_starts_ptr, k_starts_ptr, dropout_ptr,
-    out_ptr, rounding_ptr, lse_ptr, max_logit_ptr, entropy_ptr,
-    scale, softcap, keep_from, keep_scale, left, right, q_len, k_len, q_heads, group, first_head, first_member,
-    q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_s, v_stride_d, query_scale_stride_b, query_scale_stride_h, query_scale_stride_s,
-    key_scale_stride_b, key_scale_stride_h, key_scale_stride_s,
-    mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUM_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    v,
+    k_descriptor,
+    v_descriptor,
+    query_scale,
+    key_scale,
+    sinks_ptr,
+    ranges,
+    starts,
+    mask,
+    seen_ptr,
+    dropout_ptr,
+    results,
+    scale,
+    softcap,
+    keep_from,
+    keep_scale,
+    left,
+    right,
+    q_len,
+    k_len,
+    q_heads,
+    group,
+    first_head,
+    first_member,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
 
         x[i, j]      = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j]      j visible to i
@@ -180,17 +202,15 @@ def attention_forward(
 
     Grid: (blocks of the longest Sq, Hq, members); each program writes its rows of the results, all of them, once.
 
-    q, k, v          [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]  fp16, bf16 or fp32, any strides; group = Hq/Hkv
+    q, k, v          `Strided` [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv] of fp16, bf16 or fp32; group = Hq/Hkv
     *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
-    query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, Sk] or None = 1
+    query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale fp32 [B, Hkv, Sk] or None = 1; both `Strided`
     sinks            fp32 [Hq] or None
-    key_lengths, key_ranges, left, right: `primitives.row_range`; q_starts, k_starts: `primitives.sequence_bounds`
-    mask             uint8, strides of [B, Hq, Sq, Sk] (0 on broadcast axes), or None
+    ranges, starts   `Ranges`; `Starts` of a packed batch or None; left, right: `walk.row_range`
+    mask             `Strided` uint8 [B, Hq, Sq, Sk], strides 0 on broadcast axes, or None
     seen             uint8 [B, Hkv, Sk] contiguous or None: keys that some row sees; the rest is never multiplied
-    dropout          `primitives.dropout_keeps` or None = no dropout
-    out, lse         [B, Hq, Sq, Dv] in q's dtype and fp32 [B, Hq, Sq] in natural log, contiguous; max_logit and
-                     entropy likewise or None
-    rounding         what out lost when it was rounded to q's dtype, as out, or None
+    dropout          `Dropout.state` or None = no dropout
+    results          `Results`, lse in natural log; rounding is what out lost when it was rounded to q's dtype
     BLOCK_D, BLOCK_DV  powers of two >= 16 that hold HEAD_DIM and VALUE_DIM
 
     Products accumulate in fp32; the scales act in fp32 on the accumulated product; the sign of a row's factor is folded
@@ -198,85 +218,88 @@ def attention_forward(
     Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; blocking: Dao 2023, arXiv:2307.08691, Algorithm 1.
     """
     block, head, member = program_position(first_head, first_member, LAST_FIRST=right is not None)
-    rows = q_len
-    batch, first_packed_row, q_len, first_packed_key, k_len = sequence_bounds(
-        member, q_len, k_len, q_starts_ptr, k_starts_ptr
-    )
+    packed_len = q_len
+    place, q_len, k_len = place_of_member(member, head, head // group, q_len, k_len, starts)
     first_row = block * BLOCK_M
-    if q_starts_ptr is not None:
+    if starts is not None:
         if first_row >= q_len:
             return
-    wide_batch, wide_head, kv_head = batch.to(tl.int64), head.to(tl.int64), head // group
-    offs_m = first_row + tl.arange(0, BLOCK_M)
-    keep_row = offs_m < q_len
-    offs_row = tl.minimum(offs_m, q_len - 1)
-    last_row = tl.minimum(first_row + BLOCK_M, q_len) - 1
-    memory_row, memory_key = (first_packed_row + first_row).to(tl.int64), first_packed_key.to(tl.int64)
+    batch, kv_head = place.batch, place.kv_head
+    view = View(q_len, k_len, left, right, ranges.key_lengths, ranges.key_ranges)
+    rows = rows_of_block(first_row, batch, view, BLOCK_M)
+    memory_row = (place.first_row + first_row).to(tl.int64)
 
-    q_ptr += wide_batch * q_stride_b + wide_head * q_stride_h + memory_row * q_stride_s
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
-    if query_scale_ptr is not None:
-        query_scale_ptr += wide_batch * query_scale_stride_b + wide_head * query_scale_stride_h
-        row_offsets = memory_row + tl.arange(0, BLOCK_M)
-        factor *= tl.load(query_scale_ptr + row_offsets * query_scale_stride_s, mask=keep_row, other=0.0)
-    q_ptrs = q_ptr + tile_offsets(BLOCK_M, BLOCK_D, q_stride_s, q_stride_d, WIDE)
-    row_base = (wide_batch * q_heads + wide_head) * rows + memory_row
-    scratch_ptrs = out_ptr + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_D, VALUE_DIM, 1, False)
-    q = load_signed(q_ptrs, scratch_ptrs, factor, keep_row, HEAD_DIM, VALUE_DIM)
+    if query_scale is not None:
+        query_scale = begin(query_scale, batch, head, memory_row)
+        scale_ptrs = query_scale.ptr + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
+        factor *= tl.load(scale_ptrs, mask=rows.keep, other=0.0)
+    row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
+    q_ptrs = begin(q, batch, head, memory_row).ptr + tile_offsets(BLOCK_M, BLOCK_D, q.s, q.d, WIDE)
+    scratch_ptrs = results.out + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_D, VALUE_DIM, 1, False)
+    q_tile = load_signed(q_ptrs, scratch_ptrs, factor, rows.keep, HEAD_DIM, VALUE_DIM)
     factor = tl.abs(factor)
     factor = tl.where(factor == 0.0, TINY, factor)
 
-    k_ptr += wide_batch * k_stride_b + kv_head.to(tl.int64) * k_stride_h + memory_key * k_stride_s
-    v_ptr += wide_batch * v_stride_b + kv_head.to(tl.int64) * v_stride_h + memory_key * v_stride_s
-    if key_scale_ptr is not None:
-        key_scale_ptr += wide_batch * key_scale_stride_b + kv_head.to(tl.int64) * key_scale_stride_h
-        key_scale_ptr += memory_key * key_scale_stride_s
-    if mask_ptr is not None:
-        mask_ptr += wide_batch * mask_stride_b + wide_head * mask_stride_h
+    k, v = begin(k, batch, kv_head, place.first_key), begin(v, batch, kv_head, place.first_key)
+    if key_scale is not None:
+        key_scale = begin(key_scale, batch, kv_head, place.first_key)
+    if mask is not None:
+        mask = begin(mask, batch, head, 0)
     if seen_ptr is not None:
-        seen_ptr += (wide_batch * (q_heads // group) + kv_head) * k_len
+        seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
+    keys = Keys(k, v, k_descriptor, v_descriptor, key_scale, seen_ptr)
+    batch_head = batch * q_heads + head
+    dropout = Dropout(dropout_ptr, keep_from, keep_scale, batch_head, place.first_row + rows.offs, place.first_key)
+    terms = RowFactors(factor, softcap, dropout)
 
-    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
-    running_spread = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
-    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    state = Softmax(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), running_max, running_sum, running_sum)
     # Masks hold registers: masked steps take half of a wide block.
     MASKED_STEP: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 else BLOCK_N
-    BOUNDED_BELOW: tl.constexpr = left is not None or key_ranges_ptr is not None
-    lo, hi = row_range(offs_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
-    touch_lo, touch_hi, full_start, full_end = key_blocks_of_rows(
-        lo, hi, first_row, last_row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr,
-        BLOCK_N,
-    )  # fmt: skip
-    for walk in tl.static_range(2):  # the blocks that need a mask, then the others
-        if walk == 0 or mask_ptr is None:
-            accumulator, running_max, running_sum, running_spread = _attend(
-                accumulator, running_max, running_sum, running_spread, q, factor, softcap,
-                k_ptr, v_ptr, k_descriptor, v_descriptor, key_scale_ptr, seen_ptr, mask_ptr, dropout_ptr, keep_from,
-                offs_row, lo, hi, q_len, k_len, touch_lo, touch_hi, full_start, full_end,
-                batch, kv_head, batch * q_heads + head, first_packed_row, first_packed_key,
-                k_stride_s, k_stride_d, v_stride_s, v_stride_d, key_scale_stride_s, mask_stride_q, mask_stride_k,
-                HEAD_DIM, VALUE_DIM, MASKED_STEP if walk == 0 else BLOCK_N, BOUNDED_BELOW, PRECISION, WIDE,
-                entropy_ptr is not None, walk == 0,
-            )  # fmt: skip
+    SUMS: tl.constexpr = 0 if results.entropy is None else 1
+    walk = walk_over_keys(rows, batch, view, BLOCK_N, mask is not None)
+    for turn in tl.static_range(2):  # the blocks that need a mask, then the others
+        if turn == 0 or mask is None:
+            state = walk_keys(
+                state,
+                _attend,
+                terms,
+                q_tile,
+                keys,
+                Sight(rows, view, mask),
+                walk,
+                place,
+                HEAD_DIM,
+                VALUE_DIM,
+                BLOCK_DV,
+                MASKED_STEP if turn == 0 else BLOCK_N,
+                PRECISION,
+                WIDE,
+                SUMS,
+                turn == 0,
+            )
 
-    row_sum = tl.sum(running_sum, 1)
-    shift, lse, max_logit, entropy = softmax_results(running_max, row_sum, tl.sum(running_spread, 1), factor, softcap)
+    row_sum = tl.sum(state.running_sum, 1)
+    shift, lse, max_logit, entropy = softmax_results(
+        state.running_max, row_sum, tl.sum(state.running_spread, 1), factor, softcap
+    )
     weight, total = softmax_total(row_sum, shift, sinks_ptr, head)
-    out = accumulator / total[:, None]
+    out = state.accumulator / total[:, None]
     if sinks_ptr is not None:
         out *= weight[:, None]
     if dropout_ptr is not None:
         out *= keep_scale
     # Offsets of 32 bits: those of 64, wanted twice, would hold registers all through the loops.
     out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)
-    store_tile(out_ptr + row_base * VALUE_DIM + out_offsets, out, keep_row, VALUE_DIM)
-    if rounding_ptr is not None:
-        rounded = out.to(out_ptr.dtype.element_ty).to(tl.float32)
-        store_tile(rounding_ptr + row_base * VALUE_DIM + out_offsets, out - rounded, keep_row, VALUE_DIM)
+    store_tile(results.out + row_base * VALUE_DIM + out_offsets, out, rows.keep, VALUE_DIM)
+    if results.rounding is not None:
+        rounded = out.to(results.out.dtype.element_ty).to(tl.float32)
+        store_tile(results.rounding + row_base * VALUE_DIM + out_offsets, out - rounded, rows.keep, VALUE_DIM)
     row_offsets = row_base + tl.arange(0, BLOCK_M)
-    tl.store(lse_ptr + row_offsets, lse, mask=keep_row)
-    if max_logit_ptr is not None:
-        tl.store(max_logit_ptr + row_offsets, max_logit, mask=keep_row)
-    if entropy_ptr is not None:
-        tl.store(entropy_ptr + row_offsets, entropy, mask=keep_row)
+    tl.store(results.lse + row_offsets, lse, mask=rows.keep)
+    if results.max_logit is not None:
+        tl.store(results.max_logit + row_offsets, max_logit, mask=rows.keep)
+    if results.entropy is not None:
+        tl.store(results.entropy + row_offsets, entropy, mask=rows.keep)

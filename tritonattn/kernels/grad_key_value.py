@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -11,65 +13,125 @@ from .primitives import (
     LN_2,
     LOG2_E,
     dropout_keeps,
-    load_block,
-    load_mask,
     load_term,
     load_tile,
     program_position,
-    row_blocks_of_keys,
     scale_columns_add,
-    sequence_bounds,
-    skip_gap,
     soft_cap,
     soft_cap_slope,
     store_tile,
     terms_offset,
     tile_offsets,
 )
+from .records import Dropout, Place, Strided, View
+from .walk import (
+    begin,
+    block_at,
+    load_mask,
+    load_rows,
+    place_of_member,
+    range_pointers,
+    walk_over_rows,
+    walk_span,
+)
+
+
+class KeyTiles(NamedTuple):
+    """A block of keys [N, D], values [N, Dv], their scale [N] or None; rows first_row[j] .. last_row[j] see key j."""
+
+    k: Any
+    v: Any
+    scale: Any
+    offs: Any
+    first_row: Any
+    last_row: Any
+
+
+class Queries(NamedTuple):
+    """The rows of one (member, head), from its first on, with descriptors of the whole of q and d_out, or None.
+
+    terms       pointers to the rows' terms: `primitives.load_term`
+    constant    the factor of rows whose terms have none; size: what it is divided by, the other way up, or None
+    """
+
+    q: Strided
+    d_out: Strided
+    q_descriptor: Any
+    d_out_descriptor: Any
+    terms: Any
+    constant: Any
+    size: Any
 
 
 @triton.jit
-def _gather_key_value_gradient(
-    d_k, d_v, k, v, key_scale, scale, softcap, q_ptr, d_out_ptr, q_descriptor, d_out_descriptor,
-    terms_ptr, factor_size, mask_ptr, key_ranges_ptr, dropout_ptr, keep_from, keep_scale,
-    offs_key, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
-    batch, head, batch_head, first_packed_row, first_packed_key,
-    q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BOUNDED_ABOVE: tl.constexpr, SPLIT_TERMS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+def _visible_tile(keys, offs_m, keep_row, batch, view, mask):
+    """Which rows [columns] see each key."""
+    keep = offs_m[None, :] >= keys.first_row[:, None]
+    if view.left is not None:
+        keep = keep & (offs_m[None, :] <= keys.last_row[:, None])
+    if view.key_ranges is not None:
+        pointers = range_pointers(view, batch, offs_m)
+        lo = tl.load(pointers, mask=keep_row, other=0)
+        hi = tl.load(pointers + 1, mask=keep_row, other=0)
+        keep = keep & (keys.offs[:, None] >= lo[None, :]) & (keys.offs[:, None] < hi[None, :])
+    if mask is not None:
+        keep = keep & load_mask(mask, keys.offs, offs_m, view.k_len, view.q_len, mask.d, mask.s)
+    return keep
+
+
+@triton.jit
+def _walk_rows(
+    d_k,
+    d_v,
+    keys,
+    queries,
+    softcap,
+    view,
+    mask,
+    walk,
+    place,
+    dropout,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SPLIT_TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     MASKED: tl.constexpr,
-):  # fmt: skip
-    """Add to d_k (without key_scale and constants) and d_v the row blocks of [full_start, full_end), or, where MASKED,
-    those of [start, end) around it. Tiles are [keys, rows]; key j is visible to the rows first_row[j] .. last_row[j].
+):
+    """Add to d_k (without key_scale and constants) and d_v the full blocks of rows, or, where MASKED, the others.
+
+    Tiles are [keys, rows].
     """
-    loop_start, loop_end = full_start, full_end
-    if MASKED:
-        loop_start, loop_end = start, end - (full_end - full_start)
-    q_offsets = tile_offsets(BLOCK_M, k.shape[1], q_stride_s, q_stride_d, WIDE)
-    d_out_offsets = tile_offsets(BLOCK_M, v.shape[1], d_out_stride_s, d_out_stride_d, WIDE)
+    start, end = walk_span(walk, BLOCK_M, MASKED)
+    q_offsets = tile_offsets(BLOCK_M, keys.k.shape[1], queries.q.s, queries.q.d, WIDE)
+    d_out_offsets = tile_offsets(BLOCK_M, keys.v.shape[1], queries.d_out.s, queries.d_out.d, WIDE)
+    batch, head, first_row = place.batch, place.head, place.first_row
     one = tl.full([BLOCK_M], 1.0, tl.float32)
     # Carried along: addresses made from the position would make the loop's counter one of 64 bits.
-    term_ptrs = terms_ptr + 2 * (loop_start + tl.arange(0, BLOCK_M))
-    for position in tl.range(loop_start, loop_end, BLOCK_M):
-        start_m = position  # a loop's own variable must stay as it is: triton 3.4 reads it wherever it was written
+    term_ptrs = queries.terms + 2 * (start + tl.arange(0, BLOCK_M))
+    for position in tl.range(start, end, BLOCK_M):
+        first, offs_m = block_at(position, walk, BLOCK_M, MASKED)
         if MASKED:
-            start_m = skip_gap(position, full_start, full_end)
-            term_ptrs = terms_ptr + 2 * (start_m + tl.arange(0, BLOCK_M))
-        start_m = tl.multiple_of(start_m, BLOCK_M)
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        exponent_term, factor = load_term(term_ptrs, scale * LOG2_E, SPLIT_TERMS)
-        keep_row = exponent_term != float("-inf")
-        q = load_block(
-            q_descriptor, q_ptr + start_m.to(tl.int64) * q_stride_s + q_offsets,
-            batch, head, first_packed_row + start_m, keep_row, HEAD_DIM, MASKED,
-        )  # fmt: skip
-        d_out = load_block(
-            d_out_descriptor, d_out_ptr + start_m.to(tl.int64) * d_out_stride_s + d_out_offsets,
-            batch, head, first_packed_row + start_m, keep_row, VALUE_DIM, MASKED,
-        )  # fmt: skip
-        logits = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        if key_scale is not None:
-            logits *= key_scale[:, None]
+            term_ptrs = queries.terms + 2 * offs_m
+        exponent_term, factor = load_term(term_ptrs, queries.constant, SPLIT_TERMS)
+        live = exponent_term != float("-inf")
+        q = load_rows(queries.q, queries.q_descriptor, q_offsets, batch, head, first_row, first, live, HEAD_DIM, MASKED)
+        d_out = load_rows(
+            queries.d_out,
+            queries.d_out_descriptor,
+            d_out_offsets,
+            batch,
+            head,
+            first_row,
+            first,
+            live,
+            VALUE_DIM,
+            MASKED,
+        )
+        logits = tl.dot(keys.k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        if keys.scale is not None:
+            logits *= keys.scale[:, None]
         if softcap is None:
             exponent = scale_columns_add(logits, factor, exponent_term)
         else:
@@ -77,31 +139,18 @@ def _gather_key_value_gradient(
             exponent = capped + exponent_term[None, :]
         probabilities = tl.exp2(exponent)
         if MASKED:
-            keep = offs_m[None, :] >= first_row[:, None]
-            if BOUNDED_ABOVE:
-                keep = keep & (offs_m[None, :] <= last_row[:, None])
-            if key_ranges_ptr is not None:
-                range_ptrs = key_ranges_ptr + offs_m.to(tl.int64) * 2
-                lo = tl.load(range_ptrs, mask=keep_row, other=0)
-                hi = tl.load(range_ptrs + 1, mask=keep_row, other=0)
-                keep = keep & (offs_key[:, None] >= lo[None, :]) & (offs_key[:, None] < hi[None, :])
-            if mask_ptr is not None:
-                keep = keep & load_mask(mask_ptr, offs_key, offs_m, k_len, q_len, mask_stride_k, mask_stride_q)
-            probabilities = tl.where(keep, probabilities, 0.0)
-        d_probabilities = tl.dot(v, d_out.T, input_precision=PRECISION)
+            probabilities = tl.where(_visible_tile(keys, offs_m, live, batch, view, mask), probabilities, 0.0)
+        d_probabilities = tl.dot(keys.v, d_out.T, input_precision=PRECISION)
         weights = probabilities
-        if dropout_ptr is not None:
-            kept = dropout_keeps(
-                dropout_ptr, keep_from, batch_head, (first_packed_row + offs_m)[None, :],
-                (first_packed_key + offs_key)[:, None],
-            )  # fmt: skip
+        if dropout.state is not None:
+            kept = dropout_keeps(dropout, (first_row + offs_m)[None, :], (dropout.first_key + keys.offs)[:, None])
             weights = tl.where(kept, probabilities, 0.0)
-            d_probabilities = tl.where(kept, d_probabilities * keep_scale, 0.0)
+            d_probabilities = tl.where(kept, d_probabilities * dropout.keep_scale, 0.0)
         gradient_term, gradient_factor = load_term(term_ptrs + 1, one, SPLIT_TERMS)
         d_v = tl.dot(weights.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
-        if factor_size is not None:
-            gradient_factor *= factor_size
-            gradient_term *= factor_size
+        if queries.size is not None:
+            gradient_factor *= queries.size
+            gradient_term *= queries.size
         d_logits = probabilities * scale_columns_add(d_probabilities, gradient_factor, gradient_term)
         if softcap is not None:
             d_logits *= soft_cap_slope(capped, softcap)
@@ -112,20 +161,47 @@ def _gather_key_value_gradient(
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_grad_key_value(
-    q_descriptor, d_out_descriptor, q_ptr, k_ptr, v_ptr, d_out_ptr,
-    terms_ptr, factor_size_ptr, key_scale_ptr,
-    key_lengths_ptr, key_ranges_ptr, row_bounds_ptr, mask_ptr, seen_ptr, q_starts_ptr, k_starts_ptr, dropout_ptr,
-    d_k_ptr, d_v_ptr, d_key_scale_ptr,
-    scale, softcap, keep_from, keep_scale, left, right, q_len, k_len, terms_len, q_heads, group,
-    first_head, first_member,
-    q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_s, v_stride_d, d_out_stride_b, d_out_stride_h, d_out_stride_s, d_out_stride_d,
-    key_scale_stride_b, key_scale_stride_h, key_scale_stride_s,
-    mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    v,
+    d_out,
+    q_descriptor,
+    d_out_descriptor,
+    key_scale,
+    terms,
+    factor_size,
+    ranges,
+    starts,
+    row_bounds_ptr,
+    mask,
+    seen_ptr,
+    dropout_ptr,
+    d_k_ptr,
+    d_v_ptr,
+    d_key_scale_ptr,
+    scale,
+    softcap,
+    keep_from,
+    keep_scale,
+    left,
+    right,
+    q_len,
+    k_len,
+    terms_len,
+    q_heads,
+    group,
+    first_head,
+    first_member,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of k, v and key_scale for BLOCK_N keys of one (batch or sequence, kv head); names as in
     `attention_grad_query`.
 
@@ -141,20 +217,19 @@ def attention_grad_key_value(
                      at the end
     factor_size      fp32 [B, Hkv] or None: the largest |factor| of the group, never 0. dS * factor / factor_size is
                      what is rounded to 16 bits, so that a small factor does not push it below fp16's range
-    row_bounds       int32 [B, cdiv(Sk, BLOCK_N), 2] with key_ranges: `primitives.row_blocks_of_keys`
+    row_bounds       int32 [B, cdiv(Sk, BLOCK_N), 2] with key_ranges: `walk.walk_over_rows`
     d_k, d_v         [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] contiguous; d_key_scale fp32 [B, Hkv, Sk] contiguous or None
     """
     kv_heads = q_heads // group
     block, kv_head, member = program_position(first_head, first_member, LAST_FIRST=False)
-    keys = k_len
-    batch, first_packed_row, q_len, first_packed_key, k_len = sequence_bounds(
-        member, q_len, k_len, q_starts_ptr, k_starts_ptr
-    )
+    packed_len = k_len
+    place, q_len, k_len = place_of_member(member, kv_head * group, kv_head, q_len, k_len, starts)
     first_key = block * BLOCK_N
-    if q_starts_ptr is not None:
+    if starts is not None:
         if first_key >= k_len:
             return
-    wide_batch, wide_head = batch.to(tl.int64), kv_head.to(tl.int64)
+    batch = place.batch
+    view = View(q_len, k_len, left, right, ranges.key_lengths, ranges.key_ranges)
     last_key = tl.minimum(first_key + BLOCK_N, k_len) - 1
     offs_n = first_key + tl.arange(0, BLOCK_N)
     keep_key = offs_n < k_len
@@ -167,35 +242,30 @@ def attention_grad_key_value(
     if left is not None:
         last_row = own_row + left
         load_key = load_key & (last_row >= 0)
-    if key_lengths_ptr is not None:
-        unpadded = offs_n < tl.load(key_lengths_ptr + batch)
+    if ranges.key_lengths is not None:
+        unpadded = offs_n < tl.load(ranges.key_lengths + batch)
         first_row = tl.where(unpadded, first_row, q_len)
         load_key = load_key & unpadded
-    if key_ranges_ptr is not None:
-        key_ranges_ptr += batch.to(tl.int64) * q_len * 2
     if seen_ptr is not None:
-        seen_ptr += (wide_batch * kv_heads + wide_head) * k_len
+        seen_ptr += (batch.to(tl.int64) * kv_heads + kv_head) * k_len
         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
     if row_bounds_ptr is not None:
-        row_bounds_ptr += (wide_batch * tl.cdiv(k_len, BLOCK_N) + block) * 2
-    start, full_start, full_end, end = row_blocks_of_keys(
-        first_key, last_key, batch, q_len, k_len, left, right, key_lengths_ptr, row_bounds_ptr, mask_ptr, BLOCK_M
-    )
+        row_bounds_ptr += (batch.to(tl.int64) * tl.cdiv(k_len, BLOCK_N) + block) * 2
+    MASKED: tl.constexpr = row_bounds_ptr is not None or mask is not None
+    walk = walk_over_rows(first_key, last_key, batch, view, row_bounds_ptr, BLOCK_M, MASKED)
 
-    memory_row, memory_key = first_packed_row.to(tl.int64), (first_packed_key + first_key).to(tl.int64)
-    k_ptr += wide_batch * k_stride_b + wide_head * k_stride_h + memory_key * k_stride_s
-    k_ptrs = k_ptr + tile_offsets(BLOCK_N, BLOCK_D, k_stride_s, k_stride_d, WIDE)
-    k = load_tile(k_ptrs, load_key, HEAD_DIM, True)
-    v_ptr += wide_batch * v_stride_b + wide_head * v_stride_h + memory_key * v_stride_s
-    v = load_tile(v_ptr + tile_offsets(BLOCK_N, BLOCK_DV, v_stride_s, v_stride_d, WIDE), load_key, VALUE_DIM, True)
-    key_scale = None
-    if key_scale_ptr is not None:
-        key_scale_ptr += wide_batch * key_scale_stride_b + wide_head * key_scale_stride_h
-        scale_offsets = (memory_key + tl.arange(0, BLOCK_N)) * key_scale_stride_s
-        key_scale = tl.load(key_scale_ptr + scale_offsets, mask=load_key, other=0.0)
-    factor_size = None
-    if factor_size_ptr is not None:
-        factor_size = 1.0 / tl.load(factor_size_ptr + batch * kv_heads + kv_head)
+    memory_key = (place.first_key + first_key).to(tl.int64)
+    k_ptrs = begin(k, batch, kv_head, memory_key).ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    k_tile = load_tile(k_ptrs, load_key, HEAD_DIM, True)
+    v_ptrs = begin(v, batch, kv_head, memory_key).ptr + tile_offsets(BLOCK_N, BLOCK_DV, v.s, v.d, WIDE)
+    v_tile = load_tile(v_ptrs, load_key, VALUE_DIM, True)
+    if key_scale is not None:
+        scale_ptrs = begin(key_scale, batch, kv_head, memory_key).ptr
+        scale_ptrs += tl.arange(0, BLOCK_N).to(tl.int64) * key_scale.s
+        key_scale = tl.load(scale_ptrs, mask=load_key, other=0.0)
+    if factor_size is not None:
+        factor_size = 1.0 / tl.load(factor_size + batch * kv_heads + kv_head)
+    keys = KeyTiles(k_tile, v_tile, key_scale, offs_n, first_row, last_row)
 
     # Masks hold registers: masked steps take half of a wide block.
     MASKED_STEP: tl.constexpr = BLOCK_M // 2 if BLOCK_M >= 64 else BLOCK_M
@@ -203,41 +273,58 @@ def attention_grad_key_value(
     d_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for index in range(0, group):
         head = kv_head * group + index
-        head_q_ptr = q_ptr + wide_batch * q_stride_b + head.to(tl.int64) * q_stride_h + memory_row * q_stride_s
-        head_d_out_ptr = d_out_ptr + wide_batch * d_out_stride_b + head.to(tl.int64) * d_out_stride_h
-        head_d_out_ptr += memory_row * d_out_stride_s
-        terms = terms_offset(batch, head, q_heads, terms_len, member, first_packed_row, q_starts_ptr)
-        head_mask_ptr = None
-        if mask_ptr is not None:
-            head_mask_ptr = mask_ptr + wide_batch * mask_stride_b + head.to(tl.int64) * mask_stride_h
-        for walk in tl.static_range(2):  # the blocks that need a mask, then the others
-            if walk == 0 or (mask_ptr is None and key_ranges_ptr is None):
-                d_k, d_v = _gather_key_value_gradient(
-                    d_k, d_v, k, v, key_scale, scale, softcap, head_q_ptr, head_d_out_ptr, q_descriptor,
-                    d_out_descriptor, terms_ptr + 2 * terms, factor_size,
-                    head_mask_ptr, key_ranges_ptr, dropout_ptr, keep_from, keep_scale,
-                    offs_n, first_row, last_row, q_len, k_len, start, full_start, full_end, end,
-                    batch, head, batch * q_heads + head, first_packed_row, first_packed_key,
-                    q_stride_s, q_stride_d, d_out_stride_s, d_out_stride_d, mask_stride_q, mask_stride_k,
-                    HEAD_DIM, VALUE_DIM, MASKED_STEP if walk == 0 else BLOCK_M, left is not None,
-                    SPLIT_TERMS, PRECISION, WIDE, walk == 0,
-                )  # fmt: skip
+        place_of_head = Place(batch, head, kv_head, place.first_row, place.first_key)
+        head_mask = None
+        if mask is not None:
+            head_mask = begin(mask, batch, head, 0)
+        queries = Queries(
+            begin(q, batch, head, place.first_row),
+            begin(d_out, batch, head, place.first_row),
+            q_descriptor,
+            d_out_descriptor,
+            terms.both + 2 * terms_offset(place_of_head, member, q_heads, terms_len, starts),
+            scale * LOG2_E,
+            factor_size,
+        )
+        batch_head = batch * q_heads + head
+        dropout = Dropout(dropout_ptr, keep_from, keep_scale, batch_head, place.first_row, place.first_key)
+        for turn in tl.static_range(2):  # the blocks that need a mask, then the others
+            if turn == 0 or (mask is None and ranges.key_ranges is None):
+                d_k, d_v = _walk_rows(
+                    d_k,
+                    d_v,
+                    keys,
+                    queries,
+                    softcap,
+                    view,
+                    head_mask,
+                    walk,
+                    place_of_head,
+                    dropout,
+                    HEAD_DIM,
+                    VALUE_DIM,
+                    MASKED_STEP if turn == 0 else BLOCK_M,
+                    SPLIT_TERMS,
+                    PRECISION,
+                    WIDE,
+                    turn == 0,
+                )
 
-    if terms_ptr.dtype.element_ty == tl.float32:
+    if terms.both.dtype.element_ty == tl.float32:
         d_k *= scale
-    elif factor_size_ptr is None:
+    elif factor_size is None:
         d_k *= LN_2
     else:
         d_k *= LN_2 / factor_size
     if dropout_ptr is not None:
         d_v *= keep_scale
-    key_base = (wide_batch * kv_heads + wide_head) * keys + memory_key
-    if key_scale_ptr is not None:
+    key_base = (batch.to(tl.int64) * kv_heads + kv_head) * packed_len + memory_key
+    if key_scale is not None:
         if d_key_scale_ptr is not None:
             # Loaded again, by a policy of its own so that the compiler does not take both loads for one: keys that
             # outlive the loop are held in registers all through it, and in fp32 spill.
-            k = load_tile(k_ptrs, load_key, HEAD_DIM, True, LAST=True)
-            d_key_scale = tl.sum(k.to(tl.float32) * d_k, 1)
+            k_tile = load_tile(k_ptrs, load_key, HEAD_DIM, True, LAST=True)
+            d_key_scale = tl.sum(k_tile.to(tl.float32) * d_k, 1)
             tl.store(d_key_scale_ptr + key_base + tl.arange(0, BLOCK_N), d_key_scale, mask=keep_key)
         d_k *= key_scale[:, None]
     d_k_ptrs = d_k_ptr + key_base * HEAD_DIM + tile_offsets(BLOCK_N, BLOCK_D, HEAD_DIM, 1, False)

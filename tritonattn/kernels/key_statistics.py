@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .primitives import COUNTS, LENGTHS, load_tile, program_position, store_tile, tile_offsets
+from .walk import begin
 
 # Below fp32's smallest normal number a length counts as 0.
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -22,33 +23,45 @@ def _lengths_of(k):
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def key_lengths(
-    k_ptr, seen_ptr, lengths_ptr, k_len, kv_heads, first_head, first_member,
-    k_stride_b, k_stride_h, k_stride_s, k_stride_d,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    k,
+    seen_ptr,
+    lengths_ptr,
+    k_len,
+    kv_heads,
+    first_head,
+    first_member,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Euclidean length of BLOCK_N keys of one (batch, kv head).
 
     Grid: (blocks of Sk, Hkv, B). k [B, Hkv, Sk, D] any strides; seen uint8 [B, Hkv, Sk] contiguous or None, keys
     that no row sees are not read and have length 0; lengths fp32 [B, Hkv, Sk] contiguous.
     """
     block, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
-    wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
     first_key = block * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)
     keep_key = offs_n < k_len
-    key_offsets = (wide_batch * kv_heads + wide_head) * k_len + offs_n
+    key_offsets = (batch.to(tl.int64) * kv_heads + head.to(tl.int64)) * k_len + offs_n
     load_key = keep_key
     if seen_ptr is not None:
         load_key = load_key & (tl.load(seen_ptr + key_offsets, mask=keep_key, other=0) != 0)
-    k_ptr += wide_batch * k_stride_b + wide_head * k_stride_h + first_key.to(tl.int64) * k_stride_s
-    k = load_tile(k_ptr + tile_offsets(BLOCK_N, BLOCK_D, k_stride_s, k_stride_d, WIDE), load_key, HEAD_DIM, True)
-    tl.store(lengths_ptr + key_offsets, _lengths_of(k), mask=keep_key)
+    k_ptrs = begin(k, batch, head, first_key).ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    tl.store(lengths_ptr + key_offsets, _lengths_of(load_tile(k_ptrs, load_key, HEAD_DIM, True)), mask=keep_key)
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def prefix_sums(
-    addends_ptr, sums_ptr, addends_len, q_heads, first_head, first_member, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    addends_ptr,
+    sums_ptr,
+    addends_len,
+    q_heads,
+    first_head,
+    first_member,
+    BLOCK_N: tl.constexpr,
+):
     """fp64 sums of addends over [0, j), j = 0 .. n, of one (batch, head).
 
     Grid: (1, H, B). addends [B, H, n] of any float dtype, sums fp64 [B, H, n + 1], both contiguous; n = addends_len.
@@ -75,11 +88,20 @@ def _larger(a, b):
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def append_keys(
-    k_ptr, new_lengths_ptr, new_counts_ptr, counts_ptr, counts_after_ptr, lengths_ptr, length_sums_ptr, square_sums_ptr,
-    length_maxima_ptr, k_len, capacity, kv_heads, first_head, first_member,
-    k_stride_b, k_stride_h, k_stride_s, k_stride_d,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    k,
+    new_lengths_ptr,
+    new_counts_ptr,
+    buffers,
+    k_len,
+    capacity,
+    kv_heads,
+    first_head,
+    first_member,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Bring the next keys of one (batch, kv head) into the buffers of a `KeyStatistics`, behind the counts that it has.
 
     Grid: (1, Hkv, B). k [B, Hkv, k_len, D] any strides; the buffers contiguous, one place longer than KeyStatistics
@@ -91,28 +113,27 @@ def append_keys(
     counts         int64 [B]: how many there are, which other programs read too; so counts_after, likewise, is another
     """
     _, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
-    wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
-    held = tl.load(counts_ptr + batch)
+    held = tl.load(buffers.counts + batch)
     new = held * 0 + k_len
     if new_counts_ptr is not None:
         new = tl.minimum(new, tl.load(new_counts_ptr + batch))
     new = tl.maximum(tl.minimum(new, capacity - held), 0)
-    row = wide_batch * kv_heads + wide_head
-    lengths_ptr += row * (capacity + 1) + held
-    length_sums_ptr += row * (capacity + 2) + held
-    square_sums_ptr += row * (capacity + 2) + held
-    length_maxima_ptr += row * (capacity + 2) + held
+    row = batch.to(tl.int64) * kv_heads + head.to(tl.int64)
+    lengths_ptr = buffers.lengths + row * (capacity + 1) + held
+    length_sums_ptr = buffers.length_sums + row * (capacity + 2) + held
+    square_sums_ptr = buffers.square_sums + row * (capacity + 2) + held
+    length_maxima_ptr = buffers.length_maxima + row * (capacity + 2) + held
     length_sum, square_sum = tl.load(length_sums_ptr), tl.load(square_sums_ptr)
     maximum = tl.load(length_maxima_ptr)
-    k_ptr += wide_batch * k_stride_b + wide_head * k_stride_h
-    k_offsets = tile_offsets(BLOCK_N, BLOCK_D, k_stride_s, k_stride_d, WIDE)
+    k = begin(k, batch, head, 0)
+    k_offsets = tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
     STEP: tl.constexpr = BLOCK_N if new_lengths_ptr is None else BLOCK_N * 16  # a vector takes few registers
     for start in range(0, k_len, STEP):
         offs_n = start + tl.arange(0, STEP)
         keep_key = offs_n < new
         if new_lengths_ptr is None:
-            k = load_tile(k_ptr + tl.cast(start, tl.int64) * k_stride_s + k_offsets, keep_key, HEAD_DIM, True)
-            length = _lengths_of(k)
+            k_ptrs = k.ptr + tl.cast(start, tl.int64) * k.s + k_offsets
+            length = _lengths_of(load_tile(k_ptrs, keep_key, HEAD_DIM, True))
         else:
             length = tl.load(new_lengths_ptr + row * k_len + offs_n, mask=keep_key, other=0.0)
         wide_length = length.to(tl.float64)
@@ -126,26 +147,36 @@ def append_keys(
         square_sum += tl.sum(square, 0)
         maximum = tl.reduce(highest, 0, _larger)
     if head == 0:
-        tl.store(counts_after_ptr + batch, held + new)
+        tl.store(buffers.counts_after + batch, held + new)
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def key_statistics_grad(
-    k_ptr, seen_ptr, lengths_ptr, d_lengths_ptr, added_ptr, d_k_ptr, k_len, kv_heads, first_head, first_member,
-    k_stride_b, k_stride_h, k_stride_s, k_stride_d,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    k,
+    seen_ptr,
+    lengths_ptr,
+    d_lengths_ptr,
+    added_ptr,
+    d_k_ptr,
+    k_len,
+    kv_heads,
+    first_head,
+    first_member,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """d_k[j] = d_lengths[j] * k[j] / |k[j]| for BLOCK_N keys; 0 where |k[j]| is 0 or below fp32's normal range.
 
     Grid: (blocks of Sk, Hkv, B). lengths and d_lengths fp32 [B, Hkv, Sk] contiguous; d_k [B, Hkv, Sk, D] in k's
     dtype, contiguous; added is like d_k or None, what reached k by other ways, and is added before rounding.
     """
     block, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
-    wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
     first_key = block * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)
     keep_key = offs_n < k_len
-    key_base = (wide_batch * kv_heads + wide_head) * k_len + first_key
+    key_base = (batch.to(tl.int64) * kv_heads + head.to(tl.int64)) * k_len + first_key
     key_offsets = key_base + tl.arange(0, BLOCK_N)
     load_key = keep_key
     if seen_ptr is not None:
@@ -153,9 +184,9 @@ def key_statistics_grad(
     length = tl.load(lengths_ptr + key_offsets, mask=load_key, other=0.0)
     live = load_key & (length >= SMALLEST_NORMAL)
     d_length = tl.load(d_lengths_ptr + key_offsets, mask=live, other=0.0)
-    k_ptr += wide_batch * k_stride_b + wide_head * k_stride_h + first_key.to(tl.int64) * k_stride_s
-    k = load_tile(k_ptr + tile_offsets(BLOCK_N, BLOCK_D, k_stride_s, k_stride_d, WIDE), live, HEAD_DIM, True)
-    d_k = k.to(tl.float32) / tl.where(live, length, 1.0)[:, None] * d_length[:, None]
+    k_ptrs = begin(k, batch, head, first_key).ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    k_tile = load_tile(k_ptrs, live, HEAD_DIM, True)
+    d_k = k_tile.to(tl.float32) / tl.where(live, length, 1.0)[:, None] * d_length[:, None]
     offsets = key_base * HEAD_DIM + tile_offsets(BLOCK_N, BLOCK_D, HEAD_DIM, 1, False)
     if added_ptr is not None:
         d_k += load_tile(added_ptr + offsets, keep_key, HEAD_DIM, True).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Pieces that every attention kernel shares: tiles, the visible keys of rows, and the bounds of blocks.
+"""Pieces that every attention kernel shares: tiles, arithmetic, dropout, and the terms of rows.
 
 Names: `offs_*` are vectors of indices, `*_ptr` pointers, CAPITALS constexprs. Logits live in base 2 inside a kernel:
 exp(x) = exp2(x * log2(e)). Every multiply-add is an explicit fma, so that results do not depend on Triton's fp-fusion
@@ -20,9 +20,21 @@ ROW_TERMS_ALIGNMENT = tl.constexpr(128)
 
 # Arguments whose values change from call to call: compiled code does not depend on them, but for group = 1.
 LENGTHS = [
-    "q_len", "k_len", "terms_len", "addends_len", "left", "right", "keep_from", "first_head", "first_member", "q_heads",
-    "kv_heads", "capacity", "key_block", "bounds_len",
-]  # fmt: skip
+    "q_len",
+    "k_len",
+    "terms_len",
+    "addends_len",
+    "left",
+    "right",
+    "keep_from",
+    "first_head",
+    "first_member",
+    "q_heads",
+    "kv_heads",
+    "capacity",
+    "key_block",
+    "bounds_len",
+]
 COUNTS = ["group"]
 
 
@@ -54,18 +66,6 @@ def load_tile(pointers, keep_row, WIDTH: tl.constexpr, MASKED: tl.constexpr, LAS
         tile = tl.load(pointers, eviction_policy=EVICTION)
     else:
         tile = tl.load(pointers, mask=tl.arange(0, COLUMNS)[None, :] < WIDTH, other=0.0, eviction_policy=EVICTION)
-    return tile
-
-
-@triton.jit
-def load_block(
-    descriptor, pointers, batch, head, first, keep_row, WIDTH: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """`load_tile`, by the tensor memory accelerator where there is a descriptor [B, H, S, D] and no row is masked."""
-    if MASKED or descriptor is None:
-        tile = load_tile(pointers, keep_row, WIDTH, MASKED)
-    else:
-        tile = descriptor.load([batch, head, first, 0]).reshape(pointers.shape[0], pointers.shape[1])
     return tile
 
 
@@ -149,151 +149,17 @@ def soft_cap_slope(capped, softcap):
 
 
 @triton.jit
-def dropout_keeps(dropout_ptr, keep_from, batch_head, offs_row, offs_key):
-    """Which pairs of broadcasting rows and keys dropout keeps: the first word of Philox4x32-10 (Salmon et al. 2011), as
-    a signed number, against keep_from.
+def dropout_keeps(dropout, offs_row, offs_key):
+    """Which pairs of rows and keys dropout keeps, for indices in the packed axes that broadcast.
 
-    dropout_ptr   int64 [2]: seed (the key) and offset; the counter is (key, row, batch * Hq + head, offset)
+    The first word of Philox4x32-10 (Salmon et al. 2011), as a signed number, against dropout.keep_from. The counter is
+    (key, row, dropout.batch_head, offset).
     """
-    seed, offset = tl.load(dropout_ptr), tl.load(dropout_ptr + 1)
+    seed, offset = tl.load(dropout.state), tl.load(dropout.state + 1)
     zero = (offs_row + offs_key) * 0
-    word, _, _, _ = tl.philox(seed, zero + offs_key, zero + offs_row, zero + batch_head, zero + offset.to(tl.int32), 10)
-    return word.to(tl.int32, bitcast=True) ^ -2147483648 >= keep_from
-
-
-@triton.jit
-def sequence_bounds(member, q_len, k_len, q_starts_ptr, k_starts_ptr):
-    """(batch entry in memory, first row, rows, first key, keys) of batch entry or packed sequence `member`.
-
-    q_starts_ptr, k_starts_ptr   int32 [N + 1] or None: packed sequences lie behind one another in batch entry 0, from 0
-                                 up to the lengths of the packed axes, never falling
-    """
-    batch, first_row, first_key = member, member * 0, member * 0
-    if q_starts_ptr is not None:
-        first_row, first_key = tl.load(q_starts_ptr + member), tl.load(k_starts_ptr + member)
-        q_len = tl.load(q_starts_ptr + member + 1) - first_row
-        k_len = tl.load(k_starts_ptr + member + 1) - first_key
-        batch = member * 0
-    return batch, first_row, q_len, first_key, k_len
-
-
-@triton.jit
-def row_range(row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr):
-    """The visible keys lo <= j < hi of a row or a vector of rows below q_len; lo >= hi is a row without keys.
-
-    left, right      int32 or None: j >= row + k_len - q_len - left, j <= row + k_len - q_len + right
-    key_lengths_ptr  int32 [B] or None; key_ranges_ptr  int32 [B, Sq, 2] contiguous or None
-    """
-    own = row + (k_len - q_len)
-    lo = row * 0
-    hi = lo + k_len
-    if left is not None:
-        lo = tl.maximum(own - left, 0)
-    if right is not None:
-        hi = tl.minimum(own + (right + 1), hi)
-    if key_lengths_ptr is not None:
-        hi = tl.minimum(hi, tl.load(key_lengths_ptr + batch))
-    if key_ranges_ptr is not None:
-        range_ptr = key_ranges_ptr + (batch.to(tl.int64) * q_len + row) * 2
-        lo = tl.maximum(lo, tl.load(range_ptr))
-        hi = tl.minimum(hi, tl.load(range_ptr + 1))
-    return lo, hi
-
-
-@triton.jit
-def key_blocks_of_rows(
-    lo, hi, first, last, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr, mask_ptr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Where rows first .. last with ranges lo, hi look for keys: (touch_lo, touch_hi, full_start, full_end).
-
-    Keys outside [touch_lo, touch_hi) are hidden from all rows. Those in [full_start, full_end) are visible to all and
-    need no mask; both bounds are multiples of BLOCK_N, full_start <= full_end.
-    """
-    if key_ranges_ptr is None:
-        touch_lo, full_hi = row_range(first, batch, q_len, k_len, left, right, key_lengths_ptr, None)
-        full_lo, touch_hi = row_range(last, batch, q_len, k_len, left, right, key_lengths_ptr, None)
-    else:
-        full_lo, full_hi = tl.max(lo, 0), tl.min(hi, 0)
-        touch_lo = tl.min(tl.where(lo < hi, lo, k_len), 0)
-        touch_hi = tl.max(tl.where(lo < hi, hi, 0), 0)
-    full_start = (full_lo + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    full_end = tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N
-    if mask_ptr is not None:
-        full_end = full_start
-    if full_end <= full_start:
-        full_start = touch_lo // BLOCK_N * BLOCK_N
-        full_end = full_start
-    return touch_lo, touch_hi, full_start, full_end
-
-
-@triton.jit
-def row_blocks_of_keys(
-    first, last, batch, q_len, k_len, left, right, key_lengths_ptr, row_bounds_ptr, mask_ptr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Which rows see a block of keys first .. last (both below k_len): (start, full_start, full_end, end).
-
-    Rows outside [start, end) see none of them; rows in [full_start, full_end) exist and see all of them. start,
-    full_start and full_end are multiples of BLOCK_M, full_start <= full_end.
-
-    row_bounds_ptr   int32 [2] of this block or None: the first row and one past the last row whose key_ranges touch it
-    """
-    shift = k_len - q_len
-    touch_first = first * 0
-    touch_end = touch_first + q_len
-    full_first, full_end = touch_first, touch_end
-    if right is not None:
-        touch_first = tl.maximum(first - shift - right, 0)
-        full_first = tl.maximum(last - shift - right, 0)
-    if left is not None:
-        touch_end = tl.maximum(tl.minimum(last - shift + left + 1, q_len), 0)
-        full_end = tl.maximum(tl.minimum(first - shift + left + 1, q_len), 0)
-    if key_lengths_ptr is not None:
-        length = tl.load(key_lengths_ptr + batch)
-        touch_end = tl.where(first < length, touch_end, 0)
-        full_end = tl.where(last < length, full_end, 0)
-    if row_bounds_ptr is not None:
-        touch_first = tl.maximum(touch_first, tl.load(row_bounds_ptr))
-        touch_end = tl.minimum(touch_end, tl.load(row_bounds_ptr + 1))
-    start = touch_first // BLOCK_M * BLOCK_M
-    full_start = (full_first + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    full_end = full_end // BLOCK_M * BLOCK_M
-    if row_bounds_ptr is not None or mask_ptr is not None:
-        full_end = full_start
-    if full_end <= full_start:
-        full_start = start
-        full_end = start
-    return start, full_start, full_end, touch_end
-
-
-@triton.jit
-def skip_gap(position, gap_start, gap_end):
-    """The position in a walk over blocks that leaves out [gap_start, gap_end)."""
-    return tl.where(position >= gap_start, position + (gap_end - gap_start), position)
-
-
-@triton.jit
-def load_mask(mask_ptr, offs_row, offs_key, q_len, k_len, row_stride, key_stride):
-    """Tile [rows, keys] of a dense mask; False outside the matrix. The base pointer stands at the matrix's start."""
-    inside = (offs_row < q_len)[:, None] & (offs_key < k_len)[None, :]
-    offset = offs_row.to(tl.int64)[:, None] * row_stride + offs_key.to(tl.int64)[None, :] * key_stride
-    return tl.load(mask_ptr + offset, mask=inside, other=0) != 0
-
-
-@triton.jit
-def keys_at(position, full_start, full_end, touch_lo, touch_hi, seen_ptr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """(first key, keys, which of them to load) of the block at a position of the walk that MASKED chooses.
-
-    seen_ptr   uint8 [Sk] or None: keys that some row sees
-    """
-    if MASKED:
-        position = skip_gap(position, full_start, full_end)
-    first = tl.multiple_of(position, BLOCK_N)
-    offs_key = first + tl.arange(0, BLOCK_N)
-    keep_key = (offs_key >= touch_lo) & (offs_key < touch_hi)
-    if MASKED and seen_ptr is not None:
-        keep_key = keep_key & (tl.load(seen_ptr + offs_key, mask=keep_key, other=0) != 0)
-    return first, offs_key, keep_key
+    counter = zero + offs_key, zero + offs_row, zero + dropout.batch_head, zero + offset.to(tl.int32)
+    word, _, _, _ = tl.philox(seed, counter[0], counter[1], counter[2], counter[3], 10)
+    return word.to(tl.int32, bitcast=True) ^ -2147483648 >= dropout.keep_from
 
 
 @triton.jit
@@ -304,19 +170,6 @@ def load_vector(pointers, keep, MASKED: tl.constexpr):
     else:
         vector = tl.load(pointers)
     return vector
-
-
-@triton.jit
-def visible_tile(
-    offs_row, offs_key, lo, hi, mask_ptr, q_len, k_len, mask_stride_q, mask_stride_k, BOUNDED_BELOW: tl.constexpr,
-):  # fmt: skip
-    """Which keys [columns] each row sees: lo <= j < hi, and the dense mask."""
-    keep = offs_key[None, :] < hi[:, None]
-    if BOUNDED_BELOW:
-        keep = keep & (offs_key[None, :] >= lo[:, None])
-    if mask_ptr is not None:
-        keep = keep & load_mask(mask_ptr, offs_row, offs_key, q_len, k_len, mask_stride_q, mask_stride_k)
-    return keep
 
 
 @triton.jit
@@ -333,14 +186,14 @@ def program_position(first_head, first_member, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def terms_offset(batch, head, q_heads, terms_len, member, first_packed_row, q_starts_ptr):
+def terms_offset(place, member, q_heads, terms_len, starts):
     """Where the row terms of one (batch or sequence, head) begin in [B, Hq, terms_len]: at a multiple of
     ROW_TERMS_ALIGNMENT, and with room up to the next one, also where sequences are packed.
     """
     first = 0
-    if q_starts_ptr is not None:
-        first = (first_packed_row + member * ROW_TERMS_ALIGNMENT) // ROW_TERMS_ALIGNMENT * ROW_TERMS_ALIGNMENT
-    return (batch.to(tl.int64) * q_heads + head) * terms_len + first
+    if starts is not None:
+        first = (place.first_row + member * ROW_TERMS_ALIGNMENT) // ROW_TERMS_ALIGNMENT * ROW_TERMS_ALIGNMENT
+    return (place.batch.to(tl.int64) * q_heads + place.head) * terms_len + first
 
 
 @triton.jit

@@ -5,26 +5,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import COUNTS, LENGTHS, key_blocks_of_rows, program_position, row_range, skip_gap
+from .primitives import COUNTS, LENGTHS, program_position
+from .records import View
+from .walk import block_at, bounds_of_ranges, row_range, walk_between, walk_span
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def rows_of_key_block(
-    key_lengths_ptr, key_ranges_ptr, bounds_ptr, left, right, q_len, k_len, key_block, first_head, first_member,
+    ranges,
+    bounds_ptr,
+    left,
+    right,
+    q_len,
+    k_len,
+    key_block,
+    first_head,
+    first_member,
     BLOCK_M: tl.constexpr,
-):  # fmt: skip
+):
     """First and one past the last row that sees a key of one block of keys; first >= last where none does.
 
     Grid: (blocks of key_block keys, 1, B). bounds int32 [B, blocks, 2], contiguous; the other arguments as in
-    `primitives.row_range`.
+    `walk.row_range`.
     """
     block, _, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    view = View(q_len, k_len, left, right, ranges.key_lengths, ranges.key_ranges)
     first_key = block * key_block
     first, end = tl.full([BLOCK_M], 0, tl.int32) + q_len, tl.full([BLOCK_M], 0, tl.int32)
     for start in range(0, q_len, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         row = tl.minimum(offs_m, q_len - 1)
-        lo, hi = row_range(row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
+        lo, hi = row_range(row, batch, view)
         touches = (tl.maximum(lo, first_key) < tl.minimum(hi, first_key + key_block)) & (offs_m < q_len)
         first = tl.minimum(first, tl.where(touches, row, q_len))
         end = tl.maximum(end, tl.where(touches, row + 1, 0))
@@ -35,31 +46,40 @@ def rows_of_key_block(
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def keys_seen(
-    key_lengths_ptr, key_ranges_ptr, keys_seen_ptr, left, right, q_len, k_len, first_head, first_member,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    ranges,
+    keys_seen_ptr,
+    left,
+    right,
+    q_len,
+    k_len,
+    first_head,
+    first_member,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Which of BLOCK_N keys some row sees.
 
-    Grid: (blocks of Sk, 1, B). keys_seen uint8 [B, Sk], contiguous; the other arguments as in `primitives.row_range`.
+    Grid: (blocks of Sk, 1, B). keys_seen uint8 [B, Sk], contiguous; the other arguments as in `walk.row_range`.
     Rows are asked from the last one on, which sees most under a causal mask, until every key has been seen: BLOCK_M at
     once whether any of them sees one, and of those in turn BLOCK_N which ones. (AMD's compiler holds what a wave's rows
     have in common in scalar registers: of tiles of more rows it spills them.)
     """
     block, _, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    view = View(q_len, k_len, left, right, ranges.key_lengths, ranges.key_ranges)
     first_key = block * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)
     seen = (offs_n >= k_len).to(tl.int32)
     start = (q_len - 1) // BLOCK_M * BLOCK_M
     while (start >= 0) & (start < q_len) & (tl.min(seen, 0) == 0):
         row = tl.minimum(start + tl.arange(0, BLOCK_M), q_len - 1)
-        lo, hi = row_range(row, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
+        lo, hi = row_range(row, batch, view)
         touches = tl.maximum(lo, first_key) < tl.minimum(hi, first_key + BLOCK_N)
         first = start - 1
         if tl.max(touches.to(tl.int32), 0) > 0:
             first = (tl.minimum(start + BLOCK_M, q_len) - 1) // BLOCK_N * BLOCK_N
         while (first >= start) & (tl.min(seen, 0) == 0):
             few = tl.minimum(first + tl.arange(0, BLOCK_N), q_len - 1)
-            few_lo, few_hi = row_range(few, batch, q_len, k_len, left, right, key_lengths_ptr, key_ranges_ptr)
+            few_lo, few_hi = row_range(few, batch, view)
             covers = (few_lo[:, None] <= offs_n[None, :]) & (offs_n[None, :] < few_hi[:, None])
             seen = tl.maximum(seen, tl.max(covers.to(tl.int32), 0))
             first -= BLOCK_N
@@ -76,9 +96,19 @@ def _ranked(x, key):
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def argmax_of_ranges(
-    x_ptr, lo_ptr, hi_ptr, argmax_ptr, q_len, k_len, q_heads, bounds_len, first_head, first_member,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    lo_ptr,
+    hi_ptr,
+    argmax_ptr,
+    q_len,
+    k_len,
+    q_heads,
+    bounds_len,
+    first_head,
+    first_member,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """The lowest key that attains the maximum of x over the range of each of BLOCK_M rows.
 
     For an empty range it is lo, or the last key where lo is none. What all rows see is gone through once, as a vector.
@@ -91,17 +121,17 @@ def argmax_of_ranges(
     row = tl.minimum(offs_m, q_len - 1)
     lo = tl.load(lo_ptr + batch.to(tl.int64) * bounds_len + row).to(tl.int32)
     hi = tl.load(hi_ptr + batch.to(tl.int64) * bounds_len + row).to(tl.int32)
-    touch_lo, touch_hi, full_start, full_end = key_blocks_of_rows(
-        lo, hi, block, block, batch, q_len, k_len, None, None, None, lo_ptr, None, BLOCK_N
-    )
+    touch_lo, touch_hi, full_lo, full_hi = bounds_of_ranges(lo, hi, k_len)
+    walk = walk_between(touch_lo, touch_hi, full_lo, full_hi, BLOCK_N, False)
     x_ptr += (batch.to(tl.int64) * q_heads + head) * k_len
     columns = tl.arange(0, BLOCK_N)
     of_all = tl.full([BLOCK_N], -1, tl.int64)
-    for start in range(full_start, full_end, BLOCK_N):
+    for start in range(walk.full_start, walk.full_end, BLOCK_N):
         of_all = tl.maximum(of_all, _ranked(tl.load(x_ptr + start + columns), start + columns))
     largest = tl.full([BLOCK_M], -1, tl.int64)
-    for position in range(touch_lo // BLOCK_N * BLOCK_N, touch_hi - (full_end - full_start), BLOCK_N):
-        offs_n = skip_gap(position, full_start, full_end) + columns
+    first, end = walk_span(walk, BLOCK_N, True)
+    for position in range(first, end, BLOCK_N):
+        _, offs_n = block_at(position, walk, BLOCK_N, True)
         x = tl.load(x_ptr + offs_n, mask=(offs_n >= touch_lo) & (offs_n < touch_hi), other=0.0)
         visible = (offs_n[None, :] >= lo[:, None]) & (offs_n[None, :] < hi[:, None])
         largest = tl.maximum(largest, tl.max(tl.where(visible, _ranked(x, offs_n)[None, :], -1), 1))

@@ -12,22 +12,34 @@ from .primitives import (
     ROW_TERMS_ALIGNMENT,
     load_tile,
     program_position,
-    sequence_bounds,
     store_term,
     terms_offset,
     tile_offsets,
 )
+from .walk import begin, place_of_member
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_row_terms(
-    out_ptr, rounding_ptr, d_out_ptr, lse_ptr, d_lse_ptr, query_scale_ptr, sinks_ptr, q_starts_ptr,
-    terms_ptr, delta_ptr, d_sinks_ptr,
-    scale, q_len, terms_len, q_heads, first_head, first_member,
-    d_out_stride_b, d_out_stride_h, d_out_stride_s, d_out_stride_d,
-    query_scale_stride_b, query_scale_stride_h, query_scale_stride_s,
-    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    results,
+    d_out,
+    d_lse_ptr,
+    query_scale,
+    sinks_ptr,
+    starts,
+    terms,
+    d_sinks_ptr,
+    scale,
+    q_len,
+    terms_len,
+    q_heads,
+    first_head,
+    first_member,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Row terms of the softmax's derivative, for BLOCK_M rows of one (batch or sequence, head).
 
         total[i]   = exp(lse[i]) + exp(sinks[head])            without sinks, no second term
@@ -40,40 +52,36 @@ def attention_row_terms(
     where keys and values have means (arXiv:2510.04212 traces training that diverges to such rounding).
 
     Grid: (blocks of the longest Sq rounded up to ROW_TERMS_ALIGNMENT, Hq, members).
-    out [B, Hq, Sq, Dv] and lse [B, Hq, Sq] contiguous, d_out any strides; d_lse and d_sinks fp32 [B, Hq, Sq] contiguous
-    or None.
-
-    rounding    what out lost when it was rounded, as out, or None
-    delta       fp32 [B, Hq, terms_len], contiguous; where a row stands, `primitives.terms_offset` says. Rows between a
+    results     `Results` of the forward: out, rounding (what out lost when it was rounded, or None) and lse
+    d_out       `Strided` [B, Hq, Sq, Dv]; d_lse and d_sinks fp32 [B, Hq, Sq], contiguous, or None
+    terms.delta fp32 [B, Hq, terms_len], contiguous; `primitives.terms_offset` says where a row stands. Rows between a
                 sequence's end and the next multiple are as rows without keys, so that no reader needs a bound
-    terms       likewise [B, Hq, terms_len, 2], what a fma adds to logits and to dP: -lse2 and -delta in fp32, or with
-                query_scale -lse2 and -delta * factor, both with factor in an int64: `primitives.load_term`
+    terms.both  [B, Hq, terms_len, 2], contiguous: what a fma adds to logits and to dP. -lse2 and -delta in fp32, or
+                with query_scale -lse2 and -delta * factor, each with factor in an int64: `primitives.load_term`
     """
     block, head, member = program_position(first_head, first_member, LAST_FIRST=False)
-    rows = q_len
-    batch, first_packed_row, q_len, _, _ = sequence_bounds(member, q_len, q_len, q_starts_ptr, q_starts_ptr)
-    wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
+    packed_len = q_len
+    place, q_len, _ = place_of_member(member, head, head, q_len, q_len, starts)
+    batch = place.batch
     first_row = block * BLOCK_M
     offs_m = first_row + tl.arange(0, BLOCK_M)
     keep_row = offs_m < q_len
-    memory_row = (first_packed_row + first_row).to(tl.int64)
-    row_base = (wide_batch * q_heads + wide_head) * rows + memory_row
+    memory_row = (place.first_row + first_row).to(tl.int64)
+    row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
     row_offsets = row_base + tl.arange(0, BLOCK_M)
-    term_offsets = terms_offset(batch, head, q_heads, terms_len, member, first_packed_row, q_starts_ptr) + offs_m
+    term_offsets = terms_offset(place, member, q_heads, terms_len, starts) + offs_m
     keep_term = offs_m < tl.cdiv(q_len, ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
 
-    lse = tl.load(lse_ptr + row_offsets, mask=keep_row, other=float("-inf"))
+    lse = tl.load(results.lse + row_offsets, mask=keep_row, other=float("-inf"))
     live = lse != float("-inf")
     out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)
-    out = load_tile(out_ptr + row_base * VALUE_DIM + out_offsets, live, VALUE_DIM, True).to(tl.float32)
-    if rounding_ptr is not None:
-        rounding_ptr += row_base * VALUE_DIM
-        out += load_tile(rounding_ptr + out_offsets, live, VALUE_DIM, True).to(tl.float32)
-    d_out_ptr += wide_batch * d_out_stride_b + wide_head * d_out_stride_h + memory_row * d_out_stride_s
-    d_out = load_tile(
-        d_out_ptr + tile_offsets(BLOCK_M, BLOCK_DV, d_out_stride_s, d_out_stride_d, WIDE), live, VALUE_DIM, True
-    ).to(tl.float32)
-    delta = tl.sum(out * d_out, 1)
+    out = load_tile(results.out + row_base * VALUE_DIM + out_offsets, live, VALUE_DIM, True).to(tl.float32)
+    if results.rounding is not None:
+        rounding_ptrs = results.rounding + row_base * VALUE_DIM + out_offsets
+        out += load_tile(rounding_ptrs, live, VALUE_DIM, True).to(tl.float32)
+    d_out_ptrs = begin(d_out, batch, head, memory_row).ptr
+    d_out_ptrs += tile_offsets(BLOCK_M, BLOCK_DV, d_out.s, d_out.d, WIDE)
+    delta = tl.sum(out * load_tile(d_out_ptrs, live, VALUE_DIM, True).to(tl.float32), 1)
     lse2 = tl.where(live, lse * LOG2_E, 0.0)
     total2 = lse2
     if sinks_ptr is not None:
@@ -89,13 +97,12 @@ def attention_row_terms(
         delta -= d_lse * tl.exp2(tl.minimum(total2 - lse2, 126.0))
     factor = None
     gradient_term = -delta
-    tl.store(delta_ptr + term_offsets, delta, mask=keep_term)
-    if query_scale_ptr is not None:
-        query_scale_ptr += wide_batch * query_scale_stride_b + wide_head * query_scale_stride_h
-        row_offsets = memory_row + tl.arange(0, BLOCK_M)
-        query_scale = tl.load(query_scale_ptr + row_offsets * query_scale_stride_s, mask=live, other=0.0)
-        factor = query_scale * (scale * LOG2_E)
+    tl.store(terms.delta + term_offsets, delta, mask=keep_term)
+    if query_scale is not None:
+        query_scale = begin(query_scale, batch, head, memory_row)
+        scale_ptrs = query_scale.ptr + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
+        factor = tl.load(scale_ptrs, mask=live, other=0.0) * (scale * LOG2_E)
         gradient_term *= factor
     exponent_term = tl.where(live, -total2, float("-inf"))
-    store_term(terms_ptr + 2 * term_offsets, exponent_term, factor, keep_term)
-    store_term(terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_term)
+    store_term(terms.both + 2 * term_offsets, exponent_term, factor, keep_term)
+    store_term(terms.both + 2 * term_offsets + 1, gradient_term, factor, keep_term)

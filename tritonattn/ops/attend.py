@@ -100,7 +100,7 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     max_logit and entropy are None without aux.
     """
     tensors = call.tensors
-    keep_rounding = call.q.dtype.itemsize == 2 and (is_transformed() or needs_graph(*tensors))
+    keep_rounding = call.v.dtype.itemsize == 2 and (is_transformed() or needs_graph(*tensors))
     if not runs_eagerly(*tensors):
         results = _Attention.apply(*_Flat.of(_without_repeats(call), backend, aux, keep_rounding))
     elif needs_graph(*tensors):
@@ -130,6 +130,7 @@ def _forward(
         if backend != "triton":
             return blockwise.forward(call, aux, rounding)
         # With a graph the tiles of forward and backward had better multiply alike.
+        call = call.narrowed()
         few = None if has_graph else _kernels().attend_few_rows(call, aux)
         return _kernels().forward(call, aux, rounding) if few is None else few
 
@@ -137,8 +138,8 @@ def _forward(
 def _forward_of(flat: _Flat, call: AttentionCall) -> tuple[Tensor, ...]:
     """The results of the operator: of size 0 where there are none."""
     q, v = flat.q, flat.v
-    rounding = q.new_empty((*q.shape[:3], v.shape[3])) if flat.keep_rounding else None
-    has_graph = flat.keep_rounding or q.dtype.itemsize > 2  # of wider ones nothing says so here
+    rounding = v.new_empty((*q.shape[:3], v.shape[3])) if flat.keep_rounding else None
+    has_graph = flat.keep_rounding or v.dtype.itemsize > 2  # nothing here tells whether wider ones have one
     result = _forward(call, flat.backend, flat.aux, rounding, has_graph=has_graph)
     return _filled((*result, rounding), result.lse)
 
@@ -154,8 +155,11 @@ def _backward(
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
     d_lse = None if d_lse is None else d_lse.resolve_neg()
     backend = _kernels() if flat.backend == "triton" else blockwise
+    call = call.narrowed() if flat.backend == "triton" else call
     with without_autocast(out):
-        return backend.backward(call, out, lse, d_out, d_lse, needs, rounding)
+        found = backend.backward(call, out, lse, d_out, d_lse, needs, rounding)
+    pairs = zip(found, flat[:_GRADIENTS], strict=True)
+    return Gradients(*(g if g is None else g.to(x.dtype) for g, x in pairs))
 
 
 def _zeros(x: Any) -> Tensor:
@@ -183,8 +187,8 @@ def _allocate_forward(q: Tensor, v: Tensor, aux: bool, keep_rounding: bool) -> t
     out_shape = (*rows, v.shape[3])
     dtype = torch.promote_types(q.dtype, torch.float32)
     lse, max_logit, entropy = (q.new_empty(shape, dtype=dtype) for shape in (rows, aux_rows, aux_rows))
-    rounding = q.new_empty(out_shape) if keep_rounding else lse.new_empty(0)
-    return q.new_empty(out_shape), lse, max_logit, entropy, rounding
+    rounding = v.new_empty(out_shape) if keep_rounding else lse.new_empty(0)
+    return v.new_empty(out_shape), lse, max_logit, entropy, rounding
 
 
 def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from ..core.autograd import apply, first_order, needs_graph, runs_eagerly
+from ..core.autograd import apply, first_order, is_transformed, needs_graph, runs_eagerly
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from .mapping import in_one_batch
@@ -47,15 +47,15 @@ class KernelStatistics(Statistics):
         return _kernels().seen_keys(visible) if is_plain else super()._seen_keys()
 
     def _lengths_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        if not (runs_eagerly(x, seen) and needs_graph(x)):
-            return apply(_KeyLengths, x, seen)
-        lengths, same = apply(_LengthsBeside, x, seen)
-        self._measured.append((x, same))
+        if not (is_transformed() or needs_graph(x)):
+            return _key_lengths(x, seen)
+        lengths, wide = apply(_LengthsBeside, x, seen)
+        self._measured.append((x, wide))
         return lengths
 
     def operands(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Those whose lengths were measured come from the node that did: it adds up their gradients in one pass."""
-        found = {id(x): same for x, same in self._measured}
+        """q and k, in fp32 where their lengths were measured: gradients add up before they are rounded, in one pass."""
+        found = {id(x): wide for x, wide in self._measured}
         return found.get(id(q), q), found.get(id(k), k)
 
 
@@ -108,52 +108,32 @@ def _(k, seen):
     return k.new_empty(k.shape[:3], dtype=torch.float32)
 
 
-def _key_lengths_backward(k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor) -> Tensor:
-    return _kernels().key_lengths_backward(k, seen, lengths, d_lengths)
+def _key_lengths(k: Tensor, seen: Tensor | None) -> Tensor:
+    return _kernels().key_lengths(k, seen) if runs_eagerly(k, seen) else _key_lengths_operator(k, seen)
 
 
 @torch.library.custom_op(
     qualified("key_lengths_backward"),
     mutates_args=(),
-    schema="(Tensor k, Tensor? seen, Tensor lengths, Tensor d_lengths) -> Tensor",
+    schema="(Tensor k, Tensor? seen, Tensor lengths, Tensor d_lengths, Tensor? added) -> Tensor",
 )
-def _key_lengths_backward_operator(k, seen, lengths, d_lengths):
-    return _key_lengths_backward(k, seen, lengths, d_lengths)
+def _key_lengths_backward_operator(k, seen, lengths, d_lengths, added):
+    return _kernels().key_lengths_backward(k, seen, lengths, d_lengths, added)
 
 
 @_key_lengths_backward_operator.register_fake
-def _(k, seen, lengths, d_lengths):
+def _(k, seen, lengths, d_lengths, added):
     return k.new_empty(k.shape)
 
 
-class _KeyLengths(Function):
-    """Lengths of keys, fp32 [B, Hkv, Sk]."""
+class _LengthsBeside(Function):
+    """Lengths of x [B, H, S, D], fp32 [B, H, S], and x in fp32: the gradients of both meet here, and are rounded once."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(k, seen):
-        return _kernels().key_lengths(k, seen) if runs_eagerly(k, seen) else _key_lengths_operator(k, seen)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs, output)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, d_lengths):
-        k, seen, lengths = saved
-        eager = runs_eagerly(*saved, d_lengths)
-        run = _key_lengths_backward if eager else _key_lengths_backward_operator
-        return run(k, seen, lengths, d_lengths), None
-
-
-class _LengthsBeside(Function):
-    """Lengths of x [B, H, S, D], fp32 [B, H, S], and x as it is, so that the gradients of both meet here."""
-
-    @staticmethod
     def forward(x, seen):
-        return _kernels().key_lengths(x, seen), x.view_as(x)
+        return _key_lengths(x, seen), x.view_as(x) if x.dtype == torch.float32 else x.float()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -162,17 +142,25 @@ class _LengthsBeside(Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, saved, d_lengths, d_same):
-        if d_lengths is None:
-            return d_same, None
+    def backward(ctx, saved, d_lengths, d_wide):
         x, seen, lengths = saved
-        if runs_eagerly(x, d_lengths, d_same):
-            return _kernels().key_lengths_backward(x, seen, lengths, d_lengths, d_same), None
-        d_x = _key_lengths_backward_operator(x, seen, lengths, d_lengths)
-        return d_x if d_same is None else d_x + d_same, None
+        if d_lengths is None:
+            return (None if d_wide is None else d_wide.to(x.dtype)), None
+        eager = runs_eagerly(*saved, d_lengths, d_wide)
+        run = _kernels().key_lengths_backward if eager else _key_lengths_backward_operator
+        return run(x, seen, lengths, d_lengths, d_wide), None
 
 
-_key_lengths_operator.register_autograd(_KeyLengths.backward, setup_context=_KeyLengths.setup_context)
+def _keep_lengths(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+@first_order
+def _of_lengths(ctx, saved, d_lengths):
+    return _key_lengths_backward_operator(*saved, d_lengths, None), None
+
+
+_key_lengths_operator.register_autograd(_of_lengths, setup_context=_keep_lengths)
 
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..tuning.compile import compile_kernel
+from ..backends.triton.compile import compile_kernel
 from ..tuning.config import (
     TENSOR_MEMORY_COLUMNS,
     Problem,

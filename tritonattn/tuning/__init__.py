@@ -8,14 +8,14 @@ from .config import Problem, Target, TileConfig, legal_reasons
 from .defaults import default_config
 
 if TYPE_CHECKING:
-    from .compile import compile_kernel
+    from ..backends.triton.compile import compile_kernel
 
 __all__ = ["Problem", "Target", "TileConfig", "compile_kernel", "default_config", "legal_reasons"]
 
 
 def __getattr__(name: str):
     if name == "compile_kernel":  # needs triton
-        from .compile import compile_kernel
+        from ..backends.triton.compile import compile_kernel
 
         return compile_kernel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,6 +43,7 @@ _SHARED_BYTES = {
     "gfx942": 65536,
     "gfx950": 163840,
 }
+WIDEST = 256  # head dim that kernels take
 TENSOR_MEMORY_COLUMNS = 512  # of 128 rows and 4 bytes, a program
 
 
@@ -92,10 +93,11 @@ def _target_of(index: int) -> Target:
 class Problem:
     """The parts of a call that select code: sizes of the tiles' inner axes, dtype, and which tensors are there.
 
-    aux          max_logit and entropy are asked for
+    aux          max_logit and entropy are asked for; of a backward: lse has a gradient
     sequences    the batch is packed
     aligned      every address and stride of q, k, v and the output's gradient is a multiple of 16 bytes
     packed_rows  the power of two, at least 16, that holds the heads of a group times the new tokens of a decode call
+    rounding     a forward also returns what its output lost when it was rounded, a backward takes that: of 16 bits
     short        few rows and keys, so that a GPU's processors may outnumber the programs: `is_short`
     """
 
@@ -119,6 +121,7 @@ class Problem:
     block_table: bool = False
     packed_rows: int = 16
     aligned: bool = True
+    rounding: bool = False
     short: bool = False
 
     @property

@@ -16,7 +16,7 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
     """
     tiles = Tiles(call)
     rows = call.q.shape[:3]
-    out = call.q.new_empty(*rows, call.v.shape[3])
+    out = call.v.new_empty(*rows, call.v.shape[3])
     lse, max_logit, entropy = (call.q.new_empty(rows, dtype=tiles.dtype) for _ in range(3))
     for heads in tiles.heads():
         for block in tiles.blocks(heads):

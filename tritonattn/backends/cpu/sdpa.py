@@ -43,7 +43,7 @@ def _hides_nan(call: AttentionCall) -> bool:
     """
     if not (runs_eagerly(call.k) and call.k.device.type == "cpu" and call.k.shape[2] < _VECTOR):
         return False
-    operands = [x for x in (call.q, call.k, call.logits.query_scale, call.logits.key_scale) if x is not None]
+    operands = [x for x in (call.q, call.k, *call.logits[1:3]) if x is not None]
     if not runs_eagerly(*operands):
         return False
     return not max(1.0, abs(call.logits.scale)) * math.prod(map(_norm, operands)) < _LARGEST_LOGIT
@@ -59,13 +59,13 @@ def attention(call: AttentionCall) -> Tensor:
     The scales are folded in q's dtype: exact to rounding in fp32 and fp64, while in bf16 q * query_scale and
     k * key_scale are rounded to bf16 once before they meet.
     """
-    dtype = call.q.dtype
+    dtype = call.v.dtype
     if _needs_fp32(call):
         call = replace(call, q=call.q.float(), k=call.k.float(), v=call.v.float())
-    query_scale, scale = call.logits.query_scale, call.logits.scale
-    if not call.visibility.is_full and needs_graph(call.q, call.k, query_scale, call.logits.key_scale):
-        query_scale = _without_first_row(call)
-    q, k, v = _fold(call.q, query_scale), _fold(call.k, call.logits.key_scale), call.v
+    scale, query_scale, key_scale = call.logits[:3]
+    if not call.visibility.is_full and needs_graph(call.q, call.k, query_scale, key_scale):
+        query_scale = _without_first_row(query_scale, call.q)
+    q, k, v = _fold(call.q, query_scale), _fold(call.k, key_scale), call.v
     if scale <= 0:  # the kernel hides keys by -inf before it multiplies
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
     if not _SHARES_KEY_HEADS and q.shape[1] != k.shape[1]:
@@ -90,24 +90,23 @@ def _needs_fp32(call: AttentionCall) -> bool:
     delta = out . d_out from a rounded output, an error that d_q has times the mean key and d_query_scale times the mean
     logit, and it sums those of a key head over its query heads and over blocks of 64 or 256 rows in 16 bits.
     """
-    is_scaled = call.logits.query_scale is not None or call.logits.key_scale is not None
-    if call.q.dtype == torch.float16 and is_scaled:
+    dtype, logits = call.v.dtype, call.logits
+    if dtype.itemsize > 2:
+        return False
+    is_scaled = logits.query_scale is not None or logits.key_scale is not None
+    if call.narrowed() is not call or (dtype == torch.float16 and is_scaled):
         return True
-    operands = (call.q, call.k, call.v, call.logits.query_scale, call.logits.key_scale)
-    return call.q.dtype.itemsize == 2 and (is_scaled or call.q.device.type == "cpu") and needs_graph(*operands)
+    return (is_scaled or call.q.device.type == "cpu") and needs_graph(*call.tensors)
 
 
-def _without_first_row(call: AttentionCall) -> Tensor:
+def _without_first_row(query_scale: Tensor | None, q: Tensor) -> Tensor:
     """query_scale, or [1, 1, Sq] of ones, with 0 for the first causal row: its softmax is 1, whatever its one logit.
 
     The gradients of that logit are then exactly 0. PyTorch's kernel leaves their rounding, which can exceed all other
     gradients: with two tokens, or with a scale of 1 / n, which is largest in this row.
     """
-    dtype = torch.promote_types(call.q.dtype, torch.float32)
-    after_first = torch.arange(call.visibility.q_len, device=call.q.device) > 0
-    if call.logits.query_scale is None:
-        return after_first.to(dtype)[None, None]
-    return call.logits.query_scale * after_first
+    after_first = torch.arange(q.shape[2], device=q.device) > 0
+    return after_first.to(q.dtype)[None, None] if query_scale is None else query_scale * after_first
 
 
 def _as_bool(condition: bool) -> bool:

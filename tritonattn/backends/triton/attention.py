@@ -11,8 +11,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ...core.visibility import Visibility
+from ...kernels.records import Results, RowTerms, Starts
 from ...tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
-from .launch import Arguments, Plan, is_wide, planned, stride_arguments
+from .launch import Arguments, Plan, is_wide, planned, strided
 from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
 
 
@@ -28,9 +29,8 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
     if aux:
         max_logit = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
         entropy = _results(call, q.shape[:3], torch.float32)
-    results = {"out_ptr": out, "rounding_ptr": rounding, "lse_ptr": lse}
-    results |= {"max_logit_ptr": max_logit, "entropy_ptr": entropy}
-    _launch("forward", problem_of(call, aux=aux), call, _call_arguments(call) | results)
+    results = {"results": Results(out, rounding, lse, max_logit, entropy)}
+    _launch("forward", problem_of(call, aux=aux, rounding=rounding is not None), call, _call_arguments(call) | results)
     return ForwardResult(out, lse, max_logit, entropy)
 
 
@@ -48,55 +48,54 @@ def backward(
     out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in q's dtype and d_lse fp32 [B, Hq, Sq], any
     strides.
     """
-    shared = _call_arguments(call) | stride_arguments(d_out=d_out) | {"d_out_ptr": d_out}
-    shared |= {"lse_ptr": lse.contiguous(), "d_lse_ptr": None if d_lse is None else d_lse.contiguous()}
+    shared = _call_arguments(call) | {"d_out": strided(d_out)}
+    shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
     takes_sinks = call.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
     shared["d_sinks_ptr"] = _results(call, lse.shape, torch.float32) if takes_sinks else None
-    problem = problem_of(call, d_out)
-    shared |= _row_terms(problem, call, shared, out, rounding)
+    problem = problem_of(call, d_out, aux=d_lse is not None, rounding=rounding is not None)
+    rounding = None if rounding is None else rounding.contiguous()
+    results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
+    shared |= _row_terms(problem, call, shared, results, d_out)
     d_sinks = shared["d_sinks_ptr"]
-    d_q, d_query_scale = _grad_query(problem, call, shared, needs)
-    d_k, d_v, d_key_scale = _grad_key_value(problem, call, shared, needs)
+    d_q, d_query_scale = _grad_query(problem, call, shared, needs, d_out)
+    d_k, d_v, d_key_scale = _grad_key_value(problem, call, shared, needs, d_out)
     d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
     values = (d_q, d_k, d_v, d_query_scale, d_key_scale, d_sinks)
     return Gradients(*(value if need else None for value, need in zip(values, needs, strict=True)))
 
 
-def _row_terms(
-    problem: Problem, call: AttentionCall, shared: Arguments, out: Tensor, rounding: Tensor | None
-) -> Arguments:
+def _row_terms(problem: Problem, call: AttentionCall, shared: Arguments, results: Results, d_out: Tensor) -> Arguments:
     visible, sequences = call.visibility, call.visibility.sequences
     terms_len = _aligned(visible.q_len)
     if sequences is not None:
         terms_len += ROW_TERMS_ALIGNMENT * (len(sequences.q_starts) - 1)
     shape = (*call.q.shape[:2], terms_len)
     joined = torch.float32 if call.query_scale is None else torch.int64
-    delta, both = out.new_empty(shape, dtype=torch.float32), out.new_empty((*shape, 2), dtype=joined)
-    terms = {"terms_ptr": both, "delta_ptr": delta, "terms_len": terms_len}
-    output = {"out_ptr": out.contiguous(), "rounding_ptr": None if rounding is None else rounding.contiguous()}
-    _launch("row_terms", problem, call, shared | terms | output)
+    both, delta = call.q.new_empty((*shape, 2), dtype=joined), call.q.new_empty(shape, dtype=torch.float32)
+    terms = {"terms": RowTerms(both, delta), "terms_len": terms_len}
+    _launch("row_terms", problem, call, shared | terms | {"results": results}, d_out)
     return terms
 
 
 def _grad_query(
-    problem: Problem, call: AttentionCall, shared: Arguments, needs: Needs
+    problem: Problem, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     for_keys = corrects_delta(call.q.dtype) and (needs.k or needs.key_scale)  # whose pass reads the corrected terms
     if not (needs.q or needs.query_scale or for_keys):
         return None, None
     d_q = _results(call, call.q.shape, call.q.dtype)
     d_query_scale = _results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None
-    results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size_ptr": None}
+    results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": None}
     if call.key_scale is not None and call.q.dtype == torch.float16:
-        results["key_size_ptr"] = _largest(_seen(call.key_scale, call.visibility))
+        results["key_size"] = _largest(_seen(call.key_scale, call.visibility))
     if needs.query_scale:
         problem = replace(problem, query_scale_grad=True)
-    _launch("grad_query", problem, call, shared | results)
+    _launch("grad_query", problem, call, shared | results, d_out)
     return d_q, d_query_scale
 
 
 def _grad_key_value(
-    problem: Problem, call: AttentionCall, shared: Arguments, needs: Needs
+    problem: Problem, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if not (needs.k or needs.v or needs.key_scale):
         return None, None, None
@@ -104,17 +103,19 @@ def _grad_key_value(
     d_k = _results(call, call.k.shape, call.k.dtype)
     d_v = _results(call, call.v.shape, call.v.dtype)
     d_key_scale = _results(call, call.k.shape[:3], torch.float32) if needs.key_scale else None
-    results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size_ptr": None}
+    results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size": None}
     if call.query_scale is not None and call.q.dtype == torch.float16:
         factor = (call.query_scale * (call.scale * _LOG2_E)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
-        results["factor_size_ptr"] = _largest(factor)
-    _launch("grad_key_value", problem, call, shared | results)
+        results["factor_size"] = _largest(factor)
+    _launch("grad_key_value", problem, call, shared | results, d_out)
     return d_k, d_v, d_key_scale
 
 
-def _launch(kernel: str, problem: Problem, call: AttentionCall, available: Arguments) -> None:
+def _launch(
+    kernel: str, problem: Problem, call: AttentionCall, available: Arguments, d_out: Tensor | None = None
+) -> None:
     """A program for each block of rows, or of keys, of each head of each member."""
-    d_out, visible = available.get("d_out_ptr"), call.visibility
+    visible = call.visibility
     heads = visible.kv_heads if kernel == "grad_key_value" else visible.q_heads
 
     def launches(chosen: Plan) -> None:
@@ -170,7 +171,9 @@ def _largest(x: Tensor) -> Tensor:
     return torch.where(largest < torch.finfo(x.dtype).tiny, 1.0, largest).contiguous()
 
 
-def problem_of(call: AttentionCall, d_out: Tensor | None = None, *, aux: bool = False) -> Problem:
+def problem_of(
+    call: AttentionCall, d_out: Tensor | None = None, *, aux: bool = False, rounding: bool = False
+) -> Problem:
     """The parts of a call that select code."""
     visible = call.visibility
     return Problem(
@@ -190,6 +193,7 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, *, aux: bool = 
         dropout=call.dropout is not None,
         aux=aux,
         sequences=visible.sequences is not None,
+        rounding=rounding,
         aligned=all(map(_fits_descriptor, (call.q, call.k, call.v, d_out))),
         short=is_short(*_lengths(call)),
     )
@@ -229,11 +233,11 @@ def _call_arguments(call: AttentionCall) -> Arguments:
     """The arguments that the forward and both backward kernels share."""
     visible, dropout = call.visibility, call.dropout
     arguments = {
-        "q_ptr": call.q,
-        "k_ptr": call.k,
-        "v_ptr": call.v,
-        "query_scale_ptr": call.query_scale,
-        "key_scale_ptr": call.key_scale,
+        "q": strided(call.q),
+        "k": strided(call.k),
+        "v": strided(call.v),
+        "query_scale": strided(call.query_scale),
+        "key_scale": strided(call.key_scale),
         "sinks_ptr": None if call.sinks is None else call.sinks.contiguous(),
         "dropout_ptr": None if dropout is None else dropout.state,
         "keep_from": 0 if dropout is None else dropout.threshold - 2**31,
@@ -243,22 +247,20 @@ def _call_arguments(call: AttentionCall) -> Arguments:
         "q_heads": visible.q_heads,
         "group": visible.q_heads // visible.kv_heads,
     }
-    arguments |= stride_arguments(q=call.q, k=call.k, v=call.v, query_scale=call.query_scale, key_scale=call.key_scale)
     return arguments | _visibility_arguments(call)
 
 
 def _visibility_arguments(call: AttentionCall) -> Arguments:
     visible = call.visibility
     arguments = range_arguments(visible)
-    mask = seen = q_starts = k_starts = None
+    mask = seen = starts = None
     if visible.sequences is not None:
-        q_starts, k_starts = (x.contiguous() for x in (visible.sequences.q_starts, visible.sequences.k_starts))
+        starts = Starts(visible.sequences.q_starts.contiguous(), visible.sequences.k_starts.contiguous())
     if visible.mask is not None:
         mask = visible.mask.expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len).view(torch.uint8)
     if visible.mask is not None or visible.key_ranges is not None:
         seen = seen_bytes(seen_keys(visible, arguments), call.k)
-    arguments |= {"mask_ptr": mask, "seen_ptr": seen, "q_starts_ptr": q_starts, "k_starts_ptr": k_starts}
-    return arguments | stride_arguments(mask=mask)
+    return arguments | {"mask": strided(mask), "seen_ptr": seen, "starts": starts}
 
 
 _LOG2_E = 1.4426950408889634

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.call import AttentionCall, ForwardResult
+from ...core.call import AttentionCall, ForwardResult, Logits
 from ...core.decode_call import LONGEST_QUERY, DecodeCall
 from ...kernels.decode import SHORTEST_SPLIT
+from ...kernels.records import Ranges, Results
 from ...tuning.config import Problem, is_short, padded_dim
-from .launch import Arguments, Plan, bounded, is_wide, plan, planned, stride_arguments
+from .launch import Arguments, Plan, bounded, is_wide, plan, planned, strided
 
 _MOST_SPLITS = 64
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows:
+class Rows:
     """What the decode kernel is asked: rows that stand at the end of the keys, as its docstring has them.
 
     k, v          [B, Hkv, capacity, D or Dv], or with a block table pages as [N, Hkv, page, D or Dv]
@@ -29,12 +30,8 @@ class _Rows:
     k: Tensor
     v: Tensor
     capacity: int
-    scale: float
-    query_scale: Tensor | None
-    key_scale: Tensor | None
+    logits: Logits
     left: int | None
-    softcap: float | None
-    sinks: Tensor | None
     key_lengths: Tensor | None = None
     key_ranges: Tensor | None = None
     block_table: Tensor | None = None
@@ -52,21 +49,17 @@ def decode(call: DecodeCall, aux: bool) -> ForwardResult:
     """out and lse, with aux also max_logit and entropy: the decode kernel, and the combination of several splits."""
     cache = call.cache
     k, v = (cache.k, cache.v) if cache.block_table is None else (cache.k.transpose(1, 2), cache.v.transpose(1, 2))
-    rows = _Rows(
+    rows = Rows(
         call.q,
         k,
         v,
         cache.capacity,
-        call.scale,
-        call.query_scale,
-        call.key_scale,
+        call.logits,
         call.left,
-        call.softcap,
-        call.sinks,
         cache.key_lengths,
         block_table=cache.block_table,
     )
-    return _attend(rows, aux)
+    return attend(rows, aux)
 
 
 def attend_few_rows(call: AttentionCall, aux: bool) -> ForwardResult | None:
@@ -81,47 +74,46 @@ def attend_few_rows(call: AttentionCall, aux: bool) -> ForwardResult | None:
     stand_at_the_end = visible.q_len == 1 or (visible.right == 0 and not narrowed)
     if visible.q_len > LONGEST_QUERY or not stand_at_the_end or (narrowed and visible.left is not None):
         return None
-    rows = _Rows(
+    rows = Rows(
         call.q,
         call.k,
         call.v,
         visible.k_len,
-        call.scale,
-        call.query_scale,
-        call.key_scale,
+        call.logits,
         visible.left,
-        call.softcap,
-        call.sinks,
         visible.key_lengths,
         visible.key_ranges,
     )
-    return _attend(rows, aux)
+    return attend(rows, aux)
 
 
-def _attend(rows: _Rows, aux: bool) -> ForwardResult:
+def attend(rows: Rows, aux: bool) -> ForwardResult:
     return planned("decode", _problem(rows, aux), rows.q.device, lambda chosen: _launch(rows, aux, chosen))
 
 
-def _launch(rows: _Rows, aux: bool, chosen: Plan) -> ForwardResult:
+def _launch(rows: Rows, aux: bool, chosen: Plan) -> ForwardResult:
     batch, q_heads, q_len, head_dim = rows.q.shape
     splits = _splits(rows, chosen.config.block_n)
     tiles = -(-rows.group * q_len // chosen.config.block_m)
     joined = _allocate(rows, (), rows.q.dtype, aux)
     parts = joined if splits == 1 else _allocate(rows, (splits,), torch.float32, aux)
-    names = ("split_out_ptr", "split_lse_ptr", "split_max_logit_ptr", "split_entropy_ptr")
-    sinks = None if rows.sinks is None else rows.sinks.contiguous()
-    arguments = _arguments(rows) | dict(zip(names, parts, strict=True))
-    arguments |= {"splits": splits, "sinks_ptr": sinks if splits == 1 else None}
+    sinks = None if rows.logits.sinks is None else rows.logits.sinks.contiguous()
+    arguments = _arguments(rows) | {"results": _record(parts), "splits": splits}
+    arguments["sinks_ptr"] = sinks if splits == 1 else None
     chosen.launch((splits * tiles, rows.kv_heads, batch), arguments, is_wide(rows.k, rows.v))
     if splits > 1:
-        results = dict(zip(("out_ptr", "lse_ptr", "max_logit_ptr", "entropy_ptr"), joined, strict=True))
+        results = {"parts": _record(parts), "results": _record(joined), "sinks_ptr": sinks}
         problem = Problem(head_dim, rows.v.shape[3], rows.q.dtype, sinks=sinks is not None, aux=aux)
         combined = plan("decode_combine", problem, rows.q.device)
-        combined.launch((q_len, q_heads, batch), arguments | results | {"sinks_ptr": sinks}, False)
+        combined.launch((q_len, q_heads, batch), arguments | results, False)
     return joined
 
 
-def _splits(rows: _Rows, block_n: int) -> int:
+def _record(found: ForwardResult) -> Results:
+    return Results(found.out, None, found.lse, found.max_logit, found.entropy)
+
+
+def _splits(rows: Rows, block_n: int) -> int:
     """Programs that share the keys of a sequence: by what the shapes let a row see, never by lengths or batch."""
     longest = rows.capacity
     if rows.left is not None:
@@ -129,18 +121,18 @@ def _splits(rows: _Rows, block_n: int) -> int:
     return min(-(-longest // (block_n * SHORTEST_SPLIT.value)), _MOST_SPLITS)
 
 
-def _problem(rows: _Rows, aux: bool) -> Problem:
+def _problem(rows: Rows, aux: bool) -> Problem:
     return Problem(
         head_dim=rows.q.shape[3],
         value_dim=rows.v.shape[3],
         dtype=rows.q.dtype,
         left=rows.left is not None,
         key_ranges=rows.key_ranges is not None,
-        query_scale=rows.query_scale is not None,
-        key_scale=rows.key_scale is not None,
+        query_scale=rows.logits.query_scale is not None,
+        key_scale=rows.logits.key_scale is not None,
         grouped=rows.group > 1,
-        softcap=rows.softcap is not None,
-        sinks=rows.sinks is not None,
+        softcap=rows.logits.softcap is not None,
+        sinks=rows.logits.sinks is not None,
         aux=aux,
         block_table=rows.block_table is not None,
         packed_rows=padded_dim(rows.group * rows.q.shape[2]),
@@ -148,7 +140,7 @@ def _problem(rows: _Rows, aux: bool) -> Problem:
     )
 
 
-def _allocate(rows: _Rows, splits: tuple[int, ...], dtype: torch.dtype, aux: bool) -> ForwardResult:
+def _allocate(rows: Rows, splits: tuple[int, ...], dtype: torch.dtype, aux: bool) -> ForwardResult:
     """Uninitialised results of every row, or of every split of every row."""
     shape = (*rows.q.shape[:3], *splits)
     out = rows.q.new_empty((*shape, rows.v.shape[3]), dtype=dtype)
@@ -156,21 +148,23 @@ def _allocate(rows: _Rows, splits: tuple[int, ...], dtype: torch.dtype, aux: boo
     return ForwardResult(out, lse, *extra)
 
 
-def _arguments(rows: _Rows) -> Arguments:
+def _arguments(rows: Rows) -> Arguments:
     lengths, ranges, table = rows.key_lengths, rows.key_ranges, rows.block_table
     if lengths is not None and lengths.dtype not in (torch.int32, torch.int64):
         lengths = bounded(lengths, rows.capacity)
-    arguments = {
-        "q_ptr": rows.q,
-        "k_ptr": rows.k,
-        "v_ptr": rows.v,
-        "query_scale_ptr": rows.query_scale,
-        "key_scale_ptr": rows.key_scale,
-        "cache_lengths_ptr": None if lengths is None else lengths.contiguous(),
-        "key_ranges_ptr": None if ranges is None else bounded(ranges, rows.capacity).contiguous(),
+    return {
+        "q": strided(rows.q),
+        "k": strided(rows.k),
+        "v": strided(rows.v),
+        "query_scale": strided(rows.logits.query_scale),
+        "key_scale": strided(rows.logits.key_scale),
+        "ranges": Ranges(
+            None if lengths is None else lengths.contiguous(),
+            None if ranges is None else bounded(ranges, rows.capacity).contiguous(),
+        ),
         "block_table_ptr": None if table is None else table.contiguous(),
-        "scale": float(rows.scale),
-        "softcap": None if rows.softcap is None else float(rows.softcap),
+        "scale": float(rows.logits.scale),
+        "softcap": None if rows.logits.softcap is None else float(rows.logits.softcap),
         "left": None if rows.left is None else min(rows.left, rows.capacity),
         "q_len": rows.q.shape[2],
         "capacity": rows.capacity,
@@ -180,6 +174,3 @@ def _arguments(rows: _Rows) -> Arguments:
         "q_heads": rows.q.shape[1],
         "group": rows.group,
     }
-    return arguments | stride_arguments(
-        q=rows.q, k=rows.k, v=rows.v, query_scale=rows.query_scale, key_scale=rows.key_scale
-    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kernels.records import KeyBuffers
 from ...tuning.config import Problem
-from .launch import Arguments, is_wide, plan, stride_arguments
+from .launch import Arguments, is_wide, plan, strided
 from .ranges import seen_bytes
 
 # New keys whose lengths one program a head takes while it adds up; those of more are shared by many before.
@@ -47,12 +48,7 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
     arguments = _key_arguments(k, None) | {
         "new_lengths_ptr": key_lengths(k, None) if k.shape[2] > _FEW_KEYS else None,
         "new_counts_ptr": None if new_counts is None else new_counts.long().contiguous(),
-        "counts_ptr": counts,
-        "counts_after_ptr": counts_after,
-        "lengths_ptr": lengths,
-        "length_sums_ptr": length_sums,
-        "square_sums_ptr": square_sums,
-        "length_maxima_ptr": length_maxima,
+        "buffers": KeyBuffers(counts, counts_after, lengths, length_sums, square_sums, length_maxima),
         "capacity": lengths.shape[2] - 1,
     }
     _launch_keys("append_keys", arguments, k)
@@ -67,5 +63,5 @@ def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
 
 
 def _key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:
-    arguments = {"k_ptr": k, "seen_ptr": None if seen is None else seen_bytes(seen, k)}
-    return arguments | stride_arguments(k=k) | {"k_len": k.shape[2], "kv_heads": k.shape[1]}
+    seen = None if seen is None else seen_bytes(seen, k)
+    return {"k": strided(k), "seen_ptr": seen, "k_len": k.shape[2], "kv_heads": k.shape[1]}

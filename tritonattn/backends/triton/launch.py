@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,9 +16,10 @@ from triton import knobs
 from triton.errors import TritonError
 
 from ...kernels import KERNELS
+from ...kernels.records import Strided
 from ...tuning import lookup
-from ...tuning.compile import compile_options, constexpr_values
-from ...tuning.config import Problem, Target, TileConfig, legal_reasons
+from ...tuning.config import Problem, Target, TileConfig, corrects_delta, legal_reasons, padded_dim, sum_columns
+from ...tuning.defaults import default_config
 
 Arguments = dict[str, Any]
 Grid = tuple[int, int, int]
@@ -27,12 +29,21 @@ Result = TypeVar("Result")
 
 def run_on_device(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
     """Compile where needed and launch, on the device of the tensors."""
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    device = next(tensor.device for tensor in tensors_of(arguments.values()))
     if device.type != "cuda":
         kernel[grid](**arguments, **compile_options(config))
         return
     with torch.cuda.device(device), _no_compilation_in_capture(kernel):
         kernel[grid](**arguments, **compile_options(config))
+
+
+def compile_options(config: TileConfig) -> dict[str, Any]:
+    """What Triton is told beside a kernel's arguments.
+
+    The kernels write every multiply-add that matters as one, whatever Triton fuses by default; 3.9 warns where the
+    option is not given.
+    """
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
 
 
 class NotCompiledError(RuntimeError):
@@ -71,12 +82,32 @@ def run_interpreted(kernel: Any, grid: Grid, arguments: Arguments, config: TileC
     Triton's interpreter computes on the raw bits of bf16 and truncates when it converts (triton issues 11584, 11604).
     What is lost: P and dS are not rounded to bf16, so an interpreted result is closer to exact than a GPU's.
     """
-    wide = {name: _widened(value) for name, value in arguments.items() if _is_bfloat16(value)}
-    kernel[grid](**(arguments | wide))
-    for name, value in wide.items():
-        # What was only read is left alone: autograd watches for writes, and refuses a second backward.
-        if not name.startswith(_READ_ONLY) and not torch.equal(arguments[name].float(), value):
-            arguments[name].copy_(value)
+    wide = {name: map_tensors(_widened, value) for name, value in arguments.items()}
+    kernel[grid](**wide)
+    for name, value in arguments.items():
+        if name not in _READ_ONLY:
+            for tensor, result in zip(tensors_of([value]), tensors_of([wide[name]]), strict=True):
+                # Autograd watches for writes and refuses a second backward: what was only read is not written.
+                if result is not tensor and not torch.equal(tensor.float(), result):
+                    tensor.copy_(result)
+
+
+def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among a kernel's arguments, and in their records."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from tensors_of(value)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A kernel's argument with function(x) for each tensor x, also in a record."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return type(value)(*(map_tensors(function, member) for member in value))
+    return value
 
 
 config_for: ConfigFor = lookup.config_for
@@ -85,7 +116,7 @@ config_for: ConfigFor = lookup.config_for
 interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
 run: Callable[[Any, Grid, Arguments, TileConfig], None] = run_interpreted if interpreting else run_on_device
 
-_READ_ONLY = ("q_ptr", "k_ptr", "v_ptr", "d_out_ptr")
+_READ_ONLY = ("q", "k", "v", "d_out")
 # Programs along the second and the third axis of a grid (CUDA C++ Programming Guide, table of compute capabilities).
 LONGEST_AXIS = 65535
 
@@ -114,14 +145,15 @@ class Plan(NamedTuple):
                 first = {"first_head": first_head, "first_member": first_member}
                 values = {**available, **self.constexprs, **first, "WIDE": wide}
                 part = blocks, min(heads - first_head, LONGEST_AXIS), min(members - first_member, LONGEST_AXIS)
-                run(self.kernel, part, {name: values[name] for name in self.names}, self.config)
+                execute = recorder.run if (recorder := _recorder.get()) else run
+                execute(self.kernel, part, {name: values[name] for name in self.names}, self.config)
 
 
 @contextmanager
 def configured(kernel: str, config: TileConfig) -> Iterator[None]:
     """Inside, a kernel runs with this config, whatever the call, if it is legal for it."""
     global config_for
-    before, config_for = config_for, _overriding(kernel, config, config_for)
+    before, config_for = config_for, overriding(kernel, config, config_for)
     try:
         yield
     finally:
@@ -129,7 +161,7 @@ def configured(kernel: str, config: TileConfig) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=64)
-def _overriding(kernel: str, config: TileConfig, otherwise: ConfigFor) -> ConfigFor:
+def overriding(kernel: str, config: TileConfig, otherwise: ConfigFor) -> ConfigFor:
     """The same function for the same arguments, so that plans made by it are found again."""
 
     def chosen(name: str, problem: Problem, target: Target) -> TileConfig:
@@ -139,7 +171,43 @@ def _overriding(kernel: str, config: TileConfig, otherwise: ConfigFor) -> Config
     return chosen
 
 
+class Launch(NamedTuple):
+    """What an executor is given."""
+
+    kernel: Any
+    grid: Grid
+    arguments: Arguments
+    config: TileConfig
+
+
+class _Recorder(NamedTuple):
+    """Takes the place of the executor, of the card, and of the configs, for launches of one context."""
+
+    target: Target
+    config_for: ConfigFor
+    launches: list[Launch]
+
+    def run(self, kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
+        self.launches.append(Launch(kernel, grid, arguments, config))
+
+
+_recorder: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def recording(target: Target, configs: ConfigFor = default_config) -> Iterator[list[Launch]]:
+    """Collect the launches of calls inside, as on a card of the target, and run none; tensors may be meta tensors."""
+    recorder = _Recorder(target, configs, [])
+    token = _recorder.set(recorder)
+    try:
+        yield recorder.launches
+    finally:
+        _recorder.reset(token)
+
+
 def plan(kernel: str, problem: Problem, device: torch.device) -> Plan:
+    if recorder := _recorder.get():
+        return _plan(kernel, problem, recorder.target, recorder.config_for)
     return _plan(kernel, problem, Target.of(device), config_for)
 
 
@@ -162,20 +230,25 @@ def _plan(kernel: str, problem: Problem, target: Target, config_of: ConfigFor) -
     return Plan(function, config, tuple(function.arg_names), constexpr_values(problem, config, target))
 
 
-_STRIDE_NAMES = {
-    name: tuple(f"{name}_stride_{axis}" for axis in axes)
-    for axes, names in (("bhsd", "q k v d_out"), ("bhs", "query_scale key_scale"), ("bhqk", "mask"))
-    for name in names.split()
-}
+def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Arguments:
+    """The constexprs that kernels take from a problem, a config and a target."""
+    return {
+        "HEAD_DIM": problem.head_dim,
+        "VALUE_DIM": problem.value_dim,
+        "BLOCK_D": padded_dim(problem.head_dim),
+        "BLOCK_DV": padded_dim(problem.value_dim),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "SUM_COLUMNS": sum_columns(problem, target),
+        "CORRECT_DELTA": corrects_delta(problem.dtype),
+        "SPLIT_TERMS": target.has_tensor_memory,
+        "PRECISION": "ieee",
+    }
 
 
-def stride_arguments(**tensors: Tensor | None) -> Arguments:
-    """A kernel's strides of the tensors that it knows by these names; 1 of one that is not there."""
-    strides: Arguments = {}
-    for name, tensor in tensors.items():
-        names = _STRIDE_NAMES[name]
-        strides.update(dict.fromkeys(names, 1) if tensor is None else zip(names, tensor.stride(), strict=True))
-    return strides
+def strided(tensor: Tensor | None) -> Strided | None:
+    """The record of a tensor of three or four axes, whose fourth stride is 1 where there is none."""
+    return None if tensor is None else Strided(tensor, *tensor.stride(), *(1,) * (4 - tensor.dim()))
 
 
 def bounded(x: Tensor, highest: int) -> Tensor:
@@ -188,12 +261,10 @@ def is_wide(*tensors: Tensor | None) -> bool:
     return any(x is not None and 1024 * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31 for x in tensors)
 
 
-def _is_bfloat16(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.bfloat16
-
-
 def _widened(tensor: Tensor) -> Tensor:
-    """An fp32 copy with the same strides, shared elements of expanded tensors included."""
+    """Of bf16, an fp32 copy with the same strides, shared elements of expanded tensors included."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     flat = tensor.as_strided((max(extent, 0),), (1,)).float()
     return flat.as_strided(tensor.shape, tensor.stride(), 0)

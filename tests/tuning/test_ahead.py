@@ -1,0 +1,224 @@
+"""A kernel that was compiled ahead of time is found by a launch: both ask Triton's cache for the same key.
+
+Triton's own JIT takes the launches of public calls, on a driver that has no card, up to where it compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.driver import driver
+
+import tritonattn
+from tritonattn.backends import triton as triton_backend
+from tritonattn.backends.triton import compile as ahead
+from tritonattn.backends.triton import launch
+from tritonattn.kernels import KERNELS
+from tritonattn.tuning import Problem, compile_kernel, default_config
+
+pytestmark = pytest.mark.skipif(
+    launch.interpreting or torch.cuda.is_available(), reason="the JIT is not asked, or has a driver of its own"
+)
+SM_80 = GPUTarget("cuda", 80, 32)
+NAMES = {function: name for name, function in KERNELS.items()}
+HALF, BFLOAT, FULL = torch.float16, torch.bfloat16, torch.float32
+
+
+class Driver:
+    """What Triton's JIT asks of a driver before it launches."""
+
+    def get_current_device(self) -> object:
+        return self
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return SM_80
+
+
+def key_of(source: Any, options: dict[str, Any]) -> str:
+    """What of a kernel names its file in Triton's cache: the rest is the compiler's own."""
+    return source.hash() + make_backend(SM_80).parse_options(dict(options)).hash()
+
+
+@pytest.fixture
+def keys(monkeypatch) -> dict[str, set[str]]:
+    """By kernel, the keys that launches ask for, and under "ahead" the last that was compiled ahead."""
+    found: dict[str, set[str]] = {name: set() for name in KERNELS}
+
+    def asked(source, target, options, **_):
+        found[NAMES[source.fn]].add(key_of(source, options))
+        return source
+
+    def asked_ahead(source, target, options):
+        assert target == SM_80
+        return key_of(source, options)
+
+    def run(kernel, grid, arguments, config) -> None:
+        kernel.run(grid=grid, warmup=True, **arguments, **launch.compile_options(config))
+        if "argmax_ptr" in arguments:
+            arguments["argmax_ptr"].zero_()  # torch takes it for places of keys
+
+    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver())
+    monkeypatch.setattr(triton.compiler, "compile", asked)
+    monkeypatch.setattr(ahead.triton, "compile", asked_ahead)
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "config_for", default_config)
+    yield found
+    for function in KERNELS.values():
+        vars(function).pop("compile", None)  # the JIT keeps the compiler that it found
+
+
+def tensor(*shape: int, dtype: torch.dtype = FULL) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, requires_grad=dtype.is_floating_point)
+
+
+def attend(dtype: torch.dtype, heads: int = 2, **options: Any) -> None:
+    """A training call of 64 tokens with scales, all of whose gradients are asked for."""
+    q, k, v = (tensor(2, of, 64, 64, dtype=dtype) for of in (heads, 2, 2))
+    scales = tensor(2, heads, 64), tensor(2, 2, 64)
+    result = tritonattn.scaled_attention(q, k, v, *scales, causal=True, backend="triton", **options)
+    if options.get("return_aux"):
+        result[1].lse.backward(torch.ones(2, heads, 64), retain_graph=True)
+        result = result[0]
+    result.backward(torch.ones_like(result))
+
+
+def infer(scaling: str) -> None:
+    q, k, v = (tensor(2, heads, 64, 64, dtype=BFLOAT).detach() for heads in (4, 2, 2))
+    tritonattn.attention(q, k, v, scaling=scaling, window=(20, 0), backend="triton")
+
+
+def pack() -> None:
+    ends = torch.tensor([0, 20, 64], dtype=torch.int32)
+    q, k, v = (tensor(64, 2, 64, dtype=HALF) for _ in range(3))
+    out = tritonattn.attention_varlen(q, k, v, ends, ends, 64, 64, causal=True, backend="triton")
+    out.backward(torch.ones_like(out))
+
+
+def decode(page: int | None) -> None:
+    """A token each of two sequences, 16 heads of which share a key head."""
+    q = torch.zeros(2, 32, 1, 64, dtype=HALF)
+    cache, table = torch.zeros(2, 2, 1024, 64, dtype=HALF), None
+    if page is not None:
+        cache = torch.zeros(2048 // page, page, 2, 64, dtype=HALF)
+        table = torch.arange(2048 // page, dtype=torch.int32).view(2, -1)
+    lengths = torch.tensor([1000, 3], dtype=torch.int32)
+    gain = torch.ones(2, 32, 1)
+    tritonattn.attention_decode(q, cache, cache, key_lengths=lengths, block_table=table, gain=gain, backend="triton")
+
+
+def append() -> None:
+    counts, lengths = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 2, 1025)
+    sums = [torch.zeros(2, 2, 1026, dtype=torch.float64) for _ in range(2)]
+    buffers = (counts, lengths, *sums, torch.zeros(2, 2, 1026))
+    triton_backend.append_keys(torch.zeros(2, 2, 16, 64, dtype=HALF), None, buffers)
+
+
+def largest() -> None:
+    q, k, v = (tensor(2, 2, 64, 64) for _ in range(3))
+    tritonattn.attention(q, k, v, scaling="key_norm_max", causal=True, backend="triton").sum().backward()
+
+
+SCALED = {"query_scale": True, "key_scale": True}
+HALVES = Problem(64, 64, HALF, right=True, **SCALED, rounding=True)
+EVERYTHING = Problem(
+    64,
+    64,
+    FULL,
+    right=True,
+    **SCALED,
+    query_scale_grad=True,
+    grouped=True,
+    softcap=True,
+    sinks=True,
+    dropout=True,
+    mask=True,
+    aux=True,
+)
+STREAMING = Problem(1, 1, FULL, right=True)
+
+
+def everything() -> None:
+    mask = torch.ones(2, 4, 64, 64, dtype=torch.bool)
+    attend(FULL, 4, softcap=1.0, sinks=tensor(4), dropout_p=0.5, mask=mask, return_aux=True)
+
+
+def narrowed() -> None:
+    ranges, lengths = torch.tensor([3, 60], dtype=torch.int32).expand(2, 64, 2), torch.tensor([50, 64])
+    attend(BFLOAT, key_ranges=ranges, key_lengths=lengths)
+
+
+def both(problem: Problem, *kernels: str) -> list[tuple[str, Problem]]:
+    return [(kernel, problem) for kernel in kernels]
+
+
+BACKWARD = ("row_terms", "grad_query", "grad_key_value")
+CALLS: dict[str, tuple[Callable[[], None], list[tuple[str, Problem]]]] = {
+    "training": (
+        lambda: attend(HALF),
+        both(replace(HALVES, query_scale_grad=True), "forward", *BACKWARD),
+    ),
+    "everything": (everything, both(EVERYTHING, "forward", *BACKWARD)),
+    "narrowed": (
+        narrowed,
+        [
+            *both(
+                replace(HALVES, dtype=BFLOAT, query_scale_grad=True, key_lengths=True, key_ranges=True),
+                "forward",
+                *BACKWARD,
+            ),
+            *both(replace(STREAMING, key_lengths=True, key_ranges=True), "row_bounds", "keys_seen"),
+        ],
+    ),
+    "packed": (
+        pack,
+        both(Problem(64, 64, HALF, right=True, sequences=True, rounding=True), "forward", *BACKWARD),
+    ),
+    "inference": (
+        lambda: infer("sqrt_dim"),
+        both(Problem(64, 64, BFLOAT, right=True, left=True, grouped=True), "forward"),
+    ),
+    "key lengths": (largest, [*both(Problem(64, 64, FULL), "key_statistics", "key_statistics_grad")]),
+    "largest": (largest, both(STREAMING, "argmax_of_ranges")),
+    "sums": (lambda: infer("key_norm_mean"), both(STREAMING, "prefix_sums")),
+    "decode": (
+        lambda: decode(None),
+        [
+            *both(Problem(64, 64, HALF, query_scale=True, grouped=True), "decode", "decode_combine"),
+        ],
+    ),
+    "append": (append, both(Problem(64, 64, HALF), "append_keys")),
+    "pages": (
+        lambda: decode(16),
+        both(Problem(64, 64, HALF, query_scale=True, grouped=True, block_table=True), "decode"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_launch_asks_for_what_was_compiled_ahead(name, keys):
+    call, compiled = CALLS[name]
+    call()
+    for kernel, problem in compiled:
+        assert compile_kernel(kernel, problem) in keys[kernel], f"{kernel}, of {len(keys[kernel])} launched"
+
+
+def test_every_kernel_is_compared():
+    assert {kernel for _, compiled in CALLS.values() for kernel, _ in compiled} == set(KERNELS)
+
+
+def test_an_inference_call_is_another_problem(keys):
+    """As is every flag: the key tells them apart."""
+    infer("sqrt_dim")
+    assert compile_kernel("forward", Problem(64, 64, BFLOAT, right=True, left=True)) not in keys["forward"]

@@ -1,0 +1,174 @@
+"""Records that kernels take, and pass to the functions inside them: NamedTuples, which Triton takes apart.
+
+An optional tensor is its own flag: its record, or its member of a record, is None where a call has no such tensor.
+
+Three rules keep all compilers from triton 3.4 on content. A record's None member is a None argument of the kernel, not
+a local variable, and a record with such members is never compared with None. Lengths and counts stay outside of
+records, where Triton ignores `do_not_specialize`. So do constexprs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+# ---- Arguments of kernels
+
+
+class Strided(NamedTuple):
+    """A tensor [B, H, S, D]: a pointer to its first element, and its strides. A vector [B, H, S] has d = 1."""
+
+    ptr: Any
+    b: Any
+    h: Any
+    s: Any
+    d: Any
+
+
+class Ranges(NamedTuple):
+    """key_lengths int32 [B] or None; key_ranges int32 [B, Sq, 2], contiguous, or None: `walk.row_range`."""
+
+    key_lengths: Any
+    key_ranges: Any
+
+
+class Starts(NamedTuple):
+    """q, k   int32 [N + 1]: the first row and the first key of each packed sequence, and the ends of the last one.
+
+    Sequences lie behind one another in batch entry 0, from 0 up to the lengths of the packed axes, never falling.
+    """
+
+    q: Any
+    k: Any
+
+
+class Results(NamedTuple):
+    """out [B, Hq, Sq, Dv] in q's dtype, rounding as out or None; the others fp32 [B, Hq, Sq], but lse possibly None.
+
+    All are contiguous. Splits of decode are an axis behind Sq.
+    """
+
+    out: Any
+    rounding: Any
+    lse: Any
+    max_logit: Any
+    entropy: Any
+
+
+class RowTerms(NamedTuple):
+    """What the backward passes need of each row: `row_terms.attention_row_terms`."""
+
+    both: Any
+    delta: Any
+
+
+class KeyBuffers(NamedTuple):
+    """The buffers of a `KeyStatistics`: `key_statistics.append_keys`."""
+
+    counts: Any
+    counts_after: Any
+    lengths: Any
+    length_sums: Any
+    square_sums: Any
+    length_maxima: Any
+
+
+# ---- Made inside kernels
+
+
+class Place(NamedTuple):
+    """Where a program works: batch entry in memory, query head, key head, first row and first key of its member.
+
+    A member is a batch entry or a packed sequence.
+    """
+
+    batch: Any
+    head: Any
+    kv_head: Any
+    first_row: Any
+    first_key: Any
+
+
+class View(NamedTuple):
+    """What the rows of a member see of its keys: `walk.row_range`. left, right int32 or None."""
+
+    q_len: Any
+    k_len: Any
+    left: Any
+    right: Any
+    key_lengths: Any
+    key_ranges: Any
+
+
+class Rows(NamedTuple):
+    """A block of rows first .. last. offs: their indices, clamped to the last row; row i sees the keys lo <= j < hi.
+
+    keep   which indices are rows at all
+    """
+
+    first: Any
+    last: Any
+    offs: Any
+    keep: Any
+    lo: Any
+    hi: Any
+
+
+class Sight(NamedTuple):
+    """What a block of rows sees; mask is a `Strided` uint8 [Sq, Sk] of their head, or None."""
+
+    rows: Rows
+    view: View
+    mask: Strided
+
+
+class Walk(NamedTuple):
+    """The keys that a block of rows looks at, or the rows that a block of keys looks at.
+
+    Those outside [touch_lo, touch_hi) see nothing of the block. Those in [full_start, full_end) see all of it and need
+    no mask; both bounds are multiples of the step, full_start <= full_end.
+    """
+
+    touch_lo: Any
+    touch_hi: Any
+    full_start: Any
+    full_end: Any
+
+
+class Keys(NamedTuple):
+    """Keys and values of one (member, key head), from its first key on.
+
+    descriptors   tensor descriptors of the whole of k and v with blocks [1, 1, keys, D or Dv], or None
+    scale         fp32 vector or None
+    seen          uint8 [Sk] or None: keys that some row sees
+    """
+
+    k: Strided
+    v: Strided
+    k_descriptor: Any
+    v_descriptor: Any
+    scale: Strided
+    seen: Any
+
+
+class KeyBlock(NamedTuple):
+    """A block of keys [N, D] and values [N, Dv], their indices [N], and logits [M, N] without the rows' factor."""
+
+    offs: Any
+    k: Any
+    v: Any
+    logits: Any
+
+
+class Dropout(NamedTuple):
+    """state int64 [2] or None: seed and offset; a pair is kept where its word of Philox is at least keep_from.
+
+    rows         indices of a block's rows in the packed axis; first_key: where the member's keys begin in theirs
+    batch_head   batch entry * Hq + head
+    """
+
+    state: Any
+    keep_from: Any
+    keep_scale: Any
+    batch_head: Any
+    rows: Any
+    first_key: Any

@@ -1,0 +1,241 @@
+"""Which keys rows see, and the walk over the blocks of keys, or of rows, that a program looks at."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import load_tile, load_vector, tile_offsets
+from .records import KeyBlock, Place, Rows, Strided, Walk
+
+
+@triton.jit
+def begin(x, batch, head, row):
+    """The `Strided` of x from one (batch entry, head) and row on."""
+    batch, head, row = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(row, tl.int64)
+    return Strided(x.ptr + (batch * x.b + head * x.h + row * x.s), x.b, x.h, x.s, x.d)
+
+
+@triton.jit
+def place_of_member(member, head, kv_head, q_len, k_len, starts):
+    """(Place, rows, keys) of batch entry or packed sequence `member`; starts is a `Starts` or None."""
+    batch, first_row, first_key = member, member * 0, member * 0
+    if starts is not None:
+        first_row, first_key = tl.load(starts.q + member), tl.load(starts.k + member)
+        q_len = tl.load(starts.q + member + 1) - first_row
+        k_len = tl.load(starts.k + member + 1) - first_key
+        batch = member * 0
+    return Place(batch, head, kv_head, first_row, first_key), q_len, k_len
+
+
+@triton.jit
+def range_pointers(view, batch, row):
+    """Pointers to the lower of the two bounds that key_ranges have for a row, or for a vector of rows."""
+    return view.key_ranges + (batch.to(tl.int64) * view.q_len + row) * 2
+
+
+@triton.jit
+def row_range(row, batch, view):
+    """The visible keys lo <= j < hi of a row or a vector of rows below q_len; lo >= hi is a row without keys.
+
+    left, right      j >= row + k_len - q_len - left, j <= row + k_len - q_len + right
+    key_lengths      j < key_lengths[batch]
+    key_ranges       key_ranges[batch, row, 0] <= j < key_ranges[batch, row, 1]
+    """
+    own = row + (view.k_len - view.q_len)
+    lo = row * 0
+    hi = lo + view.k_len
+    if view.left is not None:
+        lo = tl.maximum(own - view.left, 0)
+    if view.right is not None:
+        hi = tl.minimum(own + (view.right + 1), hi)
+    if view.key_lengths is not None:
+        hi = tl.minimum(hi, tl.load(view.key_lengths + batch))
+    if view.key_ranges is not None:
+        pointers = range_pointers(view, batch, row)
+        lo = tl.maximum(lo, tl.load(pointers))
+        hi = tl.minimum(hi, tl.load(pointers + 1))
+    return lo, hi
+
+
+@triton.jit
+def rows_of_block(first, batch, view, BLOCK_M: tl.constexpr):
+    """The `Rows` from `first` on."""
+    offs_m = first + tl.arange(0, BLOCK_M)
+    offs = tl.minimum(offs_m, view.q_len - 1)
+    lo, hi = row_range(offs, batch, view)
+    return Rows(first, tl.minimum(first + BLOCK_M, view.q_len) - 1, offs, offs_m < view.q_len, lo, hi)
+
+
+@triton.jit
+def walk_between(touch_lo, touch_hi, full_lo, full_hi, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """The `Walk` over what touches [touch_lo, touch_hi), all of it seen in [full_lo, full_hi), nowhere where MASKED."""
+    full_start = (full_lo + BLOCK - 1) // BLOCK * BLOCK
+    full_end = tl.maximum(full_hi, 0) // BLOCK * BLOCK
+    if MASKED:
+        full_end = full_start
+    if full_end <= full_start:
+        full_start = touch_lo // BLOCK * BLOCK
+        full_end = full_start
+    return Walk(touch_lo, touch_hi, full_start, full_end)
+
+
+@triton.jit
+def bounds_of_ranges(lo, hi, k_len):
+    """(touch_lo, touch_hi, full_lo, full_hi) of rows that see lo <= j < hi, vectors."""
+    touch_lo = tl.min(tl.where(lo < hi, lo, k_len), 0)
+    touch_hi = tl.max(tl.where(lo < hi, hi, 0), 0)
+    return touch_lo, touch_hi, tl.max(lo, 0), tl.min(hi, 0)
+
+
+@triton.jit
+def walk_over_keys(rows, batch, view, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """The `Walk` of a block of rows over keys. MASKED: every block needs a mask."""
+    if view.key_ranges is None:
+        touch_lo, full_hi = row_range(rows.first, batch, view)
+        full_lo, touch_hi = row_range(rows.last, batch, view)
+    else:
+        touch_lo, touch_hi, full_lo, full_hi = bounds_of_ranges(rows.lo, rows.hi, view.k_len)
+    return walk_between(touch_lo, touch_hi, full_lo, full_hi, BLOCK_N, MASKED)
+
+
+@triton.jit
+def walk_over_rows(first, last, batch, view, bounds_ptr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
+    """The `Walk` of the keys first .. last, both below k_len, over the rows that see them. MASKED: all need a mask.
+
+    bounds_ptr   int32 [2] of this block, or None: the first row and one past the last row whose key_ranges touch it
+    """
+    shift = view.k_len - view.q_len
+    touch_lo = first * 0
+    touch_hi = touch_lo + view.q_len
+    full_lo, full_hi = touch_lo, touch_hi
+    if view.right is not None:
+        touch_lo = tl.maximum(first - shift - view.right, 0)
+        full_lo = tl.maximum(last - shift - view.right, 0)
+    if view.left is not None:
+        touch_hi = tl.maximum(tl.minimum(last - shift + view.left + 1, view.q_len), 0)
+        full_hi = tl.maximum(tl.minimum(first - shift + view.left + 1, view.q_len), 0)
+    if view.key_lengths is not None:
+        length = tl.load(view.key_lengths + batch)
+        touch_hi = tl.where(first < length, touch_hi, 0)
+        full_hi = tl.where(last < length, full_hi, 0)
+    if bounds_ptr is not None:
+        touch_lo = tl.maximum(touch_lo, tl.load(bounds_ptr))
+        touch_hi = tl.minimum(touch_hi, tl.load(bounds_ptr + 1))
+    return walk_between(touch_lo, touch_hi, full_lo, full_hi, BLOCK_M, MASKED)
+
+
+@triton.jit
+def walk_span(walk, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """[start, end) of the positions of a walk: its full blocks, or, where MASKED, the others with that gap closed."""
+    start, end = walk.full_start, walk.full_end
+    if MASKED:
+        start, end = walk.touch_lo // BLOCK * BLOCK, walk.touch_hi - (walk.full_end - walk.full_start)
+    return start, end
+
+
+@triton.jit
+def block_at(position, walk, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """(first index, indices) of the block at a position of `walk_span`."""
+    if MASKED:
+        gap = walk.full_end - walk.full_start
+        position = tl.where(position >= walk.full_start, position + gap, position)
+    first = tl.multiple_of(position, BLOCK)
+    return first, first + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def load_rows(
+    x,
+    descriptor,
+    offsets,
+    batch,
+    head,
+    first,
+    start,
+    keep,
+    WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The tile of x from row `start` on, by the tensor memory accelerator if there is a descriptor and no MASKED row.
+
+    x            from one (batch entry, head) and row `first` on; offsets: of the tile's elements
+    descriptor   of the whole tensor [B, H, S, D], or None
+    """
+    if MASKED or descriptor is None:
+        tile = load_tile(x.ptr + start.to(tl.int64) * x.s + offsets, keep, WIDTH, MASKED)
+    else:
+        tile = descriptor.load([batch, head, first + start, 0]).reshape(offsets.shape[0], offsets.shape[1])
+    return tile
+
+
+@triton.jit
+def load_mask(mask, rows, columns, row_count, column_count, row_stride, column_stride):
+    """Tile [rows, columns] of a dense mask from mask.ptr on; False outside of row_count x column_count."""
+    inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    offset = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    return tl.load(mask.ptr + offset, mask=inside, other=0) != 0
+
+
+@triton.jit
+def visible_tile(sight, offs_key):
+    """Which keys [columns] each row sees: lo <= j < hi, and the dense mask."""
+    rows, view, mask = sight.rows, sight.view, sight.mask
+    keep = offs_key[None, :] < rows.hi[:, None]
+    if view.left is not None or view.key_ranges is not None:
+        keep = keep & (offs_key[None, :] >= rows.lo[:, None])
+    if mask is not None:
+        keep = keep & load_mask(mask, rows.offs, offs_key, view.q_len, view.k_len, mask.s, mask.d)
+    return keep
+
+
+@triton.jit
+def walk_keys(
+    state,
+    STEP: tl.constexpr,
+    terms,
+    q,
+    keys,
+    sight,
+    walk,
+    place,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    SUMS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The state after STEP has taken each block of keys: the full blocks of a walk, or, where MASKED, the others.
+
+        state = STEP(state, block, key_scale, terms, sight, PRECISION, SUMS, MASKED)
+
+    key_scale [keys] may be None; terms and SUMS are STEP's own.
+    """
+    start, end = walk_span(walk, BLOCK_N, MASKED)
+    k_offsets = tile_offsets(BLOCK_N, q.shape[1], keys.k.s, keys.k.d, WIDE)
+    v_offsets = tile_offsets(BLOCK_N, BLOCK_DV, keys.v.s, keys.v.d, WIDE)
+    if keys.scale is not None:
+        # Carried along: addresses made from the position would make the loop's counter one of 64 bits.
+        scale_step = tl.cast(keys.scale.s, tl.int64)
+        scale_ptrs = keys.scale.ptr + (start + tl.arange(0, BLOCK_N)) * scale_step
+    for position in tl.range(start, end, BLOCK_N):
+        first, offs_key = block_at(position, walk, BLOCK_N, MASKED)
+        load_key = (offs_key >= walk.touch_lo) & (offs_key < walk.touch_hi)
+        if MASKED and keys.seen is not None:
+            load_key = load_key & (tl.load(keys.seen + offs_key, mask=load_key, other=0) != 0)
+        batch, head, first_key = place.batch, place.kv_head, place.first_key
+        k = load_rows(keys.k, keys.k_descriptor, k_offsets, batch, head, first_key, first, load_key, HEAD_DIM, MASKED)
+        v = load_rows(keys.v, keys.v_descriptor, v_offsets, batch, head, first_key, first, load_key, VALUE_DIM, MASKED)
+        logits = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        key_scale = None
+        if keys.scale is not None:
+            if MASKED:
+                scale_ptrs = keys.scale.ptr + offs_key * scale_step
+            key_scale = load_vector(scale_ptrs, load_key, MASKED)
+            scale_ptrs += BLOCK_N * scale_step
+            logits *= key_scale[None, :]
+        state = STEP(state, KeyBlock(offs_key, k, v, logits), key_scale, terms, sight, PRECISION, SUMS, MASKED)
+    return state
