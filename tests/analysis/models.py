@@ -1,4 +1,4 @@
-"""Small models, and what a Monitor must say of them, computed densely."""
+"""Small models, and a Monitor's measures of them, computed densely."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ids(batch: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
 
 
 class Net(nn.Module):
-    """An attention whose heads are of very different sharpness, so that no two can be mistaken for one another."""
+    """An attention whose heads differ so much in sharpness that a swap of two shows."""
 
     def __init__(self, heads: int = HEADS, kv_heads: int = KV_HEADS, **options) -> None:
         super().__init__()

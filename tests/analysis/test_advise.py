@@ -1,4 +1,4 @@
-"""`advise`: other attention, other advice, for the reason that it gives."""
+"""`advise`: the advice for each kind of attention, and its reason."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_tensors():
 
 
 def test_a_mode_that_leaves_a_large_logit_does_not_heal():
-    """A single long query, which only cosine takes back."""
+    """A single long query, which only cosine tames."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 2, 64, 32)
     q[:, :, 40] *= 1000

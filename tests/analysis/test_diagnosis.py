@@ -51,7 +51,7 @@ def test_every_mask(mask, scaling, gain):
 
 
 def test_padding_counts_nowhere():
-    """What is padded is far longer than the rest, and would move every figure."""
+    """Padded keys are far longer than the rest, and would change every figure."""
     q, k = tensors()
     lengths = torch.tensor([0, 5])
     k[0], k[1, :, 5:] = 1e3, torch.nan

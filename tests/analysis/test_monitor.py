@@ -1,4 +1,4 @@
-"""`Monitor`: its numbers, what it counts and what it refuses."""
+"""`Monitor`: its numbers, the calls that count, and its errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEASURES = (
 
 
 def record_of(net, *losses, **options):
-    """The record of a step in which these functions of the model give losses."""
+    """The record of a step with these losses, functions of the model."""
     net.zero_grad()
     with Monitor(net, every=1, thresholds=QUIET, **options) as monitor:
         for loss in losses:
@@ -117,7 +117,7 @@ def test_padding_and_accumulation_say_what_the_sequences_say_alone(kind, side):
 
 
 def test_rows_of_packed_sequences_are_no_padding_where_keys_are():
-    """Where queries and keys are packed apart, a row's number says nothing of a key's."""
+    """Queries and keys are packed apart here, so a row's place does not tell whether it is padding."""
 
     class Packed(nn.Module):
         def forward(self, x):
@@ -130,7 +130,7 @@ def test_rows_of_packed_sequences_are_no_padding_where_keys_are():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_numbers_of_16_bits_are_not_rounded_to_them(dtype):
-    """Nor do gradient norms overflow under a scaled loss."""
+    """Gradient norms do not overflow either, under a scaled loss."""
 
     class Bare(nn.Module):
         def forward(self, *operands):
@@ -193,7 +193,7 @@ def test_what_a_module_computes_after_a_part_of_it_raised_is_its_own():
 
 
 def test_monitors_side_by_side_see_the_same():
-    """Whichever begins its next step first."""
+    """Steps may end in any order."""
     net, x = Net(), torch.randn(2, 5, 32)
     with Monitor(net, every=1, thresholds=QUIET) as first, Monitor(net, every=2, thresholds=QUIET) as second:
         for number in range(5):
@@ -220,7 +220,7 @@ def test_frozen_layers():
     assert got["first.attention"]["q_gradient_norm"] is None
     assert got["first.attention"]["max_logit"] == wanted["first.attention"]["max_logit"]
     assert got["second.attention"]["q_gradient_norm"] is None  # nothing before it learns
-    # To rounding: without gradients, the first layer's output is computed otherwise.
+    # Only up to rounding: without gradients the first layer's output is computed by another kernel.
     norms = (torch.tensor(record["second.attention"]["k_gradient_norm"]) for record in (got, wanted))
     torch.testing.assert_close(*norms)
     net.first.attention.o_proj.requires_grad_(True)
@@ -313,7 +313,7 @@ def test_arguments():
 
 
 def test_decoding_is_left_alone():
-    """attention_decode has no gradient: nothing of a cache's steps is seen."""
+    """attention_decode has no gradient, so steps with a cache are not seen."""
     net = Net(causal=True)
     with Monitor(net, every=1, thresholds=QUIET) as monitor, torch.no_grad():
         cache = net.attention.cache(1, 8)

@@ -1,4 +1,4 @@
-"""What a Monitor writes, when it warns, and what it does then."""
+"""Records of a Monitor, its alarms, and the actions on them."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_nan_in_one_head_alarms():
 
 @pytest.mark.parametrize("scaling", [1e6, 1e-6])
 def test_what_is_at_its_threshold_is_well(scaling):
-    """Not even all of the rows are more than all of the rows."""
+    """A share of 1 is never exceeded."""
     net = Net(scaling=scaling)
     with Monitor(net, every=1, thresholds=Thresholds(None, 1.0, 1.0)) as monitor:
         record = step(net, monitor)
@@ -177,7 +177,7 @@ def test_what_is_at_its_threshold_is_well(scaling):
 
 
 def test_an_alarm_says_of_which_head_it_is():
-    """Beside a head without rows, too: QK-clip goes by the place."""
+    """Heads go by their place, also beside one without rows."""
     net, stood = Net(), []
     sharpened(net, 1000)
     mask = (torch.arange(HEADS) > 0)[None, :, None, None]

@@ -1,4 +1,4 @@
-"""The model that a `Monitor` watches: it computes, learns and is saved as without, and is whole afterwards."""
+"""A watched model computes, learns and is saved as without a `Monitor`, and is whole afterwards."""
 
 from __future__ import annotations
 

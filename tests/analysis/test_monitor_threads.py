@@ -63,7 +63,7 @@ def test_monitors_in_threads_watch_transformers_models():
 
 
 def test_a_model_that_runs_in_several_threads_counts_in_each():
-    """As under nn.DataParallel: replicas are shallow copies of the modules, each run by a thread."""
+    """Replicas of nn.DataParallel are shallow copies of the modules, each run by a thread."""
     net, x = Net(), torch.randn(2, 5, 32)
     replica = net._replicate_for_data_parallel()
     replica.attention = net.attention._replicate_for_data_parallel()
@@ -80,7 +80,7 @@ def test_a_model_that_runs_in_several_threads_counts_in_each():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_backward_in_another_thread_has_gradients(reentrant):
-    """As on a GPU, where a thread of autograd runs checkpointed layers again."""
+    """On a GPU a thread of autograd runs checkpointed layers again."""
 
     class Checkpointed(nn.Module):
         def __init__(self):

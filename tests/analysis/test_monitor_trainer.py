@@ -18,7 +18,7 @@ TOKENS = ids(16, 8)
 
 
 def state(net) -> dict:
-    """What a Monitor could have left; a trainer leaves attributes and entries of the config of its own."""
+    """Everything that a Monitor could leave in a model, without the attributes and entries of a trainer."""
     return {key: value for key, value in whole_state(net).items() if key not in ("attributes", "configs")}
 
 

@@ -38,7 +38,7 @@ def largest(net, run) -> dict[str, list[float]]:
 
 
 def clipped(net, run):
-    """Clip the first layer to half of its largest logits, and hold every head to what it should be."""
+    """Clip the first layer to a threshold between its heads' logits, and check every head's new logits."""
     before = largest(net, run)
     layer = next(iter(before))
     ordered = sorted(before[layer])
@@ -231,7 +231,7 @@ def test_layers_that_cannot_be_clipped_are_named_at_once_and_left_in_a_run():
 
 
 class Own(nn.Module):
-    """An attention of one's own, beside one that is known."""
+    """An attention of a user's own, around one that is known."""
 
     def __init__(self):
         super().__init__()

@@ -83,7 +83,7 @@ def test_a_lone_key_is_exact():
 
 @pytest.mark.parametrize("gap", [5.0, 50.0, 300.0])
 def test_what_is_left_of_a_one_hot_row_is_relative_to_itself(gap):
-    """Two keys whose logits are `gap` apart: p = (1 - e, e), where a sum of powers of p has nothing but rounding."""
+    """Two keys whose logits are `gap` apart: p = (1 - e, e), so a sum of powers of p would be all rounding."""
     q, k = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.tensor([0.0, gap]).double().view(1, 1, 2, 1)
     rest = math.exp(-gap) / (1 + math.exp(-gap))
     for order in (slice(None), torch.tensor([1, 0])):
@@ -111,7 +111,7 @@ def test_uniform_rows_keep_their_jacobian_and_lose_their_gradient():
 
 
 def test_the_spread_of_logits_far_from_zero():
-    """Logits around 1e6: a difference of mean squares would have lost them."""
+    """Logits around 1e6, whose deviations a difference of mean squares would lose."""
     k = torch.cat([torch.full((600, 1), 1e6), torch.arange(600.0)[:, None] / 600], -1)[None, None].double()
     ours = streamed(torch.ones(1, 1, 1, 2).double(), k, 1.0)
     exact = (torch.arange(600.0).double() / 600).std(correction=0)

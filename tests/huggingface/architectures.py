@@ -128,7 +128,7 @@ class Architecture:
         return {"input_ids": ids, **(mask or {})}
 
     def outputs(self, network: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """What the model computes where inputs are not padding, [..., any]."""
+        """The model's outputs at inputs that are not padding, [..., any]."""
         options = {"use_cache": False} if self.generates else {}
         result = network(**inputs, **options)
         if self.kind == "image and text":

@@ -1,4 +1,4 @@
-"""What a patched model has to satisfy, as functions: tests call them, and tests of the tests see them fail."""
+"""Checks of a patched model, as functions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def equals_eager(architecture: Architecture, padding: str) -> None:
 
 
 def padding_changes_nothing(architecture: Architecture, scaling: str) -> None:
-    """Padded rows of a batch give what they give alone, in a prefill and in the steps that follow it."""
+    """Padded rows of a batch give their results alone, in a prefill and in the steps after it."""
     network, inputs = architecture.build(), architecture.inputs("left")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     assert PADDINGS["left"][0][:PAD] == [0] * PAD

@@ -1,4 +1,4 @@
-"""Models of many architectures give, patched with sqrt_dim, what they give with their own eager attention."""
+"""Models of many architectures, patched with sqrt_dim, give the results of their own eager attention."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_generation_equals_eager(name, padding):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_weights_are_the_models(name):
-    """output_attentions=True warns and gives what eager attention gives, never an empty tuple."""
+    """output_attentions=True warns and gives eager attention's weights, never an empty tuple."""
     architecture = ARCHITECTURES[name]
     network, inputs = architecture.build(), architecture.inputs()
     network = getattr(network, "text_model", network) if architecture.kind == "image and text" else network

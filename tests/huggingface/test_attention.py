@@ -1,4 +1,4 @@
-"""The attention function says to `tritonattn.attention` what transformers asks for, and refuses what it cannot say."""
+"""The attention function translates calls of transformers for `tritonattn.attention`, and refuses what it cannot."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def module_with(**settings) -> SimpleNamespace:
 
 @pytest.mark.parametrize(("scaling", "gain"), [("key_norm_mean", 2.0 * 0.3 * 8**0.5), ("cosine", 2.0)])
 def test_the_configs_scaling_is_relative_to_the_models_own(scaling, gain):
-    """logit = model_scaling * sqrt(D) * gain * factor * (q . k); a cosine is no multiple of q."""
+    """logit = model_scaling * sqrt(D) * gain * factor * (q . k); cosine replaces the model's scaling."""
     q, k, v = torch.randn(3, 1, 2, 7, 8)
     out, weights = attention_forward(module_with(scaling=scaling, gain=2.0), q, k, v, None, scaling=0.3)
     wanted = tritonattn.attention(q, k, v, scaling=scaling, gain=gain, causal=True)
@@ -136,7 +136,7 @@ def test_additive_masks_of_zero_and_minus_infinity_are_bool_masks():
 
 
 def test_a_mask_of_more_keys_than_there_are_is_cut():
-    """As some models cut that of a static cache."""
+    """Some models cut the mask of a static cache to its keys."""
     q, module = torch.randn(1, 2, 3, 4), SimpleNamespace()
     visible = torch.ones(1, 1, 3, 5, dtype=torch.bool).tril()
     wanted = attention_forward(module, q, q, q, visible[..., :3], scaling=0.5)[0]

@@ -1,4 +1,4 @@
-"""Patched models generate: every mode, cache, search and padding gives what full passes give."""
+"""Generation by patched models: every mode, cache, search and padding gives the tokens of full passes."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_step_sees_edited_keys(cache):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("mode", ["key_norm_sum", "key_norm_rms", "key_norm_max"])
 def test_steps_of_a_part_of_a_model_equal_its_full_pass(mode, implementation):
-    """The other layers' implementation makes the masks, which say nothing of ranges."""
+    """The other layers' implementation makes the masks, which are dense."""
     network, inputs = LLAMA.build(implementation), LLAMA.inputs("left")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     position = (mask.cumsum(-1) - 1).clamp(min=0)

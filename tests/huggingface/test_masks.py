@@ -1,4 +1,4 @@
-"""Key ranges say exactly what transformers' dense masks say."""
+"""Key ranges equal transformers' dense masks."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_ranges_equal_the_dense_mask(q_length, kv_length, q_offset, kv_offset, p
 
 
 def test_padding_that_says_nothing_of_the_last_keys_hides_them():
-    """As that of a static cache, which is as long as the text."""
+    """A padding mask is as long as the text, which may be shorter than a static cache."""
     padding = torch.ones(BATCH, 6, dtype=torch.bool)
     padding[1, :2] = False
     asked = arguments(4, 9, mask_function=sliding_window_overlay(20)) | {"attention_mask": padding}

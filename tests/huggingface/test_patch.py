@@ -1,4 +1,4 @@
-"""`patch`: what it changes, what it leaves alone, what it says, and how all of it is taken back."""
+"""`patch`: its changes, the layers that it leaves alone, its report and its undo."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def logits(network, **inputs):
 
 
 def state(network) -> dict:
-    """Whatever a patch could have left behind."""
+    """Everything that a patch could leave behind in a model."""
     configs = {id(m.config): m.config.to_dict() for m in network.modules() if hasattr(m, "config")}
     return {
         "parameters": [name for name, _ in network.named_parameters()],
@@ -96,7 +96,7 @@ def test_layers_left_out_keep_their_own_numbers(implementation, padding):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_no_mask_means_what_the_models_own_implementation_means_by_it(implementation):
-    """To eager all keys, to sdpa what is_causal says."""
+    """Without a mask eager sees all keys, and sdpa those of is_causal."""
     network, hidden = LLAMA.build(implementation), torch.randn(1, 5, LLAMA.arguments["hidden_size"])
     attention = network.model.layers[1].self_attn
     inputs = {"position_embeddings": network.model.rotary_emb(hidden, torch.arange(5)[None]), "attention_mask": None}
@@ -129,7 +129,7 @@ def test_a_part_of_a_model_generates_as_before(name, implementation):
 
 
 def test_a_part_of_a_model_prefills_a_static_cache():
-    """sdpa gets no mask there, and means the upper left corner."""
+    """sdpa gets no mask in this prefill, and sees the upper left corner."""
     network, inputs = LLAMA.build("sdpa"), LLAMA.inputs()
     options = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
     wanted = network.generate(**inputs, **options)
@@ -164,7 +164,7 @@ def test_a_name_is_not_the_beginning_of_another():
 
 
 def test_every_layer_learns_a_gain_of_its_own():
-    """From the numbers that were given, which stay what they were."""
+    """Copies start from the given tensor, which does not change."""
     network, given = LLAMA.build(), torch.ones(4, 1)
     with patch(network, gain=given) as one:
         first, second = (own.gain for own in one.layers.values())
@@ -252,7 +252,7 @@ def test_what_has_no_attention_to_patch_is_refused_by_name():
 
 
 def test_the_name_alone_is_refused_where_it_does_nothing():
-    """transformers warns at most, and goes on with the model's own attention."""
+    """transformers at most warns, and goes on with the model's own attention."""
     config = transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9)
     with pytest.raises(NotImplementedError, match=r"BloomForCausalLM: BloomAttention .*AttentionInterface"):
         transformers.BloomForCausalLM(config).set_attn_implementation(NAME)

@@ -1,4 +1,4 @@
-"""A patched model is used like any other: copied, pickled, wrapped, trained, compiled, served; and its one rule."""
+"""Uses of a patched model (copied, pickled, wrapped, trained, compiled, served), and the formula of its logits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def logits(network, **inputs):
 
 
 def test_a_patched_layer_stays_patched_whatever_the_models_implementation():
-    """As when continuous batching switches the implementation of a model behind its user's back."""
+    """Continuous batching switches the implementation of a model without asking its user."""
     network, inputs = LLAMA.build(), LLAMA.inputs("left")
     with patch(network, scaling="none"):
         wanted = logits(network, **inputs)
@@ -151,7 +151,7 @@ def test_a_compiled_model_trains(scaling, layers):
 
 @pytest.mark.parametrize("layers", [1, "model.layers.1", f"0.{SECOND}", "*.1.*"])
 def test_a_model_inside_another_module_is_patched_and_saved(layers, tmp_path):
-    """As PEFT wraps models: layers go by their numbers and names in the model, and its config keeps the settings."""
+    """PEFT wraps models: layers go by their numbers and names in the model, and its config keeps the settings."""
     network = LLAMA.build("sdpa")
     before = logits(network)
     with patch(nn.Sequential(network), scaling="key_norm_mean", layers=layers) as one:
@@ -166,7 +166,7 @@ def test_a_model_inside_another_module_is_patched_and_saved(layers, tmp_path):
 
 
 def test_models_side_by_side_are_saved_each_with_its_own(tmp_path):
-    """As a draft beside its target: layers of both bear the same names in their models."""
+    """A draft beside its target: layers of both have the same names in their models."""
     networks = [LLAMA.build("sdpa"), LLAMA.build("sdpa")]
     with patch(nn.ModuleList(networks), layers={"0.*": "none", f"1.{FIRST}": "key_norm_mean"}):
         wanted = [logits(network) for network in networks]
@@ -179,7 +179,7 @@ def test_models_side_by_side_are_saved_each_with_its_own(tmp_path):
 
 
 class Wrapper(nn.Module):
-    """A module that passes on what it does not know, as PEFT's and FSDP's do."""
+    """A wrapper that passes unknown attributes on, as PEFT's and FSDP's do."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ def test_what_a_wrapper_wraps_still_scales(scaling):
         patch(network)
 
 
-# What each model multiplies q . k by, q scaled beforehand being part of q: 1 / sqrt(8) but for these.
+# The models' own factors of q . k, without scales that are part of q; all others have 1 / sqrt(8).
 MODEL_SCALINGS = {"gemma2": 3**-0.5, "gemma3": 3**-0.5, "granite": 0.3, "opt": 1.0, "whisper": 1.0}
 RULE_MODES = {
     "llama": ["key_count", "cosine", 0.05, None],
@@ -252,7 +252,7 @@ def test_the_rule_of_what_learns_is_that_of_the_mode_where_it_stands(scaling, na
 
 @pytest.mark.parametrize(("name", "scaling"), dict.fromkeys(RULE_CASES))
 def test_the_one_rule(name, scaling):
-    """logit = model_scaling * sqrt(D) * factor * (q . k), recomputed densely from q and k; cosine stands alone."""
+    """logit = model_scaling * sqrt(D) * factor * (q . k), computed densely; cosine replaces the model's scaling."""
     architecture, models_own = ARCHITECTURES[name], MODEL_SCALINGS.get(name, 8**-0.5)
     network, inputs = architecture.build(), architecture.inputs()
     checked = []
@@ -306,7 +306,7 @@ def test_continuous_batching_without_masks_is_refused_by_name():
 @pytest.mark.skipif(VERSION < (5, 24), reason="it asks the hub for a tokenizer, or takes no small sizes")
 @pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_mean"])
 def test_continuous_batching_with_masks(scaling):
-    """Whole models are refused by name; with the dense masks of sdpa every request gives what it gives alone."""
+    """Whole models are refused by name; with the dense masks of sdpa every request gives its result alone."""
     network, ids = LLAMA.build("sdpa"), LLAMA.inputs()["input_ids"]
     requests = [ids[0].tolist(), ids[1, :7].tolist()]
     options = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)

@@ -1,4 +1,4 @@
-"""A patched model that is saved comes back patched, or its loading says what is missing."""
+"""A saved patched model loads as a patched model, or names what is missing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def logits(network) -> torch.Tensor:
 
 
 def disturb(network) -> None:
-    """Make what is learned differ from where it starts."""
+    """Move learned values away from their start."""
     for own in patched(network).layers.values():
         for x in own.parameters():
             x.data.add_(torch.rand(x.shape, generator=torch.Generator().manual_seed(3)))
@@ -246,7 +246,7 @@ def test_a_scaling_of_ones_own(tmp_path, monkeypatch):
 
 
 def test_a_config_alone_makes_a_patched_model():
-    """As when a patched model is trained from scratch by its config."""
+    """A patched model can be trained from scratch by its config."""
     network = LLAMA.build()
     patch(network, scaling="ssmax")
     again = transformers.AutoModelForCausalLM.from_config(network.config)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 
 @pytest.fixture
 def registered():
-    """Registers, and undoes it: the table of backends is the process's."""
+    """`register`, undone after the test: the table of backends is global."""
     names = []
 
     def register(name=ours.NAME, *arguments, **keywords):

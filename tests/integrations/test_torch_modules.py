@@ -1,4 +1,4 @@
-"""torch.nn.MultiheadAttention with a scaling: torch's own results for sqrt_dim, the formula for every mode."""
+"""torch.nn.MultiheadAttention with a scaling: torch's own results with sqrt_dim, the formula with every mode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tokens(*shape, seed=0):
 
 
 def pair(scaling="sqrt_dim", **arguments):
-    """torch's layer and ours with its parameters, of a size that makes the softmax matter."""
+    """torch's layer and ours with its parameters, large enough for a sharp softmax."""
     torch.manual_seed(0)
     theirs = nn.MultiheadAttention(E, H, dtype=torch.float64, **arguments)
     with torch.no_grad():
