@@ -43,10 +43,10 @@ class Mutant(NamedTuple):
 
 
 def read_table(text: str | None = None) -> list[Mutant]:
-    """The faults of table.txt, or of a text like it: blocks of lines, comments begin with #."""
+    """The faults of table.txt, or of a text like it: four lines each, beside comments and blank lines."""
     lines = (TABLE.read_text(encoding="utf-8") if text is None else text).splitlines()
-    blocks = "\n".join(line for line in lines if not line.startswith("#")).split("\n\n")
-    return [_mutant(block.strip("\n").splitlines()) for block in blocks if block.strip()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    return [_mutant(lines[at : at + 4]) for at in range(0, len(lines), 4)]
 
 
 def _mutant(block: list[str]) -> Mutant:
