@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+
+from tritonattn.backends.triton import launch
+from tritonattn.backends.triton.compile import launch_of, specialised
+from tritonattn.core.call import ForwardResult
+from tritonattn.kernels import KERNELS
 from tritonattn.tuner import workload
 from tritonattn.tuner.static import keys
 from tritonattn.tuner.workload import Size, Workload, typical_size
-from tritonattn.tuning.config import is_short
+from tritonattn.tuning.config import Target, is_short
+from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.table import Key
 
 CPU = torch.device("cpu")
@@ -28,13 +33,29 @@ def test_a_typical_call_is_of_its_key():
     assert typical_size(key, length=2**20).batch == 1
 
 
+@pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+@pytest.mark.parametrize("key", [key for key in keys() if key.head_dim in (64, 80)], ids=str)
+def test_what_is_timed_is_what_the_gate_compiles(key):
+    """The same code, to the alignments of the arguments."""
+    target, gpu = Target("cuda", "90"), GPUTarget("cuda", 90, 32)
+    size = Size(2, 32, 1024, 4) if key.kernel == "decode" else Size(2, 2, 64)
+    timed = Workload(key, size, torch.bfloat16, CPU, copies=1)
+    with launch.recording(target) as launches:
+        timed(0)
+    config = default_config(key.kernel, key.problem, target)
+    gated, options = launch_of(key.kernel, key.problem, config, target), launch.compile_options(config)
+    [run] = [one for one in launches if one.kernel is KERNELS[key.kernel]]
+    sources = [specialised(one.kernel, one.arguments, options, gpu).hash() for one in (run, gated)]
+    assert sources[0] == sources[1]
+
+
 @pytest.mark.parametrize("kernel", ["forward", "decode"])
 def test_rounds_take_copies_in_turn(kernel, monkeypatch):
     calls = []
 
-    def launched(call, aux):
+    def launched(call, aux, rounding=None):
         calls.append(call.q)
-        return SimpleNamespace(out=call.q)
+        return ForwardResult(call.q, call.q[..., 0])
 
     monkeypatch.setattr(workload.triton_backend, kernel, launched)
     timed = Workload(Key(kernel, 64, "none", "short"), Size(1, 2, 8), torch.bfloat16, CPU, copies=2)
@@ -54,7 +75,7 @@ def test_what_is_no_number_is_wrong(monkeypatch):
     assert right.shape == (1, 2, 8, 64)
     for factor, message in ((1.0, None), (1.004, "expected an error of at most"), (torch.nan, "got nan")):
         monkeypatch.setattr(
-            workload.triton_backend, "forward", lambda call, aux, x=right * factor: SimpleNamespace(out=x)
+            workload.triton_backend, "forward", lambda *_, x=right * factor: ForwardResult(x, x[..., 0])
         )
         found = timed.error()
         assert found is None if message is None else message in str(found)

@@ -47,7 +47,7 @@ class Workload:
     def __init__(self, key: Key, size: Size, dtype: torch.dtype, device: torch.device, copies: int = _COPIES) -> None:
         self.key, self.size, self.dtype, self.device = key, size, dtype, device
         self._calls = [self._call(seed) for seed in range(copies)]
-        self._forwards: dict[int, tuple[Tensor, Tensor]] = {}
+        self._forwards: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def __call__(self, number: int) -> tuple[Tensor, ...]:
         """Launch with the next copy in the config in use, and return the kernel's results."""
@@ -55,9 +55,12 @@ class Workload:
         if isinstance(call, DecodeCall):
             return (triton_backend.decode(call, aux=False).out,)
         if not any(self._needs):
-            return (triton_backend.forward(call, aux=False).out,)
-        out, lse = self._forward(number % len(self._calls), call)
-        gradients = triton_backend.backward(call, out, lse, call.q, None, self._needs)
+            return self._forward(call)[:1]
+        copy = number % len(self._calls)
+        if copy not in self._forwards:
+            self._forwards[copy] = self._forward(call)
+        out, lse, rounding = self._forwards[copy]
+        gradients = triton_backend.backward(call, out, lse, call.q, None, self._needs, rounding)
         return tuple(x for x in gradients if x is not None)
 
     def error(self) -> str | None:
@@ -86,10 +89,10 @@ class Workload:
         of_query_scale = of_query and self.key.problem.query_scale_grad
         return Needs(of_query, of_key, of_key, of_query_scale, of_key and self.key.problem.key_scale)
 
-    def _forward(self, copy: int, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        if copy not in self._forwards:
-            self._forwards[copy] = triton_backend.forward(call, aux=False)[:2]
-        return self._forwards[copy]
+    def _forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        """out, lse, and of 16 bits what out lost when it was rounded, as training keeps it."""
+        rounding = torch.empty_like(call.q) if self.dtype.itemsize == 2 else None
+        return *triton_backend.forward(call, False, rounding)[:2], rounding
 
     def _call(self, seed: int) -> AttentionCall | DecodeCall:
         size, dim = self.size, self.key.head_dim

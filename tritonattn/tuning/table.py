@@ -63,7 +63,7 @@ class Key(NamedTuple):
 
     @property
     def problem(self) -> Problem:
-        """A call of this key, causal."""
+        """The call of this key that is gated and timed: causal; a forward of training, a decode of grouped heads."""
         dim, right = self.head_dim, self.kernel != "decode"
         return Problem(
             dim,
@@ -74,6 +74,8 @@ class Key(NamedTuple):
             query_scale="query" in self.scales,
             key_scale="key" in self.scales,
             query_scale_grad="gradient" in self.scales,
+            grouped=self.kernel == "decode",
+            rounding=self.kernel == "forward",
         )
 
 

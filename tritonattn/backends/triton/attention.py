@@ -51,12 +51,12 @@ def backward(
     shared = _call_arguments(call) | {"d_out": strided(d_out)}
     shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
     takes_sinks = call.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
-    shared["d_sinks_ptr"] = _results(call, lse.shape, torch.float32) if takes_sinks else None
+    d_sinks = _results(call, lse.shape, torch.float32) if takes_sinks else None
+    shared["d_sinks_ptr"] = d_sinks
     problem = problem_of(call, d_out, aux=d_lse is not None, rounding=rounding is not None)
     rounding = None if rounding is None else rounding.contiguous()
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
     shared |= _row_terms(problem, call, shared, results, d_out)
-    d_sinks = shared["d_sinks_ptr"]
     d_q, d_query_scale = _grad_query(problem, call, shared, needs, d_out)
     d_k, d_v, d_key_scale = _grad_key_value(problem, call, shared, needs, d_out)
     d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
