@@ -118,7 +118,7 @@ def test_a_config_is_for_its_kernel_and_for_calls_that_it_is_legal_for(monkeypat
 def test_the_next_config_is_planned_after_a_refusal_alone(error, again, monkeypatch):
     configs = [TILES, TileConfig(32, 32, 4, 1)]
     monkeypatch.setattr(launch, "config_for", lambda *_: configs[0])
-    monkeypatch.setattr(launch.lookup, "strike", lambda *given: configs.pop(0) == given[3])
+    monkeypatch.setattr(launch.lookup, "reject_config", lambda *given: configs.pop(0) == given[3])
 
     def launches(plan):
         if plan.config == TILES:

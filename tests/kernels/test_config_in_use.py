@@ -28,7 +28,7 @@ def ran(device, tmp_path, monkeypatch):
     write_table(tmp_path / f"{name}.json", Table(name, target, kernels_fingerprint(), entries))
     monkeypatch.setattr(cache_dir, "shipped_tables", lambda: tmp_path)
     monkeypatch.setattr(cache_dir, "user_cache", lambda: tmp_path / "none")
-    lookup.forget()
+    lookup.clear_cache()
     launch._plan.cache_clear()
     seen, run = [], launch.run
 
@@ -38,7 +38,7 @@ def ran(device, tmp_path, monkeypatch):
 
     monkeypatch.setattr(launch, "run", watch)
     yield seen
-    lookup.forget()
+    lookup.clear_cache()
     launch._plan.cache_clear()
 
 

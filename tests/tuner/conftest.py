@@ -20,9 +20,9 @@ def user(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "user"))
     monkeypatch.setattr(commands, "Compiler", FakeCompiler)
     monkeypatch.setattr(launch, "interpreting", False)
-    lookup.forget()
+    lookup.clear_cache()
     yield tmp_path / "user" / "autotune"
-    lookup.forget()
+    lookup.clear_cache()
 
 
 @pytest.fixture

@@ -202,7 +202,7 @@ def test_env_says_which_tables_are_in_use(on_h100, user, monkeypatch):
     found = in_use.tables(H100)
     assert found[str(user / "h100.json")] == f"1 entries, 1 of {len(list(keys()))} in use"
     (user / "h100.json").write_text(json.dumps({"schema_version": 9}), encoding="utf-8")
-    lookup.forget()
+    lookup.clear_cache()
     with pytest.warns(UserWarning, match="skips a table"):
         found = in_use.tables(H100)
     assert "skipped" in found[str(user / "h100.json")]

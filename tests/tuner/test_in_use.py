@@ -19,7 +19,7 @@ def test_every_gpu_is_named_with_its_clocks_and_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: cards[device.index]))
     monkeypatch.setattr(in_use, "card_state", lambda device: {"driver_version": f"57{device.index}"})
-    lookup.forget()
+    lookup.clear_cache()
     facts = in_use.kernel_facts()
     count = len(list(keys()))
     for index, (card, name) in enumerate(zip(cards, ("a100", "h100"), strict=True)):

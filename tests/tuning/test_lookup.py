@@ -27,15 +27,15 @@ def folders(tmp_path, monkeypatch):
     shipped.mkdir()
     monkeypatch.setattr(cache_dir, "shipped_tables", lambda: shipped)
     monkeypatch.setattr(cache_dir, "user_cache", lambda: user)
-    lookup.forget()
+    lookup.clear_cache()
     yield shipped, user / "autotune"
-    lookup.forget()
+    lookup.clear_cache()
 
 
 def put(path, block_n: int, *, target: Target = H100, kernels: str | None = None, **config) -> None:
     entry = Entry(TileConfig(64, block_n, 4, 2, **config), "static", {})
     write_table(path, Table(path.stem, target, kernels or kernels_fingerprint(), {KEY: entry}))
-    lookup.forget()
+    lookup.clear_cache()
 
 
 def found(target: Target = H100, problem: Problem = PROBLEM) -> int:
@@ -88,7 +88,7 @@ def test_a_table_for_other_kernels_or_another_gpu_is_skipped(folders):
     with pytest.warns(UserWarning, match="kernels: expected .*, got 'feedfeedfeedfeed'"):
         assert lookup.find("forward", PROBLEM, H100).path is None
     write_table(shipped / "h100.json", Table("h200", H200, kernels_fingerprint(), {}))
-    lookup.forget()
+    lookup.clear_cache()
     with pytest.warns(UserWarning, match="gpu: expected h100, got 'h200'"):
         assert lookup.find("forward", PROBLEM, H100).path is None
     for other in (Target("hip", "gfx942"), Target("cuda", "100")):
@@ -116,14 +116,14 @@ def test_a_config_that_a_compiler_refused_is_passed_over(folders):
     other = Problem(64, 64, torch.bfloat16, right=True)
     refused, why = lookup.config_for("forward", PROBLEM, H100), RuntimeError("out of resource")
     with pytest.warns(UserWarning, match=r"skips a tuned config: .*user.autotune.h100.json: forward/.*out of resource"):
-        assert lookup.strike("forward", PROBLEM, H100, refused, why)
+        assert lookup.reject_config("forward", PROBLEM, H100, refused, why)
     assert (found(), found(problem=other)) == (32, 64)
-    assert not lookup.strike("forward", PROBLEM, H100, refused, why)  # is in use no more
+    assert not lookup.reject_config("forward", PROBLEM, H100, refused, why)  # is in use no more
     assert found() == 32
-    lookup.forget()
+    lookup.clear_cache()
     assert found() == 64
     single = Problem(64, 64, torch.float32)
-    assert not lookup.strike("forward", single, H100, lookup.config_for("forward", single, H100), why)
+    assert not lookup.reject_config("forward", single, H100, lookup.config_for("forward", single, H100), why)
 
 
 def test_folders_that_cannot_be_read(folders, monkeypatch):
@@ -135,7 +135,7 @@ def test_folders_that_cannot_be_read(folders, monkeypatch):
 
     (user / "h100.json").rmdir()
     os.mkfifo(user / "h100.json")
-    lookup.forget()
+    lookup.clear_cache()
     with pytest.warns(UserWarning, match="regular file"):
         assert lookup.find("forward", PROBLEM, H100).path is None
 
@@ -144,7 +144,7 @@ def test_folders_that_cannot_be_read(folders, monkeypatch):
 
     monkeypatch.setattr(cache_dir, "shipped_tables", missing)
     (user / "h100.json").unlink()
-    lookup.forget()
+    lookup.clear_cache()
     assert lookup.find("forward", PROBLEM, H100).path is None
 
 
@@ -167,7 +167,7 @@ def test_an_illegal_entry_never_runs(folders):
     assert found(problem=unaligned) == 32, "descriptors cannot address it"
     entry = Entry(TileConfig(64, 1024, 4, 16), "static", {})
     write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
-    lookup.forget()
+    lookup.clear_cache()
     assert found() == 32, "too much shared memory"
 
 
@@ -177,7 +177,7 @@ def test_nothing_in_a_config_breaks_a_call(folders):
     put(shipped / "h100.json", 32)
     entry = Entry(TileConfig(0, 64, 4, 2), "static", {})
     write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
-    lookup.forget()
+    lookup.clear_cache()
     with pytest.warns(UserWarning, match=r"skips a table .*forward/64/none/long: block_m: expected 1 to 1024, got 0"):
         assert found() == 32
 

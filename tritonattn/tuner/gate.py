@@ -11,9 +11,9 @@ from ..tuning.config import (
     Target,
     TileConfig,
     legal_reasons,
+    one_line,
     padded_dim,
     shared_limit,
-    told,
 )
 from .machine_code import MachineCode, MmaLoop, flops_per_logit, read_machine_code
 from .model import RATES, cycles, programs_per_sm
@@ -40,7 +40,7 @@ def examine(kernel: str, problem: Problem, config: TileConfig, target: Target) -
     try:
         code = read_machine_code(compile_kernel(kernel, problem, config, target))
     except Exception as error:  # a compiler may raise anything; the config is refused
-        return Candidate(config, None, (f"does not compile: {told(error)}",))
+        return Candidate(config, None, (f"does not compile: {one_line(error)}",))
     return Candidate(config, code, tuple(gate_reasons(kernel, problem, config, target, code)))
 
 

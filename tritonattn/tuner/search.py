@@ -11,7 +11,7 @@ import torch
 import triton
 
 from ..backends.triton import launch
-from ..tuning.config import Target, TileConfig, told
+from ..tuning.config import Target, TileConfig, one_line
 from ..tuning.gpus import GPUS
 from ..tuning.lookup import config_for
 from ..tuning.table import Entry, Key
@@ -75,7 +75,7 @@ def search(
         workloads = [Workload(key, size or typical_size(key), dtype, device) for dtype in dtypes]
         return _search(key, [before, *configs], workloads, device, effort)
     except torch.OutOfMemoryError as error:
-        return Result(key, before, None, None, None, (f"{key}: {told(error)}",))
+        return Result(key, before, None, None, None, (f"{key}: {one_line(error)}",))
     except RuntimeError as error:
         _refuse_if_lost(f"{key}, while timed,", device, error)
         raise
@@ -141,14 +141,14 @@ def _error(workloads: list[Workload], key: Key, config: TileConfig) -> str | Non
             return next(filter(None, (workload.error() for workload in workloads)), None)
     except Exception as error:  # a compiler or driver may raise anything; the config is refused
         _refuse_if_lost(f"{key} {config}", workloads[0].device, error)
-        return told(error)
+        return one_line(error)
 
 
 def _refuse_if_lost(what: str, device: torch.device, error: Exception) -> None:
     """Raise SearchError where an error has left the card unusable."""
     if _is_lost(device):
         raise SearchError(
-            f"{what} left the card unusable to this process: {told(error)}; "
+            f"{what} left the card unusable to this process: {one_line(error)}; "
             "--kernels, --head-dims and --lengths name others"
         ) from error
 

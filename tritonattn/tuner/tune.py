@@ -184,7 +184,7 @@ def _save(results: list[Result], path: Path, target: Target, shipped: bool) -> N
     found = {result.key: result.entry for result in results if result.entry is not None}
     table = Table(table_name(target), target, kernels_fingerprint(), _entries(path, target) | found)
     _write(path, table, shipped)
-    lookup.forget()
+    lookup.clear_cache()
 
 
 def _measured_summary(results: list[Result]) -> str:

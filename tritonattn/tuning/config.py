@@ -189,7 +189,7 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
     return reasons
 
 
-def told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What a compiler or driver raised about a config, on a line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import cache_dir
-from .config import Problem, Target, TileConfig, legal_reasons, told
+from .config import Problem, Target, TileConfig, legal_reasons, one_line
 from .defaults import default_config
 from .gpus import GPUS, table_name
 from .table import Key, Table, TableError, kernels_fingerprint, key_of, read_table
 
 # What a compiler or a card refused although it is legal by the estimates.
-_struck: set[tuple[str, Problem, Target, TileConfig]] = set()
+_rejected: set[tuple[str, Problem, Target, TileConfig]] = set()
 
 
 class Found(NamedTuple):
@@ -35,27 +35,27 @@ def find(kernel: str, problem: Problem, target: Target) -> Found:
     key = key_of(kernel, problem)
     if key is not None:
         for found in _entries(target).get(key, ()):
-            is_struck = (kernel, problem, target, found.config) in _struck
-            if not is_struck and not legal_reasons(kernel, found.config, problem, target):
+            is_rejected = (kernel, problem, target, found.config) in _rejected
+            if not is_rejected and not legal_reasons(kernel, found.config, problem, target):
                 return found
     return Found(default_config(kernel, problem, target), None)
 
 
-def strike(kernel: str, problem: Problem, target: Target, config: TileConfig, why: Exception) -> bool:
+def reject_config(kernel: str, problem: Problem, target: Target, config: TileConfig, why: Exception) -> bool:
     """Pass over a table's config from now on, and say so; False where the config in use is of no table."""
     found = find(kernel, problem, target)
     if found.path is None or found.config != config:
         return False
-    _struck.add((kernel, problem, target, config))
-    what = f"{found.path}: {key_of(kernel, problem)}: {config}: {told(why)}"
+    _rejected.add((kernel, problem, target, config))
+    what = f"{found.path}: {key_of(kernel, problem)}: {config}: {one_line(why)}"
     warnings.warn(f"tritonattn skips a tuned config: {what}", stacklevel=2)
     return True
 
 
-def forget() -> None:
+def clear_cache() -> None:
     """Read the files again at the next lookup; the plans of `launch` keep what they were made with."""
     _entries.cache_clear()
-    _struck.clear()
+    _rejected.clear()
 
 
 def paths(target: Target) -> list[Path]:

@@ -219,7 +219,7 @@ def planned(kernel: str, problem: Problem, device: torch.device, launches: Calla
             return launches(chosen)
         except (TritonError, RuntimeError) as error:
             is_refusal = isinstance(error, TritonError) or "PassManager" in str(error)
-            if not is_refusal or not lookup.strike(kernel, problem, Target.of(device), chosen.config, error):
+            if not is_refusal or not lookup.reject_config(kernel, problem, Target.of(device), chosen.config, error):
                 raise
             _plan.cache_clear()
 
