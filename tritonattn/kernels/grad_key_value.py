@@ -161,12 +161,12 @@ def _walk_rows(
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_grad_key_value(
+    q_descriptor,  # first: see `attention_forward`
+    d_out_descriptor,
     q,
     k,
     v,
     d_out,
-    q_descriptor,
-    d_out_descriptor,
     key_scale,
     terms,
     factor_size,

@@ -114,12 +114,12 @@ def _excess(d_logit_sum, d_lse_ptr, d_sinks_ptr, row_offsets, live):
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
 def attention_grad_query(
+    k_descriptor,  # first: see `attention_forward`
+    v_descriptor,
     q,
     k,
     v,
     d_out,
-    k_descriptor,
-    v_descriptor,
     query_scale,
     key_scale,
     key_size,
