@@ -161,6 +161,6 @@ def run(options: argparse.Namespace) -> None:
     headers = ["case", "attention", "ms", "time ratio", "peak MiB", "memory ratio"]
     digits = ("", "", ".0f", ".3f", ".0f", ".2f")
     rows = [[format(x, one) for x, one in zip(record.values(), digits, strict=True)] for record in records]
-    print(table(rows, headers, "simple"))
+    print(table(rows, headers, "simple", left=2))
     if options.json:
         write_json(options.json, {"environment": asdict(environment), "results": records})

@@ -67,7 +67,7 @@ def _times_table(records: list[Record]) -> str:
         figures = [column(record) for column in columns.values()]
         rows.append([*values, record.contestant, *figures, "" if record.status == "measured" else record.status])
     headers = [*shown, "contestant", *columns, ""]
-    return layout(rows, headers, align="left") + _baselines(records)
+    return layout(rows, headers, left=None) + _baselines(records)
 
 
 def _baselines(records: list[Record]) -> str:
@@ -92,7 +92,7 @@ def _accuracy_table(records: list[Record]) -> str:
             own = [r for r in records if (r.axes["dtype"], r.axes.get(axis, r.scaling)) == (dtype, value)]
             errors = [[_size(r.error) for r in own if implementation(r) == who] for who in contestants]
             rows.append([dtype, value, *(f"{statistics.median(e):.1e}, {max(e):.1e}" if e else "" for e in errors)])
-        parts.append(layout(rows, ["dtype", name, *contestants], align="left"))
+        parts.append(layout(rows, ["dtype", name, *contestants], left=None))
     return "\n\n".join(parts)
 
 

@@ -78,7 +78,7 @@ class Advice:
         rows = [
             (one.layer, *_figures(one.reading), one.rule.name, _tried(one.mode, one.after)) for one in self.findings
         ]
-        return table(rows, headers, "simple", align="left")
+        return table(rows, headers, "simple", left=None)
 
     def report(self) -> str:
         """The table and the reasons as text."""

@@ -10,9 +10,9 @@ def table(
     rows: Iterable[Sequence[Any]],
     headers: Sequence[Any],
     style: Literal["github", "simple"] = "github",
-    align: Literal["left", "right"] = "right",
+    left: int | None = 1,
 ) -> str:
-    """Lay out a table whose cells are shown as they are; the first column is aligned left, the others as `align` says.
+    """Lay out a table whose cells are shown as they are; the first `left` columns (None: all) are aligned left.
 
     Raises ImportError, with the pip command, without tabulate.
     """
@@ -20,6 +20,7 @@ def table(
         from tabulate import tabulate
     except ImportError as error:
         raise ImportError("tables need tabulate: pip install 'tritonattn[demo]'") from error
-    return tabulate(
-        rows, list(map(str, headers)), tablefmt=style, disable_numparse=True, stralign=align, colalign=("left",)
-    )
+    names = list(map(str, headers))
+    count = len(names) if left is None else left
+    sides = ["left"] * count + ["right"] * (len(names) - count)
+    return tabulate(rows, names, tablefmt=style, disable_numparse=True, colalign=sides)

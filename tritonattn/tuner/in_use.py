@@ -73,7 +73,7 @@ def configs(gpu: str | None) -> int:
     for key in keys():
         found = lookup.find(key.kernel, key.problem, target)
         rows.append([key, shown(found.config), _origin(found.path, key)])
-    print(table(rows, ["key", "config", "from"], align="left"))
+    print(table(rows, ["key", "config", "from"], left=None))
     return 0
 
 

@@ -132,7 +132,7 @@ def _static_summary(table: Table, before: dict[Key, Entry], wanted: list[Key]) -
         known = entry.details.get("registers", "")
         changed = "" if old is None or old.config == entry.config else f"was {shown(old.config)}"
         rows.append([key, shown(entry.config), known, changed or entry.source])
-    return layout(rows, ["key", "config", "registers", "source"], align="left")
+    return layout(rows, ["key", "config", "registers", "source"], left=None)
 
 
 def _tune_here(options: Namespace, wanted: list[Key], end: float) -> int:
@@ -198,4 +198,4 @@ def _measured_summary(results: list[Result]) -> str:
         ]
         for result in results
     ]
-    return layout(rows, ["key", "before", "now", "ms", "gain"], align="left")
+    return layout(rows, ["key", "before", "now", "ms", "gain"], left=None)

@@ -124,7 +124,7 @@ class Findings:
         names = list(next(iter(self.paper.values())))
         rows = [[dim, mode, *(values[name] for name in names)] for (dim, mode), values in self.paper.items()]
         title = f"The paper's simulation: 32 keys, 500 queries, standard normal components, seed {self.seed}"
-        return _table(title, ["d", "scaling", *map(_header, names)], rows)
+        return _table(title, ["d", "scaling", *map(_header, names)], rows, left=2)
 
     def _component_table(self) -> str:
         rows = [
@@ -136,8 +136,10 @@ class Findings:
             )
             for part in self.components
         ]
-        title = "Its figures: the value of key 1 over the queries, and what the published package takes for that"
-        return _table(title, ["figure", "d", "values", "mean", "std", "mean as\npublished", "std as\npublished"], rows)
+        title = "Its figures: the value of key 1 over the queries, and in the published package's column 1"
+        return _table(
+            title, ["figure", "d", "values", "mean", "std", "mean as\npublished", "std as\npublished"], rows, left=3
+        )
 
     def _sweep_tables(self) -> list[str]:
         first = self.points[0]
@@ -170,9 +172,9 @@ class Findings:
         return tables
 
 
-def _table(title: str, headers: list[Any], rows: Iterable[Iterable[Any]]) -> str:
+def _table(title: str, headers: list[Any], rows: Iterable[Iterable[Any]], left: int = 1) -> str:
     cells = [[f"{x:.3g}" if isinstance(x, float) else x for x in row] for row in rows]
-    return f"{title}\n\n{table(cells, headers, 'simple')}"
+    return f"{title}\n\n{table(cells, headers, 'simple', left)}"
 
 
 def _header(name: str) -> str:
