@@ -11,7 +11,7 @@ import pytest
 from tritonattn.core import records
 
 
-@pytest.mark.parametrize("before", ["", '{"a": 1}\n', '{"a": 1}\n{"to'])
+@pytest.mark.parametrize("before", ["", '{"a": 1}\n', '{"a": 1}\n{"to'], ids=["new", "whole", "torn"])
 def test_a_torn_line_is_ended_before_others_follow(before, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(before)

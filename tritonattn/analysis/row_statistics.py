@@ -59,9 +59,14 @@ class RowStatistics:
 
     @property
     def relative_entropy(self) -> Tensor:
-        """entropy / ln(n): 1 is uniform, 0 a single key; NaN where n < 2."""
-        several = self.key_count > 1
-        return torch.where(several, self.entropy / torch.where(several, self.key_count, 2).log(), torch.nan)
+        """As the function of that name."""
+        return relative_entropy(self.entropy, self.key_count)
+
+
+def relative_entropy(entropy: Tensor, count: Tensor) -> Tensor:
+    """Compute entropy / ln(n) of rows that see n keys, fp64: 1 is uniform, 0 a single key; NaN where n < 2."""
+    several = count > 1
+    return torch.where(several, entropy.double() / torch.where(several, count, 2).log(), torch.nan)
 
 
 @torch.no_grad()

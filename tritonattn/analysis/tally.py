@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.observation import ObservedCall
 from .diagnosis import ONE_HOT, UNIFORM
+from .row_statistics import relative_entropy
 
 
 class Tally:
@@ -72,7 +73,7 @@ def _sums(call: ObservedCall) -> dict[str, Tensor]:
     top = aux.max_logit.double()
     capped = top if call.softcap is None else call.softcap * torch.tanh(top / call.softcap)
     probability = torch.exp(capped - aux.lse.double())
-    relative = aux.entropy.double() / torch.where(several, n, 2).log()
+    relative = relative_entropy(aux.entropy, n)
 
     def count(x: Tensor, rows: Tensor) -> Tensor:  # [Hq]
         return torch.where(rows, x.double(), 0).sum((0, 2))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...analysis.row_statistics import relative_entropy
 from ...calls.dispatch import AttentionAux
 from ...core.errors import CommandError
 from ...core.visibility import Visibility
@@ -126,7 +127,7 @@ def _layer(name: str, query: Tensor, key: Tensor, arguments: dict[str, Any], aux
     seen = Visibility.of(query, key, **{part: arguments[part] for part in parts})
     count = seen.counts().expand_as(aux.entropy)  # [B, Hq, Sq]
     several = count > 1
-    relative = aux.entropy.double() / torch.where(several, count, 2).log()
+    relative = relative_entropy(aux.entropy, count)
     heads = torch.where(several, relative, 0).sum((0, 2)) / several.sum((0, 2))  # [Hq]
     return Layer(
         entropy=float(relative[several].mean()),

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ...analysis.row_statistics import relative_entropy
 from ...calls.attention import attention
 from ...core.visibility import Visibility
 from ...nn import ScaledAttention
@@ -67,5 +68,4 @@ def _entropy(layer: ScaledAttention, x: Tensor, context: Tensor | None, key_leng
     seen = {"causal": layer.causal, "window": layer.window, "key_lengths": key_lengths}
     _, aux = cast(Any, attention(q, k, v, scaling=layer.scaling, return_aux=True, **seen))
     counts = Visibility.of(q, k, **seen).counts().expand_as(aux.entropy)  # [B, Hq, Sq]
-    several = counts > 1
-    return float((aux.entropy.double() / torch.where(several, counts, 2).log())[several].mean())
+    return float(relative_entropy(aux.entropy, counts)[counts > 1].mean())
