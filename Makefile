@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
-# Versions to test with: make test VENV=.venv-old VERSIONS="torch==2.8.0 triton==3.4.0 'numpy<2.4'"
+# Versions to test with, instead of the newest: make test VENV=.venv-old VERSIONS="torch==2.8.0"
 VERSIONS ?=
+OLDEST = torch==2.8.0 triton==3.4.0 'numpy<2.4'
+# A sample of every layer, for other versions: in Triton's interpreter, and without.
+SAMPLED_KERNELS = tests/kernels/test_ranges.py tests/kernels/test_key_statistics.py tests/kernels/test_few_rows.py
+SAMPLED = tests/core tests/scaling tests/backends tests/emulated tests/nn/test_formulas.py tests/huggingface/test_masks.py
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # One thread a worker: more would take the cores from one another. Neighbours share fixtures: they stay on one worker.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-peers mutants docs lint clean
+.PHONY: demo test test-slow test-peers test-oldest test-sample mutants docs lint clean
 
 demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="--plot demo.png"
 	$(VENV)/bin/tritonattn demo $(ARGS)
@@ -28,6 +32,13 @@ test-peers: $(VENV)/.test  ## transformers' own model tests against ours, and th
 	$(PIP) install --quiet parameterized
 	$(VENV)/bin/python -m tests.peers.transformers_tests $(ARGS)
 	$(VENV)/bin/python -m tests.peers.transformers_tests --fault --tb=no --no-summary $(ARGS)
+
+test-oldest:  ## a sample of the tests with the oldest torch and triton that pyproject.toml allows, in a venv of its own
+	$(MAKE) test-sample VENV=$(VENV)-oldest VERSIONS="$(OLDEST)"
+
+test-sample: $(VENV)/.test
+	$(PYTEST) $(SAMPLED) $(ARGS)
+	$(INTERPRETED) $(PYTEST) $(SAMPLED_KERNELS) $(ARGS)
 
 mutants: $(VENV)/.test  ## every deliberate fault of tests/mutants/table.txt is caught by its test: make mutants ARGS=decode
 	$(VENV)/bin/python -m tests.mutants --jobs $(WORKERS) $(ARGS)
