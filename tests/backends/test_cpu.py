@@ -185,13 +185,6 @@ def test_heads_and_batch_entries_in_any_parts(kv_heads, pairs, monkeypatch):
     check(make_call(batch=3, q_heads=24, kv_heads=kv_heads, q_len=9, k_len=11, **MASKS["everything"](3, 24, 9, 11)))
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.7])
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.usefixtures("small_tiles")
-def test_zero_and_negative_constants(scale, scaled):
-    check(make_call(scale=scale, scaled=scaled, causal=True))
-
-
 @pytest.mark.usefixtures("small_tiles")
 def test_a_scale_of_zero_has_a_gradient():
     call = make_call(causal=True)

@@ -237,17 +237,6 @@ def test_a_batch_of_output_gradients(scaling, mask, backend):
                 torch.testing.assert_close(ours[i], expected)
 
 
-def test_vmap_with_sinks_and_their_gradients():
-    q, k, v, _ = (x.detach() for x in operands())
-    sinks = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-
-    def function(sinks):
-        return tritonattn.attention(q, k, v, sinks=sinks).square().sum()
-
-    one_by_one = torch.stack([torch.func.grad(function)(x) for x in sinks])
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(function))(sinks), one_by_one)
-
-
 def test_per_sample_gradients_of_shared_sinks():
     qs = torch.stack([operands()[0].detach() * i for i in range(1, 4)])
     _, k, v, _ = (x.detach() for x in operands())

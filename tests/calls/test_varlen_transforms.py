@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import tritonattn
 from tests.support.packed import RAGGED, Packed, offsets, packed_operands
@@ -85,17 +84,6 @@ def test_compile_once_for_any_lengths():
             assert_same_gradients(partial(compiled, **given), partial(function, **given), leaves)
 
 
-def test_compile_under_autocast_and_with_dropout():
-    def function(*leaves):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return objective(*leaves, causal=True).float()
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*operands()), function(*operands()))
-    dropped = torch.compile(partial(objective, dropout_p=0.5), fullgraph=True, backend="aot_eager")
-    dropped(*operands()).backward()
-
-
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict):
     skip_where_export_binds_lengths(strict)
@@ -118,21 +106,6 @@ def test_export(strict):
     for packed in (Packed((3, 4, 2), (4, 5, 2)), Packed((5, 1, 7, 3, 0), (2, 2, 9, 4, 1))):
         given = arguments(packed)
         torch.testing.assert_close(program.module()(*given), Layer()(*given))
-
-
-@in_turn(scaling=MODES, masks=[{"causal": True}, {}, {"window": (2, 1)}])
-def test_func_grad_and_vmap_of_it(scaling, masks):
-    function = partial(objective, scaling=scaling, **masks)
-    gradient = torch.func.grad(function, argnums=(0, 1, 2, 3, 4))
-    leaves = operands()
-    plain = torch.autograd.grad(function(*leaves), leaves)
-    for ours, expected in zip(gradient(*(x.detach() for x in leaves)), plain, strict=True):
-        torch.testing.assert_close(ours, expected)
-    mapped = tuple(torch.stack([x.detach(), 2 * x.detach(), -x.detach()]) for x in leaves)
-    together = torch.func.vmap(gradient)(*mapped)
-    for i in range(3):
-        for ours, expected in zip(together, gradient(*(x[i] for x in mapped)), strict=True):
-            torch.testing.assert_close(ours[i], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scaling", MODES)
@@ -169,42 +142,3 @@ def test_offsets_that_a_transform_hides_are_put_in_order():
         torch.func.vmap(gradients)(wild[None]), torch.func.vmap(gradients)(tame[None]), strict=True
     ):
         assert torch.equal(ours, expected)
-
-
-@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_autocast(backend, cast):
-    leaves = packed_operands(RAGGED, torch.float32)
-    with torch.autocast("cpu", dtype=cast):
-        out = tritonattn.attention_varlen(
-            **leaves, **RAGGED.arguments(), scaling="key_norm_mean", causal=True, backend=backend
-        )
-    by_hand = {name: x.detach().to(cast).requires_grad_() for name, x in leaves.items()}
-    wanted = tritonattn.attention_varlen(
-        **by_hand, **RAGGED.arguments(), scaling="key_norm_mean", causal=True, backend=backend
-    )
-    assert out.dtype == cast
-    assert torch.equal(out, wanted)
-    gradients = torch.autograd.grad(out.float().sum(), leaves.values())
-    for ours, expected in zip(gradients, torch.autograd.grad(wanted.float().sum(), by_hand.values()), strict=True):
-        assert ours.dtype == torch.float32
-        assert torch.equal(ours, expected.float())
-
-
-def test_checkpointing():
-    function, leaves = partial(objective, scaling="key_norm_sum", causal=True, dropout_p=0.3), operands()
-    torch.manual_seed(1)
-    wanted = torch.autograd.grad(function(*leaves), leaves)
-    torch.manual_seed(1)
-    ours = torch.autograd.grad(checkpoint(function, *leaves, use_reentrant=False), leaves)
-    for x, expected in zip(ours, wanted, strict=True):
-        assert torch.equal(x, expected)
-
-
-def test_fake_tensors():
-    with torch._subclasses.FakeTensorMode():
-        q, k, v = torch.empty(7, 4, 8), torch.empty(9, 2, 8), torch.empty(9, 2, 6)
-        ends = torch.empty(3, dtype=torch.int32)
-        out, aux = tritonattn.attention_varlen(q, k, v, ends, ends, 7, 9, scaling="key_norm_sum", return_aux=True)
-    assert out.shape == (7, 4, 6)
-    assert {x.shape for x in aux} == {(4, 7)}

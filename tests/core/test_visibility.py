@@ -44,13 +44,6 @@ def test_dense_is_the_definition(case):
     assert torch.equal(visibility.dense().expand_as(expected), expected)
 
 
-def test_tiles_are_cut_from_dense(case):
-    visibility, expected = case
-    rows, keys = slice(1, 3), slice(2, 5)
-    tile = visibility.tile(rows, keys)
-    assert torch.equal(tile.expand(B, HQ, -1, -1), expected[:, :, rows, keys])
-
-
 def test_counts(case):
     visibility, expected = case
     assert torch.equal(visibility.counts().expand(expected.shape[:-1]), expected.sum(-1).double())
@@ -217,14 +210,6 @@ def test_a_late_window_is_as_exact_as_an_early_one():
     y = Visibility.of(q, q, causal=True, window=(15, 0)).sum(x)
     exact = x.double().unfold(-1, 16, 1).sum(-1)
     assert ((y[..., 15:] - exact).abs() / exact).max() < 1e-10
-
-
-def test_a_windowed_maximum_over_many_keys():
-    length, width = 5000, 37
-    x = torch.randn(1, 1, length, generator=torch.Generator().manual_seed(0))
-    q = torch.empty(1, 1, length, 1)
-    y = Visibility.of(q, q, causal=True, window=(width - 1, 0)).max(x)
-    assert torch.equal(y[..., width - 1 :], x.unfold(-1, width, 1).amax(-1))
 
 
 def test_prefix_sum_starts_at_zero():

@@ -96,13 +96,6 @@ def test_every_mode(mode, mask, device):
     harness.check(tensors, functools.partial(tritonattn.attention, scaling=mode), **arguments)
 
 
-@pytest.mark.parametrize("mode", ["key_norm_sum", "key_norm_l2", "key_norm_max"])
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_statistics_in_16_bit(mode, dtype, device):
-    tensors = harness.inputs(dtype, device, q_len=20, k_len=20)
-    harness.check(tensors, functools.partial(tritonattn.attention, scaling=mode), causal=True)
-
-
 HEADS = 24
 FEW_KEYS = {
     "plain": {},
@@ -133,12 +126,6 @@ def test_keys_and_values_with_means(mode, dtype, device):
     tensors = harness.inputs(dtype, device, q_len=40, k_len=64, head_dim=64, value_dim=64)
     tensors |= {"k": tensors["k"] + 3, "v": tensors["v"] + 3}
     harness.check(tensors, functools.partial(tritonattn.attention, scaling=mode))
-
-
-def test_scales_of_0(device):
-    tensors = harness.inputs(torch.float32, device, scales=("query_scale",))
-    tensors["query_scale"].zero_()
-    harness.check(tensors, return_aux=True, causal=True)
 
 
 def test_the_gradient_of_k_alone_is_no_other(device):

@@ -10,12 +10,13 @@ import torch
 import tritonattn
 from tests.kernels import harness
 from tests.support.packed import Packed
-from tests.support.pairs import in_turn
+from tests.support.pairs import pairwise
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 # Tiles are 16 x 16: several of them, one, parts of one; no rows, no keys, more rows than keys; ends of no sequence.
 PACKED = Packed((19, 0, 35, 1, 16, 3), (19, 4, 0, 33, 16, 18), q_tail=5, k_tail=17)
+FEW = Packed((18, 0, 5), (20, 3, 17), q_tail=1, k_tail=2)
 MASKS: dict[str, dict] = {
     "full": {},
     "causal": {"causal": True},
@@ -29,44 +30,26 @@ def attend(packed: Packed, device: torch.device):
     return partial(tritonattn.attention_varlen, **packed.arguments(device))
 
 
-@in_turn(scaling=["sqrt_dim", "key_norm_sum", "key_norm_sum"], mask=MASKS)
-def test_masks(scaling, mask, device):
-    tensors = harness.packed_inputs(PACKED, torch.float32, device, scales=("gain",))
-    harness.check(tensors, attend(PACKED, device), scaling=scaling, **MASKS[mask])
+@pairwise(
+    scaling=["sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_max", "cosine"],
+    mask=MASKS,
+    form=["plain", "softcap", "sinks dropout", "everything"],
+    dtype=[torch.float32, torch.float16, torch.bfloat16],
+    heads=[(1, 2), (2, 1), (2, 3)],
+    dims=[(16, 16), (17, 40)],
+)
+def test_every_pair_of_choices(scaling, mask, form, dtype, heads, dims, device):
+    arguments = dict(harness.FORMS[form])
+    sinks = ("sinks",) if arguments.pop("sinks", False) else ()
+    sizes = {"kv_heads": heads[0], "group": heads[1], "head_dim": dims[0], "value_dim": dims[1]}
+    tensors = harness.packed_inputs(FEW, dtype, device, scales=("gain", *sinks), **sizes)
+    harness.check(tensors, attend(FEW, device), scaling=scaling, **arguments, **MASKS[mask])
 
 
-@pytest.mark.parametrize("scaling", ["log_key_count", "key_norm_max", "key_norm_rms", "cosine"])
-def test_modes(scaling, device):
-    packed = Packed((18, 0, 5), (20, 3, 17), q_tail=1, k_tail=2)
-    tensors = harness.packed_inputs(packed, torch.float32, device)
-    harness.check(tensors, attend(packed, device), scaling=scaling, causal=True)
-
-
-@pytest.mark.parametrize("mask", ["full", "causal window"])
-def test_every_form_at_once(mask, device):
-    tensors = harness.packed_inputs(PACKED, torch.float32, device, scales=("gain", "sinks"))
-    harness.check(tensors, attend(PACKED, device), **EVERYTHING, **MASKS[mask])
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_in_16_bit(dtype, device):
-    packed = Packed((18, 1, 33), (18, 20, 5))
-    tensors = harness.packed_inputs(packed, dtype, device, scales=("gain", "sinks"))
-    harness.check(tensors, attend(packed, device), scaling="key_norm_mean", causal=True, **EVERYTHING)
-
-
-@pytest.mark.parametrize(("kv_heads", "group"), [(2, 1), (2, 3)])
-def test_grouped_heads(kv_heads, group, device):
-    packed = Packed((17, 3), (20, 18))
-    tensors = harness.packed_inputs(packed, torch.float32, device, kv_heads=kv_heads, group=group, scales=("gain",))
-    harness.check(tensors, attend(packed, device), scaling="key_norm_sum", causal=True)
-
-
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(17, 40), (192, 128), (256, 256)])
-def test_head_dims(head_dim, value_dim, device):
-    packed = Packed((17, 3), (18, 5))
-    tensors = harness.packed_inputs(packed, torch.float32, device, head_dim=head_dim, value_dim=value_dim)
-    harness.check(tensors, attend(packed, device), causal=True)
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(mask, device):
+    tensors = harness.packed_inputs(PACKED, torch.float32, device)
+    harness.check(tensors, attend(PACKED, device), **MASKS[mask])
 
 
 @pytest.mark.parametrize(

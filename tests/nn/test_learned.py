@@ -10,15 +10,13 @@ import pytest
 import torch
 
 import tritonattn
-from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
 from tests.support.calls import operands
 from tests.support.formulas import assert_a_formula_of_its_own
 from tests.support.learned import LEARNED, learned
 from tests.support.masks import MASKS
-from tests.support.packed import RAGGED, one_by_one, packed_operands
 from tests.support.pairs import pairwise
-from tritonattn import SCALINGS, Scales, Scaling, attention, attention_decode, attention_varlen, nn
+from tritonattn import SCALINGS, Scales, Scaling, attention, attention_decode, nn
 from tritonattn.calls import decode as decoding
 from tritonattn.core.call import ForwardResult
 
@@ -67,26 +65,6 @@ def test_gradients_of_parameters_by_finite_differences(case, backend):
 
     values = [x.detach().clone().requires_grad_() for x in scaling.parameters()]
     assert torch.autograd.gradcheck(function, (leaves["q"], leaves["k"], *values), fast_mode=True)
-
-
-@every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_within_the_bound(case, dtype):
-    rounded = operands(dtype)
-    wide = {name: x.detach().double().requires_grad_() for name, x in rounded.items()}
-    scaling = learned(case).float()
-    exact = outcome(scaling, wide, causal=True, backend="reference")
-    eager = outcome(scaling, rounded, causal=True, backend="reference")
-    for name, ours in outcome(scaling, rounded, causal=True, backend="sdpa").items():
-        assert_within_bound(ours, exact[name], eager[name], dtype, name)
-
-
-@every_case
-def test_packed_sequences(case):
-    leaves, scaling = packed_operands(RAGGED), learned(case)
-    ours = outcome(scaling, leaves, attention_varlen, **RAGGED.arguments(), causal=True)
-    exact = outcome(scaling, leaves, lambda *a, **k: one_by_one(RAGGED, *a, **k)[0], causal=True)
-    assert_same(ours, exact)
 
 
 @pairwise(case=LEARNED, backend=["sdpa", "reference"], statistics=[True, False], page=[None, 19])
@@ -214,13 +192,6 @@ def test_functional_gradients_alone_and_mapped(case):
     torch.testing.assert_close(list(gradient(parameters, *inputs).values()), list(expected))
     of_samples = torch.func.vmap(gradient, in_dims=(None, 0, 0, 0))(parameters, *(x[:, None] for x in inputs))
     torch.testing.assert_close([x.sum(0) for x in of_samples.values()], list(expected))
-
-
-@pytest.mark.parametrize("case", ["per_head of cosine", "power_law", "linear to learned"])
-def test_export(case):
-    layer, inputs = Objective(learned(case)), tuple(x.detach() for x in operands().values())
-    program = torch.export.export(layer, inputs, strict=False)
-    torch.testing.assert_close(program.module()(*inputs), layer(*inputs))
 
 
 @every_case

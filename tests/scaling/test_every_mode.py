@@ -183,54 +183,6 @@ def test_future_keys_do_not_change_earlier_rows(mode):
     assert torch.equal(before[:, :, :5, :5], after[:, :, :5, :5])
 
 
-@every_mode
-def test_a_decode_row_is_the_row_of_the_full_pass(mode):
-    q, k = tensors(q_len=SK)
-    full = factor_of(small(mode), q, k, causal=True)
-    for row in range(SK):
-        alone = factor_of(small(mode), q[:, :, row : row + 1], k[:, :, : row + 1], causal=True)
-        torch.testing.assert_close(alone, full[:, :, row : row + 1, : row + 1], rtol=1e-12, atol=0)
-
-
-@every_mode
-def test_the_order_of_the_keys_does_not_matter(mode):
-    q, k = tensors()
-    order = torch.randperm(SK, generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(
-        factor_of(small(mode), q, k[:, :, order]),
-        factor_of(small(mode), q, k)[..., order],
-        rtol=1e-12,
-        atol=0,
-    )
-
-
-@every_mode
-def test_the_side_of_the_padding_does_not_matter(mode):
-    """Documents of 4 and 7 keys: padded right and hidden by lengths, or padded left and hidden by ranges."""
-    q, k = tensors()
-    sizes = [4, 7]
-    left = torch.zeros_like(k)
-    for b, size in enumerate(sizes):
-        left[b, :, SK - size :] = k[b, :, :size]
-    ranges = torch.tensor([[[SK - size, SK]] * SQ for size in sizes], dtype=torch.int32)
-    right_padded = factor_of(small(mode), q, k, key_lengths=torch.tensor(sizes))
-    left_padded = factor_of(small(mode), q, left, key_ranges=ranges)
-    for b, size in enumerate(sizes):
-        torch.testing.assert_close(left_padded[b, :, :, SK - size :], right_padded[b, :, :, :size], rtol=1e-12, atol=0)
-
-
-@every_mode
-def test_packed_documents_are_as_separate_ones(mode):
-    q, k = tensors(q_len=SK)
-    bounds = [[0, 4], [4, 9]]
-    ranges = torch.tensor([bounds[0]] * 4 + [bounds[1]] * 5, dtype=torch.int32)[None].expand(B, -1, -1)
-    packed = factor_of(small(mode), q, k, causal=True, key_ranges=ranges)
-    for start, stop in bounds:
-        part = slice(start, stop)
-        alone = factor_of(small(mode), q[:, :, part], k[:, :, part], causal=True)
-        torch.testing.assert_close(packed[:, :, part, part], alone, rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize("mode", NORM_MODES)
 @pytest.mark.parametrize("size", [1e-3, 7.0, 1e12])
 def test_the_size_of_the_keys_does_not_matter_to_norm_modes(mode, size):
