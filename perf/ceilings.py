@@ -1,4 +1,4 @@
-"""What the generated code of the default configs may cost: bf16, unmasked loop, static counts."""
+"""Ceilings of the code generated for the default configs: bf16, unmasked loop, static counts."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ NON_MMA_PER_LOGIT = {
     ("grad_query", "sm_100", 128): 9.0,
 }
 
-# What query_scale may add per logit to a kernel without scales, in one config.
+# Instructions per logit that query_scale may add to a kernel without scales, in one config.
 QUERY_SCALE = {"forward": 0.05, "grad_query": 0.05, "grad_key_value": 0.3}
 # sm_100 loads terms of rows one by one, so that packed arithmetic finds them: the factor is one load more.
 QUERY_SCALE_OF_TARGET = {("grad_key_value", "sm_100"): 0.65}
 
-# What key_scale may add to a kernel with query_scale. One multiplication is inherent, in grad_query a second one (the
-# gradient of a logit times the scale, which rounding K would save); the rest loads the scale of every column.
+# Instructions per logit that key_scale may add to a kernel with query_scale. One multiplication is inherent, and in
+# grad_query a second one (the gradient of a logit times the scale, which rounding K would save); the rest loads scales.
 KEY_SCALE = {"forward": 1.6, "grad_query": 2.6, "grad_key_value": 1.6}

@@ -47,7 +47,7 @@ then by class; ceilings are those of perf/ceilings.py. Modelled figures come fro
 
 @dataclass(frozen=True)
 class Case:
-    """What is compiled: a kernel of KERNELS for a problem and a target, in the default config."""
+    """A kernel of KERNELS to be compiled for a problem and a target, in the default config."""
 
     kernel: str
     target: str
@@ -190,7 +190,7 @@ def _start_worker(cache: str) -> None:
 
 
 def code_table(readings: list[Reading]) -> str:
-    """What each kernel takes of an SM, and what its unmasked loop does for a logit."""
+    """Table of each kernel's resources, and of the instructions of its unmasked loop per logit."""
     headers = [
         *("kernel", "D", "mask", "scales", "tile", "warps", "stages", "regs", "stack", "spill", "shared", "TMEM"),
         *("blocks/SM", "non-MMA", "ceiling", *_mix(readings), "compile s"),
@@ -244,7 +244,7 @@ def _mix(readings: list[Reading]) -> list[str]:
 
 
 def _ceiling(reading: Reading) -> str:
-    """Of what the ceilings name: bf16 with query_scale."""
+    """The ceiling of a reading, where there is one: bf16 with query_scale."""
     if reading.dtype != "bf16" or not reading.query_scale or reading.key_scale:
         return ""
     return _text(NON_MMA_PER_LOGIT.get((reading.kernel, reading.target, reading.head_dim)))

@@ -27,7 +27,7 @@ from .walk import begin, place_of_member, rows_of_block, visible_tile, walk_keys
 
 
 class Softmax(NamedTuple):
-    """What rows carry from block to block: accumulator [M, Dv], the rest as `online_softmax` returns it."""
+    """State of rows from block to block: accumulator [M, Dv], the rest as `online_softmax` returns it."""
 
     accumulator: Any
     running_max: Any
@@ -36,7 +36,7 @@ class Softmax(NamedTuple):
 
 
 class RowFactors(NamedTuple):
-    """What a step needs of the rows: their factor [M], softcap or None, and `Dropout`."""
+    """Rows' terms of a step: their factor [M], softcap or None, and `Dropout`."""
 
     factor: Any
     softcap: Any
@@ -100,7 +100,7 @@ def softmax_results(running_max, row_sum, row_spread, factor, softcap):
     lse = tl.where(empty, float("-inf"), (shift + tl.log2(total)) * LN_2)
     entropy = tl.where(empty, 0.0, (tl.log2(total) - row_spread / total) * LN_2)
     max_logit = tl.where((factor == TINY) & (row_sum > 0.0), 0.0, running_max * LN_2)  # TINY stands for 0
-    max_logit = tl.where(row_sum == row_sum, max_logit, row_sum)  # a GPU's maximum passes over NaN
+    max_logit = tl.where(row_sum == row_sum, max_logit, row_sum)  # tl.max ignores NaN; the sum keeps it
     return shift, lse, max_logit, tl.where(entropy < 0.0, 0.0, entropy)
 
 

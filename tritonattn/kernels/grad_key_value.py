@@ -65,7 +65,7 @@ class Queries(NamedTuple):
 
 @triton.jit
 def _visible_tile(keys, offs_m, keep_row, batch, view, mask):
-    """Which rows [columns] see each key."""
+    """Mask tile [keys, rows]: first_row <= i <= last_row, the ranges of the rows, and the dense mask."""
     keep = offs_m[None, :] >= keys.first_row[:, None]
     if view.left is not None:
         keep = keep & (offs_m[None, :] <= keys.last_row[:, None])
@@ -216,7 +216,7 @@ def attention_grad_key_value(
     terms            of `attention_row_terms`: with query_scale, dS * factor is one fma, and log2(e) is taken out once
                      at the end
     factor_size      fp32 [B, Hkv] or None: the largest |factor| of the group, never 0. dS * factor / factor_size is
-                     what is rounded to 16 bits, so that a small factor does not push it below fp16's range
+                     rounded to 16 bits, so that a small factor does not push it below fp16's range
     row_bounds       int32 [B, cdiv(Sk, BLOCK_N), 2] with key_ranges: `walk.walk_over_rows`
     d_k, d_v         [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] contiguous; d_key_scale fp32 [B, Hkv, Sk] contiguous or None
     """

@@ -41,7 +41,7 @@ class QueryGradient(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """What a step needs of the rows: the output's gradient [M, Dv], terms [M], softcap, key_size or None, `Dropout`."""
+    """Rows' terms of a step: the output's gradient [M, Dv], vectors [M], softcap and key_size or None, `Dropout`."""
 
     d_out: Any
     factor: Any
@@ -172,11 +172,11 @@ def attention_grad_query(
     key_size     fp32 [B, Hkv] or None: the largest |key_scale|, never 0. dX * key_scale / key_size is rounded to 16
                  bits, so that no size of the key scales pushes it out of fp16's range
 
-    d_query_scale equals scale * (q[i] . raw[i]), but that sums dX after rounding to 16 bits, and with it delta's error
-    times the mean logit, which for sharp softmaxes passes the result. So dX stays in fp32. And since dS must sum over a
-    row to d_lse - d_sinks, the excess of its sum is delta's error: it takes its share of the gradient
-    out again, and corrects delta for the pass over the keys. CORRECT_DELTA does that without d_query_scale too, and
-    takes d_q of few keys by the corrected delta: of a single key dP - delta leaves nothing but their errors.
+    d_query_scale equals scale * (q[i] . raw[i]). That form would sum dX after rounding to 16 bits, and with it delta's
+    error times the mean logit, which exceeds the result for sharp softmaxes; so dX stays in fp32. Over a row, dS must
+    sum to d_lse - d_sinks: the excess of its sum is delta's error. The kernel takes that error's share out of the
+    gradient, and corrects delta for the pass over the keys. CORRECT_DELTA does so without d_query_scale too, and
+    computes d_q of few keys with the corrected delta: for a single key, dP - delta is nothing but their errors.
     """
     block, head, member = program_position(first_head, first_member, LAST_FIRST=right is not None)
     packed_len = q_len

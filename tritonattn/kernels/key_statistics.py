@@ -1,4 +1,4 @@
-"""Lengths of keys, fp64 prefix sums, and the way back of a statistic's gradient into k."""
+"""Lengths of keys, fp64 prefix sums, and the gradient of a statistic with respect to k."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def prefix_sums(
 
 @triton.jit
 def _larger(a, b):
-    """The larger of two, NaN before all: a GPU's own maximum passes over it."""
+    """The larger of two; NaN wins, which tl.maximum would ignore."""
     return tl.where((b > a) | (b != b), b, a)
 
 
@@ -102,15 +102,15 @@ def append_keys(
     BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Bring the next keys of one (batch, kv head) into the buffers of a `KeyStatistics`, behind the counts that it has.
+    """Append the next keys of one (batch, kv head) to the buffers of a `KeyStatistics`.
 
     Grid: (1, Hkv, B). k [B, Hkv, k_len, D] any strides; the buffers contiguous, one place longer than KeyStatistics
     shows them: lengths fp32 [B, Hkv, capacity + 1], length_sums, square_sums fp64 and length_maxima fp32 [B, Hkv,
     capacity + 2].
 
     new_lengths    fp32 [B, Hkv, k_len], contiguous, those of k, which is then not read; or None
-    new_counts     int64 [B] or None: how many of the k_len are keys; None is all. Those past the capacity are dropped
-    counts         int64 [B]: how many there are, which other programs read too; so counts_after, likewise, is another
+    new_counts     int64 [B] or None: how many of the k_len are keys; None is all. Keys past the capacity are dropped
+    counts         int64 [B]: how many there are. Other programs read it too, so counts_after is a tensor of its own
     """
     _, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
     held = tl.load(buffers.counts + batch)
@@ -170,7 +170,7 @@ def key_statistics_grad(
     """d_k[j] = d_lengths[j] * k[j] / |k[j]| for BLOCK_N keys; 0 where |k[j]| is 0 or below fp32's normal range.
 
     Grid: (blocks of Sk, Hkv, B). lengths and d_lengths fp32 [B, Hkv, Sk] contiguous; d_k [B, Hkv, Sk, D] in k's
-    dtype, contiguous; added is like d_k or None, what reached k by other ways, and is added before rounding.
+    dtype, contiguous; added is like d_k or None: k's gradient by other ways, added before rounding.
     """
     block, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
     first_key = block * BLOCK_N

@@ -18,7 +18,7 @@ TINY = tl.constexpr(2.0**-126)
 ROW_TERMS_ALIGNMENT = tl.constexpr(128)
 
 
-# Arguments whose values change from call to call: compiled code does not depend on them, but for group = 1.
+# Arguments whose values change from call to call: compiled code does not depend on them, except on group = 1.
 LENGTHS = [
     "q_len",
     "k_len",
@@ -81,8 +81,8 @@ def store_tile(pointers, tile, keep_row, WIDTH: tl.constexpr):
 def load_signed(pointers, scratch_ptrs, factor, keep_row, WIDTH: tl.constexpr, SCRATCH_WIDTH: tl.constexpr):
     """A tile whose rows take the sign of their factor. scratch_ptrs: the program's own rows of SCRATCH_WIDTH elements.
 
-    An MMA reads its left operand from shared memory only if that comes straight from a load, and from registers costs
-    half an instruction a logit more (sm_90, D 128): so a changed sign goes through memory.
+    A changed sign goes through memory: an MMA reads its left operand from shared memory only if the operand comes
+    straight from a load, and reading it from registers costs half an instruction a logit (sm_90, D 128).
     """
     if SCRATCH_WIDTH >= WIDTH:
         if tl.min(factor, 0) < 0.0:
@@ -122,7 +122,7 @@ def scale_columns_add(x, factor, addend):
 
 @triton.jit
 def _tanh(x):
-    """Within 2 ulp: below 0.6 an odd polynomial (tanh(x) / x by least squares on Chebyshev nodes), else by exp."""
+    """tanh within 2 ulp: below 0.6 an odd polynomial (tanh(x) / x by least squares on Chebyshev nodes), else by exp."""
     square = x * x
     series = tl.full(x.shape, -0.005883233156055212, tl.float32)
     series = tl.fma(series, square, tl.full(x.shape, 0.020785147324204445, tl.float32))
@@ -150,10 +150,10 @@ def soft_cap_slope(capped, softcap):
 
 @triton.jit
 def dropout_keeps(dropout, offs_row, offs_key):
-    """Which pairs of rows and keys dropout keeps, for indices in the packed axes that broadcast.
+    """Keep bits of pairs of rows and keys, whose indices in the packed axes broadcast.
 
-    The first word of Philox4x32-10 (Salmon et al. 2011), as a signed number, against dropout.keep_from. The counter is
-    (key, row, dropout.batch_head, offset).
+    The first word of Philox4x32-10 (Salmon et al. 2011), as a signed number, is compared with dropout.keep_from. The
+    counter is (key, row, dropout.batch_head, offset).
     """
     seed, offset = tl.load(dropout.state), tl.load(dropout.state + 1)
     zero = (offs_row + offs_key) * 0
@@ -176,8 +176,8 @@ def load_vector(pointers, keep, MASKED: tl.constexpr):
 def program_position(first_head, first_member, LAST_FIRST: tl.constexpr):
     """(block, head, member) of this program, the three axes of its grid; a member is a batch entry or a sequence.
 
-    first_head, first_member   where a launch begins of the several that a grid past the hardware's limit takes
-    LAST_FIRST                 starts with the last block, which under a causal mask has the most keys
+    first_head, first_member   where this launch begins: a grid past the hardware's limit takes several
+    LAST_FIRST                 start with the last block, which has the most keys under a causal mask
     """
     block = tl.program_id(0)
     if LAST_FIRST:
@@ -187,8 +187,9 @@ def program_position(first_head, first_member, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def terms_offset(place, member, q_heads, terms_len, starts):
-    """Where the row terms of one (batch or sequence, head) begin in [B, Hq, terms_len]: at a multiple of
-    ROW_TERMS_ALIGNMENT, and with room up to the next one, also where sequences are packed.
+    """Offset of the row terms of one (batch or sequence, head) in [B, Hq, terms_len].
+
+    It is a multiple of ROW_TERMS_ALIGNMENT, with room up to the next one, also where sequences are packed.
     """
     first = 0
     if starts is not None:
@@ -219,7 +220,7 @@ def load_term(pointers, otherwise, SPLIT: tl.constexpr):
 
 @triton.jit
 def store_term(pointers, term, factor, keep):
-    """Store what `load_term` loads; factor is not looked at where pointers are to fp32."""
+    """Store a term, and beside it the factor where pointers are to int64, as `load_term` loads them."""
     if pointers.dtype.element_ty == tl.int64:
         low = term.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         term = (factor.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low

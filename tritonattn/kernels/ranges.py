@@ -1,4 +1,4 @@
-"""Passes over the ranges of keys that rows see: which keys, by which rows, and the largest entry of each range."""
+"""Passes over the ranges of keys that rows see: the keys seen, the rows that see them, the maximum of each range."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rows_of_key_block(
     first_member,
     BLOCK_M: tl.constexpr,
 ):
-    """First and one past the last row that sees a key of one block of keys; first >= last where none does.
+    """First and one past the last row that sees a key of one block of keys; first >= last where no row does.
 
     Grid: (blocks of key_block keys, 1, B). bounds int32 [B, blocks, 2], contiguous; the other arguments as in
     `walk.row_range`.
@@ -57,12 +57,12 @@ def keys_seen(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Which of BLOCK_N keys some row sees.
+    """Mark the keys, of a block of BLOCK_N, that some row sees.
 
     Grid: (blocks of Sk, 1, B). keys_seen uint8 [B, Sk], contiguous; the other arguments as in `walk.row_range`.
-    Rows are asked from the last one on, which sees most under a causal mask, until every key has been seen: BLOCK_M at
-    once whether any of them sees one, and of those in turn BLOCK_N which ones. (AMD's compiler holds what a wave's rows
-    have in common in scalar registers: of tiles of more rows it spills them.)
+    The walk starts at the last row, which sees most under a causal mask, and ends when every key has been seen. A step
+    tests whether any of BLOCK_M rows sees the block, and if so takes them by BLOCK_N: with tiles of more rows AMD's
+    compiler spills the scalar registers that hold what rows have in common.
     """
     block, _, batch = program_position(first_head, first_member, LAST_FIRST=False)
     view = View(q_len, k_len, left, right, ranges.key_lengths, ranges.key_ranges)
@@ -89,7 +89,7 @@ def keys_seen(
 
 @triton.jit
 def _ranked(x, key):
-    """int64 whose order is that of x, at least 0, with NaN last, and of equals that of falling keys."""
+    """int64 in the order of x >= 0, NaN highest; equal x are in the order of falling keys."""
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return (magnitude.to(tl.int64) << 32) | (0x7FFFFFFF - key).to(tl.int64)
 
@@ -111,10 +111,10 @@ def argmax_of_ranges(
 ):
     """The lowest key that attains the maximum of x over the range of each of BLOCK_M rows.
 
-    For an empty range it is lo, or the last key where lo is none. What all rows see is gone through once, as a vector.
+    For an empty range it is lo, or the last key where lo is no key. Keys that all rows see are scanned once, as a vector.
 
-    Grid: (blocks of Sq, H, B). x fp32 [B, H, Sk], at least 0 or NaN; lo and hi int64, 0 <= lo <= hi <= Sk, those of one
-    batch entry bounds_len apart: Sq, or 0 where they are those of all; argmax int64 [B, H, Sq]. All contiguous.
+    Grid: (blocks of Sq, H, B). x fp32 [B, H, Sk], at least 0 or NaN; lo and hi int64 [B or 1, Sq], 0 <= lo <= hi <= Sk,
+    bounds_len their stride from one batch entry to the next, Sq or 0; argmax int64 [B, H, Sq]. All contiguous.
     """
     block, head, batch = program_position(first_head, first_member, LAST_FIRST=True)
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -55,7 +55,7 @@ class Results(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """What the backward passes need of each row: `row_terms.attention_row_terms`."""
+    """Terms of each row for the backward passes: `row_terms.attention_row_terms`."""
 
     both: Any
     delta: Any
@@ -76,7 +76,7 @@ class KeyBuffers(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a program works: batch entry in memory, query head, key head, first row and first key of its member.
+    """A program's batch entry in memory, query head and key head, and the first row and first key of its member.
 
     A member is a batch entry or a packed sequence.
     """
@@ -89,7 +89,7 @@ class Place(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the rows of a member see of its keys: `walk.row_range`. left, right int32 or None."""
+    """Lengths of a member and the parts of its visibility, each but the lengths possibly None: `walk.row_range`."""
 
     q_len: Any
     k_len: Any
@@ -114,7 +114,7 @@ class Rows(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """What a block of rows sees; mask is a `Strided` uint8 [Sq, Sk] of their head, or None."""
+    """A block of rows and its visibility; mask is a `Strided` uint8 [Sq, Sk] of their head, or None."""
 
     rows: Rows
     view: View
@@ -124,8 +124,8 @@ class Sight(NamedTuple):
 class Walk(NamedTuple):
     """The keys that a block of rows looks at, or the rows that a block of keys looks at.
 
-    Those outside [touch_lo, touch_hi) see nothing of the block. Those in [full_start, full_end) see all of it and need
-    no mask; both bounds are multiples of the step, full_start <= full_end.
+    Outside [touch_lo, touch_hi) nothing of the block is seen. In [full_start, full_end) all of it is, so that no mask is
+    needed; both bounds are multiples of the step, full_start <= full_end.
     """
 
     touch_lo: Any

@@ -1,4 +1,4 @@
-"""Which keys rows see, and the walk over the blocks of keys, or of rows, that a program looks at."""
+"""Visible keys of rows, and the walk over the blocks of keys, or of rows, that a program looks at."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def load_mask(mask, rows, columns, row_count, column_count, row_stride, column_s
 
 @triton.jit
 def visible_tile(sight, offs_key):
-    """Which keys [columns] each row sees: lo <= j < hi, and the dense mask."""
+    """Mask tile [rows, keys]: lo <= j < hi, and the dense mask."""
     rows, view, mask = sight.rows, sight.view, sight.mask
     keep = offs_key[None, :] < rows.hi[:, None]
     if view.left is not None or view.key_ranges is not None:

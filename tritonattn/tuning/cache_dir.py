@@ -1,4 +1,4 @@
-"""Where files lie: the tables that are shipped, and the user's own cache."""
+"""Folders of the shipped tables and of the user's own cache."""
 
 from __future__ import annotations
 

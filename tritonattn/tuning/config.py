@@ -1,4 +1,4 @@
-"""What a kernel is asked to do, its tile config, and the one statement of which configs are legal."""
+"""Problems that select a kernel's code, tile configs, and the one statement of which configs are legal."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ class Problem:
     sequences    the batch is packed
     aligned      every address and stride of q, k, v and the output's gradient is a multiple of 16 bytes
     packed_rows  the power of two, at least 16, that holds the heads of a group times the new tokens of a decode call
-    rounding     a forward also returns what its output lost when it was rounded, a backward takes that: of 16 bits
-    short        few rows and keys, so that a GPU's processors may outnumber the programs: `is_short`
+    rounding     a forward also returns what its output lost when it was rounded to 16 bits, and a backward takes it
+    short        few rows and keys, so that a GPU may have more processors than programs: `is_short`
     """
 
     head_dim: int
@@ -131,7 +131,7 @@ class Problem:
 
 
 def is_short(q_len: int, k_len: int) -> bool:
-    """The length class of a call: configs are chosen for those of at most 1024 rows and keys, and for the others."""
+    """Whether a call has at most 1024 rows and keys: configs are chosen for short calls and for long ones."""
     return max(q_len, k_len) <= 1024
 
 
@@ -142,7 +142,7 @@ def sum_columns(problem: Problem, target: Target) -> int:
 
 
 def corrects_delta(dtype: torch.dtype) -> bool:
-    """Whether `grad_query` corrects delta, which errs more than all else where nothing is rounded to 16 bits."""
+    """Whether `grad_query` corrects delta, the largest error where nothing is rounded to 16 bits."""
     return dtype == torch.float32
 
 
@@ -166,7 +166,7 @@ def padded_dim(dim: int) -> int:
 
 
 def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Target) -> list[str]:
-    """Why a config may not be compiled: an empty list says that it may. The one statement of the constraints."""
+    """Reasons why a config may not be compiled; empty if it may. The one statement of the constraints."""
     reasons = []
     for name in ("block_m", "block_n"):
         size = getattr(config, name)
@@ -190,12 +190,12 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
 
 
 def one_line(error: Exception) -> str:
-    """What a compiler or driver raised about a config, on a line."""
+    """An error's type and message on one line, shortened."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def shared_limit(target: Target) -> int:
-    """Bytes of shared memory that a program may take; of an unknown architecture, what all have."""
+    """Bytes of shared memory that a program may take; for an unknown architecture, the least of all known ones."""
     return _SHARED_BYTES.get(target.arch, 65536)
 
 

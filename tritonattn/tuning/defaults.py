@@ -1,7 +1,7 @@
 """Configs where no table has one: chosen so that no loop spills, compiled and read, not timed.
 
-tests/tuning/test_compile.py compiles them for every target and reads the spills. Calls that ask for many extras at once
-(dropout, a mask, ranges and a softcap), and dropout on sm_90 at head dim 128, may spill a few registers.
+tests/compiled compiles them for every target and reads the spills. Calls with many extras at once (dropout, a mask,
+ranges and a softcap), and dropout on sm_90 at head dim 128, may spill a few registers.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ _DECODE_TILES = {
     "sm_100": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)},
     "amd": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1)},
 }
-# Of passes without a head dim. A program of prefix_sums goes through a whole row: few steps, each as wide as registers
-# allow. One of keys_seen asks so many rows whether they see a key of its block, and takes those that do by fewer. One
-# of argmax_of_ranges holds a tile where rows differ, and goes by a tile's keys where they do not.
+# Passes without a head dim. A program of prefix_sums goes through a whole row in few steps, each as wide as registers
+# allow. keys_seen tests block_m rows at once, and takes those that see a key of its block by block_n. argmax_of_ranges
+# holds a tile of rows and keys where rows differ, and a vector of block_n keys where they do not.
 _STREAMING_TILES = {
     "prefix_sums": TileConfig(4096, 4096, 8, 1),
     "row_bounds": TileConfig(1024, 1024, 4, 1),
@@ -111,7 +111,7 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
 
 
 def _float32_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:
-    """With the smallest tiles, and no addresses of a second stage, in gradients that take many registers."""
+    """The fp32 config; gradients that take many registers get the smallest tiles and one stage."""
     config = TileConfig(*_TILES_OF_FLOAT32[target.backend][width])
     if kernel == "forward" or not _takes_many_registers(kernel, problem):
         return config
@@ -126,7 +126,7 @@ def _tiled_config(kernel: str, problem: Problem, target: Target, family: str, wi
 
 
 def _takes_many_registers(kernel: str, problem: Problem) -> bool:
-    """A tile of the mask, Philox's counters, or the sums for the gradient of a query scale."""
+    """Whether a kernel holds a mask's tile, Philox's counters, or the sums for the gradient of a query scale."""
     return problem.mask or problem.dropout or (kernel == "grad_query" and problem.query_scale_grad)
 
 
@@ -137,7 +137,9 @@ def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> T
     each: those that share rows compute each other's softmax. A mask and dropout at once take both from wide tiles.
     """
     if kernel == "grad_key_value" and width == 128 and problem.dropout and config.descriptors and config.num_warps == 4:
-        return replace(config, block_m=16, block_n=128, num_warps=8)  # sm_90: others spill, with key heads shared most
+        return replace(
+            config, block_m=16, block_n=128, num_warps=8
+        )  # sm_90: other tiles spill, most where key heads are shared
     held, streamed = ("block_n", "block_m") if kernel == "grad_key_value" else ("block_m", "block_n")
     rows = getattr(config, held)
     if config.num_warps == 4 and rows == 128:
@@ -149,7 +151,7 @@ def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> T
 
 
 def _decode_config(problem: Problem, width: int, family: str) -> TileConfig:
-    """As many rows as a group fills and registers hold; a page number is loaded one stage before its keys."""
+    """The decode config: as many rows as a group fills and registers hold, and one stage more for page numbers."""
     if problem.dtype == torch.float32:
         return TileConfig(16, 4096 // max(width, 128), 8 if width > 64 and family != "amd" else 4, 2)
     rows = min(problem.packed_rows, 64, 8192 // width)

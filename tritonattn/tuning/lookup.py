@@ -14,7 +14,7 @@ from .defaults import default_config
 from .gpus import GPUS, table_name
 from .table import Key, Table, TableError, kernels_fingerprint, key_of, read_table
 
-# What a compiler or a card refused although it is legal by the estimates.
+# Configs that a compiler or a card refused although they are legal by the estimates.
 _rejected: set[tuple[str, Problem, Target, TileConfig]] = set()
 
 
@@ -26,7 +26,7 @@ class Found(NamedTuple):
 
 
 def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
-    """The config that a call runs with; one that is not legal for it is passed over."""
+    """The config that a call runs with; configs that are not legal for it are skipped."""
     return find(kernel, problem, target).config
 
 
@@ -42,7 +42,7 @@ def find(kernel: str, problem: Problem, target: Target) -> Found:
 
 
 def reject_config(kernel: str, problem: Problem, target: Target, config: TileConfig, why: Exception) -> bool:
-    """Pass over a table's config from now on, and say so; False where the config in use is of no table."""
+    """Skip a table's config from now on, with a warning; return False if the config in use comes from no table."""
     found = find(kernel, problem, target)
     if found.path is None or found.config != config:
         return False
@@ -59,7 +59,7 @@ def clear_cache() -> None:
 
 
 def paths(target: Target) -> list[Path]:
-    """The files that may hold a table for a target, the first to be asked first; they need not exist."""
+    """The files that may hold a table for a target, in the order of the search; they need not exist."""
     name = table_name(target)
     try:
         shipped = cache_dir.shipped_tables()
@@ -75,7 +75,7 @@ def paths(target: Target) -> list[Path]:
 
 
 def user_table(target: Target) -> Path:
-    """Where `tritonattn tune` writes for a target's card."""
+    """The file that `tritonattn tune` writes for a target's card."""
     return cache_dir.user_cache() / "autotune" / f"{table_name(target)}.json"
 
 
@@ -96,7 +96,7 @@ def usable_table(path: Path, target: Target) -> Table:
 
 @functools.lru_cache(maxsize=64)
 def _entries(target: Target) -> dict[Key, tuple[Found, ...]]:
-    """Of all files, in the order of the search; a file that cannot be used is reported once and skipped."""
+    """The entries of all files, in the order of the search; a file that cannot be used is reported once and skipped."""
     merged: dict[Key, tuple[Found, ...]] = {}
     for path in paths(target):
         try:

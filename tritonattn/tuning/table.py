@@ -21,7 +21,7 @@ from .config import TILED_KERNELS, Problem, Target, TileConfig
 
 SCHEMA_VERSION = 1
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-# By kernel, the scales of a call; "gradient": the query scale's too, which grad_query sums.
+# Scales of a call by kernel; "gradient" is the query scale's gradient, which grad_query sums.
 _SCALES = ("none", "query", "query+key")
 _SCALES_OF_GRAD_QUERY = ("none", "query", "query+gradient", "query+key+gradient")
 SCALES: dict[str, tuple[str, ...]] = {
@@ -32,7 +32,7 @@ SOURCES = ("static", "measured")
 _LARGEST_FILE = 2**22
 _LONGEST_MESSAGE = 300
 _FIELDS = ("schema_version", "gpu", "target", "kernels", "entries")
-# The most of a config's numbers, of which each is at least 1, so that no later arithmetic meets a hostile one.
+# Upper limits of a config's numbers (the lower is 1), so that no later arithmetic meets a hostile one.
 _MOST = {"block_m": 1024, "block_n": 1024, "num_warps": 32, "num_stages": 16}
 
 
@@ -41,7 +41,7 @@ class TableError(ValueError):
 
 
 class Key(NamedTuple):
-    """What an entry is for: 16-bit calls whose wider head dim is at most head_dim, and pads to the same tile."""
+    """The calls of an entry: of 16 bits, whose wider head dim is at most head_dim and pads to the same tile."""
 
     kernel: str
     head_dim: int
@@ -80,9 +80,10 @@ class Key(NamedTuple):
 
 
 def key_of(kernel: str, problem: Problem) -> Key | None:
-    """The key of a call; None where tables have none: fp32, memory-bound kernels, and what takes more registers.
+    """The key of a call, or None where tables have no entry.
 
-    That is a mask, dropout, and decoding with many rows or from pages.
+    Tables leave out fp32, memory-bound kernels, and calls that take more registers: a mask, dropout, and decoding with
+    many rows or from pages.
     """
     is_heavy = problem.mask or problem.dropout or problem.block_table or problem.packed_rows > 16
     if problem.dtype.itemsize != 2 or kernel not in TILED_KERNELS or is_heavy:
@@ -95,7 +96,7 @@ def key_of(kernel: str, problem: Problem) -> Key | None:
 
 
 def _scales(kernel: str, problem: Problem) -> str:
-    """Where several kinds would do, the one with more in it: a key scale seldom comes alone, or without gradients."""
+    """The kind of scales of a call; where several would do, the one with more scales and gradients."""
     if kernel == "grad_query" and (problem.query_scale_grad or problem.key_scale):
         return SCALES[kernel][2 + problem.key_scale]
     return _SCALES[1 + problem.key_scale if problem.query_scale or problem.key_scale else 0]
@@ -106,7 +107,7 @@ class Entry:
     """A config and where it comes from.
 
     source    "static": it passed the gate and came first by the model; "measured": it was timed on the card
-    details   what the source knows, for readers: registers, bytes, versions, milliseconds, runners-up
+    details   for readers: registers, bytes, versions, milliseconds, runners-up
     """
 
     config: TileConfig
@@ -156,7 +157,7 @@ def read_table(path: Path) -> Table:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values of one name, a reader of the file would see either."""
+    """An object without repeated names, of which a reader would see only one value."""
     if pairs:
         [(name, count)] = Counter(name for name, _ in pairs).most_common(1)
         if count > 1:
@@ -226,7 +227,7 @@ def write_table(path: Path, table: Table) -> None:
 
 @functools.cache
 def kernels_fingerprint() -> str:
-    """16 hex digits of the kernels' code without its comments, docstrings and layout: tables are for one of it."""
+    """16 hex digits of the kernels' code without comments, docstrings and layout: a table belongs to one such code."""
     digest = hashlib.sha256()
     for path in sorted((Path(__file__).parent.parent / "kernels").glob("*.py")):
         digest.update(path.name.encode() + b"\0" + _code(path.read_text(encoding="utf-8")).encode() + b"\0")

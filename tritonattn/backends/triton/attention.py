@@ -20,7 +20,7 @@ from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
 def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
     """out and lse, and with aux max_logit and entropy, by the forward kernel.
 
-    rounding, contiguous and as out, is filled with what out lost when it was rounded to 16 bits.
+    rounding   contiguous, as out, or None; the kernel stores there what out lost when it was rounded to 16 bits
     """
     q, v = call.q, call.v
     out = _results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
@@ -80,7 +80,7 @@ def _row_terms(problem: Problem, call: AttentionCall, shared: Arguments, results
 def _grad_query(
     problem: Problem, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    for_keys = corrects_delta(call.q.dtype) and (needs.k or needs.key_scale)  # whose pass reads the corrected terms
+    for_keys = corrects_delta(call.q.dtype) and (needs.k or needs.key_scale)  # which read the corrected terms
     if not (needs.q or needs.query_scale or for_keys):
         return None, None
     d_q = _results(call, call.q.shape, call.q.dtype)
@@ -129,7 +129,7 @@ def _launch(
 
 
 def _blocks(kernel: str, config: TileConfig, call: AttentionCall) -> int:
-    """Of rows or keys, of the longest member."""
+    """Blocks of rows, or of keys, of the longest member."""
     rows, keys = _lengths(call)
     if kernel == "grad_key_value":
         return -(-keys // config.block_n)
@@ -148,7 +148,7 @@ def _members(call: AttentionCall) -> int:
 
 
 def _results(call: AttentionCall, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0.0) -> Tensor:
-    """A contiguous tensor that a kernel fills; what belongs to no packed sequence, no kernel writes."""
+    """A contiguous tensor for a kernel's results, with `fill` in it where rows may belong to no packed sequence."""
     if call.visibility.sequences is None:
         return torch.empty(shape, dtype=dtype, device=call.q.device)
     return torch.full(shape, fill, dtype=dtype, device=call.q.device)
@@ -174,7 +174,7 @@ def _largest(x: Tensor) -> Tensor:
 def problem_of(
     call: AttentionCall, d_out: Tensor | None = None, *, aux: bool = False, rounding: bool = False
 ) -> Problem:
-    """The parts of a call that select code."""
+    """The `Problem` of a call: the parts that select code."""
     visible = call.visibility
     return Problem(
         head_dim=call.q.shape[-1],
@@ -222,7 +222,7 @@ def _descriptors(config: TileConfig, call: AttentionCall, d_out: Tensor | None) 
 
 
 def _descriptor(tensor: Tensor, rows: int) -> Any:
-    """Tiles of `rows` rows of one (batch, head); an axis of one entry may have any stride, so it gets a legal one."""
+    """A descriptor of tiles of `rows` rows of one (batch, head); an axis of one entry gets a legal stride."""
     legal = 16 // tensor.dtype.itemsize
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     *outer, _ = (stride if size > 1 else legal for size, stride in pairs)

@@ -1,4 +1,4 @@
-"""A few rows to kernel launches: how many splits of the keys, their partial results, and their combination."""
+"""Launches for a few rows: splits of the keys, their partial results, and the combination of these."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_SPLITS = 64
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What the decode kernel is asked: rows that stand at the end of the keys, as its docstring has them.
+    """Arguments of the decode kernel, whose rows stand at the end of the keys; its docstring has the rest.
 
     k, v          [B, Hkv, capacity, D or Dv], or with a block table pages as [N, Hkv, page, D or Dv]
     key_lengths   integers [B], or None for the capacity
@@ -46,7 +46,7 @@ class Rows:
 
 
 def decode(call: DecodeCall, aux: bool) -> ForwardResult:
-    """out and lse, with aux also max_logit and entropy: the decode kernel, and the combination of several splits."""
+    """out and lse, with aux also max_logit and entropy, by the decode kernel and the combination of its splits."""
     cache = call.cache
     k, v = (cache.k, cache.v) if cache.block_table is None else (cache.k.transpose(1, 2), cache.v.transpose(1, 2))
     rows = Rows(
@@ -63,9 +63,9 @@ def decode(call: DecodeCall, aux: bool) -> ForwardResult:
 
 
 def attend_few_rows(call: AttentionCall, aux: bool) -> ForwardResult | None:
-    """`decode`'s results of a call whose few rows had better share the work on the keys; None of any other.
+    """The results of a call with few rows, by the decode kernel; None for a call that the forward kernel should run.
 
-    Rows must stand at the end of the keys, as causal ones do and a lone one that sees all of them.
+    Rows must stand at the end of the keys: causal rows do, and a lone row that sees all keys.
     """
     visible = call.visibility
     if visible.mask is not None or visible.sequences is not None or call.dropout is not None:
@@ -114,7 +114,7 @@ def _record(found: ForwardResult) -> Results:
 
 
 def _splits(rows: Rows, block_n: int) -> int:
-    """Programs that share the keys of a sequence: by what the shapes let a row see, never by lengths or batch."""
+    """Programs that share the keys of a sequence. They depend on shapes and the window, never on lengths or batch."""
     longest = rows.capacity
     if rows.left is not None:
         longest = min(longest, rows.left + rows.q.shape[2])

@@ -1,4 +1,4 @@
-"""The pass over the keys: their lengths, and the way back into k."""
+"""Launches for key statistics: lengths of keys, their gradient, and the buffers of a cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...tuning.config import Problem
 from .launch import Arguments, is_wide, plan, strided
 from .ranges import seen_bytes
 
-# New keys whose lengths one program a head takes while it adds up; those of more are shared by many before.
+# Up to this many new keys, the program of a head computes lengths while it adds up; for more, a pass before does.
 _FEW_KEYS = 64
 
 
@@ -29,7 +29,7 @@ def key_lengths_backward(
 ) -> Tensor:
     """d_k [B, Hkv, Sk, D] from the lengths that `key_lengths` returned and their gradient, fp32 [B, Hkv, Sk].
 
-    added   what reached k by other ways, in k's dtype, or None
+    added   k's gradient by other ways, in k's dtype, or None
     """
     d_k = torch.empty_like(k, memory_format=torch.contiguous_format)
     gradients: Arguments = {"lengths_ptr": lengths.contiguous(), "d_lengths_ptr": d_lengths.contiguous()}
@@ -39,7 +39,7 @@ def key_lengths_backward(
 
 
 def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> None:
-    """Bring the next keys k [B, Hkv, n, D] into the buffers of a fp32 `KeyStatistics`, in the order of its own list.
+    """Append the next keys k [B, Hkv, n, D] to the buffers of a fp32 `KeyStatistics`, given in the order of its list.
 
     new_counts   integers [B], how many of the n are keys, or None for all
     """

@@ -1,4 +1,4 @@
-"""How a kernel is run: the one function every launch passes, its config, its arguments. Plain tensors; no policy."""
+"""Plans and launches of kernels, and the executors that run or record them. Plain tensors; no policy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run_on_device(kernel: Any, grid: Grid, arguments: Arguments, config: TileCon
 
 
 def compile_options(config: TileConfig) -> dict[str, Any]:
-    """What Triton is told beside a kernel's arguments.
+    """Triton's options for a config.
 
     The kernels write every multiply-add that matters as one, whatever Triton fuses by default; 3.9 warns where the
     option is not given.
@@ -80,7 +80,7 @@ def run_interpreted(kernel: Any, grid: Grid, arguments: Arguments, config: TileC
     """Launch under TRITON_INTERPRET=1 with bf16 widened to fp32, and round the results back to nearest even.
 
     Triton's interpreter computes on the raw bits of bf16 and truncates when it converts (triton issues 11584, 11604).
-    What is lost: P and dS are not rounded to bf16, so an interpreted result is closer to exact than a GPU's.
+    P and dS are not rounded to bf16, so an interpreted result is closer to exact than a GPU's.
     """
     wide = {name: map_tensors(_widened, value) for name, value in arguments.items()}
     kernel[grid](**wide)
@@ -127,7 +127,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 class Plan(NamedTuple):
-    """What a kernel's launches of one problem share."""
+    """A kernel with its config and constexprs for one problem."""
 
     kernel: Callable
     config: TileConfig
@@ -151,7 +151,7 @@ class Plan(NamedTuple):
 
 @contextmanager
 def configured(kernel: str, config: TileConfig) -> Iterator[None]:
-    """Inside, a kernel runs with this config, whatever the call, if it is legal for it."""
+    """Run a kernel with this config inside, in every call that it is legal for."""
     global config_for
     before, config_for = config_for, overriding(kernel, config, config_for)
     try:
@@ -172,7 +172,7 @@ def overriding(kernel: str, config: TileConfig, otherwise: ConfigFor) -> ConfigF
 
 
 class Launch(NamedTuple):
-    """What an executor is given."""
+    """The arguments of an executor."""
 
     kernel: Any
     grid: Grid
@@ -181,7 +181,7 @@ class Launch(NamedTuple):
 
 
 class _Recorder(NamedTuple):
-    """Takes the place of the executor, of the card, and of the configs, for launches of one context."""
+    """An executor that keeps the launches of one context, with the target and the configs that they go by."""
 
     target: Target
     config_for: ConfigFor
@@ -212,7 +212,7 @@ def plan(kernel: str, problem: Problem, device: torch.device) -> Plan:
 
 
 def planned(kernel: str, problem: Problem, device: torch.device, launches: Callable[[Plan], Result]) -> Result:
-    """launches(plan); again by the next config where a table's is one that cannot be compiled or launched here."""
+    """Launch; if a tuned config fails here, drop it with a warning and try the next."""
     while True:
         chosen = plan(kernel, problem, device)
         try:
@@ -247,12 +247,12 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
 
 
 def strided(tensor: Tensor | None) -> Strided | None:
-    """The record of a tensor of three or four axes, whose fourth stride is 1 where there is none."""
+    """The record of a tensor of three or four axes; the fourth stride is 1 where there are three."""
     return None if tensor is None else Strided(tensor, *tensor.stride(), *(1,) * (4 - tensor.dim()))
 
 
 def bounded(x: Tensor, highest: int) -> Tensor:
-    """Integers clamped to [0, highest], int32. A dtype of fewer bits need not hold `highest`."""
+    """Integers clamped to [0, highest], int32; a dtype of fewer bits is widened first, as it may not hold `highest`."""
     return (x.int() if x.dtype.itemsize < 4 else x).clamp(0, highest).int()
 
 
@@ -262,7 +262,7 @@ def is_wide(*tensors: Tensor | None) -> bool:
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """Of bf16, an fp32 copy with the same strides, shared elements of expanded tensors included."""
+    """An fp32 copy of a bf16 tensor with its strides, shared elements of expanded tensors included; others as is."""
     if tensor.dtype != torch.bfloat16:
         return tensor
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

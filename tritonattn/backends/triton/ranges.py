@@ -1,4 +1,4 @@
-"""What the ranges of keys that rows see ask of kernels: prefix sums, maxima, keys that are seen, rows that see."""
+"""Launches of passes over the ranges of keys that rows see: prefix sums, maxima, keys seen, rows that see them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 def seen_keys(visible: Visibility, arguments: Arguments | None = None) -> Tensor:
     """`Visibility.seen_keys`, by a kernel where `walk.row_range` knows what rows see.
 
-    arguments   those of `range_arguments`, where a caller has them
+    arguments   of `range_arguments`, where a caller has them
     """
     if visible.mask is not None or not visible.rows_end_with_keys:
         return visible.seen_keys()
@@ -56,9 +56,9 @@ def seen_keys(visible: Visibility, arguments: Arguments | None = None) -> Tensor
 
 
 def rows_of_key_blocks(visible: Visibility, arguments: Arguments, key_block: int) -> Tensor | None:
-    """int32 [B, key blocks, 2], the rows that a block of keys needs; None where ranges of keys do not say.
+    """The first and one past the last row that a block of keys needs, int32 [B, key blocks, 2]; None without key_ranges.
 
-    arguments   those of `range_arguments`, and any others
+    arguments   of `range_arguments`, and any others
     """
     if visible.key_ranges is None:
         return None
@@ -70,7 +70,7 @@ def rows_of_key_blocks(visible: Visibility, arguments: Arguments, key_block: int
 
 
 def range_arguments(visible: Visibility) -> Arguments:
-    """What `walk.row_range` is told."""
+    """The arguments of kernels that use `walk.row_range`."""
     lengths, ranges = visible.key_lengths, visible.key_ranges
     reach = visible.q_len + visible.k_len
     return {
@@ -86,10 +86,10 @@ def range_arguments(visible: Visibility) -> Arguments:
 
 
 def seen_bytes(seen: Tensor, k: Tensor) -> Tensor:
-    """Which keys are seen, broadcastable to [B, Hkv, Sk], as kernels read it: uint8, contiguous."""
+    """`seen`, broadcastable to [B, Hkv, Sk], as kernels read it: uint8, contiguous."""
     return seen.expand(k.shape[:3]).contiguous().view(torch.uint8)
 
 
 def _plan(kernel: str, device: torch.device) -> Plan:
-    """That of a pass over ranges, which knows no head dim and takes what it is given."""
+    """The plan of a pass over ranges, which has no head dim and no options."""
     return plan(kernel, Problem(1, 1, torch.float32), device)
