@@ -1,4 +1,4 @@
-"""What is run in the emulator: calls of attention, held to the bound by the check of all kernel tests."""
+"""Calls of attention that run in the emulator, held to the bound by the check of all kernel tests."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def with_padded_gradient(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def described(case: Any) -> str:
-    """What of a case differs from the defaults, in short."""
+    """A case's fields that differ from the defaults, in short."""
     shown = [getattr(case, one.name) for one in fields(case) if getattr(case, one.name) != one.default]
     return "-".join(_short(value) for value in shown) or "default"
 

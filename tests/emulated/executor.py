@@ -78,8 +78,10 @@ class Executor:
 
 
 def _is_ours(problem: dict) -> bool:
-    """Whether a finding says something of the kernels, not of the compiler: older ones compute with undefined registers
-    what nobody uses, and leave out fences that PTX asks for before wgmma."""
+    """Whether a finding is about the kernels, not about the compiler.
+
+    Older compilers read undefined registers for results that nobody uses, and leave out fences before wgmma.
+    """
     of_compiler = ("uninitialised register", "async-proxy access", "no wgmma.fence before")
     return not OLDER_TRITON or not any(text in problem["message"] for text in of_compiler)
 

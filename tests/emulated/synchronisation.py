@@ -112,7 +112,7 @@ def without(ptx: str, kernel: Kernel, instruction: Instruction) -> str:
 
 
 class Order:
-    """What lies between the synchronising instructions of a kernel."""
+    """The order of the synchronising instructions of a kernel, and the instructions between them."""
 
     def __init__(self, ptx: str) -> None:
         self.flow = Flow(parse(ptx))
@@ -146,7 +146,7 @@ class Order:
         return passed, reached
 
     def why_needless(self, one: Instruction) -> str | None:
-        """What the text of the kernel says for leaving an instruction out; None where it takes a run to tell."""
+        """Why the kernel may do without an instruction, by its text; None where only a run can tell."""
         kind = kind_of(one)
 
         def is_same(other: Instruction) -> bool:

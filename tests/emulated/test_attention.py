@@ -21,7 +21,7 @@ SMALL = TileConfig(16, 16, 1, 2)  # short sequences have inner blocks, edges and
 WARPGROUP = TileConfig(64, 16, 4, 2)  # the smallest that wgmma takes
 QUERY, BOTH = ("query_scale",), ("query_scale", "key_scale")
 
-# Of the small tiles and the default ones: a fast selection of what the slow test covers.
+# A fast selection, of small and default tiles, from the cases of the slow test.
 FAST = (
     (GPU(80), Case(BFLOAT, tiles=SMALL, mask="causal", scales=BOTH)),
     (GPU(80), Case(HALF, tiles=SMALL, mask="everything", scales=QUERY, form="everything", heads=(2, 1))),
@@ -64,7 +64,7 @@ def test_attention(gpu, case, emulate):
 
 @pytest.mark.parametrize("scaling", ["sqrt_dim", "key_count"])
 def test_keys_and_values_with_means(scaling, emulate):
-    """What delta errs by, d_q has times the mean key: so it must not come from an output of 16 bits."""
+    """delta's error reaches d_q times the mean key, so delta must not come from an output of 16 bits."""
     emulate(GPU(80), SMALL)
     tensors = harness.inputs(BFLOAT, CPU, q_len=40, k_len=64, head_dim=64, value_dim=64)
     tensors |= {"k": tensors["k"] + 3, "v": tensors["v"] + 3}

@@ -115,7 +115,7 @@ def test_decode(case, capability, emulate):
 @pytest.mark.parametrize("name", ["q", "k"])
 @pytest.mark.parametrize("length", [60, 150])
 def test_nan_that_a_row_sees_is_in_its_results(name, length, emulate):
-    """Of one split, and of several, of which one or all are NaN; the other sequence is as before."""
+    """One split, or several of which one or all are NaN; the other sequence is as before."""
     executor = emulate(GPU(80), SMALL)
     operands = dict(zip("qkv", sequences(BFLOAT, heads=(2, 1), length=length, dims=(16, 16)), strict=True))
     operands["q"] = operands["q"][:, :, -1:].clone()

@@ -15,7 +15,7 @@ from .cases import with_padded_gradient
 from .executor import GPU, padded
 from .synchronisation import Launch, Order, Recorder, kind_of, without
 
-# What only the run tells, where the text does not: each is as the emulator found it for all the calls below.
+# Reasons that only a run shows, not the text; the emulator found each of them for all the calls below.
 OBSERVED = {
     "bar.sync": "other barriers stand between those who touch the same bytes: Triton parts whole buffers, and so also "
     "slots of a ring that do not overlap",

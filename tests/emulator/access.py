@@ -10,7 +10,7 @@ from .types import TYPES
 
 @dataclass(frozen=True)
 class Access:
-    """What a memory instruction moves per thread: `vector` elements of `size` bytes of a PTX type.
+    """The memory access of a thread: `vector` elements of `size` bytes of a PTX type.
 
     registers   that a load fills, None for those it drops; a narrow element is extended, with its sign where signed
     operation   of an atomic: "add", "cas", ...

@@ -62,7 +62,7 @@ def slot_of(address: int) -> int:
 
 
 def describe(buffers: list[Buffer], address: int) -> str:
-    """What lies nearest to an address, and how far."""
+    """The buffer nearest to an address, and its distance."""
     slot = slot_of(address)
     if not 0 <= slot < len(buffers):
         return "no tensor near (null or wild pointer)"

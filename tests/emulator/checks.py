@@ -1,4 +1,4 @@
-"""What is checked at an access: races, uninitialised reads, and memory that an asynchronous engine still uses."""
+"""Checks at an access: races, uninitialised reads, and memory that an asynchronous engine still uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the lanes of a warp do together: ldmatrix, stmatrix, shuffles, votes, reductions."""
+"""Instructions of a whole warp: ldmatrix, stmatrix, shuffles, votes, reductions."""
 
 from __future__ import annotations
 

@@ -57,16 +57,23 @@ def _at_run_time(name: str, value: Any, kind: Any) -> Iterator[tuple[str, Any, s
 
 
 def launch(
-    function, grid, *arguments, capability: int = 80, num_warps: int = 4, num_stages: int = 2, collect: bool = False,
-    max_threads: int = DEFAULT_MAX_THREADS, **constexprs,
-) -> Report:  # fmt: skip
+    function,
+    grid,
+    *arguments,
+    capability: int = 80,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    collect: bool = False,
+    max_threads: int = DEFAULT_MAX_THREADS,
+    **constexprs,
+) -> Report:
     """kernel[grid](*arguments, **constexprs), run here: `launch(add, (4,), x, y, n, BLOCK=128)`."""
     names = [parameter.name for parameter in function.params if parameter.name not in constexprs]
     values = dict(zip(names, arguments, strict=False)) | constexprs
     compiled = compile_for(function, values, num_warps=num_warps, num_stages=num_stages, capability=capability)
     return run(
         compiled.kernel, grid, compiled.arguments, names=compiled.names, collect=collect, max_threads=max_threads
-    )  # fmt: skip
+    )
 
 
 def _value(function, name: str, values: dict[str, Any]):

@@ -23,9 +23,15 @@ DEFAULT_MAX_THREADS = 4096
 
 
 def run(
-    compiled, grid, arguments, *, names: list[str] | None = None, collect: bool = False,
-    max_threads: int = DEFAULT_MAX_THREADS, ptx: str | None = None,
-) -> Report:  # fmt: skip
+    compiled,
+    grid,
+    arguments,
+    *,
+    names: list[str] | None = None,
+    collect: bool = False,
+    max_threads: int = DEFAULT_MAX_THREADS,
+    ptx: str | None = None,
+) -> Report:
     """Execute one of Triton's compiled kernels on CPU tensors, which it modifies, and report.
 
     arguments     tensors, ints, floats, None and TensorDescriptors in the order of the PTX parameters; Triton's
@@ -39,17 +45,32 @@ def run(
     """
     metadata = compiled.metadata
     return run_ptx(
-        ptx or compiled.asm["ptx"], grid, arguments, shared=metadata.shared, num_warps=metadata.num_warps,
+        ptx or compiled.asm["ptx"],
+        grid,
+        arguments,
+        shared=metadata.shared,
+        num_warps=metadata.num_warps,
         scratch=getattr(metadata, "global_scratch_size", None),
-        descriptors=getattr(metadata, "tensordesc_meta", None) or (), names=names, collect=collect,
+        descriptors=getattr(metadata, "tensordesc_meta", None) or (),
+        names=names,
+        collect=collect,
         max_threads=max_threads,
-    )  # fmt: skip
+    )
 
 
 def run_ptx(
-    ptx: str, grid, arguments, *, num_warps: int, shared: int = 0, scratch: int | None = None, descriptors=(),
-    names: list[str] | None = None, collect: bool = False, max_threads: int = DEFAULT_MAX_THREADS,
-) -> Report:  # fmt: skip
+    ptx: str,
+    grid,
+    arguments,
+    *,
+    num_warps: int,
+    shared: int = 0,
+    scratch: int | None = None,
+    descriptors=(),
+    names: list[str] | None = None,
+    collect: bool = False,
+    max_threads: int = DEFAULT_MAX_THREADS,
+) -> Report:
     """As `run`, from PTX text. shared: bytes of shared memory; scratch: bytes of global scratch per CTA (None: what the
     tensor maps need); descriptors: the layouts of the TensorDescriptors, Triton's `tensordesc_meta`."""
     started = time.monotonic()

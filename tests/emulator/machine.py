@@ -27,14 +27,24 @@ from .shared_memory import SharedMemory
 from .tensor_map import TensorMaps
 from .warpgroup_products import WarpgroupProducts
 
-# What a register holds before it is written, by its size: NaN in every float format.
+# Contents of a register before it is written, by its size: NaN in every float format.
 _UNWRITTEN = {0: np.bool_(False), 1: u1(0), 2: u2(0x7FFF), 4: u4(0x7FBADBAD), 8: u8(0x7FF8BADBADBADBAD)}
 
 
 class Machine(
-    GlobalMemory, SharedMemory, LoadStore, Atomics, AsyncCopies, Collectives, MatrixUnits, WarpgroupProducts,
-    MemoryBarriers, TensorMaps, BulkCopies, Checks,
-):  # fmt: skip
+    GlobalMemory,
+    SharedMemory,
+    LoadStore,
+    Atomics,
+    AsyncCopies,
+    Collectives,
+    MatrixUnits,
+    WarpgroupProducts,
+    MemoryBarriers,
+    TensorMaps,
+    BulkCopies,
+    Checks,
+):
     """One launch. Several CTAs run at once, a batch; lane = thread + threads * position of the CTA in the batch.
 
     All threads run in lock step: a register is an array with one element per lane. A `mask` says which lanes act, None
@@ -102,13 +112,21 @@ class Machine(
         thread = np.tile(np.arange(self.threads), self.cta_count).astype(u4)
         zero = np.zeros(self.lanes, u4)
         special = {
-            "%tid.x": thread, "%tid.y": zero, "%tid.z": zero,
-            "%ntid.x": zero + u4(self.threads), "%ntid.y": zero + u4(1), "%ntid.z": zero + u4(1),
-            "%laneid": thread & u4(31), "%warpid": thread >> u4(5), "%nwarpid": zero + u4(self.threads // 32),
-            "%smid": np.repeat(np.arange(self.cta_count, dtype=u4), self.threads), "%nsmid": zero + u4(self.cta_count),
-            "%clock": zero, "%globaltimer_lo": zero,
+            "%tid.x": thread,
+            "%tid.y": zero,
+            "%tid.z": zero,
+            "%ntid.x": zero + u4(self.threads),
+            "%ntid.y": zero + u4(1),
+            "%ntid.z": zero + u4(1),
+            "%laneid": thread & u4(31),
+            "%warpid": thread >> u4(5),
+            "%nwarpid": zero + u4(self.threads // 32),
+            "%smid": np.repeat(np.arange(self.cta_count, dtype=u4), self.threads),
+            "%nsmid": zero + u4(self.cta_count),
+            "%clock": zero,
+            "%globaltimer_lo": zero,
             **dict.fromkeys(("%clock64", "%globaltimer", "%gridid"), zero.astype(u8)),
-        }  # fmt: skip
+        }
         for axis, name in enumerate("xyz"):
             special[f"%ctaid.{name}"] = np.repeat(np.array([cta[axis] for cta in self.ctas], u4), self.threads)
             special[f"%nctaid.{name}"] = zero + u4(self.grid[axis])

@@ -92,8 +92,10 @@ class MatrixUnits:
                 if b is None:
                     b = right_factors[b_registers] = _right_fragment(
                         np.stack([registers[one] for part in b_registers for one in part]),
-                        warps, len(products), group.element,
-                    )  # fmt: skip
+                        warps,
+                        len(products),
+                        group.element,
+                    )
                 c = np.stack([self._bits(registers, one) for product in products for one in product.c])
                 results = self._accumulate(group.accumulator, c, np.matmul(a, b.transpose(0, 2, 1)), len(products))
                 for product, values in zip(products, results, strict=True):

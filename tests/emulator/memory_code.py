@@ -208,9 +208,16 @@ class MemoryCode(Operands):
         a_sign, b_sign, *transposed = (operand.value for operand in rest)
         a_transposed, b_transposed = [0, 0, *transposed][-2:]
         product = WarpgroupProduct(
-            one, int(shape[1]), int(shape[2]), shape[3], a_sign * b_sign, bool(a_transposed), bool(b_transposed),
-            tuple(part.value for part in d.value), guarded_by(one),
-        )  # fmt: skip
+            one,
+            int(shape[1]),
+            int(shape[2]),
+            shape[3],
+            a_sign * b_sign,
+            bool(a_transposed),
+            bool(b_transposed),
+            tuple(part.value for part in d.value),
+            guarded_by(one),
+        )
         if a.kind == "vector":
             left = f"[{','.join(self.read(part, 'b32') for part in a.value)}]"
         else:

@@ -94,7 +94,7 @@ class Program(ArithmeticCode, MemoryCode):
 
 
 def _product_kind(one: Instruction) -> tuple | None:
-    """What mma instructions must share to run together; None for what runs alone."""
+    """The properties that mma instructions share if they run together; None for an instruction that runs alone."""
     if one.base != "mma" or one.predicate is not None:
         return None
     try:

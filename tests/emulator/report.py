@@ -1,4 +1,4 @@
-"""What a run found and counted."""
+"""Findings and counts of a run."""
 
 from __future__ import annotations
 
@@ -43,9 +43,12 @@ class Report:
         known = findings.get(key)
         if known is None:
             findings[key] = {
-                "line": instruction.line, "text": instruction.text, "loc": instruction.loc, "message": message,
+                "line": instruction.line,
+                "text": instruction.text,
+                "loc": instruction.loc,
+                "message": message,
                 "count": count,
-            }  # fmt: skip
+            }
         else:
             known["count"] += count
 
@@ -61,12 +64,14 @@ class Report:
         requests, wavefronts = self._by_class(self.requests, 3), self._by_class(self.wavefronts, 2)
         self.global_memory = {
             kind: {
-                "requests": count, "sectors": sectors, "bytes": size,
+                "requests": count,
+                "sectors": sectors,
+                "bytes": size,
                 "sectors_per_request": round(sectors / max(count, 1), 2),
                 "sector_use": round(size / max(32 * sectors, 1), 3),
             }
             for kind, (count, sectors, size) in requests.items()
-        }  # fmt: skip
+        }
         self.shared_memory = {
             kind: {"wavefronts": count, "ideal": ideal, "conflict_degree": round(count / max(ideal, 1), 3)}
             for kind, (count, ideal) in wavefronts.items()

@@ -41,7 +41,7 @@ _KIND_WORDS = slice(2, 12)  # of a map's 32 words: everything but address, sizes
 
 
 class Boxes(NamedTuple):
-    """What bulk copies of maps of one kind move.
+    """The boxes that bulk copies move, for maps of one kind.
 
     at          positions of the copies among the lanes that issue them
     element     type and bytes; nan_fill: elements outside the tensor become NaN, else 0
@@ -203,11 +203,16 @@ def host_map(address: int, descriptor, layout: dict) -> np.ndarray:
     """The bytes of the map of a host's TensorDescriptor at an address; layout: Triton's `tensordesc_meta` of it."""
     size, rank = layout["elem_size"], len(descriptor.shape)
     values = {
-        "global_address": [address], "rank": [rank - 1], "elemtype": [layout["elem_type"]],
-        "swizzle_mode": [layout["swizzle"]], "fill_mode": [int(getattr(descriptor, "padding", "zero") == "nan")],
-        "box_dim": layout["block_size"][::-1], "global_dim": descriptor.shape[::-1], "element_stride": [1] * rank,
+        "global_address": [address],
+        "rank": [rank - 1],
+        "elemtype": [layout["elem_type"]],
+        "swizzle_mode": [layout["swizzle"]],
+        "fill_mode": [int(getattr(descriptor, "padding", "zero") == "nan")],
+        "box_dim": layout["block_size"][::-1],
+        "global_dim": descriptor.shape[::-1],
+        "element_stride": [1] * rank,
         "global_stride": [stride * size for stride in descriptor.strides[-2::-1]],
-    }  # fmt: skip
+    }
     data = np.zeros(MAP_BYTES, u1)
     for name, numbers in values.items():
         field = FIELDS[name]

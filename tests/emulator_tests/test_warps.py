@@ -1,4 +1,4 @@
-"""What the lanes of a warp do together: shuffles, votes, reductions, elections, matrices."""
+"""Instructions of a whole warp: shuffles, votes, reductions, elections, matrices."""
 
 from __future__ import annotations
 

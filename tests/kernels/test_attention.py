@@ -60,7 +60,7 @@ def test_more_rows_than_keys(q_len, k_len, device):
 
 @pytest.mark.parametrize("window", [(1, 0), (17, 3), (30, 0), (None, 14), (None, 1)], ids=str)
 def test_windows_whose_edge_is_that_of_a_tile(window, device):
-    """Of 16 rows or keys: a single row of the last tile sees a block of keys, or all but a single one do."""
+    """A single row of the last tile of 16 sees a block of keys, or all rows but a single one do."""
     tensors = harness.inputs(torch.float32, device, q_len=48, k_len=48, batch=1)
     harness.check(tensors, window=window)
 
@@ -122,7 +122,7 @@ def test_rows_of_few_keys(options, device):
 @pytest.mark.parametrize("mode", ["sqrt_dim", "key_count"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # the interpreter truncates to bf16
 def test_keys_and_values_with_means(mode, dtype, device):
-    """What delta errs by, d_q has times the mean key: so it must not come from an output of 16 bits."""
+    """delta's error reaches d_q times the mean key, so delta must not come from an output of 16 bits."""
     tensors = harness.inputs(dtype, device, q_len=40, k_len=64, head_dim=64, value_dim=64)
     tensors |= {"k": tensors["k"] + 3, "v": tensors["v"] + 3}
     harness.check(tensors, functools.partial(tritonattn.attention, scaling=mode))

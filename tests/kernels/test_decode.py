@@ -215,7 +215,7 @@ def test_offsets_past_int32(device, monkeypatch):
 
 
 def test_new_tokens_past_int32(device):
-    """Whose rows in q lie 2^30 elements apart."""
+    """Rows of q that lie 2^30 elements apart."""
     q, cache = torch.randn(1, 1, 3, 16, dtype=torch.float16, device=device), torch.randn(1, 1, 20, 16, device=device)
     lengths = torch.tensor([20], device=device)
     storage = torch.empty(2**31 + 16, dtype=torch.float16, device=device)

@@ -42,7 +42,7 @@ def launched(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("form", [*FEW, *MANY])
 def test_few_rows_of_attention(form, device, launched):
-    """Of one and of several splits, with all statistics, and by which kernel."""
+    """Results and statistics of one and of several splits, and the kernel that ran."""
     q_len, given = (FEW | MANY)[form]
     for k_len in (12, 150) if q_len > 12 else (150,):
         q, k, v = sequences(torch.float32, heads=(6, 2), length=k_len, dims=(16, 24), device=device)

@@ -95,7 +95,7 @@ def test_gradients_of_keys_and_of_their_lengths_are_added_before_they_are_rounde
 
 
 def _held(statistics: KeyStatistics) -> list[torch.Tensor]:
-    """What counts of the buffers, sequence by sequence."""
+    """The valid part of the buffers, sequence by sequence."""
     parts = []
     for count, *buffers in zip(statistics.counts.tolist(), *statistics._buffers()[1:], strict=True):
         ends = (count, *[count + 1] * 3)
@@ -105,7 +105,7 @@ def _held(statistics: KeyStatistics) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 7), (torch.float16, 64), (torch.bfloat16, 200)])
 def test_keys_are_appended_as_by_torch(dtype, head_dim, device, monkeypatch):
-    """Of one and of many blocks, none, some that count for nothing, and past the capacity, where values go unread."""
+    """One and many blocks of keys, none, keys that do not count, and keys past the capacity, which go unread."""
     random = torch.Generator().manual_seed(0)
     for module in ("key_statistics", "checks"):
         monkeypatch.setattr(f"tritonattn.calls.{module}.values_are_read", lambda x: False)

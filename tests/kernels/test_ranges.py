@@ -70,7 +70,7 @@ def test_what_the_kernel_cannot_tell_torch_does(device):
 @pytest.mark.parametrize("with_ranges", [False, True])
 @pytest.mark.parametrize("extra", CASES, ids=str)
 def test_largest_of_ranges(extra, with_ranges, device):
-    """Of ties the lowest key, of NaN the first, 0 and inf among them; bounds for all entries, or for each."""
+    """The lowest key of ties, the first NaN, 0 and inf among them; bounds for all entries, or for each."""
     visibility, pairs = example(extra, with_ranges, device)
     x = torch.randint(0, 9, (2, 3, K_LEN), generator=torch.Generator().manual_seed(1)) / 4
     x[1, 1, 30::40], x[1, 2, 7::90], x[0, 2] = torch.inf, torch.nan, 0

@@ -18,7 +18,7 @@ QUICK = Effort(timed=2, rounds=2, warm_up=0)
 
 
 def keys() -> list[Key]:
-    """Of every kernel, without scales, and with all and their gradients."""
+    """Every kernel, without scales, and with all of them and their gradients."""
     return [Key(kernel, 64, scales, "short") for kernel, kinds in SCALES.items() for scales in (kinds[0], kinds[-1])]
 
 
@@ -49,7 +49,7 @@ def test_a_workload_launches_its_kernel_in_the_config(key, device, monkeypatch):
 
 
 def results_of(arguments) -> list[torch.Tensor]:
-    """Of a forward or decode kernel its output, of a backward kernel the gradients of q, or of k and v."""
+    """The output of a forward or decode kernel; the gradients of q, or of k and v, of a backward kernel."""
     if "results" in arguments:
         return [arguments["results"].out]
     return [arguments[name] for name in ("d_q_ptr", "d_k_ptr", "d_v_ptr") if name in arguments]
@@ -101,7 +101,7 @@ def test_what_a_kernel_leaves_out_is_no_earlier_result(key, device, monkeypatch)
 
 @pytest.mark.parametrize("key", keys()[::2], ids=str)
 def test_a_result_that_is_wrong_for_the_last_head_alone(key, device, monkeypatch):
-    """What a config does to the programs at the end of a grid: no head before shows it."""
+    """A fault in the programs at the end of a grid, which no other head shows."""
     size, run = Size(batch=2, heads=4, length=24, group=2), launch.run
     workload = Workload(key, size, torch.float16, device, copies=1)
 

@@ -34,7 +34,7 @@ HALF, BFLOAT, FULL = torch.float16, torch.bfloat16, torch.float32
 
 
 class Driver:
-    """What Triton's JIT asks of a driver before it launches."""
+    """The part of a driver that Triton's JIT uses before it launches."""
 
     def get_current_device(self) -> object:
         return self
@@ -47,7 +47,7 @@ class Driver:
 
 
 def key_of(source: Any, options: dict[str, Any]) -> str:
-    """What of a kernel names its file in Triton's cache: the rest is the compiler's own."""
+    """The part of a cache key that depends on the launch; the rest is the compiler's own."""
     return source.hash() + make_backend(SM_80).parse_options(dict(options)).hash()
 
 

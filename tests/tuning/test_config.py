@@ -36,7 +36,7 @@ def test_short_calls_have_at_most_1024_rows_and_keys():
 
 
 def test_sums_have_columns_where_they_lie_in_registers():
-    """Of 16-bit products, whose accumulators have pairs of columns a lane."""
+    """8 columns for 16-bit products, whose accumulators have pairs of columns a lane."""
     targets = (SM_80, SM_90, SM_100, Target.parse("sm_103"), GFX942)
     found = {
         (target.name, dtype): sum_columns(Problem(64, 64, dtype), target)
@@ -70,7 +70,7 @@ def test_what_passes_through_shared_memory(kernel, target, dtype, wanted):
     [("forward", 96 + 64), ("grad_query", 160 + 64), ("grad_key_value", (384 + 64 + 64) // 2), ("decode", 0)],
 )
 def test_columns_of_tensor_memory(kernel, wanted):
-    """Of 128 rows: logits of fp32 and of 16 bits, in a backward their gradients too, and sums."""
+    """128 rows of logits in fp32 and in 16 bits, in a backward their gradients too, and sums."""
     tiles, problem = TileConfig(128, 64, 4, 2), Problem(64, 64, HALF)
     assert config._tensor_memory_estimate(kernel, tiles, problem) == wanted
     assert config._tensor_memory_estimate(kernel, tiles, Problem(64, 64, FULL)) == 0, "products of fp32 use none"

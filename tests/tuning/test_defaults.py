@@ -20,7 +20,7 @@ def problem(width: int, dtype: torch.dtype = HALF, **forms) -> Problem:
 
 
 def values(kernel: str, config: TileConfig, width: int) -> float:
-    """Of a tile's logits and of the sums that are held, those of a warp."""
+    """The logits of a tile and the sums held, per warp."""
     held = config.block_n * 2 if kernel == "grad_key_value" else config.block_m
     return (config.block_m * config.block_n + held * width) / config.num_warps
 

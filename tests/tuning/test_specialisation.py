@@ -1,4 +1,4 @@
-"""What is compiled ahead of time: the arguments of a launch on tensors without memory; nothing is compiled."""
+"""Arguments of ahead-of-time compilation: a launch on tensors without memory; nothing is compiled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def source_of(kernel: str, problem: Problem, tiles: TileConfig = TILES):
 
 
 def types(kernel: str, problem: Problem, tiles: TileConfig = TILES) -> dict[str, str]:
-    """Of the arguments that are no constants; "mask.b" is a member of a record."""
+    """Types of the arguments that are no constants; "mask.b" is a member of a record."""
     asked, source = source_of(kernel, problem, tiles)
     return {
         name: kind
@@ -94,7 +94,7 @@ def test_pointers_and_strides_are_multiples_of_16_but_for_unaligned_rows():
 
 
 def test_descriptors_are_of_the_streamed_blocks():
-    """Of keys, of head dim 64 and value dim 128, or of rows."""
+    """Blocks of keys, of head dim 64 and value dim 128, or of rows."""
     described = replace(TILES, descriptors=True)
     forward, grad = (types(kernel, PROBLEM, described) for kernel in ("forward", "grad_key_value"))
     assert forward["k_descriptor"].startswith("tensordesc<bf16[1, 1, 32, 64]")

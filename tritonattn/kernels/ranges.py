@@ -111,7 +111,7 @@ def argmax_of_ranges(
 ):
     """The lowest key that attains the maximum of x over the range of each of BLOCK_M rows.
 
-    For an empty range it is lo, or the last key where lo is no key. Keys that all rows see are scanned once, as a vector.
+    For an empty range it is lo, or the last key where lo is no key. Keys that all rows see are scanned once.
 
     Grid: (blocks of Sq, H, B). x fp32 [B, H, Sk], at least 0 or NaN; lo and hi int64 [B or 1, Sq], 0 <= lo <= hi <= Sk,
     bounds_len their stride from one batch entry to the next, Sq or 0; argmax int64 [B, H, Sq]. All contiguous.

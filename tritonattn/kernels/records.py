@@ -124,7 +124,7 @@ class Sight(NamedTuple):
 class Walk(NamedTuple):
     """The keys that a block of rows looks at, or the rows that a block of keys looks at.
 
-    Outside [touch_lo, touch_hi) nothing of the block is seen. In [full_start, full_end) all of it is, so that no mask is
+    Outside [touch_lo, touch_hi) nothing of the block is seen. In [full_start, full_end) all of it is, and no mask is
     needed; both bounds are multiples of the step, full_start <= full_end.
     """
 

@@ -56,7 +56,7 @@ def seen_keys(visible: Visibility, arguments: Arguments | None = None) -> Tensor
 
 
 def rows_of_key_blocks(visible: Visibility, arguments: Arguments, key_block: int) -> Tensor | None:
-    """The first and one past the last row that a block of keys needs, int32 [B, key blocks, 2]; None without key_ranges.
+    """First and one past the last row that a block of keys needs, int32 [B, key blocks, 2]; None without key_ranges.
 
     arguments   of `range_arguments`, and any others
     """
