@@ -333,6 +333,7 @@ def test_a_layer_without_its_model_is_patched_and_saved_with_it(tmp_path):
     one = patch(network.model.layers[1], scaling="none")
     network.save_pretrained(tmp_path)
     again = type(network).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert patched(again) is not None
     assert list(patched(again).layers) == ["model.layers.1.self_attn"]
     assert torch.equal(logits(again), wanted)
     assert network.config._attn_implementation == "eager"

@@ -7,13 +7,13 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calls.checks import Options, check
-from ..core.observation import ObservedCall
 from ..core.records import for_json
 from ..core.statistics import key_lengths_of
 from ..core.tables import table
@@ -116,8 +116,11 @@ class _Layer:
     gain: Any
     relative: Any  # the model's factor beside any mode, see `huggingface.patch`; None is 1
     visible: dict[str, Any]
-    seen: Visibility
     context: int | None
+
+    @cached_property
+    def seen(self) -> Visibility:
+        return Visibility.of(self.q, self.k, **self.visible)
 
     def read(self, mode: str | None) -> Reading:
         """Diagnose the layer with a mode; None is its own scaling."""
@@ -232,7 +235,7 @@ def _of_call(name: str, q: Tensor, k: Tensor, arguments: dict[str, Any], aux: An
     relative = gain
     if not isinstance(scaling, (str, Scaling)):  # a float of the model's own
         relative = scaling * q.shape[-1] ** 0.5 * (1.0 if gain is None else gain)
-    return _layer(name, q, k, scaling, gain, relative, visible, context)
+    return _Layer(name, q, k, scaling, gain, relative, _without_padding(q, k, visible), context)
 
 
 def _of_tensors(q: Tensor, k: Tensor, scaling: Any, gain: Any, visible: dict[str, Any], context: int | None) -> _Layer:
@@ -240,28 +243,19 @@ def _of_tensors(q: Tensor, k: Tensor, scaling: Any, gain: Any, visible: dict[str
     if unknown:
         raise TypeError(f"{', '.join(sorted(unknown))}: expected arguments out of {', '.join(_VISIBLE)}")
     check(q, k, k, Options(**visible))
-    return _layer("q, k", q, k, scaling, gain, None, visible, context)
+    return _Layer("q, k", q, k, scaling, gain, None, _without_padding(q, k, visible), context)
 
 
-def _layer(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    scaling: Any,
-    gain: Any,
-    relative: Any,
-    visible: dict[str, Any],
-    context: int | None,
-) -> _Layer:
+def _without_padding(q: Tensor, k: Tensor, visible: dict[str, Any]) -> dict[str, Any]:
+    """Visibility arguments that hide all keys from rows of padding."""
     seen = Visibility.of(q, k, **visible)
-    rows = counted_rows(ObservedCall(q, k, q, seen, None, lambda: None))
-    if not seen.sizes_tell_all and rows.shape[1] == 1:  # hide all keys from rows of padding
-        lo, hi = seen.ranges()
-        hi = torch.where(rows[:, 0], hi, lo)
-        ranges = torch.stack(torch.broadcast_tensors(lo, hi), dim=-1).expand(q.shape[0], -1, -1)
-        visible = {name: x for name, x in visible.items() if name == "mask"} | {"key_ranges": ranges}
-        seen = Visibility.of(q, k, **visible)
-    return _Layer(name, q, k, scaling, gain, relative, visible, seen, context)
+    rows = counted_rows(seen)
+    if seen.sizes_tell_all or rows.shape[1] > 1:
+        return visible
+    lo, hi = seen.ranges()
+    hi = torch.where(rows[:, 0], hi, lo)
+    ranges = torch.stack(torch.broadcast_tensors(lo, hi), dim=-1).expand(q.shape[0], -1, -1)
+    return {name: x for name, x in visible.items() if name == "mask"} | {"key_ranges": ranges}
 
 
 def _means(found: Diagnosis) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.observation import ObservedCall
+from ..core.visibility import Visibility
 from .diagnosis import ONE_HOT, UNIFORM
 from .row_statistics import relative_entropy
 
@@ -52,13 +53,12 @@ class Tally:
         }
 
 
-def counted_rows(call: ObservedCall) -> Tensor:
+def counted_rows(seen: Visibility) -> Tensor:
     """The rows that see a key and are no padding: bool [B or 1, 1 or Hq, Sq].
 
     A row of self attention is padding if no row sees the key at its place. In cross attention padding of rows is not
     known, so all rows count, except if Sq = Sk by chance: then rows at the places of unseen keys are left out.
     """
-    seen = call.visibility
     rows = seen.counts() > 0
     if seen.q_len == seen.k_len and seen.sequences is None and not seen.sizes_tell_all:
         rows = rows & seen.seen_keys().any(1, keepdim=True)
@@ -66,7 +66,7 @@ def counted_rows(call: ObservedCall) -> Tensor:
 
 
 def _sums(call: ObservedCall) -> dict[str, Tensor]:
-    aux, real = call.aux(), counted_rows(call)
+    aux, real = call.aux(), counted_rows(call.visibility)
     n = call.visibility.counts().expand(aux.entropy.shape)  # [B, Hq, Sq]
     real = real.expand(n.shape)
     several = real & (n > 1)
