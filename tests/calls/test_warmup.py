@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tritonattn
+from tritonattn import warmup
 from tritonattn.calls import attention as api
-from tritonattn.calls import warmup
 
 
 def test_it_makes_the_calls_that_are_to_come(monkeypatch):
