@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tritonattn
 from tests.support.bound import assert_within_bound
-from tests.support.calls import operands
+from tests.support.calls import assert_extreme_sink, assert_extreme_sink_of_decode, operands
 from tests.support.masks import MASKS
 from tests.support.pairs import pairwise
 from tritonattn.backends import reference
@@ -385,3 +385,10 @@ def test_no_query_heads_under_a_mask_of_heads(scaling, backend, kv_heads):
     assert out.shape == (2, 0, 5, 6)
     out.sum().backward()
     assert not leaves["v"].grad.any()
+
+
+@pytest.mark.parametrize("sink", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_sinks_that_are_not_finite(backend, sink):
+    assert_extreme_sink(sink, backend)
+    assert_extreme_sink_of_decode(sink, backend, keys=9)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import tritonattn
 from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.sequences import Sequences
@@ -82,3 +83,49 @@ def example(
         Logits(0.3, query_scale, key_scale, softcap, leaf(4) if sinks else None),
         Dropout(0.3, torch.tensor([3, 4])) if dropout else None,
     )
+
+
+def assert_extreme_sink(sink: float, backend: str, device: torch.device | str = "cpu") -> None:
+    """-inf is no sink, +inf gives zeros, NaN gives NaN in rows that see keys; rows without keys give zeros."""
+    q, k, v = (x.detach().float().to(device).requires_grad_() for x in operands().values())
+    ranges = torch.tensor([[0, 0], [0, 3], [1, 4], [0, 7], [2, 2]], device=device).expand(2, 5, 2).int()
+    sees = (ranges[..., 0] < ranges[..., 1])[:, None, :, None]
+
+    def results(sinks: list[float] | None) -> tuple[Tensor, Tensor, Tensor]:
+        tensor = None if sinks is None else torch.tensor(sinks, device=device)
+        out = tritonattn.attention(q, k, v, sinks=tensor, key_ranges=ranges, backend=backend)
+        d_q, d_v = torch.autograd.grad(out.sum(), (q, v))
+        return out.detach(), d_q, d_v
+
+    found, finite = results([0.0, 1.0, sink, 2.0]), results([0.0, 1.0, 0.0, 2.0])
+    for x, same in zip(found[:2], finite[:2], strict=True):
+        assert torch.equal(x[:, [0, 1, 3]], same[:, [0, 1, 3]])
+        assert (x.masked_fill(sees, 0) == 0).all()
+    assert torch.equal(found[2][:, 0], finite[2][:, 0])  # of the key head that the first two query heads read
+    out, d_q, _ = (x[:, 2:3] for x in found)
+    if sink == torch.inf:
+        assert (out == 0).all() and (d_q == 0).all()
+    elif sink == -torch.inf:
+        torch.testing.assert_close(out, results(None)[0][:, 2:3])
+        torch.testing.assert_close(d_q, results(None)[1][:, 2:3])
+    else:
+        assert out.isnan().logical_or(~sees).all() and d_q.isnan().logical_or(~sees).all()
+
+
+def assert_extreme_sink_of_decode(sink: float, backend: str, keys: int, device: torch.device | str = "cpu") -> None:
+    """As `assert_extreme_sink`, of a cache for `keys` keys: full in one sequence, empty in the other."""
+    q, k, v = (x.detach().float().to(device) for x in operands(lengths=(1, keys)).values())
+    lengths, sinks = torch.tensor([keys, 0], device=device), torch.tensor([0.0, 1.0, sink, 2.0], device=device)
+
+    def run(sinks: Tensor | None) -> Tensor:
+        return tritonattn.attention_decode(q, k, v, key_lengths=lengths, sinks=sinks, backend=backend)
+
+    found, finite = run(sinks), run(sinks.nan_to_num(0, 0, 0))
+    assert torch.equal(found[:, [0, 1, 3]], finite[:, [0, 1, 3]])
+    assert (found[1] == 0).all()
+    if sink == torch.inf:
+        assert (found[:, 2] == 0).all()
+    elif sink == -torch.inf:
+        torch.testing.assert_close(found[:, 2], run(None)[:, 2])
+    else:
+        assert found[0, 2].isnan().all()

@@ -28,14 +28,15 @@ def attention(
         logit[i, j]   = (q[i] . k[j]) * multiplier[i, j]
         capped[i, j]  = softcap * tanh(logit[i, j] / softcap)         or logit[i, j] without softcap
         lse[i]        = ln sum_j exp(capped[i, j])                    over the keys j visible to row i
-        p[i, j]       = exp(capped[i, j]) / (exp(lse[i]) + exp(sink)) without sinks, no second term
+        s[i, j]       = exp(capped[i, j] - lse[i])
+        p[i, j]       = s[i, j] / (1 + exp(sink - lse[i]))            or s[i, j] without sinks
         out[i]        = sum_j keep[i, j] / (1 - p_drop) * p[i, j] * v[j]
         max_logit[i]  = max_j logit[i, j]
-        entropy[i]    = -sum_j s[i, j] * ln(s[i, j]),  s[i, j] = exp(capped[i, j] - lse[i])
+        entropy[i]    = -sum_j s[i, j] * ln(s[i, j])
 
     q, k, v      [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; Hkv divides Hq
     multiplier   a float or a tensor broadcastable to [B, Hq, Sq, Sk]; of no account at invisible pairs
-    sinks        [Hq]
+    sinks        [Hq]; -inf is no sink, +inf gives p = 0, NaN gives NaN
     returns      out [B, Hq, Sq, Dv] in q's dtype; the others [B, Hq, Sq] in fp32 (fp64 for fp64 q)
 
     Operands keep their dtype; logits, softmax and accumulation are in fp32 (fp64 for fp64 q); p is rounded to
@@ -58,11 +59,11 @@ def attention(
         capped = logit if softcap is None else softcap * torch.tanh(logit / softcap)
         capped = torch.where(visible, capped, -torch.inf)
 
-        entries = capped
-        if sinks is not None:  # one more key, without a value
-            column = sinks.to(dtype)[:, None, None].expand(*capped.shape[:-1], 1)
-            entries = torch.cat([capped, column], dim=-1)
-        probability = _softmax(entries)[..., : k.shape[2]]
+        lse = _log_sum_exp(capped)
+        probability = _softmax(capped)
+        if sinks is not None:
+            gap = torch.where(sees, lse[..., None] - sinks.to(dtype)[:, None, None], 0)
+            probability = probability * torch.sigmoid(gap)
         if dropout is not None:
             heads = (visibility.batch, visibility.q_heads)
             keep = dropout.tile(heads, slice(0, visibility.q_len), slice(0, visibility.k_len))
@@ -71,7 +72,7 @@ def attention(
 
     max_logit = _maximum(torch.where(visible, logit, -torch.inf)).squeeze(-1)
     entropy = torch.special.entr(_softmax(capped.detach())).sum(-1)
-    return ForwardResult(out.to(q.dtype), _log_sum_exp(capped), max_logit, entropy)
+    return ForwardResult(out.to(q.dtype), lse, max_logit, entropy)
 
 
 def _per_query_head(x: Tensor, visibility: Visibility) -> Tensor:

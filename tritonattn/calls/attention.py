@@ -48,7 +48,7 @@ def attention(
         mask: bool, broadcastable to [B, Hq, Sq, Sk], True is visible: for masks with holes; slower.
         softcap: c > 0: logit -> c * tanh(logit / c), after scaling.
         sinks: [Hq]: a logit that joins the softmax's denominator only, neither scaled nor capped; gets a
-            gradient.
+            gradient. -inf is no sink, +inf gives zeros, and NaN gives NaN in rows that see keys.
         dropout_p: Chance in [0, 1) to drop a probability; the others are multiplied by 1 / (1 - dropout_p).
             The bits follow torch.manual_seed and are the same on every backend.
         return_aux: Return (out, `AttentionAux`).

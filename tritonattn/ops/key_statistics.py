@@ -127,7 +127,7 @@ def _(k, seen, lengths, d_lengths, added):
 
 
 class _LengthsBeside(Function):
-    """Lengths of x [B, H, S, D], fp32 [B, H, S], and x in fp32: the gradients of both meet here, and are rounded once."""
+    """Lengths of x [B, H, S, D], fp32 [B, H, S], and x in fp32: gradients of both are added, and rounded once."""
 
     generate_vmap_rule = True
 

@@ -87,9 +87,9 @@ class _Rows:
         share = d_sink = None
         if call.logits.sinks is not None:
             sinks = tiles.of_each_row(call.logits.sinks[None, :, None].expand(call.q.shape[:3]), block)
-            sink_share = torch.sigmoid(sinks - lse.masked_fill(blind, 0))
-            d_sink = -sink_share * delta
-            share = torch.sigmoid(lse.masked_fill(blind, 0) - sinks)
+            gap = (lse - sinks).masked_fill(blind, 0)
+            d_sink = -torch.sigmoid(-gap) * delta
+            share = torch.sigmoid(gap)
             d_out = d_out * share
         if call.dropout is not None:
             d_out = d_out / (1 - call.dropout.p)

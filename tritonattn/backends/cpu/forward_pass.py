@@ -81,14 +81,14 @@ class _Softmax:
         self.weighted.mul_(decay).baddbmm_(self.tiles.drop(weight, self.block, keys), value)
 
     def out(self) -> Tensor:
-        total = self.total
+        total, blind = self.total, self.total == 0
         if self.call.logits.sinks is not None:
             sinks = self.call.logits.sinks[None, :, None].expand(self.call.q.shape[:3])
             base = self.peak.masked_fill(self.peak == -torch.inf, 0)
             total = total + torch.exp(self.tiles.of_each_row(sinks, self.block) - base)
         if self.call.dropout is not None:
             total = total * (1 - self.call.dropout.p)
-        return self.weighted / total.masked_fill(total == 0, 1)
+        return self.weighted / total.masked_fill(blind, 1)
 
     def lse(self) -> Tensor:
         return self.peak + self.total.log()
