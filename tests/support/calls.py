@@ -104,12 +104,14 @@ def assert_extreme_sink(sink: float, backend: str, device: torch.device | str = 
     assert torch.equal(found[2][:, 0], finite[2][:, 0])  # of the key head that the first two query heads read
     out, d_q, _ = (x[:, 2:3] for x in found)
     if sink == torch.inf:
-        assert (out == 0).all() and (d_q == 0).all()
+        assert (out == 0).all()
+        assert (d_q == 0).all()
     elif sink == -torch.inf:
         torch.testing.assert_close(out, results(None)[0][:, 2:3])
         torch.testing.assert_close(d_q, results(None)[1][:, 2:3])
     else:
-        assert out.isnan().logical_or(~sees).all() and d_q.isnan().logical_or(~sees).all()
+        assert out.isnan().logical_or(~sees).all()
+        assert d_q.isnan().logical_or(~sees).all()
 
 
 def assert_extreme_sink_of_decode(sink: float, backend: str, keys: int, device: torch.device | str = "cpu") -> None:

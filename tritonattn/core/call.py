@@ -58,12 +58,6 @@ class AttentionCall:
             return self
         return replace(self, q=self.q.to(dtype), k=self.k.to(dtype))
 
-    scale = property(lambda self: self.logits.scale)
-    query_scale = property(lambda self: self.logits.query_scale)
-    key_scale = property(lambda self: self.logits.key_scale)
-    softcap = property(lambda self: self.logits.softcap)
-    sinks = property(lambda self: self.logits.sinks)
-
 
 class ForwardResult(NamedTuple):
     """out [B, Hq, Sq, Dv] in v's dtype; lse, max_logit, entropy [B, Hq, Sq], fp32 (fp64 for fp64 q), natural log.

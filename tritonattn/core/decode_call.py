@@ -112,9 +112,3 @@ class DecodeCall:
         visible, keys = self.cache.visibility(self.q, self.left), self.cache.keys()
         visible = Visibility.of(self.q, keys, key_ranges=torch.stack(visible.ranges(), dim=-1))
         return AttentionCall(self.q, keys, self.cache.values(), visible, self.logits)
-
-    scale = property(lambda self: self.logits.scale)
-    query_scale = property(lambda self: self.logits.query_scale)
-    key_scale = property(lambda self: self.logits.key_scale)
-    softcap = property(lambda self: self.logits.softcap)
-    sinks = property(lambda self: self.logits.sinks)

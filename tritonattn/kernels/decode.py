@@ -256,6 +256,7 @@ def combine_splits(
         entropy = tl.sum(entropy_sum, 0) / total + log_total
         tl.store(results.entropy + row, tl.where(entropy < 0.0, 0.0, entropy))
     if sinks_ptr is not None:
-        total += tl.exp2((tl.load(sinks_ptr + head) - shift) * LOG2_E)
+        with_sink = total + tl.exp2((tl.load(sinks_ptr + head) - shift) * LOG2_E)
+        total = tl.where(empty, total, with_sink)
     out = (accumulator / total).to(results.out.dtype.element_ty)
     tl.store(results.out + row * VALUE_DIM + offs_value, out, mask=offs_value < VALUE_DIM)

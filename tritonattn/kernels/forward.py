@@ -14,6 +14,7 @@ from .primitives import (
     LOG2_E,
     TINY,
     dropout_keeps,
+    joint_peak,
     load_signed,
     partial_sums,
     program_position,
@@ -106,16 +107,18 @@ def softmax_results(running_max, row_sum, row_spread, factor, softcap):
 
 @triton.jit
 def softmax_total(row_sum, shift, sinks_ptr, head):
-    """(weight, total): the output is weight * accumulator / total; a sink joins the total only."""
+    """(weight, total): the output is weight * accumulator / total; a sink joins the total only.
+
+    -inf is no sink, +inf gives weight 0, and NaN a total of NaN. A row without keys, whose sum is 0, has a total of 1.
+    """
     if sinks_ptr is None:
         weight = 1.0
         total = row_sum
     else:
         sink = tl.load(sinks_ptr + head) * LOG2_E
-        peak = tl.maximum(shift, sink)
-        weight = tl.exp2(shift - peak)
-        total = tl.fma(row_sum, weight, tl.exp2(sink - peak))
-    return weight, tl.where(total == 0.0, 1.0, total)
+        _, weight, of_sink = joint_peak(shift, sink)
+        total = tl.fma(row_sum, weight, of_sink)
+    return weight, tl.where(row_sum == 0.0, 1.0, total)
 
 
 @triton.jit

@@ -170,7 +170,7 @@ def key_statistics_grad(
     """d_k[j] = d_lengths[j] * k[j] / |k[j]| for BLOCK_N keys; 0 where |k[j]| is 0 or below fp32's normal range.
 
     Grid: (blocks of Sk, Hkv, B). lengths and d_lengths fp32 [B, Hkv, Sk] contiguous; d_k [B, Hkv, Sk, D] in k's
-    dtype, contiguous; added is like d_k or None: k's gradient by other ways, added before rounding.
+    dtype, contiguous; added is fp32 like d_k, or None: k's gradient by other ways, added before rounding.
     """
     block, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
     first_key = block * BLOCK_N

@@ -225,3 +225,15 @@ def store_term(pointers, term, factor, keep):
         low = term.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         term = (factor.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
     tl.store(pointers, term, mask=keep)
+
+
+@triton.jit
+def joint_peak(shift, sink):
+    """(peak, weight, of_sink): the larger of both, exp2(shift - peak) and exp2(sink - peak).
+
+    +inf as a sink gives (inf, 0, 1), and NaN (shift, 1, NaN).
+    """
+    is_higher = sink > shift
+    peak, other = tl.where(is_higher, sink, shift), tl.where(is_higher, shift, sink)
+    ratio = tl.exp2(other - peak)
+    return peak, tl.where(is_higher, ratio, 1.0), tl.where(is_higher, 1.0, ratio)

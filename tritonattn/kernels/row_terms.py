@@ -10,6 +10,7 @@ from .primitives import (
     LENGTHS,
     LOG2_E,
     ROW_TERMS_ALIGNMENT,
+    joint_peak,
     load_tile,
     program_position,
     store_term,
@@ -86,15 +87,16 @@ def attention_row_terms(
     total2 = lse2
     if sinks_ptr is not None:
         sink2 = tl.load(sinks_ptr + head) * LOG2_E
-        peak = tl.maximum(lse2, sink2)
-        total2 = peak + tl.log2(tl.exp2(lse2 - peak) + tl.exp2(sink2 - peak))
+        peak, weight, of_sink = joint_peak(lse2, sink2)
+        total2 = peak + tl.log2(weight + of_sink)
         if d_sinks_ptr is not None:
-            d_sinks = tl.where(live, -tl.exp2(sink2 - total2) * delta, 0.0)
+            d_sinks = tl.where(live, -of_sink / (weight + of_sink) * delta, 0.0)
             tl.store(d_sinks_ptr + row_offsets, d_sinks, mask=keep_row)
     if d_lse_ptr is not None:
         d_lse = tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
         # Past 2^126 the keys' share is not a number of fp32, and neither is what d_lse brings to them.
-        delta -= d_lse * tl.exp2(tl.minimum(total2 - lse2, 126.0))
+        gap = total2 - lse2
+        delta -= tl.where(gap == float("inf"), 0.0, d_lse * tl.exp2(tl.minimum(gap, 126.0)))
     factor = None
     gradient_term = -delta
     tl.store(terms.delta + term_offsets, delta, mask=keep_term)

@@ -130,7 +130,6 @@ def _forward(
         if backend != "triton":
             return blockwise.forward(call, aux, rounding)
         # With a graph the tiles of forward and backward had better multiply alike.
-        call = call.narrowed()
         few = None if has_graph else _kernels().attend_few_rows(call, aux)
         return _kernels().forward(call, aux, rounding) if few is None else few
 
@@ -155,11 +154,8 @@ def _backward(
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
     d_lse = None if d_lse is None else d_lse.resolve_neg()
     backend = _kernels() if flat.backend == "triton" else blockwise
-    call = call.narrowed() if flat.backend == "triton" else call
     with without_autocast(out):
-        found = backend.backward(call, out, lse, d_out, d_lse, needs, rounding)
-    pairs = zip(found, flat[:_GRADIENTS], strict=True)
-    return Gradients(*(g if g is None else g.to(x.dtype) for g, x in pairs))
+        return backend.backward(call, out, lse, d_out, d_lse, needs, rounding)
 
 
 def _zeros(x: Any) -> Tensor:

@@ -98,6 +98,8 @@ class Problem:
     aligned      every address and stride of q, k, v and the output's gradient is a multiple of 16 bytes
     packed_rows  the power of two, at least 16, that holds the heads of a group times the new tokens of a decode call
     rounding     a forward also returns what its output lost when it was rounded to 16 bits, and a backward takes it
+    wide_q       a 16-bit backward returns q's gradient in fp32, for what is added to it
+    wide_k       likewise k's
     short        few rows and keys, so that a GPU may have more processors than programs: `is_short`
     """
 
@@ -122,6 +124,8 @@ class Problem:
     packed_rows: int = 16
     aligned: bool = True
     rounding: bool = False
+    wide_q: bool = False
+    wide_k: bool = False
     short: bool = False
 
     @property

@@ -22,6 +22,7 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
 
     rounding   contiguous, as out, or None; the kernel stores there what out lost when it was rounded to 16 bits
     """
+    call = call.narrowed()
     q, v = call.q, call.v
     out = _results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
     lse = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
@@ -45,15 +46,17 @@ def backward(
 ) -> Gradients:
     """Gradients by the row-terms, grad_query and grad_key_value kernels.
 
-    out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in q's dtype and d_lse fp32 [B, Hq, Sq], any
+    out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in out's dtype and d_lse fp32 [B, Hq, Sq], any
     strides.
     """
+    wide = {"wide_q": call.q.dtype != call.v.dtype, "wide_k": call.k.dtype != call.v.dtype}
+    call = call.narrowed()
     shared = _call_arguments(call) | {"d_out": strided(d_out)}
     shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
-    takes_sinks = call.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
+    takes_sinks = call.logits.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
     d_sinks = _results(call, lse.shape, torch.float32) if takes_sinks else None
     shared["d_sinks_ptr"] = d_sinks
-    problem = problem_of(call, d_out, aux=d_lse is not None, rounding=rounding is not None)
+    problem = replace(problem_of(call, d_out, aux=d_lse is not None, rounding=rounding is not None), **wide)
     rounding = None if rounding is None else rounding.contiguous()
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
     shared |= _row_terms(problem, call, shared, results, d_out)
@@ -70,7 +73,7 @@ def _row_terms(problem: Problem, call: AttentionCall, shared: Arguments, results
     if sequences is not None:
         terms_len += ROW_TERMS_ALIGNMENT * (len(sequences.q_starts) - 1)
     shape = (*call.q.shape[:2], terms_len)
-    joined = torch.float32 if call.query_scale is None else torch.int64
+    joined = torch.float32 if call.logits.query_scale is None else torch.int64
     both, delta = call.q.new_empty((*shape, 2), dtype=joined), call.q.new_empty(shape, dtype=torch.float32)
     terms = {"terms": RowTerms(both, delta), "terms_len": terms_len}
     _launch("row_terms", problem, call, shared | terms | {"results": results}, d_out)
@@ -83,11 +86,11 @@ def _grad_query(
     for_keys = corrects_delta(call.q.dtype) and (needs.k or needs.key_scale)  # which read the corrected terms
     if not (needs.q or needs.query_scale or for_keys):
         return None, None
-    d_q = _results(call, call.q.shape, call.q.dtype)
+    d_q = _results(call, call.q.shape, torch.float32 if problem.wide_q else call.q.dtype)
     d_query_scale = _results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None
     results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": None}
-    if call.key_scale is not None and call.q.dtype == torch.float16:
-        results["key_size"] = _largest(_seen(call.key_scale, call.visibility))
+    if call.logits.key_scale is not None and call.q.dtype == torch.float16:
+        results["key_size"] = _largest(_seen(call.logits.key_scale, call.visibility))
     if needs.query_scale:
         problem = replace(problem, query_scale_grad=True)
     _launch("grad_query", problem, call, shared | results, d_out)
@@ -100,12 +103,13 @@ def _grad_key_value(
     if not (needs.k or needs.v or needs.key_scale):
         return None, None, None
     visible = call.visibility
-    d_k = _results(call, call.k.shape, call.k.dtype)
+    d_k = _results(call, call.k.shape, torch.float32 if problem.wide_k else call.k.dtype)
     d_v = _results(call, call.v.shape, call.v.dtype)
     d_key_scale = _results(call, call.k.shape[:3], torch.float32) if needs.key_scale else None
     results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size": None}
-    if call.query_scale is not None and call.q.dtype == torch.float16:
-        factor = (call.query_scale * (call.scale * _LOG2_E)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
+    scale, query_scale, *_ = call.logits
+    if query_scale is not None and call.q.dtype == torch.float16:
+        factor = (query_scale * (scale * _LOG2_E)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
         results["factor_size"] = _largest(factor)
     _launch("grad_key_value", problem, call, shared | results, d_out)
     return d_k, d_v, d_key_scale
@@ -185,11 +189,11 @@ def problem_of(
         key_lengths=visible.key_lengths is not None,
         key_ranges=visible.key_ranges is not None,
         mask=visible.mask is not None,
-        query_scale=call.query_scale is not None,
-        key_scale=call.key_scale is not None,
+        query_scale=call.logits.query_scale is not None,
+        key_scale=call.logits.key_scale is not None,
         grouped=visible.q_heads != visible.kv_heads,
-        softcap=call.softcap is not None,
-        sinks=call.sinks is not None,
+        softcap=call.logits.softcap is not None,
+        sinks=call.logits.sinks is not None,
         dropout=call.dropout is not None,
         aux=aux,
         sequences=visible.sequences is not None,
@@ -236,14 +240,14 @@ def _call_arguments(call: AttentionCall) -> Arguments:
         "q": strided(call.q),
         "k": strided(call.k),
         "v": strided(call.v),
-        "query_scale": strided(call.query_scale),
-        "key_scale": strided(call.key_scale),
-        "sinks_ptr": None if call.sinks is None else call.sinks.contiguous(),
+        "query_scale": strided(call.logits.query_scale),
+        "key_scale": strided(call.logits.key_scale),
+        "sinks_ptr": None if call.logits.sinks is None else call.logits.sinks.contiguous(),
         "dropout_ptr": None if dropout is None else dropout.state,
         "keep_from": 0 if dropout is None else dropout.threshold - 2**31,
         "keep_scale": 1.0 if dropout is None else 1 / (1 - dropout.p),
-        "scale": float(call.scale),
-        "softcap": None if call.softcap is None else float(call.softcap),
+        "scale": float(call.logits.scale),
+        "softcap": None if call.logits.softcap is None else float(call.logits.softcap),
         "q_heads": visible.q_heads,
         "group": visible.q_heads // visible.kv_heads,
     }

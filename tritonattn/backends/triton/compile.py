@@ -165,6 +165,8 @@ def _backward(problem: Problem) -> None:
     out, rounding, lse = _results(problem, call)
     d_out = _tensor(*out.shape, dtype=problem.dtype, aligned=problem.aligned)
     needs = Needs(True, True, True, problem.query_scale_grad, problem.key_scale, problem.sinks)
+    q, k = (x.float() if wide else x for x, wide in ((call.q, problem.wide_q), (call.k, problem.wide_k)))
+    call = replace(call, q=q, k=k)
     backward(call, out, lse, d_out, _tensor(*lse.shape) if problem.aux else None, needs, rounding)
 
 
@@ -209,7 +211,7 @@ def _key_lengths(problem: Problem) -> None:
 def _key_lengths_backward(problem: Problem) -> None:
     k, seen = _keys(problem)
     lengths, d_lengths = (_tensor(*k.shape[:3]) for _ in range(2))
-    key_lengths_backward(k, seen, lengths, d_lengths, torch.empty_like(k))  # training adds what attention leaves
+    key_lengths_backward(k, seen, lengths, d_lengths, torch.empty_like(k, dtype=torch.float32))  # training adds d_k
 
 
 def _append_keys(problem: Problem) -> None:

@@ -29,7 +29,7 @@ def key_lengths_backward(
 ) -> Tensor:
     """d_k [B, Hkv, Sk, D] from the lengths that `key_lengths` returned and their gradient, fp32 [B, Hkv, Sk].
 
-    added   k's gradient by other ways, in k's dtype, or None
+    added   k's gradient by other ways, fp32 [B, Hkv, Sk, D], or None
     """
     d_k = torch.empty_like(k, memory_format=torch.contiguous_format)
     gradients: Arguments = {"lengths_ptr": lengths.contiguous(), "d_lengths_ptr": d_lengths.contiguous()}
