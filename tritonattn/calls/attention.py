@@ -53,15 +53,15 @@ def attention(
             The bits follow torch.manual_seed and are the same on every backend.
         return_aux: Return (out, `AttentionAux`).
         backend: "auto", "triton" (kernels), "sdpa" (PyTorch) or "reference" (eager, O(Sq Sk)). "auto" runs
-            kernels for CUDA and HIP tensors, and PyTorch for others and for what kernels cannot do (it warns
-            once).
+            kernels for CUDA and HIP tensors, and PyTorch for others and for calls that kernels cannot run (it
+            warns once).
 
     causal, window, key_lengths, key_ranges and mask narrow one another. Key lengths and ranges on a GPU are
     clamped to [0, Sk] and never read by the host; on a CPU they are checked.
 
     Returns:
-        [B, Hq, Sq, Dv] in q's dtype. A row that sees no key gives zeros and no gradient. What no row of a
-        batch entry may see reaches no result, NaN and inf included. Gradients are of first order.
+        [B, Hq, Sq, Dv] in q's dtype. A row that sees no key gives zeros and no gradient. Keys hidden from
+        every row of a batch entry never affect a result, even if they hold NaN or inf. Gradients are of first order.
 
     Raises:
         TypeError: A type or dtype.

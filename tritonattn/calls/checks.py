@@ -289,7 +289,7 @@ def shape_of(x: Tensor) -> list[int]:
 
 
 def kind_of(value: Any) -> str:
-    """What came: the type of the value, and for a tensor its dtype and shape."""
+    """Describe a value for an error: its type, and for a tensor its dtype and shape."""
     if isinstance(value, Tensor):
         kind = "nested tensor" if value.is_nested else f"tensor of shape {shape_of(value)}"
         return f"a {value.dtype} {kind}"

@@ -61,7 +61,7 @@ def attention_decode(
         window: (left, right): row i sees own[i] - left <= j; no key behind own[i] is visible, whatever right is.
         softcap, sinks, return_aux, backend: As in `attention`.
 
-    What lies behind key_lengths in the cache, NaN included, reaches no result, and block_table is not followed there.
+    Entries of the cache behind key_lengths never affect a result, even if NaN, and block_table is not followed there.
     On a GPU key_lengths, block_table and statistics are not read by the host: lengths are clamped to [0, capacity], a
     page outside [0, N) counts as zeros. The launch depends on shapes only, so that a CUDA graph can capture it; the
     keys are split among programs by the capacity, never by the batch. On a CPU values are checked.

@@ -166,7 +166,7 @@ def kernels_take(x: Tensor) -> bool:
 
 
 def _kernel_obstacle(q: Tensor, v: Tensor) -> str | None:
-    """What kernels cannot honour."""
+    """Name the property of a call that kernels cannot honour, or None."""
     if q.dtype == torch.float64:
         return "q of dtype torch.float64"
     if max(q.shape[3], v.shape[3]) > _LARGEST_KERNEL_DIM:

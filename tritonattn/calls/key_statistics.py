@@ -40,13 +40,13 @@ class KeyStatistics:
         length_maxima[b, h, j]   = max ||k[b, h, j']||, 0 at j = 0  [B, Hkv, capacity + 1]  `dtype`
         counts[b]                = c[b]                             [B]                     int64
 
-    What lies after c[b] is of no account. Sums and maxima over a window come from its lengths.
+    Entries after c[b] have no effect. Sums and maxima over a window come from its lengths.
 
     Args:
         batch: B, the sequences of the cache.
         kv_heads: Hkv.
         capacity: The keys that a sequence can hold: Sk of a contiguous cache, max_pages * page of a paged one.
-        device: That of the cache; None is torch's default.
+        device: The cache's device; None is torch's default.
         dtype: float32, or float64 beside a float64 cache.
 
     All buffers have fixed shapes and change in place, nothing waits for the device, and the work is O(new keys):
@@ -197,7 +197,7 @@ class KeyStatistics:
         """A copy with room for more keys, beside a cache that has grown.
 
         Raises:
-            TypeError, ValueError: What is no int, or a capacity below this one.
+            TypeError, ValueError: A capacity that is no int, or is below this one.
         """
         check_count("capacity", capacity, self.capacity)
         other = self._like(len(self.counts), capacity)
@@ -214,10 +214,10 @@ class KeyStatistics:
 
         Args:
             keys: How many; a sequence that holds fewer keeps all.
-            capacity: That of the copy, at least keys.
+            capacity: The copy's capacity, at least keys.
 
         Raises:
-            TypeError, ValueError: What is no int; less than 0 keys, or more than the copy can hold.
+            TypeError, ValueError: An argument that is no int; less than 0 keys, or more than the copy can hold.
         """
         for name, size in (("keys", keys), ("capacity", capacity)):
             check_count(name, size)

@@ -29,8 +29,8 @@ def warmup(
     and its lengths are, too, where rows or keys are scaled or a mask is dense; elsewhere it stands for itself.
 
     Args:
-        shapes: A list: of each call q's shape [B, Hq, Sq, D], which k and v then share, or those of (q, k, v).
-        dtype: Of q, k and v.
+        shapes: A list with a shape a call: [B, Hq, Sq, D] of q, k and v alike, or the three shapes of (q, k, v).
+        dtype: The dtype of q, k and v.
         device: Where the calls will run.
         backward: Compile the backward pass too, and the forward pass that keeps what it needs, besides the one of
             calls without gradients.

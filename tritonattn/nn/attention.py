@@ -50,9 +50,9 @@ class ScaledAttention(nn.Module):
         sinks: Learn a sink [heads], a logit in the softmax's denominator only, from 0.
         qk_norm: RMS-normalise q and k over D, each with a weight [D], as Qwen 3 and Gemma 3 do.
         dropout_p: Chance to drop a probability, in training.
-        bias: Of the projections.
+        bias: Give the projections a bias.
         backend: As in `tritonattn.attention`.
-        device, dtype: Of the parameters.
+        device, dtype: The parameters' device and dtype.
 
     Raises:
         TypeError, ValueError: Arguments that do not describe a layer.
@@ -211,7 +211,7 @@ class ScaledAttention(nn.Module):
         return self._joined(cast(Tensor, out))
 
     def operands(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention is computed of, without a cache: q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""
+        """Project and normalise the operands of a call without a cache: q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""
         q, k, v = self._projected(x, context)
         if context is None:
             q, k = self.positioned(q, k, torch.arange(x.shape[1], device=x.device)[None])

@@ -25,7 +25,7 @@ class KeyValueCache:
         capacity: The keys that a sequence can hold.
         head_dim: D.
         value_dim: Dv; None is D.
-        device, dtype: Of k and v; None are torch's defaults.
+        device, dtype: The device and dtype of k and v; None are torch's defaults.
 
     Raises TypeError or ValueError for sizes and a dtype that are none.
 

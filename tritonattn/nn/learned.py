@@ -54,10 +54,10 @@ class PerHead(Learned):
     Args:
         mode: A name in `SCALINGS` or a `Scaling`, itself learned or not.
         heads: Hq.
-        device, dtype: Of theta [heads], which starts at 0: exactly the mode.
+        device, dtype: The device and dtype of theta [heads], which starts at 0: exactly the mode.
 
     Raises:
-        TypeError, ValueError: What is no mode, no number of heads or no floating dtype.
+        TypeError, ValueError: A mode, a number of heads or a floating dtype that is none.
 
     >>> import torch, tritonattn
     >>> scaling = tritonattn.nn.PerHead("key_count", heads=4)
@@ -109,7 +109,7 @@ class Cosine(PerHead):
         heads: Hq.
         tau: Where every head starts; None is sqrt(D), as for the mode "cosine". Swin V2 starts at 10. With tau=1
             theta is Swin V2's logit_scale.
-        device, dtype: Of theta [heads], which starts at 0.
+        device, dtype: The device and dtype of theta [heads], which starts at 0.
 
     Source: Liu et al. 2021, "Swin Transformer V2", arXiv:2111.09883, equation 2 (a learned tau a head, without weight
     decay); Henry et al. 2020, "Query-key normalization for transformers", arXiv:2010.04245, equation 4.
@@ -143,7 +143,7 @@ class SSMax(Learned):
         base: s starts at 1 / ln(base), which is `LogKeyCount(base)`: with the length of training as base, rows of that
             many keys start as sqrt_dim's.
         bias: Learn b [heads] too, from 0. Setting s to 0 and b to 1 starts exactly at sqrt_dim.
-        device, dtype: Of s and b.
+        device, dtype: The device and dtype of s and b.
 
     Source: Nakanishi 2025, "Scalable-Softmax is superior for attention", arXiv:2501.19399: s learned for every layer
     and head; the bias is a variant that it compares.

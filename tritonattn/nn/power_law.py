@@ -37,7 +37,8 @@ class PowerLaw(Learned):
         heads: Hq.
         mode: Where every head starts, exactly: "sqrt_dim", "dim", "none", "key_count", "sqrt_key_count",
             "key_norm_sum" or "key_norm_mean".
-        device, dtype: Of the parameters theta, dim_exponent (a), count_exponent (b) and length_exponent (c), [heads].
+        device, dtype: The device and dtype of the parameters, each [heads]: theta, dim_exponent (a), count_exponent
+            (b) and length_exponent (c).
 
     Within one head dimension theta and a move the same number, so a is frozen (requires_grad is False) until asked for.
 

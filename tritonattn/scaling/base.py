@@ -1,4 +1,4 @@
-"""What a scaling is: the interface, its result, and the division that never gives NaN."""
+"""The interface of scalings, its result, and a division that never gives NaN."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class Scaling:
         """The factor of every pair, broadcastable to [B, Hq, Sq, Sk].
 
         q [B, Hq, Sq, D]; k [B, Hq, Sk, D], repeated to the query heads; visible bool, broadcastable to [B,
-        Hq, Sq, Sk]. A call hands it zeros in place of keys that no row sees and of rows without keys. What it
-        gives where a pair is invisible is of no account; a key must not touch the factors of rows that do not see it.
+        Hq, Sq, Sk]. A call hands it zeros in place of keys that no row sees and of rows without keys. Values
+        at invisible pairs are ignored, but a key must not affect the factors of rows that do not see it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define multiplier(q, k, visible)")
 
@@ -91,7 +91,7 @@ def reciprocal(statistic: Tensor) -> Tensor:
 
 
 class _Reciprocal(torch.autograd.Function):
-    """Of fp32 in fp32, where operators in fp64 would be twice as many. Its slope -1 / s^2 leaves fp32's range."""
+    """`reciprocal` of fp32 in fp32: half the operators that fp64 takes. Its slope -1 / s^2 leaves fp32's range."""
 
     @staticmethod
     def forward(statistic: Tensor) -> Tensor:
