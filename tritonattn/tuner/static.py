@@ -99,7 +99,7 @@ def _compile_ahead(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Pr
 
 
 def ranked(gpu: GPU, compiler: Compiler, key: Key) -> list[TileConfig]:
-    """Rank configs: those that pass for a typical call of a key first, the most promising before the others."""
+    """Rank the configs that pass for a typical call of a key, the most promising first."""
     contenders = _contenders(key, gpu.target)
     clocks = {
         one.config: modelled_clocks(key.kernel, _typical(key), one, gpu.target, gpu.processors)
