@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Keep the garbage collector away from modules and collected tests."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def test_a_layer_that_raises_and_is_caught_does_not_shift_the_names():
     assert list(record_of(Twice(), lambda net: net(torch.randn(2, 5, 32)).sum())["layers"]) == ["attention"]
 
 
-def test_what_a_module_computes_after_a_part_of_it_raised_is_its_own():
+def test_a_module_that_caught_an_error_of_its_part_counts_as_itself():
     class Outer(Net):
         def forward(self, x):
             with contextlib.suppress(ValueError):

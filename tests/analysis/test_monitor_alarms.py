@@ -167,7 +167,7 @@ def test_a_nan_in_one_head_alarms():
 
 
 @pytest.mark.parametrize("scaling", [1e6, 1e-6])
-def test_what_is_at_its_threshold_is_well(scaling):
+def test_a_value_at_its_threshold_raises_no_alarm(scaling):
     """A share of 1 is never exceeded."""
     net = Net(scaling=scaling)
     with Monitor(net, every=1, thresholds=Thresholds(None, 1.0, 1.0)) as monitor:

@@ -116,7 +116,7 @@ def test_a_patched_model():
         clipped(model, lambda model: model(tokens))
 
 
-def test_what_is_not_too_large_is_left_to_the_bit():
+def test_heads_below_the_threshold_are_left_to_the_bit():
     net = Net()
     before = {name: x.clone() for name, x in net.state_dict().items()}
     assert qk_clip(net, 10.0).clip({"attention": [10.0, -3.0, None, math.nan]}) == {}
@@ -132,7 +132,7 @@ def test_weights_in_bf16_are_rounded_once():
     assert torch.equal(net.attention.q_proj.weight, wanted.bfloat16())
 
 
-def test_what_a_scaling_says_of_invisible_pairs_does_not_matter():
+def test_factors_of_invisible_pairs_do_not_matter():
     class OfVisible(Scaling):
         name = "of visible"
 

@@ -82,7 +82,7 @@ def test_a_lone_key_is_exact():
 
 
 @pytest.mark.parametrize("gap", [5.0, 50.0, 300.0])
-def test_what_is_left_of_a_one_hot_row_is_relative_to_itself(gap):
+def test_small_remainders_of_one_hot_rows_keep_their_digits(gap):
     """Two keys whose logits are `gap` apart: p = (1 - e, e), so a sum of powers of p would be all rounding."""
     q, k = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.tensor([0.0, gap]).double().view(1, 1, 2, 1)
     rest = math.exp(-gap) / (1 + math.exp(-gap))

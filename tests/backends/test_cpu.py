@@ -220,7 +220,7 @@ def test_large_logits_keep_the_softmax_finite():
     options=["plain", "all"],
 )
 @pytest.mark.usefixtures("small_tiles")
-def test_what_no_row_sees_reaches_nothing(mask, poison, options):
+def test_keys_hidden_from_every_row_reach_nothing(mask, poison, options):
     call = make_call(**OPTIONS[options], **MASKS[mask](2, 4, 37, 45))
     visible = call.visibility.dense().expand(2, 4, 37, 45)
     unseen = ~visible.unflatten(1, (2, 2)).any(3).any(2)  # [B, Hkv, Sk]
@@ -318,7 +318,7 @@ def test_empty_tensors(changed):
 
 
 def test_keys_and_values_with_means(small_tiles):
-    """What delta errs by, d_q has times the mean key: so it must not come from an output of 16 bits."""
+    """An error of delta reaches d_q times the mean key, so delta must not come from an output of 16 bits."""
     call = make_call(dtype=torch.bfloat16, q_len=40, k_len=64, dim=64, value_dim=64, scaled=False)
     call = changed(call, k=call.k + 10, v=call.v + 10)
     check(call)

@@ -70,7 +70,7 @@ def test_tensors_in_records():
     assert type(changed[3]) is Results
 
 
-def test_what_is_recorded_is_not_run(monkeypatch):
+def test_recorded_launches_are_not_run(monkeypatch):
     """Launches of one context alone, as on another card."""
     monkeypatch.setattr(launch, "run", lambda *_: pytest.fail("ran"))
     monkeypatch.setattr(launch, "config_for", lambda *_: pytest.fail("asked"))

@@ -119,7 +119,7 @@ def test_rows_without_keys(sinks):
     ids=str,
 )
 @pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_sum", "key_norm_max", "cosine"])
-def test_what_nobody_sees_reaches_nothing(arguments, junk, mode):
+def test_keys_hidden_from_every_row_reach_nothing(arguments, junk, mode):
     q_len = 12 if "causal" in arguments else SQ  # rows before the first key
     visible = visible_pairs((B, HQ, q_len, SK), **arguments)
     unseen, blind = ~visible[:, :HKV].any(-2), ~visible.any(-1)

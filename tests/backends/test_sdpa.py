@@ -165,7 +165,7 @@ def test_tiny_scales_keep_their_digits_in_fp16():
 
 
 def test_large_scales_of_small_keys_do_not_overflow_in_fp16():
-    """Where q * query_scale would be infinite, and the logits are not large."""
+    """q * query_scale would be infinite although no logit is large."""
     call = make_call(torch.float16, q_len=64, k_len=64, scale=0.1, causal=True)
     call = changed(call, k=call.k * 1e-4, query_scale=call.logits.query_scale * 1e5, key_scale=None)
     exact, eager = exact_and_eager(call, output_gradients(call)[0])
@@ -209,7 +209,7 @@ def test_supports_no_extras_and_nothing_empty(extra):
 
 @pairwise(length=[1, 2, 15, 16, 17], causal=[False, True], dtype=[torch.float32, torch.bfloat16, torch.float64])
 def test_nan_that_a_row_sees_is_in_its_results(length, causal, dtype):
-    """Of fewer than 16 keys PyTorch's kernel makes 0 of it, or what was in memory."""
+    """With fewer than 16 keys PyTorch's own kernel returns 0 or stale memory."""
     visible = torch.ones(length, length, dtype=torch.bool).tril(0 if causal else length)
     for name, place, learns in itertools.product(("q", "k", "gain"), {0, length // 2, length - 1}, (False, True)):
         q, k, v = torch.randn(3, 1, 2, length, 8).to(dtype).unbind(0)
@@ -226,7 +226,7 @@ def test_nan_that_a_row_sees_is_in_its_results(length, causal, dtype):
 
 @pytest.mark.parametrize("length", [3, 15])
 def test_logits_that_are_nan_of_finite_operands(length):
-    """Of keys whose products overflow to inf - inf; those of the other head are as ever."""
+    """Products overflow to inf - inf in one head and leave the other as it was."""
     q, k, v = torch.randn(3, 1, 2, length, 8).unbind(0)
     q[:, 0, :, :2] = 1e20
     k[:, 0, :, :2] = torch.tensor([1e20, -1e20])

@@ -237,7 +237,7 @@ def test_rows_without_keys(backend):
 
 
 @pairwise(scaling=SCALINGS, poison=[torch.nan, torch.inf])
-def test_what_nobody_may_see_reaches_no_result(scaling, poison):
+def test_keys_hidden_from_every_row_reach_no_result(scaling, poison):
     leaves = operands()
     arguments = {"scaling": scaling, "key_lengths": torch.tensor([4, 6]), "causal": True}
     clean = outcome(leaves, **arguments)

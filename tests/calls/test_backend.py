@@ -1,4 +1,4 @@
-"""Which backend runs a call, and what each of them refuses."""
+"""The backend that a call runs on, and the calls that each backend refuses."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_triton_that_is_not_installed(monkeypatch):
         ("head_dim 300", torch.float32, (8, 300)),
     ],
 )
-def test_what_triton_cannot_do(argument, dtype, dims):
+def test_calls_that_triton_refuses(argument, dtype, dims):
     leaves = operands(dtype, dims=dims)
     with pytest.raises(NotImplementedError, match=f"^{argument}.*backend 'triton'.*'sdpa' and 'reference'"):
         tritonattn.attention(*leaves.values(), backend="triton")
@@ -118,7 +118,7 @@ def test_cpu_takes_sdpa(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_the_default_device_has_no_say(backend):
-    """Whatever is made inside a call lies where its tensors lie."""
+    """A call's own tensors lie on the device of its operands."""
     q = torch.randn(1, 2, 40, 8)
     table, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([20])
 

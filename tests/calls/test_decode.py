@@ -218,7 +218,7 @@ def test_a_key_that_has_left_the_window_reaches_nothing(mode, value):
 
 
 def _scales_of(query, cache, scaling, window):
-    """What the scaling hands to the operator."""
+    """The scale, query scale and key scale that reach the operator."""
     seen = []
 
     def decode(call, backend, aux):
@@ -257,7 +257,7 @@ def test_a_scaling_of_ones_own_gets_the_keys(page):
 
 @every_mode
 def test_a_record_of_more_keys_than_a_call_sees(mode):
-    """Of which key_lengths says how many count, as of the cache."""
+    """key_lengths says how many keys of the record count, as it does for the cache."""
     q, k, v = sequences()
     scaling, cache = MODES[mode](), GrowingCache(k, v, 24, statistics=True)
     cache.write([9, 20])

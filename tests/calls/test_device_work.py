@@ -190,7 +190,7 @@ def test_one_more_key_in_a_cache(kernels, monkeypatch):
 
 
 def test_a_prompt_in_a_cache(kernels, monkeypatch):
-    """Whose lengths many programs take before one a head adds them up."""
+    """Many programs measure the prompt's keys before one a head adds up their lengths."""
     monkeypatch.setattr("tritonattn.calls.key_statistics.kernels_take", lambda x: True)
     tritonattn.KeyStatistics(1, 4, 100).append(torch.randn(1, 4, 100, 64, dtype=torch.bfloat16))
     assert kernels == ["key_lengths", "append_keys"]

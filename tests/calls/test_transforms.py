@@ -167,7 +167,7 @@ def test_export(arguments, strict):
 
 @in_turn(options=[{"causal": True, "scaling": "key_count"}, {}, {"window": (2, 0)}], strict=[True, False])
 def test_export_of_a_layer_that_learns(options, strict):
-    """Whose parameters want gradients, as those of every new layer."""
+    """The layer's parameters require gradients, as those of every new layer do."""
     skip_where_export_binds_lengths(strict)
 
     class Layer(torch.nn.Module):

@@ -253,7 +253,7 @@ lengths = st.integers(0, 6)
     causal=st.booleans(),
     window=st.tuples(st.none() | lengths, st.none() | lengths),
 )
-def test_what_a_row_sees(members, tails, causal, window):
+def test_rows_see_the_keys_of_their_own_sequence(members, tails, causal, window):
     packed = Packed(tuple(q for q, _ in members), tuple(k for _, k in members), *tails)
     dense = packed.visible(causal, window)
     q, k = torch.empty(1, 2, packed.q_len, 1), torch.empty(1, 1, packed.k_len, 1)

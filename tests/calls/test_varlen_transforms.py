@@ -124,7 +124,7 @@ def test_vmap_over_the_offsets(scaling):
 
 
 def test_offsets_that_a_transform_hides_are_put_in_order():
-    """Where values are not read, as on a GPU, nothing outside is: offsets act as if clamped and never falling."""
+    """Unread offsets, as on a GPU, act as if clamped and never falling; nothing outside is read."""
     leaves = [x.detach() for x in packed_operands(Packed((9,), (9,))).values()]
     wild, tame = torch.tensor([3, 12, -5, 40]).int(), torch.tensor([0, 9, 9, 9]).int()
 

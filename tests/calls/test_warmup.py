@@ -68,7 +68,7 @@ def test_options_are_those_of_attention():
 
 
 class Driver:
-    """What Triton's JIT asks of a driver before it compiles."""
+    """The driver methods that Triton's JIT calls before it compiles."""
 
     def get_current_device(self):
         return 0

@@ -67,7 +67,7 @@ class Case(NamedTuple):
 
 
 def of_16_bits() -> list[Case]:
-    """Of cards with less shared memory only head dims up to 128."""
+    """Head dims above 128 only on cards with enough shared memory."""
     dims = (64, 80, 96, 128, 192, 256)
     rows = all_pairs({"kernel": TILED_KERNELS, "target": TARGETS, "dim": dims, "scales": tuple(SCALES)})
     return [

@@ -1,4 +1,4 @@
-"""What a table of cases compiles to: no spills, few instructions a logit, and the work that the tiles ask for."""
+"""Machine code of the table's cases: no spills, few instructions a logit, and no more work than the tiles ask for."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_work_of_the_loops(kernel, target):
 
 
 @of_this_compiler
-def test_what_scales_cost():
+def test_scales_cost_few_instructions():
     check_cost_of_scales("forward", "sm_90", 64)
 
 

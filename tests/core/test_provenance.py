@@ -1,4 +1,4 @@
-"""What a document's figures say about where they come from."""
+"""The machine, versions and commit that a document's figures name."""
 
 from __future__ import annotations
 

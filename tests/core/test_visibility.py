@@ -114,7 +114,7 @@ SIDES = [None, 0, 1, 3, 6]
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), SIZES)
-def test_what_sizes_tell(q_len, k_len):
+def test_sizes_alone_tell_full_visibility(q_len, k_len):
     for left in SIDES:
         for right in SIDES:
             for causal in (False, True):
@@ -158,7 +158,7 @@ def test_bounds_of_dtypes_that_cannot_hold_the_number_of_keys(dtype):
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_what_is_handed_out_may_be_written_to(name):
+def test_returned_tensors_may_be_written_to(name):
     visibility = visibility_of(5, 9, **MASKS[name](B, HQ, 5, 9))
     for ask in (visibility.counts, lambda: visibility.ranges()[0], lambda: visibility.ranges()[1]):
         before = ask().clone()

@@ -69,7 +69,7 @@ def test_attention_weights_are_the_models(name):
 
 
 @pytest.mark.parametrize("name", REFUSED or [pytest.param(None, marks=pytest.mark.skip(reason="none in this version"))])
-def test_what_an_older_transformers_cannot_do_is_refused_by_name(name):
+def test_architectures_that_an_older_transformers_lacks_are_refused_by_name(name):
     network = ARCHITECTURES[name].build()
     with pytest.raises(NotImplementedError, match=type(network).__name__):
         tritonattn.huggingface.patch(network)

@@ -101,7 +101,7 @@ def test_no_scaling_means_one_over_the_root_of_the_dimension():
         ("head_mask", torch.ones(2)),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(name, value):
+def test_unsupported_arguments_are_refused_by_name(name, value):
     q = torch.randn(1, 2, 3, 4)
     module = SimpleNamespace(is_causal=True)
     with pytest.raises(NotImplementedError, match=name):

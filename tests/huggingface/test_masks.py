@@ -118,7 +118,7 @@ def test_a_sequence_of_padding_alone_sees_an_empty_range():
 
 
 @pytest.mark.parametrize("case", ["holes", "or", "unknown", "vmap"])
-def test_what_is_no_range_becomes_the_dense_mask(case):
+def test_masks_that_are_no_range_become_dense(case):
     asked = arguments(9, 9, mask_function=causal_mask_function)
     if case == "holes":
         asked["attention_mask"] = torch.ones(BATCH, 9, dtype=torch.bool)

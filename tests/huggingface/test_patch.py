@@ -175,7 +175,7 @@ def test_every_layer_learns_a_gain_of_its_own():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_what_a_layer_gets_trains_where_the_layer_does(training):
+def test_a_layers_scaling_is_in_training_mode_as_the_layer_is(training):
     network = LLAMA.build().train(training)
     with patch(network, scaling="per_head"):
         assert {module.training for module in network.modules()} == {training}
@@ -241,7 +241,7 @@ def test_a_patched_model_is_not_patched_again():
                 patch(model, layers=[1])
 
 
-def test_what_has_no_attention_to_patch_is_refused_by_name():
+def test_a_model_without_attention_is_refused_by_name():
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9))
     with pytest.raises(NotImplementedError, match=r"BloomForCausalLM: BloomAttention .*AttentionInterface"):
         patch(bloom)

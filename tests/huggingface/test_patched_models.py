@@ -66,7 +66,7 @@ def test_a_patched_model_and_its_cache_are_pickled(tmp_path):
 
 
 @pytest.mark.parametrize("scaling", ["per_head", "ssmax", "power_law", "learned_cosine", tritonattn.nn.SSMax])
-def test_what_is_learned_trains_with_the_model(scaling):
+def test_learned_parameters_train_with_the_model(scaling):
     network, ids = LLAMA.build(), LLAMA.inputs()["input_ids"]
     before = {name for name, _ in network.named_parameters()}
     with patch(network, scaling=scaling, gain=torch.ones(4, 1)) as one:
@@ -193,7 +193,7 @@ class Wrapper(nn.Module):
 
 
 @pytest.mark.parametrize("scaling", ["none", "per_head"])
-def test_what_a_wrapper_wraps_still_scales(scaling):
+def test_a_wrapped_scaling_still_scales(scaling):
     network = LLAMA.build()
     one = patch(network, scaling=scaling, gain=torch.full((4, 1), 2.0))
     wanted, report = logits(network), one.report()
@@ -357,7 +357,7 @@ def test_a_part_of_a_model_is_saved_with_the_whole(tmp_path):
     assert network.config.to_dict().keys() == before
 
 
-def test_what_is_written_to_a_patched_models_config_stays_after_undo():
+def test_changes_to_a_patched_models_config_stay_after_undo():
     network = ARCHITECTURES["clip"].build()
     config, text = network.config, network.config.text_config
     other = transformers.CLIPModel(config)

@@ -131,7 +131,7 @@ def test_a_model_of_models_comes_back(part, tmp_path):
     assert torch.equal(run(again), plain)
 
 
-def test_what_is_learned_stays_in_float32(tmp_path):
+def test_learned_parameters_stay_in_float32(tmp_path):
     network = LLAMA.build()
     with patch(network, scaling="per_head", gain=torch.full((4, 1), 1.2345678)) as one:
         disturb(network)

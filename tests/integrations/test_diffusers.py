@@ -212,7 +212,7 @@ def test_names_come_and_go(registered):
         AttentionBackendName("tritonattn_twice")
 
 
-def test_what_it_refuses(registered):
+def test_refusals(registered):
     q, k, v = operands()
     member = AttentionBackendName(registered())
     with pytest.raises(NotImplementedError, match="attn_mask: expected a mask"):

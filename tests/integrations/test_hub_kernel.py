@@ -134,7 +134,7 @@ print(sorted(module.__all__) == sorted({sorted(tritonattn.__all__)!r}))
     assert fresh(code) == "True"
 
 
-def test_what_the_command_refuses(tmp_path, capsys):
+def test_refusals_of_the_command(tmp_path, capsys):
     (tmp_path / "held").write_text("something")
     for arguments, message in {
         (str(tmp_path),): "expected a new or empty folder",

@@ -96,7 +96,7 @@ def test_dropout_in_training_only():
     assert torch.equal(layer(x), layer(x))
 
 
-def test_what_it_refuses():
+def test_refusals():
     layer, x = ours.attention_layer()(16, 4), torch.randn(2, 6, 16)
     with pytest.raises(NotImplementedError, match="attn_mask: expected a mask"):
         layer(x, attn_mask=torch.randn(6, 6))

@@ -278,7 +278,7 @@ def test_compiled_in_one_graph():
     torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
 
 
-def test_what_it_refuses():
+def test_refusals():
     _, ours = pair(batch_first=True)
     x = tokens(N, L, E)
     bias = additive(CAUSAL)

@@ -167,7 +167,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_no_scaling_is_is_refused_by_name(message):
+def test_invalid_scalings_are_refused_by_name(message):
     made = model(**REFUSED[message])
     with pytest.raises(NotImplementedError, match=message):
         ours.replace_attend(made)

@@ -88,7 +88,7 @@ def test_decoding_too(device, ran, monkeypatch):
     torch.testing.assert_close(out, wanted, rtol=2e-3, atol=2e-3)
 
 
-def test_what_no_table_is_guilty_of_is_raised(device, ran, monkeypatch):
+def test_an_error_beside_the_config_is_raised(device, ran, monkeypatch):
     refuse(monkeypatch, RuntimeError("an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         tritonattn.attention(*operands(device), backend="triton")

@@ -276,7 +276,7 @@ def test_the_launch_depends_on_shapes_only(device, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_max", "cosine"])
 def test_nothing_waits_for_the_device(mode, device, monkeypatch):
-    """Where values are not read, as on a GPU, neither an append nor a step asks for one."""
+    """Neither an append nor a step reads a value of a tensor, as on a GPU."""
     for module in ("checks", "decode_checks", "key_statistics"):
         monkeypatch.setattr(f"tritonattn.calls.{module}.values_are_read", lambda x: False)
     q, k, v = sequences(torch.float32, length=LENGTH, dims=(16, 16), device=device)

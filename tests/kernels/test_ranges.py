@@ -53,7 +53,7 @@ def test_seen_keys(extra, with_ranges, device):
     assert torch.equal(ranges.seen_keys(visibility)[:, 0].cpu(), pairs.any(1))
 
 
-def test_what_the_kernel_cannot_tell_torch_does(device):
+def test_torch_finds_seen_keys_of_masks_packings_and_caches(device):
     """A mask, packed sequences, and a cache, whose rows stand at the end of its lengths."""
     mask = torch.arange(9, device=device) % 3 == 1
     q, k = torch.empty(1, 1, 2, 16, device=device), torch.empty(1, 1, 9, 16, device=device)

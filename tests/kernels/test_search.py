@@ -83,7 +83,7 @@ def test_a_wrong_result_is_not_taken(device, monkeypatch):
 
 
 @pytest.mark.parametrize("key", keys()[::2], ids=str)
-def test_what_a_kernel_leaves_out_is_no_earlier_result(key, device, monkeypatch):
+def test_a_kernel_that_writes_nothing_leaves_no_earlier_result(key, device, monkeypatch):
     """Memory that is handed out again holds an earlier config's results: a kernel gets it full of NaN."""
     workload, run, results = Workload(key, SMALL, torch.float16, device, copies=1), launch.run, []
 
@@ -124,7 +124,7 @@ def test_the_gradient_of_a_key_scale_is_asked_for(device):
     assert workload.error() is None
 
 
-def test_what_fails_to_run_is_not_taken(device, monkeypatch):
+def test_a_config_that_fails_to_run_is_not_taken(device, monkeypatch):
     key = Key("grad_query", 64, "none", "short")
     run = launch.run
 

@@ -1,4 +1,4 @@
-"""What the modules refuse: every error names the argument, what was wanted and what came."""
+"""Arguments that the modules refuse: every error names the argument, the expected and the given value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where each learned scaling starts, what its parameters do, and what it refuses."""
+"""Starting points, parameters and refusals of each learned scaling."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_a_schedule_towards_cosine_is_geometric():
 @pytest.mark.parametrize("size", [1e-30, 1.0])
 @pytest.mark.parametrize("mode", ["key_norm_sum", "key_norm_max"])
 def test_a_schedule_is_differentiated_in_double_precision(mode, size):
-    """Of tiny keys the factor is large, and its gradient towards the modes' own factors is below float32."""
+    """Tiny keys give a large factor whose gradient towards the modes' own factors is below float32's range."""
     scaling = nn.Scheduled("sqrt_dim", mode, steps=10, blend="geometric")
     scaling.advance(3)
     narrow = operands(torch.float32)

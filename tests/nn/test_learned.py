@@ -1,4 +1,4 @@
-"""What holds for every learned scaling: values, gradients of its parameters, every way to call it."""
+"""Every learned scaling: values, gradients of its parameters, every way to call it."""
 
 from __future__ import annotations
 

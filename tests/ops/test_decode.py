@@ -243,7 +243,7 @@ def test_lengths_and_pages_that_are_not_read_are_clamped():
 
 
 def test_pages_that_no_row_looks_into_may_be_given_away():
-    """Those before the window, and behind the lengths."""
+    """Pages before the window and behind the lengths."""
     q, k, v = sequences(length=50)
     cache = GrowingCache(k, v, 64, page=16)
     cache.write([40, 50])

@@ -42,7 +42,7 @@ ALL_MASK_ATTENTION_FUNCTIONS._global_mapping["sdpa"] = key_range_mask
 
 
 class Tester:
-    """What transformers' tests ask of a model tester."""
+    """The attributes that transformers' tests read from a model tester."""
 
     batch_size, seq_length, num_hidden_layers, hidden_size, num_attention_heads = 3, 7, 2, 32, 4
     is_training = False

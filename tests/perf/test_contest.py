@@ -217,7 +217,7 @@ def test_an_error_that_is_no_number_is_a_line_of_json_and_a_row(tmp_path):
     assert "inf, inf" in tables([accuracy])
 
 
-def test_what_torchs_allocator_keeps_counts_as_free(monkeypatch):
+def test_memory_that_torchs_allocator_keeps_counts_as_free(monkeypatch):
     """A peer's gigabytes, freed but kept, must not keep the next peer out."""
     done = []
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: done.append("emptied"))

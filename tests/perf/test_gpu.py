@@ -104,7 +104,7 @@ def test_a_phase_can_be_stopped_where_a_shell_has_begun_the_run_in_the_backgroun
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch, capsys):
-    """Which has a session of its own, and would hold the card."""
+    """The phase has a session of its own and would hold the card."""
     monkeypatch.setattr(gpu, "phases", lambda *_: [phase("works"), phase("hangs", share=1.0), phase("works")])
     begun, popen = [], gpu.subprocess.Popen
     monkeypatch.setattr(gpu.subprocess, "Popen", lambda *a, **options: begun.append(popen(*a, **options)) or begun[-1])

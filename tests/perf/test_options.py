@@ -83,7 +83,7 @@ def test_the_suite_of_the_cpu_is_run_on_a_cpu_alone(kind):
     assert asked == {"ceilings", "cpu"}
 
 
-def test_what_a_sweep_is_asked_for(monkeypatch):
+def test_options_of_a_sweep_choose_its_cases(monkeypatch):
     asked, threads = [], []
     monkeypatch.setattr(run_suites, "measure", lambda options, command: (asked.append((options, command)) or [], False))
     monkeypatch.setattr("torch.set_num_threads", threads.append)

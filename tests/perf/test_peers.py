@@ -39,7 +39,7 @@ def test_recipes_follow_the_formulas(scaling, causal):
     torch.testing.assert_close(rows_of(scaling, q, k, causal)[..., None], wanted.float().expand(2, 4, 5, 1))
 
 
-def test_what_scales_keys_has_no_recipe():
+def test_modes_that_scale_keys_have_no_recipe():
     with pytest.raises(Unavailable, match="no recipe for cosine"):
         rows_of("cosine", *torch.randn(2, 1, 1, 3, 4), causal=False)
 
@@ -207,7 +207,7 @@ def test_a_block_of_one_row_rounds_as_others(monkeypatch):
 
 @pytest.mark.parametrize(("scaling", "is_number"), [("key_count", True), ("sqrt_dim", True), ("key_norm_mean", False)])
 def test_a_factor_of_one_row_that_only_counts_is_a_number(scaling, is_number):
-    """Which no call needs to round."""
+    """No call needs to round such a factor."""
     random = torch.Generator().manual_seed(0)
     q = torch.randn(1, 32, 1, 8, generator=random).bfloat16()
     k, v = torch.randn(2, 1, 1, 23, 8, generator=random).bfloat16().unbind(0)

@@ -150,7 +150,7 @@ def test_records_survive_the_file(tmp_path):
     assert not ResultsFile(tmp_path / "a.jsonl", replace(HERE, commit="other")).has("forward", AXES)
 
 
-def test_of_several_files_the_last_result_of_a_machine_counts(tmp_path, capsys):
+def test_the_last_result_of_a_machine_counts_among_several_files(tmp_path, capsys):
     again, elsewhere = replace(OURS, median_ms=1.5), replace(OURS, environment=replace(HERE, device="Card Y"))
     for name, records in {"a": [OURS, PEER], "b": [again, elsewhere]}.items():
         ResultsFile(tmp_path / name, HERE).append(records)

@@ -56,7 +56,7 @@ def test_every_tool_soaks_our_kernels(option, install, capsys):
     assert capsys.readouterr().out.endswith("memcheck, racecheck, synccheck: no errors\n")
 
 
-def test_what_is_found_is_named(install):
+def test_findings_are_named(install):
     log = install(faulty="racecheck")
     with pytest.raises(SystemExit, match="sanitize: racecheck found errors"):
         _sanitize("--tools", "memcheck,racecheck")

@@ -34,7 +34,7 @@ def test_a_kernel_gets_the_same_values_and_strides_between_nan():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int32, torch.uint8], ids=str)
-def test_what_is_written_comes_back(dtype):
+def test_written_values_come_back(dtype):
     x, only_read = torch.zeros(5, dtype=dtype), torch.ones(3)
     version = only_read._version
     _run(lambda x_ptr, k_ptr: x_ptr.add_(1), x_ptr=x, k_ptr=only_read)

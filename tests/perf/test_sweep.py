@@ -249,7 +249,7 @@ def test_unknown_names(options, message):
 
 @pytest.mark.parametrize("option", ["--rounds", "--lengths", "--head-dims", "--threads"])
 @pytest.mark.parametrize("value", ["-1", "0", "x", "1.5"])
-def test_what_is_no_number_from_one_up(option, value, capsys):
+def test_numbers_below_one_are_refused(option, value, capsys):
     with pytest.raises(SystemExit):
         main(["sweep", *TINY, f"{option}={value}"])
     assert f"{option}: expected a whole number from 1 up, got '{value}'" in capsys.readouterr().err

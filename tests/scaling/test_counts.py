@@ -40,7 +40,7 @@ def test_bases_without_a_positive_logarithm_are_refused(base):
 @pytest.mark.parametrize("name", ["key_count", "sqrt_key_count", "log_key_count", "qwen_logn", "llama4", "ministral3"])
 @pytest.mark.parametrize("keys", [0, 1, 7, 20000])
 def test_where_all_rows_see_all_keys_the_factor_is_a_number(name, keys):
-    """That of the last row of a causal mask."""
+    """The number is the factor of a causal mask's last row."""
     scaling = tritonattn.SCALINGS[name]()
     q, k = torch.empty(1, 1, 1, 4), torch.empty(1, 1, keys, 4)
     full, ranges = Visibility.of(q, k), Visibility.of(q, k, key_lengths=torch.tensor([keys]))

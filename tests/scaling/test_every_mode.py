@@ -1,4 +1,4 @@
-"""What holds for every mode: both of its formulas agree, and nothing a row may not see reaches it."""
+"""Every mode: its two formulas agree, and hidden keys never reach a row's factor."""
 
 import pytest
 import torch

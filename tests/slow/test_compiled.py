@@ -30,7 +30,7 @@ def test_other_instructions_per_logit(kernel, target, head_dim, causal):
 
 @of_this_compiler
 @pytest.mark.parametrize(("kernel", "target", "head_dim"), [*NON_MMA_PER_LOGIT][::2])
-def test_what_scales_cost(kernel, target, head_dim):
+def test_scales_cost_few_instructions(kernel, target, head_dim):
     check_cost_of_scales(kernel, target, head_dim)
 
 

@@ -1,4 +1,4 @@
-"""Whether a mode's dense formula can share a mistake with what runs."""
+"""A check that a mode's dense formula shares no code with the formula that runs."""
 
 from __future__ import annotations
 

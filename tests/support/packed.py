@@ -83,7 +83,7 @@ def packed_operands(packed: Packed, dtype=torch.float64, heads=(4, 2), dims=(8, 
 def one_by_one(
     packed: Packed, q: Tensor, k: Tensor, v: Tensor, gain: Tensor | None = None, **arguments
 ) -> tuple[Tensor, tritonattn.AttentionAux]:
-    """What `attention_varlen` returns with return_aux, from one call of the reference for every sequence."""
+    """The results of `attention_varlen` with return_aux, from one reference call a sequence."""
     outs, aux = [], []
     for rows, keys in packed.members():
         arrays = (x[part].transpose(0, 1)[None] for x, part in ((q, rows), (k, keys), (v, keys)))

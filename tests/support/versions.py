@@ -1,4 +1,4 @@
-"""What tests expect of the versions of torch and triton that are installed."""
+"""The installed versions of torch and triton, and tests that need newer ones."""
 
 from __future__ import annotations
 

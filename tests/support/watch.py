@@ -1,4 +1,4 @@
-"""What a piece of code does under the hood: the operators it calls and the largest memory that they fill."""
+"""A context that records the operators of a piece of code and the largest memory that they fill."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_a_config_that_changes_is_shown_with_the_one_before(user, capsys):
     assert rows == ["was 128 x 32, 8 warps, 3 stages", "static", "static"]
 
 
-def test_what_was_measured_and_what_was_not_asked_for_is_kept(user, capsys):
+def test_measured_entries_and_other_keys_are_kept(user, capsys):
     measured = Entry(TileConfig(128, 64, 4, 2), "measured", {"milliseconds": 1.0})
     other = Key("decode", 64, "none", "long")
     before = {KEYS[0]: measured, other: Entry(TileConfig(16, 64, 4, 2), "static", {})}

@@ -1,4 +1,4 @@
-"""Which configs a static table ranks, and in which order; nothing is compiled."""
+"""The configs that a static table ranks, and their order; nothing is compiled."""
 
 from __future__ import annotations
 

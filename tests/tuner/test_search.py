@@ -161,7 +161,7 @@ def test_there_is_no_gain_over_what_is_wrong(timed):
 
 
 def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):
-    """Which is told the processors of the card, also where a device has its full name."""
+    """The model gets the card's number of processors, also by a device's full name."""
     asked = []
 
     def examine(self, wanted):

@@ -75,7 +75,7 @@ def test_an_illegal_config_is_not_compiled(monkeypatch):
     assert found.code is None
 
 
-def test_what_does_not_compile_is_refused(monkeypatch):
+def test_a_config_that_does_not_compile_is_refused(monkeypatch):
     def fail(*_):
         raise RuntimeError("PassManager::run failed\n" + 100 * "  and more\n")
 
@@ -162,7 +162,7 @@ def test_shipped_entries_pass_the_gate(position):
 
 
 def check_shipped_entry(position: int) -> None:
-    """Of the tables' entries, one after another, that at a position; they are of triton 3.9's code."""
+    """Check the entry at a position of all tables; they hold for the code of triton 3.9."""
     if OLDER_TRITON:
         pytest.skip("the tables are of another compiler's code")
     gpu, key = ENTRIES[position]

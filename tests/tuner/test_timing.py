@@ -102,7 +102,7 @@ def test_every_call_on_a_card_meets_an_overwritten_cache(card):
 
 
 def test_milliseconds_of_a_cpu_after_its_warm_up(monkeypatch):
-    """Which is no part of the seconds that the rounds may take."""
+    """The warm-up is no part of the seconds that the rounds may take."""
     now, calls = [0.0], []
 
     def contestant(number: int) -> None:

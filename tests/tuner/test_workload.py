@@ -35,7 +35,7 @@ def test_a_typical_call_is_of_its_key():
 
 @pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 @pytest.mark.parametrize("key", [key for key in keys() if key.head_dim in (64, 80)], ids=str)
-def test_what_is_timed_is_what_the_gate_compiles(key):
+def test_the_gate_compiles_the_launch_that_is_timed(key):
     """The same code, to the alignments of the arguments."""
     target, gpu = Target("cuda", "90"), GPUTarget("cuda", 90, 32)
     size = Size(2, 32, 1024, 4) if key.kernel == "decode" else Size(2, 2, 64)
@@ -68,7 +68,7 @@ def test_rounds_take_copies_in_turn(kernel, monkeypatch):
     assert not torch.equal(first, second)
 
 
-def test_what_is_no_number_is_wrong(monkeypatch):
+def test_nan_is_wrong(monkeypatch):
     """As of rows that a config leaves out."""
     timed = Workload(Key("forward", 64, "query+key", "short"), Size(1, 2, 8), torch.float16, CPU, copies=1)
     right = timed._reference(torch.float16, slice(None))[0]

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every target without a GPU, and no loop of a default config spills registers."""
+"""Configs and problems that `compile_kernel` accepts; tests/compiled reads what kernels compile to."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_sums_have_columns_where_they_lie_in_registers():
         ("row_terms", SM_80, HALF, 0),
     ],
 )
-def test_what_passes_through_shared_memory(kernel, target, dtype, wanted):
+def test_the_estimate_of_shared_memory(kernel, target, dtype, wanted):
     """Elements of tiles that are held once, and of those that are streamed in three stages."""
     found = config._shared_estimate(kernel, TileConfig(64, 32, 4, 3), Problem(128, 128, dtype), target)
     assert found == wanted * dtype.itemsize

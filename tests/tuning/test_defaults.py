@@ -28,7 +28,7 @@ def values(kernel: str, config: TileConfig, width: int) -> float:
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("kernel", ["forward", "grad_query", "grad_key_value"])
-def test_what_takes_many_registers_has_fewer_of_other_values(kernel, width, target):
+def test_calls_that_take_many_registers_get_smaller_tiles(kernel, width, target):
     plain = default_config(kernel, problem(width), target)
     both = {"mask": True, "dropout": True}
     forms = [{"mask": True}, {"dropout": True}, both]

@@ -1,4 +1,4 @@
-"""Which table a call's config comes from, and that a bad one stops nothing."""
+"""The table that a call's config comes from; a bad table stops no call."""
 
 from __future__ import annotations
 

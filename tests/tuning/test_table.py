@@ -29,7 +29,7 @@ def record() -> dict:
     return json.loads(example().text())
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_a_written_table_is_read_back(tmp_path):
     path = tmp_path / "new folder" / "a100.json"
     write_table(path, example(3))
     assert read_table(path) == example(3)

@@ -66,7 +66,7 @@ def test_the_setup_is_the_papers():
         assert torch.equal(q, operands(dim, 3, CPU)[0])
 
 
-def test_what_the_published_package_does_to_rows_and_columns():
+def test_the_published_package_mixes_rows_and_columns():
     """R: matrix(apply(queries, 1, f), nrow = 3) of 3 queries and 2 keys, f giving the values of one query."""
     by_query = torch.tensor([[11, 12], [21, 22], [31, 32]])
     assert refilled(by_query).tolist() == [[11, 22], [12, 31], [21, 32]]

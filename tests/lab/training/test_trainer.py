@@ -197,7 +197,7 @@ def test_no_held_out_number_is_trained_on_and_lengths_vary():
     assert {len(str(n)) for n in trained} == {len(str(n)) for n in held_out} == set(range(1, 7))
 
 
-def test_what_is_held_out_of_the_book_and_of_the_digits_is_not_trained_on():
+def test_held_out_parts_of_book_and_digits_are_not_trained_on():
     text, held_out = TASKS["text"]().bytes
     assert text.shape[0] + held_out.shape[0] > 140_000
     assert held_out.shape[0] == pytest.approx(text.shape[0] / 9, rel=1e-3)
