@@ -250,7 +250,7 @@ def _without_padding(q: Tensor, k: Tensor, visible: dict[str, Any]) -> dict[str,
     """Visibility arguments that hide all keys from rows of padding."""
     seen = Visibility.of(q, k, **visible)
     rows = counted_rows(seen)
-    if seen.sizes_tell_all or rows.shape[1] > 1:
+    if seen.depends_on_sizes_only or rows.shape[1] > 1:
         return visible
     lo, hi = seen.ranges()
     hi = torch.where(rows[:, 0], hi, lo)

@@ -60,7 +60,7 @@ def counted_rows(seen: Visibility) -> Tensor:
     known, so all rows count, except if Sq = Sk by chance: then rows at the places of unseen keys are left out.
     """
     rows = seen.counts() > 0
-    if seen.q_len == seen.k_len and seen.sequences is None and not seen.sizes_tell_all:
+    if seen.q_len == seen.k_len and seen.sequences is None and not seen.depends_on_sizes_only:
         rows = rows & seen.seen_keys().any(1, keepdim=True)
     return rows
 

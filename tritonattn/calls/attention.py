@@ -106,7 +106,7 @@ def scaled_attention(
     return_aux: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, AttentionAux]:
-    """Attention with the scales themselves: what every scaling comes down to.
+    """Attention with explicit scales, to which every scaling comes down.
 
         logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j]
 

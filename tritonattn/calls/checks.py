@@ -1,8 +1,8 @@
-"""The one place where arguments of `attention` and `scaled_attention` are checked.
+"""Check the arguments of `attention` and `scaled_attention`, here and nowhere else.
 
 Shapes, dtypes and devices always; values of CPU tensors too, except while compiling or under a transform.
-Values of device tensors are never read: there backends clamp them. Every error names the argument, what was
-expected and what came: TypeError for types and dtypes, ValueError for the rest.
+Values of device tensors are never read: there backends clamp them. Every error names the argument, the
+expectation and the value: TypeError for types and dtypes, ValueError for the rest.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 BATCHED = Layout("[B, Hq, Sq, D]", "[B, Hkv, Sk, D]", "[B, Hkv, Sk, Dv]", axes=4, sequence=2)
 PACKED = Layout("[T_q, Hq, D]", "[T_k, Hkv, D]", "[T_k, Hkv, Dv]", axes=3, sequence=0)
 
-# Modes that are modules, and what makes one for q of Hq heads.
+# Modes that are modules, and the expression that makes one for q of Hq heads.
 _LEARNED = {
     "ssmax": "SSMax(heads=Hq)",
     "power_law": "PowerLaw(heads=Hq)",
@@ -109,7 +109,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_multiplier(scaling: Scaling, factor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless a mode's dense formula gave a floating tensor for every pair."""
+    """Raise unless a mode's dense formula returned a floating tensor for every pair."""
     name = f"{type(scaling).__name__}.multiplier()"
     if factor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating dtype, got {factor.dtype}")
@@ -135,7 +135,7 @@ def named_scaling(name: str, learned: Iterable[str] = ()) -> Scaling:
 
 
 def refuse_scaling(scaling: Any) -> None:
-    """Raise the TypeError for what is no scaling."""
+    """Raise the TypeError for a value that is no scaling."""
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
         raise TypeError(
             f"scaling: expected an instance of a Scaling, got the class {scaling.__name__}; write {scaling.__name__}()"

@@ -126,7 +126,7 @@ def _scales(
     record: KeyStatistics | None,
     backend: str,
 ) -> tuple[float, Tensor | None, Tensor | None]:
-    """The mode's scales times the gain, from the record of the cache or else from its keys."""
+    """Compute the mode's scales times the gain, from the record of the cache or else from its keys."""
     if cache.block_table is not None and not factor.scaling.reads_keys:
         keys = q.new_full((), torch.nan).expand(*visibility.keys, q.shape[3])  # a shape, in place of a gathered copy
     else:

@@ -1,4 +1,4 @@
-"""The checks of `attention_decode`'s arguments, by the rules of validation.py."""
+"""Check the arguments of `attention_decode`, by the rules of checks.py."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_decode(q: Tensor, cache: Cache, statistics: KeyStatistics | None, opti
 
 
 def refuse_gradients(**tensors: Any) -> None:
-    """Raise where one of these would have to carry a derivative."""
+    """Raise where one of these tensors would have to carry a derivative."""
     for name, x in tensors.items():
         if isinstance(x, Tensor) and needs_graph(x):
             raise NotImplementedError(
@@ -117,7 +117,7 @@ def _check_block_table(table: Any, q: Tensor) -> None:
 
 
 def _check_pages(cache: Cache, q_len: int, window: tuple[int | None, int | None] | None) -> None:
-    """Pages that no row looks into, behind key_lengths or before the window, may have been given away."""
+    """Check the pages that rows read; those behind key_lengths or before the window may belong to others by now."""
     table, lengths = cache.block_table, cache.key_lengths
     if table is None or not values_are_read(table) or not values_are_read(lengths):
         return

@@ -1,4 +1,4 @@
-"""From the checked arguments of a public call to a backend, and to what the call returns."""
+"""Run the checked arguments of a public call on a backend, and return its results."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _out(call: AttentionCall, backend: str) -> Tensor:
 
 
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
-    """The backend that runs the call: the one asked for, which must be able to, or one that can."""
+    """Choose the backend of a call: the one asked for, which must support the call, or for "auto" one that does."""
     asked = options.backend
     if asked == "triton" and (obstacle := _kernel_obstacle(q, v)):
         raise NotImplementedError(

@@ -34,7 +34,7 @@ class Factor:
         rows: tuple[int, ...],
         axes: str,
     ) -> Factor:
-        """From arguments, which are checked; a tensor among them broadcasts to the shape `rows`, named `axes`."""
+        """Check the arguments and build the factor; tensors must broadcast to the shape `rows`, named `axes`."""
         if isinstance(scaling, str):
             mode = named_scaling(scaling)
         elif isinstance(scaling, Scaling):
@@ -70,7 +70,7 @@ class Factor:
     def exact_scales(
         self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
     ) -> tuple[float, Tensor | None, Tensor | None]:
-        """`scales` in fp64, neither rounded nor expanded, of a mode of `SCALINGS`: for one that is made of others."""
+        """Scales in fp64, neither rounded nor expanded, of a mode of `SCALINGS`, for a mode that combines others."""
         is_own = type(self.scaling) is SCALINGS.get(getattr(self.scaling, "name", ""))
         wide = DoubleStatistics(statistics) if is_own else statistics
         return self._scales(q, k, visibility, wide)
@@ -97,7 +97,7 @@ class Factor:
         return constant, query, key
 
     def multiplier(self, q: Tensor, k: Tensor, visibility: Visibility) -> Tensor | float:
-        """The factor of every pair as the mode's formula says it, for the reference."""
+        """The factor of every pair by the mode's formula, for the reference."""
         group = visibility.q_heads // visibility.kv_heads
         visible = visibility.dense()
         seen, sees = visible.any(-2)[..., None], visible.any(-1)  # [B, Hq, Sk, 1], [B, Hq, Sq]
@@ -113,7 +113,7 @@ class Factor:
 
 
 class Given(Scaling):
-    """The scaling of a caller who hands in the scales."""
+    """A scaling whose scales are arguments."""
 
     name = "given"
     reads_keys = False

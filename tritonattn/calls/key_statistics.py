@@ -75,7 +75,7 @@ class KeyStatistics:
             raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
         self.capacity = capacity
         self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
-        # Each has one more place at its end, where what is dropped goes.
+        # Each has one more place at its end, for keys that are dropped.
         shape, prefix = (batch, kv_heads, capacity + 1), (batch, kv_heads, capacity + 2)
         self._lengths = torch.zeros(shape, dtype=dtype, device=device)
         self._length_sums = torch.zeros(prefix, dtype=torch.float64, device=device)
@@ -100,7 +100,7 @@ class KeyStatistics:
 
     @torch.no_grad()
     def append(self, k_new: Tensor, counts: Tensor | None = None) -> None:
-        """Bring in the next keys of every sequence, before the `attention_decode` that sees them.
+        """Append the next keys of every sequence, before the `attention_decode` that sees them.
 
         Args:
             k_new: [B, Hkv, n, D], as they are written to the cache.
@@ -137,7 +137,7 @@ class KeyStatistics:
 
     @torch.no_grad()
     def reorder(self, index: Tensor) -> None:
-        """Let sequence b go on from what sequence index[b] holds, as beam search asks of a cache.
+        """Let sequence b continue from the keys of sequence index[b], as beam search does.
 
         Args:
             index: Integers [B] in [0, B), in any order and number.
@@ -242,7 +242,7 @@ class KeyStatistics:
         return self.counts, self._lengths, self._length_sums, self._square_sums, self._length_maxima
 
     def _write(self, lengths: Tensor, place: Tensor) -> None:
-        """Put the lengths [B, Hkv, n] of new keys at their places [B, n], and go on with the sums and maxima."""
+        """Write the lengths [B, Hkv, n] of new keys to their places [B, n], and extend the sums and maxima."""
         lengths = lengths.to(self._lengths.dtype)
         held = self.counts[:, None, None].expand(*lengths.shape[:2], 1)
         place = place[:, None].expand_as(lengths)

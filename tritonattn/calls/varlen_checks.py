@@ -23,7 +23,7 @@ from .checks import (
 
 
 class Packing(NamedTuple):
-    """The arguments that say where the sequences lie."""
+    """The arguments that place the sequences."""
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor

@@ -1,4 +1,4 @@
-"""`warmup`: compile before it is urgent."""
+"""`warmup`: compile kernels before the first call needs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the package's autograd functions share: when to skip torch's dispatcher, autocast, first-order gradients."""
+"""Shared by the package's autograd functions: when to skip torch's dispatcher, autocast, first-order gradients."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def runs_eagerly(*tensors: Tensor | None) -> bool:
-    """Whether these are real tensors that nobody watches: no compiler, transform, dispatch mode or subclass, and whose
-    memory is their values, not the negatives.
+    """Whether these are real tensors outside of any compiler, transform, dispatch mode or subclass.
 
-    Then an implementation can be called as it is, and values of CPU tensors can be read; else a call must go
-    through an operator that torch can see.
+    An implementation can then be called directly, and values of CPU tensors can be read. Otherwise a call must go
+    through an operator that torch can see. A tensor whose memory holds the negatives of its values is not real either.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -34,7 +33,7 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
 
 
 def _is_its_memory(tensor: Tensor) -> bool:
-    """Whether the values are what lies in memory: not their negatives, nor a batch of torch.autograd.grad."""
+    """Whether memory holds the values: not their negatives, nor a batch of torch.autograd.grad."""
     return not (tensor.is_neg() or is_legacy_batchedtensor(tensor))
 
 
@@ -72,9 +71,10 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
 
 
 def apply(function: type[Function], *arguments: Any) -> Any:
-    """function.apply(*arguments), sooner where the tensors are real ones: without a graph, by its forward alone.
+    """function.apply(*arguments), by shorter ways for real tensors.
 
-    With one, past Function.apply's inspect.signature, which takes longer than the rest of autograd.
+    Without a graph only its forward runs. With one, Function.apply's inspect.signature is skipped: it takes longer than
+    the rest of autograd.
     """
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if not runs_eagerly(*tensors):
@@ -88,8 +88,8 @@ def apply(function: type[Function], *arguments: Any) -> Any:
 def first_order(backward: Callable) -> Callable:
     """Decorator of backward(ctx, saved_tensors, *gradients): a gradient of its gradients raises RuntimeError.
 
-    torch's own once_differentiable returns zeros in silence under torch.func.grad(torch.func.grad(f)). The
-    saved tensors are handed in because checkpointing allows one access.
+    torch's own once_differentiable silently returns zeros under torch.func.grad(torch.func.grad(f)). The saved tensors
+    are an argument because checkpointing allows one access.
     """
 
     @functools.wraps(backward)
@@ -108,7 +108,7 @@ def first_order(backward: Callable) -> Callable:
 
 
 class _Refuse(Function):
-    """The first `count` tensors as they are, with a derivative towards all others that raises."""
+    """Return the first `count` tensors unchanged; their derivatives towards all tensors raise."""
 
     generate_vmap_rule = True
 

@@ -1,4 +1,4 @@
-"""One attention call as plain tensors: what a backend gets, and what its backward returns."""
+"""One attention call as plain tensors: the argument of a backend, and the results of its passes."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class AttentionCall:
     q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; any strides; one dtype, in which the output is
     dropout    on the probabilities, after the softmax
 
-    With v in 16 bits, q and k may hold its values in fp32: their gradients are then fp32, and what else reaches q or k,
-    as through key lengths, is added before the sum is rounded.
+    Beside a 16-bit v, q and k may hold 16-bit values in fp32. Their gradients are then fp32, so that gradients by other
+    ways, as through key lengths, are added before the sum is rounded.
     """
 
     q: Tensor

@@ -78,10 +78,10 @@ class Cache:
 
 
 class _CacheVisibility(Visibility):
-    """Whose rows stand at the end of the key_lengths of their sequence, not of the capacity."""
+    """Visibility of rows at the end of their sequence's key_lengths, not of the capacity."""
 
     @property
-    def rows_end_with_keys(self) -> bool:
+    def is_bottom_right(self) -> bool:
         return False
 
     def _ranges(self) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class DecodeCall:
     left: int | None = None
 
     def as_attention(self) -> AttentionCall:
-        """The same over the whole cache, gathered where it lies in pages."""
+        """The call over the whole cache, gathered where it lies in pages."""
         visible, keys = self.cache.visibility(self.q, self.left), self.cache.keys()
         visible = Visibility.of(self.q, keys, key_ranges=torch.stack(visible.ranges(), dim=-1))
         return AttentionCall(self.q, keys, self.cache.values(), visible, self.logits)

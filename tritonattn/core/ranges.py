@@ -55,13 +55,13 @@ def prefix_sum(x: Tensor) -> Tensor:
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """x[..., index] along the last axis, the others broadcast: take_along_dim, on which inductor fails."""
+    """x[..., index] along the last axis, with the others broadcast: take_along_dim without its failure in inductor."""
     shape = torch.broadcast_shapes(x.shape[:-1], index.shape[:-1])
     return x.expand(*shape, -1).gather(-1, index.expand(*shape, -1))
 
 
 def _rows_begun(bound: Tensor, k_len: int) -> Tensor:
-    """How many rows have bound <= j, of each key j: int64 [..., Sk]; bound [..., Sq] does not fall along the rows."""
+    """Count for each key j the rows with bound <= j: int64 [..., Sk]; bound [..., Sq] does not fall along the rows."""
     keys = torch.arange(k_len, device=bound.device)
     if runs_eagerly(bound):
         keys = keys.expand(*bound.shape[:-1], -1).contiguous()
@@ -71,7 +71,7 @@ def _rows_begun(bound: Tensor, k_len: int) -> Tensor:
 
 
 def rows_of_keys(lo: Tensor, hi: Tensor, k_len: int, sorted_bounds: bool) -> Tensor:
-    """How many rows see each key: int64 [..., Sk]; sorted_bounds says that lo and hi do not fall along the rows."""
+    """The number of rows that see each key: int64 [..., Sk]; sorted_bounds: lo and hi do not fall along the rows."""
     bounds = (lo, hi) if sorted_bounds else (lo.sort(dim=-1).values, hi.sort(dim=-1).values)
     begun, ended = (_rows_begun(bound, k_len) for bound in bounds)
     return begun - ended

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Where the members of a packed batch lie among T_q rows and T_k keys.
+    """The places of a packed batch's members among T_q rows and T_k keys.
 
     q_starts    int32 [N + 1], from 0 up to T_q, never falling: member n has the rows q_starts[n] <= i < q_starts[n + 1]
     k_starts    int32 [N + 1], likewise up to T_k: its keys
@@ -29,7 +29,7 @@ class Sequences:
     def of(
         cls, q_offsets: Tensor, k_offsets: Tensor, q_len: int, k_len: int, longest_q: int, longest_k: int
     ) -> Sequences:
-        """From offsets that nobody has read: whatever they hold, the starts are in order and inside."""
+        """Build the record from unchecked offsets, clamped so that the starts are in order and inside."""
         q_starts = _in_order(q_offsets, q_len)
         k_starts = q_starts if k_offsets is q_offsets and k_len == q_len else _in_order(k_offsets, k_len)
         return cls(q_starts, k_starts, longest_q, longest_k)

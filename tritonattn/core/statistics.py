@@ -74,7 +74,7 @@ class Statistics:
         return key_lengths_of(x, seen)
 
     def operands(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k as attention is to read them, once the scales are known."""
+        """Return the q and k that attention reads, once the scales are known."""
         return q, k
 
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -100,7 +100,7 @@ class Statistics:
 
 
 class DoubleStatistics(Statistics):
-    """Others in fp64, for a factor that goes into others: gradients towards it may leave fp32's range."""
+    """Statistics in fp64, for a factor that enters another: gradients towards it may leave fp32's range."""
 
     def __init__(self, statistics: Statistics) -> None:
         super().__init__(lambda: statistics.k, statistics.visibility)
@@ -153,12 +153,12 @@ class _Length(torch.autograd.Function):
         return (direction * g[..., None]).masked_fill_(~counted[..., None], 0).to(k.dtype), None
 
 
-# Keys whose widened copies exist at a time: whole copies of k would be the peak of a call's memory.
+# Keys that are widened at a time: a widened copy of all of k would be the peak of a call's memory.
 _ROWS = 1024
 
 
 def _lengths_on_cpu(k: Tensor) -> Tensor:
-    """`_lengths_of` in one pass, where the lengths, which can be read, say that this was enough."""
+    """Compute `_lengths_of` in one pass, and in full where the results show that a square over- or underflowed."""
     lengths = _norm(k) if k.dtype.itemsize > 2 else _by_pieces(_norm, k)
     lowest, highest = torch.aminmax(lengths)
     is_safe = _is_safe(lowest.item()) and _is_safe(highest.item())  # neither where one is NaN
@@ -172,7 +172,7 @@ def _by_pieces(lengths: Callable[[Tensor], Tensor], k: Tensor) -> Tensor:
 
 
 def _lengths_of(k: Tensor) -> Tensor:
-    """A key's own length says whether its largest component is factored out, so that no key changes another's."""
+    """Lengths of k; each key by itself decides whether its largest component is factored out."""
     lengths = _norm(k)
     wide = k.to(lengths.dtype)
     largest = wide.abs().amax(-1)
@@ -182,9 +182,9 @@ def _lengths_of(k: Tensor) -> Tensor:
 
 
 def _is_safe(lengths: Any) -> Any:
-    """Whether no square that counts has over- or underflowed in fp32, of a number or of each in a tensor.
+    """Whether a length, or each of a tensor, comes from squares that neither over- nor underflowed in fp32.
 
-    The bounds are no globals: torch.compile(dynamic=True) makes inputs of those, and cannot hand them to two functions.
+    The bounds are literals: torch.compile(dynamic=True) would make inputs of globals, which two functions cannot share.
     """
     return (lengths > 1e-15) & (lengths < 1e15)
 

@@ -1,4 +1,4 @@
-"""Which keys each query row may see: one record for every mask.
+"""The keys that each query row may see: one record for every mask.
 
 Row i of batch entry b sees the keys lo[b, i] <= j < hi[b, i]. Causal attention, windows, padding, packed documents and
 caches filled in part are all such ranges, so counts are differences, and sums over visible keys are differences of
@@ -93,34 +93,34 @@ class Visibility:
         return self.batch, self.kv_heads, self.k_len
 
     @property
-    def sizes_tell_all(self) -> bool:
-        """Whether sizes, causal and window alone say what is visible."""
+    def depends_on_sizes_only(self) -> bool:
+        """Whether sizes, causal and window alone decide which keys are visible."""
         only_sizes = self.key_lengths is None and self.key_ranges is None
         return only_sizes and self.mask is None and self.sequences is None
 
     @property
     def is_full(self) -> bool:
-        """Whether every row sees every key, as sizes tell: a lone causal query too, and a window that holds all.
+        """Whether sizes alone show that every row sees every key, as of a lone causal query or a window that holds all.
 
         Lengths that a trace leaves free tell nothing: an answer would bind them.
         """
-        if not self.sizes_tell_all:
+        if not self.depends_on_sizes_only:
             return False
         reaches_first = self.left is None or (isinstance(self.k_len, int) and self.left >= self.k_len - 1)
         return reaches_first and (self.right is None or (isinstance(self.q_len, int) and self.right >= self.q_len - 1))
 
     @property
     def sees_every_key(self) -> bool:
-        """Whether every key is seen by some row, as sizes tell: rows see windows that follow upon one another."""
-        if not self.sizes_tell_all or self.q_len == 0:
+        """Whether sizes alone show that some row sees every key: the windows of neighbouring rows overlap or touch."""
+        if not self.depends_on_sizes_only or self.q_len == 0:
             return False
         reaches_first = self.left is None or self.left >= self.k_len - self.q_len
         return reaches_first and (self.right is None or self.right >= 0)
 
     @property
     def is_causal(self) -> bool:
-        """Whether row i sees the keys j <= i + Sk - Sq, of Sq <= Sk, and nothing else narrows them."""
-        return self.left is None and self.right == 0 and self.q_len <= self.k_len and self.sizes_tell_all
+        """Whether Sq <= Sk and row i sees exactly the keys j <= i + Sk - Sq."""
+        return self.left is None and self.right == 0 and self.q_len <= self.k_len and self.depends_on_sizes_only
 
     @property
     def is_square_causal(self) -> bool:
@@ -129,16 +129,16 @@ class Visibility:
 
     @property
     def begins_at_first(self) -> bool:
-        """Whether the keys of every row begin at the first one, as far as ranges say."""
+        """Whether the range of every row begins at the first key."""
         return self.left is None and self.key_ranges is None and self.sequences is None
 
     @property
     def every_row_sees(self) -> bool:
-        """Whether sizes, causal and window alone say that every row sees a key."""
-        return self.q_len <= self.k_len and self.k_len > 0 and self.sizes_tell_all
+        """Whether sizes, causal and window alone show that every row sees a key."""
+        return self.q_len <= self.k_len and self.k_len > 0 and self.depends_on_sizes_only
 
     @property
-    def rows_end_with_keys(self) -> bool:
+    def is_bottom_right(self) -> bool:
         """Whether the last row stands at key Sk - 1, and the others before it: left and right count from there."""
         return self.sequences is None
 
@@ -153,7 +153,7 @@ class Visibility:
         return lo.clone(), hi.clone()
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
-        """`ranges`, computed once and kept, for nobody to write to."""
+        """`ranges`, computed once and kept; read-only."""
         if not self._kept:
             self._kept.append(self._ranges())
         return self._kept[0]

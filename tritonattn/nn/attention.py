@@ -137,7 +137,7 @@ class ScaledAttention(nn.Module):
         return KeyValueCache(batch, self.kv_heads, capacity, self.head_dim, device=like.device, dtype=like.dtype)
 
     def positioned(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] of self attention as they meet; a subclass rotates them here.
+        """Give q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] of self attention their positions; a subclass rotates them here.
 
         positions   int64 [B or 1, Sq]: of the tokens in their sequences, those before them in a cache counted
         """
@@ -156,7 +156,7 @@ class ScaledAttention(nn.Module):
         cache: KeyValueCache | None = None,
         counts: Tensor | None = None,
     ) -> Tensor:
-        """Attention of x over context, or over itself and what a cache holds.
+        """Attention of x over context, or over itself and the tokens in a cache.
 
         Args:
             x: [B, Sq, width]; with cu_seqlens [T, width].

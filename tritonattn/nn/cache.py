@@ -109,7 +109,7 @@ class KeyValueCache:
 
     @torch.no_grad()
     def reorder(self, index: Tensor) -> None:
-        """Let sequence b go on from what sequence index[b] holds, as beam search asks."""
+        """Let sequence b continue from the tokens of sequence index[b], as beam search does."""
         self.statistics.reorder(index)
         index = index.long().clamp(0, max(len(self.lengths) - 1, 0))
         for buffer in (self._k, self._v):

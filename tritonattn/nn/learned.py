@@ -57,7 +57,7 @@ class PerHead(Learned):
         device, dtype: The device and dtype of theta [heads], which starts at 0: exactly the mode.
 
     Raises:
-        TypeError, ValueError: A mode, a number of heads or a floating dtype that is none.
+        TypeError, ValueError: An invalid mode, number of heads or dtype.
 
     >>> import torch, tritonattn
     >>> scaling = tritonattn.nn.PerHead("key_count", heads=4)
@@ -113,7 +113,7 @@ class Cosine(PerHead):
 
     Source: Liu et al. 2021, "Swin Transformer V2", arXiv:2111.09883, equation 2 (a learned tau a head, without weight
     decay); Henry et al. 2020, "Query-key normalization for transformers", arXiv:2010.04245, equation 4.
-    Raises TypeError or ValueError for a tau or a number of heads that is none.
+    Raises TypeError or ValueError for an invalid tau or number of heads.
     """
 
     name = "learned_cosine"
@@ -147,7 +147,7 @@ class SSMax(Learned):
 
     Source: Nakanishi 2025, "Scalable-Softmax is superior for attention", arXiv:2501.19399: s learned for every layer
     and head; the bias is a variant that it compares.
-    Raises TypeError or ValueError for a number of heads or a dtype that is none, ValueError unless base is finite and
+    Raises TypeError or ValueError for an invalid number of heads or dtype, ValueError unless base is finite and
     above 1.
 
     >>> import torch, tritonattn
@@ -217,7 +217,7 @@ def as_mode(mode: str | Scaling) -> Scaling:
 
 
 def describe(mode: Scaling) -> str:
-    """A mode as an argument in a module's repr: its name, or the repr of one that has settings."""
+    """A mode as an argument in a module's repr: its name, or its repr where it has settings."""
     plain = type(mode).__repr__ is object.__repr__
     return getattr(mode, "name", type(mode).__name__) if plain else repr(mode)
 

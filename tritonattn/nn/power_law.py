@@ -43,7 +43,7 @@ class PowerLaw(Learned):
     Within one head dimension theta and a move the same number, so a is frozen (requires_grad is False) until asked for.
 
     Raises:
-        TypeError: A number of heads or a dtype that is none.
+        TypeError: heads that is no int, or a dtype that is not floating.
         ValueError: A mode that is no point of the law.
 
     >>> import torch, tritonattn

@@ -1,4 +1,4 @@
-"""The scaling that turns from one mode into another in the course of training."""
+"""A scaling that changes from one mode into another in the course of training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Scheduled(nn.Module, Scaling):
     The step is a buffer: state_dict keeps it, and neither compiling nor a CUDA graph fixes it.
 
     Raises:
-        TypeError, ValueError: A mode, a number of steps or a blend that is none; in a call, a mode with a factor a key
+        TypeError, ValueError: An invalid mode, number of steps or blend; in a call, a mode with a factor a key
             in a linear blend.
 
     >>> import torch, tritonattn

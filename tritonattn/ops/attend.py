@@ -111,7 +111,7 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
 
 
 def _without_repeats(call: AttentionCall) -> AttentionCall:
-    """torch.compile does not take one tensor as two arguments of an autograd function."""
+    """The call without a tensor that is two arguments: torch.compile refuses those in an autograd function."""
     q, k, v, sequences = call.q, call.k, call.v, call.visibility.sequences
     if sequences is not None and sequences.q_starts is sequences.k_starts:
         apart = replace(sequences, k_starts=sequences.k_starts.view_as(sequences.k_starts))
@@ -129,13 +129,13 @@ def _forward(
     with without_autocast(call.q):
         if backend != "triton":
             return blockwise.forward(call, aux, rounding)
-        # With a graph the tiles of forward and backward had better multiply alike.
+        # With a graph, forward and backward must multiply in the same tiles.
         few = None if has_graph else _kernels().attend_few_rows(call, aux)
         return _kernels().forward(call, aux, rounding) if few is None else few
 
 
 def _forward_of(flat: _Flat, call: AttentionCall) -> tuple[Tensor, ...]:
-    """The results of the operator: of size 0 where there are none."""
+    """Compute the results of the operator, with tensors of size 0 for those that are absent."""
     q, v = flat.q, flat.v
     rounding = v.new_empty((*q.shape[:3], v.shape[3])) if flat.keep_rounding else None
     has_graph = flat.keep_rounding or v.dtype.itemsize > 2  # nothing here tells whether wider ones have one
@@ -146,7 +146,7 @@ def _forward_of(flat: _Flat, call: AttentionCall) -> tuple[Tensor, ...]:
 def _backward(
     flat: _Flat, saved: tuple[Tensor, Tensor, Tensor | None], d_out: Tensor | None, d_lse: Tensor | None, needs: Needs
 ) -> Gradients:
-    """From `saved`: out, lse and rounding."""
+    """Compute gradients from `saved`: out, lse and rounding."""
     call, (out, lse, rounding) = flat.call(), saved
     if _is_empty(call):
         pairs = zip(flat[:_GRADIENTS], needs, strict=True)
@@ -188,7 +188,7 @@ def _allocate_forward(q: Tensor, v: Tensor, aux: bool, keep_rounding: bool) -> t
 
 
 def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """An operator returns tensors: one of size 0 stands for None."""
+    """Replace None by a tensor of size 0: an operator returns tensors."""
     return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
@@ -224,7 +224,7 @@ def _(*arguments):
 
 
 class _Attention(Function):
-    """The operators, for compilers and transforms. torch.compile counts forward's parameters: no star."""
+    """The operators, for compilers and transforms. torch.compile counts forward's parameters, so they have no star."""
 
     generate_vmap_rule = True
 
@@ -302,7 +302,7 @@ class _Attention(Function):
 
 
 class _EagerAttention(Function):
-    """The same without operators, and without torch's slow binding of a separate setup_context."""
+    """`_Attention` without operators, and without torch's slow binding of a separate setup_context."""
 
     @staticmethod
     def forward(ctx, *flat_and_call):
@@ -318,7 +318,7 @@ class _EagerAttention(Function):
 
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
-    """In one batch, unless the place in it matters: dropout depends on it; sinks and sequences have no batch axis."""
+    """Map in one batch, except where dropout depends on the place in it, or sinks or sequences have no batch axis."""
     flat = _Flat(*arguments[: len(_Flat._fields)])
     one_by_one = any(part is not None for part in (flat.dropout_state, flat.sinks, flat.q_starts))
     return (in_a_loop if one_by_one else in_one_batch)(operator, info.batch_size, in_dims, arguments)

@@ -1,4 +1,4 @@
-"""`tritonattn::key_lengths`: the "triton" backend's pass over the keys, its differentiation, and passes over ranges."""
+"""`tritonattn::key_lengths`, its gradient, and the passes over ranges of the "triton" backend."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .schema import qualified
 
 
 def _prefix_sum(x: Tensor) -> Tensor:
-    """`ranges.prefix_sum` of x [B, H, n] in the "triton" backend: one launch, where torch's take dozens on a GPU."""
+    """`ranges.prefix_sum` of x [B, H, n] in the "triton" backend: one launch instead of dozens on a GPU."""
     return _kernels().prefix_sums(x) if runs_eagerly(x) else _prefix_sums_operator(x)
 
 
 def _argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """`ranges.argmax_over_ranges` in the "triton" backend: one launch, where torch's take a dozen a power of two."""
+    """`ranges.argmax_over_ranges` in the "triton" backend: one launch instead of a dozen a power of two."""
     run = _kernels().argmax_over_ranges if runs_eagerly(x, lo, hi) else _argmax_operator
     return run(x, lo, hi)
 
@@ -60,7 +60,7 @@ class KernelStatistics(Statistics):
 
 
 def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> bool:
-    """That of the "triton" backend; False, and nothing done, where a CUDA graph's capture forbids to compile it."""
+    """Append keys by the "triton" backend's kernel; return False where a CUDA graph's capture forbids to compile it."""
     from ..backends.triton.launch import NotCompiledError
 
     try:

@@ -37,9 +37,9 @@ class Scales:
 class Scaling:
     """A logit scaling: logit[i, j] = (q[i] . k[j]) * factor[i, j].
 
-    A mode says its factor twice, so that a mistake in one of them shows: `scales` is what runs, `multiplier`
-    is the formula as its paper writes it, for the reference alone, and uses neither `scales` nor what
-    `visibility` and `statistics` offer. Both are differentiable with respect to q and k. A factor may depend
+    A mode states its factor twice, so that a mistake in one of them shows. `scales` is what runs. `multiplier` is the
+    formula as its paper writes it, for the reference alone, and uses neither `scales` nor the methods of `visibility`
+    and `statistics`. Both are differentiable with respect to q and k. A factor may depend
     on the keys that the row sees, and on no others.
 
     reads_keys         whether `scales` looks at k beyond its shape; a class whose `scales` takes all it needs of the
@@ -73,7 +73,7 @@ class Scaling:
 
 
 def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[Tensor], Tensor]) -> Scales:
-    """constant * factor(n), of fp64 counts n of any shape; one number where sizes tell that all rows see all keys."""
+    """constant * factor(n), of fp64 counts n of any shape; one number where sizes show that all rows see all keys."""
     if visibility.is_full and isinstance(visibility.k_len, int) and runs_eagerly():
         n = torch.tensor(visibility.k_len, dtype=torch.float64, device="cpu")
         return Scales(constant * factor(n).item())

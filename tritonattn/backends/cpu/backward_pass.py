@@ -1,4 +1,4 @@
-"""Gradients: logits and masks are computed again, tile by tile."""
+"""Gradients, from logits and masks that are computed again tile by tile."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def backward(
     needs: Needs,
     rounding: Tensor | None = None,
 ) -> Gradients:
-    """The gradients that `needs`, a bool for each, asks for.
+    """Compute the gradients that `needs` asks for.
 
-    out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding as `forward` left them; d_out and d_lse alike, any strides.
+    out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding are those of `forward`; d_out and d_lse are alike, any strides.
     """
     tiles = Tiles(call)
     pairs = zip(call.tensors, needs, strict=True)
@@ -39,7 +39,7 @@ def backward(
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a block brings to all its tiles, [N, G * rows, ...]; zeros, and lse inf, for rows without keys.
+    """The rows of a block, shared by its tiles: [N, G * rows, ...]; zeros, and lse inf, for rows without keys.
 
     query         q
     query_scale   query_scale, or None
@@ -98,7 +98,7 @@ class _Rows:
         return cls(query, query_scale, factor, query * factor, lse, d_out, delta, share, d_lse, d_sink)
 
     def shift(self, delta: Tensor) -> Tensor:
-        """d_lse - share * delta, what the gradient of a weight lacks to be that of a logit."""
+        """d_lse - share * delta: added to the gradient of a weight it gives that of a logit, but for the weight."""
         if self.share is not None:
             delta = delta * self.share
         return -delta if self.d_lse is None else self.d_lse - delta
@@ -124,10 +124,10 @@ class _KeySums:
 
 
 def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradients: Gradients) -> Tensor | None:
-    """Add the block's tiles to the sums over rows; the sum over keys of dx * k * key_scale is returned.
+    """Add the block's tiles to the sums over rows, and return the sum over keys of dx * k * key_scale.
 
-    Where one tile has all the keys, weights are divided by their sum and delta is sum_j weight[j] * d_weight[j]: of a
-    single key d_weight - delta is then 0, and neither the rounding of lse nor that of out is left.
+    Where one tile has all the keys, weights are divided by their sum and delta is sum_j weight[j] * d_weight[j]. The
+    rounding of lse and of out then cancels; of a single key d_weight - delta is exactly 0.
     """
     needs_query = gradients.q is not None or gradients.query_scale is not None
     d_query = torch.zeros_like(rows.query) if needs_query else None

@@ -10,9 +10,9 @@ from .tiles import Block, Tiles, exp_, logits_of
 
 
 def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
-    """The output and lse of a call, and with aux its max_logit and entropy.
+    """Compute the output and lse of a call, and with aux its max_logit and entropy.
 
-    rounding, as the output, is filled with what that lost when it was rounded to 16 bits.
+    rounding, shaped like the output, receives what the output lost when it was rounded to 16 bits.
     """
     tiles = Tiles(call)
     rows = call.q.shape[:3]
@@ -42,7 +42,7 @@ def _store(whole: Tensor, part: Tensor, block: Block) -> None:
 
 
 class _Softmax:
-    """A softmax over the keys seen so far by the rows of a block, and what it weighs.
+    """The softmax of a block's rows over the keys so far, and the values that it weighs.
 
     peak       largest logit z, after the softcap
     total      sum of exp(z - peak)
@@ -65,7 +65,7 @@ class _Softmax:
         self.weighted = query.new_zeros(*query.shape[:2], self.call.v.shape[3])
 
     def add(self, keys: slice, hidden: Tensor | None) -> None:
-        """Bring in a span of keys."""
+        """Add a span of keys."""
         logit = self._logits(keys, hidden)
         peak = torch.maximum(self.peak, logit.amax(-1, keepdim=True))
         base = peak.masked_fill(peak == -torch.inf, 0)

@@ -1,4 +1,4 @@
-"""How a call is cut into tiles, which of them are touched, and what of a tile is hidden."""
+"""Cut a call into tiles; find the tiles that some row sees, and the hidden pairs in each."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Block:
 class Tiles:
     """An AttentionCall cut into tiles.
 
-    What belongs to a block is folded to [N, G * rows, ...], what belongs to keys to [N, keys, ...]: N batch
-    entries times key heads; the G query heads of a key head lie one after the other, so that keys and
-    values are never repeated. Everything is widened to dtype: fp32 (fp64 for fp64 q) unless given.
+    Rows of a block are folded to [N, G * rows, ...], keys to [N, keys, ...]; N is batch entries times key heads. The G
+    query heads of a key head lie one after the other, so that keys and values are never repeated. Everything is
+    widened to dtype: fp32 (fp64 for fp64 q) unless given.
     """
 
     def __init__(self, call: AttentionCall, dtype: torch.dtype | None = None) -> None:
@@ -85,13 +85,13 @@ class Tiles:
                 yield Block(heads, part, keys)
 
     def keys_of(self, block: Block, spans: list[tuple[slice, bool]]) -> Iterator[tuple[slice, Tensor | None]]:
-        """Those of `spans_of(block)` that some row may see, and what of each is hidden: None for nothing.
+        """Yield the spans of `spans_of(block)` that some row may see, and the hidden pairs of each, or None for none.
 
         Hidden pairs are bool, broadcastable to [batch entries, key heads, G, rows, keys].
         """
         mask = self.call.visibility.mask
         for keys, is_whole in spans:
-            if is_whole and mask is None and self._bounds_tell_all():
+            if is_whole and mask is None and self._bounds_decide():
                 yield keys, None
                 continue
             hidden = self._hidden(block, keys)
@@ -101,7 +101,7 @@ class Tiles:
                 yield keys, hidden if hidden.any() else None
 
     def spans_of(self, block: Block) -> list[tuple[slice, bool]]:
-        """The spans of keys that some row's range touches, and whether each lies in the ranges of all."""
+        """The spans of keys that the range of some row touches, each with whether all ranges hold it."""
         spans, batch = _cut(block.keys, _KEYS), block.heads.batch
         first, last = (_slice(bound, batch, block.rows)[..., None] for bound in (self.first, self.last))
         start, stop = (first.new_tensor([getattr(keys, end) for keys in spans]) for end in ("start", "stop"))
@@ -139,7 +139,7 @@ class Tiles:
             self.by_head(logit, block).masked_fill_(hidden, value)
 
     def drop(self, probability: Tensor, block: Block, keys: slice) -> Tensor:
-        """probability [N, G * rows, keys] with zeros for what dropout does not keep."""
+        """probability [N, G * rows, keys] with zeros where dropout drops."""
         dropout = self.call.dropout
         if dropout is None:
             return probability
@@ -175,25 +175,25 @@ class Tiles:
         """First and one past the last key of each row, in host memory, [B or 1, Sq]; (Sk, 0) for none."""
         lo, hi = self.lo, self.hi
         if not self.readable:
-            lo, hi = self._told_by_sizes().ranges()
+            lo, hi = self._visibility_of_sizes().ranges()
         empty = lo >= hi
         return lo.masked_fill(empty, self.call.visibility.k_len), hi.masked_fill(empty, 0)
 
-    def _told_by_sizes(self) -> Visibility:
-        """What sizes, causal and window alone say, in host memory."""
+    def _visibility_of_sizes(self) -> Visibility:
+        """The visibility by sizes, causal and window alone, in host memory."""
         visible, cpu = self.call.visibility, torch.device("cpu")
         shape = (visible.batch, visible.q_heads, visible.kv_heads, visible.q_len, visible.k_len)
         if visible.sequences is not None:  # there causal and window start from each sequence
             return Visibility(*shape, cpu)
         return Visibility(*shape, cpu, visible.left, visible.right)
 
-    def _bounds_tell_all(self) -> bool:
+    def _bounds_decide(self) -> bool:
         visible = self.call.visibility
         values = (visible.key_lengths, visible.key_ranges, visible.sequences)
         return self.readable or all(part is None for part in values)
 
     def _holes(self) -> list[int] | None:
-        """How many keys before each are unseen somewhere; None where nobody may read it."""
+        """The number of keys before each that are unseen somewhere; None where values are not read."""
         if self.unseen is None or not self.readable:
             return None
         holes = self.unseen.flatten(0, -2).any(0)
@@ -224,7 +224,7 @@ def exp_(x: Tensor) -> Tensor:
 
 
 def readable(device: torch.device) -> bool:
-    """Whether values are read to skip tiles. Reading would wait for other devices: there only shapes tell."""
+    """Whether values are read to skip tiles. On other devices reading would wait, so only shapes decide."""
     return device.type == "cpu"
 
 

@@ -45,7 +45,7 @@ def seen_keys(visible: Visibility, arguments: Arguments | None = None) -> Tensor
 
     arguments   of `range_arguments`, where a caller has them
     """
-    if visible.mask is not None or not visible.rows_end_with_keys:
+    if visible.mask is not None or not visible.is_bottom_right:
         return visible.seen_keys()
     seen = torch.empty((visible.batch, visible.k_len), dtype=torch.uint8, device=visible.device)
     chosen = _plan("keys_seen", visible.device)
