@@ -18,6 +18,7 @@ import tritonattn
 from tritonattn.cli.options import check_file, whole_number
 from tritonattn.core.provenance import Environment
 from tritonattn.core.records import write_json
+from tritonattn.core.statistics import Statistics
 from tritonattn.core.tables import table
 from tritonattn.core.visibility import Visibility
 from tritonattn.tuner.timing import Contestant, median_ratio, take_turns
@@ -51,6 +52,11 @@ def cases(length: int) -> dict[str, dict[str, Attend]]:
             },
         }
     }
+    for scaling in tritonattn.SCALINGS:
+        compared[f"causal, {scaling}"] = {
+            "q multiplied by hand, F.sdpa": partial(_by_hand, scaling),
+            f"tritonattn {scaling}": partial(tritonattn.attention, scaling=scaling, causal=True),
+        }
     for name, mask in masks.items():
         compared[name] = {
             "F.sdpa(attn_mask=...)": partial(_masked, mask),
@@ -58,6 +64,15 @@ def cases(length: int) -> dict[str, dict[str, Attend]]:
             "tritonattn key_norm_sum": partial(tritonattn.attention, scaling="key_norm_sum", **mask),
         }
     return compared
+
+
+def _by_hand(scaling: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention with the mode's scales multiplied into q, and for cosine into k, before F.sdpa."""
+    visibility = Visibility.of(q, k, causal=True)
+    scales = tritonattn.SCALINGS[scaling]().scales(q, k, visibility, Statistics(k, visibility))
+    factor = scales.constant if scales.query is None else (scales.constant * scales.query).to(q.dtype)[..., None]
+    keys = k if scales.key is None else k * scales.key.to(k.dtype)[..., None]
+    return scaled_dot_product_attention(q * factor, keys, v, is_causal=True, scale=1.0)
 
 
 def _masked(mask: dict, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
