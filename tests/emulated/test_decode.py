@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
-from tests.support.pairs import all_pairs
+from tests.support.pairs import all_pairs, in_turn
 from tritonattn import attention, attention_decode
 from tritonattn.tuning import TileConfig
 
@@ -104,16 +104,14 @@ EVERYTHING = [
 ]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("case", FAST, ids=str)
+@in_turn(case=FAST, capability=[80, 90])
 def test_decode(case, capability, emulate):
     executor = emulate(GPU(capability), case.tiles)
     case.check()
     assert ("combine_splits" in executor.launched) == (case.window != (30, 0))
 
 
-@pytest.mark.parametrize("name", ["q", "k"])
-@pytest.mark.parametrize("length", [60, 150])
+@in_turn(name=["q", "k"], length=[60, 150])
 def test_nan_that_a_row_sees_is_in_its_results(name, length, emulate):
     """One split, or several of which one or all are NaN; the other sequence is as before."""
     executor = emulate(GPU(80), SMALL)
@@ -129,8 +127,7 @@ def test_nan_that_a_row_sees_is_in_its_results(name, length, emulate):
         assert result[1].isfinite().all()
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("count", [1, 4])
+@in_turn(count=[1, 4], capability=[80, 90])
 def test_few_rows_of_attention(count, capability, emulate):
     """The same kernels for a lone row with a range of keys, and for causal ones; of no row no key past its own."""
     executor = emulate(GPU(capability), SMALL)

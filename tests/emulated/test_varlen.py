@@ -75,7 +75,6 @@ class Case:
 WARPGROUP = TileConfig(64, 16, 4, 2)
 FAST = (
     (GPU(80), Case(torch.bfloat16, (16, 16), TileConfig(16, 16, 1, 2), mask="causal", form="everything")),
-    (GPU(90), Case(torch.float16, (32, 64), WARPGROUP, scaling="key_norm_sum")),
     (GPU(90, True), Case(torch.bfloat16, (64, 64), WARPGROUP, mask="causal window", form="aux")),
 )
 CHOICES = {
