@@ -133,7 +133,7 @@ def test_gradient_checkpointing():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("scaling", "layers"), [("key_norm_mean", None), ("ssmax", [1])])
+@pytest.mark.parametrize(("scaling", "layers"), [("ssmax", [1])])
 def test_a_compiled_model_trains(scaling, layers):
     network, ids = LLAMA.build("sdpa"), LLAMA.inputs()["input_ids"]
 

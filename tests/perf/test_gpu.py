@@ -37,8 +37,12 @@ def test_the_order_of_worth_is_that_of_the_issue():
     assert names("cuda") == names("cpu") == wanted
 
 
-@pytest.mark.parametrize("name", ["environment", "correctness", "soak", "tuning", "forward"])
-def test_phases(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["environment", "forward"])
+def test_quick_phases(name, tmp_path, monkeypatch, capsys):
+    check_phase(name, tmp_path, monkeypatch, capsys)
+
+
+def check_phase(name, tmp_path, monkeypatch, capsys) -> None:
     phases = gpu.phases("cpu", tmp_path, "tests/kernels/test_config_in_use.py")
     short = [replace(one, command=(*one.command, "--minutes", "0.02"), limit=None) for one in phases]
     monkeypatch.setattr(gpu, "phases", lambda *_: short if name == "soak" else phases)

@@ -13,10 +13,7 @@ from perf.__main__ import main
 from perf.plot import CHARTS, panels_of
 from perf.records import Record, ResultsFile, read, read_all
 from perf.report import tables
-from perf.suites import SUITES
 from tritonattn.core.provenance import Environment
-
-from .commands import sweep
 
 HERE = Environment("Card X", None, "3.12", "2.11", "0.1", "abc123", "3.6", "python -m perf sweep --suite forward")
 AXES = {"length": 1024, "head_dim": 64, "dtype": "bf16", "causal": True, "passes": "forward", "scaling": "dim"}
@@ -200,24 +197,6 @@ def test_overhead_in_percent_and_decoding_beside_a_copy():
     panel = panels_of(chart("decode"), [decode, *CEILINGS])[0]
     assert (panel.lines, panel.limits) == ({"tritonattn": {1024: 150.0}}, {"copy": {1024: 250.0}})
     assert "paged" in panel.title
-
-
-def test_plots_and_reports_of_every_suite(tmp_path, capsys):
-    file = tmp_path / "a.jsonl"
-    suites = ",".join(name for name in SUITES if name != "accuracy")
-    options = ("--scalings", "sqrt_dim,key_norm_max", "--peers", "sdpa")
-    sweep(file, "--suite", suites, *options)
-    sweep(file, "--suite", "accuracy", "--dtypes", "fp32", *options)
-    main(["plot", str(file), "--out", str(tmp_path / "plots")])
-    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {one.name for one in CHARTS}
-    for path in (tmp_path / "plots").iterdir():
-        assert path.read_bytes().startswith(b"\x89PNG")
-    capsys.readouterr()
-    main(["report", str(file), "--out", str(tmp_path / "new" / "report.md")])
-    printed = capsys.readouterr().out
-    assert printed == (tmp_path / "new" / "report.md").read_text()
-    for suite in SUITES:
-        assert f"## {suite}\n\nMeasured: " in printed
 
 
 def test_nothing_to_draw(tmp_path):

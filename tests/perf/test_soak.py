@@ -89,10 +89,10 @@ def _run(*command: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_in_the_interpreter():
-    command = ("-m", "perf", "soak", "--device", "cpu", "--trials", "3", "--seed", "132")
+    command = ("-m", "perf", "soak", "--device", "cpu", "--trials", "1", "--seed", "132")
     done = _run(*command, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    assert "3 calls" in done.stdout
+    assert "1 call" in done.stdout
 
 
 def test_it_needs_nothing_to_print_or_plot_with():

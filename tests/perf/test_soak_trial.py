@@ -60,7 +60,7 @@ def test_results_that_change_do_not():
 def test_drawn_calls_pass_on_the_cpu():
     """The bound holds for the other exact backend too, in fp32."""
     checked = 0
-    for seed in range(HAZARD_SEEDS, HAZARD_SEEDS + 150):
+    for seed in range(HAZARD_SEEDS, HAZARD_SEEDS + 60):
         trial = draw(seed, torch.device("cpu"), INTERPRETED)
         if trial.dtype != torch.float32:
             continue
@@ -70,4 +70,4 @@ def test_drawn_calls_pass_on_the_cpu():
 
         replace(trial, attend=attend).check()
         checked += 1
-    assert checked > 30
+    assert checked > 10

@@ -1,0 +1,35 @@
+"""The long phases of `python -m perf gpu`, and plots and reports of every suite."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+from perf.__main__ import main
+from perf.plot import CHARTS
+from perf.suites import SUITES
+from tests.perf.commands import sweep
+from tests.perf.test_gpu import check_phase
+
+
+@pytest.mark.parametrize("name", ["correctness", "soak", "tuning"])
+def test_phases(name, tmp_path, monkeypatch, capsys):
+    check_phase(name, tmp_path, monkeypatch, capsys)
+
+
+def test_plots_and_reports_of_every_suite(tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    suites = ",".join(name for name in SUITES if name != "accuracy")
+    options = ("--scalings", "sqrt_dim,key_norm_max", "--peers", "sdpa")
+    sweep(file, "--suite", suites, *options)
+    sweep(file, "--suite", "accuracy", "--dtypes", "fp32", *options)
+    main(["plot", str(file), "--out", str(tmp_path / "plots")])
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {one.name for one in CHARTS}
+    for path in (tmp_path / "plots").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    main(["report", str(file), "--out", str(tmp_path / "new" / "report.md")])
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "new" / "report.md").read_text()
+    for suite in SUITES:
+        assert f"## {suite}\n\nMeasured: " in printed
