@@ -56,7 +56,7 @@ def _folded(call):
 def _unfolded(call, gradients):
     found = {}
     for name, scale in (("q", "query_scale"), ("k", "key_scale")):
-        x, factor, g = getattr(call, name), getattr(call, scale), getattr(gradients, name)
+        x, factor, g = getattr(call, name), getattr(call.logits, scale), getattr(gradients, name)
         if factor is not None:
             found |= {name: (g * factor[..., None]).to(x.dtype), scale: (g.float() * x.float()).sum(-1)}
     return found
