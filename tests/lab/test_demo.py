@@ -17,10 +17,12 @@ from tritonattn.core.errors import CommandError
 from tritonattn.huggingface import patched
 from tritonattn.lab import demo
 from tritonattn.lab.demo import measurement as measuring
-from tritonattn.lab.demo import model
+from tritonattn.lab.demo import model, recall
 from tritonattn.lab.demo.measurement import Layer, Measurement, Subject
 from tritonattn.lab.demo.report import Report
 from tritonattn.lab.demo.variants import variant
+from tritonattn.lab.training.tasks.base import Defaults
+from tritonattn.lab.training.tasks.recall import Recall
 
 MODES = "sqrt_dim,key_norm_mean,key_count,key_norm_sum,none"
 
@@ -291,3 +293,29 @@ def test_where_a_model_lies(tmp_path):
     (tmp_path / "config.json").touch()
     assert model._location(str(tmp_path)) == (str(tmp_path), {})
     assert model._location("some/model") == ("some/model", {})
+
+
+def test_training_follows_the_default_modes(small, capsys, monkeypatch):
+    monkeypatch.setattr(Recall, "defaults", Defaults(learning_rate=5e-3, steps=2, batch=4))
+    monkeypatch.setattr(Recall, "lengths", (16, 32))
+    assert cli.main(["demo", "--max-tokens", "9"]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in out.partition("32 keys")[2].splitlines() if line.strip()}
+    for mode in recall.MODES:
+        assert len(rows[mode]) == 2
+        assert all(0 <= float(share.rstrip("%")) <= 100 for share in rows[mode])
+    assert "Conclusion: keep sqrt_dim in a model that is trained already" in out
+    assert out.rstrip().splitlines()[-1].startswith("Next")
+
+
+def test_modes_of_ones_own_train_nothing(small, capsys, monkeypatch):
+    monkeypatch.setattr(recall, "run", lambda device: pytest.fail("trained"))
+    assert cli.main(["demo", "--modes", "sqrt_dim", "--max-tokens", "9"]) == 0
+
+
+def test_the_conclusion_claims_a_gain_only_where_there_is_one():
+    gain = recall.conclusion({"sqrt_dim": 0.75, "log_key_count": 0.8, "ssmax": 0.82})
+    assert "train with log_key_count or ssmax if inputs will grow longer (ssmax recalled 82%" in gain
+    none = recall.conclusion({"sqrt_dim": 0.75, "log_key_count": 0.7, "ssmax": 0.75})
+    assert "no gain" in none
+    assert "train with" not in none

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ..models import Attentions, ImageClassifier, Sizes
@@ -26,6 +25,8 @@ class Digits(Task):
     @cached_property
     def parts(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(images [N, 8, 8] from 0 to 1, classes [N]) of the training part and of the held-out one."""
+        from sklearn.datasets import load_digits
+
         images, classes = load_digits(return_X_y=True)
         x = torch.tensor(images, dtype=torch.float32).unflatten(1, (8, 8)) / 16
         y = torch.tensor(classes, dtype=torch.int64)
