@@ -9,7 +9,7 @@ import torch
 
 import tritonattn
 from tests.kernels import harness
-from tests.kernels.harness import FORMS, of_form
+from tests.kernels.harness import of_form
 from tests.support.bound import assert_within_bound
 from tests.support.calls import assert_extreme_sink, assert_extreme_sink_of_decode
 from tests.support.masks import MASKS
@@ -37,7 +37,7 @@ def test_every_mask(mask, device):
 
 @pairwise(
     mask=MASKS,
-    form=FORMS,
+    form=["plain", "softcap aux", "sinks dropout", "everything"],
     scales=SCALES,
     dtype=DTYPES,
     heads=[(1, 2), (2, 1), (1, 3)],
@@ -218,9 +218,11 @@ def _of_ranges(tensors: harness.Tensors, ranges: torch.Tensor) -> torch.Tensor:
     return triton_backend.forward(call, aux=False).out
 
 
-@pytest.mark.parametrize("q_len", [20, 1])
-@pytest.mark.parametrize("mask", ["lengths", "causal lengths", "mask of keys", "window", "ranges"])
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pairwise(
+    mask=["lengths", "causal lengths", "mask of keys", "window", "ranges"],
+    poison=[float("nan"), float("inf")],
+    q_len=[20, 1],
+)
 def test_hidden_keys_reach_nothing(mask, poison, q_len, device):
     tensors = harness.inputs(torch.float32, device, scales=("query_scale", "key_scale"), q_len=q_len, k_len=53)
     arguments = _mask(mask, device, 2, 2, q_len, 53)
