@@ -10,7 +10,7 @@ import pytest
 
 from tritonattn.cli import demo, env
 from tritonattn.cli import main as cli
-from tritonattn.cli.options import require
+from tritonattn.cli.options import at_least, require
 from tritonattn.core.errors import CommandError
 from tritonattn.scaling import SCALINGS
 
@@ -27,6 +27,14 @@ def test_no_command_is_refused(capsys):
         cli.main([])
     assert stop.value.code == 2
     assert "command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("least", [0, 1, 16])
+def test_a_number_below_the_least_is_refused(least):
+    parse = at_least("--steps", least)
+    assert parse(str(least)) == least
+    with pytest.raises(CommandError, match=f"--steps: wanted at least {least}, got {least - 1}"):
+        parse(str(least - 1))
 
 
 def test_help_names_every_option(capsys):
