@@ -49,7 +49,7 @@ def floors() -> str:
 
 
 def support() -> str:
-    """What runs on which backend, tried by `docs/probes.py`."""
+    """Try what each backend runs, by `docs/probes.py`, and return the table."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "docs.probes"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

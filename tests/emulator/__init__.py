@@ -20,7 +20,7 @@ Checked, from the order that the program demands and not from the timing of one 
 - mbarriers: initialised, no more arrivals than expected, no copy left in flight; a wait that never ends is a deadlock;
 - tensor maps: alignment, box, rank; proxy fences between generic writes and the asynchronous engine.
 
-What a clean run does not prove: anything about ptxas or the hardware, other inputs, the order of lanes inside a warp,
+A clean run does not prove: anything about ptxas or the hardware, other inputs, the order of lanes inside a warp,
 that an access in bounds is to the right element (pad allocations), proxy fences on the wrong side of a barrier, memory
 order between CTAs. Results are PTX's to float32 rounding: sums of one mma are in BLAS order, ex2 and the like are as
 exact as numpy's.

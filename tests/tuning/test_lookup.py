@@ -172,7 +172,7 @@ def test_an_illegal_entry_never_runs(folders):
 
 
 def test_nothing_in_a_config_breaks_a_call(folders):
-    """0 divides nothing: it is told as a fault of the file."""
+    """A block of 0 rows divides nothing: it is reported as a fault of the file."""
     shipped, user = folders
     put(shipped / "h100.json", 32)
     entry = Entry(TileConfig(0, 64, 4, 2), "static", {})
