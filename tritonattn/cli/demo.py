@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     check_file("--json", options.json)
     check_file("--plot", options.plot)
     status = demo.run(options)
-    if options.modes == names(MODES):
+    if not options.by_layer and options.modes == names(MODES):
         from ..lab.demo import recall
 
         print(f"\n{recall.run(options.device)}")
