@@ -6,7 +6,6 @@ import torch
 from tqdm import tqdm
 
 from ...core.tables import table
-from ..training.records import Recipe
 from ..training.tasks.recall import Recall
 from ..training.trainer import Assignment, train
 
@@ -26,8 +25,8 @@ def run(device: torch.device) -> str:
     with tqdm(total=len(MODES) * task.defaults.steps, unit="step", leave=False) as progress:
         for mode in MODES:
             progress.set_description(f"training with {mode}")
-            recipe = Recipe("adamw", task.defaults.learning_rate, 0.01, task.defaults.steps, task.defaults.batch)
-            trace = train(Assignment(task, mode, 0, recipe, device, observations=1), progress.update)
+            assignment = Assignment(task, mode, 0, task.defaults.recipe(), device, observations=1)
+            trace = train(assignment, progress.update)
             recalled[mode] = [trace.metrics.get(f"accuracy_{n}", float("nan")) for n in task.lengths]
             seconds += trace.seconds
     rows = [[mode, *(f"{share:.1%}" for share in shares)] for mode, shares in recalled.items()]

@@ -19,7 +19,6 @@ from .tasks import TASKS
 from .trainer import Assignment, train
 
 _QUICK_STEPS, _QUICK_SEEDS, _SEEDS, _GRID_SEEDS = 6, 2, 5, 2
-_WEIGHT_DECAY = 0.01
 _GRID = {
     "adamw": ((1e-3, 3e-3, 1e-2), (0.0, 0.1)),
     "sgd": ((0.03, 0.1, 0.3), (0.0, 1e-3)),
@@ -75,7 +74,7 @@ def _assignments(options: Namespace) -> list[Assignment]:
 def _recipes(options: Namespace, defaults) -> list[Recipe]:
     steps = options.steps or (_QUICK_STEPS if options.quick else defaults.steps)
     if not options.grid:
-        return [Recipe("adamw", defaults.learning_rate, _WEIGHT_DECAY, steps, defaults.batch)]
+        return [defaults.recipe(steps)]
     return [
         Recipe(optimizer, rate, decay, steps, defaults.batch)
         for optimizer, (rates, decays) in _GRID.items()

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import Attentions, Sizes
+from ..records import Recipe
 
 IGNORED = -100
+_WEIGHT_DECAY = 0.01
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Defaults:
     learning_rate: float
     steps: int
     batch: int
+
+    def recipe(self, steps: int | None = None) -> Recipe:
+        """Return the default recipe, with another number of steps where one is given."""
+        return Recipe("adamw", self.learning_rate, _WEIGHT_DECAY, steps or self.steps, self.batch)
 
 
 class Task(ABC):
