@@ -1,23 +1,16 @@
-"""The kernels, compiled for NVIDIA GPUs and executed on the CPU in tests/emulator, every access checked."""
+"""The kernels, compiled and launched by Triton for GPUs that a stub driver shows, and executed in tests/emulator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
 
+from tests.support.versions import skip_without_stub
 from tritonattn.backends.triton import launch
-from tritonattn.tuning.config import Target, TileConfig
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not launch.interpreting:
-        return
-    reason = pytest.mark.skip(reason="TRITON_INTERPRET=1 leaves nothing to compile")
-    for item in items:
-        if item.path.parent.name == "emulated":
-            item.add_marker(reason)
+from tritonattn.tuning.config import TileConfig
 
 
 @pytest.fixture
@@ -26,16 +19,20 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
 
     New tensors are filled with NaN, so that a result that no kernel writes shows.
     """
+    skip_without_stub()
+    from tests.stub import installed
+
     from .executor import GPU, Executor
 
-    def install(gpu: GPU, tiles: TileConfig | None = None, kind: type[Executor] = Executor) -> Executor:
-        executor = kind(gpu)
-        monkeypatch.setattr(launch, "run", executor)
-        monkeypatch.setattr(launch, "config_for", gpu.config(tiles))
-        monkeypatch.setattr(Target, "of", lambda device: gpu.target)
-        return executor
-
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # also fills what torch.empty returns with NaN
-    yield install
-    torch.use_deterministic_algorithms(deterministic)
+    with ExitStack() as stack:
+
+        def install(gpu: GPU, tiles: TileConfig | None = None, kind: type[Executor] = Executor) -> Executor:
+            executor = kind()
+            monkeypatch.setattr(launch, "config_for", gpu.config(tiles))
+            stack.enter_context(installed().active(gpu.capability, executor))
+            return executor
+
+        torch.use_deterministic_algorithms(True)  # also fills what torch.empty returns with NaN
+        yield install
+        torch.use_deterministic_algorithms(deterministic)

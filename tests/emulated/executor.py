@@ -1,16 +1,14 @@
-"""A replacement for the function that launches kernels: compile for an NVIDIA GPU, run in the emulator, insist on a
-clean report."""
+"""The device of the emulated tests: launches that reached the stub driver run in the emulator, with a clean report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.emulator import Report, run
-from tests.emulator.compile import Compiled, compile_for
+from tests.stub import Launched
 from tests.support.versions import OLDER_TRITON
 from tritonattn.tuning.config import TILED_KERNELS, Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
@@ -28,10 +26,6 @@ class GPU:
     def __str__(self) -> str:
         return f"sm_{self.capability}{' descriptors' if self.descriptors else ''}"
 
-    @property
-    def target(self) -> Target:
-        return Target("cuda", str(self.capability))
-
     def config(self, tiles: TileConfig | None):
         """A `launch.config_for`: the same tiles for all tiled kernels, or the default config."""
 
@@ -47,26 +41,15 @@ GPUS = (GPU(80), GPU(90), GPU(90, descriptors=True))
 
 
 class Executor:
-    """Takes the place of `tritonattn.backends.triton.launch.run`; `reports`: what the emulator found at each launch."""
+    """Runs launches in the emulator; `reports`: what it found at each."""
 
-    def __init__(self, gpu: GPU) -> None:
-        self.gpu = gpu
+    def __init__(self) -> None:
         self.reports: list[Report] = []
 
-    def __call__(self, kernel, grid, arguments, config) -> None:
-        compiled = self.compile(kernel, arguments, config)
-        report = run(compiled.kernel, grid, compiled.arguments, names=compiled.names)
+    def __call__(self, launched: Launched) -> None:
+        report = run(launched.kernel, launched.grid, launched.arguments, names=launched.names)
         self.reports.append(report)
         assert not any(map(_is_ours, report.problems())), str(report)
-
-    def compile(self, kernel, arguments: dict[str, Any], config: TileConfig) -> Compiled:
-        return compile_for(
-            kernel,
-            arguments,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            capability=self.gpu.capability,
-        )
 
     @property
     def launched(self) -> list[str]:

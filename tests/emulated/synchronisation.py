@@ -10,30 +10,29 @@ import torch
 from torch import Tensor
 
 from tests.emulator import PTXError, Report, run
-from tests.emulator.compile import Compiled
 from tests.emulator.flow import Flow, guarded_by
 from tests.emulator.instruction import Instruction
 from tests.emulator.parse import Kernel, parse
+from tests.stub import Launched
 
-from .executor import GPU, Executor
+from .executor import Executor
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch of a compiled kernel, with copies of what its arguments held, and its report."""
+    """A launch, with copies of what its arguments held before, and its report."""
 
-    compiled: Compiled
-    grid: tuple[int, ...]
+    launched: Launched
     arguments: list
     report: Report
 
     @property
     def name(self) -> str:
-        return self.compiled.kernel.metadata.name
+        return self.launched.name
 
     @property
     def ptx(self) -> str:
-        return self.compiled.kernel.asm["ptx"]
+        return self.launched.kernel.asm["ptx"]
 
     def executed(self) -> set[int]:
         """The indices of the instructions that some warp executed."""
@@ -43,9 +42,9 @@ class Launch:
 
     def is_clean(self, ptx: str) -> bool:
         """Whether nothing is reported when another text of the kernel runs."""
-        arguments, names = copied(self.arguments), self.compiled.names
+        kernel, grid, _, names = self.launched
         try:
-            return run(self.compiled.kernel, self.grid, arguments, names=names, ptx=ptx).ok
+            return run(kernel, grid, copied(self.arguments), names=names, ptx=ptx).ok
         except PTXError:
             return False
 
@@ -53,15 +52,14 @@ class Launch:
 class Recorder(Executor):
     """An executor that keeps every launch."""
 
-    def __init__(self, gpu: GPU) -> None:
-        super().__init__(gpu)
+    def __init__(self) -> None:
+        super().__init__()
         self.launches: list[Launch] = []
 
-    def __call__(self, kernel, grid, arguments, config) -> None:
-        compiled = self.compile(kernel, arguments, config)
-        before = copied(compiled.arguments)
-        super().__call__(kernel, grid, arguments, config)
-        self.launches.append(Launch(compiled, grid, before, self.reports[-1]))
+    def __call__(self, launched: Launched) -> None:
+        before = copied(launched.arguments)
+        super().__call__(launched)
+        self.launches.append(Launch(launched, before, self.reports[-1]))
 
 
 def copied(arguments: list) -> list:

@@ -18,6 +18,14 @@ from .report import Report
 _compiled: dict[tuple, CompiledKernel] = {}
 
 
+class Argument(NamedTuple):
+    """An argument, or a record's member, that a kernel takes at run time; kind: Triton's type of it."""
+
+    name: str
+    value: Any
+    kind: str
+
+
 class Compiled(NamedTuple):
     """A kernel, the arguments that it takes at run time, and their names."""
 
@@ -39,21 +47,25 @@ def compile_for(function, values: dict[str, Any], *, num_warps: int, num_stages:
     if key not in _compiled:
         _compiled[key] = triton.compile(source, target=target, options=options)
     arguments, names = [], []
-    for name, value in values.items():
-        for path, argument, kind in _at_run_time(name, value, source.signature[name]):
-            arguments.append(argument)
-            names += [path] * (1 + 2 * len(argument.shape) if kind.startswith("tensordesc") else 1)
+    for name, argument, kind in at_run_time(source.signature, values):
+        arguments.append(argument)
+        names += [name] * (1 + 2 * len(argument.shape) if kind.startswith("tensordesc") else 1)
     return Compiled(_compiled[key], arguments, names)
 
 
-def _at_run_time(name: str, value: Any, kind: Any) -> Iterator[tuple[str, Any, str]]:
-    """(name, argument, type) of what an argument passes at run time: nothing of a constant, the members of a record."""
+def at_run_time(signature: dict[str, Any], values: dict[str, Any]) -> Iterator[Argument]:
+    """The arguments that a kernel of this signature takes at run time: no constants, and the members of records."""
+    for name, kind in signature.items():
+        yield from _of_value(name, values[name], kind)
+
+
+def _of_value(name: str, value: Any, kind: Any) -> Iterator[Argument]:
     if isinstance(kind, tuple):
         fields = getattr(value, "_fields", range(len(value)))
         for field, member, its_kind in zip(fields, value, kind, strict=True):
-            yield from _at_run_time(f"{name}.{field}", member, its_kind)
+            yield from _of_value(f"{name}.{field}", member, its_kind)
     elif kind != "constexpr":
-        yield name, value, kind
+        yield Argument(name, value, kind)
 
 
 def launch(

@@ -44,6 +44,6 @@ def test_the_oldest_triton_compiles_every_kernel(tmp_path):
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith(oldest)
-    emulated = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/emulated"]
+    emulated = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/emulated", "tests/stub_tests"]
     done = subprocess.run(emulated, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

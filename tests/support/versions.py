@@ -1,10 +1,11 @@
-"""The installed versions of torch and triton, and tests that need newer ones."""
+"""The installed versions of torch and triton, and tests that need newer ones, or another machine."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+import torch
 
 
 def _release(package: str) -> tuple[int, ...]:
@@ -23,3 +24,13 @@ def skip_where_export_binds_lengths(strict: bool) -> None:
     """torch up to 2.12 does, unless it is strict, where key heads are shared or rows are packed."""
     if not strict and TORCH < (2, 13):
         pytest.skip("this torch exports free lengths with strict=True only")
+
+
+def skip_without_stub() -> None:
+    """Skip a test of compiled kernels on the stub of NVIDIA's driver, where that cannot stand in."""
+    from tritonattn.backends.triton import launch
+
+    if launch.interpreting:
+        pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile")
+    if torch.cuda.is_available():
+        pytest.skip("NVIDIA's own driver is loaded: tests/kernels run on the GPU")

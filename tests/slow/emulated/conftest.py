@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.emulated.conftest import emulate, pytest_collection_modifyitems
+from tests.emulated.conftest import emulate
 
-__all__ = ["emulate", "pytest_collection_modifyitems"]
+__all__ = ["emulate"]
