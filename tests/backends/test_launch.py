@@ -17,22 +17,43 @@ CPU, SM_80 = torch.device("cpu"), Target("cuda", "80")
 TILES = TileConfig(64, 64, 4, 2)
 
 
-def test_long_axes_of_a_grid_take_several_launches(monkeypatch):
+@pytest.mark.parametrize(
+    ("heads", "members", "parts"),
+    [
+        (70_000, 2, [(0, 65_535, 0, 2), (65_535, 4_465, 0, 2)]),
+        (2, 131_071, [(0, 2, 0, 65_535), (0, 2, 65_535, 65_535), (0, 2, 131_070, 1)]),
+    ],
+)
+def test_long_axes_of_a_grid_take_several_launches(heads, members, parts, monkeypatch):
     """All heads and members are covered once, and no axis is longer than a card takes."""
     seen = []
     monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: seen.append((grid, arguments)))
     names = ("first_head", "x", "first_member", "WIDE", "BLOCK_M")
-    launch.Plan(print, TILES, names, {"BLOCK_M": 64}).launch((3, 70_000, 131_071), {"x": 5, "y": 6}, True)
+    launch.Plan(print, TILES, names, {"BLOCK_M": 64}).launch((3, heads, members), {"x": 5, "y": 6}, True)
     assert {blocks for (blocks, _, _), _ in seen} == {3}
     assert max(max(grid) for grid, _ in seen) <= 65_535
     covered = [(first["first_head"], heads, first["first_member"], members) for (_, heads, members), first in seen]
-    assert covered == [
-        (head, heads, member, members)
-        for member, members in ((0, 65_535), (65_535, 65_535), (131_070, 1))
-        for head, heads in ((0, 65_535), (65_535, 4_465))
-    ]
+    assert covered == parts
     first = {"first_head": 0, "x": 5, "first_member": 0, "WIDE": True, "BLOCK_M": 64}
     assert list(seen[0][1].items()) == list(first.items()), "in the kernel's order"
+
+
+@pytest.mark.parametrize("grid", [(258, 128, 65_535), (2**31 - 1, 2, 2), (40_000, 70_000, 3), (1, 65_535, 32_769)])
+def test_grids_of_more_programs_than_triton_counts_take_several_launches(grid, monkeypatch):
+    """Its launcher multiplies the axes in 32 bits, and takes a product that is not positive for an empty grid."""
+    seen = []
+    monkeypatch.setattr(launch, "run", lambda kernel, part, arguments, config: seen.append((part, arguments)))
+    launch.Plan(print, TILES, ("first_head", "first_member"), {}).launch(grid, {}, False)
+    blocks, heads, members = grid
+    covered = 0
+    for part, first in seen:
+        assert part[0] == blocks, "which kernels count from the last"
+        assert part[0] * part[1] * part[2] < 2**31
+        assert first["first_head"] + part[1] <= heads
+        assert first["first_member"] + part[2] <= members
+        covered += part[1] * part[2]
+    assert covered == heads * members
+    assert len({tuple(first.items()) for _, first in seen}) == len(seen)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])

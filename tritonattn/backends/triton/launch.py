@@ -120,6 +120,8 @@ run: Callable[[Any, Grid, Arguments, TileConfig], None] = run_interpreted if int
 _READ_ONLY = ("q", "k", "v", "d_out")
 # Programs along the second and the third axis of a grid (CUDA C++ Programming Guide, table of compute capabilities).
 LONGEST_AXIS = 65535
+# Programs of a grid: the launcher of Triton multiplies its axes in 32 bits, and skips a launch with a negative product.
+MOST_PROGRAMS = 2**31 - 1
 
 
 def runs_on(device: torch.device) -> bool:
@@ -138,14 +140,18 @@ class Plan(NamedTuple):
     def launch(self, grid: Grid, available: Arguments, wide: bool) -> None:
         """Run with the kernel's own arguments out of those available, in its order.
 
-        grid   blocks, heads and members (batch entries or sequences); past LONGEST_AXIS in several launches
+        grid   blocks, heads and members (batch entries or sequences); past LONGEST_AXIS or MOST_PROGRAMS in several
+               launches
         """
         blocks, heads, members = grid
-        for first_member in range(0, members, LONGEST_AXIS):
-            for first_head in range(0, heads, LONGEST_AXIS):
+        most = MOST_PROGRAMS // max(blocks, 1)
+        head_step = max(1, min(heads, LONGEST_AXIS, most))
+        member_step = max(1, min(members, LONGEST_AXIS, most // head_step))
+        for first_member in range(0, members, member_step):
+            for first_head in range(0, heads, head_step):
                 first = {"first_head": first_head, "first_member": first_member}
                 values = {**available, **self.constexprs, **first, "WIDE": wide}
-                part = blocks, min(heads - first_head, LONGEST_AXIS), min(members - first_member, LONGEST_AXIS)
+                part = blocks, min(heads - first_head, head_step), min(members - first_member, member_step)
                 execute = recorder.run if (recorder := _recorder.get()) else run
                 execute(self.kernel, part, {name: values[name] for name in self.names}, self.config)
 
