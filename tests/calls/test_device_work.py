@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 import tritonattn
 
 pytest.importorskip("triton")
-from tritonattn.backends.triton import launch
+from tritonattn.backends.triton import device, launch
 
 # Operators without work for a device: of shapes and strides, or of numbers that the host holds.
 HOST = {
@@ -200,7 +200,7 @@ def test_a_key_whose_kernel_may_not_be_compiled_is_brought_in_by_torch(monkeypat
     """While a CUDA graph is captured."""
 
     def refuse(kernel, *rest):
-        raise launch.NotCompiledError(kernel.__name__)
+        raise device.NotCompiledError(kernel.__name__)
 
     monkeypatch.setattr(launch, "run", refuse)
     monkeypatch.setattr("tritonattn.calls.key_statistics.kernels_take", lambda x: True)

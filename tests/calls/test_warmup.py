@@ -86,18 +86,18 @@ def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch):
     triton = pytest.importorskip("triton")
     from triton.runtime.driver import driver
 
-    from tritonattn.backends.triton import launch
+    from tritonattn.backends.triton import device, launch
     from tritonattn.kernels import KERNELS
     from tritonattn.tuning import TileConfig
 
     if launch.interpreting or torch.cuda.is_available():
         pytest.skip("the JIT is not asked, or has a driver of its own")
-    kernel, options = KERNELS["decode_combine"], launch.compile_options(TileConfig(16, 16, 4, 1))
+    kernel, options = KERNELS["decode_combine"], device.compile_options(TileConfig(16, 16, 4, 1))
     before = triton.knobs.runtime.jit_cache_hook
     monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=rf"{kernel.__name__}.*graph is captured.*tritonattn\.warmup"):
-        with launch._no_compilation_in_capture(kernel):
+        with device._no_compilation_in_capture(kernel):
             kernel.warmup(**dict.fromkeys(kernel.arg_names, 1), **options, grid=(1,))
     assert triton.knobs.runtime.jit_cache_hook is before
 
@@ -105,30 +105,30 @@ def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch):
 def test_a_capture_keeps_no_other_thread_from_compiling(monkeypatch):
     """The hook is one for the whole process, and so is that of whoever put one there before."""
     triton = pytest.importorskip("triton")
-    from tritonattn.backends.triton import launch
+    from tritonattn.backends.triton import device
     from tritonattn.kernels import KERNELS
 
     capturing, seen = threading.current_thread(), []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: threading.current_thread() is capturing)
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **options: seen.append(options))
-    with launch._no_compilation_in_capture(KERNELS["forward"]), ThreadPoolExecutor(1) as pool:
+    with device._no_compilation_in_capture(KERNELS["forward"]), ThreadPoolExecutor(1) as pool:
         assert not pool.submit(triton.knobs.runtime.jit_cache_hook, key="another").result()
     assert seen == [{"key": "another"}]
 
 
 def test_captures_of_two_threads_leave_no_hook_behind(monkeypatch):
     triton = pytest.importorskip("triton")
-    from tritonattn.backends.triton import launch
+    from tritonattn.backends.triton import device
     from tritonattn.kernels import KERNELS
 
     begun, before = threading.Event(), triton.knobs.runtime.jit_cache_hook
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
     def second() -> None:
-        with launch._no_compilation_in_capture(KERNELS["decode"]):
+        with device._no_compilation_in_capture(KERNELS["decode"]):
             begun.set()
 
-    with launch._no_compilation_in_capture(KERNELS["forward"]):
+    with device._no_compilation_in_capture(KERNELS["forward"]):
         thread = threading.Thread(target=second)
         thread.start()
         assert not begun.wait(0.1), "it waits for the first"

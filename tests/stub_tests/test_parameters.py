@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritonattn.backends.triton import launch
+from tritonattn.backends.triton import device, launch
 from tritonattn.tuning import TileConfig
 
 CONFIG = TileConfig(16, 16, 4, 1)
@@ -89,7 +89,7 @@ def test_other_parameters_than_those_of_the_call(name, change, arguments, stub, 
 
 def test_a_launch_past_the_executor(arguments, stub):
     with stub.active(90, lambda one: None), pytest.raises(RuntimeError, match="Triton Error"):
-        scaled[(1,)](**arguments, **launch.compile_options(CONFIG))
+        scaled[(1,)](**arguments, **device.compile_options(CONFIG))
 
 
 def test_errors_of_the_function_that_launches_are_handed_to(arguments, stub):

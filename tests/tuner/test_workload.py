@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
-from tritonattn.backends.triton import launch
+from tritonattn.backends.triton import device, launch
 from tritonattn.backends.triton.compile import launch_of, specialised
 from tritonattn.core.call import ForwardResult
 from tritonattn.kernels import KERNELS
@@ -43,7 +43,7 @@ def test_the_gate_compiles_the_launch_that_is_timed(key):
     with launch.recording(target) as launches:
         timed(0)
     config = default_config(key.kernel, key.problem, target)
-    gated, options = launch_of(key.kernel, key.problem, config, target), launch.compile_options(config)
+    gated, options = launch_of(key.kernel, key.problem, config, target), device.compile_options(config)
     [run] = [one for one in launches if one.kernel is KERNELS[key.kernel]]
     sources = [specialised(one.kernel, one.arguments, options, gpu).hash() for one in (run, gated)]
     assert sources[0] == sources[1]

@@ -21,7 +21,7 @@ from triton.runtime.driver import driver
 import tritonattn
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import compile as ahead
-from tritonattn.backends.triton import launch
+from tritonattn.backends.triton import device, launch
 from tritonattn.kernels import KERNELS
 from tritonattn.tuning import Problem, compile_kernel, default_config
 
@@ -65,7 +65,7 @@ def keys(monkeypatch) -> dict[str, set[str]]:
         return key_of(source, options)
 
     def run(kernel, grid, arguments, config) -> None:
-        kernel.run(grid=grid, warmup=True, **arguments, **launch.compile_options(config))
+        kernel.run(grid=grid, warmup=True, **arguments, **device.compile_options(config))
         if "argmax_ptr" in arguments:
             arguments["argmax_ptr"].zero_()  # torch takes it for places of keys
 

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
 from tritonattn.backends.triton import compile as ahead
-from tritonattn.backends.triton import launch
+from tritonattn.backends.triton import device, launch
 from tritonattn.kernels import KERNELS
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 
 def source_of(kernel: str, problem: Problem, tiles: TileConfig = TILES):
     asked = ahead.launch_of(kernel, problem, tiles, SM_90)
     return asked, ahead.specialised(
-        asked.kernel, asked.arguments, launch.compile_options(tiles), GPUTarget("cuda", 90, 32)
+        asked.kernel, asked.arguments, device.compile_options(tiles), GPUTarget("cuda", 90, 32)
     )
 
 

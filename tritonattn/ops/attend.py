@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -162,6 +162,7 @@ def _zeros(x: Any) -> Tensor:
     return x.new_zeros(x.shape)
 
 
+@functools.cache
 def _kernels() -> Any:
     from ..backends import triton as triton_backend
 
@@ -325,5 +326,5 @@ def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
 
 
 _forward_operator.register_autograd(_Attention.backward, setup_context=_Attention.setup_context)
-_forward_operator.register_vmap(partial(_vmap, _forward_operator))
-_backward_operator.register_vmap(partial(_vmap, _backward_operator))
+_forward_operator.register_vmap(functools.partial(_vmap, _forward_operator))
+_backward_operator.register_vmap(functools.partial(_vmap, _backward_operator))

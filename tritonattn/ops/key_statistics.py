@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class KernelStatistics(Statistics):
 
 def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> bool:
     """Append keys by the "triton" backend's kernel; return False where a CUDA graph's capture forbids to compile it."""
-    from ..backends.triton.launch import NotCompiledError
+    from ..backends.triton.device import NotCompiledError
 
     try:
         _kernels().append_keys(k, new_counts, buffers)
@@ -70,6 +70,7 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
     return True
 
 
+@functools.cache
 def _kernels() -> Any:
     from ..backends import triton as triton_backend
 
@@ -173,4 +174,4 @@ for _operator in (
     _key_lengths_operator,
     _key_lengths_backward_operator,
 ):
-    _operator.register_vmap(partial(_vmap, _operator))
+    _operator.register_vmap(functools.partial(_vmap, _operator))

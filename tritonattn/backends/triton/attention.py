@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -49,14 +46,22 @@ def backward(
     out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in out's dtype and d_lse fp32 [B, Hq, Sq], any
     strides.
     """
-    wide = {"wide_q": call.q.dtype != call.v.dtype, "wide_k": call.k.dtype != call.v.dtype}
+    wide_q, wide_k = call.q.dtype != call.v.dtype, call.k.dtype != call.v.dtype
     call = call.narrowed()
     shared = _call_arguments(call) | {"d_out": strided(d_out)}
     shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
     takes_sinks = call.logits.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
     d_sinks = _results(call, lse.shape, torch.float32) if takes_sinks else None
     shared["d_sinks_ptr"] = d_sinks
-    problem = replace(problem_of(call, d_out, aux=d_lse is not None, rounding=rounding is not None), **wide)
+    problem = problem_of(
+        call,
+        d_out,
+        aux=d_lse is not None,
+        rounding=rounding is not None,
+        query_scale_grad=needs.query_scale,
+        wide_q=wide_q,
+        wide_k=wide_k,
+    )
     rounding = None if rounding is None else rounding.contiguous()
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
     shared |= _row_terms(problem, call, shared, results, d_out)
@@ -91,8 +96,6 @@ def _grad_query(
     results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": None}
     if call.logits.key_scale is not None and call.q.dtype == torch.float16:
         results["key_size"] = _largest(_seen(call.logits.key_scale, call.visibility))
-    if needs.query_scale:
-        problem = replace(problem, query_scale_grad=True)
     _launch("grad_query", problem, call, shared | results, d_out)
     return d_q, d_query_scale
 
@@ -123,7 +126,7 @@ def _launch(
     heads = visible.kv_heads if kernel == "grad_key_value" else visible.q_heads
 
     def launches(chosen: Plan) -> None:
-        of_config = _descriptors(chosen.config, call, d_out)
+        of_config = _descriptors(chosen, call, d_out)
         if kernel == "grad_key_value":
             of_config["row_bounds_ptr"] = rows_of_key_blocks(visible, available, chosen.config.block_n)
         grid = (_blocks(kernel, chosen.config, call), heads, _members(call))
@@ -154,8 +157,8 @@ def _members(call: AttentionCall) -> int:
 def _results(call: AttentionCall, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0.0) -> Tensor:
     """A contiguous tensor for a kernel's results, with `fill` in it where rows may belong to no packed sequence."""
     if call.visibility.sequences is None:
-        return torch.empty(shape, dtype=dtype, device=call.q.device)
-    return torch.full(shape, fill, dtype=dtype, device=call.q.device)
+        return call.q.new_empty(shape, dtype=dtype)
+    return call.q.new_full(shape, fill, dtype=dtype)
 
 
 def _aligned(rows: int) -> int:
@@ -175,10 +178,8 @@ def _largest(x: Tensor) -> Tensor:
     return torch.where(largest < torch.finfo(x.dtype).tiny, 1.0, largest).contiguous()
 
 
-def problem_of(
-    call: AttentionCall, d_out: Tensor | None = None, *, aux: bool = False, rounding: bool = False
-) -> Problem:
-    """The `Problem` of a call: the parts that select code."""
+def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: bool) -> Problem:
+    """The `Problem` of a call: the parts that select code. `asked`: its fields that say which results are asked for."""
     visible = call.visibility
     return Problem(
         head_dim=call.q.shape[-1],
@@ -195,11 +196,10 @@ def problem_of(
         softcap=call.logits.softcap is not None,
         sinks=call.logits.sinks is not None,
         dropout=call.dropout is not None,
-        aux=aux,
         sequences=visible.sequences is not None,
-        rounding=rounding,
         aligned=all(map(_fits_descriptor, (call.q, call.k, call.v, d_out))),
         short=is_short(*_lengths(call)),
+        **asked,
     )
 
 
@@ -217,20 +217,33 @@ def _fits_descriptor(tensor: Tensor | None) -> bool:
     return True
 
 
-def _descriptors(config: TileConfig, call: AttentionCall, d_out: Tensor | None) -> Arguments:
-    tensors = {"q": call.q, "k": call.k, "v": call.v, "d_out": d_out}
+def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arguments:
+    """The descriptors that a kernel takes, or None for each."""
+    config = chosen.config
     if not config.descriptors:
-        return {f"{name}_descriptor": None for name in tensors}
-    rows = {"q": config.block_m, "k": config.block_n, "v": config.block_n, "d_out": config.block_m}
-    return {f"{name}_descriptor": _descriptor(x, rows[name]) for name, x in tensors.items() if x is not None}
+        return dict.fromkeys(chosen.descriptors)
+    tiles = {
+        "q_descriptor": (call.q, config.block_m),
+        "k_descriptor": (call.k, config.block_n),
+        "v_descriptor": (call.v, config.block_n),
+        "d_out_descriptor": (d_out, config.block_m),
+    }
+    return {name: _descriptor(*tiles[name]) for name in chosen.descriptors}
 
 
-def _descriptor(tensor: Tensor, rows: int) -> Any:
+class _Descriptor(TensorDescriptor):
+    """A descriptor of a tensor that `_fits_descriptor`, which leaves nothing to check."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     """A descriptor of tiles of `rows` rows of one (batch, head); an axis of one entry gets a legal stride."""
-    legal = 16 // tensor.dtype.itemsize
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    *outer, _ = (stride if size > 1 else legal for size, stride in pairs)
-    return TensorDescriptor(tensor, list(tensor.shape), [*outer, 1], [1, 1, rows, padded_dim(tensor.shape[3])])
+    legal, shape = 16 // tensor.dtype.itemsize, list(tensor.shape)
+    strides = [stride if size > 1 else legal for size, stride in zip(shape, tensor.stride(), strict=True)]
+    strides[3] = 1
+    return _Descriptor(tensor, shape, strides, [1, 1, rows, padded_dim(shape[3])])
 
 
 def _call_arguments(call: AttentionCall) -> Arguments:

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature, find_paths_if, get_iterable_path
+from triton.runtime.jit import JITFunction, find_paths_if, get_iterable_path
 
 from ...core.call import AttentionCall, Logits, Needs
 from ...core.dropout import Dropout
@@ -22,8 +22,9 @@ from ...tuning.config import WIDEST, Problem, Target, TileConfig, legal_reasons
 from ...tuning.defaults import default_config
 from .attention import backward, forward
 from .decode import Rows, attend
+from .device import Arguments, binder, compile_options
 from .key_statistics import append_keys, key_lengths, key_lengths_backward
-from .launch import Arguments, Launch, compile_options, overriding, recording
+from .launch import Launch, overriding, recording
 from .ranges import argmax_over_ranges, prefix_sums, range_arguments, rows_of_key_blocks, seen_keys
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -80,8 +81,7 @@ def compile_launch(launch: Launch, target: Target) -> CompiledKernel:
 def specialised(function: JITFunction, arguments: Arguments, options: dict[str, Any], target: GPUTarget) -> ASTSource:
     """The source that `JITFunction.run` compiles for these arguments: types, constants and alignments are its own."""
     backend = make_backend(target)
-    bind = create_function_from_signature(function.signature, function.params, backend)
-    bound, specialization, unbound = bind(**arguments, **options)
+    bound, specialization, unbound = binder(function, backend)(**arguments, **options)
     if hasattr(function, "_pack_args"):
         _, types, constants, attributes = function._pack_args(backend, options, bound, specialization, unbound)
     else:  # triton 3.4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from triton import knobs
 from triton.errors import TritonError
 
 from ...kernels import KERNELS
@@ -20,61 +18,20 @@ from ...kernels.records import Strided
 from ...tuning import lookup
 from ...tuning.config import Problem, Target, TileConfig, corrects_delta, legal_reasons, padded_dim, sum_columns
 from ...tuning.defaults import default_config
+from .device import Arguments, Grid, launch_on
 
-Arguments = dict[str, Any]
-Grid = tuple[int, int, int]
 ConfigFor = Callable[[str, Problem, Target], TileConfig]
 Result = TypeVar("Result")
 
 
 def run_on_device(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
     """Compile where needed and launch, on the device of the tensors."""
-    with torch.cuda.device(device_of(arguments.values())), _no_compilation_in_capture(kernel):
-        kernel[grid](**arguments, **compile_options(config))
+    launch_on(device_of(arguments.values()), kernel, grid, arguments, config)
 
 
 def device_of(values: Iterable[Any]) -> torch.device:
     """The device of a kernel's arguments; tests on a stub of NVIDIA's driver put another function here."""
-    return next(tensor.device for tensor in tensors_of(values))
-
-
-def compile_options(config: TileConfig) -> dict[str, Any]:
-    """Triton's options for a config.
-
-    The kernels write every multiply-add that matters as one, whatever Triton fuses by default; 3.9 warns where the
-    option is not given.
-    """
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-
-
-class NotCompiledError(RuntimeError):
-    """A kernel would have to be compiled while a CUDA graph is captured."""
-
-
-_one_hook_at_a_time = threading.RLock()  # two threads that capture would leave the hook of one behind
-
-
-@contextmanager
-def _no_compilation_in_capture(kernel: Any) -> Iterator[None]:
-    """While a CUDA graph is captured, a kernel that is not compiled is refused: loading code would end the capture."""
-    if not torch.cuda.is_current_stream_capturing():
-        yield
-        return
-
-    def refuse(*arguments: Any, **options: Any) -> Any:
-        if torch.cuda.is_current_stream_capturing():  # not where another thread compiles meanwhile
-            raise NotCompiledError(
-                f"{kernel.__name__}: expected a compiled kernel while a CUDA graph is captured, got one to compile: "
-                "call tritonattn.warmup, or the function itself, with the same shapes, dtype and options before"
-            )
-        return None if before is None else before(*arguments, **options)
-
-    with _one_hook_at_a_time:
-        before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, refuse
-        try:
-            yield
-        finally:
-            knobs.runtime.jit_cache_hook = before
+    return next(tensors_of(values)).device
 
 
 def run_interpreted(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
@@ -130,12 +87,13 @@ def runs_on(device: torch.device) -> bool:
 
 
 class Plan(NamedTuple):
-    """A kernel with its config and constexprs for one problem."""
+    """A kernel with its config and constexprs for one problem, and the names of its arguments and descriptors."""
 
     kernel: Callable
     config: TileConfig
     names: tuple[str, ...]
     constexprs: Arguments
+    descriptors: tuple[str, ...] = ()
 
     def launch(self, grid: Grid, available: Arguments, wide: bool) -> None:
         """Run with the kernel's own arguments out of those available, in its order.
@@ -234,7 +192,9 @@ def planned(kernel: str, problem: Problem, device: torch.device, launches: Calla
 @functools.lru_cache(maxsize=4096)
 def _plan(kernel: str, problem: Problem, target: Target, config_of: ConfigFor) -> Plan:
     function, config = KERNELS[kernel], config_of(kernel, problem, target)
-    return Plan(function, config, tuple(function.arg_names), constexpr_values(problem, config, target))
+    names = tuple(function.arg_names)
+    descriptors = tuple(name for name in names if name.endswith("_descriptor"))
+    return Plan(function, config, names, constexpr_values(problem, config, target), descriptors)
 
 
 def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Arguments:
@@ -265,7 +225,10 @@ def bounded(x: Tensor, highest: int) -> Tensor:
 
 def is_wide(*tensors: Tensor | None) -> bool:
     """Whether offsets inside one tile can pass 2^31: no tile has more than 1024 rows."""
-    return any(x is not None and 1024 * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31 for x in tensors)
+    for x in tensors:  # no generator: every launch asks
+        if x is not None and 1024 * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31:
+            return True
+    return False
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -1,0 +1,142 @@
+"""Launches on a GPU: which code is launched again, and which calls Triton is asked to compile. Nothing is compiled."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from tritonattn.backends.triton import device, launch
+from tritonattn.kernels import KERNELS
+from tritonattn.kernels.records import Strided
+from tritonattn.tuning.config import TileConfig
+
+pytestmark = pytest.mark.skipif(
+    launch.interpreting or torch.cuda.is_available(), reason="the JIT is not asked, or has a driver of its own"
+)
+TILES, CUDA = TileConfig(16, 64, 4, 1), torch.device("cuda", 0)
+
+
+class Driver:
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 80, 32)
+
+
+class Kernel:
+    """Triton's JIT as `device` sees it: finds code that it has compiled, by the same specialisation, without a lock."""
+
+    def __init__(self, name: str) -> None:
+        self.signature, self.params = KERNELS[name].signature, KERNELS[name].params
+        self.compiled: dict[tuple, Code] = {}
+        self.asked: list[tuple] = []
+
+    def __getitem__(self, grid: tuple):
+        def run(num_warps, num_stages, enable_fp_fusion, **arguments) -> Code:
+            bind = device.binder(self, triton.compiler.make_backend(GPUTarget("cuda", 80, 32)))
+            key = tuple(bind(**arguments)[1])
+            if key not in self.compiled:
+                time.sleep(0.05)
+                self.asked.append(key)
+                self.compiled[key] = Code()
+            return self.compiled[key]
+
+        return run
+
+
+class Code:
+    """A CompiledKernel."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple] = []
+
+    def __getitem__(self, grid: tuple):
+        return lambda *arguments: self.launched.append((grid, arguments))
+
+
+@pytest.fixture
+def kernel(monkeypatch) -> Kernel:
+    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return Kernel("key_statistics")
+
+
+def arguments(tensor: torch.Tensor, **changed: Any) -> dict[str, Any]:
+    values = dict.fromkeys(KERNELS["key_statistics"].arg_names, 5)
+    return values | {"k": launch.strided(tensor), "seen_ptr": None, "lengths_ptr": torch.zeros(4), **changed}
+
+
+K = torch.zeros(2, 3, 16, 64, dtype=torch.float16)
+
+
+def test_code_is_launched_again_with_the_arguments_in_their_order(kernel):
+    for step in range(3):
+        device.launch_on(CUDA, kernel, (step, 1, 1), arguments(K), TILES)
+    [code] = kernel.compiled.values()
+    assert [grid for grid, _ in code.launched] == [(1, 1, 1), (2, 1, 1)], "Triton itself launches the first"
+    assert [type(value) for value in code.launched[0][1]] == [type(value) for value in arguments(K).values()]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"k": launch.strided(K.float())},
+        {"k": launch.strided(torch.zeros(K.numel() + 1, dtype=K.dtype)[1:].view(K.shape))},
+        {"k": Strided(K, *K.stride()[:3], 2)},
+        {"k": Strided(K, 7, *K.stride()[1:])},
+        {"k": Strided(K, 2**31, *K.stride()[1:])},
+        {"seen_ptr": torch.zeros(4, dtype=torch.uint8)},
+        {"HEAD_DIM": 63},
+        {"k_len": 2**31},
+    ],
+    ids=["dtype", "address", "last stride", "stride", "long stride", "presence", "constant", "long length"],
+)
+def test_arguments_that_select_other_code(changed, kernel):
+    device.launch_on(CUDA, kernel, (1, 1, 1), arguments(K), TILES)
+    device.launch_on(CUDA, kernel, (1, 1, 1), arguments(K, **changed), TILES)
+    assert len(kernel.asked) == 2
+
+
+def test_a_length_selects_none(kernel):
+    for length in (1, 15, 16, 1000):
+        device.launch_on(CUDA, kernel, (1, 1, 1), arguments(K, k_len=length), TILES)
+    assert len(kernel.asked) == 1
+
+
+def test_configs_devices_and_settings_have_code_of_their_own(kernel, monkeypatch):
+    taken = []
+    monkeypatch.setattr(Code, "__getitem__", lambda self, grid: lambda *_: taken.append(self))
+
+    def launches() -> None:
+        for config in (TILES, TileConfig(16, 64, 8, 1)):
+            for index in (0, 1):
+                device.launch_on(torch.device("cuda", index), kernel, (1, 1, 1), arguments(K), config)
+
+    launches()
+    assert not taken
+    launches()
+    assert len(taken) == 4
+    monkeypatch.setattr(triton.knobs.runtime, "debug", True)
+    launches()
+    assert len(taken) == 4
+
+
+def test_threads_that_meet_a_kernel_together_compile_it_once(kernel):
+    together = Barrier(4)
+
+    def first(step: int) -> None:
+        together.wait()
+        device.launch_on(CUDA, kernel, (step, 1, 1), arguments(K), TILES)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(first, range(4)))
+    assert len(kernel.asked) == 1
