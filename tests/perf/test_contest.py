@@ -20,10 +20,9 @@ from perf.records import Record, ResultsFile, read
 from perf.report import tables
 from perf.varlen_cases import VarlenCase
 from perf.work import Shape
-from tritonattn.core.provenance import Environment
 
-CPU = torch.device("cpu")
-HERE = Environment.of(CPU, "test")
+from .commands import CPU, HERE
+
 TWICE = Effort(2, 1.0, 0.0)
 RIGHT = Verdict(0.1, 1.0)
 
@@ -97,15 +96,6 @@ def test_a_case_forgets_what_was_compiled_for_the_last(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch._dynamo", torch)
     run(entrant("ours", call=lambda number: done.append("called") or {}))
     assert done[:2] == ["forgotten", "called"]
-
-
-def test_an_error_without_a_text_is_named():
-    def fails(number):
-        raise RuntimeError
-
-    found = run(entrant("ours"), entrant("peer", call=fails))
-    assert (found["peer"].status, found["peer"].reason) == ("skipped", "RuntimeError: ")
-    assert found["ours"].status == "measured"
 
 
 def test_ours_that_raises_in_the_midst_of_the_rounds_has_failed(capsys):

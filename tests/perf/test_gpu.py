@@ -28,15 +28,6 @@ def phase(name, share=1.0, **options):
     return gpu.Phase(name, ("-c", PYTHON[name]), share, **options)
 
 
-def names(device):
-    return [one.name for one in gpu.phases(device, gpu.ROOT / "out", "tests/kernels")]
-
-
-def test_the_order_of_worth_is_that_of_the_issue():
-    wanted = ["environment", "ceilings", "correctness", "soak", "tuning", *SWEEPS[1:], "report", "plots"]
-    assert names("cuda") == names("cpu") == wanted
-
-
 @pytest.mark.parametrize("name", ["environment", "forward"])
 def test_quick_phases(name, tmp_path, monkeypatch, capsys):
     check_phase(name, tmp_path, monkeypatch, capsys)
@@ -178,34 +169,10 @@ def test_tests_that_are_all_skipped_show_nothing(tmp_path):
         correctness(tmp_path)
 
 
-def test_correctness_is_interrupted_when_its_processes_have_ended(tmp_path, monkeypatch, capsys):
-    class Interrupted(threading.Thread):
-        def join(self):
-            super().join()
-            if not joined:
-                joined.append(self)
-                raise KeyboardInterrupt
-
-    joined = []
-    (tmp_path / "test_a.py").write_text("def test_it(): ...")
-    monkeypatch.setattr("perf.correctness.Thread", Interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        correctness(tmp_path)
-    assert stopped.value.code == 130
-    printed = capsys.readouterr()
-    assert "test_a.py::test_it PASSED" in printed.out
-    assert printed.err == "correctness: interrupted\n"
-
-
 def test_a_phase_is_told_its_minutes(tmp_path):
     one = gpu.Phase("told", ("-c", "import sys; print(sys.argv[1:])"), 1.0, "--minutes")
     assert gpu.execute(one, tmp_path, 90.0, 30.0).status == "done"
     assert (tmp_path / "told.log").read_text().splitlines()[-1] == "['--minutes', '1.50']"
-
-
-def test_when_time_is_up_only_what_takes_none_runs(tmp_path):
-    found = gpu.run_all([phase("works"), phase("fails", share=0.0)], tmp_path, -1.0)
-    assert [outcome.status for outcome in found] == ["out of time", "failed"]
 
 
 def test_time_left_over_is_passed_on(tmp_path, monkeypatch):
@@ -238,14 +205,3 @@ def test_phases_that_all_take_the_most_have_ended_in_time(minutes, tmp_path, mon
     assert run[-2:] == ["report", "plots"]
     assert len(run) >= 4
     assert now[0] <= 1000 + 60 * minutes
-
-
-def test_a_gpu_is_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(SystemExit, match="torch sees no GPU; --device cpu rehearses"):
-        main(["gpu", "--minutes", "1", "--out", str(tmp_path)])
-
-
-def test_unknown_phases(tmp_path):
-    with pytest.raises(SystemExit, match=r"--phases: expected some of environment, .*got 'soaking'"):
-        main(["gpu", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path), "--phases", "soaking"])

@@ -35,12 +35,31 @@ WHOLE = "expected a whole number from 1 up, got '0'"
         ("codegen --workers 0", WHOLE),
         ("codegen --head-dims 64,300", "expected numbers from 1 to 256, got '64,300'"),
         ("codegen --targets h100", "expected sm_<number from 70> or gfx<name>, got 'h100'"),
+        ("sweep --suite forwards", "--suite: expected some of forward, .*got 'forwards'"),
+        ("sweep --peers sdp", "--peers: expected some of sdpa, .*got 'sdp'"),
+        ("sweep --dtypes fp8", "--dtypes: expected some of fp32, .*got 'fp8'"),
+        ("sweep --scalings dims", "--scalings: expected some of sqrt_dim, .*got 'dims'"),
+        ("sweep --rounds 0", WHOLE),
+        ("sweep --lengths 16,0", "--lengths: expected a whole number from 1 up, got '0'"),
+        ("sweep --head-dims 0", WHOLE),
+        ("sweep --threads 0", WHOLE),
+        ("gpu --minutes 1 --device cpu --out {folder} --phases soaking", "--phases: .*environment, .*got 'soaking'"),
+        ("gpu --minutes 1 --out {folder}", "gpu: device cuda: torch sees no GPU; --device cpu rehearses"),
+        ("sweep --device cuda", "sweep: device cuda: torch sees no GPU"),
+        ("sweep --device interpret", "sweep: device interpret: set TRITON_INTERPRET=1"),
+        ("soak --device cuda", "soak: device cuda: torch sees no GPU"),
+        ("soak --device cpu", "soak: .*TRITON_INTERPRET=1"),
         ("report {folder}", "report: no records in"),
         ("plot {records} --out {file}", "--out: wanted a folder, got"),
         ("gpu --minutes 1 --device cpu --out {file}", "--out: wanted a folder, got"),
     ],
 )
-def test_refusals(arguments, message, tmp_path, capsys):
+def test_refusals(arguments, message, tmp_path, capsys, monkeypatch):
+    """Where torch sees no GPU and Triton does not interpret."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("tritonattn.backends.triton.launch.interpreting", False)
+    monkeypatch.setattr("tritonattn.backends.triton.launch.runs_on", lambda device: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(SystemExit) as ended:

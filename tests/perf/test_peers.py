@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -15,17 +14,16 @@ pytest.importorskip("triton")
 import tritonattn
 from perf import decode_cases, peers, varlen_cases
 from perf.attention_cases import Case
-from perf.check import Question, judge
+from perf.check import Question
 from perf.contest import Effort, Unavailable
 from perf.decode_cases import DecodeCase
 from perf.recipes import rows_of
 from perf.varlen_cases import VarlenCase
 from perf.work import Shape
 from tritonattn.calls.factor import Factor
-from tritonattn.core.provenance import Environment
 
-CPU = torch.device("cpu")
-HERE = Environment.of(CPU, "test")
+from .commands import CPU, HERE, statuses
+
 ONCE = Effort(1, 1.0, 0.0)
 
 
@@ -87,10 +85,6 @@ def installed(monkeypatch):
         monkeypatch.setattr(user, "require_gpu", lambda device: None)
 
 
-def statuses(records):
-    return {record.contestant: (record.status, record.reason) for record in records}
-
-
 @pytest.mark.parametrize("causal", [False, True])
 def test_packages_of_gpus(causal, installed):
     names = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers")
@@ -143,18 +137,13 @@ def test_every_backend_of_pytorchs_attention_decodes(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_flex_attention():
-    who = (("tritonattn", "key_norm_mean"), ("flex", "key_norm_mean"))
+    """And the eager peer, which masks from the last key as it does."""
+    who = tuple((name, "key_norm_mean") for name in ("tritonattn", "flex", "eager"))
     # With 40 keys it gives NaN on a CPU without AVX-512 (torch 2.8 to 2.13).
     case = Case("forward", Shape(1, 2, 2, 32, 64, 16, causal=True), "fp32", "forward", who, CPU, "sdpa")
-    assert statuses(case.contest().run(ONCE, HERE))["flex key_norm_mean"] == ("measured", "")
+    assert set(statuses(case.contest().run(ONCE, HERE)).values()) == {("measured", "")}
     backward = replace(case, passes="backward").contest().run(ONCE, HERE)
     assert statuses(backward)["flex key_norm_mean"] == ("skipped", "has no backward on a CPU")
-
-
-def test_the_eager_peer_masks_from_the_last_key():
-    who = (("tritonattn", "key_norm_mean"), ("eager", "key_norm_mean"))
-    case = Case("forward", Shape(1, 2, 2, 24, 40, 16, causal=True), "fp32", "forward", who, CPU, "sdpa")
-    assert statuses(case.contest().run(ONCE, HERE))["eager key_norm_mean"] == ("measured", "")
 
 
 def test_masks_and_sizes_that_a_peer_cannot_do(monkeypatch):
@@ -170,11 +159,6 @@ def test_masks_and_sizes_that_a_peer_cannot_do(monkeypatch):
                 peers.PEERS[name].build(replace(large, backward=backward))
             monkeypatch.setattr(peers, "available_memory", lambda device, free=free: int(1.5 * free * 2**30))
             peers.PEERS[name].build(replace(large, backward=backward))
-
-
-def test_free_memory_is_in_bytes():
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert total / 200 < peers.available_memory(CPU) <= total
 
 
 @pytest.mark.parametrize("block", [0, 1, 5])
@@ -256,21 +240,3 @@ def test_an_eager_computation_rounds_weights_to_the_dtype_of_v():
     found = Question(q, k, v, None, causal=False).eager("none", "P")["out"]
     assert torch.equal(found, (weights.bfloat16().float() @ v.float()).bfloat16())
     assert not torch.equal(found, (weights @ v.float()).bfloat16())
-
-
-def test_a_result_that_is_zero_has_a_verdict():
-    exact = {"gradient of q": torch.zeros(3, dtype=torch.float64)}
-    eager = {"gradient of q": torch.zeros(3)}
-    assert judge(eager, exact, eager, torch.float32).bounds == 0
-    assert judge({"gradient of q": torch.full((3,), 1e-9)}, exact, eager, torch.float32).reason
-
-
-def test_a_verdict_is_on_the_worst_result():
-    exact = {"out": torch.tensor([1.0, 2.0]).double(), "gradient of q": torch.tensor([4.0]).double()}
-    same = {name: x.float() for name, x in exact.items()}
-    verdict = judge(exact | {"out": exact["out"] * (1 + 1e-6)}, exact, same, torch.float32)
-    assert (verdict.reason, verdict.error) == ("", pytest.approx(1e-6))
-    assert verdict.bound == pytest.approx(16 * torch.finfo(torch.float32).eps)
-    for wrong in (5.0, torch.nan):
-        reason = judge({"gradient of q": torch.tensor([wrong])}, exact, same, torch.float32).reason
-        assert reason.startswith("gradient of q: expected an error of at most 1.91e-06 of the largest value")

@@ -58,55 +58,19 @@ def test_a_table_says_what_was_measured_where():
         "`python -m perf sweep --suite forward`, 2026-01-02; clocks.sm 1980 MHz, temperature.gpu 41.\n" in text
     )
     row = next(line for line in text.splitlines() if "sdpa dim" in line)
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells == [
-        "1024",
-        "64",
-        "bf16",
-        "yes",
-        "fwd",
-        "sdpa dim",
-        "3",
-        "1.9 - 2.1",
-        "200",
-        "100",
-        "1.500",
-        "1000",
-        "0.25",
-        "",
-    ]
+    cells = " ".join(row.replace("|", " ").split())
+    assert cells == "1024 64 bf16 yes fwd sdpa dim 3 1.9 - 2.1 200 100 1.500 1000 0.25"
     assert "to tritonattn dim." in text
-    assert "| 1000 " in tables([replace(OURS, tflops=999.7)]), "no 1e+03"
-    assert "Time ratios" not in tables([OURS, *CEILINGS]), "of ours to itself"
     assert "- xformers: skipped in 1 cases: is not installed" in text
 
 
-def test_ranges_of_clocks_are_those_of_their_numbers():
-    seen = [
-        replace(OURS, card={"clocks.sm": f"{mhz} MHz", "power.draw": watts})
-        for mhz, watts in ((1980, "98.5 W"), (990, "512.0 W"), (1005, "[N/A]"))
-    ]
-    assert "; clocks.sm 990 MHz .. 1980 MHz, power.draw [N/A] .. 512.0 W." in tables(seen)
-
-
-def test_environments_are_kept_apart():
-    elsewhere = replace(OURS, environment=replace(HERE, device="Card Y"))
-    text = tables([OURS, elsewhere])
-    assert text.count("## forward") == 2
-    assert "Card Y" in text
-
-
-def test_a_suite_has_one_table_whatever_the_order_of_its_records():
+def test_a_suite_has_one_table_an_environment():
     later, cpu = replace(PEER, date="2026-01-03"), replace(OURS, suite="cpu")
     text = tables([OURS, cpu, later])
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## cpu", "## forward"]
     assert "`, 2026-01-02, 2026-01-03; clocks" in text
-
-
-def test_a_report_is_printed_and_kept(tmp_path, capsys):
-    ResultsFile(tmp_path / "a.jsonl", HERE).append([OURS, PEER])
-    main(["report", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "report.md")])
-    assert capsys.readouterr().out == (tmp_path / "report.md").read_text() == tables([OURS, PEER]) + "\n"
+    elsewhere = replace(OURS, environment=replace(HERE, device="Card Y"))
+    assert tables([OURS, elsewhere]).count("## forward") == 2
 
 
 def test_wrong_results_are_shown_without_times():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 
 pytest.importorskip("triton")
-from perf import sanitize
+from perf.__main__ import main
 from tritonattn.kernels import KERNELS
 
 SCRIPT = """#!/bin/sh
@@ -17,12 +15,6 @@ case "$*" in
 esac
 case "$*" in *"--tool {faulty} "*) exit 9 ;; esac
 """
-
-
-def _sanitize(*options: str) -> None:
-    parser = argparse.ArgumentParser()
-    sanitize.add_arguments(parser)
-    sanitize.run(parser.parse_args(options))
 
 
 @pytest.fixture
@@ -44,7 +36,7 @@ def install(monkeypatch, tmp_path):
 @pytest.mark.parametrize("option", ["--kernel-name", "--kernel-regex"])
 def test_every_tool_soaks_our_kernels(option, install, capsys):
     log = install(option=option)
-    _sanitize("--trials", "7", "--seed", "3")
+    main(["sanitize", "--trials", "7", "--seed", "3"])
     lines = log.read_text().splitlines()
     assert [line.split()[2] for line in lines] == ["memcheck", "racecheck", "synccheck"]
     for line in lines:
@@ -59,13 +51,13 @@ def test_every_tool_soaks_our_kernels(option, install, capsys):
 def test_findings_are_named(install):
     log = install(faulty="racecheck")
     with pytest.raises(SystemExit, match="sanitize: racecheck found errors"):
-        _sanitize("--tools", "memcheck,racecheck")
+        main(["sanitize", "--tools", "memcheck,racecheck"])
     assert len(log.read_text().splitlines()) == 2
 
 
 def test_a_sanitizer_without_filters_checks_all_kernels(install):
     log = install(option="--other")
-    _sanitize("--tools", "memcheck")
+    main(["sanitize", "--tools", "memcheck"])
     assert "kns" not in log.read_text()
 
 
@@ -73,11 +65,4 @@ def test_without_a_sanitizer(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(SystemExit, match=r"compute-sanitizer is neither on PATH nor in \$CUDA_HOME/bin"):
-        _sanitize()
-
-
-def test_without_a_gpu(install, monkeypatch):
-    install()
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(SystemExit, match="needs an NVIDIA GPU, torch sees none"):
-        _sanitize()
+        main(["sanitize"])

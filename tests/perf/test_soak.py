@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -13,14 +12,9 @@ import pytest
 
 pytest.importorskip("triton")
 from perf import soak
+from perf.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def _soak(*options: str) -> None:
-    parser = argparse.ArgumentParser()
-    soak.add_arguments(parser)
-    soak.run(parser.parse_args(options))
 
 
 @dataclass(frozen=True)
@@ -43,25 +37,16 @@ def fakes(monkeypatch):
     return lambda *trials: monkeypatch.setattr(soak, "trials", lambda *_: iter(trials))
 
 
-def test_a_gpu_or_the_interpreter_is_needed(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(SystemExit, match="soak: device cuda: torch sees no GPU"):
-        _soak("--device", "cuda")
-    monkeypatch.setattr("tritonattn.backends.triton.launch.interpreting", False)
-    with pytest.raises(SystemExit, match="TRITON_INTERPRET=1"):
-        _soak("--device", "cpu")
-
-
 def test_calls_that_pass(fakes, capsys):
     fakes(*map(Fake, range(5)))
-    _soak("--device", "cpu", "--trials", "3")
+    main(["soak", "--device", "cpu", "--trials", "3"])
     assert capsys.readouterr().out.endswith("3 calls, 0 launches: every result within the bound, and the same twice\n")
 
 
 def test_a_wrong_result_is_reported_and_the_soak_goes_on(fakes, capsys):
     fakes(Fake(7, AssertionError("out: expected less")), Fake(8), Fake(9, AssertionError("lse: expected less")))
     with pytest.raises(SystemExit, match="3 calls, 0 launches: 2 calls failed"):
-        _soak("--device", "cpu", "--bare")
+        main(["soak", "--device", "cpu", "--bare"])
     reported = capsys.readouterr().err
     assert "AssertionError: out: expected less" in reported
     assert "repeat it: python -m perf soak --device cpu --trials 1 --seed 7 --bare" in reported
@@ -71,38 +56,20 @@ def test_a_wrong_result_is_reported_and_the_soak_goes_on(fakes, capsys):
 def test_an_error_of_the_device_ends_the_soak(fakes, capsys):
     fakes(Fake(7, RuntimeError("an illegal memory access was encountered")), Fake(8))
     with pytest.raises(SystemExit) as caught:
-        _soak("--device", "cpu")
+        main(["soak", "--device", "cpu"])
     assert caught.value.code == 1
     assert "Fake(seed=7" in capsys.readouterr().err
 
 
 def test_time_is_up(fakes, capsys):
     fakes(*map(Fake, range(5)))
-    _soak("--device", "cpu", "--minutes", "-1")
+    main(["soak", "--device", "cpu", "--minutes", "-1"])
     assert "1 calls" in capsys.readouterr().out  # of none it could not say that all were right
 
 
-def _run(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-
-
 def test_in_the_interpreter():
-    command = ("-m", "perf", "soak", "--device", "cpu", "--trials", "1", "--seed", "132")
-    done = _run(*command, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    command = (sys.executable, "-m", "perf", "soak", "--device", "cpu", "--trials", "1", "--seed", "132")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "1 call" in done.stdout
-
-
-def test_it_needs_nothing_to_print_or_plot_with():
-    """A GPU machine may lack them."""
-    lacking = "; ".join(f"sys.modules[{name!r}] = None" for name in ("tqdm", "tabulate", "matplotlib", "transformers"))
-    done = _run("-c", f"import sys; {lacking}; import perf.__main__, perf.soak, perf.sanitize")
-    assert done.returncode == 0, done.stderr
-
-
-def test_help_names_every_command():
-    done = _run("-m", "perf", "--help")
-    for name in ("sweep", "report", "plot", "gpu", "cpu", "codegen", "soak", "sanitize"):
-        assert f"\n  {name} " in done.stdout

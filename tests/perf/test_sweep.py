@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 import tritonattn
-from perf import attention_cases, contest, decode_cases, run_suites, suites, varlen_cases
+from perf import attention_cases, contest, decode_cases, suites, varlen_cases
 from perf.__main__ import main
 from perf.peers import PEERS
 from perf.records import read
@@ -112,28 +109,6 @@ def test_a_wrong_gradient_fails_the_run(tmp_path, monkeypatch):
         sweep(tmp_path / "a.jsonl", "--suite", "backward", "--scalings", "sqrt_dim", "--peers", "none")
 
 
-def test_a_wrong_peer_fails_the_run(tmp_path, monkeypatch):
-    eager = PEERS["eager"]
-    wrong = replace(eager, build=lambda problem: _spoiled(eager.build(problem)))
-    monkeypatch.setitem(attention_cases.PEERS, "eager", wrong)
-    with pytest.raises(SystemExit, match="eager sqrt_dim: out: expected"):
-        sweep(tmp_path / "a.jsonl", "--suite", "forward", "--scalings", "sqrt_dim", "--peers", "eager,sdpa")
-
-
-def test_an_error_of_ours_fails_the_run_and_a_peers_does_not(tmp_path, monkeypatch, capsys):
-    def broken(problem):
-        raise RuntimeError("No available kernel.\nmore")
-
-    monkeypatch.setitem(attention_cases.PEERS, "eager", replace(PEERS["eager"], build=broken))
-    options = ("--suite", "forward", "--scalings", "sqrt_dim", "--peers", "eager")
-    records = sweep(tmp_path / "a.jsonl", *options)
-    assert {r.reason for r in records if r.status == "skipped"} == {"RuntimeError: No available kernel."}
-    monkeypatch.setattr(attention_cases.Case, "_ours", lambda self, problem: broken(problem))
-    with pytest.raises(SystemExit, match="tritonattn sqrt_dim: RuntimeError: No available kernel"):
-        sweep(tmp_path / "b.jsonl", *options)
-    assert "Traceback" in capsys.readouterr().err
-
-
 def test_an_error_of_ours_fails_an_accuracy_run_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     right = attention_cases.tritonattn.attention
 
@@ -151,13 +126,6 @@ def test_an_error_of_ours_fails_an_accuracy_run_and_the_rest_goes_on(tmp_path, m
     assert "- tritonattn: failed in 8 cases: RuntimeError: out of resources" in capsys.readouterr().out
 
 
-def _stopped(*options):
-    """The exit status of a tiny sweep that somebody ends."""
-    with pytest.raises(SystemExit) as end:
-        main(["sweep", *TINY, *options])
-    return end.value.code
-
-
 def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
     file, run, calls = tmp_path / "a.jsonl", contest.Contest.run, []
 
@@ -169,7 +137,9 @@ def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(contest.Contest, "run", interrupted)
     options = ("--suite", "forward", "--scalings", "sqrt_dim,dim", "--peers", "none")
-    assert _stopped(*options, "--json", str(file)) == 130
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", *TINY, "--json", str(file), *options])
+    assert stopped.value.code == 130
     assert len(read(file)) == 3  # a matmul, a copy, and one of four cases
     assert "stopped: the same command goes on" in capsys.readouterr().err
     records = sweep(file, *options)
@@ -180,89 +150,6 @@ def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
     assert len(calls) == 7
     sweep(file, *options, "--dtypes", "bf16")  # another command
     assert len(calls) == 13
-
-
-def test_a_sweep_can_be_stopped_between_two_cases(tmp_path, monkeypatch, capsys):
-    def interrupted(device):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run_suites, "_free", interrupted)
-    options, file = ("--suite", "forward", "--scalings", "dim", "--peers", "none"), tmp_path / "a.jsonl"
-    assert _stopped(*options, "--json", str(file)) == 130
-    assert [record.suite for record in read(file)] == ["ceilings"]
-    printed = capsys.readouterr()
-    assert "stopped: the same command goes on" in printed.err
-    assert "## ceilings" in printed.out
-    assert _stopped(*options) == 130
-    assert "stopped: the same command would go on, had it --json FILE" in capsys.readouterr().err
-
-
-def test_a_sweep_can_be_stopped_before_its_first_case(monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run_suites, "planned", interrupted)
-    assert _stopped("--suite", "forward") == 130
-    assert capsys.readouterr().err == "sweep: interrupted\n"
-
-
-def test_quick_cases_are_few_on_every_device():
-    """FlexAttention, compiled for every case, alone would take a minute; every suite and mode is there all the same."""
-    for kind in suites.BACKENDS:
-        place = suites.Place(kind)
-        cases = {name: list(suite.contests(suite.chosen(place, True), place)) for name, suite in SUITES.items()}
-        assert all(cases[name] for name in SUITES if name != "ceilings")
-        assert sum(map(len, cases.values())) <= 110
-        assert len(cases["forward"]) <= 4
-        assert set(SUITES["scaling"].chosen(place, True).scalings) == set(tritonattn.SCALINGS)
-
-
-def test_a_torn_line_is_skipped_and_wrong_cases_run_again(tmp_path, capsys):
-    file, options = tmp_path / "a.jsonl", ("--suite", "forward", "--scalings", "sqrt_dim", "--peers", "none")
-    sweep(file, *options)
-    lines = file.read_text().splitlines()
-    spoiled = json.dumps(json.loads(lines[3]) | {"status": "wrong"})
-    file.write_text("\n".join([*lines[:2], lines[2][:50], spoiled[: len(spoiled)]]))
-    records = sweep(file, *options)
-    assert "a.jsonl:3: expected a record" in capsys.readouterr().err
-    assert [record.status for record in records] == ["measured", "measured", "wrong", "measured", "measured"]
-
-
-def test_time_is_up(tmp_path, capsys):
-    main(["sweep", *TINY, "--suite", "forward", "--minutes", "-1", "--json", str(tmp_path / "a.jsonl")])
-    assert "time is up: 4 cases are left" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--suite", "forwards"), "--suite: expected some of forward, .*got 'forwards'"),
-        (("--peers", "sdp"), "--peers: expected some of sdpa, .*got 'sdp'"),
-        (("--dtypes", "fp8"), "--dtypes: expected some of fp32, .*got 'fp8'"),
-        (("--scalings", "dims"), "--scalings: expected some of sqrt_dim, .*got 'dims'"),
-    ],
-)
-def test_unknown_names(options, message):
-    with pytest.raises(SystemExit, match=message):
-        main(["sweep", *TINY, *options])
-
-
-@pytest.mark.parametrize("option", ["--rounds", "--lengths", "--head-dims", "--threads"])
-@pytest.mark.parametrize("value", ["-1", "0", "x", "1.5"])
-def test_numbers_below_one_are_refused(option, value, capsys):
-    with pytest.raises(SystemExit):
-        main(["sweep", *TINY, f"{option}={value}"])
-    assert f"{option}: expected a whole number from 1 up, got '{value}'" in capsys.readouterr().err
-
-
-def test_the_gpu_and_the_interpreter_are_needed(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(SystemExit, match="device cuda: torch sees no GPU"):
-        main(["sweep", "--device", "cuda"])
-    monkeypatch.setattr("tritonattn.backends.triton.launch.runs_on", lambda device: False)
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(SystemExit, match="set TRITON_INTERPRET=1"):
-        main(["sweep", "--device", "interpret"])
 
 
 @pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
@@ -278,13 +165,18 @@ def test_errors_of_compiled_kernels_in_bfloat16(tmp_path, monkeypatch):
     assert sum(ours) < sum(recipe)
 
 
-def test_every_case_has_a_name_of_its_own():
+def test_quick_cases_are_few_on_every_device_and_have_names_of_their_own():
+    """FlexAttention, compiled for every case, alone would take a minute; every suite and mode is there all the same."""
     for kind in suites.BACKENDS:
         place = suites.Place(kind)
-        for quick in (False, True):
-            names = [
-                (case.suite, str(case.axes))
-                for name, suite in SUITES.items()
-                for case in suite.contests(suite.chosen(place, quick), place)
-            ]
+        every, cases = (
+            {name: list(suite.contests(suite.chosen(place, quick), place)) for name, suite in SUITES.items()}
+            for quick in (False, True)
+        )
+        for chosen in (every, cases):
+            names = [(case.suite, str(case.axes)) for of_suite in chosen.values() for case in of_suite]
             assert len(set(names)) == len(names)
+        assert all(cases[name] for name in SUITES if name != "ceilings")
+        assert sum(map(len, cases.values())) <= 110
+        assert len(cases["forward"]) <= 4
+        assert set(SUITES["scaling"].chosen(place, True).scalings) == set(tritonattn.SCALINGS)
