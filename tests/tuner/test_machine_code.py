@@ -5,13 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton")
 from tritonattn.tuner import machine_code
 from tritonattn.tuner.control_flow import Instruction, innermost, loops, parse, parse_ptx
-from tritonattn.tuner.machine_code import MachineCode, MmaLoop, flops_per_logit, read_machine_code
-from tritonattn.tuning.config import Problem
+from tritonattn.tuner.machine_code import MachineCode, MmaLoop, read_machine_code
 
 # A loop in a loop, whose wait retries out of line; the outer one has a spill of its own.
 LISTING = """
@@ -169,12 +167,6 @@ def test_the_unmasked_loop_does_least_beside_its_products():
         for other, flops in ((50, 100), (200, 1000), (150, 1000))
     )
     assert MachineCode(0, 0, 0, 0, 0, (small, masked, unmasked)).unmasked_loop == unmasked
-
-
-def test_products_of_a_logit():
-    problem = Problem(64, 128, torch.float16)
-    found = [flops_per_logit(kernel, problem) for kernel in ("forward", "decode", "grad_query", "grad_key_value")]
-    assert found == [2 * 192, 2 * 192, 2 * 256, 2 * 384]
 
 
 def test_classes_of_instructions():

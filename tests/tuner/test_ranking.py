@@ -5,21 +5,19 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 from tritonattn.tuner import static
-from tritonattn.tuner.candidates import candidates, static_candidates
+from tritonattn.tuner.candidates import static_candidates
 from tritonattn.tuner.gate import Candidate
 from tritonattn.tuner.machine_code import MachineCode
 from tritonattn.tuner.static import Compiler, ranked, static_table
-from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPUS
 from tritonattn.tuning.table import SCALES, Key
 
 A100 = next(gpu for gpu in GPUS if gpu.name == "a100")
-SM_80, SM_90, SM_100, GFX950 = A100.target, Target("cuda", "90"), Target("cuda", "100"), Target("hip", "gfx950")
+SM_80 = A100.target
 KEY = Key("forward", 64, "query", "long")
 DEFAULT = default_config(KEY.kernel, KEY.problem, SM_80)
 OTHER = next(config for config in static_candidates(KEY.kernel, KEY.problem, SM_80) if config != DEFAULT)
@@ -102,42 +100,3 @@ def test_each_config_is_examined_once_for_all_lengths():
             assert [one.config for one in found] == [DEFAULT, OTHER] * 2
     assert submitted == [("forward", KEY.problem, config, SM_80) for config in (DEFAULT, OTHER)]
     assert sum(steps) == 2
-
-
-def problem(head_dim: int) -> Problem:
-    return Problem(head_dim, head_dim, torch.bfloat16, right=True, query_scale=True)
-
-
-def stages(found: list[TileConfig]) -> set[int]:
-    return {config.num_stages for config in found}
-
-
-def test_one_stage_is_tried_of_wide_heads_alone():
-    assert stages(candidates("forward", problem(128), SM_80)) == {2, 3}
-    assert stages(candidates("forward", problem(192), SM_80)) == {1, 2, 3}
-
-
-def test_code_does_not_say_what_more_stages_or_descriptors_hide():
-    for target in (SM_80, SM_90, SM_100):
-        for kernel in ("forward", "grad_query", "grad_key_value"):
-            default, *others = static_candidates(kernel, problem(64), target)
-            assert others
-            assert stages(others) == {default.num_stages}
-            assert {one.descriptors for one in others} == {target != SM_80}
-    assert stages(static_candidates("forward", problem(256), SM_80)) == {1, 2}, "fewer may be what fits"
-    assert stages(static_candidates("decode", problem(256), SM_80)) == {3}
-
-
-def test_registers_hold_the_sums_of_a_candidate():
-    """208 fp32 values a thread: of 64 lanes a wave on AMD; in tensor memory sums take none."""
-    assert TileConfig(32, 64, 4, 1) in candidates("grad_key_value", problem(256), GFX950)
-    wide = TileConfig(128, 128, 4, 2, descriptors=True)
-    assert wide not in candidates("forward", problem(128), SM_90)
-    assert wide in candidates("forward", problem(128), SM_100)
-    assert TileConfig(128, 128, 4, 2) not in candidates("grad_query", problem(64), SM_80), "a tile of gradients besides"
-
-
-def test_wide_heads_leave_registers_for_few_keys():
-    """Fewer than wgmma multiplies by four warps: a grad_key_value has no other choice."""
-    assert TileConfig(32, 32, 8, 1, descriptors=True) in candidates("grad_key_value", problem(256), SM_90)
-    assert not any(one.block_n < 64 for one in candidates("grad_key_value", problem(128), SM_90)[1:])

@@ -9,12 +9,31 @@ import torch
 
 pytest.importorskip("triton")
 from tritonattn.tuner import tune as commands
-from tritonattn.tuner.search import Effort, Result, SearchError
+from tritonattn.tuner.search import Result, SearchError
 from tritonattn.tuning import cache_dir, lookup
 from tritonattn.tuning.config import TileConfig
 from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, read_table, write_table
 
 from .stubs import BEST, H100, KEYS, SEARCH, run
+
+
+@pytest.fixture
+def instead(monkeypatch):
+    """instead(error_or_result): the search for the second key raises it, or finds it; returns the search as it was."""
+    search = commands.search
+
+    def put(found):
+        def changed(key, *arguments, **options):
+            if key != KEYS[1]:
+                return search(key, *arguments, **options)
+            if isinstance(found, BaseException):
+                raise found
+            return found
+
+        monkeypatch.setattr(commands, "search", changed)
+        return search
+
+    return put
 
 
 def test_a_search_writes_what_it_found_and_shows_the_gain(on_h100, user, capsys):
@@ -26,22 +45,8 @@ def test_a_search_writes_what_it_found_and_shows_the_gain(on_h100, user, capsys)
     assert lookup.find("forward", KEYS[0].problem, H100) == (BEST, user / "h100.json")
 
 
-def test_as_many_configs_are_timed_as_the_effort_says(on_h100, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(commands, "promising", lambda key, compiler, most: asked.append(most) or [])
-    run(capsys, *SEARCH)
-    assert asked == [Effort().timed] * 3
-
-
-def test_a_search_that_finds_nothing_changes_nothing(on_h100, user, monkeypatch, capsys):
-    search = commands.search
-
-    def nothing(key, *arguments, **options):
-        if key != KEYS[1]:
-            return search(key, *arguments, **options)
-        return Result(key, BEST, None, None, None, (f"{key} {BEST}: result 0: expected an error",))
-
-    monkeypatch.setattr(commands, "search", nothing)
+def test_a_search_that_finds_nothing_changes_nothing(on_h100, user, instead, capsys):
+    instead(Result(KEYS[1], BEST, None, None, None, (f"{KEYS[1]} {BEST}: result 0: expected an error",)))
     status, out, _ = run(capsys, *SEARCH, "--write")
     assert status == 0
     assert f"were wrong:\n{KEYS[1]} {BEST}: result 0: expected an error" in out
@@ -49,15 +54,8 @@ def test_a_search_that_finds_nothing_changes_nothing(on_h100, user, monkeypatch,
     assert not user.exists(), "--write"
 
 
-def test_a_search_that_is_stopped_goes_on(on_h100, user, monkeypatch, capsys):
-    search = commands.search
-
-    def stopped(key, *arguments, **options):
-        if key == KEYS[1]:
-            raise KeyboardInterrupt
-        return search(key, *arguments, **options)
-
-    monkeypatch.setattr(commands, "search", stopped)
+def test_a_search_that_is_stopped_goes_on(on_h100, user, instead, monkeypatch, capsys):
+    search = instead(KeyboardInterrupt())
     status, out, _ = run(capsys, *SEARCH)
     assert status == 130
     assert "stopped: run the command again to go on" in out
@@ -83,38 +81,12 @@ def test_two_searches_at_once_keep_each_others_results(on_h100, user, monkeypatc
     assert set(read_table(user / "h100.json").entries) == {*KEYS, other}
 
 
-def test_a_table_that_is_damaged_meanwhile_costs_no_result(on_h100, user, monkeypatch, capsys):
-    search = commands.search
-
-    def meanwhile(key, *arguments, **options):
-        (user / "h100.json").write_text("{", encoding="utf-8")
-        return search(key, *arguments, **options)
-
-    monkeypatch.setattr(commands, "search", meanwhile)
-    _, out, _ = run(capsys, *SEARCH)
-    assert "not kept:" in out
-    assert set(read_table(user / "h100.json").entries) == set(KEYS)
-
-
-def test_a_card_that_is_lost_is_said(on_h100, user, monkeypatch, capsys):
-    search = commands.search
-
-    def lost(key, *arguments, **options):
-        if key == KEYS[1]:
-            raise SearchError(f"{key} left the card unusable to this process")
-        return search(key, *arguments, **options)
-
-    monkeypatch.setattr(commands, "search", lost)
+def test_a_card_that_is_lost_is_said(on_h100, user, instead, capsys):
+    instead(SearchError(f"{KEYS[1]} left the card unusable to this process"))
     status, _, err = run(capsys, *SEARCH)
     assert status == 2
     assert f"{KEYS[1]} left the card unusable to this process. 1 keys were searched before" in err
     assert set(read_table(user / "h100.json").entries) == {KEYS[0]}
-
-
-def test_a_budget(on_h100, user, capsys):
-    _, out, _ = run(capsys, *SEARCH, "--budget", "-1")
-    assert "the budget of -1 minutes is spent" in out
-    assert on_h100 == []
 
 
 def test_a_budget_is_of_minutes(on_h100, monkeypatch, capsys):

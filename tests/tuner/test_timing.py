@@ -164,8 +164,6 @@ def test_without_nvidia_smi(error, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
     monkeypatch.setattr(subprocess, "run", run)
     assert timing.card_state(GPU) == {}
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=""))
-    assert timing.card_state(GPU) == {}
 
 
 def test_nvidia_smi_is_not_asked_about_other_cards(monkeypatch):
