@@ -70,15 +70,7 @@ def test_the_demo_from_end_to_end(small, tmp_path, capsys):
     )
     out = capsys.readouterr().out
     assert status == 0
-    for part in (
-        *MODES.split(","),
-        "perplexity",
-        "ln n",
-        "largest",
-        "moved",
-        "own eager attention",
-        "How to read it",
-    ):
+    for part in (*MODES.split(","), "perplexity", "ln n", "moved", "own eager attention", "How to read it"):
         assert part in out
     record = json.loads(files[0].read_text())
     assert [row["mode"] for row in record["modes"]] == MODES.split(",")
@@ -108,17 +100,6 @@ def test_scalings_differ_and_order_as_they_must(small):
     found = {mode: measuring.measure(small, tokens, variant(mode, None)) for mode in MODES.split(",")}
     assert found["none"].entropy < found["sqrt_dim"].entropy < found["key_norm_sum"].entropy
     assert found["none"].largest_logit == pytest.approx(8**0.5 * found["sqrt_dim"].largest_logit, rel=0.5)
-
-
-def test_the_model_is_left_as_it_was_after_a_failure(small, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("broken")
-
-    monkeypatch.setattr(measuring, "_layer", broken)
-    with pytest.raises(RuntimeError, match="broken"):
-        measuring.measure(small, torch.ones(1, 9, dtype=torch.int64), variant("sqrt_dim", None))
-    assert small.model.config._attn_implementation == "eager"
-    assert patched(small.model) is None
 
 
 def test_the_baseline_is_always_measured_first(small, capsys, monkeypatch):
@@ -198,18 +179,12 @@ def test_compare_from_end_to_end(small, tmp_path, capsys, monkeypatch):
     assert patched(small.model) is None
 
 
-@pytest.mark.parametrize("layers", ["1", "*.1.*", "model.layers.1.self_attn"])
-def test_compare_on_a_part_of_a_model(small, tmp_path, capsys, layers):
-    assert compare("--layers", layers, "--plot", str(tmp_path / "a.svg")) == 0
+def test_compare_on_a_part_of_a_model(small, tmp_path, capsys):
+    assert compare("--layers", "*.1.*", "--plot", str(tmp_path / "a.svg")) == 0
     out = capsys.readouterr().out
     assert "left alone: not among the layers asked for" in out
     assert out.count("model.layers.1.self_attn") == 1 + 3  # in the report, and for every mode
     assert out.count("model.layers.0.self_attn") == 1
-
-
-def test_compare_refuses_layers_that_there_are_none_of(small, capsys):
-    assert compare("--layers", "7") == 2
-    assert "layers: expected numbers, names or patterns" in capsys.readouterr().err
 
 
 def test_a_usual_terminal_gets_a_table_and_a_narrow_one_a_block_a_mode():
@@ -234,13 +209,6 @@ def test_figures_that_are_not_finite_are_null(tmp_path):
     record = json.loads((tmp_path / "a.json").read_text())
     assert [row["perplexity"] for row in record["modes"]][1:] == [None, None]
     assert "dim moved the loss least" in report.advice()
-
-
-def test_the_text_is_what_its_origin_says():
-    text = demo.TEXT.read_text(encoding="ascii")
-    assert text.startswith("Alice was beginning to get very tired")
-    assert text.endswith("really impossible.\n")
-    assert "public domain" in (demo.TEXT.parent / "ORIGIN.md").read_text()
 
 
 def fake_pip(monkeypatch, result: int, members: tuple[str, ...]) -> list[list[str]]:

@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 
+from tests.support.refusals import assert_refused
 from tritonattn.cli import main as cli
 from tritonattn.lab.simulation import command
 from tritonattn.lab.simulation.plot import density
@@ -87,35 +88,33 @@ def test_one_point_has_nothing_to_compare(capsys):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--modes", "sqrt_dim,nope"], ["--modes", "'nope'", "key_norm_sum"]),
-        (["--modes", ","], ["--modes", "nothing"]),
-        (["--parts", "papers"], ["--parts", "'papers'", "paper, sweep, verdict"]),
-        (["--counts", "1"], ["--counts", "from 2 to 1048576", "'1'"]),
-        (["--counts", "8,99999999999"], ["--counts", "'99999999999'"]),
-        (["--seed", "-1"], ["--seed", "-1"]),
-        (["--counts", "8,x"], ["--counts", "'x'"]),
-        (["--counts", ","], ["--counts", "nothing"]),
-        (["--dims", "0"], ["--dims", "from 1", "'0'"]),
-        (["--dims", "-4"], ["--dims", "'-4'"]),
-        (["--keys", "gauss"], ["--keys", "'gauss'", "few giants"]),
-        (["--device", "nowhere"], ["--device", "nowhere"]),
-        (["--json", "/dev/null/a.json"], ["--json", "/dev/null"]),
-        (["--plot", __file__], ["--plot", "test_command.py"]),
+        ("--modes sqrt_dim,nope", ["--modes", "'nope'", "key_norm_sum"]),
+        ("--modes ,", ["--modes", "nothing"]),
+        ("--parts papers", ["--parts", "'papers'", "paper, sweep, verdict"]),
+        ("--counts 1", ["--counts", "from 2 to 1048576", "'1'"]),
+        ("--counts 8,99999999999", ["--counts", "'99999999999'"]),
+        ("--seed -1", ["--seed", "-1"]),
+        ("--counts 8,x", ["--counts", "'x'"]),
+        ("--counts ,", ["--counts", "nothing"]),
+        ("--dims 0", ["--dims", "from 1", "'0'"]),
+        ("--dims -4", ["--dims", "'-4'"]),
+        ("--keys gauss", ["--keys", "'gauss'", "few giants"]),
+        ("--device nowhere", ["--device", "nowhere"]),
+        ("--json /dev/null/a.json", ["--json", "/dev/null"]),
+        (f"--plot {__file__}", ["--plot", "test_command.py"]),
     ],
 )
 def test_wrong_usage_is_named_before_any_work(arguments, parts, capsys):
-    assert cli.main(["simulate", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    for part in ("tritonattn simulate: ", *parts):
-        assert part in captured.err
+    assert_refused(capsys, f"simulate {arguments}", parts)
 
 
-def test_a_missing_extra_is_named(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "needs"),
+    [("simulate --plot x", "simulate needs tabulate, tqdm, matplotlib;"), ("train-compare", "sklearn")],
+)
+def test_a_missing_extra_is_named(arguments, needs, monkeypatch, capsys):
     monkeypatch.setattr("tritonattn.cli.options.find_spec", lambda name: None)
-    assert cli.main(["simulate", "--plot", "x"]) == 2
-    message = capsys.readouterr().err
-    assert "simulate needs tabulate, tqdm, matplotlib; to mend it: pip install 'tritonattn[lab]'" in message
+    assert_refused(capsys, arguments, [needs, "to mend it: pip install 'tritonattn[lab]'"])
 
 
 def test_densities():

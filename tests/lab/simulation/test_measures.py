@@ -9,7 +9,7 @@ import torch
 
 from tritonattn import attention
 from tritonattn.lab.simulation.distributions import DISTRIBUTIONS
-from tritonattn.lab.simulation.measures import MEASURES, Measures, Point, Sample, measure, points_of
+from tritonattn.lab.simulation.measures import Point, Sample, measure
 
 CPU = torch.device("cpu")
 
@@ -90,19 +90,3 @@ def test_every_kind_of_keys(keys):
         "very small": lambda x: abs(x.mean() / 1e-3 - 1) < 0.02,
     }
     assert expected[keys](lengths)
-
-
-def test_points_vary_one_axis_at_a_time_around_the_first():
-    points = points_of((2, 8), (64, 16), ("gaussian", "log-normal"))
-    assert points == [
-        Point(*x)
-        for x in (
-            ("gaussian", 2, 64),
-            ("gaussian", 8, 64),
-            ("gaussian", 2, 16),
-            ("gaussian", 8, 16),
-            ("log-normal", 2, 64),
-            ("log-normal", 8, 64),
-        )
-    ]
-    assert MEASURES == tuple(Measures.__dataclass_fields__)

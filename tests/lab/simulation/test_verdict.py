@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tritonattn.lab.simulation.measures import statistics_of
-from tritonattn.lab.simulation.verdict import CONDITIONS, Batch, Condition, Curves, reach_of
+from tritonattn.lab.simulation.verdict import Batch, Condition, Curves, reach_of
 
 CPU = torch.device("cpu")
 SAME, COUNTS, BETWEEN, WITHIN = (
@@ -38,17 +38,6 @@ def test_batches():
     torch.testing.assert_close(lengths, lengths[..., :1].expand_as(lengths))
     assert lengths[:, 0, 0].log().std() > 0.3
     assert within.k.norm(dim=-1).log().std(-1).min() > 0.8
-
-
-def test_conditions_are_those_of_the_verdict():
-    assert [(x.fold, x.lengths) for x in CONDITIONS] == [
-        (1, None),
-        (2, None),
-        (256, None),
-        (1, "between"),
-        (1, "within"),
-        (256, "between"),
-    ]
 
 
 @pytest.mark.parametrize("name", ["same", "counts"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +12,7 @@ pytest.importorskip("sklearn", reason="pip install 'tritonattn[lab]'")
 
 from scipy import stats
 
+from tests.support.refusals import assert_refused
 from tritonattn.cli import main as cli
 from tritonattn.core.provenance import Environment
 from tritonattn.lab import training
@@ -90,49 +89,23 @@ def test_a_grid_of_optimizers(tmp_path, capsys, monkeypatch):
     assert len(read(tmp_path / "grid-digits.jsonl")) == 2 * 2 * 3
 
 
-def test_a_quick_run_says_that_it_means_nothing(tmp_path, capsys):
-    arguments = ["--quick", "--tasks", "digits", "--modes", "sqrt_dim", "--steps", "1", "--out", str(tmp_path)]
-    assert command(*arguments) == 0
-    assert "means" not in capsys.readouterr().out.split("mean anything")[1].splitlines()[0]
-    assert all(run.quick for run in read(tmp_path / "runs-digits.jsonl"))
-
-
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--tasks", "digits,chess"], ["--tasks", "'chess'", "recall"]),
-        (["--tasks", ","], ["--tasks", "nothing"]),
-        (["--modes", "sqrt_dim,no_such_mode"], ["--modes", "'no_such_mode'", "key_norm_mean"]),
-        (["--modes", "ssmax+gain"], ["--modes", "'ssmax+gain'"]),
-        (["--modes", ","], ["--modes", "nothing"]),
-        (["--seeds", "1"], ["--seeds", "at least 2", "got 1"]),
-        (["--steps", "0"], ["--steps", "at least 1", "got 0"]),
-        (["--grid", "--modes", "sqrt_dim"], ["--grid", "two", "got 1"]),
-        (["--device", "no_such_device"], ["--device", "no_such_device"]),
-        (["--out", __file__], ["--out", "folder"]),
+        ("--tasks digits,chess", ["--tasks", "'chess'", "recall"]),
+        ("--tasks ,", ["--tasks", "nothing"]),
+        ("--modes sqrt_dim,no_such_mode", ["--modes", "'no_such_mode'", "key_norm_mean"]),
+        ("--modes ssmax+gain", ["--modes", "'ssmax+gain'"]),
+        ("--modes ,", ["--modes", "nothing"]),
+        ("--seeds 1", ["--seeds", "at least 2", "got 1"]),
+        ("--steps 0", ["--steps", "at least 1", "got 0"]),
+        ("--grid --modes sqrt_dim", ["--grid", "two", "got 1"]),
+        ("--device no_such_device", ["--device", "no_such_device"]),
+        (f"--out {__file__}", ["--out", "folder"]),
     ],
 )
 def test_wrong_usage_is_named(arguments, parts, tmp_path, capsys):
-    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-    assert command(*arguments, *out) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    for part in parts:
-        assert part in captured.err
-
-
-def test_a_missing_extra_is_named():
-    code = """
-import sys
-from tritonattn.cli import options
-options.find_spec = lambda name: None
-from tritonattn.cli.main import main
-sys.exit(main(["train-compare"]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "sklearn" in done.stderr
-    assert "pip install 'tritonattn[lab]'" in done.stderr
+    assert_refused(capsys, f"train-compare --out {tmp_path / 'out'} {arguments}", parts)
 
 
 def test_data_that_differs_between_modes_fails_the_command(capsys):

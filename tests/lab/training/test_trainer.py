@@ -168,13 +168,9 @@ def test_rotary_logits_depend_on_distances_only():
     ("number", "words"),
     [
         (0, "zero"),
-        (7, "seven"),
         (13, "thirteen"),
-        (40, "forty"),
         (85, "eighty five"),
-        (100, "one hundred"),
         (1407, "one thousand four hundred seven"),
-        (20000, "twenty thousand"),
         (300001, "three hundred thousand one"),
         (999999, "nine hundred ninety nine thousand nine hundred ninety nine"),
     ],
