@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from tests.analysis import test_monitor
-from tests.analysis.models import Net, ids, llama
-from tests.analysis.test_monitor import MEASURES, QUIET, close, record_of
+from tests.analysis.models import ids, llama
+from tests.analysis.test_monitor import MEASURES, QUIET, close
 from tests.huggingface.architectures import ARCHITECTURES
 from tests.huggingface.test_patch import state
 from tritonattn.analysis import Monitor
@@ -122,15 +122,6 @@ def test_an_exception_leaves_the_model_whole(error, tmp_path):
     assert len(file.read_text().splitlines()) == 1
     with pytest.raises(RuntimeError, match="got a Monitor that is not in use"):
         monitor.step()
-
-
-def test_a_learned_scaling_learns_as_without():
-    x = torch.randn(2, 9, 32)
-    nets = Net(scaling="ssmax", causal=True), Net(scaling="ssmax", causal=True)
-    nets[0](x).square().sum().backward()
-    record_of(nets[1], lambda net: net(x).square().sum())
-    for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad)
 
 
 def test_an_attention_implementation_whose_masks_cannot_be_read_is_refused():

@@ -35,17 +35,12 @@ def test_every_mask(mask, scaling):
     assert_same(streamed(q, k, scaling, **masks), dense(q, k, scaling, **masks))
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_every_mode(scaling):
+@pytest.mark.parametrize("name", [*SCALINGS, *LEARNED])
+def test_every_mode(name):
     q, k = tensors(kv_heads=1)
+    scaling = LEARNED[name]() if name in LEARNED else name
     masks = MASKS["causal lengths"](B, HQ, 6, 9)
     assert_same(streamed(q, k, scaling, **masks), dense(q, k, scaling, **masks))
-
-
-@pytest.mark.parametrize("name", LEARNED)
-def test_every_learned_mode(name):
-    q, k = tensors()
-    assert_same(streamed(q, k, LEARNED[name](), causal=True), dense(q, k, LEARNED[name](), causal=True))
 
 
 def test_numbers_tensors_and_gains():
