@@ -31,18 +31,7 @@ def handed_on(monkeypatch):
 @pytest.mark.parametrize("power", [-1.0, -0.5])
 def test_rows_of_few_keys_in_every_head(power, dim):
     """Scaled by n ** power, they have the sharpest softmaxes."""
-    call = make_call(
-        torch.float32,
-        batch=200,
-        q_heads=2,
-        kv_heads=1,
-        q_len=40,
-        k_len=40,
-        dim=dim,
-        value_dim=dim,
-        scale=1.0,
-        causal=True,
-    )
+    call = make_call(torch.float32, batch=200, q_heads=2, kv_heads=1, length=40, width=dim, scale=1.0, causal=True)
     factor = torch.arange(1, 41).double().pow(power).float().expand(200, 2, 40)
     call = changed(call, query_scale=factor, key_scale=None)
     d_out = output_gradients(call)[0]
@@ -59,7 +48,7 @@ def test_rows_of_few_keys_in_every_head(power, dim):
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_row_of_one_key_leaves_no_rounding_in_gradients(scaled, length, dtype):
     """Its logit has the gradient 0; with two tokens a rounding of it can exceed all other gradients of the key."""
-    sizes = {"q_heads": 16, "kv_heads": 16, "q_len": length, "k_len": length, "dim": 64, "value_dim": 64}
+    sizes = {"heads": 16, "length": length, "width": 64}
     call = make_call(dtype, **sizes, scaled=False, scale=0.125, causal=True)
     if scaled:
         call = changed(call, query_scale=torch.arange(length, 0, -1.0).expand(2, 16, length) / length)
@@ -78,21 +67,7 @@ def test_a_row_of_one_key_leaves_no_rounding_in_gradients(scaled, length, dtype)
 )
 def test_gradients_summed_over_many_rows(dtype, heads, length, dim):
     """By PyTorch's kernel, in 16 bits, they are 1.5 and 1.2 times the bound off."""
-    check(
-        make_call(
-            dtype,
-            batch=1,
-            q_heads=heads,
-            kv_heads=heads,
-            q_len=length,
-            k_len=length,
-            dim=dim,
-            value_dim=dim,
-            scaled=False,
-            scale=dim**-0.5,
-            causal=True,
-        )
-    )
+    check(make_call(dtype, batch=1, heads=heads, length=length, width=dim, scaled=False, scale=dim**-0.5, causal=True))
 
 
 def test_gradients_are_computed_in_fp32(handed_on):
@@ -111,7 +86,7 @@ def test_gradients_are_computed_in_fp32(handed_on):
 @pytest.mark.parametrize(("scale", "masks"), [(1 / 256, {}), (0.125, {}), (0.125, {"causal": True})], ids=str)
 def test_keys_and_values_with_means(dtype, scale, masks, means):
     """The error of delta, taken from a rounded output, reaches d_q and d_k times the mean key: each head by itself."""
-    call = make_call(dtype, batch=4, q_len=256, k_len=256, dim=64, value_dim=64, scaled=False, scale=scale, **masks)
+    call = make_call(dtype, batch=4, length=256, width=64, scaled=False, scale=scale, **masks)
     call = changed(call, k=call.k + means[0], v=call.v + means[1])
     d_out = output_gradients(call)[0]
     exact, eager = exact_and_eager(call, d_out)
@@ -127,7 +102,7 @@ def test_keys_and_values_with_means(dtype, scale, masks, means):
 @pytest.mark.parametrize("size", [1e3, 1e9])
 def test_far_off_keys_that_a_row_cannot_see_move_nothing(size, name, dtype):
     """As right padding under causal: a mean of all of them would leave nothing but rounding of the others."""
-    call = make_call(dtype, q_len=64, k_len=64, scaled=False, scale=0.25, causal=True)
+    call = make_call(dtype, length=64, scaled=False, scale=0.25, causal=True)
     padded = getattr(call, name).clone()
     padded[:, :, 40:] = size * torch.randn(padded.shape[3])
     d_out = output_gradients(call)[0]

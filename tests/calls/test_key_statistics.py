@@ -51,9 +51,9 @@ def test_a_long_random_history():
                 new[b, :, count:] = torch.nan
             statistics.append(new, torch.tensor(counts))
         elif action == "truncate":
-            lengths = [dice.randint(0, CAPACITY) for _ in held]
+            lengths = [dice.randint(0, CAPACITY) for _ in held] if step % 3 else [dice.randint(0, CAPACITY)] * B
             held = [keys[:, :length] for keys, length in zip(held, lengths, strict=True)]
-            statistics.truncate(torch.tensor(lengths))
+            statistics.truncate(torch.tensor(lengths) if step % 3 else lengths[0])
         elif action == "reorder":
             index = [dice.randrange(B) for _ in held]
             held = [held[i] for i in index]
@@ -71,20 +71,10 @@ def test_dtypes(dtype):
     keys = _keys(CAPACITY, dtype=dtype)
     statistics.append(keys)
     _check(statistics, list(keys), rtol=1e-14 if wide else 1e-6)
-
-
-def test_huge_and_tiny_keys():
-    statistics = KeyStatistics(B, H, CAPACITY)
+    extremes = KeyStatistics(B, H, CAPACITY)
     keys = torch.cat([_keys(3) * 1e30, _keys(3) * 1e-30], dim=2)
-    statistics.append(keys)
-    _check(statistics, list(keys))
-
-
-def test_truncate_with_one_number():
-    statistics = KeyStatistics(B, H, CAPACITY)
-    statistics.append(_keys(9), torch.tensor([9, 2, 5]))
-    statistics.truncate(4)
-    assert statistics.counts.tolist() == [4, 2, 4]
+    extremes.append(keys)
+    _check(extremes, list(keys))
 
 
 def test_selected_sequences_are_a_copy():
@@ -136,6 +126,14 @@ def test_copies_are_as_exact_as_what_they_copy():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda _: KeyStatistics(0.5, 1, 1), TypeError, "batch: expected an int, got float 0.5"),
+        (lambda _: KeyStatistics(1, True, 1), TypeError, "kv_heads: expected an int, got bool"),
+        (lambda _: KeyStatistics(1, 1, -1), ValueError, "capacity: expected at least 0, got -1"),
+        (
+            lambda _: KeyStatistics(1, 1, 1, dtype=torch.bfloat16),
+            TypeError,
+            "dtype: expected torch.float32 or",
+        ),
         (lambda one: one.last(3, 2), ValueError, r"keys: expected a value in \[0, 2\], got 3"),
         (lambda one: one.last(-1, 2), ValueError, "keys"),
         (lambda one: one.select(torch.tensor([3])), ValueError, "index"),
@@ -147,7 +145,7 @@ def test_copies_are_as_exact_as_what_they_copy():
         (lambda one: one.with_capacity(5), ValueError, "capacity: expected at least 20, got 5"),
     ],
 )
-def test_refused_copies(call, error, message):
+def test_refused_sizes_and_copies(call, error, message):
     with pytest.raises(error, match=message):
         call(KeyStatistics(B, H, CAPACITY))
 
@@ -218,24 +216,6 @@ def test_past_the_capacity_is_dropped_where_values_are_not_read(monkeypatch):
     statistics.append(keys)
     statistics.append(keys)
     _check(statistics, list(torch.cat([keys, keys], dim=2)[:, :, :CAPACITY]))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((0.5, 1, 1), TypeError, "batch: expected an int, got float 0.5"),
-        ((1, True, 1), TypeError, "kv_heads: expected an int, got bool"),
-        ((1, 1, -1), ValueError, "capacity: expected at least 0, got -1"),
-    ],
-)
-def test_refused_sizes(arguments, error, message):
-    with pytest.raises(error, match=message):
-        KeyStatistics(*arguments)
-
-
-def test_refused_dtype():
-    with pytest.raises(TypeError, match=r"dtype: expected torch.float32 or torch.float64, got torch.bfloat16"):
-        KeyStatistics(1, 1, 1, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -120,18 +120,6 @@ def test_an_empty_call_refuses_what_its_backend_cannot_do():
         tritonattn.attention(q, k, k, backend="triton")
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_one_compiled_graph_serves_any_number_of_keys():
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
-    def call(q, k, v):
-        return tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True)
-
-    torch._dynamo.utils.counters.clear()
-    for length in (200, 300, 700, 1300):
-        call(*torch.randn(3, 1, 1, length, 8).unbind(0))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_a_scale_of_a_key_that_nobody_sees(backend):
     q, k, v = torch.randn(3, 1, 1, 4, 8).unbind(0)

@@ -105,16 +105,6 @@ def test_accuracy(scaling, heads, dtype):
         torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-4)
 
 
-def test_a_packed_batch_of_one_is_attention():
-    packed = Packed((7,), (9,))
-    leaves = packed_operands(packed, torch.float32)
-    out = tritonattn.attention_varlen(**leaves, **packed.arguments(), causal=True, window=(3, None))
-    q, k, v = (x.transpose(0, 1)[None] for x in leaves.values())
-    like = tritonattn.attention(q, k, v, causal=True, window=(3, None))
-    torch.testing.assert_close(out, like[0].transpose(0, 1))
-    assert out.is_contiguous()
-
-
 @pytest.mark.parametrize("mask", MASKS)
 def test_dropout_counts_packed_rows_and_keys(mask):
     leaves = packed_operands(Packed(RAGGED.q_lengths, RAGGED.k_lengths))

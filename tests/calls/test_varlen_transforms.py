@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import tritonattn
+from tests.calls.test_transforms import MODES, assert_same_gradients
 from tests.support.packed import RAGGED, Packed, offsets, packed_operands
 from tests.support.pairs import in_turn
 from tests.support.versions import skip_where_export_binds_lengths
@@ -19,8 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script"),
     pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted"),
 ]
-
-MODES = ["sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine"]
 
 
 def operands(packed: Packed = RAGGED) -> tuple[Tensor, ...]:
@@ -35,12 +34,6 @@ def objective(q, k, v, gain, sinks, packed: Packed = RAGGED, **arguments) -> Ten
         q, k, v, **packed.arguments(), gain=gain, sinks=sinks, return_aux=True, **arguments
     )
     return out.square().sum() + torch.where(aux.lse == -torch.inf, 0, aux.lse).sin().sum()
-
-
-def assert_same_gradients(function, like, leaves: tuple[Tensor, ...]) -> None:
-    ours = torch.autograd.grad(function(*leaves), leaves)
-    for x, expected in zip(ours, torch.autograd.grad(like(*leaves), leaves), strict=True):
-        torch.testing.assert_close(x, expected)
 
 
 @pytest.fixture(autouse=True)

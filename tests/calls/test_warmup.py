@@ -62,11 +62,6 @@ def test_a_device_that_is_not_there():
         warmup([(1, 1, 16, 16)], device="cuda:99")
 
 
-def test_options_are_those_of_attention():
-    with pytest.raises(ValueError, match="scaling"):
-        tritonattn.warmup([(1, 1, 4, 16)], device="cpu", scaling="no such")
-
-
 class Driver:
     """The driver methods that Triton's JIT calls before it compiles."""
 
