@@ -36,7 +36,7 @@ class Limits:
     variations: int
 
 
-ON_A_GPU = Limits(1100, (5, 8, 16, 17, 32, 40, 64, 80, 96, 128, 192, 256), variations=8)
+ON_A_GPU = Limits(1100, (5, 8, 16, 17, 32, 40, 64, 72, 80, 96, 104, 128, 136, 192, 256), variations=8)
 INTERPRETED = Limits(40, (5, 8, 16, 17, 32), variations=1)
 
 

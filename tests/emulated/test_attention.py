@@ -31,7 +31,7 @@ FAST = (
 )
 
 # Every dtype by every head dim on every GPU, and every pair of the other choices, all in the default config.
-DIMS = ((16, 16), (32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (17, 40))
+DIMS = ((16, 16), (32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (17, 40), (72, 136))
 ON = [(gpu, dtype) for gpu in GPUS for dtype in (HALF, BFLOAT, SINGLE) if not (gpu.descriptors and dtype == SINGLE)]
 CHOICES = {
     "on": ON,

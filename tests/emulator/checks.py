@@ -205,8 +205,11 @@ class Checks:
             return
         cells = np.flatnonzero(self.unfenced)
         cta = cells * self.shared_cell // self.shared_stride
-        first_lane = cta * self.threads + (self.shared_shadow.writer[cells] & WARP) * 32
-        self.unfenced[cells[mask[first_lane]]] = False
+        warp = self.shared_shadow.writer[cells] & WARP
+        is_one = warp < self.threads // 32  # else several have written the cell, and all of them must fence
+        by_all = mask.reshape(-1, self.threads).all(1)[cta]
+        fenced = np.where(is_one, mask[cta * self.threads + np.where(is_one, warp, 0) * 32], by_all)
+        self.unfenced[cells[fenced]] = False
 
     def end_async_read(self, lanes, cells) -> None:
         """An asynchronous read of these cells ends now: a later write needs a barrier behind this point."""

@@ -8,6 +8,9 @@ triton = pytest.importorskip("triton")
 from perf.ceilings import NON_MMA_PER_LOGIT
 from tests.compiled.table import CASES, QUICK
 from tests.compiled.test_compiled import check_ceiling, check_cost_of_scales, code_of, of_this_compiler, pytestmark
+from tests.compiled.test_loads import CASES as CASES_OF_LOADS
+from tests.compiled.test_loads import QUICK as QUICK_LOADS
+from tests.compiled.test_loads import check_loads
 from tests.tuner.test_static import ENTRIES, check_shipped_entry
 from tritonattn.tuner.static import Compiler, static_table
 from tritonattn.tuning.gpus import GPUS
@@ -51,3 +54,8 @@ def test_a_static_table_is_the_same_twice():
         assert entry.source == "static"
         assert entry.details["spill_bytes"] == 0
         assert entry.details["registers"] <= 255
+
+
+@pytest.mark.parametrize(("kernel", "target", "dim", "dtype"), CASES_OF_LOADS[len(QUICK_LOADS) :])
+def test_tiles_load_16_bytes_at_a_time(kernel, target, dim, dtype):
+    check_loads(kernel, target, dim, dtype)

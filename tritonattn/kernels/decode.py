@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .forward import online_softmax, softmax_results, softmax_total
 from .primitives import COUNTS, LENGTHS, LN_2, LOG2_E, TINY, load_tile, program_position, tile_offsets
-from .walk import begin
+from .walk import begin, in_vectors
 
 # Blocks of keys in the shortest split: shorter ones would move more of their own results than of the cache.
 SHORTEST_SPLIT = tl.constexpr(4)
@@ -77,8 +77,8 @@ def attention_decode(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Attention of the newest Sq tokens of one sequence, for the heads of one group, over one split of its cache.
 
@@ -105,6 +105,7 @@ def attention_decode(
     https://pytorch.org/blog/flash-decoding; pages: Kwon et al. 2023, arXiv:2309.06180.
     """
     block, kv_head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    q, k, v = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED)
     split, tile, kv_head, batch = block % splits, block // splits, kv_head.to(tl.int64), batch.to(tl.int64)
     length, first_key = capacity, batch.to(tl.int32) * 0
     if ranges.key_lengths is not None:
@@ -154,7 +155,7 @@ def attention_decode(
             load_key = keep_key & (number >= 0) & (number < pages)
         k_offsets = _key_offsets(k, first, number, slot, BLOCK_N, BLOCK_D, WIDE)
         k_tile = load_tile(k.ptr + k_offsets, load_key, HEAD_DIM, True)
-        logits = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        logits = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if key_scale is not None:
             scale_ptrs = key_scale.ptr + offs_key.to(tl.int64) * key_scale.s
             logits *= tl.load(scale_ptrs, mask=keep_key, other=0.0)[None, :]
@@ -167,7 +168,7 @@ def attention_decode(
         v_offsets = _key_offsets(v, first, number, slot, BLOCK_N, BLOCK_DV, WIDE)
         v_tile = load_tile(v.ptr + v_offsets, load_key, VALUE_DIM, True)
         accumulator = accumulator * decay[:, None]
-        accumulator = tl.dot(probabilities.to(v_tile.dtype), v_tile, accumulator, input_precision=PRECISION)
+        accumulator = tl.dot(probabilities.to(v_tile.dtype), v_tile, accumulator, input_precision="ieee")
 
     place = ((batch * q_heads + kv_head * group) * q_len + packed) * splits + split
     row_sum = tl.sum(running_sum, 1)

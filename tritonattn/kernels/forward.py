@@ -24,7 +24,7 @@ from .primitives import (
     tile_offsets,
 )
 from .records import Dropout, Keys, Sight, View
-from .walk import begin, place_of_member, rows_of_block, visible_tile, walk_keys, walk_over_keys
+from .walk import begin, in_vectors, place_of_member, rows_of_block, visible_tile, walk_keys, walk_over_keys
 
 
 class Softmax(NamedTuple):
@@ -128,7 +128,6 @@ def _attend(
     key_scale,
     terms,
     sight,
-    PRECISION: tl.constexpr,
     SUMS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -152,7 +151,7 @@ def _attend(
         kept = dropout_keeps(dropout, dropout.rows[:, None], (dropout.first_key + block.offs)[None, :])
         probabilities = tl.where(kept, probabilities, 0.0)
     accumulator = state.accumulator * decay[:, None]
-    accumulator = tl.dot(probabilities.to(block.v.dtype), block.v, accumulator, input_precision=PRECISION)
+    accumulator = tl.dot(probabilities.to(block.v.dtype), block.v, accumulator, input_precision="ieee")
     return Softmax(accumulator, running_max, running_sum, running_spread)
 
 
@@ -191,8 +190,8 @@ def attention_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
 
@@ -221,6 +220,7 @@ def attention_forward(
     Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; blocking: Dao 2023, arXiv:2307.08691, Algorithm 1.
     """
     block, head, member = program_position(first_head, first_member, LAST_FIRST=right is not None)
+    q, k, v = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED)
     packed_len = q_len
     place, q_len, k_len = place_of_member(member, head, head // group, q_len, k_len, starts)
     first_row = block * BLOCK_M
@@ -278,7 +278,6 @@ def attention_forward(
                 VALUE_DIM,
                 BLOCK_DV,
                 MASKED_STEP if turn == 0 else BLOCK_N,
-                PRECISION,
                 WIDE,
                 SUMS,
                 turn == 0,

@@ -27,6 +27,7 @@ from .records import Dropout, Place, Strided, View
 from .walk import (
     begin,
     block_at,
+    in_vectors,
     load_mask,
     load_rows,
     place_of_member,
@@ -95,7 +96,6 @@ def _walk_rows(
     VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SPLIT_TERMS: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -129,7 +129,7 @@ def _walk_rows(
             VALUE_DIM,
             MASKED,
         )
-        logits = tl.dot(keys.k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        logits = tl.dot(keys.k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         if keys.scale is not None:
             logits *= keys.scale[:, None]
         if softcap is None:
@@ -140,21 +140,21 @@ def _walk_rows(
         probabilities = tl.exp2(exponent)
         if MASKED:
             probabilities = tl.where(_visible_tile(keys, offs_m, live, batch, view, mask), probabilities, 0.0)
-        d_probabilities = tl.dot(keys.v, d_out.T, input_precision=PRECISION)
+        d_probabilities = tl.dot(keys.v, d_out.T, input_precision="ieee")
         weights = probabilities
         if dropout.state is not None:
             kept = dropout_keeps(dropout, (first_row + offs_m)[None, :], (dropout.first_key + keys.offs)[:, None])
             weights = tl.where(kept, probabilities, 0.0)
             d_probabilities = tl.where(kept, d_probabilities * dropout.keep_scale, 0.0)
         gradient_term, gradient_factor = load_term(term_ptrs + 1, one, SPLIT_TERMS)
-        d_v = tl.dot(weights.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
+        d_v = tl.dot(weights.to(d_out.dtype), d_out, d_v, input_precision="ieee")
         if queries.size is not None:
             gradient_factor *= queries.size
             gradient_term *= queries.size
         d_logits = probabilities * scale_columns_add(d_probabilities, gradient_factor, gradient_term)
         if softcap is not None:
             d_logits *= soft_cap_slope(capped, softcap)
-        d_k = tl.dot(d_logits.to(q.dtype), q, d_k, input_precision=PRECISION)
+        d_k = tl.dot(d_logits.to(q.dtype), q, d_k, input_precision="ieee")
         term_ptrs += 2 * BLOCK_M
     return d_k, d_v
 
@@ -199,8 +199,8 @@ def attention_grad_key_value(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT_TERMS: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Gradients of k, v and key_scale for BLOCK_N keys of one (batch or sequence, kv head); names as in
     `attention_grad_query`.
@@ -222,6 +222,7 @@ def attention_grad_key_value(
     """
     kv_heads = q_heads // group
     block, kv_head, member = program_position(first_head, first_member, LAST_FIRST=False)
+    q, k, v, d_out = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED), in_vectors(d_out, ALIGNED)
     packed_len = k_len
     place, q_len, k_len = place_of_member(member, kv_head * group, kv_head, q_len, k_len, starts)
     first_key = block * BLOCK_N
@@ -305,7 +306,6 @@ def attention_grad_key_value(
                     VALUE_DIM,
                     MASKED_STEP if turn == 0 else BLOCK_M,
                     SPLIT_TERMS,
-                    PRECISION,
                     WIDE,
                     turn == 0,
                 )

@@ -25,7 +25,7 @@ from .primitives import (
     tile_offsets,
 )
 from .records import Dropout, Keys, Sight, View, Walk
-from .walk import begin, place_of_member, rows_of_block, visible_tile, walk_keys, walk_over_keys
+from .walk import begin, in_vectors, place_of_member, rows_of_block, visible_tile, walk_keys, walk_over_keys
 
 # Few keys, over which a block of rows walks twice. Among more, some row's exact gradient is far larger than an error.
 FEW_KEYS = tl.constexpr(64)
@@ -59,7 +59,6 @@ def _gather(
     key_scale,
     terms,
     sight,
-    PRECISION: tl.constexpr,
     SUMS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -76,7 +75,7 @@ def _gather(
         capped = soft_cap(logits * terms.factor[:, None], softcap)
         exponent = capped + terms.exponent_term[:, None]
     probabilities = tl.exp2(exponent)
-    d_probabilities = tl.dot(terms.d_out, block.v.T, input_precision=PRECISION)
+    d_probabilities = tl.dot(terms.d_out, block.v.T, input_precision="ieee")
     if MASKED:
         probabilities = tl.where(visible_tile(sight, block.offs), probabilities, 0.0)
     if dropout.state is not None:
@@ -97,7 +96,7 @@ def _gather(
         if terms.key_size is not None:
             key_scale *= 1.0 / terms.key_size
         d_logits *= key_scale[None, :]
-    raw = tl.dot(d_logits.to(block.k.dtype), block.k, state.raw, input_precision=PRECISION)
+    raw = tl.dot(d_logits.to(block.k.dtype), block.k, state.raw, input_precision="ieee")
     return QueryGradient(raw, d_logit_sum, d_factor, mean_logit)
 
 
@@ -154,8 +153,8 @@ def attention_grad_query(
     BLOCK_N: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
     CORRECT_DELTA: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Gradients of q and query_scale for BLOCK_M rows of one (batch or sequence, head), as `attention_forward`.
 
@@ -179,6 +178,7 @@ def attention_grad_query(
     computes d_q of few keys with the corrected delta: for a single key, dP - delta is nothing but their errors.
     """
     block, head, member = program_position(first_head, first_member, LAST_FIRST=right is not None)
+    q, k, v, d_out = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED), in_vectors(d_out, ALIGNED)
     packed_len = q_len
     place, q_len, k_len = place_of_member(member, head, head // group, q_len, k_len, starts)
     first_row = block * BLOCK_M
@@ -247,7 +247,6 @@ def attention_grad_query(
                 VALUE_DIM,
                 BLOCK_DV,
                 BLOCK_N if turn == 1 else MASKED_STEP,
-                PRECISION,
                 WIDE,
                 SUMS if turn < 2 else 0,
                 turn != 1,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .primitives import COUNTS, LENGTHS, load_tile, program_position, store_tile, tile_offsets
-from .walk import begin
+from .walk import begin, in_vectors
 
 # Below fp32's smallest normal number a length counts as 0.
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -34,6 +34,7 @@ def key_lengths(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Euclidean length of BLOCK_N keys of one (batch, kv head).
 
@@ -41,6 +42,7 @@ def key_lengths(
     that no row sees are not read and have length 0; lengths fp32 [B, Hkv, Sk] contiguous.
     """
     block, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    k = in_vectors(k, ALIGNED)
     first_key = block * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)
     keep_key = offs_n < k_len
@@ -101,6 +103,7 @@ def append_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Append the next keys of one (batch, kv head) to the buffers of a `KeyStatistics`.
 
@@ -113,6 +116,7 @@ def append_keys(
     counts         int64 [B]: how many there are. Other programs read it too, so counts_after is a tensor of its own
     """
     _, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    k = in_vectors(k, ALIGNED)
     held = tl.load(buffers.counts + batch)
     new = held * 0 + k_len
     if new_counts_ptr is not None:
@@ -166,6 +170,7 @@ def key_statistics_grad(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """d_k[j] = d_lengths[j] * k[j] / |k[j]| for BLOCK_N keys; 0 where |k[j]| is 0 or below fp32's normal range.
 
@@ -173,6 +178,7 @@ def key_statistics_grad(
     dtype, contiguous; added is fp32 like d_k, or None: k's gradient by other ways, added before rounding.
     """
     block, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    k = in_vectors(k, ALIGNED)
     first_key = block * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)
     keep_key = offs_n < k_len

@@ -17,7 +17,7 @@ from .primitives import (
     terms_offset,
     tile_offsets,
 )
-from .walk import begin, place_of_member
+from .walk import begin, in_vectors, place_of_member
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
@@ -40,6 +40,7 @@ def attention_row_terms(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Row terms of the softmax's derivative, for BLOCK_M rows of one (batch or sequence, head).
 
@@ -61,6 +62,7 @@ def attention_row_terms(
                 with query_scale -lse2 and -delta * factor, each with factor in an int64: `primitives.load_term`
     """
     block, head, member = program_position(first_head, first_member, LAST_FIRST=False)
+    d_out = in_vectors(d_out, ALIGNED)
     packed_len = q_len
     place, q_len, _ = place_of_member(member, head, head, q_len, q_len, starts)
     batch = place.batch

@@ -17,6 +17,18 @@ def begin(x, batch, head, row):
 
 
 @triton.jit
+def in_vectors(x, ALIGNED: tl.constexpr):
+    """x, a `Strided`; where ALIGNED, the compiler learns that its strides are multiples of 16 bytes.
+
+    Triton itself only knows multiples of 16 elements: rows of 72 numbers of 16 bits would load one by one.
+    """
+    if ALIGNED:
+        STEP: tl.constexpr = 128 // x.ptr.dtype.element_ty.primitive_bitwidth
+        x = Strided(x.ptr, x.b // STEP * STEP, x.h // STEP * STEP, x.s // STEP * STEP, x.d)
+    return x
+
+
+@triton.jit
 def place_of_member(member, head, kv_head, q_len, k_len, starts):
     """(Place, rows, keys) of batch entry or packed sequence `member`; starts is a `Starts` or None."""
     batch, first_row, first_key = member, member * 0, member * 0
@@ -203,14 +215,13 @@ def walk_keys(
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     SUMS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """The state after STEP has taken each block of keys: the full blocks of a walk, or, where MASKED, the others.
 
-        state = STEP(state, block, key_scale, terms, sight, PRECISION, SUMS, MASKED)
+        state = STEP(state, block, key_scale, terms, sight, SUMS, MASKED)
 
     key_scale [keys] may be None; terms and SUMS are STEP's own.
     """
@@ -229,7 +240,7 @@ def walk_keys(
         batch, head, first_key = place.batch, place.kv_head, place.first_key
         k = load_rows(keys.k, keys.k_descriptor, k_offsets, batch, head, first_key, first, load_key, HEAD_DIM, MASKED)
         v = load_rows(keys.v, keys.v_descriptor, v_offsets, batch, head, first_key, first, load_key, VALUE_DIM, MASKED)
-        logits = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        logits = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         key_scale = None
         if keys.scale is not None:
             if MASKED:
@@ -237,5 +248,5 @@ def walk_keys(
             key_scale = load_vector(scale_ptrs, load_key, MASKED)
             scale_ptrs += BLOCK_N * scale_step
             logits *= key_scale[None, :]
-        state = STEP(state, KeyBlock(offs_key, k, v, logits), key_scale, terms, sight, PRECISION, SUMS, MASKED)
+        state = STEP(state, KeyBlock(offs_key, k, v, logits), key_scale, terms, sight, SUMS, MASKED)
     return state

@@ -10,7 +10,7 @@ from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ...core.visibility import Visibility
 from ...kernels.records import Results, RowTerms, Starts
 from ...tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
-from .launch import Arguments, Plan, is_wide, planned, strided
+from .launch import Arguments, Plan, are_aligned, is_wide, planned, strided
 from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
 
 
@@ -197,24 +197,10 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: bool) 
         sinks=call.logits.sinks is not None,
         dropout=call.dropout is not None,
         sequences=visible.sequences is not None,
-        aligned=all(map(_fits_descriptor, (call.q, call.k, call.v, d_out))),
+        aligned=are_aligned(call.q, call.k, call.v, d_out),
         short=is_short(*_lengths(call)),
         **asked,
     )
-
-
-def _fits_descriptor(tensor: Tensor | None) -> bool:
-    """Whether the tensor memory accelerator can address [B, H, S, D]: multiples of 16 bytes, the last axis dense."""
-    if tensor is None:
-        return True
-    shape, strides, width = tensor.shape, tensor.stride(), tensor.dtype.itemsize
-    if strides[3] != 1 or tensor.data_ptr() % 16:
-        return False
-    for axis in range(3):  # no generator: a call asks of all its tensors
-        step = strides[axis] * width
-        if shape[axis] > 1 and (step <= 0 or step % 16):
-            return False
-    return True
 
 
 def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arguments:
@@ -232,7 +218,7 @@ def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arg
 
 
 class _Descriptor(TensorDescriptor):
-    """A descriptor of a tensor that `_fits_descriptor`, which leaves nothing to check."""
+    """A descriptor of an aligned tensor, which leaves nothing to check."""
 
     def __post_init__(self) -> None:
         pass

@@ -177,12 +177,15 @@ def _decode(problem: Problem) -> None:
     lead = (batch, kv_heads, capacity)
     if problem.block_table:  # pages [N, Hkv, page, D], in memory [N, page, Hkv, D]
         lead = (batch * capacity // page, page, kv_heads)
-    k, v = (_tensor(*lead, width, dtype=problem.dtype) for width in (problem.head_dim, problem.value_dim))
+    k, v = (
+        _tensor(*lead, width, dtype=problem.dtype, aligned=problem.aligned)
+        for width in (problem.head_dim, problem.value_dim)
+    )
     if problem.block_table:
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     attend(
         Rows(
-            _tensor(batch, heads, rows, problem.head_dim, dtype=problem.dtype),
+            _tensor(batch, heads, rows, problem.head_dim, dtype=problem.dtype, aligned=problem.aligned),
             k,
             v,
             capacity,

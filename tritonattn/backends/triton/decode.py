@@ -12,7 +12,7 @@ from ...core.decode_call import LONGEST_QUERY, DecodeCall
 from ...kernels.decode import SHORTEST_SPLIT
 from ...kernels.records import Ranges, Results
 from ...tuning.config import Problem, is_short, padded_dim
-from .launch import Arguments, Plan, bounded, is_wide, plan, planned, strided
+from .launch import Arguments, Plan, are_aligned, bounded, is_wide, plan, planned, strided
 
 _MOST_SPLITS = 64
 
@@ -136,6 +136,7 @@ def _problem(rows: Rows, aux: bool) -> Problem:
         aux=aux,
         block_table=rows.block_table is not None,
         packed_rows=padded_dim(rows.group * rows.q.shape[2]),
+        aligned=are_aligned(rows.q, rows.k, rows.v),
         short=is_short(rows.q.shape[2], rows.capacity),
     )
 

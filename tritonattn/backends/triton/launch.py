@@ -209,7 +209,7 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "SUM_COLUMNS": sum_columns(problem, target),
         "CORRECT_DELTA": corrects_delta(problem.dtype),
         "SPLIT_TERMS": target.has_tensor_memory,
-        "PRECISION": "ieee",
+        "ALIGNED": problem.aligned and (problem.head_dim % 16 or problem.value_dim % 16) > 0,
     }
 
 
@@ -229,6 +229,24 @@ def is_wide(*tensors: Tensor | None) -> bool:
         if x is not None and 1024 * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31:
             return True
     return False
+
+
+def are_aligned(*tensors: Tensor | None) -> bool:
+    """Whether tensors [B, H, S, D] stand at multiples of 16 bytes, their last axis dense, as wide loads want them."""
+    return all(map(_is_aligned, tensors))
+
+
+def _is_aligned(tensor: Tensor | None) -> bool:
+    if tensor is None:
+        return True
+    shape, strides, width = tensor.shape, tensor.stride(), tensor.dtype.itemsize
+    if strides[3] != 1 or tensor.data_ptr() % 16:
+        return False
+    for axis in range(3):  # no generator: a call asks of all its tensors
+        step = strides[axis] * width
+        if shape[axis] > 1 and (step <= 0 or step % 16):
+            return False
+    return True
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -1,0 +1,66 @@
+"""Loads of tiles: 16 bytes at a time, for every head dim whose rows are multiples of 16 bytes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tests.support.pairs import all_pairs
+from tritonattn.backends.triton import launch
+from tritonattn.tuning import Problem, compile_kernel
+
+pytestmark = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+
+KERNELS = (
+    "forward",
+    "grad_query",
+    "grad_key_value",
+    "row_terms",
+    "decode",
+    "key_statistics",
+    "key_statistics_grad",
+    "append_keys",
+)
+CASES = [
+    (row["kernel"], row["target"], row["dim"], row["dtype"])
+    for row in all_pairs(
+        {
+            "kernel": KERNELS,
+            "target": ("sm_80", "sm_90"),
+            "dim": (40, 72, 88, 104, 120, 136),
+            "dtype": (torch.bfloat16, torch.float32),
+        }
+    )
+]
+QUICK = CASES[: len(KERNELS)]
+
+
+@pytest.mark.parametrize(("kernel", "target", "dim", "dtype"), QUICK)
+def test_tiles_load_16_bytes_at_a_time(kernel, target, dim, dtype):
+    check_loads(kernel, target, dim, dtype)
+
+
+def check_loads(kernel: str, target: str, dim: int, dtype: torch.dtype) -> None:
+    """Of the loads that are not 16 bytes wide there are no more than where head dims are multiples of 16."""
+    assert narrow_loads(kernel, target, dim, dtype) == narrow_loads(kernel, target, -(-dim // 16) * 16, dtype)
+
+
+def narrow_loads(kernel: str, target: str, dim: int, dtype: torch.dtype) -> int:
+    """Loads of fewer than 16 bytes in a kernel's code: those of vectors over rows and keys."""
+    problem = Problem(dim, dim, dtype, right=True, rounding=dtype == torch.bfloat16)
+    code = compile_kernel(kernel, problem, target=target).asm["ptx"]
+    loads = re.findall(r"ld\.global[\w.:]*", code)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^,]*,[^,]*, (0x[0-9a-f]+|\d+)", code)
+    assert loads or copies
+    narrow = [load for load in loads if not load.endswith((".v4.b32", ".v2.b64", ".v8.b32"))]
+    return len(narrow) + sum(int(size, 0) < 16 for size in copies)
+
+
+def test_rows_of_an_odd_stride_load_number_by_number():
+    """So that the count above can fail."""
+    problem = Problem(72, 72, torch.bfloat16, right=True, aligned=False)
+    code = compile_kernel("forward", problem, target="sm_80").asm["ptx"]
+    assert len(re.findall(r"ld\.global\S*b16 ", code)) > 64
