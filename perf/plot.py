@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from tritonattn.cli.options import make_folder
+from tritonattn.lab.figures import foot, plain_numbers, save, staggered, styles, ticks_at
 
 from .records import Record, read_all
 from .report import implementation
@@ -39,6 +41,7 @@ class Chart:
     panels   the axes whose values get a panel each
     label    the name of a record's line
     errors   a logarithmic axis, and the median of records at one place; else the last
+    even     the height at which a contestant is as fast as the one it is compared with
     """
 
     name: str
@@ -50,6 +53,7 @@ class Chart:
     x: str = "length"
     limits: Callable[[list[Record], dict[str, Record]], dict[str, Points]] = lambda records, ceilings: {}
     errors: bool = False
+    even: float | None = None
 
 
 def _ratio_of_others(record: Record) -> float | None:
@@ -83,16 +87,24 @@ def _error(record: Record) -> float | None:
     return record.error or None
 
 
+def _contestant(record: Record) -> str:
+    return record.contestant
+
+
+def _scaling(record: Record) -> str:
+    return record.scaling
+
+
 _PASSES = ("forward", "backward")
 _SHAPE, _PACKED = ("head_dim", "dtype", "causal"), ("head_dim", "dtype", "passes", "scaling")
 CHARTS = (
     *(Chart(f"{x}_tflops", x, "TFLOP/s", lambda r: r.tflops, (*_SHAPE, "scaling"), limits=_roofline) for x in _PASSES),
-    *(Chart(f"{x}_ratio", x, "time over ours", _ratio_of_others, (*_SHAPE, "scaling")) for x in _PASSES),
-    Chart("cpu_ratio", "cpu", "time over plain SDPA", _ratio_of_others, (*_SHAPE, "passes"), lambda r: r.contestant),
-    Chart("overhead", "overhead", "% over sqrt_dim", _overhead, ("head_dim", "dtype", "passes"), lambda r: r.scaling),
-    Chart("scaling", "scaling", "time over ours", _ratio_of_others, _SHAPE, x="scaling"),
+    *(Chart(f"{x}_ratio", x, "time over ours", _ratio_of_others, (*_SHAPE, "scaling"), even=1) for x in _PASSES),
+    Chart("cpu_ratio", "cpu", "time over plain SDPA", _ratio_of_others, (*_SHAPE, "passes"), _contestant, even=1),
+    Chart("overhead", "overhead", "% over sqrt_dim", _overhead, ("head_dim", "dtype", "passes"), _scaling, even=0),
+    Chart("scaling", "scaling", "time over ours", _ratio_of_others, _SHAPE, x="scaling", even=1),
     Chart("decode", "decode", "GB/s", _bandwidth, ("head_dim", "dtype", "paged", "scaling"), limits=_copy),
-    Chart("varlen", "varlen", "time over padded", _ratio_of_others, _PACKED),
+    Chart("varlen", "varlen", "time over padded", _ratio_of_others, _PACKED, even=1),
     Chart("accuracy_by_count", "accuracy", "error, median of the scalings", _error, ("dtype", "keys"), errors=True),
     Chart(
         "accuracy_by_scaling", "accuracy", "error, median of the cases", _error, ("dtype",), x="scaling", errors=True
@@ -131,33 +143,51 @@ def _named(axis: str, value: object) -> str:
 
 
 def draw(chart: Chart, records: list[Record], path: Path) -> None:
-    """Write a chart; every panel has the same kind of axes."""
+    """Write a chart, whose panels share their axes."""
     panels = panels_of(chart, records)
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.5 * columns, 3.6 * rows), layout="constrained")
-    colours = {label: f"C{n % 10}" for n, label in enumerate(dict.fromkeys(x for p in panels for x in p.lines))}
-    grid = figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(max(6.5, 3.6 * columns), 2.8 * rows + 1.6), layout="constrained")
+    looks = styles(label for panel in panels for label in panel.lines)
+    limits = {"color": "black", "linestyle": "--", "linewidth": 1}
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for panel, axes in zip(panels, grid.flat, strict=False):
-        for n, (label, points) in enumerate(panel.lines.items()):
-            dashes = "-" if n < 10 else ":"  # matplotlib has ten colours
-            axes.plot(*_sorted(points), dashes, marker="o", markersize=3, color=colours[label], label=label)
-        for label, points in panel.limits.items():
-            axes.plot(*_sorted(points), "--", color="black", linewidth=1, label=label)
-        axes.set(title=panel.title, ylabel=chart.ylabel, xlabel=chart.x)
-        if all(isinstance(x, (int, float)) for points in panel.lines.values() for x in points):
-            axes.set_xscale("log", base=2)
-        else:
-            axes.tick_params(axis="x", labelrotation=60)
-        if chart.errors:
-            axes.set_yscale("log")
+        if chart.even is not None:
+            axes.axhline(chart.even, color="grey", linewidth=1)
+        for index, (label, points) in enumerate(panel.lines.items()):
+            xs, ys = _sorted(points)
+            marks = staggered(index, len(panel.lines), len(xs))
+            axes.plot(xs, ys, **looks[label], markevery=marks)
+        for points in panel.limits.values():
+            axes.plot(*_sorted(points), **limits)
+        axes.set_title(panel.title, fontsize=9)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
-    members = [record for record in records if record.suite == chart.suite]
-    figure.suptitle(f"{members[-1].environment}, {members[-1].date}", fontsize=7)
-    figure.savefig(path, dpi=80)
+    _scales(chart, panels, grid)
+    looks |= {label: limits for panel in panels for label in panel.limits}
+    last = [record for record in records if record.suite == chart.suite][-1]
+    foot(figure, f"Measured: {last.environment}, {last.date}", looks, columns=2 * columns)
+    save(figure, path)
+
+
+def _scales(chart: Chart, panels: list[Panel], grid: Any) -> None:
+    """Set the scales and ticks that all panels share."""
+    first = grid.flat[0]
+    if chart.errors or chart.even == 1:
+        first.set_yscale("log")
+    if chart.even == 1:
+        plain_numbers(first.yaxis)
+    places = {x for panel in panels for points in panel.lines.values() for x in points}
+    numbers = sorted(x for x in places if not isinstance(x, str))
+    if numbers:
+        first.set_xscale("log", base=2)
+        ticks_at(first.xaxis, numbers)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(chart.ylabel)
+    for axes in grid.flat[max(0, len(panels) - grid.shape[1]) : len(panels)]:  # the lowest of each column
+        axes.set_xlabel(chart.x)
+        axes.tick_params(axis="x", labelbottom=True, labelrotation=0 if len(places) < 5 else 90, labelsize=8)
 
 
 def _sorted(points: Points) -> tuple[list, list]:

@@ -10,6 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 import tritonattn
+from tritonattn.lab.figures import COLOURS, save
 
 TOKENS = 8
 _HOLES = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
@@ -31,27 +32,29 @@ def visible(**masks) -> torch.Tensor:
 
 
 def draw() -> Figure:
-    figure = Figure(figsize=(12, 2.9), layout="constrained")
-    for axes, (title, masks) in zip(figure.subplots(1, len(CALLS)).flat, CALLS.items(), strict=True):
+    figure = Figure(figsize=(12, 2.6), layout="constrained")
+    for axes, (title, masks) in zip(figure.subplots(1, len(CALLS), sharey=True).flat, CALLS.items(), strict=True):
         _panel(axes, visible(**masks), title)
+    figure.axes[0].set_ylabel("row i")
+    figure.get_layout_engine().set(wspace=0.14)
     return figure
 
 
 def _panel(axes: Axes, seen: torch.Tensor, title: str) -> None:
-    axes.imshow(seen.tolist(), cmap=ListedColormap(["#F2F2F2", "#0072B2"]), vmin=0, vmax=1)
+    axes.imshow(seen.tolist(), cmap=ListedColormap(["#F2F2F2", COLOURS[2]]), vmin=0, vmax=1)
     axes.set_title(title, fontsize=10, family="monospace")
-    axes.set(xticks=range(TOKENS), yticks=range(TOKENS), xlabel="key j", ylabel="row i")
+    axes.set(xticks=range(TOKENS), yticks=range(TOKENS), xlabel="key j")
     axes.tick_params(labelsize=8, length=0)
     axes.set_xticks([x - 0.5 for x in range(1, TOKENS)], minor=True)
     axes.set_yticks([y - 0.5 for y in range(1, TOKENS)], minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="minor", length=0)
-    axes.text(TOKENS + 0.1, -1, "n", ha="center", va="center", fontsize=9)
+    axes.text(TOKENS - 0.05, -1, "n", ha="center", va="center", fontsize=9, weight="bold")
     for row, count in enumerate(seen.sum(1).tolist()):
-        axes.text(TOKENS + 0.1, row, str(count), ha="center", va="center", fontsize=9)
+        axes.text(TOKENS - 0.05, row, str(count), ha="center", va="center", fontsize=9)
 
 
 if __name__ == "__main__":
     file = Path(__file__).parent / "masks.png"
-    draw().savefig(file, dpi=110)
+    save(draw(), file, dpi=110)
     print(file)

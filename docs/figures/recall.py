@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from tritonattn.lab.figures import dodge, foot, save, ticks_at
 from tritonattn.lab.training.interval import Interval
+from tritonattn.lab.training.records import read
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "docs/data/training/runs-recall.jsonl"
 LENGTHS = (16, 64, 256, 1024, 4096)
 # Mode: colour on light and on dark (after Okabe and Ito), marker, line. ssmax is dashed, over log_key_count.
 MODES = {
-    "key_count+gain": ("#8C6D00", "#E6C200", "v", "-"),
-    "key_norm_mean": ("#7A5195", "#CC99CC", "^", "-"),
+    "key_count+gain": ("#8C6D00", "#E6C200", "v", (0, (1, 1))),
+    "key_norm_mean": ("#7A5195", "#CC99CC", "^", (0, (6, 1.5, 1, 1.5))),
     "sqrt_dim": ("#000000", "#FFFFFF", "D", "-"),
     "log_key_count": ("#0072B2", "#56B4E9", "s", "-"),
     "ssmax": ("#D55E00", "#FF8A3D", "o", (0, (3, 3))),
@@ -25,22 +26,17 @@ THEMES = {"light": ("#FFFFFF", "#24292F", "#EAEEF2"), "dark": ("#0D1117", "#E6ED
 
 def recalls() -> dict[str, dict[int, Interval]]:
     """Share of right values by mode and number of pairs, over the seeds."""
-    runs = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
+    runs = read(RUNS)
     return {
-        mode: {
-            n: Interval.of([run["metrics"][f"accuracy_{n}"] for run in runs if run["mode"] == mode]) for n in LENGTHS
-        }
+        mode: {n: Interval.of([run.metrics[f"accuracy_{n}"] for run in runs if run.mode == mode]) for n in LENGTHS}
         for mode in MODES
     }
 
 
 def source() -> str:
-    run = json.loads(RUNS.read_text(encoding="utf-8").splitlines()[0])
-    where = run["environment"]
+    run = read(RUNS)[0]
     return (
-        f"Measured: one layer, 5 seeds, bars are 95% intervals. {where['device']}, {where['threads']} thread, "
-        f"torch {where['torch']}, commit {where['commit']}, {run['date']}.\n"
-        f"{run['command'].replace('python -m ', '')}"
+        f"Measured: one layer, mean of 5 seeds, bars are 95% intervals. {run.environment}, {run.date}, `{run.command}`"
     )
 
 
@@ -49,27 +45,27 @@ def draw(theme: str) -> Figure:
     figure = Figure(figsize=(8, 4.2), layout="constrained", facecolor=paper)
     axes = figure.subplots()
     axes.set_facecolor(paper)
-    axes.axvspan(LENGTHS[0], LENGTHS[1], color=shade, zorder=0)
+    axes.axvspan(14, 74, color=shade, zorder=0)
     axes.text(32, 0.5, "trained lengths", color=ink, ha="center", fontsize=9)
-    axes.plot((14, LENGTHS[-1]), (1 / 16, 1 / 16), color=ink, linewidth=0.8, linestyle=":")
+    axes.plot((13, LENGTHS[-1]), (1 / 16, 1 / 16), color=ink, linewidth=0.8, linestyle=":")
     axes.text(100, 1 / 16 + 0.015, "chance", color=ink, fontsize=9)
     labels = {}
-    for mode, by_length in recalls().items():
+    for index, (mode, by_length) in enumerate(recalls().items()):
         (*colours, marker, line) = MODES[mode]
         colour = colours[theme == "dark"]
         means, halves = zip(*((one.mean, one.half) for one in by_length.values()), strict=True)
         look = {"color": colour, "marker": marker, "markersize": 5, "capsize": 3, "linewidth": 1.6, "linestyle": line}
-        axes.errorbar(LENGTHS, means, halves, **look)
+        aside = 2 ** dodge(index, len(MODES), 0.3)
+        axes.errorbar([n * aside for n in LENGTHS], means, halves, **look)
         labels[means[-1]] = (f"{mode}  {means[-1]:.0%}", colour)
     height = 0.0
     for mean in sorted(labels):
         text, colour = labels[mean]
         height = max(mean, height + 0.055)
-        axes.text(4700, height, text, color=colour, va="center", fontsize=10)
-    axes.set(xscale="log", ylim=(0, 1.03), xlim=(14, 16500), xlabel="keys in the table that is searched")
+        axes.text(5300, height, text, color=colour, va="center", fontsize=10)
+    axes.set(xscale="log", ylim=(0, 1.03), xlim=(13, 19000), xlabel="keys in the table that is searched")
     axes.set_ylabel("share of values recalled")
-    axes.set_xticks(LENGTHS, [f"{n:,}" for n in LENGTHS])
-    axes.minorticks_off()
+    ticks_at(axes.xaxis, LENGTHS)
     axes.tick_params(colors=ink)
     axes.xaxis.label.set_color(ink)
     axes.yaxis.label.set_color(ink)
@@ -77,12 +73,12 @@ def draw(theme: str) -> Figure:
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(ink)
     figure.suptitle("Recall beyond the trained number of keys", color=ink, fontsize=12)
-    figure.supxlabel(source(), color=ink, fontsize=7.5)
+    foot(figure, source(), color=ink)
     return figure
 
 
 if __name__ == "__main__":
     for name in THEMES:
         file = Path(__file__).parent / f"recall-{name}.png"
-        draw(name).savefig(file, dpi=144)
+        save(draw(name), file, dpi=144)
         print(file.relative_to(ROOT))

@@ -164,7 +164,11 @@ def test_bins_cover_every_token_once():
     table = study().by_position().splitlines()
     assert len(table) == 2 + len(bins)
     assert table[3].split()[1:6] == ["20", "to", "39", "|", f"{study().baseline[19:39].mean():.3f}"]
-    record = study().record()
+    one = study()
+    record = one.record()
+    assert record["second_part_alone"]["by_bin"] == [
+        pytest.approx(float(one.alone[lo - 51 : hi - 51].mean()), abs=1e-4) for lo, hi in bins if lo > 50
+    ]
     assert record["loss"]["sqrt_dim"][1] == pytest.approx(float(study().baseline[19:39].mean()), abs=1e-4)
 
 

@@ -11,8 +11,10 @@ import torch
 
 from tests.support.refusals import assert_refused
 from tritonattn.cli import main as cli
-from tritonattn.lab.simulation import command
+from tritonattn.lab.simulation import command, plot
+from tritonattn.lab.simulation.paper import PANELS
 from tritonattn.lab.simulation.plot import density
+from tritonattn.lab.simulation.report import Findings
 
 TINY = ["--modes", "sqrt_dim,key_norm_sum,cosine", "--counts", "2,40", "--dims", "4,6", "--keys", "gaussian,few giants"]
 
@@ -64,6 +66,28 @@ def test_everything(tmp_path, capsys):
     names = {"paper_figure_1", "paper_figure_2", "by_count", "by_dim", "by_keys", "two_ways", "verdict"}
     assert {path.name for path in folder.iterdir()} == {f"{name}.png" for name in names}
     assert all(path.stat().st_size > 5000 for path in folder.iterdir())
+
+
+def test_findings_are_read_as_they_were_written(tmp_path):
+    file, again = tmp_path / "a.json", tmp_path / "b.json"
+    assert simulate("--json", str(file)) == 0
+    findings = Findings.read_json(file)
+    findings.write_json(again)
+    assert again.read_text() == file.read_text()
+    assert [part.panel for part in findings.components] == list(PANELS)
+    assert f"seed 0, `{findings.command}`" in findings.source()
+
+
+def test_modes_that_coincide_share_a_line(tmp_path, monkeypatch):
+    pictures = {}
+    monkeypatch.setattr(plot, "save", lambda figure, file: pictures.setdefault(file.stem, figure))
+    modes = ["--modes", "sqrt_dim,key_norm_sum,llama4", "--counts", "2,40", "--dims", "4", "--keys", "gaussian"]
+    assert cli.main(["simulate", "--parts", "sweep", *modes, "--json", str(tmp_path / "a.json")]) == 0
+    plot.draw_all(Findings.read_json(tmp_path / "a.json"), tmp_path)
+    labels = [text.get_text() for text in pictures["by_count"].legends[0].get_texts()]
+    assert labels == ["sqrt_dim, llama4", "key_norm_sum"]
+    assert all(len(axes.lines) == 2 for axes in pictures["by_count"].axes)
+    assert [axes.get_title() for axes in pictures["two_ways"].axes] == ["sqrt_dim", "key_norm_sum", "llama4"]
 
 
 def test_a_seed_repeats_itself(tmp_path):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ...core.errors import CommandError
+from ...core.provenance import Environment, command_line
 from ...huggingface import Patched
 from .measurement import Measurement, Subject, eager_loss, measure, patched_with
 from .model import load
@@ -38,7 +39,9 @@ def run(options: Namespace) -> int:
     if options.json is not None:
         report.write_json(options.json)
     if options.plot is not None:
-        report.draw(options.plot)
+        from .plot import draw
+
+        draw(subject.name, measurements, Environment.of(subject.device, command_line()), options.plot)
         print(f"plot: {options.plot}")
     return 0 if report.agrees else 1
 

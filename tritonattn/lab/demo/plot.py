@@ -8,6 +8,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ...core.provenance import Environment
+from ..figures import foot, plain_numbers, save, staggered, styles, values_beside, whole_numbers
 from .measurement import Measurement
 
 
@@ -16,20 +18,30 @@ def file_types() -> list[str]:
     return sorted(FigureCanvasAgg.get_supported_filetypes())
 
 
-def draw(model: str, measurements: Sequence[Measurement], file: Path) -> None:
-    """Draw the loss of every mode and, by layer in the same colour, its entropy and its largest logit."""
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
+def draw(model: str, measurements: Sequence[Measurement], environment: Environment, file: Path) -> None:
+    """Draw the loss of every mode, and by layer, counted from 0, its entropy and its largest logit."""
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
     losses, entropies, logits = figure.subplots(1, 3)
-    colours = [f"C{index}" for index in range(len(measurements))]
-    for row, (one, colour) in enumerate(zip(measurements, colours, strict=True)):
-        losses.barh(row, one.loss, color=colour)
-        layers = range(1, len(one.layers) + 1)
-        entropies.plot(layers, [layer.entropy for layer in one.layers], color=colour)
-        logits.plot(layers, [layer.largest_logit for layer in one.layers], color=colour)
+    looks = styles(one.mode for one in measurements)
+    for row, one in enumerate(measurements):
+        look = looks[one.mode]
+        losses.plot(one.loss, row, **{**look, "markersize": 7})
+        marks = staggered(row, len(measurements), len(one.layers))
+        for axes, values in (
+            (entropies, [layer.entropy for layer in one.layers]),
+            (logits, [layer.largest_logit for layer in one.layers]),
+        ):
+            axes.plot(range(len(values)), values, **look, markevery=marks)
     losses.set_yticks(range(len(measurements)), [one.mode for one in measurements])
     losses.invert_yaxis()
+    losses.grid(alpha=0.3)
     losses.set_xlabel("loss per token (nats)")
+    values_beside(losses, [f"{one.loss:.3f}" for one in measurements])
     entropies.set(xlabel="layer", ylabel="attention entropy / ln n", ylim=(0, 1.05))
     logits.set(xlabel="layer", ylabel="largest logit", yscale="symlog")
+    for axes in (entropies, logits):
+        whole_numbers(axes.xaxis)
+    plain_numbers(logits.yaxis)
     figure.suptitle(f"{model}: what the scaling of the attention logits does without retraining")
-    figure.savefig(file, dpi=150)
+    foot(figure, f"Measured: {environment}", looks, columns=7)
+    save(figure, file)

@@ -100,11 +100,6 @@ class Report:
         """Write every figure; one that is not finite becomes null."""
         write_json(file, self._record())
 
-    def draw(self, file: Path) -> None:
-        from .plot import draw
-
-        draw(self.model, self.measurements, file)
-
     def _row(self, measurement: Measurement) -> tuple[str, ...]:
         base = self.measurements[0]
         return (

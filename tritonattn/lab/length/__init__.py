@@ -20,6 +20,7 @@ from ..demo.model import load
 from ..demo.variants import BASELINE, Variant, variants
 from ..texts import WONDERLAND
 from .passes import check_head, losses
+from .plot import draw
 from .report import Study
 
 _QUICK = 384
@@ -63,7 +64,7 @@ def run(options: Namespace) -> int:
     )
     print(f"{study.table()}\n\n{study.by_position()}")
     study.write_json(options.out / "length.json")
-    study.draw(options.out / "length.png")
+    draw(study.record(), options.out / "length.png")
     print(f"plot: {options.out / 'length.png'}")
     if options.quick:
         print("A smoke run (--quick): so few tokens say nothing about lengths.")

@@ -1,4 +1,4 @@
-"""Losses by position as a table, sentences, JSON and a picture."""
+"""Losses by position as tables and JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ...core.provenance import Environment
@@ -110,35 +109,21 @@ class Study:
                 name: [round(float(x[lo - 1 : hi - 1].mean()), 4) for lo, hi in self.bins()]
                 for name, x in self.losses.items()
             },
-            "second_part_alone": {"start": self.start, "loss": round(float(self.alone.mean()), 4)},
+            "second_part_alone": {
+                "start": self.start,
+                "loss": round(float(self.alone.mean()), 4),
+                "by_bin": self._alone_by_bin(),
+            },
         }
+
+    def _alone_by_bin(self) -> list[float]:
+        """Losses without the tokens before `start`, of the bins that lie behind it."""
+        first = self.start + 1  # the token of entry 0
+        later = [(lo - first, hi - first) for lo, hi in self.bins() if lo >= first]
+        return [round(float(self.alone[lo:hi].mean()), 4) for lo, hi in later]
 
     def write_json(self, file: Path) -> None:
         file.write_text(json.dumps(self.record()) + "\n", encoding="utf-8")
-
-    def draw(self, file: Path) -> None:
-        """Draw the loss by position, and its difference from the baseline's."""
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
-        loss, moved = figure.subplots(1, 2)
-        bins = self.bins()
-        middles = [(lo + hi) / 2 for lo, hi in bins]
-        for index, (name, values) in enumerate(self.losses.items()):
-            means = [float(values[lo - 1 : hi - 1].mean()) for lo, hi in bins]
-            base = [float(self.baseline[lo - 1 : hi - 1].mean()) for lo, hi in bins]
-            loss.plot(middles, means, color=f"C{index}", label=name, linewidth=1.2)
-            moved.plot(middles, [a - b for a, b in zip(means, base, strict=True)], color=f"C{index}", linewidth=1.2)
-        later = [(lo, hi) for lo, hi in bins if lo > self.start]
-        alone = [float(self.alone[lo - self.start - 1 : hi - self.start - 1].mean()) for lo, hi in later]
-        loss.plot([(lo + hi) / 2 for lo, hi in later], alone, "k:", label=f"sqrt_dim, nothing before {self.start}")
-        for axes in (loss, moved):
-            axes.axvline(self.context, color="grey", linewidth=0.8)
-            axes.set_xlabel(f"position (grey: the trained context, {self.context})")
-        loss.set_ylabel("loss per token (nats)")
-        moved.set(ylabel="loss less sqrt_dim's")
-        moved.set_yscale("symlog", linthresh=0.02)
-        loss.legend(fontsize="small")
-        figure.suptitle(f"{self.model}: loss by position, {self.tokens} tokens of {self.text}")
-        figure.savefig(file, dpi=90)
 
 
 def difference(values: Tensor) -> str:

@@ -41,7 +41,7 @@ def run(options: Namespace) -> int:
         verdict,
     )
     print(findings.text())
-    print(f"\n{findings.environment}, seed {options.seed}, `{findings.command}`")
+    print(f"\n{findings.source()}")
     if options.json is not None:
         findings.write_json(options.json)
     if options.plot is not None:

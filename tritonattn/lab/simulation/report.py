@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ...core.provenance import Environment
 from ...core.records import for_json
 from ...core.tables import table
 from .measures import MEASURES, Measures, Point
-from .paper import Component
+from .paper import PANELS, Component, component
 from .verdict import Condition, Reach
 
 _REFERENCE = 1024  # dimensions and kinds of keys are compared at this number of keys, or the nearest
@@ -55,6 +57,31 @@ class Findings:
     components: list[Component]
     sweep: dict[tuple[Point, str], Measures]
     verdict: dict[tuple[Condition, str], Reach]
+
+    @classmethod
+    def read_json(cls, file: Path) -> Findings:
+        """Read what `write_json` wrote; the panels' components, which it leaves out, are drawn anew from the seed."""
+        record = json.loads(file.read_text(encoding="utf-8"))
+        seed, paper = record["seed"], {(one.pop("dim"), one.pop("mode")): one for one in record["paper"]}
+        points = [(one.pop("modes"), Point(**one)) for one in record["sweep"]["points"]]
+        verdict = {}
+        for one in record["verdict"]:
+            condition = Condition(**{field.name: one.pop(field.name) for field in fields(Condition)})
+            mode = one.pop("mode")
+            verdict[condition, mode] = Reach(**one)
+        return cls(
+            Environment(**record["environment"]),
+            record["command"],
+            seed,
+            paper,
+            [component(panel, seed, torch.device("cpu")) for panel in PANELS] if paper else [],
+            {(point, mode): Measures(*values) for modes, point in points for mode, values in modes.items()},
+            verdict,
+        )
+
+    def source(self) -> str:
+        """Say where the figures come from."""
+        return f"Simulated: {self.environment}, seed {self.seed}, `{self.command}`"
 
     @property
     def modes(self) -> list[str]:

@@ -4,91 +4,102 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..figures import dodge, foot, plain_numbers, save, staggered, styles, ticks_at, values_beside
 from .interval import Interval
 from .records import Run
 from .report import by_mode
 from .tasks import TASKS
 
+Looks = dict[str, dict[str, Any]]
+Modes = dict[str, list[Run]]
+
 
 def draw(runs: Sequence[Run], file: Path) -> None:
     """Draw one task's runs: held-out loss, gradient norms and entropy over steps, gradients by layer, and measures."""
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    panels = figure.subplots(2, 3).flat
     modes = {mode: [run for run in members if run.status == "trained"] for mode, members in by_mode(runs).items()}
     modes = {mode: members for mode, members in modes.items() if members}
-    colours = {mode: f"C{index}" for index, mode in enumerate(modes)}
-    loss, gradients, entropy, layers, final, legend = panels
-    for mode, members in modes.items():
-        colour = colours[mode]
-        _band(loss, members, lambda run: run.held_out_loss, colour)
-        _band(gradients, members, lambda run: _mean_over_layers(run.gradients, " qk"), colour)
-        _band(entropy, members, lambda run: _mean_over_layers(run.entropy), colour)
-        _by_layer(layers, members, colour)
-        legend.plot([], [], color=colour, label=mode)
-    _measures(final, modes, colours)
-    loss.set(xlabel="step", ylabel="held-out loss (nats)")
-    gradients.set(xlabel="step", ylabel="gradient norm of W_q, W_k", yscale="log")
-    entropy.set(xlabel="step", ylabel="entropy / ln n", ylim=(0, 1.05))
+    looks, base = styles(modes), next(iter(modes))
+    base_loss = {run.seed: run.held_out_loss for run in modes[base]}
+    figure = Figure(figsize=(12, 7.6), layout="constrained")
+    loss, gradients, entropy, moved, layers, final = figure.subplots(2, 3).flat
+    _curves(loss, modes, looks, lambda run: run.held_out_loss)
+    _curves(moved, modes, looks, lambda run: _less(run.held_out_loss, base_loss.get(run.seed)))
+    _curves(gradients, modes, looks, lambda run: _mean_over_layers(run.gradients, " qk"))
+    _curves(entropy, modes, looks, lambda run: _mean_over_layers(run.entropy))
+    _by_layer(layers, modes, looks)
+    _measures(final, modes, looks)
+    loss.set(ylabel="held-out loss (nats)", yscale="log")
+    moved.set_ylabel(f"held-out loss less {base}'s\nof the same seed (nats)")
+    moved.set_yscale("symlog", linthresh=0.1)
+    gradients.set(ylabel="gradient norm of W_q, W_k", yscale="log")
+    entropy.set(ylabel="entropy / ln n", ylim=(0, 1.05))
     layers.set(ylabel="gradient norm of W_q, W_k\nmean over steps", yscale="log")
-    legend.axis("off")
-    legend.legend(loc="center", fontsize="large")
-    seeds = len({run.seed for run in runs})
-    figure.suptitle(f"{runs[0].task}: {runs[0].recipe}; mean of {seeds} seeds, bands and bars 95% intervals")
-    figure.savefig(file, dpi=72)
+    for axes in (loss, gradients, moved, layers):
+        plain_numbers(axes.yaxis)
+    first, seeds = runs[0], len({run.seed for run in runs})
+    figure.suptitle(f"{first.task}: {first.recipe}; mean of {seeds} seeds, bands and bars 95% intervals")
+    foot(figure, f"Measured: {first.environment}, {first.date}, `{first.command}`", looks)
+    save(figure, file)
 
 
-def _band(axes: Axes, runs: Sequence[Run], curve: Callable[[Run], Sequence[float]], colour: str) -> None:
-    columns = list(zip(*(curve(run) for run in runs), strict=True))
-    intervals = [Interval.of(column) for column in columns]
-    means = [one.mean for one in intervals]
-    axes.plot(runs[0].steps, means, color=colour, linewidth=1.2)
-    if len(runs) > 1:
-        # An interval of few positive values can reach below 0, which a logarithmic axis cannot show.
-        lower = [max(one.mean - one.half, min(column)) for one, column in zip(intervals, columns, strict=True)]
-        upper = [min(one.mean + one.half, max(column)) for one, column in zip(intervals, columns, strict=True)]
-        axes.fill_between(runs[0].steps, lower, upper, color=colour, alpha=0.15, linewidth=0)
+def _curves(axes: Axes, modes: Modes, looks: Looks, curve: Callable[[Run], Sequence[float]]) -> None:
+    """Draw a mode's mean over its seeds as a line over steps, with a band; an empty curve is left out."""
+    for index, (mode, runs) in enumerate(modes.items()):
+        columns = list(zip(*filter(None, map(curve, runs)), strict=True))
+        intervals = [Interval.of(column) for column in columns]
+        steps = runs[0].steps[: len(columns)]
+        marks = staggered(index, len(modes), len(columns))
+        axes.plot(steps, [one.mean for one in intervals], **looks[mode], markevery=marks)
+        if len(runs) > 1:
+            # An interval of few positive values can reach below 0, which a logarithmic axis cannot show.
+            lower = [max(one.mean - one.half, min(column)) for one, column in zip(intervals, columns, strict=True)]
+            upper = [min(one.mean + one.half, max(column)) for one, column in zip(intervals, columns, strict=True)]
+            axes.fill_between(steps, lower, upper, color=looks[mode]["color"], alpha=0.07, linewidth=0)
+    axes.set_xlabel("step")
 
 
-def _by_layer(axes: Axes, runs: Sequence[Run], colour: str) -> None:
-    names = [name for name in runs[0].gradients if name.endswith(" qk")]
-    means = [sum(sum(run.gradients[name]) / len(run.gradients[name]) for run in runs) / len(runs) for name in names]
-    axes.plot(range(len(names)), means, "o-", color=colour)
+def _less(values: Sequence[float], base: Sequence[float] | None) -> list[float]:
+    return [] if base is None else [one - other for one, other in zip(values, base, strict=True)]
+
+
+def _by_layer(axes: Axes, modes: Modes, looks: Looks) -> None:
+    names = [name for name in next(iter(modes.values()))[0].gradients if name.endswith(" qk")]
+    for index, (mode, runs) in enumerate(modes.items()):
+        means = [sum(sum(run.gradients[name]) / len(run.gradients[name]) for run in runs) / len(runs) for name in names]
+        aside = dodge(index, len(modes), 0.3)
+        axes.plot([place + aside for place in range(len(names))], means, **looks[mode])
     labels = [name.removesuffix(" qk").replace(".attention", "\nself").replace(".cross", "\ncross") for name in names]
-    axes.set_xticks(range(len(names)), labels, fontsize="small")
+    axes.set_xticks(range(len(names)), labels)
+    axes.set_xlim(-0.5, len(names) - 0.5)
 
 
-def _measures(axes: Axes, modes: dict[str, list[Run]], colours: dict[str, str]) -> None:
-    """Draw a measure for several lengths as a line over them, one measure as a bar a mode."""
-    runs = next(iter(modes.values()))
-    task = TASKS[runs[0].task]
-    stem = task.metric.rsplit("_", 1)[0] + "_"
-    lengths = {name: int(name.removeprefix(stem)) for name in runs[0].metrics if name.startswith(stem)}
-    for row, (mode, members) in enumerate(modes.items()):
-        if lengths:
-            found = [Interval.of([run.metrics[name] for run in members]) for name in lengths]
-            axes.errorbar(
-                list(lengths.values()),
-                [one.mean for one in found],
-                [one.half for one in found],
-                color=colours[mode],
-                capsize=2,
-                linewidth=1.2,
-            )
-        else:
-            one = Interval.of([run.metrics[task.metric] for run in members])
-            axes.barh(row, one.mean, xerr=one.half, color=colours[mode], capsize=2)
+def _measures(axes: Axes, modes: Modes, looks: Looks) -> None:
+    """Draw a measure for several lengths as a line over them, one measure as a point a mode with its value."""
+    run = next(iter(modes.values()))[0]
+    metric = TASKS[run.task].metric
+    stem = metric.rsplit("_", 1)[0] + "_"
+    lengths = {name: int(name.removeprefix(stem)) for name in run.metrics if name.startswith(stem)}
     if lengths:
+        for index, (mode, runs) in enumerate(modes.items()):
+            found = [Interval.of([run.metrics[name] for run in runs]) for name in lengths]
+            places = [n * 2 ** dodge(index, len(modes), 0.4) for n in lengths.values()]
+            look = {**looks[mode], "capsize": 2, "elinewidth": 1}
+            axes.errorbar(places, [one.mean for one in found], [one.half for one in found], **look)
         axes.set(xscale="log", xlabel="length in testing", ylabel=stem.rstrip("_"))
-        axes.set_xticks(list(lengths.values()), [str(n) for n in lengths.values()])
-        axes.minorticks_off()
-    else:
-        axes.set_yticks(range(len(modes)), list(modes), fontsize="small")
-        axes.invert_yaxis()
-        axes.set_xlabel(task.metric)
+        ticks_at(axes.xaxis, list(lengths.values()))
+        return
+    found = [Interval.of([run.metrics[metric] for run in runs]) for runs in modes.values()]
+    for row, (mode, one) in enumerate(zip(modes, found, strict=True)):
+        axes.errorbar(one.mean, row, xerr=one.half, **looks[mode], capsize=3)
+    values_beside(axes, [f"{one.mean:.3f}" for one in found])
+    axes.set_yticks(range(len(modes)), list(modes), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(metric)
 
 
 def _mean_over_layers(lists: dict[str, list[float]], ending: str = "") -> list[float]:

@@ -1,0 +1,108 @@
+"""The look that pictures share: colours, marks, dashes, ticks, and the line that says where the numbers come from."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from PIL import Image
+
+# The palette of Okabe and Ito, which colour-blind readers can tell apart, without its yellow, which paper swallows;
+# then a grey and a wine.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#882255")
+_MARKERS = "osD^vXP*p<"
+_DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (2.5, 1)))
+_SMALL, _LEGEND = 7, 9  # font sizes of the source and of legends
+
+
+def style(index: int) -> dict[str, Any]:
+    """The look of line number `index`: no two of the first 90 have the same colour and marker."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _DASHES[index % len(_DASHES)],
+        "markersize": 4,
+        "linewidth": 1.3,
+    }
+
+
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A look for each name, in their order."""
+    return {name: style(index) for index, name in enumerate(dict.fromkeys(names))}
+
+
+def staggered(index: int, series: int, points: int) -> tuple[int, int]:
+    """`markevery` of one of several lines: those that coincide show their marks in turn."""
+    every = max(1, min(series, points // 3))
+    return index % every, every
+
+
+def dodge(index: int, series: int, width: float) -> float:
+    """How far to the side one of several marks at one place stands; together they take `width`."""
+    return ((index + 0.5) / series - 0.5) * width
+
+
+def whole_numbers(axis: Axis) -> None:
+    """Put ticks at integers only."""
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Label a logarithmic axis of a few decades, drawn on already, 0.1, 0.2, 0.5, 1, not by powers of ten."""
+    if axis.get_scale() == "log":
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def ticks_at(axis: Axis, values: Sequence[int]) -> None:
+    """Put ticks at these numbers of a logarithmic axis, and nowhere else."""
+    axis.set_ticks(list(values), [f"{value:,}" for value in values], fontsize=8)
+    axis.set_minor_locator(NullLocator())
+
+
+def values_beside(axes: Axes, texts: Sequence[str]) -> None:
+    """Write a text a row at the right of a chart with one row a series."""
+    for row, text in enumerate(texts):
+        axes.annotate(text, (1.0, row), (4, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=8)
+
+
+def foot(figure: Figure, source: str, looks: dict[str, dict[str, Any]] | None = None, columns: int = 5, **text) -> None:
+    """Write below a figure where its numbers come from, wrapped to its width, and above that a legend of all panels."""
+    lines = textwrap.wrap(source, int(figure.get_figwidth() * 72 / (0.6 * _SMALL)), break_on_hyphens=False)
+    height = _height(figure, len(lines), _SMALL)
+    figure.text(0.5, height / 2, "\n".join(lines), fontsize=_SMALL, ha="center", va="center", **text)
+    if looks is not None:
+        handles = [Line2D([], [], **look) for look in looks.values()]
+        place = {"loc": "lower center", "bbox_to_anchor": (0.5, height), "borderaxespad": 0}
+        figure.legend(handles, list(looks), ncols=columns, fontsize=_LEGEND, handlelength=3, **place)
+        height += _height(figure, math.ceil(len(looks) / columns), _LEGEND)
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine.set(rect=(0, height, 1, 1 - height))
+
+
+def _height(figure: Figure, lines: int, size: float) -> float:
+    """The height of lines of a font size, and of a margin, as a share of the figure's."""
+    return (1.6 * lines + 0.8) * size / 72 / figure.get_figheight()
+
+
+def save(figure: Figure, file: Path, dpi: int = 100) -> None:
+    """Write a figure in the format of the file's ending; a .png with a palette of 128 colours, a third of the size."""
+    if file.suffix.lower() != ".png":
+        figure.savefig(file)
+        return
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=dpi)
+    Image.open(picture).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
