@@ -141,8 +141,6 @@ class Stub:
             return self.index if index is None else index
 
         functions: dict[str, Callable[..., Any]] = {
-            "is_available": lambda: True,
-            "device_count": lambda: len(DEVICES),
             "current_device": lambda: self.index,
             "set_device": lambda device: self._use(number(device)),
             "_exchange_device": self._use,
