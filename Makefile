@@ -1,4 +1,4 @@
-# Needs python3 (3.10 or newer) with its headers, gcc and make; everything is installed into $(VENV).
+# Needs python3 (3.10 or newer) with its headers, gcc, g++ and make; everything is installed into $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
