@@ -19,7 +19,7 @@ from .options import command_line
 
 _DEVICES = (
     "default: a GPU where there is one. For errors, not times: interpret, kernels in Triton's interpreter; emulate, "
-    "kernels compiled for sm_80 in the emulator of tests/emulator, in 16 bits as a GPU computes them"
+    "kernels compiled for sm_80, launched on a stub of NVIDIA's driver and run in tests/emulator, bf16 as on a GPU"
 )
 
 
@@ -46,17 +46,11 @@ def run(options: argparse.Namespace) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
     import torch
 
-    from tritonattn.backends.triton import launch
+    from .devices import kernels_on, obstacle
 
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and not torch.cuda.is_available():
-        sys.exit("sweep: device cuda: torch sees no GPU")
-    if kind == "emulate":
-        from tests.emulated.executor import GPU, Executor
-
-        launch.run = Executor(GPU(80))  # for CPU tensors, with the configs of this GPU
-    if kind == "interpret" and not launch.runs_on(torch.device("cpu")):
-        sys.exit("sweep: device interpret: set TRITON_INTERPRET=1 in the environment")
+    if kind != "cpu" and (reason := obstacle(kind)):
+        sys.exit(f"sweep: {reason}")
     check_file("--json", options.json)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -65,7 +59,8 @@ def run(options: argparse.Namespace) -> None:
 
     command = command_line("sweep", options)
     options.device = kind
-    records, stopped = measure(options, command)
+    with kernels_on(kind):
+        records, stopped = measure(options, command)
     print(tables(records))
     bad = [record for record in records if record.is_bad]
     if bad:
