@@ -13,6 +13,7 @@ const MODES = {
   key_norm_max: ({ largest }) => 1 / largest,
   key_norm_l2: ({ squares }) => 1 / Math.sqrt(squares),
   log_key_count: ({ n, D }) => Math.log(n) / Math.sqrt(D),
+  log_power: ({ n, D }) => Math.sqrt(Math.log(n) / D),
   qwen_logn: ({ n, D }) => Math.max(1, Math.log(n) / Math.log(8192)) / Math.sqrt(D),
   llama4: ({ n, D }) => (1 + 0.1 * Math.log(Math.floor(n / 8192) + 1)) / Math.sqrt(D),
   ministral3: ({ n, D }) => (1 + 0.1 * Math.log(1 + Math.floor((n - 1) / 16384))) / Math.sqrt(D),

@@ -30,6 +30,8 @@ CASES = {
     "ssmax": {"scaling": tritonattn.nn.SSMax(4, bias=True), "layers": [0]},
     "learned cosine": {"scaling": tritonattn.nn.Cosine(4, tau=2.5)},
     "power law": {"scaling": "power_law"},
+    "learned log power": {"scaling": tritonattn.nn.LogPower(4, base=5.0)},
+    "query adaptive": {"scaling": tritonattn.nn.QueryAdaptiveSSMax(4, head_dim=8)},
     "scheduled": {"scaling": tritonattn.nn.Scheduled("sqrt_dim", "key_count", steps=5, blend="geometric")},
 }
 

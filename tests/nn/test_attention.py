@@ -14,7 +14,7 @@ from tritonattn import SCALINGS, Scales, Scaling, nn
 from tritonattn.nn import attention as attention_module
 
 WIDTH, HEADS, KV, D = 24, 4, 2, 6
-SCALED = ["sqrt_dim", "key_norm_mean", "log_key_count", "cosine", "ssmax", "power_law", 0.4]
+SCALED = ["sqrt_dim", "key_norm_mean", "log_key_count", "cosine", "ssmax", "power_law", "learned_log_power", 0.4]
 
 
 def layer(scaling="sqrt_dim", seed=0, kv_heads=KV, **arguments):
@@ -45,6 +45,7 @@ def factor_by_hand(layer, q, k, visible):
         "log_key_count": lambda: n.log() * D**-0.5,
         "cosine": lambda: D**0.5 / (q.norm(dim=-1)[..., None] * lengths),
         "ssmax": lambda: scaling.s[:, None, None] * n.log() * D**-0.5,
+        "learned_log_power": lambda: n.log() ** scaling.p[:, None, None] * D**-0.5,
         "power_law": lambda: (
             scaling.theta[:, None, None].exp()
             * D ** scaling.dim_exponent[:, None, None]

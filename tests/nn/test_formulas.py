@@ -13,7 +13,7 @@ from tests.support.masks import MASKS
 from tritonattn import SCALINGS, Scales, Scaling, attention, nn
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
-from tritonattn.scaling import Cosine, LogKeyCount
+from tritonattn.scaling import Cosine, LogKeyCount, LogPower
 
 POINTS = ["sqrt_dim", "dim", "none", "key_count", "sqrt_key_count", "key_norm_sum", "key_norm_mean"]
 
@@ -60,6 +60,50 @@ def test_ssmax_starts_at_log_key_count():
         torch.testing.assert_close(factors(nn.SSMax(4, base).double())[0], factors(LogKeyCount(base))[0])
     at_base, _, _ = factors(nn.SSMax(4, 64), rows=64)
     torch.testing.assert_close(at_base[..., -1], torch.full((1, 4), 0.25, dtype=torch.float64))
+
+
+def test_log_power_is_a_power_of_ln_n():
+    scaling = nn.LogPower(4, base=8).double()
+    set_to(scaling.p, 0.5, 1.0, -0.5, 3.0)
+    for head, p in enumerate((0.5, 1.0, -0.5, 3.0)):
+        wanted = [0.0] + [(math.log(n) / math.log(8)) ** p / 4 for n in range(2, 7)]
+        assert factors(scaling)[0][0, head].tolist() == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(("power", "base"), [(0.5, math.e), (1.0, 512.0), (2.0, 3.0)])
+def test_log_power_starts_at_its_mode(power, base):
+    fixed = factors(LogPower(power, base))[0]
+    torch.testing.assert_close(factors(nn.LogPower(4, power, base).double())[0], fixed, rtol=1e-12, atol=0)
+    if power == 1.0:
+        torch.testing.assert_close(fixed, factors(LogKeyCount(base))[0], rtol=1e-12, atol=0)
+
+
+def test_query_adaptive_ssmax_by_hand():
+    scaling = nn.QueryAdaptiveSSMax(4, 16).double().requires_grad_(False)
+    plain = [1 / 4] + [(1 + math.log(2) * math.log(n)) / 4 for n in range(2, 7)]
+    assert factors(scaling)[0][0, 1].tolist() == pytest.approx(plain, rel=1e-12)
+    torch.nn.init.normal_(scaling.w)
+    set_to(scaling.delta, 0.5, 0.0, -1.0, 2.0)
+    set_to(scaling.gamma, 0.5, 1.0, 2.0, -0.5)
+    factor, q, _ = factors(scaling)
+    for head, row in ((0, 5), (1, 2), (2, 4), (3, 1)):
+        weight = math.log1p(math.exp(float(scaling.w[head] @ q[0, head, row])))
+        wanted = float(scaling.delta[head]) + weight * math.log(row + 1) ** float(scaling.gamma[head])
+        assert float(factor[0, head, row]) == pytest.approx(wanted / 4, rel=1e-12)
+
+
+def test_query_adaptive_ssmax_ignores_rows_without_keys():
+    """NaN in their q reaches no parameter."""
+    scaling = nn.QueryAdaptiveSSMax(4, 16).double()
+    q, k, v = torch.randn(3, 1, 4, 6, 16, dtype=torch.float64).unbind(0)
+    q[:, :, 0] = math.nan
+    attention(q, k[:, :, :5], v[:, :, :5], scaling=scaling, causal=True).sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in scaling.parameters())
+
+
+def test_query_adaptive_ssmax_of_another_head_dim():
+    with pytest.raises(ValueError, match="expected q of QueryAdaptiveSSMax's head dim 8, got 16"):
+        factors(nn.QueryAdaptiveSSMax(4, 8))
 
 
 @pytest.mark.parametrize("tau", [None, 10.0])

@@ -1,4 +1,4 @@
-"""One example of every learned scaling away from where it starts, for q of 4 heads."""
+"""One example of every learned scaling away from where it starts, for q of 4 heads and head dim 8."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from tritonattn import nn
 
-HEADS = 4
+HEADS, HEAD_DIM = 4, 8
 SIGNS = (0.9, 0.0, -1.2, 1e-3)  # what a learned factor passes on its way through zero
 
 
@@ -47,6 +47,17 @@ def _power_law() -> torch.nn.Module:
     )
 
 
+def _log_power() -> torch.nn.Module:
+    return _set(nn.LogPower(HEADS, base=3), p=(0.5, 1.0, -0.3, 2.1))
+
+
+def _query_adaptive() -> torch.nn.Module:
+    module = nn.QueryAdaptiveSSMax(HEADS, HEAD_DIM)
+    with torch.no_grad():
+        module.w.copy_(torch.linspace(-0.9, 1.1, HEADS * HEAD_DIM).view(HEADS, HEAD_DIM))
+    return _set(module, delta=SIGNS, gamma=(0.5, 1.0, 1.7, -0.4))
+
+
 LEARNED: dict[str, Callable[[], torch.nn.Module]] = {
     "per_head of sqrt_dim": lambda: _per_head("sqrt_dim"),
     "per_head of key_norm_mean": lambda: _per_head("key_norm_mean"),
@@ -56,6 +67,8 @@ LEARNED: dict[str, Callable[[], torch.nn.Module]] = {
     "ssmax with bias": lambda: _ssmax(bias=True),
     "learned_cosine": _cosine,
     "power_law": _power_law,
+    "learned_log_power": _log_power,
+    "query_adaptive_ssmax": _query_adaptive,
     "linear": lambda: _at(3, nn.Scheduled("key_count", "key_norm_mean", steps=10)),
     "linear to learned": lambda: _at(4, nn.Scheduled(_power_law(), _ssmax(bias=True), steps=10)),
     "linear ended": lambda: _at(12, nn.Scheduled("sqrt_dim", _per_head("key_norm_max"), steps=10)),

@@ -43,6 +43,8 @@ PACKED = Layout("[T_q, Hq, D]", "[T_k, Hkv, D]", "[T_k, Hkv, Dv]", axes=3, seque
 _LEARNED = {
     "ssmax": "SSMax(heads=Hq)",
     "power_law": "PowerLaw(heads=Hq)",
+    "learned_log_power": "LogPower(heads=Hq)",
+    "query_adaptive_ssmax": "QueryAdaptiveSSMax(heads=Hq, head_dim=D)",
     "per_head": "PerHead('sqrt_dim', heads=Hq)",
     "learned_cosine": "Cosine(heads=Hq)",
     "scheduled": "Scheduled('sqrt_dim', 'key_norm_mean', steps=1000)",

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..calls.checks import refuse_scaling
-from ..nn import LEARNED, Cosine, PerHead, Scheduled, SSMax
+from ..nn import LEARNED, Cosine, LogPower, PerHead, QueryAdaptiveSSMax, Scheduled, SSMax
 from ..nn.learned import Learned
 from ..nn.registry import named
 from ..scaling import SCALINGS, Scaling
@@ -60,6 +60,10 @@ def to_config(scaling: Any, depth: int = 1) -> Any:
         arguments = {"mode": to_config(scaling.mode, depth + 1)}
     elif isinstance(scaling, SSMax):
         arguments = {"bias": scaling.b is not None}
+    elif isinstance(scaling, LogPower):
+        arguments = {"base": scaling.base}
+    elif isinstance(scaling, QueryAdaptiveSSMax):
+        arguments = {"head_dim": scaling.head_dim}
     elif isinstance(scaling, Scheduled):
         modes = {"mode_a": to_config(scaling.mode_a, depth + 1), "mode_b": to_config(scaling.mode_b, depth + 1)}
         arguments = {**modes, "steps": scaling.steps, "blend": scaling.blend}
@@ -96,7 +100,8 @@ def from_config(saved: Any, heads: int | None, entry: str, depth: int = 1) -> An
 
 
 def _class_of(name: str, heads: int | None, entry: str) -> Any:
-    cls = SCALINGS.get(name) or LEARNED.get(name) or {Scheduled.name: Scheduled}.get(name)
+    others = {cls.name: cls for cls in (Scheduled, QueryAdaptiveSSMax)}
+    cls = SCALINGS.get(name) or LEARNED.get(name) or others.get(name)
     if cls is None:
         raise ValueError(
             f"{entry}: expected a name in tritonattn.SCALINGS, got {name!r}; a Scaling of your own has to be put there,"

@@ -19,6 +19,7 @@ mode, but SSMax's s = 0 is uniform attention, and an exponent of 0 leaves a stat
 from .attention import ScaledAttention
 from .cache import KeyValueCache
 from .learned import Cosine, Learned, PerHead, SSMax, scaling_parameters
+from .log_power import LogPower, QueryAdaptiveSSMax
 from .power_law import PowerLaw
 from .registry import LEARNED
 from .scheduled import Scheduled
@@ -28,8 +29,10 @@ __all__ = [
     "Cosine",
     "KeyValueCache",
     "Learned",
+    "LogPower",
     "PerHead",
     "PowerLaw",
+    "QueryAdaptiveSSMax",
     "SSMax",
     "ScaledAttention",
     "Scheduled",

@@ -7,14 +7,16 @@ from typing import Any
 from ..calls.checks import named_scaling
 from ..scaling import Scaling
 from .learned import Cosine, PerHead, SSMax
+from .log_power import LogPower
 from .power_law import PowerLaw
 
 # Each is made with heads=Hq, and otherwise its defaults.
-LEARNED: dict[str, type[PerHead | SSMax | PowerLaw]] = {
+LEARNED: dict[str, type[PerHead | SSMax | PowerLaw | LogPower]] = {
     "per_head": PerHead,
     "ssmax": SSMax,
     "learned_cosine": Cosine,
     "power_law": PowerLaw,
+    "learned_log_power": LogPower,
 }
 
 

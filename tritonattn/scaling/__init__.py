@@ -3,7 +3,7 @@
 from .base import Scales, Scaling
 from .constants import Dim, SqrtDim, Unscaled
 from .cosine import Cosine
-from .counts import KeyCount, LogKeyCount, SqrtKeyCount
+from .counts import KeyCount, LogKeyCount, LogPower, SqrtKeyCount
 from .key_norms import KeyNormL2, KeyNormMax, KeyNormMean, KeyNormRms, KeyNormSum
 from .positional import Llama4, Ministral3, QwenLogn
 
@@ -19,6 +19,7 @@ SCALINGS: dict[str, type[Scaling]] = {
     "key_norm_max": KeyNormMax,
     "key_norm_l2": KeyNormL2,
     "log_key_count": LogKeyCount,
+    "log_power": LogPower,
     "qwen_logn": QwenLogn,
     "llama4": Llama4,
     "ministral3": Ministral3,
@@ -37,6 +38,7 @@ __all__ = [
     "KeyNormSum",
     "Llama4",
     "LogKeyCount",
+    "LogPower",
     "Ministral3",
     "QwenLogn",
     "Scales",

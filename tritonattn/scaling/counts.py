@@ -71,3 +71,39 @@ class LogKeyCount(Scaling):
         n = visible.sum(-1, keepdim=True).double()
         logarithm = torch.where(n > 0, n, 1).log2() / math.log2(self.base)
         return logarithm / math.sqrt(k.shape[-1])
+
+
+@dataclass(frozen=True)
+class LogPower(Scaling):
+    """factor = (ln(n) / ln(base))^power / sqrt(D).
+
+    Which power keeps the attention of n keys from spreading out or collapsing depends on the gaps between the largest
+    logits of a row: 1/2, 1 and 2 are its cases. 1 is `LogKeyCount`.
+
+    power   1/2 by default, the scale of diffusion models sampled at other resolutions, with the trained number of
+            tokens as base
+    base    the n at which the factor is that of `SqrtDim`; e by default
+
+    Source: "Critical attention scaling in long-context transformers", arXiv:2510.05554; the powers by gaps:
+    arXiv:2605.12697; power 1/2: Jin et al. 2023, arXiv:2306.08645, equation 10.
+    Raises ValueError unless power is finite and above 0, base finite and above 1.
+    """
+
+    power: float = 0.5
+    base: float = math.e
+
+    name = "log_power"
+    reads_keys = False
+
+    def __post_init__(self) -> None:
+        check_positive("power", self.power)
+        check_positive("base", self.base, above=1.0)
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        constant = q.shape[-1] ** -0.5 / math.log(self.base) ** self.power
+        return scales_of_count(visibility, constant, lambda n: n.clamp(min=1).log().pow(self.power))
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        n = visible.sum(-1, keepdim=True).double()
+        logarithm = torch.where(n > 0, n, 1).log2() / math.log2(self.base)
+        return logarithm.pow(self.power) / math.sqrt(k.shape[-1])

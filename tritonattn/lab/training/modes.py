@@ -7,10 +7,12 @@ import math
 from torch import nn
 
 from ...core.errors import CommandError
-from ...nn import LEARNED, PerHead, SSMax
+from ...nn import LEARNED, LogPower, PerHead, QueryAdaptiveSSMax, SSMax
 from ...scaling import SCALINGS, LogKeyCount, QwenLogn, Scaling
+from ...scaling import LogPower as FixedLogPower
 
 GAIN = "+gain"
+_LEARNED = (*LEARNED, QueryAdaptiveSSMax.name)
 MODES = (
     "sqrt_dim",
     "key_norm_mean",
@@ -30,9 +32,9 @@ def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
     name   one of `SCALINGS` or `LEARNED`, or a mode with a learned gain a head, "key_count+gain"
     keys   the most keys that a row of the layer sees in training
 
-    log_key_count, qwen_logn and ssmax get `keys` for their base: a row of that many keys starts as sqrt_dim's. A gain
-    starts where a mode that divides by n or by its root does the same, and where one that divides by a sum of lengths
-    divides by their mean; for other modes at 1.
+    Modes with a base (log_key_count, qwen_logn, ssmax, ...) get `keys` for it: a row of that many keys starts as
+    sqrt_dim's. A gain starts where a mode that divides by n or by its root does the same, and where one that divides by
+    a sum of lengths divides by their mean; for other modes at 1.
     """
     check_mode(name)
     if name.endswith(GAIN):
@@ -41,20 +43,26 @@ def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
         return scaling
     if name == "ssmax":
         return SSMax(heads, base=keys)
+    if name == "learned_log_power":
+        return LogPower(heads, base=keys)
+    if name == QueryAdaptiveSSMax.name:
+        return QueryAdaptiveSSMax(heads, head_dim)
     return LEARNED[name](heads=heads) if name in LEARNED else _mode(name, keys)
 
 
 def check_mode(name: str) -> None:
     """Raise CommandError for a name that `build` does not know."""
     plain = name.removesuffix(GAIN)
-    if plain not in SCALINGS and (name.endswith(GAIN) or name not in LEARNED):
+    if plain not in SCALINGS and (name.endswith(GAIN) or name not in _LEARNED):
         raise CommandError(
-            f"--modes: wanted names out of {', '.join(SCALINGS)}, one of these with {GAIN}, or {', '.join(LEARNED)}; "
+            f"--modes: wanted names out of {', '.join(SCALINGS)}, one of these with {GAIN}, or {', '.join(_LEARNED)}; "
             f"got {name!r}"
         )
 
 
 def _mode(name: str, keys: int) -> str | Scaling:
+    if name == "log_power":
+        return FixedLogPower(base=keys)
     based = {"log_key_count": LogKeyCount, "qwen_logn": QwenLogn}
     return based[name](keys) if name in based else name
 

@@ -1,0 +1,147 @@
+"""Scalings that learn how the factor grows with ln(n): the power a head, and a weight that the query gives."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..calls.checks import check_count, check_dtype
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
+from ..scaling import Scales
+from ..scaling.base import check_positive
+from .learned import Learned
+
+
+class LogPower(Learned):
+    """factor = (ln(n) / ln(base))^p_h / sqrt(D), n = the number of visible keys, p learned for every head.
+
+    A lone key has factor 0, which is harmless: its probability is 1 at any logit.
+
+    Args:
+        heads: Hq.
+        power: Where every head's p starts; exactly the mode `LogPower(power, base)`.
+        base: The n at which the factor is that of sqrt_dim, whatever p is.
+        device, dtype: The device and dtype of p [heads].
+
+    Source: the power depends on the gaps between a row's largest logits, 1/2, 1 and 2 being its cases:
+    arXiv:2605.12697; "Critical attention scaling in long-context transformers", arXiv:2510.05554.
+    Raises TypeError or ValueError for an invalid number of heads or dtype, ValueError unless power is finite and above
+    0, base finite and above 1.
+
+    >>> import torch, tritonattn
+    >>> scaling = tritonattn.nn.LogPower(heads=4, base=512)
+    >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
+    >>> tritonattn.attention(q, k, v, scaling=scaling, causal=True).sum().backward()
+    >>> scaling.p.grad.shape
+    torch.Size([4])
+    """
+
+    name = "learned_log_power"
+    reads_keys = False
+
+    def __init__(
+        self,
+        heads: int,
+        power: float = 0.5,
+        base: float = math.e,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(heads)
+        check_positive("power", power)
+        check_positive("base", base, above=1.0)
+        check_dtype(dtype)
+        self.base = base
+        self.p = nn.Parameter(torch.full((heads,), power, device=device, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, base={self.base:g}"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        factor = _power_of_log(visibility.counts(), self.per_head(self.p, q), self.base)  # [B, Hq, Sq]
+        return Scales(q.shape[-1] ** -0.5, query=factor)
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        p = self.per_head(self.p, q)[..., None]  # [Hq, 1, 1]
+        n = visible.sum(-1, keepdim=True).double()
+        exponent = p * (torch.where(n > 1, n, 2).log2() / math.log2(self.base)).log()
+        return torch.where(n > 1, exponent.exp(), 0) / math.sqrt(k.shape[-1])
+
+
+class QueryAdaptiveSSMax(Learned):
+    """factor = (delta_h + softplus(w_h . q[i]) * ln(n)^gamma_h) / sqrt(D): every query says how much ln(n) counts.
+
+    The gradient reaches q through its product with w too. A lone key has ln(n)^gamma = 0.
+
+    Args:
+        heads: Hq.
+        head_dim: D, the head dim of q.
+        device, dtype: The device and dtype of w [heads, D], which starts at 0, and of delta and gamma [heads], which
+            start at 1: all queries alike, 1 + ln(2) ln(n).
+
+    Source: Vasylenko et al. 2025, "Long-context generalization with sparse attention", arXiv:2506.16640, where the
+    factor stands before alpha-entmax (ASEntmax); here it stands before the softmax.
+    Raises TypeError or ValueError for invalid sizes or dtype; a call whose q has another head dim raises ValueError.
+
+    >>> import torch, tritonattn
+    >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
+    >>> scaling = tritonattn.nn.QueryAdaptiveSSMax(heads=4, head_dim=8)
+    >>> tritonattn.attention(q, k, v, scaling=scaling, causal=True).sum().backward()
+    >>> scaling.w.grad.shape
+    torch.Size([4, 8])
+    """
+
+    name = "query_adaptive_ssmax"
+    reads_keys = False
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(heads)
+        check_count("head_dim", head_dim, 1)
+        check_dtype(dtype)
+        self.head_dim = head_dim
+        self.w = nn.Parameter(torch.zeros(heads, head_dim, device=device, dtype=dtype))
+        self.delta = nn.Parameter(torch.ones(heads, device=device, dtype=dtype))
+        self.gamma = nn.Parameter(torch.ones(heads, device=device, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, head_dim={self.head_dim}"
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        delta, gamma = self.per_head(self.delta, q), self.per_head(self.gamma, q)  # [Hq, 1]
+        if not visibility.every_row_sees:
+            q = torch.where(visibility.seeing_rows()[..., None], q, 0)  # NaN in a row without keys would reach w
+        logarithm = _power_of_log(visibility.counts(), gamma, math.e)
+        return Scales(q.shape[-1] ** -0.5, query=delta + self._weight(q) * logarithm)
+
+    def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        delta, gamma = (self.per_head(x, q)[..., None] for x in (self.delta, self.gamma))  # [Hq, 1, 1]
+        n = visible.sum(-1, keepdim=True).double()
+        logarithm = torch.where(n > 1, torch.where(n > 1, n, 2).log().pow(gamma), 0)
+        weight = (1 + (q.double() * self.w.double()[:, None]).sum(-1, keepdim=True).exp()).log()
+        return (delta + weight * logarithm) / math.sqrt(k.shape[-1])
+
+    def _weight(self, q: Tensor) -> Tensor:
+        """softplus(w_h . q[i]) in fp64, [B, Hq, Sq]."""
+        if q.shape[-1] != self.head_dim:
+            raise ValueError(
+                f"scaling: expected q of {type(self).__name__}'s head dim {self.head_dim}, got {q.shape[-1]}"
+            )
+        product = (q.double() @ self.w.double()[..., None])[..., 0]
+        return nn.functional.softplus(product)
+
+
+def _power_of_log(n: Tensor, power: Tensor, base: float) -> Tensor:
+    """(ln(n) / ln(base))^power in fp64, 0 where n is at most 1: there the slope of a power would be NaN."""
+    logarithm = n.clamp(min=2).double().log() / math.log(base)
+    return torch.where(n > 1, logarithm.pow(power), 0)
