@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,14 +154,6 @@ def test_an_evaluation_between_does_not_count():
         got = monitor.step()
     assert got["layers"] == wanted["layers"]
     assert got["loss"] == wanted["loss"]
-
-
-def test_a_loss_by_row_is_none_of_a_step():
-    class Rows(Net):
-        def forward(self, x):
-            return SimpleNamespace(loss=self.attention(x).square().mean((1, 2)))
-
-    assert record_of(Rows(), lambda net: net(torch.randn(2, 5, 32)).loss.sum())["loss"] is None
 
 
 def test_a_module_that_caught_an_error_of_its_part_counts_as_itself():

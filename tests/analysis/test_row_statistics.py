@@ -67,15 +67,6 @@ def test_more_keys_and_rows_than_a_block_holds_and_none(lengths):
         torch.testing.assert_close(getattr(ours, name)[:, :, rows], value, rtol=1e-6, atol=1e-12)
 
 
-def test_a_lone_key_is_exact():
-    q, k = tensors(3, 1)
-    ours = streamed(q, k, "sqrt_dim")
-    assert (ours.max_probability == 1).all()
-    for name in ("entropy", "logit_std", "output_variance", "jacobian_norm", "gradient_norm"):
-        assert (getattr(ours, name) == 0).all(), name
-    assert ours.relative_entropy.isnan().all()
-
-
 @pytest.mark.parametrize("gap", [5.0, 50.0, 300.0])
 def test_small_remainders_of_one_hot_rows_keep_their_digits(gap):
     """Two keys whose logits are `gap` apart: p = (1 - e, e), so a sum of powers of p would be all rounding."""

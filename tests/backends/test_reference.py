@@ -184,21 +184,6 @@ def test_far_apart_logits_and_sinks():
     assert torch.autograd.grad(drained.out.sum(), sinks)[0].item() == 0
 
 
-def test_functorch():
-    q, k, v = tensors()
-    visibility = Visibility.of(q, k, causal=True)
-
-    def loss(q):
-        return attention(q, k, v, 1.0, visibility, softcap=3.0).out.square().sum()
-
-    batch = torch.stack([tensors(seed=seed)[0] for seed in range(3)])
-    expected = []
-    for q in batch:
-        q = q.clone().requires_grad_()
-        expected.append(torch.autograd.grad(loss(q), q)[0])
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(batch), torch.stack(expected))
-
-
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, while it traces a Function
 def test_compiled_as_one_graph():
     torch.compiler.reset()

@@ -16,11 +16,7 @@ from tritonattn.scaling import SCALINGS, Llama4, Ministral3, QwenLogn
 BACKENDS = ("sdpa", "reference")
 WINDOWS = (None, (5, None), (0, 0), (40, 3), (1 << 40, 0))
 # With thresholds that short sequences reach.
-SMALL = {
-    "qwen_logn": lambda: QwenLogn(3),
-    "llama4": lambda: Llama4(0.5, 2),
-    "ministral3": lambda: Ministral3(0.5, 2),
-}
+SMALL = {"qwen_logn": lambda: QwenLogn(3), "llama4": lambda: Llama4(0.5, 2), "ministral3": lambda: Ministral3(0.5, 2)}
 MODES = {**SCALINGS, **SMALL}
 every_mode = pytest.mark.parametrize("mode", MODES)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -29,12 +25,7 @@ every_layout = pytest.mark.parametrize("page", PAGES)
 
 
 @pairwise(
-    mode=MODES,
-    backend=BACKENDS,
-    statistics=[True, False],
-    page=PAGES,
-    window=WINDOWS,
-    heads=[(4, 2), (4, 4), (6, 1)],
+    mode=MODES, backend=BACKENDS, statistics=[True, False], page=PAGES, window=WINDOWS, heads=[(4, 2), (4, 4), (6, 1)]
 )
 def test_prefill_then_decode_is_one_full_pass(mode, backend, statistics, page, window, heads):
     q, k, v = sequences(heads=heads)
@@ -81,39 +72,6 @@ def test_guesses_are_taken_back(mode, page):
         cache.write(count)
         found = attention_decode(cache.newest(q, count), **cache.arguments(), scaling=scaling, window=(9, 0))
         torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
-
-
-@pairwise(mode=MODES, page=PAGES[::2])
-def test_beams_change_places(mode, page):
-    q, k, v = sequences(batch=3)
-    scaling, index = MODES[mode](), torch.tensor([2, 0, 0])
-    cache = GrowingCache(k, v, 40, page, statistics=True)
-    cache.write([9, 12, 5])
-    cache.reorder(index)
-    assert cache.lengths.tolist() == [5, 9, 9]
-    inherited = (torch.arange(24) < cache.lengths[:, None])[:, None, :, None]
-    cache.keys, cache.values = (torch.where(inherited, x[index], x) for x in (k, v))
-    expected = attention(q, cache.keys, cache.values, scaling=scaling, causal=True, backend="reference")
-    for count in (1, 3):
-        cache.write(count)
-        found = attention_decode(cache.newest(q, count), **cache.arguments(), scaling=scaling)
-        torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
-
-
-@every_mode
-def test_a_cache_is_used_again(mode):
-    """After a reset nothing is left of the sequences before, which were longer."""
-    cache = GrowingCache(*(50 * x for x in sequences(seed=1)[1:]), 24, statistics=True)
-    cache.write([24, 17])
-    cache.record.reset()
-    q, cache.keys, cache.values = sequences()
-    cache.lengths = torch.zeros_like(cache.lengths)
-    scaling, options = MODES[mode](), {"window": (6, None)}
-    expected = attention(q, cache.keys, cache.values, scaling=scaling, causal=True, backend="reference", **options)
-    cache.write([3, 9])
-    cache.write(2)
-    found = attention_decode(cache.newest(q, 2), **cache.arguments(), scaling=scaling, **options)
-    torch.testing.assert_close(found, cache.newest(expected, 2), rtol=1e-11, atol=1e-13)
 
 
 @every_mode
@@ -272,19 +230,6 @@ def test_keys_taken_back_have_no_length(page):
     for record in (cache.record, None):
         found = attention_decode(query, **{**arguments, "statistics": record}, scaling=LongestOfCache())
         torch.testing.assert_close(found, expected)
-
-
-def test_strided_caches():
-    """[B, capacity, Hkv, D] in memory, a slice of a larger allocation."""
-    q, k, v = sequences()
-    cache = GrowingCache(k, v, 24)
-    cache.write([9, 20])
-    expected = attention_decode(cache.newest(q, 2), **cache.arguments())
-    arguments = cache.arguments()
-    for name in ("k_cache", "v_cache"):
-        wide = torch.nn.functional.pad(arguments[name].transpose(1, 2), (1, 2, 0, 0, 3, 3))
-        arguments[name] = wide[:, 3:-3, :, 1:-2].transpose(1, 2)
-    torch.testing.assert_close(attention_decode(cache.newest(q, 2), **arguments), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)

@@ -129,11 +129,7 @@ def test_copies_are_as_exact_as_what_they_copy():
         (lambda _: KeyStatistics(0.5, 1, 1), TypeError, "batch: expected an int, got float 0.5"),
         (lambda _: KeyStatistics(1, True, 1), TypeError, "kv_heads: expected an int, got bool"),
         (lambda _: KeyStatistics(1, 1, -1), ValueError, "capacity: expected at least 0, got -1"),
-        (
-            lambda _: KeyStatistics(1, 1, 1, dtype=torch.bfloat16),
-            TypeError,
-            "dtype: expected torch.float32 or",
-        ),
+        (lambda _: KeyStatistics(1, 1, 1, dtype=torch.bfloat16), TypeError, "dtype: expected torch.float32 or"),
         (lambda one: one.last(3, 2), ValueError, r"keys: expected a value in \[0, 2\], got 3"),
         (lambda one: one.last(-1, 2), ValueError, "keys"),
         (lambda one: one.select(torch.tensor([3])), ValueError, "index"),

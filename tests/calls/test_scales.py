@@ -64,11 +64,7 @@ class _Reciprocal(Scaling):
 
 @pytest.mark.parametrize(
     "mask",
-    [
-        {"causal": True},
-        {"key_lengths": torch.tensor([0])},
-        {"mask": torch.arange(8)[:, None] > torch.arange(6) + 2},
-    ],
+    [{"causal": True}, {"key_lengths": torch.tensor([0])}, {"mask": torch.arange(8)[:, None] > torch.arange(6) + 2}],
     ids=["causal", "lengths", "mask"],
 )
 def test_a_mode_that_divides_by_zero_in_rows_without_keys(mask):

@@ -286,16 +286,6 @@ def test_a_selective_checkpoint_policy_sees_the_operator():
     assert runs[0] is False
 
 
-def test_fake_tensors():
-    with torch._subclasses.FakeTensorMode():
-        q, k, v = torch.empty(2, 4, 7, 8), torch.empty(2, 2, 7, 8), torch.empty(2, 2, 7, 6)
-        out, aux = tritonattn.attention(
-            q, k, v, scaling="key_norm_sum", key_lengths=torch.empty(2, dtype=torch.int32), return_aux=True
-        )
-    assert out.shape == (2, 4, 7, 6)
-    assert {x.shape for x in aux} == {(2, 4, 7)}
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo reads it
 @in_turn(
     scaling=["sqrt_dim", "key_norm_mean"],

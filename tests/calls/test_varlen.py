@@ -54,8 +54,7 @@ def test_every_sequence_is_as_if_alone(scaling, mask, backend):
     leaves["gain"] = torch.rand(4, 1, dtype=torch.float64, requires_grad=True)
     arguments = {"scaling": scaling, **MASKS[mask]}
     assert_same(
-        outcome(ours(RAGGED, backend), leaves, **arguments),
-        outcome(partial(one_by_one, RAGGED), leaves, **arguments),
+        outcome(ours(RAGGED, backend), leaves, **arguments), outcome(partial(one_by_one, RAGGED), leaves, **arguments)
     )
 
 
@@ -67,8 +66,7 @@ def test_softcap_sinks_and_a_gain_of_every_row(mask, backend):
     leaves["sinks"] = torch.randn(4, dtype=torch.float64).requires_grad_()
     arguments = {"softcap": 1.5, **MASKS[mask]}
     assert_same(
-        outcome(ours(RAGGED, backend), leaves, **arguments),
-        outcome(partial(one_by_one, RAGGED), leaves, **arguments),
+        outcome(ours(RAGGED, backend), leaves, **arguments), outcome(partial(one_by_one, RAGGED), leaves, **arguments)
     )
 
 
@@ -192,15 +190,7 @@ CORRUPT = {
 def test_bad_arguments_are_named(case):
     changed, error, message = CORRUPT[case]
     q, k, v = torch.zeros(5, 4, 8), torch.zeros(5, 2, 8), torch.zeros(5, 2, 8)
-    arguments = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "cu_seqlens_q": CU,
-        "cu_seqlens_k": CU,
-        "max_seqlen_q": 3,
-        "max_seqlen_k": 3,
-    }
+    arguments = {"q": q, "k": k, "v": v, "cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 3, "max_seqlen_k": 3}
     tritonattn.attention_varlen(**arguments)
     with pytest.raises(error, match=message):
         tritonattn.attention_varlen(**(arguments | changed))

@@ -23,16 +23,6 @@ def test_an_environment_names_machine_versions_and_commit():
         assert part in str(own)
 
 
-def test_threads_are_those_of_a_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card X")
-    card = Environment.of(torch.device("cuda"), "a command")
-    assert (card.device, card.threads) == ("Card X", None)
-    assert str(card).startswith("Card X, torch ")
-    assert str(card).endswith(", `a command`")
-    threads = torch.get_num_threads()
-    assert f" ({threads} thread{'s' * (threads != 1)}), torch " in str(Environment.of(torch.device("cpu"), "a command"))
-
-
 def test_versions_of_the_peers_that_are_installed(monkeypatch):
     installed = {"flash-attn": "2.8.3", "xformers": "0.0.35"}
     monkeypatch.setattr(provenance, "version", lambda name: installed.get(name, "not installed"))
@@ -91,8 +81,7 @@ def test_results_that_a_run_appends_to_are_no_edit_of_the_code(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("program", "wanted"),
-    [("/a/bin/tritonattn", "tritonattn"), ("/a/tritonattn/__main__.py", "python -m tritonattn")],
+    ("program", "wanted"), [("/a/bin/tritonattn", "tritonattn"), ("/a/tritonattn/__main__.py", "python -m tritonattn")]
 )
 def test_a_command_can_be_typed_again(program, wanted, monkeypatch):
     monkeypatch.setattr("sys.argv", [program, "train-compare", "--modes", "sqrt_dim*1.1", "--out", str(Path("a b"))])

@@ -103,28 +103,6 @@ def test_the_length_of_a_zero_key_has_gradient_zero():
     assert k.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"key_lengths": torch.tensor([5, 7])},
-        {"key_ranges": torch.tensor([[[2, 9]] * SQ, [[4, 9]] * SQ], dtype=torch.int32)},
-        {"mask": torch.arange(SK) < 5},
-    ],
-    ids=str,
-)
-def test_keys_that_no_row_sees_do_not_enter(arguments, junk):
-    unseen = ~visible_pairs((B, HKV, SQ, SK), **arguments).any(-2)
-    clean = keys(torch.float32)
-    dirty = torch.where(unseen[..., None], junk, clean).requires_grad_()
-    for statistic in STATISTICS:
-        ours = getattr(statistics_of(dirty, **arguments), statistic)
-        assert torch.equal(ours, getattr(statistics_of(clean, **arguments), statistic))
-        (gradient,) = torch.autograd.grad(ours.sum(), dirty)
-        assert gradient.isfinite().all()
-        assert (gradient[unseen] == 0).all()
-
-
 def test_a_late_window_over_64k_keys():
     length, width = 65536, 16
     k = torch.randn(1, 1, length, 8, generator=torch.Generator().manual_seed(0))

@@ -55,16 +55,6 @@ def test_the_configs_scaling_is_relative_to_the_models_own(scaling, gain):
     torch.testing.assert_close(out, wanted.transpose(1, 2))
 
 
-def test_the_scaling_reaches_every_layer_and_is_saved_with_the_config(tmp_path):
-    network, ids = ARCHITECTURES["llama"].build(), tokens()
-    own = logits(network, "tritonattn", input_ids=ids)
-    network.config.tritonattn = {"scaling": "none"}
-    changed = logits(network, "tritonattn", input_ids=ids)
-    assert not torch.allclose(own, changed, atol=1e-2)
-    network.config.save_pretrained(tmp_path)
-    assert transformers.AutoConfig.from_pretrained(tmp_path).tritonattn == {"scaling": "none"}
-
-
 @pytest.mark.parametrize("scaling", ["sqrt_dim", "key_count", "key_norm_max", "none"])
 def test_a_query_scaled_beforehand_is_not_scaled_twice(scaling):
     """Whisper and OPT multiply the query by 1 / sqrt(D) and then pass scaling=1."""
@@ -145,28 +135,6 @@ def test_a_mask_of_more_keys_than_there_are_is_cut():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_packed_lengths_without_a_mask(causal):
-    q, k, v = torch.randn(3, 1, 2, 9, 4)
-    ends = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
-    out, _ = attention_forward(
-        SimpleNamespace(),
-        q,
-        k,
-        v,
-        None,
-        scaling=0.5,
-        is_causal=causal,
-        cu_seq_lens_q=ends,
-        cu_seq_lens_k=ends,
-    )
-    parts = [
-        tritonattn.attention(*(x[:, :, rows] for x in (q, k, v)), scaling=0.5, causal=causal)
-        for rows in (slice(0, 4), slice(4, 9))
-    ]
-    torch.testing.assert_close(out, torch.cat(parts, dim=2).transpose(1, 2))
-
-
-@pytest.mark.parametrize("causal", [True, False])
 def test_packed_lengths_of_other_keys_than_rows(causal):
     """Bottom-right in every document; rows past the last document see nothing."""
     q, (k, v) = torch.randn(1, 2, 11, 4), torch.randn(2, 1, 2, 13, 4)
@@ -212,9 +180,8 @@ def test_settings_refuse_what_they_do_not_know():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_compiled_model_equals_eager(name):
-    network, ids = ARCHITECTURES[name].build(), tokens()
+def test_compiled_model_equals_eager():
+    network, ids = ARCHITECTURES["mistral"].build(), tokens()
     mask = PADDING
     wanted = logits(network, "eager", input_ids=ids, attention_mask=mask, use_cache=False)
     network.set_attn_implementation("tritonattn")

@@ -47,11 +47,7 @@ LAYERS = {
         ".scaling",
         "expected a dict with keys out of mode, got 'heads'",
     ),
-    "a bad argument": (
-        {"scaling": {"name": "cosine", "tau": "x"}},
-        ".scaling",
-        "cosine cannot be made: tau",
-    ),
+    "a bad argument": ({"scaling": {"name": "cosine", "tau": "x"}}, ".scaling", "cosine cannot be made: tau"),
     "a missing argument": ({"scaling": "scheduled"}, ".scaling", "scheduled cannot be made"),
     "a bad mode": (
         {"scaling": {"name": "per_head", "mode": {"name": "x"}}},

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
-from tests.huggingface.checks import PAD, padding_changes_nothing, static_cache, stepwise
+from tests.huggingface.checks import padding_changes_nothing, static_cache, stepwise
 from tests.support.pairs import in_turn, pairwise
 from tritonattn.huggingface import patch
 
@@ -219,7 +219,3 @@ def assert_a_compiled_static_step(name: str, mode: str) -> None:
         got = network.generate(**inputs, **options, cache_implementation="static", compile_config=compiling)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
     assert torch.equal(got, wanted)
-
-
-def test_the_padding_of_checks_is_that_of_inputs():
-    assert LLAMA.inputs("left")["attention_mask"][0].tolist() == [0] * PAD + [1] * (13 - PAD)

@@ -141,10 +141,7 @@ def test_masks_that_are_no_range_become_dense(case):
         (arguments(9, 9, padding=(0, 0)), True),
         (arguments(9, 9, padding=(2, 0)), False),
         (arguments(4, 9), False),
-        (
-            arguments(9, 9, mask_function=and_masks(sliding_window_overlay(9), causal_mask_function), local_size=9),
-            True,
-        ),
+        (arguments(9, 9, mask_function=and_masks(sliding_window_overlay(9), causal_mask_function), local_size=9), True),
         (
             arguments(9, 9, mask_function=and_masks(sliding_window_overlay(8), causal_mask_function), local_size=8),
             False,

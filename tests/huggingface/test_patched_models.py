@@ -13,17 +13,11 @@ from torch import nn
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
 from tests.huggingface.checks import gradients
+from tests.huggingface.test_patch import FIRST, LLAMA, SECOND, logits
 from tritonattn.core.visibility import Visibility
 from tritonattn.huggingface import NAME, patch, patched
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-LLAMA = ARCHITECTURES["llama"]
-FIRST, SECOND = "model.layers.0.self_attn", "model.layers.1.self_attn"
-
-
-def logits(network, **inputs):
-    with torch.no_grad():
-        return network(**(inputs or LLAMA.inputs("left"))).logits
 
 
 def test_a_patched_layer_stays_patched_whatever_the_models_implementation():

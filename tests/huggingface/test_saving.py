@@ -14,11 +14,11 @@ from torch import nn
 
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES
+from tests.huggingface.test_patch import LLAMA, logits
 from tritonattn import SCALINGS, Scales, Scaling
 from tritonattn.huggingface import patch, patched, restore
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-LLAMA = ARCHITECTURES["llama"]
 CASES = {
     "name": {"scaling": "key_norm_mean"},
     "parameters of a mode": {"scaling": tritonattn.scaling.QwenLogn(train_length=4), "gain": 2.0, "backend": "sdpa"},
@@ -34,11 +34,6 @@ CASES = {
     "query adaptive": {"scaling": tritonattn.nn.QueryAdaptiveSSMax(4, head_dim=8)},
     "scheduled": {"scaling": tritonattn.nn.Scheduled("sqrt_dim", "key_count", steps=5, blend="geometric")},
 }
-
-
-def logits(network) -> torch.Tensor:
-    with torch.no_grad():
-        return network(**LLAMA.inputs()).logits
 
 
 def disturb(network) -> None:

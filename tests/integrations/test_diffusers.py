@@ -186,18 +186,6 @@ def test_a_learned_scaling_is_the_callers(registered):
     assert scaling.s.grad.ne(0).all()
 
 
-def test_compiled_in_one_graph(registered):
-    torch._dynamo.reset()
-    q, k, v = operands()
-    member = AttentionBackendName(registered("tritonattn_compiled", "key_norm_mean"))
-
-    def function(q, k, v):
-        return dispatch_attention_fn(q, k, v, backend=member)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(q, k, v), function(q, k, v))
-
-
 def test_names_come_and_go(registered):
     before = list(AttentionBackendName)
     ours.register("tritonattn_twice", "dim")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -146,18 +145,3 @@ def test_refusals_of_the_command(tmp_path, capsys):
         assert cli.main(["hub-kernel", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-
-
-def test_the_same_sources_give_the_same_repository(repository, tmp_path):
-    command = [sys.executable, "-m", "tritonattn", "hub-kernel", str(tmp_path / "again")]
-    done = subprocess.run(
-        [*command, "--repo-id", "someone/attention", "--version", "3"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path / 'again'}: built variants torch-cpu, torch-cuda, torch-rocm\n"
-    first, second = (
-        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        for folder in (repository, tmp_path / "again")
-    )
-    first = {name: text for name, text in first.items() if name.suffix != ".pyc"}
-    assert first == second

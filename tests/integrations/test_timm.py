@@ -61,24 +61,6 @@ def test_every_option_of_the_layer(options, fused):
         torch.testing.assert_close(layer(x, **masks), theirs(x, **masks))
 
 
-def by_hand(layer, x, factor):
-    q, k, v = layer.qkv(x).reshape(2, 6, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
-    p = (q @ k.mT * factor(k)).softmax(-1)
-    return layer.proj((p @ v).transpose(1, 2).flatten(2))
-
-
-def test_other_modes_by_hand():
-    x = 4 * torch.randn(2, 6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    formulas = {
-        "key_norm_mean": lambda k: 1 / k.norm(dim=-1).mean(-1)[..., None, None],
-        "key_norm_sum": lambda k: 1 / k.norm(dim=-1).sum(-1)[..., None, None],
-        "log_key_count": lambda k: torch.tensor(6.0, dtype=torch.float64).log() / 2,
-    }
-    for mode, factor in formulas.items():
-        layer = ours.attention_layer(mode)(16, 4, dtype=torch.float64)
-        torch.testing.assert_close(layer(x), by_hand(layer, x, factor))
-
-
 def test_a_learned_scaling_a_layer():
     made = model(attn_layer=ours.attention_layer("ssmax"))
     names = {name for name, _ in made.named_parameters() if "scaling" in name}
@@ -104,11 +86,3 @@ def test_refusals():
         layer(x, attn_mask=torch.ones(6, 6).bool(), is_causal=True)
     with pytest.raises(ValueError, match="scaling: expected one of"):
         ours.attention_layer("squirt_dim")
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")
-def test_compiled_in_one_graph():
-    torch._dynamo.reset()
-    made = model(attn_layer=ours.attention_layer("key_norm_mean"))
-    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images()), made(images()))

@@ -37,11 +37,11 @@ def test_every_mask(mask, device):
 
 @pairwise(
     mask=MASKS,
-    form=["plain", "softcap aux", "sinks dropout", "everything"],
+    form=["softcap aux", "sinks dropout", "everything"],
     scales=SCALES,
     dtype=DTYPES[:2],  # Triton's interpreter truncates to bfloat16 instead of rounding
     heads=[(1, 2), (2, 1), (1, 3)],
-    lengths=[(21, 35), (1, 17), (16, 32), (37, 20)],
+    lengths=[(21, 35), (1, 17), (37, 2)],
     dims=[(16, 16), (17, 40)],
 )
 def test_every_pair_of_choices(mask, form, scales, dtype, heads, lengths, dims, device):
@@ -53,12 +53,6 @@ def test_every_pair_of_choices(mask, form, scales, dtype, heads, lengths, dims, 
     cancelling = 1.0 if q_len == 1 else 0.0  # a lone row that sees one key: its exact gradients are 0
     arguments = arguments | _mask(mask, device, 2, kv_heads * group, q_len, k_len)
     harness.check(tensors, summands=cancelling, scale=0.3, **arguments)
-
-
-@pytest.mark.parametrize(("q_len", "k_len"), [(17, 2), (37, 1)])
-def test_more_rows_than_keys(q_len, k_len, device):
-    tensors, arguments = of_form("everything", torch.float32, device, batch=1, q_len=q_len, k_len=k_len)
-    harness.check(tensors, causal=True, **arguments)
 
 
 @pytest.mark.parametrize("window", [(1, 0), (17, 3), (30, 0), (None, 14), (None, 1)], ids=str)
@@ -218,10 +212,10 @@ def _of_ranges(tensors: harness.Tensors, ranges: torch.Tensor) -> torch.Tensor:
     return triton_backend.forward(call, aux=False).out
 
 
-@pairwise(
+@in_turn(
     mask=["lengths", "causal lengths", "mask of keys", "window", "ranges"],
     poison=[float("nan"), float("inf")],
-    q_len=[20, 1],
+    q_len=[20, 20, 1, 20, 20],
 )
 def test_hidden_keys_reach_nothing(mask, poison, q_len, device):
     tensors = harness.inputs(torch.float32, device, scales=("query_scale", "key_scale"), q_len=q_len, k_len=53)
@@ -252,33 +246,6 @@ def test_nan_in_a_row_without_keys_reaches_no_gradient(device):
     assert (found["out"][:, :, :10] == 0).all()
 
 
-def test_lse_and_its_gradient(device):
-    tensors = harness.inputs(torch.float32, device, scales=("query_scale", "key_scale"), q_len=20, k_len=33)
-    results = []
-    for backend, values in (("triton", tensors), ("sdpa", harness.as_double(tensors))):
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in values.items()}
-        visibility = tritonattn.core.visibility.Visibility.of(leaves["q"], leaves["k"], causal=True)
-        call = tritonattn.core.call.AttentionCall(
-            *(leaves[name] for name in "qkv"), visibility, Logits(0.3, leaves["query_scale"], leaves["key_scale"])
-        )
-        result = tritonattn.ops.attention(call, backend, aux=False)
-        weight = torch.linspace(-1, 1, 20, device=device)
-        (result.lse * weight).sum().backward()
-        results.append([result.lse.detach(), *(leaf.grad for name, leaf in leaves.items() if name != "v")])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_results_repeat_to_the_bit(device):
-    tensors = harness.inputs(torch.float16, device, scales=("query_scale", "key_scale"), kv_heads=2)
-    d_out = torch.ones_like(tensors["q"])
-    first, second = (
-        harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton", causal=True) for _ in range(2)
-    )
-    for name, result in first.items():
-        assert torch.equal(result, second[name]), name
-
-
 def test_neighbours_in_the_batch_change_nothing(device):
     tensors = harness.inputs(torch.float32, device, batch=3, scales=("query_scale",))
     d_out = torch.ones_like(tensors["q"])
@@ -291,7 +258,8 @@ def test_neighbours_in_the_batch_change_nothing(device):
 
 def test_a_grid_past_the_limit_of_its_axes(device, monkeypatch):
     """More heads or batch entries than an axis of the hardware's grid holds take several launches."""
-    tensors = harness.inputs(torch.float16, device, batch=3, kv_heads=3, scales=("query_scale", "key_scale"))
+    sizes = {"batch": 3, "kv_heads": 3, "group": 1, "q_len": 18, "k_len": 20}
+    tensors = harness.inputs(torch.float16, device, scales=("query_scale", "key_scale"), **sizes)
     d_out = torch.ones_like(tensors["q"])
     runs = []
     for longest in (launch.LONGEST_AXIS, 2):
@@ -299,18 +267,6 @@ def test_a_grid_past_the_limit_of_its_axes(device, monkeypatch):
         runs.append(harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton", causal=True))
     for name, result in runs[0].items():
         assert torch.equal(result, runs[1][name]), name
-
-
-def test_every_program_runs_once(monkeypatch):
-    grids = []
-    monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: grids.append((grid, arguments)))
-    q = torch.empty(100_000, 1, 1, 16)
-    visibility = tritonattn.core.visibility.Visibility.of(q, q)
-    call = tritonattn.core.call.AttentionCall(q, q, q, visibility, Logits(1.0))
-    result = triton_backend.forward(call, aux=False)
-    triton_backend.backward(call, *result[:2], q, None, tritonattn.core.call.Needs(True, True, True))
-    assert [grid[1:] for grid, _ in grids] == [(1, 65_535), (1, 34_465)] * 4
-    assert [arguments["first_member"] for _, arguments in grids] == [0, 65_535] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -322,9 +278,8 @@ def test_as_with_tensor_memory(device, dtype, monkeypatch):
     harness.check(harness.inputs(dtype, device, scales=("query_scale", "key_scale")), causal=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_second_backward_of_a_graph_that_is_kept(dtype, device):
-    q, k, v = torch.randn(3, 1, 1, 20, 16, device=device, dtype=dtype).requires_grad_()
+def test_a_second_backward_of_a_graph_that_is_kept(device):
+    q, k, v = torch.randn(3, 1, 1, 20, 16, device=device, dtype=torch.float16).requires_grad_()
     out = tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True, backend="triton")
     first, second = (torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
@@ -345,7 +300,7 @@ def test_sinks_that_are_not_finite(sink, device):
     assert_extreme_sink(sink, "triton", device)
 
 
-@pytest.mark.parametrize("keys", [9, 2000], ids=["one split", "several splits"])
+@pytest.mark.parametrize("keys", [9, 150], ids=["one split", "several splits"])
 @pytest.mark.parametrize("sink", [torch.inf, -torch.inf, torch.nan])
 def test_sinks_that_are_not_finite_in_decoding(sink, keys, device):
     assert_extreme_sink_of_decode(sink, "triton", keys, device)

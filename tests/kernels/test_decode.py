@@ -17,7 +17,6 @@ from tritonattn.backends.triton import launch
 from tritonattn.calls import decode as decoding
 from tritonattn.core.call import Logits
 from tritonattn.core.decode_call import Cache, DecodeCall
-from tritonattn.scaling import SCALINGS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine")
@@ -66,18 +65,6 @@ def test_dtypes_layouts_and_new_tokens(dtype, page, count, device):
 )
 def test_every_kind_of_mode(mode, statistics, device):
     _check(torch.float32, device, scaling=mode, statistics=statistics, page=19, count=2, window=(80, None))
-
-
-@pytest.mark.parametrize("mode", SCALINGS)
-def test_token_by_token(mode, device):
-    q, k, v = sequences(torch.float32, heads=(2, 1), length=22, dims=(16, 16), device=device)
-    expected = attention(q.double(), k.double(), v.double(), scaling=mode, causal=True, backend="reference")
-    cache = GrowingCache(k, v, 25, statistics=True)
-    cache.write([0, 14])
-    for _ in range(5):
-        cache.write(1)
-        found = attention_decode(cache.newest(q, 1), **cache.arguments(), scaling=mode, backend="triton")
-        torch.testing.assert_close(found.double(), cache.newest(expected, 1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [(0, 0), (20, None), (90, 5), (1000, None)], ids=str)
@@ -330,17 +317,6 @@ def test_cuda_graph(mode, page, device):
         graph.replay()
         torch.testing.assert_close(out, cache.newest(expected, 1), rtol=5e-3, atol=5e-3)
         cache.write(1)
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, while it traces a Function
-def test_compile_in_one_graph(device):
-    q, k, v = sequences(torch.float32, length=40, dims=(16, 16), device=device)
-    cache = GrowingCache(k, v, 45, page=16, statistics=True)
-    cache.write([20, 33])
-    query, arguments = cache.newest(q, 2), {**cache.arguments(), "backend": "triton", "scaling": "key_norm_mean"}
-    torch._dynamo.reset()
-    found = torch.compile(attention_decode, fullgraph=True, backend="aot_eager")(query, **arguments)
-    torch.testing.assert_close(found, attention_decode(query, **arguments), rtol=0, atol=0)
 
 
 def test_refusals(device):

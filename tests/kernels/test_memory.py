@@ -63,7 +63,7 @@ def test_offsets_past_int32(device, monkeypatch):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("name", "axis"), [("q", 0), ("q", 1), ("k", 1), ("v", 0), ("d_out", 1)])
+@pytest.mark.parametrize(("name", "axis"), [("q", 0), ("k", 1), ("d_out", 1)])
 def test_entries_and_heads_past_int32(name, axis, device):
     """2^30 elements apart, three of them."""
     tensors = harness.inputs(torch.float16, device, batch=3, kv_heads=3, group=1, q_len=20, k_len=20)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tritonattn.backends.triton import launch
-from tritonattn.tuner.search import Effort, pending, search
+from tritonattn.tuner.search import Effort, search
 from tritonattn.tuner.workload import Size, Workload
 from tritonattn.tuning.config import Target, TileConfig
-from tritonattn.tuning.table import SCALES, Entry, Key
+from tritonattn.tuning.table import SCALES, Key
 
 SMALL = Size(batch=1, heads=2, length=24)
 OF_A_GROUP = Size(batch=1, heads=4, length=40, group=2)
@@ -122,26 +122,3 @@ def test_the_gradient_of_a_key_scale_is_asked_for(device):
     workload = Workload(key, OF_A_GROUP, torch.float16, device, copies=1)
     assert [tuple(x.shape) for x in workload(0)] == [(1, 2, 40, 64), (1, 2, 40, 64), (1, 2, 40)]
     assert workload.error() is None
-
-
-def test_a_config_that_fails_to_run_is_not_taken(device, monkeypatch):
-    key = Key("grad_query", 64, "none", "short")
-    run = launch.run
-
-    def fail(kernel, grid, arguments, config):
-        if config == OTHER:
-            raise RuntimeError("out of resource")
-        run(kernel, grid, arguments, config)
-
-    monkeypatch.setattr(launch, "run", fail)
-    result = search(key, [OTHER], Target.of(device), device, QUICK, SMALL)
-    assert result.entry.config == result.before
-    assert "out of resource" in result.wrong[0]
-
-
-def test_a_search_goes_on_where_it_was_stopped():
-    first, second = keys()[:2]
-    measured, static = Entry(BEST, "measured", {}), Entry(BEST, "static", {})
-    assert pending([first, second], {}) == [first, second]
-    assert pending([first, second], {first: measured}) == [second]
-    assert pending([first, second], {first: static}) == [first, second]

@@ -34,8 +34,8 @@ def attend(packed: Packed, device: torch.device):
     scaling=["sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_max", "cosine"],
     mask=MASKS,
     form=["plain", "softcap", "sinks dropout", "everything"],
-    dtype=[torch.float32, torch.float16, torch.bfloat16],
-    heads=[(1, 2), (2, 1), (2, 3)],
+    dtype=[torch.float32, torch.float16],
+    heads=[(1, 2), (2, 1), (1, 3)],
     dims=[(16, 16), (17, 40)],
 )
 def test_every_pair_of_choices(scaling, mask, form, dtype, heads, dims, device):

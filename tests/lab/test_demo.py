@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import zipfile
 from pathlib import Path
@@ -196,19 +195,6 @@ def test_a_usual_terminal_gets_a_table_and_a_narrow_one_a_block_a_mode():
     narrow = report.table(columns=40)
     assert max(map(len, narrow.splitlines())) <= 40
     assert "loss/token" in narrow
-
-
-def test_figures_that_are_not_finite_are_null(tmp_path):
-    report = Report(
-        "m",
-        9,
-        3.0,
-        (measurement("sqrt_dim", 3.0), measurement("none", math.nan), measurement("dim", 999.0)),
-    )
-    report.write_json(tmp_path / "a.json")
-    record = json.loads((tmp_path / "a.json").read_text())
-    assert [row["perplexity"] for row in record["modes"]][1:] == [None, None]
-    assert "dim moved the loss least" in report.advice()
 
 
 def fake_pip(monkeypatch, result: int, members: tuple[str, ...]) -> list[list[str]]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from perf import check, contest, peers
+from perf import check, contest
 from perf.attention_cases import PEERS, Case
 from perf.check import Sample, checker, judge
 from perf.contest import Contest, Effort, Entrant, Verdict
 from perf.decode_cases import DecodeCase
-from perf.records import Record, ResultsFile, read
+from perf.records import Record
 from perf.report import tables
 from perf.varlen_cases import VarlenCase
 from perf.work import Shape
@@ -84,18 +82,6 @@ def test_a_peer_that_raises_in_the_midst_of_the_rounds_is_named_and_the_others_a
     assert found["peer"].reason == "when all take turns: OutOfMemoryError: CUDA out of memory."
     assert found["peer"].median_ms is found["peer"].error is None
     assert found["ours"].rounds == found["other"].rounds == 2
-
-
-def test_a_case_forgets_what_was_compiled_for_the_last(monkeypatch):
-    """Else the shapes of many cases pass torch.compile's limit, and the next peer is slow."""
-    done = []
-    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("forgotten"))
-    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
-    run(entrant("ours"))
-    assert done == []
-    monkeypatch.setitem(sys.modules, "torch._dynamo", torch)
-    run(entrant("ours", call=lambda number: done.append("called") or {}))
-    assert done[:2] == ["forgotten", "called"]
 
 
 def test_ours_that_raises_in_the_midst_of_the_rounds_has_failed(capsys):
@@ -194,22 +180,3 @@ def test_the_first_and_the_last_head_of_a_decoding_step_are_checked(place, paged
     right = DecodeCase._ours
     monkeypatch.setattr(DecodeCase, "_ours", lambda self, counted: spoil(right(self, counted), place, place))
     assert statuses(case.contest().run(TWICE, HERE)) == {"copy": "measured", "tritonattn dim": "wrong"}
-
-
-def test_an_error_that_is_no_number_is_a_line_of_json_and_a_row(tmp_path):
-    record = run(entrant("ours", math.nan))["ours"]
-    ResultsFile(tmp_path / "a.jsonl", HERE).append([record])
-    line = json.loads((tmp_path / "a.jsonl").read_text(), parse_constant=pytest.fail)
-    assert "error" not in line
-    [again] = read(tmp_path / "a.jsonl")
-    assert "| NaN " in tables([again])
-    accuracy = replace(again, suite="accuracy", axes={"length": 1, "dtype": "fp32", "keys": "gaussian"})
-    assert "inf, inf" in tables([accuracy])
-
-
-def test_memory_that_torchs_allocator_keeps_counts_as_free(monkeypatch):
-    """A peer's gigabytes, freed but kept, must not keep the next peer out."""
-    done = []
-    monkeypatch.setattr("torch.cuda.empty_cache", lambda: done.append("emptied"))
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (len(done), 80))
-    assert peers.available_memory(torch.device("cuda")) == 1

@@ -87,16 +87,6 @@ def test_a_phase_that_ends_itself_before_all_is_done_is_out_of_time(name, tmp_pa
     assert [outcome.status for outcome in found] == ["out of time", "done"]
 
 
-def test_a_phase_can_be_stopped_where_a_shell_has_begun_the_run_in_the_background(tmp_path):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        [outcome] = gpu.run_all([phase("hangs")], tmp_path, gpu._SECONDS_TO_STOP + 1.0)
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert outcome.seconds < 10
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch, capsys):
     """The phase has a session of its own and would hold the card."""
@@ -167,27 +157,6 @@ def test_tests_that_are_all_skipped_show_nothing(tmp_path):
     (tmp_path / "test_a.py").write_text("import pytest\n\n@pytest.mark.skip\ndef test_it(): ...\n")
     with pytest.raises(SystemExit, match="expected tests that pass, got only ones that were skipped"):
         correctness(tmp_path)
-
-
-def test_a_phase_is_told_its_minutes(tmp_path):
-    one = gpu.Phase("told", ("-c", "import sys; print(sys.argv[1:])"), 1.0, "--minutes")
-    assert gpu.execute(one, tmp_path, 90.0, 30.0).status == "done"
-    assert (tmp_path / "told.log").read_text().splitlines()[-1] == "['--minutes', '1.50']"
-
-
-def test_time_left_over_is_passed_on(tmp_path, monkeypatch):
-    given = []
-
-    def execute(one, out, seconds, grace):
-        given.append(seconds)
-        return gpu.Outcome(one, "done", 0.0)
-
-    monkeypatch.setattr(gpu, "execute", execute)
-    chosen = [phase("works", share=1), phase("fails", share=1), phase("hangs", share=2)]
-    gpu.run_all(chosen, tmp_path, 100 + gpu._GRACE + gpu._SECONDS_TO_STOP + 80)
-    assert given == pytest.approx([45, 60, 180], abs=0.1)
-    gpu.run_all(chosen, tmp_path, 100 + gpu._SECONDS_TO_STOP)  # of little time the grace is a quarter
-    assert given[3:] == pytest.approx([75 / 4, 75 / 3, 75], abs=0.1)
 
 
 @pytest.mark.parametrize("minutes", [1.5, 3, 10, 60])

@@ -102,25 +102,6 @@ def test_the_suite_of_the_cpu_is_run_on_a_cpu_alone(kind):
     assert asked == {"ceilings", "cpu"}
 
 
-def test_options_of_a_sweep_choose_its_cases(monkeypatch):
-    asked, threads = [], []
-    monkeypatch.setattr(run_suites, "measure", lambda options, command: (asked.append((options, command)) or [], False))
-    monkeypatch.setattr("torch.set_num_threads", threads.append)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    main(["sweep", "--minutes", "2", "--threads", "3"])
-    main(["sweep", "--quick", "--device", "cpu"])
-    main(["sweep", "--quick", "--rounds", "7"])
-    assert [options.minutes for options, _ in asked] == [2.0, None, None]
-    assert [options.device for options, _ in asked] == ["cuda", "cpu", "cuda"]
-    assert [run_suites.effort_of(options).rounds for options, _ in asked] == [25, 3, 7]
-    assert [command for _, command in asked] == [
-        "python -m perf sweep --threads 3",
-        "python -m perf sweep --device cpu --quick",
-        "python -m perf sweep --quick --rounds 7",
-    ]
-    assert threads == [3]
-
-
 @pytest.mark.parametrize(("minutes", "left"), [("1", 1), ("5", 0)])
 def test_no_case_begins_after_the_time_that_there_was(minutes, left, monkeypatch, capsys):
     """Each of two cases takes two minutes."""

@@ -178,29 +178,6 @@ def test_blocks_of_rows_change_nothing(rounding, block, monkeypatch):
         torch.testing.assert_close(found.double(), exact.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_block_of_one_row_rounds_as_others(monkeypatch):
-    """Its factor is one entry, and still no number that a call takes."""
-    random = torch.Generator().manual_seed(0)
-    q, k, v = (4 * torch.randn(3, 1, 1, 23, 8, generator=random)).bfloat16().unbind(0)
-    whole = Question(q, k, v, None, causal=True).eager("key_count", "operands")["out"]
-    monkeypatch.setattr("perf.check._LOGITS", 23)
-    by_row = Question(q, k, v, None, causal=True)
-    assert (by_row.eager("key_count", "operands")["out"] != whole).double().mean() < 0.05
-    assert (by_row.eager("key_count", "P")["out"] != whole).double().mean() > 0.2
-
-
-@pytest.mark.parametrize(("scaling", "is_number"), [("key_count", True), ("sqrt_dim", True), ("key_norm_mean", False)])
-def test_a_factor_of_one_row_that_only_counts_is_a_number(scaling, is_number):
-    """No call needs to round such a factor."""
-    random = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 32, 1, 8, generator=random).bfloat16()
-    k, v = torch.randn(2, 1, 1, 23, 8, generator=random).bfloat16().unbind(0)
-    for causal in (False, True):
-        question = Question(q, k, v, None, causal)
-        found = [question.eager(scaling, rounding)["out"] for rounding in ("operands", "P")]
-        assert torch.equal(*found) == is_number
-
-
 @pytest.mark.parametrize("scaling", ["cosine", "key_norm_sum"])
 @pytest.mark.parametrize("rounding", ["P", "operands", "logits"])
 def test_a_key_of_zeros_has_a_bound(scaling, rounding):

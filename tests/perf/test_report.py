@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -129,16 +128,6 @@ def test_a_case_that_failed_is_run_again(tmp_path):
     assert (file.has("forward", AXES), file.has("forward", other)) == (True, False)
 
 
-def test_lines_that_are_no_records_are_named_and_skipped(tmp_path, capsys):
-    ours = json.dumps(OURS.values()) + "\n"
-    unknown = ours.replace('"median_ms"', '"mean_ms"')
-    text = "".join(("[]\n", '{"suite": "cpu"}\n', '{"environment": {}}\n', unknown, "{\n", ours))
-    (tmp_path / "a").write_text(text)
-    assert read(tmp_path / "a") == [OURS]
-    named = [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()]
-    assert named == [f"{tmp_path / 'a'}:{number}" for number in range(1, 6)]
-
-
 def chart(name):
     return next(one for one in CHARTS if one.name == name)
 
@@ -148,11 +137,6 @@ def test_throughput_lies_under_the_roofline():
     assert panel.title == "head_dim 64, bf16, causal, dim"
     assert panel.lines == {"tritonattn": {1024: 300.0}, "sdpa": {1024: 200.0}}
     assert panel.limits == {"roofline": {1024: 500.0}}  # of a copy at 2 operations a byte, less than 600 of a matmul
-
-
-def test_ratios_are_those_of_the_others():
-    panel = panels_of(chart("forward_ratio"), [OURS, PEER])[0]
-    assert panel.lines == {"sdpa": {1024: 1.5}}
 
 
 @pytest.mark.parametrize(("name", "even"), [("forward_ratio", 1), ("overhead", 0)])

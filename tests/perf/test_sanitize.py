@@ -55,12 +55,6 @@ def test_findings_are_named(install):
     assert len(log.read_text().splitlines()) == 2
 
 
-def test_a_sanitizer_without_filters_checks_all_kernels(install):
-    log = install(option="--other")
-    main(["sanitize", "--tools", "memcheck"])
-    assert "kns" not in log.read_text()
-
-
 def test_without_a_sanitizer(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))

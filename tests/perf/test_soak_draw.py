@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 from perf.soak_draw import HAZARD_SEEDS, HAZARD_STAGES, INTERPRETED, ON_A_GPU, draw
@@ -70,22 +69,6 @@ def test_every_form_is_drawn():
     queries = [trial.leaves["q"] for trial in drawn]
     assert {q.is_contiguous() for q in queries} == {True, False}
     assert {q.data_ptr() % 16 == 0 for q in queries} == {True, False}
-
-
-def _code(trial) -> tuple:
-    """The choices that select code, as far as they show."""
-    widths = ("q", "k", "v", "k_cache", "v_cache")
-    shapes = {name: tensor.shape[-1] if name in widths else None for name, tensor in trial.leaves.items()}
-    options = {name: type(value) if isinstance(value, Tensor) else None for name, value in trial.options.items()}
-    return trial.function, trial.dtype, trial.stages, shapes, options
-
-
-def test_seeds_in_a_row_share_their_code():
-    """A compilation takes seconds, a call milliseconds."""
-    for first in (0, 256, 512, 1024, 2048):
-        drawn = [draw(first + i, CPU, SHORT) for i in range(SHORT.variations)]
-        assert all(_code(trial) == _code(drawn[0]) for trial in drawn)
-        assert len({trial.leaves["q"].shape for trial in drawn}) > 1
 
 
 def test_hidden_keys_hold_nan():

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from perf.soak_guards import CONFIGS, Executor, soaking
+from perf.soak_guards import Executor, soaking
 from tritonattn.backends.triton import launch
-from tritonattn.tuning.config import Problem, Target
-from tritonattn.tuning.defaults import default_config
 
 
 def kernel():
@@ -63,12 +61,3 @@ def test_soaking_fills_new_memory_with_nan_and_puts_everything_back():
         assert torch.empty(1000).isnan().all()
         launch.config_for = None
     assert (launch.run, launch.config_for, torch.are_deterministic_algorithms_enabled()) == before
-
-
-def test_stages():
-    problem, target = Problem(32, 32, torch.bfloat16), Target("cuda", "90")
-    for stages in (2, 3, 4):
-        assert CONFIGS[stages]("grad_key_value", problem, target).num_stages == stages
-        assert CONFIGS[stages]("row_terms", problem, target) == default_config("row_terms", problem, target)
-    wide = Problem(256, 256, torch.float32), Target("cuda", "86")
-    assert CONFIGS[4]("forward", *wide) == default_config("forward", *wide)  # more shared memory than there is

@@ -167,10 +167,3 @@ def test_the_unmasked_loop_does_least_beside_its_products():
         for other, flops in ((50, 100), (200, 1000), (150, 1000))
     )
     assert MachineCode(0, 0, 0, 0, 0, (small, masked, unmasked)).unmasked_loop == unmasked
-
-
-def test_classes_of_instructions():
-    found = [
-        machine_code._class(instruction(name)) for name in ("UIADD3", "S2UR", "R2UR", "IADD3", "MUFU.EX2", "UIMAD")
-    ]
-    assert found == ["uniform", "uniform", "uniform", "integer", "exp", "multiply"]

@@ -63,15 +63,6 @@ def test_the_hosts_time_is_not_in_a_cards(host, card):
     assert len(calls) <= 5 + 5, "the right number of flushes, at most 32, is found by doubling"
 
 
-def test_a_contestant_that_waits_for_the_card_is_timed_all_the_same(card):
-    def waits(_):
-        card.launch(0.02, 0.05)
-        card.host = max(card.host, card.done)
-
-    taken = timing.take_turns({"waits": waits}, GPU, rounds=3, warm_up=0)
-    assert taken["waits"] == pytest.approx([0.055] * 3)
-
-
 def test_every_round_has_an_order_of_its_own_that_is_the_same_in_every_run():
     def rounds() -> list[str]:
         calls: list[tuple[str, int]] = []

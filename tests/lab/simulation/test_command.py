@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from itertools import product
 
 import pytest
@@ -13,7 +12,6 @@ from tests.support.refusals import assert_refused
 from tritonattn.cli import main as cli
 from tritonattn.lab.simulation import command, plot
 from tritonattn.lab.simulation.paper import PANELS
-from tritonattn.lab.simulation.plot import density
 from tritonattn.lab.simulation.report import Findings
 
 TINY = ["--modes", "sqrt_dim,key_norm_sum,cosine", "--counts", "2,40", "--dims", "4,6", "--keys", "gaussian,few giants"]
@@ -139,16 +137,3 @@ def test_wrong_usage_is_named_before_any_work(arguments, parts, capsys):
 def test_a_missing_extra_is_named(arguments, needs, monkeypatch, capsys):
     monkeypatch.setattr("tritonattn.cli.options.find_spec", lambda name: None)
     assert_refused(capsys, arguments, [needs, "to mend it: pip install 'tritonattn[lab]'"])
-
-
-def test_densities():
-    values = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x, y = density(values)
-    assert (x[0], x[-1]) == (values.min(), values.max())
-    assert torch.trapezoid(y, x).item() == pytest.approx(1, abs=0.01)
-    torch.testing.assert_close(y, (-x.square() / 2).exp() / math.sqrt(2 * math.pi), rtol=0, atol=0.04)
-    _, flat = density(torch.ones(10, dtype=torch.float64))
-    assert flat.eq(0).all()
-    _, spike = density(torch.cat([torch.zeros(90), torch.ones(10)]).double())  # quartiles alike: the deviation serves
-    assert spike.isfinite().all()
-    assert spike.max() > 1

@@ -19,7 +19,7 @@ from tritonattn.lab.training.records import Recipe
 from tritonattn.lab.training.tasks import IGNORED, TASKS, loss_of
 from tritonattn.lab.training.tasks.spell import WORDS, spelled
 from tritonattn.lab.training.trainer import Assignment, fresh_model, train
-from tritonattn.nn import PerHead, ScaledAttention
+from tritonattn.nn import ScaledAttention
 
 CPU = torch.device("cpu")
 
@@ -143,17 +143,6 @@ def test_a_row_of_as_many_keys_as_in_training_starts_as_sqrt_dim(mode):
     torch.testing.assert_close(other(x), base(x))
 
 
-def test_a_gain_makes_a_sum_of_lengths_their_mean():
-    scaling = build("key_norm_sum+gain", 2, 8, keys=10)
-    assert isinstance(scaling, PerHead)
-    x = torch.randn(1, 10, 16)
-    torch.manual_seed(0)
-    ours = ScaledAttention(16, 2, scaling=scaling)
-    torch.manual_seed(0)
-    mean = ScaledAttention(16, 2, scaling="key_norm_mean")
-    torch.testing.assert_close(ours(x), mean(x))
-
-
 def test_rotary_logits_depend_on_distances_only():
     torch.manual_seed(0)
     layer = Rotary(16, 2)
@@ -191,14 +180,6 @@ def test_no_held_out_number_is_trained_on_and_lengths_vary():
     assert {n % 11 for n in held_out} == {3}
     assert 3 not in {n % 11 for n in trained}
     assert {len(str(n)) for n in trained} == {len(str(n)) for n in held_out} == set(range(1, 7))
-
-
-def test_held_out_parts_of_book_and_digits_are_not_trained_on():
-    text, held_out = TASKS["text"]().bytes
-    assert text.shape[0] + held_out.shape[0] > 140_000
-    assert held_out.shape[0] == pytest.approx(text.shape[0] / 9, rel=1e-3)
-    (images, _), (others, _) = TASKS["digits"]().parts
-    assert (images.shape[0], others.shape[0]) == (1348, 449)
 
 
 def test_a_table_has_each_key_once_and_is_asked_for_keys_inside_its_length():
