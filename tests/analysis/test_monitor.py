@@ -167,17 +167,6 @@ def test_a_module_that_caught_an_error_of_its_part_counts_as_itself():
     assert list(record_of(Outer(), lambda net: net(x).sum())["layers"]) == ["Outer"]
 
 
-def test_monitors_side_by_side_see_the_same():
-    """Steps may end in any order."""
-    net, x = Net(), torch.randn(2, 5, 32)
-    with Monitor(net, every=1, thresholds=QUIET) as first, Monitor(net, every=2, thresholds=QUIET) as second:
-        for number in range(5):
-            net(x).sum().backward()
-            record, other = first.step(), second.step()
-            assert record["layers"]["attention"]["calls"] == 1
-            assert other == (record if number % 2 == 0 else None)
-
-
 def test_frozen_layers():
     class Two(nn.Module):
         def __init__(self):

@@ -182,18 +182,3 @@ def test_far_apart_logits_and_sinks():
     assert drained.out.item() == 0
     assert drained.lse.item() == result.lse.item()
     assert torch.autograd.grad(drained.out.sum(), sinks)[0].item() == 0
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, while it traces a Function
-def test_compiled_as_one_graph():
-    torch.compiler.reset()
-    q, k, v = (x.requires_grad_() for x in tensors())
-    sinks, state = torch.zeros(HQ, dtype=torch.float64), torch.tensor([1, 2])
-
-    def loss(q, k, v):
-        visibility = Visibility.of(q, k, causal=True, window=(3, None))
-        result = attention(q, k, v, 1.0, visibility, softcap=3.0, sinks=sinks, dropout=Dropout(0.2, state))
-        return result.out.square().sum() + result.lse.sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(*(torch.autograd.grad(f(q, k, v), (q, k, v)) for f in (compiled, loss)))

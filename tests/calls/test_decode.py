@@ -172,30 +172,6 @@ def _scales_of(query, cache, scaling, window):
     return [x for x in seen if x is not None]
 
 
-@every_layout
-def test_a_scaling_of_ones_own_gets_the_keys(page):
-    class FirstComponent(Scaling):
-        name = "first component"
-
-        def scales(self, q, k, visibility, statistics):
-            first = torch.where(visibility.seen_keys(), k[..., 0], 0)
-            return Scales(0.5, query=visibility.sum(first), key=first)
-
-        def multiplier(self, q, k, visible):
-            first = torch.where(visible.any(-2), k[..., 0], 0)[..., None, :]
-            return 0.5 * torch.where(visible, first, 0).sum(-1, keepdim=True) * first
-
-    q, k, v = sequences()
-    cache = GrowingCache(k, v, 24, page, statistics=True)
-    cache.write([9, 20])
-    results = [
-        attention_decode(cache.newest(q, 4), **cache.arguments(), scaling=FirstComponent(), backend=backend)
-        for backend in BACKENDS
-    ]
-    torch.testing.assert_close(*results)
-    assert results[0].isfinite().all()
-
-
 @every_mode
 def test_a_record_of_more_keys_than_a_call_sees(mode):
     """key_lengths says how many keys of the record count, as it does for the cache."""

@@ -135,25 +135,5 @@ def loss_of(k):
     return (ours.length_sum + ours.length_square_sum + ours.length_max).square().sum()
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted")
-def test_functorch():
-    expected = []
-    for seed in range(3):
-        k = keys(seed=seed).requires_grad_()
-        expected.append(torch.autograd.grad(loss_of(k), k)[0])
-    torch.testing.assert_close(torch.func.grad(loss_of)(keys(seed=0)), expected[0])
-    batch = torch.stack([keys(seed=seed) for seed in range(3)])
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss_of))(batch), torch.stack(expected))
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, while it traces a Function
-def test_compiled_as_one_graph():
-    k = keys().requires_grad_()
-    expected = torch.autograd.grad(loss_of(k), k)[0]
-    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(k)
-    torch.testing.assert_close(compiled, loss_of(k))
-    torch.testing.assert_close(torch.autograd.grad(compiled, k)[0], expected)
-
-
 def test_lengths_differentiate_twice():
     assert torch.autograd.gradgradcheck(key_lengths_of, keys()[:1, :1, :2].requires_grad_())

@@ -208,24 +208,6 @@ def test_prefix_sum_starts_at_zero():
     assert prefix_sum(torch.empty(2, 0)).tolist() == [[0.0], [0.0]]
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted")
-@pytest.mark.parametrize("name", ["causal window", "ranges", "mask of heads"])
-def test_functorch(name):
-    sizes = (B, HQ, 5, 7)
-    visibility = visibility_of(5, 7, **MASKS[name](*sizes))
-
-    def loss(x):
-        return visibility.sum(x).square().sum() + visibility.max(x).square().sum()
-
-    batch = torch.stack([values(7, seed) for seed in range(3)])
-    expected = []
-    for x in batch:
-        x = x.clone().requires_grad_()
-        expected.append(torch.autograd.grad(loss(x), x)[0])
-    torch.testing.assert_close(torch.func.grad(loss)(batch[0]), expected[0])
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(batch), torch.stack(expected))
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_combination_of_ranges(data):

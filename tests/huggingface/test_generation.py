@@ -83,57 +83,6 @@ def test_a_long_text_in_pieces_equals_the_full_pass(cache):
     close(torch.cat(got, dim=1), wanted)
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_steps_may_change_their_mode_of_autograd(cache):
-    name, make = CACHES[cache]
-    network, ids = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()["input_ids"]
-    plain, inference, recorded = torch.no_grad, torch.inference_mode, torch.enable_grad
-    orders = [(plain, inference) * 2]
-    if "dynamic" in cache:  # a static layer writes to its buffers in place, which autograd refuses in the other orders
-        orders += [(inference, plain) * 2, (recorded,) * 4, (plain, recorded, plain, inference)]
-    with patch(network, scaling="key_norm_mean"):
-        with torch.no_grad():
-            wanted = network(input_ids=ids, use_cache=False).logits
-        for order in orders:
-            held, got = make(network, 20), []
-            for piece, context in zip(ids.split([4, 5, 1, 3], dim=1), order, strict=True):
-                with context():
-                    got.append(network(input_ids=piece, past_key_values=held).logits)
-            close(torch.cat([x.detach().clone() for x in got], dim=1), wanted)
-            if set(order) == {recorded}:
-                got[-1].sum().backward()
-                assert network.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_a_step_sees_edited_keys(cache):
-    """Cosine divides by the keys' lengths, so a step after all cached keys were doubled gives the same logits."""
-    name, make = CACHES[cache]
-    network, ids = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()["input_ids"]
-    steps = []
-    with patch(network, scaling="cosine"), torch.no_grad():
-        for factor in (1, 2):
-            held = make(network, 20)
-            network(input_ids=ids[:, :8], past_key_values=held)
-            for layer in held.layers:
-                layer.keys.mul_(factor)
-            steps.append(network(input_ids=ids[:, 8:9], past_key_values=held).logits)
-    close(*steps)
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("mode", ["key_norm_sum", "key_norm_rms", "key_norm_max"])
-def test_steps_of_a_part_of_a_model_equal_its_full_pass(mode, implementation):
-    """The other layers' implementation makes the masks, which are dense."""
-    network, inputs = LLAMA.build(implementation), LLAMA.inputs("left")
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    position = (mask.cumsum(-1) - 1).clamp(min=0)
-    with patch(network, scaling=mode, layers=[1]), torch.no_grad():
-        wanted = network(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits
-        got = stepwise(network, ids, mask, position, cache=DynamicCache())
-    close(got[mask.bool()], wanted[mask.bool()])
-
-
 @pytest.mark.parametrize("mode", ["key_norm_mean", "key_norm_max", "cosine", "key_count"])
 @pytest.mark.parametrize("name", WINDOWED)
 def test_greedy_text_is_that_of_full_passes(name, mode):

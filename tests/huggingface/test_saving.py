@@ -14,7 +14,7 @@ from torch import nn
 
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES
-from tests.huggingface.test_patch import LLAMA, logits
+from tests.huggingface.test_patch import LLAMA
 from tritonattn import SCALINGS, Scales, Scaling
 from tritonattn.huggingface import patch, patched, restore
 
@@ -34,6 +34,11 @@ CASES = {
     "query adaptive": {"scaling": tritonattn.nn.QueryAdaptiveSSMax(4, head_dim=8)},
     "scheduled": {"scaling": tritonattn.nn.Scheduled("sqrt_dim", "key_count", steps=5, blend="geometric")},
 }
+
+
+def logits(network) -> torch.Tensor:
+    with torch.no_grad():
+        return network(**LLAMA.inputs()).logits
 
 
 def disturb(network) -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("x_transformers", reason="pip install 'tritonattn[integratio
 from x_transformers import CrossAttender, Decoder, Encoder, TransformerWrapper, XTransformer
 from x_transformers.attend import Attend
 
-from tritonattn import nn
+from tritonattn import attention, nn
 from tritonattn.integrations import x_transformers as ours
 
 TOKENS = torch.randint(0, 11, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -114,24 +114,13 @@ def test_other_modes_by_hand(causal, kv_heads, scale):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 9, 8, dtype=torch.float64, generator=generator)
     k, v = torch.randn(2, 2, kv_heads, 9, 8, dtype=torch.float64, generator=generator)
-    visible = PADDING[:, None, None] & (torch.ones(9, 9).bool().tril() if causal else True)
-    n = visible.sum(-1, keepdim=True).double()
-    wide_k, wide_v = (x.repeat(1, 4 // kv_heads, 1, 1) for x in (k, v))
-    lengths = wide_k.norm(dim=-1)[:, :, None]
-    formulas = {
-        "key_norm_mean": n / (lengths * visible).sum(-1, keepdim=True),
-        "key_norm_max": 1 / (lengths * visible).amax(-1, keepdim=True),
-        "log_key_count": n.log() / 8**0.5,
-    }
+    wide = [x.repeat(1, 4 // kv_heads, 1, 1) for x in (k, v)]  # their heads are shared in turn
+    given = {"causal": causal, "mask": PADDING[:, None, None], "backend": "reference"}
     attend = Attend(causal=causal, heads=4, scale=scale)
-    for mode, factor in formulas.items():
-        gain = 1 if scale is None else scale * 8**0.5
-        p = (q @ wide_k.mT * factor * gain).masked_fill(~visible, -torch.inf).softmax(-1)
+    for mode in ("key_norm_mean", "key_norm_max", "log_key_count", "cosine"):
+        gain = None if scale is None or mode == "cosine" else scale * 8**0.5
         out, _ = ours.ScaledAttend(attend, 4, mode)(q, k, v, mask=PADDING)
-        torch.testing.assert_close(out, p @ wide_v)
-    cosine = 8**0.5 * torch.nn.functional.cosine_similarity(q[:, :, :, None], wide_k[:, :, None], dim=-1)
-    out, _ = ours.ScaledAttend(attend, 4, "cosine")(q, k, v, mask=PADDING)
-    torch.testing.assert_close(out, cosine.masked_fill(~visible, -torch.inf).softmax(-1) @ wide_v)
+        torch.testing.assert_close(out, attention(q, *wide, scaling=mode, gain=gain, **given))
 
 
 def test_a_learned_scaling_a_layer_trains():

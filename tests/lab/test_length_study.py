@@ -20,7 +20,6 @@ from tritonattn.lab.demo.measurement import Subject
 from tritonattn.lab.demo.variants import variant
 from tritonattn.lab.length.passes import check_head, losses
 from tritonattn.lab.length.report import Study, difference
-from tritonattn.scaling import LogKeyCount, QwenLogn
 
 MODES = "sqrt_dim,sqrt_dim*1.5,qwen_logn:CONTEXT,log_key_count:32"
 
@@ -93,20 +92,6 @@ def test_no_more_logits_than_a_few_rows_exist_at_a_time(small):
     losses(small, torch.ones(1, 700, dtype=torch.int64), variant("sqrt_dim", 64))
     assert sum(shapes) == 699
     assert max(shapes) <= 256
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "scaling", "gain"),
-    [
-        ("sqrt_dim", "sqrt_dim", "sqrt_dim", None),
-        ("sqrt_dim*1.08", "sqrt_dim*1.08", "sqrt_dim", 1.08),
-        ("qwen_logn:CONTEXT", "qwen_logn:8192", QwenLogn(8192), None),
-        ("log_key_count:512*.5", "log_key_count:512*.5", LogKeyCount(512), 0.5),
-    ],
-)
-def test_variants(text, name, scaling, gain):
-    one = variant(text, 8192)
-    assert (one.name, one.scaling, one.gain) == (name, scaling, gain)
 
 
 @pytest.mark.parametrize(

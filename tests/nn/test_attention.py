@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch.nn.functional import linear, rms_norm
@@ -335,17 +333,6 @@ def test_dropout_only_in_training(is_packed):
     assert not torch.equal(made(x, **packed), made(x, **packed))
     made.eval()
     assert torch.equal(made(x, **packed), made(x, **packed))
-
-
-@pytest.mark.parametrize("scaling", ["ssmax", "power_law", "per_head", nn.Scheduled("dim", nn.SSMax(HEADS), 9)])
-def test_states_and_copies(scaling):
-    made, x = layer(scaling, causal=True, qk_norm=True, sinks=True, bias=True), tokens()
-    other = layer(copy.deepcopy(scaling), seed=5, causal=True, qk_norm=True, sinks=True, bias=True)
-    assert not torch.allclose(other(x), made(x))
-    other.load_state_dict(made.state_dict(), strict=True)
-    assert torch.equal(other(x), made(x))
-    assert torch.equal(copy.deepcopy(made)(x), made(x))
-    assert any(name.startswith("scaling.") for name in made.state_dict())
 
 
 def test_a_learned_name_makes_the_module_and_others_stay():

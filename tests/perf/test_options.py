@@ -15,7 +15,6 @@ from perf import run_suites, sweep
 from perf.__main__ import main
 from perf.options import command_line
 from perf.records import Record
-from perf.suites import SUITES, Place
 from tritonattn.core.provenance import Environment
 
 RECORDS = Path(__file__).parents[2] / "perf" / "results" / "cpu_short.jsonl"
@@ -88,18 +87,6 @@ def test_a_wrong_result_is_said_though_the_sweep_was_stopped(monkeypatch):
     monkeypatch.setattr(run_suites, "measure", lambda options, command: ([wrong], True))
     with pytest.raises(SystemExit, match="1 results are wrong or missing\ncpu , ours dim: out: far"):
         main(["sweep", "--device", "cpu"])
-
-
-@pytest.mark.parametrize("kind", ["cuda", "cpu", "interpret"])
-def test_the_suite_of_the_cpu_is_run_on_a_cpu_alone(kind):
-    """Unless it is asked for."""
-    default, asked = (
-        {case.suite for case in run_suites.planned(parsed("--quick", *suite), Place(kind))}
-        for suite in ((), ("--suite", "cpu"))
-    )
-    assert default - {"cpu"} == set(SUITES) - {"cpu"}
-    assert ("cpu" in default) == (kind == "cpu")
-    assert asked == {"ceilings", "cpu"}
 
 
 @pytest.mark.parametrize(("minutes", "left"), [("1", 1), ("5", 0)])

@@ -120,21 +120,6 @@ def test_packages_of_gpus_packed_and_decoding(installed):
         assert "is not asked to decode" in found["xformers dim"][1]
 
 
-def test_every_backend_of_pytorchs_attention_decodes(monkeypatch):
-    """Peers that need a GPU are reached, though no GPU here could serve the call."""
-    names = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-math")
-    case = DecodeCase(Shape(2, 4, 2, 1, 64, 16, causal=False), "bf16", False, "key_norm_mean", names, CPU, "sdpa")
-    found = {name: statuses(case.contest().run(ONCE, HERE))[f"{name} key_norm_mean"] for name in names}
-    assert found["sdpa"] == found["sdpa-math"] == ("measured", "")
-    assert found["sdpa-flash"] == found["sdpa-cudnn"] == ("skipped", "runs on a GPU, not on device cpu")
-    monkeypatch.setattr(decode_cases, "require_gpu", lambda device: None)
-    found = statuses(case.contest().run(ONCE, HERE))
-    assert found["sdpa-cudnn key_norm_mean"][0] == "skipped"
-    assert found["sdpa-cudnn key_norm_mean"][1].startswith("RuntimeError: No ")  # viable backend was found
-    paged = statuses(replace(case, paged=True).contest().run(ONCE, HERE))
-    assert paged["sdpa-math key_norm_mean"] == ("skipped", "takes no pages")
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_flex_attention():
     """And the eager peer, which masks from the last key as it does."""

@@ -64,41 +64,6 @@ def test_a_table_says_what_was_measured_where():
     assert "- xformers: skipped in 1 cases: is not installed" in text
 
 
-def test_a_suite_has_one_table_an_environment():
-    later, cpu = replace(PEER, date="2026-01-03"), replace(OURS, suite="cpu")
-    text = tables([OURS, cpu, later])
-    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## cpu", "## forward"]
-    assert "`, 2026-01-02, 2026-01-03; clocks" in text
-    elsewhere = replace(OURS, environment=replace(HERE, device="Card Y"))
-    assert tables([OURS, elsewhere]).count("## forward") == 2
-
-
-def test_wrong_results_are_shown_without_times():
-    wrong = replace(OURS, status="wrong", reason="out: expected", median_ms=None, ratio=None, tflops=None, gbps=None)
-    row = next(line for line in tables([wrong]).splitlines() if "tritonattn dim" in line)
-    assert "| wrong |" in row
-    assert "300" not in row
-
-
-def accuracy(name, scaling, error, status="measured"):
-    axes = {"length": 64, "dtype": "fp32", "keys": "gaussian"}
-    return Record("accuracy", axes, f"{name} {scaling}", scaling, status, HERE, "2026-01-02", error=error, bound=1e-2)
-
-
-def test_errors_stand_under_the_name_of_whose_they_are():
-    """Also in the row of a scaling that ours fails for."""
-    records = [accuracy("tritonattn", "dim", None, "failed"), accuracy("tritonattn", "none", 1e-4)]
-    records += [accuracy("pre-scaled", scaling, error) for scaling, error in (("dim", 2e-3), ("none", 3e-3))]
-    for order in (records, records[::-1]):
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables(order).splitlines()]
-        header = next(row for row in rows if row[1:2] == ["scaling"])
-        found = {row[1]: dict(zip(header, row, strict=True)) for row in rows if row[1:2] in (["dim"], ["none"])}
-        by_keys = next(row for row in rows if row[1:2] == ["gaussian"])
-        assert sorted(by_keys[2:]) == ["1.0e-04, 1.0e-04", "2.5e-03, 3.0e-03"], "median, and largest"
-        assert (found["dim"]["tritonattn"], found["dim"]["pre-scaled"]) == ("", "2.0e-03, 2.0e-03")
-        assert (found["none"]["tritonattn"], found["none"]["pre-scaled"]) == ("1.0e-04, 1.0e-04", "3.0e-03, 3.0e-03")
-
-
 def test_records_survive_the_file(tmp_path):
     file = ResultsFile(tmp_path / "a.jsonl", HERE)
     file.append([OURS, PEER])
@@ -151,15 +116,6 @@ def test_a_ratio_has_a_line_where_both_are_as_fast_and_panels_share_their_axes(n
     assert first.get_shared_x_axes().joined(first, second)
     assert first.get_shared_y_axes().joined(first, second)
     assert [tick.get_text() for tick in second.get_xticklabels()] == ["1,024", "2,048"]
-
-
-def test_overhead_in_percent_and_decoding_beside_a_copy():
-    slower = replace(PEER, suite="overhead", contestant="tritonattn cosine", scaling="cosine", ratio=1.02)
-    assert panels_of(chart("overhead"), [slower])[0].lines["cosine"][1024] == pytest.approx(2.0)
-    decode = replace(OURS, suite="decode", axes=AXES | {"paged": True})
-    panel = panels_of(chart("decode"), [decode, *CEILINGS])[0]
-    assert (panel.lines, panel.limits) == ({"tritonattn": {1024: 150.0}}, {"copy": {1024: 250.0}})
-    assert "paged" in panel.title
 
 
 def test_nothing_to_draw(tmp_path):

@@ -140,19 +140,6 @@ def test_keys_that_nobody_sees_do_not_enter(mode, formula, junk, padding):
 
 
 @every_mode
-def test_rows_without_keys(mode):
-    q, k = (x.requires_grad_() for x in tensors())
-    ranges = torch.tensor([[3, 3], [0, 9], [5, 2], [0, 0], [9, 9], [2, 4]], dtype=torch.int32)[None].expand(B, -1, -1)
-    for factor in (
-        factor_of(small(mode), q, k, key_ranges=ranges),
-        multiplier_of(small(mode), q, k, key_ranges=ranges)[0],
-    ):
-        assert factor.isfinite().all()
-        if factor.requires_grad:
-            assert all(g.isfinite().all() for g in torch.autograd.grad(factor.sum(), (q, k), materialize_grads=True))
-
-
-@every_mode
 def test_no_keys_at_all(mode):
     q, k = tensors(k_len=0)
     assert factor_of(small(mode), q, k).shape == (B, HQ, SQ, 0)
@@ -189,19 +176,6 @@ def test_the_size_of_the_keys_does_not_matter_to_norm_modes(mode, size):
     q, k = tensors()
     plain, scaled = ((q @ per_query_head(x).mT) * factor_of(small(mode), q, x, causal=True) for x in (k, k * size))
     torch.testing.assert_close(scaled, plain, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, while it traces a Function
-@every_mode
-def test_compiled_as_one_graph(mode):
-    q, k = (x.requires_grad_() for x in tensors())
-
-    def loss(q, k):
-        return ((q @ per_query_head(k).mT) * factor_of(small(mode), q, k, causal=True)).square().sum()
-
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(*(torch.autograd.grad(f(q, k), (q, k)) for f in (compiled, loss)))
 
 
 def test_scaling_asks_for_both_formulas():

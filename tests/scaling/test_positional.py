@@ -41,38 +41,6 @@ def test_ministral3_is_its_models_function():
     torch.testing.assert_close(ours.float(), model)
 
 
-def test_llama4_is_its_models_layer():
-    """A layer without rotary embedding multiplies its queries by the temperature."""
-    modeling = pytest.importorskip("transformers.models.llama4.modeling_llama4")
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    config = modeling.Llama4TextConfig(
-        hidden_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=D,
-        num_hidden_layers=4,
-        no_rope_layers=[0] * 4,
-        attn_scale=0.3,
-        floor_scale=4,
-        use_qk_norm=False,
-    )
-    seen = {}
-
-    def record(module, query, key, value, mask, scaling, **_):
-        seen.update(query=query, scaling=scaling)
-        return query.transpose(1, 2), None
-
-    ALL_ATTENTION_FUNCTIONS.register("record", record)
-    config._attn_implementation = "record"
-    attention = modeling.Llama4TextAttention(config, layer_idx=0)
-    with torch.no_grad():
-        attention(torch.ones(1, 20, 32), position_embeddings=None, attention_mask=None)
-    stretch = seen["query"][0, 0, :, 0] / seen["query"][0, 0, 0, 0]
-    torch.testing.assert_close(stretch, temperatures(Llama4(scale=0.3, floor_scale=4), 20).float())
-    assert seen["scaling"] == D**-0.5
-
-
 def test_defaults_leave_short_sequences_alone():
     for scaling in (QwenLogn(), Llama4(), Ministral3()):
         assert (temperatures(scaling, 8191) == 1).all()

@@ -64,28 +64,6 @@ def test_the_last_wave_counts_as_a_whole():
     assert one_more == 2 * whole > 0
 
 
-@pytest.mark.parametrize("loop", [LOOP, LOADS])
-@pytest.mark.parametrize("stages", [1, 2])
-def test_a_loop_that_is_unrolled_takes_no_longer(loop, stages):
-    twice = MmaLoop({name: 2 * n for name, n in loop.instructions.items()}, 0, 2, 2 * loop.flops, 0)
-    config = replace(CONFIG, num_stages=stages)
-    assert clocks(twice, config) == pytest.approx(clocks(loop, config))
-
-
-@pytest.mark.parametrize(
-    ("kernel", "held"), [("forward", "block_m"), ("grad_query", "block_m"), ("grad_key_value", "block_n")]
-)
-def test_more_rows_held_are_fewer_loads(kernel, held):
-    """Streamed operands pass once for each tile that is held, in tiles of any size."""
-    square = TileConfig(64, 64, 8, 2)
-    found = {
-        name: clocks(LOADS, replace(square, **{name: 128}), kernel, processors=1) for name in ("block_m", "block_n")
-    }
-    usual = clocks(LOADS, square, kernel, processors=1)
-    assert found.pop(held) == pytest.approx(usual / 2)
-    assert [*found.values()] == pytest.approx([usual])
-
-
 @pytest.mark.parametrize("kernel", ["forward", "grad_key_value", "decode"])
 @pytest.mark.parametrize("loop", [LOOP, None])
 def test_a_short_call_takes_less_but_something(kernel, loop):

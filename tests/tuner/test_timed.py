@@ -11,8 +11,7 @@ pytest.importorskip("triton")
 from tritonattn.tuner import tune as commands
 from tritonattn.tuner.search import Result, SearchError
 from tritonattn.tuning import cache_dir, lookup
-from tritonattn.tuning.config import TileConfig
-from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, read_table, write_table
+from tritonattn.tuning.table import Entry, read_table
 
 from .stubs import BEST, H100, KEYS, SEARCH, run
 
@@ -64,21 +63,6 @@ def test_a_search_that_is_stopped_goes_on(on_h100, user, instead, monkeypatch, c
     _, out, _ = run(capsys, *SEARCH)
     assert "1 of 3 keys are measured already" in out
     assert on_h100 == KEYS
-
-
-def test_two_searches_at_once_keep_each_others_results(on_h100, user, monkeypatch, capsys):
-    """As on a machine with several cards of a kind."""
-    search, other = commands.search, Key("decode", 64, "none", "long")
-
-    def meanwhile(key, *arguments, **options):
-        entries = read_table(user / "h100.json").entries if (user / "h100.json").exists() else {}
-        entries[other] = Entry(TileConfig(16, 64, 4, 2), "measured", {})
-        write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))
-        return search(key, *arguments, **options)
-
-    monkeypatch.setattr(commands, "search", meanwhile)
-    run(capsys, *SEARCH)
-    assert set(read_table(user / "h100.json").entries) == {*KEYS, other}
 
 
 def test_a_card_that_is_lost_is_said(on_h100, user, instead, capsys):

@@ -51,16 +51,6 @@ def test_both_ways_to_vanish():
     assert sharp.q_gradient < 1e-3
 
 
-@pytest.mark.parametrize(("count", "sets"), [(2, 64), (128, 64), (1024, 8), (5000, 1), (20000, 1)])
-def test_samples(count, sets):
-    sample = Sample.of(Point("gaussian", count, 3), 5, CPU)
-    assert sample.q.shape == sample.weights.shape == (sets, 1, 32, 3)
-    assert sample.k.shape == sample.v.shape == (sets, 1, count, 3)
-    torch.testing.assert_close(sample.weights.norm(dim=-1), torch.ones(sets, 1, 32).double())
-    assert torch.equal(sample.k, Sample.of(Point("gaussian", count, 3), 5, CPU).k)
-    assert not torch.equal(sample.k, Sample.of(Point("gaussian", count, 3), 6, CPU).k)
-
-
 @pytest.mark.parametrize("keys", DISTRIBUTIONS)
 def test_every_kind_of_keys(keys):
     lengths = Sample.of(Point(keys, 8192, 16), 0, CPU).k.norm(dim=-1) / 4

@@ -157,14 +157,6 @@ def test_the_nearest_named_mode(count, length, wanted):
     assert report.nearest_point(count, length)[0] == wanted
 
 
-def test_exponents_are_shown_beside_the_nearest_mode():
-    scaling = {"a": {"theta": [0.1, 0.3], "count_exponent": [-1.0, -0.9], "length_exponent": [0.0, 0.1]}}
-    text = report.exponents([a_run("power_law", scaling=scaling), a_run()])
-    assert "-0.95 (-1.00 to -0.90)" in text
-    assert "key_count" in text
-    assert report.exponents([a_run()]) == ""
-
-
 def test_a_record_survives_its_file_and_what_is_not_finite_becomes_null(tmp_path):
     file = tmp_path / "runs.jsonl"
     run = a_run(held_out_loss=[2.0, float("nan")], status="diverged")

@@ -79,17 +79,6 @@ def test_a_run_that_diverges_says_so_and_stops():
     assert len(trace.steps) < 20
 
 
-def test_steps_to_the_target_are_the_first_at_or_below_it(monkeypatch):
-    one = assignment(steps=6, batch=32)
-    trace = train(one)
-    below = trace.held_out_loss[3]
-    monkeypatch.setattr(one.task, "target", below)
-    first = next(step for step, loss in zip(trace.steps, trace.held_out_loss, strict=True) if loss <= below)
-    assert train(one).steps_to_target == first
-    monkeypatch.setattr(one.task, "target", 0.0)
-    assert train(one).steps_to_target is None
-
-
 def test_the_learning_rate_rises_and_falls():
     rates = [trainer._rate(step, 100) for step in range(100)]
     assert rates[9] == max(rates) == 1
