@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -102,32 +100,6 @@ def test_gain_multiplies_the_mode(backend):
         ours = tritonattn.attention(q, k, v, scaling="key_norm_sum", gain=gain, causal=True, backend=backend)
         wanted = tritonattn.attention(2 * q, k, v, scaling="key_norm_sum", causal=True, backend=backend)
         torch.testing.assert_close(ours, wanted)
-
-
-@dataclass(frozen=True)
-class Cooled(Scaling):
-    """1 / (sqrt(D) * (1 + ||q||)) * weight[j]: a user's mode with both scales and a parameter."""
-
-    name: ClassVar[str] = "cooled"
-    weight: Tensor
-
-    def scales(self, q, k, visibility, statistics) -> Scales:
-        return Scales(q.shape[-1] ** -0.5, 1 / (1 + q.norm(dim=-1)), self.weight)
-
-    def multiplier(self, q, k, visible) -> Tensor:
-        weight = self.weight.repeat_interleave(2, dim=0)[:, None]
-        return weight * (q.shape[-1] ** -0.5 / (1 + q.norm(dim=-1)))[..., None]
-
-
-def test_a_scaling_of_a_user():
-    leaves = operands()
-    weight = torch.rand(2, 7, dtype=torch.float64, requires_grad=True)
-    results = []
-    for backend in ("sdpa", "reference"):
-        out = tritonattn.attention(*leaves.values(), scaling=Cooled(weight), window=(3, 0), backend=backend)
-        results.append((out, *torch.autograd.grad(out.square().sum(), (*leaves.values(), weight))))
-    for ours, exact in zip(*results, strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
 
 
 class Broken(Scaling):

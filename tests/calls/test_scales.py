@@ -7,7 +7,7 @@ import torch
 
 import tritonattn
 from tests.support.bound import assert_within_bound
-from tritonattn import Scales, Scaling
+from tritonattn import Scaling
 
 
 def _operands(dtype: torch.dtype, kv_heads: int, spread: float) -> tuple[torch.Tensor, ...]:
@@ -51,29 +51,6 @@ def test_scales_in_16_bit_act_in_fp32(backend):
     wide = [x.double() for x in (q, k, v, query_scale, key_scale)]
     exact = tritonattn.attention(*wide[:3], scaling=wide[3], gain=wide[4], backend="reference")
     torch.testing.assert_close(gained.double(), exact, rtol=1e-4, atol=1e-5)
-
-
-class _Reciprocal(Scaling):
-    """1 / sum of lengths, infinite for a row without keys."""
-
-    name = "test"
-
-    def scales(self, q, k, visibility, statistics):
-        return Scales(1.0, query=1 / statistics.length_sum)
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [{"causal": True}, {"key_lengths": torch.tensor([0])}, {"mask": torch.arange(8)[:, None] > torch.arange(6) + 2}],
-    ids=["causal", "lengths", "mask"],
-)
-def test_a_mode_that_divides_by_zero_in_rows_without_keys(mask):
-    random = torch.Generator().manual_seed(0)
-    shapes = ((1, 2, 8, 4), (1, 2, 6, 4), (1, 2, 6, 4))
-    leaves = [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
-    out = tritonattn.attention(*leaves, scaling=_Reciprocal(), backend="sdpa", **mask)
-    for result in (out, *torch.autograd.grad(out.sum(), leaves)):
-        assert result.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 import tritonattn
 from tests.support.masks import MASKS
@@ -227,18 +227,6 @@ def test_a_batch_of_output_gradients(scaling, mask, backend):
                 torch.testing.assert_close(ours[i], expected)
 
 
-def test_per_sample_gradients_of_shared_sinks():
-    qs = torch.stack([operands()[0].detach() * i for i in range(1, 4)])
-    _, k, v, _ = (x.detach() for x in operands())
-    sinks = torch.zeros(4)
-
-    def gradient(sinks, q):
-        return torch.func.grad(lambda s: tritonattn.attention(q, k, v, sinks=s).square().sum())(sinks)
-
-    together = torch.func.vmap(gradient, in_dims=(None, 0))(sinks, qs)
-    torch.testing.assert_close(together, torch.stack([gradient(sinks, q) for q in qs]))
-
-
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_vmap_with_dropout(randomness):
     q, k, v, _ = (x.detach() for x in operands())
@@ -264,26 +252,6 @@ def test_checkpointing(masks):
     ours = torch.autograd.grad(checkpoint(function, *leaves, use_reentrant=False), leaves)
     for x, expected in zip(ours, wanted, strict=True):
         assert torch.equal(x, expected)
-
-
-def test_a_selective_checkpoint_policy_sees_the_operator():
-    forward = torch.ops.tritonattn.forward.default
-    runs = []
-
-    def policy(context, operator, *args, **kwargs):
-        if operator is forward:
-            runs.append(context.is_recompute)
-        return CheckpointPolicy.MUST_SAVE if operator is forward else CheckpointPolicy.PREFER_RECOMPUTE
-
-    function = partial(objective, window=(2, 0))
-    contexts = partial(create_selective_checkpoint_contexts, policy)
-    leaves = operands()
-    result = checkpoint(function, *leaves, use_reentrant=False, context_fn=contexts)
-    for x, expected in zip(
-        torch.autograd.grad(result, leaves), torch.autograd.grad(function(*leaves), leaves), strict=True
-    ):
-        assert torch.equal(x, expected)
-    assert runs[0] is False
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo reads it

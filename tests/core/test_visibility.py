@@ -166,12 +166,6 @@ def test_returned_tensors_may_be_written_to(name):
         assert torch.equal(ask(), before)
 
 
-def test_ranges_with_a_head_axis():
-    ranges = torch.randint(0, 9, (B, 4, 2), dtype=torch.int32)
-    three, four = (visibility_of(4, 8, key_ranges=r).dense() for r in (ranges, ranges[:, None]))
-    assert torch.equal(three, four)
-
-
 @pytest.mark.parametrize("entries", [1, 2**10, 2**13])
 def test_a_mask_longer_than_a_block_of_rows(monkeypatch, entries):
     """Blocks of 1, of 18 and of 146 rows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ import transformers
 
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES
-from tritonattn.huggingface import Settings, attention_forward, call_arguments, register, unregister
+from tritonattn.huggingface import Settings, attention_forward, register, unregister
 
 PADDING = ARCHITECTURES["llama"].inputs("left")["attention_mask"]
 
@@ -72,13 +71,6 @@ def test_a_scaling_that_the_model_learns_gets_its_gradient():
         torch.testing.assert_close(out, wanted)
         (gradient,) = torch.autograd.grad(out.square().sum(), own)
         assert gradient != 0
-
-
-def test_no_scaling_means_one_over_the_root_of_the_dimension():
-    q = torch.randn(1, 2, 3, 16)
-    arguments = call_arguments(SimpleNamespace(is_causal=True), q, q, None)
-    assert arguments["scaling"] == "sqrt_dim"
-    assert math.isclose(call_arguments(SimpleNamespace(), q, q, None, scaling=0.5)["scaling"], 0.5)
 
 
 @pytest.mark.parametrize(

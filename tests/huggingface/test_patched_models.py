@@ -79,15 +79,6 @@ def test_learned_parameters_train_with_the_model(scaling):
         assert losses[-1] < losses[0]
 
 
-def test_a_given_module_is_copied_for_every_layer():
-    given = tritonattn.nn.PerHead("key_count", heads=4)
-    with patch(LLAMA.build(), scaling=given) as one:
-        modules = [own.scaling for own in one.layers.values()]
-    assert given not in modules
-    assert modules[0] is not modules[1]
-    assert all(type(module) is tritonattn.nn.PerHead for module in modules)
-
-
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_the_backend_reaches_the_call(backend):
     architecture = LLAMA

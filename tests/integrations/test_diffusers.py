@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("diffusers", reason="pip install 'tritonattn[integrations]'")
 
 from diffusers import FluxTransformer2DModel, UNet2DModel
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
-from tritonattn import attention, nn
+from tritonattn import attention
 from tritonattn.integrations import diffusers as ours
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -99,21 +99,6 @@ def test_a_mode_changes_the_model_that_uses_it_alone(registered):
     assert torch.equal(sample(model), expected)
 
 
-def test_diffusers_own_ways_to_choose(registered):
-    model, name = flux(), registered("tritonattn_max", "key_norm_max")
-    with ours.use(model, name):
-        expected = sample(model)
-    model.set_attention_backend(name)
-    try:
-        assert torch.equal(sample(model), expected)
-    finally:
-        model.set_attention_backend("native")
-        model.reset_attention_backend()
-    assert not torch.allclose(sample(model), expected, atol=1e-4)
-    with attention_backend(name):
-        assert torch.equal(sample(model), expected)
-
-
 MASKS = {
     "full": {},
     "keys": {"attn_mask": torch.arange(6) < torch.tensor([4, 6])[:, None]},
@@ -172,14 +157,6 @@ def test_other_modes_by_hand(registered):
             )
             assert torch.equal(out, found)
             torch.testing.assert_close(lse, aux.lse.transpose(1, 2))
-
-
-def test_a_learned_scaling_is_the_callers(registered):
-    scaling = nn.SSMax(heads=2)
-    model = flux()
-    with ours.use(model, registered("tritonattn_ssmax", scaling)):
-        sample(model).square().sum().backward()
-    assert scaling.s.grad.ne(0).all()
 
 
 def test_names_come_and_go(registered):

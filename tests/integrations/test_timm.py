@@ -70,14 +70,6 @@ def test_a_learned_scaling_a_layer():
     assert len(list(nn.scaling_parameters(made))) == 2
 
 
-def test_dropout_in_training_only():
-    layer = ours.attention_layer()(16, 4, attn_drop=0.5)
-    x = torch.randn(2, 6, 16)
-    assert not torch.equal(layer(x), layer(x))
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
-
-
 def test_refusals():
     layer, x = ours.attention_layer()(16, 4), torch.randn(2, 6, 16)
     with pytest.raises(NotImplementedError, match="attn_mask: expected a mask"):

@@ -78,16 +78,6 @@ def test_a_config_that_is_refused_is_named_and_the_default_runs(error, device, r
     assert [config == TUNED for _, config in ran] == [True, False, False]
 
 
-def test_decoding_too(device, ran, monkeypatch):
-    refuse(monkeypatch, OutOfResources(300000, 166912, "shared memory"), TileConfig(16, 16, 2, 1))
-    q, k, v = operands(device)
-    lengths = torch.tensor([40], device=device)
-    with pytest.warns(UserWarning, match="decode/64/none/short"):
-        out = tritonattn.attention_decode(q[:, :, -1:], k, v, key_lengths=lengths, backend="triton")
-    wanted = tritonattn.attention(q[:, :, -1:], k, v, backend="reference")
-    torch.testing.assert_close(out, wanted, rtol=2e-3, atol=2e-3)
-
-
 def test_an_error_beside_the_config_is_raised(device, ran, monkeypatch):
     refuse(monkeypatch, RuntimeError("an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal memory access"):

@@ -60,17 +60,6 @@ def test_the_gradient_of_lse_beside_a_sink_above_the_logits(size, device):
     harness.check(tensors, tritonattn.attention, causal=True, return_aux=True)
 
 
-def test_a_sink_of_minus_infinity_is_none(device):
-    tensors = harness.inputs(torch.float32, device, q_len=30, k_len=20, batch=1)
-    d_out = torch.ones_like(tensors["q"])
-    plain = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton", causal=True)
-    tensors["sinks"] = torch.full((2,), -torch.inf, device=device)
-    with_sinks = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton", causal=True)
-    for name, result in plain.items():
-        torch.testing.assert_close(with_sinks[name], result, msg=name)
-    assert not with_sinks["sinks"].any()
-
-
 def test_the_statistics_of_rows_without_keys(device):
     tensors = harness.inputs(torch.float32, device, q_len=30, k_len=20, batch=1, scales=("sinks",))
     out, aux = tritonattn.scaled_attention(**tensors, causal=True, softcap=2.0, return_aux=True, backend="triton")

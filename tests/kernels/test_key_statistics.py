@@ -62,17 +62,6 @@ def test_statistics_equal_those_of_torch(mask, device):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_backward_matches_autograd(device):
-    random = torch.Generator().manual_seed(0)
-    k = torch.randn(1, 2, 33, 20, generator=random).to(device)
-    k[:, :, 3] = 0
-    d_lengths = torch.randn(1, 2, 33, generator=random).to(device)
-    leaf = k.double().requires_grad_()
-    (key_lengths_of(leaf) * d_lengths).sum().backward()
-    found = triton_backend.key_lengths_backward(k, None, triton_backend.key_lengths(k, None), d_lengths)
-    torch.testing.assert_close(found.double(), leaf.grad, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_of_keys_and_of_their_lengths_are_added_before_they_are_rounded(dtype, device):
     random = torch.Generator().manual_seed(0)

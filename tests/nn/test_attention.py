@@ -9,7 +9,6 @@ from torch.nn.functional import linear, rms_norm
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import pairwise
 from tritonattn import SCALINGS, nn
-from tritonattn.nn import attention as attention_module
 
 WIDTH, HEADS, KV, D = 24, 4, 2, 6
 SCALED = ["sqrt_dim", "key_norm_mean", "log_key_count", "cosine", "ssmax", "power_law", "learned_log_power", 0.4]
@@ -156,36 +155,6 @@ def test_prefill_and_steps_are_one_pass(scaling, window, counts):
     assert cache.lengths.tolist() == [count + 5 for count in counts]
 
 
-@pytest.mark.parametrize(
-    ("function", "length", "arguments"),
-    [
-        ("attention", 20, {}),
-        ("attention", 20, {"cache": True}),
-        ("attention_decode", 3, {"cache": True}),
-        ("attention_varlen", 20, {"cu_seqlens": torch.tensor([0, 20], dtype=torch.int32), "max_seqlen": 20}),
-    ],
-)
-@torch.no_grad()
-def test_every_form_is_asked_for_all_settings(monkeypatch, function, length, arguments):
-    asked = {}
-    attend = getattr(attention_module, function)
-    monkeypatch.setattr(attention_module, function, lambda *a, **k: asked.update(k) or attend(*a, **k))
-    settings = {"softcap": 1.5, "window": (4, 0), "backend": "sdpa", "dropout_p": 0.25}
-    made = layer("ssmax", causal=True, sinks=True, **settings)
-    x = tokens(length=length)
-    if "cache" in arguments:
-        arguments = {"cache": made.cache(2, 32)}
-        del settings["dropout_p"]  # a cache is for inference
-    if "cu_seqlens" in arguments:
-        x = x[0]
-    if function == "attention" and "cache" in arguments:
-        del settings["window"]  # inside key_ranges
-    made(x, **arguments)
-    for name, value in {**settings, "scaling": made.scaling, "sinks": made.sinks}.items():
-        assert asked[name] is value or asked[name] == value, name
-    assert asked.get("causal", True) is True
-
-
 class Rotated(nn.ScaledAttention):
     """With rotary positions on the first two components of every head, and lengths that say the absolute position."""
 
@@ -254,20 +223,6 @@ def test_beams_and_guesses():
     torch.testing.assert_close(made(x[:, 8:10], cache=cache), made(story)[:, 6:])
     cache.reset()
     torch.testing.assert_close(made(x[:, :3], cache=cache), made(x[:, :3]))
-
-
-@torch.no_grad()
-def test_a_step_reads_lengths_and_not_old_keys(monkeypatch):
-    made, x, seen = layer("key_norm_sum", causal=True), tokens(length=5), []
-    cache = made.cache(2, 8)
-    decode = attention_module.attention_decode
-    monkeypatch.setattr(
-        attention_module, "attention_decode", lambda *a, **k: seen.append(k["statistics"]) or decode(*a, **k)
-    )
-    made(x[:, :4], cache=cache)
-    made(x[:, 4:], cache=cache)
-    assert len(seen) == 2
-    assert all(statistics is cache.statistics for statistics in seen)
 
 
 @torch.no_grad()

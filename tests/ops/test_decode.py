@@ -104,14 +104,6 @@ def test_a_compiled_step_appends_and_decodes_without_recompiling():
     assert len(compiles) == 1
 
 
-def test_vmap_over_queries():
-    query, cache = _grown()
-    queries = torch.stack([query, -query])
-    found = torch.vmap(lambda query: attention_decode(query, **cache.arguments(), scaling="cosine"))(queries)
-    expected = [attention_decode(x, **cache.arguments(), scaling="cosine") for x in queries]
-    torch.testing.assert_close(found, torch.stack(expected))
-
-
 @pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_sum", "key_norm_max", "cosine"])
 def test_a_step_with_statistics_copies_no_cache(scaling):
     """Pages stay where they are: nothing outside the operator is as large as the keys."""
@@ -282,18 +274,6 @@ def test_a_window_that_reaches_before_the_first_key_begins_there(dtype):
     arguments["block_table"] = torch.full_like(arguments["block_table"], -1)
     with pytest.raises(ValueError, match="block_table: expected pages in"):
         attention_decode(q[:, :, :2], **arguments, window=(5, None))
-
-
-def test_lazily_negated_sinks():
-    """Their memory holds the negatives of their values."""
-    q, k, v = sequences(dtype=torch.float32)
-    cache = GrowingCache(k, v, 24)
-    cache.write([10, 20])
-    sinks = torch.tensor([1.0, -2.0, 3.0, 0.5])
-    negated = torch.complex(sinks, -sinks).conj().imag
-    assert negated.is_neg()
-    found, expected = (attention_decode(q[:, :, :2], **cache.arguments(), sinks=x) for x in (negated, sinks))
-    torch.testing.assert_close(found, expected)
 
 
 def test_empty_batches():

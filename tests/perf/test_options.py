@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,22 +86,3 @@ def test_a_wrong_result_is_said_though_the_sweep_was_stopped(monkeypatch):
     monkeypatch.setattr(run_suites, "measure", lambda options, command: ([wrong], True))
     with pytest.raises(SystemExit, match="1 results are wrong or missing\ncpu , ours dim: out: far"):
         main(["sweep", "--device", "cpu"])
-
-
-@pytest.mark.parametrize(("minutes", "left"), [("1", 1), ("5", 0)])
-def test_no_case_begins_after_the_time_that_there_was(minutes, left, monkeypatch, capsys):
-    """Each of two cases takes two minutes."""
-    now = [1000.0]
-
-    class Case:
-        suite, axes = "cpu", {}
-
-        def run(self, effort, environment):
-            now[0] += 120.0
-            return []
-
-    monkeypatch.setattr(run_suites, "planned", lambda options, place: [Case(), Case()])
-    monkeypatch.setattr(run_suites, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    options = parsed("--device", "cpu", "--minutes", minutes)
-    run_suites.measure(options, "")
-    assert (f"time is up: {left} cases are left" in capsys.readouterr().err) == bool(left)

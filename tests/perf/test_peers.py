@@ -97,14 +97,6 @@ def test_packages_of_gpus(causal, installed):
     assert statuses(wide)["flash-attn-3 dim"] == ("skipped", "takes float16 and bfloat16, not float32")
 
 
-def test_key_heads_that_query_heads_share(installed):
-    who = tuple((name, "key_norm_mean") for name in ("tritonattn", "sdpa", "flash-attn-2", "xformers"))
-    case = Case("forward", Shape(1, 4, 2, 9, 9, 16, causal=True), "fp32", "forward", who[:2], CPU, "sdpa")
-    assert [record.status for record in case.contest().run(ONCE, HERE)] == ["measured"] * 2
-    found = statuses(replace(case, who=who, dtype="bf16").contest().run(ONCE, HERE))
-    assert found["xformers key_norm_mean"] == ("skipped", "wants key heads repeated for the query heads of a group")
-
-
 def test_packages_of_gpus_packed_and_decoding(installed):
     names = ("flash-attn-2", "flash-attn-3", "xformers")
     packed = VarlenCase((5, 9), 2, 16, "bf16", "forward+backward", "dim", names, CPU, "sdpa")

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 from perf import plot
-from perf.__main__ import main
 from perf.plot import CHARTS, panels_of
 from perf.records import Record, ResultsFile, read, read_all
 from perf.report import tables
@@ -116,41 +114,3 @@ def test_a_ratio_has_a_line_where_both_are_as_fast_and_panels_share_their_axes(n
     assert first.get_shared_x_axes().joined(first, second)
     assert first.get_shared_y_axes().joined(first, second)
     assert [tick.get_text() for tick in second.get_xticklabels()] == ["1,024", "2,048"]
-
-
-def test_nothing_to_draw(tmp_path):
-    (tmp_path / "a.jsonl").write_text("")
-    for command in (["plot", "--out", str(tmp_path / "plots")], ["report"]):
-        with pytest.raises(SystemExit, match=r"a\.jsonl"):
-            main([command[0], str(tmp_path / "a.jsonl"), *command[1:]])
-    assert not (tmp_path / "plots").exists()
-
-
-@pytest.mark.parametrize(
-    ("command", "option"),
-    [("sweep", "--json"), ("cpu", "--json"), ("monitor", "--json"), ("codegen", "--json"), ("report", "--out")],
-)
-def test_before_the_work_a_file_that_cannot_be_written_is_refused(command, option, tmp_path, monkeypatch):
-    if command == "monitor":
-        pytest.importorskip("transformers")
-    work = {
-        "sweep": "perf.run_suites.measure",
-        "cpu": "perf.cpu.measure",
-        "monitor": "perf.monitor.measure",
-        "codegen": "perf.codegen.cases",
-        "report": "perf.report.read_all",
-    }
-
-    def begun(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(work[command], begun)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    files = ["a.jsonl"] if command == "report" else []
-    for file, message in {"/dev/null/a": "wanted a folder, got '/dev/null'", "/": "wanted a file that can be"}.items():
-        with pytest.raises(SystemExit, match=f"{command}: {option}: {message}"):
-            main([command, *files, option, file])
-    with pytest.raises(SystemExit) as stopped:
-        main([command, *files, option, str(tmp_path / "new" / "a")])
-    assert stopped.value.code == 130
-    assert list(tmp_path.rglob("*")) == [tmp_path / "new"]

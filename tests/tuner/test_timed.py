@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 from tritonattn.tuner import tune as commands
@@ -78,19 +77,6 @@ def test_a_budget_is_of_minutes(on_h100, monkeypatch, capsys):
     _, out, _ = run(capsys, *SEARCH, "--budget", "1")
     assert "the budget of 1 minutes is spent" in out
     assert on_h100 == KEYS[:2]
-
-
-def test_the_dtypes_asked_for_are_timed(on_h100, monkeypatch, capsys):
-    asked = []
-
-    def search(key, *_, dtypes):
-        asked.append(dtypes)
-        return Result(key, BEST, None, None, None)
-
-    monkeypatch.setattr(commands, "search", search)
-    run(capsys, *SEARCH, "--dtypes", "fp16,bf16")
-    run(capsys, *SEARCH, "--dtypes", "fp16")
-    assert asked == [(torch.bfloat16, torch.float16)] * 3 + [(torch.float16,)] * 3
 
 
 def test_nothing_is_timed_whose_result_could_not_be_written(on_h100, user, monkeypatch, capsys):

@@ -65,17 +65,6 @@ def test_the_estimate_of_shared_memory(kernel, target, dtype, wanted):
     assert found == wanted * dtype.itemsize
 
 
-@pytest.mark.parametrize(
-    ("kernel", "wanted"),
-    [("forward", 96 + 64), ("grad_query", 160 + 64), ("grad_key_value", (384 + 64 + 64) // 2), ("decode", 0)],
-)
-def test_columns_of_tensor_memory(kernel, wanted):
-    """128 rows of logits in fp32 and in 16 bits, in a backward their gradients too, and sums."""
-    tiles, problem = TileConfig(128, 64, 4, 2), Problem(64, 64, HALF)
-    assert config._tensor_memory_estimate(kernel, tiles, problem) == wanted
-    assert config._tensor_memory_estimate(kernel, tiles, Problem(64, 64, FULL)) == 0, "products of fp32 use none"
-
-
 def test_tiles_may_fill_the_memory_there_is():
     assert reasons(TileConfig(64, 32, 4, 4), GFX942) == [], "65,536 bytes"
     [reason] = reasons(TileConfig(64, 32, 4, 5), GFX942)

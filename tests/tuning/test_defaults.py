@@ -77,22 +77,6 @@ def test_page_numbers_come_a_stage_before_their_keys():
         assert paged.num_stages - plain.num_stages == (target.backend == "cuda")
 
 
-def test_rows_of_a_group_leave_registers_for_keys():
-    found = [default_config("decode", problem(256, packed_rows=rows), TARGETS[0]) for rows in (16, 32, 256)]
-    assert [(config.block_m, config.block_n) for config in found] == [(16, 32), (32, 32), (32, 32)]
-    found = [default_config("decode", problem(64, packed_rows=rows), TARGETS[0]) for rows in (16, 256)]
-    assert [(config.block_m, config.block_n) for config in found] == [(16, 64), (64, 64)]
-    warps = [
-        default_config("decode", problem(128, packed_rows=rows), Target.parse("sm_120")).num_warps for rows in (16, 64)
-    ]
-    assert warps == [4, 8]
-
-
-def test_decoding_of_float32_has_waves_with_more_registers_on_amd():
-    found = {t.name: default_config("decode", problem(128, FULL), t).num_warps for t in TARGETS}
-    assert found == {t.name: 4 if t.backend == "hip" else 8 for t in TARGETS}
-
-
 def test_tiles_of_decoding_fit_the_rows():
     target = Target("cuda", "90")
 

@@ -102,12 +102,6 @@ def test_a_device_without_a_name_has_no_table_of_its_own(folders):
     assert lookup.paths(Target("cuda", "90")) == [shipped / "h100.json", shipped / "h200.json"]
 
 
-def test_no_file_is_asked_twice(folders):
-    for target in (H100, H200, Target("cuda", "90"), Target("cuda", "80", "NVIDIA A100-SXM4-80GB")):
-        asked = lookup.paths(target)
-        assert len(set(asked)) == len(asked) > 0
-
-
 def test_a_config_that_a_compiler_refused_is_passed_over(folders):
     """For that call alone, with a warning, until the files are read again."""
     shipped, user = folders
@@ -169,24 +163,6 @@ def test_an_illegal_entry_never_runs(folders):
     write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
     lookup.clear_cache()
     assert found() == 32, "too much shared memory"
-
-
-def test_nothing_in_a_config_breaks_a_call(folders):
-    """A block of 0 rows divides nothing: it is reported as a fault of the file."""
-    shipped, user = folders
-    put(shipped / "h100.json", 32)
-    entry = Entry(TileConfig(0, 64, 4, 2), "static", {})
-    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
-    lookup.clear_cache()
-    with pytest.warns(UserWarning, match=r"skips a table .*forward/64/none/long: block_m: expected 1 to 1024, got 0"):
-        assert found() == 32
-
-
-@pytest.mark.parametrize("kernel", ["forward", "decode"])
-@pytest.mark.parametrize("size", [0, -16, 48])
-def test_sizes_of_no_tile(kernel, size):
-    for tiles in (TileConfig(size, 64, 4, 2), TileConfig(64, size, 4, 2)):
-        assert f"{size} is not a power of two of at least 16" in legal_reasons(kernel, tiles, PROBLEM, H100)[0]
 
 
 def test_who_can_use_descriptors():

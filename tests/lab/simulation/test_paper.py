@@ -49,15 +49,6 @@ def test_probabilities_and_their_measures(dim, mode):
     assert ours["gradient_norm"] == pytest.approx(ours["jacobian_norm"] / divisor)
 
 
-def test_the_setup_is_the_papers():
-    for dim in (16, 256):
-        q, k = operands(dim, 3, CPU)
-        assert (q.shape, k.shape) == ((1, 1, 500, dim), (1, 1, 32, dim))
-        assert abs(q.std() - 1) < 0.05
-        assert not torch.equal(q, operands(dim, 4, CPU)[0])
-        assert torch.equal(q, operands(dim, 3, CPU)[0])
-
-
 def test_the_published_package_mixes_rows_and_columns():
     """R: matrix(apply(queries, 1, f), nrow = 3) of 3 queries and 2 keys, f giving the values of one query."""
     by_query = torch.tensor([[11, 12], [21, 22], [31, 32]])

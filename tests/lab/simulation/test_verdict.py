@@ -64,13 +64,3 @@ def test_sums_of_lengths_lose_where_counts_vary(batches):
     assert sums.tuned < plain.tuned - 0.05
     assert sums.unevenness > 3 * plain.unevenness
     assert means.tuned == pytest.approx(plain.tuned, abs=1e-6)
-
-
-def test_they_win_where_lengths_vary_between_sequences_as_means_do(batches):
-    plain, sums, means = (
-        reach_of(batches["between"][0], mode, batches["between"][1])
-        for mode in ("sqrt_dim", "key_norm_sum", "key_norm_mean")
-    )
-    assert sums.unevenness < plain.unevenness / 2
-    assert sums.unevenness == pytest.approx(means.unevenness)
-    assert sums.tuned == pytest.approx(means.tuned, abs=0.005)

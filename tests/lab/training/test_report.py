@@ -27,18 +27,6 @@ def test_the_document_has_the_tables_of_the_records(recorded, options, capsys):
     assert [row for row in rows if row not in document] == []
 
 
-def test_tasks_and_modes_can_be_chosen(recorded, capsys):
-    chosen = ["--tasks", "digits,text", "--modes", "sqrt_dim,ssmax"]
-    assert cli.main(["train-compare", "--report", "--out", str(recorded), *chosen]) == 0
-    table = capsys.readouterr().out
-    assert "## text" in table
-    assert "## digits" in table
-    assert "recall" not in table
-    assert "key_count" not in table
-    assert not (recorded / "recall.png").exists()
-    assert (recorded / "text.png").exists()
-
-
 def test_a_folder_without_runs_is_not_made(tmp_path, capsys):
     missing = tmp_path / "missing"
     assert cli.main(["train-compare", "--report", "--out", str(missing)]) == 2

@@ -16,7 +16,7 @@ from tritonattn.lab.training.models import Attentions, Rotary, Sizes
 from tritonattn.lab.training.modes import MODES, build
 from tritonattn.lab.training.observe import attentions, entropies, gradient_norms
 from tritonattn.lab.training.records import Recipe
-from tritonattn.lab.training.tasks import IGNORED, TASKS, loss_of
+from tritonattn.lab.training.tasks import TASKS, loss_of
 from tritonattn.lab.training.tasks.spell import WORDS, spelled
 from tritonattn.lab.training.trainer import Assignment, fresh_model, train
 from tritonattn.nn import ScaledAttention
@@ -184,12 +184,6 @@ def test_a_table_has_each_key_once_and_is_asked_for_keys_inside_its_length():
         found = [table.index(tuple(key)) for key in asked[row].tolist()]
         assert max(found) < lengths[row]
         assert [values[row, i].item() for i in found] == batch.target[row].tolist()
-
-
-def test_targets_that_are_ignored_do_not_count():
-    logits, target = torch.randn(1, 3, 5), torch.tensor([[2, IGNORED, 1]])
-    wanted = torch.nn.functional.cross_entropy(logits[0, [0, 2]], target[0, [0, 2]])
-    torch.testing.assert_close(loss_of(logits, target), wanted)
 
 
 def test_attentions_make_a_scaling_of_its_own_for_every_layer():
