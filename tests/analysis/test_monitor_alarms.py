@@ -203,16 +203,6 @@ def test_qk_clip_on_alarm_brings_the_logits_back():
         assert new == pytest.approx(min(old, 20.0), rel=1e-4)
 
 
-def test_an_action_that_fails_ends_the_run_and_leaves_a_record(tmp_path):
-    def broken(alarms):
-        raise ZeroDivisionError
-
-    net, file = Net(scaling=1e6), tmp_path / "a.jsonl"
-    with Monitor(net, every=1, file=file, on_alarm=broken) as monitor, pytest.raises(ZeroDivisionError):
-        step(net, monitor)
-    assert lines(file)[0]["alarms"]
-
-
 @pytest.mark.parametrize("loss", [torch.zeros(2), "1.0", True])
 def test_a_loss_that_is_none_is_refused_and_loses_nothing(loss):
     net = Net()

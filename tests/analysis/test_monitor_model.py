@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import types
 
 import pytest
 import torch
-from torch import nn
 
 from tests.analysis import test_monitor
 from tests.analysis.models import ids, llama
@@ -174,19 +172,3 @@ def test_a_copy_of_a_watched_model_is_a_model_of_its_own(how, kind, tmp_path):
     assert not any("tritonattn" in name for name, _ in twin.named_modules())
     with patch(twin, "none"), torch.no_grad():
         assert not torch.equal(twin(x).logits, net(x).logits)
-
-
-def test_eager_attention_by_another_name_is_found():
-    from tritonattn.huggingface import observed
-
-    def eager_attention_forward():
-        raise AssertionError
-
-    def forward(self):
-        return ALL_ATTENTION_FUNCTIONS.get_interface("eager", text_eager_attention_forward)  # noqa: F821
-
-    names = {"ALL_ATTENTION_FUNCTIONS": None, "text_eager_attention_forward": eager_attention_forward}
-    kind = type("Other", (nn.Module,), {"forward": types.FunctionType(forward.__code__, names)})
-    module = kind()
-    module.tritonattn = types.SimpleNamespace(shared=types.SimpleNamespace(_attn_implementation_internal="eager"))
-    assert observed._own_function(module) is eager_attention_forward

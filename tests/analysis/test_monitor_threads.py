@@ -87,25 +87,6 @@ def test_a_backward_in_another_thread_has_gradients(reentrant):
     close(got, wanted)
 
 
-def test_no_observer_outlives_an_exception():
-    net, x = Net(), torch.randn(2, 5, 32)
-
-    def fail(*_):
-        raise KeyboardInterrupt
-
-    hook = net.attention.o_proj.register_forward_pre_hook(fail)
-
-    def run():
-        with pytest.raises(KeyboardInterrupt), Monitor(net, every=1, thresholds=QUIET):
-            net(x)
-        return observation._observers.get()
-
-    assert run_together(run) == [()]
-    assert run() == ()
-    hook.remove()
-    assert record_of(net, lambda net: net(x).sum())["layers"]["attention"]["calls"] == 1
-
-
 def test_a_thread_that_was_in_the_model_at_the_end_of_a_step_is_not_observed_later():
     net, x = Net(), torch.randn(2, 5, 32)
     inside, go_on = threading.Event(), threading.Event()

@@ -259,15 +259,6 @@ def test_never_leaves_the_fast_kernel(layout, kv_heads, head_dims, dtype):
     assert watch.largest <= 2 * 8 * 2 * 4 * 512 * 16  # twice q in fp64: a sixteenth of the 512 * 512 pairs
 
 
-def test_a_gradient_of_stride_zero():
-    call = make_call(torch.float32, k_len=37, causal=True)
-    one = torch.ones(())
-    shape = (*call.q.shape[:3], call.v.shape[3])
-    expanded, full = (run(call, d_out) for d_out in (one.expand(shape), one.expand(shape).contiguous()))
-    for name, result in expanded.items():
-        torch.testing.assert_close(result, full[name])
-
-
 @pytest.mark.skipif(TORCH < (2, 9), reason="PyTorch's kernel takes no shared key heads")
 def test_key_heads_are_not_expanded():
     call = make_call(torch.float32, batch=1, q_heads=32, kv_heads=1, q_len=8, k_len=512, value_dim=16)

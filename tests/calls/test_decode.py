@@ -208,18 +208,6 @@ def test_keys_taken_back_have_no_length(page):
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
-def test_any_integer_counts_keys(dtype):
-    """In a cache whose capacity is no number of the shortest, too."""
-    q, k, v = sequences()
-    cache = GrowingCache(k, v, 300)
-    cache.write([9, 20])
-    arguments = cache.arguments()
-    expected = attention_decode(cache.newest(q, 2), **arguments)
-    arguments["key_lengths"] = cache.lengths.to(dtype)
-    torch.testing.assert_close(attention_decode(cache.newest(q, 2), **arguments), expected)
-
-
 def test_autocast_casts_as_attention_does():
     q, k, v = sequences(torch.float32)
     cache = GrowingCache(k, v, 24, statistics=True)

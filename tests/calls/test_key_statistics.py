@@ -146,13 +146,6 @@ def test_refused_sizes_and_copies(call, error, message):
         call(KeyStatistics(B, H, CAPACITY))
 
 
-def test_no_keys_at_all():
-    statistics = KeyStatistics(B, H, CAPACITY)
-    statistics.append(_keys(0))
-    _check(statistics, [torch.empty(H, 0, D)] * B)
-    KeyStatistics(0, H, CAPACITY).append(torch.empty(0, H, 3, D))
-
-
 def test_an_append_costs_as_much_as_its_keys():
     """No temporary is as large as the buffers."""
     statistics = KeyStatistics(B, H, 4096)

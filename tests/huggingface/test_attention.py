@@ -10,7 +10,7 @@ import transformers
 
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES
-from tritonattn.huggingface import Settings, attention_forward, register, unregister
+from tritonattn.huggingface import attention_forward, register, unregister
 
 PADDING = ARCHITECTURES["llama"].inputs("left")["attention_mask"]
 
@@ -163,9 +163,3 @@ def test_a_name_is_taken_back_with_its_masks():
     assert all("tritonattn_twice" in interface.valid_keys() for interface in interfaces)
     unregister("tritonattn_twice")
     assert not any("tritonattn_twice" in interface.valid_keys() for interface in interfaces)
-
-
-def test_settings_refuse_what_they_do_not_know():
-    module = SimpleNamespace(config=SimpleNamespace(tritonattn={"scalling": "dim"}))
-    with pytest.raises(ValueError, match="scalling"):
-        Settings.of(module)

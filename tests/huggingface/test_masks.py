@@ -167,18 +167,3 @@ def test_compiled_ranges_and_the_assertion_on_holes():
     padding[1, 1] = True
     with pytest.raises(RuntimeError, match="masked keys between visible ones"):
         ranges(padding)
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch, tracing a vmap
-def test_compiled_closures_become_the_dense_mask():
-    @torch.compile(fullgraph=True, backend="eager")
-    def compiled(padding):
-        window = and_masks(sliding_window_overlay(4), causal_mask_function)
-        return key_range_mask(**{**arguments(9, 9, mask_function=window), "attention_mask": padding})
-
-    padding = torch.ones(BATCH, 9, dtype=torch.bool)
-    padding[1, 4] = False
-    window = and_masks(sliding_window_overlay(4), causal_mask_function)
-    assert torch.equal(
-        compiled(padding), sdpa_mask(**{**arguments(9, 9, mask_function=window), "attention_mask": padding})
-    )

@@ -12,7 +12,6 @@ from torch import nn
 
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
-from tests.huggingface.checks import gradients
 from tests.huggingface.test_patch import FIRST, LLAMA, SECOND, logits
 from tritonattn.core.visibility import Visibility
 from tritonattn.huggingface import NAME, patch, patched
@@ -79,19 +78,6 @@ def test_learned_parameters_train_with_the_model(scaling):
         assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_the_backend_reaches_the_call(backend):
-    architecture = LLAMA
-    network, inputs = architecture.build(), architecture.inputs()
-    wanted = gradients(network, architecture, inputs)
-    seen = []
-    with patch(network, backend=backend) as one, one.watch(lambda *call: seen.append(call[3]["backend"])):
-        got = gradients(network, architecture, inputs)
-    assert seen == [backend] * 2
-    for name in wanted:
-        assert (got[name] - wanted[name]).norm() <= 1e-3 * wanted[name].norm()
-
-
 def test_dropout_of_a_training_model_is_honoured():
     network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA.arguments, attention_dropout=0.5))
     inputs = LLAMA.inputs()
@@ -104,17 +90,6 @@ def test_dropout_of_a_training_model_is_honoured():
         assert torch.equal(logits(network, **inputs), first)
         network.eval()
         assert torch.equal(logits(network, **inputs), logits(network, **inputs))
-
-
-def test_gradient_checkpointing():
-    network, architecture = LLAMA.build(), LLAMA
-    wanted = gradients(network, architecture, architecture.inputs("left"))
-    with patch(network, scaling="sqrt_dim"):
-        network.train()
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-        got = gradients(network, architecture, architecture.inputs("left"))
-    for name in wanted:
-        assert (got[name] - wanted[name]).norm() <= 1e-3 * wanted[name].norm()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -207,32 +182,6 @@ RULE_CASES = [
     if one.exists and one.supported
     for mode in RULE_MODES.get(name, ["key_norm_mean"])
 ]
-
-
-def _spent(scaling):
-    scaling.advance(scaling.steps)
-    return scaling
-
-
-@pytest.mark.parametrize(
-    ("scaling", "named"),
-    [
-        (tritonattn.nn.PerHead("cosine", heads=4), "cosine"),
-        (tritonattn.nn.Cosine(4), "cosine"),
-        (tritonattn.nn.Scheduled("cosine", "cosine", 1, blend="geometric"), "cosine"),
-        (_spent(tritonattn.nn.Scheduled("cosine", "sqrt_dim", 1, blend="geometric")), "sqrt_dim"),
-    ],
-    ids=["per_head", "learned_cosine", "scheduled", "scheduled away from cosine"],
-)
-def test_the_rule_of_what_learns_is_that_of_the_mode_where_it_stands(scaling, named):
-    """In a model whose own factor is not 1 / sqrt(D)."""
-    architecture = ARCHITECTURES["opt"]
-    network, inputs = architecture.build(), architecture.inputs()
-    outputs = []
-    for mode in (scaling, named):
-        with patch(network, mode), torch.no_grad():
-            outputs.append(architecture.outputs(network, inputs))
-    torch.testing.assert_close(*outputs, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "scaling"), dict.fromkeys(RULE_CASES))
@@ -358,50 +307,3 @@ def test_changes_to_a_patched_models_config_stay_after_undo():
     assert network.text_model.config is text
     assert (config.initializer_factor, text.vocab_size, text.attention_dropout) == (3.0, 62, 0.25)
     assert not hasattr(config, "tritonattn")
-
-
-def test_a_copy_made_while_a_patch_is_watched_is_not_observed():
-    network, seen = LLAMA.build(), []
-    with patch(network, scaling="cosine") as one:
-        with one.watch(lambda *call: seen.append(call)):
-            twin = copy.deepcopy(network)
-            logits(network)
-        assert len(seen) == 2
-        wanted = logits(network)
-    assert torch.equal(logits(twin), wanted)
-    assert len(seen) == 2
-
-
-def test_a_layer_without_a_config_keeps_its_masks():
-    """Informer's ProbSparse attention takes the mask that its model makes, by the model's config."""
-    config = transformers.InformerConfig(
-        prediction_length=5,
-        context_length=8,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=48,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        decoder_ffn_dim=48,
-        num_time_features=1,
-        lags_sequence=[1, 2],
-        init_std=0.8,
-        dropout=0.0,
-        attention_type="prob",
-        attn_implementation="eager",
-    )
-    torch.manual_seed(0)
-    network = transformers.InformerModel(config).eval()
-    past = {"past_values": torch.randn(2, 10), "past_time_features": torch.randn(2, 10, 1)}
-    future = {"future_values": torch.randn(2, 5), "future_time_features": torch.randn(2, 5, 1)}
-
-    def run() -> torch.Tensor:
-        torch.manual_seed(1)  # it samples keys
-        with torch.no_grad():
-            return network(**past, **future, past_observed_mask=torch.ones(2, 10)).last_hidden_state
-
-    wanted = run()
-    with patch(network) as one:
-        torch.testing.assert_close(run(), wanted, atol=1e-4, rtol=1e-4)
-    assert "left alone" in one.report()

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="pip install 'tritonattn[integrations]'")
 
-from diffusers import FluxTransformer2DModel, UNet2DModel
+from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
 from tritonattn import attention
@@ -155,7 +155,7 @@ def test_other_modes_by_hand(registered):
             out, lse = dispatch_attention_fn(
                 q, k, v, is_causal=True, scale=scale, attention_kwargs={"return_lse": True}, backend=backend
             )
-            assert torch.equal(out, found)
+            torch.testing.assert_close(out, found)
             torch.testing.assert_close(lse, aux.lse.transpose(1, 2))
 
 
@@ -195,19 +195,3 @@ def test_refusals(registered):
         ours.register("TritonAttn")
     with pytest.raises(ValueError, match="which is a module"):
         ours.register("tritonattn_learned", "ssmax")
-
-
-def test_a_model_whose_processors_take_no_backend_is_refused(registered):
-    torch.manual_seed(0)
-    model = UNet2DModel(
-        8,
-        3,
-        3,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
-    with pytest.raises(ValueError, match="model: expected attention processors that take a backend, got UNet2DModel"):
-        ours.use(model, registered())

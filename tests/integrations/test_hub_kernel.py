@@ -69,13 +69,6 @@ def test_imports_are_relative_or_of_torch_triton_and_the_standard_library(reposi
                 assert top in ("torch", "triton") or top in sys.stdlib_module_names, (path, name)
 
 
-def test_kernels_own_parser_takes_the_settings(repository):
-    rust = pytest.importorskip("kernels._rust")
-    assert {str(backend).lower() for backend in rust.Build.open(repository).general.backends} == set(BACKENDS)
-    metadata = rust.Metadata.read_from_file(repository / "build" / "torch-cuda" / "metadata.json")
-    assert (metadata.name.python_name, metadata.version, list(metadata.python_depends)) == ("tritonattn", 3, [])
-
-
 @pytest.mark.parametrize("scaling", tritonattn.SCALINGS)
 def test_the_loaded_kernel_is_the_package(kernel, scaling):
     assert kernel is not tritonattn

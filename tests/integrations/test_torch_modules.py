@@ -13,7 +13,6 @@ from tritonattn import nn as learned
 from tritonattn.integrations import torch_modules
 from tritonattn.integrations.torch_modules import (
     MultiheadAttention,
-    TransformerEncoderLayer,
     replace_multihead_attention,
 )
 
@@ -202,18 +201,6 @@ def test_an_encoder_keeps_its_scaling_in_inference(mode, norm_first):
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention
     torch.testing.assert_close(model(x, src_key_padding_mask=PADDING), plain)
     assert model.use_nested_tensor == (not norm_first)
-
-
-def test_the_encoder_layer():
-    torch.manual_seed(0)
-    ours = TransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, dtype=torch.float64, scaling="key_norm_mean")
-    theirs = nn.TransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, dtype=torch.float64)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    x = tokens(N, L, E)
-    with torch.no_grad():
-        assert not torch.allclose(ours.eval()(x), theirs.eval()(x))
-        with replace_multihead_attention(theirs, "key_norm_mean"):
-            torch.testing.assert_close(ours(x, CAUSAL, is_causal=True), theirs(x, CAUSAL, is_causal=True))
 
 
 def test_a_whole_transformer_trains_as_torchs():

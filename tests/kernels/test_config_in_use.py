@@ -82,10 +82,3 @@ def test_an_error_beside_the_config_is_raised(device, ran, monkeypatch):
     refuse(monkeypatch, RuntimeError("an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         tritonattn.attention(*operands(device), backend="triton")
-
-
-def test_a_config_of_no_table_is_not_passed_over(device, monkeypatch):
-    monkeypatch.setattr(launch, "config_for", lambda *_: TUNED)
-    refuse(monkeypatch, OutOfResources(300000, 166912, "shared memory"))
-    with pytest.raises(OutOfResources):
-        tritonattn.attention(*operands(device), backend="triton")

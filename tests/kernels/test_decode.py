@@ -307,13 +307,3 @@ def test_cuda_graph(mode, page, device):
         graph.replay()
         torch.testing.assert_close(out, cache.newest(expected, 1), rtol=5e-3, atol=5e-3)
         cache.write(1)
-
-
-def test_refusals(device):
-    q, k, v = sequences(torch.float64, dims=(16, 16), device=device)
-    lengths = torch.tensor([24, 24], device=device)
-    with pytest.raises(NotImplementedError, match=r"q of dtype torch.float64: backend 'triton' does not support it"):
-        attention_decode(q[:, :, -1:], k, v, key_lengths=lengths, backend="triton")
-    query, keys = q.new_ones(2, 4, 1, 257).half(), k.new_ones(2, 2, 24, 257).half()
-    with pytest.raises(NotImplementedError, match="head_dim 257, above 256"):
-        attention_decode(query, keys, keys, key_lengths=lengths, backend="triton")

@@ -68,17 +68,6 @@ def test_the_statistics_of_rows_without_keys(device):
         assert x[:, :, 10:].isfinite().all()
 
 
-def test_statistics_change_no_result_and_have_no_gradient(device):
-    tensors = harness.inputs(torch.float16, device, q_len=Q_LEN, k_len=K_LEN, scales=("query_scale",))
-    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
-    out, aux = tritonattn.scaled_attention(**leaves, causal=True, return_aux=True, backend="triton")
-    assert torch.equal(out, tritonattn.scaled_attention(**leaves, causal=True, backend="triton"))
-    assert aux.lse.requires_grad
-    assert not aux.max_logit.requires_grad
-    assert not aux.entropy.requires_grad
-    assert {x.dtype for x in aux} == {torch.float32}
-
-
 def _probabilities(k_len: int, device: torch.device, seed: int, **arguments) -> torch.Tensor:
     """P after dropout, [2, 2, Sq, Sk], out of a kernel whose values are the unit vectors."""
     tensors = harness.inputs(torch.float32, device, q_len=Q_LEN, k_len=k_len, value_dim=k_len)

@@ -125,14 +125,3 @@ def test_many_keys_are_appended_in_steps(device, monkeypatch):
         sums, maxima = (buffer[entry, :, 1 : count + 1] for buffer in statistics._buffers()[2::2])
         torch.testing.assert_close(sums, lengths[entry, :, :count].cumsum(-1), rtol=1e-6, atol=0)
         torch.testing.assert_close(maxima.double(), lengths[entry, :, :count].cummax(-1).values, rtol=1e-6, atol=0)
-
-
-def test_fp64_keys_are_not_for_the_kernel(monkeypatch):
-    def refuse(*arguments):
-        raise AssertionError("a kernel in fp32")
-
-    monkeypatch.setattr(cache_statistics, "append_keys", refuse)
-    monkeypatch.setattr(cache_statistics, "kernels_take", lambda x: True)
-    statistics = KeyStatistics(1, 1, 4, dtype=torch.float64)
-    statistics.append(torch.ones(1, 1, 2, 4, dtype=torch.float64))
-    assert statistics.length_sums[0, 0, 2] == 4

@@ -109,17 +109,3 @@ def test_nan_in_a_sequence_stays_there(device):
         assert torch.equal(found[name][behind], clean[name][behind]), name
     for name in ("lse", "max_logit", "entropy"):
         assert torch.equal(found[name][:, rows.stop :], clean[name][:, rows.stop :]), name
-
-
-def test_strides(device):
-    """q, k and v cut from one projection [T, 3, H, D]."""
-    packed = Packed((18, 3), (18, 3))
-    random = torch.Generator().manual_seed(0)
-    projected = torch.randn(packed.q_len, 3, 2, 16, generator=random).to(device)
-    tensors = dict(zip("qkv", projected.unbind(1), strict=True))
-    d_out = torch.randn(2, 16, packed.q_len, generator=random).to(device).permute(2, 0, 1)
-    found = harness.run(tensors, d_out, attend(packed, device), backend="triton", causal=True)
-    dense = {name: x.contiguous() for name, x in tensors.items()}
-    expected = harness.run(dense, d_out.contiguous(), attend(packed, device), backend="triton", causal=True)
-    for name, result in expected.items():
-        assert torch.equal(found[name], result), name

@@ -130,12 +130,6 @@ def test_a_text_without_tokens_is_refused(small, content, tmp_path, capsys):
     assert "--text" in capsys.readouterr().err
 
 
-def test_a_difference_from_eager_is_an_error():
-    wrong = Report("m", 9, 3.0, (measurement("sqrt_dim", 3.001),))
-    assert not wrong.agrees
-    assert "WRONG" in wrong.check()
-
-
 def test_a_scaling_of_the_models_own_is_kept():
     one = subject(head_dim=8)
     for layer in one.model.model.layers:

@@ -8,7 +8,7 @@ from torch.nn.functional import linear, rms_norm
 
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import pairwise
-from tritonattn import SCALINGS, nn
+from tritonattn import SCALINGS, attention, nn
 
 WIDTH, HEADS, KV, D = 24, 4, 2, 6
 SCALED = ["sqrt_dim", "key_norm_mean", "log_key_count", "cosine", "ssmax", "power_law", "learned_log_power", 0.4]
@@ -28,32 +28,8 @@ def tokens(batch=2, length=7, seed=1, width=WIDTH):
     return torch.randn(batch, length, width, dtype=torch.float64, generator=generator)
 
 
-def factor_by_hand(layer, q, k, visible):
-    """[B, H, Sq, Sk] in plain formulas; k repeated to the query heads."""
-    scaling, n = layer.scaling, visible.sum(-1, keepdim=True).clamp(min=1).double()
-    lengths = k.norm(dim=-1)[:, :, None]
-    mean = (lengths * visible).sum(-1, keepdim=True) / n
-    mean = torch.where(mean > 0, mean, 1)  # of rows without keys
-    if isinstance(scaling, float):
-        return scaling
-    return {
-        "sqrt_dim": lambda: D**-0.5,
-        "key_norm_mean": lambda: 1 / mean,
-        "log_key_count": lambda: n.log() * D**-0.5,
-        "cosine": lambda: D**0.5 / (q.norm(dim=-1)[..., None] * lengths),
-        "ssmax": lambda: scaling.s[:, None, None] * n.log() * D**-0.5,
-        "learned_log_power": lambda: n.log() ** scaling.p[:, None, None] * D**-0.5,
-        "power_law": lambda: (
-            scaling.theta[:, None, None].exp()
-            * D ** scaling.dim_exponent[:, None, None]
-            * n ** scaling.count_exponent[:, None, None]
-            * mean ** scaling.length_exponent[:, None, None]
-        ),
-    }[scaling.name]()
-
-
 def by_hand(layer, x, context=None, visible=None, softcap=None):
-    """The whole layer in a dozen lines of PyTorch."""
+    """The projections and norms in plain PyTorch, around the reference."""
     y = x if context is None else context
 
     def heads(projection, z):
@@ -63,15 +39,9 @@ def by_hand(layer, x, context=None, visible=None, softcap=None):
     if isinstance(layer.q_norm, torch.nn.RMSNorm):
         q = rms_norm(q, (D,), layer.q_norm.weight, 1e-6)
         k = rms_norm(k, (D,), layer.k_norm.weight, 1e-6)
-    k, v = (z.repeat_interleave(HEADS // layer.kv_heads, 1) for z in (k, v))
-    logits = (q @ k.mT) * factor_by_hand(layer, q, k, visible)
-    if softcap is not None:
-        logits = softcap * (logits / softcap).tanh()
-    logits = logits.masked_fill(~visible, -1e30)  # rows without keys are left out of every comparison
-    if layer.sinks is not None:
-        logits = torch.cat([logits, layer.sinks[None, :, None, None].expand(*logits.shape[:3], 1)], -1)
-    p = logits.softmax(-1)[..., : k.shape[2]]
-    return linear((p @ v).transpose(1, 2).flatten(2), layer.o_proj.weight, layer.o_proj.bias)
+    options = {"scaling": layer.scaling, "mask": visible, "softcap": softcap, "sinks": layer.sinks}
+    out = attention(q, k, v, backend="reference", **options)
+    return linear(out.transpose(1, 2).flatten(2), layer.o_proj.weight, layer.o_proj.bias)
 
 
 def assert_same(layer, ours, expected, *inputs):

@@ -211,14 +211,6 @@ def test_a_scaling_with_a_parameter_is_refused_while_gradients_are_recorded():
         assert not attention_decode(query, **cache.arguments(), scaling=Learned()).requires_grad
 
 
-def test_the_operator_itself_has_no_gradient():
-    call = _call(None)
-    flat = _Flat.of(call, "sdpa", False)._replace(q=call.q.requires_grad_())
-    out = torch.ops.tritonattn.decode.default(*flat)[0]
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        out.sum().backward()
-
-
 def test_lengths_and_pages_that_are_not_read_are_clamped():
     """As on a GPU: through the operator, below the checks."""
     call = _call(16)

@@ -185,12 +185,3 @@ def test_the_package_is_not_its_own_judge(monkeypatch, scaling, dtype):
         assert found.pop(f"tritonattn {scaling}") == "wrong"
         assert found.pop("sdpa sqrt_dim") == "measured"
         assert set(found.values()) <= {"measured", "skipped"}
-
-
-def test_an_eager_computation_rounds_weights_to_the_dtype_of_v():
-    random = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, 1, 23, 8, generator=random).bfloat16().unbind(0)
-    weights = (q.float() @ k.float().mT).softmax(-1)
-    found = Question(q, k, v, None, causal=False).eager("none", "P")["out"]
-    assert torch.equal(found, (weights.bfloat16().float() @ v.float()).bfloat16())
-    assert not torch.equal(found, (weights @ v.float()).bfloat16())

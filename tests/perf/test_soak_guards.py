@@ -49,11 +49,6 @@ def test_a_write_outside_is_found(place):
         _run(body, x_ptr=torch.zeros(5))
 
 
-def test_tensors_without_elements_and_shared_elements():
-    shared = torch.ones(1).expand(4, 1)
-    _run(lambda x_ptr, empty_ptr: None, x_ptr=shared, empty_ptr=torch.empty(0, 3))
-
-
 def test_soaking_fills_new_memory_with_nan_and_puts_everything_back():
     before = launch.run, launch.config_for, torch.are_deterministic_algorithms_enabled()
     with soaking(guards=True) as executor:

@@ -108,15 +108,6 @@ def test_work_and_operands_of_a_tensor_instruction(before, opcode, operands, wan
     assert machine_code._mma(code, len(before), 8) == wanted
 
 
-def test_descriptors_that_are_no_constants_are_refused():
-    use = instruction("UTCHMMA", "gdesc[UR8], gdesc[UR2], tmem[UR6], idesc[UR4]")
-    for code in ([use], [instruction("UMOV", "UR4, 0x1"), instruction("UIADD3", "UR4, UR5, UR6, URZ"), use]):
-        with pytest.raises(ValueError, match="expected a constant in UR4"):
-            machine_code._mma(code, len(code) - 1, 8)
-    with pytest.raises(ValueError, match=r"expected HMMA, HGMMA or UTCHMMA, got IMMA\.16832"):
-        machine_code._mma([instruction("IMMA.16832.S8.S8")], 0, 8)
-
-
 @pytest.mark.parametrize(
     ("opcode", "shared", "local"),
     [

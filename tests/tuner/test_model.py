@@ -18,8 +18,6 @@ PROBLEM = Problem(64, 64, torch.bfloat16, right=True)
 CONFIG = TileConfig(128, 64, 8, 2)
 # On an A100 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
 LOOP = MmaLoop({"tensor": 100, "exp": 50, "integer": 150}, packed=0, tiles=1, flops=2048 * 1000, shared_bytes=0)
-# Its memory unit takes longest, by far.
-LOADS = MmaLoop({"tensor": 1, "exp": 1, "integer": 1}, packed=0, tiles=1, flops=2048, shared_bytes=0)
 
 
 def clocks(loop, config=CONFIG, kernel="forward", target=SM_80, processors=108, registers=128, short=False):
@@ -59,23 +57,8 @@ def test_clocks_of_a_call():
     assert clocks(stores) == pytest.approx(38 * 2 * 128 * 5000)
 
 
-def test_the_last_wave_counts_as_a_whole():
-    whole, one_more = (clocks(LOOP, processors=count, registers=255) for count in (8192, 8191))
-    assert one_more == 2 * whole > 0
-
-
 @pytest.mark.parametrize("kernel", ["forward", "grad_key_value", "decode"])
 @pytest.mark.parametrize("loop", [LOOP, None])
 def test_a_short_call_takes_less_but_something(kernel, loop):
     target = GFX942 if loop is None else SM_80
     assert 0 < clocks(loop, CONFIG, kernel, target, short=True) < clocks(loop, CONFIG, kernel, target)
-
-
-def test_without_rates_small_tiles_and_lone_waves_are_dear():
-    def of(config, registers=128):
-        return clocks(None, config, target=GFX942, registers=registers)
-
-    square = TileConfig(64, 64, 4, 1)
-    assert of(square) < min(of(replace(square, block_m=32)), of(replace(square, block_n=32)))
-    assert of(square) < of(square, registers=512)
-    assert of(replace(square, num_warps=8)) < of(square)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch
 pytest.importorskip("sklearn", reason="pip install 'tritonattn[lab]'")
 
 from tritonattn.lab.training import trainer
-from tritonattn.lab.training.models import Attentions, Rotary, Sizes
+from tritonattn.lab.training.models import Attentions, Sizes
 from tritonattn.lab.training.modes import MODES, build
 from tritonattn.lab.training.observe import attentions, entropies, gradient_norms
 from tritonattn.lab.training.records import Recipe
@@ -79,14 +78,6 @@ def test_a_run_that_diverges_says_so_and_stops():
     assert len(trace.steps) < 20
 
 
-def test_the_learning_rate_rises_and_falls():
-    rates = [trainer._rate(step, 100) for step in range(100)]
-    assert rates[9] == max(rates) == 1
-    assert all(a < b for a, b in pairwise(rates[:10]))
-    assert all(a > b for a, b in pairwise(rates[10:]))
-    assert rates[99] == pytest.approx(0.1, abs=1e-3)
-
-
 def test_parameters_of_scalings_are_not_decayed():
     model = fresh_model(assignment(mode="ssmax"))
     decayed, kept = trainer._optimizer(model, Recipe("adamw", 1.0, 0.5, 1, 1)).param_groups
@@ -130,16 +121,6 @@ def test_a_row_of_as_many_keys_as_in_training_starts_as_sqrt_dim(mode):
     torch.manual_seed(0)
     other = ScaledAttention(16, 2, scaling=build(mode, 2, 8, keys=10))
     torch.testing.assert_close(other(x), base(x))
-
-
-def test_rotary_logits_depend_on_distances_only():
-    torch.manual_seed(0)
-    layer = Rotary(16, 2)
-    x = torch.randn(16).expand(1, 30, 16)
-    q, k, _ = layer.operands(x)
-    logits = q @ k.mT
-    torch.testing.assert_close(logits[..., 20:, 20:], logits[..., :10, :10], rtol=1e-4, atol=1e-5)
-    assert (logits[0, 0, 0] - logits[0, 0, 0, 0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

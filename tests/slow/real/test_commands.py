@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -38,20 +35,3 @@ def test_smollm2_is_healthy_and_ill_once_it_is_made_so():
         flat = advise(one.model, tokens)
     assert {finding.rule.name for finding in flat.findings} == {"uniform"}
     assert flat.mode == "sqrt_dim"
-
-
-def test_the_real_model(tmp_path):
-    """The losses that SmolLM2-135M-Instruct Q4_1 has on the text of the package, sqrt_dim as eager."""
-    file = tmp_path / "real.json"
-    modes = "sqrt_dim,key_norm_mean,key_norm_sum"
-    command = [sys.executable, "-m", "tritonattn", "demo", "--modes", modes, "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(file.read_text())
-    assert record["tokens"] > 1500
-    assert abs(record["sqrt_dim_minus_eager_loss"]) <= 1e-4
-    base, mean, total = record["modes"]
-    assert base["loss"] == pytest.approx(3.0266, abs=2e-3)
-    assert base["loss"] < mean["loss"] < total["loss"]
-    assert total["entropy_over_ln_n"] > 0.99
-    assert len(base["layers"]) == 30
