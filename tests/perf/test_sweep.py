@@ -12,6 +12,7 @@ from perf.__main__ import main
 from perf.peers import PEERS
 from perf.records import read
 from perf.suites import SUITES
+from tests.support.versions import skip_without_stub
 from tritonattn.backends.triton import launch
 
 from .commands import TINY, sweep
@@ -142,9 +143,9 @@ def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
-def test_errors_of_compiled_kernels_in_bfloat16(tmp_path, monkeypatch):
+def test_errors_of_compiled_kernels_in_bfloat16(tmp_path):
     """The kernels' are smaller than those of a q that was multiplied and rounded."""
-    monkeypatch.setattr(launch, "run", launch.run)
+    skip_without_stub()
     options = ("--device", "emulate", "--suite", "accuracy", "--dtypes", "bf16", "--scalings", "key_norm_mean")
     records = sweep(tmp_path / "records.jsonl", *options, "--lengths", "40")
     cases = [record for record in records if record.suite == "accuracy"]
