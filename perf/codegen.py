@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 import triton
-from tabulate import tabulate
-from tqdm import tqdm
 
-from tritonattn.cli.options import check_file, usable_cores, whole_number, whole_numbers
+from tritonattn.cli.options import check_file, whole_number, whole_numbers
+from tritonattn.cli.threads import usable_cores
+from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
+from tritonattn.core.tables import table as layout
 from tritonattn.kernels import KERNELS
 from tritonattn.tuner.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
 from tritonattn.tuner.model import RATES, UNITS, cycles, programs_per_sm, utilisation
@@ -174,7 +175,7 @@ def read_all(found: list[Case], workers: int, cubins: Path | None) -> list[Readi
     with (
         tempfile.TemporaryDirectory() as cache,
         ProcessPoolExecutor(workers, context, _start_worker, (cache,)) as pool,
-        tqdm(total=len(found), unit="kernel", desc="compiling") as progress,
+        Progress(total=len(found), unit="kernel", desc="compiling") as progress,
     ):
         tasks = [pool.submit(read, case, cubins) for case in found]
         for task in as_completed(tasks):
@@ -216,7 +217,7 @@ def code_table(readings: list[Reading]) -> str:
                 f"{reading.compile_seconds:.1f}",
             ]
         )
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return layout(rows, headers, left=None)
 
 
 def model_table(readings: list[Reading]) -> str:
@@ -230,7 +231,7 @@ def model_table(readings: list[Reading]) -> str:
         clocks = [f"{1024 * bounds[unit]:.0f}" for unit in UNITS]
         slowest = max(UNITS, key=lambda unit: bounds[unit])
         rows.append([*_identity(reading), *clocks, f"{reading.modelled_utilisation:.2f}", slowest])
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return layout(rows, headers, left=None)
 
 
 def _identity(reading: Reading) -> list:
@@ -306,4 +307,4 @@ def compile_times(readings: list[Reading]) -> str:
         seconds = [reading.compile_seconds for reading in readings if reading.kernel == kernel]
         lines.append([kernel, len(seconds), f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}"])
     headers = ["compile time (measured)", "kernels", "median s", "longest s"]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    return layout(lines, headers, left=None)

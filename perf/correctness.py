@@ -10,7 +10,8 @@ from threading import Thread
 
 import pytest
 
-from tritonattn.cli.options import usable_cores, whole_number
+from tritonattn.cli.options import whole_number
+from tritonattn.cli.threads import usable_cores
 
 _MOST = 8  # processes, each with a context of its own on the card
 _NO_TESTS = 5  # pytest's exit status for a process without tests

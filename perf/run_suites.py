@@ -10,8 +10,8 @@ from argparse import Namespace
 from dataclasses import fields, replace
 
 import torch
-from tqdm import tqdm
 
+from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import Environment
 
 from . import roofline
@@ -40,7 +40,7 @@ def measure(options: Namespace, command: str) -> tuple[list[Record], bool]:
         print(f"{len(plan) - len(todo)} of {len(plan)} cases are in {options.json} already", file=sys.stderr)
     going_on = "the same command goes on" if options.json else "the same command would go on, had it --json FILE"
     try:
-        with tqdm(total=len(todo), unit="case") as progress:
+        with Progress(total=len(todo), unit="case") as progress:
             for number, case in enumerate(todo):
                 if time.monotonic() > deadline:
                     print(f"time is up: {len(todo) - number} cases are left; {going_on}", file=sys.stderr)

@@ -38,7 +38,6 @@ OPTIONAL = {
     "accelerate",
     "gguf",
     "matplotlib",
-    "tabulate",
     "tqdm",
     "numpy",
     "diffusers",
@@ -50,11 +49,10 @@ OPTIONAL = {
 }
 OPTIONAL_IN = {
     "huggingface": {"transformers"},
-    "core": {"tabulate"},
+    "core": {"tqdm"},
     "analysis": {"transformers"},
     "integrations": {"diffusers", "timm", "x_transformers"},
-    "lab": {"matplotlib", "scipy", "sklearn", "tqdm", "transformers"},
-    "tuner": {"tqdm"},
+    "lab": {"matplotlib", "scipy", "sklearn", "transformers"},
     "cli": {"transformers"},
 }
 TRITON_IN = ("kernels", "tuning", "tuner", "backends/triton")

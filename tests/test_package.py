@@ -55,7 +55,8 @@ def installed(wheel, tmp_path_factory) -> Path:
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"tritonattn"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"tritonattn", "perf"}
+    assert [name for name in names if name.startswith("perf/")] == ["perf/__main__.py"]
     texts = ("lab/demo/data/alice.txt", "lab/texts/wonderland.txt")
     for wanted in ("py.typed", "autotune_cache/README.md", *texts, "kernels/__init__.py"):
         assert f"tritonattn/{wanted}" in names
@@ -74,6 +75,17 @@ print(pathlib.Path(tritonattn.__file__).parent, shipped_tables(), (shipped_table
     assert Path(package).parent.is_relative_to(installed.parent.parent)
     assert tables == f"{package}/autotune_cache"
     assert found == "True"
+
+
+def test_perf_of_a_wheel_names_the_checkout_that_it_needs(installed, tmp_path):
+    done = subprocess.run([installed, "-m", "perf", "codegen"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("python -m perf: expected a checkout of tritonattn")
+    assert done.stderr.count("\n") == 1
+
+
+def test_perf_of_a_checkout_is_found_before_what_an_installed_package_says(installed):
+    assert "usage: python -m perf" in run(installed, "-m", "perf", "--help", cwd=ROOT)
 
 
 def test_version_is_the_same_everywhere(installed):
@@ -95,7 +107,7 @@ def test_missing_tables_are_named(monkeypatch, tmp_path):
     from tritonattn.tuning import cache_dir
 
     monkeypatch.setattr(cache_dir, "_PACKAGE", tmp_path / "tritonattn")
-    with pytest.raises(FileNotFoundError, match="found neither"):
+    with pytest.raises(FileNotFoundError, match="got neither"):
         cache_dir.shipped_tables()
     for folder in (tmp_path, tmp_path / "tritonattn"):  # what lies beside an installed package is another's
         (folder / "autotune_cache").mkdir(parents=True)
@@ -131,7 +143,7 @@ print(*{name.split(".")[0] for name in set(sys.modules) - before})
 """
     added = set(run(sys.executable, "-c", code, cwd=ROOT).split())
     assert "tritonattn" in added
-    assert not added & {"triton", "transformers", "matplotlib", "numpy", "tqdm", "tabulate"}
+    assert not added & {"triton", "transformers", "matplotlib", "numpy", "tqdm"}
 
 
 def test_import_is_quick():

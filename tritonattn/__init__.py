@@ -1,5 +1,11 @@
 """Attention whose logit scaling is a parameter: exact, differentiable, on GPU (Triton) and CPU (PyTorch)."""
 
+# ruff: noqa: E402
+
+from .core.errors import guard_imports
+
+guard_imports()  # before torch, whose import takes seconds
+
 from . import nn
 from .calls.attention import attention, scaled_attention
 from .calls.decode import attention_decode

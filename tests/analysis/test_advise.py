@@ -196,10 +196,10 @@ def test_the_command(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--max-tokens 1", "--max-tokens: wanted at least 2"),
-        ("--context 0", "--context: wanted at least 2"),
+        ("--max-tokens 1", "--max-tokens: expected at least 2"),
+        ("--context 0", "--context: expected at least 2"),
         ("--text /nowhere.txt", "--text: cannot read"),
-        ("--json /dev/null/a.json", "--json: wanted a folder, got '/dev/null'"),
+        ("--json /dev/null/a.json", "--json: expected a folder, got '/dev/null'"),
         ("--model /nowhere/model", "--model: cannot load"),
     ],
 )

@@ -20,7 +20,7 @@ from tritonattn.scaling import Scales, Scaling
 def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
     launch = pytest.importorskip("tritonattn.backends.triton.launch", exc_type=ImportError)
     monkeypatch.setattr(launch, "interpreting", False)
-    message = r"backend: 'triton' expects tensors on a CUDA or HIP device, got cpu.*TRITON_INTERPRET=1"
+    message = r"backend: expected tensors on a CUDA or HIP device for 'triton', got cpu.*TRITON_INTERPRET=1"
     with pytest.raises(ValueError, match=message):
         tritonattn.attention(*operands(torch.float32).values(), backend="triton")
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tritonattn.cli import demo, env
 from tritonattn.cli import main as cli
 from tritonattn.cli.options import at_least, require
+from tritonattn.core import errors
 from tritonattn.core.errors import CommandError
+from tritonattn.core.records import write_json
 from tritonattn.scaling import SCALINGS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def stderr_of(*arguments: str, capsys) -> str:
@@ -26,14 +32,18 @@ def test_no_command_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([])
     assert stop.value.code == 2
-    assert "command" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "command" in text
+    for name, module in cli.COMMANDS.items():
+        assert f"\n    {name}" in text
+        assert " ".join(module.HELP.split()) in " ".join(text.split())
 
 
 @pytest.mark.parametrize("least", [0, 1, 16])
 def test_a_number_below_the_least_is_refused(least):
     parse = at_least("--steps", least)
     assert parse(str(least)) == least
-    with pytest.raises(CommandError, match=f"--steps: wanted at least {least}, got {least - 1}"):
+    with pytest.raises(CommandError, match=f"--steps: expected at least {least}, got {least - 1}"):
         parse(str(least - 1))
 
 
@@ -72,7 +82,7 @@ sys.exit(main(["demo"]))
     assert "Traceback" not in done.stderr
 
 
-HEAVY = {"transformers", "matplotlib", "sklearn", "scipy", "tqdm", "tabulate", "triton"}
+HEAVY = {"transformers", "matplotlib", "sklearn", "scipy", "tqdm", "triton"}
 
 
 def test_help_imports_nothing_that_only_some_commands_need():
@@ -103,8 +113,8 @@ print(*{name.split(".")[0] for name in set(sys.modules) - before}, file=sys.stde
         (["--modes", ","], ["--modes", "got ''"]),
         (["--device", "no_such_device"], ["--device", "no_such_device"]),
         (["--text", "/no/such/file"], ["--text", "/no/such/file"]),
-        (["--json", "/dev/null/a.json"], ["--json: wanted a folder", "'/dev/null'"]),
-        (["--json", "/"], ["--json: wanted a file that can be written", "'/'"]),
+        (["--json", "/dev/null/a.json"], ["--json: expected a folder", "'/dev/null'"]),
+        (["--json", "/"], ["--json: expected a file that can be written", "'/'"]),
         (["--plot", "a.xyz"], ["--plot", "a.xyz", "png"]),
         (["--max-tokens", "1"], ["--max-tokens", "at least 2"]),
         (["--model", __file__], ["--model", ".gguf"]),
@@ -141,3 +151,143 @@ def test_a_reader_that_leaves_is_no_traceback(length, monkeypatch):
     with os.fdopen(writing, "w", encoding="utf-8") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert cli.main(["env"]) == 141
+
+
+FULL = Path("/dev/full")
+only_linux = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+
+
+@only_linux
+@pytest.mark.parametrize("length", [1, 100_000], ids=["buffered", "longer than the buffer"])
+def test_a_full_disk_under_stdout_is_one_line(length):
+    code = f"""
+import sys
+from tritonattn.cli import env, main
+env.run = lambda _: print("x" * {length}) or 0
+sys.exit(main.main(["env"]))
+"""
+    with FULL.open("w") as stdout:
+        done = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "tritonattn env: No space left on device\n")
+
+
+@only_linux
+def test_a_full_disk_under_a_file_is_one_line_and_keeps_stdout(monkeypatch, capsys):
+    def run(_):
+        print("figures")
+        write_json(FULL, {"a": 1})
+
+    monkeypatch.setattr(env, "run", run)
+    assert cli.main(["env"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "figures\n"
+    assert captured.err == "tritonattn env: No space left on device\n"
+
+
+def test_a_system_error_names_its_file(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(env, "run", lambda _: (tmp_path / "none").read_text())
+    assert cli.main(["env"]) == 1
+    assert capsys.readouterr().err == f"tritonattn env: {tmp_path / 'none'}: No such file or directory\n"
+
+
+# In place of torch, the first package that tritonattn imports.
+INTERRUPTED_TORCH = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(20)
+"""
+SCRIPT = "import sys\nfrom tritonattn.cli.main import main\nsys.exit(main())\n"
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """Run python with Ctrl-C pressed while torch is imported."""
+    (tmp_path / "torch.py").write_text(INTERRUPTED_TORCH)
+    for name in ("tritonattn", "train.py"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(SCRIPT)
+
+    def run(*arguments):
+        path = os.pathsep.join([str(tmp_path), str(ROOT)])
+        return subprocess.run(
+            [sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.default_int_handler
+            ),  # not ignored, as in background
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [("bin/tritonattn", "env"), ("-m", "tritonattn", "env")], ids=["script", "-m"])
+def test_interruption_of_imports_is_one_line(arguments, interrupted):
+    done = interrupted(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("arguments", [("bin/train.py",), ("-c", "import tritonattn")], ids=["script", "-c"])
+def test_interruption_of_other_programs_stays_an_exception(arguments, interrupted):
+    assert interrupted(*arguments).stderr.endswith("KeyboardInterrupt\n")
+
+
+def test_a_command_takes_interruptions_back(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        monkeypatch.setattr(sys, "argv", ["/usr/bin/tritonattn", "env"])
+        errors.guard_imports()
+        assert signal.getsignal(signal.SIGINT) is errors._end
+        monkeypatch.setattr(env, "run", lambda _: os.kill(os.getpid(), signal.SIGINT))
+        assert cli.main(["env"]) == 130
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's background jobs have it
+        errors.guard_imports()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_no_bar_is_drawn_into_a_file():
+    code = """
+from tritonattn.core.progress import Progress
+for _ in Progress(range(3)): pass
+with Progress(total=2) as progress:
+    progress.update()
+    progress.set_description("a")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_every_bar_is_one_that_a_file_does_not_get():
+    for path in (*(ROOT / "tritonattn").rglob("*.py"), *(ROOT / "perf").glob("*.py")):
+        assert "tqdm" not in path.read_text() or path.name == "progress.py" or path.parent.name == "cli", path
+
+
+@pytest.mark.parametrize("arguments", [["configs", "--gpu", "h100"], ["env"]])
+def test_commands_without_extras(arguments):
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({sorted(HEAVY - {"triton"})}))
+from tritonattn.cli.main import main
+sys.exit(main({arguments}))
+"""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 10
+
+
+def test_a_table_of_a_diagnosis_without_extras():
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({sorted(HEAVY)}))
+import torch
+from tritonattn.analysis import diagnose
+print(diagnose(*torch.randn(2, 1, 3, 8, 4)).table())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "entropy" in done.stdout

@@ -13,6 +13,7 @@ import torch
 import tritonattn
 from tests.test_package import fresh
 from tritonattn.cli import main as cli
+from tritonattn.integrations import hub_kernel
 from tritonattn.integrations.hub_kernel import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,10 +132,31 @@ def test_refusals_of_the_command(tmp_path, capsys):
     for arguments, message in {
         (str(tmp_path),): "expected a new or empty folder",
         (str(tmp_path / "held"),): "expected a new or empty folder",
-        (str(tmp_path / "held" / "in"),): "folder: wanted a folder, got",
+        (str(tmp_path / "held" / "in"),): "folder: expected a folder, got",
         (str(tmp_path / "new"), "--repo-id", "nobody"): "--repo-id: expected OWNER/NAME, got 'nobody'",
         (str(tmp_path / "new"), "--version", "0"): "--version: expected at least 1, got 0",
     }.items():
         assert cli.main(["hub-kernel", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("folder", ["new/deep", "empty"])
+def test_a_command_that_stops_midway_leaves_nothing(error, folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    written = []
+
+    def write(path, text):
+        if len(written) == 20:
+            raise error
+        written.append(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    monkeypatch.setattr(hub_kernel, "_write", write)
+    status = cli.main(["hub-kernel", str(tmp_path / folder)])
+    assert status == (130 if error is KeyboardInterrupt else 2)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert len(written) == 20
+    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]

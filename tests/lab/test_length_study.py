@@ -117,7 +117,7 @@ def test_wrong_usage_is_named_before_a_model_is_loaded(arguments, parts, tmp_pat
 def test_a_short_text_is_used_and_said_to_be_short(small, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("some words " * 5)
     assert command("--text", str(tmp_path / "text.txt"), "--modes", "sqrt_dim", "--out", str(tmp_path / "out")) == 0
-    assert "text.txt has 55 tokens, less than the 96 wanted" in capsys.readouterr().err
+    assert "text.txt has 55 tokens, less than the 96 asked for" in capsys.readouterr().err
     (tmp_path / "text.txt").write_text("a")
     assert command("--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")) == 2
 

@@ -299,7 +299,7 @@ def test_schedules_that_are_none(arguments, error, message):
 
 @pytest.mark.parametrize("base", [1.0, 0.0, math.inf, "e"])
 def test_bases_without_a_positive_logarithm_are_refused(base):
-    with pytest.raises(ValueError, match="base must be a finite number above 1"):
+    with pytest.raises(ValueError, match="base: expected a finite number above 1"):
         nn.SSMax(4, base)
 
 

@@ -115,7 +115,7 @@ def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch, c
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-PRESENT = {*sys.stdlib_module_names, "torch", "triton", "numpy", "pytest", "_pytest", "tabulate", "tqdm", "matplotlib"}
+PRESENT = {*sys.stdlib_module_names, "torch", "triton", "numpy", "pytest", "_pytest", "tqdm", "matplotlib"}
 ELSEWHERE = {"monitor.py", "codegen.py"}  # of perf, and no phase
 
 

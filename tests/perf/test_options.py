@@ -45,8 +45,8 @@ WHOLE = "expected a whole number from 1 up, got '0'"
         ("soak --device cuda", "soak: device cuda: torch sees no GPU"),
         ("soak --device cpu", "soak: .*TRITON_INTERPRET=1"),
         ("report {folder}", "report: no records in"),
-        ("plot {records} --out {file}", "--out: wanted a folder, got"),
-        ("gpu --minutes 1 --device cpu --out {file}", "--out: wanted a folder, got"),
+        ("plot {records} --out {file}", "--out: expected a folder, got"),
+        ("gpu --minutes 1 --device cpu --out {file}", "--out: expected a folder, got"),
     ],
 )
 def test_refusals(arguments, message, tmp_path, capsys, monkeypatch):

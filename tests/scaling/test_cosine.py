@@ -45,5 +45,5 @@ def test_key_scales_of_unseen_keys_are_zero():
 
 @pytest.mark.parametrize("tau", [0, -1.0, math.nan, math.inf, "1"])
 def test_bad_temperatures_are_refused(tau):
-    with pytest.raises(ValueError, match=r"tau must be a finite number above 0, got"):
+    with pytest.raises(ValueError, match=r"tau: expected a finite number above 0, got"):
         Cosine(tau)

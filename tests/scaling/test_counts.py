@@ -33,7 +33,7 @@ def test_the_base_is_where_the_factor_is_that_of_sqrt_dim():
 
 @pytest.mark.parametrize("base", [1.0, 0.5, -2, math.inf, math.nan, "e", None, True])
 def test_bases_without_a_positive_logarithm_are_refused(base):
-    with pytest.raises(ValueError, match=r"base must be a finite number above 1, got"):
+    with pytest.raises(ValueError, match=r"base: expected a finite number above 1, got"):
         LogKeyCount(base=base)
 
 

@@ -70,5 +70,5 @@ def test_a_window_stops_the_growth_at_its_width():
     ],
 )
 def test_bad_parameters_are_refused(mode, argument, value, bound):
-    with pytest.raises(ValueError, match=rf"^{argument} must be a finite number above {bound}, got {value!r}"):
+    with pytest.raises(ValueError, match=rf"^{argument}: expected a finite number above {bound}, got {value!r}"):
         mode(**{argument: value})

@@ -10,12 +10,16 @@ import torch
 
 pytest.importorskip("triton")
 from tritonattn.backends.triton import launch
+from tritonattn.cli import configs as cli_configs
+from tritonattn.cli import tune as cli_tune
 from tritonattn.tuner import in_use
 from tritonattn.tuner.gate import Candidate
 from tritonattn.tuner.static import keys
+from tritonattn.tuner.tune import DTYPES
 from tritonattn.tuning import cache_dir, lookup
-from tritonattn.tuning.config import Target, TileConfig
-from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, read_table, write_table
+from tritonattn.tuning.config import TILED_KERNELS, Target, TileConfig
+from tritonattn.tuning.gpus import GPUS
+from tritonattn.tuning.table import HEAD_DIMS, LENGTHS, Entry, Key, Table, kernels_fingerprint, read_table, write_table
 
 from .stubs import BEST, H100, KEYS, ONE, FakeCompiler, run
 
@@ -25,7 +29,7 @@ def test_without_a_gpu_it_says_so_and_offers_another_way(user, capsys):
         pytest.skip("there is a GPU")
     status, _, err = run(capsys, "tune")
     assert status == 2
-    assert "expected a GPU, found none" in err
+    assert "expected a GPU, got none" in err
     assert "--static" in err
     assert "h100" in err
 
@@ -42,14 +46,29 @@ def test_without_a_gpu_it_says_so_and_offers_another_way(user, capsys):
         ("tune --dtypes fp8", "--dtypes: expected bf16, fp16"),
         ("tune --lengths huge", "--lengths: expected short, long"),
         ("configs --gpu h1000", "configs: --gpu: expected a100, a10, l40s, h100, h200"),
-        ("configs --gpu all", "sm_90, ...; got 'all'\n"),
-        ("configs --gpu=", "sm_90, ...; got ''\n"),
+        ("configs --gpu all", "sm_90, ..., got 'all'\n"),
+        ("configs --gpu=", "sm_90, ..., got ''\n"),
     ],
 )
 def test_unknown_names(arguments, message, user, capsys):
     status, _, err = run(capsys, *arguments.split())
     assert status == 2
     assert message in err
+
+
+def test_help_lists_the_choices_and_the_table(capsys):
+    with pytest.raises(SystemExit):
+        run(capsys, "tune", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for choices in (TILED_KERNELS, HEAD_DIMS, DTYPES, LENGTHS):
+        assert all(str(choice) in text for choice in choices)
+    assert ",".join(TILED_KERNELS) == cli_tune.KERNELS
+    assert ",".join(map(str, HEAD_DIMS)) == cli_tune.HEAD_DIMS
+    assert ",".join(LENGTHS) == cli_tune.LENGTHS
+    assert ", ".join(gpu.name for gpu in GPUS) == cli_configs.GPUS
+    assert cli_configs.GPUS in text
+    for part in ("autotune/GPU.json in $TRITONATTN_CACHE_DIR", "$XDG_CACHE_HOME/tritonattn", "~/.cache/tritonattn"):
+        assert part in text
 
 
 @pytest.mark.parametrize("arguments", [ONE, ["tune"]], ids=["static", "timed"])

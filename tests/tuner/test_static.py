@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import time
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from importlib import import_module
 
@@ -14,10 +18,11 @@ triton = pytest.importorskip("triton")
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
 from tritonattn.cli import main as cli
+from tritonattn.tuner import static
 from tritonattn.tuner.candidates import candidates, static_candidates
 from tritonattn.tuner.gate import examine, gate_reasons
 from tritonattn.tuner.machine_code import MachineCode, MmaLoop
-from tritonattn.tuner.static import keys
+from tritonattn.tuner.static import Compiler, keys
 from tritonattn.tuning import cache_dir
 from tritonattn.tuning.config import Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
@@ -35,6 +40,21 @@ def code(registers: int = 128, spill: int = 0, shared: int = 49152, exp: int = 6
     mix = {"tensor": 128, "exp": exp, "fp32": 200, "integer": other}
     loop = MmaLoop(mix, packed=0, tiles=1, flops=128 * 64 * 256, shared_bytes=65536)
     return MachineCode(registers, 0, shared, spill, 0, (loop,))
+
+
+def test_an_interruption_ends_processes_silently_while_they_start(capfd, monkeypatch):
+    """A terminal sends Ctrl-C to all processes; imports would end with a traceback in each."""
+
+    def interrupted(tasks):
+        time.sleep(1)  # they import by now
+        for process in compiler._pool._processes.values():
+            os.kill(process.pid, signal.SIGINT)
+        return as_completed(tasks)
+
+    monkeypatch.setattr(static, "as_completed", interrupted)
+    with Compiler(SM_80, 2) as compiler, pytest.raises(BrokenProcessPool):
+        compiler.examine([("forward", PROBLEM, CONFIG), ("decode", PROBLEM, CONFIG)])
+    assert capfd.readouterr().err == ""
 
 
 def test_the_gate():

@@ -55,7 +55,7 @@ class Diagnosis:
     key_norm_variation: Tensor
 
     def table(self) -> str:
-        """One line a head, as text. Needs tabulate; raises ImportError without it."""
+        """One line a head, as text."""
         columns = [getattr(self, name).tolist() for name in _HEADERS]
         rows = [[head, *(f"{x:.3g}" for x in row)] for head, row in enumerate(zip(*columns, strict=True))]
         return table(rows, ["head", *_HEADERS.values()], "simple")

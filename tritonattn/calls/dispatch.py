@@ -181,7 +181,7 @@ def _check_kernels_run_on(device: torch.device) -> None:
 
     if not launch.runs_on(device):
         raise ValueError(
-            f"backend: 'triton' expects tensors on a CUDA or HIP device, got {device}; kernels run on CPU"
+            f"backend: expected tensors on a CUDA or HIP device for 'triton', got {device}; kernels run on CPU"
             " tensors only in triton's interpreter, with TRITON_INTERPRET=1 in the environment"
         )
 

@@ -7,6 +7,7 @@ import argparse
 from ..core.errors import CommandError
 from .language_model import NEEDED, add_opening
 from .options import at_least, check_file, require
+from .threads import limit_threads
 
 HELP = "say which scaling a model should try first, on which layers, and why"
 DESCRIPTION = (
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
     from ..lab.demo import subject_and_tokens
 
     check_file("--json", options.json)
+    limit_threads()
     subject, tokens = subject_and_tokens(options)
     try:
         advice = advise(subject.model, tokens, context=options.context)

@@ -8,14 +8,15 @@ from .options import require
 
 HELP = "print the tile configs in use, and where each comes from"
 DESCRIPTION = None
+GPUS = "a100, a10, l40s, h100, h200, b200, rtx_pro_6000, rtx_5090, mi300x, mi350x"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpu", help="h100, a100, ... (default: this machine's)")
+    parser.add_argument("--gpu", metavar="NAME", help=f"{GPUS}, or sm_90, ... (default: this machine's)")
 
 
 def run(options: argparse.Namespace) -> int:
-    require("configs", ["triton", "tabulate"], extra="perf")
+    require("configs", ["triton"], extra="perf")
     from ..tuner.in_use import configs
 
     return configs(options.gpu)

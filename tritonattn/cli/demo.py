@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .language_model import NEEDED, add_modes, add_opening
 from .options import check_file, names, require
+from .threads import limit_threads
 
 HELP = "run a text through a real language model with each scaling, then train a small one"
 DESCRIPTION = (
@@ -31,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     demo.check(options)
     check_file("--json", options.json)
     check_file("--plot", options.plot)
+    limit_threads()
     status = demo.run(options)
     if not options.by_layer and options.modes == names(MODES):
         from ..lab.demo import recall

@@ -26,6 +26,6 @@ def run(options: argparse.Namespace) -> int:
     try:
         variants = write(options.folder, options.repo_id, options.version)
     except OSError as error:
-        raise CommandError(f"folder: wanted a folder, got {str(options.folder)!r}: {error.strerror}") from error
+        raise CommandError(f"folder: expected a folder, got {str(options.folder)!r}: {error.strerror}") from error
     print(f"{options.folder}: built variants {', '.join(variants)}")
     return 0

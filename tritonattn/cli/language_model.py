@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .options import at_least, device, names
 
-NEEDED = ["transformers", "accelerate", "gguf", "tabulate", "tqdm"]
+NEEDED = ["transformers", "accelerate", "gguf", "tqdm"]
 WRITTEN_MODE = "NAME[:BASE][*GAIN]: a mode, its base or training length, CONTEXT being the model's, and a constant gain"
 
 

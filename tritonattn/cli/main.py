@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..core.errors import INTERRUPTED, CommandError
+from ..core.errors import INTERRUPTED, CommandError, unguard
 from . import advise, compare, configs, demo, env, hub_kernel, length_study, simulate, train_compare, tune
 
 # Each module has HELP, DESCRIPTION, add_arguments(parser) and run(options), which imports what only that command needs.
@@ -27,22 +27,42 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; exit status 0, 1 where a check failed, 2 for wrong usage, 130 when interrupted, 141 unread."""
+    """Run one command.
+
+    Returns its exit status: 0; 1 where a check or the system failed, as on a full disk; 2 for wrong usage; 130 when
+    interrupted; 141 unread.
+    """
+    unguard()
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        options = _parser().parse_args(words)
-        status = COMMANDS[options.command].run(options)
-        print(end="", flush=True)
-        return status
+        try:
+            parser = _parser()
+            if not words:
+                parser.exit(2, parser.format_help())
+            options = parser.parse_args(words)
+            return COMMANDS[options.command].run(options)
+        finally:
+            sys.stdout.flush()
     except CommandError as error:  # also of an option's type, so that the command's name comes from the words
-        print(f"tritonattn {words[0]}: {error}", file=sys.stderr)
-        return 2
+        return _ended(f"tritonattn {words[0]}: {error}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader, as `| head`, has left; the interpreter flushes stdout once more at exit
+        return _ended("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader, as `| head`, has left
+        return _ended(None, 141)
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename}: "
+        return _ended(f"tritonattn {' '.join(words[:1])}: {place}{error.strerror or error}", 1)
+
+
+def _ended(message: str | None, status: int) -> int:
+    """Print a line on stderr and return the status; drop output that stdout does not take."""
+    if message is not None:
+        print(message, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # the interpreter flushes it once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

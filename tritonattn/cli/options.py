@@ -48,9 +48,9 @@ def at_least(option: str, least: int) -> Callable[[str], int]:
         try:
             number = int(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from error
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from error
         if number < least:
-            raise CommandError(f"{option}: wanted at least {least}, got {number}")
+            raise CommandError(f"{option}: expected at least {least}, got {number}")
         return number
 
     return parse
@@ -92,20 +92,13 @@ def device(text: str) -> torch.device:
     return found
 
 
-def usable_cores() -> int:
-    """Count the cores that this process may run on; a container often has fewer than the machine."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def check_file(option: str, file: Path | None) -> None:
     """Make the folder of a file before the work whose result goes into it. Raises CommandError."""
     if file is None:
         return
     make_folder(option, file.parent)
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise CommandError(f"{option}: wanted a file that can be written, got {str(file)!r}")
+        raise CommandError(f"{option}: expected a file that can be written, got {str(file)!r}")
 
 
 def make_folder(option: str, folder: Path) -> None:
@@ -113,4 +106,4 @@ def make_folder(option: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CommandError(f"{option}: wanted a folder, got {str(folder)!r}: {error.strerror}") from error
+        raise CommandError(f"{option}: expected a folder, got {str(folder)!r}: {error.strerror}") from error

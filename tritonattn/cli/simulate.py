@@ -9,6 +9,7 @@ from ..core.errors import CommandError
 from ..lab.simulation.distributions import DISTRIBUTIONS
 from ..scaling import SCALINGS
 from .options import check_file, chosen, device, make_folder, numbers, require
+from .threads import limit_threads
 
 HELP = "measure the softmax and its gradients on random queries and keys, with each scaling"
 DESCRIPTION = (
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    require("simulate", ["tabulate", "tqdm"] + ["matplotlib"] * (options.plot is not None), extra="lab")
+    require("simulate", ["tqdm"] + ["matplotlib"] * (options.plot is not None), extra="lab")
     from ..lab.simulation import command
 
     if not 0 <= options.seed < 1 << 63:
@@ -62,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
     check_file("--json", options.json)
     if options.plot is not None:
         make_folder("--plot", options.plot)
+    limit_threads()
     options.counts = options.counts or (_QUICK_COUNTS if options.quick else _COUNTS)
     options.dims = options.dims or (_QUICK_DIMS if options.quick else _DIMS)
     return command.run(options)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    require("train-compare", ["sklearn", "scipy", "matplotlib", "tabulate", "tqdm"], extra="lab")
+    require("train-compare", ["sklearn", "scipy", "matplotlib", "tqdm"], extra="lab")
     from ..lab import training
 
     options.modes = training.checked_modes(options)

@@ -4,36 +4,51 @@ from __future__ import annotations
 
 import argparse
 
-from .options import chosen, names, require, usable_cores
+from .configs import GPUS
+from .options import chosen, names, require
+from .threads import usable_cores
 
 HELP = "search for the fastest tile configs on this GPU, or rank them without one"
 DESCRIPTION = (
     "Compile the configs of each kernel, time the most promising ones that pass the static checks, each checked "
-    "against the reference, and write the best into the user's table. Stop it at any time: the same command goes on "
-    "where it was stopped."
+    "against the reference, and write the best into the user's table: autotune/GPU.json in $TRITONATTN_CACHE_DIR, else "
+    "in $XDG_CACHE_HOME/tritonattn, else in ~/.cache/tritonattn. Stop it at any time: the same command goes on where "
+    "it was stopped."
 )
+# Importing them would import triton.
+KERNELS, HEAD_DIMS, LENGTHS = "forward,grad_key_value,grad_query,decode", "64,80,96,128,192,256", "short,long"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--kernels", default="forward,grad_key_value,grad_query,decode", metavar="A,B")
-    add("--head-dims", default="64,80,96,128,192,256", metavar="A,B")
-    add("--dtypes", default="bf16", metavar="A,B", help="bf16,fp16: what configs are timed in; an entry serves both")
-    add("--lengths", default="short,long", metavar="A,B", help="at most 1024 tokens, and more")
-    after = "begin no search, nor an architecture's tables, after so long"
+    add("--kernels", default=KERNELS, metavar="A,B", help="some of %(default)s (default: all)")
+    add("--head-dims", default=HEAD_DIMS, metavar="A,B", help="some of %(default)s (default: all)")
+    add(
+        "--dtypes",
+        default="bf16",
+        metavar="A,B",
+        help="bf16 or fp16 or both: what configs are timed in; an entry serves both (default: %(default)s)",
+    )
+    add(
+        "--lengths",
+        default=LENGTHS,
+        metavar="A,B",
+        help="short (at most 1024 tokens) or long or both (default: both)",
+    )
+    after = "begin no search, nor an architecture's tables, after so long (default: no end)"
     add("--budget", type=float, metavar="MINUTES", help=after)
     add(
         "--static",
         type=lambda text: names(text) or ("",),
         metavar="A,B",
-        help="h100, sm_90, ..., all: rank by a model instead; needs no GPU",
+        help=f"rank by a model instead, without a GPU: for some of {GPUS}, for architectures (sm_90, ...) or all",
     )
-    add("--write", action="store_true", help="write into autotune_cache/, not the user's folder")
+    add("--write", action="store_true", help="write into autotune_cache/ of the package, not the user's folder")
     add("--workers", type=int, default=usable_cores(), metavar="N", help="processes that compile (default: one a core)")
 
 
 def run(options: argparse.Namespace) -> int:
-    require("tuning", ["triton", "tabulate", "tqdm"], extra="perf")
+    require("tuning", ["triton", "tqdm"], extra="perf")
     from ..tuner.tune import DTYPES, tune
     from ..tuning.config import TILED_KERNELS
     from ..tuning.table import HEAD_DIMS, LENGTHS

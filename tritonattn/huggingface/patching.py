@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calls.checks import BACKENDS
+from ..core.tables import table
 from ..scaling import Scaling
 from .architecture import (
     AttentionModule,
@@ -27,7 +28,6 @@ from .attention import NAME
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, state_masks
 from .scalings import make_scaling, to_config
 from .settings import ATTRIBUTE, LAYERS, LayerScaling, Settings, is_gain_shape, layer_scaling, remove_abandoned
-from .table import table
 from .weights import note_wanted_weights
 
 _HANDLE = "_tritonattn_patched"
@@ -70,7 +70,7 @@ class Patched:
             found, own = entry.found, layers.get(entry.found.name)
             scaling = _summary(own) if own is not None else f"left alone: {entry.note or 'undone'}"
             rows.append((found.name, *_shape(found), entry.before or "its own", scaling))
-        return table(("module", "layer type", "heads", "head_dim", "before", "scaling"), rows)
+        return table(rows, ("module", "layer type", "heads", "head_dim", "before", "scaling"), "simple", left=None)
 
     @contextmanager
     def watch(self, observer: Callable[[nn.Module, Tensor, Tensor, dict[str, Any], Any], None]):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..core.errors import CommandError
@@ -15,7 +18,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 # Files that need more than torch and triton, and those of commands.
 _LEFT_OUT = ("analysis", "cli", "huggingface", "integrations", "lab", "tuner", "__main__.py")
-_LEFT_OUT += ("core/provenance.py", "core/records.py", "core/tables.py")
+_LEFT_OUT += ("core/progress.py", "core/provenance.py", "core/records.py", "core/tables.py")
 
 _BUILD = """\
 [general]
@@ -98,15 +101,36 @@ def write(folder: Path, repo_id: str, version: int = 1) -> list[str]:
     The operators of every copy have a namespace of their own, so that a kernel loads beside an installed tritonattn,
     and several versions of it in one process.
 
-    Raises CommandError where the folder holds something, or repo_id or version are none.
+    Raises CommandError where the folder holds something, or repo_id or version are none. A call that fails or is
+    interrupted leaves nothing behind.
     """
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
         raise CommandError(f"--repo-id: expected OWNER/NAME, got {repo_id!r}")
     if version < 1:
         raise CommandError(f"--version: expected at least 1, got {version}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CommandError(f"{folder}: expected a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
+        raise CommandError(f"folder: expected a new or empty folder, got {str(folder)!r}")
+    with _all_or_nothing(folder):
+        return _fill(folder, repo_id, version)
+
+
+@contextmanager
+def _all_or_nothing(folder: Path) -> Iterator[None]:
+    """Make a folder; remove what was made in it, and the folders above that are new, if an error or Ctrl-C comes."""
+    made = next((one for one in reversed((folder, *folder.parents)) if not one.exists()), None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in list(folder.iterdir()) if made is None else [made]:
+            if path.is_file():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _fill(folder: Path, repo_id: str, version: int) -> list[str]:
     files = _sources()
     names = ", ".join(f'"{backend}"' for backend in BACKENDS)
     _write(folder / "build.toml", _BUILD.format(name=NAME, version=version, backends=names, repo_id=repo_id))

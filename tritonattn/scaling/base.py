@@ -121,4 +121,4 @@ def check_positive(argument: str, value: float, above: float = 0.0) -> None:
     """Refuse a parameter of a mode that is not a finite number above `above`."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not above < value < float("inf"):
-        raise ValueError(f"{argument} must be a finite number above {above:g}, got {value!r}")
+        raise ValueError(f"{argument}: expected a finite number above {above:g}, got {value!r}")

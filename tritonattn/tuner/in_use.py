@@ -84,7 +84,7 @@ def named_gpus(option: str, names: tuple[str, ...], everything: tuple[str, ...] 
         meant = [gpu for gpu in GPUS if name in (gpu.name, gpu.target.name) or name in everything]
         if not meant:
             known = ", ".join((*(gpu.name for gpu in GPUS), "sm_90", "...", *everything))
-            raise CommandError(f"{option}: expected {known}; got {name!r}")
+            raise CommandError(f"{option}: expected {known}, got {name!r}")
         found += [gpu for gpu in meant if gpu not in found]
     return found
 

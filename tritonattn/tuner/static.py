@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 
@@ -49,7 +50,8 @@ class Compiler:
     ) -> list[Candidate]:
         wanted = [(kernel, replace(problem, short=False), config) for kernel, problem, config in wanted]
         new = [one for one in dict.fromkeys(wanted) if one not in self.examined]
-        tasks = {self._pool.submit(examine, *one, self.target): one for one in new}
+        with _without_interrupts():
+            tasks = {self._pool.submit(examine, *one, self.target): one for one in new}
         for task in as_completed(tasks):
             self.examined[tasks[task]] = task.result()
             if progress:
@@ -57,8 +59,19 @@ class Compiler:
         return [self.examined[one] for one in wanted]
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back, also from processes that start inside: it would end their imports with a traceback each."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _quiet() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal sends Ctrl-C to all processes; this one ends silently
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def static_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Progress | None = None) -> Table:

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..backends.triton import launch
 from ..core.errors import INTERRUPTED, CommandError
+from ..core.progress import Progress
 from ..core.tables import table as layout
 from ..tuning import cache_dir, lookup
 from ..tuning.config import Target
@@ -56,7 +56,7 @@ def _tune_static(options: Namespace, wanted: list[Key], end: float) -> int:
         if time.monotonic() >= end:
             print(f"the budget of {options.budget:g} minutes is spent: nothing is compiled from {target.name} on")
             break
-        with Compiler(target, options.workers) as compiler, tqdm(unit="kernel", desc=target.name) as progress:
+        with Compiler(target, options.workers) as compiler, Progress(unit="kernel", desc=target.name) as progress:
             tables = [static_table(gpu, compiler, wanted, progress.update) for gpu in gpus if gpu.target == target]
             if wanted and not any(table.entries for table in tables):
                 _check_that_it_compiles(compiler, wanted[0])
@@ -139,7 +139,7 @@ def _tune_here(options: Namespace, wanted: list[Key], end: float) -> int:
     """Search on this machine's GPU; no search begins after `end`, of time.monotonic."""
     if not torch.cuda.is_available():
         raise CommandError(
-            "expected a GPU, found none. Without one, `--static NAME` compiles for "
+            "expected a GPU, got none. Without one, `--static NAME` compiles for "
             f"{', '.join(gpu.name for gpu in GPUS)}, an architecture as sm_90, or all, and ranks by a model"
         )
     device = torch.device("cuda", torch.cuda.current_device())
@@ -151,7 +151,7 @@ def _tune_here(options: Namespace, wanted: list[Key], end: float) -> int:
         print(f"{len(wanted) - len(todo)} of {len(wanted)} keys are measured already in {path}")
     results: list[Result] = []
     try:
-        with Compiler(target, options.workers) as compiler, tqdm(todo, unit="key") as progress:
+        with Compiler(target, options.workers) as compiler, Progress(todo, unit="key") as progress:
             for key in progress:
                 if time.monotonic() >= end:
                     print(f"the budget of {options.budget:g} minutes is spent: run the command again to go on")

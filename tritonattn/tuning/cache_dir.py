@@ -17,7 +17,7 @@ def shipped_tables() -> Path:
     for folder in (in_wheel, in_checkout):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"tritonattn's tuned tables: wanted {in_wheel} or {in_checkout}, found neither")
+    raise FileNotFoundError(f"tritonattn's tuned tables: expected {in_wheel} or {in_checkout}, got neither")
 
 
 def user_cache() -> Path:

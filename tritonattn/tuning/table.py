@@ -148,7 +148,7 @@ def read_table(path: Path) -> Table:
         with path.open("rb") as file:
             content = file.read(_LARGEST_FILE + 1)
         if len(content) > _LARGEST_FILE:
-            raise ValueError(f"expected at most {_LARGEST_FILE} bytes")
+            raise ValueError(f"expected at most {_LARGEST_FILE} bytes, got more")
         return _parse(json.loads(content.decode("utf-8"), object_pairs_hook=_object))
     except FileNotFoundError:
         raise

@@ -30,5 +30,5 @@ def test_the_document_has_the_tables_of_the_records(recorded, options, capsys):
 def test_a_folder_without_runs_is_not_made(tmp_path, capsys):
     missing = tmp_path / "missing"
     assert cli.main(["train-compare", "--report", "--out", str(missing)]) == 2
-    assert "--report: wanted runs in" in capsys.readouterr().err
+    assert "--report: expected runs in" in capsys.readouterr().err
     assert not missing.exists()

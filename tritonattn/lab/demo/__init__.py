@@ -7,9 +7,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from ...core.errors import CommandError
+from ...core.progress import Progress
 from ...core.provenance import Environment, command_line
 from ...huggingface import Patched
 from .measurement import Measurement, Subject, eager_loss, measure, patched_with
@@ -54,7 +53,7 @@ def check(options: Namespace) -> None:
 
         if options.plot.suffix[1:].lower() not in file_types():
             raise CommandError(
-                f"--plot: wanted a name ending in one of {', '.join(file_types())}, got {options.plot.name!r}"
+                f"--plot: expected a name ending in one of {', '.join(file_types())}, got {options.plot.name!r}"
             )
 
 
@@ -78,7 +77,7 @@ def _measure_all(
         if options.by_layer and options.layers is not None and not measurements:
             progress.write(f"{patched.report()}\n", file=sys.stdout)
 
-    with tqdm(total=len(asked) + 1, unit="pass", leave=False) as progress:
+    with Progress(total=len(asked) + 1, unit="pass", leave=False) as progress:
         progress.set_description("eager")
         eager = eager_loss(subject, tokens)
         progress.update()
@@ -109,5 +108,5 @@ def _tokens(subject: Subject, text: str, limit: int | None) -> Tensor:
         limit = context
     tokens = tokens[:, :limit]
     if tokens.shape[1] < 2:
-        raise CommandError(f"--text: wanted at least 2 tokens, got {tokens.shape[1]}")
+        raise CommandError(f"--text: expected at least 2 tokens, got {tokens.shape[1]}")
     return tokens.to(subject.device)

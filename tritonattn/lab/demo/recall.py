@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from tqdm import tqdm
 
+from ...core.progress import Progress
 from ...core.tables import table
 from ..training.tasks.recall import Recall
 from ..training.trainer import Assignment, train
@@ -22,7 +22,7 @@ _NEXT = "Next, for a model and a text of yours:  tritonattn advise --model MODEL
 def run(device: torch.device) -> str:
     """Train the models on `device`, and return the table, the conclusion and the next command."""
     task, recalled, seconds = Recall(), {}, 0.0
-    with tqdm(total=len(MODES) * task.defaults.steps, unit="step", leave=False) as progress:
+    with Progress(total=len(MODES) * task.defaults.steps, unit="step", leave=False) as progress:
         for mode in MODES:
             progress.set_description(f"training with {mode}")
             assignment = Assignment(task, mode, 0, task.defaults.recipe(), device, observations=1)

@@ -79,7 +79,7 @@ class Report:
     def check(self) -> str:
         return (
             f"\nThe model's own eager attention has loss {self.eager_loss:.6f}; sqrt_dim differs from it by "
-            f"{self.difference:+.1e} (wanted: at most {AGREEMENT:g}){'.' if self.agrees else ', which is WRONG.'}"
+            f"{self.difference:+.1e} (expected: at most {AGREEMENT:g}){'.' if self.agrees else ', which is WRONG.'}"
         )
 
     def advice(self) -> str:

@@ -44,12 +44,16 @@ def variant(text: str, context: int | None) -> Variant:
     mode, base, advised, gain = parts.group("mode", "base", "advised", "gain") if parts else ("", None, None, None)
     base = base or advised
     if mode not in SCALINGS:
-        raise CommandError(f"--modes: wanted NAME[:BASE][*GAIN] with a name out of {', '.join(SCALINGS)}; got {text!r}")
+        raise CommandError(
+            f"--modes: expected NAME[:BASE][*GAIN] with a name out of {', '.join(SCALINGS)}, got {text!r}"
+        )
     if base is not None and mode not in _BASED:
-        raise CommandError(f"--modes: wanted a base after {' or '.join(_BASED)} only, got {text!r}")
+        raise CommandError(f"--modes: expected a base after {' or '.join(_BASED)} only, got {text!r}")
     if base == "CONTEXT":
         if context is None:
-            raise CommandError(f"--modes: {text!r} wants a model whose configuration has max_position_embeddings")
+            raise CommandError(
+                f"--modes: expected a model whose configuration has max_position_embeddings for {text!r}, got none"
+            )
         text, base = text.replace("CONTEXT", str(context)), str(context)
     try:
         scaling = mode if base is None else _BASED[mode](float(base))

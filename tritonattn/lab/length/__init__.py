@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ...core import records
 from ...core.errors import CommandError
+from ...core.progress import Progress
 from ...core.provenance import Environment, command_line
 from ..demo import read_text
 from ..demo.measurement import Subject
@@ -45,7 +45,9 @@ def run(options: Namespace) -> int:
     check_head(subject)
     context = subject.context
     if context is None:
-        raise CommandError(f"--model: wanted one whose configuration has max_position_embeddings, got {subject.name!r}")
+        raise CommandError(
+            f"--model: expected one whose configuration has max_position_embeddings, got {subject.name!r}"
+        )
     tokens = _tokens(subject, text, _QUICK if options.quick else options.max_tokens or context * 3 // 2, file.name)
     asked, start = variants(options.modes, context), tokens.shape[1] // 2
     environment = Environment.of(subject.device)
@@ -75,9 +77,9 @@ def _tokens(subject: Subject, text: str, limit: int, name: str) -> Tensor:
     """int64 [1, S]"""
     tokens = subject.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :limit]
     if tokens.shape[1] < min(limit, 16):
-        raise CommandError(f"--text: wanted {limit} tokens, got {tokens.shape[1]}")
+        raise CommandError(f"--text: expected {limit} tokens, got {tokens.shape[1]}")
     if tokens.shape[1] < limit:
-        print(f"{name} has {tokens.shape[1]} tokens, less than the {limit} wanted", file=sys.stderr)
+        print(f"{name} has {tokens.shape[1]} tokens, less than the {limit} asked for", file=sys.stderr)
     return tokens.to(subject.device)
 
 
@@ -86,7 +88,7 @@ def _measured(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Losses of every variant on all tokens, then of the baseline on the tokens from `start` alone."""
     found = {}
-    with tqdm(total=len(asked) + 1, unit="pass", leave=False) as progress:
+    with Progress(total=len(asked) + 1, unit="pass", leave=False) as progress:
         for one in asked:
             progress.set_description(one.name)
             found[one.name] = passes.get(subject, one, 0)

@@ -22,9 +22,9 @@ def check_head(subject: Subject) -> None:
     """Raise CommandError for a model without a head, or with logits that differ from its head's output."""
     for name in _AFTER_THE_HEAD:
         if getattr(subject.model.config, name, None) not in (None, 1.0):
-            raise CommandError(f"--model: wanted one whose head gives its logits, got {subject.name!r} with {name}")
+            raise CommandError(f"--model: expected one whose head gives its logits, got {subject.name!r} with {name}")
     if subject.model.get_output_embeddings() is None:
-        raise CommandError(f"--model: wanted a language model with a head, got {type(subject.model).__name__}")
+        raise CommandError(f"--model: expected a language model with a head, got {type(subject.model).__name__}")
 
 
 def losses(subject: Subject, tokens: Tensor, variant: Variant) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 
-from tqdm import tqdm
-
+from ...core.progress import Progress
 from ...core.provenance import Environment, command_line
 from .measures import Measures, Point, Sample, measure, points_of
 from .paper import PANELS, ROWS, component, measures_of
@@ -21,7 +20,7 @@ def run(options: Namespace) -> int:
     points = points_of(options.counts, options.dims, options.keys) if "sweep" in options.parts else []
     conditions = CONDITIONS if "verdict" in options.parts else ()
     rows, panels = (ROWS, PANELS) if "paper" in options.parts else ((), ())
-    with tqdm(
+    with Progress(
         total=len(rows) + (len(points) + len(conditions)) * len(options.modes), leave=False, unit="case"
     ) as progress:
         paper = {}
@@ -52,7 +51,7 @@ def run(options: Namespace) -> int:
     return 0
 
 
-def _sweep(options: Namespace, points: list[Point], progress: tqdm) -> dict[tuple[Point, str], Measures]:
+def _sweep(options: Namespace, points: list[Point], progress: Progress) -> dict[tuple[Point, str], Measures]:
     found = {}
     for point in points:
         progress.set_description(f"{point.count} {point.keys} keys, d = {point.dim}")
@@ -64,7 +63,7 @@ def _sweep(options: Namespace, points: list[Point], progress: tqdm) -> dict[tupl
 
 
 def _verdict(
-    options: Namespace, conditions: tuple[Condition, ...], progress: tqdm
+    options: Namespace, conditions: tuple[Condition, ...], progress: Progress
 ) -> dict[tuple[Condition, str], Reach]:
     found = {}
     for condition in conditions:

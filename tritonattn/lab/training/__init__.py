@@ -7,9 +7,8 @@ from argparse import Namespace
 from dataclasses import asdict
 from datetime import datetime, timezone
 
-from tqdm import tqdm
-
 from ...core.errors import CommandError
+from ...core.progress import Progress
 from ...core.provenance import Environment, command_line
 from .modes import MODES, check_mode
 from .plot import draw
@@ -48,14 +47,14 @@ def checked_modes(options: Namespace) -> tuple[str, ...]:
     unknown = [name for name in options.tasks if name not in TASKS]
     if unknown or not options.tasks:
         got = ", ".join(map(repr, unknown)) if unknown else "nothing"
-        raise CommandError(f"--tasks: wanted names out of {', '.join(TASKS)}; got {got}")
+        raise CommandError(f"--tasks: expected names out of {', '.join(TASKS)}, got {got}")
     modes = tuple(dict.fromkeys(options.modes if options.modes is not None else GRID_MODES if options.grid else MODES))
     if not modes:
-        raise CommandError("--modes: wanted at least one name, got nothing")
+        raise CommandError("--modes: expected at least one name, got nothing")
     for mode in modes:
         check_mode(mode)
     if options.grid and len(modes) != 2:
-        raise CommandError(f"--grid: wanted two --modes, got {len(modes)}")
+        raise CommandError(f"--grid: expected two --modes, got {len(modes)}")
     return modes
 
 
@@ -88,7 +87,7 @@ def _recorded(options: Namespace) -> list[Run]:
     files = [options.out / f"{_stem(options)}-{name}.jsonl" for name in options.tasks]
     runs = [run for file in files for run in read(file) if run.mode in options.modes]
     if not runs:
-        raise CommandError(f"--report: wanted runs in {', '.join(str(file) for file in files)}, found none")
+        raise CommandError(f"--report: expected runs in {', '.join(str(file) for file in files)}, got none")
     return runs
 
 
@@ -97,7 +96,7 @@ def _trained(assignments: list[Assignment], options: Namespace) -> list[Run]:
     environment, command, runs = Environment.of(options.device), command_line(), []
     files = {name: options.out / f"{_stem(options)}-{name}.jsonl" for name in options.tasks}
     known = {run.key: run for file in files.values() for run in read(file)}
-    with tqdm(total=sum(one.recipe.steps for one in assignments), unit="step", leave=False) as progress:
+    with Progress(total=sum(one.recipe.steps for one in assignments), unit="step", leave=False) as progress:
         for one in assignments:
             key = (one.task.name, one.mode, one.seed, one.recipe, one.quick, environment)
             if key in known:
@@ -110,7 +109,7 @@ def _trained(assignments: list[Assignment], options: Namespace) -> list[Run]:
     return runs
 
 
-def _run(one: Assignment, environment: Environment, command: str, progress: tqdm) -> Run:
+def _run(one: Assignment, environment: Environment, command: str, progress: Progress) -> Run:
     trace = train(one, progress.update)
     date = datetime.now(timezone.utc).date().isoformat()
     return Run(

@@ -55,8 +55,8 @@ def check_mode(name: str) -> None:
     plain = name.removesuffix(GAIN)
     if plain not in SCALINGS and (name.endswith(GAIN) or name not in _LEARNED):
         raise CommandError(
-            f"--modes: wanted names out of {', '.join(SCALINGS)}, one of these with {GAIN}, or {', '.join(_LEARNED)}; "
-            f"got {name!r}"
+            f"--modes: expected names out of {', '.join(SCALINGS)}, one of these with {GAIN}, or {', '.join(_LEARNED)}"
+            f", got {name!r}"
         )
 
 

@@ -1,0 +1,85 @@
+"""How many threads a command takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tritonattn.cli import advise, demo, simulate, threads
+from tritonattn.cli import main as cli
+
+CORES = ("cpu0", "cpu1", "cpu2", "cpu3")
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """The numbers of threads that torch was given, with four cores and four threads before."""
+    found = []
+    monkeypatch.setattr(threads, "usable_cores", lambda: len(CORES))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: len(CORES))
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setattr(threads.time, "sleep", lambda seconds: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return found
+
+
+def watch(monkeypatch, *idle: float):
+    """Let each core be idle for that share of the time that it is watched."""
+    seconds = [dict.fromkeys(CORES, 7.0), {core: 7.0 + x * 0.2 for core, x in zip(CORES, idle, strict=True)}]
+    monkeypatch.setattr(threads, "_idle_seconds", iter(seconds).__next__)
+
+
+@pytest.mark.parametrize(
+    ("idle", "wanted"), [((1, 1, 1, 1), 4), ((1, 0.9, 0.4, 0), 2), ((0, 0, 0, 0), 1), ((0, 0, 0, 1), 1)]
+)
+def test_as_many_threads_as_idle_cores(idle, wanted, given, monkeypatch):
+    watch(monkeypatch, *idle)
+    threads.limit_threads()
+    assert given == [wanted]
+
+
+def test_a_system_that_tells_nothing_is_taken_as_idle(given, monkeypatch):
+    monkeypatch.setattr(threads, "_idle_seconds", dict)
+    threads.limit_threads()
+    assert given == [4]
+
+
+def test_omp_num_threads_decides(given, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    threads.limit_threads()
+    assert given == []
+
+
+def test_idle_time_is_that_of_the_cores_of_this_process(monkeypatch, tmp_path):
+    (tmp_path / "stat").write_text("cpu  1 1 1 900 9 0 0\ncpu0 1 1 1 300 40 0 0\ncpu1 1 1 1 600 5 0 0\nintr 5 5\n")
+    monkeypatch.setattr(threads, "_STAT", tmp_path / "stat")
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {1}, raising=False)
+    monkeypatch.setattr(threads.os, "sysconf", {"SC_CLK_TCK": 100}.__getitem__)
+    assert threads._idle_seconds() == {"cpu1": 6.05}
+    monkeypatch.setattr(threads, "_STAT", tmp_path / "none")
+    assert threads._idle_seconds() == {}
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), (None, 4)])
+def test_a_quota_of_the_container_counts(text, wanted, monkeypatch, tmp_path):
+    if text is not None:
+        (tmp_path / "cpu.max").write_text(text)
+    monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    assert threads.usable_cores() == wanted
+
+
+class Reached(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("demo", demo), ("compare", demo), ("advise", advise), ("simulate", simulate)]
+)
+def test_commands_limit_their_threads_before_they_compute(name, module, monkeypatch):
+    def limit():
+        raise Reached
+
+    monkeypatch.setattr(module, "limit_threads", limit)
+    with pytest.raises(Reached):
+        cli.main([name])
