@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from threading import Barrier
 from typing import Any
 
@@ -26,9 +25,27 @@ pytestmark = pytest.mark.skipif(
 TILES, CUDA = TileConfig(16, 64, 4, 1), torch.device("cuda", 0)
 
 
+class current:  # noqa: N801
+    """torch.cuda.device and the current device."""
+
+    index = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.own = device.index
+
+    def __enter__(self) -> None:
+        self.before, current.index = current.index, self.own
+
+    def __exit__(self, *_) -> None:
+        current.index = self.before
+
+
 class Driver:
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 80, 32)
+
+    def get_current_stream(self, device: int) -> int:
+        return 7
 
 
 class Kernel:
@@ -55,17 +72,25 @@ class Kernel:
 class Code:
     """A CompiledKernel."""
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self) -> None:
         self.launched: list[tuple] = []
+        self.indexed: list[tuple] = []
+
+    def run(self, x, y, z, stream, function, metadata, record, enter, leave, *arguments) -> None:
+        assert (stream, function, metadata, record, enter, leave) == (7, "function", "metadata", None, None, None)
+        self.launched.append(((x, y, z), arguments))
 
     def __getitem__(self, grid: tuple):
-        return lambda *arguments: self.launched.append((grid, arguments))
+        return lambda *arguments: self.indexed.append((grid, arguments))
 
 
 @pytest.fixture
 def kernel(monkeypatch) -> Kernel:
     monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver())
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current.index)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return Kernel("key_statistics")
 
@@ -114,7 +139,7 @@ def test_a_length_selects_none(kernel):
 
 def test_configs_devices_and_settings_have_code_of_their_own(kernel, monkeypatch):
     taken = []
-    monkeypatch.setattr(Code, "__getitem__", lambda self, grid: lambda *_: taken.append(self))
+    monkeypatch.setattr(Code, "run", lambda self, *_: taken.append((self, current.index)))
 
     def launches() -> None:
         for config in (TILES, TileConfig(16, 64, 8, 1)):
@@ -124,7 +149,8 @@ def test_configs_devices_and_settings_have_code_of_their_own(kernel, monkeypatch
     launches()
     assert not taken
     launches()
-    assert len(taken) == 4
+    assert [index for _, index in taken] == [0, 1, 0, 1]
+    assert current.index == 0
     monkeypatch.setattr(triton.knobs.runtime, "debug", True)
     launches()
     assert len(taken) == 4
@@ -140,3 +166,11 @@ def test_threads_that_meet_a_kernel_together_compile_it_once(kernel):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(first, range(4)))
     assert len(kernel.asked) == 1
+
+
+def test_hooks_of_triton_see_launches(kernel, monkeypatch):
+    for hook in (None, lambda *_: None):
+        monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", hook)
+        device.launch_on(CUDA, kernel, (1, 1, 1), arguments(K), TILES)
+    [code] = kernel.compiled.values()
+    assert (len(code.launched), len(code.indexed)) == (0, 1)

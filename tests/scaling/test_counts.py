@@ -1,5 +1,6 @@
 """The values of the modes that count keys."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import tritonattn
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import KeyCount, LogKeyCount, SqrtKeyCount
+from tritonattn.scaling.base import counts_of
 
 
 def factors(scaling, rows=5, dim=16):
@@ -48,3 +50,36 @@ def test_where_all_rows_see_all_keys_the_factor_is_a_number(name, keys):
     assert alone.query is None
     of_rows = scaling.scales(q, k, ranges, Statistics(k, ranges))
     assert alone.constant == pytest.approx((of_rows.constant * of_rows.query).item(), rel=1e-12)
+
+
+def kept(k_len=7, inference=False, device="cpu", **mask):
+    """`counts_of` 5 rows."""
+    visibility = Visibility.of(torch.empty(2, 3, 5, 16), torch.empty(2, 3, k_len, 16), **mask)
+    with torch.inference_mode(inference):
+        return counts_of(dataclasses.replace(visibility, device=torch.device(device)))
+
+
+def test_counts_of_sizes_are_kept():
+    assert kept(causal=True) is kept(causal=True)
+    assert kept(causal=True).flatten().tolist() == [3, 4, 5, 6, 7]
+    assert kept(causal=True, k_len=6).flatten().tolist() == [2, 3, 4, 5, 6]
+    assert kept(causal=True, window=(1, 0)).flatten().tolist() == [2, 2, 2, 2, 2]
+    assert kept(causal=True, inference=True).is_inference()
+    assert not kept(causal=True).is_inference()
+    assert kept(causal=True, device="meta").device.type == "meta"
+    lengths = torch.tensor([2, 7])
+    assert kept(key_lengths=lengths) is not kept(key_lengths=lengths)
+
+
+def test_counts_on_a_gpu_belong_to_a_stream_and_to_no_captured_graph(monkeypatch):
+    stream, captured = [0], [False]
+    monkeypatch.setattr(Visibility, "counts", lambda self: object())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured[0])
+    first = kept(causal=True, device="cuda:0")
+    captured[0] = True
+    assert len({kept(causal=True, device="cuda:0") for _ in range(3)} | {first}) == 4
+    captured[0] = False
+    assert kept(causal=True, device="cuda:0") is first
+    stream[0] = 1
+    assert kept(causal=True, device="cuda:0") is not first

@@ -71,16 +71,20 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
 
 
 def apply(function: type[Function], *arguments: Any) -> Any:
-    """function.apply(*arguments), by shorter ways for real tensors.
-
-    Without a graph only its forward runs. With one, Function.apply's inspect.signature is skipped: it takes longer than
-    the rest of autograd.
-    """
+    """function.apply(*arguments), by shorter ways for real tensors: without a graph only its forward runs."""
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if not runs_eagerly(*tensors):
         return function.apply(*arguments)
     if not needs_graph(*tensors):
         return function.forward(*arguments)
+    return apply_with_graph(function, *arguments)
+
+
+def apply_with_graph(function: type[Function], *arguments: Any) -> Any:
+    """function.apply(*arguments) for tensors that `runs_eagerly` takes.
+
+    The Python part of Function.apply serves transforms; its inspect.signature takes longer than the rest of autograd.
+    """
     past_it: Any = super(Function, function)
     return past_it.apply(*arguments)
 

@@ -97,25 +97,27 @@ def sum_of_rows(
     return ending_by_key(lo) - ending_by_key(hi)
 
 
-def sum_over_ranges(x: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool, scan: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum of x [B, H, Sk] over every range: fp64 [B, H, Sq].
+def sum_over_ranges(
+    x: Tensor, lo: Tensor, hi: Tensor, sorted_bounds: bool, scan: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> Tensor:
+    """Sum of x [B, H, Sk] over every range, in fp64, rounded to a dtype: [B, H, Sq].
 
     sorted_bounds and scan as in `sum_of_rows`.
     """
-    return apply(_RangeSum, x, lo, hi, sorted_bounds, scan)
+    return apply(_RangeSum, x, lo, hi, sorted_bounds, scan, dtype)
 
 
 class _RangeSum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, lo, hi, sorted_bounds, scan) -> Tensor:
+    def forward(x, lo, hi, sorted_bounds, scan, dtype) -> Tensor:
         prefix = scan(x)
-        return gather(prefix, hi) - gather(prefix, lo)
+        return (gather(prefix, hi) - gather(prefix, lo)).to(dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, lo, hi, ctx.sorted_bounds, ctx.scan = inputs
+        x, lo, hi, ctx.sorted_bounds, ctx.scan, _ = inputs
         ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
         ctx.save_for_backward(lo, hi)
 
@@ -125,25 +127,27 @@ class _RangeSum(torch.autograd.Function):
         lo, hi = saved
         seeing = torch.where(hi > lo, g, 0)  # the factor of a row without keys may have an infinite slope
         d_x = sum_of_rows(seeing, lo, hi, ctx.k_len, ctx.sorted_bounds, ctx.scan)
-        return d_x.to(ctx.dtype), None, None, None, None
+        return d_x.to(ctx.dtype), None, None, None, None, None
 
 
-def sum_over_prefixes(x: Tensor, hi: Tensor | None, q_len: int, scan: Callable[[Tensor], Tensor]) -> Tensor:
+def sum_over_prefixes(
+    x: Tensor, hi: Tensor | None, q_len: int, scan: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> Tensor:
     """`sum_over_ranges` where lo is 0 and hi does not fall along the Sq rows; None is hi[i] = i + 1 + Sk - Sq."""
-    return apply(_PrefixSums, x, hi, q_len, scan)
+    return apply(_PrefixSums, x, hi, q_len, scan, dtype)
 
 
 class _PrefixSums(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, hi, q_len, scan) -> Tensor:
+    def forward(x, hi, q_len, scan, dtype) -> Tensor:
         sums = scan(x)
-        return sums[..., x.shape[-1] - q_len + 1 :] if hi is None else gather(sums, hi)
+        return (sums[..., x.shape[-1] - q_len + 1 :] if hi is None else gather(sums, hi)).to(dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, hi, ctx.q_len, ctx.scan = inputs
+        x, hi, ctx.q_len, ctx.scan, _ = inputs
         ctx.k_len, ctx.dtype = x.shape[-1], x.dtype
         ctx.save_for_backward(hi)
 
@@ -159,7 +163,7 @@ class _PrefixSums(torch.autograd.Function):
         else:
             prefix = ctx.scan(torch.where(hi > 0, g, 0))  # as in _RangeSum
             ended = gather(prefix, _rows_begun(hi, ctx.k_len))
-        return (prefix[..., -1:] - ended).to(ctx.dtype), None, None, None
+        return (prefix[..., -1:] - ended).to(ctx.dtype), None, None, None, None
 
 
 def pick(x: Tensor, key: Tensor, seen: Tensor | None, sorted_keys: bool, scan: Callable[[Tensor], Tensor]) -> Tensor:

@@ -90,7 +90,7 @@ class Statistics:
         return self.visibility.seen_keys()
 
     def _length_sum(self) -> Tensor:
-        return self.visibility.sum(self.lengths, self._scan).to(self.lengths.dtype)
+        return self.visibility.sum(self.lengths, self._scan, self.lengths.dtype)
 
     def _length_square_sum(self) -> Tensor:
         return self.visibility.sum(self.lengths.double().square(), self._scan)

@@ -192,25 +192,27 @@ class Visibility:
             return (hi if self.begins_at_first else hi - lo)[:, None].double()
         return torch.cat([tile.sum(-1) for _, tile in self._mask_tiles(self.mask)], dim=-1).double()
 
-    def sum(self, x: Tensor, scan: Callable[[Tensor], Tensor] = prefix_sum) -> Tensor:
-        """Sum of x [B, Hkv, Sk] over the keys visible to each row: fp64 [B, Hkv, Sq], 0 for a row without keys.
+    def sum(
+        self, x: Tensor, scan: Callable[[Tensor], Tensor] = prefix_sum, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        """Sum of x [B, Hkv, Sk] over the keys visible to each row: [B, Hkv, Sq] in a dtype, 0 for a row without keys.
 
         Where query heads see different keys (`per_query_head`) the result is [B, Hq, Sq]. Differentiable, without
         atomics. Accumulates in fp64, so that a short window late in a long sequence is as exact as an early one; scan
         is what computes prefix sums.
         """
         if self.left is None and self.is_full:
-            return x.sum(-1, keepdim=True, dtype=torch.float64).expand(*x.shape[:-1], self.q_len)
+            return x.sum(-1, keepdim=True, dtype=torch.float64).expand(*x.shape[:-1], self.q_len).to(dtype)
         if self.is_causal and x.device.type == "cpu" and scan is prefix_sum:  # which says why not elsewhere
-            return x.cumsum(-1, dtype=torch.float64)[..., self.k_len - self.q_len :]
+            return x.cumsum(-1, dtype=torch.float64)[..., self.k_len - self.q_len :].to(dtype)
         if self.mask is not None:
-            return ranges.sum_over_mask(self._per_mask_head(x), *self._bounds(), self.mask)
+            return ranges.sum_over_mask(self._per_mask_head(x), *self._bounds(), self.mask).to(dtype)
         if self.is_causal:
-            return ranges.sum_over_prefixes(x, None, self.q_len, scan)
+            return ranges.sum_over_prefixes(x, None, self.q_len, scan, dtype)
         lo, hi = self._bounds()
         if self.begins_at_first:
-            return ranges.sum_over_prefixes(x, hi[:, None], self.q_len, scan)
-        return ranges.sum_over_ranges(x, lo[:, None], hi[:, None], self.key_ranges is None, scan)
+            return ranges.sum_over_prefixes(x, hi[:, None], self.q_len, scan, dtype)
+        return ranges.sum_over_ranges(x, lo[:, None], hi[:, None], self.key_ranges is None, scan, dtype)
 
     def max(
         self,

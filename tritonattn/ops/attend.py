@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from ..backends import cpu as blockwise
-from ..core.autograd import first_order, is_transformed, needs_graph, runs_eagerly, without_autocast
+from ..core.autograd import (
+    apply_with_graph,
+    first_order,
+    is_transformed,
+    needs_graph,
+    runs_eagerly,
+    without_autocast,
+)
 from ..core.call import AttentionCall, ForwardResult, Gradients, Logits, Needs
 from ..core.dropout import Dropout
 from ..core.sequences import Sequences
@@ -104,7 +111,7 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     if not runs_eagerly(*tensors):
         results = _Attention.apply(*_Flat.of(_without_repeats(call), backend, aux, keep_rounding))
     elif needs_graph(*tensors):
-        results = _EagerAttention.apply(*_Flat.of(call, backend, aux, keep_rounding), call)
+        results = apply_with_graph(_EagerAttention, *tensors, _Flat.of(call, backend, aux, keep_rounding), call)
     else:
         return _forward(call, backend, aux, has_graph=False)
     return ForwardResult(*results[: 4 if aux else 2])
@@ -303,19 +310,18 @@ class _Attention(Function):
 
 
 class _EagerAttention(Function):
-    """`_Attention` without operators, and without torch's slow binding of a separate setup_context."""
+    """`_Attention` without operators, of the tensors that may have a gradient, the flat call, and the call itself."""
 
     @staticmethod
-    def forward(ctx, *flat_and_call):
-        *flat, call = flat_and_call
-        flat = _Flat(*flat)
+    def forward(ctx, *arguments):
+        flat, call = arguments[_GRADIENTS:]
         outputs = _forward_of(flat, call)
         _Attention.setup_context(ctx, flat, outputs)
         return outputs
 
     @staticmethod
     def backward(ctx, *gradients):
-        return (*_Attention.backward(ctx, *gradients), None)
+        return (*_Attention.backward(ctx, *gradients)[:_GRADIENTS], None, None)
 
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,7 +78,27 @@ def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[T
     if visibility.is_full and isinstance(visibility.k_len, int) and runs_eagerly():
         n = torch.tensor(visibility.k_len, dtype=torch.float64, device="cpu")
         return Scales(constant * factor(n).item())
-    return Scales(constant, query=factor(visibility.counts()))
+    return Scales(constant, query=factor(counts_of(visibility)))
+
+
+def counts_of(visibility: Visibility) -> Tensor:
+    """`visibility.counts()`, read-only: where sizes alone decide they are kept for later calls.
+
+    Memory of a captured graph is the graph's, so that a capture neither keeps counts nor uses kept ones.
+    """
+    device = visibility.device
+    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if is_captured or not (visibility.depends_on_sizes_only and runs_eagerly()):
+        return visibility.counts()
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    sizes = (visibility.q_len, visibility.k_len, device, visibility.left, visibility.right)
+    return _counts_of_sizes(sizes, stream, torch.is_inference_mode_enabled())
+
+
+@functools.lru_cache(maxsize=8)
+def _counts_of_sizes(sizes: tuple, stream: Any, is_inference: bool) -> Tensor:
+    """Counts that belong to one stream, which orders its writes and reads, and to training or inference."""
+    return Visibility(1, 1, 1, *sizes).counts()
 
 
 def reciprocal(statistic: Tensor) -> Tensor:

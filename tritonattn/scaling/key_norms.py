@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
-from .base import Scales, Scaling, dense_lengths, reciprocal, reciprocal_root
+from .base import Scales, Scaling, counts_of, dense_lengths, reciprocal, reciprocal_root
 
 
 class KeyNormSum(Scaling):
@@ -43,7 +43,7 @@ class KeyNormMean(Scaling):
     reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return Scales(1.0, query=reciprocal(statistics.length_sum / visibility.counts().clamp(min=1)))
+        return Scales(1.0, query=reciprocal(statistics.length_sum / counts_of(visibility).clamp(min=1)))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         n = visible.sum(-1, keepdim=True)
@@ -57,7 +57,7 @@ class KeyNormRms(Scaling):
     reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        mean_square = statistics.length_square_sum / visibility.counts().clamp(min=1)
+        mean_square = statistics.length_square_sum / counts_of(visibility).clamp(min=1)
         return Scales(1.0, query=reciprocal_root(mean_square))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:

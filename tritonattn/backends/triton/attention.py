@@ -48,6 +48,7 @@ def backward(
     """
     wide_q, wide_k = call.q.dtype != call.v.dtype, call.k.dtype != call.v.dtype
     call = call.narrowed()
+    d_out = _fitting(d_out)
     shared = _call_arguments(call) | {"d_out": strided(d_out)}
     shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
     takes_sinks = call.logits.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
@@ -217,6 +218,12 @@ def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arg
     return {name: _descriptor(*tiles[name]) for name in chosen.descriptors}
 
 
+def _fitting(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where that alone `_fits_descriptor`, as of an expanded gradient."""
+    whole_rows = tensor.shape[3] * tensor.dtype.itemsize % 16 == 0
+    return tensor.contiguous() if whole_rows and not _fits_descriptor(tensor) else tensor
+
+
 class _Descriptor(TensorDescriptor):
     """A descriptor of an aligned tensor, which leaves nothing to check."""
 
@@ -260,10 +267,22 @@ def _visibility_arguments(call: AttentionCall) -> Arguments:
     if visible.sequences is not None:
         starts = Starts(visible.sequences.q_starts.contiguous(), visible.sequences.k_starts.contiguous())
     if visible.mask is not None:
-        mask = visible.mask.expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len).view(torch.uint8)
+        mask = _with_aligned_rows(visible.mask).expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len)
+        mask = mask.view(torch.uint8)
     if visible.mask is not None or visible.key_ranges is not None:
         seen = seen_bytes(seen_keys(visible, arguments), call.k)
     return arguments | {"mask": strided(mask), "seen_ptr": seen, "starts": starts}
+
+
+def _with_aligned_rows(mask: Tensor) -> Tensor:
+    """The mask, or a copy, with rows that begin at multiples of 16 bytes, which kernels load 16 bytes at a time.
+
+    One code for masks of any length: Triton compiles another for strides of other divisibility.
+    """
+    width, (*outer, last) = mask.shape[3], mask.stride()
+    if width == 1 or (last == 1 and not any(x % 16 for x in (mask.data_ptr(), *outer))):
+        return mask
+    return mask.new_empty((*mask.shape[:3], -(-width // 16) * 16))[..., :width].copy_(mask)
 
 
 _LOG2_E = 1.4426950408889634

@@ -1,0 +1,50 @@
+"""Launches of attention calls on an H100: which memory kernels are handed. No kernel runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import tritonattn
+from tritonattn.backends.triton import launch
+from tritonattn.tuning import Target
+
+SM_90 = Target("cuda", "90")
+
+
+@pytest.fixture(autouse=True)
+def _on_any_device(monkeypatch):
+    monkeypatch.setattr(launch, "run", lambda *_: pytest.fail("ran"))
+
+
+def operands(length: int) -> list[torch.Tensor]:
+    return [torch.randn(2, 2, length, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+
+def test_an_expanded_gradient_takes_the_code_of_a_dense_one():
+    """As of out.sum(): three kernels are not compiled again, and tiles are loaded by descriptors."""
+    launched = []
+    for gradient in (torch.ones(2, 2, 64, 64), torch.ones(())):
+        with launch.recording(SM_90) as launches:
+            out = tritonattn.attention(*operands(64), causal=True, backend="triton")
+            out.backward(gradient.to(out.dtype).expand_as(out))
+        launched.append(launches)
+    dense, expanded = ([one.config for one in launches] for launches in launched)
+    assert dense == expanded
+    strides = {one.arguments["d_out"][1:] for launches in launched for one in launches if "d_out" in one.arguments}
+    assert strides == {(8192, 4096, 64, 1)}
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 1, 1), (2, 2, 64), (64,)], ids=str)
+@pytest.mark.parametrize("length", [64, 61])
+def test_rows_of_a_mask_begin_at_multiples_of_16_bytes(length, axes):
+    q, k, v = operands(64)
+    mask = torch.rand(*axes, length) > 0.5
+    with launch.recording(SM_90) as launches:
+        tritonattn.attention(q, k[:, :, :length], v[:, :, :length], mask=mask, backend="triton")
+    record = launches[-1].arguments["mask"]
+    assert record.ptr.data_ptr() % 16 == 0
+    assert [stride % 16 for stride in record[1:4]] == [0, 0, 0]
+    assert torch.equal(record.ptr.bool(), mask.expand(2, 2, 64, length))
+    assert (record.ptr.data_ptr() == mask.data_ptr()) == (length == 64), "copied only where it must be"
