@@ -1,34 +1,14 @@
-"""Small models, and a Monitor's measures of them, computed densely."""
+"""A small attention, and a Monitor's measures of it, computed densely."""
 
 from __future__ import annotations
 
 import torch
-import transformers
 from torch import nn
 
 import tritonattn
+from tests.support.llama import HEADS, KV_HEADS
 
-HEADS, KV_HEADS, DIM = 4, 2, 8
-
-
-def llama(implementation: str = "eager", **config):
-    torch.manual_seed(0)
-    small = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        **config,
-    )
-    return transformers.AutoModelForCausalLM.from_config(small, attn_implementation=implementation).train()
-
-
-def ids(batch: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
-    return torch.randint(1, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
+DIM = 8
 
 
 class Net(nn.Module):

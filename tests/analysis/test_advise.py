@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.analysis.models import ids, llama
 from tests.huggingface.test_patch import state
 from tests.lab.test_demo import subject
+from tests.support.llama import ids, llama
 from tests.support.refusals import assert_refused
 from tritonattn.analysis import RULES, advise, diagnose
 from tritonattn.analysis.advise import mode_of
@@ -57,13 +57,6 @@ def test_models(factor, key, rule, mode):
     for one in advice.findings:
         if one.after is not None:
             assert one.after.ill < 0.25 < one.reading.ill
-
-
-def test_only_the_layers_that_are_ill():
-    advice = advise(sharpened(300.0, layers=[1]), TOKENS)
-    assert advice.layers == ("model.layers.1.self_attn",)
-    assert "on 1 of 2 layers: model.layers.1.self_attn" in advice.report()
-    assert [one.rule.name for one in advice.findings] == ["healthy", "peaked"]
 
 
 def test_a_reading_is_that_of_diagnose_and_of_what_the_patch_would_do():

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import tritonattn
-from tests.analysis.models import DIM, HEADS, Net, dense, ids, llama
+from tests.analysis.models import DIM, Net, dense
+from tests.support.llama import HEADS, ids, llama
 from tritonattn.analysis import Monitor, Thresholds
 from tritonattn.huggingface import patch
 from tritonattn.integrations.torch_modules import replace_multihead_attention

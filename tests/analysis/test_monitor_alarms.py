@@ -11,7 +11,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.analysis.models import HEADS, Net, ids, llama
+from tests.analysis.models import Net
+from tests.support.llama import HEADS, ids, llama
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
 from tritonattn.analysis.alarms import Alarms
 from tritonattn.huggingface import patch, patched

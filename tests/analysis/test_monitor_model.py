@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.analysis import test_monitor
-from tests.analysis.models import ids, llama
 from tests.analysis.test_monitor import MEASURES, QUIET, close
 from tests.huggingface.architectures import ARCHITECTURES
 from tests.huggingface.test_patch import state
+from tests.support.llama import ids, llama
 from tritonattn.analysis import Monitor
 from tritonattn.core import observation
 from tritonattn.huggingface import patch, patched

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from tests.analysis.models import ids, llama
 from tests.huggingface.test_patch import state as whole_state
+from tests.support.llama import ids, llama
 from tritonattn.analysis import Monitor, Thresholds
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -18,40 +18,13 @@ pytest.importorskip("triton")
 from tritonattn.backends.triton import device, launch
 
 # Operators without work for a device: of shapes and strides, or of numbers that the host holds.
-HOST = {
-    "alias",
-    "as_strided",
-    "broadcast_tensors",
-    "contiguous",
-    "detach",
-    "detach_",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "expand",
-    "flatten",
-    "lift_fresh",
-    "narrow",
-    "new_empty",
-    "promote_types",
-    "reshape",
-    "resize_",
-    "resolve_conj",
-    "resolve_neg",
-    "result_type",
-    "scalar_tensor",
-    "select",
-    "slice",
-    "squeeze",
-    "to",
-    "transpose",
-    "unflatten",
-    "unsqueeze",
-    "view",
-    "view_as",
-    "_local_scalar_dense",
-    "item",
-}
+HOST = set(
+    """
+    alias as_strided broadcast_tensors contiguous detach detach_ empty empty_like empty_strided expand flatten
+    lift_fresh narrow new_empty promote_types reshape resize_ resolve_conj resolve_neg result_type
+    scalar_tensor select slice squeeze to transpose unflatten unsqueeze view view_as _local_scalar_dense item
+    """.split()
+)
 S = 64
 
 

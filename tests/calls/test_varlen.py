@@ -48,23 +48,13 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: 
         torch.testing.assert_close(found[name], expected, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pairwise(scaling=SCALINGS, mask=MASKS, backend=BACKENDS)
-def test_every_sequence_is_as_if_alone(scaling, mask, backend):
-    leaves = packed_operands(RAGGED)
-    leaves["gain"] = torch.rand(4, 1, dtype=torch.float64, requires_grad=True)
-    arguments = {"scaling": scaling, **MASKS[mask]}
-    assert_same(
-        outcome(ours(RAGGED, backend), leaves, **arguments), outcome(partial(one_by_one, RAGGED), leaves, **arguments)
-    )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mask", MASKS)
-def test_softcap_sinks_and_a_gain_of_every_row(mask, backend):
-    leaves = packed_operands(RAGGED)
-    leaves["gain"] = torch.randn(4, RAGGED.q_len, dtype=torch.float64).requires_grad_()
-    leaves["sinks"] = torch.randn(4, dtype=torch.float64).requires_grad_()
-    arguments = {"softcap": 1.5, **MASKS[mask]}
+@pairwise(scaling=SCALINGS, mask=MASKS, backend=BACKENDS, form=["gain", "gain of rows, softcap, sinks"])
+def test_every_sequence_is_as_if_alone(scaling, mask, backend, form):
+    leaves, arguments = packed_operands(RAGGED), {"scaling": scaling, **MASKS[mask]}
+    leaves["gain"] = torch.rand(4, 1 if form == "gain" else RAGGED.q_len, dtype=torch.float64, requires_grad=True)
+    if form != "gain":
+        leaves["sinks"] = torch.randn(4, dtype=torch.float64).requires_grad_()
+        arguments["softcap"] = 1.5
     assert_same(
         outcome(ours(RAGGED, backend), leaves, **arguments), outcome(partial(one_by_one, RAGGED), leaves, **arguments)
     )

@@ -31,6 +31,19 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, TileConfig]]:
+    """The kernels that have run, each with its config."""
+    seen, run = [], launch.run
+
+    def watch(kernel, grid, arguments, config):
+        seen.append((kernel.__name__, config))
+        run(kernel, grid, arguments, config)
+
+    monkeypatch.setattr(launch, "run", watch)
+    return seen
+
+
+@pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 x 16 tiles, so that short sequences have inner blocks, edges and tails; quick in the interpreter."""
     default = launch.config_for

@@ -19,8 +19,8 @@ TUNED = TileConfig(32, 16, 4, 1)
 
 
 @pytest.fixture
-def ran(device, tmp_path, monkeypatch):
-    """A table with TUNED for two kernels, and a list of (kernel, config) that launches fill."""
+def ran(device, tmp_path, monkeypatch, launched):
+    """A table with TUNED for two kernels, and the launches."""
     target = Target.of(device)
     keys = [Key("forward", 64, "none", "short"), Key("decode", 64, "none", "short")]
     entries = {key: Entry(TUNED if key.kernel == "forward" else TileConfig(16, 16, 2, 1), "static", {}) for key in keys}
@@ -30,14 +30,7 @@ def ran(device, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_dir, "user_cache", lambda: tmp_path / "none")
     lookup.clear_cache()
     launch._plan.cache_clear()
-    seen, run = [], launch.run
-
-    def watch(kernel, grid, arguments, config):
-        seen.append((kernel.__name__, config))
-        run(kernel, grid, arguments, config)
-
-    monkeypatch.setattr(launch, "run", watch)
-    yield seen
+    yield launched
     lookup.clear_cache()
     launch._plan.cache_clear()
 

@@ -160,21 +160,6 @@ def test_wild_pages_count_as_zeros(device):
     assert torch.equal(found, attention_decode(q[:, :, -1:], **cache.arguments(), backend="triton"))
 
 
-def test_strides(device):
-    """[B, capacity, Hkv, D] in memory, every other element of the last axis, a transposed q."""
-    q, k, v = sequences(torch.float32, length=LENGTH, dims=(16, 16), device=device)
-    cache = GrowingCache(k, v, CAPACITY, statistics=True)
-    cache.write([90, 150])
-    arguments = cache.arguments()
-    query = cache.newest(q, 3)
-    expected = attention_decode(query, **arguments, scaling="key_norm_mean", backend="triton")
-    arguments["k_cache"] = cache.k.transpose(1, 2).contiguous().transpose(1, 2)
-    arguments["v_cache"] = cache.v.new_empty(*cache.v.shape[:3], 32)[..., ::2].copy_(cache.v)
-    query = query.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
-    found = attention_decode(query, **arguments, scaling="key_norm_mean", backend="triton")
-    assert torch.equal(found, expected)
-
-
 def test_offsets_past_int32(device, monkeypatch):
     """Keys 2^27 elements apart, 20 of them in one tile, in pages and not."""
     default, stride = launch.config_for, 2**27

@@ -30,22 +30,15 @@ def test_a_workload_agrees_with_the_reference(key, size, device):
 
 
 @pytest.mark.parametrize("key", keys()[::2], ids=str)
-def test_a_workload_launches_its_kernel_in_the_config(key, device, monkeypatch):
+def test_a_workload_launches_its_kernel_in_the_config(key, device, launched):
     workload = Workload(key, SMALL, torch.float16, device, copies=2)
     workload(0)
-    seen = []
-    run = launch.run
-
-    def watch(kernel, grid, arguments, config):
-        seen.append((kernel.__name__, config))
-        run(kernel, grid, arguments, config)
-
-    monkeypatch.setattr(launch, "run", watch)
+    launched.clear()
     with launch.configured(key.kernel, OTHER):
         workload(2)
     name = f"attention_{key.kernel}"
-    assert (name, OTHER) in seen
-    assert {other for other, _ in seen} <= {name, "attention_row_terms", "attention_decode_combine"}
+    assert (name, OTHER) in launched
+    assert {other for other, _ in launched} <= {name, "attention_row_terms", "attention_decode_combine"}
 
 
 def results_of(arguments) -> list[torch.Tensor]:

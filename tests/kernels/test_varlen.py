@@ -67,15 +67,6 @@ def test_rows_without_keys(packed, device):
         assert (found[name] == 0).all(), name
 
 
-def test_a_longer_maximum_than_the_longest_sequence_changes_nothing(device):
-    tensors = harness.packed_inputs(PACKED, torch.float32, device)
-    d_out, longer = torch.ones_like(tensors["q"]), {"max_seqlen_q": 64, "max_seqlen_k": 500}
-    exactly = harness.run(tensors, d_out, attend(PACKED, device), backend="triton", causal=True)
-    found = harness.run(tensors, d_out, partial(attend(PACKED, device), **longer), backend="triton", causal=True)
-    for name, result in exactly.items():
-        assert torch.equal(found[name], result), name
-
-
 def test_neighbours_change_nothing(device):
     """A sequence has the same bits alone and between others, wherever it starts."""
     tensors = harness.packed_inputs(PACKED, torch.float32, device, scales=("gain",))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
+from tests.support.llama import llama
 from tritonattn.cli import main as cli
 from tritonattn.core.errors import CommandError
 from tritonattn.huggingface import patched
@@ -34,19 +34,7 @@ class Tokenizer:
 
 
 def subject(**config) -> Subject:
-    torch.manual_seed(0)
-    small = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-        **config,
-    )
-    network = transformers.AutoModelForCausalLM.from_config(small, attn_implementation="eager").eval()
+    network = llama(initializer_range=0.5, **config).eval()
     return Subject("small", network, Tokenizer(), torch.device("cpu"))
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from perf import check, contest
+from perf import contest
 from perf.attention_cases import PEERS, Case
-from perf.check import Sample, checker, judge
+from perf.check import judge
 from perf.contest import Contest, Effort, Entrant, Verdict
 from perf.decode_cases import DecodeCase
 from perf.records import Record
@@ -128,14 +128,6 @@ def test_the_worst_of_all_results_counts_and_their_shapes():
     assert worst.reason.startswith("gradient of q: expected an error")
     broadcast = judge({"out": torch.ones(2, 1)}, exact, eager, torch.float32)
     assert broadcast.reason == "out: expected shape (2, 3), got (2, 1)"
-
-
-def test_the_worst_of_all_samples_counts(monkeypatch):
-    """In bounds, which differ among heads."""
-    verdicts = iter([Verdict(0.5, 1.0), Verdict(0.2, 0.1, "out: expected"), RIGHT])
-    monkeypatch.setattr(check, "judge", lambda *_: next(verdicts))
-    question = check.Question(*torch.ones(3, 1, 1, 1, 1), None, causal=False)
-    assert checker([Sample(question, lambda x: x)] * 3, "dim", "P")({}).reason == "out: expected"
 
 
 def spoil(attend, *place):

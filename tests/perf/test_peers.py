@@ -123,21 +123,6 @@ def test_compiled_flex_attention():
     assert statuses(backward)["flex key_norm_mean"] == ("skipped", "has no backward on a CPU")
 
 
-def test_masks_and_sizes_that_a_peer_cannot_do(monkeypatch):
-    problem = peers.Problem(Shape(1, 2, 1, 4, 6, 8, causal=True), torch.float32, CPU, False, "dim")
-    with pytest.raises(Unavailable, match="is another mask unless"):
-        peers.PEERS["sdpa"].build(problem)
-    peers.PEERS["sdpa"].build(replace(problem, shape=replace(problem.shape, causal=False)))
-    large = replace(problem, shape=Shape(1, 1, 1, 2**14, 2**14, 8, causal=False))
-    for backward, needed, free in ((False, "4.0", 4.5), (True, "12.0", 14.0)):
-        for name in ("eager", "sdpa-math"):
-            monkeypatch.setattr(peers, "available_memory", lambda device, free=free: int(free * 2**30))
-            with pytest.raises(Unavailable, match=f"would take about {needed} GiB of {free:.1f} GiB"):
-                peers.PEERS[name].build(replace(large, backward=backward))
-            monkeypatch.setattr(peers, "available_memory", lambda device, free=free: int(1.5 * free * 2**30))
-            peers.PEERS[name].build(replace(large, backward=backward))
-
-
 @pytest.mark.parametrize("block", [0, 1, 5])
 @pytest.mark.parametrize("rounding", ["P", "operands", "logits"])
 def test_blocks_of_rows_change_nothing(rounding, block, monkeypatch):

@@ -82,15 +82,6 @@ def test_the_last_result_of_a_machine_counts_among_several_files(tmp_path, capsy
     assert capsys.readouterr().err == f"{tmp_path}: no such file, skipped\n"
 
 
-def test_a_case_that_failed_is_run_again(tmp_path):
-    other = AXES | {"length": 2048}
-    ResultsFile(tmp_path / "a", HERE).append(
-        [OURS, replace(PEER, status="inexact"), replace(OURS, axes=other, status="failed")]
-    )
-    file = ResultsFile(tmp_path / "a", HERE)
-    assert (file.has("forward", AXES), file.has("forward", other)) == (True, False)
-
-
 def chart(name):
     return next(one for one in CHARTS if one.name == name)
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from perf import roofline
-from perf.work import Shape, bytes_moved, decode_bytes, flops, forward_flops, matmul_flops, visible_pairs
+from perf.work import Shape, bytes_moved, decode_bytes, flops, forward_flops, visible_pairs
 from tritonattn.core.visibility import Visibility
 
 
@@ -33,13 +32,3 @@ def test_bytes_are_those_of_the_tensors():
     assert bytes_moved(shape, "forward+backward", q.dtype) == forward + backward
     assert decode_bytes(shape, q.dtype) == forward
     assert shape.logits == (q @ torch.empty(2, 4, 8, 9, dtype=q.dtype)).numel()
-
-
-def test_products_and_copies():
-    assert matmul_flops(3) == 9 * 3 * 2
-    device = torch.device("cpu")
-    (product, copy), quick = (roofline.contests(("fp32",), device, quick) for quick in (False, True))
-    assert product.flops == matmul_flops(product.axes["size"])
-    assert copy.bytes == 2 * copy.axes["bytes"], "read, and written"
-    assert quick[0].flops < product.flops
-    assert quick[1].bytes < copy.bytes

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from tests.support.learned import HEADS
+from tests.support.learned import HEAD_DIM, HEADS
 from tests.support.masks import visible_pairs
 from tritonattn.calls.factor import Factor
 
-B, HQ, D = 2, HEADS, 5
+B, HQ, D = 2, HEADS, HEAD_DIM
 
 
 def tensors(q_len=6, k_len=9, kv_heads=2, seed=0, size=1.5, dtype=torch.float64):

@@ -37,16 +37,6 @@ def run(configs=(BEST,)):
     return search.search(KEY, list(configs), SM_80, CPU, search.Effort(warm_up=0), Size(1, 1, 16))
 
 
-def test_operands_that_the_memory_does_not_hold(monkeypatch):
-    def build(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
-
-    monkeypatch.setattr(search, "Workload", build)
-    result = run()
-    assert result.entry is None
-    assert "forward/64/none/short: OutOfMemoryError: CUDA out of memory" in result.wrong[0]
-
-
 def test_a_config_that_takes_the_card_with_it_ends_the_search(monkeypatch):
     """No later result of the process means anything: neither that a config is wrong, nor that one is fast."""
     monkeypatch.setattr(search, "Workload", Workload)
@@ -140,13 +130,6 @@ def test_a_result_that_is_wrong_in_one_dtype_is_not_taken(timed):
     result = find()
     assert result.entry.config == OTHERS[0]
     assert result.wrong == (f"{KEY} {OTHERS[1]}: is wrong",)
-
-
-def test_there_is_no_gain_over_what_is_wrong(timed):
-    timed.wrong = {(BRAIN, IN_USE)}
-    result = find()
-    assert result.entry.config == OTHERS[1]
-    assert (result.before, result.before_timing, result.gain) == (IN_USE, None, None)
 
 
 def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import time
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ import torch
 triton = pytest.importorskip("triton")
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
-from tritonattn.cli import main as cli
 from tritonattn.tuner import static
 from tritonattn.tuner.candidates import candidates, static_candidates
 from tritonattn.tuner.gate import examine, gate_reasons
@@ -75,18 +72,6 @@ def test_the_gate():
     assert "no loop" in reasons(MachineCode(128, 0, 0, 0, 0, ()))
     assert "tensor memory" in reasons(MachineCode(128, 0, 0, 0, 1024, code().mma_loops))
     assert reasons(MachineCode(300, 0, 0, 0, 0, None), Target("hip", "gfx942")) == ""
-
-
-def test_no_more_processes_than_cores_that_may_be_used(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5}, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert cli._parser().parse_args(["tune"]).workers == 1
-    for command, option in {"codegen": "workers", "correctness": "processes"}.items():
-        parser = argparse.ArgumentParser()
-        import_module(f"perf.{command}").add_arguments(parser)
-        assert getattr(parser.parse_args([]), option) == 1
-    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
-    assert cli._parser().parse_args(["tune"]).workers == 64
 
 
 def test_an_illegal_config_is_not_compiled(monkeypatch):

@@ -102,12 +102,6 @@ def test_time_that_is_up_leaves_three_rounds():
     assert calls == [0, 0, 1, 2]
 
 
-def test_medians_and_quartiles():
-    found = timing.Timing.of([3.0, 1.0, 2.0, 4.0, 100.0])
-    assert (found.median, found.lower, found.upper, found.rounds) == (3.0, 2.0, 4.0, 5)
-    assert timing.Timing.of([2.0]) == timing.Timing(2.0, 2.0, 2.0, 1)
-
-
 def test_clocks_are_those_of_the_card_in_use(monkeypatch):
     """nvidia-smi knows nothing of CUDA_VISIBLE_DEVICES."""
     asked = []
