@@ -1,7 +1,5 @@
 """`Monitor`: its numbers, the calls that count, and its errors."""
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest

@@ -1,7 +1,5 @@
 """Monitors in threads: each sees the calls of its own model, wherever they run, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import threading
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,7 +1,5 @@
 """The statistics of every row against their definitions, dense and in float64, and the Jacobian against autograd's."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """How launches are split, and which arguments they pass: what holds on every device. No kernel runs."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest

@@ -1,7 +1,5 @@
 """attention_decode on the CPU backends: prefill, then decoding, is one full pass, for every mode."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """`warmup`, and the refusal to compile while a CUDA graph is captured."""
 
-from __future__ import annotations
-
 import threading
 from concurrent.futures import ThreadPoolExecutor
 

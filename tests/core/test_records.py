@@ -1,7 +1,5 @@
 """JSON lines: appended whole, read again after an interruption."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

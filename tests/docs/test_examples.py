@@ -1,7 +1,5 @@
 """The programs of docs/examples run as they stand, and stay short."""
 
-from __future__ import annotations
-
 import runpy
 
 import pytest

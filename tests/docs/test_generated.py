@@ -1,7 +1,5 @@
 """The generated parts of the documents are those that the code writes now."""
 
-from __future__ import annotations
-
 import pytest
 
 from docs import generated

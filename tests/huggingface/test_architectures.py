@@ -1,7 +1,5 @@
 """Models of many architectures, patched with sqrt_dim, give the results of their own eager attention."""
 
-from __future__ import annotations
-
 import warnings
 from itertools import cycle, product
 

@@ -1,7 +1,5 @@
 """diffusers' attention backends, one a scaling, inside its own models."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """timm's attention with a scaling, inside timm's own models."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

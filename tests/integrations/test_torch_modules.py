@@ -1,7 +1,5 @@
 """torch.nn.MultiheadAttention with a scaling: torch's own results with sqrt_dim, the formula with every mode."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """x-transformers' attention with a scaling, inside its own models."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 

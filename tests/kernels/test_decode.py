@@ -1,7 +1,5 @@
 """The decode kernels: prefill, then decoding, against one full pass; splits, pages, groups, NaN, repeatability."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """attention() of few rows without a gradient: by the decode kernels, which share the keys among programs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

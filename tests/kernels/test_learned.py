@@ -1,7 +1,5 @@
 """Learned scalings through the kernels: gradients of their parameters, and repetition to the bit."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

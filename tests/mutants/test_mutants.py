@@ -1,7 +1,5 @@
 """The table of faults fits the code, and its runner tells a caught fault from a missed one; `make mutants` runs all."""
 
-from __future__ import annotations
-
 import pytest
 
 from .runner import why_not_caught

@@ -1,7 +1,5 @@
 """Arguments that the modules refuse: every error names the argument, the expected and the given value."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

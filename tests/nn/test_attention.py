@@ -1,7 +1,5 @@
 """ScaledAttention: its arithmetic in plain PyTorch, gradients, masks, packing and caches."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn.functional import linear, rms_norm

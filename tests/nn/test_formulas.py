@@ -1,7 +1,5 @@
 """Starting points, parameters and refusals of each learned scaling."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

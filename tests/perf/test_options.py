@@ -1,7 +1,5 @@
 """Options that the commands of perf refuse before they work."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Peers: recipes against the modes' formulas, adapters against stand-ins for packages that only GPUs run."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Tables and charts of records."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

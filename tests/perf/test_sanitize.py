@@ -1,7 +1,5 @@
 """`python -m perf sanitize` with a script in place of compute-sanitizer that writes down its arguments."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("triton")

@@ -1,7 +1,5 @@
 """Calls that the soak draws: the same for the same seed, every form sooner or later, the known hazard first."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

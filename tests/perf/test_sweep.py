@@ -1,7 +1,5 @@
 """Every suite, tiny, on the CPU: records, checks before times, names of who was skipped, and going on after a stop."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

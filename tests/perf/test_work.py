@@ -1,7 +1,5 @@
 """Counts of work against a count of the visible pairs, and against the tensors themselves."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The rest of the table of compiled cases, and of the shipped configs."""
 
-from __future__ import annotations
-
 import pytest
 
 triton = pytest.importorskip("triton")

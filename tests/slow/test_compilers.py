@@ -1,7 +1,5 @@
 """Inductor, and the longest compilations, over the public functions and generating models."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

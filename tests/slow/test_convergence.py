@@ -1,7 +1,5 @@
 """A mini-model trained through the CPU path follows the reference's loss curve until it has converged."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.calls.test_convergence import assert_follows

@@ -1,7 +1,5 @@
 """Every kernel compiles with the oldest triton that pyproject.toml allows, whose language is smaller, and is right."""
 
-from __future__ import annotations
-
 import ast
 import os
 import re

@@ -1,7 +1,5 @@
 """The long phases of `python -m perf gpu`, and plots and reports of every suite."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("triton")

@@ -1,7 +1,5 @@
 """Machines for the commands. Imports are inside, since triton may be missing."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

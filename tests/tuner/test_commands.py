@@ -1,7 +1,5 @@
 """`tritonattn tune`, `configs` and `env`: what they write, keep, print and refuse. Nothing is compiled or timed."""
 
-from __future__ import annotations
-
 import json
 from concurrent.futures.process import BrokenProcessPool
 

@@ -1,7 +1,5 @@
 """`tritonattn env` on a machine with several GPUs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

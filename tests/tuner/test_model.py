@@ -1,7 +1,5 @@
 """The model that ranks configs, against sums by hand and what has to hold for any kernel."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

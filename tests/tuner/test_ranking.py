@@ -1,7 +1,5 @@
 """The configs that a static table ranks, and their order; nothing is compiled."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("triton")

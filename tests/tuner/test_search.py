@@ -1,7 +1,5 @@
 """Searches on cards and with compilers that fail; no kernel runs."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """`tritonattn tune` on a GPU that a stub stands for: what is searched for, kept, printed, and stopped."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

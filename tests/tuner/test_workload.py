@@ -1,7 +1,5 @@
 """The calls that a search times: their sizes and copies. No kernel runs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """`tritonattn simulate` as a command: tables, JSON, pictures, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 from itertools import product
 

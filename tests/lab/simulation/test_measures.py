@@ -1,7 +1,5 @@
 """The sweep's measures against the formulas, and its samples."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

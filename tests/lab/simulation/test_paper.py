@@ -1,7 +1,5 @@
 """Bernhard's simulation: its values by the formulas of the paper, and the two readings of its figures."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """One temperature for a batch: reach by its definition, and where a scaling has to do better or no better."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The emulated kernels in their default configs: every pair of choices, every head dim, every synchronisation."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

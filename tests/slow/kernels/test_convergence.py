@@ -1,7 +1,5 @@
 """A mini-model trained through the kernels follows the reference's loss curve for long."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.kernels.test_convergence import SIZES

@@ -1,7 +1,5 @@
 """SmolLM2 in the demo and in `advise`."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 import pytest
