@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 TILES, CUDA = TileConfig(16, 64, 4, 1), torch.device("cuda", 0)
 
 
-class current:  # noqa: N801
+class current:
     """torch.cuda.device and the current device."""
 
     index = 0

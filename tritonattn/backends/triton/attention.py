@@ -48,7 +48,7 @@ def backward(
     """
     wide_q, wide_k = call.q.dtype != call.v.dtype, call.k.dtype != call.v.dtype
     call = call.narrowed()
-    d_out = _fitting(d_out)
+    d_out = _aligned_copy(d_out)
     shared = _call_arguments(call) | {"d_out": strided(d_out)}
     shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
     takes_sinks = call.logits.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
@@ -218,10 +218,10 @@ def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arg
     return {name: _descriptor(*tiles[name]) for name in chosen.descriptors}
 
 
-def _fitting(tensor: Tensor) -> Tensor:
-    """The tensor, or a contiguous copy where that alone `_fits_descriptor`, as of an expanded gradient."""
+def _aligned_copy(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where that alone is aligned, as of an expanded gradient."""
     whole_rows = tensor.shape[3] * tensor.dtype.itemsize % 16 == 0
-    return tensor.contiguous() if whole_rows and not _fits_descriptor(tensor) else tensor
+    return tensor.contiguous() if whole_rows and not are_aligned(tensor) else tensor
 
 
 class _Descriptor(TensorDescriptor):
