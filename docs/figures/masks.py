@@ -10,7 +10,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 import tritonattn
-from tritonattn.lab.figures import COLOURS, save
+from tritonattn.lab.figures import save
+from tritonattn.lab.palette import COLOURS
 
 TOKENS = 8
 _HOLES = torch.ones(TOKENS, TOKENS, dtype=torch.bool)

@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
-from docs.figures import masks, recall, studies
+from docs.figures import masks, recall, studies, watch
+from tritonattn.lab.watch.curves import Watched
 
 
 @pytest.mark.parametrize("theme", recall.THEMES)
@@ -31,8 +32,13 @@ def test_the_masks_are_those_of_their_titles():
 
 def test_every_committed_picture_is_drawn_from_the_records_and_small(tmp_path):
     files = {str(file.relative_to(tmp_path)) for file in studies.draw(tmp_path)}
-    others = {"masks.png", "recall-dark.png", "recall-light.png"}
+    others = {"masks.png", "recall-dark.png", "recall-light.png", watch.FIGURE.name}
     assert files | others == {str(file.relative_to(studies.FIGURES)) for file in studies.FIGURES.rglob("*.png")}
     assert all(
         file.stat().st_size < 150_000 for folder in (tmp_path, studies.FIGURES) for file in folder.rglob("*.png")
     )
+
+
+def test_the_watched_run_is_as_the_page_tells():
+    alarms = [(one.step, one.layer, one.measure, one.limit) for one in Watched.read(watch.RECORDS).alarms]
+    assert alarms == [(30, "blocks.2.attention", "max_logit", 20.0), (270, "blocks.0.attention", "max_logit", 20.0)]

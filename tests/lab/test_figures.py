@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from tritonattn.lab import figures
 from tritonattn.lab.demo import plot
 from tritonattn.lab.demo.measurement import Layer, Measurement
-from tritonattn.lab.figures import COLOURS, foot, plain_numbers, save, staggered, styles, ticks_at
+from tritonattn.lab.figures import foot, plain_numbers, save, staggered, styles, ticks_at
+from tritonattn.lab.palette import COLOURS
 
 PROVENANCE = "Measured: Some(R) Long Processor (1 thread), torch 2.13, `python -m tritonattn " + "--option value " * 30
 
@@ -90,4 +90,4 @@ def test_layers_of_the_demo_are_counted_from_0_at_whole_numbers(monkeypatch, tmp
         assert all(list(line.get_xdata()) == [0, 1, 2] for line in axes.lines)
         assert all(tick == round(tick) for tick in axes.get_xticks())
     assert {"3.250", "7.500"} <= {text.get_text() for text in losses.texts}
-    assert figures.COLOURS[0] == losses.lines[0].get_color()
+    assert COLOURS[0] == losses.lines[0].get_color()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -75,8 +76,7 @@ class Alarms:
         found = []
         for layer, measures in layers.items():
             for measure, limit in self._limits.items():
-                heads = tuple(value for value in measures[measure] if value is not None)
-                value = _of_layer(measure, heads)
+                value = layer_value(measure, measures[measure])
                 if value is None or value <= limit:
                     self._standing.discard((layer, measure))
                     continue
@@ -95,10 +95,14 @@ class Alarms:
         return [Alarm(step, "", LOSS, loss, math.nan, (), new)]
 
 
-def _of_layer(measure: str, heads: tuple[float, ...]) -> float | None:
-    """A layer's measure from its heads': None if no row was counted, NaN if one of them is."""
-    if not heads:
+def layer_value(measure: str, heads: Sequence[float | None]) -> float | None:
+    """A layer's measure from its heads', as thresholds see it: the largest logit, the mean of any other measure.
+
+    Heads without rows, None, do not count: it is None if there is no other, NaN if one of them is.
+    """
+    counted = [value for value in heads if value is not None]
+    if not counted:
         return None
-    if any(math.isnan(value) for value in heads):
+    if any(math.isnan(value) for value in counted):
         return math.nan
-    return max(heads) if measure == "max_logit" else sum(heads) / len(heads)
+    return max(counted) if measure == "max_logit" else sum(counted) / len(counted)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.records import append
+from .alarms import layer_value
 
 
 class JsonLines:
@@ -37,9 +38,8 @@ class Scalars:
             self._writer.add_scalar("loss", record["loss"], step)
         for layer, measures in record["layers"].items():
             for name, values in measures.items():
-                values = [value for value in values if value is not None] if isinstance(values, list) else []
-                if values:
-                    value = max(values) if name == "max_logit" else sum(values) / len(values)
+                value = layer_value(name, values) if isinstance(values, list) else None
+                if value is not None:
                     self._writer.add_scalar(f"{layer}/{name}", value, step)
 
     def close(self) -> None:

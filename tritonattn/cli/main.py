@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..core.errors import INTERRUPTED, CommandError, unguard
-from . import advise, compare, configs, demo, env, hub_kernel, length_study, simulate, train_compare, tune
+from . import advise, compare, configs, demo, env, hub_kernel, length_study, simulate, train_compare, tune, watch
 
 # Each module has HELP, DESCRIPTION, add_arguments(parser) and run(options), which imports what only that command needs.
 COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {
     "simulate": simulate,
     "train-compare": train_compare,
     "length-study": length_study,
+    "watch": watch,
     "tune": tune,
     "configs": configs,
     "hub-kernel": hub_kernel,

@@ -17,11 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
-# The palette of Okabe and Ito, which colour-blind readers can tell apart, without its yellow, which paper swallows;
-# then a grey and a wine.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#882255")
+from .palette import COLOURS, DASHES
+
 _MARKERS = "osD^vXP*p<"
-_DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (2.5, 1)))
 _SMALL, _LEGEND = 7, 9  # font sizes of the source and of legends
 
 
@@ -30,7 +28,7 @@ def style(index: int) -> dict[str, Any]:
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": _MARKERS[index % len(_MARKERS)],
-        "linestyle": _DASHES[index % len(_DASHES)],
+        "linestyle": (0, DASHES[index % len(DASHES)]) if index % len(DASHES) else "-",
         "markersize": 4,
         "linewidth": 1.3,
     }
@@ -54,14 +52,17 @@ def dodge(index: int, series: int, width: float) -> float:
 
 def whole_numbers(axis: Axis) -> None:
     """Put ticks at integers only."""
-    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    axis.set_major_formatter("{x:,.0f}")
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Label a logarithmic axis of a few decades, drawn on already, 0.1, 0.2, 0.5, 1, not by powers of ten."""
+    """Label a logarithmic axis, drawn on already, 0.1, 0.2, 0.5, 1, not by powers of ten."""
     if axis.get_scale() == "log":
         low, high = axis.get_view_interval()
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)))
+        decades = math.log10(high / low)
+        subs = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
+        axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

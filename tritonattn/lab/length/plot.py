@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ...core.provenance import Environment
-from ..figures import COLOURS, foot, plain_numbers, save, staggered, styles
+from ..figures import foot, plain_numbers, save, staggered, styles
+from ..palette import COLOURS
 
 _LINEAR = 0.01  # differences up to here stand on a linear part of their axis
 

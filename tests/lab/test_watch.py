@@ -1,0 +1,247 @@
+"""`tritonattn watch`: the records of a Monitor as a page and as a picture."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import tritonattn
+from tritonattn.analysis import Monitor, Thresholds
+from tritonattn.cli import main as cli
+from tritonattn.lab.watch import picture
+from tritonattn.lab.watch.curves import MEASURES, Watched, pattern, short_names
+from tritonattn.lab.watch.page import write
+
+LAYERS = ["blocks.0.attention", "blocks.1.attention"]
+
+
+def record(step: int, loss: float | None = 1.0, logit: float = 5.0, alarms=(), names=LAYERS) -> dict:
+    measures = {
+        "calls": 1,
+        "rows": 8,
+        "max_logit": [logit, 1.0],
+        "relative_entropy": [0.5, None],
+        "near_one_hot": [0.0, 0.5],
+        "near_uniform": [0.25, 0.25],
+        "q_gradient_norm": [0.0, 0.0],
+        "k_gradient_norm": None,
+        "output_variance": [2.0, 4.0],
+    }
+    alarms = [{"layer": layer, "measure": m, "value": v, "limit": w, "new": new} for layer, m, v, w, new in alarms]
+    return {"step": step, "loss": loss, "alarms": alarms, "layers": dict.fromkeys(names, measures)}
+
+
+def written(tmp_path, *records):
+    file = tmp_path / "run.jsonl"
+    file.write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    return file
+
+
+def panels(*records, tmp_path) -> dict:
+    return {panel.measure: panel for panel in Watched.read(written(tmp_path, *records)).panels()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The file and the last record of a run that raises an alarm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(tritonattn.nn.ScaledAttention(16, heads=2, causal=True) for _ in range(2)))
+    file = tmp_path_factory.mktemp("run") / "run.jsonl"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the alarm's
+        with Monitor(model, every=2, file=file, thresholds=Thresholds(0.1)) as monitor:
+            for _ in range(5):
+                loss = model(torch.randn(2, 8, 16)).square().mean()
+                loss.backward()
+                monitor.step(loss)
+    return file, monitor.last
+
+
+def test_curves_are_what_the_monitor_wrote(run):
+    file, last = run
+    watched = Watched.read(file)
+    assert watched.layers == ["0", "1"]
+    assert [panel.measure for panel in watched.panels()] == list(MEASURES)
+    for panel in watched.panels():
+        for name, points in panel.curves.items():
+            assert [step for step, _ in points] == [0, 2, 4]
+            values = last["layers"][name][panel.measure] if name else [last["loss"]]
+            expected = max(values) if panel.measure == "max_logit" else sum(values) / len(values)
+            assert points[-1][1] == pytest.approx(expected)
+    assert str(watched.alarms[0]).startswith("step 0: 0: max_logit ")
+    assert "3 records of 2 layers" in watched.summary()
+
+
+def test_what_is_missing_interrupts_a_curve(tmp_path):
+    found = panels(record(0), record(10, loss=None), record(20), tmp_path=tmp_path)
+    assert found["loss"].curves[""] == [(0, 1.0), (10, None), (20, 1.0)]
+    assert found["relative_entropy"].curves[LAYERS[0]] == [(0, 0.5), (10, 0.5), (20, 0.5)]
+    assert {"q_gradient_norm", "k_gradient_norm"}.isdisjoint(found)  # zeros on a logarithmic axis, and none
+
+
+def test_a_step_of_the_loss_alone_interrupts_no_layer(tmp_path):
+    alone = record(15, loss=None, alarms=[("", "loss", None, None, True)], names=())
+    found = panels(record(10), alone, record(20), tmp_path=tmp_path)
+    assert [step for step, _ in found["max_logit"].curves[LAYERS[0]]] == [10, 20]
+    assert [str(one) for one in found["loss"].alarms] == ["step 15: the model: loss not finite"]
+
+
+def test_a_second_run_in_the_file_begins_a_curve_of_its_own(tmp_path):
+    found = panels(record(0), record(10), record(0), record(10), tmp_path=tmp_path)
+    assert [value is None for _, value in found["loss"].curves[""]] == [False, False, True, False, False]
+
+
+def test_alarms_are_marked_where_they_begin_and_their_limits_stay(tmp_path):
+    first = record(10, logit=30.0, alarms=[(LAYERS[1], "max_logit", 30.0, 20.0, True)])
+    later = record(20, logit=31.0, alarms=[(LAYERS[1], "max_logit", 31.0, 20.0, False)])
+    panel = panels(record(0), first, later, tmp_path=tmp_path)["max_logit"]
+    assert [(one.step, one.value) for one in panel.alarms] == [(10, 30.0)]
+    assert panel.limits == [20.0]
+
+
+@pytest.mark.parametrize(
+    ("names", "short", "shared"),
+    [
+        (["model.layers.0.attn", "model.layers.11.attn"], ["0", "11"], "model.layers.*.attn"),
+        (["encoder.0.self", "decoder.0.cross"], ["encoder.0.self", "decoder.0.cross"], "*"),
+        (["a", "a.b"], ["a", "a.b"], "*"),
+        (["a.b.a", "a.b.b.a"], ["a", "b.a"], "a.b.*"),
+    ],
+)
+def test_layers_are_named_by_the_parts_in_which_they_differ(names, short, shared):
+    assert list(short_names(names).values()) == short
+    assert pattern(names) == shared
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, and the texts of titles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.titles, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["title"]:
+            self.titles.append(data)
+
+
+def page_of(file, tmp_path) -> tuple[str, Page]:
+    write(Watched.read(file), tmp_path / "run.html")
+    text = (tmp_path / "run.html").read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_the_page_is_whole_and_fetches_nothing(run, tmp_path):
+    text, page = page_of(run[0], tmp_path)
+    assert page.open == []
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"https?:|url\(|@import|\b(src|href)=", text)
+    titles = [title for panel in Watched.read(run[0]).panels() for title in panel.curves]
+    assert [title for title in page.titles if title in ("0", "1")] == [title for title in titles if title]
+    assert any(title.startswith("step 0: 0: max_logit") for title in page.titles)
+
+
+def test_the_page_draws_values_at_their_places(tmp_path):
+    records = [record(step, loss=loss) for step, loss in ((0, 1.0), (50, 3.0), (100, 2.0))]
+    _, page = page_of(written(tmp_path, *records), tmp_path)
+    first = next(tags["d"] for tag, tags in page.tags if tag == "path" and "L" in tags["d"])
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split()) for point in re.split("[ML]", first)[1:])
+    assert (x0, x1, x2) == (52.0, 200.0, 348.0)
+    assert y1 < y2 < y0
+    assert (y0 - y2) == pytest.approx((y0 - y1) / 2, abs=0.1)
+
+
+def test_the_page_escapes_names_and_shows_a_lone_point(tmp_path):
+    name = "<b>&layer"
+    text, page = page_of(written(tmp_path, record(7, names=[name])), tmp_path)
+    assert name not in text
+    assert name in page.titles
+    dots = [tags for tag, tags in page.tags if tag == "circle" and tags["fill"] != "none"]
+    assert len(dots) == len(Watched.read(tmp_path / "run.jsonl").panels())
+
+
+def test_the_picture_has_a_panel_a_measure_and_one_axis_for_gradients(run, tmp_path, monkeypatch):
+    pictures = []
+    monkeypatch.setattr(picture, "save", lambda figure, file: pictures.append(figure))
+    picture.draw(Watched.read(run[0]), tmp_path / "run.png")
+    axes = {one.get_title(): one for one in pictures[0].axes if one.axison}
+    assert list(axes) == [title for title, _ in MEASURES.values()]
+    assert axes["gradient norm of q"].get_ylim() == axes["gradient norm of k"].get_ylim()
+    assert axes["entropy / ln n"].get_ylim() == (-0.05, 1.05)
+    labels = [text.get_text() for text in pictures[0].legends[0].get_texts()]
+    assert labels == ["layer 0", "layer 1", "alarm", "its threshold"]
+
+
+def test_the_command_draws_by_the_suffix_and_a_torn_line_is_named(run, tmp_path, capsys):
+    file = tmp_path / "torn.jsonl"
+    file.write_text(run[0].read_text() + '{"step": 6, "lo')
+    assert cli.main(["watch", str(file)]) == 0
+    assert cli.main(["watch", str(file), "--output", str(tmp_path / "new" / "a.png")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("torn.jsonl: 3 records of 2 layers") == 2
+    assert f"plot: {tmp_path / 'torn.html'}" in printed.out
+    assert printed.err.count(f"{file}:4: expected a record of a Monitor, skipped") == 2
+    assert (tmp_path / "torn.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (None, "No such file or directory"),
+        (b"", "is empty"),
+        (b"step loss\n1 2\n", "whose first line is none"),
+        (b'{"task": "recall"}\n' * 3, "lacks step, loss, alarms or layers"),
+        (b'{"step": 1, "loss": 1, "alarms": [], "layers": {"a": 1}}\n', "whose first line is none"),
+        (b'{"step": 1, "loss": 1, "alarms": [{}], "layers": {}}\n', "whose first line is none"),
+        (b"[1]\n", "lacks step"),
+        (b"\x89PNG\xff\xfe", "it is no text"),
+    ],
+)
+def test_another_file_is_refused_in_one_line(content, part, tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    assert cli.main(["watch", str(file)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("tritonattn watch: FILE: expected ")
+    assert part in said[0]
+    assert not (tmp_path / "a.html").exists()
+
+
+@pytest.mark.parametrize("output", ["a.pdf", "a", "run.jsonl"])
+def test_another_output_is_refused(output, run, capsys):
+    assert cli.main(["watch", str(run[0]), "--output", str(run[0].with_name(output))]) == 2
+    assert "--output: expected a name that ends in .html or .png" in capsys.readouterr().err
+
+
+def test_a_page_needs_no_library_for_drawing(run, tmp_path):
+    code = f"""
+import sys
+sys.modules["matplotlib"] = sys.modules["PIL"] = None
+from tritonattn.cli.main import main
+sys.exit(main(["watch", {str(run[0])!r}, "--output", {str(tmp_path / "a.html")!r}]))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert "</html>" in (tmp_path / "a.html").read_text()

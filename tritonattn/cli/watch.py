@@ -1,0 +1,35 @@
+"""`tritonattn watch`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..core.errors import CommandError
+from .options import check_file, require
+
+HELP = "draw what a Monitor wrote: each layer's attention while it trained"
+DESCRIPTION = (
+    "Draw the JSON lines that `tritonattn.analysis.Monitor(model, file=...)` wrote: the loss, and for each layer its "
+    "largest logit, entropy, shares of one-hot and uniform rows, gradients and output over the steps, with alarms. "
+    "The output is a page for a browser, in one file, or a picture. A run that still goes on may be drawn."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="JSON lines of a Monitor")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help=".html or .png (default: the name of FILE, with .html)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..lab import watch
+
+    options.output = options.output or options.file.with_suffix(".html")
+    if options.output.suffix not in watch.SUFFIXES or options.output == options.file:
+        expected = f"a name that ends in {' or '.join(watch.SUFFIXES)}, other than FILE"
+        raise CommandError(f"--output: expected {expected}, got {str(options.output)!r}")
+    require("watch", ["matplotlib"] * (options.output.suffix == ".png"), extra="monitor")
+    check_file("--output", options.output)
+    return watch.run(options)

@@ -1,0 +1,24 @@
+"""What a Monitor wrote, as a page or a picture: the `tritonattn watch` command."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from .curves import Watched
+
+SUFFIXES = (".html", ".png")
+
+
+def run(options: Namespace) -> int:
+    """Read options.file, draw it into options.output by its suffix, and say what was drawn. Returns 0."""
+    watched = Watched.read(options.file)
+    if options.output.suffix == ".png":
+        from .picture import draw
+
+        draw(watched, options.output)
+    else:
+        from .page import write
+
+        write(watched, options.output)
+    print(f"{watched.summary()}\nplot: {options.output}")
+    return 0
