@@ -17,6 +17,7 @@ COMMANDS = {
     "cpu": "time and memory on a CPU, against PyTorch's attention",
     "monitor": "what watching a training run costs",
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
+    "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
     "correctness": "the kernels' tests, in several processes",
     "soak": "random calls of the kernels, for a while, against float64",
     "sanitize": "a short soak under NVIDIA's compute-sanitizer",

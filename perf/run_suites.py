@@ -13,6 +13,7 @@ import torch
 
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import Environment
+from tritonattn.tuning.ptxas import ptxas_of
 
 from . import roofline
 from .accuracy import AccuracyCase
@@ -34,7 +35,8 @@ def measure(options: Namespace, command: str) -> tuple[list[Record], bool]:
     place, effort = Place(options.device), effort_of(options)
     deadline = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     plan = planned(options, place)
-    file = ResultsFile(options.json, Environment.of(place.device, command, PACKAGES))
+    environment = Environment.of(place.device, command, PACKAGES, ptxas_of(place.device))
+    file = ResultsFile(options.json, environment)
     todo = [case for case in plan if not file.has(case.suite, case.axes)]
     if len(todo) < len(plan):
         print(f"{len(plan) - len(todo)} of {len(plan)} cases are in {options.json} already", file=sys.stderr)

@@ -23,6 +23,7 @@ def test_every_gpu_is_named_with_its_clocks_and_tables(tmp_path, monkeypatch):
     for index, (card, name) in enumerate(zip(cards, ("a100", "h100"), strict=True)):
         assert facts[f"GPU {index}"] == f"{card.card}, {card.name}"
         assert facts[f"GPU {index} driver_version"] == f"57{index}"
+        assert facts[f"GPU {index} ptxas"].removeprefix("ptxas ").startswith(("12.", "13."))
         assert facts[f"GPU {index} {tmp_path / 'autotune' / name}.json"] == "no such file"
         shipped = cache_dir.shipped_tables() / f"{name}.json"
         assert facts[f"GPU {index} {shipped}"] == f"{count} entries, {count} of {count} in use"

@@ -27,6 +27,7 @@ class Environment:
     commit     as `commit` returns it
     command    the command that measured; "" where other commands give the same figures
     peers      versions of the libraries that were measured beside this one
+    ptxas      the version that compiles kernels for this card; "" on a CPU and on AMD
     """
 
     device: str
@@ -38,9 +39,10 @@ class Environment:
     triton: str = ""
     command: str = ""
     peers: str = ""
+    ptxas: str = ""
 
     @classmethod
-    def of(cls, device: torch.device, command: str = "", peers: Iterable[str] = ()) -> Environment:
+    def of(cls, device: torch.device, command: str = "", peers: Iterable[str] = (), ptxas: str = "") -> Environment:
         """Describe this process; of the peers, named as on PyPI, those that are installed."""
         on_gpu = device.type == "cuda"
         installed = {name: version(name) for name in peers}
@@ -52,6 +54,7 @@ class Environment:
             tritonattn=import_module(__name__.partition(".")[0]).__version__,
             commit=commit(),
             triton=version("triton"),
+            ptxas=ptxas,
             command=command,
             peers=", ".join(f"{name} {found}" for name, found in installed.items() if found != _MISSING),
         )
@@ -59,6 +62,7 @@ class Environment:
     def __str__(self) -> str:
         threads = "" if self.threads is None else f" ({self.threads} thread{'s' * (self.threads != 1)})"
         versions = [f"torch {self.torch}", f"triton {self.triton}" * bool(self.triton)]
+        versions += [f"ptxas {self.ptxas}" * bool(self.ptxas)]
         versions += [f"tritonattn {self.tritonattn}", f"Python {self.python}", self.peers]
         command = f", `{self.command}`" * bool(self.command)
         return f"{self.device}{threads}, {', '.join(filter(None, versions))}, commit {self.commit}{command}"

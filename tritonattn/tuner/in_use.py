@@ -14,6 +14,7 @@ from ..core.tables import table
 from ..tuning import cache_dir, lookup
 from ..tuning.config import Target, TileConfig
 from ..tuning.gpus import GPU, GPUS
+from ..tuning.ptxas import ptxas_of, suspicion
 from ..tuning.table import Key, TableError, kernels_fingerprint, read_table
 from .static import keys
 from .timing import card_state
@@ -45,6 +46,8 @@ def _folder(folder: Callable[[], Path]) -> str:
 def _of_gpu(device: torch.device) -> dict[str, str]:
     target = Target.of(device)
     facts = {f"GPU {device.index}": f"{target.card}, {target.name}"}
+    if used := ptxas_of(device):
+        facts[f"GPU {device.index} ptxas"] = suspicion(used) or used
     facts |= {f"GPU {device.index} {name}": value for name, value in card_state(device).items()}
     return facts | {f"GPU {device.index} {name}": text for name, text in tables(target).items()}
 

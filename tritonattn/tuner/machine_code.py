@@ -75,6 +75,7 @@ class MachineCode:
     spill_bytes    loaded from and stored to local memory by the instructions inside loops, each counted once.
                    AMD: of the whole kernel, as its compiler reports them
     mma_loops      None for AMD, whose loops are not read
+    instructions   of the whole kernel; 0 for AMD
     """
 
     registers: int
@@ -83,6 +84,7 @@ class MachineCode:
     spill_bytes: int
     tensor_memory: int = 0
     mma_loops: tuple[MmaLoop, ...] | None = None
+    instructions: int = 0
 
     @property
     def unmasked_loop(self) -> MmaLoop | None:
@@ -106,7 +108,7 @@ def read_machine_code(compiled: CompiledKernel) -> MachineCode:
     spills = sum(_local_bytes(code.instructions[index]) for index in inside)
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     hot = _mma_loops(code.instructions, spans, compiled.asm["ptx"], compiled.metadata.num_warps)
-    return MachineCode(registers, stack, shared, spills, tensor_memory, hot)
+    return MachineCode(registers, stack, shared, spills, tensor_memory, hot, len(code.instructions))
 
 
 def flops_per_logit(kernel: str, problem: Problem) -> int:

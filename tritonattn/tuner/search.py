@@ -8,7 +8,6 @@ from datetime import date
 from typing import Any
 
 import torch
-import triton
 
 from ..backends.triton import launch
 from ..tuning.config import Target, TileConfig, one_line
@@ -17,7 +16,7 @@ from ..tuning.lookup import config_for
 from ..tuning.table import Entry, Key
 from .candidates import candidates
 from .gate import modelled_clocks
-from .static import Compiler
+from .static import Compiler, compiler_versions
 from .timing import Timing, card_state, take_turns
 from .workload import Size, Workload, typical_size
 
@@ -171,7 +170,7 @@ def _details(workloads: list[Workload], device: torch.device, timing: Timing) ->
         "card": card,
         "driver": card_state(device).get("driver_version", "unknown"),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        **compiler_versions(Target.of(device)),
         "date": date.today().isoformat(),
         "shape": [size.batch, size.heads, size.length, workloads[0].key.head_dim],
         "dtypes": [str(workload.dtype).removeprefix("torch.") for workload in workloads],

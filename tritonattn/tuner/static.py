@@ -14,6 +14,7 @@ import triton
 from ..tuning.config import TILED_KERNELS, Problem, Target, TileConfig, padded_dim
 from ..tuning.defaults import default_config
 from ..tuning.gpus import GPU
+from ..tuning.ptxas import ptxas_version
 from ..tuning.table import HEAD_DIMS, LENGTHS, SCALES, Entry, Key, Table, kernels_fingerprint
 from .candidates import static_candidates
 from .gate import Candidate, examine, modelled_clocks
@@ -83,13 +84,19 @@ def static_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Prog
             code = found.code
             assert code is not None
             details = {
-                "triton": triton.__version__,
+                **compiler_versions(gpu.target),
                 "registers": code.registers,
                 "spill_bytes": code.spill_bytes,
                 "shared_bytes": code.shared_bytes,
             }
             entries[key] = Entry(found.config, "static", details)
     return Table(gpu.name, gpu.target, kernels_fingerprint(), entries)
+
+
+def compiler_versions(target: Target) -> dict[str, str]:
+    """Name the versions that made the code of an entry."""
+    versions = {"triton": triton.__version__}
+    return versions | {"ptxas": ptxas_version(int(target.arch))} if target.backend == "cuda" else versions
 
 
 def _typical(key: Key) -> Problem:

@@ -1,0 +1,45 @@
+"""The version of ptxas in records, and the versions that a user is warned of."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.backends.nvidia import compiler
+
+from tritonattn.core.provenance import Environment
+from tritonattn.tuning.config import Target
+from tritonattn.tuning.ptxas import ptxas_of, ptxas_version, suspicion
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_version_is_that_of_the_card(capability):
+    assert re.fullmatch(r"1\d\.\d+\.\d+", ptxas_version(capability))
+
+
+def test_a_triton_with_one_ptxas_for_all_cards(monkeypatch):
+    monkeypatch.setattr(compiler, "get_ptxas_version", lambda: "Cuda compilation tools, release 12.8, V12.8.93\n")
+    assert ptxas_version(90) == "12.8.93"
+
+
+@pytest.mark.parametrize("version", ["12.8.61", "12.8.93", "13.0.88"])
+def test_versions_known_for_wrong_code(version):
+    assert version in suspicion(version)
+    assert "TRITON_PTXAS_PATH" in suspicion(version)
+
+
+@pytest.mark.parametrize("version", ["12.9.86", "13.1.80", "13.5.37", "unknown"])
+def test_other_versions(version):
+    assert suspicion(version) is None
+
+
+def test_records_of_a_gpu_have_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card X")
+    monkeypatch.setattr(Target, "of", lambda device: Target("cuda", "90"))
+    card = Environment.of(torch.device("cuda"), ptxas=ptxas_of(torch.device("cuda")))
+    assert f", ptxas {ptxas_version(90)}, " in str(card)
+    assert ptxas_of(torch.device("cpu")) == ""
+    assert "ptxas" not in str(Environment.of(torch.device("cpu")))
