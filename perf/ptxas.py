@@ -20,11 +20,12 @@ from types import SimpleNamespace
 
 import torch
 import triton
-from tabulate import tabulate
-from tqdm import tqdm
 
-from tritonattn.cli.options import check_file, usable_cores, whole_number
+from tritonattn.cli.options import check_file, whole_number
+from tritonattn.cli.threads import usable_cores
+from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
+from tritonattn.core.tables import table as layout
 from tritonattn.kernels import KERNELS
 from tritonattn.tuner.machine_code import read_machine_code
 from tritonattn.tuning import Problem, compile_kernel
@@ -105,7 +106,7 @@ def table(rows: list[list[Assembled]]) -> str:
     """Kernels on which releases differ, in columns by release, and how many they agree on."""
     different = [row for row in rows if len({str(one) for one in row}) > 1]
     headers = ["kernel", *(one.release for one in rows[0])]
-    body = tabulate([[row[0].kernel, *map(str, row)] for row in different], headers, tablefmt="github")
+    body = layout([[row[0].kernel, *map(str, row)] for row in different], headers)
     return f"{body}\n\nAll releases agree on {len(rows) - len(different)} of {len(rows)} kernels."
 
 
@@ -121,7 +122,7 @@ def totals(rows: list[list[Assembled]]) -> str:
         sums = sum(one.registers for one in column), sum(one.instructions for one in column)
         lines.append([release, *sums, worst.registers, spilling, failed, known])
     headers = ["ptxas", "registers, sum", "instructions, sum", "most registers", "spill in loops", "failed", ""]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    return layout(lines, headers)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = all_cases(arguments.targets, arguments.head_dims)
     with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
         tasks = [pool.submit(assembled, case, tools) for case in found]
-        rows = [task.result() for task in tqdm(tasks, unit="kernel")]
+        rows = [task.result() for task in Progress(tasks, unit="kernel")]
     dims = ",".join(map(str, arguments.head_dims))
     options = f"--releases {','.join(tools)} --targets {','.join(arguments.targets)} --head-dims {dims}"
     facts = {"triton": triton.__version__, "commit": commit()}
