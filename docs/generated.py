@@ -48,14 +48,24 @@ def floors() -> str:
     return "```text\n" + "\n".join(lines) + "\n```\n"
 
 
-def support() -> str:
-    """Try what each backend runs, by `docs/probes.py`, and return the table."""
+def interpreted(*module: str) -> str:
+    """The output of `python -m module`, which runs kernels in Triton's interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "docs.probes"]
+    command = [sys.executable, "-W", "ignore", "-m", *module]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return table(["", "`triton`", "`sdpa`", "`reference`"], json.loads(done.stdout.splitlines()[-1]))
+    return done.stdout
+
+
+def support() -> str:
+    """Try what each backend runs, by `docs/probes.py`, and return the table."""
+    return table(["", "`triton`", "`sdpa`", "`reference`"], json.loads(interpreted("docs.probes").splitlines()[-1]))
+
+
+def memory() -> str:
+    """Bytes that a call keeps for its backward, counted by `python -m perf memory`."""
+    return interpreted("perf", "memory")
 
 
 COST_MODES = ("sqrt_dim", "key_count", "key_norm_sum")
@@ -116,7 +126,7 @@ def costs() -> str:
     return table(["time over PyTorch's attention", *(f"`{mode}`" for mode in COST_MODES)], rows) + source
 
 
-PARTS: dict[str, Callable[[], str]] = {"floors": floors, "support": support, "costs": costs}
+PARTS: dict[str, Callable[[], str]] = {"floors": floors, "support": support, "costs": costs, "memory": memory}
 
 
 def renewed(text: str, known: dict[str, str]) -> str:

@@ -15,6 +15,7 @@ COMMANDS = {
     "plot": "charts of a sweep's records",
     "gpu": "all that a GPU machine is asked for, in one command",
     "cpu": "time and memory on a CPU, against PyTorch's attention",
+    "memory": "bytes that a call keeps for its backward, by form",
     "monitor": "what watching a training run costs",
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
     "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
