@@ -156,7 +156,7 @@ class _Arguments:
         """A TensorDescriptor is passed as its map, its sizes and its strides."""
         arguments = []
         for argument in given:
-            if type(argument).__name__ != "TensorDescriptor":
+            if not hasattr(argument, "block_shape"):
                 arguments.append(argument)
                 continue
             if not self.layouts:
