@@ -172,24 +172,6 @@ def test_keys_that_require_gradients_leave_none():
     assert not statistics.length_sums.requires_grad
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, while it traces a Function
-@pytest.mark.parametrize("ragged", [False, True])
-def test_compiles_in_one_graph(ragged):
-    def grow(statistics, new, counts):
-        statistics.append(new, counts)
-        statistics.truncate(counts + 4)
-        statistics.reorder(torch.arange(B).flip(0))
-        return statistics.length_sums.clone()
-
-    counts = torch.tensor([1, 3, 0]) if ragged else torch.tensor([3, 3, 3])
-    expected, found = KeyStatistics(B, H, CAPACITY), KeyStatistics(B, H, CAPACITY)
-    compiled = torch.compile(grow, fullgraph=True, backend="aot_eager")
-    for seed in range(3):
-        sums = grow(expected, _keys(3, seed), counts)
-        torch.testing.assert_close(compiled(found, _keys(3, seed), counts), sums)
-    assert torch.equal(found.counts, expected.counts)
-
-
 def test_past_the_capacity_raises_on_a_cpu():
     statistics = KeyStatistics(B, H, CAPACITY)
     statistics.append(_keys(18), torch.tensor([18, 3, 0]))

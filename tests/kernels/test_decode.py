@@ -8,11 +8,9 @@ import torch
 from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
 from tests.support.pairs import pairwise
-from tests.support.watch import Watch
 from tritonattn import attention, attention_decode
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
-from tritonattn.calls import decode as decoding
 from tritonattn.core.call import Logits
 from tritonattn.core.decode_call import Cache, DecodeCall
 
@@ -232,30 +230,6 @@ def test_the_launch_depends_on_shapes_only(device, monkeypatch):
         cache.write(counts)
         attention_decode(cache.newest(q, 1), **cache.arguments(), scaling="key_norm_max", backend="triton")
     assert grids[: len(grids) // 2] == grids[len(grids) // 2 :]
-
-
-@pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_max", "cosine"])
-def test_nothing_waits_for_the_device(mode, device, monkeypatch):
-    """Neither an append nor a step reads a value of a tensor, as on a GPU."""
-    for module in ("checks", "decode_checks", "key_statistics"):
-        monkeypatch.setattr(f"tritonattn.calls.{module}.values_are_read", lambda x: False)
-    q, k, v = sequences(torch.float32, length=LENGTH, dims=(16, 16), device=device)
-    cache = GrowingCache(k, v, CAPACITY, page=16, statistics=True)
-    cache.write([60, 100])
-    cache.write(2)
-    query, arguments = cache.newest(q, 2), {**cache.arguments(), "scaling": mode, "window": (80, None)}
-    monkeypatch.setattr(launch, "run", lambda *_: None)
-    # Past the operator, inside which nothing is watched.
-    monkeypatch.setattr(decoding.ops, "decode", lambda call, backend, aux: triton_backend.decode(call, aux))
-    monkeypatch.setattr(torch.Tensor, "tolist", None)
-    with Watch() as watch:
-        cache.record.append(query[:, :2])
-        cache.record.truncate(cache.lengths)
-        cache.record.reorder(torch.zeros_like(cache.lengths))
-        attention_decode(query, **arguments, backend="triton")
-        cache.record.reset()
-    asking = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal")
-    assert not watch.calls.keys() & {f"aten::{name}" for name in asking}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

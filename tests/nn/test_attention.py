@@ -193,21 +193,6 @@ def test_beams_and_guesses():
     torch.testing.assert_close(made(x[:, :3], cache=cache), made(x[:, :3]))
 
 
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")
-def test_a_compiled_step_is_one_graph():
-    torch._dynamo.reset()
-    made, x = layer("power_law", causal=True), tokens(length=9)
-    whole, cache = made(x), made.cache(2, 12)
-
-    def step(token):
-        return made(token, cache=cache)
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for i in range(9):
-        torch.testing.assert_close(compiled(x[:, i : i + 1]), whole[:, i : i + 1])
-
-
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")
 def test_a_compiled_layer_trains_in_one_graph():
     torch._dynamo.reset()

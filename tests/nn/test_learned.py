@@ -12,7 +12,6 @@ import torch
 import tritonattn
 from tests.support.caches import GrowingCache, sequences
 from tests.support.calls import operands
-from tests.support.formulas import assert_a_formula_of_its_own
 from tests.support.learned import LEARNED, learned
 from tests.support.masks import MASKS
 from tests.support.pairs import pairwise
@@ -192,11 +191,6 @@ def test_copies_and_states(case):
     for other in (fresh, copy.deepcopy(scaling), pickle.loads(pickle.dumps(scaling))):
         assert torch.equal(attention(*leaves.values(), scaling=other, causal=True), expected)
     assert all(x.shape[:1] in ((), (4,)) for x in scaling.state_dict().values())
-
-
-@pytest.mark.parametrize("kind", [*nn.LEARNED.values(), nn.Scheduled])
-def test_the_multiplier_is_a_formula_of_its_own(kind):
-    assert_a_formula_of_its_own(kind)
 
 
 @pytest.mark.parametrize("name", nn.LEARNED)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tests.support.formulas import assert_a_formula_of_its_own
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import pairwise
 from tritonattn.core.statistics import Statistics
@@ -59,11 +58,6 @@ FORMULAS = {"scales": factor_of, "multiplier": lambda *a, **k: multiplier_of(*a,
 
 def test_names_are_the_keys():
     assert {name: mode.name for name, mode in SCALINGS.items()} == {name: name for name in SCALINGS}
-
-
-@every_mode
-def test_the_multiplier_is_a_formula_of_its_own(mode):
-    assert_a_formula_of_its_own(SCALINGS[mode])
 
 
 @pairwise(mode=SCALINGS, mask=MASKS, kv_heads=[1, 2, 4])

@@ -143,20 +143,6 @@ def test_a_diverged_run_is_counted_and_left_out_of_means():
     assert "2 (1 of 2)" in row
 
 
-@pytest.mark.parametrize(
-    ("count", "length", "wanted"),
-    [
-        (0.1, -0.1, "sqrt_dim"),
-        (-0.9, 0.0, "key_count"),
-        (-0.4, 0.1, "sqrt_key_count"),
-        (0.1, -0.8, "key_norm_mean"),
-        (-1.1, -0.9, "key_norm_sum"),
-    ],
-)
-def test_the_nearest_named_mode(count, length, wanted):
-    assert report.nearest_point(count, length)[0] == wanted
-
-
 def test_a_record_survives_its_file_and_what_is_not_finite_becomes_null(tmp_path):
     file = tmp_path / "runs.jsonl"
     run = a_run(held_out_loss=[2.0, float("nan")], status="diverged")
