@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..core.visibility import Visibility
@@ -84,7 +85,7 @@ def attention(
     check(q, k, v, options)
     factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
     with autocast_off:
-        return attend(q, k, v, factor, _visibility(q, k, options), options)
+        return attend(q, k, v, factor, _visibility(q.shape, k.shape, q.device, options), options)
 
 
 def scaled_attention(
@@ -136,13 +137,14 @@ def scaled_attention(
     check_number("scale", constant)
     factor = Factor(Given(constant, query_scale, key_scale))
     with autocast_off:
-        return attend(q, k, v, factor, _visibility(q, k, options), options)
+        return attend(q, k, v, factor, _visibility(q.shape, k.shape, q.device, options), options)
 
 
-def _visibility(q: Tensor, k: Tensor, options: Options) -> Visibility:
-    return Visibility.of(
-        q,
-        k,
+def _visibility(q_shape: torch.Size, k_shape: torch.Size, device: torch.device, options: Options) -> Visibility:
+    return Visibility.of_shapes(
+        q_shape,
+        k_shape,
+        device,
         causal=options.causal,
         window=options.window,
         key_lengths=options.key_lengths,

@@ -33,6 +33,8 @@ class Statistics:
     Row statistics are [B, Hq, Sq] where the query heads of a group see different keys
     (`visibility.per_query_head`), and 0 for a row without keys. k in fp64 gives fp64 everywhere. Each is
     computed at its first use and kept.
+
+    measured   tensors whose lengths have a gradient, each with the same values in fp32, which attention then reads
     """
 
     _scan: Callable[[Tensor], Tensor] = staticmethod(prefix_sum)
@@ -42,6 +44,7 @@ class Statistics:
         self._source = k
         self.visibility = visibility
         self._known: dict[str, Tensor] = {}
+        self.measured: list[tuple[Tensor, Tensor]] = []
 
     @property
     def k(self) -> Tensor:
@@ -74,8 +77,9 @@ class Statistics:
         return key_lengths_of(x, seen)
 
     def operands(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the q and k that attention reads, once the scales are known."""
-        return q, k
+        """q and k, each as it was `measured`: gradients add up before they are rounded, in one pass."""
+        found = {id(x): wide for x, wide in self.measured}
+        return found.get(id(q), q), found.get(id(k), k)
 
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         # Not functools.cached_property: torch.compile cannot trace its lock (Python < 3.12).

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,10 +57,16 @@ class Visibility:
     _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False)
 
     @classmethod
-    def of(
+    def of(cls, q: Tensor, k: Tensor, **masks: Any) -> Visibility:
+        """`of_shapes` for q [B, Hq, Sq, D] and k [B, Hkv, Sk, D]."""
+        return cls.of_shapes(q.shape, k.shape, q.device, **masks)
+
+    @classmethod
+    def of_shapes(
         cls,
-        q: Tensor,
-        k: Tensor,
+        q_shape: torch.Size,
+        k_shape: torch.Size,
+        device: torch.device,
         *,
         causal: bool = False,
         window: tuple[int | None, int | None] | None = None,
@@ -68,18 +75,18 @@ class Visibility:
         mask: Tensor | None = None,
         sequences: Sequences | None = None,
     ) -> Visibility:
-        """The record for q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] from checked arguments of a public call."""
+        """The record for q of [B, Hq, Sq, D] and k of [B, Hkv, Sk, D] from checked arguments of a public call."""
         left, right = window_sides(window)
         if causal:
             right = 0 if right is None else min(right, 0)
         if key_ranges is not None and key_ranges.dim() == 4:
             key_ranges = key_ranges.squeeze(1)
-        batch, q_heads, q_len, _ = q.shape
-        _, kv_heads, k_len, _ = k.shape
+        batch, q_heads, q_len, _ = q_shape
+        _, kv_heads, k_len, _ = k_shape
         if mask is not None:  # of no query heads it says nothing, and its axis would not be that of key heads
             mask = None if q_heads == 0 else mask[(None,) * (4 - mask.dim())]
         return cls(
-            batch, q_heads, kv_heads, q_len, k_len, q.device, left, right, key_lengths, key_ranges, mask, sequences
+            batch, q_heads, kv_heads, q_len, k_len, device, left, right, key_lengths, key_ranges, mask, sequences
         )
 
     @property

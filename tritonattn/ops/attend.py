@@ -137,8 +137,9 @@ def _forward(
         if backend != "triton":
             return blockwise.forward(call, aux, rounding)
         # With a graph, forward and backward must multiply in the same tiles.
-        few = None if has_graph else _kernels().attend_few_rows(call, aux)
-        return _kernels().forward(call, aux, rounding) if few is None else few
+        if not has_graph and _kernels().are_few_rows(call.visibility, call.dropout):
+            return _kernels().attend_few_rows(call, aux)
+        return _kernels().forward(call, aux, rounding)
 
 
 def _forward_of(flat: _Flat, call: AttentionCall) -> tuple[Tensor, ...]:

@@ -12,7 +12,6 @@ from torch.autograd.function import Function
 
 from ..core.autograd import apply, first_order, is_transformed, needs_graph, runs_eagerly
 from ..core.statistics import Statistics
-from ..core.visibility import Visibility
 from .mapping import in_one_batch
 from .schema import qualified
 
@@ -37,10 +36,6 @@ class KernelStatistics(Statistics):
     _scan = staticmethod(_prefix_sum)
     _argmax = staticmethod(_argmax_over_ranges)
 
-    def __init__(self, k: Tensor | Callable[[], Tensor], visibility: Visibility) -> None:
-        super().__init__(k, visibility)
-        self._measured: list[tuple[Tensor, Tensor]] = []
-
     def _seen_keys(self) -> Tensor:
         visible = self.visibility
         is_plain = runs_eagerly(visible.key_lengths, visible.key_ranges)
@@ -50,13 +45,8 @@ class KernelStatistics(Statistics):
         if not (is_transformed() or needs_graph(x)):
             return _key_lengths(x, seen)
         lengths, wide = apply(_LengthsBeside, x, seen)
-        self._measured.append((x, wide))
+        self.measured.append((x, wide))
         return lengths
-
-    def operands(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k, in fp32 where their lengths were measured: gradients add up before they are rounded, in one pass."""
-        found = {id(x): wide for x, wide in self._measured}
-        return found.get(id(q), q), found.get(id(k), k)
 
 
 def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> bool:

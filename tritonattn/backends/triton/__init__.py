@@ -1,12 +1,13 @@
 """The "triton" backend: calls as kernel launches, on a GPU, in the interpreter, or wherever launch.run sends them."""
 
 from .attention import backward, forward, problem_of
-from .decode import attend_few_rows, decode
+from .decode import are_few_rows, attend_few_rows, decode
 from .key_statistics import append_keys, key_lengths, key_lengths_backward
 from .ranges import argmax_over_ranges, prefix_sums, seen_keys
 
 __all__ = [
     "append_keys",
+    "are_few_rows",
     "argmax_over_ranges",
     "attend_few_rows",
     "backward",

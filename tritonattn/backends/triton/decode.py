@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult, Logits
 from ...core.decode_call import LONGEST_QUERY, DecodeCall
+from ...core.dropout import Dropout
+from ...core.visibility import Visibility
 from ...kernels.decode import SHORTEST_SPLIT
 from ...kernels.records import Ranges, Results
 from ...tuning.config import Problem, is_short, padded_dim
@@ -62,18 +64,21 @@ def decode(call: DecodeCall, aux: bool) -> ForwardResult:
     return attend(rows, aux)
 
 
-def attend_few_rows(call: AttentionCall, aux: bool) -> ForwardResult | None:
-    """The results of a call with few rows, by the decode kernel; None for a call that the forward kernel should run.
+def are_few_rows(visible: Visibility, dropout: Dropout | None) -> bool:
+    """Whether the decode kernel, whose programs share a row's keys, runs such a call, or the forward kernel.
 
     Rows must stand at the end of the keys: causal rows do, and a lone row that sees all keys.
     """
-    visible = call.visibility
-    if visible.mask is not None or visible.sequences is not None or call.dropout is not None:
-        return None
+    if visible.mask is not None or visible.sequences is not None or dropout is not None:
+        return False
     narrowed = visible.key_lengths is not None or visible.key_ranges is not None
     stand_at_the_end = visible.q_len == 1 or (visible.right == 0 and not narrowed)
-    if visible.q_len > LONGEST_QUERY or not stand_at_the_end or (narrowed and visible.left is not None):
-        return None
+    return visible.q_len <= LONGEST_QUERY and stand_at_the_end and not (narrowed and visible.left is not None)
+
+
+def attend_few_rows(call: AttentionCall, aux: bool) -> ForwardResult:
+    """The results of a call whose rows `are_few_rows`."""
+    visible = call.visibility
     rows = Rows(
         call.q,
         call.k,
