@@ -35,9 +35,7 @@ def recalls() -> dict[str, dict[int, Interval]]:
 
 def source() -> str:
     run = read(RUNS)[0]
-    return (
-        f"Measured: one layer, mean of 5 seeds, bars are 95% intervals. {run.environment}, {run.date}, `{run.command}`"
-    )
+    return f"Measured: {run.environment}, {run.date}, `{run.command}`"
 
 
 def draw(theme: str) -> Figure:
@@ -72,7 +70,8 @@ def draw(theme: str) -> Figure:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(ink)
-    figure.suptitle("Recall beyond the trained number of keys", color=ink, fontsize=12)
+    title = "Recall beyond the trained number of keys: one layer, mean of 5 seeds, 95% intervals"
+    figure.suptitle(title, color=ink, fontsize=11)
     foot(figure, source(), color=ink)
     return figure
 

@@ -77,17 +77,22 @@ def test_ticks_of_logarithmic_axes_are_numbers():
     assert {"0.01", "0.02", "0.5", "1"} <= {tick.get_text() for tick in axes.get_yticklabels()}
 
 
-def test_layers_of_the_demo_are_counted_from_0_at_whole_numbers(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("names", "numbers"),
+    [([""] * 3, [0, 1, 2]), (["model.layers.3.self_attn", "model.layers.28.self_attn"], [3, 28])],
+    ids=["without numbers", "some layers"],
+)
+def test_layers_of_the_demo_have_their_numbers_on_whole_ticks(names, numbers, monkeypatch, tmp_path):
     pictures = []
     monkeypatch.setattr(plot, "save", lambda figure, file: pictures.append(figure))
     measurements = [
-        Measurement(mode, loss, tuple(Layer(0.5, 3.0) for _ in range(3)), 0.0)
+        Measurement(mode, loss, tuple(Layer(0.5, 3.0, name=name) for name in names), 0.0)
         for mode, loss in (("sqrt_dim", 3.25), ("key_count", 7.5))
     ]
     plot.draw("small", measurements, "where", tmp_path / "a.png")
     losses, entropies, logits = pictures[0].axes
     for axes in (entropies, logits):
-        assert all(list(line.get_xdata()) == [0, 1, 2] for line in axes.lines)
+        assert all(list(line.get_xdata()) == numbers for line in axes.lines)
         assert all(tick == round(tick) for tick in axes.get_xticks())
     assert {"3.250", "7.500"} <= {text.get_text() for text in losses.texts}
     assert COLOURS[0] == losses.lines[0].get_color()

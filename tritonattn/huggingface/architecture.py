@@ -43,8 +43,8 @@ class AttentionModule:
 
     @property
     def number(self) -> int | None:
-        """The number of its layer: the first number in its own name."""
-        return next((int(part) for part in (self.own_name or self.name).split(".") if part.isdecimal()), None)
+        """The number of its layer."""
+        return layer_number(self.own_name or self.name)
 
     @property
     def keeps_output_attentions(self) -> bool:
@@ -52,6 +52,11 @@ class AttentionModule:
         passed = interface_keywords(type(self.module))
         taken = "output_attentions" in inspect.signature(self.module.forward).parameters
         return taken and passed is not None and "output_attentions" not in passed
+
+
+def layer_number(name: str) -> int | None:
+    """The number of an attention module's layer, from 0: the first number in its name; None without one."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def outermost_models(model: nn.Module) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, SymmetricalLogLocator
 from PIL import Image
 
 from .palette import COLOURS, DASHES
 
 _MARKERS = "osD^vXP*p<"
-_SMALL, _LEGEND = 7, 9  # font sizes of the source and of legends
+_SMALL, _LEGEND = 8, 9  # font sizes of the source and of legends
 
 
 def style(index: int) -> dict[str, Any]:
@@ -58,7 +58,9 @@ def whole_numbers(axis: Axis) -> None:
 
 def plain_numbers(axis: Axis) -> None:
     """Label a logarithmic axis, drawn on already, 0.1, 0.2, 0.5, 1, not by powers of ten."""
-    if axis.get_scale() == "log":
+    if axis.get_scale() == "symlog":
+        axis.set_major_locator(SymmetricalLogLocator(axis.get_transform(), subs=(1, 2, 5)))
+    elif axis.get_scale() == "log":
         low, high = axis.get_view_interval()
         decades = math.log10(high / low)
         subs = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
@@ -99,7 +101,7 @@ def _height(figure: Figure, lines: int, size: float) -> float:
     return (1.6 * lines + 0.8) * size / 72 / figure.get_figheight()
 
 
-def save(figure: Figure, file: Path, dpi: int = 100) -> None:
+def save(figure: Figure, file: Path, dpi: int = 120) -> None:
     """Write a figure in the format of the file's ending; a .png with a palette of 128 colours, a third of the size."""
     if file.suffix.lower() != ".png":
         figure.savefig(file)

@@ -9,8 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ...core.provenance import Environment
+from ...huggingface.architecture import layer_number
 from ..figures import foot, plain_numbers, save, staggered, styles, values_beside, whole_numbers
-from .measurement import Measurement
+from .measurement import Layer, Measurement
 
 
 def file_types() -> list[str]:
@@ -19,19 +20,20 @@ def file_types() -> list[str]:
 
 
 def draw(model: str, measurements: Sequence[Measurement], environment: Environment, file: Path) -> None:
-    """Draw the loss of every mode, and by layer, counted from 0, its entropy and its largest logit."""
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    """Draw the loss of every mode, and its entropy and largest logit by the layers' numbers, as `patch` counts them."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
     losses, entropies, logits = figure.subplots(1, 3)
     looks = styles(one.mode for one in measurements)
     for row, one in enumerate(measurements):
         look = looks[one.mode]
         losses.plot(one.loss, row, **{**look, "markersize": 7})
         marks = staggered(row, len(measurements), len(one.layers))
+        numbers = [_number(layer, place) for place, layer in enumerate(one.layers)]
         for axes, values in (
             (entropies, [layer.entropy for layer in one.layers]),
             (logits, [layer.largest_logit for layer in one.layers]),
         ):
-            axes.plot(range(len(values)), values, **look, markevery=marks)
+            axes.plot(numbers, values, **look, markevery=marks)
     losses.set_yticks(range(len(measurements)), [one.mode for one in measurements])
     losses.invert_yaxis()
     losses.grid(alpha=0.3)
@@ -43,5 +45,11 @@ def draw(model: str, measurements: Sequence[Measurement], environment: Environme
         whole_numbers(axes.xaxis)
     plain_numbers(logits.yaxis)
     figure.suptitle(f"{model}: what the scaling of the attention logits does without retraining")
-    foot(figure, f"Measured: {environment}", looks, columns=7)
+    foot(figure, f"Measured: {environment}", looks, columns=6)
     save(figure, file)
+
+
+def _number(layer: Layer, place: int) -> int:
+    """A layer's number; its place among those measured where its name has none."""
+    number = layer_number(layer.name)
+    return place if number is None else number

@@ -16,7 +16,7 @@ _LINEAR = 0.01  # differences up to here stand on a linear part of their axis
 
 def draw(record: dict[str, Any], file: Path) -> None:
     """Draw the loss by position, and its difference from the baseline's, from `Study.record()`."""
-    figure = Figure(figsize=(12, 5.6), layout="constrained")
+    figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     loss, moved = figure.subplots(1, 2, sharex=True)
     bins, losses, alone = record["bins"], record["loss"], record["second_part_alone"]
     middles = [(lo + hi) / 2 for lo, hi in bins]

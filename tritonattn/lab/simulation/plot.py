@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def density(values: Tensor, points: int = 512) -> tuple[Tensor, Tensor]:
 
 def _paper(number: int, findings: Findings) -> Figure:
     parts = [part for part in findings.components if part.panel.figure == number]
-    figure = Figure(figsize=(4.3 * len(parts), 3.8), layout="constrained")
+    figure = Figure(figsize=(3.5 * len(parts), 3.8), layout="constrained")
     looks = {
         "key 1 over 500 queries": {"color": COLOURS[2], "linestyle": "-"},
         "column 1 as the published package orders it": {"color": COLOURS[1], "linestyle": "--"},
@@ -67,7 +68,7 @@ def _paper(number: int, findings: Findings) -> Figure:
         axes.plot(part.values, torch.zeros_like(part.values), "|", color=own["color"], alpha=0.35, markersize=12)
         label = "value" if part.panel.mode is None else "probability"
         axes.set(xlabel=label, ylabel="density")
-        axes.set_title(f"({part.panel.letter}) {part.panel.title}", fontsize=9)
+        axes.set_title(textwrap.fill(f"({part.panel.letter}) {part.panel.title}", 36), fontsize=9)
     figure.suptitle(
         f"Figure {number} of arXiv:2311.09406, simulated anew: d = {parts[0].panel.dim}, 32 keys", fontsize=10
     )
@@ -77,7 +78,7 @@ def _paper(number: int, findings: Findings) -> Figure:
 
 def _lines(findings: Findings, points: list[Point], axis: str, label: str) -> Figure:
     """Draw a panel a measure over one axis of the points, and a line a mode or several that coincide."""
-    figure = Figure(figsize=(12, 7.2), layout="constrained")
+    figure = Figure(figsize=(10.5, 7.2), layout="constrained")
     ordered = sorted(points, key=lambda point: getattr(point, axis))
     xs = [getattr(point, axis) for point in ordered]
     groups = _coinciding(findings, ordered)
@@ -122,7 +123,7 @@ def _coinciding(findings: Findings, points: list[Point]) -> list[list[str]]:
 
 def _by_keys(findings: Findings) -> Figure:
     points = findings.by_keys()
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     columns = [point.keys for point in points]
     entropy = [[findings.value(point, mode, "relative_entropy") for point in points] for mode in findings.modes]
@@ -150,7 +151,7 @@ def _two_ways(findings: Findings) -> Figure:
         xs[mode] = _shown([x.logit_std for x in found], "logit_std")
         ys[mode] = [max(x.logit_std * x.jacobian_norm, low) for x in found]
     rows = math.ceil(len(findings.modes) / 5)
-    figure = Figure(figsize=(11, 2.2 * rows + 1), layout="constrained")
+    figure = Figure(figsize=(10.5, 2.2 * rows + 1), layout="constrained")
     panels = figure.subplots(rows, min(5, len(findings.modes)), sharex=True, sharey=True, squeeze=False)
     for axes in panels.flat[len(findings.modes) :]:
         axes.set_axis_off()
@@ -171,7 +172,7 @@ def _two_ways(findings: Findings) -> Figure:
 
 
 def _verdict(findings: Findings) -> Figure:
-    figure = Figure(figsize=(13, 5.8), layout="constrained")
+    figure = Figure(figsize=(10.5, 5.8), layout="constrained")
     columns = [condition.name.replace(" ", "\n") for condition in findings.conditions]
     for axes, (name, title) in zip(
         figure.subplots(1, 2, sharey=True),
@@ -197,7 +198,7 @@ def _heatmap(
     every = [value for line in values for value in line]
     low, high = limits or (min(every), max(every))
     axes.imshow(values, aspect="auto", cmap="cividis", vmin=low, vmax=high)
-    axes.set_xticks(range(len(columns)), columns, fontsize=8, rotation=30 if len(columns) > 6 else 0)
+    axes.set_xticks(range(len(columns)), columns, fontsize=7, rotation=45 if len(columns) > 6 else 0)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     for y, line in enumerate(values):
         for x, value in enumerate(line):

@@ -25,7 +25,7 @@ def draw(runs: Sequence[Run], file: Path) -> None:
     modes = {mode: members for mode, members in modes.items() if members}
     looks, base = styles(modes), next(iter(modes))
     base_loss = {run.seed: run.held_out_loss for run in modes[base]}
-    figure = Figure(figsize=(12, 7.6), layout="constrained")
+    figure = Figure(figsize=(10.5, 7.6), layout="constrained")
     loss, gradients, entropy, moved, layers, final = figure.subplots(2, 3).flat
     _curves(loss, modes, looks, lambda run: run.held_out_loss)
     _curves(moved, modes, looks, lambda run: _less(run.held_out_loss, base_loss.get(run.seed)))

@@ -15,14 +15,14 @@ from .curves import Panel, Watched, short_names, span
 
 _ALARM = {"color": "black", "marker": "o", "markersize": 8, "markerfacecolor": "none", "linestyle": "none"}
 _LIMIT = {"color": "black", "linestyle": "--", "linewidth": 0.8}
-_COLUMNS = 4
+_COLUMNS = 3
 
 
 def draw(watched: Watched, file: Path) -> None:
     """Draw a panel a measure over the same steps, and a line a layer."""
     panels = watched.panels()
     rows = math.ceil(len(panels) / _COLUMNS)
-    figure = Figure(figsize=(14, 3.1 * rows + 1.2), layout="constrained")
+    figure = Figure(figsize=(10.5, 2.7 * rows + 1.4), layout="constrained")
     looks = _looks(watched.layers)
     grid = figure.subplots(rows, min(_COLUMNS, len(panels)), sharex=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
@@ -41,7 +41,7 @@ def draw(watched: Watched, file: Path) -> None:
     if watched.alarms:
         legend |= {"alarm": _ALARM, "its threshold": _LIMIT}
     about = "Each line is a layer: its heads' largest logit, or the mean over its heads"
-    foot(figure, f"{watched.summary()}. {about}.", legend, columns=11)
+    foot(figure, f"{watched.summary()}. {about}.", legend, columns=6)
     save(figure, file)
 
 
