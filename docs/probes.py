@@ -16,7 +16,7 @@ from tritonattn import attention, attention_decode, attention_varlen
 
 BACKENDS = ("triton", "sdpa", "reference")
 # Second derivatives are refused by us, or by PyTorch's own kernel.
-_REFUSALS = ("gradients of gradients are not supported", "_backward is not implemented")
+_REFUSALS = ("gradients of gradients are not supported",)
 Probe = Callable[[str], None]
 
 

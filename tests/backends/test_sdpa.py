@@ -289,5 +289,5 @@ def test_gradients_of_gradients_are_refused():
     call = make_call(torch.float64, k_len=37, causal=True)
     q = call.q.requires_grad_()
     (gradient,) = torch.autograd.grad(sdpa.attention(call).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="gradients of gradients are not supported"):
         torch.autograd.grad(gradient.sum(), q)

@@ -103,12 +103,28 @@ def first_order(backward: Callable) -> Callable:
             result = backward(ctx, saved, *gradients)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return result
-        results = result if isinstance(result, tuple) else (result,)
-        given = tuple(x for x in results if x is not None)
-        refused = iter(_Refuse.apply(len(given), *given, *saved, *gradients))
-        return tuple(None if x is None else next(refused) for x in results)
+        return _refused(result if isinstance(result, tuple) else (result,), (*saved, *gradients))
 
     return refusing
+
+
+def refuse_second_order(x: Tensor) -> None:
+    """Let a gradient of the gradients of a result of one of torch's operators raise the error of `first_order`.
+
+    Only for real tensors: compilers and transforms see the operators of this package, whose backward refuses.
+    """
+    if x.grad_fn is not None and runs_eagerly(x):
+        x.grad_fn.register_hook(_refuse_where_recorded)
+
+
+def _refuse_where_recorded(results: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> Any:
+    return _refused(results, gradients) if torch.is_grad_enabled() else None
+
+
+def _refused(results: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    given = tuple(x for x in results if x is not None)
+    refused = iter(_Refuse.apply(len(given), *given, *others))
+    return tuple(None if x is None else next(refused) for x in results)
 
 
 class _Refuse(Function):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ...core.autograd import needs_graph, runs_eagerly
+from ...core.autograd import needs_graph, refuse_second_order, runs_eagerly
 from ...core.call import AttentionCall
 
 # Keys that PyTorch's kernel for CPUs compares at a time, at most.
@@ -79,6 +79,7 @@ def attention(call: AttentionCall) -> Tensor:
         is_causal=_as_bool(not call.visibility.is_full),
         enable_gqa=_as_bool(q.shape[1] != k.shape[1]),
     )
+    refuse_second_order(out)
     out = out if value_width == width else out[..., :value_width]
     return out if out.dtype == dtype else out.to(dtype)
 

@@ -1,0 +1,12 @@
+"""Gradients of gradients are refused by kernels as by the other backends."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.calls.test_second_order import CALLS, assert_refused
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_they_are_refused(call, device):
+    assert_refused(call, "triton", device)
