@@ -46,7 +46,7 @@ def assert_refused(call: str, backend: str, device: torch.device | str = "cpu") 
     leaves, gradients = first_order(call, backend, device)
     for gradient in gradients:
         for leaf in leaves:
-            with pytest.raises(RuntimeError, match="^tritonattn: gradients of gradients are not supported$"):
+            with pytest.raises(RuntimeError, match=r"^tritonattn: gradients of gradients are not supported$"):
                 torch.autograd.grad(gradient.square().sum(), leaf, retain_graph=True)
 
 

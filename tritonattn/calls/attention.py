@@ -10,8 +10,10 @@ from ..scaling import Scaling
 from .checks import Options, check, check_factor, check_number
 from .dispatch import AttentionAux, attend, autocast
 from .factor import Factor, Given, scale_dtype
+from .words import with_hints
 
 
+@with_hints
 def attention(
     q: Tensor,
     k: Tensor,
@@ -88,6 +90,7 @@ def attention(
         return attend(q, k, v, factor, _visibility(q.shape, k.shape, q.device, options), options)
 
 
+@with_hints
 def scaled_attention(
     q: Tensor,
     k: Tensor,

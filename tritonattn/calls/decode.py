@@ -17,8 +17,10 @@ from .decode_checks import check_decode, refuse_gradients
 from .dispatch import AttentionAux, autocast, aux_of, choose_backend, sinks_of
 from .factor import Factor
 from .key_statistics import CachedStatistics, KeyStatistics
+from .words import with_hints
 
 
+@with_hints
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,

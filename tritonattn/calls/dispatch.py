@@ -194,4 +194,4 @@ def _warn_once(message: str) -> None:
 
 @functools.cache
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=6)
+    warnings.warn(message, stacklevel=8)

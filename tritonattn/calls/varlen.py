@@ -11,8 +11,10 @@ from .checks import Options
 from .dispatch import AttentionAux, attend, autocast
 from .factor import Factor
 from .varlen_checks import Packing, check_varlen
+from .words import with_hints
 
 
+@with_hints
 def attention_varlen(
     q: Tensor,
     k: Tensor,

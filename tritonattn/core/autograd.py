@@ -113,7 +113,7 @@ def refuse_second_order(x: Tensor) -> None:
 
     Only for real tensors: compilers and transforms see the operators of this package, whose backward refuses.
     """
-    if x.grad_fn is not None and runs_eagerly(x):
+    if runs_eagerly(x) and x.grad_fn is not None:
         x.grad_fn.register_hook(_refuse_where_recorded)
 
 

@@ -1,0 +1,74 @@
+"""Keyword arguments of other libraries: the error names ours, and the functions look as they did."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+import warnings
+
+import pytest
+import torch
+
+import tritonattn
+from tritonattn.calls import dispatch
+from tritonattn.calls.words import _HINTS
+
+FUNCTIONS = (
+    tritonattn.attention,
+    tritonattn.scaled_attention,
+    tritonattn.attention_varlen,
+    tritonattn.attention_decode,
+)
+Q = torch.ones(1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("function", "keywords", "message"),
+    [
+        (
+            "attention",
+            {"is_causal": True},
+            "attention: expected causal= (bottom-right, where PyTorch's is top-left), got",
+        ),
+        ("attention", {"scale": 0.1}, "attention: expected scaling= (a float is the factor itself), got scale="),
+        ("attention", {"attn_mask": Q}, "attention: expected mask= (bool, True is visible"),
+        ("attention", {"dropout_p": 0.0, "enable_gqa": True}, "attention: expected no enable_gqa=: k may have fewer"),
+        ("attention", {"softmax_scale": 0.1}, "attention: expected scaling="),
+        ("attention", {"window_size": (3, 0)}, "attention: expected window= ((left, right)), got window_size="),
+        ("scaled_attention", {"softmax_scale": 0.1}, "scaled_attention: expected scale= (a float), got softmax_scale="),
+        ("attention_varlen", {"softmax_scale": 0.1}, "attention_varlen: expected scaling="),
+        ("attention_decode", {"cache_seqlens": Q}, "attention_decode: expected key_lengths="),
+        ("attention_decode", {"is_causal": True}, "attention_decode: expected no is_causal=: a row sees the keys up"),
+        ("attention_varlen", {"attn_mask": Q}, "attention_varlen() got an unexpected keyword argument 'attn_mask'"),
+        ("attention", {"of_none": 1}, "attention() got an unexpected keyword argument 'of_none'"),
+        ("attention", {"scaling": [1]}, "scaling: expected a name, a Scaling, a float or a tensor, got list"),
+    ],
+)
+def test_a_word_of_another_library_is_answered_with_ours(function, keywords, message):
+    with pytest.raises(TypeError, match="^" + re.escape(message)):
+        getattr(tritonattn, function)(Q, Q, Q, **keywords)
+
+
+def test_every_hint_names_an_argument():
+    known = {name for function in FUNCTIONS for name in inspect.signature(function).parameters}
+    assert {ours for ours, _ in _HINTS.values()} <= known | {""}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions_look_as_they_did(function):
+    plain = inspect.unwrap(function)
+    assert plain is not function
+    assert inspect.signature(function) == inspect.signature(plain)
+    assert typing.get_type_hints(function) == typing.get_type_hints(plain)
+    assert not any(x.kind is x.VAR_KEYWORD for x in inspect.signature(function).parameters.values())
+    assert (function.__module__, function.__doc__) == (plain.__module__, plain.__doc__)
+
+
+def test_a_warning_names_the_line_that_calls(monkeypatch):
+    dispatch._warn.cache_clear()
+    monkeypatch.setattr(dispatch, "choose_backend", lambda *_: dispatch._warn_once("another backend") or "sdpa")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        tritonattn.attention(Q, Q, Q)
+    assert [one.filename for one in found] == [__file__]

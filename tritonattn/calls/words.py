@@ -1,0 +1,61 @@
+"""Hints for keyword arguments that belong to the attention functions of other libraries."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Words of F.scaled_dot_product_attention, flash-attn, xformers and FlexAttention: the argument that stands for each (""
+# if none is needed), and what it takes. A function without that argument has the hint of the argument's own name.
+_HINTS = {
+    "is_causal": ("causal", "bottom-right, where PyTorch's is top-left"),
+    "causal": ("", "a row sees the keys up to its own"),
+    "attn_mask": ("mask", "bool, True is visible; key_lengths and key_ranges cost less"),
+    "attn_bias": ("mask", "bool, True is visible; nothing is added to logits"),
+    "scale": ("scaling", "a float is the factor itself"),
+    "softmax_scale": ("scaling", "a float is the factor itself"),
+    "scaling": ("scale", "a float"),
+    "enable_gqa": ("", "k may have fewer heads than q, whose number they divide"),
+    "window_size": ("window", "(left, right)"),
+    "logits_soft_cap": ("softcap", "a number above 0"),
+    "p": ("dropout_p", "a number in [0, 1)"),
+    "deterministic": ("", "every call is"),
+    "cache_seqlens": ("key_lengths", "the new keys included"),
+    "return_attn_probs": ("return_aux", "lse, largest logit and entropy"),
+    "return_lse": ("return_aux", "lse, largest logit and entropy"),
+    "block_mask": ("key_ranges", "[lo, hi) of every row; or mask"),
+    "score_mod": ("scaling", "a Scaling, or a tensor of factors"),
+}
+
+
+def with_hints(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: a keyword of another library raises a TypeError that names ours. The signature stays."""
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **keywords: P.kwargs) -> R:
+        try:
+            return function(*arguments, **keywords)
+        except TypeError:
+            hint = next(filter(None, (_hint(word, known) for word in keywords)), None)
+            if hint is None:
+                raise
+        raise TypeError(f"{function.__name__}: {hint}")
+
+    return call
+
+
+def _hint(word: str, known: Any) -> str | None:
+    if word in known or word not in _HINTS:
+        return None
+    ours, note = _HINTS[word]
+    while ours and ours not in known:
+        if ours not in _HINTS:
+            return None
+        ours, note = _HINTS[ours]
+    return f"expected {ours}= ({note}), got {word}=" if ours else f"expected no {word}=: {note}"
