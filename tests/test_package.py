@@ -134,6 +134,22 @@ def test_user_cache(monkeypatch, environment, wanted):
     assert user_cache() == Path(wanted).expanduser()
 
 
+def test_dir_shows_what_is_public():
+    pytest.importorskip("transformers")
+    import tritonattn.analysis
+    import tritonattn.huggingface
+    import tritonattn.integrations.torch_modules
+
+    folders = {"analysis", "huggingface", "integrations"}
+    assert set(dir(tritonattn)) - {"tuning"} == {*tritonattn.__all__, *folders}
+    for module in (tritonattn.nn, tritonattn.analysis, tritonattn.huggingface):
+        assert dir(module) == sorted(module.__all__)
+        assert all(hasattr(module, name) for name in dir(module))
+    public = {"diffusers", "hub_kernel", "timm", "torch_modules", "x_transformers"}
+    assert "torch_modules" in dir(tritonattn.integrations)
+    assert set(dir(tritonattn.integrations)) <= public
+
+
 def test_import_is_light():
     code = """
 import sys, torch

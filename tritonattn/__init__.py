@@ -31,3 +31,8 @@ __all__ = [
     "scaled_attention",
     "warmup",
 ]
+
+
+def __dir__() -> list[str]:
+    imported = {"analysis", "huggingface", "integrations", "tuning"} & set(globals())
+    return sorted({*__all__, *imported})

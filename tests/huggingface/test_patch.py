@@ -142,6 +142,8 @@ def test_a_part_of_a_model_prefills_a_static_cache():
     [
         (None, {FIRST: "none", SECOND: "none"}),
         (1, {SECOND: "none"}),
+        (-1, {SECOND: "none"}),
+        ([-2, -1], {FIRST: "none", SECOND: "none"}),
         ([1, 0], {FIRST: "none", SECOND: "none"}),
         ("*.1.*", {SECOND: "none"}),
         ("model.layers.1", {SECOND: "none"}),
@@ -155,6 +157,30 @@ def test_layers_by_number_name_pattern_and_dict(layers, chosen):
     with patch(LLAMA.build(), scaling="none", layers=layers) as one:
         assert {name: own.scaling.name for name, own in one.layers.items()} == chosen
     assert one.layers == {}
+
+
+def test_the_last_layer_is_that_of_each_stack_and_of_a_part():
+    network = ARCHITECTURES["whisper"].build()
+    ends = {"model.encoder.layers": 1, "model.decoder.layers": 1}
+    with patch(network, layers=-1) as one:
+        assert {name.rpartition(".layers.")[0] + ".layers": int(name.split(".")[3]) for name in one.layers} == ends
+        assert len(one.layers) == 3  # the decoder's has cross attention too
+    layers = LLAMA.build().model.layers
+    with patch(layers, layers=-1) as one:
+        assert list(one.layers) == ["1.self_attn"]
+
+
+def test_repr_tells_modes_layers_and_backends():
+    network = LLAMA.build()
+    with patch(network, layers={0: "key_count", -1: {"scaling": "qwen_logn", "gain": 2.0, "backend": "sdpa"}}) as one:
+        assert repr(one) == (
+            "<Patched LlamaForCausalLM: key_count, backend auto, layers 0; "
+            "qwen_logn(train_length=8192), gain 2, backend sdpa, layers 1>"
+        )
+        assert ", sdpa" in one.report()
+    assert repr(one) == "<Patched LlamaForCausalLM: undone>"
+    with patch(network, scaling="dim") as one:
+        assert repr(one) == "<Patched LlamaForCausalLM: dim, backend auto, layers 0, 1>"
 
 
 def test_a_name_is_not_the_beginning_of_another():
@@ -208,6 +234,7 @@ def test_who_watches_goes_on_after_another_has():
     ("arguments", "error", "message"),
     [
         ({"layers": [7]}, ValueError, "layers: expected .*self_attn.*got 7"),
+        ({"layers": [-3]}, ValueError, "layers: expected numbers, .*self_attn.*got -3"),
         ({"layers": ["lm_head"]}, ValueError, "lm_head"),
         ({"layers": []}, ValueError, "at least one"),
         ({"layers": [1.5]}, TypeError, "float"),

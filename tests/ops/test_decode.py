@@ -149,6 +149,12 @@ def _ones(*shape, dtype=torch.float32):
         ({"key_lengths": torch.tensor([9])}, ValueError, "key_lengths: expected shape [B] = [2], got [1]"),
         ({"key_lengths": torch.tensor([9, 25])}, ValueError, "expected values in [0, capacity = 24], got 25"),
         ({"key_lengths": torch.tensor([10, 20])}, ValueError, "(append first), got 9 of 10 in sequence 0"),
+        (
+            {"k_cache": _ones(2, 24, 2, 8), "v_cache": _ones(2, 24, 2, 6)},
+            ValueError,
+            "divides q's 4, got 24: [2, 24, 2, 8] looks like [B, capacity, Hkv, D], not [B, Hkv, capacity, D]; pass",
+        ),
+        ({"k_cache": _ones(2, 3, 24, 8), "v_cache": _ones(2, 3, 24, 6)}, ValueError, "divides q's 4, got 3"),
         ({"statistics": "mean"}, TypeError, "statistics: expected a KeyStatistics, got str 'mean'"),
         ({"statistics": KeyStatistics(2, 2, 25)}, ValueError, "[B, Hkv, capacity] = [2, 2, 24], got [2, 2, 25]"),
         ({"statistics": KeyStatistics(2, 2, 24, device="meta")}, ValueError, "statistics: expected q's device cpu"),
@@ -191,6 +197,17 @@ def test_refused_arguments(changes, error, message):
         ),
         ({"k_cache": _ones(7, 9, 2, 8), "v_cache": _ones(7, 9, 2, 6)}, ValueError, "pages of at least 16 keys, got 9"),
         ({"block_table": _ones(2, 0, dtype=torch.int32)}, ValueError, "k_cache: expected a capacity of at least 1 key"),
+        (
+            {"k_cache": _ones(7, 2, 16, 8), "v_cache": _ones(7, 2, 16, 6)},
+            ValueError,
+            "divides q's 4, got 16: [7, 2, 16, 8] looks like [N, Hkv, page, D], not [N, page, Hkv, D]; pass"
+            " k_cache.transpose(1, 2)",
+        ),
+        (
+            {"q": _ones(2, 32, 1, 8), "k_cache": _ones(7, 2, 16, 8), "v_cache": _ones(7, 2, 16, 6)},
+            ValueError,
+            "pages of at least 16 keys, got 2: [7, 2, 16, 8] looks like [N, Hkv, page, D]",
+        ),
     ],
 )
 def test_refused_pages(changes, error, message):

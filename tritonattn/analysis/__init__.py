@@ -22,3 +22,7 @@ __all__ = [
     "diagnose",
     "qk_clip",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -87,16 +87,30 @@ def _check_sizes(q: Tensor, cache: Cache) -> None:
     if cache.block_table is None and cache.k.shape[0] != batch:
         raise ValueError(f"k_cache: expected q's batch size {batch}, got {cache.k.shape[0]}")
     if q_heads != kv_heads and (kv_heads == 0 or q_heads == 0 or q_heads % kv_heads != 0):
-        raise ValueError(f"k_cache: expected a number of heads that divides q's {q_heads}, got {kv_heads}")
+        hint = _exchanged(cache, q_heads)
+        raise ValueError(f"k_cache: expected a number of heads that divides q's {q_heads}, got {kv_heads}{hint}")
     if cache.k.shape[3] != head_dim:
         raise ValueError(f"k_cache: expected q's head_dim {head_dim}, got {cache.k.shape[3]}")
     if head_dim == 0 or cache.v.shape[3] == 0:
         value_dim = cache.v.shape[3]
         raise ValueError(f"q, v_cache: expected head_dim of at least 1, got {head_dim} in q and {value_dim} in v_cache")
     if cache.block_table is not None and cache.page < SMALLEST_PAGE:
-        raise ValueError(f"k_cache: expected pages of at least {SMALLEST_PAGE} keys, got {cache.page}")
+        hint = _exchanged(cache, q_heads)
+        raise ValueError(f"k_cache: expected pages of at least {SMALLEST_PAGE} keys, got {cache.page}{hint}")
     if cache.capacity == 0:
         raise ValueError("k_cache: expected a capacity of at least 1 key, got 0")
+
+
+def _exchanged(cache: Cache, q_heads: int) -> str:
+    """The way out for a cache whose axes 1 and 2, heads and keys, would fit the other way round; else nothing."""
+    paged = cache.block_table is not None
+    heads, keys = cache.k.shape[1:3] if paged else (cache.k.shape[2], cache.k.shape[1])
+    if heads == 0 or q_heads % heads != 0 or (paged and keys < SMALLEST_PAGE):
+        return ""
+    expected, got = "[N, page, Hkv, D]", "[N, Hkv, page, D]"
+    if not paged:
+        expected, got = "[B, Hkv, capacity, D]", "[B, capacity, Hkv, D]"
+    return f": {shape_of(cache.k)} looks like {got}, not {expected}; pass k_cache.transpose(1, 2), and v_cache likewise"
 
 
 def _check_key_lengths(cache: Cache, q: Tensor) -> None:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers",
         type=_layers,
         metavar="A,B",
-        help="patch these only: layer numbers, module names or patterns (default: all)",
+        help="patch these only: layer numbers (-1 is the last), module names or patterns (default: all)",
     )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", default=Path("compare.png"), help="the picture (default: %(default)s)"
@@ -35,4 +35,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _layers(text: str) -> tuple[int | str, ...]:
-    return tuple(int(name) if name.isdecimal() else name for name in names(text))
+    return tuple(int(name) if name.removeprefix("-").isdecimal() else name for name in names(text))

@@ -32,3 +32,7 @@ __all__ = [
     "restore",
     "unregister",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -43,8 +43,13 @@ class AttentionModule:
 
     @property
     def number(self) -> int | None:
-        """The number of its layer."""
+        """The number of its layer, from 0."""
         return layer_number(self.own_name or self.name)
+
+    @property
+    def stack(self) -> str:
+        """The name before the number: an encoder and a decoder number their layers each."""
+        return f".{self.own_name or self.name}".partition(f".{self.number}.")[0]
 
     @property
     def keeps_output_attentions(self) -> bool:

@@ -55,6 +55,16 @@ class Patched:
         self._own: list[tuple[Any, Any]] = []  # modules and their former configs
         self._hooks: list[Any] = []
 
+    def __repr__(self) -> str:
+        """The scaling, gain and backend of layers, by their numbers, or names without one."""
+        layers, numbers = self.layers, {entry.found.name: entry.found.number for entry in self._entries}
+        groups: dict[str, list[Any]] = {}
+        for name, own in layers.items():
+            known = groups.setdefault(f"{_summary(own)}, backend {own.backend}", [])
+            known.append(name if numbers[name] is None else numbers[name])
+        parts = [f"{text}, layers {', '.join(map(str, dict.fromkeys(known)))}" for text, known in groups.items()]
+        return f"<Patched {type(self.model).__name__}: {'; '.join(parts) or 'undone'}>"
+
     @property
     def layers(self) -> dict[str, LayerScaling]:
         """The settings of every patched module, by the module's name; empty after `undo`."""
@@ -68,7 +78,9 @@ class Patched:
         rows = []
         for entry in self._entries:
             found, own = entry.found, layers.get(entry.found.name)
-            scaling = _summary(own) if own is not None else f"left alone: {entry.note or 'undone'}"
+            scaling = f"left alone: {entry.note or 'undone'}"
+            if own is not None:
+                scaling = _summary(own) + f", {own.backend}" * (own.backend != "auto")
             rows.append((found.name, *_shape(found), entry.before or "its own", scaling))
         return table(rows, ("module", "layer type", "heads", "head_dim", "before", "scaling"), "simple", left=None)
 
@@ -130,9 +142,10 @@ def patch(
         scaling: A name in `tritonattn.SCALINGS`, a `Scaling`, a class of them, or a float. An nn.Module is copied for
             every layer; a class of modules is made for every layer with its number of query heads. None keeps the
             model's.
-        layers: The modules to patch. None is all; a layer's number (in encoder-decoders both layers of that number), a
-            name, the name of a module above, or a pattern of names as in the shell; several of these; or a dict from
-            these to a scaling or to {"scaling": ..., "gain": ..., "backend": ...}, where later entries win.
+        layers: The modules to patch. None is all; a layer's number, from 0, or from the end, -1 being the last (in
+            encoder-decoders both layers of that number); a name, the name of a module above, or a pattern of names as
+            in the shell; several of these; or a dict from these to a scaling or to {"scaling": ..., "gain": ...,
+            "backend": ...}, where later entries win.
         gain: A float, or a tensor broadcastable to [Hq, 1], such as torch.ones(heads, 1), of which every layer gets a
             learned copy as parameter.
         backend: As in `tritonattn.attention`.
@@ -240,8 +253,11 @@ def _chosen(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -
         layers = [layers]
     wishes = layers.items() if isinstance(layers, Mapping) else [(selector, None) for selector in layers]
     chosen: dict[str, dict[str, Any]] = {}
+    lengths: dict[str, int] = {}
+    for one in found:
+        lengths[one.stack] = max(lengths.get(one.stack, 0), 1 + (one.number or 0))
     for selector, wish in wishes:
-        matching = [one for one in found if _matches(selector, one)]
+        matching = [one for one in found if _matches(selector, one, lengths)]
         if not matching:
             names = ", ".join(one.name for one in found if one.obstacle is None)
             raise ValueError(f"layers: expected numbers, names or patterns out of {names}, got {selector!r}")
@@ -257,11 +273,11 @@ def _chosen(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -
     return chosen
 
 
-def _matches(selector: Any, one: AttentionModule) -> bool:
+def _matches(selector: Any, one: AttentionModule, lengths: dict[str, int]) -> bool:
     if isinstance(selector, bool) or not isinstance(selector, (int, str)):
         raise TypeError(f"layers: expected numbers or names, got {type(selector).__name__}")
     if isinstance(selector, int):
-        return one.number == selector
+        return one.number is not None and one.number == selector + lengths[one.stack] * (selector < 0)
     names = {one.name, one.own_name or one.name}
     return any(fnmatchcase(name, selector) or name.startswith(f"{selector}.") for name in names)
 
@@ -358,4 +374,4 @@ def _summary(own: LayerScaling) -> str:
         text = f"{scaling['name']}({parameters})"
     if own.gain is not None:
         text += ", learned gain" if isinstance(own.gain, Tensor) else f", gain {own.gain:g}"
-    return text if own.backend == "auto" else f"{text}, {own.backend}"
+    return text

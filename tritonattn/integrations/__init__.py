@@ -14,3 +14,7 @@ is the library's own logit. Cosine modes replace it. A bias on the logits is ref
 torch.nn.attention.register_flash_attention_impl is not used: it exchanges the CUDA kernels under every
 F.scaled_dot_product_attention of the process, which has no scaling but a number.
 """
+
+
+def __dir__() -> list[str]:
+    return sorted({"diffusers", "hub_kernel", "timm", "torch_modules", "x_transformers"} & set(globals()))

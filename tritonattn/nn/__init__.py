@@ -38,3 +38,7 @@ __all__ = [
     "Scheduled",
     "scaling_parameters",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
