@@ -17,6 +17,8 @@ COMMANDS = {
     "cpu": "time and memory on a CPU, against PyTorch's attention",
     "memory": "bytes that a call keeps for its backward, by form",
     "monitor": "what watching a training run costs",
+    "compilations": "distinct kernels that ordinary training, decoding and packing compile",
+    "launches": "the host's time and work in small calls, on a stub of NVIDIA's driver",
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
     "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
     "correctness": "the kernels' tests, in several processes",

@@ -5,31 +5,23 @@ The kernels are not run, and the tensors are a CPU's: what a GPU is not asked fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import tritonattn
+from tests.support.device_work import values_unread, work_of_torch
 
 pytest.importorskip("triton")
 from tritonattn.backends.triton import device, launch
 
-# Operators without work for a device: of shapes and strides, or of numbers that the host holds.
-HOST = set(
-    """
-    alias as_strided broadcast_tensors contiguous detach detach_ empty empty_like empty_strided expand flatten
-    lift_fresh narrow new_empty promote_types reshape resize_ resolve_conj resolve_neg result_type
-    scalar_tensor select slice squeeze to transpose unflatten unsqueeze view view_as _local_scalar_dense item
-    """.split()
-)
 S = 64
 
 
 @pytest.fixture
-def kernels(monkeypatch) -> list[str]:
+def kernels(monkeypatch) -> Iterator[list[str]]:
     """The kernels launched, which do nothing."""
     launched: list[str] = []
 
@@ -40,23 +32,8 @@ def kernels(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(launch, "config_for", lambda *call: tritonattn.tuning.default_config(*call))
-    for module in ("checks", "decode_checks", "key_statistics"):
-        monkeypatch.setattr(f"tritonattn.calls.{module}.values_are_read", lambda x: False)
-    return launched
-
-
-def work_of_torch(call: Callable[[], object]) -> list[str]:
-    """The operators of torch that compute something, innermost ones."""
-    call()
-    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as record:
-        call()
-    found = []
-    for event in record.events():
-        name = event.name.removeprefix("aten::")
-        inner = {child.name.removeprefix("aten::") for child in event.cpu_children}
-        if event.name.startswith("aten::") and name not in HOST and inner <= HOST:
-            found.append(name)
-    return found
+    with values_unread():
+        yield launched
 
 
 def operands(requires_grad: bool = False) -> list[Tensor]:
