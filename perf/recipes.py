@@ -42,6 +42,7 @@ _ROWS: dict[str, Callable[[Keys], Tensor]] = {
     "key_count": lambda keys: 1 / keys.n,
     "sqrt_key_count": lambda keys: keys.n**-0.5,
     "log_key_count": lambda keys: keys.n.log() * keys.head_dim**-0.5,
+    "log_power": lambda keys: keys.n.log().sqrt() * keys.head_dim**-0.5,
     "qwen_logn": lambda keys: keys.n.clamp(min=8192).log() / math.log(8192) * keys.head_dim**-0.5,
     "llama4": lambda keys: (1 + 0.1 * ((keys.n / 8192).floor() + 1).log()) * keys.head_dim**-0.5,
     "ministral3": lambda keys: (1 + 0.1 * (1 + ((keys.n - 1) / 16384).floor()).log()) * keys.head_dim**-0.5,
