@@ -57,6 +57,9 @@ def kernels(monkeypatch, _guard):
     monkeypatch.setattr(launch, "config_for", lambda *of: default_config(*of))
     monkeypatch.setattr(Target, "of", lambda device: Target("cuda", "90"))
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 1 << 30)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    stream = object()  # of this test alone, so that it meets no counts that another has kept
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     for module in [module for name, module in sys.modules.items() if name.startswith("tritonattn.")]:
         if hasattr(module, "runs_eagerly"):
             monkeypatch.setattr(module, "runs_eagerly", lambda *tensors: not torch.compiler.is_compiling())
