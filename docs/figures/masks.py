@@ -33,7 +33,7 @@ def visible(**masks) -> torch.Tensor:
 
 
 def draw() -> Figure:
-    figure = Figure(figsize=(12, 2.6), layout="constrained")
+    figure = Figure(figsize=(10, 2.3), layout="constrained")
     for axes, (title, masks) in zip(figure.subplots(1, len(CALLS), sharey=True).flat, CALLS.items(), strict=True):
         _panel(axes, visible(**masks), title)
     figure.axes[0].set_ylabel("row i")
@@ -57,5 +57,5 @@ def _panel(axes: Axes, seen: torch.Tensor, title: str) -> None:
 
 if __name__ == "__main__":
     file = Path(__file__).parent / "masks.png"
-    save(draw(), file, dpi=110)
+    save(draw(), file, dpi=132)
     print(file)
