@@ -77,6 +77,16 @@ def test_ticks_of_logarithmic_axes_are_numbers():
     assert {"0.01", "0.02", "0.5", "1"} <= {tick.get_text() for tick in axes.get_yticklabels()}
 
 
+@pytest.mark.parametrize("scale", ["log", "symlog"])
+@pytest.mark.parametrize("ends", [(0.9, 1.2), (1.1, 3), (1, 12), (0.02, 300)], ids=str)
+def test_an_axis_of_any_width_has_several_ticks(scale, ends):
+    axes = drawn().axes[0]
+    axes.set(yscale=scale, ylim=ends)
+    plain_numbers(axes.yaxis)
+    shown = [tick for tick in axes.get_yticks() if ends[0] <= tick <= ends[1]]
+    assert 3 <= len(shown) <= 14
+
+
 @pytest.mark.parametrize(
     ("names", "numbers"),
     [([""] * 3, [0, 1, 2]), (["model.layers.3.self_attn", "model.layers.28.self_attn"], [3, 28])],

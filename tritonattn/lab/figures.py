@@ -14,7 +14,15 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, SymmetricalLogLocator
+from matplotlib.ticker import (
+    AutoLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    SymmetricalLogLocator,
+)
 from PIL import Image
 
 from .palette import COLOURS, DASHES
@@ -58,13 +66,15 @@ def whole_numbers(axis: Axis) -> None:
 
 def plain_numbers(axis: Axis) -> None:
     """Label a logarithmic axis, drawn on already, 0.1, 0.2, 0.5, 1, not by powers of ten."""
-    if axis.get_scale() == "symlog":
-        axis.set_major_locator(SymmetricalLogLocator(axis.get_transform(), subs=(1, 2, 5)))
-    elif axis.get_scale() == "log":
-        low, high = axis.get_view_interval()
-        decades = math.log10(high / low)
-        subs = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
-        axis.set_major_locator(LogLocator(subs=subs))
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low) if low > 0 else math.inf
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5)
+    if decades < 0.5:
+        axis.set_major_locator(AutoLocator())
+    elif axis.get_scale() == "symlog":
+        axis.set_major_locator(SymmetricalLogLocator(axis.get_transform(), subs=subs))
+    else:
+        axis.set_major_locator(LogLocator(subs=subs if decades < 3 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
