@@ -8,6 +8,7 @@ guard_imports()  # before torch, whose import takes seconds
 
 from . import nn
 from .calls.attention import attention, scaled_attention
+from .calls.check_scaling import check_scaling
 from .calls.decode import attention_decode
 from .calls.dispatch import AttentionAux
 from .calls.key_statistics import KeyStatistics
@@ -27,6 +28,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "check_scaling",
     "nn",
     "scaled_attention",
     "warmup",

@@ -1,0 +1,189 @@
+"""`check_scaling`: hold the two formulas of a scaling, and their gradients, against each other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.sequences import Sequences
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
+from ..scaling import Scaling
+from .checks import check_number, named_scaling, refuse_scaling
+from .factor import Factor
+
+_BATCH, _ROWS, _KEYS = 2, 10, 12
+_TOLERANCE = 1e-4  # of the larger one: parameters may be fp32
+
+
+def check_scaling(
+    scaling: str | Scaling, *, heads: int | None = None, kv_heads: int | None = None, head_dim: int = 8
+) -> dict[str, float]:
+    """Check a scaling of your own: `scales` against `multiplier`, under every kind of mask.
+
+    On random q and k in float64, without a mask and under causal, window, padding, range, packed and dense masks:
+
+    - The factor of every visible pair is the same by both formulas.
+    - So are its gradients towards q, k and the scaling's own parameters.
+    - The factors of a row do not change with keys that the row does not see, neither their values nor their number.
+    - With `reads_keys = False`, `scales` does not look at k.
+
+    Args:
+        scaling: A `Scaling`, or a name in `SCALINGS`.
+        heads: Query heads. None takes the scaling's `heads`, else the first axis of its parameters, else 4.
+        kv_heads: Key heads. None is half of the query heads if that is whole, else all.
+        head_dim: D.
+
+    Returns:
+        The largest relative difference of factors and gradients, by mask.
+
+    Raises:
+        ValueError: The two formulas differ, or one depends on a key that it must not; names the mask, and the largest
+            difference.
+        TypeError: A value that is no scaling.
+
+    >>> import tritonattn
+    >>> max(tritonattn.check_scaling("key_norm_mean").values()) < 1e-9
+    True
+    """
+    mode = named_scaling(scaling) if isinstance(scaling, str) else scaling
+    if not isinstance(mode, Scaling):
+        refuse_scaling(scaling)
+    parameters: dict[str, Tensor] = dict(mode.named_parameters()) if isinstance(mode, nn.Module) else {}
+    heads = heads or _heads(mode, parameters)
+    kv_heads = kv_heads or (heads // 2 if heads % 2 == 0 else heads)
+    device = next((x.device for x in parameters.values()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+
+    def random(count: int, length: int) -> Tensor:
+        shape = (_BATCH, count, length, head_dim)
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(device).requires_grad_()
+
+    found = {}
+    for name, (q_len, masks) in _masks(device).items():
+        case = _Case(name, mode, random(heads, q_len), random(kv_heads, _KEYS), masks)
+        found[name] = case.formulas({x: p for x, p in parameters.items() if p.requires_grad})
+        case.hidden_keys()
+        if not mode.reads_keys:
+            case.unread_keys()
+    return found
+
+
+def _heads(scaling: Scaling, parameters: dict[str, Tensor]) -> int:
+    own = getattr(scaling, "heads", None)
+    return own if isinstance(own, int) else max((x.shape[0] for x in parameters.values() if x.dim() > 1), default=4)
+
+
+def _masks(device: torch.device) -> dict[str, tuple[int, dict[str, Any]]]:
+    """The number of rows, and arguments of Visibility.of, by name."""
+    places, keys = torch.arange(_ROWS, device=device), torch.arange(_KEYS, device=device)
+    lengths = torch.tensor([_KEYS, 5], device=device)
+    ranges = torch.stack([places // 2, (3 * places) % (_KEYS + 1)], -1).expand(_BATCH, -1, -1).int()
+    left = torch.tensor([[2, _KEYS], [7, _KEYS]], device=device)[:, None].expand(-1, _ROWS, -1).int()
+    starts = torch.tensor([0, 5, _KEYS], dtype=torch.int32, device=device)
+    holes = (places[:, None] + 2 * keys) % 5 > 1
+    return {
+        "full": (_ROWS, {}),
+        "causal": (_KEYS, {"causal": True}),
+        "causal, last rows": (3, {"causal": True}),
+        "window": (_KEYS, {"window": (3, 1)}),
+        "padding": (_ROWS, {"key_lengths": lengths}),
+        "padding on the left": (_ROWS, {"key_ranges": left}),
+        "ranges, rows without keys": (_ROWS, {"key_ranges": ranges}),
+        "dense": (_ROWS, {"mask": holes}),
+        "packed": (_KEYS, {"causal": True, "sequences": Sequences(starts, starts, 7, 7)}),
+    }
+
+
+class _Case:
+    """A scaling on q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] under one mask."""
+
+    def __init__(self, name: str, scaling: Scaling, q: Tensor, k: Tensor, masks: dict[str, Any]) -> None:
+        if "sequences" in masks:  # packed batches have no batch axis
+            q, k = (x[:1].detach().requires_grad_() for x in (q, k))
+        self.name, self.scaling, self.factor = name, scaling, Factor(scaling)
+        self.q, self.k = q, k
+        self.visibility = Visibility.of(q, k, **masks)
+        self.visible = self.visibility.dense().expand(*q.shape[:3], k.shape[2])
+
+    def formulas(self, parameters: dict[str, Tensor]) -> float:
+        """Compare factors and gradients; return the largest relative difference."""
+        fast = self._scales(self.k)
+        dense = torch.as_tensor(self.factor.multiplier(self.q, self.k, self.visibility), dtype=torch.float64)
+        dense = torch.where(self.visible, dense.to(fast.device), 0)
+        largest = self._compare("scales() differs from multiplier() [b, h, i, j]", fast, dense, _relative(fast, dense))
+        leaves = {"q": self.q, "k": self.k, **parameters}
+        weights = torch.linspace(-1, 2, fast.numel(), dtype=torch.float64, device=fast.device).reshape(fast.shape)
+        for name, leaf in leaves.items():
+            ours, theirs = (_gradient((x * weights).sum(), leaf) for x in (fast, dense))
+            relative = (ours - theirs).abs() / torch.maximum(ours.abs().amax(), theirs.abs().amax()).clamp(min=1e-30)
+            about = f"the gradient of scales() towards {name} differs from that of multiplier()"
+            largest = max(largest, self._compare(about, ours, theirs, relative))
+        return largest
+
+    def hidden_keys(self) -> None:
+        """Change each key in turn: rows that do not see it keep their factors; a key of no row may be NaN."""
+        with torch.no_grad():
+            before = self._scales(self.k)
+            for key in range(self.k.shape[2]):
+                sees = self.visible[..., key]  # [B, Hq, Sq]
+                changed = self.k.clone()
+                changed[:, :, key] = 3 * changed[:, :, key] + 1 if sees.any() else math.nan
+                after = torch.where(sees[..., None], before, self._scales(changed))
+                about = f"factors [b, h, i, j] change with key {key} in rows that do not see it"
+                self._compare(about, after, before, _relative(after, before))
+            lengths = self.visibility.key_lengths
+            if lengths is not None:
+                shortest = int(lengths.min())
+                entry = int(lengths.argmin())
+                cut = _Case(self.name, self.scaling, self.q[entry, None], self.k[entry, None, :, :shortest], {})
+                padded, alone = before[entry, None, :, :, :shortest], cut._scales(cut.k)
+                about = "factors [b, h, i, j] change with the number of keys that padding hides"
+                self._compare(about, padded, alone, _relative(padded, alone))
+
+    def unread_keys(self) -> None:
+        """Let `scales` have NaN for k, as a paged cache does for a scaling that does not read it."""
+        with torch.no_grad():
+            with_keys, without = self._scales(self.k), self._scales(self.k, torch.full_like(self.k, math.nan))
+            about = "scales() looks at k, which reads_keys = False rules out"
+            self._compare(about, without, with_keys, _relative(without, with_keys))
+
+    def _scales(self, k: Tensor, given: Tensor | None = None) -> Tensor:
+        """The factor of every visible pair from `scales`, [B, Hq, Sq, Sk]; 0 elsewhere."""
+        statistics = Statistics(k, self.visibility)
+        constant, query, key = self.factor.scales(self.q, k if given is None else given, self.visibility, statistics)
+        check_number("constant", constant)
+        factor = torch.full(self.visible.shape, constant, dtype=torch.float64, device=k.device)
+        if query is not None:
+            factor = factor * query[..., None]
+        if key is not None:
+            factor = factor * key.repeat_interleave(self.q.shape[1] // k.shape[1], 1)[:, :, None]
+        return torch.where(self.visible, factor, 0)
+
+    def _compare(self, about: str, got: Tensor, expected: Tensor, relative: Tensor) -> float:
+        """Return the largest relative difference. Raises ValueError where it is too large."""
+        relative = relative.detach().nan_to_num(math.inf)
+        largest = float(relative.max())
+        if largest > _TOLERANCE:
+            place = int(relative.argmax())
+            values = f"{float(expected.detach().flatten()[place]):.6g}, got {float(got.detach().flatten()[place]):.6g}"
+            indices = [int(x) for x in torch.unravel_index(torch.tensor(place), got.shape)]
+            raise ValueError(
+                f"scaling: under the mask {self.name!r}, {about}: expected {values} at {indices}, the largest relative"
+                f" difference, {largest:.2g}"
+            )
+        return largest
+
+
+def _relative(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs() / torch.maximum(a.abs(), b.abs()).clamp(min=1e-30)
+
+
+def _gradient(x: Tensor, leaf: Tensor) -> Tensor:
+    if not x.requires_grad:
+        return torch.zeros_like(leaf, dtype=torch.float64)
+    (found,) = torch.autograd.grad(x, leaf, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return found.double()
