@@ -14,6 +14,8 @@ COMMANDS = {
     "report": "tables of a sweep's records",
     "plot": "charts of a sweep's records",
     "gpu": "all that a GPU machine is asked for, in one command",
+    "preflight": "whether kernels run on this machine and are right, within a minute",
+    "compile": "the kernels of soak and sweeps, by all cores, before anything is timed",
     "cpu": "time and memory on a CPU, against PyTorch's attention",
     "memory": "bytes that a call keeps for its backward, by form",
     "monitor": "what watching a training run costs",

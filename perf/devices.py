@@ -17,7 +17,8 @@ def obstacle(kind: str) -> str | None:
     if kind == "cuda":
         return None if torch.cuda.is_available() else "device cuda: torch sees no GPU"
     if kind == "interpret":
-        return None if launch.interpreting else "device interpret: set TRITON_INTERPRET=1 in the environment"
+        wanted = "kernels run on a CPU only in Triton's interpreter: set TRITON_INTERPRET=1 in the environment"
+        return None if launch.interpreting else wanted
     if launch.interpreting:
         return "device emulate: TRITON_INTERPRET=1 leaves nothing to compile"
     return "device emulate: NVIDIA's own driver is loaded" if torch.cuda.is_available() else None

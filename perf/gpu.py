@@ -1,9 +1,10 @@
-"""Everything a GPU machine is needed for, the most useful first; results are saved as each phase ends.
+"""Everything a GPU machine is needed for, the most telling first; results are saved as each phase ends.
 
-Environment and ceilings, correctness on the card, soak, tuning, forward and backward against peers, decoding, overhead
-of the scalings, report. A phase is a process of its own: one that fails, or leaves the card unusable, is reported, and
-the next one runs. The exit status is 1 where one failed, 130 after Ctrl-C. With --device cpu all phases are tiny: a
-rehearsal.
+Environment, a preflight, compilation by all cores, then correctness on the card, soak, forward and backward against
+peers, decoding, tuning, overhead of the scalings, sanitizers, report. A preflight that fails ends the run, with what to
+do. A later phase is a process of its own: one that fails, or leaves the card unusable, is reported, and the next one
+runs. The same command goes on where one was stopped. The exit status is 1 where a phase failed, 130 after Ctrl-C. With
+--device emulate all phases are tiny, on a stub of NVIDIA's driver and an emulator: a rehearsal.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ import torch
 
 from tritonattn.cli.options import make_folder
 from tritonattn.core.errors import INTERRUPTED
+from tritonattn.core.provenance import commit
+
+from . import sanitize
 
 ROOT = Path(__file__).resolve().parents[1]
 _GRACE = 60.0  # most seconds past its share that a process has to start up and to finish its work
 _SECONDS_TO_STOP = 20.0
 _SECONDS_OF_BRIEF = 20.0  # in reserve for each phase without a share
-_SUITES = {"ceilings": 2, "forward": 14, "backward": 14, "decode": 7, "overhead": 7}  # with their shares
+_SUITES = {"ceilings": 2, "forward": 14, "backward": 12, "decode": 8, "overhead": 6}  # with their shares
+_SPENT = " is spent: run the command again"  # the end of a tuning that was cut
 _TINY_TUNE = ("--static", "sm_80", "--kernels", "decode", "--head-dims", "64", "--lengths", "short")
-_TINY = ("--quick", "--lengths", "16", "--head-dims", "8", "--rounds", "1", "--peers", "sdpa,eager,flash-attn-2")
+_TINY = ("--quick", "--lengths", "16", "--head-dims", "16", "--rounds", "1", "--peers", "sdpa,eager,flash-attn-2")
+_TINY_MODES = ("--scalings", "sqrt_dim,key_norm_mean")
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Phase:
     limit    the option that takes its minutes, or None
     failure  text of its log that means a failure, even if it was stopped before it could exit with an error
     cut      text of its log that means an orderly end before all was done
+    again    it runs in every run, though it was done in one before; others need not
+    required nothing after it is worth its time where it fails
     """
 
     name: str
@@ -50,11 +58,13 @@ class Phase:
     environment: dict[str, str] = field(default_factory=dict)
     failure: str | None = None
     cut: str | None = None
+    again: bool = False
+    required: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a phase: "done", "failed" or "out of time", with its finished part saved."""
+    """The end of a phase: "done", "done before", "failed" or "out of time", with its finished part saved."""
 
     phase: Phase
     status: str
@@ -62,36 +72,55 @@ class Outcome:
 
 
 def phases(device: str, out: Path, tests: str) -> list[Phase]:
-    """List the phases of a GPU, or tiny ones of a CPU with kernels in Triton's interpreter."""
+    """List the phases of a GPU, or tiny ones that are emulated."""
     on_gpu = device == "cuda"
     tables = {"TRITONATTN_CACHE_DIR": str(out / "tables")}
-    interpreted = {} if on_gpu else {"TRITON_INTERPRET": "1"}
     processes = () if on_gpu else ("--processes", "2")
+    compiled = () if on_gpu else ("--target", "sm_80", "--calls", "2", *processes)
+    trials = () if on_gpu else ("--trials", "2")
     tune = ("--head-dims", "64,128", "--lengths", "long") if on_gpu else _TINY_TUNE
 
     def sweep(suite: str) -> Phase:
-        options = ("--device", device, "--json", str(out / f"{suite}.jsonl"), *(() if on_gpu else _TINY))
+        tiny = () if on_gpu else (*_TINY, *(_TINY_MODES if suite != "ceilings" else ()))
+        options = ("--device", device, "--json", str(out / f"{suite}.jsonl"), *tiny)
         command = ("-m", "perf", "sweep", "--suite", suite, *options)
         return Phase(suite, command, _SUITES[suite], "--minutes", tables, cut="time is up: ")
 
     files = [str(out / f"{suite}.jsonl") for suite in _SUITES]
+
+    def of_perf(command: str, *options: str) -> tuple[str, ...]:
+        return ("-m", "perf", command, *options)
+
+    tested = ("--device", device, "--go-on", str(out / "passed.txt"), *processes)
+    soaked = ("--device", device, "--go-on", str(out / "soak.txt"), *trials)
     return [
-        Phase("environment", ("-m", "tritonattn", "env"), 0, None, tables),
+        Phase("environment", ("-m", "tritonattn", "env"), 0, None, tables, again=True),
+        Phase("preflight", of_perf("preflight", "--device", device), 8, again=True, required=True),
+        Phase("compile", of_perf("compile", *compiled), 6, "--minutes", again=True),
         sweep("ceilings"),
-        Phase("correctness", ("-m", "perf", "correctness", tests, *processes), 25, None, interpreted, " FAILED "),
-        Phase("soak", ("-m", "perf", "soak", "--device", device), 8, "--minutes", interpreted, "repeat it: "),
+        Phase("correctness", of_perf("correctness", tests, *tested), 22, failure=" FAILED "),
+        Phase("soak", of_perf("soak", *soaked), 8, "--minutes", failure="repeat it: "),
+        *(sweep(suite) for suite in ("forward", "backward", "decode")),
         Phase(
             "tuning",
             ("-m", "tritonattn", "tune", *tune),
-            20,
+            10,
             "--budget",
-            tables | {"TRITON_INTERPRET": "0"},
+            tables,
             cut=" is spent: run the command again",
         ),
-        *(sweep(suite) for suite in _SUITES if suite != "ceilings"),
-        Phase("report", ("-m", "perf", "report", *files, "--out", str(out / "report.md")), 0),
-        Phase("plots", ("-m", "perf", "plot", *files, "--out", str(out / "plots")), 0),
+        sweep("overhead"),
+        *(Phase(tool, of_perf("sanitize", "--tools", tool), 2) for tool in (sanitize.present() if on_gpu else ())),
+        Phase("report", of_perf("report", *files, "--out", str(out / "report.md")), 0, again=True),
+        Phase("plots", of_perf("plot", *files, "--out", str(out / "plots")), 0, again=True),
     ]
+
+
+def budget(chosen: list[Phase], minutes: float) -> dict[str, float]:
+    """Minutes of each phase that has a share, where every phase takes all of its own."""
+    seconds = 60 * minutes - _SECONDS_TO_STOP - _SECONDS_OF_BRIEF * sum(one.share == 0 for one in chosen)
+    total = sum(one.share for one in chosen)
+    return {one.name: round(seconds * one.share / total / 60, 1) for one in chosen if one.share}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,16 +132,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="results, logs, tuned tables, plots (default: perf/results/gpu)",
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=("cuda", "emulate"), default="cuda")
     parser.add_argument("--phases", type=lambda text: text.split(","), metavar="A,B", help="run these alone")
-    parser.add_argument("--tests", metavar="PATH", help="what pytest runs; default: tests/kernels, on a CPU a part")
+    parser.add_argument("--tests", metavar="PATH", help="what pytest runs; default: tests/kernels, emulated a part")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the phases, print how each ended, and exit with an error where one failed."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("gpu: device cuda: torch sees no GPU; --device cpu rehearses")
+        sys.exit("gpu: device cuda: torch sees no GPU; --device emulate rehearses")
     few = "tests/kernels" if arguments.device == "cuda" else "tests/kernels/test_key_statistics.py"
     chosen = phases(arguments.device, arguments.out.resolve(), arguments.tests or few)
     known = [phase.name for phase in chosen]
@@ -125,8 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
         with _handling(signal.SIGTERM):  # sent by `timeout`; a phase must not outlive the run
             outcomes = run_all(chosen, arguments.out.resolve(), 60 * arguments.minutes)
     except KeyboardInterrupt:
-        on = "the same command goes on with the sweeps"
-        print(f"gpu: stopped: {arguments.out} has what was done; {on}", file=sys.stderr)
+        print(f"gpu: stopped: {arguments.out} has what was done; the same command goes on", file=sys.stderr)
         sys.exit(INTERRUPTED)
     failed = [outcome.phase.name for outcome in outcomes if outcome.status == "failed"]
     if failed:
@@ -134,9 +162,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def run_all(chosen: list[Phase], out: Path, seconds: float) -> list[Outcome]:
-    """Run every phase within `seconds` in all; time that one leaves over is shared among later ones."""
+    """Run every phase within `seconds` in all; time that one leaves over is shared among later ones.
+
+    Phases that a run at this commit has done are left out. A required one that fails is the last.
+    """
     end = time.monotonic() + seconds
-    outcomes = []
+    done = _Done(out / "done.txt")
+    outcomes = [Outcome(phase, "done before", 0.0) for phase in chosen if phase.name in done.names]
+    for outcome in outcomes:
+        print(f"{outcome.phase.name}: done before", flush=True)
+    chosen = [phase for phase in chosen if phase.name not in done.names]
     for number, phase in enumerate(chosen):
         later = chosen[number:]
         kept = _SECONDS_TO_STOP + _SECONDS_OF_BRIEF * sum(one.share == 0 for one in later)
@@ -153,7 +188,25 @@ def run_all(chosen: list[Phase], out: Path, seconds: float) -> list[Outcome]:
         print(line, flush=True)
         with (out / "phases.txt").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+        if last.status == "done" and not phase.again:
+            done.add(phase.name)
+        if last.status == "failed" and phase.required:
+            print((out / f"{phase.name}.log").read_text(encoding="utf-8").strip().splitlines()[-1], file=sys.stderr)
+            break
     return outcomes
+
+
+class _Done:
+    """The names of phases that runs at this commit have done, in a file."""
+
+    def __init__(self, file: Path) -> None:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        self.file, self.commit = file, commit()
+        self.names = set(lines[1:]) if lines[:1] == [self.commit] else set()
+
+    def add(self, name: str) -> None:
+        self.names.add(name)
+        self.file.write_text("\n".join([self.commit, *sorted(self.names)]) + "\n", encoding="utf-8")
 
 
 def execute(phase: Phase, out: Path, seconds: float, grace: float) -> Outcome:

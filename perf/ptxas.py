@@ -1,13 +1,14 @@
 """Assemble the PTX of every default kernel by the ptxas of several CUDA releases, and set the results side by side.
 
-Triton compiles each kernel once; the same PTX then goes to each ptxas, so that the columns differ by ptxas alone. Its
-version line is lowered to that of the oldest release, which changes no instruction. Releases come from PyPI, by pip.
+Triton compiles each kernel once, for the oldest release, whose PTX the others take too; the same PTX then goes to each
+ptxas, so that the columns differ by ptxas alone. Releases come from PyPI, by pip.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,6 @@ from tritonattn.tuning.ptxas import suspicion
 from .codegen import READ, Case, _head_dims, _targets, cases
 
 RELEASES = ("12.8.93", "12.9.86", "13.0.88", "13.1.115", "13.5.37")
-_OLDEST_PTX = "8.7"  # of CUDA 12.8
 
 HEADING = """# The same PTX by the ptxas of several CUDA releases
 
@@ -83,9 +83,8 @@ def fetched(release: str, folder: Path) -> Path:
 def assembled(case: Case, tools: dict[str, Path]) -> list[Assembled]:
     """Compile a case, and assemble its PTX by each tool."""
     compiled = compile_kernel(case.kernel, case.problem, target=case.target)
-    lines = compiled.asm["ptx"].split("\n")
-    ptx = "\n".join(f".version {_OLDEST_PTX}" if line.startswith(".version ") else line for line in lines)
-    target = next(line for line in lines if line.startswith(".target ")).split()[1].rstrip(",")
+    ptx = compiled.asm["ptx"]
+    target = next(line for line in ptx.split("\n") if line.startswith(".target ")).split()[1].rstrip(",")
     return [_by(tool, case.name, release, ptx, target, compiled.metadata) for release, tool in tools.items()]
 
 
@@ -100,6 +99,11 @@ def _by(tool: Path, name: str, release: str, ptx: str, target: str, metadata: ob
         cubin = made.read_bytes()
     code = read_machine_code(SimpleNamespace(asm={"cubin": cubin, "ptx": ptx}, metadata=metadata))  # type: ignore
     return Assembled(name, release, code.registers, code.spill_bytes, code.stack_bytes, code.instructions)
+
+
+def _start_worker(ptxas: str) -> None:
+    """Let Triton write the PTX of this ptxas, for older and newer cards."""
+    os.environ |= {"TRITON_PTXAS_PATH": ptxas, "TRITON_PTXAS_BLACKWELL_PATH": ptxas}
 
 
 def table(rows: list[list[Assembled]]) -> str:
@@ -140,7 +144,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_file("--json", arguments.json)
     tools = {release: fetched(release, arguments.tools.resolve()) for release in arguments.releases}
     found = all_cases(arguments.targets, arguments.head_dims)
-    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+    oldest = str(min(tools.items(), key=lambda one: tuple(map(int, one[0].split("."))))[1])
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn"), _start_worker, (oldest,)) as pool:
         tasks = [pool.submit(assembled, case, tools) for case in found]
         rows = [task.result() for task in Progress(tasks, unit="kernel")]
     dims = ",".join(map(str, arguments.head_dims))

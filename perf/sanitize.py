@@ -37,6 +37,11 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{', '.join(arguments.tools)}: no errors")
 
 
+def present() -> tuple[str, ...]:
+    """The tools, where this machine has compute-sanitizer."""
+    return TOOLS if _sanitizer() else ()
+
+
 def _sanitizer() -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(Path(home) / "bin"))

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from tritonattn.backends.triton import launch
 from tritonattn.cli.options import whole_number
 from tritonattn.core.provenance import commit
 
+from .devices import kernels_on, obstacle
 from .soak_draw import HAZARD_SEEDS, INTERPRETED, ON_A_GPU, trials
 from .soak_guards import CONFIGS, small_tiles, soaking
 from .soak_trial import Trial
@@ -25,7 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=whole_number, help="stop after so many calls")
     hazard = f"of the first call; below {HAZARD_SEEDS}: head_dim 32, several stages"
     parser.add_argument("--seed", type=int, default=0, help=hazard)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--go-on", type=Path, metavar="FILE", help="begin behind the last seed in this file; keep it there"
+    )
+    where = "a GPU, Triton's interpreter, or emulated on a stub of NVIDIA's driver"
+    known = ("cuda", "cpu", "emulate")
+    parser.add_argument("--device", choices=known, default="cuda" if torch.cuda.is_available() else "cpu", help=where)
     parser.add_argument(
         "--bare", action="store_true", help="tensors as they come, without NaN around and in them: for a sanitizer"
     )
@@ -34,38 +41,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Soak; print each failed call with a command that repeats it, and then exit with an error."""
-    device = torch.device(arguments.device)
-    if obstacle := _obstacle(device):
-        sys.exit(f"soak: {obstacle}")
+    kind = "interpret" if arguments.device == "cpu" else arguments.device
+    if reason := obstacle(kind):
+        sys.exit(f"soak: {reason}")
     warnings.filterwarnings("ignore", ".*deterministic")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
-    print(f"commit {commit()}, torch {torch.__version__}, {name}, seeds from {arguments.seed}", flush=True)
+    name = torch.cuda.get_device_name() if kind == "cuda" else kind
+    first = max(arguments.seed, _next_seed(arguments.go_on))
+    print(f"commit {commit()}, torch {torch.__version__}, {name}, seeds from {first}", flush=True)
     start = shown = time.monotonic()
     count = failed = 0
-    with soaking(guards=not arguments.bare) as executor:
-        for trial in trials(arguments.seed, device, ON_A_GPU if device.type == "cuda" else INTERPRETED):
+    with kernels_on(kind) as device, soaking(guards=not arguments.bare) as executor:
+        for trial in trials(first, device, ON_A_GPU if kind == "cuda" else INTERPRETED):
             now = time.monotonic()
             if (count and now - start > 60 * arguments.minutes) or count == arguments.trials:
                 break
             if now - shown > _SECONDS_BETWEEN_LINES:
                 print(f"{now - start:.0f} s: {count} calls, {executor.launches} launches, {failed} failed", flush=True)
                 shown = now
-            launch.config_for = small_tiles if launch.interpreting else CONFIGS[trial.stages]
+            launch.config_for = CONFIGS[trial.stages] if kind == "cuda" else small_tiles
             failed += not _passes(trial, arguments)
             count += 1
+            if arguments.go_on:
+                arguments.go_on.write_text(f"{commit()}\n{trial.seed + 1}\n", encoding="utf-8")
     summary = f"{count} calls, {executor.launches} launches"
     if failed:
         sys.exit(f"{summary}: {failed} calls failed")
     print(f"{summary}: every result within the bound, and the same twice")
 
 
-def _obstacle(device: torch.device) -> str | None:
-    """Say why no kernel can be launched on a device, or return None."""
-    if device.type == "cuda":
-        return None if torch.cuda.is_available() else "device cuda: torch sees no GPU"
-    if launch.interpreting:
-        return None
-    return "device cpu: kernels run there only in Triton's interpreter: set TRITON_INTERPRET=1 in the environment"
+def _next_seed(file: Path | None) -> int:
+    """Read the seed behind the last one of this commit; 0 where there is none."""
+    if file is None or not file.is_file():
+        return 0
+    of_commit, _, seed = file.read_text(encoding="utf-8").partition("\n")
+    return int(seed) if of_commit == commit() and seed.strip().isdecimal() else 0
 
 
 def _passes(trial: Trial, arguments: argparse.Namespace) -> bool:

@@ -1,4 +1,4 @@
-"""Each phase of `python -m perf gpu`, rehearsed on the CPU; one that fails does not keep the next from running."""
+"""Each phase of `python -m perf gpu`, rehearsed on a stub driver; after one that fails the next one runs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from perf import gpu
 from perf.__main__ import main
 from perf.records import read
+from tests.support.versions import skip_without_stub
 
 from .commands import sweep
 
@@ -28,33 +29,95 @@ def phase(name, share=1.0, **options):
     return gpu.Phase(name, ("-c", PYTHON[name]), share, **options)
 
 
-@pytest.mark.parametrize("name", ["environment", "forward"])
+def names(device):
+    return [one.name for one in gpu.phases(device, gpu.ROOT / "out", "tests/kernels")]
+
+
+def test_the_order_is_that_of_proof_for_its_minutes():
+    wanted = ["environment", "preflight", "compile", "ceilings", "correctness", "soak", "forward", "backward", "decode"]
+    wanted += ["tuning", "overhead", "report", "plots"]
+    assert names("cuda") == names("emulate") == wanted
+
+
+def test_sanitizers_run_where_they_are(monkeypatch):
+    monkeypatch.setattr(gpu.sanitize, "present", lambda: ("memcheck", "racecheck"))
+    assert names("cuda")[-4:] == ["memcheck", "racecheck", "report", "plots"]
+    assert "memcheck" not in names("emulate")
+
+
+@pytest.mark.parametrize("name", ["environment", "preflight", "forward"])
 def test_quick_phases(name, tmp_path, monkeypatch, capsys):
     check_phase(name, tmp_path, monkeypatch, capsys)
 
 
 def check_phase(name, tmp_path, monkeypatch, capsys) -> None:
-    phases = gpu.phases("cpu", tmp_path, "tests/kernels/test_config_in_use.py")
+    """Rehearse a phase, launches by Triton's own launcher on a stub driver, and all that it leaves."""
+    skip_without_stub()
+    phases = gpu.phases("emulate", tmp_path, "tests/kernels/test_config_in_use.py")
     short = [replace(one, command=(*one.command, "--minutes", "0.02"), limit=None) for one in phases]
     monkeypatch.setattr(gpu, "phases", lambda *_: short if name == "soak" else phases)
-    main(["gpu", "--device", "cpu", "--minutes", "5", "--out", str(tmp_path), "--phases", name])
+    main(["gpu", "--device", "emulate", "--minutes", "8", "--out", str(tmp_path), "--phases", name])
     log = (tmp_path / f"{name}.log").read_text()
-    assert capsys.readouterr().out.startswith(f"{name}: done after ")
+    assert f"{name}: done after " in capsys.readouterr().out
     assert (tmp_path / "phases.txt").read_text().startswith(f"{name}: done")
     if name in SWEEPS:
         records = read(tmp_path / f"{name}.jsonl")
         assert {record.suite for record in records} == {"ceilings", name}
         assert any(record.median_ms for record in records)
+        assert {record.axes["backend"] for record in records if record.suite != "ceilings"} == {"triton"}
     else:
-        said = {"environment": "torch: ", "correctness": " passed", "soak": "within the bound", "tuning": "decode/64/"}
+        said = {
+            "environment": "torch: ",
+            "preflight": "kernels run here, and are right",
+            "compile": "kernels in ",
+            "correctness": " passed",
+            "soak": "within the bound",
+            "tuning": "decode/64/",
+        }
         assert said[name] in log
     if name == "tuning":
         assert list(tmp_path.glob("tables/autotune/*.json"))
 
 
+def test_a_run_goes_on_behind_what_was_done(tmp_path, monkeypatch):
+    every = [phase("works"), phase("works", again=True), phase("fails"), phase("hangs")]
+    chosen = [replace(one, name=name) for one, name in zip(every, "abcd", strict=True)]
+    ran = []
+
+    def execute(one, out, seconds, grace):
+        ran.append(one.name)
+        return gpu.Outcome(one, {"c": "failed", "d": "out of time"}.get(one.name, "done"), 0.0)
+
+    monkeypatch.setattr(gpu, "execute", execute)
+    for commit, wanted in (("one", "abcd"), ("one", "bcd"), ("other", "abcd")):
+        monkeypatch.setattr(gpu, "commit", lambda commit=commit: commit)
+        ran.clear()
+        found = gpu.run_all(chosen, tmp_path, 600.0)
+        assert "".join(ran) == wanted
+        assert [one.phase.name for one in found if one.status == "done before"] == ["a"] * ("a" not in wanted)
+
+
+def test_a_failed_preflight_ends_the_run_with_what_to_do(tmp_path, monkeypatch, capsys):
+    failing = gpu.Phase("preflight", ("-c", "raise SystemExit('C compiler: apt-get install gcc')"), 1.0, required=True)
+    monkeypatch.setattr(gpu, "phases", lambda *_: [failing, phase("works")])
+    with pytest.raises(SystemExit, match="gpu: preflight failed"):
+        main(["gpu", "--device", "emulate", "--minutes", "1", "--out", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert "works: done" not in printed.out
+    assert "C compiler: apt-get install gcc" in printed.err
+
+
+def test_the_budgets_of_the_readme_are_those_of_the_shares():
+    text = (gpu.ROOT / "perf" / "README.md").read_text()
+    chosen = gpu.phases("cuda", gpu.ROOT / "out", "tests/kernels")
+    columns = [gpu.budget(chosen, minutes) for minutes in (10, 20, 40)]
+    for name in columns[0]:
+        assert f"| {name} | {' | '.join(str(column[name]) for column in columns)} |" in text
+
+
 def test_report_and_plots_take_what_there_is(tmp_path, capsys):
     sweep(tmp_path / "forward.jsonl", "--suite", "forward", "--scalings", "dim", "--peers", "sdpa")
-    main(["gpu", "--device", "cpu", "--minutes", "0", "--out", str(tmp_path), "--phases", "report,plots"])
+    main(["gpu", "--device", "emulate", "--minutes", "0", "--out", str(tmp_path), "--phases", "report,plots"])
     assert "## forward\n\nMeasured: " in (tmp_path / "report.md").read_text()
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"forward_tflops.png", "forward_ratio.png"}
     assert "backward.jsonl: no such file, skipped" in (tmp_path / "report.log").read_text()
@@ -63,8 +126,8 @@ def test_report_and_plots_take_what_there_is(tmp_path, capsys):
 def test_a_phase_that_fails_is_reported_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "phases", lambda *_: [phase("fails"), phase("works")])
     with pytest.raises(SystemExit, match="gpu: fails failed: see the logs"):
-        main(["gpu", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path)])
-    assert capsys.readouterr().out.splitlines()[1].startswith("works: done")
+        main(["gpu", "--device", "emulate", "--minutes", "1", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("works: done")
     assert "worked" in (tmp_path / "works.log").read_text()
 
 
@@ -91,6 +154,7 @@ def test_a_phase_that_ends_itself_before_all_is_done_is_out_of_time(name, tmp_pa
 def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch, capsys):
     """The phase has a session of its own and would hold the card."""
     monkeypatch.setattr(gpu, "phases", lambda *_: [phase("works"), phase("hangs", share=1.0), phase("works")])
+    monkeypatch.setattr(gpu, "commit", lambda: "one")  # it asks git
     begun, popen = [], gpu.subprocess.Popen
     monkeypatch.setattr(gpu.subprocess, "Popen", lambda *a, **options: begun.append(popen(*a, **options)) or begun[-1])
 
@@ -105,7 +169,7 @@ def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch, c
     try:
         thread.start()
         with pytest.raises(SystemExit) as stopped:
-            main(["gpu", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path)])
+            main(["gpu", "--device", "emulate", "--minutes", "1", "--out", str(tmp_path)])
     finally:
         signal.signal(signal.SIGINT, before)
     thread.join()
@@ -116,7 +180,7 @@ def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch, c
 
 
 PRESENT = {*sys.stdlib_module_names, "torch", "triton", "numpy", "pytest", "_pytest", "tqdm", "matplotlib"}
-ELSEWHERE = {"monitor.py", "codegen.py"}  # of perf, and no phase
+ELSEWHERE = {"monitor.py", "codegen.py", "llama.py"}  # which no phase needs
 
 
 @pytest.mark.parametrize("folder", ["perf", "tests/kernels", "tests/support"])

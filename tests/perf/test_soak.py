@@ -33,7 +33,7 @@ class Fake:
 @pytest.fixture
 def fakes(monkeypatch):
     """Install trials in place of the drawn ones."""
-    monkeypatch.setattr(soak, "_obstacle", lambda device: None)
+    monkeypatch.setattr(soak, "obstacle", lambda kind: None)
     return lambda *trials: monkeypatch.setattr(soak, "trials", lambda *_: iter(trials))
 
 

@@ -10,7 +10,7 @@ from tests.perf.commands import sweep
 from tests.perf.test_gpu import check_phase
 
 
-@pytest.mark.parametrize("name", ["correctness", "soak", "tuning"])
+@pytest.mark.parametrize("name", ["compile", "correctness", "soak", "backward", "decode", "overhead", "tuning"])
 def test_phases(name, tmp_path, monkeypatch, capsys):
     check_phase(name, tmp_path, monkeypatch, capsys)
 

@@ -1,0 +1,70 @@
+"""`python -m perf compile`: later launches find their code, and what a call raises is reported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from perf import compile as ahead
+from perf.__main__ import main
+from tests.support.versions import skip_without_stub
+from tritonattn.backends.triton import launch
+from tritonattn.tuning.config import Target
+
+
+@pytest.fixture(autouse=True)
+def _kept(monkeypatch) -> None:
+    """`compiled` has a process of its own, and replaces how this one launches."""
+    skip_without_stub()
+    for owner, name in ((launch, "run"), (launch, "config_for"), (Target, "of")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+def test_launches_find_their_code(tmp_path, monkeypatch):
+    from tests.stub import DEVICES, installed
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    call, configs = next(ahead.calls())
+    card = Target("cuda", "90", DEVICES[4][1])
+    number, errors = ahead.compiled(card, 0, 10**6, 600.0)
+    assert errors == []
+    hits, launches = [], []
+    monkeypatch.setattr(
+        triton.knobs.compilation, "listener", lambda *, cache_hit, **rest: hits.append(cache_hit), raising=False
+    )
+    monkeypatch.setattr(launch, "config_for", configs)
+    with installed().active(90, launches.append), torch.cuda.device(4):
+        call()
+    assert len({one.kernel.hash for one in launches}) == number
+    assert all(hits)
+
+
+def test_a_share_of_the_calls_and_what_they_raise(monkeypatch):
+    def failing():
+        raise ValueError("no such scaling")
+
+    made = []
+    calls = [(lambda n=n: made.append(n), None) for n in range(5)] + [(failing, None)]
+    monkeypatch.setattr(ahead, "calls", lambda: iter(calls))
+    target = Target("cuda", "90")
+    assert ahead.compiled(target, 1, 2, 600.0) == (0, ["ValueError: no such scaling"])
+    assert made == [1, 3]
+    assert ahead.compiled(target, 0, 1, 600.0, most=2) == (0, [])
+    assert made == [1, 3, 0, 1]
+    assert ahead.compiled(target, 0, 1, -1.0) == (0, [])
+
+
+def test_every_call_of_the_sweeps_can_be_recorded(monkeypatch):
+    names = set()
+    monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: names.add(kernel.__name__))
+    monkeypatch.setattr(launch, "config_for", ahead.CONFIGS[None])
+    for scaling in ("sqrt_dim", "key_norm_mean"):
+        ahead._dense(64, 64, True, scaling)
+        ahead._decode(scaling)
+    assert {"attention_forward", "attention_grad_query", "attention_decode", "combine_splits", "key_lengths"} <= names
+
+
+def test_without_a_gpu():
+    with pytest.raises(SystemExit, match="torch sees no GPU; --target compiles for a card that is not here"):
+        main(["compile"])
