@@ -1,0 +1,76 @@
+"""PEFT: LoRA beside a learned scaling in `modules_to_save`, trained, saved, loaded and merged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+import transformers
+
+from tests.huggingface.architectures import ARCHITECTURES
+from tritonattn.huggingface import patch, patched
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+TOKENS = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def model():
+    """The same patched model each time, with ssmax in every layer."""
+    torch.manual_seed(0)
+    network = ARCHITECTURES["llama"].build()
+    patch(network, scaling="ssmax")
+    return network
+
+
+def logits(network):
+    with torch.no_grad():
+        return network.eval()(TOKENS).logits
+
+
+@pytest.fixture
+def adapted():
+    """A model after some steps of LoRA and its scalings."""
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["tritonattn"])
+    found = peft.get_peft_model(model(), lora)
+    optimizer = torch.optim.SGD([p for p in found.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        found.train()(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+def test_the_adapters_copy_of_the_scaling_learns_and_the_models_own_stays(adapted):
+    scalings = {name: p for name, p in adapted.named_parameters() if "tritonattn" in name}
+    learned = {name: p for name, p in scalings.items() if "modules_to_save.default" in name}
+    own = {name: p for name, p in scalings.items() if "original_module" in name}
+    assert len(learned) == len(own) == 2
+    assert all(p.requires_grad for p in learned.values())
+    assert not any(p.requires_grad for p in own.values())
+    for before, after in zip(own.values(), learned.values(), strict=True):
+        assert not torch.equal(before, after)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(logits(adapted), logits(model()), rtol=0, atol=0)
+    assert not torch.allclose(logits(adapted), logits(model()))
+
+
+def test_saved_loaded_merged_and_saved_whole(adapted, tmp_path):
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(model(), tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=0)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected)
+    assert set(patched(merged).layers) == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
+    merged.save_pretrained(tmp_path / "whole")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(logits(whole), expected)
+
+
+def test_a_wrapped_model_is_patched_by_the_same_numbers():
+    plain = ARCHITECTURES["llama"].build()
+    wrapped = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with patch(wrapped, scaling="key_count", layers=[-1]) as one:
+        assert list(one.layers) == ["base_model.model.model.layers.1.self_attn"]
+        assert repr(one).endswith("key_count, backend auto, layers 1>")
