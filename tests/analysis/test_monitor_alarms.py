@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import warnings
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from tests.analysis.models import Net
 from tests.support.llama import HEADS, ids, llama
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
-from tritonattn.analysis.alarms import Alarms
+from tritonattn.analysis.alarms import Alarms, layer_value
 from tritonattn.huggingface import patch, patched
 
 QUIET = Thresholds(None, None, None)
@@ -91,6 +92,26 @@ def test_both_ways_of_vanishing_alarm(scaling, measure):
         record = step(net, monitor)
     assert [one["measure"] for one in record["alarms"]] == [measure]
     assert record["alarms"][0]["value"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("measure", "scaling"), [("max_logit", "sqrt_dim"), ("near_one_hot", 1e6), ("near_uniform", 1e-6)]
+)
+def test_a_limit_just_below_the_measure_fires_and_one_at_it_is_silent(measure, scaling):
+    net = Net(scaling=scaling)
+    with Monitor(net, every=1, thresholds=QUIET) as monitor:
+        record = step(net, monitor)
+    assert record["alarms"] == []
+    value = layer_value(measure, record["layers"][NAME][measure])
+    assert value > 0.1
+    with Monitor(net, every=1, thresholds=replace(QUIET, **{measure: value * 0.99})) as monitor:
+        with pytest.warns(RuntimeWarning, match=rf"^step 0: attention: {measure} .*, threshold"):
+            (alarm,) = step(net, monitor)["alarms"]
+    assert (alarm["measure"], alarm["value"]) == (measure, pytest.approx(value))
+    with Monitor(net, every=1, thresholds=replace(QUIET, **{measure: value})) as monitor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert step(net, monitor)["alarms"] == []
 
 
 def test_shares_of_a_layer_are_means_over_its_heads():

@@ -14,7 +14,7 @@ from torch import nn
 from tests.analysis.models import Net
 from tests.support.llama import llama
 from tritonattn import Scales, Scaling, attention
-from tritonattn.analysis import Monitor, Thresholds, qk_clip
+from tritonattn.analysis import Alarm, Monitor, Thresholds, qk_clip
 from tritonattn.huggingface import patch
 from tritonattn.huggingface.architecture import interface_keywords
 from tritonattn.integrations.torch_modules import MultiheadAttention
@@ -110,6 +110,63 @@ def test_layouts_of_transformers(name):
     clipped(model, lambda model: model(tokens))
 
 
+def latent(q_lora_rank: int | None, **sizes):
+    """A DeepSeek V3 of 4 heads with 4 features of their own and 6 of a shared key."""
+    torch.manual_seed(0)
+    config = transformers.DeepseekV3Config(
+        **SIZES,
+        num_key_value_heads=4,
+        kv_lora_rank=8,
+        q_lora_rank=q_lora_rank,
+        qk_rope_head_dim=6,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        first_k_dense_replace=2,
+        **sizes,
+    )
+    return transformers.DeepseekV3ForCausalLM(config).train()
+
+
+@pytest.mark.parametrize("q_lora_rank", [8, None])
+@pytest.mark.parametrize("scaling", [None, "key_norm_sum"])
+def test_latent_attention_by_the_rule_of_kimi_k2(q_lora_rank, scaling):
+    tokens = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    model = latent(q_lora_rank)
+    if scaling is not None:
+        patch(model, scaling, gain=20.0)
+    clipped(model, lambda model: model(tokens))
+
+
+def test_latent_attention_leaves_the_shared_key():
+    model = latent(8)
+    layer = model.model.layers[1].self_attn
+    before = {name: x.double().clone() for name, x in layer.named_parameters()}
+    qk_clip(model, 1.0).clip({"model.layers.1.self_attn": [4.0, 1.0, 16.0, 0.5]})
+    ratio = {name: x.double() / before[name] for name, x in layer.named_parameters()}
+    gamma = torch.tensor([1 / 4, 1, 1 / 16, 1], dtype=torch.float64)
+    of_q = ratio.pop("q_b_proj.weight").unflatten(0, (4, 10)).mean(-1)
+    of_kv = ratio.pop("kv_b_proj.weight").unflatten(0, (4, 12)).mean(-1)
+    torch.testing.assert_close(of_q[:, :4], gamma.sqrt()[:, None].expand(4, 4), rtol=1e-6, atol=0)
+    torch.testing.assert_close(of_q[:, 4:], gamma[:, None].expand(4, 6), rtol=1e-6, atol=0)
+    torch.testing.assert_close(of_kv[:, :4], gamma.sqrt()[:, None].expand(4, 4), rtol=1e-6, atol=0)
+    assert bool((of_kv[:, 4:] == 1).all())  # values
+    assert all(bool(((x == 1) | x.isnan()).all()) for x in ratio.values())
+
+
+def test_a_layer_that_is_the_root():
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    clipped(Net(kv_heads=4).attention, lambda net: net(x))
+    torch.manual_seed(0)
+    whole = MultiheadAttention(32, 4, batch_first=True)
+    clipped(whole, lambda net: net(4 * x, 4 * x, x, need_weights=False))
+    alone = build("llama").model.layers[0].self_attn
+    before = alone.q_proj.weight.detach().clone()
+    alarm = Alarm(0, "LlamaAttention", "max_logit", 8.0, 4.0, (8.0, 1.0, 1.0, 1.0))
+    assert qk_clip(alone, 4.0)([alarm])["LlamaAttention"].tolist() == [0.5, 1.0, 1.0, 1.0]
+    assert not torch.equal(alone.q_proj.weight[:8], before[:8])
+    assert torch.equal(alone.q_proj.weight[8:], before[8:])
+
+
 def test_a_patched_model():
     tokens = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     model = build("llama")
@@ -159,17 +216,6 @@ def test_qk_norm_is_refused_by_name():
 
 def test_others_are_refused_by_name():
     refused(Net(scaling="cosine"), "attention", "scaling cosine")
-    latent = transformers.DeepseekV3Config(
-        **SIZES,
-        num_key_value_heads=4,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=8,
-        first_k_dense_replace=2,
-    )
-    refused(transformers.DeepseekV3ForCausalLM(latent), "model.layers.0.self_attn", "projections named|norm")
     refused(nn.ModuleDict({"a": nn.Linear(3, 3), "b": Net()}), "a", "layout of Linear")
     net = Net()
     net.attention.q_proj = nn.Sequential(net.attention.q_proj)

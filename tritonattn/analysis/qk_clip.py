@@ -25,15 +25,15 @@ _PAIRS = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"))
 class Projections:
     """The weights of q and k in one attention module.
 
-    query, key   views of the weights and biases, rows first: [H D, ...]; writing to them writes to the model
-    scaling      as in `tritonattn.attention`; None is the model's own factor
+    query, key     views of the weights and biases by head, [H, d, ...]; writing to them writes to the model
+    scaling        as in `tritonattn.attention`; None is the model's own factor
+    query_alone    more of q: features that meet keys which all heads share
     """
 
     query: tuple[Tensor, ...]
     key: tuple[Tensor, ...]
-    heads: int
-    kv_heads: int
     scaling: Any
+    query_alone: tuple[Tensor, ...] = ()
 
 
 class QKClip:
@@ -110,16 +110,19 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
     gamma. The same holds for scalings that divide by the lengths of keys (key_norm_sum and its like): their logits do
     not depend on the size of W_k.
 
+    Latent attention (DeepSeek's) has both kinds of features, and is clipped as in the paper: where heads have keys of
+    their own (nope), W_q and W_k *= sqrt(gamma_h); where they share one (rope), W_q *= gamma_h.
+
     Weights only: the optimizer's state stays, as in the paper. Give the Monitor a threshold of no more than this one:
     `Thresholds(max_logit=threshold)`.
 
     Layers: `tritonattn.nn.ScaledAttention`, `integrations.torch_modules.MultiheadAttention`, and those of transformers
     with q_proj and k_proj (Llama, Mistral, OPT, Whisper, ...), query and key (BERT, ViT), q_lin and k_lin (DistilBERT),
-    qkv_proj (Phi-3) or c_attn (GPT-2).
+    qkv_proj (Phi-3), c_attn (GPT-2) or kv_b_proj (latent attention: DeepSeek-V2 and V3, Kimi K2).
 
     Layers that cannot be clipped are named in a warning here, and are left as they are later: QK-norm, whose result
     does not depend on the size of the weights before it; a scaling that divides by the length of q (cosine);
-    projections that are quantised, adapted, gated or of another layout (latent attention).
+    projections that are quantised, adapted, gated or of another layout.
 
     Raises:
         NotImplementedError: A model without a layer that can be clipped, and why.
@@ -176,22 +179,23 @@ def _by_reason(skipped: dict[str, str]) -> str:
 
 
 def _plan(name: str, module: nn.Module, gamma: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of rows [H D, ...] and their factors [H], none without gamma; raises for a layer that cannot be clipped."""
+    """Pairs of rows [H, d, ...] and factors [H], none without gamma; raises for a layer that cannot be clipped."""
     found = _projections(name, module)
     degree = _degree_in_keys(found.scaling, name)
     if gamma is None:
         return []
-    if gamma.shape[0] != found.heads:
-        raise ValueError(f"{name}: expected {found.heads} largest logits, got {gamma.shape[0]}")
-    if degree == 1 and found.heads == found.kv_heads:
-        return [(rows, gamma.sqrt()) for rows in (*found.query, *found.key)]
-    return [(rows, gamma) for rows in found.query]
+    heads, kv_heads = found.query[0].shape[0], found.key[0].shape[0]
+    if gamma.shape[0] != heads:
+        raise ValueError(f"{name}: expected {heads} largest logits, got {gamma.shape[0]}")
+    alone = [(rows, gamma) for rows in found.query_alone]
+    if degree == 1 and heads == kv_heads:
+        return [(rows, gamma.sqrt()) for rows in (*found.query, *found.key)] + alone
+    return [(rows, gamma) for rows in found.query] + alone
 
 
 def _multiply(rows: Tensor, factor: Tensor) -> None:
-    """Multiply rows [H D, ...] in place by a factor [H] of each head, with one rounding to their dtype."""
-    wide = factor.to(rows.device).repeat_interleave(rows.shape[0] // factor.shape[0])
-    rows.copy_(rows.double() * wide.reshape(-1, *(1,) * (rows.dim() - 1)))
+    """Multiply rows [H, d, ...] in place by a factor [H] of each head, with one rounding to their dtype."""
+    rows.copy_(rows.double() * factor.to(rows.device).reshape(-1, *(1,) * (rows.dim() - 1)))
 
 
 def _degree_in_keys(scaling: Any, name: str) -> int:
@@ -235,16 +239,18 @@ def _projections(name: str, module: Any) -> Projections:
             q, k = _rows(name, query, getattr(module, query)), _rows(name, key, getattr(module, key))
             _check_sizes(name, query, q, sizes[0])
             _check_sizes(name, key, k, sizes[1])
-            return Projections(q, k, heads, kv_heads, scaling)
+            return Projections(_by_head(q, heads), _by_head(k, kv_heads), scaling)
+    if hasattr(module, "kv_b_proj"):
+        return _of_latent_attention(name, module, heads, scaling)
     for fused in ("qkv_proj", "c_attn"):
         if hasattr(module, fused):
             rows = _rows(name, fused, getattr(module, fused))
             _check_sizes(name, fused, rows, sizes[0] + 2 * sizes[1])
             q, k = tuple(x[: sizes[0]] for x in rows), tuple(x[sizes[0] : sum(sizes)] for x in rows)
-            return Projections(q, k, heads, kv_heads, scaling)
+            return Projections(_by_head(q, heads), _by_head(k, kv_heads), scaling)
     raise NotImplementedError(
-        f"{name}: expected projections named q_proj and k_proj, query and key, q_lin and k_lin, qkv_proj or c_attn, got"
-        f" a {type(module).__name__} without them"
+        f"{name}: expected projections named q_proj and k_proj, query and key, q_lin and k_lin, qkv_proj, c_attn or"
+        f" kv_b_proj, got a {type(module).__name__} without them"
     )
 
 
@@ -285,6 +291,22 @@ def _rows(name: str, child: str, layer: Any) -> tuple[Tensor, ...]:
     return (weight,) if layer.bias is None else (weight, layer.bias)
 
 
+def _by_head(rows: tuple[Tensor, ...], heads: int) -> tuple[Tensor, ...]:
+    return tuple(x.unflatten(0, (heads, -1)) for x in rows)
+
+
+def _of_latent_attention(name: str, module: Any, heads: int, scaling: Any) -> Projections:
+    """Of a head's rows of W_q, `nope` meet its own keys, which kv_b_proj makes, and the rest one key for all heads."""
+    query = "q_b_proj" if getattr(module, "q_b_proj", None) is not None else "q_proj"
+    q, kv = _rows(name, query, getattr(module, query, None)), _rows(name, "kv_b_proj", module.kv_b_proj)
+    nope = module.qk_nope_head_dim
+    _check_sizes(name, query, q, heads * (nope + module.qk_rope_head_dim))
+    _check_sizes(name, "kv_b_proj", kv, heads * (nope + module.v_head_dim))
+    q, kv = _by_head(q, heads), _by_head(kv, heads)
+    own, shared = tuple(x[:, :nope] for x in q), tuple(x[:, nope:] for x in q)
+    return Projections(own, tuple(x[:, :nope] for x in kv), scaling, shared)
+
+
 def _check_sizes(name: str, child: str, rows: tuple[Tensor, ...], wanted: int) -> None:
     if rows[0].shape[0] != wanted:
         raise NotImplementedError(
@@ -300,5 +322,5 @@ def _of_multihead_attention(module: Any) -> Projections:
     biases: list[tuple[Tensor, ...]] = [(), ()]
     if module.in_proj_bias is not None:
         biases = [(bias,) for bias in module.in_proj_bias.chunk(3)[:2]]
-    heads = module.num_heads
-    return Projections((query, *biases[0]), (key, *biases[1]), heads, heads, module.scaling)
+    q, k = (_by_head((rows, *bias), module.num_heads) for rows, bias in zip((query, key), biases, strict=True))
+    return Projections(q, k, module.scaling)
