@@ -10,11 +10,9 @@ import torch
 import tritonattn
 from tests.support.calls import operands
 from tests.support.masks import MASKS
-from tritonattn import ops
 from tritonattn.backends import reference
 from tritonattn.calls import dispatch
 from tritonattn.calls.checks import Options
-from tritonattn.scaling import Scales, Scaling
 
 
 def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
@@ -79,23 +77,6 @@ def test_auto_on_a_gpu(installed, dtype, dim, arguments, backend, reason, monkey
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
         assert dispatch.choose_backend(q, k, v, options) == backend
-
-
-def test_triton_gets_kernel_statistics(monkeypatch):
-    seen = []
-    monkeypatch.setattr(dispatch, "choose_backend", lambda *_: "triton")
-    monkeypatch.setattr(ops, "attention", lambda call, backend, aux: seen.append(backend) or call)
-
-    class Watched(Scaling):
-        name = "watched"
-
-        def scales(self, q, k, visibility, statistics):
-            seen.append(type(statistics))
-            return Scales(1.0)
-
-    with pytest.raises(AttributeError):
-        tritonattn.attention(*operands().values(), scaling=Watched())
-    assert seen == [ops.KernelStatistics, "triton"]
 
 
 def test_cpu_takes_sdpa(monkeypatch):

@@ -12,8 +12,6 @@ import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES
 from tritonattn.huggingface import attention_forward, register, unregister
 
-PADDING = ARCHITECTURES["llama"].inputs("left")["attention_mask"]
-
 
 def tokens(batch: int = 2, length: int = 13) -> torch.Tensor:
     return torch.randint(1, 61, (batch, length), generator=torch.Generator().manual_seed(1))

@@ -18,7 +18,6 @@ from tritonattn.huggingface import patch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 LLAMA = ARCHITECTURES["llama"]
-NORM_MODES = ["key_norm_sum", "key_norm_mean", "key_norm_rms", "key_norm_max", "key_norm_l2", "cosine", "power_law"]
 MODES = [*tritonattn.SCALINGS, "power_law", "ssmax", "learned_cosine", "per_head"]
 WINDOWED = ["mistral", "gemma3", "llama4"]
 

@@ -45,19 +45,6 @@ def test_a_copy_of_a_patched_model_is_its_own():
     assert patched(network) is one
 
 
-def test_a_patched_model_and_its_cache_are_pickled(tmp_path):
-    network, ids = LLAMA.build(), LLAMA.inputs()["input_ids"]
-    with patch(network, scaling="key_norm_mean", gain=torch.ones(4, 1)), torch.no_grad():
-        cache = network(input_ids=ids[:, :-1], use_cache=True).past_key_values
-        torch.save((network, cache), tmp_path / "whole.pt")
-        wanted = network(input_ids=ids[:, -1:], past_key_values=cache).logits
-    again, cache = torch.load(tmp_path / "whole.pt", weights_only=False)
-    with torch.no_grad():
-        assert torch.equal(again(input_ids=ids[:, -1:], past_key_values=cache).logits, wanted)
-    patched(again).undo()
-    assert torch.equal(logits(again), logits(network))
-
-
 @pytest.mark.parametrize("scaling", ["per_head", "ssmax", "power_law", "learned_cosine", tritonattn.nn.SSMax])
 def test_learned_parameters_train_with_the_model(scaling):
     network, ids = LLAMA.build(), LLAMA.inputs()["input_ids"]

@@ -56,9 +56,7 @@ def test_dtypes_layouts_and_new_tokens(dtype, page, count, device):
 
 
 @pytest.mark.parametrize("statistics", [True, False])
-@pytest.mark.parametrize(
-    "mode", ["sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine"]
-)
+@pytest.mark.parametrize("mode", KINDS)
 def test_every_kind_of_mode(mode, statistics, device):
     _check(torch.float32, device, scaling=mode, statistics=statistics, page=19, count=2, window=(80, None))
 
@@ -200,18 +198,6 @@ def test_results_repeat_and_neighbours_change_nothing(device):
         found = attention_decode(query[b : b + 1], **alone.arguments(), **options)
         for x, y in zip((found[0], *found[1]), (first[0], *first[1]), strict=True):
             assert torch.equal(x[0], y[b])
-
-
-def test_poisoned_buffers(device, monkeypatch):
-    """Every result is written, and parts that were not written are not read: all memory starts as NaN."""
-    empty = torch.Tensor.new_empty
-
-    def poisoned(x, *size, **options):
-        made = empty(x, *size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    _check(torch.float32, device, written=(5, 149), count=5, scaling="key_norm_l2")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -118,15 +118,6 @@ def test_a_text_without_tokens_is_refused(small, content, tmp_path, capsys):
     assert "--text" in capsys.readouterr().err
 
 
-def test_a_scaling_of_the_models_own_is_kept():
-    one = subject(head_dim=8)
-    for layer in one.model.model.layers:
-        layer.self_attn.scaling = 0.1
-    tokens = torch.randint(61, (1, 20), generator=torch.Generator().manual_seed(1))
-    own = measuring.eager_loss(one, tokens)
-    assert measuring.measure(one, tokens, variant("sqrt_dim", None)).loss == pytest.approx(own, abs=1e-5)
-
-
 def compare(*arguments: str) -> int:
     return cli.main(["compare", "--max-tokens", "40", "--modes", "key_count,cosine", *arguments])
 

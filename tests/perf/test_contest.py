@@ -65,13 +65,6 @@ def test_times_rates_and_ratios_are_those_of_one_call(monkeypatch):
     assert (ours.median_ms, ours.ratio) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("error", "bound", "wanted"), [(1.0, 4.0, 0.25), (0.0, 0.0, 0.0), (1e-9, 0.0, math.inf), (math.nan, 1.0, math.inf)]
-)
-def test_an_error_in_bounds(error, bound, wanted):
-    assert Verdict(error, bound).bounds == wanted
-
-
 def test_a_peer_that_raises_in_the_midst_of_the_rounds_is_named_and_the_others_are_timed():
     found = run(entrant("ours"), entrant("peer", call=raises_at(4)), entrant("other"))
     assert {name: record.status for name, record in found.items()} == {

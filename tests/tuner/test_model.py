@@ -53,10 +53,3 @@ def test_clocks_of_a_call():
     assert clocks(LOOP, alone) == pytest.approx(38 * 2 * 128 * (1000 + (800 + 600) / 4 + 600 / 2))
     stores = replace(LOOP, shared_bytes=5000 * 128)
     assert clocks(stores) == pytest.approx(38 * 2 * 128 * 5000)
-
-
-@pytest.mark.parametrize("kernel", ["forward", "grad_key_value", "decode"])
-@pytest.mark.parametrize("loop", [LOOP, None])
-def test_a_short_call_takes_less_but_something(kernel, loop):
-    target = GFX942 if loop is None else SM_80
-    assert 0 < clocks(loop, CONFIG, kernel, target, short=True) < clocks(loop, CONFIG, kernel, target)

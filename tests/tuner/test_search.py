@@ -44,20 +44,6 @@ def test_a_config_that_takes_the_card_with_it_ends_the_search(monkeypatch):
         run()
 
 
-def test_a_card_that_is_lost_while_it_is_timed(monkeypatch):
-    def fail(*_):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(Workload, "error", lambda self: None)
-    monkeypatch.setattr(search, "Workload", Workload)
-    monkeypatch.setattr(search, "take_turns", fail)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        run()
-    monkeypatch.setattr(search, "_is_lost", lambda device: True)
-    with pytest.raises(search.SearchError, match=r"forward/64/none/short, while timed, left the card unusable"):
-        run()
-
-
 def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):
     """It would time the config in use alone, and call it the fastest."""
 
