@@ -189,6 +189,8 @@ def test_refusals(registered):
             ours.unregister(name)
         with pytest.raises(ValueError, match=f"name: expected one that `register` made, got '{name}'"):
             ours.use(flux(), name)
+    with pytest.raises(ValueError, match="model: expected attention processors that take a backend, got Linear"):
+        ours.use(torch.nn.Linear(2, 2), registered())
     with pytest.raises(ValueError, match="name: expected lower case"):
         ours.register("TritonAttn")
     with pytest.raises(ValueError, match="which is a module"):

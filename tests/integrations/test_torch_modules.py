@@ -9,7 +9,7 @@ from torch import nn
 from tritonattn import SCALINGS, attention
 from tritonattn import nn as learned
 from tritonattn.integrations import torch_modules
-from tritonattn.integrations.torch_modules import (
+from tritonattn.integrations.torch_modules import TransformerEncoderLayer, (
     MultiheadAttention,
     replace_multihead_attention,
 )
@@ -266,3 +266,15 @@ def test_refusals():
         MultiheadAttention(E, H, scaling="power_lw")
     with pytest.raises(ValueError, match=r"model: expected one with a torch.nn.MultiheadAttention inside, got Linear"):
         replace_multihead_attention(nn.Linear(2, 2))
+
+
+def test_the_encoder_layer():
+    torch.manual_seed(0)
+    ours = TransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, dtype=torch.float64, scaling="key_norm_mean")
+    theirs = nn.TransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = tokens(N, L, E)
+    with torch.no_grad():
+        assert not torch.allclose(ours.eval()(x), theirs.eval()(x))
+        with replace_multihead_attention(theirs, "key_norm_mean"):
+            torch.testing.assert_close(ours(x, CAUSAL, is_causal=True), theirs(x, CAUSAL, is_causal=True))

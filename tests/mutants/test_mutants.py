@@ -42,8 +42,8 @@ def test_a_fault_is_caught(name):
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"), [("n.clamp(min=1.0).log()", "1 passed"), ("n.clamp(min=1).no_such_method()", "AttributeError")]
+    ("fault", "said"), [("n.clamp(min=1.0).log())", "1 passed"), ("n.clamp(min=1).no_such_method())", "AttributeError")]
 )
 def test_neither_a_change_of_nothing_nor_another_error_is_a_catch(fault, said):
-    mutant = Mutant("scaling/counts.py", "none", "n.clamp(min=1).log()", fault, COUNTS)
+    mutant = Mutant("scaling/counts.py", "none", "n.clamp(min=1).log())", fault, COUNTS)
     assert said in (why_not_caught(mutant) or "")

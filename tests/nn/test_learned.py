@@ -273,3 +273,12 @@ def test_scaling_parameters_are_those_of_every_scaling_once():
     assert len(found) == 4
     assert set(found) == {own.weight, model[1].theta, shared.s, shared.b}
     outcome(own, operands(), causal=True)
+
+
+def test_representations():
+    assert repr(nn.PerHead("key_count", heads=4)) == "PerHead(key_count, heads=4)"
+    assert repr(nn.Cosine(4, tau=2.0)) == "Cosine(Cosine(tau=2.0), heads=4)"
+    assert repr(nn.SSMax(4)) == "SSMax(heads=4, bias=False)"
+    assert repr(nn.PowerLaw(4)) == "PowerLaw(heads=4)"
+    assert repr(nn.Scheduled("sqrt_dim", "dim", 7)) == "Scheduled(sqrt_dim, dim, steps=7, blend='linear')"
+    assert "(mode): SSMax(heads=2, bias=False)" in repr(nn.PerHead(nn.SSMax(2), heads=2))

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from tritonattn.backends.triton import launch
 from tritonattn.cli import configs as cli_configs
 from tritonattn.cli import tune as cli_tune
-from tritonattn.tuner import in_use
+from tritonattn.tuner import environment, in_use
 from tritonattn.tuner.gate import Candidate
 from tritonattn.tuner.static import keys
 from tritonattn.tuner.tune import DTYPES
@@ -185,3 +185,10 @@ def test_env_says_which_tables_are_in_use(on_h100, user, monkeypatch):
         found = in_use.tables(H100)
     assert "skipped" in found[str(user / "h100.json")]
     assert "expected 1, got 9" in found[str(user / "h100.json")]
+
+
+def test_env_without_triton(monkeypatch):
+    monkeypatch.setattr(environment, "find_spec", lambda name: None)
+    facts = environment.environment()
+    assert facts["kernels run"] == "never: triton is not installed"
+    assert facts["torch"] == torch.__version__

@@ -141,3 +141,24 @@ def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):
         ]
         assert set(asked) == {(KEY.kernel, KEY.problem, processors)}
         asked.clear()
+
+
+def test_operands_that_the_memory_does_not_hold(monkeypatch):
+    def build(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
+
+    monkeypatch.setattr(search, "Workload", build)
+    result = run()
+    assert result.entry is None
+    assert "forward/64/none/short: OutOfMemoryError: CUDA out of memory" in result.wrong[0]
+
+
+def test_a_lost_card(monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert not search._is_lost(CPU)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert not search._is_lost(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert search._is_lost(torch.device("cuda"))

@@ -138,3 +138,9 @@ def test_without_nvidia_smi(error, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
     monkeypatch.setattr(subprocess, "run", run)
     assert timing.card_state(GPU) == {}
+
+
+def test_medians_and_quartiles():
+    found = timing.Timing.of([3.0, 1.0, 2.0, 4.0, 100.0])
+    assert (found.median, found.lower, found.upper, found.rounds) == (3.0, 2.0, 4.0, 5)
+    assert timing.Timing.of([2.0]) == timing.Timing(2.0, 2.0, 2.0, 1)
