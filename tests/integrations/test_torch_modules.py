@@ -9,8 +9,9 @@ from torch import nn
 from tritonattn import SCALINGS, attention
 from tritonattn import nn as learned
 from tritonattn.integrations import torch_modules
-from tritonattn.integrations.torch_modules import TransformerEncoderLayer, (
+from tritonattn.integrations.torch_modules import (
     MultiheadAttention,
+    TransformerEncoderLayer,
     replace_multihead_attention,
 )
 
