@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 from tests.support.llama import llama
 from tritonattn.cli import main as cli
 from tritonattn.core.errors import CommandError
+from tritonattn.core.progress import replace_bars
 from tritonattn.huggingface import patched
 from tritonattn.lab import demo
 from tritonattn.lab.demo import measurement as measuring
@@ -225,6 +228,24 @@ def test_where_a_model_lies(tmp_path):
     (tmp_path / "config.json").touch()
     assert model._location(str(tmp_path)) == (str(tmp_path), {})
     assert model._location("some/model") == ("some/model", {})
+
+
+def test_the_training_needs_no_package_beyond_the_extra_demo():
+    code = """
+import sys
+for name in ("scipy", "sklearn", "matplotlib"):  # of the extra lab, and of --plot
+    sys.modules[name] = None
+import tritonattn.lab.demo.recall
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bars_of_another_library_are_drawn_on_a_terminal_alone(capsys):
+    assert hasattr(model.modeling_gguf_pytorch_utils, "tqdm")
+    library = SimpleNamespace()
+    replace_bars(library)
+    assert list(library.tqdm(range(3), desc="loading")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
 
 
 def test_training_follows_the_default_modes(small, capsys, monkeypatch):

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from huggingface_hub import model_info
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
 from ...core.errors import CommandError
+from ...core.progress import replace_bars
 from ...tuning.cache_dir import user_cache
 from .measurement import Subject
 
@@ -37,6 +38,7 @@ def load(model: str | None, device: torch.device) -> Subject:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+        replace_bars(modeling_gguf_pytorch_utils)  # it does not ask `logging`
     print(f"loading {source}", file=sys.stderr)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)

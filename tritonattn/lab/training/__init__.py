@@ -11,7 +11,6 @@ from ...core.errors import CommandError
 from ...core.progress import Progress
 from ...core.provenance import Environment, command_line
 from .modes import MODES, check_mode
-from .plot import draw
 from .records import Recipe, Run, append, read
 from .report import best_recipes, comparison, exponents, grid, other_metrics
 from .tasks import TASKS
@@ -35,6 +34,8 @@ def run(options: Namespace) -> int:
     print(text)
     (options.out / f"{_stem(options)}.md").write_text(text + "\n", encoding="utf-8")
     if not options.grid:
+        from .plot import draw
+
         for name in dict.fromkeys(run.task for run in runs):
             file = options.out / f"{name}.png"
             draw([run for run in runs if run.task == name], file)

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -25,6 +23,8 @@ class Interval:
     @classmethod
     def of(cls, values: Sequence[float], confidence: float = 0.95) -> Interval:
         """Compute the interval of at least one value."""
+        from scipy import stats  # not among the packages of the demo, which trains too
+
         n = len(values)
         mean = math.fsum(values) / n
         if n == 1:
