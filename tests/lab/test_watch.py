@@ -214,6 +214,11 @@ def test_the_command_draws_by_the_suffix_and_a_torn_line_is_named(run, tmp_path,
         (b'{"task": "recall"}\n' * 3, "lacks step, loss, alarms or layers"),
         (b'{"step": 1, "loss": 1, "alarms": [], "layers": {"a": 1}}\n', "whose first line is none"),
         (b'{"step": 1, "loss": 1, "alarms": [{}], "layers": {}}\n', "whose first line is none"),
+        (b'{"step": 1, "loss": "1", "alarms": [], "layers": {}}\n', "whose first line is none: a value is no number"),
+        (b'{"step": 1, "loss": 1%s, "alarms": [], "layers": {}}\n' % (b"0" * 400), "a value is no number"),
+        (b'{"step": 1%s, "loss": 1, "alarms": [], "layers": {}}\n' % (b"0" * 400), "step is no number"),
+        (b'{"step": 1, "loss": null, "alarms": [], "layers": {}}\n', "a loss or a layer's measure"),
+        (b"[" * 100_000, "whose first line is none"),
         (b"[1]\n", "lacks step"),
         (b"\x89PNG\xff\xfe", "it is no text"),
     ],
@@ -228,6 +233,17 @@ def test_another_file_is_refused_in_one_line(content, part, tmp_path, capsys):
     assert said[0].startswith("tritonattn watch: FILE: expected ")
     assert part in said[0]
     assert not (tmp_path / "a.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("losses", "drawn"), [((1e308, -1e308), 0), ((3e38, 3e38), 2), ((1e17, 1e17), 2), ((-3e38, 3e38), 2)]
+)
+def test_values_that_no_axis_holds_are_left_out(losses, drawn, tmp_path):
+    file = written(tmp_path, *(record(step, loss) for step, loss in enumerate(losses)))
+    found = {panel.measure: panel for panel in Watched.read(file).panels()}
+    assert len(found["loss"].values() if "loss" in found else []) == drawn
+    for suffix in (".html", ".png"):
+        assert cli.main(["watch", str(file), "--output", str(tmp_path / f"a{suffix}")]) == 0
 
 
 @pytest.mark.parametrize("output", ["a.pdf", "a", "run.jsonl"])

@@ -25,6 +25,7 @@ MEASURES = {
     "output_variance": ("variance of the output", "variance"),
 }
 Points = list[tuple[int, float | None]]
+_SMALLEST, _LARGEST = 1e-45, 3.5e38  # of fp32: an axis cannot hold fp64's
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def span(panel: Panel, panels: list[Panel]) -> tuple[float, float]:
     low, high = min(values), max(values)
     if panel.logarithmic:
         low, high = math.log10(low), math.log10(high)
-    margin = 0.05 * (high - low) or 0.5
+    margin = 0.05 * (high - low) or 0.5 * max(1, abs(high))
     low, high = low - margin, high + margin
     return (10**low, 10**high) if panel.logarithmic else (low, high)
 
@@ -119,7 +120,10 @@ class Watched:
         if all(_refused(line) for line in lines):
             got = f"{str(file)!r}, whose first line is none: {_refused(lines[0])}"
             raise CommandError(f"FILE: expected JSON lines that a Monitor wrote, got {got}")
-        return cls(file.name, records.read(file, _decoded, "a record of a Monitor"))
+        watched = cls(file.name, records.read(file, _decoded, "a record of a Monitor"))
+        if not watched.panels():
+            raise CommandError(f"FILE: expected a loss or a layer's measure in a record, got none in {str(file)!r}")
+        return watched
 
     @property
     def layers(self) -> list[str]:
@@ -160,19 +164,22 @@ class Watched:
                 value = record.loss if measure == LOSS else record.layers.get(name, {}).get(measure)
                 if points and record.step <= points[-1][0]:  # a later run, or one that went back to a checkpoint
                     points.append((record.step, None))
-                shown = value is not None and math.isfinite(value) and (value > 0 or not log)
-                points.append((record.step, value if shown else None))
+                points.append((record.step, value if _fits_axis(value, log) else None))
             curves[name] = points
         return curves
 
     def _panel(self, measure: str) -> Panel:
         standing = [one for record in self.records for one in record.alarms if one.measure == measure]
-        limits = sorted({one.limit for one in standing if one.limit is not None})
+        limits = sorted({one.limit for one in standing if one.limit is not None and _fits_axis(one.limit, False)})
         return Panel(measure, self._curves(measure), [one for one in standing if one.new], limits)
 
 
 def _is_logarithmic(measure: str) -> bool:
     return MEASURES[measure][1] in ("norm", "variance")
+
+
+def _fits_axis(value: float | None, log: bool) -> bool:
+    return value is not None and abs(value) <= _LARGEST and (value >= _SMALLEST or not log)
 
 
 def pattern(names: list[str]) -> str:
@@ -215,7 +222,7 @@ def _refused(line: str) -> str | None:
     """Why a line is no record; None if it is one."""
     try:
         _decoded(json.loads(line))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         return str(error)
     return None
 
@@ -224,11 +231,20 @@ def _decoded(line: Any) -> Record:
     """Make a record of a line's value. Raises ValueError, TypeError or KeyError."""
     if not isinstance(line, dict) or not {"step", "loss", "alarms", "layers"} <= line.keys():
         raise ValueError("it lacks step, loss, alarms or layers")
-    if not isinstance(line["layers"], dict) or not isinstance(line["step"], int):
+    if type(line["step"]) is not int or abs(line["step"]) >= 2**63 or not isinstance(line["layers"], dict):
         raise ValueError("step is no number, or layers are no object")
     alarms = [Mark(step=line["step"], **one) for one in line["alarms"]]
+    for number in [line["loss"], *(x for one in alarms for x in (one.value, one.limit))]:
+        _check_number(number)
     layers = {
         name: {measure: layer_value(measure, measures[measure] or ()) for measure in MEASURES if measure in measures}
         for name, measures in line["layers"].items()
     }
+    for number in (x for measures in layers.values() for x in measures.values()):
+        _check_number(number)
     return Record(line["step"], line["loss"], alarms, layers)
+
+
+def _check_number(x: Any) -> None:
+    if x is not None and type(x) is not float and (type(x) is not int or abs(x) >= 2**1023):
+        raise ValueError(f"a value is no number: {str(x)[:40]}")
