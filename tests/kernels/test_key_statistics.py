@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests.support.masks import MASKS
-from tritonattn import KeyStatistics
+from tritonattn import KeyStatistics, attention
 from tritonattn.backends import triton as triton_backend
 from tritonattn.calls import key_statistics as cache_statistics
+from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.statistics import Statistics, key_lengths_of
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops import KernelStatistics
@@ -70,17 +71,20 @@ def test_gradients_of_keys_and_of_their_lengths_are_added_before_they_are_rounde
     d_k[:, :, 30:] = 0
     d_lengths = torch.randn(2, 2, 33, generator=random).to(device)
     leaf = k.clone().requires_grad_()
-    statistics = KernelStatistics(leaf, Visibility.of(k, k, key_lengths=torch.tensor([30, 30], device=device)))
-    lengths, (q, same) = statistics.lengths, statistics.operands(k, leaf)
-    assert q is k
+    visibility = Visibility.of(k, k, key_lengths=torch.tensor([30, 30], device=device))
+    statistics = KernelStatistics(leaf, visibility)
+    lengths, call = statistics.lengths, statistics.widened(AttentionCall(k, leaf, k, visibility, Logits(1.0)))
+    assert call.tensors[0] is call.q is k
+    assert torch.equal(call.k, leaf)
+    same = call.tensors[1]
     assert same is not leaf
-    assert torch.equal(same, leaf)
+    assert same.dtype == torch.float32
     strided = d_k.transpose(2, 3).contiguous().transpose(2, 3)
-    found = torch.autograd.grad((lengths, same), leaf, (d_lengths, strided), retain_graph=True)[0]
+    found = torch.autograd.grad((lengths, same), leaf, (d_lengths, strided.float()), retain_graph=True)[0]
     wide = k.double().requires_grad_()
     exact = d_k + torch.autograd.grad(key_lengths_of(wide, seen), wide, d_lengths.double())[0]
     torch.testing.assert_close(found, exact.to(dtype), rtol=1e-6, atol=1e-6)
-    assert torch.equal(torch.autograd.grad(same, leaf, d_k)[0], d_k)
+    assert torch.equal(torch.autograd.grad(same, leaf, d_k.float())[0], d_k)
 
 
 def _held(statistics: KeyStatistics) -> list[torch.Tensor]:
@@ -125,3 +129,23 @@ def test_many_keys_are_appended_in_steps(device, monkeypatch):
         sums, maxima = (buffer[entry, :, 1 : count + 1] for buffer in statistics._buffers()[2::2])
         torch.testing.assert_close(sums, lengths[entry, :, :count].cumsum(-1), rtol=1e-6, atol=0)
         torch.testing.assert_close(maxima.double(), lengths[entry, :, :count].cummax(-1).values, rtol=1e-6, atol=0)
+
+
+class _Other(torch.Tensor):
+    """A tensor for which operators of torch.library are called."""
+
+
+@pytest.mark.parametrize("name", ["v", "d_out"])
+def test_gradients_where_an_operator_takes_over_after_lengths_were_measured(name, device):
+    random = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (torch.randn(1, 2, 20, 16, generator=random).bfloat16().to(device) for _ in range(4))
+
+    def gradients(**other: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = {"v": v, "d_out": d_out} | other
+        leaves = [x.detach().requires_grad_() for x in (q, k, given["v"])]
+        out = attention(*leaves, scaling="cosine", causal=True, backend="triton")
+        return torch.autograd.grad(out, leaves, given["d_out"])
+
+    plain, other = gradients(), gradients(**{name: {"v": v, "d_out": d_out}[name].as_subclass(_Other)})
+    for found, expected in zip(other, plain, strict=True):
+        assert torch.equal(found.as_subclass(torch.Tensor), expected)

@@ -15,7 +15,7 @@ WORK = {
     "forward, key_norm_sum": (3, 3),
     "with backward, sqrt_dim": (4, 0),
     "with backward, key_count": (4, 2),
-    "with backward, key_norm_sum": (8, 11),
+    "with backward, key_norm_sum": (8, 8),
     "decode, sqrt_dim": (2, 0),
     "decode, key_count": (2, 8),
     "decode, key_norm_sum and KeyStatistics": (2, 11),

@@ -104,9 +104,7 @@ def _attend(
     else:
         statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visibility)
         logits = Logits(*factor.scales(q, k, visibility, statistics), options.cap, sinks)
-        if statistics.measured:
-            q, k = statistics.operands(q, k)
-        call = AttentionCall(q, k, v, visibility, logits, dropout)
+        call = statistics.widened(AttentionCall(q, k, v, visibility, logits, dropout))
         if not options.return_aux:
             return _out(call, backend)
         result = ops.attention(call, backend, aux=True)

@@ -33,9 +33,12 @@ class AttentionCall:
 
     q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; any strides; one dtype, in which the output is
     dropout    on the probabilities, after the softmax
+    wide_q     fp32 of q's shape, or None: stands for q in the graph and takes its gradient in fp32; its values are not
+               read, and it may have no memory
+    wide_k     likewise k's
 
-    Beside a 16-bit v, q and k may hold 16-bit values in fp32. Their gradients are then fp32, so that gradients by other
-    ways, as through key lengths, are added before the sum is rounded.
+    Gradients by other ways, as through key lengths, are added to an fp32 gradient before the sum is rounded. For the
+    same end q and k may hold 16-bit values in fp32 beside a 16-bit v.
     """
 
     q: Tensor
@@ -44,12 +47,16 @@ class AttentionCall:
     visibility: Visibility
     logits: Logits
     dropout: Dropout | None = None
+    wide_q: Tensor | None = None
+    wide_k: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The tensors that may have a gradient, in the order of `Gradients`."""
-        logits = self.logits
-        return self.q, self.k, self.v, logits.query_scale, logits.key_scale, logits.sinks
+        _, query_scale, key_scale, _, sinks = self.logits
+        q = self.q if self.wide_q is None else self.wide_q
+        k = self.k if self.wide_k is None else self.wide_k
+        return q, k, self.v, query_scale, key_scale, sinks
 
     def narrowed(self) -> AttentionCall:
         """The call with q and k in v's dtype."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .autograd import apply, runs_eagerly
+from .call import AttentionCall
 from .ranges import argmax_over_ranges, prefix_sum
 from .visibility import Visibility
 
@@ -33,8 +34,6 @@ class Statistics:
     Row statistics are [B, Hq, Sq] where the query heads of a group see different keys
     (`visibility.per_query_head`), and 0 for a row without keys. k in fp64 gives fp64 everywhere. Each is
     computed at its first use and kept.
-
-    measured   tensors whose lengths have a gradient, each with the same values in fp32, which attention then reads
     """
 
     _scan: Callable[[Tensor], Tensor] = staticmethod(prefix_sum)
@@ -44,7 +43,6 @@ class Statistics:
         self._source = k
         self.visibility = visibility
         self._known: dict[str, Tensor] = {}
-        self.measured: list[tuple[Tensor, Tensor]] = []
 
     @property
     def k(self) -> Tensor:
@@ -76,10 +74,9 @@ class Statistics:
     def _lengths_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
         return key_lengths_of(x, seen)
 
-    def operands(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k, each as it was `measured`: gradients add up before they are rounded, in one pass."""
-        found = {id(x): wide for x, wide in self.measured}
-        return found.get(id(q), q), found.get(id(k), k)
+    def widened(self, call: AttentionCall) -> AttentionCall:
+        """The call with gradients in fp32 for q and k, where gradients of their lengths are added to them."""
+        return call
 
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         # Not functools.cached_property: torch.compile cannot trace its lock (Python < 3.12).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -58,7 +58,12 @@ class _Flat(NamedTuple):
     def of(cls, call: AttentionCall, backend: str, aux: bool, keep_rounding: bool) -> _Flat:
         visible, sequences, dropout = call.visibility, call.visibility.sequences, call.dropout
         return cls(
-            *call.tensors,
+            call.q,
+            call.k,
+            call.v,
+            call.logits.query_scale,
+            call.logits.key_scale,
+            call.logits.sinks,
             key_lengths=visible.key_lengths,
             key_ranges=visible.key_ranges,
             mask=visible.mask,
@@ -99,6 +104,8 @@ class _Flat(NamedTuple):
 _GRADIENTS = len(Gradients._fields)
 _TENSORS = _Flat._fields.index("scale")
 _CALL = arguments_of(_Flat)
+_Wide = tuple[Tensor | None, Tensor | None]  # wide_q and wide_k of an AttentionCall
+_NOT_WIDE: _Wide = (None, None)
 
 
 def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
@@ -109,12 +116,39 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     tensors = call.tensors
     keep_rounding = call.v.dtype.itemsize == 2 and (is_transformed() or needs_graph(*tensors))
     if not runs_eagerly(*tensors):
-        results = _Attention.apply(*_Flat.of(_without_repeats(call), backend, aux, keep_rounding))
+        results = _Attention.apply(*_Flat.of(_without_repeats(_with_values(call)), backend, aux, keep_rounding))
     elif needs_graph(*tensors):
         results = apply_with_graph(_EagerAttention, *tensors, _Flat.of(call, backend, aux, keep_rounding), call)
     else:
         return _forward(call, backend, aux, has_graph=False)
     return ForwardResult(*results[: 4 if aux else 2])
+
+
+def _with_values(call: AttentionCall) -> AttentionCall:
+    """The call with q and k in fp32 where their gradients are: what stands for them in the graph has no values."""
+    if call.wide_q is None and call.wide_k is None:
+        return call
+    q = call.q if call.wide_q is None else _Widened.apply(call.q.detach(), call.wide_q)
+    k = call.k if call.wide_k is None else _Widened.apply(call.k.detach(), call.wide_k)
+    return replace(call, q=q, k=k, wide_q=None, wide_k=None)
+
+
+class _Widened(Function):
+    """x in fp32, whose gradient goes to another tensor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, wide):
+        return x.float()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return None, g
 
 
 def _without_repeats(call: AttentionCall) -> AttentionCall:
@@ -152,10 +186,17 @@ def _forward_of(flat: _Flat, call: AttentionCall) -> tuple[Tensor, ...]:
 
 
 def _backward(
-    flat: _Flat, saved: tuple[Tensor, Tensor, Tensor | None], d_out: Tensor | None, d_lse: Tensor | None, needs: Needs
+    flat: _Flat,
+    wide: _Wide,
+    results: tuple[Tensor, Tensor, Tensor | None],
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    needs: Needs,
 ) -> Gradients:
-    """Compute gradients from `saved`: out, lse and rounding."""
-    call, (out, lse, rounding) = flat.call(), saved
+    """Compute gradients from `results`: out, lse and rounding."""
+    call, (out, lse, rounding) = flat.call(), results
+    if any(x is not None for x in wide):
+        call = replace(call, wide_q=wide[0], wide_k=wide[1])
     if _is_empty(call):
         pairs = zip(flat[:_GRADIENTS], needs, strict=True)
         return Gradients(*(_zeros(x) if need else None for x, need in pairs))
@@ -223,7 +264,7 @@ def _(*arguments):
 )
 def _backward_operator(*arguments):
     *flat, out, lse, rounding, d_out, d_lse, needs = arguments
-    return _filled(_backward(_Flat(*flat), (out, lse, rounding), d_out, d_lse, Needs(*needs)), out)
+    return _filled(_backward(_Flat(*flat), _NOT_WIDE, (out, lse, rounding), d_out, d_lse, Needs(*needs)), out)
 
 
 @_backward_operator.register_fake
@@ -289,25 +330,35 @@ class _Attention(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        out, lse, max_logit, entropy, rounding = output
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(max_logit, entropy, rounding)
-        ctx.save_for_backward(*inputs[:_TENSORS], out, lse, rounding)
-        ctx.settings = inputs[_TENSORS:]
+        _keep(ctx, inputs, output, _NOT_WIDE)
 
     @staticmethod
     @first_order
     def backward(ctx, saved, d_out, d_lse, *none):
-        *tensors, out, lse, rounding = saved
-        flat = _Flat(*tensors, *ctx.settings)
-        rounding = rounding if flat.keep_rounding else None
-        needs = Needs(*ctx.needs_input_grad[:_GRADIENTS])
-        if runs_eagerly(*tensors, d_out, d_lse):
-            gradients = _backward(flat, (out, lse, rounding), d_out, d_lse, needs)
-        else:
-            filled = _backward_operator(*flat, out, lse, rounding, d_out, d_lse, list(needs))
-            gradients = (gradient if need else None for gradient, need in zip(filled, needs, strict=True))
-        return (*gradients, *[None] * (len(_Flat._fields) - _GRADIENTS))
+        return (*_gradients(ctx, saved, d_out, d_lse), *[None] * (len(_Flat._fields) - _GRADIENTS))
+
+
+def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor], wide: _Wide) -> None:
+    out, lse, max_logit, entropy, rounding = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(max_logit, entropy, rounding)
+    ctx.save_for_backward(*inputs[:_TENSORS], *wide, out, lse, rounding)
+    ctx.settings = inputs[_TENSORS:]
+
+
+def _gradients(ctx: Any, saved: Sequence[Any], d_out: Tensor | None, d_lse: Tensor | None) -> Iterable[Tensor | None]:
+    *tensors, wide_q, wide_k, out, lse, rounding = saved
+    flat = _Flat(*tensors, *ctx.settings)
+    rounding = rounding if flat.keep_rounding else None
+    needs = Needs(*ctx.needs_input_grad[:_GRADIENTS])
+    if runs_eagerly(*tensors, d_out, d_lse):
+        return _backward(flat, (wide_q, wide_k), (out, lse, rounding), d_out, d_lse, needs)
+    if wide_q is not None:
+        flat = flat._replace(q=flat.q.float())
+    if wide_k is not None:
+        flat = flat._replace(k=flat.k.float())
+    filled = _backward_operator(*flat, out, lse, rounding, d_out, d_lse, list(needs))
+    return (gradient if need else None for gradient, need in zip(filled, needs, strict=True))
 
 
 class _EagerAttention(Function):
@@ -317,12 +368,13 @@ class _EagerAttention(Function):
     def forward(ctx, *arguments):
         flat, call = arguments[_GRADIENTS:]
         outputs = _forward_of(flat, call)
-        _Attention.setup_context(ctx, flat, outputs)
+        _keep(ctx, flat, outputs, (call.wide_q, call.wide_k))
         return outputs
 
     @staticmethod
-    def backward(ctx, *gradients):
-        return (*_Attention.backward(ctx, *gradients)[:_GRADIENTS], None, None)
+    @first_order
+    def backward(ctx, saved, d_out, d_lse, *none):
+        return (*_gradients(ctx, saved, d_out, d_lse), None, None)
 
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from ..core.autograd import apply, first_order, is_transformed, needs_graph, runs_eagerly
+from ..core.call import AttentionCall
 from ..core.statistics import Statistics
+from ..core.visibility import Visibility
 from .mapping import in_one_batch
 from .schema import qualified
 
@@ -36,6 +39,11 @@ class KernelStatistics(Statistics):
     _scan = staticmethod(_prefix_sum)
     _argmax = staticmethod(_argmax_over_ranges)
 
+    def __init__(self, k: Tensor | Callable[[], Tensor], visibility: Visibility) -> None:
+        super().__init__(k, visibility)
+        self._wide: list[tuple[Tensor, Tensor]] = []  # tensors whose lengths have a gradient, and what takes theirs
+        self._has_values = False
+
     def _seen_keys(self) -> Tensor:
         visible = self.visibility
         is_plain = runs_eagerly(visible.key_lengths, visible.key_ranges)
@@ -44,9 +52,19 @@ class KernelStatistics(Statistics):
     def _lengths_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
         if not (is_transformed() or needs_graph(x)):
             return _key_lengths(x, seen)
-        lengths, wide = apply(_LengthsBeside, x, seen)
-        self.measured.append((x, wide))
+        self._has_values = x.dtype == torch.float32 or not runs_eagerly(x)
+        lengths, wide = apply(_LengthsBeside, x, seen, self._has_values)
+        self._wide.append((x, wide))
         return lengths
+
+    def widened(self, call: AttentionCall) -> AttentionCall:
+        if not self._wide:
+            return call
+        wide = {id(x): own for x, own in self._wide}
+        q, k = wide.get(id(call.q)), wide.get(id(call.k))
+        if not self._has_values:
+            return replace(call, wide_q=q, wide_k=k)
+        return replace(call, q=call.q if q is None else q, k=call.k if k is None else k)
 
 
 def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> bool:
@@ -118,28 +136,36 @@ def _(k, seen, lengths, d_lengths, added):
 
 
 class _LengthsBeside(Function):
-    """Lengths of x [B, H, S, D], fp32 [B, H, S], and x in fp32: gradients of both are added, and rounded once."""
+    """Lengths of x [B, H, S, D], fp32 [B, H, S], and fp32 of x's shape: gradients of both are added, and rounded once.
+
+    has_values   the second holds the values of x; else it has no memory, and only takes a gradient
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, seen):
-        return _key_lengths(x, seen), x.view_as(x) if x.dtype == torch.float32 else x.float()
+    def forward(x, seen, has_values):
+        if has_values:
+            wide = x.view_as(x) if x.dtype == torch.float32 else x.float()
+        else:
+            wide = x.new_empty((), dtype=torch.float32).expand(x.shape)
+        return _key_lengths(x, seen), wide
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
+        x, seen, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, output[0])
+        ctx.save_for_backward(x, seen, output[0])
 
     @staticmethod
     @first_order
     def backward(ctx, saved, d_lengths, d_wide):
         x, seen, lengths = saved
         if d_lengths is None:
-            return (None if d_wide is None else d_wide.to(x.dtype)), None
+            return (None if d_wide is None else d_wide.to(x.dtype)), None, None
         eager = runs_eagerly(*saved, d_lengths, d_wide)
         run = _kernels().key_lengths_backward if eager else _key_lengths_backward_operator
-        return run(x, seen, lengths, d_lengths, d_wide), None
+        return run(x, seen, lengths, d_lengths, d_wide), None, None
 
 
 def _keep_lengths(ctx, inputs, output) -> None:

@@ -46,7 +46,8 @@ def backward(
     out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in out's dtype and d_lse fp32 [B, Hq, Sq], any
     strides.
     """
-    wide_q, wide_k = call.q.dtype != call.v.dtype, call.k.dtype != call.v.dtype
+    wide_q = call.wide_q is not None or call.q.dtype != call.v.dtype
+    wide_k = call.wide_k is not None or call.k.dtype != call.v.dtype
     call = call.narrowed()
     d_out = _aligned_copy(d_out)
     shared = _call_arguments(call) | {"d_out": strided(d_out)}
