@@ -27,6 +27,7 @@ from tritonattn.core.errors import INTERRUPTED
 from tritonattn.core.provenance import commit
 
 from . import sanitize
+from .instrument import instruments
 
 ROOT = Path(__file__).resolve().parents[1]
 _GRACE = 60.0  # most seconds past its share that a process has to start up and to finish its work
@@ -110,10 +111,17 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
             cut=" is spent: run the command again",
         ),
         sweep("overhead"),
+        *(_instrumented(one, out) for one in instruments()),
         *(Phase(tool, of_perf("sanitize", "--tools", tool), 2) for tool in (sanitize.present() if on_gpu else ())),
         Phase("report", of_perf("report", *files, "--out", str(out / "report.md")), 0, again=True),
         Phase("plots", of_perf("plot", *files, "--out", str(out / "plots")), 0, again=True),
     ]
+
+
+def _instrumented(name: str, out: Path) -> Phase:
+    """A short soak of kernels with one of Triton's sanitizers in them."""
+    options = ("--device", "cuda", "--bare", "--instrument", name, "--go-on", str(out / f"{name}.txt"))
+    return Phase(name, ("-m", "perf", "soak", *options), 2, "--minutes", failure="repeat it: ")
 
 
 def budget(chosen: list[Phase], minutes: float) -> dict[str, float]:

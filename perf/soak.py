@@ -15,6 +15,7 @@ from tritonattn.cli.options import whole_number
 from tritonattn.core.provenance import commit
 
 from .devices import kernels_on, obstacle
+from .instrument import INSTRUMENTS, instrumented, instruments
 from .soak_draw import HAZARD_SEEDS, INTERPRETED, ON_A_GPU, trials
 from .soak_guards import CONFIGS, small_tiles, soaking
 from .soak_trial import Trial
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bare", action="store_true", help="tensors as they come, without NaN around and in them: for a sanitizer"
     )
+    parser.add_argument(
+        "--instrument",
+        choices=INSTRUMENTS,
+        help="compile a sanitizer of Triton's in; small tiles, since it is slow",
+    )
     parser.set_defaults(run=run)
 
 
@@ -44,13 +50,19 @@ def run(arguments: argparse.Namespace) -> None:
     kind = "interpret" if arguments.device == "cpu" else arguments.device
     if reason := obstacle(kind):
         sys.exit(f"soak: {reason}")
+    if arguments.instrument and arguments.instrument not in instruments():
+        sys.exit(f"soak: --instrument: this triton has no {arguments.instrument} for this device")
     warnings.filterwarnings("ignore", ".*deterministic")
     name = torch.cuda.get_device_name() if kind == "cuda" else kind
     first = max(arguments.seed, _next_seed(arguments.go_on))
     print(f"commit {commit()}, torch {torch.__version__}, {name}, seeds from {first}", flush=True)
     start = shown = time.monotonic()
     count = failed = 0
-    with kernels_on(kind) as device, soaking(guards=not arguments.bare) as executor:
+    with (
+        instrumented(arguments.instrument),
+        kernels_on(kind) as device,
+        soaking(guards=not arguments.bare) as executor,
+    ):
         for trial in trials(first, device, ON_A_GPU if kind == "cuda" else INTERPRETED):
             now = time.monotonic()
             if (count and now - start > 60 * arguments.minutes) or count == arguments.trials:
@@ -58,7 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
             if now - shown > _SECONDS_BETWEEN_LINES:
                 print(f"{now - start:.0f} s: {count} calls, {executor.launches} launches, {failed} failed", flush=True)
                 shown = now
-            launch.config_for = CONFIGS[trial.stages] if kind == "cuda" else small_tiles
+            is_quick = kind == "cuda" and not arguments.instrument
+            launch.config_for = CONFIGS[trial.stages] if is_quick else small_tiles
             failed += not _passes(trial, arguments)
             count += 1
             if arguments.go_on:
@@ -83,7 +96,7 @@ def _passes(trial: Trial, arguments: argparse.Namespace) -> bool:
     try:
         trial.check()
     except Exception as error:
-        bare = " --bare" if arguments.bare else ""
+        bare = " --bare" * arguments.bare + f" --instrument {arguments.instrument}" * bool(arguments.instrument)
         repeat = f"python -m perf soak --device {arguments.device} --trials 1 --seed {trial.seed}{bare}"
         print(f"{described}\n{type(error).__name__}: {error}\nrepeat it: {repeat}", file=sys.stderr, flush=True)
         if not isinstance(error, AssertionError):

@@ -43,6 +43,8 @@ def test_sanitizers_run_where_they_are(monkeypatch):
     monkeypatch.setattr(gpu.sanitize, "present", lambda: ("memcheck", "racecheck"))
     assert names("cuda")[-4:] == ["memcheck", "racecheck", "report", "plots"]
     assert "memcheck" not in names("emulate")
+    monkeypatch.setattr(gpu, "instruments", lambda: ("consan",))
+    assert names("cuda")[-5:] == ["consan", "memcheck", "racecheck", "report", "plots"]
 
 
 @pytest.mark.parametrize("name", ["environment", "preflight", "forward"])

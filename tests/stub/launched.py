@@ -56,9 +56,8 @@ def launched(
     parts = list(parameters.parts())
     scratch = parts[len(expected) :]
     assert all(len(part) == 8 for part in scratch), f"{metadata.name}: {len(expected)} parameters expected"
-    assert getattr(metadata, "global_scratch_size", 0) or not any(map(any, scratch)), (
-        "scratch memory that none asked for"
-    )
+    wanted = [getattr(metadata, f"{name}_scratch_size", 0) for name in ("global", "profile")]
+    assert any(wanted) or not any(map(any, scratch)), "scratch memory that none asked for"
     for (name, value), part in zip(expected, parts, strict=False):
         found = part[:-_MARK] if len(part) == MAP_BYTES else part
         assert found == value, f"{metadata.name}, {name}: expected the bytes {value.hex()}, got {found.hex()}"
