@@ -18,6 +18,7 @@ from tritonattn.analysis import Alarm, Monitor, Thresholds, qk_clip
 from tritonattn.huggingface import patch
 from tritonattn.huggingface.architecture import interface_keywords
 from tritonattn.integrations.torch_modules import MultiheadAttention
+from tritonattn.nn import QueryAdaptiveSSMax, ScaledAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 QUIET = Thresholds(None, None, None)
@@ -216,6 +217,8 @@ def test_qk_norm_is_refused_by_name():
 
 def test_others_are_refused_by_name():
     refused(Net(scaling="cosine"), "attention", "scaling cosine")
+    fresh = QueryAdaptiveSSMax(heads=4, head_dim=8)  # its weight of q is 0
+    refused(Net(scaling=fresh), "attention", "scaling query_adaptive_ssmax")
     refused(nn.ModuleDict({"a": nn.Linear(3, 3), "b": Net()}), "a", "layout of Linear")
     net = Net()
     net.attention.q_proj = nn.Sequential(net.attention.q_proj)
@@ -229,6 +232,12 @@ def test_others_are_refused_by_name():
     gated = Net()
     gated.attention.q_proj = nn.Linear(32, 64)
     refused(gated, "attention", "expected 32 outputs of q_proj, got 64")
+
+
+def test_a_scaling_may_know_the_head_dim():
+    root = ScaledAttention(64, heads=4, scaling=QueryAdaptiveSSMax(heads=4, head_dim=16))
+    with pytest.raises(NotImplementedError, match="scaling query_adaptive_ssmax: its logits are not proportional to q"):
+        qk_clip(root)
 
 
 def test_a_model_without_a_layer_that_can_be_clipped_is_refused_at_once():

@@ -150,10 +150,44 @@ def test_a_mistake_is_named_with_its_mask(scaling, mask, about):
 def test_what_is_no_scaling_is_refused():
     with pytest.raises(TypeError, match=r"got the class Counts; write Counts\(\)"):
         check_scaling(Counts)
-    with pytest.raises(TypeError, match="scaling: expected a name, a Scaling"):
+    with pytest.raises(TypeError, match=r"scaling: expected a name or a Scaling, got float 0\.5"):
         check_scaling(0.5)
     with pytest.raises(ValueError, match="did you mean 'key_count'"):
         check_scaling("key_coumt")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_compared_where_none_are_recorded(mode):
+    scaling = HalfAGradient()
+    with mode(), pytest.raises(ValueError, match="towards power differs"):
+        check_scaling(scaling)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "about"),
+    [
+        ({"heads": 0}, ValueError, "heads: expected at least 1, got 0"),
+        ({"heads": 2.0}, TypeError, r"heads: expected an int, got float 2\.0"),
+        ({"kv_heads": 0}, ValueError, "kv_heads: expected at least 1, got 0"),
+        ({"heads": 3, "kv_heads": 2}, ValueError, "kv_heads: expected a number that divides heads = 3, got 2"),
+        ({"head_dim": 0}, ValueError, "head_dim: expected at least 1, got 0"),
+    ],
+)
+def test_sizes_of_no_call_are_refused(sizes, error, about):
+    with pytest.raises(error, match=f"^{about}"):
+        check_scaling(Counts(), **sizes)
+
+
+def test_a_factor_that_is_not_finite_in_both_formulas_is_refused():
+    class Infinite(Counts):
+        def scales(self, q, k, visibility, statistics):
+            return Scales(1.0, query=1 / torch.zeros(q.shape[:3]))
+
+        def multiplier(self, q, k, visible):
+            return 1 / torch.zeros(())
+
+    with pytest.raises(ValueError, match="expected a finite number, got inf at"):
+        check_scaling(Infinite())
 
 
 def test_sizes_are_as_asked_and_the_generator_stays():

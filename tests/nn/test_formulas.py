@@ -102,6 +102,8 @@ def test_query_adaptive_ssmax_ignores_rows_without_keys():
 def test_query_adaptive_ssmax_of_another_head_dim():
     with pytest.raises(ValueError, match="expected q of QueryAdaptiveSSMax's head dim 8, got 16"):
         factors(nn.QueryAdaptiveSSMax(4, 8))
+    with pytest.raises(ValueError, match="expected q of QueryAdaptiveSSMax's head dim 8, got 16"):
+        nn.QueryAdaptiveSSMax(4, 8).multiplier(*torch.zeros(2, 1, 4, 3, 16), torch.ones(1, 1, 3, 3).bool())
 
 
 @pytest.mark.parametrize("tau", [None, 10.0])

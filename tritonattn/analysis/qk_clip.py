@@ -181,7 +181,7 @@ def _by_reason(skipped: dict[str, str]) -> str:
 def _plan(name: str, module: nn.Module, gamma: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     """Pairs of rows [H, d, ...] and factors [H], none without gamma; raises for a layer that cannot be clipped."""
     found = _projections(name, module)
-    degree = _degree_in_keys(found.scaling, name)
+    degree = _degree_in_keys(found, name)
     if gamma is None:
         return []
     heads, kv_heads = found.query[0].shape[0], found.key[0].shape[0]
@@ -198,26 +198,30 @@ def _multiply(rows: Tensor, factor: Tensor) -> None:
     rows.copy_(rows.double() * factor.to(rows.device).reshape(-1, *(1,) * (rows.dim() - 1)))
 
 
-def _degree_in_keys(scaling: Any, name: str) -> int:
+def _degree_in_keys(found: Projections, name: str) -> int:
     """1 if doubled keys double the logits, 0 if they leave them; found by the scaling's formula.
 
     Raises NotImplementedError if the logits are not proportional to q, or depend on the size of k in another way.
     """
+    scaling = found.scaling
     if not isinstance(scaling, Scaling):
         return 1
     parameters = list(scaling.parameters()) if isinstance(scaling, nn.Module) else []
-    heads = max((x.shape[0] for x in parameters if x.dim() > 0), default=1)
     device = parameters[0].device if parameters else "cpu"
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, 4, 8, dtype=torch.float64, generator=generator).to(device) for _ in range(2))
+    sizes = 1, found.query[0].shape[0], 4, sum(rows[0].shape[1] for rows in (found.query, found.query_alone) if rows)
+    q, k = (torch.randn(sizes, dtype=torch.float64, generator=generator).to(device) for _ in range(2))
     visible = torch.ones(1, 1, 4, 4, dtype=torch.bool, device=device).tril()
 
     def factor(q: Tensor, k: Tensor) -> Tensor:
         found = torch.as_tensor(scaling.multiplier(q, k, visible), dtype=torch.float64, device=device)
         return torch.where(visible, found, 0)  # factors of invisible pairs may be anything
 
-    one, other_q, other_k = factor(q, k), factor(2 * q, k), factor(q, 2 * k)
-    if torch.allclose(other_q, one, rtol=1e-4):
+    with torch.enable_grad():
+        one = factor(q.requires_grad_(), k)
+        by_q = torch.autograd.grad(one.sum(), q, allow_unused=True)[0] if one.requires_grad else None
+    other_q, other_k = factor(2 * q, k), factor(q, 2 * k)
+    if by_q is None and torch.allclose(other_q, one, rtol=1e-4):  # a weight of q may still be 0
         if torch.allclose(other_k, one, rtol=1e-4):
             return 1
         if torch.allclose(2 * other_k, one, rtol=1e-4):

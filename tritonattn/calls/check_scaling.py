@@ -12,7 +12,7 @@ from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scaling
-from .checks import check_number, named_scaling, refuse_scaling
+from .checks import check_count, check_number, kind_of, named_scaling, refuse_scaling
 from .factor import Factor
 
 _BATCH, _ROWS, _KEYS = 2, 10, 12
@@ -33,8 +33,9 @@ def check_scaling(
 
     Args:
         scaling: A `Scaling`, or a name in `SCALINGS`.
-        heads: Query heads. None takes the scaling's `heads`, else the first axis of its parameters, else 4.
-        kv_heads: Key heads. None is half of the query heads if that is whole, else all.
+        heads: Query heads. None takes the scaling's `heads`, else the first axis of its parameters of two axes or more,
+            else 4.
+        kv_heads: Key heads, which divide the query heads. None is half of them if that is whole, else all.
         head_dim: D.
 
     Returns:
@@ -42,7 +43,7 @@ def check_scaling(
 
     Raises:
         ValueError: The two formulas differ, or one depends on a key that it must not; names the mask, and the largest
-            difference.
+            difference. Or an invalid number of heads or head dim.
         TypeError: A value that is no scaling.
 
     >>> import tritonattn
@@ -51,10 +52,17 @@ def check_scaling(
     """
     mode = named_scaling(scaling) if isinstance(scaling, str) else scaling
     if not isinstance(mode, Scaling):
-        refuse_scaling(scaling)
+        if not isinstance(mode, type):
+            raise TypeError(f"scaling: expected a name or a Scaling, got {kind_of(mode)}")
+        refuse_scaling(mode)
     parameters: dict[str, Tensor] = dict(mode.named_parameters()) if isinstance(mode, nn.Module) else {}
-    heads = heads or _heads(mode, parameters)
-    kv_heads = kv_heads or (heads // 2 if heads % 2 == 0 else heads)
+    heads = _heads(mode, parameters) if heads is None else heads
+    check_count("heads", heads, 1)
+    kv_heads = (heads // 2 if heads % 2 == 0 else heads) if kv_heads is None else kv_heads
+    check_count("kv_heads", kv_heads, 1)
+    check_count("head_dim", head_dim, 1)
+    if heads % kv_heads:
+        raise ValueError(f"kv_heads: expected a number that divides heads = {heads}, got {kv_heads}")
     device = next((x.device for x in parameters.values()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
 
@@ -63,12 +71,13 @@ def check_scaling(
         return torch.randn(shape, dtype=torch.float64, generator=generator).to(device).requires_grad_()
 
     found = {}
-    for name, (q_len, masks) in _masks(device).items():
-        case = _Case(name, mode, random(heads, q_len), random(kv_heads, _KEYS), masks)
-        found[name] = case.formulas({x: p for x, p in parameters.items() if p.requires_grad})
-        case.hidden_keys()
-        if not mode.reads_keys:
-            case.unread_keys()
+    with torch.inference_mode(False):  # records gradients, under no_grad too
+        for name, (q_len, masks) in _masks(device).items():
+            case = _Case(name, mode, random(heads, q_len), random(kv_heads, _KEYS), masks)
+            found[name] = case.formulas({x: p for x, p in parameters.items() if p.requires_grad})
+            case.hidden_keys()
+            if not mode.reads_keys:
+                case.unread_keys()
     return found
 
 
@@ -169,7 +178,8 @@ class _Case:
         largest = float(relative.max())
         if largest > _TOLERANCE:
             place = int(relative.argmax())
-            values = f"{float(expected.detach().flatten()[place]):.6g}, got {float(got.detach().flatten()[place]):.6g}"
+            right, ours = (float(x.detach().flatten()[place]) for x in (expected, got))
+            values = f"{f'{right:.6g}' if math.isfinite(right) else 'a finite number'}, got {ours:.6g}"
             indices = [int(x) for x in torch.unravel_index(torch.tensor(place), got.shape)]
             raise ValueError(
                 f"scaling: under the mask {self.name!r}, {about}: expected {values} at {indices}, the largest relative"

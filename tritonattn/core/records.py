@@ -53,8 +53,8 @@ def append(file: Path, records: Iterable[dict[str, Any]], digits: int | None = N
 def read(file: Path, decode: Callable[[dict[str, Any]], Record], kind: str) -> list[Record]:
     """Read the records of a JSON lines file; none where there is no file.
 
-    A line that is no JSON, or that `decode` refuses (ValueError, TypeError, KeyError), is named on stderr, as no `kind`,
-    and skipped.
+    A line that is no JSON, or that `decode` refuses (ValueError, TypeError, KeyError), is skipped and named on stderr
+    as no `kind`.
     """
     records = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else (), 1):

@@ -128,17 +128,21 @@ class QueryAdaptiveSSMax(Learned):
         delta, gamma = (self.per_head(x, q)[..., None] for x in (self.delta, self.gamma))  # [Hq, 1, 1]
         n = visible.sum(-1, keepdim=True).double()
         logarithm = torch.where(n > 1, torch.where(n > 1, n, 2).log().pow(gamma), 0)
+        self._check_head_dim(q)
         weight = (1 + (q.double() * self.w.double()[:, None]).sum(-1, keepdim=True).exp()).log()
         return (delta + weight * logarithm) / math.sqrt(k.shape[-1])
 
     def _weight(self, q: Tensor) -> Tensor:
         """softplus(w_h . q[i]) in fp64, [B, Hq, Sq]."""
+        self._check_head_dim(q)
+        product = (q.double() @ self.w.double()[..., None])[..., 0]
+        return nn.functional.softplus(product)
+
+    def _check_head_dim(self, q: Tensor) -> None:
         if q.shape[-1] != self.head_dim:
             raise ValueError(
                 f"scaling: expected q of {type(self).__name__}'s head dim {self.head_dim}, got {q.shape[-1]}"
             )
-        product = (q.double() @ self.w.double()[..., None])[..., 0]
-        return nn.functional.softplus(product)
 
 
 def _power_of_log(n: Tensor, power: Tensor, base: float) -> Tensor:
