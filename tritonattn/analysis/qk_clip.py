@@ -121,8 +121,8 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
     qkv_proj (Phi-3), c_attn (GPT-2) or kv_b_proj (latent attention: DeepSeek-V2 and V3, Kimi K2).
 
     Layers that cannot be clipped are named in a warning here, and are left as they are later: QK-norm, whose result
-    does not depend on the size of the weights before it; a scaling that divides by the length of q (cosine);
-    projections that are quantised, adapted, gated or of another layout.
+    does not depend on the size of the weights before it; a scaling whose factor depends on q (cosine,
+    QueryAdaptiveSSMax); projections that are quantised, adapted, gated or of another layout.
 
     Raises:
         NotImplementedError: A model without a layer that can be clipped, and why.
