@@ -36,7 +36,10 @@ WHOLE = "expected a whole number from 1 up, got '0'"
         ("sweep --lengths 16,0", "--lengths: expected a whole number from 1 up, got '0'"),
         ("sweep --head-dims 0", WHOLE),
         ("sweep --threads 0", WHOLE),
-        ("gpu --minutes 1 --device emulate --out {folder} --phases soaking", "--phases: .*environment, .*got 'soaking'"),
+        (
+            "gpu --minutes 1 --device emulate --out {folder} --phases soaking",
+            "--phases: .*environment, .*got 'soaking'",
+        ),
         ("gpu --minutes 1 --out {folder}", "gpu: device cuda: torch sees no GPU; --device emulate rehearses"),
         ("sweep --device cuda", "sweep: device cuda: torch sees no GPU"),
         ("sweep --device interpret", "sweep: kernels run .*: set TRITON_INTERPRET=1"),
