@@ -24,6 +24,7 @@ from .options import command_line
 
 BFLOAT = torch.bfloat16
 _CALLS = 5  # of a round, whose mean is taken
+_IN_A_ROW = 20  # rounds of a call before the next call's turn
 
 
 def calls() -> dict[str, Callable[[], object]]:
@@ -66,10 +67,10 @@ def measured(rounds: int, capability: int) -> list[tuple]:
             counts[name], before = stub.count("launches") - before, stub.count("launches")
         launch.run = lambda *launched: launch.run_on_device(*launched)  # without the stub's note of each
         gc.disable()
-        for _ in range(rounds):
+        for first in range(0, rounds, _IN_A_ROW):
             for name, call in compared.items():
                 call()
-                taken[name].append(_microseconds(call))
+                taken[name] += [_microseconds(call) for _ in range(min(_IN_A_ROW, rounds - first))]
         gc.enable()
     return [
         (name, f"{min(times):.0f}", f"{statistics.median(times):.0f}", counts[name], len(work[name]))
