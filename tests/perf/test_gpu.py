@@ -47,7 +47,7 @@ def test_sanitizers_run_where_they_are(monkeypatch):
     assert names("cuda")[-5:] == ["consan", "memcheck", "racecheck", "report", "plots"]
 
 
-@pytest.mark.parametrize("name", ["environment", "preflight", "forward"])
+@pytest.mark.parametrize("name", ["environment", "forward"])
 def test_quick_phases(name, tmp_path, monkeypatch, capsys):
     check_phase(name, tmp_path, monkeypatch, capsys)
 

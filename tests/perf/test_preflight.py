@@ -41,6 +41,15 @@ def test_results_of_each_dtype_by_pointers_and_descriptors(monkeypatch):
     assert found == "bfloat16 by pointers, bfloat16 by descriptors, float32 by pointers"
 
 
+def test_every_check_is_printed_as_it_passes(monkeypatch, capsys):
+    for name in ("check_results", "check_every_kernel"):
+        monkeypatch.setattr(preflight, name, lambda device: "right")
+    main(["preflight", "--device", "emulate"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:-1]] == ["compiler", "ptxas", "driver", "results", "kernels"]
+    assert lines[-1] == "kernels run here, and are right"
+
+
 def test_no_compiler(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)

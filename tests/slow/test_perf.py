@@ -9,8 +9,10 @@ from perf.suites import SUITES
 from tests.perf.commands import sweep
 from tests.perf.test_gpu import check_phase
 
+PHASES = ["preflight", "compile", "correctness", "soak", "backward", "decode", "overhead", "tuning"]
 
-@pytest.mark.parametrize("name", ["compile", "correctness", "soak", "backward", "decode", "overhead", "tuning"])
+
+@pytest.mark.parametrize("name", PHASES)
 def test_phases(name, tmp_path, monkeypatch, capsys):
     check_phase(name, tmp_path, monkeypatch, capsys)
 
