@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tritonattn.cli import main as cli
-from tritonattn.lab import training
+from tritonattn.lab.training import plot
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[3] / "docs"
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
     """A folder with the documented runs; plots are not drawn."""
-    monkeypatch.setattr(training, "draw", lambda runs, file: file.touch())
+    monkeypatch.setattr(plot, "draw", lambda runs, file: file.touch())
     return shutil.copytree(DOCS / "data" / "training", tmp_path / "lab")
 
 
