@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from tritonattn.core.errors import INTERRUPTED, CommandError
+from tritonattn.core.errors import INTERRUPTED, CommandError, unguard
 
 COMMANDS = {
     "sweep": "times and errors beside those of other implementations, as JSON lines",
@@ -31,6 +31,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; the exit status is 130 when interrupted, else the command's."""
+    unguard()
     names = "\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m perf",

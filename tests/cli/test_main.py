@@ -223,7 +223,9 @@ def interrupted(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("arguments", [("bin/tritonattn", "env"), ("-m", "tritonattn", "env")], ids=["script", "-m"])
+@pytest.mark.parametrize(
+    "arguments", [("bin/tritonattn", "env"), ("-m", "tritonattn", "env"), ("-m", "perf", "codegen")], ids=" ".join
+)
 def test_interruption_of_imports_is_one_line(arguments, interrupted):
     done = interrupted(*arguments)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -20,7 +20,8 @@ def guard_imports() -> None:
     Importing torch takes seconds, and runs before any function of a command could catch KeyboardInterrupt.
     """
     name = Path(sys.argv[0]).name if sys.argv else ""
-    is_command = name in ("tritonattn", "tritonattn.exe") or (name == "-m" and "tritonattn" in sys.orig_argv)
+    is_module = name == "-m" and not {"tritonattn", "perf"}.isdisjoint(sys.orig_argv)
+    is_command = name in ("tritonattn", "tritonattn.exe") or is_module
     if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
