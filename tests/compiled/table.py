@@ -160,4 +160,4 @@ CASES = [
     *of_streaming_kernels(),
     *of_every_form(),
 ]
-QUICK = CASES[3::17]  # some of every target
+QUICK = CASES[3::19]  # some of every target

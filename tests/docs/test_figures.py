@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
-from docs.figures import masks, recall, studies, watch
+from docs.figures import masks, recall, watch
 from tritonattn.lab.watch.curves import Watched
 
 
@@ -28,15 +28,6 @@ def test_the_masks_are_those_of_their_titles():
     assert torch.equal(seen["key_lengths=[5]"], (j < 5).expand(8, 8))
     counts = [[int(text.get_text()) for text in axes.texts if text.get_text() != "n"] for axes in masks.draw().axes]
     assert counts == [one.sum(1).tolist() for one in seen.values()]
-
-
-def test_every_committed_picture_is_drawn_from_the_records_and_small(tmp_path):
-    files = {str(file.relative_to(tmp_path)) for file in studies.draw(tmp_path)}
-    others = {"masks.png", "recall-dark.png", "recall-light.png", watch.FIGURE.name}
-    assert files | others == {str(file.relative_to(studies.FIGURES)) for file in studies.FIGURES.rglob("*.png")}
-    assert all(
-        file.stat().st_size < 150_000 for folder in (tmp_path, studies.FIGURES) for file in folder.rglob("*.png")
-    )
 
 
 def test_the_watched_run_is_as_the_page_tells():

@@ -11,8 +11,12 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("name", generated.PARTS)
+@pytest.mark.parametrize("name", [name for name in generated.PARTS if name != "support"])  # the slow tier's
 def test_part_is_not_stale(name):
+    check_part(name)
+
+
+def check_part(name: str) -> None:
     file, stored = STORED[name]
     assert generated.renewed(stored, {}) == stored, f"{file}: run python -m docs.generated --write"
 
