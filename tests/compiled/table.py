@@ -68,7 +68,7 @@ class Case(NamedTuple):
 
 def of_16_bits() -> list[Case]:
     """Head dims above 128 only on cards with enough shared memory."""
-    dims = (64, 72, 80, 96, 128, 136, 192, 256)
+    dims = (64, 72, 80, 96, 128, 192, 256)
     rows = all_pairs({"kernel": TILED_KERNELS, "target": TARGETS, "dim": dims, "scales": tuple(SCALES)})
     return [
         Case(row["kernel"], Problem(dim, dim, BFLOAT, right=True, **SCALES[row["scales"]]), row["target"])
@@ -160,4 +160,4 @@ CASES = [
     *of_streaming_kernels(),
     *of_every_form(),
 ]
-QUICK = CASES[3::19]  # some of every target
+QUICK = CASES[5::18]  # some of every target
