@@ -44,7 +44,7 @@ def test_tiles_load_16_bytes_at_a_time(kernel, target, dim, dtype):
 
 
 def check_loads(kernel: str, target: str, dim: int, dtype: torch.dtype) -> None:
-    """Of the loads that are not 16 bytes wide there are no more than where head dims are multiples of 16."""
+    """Narrow loads are as many as at the next multiple of 16, where Triton itself sees the alignment."""
     assert narrow_loads(kernel, target, dim, dtype) == narrow_loads(kernel, target, -(-dim // 16) * 16, dtype)
 
 

@@ -1,4 +1,4 @@
-"""What small calls ask of a GPU: launches, and operators of torch, each of which is one more."""
+"""Launches of small calls on a GPU, and their torch operators, each of which is one launch more."""
 
 from __future__ import annotations
 

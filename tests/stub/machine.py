@@ -67,7 +67,7 @@ class Stub:
         return self.library.stub_state().contents
 
     def messages(self) -> list[str]:
-        """What the library refused so far."""
+        """The calls that the library has refused so far, with reasons."""
         return self._state.messages.decode().splitlines()
 
     def count(self, what: str) -> int:

@@ -300,7 +300,7 @@ def _by_head(rows: tuple[Tensor, ...], heads: int) -> tuple[Tensor, ...]:
 
 
 def _of_latent_attention(name: str, module: Any, heads: int, scaling: Any) -> Projections:
-    """Of a head's rows of W_q, `nope` meet its own keys, which kv_b_proj makes, and the rest one key for all heads."""
+    """Each head has `nope` rows of W_q for its own keys, which kv_b_proj makes; its other rows meet a shared key."""
     query = "q_b_proj" if getattr(module, "q_b_proj", None) is not None else "q_proj"
     q, kv = _rows(name, query, getattr(module, query, None)), _rows(name, "kv_b_proj", module.kv_b_proj)
     nope = module.qk_nope_head_dim
