@@ -91,6 +91,7 @@ SMOLLM_LOSSES = {
     "llama4": 3.1214,
     "ministral3": 3.1214,
     "cosine": 5.5114,
+    "log_power": 4.3877,
 }
 # Where logits reach 155 the layers magnify rounding, and CPUs differ: 1e-7 of noise in the embeddings moves the loss of
 # the model's own eager attention by up to 0.04 too, with a scale of 1.
