@@ -73,11 +73,12 @@ def test_offsets_in_a_tile_of_1024_rows_that_pass_int32(width, strides, wide):
 
 
 def test_records_of_tensors():
-    """A tensor that is not there has none; a vector's fourth stride is 1, of which Triton makes a constant."""
+    """A tensor that is not there has none; a scale's strides are multiples of 16, which all compile to one code."""
     mask, scale = torch.empty(2, 3, 4, 5), torch.empty(2, 3, 4)[..., ::2]
     assert launch.strided(None) is None
     assert launch.strided(mask) == (mask, 60, 20, 5, 1)
-    assert launch.strided(scale) == (scale, 12, 4, 2, 1)
+    assert launch.scale_of(None) is None
+    assert launch.scale_of(scale) == (scale, 192, 64, 2)
 
 
 def test_tensors_in_records():

@@ -36,6 +36,26 @@ def test_an_expanded_gradient_takes_the_code_of_a_dense_one():
     assert strides == {(8192, 4096, 64, 1)}
 
 
+def test_operands_at_an_odd_offset_take_the_code_of_aligned_ones():
+    """Copies of those alone, equal, for the backward too; an expanded operand, whose copy may be large, stays."""
+    shifted = torch.randn(2 * 2 * 64 * 64 + 1, dtype=torch.bfloat16, requires_grad=True)
+    (q, k, v), odd = operands(64), shifted[1:].view(2, 2, 64, 64)
+    few_heads = k[:, :1].expand(-1, 2, -1, -1)
+    launched = []
+    for given in ((q, k, v), (odd, k, v), (q, few_heads, v)):
+        with launch.recording(SM_90) as launches:
+            out = tritonattn.attention(*given, causal=True, backend="triton")
+            out.backward(torch.ones_like(out))
+        launched.append([one for one in launches if "k" in one.arguments])
+    aligned, copied, expanded = launched
+    assert [one.config for one in aligned] == [one.config for one in copied] != [one.config for one in expanded]
+    for one in copied:
+        assert torch.equal(one.arguments["q"].ptr, odd)
+        assert one.arguments["q"].ptr.data_ptr() % 16 == 0
+        assert one.arguments["k"].ptr.data_ptr() == k.data_ptr()
+    assert all(one.arguments["k"].h == 0 for one in expanded)
+
+
 @pytest.mark.parametrize("axes", [(1, 1, 1), (2, 1, 1), (2, 2, 64), (64,)], ids=str)
 @pytest.mark.parametrize("length", [64, 61])
 def test_rows_of_a_mask_begin_at_multiples_of_16_bytes(length, axes):

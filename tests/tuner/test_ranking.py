@@ -1,6 +1,7 @@
 """The configs that a static table ranks, and their order; nothing is compiled."""
 
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
@@ -18,7 +19,7 @@ A100 = next(gpu for gpu in GPUS if gpu.name == "a100")
 SM_80 = A100.target
 KEY = Key("forward", 64, "query", "long")
 DEFAULT = default_config(KEY.kernel, KEY.problem, SM_80)
-OTHER = next(config for config in static_candidates(KEY.kernel, KEY.problem, SM_80) if config != DEFAULT)
+OTHER, THIRD, *_ = (config for config in static_candidates(KEY.kernel, KEY.problem, SM_80) if config != DEFAULT)
 
 
 class Stub:
@@ -40,7 +41,11 @@ class Stub:
 def clocks(monkeypatch):
     """The model's clocks: 100, but for the configs to which a test gives others."""
     clocks = {}
-    monkeypatch.setattr(static, "modelled_clocks", lambda kernel, problem, one, *_: clocks.get(one.config, 100.0))
+
+    def modelled(kernel, problem, one, *_):
+        return clocks.get((one.config, problem.short), clocks.get(one.config, 100.0))
+
+    monkeypatch.setattr(static, "modelled_clocks", modelled)
     return clocks
 
 
@@ -51,6 +56,13 @@ def test_the_default_keeps_its_place_unless_another_is_clearly_ahead(ahead, firs
     assert ranked(A100, Stub(DEFAULT), KEY)[0] == OTHER, "it does not pass"
 
 
+@pytest.mark.parametrize(("ahead", "first"), [(77.0, OTHER), (75.0, THIRD)])
+def test_long_calls_take_the_config_of_short_ones_unless_another_is_clearly_ahead(ahead, first, clocks):
+    clocks |= {OTHER: 80.0, (THIRD, False): ahead}
+    assert ranked(A100, Stub(), KEY)[0] == first
+    assert ranked(A100, Stub(), KEY._replace(lengths="short"))[0] == OTHER
+
+
 def test_all_scales_and_dims_of_a_tile_are_ranked_by_one_call(clocks):
     """But for a default of its own, as grad_query's with a query scale's gradient, which comes first."""
     typical = Key("grad_query", 128, "query", "long")
@@ -58,7 +70,7 @@ def test_all_scales_and_dims_of_a_tile_are_ranked_by_one_call(clocks):
         key, stub = Key("grad_query", 96, scales, "long"), Stub()
         own = default_config(key.kernel, key.problem, SM_80)
         assert ranked(A100, stub, key)[0] == own
-        assert {problem for _, problem, _ in stub.asked} == {typical.problem}
+        assert {replace(problem, short=False) for _, problem, _ in stub.asked} == {typical.problem}
     assert own != default_config("grad_query", typical.problem, SM_80)
 
 

@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 
 from .forward import online_softmax, softmax_results, softmax_total
-from .primitives import COUNTS, LENGTHS, LN_2, LOG2_E, TINY, load_tile, program_position, tile_offsets
-from .walk import begin, in_vectors
+from .primitives import LENGTHS, LN_2, LOG2_E, TINY, load_tile, program_position, tile_offsets
+from .walk import begin, begin_scale, in_vectors
 
 # Blocks of keys in the shortest split: shorter ones would move more of their own results than of the cache.
 SHORTEST_SPLIT = tl.constexpr(4)
-_SIZES = ["page", "pages", "table_len", "splits"]
+_SIZES = ["group", "page", "pages", "table_len", "length_words", "splits"]
 
 
 @triton.jit
@@ -21,6 +21,13 @@ def _keys_of_split(split, splits, first, end, BLOCK_N: tl.constexpr):
     size = tl.maximum(tl.cdiv(blocks, splits), SHORTEST_SPLIT) * BLOCK_N
     start = first + split * size
     return start, tl.minimum(start + size, end)
+
+
+@triton.jit
+def _integer_at(ptr, index, words):
+    """Integer `index` of int32, or of int64, whose words are 2, as int64: one code reads both."""
+    low, high = tl.load(ptr + index * words), tl.load(ptr + index * words + (words - 1))
+    return tl.where(words == 1, low.to(tl.int64), (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF))
 
 
 @triton.jit
@@ -46,7 +53,7 @@ def _rows_of_decode(tile, group, q_len, length, left, BLOCK_M: tl.constexpr):
     return packed, packed // q_len, row, lo, own + 1
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, *_SIZES], do_not_specialize_on_alignment=COUNTS)
+@triton.jit(do_not_specialize=[*LENGTHS, *_SIZES])
 def attention_decode(
     q,
     k,
@@ -65,6 +72,7 @@ def attention_decode(
     page,
     pages,
     table_len,
+    length_words,
     splits,
     q_heads,
     group,
@@ -93,8 +101,8 @@ def attention_decode(
     q, k, v          [B, Hq, Sq, D], [B, Hkv, capacity, D], [B, Hkv, capacity, Dv]  fp16, bf16 or fp32, any strides
     block_table      int32 [B, table_len] contiguous or None: then k, v are pages [N, page, Hkv, D], N = `pages`, and
                      their strides b and s are those of N and page; keys of pages outside [0, N) are zeros
-    key_lengths      int32 or int64 [B], clamped to [0, capacity], or None = capacity: the length, behind which nothing
-                     is read
+    key_lengths      int32 [B], or int64 as int32 [2 * B] with length_words = 2, clamped to [0, capacity], or None =
+                     capacity: the length, behind which nothing is read
     key_ranges       int32 [B, 2] contiguous or None: of those keys each row sees lo <= j < hi, and hi narrows length
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, capacity] or None = 1
     sinks            fp32 [Hq] or None, with splits = 1 only
@@ -109,7 +117,8 @@ def attention_decode(
     split, tile, kv_head, batch = block % splits, block // splits, kv_head.to(tl.int64), batch.to(tl.int64)
     length, first_key = capacity, batch.to(tl.int32) * 0
     if ranges.key_lengths is not None:
-        length = tl.minimum(tl.maximum(tl.load(ranges.key_lengths + batch), 0), capacity).to(tl.int32)
+        given = _integer_at(ranges.key_lengths, batch, length_words)
+        length = tl.minimum(tl.maximum(given, 0), capacity).to(tl.int32)
     if ranges.key_ranges is not None:
         first_key = tl.maximum(tl.load(ranges.key_ranges + 2 * batch), 0)
         length = tl.minimum(tl.maximum(tl.load(ranges.key_ranges + 2 * batch + 1), 0), length)
@@ -126,8 +135,7 @@ def attention_decode(
     q_tile = load_tile(q.ptr + q_offsets, keep_row, HEAD_DIM, True)
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
     if query_scale is not None:
-        scale_rows = batch * query_scale.b + head * query_scale.h + wide_row * query_scale.s
-        factor *= tl.load(query_scale.ptr + scale_rows, mask=keep_row, other=0.0)
+        factor *= tl.load(begin_scale(query_scale, batch, head, row).ptr, mask=keep_row, other=0.0)
     q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
     factor = tl.abs(factor)
     factor = tl.where(factor == 0.0, TINY, factor)
@@ -138,7 +146,7 @@ def attention_decode(
         block_table_ptr += batch * table_len
     k, v = begin(k, entry, kv_head, 0), begin(v, entry, kv_head, 0)
     if key_scale is not None:
-        key_scale = begin(key_scale, batch, kv_head, 0)
+        key_scale = begin_scale(key_scale, batch, kv_head, 0)
 
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
@@ -186,7 +194,7 @@ def attention_decode(
     tl.store(results.out + place[:, None] * VALUE_DIM + offs_value[None, :], out, mask=keep_out)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, *_SIZES], do_not_specialize_on_alignment=COUNTS)
+@triton.jit(do_not_specialize=[*LENGTHS, *_SIZES])
 def combine_splits(
     parts,
     results,

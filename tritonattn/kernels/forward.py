@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    COUNTS,
     LENGTHS,
     LN_2,
     LOG2_E,
@@ -24,7 +23,16 @@ from .primitives import (
     tile_offsets,
 )
 from .records import Dropout, Keys, Sight, View
-from .walk import begin, in_vectors, place_of_member, rows_of_block, visible_tile, walk_keys, walk_over_keys
+from .walk import (
+    begin,
+    begin_scale,
+    in_vectors,
+    place_of_member,
+    rows_of_block,
+    visible_tile,
+    walk_keys,
+    walk_over_keys,
+)
 
 
 class Softmax(NamedTuple):
@@ -155,7 +163,7 @@ def _attend(
     return Softmax(accumulator, running_max, running_sum, running_spread)
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+@triton.jit(do_not_specialize=[*LENGTHS, "group"])
 def attention_forward(
     k_descriptor,  # first: behind other parameters, descriptors cost 14 address instructions a step (sm_100)
     v_descriptor,
@@ -206,7 +214,7 @@ def attention_forward(
 
     q, k, v          `Strided` [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv] of fp16, bf16 or fp32; group = Hq/Hkv
     *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
-    query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale fp32 [B, Hkv, Sk] or None = 1; both `Strided`
+    query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale fp32 [B, Hkv, Sk] or None = 1; both `Scale`
     sinks            fp32 [Hq] or None
     ranges, starts   `Ranges`; `Starts` of a packed batch or None; left, right: `walk.row_range`
     mask             `Strided` uint8 [B, Hq, Sq, Sk], strides 0 on broadcast axes, or None
@@ -234,7 +242,7 @@ def attention_forward(
 
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
     if query_scale is not None:
-        query_scale = begin(query_scale, batch, head, memory_row)
+        query_scale = begin_scale(query_scale, batch, head, memory_row)
         scale_ptrs = query_scale.ptr + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
         factor *= tl.load(scale_ptrs, mask=rows.keep, other=0.0)
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
@@ -246,7 +254,7 @@ def attention_forward(
 
     k, v = begin(k, batch, kv_head, place.first_key), begin(v, batch, kv_head, place.first_key)
     if key_scale is not None:
-        key_scale = begin(key_scale, batch, kv_head, place.first_key)
+        key_scale = begin_scale(key_scale, batch, kv_head, place.first_key)
     if mask is not None:
         mask = begin(mask, batch, head, 0)
     if seen_ptr is not None:

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    COUNTS,
     LENGTHS,
     LN_2,
     LOG2_E,
@@ -26,6 +25,7 @@ from .primitives import (
 from .records import Dropout, Place, Strided, View
 from .walk import (
     begin,
+    begin_scale,
     block_at,
     in_vectors,
     load_mask,
@@ -159,7 +159,7 @@ def _walk_rows(
     return d_k, d_v
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=["group"])
 def attention_grad_key_value(
     q_descriptor,  # first: see `attention_forward`
     d_out_descriptor,
@@ -261,8 +261,8 @@ def attention_grad_key_value(
     v_ptrs = begin(v, batch, kv_head, memory_key).ptr + tile_offsets(BLOCK_N, BLOCK_DV, v.s, v.d, WIDE)
     v_tile = load_tile(v_ptrs, load_key, VALUE_DIM, True)
     if key_scale is not None:
-        scale_ptrs = begin(key_scale, batch, kv_head, memory_key).ptr
-        scale_ptrs += tl.arange(0, BLOCK_N).to(tl.int64) * key_scale.s
+        key_scale = begin_scale(key_scale, batch, kv_head, memory_key)
+        scale_ptrs = key_scale.ptr + tl.arange(0, BLOCK_N).to(tl.int64) * key_scale.s
         key_scale = tl.load(scale_ptrs, mask=load_key, other=0.0)
     if factor_size is not None:
         factor_size = 1.0 / tl.load(factor_size + batch * kv_heads + kv_head)

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    COUNTS,
     LENGTHS,
     LOG2_E,
     dropout_keeps,
@@ -25,7 +24,16 @@ from .primitives import (
     tile_offsets,
 )
 from .records import Dropout, Keys, Sight, View, Walk
-from .walk import begin, in_vectors, place_of_member, rows_of_block, visible_tile, walk_keys, walk_over_keys
+from .walk import (
+    begin,
+    begin_scale,
+    in_vectors,
+    place_of_member,
+    rows_of_block,
+    visible_tile,
+    walk_keys,
+    walk_over_keys,
+)
 
 # Few keys, over which a block of rows walks twice. Among more, some row's exact gradient is far larger than an error.
 FEW_KEYS = tl.constexpr(64)
@@ -111,7 +119,7 @@ def _excess(d_logit_sum, d_lse_ptr, d_sinks_ptr, row_offsets, live):
     return excess
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+@triton.jit(do_not_specialize=[*LENGTHS, "group"])
 def attention_grad_query(
     k_descriptor,  # first: see `attention_forward`
     v_descriptor,
@@ -205,7 +213,7 @@ def attention_grad_query(
 
     k, v = begin(k, batch, kv_head, place.first_key), begin(v, batch, kv_head, place.first_key)
     if key_scale is not None:
-        key_scale = begin(key_scale, batch, kv_head, place.first_key)
+        key_scale = begin_scale(key_scale, batch, kv_head, place.first_key)
     if key_size is not None:
         key_size = tl.load(key_size + batch * (q_heads // group) + kv_head)
     if mask is not None:
@@ -256,7 +264,7 @@ def attention_grad_query(
     if key_size is not None:
         d_q *= key_size
     if query_scale is not None:
-        query_scale = begin(query_scale, batch, head, memory_row)
+        query_scale = begin_scale(query_scale, batch, head, memory_row)
         scale_ptrs = query_scale.ptr + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
         d_q *= tl.load(scale_ptrs, mask=live, other=0.0)[:, None]
     if SUMS == 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import COUNTS, LENGTHS, load_tile, program_position, store_tile, tile_offsets
+from .primitives import LENGTHS, load_tile, program_position, store_tile, tile_offsets
 from .walk import begin, in_vectors
 
 # Below fp32's smallest normal number a length counts as 0.
@@ -21,7 +21,7 @@ def _lengths_of(k):
     return largest * tl.sqrt(tl.sum(unit * unit, 1))
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+@triton.jit(do_not_specialize=LENGTHS)
 def key_lengths(
     k,
     seen_ptr,
@@ -54,7 +54,7 @@ def key_lengths(
     tl.store(lengths_ptr + key_offsets, _lengths_of(load_tile(k_ptrs, load_key, HEAD_DIM, True)), mask=keep_key)
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+@triton.jit(do_not_specialize=LENGTHS)
 def prefix_sums(
     addends_ptr,
     sums_ptr,
@@ -88,7 +88,7 @@ def _larger(a, b):
     return tl.where((b > a) | (b != b), b, a)
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+@triton.jit(do_not_specialize=LENGTHS)
 def append_keys(
     k,
     new_lengths_ptr,
@@ -154,7 +154,7 @@ def append_keys(
         tl.store(buffers.counts_after + batch, held + new)
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+@triton.jit(do_not_specialize=LENGTHS)
 def key_statistics_grad(
     k,
     seen_ptr,

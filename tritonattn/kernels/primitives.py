@@ -18,7 +18,7 @@ TINY = tl.constexpr(2.0**-126)
 ROW_TERMS_ALIGNMENT = tl.constexpr(128)
 
 
-# Arguments whose values change from call to call: compiled code does not depend on them, except on group = 1.
+# Arguments whose values change from call to call: compiled code does not depend on them.
 LENGTHS = [
     "q_len",
     "k_len",
@@ -35,7 +35,6 @@ LENGTHS = [
     "key_block",
     "bounds_len",
 ]
-COUNTS = ["group"]
 
 
 @triton.jit

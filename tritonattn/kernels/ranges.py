@@ -5,12 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import COUNTS, LENGTHS, program_position
+from .primitives import LENGTHS, program_position
 from .records import View
 from .walk import block_at, bounds_of_ranges, row_range, walk_between, walk_span
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+@triton.jit(do_not_specialize=LENGTHS)
 def rows_of_key_block(
     ranges,
     bounds_ptr,
@@ -44,7 +44,7 @@ def rows_of_key_block(
     tl.store(bounds_ptr + 1, tl.max(end, 0))
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+@triton.jit(do_not_specialize=LENGTHS)
 def keys_seen(
     ranges,
     keys_seen_ptr,
@@ -94,7 +94,7 @@ def _ranked(x, key):
     return (magnitude.to(tl.int64) << 32) | (0x7FFFFFFF - key).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+@triton.jit(do_not_specialize=LENGTHS)
 def argmax_of_ranges(
     x_ptr,
     lo_ptr,

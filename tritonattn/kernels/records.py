@@ -15,13 +15,25 @@ from typing import Any, NamedTuple
 
 
 class Strided(NamedTuple):
-    """A tensor [B, H, S, D]: a pointer to its first element, and its strides. A vector [B, H, S] has d = 1."""
+    """A tensor [B, H, S, D]: a pointer to its first element, and its strides."""
 
     ptr: Any
     b: Any
     h: Any
     s: Any
     d: Any
+
+
+class Scale(NamedTuple):
+    """A factor [B, H, S] of rows or keys: a pointer to its first element, the strides of B and H in 16ths, that of S.
+
+    Triton compiles other code for an integer of 1, for multiples of 16 and for the rest: 16ths are multiples all.
+    """
+
+    ptr: Any
+    b: Any
+    h: Any
+    s: Any
 
 
 class Ranges(NamedTuple):
@@ -146,7 +158,7 @@ class Keys(NamedTuple):
     v: Strided
     k_descriptor: Any
     v_descriptor: Any
-    scale: Strided
+    scale: Scale
     seen: Any
 
 

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    COUNTS,
     LENGTHS,
     LOG2_E,
     ROW_TERMS_ALIGNMENT,
@@ -17,10 +16,10 @@ from .primitives import (
     terms_offset,
     tile_offsets,
 )
-from .walk import begin, in_vectors, place_of_member
+from .walk import begin, begin_scale, in_vectors, place_of_member
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=COUNTS)
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_row_terms(
     results,
     d_out,
@@ -103,7 +102,7 @@ def attention_row_terms(
     gradient_term = -delta
     tl.store(terms.delta + term_offsets, delta, mask=keep_term)
     if query_scale is not None:
-        query_scale = begin(query_scale, batch, head, memory_row)
+        query_scale = begin_scale(query_scale, batch, head, memory_row)
         scale_ptrs = query_scale.ptr + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
         factor = tl.load(scale_ptrs, mask=live, other=0.0) * (scale * LOG2_E)
         gradient_term *= factor

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .primitives import load_tile, load_vector, tile_offsets
-from .records import KeyBlock, Place, Rows, Strided, Walk
+from .records import KeyBlock, Place, Rows, Scale, Strided, Walk
 
 
 @triton.jit
@@ -14,6 +14,13 @@ def begin(x, batch, head, row):
     """The `Strided` of x from one (batch entry, head) and row on."""
     batch, head, row = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(row, tl.int64)
     return Strided(x.ptr + (batch * x.b + head * x.h + row * x.s), x.b, x.h, x.s, x.d)
+
+
+@triton.jit
+def begin_scale(x, batch, head, row):
+    """The `Scale` of x from one (batch entry, head) and row on."""
+    first = begin(Strided(x.ptr, x.b >> 4, x.h >> 4, x.s, 1), batch, head, row)
+    return Scale(first.ptr, x.b, x.h, x.s)
 
 
 @triton.jit

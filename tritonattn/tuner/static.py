@@ -19,7 +19,8 @@ from ..tuning.table import HEAD_DIMS, LENGTHS, SCALES, Entry, Key, Table, kernel
 from .candidates import static_candidates
 from .gate import Candidate, examine, modelled_clocks
 
-# A config replaces the default only if it leads by this much in the model, which is no measurement.
+# A config replaces the default, or for long calls that of short ones, which then need no kernels of their own, only if
+# it leads by this much in the model, which is no measurement.
 _CLEARLY_AHEAD = 0.95
 
 Compiled = dict[tuple[str, Problem, TileConfig], Candidate]
@@ -127,8 +128,11 @@ def ranked(gpu: GPU, compiler: Compiler, key: Key) -> list[TileConfig]:
         if not one.reasons
     }
     [(_, _, default), *_] = contenders
-    if default in clocks:
-        clocks[default] *= _CLEARLY_AHEAD
+    preferred = {default}
+    if key.lengths == "long":
+        preferred.update(ranked(gpu, compiler, key._replace(lengths="short"))[:1])
+    for config in preferred & clocks.keys():
+        clocks[config] *= _CLEARLY_AHEAD
     return sorted(clocks, key=clocks.__getitem__)
 
 

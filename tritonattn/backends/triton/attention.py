@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -10,7 +12,7 @@ from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ...core.visibility import Visibility
 from ...kernels.records import Results, RowTerms, Starts
 from ...tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
-from .launch import Arguments, Plan, are_aligned, is_wide, planned, strided
+from .launch import Arguments, Plan, are_aligned, is_wide, planned, scale_of, strided
 from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
 
 
@@ -219,10 +221,24 @@ def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arg
     return {name: _descriptor(*tiles[name]) for name in chosen.descriptors}
 
 
+def with_aligned_operands(call: AttentionCall) -> AttentionCall:
+    """The call with a contiguous copy of q, k or v where that alone is aligned, as of a view at an odd offset.
+
+    All kernels then load 16 bytes at a time, and are those of other calls. An expanded tensor stays as it is.
+    """
+    operands = call.q, call.k, call.v
+    if are_aligned(*operands):
+        return call
+    q, k, v = (x if 0 in x.stride() else _aligned_copy(x) for x in operands)
+    return replace(call, q=q, k=k, v=v)
+
+
 def _aligned_copy(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy where that alone is aligned, as of an expanded gradient."""
     whole_rows = tensor.shape[3] * tensor.dtype.itemsize % 16 == 0
-    return tensor.contiguous() if whole_rows and not are_aligned(tensor) else tensor
+    if not whole_rows or are_aligned(tensor):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps a view at an odd offset
 
 
 class _Descriptor(TensorDescriptor):
@@ -247,8 +263,8 @@ def _call_arguments(call: AttentionCall) -> Arguments:
         "q": strided(call.q),
         "k": strided(call.k),
         "v": strided(call.v),
-        "query_scale": strided(call.logits.query_scale),
-        "key_scale": strided(call.logits.key_scale),
+        "query_scale": scale_of(call.logits.query_scale),
+        "key_scale": scale_of(call.logits.key_scale),
         "sinks_ptr": None if call.logits.sinks is None else call.logits.sinks.contiguous(),
         "dropout_ptr": None if dropout is None else dropout.state,
         "keep_from": 0 if dropout is None else dropout.threshold - 2**31,

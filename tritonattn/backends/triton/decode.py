@@ -14,7 +14,7 @@ from ...core.visibility import Visibility
 from ...kernels.decode import SHORTEST_SPLIT
 from ...kernels.records import Ranges, Results
 from ...tuning.config import Problem, is_short, padded_dim
-from .launch import Arguments, Plan, are_aligned, bounded, is_wide, plan, planned, strided
+from .launch import Arguments, Plan, are_aligned, bounded, is_wide, plan, planned, scale_of, strided
 
 _MOST_SPLITS = 64
 
@@ -158,14 +158,15 @@ def _arguments(rows: Rows) -> Arguments:
     lengths, ranges, table = rows.key_lengths, rows.key_ranges, rows.block_table
     if lengths is not None and lengths.dtype not in (torch.int32, torch.int64):
         lengths = bounded(lengths, rows.capacity)
+    length_words = 1 if lengths is None else lengths.dtype.itemsize // 4
     return {
         "q": strided(rows.q),
         "k": strided(rows.k),
         "v": strided(rows.v),
-        "query_scale": strided(rows.logits.query_scale),
-        "key_scale": strided(rows.logits.key_scale),
+        "query_scale": scale_of(rows.logits.query_scale),
+        "key_scale": scale_of(rows.logits.key_scale),
         "ranges": Ranges(
-            None if lengths is None else lengths.contiguous(),
+            None if lengths is None else lengths.contiguous().view(torch.int32),
             None if ranges is None else bounded(ranges, rows.capacity).contiguous(),
         ),
         "block_table_ptr": None if table is None else table.contiguous(),
@@ -177,6 +178,7 @@ def _arguments(rows: Rows) -> Arguments:
         "page": rows.k.shape[2],
         "pages": rows.k.shape[0],
         "table_len": 0 if table is None else table.shape[1],
+        "length_words": length_words,
         "q_heads": rows.q.shape[1],
         "group": rows.group,
     }

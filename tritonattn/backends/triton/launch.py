@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ...kernels import KERNELS
-from ...kernels.records import Strided
+from ...kernels.records import Scale, Strided
 from ...tuning import lookup
 from ...tuning.config import Problem, Target, TileConfig, corrects_delta, legal_reasons, padded_dim, sum_columns
 from ...tuning.defaults import default_config
@@ -214,8 +214,15 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
 
 
 def strided(tensor: Tensor | None) -> Strided | None:
-    """The record of a tensor of three or four axes; the fourth stride is 1 where there are three."""
-    return None if tensor is None else Strided(tensor, *tensor.stride(), *(1,) * (4 - tensor.dim()))
+    return None if tensor is None else Strided(tensor, *tensor.stride())
+
+
+def scale_of(tensor: Tensor | None) -> Scale | None:
+    """The record of a factor [B, H, S]."""
+    if tensor is None:
+        return None
+    b, h, s = tensor.stride()
+    return Scale(tensor, 16 * b, 16 * h, s)
 
 
 def bounded(x: Tensor, highest: int) -> Tensor:
