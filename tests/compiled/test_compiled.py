@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ triton = pytest.importorskip("triton")
 from perf import codegen
 from perf.ceilings import KEY_SCALE, NON_MMA_PER_LOGIT, QUERY_SCALE, QUERY_SCALE_OF_TARGET
 from tests.support.versions import OLDER_TRITON
+from tritonattn import kernels
 from tritonattn.backends.triton import launch
 from tritonattn.tuner.machine_code import MachineCode, flops_per_logit, read_machine_code
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
@@ -41,9 +45,7 @@ def test_quick_cases(case: Case):
 
 
 def test_every_kernel_and_target_is_in_the_table():
-    from tritonattn.kernels import KERNELS
-
-    assert {case.kernel for case in CASES} == set(KERNELS)
+    assert {case.kernel for case in CASES} == set(kernels.KERNELS)
     assert {case.target for case in QUICK} == set(TARGETS)
 
 
@@ -125,6 +127,16 @@ def test_keys_and_values_of_a_cache_come_asynchronously(form):
     loop = compiled.asm["ttgir"].split("scf.for", 1)[1].split("scf.yield", 1)[0]
     assert loop.count("async_copy_global_to_local") == 2 + len(form)
     assert "tt.load" not in loop
+
+
+def test_no_loop_writes_to_its_own_variable():
+    """Compilers up to triton 3.4 then read the loop's counter wherever the variable was written."""
+    for path in Path(kernels.__file__).parent.glob("*.py"):
+        for loop in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(loop, ast.For):
+                names = [node for statement in loop.body for node in ast.walk(statement) if isinstance(node, ast.Name)]
+                written = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+                assert ast.unparse(loop.target) not in written, f"{path.name}:{loop.lineno}"
 
 
 def test_facts_are_read_once(monkeypatch):

@@ -32,7 +32,8 @@ CASES = [
             "target": ("sm_80", "sm_90"),
             "dim": (40, 72, 104, 136),
             "dtype": (torch.bfloat16, torch.float32),
-        }
+        },
+        free=[("kernel", "dim")],
     )
 ]
 QUICK = CASES[: len(KERNELS)]

@@ -85,10 +85,10 @@ FAST = (
     Case(BFLOAT, (128, 128), None, (130, 290), 300, 2, page=16, scaling="cosine"),
 )
 
-# Every dtype by every head dim on both GPUs, and every pair of the other choices, all in the default config.
-ON = [(GPU(capability), dtype) for capability in (80, 90) for dtype in (HALF, BFLOAT, SINGLE)]
+# Every pair of choices but head dims with forms, all in the default config.
 CHOICES = {
-    "on": ON,
+    "gpu": [GPU(80), GPU(90)],
+    "dtype": [BFLOAT, HALF, SINGLE],
     "dims": DIMS,
     "page": [None, 16, 23, 64],
     "form": list(FORMS),
@@ -98,10 +98,7 @@ CHOICES = {
     "scaling": ["sqrt_dim", "cosine", "key_norm_max", "key_norm_mean"],
     "written": [(17, 290), (130, 256), (299, 300)],
 }
-EVERYTHING = [
-    (row["on"][0], Case(row["on"][1], capacity=300, **{name: x for name, x in row.items() if name != "on"}))
-    for row in all_pairs(CHOICES, [{"on": on, "dims": dims} for on in ON for dims in DIMS])
-]
+EVERYTHING = [(row.pop("gpu"), Case(capacity=300, **row)) for row in all_pairs(CHOICES, free=[("dims", "form")])]
 
 
 @in_turn(case=FAST, capability=[80, 90])

@@ -16,8 +16,8 @@ from tritonattn import attention_varlen
 from tritonattn.tuning import TileConfig
 
 from .cases import CPU, described, with_padded_gradient
-from .executor import GPU, padded_operands
-from .test_attention import ON
+from .executor import GPU, GPUS, padded_operands
+from .test_attention import NO_DESCRIPTORS
 
 # Sequences without rows, without keys, with more rows than keys; rows and keys of no sequence behind the last one.
 PACKED = {
@@ -78,7 +78,8 @@ FAST = (
     (GPU(90, True), Case(torch.bfloat16, (64, 64), WARPGROUP, mask="causal window", form="aux")),
 )
 CHOICES = {
-    "on": ON,
+    "gpu": GPUS,
+    "dtype": (torch.bfloat16, torch.float16, torch.float32),
     "dims": [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)],
     "packed": ["long", "many"],
     "mask": list(MASKS),
@@ -87,10 +88,8 @@ CHOICES = {
     "gain": [False, True],
     "heads": [(1, 1), (1, 3), (2, 2)],
 }
-EVERYTHING = [
-    (row["on"][0], Case(row["on"][1], **{name: value for name, value in row.items() if name != "on"}))
-    for row in all_pairs(CHOICES)
-]
+FREE = [("dims", "mask"), ("dims", "form"), ("mask", "form"), ("form", "scaling")]
+EVERYTHING = [(row.pop("gpu"), Case(**row)) for row in all_pairs(CHOICES, free=FREE, never=[NO_DESCRIPTORS])]
 
 
 @pytest.mark.parametrize(("gpu", "case"), FAST, ids=str)

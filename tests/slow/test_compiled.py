@@ -9,6 +9,7 @@ from tests.compiled.test_compiled import check_ceiling, check_cost_of_scales, co
 from tests.compiled.test_loads import CASES as CASES_OF_LOADS
 from tests.compiled.test_loads import QUICK as QUICK_LOADS
 from tests.compiled.test_loads import check_loads
+from tests.support.pairs import in_turn
 from tests.tuner.test_static import ENTRIES, check_shipped_entry
 from tritonattn.tuner.static import Compiler, static_table
 from tritonattn.tuning.gpus import GPUS
@@ -23,19 +24,19 @@ def test_cases(case):
 
 
 @of_this_compiler
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("kernel", "target", "head_dim"), NON_MMA_PER_LOGIT)
-def test_other_instructions_per_logit(kernel, target, head_dim, causal):
+@in_turn(case=NON_MMA_PER_LOGIT, causal=[False, True])
+def test_other_instructions_per_logit(case, causal):
+    kernel, target, head_dim = case
     check_ceiling(kernel, target, head_dim, code_of(kernel, target, head_dim, causal=causal))
 
 
 @of_this_compiler
-@pytest.mark.parametrize(("kernel", "target", "head_dim"), [*NON_MMA_PER_LOGIT][::2])
+@pytest.mark.parametrize(("kernel", "target", "head_dim"), [*NON_MMA_PER_LOGIT][::3])
 def test_scales_cost_few_instructions(kernel, target, head_dim):
     check_cost_of_scales(kernel, target, head_dim)
 
 
-@pytest.mark.parametrize("position", range(0, len(ENTRIES), 24))
+@pytest.mark.parametrize("position", range(0, len(ENTRIES), 47))
 def test_shipped_entries_pass_the_gate(position):
     check_shipped_entry(position)
 

@@ -1,4 +1,4 @@
-"""The emulated kernels in their default configs: every pair of choices, every head dim, every synchronisation."""
+"""The emulated kernels in their default configs: pairs of choices, every head dim, every synchronisation."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from tests.emulated import test_key_statistics as key_statistics
 from tests.emulated import test_synchronisation as synchronisation
 from tests.emulated import test_varlen as varlen
 from tests.emulated.executor import GPU, GPUS
+from tests.support.pairs import pairwise
 
 
 @pytest.mark.parametrize(("gpu", "case"), attention.EVERYTHING, ids=str)
@@ -35,11 +36,13 @@ def test_varlen(gpu, case, emulate):
         assert executor.executed("tma") > 0
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 192, 256])
-def test_head_dims_of_key_statistics(head_dim, dtype, capability, emulate):
-    emulate(GPU(capability))
+@pairwise(
+    head_dim=[16, 32, 64, 80, 96, 192, 256],
+    dtype=[torch.float16, torch.bfloat16, torch.float32],
+    gpu=[GPU(80), GPU(90)],
+)
+def test_head_dims_of_key_statistics(head_dim, dtype, gpu, emulate):
+    emulate(gpu)
     for k_len, some_unseen in ((150, False), (37, True)):
         key_statistics.check(dtype, head_dim, k_len, some_unseen)
 
