@@ -200,6 +200,20 @@ def test_every_layer_learns_a_gain_of_its_own():
         assert (given == 1).all()
 
 
+def test_a_gain_made_without_memory_is_reset_to_the_values_given():
+    with torch.device("meta"):
+        network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA.arguments))
+    given = {0: torch.tensor([[1.0], [2.0], [3.0], [4.0]]), 1: torch.tensor(0.5)}
+    with patch(network, layers={i: {"scaling": "ssmax", "gain": gain} for i, gain in given.items()}) as one:
+        assert {x.device.type for x in network.parameters()} == {"meta"}
+        network.to_empty(device="cpu")
+        for own in one.layers.values():
+            own.reset_parameters()
+        first, second = (own.gain for own in one.layers.values())
+        assert torch.equal(first, given[0])
+        assert torch.equal(second, given[1].reshape(1))  # FSDP takes no parameter without an axis
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_layers_scaling_is_in_training_mode_as_the_layer_is(training):
     network = LLAMA.build().train(training)

@@ -252,6 +252,35 @@ def test_device_and_dtype(name):
     assert {(x.device.type, x.dtype) for x in scaling.parameters()} == {("meta", torch.float64)}
 
 
+RESET = {
+    "per_head": lambda: nn.PerHead("key_count", heads=4),
+    "cosine": lambda: nn.Cosine(4),
+    "ssmax": lambda: nn.SSMax(4, base=512, bias=True),
+    "log_power": lambda: nn.LogPower(4, power=1.5),
+    "query_adaptive_ssmax": lambda: nn.QueryAdaptiveSSMax(4, head_dim=8),
+    "power_law": lambda: nn.PowerLaw(4, "key_norm_sum"),
+    "scheduled": lambda: nn.Scheduled("sqrt_dim", nn.SSMax(4, base=7), steps=3),
+    "layer": lambda: nn.ScaledAttention(8, 4, sinks=True, scaling="ssmax"),
+}
+
+
+@pytest.mark.parametrize("name", RESET)
+def test_parameters_made_without_memory_are_reset_to_their_start(name):
+    with torch.device("meta"):
+        module = RESET[name]()
+    fresh = RESET[name]()
+    module.to_empty(device="cpu")
+    for x in module.state_dict().values():
+        x.fill_(77)
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    own = {name: x for name, x in module.state_dict().items() if "_proj" not in name}  # projections are random
+    assert own
+    for name, x in own.items():
+        assert torch.equal(x, fresh.state_dict()[name]), name
+
+
 def test_scaling_parameters_are_those_of_every_scaling_once():
     class Own(torch.nn.Module, Scaling):
         name = "own"

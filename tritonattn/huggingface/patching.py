@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calls.checks import BACKENDS
+from ..core.shards import obstacle_to_parameters
 from ..core.tables import table
 from ..scaling import Scaling
 from .architecture import (
@@ -150,10 +151,11 @@ def patch(
             learned copy as parameter.
         backend: As in `tritonattn.attention`.
 
-    Learned values become parameters of the attention modules, in `Patched.layers[name].scaling`, so make the optimizer
-    afterwards. The settings become part of model.config, which is a copy until `undo`,
-    since other models may share the original. save_pretrained, of the model or of one that holds it, keeps both, and
-    from_pretrained applies them again where `tritonattn.huggingface` has been imported, and fails where it has not.
+    Learned values become parameters of the attention modules, in `Patched.layers[name].scaling`, so make the optimizer,
+    and wrap the model in DDP or FSDP or shard it, afterwards. The settings become part of model.config, which is a copy
+    until `undo`, since other models may share the original. save_pretrained, of the model or of one that holds it,
+    keeps both, and from_pretrained applies them again where `tritonattn.huggingface` has been imported, and fails where
+    it has not.
 
     Layers that are left out keep their own implementation and masks. If all layers are patched, masks are ranges of
     keys and O(Q); otherwise they are those of the model's own implementation, which must be "eager" or "sdpa".
@@ -162,8 +164,8 @@ def patch(
         A `Patched`. Until its `undo()`, `model.set_attn_implementation` does not change patched layers.
 
     Raises:
-        TypeError, ValueError: A model without attention that can be patched, or one that is patched already; a layer
-            that does not exist; an argument.
+        TypeError, ValueError: A model without attention that can be patched, one that is patched already, or, for
+            learned values, one that is wrapped or sharded already; a layer that does not exist; an argument.
         NotImplementedError: A chosen layer that cannot be patched (T5's: position_bias), and why.
 
     >>> import torch, transformers, tritonattn.huggingface
@@ -193,6 +195,12 @@ def patched(model: nn.Module) -> Patched | None:
 
 def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling], copied: bool) -> Patched:
     """Put the plans, by module name, into a model, and into its configs or, if copied, into copies of them."""
+    learned = any(next(plan.parameters(), None) is not None for plan in plans.values())
+    if learned and (obstacle := obstacle_to_parameters(model)) is not None:
+        raise ValueError(
+            f"model: expected one that is not distributed yet, got a {type(model).__name__} for learned parameters, but"
+            f" {obstacle}: nothing would reduce their gradients over ranks; patch first, then wrap or shard"
+        )
     entries = []
     for one in found:
         note = None if one.name in plans else (one.obstacle or "not among the layers asked for")
@@ -294,9 +302,8 @@ def _settings(wish: dict[str, Any], module: nn.Module) -> Settings:
         if not is_gain_shape(gain.shape, heads):
             wanted = f"a tensor broadcastable to [Hq, 1] = [{heads}, 1]"
             raise ValueError(f"gain: expected {wanted}, got {list(gain.shape)}")
-        reference = next(module.parameters(), None)
-        device = gain.device if reference is None else reference.device
-        gain = nn.Parameter(gain.detach().clone().to(device), requires_grad=True)
+        own = gain.detach().clone()
+        gain = nn.Parameter(own.reshape(1) if own.dim() == 0 else own)  # FSDP takes no parameter without an axis
     elif gain is not None and (isinstance(gain, bool) or not isinstance(gain, (int, float))):
         raise TypeError(f"gain: expected a float or a tensor, got {type(gain).__name__}")
     scaling = make_scaling(wish["scaling"], heads)
@@ -352,7 +359,7 @@ def install(module: Any, own: LayerScaling, implementation: str) -> None:
     setattr(module.config, IMPLEMENTATION, implementation)
     own.train(module.training)
     weight = next(module.parameters(), None)
-    if weight is not None and weight.device.type != "meta":
+    if weight is not None:
         own.to(weight.device)
     module.add_module(ATTRIBUTE, own)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import BACKENDS
+from ..core.shards import as_placed
 from ..scaling import Scaling
 from .scalings import check_entries, from_config, is_finite, to_config
 
@@ -85,6 +86,13 @@ class LayerScaling(nn.Module):
         self.weights_wanted = False
         self.temporary = self.watched = temporary
         self.observer: Callable[..., None] | None = None
+        self._start = _start_of(self.gain)
+
+    def reset_parameters(self) -> None:
+        """Start a learned gain anew, from the values given; a learned scaling is a module that resets itself."""
+        if self._start is not None and isinstance(self.gain, Tensor):
+            with torch.no_grad():
+                self.gain.copy_(as_placed(self._start, self.gain))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is neither observed nor watched."""
@@ -101,6 +109,13 @@ class LayerScaling(nn.Module):
         scaling = "" if isinstance(self.scaling, nn.Module) else f"scaling={self.scaling!r}, "
         gain = "learned" if isinstance(self.gain, Tensor) else self.gain
         return f"{scaling}gain={gain}, backend={self.backend!r}"
+
+
+def _start_of(gain: float | Tensor | None) -> Tensor | None:
+    """A copy of a learned gain's first values, which are ones for a gain without memory."""
+    if not isinstance(gain, Tensor):
+        return None
+    return torch.ones(gain.shape, device="cpu") if gain.is_meta else gain.detach().cpu().clone()
 
 
 def is_gain_shape(shape: Any, heads: int) -> bool:

@@ -112,8 +112,14 @@ class ScaledAttention(nn.Module):
         ]
         self.q_norm, self.k_norm = norms
         self.sinks: Tensor | None
-        learned = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype)) if sinks else None
+        learned = nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) if sinks else None
         self.register_parameter("sinks", learned)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the sinks anew, from 0; projections, norms and the scaling are modules that reset their own."""
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
     def _own_scaling(
         self, scaling: str | Scaling | float, device: torch.device | str | None, dtype: torch.dtype | None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..calls.checks import check_bool, check_count, check_dtype, kind_of, named_scaling, refuse_scaling
 from ..calls.factor import Factor
+from ..core.shards import local
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Cosine as FixedCosine
@@ -35,12 +36,19 @@ class Learned(nn.Module, Scaling):
         return f"heads={self.heads}"
 
     def per_head(self, parameter: Tensor, q: Tensor) -> Tensor:
-        """A parameter [heads] as fp64 [heads, 1], for q [B, heads, Sq, D].
+        """A parameter [heads] as fp64 [heads, 1], for q [B, heads, Sq, D]; of a DTensor this rank's heads.
 
         Raises ValueError where q has other heads or lies on another device.
         """
-        if q.shape[1] != self.heads:
-            raise ValueError(f"scaling: expected q of {type(self).__name__}'s {self.heads} heads, got {q.shape[1]}")
+        parameter, whole = local(parameter), parameter.shape[0]
+        if q.shape[1] != parameter.shape[0]:
+            there = "" if parameter.shape[0] == whole else f" of {whole} on this rank"
+            raise ValueError(
+                f"scaling: expected q of {type(self).__name__}'s {parameter.shape[0]} heads{there}, got {q.shape[1]};"
+                " under tensor parallelism tritonattn.distributed.HeadParallel shards them as q"
+                if q.shape[1] < whole
+                else f"scaling: expected q of {type(self).__name__}'s {whole} heads, got {q.shape[1]}"
+            )
         if parameter.device != q.device:
             raise ValueError(
                 f"scaling: expected {type(self).__name__} on q's device {q.device}, got {parameter.device}"
@@ -80,7 +88,12 @@ class PerHead(Learned):
         super().__init__(heads)
         check_dtype(dtype)
         self.mode = as_mode(mode)
-        self.theta = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype))
+        self.theta = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start anew: exactly the mode."""
+        nn.init.zeros_(self.theta)
 
     @property
     def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -174,9 +187,17 @@ class SSMax(Learned):
         check_dtype(dtype)
         self.s: Tensor
         self.b: Tensor | None
-        self.s = nn.Parameter(torch.full((heads,), 1 / math.log(base), device=device, dtype=dtype))
-        b = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype)) if bias else None
+        self._start = 1 / math.log(base)
+        self.s = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
+        b = nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) if bias else None
         self.register_parameter("b", b)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start anew: s from base, b from 0."""
+        nn.init.constant_(self.s, self._start)
+        if self.b is not None:
+            nn.init.zeros_(self.b)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, bias={self.b is not None}"

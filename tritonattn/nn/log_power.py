@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_count, check_dtype
+from ..core.shards import local
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scales
@@ -56,7 +57,13 @@ class LogPower(Learned):
         check_positive("base", base, above=1.0)
         check_dtype(dtype)
         self.base = base
-        self.p = nn.Parameter(torch.full((heads,), power, device=device, dtype=dtype))
+        self._power = power
+        self.p = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start anew from the power given."""
+        nn.init.constant_(self.p, self._power)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, base={self.base:g}"
@@ -110,9 +117,16 @@ class QueryAdaptiveSSMax(Learned):
         check_count("head_dim", head_dim, 1)
         check_dtype(dtype)
         self.head_dim = head_dim
-        self.w = nn.Parameter(torch.zeros(heads, head_dim, device=device, dtype=dtype))
-        self.delta = nn.Parameter(torch.ones(heads, device=device, dtype=dtype))
-        self.gamma = nn.Parameter(torch.ones(heads, device=device, dtype=dtype))
+        self.w = nn.Parameter(torch.empty(heads, head_dim, device=device, dtype=dtype))
+        self.delta = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
+        self.gamma = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start anew: w from 0, delta and gamma from 1."""
+        nn.init.zeros_(self.w)
+        nn.init.ones_(self.delta)
+        nn.init.ones_(self.gamma)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}"
@@ -129,13 +143,13 @@ class QueryAdaptiveSSMax(Learned):
         n = visible.sum(-1, keepdim=True).double()
         logarithm = torch.where(n > 1, torch.where(n > 1, n, 2).log().pow(gamma), 0)
         self._check_head_dim(q)
-        weight = (1 + (q.double() * self.w.double()[:, None]).sum(-1, keepdim=True).exp()).log()
+        weight = (1 + (q.double() * local(self.w).double()[:, None]).sum(-1, keepdim=True).exp()).log()
         return (delta + weight * logarithm) / math.sqrt(k.shape[-1])
 
     def _weight(self, q: Tensor) -> Tensor:
         """softplus(w_h . q[i]) in fp64, [B, Hq, Sq]."""
         self._check_head_dim(q)
-        product = (q.double() @ self.w.double()[..., None])[..., 0]
+        product = (q.double() @ local(self.w).double()[..., None])[..., 0]
         return nn.functional.softplus(product)
 
     def _check_head_dim(self, q: Tensor) -> None:

@@ -69,17 +69,24 @@ class PowerLaw(Learned):
         if not isinstance(mode, str) or mode not in POINTS:
             raise ValueError(f"mode: expected one of {', '.join(POINTS)}, got {mode!r}")
         check_dtype(dtype)
-        a, b, c = (nn.Parameter(torch.full((heads,), x, device=device, dtype=dtype)) for x in POINTS[mode])
-        self.theta = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype))
+        self._start = POINTS[mode]
+        theta, a, b, c = (nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) for _ in range(4))
+        self.theta = theta
         self.dim_exponent = a.requires_grad_(False)
         self.count_exponent = b
         self.length_exponent = c
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start anew: exactly the mode."""
+        for parameter, value in zip(self._parameters_in_order(), (0.0, *self._start), strict=True):
+            nn.init.constant_(parameter, value)
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         theta, a, b, c = (self.per_head(x, q) for x in self._parameters_in_order())
         n = visibility.counts().clamp(min=1)  # [B or 1, 1 or Hq, Sq]
         rho = statistics.length_sum / n  # [B, Hkv or Hq, Sq]
-        rho = rho.repeat_interleave(self.heads // rho.shape[1], dim=1)
+        rho = rho.repeat_interleave(q.shape[1] // rho.shape[1], dim=1)
         dim = torch.full((), q.shape[-1], dtype=torch.float64, device=q.device)
         return Scales(1.0, query=_held(theta.exp() * dim.pow(a) * n.pow(b) * _length_power(rho, c), q))
 

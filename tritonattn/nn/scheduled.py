@@ -59,6 +59,10 @@ class Scheduled(nn.Module, Scaling):
         self.step: Tensor
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
+    def reset_parameters(self) -> None:
+        """Start anew at step 0."""
+        nn.init.zeros_(self.step)
+
     @property
     def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.mode_a.reads_keys or self.mode_b.reads_keys

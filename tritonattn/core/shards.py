@@ -1,0 +1,91 @@
+"""What torch.distributed has done to tensors and to attention, found without importing it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_EXPERIMENTAL = "torch.distributed.tensor.experimental"
+_READABLE = range(8, 14)  # of torch 2: the versions whose private names `context_parallel` reads
+
+
+class ContextParallel(NamedTuple):
+    """torch's own context parallelism, as it is in force.
+
+    mesh     the DeviceMesh whose ranks share every sequence
+    layout   as in `tritonattn.distributed.shard`
+    """
+
+    mesh: Any
+    layout: str
+
+
+def context_parallel() -> ContextParallel | None:
+    """The context of torch.distributed.tensor.experimental.context_parallel in which this runs, if any.
+
+    torch offers no question of this kind: the context shows in what it puts in place of
+    F.scaled_dot_product_attention. Raises NotImplementedError under a torch whose private names are not known.
+    """
+    replacement: Any = F.scaled_dot_product_attention
+    if replacement is torch._C._nn.scaled_dot_product_attention:  # pyright: ignore[reportAttributeAccessIssue]
+        return None
+    home = getattr(replacement, "__module__", None) or ""
+    if not home.startswith(_EXPERIMENTAL):
+        return None
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    if major != 2 or minor not in _READABLE:
+        raise NotImplementedError(
+            f"context_parallel: tritonattn reads that of torch 2.{_READABLE[0]} to 2.{_READABLE[-1]}, got torch"
+            f" {torch.__version__}; call tritonattn.distributed.context_parallel_attention, outside of it"
+        )
+    cells = (cell.cell_contents for cell in replacement.__closure__)
+    variables = dict(zip(replacement.__code__.co_freevars, cells, strict=True))
+    balanced = sys.modules[home]._cp_options.enable_load_balance
+    return ContextParallel(variables["device_mesh"], "zigzag" if balanced else "contiguous")
+
+
+def refuse_context_parallel(name: str) -> None:
+    """Raise where torch's context_parallel has cut the sequence: the function `name` would see this rank's part."""
+    if context_parallel() is not None:
+        raise NotImplementedError(
+            f"{name}: torch's context_parallel is active, and q, k, v are this rank's part of the sequence: expected"
+            " tritonattn.distributed.context_parallel_attention, which attends to all of it"
+        )
+
+
+def is_dtensor(*values: Any) -> bool:
+    """Whether one of the values is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(x, module.DTensor) for x in values)
+
+
+def local(x: Any) -> Tensor:
+    """This rank's part of a DTensor; another tensor as it is."""
+    return x.to_local() if is_dtensor(x) else x
+
+
+def as_placed(x: Tensor, like: Tensor) -> Tensor:
+    """x, which all ranks hold alike, as a DTensor on the mesh of `like` where that is one."""
+    if not is_dtensor(like):
+        return x
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    return DTensor.from_local(x.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def obstacle_to_parameters(module: nn.Module) -> str | None:
+    """The reason why parameters added to a module from now on would not be reduced over ranks, or None."""
+    for part in module.modules():
+        name = type(part).__name__
+        if name in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            return f"it is wrapped in {name}"
+        if any(base.__name__ == "FSDPModule" for base in type(part).__mro__):
+            return "fully_shard has been applied to it"
+    if is_dtensor(*module.parameters()):
+        return "its parameters are DTensors"
+    return None
