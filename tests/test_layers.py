@@ -21,7 +21,7 @@ FLOORS = (
     {"backends"},
     {"ops", "tuner"},
     {"calls"},
-    {"nn"},
+    {"nn", "distributed"},
     {"huggingface", "integrations"},
     {"analysis"},
     {"lab"},

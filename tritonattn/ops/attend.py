@@ -124,6 +124,28 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     return ForwardResult(*results[: 4 if aux else 2])
 
 
+def forward_pass(call: AttentionCall, backend: str, aux: bool, keep_rounding: bool) -> tuple[Tensor, ...]:
+    """out, lse, max_logit, entropy and rounding, without a graph: tensors of size 0 for those not asked for."""
+    flat = _Flat.of(call, backend, aux, keep_rounding)
+    return _forward_of(flat, call) if runs_eagerly(*call.tensors) else _forward_operator(*flat)
+
+
+def backward_pass(
+    call: AttentionCall,
+    backend: str,
+    results: tuple[Tensor, Tensor, Tensor | None],
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    """Gradients of a call whose `forward_pass` returned `results`: out, lse, and rounding where it was kept."""
+    flat = _Flat.of(call, backend, aux=False, keep_rounding=results[2] is not None)
+    if runs_eagerly(*call.tensors, d_out, d_lse):
+        return _backward(flat, (call.wide_q, call.wide_k), results, d_out, d_lse, needs)
+    filled = _backward_operator(*flat, *results, d_out, d_lse, list(needs))
+    return Gradients(*(gradient if need else None for gradient, need in zip(filled, needs, strict=True)))
+
+
 def _with_values(call: AttentionCall) -> AttentionCall:
     """The call with q and k in fp32 where their gradients are: what stands for them in the graph has no values."""
     if call.wide_q is None and call.wide_k is None:

@@ -1,0 +1,89 @@
+"""Processes that run a function on every rank: one pool a session, which a failed or silent rank replaces."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from time import monotonic
+from typing import Any
+
+SECONDS = 60  # for a case
+GRACE = 10  # for the others, once a rank has failed
+
+
+class RankFailedError(AssertionError):
+    pass
+
+
+class Pool:
+    """`size` gloo processes; `run(function, *arguments)` calls function(rank, *arguments) on each."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._ranks: list[tuple[Any, Any]] = []
+
+    def run(self, function: Callable, *arguments: Any, seconds: float = SECONDS) -> list[Any]:
+        """Return the results by rank; raise RankFailedError with the traces of the ranks that failed or hang."""
+        if not self._ranks:
+            self._start()
+        for _, pipe in self._ranks:
+            pipe.send((function, arguments))
+        answers: dict[int, Any] = {}
+        pipes = {pipe: rank for rank, (_, pipe) in enumerate(self._ranks)}
+        deadline = monotonic() + seconds
+        while len(answers) < self.size and monotonic() < deadline:
+            for pipe in wait([p for p, rank in pipes.items() if rank not in answers], deadline - monotonic()):
+                try:
+                    answers[pipes[pipe]] = pipe.recv()
+                except EOFError:
+                    answers[pipes[pipe]] = (False, "the process died")
+                if not answers[pipes[pipe]][0]:
+                    deadline = min(deadline, monotonic() + GRACE)
+        failures = [f"rank {rank}: {answer}" for rank, (fine, answer) in sorted(answers.items()) if not fine]
+        failures += [f"rank {rank}: no answer" for rank in range(self.size) if rank not in answers]
+        if failures:
+            self.close()
+            raise RankFailedError("\n".join(failures))
+        return [answers[rank][1] for rank in range(self.size)]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "tritonattn.distributed"])
+        handle, store = tempfile.mkstemp()
+        os.close(handle)
+        os.unlink(store)
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+
+    def close(self) -> None:
+        for process, pipe in self._ranks:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._ranks = []
+
+
+def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, function(rank, *arguments))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)

@@ -1,0 +1,9 @@
+"""One sequence on several processes: `context_parallel_attention`, and `shard` / `unshard` of what goes with it.
+
+Built on torch.distributed: a `DeviceMesh` of one dimension names the ranks that share a sequence.
+"""
+
+from .context_parallel import context_parallel_attention
+from .layout import shard, unshard
+
+__all__ = ["context_parallel_attention", "shard", "unshard"]

@@ -1,0 +1,47 @@
+"""Context parallel attention by all-to-all: ranks exchange their tokens of all heads for all tokens of some heads.
+
+Source: Jacobs et al. 2023 (DeepSpeed-Ulysses), arXiv:2309.14509.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..core.call import AttentionCall, ForwardResult, Logits
+from .collectives import Wire, heads_to_tokens, tokens_to_heads
+from .sequence import Settings
+
+
+def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
+    """Attend to the whole sequence with this rank's heads; key heads are repeated until the ranks divide them."""
+    split, logits = settings.sequence.split, call.logits
+    dtype, wide = call.v.dtype, torch.promote_types(call.q.dtype, torch.float32)
+    gradients = torch.promote_types(settings.reduce_dtype, dtype)
+    repeats = split.size // math.gcd(split.size, call.k.shape[1])
+
+    def repeated(x: Tensor) -> Tensor:
+        return x.repeat_interleave(repeats, dim=1) if repeats > 1 else x
+
+    def own(x: Tensor, dim: int) -> Tensor:
+        count = x.shape[dim] // split.size
+        return x.narrow(dim, split.rank * count, count)
+
+    q = heads_to_tokens(call.q, split, Wire(dtype, dtype))
+    k, v = (heads_to_tokens(repeated(x), split, Wire(dtype, gradients)) for x in (call.k, call.v))
+    query, key, sinks = logits.query_scale, logits.key_scale, logits.sinks
+    if query is not None:
+        query = heads_to_tokens(query[..., None], split, Wire(wide, wide))[..., 0]
+    key = None if key is None else own(repeated(key), 1)
+    sinks = None if sinks is None else own(sinks, 0)
+    local = Logits(logits.scale, query, key, logits.softcap, sinks)
+    whole = AttentionCall(q, k, v, settings.sequence.of_all_rows(q, k), local)
+    result = ops.attention(whole, settings.backend, settings.aux)
+    out, lse = tokens_to_heads(result.out, split, Wire(dtype, dtype)), result.lse
+    if not settings.aux:
+        return ForwardResult(out, lse)
+    rows = torch.stack([x for x in result[1:] if x is not None], -1)  # lse, max_logit, entropy
+    return ForwardResult(out, *tokens_to_heads(rows, split, Wire(wide, wide)).unbind(-1))

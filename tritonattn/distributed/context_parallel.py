@@ -1,0 +1,133 @@
+"""`context_parallel_attention`: one sequence, whose tokens several ranks share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..calls.checks import Options, check, check_count, check_dtype
+from ..calls.dispatch import AttentionAux, autocast, aux_of, choose_backend, sinks_of
+from ..calls.factor import Factor
+from ..calls.varlen_checks import check_offsets
+from ..core.autograd import needs_graph
+from ..core.call import AttentionCall, Logits
+from ..scaling import Scaling
+from . import by_heads, gathered
+from .layout import Split
+from .sequence import Settings, SharedSequence, scales_of
+
+_METHODS = {"allgather": gathered.attention, "alltoall": by_heads.attention}
+
+
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh,
+    method: str = "allgather",
+    layout: str = "contiguous",
+    scaling: str | Scaling | float | Tensor = "sqrt_dim",
+    gain: float | Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    cu_seqlens: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_aux: bool = False,
+    backend: str = "auto",
+    reduce_dtype: torch.dtype = torch.float32,
+    head_group: int | None = None,
+) -> Tensor | tuple[Tensor, AttentionAux]:
+    """`attention` over a sequence whose tokens are shared by the P ranks of a mesh.
+
+    The result is that of `attention` on the whole sequence of S tokens, cut as `shard` cuts it; what a scaling counts,
+    sums or maximises is that of the whole sequence.
+
+    Args:
+        q: [B, Hq, S / P, D], this rank's part of the queries, of one shape on all ranks; dtypes as in `attention`.
+        k: [B, Hkv, S / P, D], its part of the keys.
+        v: [B, Hkv, S / P, Dv], its part of the values.
+        mesh: The P ranks: a DeviceMesh of one dimension, as mesh["cp"].
+        method: "allgather" gathers keys and values. "alltoall" exchanges tokens for heads: each rank attends to the
+            whole sequence with Hq / P heads (P divides Hq).
+        layout: How `shard` cut the sequence: "contiguous", or "zigzag", the same work for all ranks under causal.
+        scaling: As in `attention`, parameters of all heads included; a tensor is that of this rank's rows.
+        gain: As in `attention`, for this rank's rows.
+        causal, window: As in `attention`, of places in the whole sequence.
+        cu_seqlens: int32 [N + 1]: where documents begin and end in the whole sequence, the same on every rank and for
+            every batch entry. A row sees its own document only. Documents may cross the parts of ranks.
+        softcap, sinks, return_aux: As in `attention`.
+        backend: "auto", "triton" or "sdpa", as in `attention`.
+        reduce_dtype: The dtype in which gradients of keys and values travel and are added over ranks.
+        head_group: Key heads whose keys and values are gathered at a time ("allgather"); None is all of them.
+            Fewer take less memory and more messages.
+
+    Every rank calls with the same arguments but for q, k, v and what belongs to their rows. The gradient of a parameter
+    (gain, sinks, a learned scaling) is the part of this rank's rows: sum it over ranks, as FSDP and DDP do.
+
+    Returns:
+        [B, Hq, S / P, Dv]; with return_aux also the rows' `AttentionAux`. At one P repetitions give the same bits.
+
+    Raises:
+        TypeError, ValueError: As `attention`; a mesh, method or layout; heads that P does not divide.
+        NotImplementedError: backend "reference".
+
+    >>> out = context_parallel_attention(q, k, v, mesh=mesh["cp"], causal=True, layout="zigzag",
+    ...     scaling="key_norm_mean")  # doctest: +SKIP
+
+    Sources: Llama Team 2024, arXiv:2407.21783, 3.3.2 (all-gather, zig-zag); Jacobs et al. 2023, arXiv:2309.14509
+    (all-to-all).
+    """
+    options = Options(
+        causal=causal, window=window, softcap=softcap, sinks=sinks, return_aux=return_aux, backend=backend
+    )
+    (q, k, v), autocast_off = autocast(q, k, v)
+    check(q, k, v, options)
+    split = Split.of(mesh, layout)
+    _check(q, k, split, method, cu_seqlens, reduce_dtype, head_group)
+    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, S / P]")
+    backend = choose_backend(q, k, v, options)
+    if backend == "reference":
+        raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
+    with autocast_off:
+        keep_rounding = v.dtype.itemsize == 2 and needs_graph(q, k, v)
+        if keep_rounding:
+            q, k = q.float(), k.float()  # gradients of logits and of lengths add up before they are rounded
+        sequence = SharedSequence.of(q, k, split, causal, window, cu_seqlens)
+        constant, query, key = scales_of(factor, q, k, sequence, reduce_dtype)
+        logits = Logits(constant, query, key, options.cap, sinks_of(q, options))
+        call = AttentionCall(q, k, v, sequence.visibility, logits)
+        heads = k.shape[1] if head_group is None else head_group
+        settings = Settings(sequence, constant, options.cap, backend, heads, reduce_dtype, return_aux, keep_rounding)
+        result = _METHODS[method](call, settings)
+    return (result.out, aux_of(result)) if return_aux else result.out
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    split: Split,
+    method: Any,
+    cu_seqlens: Any,
+    reduce_dtype: Any,
+    head_group: Any,
+) -> None:
+    if method not in _METHODS:
+        raise ValueError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"k: expected q's {q.shape[2]} tokens of this rank, got {k.shape[2]}")
+    if q.shape[2] % split.chunks_per_rank:
+        raise ValueError(f"q: expected an even number of tokens of this rank for layout 'zigzag', got {q.shape[2]}")
+    if method == "alltoall" and q.shape[1] % split.size:
+        raise ValueError(
+            f"q: expected a number of heads that the {split.size} ranks divide for method 'alltoall', got {q.shape[1]}"
+        )
+    if cu_seqlens is not None:
+        check_offsets("cu_seqlens", cu_seqlens, q)
+    check_dtype(reduce_dtype)
+    if head_group is not None:
+        check_count("head_group", head_group, 1)

@@ -1,0 +1,128 @@
+"""Who holds which part of a sequence: equal chunks, numbered along the sequence, dealt to the ranks of a mesh.
+
+    contiguous   rank r holds chunk r of P
+    zigzag       rank r holds the chunks r and 2P - 1 - r of 2P: under causal attention all ranks have the same work
+
+Source of the zig-zag: Brandon et al. 2023 (striped attention), arXiv:2311.09431, and Llama 3, arXiv:2407.21783, 3.3.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..calls.checks import check_tensor, kind_of, shape_of
+from . import collectives
+
+LAYOUTS = ("contiguous", "zigzag")
+
+
+class Split(NamedTuple):
+    """The place of this process among those that share a sequence."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    layout: str
+
+    @classmethod
+    def of(cls, mesh: Any, layout: str) -> Split:
+        """Check a mesh of one dimension and the name of a layout."""
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh: expected a torch.distributed DeviceMesh, got {kind_of(mesh)}")
+        if mesh.ndim != 1:
+            raise ValueError(f"mesh: expected one dimension, as of mesh['cp'], got {mesh.ndim} of sizes {mesh.shape}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+        return cls(mesh.get_group(), mesh.get_local_rank(), mesh.size(), layout)
+
+    @property
+    def chunks_per_rank(self) -> int:
+        return 1 if self.layout == "contiguous" else 2
+
+    @property
+    def chunk_count(self) -> int:
+        return self.size * self.chunks_per_rank
+
+    def chunks(self, rank: int | None = None) -> list[int]:
+        """The chunks of a rank, of this one without an argument, in the order in which it holds them."""
+        rank = self.rank if rank is None else rank
+        return [rank] if self.layout == "contiguous" else [rank, 2 * self.size - 1 - rank]
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """The places in the sequence of the `length` tokens that this rank holds: int64 [length]."""
+        n = length // self.chunks_per_rank
+        return torch.cat([torch.arange(c * n, (c + 1) * n, device=device) for c in self.chunks()])
+
+    def in_order(self, x: Tensor, dim: int) -> Tensor:
+        """x, whose chunks stand rank by rank along an axis, with the chunks in the order of the sequence."""
+        return x if self.layout == "contiguous" else self._permuted(x, dim, self._places())
+
+    def by_rank(self, x: Tensor, dim: int) -> Tensor:
+        """x, whose chunks stand in the order of the sequence along an axis, with the chunks rank by rank."""
+        return x if self.layout == "contiguous" else self._permuted(x, dim, self._order())
+
+    def _order(self) -> list[int]:
+        return [chunk for rank in range(self.size) for chunk in self.chunks(rank)]
+
+    def _places(self) -> list[int]:
+        order = self._order()
+        return [order.index(chunk) for chunk in range(self.chunk_count)]
+
+    def _permuted(self, x: Tensor, dim: int, order: list[int]) -> Tensor:
+        parts = x.chunk(self.chunk_count, dim)
+        return torch.cat([parts[chunk] for chunk in order], dim)
+
+
+def shard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int = 2) -> Tensor:
+    """Take this rank's part of a whole sequence along an axis.
+
+    Args:
+        x: The same on every rank; axis `dim` of S tokens, which P (2 P for "zigzag") divides.
+        mesh: The P ranks that share a sequence: one dimension.
+        layout: "contiguous", or "zigzag", which gives every rank the same work under causal attention.
+        dim: The axis of tokens: 2 in q, k and v [B, H, S, D]; 1 in token ids, positions and labels [B, S].
+
+    Returns:
+        A copy, with S / P tokens. Its gradient is that of this rank's tokens, and zeros elsewhere.
+
+    Raises:
+        TypeError, ValueError: mesh, layout, or an axis that cannot be divided.
+
+    >>> part = shard(token_ids, mesh=mesh, layout="zigzag", dim=1)  # doctest: +SKIP
+    """
+    split = Split.of(mesh, layout)
+    check_tensor("x", x, "[..., S, ...]")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim: expected an axis of x, whose shape is {shape_of(x)}, got {dim}")
+    if x.shape[dim] % split.chunk_count:
+        raise ValueError(
+            f"x: expected a number of tokens that {split.chunk_count} divides ({split.size} ranks, layout {layout!r}), got"
+            f" {x.shape[dim]}; pad the sequence, or end it with a document of padding"
+        )
+    parts = x.chunk(split.chunk_count, dim)
+    return torch.cat([parts[chunk] for chunk in split.chunks()], dim)
+
+
+def unshard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int = 2) -> Tensor:
+    """Gather the parts of all ranks into the whole sequence, in its order: the inverse of `shard`.
+
+    Args:
+        x: This rank's part, of one shape on all ranks.
+        mesh, layout, dim: As in `shard`.
+
+    Returns:
+        The whole sequence on every rank. A rank's gradient is the sum over ranks of those towards its tokens.
+
+    Raises:
+        TypeError, ValueError: mesh or layout.
+
+    >>> logits = unshard(part_of_logits, mesh=mesh, layout="zigzag", dim=1)  # doctest: +SKIP
+    """
+    split = Split.of(mesh, layout)
+    check_tensor("x", x, "[..., S / P, ...]")
+    return collectives.gather(x, split, dim)

@@ -1,0 +1,99 @@
+"""A sequence that ranks share, and the vectors of a scaling for this rank's rows, as one process computes them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..calls.factor import Factor
+from ..core.sequences import Sequences
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility
+from . import collectives
+from .layout import Split
+from .statistics import SharedStatistics
+
+
+class SharedSequence(NamedTuple):
+    """A sequence of S tokens that the ranks of `split` hold parts of, and what this rank's rows see of it.
+
+    whole        of all S rows, as one process would see it
+    visibility   of this rank's rows among all S keys
+    """
+
+    split: Split
+    whole: Visibility
+    visibility: Visibility
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        split: Split,
+        causal: bool,
+        window: tuple[int | None, int | None] | None,
+        cu_seqlens: Tensor | None,
+    ) -> SharedSequence:
+        """From this rank's q [B, Hq, S / P, D] and k [B, Hkv, S / P, D], and the masks of the whole sequence."""
+        q_shape, k_shape = (torch.Size((*x.shape[:2], x.shape[2] * split.size, x.shape[3])) for x in (q, k))
+        length = q_shape[2]
+        documents = None
+        if cu_seqlens is not None:
+            documents = Sequences.of(cu_seqlens, cu_seqlens, length, length, length, length)
+        whole = Visibility.of_shapes(q_shape, k_shape, q.device, causal=causal, window=window, sequences=documents)
+        own = None
+        if not whole.is_full:
+            positions = split.positions(q.shape[2], q.device)
+            own = torch.stack([bound[:, positions] for bound in whole.ranges()], -1).expand(q.shape[0], -1, -1)
+        return cls(split, whole, Visibility.of_shapes(q.shape, k_shape, q.device, key_ranges=own))
+
+    @property
+    def length(self) -> int:
+        return self.whole.k_len
+
+    @property
+    def ends_at_own(self) -> bool:
+        """Whether no row sees a key behind its own."""
+        return self.whole.right == 0
+
+    def of_all_rows(self, q: Tensor, k: Tensor) -> Visibility:
+        """`whole`, of some heads: q [B, H, S, D] and k."""
+        if self.whole.sequences is None:
+            return Visibility.of(q, k, window=(self.whole.left, self.whole.right))
+        return Visibility.of(q, k, key_ranges=torch.stack(self.whole.ranges(), -1).expand(q.shape[0], -1, -1))
+
+
+class Settings(NamedTuple):
+    """What is no tensor of a call.
+
+    heads   key heads whose keys and values are gathered at a time
+    """
+
+    sequence: SharedSequence
+    scale: float
+    softcap: float | None
+    backend: str
+    heads: int
+    reduce_dtype: torch.dtype
+    aux: bool
+    keep_rounding: bool
+
+
+def scales_of(
+    factor: Factor, q: Tensor, k: Tensor, sequence: SharedSequence, reduce_dtype: torch.dtype
+) -> tuple[float, Tensor | None, Tensor | None]:
+    """constant, query_scale [B, Hq, S / P] of this rank's rows, key_scale [B, Hkv, S] of all keys; differentiable.
+
+    A scaling that reads keys itself (`Scaling.reads_keys`) gets all of them, gathered.
+    """
+    visible, split = sequence.visibility, sequence.split
+    if factor.scaling.reads_keys:
+        whole = collectives.gather(k, split, 2, torch.promote_types(reduce_dtype, k.dtype))
+        statistics = Statistics(whole, visible)
+    else:
+        whole = k.detach()[:, :, :1].expand(-1, -1, sequence.length, -1)  # a shape; its values are not read
+        statistics = SharedStatistics(k, visible, split, sequence.whole.is_full or sequence.whole.is_square_causal)
+    return factor.scales(q, whole, visible, statistics)

@@ -1,0 +1,132 @@
+"""Key statistics of a sequence that several ranks share: totals of chunks travel, not keys.
+
+Chunk c of a causal sequence adds to its own prefix sums what all earlier chunks hold, C numbers a head. Gradients go
+the other way: a key takes the sum of the rows behind it, those of later chunks by their totals. Where rows see other
+ranges, the lengths themselves are gathered, 4 bytes a key.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+from torch.nn.functional import pad
+
+from ..core.autograd import first_order
+from ..core.ranges import argmax_of_prefixes
+from ..core.statistics import Statistics, key_lengths_of
+from ..core.visibility import Visibility
+from . import collectives
+from .layout import Split
+
+
+class SharedStatistics(Statistics):
+    """`Statistics` of this rank's rows and of all keys, from the keys k [B, Hkv, S / P, D] that this rank holds.
+
+    by_totals   row i of the sequence sees the keys j <= i, or, where no row's range ends early, all of them
+    """
+
+    def __init__(self, k: Tensor, visibility: Visibility, split: Split, by_totals: bool) -> None:
+        super().__init__(k, visibility)
+        self._split = split
+        self._by_totals = by_totals
+
+    @property
+    def _own(self) -> Tensor:
+        """Lengths of this rank's keys: [B, Hkv, S / P]. Every key is seen by its own row at least."""
+        return self._once("own", lambda: key_lengths_of(self.k))
+
+    def _lengths(self) -> Tensor:
+        return collectives.gather(self._own, self._split, 2)
+
+    def _length_sum(self) -> Tensor:
+        return self._sum(self._own).to(self._own.dtype) if self._by_totals else super()._length_sum()
+
+    def _length_square_sum(self) -> Tensor:
+        return self._sum(self._own.double().square()) if self._by_totals else super()._length_square_sum()
+
+    def _sum(self, x: Tensor) -> Tensor:
+        sums = _Sum if self.visibility.is_full else _PrefixSum
+        return sums.apply(x, self._split).expand(*x.shape[:2], self.visibility.q_len)
+
+    def _length_max(self) -> Tensor:
+        if not self._by_totals:
+            return super()._length_max()
+        return _PrefixMax.apply(self._own, self._split, self.visibility.is_full)
+
+
+class _Sum(Function):
+    """Sum of x [B, H, S / P] over the whole sequence: fp64 [B, H, 1]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, split: Split) -> Tensor:
+        ctx.settings = split, x.shape, x.dtype
+        return collectives.all_gather(x.sum(-1, keepdim=True, dtype=torch.float64), split).sum(0)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, g: Tensor):
+        split, shape, dtype = ctx.settings
+        return collectives.all_gather(g, split).sum(0).to(dtype).expand(shape), None
+
+
+class _PrefixSum(Function):
+    """Sums of x [B, H, S / P] over j <= i of the whole sequence: fp64 [B, H, S / P]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, split: Split) -> Tensor:
+        ctx.settings = split, x.dtype
+        own = _in_chunks(x.double(), split).cumsum(-1)
+        total = collectives.totals(own[..., -1], split)  # [B, H, chunks]
+        earlier = total.cumsum(-1) - total
+        return (own + earlier[..., split.chunks(), None]).flatten(-2)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, g: Tensor):
+        split, dtype = ctx.settings
+        own = _from_the_end(_in_chunks(g.double(), split))
+        total = collectives.totals(own[..., 0], split)
+        later = _from_the_end(total) - total
+        return (own + later[..., split.chunks(), None]).flatten(-2).to(dtype), None
+
+
+class _PrefixMax(Function):
+    """Maxima of x [B, H, S / P] over j <= i, or over all keys; the lowest of equal keys takes the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, split: Split, is_full: bool) -> Tensor:
+        x = _in_chunks(x, split)  # [B, H, own chunks, n]
+        best = collectives.totals(x.amax(-1), split)  # [B, H, chunks]
+        if is_full:
+            before, owner = (y.expand_as(best) for y in best.max(-1, keepdim=True))
+        else:  # of earlier chunks
+            before = pad(best.cummax(-1).values, (1, -1), value=-torch.inf)
+            owner = pad(argmax_of_prefixes(best), (1, -1))
+        before = before[..., split.chunks(), None]
+        own = x.cummax(-1).values
+        is_inherited = before >= own  # the lowest of equal keys is in the earlier chunk
+        ctx.settings = split
+        ctx.save_for_backward(is_inherited, argmax_of_prefixes(x.flatten(0, 2)[None]).view_as(x), owner, x.argmax(-1))
+        return torch.where(is_inherited, before, own).flatten(-2)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, g: Tensor):
+        is_inherited, first, owner, top = saved
+        split = ctx.settings
+        g = _in_chunks(g, split)
+        d_x = torch.zeros_like(g).scatter_add_(-1, first, torch.where(is_inherited, 0, g))
+        away = collectives.totals(torch.where(is_inherited, g, 0).double().sum(-1), split)
+        for i, chunk in enumerate(split.chunks()):
+            taken = torch.where(owner == chunk, away, 0).sum(-1, keepdim=True)
+            d_x[..., i, :].scatter_add_(-1, top[..., i, None], taken.to(d_x.dtype))
+        return d_x.flatten(-2), None, None
+
+
+def _in_chunks(x: Tensor, split: Split) -> Tensor:
+    return x.unflatten(-1, (split.chunks_per_rank, -1))
+
+
+def _from_the_end(x: Tensor) -> Tensor:
+    return x.flip(-1).cumsum(-1).flip(-1)
