@@ -12,6 +12,8 @@ SAMPLED = tests/core tests/scaling tests/backends tests/emulated tests/stub_test
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # One thread a worker: more would take the cores from one another. Neighbours share fixtures: they stay on one worker.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+# Tests that start processes of their own.
+ALONE = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
 .DELETE_ON_ERROR:
@@ -21,8 +23,9 @@ demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="
 	$(VENV)/bin/tritonattn demo $(ARGS)
 
 test: $(VENV)/.test  ## every test that needs no download; the kernels' on the GPU, or in Triton's interpreter
-	$(PYTEST) --ignore tests/kernels --ignore tests/slow $(ARGS)
+	$(PYTEST) --ignore tests/kernels --ignore tests/slow --ignore tests/distributed $(ARGS)
 	$(INTERPRETED) $(PYTEST) tests/kernels $(ARGS)
+	$(ALONE) tests/distributed $(ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.real  ## the long tests, and those on real weights
 	$(PYTEST) tests/slow --ignore tests/slow/kernels $(ARGS)

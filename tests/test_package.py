@@ -137,12 +137,13 @@ def test_user_cache(monkeypatch, environment, wanted):
 def test_dir_shows_what_is_public():
     pytest.importorskip("transformers")
     import tritonattn.analysis
+    import tritonattn.distributed
     import tritonattn.huggingface
     import tritonattn.integrations.torch_modules
 
-    folders = {"analysis", "huggingface", "integrations"}
+    folders = {"analysis", "distributed", "huggingface", "integrations"}
     assert set(dir(tritonattn)) - {"tuning"} == {*tritonattn.__all__, *folders}
-    for module in (tritonattn.nn, tritonattn.analysis, tritonattn.huggingface):
+    for module in (tritonattn.nn, tritonattn.analysis, tritonattn.distributed, tritonattn.huggingface):
         assert dir(module) == sorted(module.__all__)
         assert all(hasattr(module, name) for name in dir(module))
     public = {"diffusers", "hub_kernel", "timm", "torch_modules", "x_transformers"}

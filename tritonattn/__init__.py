@@ -36,5 +36,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    imported = {"analysis", "huggingface", "integrations", "tuning"} & set(globals())
+    imported = {"analysis", "distributed", "huggingface", "integrations", "tuning"} & set(globals())
     return sorted({*__all__, *imported})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import tritonattn
-from tritonattn.distributed import context_parallel_attention, shard
+from tritonattn.distributed import context_parallel_attention, shard, unshard
 
 LENGTH, HEADS, KV_HEADS, DIM = 48, 4, 2, 8
 OFFSETS = (0, 5, 20, 21, 48)
@@ -33,37 +36,124 @@ def in_one_process(mask: dict[str, Any], batch: int) -> dict[str, Any]:
     mask = dict(mask)
     offsets = mask.pop("cu_seqlens", None)
     if offsets is not None:
-        pairs = [(a, b) for a, b in zip(offsets, offsets[1:], strict=False) for _ in range(b - a)]
+        pairs = [(a, b) for a, b in pairwise(offsets) for _ in range(b - a)]
         mask["key_ranges"] = torch.tensor(pairs).expand(batch, -1, -1)
     return mask
 
 
-def errors(rank: int, size: int, method: str, layout: str, mask: str, scaling: Any, dtype=torch.float64, **options: Any):
-    """Largest error of output and gradients, each relative to the largest value, on this rank."""
-    mesh = mesh_of(size)
+def operands(dtype: torch.dtype, length: int = LENGTH) -> list[torch.Tensor]:
+    """q, k, v and the output's gradient of the whole sequence, the same on every rank."""
     torch.manual_seed(0)
-    shapes = ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, DIM + 4))
-    whole = [torch.randn(2, heads, LENGTH, dim, dtype=dtype) for heads, dim in shapes]
-    d_out = torch.randn(2, HEADS, LENGTH, DIM + 4, dtype=dtype)
-    gain, sinks = torch.rand(HEADS, 1, dtype=dtype) + 0.5, torch.randn(HEADS, dtype=dtype)
-    one = [x.clone().requires_grad_() for x in (*whole, gain, sinks)]
-    out = tritonattn.attention(
-        *one[:3], scaling=scaling, gain=one[3], sinks=one[4], **in_one_process(MASKS[mask], 2), **options
-    )
-    out.backward(d_out)
-    parts = [shard(x, mesh=mesh, layout=layout) for x in whole]
-    own = [x.clone().requires_grad_() for x in (*parts, gain, sinks)]
+    shapes = ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, DIM + 4), (HEADS, DIM + 4))
+    return [torch.randn(2, heads, length, dim, dtype=torch.float64).to(dtype) for heads, dim in shapes]
+
+
+def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x.detach().clone().requires_grad_() for x in tensors]
+
+
+def errors(
+    rank: int, size: int, method: str, layout: str, mask: str, scaling: Any, options: dict[str, Any]
+) -> dict[str, float]:
+    """Errors of output and gradients, each relative to the largest value, on this rank; one process is fp64."""
+    mesh, options = mesh_of(size), dict(options)
+    dtype, head_group = options.pop("dtype", torch.float64), options.pop("head_group", None)
+    *whole, d_out = operands(dtype)
+    rows = torch.rand(HEADS, 1, dtype=torch.float64) + 0.5, torch.randn(HEADS, dtype=torch.float64)
+    mode, learned = deepcopy(scaling), deepcopy(scaling)
+    *one, gain, sinks = leaves(*(x.double() for x in whole), *rows)
+    out = tritonattn.attention(*one, scaling=mode, gain=gain, sinks=sinks, **in_one_process(MASKS[mask], 2), **options)
+    out.backward(d_out.double())
     given = dict(MASKS[mask])
     if "cu_seqlens" in given:
         given["cu_seqlens"] = torch.tensor(given["cu_seqlens"], dtype=torch.int32)
+    wide = torch.promote_types(dtype, torch.float32)
+    *own, own_gain, own_sinks = leaves(
+        *(shard(x, mesh=mesh, layout=layout) for x in whole), *(x.to(wide) for x in rows)
+    )
     got = context_parallel_attention(
-        *own[:3], mesh=mesh, method=method, layout=layout, scaling=scaling, gain=own[3], sinks=own[4], **given, **options
+        *own,
+        mesh=mesh,
+        method=method,
+        layout=layout,
+        scaling=learned,
+        gain=own_gain,
+        sinks=own_sinks,
+        head_group=head_group,
+        **given,
+        **options,
     )
     got.backward(shard(d_out, mesh=mesh, layout=layout))
     pairs = {"out": (got, shard(out, mesh=mesh, layout=layout))}
-    for name, mine, all_of_it in zip("qkv", own, one, strict=False):
+    for name, mine, all_of_it in zip("qkv", own, one, strict=True):
         pairs[name] = mine.grad, shard(all_of_it.grad, mesh=mesh, layout=layout)
-    for name, mine, all_of_it in zip(("gain", "sinks"), own[3:], one[3:], strict=True):
+    parameters = [("gain", own_gain, gain), ("sinks", own_sinks, sinks)]
+    if isinstance(mode, torch.nn.Module):
+        parameters += [
+            (name, mine, one) for (name, mine), one in zip(learned.named_parameters(), mode.parameters(), strict=True)
+        ]
+    for name, mine, all_of_it in parameters:
         dist.all_reduce(mine.grad, group=mesh.get_group())
         pairs[name] = mine.grad, all_of_it.grad
-    return {name: ((a - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
+    return {name: ((a.double() - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
+
+
+def aux_and_repetition(rank: int, method: str) -> tuple[dict[str, float], bool]:
+    """Errors of `AttentionAux` in fp32, and whether a second call gives the same bits, gradients included."""
+    mesh = mesh_of(dist.get_world_size())
+    *whole, d_out = operands(torch.float32)
+    options = {"scaling": "key_norm_sum", "gain": 9.0, "causal": True, "softcap": 2.0, "return_aux": True}
+    _, wanted = tritonattn.attention(*(x.double() for x in whole), **options)
+    bits = []
+    for _ in range(2):
+        own = leaves(*(shard(x, mesh=mesh, layout="zigzag") for x in whole))
+        out, aux = context_parallel_attention(*own, mesh=mesh, method=method, layout="zigzag", **options)
+        (out * shard(d_out, mesh=mesh, layout="zigzag") + aux.lse[..., None]).sum().backward()
+        bits.append([out, *aux, *(x.grad for x in own)])
+    parts = {name: shard(x, mesh=mesh, layout="zigzag") for name, x in wanted._asdict().items()}
+    off = {name: (getattr(aux, name) - x).abs().max().item() for name, x in parts.items()}
+    return off, all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
+
+
+def compiled(rank: int, method: str) -> list[float]:
+    """Differences of a compiled call, fullgraph, from the same call: output and gradients."""
+    mesh = mesh_of(dist.get_world_size())
+    parts = [shard(x, mesh=mesh) for x in operands(torch.float32)[:3]]
+
+    def call(q, k, v):
+        return context_parallel_attention(q, k, v, mesh=mesh, method=method, causal=True, scaling="key_norm_mean")
+
+    results = []
+    for run in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        own = leaves(*parts)
+        out = run(*own)
+        out.square().sum().backward()
+        results.append([out, *(x.grad for x in own)])
+    return [(a - b).abs().max().item() for a, b in zip(*results, strict=True)]
+
+
+def round_trip(rank: int) -> str:
+    mesh, x = mesh_of(dist.get_world_size()), torch.arange(48.0).view(2, 1, 24)
+    for layout in ("contiguous", "zigzag"):
+        part = shard(x, mesh=mesh, layout=layout).requires_grad_()
+        whole = unshard(part, mesh=mesh, layout=layout)
+        assert torch.equal(whole, x)
+        (whole * x).sum().backward()
+        assert torch.equal(part.grad, 4 * part)  # from four ranks
+    try:
+        shard(x[..., :12], mesh=mesh, layout="zigzag")
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def with_a_fault(rank: int, fault: str) -> None:
+    """Rank 1 dies, or has another shape, while the others attend."""
+    mesh = mesh_of(dist.get_world_size())
+    q, k, v = (shard(x, mesh=mesh) for x in operands(torch.float32)[:3])
+    if rank == 1 and fault == "dies":
+        os._exit(1)
+    if rank == 1 and fault == "other shape":
+        q, k, v = (x[:, :, :4] for x in (q, k, v))
+    context_parallel_attention(q, k, v, mesh=mesh)
+    raise RuntimeError("attended in spite of the fault")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -53,9 +53,7 @@ class Pool:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "tritonattn.distributed"])
-        handle, store = tempfile.mkstemp()
-        os.close(handle)
-        os.unlink(store)
+        store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
@@ -71,7 +69,7 @@ class Pool:
         self._ranks = []
 
 
-def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, size: int, store: Path, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
@@ -85,5 +83,6 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
         try:
             answer = (True, function(rank, *arguments))
         except Exception:
-            answer = (False, traceback.format_exc())
+            pipe.send((False, traceback.format_exc()))
+            return  # as a script does: the others then meet a closed connection
         pipe.send(answer)

@@ -36,6 +36,7 @@ class AttentionCall:
     wide_q     fp32 of q's shape, or None: stands for q in the graph and takes its gradient in fp32; its values are not
                read, and it may have no memory
     wide_k     likewise k's
+    is_part    rows see other keys too: out and lse, which a backward gets, are of all of them
 
     Gradients by other ways, as through key lengths, are added to an fp32 gradient before the sum is rounded. For the
     same end q and k may hold 16-bit values in fp32 beside a 16-bit v.
@@ -49,6 +50,7 @@ class AttentionCall:
     dropout: Dropout | None = None
     wide_q: Tensor | None = None
     wide_k: Tensor | None = None
+    is_part: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:

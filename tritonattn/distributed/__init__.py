@@ -7,3 +7,7 @@ from .context_parallel import context_parallel_attention
 from .layout import shard, unshard
 
 __all__ = ["context_parallel_attention", "shard", "unshard"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -33,6 +33,30 @@ def all_to_all(x: Tensor, split: Split) -> Tensor:
     return out
 
 
+class Pending(NamedTuple):
+    """Tensors on their way from the rank before, and the requests to wait for."""
+
+    tensors: list[Tensor]
+    requests: list[Any]
+
+    def wait(self) -> list[Tensor]:
+        for request in self.requests:
+            request.wait()
+        return self.tensors
+
+
+def pass_on(tensors: list[Tensor], split: Split) -> Pending:
+    """Send tensors to the next rank, and receive those of the rank before, of the same shapes."""
+    if split.size == 1:
+        return Pending(tensors, [])
+    ahead, behind = (dist.get_global_rank(split.group, (split.rank + step) % split.size) for step in (1, -1))
+    tensors = [x.contiguous() for x in tensors]
+    coming = [torch.empty_like(x) for x in tensors]
+    operations = [dist.P2POp(dist.isend, x, ahead, split.group) for x in tensors]
+    operations += [dist.P2POp(dist.irecv, x, behind, split.group) for x in coming]
+    return Pending(coming, dist.batch_isend_irecv(operations))
+
+
 def gathered(x: Tensor, split: Split, dim: int) -> Tensor:
     """The whole sequence of x along an axis, in its order. Without a gradient."""
     dim %= x.dim()

@@ -15,11 +15,11 @@ from ..calls.varlen_checks import check_offsets
 from ..core.autograd import needs_graph
 from ..core.call import AttentionCall, Logits
 from ..scaling import Scaling
-from . import by_heads, gathered
+from . import by_heads, gathered, ring
 from .layout import Split
 from .sequence import Settings, SharedSequence, scales_of
 
-_METHODS = {"allgather": gathered.attention, "alltoall": by_heads.attention}
+_METHODS = {"allgather": gathered.attention, "alltoall": by_heads.attention, "ring": ring.attention}
 
 
 def context_parallel_attention(
@@ -53,7 +53,8 @@ def context_parallel_attention(
         v: [B, Hkv, S / P, Dv], its part of the values.
         mesh: The P ranks: a DeviceMesh of one dimension, as mesh["cp"].
         method: "allgather" gathers keys and values. "alltoall" exchanges tokens for heads: each rank attends to the
-            whole sequence with Hq / P heads (P divides Hq).
+            whole sequence with Hq / P heads (P divides Hq). "ring" passes keys and values round, and holds two parts
+            of them at a time.
         layout: How `shard` cut the sequence: "contiguous", or "zigzag", the same work for all ranks under causal.
         scaling: As in `attention`, parameters of all heads included; a tensor is that of this rank's rows.
         gain: As in `attention`, for this rank's rows.
@@ -63,7 +64,7 @@ def context_parallel_attention(
         softcap, sinks, return_aux: As in `attention`.
         backend: "auto", "triton" or "sdpa", as in `attention`.
         reduce_dtype: The dtype in which gradients of keys and values travel and are added over ranks.
-        head_group: Key heads whose keys and values are gathered at a time ("allgather"); None is all of them.
+        head_group: Key heads whose keys and values are gathered at a time, in "allgather"; None is all of them.
             Fewer take less memory and more messages.
 
     Every rank calls with the same arguments but for q, k, v and what belongs to their rows. The gradient of a parameter
@@ -76,11 +77,19 @@ def context_parallel_attention(
         TypeError, ValueError: As `attention`; a mesh, method or layout; heads that P does not divide.
         NotImplementedError: backend "reference".
 
-    >>> out = context_parallel_attention(q, k, v, mesh=mesh["cp"], causal=True, layout="zigzag",
-    ...     scaling="key_norm_mean")  # doctest: +SKIP
+    >>> import torch, torch.distributed as dist
+    >>> from torch.distributed.device_mesh import init_device_mesh
+    >>> from tritonattn.distributed import context_parallel_attention, shard
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun starts more
+    >>> mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    >>> q, k, v = (shard(torch.randn(1, 4, 16, 8), mesh=mesh, layout="zigzag") for _ in range(3))
+    >>> options = {"scaling": "key_norm_mean", "causal": True, "layout": "zigzag"}
+    >>> context_parallel_attention(q, k, v, mesh=mesh, **options).shape
+    torch.Size([1, 4, 16, 8])
+    >>> dist.destroy_process_group()
 
     Sources: Llama Team 2024, arXiv:2407.21783, 3.3.2 (all-gather, zig-zag); Jacobs et al. 2023, arXiv:2309.14509
-    (all-to-all).
+    (all-to-all); Liu et al. 2023, arXiv:2310.01889 (ring).
     """
     options = Options(
         causal=causal, window=window, softcap=softcap, sinks=sinks, return_aux=return_aux, backend=backend

@@ -93,7 +93,14 @@ def shard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int =
     Raises:
         TypeError, ValueError: mesh, layout, or an axis that cannot be divided.
 
-    >>> part = shard(token_ids, mesh=mesh, layout="zigzag", dim=1)  # doctest: +SKIP
+    >>> import torch, torch.distributed as dist
+    >>> from torch.distributed.device_mesh import init_device_mesh
+    >>> from tritonattn.distributed import shard
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun starts more
+    >>> mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    >>> shard(torch.arange(8).view(1, 8), mesh=mesh, layout="zigzag", dim=1)
+    tensor([[0, 1, 2, 3, 4, 5, 6, 7]])
+    >>> dist.destroy_process_group()
     """
     split = Split.of(mesh, layout)
     check_tensor("x", x, "[..., S, ...]")
@@ -101,8 +108,8 @@ def shard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int =
         raise ValueError(f"dim: expected an axis of x, whose shape is {shape_of(x)}, got {dim}")
     if x.shape[dim] % split.chunk_count:
         raise ValueError(
-            f"x: expected a number of tokens that {split.chunk_count} divides ({split.size} ranks, layout {layout!r}), got"
-            f" {x.shape[dim]}; pad the sequence, or end it with a document of padding"
+            f"x: expected a number of tokens that {split.chunk_count} divides ({layout!r} over {split.size} ranks),"
+            f" got {x.shape[dim]}; pad the sequence, or end it with a document of padding"
         )
     parts = x.chunk(split.chunk_count, dim)
     return torch.cat([parts[chunk] for chunk in split.chunks()], dim)
@@ -121,7 +128,15 @@ def unshard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int
     Raises:
         TypeError, ValueError: mesh or layout.
 
-    >>> logits = unshard(part_of_logits, mesh=mesh, layout="zigzag", dim=1)  # doctest: +SKIP
+    >>> import torch, torch.distributed as dist
+    >>> from torch.distributed.device_mesh import init_device_mesh
+    >>> from tritonattn.distributed import shard, unshard
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun starts more
+    >>> mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    >>> part = shard(torch.arange(8).view(1, 8), mesh=mesh, layout="zigzag", dim=1)
+    >>> unshard(part, mesh=mesh, layout="zigzag", dim=1)
+    tensor([[0, 1, 2, 3, 4, 5, 6, 7]])
+    >>> dist.destroy_process_group()
     """
     split = Split.of(mesh, layout)
     check_tensor("x", x, "[..., S / P, ...]")

@@ -161,6 +161,7 @@ def attention_grad_query(
     BLOCK_N: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
     CORRECT_DELTA: tl.constexpr,
+    IS_PART: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -184,6 +185,7 @@ def attention_grad_query(
     sum to d_lse - d_sinks: the excess of its sum is delta's error. The kernel takes that error's share out of the
     gradient, and corrects delta for the pass over the keys. CORRECT_DELTA does so without d_query_scale too, and
     computes d_q of few keys with the corrected delta: for a single key, dP - delta is nothing but their errors.
+    IS_PART: rows see other keys too, so that nothing is known about these sums, and delta stays as it is.
     """
     block, head, member = program_position(first_head, first_member, LAST_FIRST=right is not None)
     q, k, v, d_out = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED), in_vectors(d_out, ALIGNED)
@@ -232,7 +234,7 @@ def attention_grad_query(
     SUMS: tl.constexpr = 2 if d_query_scale_ptr is not None else 1 if CORRECT_DELTA else 0
     walk = walk_over_keys(rows, batch, view, BLOCK_N, mask is not None)
     for turn in tl.static_range(3):  # the blocks that need a mask, the others, and few keys again
-        if turn == 2 and SUMS:
+        if turn == 2 and SUMS and not IS_PART:
             excess = _excess(state.d_logit, d_lse_ptr, d_sinks_ptr, row_offsets, live)
             delta += excess
         if turn == 2 and CORRECT_DELTA:
@@ -268,8 +270,10 @@ def attention_grad_query(
         scale_ptrs = query_scale.ptr + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
         d_q *= tl.load(scale_ptrs, mask=live, other=0.0)[:, None]
     if SUMS == 2:
-        d_query_scale = tl.fma(-excess, tl.sum(state.mean_logit, 1), tl.sum(state.d_factor, 1)) * scale
-        tl.store(d_query_scale_ptr + row_offsets, d_query_scale, mask=rows.keep)
+        d_query_scale = tl.sum(state.d_factor, 1)
+        if not IS_PART:
+            d_query_scale = tl.fma(-excess, tl.sum(state.mean_logit, 1), d_query_scale)
+        tl.store(d_query_scale_ptr + row_offsets, d_query_scale * scale, mask=rows.keep)
     if SUMS:
         gradient_term = -delta
         if query_scale is not None:

@@ -139,9 +139,9 @@ def backward_pass(
     needs: Needs,
 ) -> Gradients:
     """Gradients of a call whose `forward_pass` returned `results`: out, lse, and rounding where it was kept."""
-    flat = _Flat.of(call, backend, aux=False, keep_rounding=results[2] is not None)
     if runs_eagerly(*call.tensors, d_out, d_lse):
-        return _backward(flat, (call.wide_q, call.wide_k), results, d_out, d_lse, needs)
+        return _backward(call, backend, results, d_out, d_lse, needs)
+    flat = _Flat.of(call, backend, aux=False, keep_rounding=results[2] is not None)
     filled = _backward_operator(*flat, *results, d_out, d_lse, list(needs))
     return Gradients(*(gradient if need else None for gradient, need in zip(filled, needs, strict=True)))
 
@@ -208,28 +208,26 @@ def _forward_of(flat: _Flat, call: AttentionCall) -> tuple[Tensor, ...]:
 
 
 def _backward(
-    flat: _Flat,
-    wide: _Wide,
+    call: AttentionCall,
+    backend: str,
     results: tuple[Tensor, Tensor, Tensor | None],
     d_out: Tensor | None,
     d_lse: Tensor | None,
     needs: Needs,
 ) -> Gradients:
     """Compute gradients from `results`: out, lse and rounding."""
-    call, (out, lse, rounding) = flat.call(), results
-    if any(x is not None for x in wide):
-        call = replace(call, wide_q=wide[0], wide_k=wide[1])
+    out, lse, rounding = results
     if _is_empty(call):
-        pairs = zip(flat[:_GRADIENTS], needs, strict=True)
+        pairs = zip(call.tensors, needs, strict=True)
         return Gradients(*(_zeros(x) if need else None for x, need in pairs))
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
     d_lse = None if d_lse is None else d_lse.resolve_neg()
-    backend = blockwise
-    if flat.backend == "triton":
-        backend = _kernels()
-        call = backend.with_aligned_operands(call)
+    runner = blockwise
+    if backend == "triton":
+        runner = _kernels()
+        call = runner.with_aligned_operands(call)
     with without_autocast(out):
-        return backend.backward(call, out, lse, d_out, d_lse, needs, rounding)
+        return runner.backward(call, out, lse, d_out, d_lse, needs, rounding)
 
 
 def _zeros(x: Any) -> Tensor:
@@ -289,7 +287,8 @@ def _(*arguments):
 )
 def _backward_operator(*arguments):
     *flat, out, lse, rounding, d_out, d_lse, needs = arguments
-    return _filled(_backward(_Flat(*flat), _NOT_WIDE, (out, lse, rounding), d_out, d_lse, Needs(*needs)), out)
+    flat = _Flat(*flat)
+    return _filled(_backward(flat.call(), flat.backend, (out, lse, rounding), d_out, d_lse, Needs(*needs)), out)
 
 
 @_backward_operator.register_fake
@@ -377,7 +376,10 @@ def _gradients(ctx: Any, saved: Sequence[Any], d_out: Tensor | None, d_lse: Tens
     rounding = rounding if flat.keep_rounding else None
     needs = Needs(*ctx.needs_input_grad[:_GRADIENTS])
     if runs_eagerly(*tensors, d_out, d_lse):
-        return _backward(flat, (wide_q, wide_k), (out, lse, rounding), d_out, d_lse, needs)
+        call = flat.call()
+        if wide_q is not None or wide_k is not None:
+            call = replace(call, wide_q=wide_q, wide_k=wide_k)
+        return _backward(call, flat.backend, (out, lse, rounding), d_out, d_lse, needs)
     if wide_q is not None:
         flat = flat._replace(q=flat.q.float())
     if wide_k is not None:

@@ -100,6 +100,7 @@ class Problem:
     rounding     a forward also returns what its output lost when it was rounded to 16 bits, and a backward takes it
     wide_q       a 16-bit backward returns q's gradient in fp32, for what is added to it
     wide_k       likewise k's
+    is_part      a backward of some of the keys that its rows see
     short        few rows and keys, so that a GPU may have more processors than programs: `is_short`
     """
 
@@ -126,6 +127,7 @@ class Problem:
     rounding: bool = False
     wide_q: bool = False
     wide_k: bool = False
+    is_part: bool = False
     short: bool = False
 
     @property
@@ -145,9 +147,9 @@ def sum_columns(problem: Problem, target: Target) -> int:
     return 8 if in_registers and problem.dtype.itemsize == 2 else 1
 
 
-def corrects_delta(dtype: torch.dtype) -> bool:
+def corrects_delta(problem: Problem) -> bool:
     """Whether `grad_query` corrects delta, the largest error where nothing is rounded to 16 bits."""
-    return dtype == torch.float32
+    return problem.dtype == torch.float32 and not problem.is_part
 
 
 @dataclass(frozen=True)

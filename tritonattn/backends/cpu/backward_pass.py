@@ -132,7 +132,7 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
     needs_query = gradients.q is not None or gradients.query_scale is not None
     d_query = torch.zeros_like(rows.query) if needs_query else None
     spans = tiles.spans_of(block)
-    is_only_tile = len(spans) == 1
+    is_only_tile = len(spans) == 1 and not tiles.call.is_part
     for keys, hidden in tiles.keys_of(block, spans):
         key = tiles.scaled_keys(block.heads, keys)
         weight, slope = _weights(tiles, block, rows, key, hidden)

@@ -54,9 +54,6 @@ def backward(
     d_out = _aligned_copy(d_out)
     shared = _call_arguments(call) | {"d_out": strided(d_out)}
     shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
-    takes_sinks = call.logits.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(call.q.dtype))
-    d_sinks = _results(call, lse.shape, torch.float32) if takes_sinks else None
-    shared["d_sinks_ptr"] = d_sinks
     problem = problem_of(
         call,
         d_out,
@@ -65,7 +62,11 @@ def backward(
         query_scale_grad=needs.query_scale,
         wide_q=wide_q,
         wide_k=wide_k,
+        is_part=call.is_part,
     )
+    takes_sinks = call.logits.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(problem))
+    d_sinks = _results(call, lse.shape, torch.float32) if takes_sinks else None
+    shared["d_sinks_ptr"] = d_sinks
     rounding = None if rounding is None else rounding.contiguous()
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
     shared |= _row_terms(problem, call, shared, results, d_out)
@@ -92,7 +93,7 @@ def _row_terms(problem: Problem, call: AttentionCall, shared: Arguments, results
 def _grad_query(
     problem: Problem, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    for_keys = corrects_delta(call.q.dtype) and (needs.k or needs.key_scale)  # which read the corrected terms
+    for_keys = corrects_delta(problem) and (needs.k or needs.key_scale)  # which read the corrected terms
     if not (needs.q or needs.query_scale or for_keys):
         return None, None
     d_q = _results(call, call.q.shape, torch.float32 if problem.wide_q else call.q.dtype)

@@ -207,7 +207,8 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "SUM_COLUMNS": sum_columns(problem, target),
-        "CORRECT_DELTA": corrects_delta(problem.dtype),
+        "CORRECT_DELTA": corrects_delta(problem),
+        "IS_PART": problem.is_part,
         "SPLIT_TERMS": target.has_tensor_memory,
         "ALIGNED": problem.aligned and (problem.head_dim % 16 or problem.value_dim % 16) > 0,
     }

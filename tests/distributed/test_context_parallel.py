@@ -1,0 +1,81 @@
+"""A sequence shared by ranks: results, gradients and statistics are those of one process."""
+
+import pytest
+import torch
+
+from tests.support.pairs import all_pairs
+from tritonattn import Scales, Scaling
+from tritonattn.nn import PerHead, SSMax
+
+from . import cases
+
+METHODS = ("allgather", "alltoall", "ring")
+LAYOUTS = ("contiguous", "zigzag")
+MODES = ("sqrt_dim", "log_key_count", "key_norm_mean", "key_norm_max", "key_norm_rms", "cosine")
+PLACES = all_pairs({"size": (2, 4), "method": METHODS, "layout": LAYOUTS, "mask": tuple(cases.MASKS), "scaling": MODES})
+
+
+class HalfOfLargest(Scaling):
+    """A user's own mode, which reads keys itself: 1 / (2 max_j |k_j1|), over all keys."""
+
+    def scales(self, q, k, visibility, statistics):
+        return Scales(0.5, query=k[..., 0].abs().amax(-1, keepdim=True).reciprocal().expand(-1, -1, q.shape[2]))
+
+    def multiplier(self, q, k, visible):
+        return 0.5 / k[..., 0].abs().amax(-1)[..., None, None]
+
+
+def check(pool, allowed, *place, **options):
+    for errors in pool.run(cases.errors, *place, options):
+        assert max(errors.values()) <= allowed, errors
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: "-".join(map(str, place.values())))
+def test_results_and_gradients(place, pool):
+    check(pool, 1e-12, *place.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "scaling", [SSMax(heads=cases.HEADS), PerHead("key_norm_mean", heads=cases.HEADS), HalfOfLargest()], ids=str
+)
+def test_scalings_with_parameters_and_of_a_user(method, scaling, pool):
+    if isinstance(scaling, torch.nn.Module):
+        scaling = scaling.double()
+    mask = "full" if isinstance(scaling, HalfOfLargest) else "causal"
+    check(pool, 1e-12, 4, method, "zigzag", mask, scaling, softcap=3.0)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 2e-6), (torch.bfloat16, 1.6e-2)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_other_dtypes_and_few_heads_at_a_time(method, dtype, allowed, pool):
+    check(pool, allowed, 4, method, "zigzag", "causal", "key_norm_mean", dtype=dtype, head_group=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_statistics_of_rows_and_repeated_bits(method, pool):
+    for aux, is_same in pool.run(cases.aux_and_repetition, method):
+        assert max(aux.values()) <= 4e-6, aux
+        assert is_same
+
+
+@pytest.mark.parametrize("method", ["allgather", "alltoall"])
+def test_one_graph_of_a_compiler(method, pool):
+    for errors in pool.run(cases.compiled, method, seconds=120):
+        assert max(errors) <= 1e-6
+
+
+def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(pool):
+    for message in pool.run(cases.round_trip):
+        assert message == (
+            "x: expected a number of tokens that 8 divides ('zigzag' over 4 ranks), got 12; pad the sequence, or end it"
+            " with a document of padding"
+        )
+
+
+@pytest.mark.parametrize("fault", ["dies", "other shape"])
+def test_a_rank_that_fails_is_an_error_on_all(fault, pool):
+    with pytest.raises(AssertionError) as failure:
+        pool.run(cases.with_a_fault, fault, seconds=20)
+    assert all(f"rank {rank}:" in str(failure.value) for rank in range(pool.size)), failure.value
+    assert "no answer" not in str(failure.value), failure.value
