@@ -4,7 +4,7 @@ Built on torch.distributed: a `DeviceMesh` of one dimension names the ranks that
 """
 
 from .context_parallel import context_parallel_attention
-from .layout import shard, unshard
+from .sharding import shard, unshard
 
 __all__ = ["context_parallel_attention", "shard", "unshard"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from ..core.autograd import first_order
-
-if TYPE_CHECKING:
-    from .layout import Split
+from .layout import Split
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
