@@ -102,7 +102,7 @@ def output_gradients(call):
 
 
 def run(call, d_out, d_lse, needs=ALL):
-    rounding = torch.zeros_like(d_out) if call.q.dtype.itemsize == 2 else None
+    rounding = torch.zeros_like(d_out, dtype=torch.int8) if call.q.dtype.itemsize == 2 else None
     result = blockwise.forward(call, True, rounding)
     return result, blockwise.backward(call, result.out, result.lse, d_out, d_lse, needs, rounding)
 

@@ -32,6 +32,17 @@ def loss(result: ForwardResult) -> Tensor:
     return result.out.square().sum() + result.lse.clamp(min=-50).sin().sum()
 
 
+def rounded_call(case: str, keep_rounding: bool):
+    """A call; with keep_rounding as those that keep one on a CPU: v in bf16, and the others in fp32."""
+    call = example(**CALLS[case])
+    if not keep_rounding:
+        return call
+    dtypes = {name: torch.bfloat16 if name == "v" else torch.float32 for name in FIELDS}
+    return changed(
+        call, **{name: x.detach().to(dtypes[name]).requires_grad_() for name, x in differentiable(call).items()}
+    )
+
+
 # opcheck's own, from torch 2.15 on
 opcheck_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
@@ -39,19 +50,19 @@ opcheck_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a
 @opcheck_reads_grad
 @in_turn(case=CALLS, aux=[False, True], keep_rounding=[True, False])
 def test_forward_passes_opcheck(case, aux, keep_rounding):
-    flat = attend._Flat.of(example(**CALLS[case]), "sdpa", aux, keep_rounding)
+    flat = attend._Flat.of(rounded_call(case, keep_rounding), "sdpa", aux, keep_rounding)
     opcheck(torch.ops.tritonattn.forward.default, tuple(flat))
 
 
 @in_turn(case=CALLS, keep_rounding=[False, True])
 def test_backward_passes_opcheck(case, keep_rounding):
-    call = example(**CALLS[case])
+    call = rounded_call(case, keep_rounding)
     flat = attend._Flat.of(call, "sdpa", False, keep_rounding)
     detached = [x.detach() if isinstance(x, Tensor) else x for x in flat]
     out, lse, *_ = (x if x is None else x.detach() for x in ops.attention(call, "sdpa", False))
     present = [x is not None for x in flat[: len(FIELDS)]]
     for needs in (present, [present[0], False, *present[2:]]):
-        rounding = torch.zeros_like(out) if keep_rounding else None
+        rounding = torch.zeros_like(out, dtype=torch.int8) if keep_rounding else None
         arguments = (*detached, out, lse, rounding, torch.ones_like(out), None, needs)
         opcheck(torch.ops.tritonattn.backward.default, arguments)
 
@@ -70,7 +81,7 @@ def test_gradients_agree_with_finite_differences(case):
 
 @pytest.mark.parametrize("case", CALLS)
 def test_the_operator_itself_differentiates(case):
-    call = example(**CALLS[case])
+    call = rounded_call(case, keep_rounding=True)
     leaves = tuple(differentiable(call).values())
     wanted = torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), leaves)
     out, lse, *_ = torch.ops.tritonattn.forward(*attend._Flat.of(call, "sdpa", False, True))

@@ -19,6 +19,7 @@ from torch.autograd.function import Function
 
 from ..core.autograd import first_order
 from ..core.call import AttentionCall, ForwardResult, Gradients, Logits, Needs
+from ..core.rounding import before_rounding, lost_in_rounding
 from ..core.visibility import Visibility
 from ..ops.attend import backward_pass, forward_pass
 from . import collectives
@@ -113,9 +114,7 @@ class _Merged(NamedTuple):
         total = torch.logaddexp(before, lse)
         shift = total.masked_fill(total == -torch.inf, 0)
         kept, new = (before - shift).exp(), (lse - shift).exp()
-        wide = out.to(self.out.dtype)
-        if rounding.numel():
-            wide = wide + rounding
+        wide = before_rounding(out, rounding) if rounding.numel() else out.to(self.out.dtype)
         self.out[:, :, rows] = self.out[:, :, rows] * kept[..., None] + wide * new[..., None]
         if aux:
             self.max_logit[:, :, rows] = torch.maximum(self.max_logit[:, :, rows], max_logit)
@@ -139,7 +138,7 @@ class _Attend(Function):
             share = torch.sigmoid(lse - sinks[:, None])
             wide = wide * torch.where(lse == -torch.inf, 0, share)[..., None]
         out = wide.to(v.dtype)
-        rounding = (wide - out).to(v.dtype) if settings.keep_rounding else None
+        rounding = lost_in_rounding(wide, out) if settings.keep_rounding else None
         entropy = (lse - merged.mean_logit).masked_fill(lse == -torch.inf, 0).clamp(min=0)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(merged.max_logit, entropy)

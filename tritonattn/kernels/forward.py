@@ -15,6 +15,7 @@ from .primitives import (
     dropout_keeps,
     joint_peak,
     load_signed,
+    lost_in_rounding,
     partial_sums,
     program_position,
     scale_rows_add,
@@ -220,7 +221,7 @@ def attention_forward(
     mask             `Strided` uint8 [B, Hq, Sq, Sk], strides 0 on broadcast axes, or None
     seen             uint8 [B, Hkv, Sk] contiguous or None: keys that some row sees; the rest is never multiplied
     dropout          `Dropout.state` or None = no dropout
-    results          `Results`, lse in natural log; rounding is what out lost when it was rounded to q's dtype
+    results          `Results`, lse in natural log; rounding is what out lost when it was rounded: `lost_in_rounding`
     BLOCK_D, BLOCK_DV  powers of two >= 16 that hold HEAD_DIM and VALUE_DIM
 
     Products accumulate in fp32; the scales act in fp32 on the accumulated product; the sign of a row's factor is folded
@@ -305,8 +306,8 @@ def attention_forward(
     out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)
     store_tile(results.out + row_base * VALUE_DIM + out_offsets, out, rows.keep, VALUE_DIM)
     if results.rounding is not None:
-        rounded = out.to(results.out.dtype.element_ty).to(tl.float32)
-        store_tile(results.rounding + row_base * VALUE_DIM + out_offsets, out - rounded, rows.keep, VALUE_DIM)
+        lost = lost_in_rounding(out, out.to(results.out.dtype.element_ty))
+        store_tile(results.rounding + row_base * VALUE_DIM + out_offsets, lost, rows.keep, VALUE_DIM)
     row_offsets = row_base + tl.arange(0, BLOCK_M)
     tl.store(results.lse + row_offsets, lse, mask=rows.keep)
     if results.max_logit is not None:

@@ -77,6 +77,29 @@ def store_tile(pointers, tile, keep_row, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def lost_in_rounding(exact, rounded):
+    """exact - rounded in 256ths of the last place of `rounded`, bf16 or fp16, as int8: `core.rounding`.
+
+    Of fp32, which stands for bf16 in Triton's interpreter, nothing is lost.
+    """
+    SHIFT: tl.constexpr = 15 - rounded.dtype.fp_mantissa_width if rounded.dtype != tl.float32 else 0
+    HALF: tl.constexpr = (1 << SHIFT) >> 1
+    lost = exact.to(tl.int32, bitcast=True) - rounded.to(tl.float32).to(tl.int32, bitcast=True)
+    lost = tl.minimum(lost, (128 << SHIFT) - HALF - 1)
+    if SHIFT < 8:  # bf16 has fp32's exponents, so that only NaN loses more
+        lost = tl.maximum(lost, -(128 << SHIFT))
+    return ((lost + HALF) >> SHIFT).to(tl.int8)
+
+
+@triton.jit
+def before_rounding(rounded, lost):
+    """The fp32 that `rounded` was, from what it lost: `core.rounding`."""
+    SHIFT: tl.constexpr = 15 - rounded.dtype.fp_mantissa_width if rounded.dtype != tl.float32 else 0
+    bits = rounded.to(tl.float32).to(tl.int32, bitcast=True) + (lost.to(tl.int32) << SHIFT)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_signed(pointers, scratch_ptrs, factor, keep_row, WIDTH: tl.constexpr, SCRATCH_WIDTH: tl.constexpr):
     """A tile whose rows take the sign of their factor. scratch_ptrs: the program's own rows of SCRATCH_WIDTH elements.
 

@@ -54,7 +54,7 @@ class Starts(NamedTuple):
 
 
 class Results(NamedTuple):
-    """out [B, Hq, Sq, Dv] in q's dtype, rounding as out or None; the others fp32 [B, Hq, Sq], but lse possibly None.
+    """out [B, Hq, Sq, Dv] in q's dtype, rounding int8 or None; the others fp32 [B, Hq, Sq], but lse possibly None.
 
     All are contiguous. Splits of decode are an axis behind Sq.
     """

@@ -9,6 +9,7 @@ from .primitives import (
     LENGTHS,
     LOG2_E,
     ROW_TERMS_ALIGNMENT,
+    before_rounding,
     joint_peak,
     load_tile,
     program_position,
@@ -53,7 +54,7 @@ def attention_row_terms(
     where keys and values have means (arXiv:2510.04212 traces training that diverges to such rounding).
 
     Grid: (blocks of the longest Sq rounded up to ROW_TERMS_ALIGNMENT, Hq, members).
-    results     `Results` of the forward: out, rounding (what out lost when it was rounded, or None) and lse
+    results     `Results` of the forward: out, rounding (int8, what out lost when it was rounded, or None) and lse
     d_out       `Strided` [B, Hq, Sq, Dv]; d_lse and d_sinks fp32 [B, Hq, Sq], contiguous, or None
     terms.delta fp32 [B, Hq, terms_len], contiguous; `primitives.terms_offset` says where a row stands. Rows between a
                 sequence's end and the next multiple are as rows without keys, so that no reader needs a bound
@@ -77,13 +78,13 @@ def attention_row_terms(
     lse = tl.load(results.lse + row_offsets, mask=keep_row, other=float("-inf"))
     live = lse != float("-inf")
     out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)
-    out = load_tile(results.out + row_base * VALUE_DIM + out_offsets, live, VALUE_DIM, True).to(tl.float32)
+    out = load_tile(results.out + row_base * VALUE_DIM + out_offsets, live, VALUE_DIM, True)
     if results.rounding is not None:
         rounding_ptrs = results.rounding + row_base * VALUE_DIM + out_offsets
-        out += load_tile(rounding_ptrs, live, VALUE_DIM, True).to(tl.float32)
+        out = before_rounding(out, load_tile(rounding_ptrs, live, VALUE_DIM, True))
     d_out_ptrs = begin(d_out, batch, head, memory_row).ptr
     d_out_ptrs += tile_offsets(BLOCK_M, BLOCK_DV, d_out.s, d_out.d, WIDE)
-    delta = tl.sum(out * load_tile(d_out_ptrs, live, VALUE_DIM, True).to(tl.float32), 1)
+    delta = tl.sum(out.to(tl.float32) * load_tile(d_out_ptrs, live, VALUE_DIM, True).to(tl.float32), 1)
     lse2 = tl.where(live, lse * LOG2_E, 0.0)
     total2 = lse2
     if sinks_ptr is not None:

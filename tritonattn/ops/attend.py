@@ -201,7 +201,7 @@ def _forward(
 def _forward_of(flat: _Flat, call: AttentionCall) -> tuple[Tensor, ...]:
     """Compute the results of the operator, with tensors of size 0 for those that are absent."""
     q, v = flat.q, flat.v
-    rounding = v.new_empty((*q.shape[:3], v.shape[3])) if flat.keep_rounding else None
+    rounding = v.new_empty((*q.shape[:3], v.shape[3]), dtype=torch.int8) if flat.keep_rounding else None
     has_graph = flat.keep_rounding or v.dtype.itemsize > 2  # nothing here tells whether wider ones have one
     result = _forward(call, flat.backend, flat.aux, rounding, has_graph=has_graph)
     return _filled((*result, rounding), result.lse)
@@ -256,7 +256,7 @@ def _allocate_forward(q: Tensor, v: Tensor, aux: bool, keep_rounding: bool) -> t
     out_shape = (*rows, v.shape[3])
     dtype = torch.promote_types(q.dtype, torch.float32)
     lse, max_logit, entropy = (q.new_empty(shape, dtype=dtype) for shape in (rows, aux_rows, aux_rows))
-    rounding = v.new_empty(out_shape) if keep_rounding else lse.new_empty(0)
+    rounding = v.new_empty(out_shape, dtype=torch.int8) if keep_rounding else lse.new_empty(0)
     return v.new_empty(out_shape), lse, max_logit, entropy, rounding
 
 
@@ -288,7 +288,7 @@ def _(*arguments):
 def _backward_operator(*arguments):
     *flat, out, lse, rounding, d_out, d_lse, needs = arguments
     flat = _Flat(*flat)
-    return _filled(_backward(flat.call(), flat.backend, (out, lse, rounding), d_out, d_lse, Needs(*needs)), out)
+    return _filled(_backward(flat.call(), flat.backend, (out, lse, rounding), d_out, d_lse, Needs(*needs)), flat.q)
 
 
 @_backward_operator.register_fake

@@ -91,7 +91,7 @@ class Workload:
 
     def _forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | None]:
         """out, lse, and of 16 bits what out lost when it was rounded, as training keeps it."""
-        rounding = torch.empty_like(call.q) if self.dtype.itemsize == 2 else None
+        rounding = torch.empty_like(call.q, dtype=torch.int8) if self.dtype.itemsize == 2 else None
         return *triton_backend.forward(call, False, rounding)[:2], rounding
 
     def _call(self, seed: int) -> AttentionCall | DecodeCall:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core.call import AttentionCall, Gradients, Needs
+from ...core.rounding import before_rounding
 from .tiles import Block, Heads, Tiles, exp_, logits_of
 
 
@@ -80,9 +81,9 @@ class _Rows:
         query, d_out = seeing(call.q), seeing(d_out)
         query_scale = None if call.logits.query_scale is None else seeing(call.logits.query_scale[..., None])
         factor = call.logits.scale if query_scale is None else query_scale * call.logits.scale
-        out = seeing(out)
+        rounded, out = out, seeing(out)
         if rounding is not None:
-            out += seeing(rounding)
+            out = before_rounding(out.to(rounded.dtype), seeing(rounding))
         delta = torch.linalg.vecdot(out, d_out)[..., None]
         share = d_sink = None
         if call.logits.sinks is not None:

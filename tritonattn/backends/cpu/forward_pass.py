@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult
+from ...core.rounding import lost_in_rounding
 from .tiles import Block, Tiles, exp_, logits_of
 
 
 def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
     """Compute the output and lse of a call, and with aux its max_logit and entropy.
 
-    rounding, shaped like the output, receives what the output lost when it was rounded to 16 bits.
+    rounding, int8 and shaped like the output, receives what the output lost when it was rounded: `core.rounding`.
     """
     tiles = Tiles(call)
     rows = call.q.shape[:3]
@@ -27,7 +28,7 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
             rounded = exact.to(out.dtype)
             _store(out, rounded, block)
             if rounding is not None:
-                _store(rounding, exact - rounded, block)
+                _store(rounding, lost_in_rounding(exact, rounded), block)
             _store(lse, softmax.lse(), block)
             if aux:
                 _store(max_logit, softmax.max_logit, block)

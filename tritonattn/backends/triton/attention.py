@@ -19,7 +19,7 @@ from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
 def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
     """out and lse, and with aux max_logit and entropy, by the forward kernel.
 
-    rounding   contiguous, as out, or None; the kernel stores there what out lost when it was rounded to 16 bits
+    rounding   int8 [B, Hq, Sq, Dv], contiguous, or None; receives what out lost when it was rounded: `core.rounding`
     """
     call = call.narrowed()
     q, v = call.q, call.v

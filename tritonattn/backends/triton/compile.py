@@ -151,7 +151,7 @@ def _attention_call(problem: Problem) -> AttentionCall:
 def _results(problem: Problem, call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor]:
     """out, rounding or None, and lse."""
     shape = (*call.q.shape[:3], problem.value_dim)
-    rounding = _tensor(*shape, dtype=problem.dtype) if problem.rounding else None
+    rounding = _tensor(*shape, dtype=torch.int8) if problem.rounding else None
     return _tensor(*shape, dtype=problem.dtype), rounding, _tensor(*shape[:3])
 
 
