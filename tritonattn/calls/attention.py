@@ -10,10 +10,12 @@ from ..scaling import Scaling
 from .checks import Options, check, check_factor, check_number
 from .dispatch import AttentionAux, attend, autocast
 from .factor import Factor, Given, scale_dtype
+from .sharded import BATCHED, takes_shards
 from .words import with_hints
 
 
 @with_hints
+@takes_shards(BATCHED)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -91,6 +93,7 @@ def attention(
 
 
 @with_hints
+@takes_shards(BATCHED)
 def scaled_attention(
     q: Tensor,
     k: Tensor,

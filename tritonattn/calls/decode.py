@@ -17,10 +17,12 @@ from .decode_checks import check_decode, refuse_gradients
 from .dispatch import AttentionAux, autocast, aux_of, choose_backend, sinks_of
 from .factor import Factor
 from .key_statistics import CachedStatistics, KeyStatistics
+from .sharded import CACHED, takes_shards
 from .words import with_hints
 
 
 @with_hints
+@takes_shards(CACHED)
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,

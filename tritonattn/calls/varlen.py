@@ -10,11 +10,13 @@ from ..scaling import Scaling
 from .checks import Options
 from .dispatch import AttentionAux, attend, autocast
 from .factor import Factor
+from .sharded import PACKED, takes_shards
 from .varlen_checks import Packing, check_varlen
 from .words import with_hints
 
 
 @with_hints
+@takes_shards(PACKED)
 def attention_varlen(
     q: Tensor,
     k: Tensor,

@@ -6,6 +6,9 @@ The bit of (b, h, i, j) is the first word of Philox4x32-10 (Salmon et al. 2011, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +18,17 @@ _WORD = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_stream: ContextVar[int] = ContextVar("tritonattn_dropout_stream", default=0)
+
+
+@contextmanager
+def stream(number: int) -> Iterator[None]:
+    """Masks drawn in this context are independent of those that other numbers give at the same generator state."""
+    token = _stream.set(number)
+    try:
+        yield
+    finally:
+        _stream.reset(token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +44,10 @@ class Dropout:
     @classmethod
     def draw(cls, p: float, device: torch.device) -> Dropout:
         """A new state from torch's generator of the device: repeatable under torch.manual_seed, no sync."""
-        return cls(p, torch.randint(0, 2**31 - 1, (2,), dtype=torch.int64, device=device))
+        state = torch.randint(0, 2**31 - 1, (2,), dtype=torch.int64, device=device)
+        if not torch.compiler.is_compiling() and (number := _stream.get()):
+            state[0] += number << 32  # the upper word of the key, 0 otherwise
+        return cls(p, state)
 
     def keep(self, batch: Tensor, head: Tensor, row: Tensor, key: Tensor, q_heads: int) -> Tensor:
         """The keep bits at int64 positions that broadcast together: bool."""

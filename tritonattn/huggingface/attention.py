@@ -11,7 +11,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..calls.attention import attention
 from ..calls.dispatch import AttentionAux
+from ..core.shards import context_parallel
 from ..scaling import Scaling, SqrtDim
+from .context_parallel import over_ranks
 from .masks import key_range_mask
 from .settings import Settings, layer_scaling
 from .visible import visible_arguments
@@ -54,16 +56,23 @@ def attention_forward(
     With output_attentions the weights [B, Hq, Q, K] are returned too, from the reference and with a warning.
     Raises NotImplementedError naming an argument that changes the result and is not supported (a bias on the logits,
     sparse indices).
+
+    Under torch's context_parallel query, key and value are this rank's part of a sequence: a full causal layer attends
+    to all of it, and another one raises.
     """
     arguments = call_arguments(module, query, key, attention_mask, scaling, dropout, **kwargs)
     weights = None
     if wants_weights(module, kwargs):
         weights = attention_weights(module, query, key, arguments)
-    observer = getattr(layer_scaling(module), "observer", None)
-    if observer is None:
-        out = cast(Tensor, attention(query, key, value, **arguments))
+    observer, parallel = getattr(layer_scaling(module), "observer", None), context_parallel()
+    options = arguments if observer is None else {**arguments, "return_aux": True}
+    if parallel is None:
+        result = attention(query, key, value, **options)
     else:
-        result = attention(query, key, value, **arguments, return_aux=True)
+        result = over_ranks(module, query, key, value, options, kwargs, parallel)
+    if observer is None:
+        out = cast(Tensor, result)
+    else:
         out, aux = cast(tuple[Tensor, AttentionAux], result)
         observer(module, query, key, arguments, aux)
     return out.transpose(1, 2).contiguous(), weights

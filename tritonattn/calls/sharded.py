@@ -1,0 +1,225 @@
+"""DTensors at the door of the public functions: each rank computes its batch entries and heads as plain tensors."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+
+from torch import Tensor, nn
+
+from ..core.dropout import stream
+from ..core.shards import is_dtensor, refuse_context_parallel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Axes(NamedTuple):
+    """The axes of batch and heads in an argument; None where it has none.
+
+    Negative ones count from the right, of an argument that broadcasts: it may lack them, or have 1 there.
+    """
+
+    batch: int | None
+    heads: int | None
+
+    def of(self, x: Tensor, meaning: str | None) -> int | None:
+        """The axis of "batch" or "heads" in x, None if each value there serves all."""
+        axis = None if meaning is None else getattr(self, meaning)
+        if axis is None or axis >= 0:
+            return axis
+        return x.dim() + axis if x.dim() >= -axis and x.shape[axis] > 1 else None
+
+
+ROWS, OPERAND, NOWHERE = Axes(-3, -2), Axes(0, 1), Axes(None, None)
+BATCHED = {
+    **dict.fromkeys(("q", "k", "v"), OPERAND),
+    **dict.fromkeys(("scaling", "gain", "query_scale", "key_scale"), ROWS),
+    **dict.fromkeys(("key_lengths", "key_ranges"), Axes(0, None)),
+    "mask": Axes(-4, -3),
+    "sinks": Axes(None, 0),
+    "aux": OPERAND,
+}
+PACKED = {
+    **dict.fromkeys(("q", "k", "v"), Axes(None, 1)),
+    **dict.fromkeys(("scaling", "gain"), Axes(None, -2)),
+    "sinks": Axes(None, 0),
+    "aux": Axes(None, 0),
+}
+CACHED = {
+    **BATCHED,
+    **dict.fromkeys(("k_cache", "v_cache"), OPERAND),
+    "block_table": Axes(0, None),
+}
+_PAGED = {**CACHED, **dict.fromkeys(("k_cache", "v_cache"), Axes(None, 2))}
+_OPERANDS = ("k", "v", "k_cache", "v_cache")
+
+
+def takes_shards(axes: Mapping[str, Axes]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: DTensors become this rank's parts, and the results DTensors placed as q is.
+
+    Beside a plain q a DTensor that has a value a head stands for this rank's part, as parameters do in tensor
+    parallelism. Under torch's context_parallel the function raises.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*arguments: P.args, **keywords: P.kwargs) -> R:
+            refuse_context_parallel(function.__name__)
+            if not is_dtensor(*arguments, *keywords.values()):
+                return function(*arguments, **keywords)
+            given = signature.bind(*arguments, **keywords).arguments
+            own = _PAGED if given.get("block_table") is not None else axes
+            if not is_dtensor(given["q"]):
+                return function(**{name: _part_beside(given["q"], name, x, own) for name, x in given.items()})  # pyright: ignore
+            shards = Shards.of(given, own)
+            with stream(shards.number):
+                result = function(**{name: shards.part(name, x) for name, x in given.items()})  # pyright: ignore
+            return shards.wrapped(result)
+
+        return call
+
+    return decorate
+
+
+def _part_beside(q: Tensor, name: str, x: Any, axes: Mapping[str, Axes]) -> Any:
+    """The part of an argument that goes with a plain q of this rank's heads."""
+    if not is_dtensor(x):
+        return x
+    own, meaning = axes.get(name, NOWHERE), axes["q"].heads
+    if name in _OPERANDS or own.heads is None or meaning is None:
+        raise TypeError(f"{name}: expected a plain tensor beside a plain q, got a DTensor placed {_placed(x)}")
+    axis, part = own.of(x, "heads"), x.to_local()
+    if axis is not None and part.shape[axis] != q.shape[meaning]:
+        raise ValueError(
+            f"{name}: expected a value for each of q's {q.shape[meaning]} heads on this rank, got {part.shape[axis]} of"
+            f" {x.shape[axis]}, placed {_placed(x)}"
+        )
+    return part
+
+
+class Shards(NamedTuple):
+    """How q is spread over a mesh.
+
+    meanings   for every dimension of the mesh "batch", "heads", or None where ranks hold the same
+    heads      Hq of all ranks
+    """
+
+    mesh: DeviceMesh
+    placements: tuple[Any, ...]
+    meanings: tuple[str | None, ...]
+    heads: int
+    axes: Mapping[str, Axes]
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], axes: Mapping[str, Axes]) -> Shards:
+        """Raise TypeError or ValueError unless q's batch and heads alone are sharded, and keys and values as q's."""
+        q = given["q"]
+        meanings = []
+        for placement in q.placements:
+            meaning = next((m for m in ("batch", "heads") if placement == _shard(getattr(axes["q"], m))), None)
+            if meaning is None and not placement.is_replicate():
+                rest = "a sharded sequence is for tritonattn.distributed.context_parallel_attention"
+                raise ValueError(f"q: expected its batch or heads sharded, or replicas, got {_placed(q)}; {rest}")
+            meanings.append(meaning)
+        shards = cls(q.device_mesh, tuple(q.placements), tuple(meanings), q.shape[axes["q"].heads], axes)
+        for name in ("q", *_OPERANDS):
+            if name in given:
+                shards._check(name, given[name])
+        return shards
+
+    def _check(self, name: str, x: Any) -> None:
+        if not is_dtensor(x):
+            kind = f"a {type(x).__name__}"
+            raise TypeError(f"{name}: expected a DTensor, as q is, got {kind}")
+        wanted, _ = self._wanted(x, self.axes[name])
+        if x.device_mesh != self.mesh or tuple(x.placements) != wanted:
+            raise ValueError(f"{name}: expected q's mesh, and {_listed(wanted)} there, got {_placed(x)}")
+        for meaning in ("batch", "heads"):
+            ranks = math.prod(self.mesh.size(i) for i, one in enumerate(self.meanings) if one == meaning)
+            axis = getattr(self.axes[name], meaning)
+            if axis is not None and x.shape[axis] % ranks:
+                raise ValueError(f"{name}: axis {axis}: expected a size that {ranks} ranks divide, got {x.shape[axis]}")
+
+    @property
+    def number(self) -> int:
+        """The number of this rank's part of q, the same on ranks that hold the same."""
+        number = 0
+        for i, meaning in enumerate(self.meanings):
+            if meaning is not None:
+                number = number * self.mesh.size(i) + self.mesh.get_local_rank(i)
+        return number
+
+    def part(self, name: str, x: Any) -> Any:
+        """This rank's part of an argument: a DTensor, or a tensor or a module that all ranks hold alike."""
+        if isinstance(x, nn.Module):
+            return self._module(x)
+        return self._tensor(x, self.axes.get(name, NOWHERE)) if isinstance(x, Tensor) else x
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        """A scaling with this rank's part of its parameters; the first axis of one is that of heads, if as long."""
+        twin = copy.copy(module)
+        parameters, children = module._parameters.items(), module._modules.items()
+        of_heads, of_all = Axes(None, 0), NOWHERE
+        twin.__dict__["_parameters"] = {
+            name: None if x is None else self._tensor(x, of_heads if x.shape[:1] == (self.heads,) else of_all)
+            for name, x in parameters
+        }
+        twin.__dict__["_modules"] = {name: None if x is None else self._module(x) for name, x in children}
+        return twin
+
+    def _wanted(self, x: Tensor, axes: Axes) -> tuple[tuple[Any, ...], list[Any]]:
+        """The placements of x where q's parts need it, and of its gradient: a rank has a part of that of replicas."""
+        from torch.distributed.tensor import Partial, Replicate
+
+        placements, gradients = [], []
+        for meaning in self.meanings:
+            axis = axes.of(x, meaning)
+            placements.append(Replicate() if axis is None else _shard(axis))
+            gradients.append(Partial() if axis is None and meaning is not None else placements[-1])
+        return tuple(placements), gradients
+
+    def _tensor(self, x: Any, axes: Axes) -> Tensor:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        placements, gradients = self._wanted(x, axes)
+        if not is_dtensor(x):
+            x = DTensor.from_local(x, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+        return x.redistribute(self.mesh, placements).to_local(grad_placements=gradients)
+
+    def wrapped(self, result: Any) -> Any:
+        """out, or (out, aux), as DTensors."""
+        if not isinstance(result, tuple):
+            return self._wrap(result, self.axes["q"])
+        out, aux = result
+        return self._wrap(out, self.axes["q"]), type(aux)(*(self._wrap(x, self.axes["aux"]) for x in aux))
+
+    def _wrap(self, x: Tensor, axes: Axes) -> Tensor:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        axis_of = [None if meaning is None else getattr(axes, meaning) for meaning in self.meanings]
+        placements = [Replicate() if axis is None else _shard(axis) for axis in axis_of]
+        return DTensor.from_local(x, self.mesh, placements, run_check=False)
+
+
+def _shard(axis: int | None) -> Any:
+    from torch.distributed.tensor import Shard
+
+    return None if axis is None else Shard(axis)
+
+
+def _placed(x: Any) -> str:
+    return f"{_listed(x.placements)} on a mesh of {tuple(x.device_mesh.shape)}"
+
+
+def _listed(placements: Any) -> str:
+    return f"({', '.join(map(str, placements))})"

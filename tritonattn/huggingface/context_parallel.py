@@ -1,0 +1,75 @@
+"""A patched layer under torch's context_parallel: full causal attention to the whole sequence, or an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.shards import ContextParallel
+from ..distributed import context_parallel_attention
+from ..distributed.layout import Split
+
+
+def over_ranks(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    arguments: dict[str, Any],
+    keywords: dict[str, Any],
+    context: ContextParallel,
+) -> Any:
+    """Attention of this rank's [B, H, S / P, D] to the whole sequence, by arguments that were made of its part alone.
+
+    Masks of a part say nothing of the whole, so they must be those of one causal sequence: position_ids say whether it
+    is one. Raises NotImplementedError or ValueError for anything else.
+    """
+    kind = type(module).__name__
+    if arguments["dropout_p"] > 0:
+        raise NotImplementedError(f"dropout: expected 0 under context_parallel, got {arguments['dropout_p']} in {kind}")
+    split = Split.of(context.mesh, context.layout)
+    if not _is_causal(module, query, key, arguments, keywords, split):
+        raise NotImplementedError(
+            f"attention_mask: expected full causal attention without padding and cache under context_parallel, got"
+            f" another mask in {kind}; leave the layer to attn_implementation='sdpa'"
+        )
+    _check_positions(query, keywords.get("position_ids"), split, kind)
+    rest = ("scaling", "gain", "softcap", "sinks", "backend", "return_aux")
+    given = {name: arguments[name] for name in rest if name in arguments}
+    return context_parallel_attention(query, key, value, mesh=context.mesh, layout=context.layout, causal=True, **given)
+
+
+def _is_causal(
+    module: Any, query: Tensor, key: Tensor, arguments: dict[str, Any], keywords: dict[str, Any], split: Split
+) -> bool:
+    rows = query.shape[2]
+    window = keywords.get("sliding_window")
+    types, index = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    is_other = types is not None and isinstance(index, int) and types[index] != "full_attention"
+    if is_other or key.shape[2] != rows or (window is not None and window < rows * split.size):
+        return False
+    if arguments.get("mask") is not None:
+        return False
+    ranges = arguments.get("key_ranges")
+    if ranges is None:
+        return bool(arguments.get("causal"))
+    # The step of positions between two chunks looks like another document.
+    row = torch.arange(rows, device=query.device)
+    first = row // (rows // split.chunks_per_rank) * (rows // split.chunks_per_rank)
+    lo, hi = ranges.unbind(-1)
+    return bool((((lo == 0) | (lo == first)) & (hi == row + 1)).all())
+
+
+def _check_positions(query: Tensor, positions: Any, split: Split, kind: str) -> None:
+    """Raise unless position_ids are the places in one sequence of the tokens that this rank holds."""
+    if not isinstance(positions, Tensor):
+        raise NotImplementedError(f"position_ids: expected to reach {kind} under context_parallel, got none")
+    places = split.positions(query.shape[2], query.device)
+    if positions.shape[-1] != query.shape[2] or not bool((positions == places).all()):
+        raise ValueError(
+            f"position_ids: expected the places in the sequence of this rank's tokens, {int(places[0])} and so on, got"
+            " others: give the model position_ids of the whole sequence, one document long, and put them among the"
+            " buffers of context_parallel"
+        )
