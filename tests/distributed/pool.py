@@ -52,7 +52,7 @@ class Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "tritonattn.distributed"])
+        context.set_forkserver_preload(["torch", "tritonattn.distributed", "tritonattn.huggingface"])
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()

@@ -1,12 +1,13 @@
-"""One sequence on several processes: `context_parallel_attention`, and `shard` / `unshard` of what goes with it.
+"""Attention on several processes: a sequence that they share, and heads that they share.
 
-Built on torch.distributed: a `DeviceMesh` of one dimension names the ranks that share a sequence.
+Built on torch.distributed: a `DeviceMesh` of one dimension names the ranks.
 """
 
 from .context_parallel import context_parallel_attention
+from .head_parallel import HeadParallel
 from .sharding import shard, unshard
 
-__all__ = ["context_parallel_attention", "shard", "unshard"]
+__all__ = ["HeadParallel", "context_parallel_attention", "shard", "unshard"]
 
 
 def __dir__() -> list[str]:

@@ -13,7 +13,6 @@ from ..calls.attention import attention
 from ..calls.dispatch import AttentionAux
 from ..core.shards import context_parallel
 from ..scaling import Scaling, SqrtDim
-from .context_parallel import over_ranks
 from .masks import key_range_mask
 from .settings import Settings, layer_scaling
 from .visible import visible_arguments
@@ -69,6 +68,8 @@ def attention_forward(
     if parallel is None:
         result = attention(query, key, value, **options)
     else:
+        from .context_parallel import over_ranks
+
         result = over_ranks(module, query, key, value, options, kwargs, parallel)
     if observer is None:
         out = cast(Tensor, result)

@@ -1,0 +1,142 @@
+"""What runs on every rank: calls and models whose heads and batch are sharded, against one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import tritonattn
+from tests.distributed.models import whole
+from tritonattn import nn
+
+B, HQ, HKV, S, D = 4, 8, 4, 12, 8
+PLACEMENTS = {
+    "batch, heads": ((2, 2), (Shard(0), Shard(1))),
+    "replicas, heads": ((2, 2), (Replicate(), Shard(1))),
+    "heads": ((4,), (Shard(1),)),
+    "batch": ((4,), (Shard(0),)),
+    "heads twice": ((2, 2), (Shard(1), Shard(1))),
+}
+
+
+def _mesh(shape: tuple[int, ...]):
+    return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[-len(shape) :])
+
+
+def _error(got: Any, want: Tensor) -> float:
+    return ((whole(got) - want).abs().max() / want.abs().max()).item()
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def dense(rank: int, placed: str, scaling: Any) -> float:
+    """Largest relative error of `attention` and its gradients, with every argument that has heads or a batch."""
+    shape, placements = PLACEMENTS[placed]
+    mesh = _mesh(shape)
+    torch.manual_seed(0)
+    named = {"q": _random(B, HQ, S, D), "k": _random(B, HKV, S, D), "v": _random(B, HKV, S, D + 4)}
+    named |= {"gain": torch.rand(HQ, 1, dtype=torch.float64) + 0.5, "sinks": _random(HQ)}
+    fixed = {
+        "key_lengths": torch.tensor([S, 3, 5, 7]),
+        "mask": torch.rand(1, HQ, S, S) > 0.2,
+        "causal": True,
+        "softcap": 20.0,
+        "return_aux": True,
+    }
+    module = nn.LEARNED[scaling](heads=HQ).double() if scaling in nn.LEARNED else scaling
+    one = {name: x.clone().requires_grad_() for name, x in named.items()}
+    out, aux = tritonattn.attention(**one, **fixed, scaling=module)
+    (out.square().sum() + aux.lse.sum()).backward()
+    of_module = {} if isinstance(module, str) else {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    for name in of_module:
+        module.get_parameter(name).grad = None
+    own = {name: distribute_tensor(x, mesh, placements).requires_grad_() for name, x in named.items() if name in "qkv"}
+    own |= {name: named[name].clone().requires_grad_() for name in ("gain", "sinks")}  # the same on all ranks
+    got, got_aux = tritonattn.attention(**own, **fixed, scaling=module)
+    assert got.placements == placements
+    (got.square().sum() + got_aux.lse.sum()).backward()
+    worst = max(_error(got, out), _error(got_aux.entropy, aux.entropy))
+    worst = max(worst, *(_error(own[name].grad, one[name].grad) for name in one))
+    return max(worst, *(_error(module.get_parameter(name).grad, g) for name, g in of_module.items()), 0.0)
+
+
+def others(rank: int) -> dict[str, float]:
+    """Largest relative error of `scaled_attention`, `attention_varlen` and `attention_decode`."""
+    mesh = _mesh((2, 2))
+    torch.manual_seed(0)
+    errors = {}
+
+    def compared(name: str, function, operands: dict[str, Tensor], placements, **rest: Any) -> None:
+        own = {key: distribute_tensor(x, mesh, placements[key]) for key, x in operands.items()}
+        errors[name] = _error(function(**own, **rest), function(**operands, **rest))
+
+    operands = {"q": _random(B, HQ, S, D), "k": _random(B, HKV, S, D), "v": _random(B, HKV, S, D)}
+    both = dict.fromkeys(operands, (Shard(0), Shard(1)))
+    vectors = {"query_scale": torch.rand(HQ, 1, dtype=torch.float64), "key_scale": torch.rand(B, 1, S, dtype=torch.float64)}
+    compared("scaled", tritonattn.scaled_attention, operands, both, **vectors, causal=True)
+
+    packed = {name: x[0].transpose(0, 1).contiguous() for name, x in operands.items()}
+    ends = torch.tensor([0, 5, S], dtype=torch.int32)
+    heads = dict.fromkeys(packed, (Replicate(), Shard(1)))
+    given = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 7, "max_seqlen_k": 7, "scaling": "key_norm_mean"}
+    compared("varlen", tritonattn.attention_varlen, packed, heads, **given, sinks=_random(HQ), gain=torch.rand(HQ, 1))
+
+    cache = {"q": operands["q"][:, :, :2], "k_cache": operands["k"], "v_cache": operands["v"]}
+    both = dict.fromkeys(cache, (Shard(0), Shard(1)))
+    lengths = torch.tensor([S, 3, 5, 7])
+    compared("decode", tritonattn.attention_decode, cache, both, key_lengths=lengths, scaling="key_norm_max")
+    pages = {name: x.repeat(1, 1, 2, 1).transpose(1, 2).contiguous() for name, x in cache.items() if name != "q"}
+    table = torch.arange(B, dtype=torch.int32)[:, None]
+    paged = {"q": cache["q"], **pages}
+    placed = {"q": (Shard(0), Shard(1)), **dict.fromkeys(pages, (Replicate(), Shard(2)))}
+    compared("paged", tritonattn.attention_decode, paged, placed, key_lengths=lengths, block_table=table)
+    return errors
+
+
+def refusals(rank: int) -> list[str]:
+    """The messages for placements that attention cannot take."""
+    mesh = _mesh((4,))
+    plain = torch.randn(B, HQ, S, D)
+
+    def placed(*placements: Any) -> DTensor:
+        return distribute_tensor(plain, mesh, placements)
+
+    sharded, replica = placed(Shard(1)), placed(Replicate())
+    few = distribute_tensor(torch.randn(B, 2, S, D), mesh, [Shard(1)])
+    calls = [
+        {"q": placed(Shard(2)), "k": sharded, "v": sharded},
+        {"q": placed(Shard(3)), "k": sharded, "v": sharded},
+        {"q": sharded, "k": replica, "v": sharded},
+        {"q": sharded, "k": sharded, "v": plain},
+        {"q": plain, "k": sharded, "v": sharded},
+        {"q": sharded, "k": few, "v": few},
+        {"q": plain, "k": plain, "v": plain, "sinks": distribute_tensor(torch.randn(HQ), mesh, [Shard(0)])},
+        {"q": plain, "k": plain, "v": plain, "key_lengths": distribute_tensor(torch.ones(B).long(), mesh, [Shard(0)])},
+    ]
+    messages = []
+    for call in calls:
+        try:
+            tritonattn.attention(**call)
+            messages.append("no error")
+        except (TypeError, ValueError) as error:
+            messages.append(str(error))
+    return messages
+
+
+def dropped(rank: int) -> tuple[list[Tensor], bool]:
+    """Dropout under one seed: outputs of all heads, whose operands are alike, for replicas and shards; replicas agree."""
+    mesh = _mesh((2, 2))
+    one = torch.randn(1, 1, S, D, generator=torch.Generator().manual_seed(0)).expand(2, 4, S, D).contiguous()
+    torch.manual_seed(0)
+    q = distribute_tensor(one, mesh, [Replicate(), Shard(1)])
+    out = tritonattn.attention(q, q, q, dropout_p=0.5)
+    replicas = DTensor.from_local(out.to_local(), mesh, [Shard(0), Shard(1)], run_check=False).full_tensor()  # [4, 4, S, D]
+    same = torch.equal(replicas[:2], replicas[2:])
+    q = distribute_tensor(one, mesh, [Shard(0), Shard(1)])
+    return list(tritonattn.attention(q, q, q, dropout_p=0.5).full_tensor().flatten(0, 1)), same
