@@ -53,7 +53,11 @@ def dense(rank: int, placed: str, scaling: Any) -> float:
     one = {name: x.clone().requires_grad_() for name, x in named.items()}
     out, aux = tritonattn.attention(**one, **fixed, scaling=module)
     (out.square().sum() + aux.lse.sum()).backward()
-    of_module = {} if isinstance(module, str) else {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    of_module = (
+        {}
+        if isinstance(module, str)
+        else {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    )
     for name in of_module:
         module.get_parameter(name).grad = None
     own = {name: distribute_tensor(x, mesh, placements).requires_grad_() for name, x in named.items() if name in "qkv"}
@@ -78,13 +82,22 @@ def others(rank: int) -> dict[str, float]:
 
     operands = {"q": _random(B, HQ, S, D), "k": _random(B, HKV, S, D), "v": _random(B, HKV, S, D)}
     both = dict.fromkeys(operands, (Shard(0), Shard(1)))
-    vectors = {"query_scale": torch.rand(HQ, 1, dtype=torch.float64), "key_scale": torch.rand(B, 1, S, dtype=torch.float64)}
+    vectors = {
+        "query_scale": torch.rand(HQ, 1, dtype=torch.float64),
+        "key_scale": torch.rand(B, 1, S, dtype=torch.float64),
+    }
     compared("scaled", tritonattn.scaled_attention, operands, both, **vectors, causal=True)
 
     packed = {name: x[0].transpose(0, 1).contiguous() for name, x in operands.items()}
     ends = torch.tensor([0, 5, S], dtype=torch.int32)
     heads = dict.fromkeys(packed, (Replicate(), Shard(1)))
-    given = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 7, "max_seqlen_k": 7, "scaling": "key_norm_mean"}
+    given = {
+        "cu_seqlens_q": ends,
+        "cu_seqlens_k": ends,
+        "max_seqlen_q": 7,
+        "max_seqlen_k": 7,
+        "scaling": "key_norm_mean",
+    }
     compared("varlen", tritonattn.attention_varlen, packed, heads, **given, sinks=_random(HQ), gain=torch.rand(HQ, 1))
 
     cache = {"q": operands["q"][:, :, :2], "k_cache": operands["k"], "v_cache": operands["v"]}
@@ -130,13 +143,15 @@ def refusals(rank: int) -> list[str]:
 
 
 def dropped(rank: int) -> tuple[list[Tensor], bool]:
-    """Dropout under one seed: outputs of all heads, whose operands are alike, for replicas and shards; replicas agree."""
+    """Dropout under one seed: outputs of all heads, whose operands are alike; and whether replicas agree."""
     mesh = _mesh((2, 2))
     one = torch.randn(1, 1, S, D, generator=torch.Generator().manual_seed(0)).expand(2, 4, S, D).contiguous()
     torch.manual_seed(0)
     q = distribute_tensor(one, mesh, [Replicate(), Shard(1)])
     out = tritonattn.attention(q, q, q, dropout_p=0.5)
-    replicas = DTensor.from_local(out.to_local(), mesh, [Shard(0), Shard(1)], run_check=False).full_tensor()  # [4, 4, S, D]
+    replicas = DTensor.from_local(
+        out.to_local(), mesh, [Shard(0), Shard(1)], run_check=False
+    ).full_tensor()  # [4, 4, S, D]
     same = torch.equal(replicas[:2], replicas[2:])
     q = distribute_tensor(one, mesh, [Shard(0), Shard(1)])
     return list(tritonattn.attention(q, q, q, dropout_p=0.5).full_tensor().flatten(0, 1)), same

@@ -54,7 +54,9 @@ def losses_of_one(layers: Any = LEARNED) -> list[float]:
 
 
 def _learned(model: Any) -> list[float]:
-    return [value for name, p in model.named_parameters() if "tritonattn" in name for value in whole(p).flatten().tolist()]
+    return [
+        value for name, p in model.named_parameters() if "tritonattn" in name for value in whole(p).flatten().tolist()
+    ]
 
 
 def sharded(model: Any, mesh: DeviceMesh) -> Any:
