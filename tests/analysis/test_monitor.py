@@ -155,17 +155,6 @@ def test_an_evaluation_between_does_not_count():
     assert got["loss"] == wanted["loss"]
 
 
-def test_a_module_that_caught_an_error_of_its_part_counts_as_itself():
-    class Outer(Net):
-        def forward(self, x):
-            with contextlib.suppress(ValueError):
-                self.attention(x[0])
-            return tritonattn.attention(*x.unflatten(-1, (HEADS, DIM)).transpose(1, 2).expand(3, -1, -1, -1, -1))
-
-    x = torch.randn(2, 5, 32, requires_grad=True)
-    assert list(record_of(Outer(), lambda net: net(x).sum())["layers"]) == ["Outer"]
-
-
 def test_frozen_layers():
     class Two(nn.Module):
         def __init__(self):
@@ -264,13 +253,3 @@ def test_arguments():
         Thresholds(near_one_hot=90)
     with Monitor(net) as monitor, pytest.raises(RuntimeError, match="not in use"):
         monitor.__enter__()
-
-
-def test_decoding_is_left_alone():
-    """attention_decode has no gradient, so steps with a cache are not seen."""
-    net = Net(causal=True)
-    with Monitor(net, every=1, thresholds=QUIET) as monitor, torch.no_grad():
-        cache = net.attention.cache(1, 8)
-        net(torch.randn(1, 1, 32), cache=cache)
-        with pytest.warns(RuntimeWarning, match="saw no attention"):
-            assert monitor.step()["layers"] == {}

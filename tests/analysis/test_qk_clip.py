@@ -13,7 +13,6 @@ from torch import nn
 
 from tests.analysis.models import Net
 from tests.support.llama import llama
-from tritonattn import Scales, Scaling, attention
 from tritonattn.analysis import Alarm, Monitor, Thresholds, qk_clip
 from tritonattn.huggingface import patch
 from tritonattn.huggingface.architecture import interface_keywords
@@ -183,20 +182,6 @@ def test_weights_in_bf16_are_rounded_once():
     assert torch.equal(net.attention.q_proj.weight, wanted.bfloat16())
 
 
-def test_factors_of_invisible_pairs_do_not_matter():
-    class OfVisible(Scaling):
-        name = "of visible"
-
-        def scales(self, q, k, visibility, statistics):
-            return Scales(0.3)
-
-        def multiplier(self, q, k, visible):
-            return torch.where(visible, 0.3, math.nan)
-
-    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
-    clipped(Net(kv_heads=4, scaling=OfVisible(), causal=True), lambda net: net(x))
-
-
 @contextmanager
 def unchanged(net):
     before = {name: x.clone() for name, x in net.state_dict().items()}
@@ -207,12 +192,6 @@ def unchanged(net):
 def refused(net, layer, match, heads=4):
     with unchanged(net), pytest.raises(NotImplementedError, match=match):
         qk_clip(net, 1.0).clip({layer: [2.0] * heads})
-
-
-def test_qk_norm_is_refused_by_name():
-    refused(Net(qk_norm=True), "attention", r"attention: .* norm of q and k, got q_norm \(RMSNorm\)")
-    qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8))
-    refused(qwen, "model.layers.1.self_attn", r"layers\.1\.self_attn: .* q_norm")
 
 
 def test_others_are_refused_by_name():
@@ -273,32 +252,6 @@ def test_layers_that_cannot_be_clipped_are_named_at_once_and_left_in_a_run():
     assert {alarm["layer"] for alarm in alarms} == {"0.attention", "1.attention"}
     changed = {name for name, x in net.state_dict().items() if not torch.equal(x, before[name])}
     assert changed == {"1.attention.q_proj.weight", "1.attention.q_proj.bias"}
-
-
-class Own(nn.Module):
-    """An attention of a user's own, around one that is known."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = Net()
-
-    def forward(self, x):
-        heads = 9 * x.unflatten(-1, (4, 8)).transpose(1, 2)
-        return attention(heads, heads, heads, causal=True).transpose(1, 2).flatten(2) + self.inner(x)
-
-
-def test_a_run_goes_on_past_a_layer_that_turns_out_to_be_unknown():
-    net, x = Own(), torch.randn(2, 9, 32, requires_grad=True)
-    clip = qk_clip(net, 1.0)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with Monitor(net, every=1, thresholds=Thresholds(0.5, None, None), on_alarm=clip) as monitor:
-            for _ in range(3):
-                net(x).sum().backward()
-                monitor.step()
-    (said,) = [str(one.message) for one in caught if "qk_clip" in str(one.message)]
-    assert said.startswith("qk_clip: a layer will not be clipped: Own: QK-clip does not know the layout of Own")
-    assert clip.skipped.keys() == {"Own"}
 
 
 def test_infinite_logits_leave_a_head_and_names_are_checked():

@@ -8,7 +8,6 @@ import torch
 pytest.importorskip("triton")
 from tritonattn.backends.triton import launch
 from tritonattn.kernels import KERNELS
-from tritonattn.kernels.records import Results
 from tritonattn.tuning.config import Problem, Target, TileConfig
 
 CPU, SM_80 = torch.device("cpu"), Target("cuda", "80")
@@ -72,24 +71,6 @@ def test_offsets_in_a_tile_of_1024_rows_that_pass_int32(width, strides, wide):
     assert not launch.is_wide(None)
 
 
-def test_records_of_tensors():
-    """A tensor that is not there has none; a scale's strides are multiples of 16, which all compile to one code."""
-    mask, scale = torch.empty(2, 3, 4, 5), torch.empty(2, 3, 4)[..., ::2]
-    assert launch.strided(None) is None
-    assert launch.strided(mask) == (mask, 60, 20, 5, 1)
-    assert launch.scale_of(None) is None
-    assert launch.scale_of(scale) == (scale, 192, 64, 2)
-
-
-def test_tensors_in_records():
-    x, y, z = torch.zeros(3, 1).unbind()
-    values = [x, 5, None, Results(y, None, z, None, None)]
-    assert list(launch.tensors_of(values)) == [x, y, z]
-    changed = [launch.map_tensors(torch.Tensor.exp, value) for value in values]
-    assert changed == [torch.ones(1), 5, None, Results(torch.ones(1), None, torch.ones(1), None, None)]
-    assert type(changed[3]) is Results
-
-
 def test_recorded_launches_are_not_run(monkeypatch):
     """Launches of one context alone, as on another card."""
     monkeypatch.setattr(launch, "run", lambda *_: pytest.fail("ran"))
@@ -103,14 +84,6 @@ def test_recorded_launches_are_not_run(monkeypatch):
             pool.submit(launch.plan, "row_terms", problem, CPU).result()
     assert [(one.kernel, one.grid, one.config) for one in launches] == [(KERNELS["row_terms"], (3, 2, 1), TILES)]
     assert launches[0].arguments["BLOCK_M"] == 64
-
-
-def test_kernels_run_where_the_executor_does(monkeypatch):
-    monkeypatch.setattr(launch, "run", launch.run_on_device)
-    assert launch.runs_on(torch.device("cuda"))
-    assert not launch.runs_on(CPU)
-    monkeypatch.setattr(launch, "run", lambda *_: None)
-    assert launch.runs_on(CPU)
 
 
 def test_a_config_is_for_its_kernel_and_for_calls_that_it_is_legal_for(monkeypatch):

@@ -158,27 +158,6 @@ def test_aux(backend):
     assert [x.requires_grad for x in (out, *aux)] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_rows_without_keys(backend):
-    leaves = operands(lengths=(7, 5))
-    q, k, v = leaves.values()
-    lengths = torch.tensor([0, 3])
-    out, aux = tritonattn.attention(
-        q, k, v, scaling="key_norm_mean", causal=True, key_lengths=lengths, return_aux=True, backend=backend
-    )
-    empty = torch.zeros(2, 7, dtype=torch.bool)
-    empty[0], empty[1, :2] = True, True
-    empty = empty[:, None].expand(2, 4, 7)
-    assert not out[empty].any()
-    assert (aux.lse[empty] == -torch.inf).all()
-    assert (aux.max_logit[empty] == -torch.inf).all()
-    assert not aux.entropy[empty].any()
-    assert aux.lse[~empty].isfinite().all()
-    gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
-    assert not gradients[0][empty].any()
-    assert all(x.isfinite().all() and not x[0].any() for x in gradients)
-
-
 @pairwise(scaling=SCALINGS, poison=[torch.nan, torch.inf])
 def test_keys_hidden_from_every_row_reach_no_result(scaling, poison):
     leaves = operands()

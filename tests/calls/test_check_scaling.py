@@ -123,18 +123,10 @@ class TooLargeForOneHead(Counts):
 @pytest.mark.parametrize(
     ("scaling", "mask", "about"),
     [
-        (
-            WrongCount,
-            "full",
-            r"scales\(\) differs from multiplier\(\) .*: expected 0.0833333, got 0.0769231 at .* 0.077",
-        ),
+        (WrongCount, "full", r"scales\(\) differs from multiplier\(\) .*: expected 0.0833333, got 0.0769231 at"),
         (IgnoresTheMask, "causal", r"scales\(\) differs from multiplier\(\) .*, got 0.0833333 at"),
         (IgnoresPackedSequences, "packed", r"scales\(\) differs from multiplier\(\)"),
-        (
-            BothIgnorePadding,
-            "padding",
-            "factors .* change with the number of keys that padding hides: expected 0.2, got 0",
-        ),
+        (BothIgnorePadding, "padding", "factors .* change with the number of keys that padding hides: expected 0.2"),
         (BothLeakTheFuture, "causal", r"factors .* change with key \d+ in rows that do not see it"),
         (Lengths, "full", r"the gradient of scales\(\) towards k differs from that of multiplier\(\)"),
         (ReadsKeysAfterAll, "full", r"scales\(\) looks at k, which reads_keys = False rules out: .* got nan"),
@@ -188,17 +180,3 @@ def test_a_factor_that_is_not_finite_in_both_formulas_is_refused():
 
     with pytest.raises(ValueError, match="expected a finite number, got inf at"):
         check_scaling(Infinite())
-
-
-def test_sizes_are_as_asked_and_the_generator_stays():
-    seen = set()
-
-    class Watched(Counts):
-        def scales(self, q, k, visibility, statistics):
-            seen.add((q.shape[1], k.shape[1], q.shape[3]))
-            return super().scales(q, k, visibility, statistics)
-
-    before = torch.get_rng_state()
-    check_scaling(Watched(), heads=6, kv_heads=3, head_dim=5)
-    assert seen == {(6, 3, 5)}
-    assert torch.equal(torch.get_rng_state(), before)

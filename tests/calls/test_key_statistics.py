@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-from tests.support.watch import Watch
 from tritonattn import KeyStatistics
 
 B, H, D, CAPACITY = 3, 2, 5, 20
@@ -113,16 +112,6 @@ def test_the_last_keys_are_a_copy():
     _check(statistics, [own[:, :count] for own, count in zip(keys, counts, strict=True)])
 
 
-def test_copies_are_as_exact_as_what_they_copy():
-    """Beside a float64 cache that has grown `attention_decode` asks for float64 again."""
-    statistics, keys = KeyStatistics(B, H, CAPACITY, dtype=torch.float64), _keys(6, dtype=torch.float64)
-    statistics.append(keys)
-    copies = (statistics.select(torch.arange(B)), statistics.with_capacity(30), statistics.last(6, 10))
-    for copy in copies:
-        assert copy.lengths.dtype == copy.length_maxima.dtype == torch.float64
-        _check(copy, list(keys), rtol=1e-14)
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -144,32 +133,6 @@ def test_copies_are_as_exact_as_what_they_copy():
 def test_refused_sizes_and_copies(call, error, message):
     with pytest.raises(error, match=message):
         call(KeyStatistics(B, H, CAPACITY))
-
-
-def test_an_append_costs_as_much_as_its_keys():
-    """No temporary is as large as the buffers."""
-    statistics = KeyStatistics(B, H, 4096)
-    statistics.append(_keys(100))
-    new = _keys(2)
-    with Watch() as watch:
-        watch.largest = 0
-        place = torch.arange(2)
-        statistics._write(new.norm(dim=-1), (statistics.counts[:, None] + place))
-    buffers = {x.untyped_storage().nbytes() for x in (statistics._lengths, statistics._length_sums)}
-    assert watch.largest in buffers  # what is written to in place
-    before = {name: x.data_ptr() for name, x in vars(statistics).items() if isinstance(x, torch.Tensor)}
-    statistics.append(new)
-    statistics.truncate(5)
-    statistics.reorder(torch.tensor([2, 2, 0]))
-    statistics.reset()
-    assert before == {name: x.data_ptr() for name, x in vars(statistics).items() if isinstance(x, torch.Tensor)}
-
-
-def test_keys_that_require_gradients_leave_none():
-    statistics = KeyStatistics(B, H, CAPACITY)
-    statistics.append(_keys(3).requires_grad_())
-    assert not statistics.lengths.requires_grad
-    assert not statistics.length_sums.requires_grad
 
 
 def test_past_the_capacity_raises_on_a_cpu():

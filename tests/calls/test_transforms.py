@@ -93,27 +93,6 @@ def test_compile_dynamic_shapes_do_not_recompile(masks):
             assert_same_gradients(compiled, partial(objective, **masks), operands(length=length))
 
 
-def test_compile_under_autocast_and_with_dropout():
-    def function(q, k, v, gain):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return objective(q, k, v, gain, window=(2, 1)).float()
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*operands()), function(*operands()))
-    dropped = torch.compile(partial(objective, dropout_p=0.5), fullgraph=True, backend="aot_eager")
-    dropped(*operands()).backward()
-
-
-@pytest.mark.parametrize("masks", [{"causal": True}, {"window": (2, 0)}])
-def test_compile_with_one_tensor_as_every_operand(masks):
-    x = torch.randn(1, 2, 7, 8, requires_grad=True)
-
-    def function(x):
-        return tritonattn.attention(x, x, x, scaling="key_norm_sum", **masks).square().sum()
-
-    assert_same_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), function, (x,))
-
-
 @in_turn(scaling=["sqrt_dim", "key_count", "key_norm_sum"], window=[(20, 0), (20, None), (None, 20)])
 def test_export_of_a_window_wider_than_the_example(window, scaling):
     skip_where_export_binds_lengths(strict=False)

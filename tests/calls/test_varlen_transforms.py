@@ -47,17 +47,6 @@ def test_compile_forward_and_backward_in_one_graph(scaling, masks):
     assert_same_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), function, operands())
 
 
-def test_compile_with_one_tensor_for_both_offsets():
-    packed = Packed((3, 4), (3, 4))
-
-    def function(q, k, v, ends):
-        return tritonattn.attention_varlen(q, k, v, ends, ends, 4, 4, causal=True).square().sum()
-
-    leaves, ends = tuple(packed_operands(packed, torch.float32).values()), offsets((3, 4))
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert_same_gradients(partial(compiled, ends=ends), partial(function, ends=ends), leaves)
-
-
 def test_compile_once_for_any_lengths():
     def function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
         return (

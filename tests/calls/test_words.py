@@ -26,11 +26,7 @@ Q = torch.ones(1, 2, 3, 4)
 @pytest.mark.parametrize(
     ("function", "keywords", "message"),
     [
-        (
-            "attention",
-            {"is_causal": True},
-            "attention: expected causal= (bottom-right, where PyTorch's is top-left), got",
-        ),
+        ("attention", {"is_causal": True}, "attention: expected causal= (bottom-right, where PyTorch's is top-left)"),
         ("attention", {"scale": 0.1}, "attention: expected scaling= (a float is the factor itself), got scale="),
         ("attention", {"attn_mask": Q}, "attention: expected mask= (bool, True is visible"),
         ("attention", {"dropout_p": 0.0, "enable_gqa": True}, "attention: expected no enable_gqa=: k may have fewer"),

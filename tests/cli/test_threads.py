@@ -50,16 +50,6 @@ def test_omp_num_threads_decides(given, monkeypatch):
     assert given == []
 
 
-def test_idle_time_is_that_of_the_cores_of_this_process(monkeypatch, tmp_path):
-    (tmp_path / "stat").write_text("cpu  1 1 1 900 9 0 0\ncpu0 1 1 1 300 40 0 0\ncpu1 1 1 1 600 5 0 0\nintr 5 5\n")
-    monkeypatch.setattr(threads, "_STAT", tmp_path / "stat")
-    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {1}, raising=False)
-    monkeypatch.setattr(threads.os, "sysconf", {"SC_CLK_TCK": 100}.__getitem__)
-    assert threads._idle_seconds() == {"cpu1": 6.05}
-    monkeypatch.setattr(threads, "_STAT", tmp_path / "none")
-    assert threads._idle_seconds() == {}
-
-
 @pytest.mark.parametrize(("text", "wanted"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), (None, 4)])
 def test_a_quota_of_the_container_counts(text, wanted, monkeypatch, tmp_path):
     if text is not None:

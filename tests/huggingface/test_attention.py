@@ -6,11 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES
-from tritonattn.huggingface import attention_forward, register, unregister
+from tritonattn.huggingface import attention_forward
 
 
 def tokens(batch: int = 2, length: int = 13) -> torch.Tensor:
@@ -153,11 +152,3 @@ def test_a_window_without_a_mask():
         attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=3, is_causal=False)
     wide, _ = attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=9, is_causal=False)
     torch.testing.assert_close(wide, tritonattn.attention(q, k, v, scaling=0.5).transpose(1, 2))
-
-
-def test_a_name_is_taken_back_with_its_masks():
-    interfaces = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
-    register("tritonattn_twice")
-    assert all("tritonattn_twice" in interface.valid_keys() for interface in interfaces)
-    unregister("tritonattn_twice")
-    assert not any("tritonattn_twice" in interface.valid_keys() for interface in interfaces)

@@ -37,16 +37,8 @@ LAYERS = {
     "a list as scaling": ({"scaling": ["dim"]}, ".scaling", "expected a name"),
     "no name": ({"scaling": {"tau": 1.0}}, ".scaling", "expected a name"),
     "an unknown name": ({"scaling": "sqrt"}, ".scaling", "expected a name in tritonattn.SCALINGS, got 'sqrt'"),
-    "an unknown argument": (
-        {"scaling": {"name": "cosine", "tauu": 1.0}},
-        ".scaling",
-        "expected a dict with keys out of tau, got 'tauu'",
-    ),
-    "heads": (
-        {"scaling": {"name": "per_head", "heads": 10**9}},
-        ".scaling",
-        "expected a dict with keys out of mode, got 'heads'",
-    ),
+    "an unknown argument": ({"scaling": {"name": "cosine", "tauu": 1.0}}, ".scaling", "expected a dict with keys out"),
+    "heads": ({"scaling": {"name": "per_head", "heads": 10**9}}, ".scaling", "expected a dict with keys out of mode"),
     "a bad argument": ({"scaling": {"name": "cosine", "tau": "x"}}, ".scaling", "cosine cannot be made: tau"),
     "a missing argument": ({"scaling": "scheduled"}, ".scaling", "scheduled cannot be made"),
     "a bad mode": (
@@ -55,18 +47,10 @@ LAYERS = {
         "expected a name in tritonattn.SCALINGS, got 'x'",
     ),
     "null as mode": ({"scaling": {"name": "per_head", "mode": None}}, ".scaling", "per_head cannot be made"),
-    "300 nested": (
-        {"scaling": nested(300)},
-        ".scaling" + 8 * ".mode",
-        "expected at most 8 scalings inside one another, got more",
-    ),
+    "300 nested": ({"scaling": nested(300)}, ".scaling" + 8 * ".mode", "expected at most 8 scalings inside one"),
     "a gain": ({"gain": "x"}, ".gain", "expected a number, None or {'learned': [4, 1]}, got 'x'"),
     "an infinite gain": ({"gain": math.inf}, ".gain", "expected a number, None or {'learned': [4, 1]}, got inf"),
-    "a huge gain": (
-        {"gain": {"learned": [10**12]}},
-        ".gain",
-        "expected a number, None or {'learned': [4, 1]}, got {'learned': [1000000000000]}",
-    ),
+    "a huge gain": ({"gain": {"learned": [10**12]}}, ".gain", "expected a number, None or {'learned': [4, 1]}, got"),
     "a nested gain": ({"gain": {"learned": [[4], 1]}}, ".gain", "expected a number, None or {'learned': [4, 1]}"),
     "a backend": ({"backend": "cuda"}, ".backend", "expected one of auto, "),
     "a list as backend": ({"backend": []}, ".backend", "expected one of auto, "),
@@ -76,17 +60,11 @@ WHOLES = {
     "layers null": ({"layers": None}, "config.tritonattn.layers: expected a dict from names of modules to their"),
     "layers a list": ({"layers": [LAYER]}, "config.tritonattn.layers: expected a dict from names of modules to their"),
     "no layers": ({"layers": {}}, "config.tritonattn.layers: expected a dict from names of modules to their settings"),
-    "an entry beside": (
-        {"layers": {LAYER: {}}, "more": 1},
-        "config.tritonattn: expected a dict with keys out of layers, got 'more'",
-    ),
+    "an entry beside": ({"layers": {LAYER: {}}, "more": 1}, "config.tritonattn: expected a dict with keys out of"),
     "a string": ("ssmax", "config.tritonattn: expected a dict with keys out of backend, gain, scaling, got 'ssmax'"),
     "unknown": ({"scalings": "dim"}, "config.tritonattn: expected a dict with keys out of backend, gain, scaling, got"),
     "learned for all": ({"scaling": "ssmax"}, "config.tritonattn.scaling: expected a scaling without parameters of"),
-    "a learned gain for all": (
-        {"gain": {"learned": [4, 1]}},
-        "config.tritonattn.gain: expected a number or None, got {'learned': [4, 1]}",
-    ),
+    "a learned gain for all": ({"gain": {"learned": [4, 1]}}, "config.tritonattn.gain: expected a number or None"),
 }
 CASES = {
     name: ({"layers": {LAYER: settings}}, f"{ENTRY}{entry}: {text}") for name, (settings, entry, text) in LAYERS.items()

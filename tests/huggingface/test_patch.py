@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.huggingface.architectures import ARCHITECTURES, VERSION
+from tests.huggingface.architectures import ARCHITECTURES
 from tests.support.pairs import in_turn
 from tritonattn.huggingface import NAME, patch, patched
 from tritonattn.nn import PerHead
@@ -65,13 +65,6 @@ def test_the_context_undoes_on_an_error():
     assert patched(network) is None
 
 
-def test_an_undone_patch_is_not_entered_again():
-    with patch(LLAMA.build(), scaling="none") as one:
-        pass
-    with pytest.raises(RuntimeError, match="undone"), one:
-        pass
-
-
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("padding", ["none", "left", "holes"])
 def test_layers_left_out_keep_their_own_numbers(implementation, padding):
@@ -106,16 +99,6 @@ def test_no_mask_means_what_the_models_own_implementation_means_by_it(implementa
             torch.testing.assert_close(attention(hidden, **inputs)[0], wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_layers_left_out_of_a_model_that_uses_tritonattn_go_on_with_it():
-    inputs = LLAMA.inputs("left")
-    results = []
-    for implementation in ("sdpa", NAME):
-        network = LLAMA.build(implementation)
-        with patch(network, scaling="none", layers=[1]):
-            results.append(logits(network, **inputs)[inputs["attention_mask"].bool()])
-    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
-
-
 @in_turn(
     name=["mistral", "gemma3", "llama4", "whisper", "bart", "gpt2", "gpt_neox", "mistral", "bart"],
     implementation=["eager", "sdpa"],
@@ -126,15 +109,6 @@ def test_a_part_of_a_model_generates_as_before(name, implementation):
     wanted = network.generate(**inputs, max_new_tokens=9, do_sample=False, pad_token_id=0)
     with patch(network, layers=[1]):
         assert torch.equal(network.generate(**inputs, max_new_tokens=9, do_sample=False, pad_token_id=0), wanted)
-
-
-def test_a_part_of_a_model_prefills_a_static_cache():
-    """sdpa gets no mask in this prefill, and sees the upper left corner."""
-    network, inputs = LLAMA.build("sdpa"), LLAMA.inputs()
-    options = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
-    wanted = network.generate(**inputs, **options)
-    with patch(network, layers=[0]):
-        assert torch.equal(network.generate(**inputs, **options), wanted)
 
 
 @pytest.mark.parametrize(
@@ -170,25 +144,6 @@ def test_the_last_layer_is_that_of_each_stack_and_of_a_part():
         assert list(one.layers) == ["1.self_attn"]
 
 
-def test_repr_tells_modes_layers_and_backends():
-    network = LLAMA.build()
-    with patch(network, layers={0: "key_count", -1: {"scaling": "qwen_logn", "gain": 2.0, "backend": "sdpa"}}) as one:
-        assert repr(one) == (
-            "<Patched LlamaForCausalLM: key_count, backend auto, layers 0; "
-            "qwen_logn(train_length=8192), gain 2, backend sdpa, layers 1>"
-        )
-        assert ", sdpa" in one.report()
-    assert repr(one) == "<Patched LlamaForCausalLM: undone>"
-    with patch(network, scaling="dim") as one:
-        assert repr(one) == "<Patched LlamaForCausalLM: dim, backend auto, layers 0, 1>"
-
-
-def test_a_name_is_not_the_beginning_of_another():
-    network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA.arguments | {"num_hidden_layers": 11}))
-    with patch(network, layers="model.layers.1") as one:
-        assert list(one.layers) == [SECOND]
-
-
 def test_every_layer_learns_a_gain_of_its_own():
     """Copies start from the given tensor, which does not change."""
     network, given = LLAMA.build(), torch.ones(4, 1)
@@ -214,13 +169,6 @@ def test_a_gain_made_without_memory_is_reset_to_the_values_given():
         assert torch.equal(second, given[1].reshape(1))  # FSDP takes no parameter without an axis
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_layers_scaling_is_in_training_mode_as_the_layer_is(training):
-    network = LLAMA.build().train(training)
-    with patch(network, scaling="per_head"):
-        assert {module.training for module in network.modules()} == {training}
-
-
 def test_every_layer_has_its_own_scaling():
     network = LLAMA.build()
     options = {0: {"scaling": "key_count", "gain": 3.0}, 1: "dim"}
@@ -232,16 +180,6 @@ def test_every_layer_has_its_own_scaling():
         logits(network)
     assert [seen[i]["scaling"].name for i in (0, 1)] == ["key_count", "dim"]
     assert [seen[i]["gain"] for i in (0, 1)] == [3.0, None]
-
-
-def test_who_watches_goes_on_after_another_has():
-    network, calls = LLAMA.build(), []
-    with patch(network) as one, one.watch(lambda *_: calls.append("outer")):
-        with one.watch(lambda *_: calls.append("inner")):
-            logits(network)
-        logits(network)
-    logits(network)
-    assert calls == ["inner"] * 2 + ["outer"] * 2
 
 
 @pytest.mark.parametrize(
@@ -305,15 +243,6 @@ def test_the_name_alone_is_refused_where_it_does_nothing():
         network(torch.ones(1, 3, dtype=torch.int64))
 
 
-def test_t5_is_refused_by_name():
-    config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    network = transformers.T5ForConditionalGeneration(config)
-    wanted = "position_bias" if VERSION >= (5, 24) else "T5LayerSelfAttention"
-    for ask in (patch, lambda network: network.set_attn_implementation(NAME)):
-        with pytest.raises(NotImplementedError, match=f"T5ForConditionalGeneration.*{wanted}"):
-            ask(network)
-
-
 def test_implementations_whose_masks_nobody_else_reads():
     network = LLAMA.build()
     network.config._attn_implementation_internal = "flash_attention_2"
@@ -322,32 +251,6 @@ def test_implementations_whose_masks_nobody_else_reads():
     with patch(network):
         logits(network)
     assert network.config._attn_implementation == "flash_attention_2"
-
-
-def test_the_report_says_what_is_what():
-    network = ARCHITECTURES["gemma2"].build()
-    with patch(network, scaling="qwen_logn", layers=[1], gain=torch.ones(4, 1)) as one:
-        lines = one.report().splitlines()
-    assert lines[0].split() == ["module", "layer", "type", "heads", "head_dim", "before", "scaling"]
-    rows = {line.split("  ")[0]: line for line in lines[2:]}
-    assert set(rows) == {FIRST, SECOND}
-    for part in ("sliding_attention", "4/2", " 8 ", "eager", "left alone: not among"):
-        assert part in rows[FIRST]
-    for part in ("full_attention", "4/2", " 8 ", "eager", "qwen_logn(train_length=8192)", "learned gain"):
-        assert part in rows[SECOND]
-    assert "undone" in one.report()
-
-
-@pytest.mark.parametrize("name", ["bart", "whisper"])
-def test_the_report_tells_cross_attention(name):
-    with patch(ARCHITECTURES[name].build()) as one:
-        rows = [line.split() for line in one.report().splitlines()[2:]]
-    kinds = {row[0].rpartition(".layers.")[0] + row[0].rpartition(".")[2]: row[1] for row in rows}
-    assert kinds == {
-        "model.encoderself_attn": "full_attention",
-        "model.decoderself_attn": "full_attention",
-        "model.decoderencoder_attn": "cross_attention",
-    }
 
 
 def test_the_report_names_what_cannot_be_patched():

@@ -66,11 +66,3 @@ def test_saved_loaded_merged_and_saved_whole(adapted, tmp_path):
     merged.save_pretrained(tmp_path / "whole")
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     torch.testing.assert_close(logits(whole), expected)
-
-
-def test_a_wrapped_model_is_patched_by_the_same_numbers():
-    plain = ARCHITECTURES["llama"].build()
-    wrapped = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with patch(wrapped, scaling="key_count", layers=[-1]) as one:
-        assert list(one.layers) == ["base_model.model.model.layers.1.self_attn"]
-        assert repr(one).endswith("key_count, backend auto, layers 1>")

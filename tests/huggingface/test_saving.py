@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
-from torch import nn
 
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES
@@ -70,7 +69,7 @@ def test_a_patched_model_comes_back(case, tmp_path):
     assert torch.equal(logits(again), plain)
 
 
-@pytest.mark.parametrize("name", ["whisper", "bart", "clip", "gpt2", "gemma2", "vit"])
+@pytest.mark.parametrize("name", ["whisper", "bart", "clip", "gpt2", "gemma2", "vit", "llama4"])
 def test_other_architectures_come_back(name, tmp_path):
     architecture = ARCHITECTURES[name]
     network, inputs = architecture.build(), architecture.inputs()
@@ -81,19 +80,6 @@ def test_other_architectures_come_back(name, tmp_path):
         again = type(network).from_pretrained(tmp_path).eval()
         assert torch.equal(architecture.outputs(again, inputs), wanted)
     assert len(patched(again).layers) == len(patched(network).layers)
-
-
-def test_a_model_whose_prefix_names_no_attribute_comes_back(tmp_path):
-    """Llama 4's text model is `model`, its base_model_prefix "language_model"."""
-    architecture = ARCHITECTURES["llama4"]
-    network = architecture.build("sdpa")
-    one = patch(network, "key_norm_mean", layers=[0])
-    with torch.no_grad():
-        wanted = architecture.outputs(network, architecture.inputs())
-        network.save_pretrained(tmp_path)
-        again = type(network).from_pretrained(tmp_path).eval()
-        assert patched(again).layers.keys() == one.layers.keys()
-        assert torch.equal(architecture.outputs(again, architecture.inputs()), wanted)
 
 
 @pytest.mark.parametrize("part", ["whole", "layers", "model inside"])
@@ -204,22 +190,6 @@ def test_an_architecture_without_the_layers_says_what_is_missing(tmp_path):
         restore(again)
 
 
-def test_weights_without_what_was_learned_are_said_and_start_anew(tmp_path, caplog):
-    network = LLAMA.build()
-    network.save_pretrained(tmp_path)
-    plain = logits(network)
-    with patch(network, scaling="per_head", gain=torch.ones(4, 1)):
-        network.config.save_pretrained(tmp_path)
-    caplog.set_level("WARNING", logger="transformers")
-    transformers.utils.logging.enable_propagation()
-    try:
-        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    finally:
-        transformers.utils.logging.disable_propagation()
-    assert "theta" in caplog.text
-    torch.testing.assert_close(logits(again), plain, atol=1e-3, rtol=1e-3)
-
-
 @dataclass(frozen=True)
 class Halved(Scaling):
     """1 / (2 sqrt(D)) by default."""
@@ -245,15 +215,6 @@ def test_a_scaling_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setitem(SCALINGS, "halved", Halved)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again), wanted)
-
-
-def test_a_config_alone_makes_a_patched_model():
-    """A patched model can be trained from scratch by its config."""
-    network = LLAMA.build()
-    patch(network, scaling="ssmax")
-    again = transformers.AutoModelForCausalLM.from_config(network.config)
-    assert {name for name, _ in again.named_parameters()} == {name for name, _ in network.named_parameters()}
-    assert isinstance(again.model.layers[0].self_attn.tritonattn.scaling.s, nn.Parameter)
 
 
 def test_the_flat_form_of_the_config_holds_for_all_layers():

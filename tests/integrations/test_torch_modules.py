@@ -8,10 +8,8 @@ from torch import nn
 
 from tritonattn import SCALINGS, attention
 from tritonattn import nn as learned
-from tritonattn.integrations import torch_modules
 from tritonattn.integrations.torch_modules import (
     MultiheadAttention,
-    TransformerEncoderLayer,
     replace_multihead_attention,
 )
 
@@ -101,17 +99,6 @@ def test_without_a_batch(mask):
     torch.testing.assert_close(weights, their_weights)
     padding = torch.tensor([False, False, True, False, True, True])
     torch.testing.assert_close(*(f(x, x, x, key_padding_mask=padding)[0] for f in (ours, theirs)))
-
-
-def test_a_causal_hint_spares_the_mask(monkeypatch):
-    asked = []
-    attend = torch_modules.attention
-    monkeypatch.setattr(torch_modules, "attention", lambda *a, **k: asked.append(k) or attend(*a, **k))
-    _, ours = pair()
-    x = tokens(L, N, E)
-    ours(x, x, x, attn_mask=CAUSAL, is_causal=True, need_weights=False)
-    assert asked[0]["causal"] is True
-    assert "mask" not in asked[0]
 
 
 def by_hand(layer, x, hidden):
@@ -267,15 +254,3 @@ def test_refusals():
         MultiheadAttention(E, H, scaling="power_lw")
     with pytest.raises(ValueError, match=r"model: expected one with a torch.nn.MultiheadAttention inside, got Linear"):
         replace_multihead_attention(nn.Linear(2, 2))
-
-
-def test_the_encoder_layer():
-    torch.manual_seed(0)
-    ours = TransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, dtype=torch.float64, scaling="key_norm_mean")
-    theirs = nn.TransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, dtype=torch.float64)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    x = tokens(N, L, E)
-    with torch.no_grad():
-        assert not torch.allclose(ours.eval()(x), theirs.eval()(x))
-        with replace_multihead_attention(theirs, "key_norm_mean"):
-            torch.testing.assert_close(ours(x, CAUSAL, is_causal=True), theirs(x, CAUSAL, is_causal=True))

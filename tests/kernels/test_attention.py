@@ -186,32 +186,6 @@ def test_a_hidden_key_scale_has_no_say_in_what_is_rounded(device):
     harness.check(tensors, scale=0.3, key_lengths=torch.tensor([25, 11], device=device))
 
 
-def test_a_factor_below_the_normal_numbers(device):
-    tensors = harness.inputs(torch.float16, device, batch=1, q_len=20, k_len=20)
-    tensors["query_scale"] = torch.ones(1, 2, 20, device=device)
-    found = harness.run(
-        tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton", scale=1e-39
-    )
-    for name, result in found.items():
-        assert result.isfinite().all(), name
-
-
-def test_ranges_past_int32(device):
-    """On a GPU nobody reads them: they are clamped before they become 32 bits wide."""
-    tensors = harness.inputs(torch.float32, device, q_len=20, k_len=33)
-    ranges = torch.tensor([[0, 2**40], [-(2**40), 2**31 + 7], [2**31 - 1, 2**31 - 1]], device=device)
-    ranges = ranges.repeat(2, 7, 1)[:, :20]
-    found = _of_ranges(tensors, ranges)
-    assert torch.equal(found, _of_ranges(tensors, ranges.clamp(0, 33)))
-    assert found[:, :, :2].all()
-
-
-def _of_ranges(tensors: harness.Tensors, ranges: torch.Tensor) -> torch.Tensor:
-    visibility = tritonattn.core.visibility.Visibility.of(tensors["q"], tensors["k"], key_ranges=ranges)
-    call = tritonattn.core.call.AttentionCall(*tensors.values(), visibility, Logits(0.3))
-    return triton_backend.forward(call, aux=False).out
-
-
 @in_turn(
     mask=["lengths", "causal lengths", "mask of keys", "window", "ranges"],
     poison=[float("nan"), float("inf")],
@@ -276,13 +250,6 @@ def test_as_with_tensor_memory(device, dtype, monkeypatch):
         pytest.skip("kernels are compiled for this GPU")
     monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: cls("cuda", "100")))
     harness.check(harness.inputs(dtype, device, scales=("query_scale", "key_scale")), causal=True)
-
-
-def test_a_second_backward_of_a_graph_that_is_kept(device):
-    q, k, v = torch.randn(3, 1, 1, 20, 16, device=device, dtype=torch.float16).requires_grad_()
-    out = tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True, backend="triton")
-    first, second = (torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True) for _ in range(2))
-    assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)

@@ -170,18 +170,6 @@ def test_offsets_past_int32(device, monkeypatch):
     assert torch.equal(found, expected)
 
 
-def test_new_tokens_past_int32(device):
-    """Rows of q that lie 2^30 elements apart."""
-    q, cache = torch.randn(1, 1, 3, 16, dtype=torch.float16, device=device), torch.randn(1, 1, 20, 16, device=device)
-    lengths = torch.tensor([20], device=device)
-    storage = torch.empty(2**31 + 16, dtype=torch.float16, device=device)
-    far = storage.as_strided(q.shape, (16, 16, 2**30, 1)).copy_(q)
-    near, found = (
-        attention_decode(x, cache.half(), cache.half(), key_lengths=lengths, backend="triton") for x in (q, far)
-    )
-    assert torch.equal(near, found)
-
-
 def test_results_repeat_and_neighbours_change_nothing(device):
     q, k, v = sequences(torch.float16, batch=3, length=LENGTH, dims=(16, 16), device=device)
     cache = GrowingCache(k, v, CAPACITY, page=16, statistics=True)

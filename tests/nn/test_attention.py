@@ -6,7 +6,7 @@ from torch.nn.functional import linear, rms_norm
 
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import pairwise
-from tritonattn import SCALINGS, attention, nn
+from tritonattn import attention, nn
 
 WIDTH, HEADS, KV, D = 24, 4, 2, 6
 SCALED = ["sqrt_dim", "key_norm_mean", "log_key_count", "cosine", "ssmax", "power_law", "learned_log_power", 0.4]
@@ -193,15 +193,6 @@ def test_beams_and_guesses():
     torch.testing.assert_close(made(x[:, :3], cache=cache), made(x[:, :3]))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")
-def test_a_compiled_layer_trains_in_one_graph():
-    torch._dynamo.reset()
-    made, x = layer("ssmax", causal=True, qk_norm=True), tokens()
-    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
-    results = [torch.autograd.grad(f(x).square().sum(), list(made.parameters())) for f in (compiled, made)]
-    torch.testing.assert_close(*results)
-
-
 @torch.no_grad()
 def test_a_full_cache_refuses_more_keys():
     made, x = layer(causal=True), tokens(length=5)
@@ -212,15 +203,6 @@ def test_a_full_cache_refuses_more_keys():
         made(x[:, :2], cache=cache)
     assert torch.equal(cache.k, held)
     assert cache.lengths.tolist() == [4, 4]
-
-
-def test_a_cache_is_of_torchs_default_dtype():
-    torch.set_default_dtype(torch.float64)
-    try:
-        cache = nn.KeyValueCache(2, 2, 8, 6)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert cache.k.dtype == cache.v.dtype == cache.statistics.lengths.dtype == torch.float64
 
 
 @torch.no_grad()
@@ -241,12 +223,3 @@ def test_dropout_only_in_training(is_packed):
     assert not torch.equal(made(x, **packed), made(x, **packed))
     made.eval()
     assert torch.equal(made(x, **packed), made(x, **packed))
-
-
-def test_a_learned_name_makes_the_module_and_others_stay():
-    assert isinstance(layer("ssmax").scaling, nn.SSMax)
-    assert isinstance(layer("key_count").scaling, SCALINGS["key_count"])
-    assert layer(0.5).scaling == 0.5
-    assert {x.dtype for x in nn.scaling_parameters(layer("power_law"))} == {torch.float64}
-    assert "scaling=key_count" in repr(layer("key_count"))
-    assert "(scaling): SSMax" in repr(layer("ssmax"))

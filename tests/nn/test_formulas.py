@@ -8,7 +8,7 @@ import torch
 from tests.support.calls import operands
 from tests.support.learned import SIGNS
 from tests.support.masks import MASKS
-from tritonattn import SCALINGS, Scales, Scaling, attention, nn
+from tritonattn import SCALINGS, attention, nn
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import Cosine, LogKeyCount, LogPower
@@ -99,13 +99,6 @@ def test_query_adaptive_ssmax_ignores_rows_without_keys():
     assert all(torch.isfinite(x.grad).all() for x in scaling.parameters())
 
 
-def test_query_adaptive_ssmax_of_another_head_dim():
-    with pytest.raises(ValueError, match="expected q of QueryAdaptiveSSMax's head dim 8, got 16"):
-        factors(nn.QueryAdaptiveSSMax(4, 8))
-    with pytest.raises(ValueError, match="expected q of QueryAdaptiveSSMax's head dim 8, got 16"):
-        nn.QueryAdaptiveSSMax(4, 8).multiplier(*torch.zeros(2, 1, 4, 3, 16), torch.ones(1, 1, 3, 3).bool())
-
-
 @pytest.mark.parametrize("tau", [None, 10.0])
 def test_cosine_starts_at_its_tau(tau):
     scaling = nn.Cosine(4, tau).double()
@@ -185,13 +178,6 @@ def test_the_power_law_of_tiny_keys(dtype):
     torch.testing.assert_close(d_q, wanted, rtol=0, atol=tight * wanted.abs().max().item())
 
 
-def test_the_exponent_of_the_dimension_waits_to_be_asked_for():
-    scaling = nn.PowerLaw(4, "key_norm_sum")
-    learned = {name for name, x in scaling.named_parameters() if x.requires_grad}
-    assert learned == {"theta", "count_exponent", "length_exponent"}
-    assert set(scaling.state_dict()) == {*learned, "dim_exponent"}
-
-
 @pytest.mark.parametrize("mode", ["key_norm_rms", "cosine", "ssmax", "", None])
 def test_modes_off_the_law_are_refused(mode):
     with pytest.raises(ValueError, match=r"mode: expected one of sqrt_dim, dim, none, .*, got"):
@@ -256,28 +242,6 @@ def test_a_gain_that_takes_a_large_factor_back_leaves_its_gradient(mode):
         results.append(torch.autograd.grad(out.double().square().sum(), x["k"])[0].double())
     ours, exact = results
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-4 * exact.abs().max().item())
-
-
-def test_a_mode_of_ones_own_gets_statistics_in_float32_from_a_schedule():
-    class Own(Scaling):
-        def scales(self, q, k, visibility, statistics):
-            assert statistics.length_sum.dtype == torch.float32
-            return Scales(1.0, query=statistics.length_sum.reciprocal())
-
-    q, k, v = operands(torch.float32).values()
-    schedule = nn.Scheduled(Own(), "key_norm_sum", steps=10)
-    wanted = attention(q, k, v, scaling="key_norm_sum")
-    torch.testing.assert_close(attention(q, k, v, scaling=schedule), wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_advancing_by_more_and_the_state():
-    scaling = nn.Scheduled("dim", "none", steps=100)
-    scaling.advance(30)
-    scaling.advance()
-    assert scaling.state_dict()["step"].item() == 31
-    other = nn.Scheduled("dim", "none", steps=100)
-    other.load_state_dict(scaling.state_dict())
-    assert other.progress().item() == 0.31
 
 
 @pytest.mark.parametrize(

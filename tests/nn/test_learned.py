@@ -15,9 +15,7 @@ from tests.support.calls import operands
 from tests.support.learned import LEARNED, learned
 from tests.support.masks import MASKS
 from tests.support.pairs import pairwise
-from tritonattn import SCALINGS, Scales, Scaling, attention, attention_decode, nn
-from tritonattn.calls import decode as decoding
-from tritonattn.core.call import ForwardResult
+from tritonattn import SCALINGS, Scaling, attention, attention_decode, nn
 
 every_case = pytest.mark.parametrize("case", LEARNED)
 
@@ -80,17 +78,6 @@ def test_prefill_then_decode_is_one_full_pass(case, backend, statistics, page):
             cache.newest(q, count), **cache.arguments(), scaling=scaling, window=(9, 0), backend=backend
         )
         torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
-
-
-@every_case
-@torch.no_grad()
-def test_decoding_gathers_no_pages_for_their_statistics(case, monkeypatch):
-    q, k, v = sequences()
-    cache = GrowingCache(k, v, 24, page=19, statistics=True)
-    cache.write([9, 14])
-    monkeypatch.setattr(decoding.Cache, "keys", lambda self: pytest.fail("the keys were gathered"))
-    monkeypatch.setattr(decoding.ops, "decode", lambda call, backend, aux: ForwardResult(call.q, call.q))
-    attention_decode(cache.newest(q, 1), **cache.arguments(), scaling=learned(case))
 
 
 def test_a_class_that_does_not_say_so_reads_keys():
@@ -246,12 +233,6 @@ def test_heads_that_are_none(name, heads, error, message):
         nn.LEARNED[name](heads=heads)
 
 
-@pytest.mark.parametrize("name", nn.LEARNED)
-def test_device_and_dtype(name):
-    scaling = nn.LEARNED[name](heads=3, device="meta", dtype=torch.float64)
-    assert {(x.device.type, x.dtype) for x in scaling.parameters()} == {("meta", torch.float64)}
-
-
 RESET = {
     "per_head": lambda: nn.PerHead("key_count", heads=4),
     "cosine": lambda: nn.Cosine(4),
@@ -279,35 +260,3 @@ def test_parameters_made_without_memory_are_reset_to_their_start(name):
     assert own
     for name, x in own.items():
         assert torch.equal(x, fresh.state_dict()[name]), name
-
-
-def test_scaling_parameters_are_those_of_every_scaling_once():
-    class Own(torch.nn.Module, Scaling):
-        name = "own"
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(4, 1))
-
-        def scales(self, q, k, visibility, statistics):
-            return Scales(1.0, self.weight)
-
-        def multiplier(self, q, k, visible):
-            return self.weight[..., None]
-
-    own, shared = Own(), nn.SSMax(4, bias=True)
-    model = torch.nn.ModuleList([torch.nn.Linear(2, 2), nn.PerHead(own, heads=4), torch.nn.ModuleList([shared])])
-    model.append(shared)
-    found = list(nn.scaling_parameters(model))
-    assert len(found) == 4
-    assert set(found) == {own.weight, model[1].theta, shared.s, shared.b}
-    outcome(own, operands(), causal=True)
-
-
-def test_representations():
-    assert repr(nn.PerHead("key_count", heads=4)) == "PerHead(key_count, heads=4)"
-    assert repr(nn.Cosine(4, tau=2.0)) == "Cosine(Cosine(tau=2.0), heads=4)"
-    assert repr(nn.SSMax(4)) == "SSMax(heads=4, bias=False)"
-    assert repr(nn.PowerLaw(4)) == "PowerLaw(heads=4)"
-    assert repr(nn.Scheduled("sqrt_dim", "dim", 7)) == "Scheduled(sqrt_dim, dim, steps=7, blend='linear')"
-    assert "(mode): SSMax(heads=2, bias=False)" in repr(nn.PerHead(nn.SSMax(2), heads=2))

@@ -113,18 +113,6 @@ def test_nothing_is_kept_without_gradients():
         assert ops.attention(call, "sdpa", False).out.grad_fn is None
 
 
-def test_lse_alone_has_a_gradient():
-    call = example(causal=True)
-    leaves = tuple(differentiable(call).values())
-    alone = torch.autograd.grad(ops.attention(call, "sdpa", False).lse.clamp(min=-50).sum(), leaves)
-    result = ops.attention(call, "sdpa", False)
-    both = torch.autograd.grad(result.lse.clamp(min=-50).sum() + 0 * result.out.sum(), leaves)
-    for ours, expected in zip(alone, both, strict=True):
-        torch.testing.assert_close(ours, expected)
-    assert not alone[FIELDS.index("v")].any()
-    assert alone[FIELDS.index("q")].any()
-
-
 @pytest.mark.parametrize("written", ["q", "k", "v", "query_scale", "key_scale", "sinks", "mask", "out"])
 def test_a_saved_tensor_changed_in_place_is_noticed(written):
     call = example(mask=torch.ones(5, 7).bool(), sinks=True)
@@ -138,22 +126,6 @@ def test_a_saved_tensor_changed_in_place_is_noticed(written):
         tensor.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         objective.backward()
-
-
-@pytest.mark.parametrize("case", ["causal scales", "ranges", "mask sinks"])
-def test_gradients_of_gradients_are_refused(case):
-    call = example(**CALLS[case])
-    (d_q,) = torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), call.q, create_graph=True)
-    torch.testing.assert_close(d_q.detach(), torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), call.q)[0])
-    with pytest.raises(RuntimeError, match="gradients of gradients are not supported"):
-        d_q.sum().backward()
-
-    def first(q: Tensor) -> Tensor:
-        inner = torch.func.grad(lambda x: loss(ops.attention(changed(call, q=x), "sdpa", False)))
-        return inner(q).square().sum()
-
-    with pytest.raises(RuntimeError, match="gradients of gradients are not supported"):
-        torch.func.grad(first)(call.q.detach())
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")
@@ -200,20 +172,3 @@ def test_key_lengths_pass_opcheck(seen):
     opcheck(torch.ops.tritonattn.prefix_sums.default, (lengths,))
     lo, hi = torch.tensor([[[0, 2, 5]], [[1, 1, 0]]]), torch.tensor([[[7, 4, 5]], [[7, 2, 0]]])
     opcheck(torch.ops.tritonattn.argmax_over_ranges.default, (lengths, lo, hi))
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
-@pytest.mark.usefixtures("torch_kernels")
-def test_key_statistics_under_transforms_and_compilers():
-    q = torch.empty(2, 4, 5, 8)
-    k = torch.randn(3, 2, 2, 7, 8, generator=torch.Generator().manual_seed(0))
-
-    def objective(k: Tensor) -> Tensor:
-        statistics = ops.KernelStatistics(k, Visibility.of(q, k, causal=True))
-        return (statistics.length_sum.double() * statistics.length_square_sum).sum()
-
-    one_by_one = torch.stack([torch.func.grad(objective)(x) for x in k])
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(objective))(k), one_by_one)
-    leaf = k[0].clone().requires_grad_()
-    torch.compile(objective, fullgraph=True, backend="aot_eager")(leaf).backward()
-    torch.testing.assert_close(leaf.grad, one_by_one[0])

@@ -158,11 +158,7 @@ def _ones(*shape, dtype=torch.float32):
         ({"statistics": "mean"}, TypeError, "statistics: expected a KeyStatistics, got str 'mean'"),
         ({"statistics": KeyStatistics(2, 2, 25)}, ValueError, "[B, Hkv, capacity] = [2, 2, 24], got [2, 2, 25]"),
         ({"statistics": KeyStatistics(2, 2, 24, device="meta")}, ValueError, "statistics: expected q's device cpu"),
-        (
-            {"statistics": KeyStatistics(2, 2, 24, dtype=torch.float64)},
-            TypeError,
-            "statistics: expected dtype torch.float32 for q of torch.float32, got torch.float64",
-        ),
+        ({"statistics": KeyStatistics(2, 2, 24, dtype=torch.float64)}, TypeError, "statistics: expected dtype"),
         ({"window": (-2, 0)}, ValueError, "window: expected sides of at least 0"),
         ({"softcap": 0.0}, ValueError, "softcap: expected a number above 0, got 0.0"),
         ({"sinks": _ones(3)}, ValueError, "sinks: expected shape [Hq] = [4], got [3]"),
@@ -185,11 +181,7 @@ def test_refused_arguments(changes, error, message):
     ("changes", "error", "message"),
     [
         ({"block_table": _ones(2, 2)}, TypeError, "block_table: expected torch.int32, got torch.float32"),
-        (
-            {"block_table": _ones(3, 2, dtype=torch.int32)},
-            ValueError,
-            "block_table: expected [B, max_pages] = [2, max_pages], got [3, 2]",
-        ),
+        ({"block_table": _ones(3, 2, dtype=torch.int32)}, ValueError, "block_table: expected [B, max_pages] = [2"),
         (
             {"block_table": torch.tensor([[0, 1], [7, 1]], dtype=torch.int32)},
             ValueError,
@@ -243,23 +235,6 @@ def test_lengths_and_pages_that_are_not_read_are_clamped():
     torch.testing.assert_close(found, expected)
 
 
-def test_pages_that_no_row_looks_into_may_be_given_away():
-    """Pages before the window and behind the lengths."""
-    q, k, v = sequences(length=50)
-    cache = GrowingCache(k, v, 64, page=16)
-    cache.write([40, 50])
-    arguments = cache.arguments() | {"window": (5, None)}
-    expected = attention_decode(q[:, :, :2], **arguments)
-    table = arguments["block_table"].clone()
-    table[:, :2] = -1
-    assert torch.equal(attention_decode(q[:, :, :2], **arguments | {"block_table": table}), expected)
-    table[:, 2] = -1
-    for dtype in (torch.int64, torch.uint8):  # of which a length less rows and window may be no number
-        lengths = arguments["key_lengths"].to(dtype)
-        with pytest.raises(ValueError, match="block_table: expected pages in"):
-            attention_decode(q[:, :, :2], **arguments | {"block_table": table, "key_lengths": lengths})
-
-
 def test_the_first_page_of_a_window_must_be_there():
     """Row 0 of 2, with 40 keys, sees those from 38 - left on; page 1 holds the keys 16 to 31."""
     q, k, v = sequences(batch=1, length=40)
@@ -272,17 +247,6 @@ def test_the_first_page_of_a_window_must_be_there():
     assert torch.equal(attention_decode(q[:, :, :2], **arguments, window=(6, None)), expected)
     with pytest.raises(ValueError, match="block_table: expected pages in"):
         attention_decode(q[:, :, :2], **arguments, window=(7, None))
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
-def test_a_window_that_reaches_before_the_first_key_begins_there(dtype):
-    q, k, v = sequences(batch=1)
-    cache = GrowingCache(k, v, 64, page=16)
-    cache.write([3])
-    arguments = cache.arguments() | {"key_lengths": cache.lengths.to(dtype)}
-    arguments["block_table"] = torch.full_like(arguments["block_table"], -1)
-    with pytest.raises(ValueError, match="block_table: expected pages in"):
-        attention_decode(q[:, :, :2], **arguments, window=(5, None))
 
 
 def test_empty_batches():

@@ -40,21 +40,6 @@ def test_launches_find_their_code(tmp_path, monkeypatch):
     assert all(hits)
 
 
-def test_a_share_of_the_calls_and_what_they_raise(monkeypatch):
-    def failing():
-        raise ValueError("no such scaling")
-
-    made = []
-    calls = [(lambda n=n: made.append(n), None) for n in range(5)] + [(failing, None)]
-    monkeypatch.setattr(ahead, "calls", lambda: iter(calls))
-    target = Target("cuda", "90")
-    assert ahead.compiled(target, 1, 2, 600.0) == (0, ["ValueError: no such scaling"])
-    assert made == [1, 3]
-    assert ahead.compiled(target, 0, 1, 600.0, most=2) == (0, [])
-    assert made == [1, 3, 0, 1]
-    assert ahead.compiled(target, 0, 1, -1.0) == (0, [])
-
-
 def test_every_call_of_the_sweeps_can_be_recorded(monkeypatch):
     names = set()
     monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: names.add(kernel.__name__))

@@ -13,7 +13,7 @@ import tritonattn
 from perf import decode_cases, peers, varlen_cases
 from perf.attention_cases import Case
 from perf.check import Question
-from perf.contest import Effort, Unavailable
+from perf.contest import Effort
 from perf.decode_cases import DecodeCase
 from perf.recipes import rows_of
 from perf.varlen_cases import VarlenCase
@@ -33,11 +33,6 @@ def test_recipes_follow_the_formulas(scaling, causal):
     visible = torch.ones(1, 1, 5, 9, dtype=torch.bool).tril(4 if causal else 9)
     wanted = tritonattn.SCALINGS[scaling]().multiplier(q, k.repeat_interleave(2, 1), visible)
     torch.testing.assert_close(rows_of(scaling, q, k, causal)[..., None], wanted.float().expand(2, 4, 5, 1))
-
-
-def test_modes_that_scale_keys_have_no_recipe():
-    with pytest.raises(Unavailable, match="no recipe for cosine"):
-        rows_of("cosine", *torch.randn(2, 1, 1, 3, 4), causal=False)
 
 
 def flash_attn_func(q, k, v, softmax_scale, causal):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -69,21 +68,3 @@ def test_a_release_that_refuses_a_kernel(tools, capsys):
     with pytest.raises(SystemExit, match=r"ptxas: refused: .*keys_seen.* by 13\.9\.9"):
         assemble(tools, "13.5.1,13.9.9")
     assert "ptxas fatal : no such thing" in capsys.readouterr().out
-
-
-def test_releases_come_from_pypi_once(tmp_path, monkeypatch):
-    installed = []
-
-    def run(command, check):
-        installed.append(command)
-        tool = Path(command[command.index("--target") + 1]) / "nvidia" / "bin" / "ptxas"
-        tool.parent.mkdir(parents=True)
-        tool.touch()
-
-    monkeypatch.setattr(ptxas.subprocess, "run", run)
-    for release, package in (("12.9.86", "nvidia-cuda-nvcc-cu12"), ("13.5.37", "nvidia-cuda-nvcc")):
-        for _ in range(2):
-            assert ptxas.fetched(release, tmp_path).name == "ptxas"
-        assert installed[-1][-1] == f"{package}=={release}"
-        assert installed[-1][0] == sys.executable
-    assert len(installed) == 2

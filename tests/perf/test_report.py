@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("triton")
-from perf import plot
 from perf.plot import CHARTS, panels_of
 from perf.records import Record, ResultsFile, read, read_all
 from perf.report import tables
@@ -89,17 +88,3 @@ def test_throughput_lies_under_the_roofline():
     assert panel.title == "head_dim 64, bf16, causal, dim"
     assert panel.lines == {"tritonattn": {1024: 300.0}, "sdpa": {1024: 200.0}}
     assert panel.limits == {"roofline": {1024: 500.0}}  # of a copy at 2 operations a byte, less than 600 of a matmul
-
-
-@pytest.mark.parametrize(("name", "even"), [("forward_ratio", 1), ("overhead", 0)])
-def test_a_ratio_has_a_line_where_both_are_as_fast_and_panels_share_their_axes(name, even, tmp_path, monkeypatch):
-    pictures = []
-    monkeypatch.setattr(plot, "save", lambda figure, path: pictures.append(figure))
-    other = {"suite": name.removesuffix("_ratio"), "ratio": 1.5}
-    records = [replace(PEER, **other), replace(PEER, **other, axes=AXES | {"length": 2048, "head_dim": 128})]
-    plot.draw(chart(name), records, tmp_path / "a.png")
-    first, second = pictures[0].axes
-    assert all(list(axes.lines[0].get_ydata()) == [even, even] for axes in (first, second))
-    assert first.get_shared_x_axes().joined(first, second)
-    assert first.get_shared_y_axes().joined(first, second)
-    assert [tick.get_text() for tick in second.get_xticklabels()] == ["1,024", "2,048"]

@@ -10,8 +10,6 @@ from perf.__main__ import main
 from perf.peers import PEERS
 from perf.records import read
 from perf.suites import SUITES
-from tests.support.versions import skip_without_stub
-from tritonattn.backends.triton import launch
 
 from .commands import TINY, sweep
 
@@ -85,35 +83,6 @@ def test_a_wrong_result_of_ours_fails_the_run(suite, module, name, tmp_path, mon
     assert all(record.median_ms is None and record.error > record.bound for record in wrong)
 
 
-def test_a_wrong_gradient_fails_the_run(tmp_path, monkeypatch):
-    right = tritonattn.attention
-
-    def wrong(q, k, v, *, backend, **options):
-        out = right(q, k, v, backend=backend, **options)
-        return out if backend == "reference" else out + 1e-2 * (v - v.detach())
-
-    monkeypatch.setattr(tritonattn, "attention", wrong)
-    with pytest.raises(SystemExit, match="tritonattn sqrt_dim: gradient of v: expected"):
-        sweep(tmp_path / "a.jsonl", "--suite", "backward", "--scalings", "sqrt_dim", "--peers", "none")
-
-
-def test_an_error_of_ours_fails_an_accuracy_run_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
-    right = attention_cases.tritonattn.attention
-
-    def broken(*args, scaling, backend, **options):
-        if scaling == "dim" and backend != "reference":
-            raise RuntimeError("out of resources")
-        return right(*args, scaling=scaling, backend=backend, **options)
-
-    monkeypatch.setattr(tritonattn, "attention", broken)
-    options = ("--suite", "accuracy", "--scalings", "dim,sqrt_dim", "--dtypes", "fp32")
-    with pytest.raises(SystemExit, match=r"8 results are wrong[^$]*tritonattn dim: RuntimeError: out of resources"):
-        sweep(tmp_path / "a.jsonl", *options)
-    found = [record for record in read(tmp_path / "a.jsonl") if record.suite == "accuracy"]
-    assert [record.status for record in found].count("measured") == 24
-    assert "- tritonattn: failed in 8 cases: RuntimeError: out of resources" in capsys.readouterr().out
-
-
 def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
     file, run, calls = tmp_path / "a.jsonl", contest.Contest.run, []
 
@@ -138,19 +107,6 @@ def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
     assert len(calls) == 7
     sweep(file, *options, "--dtypes", "bf16")  # another command
     assert len(calls) == 13
-
-
-@pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
-def test_errors_of_compiled_kernels_in_bfloat16(tmp_path):
-    """The kernels' are smaller than those of a q that was multiplied and rounded."""
-    skip_without_stub()
-    options = ("--device", "emulate", "--suite", "accuracy", "--dtypes", "bf16", "--scalings", "key_norm_mean")
-    records = sweep(tmp_path / "records.jsonl", *options, "--lengths", "40")
-    cases = [record for record in records if record.suite == "accuracy"]
-    assert {record.axes["backend"] for record in cases} == {"triton"}
-    ours, recipe = ([r.error for r in cases if r.contestant.startswith(name)] for name in ("tritonattn", "pre-scaled"))
-    assert len(ours) == len(recipe) == 8
-    assert sum(ours) < sum(recipe)
 
 
 def test_quick_cases_are_few_on_every_device_and_have_names_of_their_own():

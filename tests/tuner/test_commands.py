@@ -155,13 +155,6 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(user, tmp_
     assert "$TRITONATTN_CACHE_DIR" in err
 
 
-def test_a_budget_of_tables(user, capsys):
-    status, out, _ = run(capsys, *ONE, "--budget", "0")
-    assert status == 0
-    assert "the budget of 0 minutes is spent: nothing is compiled from sm_80 on" in out
-    assert not list(user.iterdir())
-
-
 def test_configs_says_where_each_comes_from(user, capsys):
     entries = {Key("forward", 64, "none", "long"): Entry(BEST, "static", {})}
     write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))

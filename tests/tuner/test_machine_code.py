@@ -158,12 +158,3 @@ def test_the_unmasked_loop_does_least_beside_its_products():
         for other, flops in ((50, 100), (200, 1000), (150, 1000))
     )
     assert MachineCode(0, 0, 0, 0, 0, (small, masked, unmasked)).unmasked_loop == unmasked
-
-
-def test_descriptors_that_are_no_constants_are_refused():
-    use = instruction("UTCHMMA", "gdesc[UR8], gdesc[UR2], tmem[UR6], idesc[UR4]")
-    for code in ([use], [instruction("UMOV", "UR4, 0x1"), instruction("UIADD3", "UR4, UR5, UR6, URZ"), use]):
-        with pytest.raises(ValueError, match="expected a constant in UR4"):
-            machine_code._mma(code, len(code) - 1, 8)
-    with pytest.raises(ValueError, match=r"expected HMMA, HGMMA or UTCHMMA, got IMMA\.16832"):
-        machine_code._mma([instruction("IMMA.16832.S8.S8")], 0, 8)

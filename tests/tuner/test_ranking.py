@@ -1,6 +1,5 @@
 """The configs that a static table ranks, and their order; nothing is compiled."""
 
-from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ from tritonattn.tuner import static
 from tritonattn.tuner.candidates import static_candidates
 from tritonattn.tuner.gate import Candidate
 from tritonattn.tuner.machine_code import MachineCode
-from tritonattn.tuner.static import Compiler, ranked, static_table
+from tritonattn.tuner.static import ranked, static_table
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPUS
 from tritonattn.tuning.table import SCALES, Key
@@ -82,31 +81,3 @@ def test_an_entry_passes_for_its_own_call(clocks):
     assert static_table(A100, Stub((key.problem, OTHER)), [key]).entries[key].config == DEFAULT
     every = static_candidates(key.kernel, key.problem, SM_80)
     assert static_table(A100, Stub(*((key.problem, config) for config in every)), [key]).entries == {}
-
-
-def test_each_config_is_examined_once_for_all_lengths():
-    submitted = []
-
-    class Pool:
-        def submit(self, function, *arguments):
-            submitted.append(arguments)
-            future = Future()
-            future.set_result(Candidate(arguments[2], None, ("fails",)))
-            return future
-
-        def shutdown(self, cancel_futures):
-            pass
-
-    steps = []
-    with Compiler(SM_80, 1) as compiler:
-        compiler._pool = Pool()
-        wanted = [
-            ("forward", KEY._replace(lengths=lengths).problem, config)
-            for lengths in ("short", "long")
-            for config in (DEFAULT, OTHER)
-        ]
-        for _ in range(2):
-            found = compiler.examine(wanted, steps.append)
-            assert [one.config for one in found] == [DEFAULT, OTHER] * 2
-    assert submitted == [("forward", KEY.problem, config, SM_80) for config in (DEFAULT, OTHER)]
-    assert sum(steps) == 2

@@ -44,17 +44,6 @@ def test_a_config_that_takes_the_card_with_it_ends_the_search(monkeypatch):
         run()
 
 
-def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):
-    """It would time the config in use alone, and call it the fastest."""
-
-    def examine(self, wanted):
-        return [Candidate(config, None, ("does not compile: no nvdisasm",)) for _, _, config in wanted]
-
-    monkeypatch.setattr(Compiler, "examine", examine)
-    with Compiler(SM_80, 1) as compiler, pytest.raises(search.SearchError, match=r"no config compiles; .*no nvdisasm"):
-        search.promising(KEY, compiler, 6)
-
-
 OTHERS = [TileConfig(16, 16, 4, stages) for stages in (1, 2, 3, 4)]
 IN_USE = config_for(KEY.kernel, KEY.problem, SM_80)
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -151,14 +140,3 @@ def test_operands_that_the_memory_does_not_hold(monkeypatch):
     result = run()
     assert result.entry is None
     assert "forward/64/none/short: OutOfMemoryError: CUDA out of memory" in result.wrong[0]
-
-
-def test_a_lost_card(monkeypatch):
-    def synchronize(device):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    assert not search._is_lost(CPU)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert not search._is_lost(torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    assert search._is_lost(torch.device("cuda"))

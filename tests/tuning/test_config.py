@@ -47,24 +47,6 @@ def test_sums_have_columns_where_they_lie_in_registers():
     assert set(found.values()) == {1, 8}
 
 
-@pytest.mark.parametrize(
-    ("kernel", "target", "dtype", "wanted"),
-    [
-        ("forward", SM_80, HALF, 64 * 128 + 32 * 256 * 2),  # Q, and K and V of two stages
-        ("forward", SM_90, HALF, 64 * 128 + 32 * 256 * 3),
-        ("forward", SM_90, FULL, 64 * 128 + 32 * 256 * 2),
-        ("decode", SM_90, HALF, 64 * 128 + 32 * 256 * 2),
-        ("grad_query", SM_80, HALF, 64 * 256 + 32 * 256 * 2),
-        ("grad_key_value", SM_80, HALF, 32 * 256 + 64 * 256 * 2),
-        ("row_terms", SM_80, HALF, 0),
-    ],
-)
-def test_the_estimate_of_shared_memory(kernel, target, dtype, wanted):
-    """Elements of tiles that are held once, and of those that are streamed in three stages."""
-    found = config._shared_estimate(kernel, TileConfig(64, 32, 4, 3), Problem(128, 128, dtype), target)
-    assert found == wanted * dtype.itemsize
-
-
 def test_tiles_may_fill_the_memory_there_is():
     assert reasons(TileConfig(64, 32, 4, 4), GFX942) == [], "65,536 bytes"
     [reason] = reasons(TileConfig(64, 32, 4, 5), GFX942)

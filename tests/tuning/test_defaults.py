@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -44,21 +42,6 @@ def test_calls_that_take_many_registers_get_smaller_tiles(kernel, width, target)
             if width < 256 or getattr(plain, held) == 128:
                 of_a_warp = [getattr(config, held) / config.num_warps for config in (plain, found)]
                 assert of_a_warp[1] >= min(of_a_warp[0], 16), "warps that share rows repeat their softmax"
-
-
-def test_a_mask_and_dropout_take_from_both_sides_of_wide_tiles():
-    for target in TARGETS:
-        wide = [("grad_key_value", 128)] + [("forward", 256)] * (target.name in ("sm_90", "sm_100"))
-        for kernel, width in wide:
-            one, both = (default_config(kernel, problem(width, mask=True, dropout=x), target) for x in (False, True))
-            assert both.block_m * both.block_n / both.num_warps * 2 == one.block_m * one.block_n / one.num_warps
-
-
-def test_gradients_of_float32_that_take_many_registers_have_the_smallest_tiles():
-    for target in TARGETS:
-        for kernel in ("forward", "grad_query", "grad_key_value"):
-            plain, heavy = (default_config(kernel, problem(64, FULL, dropout=x), target) for x in (False, True))
-            assert heavy == (plain if kernel == "forward" else replace(plain, block_m=16, block_n=16, num_stages=1))
 
 
 @pytest.mark.parametrize("name", ["sm_89", "sm_130"])

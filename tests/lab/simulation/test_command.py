@@ -92,13 +92,6 @@ def test_a_seed_repeats_itself(tmp_path):
     assert record["verdict"] == []
 
 
-def test_one_point_has_nothing_to_compare(capsys):
-    assert cli.main(["simulate", "--parts", "sweep", "--counts", "3", "--dims", "2", "--keys", "half zeros"]) == 0
-    printed = capsys.readouterr().out
-    assert "by number of keys; half zeros keys, d = 2" in printed
-    assert "by dimension" not in printed
-
-
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

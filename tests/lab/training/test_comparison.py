@@ -79,16 +79,6 @@ def test_the_command_writes_everything_and_goes_on_where_it_was(tmp_path, capsys
     assert "skipped" in captured.err
 
 
-def test_a_grid_of_optimizers(tmp_path, capsys, monkeypatch):
-    assert [len(rates) * len(decays) for rates, decays in training._GRID.values()] == [6, 6]
-    monkeypatch.setattr(training, "_GRID", {"adamw": ((1e-2,), (0.0, 0.1)), "sgd": ((0.1,), (0.0,))})
-    assert command("--tasks", "digits", "--grid", "--steps", "1", "--out", str(tmp_path)) == 0
-    out = capsys.readouterr().out
-    for part in ("sgd", "adamw", "learning rate", "weight decay", "is best with"):
-        assert part in out
-    assert len(read(tmp_path / "grid-digits.jsonl")) == 2 * 2 * 3
-
-
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

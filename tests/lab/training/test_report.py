@@ -25,10 +25,3 @@ def test_the_document_has_the_tables_of_the_records(recorded, options, capsys):
     assert len(rows) > 10
     document = (DOCS / "training.md").read_text(encoding="utf-8")
     assert [row for row in rows if row not in document] == []
-
-
-def test_a_folder_without_runs_is_not_made(tmp_path, capsys):
-    missing = tmp_path / "missing"
-    assert cli.main(["train-compare", "--report", "--out", str(missing)]) == 2
-    assert "--report: expected runs in" in capsys.readouterr().err
-    assert not missing.exists()

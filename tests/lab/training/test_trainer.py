@@ -11,12 +11,10 @@ import torch
 pytest.importorskip("sklearn", reason="pip install 'tritonattn[lab]'")
 
 from tritonattn.lab.training import trainer
-from tritonattn.lab.training.models import Attentions, Sizes
 from tritonattn.lab.training.modes import MODES, build
 from tritonattn.lab.training.observe import attentions, entropies, gradient_norms
 from tritonattn.lab.training.records import Recipe
 from tritonattn.lab.training.tasks import TASKS, loss_of
-from tritonattn.lab.training.tasks.spell import WORDS, spelled
 from tritonattn.lab.training.trainer import Assignment, fresh_model, train
 from tritonattn.nn import ScaledAttention
 
@@ -123,22 +121,6 @@ def test_a_row_of_as_many_keys_as_in_training_starts_as_sqrt_dim(mode):
     torch.testing.assert_close(other(x), base(x))
 
 
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [
-        (0, "zero"),
-        (13, "thirteen"),
-        (85, "eighty five"),
-        (1407, "one thousand four hundred seven"),
-        (300001, "three hundred thousand one"),
-        (999999, "nine hundred ninety nine thousand nine hundred ninety nine"),
-    ],
-)
-def test_numbers_are_spelled(number, words):
-    assert " ".join(spelled(number)) == words
-    assert set(spelled(number)) <= set(WORDS)
-
-
 def test_no_held_out_number_is_trained_on_and_lengths_vary():
     task, random = TASKS["spell"](), torch.Generator().manual_seed(0)
 
@@ -165,8 +147,3 @@ def test_a_table_has_each_key_once_and_is_asked_for_keys_inside_its_length():
         found = [table.index(tuple(key)) for key in asked[row].tolist()]
         assert max(found) < lengths[row]
         assert [values[row, i].item() for i in found] == batch.target[row].tolist()
-
-
-def test_attentions_make_a_scaling_of_its_own_for_every_layer():
-    make = Attentions("power_law", Sizes(width=16, heads=2))
-    assert make(8).scaling is not make(8).scaling
