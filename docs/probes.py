@@ -104,12 +104,12 @@ def ranges() -> Tensor:
 
 
 ROWS: dict[str, list[Probe]] = {
-    "fp16, bf16, fp32; head dims 1 to 256, Dv different from D": [
+    "fp16, bf16, fp32; head dims 1 to 512, Dv different from D": [
         *(agrees({"dtype": dtype}) for dtype in (torch.float16, torch.bfloat16, torch.float32)),
-        *(agrees({"dims": dims}) for dims in ((1, 1), (5, 9), (256, 256))),
+        *(agrees({"dims": dims}) for dims in ((1, 1), (5, 9), (320, 320))),
     ],
     "fp64": [agrees({"dtype": torch.float64})],
-    "head dims above 256": [agrees({"dims": (320, 320)})],
+    "head dims above 512": [agrees({"dims": (520, 520)})],
     "grouped and single key heads (GQA, MQA)": [agrees({"heads": heads}) for heads in ((4, 2), (4, 1))],
     "`causal`, `window`, `key_lengths`, `key_ranges`, `mask`": [
         agrees(causal=True),

@@ -34,8 +34,8 @@ def test_triton_that_is_not_installed(monkeypatch):
     ("argument", "dtype", "dims"),
     [
         ("q of dtype torch.float64", torch.float64, (8, 8)),
-        ("head_dim 257", torch.float32, (257, 8)),
-        ("head_dim 300", torch.float32, (8, 300)),
+        ("head_dim 513", torch.float32, (513, 8)),
+        ("head_dim 600", torch.float32, (8, 600)),
     ],
 )
 def test_calls_that_triton_refuses(argument, dtype, dims):
@@ -44,6 +44,17 @@ def test_calls_that_triton_refuses(argument, dtype, dims):
         tritonattn.attention(*leaves.values(), backend="triton")
     for backend in ("sdpa", "reference"):
         tritonattn.attention(*leaves.values(), backend=backend)
+
+
+def test_wide_heads_that_a_card_has_no_memory_for(monkeypatch):
+    config = pytest.importorskip("tritonattn.tuning.config")
+    q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(torch.float32, dims=(320, 8)).values())
+    for arch, backend in (("90", "triton"), ("75", "sdpa")):
+        monkeypatch.setattr(config.Target, "of", lambda _, arch=arch: config.Target("cuda", arch))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert dispatch.choose_backend(q, k, v, Options()) == backend
+        assert ["head_dim 320 of torch.float32" in str(one.message) for one in caught] == [True] * (arch == "75")
 
 
 class OnGpu(torch.Tensor):
@@ -59,7 +70,7 @@ class OnGpu(torch.Tensor):
         (True, torch.bfloat16, 256, {"causal": True, "mask": torch.ones(5, 7).bool()}, "triton", None),
         (False, torch.float32, 8, {}, "sdpa", "triton is not installed"),
         (True, torch.float64, 8, {}, "sdpa", "float64"),
-        (True, torch.float32, 257, {}, "sdpa", "head_dim 257"),
+        (True, torch.float32, 513, {}, "sdpa", "head_dim 513"),
         (True, torch.float16, 8, {"softcap": 1.0, "dropout_p": 0.1, "return_aux": True}, "triton", None),
         (True, torch.float16, 8, {"sinks": torch.zeros(4)}, "triton", None),
     ],

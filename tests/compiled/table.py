@@ -69,7 +69,7 @@ class Case(NamedTuple):
 
 def of_16_bits() -> list[Case]:
     """Head dims above 128 only on cards with enough shared memory."""
-    dims = (64, 72, 80, 96, 128, 192, 256)
+    dims = (64, 72, 80, 96, 128, 192, 256, 512)
     rows = all_pairs({"kernel": TILED_KERNELS, "target": MEMORIES, "dim": dims, "scales": tuple(SCALES)})
     return [
         Case(row["kernel"], Problem(dim, dim, BFLOAT, right=True, **SCALES[row["scales"]]), row["target"])
@@ -107,7 +107,7 @@ def of_dropout() -> list[Case]:
 def of_decoding() -> list[Case]:
     choices = {
         "target": TARGETS,
-        "dim": (64, 80, 96, 128, 192, 256),
+        "dim": (64, 80, 96, 128, 192, 256, 512),
         "rows": (16, 32, 64, 256),
         "form": tuple(FORMS_OF_DECODE),
     }

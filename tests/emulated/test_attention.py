@@ -28,6 +28,7 @@ FAST = (
     (GPU(90), Case(BFLOAT, (40, 24), TileConfig(32, 16, 2, 1), "ranges", form="sinks", lengths=(50, 33))),
     (GPU(90, True), Case(HALF, (64, 64), WARPGROUP, "causal", BOTH, heads=(2, 2), lengths=(70, 150), batch=1)),
     (GPU(90), Case(BFLOAT, (64, 64), mask="causal", scales=QUERY, lengths=(150, 200), batch=1)),
+    (GPU(80), Case(BFLOAT, (512, 384), mask="causal", scales=QUERY, heads=(1, 1), lengths=(20, 40), batch=1)),
 )
 
 # Every head dim on every GPU and in every dtype, and most pairs of the other choices, all in the default config. Wide

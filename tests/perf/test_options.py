@@ -26,7 +26,7 @@ WHOLE = "expected a whole number from 1 up, got '0'"
         ("monitor --device nowhere", "--device: cannot use 'nowhere'"),
         ("monitor --scaling nope", "--scaling: .* got 'nope'"),
         ("codegen --workers 0", WHOLE),
-        ("codegen --head-dims 64,300", "expected numbers from 1 to 256, got '64,300'"),
+        ("codegen --head-dims 64,600", "expected numbers from 1 to 512, got '64,600'"),
         ("codegen --targets h100", "expected sm_<number from 70> or gfx<name>, got 'h100'"),
         ("sweep --suite forwards", "--suite: expected some of forward, .*got 'forwards'"),
         ("sweep --peers sdp", "--peers: expected some of sdpa, .*got 'sdp'"),

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from tritonattn.tuning.config import Problem, Target, TileConfig, legal_reasons
-from tritonattn.tuning.defaults import default_config
+from tritonattn.tuning.defaults import default_config, obstacle
 
 TARGETS = [Target.parse(name) for name in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")]
 HALF, FULL = torch.float16, torch.float32
@@ -47,11 +47,24 @@ def test_calls_that_take_many_registers_get_smaller_tiles(kernel, width, target)
 @pytest.mark.parametrize("name", ["sm_89", "sm_130"])
 def test_a_target_without_tiles_of_its_own_takes_those_of_least_memory(name):
     for kernel in ("forward", "grad_query", "grad_key_value", "decode"):
-        for width in (64, 128, 256):
+        for width in (64, 128, 256, 512):
             given = problem(width, aligned=False)
             assert default_config(kernel, given, Target.parse(name)) == default_config(
                 kernel, given, Target.parse("sm_86")
             )
+
+
+def test_wide_heads_are_refused_where_their_smallest_tiles_do_not_fit():
+    refused = {
+        (target.name, dtype)
+        for target in (*TARGETS, Target.parse("sm_75"))
+        for dtype in (HALF, FULL)
+        if obstacle(512, 384, dtype, target)
+    }
+    assert refused == {("sm_75", HALF), *((name, FULL) for name in ("sm_75", "sm_89", "sm_120", "gfx942"))}
+    assert obstacle(512, 512, FULL, Target.parse("gfx942")) == (
+        "head_dim 512 of torch.float32: forward's tiles need at least 98304 bytes of shared memory, gfx942 has 65536"
+    )
 
 
 def test_page_numbers_come_a_stage_before_their_keys():

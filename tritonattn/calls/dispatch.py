@@ -24,7 +24,8 @@ from .checks import Options
 from .factor import Factor, scale_dtype
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_LARGEST_KERNEL_DIM = 256
+_LARGEST_KERNEL_DIM = 512
+_DIM_OF_EVERY_GPU = 256
 
 
 class AttentionAux(NamedTuple):
@@ -168,9 +169,21 @@ def _kernel_obstacle(q: Tensor, v: Tensor) -> str | None:
     """Name the property of a call that kernels cannot honour, or None."""
     if q.dtype == torch.float64:
         return "q of dtype torch.float64"
-    if max(q.shape[3], v.shape[3]) > _LARGEST_KERNEL_DIM:
-        return f"head_dim {max(q.shape[3], v.shape[3])}, above {_LARGEST_KERNEL_DIM}"
+    widest = max(q.shape[3], v.shape[3])
+    if widest > _LARGEST_KERNEL_DIM:
+        return f"head_dim {widest}, above {_LARGEST_KERNEL_DIM}"
+    if widest > _DIM_OF_EVERY_GPU and q.device.type == "cuda" and _HAS_TRITON:
+        return _obstacle_of_memory(q.shape[3], v.shape[3], q.dtype, q.device)
     return None
+
+
+@torch.compiler.assume_constant_result
+def _obstacle_of_memory(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Name what a device lacks for the kernels at wide heads, or None."""
+    from ..tuning.config import Target
+    from ..tuning.defaults import obstacle
+
+    return obstacle(head_dim, value_dim, dtype, Target.of(device))
 
 
 def _check_kernels_run_on(device: torch.device) -> None:

@@ -43,7 +43,7 @@ _SHARED_BYTES = {
     "gfx942": 65536,
     "gfx950": 163840,
 }
-WIDEST = 256  # head dim that kernels take
+WIDEST = 512  # head dim that kernels take
 TENSOR_MEMORY_COLUMNS = 512  # of 128 rows and 4 bytes, a program
 
 

@@ -6,43 +6,52 @@ ranges and a softcap), and dropout on sm_90 at head dim 128, may spill a few reg
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
 
-from .config import STREAMING_KERNELS, Problem, Target, TileConfig, may_use_descriptors
+from .config import (
+    STREAMING_KERNELS,
+    TILED_KERNELS,
+    Problem,
+    Target,
+    TileConfig,
+    legal_reasons,
+    may_use_descriptors,
+)
 
 # By family, kernel and the wider of the padded head and value dims: block_m, block_n, num_warps, num_stages.
 _TILES = {
     "sm_80": {
-        "forward": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
-        "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (128, 64, 8, 2), 256: (32, 64, 8, 2)},
+        "forward": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2), 512: (32, 32, 8, 1)},
+        "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (128, 64, 8, 2), 256: (32, 64, 8, 2), 512: (32, 16, 8, 1)},
     },
     "sm_86": {
-        "forward": {64: (128, 64, 4, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
-        "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
+        "forward": {64: (128, 64, 4, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2), 512: (16, 32, 8, 1)},
+        "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1), 512: (16, 32, 8, 1)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1), 512: (16, 16, 8, 1)},
     },
     "sm_120": {
-        "forward": {64: (128, 64, 4, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
-        "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "forward": {64: (128, 64, 4, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2), 512: (16, 32, 8, 1)},
+        "grad_query": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1), 512: (16, 32, 8, 1)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1), 512: (16, 16, 8, 1)},
     },
     "sm_90": {
-        "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
-        "grad_query": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
-        "grad_key_value": {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
+        "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2), 512: (32, 32, 8, 1)},
+        "grad_query": {64: (128, 64, 4, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2), 512: (32, 32, 8, 2)},
+        "grad_key_value": {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1), 512: (32, 16, 8, 1)},
     },
     "sm_100": {
-        "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 1)},
-        "grad_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1)},
+        "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 1), 512: (32, 32, 8, 1)},
+        "grad_query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2), 512: (32, 32, 8, 2)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1), 512: (32, 16, 8, 1)},
     },
     "amd": {
-        "forward": {64: (128, 64, 8, 1), 128: (128, 32, 8, 1), 256: (64, 32, 4, 1)},
-        "grad_query": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
-        "grad_key_value": {64: (32, 64, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)},
+        "forward": {64: (128, 64, 8, 1), 128: (128, 32, 8, 1), 256: (64, 32, 4, 1), 512: (32, 16, 4, 1)},
+        "grad_query": {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
+        "grad_key_value": {64: (32, 64, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1), 512: (16, 16, 4, 1)},
     },
 }
 # The same where tiles are loaded by tensor descriptors, which cost no registers for addresses. sm_90's grad_key_value
@@ -51,29 +60,29 @@ _DESCRIPTOR_TILES = {
     "sm_90": {
         "forward": {64: (128, 128, 4, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         "grad_query": {64: (128, 64, 4, 2), 128: (128, 128, 8, 2), 256: (64, 32, 4, 2)},
-        "grad_key_value": {128: (64, 64, 4, 2)},
+        "grad_key_value": {128: (64, 64, 4, 2), 512: (32, 16, 8, 1)},
     },
     "sm_100": {
         "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         "grad_query": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (128, 64, 8, 1)},
-        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
+        "grad_key_value": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1), 512: (32, 16, 8, 1)},
     },
 }
 # IEEE fp32 products run on NVIDIA's FMA units, from registers, and on AMD's matrix cores, where a thread of 4 warps has
 # twice as many registers as one of 8.
 _TILES_OF_FLOAT32 = {
-    "cuda": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 2)},
-    "hip": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "cuda": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 2), 512: (16, 16, 8, 1)},
+    "hip": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1), 512: (16, 16, 4, 1)},
 }
 # Decoding waits for memory: two blocks of keys on their way to every program, and several programs a multiprocessor.
 # By family and width: block_n, num_warps, num_stages.
 _DECODE_TILES = {
-    "sm_80": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)},
-    "sm_86": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2)},
-    "sm_120": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2)},
-    "sm_90": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)},
-    "sm_100": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)},
-    "amd": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1)},
+    "sm_80": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3)},
+    "sm_86": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2), 512: (16, 4, 2)},
+    "sm_120": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2), 512: (16, 4, 2)},
+    "sm_90": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3)},
+    "sm_100": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3)},
+    "amd": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1), 512: (16, 4, 1)},
 }
 # Passes without a head dim. A program of prefix_sums goes through a whole row in few steps, each as wide as registers
 # allow. keys_seen tests block_m rows at once, and takes those that see a key of its block by block_n. argmax_of_ranges
@@ -97,7 +106,7 @@ _FAMILIES = {
 
 def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
     """The config of a kernel where no table has one."""
-    width = min(size for size in (64, 128, 256) if size >= problem.width)
+    width = min(size for size in (64, 128, 256, 512) if size >= problem.width)
     if kernel in STREAMING_KERNELS:
         rows = 8192 // max(width, 128)
         return _STREAMING_TILES.get(kernel, TileConfig(rows, rows, 4, 1))
@@ -108,6 +117,16 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
         return _float32_config(kernel, problem, target, width)
     config = _tiled_config(kernel, problem, target, family, width)
     return _lighter(kernel, problem, width, config) if _takes_many_registers(kernel, problem) else config
+
+
+@functools.cache
+def obstacle(head_dim: int, value_dim: int, dtype: torch.dtype, target: Target) -> str | None:
+    """Name the kernel whose tiles a target's memory does not hold, and what they need; None if all fit."""
+    problem = Problem(head_dim, value_dim, dtype)
+    for kernel in TILED_KERNELS:
+        if reasons := legal_reasons(kernel, default_config(kernel, problem, target), problem, target):
+            return f"head_dim {max(head_dim, value_dim)} of {dtype}: {kernel}'s {reasons[0]}"
+    return None
 
 
 def _float32_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:
@@ -126,15 +145,20 @@ def _tiled_config(kernel: str, problem: Problem, target: Target, family: str, wi
 
 
 def _takes_many_registers(kernel: str, problem: Problem) -> bool:
-    """Whether a kernel holds a mask's tile, Philox's counters, or the sums for the gradient of a query scale."""
+    """Whether a kernel holds a mask's tile, Philox's counters, or the sums for the gradient of a query scale.
+
+    Above width 256 the tiles leave room for those sums, but not for ranges of rows.
+    """
+    if problem.width > 256:
+        return problem.mask or problem.dropout or problem.key_ranges
     return problem.mask or problem.dropout or (kernel == "grad_query" and problem.query_scale_grad)
 
 
 def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> TileConfig:
     """The same for more warps, or smaller.
 
-    Steps are shorter; at width 256 it is what is held that shrinks, but not from 128 rows, of which 8 warps have 16
-    each: those that share rows compute each other's softmax. A mask and dropout at once take both from wide tiles.
+    Steps are shorter; from width 256 on it is what is held that shrinks, but not from 128 rows, of which 8 warps have
+    16 each: those that share rows compute each other's softmax. A mask and dropout at once take both from wide tiles.
     """
     if kernel == "grad_key_value" and width == 128 and problem.dropout and config.descriptors and config.num_warps == 4:
         return replace(
@@ -144,7 +168,7 @@ def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> T
     rows = getattr(config, held)
     if config.num_warps == 4 and rows == 128:
         return replace(config, num_warps=8)
-    halved = {held} if width == 256 and rows < 128 else {streamed}
+    halved = {held} if width >= 256 and 16 < rows < 128 else {streamed}
     if problem.mask and problem.dropout and width > (64 if kernel == "grad_key_value" else 128):
         halved |= {held}
     return replace(config, **{name: max(16, getattr(config, name) // 2) for name in halved})
@@ -153,7 +177,7 @@ def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> T
 def _decode_config(problem: Problem, width: int, family: str) -> TileConfig:
     """The decode config: as many rows as a group fills and registers hold, and one stage more for page numbers."""
     if problem.dtype == torch.float32:
-        return TileConfig(16, 4096 // max(width, 128), 8 if width > 64 and family != "amd" else 4, 2)
+        return TileConfig(16, max(16, 4096 // max(width, 128)), 8 if width > 64 and family != "amd" else 4, 2)
     rows = min(problem.packed_rows, 64, 8192 // width)
     block_n, warps, stages = _DECODE_TILES[family][width]
     block_n = min(block_n, 2**18 // (rows * width))

@@ -41,7 +41,7 @@ def compile_kernel(
 
     The code is that of a launch, which finds it in Triton's cache: of a call with contiguous tensors (where the problem
     is not `aligned`, with rows of an odd stride) of several thousand keys, or, where it is `short`, of 1024. Raises
-    ValueError for an unknown kernel or target, a problem that kernels do not solve (head dims above 256, fp64) and a
+    ValueError for an unknown kernel or target, a problem that kernels do not solve (head dims above 512, fp64) and a
     config that is not legal.
 
     >>> import torch
