@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import tritonattn
-from tritonattn.distributed import context_parallel_attention, shard, unshard
+from tritonattn.distributed import context_parallel_attention, context_parallel_decode, shard, unshard
 
 LENGTH, HEADS, KV_HEADS, DIM = 48, 4, 2, 8
 OFFSETS = (0, 5, 20, 21, 48)
@@ -157,3 +157,36 @@ def with_a_fault(rank: int, fault: str) -> None:
         q, k, v = (x[:, :, :4] for x in (q, k, v))
     context_parallel_attention(q, k, v, mesh=mesh)
     raise RuntimeError("attended in spite of the fault")
+
+
+def decode(rank: int, scaling: str, q_len: int, window: Any, has_statistics: bool, dtype: torch.dtype) -> float:
+    """Largest error of outputs and statistics of rows: sequences of 0 to all keys, the rest of the cache NaN."""
+    ranks, capacity = dist.get_world_size(), 8
+    torch.manual_seed(0)
+    lengths = torch.tensor([0, 3, 9, 22, ranks * capacity])
+    q = torch.randn(5, HEADS, q_len, DIM, dtype=torch.float64).to(dtype)
+    k, v = torch.randn(2, 5, KV_HEADS, ranks * capacity, DIM, dtype=torch.float64).to(dtype)
+    hidden = torch.arange(ranks * capacity) >= lengths[:, None, None, None]
+    k, v = (x.masked_fill(hidden.mT, torch.nan) for x in (k, v))
+    options = {
+        "scaling": scaling,
+        "gain": 3.0,
+        "window": window,
+        "softcap": 4.0,
+        "sinks": torch.linspace(-1, 2, HEADS),
+        "key_lengths": lengths,
+        "return_aux": True,
+    }
+    wanted, expected = tritonattn.attention_decode(q.double(), k.double(), v.double(), **options)
+    own = slice(rank * capacity, (rank + 1) * capacity)
+    k, v, statistics = k[:, :, own], v[:, :, own], None
+    if has_statistics:
+        statistics = tritonattn.KeyStatistics(5, KV_HEADS, capacity)
+        statistics.append(k.nan_to_num(), counts=(lengths - own.start).clamp(0, capacity))
+    mesh = mesh_of(ranks)
+    got, aux = context_parallel_decode(q, k, v, mesh=mesh, statistics=statistics, **options)
+    for x, y in zip((got, *aux), (wanted, *expected), strict=True):
+        assert torch.equal(x == -torch.inf, y == -torch.inf)
+    pairs = [(x.double() - y).nan_to_num(0, 0, 0) for x, y in zip((got, *aux), (wanted, *expected), strict=True)]
+    assert not any(x.isnan().any() for x in (got, *aux))
+    return max(x.abs().max().item() for x in pairs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.pairs import all_pairs
+from tests.support.pairs import all_pairs, in_turn
 from tritonattn import Scales, Scaling
 from tritonattn.nn import PerHead, SSMax
 
@@ -71,6 +71,19 @@ def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(pool):
             "x: expected a number of tokens that 8 divides ('zigzag' over 4 ranks), got 12; pad the sequence, or end it"
             " with a document of padding"
         )
+
+
+@in_turn(
+    scaling=["sqrt_dim", "key_count", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine"],
+    q_len=[1, 3],
+    window=[None, (10, None), None],
+    has_statistics=[False, False, False, True, True],
+    dtype=[torch.float32, torch.float64, torch.bfloat16, torch.float32],
+)
+def test_decode_of_a_shared_cache(scaling, q_len, window, has_statistics, dtype, pool):
+    allowed = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 3e-2}[dtype]
+    for error in pool.run(cases.decode, scaling, q_len, window, has_statistics, dtype):
+        assert error <= allowed
 
 
 @pytest.mark.parametrize("fault", ["dies", "other shape"])

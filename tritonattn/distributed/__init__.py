@@ -4,10 +4,11 @@ Built on torch.distributed: a `DeviceMesh` of one dimension names the ranks.
 """
 
 from .context_parallel import context_parallel_attention
+from .decode import context_parallel_decode
 from .head_parallel import HeadParallel
 from .sharding import shard, unshard
 
-__all__ = ["HeadParallel", "context_parallel_attention", "shard", "unshard"]
+__all__ = ["HeadParallel", "context_parallel_attention", "context_parallel_decode", "shard", "unshard"]
 
 
 def __dir__() -> list[str]:

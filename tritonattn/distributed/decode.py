@@ -1,0 +1,183 @@
+"""`context_parallel_decode`: the newest tokens against a KV cache whose keys several ranks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import ops
+from ..calls.checks import Options, check_integers, check_values
+from ..calls.decode_checks import check_decode, refuse_gradients
+from ..calls.dispatch import AttentionAux, autocast, choose_backend, sinks_of
+from ..calls.factor import Factor
+from ..calls.key_statistics import CachedStatistics, KeyStatistics
+from ..core.call import AttentionCall, ForwardResult, Logits
+from ..core.decode_call import Cache
+from ..core.statistics import Statistics
+from ..core.visibility import Visibility, window_sides
+from ..scaling import Scaling
+from . import collectives
+from .layout import Split
+
+
+def context_parallel_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    mesh: DeviceMesh,
+    key_lengths: Tensor,
+    scaling: str | Scaling | float | Tensor = "sqrt_dim",
+    gain: float | Tensor | None = None,
+    statistics: KeyStatistics | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_aux: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, AttentionAux]:
+    """`attention_decode` over a KV cache whose P equal parts lie on the ranks of a mesh; no gradients.
+
+    Rank r holds the keys r * capacity <= j < (r + 1) * capacity of every sequence. Each rank attends to its own part;
+    outputs are merged by their lse, and what a scaling counts, sums or maximises is that of the whole sequence.
+
+    Args:
+        q: [B, Hq, Sq, D], the newest 1 to 16 tokens of every sequence, the same on all ranks.
+        k_cache: [B, Hkv, capacity, D], this rank's part of the cache, in q's dtype.
+        v_cache: [B, Hkv, capacity, Dv], likewise.
+        mesh: The P ranks: a DeviceMesh of one dimension.
+        key_lengths: Integers [B], the keys of every whole sequence, up to P * capacity, the new ones included; the
+            same on all ranks. The new key of position p belongs into the part of rank p // capacity.
+        scaling, gain: As in `attention_decode`, but for a Scaling that reads keys itself.
+        statistics: The `KeyStatistics` of this rank's part.
+        window, softcap, sinks, return_aux: As in `attention_decode`.
+        backend: "auto", "triton" or "sdpa".
+
+    Returns:
+        [B, Hq, Sq, Dv] on every rank, and with return_aux `AttentionAux`.
+
+    Raises:
+        TypeError, ValueError: As `attention_decode`; a mesh of several dimensions.
+        NotImplementedError: backend "reference", a Scaling that reads keys, or a tensor that requires a gradient.
+
+    >>> import torch, torch.distributed as dist
+    >>> from torch.distributed.device_mesh import init_device_mesh
+    >>> from tritonattn.distributed import context_parallel_decode
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun starts more
+    >>> mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    >>> q, k_cache, v_cache = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 32, 8), torch.randn(1, 2, 32, 8)
+    >>> lengths = torch.tensor([20])
+    >>> context_parallel_decode(q, k_cache, v_cache, mesh=mesh, key_lengths=lengths, scaling="key_norm_mean").shape
+    torch.Size([1, 4, 1, 8])
+    >>> dist.destroy_process_group()
+
+    Source: Dao et al. 2023, "Flash-Decoding for long-context inference", https://pytorch.org/blog/flash-decoding.
+    """
+    options = Options(window=window, softcap=softcap, sinks=sinks, return_aux=return_aux, backend=backend)
+    (q, k, v), autocast_off = autocast(q, k_cache, v_cache)
+    split = Split.of(mesh, "contiguous")
+    check_integers("key_lengths", key_lengths, "[B]", q)
+    capacity = k.shape[2]
+    check_values("key_lengths", key_lengths, split.size * capacity, f"{split.size} * capacity = ")
+    own = (key_lengths - split.rank * capacity).clamp(0, capacity)
+    check_decode(q, Cache(k, v, own), statistics, options)
+    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
+    if factor.scaling.reads_keys:
+        raise NotImplementedError(
+            f"scaling: expected one that reads no keys itself (reads_keys = False), got {type(factor.scaling).__name__}"
+        )
+    refuse_gradients(q=q, k_cache=k, v_cache=v, scaling=scaling, gain=gain, sinks=sinks)
+    backend = choose_backend(q, k, v, Options(backend=backend))
+    if backend == "reference":
+        raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
+    left, _ = window_sides(window)
+    left, _ = window_sides(window)
+    visible = _PartVisibility(
+        q.shape[0],
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        capacity,
+        q.device,
+        left=left,
+        key_lengths=own,
+        whole=_whole(q, k, key_lengths, left, split),
+        first=split.rank * capacity,
+    )
+    with autocast_off:
+        if statistics is not None:
+            of_part = CachedStatistics(k, visible, statistics, left)
+        else:
+            of_part = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visible)
+        scales = factor.scales(q, k, visible, _SharedRows(of_part, split))
+        ranges = Visibility.of(q, k, key_ranges=torch.stack(visible.ranges(), -1))
+        call = AttentionCall(q, k, v, ranges, Logits(*scales, options.cap))
+        out, aux = _merged(ops.attention(call, backend, aux=True), split)
+        if sinks is not None:
+            share = torch.sigmoid(aux.lse - cast(Tensor, sinks_of(q, options))[:, None])
+            out = out * share.masked_fill(aux.lse == -torch.inf, 0)[..., None]
+    return (out.to(v.dtype), aux) if return_aux else out.to(v.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class _PartVisibility(Visibility):
+    """What rows see of the keys of this rank, `first` and after; counts are those of all ranks."""
+
+    whole: Visibility | None = None
+    first: int = 0
+
+    @property
+    def is_bottom_right(self) -> bool:
+        return False
+
+    def _ranges(self) -> tuple[Tensor, Tensor]:
+        lo, hi = cast(Visibility, self.whole).ranges()
+        return (lo - self.first).clamp(0, self.k_len), (hi - self.first).clamp(0, self.k_len)
+
+    def counts(self) -> Tensor:
+        return cast(Visibility, self.whole).counts()
+
+
+def _whole(q: Tensor, k: Tensor, key_lengths: Tensor, left: int | None, split: Split) -> Visibility:
+    """What rows see of the cache of all ranks."""
+    keys = k[:, :, :1].expand(-1, -1, split.size * k.shape[2], -1)  # a shape; its values are not read
+    return Cache(keys, keys, key_lengths).visibility(q, left)
+
+
+class _SharedRows(Statistics):
+    """Statistics of rows over the keys of all ranks, from those over the keys of this one; lengths are its own."""
+
+    def __init__(self, of_part: Statistics, split: Split) -> None:
+        super().__init__(lambda: of_part.k, of_part.visibility)
+        self._of_part = of_part
+        self._split = split
+
+    def _lengths(self) -> Tensor:
+        return self._of_part.lengths
+
+    def _length_sum(self) -> Tensor:
+        x = self._of_part.length_sum
+        return collectives.all_gather(x.double(), self._split).sum(0).to(x.dtype)
+
+    def _length_square_sum(self) -> Tensor:
+        return collectives.all_gather(self._of_part.length_square_sum, self._split).sum(0)
+
+    def _length_max(self) -> Tensor:
+        return collectives.all_gather(self._of_part.length_max, self._split).amax(0)
+
+
+def _merged(part: ForwardResult, split: Split) -> tuple[Tensor, AttentionAux]:
+    """Rows over the keys of all ranks: out, in the dtype of lse, and `AttentionAux`."""
+    rows = torch.stack([x for x in part[1:] if x is not None], -1)
+    parts = collectives.all_gather(torch.cat([part.out.to(rows.dtype), rows], -1), split)
+    out, (lse, max_logit, entropy) = parts[..., :-3], parts[..., -3:].unbind(-1)
+    total = torch.logsumexp(lse, 0)
+    shift = total.masked_fill(total == -torch.inf, 0)
+    weight = (lse - shift).exp()  # [P, B, Hq, Sq]
+    mean = (weight * (lse - entropy).masked_fill(lse == -torch.inf, 0)).sum(0)  # of the logits
+    entropy = (shift - mean).clamp(min=0)
+    return (weight[..., None] * out).sum(0), AttentionAux(total, max_logit.amax(0), entropy)
