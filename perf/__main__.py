@@ -20,6 +20,7 @@ COMMANDS = {
     "memory": "bytes that a call keeps for its backward, by form",
     "monitor": "what watching a training run costs",
     "compilations": "distinct kernels that ordinary training, decoding and packing compile",
+    "distributed": "bytes, time and memory of a sequence that ranks share: measured, and a model of more ranks",
     "launches": "the host's time and work in small calls, on a stub of NVIDIA's driver",
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
     "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",

@@ -45,7 +45,7 @@ def forms(backend: str) -> dict[str, Call]:
 def kept_bytes(call: Call, dtype: torch.dtype, head_dim: int) -> float:
     """Bytes kept for the backward of a call, for each token of each head, beside q, k and v."""
     q, k, v = (torch.randn(1, HEADS, LENGTH, head_dim).to(dtype).requires_grad_() for _ in range(3))
-    with _saved() as storages:
+    with saved_storages() as storages:
         out = call(q, k, v)
     assert out.requires_grad
     for leaf in (q, k, v):
@@ -54,7 +54,7 @@ def kept_bytes(call: Call, dtype: torch.dtype, head_dim: int) -> float:
 
 
 @contextmanager
-def _saved() -> Iterator[dict[int, int]]:
+def saved_storages() -> Iterator[dict[int, int]]:
     """Bytes of the storages that autograd saves inside, by address; each is held until the end, and counted once."""
     storages: dict[int, int] = {}
     held = []
