@@ -191,14 +191,9 @@ def modelled_rows(lengths: tuple[int, ...], assumed: Assumptions) -> list[tuple]
                 for send in [sent_by_formula(method, ranks, sizes)]
             ]
             by_head = gathered / sizes.kv_heads
-            fitting = [name for name, size in (("allgather", gathered), ("by head", by_head)) if size <= assumed.memory]
-                "allgather"
-                if gathered <= assumed.memory
-                else "allgather by head"
-                if by_head <= assumed.memory
-                else "ring"
-            )
-            rows.append((ranks, f"{length:,}", f"{compute * 1e3:,.1f}", *shares, f"{gathered / 2**30:,.2f}", *fitting[:1] or ["ring"]))
+            sizes_held = {"allgather": gathered, "by head": by_head, "ring": 0}
+            fits = next(name for name, size in sizes_held.items() if size <= assumed.memory)
+            rows.append((ranks, f"{length:,}", f"{compute * 1e3:,.1f}", *shares, f"{gathered / 2**30:,.2f}", fits))
     return rows
 
 

@@ -1,6 +1,7 @@
-"""One sequence on several processes: torchrun --nproc-per-node=2 docs/examples/context_parallel.py (alone it also runs).
+"""One sequence on several processes, or on one: torchrun --nproc-per-node=2 docs/examples/context_parallel.py
 
-Each rank holds a part of the tokens. Results, gradients and the key statistics of "key_norm_mean" are those of one process.
+Each rank holds a part of the tokens. Results, gradients and the key statistics of "key_norm_mean" are those of one
+process.
 """
 
 import os
