@@ -9,7 +9,7 @@ from perf.distributed import LAYOUTS, METHODS, Sizes, counted, modelled_rows, on
 from perf.distributed import Assumptions as Assumed
 from tritonattn.distributed import context_parallel_attention
 
-SIZES = Sizes(length=256, q_heads=8, kv_heads=4, head_dim=128, itemsize=2)
+SIZES = Sizes(length=512, q_heads=8, kv_heads=4, head_dim=128, itemsize=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -25,13 +25,13 @@ def test_a_rank_of_1024(method):
     """Shapes and bytes; torch's fake processes send nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    sizes = Sizes(length=2048, q_heads=1024, kv_heads=2, head_dim=4, itemsize=4)
+    sizes = Sizes(length=2048, q_heads=1024 if method == "alltoall" else 2, kv_heads=2, head_dim=4, itemsize=4)
     dist.init_process_group("fake", store=FakeStore(), rank=700, world_size=1024)
     try:
         mesh = init_device_mesh("cpu", (1024,))
-        parts = [torch.randn(1, heads, 2, 4, requires_grad=True) for heads in (1024, 2, 2)]
+        parts = [torch.randn(1, heads, 2, 4, requires_grad=True) for heads in (sizes.q_heads, 2, 2)]
         with counted() as sent:
-            out = context_parallel_attention(*parts, mesh=mesh, method=method, layout="zigzag", causal=True)
+            out = context_parallel_attention(*parts, mesh=mesh, method=method, causal=True)
             out.sum().backward()
     finally:
         dist.destroy_process_group()
