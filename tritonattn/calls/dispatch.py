@@ -177,13 +177,16 @@ def _kernel_obstacle(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _obstacle_of_memory(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Name what a device lacks for the kernels at wide heads, or None."""
     from ..tuning.config import Target
     from ..tuning.defaults import obstacle
 
     return obstacle(head_dim, value_dim, dtype, Target.of(device))
+
+
+# The mark of torch.compiler.assume_constant_result, which imports all of torch._dynamo, in a second.
+_obstacle_of_memory._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _check_kernels_run_on(device: torch.device) -> None:
