@@ -14,6 +14,7 @@ from .calls.dispatch import AttentionAux
 from .calls.key_statistics import KeyStatistics
 from .calls.varlen import attention_varlen
 from .calls.warmup import warmup
+from .core.invariance import batch_invariant
 from .scaling import SCALINGS, Scales, Scaling
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "batch_invariant",
     "check_scaling",
     "nn",
     "scaled_attention",

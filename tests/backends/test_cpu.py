@@ -30,7 +30,7 @@ OPTIONS = {
 def small_tiles(monkeypatch):
     """Tiles of 16 rows (over a group's heads) and 8 keys, two heads at a time."""
     monkeypatch.setattr(tiles, "_ROWS", 16)
-    monkeypatch.setattr(tiles, "_KEYS", 8)
+    monkeypatch.setattr(tiles, "KEYS", 8)
     monkeypatch.setattr(tiles, "_PAIRS", 256)
 
 
@@ -188,7 +188,7 @@ def test_head_dims(dim, value_dim):
 @pytest.mark.parametrize("pairs", [1, 1 << 10, 1 << 30])
 def test_heads_and_batch_entries_in_any_parts(kv_heads, pairs, monkeypatch):
     monkeypatch.setattr(tiles, "_ROWS", 16)
-    monkeypatch.setattr(tiles, "_KEYS", 8)
+    monkeypatch.setattr(tiles, "KEYS", 8)
     monkeypatch.setattr(tiles, "_PAIRS", pairs)
     check(make_call(batch=3, q_heads=24, kv_heads=kv_heads, q_len=9, k_len=11, **MASKS["everything"](3, 24, 9, 11)))
 
@@ -315,7 +315,7 @@ def test_tiles_that_nobody_sees_are_skipped(mask, keys):
     with Watch() as watch:
         blockwise.forward(call, False)
     blocks = 8192 // (tiles._ROWS // 2)
-    assert watch.calls["aten::bmm"] <= blocks * (keys // tiles._KEYS)
+    assert watch.calls["aten::bmm"] <= blocks * (keys // tiles.KEYS)
 
 
 def test_tiles_that_all_rows_see_are_not_masked(small_tiles):

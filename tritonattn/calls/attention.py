@@ -33,6 +33,7 @@ def attention(
     dropout_p: float = 0.0,
     return_aux: bool = False,
     backend: str = "auto",
+    batch_invariant: bool | None = None,
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention whose logit scaling is a parameter.
 
@@ -60,6 +61,8 @@ def attention(
         backend: "auto", "triton" (kernels), "sdpa" (PyTorch) or "reference" (eager, O(Sq Sk)). "auto" runs
             kernels for CUDA and HIP tensors, and PyTorch for others and for calls that kernels cannot run (it
             warns once).
+        batch_invariant: The bits of a row of the results, and of its gradients, do not depend on the batch, on padding
+            and packing, on prefill or decode: docs/batch-invariance.md. None is `tritonattn.batch_invariant()`'s.
 
     causal, window, key_lengths, key_ranges and mask narrow one another. Key lengths and ranges on a GPU are
     clamped to [0, Sk] and never read by the host; on a CPU they are checked.
@@ -84,7 +87,9 @@ def attention(
     Sources: Vaswani et al. 2017, arXiv:1706.03762 (sqrt_dim); Bernhard 2023, arXiv:2311.09406 (key_norm_sum);
     each mode names its own. Dao 2023, arXiv:2307.08691 (the algorithm).
     """
-    options = Options(causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend)
+    options = Options(
+        causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend, batch_invariant
+    )
     (q, k, v), autocast_off = autocast(q, k, v)
     check(q, k, v, options)
     factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
@@ -112,6 +117,7 @@ def scaled_attention(
     dropout_p: float = 0.0,
     return_aux: bool = False,
     backend: str = "auto",
+    batch_invariant: bool | None = None,
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention with explicit scales, to which every scaling comes down.
 
@@ -130,7 +136,9 @@ def scaled_attention(
     >>> tritonattn.scaled_attention(q, k, v, torch.full((2, 1), 0.5), scale=1.0).shape
     torch.Size([1, 2, 5, 8])
     """
-    options = Options(causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend)
+    options = Options(
+        causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend, batch_invariant
+    )
     (q, k, v), autocast_off = autocast(q, k, v)
     check(q, k, v, options)
     if query_scale is not None:
@@ -156,4 +164,5 @@ def _visibility(q_shape: torch.Size, k_shape: torch.Size, device: torch.device, 
         key_lengths=options.key_lengths,
         key_ranges=options.key_ranges,
         mask=options.mask,
+        invariant=options.invariant,
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import runs_eagerly
+from ..core.invariance import is_invariant
 from ..scaling import SCALINGS, Scaling
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
@@ -64,11 +65,16 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
     return_aux: bool = False
     backend: str = "auto"
+    batch_invariant: bool | None = None
 
     @property
     def cap(self) -> float | None:
         """softcap as a float: an int is another type to a kernel."""
         return float(self.softcap) if isinstance(self.softcap, int) else self.softcap
+
+    @property
+    def invariant(self) -> bool:
+        return is_invariant(self.batch_invariant)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
@@ -179,6 +185,8 @@ def _check_sizes(q: Tensor, k: Tensor, v: Tensor, sequence: int) -> None:
 def check_flags(options: Options) -> None:
     check_bool("causal", options.causal)
     check_bool("return_aux", options.return_aux)
+    if options.batch_invariant is not None:
+        check_bool("batch_invariant", options.batch_invariant)
     if not isinstance(options.backend, str) or options.backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {options.backend!r}")
     if options.softcap is not None:

@@ -38,6 +38,7 @@ def attention_decode(
     sinks: Tensor | None = None,
     return_aux: bool = False,
     backend: str = "auto",
+    batch_invariant: bool | None = None,
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention of the newest tokens over a KV cache that already holds their keys and values; no gradients.
 
@@ -64,6 +65,7 @@ def attention_decode(
         block_table: int32 [B, max_pages]: key j of sequence b is in page block_table[b, j // page], at j % page.
         window: (left, right): row i sees own[i] - left <= j; no key behind own[i] is visible, whatever right is.
         softcap, sinks, return_aux, backend: As in `attention`.
+        batch_invariant: As in `attention`. The keys are then not split among programs, and pages are gathered first.
 
     Entries of the cache behind key_lengths never affect a result, even if NaN, and block_table is not followed there.
     On a GPU key_lengths, block_table and statistics are not read by the host: lengths are clamped to [0, capacity], a
@@ -91,7 +93,14 @@ def attention_decode(
     (keys split, then combined); Kwon et al. 2023, "Efficient memory management for large language model serving with
     PagedAttention", arXiv:2309.06180 (pages).
     """
-    options = Options(window=window, softcap=softcap, sinks=sinks, return_aux=return_aux, backend=backend)
+    options = Options(
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        return_aux=return_aux,
+        backend=backend,
+        batch_invariant=batch_invariant,
+    )
     (q, k_cache, v_cache), autocast_off = autocast(q, k_cache, v_cache)
     cache = Cache(k_cache, v_cache, key_lengths, block_table)
     check_decode(q, cache, statistics, options)
@@ -104,17 +113,17 @@ def attention_decode(
 def _decode(
     q: Tensor, cache: Cache, factor: Factor, statistics: KeyStatistics | None, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
-    backend = choose_backend(q, cache.k, cache.v, Options(backend=options.backend))
+    backend = choose_backend(q, cache.k, cache.v, options)
     left, _ = window_sides(options.window)
     sinks = sinks_of(q, options)
-    visibility = cache.visibility(q, left)
+    visibility = cache.visibility(q, left, options.invariant)
     if backend == "reference":
         keys = cache.keys()
         multiplier = factor.multiplier(q, keys, visibility)
         result = reference.attention(q, keys, cache.values(), multiplier, visibility, softcap=options.cap, sinks=sinks)
     else:
         scales = _scales(q, cache, factor, visibility, left, statistics, backend)
-        call = DecodeCall(q, cache, Logits(*scales, options.cap, sinks), left)
+        call = DecodeCall(q, cache, Logits(*scales, options.cap, sinks), left, options.invariant)
         result = ops.decode(call, backend, options.return_aux)
     if not options.return_aux:
         return result.out

@@ -128,13 +128,33 @@ def aux_of(result: ForwardResult) -> AttentionAux:
 
 def _out(call: AttentionCall, backend: str) -> Tensor:
     # torch maps its own attention in a loop under vmap; our operators fold the mapped axis into the batch.
-    if backend == "sdpa" and not is_transformed() and sdpa.supports(call):
+    if backend == "sdpa" and not (is_transformed() or call.invariant) and sdpa.supports(call):
         return sdpa.attention(call)
     return ops.attention(call, backend, aux=False).out
 
 
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
     """Choose the backend of a call: the one asked for, which must support the call, or for "auto" one that does."""
+    backend = _choose_backend(q, k, v, options)
+    if options.invariant:
+        _refuse_company(q, k, backend, options)
+    return backend
+
+
+def _refuse_company(q: Tensor, k: Tensor, backend: str, options: Options) -> None:
+    """Raise where a row's bits would depend on its company although `batch_invariant` is on."""
+    obstacle = None
+    if options.dropout_p > 0:
+        obstacle = "dropout_p above 0, whose bits follow the place in the batch"
+    elif backend == "reference":
+        obstacle = "backend 'reference', whose products follow the lengths"
+    elif backend == "sdpa" and q.device.type == "cuda":
+        obstacle = f"backend 'sdpa' on {q.device}, whose products follow the lengths"
+    if obstacle is not None:
+        raise NotImplementedError(f"batch_invariant: not with {obstacle}")
+
+
+def _choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
     asked = options.backend
     if asked == "triton" and (obstacle := _kernel_obstacle(q, v)):
         raise NotImplementedError(

@@ -35,6 +35,7 @@ def attention_varlen(
     dropout_p: float = 0.0,
     return_aux: bool = False,
     backend: str = "auto",
+    batch_invariant: bool | None = None,
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """`attention` over sequences of their own lengths, packed without padding.
 
@@ -60,7 +61,7 @@ def attention_varlen(
         gain: A float, or a tensor broadcastable to [Hq, T_q] (one a head: [Hq, 1]), which gets a gradient.
         causal: Row i sees the keys j <= i + Sk - Sq.
         window: (left, right): row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
-        softcap, sinks, dropout_p, backend: As in `attention`.
+        softcap, sinks, dropout_p, backend, batch_invariant: As in `attention`.
         return_aux: Return (out, `AttentionAux`), its fields [Hq, T_q].
 
     Offsets on a GPU are never read by the host: where they fall, or pass the end, they are clamped.
@@ -91,6 +92,7 @@ def attention_varlen(
         dropout_p=dropout_p,
         return_aux=return_aux,
         backend=backend,
+        batch_invariant=batch_invariant,
     )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     (q, k, v), autocast_off = autocast(q, k, v)
@@ -100,7 +102,7 @@ def attention_varlen(
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     longest = min(max_seqlen_q, q_len), min(max_seqlen_k, k_len)
     sequences = Sequences.of(cu_seqlens_q, cu_seqlens_k, q_len, k_len, *longest)
-    visibility = Visibility.of(q, k, causal=causal, window=window, sequences=sequences)
+    visibility = Visibility.of(q, k, causal=causal, window=window, sequences=sequences, invariant=options.invariant)
     with autocast_off:
         result = attend(q, k, v, factor, visibility, options)
     if not isinstance(result, tuple):

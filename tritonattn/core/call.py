@@ -53,6 +53,11 @@ class AttentionCall:
     is_part: bool = False
 
     @property
+    def invariant(self) -> bool:
+        """Whether the bits of a row do not depend on its company."""
+        return self.visibility.invariant
+
+    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The tensors that may have a gradient, in the order of `Gradients`."""
         _, query_scale, key_scale, _, sinks = self.logits

@@ -48,11 +48,19 @@ class Cache:
         """The most keys that a sequence can have."""
         return self.page if self.block_table is None else self.page * self.block_table.shape[1]
 
-    def visibility(self, q: Tensor, left: int | None) -> Visibility:
+    def visibility(self, q: Tensor, left: int | None, invariant: bool = False) -> Visibility:
         """Row i of q [B, Hq, Sq, D] sees own - left <= j <= own, with own = i + key_lengths[b] - Sq."""
         q_heads, q_len = q.shape[1:3]
         return _CacheVisibility(
-            self.batch, q_heads, self.kv_heads, q_len, self.capacity, q.device, left=left, key_lengths=self.key_lengths
+            self.batch,
+            q_heads,
+            self.kv_heads,
+            q_len,
+            self.capacity,
+            q.device,
+            left=left,
+            key_lengths=self.key_lengths,
+            invariant=invariant,
         )
 
     def keys(self) -> Tensor:
@@ -100,15 +108,19 @@ class DecodeCall:
     q        [B, Hq, Sq, D] in the cache's dtype; any strides
     logits   with a key_scale of [B, Hkv, capacity]
     left     keys before its own that a row sees; None is all
+
+    invariant   as in `AttentionCall`
     """
 
     q: Tensor
     cache: Cache
     logits: Logits
     left: int | None = None
+    invariant: bool = False
 
     def as_attention(self) -> AttentionCall:
         """The call over the whole cache, gathered where it lies in pages."""
         visible, keys = self.cache.visibility(self.q, self.left), self.cache.keys()
-        visible = Visibility.of(self.q, keys, key_ranges=torch.stack(visible.ranges(), dim=-1))
+        ranges = torch.stack(visible.ranges(), dim=-1)
+        visible = Visibility.of(self.q, keys, key_ranges=ranges, invariant=self.invariant)
         return AttentionCall(self.q, keys, self.cache.values(), visible, self.logits)

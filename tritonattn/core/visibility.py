@@ -38,6 +38,7 @@ class Visibility:
     key_lengths   int [B]: row i sees j < key_lengths[b]
     key_ranges    int [B, Sq, 2]: row i sees key_ranges[b, i, 0] <= j < key_ranges[b, i, 1]
     mask          bool, 4-D, each axis of [B, Hq, Sq, Sk] or 1: True is visible
+    invariant     sums over visible keys do not depend on the batch, on padding and packing: `core.invariance`
 
     Every part that is given narrows the rest. Values outside [0, Sk] are clamped, lo >= hi is a row without keys.
     """
@@ -54,6 +55,7 @@ class Visibility:
     key_ranges: Tensor | None = None
     mask: Tensor | None = None
     sequences: Sequences | None = None
+    invariant: bool = False
     _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False)
 
     @classmethod
@@ -74,6 +76,7 @@ class Visibility:
         key_ranges: Tensor | None = None,
         mask: Tensor | None = None,
         sequences: Sequences | None = None,
+        invariant: bool = False,
     ) -> Visibility:
         """The record for q of [B, Hq, Sq, D] and k of [B, Hkv, Sk, D] from checked arguments of a public call."""
         left, right = window_sides(window)
@@ -85,9 +88,8 @@ class Visibility:
         _, kv_heads, k_len, _ = k_shape
         if mask is not None:  # of no query heads it says nothing, and its axis would not be that of key heads
             mask = None if q_heads == 0 else mask[(None,) * (4 - mask.dim())]
-        return cls(
-            batch, q_heads, kv_heads, q_len, k_len, device, left, right, key_lengths, key_ranges, mask, sequences
-        )
+        sizes = (batch, q_heads, kv_heads, q_len, k_len)
+        return cls(*sizes, device, left, right, key_lengths, key_ranges, mask, sequences, invariant)
 
     @property
     def rows(self) -> tuple[int, int, int]:

@@ -28,6 +28,7 @@ from .walk import (
     begin,
     begin_scale,
     in_vectors,
+    part_of_walk,
     place_of_member,
     rows_of_block,
     visible_tile,
@@ -201,6 +202,7 @@ def attention_forward(
     SUM_COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    INVARIANT: tl.constexpr,
 ):
     """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
 
@@ -219,10 +221,13 @@ def attention_forward(
     sinks            fp32 [Hq] or None
     ranges, starts   `Ranges`; `Starts` of a packed batch or None; left, right: `walk.row_range`
     mask             `Strided` uint8 [B, Hq, Sq, Sk], strides 0 on broadcast axes, or None
-    seen             uint8 [B, Hkv, Sk] contiguous or None: keys that some row sees; the rest is never multiplied
+    seen             uint8 (int16 where INVARIANT) [B, Hkv, Sk] contiguous or None: keys that some row sees; the rest is
+                     never multiplied
     dropout          `Dropout.state` or None = no dropout
     results          `Results`, lse in natural log; rounding is what out lost when it was rounded: `lost_in_rounding`
     BLOCK_D, BLOCK_DV  powers of two >= 16 that hold HEAD_DIM and VALUE_DIM
+    INVARIANT        take all blocks of keys in ascending order, in steps of one width: a row's bits then do not depend
+                     on the blocks that other rows look at, nor on the position of its tile
 
     Products accumulate in fp32; the scales act in fp32 on the accumulated product; the sign of a row's factor is folded
     into its q, which is exact. P is rounded to v's dtype before P @ V. A row without keys gives out 0, lse -inf.
@@ -269,11 +274,16 @@ def attention_forward(
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     state = Softmax(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), running_max, running_sum, running_sum)
     # Masks hold registers: masked steps take half of a wide block.
-    MASKED_STEP: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 else BLOCK_N
+    MASKED_STEP: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 and not INVARIANT else BLOCK_N
     SUMS: tl.constexpr = 0 if results.entropy is None else 1
+    FIRST: tl.constexpr = 1 if INVARIANT and left is None and ranges.key_ranges is None else 0
     walk = walk_over_keys(rows, batch, view, BLOCK_N, mask is not None)
-    for turn in tl.static_range(2):  # the blocks that need a mask, then the others
-        if turn == 0 or mask is None:
+    # The blocks that need a mask, then the others; or, where INVARIANT, in the order of `part_of_walk`.
+    for turn in tl.static_range(FIRST, 3 if INVARIANT else 2):
+        if turn != 1 or mask is None:
+            part = walk
+            if INVARIANT:
+                part = part_of_walk(walk, turn)
             state = walk_keys(
                 state,
                 _attend,
@@ -281,15 +291,15 @@ def attention_forward(
                 q_tile,
                 keys,
                 Sight(rows, view, mask),
-                walk,
+                part,
                 place,
                 HEAD_DIM,
                 VALUE_DIM,
                 BLOCK_DV,
-                MASKED_STEP if turn == 0 else BLOCK_N,
+                BLOCK_N if turn == 1 else MASKED_STEP,
                 WIDE,
                 SUMS,
-                turn == 0,
+                turn != 1,
             )
 
     row_sum = tl.sum(state.running_sum, 1)

@@ -30,6 +30,7 @@ from .walk import (
     in_vectors,
     load_mask,
     load_rows,
+    part_of_walk,
     place_of_member,
     range_pointers,
     walk_over_rows,
@@ -201,6 +202,7 @@ def attention_grad_key_value(
     SPLIT_TERMS: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    INVARIANT: tl.constexpr,
 ):
     """Gradients of k, v and key_scale for BLOCK_N keys of one (batch or sequence, kv head); names as in
     `attention_grad_query`.
@@ -269,7 +271,8 @@ def attention_grad_key_value(
     keys = KeyTiles(k_tile, v_tile, key_scale, offs_n, first_row, last_row)
 
     # Masks hold registers: masked steps take half of a wide block.
-    MASKED_STEP: tl.constexpr = BLOCK_M // 2 if BLOCK_M >= 64 else BLOCK_M
+    MASKED_STEP: tl.constexpr = BLOCK_M // 2 if BLOCK_M >= 64 and not INVARIANT else BLOCK_M
+    FIRST: tl.constexpr = 1 if INVARIANT and right is None else 0
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for index in range(0, group):
@@ -289,8 +292,12 @@ def attention_grad_key_value(
         )
         batch_head = batch * q_heads + head
         dropout = Dropout(dropout_ptr, keep_from, keep_scale, batch_head, place.first_row, place.first_key)
-        for turn in tl.static_range(2):  # the blocks that need a mask, then the others
-            if turn == 0 or (mask is None and ranges.key_ranges is None):
+        # The blocks that need a mask, then the others; or, where INVARIANT, in the order of `part_of_walk`.
+        for turn in tl.static_range(FIRST, 3 if INVARIANT else 2):
+            if turn != 1 or (mask is None and ranges.key_ranges is None):
+                part = walk
+                if INVARIANT:
+                    part = part_of_walk(walk, turn)
                 d_k, d_v = _walk_rows(
                     d_k,
                     d_v,
@@ -299,15 +306,15 @@ def attention_grad_key_value(
                     softcap,
                     view,
                     head_mask,
-                    walk,
+                    part,
                     place_of_head,
                     dropout,
                     HEAD_DIM,
                     VALUE_DIM,
-                    MASKED_STEP if turn == 0 else BLOCK_M,
+                    BLOCK_M if turn == 1 else MASKED_STEP,
                     SPLIT_TERMS,
                     WIDE,
-                    turn == 0,
+                    turn != 1,
                 )
 
     if terms.both.dtype.element_ty == tl.float32:

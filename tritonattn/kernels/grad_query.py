@@ -28,6 +28,7 @@ from .walk import (
     begin,
     begin_scale,
     in_vectors,
+    part_of_walk,
     place_of_member,
     rows_of_block,
     visible_tile,
@@ -164,6 +165,7 @@ def attention_grad_query(
     IS_PART: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    INVARIANT: tl.constexpr,
 ):
     """Gradients of q and query_scale for BLOCK_M rows of one (batch or sequence, head), as `attention_forward`.
 
@@ -230,20 +232,34 @@ def attention_grad_query(
     zeros = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     state = QueryGradient(tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros, zeros)
     # Masks hold registers: masked steps take half of a wide block.
-    MASKED_STEP: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 else BLOCK_N
+    MASKED_STEP: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 and not INVARIANT else BLOCK_N
     SUMS: tl.constexpr = 2 if d_query_scale_ptr is not None else 1 if CORRECT_DELTA else 0
+    FIRST: tl.constexpr = 1 if INVARIANT and left is None and ranges.key_ranges is None else 0
+    FEW: tl.constexpr = 3 if INVARIANT else 2
     walk = walk_over_keys(rows, batch, view, BLOCK_N, mask is not None)
-    for turn in tl.static_range(3):  # the blocks that need a mask, the others, and few keys again
-        if turn == 2 and SUMS and not IS_PART:
+    # The blocks of the forward kernel in its order, and few keys again.
+    for turn in tl.static_range(FIRST, FEW + 1):
+        if turn == FEW and SUMS and not IS_PART:
             excess = _excess(state.d_logit, d_lse_ptr, d_sinks_ptr, row_offsets, live)
             delta += excess
-        if turn == 2 and CORRECT_DELTA:
-            are_few = walk.touch_hi - walk.touch_lo <= FEW_KEYS
-            raw = tl.where(are_few, 0.0, state.raw)
+        part = walk
+        if INVARIANT:
+            part = part_of_walk(walk, turn)
+        if turn == FEW and CORRECT_DELTA:
+            if INVARIANT:  # each row decides for itself
+                are_few = rows.hi - rows.lo <= FEW_KEYS
+                raw = tl.where(are_few[:, None], 0.0, state.raw)
+                exponent_term = tl.where(are_few, exponent_term, float("-inf"))
+                sees = are_few & (rows.lo < rows.hi)
+                touch_lo = tl.min(tl.where(sees, rows.lo, k_len), 0)
+                part = Walk(touch_lo, tl.max(tl.where(sees, rows.hi, 0), 0), walk.full_start, walk.full_start)
+            else:
+                are_few = walk.touch_hi - walk.touch_lo <= FEW_KEYS
+                raw = tl.where(are_few, 0.0, state.raw)
+                part = Walk(walk.touch_lo, tl.where(are_few, walk.touch_hi, 0), walk.full_start, walk.full_start)
             state = QueryGradient(raw, state.d_logit, state.d_factor, state.mean_logit)
-            walk = Walk(walk.touch_lo, tl.where(are_few, walk.touch_hi, 0), walk.full_start, walk.full_start)
             row_gradients = RowGradients(d_out_tile, factor, exponent_term, delta, softcap, key_size, dropout)
-        if turn == 0 or (turn == 1 and mask is None) or (turn == 2 and CORRECT_DELTA):
+        if (turn != 1 or mask is None) and (turn != FEW or CORRECT_DELTA):
             state = walk_keys(
                 state,
                 _gather,
@@ -251,14 +267,14 @@ def attention_grad_query(
                 q_tile,
                 keys,
                 Sight(rows, view, mask),
-                walk,
+                part,
                 place,
                 HEAD_DIM,
                 VALUE_DIM,
                 BLOCK_DV,
                 BLOCK_N if turn == 1 else MASKED_STEP,
                 WIDE,
-                SUMS if turn < 2 else 0,
+                SUMS if turn < FEW else 0,
                 turn != 1,
             )
 

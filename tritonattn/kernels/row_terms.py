@@ -41,6 +41,7 @@ def attention_row_terms(
     BLOCK_M: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    INVARIANT: tl.constexpr,
 ):
     """Row terms of the softmax's derivative, for BLOCK_M rows of one (batch or sequence, head).
 

@@ -145,6 +145,16 @@ def walk_over_rows(first, last, batch, view, bounds_ptr, BLOCK_M: tl.constexpr, 
 
 
 @triton.jit
+def part_of_walk(walk, PART: tl.constexpr):
+    """The `Walk` over the masked blocks before the full ones (PART 0), over the full ones (1), or those behind (2)."""
+    if PART == 0:
+        walk = Walk(walk.touch_lo, tl.minimum(walk.touch_hi, walk.full_start), walk.full_start, walk.full_start)
+    if PART == 2:
+        walk = Walk(tl.maximum(walk.touch_lo, walk.full_end), walk.touch_hi, walk.full_end, walk.full_end)
+    return walk
+
+
+@triton.jit
 def walk_span(walk, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """[start, end) of the positions of a walk: its full blocks, or, where MASKED, the others with that gap closed."""
     start, end = walk.full_start, walk.full_end

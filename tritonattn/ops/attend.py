@@ -50,6 +50,7 @@ class _Flat(NamedTuple):
     longest_k: int
     softcap: float | None
     dropout_p: float
+    invariant: bool
     aux: bool
     keep_rounding: bool
     backend: str
@@ -77,6 +78,7 @@ class _Flat(NamedTuple):
             longest_k=0 if sequences is None else sequences.longest_k,
             softcap=call.logits.softcap,
             dropout_p=0.0 if dropout is None else dropout.p,
+            invariant=call.invariant,
             aux=aux,
             keep_rounding=keep_rounding,
             backend=backend,
@@ -94,6 +96,7 @@ class _Flat(NamedTuple):
             key_ranges=self.key_ranges,
             mask=self.mask,
             sequences=sequences,
+            invariant=self.invariant,
         )
         logits = Logits(self.scale, self.query_scale, self.key_scale, self.softcap, self.sinks)
         dropout = None if self.dropout_state is None else Dropout(self.dropout_p, self.dropout_state)
@@ -193,7 +196,7 @@ def _forward(
         if backend != "triton":
             return blockwise.forward(call, aux, rounding)
         # With a graph, forward and backward must multiply in the same tiles.
-        if not has_graph and _kernels().are_few_rows(call.visibility, call.dropout):
+        if not (has_graph or call.invariant) and _kernels().are_few_rows(call.visibility, call.dropout):
             return _kernels().attend_few_rows(call, aux)
         return _kernels().forward(_kernels().with_aligned_operands(call), aux, rounding)
 
@@ -323,6 +326,7 @@ class _Attention(Function):
         longest_k,
         softcap,
         dropout_p,
+        invariant,
         aux,
         keep_rounding,
         backend,
@@ -347,6 +351,7 @@ class _Attention(Function):
             longest_k,
             softcap,
             dropout_p,
+            invariant,
             aux,
             keep_rounding,
             backend,

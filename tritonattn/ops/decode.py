@@ -29,6 +29,7 @@ class _Flat(NamedTuple):
     scale: float
     left: int | None
     softcap: float | None
+    invariant: bool
     aux: bool
     backend: str
 
@@ -36,12 +37,12 @@ class _Flat(NamedTuple):
     def of(cls, call: DecodeCall, backend: str, aux: bool) -> _Flat:
         cache, (scale, query_scale, key_scale, softcap, sinks) = call.cache, call.logits
         tensors = (call.q, cache.k, cache.v, cache.key_lengths, cache.block_table, query_scale, key_scale, sinks)
-        return cls(*tensors, scale, call.left, softcap, aux, backend)
+        return cls(*tensors, scale, call.left, softcap, call.invariant, aux, backend)
 
     def call(self) -> DecodeCall:
         cache = Cache(self.k, self.v, self.key_lengths, self.block_table)
         logits = Logits(self.scale, self.query_scale, self.key_scale, self.softcap, self.sinks)
-        return DecodeCall(self.q, cache, logits, self.left)
+        return DecodeCall(self.q, cache, logits, self.left, self.invariant)
 
 
 def decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
@@ -59,6 +60,8 @@ def _decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
         if backend == "triton":
             from ..backends import triton as triton_backend
 
+            if call.invariant:  # no split of keys, and the loop of other calls
+                return triton_backend.forward(call.as_attention(), aux)
             return triton_backend.decode(call, aux)
         return blockwise.forward(call.as_attention(), aux)
 

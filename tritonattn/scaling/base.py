@@ -74,8 +74,12 @@ class Scaling:
 
 
 def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[Tensor], Tensor]) -> Scales:
-    """constant * factor(n), of fp64 counts n of any shape; one number where sizes show that all rows see all keys."""
-    if visibility.is_full and isinstance(visibility.k_len, int) and runs_eagerly():
+    """constant * factor(n), of fp64 counts n of any shape; one number where sizes show that all rows see all keys.
+
+    Where `visibility.invariant`, always a vector: one number would be rounded at another place.
+    """
+    is_number = visibility.is_full and isinstance(visibility.k_len, int) and runs_eagerly()
+    if is_number and not visibility.invariant:
         n = torch.tensor(visibility.k_len, dtype=torch.float64, device="cpu")
         return Scales(constant * factor(n).item())
     return Scales(constant, query=factor(counts_of(visibility)))

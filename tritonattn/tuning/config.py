@@ -102,6 +102,7 @@ class Problem:
     wide_k       likewise k's
     is_part      a backward of some of the keys that its rows see
     short        few rows and keys, so that a GPU may have more processors than programs: `is_short`
+    invariant    a row's bits do not depend on its company; then neither do its tiles: `defaults.default_config`
     """
 
     head_dim: int
@@ -129,6 +130,7 @@ class Problem:
     wide_k: bool = False
     is_part: bool = False
     short: bool = False
+    invariant: bool = False
 
     @property
     def width(self) -> int:

@@ -105,7 +105,12 @@ _FAMILIES = {
 
 
 def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
-    """The config of a kernel where no table has one."""
+    """The config of a kernel where no table has one.
+
+    An `invariant` problem's depends on head dims, dtype, target and the gradients asked for alone.
+    """
+    if problem.invariant:
+        return _invariant_config(kernel, problem, target)
     width = min(size for size in (64, 128, 256, 512) if size >= problem.width)
     if kernel in STREAMING_KERNELS:
         rows = 8192 // max(width, 128)
@@ -127,6 +132,14 @@ def obstacle(head_dim: int, value_dim: int, dtype: torch.dtype, target: Target) 
         if reasons := legal_reasons(kernel, default_config(kernel, problem, target), problem, target):
             return f"head_dim {max(head_dim, value_dim)} of {dtype}: {kernel}'s {reasons[0]}"
     return None
+
+
+def _invariant_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
+    """The config of every mask and length; above width 256 that of ranges, which take registers there."""
+    asked = {"query_scale_grad": problem.query_scale_grad, "aligned": problem.aligned}
+    asked["key_ranges"] = problem.width > 256
+    plain = Problem(problem.head_dim, problem.value_dim, problem.dtype, **asked)
+    return default_config(kernel, plain, target)
 
 
 def _float32_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:

@@ -32,7 +32,7 @@ def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
 
 def find(kernel: str, problem: Problem, target: Target) -> Found:
     """`config_for`, and where it was found. Files are read once a process and target."""
-    key = key_of(kernel, problem)
+    key = None if problem.invariant else key_of(kernel, problem)
     if key is not None:
         for found in _entries(target).get(key, ()):
             is_rejected = (kernel, problem, target, found.config) in _rejected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ...core.call import AttentionCall, Gradients, Needs
 from ...core.rounding import before_rounding
+from .fixed_tiles import tiles_of
 from .tiles import Block, Heads, Tiles, exp_, logits_of
 
 
@@ -25,7 +27,7 @@ def backward(
 
     out [B, Hq, Sq, Dv], lse [B, Hq, Sq] and rounding are those of `forward`; d_out and d_lse are alike, any strides.
     """
-    tiles = Tiles(call)
+    tiles = tiles_of(call)
     pairs = zip(call.tensors, needs, strict=True)
     gradients = Gradients(*(x.new_zeros(x.shape) if need and x is not None else None for x, need in pairs))
     for heads in tiles.heads():
@@ -84,7 +86,7 @@ class _Rows:
         rounded, out = out, seeing(out)
         if rounding is not None:
             out = before_rounding(out.to(rounded.dtype), seeing(rounding))
-        delta = torch.linalg.vecdot(out, d_out)[..., None]
+        delta = tiles.dot(out, d_out)
         share = d_sink = None
         if call.logits.sinks is not None:
             sinks = tiles.of_each_row(call.logits.sinks[None, :, None].expand(call.q.shape[:3]), block)
@@ -124,36 +126,64 @@ class _KeySums:
         return cls(key, None if gradients.v is None else zeros(tiles.call.v))
 
 
-def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradients: Gradients) -> Tensor | None:
-    """Add the block's tiles to the sums over rows, and return the sum over keys of dx * k * key_scale.
+@dataclass
+class _Piece:
+    """Pairs of a block and a span of keys: [N, G * rows, keys], or [N, keys, D] for key; slope None for 1.
 
-    Where one tile has all the keys, weights are divided by their sum and delta is sum_j weight[j] * d_weight[j]. The
-    rounding of lse and of out then cancels; of a single key d_weight - delta is exactly 0.
+    d_logit is dropped and without delta, or None where neither q nor k needs it.
     """
-    needs_query = gradients.q is not None or gradients.query_scale is not None
-    d_query = torch.zeros_like(rows.query) if needs_query else None
-    spans = tiles.spans_of(block)
-    is_only_tile = len(spans) == 1 and not tiles.call.is_part
+
+    keys: slice
+    key: Tensor
+    weight: Tensor
+    slope: Tensor | None
+    d_logit: Tensor | None
+
+
+def _pieces(tiles: Tiles, block: Block, rows: _Rows, spans: list, needs_logits: bool) -> Iterator[_Piece]:
     for keys, hidden in tiles.keys_of(block, spans):
         key = tiles.scaled_keys(block.heads, keys)
         weight, slope = _weights(tiles, block, rows, key, hidden)
-        if is_only_tile:
-            total = weight.sum(-1, keepdim=True)
-            weight.div_(total.masked_fill_(total == 0, 1))
+        d_logit = None
+        if needs_logits:
+            value = tiles.of_keys(tiles.call.v, block.heads, keys)
+            d_logit = tiles.drop(torch.bmm(rows.d_out, value.mT), block, keys)
+        yield _Piece(keys, key, weight, slope, d_logit)
+
+
+def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradients: Gradients) -> Tensor | None:
+    """Add the block's tiles to the sums over rows, and return the sum over keys of dx * k * key_scale.
+
+    Where all the keys are at hand, as those of one tile, weights are divided by their sum and delta is sum_j weight[j]
+    * d_weight[j]. The rounding of lse and of out then cancels; of a single key d_weight - delta is exactly 0.
+    """
+    needs_query = gradients.q is not None or gradients.query_scale is not None
+    d_query = torch.zeros_like(rows.query) if needs_query else None
+    spans, delta = tiles.spans_of(block), rows.delta
+    pieces = _pieces(tiles, block, rows, spans, needs_query or sums.key is not None)
+    if (tiles.joins_spans or len(spans) == 1) and not tiles.call.is_part:
+        pieces = list(pieces)
+        total, delta = torch.zeros_like(delta), torch.zeros_like(delta)
+        for piece in pieces:
+            total += tiles.sum(piece.weight)
+        total.masked_fill_(total == 0, 1)
+        for piece in pieces:
+            piece.weight.div_(total)
+            if piece.d_logit is not None:
+                delta += tiles.dot(piece.weight, piece.d_logit)
+    for piece in pieces:
+        weight, d_logit = piece.weight, piece.d_logit
         if sums.value is not None:
-            sums.value[:, keys].baddbmm_(tiles.drop(weight, block, keys).mT, rows.d_out)
-        if d_query is None and sums.key is None:
+            tiles.add_product(sums.value, piece.keys, tiles.drop(weight, block, piece.keys).mT, rows.d_out)
+        if d_logit is None:
             continue
-        value = tiles.of_keys(tiles.call.v, block.heads, keys)
-        d_logit = tiles.drop(torch.bmm(rows.d_out, value.mT), block, keys)
-        delta = torch.linalg.vecdot(weight, d_logit)[..., None] if is_only_tile else rows.delta
         d_logit = d_logit.add_(rows.shift(delta)).mul_(weight)
-        if slope is not None:
-            d_logit.mul_(slope)
+        if piece.slope is not None:
+            d_logit.mul_(piece.slope)
         if d_query is not None:
-            d_query.baddbmm_(d_logit, key)
+            d_query.baddbmm_(d_logit, piece.key)
         if sums.key is not None:
-            sums.key[:, keys].baddbmm_(d_logit.mT, rows.scaled)
+            tiles.add_product(sums.key, piece.keys, d_logit.mT, rows.scaled)
     return d_query
 
 
@@ -178,12 +208,9 @@ def _store_of_rows(tiles: Tiles, block: Block, rows: _Rows, d_query: Tensor | No
         return
     d_query.mul_(tiles.call.logits.scale)
     if gradients.query_scale is not None:
-        place = gradients.query_scale[block.index]
-        place.copy_(torch.linalg.vecdot(d_query, rows.query).view(place.shape))
+        tiles.store(gradients.query_scale, tiles.dot(d_query, rows.query), block)
     if gradients.q is not None:
-        place = gradients.q[block.index]
-        d_query = d_query if rows.query_scale is None else d_query * rows.query_scale
-        place.copy_(d_query.view(place.shape))
+        tiles.store(gradients.q, d_query if rows.query_scale is None else d_query * rows.query_scale, block)
 
 
 def _store_of_keys(tiles: Tiles, heads: Heads, sums: _KeySums, gradients: Gradients) -> None:
@@ -194,7 +221,7 @@ def _store_of_keys(tiles: Tiles, heads: Heads, sums: _KeySums, gradients: Gradie
         return
     if gradients.key_scale is not None:
         place = gradients.key_scale[heads.batch, heads.keys]
-        place.copy_(torch.linalg.vecdot(sums.key, tiles.of_keys(tiles.call.k, heads)).view(place.shape))
+        place.copy_(tiles.dot(sums.key, tiles.of_keys(tiles.call.k, heads)).view(place.shape))
     if gradients.k is not None:
         place = gradients.k[heads.batch, heads.keys]
         d_key = sums.key

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...core.call import AttentionCall, ForwardResult
 from ...core.rounding import lost_in_rounding
+from .fixed_tiles import tiles_of
 from .tiles import Block, Tiles, exp_, logits_of
 
 
@@ -15,7 +16,7 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
 
     rounding, int8 and shaped like the output, receives what the output lost when it was rounded: `core.rounding`.
     """
-    tiles = Tiles(call)
+    tiles = tiles_of(call)
     rows = call.q.shape[:3]
     out = call.v.new_empty(*rows, call.v.shape[3])
     lse, max_logit, entropy = (call.q.new_empty(rows, dtype=tiles.dtype) for _ in range(3))
@@ -26,20 +27,14 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
                 softmax.add(keys, hidden)
             exact = softmax.out()
             rounded = exact.to(out.dtype)
-            _store(out, rounded, block)
+            tiles.store(out, rounded, block)
             if rounding is not None:
-                _store(rounding, lost_in_rounding(exact, rounded), block)
-            _store(lse, softmax.lse(), block)
+                tiles.store(rounding, lost_in_rounding(exact, rounded), block)
+            tiles.store(lse, softmax.lse(), block)
             if aux:
-                _store(max_logit, softmax.max_logit, block)
-                _store(entropy, softmax.entropy(), block)
+                tiles.store(max_logit, softmax.max_logit, block)
+                tiles.store(entropy, softmax.entropy(), block)
     return ForwardResult(out, lse, max_logit, entropy) if aux else ForwardResult(out, lse)
-
-
-def _store(whole: Tensor, part: Tensor, block: Block) -> None:
-    """Put [N, G * rows, C] into its place in [B, Hq, Sq, C], or [N, G * rows, 1] into [B, Hq, Sq]."""
-    place = whole[block.index]
-    place.copy_(part.view(place.shape))
 
 
 class _Softmax:
@@ -75,9 +70,9 @@ class _Softmax:
         if self.aux:
             shift = torch.where(decay > 0, self.peak - base, 0)
             self.spread = (self.spread + shift * self.total) * decay
-            self.spread -= torch.special.entr(weight).sum(-1, keepdim=True)
+            self.spread -= self.tiles.sum(torch.special.entr(weight))
         self.peak = peak
-        self.total = self.total.mul_(decay).add_(weight.sum(-1, keepdim=True))
+        self.total = self.total.mul_(decay).add_(self.tiles.sum(weight))
         value = self.tiles.of_keys(self.call.v, self.block.heads, keys)
         self.weighted.mul_(decay).baddbmm_(self.tiles.drop(weight, self.block, keys), value)
 

@@ -15,7 +15,7 @@ from ...core.visibility import Visibility
 
 # Rows (over all query heads of a group) and keys of a tile; pairs of all tiles that are computed together.
 _ROWS = 256
-_KEYS = 256
+KEYS = 256
 _PAIRS = 1 << 19
 
 
@@ -48,7 +48,11 @@ class Tiles:
     Rows of a block are folded to [N, G * rows, ...], keys to [N, keys, ...]; N is batch entries times key heads. The G
     query heads of a key head lie one after the other, so that keys and values are never repeated. Everything is
     widened to dtype: fp32 (fp64 for fp64 q) unless given.
+
+    joins_spans   whether a backward takes all keys of a block of rows at once
     """
+
+    joins_spans = False
 
     def __init__(self, call: AttentionCall, dtype: torch.dtype | None = None) -> None:
         visible = call.visibility
@@ -68,7 +72,7 @@ class Tiles:
         visible, group = self.call.visibility, self.group
         longest_q = max((rows.stop - rows.start for rows, _ in self.members), default=0)
         longest_k = max((keys.stop - keys.start for _, keys in self.members), default=0)
-        pairs = min(self.row_step, longest_q) * group * min(_KEYS, longest_k)
+        pairs = min(self.row_step, longest_q) * group * min(KEYS, longest_k)
         fitting = max(1, _PAIRS // max(pairs, 1))
         head_step = max(1, min(fitting, visible.kv_heads))
         batch_step = fitting // head_step if head_step == visible.kv_heads else 1
@@ -102,7 +106,7 @@ class Tiles:
 
     def spans_of(self, block: Block) -> list[tuple[slice, bool]]:
         """The spans of keys that the range of some row touches, each with whether all ranges hold it."""
-        spans, batch = _cut(block.keys, _KEYS), block.heads.batch
+        spans, batch = _cut(block.keys, KEYS), block.heads.batch
         first, last = (_slice(bound, batch, block.rows)[..., None] for bound in (self.first, self.last))
         start, stop = (first.new_tensor([getattr(keys, end) for keys in spans]) for end in ("start", "stop"))
         touched = ((first < stop) & (last > start)).flatten(0, 1).any(0).tolist()
@@ -152,6 +156,23 @@ class Tiles:
         head = head.view(-1, self.group, 1, 1)
         keep = dropout.keep(batch.view(-1, 1, 1, 1, 1), head, row[:, None], key, self.call.visibility.q_heads)
         return torch.where(keep, pairs, 0).view_as(probability)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of x [N, G * rows, C] over C: [N, G * rows, 1]."""
+        return x.sum(-1, keepdim=True)
+
+    def dot(self, x: Tensor, y: Tensor) -> Tensor:
+        """Sum of x * y over the last axis, which stays as one entry."""
+        return torch.linalg.vecdot(x, y)[..., None]
+
+    def add_product(self, sums: Tensor, keys: slice, x: Tensor, y: Tensor) -> None:
+        """Add the product of x [N, keys, G * rows] and y [N, G * rows, C] to sums [N, Sk, C]."""
+        sums[:, keys].baddbmm_(x, y)
+
+    def store(self, whole: Tensor, part: Tensor, block: Block) -> None:
+        """Put [N, G * rows, C] into its place in [B, Hq, Sq, C], or [N, G * rows, 1] into [B, Hq, Sq]."""
+        place = whole[block.index]
+        place.copy_(part.view(place.shape))
 
     def by_head(self, x: Tensor, block: Block) -> Tensor:
         """[N, G * rows, C] as [batch entries, key heads, G, rows, C]."""

@@ -21,7 +21,7 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
 
     rounding   int8 [B, Hq, Sq, Dv], contiguous, or None; receives what out lost when it was rounded: `core.rounding`
     """
-    call = call.narrowed()
+    call = _with_one_layout(call.narrowed())
     q, v = call.q, call.v
     out = _results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
     lse = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
@@ -50,8 +50,8 @@ def backward(
     """
     wide_q = call.wide_q is not None or call.q.dtype != call.v.dtype
     wide_k = call.wide_k is not None or call.k.dtype != call.v.dtype
-    call = call.narrowed()
-    d_out = _aligned_copy(d_out)
+    call = _with_one_layout(call.narrowed())
+    d_out = _layout_of(d_out) if call.invariant else _aligned_copy(d_out)
     shared = _call_arguments(call) | {"d_out": strided(d_out)}
     shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
     problem = problem_of(
@@ -202,8 +202,9 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: bool) 
         sinks=call.logits.sinks is not None,
         dropout=call.dropout is not None,
         sequences=visible.sequences is not None,
-        aligned=are_aligned(call.q, call.k, call.v, d_out),
+        aligned=_has_whole_vectors(call.q, call.v) if call.invariant else are_aligned(call.q, call.k, call.v, d_out),
         short=is_short(*_lengths(call)),
+        invariant=call.invariant,
         **asked,
     )
 
@@ -236,10 +237,26 @@ def with_aligned_operands(call: AttentionCall) -> AttentionCall:
 
 def _aligned_copy(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy where that alone is aligned, as of an expanded gradient."""
-    whole_rows = tensor.shape[3] * tensor.dtype.itemsize % 16 == 0
-    if not whole_rows or are_aligned(tensor):
+    if not _has_whole_vectors(tensor) or are_aligned(tensor):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps a view at an odd offset
+
+
+def _with_one_layout(call: AttentionCall) -> AttentionCall:
+    """The call; where `invariant`, with operands whose alignment, and so the code, follows from head dims and dtype."""
+    if not call.invariant:
+        return call
+    return replace(call, q=_layout_of(call.q), k=_layout_of(call.k), v=_layout_of(call.v))
+
+
+def _layout_of(tensor: Tensor) -> Tensor:
+    is_usable = are_aligned(tensor) if _has_whole_vectors(tensor) else tensor.is_contiguous()
+    return tensor if is_usable else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _has_whole_vectors(*tensors: Tensor) -> bool:
+    """Whether rows of tensors [B, H, S, D] are multiples of 16 bytes."""
+    return all(x.shape[3] * x.dtype.itemsize % 16 == 0 for x in tensors)
 
 
 class _Descriptor(TensorDescriptor):
@@ -289,6 +306,8 @@ def _visibility_arguments(call: AttentionCall) -> Arguments:
         mask = mask.view(torch.uint8)
     if visible.mask is not None or visible.key_ranges is not None:
         seen = seen_bytes(seen_keys(visible, arguments), call.k)
+        if call.invariant:  # loads of 8 bits before a product make Triton multiply in another order
+            seen = seen.short()
     return arguments | {"mask": strided(mask), "seen_ptr": seen, "starts": starts}
 
 

@@ -24,13 +24,14 @@ class NotCompiledError(RuntimeError):
     """A kernel would have to be compiled while a CUDA graph is captured."""
 
 
-def compile_options(config: TileConfig) -> dict[str, Any]:
+def compile_options(config: TileConfig, invariant: bool = False) -> dict[str, Any]:
     """Triton's options for a config.
 
     The kernels write every multiply-add that matters as one, whatever Triton fuses by default; 3.9 warns where the
-    option is not given.
+    option is not given. Other products and sums may be fused in the code of one mask and not in that of another:
+    INVARIANT kernels fuse none.
     """
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": not invariant}
 
 
 def launch_on(device: torch.device, kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
@@ -49,7 +50,7 @@ def launch_on(device: torch.device, kernel: Any, grid: Grid, arguments: Argument
         _launch(compiled, grid, device.index, values)
         return
     with _one_compilation_at_a_time, _no_compilation_in_capture(kernel):
-        compiled = kernel[grid](**arguments, **compile_options(config))
+        compiled = kernel[grid](**arguments, **compile_options(config, arguments.get("INVARIANT", False)))
     if compiled is not None:  # a hook of Triton's may refuse to compile
         code.compiled[kind] = compiled
 

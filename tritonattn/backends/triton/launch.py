@@ -210,7 +210,8 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "CORRECT_DELTA": corrects_delta(problem),
         "IS_PART": problem.is_part,
         "SPLIT_TERMS": target.has_tensor_memory,
-        "ALIGNED": problem.aligned and (problem.head_dim % 16 or problem.value_dim % 16) > 0,
+        "ALIGNED": problem.aligned and (problem.invariant or problem.head_dim % 16 or problem.value_dim % 16) > 0,
+        "INVARIANT": problem.invariant,
     }
 
 

@@ -1,0 +1,68 @@
+"""`python -m tests.invariance --backend sdpa|sm_80|sm_90 --cases N`: count the random cases whose bits hold."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+
+from tritonattn.backends.triton import launch
+from tritonattn.tuning.config import TileConfig
+
+from .company import cases, differences
+
+# Lengths and head dims: a CPU's tiles hold 32 rows and 256 keys, those of the emulator are small.
+_SIZES = {"sdpa": ((16, 700), ((64, 64), (20, 33), (128, 128)))}
+_EMULATED = ((16, 70), ((16, 16), (32, 32), (40, 24), (20, 17)))
+_TILES = {"sm_80": TileConfig(16, 16, 1, 2), "sm_90": TileConfig(64, 16, 4, 2)}
+
+
+@contextmanager
+def _device(backend: str):
+    """The CPU; or the emulator, whose descriptors are on for sm_90."""
+    if backend == "sdpa":
+        yield
+        return
+    from tests.emulated.executor import GPU, Executor
+    from tests.stub import installed
+
+    gpu = GPU(int(backend[3:]), backend == "sm_90")
+    before, launch.config_for = launch.config_for, gpu.config(_TILES[backend])
+    try:
+        with installed().active(gpu.capability, Executor()):
+            yield
+    finally:
+        launch.config_for = before
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.invariance", description=__doc__)
+    parser.add_argument("--backend", choices=("sdpa", *_TILES), default="sdpa")
+    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    counts: Counter[str] = Counter()
+    start = time.perf_counter()
+    lengths, dims = _SIZES.get(options.backend, _EMULATED)
+    for case in cases(options.cases, options.seed, lengths, dims):
+        try:
+            with _device(options.backend):
+                differing = differences(case, "sdpa" if options.backend == "sdpa" else "triton")
+        except NotImplementedError as refusal:
+            counts["refused"] += 1
+            print(f"refused {case}: {refusal}", flush=True)
+            continue
+        counts["differ" if differing else "equal"] += 1
+        if differing:
+            print(f"DIFFER {', '.join(differing)}: {case}", flush=True)
+    print(f"{options.backend}: {dict(counts)} of {options.cases} cases, {time.perf_counter() - start:.0f} s")
+    return int(counts["differ"] > 0)
+
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)
+    sys.exit(main())

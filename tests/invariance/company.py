@@ -1,0 +1,268 @@
+"""One sequence computed alone, and again in the company of others: every result must have the same bits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tritonattn
+from tests.support.caches import GrowingCache
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LEARNED = {**tritonattn.nn.LEARNED, "query_adaptive_ssmax": tritonattn.nn.QueryAdaptiveSSMax}
+NAMES = ("out", "lse", "max_logit", "entropy", "d_q", "d_k", "d_v")
+ROWS = 5  # the first names: results of rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sequence of `length` tokens in one of COMPANIES. reach: "full", "causal" or a causal window's left side."""
+
+    company: str
+    dtype: str
+    dims: tuple[int, int]
+    scaling: str
+    reach: str | int
+    heads: tuple[int, int]  # key heads, and query heads of each
+    softcap: float | None
+    sinks: bool
+    length: int
+    seed: int
+
+    def __str__(self) -> str:
+        return " ".join(f"{one.name}={getattr(self, one.name)}" for one in fields(self))
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients are compared: those of fp16 with scales are refused in kernels."""
+        return self.company not in ("decode", "paged") and (self.dtype != "fp16" or self.scaling == "sqrt_dim")
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """q, d_out [Hq, n, D or Dv]; k, v [Hkv, n, D or Dv]; d_lse [Hq, n]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_out: Tensor
+    d_lse: Tensor
+
+    @classmethod
+    def random(cls, case: Case, length: int) -> Sequence:
+        (kv_heads, group), (dim, value_dim), dtype = case.heads, case.dims, DTYPES[case.dtype]
+        q_heads = kv_heads * group
+        shapes = ((q_heads, dim), (kv_heads, dim), (kv_heads, value_dim), (q_heads, value_dim))
+        q, k, v, d_out = (torch.randn(heads, length, width).to(dtype) for heads, width in shapes)
+        return cls(q, k, v, d_out, torch.randn(q_heads, length))
+
+
+class Attend:
+    """The calls of a case with its options; parameters of a learned scaling are drawn, not at their start."""
+
+    def __init__(self, case: Case, backend: str, invariant: bool) -> None:
+        self.case = case
+        q_heads = case.heads[0] * case.heads[1]
+        self.scaling: Any = case.scaling
+        if case.scaling in LEARNED:
+            needs = {"head_dim": case.dims[0]} if case.scaling == "query_adaptive_ssmax" else {}
+            self.scaling = LEARNED[case.scaling](heads=q_heads, **needs)
+            with torch.no_grad():
+                for parameter in self.scaling.parameters():
+                    parameter += torch.rand_like(parameter)
+        self.window = (case.reach, None) if isinstance(case.reach, int) else None
+        self.options = {
+            "scaling": self.scaling,
+            "softcap": case.softcap,
+            "sinks": torch.randn(q_heads) if case.sinks else None,
+            "backend": backend,
+            "batch_invariant": invariant,
+            "return_aux": True,
+            "window": self.window,
+        }
+
+    def _run(self, function, inputs: tuple[Tensor, ...], grads: tuple[Tensor, Tensor], *more, **masks) -> list[Tensor]:
+        gradients = self.case.has_gradients
+        inputs = tuple(x.detach().clone().requires_grad_(gradients) for x in inputs)
+        out, aux = function(*inputs, *more, **self.options, **masks)
+        found = [out, *aux]
+        if gradients:
+            lse = aux.lse.masked_fill(aux.lse.isinf(), 0)
+            found += torch.autograd.grad((out * grads[0]).sum() + (lse * grads[1]).sum(), inputs)
+        return [x.detach() for x in found]
+
+    def batched(self, q, k, v, d_out, d_lse, **masks) -> list[Tensor]:
+        causal = self.case.reach != "full"
+        return self._run(tritonattn.attention, (q, k, v), (d_out, d_lse), causal=causal, **masks)
+
+    def alone(self, one: Sequence) -> list[Tensor]:
+        found = self.batched(*(x[None] for x in (one.q, one.k, one.v, one.d_out, one.d_lse)))
+        return [x[0] for x in found]
+
+    def packed(self, sequences: list[Sequence]) -> list[Tensor]:
+        """Results as [H, T, ...]."""
+        lengths = [0, *(one.q.shape[1] for one in sequences)]
+        ends = torch.tensor(lengths).cumsum(0).int()
+        q, k, v, d_out = (
+            torch.cat([getattr(one, name).transpose(0, 1) for one in sequences]) for name in ("q", "k", "v", "d_out")
+        )
+        d_lse = torch.cat([one.d_lse for one in sequences], dim=1)
+        longest = max(lengths)
+        found = self._run(
+            tritonattn.attention_varlen,
+            (q, k, v),
+            (d_out, d_lse),
+            ends,
+            ends,
+            longest,
+            longest,
+            causal=self.case.reach != "full",
+        )
+        return [x if x.dim() == 2 else x.transpose(0, 1) for x in found]
+
+    def decode(self, one: Sequence, others: list[Sequence], page: int | None, draw: random.Random) -> list[Tensor]:
+        """The results of the last 1 to 16 rows."""
+        new = draw.randint(1, min(16, one.q.shape[1]))
+        sequences = [one, *others]
+        lengths = [each.q.shape[1] for each in sequences]
+        keys, values = (_padded([getattr(each, name) for each in sequences]) for name in "kv")
+        cache = GrowingCache(keys, values, max(lengths) + draw.randint(0, 70), page, statistics=draw.random() < 0.6)
+        left = list(lengths)
+        while any(left):
+            step = [min(count, draw.randint(1, 40)) for count in left]
+            cache.write(step)
+            left = [count - done for count, done in zip(left, step, strict=True)]
+        q = cache.newest(_padded([each.q for each in sequences]), new)
+        with torch.no_grad():
+            out, aux = tritonattn.attention_decode(q, **cache.arguments(), **self.options)
+        return [x[0] for x in (out, *aux)]
+
+
+def differences(case: Case, backend: str, invariant: bool = True) -> list[str]:
+    """The names of results that differ from those of the sequence alone."""
+    torch.manual_seed(case.seed)
+    draw = random.Random(case.seed)
+    attend, one = Attend(case, backend, invariant), Sequence.random(case, case.length)
+    alone = attend.alone(one)
+    expected, found = COMPANIES[case.company](attend, one, alone, draw)
+    pairs = zip(NAMES, expected, found, strict=False)
+    return [name for name, x, y in pairs if not torch.equal(x, y)]
+
+
+def _others(attend: Attend, draw: random.Random, longest: int) -> list[Sequence]:
+    return [Sequence.random(attend.case, draw.randint(1, longest)) for _ in range(draw.randint(1, 3))]
+
+
+def _batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
+    """Other entries of the same length."""
+    place, batch = draw.randrange(3), 3
+    others = [Sequence.random(attend.case, case_length(one)) for _ in range(batch - 1)]
+    members = [*others[:place], one, *others[place:]]
+    tensors = [torch.stack([getattr(each, name) for each in members]) for name in ("q", "k", "v", "d_out", "d_lse")]
+    return alone, [x[place] for x in attend.batched(*tensors)]
+
+
+def _padded_batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
+    """Padding on the right: NaN in keys and values, rows without a gradient."""
+    members = [one, *_others(attend, draw, 2 * case_length(one))]
+    lengths = torch.tensor([case_length(each) for each in members])
+    fills = {"q": 1.0, "k": torch.nan, "v": torch.nan, "d_out": 0.0, "d_lse": 0.0}
+    tensors = [_padded([getattr(each, name) for each in members], fill) for name, fill in fills.items()]
+    found = attend.batched(*tensors, key_lengths=lengths)
+    return alone, [x[0, :, : case_length(one)] for x in found]
+
+
+def _packed_batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
+    others = _others(attend, draw, 2 * case_length(one))
+    place = draw.randint(0, len(others))
+    first = sum(map(case_length, others[:place]))
+    found = attend.packed([*others[:place], one, *others[place:]])
+    return alone, [x[:, first : first + case_length(one)] for x in found]
+
+
+def _more_keys(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
+    """The sequence goes on: causal rows do not see it; others are told by key_ranges."""
+    more = Sequence.random(attend.case, draw.randint(1, 150))
+    q, d_out, d_lse = one.q, one.d_out, one.d_lse
+    k, v = torch.cat([one.k, more.k], 1), torch.cat([one.v, more.v], 1)
+    if attend.case.reach == "full":
+        ranges = torch.tensor([0, case_length(one)]).expand(1, case_length(one), 2)
+        found = attend.batched(*(x[None] for x in (q, k, v, d_out, d_lse)), key_ranges=ranges)
+    else:
+        q, d_out, d_lse = (torch.cat([getattr(one, x), getattr(more, x)], 1) for x in ("q", "d_out", "d_lse"))
+        found = attend.batched(*(x[None] for x in (q, k, v, d_out, d_lse)))
+    return alone[:ROWS], [x[0, :, : case_length(one)] for x in found[:ROWS]]
+
+
+def _chunk(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
+    """Some rows at the end of the keys that they have so far; of a full sequence, some rows."""
+    start, stop = sorted(draw.sample(range(case_length(one) + 1), 2))
+    seen = case_length(one) if attend.case.reach == "full" else stop
+    rows, keys = slice(start, stop), slice(0, seen)
+    parts = (one.q[:, rows], one.k[:, keys], one.v[:, keys], one.d_out[:, rows], one.d_lse[:, rows])
+    found = attend.batched(*(x[None] for x in parts))
+    return [x[:, rows] for x in alone[:ROWS]], [x[0] for x in found[:ROWS]]
+
+
+def _decoded(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random, page: int | None = None):
+    others = [Sequence.random(attend.case, draw.randint(16, 2 * case_length(one) + 16)) for _ in range(2)]
+    found = attend.decode(one, others, page, draw)
+    return [x[:, -found[0].shape[1] :] for x in alone[:4]], found
+
+
+def _paged(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
+    return _decoded(attend, one, alone, draw, page=draw.choice([16, 24, 64]))
+
+
+COMPANIES = {
+    "batch": _batch,
+    "padded": _padded_batch,
+    "packed": _packed_batch,
+    "more keys": _more_keys,
+    "chunk": _chunk,
+    "decode": _decoded,
+    "paged": _paged,
+}
+
+
+def cases(count: int, seed: int, lengths: tuple[int, int], dims: tuple[tuple[int, int], ...]) -> Iterator[Case]:
+    """Random cases; each company, dtype and scaling in turn."""
+    draw = random.Random(seed)
+    scalings = [*tritonattn.SCALINGS, *LEARNED]
+    for number in range(count):
+        company = list(COMPANIES)[number % len(COMPANIES)]
+        decodes = company in ("decode", "paged")
+        yield Case(
+            company,
+            draw.choice(list(DTYPES)),
+            draw.choice(dims),
+            scalings[number // 3 % len(scalings)],
+            draw.choice(
+                ["causal", draw.randint(1, lengths[1])] if decodes else ["causal", "full", draw.randint(1, 90)]
+            ),
+            (draw.randint(1, 2), draw.randint(1, 3)),
+            draw.choice([None, None, 1.5]),
+            draw.random() < 0.3,
+            draw.randint(max(lengths[0], 16), lengths[1]),
+            seed + number,
+        )
+
+
+def case_length(one: Sequence) -> int:
+    return one.q.shape[1]
+
+
+def _padded(tensors: list[Tensor], fill: float = torch.nan) -> Tensor:
+    """[B, H, longest, ...] with `fill` behind each."""
+    longest = max(x.shape[1] for x in tensors)
+    padded = []
+    for x in tensors:
+        wide = x.new_full((x.shape[0], longest, *x.shape[2:]), fill)
+        wide[:, : x.shape[1]] = x
+        padded.append(wide)
+    return torch.stack(padded)

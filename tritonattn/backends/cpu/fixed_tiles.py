@@ -1,0 +1,80 @@
+"""Tiles of one shape, for calls in which the bits of a row must not depend on its company.
+
+A product of matrices rounds otherwise where its shape is another. So tiles are padded to one shape and laid out in
+memory of their own, a head at a time; keys are cut from the first key of a sequence on, rows from its first row on. A
+padded or hidden pair adds exactly 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...core.call import AttentionCall
+from ...core.invariance import halving_sum
+from .tiles import KEYS, Block, Heads, Tiles
+
+_ROWS = 32  # of a query head
+
+
+def tiles_of(call: AttentionCall) -> Tiles:
+    return FixedTiles(call) if call.invariant else Tiles(call)
+
+
+class FixedTiles(Tiles):
+    """A block holds _ROWS rows of each query head of one key head, a span KEYS keys."""
+
+    joins_spans = True
+
+    def __init__(self, call: AttentionCall) -> None:
+        super().__init__(call)
+        self.row_step = _ROWS
+
+    def heads(self) -> Iterator[Heads]:
+        visible, group = self.call.visibility, self.group
+        for entry in range(visible.batch):
+            for head in range(visible.kv_heads):
+                yield Heads(slice(entry, entry + 1), slice(head * group, (head + 1) * group), slice(head, head + 1))
+
+    def keys_of(self, block: Block, spans: list[tuple[slice, bool]]) -> Iterator[tuple[slice, Tensor | None]]:
+        rows = block.rows.stop - block.rows.start
+        for keys, hidden in super().keys_of(block, spans):
+            width = keys.stop - keys.start
+            if rows < _ROWS or width < KEYS:
+                if hidden is None:
+                    hidden = torch.zeros((1, 1, 1, rows, width), dtype=torch.bool)
+                hidden = pad(hidden, (0, KEYS - width, 0, _ROWS - rows), value=True)
+            yield keys, hidden
+
+    def of_rows(self, x: Tensor, block: Block) -> Tensor:
+        tile = torch.zeros((1, self.group * _ROWS, x.shape[-1]), dtype=self.dtype)
+        x = x[block.index]  # [1, G, rows, C]
+        tile.view(1, self.group, _ROWS, -1)[:, :, : x.shape[2]] = x
+        return tile
+
+    def of_keys(self, x: Tensor, heads: Heads, keys: slice | None = None) -> Tensor:
+        found = super().of_keys(x, heads, keys)
+        if keys is None:
+            return found
+        tile = torch.zeros((1, KEYS, x.shape[-1]), dtype=self.dtype)
+        tile[:, : found.shape[1]] = found
+        return tile
+
+    def sum(self, x: Tensor) -> Tensor:
+        return halving_sum(x)
+
+    def dot(self, x: Tensor, y: Tensor) -> Tensor:
+        return halving_sum(x * y)
+
+    def add_product(self, sums: Tensor, keys: slice, x: Tensor, y: Tensor) -> None:
+        sums[:, keys] += torch.bmm(x, y)[:, : keys.stop - keys.start]
+
+    def store(self, whole: Tensor, part: Tensor, block: Block) -> None:
+        place = whole[block.index]
+        place.copy_(self.by_head(part, block)[:, 0, :, : place.shape[2]].reshape(place.shape))
+
+    def by_head(self, x: Tensor, block: Block) -> Tensor:
+        return x.view(1, 1, self.group, _ROWS, x.shape[-1])

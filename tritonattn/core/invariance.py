@@ -1,0 +1,50 @@
+"""The switch for bits of a row that do not depend on its company, and a sum in one order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+_is_on: ContextVar[bool] = ContextVar("tritonattn_batch_invariant", default=False)
+
+
+@contextmanager
+def batch_invariant(enabled: bool = True) -> Iterator[None]:
+    """Turn `batch_invariant` on, or off, for calls inside that leave the argument at None, in this thread.
+
+    >>> import torch, tritonattn
+    >>> q, k, v = torch.randn(3, 2, 4, 16, 8)
+    >>> with tritonattn.batch_invariant():
+    ...     out = tritonattn.attention(q, k, v, causal=True)
+    ...     alone = tritonattn.attention(q[:1, :, :5], k[:1, :, :5], v[:1, :, :5], causal=True)
+    >>> torch.equal(out[:1, :, :5], alone)
+    True
+    """
+    token = _is_on.set(enabled)
+    try:
+        yield
+    finally:
+        _is_on.reset(token)
+
+
+def is_invariant(asked: bool | None) -> bool:
+    """The switch of a call: its own argument, or that of the context where it has none."""
+    return _is_on.get() if asked is None else asked
+
+
+def halving_sum(x: Tensor) -> Tensor:
+    """Sum of x [..., n] over the last axis, [..., 1], by adding halves: the order of a row depends on n alone.
+
+    torch.sum takes another order for other sizes and strides of the other axes.
+    """
+    width = x.shape[-1]
+    whole = 1 << max(width - 1, 0).bit_length()
+    x = torch.nn.functional.pad(x, (0, whole - width))
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x
