@@ -78,9 +78,9 @@ def test_an_argument_makes_a_difference(call, argument, backend):
 def test_no_argument_is_forgotten_here(call):
     base, arguments = CALLS[call]
     parameters = set(inspect.signature(getattr(tritonattn, call)).parameters)
-    assert parameters == {"q", "k", "v", "return_aux", "backend"} | set(base) | set(arguments)
+    assert parameters == {"q", "k", "v", "return_aux", "backend", "batch_invariant"} | set(base) | set(arguments)
 
 
 def test_no_public_call_is_forgotten_here():
     public = {name for name in tritonattn.__all__ if inspect.isfunction(getattr(tritonattn, name))}
-    assert public - {"attention_decode", "check_scaling", "warmup"} == set(CALLS)
+    assert public - {"attention_decode", "batch_invariant", "check_scaling", "warmup"} == set(CALLS)

@@ -1,0 +1,46 @@
+"""Bits of a sequence alone and in company on a CPU; `python -m tests.invariance` runs many more cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tritonattn
+from tests.invariance.company import cases, differences
+from tests.support.calls import operands
+
+CASES = list(cases(35, seed=1, lengths=(16, 300), dims=((64, 64), (20, 33))))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bits_do_not_depend_on_company(case):
+    assert differences(case, "sdpa") == []
+
+
+def test_without_the_switch_they_do():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 8, 300, 64)
+    with tritonattn.batch_invariant():
+        on = [tritonattn.attention(*(x[:1, :, :n] for x in (q, k, v)), causal=True) for n in (300, 211)]
+        off = tritonattn.attention(q[:1, :, :211], k[:1, :, :211], v[:1, :, :211], causal=True, batch_invariant=False)
+    assert torch.equal(on[0][:, :, :211], on[1])
+    assert not torch.equal(off, on[1])
+    decoded = [
+        tritonattn.attention_decode(
+            q[:1, :, n - 1 : n], k[:1], v[:1], key_lengths=torch.tensor([n]), batch_invariant=switch
+        )
+        for n, switch in ((211, True), (211, False))
+    ]
+    assert torch.equal(decoded[0][:, :, 0], on[0][:, :, 210])
+    plain = tritonattn.attention(q[:1], k[:1], v[:1], causal=True)
+    assert not torch.equal(decoded[1][:, :, 0], plain[:, :, 210])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"), [({"dropout_p": 0.5}, "dropout_p"), ({"backend": "reference"}, "reference")]
+)
+def test_refusals(arguments, named):
+    with pytest.raises(NotImplementedError, match=f"batch_invariant.*{named}"):
+        tritonattn.attention(**operands(), batch_invariant=True, **arguments)
+    with pytest.raises(TypeError, match="batch_invariant"):
+        tritonattn.attention(**operands(), batch_invariant=1)
