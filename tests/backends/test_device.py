@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 from typing import Any
 
@@ -17,7 +19,7 @@ from triton.runtime.driver import driver
 from tritonattn.backends.triton import device, launch
 from tritonattn.kernels import KERNELS
 from tritonattn.kernels.records import Strided
-from tritonattn.tuning.config import TileConfig
+from tritonattn.tuning.config import Problem, TileConfig
 
 pytestmark = pytest.mark.skipif(
     launch.interpreting or torch.cuda.is_available(), reason="the JIT is not asked, or has a driver of its own"
@@ -55,13 +57,14 @@ class Kernel:
         self.signature, self.params = KERNELS[name].signature, KERNELS[name].params
         self.compiled: dict[tuple, Code] = {}
         self.asked: list[tuple] = []
+        self.compiling: Callable[[], object] = partial(time.sleep, 0.05)
 
     def __getitem__(self, grid: tuple):
         def run(num_warps, num_stages, enable_fp_fusion, **arguments) -> Code:
             bind = device.binder(self, triton.compiler.make_backend(GPUTarget("cuda", 80, 32)))
             key = tuple(bind(**arguments)[1])
             if key not in self.compiled:
-                time.sleep(0.05)
+                self.compiling()
                 self.asked.append(key)
                 self.compiled[key] = Code()
             return self.compiled[key]
@@ -131,6 +134,21 @@ def test_arguments_that_select_other_code(changed, kernel):
     assert len(kernel.asked) == 2
 
 
+def test_code_that_a_kind_keeps_is_launched_unbound(kernel, monkeypatch):
+    """Unless an address is no multiple of 16 bytes: then Triton's binding decides, and nothing is kept."""
+    kind, bound, found = device.Kind(Problem(64, 64, torch.float16), False), [], device._bound_and_launched
+    monkeypatch.setattr(device, "_bound_and_launched", lambda *given: bound.append(given) or found(*given))
+    odd = {"lengths_ptr": torch.zeros(5)[1:]}
+    for config in (TILES, TileConfig(16, 64, 8, 1)):
+        for changed, binds in ((odd, 1), ({}, 1), ({"lengths_ptr": torch.ones(8)}, 0), (odd, 1), ({}, 0)):
+            given = device.ArgumentsOfKind(arguments(K, **changed))
+            given.kind = kind
+            bound.clear()
+            device.launch_on(CUDA, kernel, (1, 1, 1), given, config)
+            assert len(bound) == binds
+    assert len(kernel.asked) == 2
+
+
 def test_a_length_selects_none(kernel):
     for length in (1, 15, 16, 1000):
         device.launch_on(CUDA, kernel, (1, 1, 1), arguments(K, k_len=length), TILES)
@@ -166,6 +184,18 @@ def test_threads_that_meet_a_kernel_together_compile_it_once(kernel):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(first, range(4)))
     assert len(kernel.asked) == 1
+
+
+def test_threads_compile_different_kernels_at_once(kernel):
+    together = Barrier(2, timeout=10)
+    kernel.compiling = together.wait
+
+    def first(k: torch.Tensor) -> None:
+        device.launch_on(CUDA, kernel, (1, 1, 1), arguments(k), TILES)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(first, (K, K.float())))
+    assert len(kernel.asked) == 2
 
 
 def test_hooks_of_triton_see_launches(kernel, monkeypatch):

@@ -75,6 +75,37 @@ def test_keys_and_values_with_means(emulate):
     harness.check(padded_operands(tensors), attend)
 
 
+def test_code_that_is_kept_for_a_kind_of_call_meets_no_other(emulate):
+    """Calls of other addresses, strides, sizes and arguments between two that are alike give what they give alone."""
+    executor = emulate(GPU(80), SMALL)
+    operands = dict(zip("qkv", torch.randn(3, 1, 2, 20, 16, dtype=BFLOAT), strict=True)) | {"sinks": torch.ones(2)}
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    def results(given: dict[str, torch.Tensor], **options) -> list[torch.Tensor]:
+        leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
+        out = tritonattn.attention(**leaves, scaling="key_count", causal=True, backend="triton", **options)
+        return [out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))]
+
+    calls = {
+        "as is": operands,
+        "odd addresses": {name: moved(x) for name, x in operands.items()},
+        "an odd address that no copy moves": operands | {"sinks": moved(operands["sinks"])},
+        "heads inside": {
+            name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in operands.items() if x.dim() > 1
+        }
+        | {"sinks": operands["sinks"]},
+    }
+    expected = results(operands)
+    for name in (*calls, "as is"):
+        for found, wanted in zip(results(calls[name]), expected, strict=True):
+            assert torch.equal(found, wanted), name
+        fewer = results({key: x[:, :, :17] if x.dim() > 1 else x for key, x in calls[name].items()})
+        assert torch.equal(fewer[0], expected[0][:, :, :17]), name
+    assert executor.launched.count("attention_forward") == 1 + 2 * (len(calls) + 1)
+
+
 @in_turn(name=["q", "k", "gain"], softcap=[None, None, 2.0])
 def test_nan_that_a_row_sees_is_in_its_results(name, softcap, emulate):
     """A GPU's maximum passes over NaN: it must not leave a row of NaN, and its statistics, as those without keys."""

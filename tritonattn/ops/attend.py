@@ -198,7 +198,7 @@ def _forward(
         # With a graph, forward and backward must multiply in the same tiles.
         if not (has_graph or call.invariant) and _kernels().are_few_rows(call.visibility, call.dropout):
             return _kernels().attend_few_rows(call, aux)
-        return _kernels().forward(_kernels().with_aligned_operands(call), aux, rounding)
+        return _kernels().forward(call, aux, rounding)
 
 
 def _forward_of(flat: _Flat, call: AttentionCall) -> tuple[Tensor, ...]:
@@ -225,10 +225,7 @@ def _backward(
         return Gradients(*(_zeros(x) if need else None for x, need in pairs))
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
     d_lse = None if d_lse is None else d_lse.resolve_neg()
-    runner = blockwise
-    if backend == "triton":
-        runner = _kernels()
-        call = runner.with_aligned_operands(call)
+    runner = _kernels() if backend == "triton" else blockwise
     with without_autocast(out):
         return runner.backward(call, out, lse, d_out, d_lse, needs, rounding)
 

@@ -1,6 +1,6 @@
 """The "triton" backend: calls as kernel launches, on a GPU, in the interpreter, or wherever launch.run sends them."""
 
-from .attention import backward, forward, problem_of, with_aligned_operands
+from .attention import backward, forward, problem_of
 from .decode import are_few_rows, attend_few_rows, decode
 from .key_statistics import append_keys, key_lengths, key_lengths_backward
 from .ranges import argmax_over_ranges, prefix_sums, seen_keys
@@ -18,5 +18,4 @@ __all__ = [
     "prefix_sums",
     "problem_of",
     "seen_keys",
-    "with_aligned_operands",
 ]

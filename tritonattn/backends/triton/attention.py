@@ -12,7 +12,7 @@ from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ...core.visibility import Visibility
 from ...kernels.records import Results, RowTerms, Starts
 from ...tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
-from .launch import Arguments, Plan, are_aligned, is_wide, planned, scale_of, strided
+from .launch import Arguments, Kind, Plan, are_aligned, form_of, is_wide, kind_of, planned, scale_of, strided
 from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
 
 
@@ -21,7 +21,7 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
 
     rounding   int8 [B, Hq, Sq, Dv], contiguous, or None; receives what out lost when it was rounded: `core.rounding`
     """
-    call = _with_one_layout(call.narrowed())
+    call, kind = _of_kind(call.narrowed(), aux=aux, rounding=rounding is not None)
     q, v = call.q, call.v
     out = _results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
     lse = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
@@ -30,7 +30,7 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
         max_logit = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
         entropy = _results(call, q.shape[:3], torch.float32)
     results = {"results": Results(out, rounding, lse, max_logit, entropy)}
-    _launch("forward", problem_of(call, aux=aux, rounding=rounding is not None), call, _call_arguments(call) | results)
+    _launch("forward", kind, call, _call_arguments(call) | results)
     return ForwardResult(out, lse, max_logit, entropy)
 
 
@@ -50,13 +50,11 @@ def backward(
     """
     wide_q = call.wide_q is not None or call.q.dtype != call.v.dtype
     wide_k = call.wide_k is not None or call.k.dtype != call.v.dtype
-    call = _with_one_layout(call.narrowed())
     d_out = _layout_of(d_out) if call.invariant else _aligned_copy(d_out)
-    shared = _call_arguments(call) | {"d_out": strided(d_out)}
-    shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
-    problem = problem_of(
-        call,
+    call, kind = _of_kind(
+        call.narrowed(),
         d_out,
+        needs,
         aux=d_lse is not None,
         rounding=rounding is not None,
         query_scale_grad=needs.query_scale,
@@ -64,20 +62,23 @@ def backward(
         wide_k=wide_k,
         is_part=call.is_part,
     )
-    takes_sinks = call.logits.sinks is not None and (needs.sinks or needs.query_scale or corrects_delta(problem))
+    shared = _call_arguments(call) | {"d_out": strided(d_out)}
+    shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
+    corrects = corrects_delta(kind.problem)
+    takes_sinks = call.logits.sinks is not None and (needs.sinks or needs.query_scale or corrects)
     d_sinks = _results(call, lse.shape, torch.float32) if takes_sinks else None
     shared["d_sinks_ptr"] = d_sinks
     rounding = None if rounding is None else rounding.contiguous()
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
-    shared |= _row_terms(problem, call, shared, results, d_out)
-    d_q, d_query_scale = _grad_query(problem, call, shared, needs, d_out)
-    d_k, d_v, d_key_scale = _grad_key_value(problem, call, shared, needs, d_out)
+    shared |= _row_terms(kind, call, shared, results, d_out)
+    d_q, d_query_scale = _grad_query(kind, call, shared, needs, d_out)
+    d_k, d_v, d_key_scale = _grad_key_value(kind, call, shared, needs, d_out)
     d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
     values = (d_q, d_k, d_v, d_query_scale, d_key_scale, d_sinks)
     return Gradients(*(value if need else None for value, need in zip(values, needs, strict=True)))
 
 
-def _row_terms(problem: Problem, call: AttentionCall, shared: Arguments, results: Results, d_out: Tensor) -> Arguments:
+def _row_terms(kind: Kind, call: AttentionCall, shared: Arguments, results: Results, d_out: Tensor) -> Arguments:
     visible, sequences = call.visibility, call.visibility.sequences
     terms_len = _aligned(visible.q_len)
     if sequences is not None:
@@ -86,32 +87,32 @@ def _row_terms(problem: Problem, call: AttentionCall, shared: Arguments, results
     joined = torch.float32 if call.logits.query_scale is None else torch.int64
     both, delta = call.q.new_empty((*shape, 2), dtype=joined), call.q.new_empty(shape, dtype=torch.float32)
     terms = {"terms": RowTerms(both, delta), "terms_len": terms_len}
-    _launch("row_terms", problem, call, shared | terms | {"results": results}, d_out)
+    _launch("row_terms", kind, call, shared | terms | {"results": results}, d_out)
     return terms
 
 
 def _grad_query(
-    problem: Problem, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
+    kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    for_keys = corrects_delta(problem) and (needs.k or needs.key_scale)  # which read the corrected terms
+    for_keys = corrects_delta(kind.problem) and (needs.k or needs.key_scale)  # which read the corrected terms
     if not (needs.q or needs.query_scale or for_keys):
         return None, None
-    d_q = _results(call, call.q.shape, torch.float32 if problem.wide_q else call.q.dtype)
+    d_q = _results(call, call.q.shape, torch.float32 if kind.problem.wide_q else call.q.dtype)
     d_query_scale = _results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None
     results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": None}
     if call.logits.key_scale is not None and call.q.dtype == torch.float16:
         results["key_size"] = _largest(_seen(call.logits.key_scale, call.visibility))
-    _launch("grad_query", problem, call, shared | results, d_out)
+    _launch("grad_query", kind, call, shared | results, d_out)
     return d_q, d_query_scale
 
 
 def _grad_key_value(
-    problem: Problem, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
+    kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if not (needs.k or needs.v or needs.key_scale):
         return None, None, None
     visible = call.visibility
-    d_k = _results(call, call.k.shape, torch.float32 if problem.wide_k else call.k.dtype)
+    d_k = _results(call, call.k.shape, torch.float32 if kind.problem.wide_k else call.k.dtype)
     d_v = _results(call, call.v.shape, call.v.dtype)
     d_key_scale = _results(call, call.k.shape[:3], torch.float32) if needs.key_scale else None
     results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size": None}
@@ -119,13 +120,11 @@ def _grad_key_value(
     if query_scale is not None and call.q.dtype == torch.float16:
         factor = (query_scale * (scale * _LOG2_E)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
         results["factor_size"] = _largest(factor)
-    _launch("grad_key_value", problem, call, shared | results, d_out)
+    _launch("grad_key_value", kind, call, shared | results, d_out)
     return d_k, d_v, d_key_scale
 
 
-def _launch(
-    kernel: str, problem: Problem, call: AttentionCall, available: Arguments, d_out: Tensor | None = None
-) -> None:
+def _launch(kernel: str, kind: Kind, call: AttentionCall, available: Arguments, d_out: Tensor | None = None) -> None:
     """A program for each block of rows, or of keys, of each head of each member."""
     visible = call.visibility
     heads = visible.kv_heads if kernel == "grad_key_value" else visible.q_heads
@@ -135,9 +134,9 @@ def _launch(
         if kernel == "grad_key_value":
             of_config["row_bounds_ptr"] = rows_of_key_blocks(visible, available, chosen.config.block_n)
         grid = (_blocks(kernel, chosen.config, call), heads, _members(call))
-        chosen.launch(grid, available | of_config, is_wide(call.q, call.k, call.v, d_out))
+        chosen.launch(grid, available | of_config, kind.wide, kind)
 
-    planned(kernel, problem, call.q.device, launches)
+    planned(kernel, kind.problem, call.q.device, launches)
 
 
 def _blocks(kernel: str, config: TileConfig, call: AttentionCall) -> int:
@@ -223,16 +222,44 @@ def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arg
     return {name: _descriptor(*tiles[name]) for name in chosen.descriptors}
 
 
-def with_aligned_operands(call: AttentionCall) -> AttentionCall:
-    """The call with a contiguous copy of q, k or v where that alone is aligned, as of a view at an odd offset.
+def _of_kind(
+    call: AttentionCall, d_out: Tensor | None = None, needs: Needs | None = None, **asked: bool
+) -> tuple[AttentionCall, Kind]:
+    """The call and its kind. An operand is copied where that alone makes it aligned, as a view at an odd offset.
 
-    All kernels then load 16 bytes at a time, and are those of other calls. An expanded tensor stays as it is.
+    All kernels then load 16 bytes at a time, and are those of other calls. An expanded operand stays as it is.
     """
-    operands = call.q, call.k, call.v
-    if are_aligned(*operands):
-        return call
-    q, k, v = (x if 0 in x.stride() else _aligned_copy(x) for x in operands)
-    return replace(call, q=q, k=k, v=v)
+    call = _with_one_layout(call)
+    kind = _kind(call, d_out, needs, asked)
+    if not kind.problem.aligned:
+        q, k, v = (x if 0 in x.stride() else _aligned_copy(x) for x in (call.q, call.k, call.v))
+        call = replace(call, q=q, k=k, v=v)
+        kind = _kind(call, d_out, needs, asked)
+    return call, kind
+
+
+def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked: dict[str, bool]) -> Kind:
+    visible, logits, sequences = call.visibility, call.logits, call.visibility.sequences
+    key = (
+        form_of(call.q),
+        form_of(call.k),
+        form_of(call.v),
+        form_of(d_out),
+        form_of(logits.query_scale),
+        form_of(logits.key_scale),
+        form_of(logits.sinks),
+        logits.softcap is None,
+        call.dropout is None,
+        call.invariant,
+        form_of(visible.key_lengths),
+        form_of(visible.key_ranges),
+        form_of(visible.mask),
+        visible.left,
+        visible.right,
+        None if sequences is None else (form_of(sequences.q_starts), form_of(sequences.k_starts), *_lengths(call)),
+        (needs, *asked.values()),
+    )
+    return kind_of(key, lambda: (problem_of(call, d_out, **asked), is_wide(call.q, call.k, call.v, d_out)))
 
 
 def _aligned_copy(tensor: Tensor) -> Tensor:

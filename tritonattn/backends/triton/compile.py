@@ -100,8 +100,12 @@ def specialised(function: JITFunction, arguments: Arguments, options: dict[str, 
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.float32, aligned: bool = True) -> Tensor:
-    *outer, width = shape
-    return torch.empty((*outer, width if aligned else width + 1 + width % 2), dtype=dtype, device="meta")[..., :width]
+    """Not aligned: expanded, as other tensors would be copied, with rows of an odd stride."""
+    if aligned:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    batch, *outer, width = shape
+    wide = torch.empty((1, *outer, width + 1 + width % 2), dtype=dtype, device="meta")
+    return wide[..., :width].expand(batch, *shape[1:])
 
 
 def _sizes(problem: Problem) -> tuple[int, int, int, int]:

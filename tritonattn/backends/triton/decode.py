@@ -14,7 +14,20 @@ from ...core.visibility import Visibility
 from ...kernels.decode import SHORTEST_SPLIT
 from ...kernels.records import Ranges, Results
 from ...tuning.config import Problem, is_short, padded_dim
-from .launch import Arguments, Plan, are_aligned, bounded, is_wide, plan, planned, scale_of, strided
+from .launch import (
+    Arguments,
+    Kind,
+    Plan,
+    are_aligned,
+    bounded,
+    form_of,
+    is_wide,
+    kind_of,
+    plan,
+    planned,
+    scale_of,
+    strided,
+)
 
 _MOST_SPLITS = 64
 
@@ -93,11 +106,32 @@ def attend_few_rows(call: AttentionCall, aux: bool) -> ForwardResult:
 
 
 def attend(rows: Rows, aux: bool) -> ForwardResult:
-    return planned("decode", _problem(rows, aux), rows.q.device, lambda chosen: _launch(rows, aux, chosen))
+    kind = _kind(rows, aux)
+    return planned("decode", kind.problem, rows.q.device, lambda chosen: _launch(rows, aux, kind, chosen))
 
 
-def _launch(rows: Rows, aux: bool, chosen: Plan) -> ForwardResult:
-    batch, q_heads, q_len, head_dim = rows.q.shape
+def _kind(rows: Rows, aux: bool) -> Kind:
+    logits = rows.logits
+    key = (
+        form_of(rows.q),
+        form_of(rows.k),
+        form_of(rows.v),
+        form_of(logits.query_scale),
+        form_of(logits.key_scale),
+        form_of(logits.sinks),
+        logits.softcap is None,
+        form_of(rows.key_lengths),
+        form_of(rows.key_ranges),
+        form_of(rows.block_table),
+        rows.capacity,
+        rows.left,
+        aux,
+    )
+    return kind_of(key, lambda: (_problem(rows, aux), is_wide(rows.k, rows.v)))
+
+
+def _launch(rows: Rows, aux: bool, kind: Kind, chosen: Plan) -> ForwardResult:
+    batch, q_heads, q_len, _ = rows.q.shape
     splits = _splits(rows, chosen.config.block_n)
     tiles = -(-rows.group * q_len // chosen.config.block_m)
     joined = _allocate(rows, (), rows.q.dtype, aux)
@@ -105,12 +139,11 @@ def _launch(rows: Rows, aux: bool, chosen: Plan) -> ForwardResult:
     sinks = None if rows.logits.sinks is None else rows.logits.sinks.contiguous()
     arguments = _arguments(rows) | {"results": _record(parts), "splits": splits}
     arguments["sinks_ptr"] = sinks if splits == 1 else None
-    chosen.launch((splits * tiles, rows.kv_heads, batch), arguments, is_wide(rows.k, rows.v))
+    chosen.launch((splits * tiles, rows.kv_heads, batch), arguments, kind.wide, kind)
     if splits > 1:
         results = {"parts": _record(parts), "results": _record(joined), "sinks_ptr": sinks}
-        problem = Problem(head_dim, rows.v.shape[3], rows.q.dtype, sinks=sinks is not None, aux=aux)
-        combined = plan("decode_combine", problem, rows.q.device)
-        combined.launch((q_len, q_heads, batch), arguments | results, False)
+        combined = plan("decode_combine", kind.problem, rows.q.device)
+        combined.launch((q_len, q_heads, batch), arguments | results, False, kind)
     return joined
 
 

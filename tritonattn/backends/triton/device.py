@@ -6,15 +6,17 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import create_function_from_signature
 
-from ...tuning.config import TileConfig
+from ...tuning.config import Problem, TileConfig
 
 Arguments = dict[str, Any]
 Grid = tuple[int, int, int]
@@ -22,6 +24,50 @@ Grid = tuple[int, int, int]
 
 class NotCompiledError(RuntimeError):
     """A kernel would have to be compiled while a CUDA graph is captured."""
+
+
+class ArgumentsOfKind(Arguments):
+    """A kernel's arguments in its order, and the kind of the call that they belong to, or None."""
+
+    kind: Kind | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """Calls that differ in addresses, and in numbers that select no code: one `Problem`, and one code of each kernel.
+
+    wide    `launch.is_wide` of its tensors
+    codes   by kernel, config, device and settings, code for arguments whose addresses are all multiples of 16
+    """
+
+    problem: Problem
+    wide: bool
+    codes: dict[tuple, KeptCode] = field(default_factory=dict)
+
+
+class KeptCode(NamedTuple):
+    """Code, and where its tensors stand: in an argument, or (argument, member of its record). kernel: keeps its id."""
+
+    compiled: CompiledKernel
+    tensors: tuple[int, ...]
+    members: tuple[tuple[int, int], ...]
+    kernel: Any
+
+    def takes(self, values: tuple[Any, ...]) -> bool:
+        """Whether all addresses are multiples of 16 bytes."""
+        address = 0
+        for i in self.tensors:
+            address |= values[i].data_ptr()
+        for i, j in self.members:
+            address |= values[i][j].data_ptr()
+        return address % 16 == 0
+
+
+def kept_code(compiled: CompiledKernel, values: tuple[Any, ...], kernel: Any) -> KeptCode:
+    tensors = tuple(i for i, value in enumerate(values) if isinstance(value, Tensor))
+    records = [(i, value) for i, value in enumerate(values) if isinstance(value, tuple)]
+    members = ((i, j) for i, record in records for j, member in enumerate(record) if isinstance(member, Tensor))
+    return KeptCode(compiled, tensors, tuple(members), kernel)
 
 
 def compile_options(config: TileConfig, invariant: bool = False) -> dict[str, Any]:
@@ -42,17 +88,35 @@ def launch_on(device: torch.device, kernel: Any, grid: Grid, arguments: Argument
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
             return launch_on(device, kernel, grid, arguments, config)
-    code, values = _code_of(kernel, config, device.index), tuple(arguments.values())
-    _, specialization, _ = code.bind(*values)
-    kind = (*specialization, *_switches())
-    compiled = code.compiled.get(kind)
-    if compiled is not None:
-        _launch(compiled, grid, device.index, values)
+    values, switches = tuple(arguments.values()), _switches()
+    kind: Kind | None = getattr(arguments, "kind", None)
+    key = (id(kernel), config, device.index, *switches)
+    if kind is not None and (kept := kind.codes.get(key)) and kept.takes(values):
+        _launch(kept.compiled, grid, device.index, values)
         return
-    with _one_compilation_at_a_time, _no_compilation_in_capture(kernel):
+    compiled = _bound_and_launched(device.index, kernel, grid, arguments, config, switches)
+    if kind is not None and compiled is not None:
+        kept = kept_code(compiled, values, kernel)
+        if kept.takes(values):
+            kind.codes[key] = kept
+
+
+def _bound_and_launched(
+    device: int, kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig, switches: tuple[Any, ...]
+) -> CompiledKernel | None:
+    """The code that was launched, found by Triton's own binding of the arguments."""
+    code, values = _code_of(kernel, config, device), tuple(arguments.values())
+    _, specialization, _ = code.bind(*values)
+    key = (*specialization, *switches)
+    compiled = code.compiled.get(key)
+    if compiled is not None:
+        _launch(compiled, grid, device, values)
+        return compiled
+    with code.locks.setdefault(key, threading.Lock()), _no_compilation_in_capture(kernel):
         compiled = kernel[grid](**arguments, **compile_options(config, arguments.get("INVARIANT", False)))
     if compiled is not None:  # a hook of Triton's may refuse to compile
-        code.compiled[kind] = compiled
+        code.compiled[key] = compiled
+    return compiled
 
 
 def _launch(compiled: CompiledKernel, grid: Grid, device: int, values: tuple[Any, ...]) -> None:
@@ -72,15 +136,17 @@ class _Code(NamedTuple):
 
     bind       Triton's own function from arguments to types, constants and alignments, which select code
     compiled   code by these
+    locks      by these: threads that meet a new kernel together would each compile it
     """
 
     bind: Callable
     compiled: dict[tuple, CompiledKernel]
+    locks: dict[tuple, threading.Lock]
 
 
 @functools.cache
 def _code_of(kernel: Any, config: TileConfig, device: int) -> _Code:
-    return _Code(binder(kernel, make_backend(_driver().get_current_target())), {})
+    return _Code(binder(kernel, make_backend(_driver().get_current_target())), {}, {})
 
 
 def _driver() -> Any:
@@ -102,8 +168,7 @@ def _switches() -> tuple[Any, ...]:
     )
 
 
-# Threads that meet a new kernel together would each compile it; and two that capture would leave a hook behind.
-_one_compilation_at_a_time = threading.RLock()
+_one_capture_at_a_time = threading.Lock()  # two would leave a hook behind
 
 
 @contextmanager
@@ -121,7 +186,7 @@ def _no_compilation_in_capture(kernel: Any) -> Iterator[None]:
             )
         return None if before is None else before(*arguments, **options)
 
-    with _one_compilation_at_a_time:
+    with _one_capture_at_a_time:
         before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, refuse
         try:
             yield

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...kernels.records import KeyBuffers
 from ...tuning.config import Problem
-from .launch import Arguments, are_aligned, is_wide, plan, strided
+from .launch import Arguments, are_aligned, form_of, is_wide, kind_of, plan, strided
 from .ranges import seen_bytes
 
 # Up to this many new keys, the program of a head computes lengths while it adds up; for more, a pass before does.
@@ -56,10 +56,16 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
 
 
 def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
-    batch, heads, k_len, head_dim = k.shape
-    chosen = plan(kernel, Problem(head_dim, head_dim, k.dtype, aligned=are_aligned(k)), k.device)
+    batch, heads, k_len, _ = k.shape
+    present = tuple(getattr(value, "dtype", value is None) for value in available.values())
+    kind = kind_of((form_of(k), present), lambda: (_problem(k), is_wide(k)))
+    chosen = plan(kernel, kind.problem, k.device)
     blocks = 1 if kernel == "append_keys" else -(-k_len // chosen.config.block_n)  # its sums go through all keys
-    chosen.launch((blocks, heads, batch), available, is_wide(k))
+    chosen.launch((blocks, heads, batch), available, kind.wide, kind)
+
+
+def _problem(k: Tensor) -> Problem:
+    return Problem(k.shape[3], k.shape[3], k.dtype, aligned=are_aligned(k))
 
 
 def _key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:

@@ -18,7 +18,7 @@ from ...kernels.records import Scale, Strided
 from ...tuning import lookup
 from ...tuning.config import Problem, Target, TileConfig, corrects_delta, legal_reasons, padded_dim, sum_columns
 from ...tuning.defaults import default_config
-from .device import Arguments, Grid, launch_on
+from .device import Arguments, ArgumentsOfKind, Grid, Kind, launch_on
 
 ConfigFor = Callable[[str, Problem, Target], TileConfig]
 Result = TypeVar("Result")
@@ -95,8 +95,8 @@ class Plan(NamedTuple):
     constexprs: Arguments
     descriptors: tuple[str, ...] = ()
 
-    def launch(self, grid: Grid, available: Arguments, wide: bool) -> None:
-        """Run with the kernel's own arguments out of those available, in its order.
+    def launch(self, grid: Grid, available: Arguments, wide: bool, kind: Kind | None = None) -> None:
+        """Run with the kernel's own arguments out of those available, in its order; kind: of the call, where kept.
 
         grid   blocks, heads and members (batch entries or sequences); past LONGEST_AXIS or MOST_PROGRAMS in several
                launches
@@ -105,13 +105,15 @@ class Plan(NamedTuple):
         most = MOST_PROGRAMS // max(blocks, 1)
         head_step = max(1, min(heads, LONGEST_AXIS, most))
         member_step = max(1, min(members, LONGEST_AXIS, most // head_step))
+        execute = recorder.run if (recorder := _recorder.get()) else run
+        values = {**available, **self.constexprs, "WIDE": wide}
         for first_member in range(0, members, member_step):
             for first_head in range(0, heads, head_step):
-                first = {"first_head": first_head, "first_member": first_member}
-                values = {**available, **self.constexprs, **first, "WIDE": wide}
+                values["first_head"], values["first_member"] = first_head, first_member
                 part = blocks, min(heads - first_head, head_step), min(members - first_member, member_step)
-                execute = recorder.run if (recorder := _recorder.get()) else run
-                execute(self.kernel, part, {name: values[name] for name in self.names}, self.config)
+                arguments = ArgumentsOfKind(zip(self.names, map(values.__getitem__, self.names), strict=True))
+                arguments.kind = kind
+                execute(self.kernel, part, arguments, self.config)
 
 
 @contextmanager
@@ -230,6 +232,28 @@ def scale_of(tensor: Tensor | None) -> Scale | None:
 def bounded(x: Tensor, highest: int) -> Tensor:
     """Integers clamped to [0, highest], int32; a dtype of fewer bits is widened first, as it may not hold `highest`."""
     return (x.int() if x.dtype.itemsize < 4 else x).clamp(0, highest).int()
+
+
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype, bool]
+_kinds: dict[Any, Kind] = {}
+_MOST_KINDS = 4096
+
+
+def form_of(tensor: Tensor | None) -> Form | None:
+    """All of a tensor that selects code: shape, strides, dtype, and whether it stands at a multiple of 16 bytes."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0
+
+
+def kind_of(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> Kind:
+    """The one `Kind` of a key: the forms of a call's tensors, and its options. found: its problem and `wide`."""
+    kind = _kinds.get(key)
+    if kind is None:
+        if len(_kinds) >= _MOST_KINDS:
+            _kinds.clear()
+        kind = _kinds[key] = Kind(*found())
+    return kind
 
 
 def is_wide(*tensors: Tensor | None) -> bool:
