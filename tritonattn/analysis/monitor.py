@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls.checks import check_bool
 from .alarms import Alarm, Alarms, Thresholds
+from .over_ranks import joined, joined_losses, rank_and_size
 from .records import JsonLines, Scalars
 from .watch import Watch
 
@@ -32,6 +34,8 @@ class Monitor:
         on_alarm: An action, besides the warning, in every watched step in which an alarm stands: "undo" calls
             `tritonattn.huggingface.patched(model).undo()`; `qk_clip(model, threshold)`; or a function of the list of
             `Alarm`s.
+        reduce: Join the statistics of all ranks of torch.distributed, each of which must watch. False keeps to this
+            process: one rank may then watch alone, but take no action.
 
     A record is a dict: step; loss; alarms; and layers, by the module's name, each with
 
@@ -62,8 +66,10 @@ class Monitor:
     the watch, loses the step, and leaves model and file whole.
 
     **Threads and processes.** Monitors of different models may run in different threads. Modules count in whatever
-    thread they run, so nn.DataParallel does. A process of a distributed run sees its own part: watch on rank 0, or give
-    each process its file.
+    thread they run, so nn.DataParallel does. Under torch.distributed every rank watches, with the same `every`: a
+    record is that of one process with the rows and heads of all (the loss is the ranks' mean, gradients are as DDP and
+    FSDP average them), every rank has it, acts on its alarms, and rank 0 writes and warns. A loss that is not finite
+    then raises its alarm in the next watched step.
 
     Raises:
         ValueError, TypeError: A bad argument; a transformers model with an attention implementation other than eager,
@@ -94,7 +100,9 @@ class Monitor:
         tensorboard: Any = None,
         thresholds: Thresholds | None = None,
         on_alarm: str | Action | None = None,
+        reduce: bool = True,
     ) -> None:
+        check_bool("reduce", reduce)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -106,8 +114,11 @@ class Monitor:
         self.last: dict[str, Any] | None = None  # the latest record
         self._alarms = Alarms(Thresholds() if thresholds is None else thresholds)
         self._act = _action(on_alarm, model)
-        self._file = None if file is None else JsonLines(file)
-        self._scalars = None if tensorboard is None else Scalars(tensorboard)
+        self._reduce = reduce
+        if on_alarm is not None and not reduce and rank_and_size()[1] > 1:
+            raise ValueError("on_alarm: expected reduce=True on more than one rank, where an action must be on all")
+        self._file = None if file is None or not self._speaks else JsonLines(file)
+        self._scalars = None if tensorboard is None or not self._speaks else Scalars(tensorboard)
         self._watch: Watch | None = None
         self._active = False
         self._not_finite: Tensor | None = None  # bool on the loss's device: whether one since the last check was
@@ -129,6 +140,16 @@ class Monitor:
         self._end()
         if self._scalars is not None:
             self._scalars.close()
+
+    @property
+    def _joins(self) -> bool:
+        """Whether the statistics of several ranks are joined."""
+        return self._reduce and rank_and_size()[1] > 1
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this process writes and warns."""
+        return not self._joins or rank_and_size()[0] == 0
 
     @property
     def active(self) -> bool:
@@ -189,10 +210,10 @@ class Monitor:
     def _loss_alarms(self, step: int, loss: float | Tensor | None, watched: bool) -> list[Alarm]:
         if loss is None:
             return []
-        if isinstance(loss, Tensor) and _is_elsewhere(loss):
-            bad = ~torch.isfinite(loss).all()
+        if self._joins or (isinstance(loss, Tensor) and _is_elsewhere(loss)):
+            bad = ~torch.isfinite(torch.as_tensor(loss)).all()
             self._not_finite = bad if self._not_finite is None else self._not_finite | bad
-            if not watched:
+            if not watched or self._joins:
                 return []
             failed, self._not_finite = bool(self._not_finite), None
             value = float(loss)
@@ -205,10 +226,15 @@ class Monitor:
         """Make a record, write it, warn and act."""
         layers: dict[str, Any] = {}
         if watch is not None:
-            summaries = {name: tally.summary(grad_scale) for name, tally in watch.tallies.items()}
-            layers = {name: one for name, one in summaries.items() if one is not None}
-            if loss is None and (loss := watch.loss()) is not None:
+            totals = {name: one for name, tally in watch.tallies.items() if (one := tally.totals()) is not None}
+            if loss is None and (loss := watch.loss()) is not None and not self._joins:
                 alarms = self._alarms.of_loss(step, loss)
+            if self._joins:
+                loss, alarms = self._joined_loss(step, loss)
+                ranks = joined(totals, next(self.model.parameters(), torch.empty(0)).device)
+                layers = {name: one.summary(grad_scale * averaged) for name, (one, averaged) in ranks.items()}
+            else:
+                layers = {name: one.summary(grad_scale) for name, one in totals.items()}
             if not layers:
                 self._warn_blind(step)
         alarms = [*alarms, *self._alarms.of(step, layers)]
@@ -222,17 +248,25 @@ class Monitor:
             "layers": layers,
         }
         self.last = record
-        for target in (self._file, self._scalars):
+        for target in (self._file, self._scalars) if self._speaks else ():
             if target is not None:
                 target.write(record)
         if alarms and self._act is not None:
             self._act(alarms)
-        if new := [str(alarm) for alarm in alarms if alarm.new]:
+        if (new := [str(alarm) for alarm in alarms if alarm.new]) and self._speaks:
             warnings.warn(f"step {step}: {'; '.join(new)}", RuntimeWarning, stacklevel=3)
         return record
 
+    def _joined_loss(self, step: int, loss: float | Tensor | None) -> tuple[float | None, list[Alarm]]:
+        """The mean loss of the ranks, and its alarm: of a loss since the last watched step that was not finite."""
+        failed, self._not_finite = self._not_finite is not None and bool(self._not_finite), None
+        mean, failed = joined_losses(step, None if loss is None else float(loss), failed)
+        if mean is None:
+            return None, []
+        return mean, self._alarms.of_loss(step, math.nan if failed and math.isfinite(mean) else mean)
+
     def _warn_blind(self, step: int) -> None:
-        if not self._warned_blind:
+        if not self._warned_blind and self._speaks:
             self._warned_blind = True
             warnings.warn(
                 f"step {step}: Monitor saw no attention: expected layers that compute it by tritonattn or transformers,"

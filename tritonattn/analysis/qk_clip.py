@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import sys
 import warnings
@@ -12,24 +14,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.shards import as_placed, is_dtensor, twin, whole
 from ..integrations.torch_modules import MultiheadAttention
 from ..nn import ScaledAttention
 from ..scaling import Scaling
 from .alarms import Alarm
+from .over_ranks import gathered, rank_and_size
 
 _NORM = re.compile(r"(q|k|qk|query|key)_?(layer)?_?norm(alization)?")
 _PAIRS = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"))
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Weight and bias of a linear layer, outputs first, and the factor of each output: fp64, of ones at first.
+
+    A weight may be a DTensor, sharded in any way: factors are whole on every rank.
+    """
+
+    tensors: tuple[Tensor, ...]
+    factor: Tensor
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> Rows:
+        return cls(tensors, torch.ones(tensors[0].shape[0], dtype=torch.float64, device="cpu"))
+
+    def multiply(self) -> None:
+        """Multiply in place, with one rounding to the tensors' dtype."""
+        if bool((self.factor == 1).all()):
+            return
+        for x in self.tensors:
+            factor = as_placed(self.factor.to(x.device).reshape(-1, *(1,) * (x.dim() - 1)), x)
+            x.copy_(x.double() * factor)
+
+
 @dataclass(frozen=True)
 class Projections:
-    """The weights of q and k in one attention module.
+    """The projections of q and k in one attention module.
 
-    query, key     views of the weights and biases by head, [H, d, ...]; writing to them writes to the model
+    rows           of all the layers that project q and k
+    query, key     views of the rows' factors by head, [H, d]
     scaling        as in `tritonattn.attention`; None is the model's own factor
     query_alone    more of q: features that meet keys which all heads share
     """
 
+    rows: tuple[Rows, ...]
     query: tuple[Tensor, ...]
     key: tuple[Tensor, ...]
     scaling: Any
@@ -60,6 +89,7 @@ class QKClip:
     def __call__(self, alarms: Sequence[Alarm]) -> dict[str, Tensor]:
         """Clip the layers whose alarm is of max_logit, and return what `clip` returns.
 
+        Alarms of a Monitor are the same on every rank.
         It never ends a training: a layer that cannot be clipped is left as it is, with one warning.
         """
         clipped = {}
@@ -67,17 +97,17 @@ class QKClip:
             if one.measure != "max_logit" or one.layer in self.skipped:
                 continue
             try:
-                clipped.update(self.clip({one.layer: one.heads}))
+                clipped.update(self._clip({one.layer: one.heads}))
             except (NotImplementedError, ValueError) as error:
                 self.skipped[one.layer] = str(error)
                 warnings.warn(f"qk_clip: a layer will not be clipped: {error}", RuntimeWarning, stacklevel=2)
         return clipped
 
-    @torch.no_grad()
     def clip(self, max_logits: Mapping[str, Any]) -> dict[str, Tensor]:
         """Clip layers by name, as a Monitor names them, from the largest logit [Hq] of each head.
 
-        None, NaN and infinity leave a head as it is.
+        None, NaN and infinity leave a head as it is. Under torch.distributed every rank calls, and the largest logit is
+        that of all ranks.
 
         Returns:
             gamma, fp64 [Hq], of the layers in which a head was clipped.
@@ -86,11 +116,18 @@ class QKClip:
             NotImplementedError: A layer that cannot be clipped, and why.
             ValueError: A name that is none of a module, or another number of logits.
         """
+        everyone = gathered(dict(max_logits)) if rank_and_size()[1] > 1 else [max_logits]
+        names = dict.fromkeys(name for one in everyone for name in one)
+        return self._clip({name: _largest([one[name] for one in everyone if name in one]) for name in names})
+
+    @torch.no_grad()
+    def _clip(self, max_logits: Mapping[str, Any]) -> dict[str, Tensor]:
         found = {name: self._gamma(values) for name, values in max_logits.items()}
         found = {name: gamma for name, gamma in found.items() if bool((gamma < 1).any())}
         plans = [_plan(name, _module(self.model, name), gamma) for name, gamma in found.items()]
-        for rows, factor in (pair for plan in plans for pair in plan):
-            _multiply(rows, factor)
+        for plan in plans:
+            for rows in plan:
+                rows.multiply()
         return found
 
     def _gamma(self, values: Any) -> Tensor:
@@ -112,6 +149,9 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
 
     Latent attention (DeepSeek's) has both kinds of features, and is clipped as in the paper: where heads have keys of
     their own (nope), W_q and W_k *= sqrt(gamma_h); where they share one (rope), W_q *= gamma_h.
+
+    Several ranks (DDP, FSDP2, tensor parallelism): all clip alike, from the largest logits of all, whatever part of the
+    weights each holds.
 
     Weights only: the optimizer's state stays, as in the paper. Give the Monitor a threshold of no more than this one:
     `Thresholds(max_logit=threshold)`.
@@ -178,24 +218,29 @@ def _by_reason(skipped: dict[str, str]) -> str:
     return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in listed.items())
 
 
-def _plan(name: str, module: nn.Module, gamma: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of rows [H, d, ...] and factors [H], none without gamma; raises for a layer that cannot be clipped."""
+def _largest(values: list[Any]) -> list[float]:
+    """The largest number a head that a rank has seen; NaN where none has. Ranks with another number keep all."""
+    rows = [[math.nan if x is None else float(x) for x in one] for one in values]
+    longest = max(rows, key=len)
+    known = [[x for x in column if not math.isnan(x)] for column in itertools.zip_longest(*rows, fillvalue=math.nan)]
+    return [max(column, default=math.nan) for column in known][: len(longest)]
+
+
+def _plan(name: str, module: nn.Module, gamma: Tensor | None) -> tuple[Rows, ...]:
+    """The rows to multiply, with their factors; none without gamma. Raises for a layer that cannot be clipped."""
     found = _projections(name, module)
     degree = _degree_in_keys(found, name)
     if gamma is None:
-        return []
+        return ()
     heads, kv_heads = found.query[0].shape[0], found.key[0].shape[0]
     if gamma.shape[0] != heads:
         raise ValueError(f"{name}: expected {heads} largest logits, got {gamma.shape[0]}")
-    alone = [(rows, gamma) for rows in found.query_alone]
-    if degree == 1 and heads == kv_heads:
-        return [(rows, gamma.sqrt()) for rows in (*found.query, *found.key)] + alone
-    return [(rows, gamma) for rows in found.query] + alone
-
-
-def _multiply(rows: Tensor, factor: Tensor) -> None:
-    """Multiply rows [H, d, ...] in place by a factor [H] of each head, with one rounding to their dtype."""
-    rows.copy_(rows.double() * factor.to(rows.device).reshape(-1, *(1,) * (rows.dim() - 1)))
+    both = degree == 1 and heads == kv_heads
+    for factors in (*found.query, *(found.key if both else ())):
+        factors.mul_((gamma.sqrt() if both else gamma)[:, None])
+    for factors in found.query_alone:
+        factors.mul_(gamma[:, None])
+    return found.rows
 
 
 def _degree_in_keys(found: Projections, name: str) -> int:
@@ -203,7 +248,9 @@ def _degree_in_keys(found: Projections, name: str) -> int:
 
     Raises NotImplementedError if the logits are not proportional to q, or depend on the size of k in another way.
     """
-    scaling = found.scaling
+    scaling: Any = found.scaling
+    if isinstance(scaling, nn.Module) and is_dtensor(*scaling.parameters()):
+        scaling = twin(scaling, whole)
     if not isinstance(scaling, Scaling):
         return 1
     parameters = list(scaling.parameters()) if isinstance(scaling, nn.Module) else []
@@ -243,15 +290,15 @@ def _projections(name: str, module: Any) -> Projections:
             q, k = _rows(name, query, getattr(module, query)), _rows(name, key, getattr(module, key))
             _check_sizes(name, query, q, sizes[0])
             _check_sizes(name, key, k, sizes[1])
-            return Projections(_by_head(q, heads), _by_head(k, kv_heads), scaling)
+            return Projections((q, k), _by_head(q.factor, heads), _by_head(k.factor, kv_heads), scaling)
     if hasattr(module, "kv_b_proj"):
         return _of_latent_attention(name, module, heads, scaling)
     for fused in ("qkv_proj", "c_attn"):
         if hasattr(module, fused):
             rows = _rows(name, fused, getattr(module, fused))
             _check_sizes(name, fused, rows, sizes[0] + 2 * sizes[1])
-            q, k = tuple(x[: sizes[0]] for x in rows), tuple(x[sizes[0] : sum(sizes)] for x in rows)
-            return Projections(_by_head(q, heads), _by_head(k, kv_heads), scaling)
+            q, k = rows.factor[: sizes[0]], rows.factor[sizes[0] : sum(sizes)]
+            return Projections((rows,), _by_head(q, heads), _by_head(k, kv_heads), scaling)
     raise NotImplementedError(
         f"{name}: expected projections named q_proj and k_proj, query and key, q_lin and k_lin, qkv_proj, c_attn or"
         f" kv_b_proj, got a {type(module).__name__} without them"
@@ -281,8 +328,7 @@ def _refuse_norms(name: str, module: nn.Module) -> None:
             )
 
 
-def _rows(name: str, child: str, layer: Any) -> tuple[Tensor, ...]:
-    """Weight and bias of a linear layer, outputs first."""
+def _rows(name: str, child: str, layer: Any) -> Rows:
     kind = type(layer).__name__
     if type(layer) is nn.Linear:
         weight = layer.weight
@@ -292,11 +338,11 @@ def _rows(name: str, child: str, layer: Any) -> tuple[Tensor, ...]:
         raise NotImplementedError(f"{name}: QK-clip: expected a plain linear layer as {child}, got {kind}")
     if not weight.is_floating_point():
         raise NotImplementedError(f"{name}: QK-clip: expected floating weights in {child}, got {weight.dtype}")
-    return (weight,) if layer.bias is None else (weight, layer.bias)
+    return Rows.of(weight) if layer.bias is None else Rows.of(weight, layer.bias)
 
 
-def _by_head(rows: tuple[Tensor, ...], heads: int) -> tuple[Tensor, ...]:
-    return tuple(x.unflatten(0, (heads, -1)) for x in rows)
+def _by_head(factor: Tensor, heads: int) -> tuple[Tensor]:
+    return (factor.unflatten(0, (heads, -1)),)
 
 
 def _of_latent_attention(name: str, module: Any, heads: int, scaling: Any) -> Projections:
@@ -306,25 +352,26 @@ def _of_latent_attention(name: str, module: Any, heads: int, scaling: Any) -> Pr
     nope = module.qk_nope_head_dim
     _check_sizes(name, query, q, heads * (nope + module.qk_rope_head_dim))
     _check_sizes(name, "kv_b_proj", kv, heads * (nope + module.v_head_dim))
-    q, kv = _by_head(q, heads), _by_head(kv, heads)
-    own, shared = tuple(x[:, :nope] for x in q), tuple(x[:, nope:] for x in q)
-    return Projections(own, tuple(x[:, :nope] for x in kv), scaling, shared)
+    (of_q,), (of_kv,) = _by_head(q.factor, heads), _by_head(kv.factor, heads)
+    return Projections((q, kv), (of_q[:, :nope],), (of_kv[:, :nope],), scaling, (of_q[:, nope:],))
 
 
-def _check_sizes(name: str, child: str, rows: tuple[Tensor, ...], wanted: int) -> None:
-    if rows[0].shape[0] != wanted:
+def _check_sizes(name: str, child: str, rows: Rows, wanted: int) -> None:
+    got = rows.factor.shape[0]
+    if got != wanted:
         raise NotImplementedError(
-            f"{name}: QK-clip: expected {wanted} outputs of {child}, got {rows[0].shape[0]}: it holds more than heads"
+            f"{name}: QK-clip: expected {wanted} outputs of {child}, got {got}: it holds more than heads"
         )
 
 
 def _of_multihead_attention(module: Any) -> Projections:
-    if module.in_proj_weight is not None:
-        query, key, _ = module.in_proj_weight.chunk(3)
-    else:
-        query, key = module.q_proj_weight, module.k_proj_weight
-    biases: list[tuple[Tensor, ...]] = [(), ()]
-    if module.in_proj_bias is not None:
-        biases = [(bias,) for bias in module.in_proj_bias.chunk(3)[:2]]
-    q, k = (_by_head((rows, *bias), module.num_heads) for rows, bias in zip((query, key), biases, strict=True))
-    return Projections(q, k, module.scaling)
+    """q and k of one fused weight or of two; a bias is fused."""
+    width, heads = module.embed_dim, module.num_heads
+    fused = [x for x in (module.in_proj_weight, module.in_proj_bias) if x is not None]
+    apart = () if module.in_proj_weight is not None else (module.q_proj_weight, module.k_proj_weight)
+    rows = (*((Rows.of(*fused),) if fused else ()), *map(Rows.of, apart))
+    of_q, of_k = [rows[0].factor[:width]] if fused else [], [rows[0].factor[width : 2 * width]] if fused else []
+    if apart:
+        of_q, of_k = [*of_q, rows[-2].factor], [*of_k, rows[-1].factor]
+    query, key = (tuple(x for one in views for x in _by_head(one, heads)) for views in (of_q, of_k))
+    return Projections(rows, query, key, module.scaling)

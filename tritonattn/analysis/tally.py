@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +14,52 @@ from ..core.visibility import Visibility
 from .diagnosis import ONE_HOT, UNIFORM
 from .row_statistics import relative_entropy
 
+SUMS = ("real_rows", "rows", "entropy", "one_hot", "uniform")
+
+
+@dataclass(frozen=True, eq=False)
+class Totals:
+    """Sums over the rows of one layer in a step, by head, fp64 on the CPU.
+
+    calls       the number of calls
+    sums        real_rows, rows, entropy, one_hot, uniform: [Hq]
+    max_logit   [Hq]
+    mean        of the output over real rows, [Hq, Dv]
+    deviations  sum over real rows of squared deviations from it, mean over features: [Hq]
+    q_squares   sum of squares of the gradient of q [Hq], None without backward; k_squares [Hkv] likewise
+    head_part   (number, of how many): which part of the layer's heads these are, (0, 1) being all
+    """
+
+    calls: int
+    sums: dict[str, Tensor]
+    max_logit: Tensor
+    mean: Tensor
+    deviations: Tensor
+    q_squares: Tensor | None
+    k_squares: Tensor | None
+    head_part: tuple[int, int] = (0, 1)
+
+    def summary(self, grad_scale: float = 1.0) -> dict[str, Any]:
+        """The measures as lists, one number or None a head."""
+        real_rows, rows, entropy, one_hot, uniform = (self.sums[name] for name in SUMS)
+        return {
+            "calls": self.calls,
+            "rows": int(real_rows.sum()),
+            "max_logit": _numbers(self.max_logit, real_rows),
+            "relative_entropy": _numbers(entropy / rows, rows),
+            "near_one_hot": _numbers(one_hot / real_rows, real_rows),
+            "near_uniform": _numbers(uniform / rows, rows),
+            "q_gradient_norm": _norm(self.q_squares, grad_scale),
+            "k_gradient_norm": _norm(self.k_squares, grad_scale),
+            "output_variance": _numbers(self.deviations / real_rows.clamp(min=1), real_rows),
+        }
+
 
 class Tally:
-    """Sums over the calls of one layer, kept on the device until `summary` reads them."""
+    """Sums over the calls of one layer, kept on the device until `totals` reads them."""
 
-    def __init__(self) -> None:
+    def __init__(self, head_part: tuple[int, int] = (0, 1)) -> None:
+        self._head_part = head_part
         self._calls: list[dict[str, Tensor]] = []
         self._q_squares: list[Tensor] = []
         self._k_squares: list[Tensor] = []
@@ -32,25 +74,15 @@ class Tally:
             if x.requires_grad:
                 x.register_hook(lambda g, squares=squares: squares.append(_square(g)))
 
-    def summary(self, grad_scale: float = 1.0) -> dict[str, Any] | None:
-        """The measures as lists, one number or None a head; None if no call was counted."""
+    def totals(self) -> Totals | None:
+        """The sums over all calls; None if no call was counted."""
         if not self._calls:
             return None
         calls = [{name: x.cpu() for name, x in sums.items()} for sums in self._calls]
-        names = ("real_rows", "rows", "entropy", "one_hot", "uniform")
-        total = {name: torch.stack([one[name] for one in calls]).sum(0) for name in names}
+        sums = {name: torch.stack([one[name] for one in calls]).sum(0).double() for name in SUMS}
         largest = torch.stack([one["max_logit"] for one in calls]).amax(0)
-        return {
-            "calls": len(calls),
-            "rows": int(total["real_rows"].sum()),
-            "max_logit": _numbers(largest, total["real_rows"]),
-            "relative_entropy": _numbers(total["entropy"] / total["rows"], total["rows"]),
-            "near_one_hot": _numbers(total["one_hot"] / total["real_rows"], total["real_rows"]),
-            "near_uniform": _numbers(total["uniform"] / total["rows"], total["rows"]),
-            "q_gradient_norm": _norm(self._q_squares, grad_scale),
-            "k_gradient_norm": _norm(self._k_squares, grad_scale),
-            "output_variance": _numbers(_variance(calls), total["real_rows"]),
-        }
+        squares = (_total(self._q_squares), _total(self._k_squares))
+        return Totals(len(calls), sums, largest, *_moments_of_all(calls), *squares, self._head_part)
 
 
 def counted_rows(seen: Visibility) -> Tensor:
@@ -98,8 +130,8 @@ def _moments(out: Tensor, real: Tensor) -> dict[str, Tensor]:
     return {"mean": mean.double(), "deviations": deviations.double()}
 
 
-def _variance(calls: list[dict[str, Tensor]]) -> Tensor:
-    """Variance of every feature over the rows of all calls, averaged over the features: [Hq].
+def _moments_of_all(calls: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean of every feature over the rows of all calls [Hq, Dv]; sum of squared deviations, mean over features [Hq].
 
     Calls are joined by the formula of Chan, Golub and LeVeque, which does not cancel.
     """
@@ -111,7 +143,7 @@ def _variance(calls: list[dict[str, Tensor]]) -> Tensor:
         shift = one["mean"] - mean
         deviations = deviations + one["deviations"] + shift.square() * count * more / both
         mean, count = mean + shift * more / both, count + more
-    return (deviations / count.clamp(min=1)).mean(-1)
+    return mean, deviations.mean(-1)
 
 
 def _square(gradient: Tensor) -> Tensor:
@@ -119,10 +151,14 @@ def _square(gradient: Tensor) -> Tensor:
     return torch.linalg.vector_norm(gradient.detach(), dim=(0, 2, 3), dtype=torch.float32).double().square()
 
 
-def _norm(squares: list[Tensor], grad_scale: float) -> list[float | None] | None:
-    if not squares:
+def _total(squares: list[Tensor]) -> Tensor | None:
+    return torch.stack([x.cpu() for x in squares]).sum(0) if squares else None
+
+
+def _norm(squares: Tensor | None, grad_scale: float) -> list[float | None] | None:
+    if squares is None:
         return None
-    norms = torch.stack([x.cpu() for x in squares]).sum(0).sqrt() / grad_scale
+    norms = squares.sqrt() / grad_scale
     return _numbers(norms, torch.ones_like(norms))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.observation import ObservedCall, Observer
+from ..core.shards import head_part
 from .tally import Tally
 
 
@@ -108,7 +109,9 @@ class Watch:
         name, module = self._running.modules[-1]
         if not (module.training or call.out.requires_grad):
             return
-        tally = self.tallies.setdefault(name, Tally())
+        if name not in self.tallies:
+            self.tallies[name] = Tally(head_part(module))
+        tally = self.tallies[name]
         tally.follow_gradients(call)
         if not _in_backward():
             tally.add(call)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import math
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 from torch import Tensor, nn
 
 from ..core.dropout import stream
-from ..core.shards import is_dtensor, refuse_context_parallel
+from ..core.shards import is_dtensor, refuse_context_parallel, twin
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -167,15 +166,7 @@ class Shards(NamedTuple):
 
     def _module(self, module: nn.Module) -> nn.Module:
         """A scaling with this rank's part of its parameters; the first axis of one is that of heads, if as long."""
-        twin = copy.copy(module)
-        parameters, children = module._parameters.items(), module._modules.items()
-        of_heads, of_all = Axes(None, 0), NOWHERE
-        twin.__dict__["_parameters"] = {
-            name: None if x is None else self._tensor(x, of_heads if x.shape[:1] == (self.heads,) else of_all)
-            for name, x in parameters
-        }
-        twin.__dict__["_modules"] = {name: None if x is None else self._module(x) for name, x in children}
-        return twin
+        return twin(module, lambda x: self._tensor(x, Axes(None, 0) if x.shape[:1] == (self.heads,) else NOWHERE))
 
     def _wanted(self, x: Tensor, axes: Axes) -> tuple[tuple[Any, ...], list[Any]]:
         """The placements of x where q's parts need it, and of its gradient: a rank has a part of that of replicas."""

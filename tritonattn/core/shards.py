@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +70,26 @@ def local(x: Any) -> Tensor:
     return x.to_local() if is_dtensor(x) else x
 
 
+def whole(x: Any) -> Tensor:
+    """All of a DTensor, gathered on every rank; another tensor as it is."""
+    return x.full_tensor() if is_dtensor(x) else x
+
+
+def head_part(module: nn.Module) -> tuple[int, int]:
+    """(number, of how many): the part of its heads that a running attention module has on this rank.
+
+    While it runs FSDP has gathered its parameters, so that a sharded one is sharded by tensor parallelism.
+    """
+    for x in module.parameters():
+        if is_dtensor(x) and not all(placement.is_replicate() for placement in x.placements):  # pyright: ignore
+            mesh, number, count = x.device_mesh, 0, 1  # pyright: ignore[reportAttributeAccessIssue]
+            for i, placement in enumerate(x.placements):  # pyright: ignore[reportAttributeAccessIssue]
+                if not placement.is_replicate():
+                    number, count = number * mesh.size(i) + mesh.get_local_rank(i), count * mesh.size(i)
+            return number, count
+    return 0, 1
+
+
 def as_placed(x: Tensor, like: Tensor) -> Tensor:
     """x, which all ranks hold alike, as a DTensor on the mesh of `like` where that is one."""
     if not is_dtensor(like):
@@ -76,6 +98,15 @@ def as_placed(x: Tensor, like: Tensor) -> Tensor:
 
     mesh = like.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
     return DTensor.from_local(x.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def twin(module: nn.Module, parameter: Callable[[Tensor], Tensor]) -> Any:
+    """A shallow copy of a module, with what `parameter` makes of its parameters."""
+    copied = copy.copy(module)
+    own, children = module._parameters.items(), module._modules.items()
+    copied.__dict__["_parameters"] = {name: None if x is None else parameter(x) for name, x in own}
+    copied.__dict__["_modules"] = {name: None if x is None else twin(x, parameter) for name, x in children}
+    return copied
 
 
 def obstacle_to_parameters(module: nn.Module) -> str | None:

@@ -1,0 +1,79 @@
+"""What runs on every rank: a Monitor and QK-clip over several processes, against one."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.distributed.models import HEADS, llama, tokens, whole
+from tests.distributed.training import by_heads, sharded
+from tritonattn.analysis import Monitor, Thresholds, qk_clip
+
+THRESHOLD = 0.09
+
+
+def record_of_one() -> dict[str, Any]:
+    model, ids = llama(), tokens()
+    with Monitor(model, every=1, reduce=False, thresholds=Thresholds(near_uniform=None)) as monitor:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        record = monitor.step(loss)
+    assert record is not None
+    return record
+
+
+def watched(rank: int, how: str, folder: str) -> dict[str, Any]:
+    """The record of a step; the alarms of its largest logits clip all ranks alike, by the formula."""
+    mesh = init_device_mesh("cpu", (2, 2) if how == "fsdp x tensor" else (4, 1), mesh_dim_names=("dp", "tp"))
+    inner = llama()
+    before = [layer.self_attn.q_proj.weight.detach().clone() for layer in inner.model.layers]
+    model = inner
+    if how == "ddp":
+        model = DistributedDataParallel(inner)
+    else:
+        model = sharded(by_heads(inner, mesh["tp"]) if how == "fsdp x tensor" else inner, mesh["dp"])
+    own = tokens().chunk(mesh["dp"].size())[mesh["dp"].get_local_rank()]
+    file = Path(folder) / f"{how}.jsonl"
+    limits, clip = Thresholds(max_logit=THRESHOLD, near_uniform=None), qk_clip(inner, THRESHOLD)
+    monitor, record = Monitor(inner, every=2, thresholds=limits, on_alarm=clip, file=file), None
+    with monitor, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):  # the second step is not watched
+            loss = model(input_ids=own, labels=own).loss
+            loss.backward()
+            record = monitor.step(loss) or record
+    for layer, weight, name in zip(inner.model.layers, before, record["layers"], strict=True):
+        largest = torch.tensor(record["layers"][name]["max_logit"])
+        gamma = (THRESHOLD / largest).clamp(max=1)
+        assert (gamma < 1).any()
+        wanted = (weight.view(HEADS, -1, weight.shape[1]) * gamma[:, None, None]).view_as(weight)
+        torch.testing.assert_close(whole(layer.self_attn.q_proj.weight.detach()), wanted, rtol=1e-5, atol=1e-7)
+    assert any("max_logit" in str(one.message) for one in said) == (rank == 0)
+    dist.barrier()
+    assert len(file.read_text().splitlines()) == 1
+    return record
+
+
+def direct(rank: int) -> list[float]:
+    """`clip` takes the largest logits of all ranks, which see layers that others do not."""
+    model = llama()
+    mine = [0.1, math.nan, 1.0 + rank, None]
+    found = qk_clip(model, 1.0).clip({f"model.layers.{rank % 2}.self_attn": mine})
+    return [*found["model.layers.0.self_attn"].tolist(), *found["model.layers.1.self_attn"].tolist()]
+
+
+def refused(rank: int) -> None:
+    with pytest.raises(ValueError, match="reduce=True"):
+        Monitor(llama(), on_alarm="undo", reduce=False)
+    monitor = Monitor(llama(), every=1)
+    monitor.steps = rank
+    with pytest.raises(RuntimeError, match="same step"), monitor:
+        monitor.step(1.0)
