@@ -33,20 +33,8 @@ FLOOR_OF = {folder: number for number, folders in enumerate(FLOORS) for folder i
 # Public modules that only hand on names from below: they stand beside the package's own __init__.
 DOORS = {("tuning",)}
 
-OPTIONAL = {
-    "transformers",
-    "accelerate",
-    "gguf",
-    "matplotlib",
-    "tqdm",
-    "numpy",
-    "diffusers",
-    "kernels",
-    "timm",
-    "x_transformers",
-    "sklearn",
-    "scipy",
-}
+OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tqdm", "numpy", "sklearn", "scipy"}
+OPTIONAL |= {"diffusers", "kernels", "timm", "x_transformers"}
 OPTIONAL_IN = {
     "huggingface": {"transformers"},
     "core": {"tqdm"},

@@ -11,7 +11,6 @@ from tests.analysis.models import DIM, Net, dense
 from tests.support.llama import HEADS, ids, llama
 from tritonattn.analysis import Monitor, Thresholds
 from tritonattn.huggingface import patch
-from tritonattn.integrations.torch_modules import replace_multihead_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*use_reentrant.*:UserWarning")
 QUIET = Thresholds(None, None, None)
@@ -108,18 +107,6 @@ def test_padding_and_accumulation_say_what_the_sequences_say_alone(kind, side):
         assert (layer["calls"], wanted["layers"][name]["calls"]) == (1, 2)
 
 
-def test_rows_of_packed_sequences_are_no_padding_where_keys_are():
-    """Queries and keys are packed apart here, so a row's place does not tell whether it is padding."""
-
-    class Packed(nn.Module):
-        def forward(self, x):
-            q, k = torch.tensor([[0, 5, 9], [0, 4, 8]], dtype=torch.int32)
-            return tritonattn.attention_varlen(x, x, x, q, k, 5, 4)
-
-    x = torch.randn(9, HEADS, DIM, requires_grad=True)
-    assert record_of(Packed(), lambda net: net(x).sum())["layers"]["Packed"]["rows"] == HEADS * 9
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_numbers_of_16_bits_are_not_rounded_to_them(dtype):
     """Gradient norms do not overflow either, under a scaled loss."""
@@ -191,21 +178,6 @@ def test_mixed_precision_and_loss_scaling():
         got = monitor.step(loss, grad_scale=1024)["layers"]["attention"]
     close(got, wanted, rtol=0.1, atol=0.02)
     assert got["max_logit"] != wanted["max_logit"]
-
-
-def test_multihead_attention_of_torch():
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 4, dropout=0.0, batch_first=True)
-    net, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 7, 32)
-    padding = torch.zeros(2, 7, dtype=torch.bool)
-    padding[1, 4:] = True
-    with replace_multihead_attention(net, "log_key_count"):
-        got = record_of(net, lambda net: net(x, src_key_padding_mask=padding)[~padding].square().sum())
-        parts = [x[:1], x[1:, :4]]
-        wanted = record_of(net, *(lambda net, part=part: net(part).square().sum() for part in parts))
-    assert list(got["layers"]) == ["layers.0.self_attn", "layers.1.self_attn"]
-    for name, one in got["layers"].items():
-        close(one, wanted["layers"][name], rtol=1e-3)
 
 
 def test_another_models_attention_is_not_counted():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import warnings
 from dataclasses import replace
 
@@ -208,9 +207,3 @@ def test_tensorboard_gets_the_loss_and_every_layer():
     assert writer.scalars["attention/max_logit", 0] == max(layer["max_logit"])
     assert writer.scalars["attention/k_gradient_norm", 0] == pytest.approx(sum(layer["k_gradient_norm"]) / 2)
     assert len(writer.scalars) == 8
-
-
-def test_tensorboard_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=r"tritonattn\[monitor\]"):
-        Monitor(Net(), tensorboard="runs")

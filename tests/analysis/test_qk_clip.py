@@ -21,15 +21,8 @@ from tritonattn.nn import QueryAdaptiveSSMax, ScaledAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 QUIET = Thresholds(None, None, None)
-SIZES = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    vocab_size=61,
-    max_position_embeddings=64,
-    initializer_range=0.5,
-)
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"vocab_size": 61, "max_position_embeddings": 64, "initializer_range": 0.5}
 
 
 def largest(net, run) -> dict[str, list[float]]:
@@ -110,20 +103,18 @@ def test_layouts_of_transformers(name):
     clipped(model, lambda model: model(tokens))
 
 
-def latent(q_lora_rank: int | None, **sizes):
+def latent(q_lora_rank: int | None):
     """A DeepSeek V3 of 4 heads with 4 features of their own and 6 of a shared key."""
     torch.manual_seed(0)
-    config = transformers.DeepseekV3Config(
-        **SIZES,
-        num_key_value_heads=4,
-        kv_lora_rank=8,
-        q_lora_rank=q_lora_rank,
-        qk_rope_head_dim=6,
-        qk_nope_head_dim=4,
-        v_head_dim=8,
-        first_k_dense_replace=2,
-        **sizes,
-    )
+    dims = {
+        "qk_rope_head_dim": 6,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "kv_lora_rank": 8,
+        "q_lora_rank": q_lora_rank,
+    }
+    dims |= {"q_lora_rank": q_lora_rank, "num_key_value_heads": 4}
+    config = transformers.DeepseekV3Config(**SIZES, **dims, first_k_dense_replace=2)
     return transformers.DeepseekV3ForCausalLM(config).train()
 
 
@@ -174,14 +165,6 @@ def test_a_patched_model():
         clipped(model, lambda model: model(tokens))
 
 
-def test_weights_in_bf16_are_rounded_once():
-    net = Net(dtype=torch.bfloat16, kv_heads=1)
-    factor = torch.tensor([0.1, 1, 1, 1], dtype=torch.float64).repeat_interleave(8)[:, None]
-    wanted = net.attention.q_proj.weight.detach().double() * factor
-    qk_clip(net, 10.0).clip({"attention": [100.0, 1.0, 1.0, 1.0]})
-    assert torch.equal(net.attention.q_proj.weight, wanted.bfloat16())
-
-
 @contextmanager
 def unchanged(net):
     before = {name: x.clone() for name, x in net.state_dict().items()}
@@ -217,22 +200,6 @@ def test_a_scaling_may_know_the_head_dim():
     root = ScaledAttention(64, heads=4, scaling=QueryAdaptiveSSMax(heads=4, head_dim=16))
     with pytest.raises(NotImplementedError, match="scaling query_adaptive_ssmax: its logits are not proportional to q"):
         qk_clip(root)
-
-
-def test_a_model_without_a_layer_that_can_be_clipped_is_refused_at_once():
-    for net, match in (
-        (Net(qk_norm=True), r"Net: attention: QK-clip does nothing before a norm .* got q_norm \(RMSNorm\)"),
-        (Net(scaling="cosine"), "Net: attention: QK-clip does not work with the scaling cosine"),
-        (nn.Linear(3, 3), "Linear: it holds no tritonattn.nn.ScaledAttention"),
-        (nn.TransformerEncoderLayer(32, 4), "TransformerEncoderLayer: it holds no"),
-    ):
-        with pytest.raises(NotImplementedError, match=match):
-            qk_clip(net)
-    qwen = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**{**SIZES, "num_hidden_layers": 6}, num_key_value_heads=2, head_dim=8)
-    )
-    with pytest.raises(NotImplementedError, match=r"layers\.1\.self_attn, \.\.\., model\.layers\.5\.self_attn: QK"):
-        qk_clip(qwen)
 
 
 def test_layers_that_cannot_be_clipped_are_named_at_once_and_left_in_a_run():

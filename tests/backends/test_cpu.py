@@ -247,24 +247,6 @@ def test_only_what_is_needed_is_computed(asked):
             assert gradient is None
 
 
-@pytest.mark.usefixtures("small_tiles")
-def test_strides_are_of_no_account():
-    call = make_call(torch.float32, **MASKS["mask of heads"](2, 4, 37, 45))
-    d_out, d_lse = torch.ones(()).expand(2, 4, 37, 8), torch.ones(()).expand(2, 4, 37)
-    wanted = run(call, d_out.contiguous(), d_lse.contiguous())
-    q, k, v, query_scale, key_scale, _ = tensors_of(call)
-    strided = changed(
-        call,
-        q=q.mT.contiguous().mT,
-        k=k.transpose(1, 2).contiguous().transpose(1, 2),
-        v=torch.stack([v, v], -1)[..., 1],
-        query_scale=query_scale.mT.contiguous().mT,
-        key_scale=torch.stack([key_scale, key_scale], -1)[..., 0],
-    )
-    for want, got in zip(sum(wanted, ()), sum(run(strided, d_out, d_lse), ()), strict=True):
-        assert (want is None and got is None) or torch.allclose(got, want, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("mask", MASKS)
 def test_where_values_cannot_be_read(mask, small_tiles, monkeypatch):
     monkeypatch.setattr(tiles, "readable", lambda device: False)

@@ -139,13 +139,6 @@ def test_one_more_key_in_a_cache(kernels, monkeypatch):
     assert kernels == ["append_keys"] * 2
 
 
-def test_a_prompt_in_a_cache(kernels, monkeypatch):
-    """Many programs measure the prompt's keys before one a head adds up their lengths."""
-    monkeypatch.setattr("tritonattn.calls.key_statistics.kernels_take", lambda x: True)
-    tritonattn.KeyStatistics(1, 4, 100).append(torch.randn(1, 4, 100, 64, dtype=torch.bfloat16))
-    assert kernels == ["key_lengths", "append_keys"]
-
-
 def test_a_key_whose_kernel_may_not_be_compiled_is_brought_in_by_torch(monkeypatch):
     """While a CUDA graph is captured."""
 

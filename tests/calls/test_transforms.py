@@ -75,37 +75,12 @@ def test_compile_everything_at_once():
     assert_same_gradients(compiled, function, (*operands(), sinks))
 
 
-def test_compile_with_sizes_windows_and_numbers_that_change():
-    def function(q, k, v, gain, left, factor):
-        return objective(q, k, v, gain * factor, scaling="key_count", window=(left, 0))
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
-    for length, left, factor in ((10, 2, 0.5), (13, 3, 0.7)):
-        settings = {"left": left, "factor": factor}
-        assert_same_gradients(partial(compiled, **settings), partial(function, **settings), operands(length=length))
-
-
 @pytest.mark.parametrize("masks", [{"causal": True, "scaling": "key_norm_mean"}, {"window": (2, 0)}])
 def test_compile_dynamic_shapes_do_not_recompile(masks):
     compiled = torch.compile(partial(objective, **masks), fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (20, 40, 130, 700):
             assert_same_gradients(compiled, partial(objective, **masks), operands(length=length))
-
-
-@in_turn(scaling=["sqrt_dim", "key_count", "key_norm_sum"], window=[(20, 0), (20, None), (None, 20)])
-def test_export_of_a_window_wider_than_the_example(window, scaling):
-    skip_where_export_binds_lengths(strict=False)
-
-    class Layer(torch.nn.Module):
-        def forward(self, q, k, v):
-            return tritonattn.attention(q, k, v, window=window, scaling=scaling)
-
-    length = {2: torch.export.Dim("length", min=2, max=64)}
-    program = torch.export.export(Layer(), tuple(x.detach() for x in operands()[:3]), dynamic_shapes=(length,) * 3)
-    for size in (7, 60):
-        leaves = tuple(x.detach() for x in operands(length=size)[:3])
-        torch.testing.assert_close(program.module()(*leaves), Layer()(*leaves))
 
 
 @in_turn(
@@ -204,20 +179,6 @@ def test_a_batch_of_output_gradients(scaling, mask, backend):
             one = torch.autograd.grad(result, leaves, d_out[i], retain_graph=True)
             for ours, expected in zip(together, one, strict=True):
                 torch.testing.assert_close(ours[i], expected)
-
-
-@pytest.mark.parametrize("randomness", ["same", "different"])
-def test_vmap_with_dropout(randomness):
-    q, k, v, _ = (x.detach() for x in operands())
-    qs = torch.stack([q, q])
-
-    def function(q):
-        return tritonattn.attention(q, k, v, dropout_p=0.5)
-
-    first, second = torch.func.vmap(function, randomness=randomness)(qs)
-    assert torch.equal(first, second) == (randomness == "same")
-    with pytest.raises(RuntimeError, match="randomness"):
-        torch.func.vmap(function)(qs)
 
 
 @pytest.mark.parametrize("masks", [{"causal": True}, {"window": (2, 0), "dropout_p": 0.3}])

@@ -210,17 +210,3 @@ with Progress(total=2) as progress:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
-
-
-@pytest.mark.parametrize("arguments", [["configs", "--gpu", "h100"], ["env"]])
-def test_commands_without_extras(arguments):
-    code = f"""
-import sys
-sys.modules.update(dict.fromkeys({sorted(HEAVY - {"triton"})}))
-from tritonattn.cli.main import main
-sys.exit(main({arguments}))
-"""
-    pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) > 10

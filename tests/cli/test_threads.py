@@ -50,15 +50,6 @@ def test_omp_num_threads_decides(given, monkeypatch):
     assert given == []
 
 
-@pytest.mark.parametrize(("text", "wanted"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), (None, 4)])
-def test_a_quota_of_the_container_counts(text, wanted, monkeypatch, tmp_path):
-    if text is not None:
-        (tmp_path / "cpu.max").write_text(text)
-    monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
-    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
-    assert threads.usable_cores() == wanted
-
-
 class Reached(Exception):
     pass
 

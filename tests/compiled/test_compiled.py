@@ -14,7 +14,7 @@ from perf.ceilings import KEY_SCALE, NON_MMA_PER_LOGIT, QUERY_SCALE, QUERY_SCALE
 from tests.support.versions import OLDER_TRITON
 from tritonattn import kernels
 from tritonattn.backends.triton import launch
-from tritonattn.tuner.machine_code import MachineCode, flops_per_logit, read_machine_code
+from tritonattn.tuner.machine_code import MachineCode, flops_per_logit
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
 
 from .facts import facts
@@ -96,22 +96,6 @@ def check_cost_of_scales(kernel: str, target: str, head_dim: int) -> None:
     assert key - query <= KEY_SCALE[kernel]
 
 
-@of_this_compiler
-def test_counts_do_not_depend_on_fp_fusion(monkeypatch):
-    """Every multiply-add is written as one, whatever Triton's default."""
-    compile_any = triton.compile
-
-    def count(fused: bool) -> dict[str, int]:
-        monkeypatch.setattr(
-            triton,
-            "compile",
-            lambda source, target, options: compile_any(source, target, options | {"enable_fp_fusion": fused}),
-        )
-        return read_machine_code(compile_kernel("forward", problem_of(64), target="sm_80")).unmasked_loop.instructions
-
-    assert count(True)["fp32"] == count(False)["fp32"]
-
-
 @pytest.mark.parametrize("kernel", ["row_bounds", "keys_seen", "argmax_of_ranges"])
 def test_passes_over_ranges_keep_to_amds_scalar_registers(kernel):
     """They hold the bounds of a wave's rows, which its threads have in common."""
@@ -137,10 +121,3 @@ def test_no_loop_writes_to_its_own_variable():
                 names = [node for statement in loop.body for node in ast.walk(statement) if isinstance(node, ast.Name)]
                 written = {node.id for node in names if isinstance(node.ctx, ast.Store)}
                 assert ast.unparse(loop.target) not in written, f"{path.name}:{loop.lineno}"
-
-
-def test_facts_are_read_once(monkeypatch):
-    """The second time nothing is compiled, and the facts are the same."""
-    first = code_of("forward", "sm_80", 64)
-    monkeypatch.setattr("tests.compiled.facts.compile_kernel", None)
-    assert code_of("forward", "sm_80", 64) == first

@@ -11,19 +11,11 @@ pytest.importorskip("triton")
 from tests.support.pairs import all_pairs
 from tritonattn.backends.triton import launch
 from tritonattn.tuning import Problem, compile_kernel
+from tritonattn.tuning.config import TILED_KERNELS
 
 pytestmark = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
-KERNELS = (
-    "forward",
-    "grad_query",
-    "grad_key_value",
-    "row_terms",
-    "decode",
-    "key_statistics",
-    "key_statistics_grad",
-    "append_keys",
-)
+KERNELS = (*TILED_KERNELS, "row_terms", "key_statistics", "key_statistics_grad", "append_keys")
 CASES = [
     (row["kernel"], row["target"], row["dim"], row["dtype"])
     for row in all_pairs(

@@ -50,23 +50,6 @@ def test_gradients(name, statistic):
     )
 
 
-def test_a_statistic_is_computed_once_and_from_the_overridden_method():
-    class Counted(Statistics):
-        calls = 0
-
-        def _lengths(self):
-            Counted.calls += 1
-            return torch.ones(B, HKV, SK)
-
-    k = keys()
-    ours = Counted(k, Visibility.of(torch.empty(B, HQ, SQ, D), k))
-    assert Counted.calls == 0
-    assert (ours.length_sum == SK).all()
-    assert (ours.length_square_sum == SK).all()
-    assert ours.length_sum is ours.length_sum
-    assert Counted.calls == 1
-
-
 @pytest.mark.parametrize(
     ("dtype", "component"),
     [
@@ -114,17 +97,6 @@ def test_a_late_window_over_64k_keys():
     ):
         error = (getattr(ours, statistic)[..., -1000:] - expected).abs() / expected
         assert error.max() < 1e-6, statistic
-
-
-def test_no_keys_and_no_rows():
-    assert statistics_of(keys()[:, :, :0]).length_sum.tolist() == [[[0.0] * SQ] * HKV] * B
-    assert statistics_of(keys()[:, :, :0]).length_max.tolist() == [[[0.0] * SQ] * HKV] * B
-    assert statistics_of(keys(), q_len=0).length_sum.shape == (B, HKV, 0)
-
-
-def loss_of(k):
-    ours = statistics_of(k, causal=True)
-    return (ours.length_sum + ours.length_square_sum + ours.length_max).square().sum()
 
 
 def test_lengths_differentiate_twice():

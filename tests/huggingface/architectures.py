@@ -22,47 +22,19 @@ PADDINGS = {
     "holes": [[1, 1, 0, 1, 0, 0] + [1] * 7, [1] * LENGTH],
 }
 
-_SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 1.0,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-_ENCODER = {key: value for key, value in _SMALL.items() if key != "num_key_value_heads"}
+_TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+_LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SIZES = {**_LAYERS, "intermediate_size": 48, "initializer_range": 1.0}
+_ENCODER = {**_TOKENS, **_SIZES, "max_position_embeddings": 64}
+_SMALL = {**_ENCODER, "num_key_value_heads": 2}
+_STACK = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 _SEQ2SEQ = {
-    "vocab_size": VOCABULARY,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_position_embeddings": 64,
-    "init_std": 1.0,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-    "forced_eos_token_id": None,
-    "dropout": 0.0,
+    **_TOKENS,
+    **{f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in _STACK.items()},
+    **{"d_model": 32, "max_position_embeddings": 64, "init_std": 1.0, "dropout": 0.0},
+    **{"eos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": None},
 }
-_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 12,
-    "patch_size": 4,
-    "initializer_range": 1.0,
-}
+_VISION = {**_SIZES, "image_size": 12, "patch_size": 4}
 
 
 @dataclass(frozen=True)
@@ -144,40 +116,19 @@ def _decoder(name: str, **changes: Any) -> Architecture:
 
 
 _GPT2 = {
-    "vocab_size": VOCABULARY,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 64,
-    "initializer_range": 1.0,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "resid_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-    "embd_pdrop": 0.0,
+    **_TOKENS,
+    **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 1.0},
+    **dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.0),
 }
 _OPT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "ffn_dim": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "init_std": 1.0,
-    "word_embed_proj_dim": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "dropout": 0.0,
+    **_TOKENS,
+    **_LAYERS,
+    **{"ffn_dim": 48, "max_position_embeddings": 64, "init_std": 1.0, "word_embed_proj_dim": 32, "dropout": 0.0},
 }
 _WHISPER = {
     **_SEQ2SEQ,
-    "max_source_positions": 13,
-    "max_target_positions": 64,
-    "num_mel_bins": 8,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
+    **{"max_source_positions": 13, "max_target_positions": 64, "num_mel_bins": 8},
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens")),
 }
 _LAYERED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
 
@@ -209,16 +160,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama4": Architecture(
         "Llama4ForCausalLM",
         "Llama4TextConfig",
-        {
-            **_SMALL,
-            "head_dim": 8,
-            "attention_chunk_size": 5,
-            "no_rope_layers": [1, 0],
-            "moe_layers": [],
-            "intermediate_size_mlp": 48,
-            "floor_scale": 4,
-            "attn_scale": 0.5,
-        },
+        {**_SMALL, "head_dim": 8, "attention_chunk_size": 5, "no_rope_layers": [1, 0], "moe_layers": []}
+        | {"intermediate_size_mlp": 48, "floor_scale": 4, "attn_scale": 0.5},
     ),
     "bert": Architecture("BertForMaskedLM", "BertConfig", _ENCODER, "encoder", since=(5, 0)),
     "roberta": Architecture("RobertaForMaskedLM", "RobertaConfig", _ENCODER, "encoder", since=(5, 0)),

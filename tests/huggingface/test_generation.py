@@ -31,17 +31,6 @@ def test_padding_changes_nothing_in_any_mode(mode):
     padding_changes_nothing(LLAMA, mode)
 
 
-@pytest.mark.skipif(not ARCHITECTURES["bert"].supported, reason="BERT goes through AttentionInterface since 5.0")
-@pytest.mark.parametrize("mode", MODES)
-def test_a_padded_encoder_says_what_it_says_alone(mode):
-    network, inputs = ARCHITECTURES["bert"].build(), ARCHITECTURES["bert"].inputs("right")
-    length = int(inputs["attention_mask"][0].sum())
-    assert length < inputs["input_ids"].shape[1]
-    with patch(network, scaling=mode), torch.no_grad():
-        alone = network(input_ids=inputs["input_ids"][:1, :length]).logits
-        close(network(**inputs).logits[:1, :length], alone)
-
-
 @in_turn(mode=MODES, cache=["dynamic", "static"])
 def test_steps_equal_the_full_pass(mode, cache):
     network, inputs = LLAMA.build(), LLAMA.inputs("left")

@@ -108,15 +108,6 @@ def test_padding_that_says_nothing_of_the_last_keys_hides_them():
     assert torch.equal(dense(key_range_mask(**asked), 9), sdpa_mask(**asked).expand(BATCH, 1, -1, -1))
 
 
-def test_a_sequence_of_padding_alone_sees_an_empty_range():
-    padding = torch.ones(BATCH, 9, dtype=torch.bool)
-    padding[1] = False
-    asked = arguments(9, 9, mask_function=causal_mask_function) | {"attention_mask": padding}
-    ranges = key_range_mask(**asked)
-    assert ranges.dtype == torch.int32
-    assert torch.equal(dense(ranges, 9), sdpa_mask(**asked).expand(BATCH, 1, -1, -1))
-
-
 @pytest.mark.parametrize("case", ["holes", "or", "unknown", "vmap"])
 def test_masks_that_are_no_range_become_dense(case):
     asked = arguments(9, 9, mask_function=causal_mask_function)

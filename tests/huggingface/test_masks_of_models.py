@@ -143,13 +143,3 @@ def test_masks_at_64k_are_small(kind):
         mask = create(**asked)
     assert mask.shape == (1, 1, LONG, 2) if kind != "causal" else mask is None or mask.shape[-1] == 2
     assert largest.elements <= 8 * LONG
-
-
-def test_a_layer_at_64k_makes_nothing_of_the_size_of_its_mask():
-    network = long_model(sliding_window=256)
-    ids = torch.randint(3, 61, (1, LONG), generator=torch.Generator().manual_seed(0))
-    seen = torch.ones_like(ids)
-    seen[:, :1000] = 0
-    with patch(network, scaling="key_norm_mean"), torch.no_grad(), Largest() as largest:
-        network(input_ids=ids, attention_mask=seen, use_cache=False)
-    assert 8 * LONG <= largest.elements <= 64 * LONG

@@ -87,18 +87,6 @@ def test_layers_left_out_keep_their_own_numbers(implementation, padding):
     torch.testing.assert_close(got[seen], wanted[seen], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_no_mask_means_what_the_models_own_implementation_means_by_it(implementation):
-    """Without a mask eager sees all keys, and sdpa those of is_causal."""
-    network, hidden = LLAMA.build(implementation), torch.randn(1, 5, LLAMA.arguments["hidden_size"])
-    attention = network.model.layers[1].self_attn
-    inputs = {"position_embeddings": network.model.rotary_emb(hidden, torch.arange(5)[None]), "attention_mask": None}
-    with torch.no_grad():
-        wanted = attention(hidden, **inputs)[0]
-        with patch(network, layers=[1]):
-            torch.testing.assert_close(attention(hidden, **inputs)[0], wanted, atol=1e-4, rtol=1e-4)
-
-
 @in_turn(
     name=["mistral", "gemma3", "llama4", "whisper", "bart", "gpt2", "gpt_neox", "mistral", "bart"],
     implementation=["eager", "sdpa"],
@@ -241,16 +229,6 @@ def test_the_name_alone_is_refused_where_it_does_nothing():
             network(torch.ones(1, 3, dtype=torch.int64))
         network.config._attn_implementation = "eager"
         network(torch.ones(1, 3, dtype=torch.int64))
-
-
-def test_implementations_whose_masks_nobody_else_reads():
-    network = LLAMA.build()
-    network.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"flash_attention_2.*set_attn_implementation"):
-        patch(network, layers=[0])
-    with patch(network):
-        logits(network)
-    assert network.config._attn_implementation == "flash_attention_2"
 
 
 def test_the_report_names_what_cannot_be_patched():

@@ -19,17 +19,6 @@ from tritonattn.huggingface import NAME, patch, patched
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
-def test_a_patched_layer_stays_patched_whatever_the_models_implementation():
-    """Continuous batching switches the implementation of a model without asking its user."""
-    network, inputs = LLAMA.build(), LLAMA.inputs("left")
-    with patch(network, scaling="none"):
-        wanted = logits(network, **inputs)
-        for implementation in ("sdpa", "eager"):
-            network.set_attn_implementation(implementation)
-            seen = inputs["attention_mask"].bool()
-            torch.testing.assert_close(logits(network, **inputs)[seen], wanted[seen], atol=1e-3, rtol=1e-3)
-
-
 def test_a_copy_of_a_patched_model_is_its_own():
     network = LLAMA.build()
     own = logits(network)

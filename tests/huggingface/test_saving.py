@@ -161,19 +161,6 @@ def test_a_process_without_tritonattn_refuses_the_model(tmp_path):
     assert "tritonattn" in done.stderr.strip().splitlines()[-1]
 
 
-def test_an_implementation_that_is_asked_for_is_that_of_the_other_layers(tmp_path):
-    network = LLAMA.build()
-    with patch(network, scaling="none", layers=[0]):
-        wanted = logits(network)
-        network.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    assert torch.equal(logits(again), wanted)
-    assert again.model.layers[1].self_attn.config._attn_implementation == "eager"
-    patched(again).undo()
-    again.save_pretrained(tmp_path)
-    assert "tritonattn" not in (tmp_path / "config.json").read_text()
-
-
 def test_an_architecture_without_the_layers_says_what_is_missing(tmp_path):
     network = LLAMA.build()
     with patch(network, scaling="none", layers=[1]):
@@ -215,17 +202,3 @@ def test_a_scaling_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setitem(SCALINGS, "halved", Halved)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again), wanted)
-
-
-def test_the_flat_form_of_the_config_holds_for_all_layers():
-    network = LLAMA.build()
-    network.set_attn_implementation("tritonattn")
-    own = logits(network)
-    network.config.tritonattn = {"scaling": {"name": "qwen_logn", "train_length": 4}, "gain": 2.0}
-    changed = logits(network)
-    with patch(network, scaling=tritonattn.scaling.QwenLogn(4), gain=2.0):
-        assert torch.equal(logits(network), changed)
-    assert not torch.allclose(own, changed, atol=1e-2)
-    network.config.tritonattn = {"scaling": "ssmax"}
-    with pytest.raises(ValueError, match=r"parameters of its own.*patch"):
-        logits(network)

@@ -14,9 +14,7 @@ from tests.support.bound import assert_within_bound
 from tests.support.calls import assert_extreme_sink, assert_extreme_sink_of_decode
 from tests.support.masks import MASKS
 from tests.support.pairs import in_turn, pairwise
-from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
-from tritonattn.core.call import Logits
 from tritonattn.tuning.config import Target
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -123,27 +121,6 @@ def test_keys_and_values_with_means(mode, dtype, device):
     tensors = harness.inputs(dtype, device, q_len=40, k_len=64, head_dim=64, value_dim=64)
     tensors |= {"k": tensors["k"] + 3, "v": tensors["v"] + 3}
     harness.check(tensors, functools.partial(tritonattn.attention, scaling=mode))
-
-
-def test_the_gradient_of_k_alone_is_no_other(device):
-    q, k, v = harness.inputs(torch.float32, device, head_dim=64, value_dim=64).values()
-    visibility = tritonattn.core.visibility.Visibility.of(q, k, causal=True)
-    call = tritonattn.core.call.AttentionCall(q, k, v, visibility, Logits(1.0))
-    result = triton_backend.forward(call, aux=False)
-    together, alone = (
-        triton_backend.backward(call, *result[:2], q, None, tritonattn.core.call.Needs(others, True, others))
-        for others in (True, False)
-    )
-    assert torch.equal(together.k, alone.k)
-    assert alone.q is None
-
-
-def test_default_tiles(device, monkeypatch):
-    monkeypatch.undo()
-    tensors = harness.inputs(
-        torch.float16, device, batch=1, q_len=150, k_len=170, head_dim=64, value_dim=64, scales=("query_scale",)
-    )
-    harness.check(tensors, causal=True)
 
 
 def test_scales_act_on_the_accumulated_product_in_fp32(device):

@@ -67,24 +67,6 @@ def test_rows_without_keys(packed, device):
         assert (found[name] == 0).all(), name
 
 
-def test_neighbours_change_nothing(device):
-    """A sequence has the same bits alone and between others, wherever it starts."""
-    tensors = harness.packed_inputs(PACKED, torch.float32, device, scales=("gain",))
-    arguments = {"backend": "triton", "causal": True, "scaling": "key_count"}
-    d_out = torch.randn(tensors["q"].shape, generator=torch.Generator().manual_seed(5)).to(device)
-    whole = harness.run(tensors, d_out, attend(PACKED, device), **arguments)
-    for member in (0, 3, 4):
-        rows, keys = PACKED.members()[member]
-        part = {"q": rows, "k": keys, "v": keys}
-        own = {name: tensors[name][index].clone() for name, index in part.items()}
-        own["gain"] = tensors["gain"][:, rows].clone()
-        alone = Packed((rows.stop - rows.start,), (keys.stop - keys.start,))
-        found = harness.run(own, d_out[rows], attend(alone, device), **arguments)
-        for name, index in {"out": rows, **part}.items():
-            assert torch.equal(found[name], whole[name][index]), name
-        assert torch.equal(found["gain"], whole["gain"][:, rows])
-
-
 @pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # the interpreter's
 def test_nan_in_a_sequence_stays_there(device):
     tensors = harness.packed_inputs(PACKED, torch.float32, device, scales=("gain", "sinks"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from tritonattn.lab import length
 from tritonattn.lab.demo.measurement import Subject
 from tritonattn.lab.demo.variants import variant
 from tritonattn.lab.length.passes import check_head, losses
-from tritonattn.lab.length.report import Study, difference
+from tritonattn.lab.length.report import Study
 
 MODES = "sqrt_dim,sqrt_dim*1.5,qwen_logn:CONTEXT,log_key_count:32"
 
@@ -115,24 +114,3 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused():
     headless.model.config.final_logit_softcapping = None
     with pytest.raises(CommandError, match="LlamaModel"):
         check_head(headless)
-
-
-def test_bins_cover_every_token_once():
-    bins = study().bins()
-    assert [n for lo, hi in bins for n in range(lo, hi)] == list(range(1, 100))
-    table = study().by_position().splitlines()
-    assert len(table) == 2 + len(bins)
-    assert table[3].split()[1:6] == ["20", "to", "39", "|", f"{study().baseline[19:39].mean():.3f}"]
-    one = study()
-    record = one.record()
-    assert record["second_part_alone"]["by_bin"] == [
-        pytest.approx(float(one.alone[lo - 51 : hi - 51].mean()), abs=1e-4) for lo, hi in bins if lo > 50
-    ]
-    assert record["loss"]["sqrt_dim"][1] == pytest.approx(float(study().baseline[19:39].mean()), abs=1e-4)
-
-
-def test_the_interval_of_a_difference():
-    values = torch.tensor([0.1, 0.3, 0.2, 0.4], dtype=torch.float64)
-    half = 1.96 * math.sqrt(0.05 / 3) / 2
-    assert difference(values) == f"+0.2500 ± {half:.4f} *"
-    assert "*" not in difference(values - 0.25)

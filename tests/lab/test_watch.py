@@ -21,17 +21,9 @@ LAYERS = ["blocks.0.attention", "blocks.1.attention"]
 
 
 def record(step: int, loss: float | None = 1.0, logit: float = 5.0, alarms=(), names=LAYERS) -> dict:
-    measures = {
-        "calls": 1,
-        "rows": 8,
-        "max_logit": [logit, 1.0],
-        "relative_entropy": [0.5, None],
-        "near_one_hot": [0.0, 0.5],
-        "near_uniform": [0.25, 0.25],
-        "q_gradient_norm": [0.0, 0.0],
-        "k_gradient_norm": None,
-        "output_variance": [2.0, 4.0],
-    }
+    measures = {"calls": 1, "rows": 8, "max_logit": [logit, 1.0], "relative_entropy": [0.5, None]}
+    measures |= {"near_one_hot": [0.0, 0.5], "near_uniform": [0.25, 0.25], "output_variance": [2.0, 4.0]}
+    measures |= {"q_gradient_norm": [0.0, 0.0], "k_gradient_norm": None}
     alarms = [{"layer": layer, "measure": m, "value": v, "limit": w, "new": new} for layer, m, v, w, new in alarms]
     return {"step": step, "loss": loss, "alarms": alarms, "layers": dict.fromkeys(names, measures)}
 

@@ -125,31 +125,7 @@ def test_refused_keys_and_values_leave_the_cache_as_it_was(new, error, message):
     assert not cache.k.any()
 
 
-@pytest.mark.parametrize(
-    ("steps", "error", "message"),
-    [
-        ("x", TypeError, "steps: expected an int, got str 'x'"),
-        (1.5, TypeError, "steps: expected an int, got float 1.5"),
-        (-1, ValueError, "steps: expected at least 0, got -1"),
-    ],
-)
-def test_steps_that_are_none(steps, error, message):
-    scaling = nn.Scheduled("dim", "none", steps=10)
-    with pytest.raises(error, match=message):
-        scaling.advance(steps)
-    assert scaling.progress() == 0
-
-
 @pytest.mark.parametrize("name", nn.LEARNED)
 def test_a_dtype_without_gradients(name):
     with pytest.raises(TypeError, match=r"dtype: expected float16, bfloat16, float32 or float64, got torch\.int32"):
         nn.LEARNED[name](heads=4, dtype=torch.int32)
-
-
-def test_other_arguments_of_learned_scalings():
-    with pytest.raises(TypeError, match="bias: expected a bool, got str 'no'"):
-        nn.SSMax(4, bias="no")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"mode: expected one of sqrt_dim, .*, got \['dim'\]"):
-        nn.PowerLaw(4, ["dim"])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match=r"module: expected an nn\.Module, got list"):
-        next(nn.scaling_parameters([nn.SSMax(4)]))  # pyright: ignore[reportArgumentType]

@@ -181,19 +181,6 @@ def test_short_pieces_of_different_lengths(window):
 
 
 @torch.no_grad()
-def test_beams_and_guesses():
-    made, x = layer("key_norm_sum", causal=True), tokens(length=12)
-    cache = made.cache(2, 16)
-    made(x[:, :8], cache=cache)
-    cache.truncate(6)
-    cache.reorder(torch.tensor([1, 1]))
-    story = torch.cat([x[[1, 1], :6], x[:, 8:10]], 1)
-    torch.testing.assert_close(made(x[:, 8:10], cache=cache), made(story)[:, 6:])
-    cache.reset()
-    torch.testing.assert_close(made(x[:, :3], cache=cache), made(x[:, :3]))
-
-
-@torch.no_grad()
 def test_a_full_cache_refuses_more_keys():
     made, x = layer(causal=True), tokens(length=5)
     cache = made.cache(2, 5)

@@ -123,25 +123,6 @@ def test_zero_keys_and_queries_give_no_nan(case):
     assert_same(*results)
 
 
-@pytest.mark.parametrize("case", ["per_head of cosine", "ssmax with bias", "power_law", "linear to learned"])
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")
-def test_compile_in_one_graph(case):
-    torch._dynamo.reset()
-    scaling, leaves = learned(case).float(), operands(torch.float32)
-
-    def function(q, k, v):
-        return attention(q, k, v, scaling=scaling, causal=True)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    tensors = [*leaves.values(), *scaling.parameters()]
-    results = [
-        torch.autograd.grad(f(*leaves.values()).square().sum(), tensors, materialize_grads=True)
-        for f in (compiled, function)
-    ]
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected)
-
-
 class Objective(torch.nn.Module):
     def __init__(self, scaling) -> None:
         super().__init__()

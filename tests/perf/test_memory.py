@@ -17,14 +17,6 @@ def test_pytorchs_attention_keeps_output_and_lse(dtype):
     assert kept_bytes(plain, dtype, 64) == flash_attention_bytes(dtype, 64)
 
 
-def test_a_copy_counts_and_views_do_not():
-    def copied(q, k, v):
-        double = q * 2
-        return (double * double.view(double.shape)).sum()
-
-    assert kept_bytes(copied, torch.float32, 64) == 64 * 4
-
-
 def test_forms_keep_no_more_than_documented():
     """sqrt_dim on `sdpa`: output and lse as PyTorch's, and q with 0 in its first row."""
     assert kept_bytes(forms("sdpa")["`sqrt_dim`"], torch.float32, 64) <= 2 * 64 * 4 + 8

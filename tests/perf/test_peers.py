@@ -105,17 +105,6 @@ def test_packages_of_gpus_packed_and_decoding(installed):
         assert "is not asked to decode" in found["xformers dim"][1]
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_compiled_flex_attention():
-    """And the eager peer, which masks from the last key as it does."""
-    who = tuple((name, "key_norm_mean") for name in ("tritonattn", "flex", "eager"))
-    # With 40 keys it gives NaN on a CPU without AVX-512 (torch 2.8 to 2.13).
-    case = Case("forward", Shape(1, 2, 2, 32, 64, 16, causal=True), "fp32", "forward", who, CPU, "sdpa")
-    assert set(statuses(case.contest().run(ONCE, HERE)).values()) == {("measured", "")}
-    backward = replace(case, passes="backward").contest().run(ONCE, HERE)
-    assert statuses(backward)["flex key_norm_mean"] == ("skipped", "has no backward on a CPU")
-
-
 @pytest.mark.parametrize("block", [0, 1, 5])
 @pytest.mark.parametrize("rounding", ["P", "operands", "logits"])
 def test_blocks_of_rows_change_nothing(rounding, block, monkeypatch):

@@ -12,23 +12,15 @@ from perf import ptxas
 from perf.__main__ import main
 
 OWN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-FAULTY = """#!/bin/sh
-echo "ptxas fatal : no such thing" >&2
-exit 1
-"""
 
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch) -> Path:
-    """Two releases, and a faulty third one; one kernel is assembled."""
-    for release in ("12.8.1", "13.5.1", "13.9.9"):
+    """Two releases; two kernels are assembled."""
+    for release in ("12.8.1", "13.5.1"):
         tool = tmp_path / release / "nvidia" / "bin" / "ptxas"
         tool.parent.mkdir(parents=True)
-        if release == "13.9.9":
-            tool.write_text(FAULTY)
-            tool.chmod(0o755)
-        else:
-            tool.symlink_to(OWN)
+        tool.symlink_to(OWN)
     cases = ptxas.all_cases
     monkeypatch.setattr(
         ptxas, "all_cases", lambda *of: [one for one in cases(*of) if one.kernel in ("keys_seen", "decode_combine")]
@@ -62,9 +54,3 @@ def test_releases_side_by_side(tools, capsys):
     lines = {line.split("|")[1].strip(): line for line in printed.splitlines() if line.startswith("| 1")}
     assert "known for wrong code" in lines["12.8.1"]
     assert "known" not in lines["13.5.1"]
-
-
-def test_a_release_that_refuses_a_kernel(tools, capsys):
-    with pytest.raises(SystemExit, match=r"ptxas: refused: .*keys_seen.* by 13\.9\.9"):
-        assemble(tools, "13.5.1,13.9.9")
-    assert "ptxas fatal : no such thing" in capsys.readouterr().out

@@ -6,32 +6,17 @@ import pytest
 
 pytest.importorskip("triton")
 from perf.plot import CHARTS, panels_of
-from perf.records import Record, ResultsFile, read, read_all
+from perf.records import Record, ResultsFile, read
 from perf.report import tables
 from tritonattn.core.provenance import Environment
 
 HERE = Environment("Card X", None, "3.12", "2.11", "0.1", "abc123", "3.6", "python -m perf sweep --suite forward")
 AXES = {"length": 1024, "head_dim": 64, "dtype": "bf16", "causal": True, "passes": "forward", "scaling": "dim"}
-OURS = Record(
-    "forward",
-    AXES,
-    "tritonattn dim",
-    "dim",
-    "measured",
-    HERE,
-    "2026-01-02",
-    median_ms=2.0,
-    lower_ms=1.9,
-    upper_ms=2.1,
-    rounds=25,
-    tflops=300.0,
-    gbps=150.0,
-    ratio=1.0,
-    baseline="tritonattn dim",
-    error=1e-3,
-    bound=4e-3,
-    card={"clocks.sm": "1980 MHz", "temperature.gpu": "41"},
-)
+TIMES = {"median_ms": 2.0, "lower_ms": 1.9, "upper_ms": 2.1, "rounds": 25, "tflops": 300.0, "gbps": 150.0}
+JUDGED = {"ratio": 1.0, "baseline": "tritonattn dim", "error": 1e-3, "bound": 4e-3}
+CARD = {"clocks.sm": "1980 MHz", "temperature.gpu": "41"}
+FORWARD = ("forward", AXES, "tritonattn dim", "dim", "measured", HERE, "2026-01-02")
+OURS = Record(*FORWARD, **TIMES, **JUDGED, card=CARD)
 PEER = replace(OURS, contestant="sdpa dim", median_ms=3.0, tflops=200.0, gbps=100.0, ratio=1.5)
 ABSENT = Record("forward", AXES, "xformers dim", "dim", "skipped", HERE, "2026-01-02", reason="is not installed")
 
@@ -69,14 +54,6 @@ def test_records_survive_the_file(tmp_path):
     assert again.has("forward", AXES)
     assert not again.has("forward", AXES | {"length": 2048})
     assert not ResultsFile(tmp_path / "a.jsonl", replace(HERE, commit="other")).has("forward", AXES)
-
-
-def test_the_last_result_of_a_machine_counts_among_several_files(tmp_path, capsys):
-    again, elsewhere = replace(OURS, median_ms=1.5), replace(OURS, environment=replace(HERE, device="Card Y"))
-    for name, records in {"a": [OURS, PEER], "b": [again, elsewhere]}.items():
-        ResultsFile(tmp_path / name, HERE).append(records)
-    assert read_all([tmp_path / "a", tmp_path, tmp_path / "b"]) == [again, PEER, elsewhere]
-    assert capsys.readouterr().err == f"{tmp_path}: no such file, skipped\n"
 
 
 def chart(name):

@@ -8,16 +8,11 @@ import torch
 
 pytest.importorskip("triton")
 from tritonattn.backends.triton import launch
-from tritonattn.cli import configs as cli_configs
-from tritonattn.cli import tune as cli_tune
 from tritonattn.tuner import environment, in_use
-from tritonattn.tuner.gate import Candidate
 from tritonattn.tuner.static import keys
-from tritonattn.tuner.tune import DTYPES
 from tritonattn.tuning import cache_dir, lookup
-from tritonattn.tuning.config import TILED_KERNELS, Target, TileConfig
-from tritonattn.tuning.gpus import GPUS
-from tritonattn.tuning.table import HEAD_DIMS, LENGTHS, Entry, Key, Table, kernels_fingerprint, read_table, write_table
+from tritonattn.tuning.config import Target, TileConfig
+from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, read_table, write_table
 
 from .stubs import BEST, H100, KEYS, ONE, FakeCompiler, run
 
@@ -54,21 +49,6 @@ def test_unknown_names(arguments, message, user, capsys):
     assert message in err
 
 
-def test_help_lists_the_choices_and_the_table(capsys):
-    with pytest.raises(SystemExit):
-        run(capsys, "tune", "--help")
-    text = " ".join(capsys.readouterr().out.split())
-    for choices in (TILED_KERNELS, HEAD_DIMS, DTYPES, LENGTHS):
-        assert all(str(choice) in text for choice in choices)
-    assert ",".join(TILED_KERNELS) == cli_tune.KERNELS
-    assert ",".join(map(str, HEAD_DIMS)) == cli_tune.HEAD_DIMS
-    assert ",".join(LENGTHS) == cli_tune.LENGTHS
-    assert ", ".join(gpu.name for gpu in GPUS) == cli_configs.GPUS
-    assert cli_configs.GPUS in text
-    for part in ("autotune/GPU.json in $TRITONATTN_CACHE_DIR", "$XDG_CACHE_HOME/tritonattn", "~/.cache/tritonattn"):
-        assert part in text
-
-
 @pytest.mark.parametrize("arguments", [ONE, ["tune"]], ids=["static", "timed"])
 def test_the_interpreter_is_not_tuned(arguments, user, monkeypatch, capsys):
     monkeypatch.setattr(launch, "interpreting", True)
@@ -76,18 +56,6 @@ def test_the_interpreter_is_not_tuned(arguments, user, monkeypatch, capsys):
     assert status == 2
     assert "TRITON_INTERPRET=1" in err
     assert not user.exists()
-
-
-def test_a_machine_that_compiles_nothing_writes_nothing(user, monkeypatch, capsys):
-    def examine(self, wanted, progress=None):
-        return [Candidate(config, None, ("does not compile: no nvdisasm",)) for _, _, config in wanted]
-
-    monkeypatch.setattr(FakeCompiler, "examine", examine)
-    status, _, err = run(capsys, *ONE)
-    assert status == 2
-    assert "sm_80: no config passes; forward/64/none/long" in err
-    assert "no nvdisasm" in err
-    assert not (user / "a100.json").exists()
 
 
 @pytest.mark.parametrize("arguments", [ONE, ["tune", *ONE[3:]]], ids=["static", "timed"])
@@ -129,15 +97,6 @@ def test_measured_entries_and_other_keys_are_kept(user, capsys):
     assert set(entries) == {*KEYS, other}
     assert entries[KEYS[0]] == measured
     assert entries[KEYS[1]].config == BEST
-
-
-def test_a_table_of_other_kernels_is_replaced(user, capsys):
-    stale = {Key("decode", 64, "none", "long"): Entry(TileConfig(16, 64, 4, 2), "measured", {})}
-    write_table(user / "a100.json", Table("a100", Target("cuda", "80"), "0" * 16, stale))
-    _, out, _ = run(capsys, *ONE)
-    assert "not kept:" in out
-    assert "of other kernels" in out
-    assert set(read_table(user / "a100.json").entries) == set(KEYS)
 
 
 def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(user, tmp_path, monkeypatch, capsys):

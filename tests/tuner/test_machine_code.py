@@ -9,7 +9,7 @@ import pytest
 triton = pytest.importorskip("triton")
 from tritonattn.tuner import machine_code
 from tritonattn.tuner.control_flow import Instruction, innermost, loops, parse, parse_ptx
-from tritonattn.tuner.machine_code import MachineCode, MmaLoop, read_machine_code
+from tritonattn.tuner.machine_code import MachineCode, read_machine_code
 
 # A loop in a loop, whose wait retries out of line; the outer one has a spill of its own.
 LISTING = """
@@ -108,28 +108,6 @@ def test_work_and_operands_of_a_tensor_instruction(before, opcode, operands, wan
     assert machine_code._mma(code, len(before), 8) == wanted
 
 
-@pytest.mark.parametrize(
-    ("opcode", "shared", "local"),
-    [
-        ("LDS", 128, 0),
-        ("LDS.64", 256, 0),
-        ("STS.128", 512, 0),
-        ("LDS.U16", 64, 0),
-        ("LDGSTS.E.BYPASS.128", 512, 0),
-        ("LDSM.16.M88.4", 512, 0),
-        ("STSM.16.MT88.2", 256, 0),
-        ("LDSM.16.M88", 128, 0),
-        ("LDG.E.128", 0, 0),
-        ("LDL", 0, 4),
-        ("STL.128", 0, 16),
-        ("LDL.U8", 0, 1),
-    ],
-)
-def test_bytes_that_a_warp_moves_and_a_thread_spills(opcode, shared, local):
-    assert machine_code._shared_bytes(instruction(opcode)) == shared
-    assert machine_code._local_bytes(instruction(opcode)) == local
-
-
 def test_spills_are_those_inside_of_loops(monkeypatch):
     """Code that lies before and after them runs once."""
     once = "        /*0008*/                   STL.128 [R1], R4 ;\n"
@@ -149,12 +127,3 @@ def test_amds_spills_are_of_registers_of_4_bytes():
     text = ".vgpr_count: 200\n.vgpr_spill_count: 3\n.private_segment_fixed_size: 32\n"
     compiled = SimpleNamespace(metadata=SimpleNamespace(shared=8192), asm={"amdgcn": text})
     assert read_machine_code(compiled) == MachineCode(200, 32, 8192, 12)
-
-
-def test_the_unmasked_loop_does_least_beside_its_products():
-    """Though a shorter one, of a smaller tile, has fewer instructions."""
-    small, masked, unmasked = (
-        MmaLoop({"tensor": 8, "integer": other}, 0, 1, flops, 0)
-        for other, flops in ((50, 100), (200, 1000), (150, 1000))
-    )
-    assert MachineCode(0, 0, 0, 0, 0, (small, masked, unmasked)).unmasked_loop == unmasked

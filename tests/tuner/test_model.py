@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 from tritonattn.tuner.gate import Candidate, modelled_clocks
 from tritonattn.tuner.machine_code import MachineCode, MmaLoop
-from tritonattn.tuner.model import RATES, Rates, cycles, programs_per_sm, utilisation
+from tritonattn.tuner.model import Rates, cycles, utilisation
 from tritonattn.tuning.config import Problem, Target, TileConfig
 
 SM_80, GFX942 = Target("cuda", "80"), Target("hip", "gfx942")
@@ -21,21 +21,6 @@ LOOP = MmaLoop({"tensor": 100, "exp": 50, "integer": 150}, packed=0, tiles=1, fl
 def clocks(loop, config=CONFIG, kernel="forward", target=SM_80, processors=108, registers=128, short=False):
     code = MachineCode(registers, 0, 49152, 0, 0, None if loop is None else (loop,))
     return modelled_clocks(kernel, replace(PROBLEM, short=short), Candidate(config, code, ()), target, processors)
-
-
-@pytest.mark.parametrize(
-    ("arch", "registers", "shared", "tensor_memory", "warps", "wanted"),
-    [
-        ("80", 128, 0, 0, 4, 4),
-        ("80", 33, 0, 0, 4, 12),  # 40 registers a thread, as they are given out
-        ("80", 32, 83968, 0, 4, 1),  # half of it, but for 1 KiB
-        ("86", 16, 0, 0, 8, 6),
-        ("80", 16, 0, 0, 1, 32),
-        ("100", 32, 0, 256, 4, 2),
-    ],
-)
-def test_programs_that_a_multiprocessor_holds(arch, registers, shared, tensor_memory, warps, wanted):
-    assert programs_per_sm(RATES[arch], registers, shared, tensor_memory, warps) == wanted
 
 
 def test_clocks_of_every_unit():

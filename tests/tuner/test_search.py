@@ -8,9 +8,6 @@ import torch
 pytest.importorskip("triton")
 from tritonattn.backends.triton import launch
 from tritonattn.tuner import search
-from tritonattn.tuner.gate import Candidate
-from tritonattn.tuner.machine_code import MachineCode
-from tritonattn.tuner.static import Compiler
 from tritonattn.tuner.workload import Size
 from tritonattn.tuning.config import Target, TileConfig
 from tritonattn.tuning.lookup import config_for
@@ -103,33 +100,6 @@ def test_a_result_that_is_wrong_in_one_dtype_is_not_taken(timed):
     result = find()
     assert result.entry.config == OTHERS[0]
     assert result.wrong == (f"{KEY} {OTHERS[1]}: is wrong",)
-
-
-def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):
-    """The model gets the card's number of processors, also by a device's full name."""
-    asked = []
-
-    def examine(self, wanted):
-        code = MachineCode(128, 0, 0, 0)
-        return [Candidate(config, code, ("spills",) if config.num_warps == 8 else ()) for _, _, config in wanted]
-
-    def clocks(kernel, problem, candidate, target, processors):
-        asked.append((kernel, problem, processors))
-        return candidate.config.num_stages + 8 / candidate.config.block_n
-
-    monkeypatch.setattr(Compiler, "examine", examine)
-    monkeypatch.setattr(search, "modelled_clocks", clocks)
-    for target, processors in ((Target("cuda", "80", "NVIDIA A100-SXM4-80GB"), 108), (Target("cuda", "87"), 128)):
-        with Compiler(target, 1) as compiler:
-            found = search.promising(KEY, compiler, 4)
-        assert [(one.num_stages, one.block_n, one.num_warps) for one in found] == [
-            (2, 128, 4),
-            (2, 128, 4),
-            (2, 64, 4),
-            (2, 64, 4),
-        ]
-        assert set(asked) == {(KEY.kernel, KEY.problem, processors)}
-        asked.clear()
 
 
 def test_operands_that_the_memory_does_not_hold(monkeypatch):

@@ -113,19 +113,6 @@ def test_candidates_leave_out_what_cannot_be_fast(kernel, head_dim, config, want
     assert {target: config in of_head_dim(kernel, head_dim, target) for target in wanted} == wanted
 
 
-@pytest.mark.parametrize(
-    ("choose", "kernel", "head_dim", "stages"),
-    [
-        (candidates, "forward", 128, {2, 3}),
-        (candidates, "forward", 192, {1, 2, 3}),
-        (static_candidates, "forward", 256, {1, 2}),  # fewer may be what fits
-        (static_candidates, "decode", 256, {3}),
-    ],
-)
-def test_stages_that_are_tried(choose, kernel, head_dim, stages):
-    assert {one.num_stages for one in of_head_dim(kernel, head_dim, SM_80, choose)} == stages
-
-
 @compiled
 def test_eight_warps_on_the_rows_of_one_wgmma_repeat_their_softmax():
     [reason] = examine("forward", PROBLEM, TileConfig(64, 64, 8, 2), SM_90).reasons

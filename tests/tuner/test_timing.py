@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -86,38 +83,6 @@ def test_time_that_is_up_leaves_three_rounds():
     taken = timing.take_turns({"a": calls.append}, torch.device("cpu"), rounds=9, warm_up=0, seconds=0)
     assert len(taken["a"]) == 3
     assert calls == [0, 0, 1, 2]
-
-
-def test_clocks_are_those_of_the_card_in_use(monkeypatch):
-    """nvidia-smi knows nothing of CUDA_VISIBLE_DEVICES."""
-    asked = []
-
-    def run(command, **_):
-        asked.extend(command)
-        return SimpleNamespace(stdout="570.1, 1980 MHz, 2619 MHz, 40, 120 W\n")
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
-    monkeypatch.setattr(subprocess, "run", run)
-    assert timing.card_state(GPU) == {
-        "driver_version": "570.1",
-        "clocks.sm": "1980 MHz",
-        "clocks.mem": "2619 MHz",
-        "temperature.gpu": "40",
-        "power.draw": "120 W",
-    }
-    assert asked[asked.index("-i") + 1] == "GPU-12ab-34"
-
-
-@pytest.mark.parametrize(
-    "error", [FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("nvidia-smi", 10)], ids=repr
-)
-def test_without_nvidia_smi(error, monkeypatch):
-    def run(*_, **__):
-        raise error
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
-    monkeypatch.setattr(subprocess, "run", run)
-    assert timing.card_state(GPU) == {}
 
 
 def test_medians_and_quartiles():

@@ -64,33 +64,3 @@ def test_rounds_take_copies_in_turn(kernel, monkeypatch):
     assert others[1] is second
     assert first.data_ptr() != second.data_ptr()
     assert not torch.equal(first, second)
-
-
-def test_nan_is_wrong(monkeypatch):
-    """As of rows that a config leaves out."""
-    timed = Workload(Key("forward", 64, "query+key", "short"), Size(1, 2, 8), torch.float16, CPU, copies=1)
-    right = timed._reference(torch.float16, slice(None))[0]
-    assert right.shape == (1, 2, 8, 64)
-    for factor, message in ((1.0, None), (1.004, "expected an error of at most"), (torch.nan, "got nan")):
-        monkeypatch.setattr(
-            workload.triton_backend, "forward", lambda *_, x=right * factor: ForwardResult(x, x[..., 0])
-        )
-        found = timed.error()
-        assert found is None if message is None else message in str(found)
-
-
-def test_poison_is_in_new_memory_alone(monkeypatch):
-    """And torch is left as it was, also by a config that raises."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    before, kept = torch.get_deterministic_debug_mode(), torch.ones(3)
-
-    def fail():
-        with workload._poisoned_memory():
-            assert torch.empty(2**16).isnan().all()
-            assert kept.sum() == 3
-            raise RuntimeError("out of resource")
-
-    with pytest.raises(RuntimeError, match="out of resource"):
-        fail()
-    assert torch.get_deterministic_debug_mode() == before
-    assert not torch.utils.deterministic.fill_uninitialized_memory

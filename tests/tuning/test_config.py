@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from tritonattn.tuning import config
-from tritonattn.tuning.config import Problem, Target, TileConfig, is_short, legal_reasons, shared_limit, sum_columns
+from tritonattn.tuning.config import Problem, Target, TileConfig, is_short, legal_reasons, shared_limit
 
 HALF, FULL = torch.float16, torch.float32
 SM_80, SM_90, SM_100, GFX942 = map(Target.parse, ("sm_80", "sm_90", "sm_100", "gfx942"))
@@ -33,18 +33,6 @@ def test_a_target_is_that_of_the_device_meant(monkeypatch):
 def test_short_calls_have_at_most_1024_rows_and_keys():
     lengths = ((1024, 1024), (1, 1024), (1025, 1), (1, 1025))
     assert [is_short(*each) for each in lengths] == [True, True, False, False]
-
-
-def test_sums_have_columns_where_they_lie_in_registers():
-    """8 columns for 16-bit products, whose accumulators have pairs of columns a lane."""
-    targets = (SM_80, SM_90, SM_100, Target.parse("sm_103"), GFX942)
-    found = {
-        (target.name, dtype): sum_columns(Problem(64, 64, dtype), target)
-        for target in targets
-        for dtype in (HALF, FULL)
-    }
-    assert {name for name, columns in found.items() if columns == 8} == {("sm_80", HALF), ("sm_90", HALF)}
-    assert set(found.values()) == {1, 8}
 
 
 def test_tiles_may_fill_the_memory_there_is():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from types import SimpleNamespace
 
@@ -103,28 +102,6 @@ def test_a_config_that_a_compiler_refused_is_passed_over(folders):
     assert found() == 64
     single = Problem(64, 64, torch.float32)
     assert not lookup.reject_config("forward", single, H100, lookup.config_for("forward", single, H100), why)
-
-
-def test_folders_that_cannot_be_read(folders, monkeypatch):
-    _, user = folders
-    user.mkdir(parents=True)
-    (user / "h100.json").mkdir()
-    with pytest.warns(UserWarning, match="directory"):
-        assert lookup.find("forward", PROBLEM, H100).path is None
-
-    (user / "h100.json").rmdir()
-    os.mkfifo(user / "h100.json")
-    lookup.clear_cache()
-    with pytest.warns(UserWarning, match="regular file"):
-        assert lookup.find("forward", PROBLEM, H100).path is None
-
-    def missing():
-        raise FileNotFoundError("neither")
-
-    monkeypatch.setattr(cache_dir, "shipped_tables", missing)
-    (user / "h100.json").unlink()
-    lookup.clear_cache()
-    assert lookup.find("forward", PROBLEM, H100).path is None
 
 
 def test_an_illegal_entry_never_runs(folders):

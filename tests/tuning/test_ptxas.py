@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 from triton.backends.nvidia import compiler
 
-from tritonattn.core.provenance import Environment
-from tritonattn.tuning.config import Target
-from tritonattn.tuning.ptxas import ptxas_of, ptxas_version, suspicion
+from tritonattn.tuning.ptxas import ptxas_version, suspicion
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -28,12 +25,3 @@ def test_a_triton_with_one_ptxas_for_all_cards(monkeypatch):
 def test_versions_known_for_wrong_code():
     assert all("TRITON_PTXAS_PATH" in suspicion(version) for version in ("12.8.61", "12.8.93", "13.0.88"))
     assert not any(map(suspicion, ("12.9.86", "13.1.80", "13.5.37", "unknown")))
-
-
-def test_records_of_a_gpu_have_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card X")
-    monkeypatch.setattr(Target, "of", lambda device: Target("cuda", "90"))
-    card = Environment.of(torch.device("cuda"), ptxas=ptxas_of(torch.device("cuda")))
-    assert f", ptxas {ptxas_version(90)}, " in str(card)
-    assert ptxas_of(torch.device("cpu")) == ""
-    assert "ptxas" not in str(Environment.of(torch.device("cpu")))

@@ -9,7 +9,6 @@ import torch
 from tests.support.refusals import assert_refused
 from tritonattn.cli import main as cli
 from tritonattn.lab.simulation import command, plot
-from tritonattn.lab.simulation.paper import PANELS
 from tritonattn.lab.simulation.report import Findings
 
 TINY = ["--modes", "sqrt_dim,key_norm_sum,cosine", "--counts", "2,40", "--dims", "4,6", "--keys", "gaussian,few giants"]
@@ -58,16 +57,6 @@ def test_everything(tmp_path, capsys):
     assert all(path.stat().st_size > 5000 for path in folder.iterdir())
 
 
-def test_findings_are_read_as_they_were_written(tmp_path):
-    file, again = tmp_path / "a.json", tmp_path / "b.json"
-    assert simulate("--json", str(file)) == 0
-    findings = Findings.read_json(file)
-    findings.write_json(again)
-    assert again.read_text() == file.read_text()
-    assert [part.panel for part in findings.components] == list(PANELS)
-    assert f"seed 0, `{findings.command}`" in findings.source()
-
-
 def test_modes_that_coincide_share_a_line(tmp_path, monkeypatch):
     pictures = {}
     monkeypatch.setattr(plot, "save", lambda figure, file: pictures.setdefault(file.stem, figure))
@@ -78,18 +67,6 @@ def test_modes_that_coincide_share_a_line(tmp_path, monkeypatch):
     assert labels == ["sqrt_dim, llama4", "key_norm_sum"]
     assert all(len(axes.lines) == 2 for axes in pictures["by_count"].axes)
     assert [axes.get_title() for axes in pictures["two_ways"].axes] == ["sqrt_dim", "key_norm_sum", "llama4"]
-
-
-def test_a_seed_repeats_itself(tmp_path):
-    records = []
-    for number, seed in enumerate((1, 1, 2)):
-        file = tmp_path / f"{number}.json"
-        assert simulate("--parts", "sweep,paper", "--json", str(file), "--seed", str(seed)) == 0
-        record = json.loads(file.read_text())
-        records.append((record["sweep"], record["paper"]))
-    assert records[0] == records[1]
-    assert records[0] != records[2]
-    assert record["verdict"] == []
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from tritonattn.lab.simulation.paper import (
     component,
     measures_of,
     operands,
-    refilled,
     softmax_of,
 )
 
@@ -45,12 +44,6 @@ def test_probabilities_and_their_measures(dim, mode):
     assert ours["jacobian_norm"] == pytest.approx(jacobians.norm(dim=(1, 2)).mean().item())
     divisor = float(DIVISORS[mode](operands(dim, 0, CPU)[1][0, 0]))
     assert ours["gradient_norm"] == pytest.approx(ours["jacobian_norm"] / divisor)
-
-
-def test_the_published_package_mixes_rows_and_columns():
-    """R: matrix(apply(queries, 1, f), nrow = 3) of 3 queries and 2 keys, f giving the values of one query."""
-    by_query = torch.tensor([[11, 12], [21, 22], [31, 32]])
-    assert refilled(by_query).tolist() == [[11, 22], [12, 31], [21, 32]]
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: f"{panel.figure}{panel.letter}")

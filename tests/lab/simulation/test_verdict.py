@@ -25,19 +25,6 @@ def batches():
     return {x.name: (batch_of(x), Curves(batch_of(x), "none")) for x in (SAME, COUNTS, BETWEEN)}
 
 
-def test_batches():
-    same, counts, between, within = map(batch_of, (SAME, COUNTS, BETWEEN, WITHIN))
-    assert same.key_lengths.tolist() == [256] * 6
-    assert 64 <= counts.key_lengths.min() < 150
-    assert 400 < counts.key_lengths.max() <= 1024
-    for batch in (same, counts):
-        torch.testing.assert_close(batch.k.norm(dim=-1), torch.full(batch.k.shape[:3], 8.0).double())
-    lengths = between.k.norm(dim=-1)
-    torch.testing.assert_close(lengths, lengths[..., :1].expand_as(lengths))
-    assert lengths[:, 0, 0].log().std() > 0.3
-    assert within.k.norm(dim=-1).log().std(-1).min() > 0.8
-
-
 @pytest.mark.parametrize("name", ["same", "counts"])
 def test_reach_is_the_share_of_the_rows_own_best(batches, name):
     """Against a search over gains for each row, by its own keys alone."""
