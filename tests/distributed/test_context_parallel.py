@@ -61,6 +61,8 @@ def test_statistics_of_rows_and_repeated_bits(method, pool):
 
 @pytest.mark.parametrize("method", ["allgather", "alltoall"])
 def test_one_graph_of_a_compiler(method, pool):
+    if method == "allgather" and torch.__version__.startswith("2.8."):
+        pytest.skip("torch 2.8 cannot trace the backward")
     for errors in pool.run(cases.compiled, method, seconds=120):
         assert max(errors) <= 1e-6
 

@@ -8,7 +8,8 @@ Source of the zig-zag: Brandon et al. 2023 (striped attention), arXiv:2311.09431
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ from ..calls.checks import kind_of
 LAYOUTS = ("contiguous", "zigzag")
 
 
-class Split(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Split:
     """The place of this process among those that share a sequence."""
 
     group: dist.ProcessGroup
@@ -37,7 +39,8 @@ class Split(NamedTuple):
             raise ValueError(f"mesh: expected one dimension, as of mesh['cp'], got {mesh.ndim} of sizes {mesh.shape}")
         if layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-        return cls(mesh.get_group(), mesh.get_local_rank(), mesh.size(), layout)
+        group = mesh.get_group()
+        return cls(group, group.rank(), group.size(), layout)
 
     @property
     def chunks_per_rank(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from .layout import Split
 from .statistics import SharedStatistics
 
 
-class SharedSequence(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SharedSequence:
     """A sequence of S tokens that the ranks of `split` hold parts of, and what this rank's rows see of it.
 
     whole        of all S rows, as one process would see it
