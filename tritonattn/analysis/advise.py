@@ -20,6 +20,7 @@ from ..core.tables import table
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scaling
 from .diagnosis import Diagnosis, diagnose
+from .gaps import layer_power, power_of
 from .rules import Reading, Rule, rule_for
 from .tally import counted_rows
 
@@ -136,6 +137,7 @@ class _Layer:
             causal=bool((hi <= place)[hi > lo].all()),
             longest=int(self.seen.counts().max()),
             context=self.context,
+            power=power_of(*layer_power(found.count_power, found.count_power_error)),
         )
 
     def _with(self, mode: str) -> tuple[Scaling, Any]:
@@ -164,7 +166,7 @@ def advise(
 
     The first of `tritonattn.analysis.rules.RULES` that applies to a layer gives its advice. Modes are tried on the
     layer's own q and k before they are advised. Heads are averaged; softcap and sinks are ignored. The cost is one
-    forward pass, and for each layer and mode a `diagnose`, about twenty forward passes of its attention.
+    forward pass, and for each layer and mode a `diagnose`, about 25 forward passes of its attention.
 
     Returns:
         `Advice`; print(advice.report()).
@@ -192,10 +194,10 @@ def advise(
 
 
 def mode_of(text: str) -> Scaling:
-    """Make the scaling of an `Advice.mode`, such as "cosine" or "qwen_logn(2048)"."""
-    name, _, parameter = text.partition("(")
+    """Make the scaling of an `Advice.mode`, such as "cosine", "qwen_logn(2048)" or "log_power(0.5, 2048)"."""
+    name, _, parameters = text.rstrip(")").partition("(")
     kind: Any = SCALINGS[name]
-    return kind(int(parameter.rstrip(")"))) if parameter else kind()
+    return kind(*(float(one) if "." in one else int(one) for one in parameters.split(", ") if one))
 
 
 def _findings_of_model(model: nn.Module, tokens: Any, context: int | None) -> list[Finding]:
@@ -286,7 +288,7 @@ def _finding(layer: _Layer) -> Finding:
     reading = layer.read(None)
     rule = rule_for(reading)
     for candidate in rule.candidates:
-        mode = candidate.format(context=reading.context, count=max(2, round(reading.key_count_mean)))
+        mode = candidate.format(context=reading.context, counted=reading.counted)
         if mode == reading.mode:
             continue
         after = layer.read(mode)

@@ -10,10 +10,11 @@ from torch import Tensor
 from ..calls.checks import Options, check
 from ..calls.dispatch import autocast
 from ..calls.factor import Factor
-from ..core.statistics import key_lengths_of
+from ..core.statistics import Statistics, key_lengths_of
 from ..core.tables import table
 from ..core.visibility import Visibility
 from ..scaling import Scaling
+from .gaps import count_power, described
 from .row_statistics import RowStatistics, row_statistics
 
 # A row is nearly one-hot above this max probability, and nearly uniform above this entropy / ln(n).
@@ -37,6 +38,8 @@ class Diagnosis:
     key_count_variation   their standard deviation over their mean
     key_norm_mean         mean length ||k|| of the keys of its key head that some row may see
     key_norm_variation    their standard deviation over their mean
+    count_power           p of the factor (ln n)^p that the gaps of the largest logits ask for, and its
+    count_power_error     standard error: `analysis.gaps`; NaN where rows are too few or their n too alike
 
     NaN if there is no such row or key. The variation of zeros is 0.
     """
@@ -53,12 +56,18 @@ class Diagnosis:
     key_count_variation: Tensor
     key_norm_mean: Tensor
     key_norm_variation: Tensor
+    count_power: Tensor
+    count_power_error: Tensor
 
     def table(self) -> str:
         """One line a head, as text."""
         columns = [getattr(self, name).tolist() for name in _HEADERS]
-        rows = [[head, *(f"{x:.3g}" for x in row)] for head, row in enumerate(zip(*columns, strict=True))]
-        return table(rows, ["head", *_HEADERS.values()], "simple")
+        powers = map(described, self.count_power.tolist(), self.count_power_error.tolist())
+        rows = [
+            [head, *(f"{x:.3g}" for x in row), power]
+            for head, (row, power) in enumerate(zip(zip(*columns, strict=True), powers, strict=True))
+        ]
+        return table(rows, ["head", *_HEADERS.values(), "power of ln n\nby gaps"], "simple")
 
 
 _HEADERS = {
@@ -99,7 +108,8 @@ def diagnose(
 
     A gradient vanishes in two ways: p is one-hot (J is 0), or p is uniform since the factor is tiny (J is healthy, its
     product with the factor is not). `near_one_hot` and `near_uniform` count such rows, `gradient_norm` measures both.
-    It leaves out the factor's own dependence on q or k.
+    It leaves out the factor's own dependence on q or k. `count_power` says how the factor should grow with n, by the
+    gaps between the largest q . k of rows that see different n.
 
     Args:
         q: [B, Hq, Sq, D], float16, bfloat16, float32 or float64.
@@ -107,7 +117,7 @@ def diagnose(
 
     The other arguments are those of `attention`, with its defaults and errors. Everything is computed in float64, in
     passes over blocks of keys: memory is O(S D), no [Sq, Sk] tensor is made. Nothing is differentiated. On a CPU it
-    takes about twenty times as long as a forward pass of `attention`.
+    takes about 25 times as long as a forward pass of `attention`.
 
     Returns:
         `Diagnosis`, of tensors [Hq] on q's device: means over the batch and its rows. Rows without keys are left out.
@@ -119,7 +129,8 @@ def diagnose(
     torch.Size([4])
 
     Sources: Bernhard 2023, arXiv:2311.09406 (max and variance of the softmax's output, and its Jacobian, as signs of a
-    vanishing gradient); Zhai et al. 2023, arXiv:2303.06296 (low entropy as a sign of unstable training).
+    vanishing gradient); Zhai et al. 2023, arXiv:2303.06296 (low entropy as a sign of unstable training);
+    arXiv:2605.12697 and arXiv:2510.05554 (powers of ln n, see `tritonattn.analysis.gaps`).
     """
     options = Options(causal, window, key_lengths, key_ranges, mask)
     (q, k, _), _ = autocast(q, k, k)
@@ -128,38 +139,39 @@ def diagnose(
     visibility = Visibility.of(
         q, k, causal=causal, window=window, key_lengths=key_lengths, key_ranges=key_ranges, mask=mask
     )
-    key_norm_mean, key_norm_variation = _of_keys(k, visibility)
-    return _of_rows(row_statistics(q, k, factor, visibility), key_norm_mean, key_norm_variation)
+    rows = row_statistics(q, k, factor, visibility)
+    with torch.autocast(q.device.type, enabled=False):
+        _, _, key_scale = factor.scales(q, k, visibility, Statistics(k, visibility))
+    power, error = count_power(q, k, key_scale, rows.factor.sign(), visibility)
+    return Diagnosis(**_of_rows(rows), **_of_keys(k, visibility), count_power=power, count_power_error=error)
 
 
-def _of_rows(rows: RowStatistics, key_norm_mean: Tensor, key_norm_variation: Tensor) -> Diagnosis:
-    """Average statistics of rows by head; key_norm_mean and key_norm_variation are [Hq]."""
+def _of_rows(rows: RowStatistics) -> dict[str, Tensor]:
+    """Average statistics of rows by head: [Hq] each."""
     seeing, several = rows.key_count > 0, rows.key_count > 1
     relative = rows.relative_entropy
-    key_count_mean, key_count_variation = _mean_and_variation(rows.key_count, seeing)
     largest = torch.where(seeing, rows.max_logit, -torch.inf)
-    return Diagnosis(
-        logit_std=_mean(rows.logit_std, seeing),
-        max_logit=torch.nn.functional.pad(largest, (0, 1), value=-torch.inf).amax((0, 2)),
-        max_probability=_mean(rows.max_probability, seeing),
-        relative_entropy=_mean(relative, several),
-        jacobian_norm=_mean(rows.jacobian_norm, seeing),
-        gradient_norm=_mean(rows.gradient_norm, seeing),
-        near_one_hot=_mean((rows.max_probability > ONE_HOT).double(), seeing),
-        near_uniform=_mean((relative > UNIFORM).double(), several),
-        key_count_mean=key_count_mean,
-        key_count_variation=key_count_variation,
-        key_norm_mean=key_norm_mean,
-        key_norm_variation=key_norm_variation,
-    )
+    count, variation = _mean_and_variation(rows.key_count, seeing)
+    return {
+        "logit_std": _mean(rows.logit_std, seeing),
+        "max_logit": torch.nn.functional.pad(largest, (0, 1), value=-torch.inf).amax((0, 2)),
+        "max_probability": _mean(rows.max_probability, seeing),
+        "relative_entropy": _mean(relative, several),
+        "jacobian_norm": _mean(rows.jacobian_norm, seeing),
+        "gradient_norm": _mean(rows.gradient_norm, seeing),
+        "near_one_hot": _mean((rows.max_probability > ONE_HOT).double(), seeing),
+        "near_uniform": _mean((relative > UNIFORM).double(), several),
+        "key_count_mean": count,
+        "key_count_variation": variation,
+    }
 
 
-def _of_keys(k: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor]:
+def _of_keys(k: Tensor, visibility: Visibility) -> dict[str, Tensor]:
     """Mean and variation of the lengths of the keys that some row may see, [Hq] each."""
     seen = visibility.seen_keys().expand(visibility.keys)
     found = _mean_and_variation(key_lengths_of(k).double(), seen)
     mean, variation = (x.repeat_interleave(visibility.q_heads // max(visibility.kv_heads, 1)) for x in found)
-    return mean, variation
+    return {"key_norm_mean": mean, "key_norm_variation": variation}
 
 
 def _mean(x: Tensor, counted: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class Reading:
     key_norm_between   standard deviation over mean of the sequences' mean key lengths; 0 for one sequence
     causal     whether rows see only keys up to their own place
     longest    the largest number of keys that a row sees
+    power      p of the factor (ln n)^p that the gaps of the largest logits ask for; None if they do not tell
     context    the length of the model's training in tokens; None if it is not known
     """
 
@@ -42,6 +43,15 @@ class Reading:
     causal: bool
     longest: int
     context: int | None = None
+    power: float | None = None
+
+    @property
+    def counted(self) -> str:
+        """The mode whose factor grows with n as the gaps ask, or else as ln n, and is sqrt_dim's for the mean n."""
+        count = max(2, round(self.key_count_mean))
+        if self.power == 0:
+            return "sqrt_dim"
+        return f"log_key_count({count})" if self.power in (None, 1.0) else f"log_power({self.power:g}, {count})"
 
     @property
     def ill(self) -> float:
@@ -55,7 +65,7 @@ class Rule:
 
     condition    in words; `applies` is the same in code
     candidates   modes to try on the layer's own q and k, the least intrusive first: the first that heals it is advised;
-                 {context} and {count} stand for the layer's own numbers
+                 {context} stands for the layer's own number, and {counted} for `Reading.counted`
     heals        whether a mode's reading is better, given the old one
     otherwise    the advice if no candidate heals
     why, watch, turn_back, evidence   explanations for the reader
@@ -174,15 +184,16 @@ RULES: tuple[Rule, ...] = (
         name="varied counts",
         condition=f"not causal, and the number of keys varies by more than {COUNTS:.0%} among the rows",
         applies=lambda one: not one.causal and one.key_count_variation > COUNTS,
-        candidates=("log_key_count({count})",),
+        candidates=("{counted}",),
         heals=_always,
-        otherwise="",
-        why="the same logit gets less attention among many keys than among few; ln(n) / ln(mean n) takes that back, and"
-        " leaves rows of the mean number as they are",
+        otherwise="keep {mode}: it grows with n as the gaps of the largest logits ask",
+        why="the same logit gets less attention among many keys than among few; (ln(n) / ln(mean n))^p takes that back,"
+        " and leaves rows of the mean number as they are. p is what the gaps of the largest logits ask for, 1 if they"
+        " do not tell",
         watch="the loss of short and of long inputs, each beside sqrt_dim's; max_logit of the long ones, which rises",
         turn_back="the loss of the short or of the long inputs is above sqrt_dim's",
         evidence=(
-            "Chiang & Cholak 2022, arXiv:2202.12172",
+            "Chiang & Cholak 2022, arXiv:2202.12172 (p = 1); arXiv:2605.12697 (p by the gaps)",
             "against it: docs/simulation.md, 4: on random operands it passes no more gradient than sqrt_dim (0.56 to"
             " 0.55)",
             "docs/workshop.md, exercise 4: what the right key gets among 8 and among 512",
