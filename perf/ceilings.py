@@ -22,6 +22,13 @@ NON_MMA_PER_LOGIT = {
     ("grad_query", "sm_90", 128): 8.9,
     ("grad_query", "sm_100", 64): 8.2,
     ("grad_query", "sm_100", 128): 9.0,
+    # Tiles are small, and warps repeat the exponentials of their rows, so that the fp32 sums fit registers.
+    ("forward", "sm_80", 512): 100.0,
+    ("forward", "sm_90", 512): 101.0,
+    ("grad_key_value", "sm_80", 512): 130.0,
+    ("grad_key_value", "sm_90", 512): 120.0,
+    ("grad_query", "sm_80", 512): 78.0,
+    ("grad_query", "sm_90", 512): 77.0,
 }
 
 # Instructions per logit that query_scale may add to a kernel without scales, in one config.

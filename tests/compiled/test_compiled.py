@@ -66,7 +66,7 @@ def check_ceiling(kernel: str, target: str, head_dim: int, code: MachineCode) ->
     assert per_logit(kernel, target, head_dim, code) <= NON_MMA_PER_LOGIT[kernel, target, head_dim], code
     config, loop = default_config(kernel, problem_of(head_dim), Target.parse(target)), code.unmasked_loop
     exponentials = loop.instructions["exp"] * 32 * config.num_warps / (loop.tiles * config.block_m * config.block_n)
-    assert exponentials < 1.1, f"warps repeat each other's softmax: {code}"
+    assert exponentials < (1.1 if head_dim <= 256 else 3.1), f"warps repeat each other's softmax: {code}"
     assert code.spill_bytes == 0, code
 
 

@@ -140,7 +140,7 @@ def test_a_failed_write_leaves_the_old_file(error, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("sizes", "wanted"),
-    [((64, 64), 64), ((1, 3), 64), ((72, 64), 80), ((192, 128), 192), ((17, 129), 192), ((256, 256), 256)],
+    [((64, 64), 64), ((1, 3), 64), ((72, 64), 80), ((192, 128), 192), ((16, 144), 192), ((256, 256), 256)],
 )
 def test_the_head_dim_of_a_key(sizes, wanted):
     assert key_of("forward", Problem(*sizes, torch.float16)).head_dim == wanted
@@ -157,6 +157,9 @@ def test_the_key_of_a_call():
     assert key_of("decode", replace(problem, packed_rows=32)) is None
     assert key_of("forward", replace(problem, dropout=True)) is None
     assert key_of("forward", replace(problem, mask=True)) is None
+    assert key_of("forward", replace(problem, value_dim=272)) is None
+    assert key_of("forward", replace(problem, value_dim=136)) is None
+    assert key_of("forward", replace(problem, head_dim=17, value_dim=144)) is None
 
 
 @pytest.mark.parametrize(
