@@ -118,6 +118,9 @@ def of_decoding() -> list[Case]:
             row["target"],
         )
         for row in all_pairs(choices, free=[("target", "dim")])
+    ] + [
+        Case("decode", Problem(576, 512, BFLOAT, **form), target)  # latent attention
+        for form, target in zip(FORMS_OF_DECODE.values(), ("sm_80", "sm_90", "sm_100", "gfx950"), strict=True)
     ]
 
 

@@ -83,7 +83,7 @@ FAST = (
     Case(BFLOAT, (16, 32), SMALL, (5, 150), count=5, heads=(8, 2), window=(70, 0), form="every form"),
     Case(SINGLE, (16, 16), SMALL, page=16, scaling="key_norm_max", window=(30, 0)),
     Case(BFLOAT, (128, 128), None, (130, 290), 300, 2, page=16, scaling="cosine"),
-    Case(BFLOAT, (384, 512), None, (30, 70), 80, heads=(4, 1), scaling="key_norm_mean"),
+    Case(BFLOAT, (576, 512), None, (30, 70), 80, heads=(4, 1), scaling="key_norm_mean"),
 )
 
 # Every pair of choices but head dims with forms, all in the default config.

@@ -62,6 +62,8 @@ def test_wide_heads_are_refused_where_their_smallest_tiles_do_not_fit():
         if obstacle(512, 384, dtype, target)
     }
     assert refused == {("sm_75", HALF), *((name, FULL) for name in ("sm_75", "sm_89", "sm_120", "gfx942"))}
+    of_latent_attention = {target.name for target in TARGETS if obstacle(576, 512, HALF, target, ("decode",))}
+    assert of_latent_attention == {"gfx942"}
     assert obstacle(512, 512, FULL, Target.parse("gfx942")) == (
         "head_dim 512 of torch.float32: forward's tiles need at least 98304 bytes of shared memory, gfx942 has 65536"
     )

@@ -113,7 +113,7 @@ def attention_decode(
 def _decode(
     q: Tensor, cache: Cache, factor: Factor, statistics: KeyStatistics | None, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
-    backend = choose_backend(q, cache.k, cache.v, options)
+    backend = choose_backend(q, cache.k, cache.v, options, decodes=not options.invariant)
     left, _ = window_sides(options.window)
     sinks = sinks_of(q, options)
     visibility = cache.visibility(q, left, options.invariant)

@@ -25,6 +25,7 @@ from .factor import Factor, scale_dtype
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LARGEST_KERNEL_DIM = 512
+_LARGEST_KEY_OF_DECODE = 1024
 _DIM_OF_EVERY_GPU = 256
 
 
@@ -133,9 +134,12 @@ def _out(call: AttentionCall, backend: str) -> Tensor:
     return ops.attention(call, backend, aux=False).out
 
 
-def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
-    """Choose the backend of a call: the one asked for, which must support the call, or for "auto" one that does."""
-    backend = _choose_backend(q, k, v, options)
+def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options, decodes: bool = False) -> str:
+    """Choose the backend of a call: the one asked for, which must support the call, or for "auto" one that does.
+
+    decodes   only the decode kernel will run, which takes wider keys
+    """
+    backend = _choose_backend(q, k, v, options, decodes)
     if options.invariant:
         _refuse_company(q, k, backend, options)
     return backend
@@ -154,9 +158,9 @@ def _refuse_company(q: Tensor, k: Tensor, backend: str, options: Options) -> Non
         raise NotImplementedError(f"batch_invariant: not with {obstacle}")
 
 
-def _choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
+def _choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options, decodes: bool) -> str:
     asked = options.backend
-    if asked == "triton" and (obstacle := _kernel_obstacle(q, v)):
+    if asked == "triton" and (obstacle := _kernel_obstacle(q, v, decodes)):
         raise NotImplementedError(
             f"{obstacle}: backend 'triton' does not support it; backends 'sdpa' and 'reference' do"
         )
@@ -167,7 +171,7 @@ def _choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str:
     if asked == "auto":
         if q.device.type != "cuda":
             return "sdpa"
-        if obstacle := _kernel_obstacle(q, v) or (not _HAS_TRITON and "triton is not installed"):
+        if obstacle := _kernel_obstacle(q, v, decodes) or (not _HAS_TRITON and "triton is not installed"):
             _warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
             return "sdpa"
         return "triton"
@@ -185,24 +189,27 @@ def kernels_take(x: Tensor) -> bool:
     return x.device.type == "cuda" and _HAS_TRITON and _kernel_obstacle(x, x) is None
 
 
-def _kernel_obstacle(q: Tensor, v: Tensor) -> str | None:
+def _kernel_obstacle(q: Tensor, v: Tensor, decodes: bool = False) -> str | None:
     """Name the property of a call that kernels cannot honour, or None."""
     if q.dtype == torch.float64:
         return "q of dtype torch.float64"
-    widest = max(q.shape[3], v.shape[3])
-    if widest > _LARGEST_KERNEL_DIM:
-        return f"head_dim {widest}, above {_LARGEST_KERNEL_DIM}"
-    if widest > _DIM_OF_EVERY_GPU and q.device.type == "cuda" and _HAS_TRITON:
-        return _obstacle_of_memory(q.shape[3], v.shape[3], q.dtype, q.device)
+    limits = (_LARGEST_KEY_OF_DECODE if decodes else _LARGEST_KERNEL_DIM, _LARGEST_KERNEL_DIM)
+    for dim, limit in zip((q.shape[3], v.shape[3]), limits, strict=True):
+        if dim > limit:
+            return f"head_dim {dim}, above {limit}"
+    if max(q.shape[3], v.shape[3]) > _DIM_OF_EVERY_GPU and q.device.type == "cuda" and _HAS_TRITON:
+        return _obstacle_of_memory(q.shape[3], v.shape[3], q.dtype, q.device, decodes)
     return None
 
 
-def _obstacle_of_memory(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def _obstacle_of_memory(
+    head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device, decodes: bool
+) -> str | None:
     """Name what a device lacks for the kernels at wide heads, or None."""
-    from ..tuning.config import Target
+    from ..tuning.config import TILED_KERNELS, Target
     from ..tuning.defaults import obstacle
 
-    return obstacle(head_dim, value_dim, dtype, Target.of(device))
+    return obstacle(head_dim, value_dim, dtype, Target.of(device), ("decode",) if decodes else TILED_KERNELS)
 
 
 # The mark of torch.compiler.assume_constant_result, which imports all of torch._dynamo, in a second.

@@ -44,6 +44,7 @@ _SHARED_BYTES = {
     "gfx950": 163840,
 }
 WIDEST = 512  # head dim that kernels take
+WIDEST_KEYS = 1024  # of decode, and of passes over keys alone: latent attention has 576
 TENSOR_MEMORY_COLUMNS = 512  # of 128 rows and 4 bytes, a program
 
 

@@ -77,12 +77,12 @@ _TILES_OF_FLOAT32 = {
 # Decoding waits for memory: two blocks of keys on their way to every program, and several programs a multiprocessor.
 # By family and width: block_n, num_warps, num_stages.
 _DECODE_TILES = {
-    "sm_80": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3)},
-    "sm_86": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2), 512: (16, 4, 2)},
-    "sm_120": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2), 512: (16, 4, 2)},
-    "sm_90": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3)},
-    "sm_100": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3)},
-    "amd": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1), 512: (16, 4, 1)},
+    "sm_80": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3), 1024: (16, 4, 2)},
+    "sm_86": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2), 512: (16, 4, 2), 1024: (16, 4, 2)},
+    "sm_120": {64: (64, 4, 3), 128: (32, 4, 3), 256: (32, 4, 2), 512: (16, 4, 2), 1024: (16, 4, 2)},
+    "sm_90": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3), 1024: (16, 4, 2)},
+    "sm_100": {64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3), 1024: (16, 4, 2)},
+    "amd": {64: (64, 4, 2), 128: (32, 4, 2), 256: (16, 4, 1), 512: (16, 4, 1), 1024: (16, 4, 1)},
 }
 # Passes without a head dim. A program of prefix_sums goes through a whole row in few steps, each as wide as registers
 # allow. keys_seen tests block_m rows at once, and takes those that see a key of its block by block_n. argmax_of_ranges
@@ -111,9 +111,9 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
     """
     if problem.invariant:
         return _invariant_config(kernel, problem, target)
-    width = min(size for size in (64, 128, 256, 512) if size >= problem.width)
+    width = min(size for size in (64, 128, 256, 512, 1024) if size >= problem.width)
     if kernel in STREAMING_KERNELS:
-        rows = 8192 // max(width, 128)
+        rows = max(16, 8192 // max(width, 128))
         return _STREAMING_TILES.get(kernel, TileConfig(rows, rows, 4, 1))
     family = "amd" if target.backend == "hip" else _FAMILIES.get(target.arch, "sm_86")
     if kernel == "decode":
@@ -125,10 +125,12 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
 
 
 @functools.cache
-def obstacle(head_dim: int, value_dim: int, dtype: torch.dtype, target: Target) -> str | None:
+def obstacle(
+    head_dim: int, value_dim: int, dtype: torch.dtype, target: Target, kernels: tuple[str, ...] = TILED_KERNELS
+) -> str | None:
     """Name the kernel whose tiles a target's memory does not hold, and what they need; None if all fit."""
     problem = Problem(head_dim, value_dim, dtype)
-    for kernel in TILED_KERNELS:
+    for kernel in kernels:
         if reasons := legal_reasons(kernel, default_config(kernel, problem, target), problem, target):
             return f"head_dim {max(head_dim, value_dim)} of {dtype}: {kernel}'s {reasons[0]}"
     return None
@@ -188,12 +190,15 @@ def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> T
 
 
 def _decode_config(problem: Problem, width: int, family: str) -> TileConfig:
-    """The decode config: as many rows as a group fills and registers hold, and one stage more for page numbers."""
+    """The decode config: as many rows as a group fills and registers hold, and one stage more for page numbers.
+
+    At width 1024 shared memory has no room for that stage.
+    """
     if problem.dtype == torch.float32:
         return TileConfig(16, max(16, 4096 // max(width, 128)), 8 if width > 64 and family != "amd" else 4, 2)
-    rows = min(problem.packed_rows, 64, 8192 // width)
+    rows = min(problem.packed_rows, 64, max(16, 8192 // width))
     block_n, warps, stages = _DECODE_TILES[family][width]
     block_n = min(block_n, 2**18 // (rows * width))
     if family == "sm_120" and rows * width >= 8192:  # with 4 warps some forms spill there
         warps = 8
-    return TileConfig(rows, block_n, warps, stages + (problem.block_table and family != "amd"))
+    return TileConfig(rows, block_n, warps, stages + (problem.block_table and family != "amd" and width <= 512))

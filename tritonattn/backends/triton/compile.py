@@ -18,7 +18,7 @@ from ...core.dropout import Dropout
 from ...core.sequences import Sequences
 from ...core.visibility import Visibility
 from ...kernels import KERNELS
-from ...tuning.config import WIDEST, Problem, Target, TileConfig, legal_reasons
+from ...tuning.config import WIDEST, WIDEST_KEYS, Problem, Target, TileConfig, legal_reasons
 from ...tuning.defaults import default_config
 from .attention import backward, forward
 from .decode import Rows, attend
@@ -41,8 +41,8 @@ def compile_kernel(
 
     The code is that of a launch, which finds it in Triton's cache: of a call with contiguous tensors (where the problem
     is not `aligned`, with rows of an odd stride) of several thousand keys, or, where it is `short`, of 1024. Raises
-    ValueError for an unknown kernel or target, a problem that kernels do not solve (head dims above 512, fp64) and a
-    config that is not legal.
+    ValueError for an unknown kernel or target, a problem that kernels do not solve (head dims above 512, or of keys in
+    decode above 1024; fp64) and a config that is not legal.
 
     >>> import torch
     >>> from tritonattn.tuning import Problem, compile_kernel
@@ -52,9 +52,11 @@ def compile_kernel(
     if kernel not in KERNELS:
         raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
     dims = (problem.head_dim, problem.value_dim)
-    if not all(1 <= dim <= WIDEST for dim in dims) or problem.dtype not in _DTYPES:
+    widest = WIDEST if _LAUNCHERS[kernel] in (_forward, _backward) else WIDEST_KEYS
+    if not (1 <= dims[0] <= widest and 1 <= dims[1] <= WIDEST) or problem.dtype not in _DTYPES:
         raise ValueError(
-            f"problem: expected head dims from 1 to {WIDEST} and fp16, bf16 or fp32, got {dims} and {problem.dtype}"
+            f"problem: expected head dims from 1 to {widest}, values from 1 to {WIDEST}, and fp16, bf16 or fp32, "
+            f"got {dims} and {problem.dtype}"
         )
     target = Target.parse(target) if isinstance(target, str) else target
     config = config or default_config(kernel, problem, target)
