@@ -156,7 +156,7 @@ def torch_kernels(monkeypatch):
         seen_keys=Visibility.seen_keys,
         key_lengths_backward=_key_lengths_backward,
     )
-    monkeypatch.setattr(key_statistics, "_kernels", lambda: kernels)
+    monkeypatch.setattr(key_statistics, "kernels", lambda: kernels)
 
 
 @opcheck_reads_grad

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from ..backends import cpu as blockwise
+from ..backends import kernels
 from ..core.autograd import (
     apply_with_graph,
     first_order,
@@ -196,9 +197,9 @@ def _forward(
         if backend != "triton":
             return blockwise.forward(call, aux, rounding)
         # With a graph, forward and backward must multiply in the same tiles.
-        if not (has_graph or call.invariant) and _kernels().are_few_rows(call.visibility, call.dropout):
-            return _kernels().attend_few_rows(call, aux)
-        return _kernels().forward(call, aux, rounding)
+        if not (has_graph or call.invariant) and kernels().are_few_rows(call.visibility, call.dropout):
+            return kernels().attend_few_rows(call, aux)
+        return kernels().forward(call, aux, rounding)
 
 
 def _forward_of(flat: _Flat, call: AttentionCall) -> tuple[Tensor, ...]:
@@ -225,20 +226,13 @@ def _backward(
         return Gradients(*(_zeros(x) if need else None for x, need in pairs))
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
     d_lse = None if d_lse is None else d_lse.resolve_neg()
-    runner = _kernels() if backend == "triton" else blockwise
+    runner = kernels() if backend == "triton" else blockwise
     with without_autocast(out):
         return runner.backward(call, out, lse, d_out, d_lse, needs, rounding)
 
 
 def _zeros(x: Any) -> Tensor:
     return x.new_zeros(x.shape)
-
-
-@functools.cache
-def _kernels() -> Any:
-    from ..backends import triton as triton_backend
-
-    return triton_backend
 
 
 def _is_empty(call: AttentionCall) -> bool:

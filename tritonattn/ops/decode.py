@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import cpu as blockwise
+from ..backends import kernels
 from ..core.autograd import runs_eagerly
 from ..core.call import ForwardResult, Logits
 from ..core.decode_call import Cache, DecodeCall
@@ -56,14 +57,11 @@ def decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
 
 
 def _decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
-    with torch.no_grad():
-        if backend == "triton":
-            from ..backends import triton as triton_backend
-
-            if call.invariant:  # no split of keys, and the loop of other calls
-                return triton_backend.forward(call.as_attention(), aux)
-            return triton_backend.decode(call, aux)
+    if backend != "triton":
         return blockwise.forward(call.as_attention(), aux)
+    if call.invariant:  # no split of keys, and the loop of other calls
+        return kernels().forward(call.as_attention(), aux)
+    return kernels().decode(call, aux)
 
 
 @torch.library.custom_op(
@@ -71,7 +69,8 @@ def _decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
 )
 def _decode_operator(*arguments):
     flat = _Flat(*arguments)
-    result = _decode(flat.call(), flat.backend, flat.aux)
+    with torch.no_grad():
+        result = _decode(flat.call(), flat.backend, flat.aux)
     return tuple(result.lse.new_empty(0) if x is None else x for x in result)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from ..backends import kernels
 from ..core.autograd import apply, first_order, is_transformed, needs_graph, runs_eagerly
 from ..core.call import AttentionCall
 from ..core.statistics import Statistics
@@ -21,12 +22,12 @@ from .schema import qualified
 
 def _prefix_sum(x: Tensor) -> Tensor:
     """`ranges.prefix_sum` of x [B, H, n] in the "triton" backend: one launch instead of dozens on a GPU."""
-    return _kernels().prefix_sums(x) if runs_eagerly(x) else _prefix_sums_operator(x)
+    return kernels().prefix_sums(x) if runs_eagerly(x) else _prefix_sums_operator(x)
 
 
 def _argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     """`ranges.argmax_over_ranges` in the "triton" backend: one launch instead of a dozen a power of two."""
-    run = _kernels().argmax_over_ranges if runs_eagerly(x, lo, hi) else _argmax_operator
+    run = kernels().argmax_over_ranges if runs_eagerly(x, lo, hi) else _argmax_operator
     return run(x, lo, hi)
 
 
@@ -47,7 +48,7 @@ class KernelStatistics(Statistics):
     def _seen_keys(self) -> Tensor:
         visible = self.visibility
         is_plain = runs_eagerly(visible.key_lengths, visible.key_ranges)
-        return _kernels().seen_keys(visible) if is_plain else super()._seen_keys()
+        return kernels().seen_keys(visible) if is_plain else super()._seen_keys()
 
     def _lengths_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
         if not (is_transformed() or needs_graph(x)):
@@ -72,22 +73,15 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
     from ..backends.triton.device import NotCompiledError
 
     try:
-        _kernels().append_keys(k, new_counts, buffers)
+        kernels().append_keys(k, new_counts, buffers)
     except NotCompiledError:
         return False
     return True
 
 
-@functools.cache
-def _kernels() -> Any:
-    from ..backends import triton as triton_backend
-
-    return triton_backend
-
-
 @torch.library.custom_op(qualified("prefix_sums"), mutates_args=(), schema="(Tensor x) -> Tensor")
 def _prefix_sums_operator(x):
-    return _kernels().prefix_sums(x)
+    return kernels().prefix_sums(x)
 
 
 @_prefix_sums_operator.register_fake
@@ -99,7 +93,7 @@ def _(x):
     qualified("argmax_over_ranges"), mutates_args=(), schema="(Tensor x, Tensor lo, Tensor hi) -> Tensor"
 )
 def _argmax_operator(x, lo, hi):
-    return _kernels().argmax_over_ranges(x, lo, hi)
+    return kernels().argmax_over_ranges(x, lo, hi)
 
 
 @_argmax_operator.register_fake
@@ -109,7 +103,7 @@ def _(x, lo, hi):
 
 @torch.library.custom_op(qualified("key_lengths"), mutates_args=(), schema="(Tensor k, Tensor? seen) -> Tensor")
 def _key_lengths_operator(k, seen):
-    return _kernels().key_lengths(k, seen)
+    return kernels().key_lengths(k, seen)
 
 
 @_key_lengths_operator.register_fake
@@ -118,7 +112,7 @@ def _(k, seen):
 
 
 def _key_lengths(k: Tensor, seen: Tensor | None) -> Tensor:
-    return _kernels().key_lengths(k, seen) if runs_eagerly(k, seen) else _key_lengths_operator(k, seen)
+    return kernels().key_lengths(k, seen) if runs_eagerly(k, seen) else _key_lengths_operator(k, seen)
 
 
 @torch.library.custom_op(
@@ -127,7 +121,7 @@ def _key_lengths(k: Tensor, seen: Tensor | None) -> Tensor:
     schema="(Tensor k, Tensor? seen, Tensor lengths, Tensor d_lengths, Tensor? added) -> Tensor",
 )
 def _key_lengths_backward_operator(k, seen, lengths, d_lengths, added):
-    return _kernels().key_lengths_backward(k, seen, lengths, d_lengths, added)
+    return kernels().key_lengths_backward(k, seen, lengths, d_lengths, added)
 
 
 @_key_lengths_backward_operator.register_fake
@@ -164,7 +158,7 @@ class _LengthsBeside(Function):
         if d_lengths is None:
             return (None if d_wide is None else d_wide.to(x.dtype)), None, None
         eager = runs_eagerly(*saved, d_lengths, d_wide)
-        run = _kernels().key_lengths_backward if eager else _key_lengths_backward_operator
+        run = kernels().key_lengths_backward if eager else _key_lengths_backward_operator
         return run(x, seen, lengths, d_lengths, d_wide), None, None
 
 

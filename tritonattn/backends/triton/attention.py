@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -295,10 +296,16 @@ class _Descriptor(TensorDescriptor):
 
 def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     """A descriptor of tiles of `rows` rows of one (batch, head); an axis of one entry gets a legal stride."""
-    legal, shape = 16 // tensor.dtype.itemsize, list(tensor.shape)
-    strides = [stride if size > 1 else legal for size, stride in zip(shape, tensor.stride(), strict=True)]
-    strides[3] = 1
-    return _Descriptor(tensor, shape, strides, [1, 1, rows, padded_dim(shape[3])])
+    return _Descriptor(tensor, *_described(tensor.shape, tensor.stride(), tensor.dtype.itemsize, rows))
+
+
+@functools.lru_cache(maxsize=4096)
+def _described(
+    shape: torch.Size, strides: tuple[int, ...], itemsize: int, rows: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Shape, strides and tile of a descriptor, which nothing changes."""
+    legal = [stride if size > 1 else 16 // itemsize for size, stride in zip(shape, strides, strict=True)]
+    return list(shape), [*legal[:3], 1], [1, 1, rows, padded_dim(shape[3])]
 
 
 def _call_arguments(call: AttentionCall) -> Arguments:

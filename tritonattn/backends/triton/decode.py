@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ from .launch import (
 _MOST_SPLITS = 64
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(NamedTuple):
     """Arguments of the decode kernel, whose rows stand at the end of the keys; its docstring has the rest.
 
     k, v          [B, Hkv, capacity, D or Dv], or with a block table pages as [N, Hkv, page, D or Dv]
@@ -137,13 +136,15 @@ def _launch(rows: Rows, aux: bool, kind: Kind, chosen: Plan) -> ForwardResult:
     joined = _allocate(rows, (), rows.q.dtype, aux)
     parts = joined if splits == 1 else _allocate(rows, (splits,), torch.float32, aux)
     sinks = None if rows.logits.sinks is None else rows.logits.sinks.contiguous()
-    arguments = _arguments(rows) | {"results": _record(parts), "splits": splits}
+    arguments = _arguments(rows)
+    arguments["results"], arguments["splits"] = _record(parts), splits
     arguments["sinks_ptr"] = sinks if splits == 1 else None
     chosen.launch((splits * tiles, rows.kv_heads, batch), arguments, kind.wide, kind)
     if splits > 1:
-        results = {"parts": _record(parts), "results": _record(joined), "sinks_ptr": sinks}
+        arguments["parts"], arguments["results"] = arguments["results"], _record(joined)
+        arguments["sinks_ptr"] = sinks
         combined = plan("decode_combine", kind.problem, rows.q.device)
-        combined.launch((q_len, q_heads, batch), arguments | results, False, kind)
+        combined.launch((q_len, q_heads, batch), arguments, False, kind)
     return joined
 
 
@@ -183,8 +184,8 @@ def _allocate(rows: Rows, splits: tuple[int, ...], dtype: torch.dtype, aux: bool
     """Uninitialised results of every row, or of every split of every row."""
     shape = (*rows.q.shape[:3], *splits)
     out = rows.q.new_empty((*shape, rows.v.shape[3]), dtype=dtype)
-    lse, *extra = (rows.q.new_empty(shape, dtype=torch.float32) for _ in range(3 if aux else 1))
-    return ForwardResult(out, lse, *extra)
+    vectors = [rows.q.new_empty(shape, dtype=torch.float32) for _ in range(3 if aux else 1)]
+    return ForwardResult(out, *vectors)
 
 
 def _arguments(rows: Rows) -> Arguments:
@@ -192,6 +193,7 @@ def _arguments(rows: Rows) -> Arguments:
     if lengths is not None and lengths.dtype not in (torch.int32, torch.int64):
         lengths = bounded(lengths, rows.capacity)
     length_words = 1 if lengths is None else lengths.dtype.itemsize // 4
+    (_, q_heads, q_len, _), (pages, kv_heads, page, _) = rows.q.shape, rows.k.shape
     return {
         "q": strided(rows.q),
         "k": strided(rows.k),
@@ -206,12 +208,12 @@ def _arguments(rows: Rows) -> Arguments:
         "scale": float(rows.logits.scale),
         "softcap": None if rows.logits.softcap is None else float(rows.logits.softcap),
         "left": None if rows.left is None else min(rows.left, rows.capacity),
-        "q_len": rows.q.shape[2],
+        "q_len": q_len,
         "capacity": rows.capacity,
-        "page": rows.k.shape[2],
-        "pages": rows.k.shape[0],
+        "page": page,
+        "pages": pages,
         "table_len": 0 if table is None else table.shape[1],
         "length_words": length_words,
-        "q_heads": rows.q.shape[1],
-        "group": rows.group,
+        "q_heads": q_heads,
+        "group": q_heads // kv_heads,
     }

@@ -29,7 +29,8 @@ class NotCompiledError(RuntimeError):
 class ArgumentsOfKind(Arguments):
     """A kernel's arguments in its order, and the kind of the call that they belong to, or None."""
 
-    kind: Kind | None = None
+    __slots__ = ("kind",)
+    kind: Kind | None
 
 
 @dataclass(frozen=True, eq=False)

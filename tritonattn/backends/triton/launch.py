@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -101,19 +102,25 @@ class Plan(NamedTuple):
         grid   blocks, heads and members (batch entries or sequences); past LONGEST_AXIS or MOST_PROGRAMS in several
                launches
         """
-        blocks, heads, members = grid
-        most = MOST_PROGRAMS // max(blocks, 1)
-        head_step = max(1, min(heads, LONGEST_AXIS, most))
-        member_step = max(1, min(members, LONGEST_AXIS, most // head_step))
         execute = recorder.run if (recorder := _recorder.get()) else run
-        values = {**available, **self.constexprs, "WIDE": wide}
-        for first_member in range(0, members, member_step):
-            for first_head in range(0, heads, head_step):
-                values["first_head"], values["first_member"] = first_head, first_member
-                part = blocks, min(heads - first_head, head_step), min(members - first_member, member_step)
-                arguments = ArgumentsOfKind(zip(self.names, map(values.__getitem__, self.names), strict=True))
-                arguments.kind = kind
-                execute(self.kernel, part, arguments, self.config)
+        values = available | self.constexprs
+        values["WIDE"] = wide
+        for part, first_head, first_member in _parts(*grid):
+            values["first_head"], values["first_member"] = first_head, first_member
+            arguments = ArgumentsOfKind(zip(self.names, map(values.__getitem__, self.names), strict=True))
+            arguments.kind = kind
+            execute(self.kernel, part, arguments, self.config)
+
+
+def _parts(blocks: int, heads: int, members: int) -> Iterable[tuple[Grid, int, int]]:
+    """The grids of a grid's launches, each with its first head and member."""
+    if heads <= LONGEST_AXIS and members <= LONGEST_AXIS and blocks * heads * members <= MOST_PROGRAMS:
+        return (((blocks, heads, members), 0, 0),) if heads and members else ()
+    most = MOST_PROGRAMS // max(blocks, 1)
+    head_step = max(1, min(heads, LONGEST_AXIS, most))
+    member_step = max(1, min(members, LONGEST_AXIS, most // head_step))
+    firsts = itertools.product(range(0, members, member_step), range(0, heads, head_step))
+    return (((blocks, min(heads - h, head_step), min(members - m, member_step)), h, m) for m, h in firsts)
 
 
 @contextmanager
