@@ -13,7 +13,7 @@ VOCABULARY, HEADS, KV_HEADS = 64, 4, 2
 LEARNED: dict[int, Any] = {0: {"scaling": "key_norm_mean", "gain": torch.ones(HEADS, 1)}, 1: "ssmax"}
 
 
-def llama(layers: Any = LEARNED) -> Any:
+def llama(layers: Any = LEARNED, kv_heads: int = KV_HEADS) -> Any:
     """A Llama of two layers in fp32, the same on every rank; patched unless layers is None."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -22,7 +22,7 @@ def llama(layers: Any = LEARNED) -> Any:
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
+        num_key_value_heads=kv_heads,
     )
     model = transformers.LlamaForCausalLM(config).float()
     if layers is not None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers.distributed import DistributedConfig
 
-from tests.distributed.models import LEARNED, llama, tokens, whole
+from tests.distributed.models import HEADS, LEARNED, llama, tokens, whole
 from tritonattn.distributed import HeadParallel
+from tritonattn.huggingface import patched
 
 STEPS = 20
 
@@ -59,16 +65,19 @@ def _learned(model: Any) -> list[float]:
     ]
 
 
-def sharded(model: Any, mesh: DeviceMesh) -> Any:
+def sharded(model: Any, mesh: DeviceMesh, apart: bool = False, **options: Any) -> Any:
+    """FSDP2; what scalings have learned is one group of its own, or that of its layer."""
+    if apart:
+        fully_shard([layer.self_attn.tritonattn for layer in model.model.layers], mesh=mesh)
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
 
 
-def by_heads(model: Any, mesh: DeviceMesh) -> Any:
-    """A patched Llama whose projections and learned values are sharded by head."""
-    plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
-    plan |= {"self_attn.o_proj": RowwiseParallel(), "self_attn.tritonattn": HeadParallel()}
+def by_heads(model: Any, mesh: DeviceMesh, learned: bool = True) -> Any:
+    """A patched Llama whose projections, and learned values, are sharded by head."""
+    plan: dict[str, Any] = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    plan |= {"self_attn.o_proj": RowwiseParallel(), **({"self_attn.tritonattn": HeadParallel()} if learned else {})}
     for layer in model.model.layers:
         parallelize_module(layer, mesh, plan)
     return model
@@ -81,8 +90,8 @@ def losses(rank: int, how: str, layers: Any = LEARNED) -> list[float]:
     data, model = mesh["dp"], llama(layers)
     if how == "ddp":
         model = DistributedDataParallel(model)
-    elif how == "fsdp":
-        model = sharded(model, data)
+    elif how.startswith("fsdp, "):
+        model = sharded(model, data, apart=how == "fsdp, apart")
     elif how == "fsdp x tensor":
         model = sharded(by_heads(model, mesh["other"]), data)
     else:
@@ -107,3 +116,92 @@ def losses(rank: int, how: str, layers: Any = LEARNED) -> list[float]:
         dist.all_reduce(total)
         losses.append(total.item() * averaged / 4)  # ranks of one tensor-parallel group count the same tokens
     return losses + _learned(model)
+
+
+def dtypes_seen(rank: int) -> set[torch.dtype]:
+    """The dtypes in which learned values and weights act under a policy of bf16."""
+    model = llama()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    sharded(model, init_device_mesh("cpu", (4,)), apart=True, mp_policy=policy)
+    seen = set()
+    with patched(model).watch(lambda module, query, key, arguments, aux: seen.add(_learned_dtypes(module, query))):
+        for _ in range(2):  # without a backward between
+            model(input_ids=tokens()).logits.square().mean().backward()
+            assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    return seen
+
+
+def _learned_dtypes(module: Any, query: Tensor) -> tuple[torch.dtype, ...]:
+    return (query.dtype, *{p.dtype for p in module.tritonattn.parameters()})
+
+
+def checkpointed(rank: int, folder: str) -> None:
+    """A checkpoint of FSDP2 x tensor parallelism is read by FSDP2 alone, and by one process, and back."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "other"))
+
+    def filled(start: float) -> Any:
+        model = llama()
+        with torch.no_grad():
+            for i, (name, p) in enumerate(model.named_parameters()):
+                if "tritonattn" in name:
+                    p.copy_(torch.arange(p.numel()).view_as(p) + start + 10 * i)
+        return model
+
+    worlds = {
+        "both": lambda start: sharded(by_heads(filled(start), mesh["other"]), mesh["dp"]),
+        "fsdp": lambda start: sharded(filled(start), mesh._flatten("all")),
+        "one": filled,
+    }
+    for source, target in (("both", "fsdp"), ("both", "one"), ("fsdp", "both")):
+        place = f"{folder}/{source} {target}"
+        saved, loaded = worlds[source](0.25), worlds[target](7.0)
+        dcp.save(get_model_state_dict(saved), checkpoint_id=place)
+        state = get_model_state_dict(loaded)
+        dcp.load(state, checkpoint_id=place)
+        set_model_state_dict(loaded, state)
+        wanted = dict(filled(0.25).named_parameters())
+        for name, p in loaded.named_parameters():
+            assert torch.equal(whole(p), wanted[name]), (source, target, name)
+
+
+def planned(rank: int, folder: str) -> float:
+    """Relative error of the logits of a saved patched model that transformers shards by its own plan."""
+    if rank == 0:
+        llama(kv_heads=HEADS).save_pretrained(folder)
+    dist.barrier()
+    config = DistributedConfig(tp_plan="auto", tp_size=4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    assert patched(model).layers["model.layers.0.self_attn"].gain.to_local().shape == (1, 1)
+    one = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    got, want = (whole(net(input_ids=tokens()).logits) for net in (model, one))
+    for net in (model, one):
+        net(input_ids=tokens()).logits.square().mean().backward()
+    theirs = {name: p.grad for name, p in one.named_parameters()}
+    worst = ((got - want).abs().max() / want.abs().max()).item()
+    for name, p in model.named_parameters():
+        if "tritonattn" in name:
+            worst = max(worst, ((whole(p.grad) - theirs[name]).abs().max() / theirs[name].abs().max()).item())
+    return worst
+
+
+def trained_by_trainer(rank: int, folder: str, batch: int = 2) -> list[float]:
+    """Learned values after transformers' Trainer, by accelerate's DDP, has trained on this rank's batches."""
+    if dist.is_initialized():
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": dist.get_world_size(), "MASTER_ADDR": "localhost"}
+        os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_PORT="0")
+    options = transformers.TrainingArguments(
+        folder,
+        per_device_train_batch_size=batch,
+        max_steps=3,
+        learning_rate=10.0,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        use_cpu=True,
+        ddp_backend="gloo" if dist.is_initialized() else None,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    model, rows = llama(), [{"input_ids": x, "labels": x} for x in tokens(batch=32)]
+    transformers.Trainer(model, options, train_dataset=rows).train()
+    return _learned(model)

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tritonattn
 from tests.distributed.models import llama, tokens
+from tests.distributed.training import by_heads
 from tritonattn.huggingface import patch
 
 
@@ -52,6 +53,16 @@ def refusals(rank: int) -> None:
         with pytest.raises(NotImplementedError, match="attention_mask"):
             llama()(input_ids=ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]] * 4))
     tritonattn.attention(q, q, q)
+    tensor_parallel = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
+    one_number = {i: {"gain": torch.tensor(1.0)} for i in (0, 1)}
+    with pytest.raises(ValueError, match="a value a head"):
+        by_heads(llama(one_number), tensor_parallel)
+    for layers, message in (
+        (one_number, "gain: expected a value a head"),
+        (dict.fromkeys((0, 1), "ssmax"), "HeadParallel"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            by_heads(llama(layers), tensor_parallel, learned=False)(input_ids=tokens())
     for wrap in (DistributedDataParallel, fully_shard):
         with pytest.raises(ValueError, match="patch first"):
             patch(wrap(llama(None)), scaling="ssmax")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..core.shards import unshard
 from ..core.statistics import DoubleStatistics, Statistics
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scales, Scaling
@@ -39,6 +40,8 @@ class Factor:
             mode = named_scaling(scaling)
         elif isinstance(scaling, Scaling):
             mode = scaling
+            if isinstance(scaling, nn.Module):
+                unshard(scaling)
         elif isinstance(scaling, Tensor):
             check_factor("scaling", scaling, q, rows, axes)
             mode = Given(1.0, scaling.to(scale_dtype(q)))

@@ -75,6 +75,18 @@ def whole(x: Any) -> Tensor:
     return x.full_tensor() if is_dtensor(x) else x
 
 
+def unshard(module: nn.Module) -> None:
+    """Let FSDP2 gather what fully_shard took by itself: it does so before a forward, which scalings do not have.
+
+    FSDP2 reduces their gradients and drops the gathered values at the end of backward, as it does for any module.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        taken: list[Any] = [part for part in module.modules() if isinstance(part, fsdp.FSDPModule)]
+        for part in taken:
+            part.unshard()
+
+
 def head_part(module: nn.Module) -> tuple[int, int]:
     """(number, of how many): the part of its heads that a running attention module has on this rank.
 

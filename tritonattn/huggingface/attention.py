@@ -13,6 +13,7 @@ from ..calls.attention import attention
 from ..calls.dispatch import AttentionAux
 from ..core.shards import context_parallel
 from ..scaling import Scaling, SqrtDim
+from .architecture import query_heads
 from .masks import key_range_mask
 from .settings import Settings, layer_scaling
 from .visible import visible_arguments
@@ -104,6 +105,7 @@ def call_arguments(
             f" {type(module).__name__}: call model.set_attn_implementation('sdpa') after patching"
         )
     settings = Settings.of(module)
+    _refuse_a_part_of_the_gradient(module, query, settings.gain)
     return {
         **_scaling_arguments(settings, scaling, query.shape[-1]),
         **visible_arguments(module, query, key, attention_mask, kwargs),
@@ -112,6 +114,15 @@ def call_arguments(
         "dropout_p": dropout,
         "backend": settings.backend,
     }
+
+
+def _refuse_a_part_of_the_gradient(module: nn.Module, query: Tensor, gain: float | Tensor | None) -> None:
+    """Raise where the gradient of a gain for all heads would be that of this rank's heads, and be reduced by nobody."""
+    if isinstance(gain, Tensor) and gain.numel() == 1 and gain.requires_grad and query.shape[1] < query_heads(module):
+        raise ValueError(
+            f"gain: expected a value a head, [Hq, 1], under tensor parallelism, which shards it as q, got"
+            f" {list(gain.shape)} in {type(module).__name__}"
+        )
 
 
 def register(

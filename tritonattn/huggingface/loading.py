@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -182,7 +184,25 @@ def _apply(
     if isinstance(dtypes := getattr(model, "dtype_plan", None), dict):  # the first versions 5
         dtypes[ATTRIBUTE] = torch.float32
     plans = {one.name: _layer_scaling(saved, name, one.module) for name, one in places.items()}
-    return apply(model, found, plans, copied=False)
+    result = apply(model, found, plans, copied=False)
+    _shard_by_head(model, result)
+    return result
+
+
+def _shard_by_head(model: PreTrainedModel, patch: Patched) -> None:
+    """Let a tensor parallel plan that shards q by head do the same with what layers have learned by head."""
+    plan: Any = getattr(model, "_tp_plan", None)
+    if not plan or importlib.util.find_spec("transformers.distributed.tensor_parallel") is None:
+        return
+    for layer, own in patch.layers.items():
+        if plan.get(_generic(f"{layer}.q_proj")) == "colwise":
+            by_head = [name for name, x in own.named_parameters() if x.dim() and x.shape[0] > 1]
+            plan.update({_generic(f"{layer}.{ATTRIBUTE}.{name}"): "colwise" for name in by_head})
+
+
+def _generic(name: str) -> str:
+    """A name as plans have it, with * for numbers of layers."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _layer_scaling(saved: dict[str, Any], name: str, module: nn.Module) -> LayerScaling:

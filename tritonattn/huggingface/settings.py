@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import BACKENDS
-from ..core.shards import as_placed
+from ..core.shards import as_placed, unshard
 from ..scaling import Scaling
 from .scalings import check_entries, from_config, is_finite, to_config
 
@@ -41,6 +41,7 @@ class Settings:
         """
         own = layer_scaling(module)
         if own is not None:
+            unshard(own)
             return cls(own.scaling, own.gain, own.backend)
         saved = getattr(getattr(module, "config", None), ATTRIBUTE, None)
         if saved is None:
