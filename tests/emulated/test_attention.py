@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 import tritonattn
 from tests.kernels import harness
-from tests.support.pairs import all_pairs, in_turn
+from tests.support.pairs import all_pairs, in_turn, thinned
 from tritonattn.tuning import TileConfig
 
 from .cases import CPU, WIDE_MASKS, Case, with_padded_gradient
@@ -34,10 +34,9 @@ FAST = (
 # Every head dim on every GPU and in every dtype, and most pairs of the other choices, all in the default config. Wide
 # heads take few and short rows: many would take the emulator a minute.
 DIMS = ((16, 16), (32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (17, 40), (72, 136))
-NO_DESCRIPTORS = {"gpu": GPUS[2], "dtype": SINGLE}  # they are for 16 bits
+ON = [(gpu, dtype) for gpu in GPUS for dtype in (HALF, BFLOAT, SINGLE) if not (gpu.descriptors and dtype == SINGLE)]
 CHOICES = {
-    "gpu": GPUS,
-    "dtype": (BFLOAT, HALF, SINGLE),
+    "on": ON,
     "dims": DIMS,
     "mask": list(WIDE_MASKS),
     "form": ["plain", "softcap", "sinks", "dropout", "aux", "everything"],
@@ -45,15 +44,25 @@ CHOICES = {
     "heads": [(1, 1), (1, 3), (2, 2)],
     "lengths": [(2, 70), (70, 17), (37, 130), (130, 130), (200, 290), (290, 150)],
 }
-FREE = [
+FREE = [(a, b) for a in ("dims", "mask") for b in ("form", "scales", "lengths")] + [
     ("dims", "mask"),
-    ("dims", "form"),
-    ("dims", "lengths"),
-    *(("mask", one) for one in ("form", "scales", "lengths")),
+    ("form", "lengths"),
 ]
-LARGE = [{"heads": (2, 2)}, {"lengths": (200, 290)}, {"lengths": (290, 150)}]
-NEVER = [NO_DESCRIPTORS, *({"dims": dims} | size for dims in DIMS[6:8] for size in LARGE)]
-EVERYTHING = [(row.pop("gpu"), Case(**row)) for row in all_pairs(CHOICES, free=FREE, never=NEVER)]
+
+
+def is_quick(row) -> bool:
+    return row["dims"] not in DIMS[6:8] or (row["heads"] != (2, 2) and max(row["lengths"]) < 200)
+
+
+def cases_of(make, rows, free) -> list:
+    """(GPU, case) of the rows, as few as hold the pairs, where a GPU and a dtype are choices of their own."""
+    rows = thinned([dict(zip(("gpu", "dtype"), row.pop("on"), strict=True)) | row for row in rows], free)
+    return [(row.pop("gpu"), make(**row)) for row in rows]
+
+
+EVERYTHING = cases_of(
+    Case, filter(is_quick, all_pairs(CHOICES, [{"on": on, "dims": dims} for on in ON for dims in DIMS])), FREE
+)
 
 
 @pytest.mark.parametrize(("gpu", "case"), FAST, ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tritonattn.tuning import TileConfig
 
 from .cases import described
 from .executor import GPU, padded
-from .test_attention import DIMS
+from .test_attention import DIMS, cases_of
 
 HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
 SMALL = TileConfig(16, 16, 1, 3)  # a split has 64 keys
@@ -87,9 +88,9 @@ FAST = (
 )
 
 # Every pair of choices but head dims with forms, all in the default config.
+ON = [(GPU(capability), dtype) for capability in (80, 90) for dtype in (HALF, BFLOAT, SINGLE)]
 CHOICES = {
-    "gpu": [GPU(80), GPU(90)],
-    "dtype": [BFLOAT, HALF, SINGLE],
+    "on": ON,
     "dims": DIMS,
     "page": [None, 16, 23, 64],
     "form": list(FORMS),
@@ -99,7 +100,11 @@ CHOICES = {
     "scaling": ["sqrt_dim", "cosine", "key_norm_max", "key_norm_mean"],
     "written": [(17, 290), (130, 256), (299, 300)],
 }
-EVERYTHING = [(row.pop("gpu"), Case(capacity=300, **row)) for row in all_pairs(CHOICES, free=[("dims", "form")])]
+EVERYTHING = cases_of(
+    partial(Case, capacity=300),
+    all_pairs(CHOICES, [{"on": on, "dims": dims} for on in ON for dims in DIMS]),
+    [("dims", "form"), ("dims", "page"), ("dims", "count")],
+)
 
 
 @in_turn(case=FAST, capability=[80, 90])

@@ -16,8 +16,8 @@ from tritonattn import attention_varlen
 from tritonattn.tuning import TileConfig
 
 from .cases import CPU, described, with_padded_gradient
-from .executor import GPU, GPUS, padded_operands
-from .test_attention import NO_DESCRIPTORS
+from .executor import GPU, padded_operands
+from .test_attention import ON, cases_of
 
 # Sequences without rows, without keys, with more rows than keys; rows and keys of no sequence behind the last one.
 PACKED = {
@@ -78,8 +78,7 @@ FAST = (
     (GPU(90, True), Case(torch.bfloat16, (64, 64), WARPGROUP, mask="causal window", form="aux")),
 )
 CHOICES = {
-    "gpu": GPUS,
-    "dtype": (torch.bfloat16, torch.float16, torch.float32),
+    "on": ON,
     "dims": [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256)],
     "packed": ["long", "many"],
     "mask": list(MASKS),
@@ -88,8 +87,8 @@ CHOICES = {
     "gain": [False, True],
     "heads": [(1, 1), (1, 3), (2, 2)],
 }
-FREE = [("dims", "mask"), ("dims", "form"), ("mask", "form"), ("form", "scaling")]
-EVERYTHING = [(row.pop("gpu"), Case(**row)) for row in all_pairs(CHOICES, free=FREE, never=[NO_DESCRIPTORS])]
+FREE = [*(("dims", name) for name in ("mask", "form", "scaling", "heads")), ("mask", "form"), ("form", "scaling")]
+EVERYTHING = cases_of(Case, all_pairs(CHOICES), FREE)
 
 
 @pytest.mark.parametrize(("gpu", "case"), FAST, ids=str)

@@ -29,59 +29,52 @@ def in_turn(**choices: Iterable[Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(tuple(choices), rows, ids=["-".join(map(str, row)) for row in rows])
 
 
-def all_pairs(
-    choices: Mapping[str, Sequence[Any]],
-    first: Sequence[Mapping[str, Any]] = (),
-    free: Iterable[tuple[str, str]] = (),
-    never: Iterable[Mapping[str, Any]] = (),
-) -> list[dict[str, Any]]:
+def all_pairs(choices: Mapping[str, Sequence[Any]], first: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """Combinations, one value of each of `choices` in every one, that hold every pair of values of different names.
 
     Always the same ones. They begin with `first`, whose missing choices are filled in. Each is the best of a few that
     are put together greedily, value by value, by how many new pairs they hold.
-
-    free    pairs of names, in the order of `choices`, whose values need not all meet
-    never   pairs of values that no combination holds
     """
     names, values = list(choices), list(choices.values())
-
-    def numbered(row: Mapping[str, Any]) -> dict[int, int]:
-        return {names.index(name): list(choices[name]).index(value) for name, value in row.items()}
-
     sizes = [len(one) for one in values]
     generator, rows = random.Random(0), []
-    asked = [(a, b) for a, b in combinations(range(len(sizes)), 2) if (names[a], names[b]) not in set(free)]
-    refused: set[_Pair] = set()
-    for row in map(numbered, never):
-        refused |= _pairs(row)
     missing: set[_Pair] = {
-        ((a, x), (b, y)) for a, b in asked for x, y in product(range(sizes[a]), range(sizes[b]))
-    } - refused
-    given = list(map(numbered, first))
+        ((a, x), (b, y))
+        for a, b in combinations(range(len(sizes)), 2)
+        for x, y in product(range(sizes[a]), range(sizes[b]))
+    }
+    given = [{names.index(name): list(choices[name]).index(value) for name, value in row.items()} for row in first]
     while given or missing:
         start = given.pop(0) if given else dict(min(missing))
-        tries = [_filled(start, sizes, missing, refused, generator) for _ in range(_TRIES)]
+        tries = [_filled(start, sizes, missing, generator) for _ in range(_TRIES)]
         best = max(tries, key=lambda row: len(missing & _pairs(row)))
         missing -= _pairs(best)
         rows.append(best)
     return [{name: values[at][row[at]] for at, name in enumerate(names)} for row in rows]
 
 
+def thinned(rows: Sequence[dict[str, Any]], free: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """As few of the rows as hold every pair of values that they hold; values of names in `free` need not all meet."""
+    pairs = [{(a, str(row[a]), b, str(row[b])) for a, b in combinations(row, 2) if (a, b) not in free} for row in rows]
+    missing, kept = set().union(*pairs), []
+    while missing:
+        best = max(range(len(rows)), key=lambda at: len(missing & pairs[at]))
+        missing -= pairs[best]
+        kept.append(best)
+    return [rows[at] for at in sorted(kept)]
+
+
 def _filled(
-    start: Mapping[int, int], sizes: list[int], missing: set[_Pair], refused: set[_Pair], generator: random.Random
+    start: Mapping[int, int], sizes: list[int], missing: set[_Pair], generator: random.Random
 ) -> dict[int, int]:
     row = dict(start)
     left = [at for at in range(len(sizes)) if at not in row]
     generator.shuffle(left)
     for at in left:
-        numbers = [number for number in range(sizes[at]) if not _holds(refused, row, (at, number))]
+        numbers = list(range(sizes[at]))
         generator.shuffle(numbers)
         row[at] = max(numbers, key=lambda number: sum(_pair(one, (at, number)) in missing for one in row.items()))
     return row
-
-
-def _holds(pairs: set[_Pair], row: Mapping[int, int], new: _Choice) -> bool:
-    return any(_pair(one, new) in pairs for one in row.items())
 
 
 def _pairs(row: Mapping[int, int]) -> set[_Pair]:
