@@ -168,4 +168,4 @@ CASES = [
     *of_streaming_kernels(),
     *of_every_form(),
 ]
-QUICK = [[case for case in CASES if case.target == target][3 * number] for number, target in enumerate(TARGETS)]
+QUICK = [[case for case in CASES if case.target == target][2 * number] for number, target in enumerate(TARGETS)]
