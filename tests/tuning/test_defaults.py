@@ -73,6 +73,9 @@ def test_page_numbers_come_a_stage_before_their_keys():
     for target in TARGETS:
         plain, paged = (default_config("decode", problem(64, block_table=x), target) for x in (False, True))
         assert paged.num_stages - plain.num_stages == (target.backend == "cuda")
+        widest = Problem(576, 512, HALF, block_table=True)  # latent attention
+        config = default_config("decode", widest, target)
+        assert bool(legal_reasons("decode", config, widest, target)) == (target.backend == "hip")
 
 
 def test_tiles_of_decoding_fit_the_rows():
