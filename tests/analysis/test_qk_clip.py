@@ -235,5 +235,7 @@ def test_thresholds_and_numbers_of_heads_are_checked():
     for threshold in (0, -1.0, math.nan, "100", True):
         with pytest.raises(ValueError, match="threshold: expected a positive number"):
             qk_clip(Net(), threshold)
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got NoneType"):
+        qk_clip(None)
     with pytest.raises(ValueError, match="expected 4 largest logits, got 3"):
         qk_clip(Net(), 1.0).clip({"attention": [2.0] * 3})

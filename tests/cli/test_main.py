@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -146,6 +147,15 @@ sys.exit(main.main(["env"]))
     with FULL.open("w") as stdout:
         done = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (1, "tritonattn env: No space left on device\n")
+
+
+@only_linux
+def test_a_help_text_that_stdout_does_not_take(monkeypatch, capsys):
+    """Unbuffered, where argparse drops the error of the write."""
+    with io.TextIOWrapper(FULL.open("wb", buffering=0), write_through=True) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(["--help"]) == 1
+    assert capsys.readouterr().err == "tritonattn --help: No space left on device\n"
 
 
 def test_a_system_error_names_its_file(monkeypatch, capsys, tmp_path):

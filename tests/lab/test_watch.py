@@ -35,7 +35,7 @@ def written(tmp_path, *records):
 
 
 def panels(*records, tmp_path) -> dict:
-    return {panel.measure: panel for panel in Watched.read(written(tmp_path, *records)).panels()}
+    return {panel.measure: panel for panel in Watched.read(written(tmp_path, *records)).panels}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def test_curves_are_what_the_monitor_wrote(run):
     file, last = run
     watched = Watched.read(file)
     assert watched.layers == ["0", "1"]
-    assert [panel.measure for panel in watched.panels()] == list(MEASURES)
-    for panel in watched.panels():
+    assert [panel.measure for panel in watched.panels] == list(MEASURES)
+    for panel in watched.panels:
         for name, points in panel.curves.items():
             assert [step for step, _ in points] == [0, 2, 4]
             values = last["layers"][name][panel.measure] if name else [last["loss"]]
@@ -67,6 +67,13 @@ def test_curves_are_what_the_monitor_wrote(run):
             assert points[-1][1] == pytest.approx(expected)
     assert str(watched.alarms[0]).startswith("step 0: 0: max_logit ")
     assert "3 records of 2 layers" in watched.summary()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
+    file = written(tmp_path, record(0), record(10))
+    marked = tmp_path / "marked.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert Watched.read(marked).records == Watched.read(file).records
 
 
 def test_what_is_missing_interrupts_a_curve(tmp_path):
@@ -124,7 +131,7 @@ def test_the_page_is_whole_and_fetches_nothing(run, tmp_path):
     assert page.open == []
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
     assert not re.search(r"https?:|url\(|@import|\b(src|href)=", text)
-    titles = [title for panel in Watched.read(run[0]).panels() for title in panel.curves]
+    titles = [title for panel in Watched.read(run[0]).panels for title in panel.curves]
     assert [title for title in page.titles if title in ("0", "1")] == [title for title in titles if title]
     assert any(title.startswith("step 0: 0: max_logit") for title in page.titles)
 
@@ -145,7 +152,7 @@ def test_the_page_escapes_names_and_shows_a_lone_point(tmp_path):
     assert name not in text
     assert name in page.titles
     dots = [tags for tag, tags in page.tags if tag == "circle" and tags["fill"] != "none"]
-    assert len(dots) == len(Watched.read(tmp_path / "run.jsonl").panels())
+    assert len(dots) == len(Watched.read(tmp_path / "run.jsonl").panels)
 
 
 def test_the_command_draws_by_the_suffix_and_a_torn_line_is_named(run, tmp_path, capsys):

@@ -103,6 +103,7 @@ def layer_value(measure: str, heads: Sequence[float | None]) -> float | None:
     counted = [value for value in heads if value is not None]
     if not counted:
         return None
-    if any(math.isnan(value) for value in counted):
+    total = sum(counted)
+    if math.isnan(total) and any(map(math.isnan, counted)):
         return math.nan
-    return max(counted) if measure == "max_logit" else sum(counted) / len(counted)
+    return max(counted) if measure == "max_logit" else total / len(counted)

@@ -166,6 +166,7 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
 
     Raises:
         NotImplementedError: A model without a layer that can be clipped, and why.
+        TypeError: A model that is no module.
         ValueError: A threshold that is not positive.
 
     >>> import torch, tritonattn
@@ -174,6 +175,8 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
     >>> qk_clip(model, 50.0).clip({"attention": [10.0, 100.0, 50.0, 200.0]})
     {'attention': tensor([1.0000, 0.5000, 1.0000, 0.2500], dtype=torch.float64)}
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 0:
         raise ValueError(f"threshold: expected a positive number, got {threshold!r}")
     return QKClip(model, threshold)

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .. import __version__
 from ..core.errors import INTERRUPTED, CommandError, unguard
@@ -66,8 +67,18 @@ def _ended(message: str | None, status: int) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises the error of a help text that stdout does not take, where argparse drops it."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tritonattn", description="Attention whose logit scaling is a parameter.")
+    parser = _Parser(prog="tritonattn", description="Attention whose logit scaling is a parameter.")
     parser.add_argument("--version", action="version", version=f"tritonattn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, module in COMMANDS.items():

@@ -57,7 +57,7 @@ def read(file: Path, decode: Callable[[dict[str, Any]], Record], kind: str) -> l
     as no `kind`.
     """
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else (), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines() if file.exists() else (), 1):
         try:
             records.append(decode(json.loads(line)))
         except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -15,7 +15,7 @@ from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Cosine as FixedCosine
 from ..scaling import Scales, Scaling
-from ..scaling.base import check_positive
+from ..scaling.base import check_positive, counts_of
 
 
 class Learned(nn.Module, Scaling):
@@ -203,7 +203,7 @@ class SSMax(Learned):
         return f"heads={self.heads}, bias={self.b is not None}"
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        query = self.per_head(self.s, q) * visibility.counts().clamp(min=1).log()  # [B, Hq, Sq]
+        query = self.per_head(self.s, q) * counts_of(visibility).clamp(min=1).log()  # [B, Hq, Sq]
         if self.b is not None:
             query = query + self.per_head(self.b, q)
         return Scales(q.shape[-1] ** -0.5, query=query)

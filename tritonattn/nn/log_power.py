@@ -12,7 +12,7 @@ from ..core.shards import local
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scales
-from ..scaling.base import check_positive
+from ..scaling.base import check_positive, counts_of
 from .learned import Learned
 
 
@@ -69,7 +69,7 @@ class LogPower(Learned):
         return f"heads={self.heads}, base={self.base:g}"
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        factor = _power_of_log(visibility.counts(), self.per_head(self.p, q), self.base)  # [B, Hq, Sq]
+        factor = _power_of_log(counts_of(visibility), self.per_head(self.p, q), self.base)  # [B, Hq, Sq]
         return Scales(q.shape[-1] ** -0.5, query=factor)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class QueryAdaptiveSSMax(Learned):
         delta, gamma = self.per_head(self.delta, q), self.per_head(self.gamma, q)  # [Hq, 1]
         if not visibility.every_row_sees:
             q = torch.where(visibility.seeing_rows()[..., None], q, 0)  # NaN in a row without keys would reach w
-        logarithm = _power_of_log(visibility.counts(), gamma, math.e)
+        logarithm = _power_of_log(counts_of(visibility), gamma, math.e)
         return Scales(q.shape[-1] ** -0.5, query=delta + self._weight(q) * logarithm)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from ..calls.checks import check_dtype
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scales
-from ..scaling.base import SMALLEST_STATISTIC, dense_lengths
+from ..scaling.base import SMALLEST_STATISTIC, counts_of, dense_lengths
 from .learned import Learned
 
 # a, b, c of the modes that are points of the law.
@@ -84,7 +84,7 @@ class PowerLaw(Learned):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         theta, a, b, c = (self.per_head(x, q) for x in self._parameters_in_order())
-        n = visibility.counts().clamp(min=1)  # [B or 1, 1 or Hq, Sq]
+        n = counts_of(visibility).clamp(min=1)  # [B or 1, 1 or Hq, Sq]
         rho = statistics.length_sum / n  # [B, Hkv or Hq, Sq]
         rho = rho.repeat_interleave(q.shape[1] // rho.shape[1], dim=1)
         dim = torch.full((), q.shape[-1], dtype=torch.float64, device=q.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import nn
 
@@ -41,12 +42,13 @@ def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
         scaling = PerHead(_mode(name.removesuffix(GAIN), keys), heads=heads)
         nn.init.constant_(scaling.theta, math.log(_gain(name.removesuffix(GAIN), head_dim, keys)))
         return scaling
-    if name == "ssmax":
-        return SSMax(heads, base=keys)
-    if name == "learned_log_power":
-        return LogPower(heads, base=keys)
-    if name == QueryAdaptiveSSMax.name:
-        return QueryAdaptiveSSMax(heads, head_dim)
+    learned: dict[str, Callable[[], Scaling]] = {
+        "ssmax": lambda: SSMax(heads, base=keys),
+        "learned_log_power": lambda: LogPower(heads, base=keys),
+        QueryAdaptiveSSMax.name: lambda: QueryAdaptiveSSMax(heads, head_dim),
+    }
+    if name in learned:
+        return learned[name]()
     return LEARNED[name](heads=heads) if name in LEARNED else _mode(name, keys)
 
 
@@ -61,9 +63,11 @@ def check_mode(name: str) -> None:
 
 
 def _mode(name: str, keys: int) -> str | Scaling:
-    if name == "log_power":
-        return FixedLogPower(base=keys)
-    based = {"log_key_count": LogKeyCount, "qwen_logn": QwenLogn}
+    based: dict[str, Callable[[int], Scaling]] = {
+        "log_key_count": LogKeyCount,
+        "log_power": lambda base: FixedLogPower(base=base),
+        "qwen_logn": QwenLogn,
+    }
     return based[name](keys) if name in based else name
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ class Watched:
     def read(cls, file: Path) -> Watched:
         """Read a file; torn lines are named on stderr and skipped. Raises CommandError if it has no record."""
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is no text"
             raise CommandError(f"FILE: expected JSON lines that a Monitor wrote, got {str(file)!r}: {why}") from error
@@ -121,11 +122,11 @@ class Watched:
             got = f"{str(file)!r}, whose first line is none: {_refused(lines[0])}"
             raise CommandError(f"FILE: expected JSON lines that a Monitor wrote, got {got}")
         watched = cls(file.name, records.read(file, _decoded, "a record of a Monitor"))
-        if not watched.panels():
+        if not watched.panels:
             raise CommandError(f"FILE: expected a loss or a layer's measure in a record, got none in {str(file)!r}")
         return watched
 
-    @property
+    @cached_property
     def layers(self) -> list[str]:
         """The layers' names, in the order in which they ran."""
         return list(dict.fromkeys(name for record in self.records for name in record.layers))
@@ -135,6 +136,7 @@ class Watched:
         """The alarms, each in the step in which it begins."""
         return [one for record in self.records for one in record.alarms if one.new]
 
+    @cached_property
     def panels(self) -> list[Panel]:
         """One panel a measure, without those that were never recorded."""
         panels = [self._panel(measure) for measure in MEASURES]

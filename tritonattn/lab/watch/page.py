@@ -40,7 +40,7 @@ def write(watched: Watched, file: Path) -> None:
     looks = {"": ("#000000", "")}
     for index, (name, colour) in enumerate(zip(layers, ordered(len(layers)), strict=True)):
         looks[name] = colour, " ".join(f"{1.6 * length:g}" for length in DASHES[index % len(DASHES)])
-    panels, steps = watched.panels(), [record.step for record in watched.records]
+    panels, steps = watched.panels, [record.step for record in watched.records]
     figures = "\n".join(_figure(panel, span(panel, panels), steps, looks) for panel in panels)
     file.write_text(
         f"""<!doctype html>

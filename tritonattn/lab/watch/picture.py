@@ -20,7 +20,7 @@ _COLUMNS = 3
 
 def draw(watched: Watched, file: Path) -> None:
     """Draw a panel a measure over the same steps, and a line a layer."""
-    panels = watched.panels()
+    panels = watched.panels
     rows = math.ceil(len(panels) / _COLUMNS)
     figure = Figure(figsize=(10.5, 2.7 * rows + 1.4), layout="constrained")
     looks = _looks(watched.layers)
