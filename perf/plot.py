@@ -167,7 +167,7 @@ def draw(chart: Chart, records: list[Record], path: Path) -> None:
     _scales(chart, panels, grid)
     looks |= {label: limits for panel in panels for label in panel.limits}
     last = [record for record in records if record.suite == chart.suite][-1]
-    foot(figure, f"Measured: {last.environment}, {last.date}", looks, columns=2 * columns)
+    foot(figure, f"{last.origin}: {last.environment}, {last.date}", looks, columns=2 * columns)
     save(figure, path)
 
 

@@ -41,7 +41,7 @@ def tables(records: Iterable[Record]) -> str:
     for (suite, environment), group in groupby(ordered, key=lambda record: (record.suite, str(record.environment))):
         members = list(group)
         dates = ", ".join(sorted({record.date for record in members}))
-        parts.append(f"## {suite}\n\nMeasured: {environment}, {dates}{_card(members)}.")
+        parts.append(f"## {suite}\n\n{members[0].origin}: {environment}, {dates}{_card(members)}.")
         table = _accuracy_table if suite == "accuracy" else _times_table
         parts += [part for part in (table(members), _absent(members)) if part]
     return "\n\n".join(parts)

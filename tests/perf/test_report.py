@@ -42,6 +42,10 @@ def test_a_table_says_what_was_measured_where():
     assert cells == "1024 64 bf16 yes fwd sdpa dim 3 1.9 - 2.1 200 100 1.500 1000 0.25"
     assert "to tritonattn dim." in text
     assert "- xformers: skipped in 1 cases: is not installed" in text
+    emulated = replace(HERE, command="python -m perf sweep --suite forward --device emulate")
+    text = tables([replace(OURS, environment=emulated)])
+    assert "## forward\n\nEmulated (times mean nothing): Card X" in text
+    assert "Measured" not in text
 
 
 def test_records_survive_the_file(tmp_path):
