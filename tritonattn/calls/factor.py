@@ -88,7 +88,8 @@ class Factor:
         check_number(f"{name}.constant", scales.constant)
         constant, query, key, gain = scales.constant, scales.query, scales.key, self.gain
         if query is not None:
-            query = _where_seeing(visibility, _per_query_head(f"{name}.query", query, q, visibility))
+            query = _per_query_head(f"{name}.query", query, q, visibility)
+            query = query if scales.is_finite else _where_seeing(visibility, query)
         if isinstance(gain, Tensor):
             gain = _where_seeing(visibility, gain)
             query = gain if query is None else query * gain

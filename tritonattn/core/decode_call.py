@@ -92,11 +92,18 @@ class _CacheVisibility(Visibility):
     def is_bottom_right(self) -> bool:
         return False
 
-    def _ranges(self) -> tuple[Tensor, Tensor]:
+    def counts(self) -> Tensor:
+        return self._ends()[:, None].double() if self.left is None else super().counts()
+
+    def _ends(self) -> Tensor:
+        """One past the last key that each row sees: int64 [B, Sq]."""
         lengths = cast(Tensor, self.key_lengths).long().clamp(0, self.k_len)[:, None]  # [B, 1]
-        hi = lengths
-        if self.q_len > 1:
-            hi = (lengths + torch.arange(1 - self.q_len, 1, device=self.device)).clamp(min=0)  # [B, Sq]
+        if self.q_len == 1:
+            return lengths
+        return (lengths + torch.arange(1 - self.q_len, 1, device=self.device)).clamp(min=0)
+
+    def _ranges(self) -> tuple[Tensor, Tensor]:
+        hi = self._ends()
         return torch.zeros_like(hi) if self.left is None else (hi - (self.left + 1)).clamp(min=0), hi
 
 

@@ -26,13 +26,15 @@ _LARGEST_ZERO_OF_FLOAT32 = SMALLEST_STATISTIC - 2.0**-149
 class Scales:
     """logit[i, j] = constant * (q[i] . k[j]) * query[i] * key[j]; None stands for 1.
 
-    query   broadcastable to [B, Hq, Sq], or one row a key head, [B, Hkv, Sq]; any float dtype
-    key     broadcastable to [B, Hkv, Sk]; any float dtype
+    query       broadcastable to [B, Hq, Sq], or one row a key head, [B, Hkv, Sq]; any float dtype
+    key         broadcastable to [B, Hkv, Sk]; any float dtype
+    is_finite   query is finite in rows without keys too; a call puts 0 there otherwise
     """
 
     constant: float
     query: Tensor | None = None
     key: Tensor | None = None
+    is_finite: bool = False
 
 
 class Scaling:
@@ -76,13 +78,15 @@ class Scaling:
 def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[Tensor], Tensor]) -> Scales:
     """constant * factor(n), of fp64 counts n of any shape; one number where sizes show that all rows see all keys.
 
+    factor(0) is finite.
+
     Where `visibility.invariant`, always a vector: one number would be rounded at another place.
     """
     is_number = visibility.is_full and isinstance(visibility.k_len, int) and runs_eagerly()
     if is_number and not visibility.invariant:
         n = torch.tensor(visibility.k_len, dtype=torch.float64, device="cpu")
         return Scales(constant * factor(n).item())
-    return Scales(constant, query=factor(counts_of(visibility)))
+    return Scales(constant, query=factor(counts_of(visibility)), is_finite=True)
 
 
 def counts_of(visibility: Visibility) -> Tensor:

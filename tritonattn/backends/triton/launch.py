@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -103,13 +104,17 @@ class Plan(NamedTuple):
                launches
         """
         execute = recorder.run if (recorder := _recorder.get()) else run
+        in_order = _in_order(self.names)
         values = available | self.constexprs
         values["WIDE"] = wide
         for part, first_head, first_member in _parts(*grid):
             values["first_head"], values["first_member"] = first_head, first_member
-            arguments = ArgumentsOfKind(zip(self.names, map(values.__getitem__, self.names), strict=True))
+            arguments = ArgumentsOfKind(zip(self.names, in_order(values), strict=True))
             arguments.kind = kind
             execute(self.kernel, part, arguments, self.config)
+
+
+_in_order = functools.cache(lambda names: operator.itemgetter(*names))
 
 
 def _parts(blocks: int, heads: int, members: int) -> Iterable[tuple[Grid, int, int]]:
