@@ -1,7 +1,5 @@
 """Keep the garbage collector away from modules and collected tests."""
 
-from __future__ import annotations
-
 import gc
 
 

@@ -1,7 +1,5 @@
 """Imports inside the package point down only, and optional packages stay where they are wanted."""
 
-from __future__ import annotations
-
 import ast
 import graphlib
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The package as users get it: a wheel, an editable checkout, a bare interpreter."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import sysconfig

@@ -1,7 +1,5 @@
 """A small attention, and a Monitor's measures of it, computed densely."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """`advise`: the advice for each kind of attention, and its reason."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`diagnose` against dense means over the rows and keys that count."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 
 import pytest

@@ -1,7 +1,5 @@
 """The power of ln n that gaps of logits ask for: laws that are known, every mask, and what cannot be known."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

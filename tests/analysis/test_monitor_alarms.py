@@ -1,7 +1,5 @@
 """Records of a Monitor, its alarms, and the actions on them."""
 
-from __future__ import annotations
-
 import json
 import math
 import warnings

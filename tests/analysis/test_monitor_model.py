@@ -1,7 +1,5 @@
 """A watched model computes, learns and is saved as without a `Monitor`, and is whole afterwards."""
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest

@@ -1,7 +1,5 @@
 """`Monitor` under transformers' Trainer."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

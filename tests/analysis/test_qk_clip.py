@@ -1,7 +1,5 @@
 """`qk_clip`: each head's logits get its own factor, and no other's."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Launches on a GPU: which code is launched again, and which calls Triton is asked to compile. Nothing is compiled."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Launches of attention calls on an H100: which memory kernels are handed. No kernel runs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The public functions on a CPU: values and gradients against float64, backends, edges, aux."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

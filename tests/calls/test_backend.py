@@ -1,7 +1,5 @@
 """The backend that a call runs on, and the calls that each backend refuses."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

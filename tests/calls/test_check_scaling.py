@@ -1,7 +1,5 @@
 """`check_scaling`: right scalings pass, and each kind of mistake is named with its mask."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Every refusal names the argument, what was expected and what came, and nothing is computed before it."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

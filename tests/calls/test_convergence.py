@@ -1,7 +1,5 @@
 """A mini-model trained through the CPU path follows the reference's loss curve; in tests/slow for every mode."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.support.convergence import BAND, losses

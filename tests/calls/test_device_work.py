@@ -3,8 +3,6 @@
 The kernels are not run, and the tensors are a CPU's: what a GPU is not asked for, reading values, is left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """How far q travels: the files of the package in which a function holds it while a call runs."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """KeyStatistics: what it holds after any history, what it costs, and what it refuses."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """Every argument of every public call, on every backend, changes what comes out or is refused by name."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

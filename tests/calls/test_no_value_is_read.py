@@ -3,8 +3,6 @@
 Reading a value raises. Kernels are recorded, not run, and all their tensors must be on the GPU.
 """
 
-from __future__ import annotations
-
 import ctypes
 import subprocess
 import sys

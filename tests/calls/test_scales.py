@@ -1,7 +1,5 @@
 """Scales at their edges: sharp softmaxes in 16 bits, 16-bit scales, rows without keys, formulas that are wrong."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

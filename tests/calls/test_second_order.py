@@ -1,7 +1,5 @@
 """Gradients of gradients: one error from every backend that has none, and the reference's are right."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

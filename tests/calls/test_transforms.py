@@ -1,7 +1,5 @@
 """torch.compile, export, torch.func and checkpointing over the public functions."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """attention_varlen against one call for every sequence alone: modes, forms, gradients, edges, refusals."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """attention_varlen under torch.compile, export, torch.func, autocast and checkpointing."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """Keyword arguments of other libraries: the error names ours, and the functions look as they did."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import typing

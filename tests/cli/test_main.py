@@ -1,7 +1,5 @@
 """The command line: what a user reads when something is missing or wrong."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal

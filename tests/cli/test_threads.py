@@ -1,7 +1,5 @@
 """How many threads a command takes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

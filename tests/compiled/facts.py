@@ -1,7 +1,5 @@
 """The machine code of compiled kernels, read once: facts stay on disk for the code and the compiler they are of."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

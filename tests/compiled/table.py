@@ -1,7 +1,5 @@
 """The cases: every kernel for every target, and the other choices in pairs; some are quick."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Machine code of the table's cases: no spills, few instructions a logit, and no more work than the tiles ask for."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

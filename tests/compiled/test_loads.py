@@ -1,7 +1,5 @@
 """Loads of tiles: 16 bytes at a time, for every head dim whose rows are multiples of 16 bytes."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

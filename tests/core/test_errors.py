@@ -1,7 +1,5 @@
 """Errors share one vocabulary: expected this, got that."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The machine, versions and commit that a document's figures name."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

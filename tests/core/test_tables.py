@@ -1,7 +1,5 @@
 """Tables as text."""
 
-from __future__ import annotations
-
 from tritonattn.core.tables import table
 
 ROWS = [["a", 1, None], ["bbb", 22.5, " x "]]

@@ -1,7 +1,5 @@
 """The code of the documents runs as it stands, their commands are commands, and what they point to exists."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import re

@@ -1,7 +1,5 @@
 """The playground's numbers are tritonattn's, in Node.js."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

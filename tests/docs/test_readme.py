@@ -1,7 +1,5 @@
 """The README fits a screen, its Python runs, its tables are the package's; the mode in the documents is a good one."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -3,8 +3,6 @@
 Weights of size 1: with the usual 0.02 attention is uniform, and no wrong scaling would show.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checks of a patched model, as functions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The attention function translates calls of transformers for `tritonattn.attention`, and refuses what it cannot."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """Damaged or hostile settings in a config are refused when the model is loaded, by the name of the entry."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

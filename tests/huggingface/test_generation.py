@@ -1,7 +1,5 @@
 """Generation by patched models: every mode, cache, search and padding gives the tokens of full passes."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 

@@ -1,7 +1,5 @@
 """Key ranges equal transformers' dense masks."""
 
-from __future__ import annotations
-
 import inspect
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """The masks that models make for their layers and caches are ranges, equal to transformers' own, and small."""
 
-from __future__ import annotations
-
 import inspect
 
 import pytest

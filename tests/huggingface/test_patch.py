@@ -1,7 +1,5 @@
 """`patch`: its changes, the layers that it leaves alone, its report and its undo."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

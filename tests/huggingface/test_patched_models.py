@@ -1,7 +1,5 @@
 """Uses of a patched model (copied, pickled, wrapped, trained, compiled, served), and the formula of its logits."""
 
-from __future__ import annotations
-
 import copy
 import math
 

@@ -1,7 +1,5 @@
 """PEFT: LoRA beside a learned scaling in `modules_to_save`, trained, saved, loaded and merged."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A saved patched model loads as a patched model, or names what is missing."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The kernel repository: its layout, what it imports, and that the library `kernels` loads it."""
 
-from __future__ import annotations
-
 import ast
 import json
 import sys

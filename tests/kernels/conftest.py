@@ -1,7 +1,5 @@
 """Kernels run on a GPU where there is one, else in Triton's interpreter, which TRITON_INTERPRET=1 asks for."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """One check for all kernel tests: outputs and every gradient against float64, within the bound."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The forward and backward kernels against float64: masks, scales, dtypes, shapes, strides, NaN."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

@@ -1,7 +1,5 @@
 """Configs of tables in calls: one that is used, and those that a compiler or a card refuses."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

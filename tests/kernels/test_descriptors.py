@@ -1,7 +1,5 @@
 """Tiles loaded by tensor descriptors are those loaded by pointers: every result has the same bits."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Softcap, sinks, dropout and the statistics of the softmax out of the kernels."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

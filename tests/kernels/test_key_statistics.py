@@ -1,7 +1,5 @@
 """The fused pass over the keys and its way back."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The forward and backward kernels on tensors that lie in memory in every way."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A tiny Llama of transformers trains and generates with the kernels behind its attention."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Passes over the ranges of keys that rows see: which keys some row sees, which rows see a block, the largest."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The timed search on tiny calls: its workloads launch the kernel meant, and wrong results are never taken."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

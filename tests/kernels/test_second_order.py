@@ -1,7 +1,5 @@
 """Gradients of gradients are refused by kernels as by the other backends."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.calls.test_second_order import CALLS, assert_refused

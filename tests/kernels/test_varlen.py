@@ -1,7 +1,5 @@
 """attention_varlen by the kernels: sequences of every length, each as if alone."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """The demo, on small random models everywhere and on the real one where its weights are installed."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import zipfile

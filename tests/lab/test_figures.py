@@ -1,7 +1,5 @@
 """The look that pictures share."""
 
-from __future__ import annotations
-
 import pytest
 from matplotlib.figure import Figure
 

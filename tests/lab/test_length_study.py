@@ -1,7 +1,5 @@
 """The length study, on a small random model."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """`tritonattn watch`: the records of a Monitor as a page and as a picture."""
 
-from __future__ import annotations
-
 import html.parser
 import json
 import re

@@ -1,7 +1,5 @@
 """`python -m tests.mutants [WORD ...]`: every fault, or those whose name or file holds one of the words."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -1,7 +1,5 @@
 """Run the test of a fault on a copy of the package that has it."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

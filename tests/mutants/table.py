@@ -1,7 +1,5 @@
 """The table of faults: in which file, the line as it stands, the line with the fault, the test that must catch it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Every learned scaling: values, gradients of its parameters, every way to call it."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import re

@@ -1,7 +1,5 @@
 """The operators: schema, fake kernels, gradients, and what must be refused loudly."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

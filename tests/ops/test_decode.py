@@ -1,7 +1,5 @@
 """tritonattn::decode under opcheck, torch.compile, torch.func and fake tensors; and what attention_decode refuses."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

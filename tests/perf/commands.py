@@ -1,7 +1,5 @@
 """Commands of `python -m perf`, run in this process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

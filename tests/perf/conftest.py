@@ -1,7 +1,5 @@
 """Sweeps in tests leave garbage to Python: a search after each of their cases took most of their time."""
 
-from __future__ import annotations
-
 import pytest
 
 

@@ -3,8 +3,6 @@
 And the other way round: calls of one kind, whose code is kept, are calls of one code.
 """
 
-from __future__ import annotations
-
 import random
 from collections import defaultdict
 

@@ -1,7 +1,5 @@
 """`python -m perf compile`: later launches find their code, and what a call raises is reported."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

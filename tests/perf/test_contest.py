@@ -1,7 +1,5 @@
 """Who is timed, and who is not: results that are wrong at the second call or in another head, and errors midway."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Each phase of `python -m perf gpu`, rehearsed on a stub driver; after one that fails the next one runs."""
 
-from __future__ import annotations
-
 import ast
 import os
 import re

@@ -1,7 +1,5 @@
 """Triton's own sanitizers compiled into kernels: they launch, with the memory that they want. Nothing runs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

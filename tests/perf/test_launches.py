@@ -1,7 +1,5 @@
 """Launches of small calls on a GPU, and their torch operators, each of which is one launch more."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("triton")

@@ -1,7 +1,5 @@
 """Bytes kept for the backward: storages are counted once, and operands not at all."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

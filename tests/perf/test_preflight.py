@@ -1,7 +1,5 @@
 """`python -m perf preflight` on a stub of NVIDIA's driver: it passes, and each thing that is wrong ends it."""
 
-from __future__ import annotations
-
 import argparse
 import re
 

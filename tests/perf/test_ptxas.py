@@ -1,7 +1,5 @@
 """`python -m perf ptxas` with the ptxas that Triton brings, under two names."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

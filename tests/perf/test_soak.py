@@ -1,7 +1,5 @@
 """The soak's command: what it needs, what it prints of a failure, and a short one in Triton's interpreter."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

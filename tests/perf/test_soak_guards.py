@@ -1,7 +1,5 @@
 """Launches between guards: what a kernel may write comes back, what it may not is found."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A trial's check: it lets right results pass, and sees wrong ones, infinite ones and those that change."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The error bound that every backend is held to."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A KV cache into which whole sequences are written step by step, with NaN wherever nothing has been written."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

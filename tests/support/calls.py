@@ -1,7 +1,5 @@
 """Operands of attention, and calls at the level of the operators."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

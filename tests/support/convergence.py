@@ -1,7 +1,5 @@
 """A mini-model whose training shows whether a backend's gradients are those of the reference."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Work that a call hands to a device, counted on CPU tensors that stand for a device's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

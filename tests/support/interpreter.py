@@ -1,7 +1,5 @@
 """Triton's interpreter without what it does for nothing, which is two thirds of its time."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from triton import language

@@ -1,7 +1,5 @@
 """One example of every learned scaling away from where it starts, for q of 4 heads and head dim 8."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """A small random Llama of transformers, and tokens for it."""
 
-from __future__ import annotations
-
 import torch
 
 HEADS, KV_HEADS = 4, 2

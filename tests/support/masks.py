@@ -1,7 +1,5 @@
 """One example of every kind of mask, and the definition of visibility that the package is held to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

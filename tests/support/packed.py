@@ -1,7 +1,5 @@
 """Packed batches: their operands, and attention over every sequence alone, which they are held to."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import accumulate
 

@@ -1,7 +1,5 @@
 """Few combinations of many choices: every pair of choices occurs in one of them."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, product

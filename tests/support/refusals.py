@@ -1,7 +1,5 @@
 """Command lines that are refused before any work."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import pytest

@@ -1,7 +1,5 @@
 """The statistics of every row of a softmax by their definitions, dense and in float64."""
 
-from __future__ import annotations
-
 import torch
 
 from tests.support.learned import HEAD_DIM, HEADS

@@ -1,7 +1,5 @@
 """The Python in a document, and running it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The installed versions of torch and triton, and tests that need newer ones, or another machine."""
 
-from __future__ import annotations
-
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest

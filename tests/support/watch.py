@@ -1,7 +1,5 @@
 """A context that records the operators of a piece of code and the largest memory that they fill."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Stubs for tests of the commands: a compiler that compiles nothing, and a few keys."""
 
-from __future__ import annotations
-
 from tritonattn.cli import main as cli
 from tritonattn.tuner.gate import Candidate
 from tritonattn.tuner.machine_code import MachineCode, MmaLoop

@@ -1,7 +1,5 @@
 """Loops are found in listings as nvdisasm and Triton write them."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

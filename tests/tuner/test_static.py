@@ -1,7 +1,5 @@
 """The gate, the ranking by the model, and the tables that come of them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

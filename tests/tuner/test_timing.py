@@ -1,7 +1,5 @@
 """The timing protocol, also on a card that a clock stands for, and what is noted of a card beside its times."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -3,8 +3,6 @@
 Triton's own JIT takes the launches of public calls, on a driver that has no card, up to where it compiles.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Configs and problems that `compile_kernel` accepts; tests/compiled reads what kernels compile to."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Targets, the classes of a problem, and what tiles take of shared and of tensor memory."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Defaults of calls that take more registers, and of targets that no table of tiles names; nothing is compiled."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The table that a call's config comes from; a bad table stops no call."""
 
-from __future__ import annotations
-
 import warnings
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """The version of ptxas in records, and the versions that a user is warned of."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

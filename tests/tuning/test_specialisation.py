@@ -1,7 +1,5 @@
 """Arguments of ahead-of-time compilation: a launch on tensors without memory; nothing is compiled."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Tables of configs as files: round trips, faults, and the key of a call."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 

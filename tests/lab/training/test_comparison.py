@@ -1,7 +1,5 @@
 """The command train-compare: files, tables, intervals, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Training runs: the same weights and data for every mode, the same trace again, and what they observe."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -3,8 +3,6 @@
 The losses were measured with transformers 5.24 and torch 2.13 on a CPU, in fp32, by these tests.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
