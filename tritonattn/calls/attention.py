@@ -77,7 +77,8 @@ def attention(
         NotImplementedError: An argument that the backend asked for cannot honour.
         ImportError: Backend "triton" without triton.
 
-    Under torch.autocast q, k and v are cast as `F.scaled_dot_product_attention` casts them.
+    Under torch.autocast q, k and v are cast as `F.scaled_dot_product_attention` casts them. q, k and v may be DTensors
+    sharded by batch and heads; the result is one placed as q is. Under torch's context_parallel the call raises.
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
