@@ -33,8 +33,3 @@ def llama(layers: Any = LEARNED, kv_heads: int = KV_HEADS) -> Any:
 def tokens(step: int = 0, batch: int = 4, length: int = 16) -> torch.Tensor:
     """Token ids [B, S], the same on every rank."""
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1 + step))
-
-
-def whole(x: torch.Tensor) -> torch.Tensor:
-    """A tensor, or all of a DTensor."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x  # pyright: ignore[reportAttributeAccessIssue]

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import tritonattn
-from tests.distributed.models import whole
 from tritonattn import nn
+from tritonattn.core.shards import whole
 
 B, HQ, HKV, S, D = 4, 8, 4, 12, 8
 PLACEMENTS = {

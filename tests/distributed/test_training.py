@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("transformers")
 from . import training
 
 
@@ -28,6 +29,7 @@ def test_checkpoints_go_from_world_to_world(pool, tmp_path):
 
 
 def test_transformers_own_plan_shards_what_is_learned(pool, tmp_path):
+    pytest.importorskip("transformers.distributed.tensor_parallel")
     assert max(pool.run(training.planned, str(tmp_path))) < 5e-6
 
 

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from transformers.distributed import DistributedConfig
 
-from tests.distributed.models import HEADS, LEARNED, llama, tokens, whole
+from tests.distributed.models import HEADS, LEARNED, llama, tokens
+from tritonattn.core.shards import whole
 from tritonattn.distributed import HeadParallel
 from tritonattn.huggingface import patched
 
@@ -166,6 +166,8 @@ def checkpointed(rank: int, folder: str) -> None:
 
 def planned(rank: int, folder: str) -> float:
     """Relative error of the logits of a saved patched model that transformers shards by its own plan."""
+    from transformers.distributed import DistributedConfig
+
     if rank == 0:
         llama(kv_heads=HEADS).save_pretrained(folder)
     dist.barrier()

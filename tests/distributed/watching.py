@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.models import HEADS, llama, tokens, whole
+from tests.distributed.models import HEADS, llama, tokens
 from tests.distributed.training import by_heads, sharded
 from tritonattn.analysis import Monitor, Thresholds, qk_clip
+from tritonattn.core.shards import whole
 
 THRESHOLD = 0.09
 

@@ -102,14 +102,22 @@ def head_part(module: nn.Module) -> tuple[int, int]:
     return 0, 1
 
 
-def as_placed(x: Tensor, like: Tensor) -> Tensor:
-    """x, which all ranks hold alike, as a DTensor on the mesh of `like` where that is one."""
-    if not is_dtensor(like):
-        return x
-    from torch.distributed.tensor import DTensor, Replicate
+def own_rows(x: Any, values: Tensor) -> Tensor:
+    """The part of values [n, ...], which all ranks hold alike, that belongs to the rows of x [n, ...] on this rank.
 
-    mesh = like.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-    return DTensor.from_local(x.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    Counted here, since torch 2.8 takes the _StridedShard of FSDP2 x tensor parallelism for a Shard: the dimensions of
+    the mesh that shard plainly divide the rows first, from left to right, then those that shard in strides.
+    """
+    if not is_dtensor(x):
+        return values
+    placed = [
+        (type(one).__name__ != "Shard", i) for i, one in enumerate(x.placements) if getattr(one, "dim", None) == 0
+    ]
+    rows = torch.arange(x.shape[0], device=values.device)
+    for _, i in sorted(placed, key=lambda one: (one[0], -one[1] if one[0] else one[1])):
+        parts, number = rows.chunk(x.device_mesh.size(i)), x.device_mesh.get_local_rank(i)
+        rows = parts[number] if number < len(parts) else rows[:0]
+    return values[rows]
 
 
 def twin(module: nn.Module, parameter: Callable[[Tensor], Tensor]) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import BACKENDS
-from ..core.shards import as_placed, unshard
+from ..core.shards import local, own_rows, unshard
 from ..scaling import Scaling
 from .scalings import check_entries, from_config, is_finite, to_config
 
@@ -93,7 +93,7 @@ class LayerScaling(nn.Module):
         """Start a learned gain anew, from the values given; a learned scaling is a module that resets itself."""
         if self._start is not None and isinstance(self.gain, Tensor):
             with torch.no_grad():
-                self.gain.copy_(as_placed(self._start, self.gain))
+                local(self.gain).copy_(own_rows(self.gain, self._start))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is neither observed nor watched."""
