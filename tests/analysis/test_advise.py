@@ -77,15 +77,6 @@ def test_a_reading_is_that_of_diagnose_and_of_what_the_patch_would_do():
     assert found.after.relative_entropy == pytest.approx(float(after.relative_entropy.mean()), rel=1e-4)
 
 
-def test_a_patched_model_may_be_sent_back():
-    net = sharpened(1.0)
-    with patch(net, "key_norm_sum", gain=0.01) as patched:
-        advice = advise(net, TOKENS)
-        assert len(patched.layers) == 2
-    assert {one.reading.mode for one in advice.findings} == {"key_norm_sum"}
-    assert {one.rule.name for one in advice.findings} == {"uniform"}
-
-
 def test_padding_has_no_say():
     net, mask = sharpened(1.0), torch.ones(2, 40, dtype=torch.int64)
     mask[1, 3:] = 0

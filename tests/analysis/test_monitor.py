@@ -197,14 +197,6 @@ def test_a_head_or_a_layer_without_rows_is_null():
     assert single["near_one_hot"] == [1.0] * HEADS
 
 
-def test_compiled_code_is_not_seen_and_said_so():
-    net = Net()
-    compiled = torch.compile(net, backend="eager")
-    with pytest.warns(RuntimeWarning, match="saw no attention"):
-        record = record_of(net, lambda net: compiled(torch.randn(1, 5, 32)).sum())
-    assert record["layers"] == {}
-
-
 def test_arguments():
     net = Net()
     for options, error in (

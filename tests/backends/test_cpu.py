@@ -298,11 +298,3 @@ def test_tiles_that_nobody_sees_are_skipped(mask, keys):
         blockwise.forward(call, False)
     blocks = 8192 // (tiles._ROWS // 2)
     assert watch.calls["aten::bmm"] <= blocks * (keys // tiles.KEYS)
-
-
-def test_tiles_that_all_rows_see_are_not_masked(small_tiles):
-    call = make_call(batch=1, heads=1, length=64, causal=True)
-    with Watch() as watch:
-        blockwise.forward(call, False)
-    assert watch.calls["aten::bmm"] == 2 + 4 + 6 + 8  # 4 blocks of 16 rows, spans of 8 keys
-    assert watch.calls["aten::masked_fill_"] == 4 * 2  # the diagonal's

@@ -76,19 +76,6 @@ def test_recorded_launches_are_not_run(monkeypatch):
     assert launches[0].arguments["BLOCK_M"] == 64
 
 
-def test_a_config_is_for_its_kernel_and_for_calls_that_it_is_legal_for(monkeypatch):
-    monkeypatch.setattr(launch, "config_for", lambda *_: TILES)
-    problem, single = Problem(256, 256, torch.float16), Problem(256, 256, torch.float32)
-    meant = TileConfig(128, 64, 8, 2)
-    with launch.configured("forward", meant):
-        found = [
-            launch.plan(*asked, CPU).config
-            for asked in (("forward", problem), ("forward", single), ("decode", problem))
-        ]
-    assert found == [meant, TILES, TILES], "in fp32 it takes more shared memory than there is"
-    assert launch.plan("forward", problem, CPU).config == TILES
-
-
 @pytest.mark.parametrize(
     ("error", "again"),
     [

@@ -36,18 +36,6 @@ def test_as_many_threads_as_idle_cores(idle, wanted, given, monkeypatch):
     assert given == [wanted]
 
 
-def test_a_system_that_tells_nothing_is_taken_as_idle(given, monkeypatch):
-    monkeypatch.setattr(threads, "_idle_seconds", dict)
-    threads.limit_threads()
-    assert given == [4]
-
-
-def test_omp_num_threads_decides(given, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    threads.limit_threads()
-    assert given == []
-
-
 class Reached(Exception):
     pass
 

@@ -12,14 +12,3 @@ def test_for_github():
         "| a      |    1 |    |",
         "| bbb    | 22.5 |  x |",
     ]
-
-
-def test_for_a_terminal_with_headers_of_several_lines():
-    assert table(ROWS, ["name", "max\np", "long name"], "simple", left=None).splitlines() == [
-        "name    max    long name",
-        "        p",
-        "------  -----  -----------",
-        "a       1",
-        "bbb     22.5   x",
-    ]
-    assert table([], ["a"], "simple") == "a\n---"

@@ -132,19 +132,6 @@ def test_learned_parameters_stay_in_float32(tmp_path):
     assert logits(again).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["llama", "splinter"])
-def test_undo_leaves_nothing_in_what_is_saved(name, tmp_path):
-    network = ARCHITECTURES[name].build()
-    patch(network, scaling="ssmax")
-    network.save_pretrained(tmp_path)
-    assert "tritonattn" in (tmp_path / "config.json").read_text()
-    again = type(network).from_pretrained(tmp_path)
-    for one in (network, again):
-        patched(one).undo()
-        one.save_pretrained(tmp_path)
-        assert "tritonattn" not in (tmp_path / "config.json").read_text()
-
-
 @pytest.mark.skipif(
     transformers.LlamaConfig.from_dict({"attn_implementation": "eager"})._attn_implementation != "eager",
     reason="this version does not read attn_implementation from a config",

@@ -85,18 +85,6 @@ def test_modes_have_bases_and_gains_as_advice_names_them(small, capsys):
     assert "--modes: expected a base after log_key_count or qwen_logn only" in capsys.readouterr().err
 
 
-def test_layers_that_are_not_there_are_refused_before_any_pass(small, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "eager_loss", lambda *_: pytest.fail("a pass"))
-    assert cli.main(["compare", "--layers", "99", "--max-tokens", "9"]) == 2
-    assert "99" in capsys.readouterr().err
-
-
-def test_a_text_longer_than_the_context_is_cut_and_said_to_be(small, tmp_path, capsys):
-    (tmp_path / "long.txt").write_text("word " * 100)
-    assert cli.main(["demo", "--modes", "sqrt_dim", "--text", str(tmp_path / "long.txt")]) == 0
-    assert "first 64" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("content", [b"", b"a", b"\xff\xfe\xff"])
 def test_a_text_without_tokens_is_refused(small, content, tmp_path, capsys):
     (tmp_path / "text.txt").write_bytes(content)
@@ -121,14 +109,6 @@ def test_compare_from_end_to_end(small, tmp_path, capsys, monkeypatch):
             assert layer["entropy_over_ln_n"] <= layer["highest_entropy_of_a_head"] + 1e-9
             assert layer["mean_largest_logit_of_a_row"] <= layer["largest_logit"]
     assert patched(small.model) is None
-
-
-def test_compare_on_a_part_of_a_model(small, tmp_path, capsys):
-    assert compare("--layers", "*.1.*", "--plot", str(tmp_path / "a.svg")) == 0
-    out = capsys.readouterr().out
-    assert "left alone: not among the layers asked for" in out
-    assert out.count("model.layers.1.self_attn") == 1 + 3  # in the report, and for every mode
-    assert out.count("model.layers.0.self_attn") == 1
 
 
 def fake_pip(monkeypatch, result: int, members: tuple[str, ...]) -> list[list[str]]:

@@ -4,18 +4,16 @@ import json
 
 import pytest
 import torch
-import transformers
 
 from tests.lab.test_demo import subject
 from tests.support.refusals import assert_refused
 from tritonattn.cli import main as cli
-from tritonattn.core.errors import CommandError
 from tritonattn.core.provenance import Environment
 from tritonattn.huggingface import patched
 from tritonattn.lab import length
 from tritonattn.lab.demo.measurement import Subject
 from tritonattn.lab.demo.variants import variant
-from tritonattn.lab.length.passes import check_head, losses
+from tritonattn.lab.length.passes import losses
 from tritonattn.lab.length.report import Study
 
 MODES = "sqrt_dim,sqrt_dim*1.5,qwen_logn:CONTEXT,log_key_count:32"
@@ -101,14 +99,3 @@ def test_losses_are_those_of_all_logits(small):
 def test_wrong_usage_is_named_before_a_model_is_loaded(arguments, parts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(length, "load", lambda *_: pytest.fail("loaded"))
     assert_refused(capsys, f"length-study --out {tmp_path / 'out'} {arguments}", parts)
-
-
-def test_a_model_that_changes_its_logits_after_the_head_is_refused():
-    one = subject()
-    one.model.config.final_logit_softcapping = 30.0
-    with pytest.raises(CommandError, match="final_logit_softcapping"):
-        check_head(one)
-    headless = Subject("m", transformers.LlamaModel(one.model.config), None, torch.device("cpu"))
-    headless.model.config.final_logit_softcapping = None
-    with pytest.raises(CommandError, match="LlamaModel"):
-        check_head(headless)

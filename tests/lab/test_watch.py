@@ -74,13 +74,6 @@ def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
     assert Watched.read(marked).records == Watched.read(file).records
 
 
-def test_what_is_missing_interrupts_a_curve(tmp_path):
-    found = panels(record(0), record(10, loss=None), record(20), tmp_path=tmp_path)
-    assert found["loss"].curves[""] == [(0, 1.0), (10, None), (20, 1.0)]
-    assert found["relative_entropy"].curves[LAYERS[0]] == [(0, 0.5), (10, 0.5), (20, 0.5)]
-    assert {"q_gradient_norm", "k_gradient_norm"}.isdisjoint(found)  # zeros on a logarithmic axis, and none
-
-
 def test_a_second_run_in_the_file_begins_a_curve_of_its_own(tmp_path):
     found = panels(record(0), record(10), record(0), record(10), tmp_path=tmp_path)
     assert [value is None for _, value in found["loss"].curves[""]] == [False, False, True, False, False]
@@ -194,9 +187,3 @@ def test_another_file_is_refused_in_one_line(content, part, tmp_path, capsys):
     assert said[0].startswith("tritonattn watch: FILE: expected ")
     assert part in said[0]
     assert not (tmp_path / "a.html").exists()
-
-
-@pytest.mark.parametrize("output", ["a.pdf", "a", "run.jsonl"])
-def test_another_output_is_refused(output, run, capsys):
-    assert cli.main(["watch", str(run[0]), "--output", str(run[0].with_name(output))]) == 2
-    assert "--output: expected a name that ends in .html or .png" in capsys.readouterr().err

@@ -82,23 +82,6 @@ def test_calls_that_are_none(arguments, error, message):
         made(**{"x": tokens()} | arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"batch": 2.0}, TypeError, "batch: expected an int, got float 2.0"),
-        ({"head_dim": "a"}, TypeError, "head_dim: expected an int, got str 'a'"),
-        ({"head_dim": 0}, ValueError, "head_dim: expected at least 1, got 0"),
-        ({"value_dim": -1}, ValueError, "value_dim: expected at least 1, got -1"),
-        ({"dtype": torch.int32}, TypeError, "dtype: expected float16, bfloat16, float32 or float64, got torch.int32"),
-        ({"dtype": "float"}, TypeError, "dtype: expected float16, bfloat16, float32 or float64, got 'float'"),
-    ],
-)
-def test_caches_that_are_none(arguments, error, message):
-    sizes = {"batch": 2, "kv_heads": 2, "capacity": 8, "head_dim": 6}
-    with pytest.raises(error, match=message):
-        nn.KeyValueCache(**sizes | arguments)
-
-
 K, V = torch.randn(2, 2, 3, 6), torch.randn(2, 2, 3, 4)
 
 

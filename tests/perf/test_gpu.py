@@ -17,8 +17,6 @@ from perf.__main__ import main
 from perf.records import read
 from tests.support.versions import skip_without_stub
 
-from .commands import sweep
-
 SWEEPS = ("ceilings", "forward", "backward", "decode", "overhead")
 PYTHON = {"fails": "raise SystemExit(3)", "works": "print('worked')", "hangs": "import time; time.sleep(600)"}
 
@@ -29,12 +27,6 @@ def phase(name, share=1.0, **options):
 
 def names(device):
     return [one.name for one in gpu.phases(device, gpu.ROOT / "out", "tests/kernels")]
-
-
-def test_the_order_is_that_of_proof_for_its_minutes():
-    wanted = ["environment", "preflight", "compile", "ceilings", "correctness", "soak", "forward", "backward", "decode"]
-    wanted += ["tuning", "overhead", "report", "plots"]
-    assert names("cuda") == names("emulate") == wanted
 
 
 @pytest.mark.parametrize("name", ["environment", "forward"])
@@ -107,14 +99,6 @@ def test_the_budgets_of_the_readme_are_those_of_the_shares():
         assert f"| {name} | {' | '.join(str(column[name]) for column in columns)} |" in text
 
 
-def test_report_and_plots_take_what_there_is(tmp_path, capsys):
-    sweep(tmp_path / "forward.jsonl", "--suite", "forward", "--scalings", "dim", "--peers", "sdpa")
-    main(["gpu", "--device", "emulate", "--minutes", "0", "--out", str(tmp_path), "--phases", "report,plots"])
-    assert "## forward\n\nMeasured: " in (tmp_path / "report.md").read_text()
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"forward_tflops.png", "forward_ratio.png"}
-    assert "backward.jsonl: no such file, skipped" in (tmp_path / "report.log").read_text()
-
-
 def test_a_phase_that_hangs_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_SECONDS_OF_BRIEF", 1.0)
     found = gpu.run_all([phase("hangs"), phase("works", share=0.0)], tmp_path, gpu._SECONDS_TO_STOP + 2.0)
@@ -170,39 +154,3 @@ def test_nothing_is_imported_that_a_gpu_machine_lacks(folder):
             own = {"tritonattn", "tests", "perf"}
             missing += [f"{path.name}: {name}" for name in names if name.partition(".")[0] not in PRESENT | own]
     assert missing == []
-
-
-def correctness(folder, processes=1):
-    main(["correctness", str(folder), "--processes", str(processes)])
-
-
-def test_tests_are_dealt_out_once_and_failures_fail_and_warnings_do_not(tmp_path, capsys):
-    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
-    (tmp_path / "test_a.py").write_text("import warnings\n\ndef test_it():\n    warnings.warn('of another version')\n")
-    (tmp_path / "test_b.py").write_text("def test_it():\n    assert False\n")
-    (tmp_path / "test_c.py").write_text("import missing\n")
-    (tmp_path / "test_d.py").write_text("import pytest\n\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n): ...")
-    with pytest.raises(SystemExit, match="exit statuses of pytest: 1, 1"):
-        correctness(tmp_path, processes=2)
-    printed = capsys.readouterr().out
-    assert "test_a.py::test_it PASSED" in printed  # all the same
-    assert "test_b.py::test_it FAILED " in printed
-    assert "No module named 'missing'" in printed
-    assert sorted(re.findall(r"test_it\[(\d)\] PASSED", printed)) == ["0", "1", "2"]
-
-
-@pytest.mark.parametrize("minutes", [1.5, 3, 10, 60])
-def test_phases_that_all_take_the_most_have_ended_in_time(minutes, tmp_path, monkeypatch):
-    now, run = [1000.0], []
-
-    def execute(one, out, seconds, grace):
-        run.append(one.name)
-        now[0] += gpu._SECONDS_OF_BRIEF if one.share == 0 else seconds + grace + gpu._SECONDS_TO_STOP
-        return gpu.Outcome(one, "out of time", 0.0)
-
-    monkeypatch.setattr(gpu, "execute", execute)
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
-    gpu.run_all(gpu.phases("cuda", tmp_path, "tests/kernels"), tmp_path, 60 * minutes)
-    assert run[-2:] == ["report", "plots"]
-    assert len(run) >= 4
-    assert now[0] <= 1000 + 60 * minutes

@@ -10,13 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 pytest.importorskip("triton")
 import tritonattn
-from perf import decode_cases, peers, varlen_cases
+from perf import peers
 from perf.attention_cases import Case
 from perf.check import Question
 from perf.contest import Effort
-from perf.decode_cases import DecodeCase
 from perf.recipes import rows_of
-from perf.varlen_cases import VarlenCase
 from perf.work import Shape
 from tritonattn.calls.factor import Factor
 
@@ -45,37 +43,15 @@ def memory_efficient_attention(q, k, v, attn_bias, scale):
     return flash_attn_func(q, k, v, scale, attn_bias is not None)[0]
 
 
-def flash_attn_varlen_func(q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale, causal):
-    return tritonattn.attention_varlen(
-        q, k, v, ends_q, ends_k, longest_q, longest_k, scaling=softmax_scale, causal=causal
-    )
-
-
-def flash_attn_with_kvcache(q, k, v, cache_seqlens, softmax_scale, causal, **table):
-    """A contiguous cache [B, S, Hkv, D], or pages with flash-attn 2's or 3's name for the table."""
-    assert causal
-    if not table:
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-    return tritonattn.attention_decode(
-        q.transpose(1, 2),
-        k,
-        v,
-        key_lengths=cache_seqlens,
-        scaling=softmax_scale,
-        block_table=table.get("block_table", table.get("page_table")),
-    ).transpose(1, 2)
-
-
 @pytest.fixture
 def installed(monkeypatch):
     """Packages of the same functions, on this CPU."""
-    functions = (flash_attn_func, memory_efficient_attention, flash_attn_varlen_func, flash_attn_with_kvcache)
+    functions = (flash_attn_func, memory_efficient_attention)
     for name in ("flash_attn", "flash_attn_interface", "flash_attn.cute", "xformers", "xformers.ops"):
         module = ModuleType(name)
         module.__dict__.update({function.__name__: function for function in functions}, LowerTriangularMask=object)
         monkeypatch.setitem(sys.modules, name, module)
-    for user in (peers, decode_cases, varlen_cases):
-        monkeypatch.setattr(user, "require_gpu", lambda device: None)
+    monkeypatch.setattr(peers, "require_gpu", lambda device: None)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -88,21 +64,6 @@ def test_packages_of_gpus(causal, installed):
     assert len(records) == 9
     wide = replace(case, dtype="fp32").contest().run(ONCE, HERE)
     assert statuses(wide)["flash-attn-3 dim"] == ("skipped", "takes float16 and bfloat16, not float32")
-
-
-def test_packages_of_gpus_packed_and_decoding(installed):
-    names = ("flash-attn-2", "flash-attn-3", "xformers")
-    packed = VarlenCase((5, 9), 2, 16, "bf16", "forward+backward", "dim", names, CPU, "sdpa")
-    for case in (packed, replace(packed, scaling="key_norm_mean")):
-        found = statuses(case.contest().run(ONCE, HERE))
-        measured = "measured" if case.scaling == "dim" else "skipped"
-        assert found[f"flash-attn-2 {case.scaling}"][0] == found[f"flash-attn-3 {case.scaling}"][0] == measured
-        assert "is not asked for packed sequences" in found[f"xformers {case.scaling}"][1]
-    for paged in (False, True):
-        shape = Shape(2, 4, 2, 1, 64, 16, causal=False)
-        found = statuses(DecodeCase(shape, "bf16", paged, "dim", names, CPU, "sdpa").contest().run(ONCE, HERE))
-        assert found["flash-attn-2 dim"] == found["flash-attn-3 dim"] == ("measured", "")
-        assert "is not asked to decode" in found["xformers dim"][1]
 
 
 @pytest.mark.parametrize("block", [0, 1, 5])

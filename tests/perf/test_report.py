@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("triton")
-from perf.plot import CHARTS, panels_of
 from perf.records import Record, ResultsFile, read
 from perf.report import tables
 from tritonattn.core.provenance import Environment
@@ -58,14 +57,3 @@ def test_records_survive_the_file(tmp_path):
     assert again.has("forward", AXES)
     assert not again.has("forward", AXES | {"length": 2048})
     assert not ResultsFile(tmp_path / "a.jsonl", replace(HERE, commit="other")).has("forward", AXES)
-
-
-def chart(name):
-    return next(one for one in CHARTS if one.name == name)
-
-
-def test_throughput_lies_under_the_roofline():
-    panel = panels_of(chart("forward_tflops"), [OURS, PEER, ABSENT, *CEILINGS])[0]
-    assert panel.title == "head_dim 64, bf16, causal, dim"
-    assert panel.lines == {"tritonattn": {1024: 300.0}, "sdpa": {1024: 200.0}}
-    assert panel.limits == {"roofline": {1024: 500.0}}  # of a copy at 2 operations a byte, less than 600 of a matmul

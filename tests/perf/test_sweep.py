@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 import tritonattn
-from perf import attention_cases, contest, decode_cases, suites, varlen_cases
+from perf import attention_cases, contest, decode_cases, varlen_cases
 from perf.__main__ import main
 from perf.peers import PEERS
 from perf.records import read
@@ -107,20 +107,3 @@ def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
     assert len(calls) == 7
     sweep(file, *options, "--dtypes", "bf16")  # another command
     assert len(calls) == 13
-
-
-def test_quick_cases_are_few_on_every_device_and_have_names_of_their_own():
-    """FlexAttention, compiled for every case, alone would take a minute; every suite and mode is there all the same."""
-    for kind in suites.BACKENDS:
-        place = suites.Place(kind)
-        every, cases = (
-            {name: list(suite.contests(suite.chosen(place, quick), place)) for name, suite in SUITES.items()}
-            for quick in (False, True)
-        )
-        for chosen in (every, cases):
-            names = [(case.suite, str(case.axes)) for of_suite in chosen.values() for case in of_suite]
-            assert len(set(names)) == len(names)
-        assert all(cases[name] for name in SUITES if name != "ceilings")
-        assert sum(map(len, cases.values())) <= 110
-        assert len(cases["forward"]) <= 4
-        assert set(SUITES["scaling"].chosen(place, True).scalings) == set(tritonattn.SCALINGS)

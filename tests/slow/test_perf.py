@@ -1,17 +1,13 @@
 """The long phases of `python -m perf gpu`, and plots and reports of every suite."""
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
-from perf import preflight
 from perf.__main__ import main
-from perf.devices import kernels_on
 from perf.plot import CHARTS
 from perf.suites import SUITES
 from tests.perf.commands import sweep
 from tests.perf.test_gpu import check_phase
-from tests.support.versions import skip_without_stub
 
 PHASES = ["preflight", "compile", "correctness", "soak", "backward", "decode", "overhead", "tuning"]
 
@@ -19,14 +15,6 @@ PHASES = ["preflight", "compile", "correctness", "soak", "backward", "decode", "
 @pytest.mark.parametrize("name", PHASES)
 def test_phases(name, tmp_path, monkeypatch, capsys):
     check_phase(name, tmp_path, monkeypatch, capsys)
-
-
-def test_results_of_each_dtype_by_pointers_and_descriptors(monkeypatch):
-    skip_without_stub()
-    monkeypatch.setattr(preflight, "DTYPES", (torch.bfloat16, torch.float32))
-    with kernels_on("emulate", 90) as device:
-        found = preflight.check_results(device)
-    assert found == "bfloat16 by pointers, bfloat16 by descriptors, float32 by pointers"
 
 
 def test_plots_and_reports_of_every_suite(tmp_path, capsys):

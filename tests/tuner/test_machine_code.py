@@ -7,7 +7,7 @@ import pytest
 triton = pytest.importorskip("triton")
 from tritonattn.tuner import machine_code
 from tritonattn.tuner.control_flow import Instruction, innermost, loops, parse, parse_ptx
-from tritonattn.tuner.machine_code import MachineCode, read_machine_code
+from tritonattn.tuner.machine_code import read_machine_code
 
 # A loop in a loop, whose wait retries out of line; the outer one has a spill of its own.
 LISTING = """
@@ -119,9 +119,3 @@ def test_spills_are_those_inside_of_loops(monkeypatch):
     assert found.tensor_memory == 64
     [loop] = found.mma_loops
     assert (loop.tiles, loop.flops, loop.other) == (1, 4 * 4096, 3)
-
-
-def test_amds_spills_are_of_registers_of_4_bytes():
-    text = ".vgpr_count: 200\n.vgpr_spill_count: 3\n.private_segment_fixed_size: 32\n"
-    compiled = SimpleNamespace(metadata=SimpleNamespace(shared=8192), asm={"amdgcn": text})
-    assert read_machine_code(compiled) == MachineCode(200, 32, 8192, 12)

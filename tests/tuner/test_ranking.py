@@ -1,7 +1,5 @@
 """The configs that a static table ranks, and their order; nothing is compiled."""
 
-from dataclasses import replace
-
 import pytest
 
 pytest.importorskip("triton")
@@ -12,7 +10,7 @@ from tritonattn.tuner.machine_code import MachineCode
 from tritonattn.tuner.static import ranked, static_table
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPUS
-from tritonattn.tuning.table import SCALES, Key
+from tritonattn.tuning.table import Key
 
 A100 = next(gpu for gpu in GPUS if gpu.name == "a100")
 SM_80 = A100.target
@@ -60,17 +58,6 @@ def test_long_calls_take_the_config_of_short_ones_unless_another_is_clearly_ahea
     clocks |= {OTHER: 80.0, (THIRD, False): ahead}
     assert ranked(A100, Stub(), KEY)[0] == first
     assert ranked(A100, Stub(), KEY._replace(lengths="short"))[0] == OTHER
-
-
-def test_all_scales_and_dims_of_a_tile_are_ranked_by_one_call(clocks):
-    """But for a default of its own, as grad_query's with a query scale's gradient, which comes first."""
-    typical = Key("grad_query", 128, "query", "long")
-    for scales in SCALES["grad_query"]:
-        key, stub = Key("grad_query", 96, scales, "long"), Stub()
-        own = default_config(key.kernel, key.problem, SM_80)
-        assert ranked(A100, stub, key)[0] == own
-        assert {replace(problem, short=False) for _, problem, _ in stub.asked} == {typical.problem}
-    assert own != default_config("grad_query", typical.problem, SM_80)
 
 
 def test_an_entry_passes_for_its_own_call(clocks):

@@ -100,13 +100,3 @@ def test_a_result_that_is_wrong_in_one_dtype_is_not_taken(timed):
     result = find()
     assert result.entry.config == OTHERS[0]
     assert result.wrong == (f"{KEY} {OTHERS[1]}: is wrong",)
-
-
-def test_operands_that_the_memory_does_not_hold(monkeypatch):
-    def build(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
-
-    monkeypatch.setattr(search, "Workload", build)
-    result = run()
-    assert result.entry is None
-    assert "forward/64/none/short: OutOfMemoryError: CUDA out of memory" in result.wrong[0]

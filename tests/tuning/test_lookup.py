@@ -1,15 +1,14 @@
 """The table that a call's config comes from; a bad table stops no call."""
 
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tritonattn.tuning import cache_dir, config, lookup
+from tritonattn.tuning import cache_dir, lookup
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
-from tritonattn.tuning.gpus import GPUS, table_name
+from tritonattn.tuning.gpus import table_name
 from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, write_table
 
 H100, H200 = Target("cuda", "90", "NVIDIA H100 80GB HBM3"), Target("cuda", "90", "NVIDIA H200")
@@ -102,19 +101,6 @@ def test_a_config_that_a_compiler_refused_is_passed_over(folders):
     assert not lookup.reject_config("forward", single, H100, lookup.config_for("forward", single, H100), why)
 
 
-def test_an_illegal_entry_never_runs(folders):
-    shipped, user = folders
-    put(shipped / "h100.json", 32)
-    put(user / "h100.json", 64, descriptors=True)
-    assert found() == 64
-    unaligned = Problem(64, 64, torch.bfloat16, aligned=False)
-    assert found(problem=unaligned) == 32, "descriptors cannot address it"
-    entry = Entry(TileConfig(64, 1024, 4, 16), "static", {})
-    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
-    lookup.clear_cache()
-    assert found() == 32, "too much shared memory"
-
-
 @pytest.mark.parametrize(
     ("card", "arch", "wanted"),
     [
@@ -133,21 +119,3 @@ def test_an_illegal_entry_never_runs(folders):
 )
 def test_names_of_cards(card, arch, wanted):
     assert table_name(Target("cuda", arch, card)) == wanted
-
-
-def test_a_card_whose_name_rocm_does_not_know(monkeypatch):
-    """Its table is named by the architecture; of no name, `tritonattn tune` would write what nobody reads."""
-    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    config._target_of.cache_clear()
-    target = Target.of(torch.device("cuda", 0))
-    config._target_of.cache_clear()
-    assert target[:2] == ("hip", "gfx942")
-    assert table_name(target) == "gfx942"
-
-
-def test_every_gpu_is_found_by_its_own_name():
-    for gpu in GPUS:
-        assert table_name(gpu.target._replace(card=gpu.name)) == gpu.name

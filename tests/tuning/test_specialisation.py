@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from tritonattn.backends.triton import compile as ahead
 from tritonattn.backends.triton import device, launch
 from tritonattn.kernels import KERNELS
-from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel
+from tritonattn.tuning import Problem, Target, TileConfig
 
 TILES = TileConfig(64, 32, 4, 2)
 PROBLEM = Problem(64, 128, torch.bfloat16)
@@ -36,16 +36,3 @@ def test_pointers_and_strides_are_multiples_of_16_but_for_unaligned_rows():
     assert unaligned.attrs[q, 0] == divisible
     assert not any(unaligned.attrs.get((q, member)) for member in (3, 4))
     assert not aligned.attrs.get((names.index("q_len"),)), "lengths are not specialised"
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [("sm_90", ("cuda", 90, 32)), ("gfx942", ("hip", "gfx942", 64)), ("gfx1100", ("hip", "gfx1100", 32))],
-)
-def test_lanes_of_a_target(name, wanted, monkeypatch):
-    seen = []
-    monkeypatch.setattr(ahead.triton, "compile", lambda source, target, options: seen.append((target, options)))
-    compile_kernel("forward", PROBLEM, TILES, name)
-    [(target, options)] = seen
-    assert (target.backend, target.arch, target.warp_size) == wanted
-    assert options == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}

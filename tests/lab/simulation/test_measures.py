@@ -1,7 +1,5 @@
 """The sweep's measures against the formulas, and its samples."""
 
-import math
-
 import pytest
 import torch
 
@@ -21,15 +19,3 @@ def test_gradients_are_those_of_the_reference(mode, keys):
     ours = measure(sample, mode)
     assert ours.q_gradient == pytest.approx(q.grad.norm(dim=-1).mean().item(), rel=1e-9)
     assert ours.k_gradient == pytest.approx((k.grad.square().sum((1, 2, 3)) / 32).sqrt().mean().item(), rel=1e-9)
-
-
-def test_softmax_measures_follow_from_the_probabilities():
-    sample = Sample.of(Point("gaussian", 40, 8), 0, CPU)
-    p = torch.softmax(sample.q @ sample.k.mT, -1)
-    ours = measure(sample, "none")
-    entropy = torch.special.entr(p).sum(-1) / math.log(40)
-    assert ours.max_probability == pytest.approx(p.amax(-1).mean().item())
-    assert ours.relative_entropy == pytest.approx(entropy.mean().item())
-    assert ours.near_one_hot == pytest.approx((p.amax(-1) > 0.95).double().mean().item())
-    assert ours.near_uniform == pytest.approx((entropy > 0.98).double().mean().item())
-    assert ours.logit_std == pytest.approx((sample.q @ sample.k.mT).std(-1, correction=0).mean().item())

@@ -8,9 +8,6 @@ import torch
 from tritonattn.lab.simulation import paper
 from tritonattn.lab.simulation.paper import (
     KEYS,
-    PANELS,
-    QUERIES,
-    component,
     measures_of,
     operands,
     softmax_of,
@@ -44,13 +41,3 @@ def test_probabilities_and_their_measures(dim, mode):
     assert ours["jacobian_norm"] == pytest.approx(jacobians.norm(dim=(1, 2)).mean().item())
     divisor = float(DIVISORS[mode](operands(dim, 0, CPU)[1][0, 0]))
     assert ours["gradient_norm"] == pytest.approx(ours["jacobian_norm"] / divisor)
-
-
-@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: f"{panel.figure}{panel.letter}")
-def test_both_readings_of_a_component(panel):
-    found = component(panel, 0, CPU)
-    q, k = operands(panel.dim, 0, CPU)
-    matrix = (q @ k.mT)[0, 0] if panel.mode is None else by_formula(panel.dim, panel.mode)
-    assert found.values.shape == found.as_published.shape == (QUERIES,)
-    torch.testing.assert_close(found.values, matrix[:, 0])
-    torch.testing.assert_close(found.as_published, matrix.flatten()[:QUERIES])  # queries 1 to 15, and 20 keys of 16

@@ -1,6 +1,5 @@
 """The command train-compare: files, tables, intervals, and what is refused."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,7 @@ from tritonattn.core.provenance import Environment
 from tritonattn.lab import training
 from tritonattn.lab.training import report
 from tritonattn.lab.training.interval import Interval
-from tritonattn.lab.training.records import Recipe, Run, append, read
+from tritonattn.lab.training.records import Recipe, Run, read
 
 ENVIRONMENT = Environment("a processor", 1, "3.11", "2.13", "0.1.0", "abc")
 RECIPE = Recipe("adamw", 1e-2, 0.01, 3, 4)
@@ -81,13 +80,6 @@ def test_wrong_usage_is_named(arguments, parts, tmp_path, capsys):
     assert_refused(capsys, f"train-compare --out {tmp_path / 'out'} {arguments}", parts)
 
 
-def test_data_that_differs_between_modes_fails_the_command(capsys):
-    assert training._same_data([a_run(), a_run("power_law")])
-    assert not training._same_data([a_run(), a_run("power_law", data="e")])
-    assert "power_law and sqrt_dim saw different data" in capsys.readouterr().err
-    assert training._same_data([a_run(), a_run("power_law", seed=1, data="e")])
-
-
 def test_the_interval_is_students():
     values = [0.91, 0.93, 0.88, 0.97, 0.90]
     own = Interval.of(values)
@@ -106,15 +98,3 @@ def test_differences_are_paired_by_seed():
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[3] == "+0.011 ± 0.002 *"
     assert cells[2].startswith("0.711 ± ")
-
-
-def test_a_record_survives_its_file_and_what_is_not_finite_becomes_null(tmp_path):
-    file = tmp_path / "runs.jsonl"
-    run = a_run(held_out_loss=[2.0, float("nan")], status="diverged")
-    append(file, run)
-    (line,) = file.read_text().splitlines()
-    assert json.loads(line)["held_out_loss"] == [2.0, None]
-    (again,) = read(file)
-    assert again == replace(run, held_out_loss=[2.0, None])
-    assert again.key == run.key
-    assert replace(run, environment=replace(ENVIRONMENT, commit="x")).key != run.key
