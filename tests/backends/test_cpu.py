@@ -15,14 +15,15 @@ from tritonattn.core.call import AttentionCall, Gradients, Logits, Needs
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.visibility import Visibility
 
-ALL = Needs(*[True] * 6)
+ALL = Needs(*[True] * len(Needs._fields))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = {
     "plain": {},
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": True},
     "dropout": {"p": 0.3},
-    "all": {"softcap": 1.5, "sinks": True, "p": 0.3},
+    "bias": {"biased": True},
+    "all": {"softcap": 1.5, "sinks": True, "p": 0.3, "biased": True},
 }
 
 
@@ -49,11 +50,12 @@ def make_call(
     width=None,
     softcap=None,
     sinks=False,
+    biased=False,
     p=0.0,
     scale=0.3,
     **masks,
 ):
-    """A call on random tensors; the scales have either sign and zeros.
+    """A call on random tensors; the scales have either sign and zeros, some biases are -inf.
 
     heads, length, width: of queries and of keys alike
     """
@@ -72,6 +74,8 @@ def make_call(
     )
     query_scale, key_scale = normal(batch, q_heads, q_len).to(wide), normal(batch, kv_heads, k_len).to(wide)
     query_scale[..., ::7], key_scale[..., ::5] = 0, 0
+    shape = (batch, kv_heads, q_heads // max(kv_heads, 1), k_len)
+    key_bias = normal(*shape).to(wide).masked_fill(normal(*shape) > 0.9, -torch.inf) if biased else None
     return AttentionCall(
         q,
         k,
@@ -81,6 +85,7 @@ def make_call(
             scale,
             query_scale if scaled else None,
             key_scale if scaled else None,
+            key_bias,
             softcap,
             normal(q_heads).to(wide) if sinks else None,
         ),
@@ -110,7 +115,7 @@ def run(call, d_out, d_lse, needs=ALL):
 def run_reference(call, d_out, d_lse, dtype):
     """The reference in `dtype` and its gradients."""
     wide = torch.promote_types(dtype, torch.float32)
-    q, k, v, query_scale, key_scale, sinks = leaves = Gradients(
+    q, k, v, query_scale, key_scale, key_bias, sinks = leaves = Gradients(
         *(
             None if x is None else x.detach().to(dtype if i < 3 else wide).requires_grad_()
             for i, x in enumerate(tensors_of(call))
@@ -121,9 +126,10 @@ def run_reference(call, d_out, d_lse, dtype):
         factor = factor * query_scale[..., None]
     if key_scale is not None:
         factor = factor * key_scale.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None, :]
-    result = reference.attention(
-        q, k, v, factor, call.visibility, softcap=call.logits.softcap, sinks=sinks, dropout=call.dropout
-    )
+    options = {"softcap": call.logits.softcap, "sinks": sinks, "dropout": call.dropout}
+    if key_bias is not None:
+        options["bias"] = key_bias.flatten(1, 2)[:, :, None]
+    result = reference.attention(q, k, v, factor, call.visibility, **options)
     outputs, gradients = [result.out, result.lse], [d_out.to(dtype), d_lse.to(wide)]
     present = [x for x in leaves if x is not None]
     found = iter(torch.autograd.grad(outputs, present, gradients))
@@ -239,7 +245,7 @@ def test_only_what_is_needed_is_computed(asked):
     call = make_call(**OPTIONS["all"], causal=True)
     d_out, d_lse = output_gradients(call)
     everything = run(call, d_out, d_lse)[1]
-    alone = run(call, d_out, d_lse, Needs(*(i == asked for i in range(6))))[1]
+    alone = run(call, d_out, d_lse, Needs(*(i == asked for i in range(len(ALL)))))[1]
     for i, (gradient, wanted) in enumerate(zip(alone, everything, strict=True)):
         if i == asked:
             assert torch.equal(gradient, wanted)

@@ -17,6 +17,7 @@ BACKENDS = ("sdpa", "reference")
 FORMS: dict[str, Any] = {
     "causal": True,
     "window": (1, 0),
+    "key_bias": torch.linspace(-1, 1, SK)[None],
     "softcap": 0.5,
     "sinks": torch.tensor([0.5, -1.0, 0.0, 2.0]),
     "dropout_p": 0.5,

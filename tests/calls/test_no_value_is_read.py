@@ -109,7 +109,7 @@ def masks(name: str) -> dict[str, Any]:
 def take_back(call: AttentionCall) -> None:
     """The backward pass of a call; torch's engine would look for the device."""
     logits, (batch, heads, rows, _) = call.logits, call.q.shape
-    present = (logits.query_scale, logits.key_scale, logits.sinks)
+    present = (logits.query_scale, logits.key_scale, logits.key_bias, logits.sinks)
     out, lse = tensor(batch, heads, rows, call.v.shape[3]), tensor(batch, heads, rows, dtype=torch.float32)
     needs = Needs(True, True, True, *(x is not None for x in present))
     backward(call, out, lse, torch.empty_like(out), None, needs, torch.empty_like(out))
@@ -123,6 +123,7 @@ def take_back(call: AttentionCall) -> None:
 def test_attention(scaling, mask, form, calls, kernels):
     options = masks(mask)
     if form == "everything":
+        options["key_bias"] = tensor(B, KV, S)
         options |= {"softcap": 2.0, "dropout_p": 0.1, "sinks": tensor(H, dtype=torch.float32), "return_aux": True}
     with reading_fails():
         tritonattn.attention(tensor(B, H, S, D), tensor(B, KV, S, D), tensor(B, KV, S, D), scaling=scaling, **options)

@@ -18,11 +18,17 @@ ALIKE = ("sm_86", "gfx90a")  # take the tiles of sm_89 and of gfx942
 BFLOAT, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
 ATTENTION = TILED_KERNELS[:3]
 
-SCALES = {"none": {}, "q": {"query_scale": True}, "qk": {"query_scale": True, "key_scale": True}}
+SCALES = {
+    "none": {},
+    "q": {"query_scale": True},
+    "qk": {"query_scale": True, "key_scale": True},
+    "qb": {"query_scale": True, "key_bias": True},
+}
 WITH_GRADIENT = SCALES["qk"] | {"query_scale_grad": True}
 FORMS_OF_FLOAT32 = {
     "q": {"right": True, **SCALES["q"]},
     "qk": {"right": True, **SCALES["qk"]},
+    "qb": {"right": True, **SCALES["qb"]},
     "gradient": {"right": True, **WITH_GRADIENT},
     "mask": {"mask": True, **WITH_GRADIENT},
     "dropout": {"dropout": True, "right": True, **WITH_GRADIENT},
@@ -33,6 +39,7 @@ FORMS_OF_DECODE = {
     "pages": {**SCALES["q"], "block_table": True},
     "everything": {
         **SCALES["qk"],
+        **SCALES["qb"],
         **dict.fromkeys(("left", "block_table", "softcap", "sinks", "aux", "grouped"), True),
     },
 }

@@ -85,6 +85,7 @@ def others(rank: int) -> dict[str, float]:
     vectors = {
         "query_scale": torch.rand(HQ, 1, dtype=torch.float64),
         "key_scale": torch.rand(B, 1, S, dtype=torch.float64),
+        "key_bias": torch.rand(B, HKV, S, dtype=torch.float64),
     }
     compared("scaled", tritonattn.scaled_attention, operands, both, **vectors, causal=True)
 

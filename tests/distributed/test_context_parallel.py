@@ -16,13 +16,20 @@ PLACES = all_pairs({"size": (2, 4), "method": METHODS, "layout": LAYOUTS, "mask"
 
 
 class HalfOfLargest(Scaling):
-    """A user's own mode, which reads keys itself: 1 / (2 max_j |k_j1|), over all keys."""
+    """A user's own mode, which reads keys itself: 1 / (2 max_j |k_j1|), over all keys, and a bias of k_j2."""
 
     def scales(self, q, k, visibility, statistics):
-        return Scales(0.5, query=k[..., 0].abs().amax(-1, keepdim=True).reciprocal().expand(-1, -1, q.shape[2]))
+        return Scales(
+            0.5,
+            query=k[..., 0].abs().amax(-1, keepdim=True).reciprocal().expand(-1, -1, q.shape[2]),
+            key_bias=k[..., 1],
+        )
 
     def multiplier(self, q, k, visible):
         return 0.5 / k[..., 0].abs().amax(-1)[..., None, None]
+
+    def addend(self, q, k, visible):
+        return k[:, :, None, :, 1]
 
 
 def check(pool, allowed, *place, **options):

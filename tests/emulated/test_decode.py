@@ -27,7 +27,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 2.0},
     "sinks": {"sinks": True},
     "aux": {"return_aux": True},
-    "every form": {"softcap": 2.0, "sinks": True, "return_aux": True},
+    "every form": {"softcap": 2.0, "sinks": True, "key_bias": True, "return_aux": True},
 }
 
 
@@ -60,8 +60,12 @@ class Case:
         aux = options.pop("return_aux", False)
         if options.pop("sinks", False):
             options["sinks"] = torch.linspace(-1, 2, self.heads[0])
+        whole, bias = dict(options), None
+        if options.pop("key_bias", False):
+            bias = torch.randn(2, self.heads[0], max(self.written), generator=torch.Generator().manual_seed(1))
+            whole["key_bias"] = bias
         exact, eager = (
-            attention(*(x.to(kind) for x in (q, k, v)), causal=True, backend="reference", return_aux=True, **options)
+            attention(*(x.to(kind) for x in (q, k, v)), causal=True, backend="reference", return_aux=True, **whole)
             for kind in (torch.float64, self.dtype)
         )
         cache = GrowingCache(k, v, self.capacity, self.page, statistics=True)
@@ -70,6 +74,8 @@ class Case:
         arguments = cache.arguments()
         arguments |= {name: padded(arguments[name]) for name in ("k_cache", "v_cache")}
         query = padded(cache.newest(q, self.count))
+        if bias is not None:
+            options["key_bias"] = torch.nn.functional.pad(bias, (0, cache.capacity - bias.shape[2]), value=torch.nan)
         found = attention_decode(query, **arguments, **options, return_aux=aux, backend="triton")
         out, rows = found if aux else (found, None)
         assert_within_bound(out, cache.newest(exact[0], self.count), cache.newest(eager[0], self.count), self.dtype)

@@ -38,7 +38,7 @@ def inputs(
     scales: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Tensors:
-    """Random q, k, v and the scales and sinks asked for, of either sign, some of the scales 0."""
+    """Random q, k, v and the scales, sinks and biases asked for, of either sign; some scales 0, some biases -inf."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -60,6 +60,9 @@ def inputs(
         tensors["gain"] = normal(heads, 1).abs() + 0.5
     if "sinks" in scales:
         tensors["sinks"] = normal(heads)
+    if "key_bias" in scales:
+        tensors["key_bias"] = 2 * normal(batch, heads, k_len)
+        tensors["key_bias"][..., ::5] = -torch.inf
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
@@ -84,7 +87,7 @@ def packed_inputs(
     value_dim: int = 16,
     scales: tuple[str, ...] = (),
 ) -> Tensors:
-    """Random q, k, v of `attention_varlen`, NaN outside the sequences; where asked for, a gain a row, and sinks."""
+    """Random q, k, v of `attention_varlen`, NaN outside the sequences; if asked for a gain a row, sinks, biases."""
     heads, random = kv_heads * group, torch.Generator().manual_seed(2)
     tensors = packed_operands(packed, dtype, (heads, kv_heads), (head_dim, value_dim))
     if "gain" in scales:
@@ -92,6 +95,8 @@ def packed_inputs(
         tensors["gain"][:, ::7] = 0
     if "sinks" in scales:
         tensors["sinks"] = torch.randn(heads, generator=random)
+    if "key_bias" in scales:
+        tensors["key_bias"] = torch.randn(heads, tensors["k"].shape[0], generator=random)
     return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
 
 

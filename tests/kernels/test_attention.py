@@ -16,7 +16,7 @@ from tritonattn.backends.triton import launch
 from tritonattn.tuning.config import Target
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SCALES = ((), ("query_scale",), ("query_scale", "key_scale"))
+SCALES = ((), ("query_scale",), ("query_scale", "key_scale"), ("query_scale", "key_bias"))
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 

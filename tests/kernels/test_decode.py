@@ -33,16 +33,23 @@ def _check(
     heads=(4, 2),
     dims=(16, 24),
     window=None,
+    bias_heads=None,
     **options,
 ):
     """Hold the newest rows of a cache to the bound of the same rows of one full pass, out and aux."""
     q, k, v = sequences(dtype, heads=heads, length=LENGTH, dims=dims, device=device)
-    whole = {"causal": True, "window": window, "backend": "reference", "return_aux": True, **options}
+    bias = None
+    if bias_heads:  # the first keys, in one head a whole split of them, without weight
+        bias = torch.randn(2, bias_heads, LENGTH, generator=torch.Generator().manual_seed(1)).to(device)
+        bias[:, 0, :66], bias[..., ::7] = -torch.inf, -torch.inf
+    whole = {"key_bias": bias, "causal": True, "window": window, "backend": "reference", "return_aux": True, **options}
     exact, eager = (attention(*(x.to(kind) for x in (q, k, v)), **whole) for kind in (torch.float64, dtype))
     cache = GrowingCache(k, v, CAPACITY, page, statistics)
     cache.write([length - count for length in written])
     cache.write(count)
     query = cache.newest(q, count)
+    if bias is not None:
+        options["key_bias"] = torch.nn.functional.pad(bias, (0, cache.capacity - LENGTH), value=torch.nan)
     found = attention_decode(query, **cache.arguments(), window=window, backend="triton", return_aux=True, **options)
     assert_within_bound(found[0], cache.newest(exact[0], count), cache.newest(eager[0], count), dtype)
     for name, row in found[1]._asdict().items():
@@ -65,6 +72,13 @@ def test_every_kind_of_mode(mode, statistics, device):
 @pytest.mark.parametrize("count", [1, 3])
 def test_windows(window, count, device):
     _check(torch.float32, device, window=window, count=count, scaling="key_norm_max", page=17)
+
+
+@pairwise(bias_heads=[1, 2, 4], page=[None, 16], count=[1, 3], softcap=[None, 1.5], window=[None, (80, None)])
+def test_biases_of_keys(bias_heads, page, count, softcap, window, device):
+    """A row for all heads, for each key head and for each query head."""
+    options = {"softcap": softcap, "window": window, "sinks": torch.linspace(-1, 2, 4, device=device)}
+    _check(torch.float32, device, bias_heads=bias_heads, page=page, count=count, **options)
 
 
 @pytest.mark.parametrize("page", [18, 33, 150, 200])

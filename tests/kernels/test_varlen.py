@@ -32,15 +32,16 @@ def attend(packed: Packed, device: torch.device):
     scaling=["sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_max", "cosine"],
     mask=MASKS,
     form=["plain", "softcap", "sinks dropout", "everything"],
+    bias=[(), ("key_bias",)],
     dtype=[torch.float32, torch.float16],
     heads=[(1, 2), (2, 1), (1, 3)],
     dims=[(16, 16), (17, 40)],
 )
-def test_every_pair_of_choices(scaling, mask, form, dtype, heads, dims, device):
+def test_every_pair_of_choices(scaling, mask, form, bias, dtype, heads, dims, device):
     arguments = dict(harness.FORMS[form])
     sinks = ("sinks",) if arguments.pop("sinks", False) else ()
     sizes = {"kv_heads": heads[0], "group": heads[1], "head_dim": dims[0], "value_dim": dims[1]}
-    tensors = harness.packed_inputs(FEW, dtype, device, scales=("gain", *sinks), **sizes)
+    tensors = harness.packed_inputs(FEW, dtype, device, scales=("gain", *sinks, *bias), **sizes)
     harness.check(tensors, attend(FEW, device), scaling=scaling, **arguments, **MASKS[mask])
 
 

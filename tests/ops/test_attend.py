@@ -90,7 +90,7 @@ def test_the_operator_itself_differentiates(case):
 
 @pytest.mark.parametrize("asked", FIELDS)
 def test_only_gradients_that_are_asked_for_are_computed(asked, monkeypatch):
-    call = example(causal=True, sinks=True)
+    call = example(causal=True, sinks=True, bias=True)
     call = changed(call, **{name: x.detach() for name, x in differentiable(call).items() if name != asked})
     seen = []
     backward = blockwise.backward

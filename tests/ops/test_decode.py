@@ -43,6 +43,7 @@ OPTIONS = {
     "scales and sinks": {
         "query_scale": torch.randn(2, 4, 3),
         "key_scale": torch.randn(2, 2, 32),
+        "key_bias": torch.randn(2, 2, 2, 32),
         "sinks": torch.randn(4),
     },
 }
@@ -54,7 +55,8 @@ OPTIONS = {
 def test_opcheck(options, page, aux):
     call = _call(page, **OPTIONS[options])
     if call.logits.key_scale is not None and page is None:
-        call = replace(call, logits=call.logits._replace(key_scale=call.logits.key_scale[..., :24]))
+        cut = {name: getattr(call.logits, name)[..., :24] for name in ("key_scale", "key_bias")}
+        call = replace(call, logits=call.logits._replace(**cut))
     opcheck(torch.ops.tritonattn.decode.default, tuple(_Flat.of(call, "sdpa", aux)))
 
 

@@ -37,6 +37,7 @@ CALLS: dict[str, dict] = {
     "ranges": {"key_ranges": torch.tensor([[1, 4], [0, 7], [5, 5], [2, 3], [0, 1]]).expand(2, 5, 2).int()},
     "mask sinks": {"mask": torch.ones(2, 1, 5, 7).bool().tril(1), "sinks": True},
     "softcap": {"softcap": 2.0, "causal": True},
+    "bias": {"bias": True, "causal": True, "softcap": 2.0},
     "dropout": {"dropout": True},
     "packed": {"sequences": ((3, 0, 1), (2, 1, 3)), "causal": True},
     "packed sinks dropout": {"sequences": ((1, 4), (5, 2)), "sinks": True, "dropout": True},
@@ -54,6 +55,7 @@ def example(
     softcap: float | None = None,
     sinks: bool = False,
     dropout: bool = False,
+    bias: bool = False,
     sequences: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     dims: tuple[int, int] = (8, 6),
     **masks,
@@ -78,7 +80,9 @@ def example(
         k,
         v,
         Visibility.of(q, k, **masks),
-        Logits(0.3, query_scale, key_scale, softcap, leaf(4) if sinks else None),
+        Logits(
+            0.3, query_scale, key_scale, leaf(batch, 2, 2, 7) if bias else None, softcap, leaf(4) if sinks else None
+        ),
         Dropout(0.3, torch.tensor([3, 4])) if dropout else None,
     )
 

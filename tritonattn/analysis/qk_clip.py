@@ -271,7 +271,8 @@ def _degree_in_keys(found: Projections, name: str) -> int:
         one = factor(q.requires_grad_(), k)
         by_q = torch.autograd.grad(one.sum(), q, allow_unused=True)[0] if one.requires_grad else None
     other_q, other_k = factor(2 * q, k), factor(q, 2 * k)
-    if by_q is None and torch.allclose(other_q, one, rtol=1e-4):  # a weight of q may still be 0
+    is_biased = scaling.addend(q, k, visible) is not None
+    if by_q is None and not is_biased and torch.allclose(other_q, one, rtol=1e-4):  # a weight of q may still be 0
         if torch.allclose(other_k, one, rtol=1e-4):
             return 1
         if torch.allclose(2 * other_k, one, rtol=1e-4):

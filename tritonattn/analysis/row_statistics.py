@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..backends.cpu.tiles import Block, Tiles
 from ..calls.factor import Factor
-from ..core.call import AttentionCall, Logits
+from ..core.call import AttentionCall
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 
@@ -73,8 +73,8 @@ def relative_entropy(entropy: Tensor, count: Tensor) -> Tensor:
 def row_statistics(q: Tensor, k: Tensor, factor: Factor, visibility: Visibility) -> RowStatistics:
     """The statistics of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D], computed in fp64; memory O(S D), no [Sq, Sk] tensor."""
     with torch.autocast(q.device.type, enabled=False):
-        scales = factor.scales(q, k, visibility, Statistics(k, visibility))
-        call = AttentionCall(q, k, k, visibility, Logits(*scales))
+        logits = factor.logits(q, k, visibility, Statistics(k, visibility))
+        call = AttentionCall(q, k, k, visibility, logits)
         tiles = Tiles(call, torch.float64)
         names = [field.name for field in fields(RowStatistics)]
         found = {name: q.new_zeros(visibility.rows, dtype=torch.float64) for name in names}
@@ -135,6 +135,7 @@ def _of_block(tiles: Tiles, block: Block) -> dict[str, Tensor]:
 def _part(tiles: Tiles, block: Block, query: Tensor, keys: slice, hidden: Tensor | None) -> _Part:
     """The softmax of query [N, G * rows, D] over a span of keys."""
     known = torch.bmm(query, tiles.scaled_keys(block.heads, keys).mT)  # [N, G * rows, keys]
+    tiles.add_bias(known, block, keys)
     tiles.hide(known, block, hidden, 0.0)
     logit, count = known, torch.full_like(known[..., :1], keys.stop - keys.start)
     if hidden is not None:

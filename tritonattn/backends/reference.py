@@ -19,13 +19,14 @@ def attention(
     multiplier: Tensor | float,
     visibility: Visibility,
     *,
+    bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> ForwardResult:
     """Attention over the visible keys.
 
-        logit[i, j]   = (q[i] . k[j]) * multiplier[i, j]
+        logit[i, j]   = (q[i] . k[j]) * multiplier[i, j] + bias[i, j]
         capped[i, j]  = softcap * tanh(logit[i, j] / softcap)         or logit[i, j] without softcap
         lse[i]        = ln sum_j exp(capped[i, j])                    over the keys j visible to row i
         s[i, j]       = exp(capped[i, j] - lse[i])
@@ -36,14 +37,15 @@ def attention(
 
     q, k, v      [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; Hkv divides Hq
     multiplier   a float or a tensor broadcastable to [B, Hq, Sq, Sk]; of no account at invisible pairs
+    bias         likewise, or None for 0; where it is -inf, so is capped
     sinks        [Hq]; -inf is no sink, +inf gives p = 0, NaN gives NaN
     returns      out [B, Hq, Sq, Dv] in q's dtype; the others [B, Hq, Sq] in fp32 (fp64 for fp64 q)
 
     Operands keep their dtype; logits, softmax and accumulation are in fp32 (fp64 for fp64 q); p is rounded to
     v's dtype before it meets v. out and lse are differentiable, max_logit and entropy are not. A row without
-    keys gives out 0, lse = max_logit = -inf, entropy 0 and no gradient, whatever d_out holds there. Keys that no
-    row sees, and queries that see no key, are replaced by zeros first, so that NaN and inf in them reach no result
-    and no gradient.
+    keys, or with a bias of -inf at all of them, gives out 0, lse = max_logit = -inf, entropy 0 and no gradient,
+    whatever d_out holds there. Keys that no row sees, and queries that see no key, are replaced by zeros first, so
+    that NaN and inf in them reach no result and no gradient.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     visible = visibility.dense()
@@ -55,9 +57,14 @@ def attention(
         products = query @ key.mT  # [B, Hq, Sq, Sk]
         if isinstance(multiplier, Tensor):
             multiplier = torch.where(visible, multiplier.to(dtype), 0)
-        logit = torch.where(visible, products * multiplier, 0)
+        logit, weighed = products * multiplier, visible
+        if bias is not None:
+            bias = torch.where(visible, bias.to(dtype), 0)
+            logit, weighed = logit + bias, visible & (bias != -torch.inf)
+            sees = weighed.any(-1)[..., None]
+        logit = torch.where(visible, logit, 0)
         capped = logit if softcap is None else softcap * torch.tanh(logit / softcap)
-        capped = torch.where(visible, capped, -torch.inf)
+        capped = torch.where(weighed, capped, -torch.inf)
 
         lse = _log_sum_exp(capped)
         probability = _softmax(capped)

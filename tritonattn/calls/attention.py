@@ -28,6 +28,7 @@ def attention(
     key_lengths: Tensor | None = None,
     key_ranges: Tensor | None = None,
     mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -37,7 +38,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention whose logit scaling is a parameter.
 
-        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j])
+        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j]
         out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j visible to row i
 
     Args:
@@ -52,6 +53,10 @@ def attention(
         key_lengths: Integers [B]: keys at and after it are invisible.
         key_ranges: Integers [B, Sq, 2] or [B, 1, Sq, 2]: row i sees lo <= j < hi of its pair (lo, hi).
         mask: bool, broadcastable to [B, Hq, Sq, Sk], True is visible: for masks with holes; slower.
+        key_bias: Floating, broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]: added to the logits of key j before the
+            softcap; gets a gradient. A key with -inf has no weight, with softcap too, and a row that sees only such
+            keys is as one that sees none; but the scaling counts it, and NaN in k or v passes on: `mask` and
+            `key_lengths` hide keys. +inf and NaN give NaN in the rows that see the key.
         softcap: c > 0: logit -> c * tanh(logit / c), after scaling.
         sinks: [Hq]: a logit that joins the softmax's denominator only, neither scaled nor capped; gets a
             gradient. -inf is no sink, +inf gives zeros, and NaN gives NaN in rows that see keys.
@@ -89,7 +94,18 @@ def attention(
     each mode names its own. Dao 2023, arXiv:2307.08691 (the algorithm).
     """
     options = Options(
-        causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend, batch_invariant
+        causal,
+        window,
+        key_lengths,
+        key_ranges,
+        mask,
+        key_bias,
+        softcap,
+        sinks,
+        dropout_p,
+        return_aux,
+        backend,
+        batch_invariant,
     )
     (q, k, v), autocast_off = autocast(q, k, v)
     check(q, k, v, options)
@@ -113,6 +129,7 @@ def scaled_attention(
     key_lengths: Tensor | None = None,
     key_ranges: Tensor | None = None,
     mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -122,7 +139,7 @@ def scaled_attention(
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention with explicit scales, to which every scaling comes down.
 
-        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j]
+        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j]
 
     Args:
         query_scale: Floating, broadcastable to [B, Hq, Sq]; any sign, 0 included; gets a gradient.
@@ -138,7 +155,18 @@ def scaled_attention(
     torch.Size([1, 2, 5, 8])
     """
     options = Options(
-        causal, window, key_lengths, key_ranges, mask, softcap, sinks, dropout_p, return_aux, backend, batch_invariant
+        causal,
+        window,
+        key_lengths,
+        key_ranges,
+        mask,
+        key_bias,
+        softcap,
+        sinks,
+        dropout_p,
+        return_aux,
+        backend,
+        batch_invariant,
     )
     (q, k, v), autocast_off = autocast(q, k, v)
     check(q, k, v, options)

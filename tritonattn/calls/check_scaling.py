@@ -16,19 +16,20 @@ from .checks import check_count, check_number, kind_of, named_scaling, refuse_sc
 from .factor import Factor
 
 _BATCH, _ROWS, _KEYS = 2, 10, 12
+_LEAST = -1e300  # stands for a bias of -inf
 _TOLERANCE = 1e-4  # of the larger one: parameters may be fp32
 
 
 def check_scaling(
     scaling: str | Scaling, *, heads: int | None = None, kv_heads: int | None = None, head_dim: int = 8
 ) -> dict[str, float]:
-    """Check a scaling of your own: `scales` against `multiplier`, under every kind of mask.
+    """Check a scaling of your own: `scales` against `multiplier` and `addend`, under every kind of mask.
 
     On random q and k in float64, without a mask and under causal, window, padding, range, packed and dense masks:
 
-    - The factor of every visible pair is the same by both formulas.
+    - The factor of every visible pair, and its bias, are the same by both formulas.
     - So are its gradients towards q, k and the scaling's own parameters.
-    - The factors of a row do not change with keys that the row does not see, neither their values nor their number.
+    - Those of a row do not change with keys that the row does not see, neither their values nor their number.
     - With `reads_keys = False`, `scales` does not look at k.
 
     Args:
@@ -39,7 +40,7 @@ def check_scaling(
         head_dim: D.
 
     Returns:
-        The largest relative difference of factors and gradients, by mask.
+        The largest relative difference of factors, biases and gradients, by mask.
 
     Raises:
         ValueError: The two formulas differ, or one depends on a key that it must not; names the mask, and the largest
@@ -119,18 +120,22 @@ class _Case:
         self.visible = self.visibility.dense().expand(*q.shape[:3], k.shape[2])
 
     def formulas(self, parameters: dict[str, Tensor]) -> float:
-        """Compare factors and gradients; return the largest relative difference."""
-        fast = self._scales(self.k)
-        dense = torch.as_tensor(self.factor.multiplier(self.q, self.k, self.visibility), dtype=torch.float64)
-        dense = torch.where(self.visible, dense.to(fast.device), 0)
-        largest = self._compare("scales() differs from multiplier() [b, h, i, j]", fast, dense, _relative(fast, dense))
-        leaves = {"q": self.q, "k": self.k, **parameters}
-        weights = torch.linspace(-1, 2, fast.numel(), dtype=torch.float64, device=fast.device).reshape(fast.shape)
-        for name, leaf in leaves.items():
-            ours, theirs = (_gradient((x * weights).sum(), leaf) for x in (fast, dense))
-            relative = (ours - theirs).abs() / torch.maximum(ours.abs().amax(), theirs.abs().amax()).clamp(min=1e-30)
-            about = f"the gradient of scales() towards {name} differs from that of multiplier()"
-            largest = max(largest, self._compare(about, ours, theirs, relative))
+        """Compare factors, biases and gradients; return the largest relative difference."""
+        largest, leaves = 0.0, {"q": self.q, "k": self.k, **parameters}
+        formulas = self.factor.dense(self.q, self.k, self.visibility)
+        for method, fast, given in zip(("multiplier", "addend"), self._scales(self.k), formulas, strict=True):
+            dense = torch.as_tensor(0.0 if given is None else given, dtype=torch.float64)
+            dense = torch.where(self.visible, dense.to(fast.device), 0)
+            if method == "addend":
+                dense = dense.clamp(min=_LEAST)
+            about = f"scales() differs from {method}() [b, h, i, j]"
+            largest = max(largest, self._compare(about, fast, dense, _relative(fast, dense)))
+            weights = torch.linspace(-1, 2, fast.numel(), dtype=torch.float64, device=fast.device).reshape(fast.shape)
+            for name, leaf in leaves.items():
+                ours, theirs = (_gradient((x * weights).sum(), leaf) for x in (fast, dense))
+                relative = (ours - theirs).abs() / torch.maximum(ours.abs().amax(), theirs.abs().amax()).clamp(1e-30)
+                about = f"the gradient of scales() towards {name} differs from that of {method}()"
+                largest = max(largest, self._compare(about, ours, theirs, relative))
         return largest
 
     def hidden_keys(self) -> None:
@@ -141,36 +146,42 @@ class _Case:
                 sees = self.visible[..., key]  # [B, Hq, Sq]
                 changed = self.k.clone()
                 changed[:, :, key] = 3 * changed[:, :, key] + 1 if sees.any() else math.nan
-                after = torch.where(sees[..., None], before, self._scales(changed))
                 about = f"factors [b, h, i, j] change with key {key} in rows that do not see it"
-                self._compare(about, after, before, _relative(after, before))
+                for one, other in zip(before, self._scales(changed), strict=True):
+                    after = torch.where(sees[..., None], one, other)
+                    self._compare(about, after, one, _relative(after, one))
             lengths = self.visibility.key_lengths
             if lengths is not None:
                 shortest = int(lengths.min())
                 entry = int(lengths.argmin())
                 cut = _Case(self.name, self.scaling, self.q[entry, None], self.k[entry, None, :, :shortest], {})
-                padded, alone = before[entry, None, :, :, :shortest], cut._scales(cut.k)
                 about = "factors [b, h, i, j] change with the number of keys that padding hides"
-                self._compare(about, padded, alone, _relative(padded, alone))
+                for one, alone in zip(before, cut._scales(cut.k), strict=True):
+                    padded = one[entry, None, :, :, :shortest]
+                    self._compare(about, padded, alone, _relative(padded, alone))
 
     def unread_keys(self) -> None:
         """Let `scales` have NaN for k, as a paged cache does for a scaling that does not read it."""
         with torch.no_grad():
-            with_keys, without = self._scales(self.k), self._scales(self.k, torch.full_like(self.k, math.nan))
             about = "scales() looks at k, which reads_keys = False rules out"
-            self._compare(about, without, with_keys, _relative(without, with_keys))
+            both = self._scales(self.k), self._scales(self.k, torch.full_like(self.k, math.nan))
+            for with_keys, without in zip(*both, strict=True):
+                self._compare(about, without, with_keys, _relative(without, with_keys))
 
-    def _scales(self, k: Tensor, given: Tensor | None = None) -> Tensor:
-        """The factor of every visible pair from `scales`, [B, Hq, Sq, Sk]; 0 elsewhere."""
+    def _scales(self, k: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The factor and the bias of every visible pair from `scales`, [B, Hq, Sq, Sk]; 0 elsewhere."""
         statistics = Statistics(k, self.visibility)
-        constant, query, key = self.factor.scales(self.q, k if given is None else given, self.visibility, statistics)
-        check_number("constant", constant)
-        factor = torch.full(self.visible.shape, constant, dtype=torch.float64, device=k.device)
-        if query is not None:
-            factor = factor * query[..., None]
-        if key is not None:
-            factor = factor * key.repeat_interleave(self.q.shape[1] // k.shape[1], 1)[:, :, None]
-        return torch.where(self.visible, factor, 0)
+        logits = self.factor.logits(self.q, k if given is None else given, self.visibility, statistics)
+        check_number("constant", logits.scale)
+        factor = torch.full(self.visible.shape, logits.scale, dtype=torch.float64, device=k.device)
+        if logits.query_scale is not None:
+            factor = factor * logits.query_scale[..., None]
+        if logits.key_scale is not None:
+            factor = factor * logits.key_scale.repeat_interleave(self.q.shape[1] // k.shape[1], 1)[:, :, None]
+        bias = torch.zeros_like(factor)
+        if logits.key_bias is not None:
+            bias = bias + logits.key_bias.flatten(1, 2)[:, :, None]
+        return torch.where(self.visible, factor, 0), torch.where(self.visible, bias, 0).clamp(min=_LEAST)
 
     def _compare(self, about: str, got: Tensor, expected: Tensor, relative: Tensor) -> float:
         """Return the largest relative difference. Raises ValueError where it is too large."""

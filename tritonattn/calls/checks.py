@@ -60,6 +60,7 @@ class Options(NamedTuple):
     key_lengths: Tensor | None = None
     key_ranges: Tensor | None = None
     mask: Tensor | None = None
+    key_bias: Tensor | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
     dropout_p: float = 0.0
@@ -89,6 +90,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
         _check_key_ranges(options.key_ranges, q, k)
     if options.mask is not None:
         _check_mask(options.mask, q, k)
+    if options.key_bias is not None:
+        check_key_bias("key_bias", options.key_bias, q, tuple(k.shape[:3]), "[B, Hq or Hkv, Sk]")
     if options.sinks is not None:
         check_sinks(options.sinks, q)
 
@@ -108,6 +111,18 @@ def check_factor(name: str, factor: Any, q: Tensor, shape: tuple[int, ...], axes
         raise ValueError(f"{name}: expected a shape broadcastable to {axes} = {list(shape)}, got {shape_of(factor)}")
 
 
+def check_key_bias(name: str, bias: Any, q: Tensor, keys: tuple[int, ...], axes: str) -> None:
+    """Raise unless a bias is as `check_factor` says, with a row a query head or a row a key head.
+
+    q      the heads are its axis 1
+    keys   what a factor a key broadcasts to: [..., Hkv, Sk]
+    """
+    check_tensor(name, bias, axes)
+    *batch, kv_heads, k_len = keys
+    heads = kv_heads if bias.dim() > 1 and bias.shape[-2] == kv_heads else q.shape[1]
+    check_factor(name, bias, q, (*batch, heads, k_len), axes)
+
+
 def check_number(name: str, value: Any) -> None:
     """Raise unless value is a finite number."""
     if not _is_number(value):
@@ -116,9 +131,9 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value!r} (the largest is {_LARGEST:.4g})")
 
 
-def check_multiplier(scaling: Scaling, factor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless a mode's dense formula returned a floating tensor for every pair."""
-    name = f"{type(scaling).__name__}.multiplier()"
+def check_dense(scaling: Scaling, method: str, factor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless a mode's dense formula `method` returned a floating tensor for every pair."""
+    name = f"{type(scaling).__name__}.{method}()"
     if factor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating dtype, got {factor.dtype}")
     if not _broadcasts(factor.shape, shape):

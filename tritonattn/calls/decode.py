@@ -34,6 +34,7 @@ def attention_decode(
     statistics: KeyStatistics | None = None,
     block_table: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
+    key_bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_aux: bool = False,
@@ -43,7 +44,7 @@ def attention_decode(
     """Attention of the newest tokens over a KV cache that already holds their keys and values; no gradients.
 
         own[i]      = i + key_lengths[b] - Sq                      the position of query row i
-        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j])
+        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j]
         out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j <= own[i] of sequence b
 
     A prefill by `attention(..., causal=True)` followed by calls of this function gives what one full pass gives, for
@@ -64,6 +65,8 @@ def attention_decode(
             reference follows the formulas and computes all of it from the keys.
         block_table: int32 [B, max_pages]: key j of sequence b is in page block_table[b, j // page], at j % page.
         window: (left, right): row i sees own[i] - left <= j; no key behind own[i] is visible, whatever right is.
+        key_bias: Floating, broadcastable to [B, Hq, capacity] or [B, Hkv, capacity], as in `attention`: of key j of a
+            sequence, also where it lies in a page.
         softcap, sinks, return_aux, backend: As in `attention`.
         batch_invariant: As in `attention`. The keys are then not split among programs, and pages are gathered first.
 
@@ -95,6 +98,7 @@ def attention_decode(
     """
     options = Options(
         window=window,
+        key_bias=key_bias,
         softcap=softcap,
         sinks=sinks,
         return_aux=return_aux,
@@ -105,7 +109,8 @@ def attention_decode(
     cache = Cache(k_cache, v_cache, key_lengths, block_table)
     check_decode(q, cache, statistics, options)
     factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
-    refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, scaling=scaling, gain=gain, sinks=sinks)
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "key_bias": key_bias, "sinks": sinks}
+    refuse_gradients(**tensors, scaling=scaling, gain=gain)
     with autocast_off:
         return _decode(q, cache, factor, statistics, options)
 
@@ -115,39 +120,38 @@ def _decode(
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     backend = choose_backend(q, cache.k, cache.v, options, decodes=not options.invariant)
     left, _ = window_sides(options.window)
-    sinks = sinks_of(q, options)
     visibility = cache.visibility(q, left, options.invariant)
     if backend == "reference":
         keys = cache.keys()
-        multiplier = factor.multiplier(q, keys, visibility)
-        result = reference.attention(q, keys, cache.values(), multiplier, visibility, softcap=options.cap, sinks=sinks)
+        multiplier, bias = factor.dense(q, keys, visibility, options.key_bias)
+        extras = {"bias": bias, "softcap": options.cap, "sinks": sinks_of(q, options)}
+        result = reference.attention(q, keys, cache.values(), multiplier, visibility, **extras)
     else:
-        scales = _scales(q, cache, factor, visibility, left, statistics, backend)
-        call = DecodeCall(q, cache, Logits(*scales, options.cap, sinks), left, options.invariant)
-        result = ops.decode(call, backend, options.return_aux)
+        logits = _logits(q, cache, factor, visibility, statistics, options, backend)
+        result = ops.decode(DecodeCall(q, cache, logits, left, options.invariant), backend, options.return_aux)
     if not options.return_aux:
         return result.out
     return result.out, aux_of(result)
 
 
-def _scales(
+def _logits(
     q: Tensor,
     cache: Cache,
     factor: Factor,
     visibility: Visibility,
-    left: int | None,
     record: KeyStatistics | None,
+    options: Options,
     backend: str,
-) -> tuple[float, Tensor | None, Tensor | None]:
-    """Compute the mode's scales times the gain, from the record of the cache or else from its keys."""
+) -> Logits:
+    """Compute the terms of the logits, those of the mode from the record of the cache or else from its keys."""
     if cache.block_table is not None and not factor.scaling.reads_keys:
         keys = q.new_full((), torch.nan).expand(*visibility.keys, q.shape[3])  # a shape, in place of a gathered copy
     else:
         keys = cache.keys()
     if record is not None:
-        statistics = CachedStatistics(cache.keys, visibility, record, left)
+        statistics = CachedStatistics(cache.keys, visibility, record, visibility.left)
     else:
         statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(cache.keys, visibility)
-    scales = factor.scales(q, keys, visibility, statistics)
-    refuse_gradients(scaling=scales[1], key_scale=scales[2])
-    return scales
+    logits = factor.logits(q, keys, visibility, statistics, options.key_bias, options.cap, sinks_of(q, options))
+    refuse_gradients(scaling=logits.query_scale, key_scale=logits.key_scale, key_bias=logits.key_bias)
+    return logits

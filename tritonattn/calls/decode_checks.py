@@ -16,6 +16,7 @@ from .checks import (
     check_device,
     check_flags,
     check_integers,
+    check_key_bias,
     check_sinks,
     check_tensor,
     check_values,
@@ -45,6 +46,9 @@ def check_decode(q: Tensor, cache: Cache, statistics: KeyStatistics | None, opti
         check_window(options.window)
     if options.sinks is not None:
         check_sinks(options.sinks, q)
+    if options.key_bias is not None:
+        keys = (cache.batch, cache.kv_heads, cache.capacity)
+        check_key_bias("key_bias", options.key_bias, q, keys, "[B, Hq or Hkv, capacity]")
     _check_key_lengths(cache, q)
     if paged:
         _check_pages(cache, q.shape[2], options.window)

@@ -15,7 +15,7 @@ from .. import ops
 from ..backends import kernels, reference
 from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, is_compiled_transform, is_transformed, needs_graph
-from ..core.call import AttentionCall, ForwardResult, Logits
+from ..core.call import AttentionCall, ForwardResult
 from ..core.dropout import Dropout
 from ..core.observation import ObservedCall, is_observed, notify_observers
 from ..core.statistics import Statistics
@@ -92,12 +92,14 @@ def _attend(
     dropout = Dropout.draw(options.dropout_p, q.device) if options.dropout_p > 0 else None
     sinks = sinks_of(q, options)
     if backend == "reference":
+        multiplier, bias = factor.dense(q, k, visibility, options.key_bias)
         result = reference.attention(
             q,
             k,
             v,
-            factor.multiplier(q, k, visibility),
+            multiplier,
             visibility,
+            bias=bias,
             softcap=options.cap,
             sinks=sinks,
             dropout=dropout,
@@ -105,7 +107,7 @@ def _attend(
         result = result._replace(out=result.out.to(v.dtype))
     else:
         statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visibility)
-        logits = Logits(*factor.scales(q, k, visibility, statistics), options.cap, sinks)
+        logits = factor.logits(q, k, visibility, statistics, options.key_bias, options.cap, sinks)
         call = statistics.widened(AttentionCall(q, k, v, visibility, logits, dropout))
         if not options.return_aux:
             return _out(call, backend)

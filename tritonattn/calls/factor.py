@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..core.call import Logits
 from ..core.shards import unshard
 from ..core.statistics import DoubleStatistics, Statistics
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scales, Scaling
-from .checks import check_factor, check_multiplier, check_number, check_tensor, named_scaling, refuse_scaling
+from .checks import (
+    check_dense,
+    check_factor,
+    check_key_bias,
+    check_number,
+    check_tensor,
+    named_scaling,
+    refuse_scaling,
+)
 
 
 def scale_dtype(q: Tensor) -> torch.dtype:
@@ -57,30 +66,44 @@ class Factor:
             check_number("gain", gain)
         return cls(mode, gain)
 
-    def scales(
-        self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
-    ) -> tuple[float, Tensor | None, Tensor | None]:
-        """The mode's scales times the gain, as a float, [B, Hq, Sq] and [B, Hkv, Sk]."""
+    def logits(
+        self,
+        q: Tensor,
+        k: Tensor,
+        visibility: Visibility,
+        statistics: Statistics,
+        key_bias: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Logits:
+        """The terms of the logits: the mode's scales times the gain, its bias and key_bias added up, and the rest.
+
+        key_bias   broadcastable to [B, Hq, Sk] or [B, Hkv, Sk], or None
+        """
+        scales, dtype = self.scales(q, k, visibility, statistics), scale_dtype(q)
+        given = (x for x in (scales.key_bias, key_bias) if x is not None)
+        biases = [_per_group(x.to(dtype), visibility) for x in given]
+        bias = sum(biases[1:], biases[0]) if biases else None
+        return Logits(scales.constant, scales.query, scales.key, bias, softcap, sinks)
+
+    def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
+        """The mode's scales times the gain, as a float, [B, Hq, Sq] and [B, Hkv, Sk], and its bias as it is."""
         take = self.exact_scales if isinstance(self.gain, Tensor) else self._scales
-        constant, query, key = take(q, k, visibility, statistics)
-        dtype = scale_dtype(q)
+        scales, dtype = take(q, k, visibility, statistics), scale_dtype(q)
+        query, key = scales.query, scales.key
         if query is not None:
             query = _expanded(query, dtype, visibility.rows)
         if key is not None:
             key = _expanded(key, dtype, visibility.keys)
-        return constant, query, key
+        return replace(scales, query=query, key=key)
 
-    def exact_scales(
-        self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
-    ) -> tuple[float, Tensor | None, Tensor | None]:
+    def exact_scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         """Scales in fp64, neither rounded nor expanded, of a mode of `SCALINGS`, for a mode that combines others."""
         is_own = type(self.scaling) is SCALINGS.get(getattr(self.scaling, "name", ""))
         wide = DoubleStatistics(statistics) if is_own else statistics
         return self._scales(q, k, visibility, wide)
 
-    def _scales(
-        self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics
-    ) -> tuple[float, Tensor | None, Tensor | None]:
+    def _scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         scales = self.scaling.scales(q, k, visibility, statistics)
         name = f"{getattr(self.scaling, 'name', type(self.scaling).__name__)}.scales()"
         if not isinstance(scales, Scales):
@@ -98,22 +121,35 @@ class Factor:
             check_number(f"{name}.constant * gain", constant)
         if key is not None:
             check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
-        return constant, query, key
+        if scales.key_bias is not None:
+            check_key_bias(f"{name}.key_bias", scales.key_bias, q, visibility.keys, "[B, Hq or Hkv, Sk]")
+        return replace(scales, constant=constant, query=query, key=key)
 
-    def multiplier(self, q: Tensor, k: Tensor, visibility: Visibility) -> Tensor | float:
-        """The factor of every pair by the mode's formula, for the reference."""
+    def dense(
+        self, q: Tensor, k: Tensor, visibility: Visibility, key_bias: Tensor | None = None
+    ) -> tuple[Tensor | float, Tensor | None]:
+        """The factor and the bias of every pair by the mode's formulas, for the reference; key_bias as of `logits`."""
         group = visibility.q_heads // visibility.kv_heads
         visible = visibility.dense()
         seen, sees = visible.any(-2)[..., None], visible.any(-1)  # [B, Hq, Sk, 1], [B, Hq, Sq]
         keys = torch.where(seen, k.repeat_interleave(group, dim=1), 0)
-        factor = self.scaling.multiplier(torch.where(sees[..., None], q, 0), keys, visible)
+        queries, pairs = torch.where(sees[..., None], q, 0), (*visibility.rows, visibility.k_len)
+        factor = self.scaling.multiplier(queries, keys, visible)
+        bias = self.scaling.addend(queries, keys, visible)
         if isinstance(factor, Tensor):
-            check_multiplier(self.scaling, factor, (*visibility.rows, visibility.k_len))
+            check_dense(self.scaling, "multiplier", factor, pairs)
         else:
             check_number(f"{type(self.scaling).__name__}.multiplier()", factor)
-        if self.gain is None:
-            return factor
-        return factor * (torch.where(sees, self.gain, 0)[..., None] if isinstance(self.gain, Tensor) else self.gain)
+        if bias is not None:
+            check_dense(self.scaling, "addend", bias, pairs)
+        if key_bias is not None:
+            given = _per_group(key_bias, visibility).flatten(1, 2)[:, :, None].to(scale_dtype(q))
+            bias = given if bias is None else bias + given
+        if self.gain is not None:
+            factor = factor * (
+                torch.where(sees, self.gain, 0)[..., None] if isinstance(self.gain, Tensor) else self.gain
+            )
+        return factor, bias
 
 
 class Given(Scaling):
@@ -144,6 +180,16 @@ def _expanded(scale: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tens
     if scale.dtype != dtype:
         scale = scale.to(dtype)
     return scale if scale.shape == shape else scale.expand(shape)
+
+
+def _per_group(bias: Tensor, visibility: Visibility) -> Tensor:
+    """A bias as [B, Hkv, Hq / Hkv, Sk], from one with a row a query head or a row a key head."""
+    batch, kv_heads, k_len = visibility.keys
+    group = visibility.q_heads // max(kv_heads, 1)
+    if bias.dim() > 1:
+        by_key_head = bias.shape[-2] in (1, kv_heads)
+        bias = bias.unsqueeze(-2) if by_key_head else bias.unflatten(-2, (kv_heads, group))
+    return bias.expand(batch, kv_heads, group, k_len)
 
 
 def _where_seeing(visibility: Visibility, query: Tensor) -> Tensor:

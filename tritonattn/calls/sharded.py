@@ -40,7 +40,7 @@ class Axes(NamedTuple):
 ROWS, OPERAND, NOWHERE = Axes(-3, -2), Axes(0, 1), Axes(None, None)
 BATCHED = {
     **dict.fromkeys(("q", "k", "v"), OPERAND),
-    **dict.fromkeys(("scaling", "gain", "query_scale", "key_scale"), ROWS),
+    **dict.fromkeys(("scaling", "gain", "query_scale", "key_scale", "key_bias"), ROWS),
     **dict.fromkeys(("key_lengths", "key_ranges"), Axes(0, None)),
     "mask": Axes(-4, -3),
     "sinks": Axes(None, 0),
@@ -48,7 +48,7 @@ BATCHED = {
 }
 PACKED = {
     **dict.fromkeys(("q", "k", "v"), Axes(None, 1)),
-    **dict.fromkeys(("scaling", "gain"), Axes(None, -2)),
+    **dict.fromkeys(("scaling", "gain", "key_bias"), Axes(None, -2)),
     "sinks": Axes(None, 0),
     "aux": Axes(None, 0),
 }

@@ -30,6 +30,7 @@ def attention_varlen(
     gain: float | Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
+    key_bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -42,7 +43,7 @@ def attention_varlen(
     Sequence n has the rows cu_seqlens_q[n] <= i < cu_seqlens_q[n + 1] and likewise its keys. With i and j counted
     from the sequence's own start, Sq and Sk its own lengths:
 
-        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j])
+        logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j]
         out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j of the sequence visible to row i
 
     A row sees no key of another sequence, and what a scaling counts, sums or maximises over visible keys is that of
@@ -61,8 +62,9 @@ def attention_varlen(
         gain: A float, or a tensor broadcastable to [Hq, T_q] (one a head: [Hq, 1]), which gets a gradient.
         causal: Row i sees the keys j <= i + Sk - Sq.
         window: (left, right): row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
+        key_bias: Floating, broadcastable to [Hq, T_k] or [Hkv, T_k], as in `attention`.
         softcap, sinks, dropout_p, backend, batch_invariant: As in `attention`.
-        return_aux: Return (out, `AttentionAux`), its fields [Hq, T_q].
+            return_aux: Return (out, `AttentionAux`), its fields [Hq, T_q].
 
     Offsets on a GPU are never read by the host: where they fall, or pass the end, they are clamped.
 
@@ -87,6 +89,7 @@ def attention_varlen(
     options = Options(
         causal=causal,
         window=window,
+        key_bias=key_bias,
         softcap=softcap,
         sinks=sinks,
         dropout_p=dropout_p,

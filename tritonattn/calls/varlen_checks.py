@@ -13,6 +13,7 @@ from .checks import (
     check_count,
     check_device,
     check_flags,
+    check_key_bias,
     check_operands,
     check_sinks,
     check_tensor,
@@ -39,6 +40,8 @@ def check_varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Opt
         check_window(options.window)
     if options.sinks is not None:
         check_sinks(options.sinks, q)
+    if options.key_bias is not None:
+        check_key_bias("key_bias", options.key_bias, q, (k.shape[1], k.shape[0]), "[Hq or Hkv, T_k]")
     check_offsets("cu_seqlens_q", packing.cu_seqlens_q, q)
     check_offsets("cu_seqlens_k", packing.cu_seqlens_k, q)
     q_members, k_members = packing.cu_seqlens_q.shape[0] - 1, packing.cu_seqlens_k.shape[0] - 1

@@ -12,10 +12,11 @@ from .visibility import Visibility
 
 
 class Logits(NamedTuple):
-    """logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j], and the softmax's other terms.
+    """logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j], and the softmax's other terms.
 
     query_scale   [B, Hq, Sq] or None, fp32 (fp64 for fp64 q); any strides, 0 included
     key_scale     [B, Hkv, Sk] or None, likewise
+    key_bias      [B, Hkv, Hq / Hkv, Sk] or None, likewise; a key with -inf has no weight, whatever the softcap
     softcap       c: logit -> c * tanh(logit / c), or None
     sinks         fp32 [Hq] or None: a logit per head in the softmax's denominator only, neither scaled nor capped
     """
@@ -23,6 +24,7 @@ class Logits(NamedTuple):
     scale: float
     query_scale: Tensor | None = None
     key_scale: Tensor | None = None
+    key_bias: Tensor | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
 
@@ -58,12 +60,12 @@ class AttentionCall:
         return self.visibility.invariant
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that may have a gradient, in the order of `Gradients`."""
-        _, query_scale, key_scale, _, sinks = self.logits
+        _, query_scale, key_scale, key_bias, _, sinks = self.logits
         q = self.q if self.wide_q is None else self.wide_q
         k = self.k if self.wide_k is None else self.wide_k
-        return q, k, self.v, query_scale, key_scale, sinks
+        return q, k, self.v, query_scale, key_scale, key_bias, sinks
 
     def narrowed(self) -> AttentionCall:
         """The call with q and k in v's dtype."""
@@ -93,6 +95,7 @@ class Needs(NamedTuple):
     v: bool = False
     query_scale: bool = False
     key_scale: bool = False
+    key_bias: bool = False
     sinks: bool = False
 
 
@@ -104,4 +107,5 @@ class Gradients(NamedTuple):
     v: Tensor | None = None
     query_scale: Tensor | None = None
     key_scale: Tensor | None = None
+    key_bias: Tensor | None = None
     sinks: Tensor | None = None

@@ -113,7 +113,7 @@ class DecodeCall:
     own = i + key_lengths[b] - Sq.
 
     q        [B, Hq, Sq, D] in the cache's dtype; any strides
-    logits   with a key_scale of [B, Hkv, capacity]
+    logits   with a key_scale of [B, Hkv, capacity], a key_bias of [B, Hkv, Hq / Hkv, capacity]
     left     keys before its own that a row sees; None is all
 
     invariant   as in `AttentionCall`

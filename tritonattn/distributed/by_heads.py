@@ -37,7 +37,10 @@ def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
         query = heads_to_tokens(query[..., None], split, Wire(wide, wide))[..., 0]
     key = None if key is None else own(repeated(key), 1)
     sinks = None if sinks is None else own(sinks, 0)
-    local = Logits(logits.scale, query, key, logits.softcap, sinks)
+    bias = logits.key_bias
+    if bias is not None:  # [B, Hkv, Hq / Hkv, S]: a repeated key head takes its share of the query heads
+        bias = own(bias.unflatten(2, (repeats, -1)).flatten(1, 2), 1)
+    local = Logits(logits.scale, query, key, bias, logits.softcap, sinks)
     whole = AttentionCall(q, k, v, settings.sequence.of_all_rows(q, k), local)
     result = ops.attention(whole, settings.backend, settings.aux)
     out, lse = tokens_to_heads(result.out, split, Wire(dtype, dtype)), result.lse

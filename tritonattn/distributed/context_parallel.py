@@ -13,11 +13,11 @@ from ..calls.dispatch import AttentionAux, autocast, aux_of, choose_backend, sin
 from ..calls.factor import Factor
 from ..calls.varlen_checks import check_offsets
 from ..core.autograd import needs_graph
-from ..core.call import AttentionCall, Logits
+from ..core.call import AttentionCall
 from ..scaling import Scaling
 from . import by_heads, gathered, ring
 from .layout import Split
-from .sequence import Settings, SharedSequence, scales_of
+from .sequence import Settings, SharedSequence, logits_of
 
 _METHODS = {"allgather": gathered.attention, "alltoall": by_heads.attention, "ring": ring.attention}
 
@@ -107,11 +107,12 @@ def context_parallel_attention(
         if keep_rounding:
             q, k = q.float(), k.float()  # gradients of logits and of lengths add up before they are rounded
         sequence = SharedSequence.of(q, k, split, causal, window, cu_seqlens)
-        constant, query, key = scales_of(factor, q, k, sequence, reduce_dtype)
-        logits = Logits(constant, query, key, options.cap, sinks_of(q, options))
+        logits = logits_of(factor, q, k, sequence, reduce_dtype)
+        logits = logits._replace(softcap=options.cap, sinks=sinks_of(q, options))
         call = AttentionCall(q, k, v, sequence.visibility, logits)
         heads = k.shape[1] if head_group is None else head_group
-        settings = Settings(sequence, constant, options.cap, backend, heads, reduce_dtype, return_aux, keep_rounding)
+        constants = logits.scale, options.cap
+        settings = Settings(sequence, *constants, backend, heads, reduce_dtype, return_aux, keep_rounding)
         result = _METHODS[method](call, settings)
     return (result.out, aux_of(result)) if return_aux else result.out
 

@@ -15,7 +15,7 @@ from ..calls.decode_checks import check_decode, refuse_gradients
 from ..calls.dispatch import AttentionAux, autocast, choose_backend, sinks_of
 from ..calls.factor import Factor
 from ..calls.key_statistics import CachedStatistics, KeyStatistics
-from ..core.call import AttentionCall, ForwardResult, Logits
+from ..core.call import AttentionCall, ForwardResult
 from ..core.decode_call import Cache
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility, window_sides
@@ -62,7 +62,8 @@ def context_parallel_decode(
 
     Raises:
         TypeError, ValueError: As `attention_decode`; a mesh of several dimensions.
-        NotImplementedError: backend "reference", a Scaling that reads keys, or a tensor that requires a gradient.
+        NotImplementedError: backend "reference", a Scaling that reads keys or has a bias of them, or a tensor that
+            requires a gradient.
 
     >>> import torch, torch.distributed as dist
     >>> from torch.distributed.device_mesh import init_device_mesh
@@ -113,9 +114,11 @@ def context_parallel_decode(
             of_part = CachedStatistics(k, visible, statistics, left)
         else:
             of_part = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visible)
-        scales = factor.scales(q, k, visible, _SharedRows(of_part, split))
+        logits = factor.logits(q, k, visible, _SharedRows(of_part, split), None, options.cap)
+        if logits.key_bias is not None:
+            raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")
         ranges = Visibility.of(q, k, key_ranges=torch.stack(visible.ranges(), -1))
-        call = AttentionCall(q, k, v, ranges, Logits(*scales, options.cap))
+        call = AttentionCall(q, k, v, ranges, logits)
         out, aux = _merged(ops.attention(call, backend, aux=True), split)
         if sinks is not None:
             share = torch.sigmoid(aux.lse - cast(Tensor, sinks_of(q, options))[:, None])

@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 
 
 def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
-    """Attend to the keys of all ranks; call.k and call.v are this rank's, call.logits.key_scale is of all keys."""
+    """Attend to the keys of all ranks; call.k and call.v are this rank's, call.logits' vectors of keys are of all."""
     results = _Attend.apply(*call.tensors, settings.sequence.visibility.key_ranges, settings)
     return ForwardResult(*results[: 4 if settings.aux else 2])
 
@@ -80,7 +80,7 @@ def _heads(tensors: Sequence[Any], settings: Settings) -> Iterator[_Heads]:
 def _call(
     tensors: Sequence[Tensor | None], ranges: Tensor | None, heads: _Heads, piece: Piece, settings: Settings
 ) -> AttentionCall:
-    q, _, _, query_scale, key_scale, sinks = tensors
+    q, _, _, query_scale, key_scale, key_bias, sinks = tensors
     assert q is not None
     own = q[:, heads.of_rows, piece.rows]
     keys, values = heads.keys[:, :, piece.keys], heads.values[:, :, piece.keys]
@@ -88,6 +88,7 @@ def _call(
         settings.scale,
         None if query_scale is None else query_scale[:, heads.of_rows, piece.rows],
         None if key_scale is None else key_scale[:, heads.of_keys, piece.keys],
+        None if key_bias is None else key_bias[:, heads.of_keys, :, piece.keys],
         settings.softcap,
         None if sinks is None else sinks[heads.of_rows],
     )
@@ -96,8 +97,8 @@ def _call(
 
 class _Attend(Function):
     @staticmethod
-    def forward(ctx, q, k, v, query_scale, key_scale, sinks, ranges, settings: Settings):
-        tensors = (q, k, v, query_scale, key_scale, sinks)
+    def forward(ctx, q, k, v, query_scale, key_scale, key_bias, sinks, ranges, settings: Settings):
+        tensors = (q, k, v, query_scale, key_scale, key_bias, sinks)
         columns = []
         for heads in _heads(tensors, settings):
             parts = [
@@ -138,6 +139,7 @@ class _Attend(Function):
                 _add(of_keys[1], (..., piece.keys, slice(None)), got.v)
                 _add(sums.query_scale, rows, got.query_scale)
                 _add(sums.key_scale, keys, got.key_scale)
+                _add(sums.key_bias, (slice(None), heads.of_keys, slice(None), piece.keys), got.key_bias)
                 _add(sums.sinks, heads.of_rows, got.sinks)
             for total, whole in ((sums.k, of_keys[0]), (sums.v, of_keys[1])):
                 if total is not None and whole is not None:

@@ -27,7 +27,7 @@ from .sequence import Settings, SharedSequence
 
 
 def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
-    """Attend to the keys of all ranks; call.k and call.v are this rank's, call.logits.key_scale is of all keys."""
+    """Attend to the keys of all ranks; call.k and call.v are this rank's, call.logits' vectors of keys are of all."""
     results = _Attend.apply(*call.tensors, settings.sequence.visibility.key_ranges, settings)
     return ForwardResult(*results[: 4 if settings.aux else 2])
 
@@ -63,7 +63,7 @@ def pairs_of(sequence: SharedSequence, source: int) -> list[Pair]:
 def _call(
     tensors: Sequence[Any], part: Sequence[Tensor], ranges: Tensor | None, pair: Pair, settings: Settings, sinks: bool
 ) -> AttentionCall:
-    q, _, _, query_scale, key_scale, of_heads = tensors
+    q, _, _, query_scale, key_scale, key_bias, of_heads = tensors
     own, n = q[:, :, pair.rows], pair.keys.stop - pair.keys.start
     keys, values = part[0][:, :, pair.keys].to(q.dtype), part[1][:, :, pair.keys]
     if not pair.hides:
@@ -76,7 +76,8 @@ def _call(
     logits = Logits(
         settings.scale,
         None if query_scale is None else query_scale[:, :, pair.rows],
-        None if key_scale is None else key_scale[:, :, pair.first : pair.first + n],
+        None if key_scale is None else key_scale[..., pair.first : pair.first + n],
+        None if key_bias is None else key_bias[..., pair.first : pair.first + n],
         settings.softcap,
         of_heads if sinks else None,
     )
@@ -125,8 +126,8 @@ class _Merged(NamedTuple):
 
 class _Attend(Function):
     @staticmethod
-    def forward(ctx, q, k, v, query_scale, key_scale, sinks, ranges, settings: Settings):
-        tensors = (q, k, v, query_scale, key_scale, sinks)
+    def forward(ctx, q, k, v, query_scale, key_scale, key_bias, sinks, ranges, settings: Settings):
+        tensors = (q, k, v, query_scale, key_scale, key_bias, sinks)
         merged = _Merged.of_nothing(q, v)
         keep_rounding = v.dtype.itemsize == 2
         for source, part in _round([k.to(v.dtype), v], settings):
@@ -169,6 +170,7 @@ class _Attend(Function):
                 _add(sums.query_scale, (..., pair.rows), got.query_scale)
                 span = slice(pair.first, pair.first + pair.keys.stop - pair.keys.start)
                 _add(sums.key_scale, (..., span), got.key_scale)
+                _add(sums.key_bias, (..., span), got.key_bias)
                 if pair.first == settings.sequence.first_of(pair.rows):  # once a row
                     _add(sums.sinks, ..., got.sinks)
             if moving is not None:

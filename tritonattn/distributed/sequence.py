@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calls.factor import Factor
+from ..core.call import Logits
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
@@ -89,10 +90,8 @@ class Settings(NamedTuple):
     keep_rounding: bool
 
 
-def scales_of(
-    factor: Factor, q: Tensor, k: Tensor, sequence: SharedSequence, reduce_dtype: torch.dtype
-) -> tuple[float, Tensor | None, Tensor | None]:
-    """constant, query_scale [B, Hq, S / P] of this rank's rows, key_scale [B, Hkv, S] of all keys; differentiable.
+def logits_of(factor: Factor, q: Tensor, k: Tensor, sequence: SharedSequence, reduce_dtype: torch.dtype) -> Logits:
+    """The scales and the bias of a scaling, those of rows of this rank, those of keys of all; differentiable.
 
     A scaling that reads keys itself (`Scaling.reads_keys`) gets all of them, gathered.
     """
@@ -103,4 +102,4 @@ def scales_of(
     else:
         whole = k.detach()[:, :, :1].expand(-1, -1, sequence.length, -1)  # a shape; its values are not read
         statistics = SharedStatistics(k, visible, split, sequence.whole.is_full or sequence.whole.is_square_causal)
-    return factor.scales(q, whole, visible, statistics)
+    return factor.logits(q, whole, visible, statistics)

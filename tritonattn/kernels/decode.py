@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .forward import online_softmax, softmax_results, softmax_total
 from .primitives import LENGTHS, LN_2, LOG2_E, TINY, load_tile, program_position, tile_offsets
-from .walk import begin, begin_scale, in_vectors
+from .walk import begin, begin_bias, begin_scale, in_vectors
 
 # Blocks of keys in the shortest split: shorter ones would move more of their own results than of the cache.
 SHORTEST_SPLIT = tl.constexpr(4)
@@ -60,6 +60,7 @@ def attention_decode(
     v,
     query_scale,
     key_scale,
+    key_bias,
     ranges,
     block_table_ptr,
     sinks_ptr,
@@ -91,7 +92,7 @@ def attention_decode(
     """Attention of the newest Sq tokens of one sequence, for the heads of one group, over one split of its cache.
 
         own         = i + length - Sq                                         row i sees own - left <= j <= own
-        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j]   capped with softcap
+        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j]     capped with softcap
         lse[i]      = ln sum_j exp(logit[i, j])                               over the visible keys of the split
         out[i]      = sum_j exp(logit[i, j] - lse[i]) * v[j]
 
@@ -105,6 +106,7 @@ def attention_decode(
                      capacity: the length, behind which nothing is read
     key_ranges       int32 [B, 2] contiguous or None: of those keys each row sees lo <= j < hi, and hi narrows length
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, capacity] or None = 1
+    key_bias         fp32 [B, Hkv, group, capacity] or None = 0; a key with -inf has no weight
     sinks            fp32 [Hq] or None, with splits = 1 only
     results          a `Results` without rounding, splits an axis behind Sq: out [B, Hq, Sq, splits, Dv], of several
                      splits not written where a row sees no key of one; lse natural log, max_logit uncapped
@@ -138,7 +140,8 @@ def attention_decode(
         factor *= tl.load(begin_scale(query_scale, batch, head, row).ptr, mask=keep_row, other=0.0)
     q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
     factor = tl.abs(factor)
-    factor = tl.where(factor == 0.0, TINY, factor)
+    if key_bias is None:
+        factor = tl.where(factor == 0.0, TINY, factor)
 
     entry = batch
     if block_table_ptr is not None:
@@ -147,6 +150,8 @@ def attention_decode(
     k, v = begin(k, entry, kv_head, 0), begin(v, entry, kv_head, 0)
     if key_scale is not None:
         key_scale = begin_scale(key_scale, batch, kv_head, 0)
+    if key_bias is not None:
+        key_bias = begin_bias(key_bias, batch, kv_head, member, 0)
 
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
@@ -167,11 +172,15 @@ def attention_decode(
         if key_scale is not None:
             scale_ptrs = key_scale.ptr + offs_key.to(tl.int64) * key_scale.s
             logits *= tl.load(scale_ptrs, mask=keep_key, other=0.0)[None, :]
+        bias = None
+        if key_bias is not None:
+            bias_ptrs = key_bias.ptr[:, None] + (offs_key.to(tl.int64) * key_bias.s)[None, :]
+            bias = tl.load(bias_ptrs, mask=keep_row[:, None] & keep_key[None, :], other=0.0) * LOG2_E
         keep = keep_key[None, :] & (offs_key[None, :] < hi[:, None])
         if left is not None:
             keep = keep & (offs_key[None, :] >= lo[:, None])
         probabilities, decay, running_max, running_sum, running_spread = online_softmax(
-            logits, keep, factor, softcap, running_max, running_sum, running_spread, True, ENTROPY
+            logits, bias, keep, factor, softcap, running_max, running_sum, running_spread, True, ENTROPY
         )
         v_offsets = _key_offsets(v, first, number, slot, BLOCK_N, BLOCK_DV, WIDE)
         v_tile = load_tile(v.ptr + v_offsets, load_key, VALUE_DIM, True)

@@ -18,6 +18,7 @@ from .primitives import (
     lost_in_rounding,
     partial_sums,
     program_position,
+    scale_add_bias,
     scale_rows_add,
     soft_cap,
     store_tile,
@@ -26,6 +27,7 @@ from .primitives import (
 from .records import Dropout, Keys, Sight, View
 from .walk import (
     begin,
+    begin_bias,
     begin_scale,
     in_vectors,
     part_of_walk,
@@ -57,6 +59,7 @@ class RowFactors(NamedTuple):
 @triton.jit
 def online_softmax(
     logits,
+    bias,
     keep,
     factor,
     softcap,
@@ -68,17 +71,20 @@ def online_softmax(
 ):
     """One step: (probabilities, decay, running_max, running_sum, running_spread), all relative to the new maximum.
 
-    logits [BLOCK_M, BLOCK_N] without factor >= 0; keep says which are visible where MASKED. The running maximum is that
-    of the uncapped logits; the capped one, the shift, is subtracted. Spread is sum_j exp(z_j - shift) (z_j - shift).
-    Sum and spread are `partial_sums`, [BLOCK_M, columns].
+    logits [BLOCK_M, BLOCK_N] without factor >= 0; bias, in base 2, broadcasts to them or is None; keep says which are
+    visible where MASKED. The running maximum is that of the uncapped logits; the capped one, the shift, is subtracted.
+    Spread is sum_j exp(z_j - shift) (z_j - shift). Sum and spread are `partial_sums`, [BLOCK_M, columns].
     """
     COLUMNS: tl.constexpr = running_sum.shape[1]
+    if bias is not None:
+        logits = scale_add_bias(logits, factor[:, None], bias)
+        factor = tl.full(factor.shape, 1.0, tl.float32)
     if MASKED:
         logits = tl.where(keep, logits, float("-inf"))
     block_max = tl.maximum(running_max, tl.max(logits, 1) * factor)
     if softcap is None:
         previous, shift = running_max, block_max
-        if MASKED:
+        if MASKED or bias is not None:
             shift = tl.where(block_max == float("-inf"), 0.0, block_max)
         exponent = scale_rows_add(logits, factor, -shift)
     else:
@@ -86,11 +92,15 @@ def online_softmax(
         exponent = soft_cap(logits * factor[:, None], softcap) - shift[:, None]
         if MASKED:
             exponent = tl.where(keep, exponent, float("-inf"))
+        if bias is not None:
+            exponent = tl.where(bias == float("-inf"), float("-inf"), exponent)
     probabilities = tl.exp2(exponent)
     decay = tl.exp2(previous - shift)
     decays = tl.broadcast_to(decay[:, None], running_sum.shape)
     if ENTROPY:
-        if MASKED:
+        if bias is not None:
+            exponent = tl.where(exponent == float("-inf"), 0.0, exponent)
+        elif MASKED:
             exponent = tl.where(keep, exponent, 0.0)
         moved = tl.where(running_sum > 0.0, (previous - shift)[:, None], 0.0)
         moved = tl.fma(moved, running_sum, running_spread)
@@ -136,6 +146,7 @@ def _attend(
     state,
     block,
     key_scale,
+    key_bias,
     terms,
     sight,
     SUMS: tl.constexpr,
@@ -145,8 +156,12 @@ def _attend(
     keep = None
     if MASKED:
         keep = visible_tile(sight, block.offs)
+    bias = None
+    if key_bias is not None:
+        bias = key_bias[None, :]
     probabilities, decay, running_max, running_sum, running_spread = online_softmax(
         block.logits,
+        bias,
         keep,
         terms.factor,
         terms.softcap,
@@ -174,6 +189,7 @@ def attention_forward(
     v,
     query_scale,
     key_scale,
+    key_bias,
     sinks_ptr,
     ranges,
     starts,
@@ -206,7 +222,7 @@ def attention_forward(
 ):
     """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
 
-        x[i, j]      = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j]      j visible to i
+        x[i, j]      = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j]      j visible to i
         z[i, j]      = softcap * tanh(x[i, j] / softcap), or x[i, j] without softcap
         lse[i]       = ln sum_j exp(z[i, j])
         max_logit[i] = max_j x[i, j]
@@ -218,6 +234,7 @@ def attention_forward(
     q, k, v          `Strided` [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv] of fp16, bf16 or fp32; group = Hq/Hkv
     *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale fp32 [B, Hkv, Sk] or None = 1; both `Scale`
+    key_bias         `Bias` fp32 [B, Hkv, group, Sk] or None = 0; exp(z) is 0 where it is -inf
     sinks            fp32 [Hq] or None
     ranges, starts   `Ranges`; `Starts` of a packed batch or None; left, right: `walk.row_range`
     mask             `Strided` uint8 [B, Hq, Sq, Sk], strides 0 on broadcast axes, or None
@@ -256,16 +273,19 @@ def attention_forward(
     scratch_ptrs = results.out + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_D, VALUE_DIM, 1, False)
     q_tile = load_signed(q_ptrs, scratch_ptrs, factor, rows.keep, HEAD_DIM, VALUE_DIM)
     factor = tl.abs(factor)
-    factor = tl.where(factor == 0.0, TINY, factor)
+    if key_bias is None:
+        factor = tl.where(factor == 0.0, TINY, factor)
 
     k, v = begin(k, batch, kv_head, place.first_key), begin(v, batch, kv_head, place.first_key)
     if key_scale is not None:
         key_scale = begin_scale(key_scale, batch, kv_head, place.first_key)
+    if key_bias is not None:
+        key_bias = begin_bias(key_bias, batch, kv_head, head % group, place.first_key)
     if mask is not None:
         mask = begin(mask, batch, head, 0)
     if seen_ptr is not None:
         seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
-    keys = Keys(k, v, k_descriptor, v_descriptor, key_scale, seen_ptr)
+    keys = Keys(k, v, k_descriptor, v_descriptor, key_scale, key_bias, seen_ptr)
     batch_head = batch * q_heads + head
     dropout = Dropout(dropout_ptr, keep_from, keep_scale, batch_head, place.first_row + rows.offs, place.first_key)
     terms = RowFactors(factor, softcap, dropout)

@@ -1,4 +1,4 @@
-"""Backward, the pass over keys: gradients of k, v and key_scale, a block of keys at a time, without atomics."""
+"""Backward, the pass over keys: gradients of k, v and vectors of keys, block by block, without atomics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from .primitives import (
     dropout_keeps,
     load_term,
     load_tile,
+    partial_sums,
     program_position,
+    scale_add_bias,
     scale_columns_add,
     soft_cap,
     soft_cap_slope,
@@ -25,6 +27,7 @@ from .primitives import (
 from .records import Dropout, Place, Strided, View
 from .walk import (
     begin,
+    begin_bias,
     begin_scale,
     block_at,
     in_vectors,
@@ -85,7 +88,9 @@ def _visible_tile(keys, offs_m, keep_row, batch, view, mask):
 def _walk_rows(
     d_k,
     d_v,
+    d_bias,
     keys,
+    bias,
     queries,
     softcap,
     view,
@@ -96,13 +101,15 @@ def _walk_rows(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SUM_BIAS: tl.constexpr,
     SPLIT_TERMS: tl.constexpr,
     WIDE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add to d_k (without key_scale and constants) and d_v the full blocks of rows, or, where MASKED, the others.
 
-    Tiles are [keys, rows].
+    Tiles are [keys, rows]. bias is that of the keys [N], in base 2, or None; SUM_BIAS: add to d_bias, `partial_sums`,
+    the gradient of the logits.
     """
     start, end = walk_span(walk, BLOCK_M, MASKED)
     q_offsets = tile_offsets(BLOCK_M, keys.k.shape[1], queries.q.s, queries.q.d, WIDE)
@@ -133,11 +140,19 @@ def _walk_rows(
         logits = tl.dot(keys.k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         if keys.scale is not None:
             logits *= keys.scale[:, None]
+        x, x_factor = logits, factor
+        if bias is not None:
+            row_factor = factor
+            if factor.type.is_block():
+                row_factor = factor[None, :]
+            x, x_factor = scale_add_bias(logits, row_factor, bias[:, None]), one
         if softcap is None:
-            exponent = scale_columns_add(logits, factor, exponent_term)
+            exponent = scale_columns_add(x, x_factor, exponent_term)
         else:
-            capped = soft_cap(scale_columns_add(logits, factor, tl.zeros_like(exponent_term)), softcap)
+            capped = soft_cap(scale_columns_add(x, x_factor, tl.zeros_like(exponent_term)), softcap)
             exponent = capped + exponent_term[None, :]
+            if bias is not None:
+                exponent = tl.where((bias == float("-inf"))[:, None], float("-inf"), exponent)
         probabilities = tl.exp2(exponent)
         if MASKED:
             probabilities = tl.where(_visible_tile(keys, offs_m, live, batch, view, mask), probabilities, 0.0)
@@ -151,13 +166,21 @@ def _walk_rows(
         d_v = tl.dot(weights.to(d_out.dtype), d_out, d_v, input_precision="ieee")
         if queries.size is not None:
             gradient_factor *= queries.size
-            gradient_term *= queries.size
+            if bias is None:
+                gradient_term *= queries.size
+        late_factor = gradient_factor
+        if bias is not None:  # the gradient of a logit is added up before it meets the factor
+            gradient_factor = one
         d_logits = probabilities * scale_columns_add(d_probabilities, gradient_factor, gradient_term)
         if softcap is not None:
             d_logits *= soft_cap_slope(capped, softcap)
+        if SUM_BIAS:
+            d_bias += partial_sums(d_logits, d_bias.shape[1])
+        if bias is not None:
+            d_logits *= late_factor[None, :]
         d_k = tl.dot(d_logits.to(q.dtype), q, d_k, input_precision="ieee")
         term_ptrs += 2 * BLOCK_M
-    return d_k, d_v
+    return d_k, d_v, d_bias
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=["group"])
@@ -169,6 +192,7 @@ def attention_grad_key_value(
     v,
     d_out,
     key_scale,
+    key_bias,
     terms,
     factor_size,
     ranges,
@@ -180,6 +204,7 @@ def attention_grad_key_value(
     d_k_ptr,
     d_v_ptr,
     d_key_scale_ptr,
+    d_key_bias_ptr,
     scale,
     softcap,
     keep_from,
@@ -199,28 +224,31 @@ def attention_grad_key_value(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    KEY_SUM_COLUMNS: tl.constexpr,
     SPLIT_TERMS: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
 ):
-    """Gradients of k, v and key_scale for BLOCK_N keys of one (batch or sequence, kv head); names as in
+    """Gradients of k, v, key_scale and key_bias for BLOCK_N keys of one (batch or sequence, kv head); names as in
     `attention_grad_query`.
 
         d_v[j]         = sum_i keep[i, j] * keep_scale * P[i, j] * d_out[i]
         raw[j]         = scale * sum_i dX[i, j] * query_scale[i] * q[i]      over the rows of all heads of the group
         d_k[j]         = key_scale[j] * raw[j]
         d_key_scale[j] = k[j] . raw[j]                                       never divided by key_scale, which may be 0
+        d_key_bias[j]  = sum_i dX[i, j]                                      over the rows of one head of the group
 
     Grid: (blocks of the longest Sk, Hkv, members). Sums run in one fixed order inside a program: bitwise repeatable.
 
     *_descriptor     tensor descriptors of q and d_out with blocks [1, 1, BLOCK_M, BLOCK_D or BLOCK_DV], or None
     terms            of `attention_row_terms`: with query_scale, dS * factor is one fma, and log2(e) is taken out once
-                     at the end
+                     at the end. With key_bias the factor comes later: dX itself is added up first
     factor_size      fp32 [B, Hkv] or None: the largest |factor| of the group, never 0. dS * factor / factor_size is
                      rounded to 16 bits, so that a small factor does not push it below fp16's range
     row_bounds       int32 [B, cdiv(Sk, BLOCK_N), 2] with key_ranges: `walk.walk_over_rows`
-    d_k, d_v         [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] contiguous; d_key_scale fp32 [B, Hkv, Sk] contiguous or None
+    d_k, d_v         [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] contiguous; d_key_scale fp32 [B, Hkv, Sk] and d_key_bias
+                     fp32 [B, Hkv, group, Sk] contiguous or None
     """
     kv_heads = q_heads // group
     block, kv_head, member = program_position(first_head, first_member, LAST_FIRST=False)
@@ -278,7 +306,7 @@ def attention_grad_key_value(
     for index in range(0, group):
         head = kv_head * group + index
         place_of_head = Place(batch, head, kv_head, place.first_row, place.first_key)
-        head_mask = None
+        head_mask, bias = None, None
         if mask is not None:
             head_mask = begin(mask, batch, head, 0)
         queries = Queries(
@@ -292,16 +320,23 @@ def attention_grad_key_value(
         )
         batch_head = batch * q_heads + head
         dropout = Dropout(dropout_ptr, keep_from, keep_scale, batch_head, place.first_row, place.first_key)
+        if key_bias is not None:
+            head_bias = begin_bias(key_bias, batch, kv_head, index, memory_key)
+            bias_ptrs = head_bias.ptr + tl.arange(0, BLOCK_N).to(tl.int64) * head_bias.s
+            bias = tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E
+        d_bias = tl.zeros([BLOCK_N, KEY_SUM_COLUMNS], tl.float32)
         # The blocks that need a mask, then the others; or, where INVARIANT, in the order of `part_of_walk`.
         for turn in tl.static_range(FIRST, 3 if INVARIANT else 2):
             if turn != 1 or (mask is None and ranges.key_ranges is None):
                 part = walk
                 if INVARIANT:
                     part = part_of_walk(walk, turn)
-                d_k, d_v = _walk_rows(
+                d_k, d_v, d_bias = _walk_rows(
                     d_k,
                     d_v,
+                    d_bias,
                     keys,
+                    bias,
                     queries,
                     softcap,
                     view,
@@ -312,10 +347,14 @@ def attention_grad_key_value(
                     HEAD_DIM,
                     VALUE_DIM,
                     BLOCK_M if turn == 1 else MASKED_STEP,
+                    d_key_bias_ptr is not None,
                     SPLIT_TERMS,
                     WIDE,
                     turn != 1,
                 )
+        if d_key_bias_ptr is not None:
+            head_base = batch_head.to(tl.int64) * packed_len + memory_key
+            tl.store(d_key_bias_ptr + head_base + tl.arange(0, BLOCK_N), tl.sum(d_bias, 1), mask=keep_key)
 
     if terms.both.dtype.element_ty == tl.float32:
         d_k *= scale

@@ -15,6 +15,7 @@ from .primitives import (
     load_tile,
     partial_sums,
     program_position,
+    scale_add_bias,
     scale_rows_add,
     soft_cap,
     soft_cap_slope,
@@ -26,6 +27,7 @@ from .primitives import (
 from .records import Dropout, Keys, Sight, View, Walk
 from .walk import (
     begin,
+    begin_bias,
     begin_scale,
     in_vectors,
     part_of_walk,
@@ -66,23 +68,31 @@ def _gather(
     state,
     block,
     key_scale,
+    key_bias,
     terms,
     sight,
     SUMS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """A step of `walk_keys`. SUMS: 1 also adds up dS, 2 besides dX * x and P * dz/dx * x, x without the row's factor.
+    """A step of `walk_keys`. SUMS: 1 also adds up dS, 2 besides dX * x and P * dz/dx * x, x without the row's factor
+    and without bias.
 
     All in fp32; these products are fma's with 0, which nothing fuses further.
     """
     logits, softcap, dropout = block.logits, terms.softcap, terms.dropout
     d_logit_sum, d_factor, mean_logit = state.d_logit, state.d_factor, state.mean_logit
     COLUMNS: tl.constexpr = d_factor.shape[1]
+    x, factor = logits, terms.factor
+    if key_bias is not None:
+        x = scale_add_bias(logits, factor[:, None], key_bias[None, :])
+        factor = tl.full(factor.shape, 1.0, tl.float32)
     if softcap is None:
-        exponent = scale_rows_add(logits, terms.factor, terms.exponent_term)
+        exponent = scale_rows_add(x, factor, terms.exponent_term)
     else:
-        capped = soft_cap(logits * terms.factor[:, None], softcap)
+        capped = soft_cap(x * factor[:, None], softcap)
         exponent = capped + terms.exponent_term[:, None]
+        if key_bias is not None:
+            exponent = tl.where((key_bias == float("-inf"))[None, :], float("-inf"), exponent)
     probabilities = tl.exp2(exponent)
     d_probabilities = tl.dot(terms.d_out, block.v.T, input_precision="ieee")
     if MASKED:
@@ -130,6 +140,7 @@ def attention_grad_query(
     d_out,
     query_scale,
     key_scale,
+    key_bias,
     key_size,
     d_lse_ptr,
     d_sinks_ptr,
@@ -185,7 +196,8 @@ def attention_grad_query(
     d_query_scale equals scale * (q[i] . raw[i]). That form would sum dX after rounding to 16 bits, and with it delta's
     error times the mean logit, which exceeds the result for sharp softmaxes; so dX stays in fp32. Over a row, dS must
     sum to d_lse - d_sinks: the excess of its sum is delta's error. The kernel takes that error's share out of the
-    gradient, and corrects delta for the pass over the keys. CORRECT_DELTA does so without d_query_scale too, and
+    gradient, and corrects delta for the pass over the keys. With key_bias, whose gradients cancel likewise when they
+    are summed, it does so without d_query_scale too. So does CORRECT_DELTA, which also
     computes d_q of few keys with the corrected delta: for a single key, dP - delta is nothing but their errors.
     IS_PART: rows see other keys too, so that nothing is known about these sums, and delta stays as it is.
     """
@@ -218,13 +230,15 @@ def attention_grad_query(
     k, v = begin(k, batch, kv_head, place.first_key), begin(v, batch, kv_head, place.first_key)
     if key_scale is not None:
         key_scale = begin_scale(key_scale, batch, kv_head, place.first_key)
+    if key_bias is not None:
+        key_bias = begin_bias(key_bias, batch, kv_head, head % group, place.first_key)
     if key_size is not None:
         key_size = tl.load(key_size + batch * (q_heads // group) + kv_head)
     if mask is not None:
         mask = begin(mask, batch, head, 0)
     if seen_ptr is not None:
         seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
-    keys = Keys(k, v, k_descriptor, v_descriptor, key_scale, seen_ptr)
+    keys = Keys(k, v, k_descriptor, v_descriptor, key_scale, key_bias, seen_ptr)
     batch_head = batch * q_heads + head
     dropout = Dropout(dropout_ptr, keep_from, keep_scale, batch_head, place.first_row + rows.offs, place.first_key)
     row_gradients = RowGradients(d_out_tile, factor, exponent_term, delta, softcap, key_size, dropout)
@@ -233,7 +247,7 @@ def attention_grad_query(
     state = QueryGradient(tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros, zeros)
     # Masks hold registers: masked steps take half of a wide block.
     MASKED_STEP: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 and not INVARIANT else BLOCK_N
-    SUMS: tl.constexpr = 2 if d_query_scale_ptr is not None else 1 if CORRECT_DELTA else 0
+    SUMS: tl.constexpr = 2 if d_query_scale_ptr is not None else 1 if CORRECT_DELTA or key_bias is not None else 0
     FIRST: tl.constexpr = 1 if INVARIANT and left is None and ranges.key_ranges is None else 0
     FEW: tl.constexpr = 3 if INVARIANT else 2
     walk = walk_over_keys(rows, batch, view, BLOCK_N, mask is not None)
@@ -292,7 +306,7 @@ def attention_grad_query(
         tl.store(d_query_scale_ptr + row_offsets, d_query_scale * scale, mask=rows.keep)
     if SUMS:
         gradient_term = -delta
-        if query_scale is not None:
+        if query_scale is not None and key_bias is None:
             gradient_term *= factor
         store_term(terms.both + 2 * term_offsets + 1, gradient_term, factor, rows.keep)
     d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(BLOCK_M, BLOCK_D, HEAD_DIM, 1, False)

@@ -143,6 +143,12 @@ def scale_columns_add(x, factor, addend):
 
 
 @triton.jit
+def scale_add_bias(x, factor, bias):
+    """x * factor + bias with one rounding; factor and bias broadcast to x."""
+    return tl.fma(x, tl.broadcast_to(factor, x.shape), tl.broadcast_to(bias, x.shape))
+
+
+@triton.jit
 def _tanh(x):
     """tanh within 2 ulp: below 0.6 an odd polynomial (tanh(x) / x by least squares on Chebyshev nodes), else by exp."""
     square = x * x

@@ -36,6 +36,16 @@ class Scale(NamedTuple):
     s: Any
 
 
+class Bias(NamedTuple):
+    """A bias [B, Hkv, group, Sk] of keys: as `Scale`, g the stride of the group's query heads."""
+
+    ptr: Any
+    b: Any
+    h: Any
+    g: Any
+    s: Any
+
+
 class Ranges(NamedTuple):
     """key_lengths int32 [B] or None; key_ranges int32 [B, Sq, 2], contiguous, or None: `walk.row_range`."""
 
@@ -150,7 +160,7 @@ class Keys(NamedTuple):
     """Keys and values of one (member, key head), from its first key on.
 
     descriptors   tensor descriptors of the whole of k and v with blocks [1, 1, keys, D or Dv], or None
-    scale         fp32 vector or None
+    scale, bias   fp32 vectors or None
     seen          uint8 [Sk] or None: keys that some row sees
     """
 
@@ -159,6 +169,7 @@ class Keys(NamedTuple):
     k_descriptor: Any
     v_descriptor: Any
     scale: Scale
+    bias: Scale
     seen: Any
 
 

@@ -26,6 +26,7 @@ def attention_row_terms(
     d_out,
     d_lse_ptr,
     query_scale,
+    key_bias,
     sinks_ptr,
     starts,
     terms,
@@ -60,7 +61,8 @@ def attention_row_terms(
     terms.delta fp32 [B, Hq, terms_len], contiguous; `primitives.terms_offset` says where a row stands. Rows between a
                 sequence's end and the next multiple are as rows without keys, so that no reader needs a bound
     terms.both  [B, Hq, terms_len, 2], contiguous: what a fma adds to logits and to dP. -lse2 and -delta in fp32, or
-                with query_scale -lse2 and -delta * factor, each with factor in an int64: `primitives.load_term`
+                with query_scale -lse2 and -delta * factor, each with factor in an int64: `primitives.load_term`. With
+                key_bias, of which only the presence counts, -delta stays without factor
     """
     block, head, member = program_position(first_head, first_member, LAST_FIRST=False)
     d_out = in_vectors(d_out, ALIGNED)
@@ -107,7 +109,8 @@ def attention_row_terms(
         query_scale = begin_scale(query_scale, batch, head, memory_row)
         scale_ptrs = query_scale.ptr + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
         factor = tl.load(scale_ptrs, mask=live, other=0.0) * (scale * LOG2_E)
-        gradient_term *= factor
+        if key_bias is None:
+            gradient_term *= factor
     exponent_term = tl.where(live, -total2, float("-inf"))
     store_term(terms.both + 2 * term_offsets, exponent_term, factor, keep_term)
     store_term(terms.both + 2 * term_offsets + 1, gradient_term, factor, keep_term)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import load_tile, load_vector, tile_offsets
+from .primitives import LOG2_E, load_tile, load_vector, tile_offsets
 from .records import KeyBlock, Place, Rows, Scale, Strided, Walk
 
 
@@ -21,6 +21,13 @@ def begin_scale(x, batch, head, row):
     """The `Scale` of x from one (batch entry, head) and row on."""
     first = begin(Strided(x.ptr, x.b >> 4, x.h >> 4, x.s, 1), batch, head, row)
     return Scale(first.ptr, x.b, x.h, x.s)
+
+
+@triton.jit
+def begin_bias(x, batch, kv_head, member, first_key):
+    """The `Scale` of a `Bias` from one (batch entry, query head) and key on; the head is a member of a group."""
+    first = begin(Strided(x.ptr, x.b >> 4, x.h >> 4, x.g >> 4, x.s), batch, kv_head, member)
+    return Scale(first.ptr + tl.cast(first_key, tl.int64) * x.s, x.b, x.h, x.s)
 
 
 @triton.jit
@@ -238,9 +245,9 @@ def walk_keys(
 ):
     """The state after STEP has taken each block of keys: the full blocks of a walk, or, where MASKED, the others.
 
-        state = STEP(state, block, key_scale, terms, sight, SUMS, MASKED)
+        state = STEP(state, block, key_scale, key_bias, terms, sight, SUMS, MASKED)
 
-    key_scale [keys] may be None; terms and SUMS are STEP's own.
+    key_scale and key_bias, in base 2, [keys] each, may be None; terms and SUMS are STEP's own.
     """
     start, end = walk_span(walk, BLOCK_N, MASKED)
     k_offsets = tile_offsets(BLOCK_N, q.shape[1], keys.k.s, keys.k.d, WIDE)
@@ -249,6 +256,9 @@ def walk_keys(
         # Carried along: addresses made from the position would make the loop's counter one of 64 bits.
         scale_step = tl.cast(keys.scale.s, tl.int64)
         scale_ptrs = keys.scale.ptr + (start + tl.arange(0, BLOCK_N)) * scale_step
+    if keys.bias is not None:
+        bias_step = tl.cast(keys.bias.s, tl.int64)
+        bias_ptrs = keys.bias.ptr + (start + tl.arange(0, BLOCK_N)) * bias_step
     for position in tl.range(start, end, BLOCK_N):
         first, offs_key = block_at(position, walk, BLOCK_N, MASKED)
         load_key = (offs_key >= walk.touch_lo) & (offs_key < walk.touch_hi)
@@ -265,5 +275,11 @@ def walk_keys(
             key_scale = load_vector(scale_ptrs, load_key, MASKED)
             scale_ptrs += BLOCK_N * scale_step
             logits *= key_scale[None, :]
-        state = STEP(state, KeyBlock(offs_key, k, v, logits), key_scale, terms, sight, SUMS, MASKED)
+        key_bias = None
+        if keys.bias is not None:
+            if MASKED:
+                bias_ptrs = keys.bias.ptr + offs_key * bias_step
+            key_bias = load_vector(bias_ptrs, load_key, MASKED) * LOG2_E
+            bias_ptrs += BLOCK_N * bias_step
+        state = STEP(state, KeyBlock(offs_key, k, v, logits), key_scale, key_bias, terms, sight, SUMS, MASKED)
     return state

@@ -108,11 +108,14 @@ class PerHead(Learned):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         gain = self.per_head(self.theta, q).exp()
-        return Scales(*Factor(self.mode, gain).scales(q, k, visibility, statistics))
+        return Factor(self.mode, gain).scales(q, k, visibility, statistics)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         temperature = self.per_head(self.theta, q).exp()[..., None]  # [Hq, 1, 1]
         return self.mode.multiplier(q, k, visible) * temperature
+
+    def addend(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor | None:
+        return self.mode.addend(q, k, visible)
 
 
 class Cosine(PerHead):

@@ -87,8 +87,12 @@ class Scheduled(nn.Module, Scaling):
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         t = self.progress().to(q.device)
         parts = [Factor(mode).exact_scales(q, k, visibility, statistics) for mode in (self.mode_a, self.mode_b)]
-        a, b = (constant if query is None else constant * query.double() for constant, query, _ in parts)
-        key_a, key_b = (key for *_, key in parts)
+        if any(part.key_bias is not None for part in parts):
+            raise ValueError(
+                "mode_a, mode_b: expected modes without a bias a key; pass it as key_bias=, times a weight"
+            )
+        a, b = (x.constant if x.query is None else x.constant * x.query.double() for x in parts)
+        key_a, key_b = (part.key for part in parts)
         if self.blend == "geometric":
             no_key = key_a is None and key_b is None
             key = None if no_key else _geometric(1.0 if key_a is None else key_a, 1.0 if key_b is None else key_b, t)

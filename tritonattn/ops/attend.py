@@ -30,13 +30,14 @@ from .schema import arguments_of, qualified
 
 
 class _Flat(NamedTuple):
-    """An AttentionCall as the arguments of an operator; the first six fields are those of Gradients."""
+    """An AttentionCall as the arguments of an operator; the first fields are those of Gradients."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     query_scale: Tensor | None
     key_scale: Tensor | None
+    key_bias: Tensor | None
     sinks: Tensor | None
     key_lengths: Tensor | None
     key_ranges: Tensor | None
@@ -65,6 +66,7 @@ class _Flat(NamedTuple):
             call.v,
             call.logits.query_scale,
             call.logits.key_scale,
+            call.logits.key_bias,
             call.logits.sinks,
             key_lengths=visible.key_lengths,
             key_ranges=visible.key_ranges,
@@ -99,7 +101,7 @@ class _Flat(NamedTuple):
             sequences=sequences,
             invariant=self.invariant,
         )
-        logits = Logits(self.scale, self.query_scale, self.key_scale, self.softcap, self.sinks)
+        logits = Logits(self.scale, self.query_scale, self.key_scale, self.key_bias, self.softcap, self.sinks)
         dropout = None if self.dropout_state is None else Dropout(self.dropout_p, self.dropout_state)
         return AttentionCall(self.q, self.k, self.v, visibility, logits, dropout)
 
@@ -277,7 +279,7 @@ def _(*arguments):
     qualified("backward"),
     mutates_args=(),
     schema=f"({_CALL}, Tensor out, Tensor lse, Tensor? rounding, Tensor? d_out, Tensor? d_lse, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"-> ({', '.join(['Tensor'] * _GRADIENTS)})",
 )
 def _backward_operator(*arguments):
     *flat, out, lse, rounding, d_out, d_lse, needs = arguments
@@ -303,6 +305,7 @@ class _Attention(Function):
         v,
         query_scale,
         key_scale,
+        key_bias,
         sinks,
         key_lengths,
         key_ranges,
@@ -328,6 +331,7 @@ class _Attention(Function):
             v,
             query_scale,
             key_scale,
+            key_bias,
             sinks,
             key_lengths,
             key_ranges,

@@ -26,6 +26,7 @@ class _Flat(NamedTuple):
     block_table: Tensor | None
     query_scale: Tensor | None
     key_scale: Tensor | None
+    key_bias: Tensor | None
     sinks: Tensor | None
     scale: float
     left: int | None
@@ -36,20 +37,21 @@ class _Flat(NamedTuple):
 
     @classmethod
     def of(cls, call: DecodeCall, backend: str, aux: bool) -> _Flat:
-        cache, (scale, query_scale, key_scale, softcap, sinks) = call.cache, call.logits
-        tensors = (call.q, cache.k, cache.v, cache.key_lengths, cache.block_table, query_scale, key_scale, sinks)
-        return cls(*tensors, scale, call.left, softcap, call.invariant, aux, backend)
+        cache, (scale, query_scale, key_scale, key_bias, softcap, sinks) = call.cache, call.logits
+        tensors = (call.q, cache.k, cache.v, cache.key_lengths, cache.block_table)
+        vectors = (query_scale, key_scale, key_bias, sinks)
+        return cls(*tensors, *vectors, scale, call.left, softcap, call.invariant, aux, backend)
 
     def call(self) -> DecodeCall:
         cache = Cache(self.k, self.v, self.key_lengths, self.block_table)
-        logits = Logits(self.scale, self.query_scale, self.key_scale, self.softcap, self.sinks)
+        logits = Logits(self.scale, self.query_scale, self.key_scale, self.key_bias, self.softcap, self.sinks)
         return DecodeCall(self.q, cache, logits, self.left, self.invariant)
 
 
 def decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
     """Run a call on "triton" or "sdpa", without gradients; max_logit and entropy are None without aux."""
     cache, logits = call.cache, call.logits
-    scales = (logits.query_scale, logits.key_scale, logits.sinks)
+    scales = (logits.query_scale, logits.key_scale, logits.key_bias, logits.sinks)
     if runs_eagerly(call.q, cache.k, cache.v, cache.key_lengths, *scales):
         return _decode(call, backend, aux)
     result = ForwardResult(*_decode_operator(*_Flat.of(call, backend, aux)))

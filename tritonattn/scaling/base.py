@@ -24,26 +24,28 @@ _LARGEST_ZERO_OF_FLOAT32 = SMALLEST_STATISTIC - 2.0**-149
 
 @dataclass(frozen=True, eq=False)
 class Scales:
-    """logit[i, j] = constant * (q[i] . k[j]) * query[i] * key[j]; None stands for 1.
+    """logit[i, j] = constant * (q[i] . k[j]) * query[i] * key[j] + key_bias[j]; None stands for 1, in key_bias for 0.
 
     query       broadcastable to [B, Hq, Sq], or one row a key head, [B, Hkv, Sq]; any float dtype
     key         broadcastable to [B, Hkv, Sk]; any float dtype
     is_finite   query is finite in rows without keys too; a call puts 0 there otherwise
+    key_bias    broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]; any float dtype; -inf takes a key all weight
     """
 
     constant: float
     query: Tensor | None = None
     key: Tensor | None = None
     is_finite: bool = False
+    key_bias: Tensor | None = None
 
 
 class Scaling:
-    """A logit scaling: logit[i, j] = (q[i] . k[j]) * factor[i, j].
+    """A logit scaling: logit[i, j] = (q[i] . k[j]) * factor[i, j], plus a bias of the key where a mode has one.
 
     A mode states its factor twice, so that a mistake in one of them shows. `scales` is what runs. `multiplier` is the
     formula as its paper writes it, for the reference alone, and uses neither `scales` nor the methods of `visibility`
-    and `statistics`. Both are differentiable with respect to q and k. A factor may depend
-    on the keys that the row sees, and on no others.
+    and `statistics`; so does `addend` for a bias. All are differentiable with respect to q and k. A factor, and a bias,
+    may depend on the keys that the row sees, and on no others.
 
     reads_keys         whether `scales` looks at k beyond its shape; a class whose `scales` takes all it needs of the
                        keys from `statistics` says False, and decoding then gathers no pages for it. Not inherited: a
@@ -73,6 +75,10 @@ class Scaling:
         at invisible pairs are ignored, but a key must not affect the factors of rows that do not see it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define multiplier(q, k, visible)")
+
+    def addend(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor | None:
+        """The bias of every pair, of arguments and shape as of `multiplier`; None, where a mode has none, is 0."""
+        return None
 
 
 def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[Tensor], Tensor]) -> Scales:

@@ -116,6 +116,7 @@ class Problem:
     mask: bool = False
     query_scale: bool = False
     key_scale: bool = False
+    key_bias: bool = False
     query_scale_grad: bool = False
     grouped: bool = False
     softcap: bool = False
@@ -148,6 +149,17 @@ def sum_columns(problem: Problem, target: Target) -> int:
     """Columns of the sums over keys that a kernel keeps for each row: see `kernels.primitives.partial_sums`."""
     in_registers = target.backend == "cuda" and not target.has_tensor_memory
     return 8 if in_registers and problem.dtype.itemsize == 2 else 1
+
+
+def key_sum_columns(problem: Problem, config: TileConfig, target: Target) -> int:
+    """The same of the sums over rows that grad_key_value keeps for each key.
+
+    Triton gives the warps of mma.sync the longer axis of a tile: with more rows than keys each warp adds up its own.
+    """
+    columns = sum_columns(problem, target)
+    if columns == 1 or target.arch == "90" or config.block_m <= config.block_n:
+        return columns
+    return min(columns * config.num_warps, config.block_m // 2)
 
 
 def corrects_delta(problem: Problem) -> bool:

@@ -143,7 +143,7 @@ class _Piece:
 def _pieces(tiles: Tiles, block: Block, rows: _Rows, spans: list, needs_logits: bool) -> Iterator[_Piece]:
     for keys, hidden in tiles.keys_of(block, spans):
         key = tiles.scaled_keys(block.heads, keys)
-        weight, slope = _weights(tiles, block, rows, key, hidden)
+        weight, slope = _weights(tiles, block, rows, keys, key, hidden)
         d_logit = None
         if needs_logits:
             value = tiles.of_keys(tiles.call.v, block.heads, keys)
@@ -180,6 +180,9 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
         d_logit = d_logit.add_(rows.shift(delta)).mul_(weight)
         if piece.slope is not None:
             d_logit.mul_(piece.slope)
+        if gradients.key_bias is not None:
+            place = gradients.key_bias[block.heads.batch, block.heads.keys, :, piece.keys]
+            place += tiles.sum(tiles.by_head(d_logit, block).mT)[..., 0]
         if d_query is not None:
             d_query.baddbmm_(d_logit, piece.key)
         if sums.key is not None:
@@ -188,11 +191,12 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
 
 
 def _weights(
-    tiles: Tiles, block: Block, rows: _Rows, key: Tensor, hidden: Tensor | None
+    tiles: Tiles, block: Block, rows: _Rows, keys: slice, key: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """exp(z - lse), 0 where hidden, and dz / dx, or None for 1."""
     softcap, slope = tiles.call.logits.softcap, None
     logit = logits_of(rows.query, rows.factor, key)
+    tiles.add_bias(logit, block, keys)
     if softcap is not None:
         tangent = logit.div_(softcap).tanh_()
         slope = 1 - tangent.square()

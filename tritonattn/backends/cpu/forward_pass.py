@@ -97,6 +97,7 @@ class _Softmax:
     def _logits(self, keys: slice, hidden: Tensor | None) -> Tensor:
         tiles, block, softcap = self.tiles, self.block, self.call.logits.softcap
         logit = logits_of(self.query, self.factor, tiles.scaled_keys(block.heads, keys))
+        tiles.add_bias(logit, block, keys)
         tiles.hide(logit, block, hidden)
         if self.aux:
             self.max_logit = torch.maximum(self.max_logit, logit.amax(-1, keepdim=True))

@@ -29,7 +29,8 @@ _LARGEST_LOGIT = 1e38
 
 def supports(call: AttentionCall) -> bool:
     """Whether `attention` computes this call: all keys or a square's lower triangle seen, and no extras."""
-    if call.logits.softcap is not None or call.logits.sinks is not None or call.dropout is not None:
+    _, _, _, *extras = call.logits
+    if call.dropout is not None or any(x is not None for x in extras):
         return False
     empty = 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape
     return not empty and (call.visibility.is_full or call.visibility.is_square_causal) and not _hides_nan(call)

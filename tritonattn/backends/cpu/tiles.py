@@ -91,15 +91,17 @@ class Tiles:
     def keys_of(self, block: Block, spans: list[tuple[slice, bool]]) -> Iterator[tuple[slice, Tensor | None]]:
         """Yield the spans of `spans_of(block)` that some row may see, and the hidden pairs of each, or None for none.
 
-        Hidden pairs are bool, broadcastable to [batch entries, key heads, G, rows, keys].
+        Hidden pairs are bool, broadcastable to [batch entries, key heads, G, rows, keys]. A bias of -inf hides its key.
         """
-        mask = self.call.visibility.mask
+        mask, bias = self.call.visibility.mask, self.call.logits.key_bias
         for keys, is_whole in spans:
-            if is_whole and mask is None and self._bounds_decide():
-                yield keys, None
-                continue
-            hidden = self._hidden(block, keys)
-            if mask is None or not self.readable:
+            hidden = None
+            if not (is_whole and mask is None and self._bounds_decide()):
+                hidden = self._hidden(block, keys)
+            if bias is not None:
+                weightless = self._bias(block, keys) == -torch.inf
+                hidden = weightless if hidden is None else hidden | weightless
+            if hidden is None or (mask is None and bias is None) or not self.readable:
                 yield keys, hidden
             elif not hidden.all():
                 yield keys, hidden if hidden.any() else None
@@ -136,6 +138,11 @@ class Tiles:
         if self.call.logits.key_scale is None:
             return key
         return key * self.of_keys(self.call.logits.key_scale[..., None], heads, keys)
+
+    def add_bias(self, logit: Tensor, block: Block, keys: slice) -> None:
+        """Add key_bias to logit [N, G * rows, keys]."""
+        if self.call.logits.key_bias is not None:
+            self.by_head(logit, block).add_(self._bias(block, keys))
 
     def hide(self, logit: Tensor, block: Block, hidden: Tensor | None, value: float = -torch.inf) -> None:
         """Overwrite the hidden pairs of logit [N, G * rows, keys]."""
@@ -219,6 +226,11 @@ class Tiles:
             return None
         holes = self.unseen.flatten(0, -2).any(0)
         return [0, *holes.cumsum(0).tolist()]
+
+    def _bias(self, block: Block, keys: slice) -> Tensor:
+        """key_bias of a tile, widened: [batch entries, key heads, G, 1, keys]."""
+        assert self.call.logits.key_bias is not None
+        return self.call.logits.key_bias[block.heads.batch, block.heads.keys, :, None, keys].to(self.dtype)
 
     def _hidden(self, block: Block, keys: slice) -> Tensor:
         batch = block.heads.batch

@@ -13,7 +13,19 @@ from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ...core.visibility import Visibility
 from ...kernels.records import Results, RowTerms, Starts
 from ...tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
-from .launch import Arguments, Kind, Plan, are_aligned, form_of, is_wide, kind_of, planned, scale_of, strided
+from .launch import (
+    Arguments,
+    Kind,
+    Plan,
+    are_aligned,
+    bias_of,
+    form_of,
+    is_wide,
+    kind_of,
+    planned,
+    scale_of,
+    strided,
+)
 from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
 
 
@@ -65,17 +77,17 @@ def backward(
     )
     shared = _call_arguments(call) | {"d_out": strided(d_out)}
     shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
-    corrects = corrects_delta(kind.problem)
-    takes_sinks = call.logits.sinks is not None and (needs.sinks or needs.query_scale or corrects)
+    corrects = needs.query_scale or call.logits.key_bias is not None or corrects_delta(kind.problem)
+    takes_sinks = call.logits.sinks is not None and (needs.sinks or corrects)
     d_sinks = _results(call, lse.shape, torch.float32) if takes_sinks else None
     shared["d_sinks_ptr"] = d_sinks
     rounding = None if rounding is None else rounding.contiguous()
     results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
     shared |= _row_terms(kind, call, shared, results, d_out)
     d_q, d_query_scale = _grad_query(kind, call, shared, needs, d_out)
-    d_k, d_v, d_key_scale = _grad_key_value(kind, call, shared, needs, d_out)
+    of_keys = _grad_key_value(kind, call, shared, needs, d_out)
     d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
-    values = (d_q, d_k, d_v, d_query_scale, d_key_scale, d_sinks)
+    values = of_keys._replace(q=d_q, query_scale=d_query_scale, sinks=d_sinks)
     return Gradients(*(value if need else None for value, need in zip(values, needs, strict=True)))
 
 
@@ -95,7 +107,8 @@ def _row_terms(kind: Kind, call: AttentionCall, shared: Arguments, results: Resu
 def _grad_query(
     kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    for_keys = corrects_delta(kind.problem) and (needs.k or needs.key_scale)  # which read the corrected terms
+    # The pass over keys reads the corrected terms.
+    for_keys = needs.key_bias or (corrects_delta(kind.problem) and (needs.k or needs.key_scale))
     if not (needs.q or needs.query_scale or for_keys):
         return None, None
     d_q = _results(call, call.q.shape, torch.float32 if kind.problem.wide_q else call.q.dtype)
@@ -107,22 +120,23 @@ def _grad_query(
     return d_q, d_query_scale
 
 
-def _grad_key_value(
-    kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if not (needs.k or needs.v or needs.key_scale):
-        return None, None, None
-    visible = call.visibility
+def _grad_key_value(kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor) -> Gradients:
+    """The gradients of k, v, key_scale and key_bias."""
+    if not (needs.k or needs.v or needs.key_scale or needs.key_bias):
+        return Gradients()
+    visible, bias = call.visibility, call.logits.key_bias
     d_k = _results(call, call.k.shape, torch.float32 if kind.problem.wide_k else call.k.dtype)
     d_v = _results(call, call.v.shape, call.v.dtype)
     d_key_scale = _results(call, call.k.shape[:3], torch.float32) if needs.key_scale else None
+    d_key_bias = _results(call, bias.shape, torch.float32) if bias is not None and needs.key_bias else None
     results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size": None}
+    results["d_key_bias_ptr"] = d_key_bias
     scale, query_scale, *_ = call.logits
     if query_scale is not None and call.q.dtype == torch.float16:
         factor = (query_scale * (scale * _LOG2_E)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
         results["factor_size"] = _largest(factor)
     _launch("grad_key_value", kind, call, shared | results, d_out)
-    return d_k, d_v, d_key_scale
+    return Gradients(k=d_k, v=d_v, key_scale=d_key_scale, key_bias=d_key_bias)
 
 
 def _launch(kernel: str, kind: Kind, call: AttentionCall, available: Arguments, d_out: Tensor | None = None) -> None:
@@ -197,6 +211,7 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: bool) 
         mask=visible.mask is not None,
         query_scale=call.logits.query_scale is not None,
         key_scale=call.logits.key_scale is not None,
+        key_bias=call.logits.key_bias is not None,
         grouped=visible.q_heads != visible.kv_heads,
         softcap=call.logits.softcap is not None,
         sinks=call.logits.sinks is not None,
@@ -248,6 +263,7 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
         form_of(d_out),
         form_of(logits.query_scale),
         form_of(logits.key_scale),
+        form_of(logits.key_bias),
         form_of(logits.sinks),
         logits.softcap is None,
         call.dropout is None,
@@ -317,6 +333,7 @@ def _call_arguments(call: AttentionCall) -> Arguments:
         "v": strided(call.v),
         "query_scale": scale_of(call.logits.query_scale),
         "key_scale": scale_of(call.logits.key_scale),
+        "key_bias": bias_of(call.logits.key_bias),
         "sinks_ptr": None if call.logits.sinks is None else call.logits.sinks.contiguous(),
         "dropout_ptr": None if dropout is None else dropout.state,
         "keep_from": 0 if dropout is None else dropout.threshold - 2**31,

@@ -136,6 +136,7 @@ def _logits(problem: Problem, rows: tuple[int, int, int], keys: tuple[int, int, 
         1.0,
         _tensor(*rows) if problem.query_scale else None,
         _tensor(*keys) if problem.key_scale else None,
+        _tensor(*keys[:2], rows[1] // keys[1], keys[2]) if problem.key_bias else None,
         1.0 if problem.softcap else None,
         _tensor(rows[1]) if problem.sinks else None,
     )
@@ -171,7 +172,7 @@ def _backward(problem: Problem) -> None:
     call = _attention_call(problem)
     out, rounding, lse = _results(problem, call)
     d_out = _tensor(*out.shape, dtype=problem.dtype, aligned=problem.aligned)
-    needs = Needs(True, True, True, problem.query_scale_grad, problem.key_scale, problem.sinks)
+    needs = Needs(True, True, True, problem.query_scale_grad, problem.key_scale, problem.key_bias, problem.sinks)
     q, k = (x.float() if wide else x for x, wide in ((call.q, problem.wide_q), (call.k, problem.wide_k)))
     call = replace(call, q=q, k=k)
     backward(call, out, lse, d_out, _tensor(*lse.shape) if problem.aux else None, needs, rounding)

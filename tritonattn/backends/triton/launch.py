@@ -16,9 +16,18 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ...kernels import KERNELS
-from ...kernels.records import Scale, Strided
+from ...kernels.records import Bias, Scale, Strided
 from ...tuning import lookup
-from ...tuning.config import Problem, Target, TileConfig, corrects_delta, legal_reasons, padded_dim, sum_columns
+from ...tuning.config import (
+    Problem,
+    Target,
+    TileConfig,
+    corrects_delta,
+    key_sum_columns,
+    legal_reasons,
+    padded_dim,
+    sum_columns,
+)
 from ...tuning.defaults import default_config
 from .device import Arguments, ArgumentsOfKind, Grid, Kind, launch_on
 
@@ -221,6 +230,7 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "SUM_COLUMNS": sum_columns(problem, target),
+        "KEY_SUM_COLUMNS": key_sum_columns(problem, config, target),
         "CORRECT_DELTA": corrects_delta(problem),
         "IS_PART": problem.is_part,
         "SPLIT_TERMS": target.has_tensor_memory,
@@ -239,6 +249,14 @@ def scale_of(tensor: Tensor | None) -> Scale | None:
         return None
     b, h, s = tensor.stride()
     return Scale(tensor, 16 * b, 16 * h, s)
+
+
+def bias_of(tensor: Tensor | None) -> Bias | None:
+    """The record of a bias [B, Hkv, group, Sk]."""
+    if tensor is None:
+        return None
+    b, h, g, s = tensor.stride()
+    return Bias(tensor, 16 * b, 16 * h, 16 * g, s)
 
 
 def bounded(x: Tensor, highest: int) -> Tensor:
