@@ -141,7 +141,7 @@ def diagnose(
     )
     rows = row_statistics(q, k, factor, visibility)
     with torch.autocast(q.device.type, enabled=False):
-        _, _, key_scale = factor.scales(q, k, visibility, Statistics(k, visibility))
+        key_scale = factor.scales(q, k, visibility, Statistics(k, visibility)).key
     power, error = count_power(q, k, key_scale, rows.factor.sign(), visibility)
     return Diagnosis(**_of_rows(rows), **_of_keys(k, visibility), count_power=power, count_power_error=error)
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from threading import local
 
 import torch
 from torch import Tensor
 
-_is_on: ContextVar[bool] = ContextVar("tritonattn_batch_invariant", default=False)
+
+class _Switch(local):
+    """No ContextVar: torch.compile reads none."""
+
+    is_on = False
+
+
+_switch = _Switch()
 
 
 @contextmanager
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
     """Turn `batch_invariant` on, or off, for calls inside that leave the argument at None, in this thread.
+
+    A function under torch.compile keeps the switch of its first call: give it the argument itself.
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 2, 4, 16, 8)
@@ -24,16 +33,16 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
     >>> torch.equal(out[:1, :, :5], alone)
     True
     """
-    token = _is_on.set(enabled)
+    before, _switch.is_on = _switch.is_on, enabled
     try:
         yield
     finally:
-        _is_on.reset(token)
+        _switch.is_on = before
 
 
 def is_invariant(asked: bool | None) -> bool:
     """The switch of a call: its own argument, or that of the context where it has none."""
-    return _is_on.get() if asked is None else asked
+    return _switch.is_on if asked is None else asked
 
 
 def halving_sum(x: Tensor) -> Tensor:
