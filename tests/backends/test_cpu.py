@@ -239,7 +239,7 @@ def test_keys_hidden_from_every_row_reach_nothing(mask, poison, options):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("asked", range(6))
+@pytest.mark.parametrize("asked", range(len(ALL)))
 @pytest.mark.usefixtures("small_tiles")
 def test_only_what_is_needed_is_computed(asked):
     call = make_call(**OPTIONS["all"], causal=True)

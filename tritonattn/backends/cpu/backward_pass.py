@@ -130,7 +130,7 @@ class _KeySums:
 class _Piece:
     """Pairs of a block and a span of keys: [N, G * rows, keys], or [N, keys, D] for key; slope None for 1.
 
-    d_logit is dropped and without delta, or None where neither q nor k needs it.
+    d_logit is dropped and without delta, or None where nothing but v needs it.
     """
 
     keys: slice
@@ -160,7 +160,8 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
     needs_query = gradients.q is not None or gradients.query_scale is not None
     d_query = torch.zeros_like(rows.query) if needs_query else None
     spans, delta = tiles.spans_of(block), rows.delta
-    pieces = _pieces(tiles, block, rows, spans, needs_query or sums.key is not None)
+    needs_logits = needs_query or sums.key is not None or gradients.key_bias is not None
+    pieces = _pieces(tiles, block, rows, spans, needs_logits)
     if (tiles.joins_spans or len(spans) == 1) and not tiles.call.is_part:
         pieces = list(pieces)
         total, delta = torch.zeros_like(delta), torch.zeros_like(delta)
