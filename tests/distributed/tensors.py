@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import tritonattn
 from tritonattn import nn
 from tritonattn.core.shards import whole
+from tritonattn.distributed import HeadParallel
 
 B, HQ, HKV, S, D = 4, 8, 4, 12, 8
 PLACEMENTS = {
@@ -156,3 +159,20 @@ def dropped(rank: int) -> tuple[list[Tensor], bool]:
     same = torch.equal(replicas[:2], replicas[2:])
     q = distribute_tensor(one, mesh, [Shard(0), Shard(1)])
     return list(tritonattn.attention(q, q, q, dropout_p=0.5).full_tensor().flatten(0, 1)), same
+
+
+def layer(rank: int, scaling: str) -> float:
+    """Largest relative error of a ScaledAttention whose projections, scaling and sinks are sharded by head."""
+    mesh = _mesh((2, 2))["tp"]
+    torch.manual_seed(0)
+    learned = nn.QueryAdaptiveSSMax(HQ, 32 // HQ, dtype=torch.float64) if scaling == "query_adaptive_ssmax" else scaling
+    one = nn.ScaledAttention(32, HQ, kv_heads=HKV, scaling=learned, sinks=True, causal=True, dtype=torch.float64)
+    own, x = copy.deepcopy(one), _random(2, S, 32)
+    plan: dict[str, Any] = {f"{name}_proj": ColwiseParallel() for name in "qkv"}
+    parallelize_module(own, mesh, {**plan, "o_proj": RowwiseParallel(), "scaling": HeadParallel()})
+    parallelize_module(own, mesh, HeadParallel("sinks"))
+    results = [net(x) for net in (own, one)]
+    for result in results:
+        result.square().sum().backward()
+    pairs = [(mine.grad, theirs.grad) for mine, theirs in zip(own.parameters(), one.parameters(), strict=True)]
+    return max(_error(got, want) for got, want in [(results[0], results[1]), *pairs] if want is not None)
