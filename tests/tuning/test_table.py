@@ -141,6 +141,7 @@ def test_the_key_of_a_call():
     assert key_of("forward", replace(problem, mask=True)) is None
     assert key_of("forward", replace(problem, value_dim=272)) is None
     assert key_of("forward", replace(problem, value_dim=136)) is None
+    assert key_of("forward", replace(problem, value_dim=40, key_scale=True)) is None
     assert key_of("forward", replace(problem, head_dim=17, value_dim=144)) is None
 
 

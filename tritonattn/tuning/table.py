@@ -83,13 +83,13 @@ def key_of(kernel: str, problem: Problem) -> Key | None:
     """The key of a call, or None where tables have no entry.
 
     Tables leave out fp32, head dims above 256, memory-bound kernels, and calls that take more registers: a mask,
-    dropout, decoding with many rows or from pages, and head dims above 128 that are no multiples of 16. Below, such
-    head dims have the key of the width that they pad to: their code is one but for the bound of a mask.
+    dropout, decoding with many rows or from pages, and head dims that are no multiples of 16 above 128 or with a key
+    scale. Other such head dims have the key of the width to which they pad: their code is one but for a mask's bound.
     """
     is_odd = problem.head_dim % 16 > 0 or problem.value_dim % 16 > 0
     wider = problem.width if is_odd else max(problem.head_dim, problem.value_dim)
     is_heavy = problem.mask or problem.dropout or problem.block_table or problem.packed_rows > 16
-    is_heavy |= is_odd and wider > 128
+    is_heavy |= is_odd and (wider > 128 or problem.key_scale)
     if problem.dtype.itemsize != 2 or kernel not in TILED_KERNELS or is_heavy:
         return None
     head_dim = next((dim for dim in HEAD_DIMS if dim >= wider), None)
