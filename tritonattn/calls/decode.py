@@ -148,10 +148,11 @@ def _logits(
         keys = q.new_full((), torch.nan).expand(*visibility.keys, q.shape[3])  # a shape, in place of a gathered copy
     else:
         keys = cache.keys()
+    kind = ops.KernelStatistics if backend == "triton" else Statistics
     if record is not None:
-        statistics = CachedStatistics(cache.keys, visibility, record, visibility.left)
+        statistics = CachedStatistics(cache.keys, visibility, record, visibility.left, kind._scan)
     else:
-        statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(cache.keys, visibility)
+        statistics = kind(cache.keys, visibility)
     logits = factor.logits(q, keys, visibility, statistics, options.key_bias, options.cap, sinks_of(q, options))
     refuse_gradients(scaling=logits.query_scale, key_scale=logits.key_scale, key_bias=logits.key_bias)
     return logits

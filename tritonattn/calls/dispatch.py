@@ -108,6 +108,8 @@ def _attend(
     else:
         statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visibility)
         logits = factor.logits(q, k, visibility, statistics, options.key_bias, options.cap, sinks)
+        if visibility.invariant and backend == "triton":
+            _refuse_scaled_halves(v, logits, q, k)
         call = statistics.widened(AttentionCall(q, k, v, visibility, logits, dropout))
         if not options.return_aux:
             return _out(call, backend)
@@ -158,6 +160,16 @@ def _refuse_company(q: Tensor, k: Tensor, backend: str, options: Options) -> Non
         obstacle = f"backend 'sdpa' on {q.device}, whose products follow the lengths"
     if obstacle is not None:
         raise NotImplementedError(f"batch_invariant: not with {obstacle}")
+
+
+def _refuse_scaled_halves(v: Tensor, logits: Logits, *operands: Tensor) -> None:
+    """Raise for gradients of fp16 with scales: kernels divide by the largest scale of a head before they round."""
+    is_scaled = logits.query_scale is not None or logits.key_scale is not None
+    if v.dtype == torch.float16 and is_scaled and needs_graph(*operands, v, logits.query_scale, logits.key_scale):
+        raise NotImplementedError(
+            "batch_invariant: not with gradients of float16 where a scaling has vectors, whose largest entry reaches"
+            " the rounding of others; bfloat16 and float32 have them"
+        )
 
 
 def _choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options, decodes: bool) -> str:

@@ -203,6 +203,6 @@ def _per_query_head(name: str, query: Tensor, q: Tensor, visibility: Visibility)
     check_tensor(name, query, "[B, Hq, Sq]")
     if query.dim() > 1 and 1 < query.shape[-2] == kv_heads != q_heads:
         check_factor(name, query, q, (batch, kv_heads, q_len), "[B, Hkv, Sq]")
-        return query.repeat_interleave(q_heads // kv_heads, dim=-2)
+        return visibility.repeated(query)
     check_factor(name, query, q, visibility.rows, "[B, Hq, Sq]")
     return query

@@ -127,7 +127,8 @@ class KeyStatistics:
         kept = place < self.capacity
         if counts is not None:
             kept = kept & (order < counts[:, None])
-        self._write(key_lengths_of(k_new, kept[:, None]), torch.where(kept, place, self.capacity))
+        lengths = key_lengths_of(k_new, kept[:, None], invariant=True)  # whatever the call that reads them
+        self._write(lengths, torch.where(kept, place, self.capacity))
         self.counts += kept.sum(-1)
 
     @torch.no_grad()
@@ -281,28 +282,40 @@ class CachedStatistics(Statistics):
     """The row statistics of `visibility` from a `KeyStatistics` record; k itself is not read.
 
     left   rows see at most left + 1 keys, or None for all before their own
+    scan   computes prefix sums where `visibility.invariant`: then sums come from the lengths, as without a record
 
     Rows that see all keys before their own read the record's prefix sums and maxima. Rows of a window read the lengths
     inside it: a difference of prefix sums would keep the NaN, inf or rounding of keys that have left the window.
     """
 
     def __init__(
-        self, k: Tensor | Callable[[], Tensor], visibility: Visibility, record: KeyStatistics, left: int | None
+        self,
+        k: Tensor | Callable[[], Tensor],
+        visibility: Visibility,
+        record: KeyStatistics,
+        left: int | None,
+        scan: Callable[[Tensor], Tensor] = prefix_sum,
     ) -> None:
         super().__init__(k, visibility)
         self._record = record
         self._left = left
+        self._scan = scan
 
     def _lengths(self) -> Tensor:
-        return torch.where(self.visibility.seen_keys(), self._record.lengths, 0)
+        counted = self.visibility.counted_keys()
+        return self._record.lengths if counted is None else torch.where(counted, self._record.lengths, 0)
 
     def _length_sum(self) -> Tensor:
+        if self.visibility.invariant:
+            return super()._length_sum()
         dtype = self._record.lengths.dtype
         if self._left is None:
             return self._at_row_ends(self._record.length_sums).to(dtype)
         return self._in_windows().sum(-1, dtype=torch.float64).to(dtype)
 
     def _length_square_sum(self) -> Tensor:
+        if self.visibility.invariant:
+            return super()._length_square_sum()
         if self._left is None:
             return self._at_row_ends(self._record.square_sums)
         return self._in_windows().double().square().sum(-1)

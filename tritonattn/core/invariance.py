@@ -45,6 +45,17 @@ def is_invariant(asked: bool | None) -> bool:
     return _switch.is_on if asked is None else asked
 
 
+def refuse_over_ranks(asked: bool | None) -> None:
+    """Raise where the switch is on for a sequence that ranks share, whose parts are joined by their number."""
+    if is_invariant(asked):
+        raise NotImplementedError("batch_invariant: not over ranks that share a sequence")
+
+
+def power(x: Tensor, exponent: Tensor | float) -> Tensor:
+    """x^exponent of x >= 0 by exp and log: torch.pow on a CPU rounds otherwise in the remainder of a vector."""
+    return (x.log() * exponent).exp()
+
+
 def halving_sum(x: Tensor) -> Tensor:
     """Sum of x [..., n] over the last axis, [..., 1], by adding halves: the order of a row depends on n alone.
 

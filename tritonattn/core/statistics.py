@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .autograd import apply, runs_eagerly
 from .call import AttentionCall
+from .invariance import halving_sum
 from .ranges import argmax_over_ranges, prefix_sum
 from .visibility import Visibility
 
@@ -72,7 +73,7 @@ class Statistics:
         return self._lengths_of(q, None if self.visibility.every_row_sees else self.visibility.seeing_rows())
 
     def _lengths_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        return key_lengths_of(x, seen)
+        return key_lengths_of(x, seen, self.visibility.invariant)
 
     def widened(self, call: AttentionCall) -> AttentionCall:
         """The call with gradients in fp32 for q and k, where gradients of their lengths are added to them."""
@@ -85,10 +86,10 @@ class Statistics:
         return self._known[name]
 
     def _lengths(self) -> Tensor:
-        return self._lengths_of(self.k, None if self.visibility.sees_every_key else self._seen_keys())
+        return self._lengths_of(self.k, self._counted_keys())
 
-    def _seen_keys(self) -> Tensor:
-        return self.visibility.seen_keys()
+    def _counted_keys(self) -> Tensor | None:
+        return self.visibility.counted_keys()
 
     def _length_sum(self) -> Tensor:
         return self.visibility.sum(self.lengths, self._scan, self.lengths.dtype)
@@ -123,23 +124,26 @@ class DoubleStatistics(Statistics):
         return self._narrow.length_max.double()
 
 
-def key_lengths_of(k: Tensor, seen: Tensor | None = None) -> Tensor:
+def key_lengths_of(k: Tensor, seen: Tensor | None = None, invariant: bool = False) -> Tensor:
     """Euclidean lengths of k [..., D]: [...], fp32 (fp64 for fp64 k).
 
     seen, bool and broadcastable to [...], names the rows that count: the others have length 0 and gradient 0
     even where they hold NaN. Where a square would over- or underflow the largest component is factored out.
-    The gradient of ||k|| is k / ||k||, and 0 at k = 0.
+    The gradient of ||k|| is k / ||k||, and 0 at k = 0. invariant: a length's bits depend on its key alone.
     """
-    return apply(_Length, k, seen)
+    return apply(_Length, k, seen, invariant)
 
 
 class _Length(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(k: Tensor, seen: Tensor | None) -> Tensor:
+    def forward(k: Tensor, seen: Tensor | None, invariant: bool) -> Tensor:
         is_readable = runs_eagerly(k) and k.device.type == "cpu" and k.numel() > 0
-        lengths = _lengths_on_cpu(k) if is_readable else _lengths_of(k)
+        if invariant:
+            lengths = _by_pieces(lambda piece: _lengths_of(piece, _invariant_norm), k)
+        else:
+            lengths = _lengths_on_cpu(k) if is_readable else _lengths_of(k)
         return lengths if seen is None else torch.where(seen, lengths, 0)
 
     @staticmethod
@@ -151,7 +155,7 @@ class _Length(torch.autograd.Function):
         k, lengths = ctx.saved_tensors
         counted = lengths > 0
         direction = k / torch.where(counted, lengths, 1)[..., None]
-        return (direction * g[..., None]).masked_fill_(~counted[..., None], 0).to(k.dtype), None
+        return (direction * g[..., None]).masked_fill_(~counted[..., None], 0).to(k.dtype), None, None
 
 
 # Keys that are widened at a time: a widened copy of all of k would be the peak of a call's memory.
@@ -172,13 +176,14 @@ def _by_pieces(lengths: Callable[[Tensor], Tensor], k: Tensor) -> Tensor:
     return torch.cat([lengths(piece) for piece in k.split(_ROWS, dim=-2)], dim=-1)
 
 
-def _lengths_of(k: Tensor) -> Tensor:
+def _lengths_of(k: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Lengths of k; each key by itself decides whether its largest component is factored out."""
-    lengths = _norm(k)
+    norm = norm or _norm
+    lengths = norm(k)
     wide = k.to(lengths.dtype)
     largest = wide.abs().amax(-1)
     largest = torch.where(largest > 0, largest, 1)
-    factored = largest * _norm(wide / largest[..., None])
+    factored = largest * norm(wide / largest[..., None])
     return torch.where(_is_safe(lengths), lengths, factored)
 
 
@@ -188,6 +193,11 @@ def _is_safe(lengths: Any) -> Any:
     The bounds are literals: torch.compile(dynamic=True) would make inputs of globals, which two functions cannot share.
     """
     return (lengths > 1e-15) & (lengths < 1e15)
+
+
+def _invariant_norm(k: Tensor) -> Tensor:
+    wide = k.to(torch.promote_types(k.dtype, torch.float32))
+    return halving_sum(wide.square())[..., 0].sqrt()
 
 
 def _norm(k: Tensor) -> Tensor:

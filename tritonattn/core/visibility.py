@@ -8,13 +8,14 @@ prefix sums. A dense bool mask is the fallback for holes; it is intersected with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import ranges
+from .packing import Places
 from .ranges import argmax_over_ranges, prefix_sum
 from .sequences import Sequences
 
@@ -208,8 +209,10 @@ class Visibility:
 
         Where query heads see different keys (`per_query_head`) the result is [B, Hq, Sq]. Differentiable, without
         atomics. Accumulates in fp64, so that a short window late in a long sequence is as exact as an early one; scan
-        is what computes prefix sums.
+        is what computes prefix sums. Where `invariant`, always from the first key of the row's sequence on.
         """
+        if self.invariant:
+            return self._invariant_sum(x, scan, dtype)
         if self.left is None and self.is_full:
             return x.sum(-1, keepdim=True, dtype=torch.float64).expand(*x.shape[:-1], self.q_len).to(dtype)
         if self.is_causal and x.device.type == "cpu" and scan is prefix_sum:  # which says why not elsewhere
@@ -223,6 +226,28 @@ class Visibility:
             return ranges.sum_over_prefixes(x, hi[:, None], self.q_len, scan, dtype)
         return ranges.sum_over_ranges(x, lo[:, None], hi[:, None], self.key_ranges is None, scan, dtype)
 
+    def _invariant_sum(self, x: Tensor, scan: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        if self.mask is not None:
+            raise NotImplementedError(
+                "batch_invariant: not with sums of key lengths under a mask; key_ranges have them"
+            )
+        if self.sequences is not None:
+            return self._by_members(x, self.sequences, lambda members, x: members._invariant_sum(x, scan, dtype))
+        lo, hi = self._bounds()
+        if self.begins_at_first:
+            return ranges.sum_over_prefixes(x, hi[:, None], self.q_len, scan, dtype)
+        return ranges.sum_over_ranges(x, lo[:, None], hi[:, None], self.key_ranges is None, scan, dtype)
+
+    def _by_members(self, x: Tensor, sequences: Sequences, compute: Callable[[Visibility, Tensor], Tensor]) -> Tensor:
+        """A statistic [1, H, T_q] of x [1, H, T_k], computed for a padded batch of the sequences."""
+        rows = Places(sequences.q_starts.long(), sequences.longest_q, self.q_len)
+        keys = Places(sequences.k_starts.long(), sequences.longest_k, self.k_len)
+        batch = len(rows.starts) - 1
+        sizes = (batch, self.q_heads, self.kv_heads, rows.longest, keys.longest)
+        members = _Members(*sizes, self.device, self.left, self.right, invariant=True, q_counts=rows.counts)
+        members = replace(members, key_lengths=keys.counts)
+        return rows.packed(compute(members, keys.unpacked(x)))
+
     def max(
         self,
         x: Tensor,
@@ -233,6 +258,8 @@ class Visibility:
 
         The lowest key that attains the maximum takes its gradient; scan as in `sum`, and argmax finds those keys.
         """
+        if self.invariant and self.sequences is not None:
+            return self._by_members(x, self.sequences, lambda members, x: members.max(x, scan, argmax))
         if self.mask is not None:
             x = self._per_mask_head(x)
             first, seen = ranges.argmax_over_mask(x.detach(), *self._bounds(), self.mask)
@@ -275,6 +302,27 @@ class Visibility:
             seen = seen.unflatten(1, (self.kv_heads, -1)).any(2)
         return seen.expand(-1, -1, self.k_len)
 
+    def counted_keys(self) -> Tensor | None:
+        """Keys whose lengths are taken, as `seen_keys`; None for all.
+
+        Where `invariant`, those that have left every window too: sums over a window are differences.
+        """
+        if self.sees_every_key:
+            return None
+        if not self.invariant or self.left is None or self.key_ranges is not None or self.mask is not None:
+            return self.seen_keys()
+        key = torch.arange(self.k_len, device=self.device)
+        if self.sequences is not None:
+            return (key < self.sequences.k_starts[-1])[None, None]
+        return (key < self._bounds()[1].amax(-1, keepdim=True))[:, None]
+
+    def repeated(self, x: Tensor) -> Tensor:
+        """x [..., Hkv, Sq] for every query head, [..., Hq, Sq]; where `invariant`, heads' gradients add up in order."""
+        group = self.q_heads // x.shape[-2]
+        if not self.invariant:
+            return x.repeat_interleave(group, dim=-2)
+        return torch.stack([x] * group, dim=-2).flatten(-3, -2)
+
     def dense(self) -> Tensor:
         """The visible pairs, bool [B or 1, 1 or Hq, Sq, Sk]: O(Sq Sk), for the reference."""
         return self.tile(slice(0, self.q_len), slice(0, self.k_len))
@@ -290,6 +338,31 @@ class Visibility:
     def _per_mask_head(self, x: Tensor) -> Tensor:
         group = self.q_heads // self.kv_heads if self.kv_heads else 1
         return x.repeat_interleave(group, dim=1) if self.per_query_head and group > 1 else x
+
+
+@dataclass(frozen=True, eq=False)
+class _Members(Visibility):
+    """Sequences as a padded batch, of q_counts [N] rows and key_lengths [N] keys; rows behind them come last."""
+
+    q_counts: Tensor = field(kw_only=True)
+
+    @property
+    def depends_on_sizes_only(self) -> bool:
+        return False
+
+    def _ranges(self) -> tuple[Tensor, Tensor]:
+        keys, rows = cast(Tensor, self.key_lengths)[:, None], self.q_counts[:, None]
+        row = torch.arange(self.q_len, device=self.device)
+        own = row + keys - rows  # [N, Sq]
+        lo, hi = torch.zeros_like(own), keys.expand_as(own)
+        if self.right is not None:
+            hi = torch.minimum(own + (self.right + 1), hi).clamp(min=0)
+        if self.left is not None:
+            lo = torch.minimum((own - self.left).clamp(min=0), keys)
+        is_row = row < rows
+        last = torch.full_like(own, self.k_len)
+        lo = torch.where(is_row, lo, 0 if self.left is None else last)
+        return lo, torch.where(is_row, torch.maximum(lo, hi), last)
 
 
 def _later(bound: Tensor | None, other: Tensor) -> Tensor:

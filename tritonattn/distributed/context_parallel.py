@@ -14,6 +14,7 @@ from ..calls.factor import Factor
 from ..calls.varlen_checks import check_offsets
 from ..core.autograd import needs_graph
 from ..core.call import AttentionCall
+from ..core.invariance import refuse_over_ranks
 from ..scaling import Scaling
 from . import by_heads, gathered, ring
 from .layout import Split
@@ -94,6 +95,7 @@ def context_parallel_attention(
     options = Options(
         causal=causal, window=window, softcap=softcap, sinks=sinks, return_aux=return_aux, backend=backend
     )
+    refuse_over_ranks(None)
     (q, k, v), autocast_off = autocast(q, k, v)
     check(q, k, v, options)
     split = Split.of(mesh, layout)

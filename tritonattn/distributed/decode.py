@@ -17,6 +17,7 @@ from ..calls.factor import Factor
 from ..calls.key_statistics import CachedStatistics, KeyStatistics
 from ..core.call import AttentionCall, ForwardResult
 from ..core.decode_call import Cache
+from ..core.invariance import refuse_over_ranks
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
@@ -79,6 +80,7 @@ def context_parallel_decode(
     Source: Dao et al. 2023, "Flash-Decoding for long-context inference", https://pytorch.org/blog/flash-decoding.
     """
     options = Options(window=window, softcap=softcap, sinks=sinks, return_aux=return_aux, backend=backend)
+    refuse_over_ranks(None)
     (q, k, v), autocast_off = autocast(q, k_cache, v_cache)
     split = Split.of(mesh, "contiguous")
     check_integers("key_lengths", key_lengths, "[B]", q)

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..calls.attention import attention
 from ..calls.dispatch import AttentionAux
+from ..core.invariance import refuse_over_ranks
 from ..core.shards import context_parallel
 from ..scaling import Scaling, SqrtDim
 from .architecture import query_heads
@@ -71,6 +72,7 @@ def attention_forward(
     else:
         from .context_parallel import over_ranks
 
+        refuse_over_ranks(arguments["batch_invariant"])
         result = over_ranks(module, query, key, value, options, kwargs, parallel)
     if observer is None:
         out = cast(Tensor, result)
@@ -113,6 +115,7 @@ def call_arguments(
         "sinks": s_aux,
         "dropout_p": dropout,
         "backend": settings.backend,
+        "batch_invariant": settings.batch_invariant,
     }
 
 

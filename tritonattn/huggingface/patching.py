@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calls.checks import BACKENDS
+from ..calls.checks import BACKENDS, check_bool
 from ..core.shards import obstacle_to_parameters
 from ..core.tables import table
 from ..scaling import Scaling
@@ -128,6 +128,7 @@ def patch(
     *,
     gain: float | Tensor | None = None,
     backend: str = "auto",
+    batch_invariant: bool | None = None,
 ) -> Patched:
     """Compute attention layers of a transformers model by `tritonattn.attention`, with another scaling.
 
@@ -149,7 +150,7 @@ def patch(
             "backend": ...}, where later entries win.
         gain: A float, or a tensor broadcastable to [Hq, 1], such as torch.ones(heads, 1), of which every layer gets a
             learned copy as parameter.
-        backend: As in `tritonattn.attention`.
+        backend, batch_invariant: As in `tritonattn.attention`.
 
     Learned values become parameters of the attention modules, in `Patched.layers[name].scaling`, so make the optimizer,
     and wrap the model in DDP or FSDP or shard it, afterwards. The settings become part of model.config, which is a copy
@@ -178,10 +179,12 @@ def patch(
     found = _modules_of(model)
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if batch_invariant is not None:
+        check_bool("batch_invariant", batch_invariant)
     common = {"scaling": scaling, "gain": gain, "backend": backend}
     chosen = _chosen(found, layers, common)
     plans = {
-        one.name: LayerScaling(_settings(wish, one.module))
+        one.name: LayerScaling(replace(_settings(wish, one.module), batch_invariant=batch_invariant))
         for one in found
         if (wish := chosen.get(one.name)) is not None
     }

@@ -25,12 +25,13 @@ class Settings:
 
     scaling   as in `tritonattn.attention`; None keeps the model's own
     gain      a float, or a tensor broadcastable to [Hq, 1], that multiplies the scaling
-    backend   as in `tritonattn.attention`
+    backend, batch_invariant   as in `tritonattn.attention`
     """
 
     scaling: Scaling | float | None = None
     gain: float | Tensor | None = None
     backend: str = "auto"
+    batch_invariant: bool | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> Settings:
@@ -42,7 +43,7 @@ class Settings:
         own = layer_scaling(module)
         if own is not None:
             unshard(own)
-            return cls(own.scaling, own.gain, own.backend)
+            return cls(own.scaling, own.gain, own.backend, own.batch_invariant)
         saved = getattr(getattr(module, "config", None), ATTRIBUTE, None)
         if saved is None:
             return cls()
@@ -64,8 +65,10 @@ class Settings:
         backend = saved.get("backend", "auto")
         if backend not in BACKENDS:
             raise ValueError(f"{entry}.backend: expected one of {', '.join(BACKENDS)}, got {reprlib.repr(backend)}")
-        gain = _gain(saved.get("gain"), heads, f"{entry}.gain")
-        return cls(from_config(saved.get("scaling"), heads, f"{entry}.scaling"), gain, backend)
+        gain, invariant = _gain(saved.get("gain"), heads, f"{entry}.gain"), saved.get("batch_invariant")
+        if not (invariant is None or isinstance(invariant, bool)):
+            raise ValueError(f"{entry}.batch_invariant: expected a bool or None, got {reprlib.repr(invariant)}")
+        return cls(from_config(saved.get("scaling"), heads, f"{entry}.scaling"), gain, backend, invariant)
 
 
 class LayerScaling(nn.Module):
@@ -83,6 +86,7 @@ class LayerScaling(nn.Module):
         self.scaling = settings.scaling  # a child where it is a module
         self.gain = settings.gain
         self.backend = settings.backend
+        self.batch_invariant = settings.batch_invariant
         self.shared: Any = None
         self.weights_wanted = False
         self.temporary = self.watched = temporary
@@ -104,7 +108,8 @@ class LayerScaling(nn.Module):
         gain = self.gain
         if isinstance(gain, Tensor):
             gain = {"learned": list(gain.shape)}
-        return {"scaling": to_config(self.scaling), "gain": gain, "backend": self.backend}
+        saved = {"scaling": to_config(self.scaling), "gain": gain, "backend": self.backend}
+        return saved if self.batch_invariant is None else {**saved, "batch_invariant": self.batch_invariant}
 
     def extra_repr(self) -> str:
         scaling = "" if isinstance(self.scaling, nn.Module) else f"scaling={self.scaling!r}, "

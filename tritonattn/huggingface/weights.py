@@ -51,4 +51,5 @@ def attention_weights(module: nn.Module, query: Tensor, key: Tensor, arguments: 
         warnings.warn(f"{type(module).__name__}: {_COSTLY}", stacklevel=3)
     keys = key.shape[2]
     unit = torch.eye(keys, dtype=key.dtype, device=key.device).expand(*key.shape[:2], keys, keys)
-    return cast(Tensor, attention(query, key, unit, **{**arguments, "dropout_p": 0.0, "backend": "reference"}))
+    others = {"dropout_p": 0.0, "backend": "reference", "batch_invariant": False}
+    return cast(Tensor, attention(query, key, unit, **{**arguments, **others}))

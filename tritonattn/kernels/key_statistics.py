@@ -35,6 +35,7 @@ def key_lengths(
     BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    INVARIANT: tl.constexpr,
 ):
     """Euclidean length of BLOCK_N keys of one (batch, kv head).
 
@@ -104,6 +105,7 @@ def append_keys(
     BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    INVARIANT: tl.constexpr,
 ):
     """Append the next keys of one (batch, kv head) to the buffers of a `KeyStatistics`.
 

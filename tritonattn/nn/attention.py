@@ -51,7 +51,7 @@ class ScaledAttention(nn.Module):
         qk_norm: RMS-normalise q and k over D, each with a weight [D], as Qwen 3 and Gemma 3 do.
         dropout_p: Chance to drop a probability, in training.
         bias: Give the projections a bias.
-        backend: As in `tritonattn.attention`.
+        backend, batch_invariant: As in `tritonattn.attention`; the projections are torch's and take no part in it.
         device, dtype: The parameters' device and dtype.
 
     Raises:
@@ -86,11 +86,14 @@ class ScaledAttention(nn.Module):
         dropout_p: float = 0.0,
         bias: bool = False,
         backend: str = "auto",
+        batch_invariant: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        options = Options(causal, window, softcap=softcap, dropout_p=dropout_p, backend=backend)
+        options = Options(
+            causal, window, softcap=softcap, dropout_p=dropout_p, backend=backend, batch_invariant=batch_invariant
+        )
         _check_settings(options, {"sinks": sinks, "qk_norm": qk_norm, "bias": bias}, dtype)
         kv_heads = heads if kv_heads is None else kv_heads
         context_width = width if context_width is None else context_width
@@ -100,7 +103,7 @@ class ScaledAttention(nn.Module):
         self.head_dim = width // heads if head_dim is None else head_dim
         self.scaling = self._own_scaling(scaling, device, dtype)
         self.causal, self.window, self.softcap = causal, window, softcap
-        self.dropout_p, self.backend = dropout_p, backend
+        self.dropout_p, self.backend, self.batch_invariant = dropout_p, backend, batch_invariant
         own = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(width, heads * self.head_dim, **own)
         self.k_proj = nn.Linear(context_width, kv_heads * self.head_dim, **own)
@@ -213,6 +216,7 @@ class ScaledAttention(nn.Module):
             softcap=self.softcap,
             sinks=self.sinks,
             backend=self.backend,
+            batch_invariant=self.batch_invariant,
         )
         return self._joined(cast(Tensor, out))
 
@@ -264,6 +268,7 @@ class ScaledAttention(nn.Module):
             softcap=self.softcap,
             sinks=self.sinks,
             backend=self.backend,
+            batch_invariant=self.batch_invariant,
         )
         return self.o_proj(cast(Tensor, out).flatten(1))
 
@@ -279,7 +284,13 @@ class ScaledAttention(nn.Module):
         own = cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, Sq]
         q, k = self.positioned(q, k, own)
         cache.append(k, v, counts)
-        settings = {"scaling": self.scaling, "softcap": self.softcap, "sinks": self.sinks, "backend": self.backend}
+        settings = {
+            "scaling": self.scaling,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "backend": self.backend,
+            "batch_invariant": self.batch_invariant,
+        }
         if counts is None and x.shape[1] <= LONGEST_QUERY:
             out = attention_decode(
                 q,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_count, check_dtype
+from ..core.invariance import halving_sum
+from ..core.invariance import power as power_of
 from ..core.shards import local
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
@@ -136,7 +138,8 @@ class QueryAdaptiveSSMax(Learned):
         if not visibility.every_row_sees:
             q = torch.where(visibility.seeing_rows()[..., None], q, 0)  # NaN in a row without keys would reach w
         logarithm = _power_of_log(counts_of(visibility), gamma, math.e)
-        return Scales(q.shape[-1] ** -0.5, query=delta + self._weight(q) * logarithm)
+        weight = self._weight(q, visibility.invariant)
+        return Scales(q.shape[-1] ** -0.5, query=delta + weight * logarithm)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         delta, gamma = (self.per_head(x, q)[..., None] for x in (self.delta, self.gamma))  # [Hq, 1, 1]
@@ -146,9 +149,12 @@ class QueryAdaptiveSSMax(Learned):
         weight = (1 + (q.double() * local(self.w).double()[:, None]).sum(-1, keepdim=True).exp()).log()
         return (delta + weight * logarithm) / math.sqrt(k.shape[-1])
 
-    def _weight(self, q: Tensor) -> Tensor:
+    def _weight(self, q: Tensor, invariant: bool) -> Tensor:
         """softplus(w_h . q[i]) in fp64, [B, Hq, Sq]."""
         self._check_head_dim(q)
+        if invariant:
+            product = halving_sum(q.double() * local(self.w).double()[:, None])[..., 0]
+            return product.clamp(min=0) + product.abs().neg().exp().log1p()  # softplus rounds as `power` says of pow
         product = (q.double() @ local(self.w).double()[..., None])[..., 0]
         return nn.functional.softplus(product)
 
@@ -162,4 +168,4 @@ class QueryAdaptiveSSMax(Learned):
 def _power_of_log(n: Tensor, power: Tensor, base: float) -> Tensor:
     """(ln(n) / ln(base))^power in fp64, 0 where n is at most 1: there the slope of a power would be NaN."""
     logarithm = n.clamp(min=2).double().log() / math.log(base)
-    return torch.where(n > 1, logarithm.pow(power), 0)
+    return torch.where(n > 1, power_of(logarithm, power), 0)

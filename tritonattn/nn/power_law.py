@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_dtype
+from ..core.invariance import power
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scales
@@ -86,9 +87,9 @@ class PowerLaw(Learned):
         theta, a, b, c = (self.per_head(x, q) for x in self._parameters_in_order())
         n = counts_of(visibility).clamp(min=1)  # [B or 1, 1 or Hq, Sq]
         rho = statistics.length_sum / n  # [B, Hkv or Hq, Sq]
-        rho = rho.repeat_interleave(q.shape[1] // rho.shape[1], dim=1)
+        rho = visibility.repeated(rho)
         dim = torch.full((), q.shape[-1], dtype=torch.float64, device=q.device)
-        return Scales(1.0, query=_held(theta.exp() * dim.pow(a) * n.pow(b) * _length_power(rho, c), q))
+        return Scales(1.0, query=_held(theta.exp() * power(dim, a) * power(n, b) * _length_power(rho, c), q))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         theta, a, b, c = (self.per_head(x, q)[..., None] for x in self._parameters_in_order())  # [Hq, 1, 1]
@@ -114,5 +115,4 @@ def _held(factor: Tensor, q: Tensor) -> Tensor:
 def _length_power(rho: Tensor, c: Tensor) -> Tensor:
     """rho^c; where rho is 0 or below fp32's normal range 0, or 1 where c is 0, without gradient."""
     usable = ~(rho < SMALLEST_STATISTIC)
-    power = torch.where(usable, rho, 1).pow(c)
-    return torch.where(usable, power, (c == 0).double())
+    return torch.where(usable, power(torch.where(usable, rho, 1), c), (c == 0).double())

@@ -45,10 +45,12 @@ class KernelStatistics(Statistics):
         self._wide: list[tuple[Tensor, Tensor]] = []  # tensors whose lengths have a gradient, and what takes theirs
         self._has_values = False
 
-    def _seen_keys(self) -> Tensor:
+    def _counted_keys(self) -> Tensor | None:
         visible = self.visibility
         is_plain = runs_eagerly(visible.key_lengths, visible.key_ranges)
-        return kernels().seen_keys(visible) if is_plain else super()._seen_keys()
+        if visible.invariant or visible.sees_every_key or not is_plain:
+            return super()._counted_keys()
+        return kernels().seen_keys(visible)
 
     def _lengths_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
         if not (is_transformed() or needs_graph(x)):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.invariance import power
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from .base import Scales, Scaling, check_positive, reciprocal, reciprocal_root, scales_of_count
@@ -101,7 +102,7 @@ class LogPower(Scaling):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         constant = q.shape[-1] ** -0.5 / math.log(self.base) ** self.power
-        return scales_of_count(visibility, constant, lambda n: n.clamp(min=1).log().pow(self.power))
+        return scales_of_count(visibility, constant, lambda n: power(n.clamp(min=1).log(), self.power))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         n = visible.sum(-1, keepdim=True).double()

@@ -19,6 +19,7 @@ def key_lengths(k: Tensor, seen: Tensor | None) -> Tensor:
 
     seen   bool, broadcastable to [B, Hkv, Sk], or None; unseen keys have length 0
     """
+    k = _with_usual_strides(k)
     lengths = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
     _launch_keys("key_statistics", _key_arguments(k, seen) | {"lengths_ptr": lengths}, k)
     return lengths
@@ -43,6 +44,7 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
 
     new_counts   integers [B], how many of the n are keys, or None for all
     """
+    k = _with_usual_strides(k)
     counts, lengths, length_sums, square_sums, length_maxima = buffers
     counts_after = torch.empty_like(counts)
     arguments = _key_arguments(k, None) | {
@@ -55,6 +57,15 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
     counts.copy_(counts_after)
 
 
+def _with_usual_strides(k: Tensor) -> Tensor:
+    """The keys, or a contiguous copy of a view into wider rows, whose loads, and so sums, would be others."""
+    step = 16 if k.shape[3] % 16 == 0 else 16 // k.dtype.itemsize
+    if k.shape[3] % step:
+        return k.contiguous()
+    usual = all(stride % step == 0 for size, stride in zip(k.shape[:3], k.stride(), strict=False) if size > 1)
+    return k if usual and are_aligned(k) else k.clone(memory_format=torch.contiguous_format)
+
+
 def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     batch, heads, k_len, _ = k.shape
     present = tuple(getattr(value, "dtype", value is None) for value in available.values())
@@ -65,7 +76,7 @@ def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
 
 
 def _problem(k: Tensor) -> Problem:
-    return Problem(k.shape[3], k.shape[3], k.dtype, aligned=are_aligned(k))
+    return Problem(k.shape[3], k.shape[3], k.dtype, aligned=are_aligned(k), invariant=True)
 
 
 def _key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:

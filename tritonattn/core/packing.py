@@ -1,0 +1,81 @@
+"""A packed axis as a padded batch and back, for sums that must not run across sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .autograd import apply
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Member n of a packed axis of `total` entries has those from starts[n] on, at most `longest`.
+
+    starts   int64 [N + 1]
+    """
+
+    starts: Tensor
+    longest: int
+    total: int
+
+    @property
+    def counts(self) -> Tensor:
+        """[N]"""
+        return self.starts[1:] - self.starts[:-1]
+
+    def unpacked(self, x: Tensor) -> Tensor:
+        """[1, H, total] as [N, H, longest], 0 behind each member."""
+        return apply(_Unpacked, x, self)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """[N, H, longest] as [1, H, total], 0 for entries of no member."""
+        return apply(_Packed, x, self)
+
+    def _unpack(self, x: Tensor) -> Tensor:
+        place = torch.arange(self.longest, device=x.device)
+        index = (self.starts[:-1, None] + place).clamp(max=max(self.total - 1, 0))  # [N, longest]
+        found = x[0][:, index].transpose(0, 1)
+        return torch.where((place < self.counts[:, None])[:, None], found, 0)
+
+    def _pack(self, x: Tensor) -> Tensor:
+        entry = torch.arange(self.total, device=x.device)
+        member = torch.searchsorted(self.starts[1:], entry, right=True)
+        belongs = member < x.shape[0]
+        member = member.clamp(max=x.shape[0] - 1)
+        place = (entry - self.starts[member]).clamp(max=self.longest - 1)
+        return torch.where(belongs, x[member, :, place].mT, 0)[None]
+
+
+class _Unpacked(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, places):
+        return places._unpack(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.places = inputs[1]
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.places._pack(g), None
+
+
+class _Packed(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, places):
+        return places._pack(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.places = inputs[1]
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.places._unpack(g), None
