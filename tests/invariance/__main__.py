@@ -61,7 +61,9 @@ def main() -> int:
         counts["differ" if differing else "equal"] += 1
         if differing:
             print(f"DIFFER {', '.join(differing)}: {case}", flush=True)
-    print(f"{options.backend}: {dict(counts)} of {options.cases} cases, {time.perf_counter() - start:.0f} s")
+        if counts.total() % 10 == 0 or counts.total() == options.cases:
+            seconds = time.perf_counter() - start
+            print(f"{options.backend}: {dict(counts)} of {options.cases} cases, {seconds:.0f} s", flush=True)
     return int(counts["differ"] > 0)
 
 

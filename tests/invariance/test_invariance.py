@@ -44,3 +44,31 @@ def test_refusals(arguments, named):
         tritonattn.attention(**operands(), batch_invariant=True, **arguments)
     with pytest.raises(TypeError, match="batch_invariant"):
         tritonattn.attention(**operands(), batch_invariant=1)
+
+
+def test_layers_and_patches_hand_it_on():
+    layer = tritonattn.nn.ScaledAttention(32, heads=2, backend="reference", batch_invariant=True)
+    with pytest.raises(NotImplementedError, match="batch_invariant"):
+        layer(torch.randn(1, 3, 32))
+    transformers = pytest.importorskip("transformers")
+    from tests.support.llama import llama
+    from tritonattn.huggingface import patch
+
+    model = llama()
+    ids = torch.ones(1, 5, dtype=torch.int64)
+    with patch(model, backend="reference", batch_invariant=True), pytest.raises(NotImplementedError, match="invariant"):
+        model(ids)
+    with patch(model, batch_invariant=True) as patched:
+        saved = next(iter(patched.layers.values())).to_config()
+        assert saved["batch_invariant"] is True
+        assert isinstance(model(ids), transformers.utils.ModelOutput)
+
+
+def test_kernels_refuse_scaled_gradients_of_fp16():
+    from tritonattn.calls.dispatch import _refuse_scaled_halves
+    from tritonattn.core.call import Logits
+
+    q = torch.ones(1, 1, 1, 8, dtype=torch.float16, requires_grad=True)
+    _refuse_scaled_halves(q, Logits(1.0), q, q)
+    with pytest.raises(NotImplementedError, match="batch_invariant.*float16"):
+        _refuse_scaled_halves(q, Logits(1.0, torch.ones(1, 1, 1)), q, q)
