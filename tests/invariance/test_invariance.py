@@ -46,6 +46,21 @@ def test_refusals(arguments, named):
         tritonattn.attention(**operands(), batch_invariant=1)
 
 
+def test_a_bias_of_keys():
+    torch.manual_seed(0)
+    bias, grad = torch.randn(2, 4, 300), torch.randn(2, 4, 300, 32)
+    q, k, v = torch.randn(2, 4, 300, 32), torch.randn(2, 2, 300, 32), torch.randn(2, 2, 300, 32)
+    found = []
+    for entries, n in ((slice(0, 2), 300), (slice(0, 1), 171)):
+        operands = [x[entries, :, :n].clone().requires_grad_() for x in (q, k, v, bias)]
+        lengths = {"key_lengths": torch.tensor([171, 300])} if n == 300 else {}
+        upstream = grad[entries, :, :n].clone()
+        upstream[0, :, 171:] = 0
+        out = tritonattn.attention(*operands[:3], key_bias=operands[3], causal=True, batch_invariant=True, **lengths)
+        found.append([x[0, :, :171] for x in (out, *torch.autograd.grad(out, operands, upstream))])
+    assert all(map(torch.equal, *found))
+
+
 def test_layers_and_patches_hand_it_on():
     layer = tritonattn.nn.ScaledAttention(32, heads=2, backend="reference", batch_invariant=True)
     with pytest.raises(NotImplementedError, match="batch_invariant"):
@@ -70,5 +85,5 @@ def test_kernels_refuse_scaled_gradients_of_fp16():
 
     q = torch.ones(1, 1, 1, 8, dtype=torch.float16, requires_grad=True)
     _refuse_scaled_halves(q, Logits(1.0), q, q)
-    with pytest.raises(NotImplementedError, match="batch_invariant.*float16"):
+    with pytest.raises(NotImplementedError, match=r"batch_invariant.*float16"):
         _refuse_scaled_halves(q, Logits(1.0, torch.ones(1, 1, 1)), q, q)

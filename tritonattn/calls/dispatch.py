@@ -15,7 +15,7 @@ from .. import ops
 from ..backends import kernels, reference
 from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, is_compiled_transform, is_transformed, needs_graph
-from ..core.call import AttentionCall, ForwardResult
+from ..core.call import AttentionCall, ForwardResult, Logits
 from ..core.dropout import Dropout
 from ..core.observation import ObservedCall, is_observed, notify_observers
 from ..core.statistics import Statistics

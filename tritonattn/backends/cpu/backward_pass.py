@@ -183,7 +183,7 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
             d_logit.mul_(piece.slope)
         if gradients.key_bias is not None:
             place = gradients.key_bias[block.heads.batch, block.heads.keys, :, piece.keys]
-            place += tiles.sum(tiles.by_head(d_logit, block).mT)[..., 0]
+            place += tiles.sum(tiles.by_head(d_logit, block).mT)[..., : place.shape[-1], 0]
         if d_query is not None:
             d_query.baddbmm_(d_logit, piece.key)
         if sums.key is not None:

@@ -46,6 +46,7 @@ class FixedTiles(Tiles):
             if rows < _ROWS or width < KEYS:
                 if hidden is None:
                     hidden = torch.zeros((1, 1, 1, rows, width), dtype=torch.bool)
+                hidden = hidden.expand(*hidden.shape[:-2], rows, width)
                 hidden = pad(hidden, (0, KEYS - width, 0, _ROWS - rows), value=True)
             yield keys, hidden
 
@@ -62,6 +63,10 @@ class FixedTiles(Tiles):
         tile = torch.zeros((1, KEYS, x.shape[-1]), dtype=self.dtype)
         tile[:, : found.shape[1]] = found
         return tile
+
+    def add_bias(self, logit: Tensor, block: Block, keys: slice) -> None:
+        if self.call.logits.key_bias is not None:
+            self.by_head(logit, block)[..., : keys.stop - keys.start].add_(self._bias(block, keys))
 
     def sum(self, x: Tensor) -> Tensor:
         return halving_sum(x)
