@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,7 @@ class Factor:
         key_bias   broadcastable to [B, Hq, Sk] or [B, Hkv, Sk], or None
         """
         scales, dtype = self.scales(q, k, visibility, statistics), scale_dtype(q)
-        given = (x for x in (scales.key_bias, key_bias) if x is not None)
-        biases = [_per_group(x.to(dtype), visibility) for x in given]
+        biases = [_per_group(x.to(dtype), visibility) for x in (scales.key_bias, key_bias) if x is not None]
         bias = sum(biases[1:], biases[0]) if biases else None
         return Logits(scales.constant, scales.query, scales.key, bias, softcap, sinks)
 
@@ -91,11 +90,13 @@ class Factor:
         take = self.exact_scales if isinstance(self.gain, Tensor) else self._scales
         scales, dtype = take(q, k, visibility, statistics), scale_dtype(q)
         query, key = scales.query, scales.key
+        if query is None and key is None:
+            return scales
         if query is not None:
             query = _expanded(query, dtype, visibility.rows)
         if key is not None:
             key = _expanded(key, dtype, visibility.keys)
-        return replace(scales, query=query, key=key)
+        return Scales(scales.constant, query, key, key_bias=scales.key_bias)
 
     def exact_scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         """Scales in fp64, neither rounded nor expanded, of a mode of `SCALINGS`, for a mode that combines others."""
@@ -123,7 +124,7 @@ class Factor:
             check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
         if scales.key_bias is not None:
             check_key_bias(f"{name}.key_bias", scales.key_bias, q, visibility.keys, "[B, Hq or Hkv, Sk]")
-        return replace(scales, constant=constant, query=query, key=key)
+        return Scales(constant, query, key, key_bias=scales.key_bias)
 
     def dense(
         self, q: Tensor, k: Tensor, visibility: Visibility, key_bias: Tensor | None = None
