@@ -77,18 +77,6 @@ def test_a_reading_is_that_of_diagnose_and_of_what_the_patch_would_do():
     assert found.after.relative_entropy == pytest.approx(float(after.relative_entropy.mean()), rel=1e-4)
 
 
-def test_padding_has_no_say():
-    net, mask = sharpened(1.0), torch.ones(2, 40, dtype=torch.int64)
-    mask[1, 3:] = 0
-    padded = advise(net, {"input_ids": TOKENS, "attention_mask": mask})
-    other = TOKENS.clone()
-    other[1, 3:] = 7
-    again = advise(net, {"input_ids": other, "attention_mask": mask})
-    for one, two in zip(padded.findings, again.findings, strict=True):
-        assert one.reading == two.reading
-        assert one.reading.key_count_mean == pytest.approx((sum(range(1, 41)) + 6) / 43)
-
-
 def test_tensors():
     torch.manual_seed(0)
     q, k = torch.randn(2, 2, 4, 64, 32)

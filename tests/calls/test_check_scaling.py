@@ -157,15 +157,3 @@ def test_gradients_are_compared_where_none_are_recorded(mode):
 def test_sizes_of_no_call_are_refused(sizes, error, about):
     with pytest.raises(error, match=f"^{about}"):
         check_scaling(Counts(), **sizes)
-
-
-def test_a_factor_that_is_not_finite_in_both_formulas_is_refused():
-    class Infinite(Counts):
-        def scales(self, q, k, visibility, statistics):
-            return Scales(1.0, query=1 / torch.zeros(q.shape[:3]))
-
-        def multiplier(self, q, k, visible):
-            return 1 / torch.zeros(())
-
-    with pytest.raises(ValueError, match="expected a finite number, got inf at"):
-        check_scaling(Infinite())

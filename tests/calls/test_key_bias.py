@@ -1,7 +1,5 @@
 """A bias of each key on the logits: the formula, -inf, every kind of call, a scaling that returns one, errors."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """What runs on every rank: a call over ranks against the same call in one process."""
 
-from __future__ import annotations
-
 import os
 from copy import deepcopy
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The pool of processes. This folder runs without xdist: `make test` does so."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

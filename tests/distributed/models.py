@@ -1,7 +1,5 @@
 """A tiny Llama, and what the ranks do with it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

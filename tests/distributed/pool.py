@@ -1,7 +1,5 @@
 """Processes that run a function on every rank: one pool a session, which a failed or silent rank replaces."""
 
-from __future__ import annotations
-
 import multiprocessing
 import tempfile
 import traceback

@@ -1,7 +1,5 @@
 """What runs on every rank: calls and models whose heads and batch are sharded, against one process."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

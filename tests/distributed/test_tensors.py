@@ -1,7 +1,5 @@
 """DTensors as arguments: batch and heads sharded, against one process."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

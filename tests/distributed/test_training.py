@@ -1,7 +1,5 @@
 """A patched Llama trained by four processes has the losses of one, and its checkpoints go from world to world."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

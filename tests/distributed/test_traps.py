@@ -1,7 +1,5 @@
 """Under more than one process nothing is silently wrong."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("transformers")

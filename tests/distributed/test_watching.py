@@ -1,7 +1,5 @@
 """A Monitor of four processes has the record of one, and QK-clip leaves all of them with the same weights."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("transformers")

@@ -1,7 +1,5 @@
 """What runs on every rank: a patched Llama trained by several processes."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

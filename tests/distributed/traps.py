@@ -1,7 +1,5 @@
 """What runs on every rank: mistakes that gave wrong numbers without a word."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh

@@ -1,7 +1,5 @@
 """What runs on every rank: a Monitor and QK-clip over several processes, against one."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from pathlib import Path

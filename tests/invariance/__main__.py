@@ -1,7 +1,5 @@
 """`python -m tests.invariance --backend sdpa|sm_80|sm_90 --cases N`: count the random cases whose bits hold."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -1,7 +1,5 @@
 """Bits of a sequence alone and in company on a CPU; `python -m tests.invariance` runs many more cases."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
