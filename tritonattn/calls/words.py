@@ -18,7 +18,7 @@ _HINTS = {
     "attn_mask": ("mask", "bool, True is visible; key_lengths and key_ranges cost less"),
     "attn_bias": ("key_bias", "a number a key, [B, H, Sk]; for a mask of pairs, mask= (bool, True is visible)"),
     "bias": ("key_bias", "a number a key, [B, H, Sk], added to logits"),
-    "alibi_slopes": ("key_bias", "alibi_bias(Sk, slopes) of tritonattn.nn, in causal attention"),
+    "alibi_slopes": ("key_bias", "tritonattn.nn.ALiBi(heads)(Sk), in causal attention"),
     "scale": ("scaling", "a float is the factor itself"),
     "softmax_scale": ("scaling", "a float is the factor itself"),
     "scaling": ("scale", "a float"),

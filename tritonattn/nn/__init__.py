@@ -17,6 +17,7 @@ mode, but SSMax's s = 0 is uniform attention, and an exponent of 0 leaves a stat
 """
 
 from .attention import ScaledAttention
+from .biases import ALiBi, ForgetGate
 from .cache import KeyValueCache
 from .learned import Cosine, Learned, PerHead, SSMax, scaling_parameters
 from .log_power import LogPower, QueryAdaptiveSSMax
@@ -26,7 +27,9 @@ from .scheduled import Scheduled
 
 __all__ = [
     "LEARNED",
+    "ALiBi",
     "Cosine",
+    "ForgetGate",
     "KeyValueCache",
     "Learned",
     "LogPower",

@@ -160,6 +160,7 @@ class ScaledAttention(nn.Module):
         key_lengths: Tensor | None = None,
         key_ranges: Tensor | None = None,
         mask: Tensor | None = None,
+        key_bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KeyValueCache | None = None,
@@ -171,6 +172,8 @@ class ScaledAttention(nn.Module):
             x: [B, Sq, width]; with cu_seqlens [T, width].
             context: [B, Sk, context_width]: cross attention.
             key_lengths, key_ranges, mask: As in `tritonattn.attention`.
+            key_bias: As in `tritonattn.attention`, `attention_varlen` or `attention_decode`: with a cache of all its
+                capacity.
             cu_seqlens, max_seqlen: Self attention of packed sequences: int32 [N + 1], sequence s is the rows
                 cu_seqlens[s] to cu_seqlens[s + 1]; and the longest one's length.
             cache: A causal layer's: the new keys are appended to it, and x sees them and those before. For inference:
@@ -194,13 +197,13 @@ class ScaledAttention(nn.Module):
                 "cu_seqlens": cu_seqlens,
             }
             _refuse_beside("cache", others)
-            return self._joined(self._cached(x, cache, counts))
+            return self._joined(self._cached(x, cache, counts, key_bias))
         _refuse_beside("no cache", {"counts": counts})
         if cu_seqlens is not None:
             _refuse_beside(
                 "cu_seqlens", {"context": context, "key_lengths": key_lengths, "key_ranges": key_ranges, "mask": mask}
             )
-            return self._packed(x, cu_seqlens, max_seqlen)
+            return self._packed(x, cu_seqlens, max_seqlen, key_bias)
         q, k, v = self.operands(x, context)
         out = attention(
             q,
@@ -212,6 +215,7 @@ class ScaledAttention(nn.Module):
             key_lengths=key_lengths,
             key_ranges=key_ranges,
             mask=mask,
+            key_bias=key_bias,
             dropout_p=self.dropout_p if self.training else 0.0,
             softcap=self.softcap,
             sinks=self.sinks,
@@ -244,7 +248,7 @@ class ScaledAttention(nn.Module):
         """[B, Hq, Sq, D] through the last projection."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: Any) -> Tensor:
+    def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: Any, key_bias: Tensor | None) -> Tensor:
         _check_features("x", x, f"[T, width = {self.width}]", self.width)
         check_offsets("cu_seqlens", cu_seqlens, x)
         check_count("max_seqlen", max_seqlen)
@@ -264,6 +268,7 @@ class ScaledAttention(nn.Module):
             scaling=self.scaling,
             causal=self.causal,
             window=self.window,
+            key_bias=key_bias,
             dropout_p=self.dropout_p if self.training else 0.0,
             softcap=self.softcap,
             sinks=self.sinks,
@@ -272,7 +277,7 @@ class ScaledAttention(nn.Module):
         )
         return self.o_proj(cast(Tensor, out).flatten(1))
 
-    def _cached(self, x: Tensor, cache: KeyValueCache, counts: Tensor | None) -> Tensor:
+    def _cached(self, x: Tensor, cache: KeyValueCache, counts: Tensor | None, key_bias: Tensor | None) -> Tensor:
         """[B, Hq, Sq, D]"""
         if not self.causal:
             raise ValueError("cache: expected a causal layer, got causal=False")
@@ -286,6 +291,7 @@ class ScaledAttention(nn.Module):
         cache.append(k, v, counts)
         settings = {
             "scaling": self.scaling,
+            "key_bias": key_bias,
             "softcap": self.softcap,
             "sinks": self.sinks,
             "backend": self.backend,

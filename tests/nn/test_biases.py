@@ -1,0 +1,98 @@
+"""ALiBi and forget gates against the formulas of their papers, written out densely in float64."""
+
+import pytest
+import torch
+
+import tritonattn
+from tests.support.caches import sequences
+from tritonattn import attention, attention_decode, attention_varlen, nn
+
+B, H, S, WIDTH = 2, 4, 24, 5
+
+
+def softmax_attention(q, k, v, pairs):
+    """softmax(q k^T / sqrt(D) + pairs) v over the lower triangle."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    logits = q @ k.mT / q.shape[-1] ** 0.5 + pairs
+    return logits.masked_fill(~torch.ones_like(logits).tril().bool(), -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("heads", "slopes"),
+    [(1, [2**-8]), (4, [2**-2, 2**-4, 2**-6, 2**-8]), (6, [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])],
+)
+def test_alibi(heads, slopes):
+    q, k, v = sequences(heads=(heads, heads), length=S)
+    place = torch.arange(S)
+    pairs = torch.tensor(slopes).double()[:, None, None] * (place - place[:, None])
+    alibi = nn.ALiBi(heads)
+    for backend in ("sdpa", "reference"):
+        out = attention(q, k, v, causal=True, key_bias=alibi(S), backend=backend)
+        torch.testing.assert_close(out, softmax_attention(q, k, v, pairs))
+    lengths = torch.full((B,), S)
+    cache = [torch.nn.functional.pad(x, (0, 0, 0, 8)) for x in (k, v)]
+    step = attention_decode(q[:, :, -2:], *cache, key_lengths=lengths, key_bias=alibi(S + 8))
+    torch.testing.assert_close(step, softmax_attention(q, k, v, pairs)[:, :, -2:])
+
+
+def forgetting(gate, x):
+    """D[i, j] = sum of ln f over j < l <= i, from the paper's equation; [B, H, S, S]."""
+    log_f = torch.sigmoid(x @ gate.proj.weight.T + gate.proj.bias).log().mT
+    between = torch.zeros(*log_f.shape, S, dtype=torch.float64)
+    for i in range(S):
+        for j in range(i):
+            between[..., i, j] = log_f[..., j + 1 : i + 1].sum(-1)
+    return between
+
+
+def test_forget_gates_and_their_gradients():
+    torch.manual_seed(0)
+    (q, k, v), x = sequences(length=S), torch.randn(B, S, WIDTH).double().requires_grad_()
+    gate = nn.ForgetGate(WIDTH, H, dtype=torch.float64)
+    leaves = (x, gate.proj.weight, gate.proj.bias)
+    wanted = softmax_attention(q, k, v, forgetting(gate, x))
+    expected = torch.autograd.grad(wanted.square().sum(), leaves)
+    for backend in ("sdpa", "reference"):
+        out = attention(q, k, v, causal=True, key_bias=gate(x), backend=backend)
+        torch.testing.assert_close(out, wanted)
+        for ours, theirs in zip(torch.autograd.grad(out.square().sum(), leaves), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_forget_gates_of_packed_sequences_and_in_decoding():
+    torch.manual_seed(0)
+    (q, k, v), x = sequences(length=S), torch.randn(B, S, WIDTH).double()
+    gate = nn.ForgetGate(WIDTH, H, dtype=torch.float64)
+    wanted = softmax_attention(q, k, v, forgetting(gate, x)).detach()
+    ends = torch.tensor([0, S, 2 * S], dtype=torch.int32)
+    tokens = (y.transpose(1, 2).flatten(0, 1) for y in (q, k, v))
+    packed = attention_varlen(*tokens, ends, ends, S, S, causal=True, key_bias=gate(x.flatten(0, 1)))
+    torch.testing.assert_close(packed.detach().unflatten(0, (B, S)).transpose(1, 2), wanted)
+    with torch.no_grad():
+        first = gate(x[:, : S - 1])
+        bias = torch.cat([first, gate(x[:, S - 1 :], first[..., -1])], -1)
+        step = attention_decode(q[:, :, -1:], k, v, key_lengths=torch.full((B,), S), key_bias=bias)
+    torch.testing.assert_close(step, wanted[:, :, -1:])
+
+
+def test_a_layer_takes_biases_in_every_form():
+    torch.manual_seed(0)
+    layer = nn.ScaledAttention(16, heads=4, kv_heads=2, causal=True).double()
+    x, alibi = torch.randn(2, 6, 16).double(), nn.ALiBi(4)
+    whole = layer(x, key_bias=alibi(6))
+    assert not torch.allclose(whole, layer(x))
+    ends = torch.tensor([0, 6, 12], dtype=torch.int32)
+    packed = layer(x.flatten(0, 1), cu_seqlens=ends, max_seqlen=6, key_bias=alibi(12))
+    torch.testing.assert_close(packed.unflatten(0, (2, 6)), whole)
+    with torch.no_grad():
+        cache = layer.cache(2, 8)
+        parts = [layer(part, cache=cache, key_bias=alibi(8)) for part in (x[:, :5], x[:, 5:])]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+def test_counts_of_merged_tokens():
+    """ToMe's proportional attention: m equal keys are one key with the bias ln m."""
+    q, k, v = sequences(length=6)
+    sizes = torch.tensor([1, 3, 1, 2, 1, 1])
+    every = tritonattn.attention(q, *(x.repeat_interleave(sizes, 2) for x in (k, v)))
+    torch.testing.assert_close(tritonattn.attention(q, k, v, key_bias=sizes.double().log()[None]), every)

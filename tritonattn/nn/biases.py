@@ -1,0 +1,111 @@
+"""Biases of keys, for `key_bias=`: ALiBi and forget gates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..calls.checks import check_bool, check_count, check_dtype
+from ..core.ranges import prefix_sum
+
+
+class ALiBi(nn.Module):
+    """bias[h, j] = m_h * (j - (keys - 1)): attention with linear biases, for causal attention.
+
+    The paper adds m_h * (j - i) to the logit of row i and key j. A term of the row alone cancels in the softmax, so
+    that one number a key is enough; lse and max_logit shift by it. The slopes m_h are 2^(-8 h / n) for h = 1 .. n where
+    the number of heads n is a power of two; else those of the power below, then every second one of twice that power.
+
+    Numbers near -m_h * keys are rounded to float32: differences of logits are off by at most m_h * keys * 2^-23, 0.002
+    for the steepest slope among 2^15 keys.
+
+    Args:
+        heads: Hq.
+        device: The device of the slopes, a buffer [heads] in float32.
+
+    Calling it with a number of keys returns the bias, float32 [heads, keys]: pass it beside any scaling. In decoding
+    the number is the cache's capacity.
+
+    >>> import torch, tritonattn
+    >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
+    >>> alibi = tritonattn.nn.ALiBi(heads=4)
+    >>> tritonattn.attention(q, k, v, causal=True, key_bias=alibi(16), scaling="key_norm_mean").shape
+    torch.Size([1, 4, 16, 8])
+
+    Source: Press et al. 2022, "Train short, test long", arXiv:2108.12409. Raises TypeError or ValueError for a number
+    that is none.
+    """
+
+    slopes: Tensor
+
+    def __init__(self, heads: int, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        check_count("heads", heads, 1)
+        slopes = torch.tensor(_slopes(heads), dtype=torch.float32, device=device)
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"heads={len(self.slopes)}"
+
+    def forward(self, keys: int) -> Tensor:
+        check_count("keys", keys)
+        distance = torch.arange(1 - keys, 1, dtype=torch.float64, device=self.slopes.device)
+        return (self.slopes.double()[:, None] * distance).float()
+
+
+def _slopes(heads: int) -> list[float]:
+    below = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (h + 1) / below) for h in range(below)]
+    return slopes + [2 ** (-4 * (h + 1) / below) for h in range(0, 2 * (heads - below), 2)]
+
+
+class ForgetGate(nn.Module):
+    """bias[h, j] = -sum of ln f_h(x_l) over l <= j, f_h = sigmoid(proj(x)_h): the forgetting transformer's gates.
+
+    The paper adds the sum of ln f over j < l <= i to the logit of row i and key j. That is c_i - c_j with
+    c_i = sum of ln f over l <= i; c_i cancels in the softmax of row i, so that -c_j is enough; lse and max_logit shift
+    by c_i. For the same reason the sums of packed sequences need not begin anew.
+
+    Args:
+        width: Features of x.
+        heads: Hq.
+        bias: Give the projection a bias.
+        device, dtype: Of the projection.
+
+    Calling it with x [B, S, width], or packed [T, width], returns float32 [B, heads, S] or [heads, T] (float64 of
+    float64): pass it as `key_bias` to a causal call. In decoding `before` [B, heads] is the bias of the last token, and
+    the bias of all tokens stands in a buffer beside the cache.
+
+    Sums are float64, and their rounding to float32 puts logits off by at most 2^-23 of the sum.
+
+    >>> import torch, tritonattn
+    >>> gate, x = tritonattn.nn.ForgetGate(32, heads=4), torch.randn(2, 10, 32)
+    >>> layer = tritonattn.nn.ScaledAttention(32, heads=4, causal=True)
+    >>> layer(x, key_bias=gate(x)).shape
+    torch.Size([2, 10, 32])
+
+    Source: Lin et al. 2025, "Forgetting Transformer: Softmax Attention with a Forget Gate", arXiv:2503.02130. Raises
+    TypeError or ValueError for an invalid size or dtype.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("width", width, 1)
+        check_count("heads", heads, 1)
+        check_bool("bias", bias)
+        check_dtype(dtype)
+        self.proj = nn.Linear(width, heads, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        gates = self.proj(x).mT  # [..., heads, S]
+        dtype = torch.promote_types(gates.dtype, torch.float32)
+        sums = prefix_sum(nn.functional.logsigmoid(gates.to(dtype)))[..., 1:]
+        return (-sums if before is None else before.double()[..., None] - sums).to(dtype)
