@@ -132,3 +132,16 @@ def test_nan_that_a_row_sees_is_in_its_results(name, softcap, emulate):
     assert torch.equal(out.isnan(), nan[:, None].expand_as(out))
     for statistic in aux:
         assert torch.equal(statistic.isnan(), nan.expand_as(statistic))
+
+
+def test_bits_of_batch_invariant_rows(emulate):
+    """A causal row among all rows, and told its keys by ranges as decoding is; tests/invariance has more companies."""
+    emulate(GPU(80), SMALL)
+    q, k, v = torch.randn(3, 1, 2, 48, 32, dtype=BFLOAT)
+    rows = torch.arange(39, 48)
+    ranges = torch.stack([torch.zeros_like(rows), rows + 1], dim=-1)[None]
+    options = {"scaling": 1.0, "return_aux": True, "backend": "triton", "batch_invariant": True}
+    out, aux = tritonattn.attention(q, k, v, causal=True, **options)
+    few, few_aux = tritonattn.attention(q[:, :, 39:], k, v, key_ranges=ranges, **options)
+    for whole, part in zip((out, *aux), (few, *few_aux), strict=True):
+        assert torch.equal(whole[:, :, 39:], part)
