@@ -39,3 +39,7 @@ QUERY_SCALE_OF_TARGET = {("grad_key_value", "sm_100"): 0.65}
 # Instructions per logit that key_scale may add to a kernel with query_scale. One multiplication is inherent, and in
 # grad_query a second one (the gradient of a logit times the scale, which rounding K would save); the rest loads scales.
 KEY_SCALE = {"forward": 1.6, "grad_query": 2.6, "grad_key_value": 1.6}
+
+# The same of key_bias. One addition is inherent; both backward passes add up gradients of logits too, and the pass over
+# keys multiplies them by the row's factor only then.
+KEY_BIAS = {"forward": 2.1, "grad_query": 3.3, "grad_key_value": 3.7}

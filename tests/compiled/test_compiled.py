@@ -8,7 +8,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 from perf import codegen
-from perf.ceilings import KEY_SCALE, NON_MMA_PER_LOGIT, QUERY_SCALE, QUERY_SCALE_OF_TARGET
+from perf.ceilings import KEY_BIAS, KEY_SCALE, NON_MMA_PER_LOGIT, QUERY_SCALE, QUERY_SCALE_OF_TARGET
 from tests.support.versions import OLDER_TRITON
 from tritonattn import kernels
 from tritonattn.backends.triton import launch
@@ -87,11 +87,12 @@ def test_scales_cost_few_instructions():
 
 
 def check_cost_of_scales(kernel: str, target: str, head_dim: int) -> None:
-    without, query, key = (
+    without, query, key, bias = (
         per_logit(kernel, target, head_dim, code_of(kernel, target, head_dim, scales)) for scales in SCALES
     )
     assert query - without <= QUERY_SCALE_OF_TARGET.get((kernel, target), QUERY_SCALE[kernel])
     assert key - query <= KEY_SCALE[kernel]
+    assert bias - query <= KEY_BIAS[kernel]
 
 
 @pytest.mark.parametrize("kernel", ["row_bounds", "keys_seen", "argmax_of_ranges"])
