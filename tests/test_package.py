@@ -75,17 +75,6 @@ print(pathlib.Path(tritonattn.__file__).parent, shipped_tables(), (shipped_table
     assert found == "True"
 
 
-def test_perf_of_a_wheel_names_the_checkout_that_it_needs(installed, tmp_path):
-    done = subprocess.run([installed, "-m", "perf", "codegen"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("python -m perf: expected a checkout of tritonattn")
-    assert done.stderr.count("\n") == 1
-
-
-def test_perf_of_a_checkout_is_found_before_what_an_installed_package_says(installed):
-    assert "usage: python -m perf" in run(installed, "-m", "perf", "--help", cwd=ROOT)
-
-
 def test_version_is_the_same_everywhere(installed):
     code = "import importlib.metadata as m, tritonattn; print(tritonattn.__version__, m.version('tritonattn'))"
     own, metadata = fresh(code, installed).split()

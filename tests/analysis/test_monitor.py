@@ -180,23 +180,6 @@ def test_mixed_precision_and_loss_scaling():
     assert got["max_logit"] != wanted["max_logit"]
 
 
-def test_another_models_attention_is_not_counted():
-    net, other, x = Net(), Net(), torch.randn(2, 5, 32)
-    got = record_of(net, lambda net: net(x).sum() + other(x).sum())
-    assert got["layers"]["attention"]["calls"] == 1
-    assert record_of(nn.ModuleList([net]), lambda nets: nets[0](x).sum())["layers"].keys() == {"0.attention"}
-
-
-def test_a_head_or_a_layer_without_rows_is_null():
-    net, x = Net(), torch.randn(1, 5, 32)
-    got = record_of(net, lambda net: net(x, key_lengths=torch.tensor([0])).sum())["layers"]["attention"]
-    assert got["rows"] == 0
-    assert got["max_logit"] == got["near_one_hot"] == got["output_variance"] == [None] * HEADS
-    single = record_of(net, lambda net: net(x[:, :1]).sum())["layers"]["attention"]
-    assert single["relative_entropy"] == [None] * HEADS
-    assert single["near_one_hot"] == [1.0] * HEADS
-
-
 def test_arguments():
     net = Net()
     for options, error in (

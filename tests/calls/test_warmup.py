@@ -5,26 +5,6 @@ import torch
 
 import tritonattn
 from tritonattn import warmup
-from tritonattn.calls import attention as api
-
-
-def test_it_makes_the_calls_that_are_to_come(monkeypatch):
-    seen = []
-    attention = api.attention
-
-    def watch(q, k, v, **options):
-        seen.append((q.shape, k.shape, v.shape, q.dtype, q.requires_grad and torch.is_grad_enabled(), options))
-        return attention(q, k, v, **options)
-
-    monkeypatch.setitem(warmup.__globals__, "attention", watch)
-    of_each = ((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6))
-    warmup([(1, 2, 4, 16), of_each], dtype=torch.float16, device="cpu", backward=True, causal=True, return_aux=True)
-    options = {"causal": True, "return_aux": True}
-    assert seen == [
-        (*shapes, torch.float16, with_graph, options)
-        for shapes in ([(1, 2, 4, 16)] * 3, of_each)
-        for with_graph in (False, True)  # the kernels of inference, and those of training
-    ]
 
 
 def test_it_leaves_no_gradients_behind():

@@ -11,7 +11,6 @@ from perf import contest
 from perf.attention_cases import PEERS, Case
 from perf.check import judge
 from perf.contest import Contest, Effort, Entrant, Verdict
-from perf.decode_cases import DecodeCase
 from perf.records import Record
 from perf.report import tables
 from perf.varlen_cases import VarlenCase
@@ -123,12 +122,3 @@ def test_the_first_and_the_last_packed_sequence_are_checked(place, monkeypatch):
     found = statuses(case.contest().run(TWICE, HERE))
     assert found["tritonattn key_norm_mean"] == "wrong"
     assert found["tritonattn padded key_norm_mean"] == found["sdpa key_norm_mean"] == "measured"
-
-
-@pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("place", [0, -1])
-def test_the_first_and_the_last_head_of_a_decoding_step_are_checked(place, paged, monkeypatch):
-    case = DecodeCase(Shape(2, 4, 2, 1, 16, 8, causal=False), "fp32", paged, "dim", (), CPU, "sdpa")
-    right = DecodeCase._ours
-    monkeypatch.setattr(DecodeCase, "_ours", lambda self, counted: spoil(right(self, counted), place, place))
-    assert statuses(case.contest().run(TWICE, HERE)) == {"copy": "measured", "tritonattn dim": "wrong"}
