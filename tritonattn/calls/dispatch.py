@@ -247,4 +247,4 @@ def _warn_once(message: str) -> None:
 
 @functools.cache
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=8)
+    warnings.warn(message, stacklevel=9)
