@@ -27,9 +27,13 @@ def nested(depth: int):
 
 # Settings of one layer, the entry that is named, and the rest of the message.
 LAYERS = {
-    "null": (None, "", "expected a dict with keys out of backend, gain, scaling, got None"),
-    "a list": ([1], "", "expected a dict with keys out of backend, gain, scaling, got [1]"),
-    "an unknown entry": ({"scale": 1.0}, "", "expected a dict with keys out of backend, gain, scaling, got 'scale'"),
+    "null": (None, "", "expected a dict with keys out of backend, batch_invariant, gain, scaling"),
+    "a list": ([1], "", "expected a dict with keys out of backend, batch_invariant, gain, scaling"),
+    "an unknown entry": (
+        {"scale": 1.0},
+        "",
+        "expected a dict with keys out of backend, batch_invariant, gain, scaling",
+    ),
     "a bool": ({"scaling": True}, ".scaling", "expected a name, a dict with a name, a number or None, got True"),
     "NaN": ({"scaling": math.nan}, ".scaling", "expected a name, a dict with a name, a number or None, got nan"),
     "a list as scaling": ({"scaling": ["dim"]}, ".scaling", "expected a name"),
@@ -59,8 +63,14 @@ WHOLES = {
     "layers a list": ({"layers": [LAYER]}, "config.tritonattn.layers: expected a dict from names of modules to their"),
     "no layers": ({"layers": {}}, "config.tritonattn.layers: expected a dict from names of modules to their settings"),
     "an entry beside": ({"layers": {LAYER: {}}, "more": 1}, "config.tritonattn: expected a dict with keys out of"),
-    "a string": ("ssmax", "config.tritonattn: expected a dict with keys out of backend, gain, scaling, got 'ssmax'"),
-    "unknown": ({"scalings": "dim"}, "config.tritonattn: expected a dict with keys out of backend, gain, scaling, got"),
+    "a string": (
+        "ssmax",
+        "config.tritonattn: expected a dict with keys out of backend, batch_invariant, gain",
+    ),
+    "unknown": (
+        {"scalings": "dim"},
+        "config.tritonattn: expected a dict with keys out of backend, batch_invariant, gain",
+    ),
     "learned for all": ({"scaling": "ssmax"}, "config.tritonattn.scaling: expected a scaling without parameters of"),
     "a learned gain for all": ({"gain": {"learned": [4, 1]}}, "config.tritonattn.gain: expected a number or None"),
 }

@@ -6,7 +6,7 @@ pytest.importorskip("triton")
 from perf.launches import calls, measured
 from tests.support.versions import skip_without_stub
 
-LAUNCHES_AND_OPERATORS = [(1, 0), (1, 2), (3, 3), (4, 0), (4, 2), (8, 8), (2, 0), (2, 8), (2, 11), (1, 7)]
+LAUNCHES_AND_OPERATORS = [(1, 0), (1, 2), (3, 3), (4, 0), (4, 2), (8, 8), (2, 0), (2, 5), (2, 11), (1, 7)]
 
 
 def test_work_of_each_call():
