@@ -91,7 +91,7 @@ def test_the_package_is_not_its_own_judge(monkeypatch, scaling, dtype):
 
     def scales(self, *arguments):
         found = right[0](self, *arguments)
-        return found._replace(constant=1.03 * found.constant)
+        return replace(found, constant=1.03 * found.constant)
 
     monkeypatch.setattr(Factor, "scales", scales)
 
