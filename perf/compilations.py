@@ -156,7 +156,7 @@ def kernels_of(name: str, target: Target) -> Counter[str]:
             for call in calls():
                 call(scaling)
     for kernel, _, arguments, config in launches:
-        options = compile_options(config)
+        options = compile_options(config, arguments.get("INVARIANT", False))
         _, specialization, _ = binder(kernel, backend)(*arguments.values(), **options)
         found.add((kernel.__name__, *specialization, *options.values()))
     return Counter(kernel for kernel, *_ in found)

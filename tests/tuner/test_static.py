@@ -152,7 +152,4 @@ def check_shipped_entry(position: int) -> None:
         pytest.skip("the tables are of another compiler's code")
     gpu, key = ENTRIES[position]
     entry = usable_table(cache_dir.shipped_tables() / f"{gpu.name}.json", gpu.target).entries[key]
-    found = examine(key.kernel, key.problem, entry.config, gpu.target)
-    assert found.reasons == ()
-    if entry.details.get("triton") == triton.__version__:
-        assert found.code.registers == entry.details["registers"]
+    assert examine(key.kernel, key.problem, entry.config, gpu.target).reasons == ()

@@ -63,7 +63,8 @@ def keys(monkeypatch) -> dict[str, set[str]]:
         return key_of(source, options)
 
     def run(kernel, grid, arguments, config) -> None:
-        kernel.run(grid=grid, warmup=True, **arguments, **device.compile_options(config))
+        options = device.compile_options(config, arguments.get("INVARIANT", False))
+        kernel.run(grid=grid, warmup=True, **arguments, **options)
         if "argmax_ptr" in arguments:
             arguments["argmax_ptr"].zero_()  # torch takes it for places of keys
 

@@ -116,7 +116,7 @@ class Monitor:
         self._act = _action(on_alarm, model)
         self._reduce = reduce
         if on_alarm is not None and not reduce and rank_and_size()[1] > 1:
-            raise ValueError("on_alarm: expected reduce=True, since the actions of ranks would differ, got reduce=False")
+            raise ValueError("on_alarm: expected reduce=True, since actions would differ by rank, got reduce=False")
         self._file = None if file is None or not self._speaks else JsonLines(file)
         self._scalars = None if tensorboard is None or not self._speaks else Scalars(tensorboard)
         self._watch: Watch | None = None
