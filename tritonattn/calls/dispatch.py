@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import kernels, reference
+from ..backends import reference
 from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, is_compiled_transform, is_transformed, needs_graph
 from ..core.call import AttentionCall, ForwardResult, Logits
@@ -233,7 +233,9 @@ _obstacle_of_memory._dynamo_marked_constant = True  # pyright: ignore[reportFunc
 def _check_kernels_run_on(device: torch.device) -> None:
     if device.type == "cuda":
         return
-    if not kernels().launch.runs_on(device):
+    from ..backends.triton import launch  # `kernels` is cached by a wrapper that torch.compile warns of
+
+    if not launch.runs_on(device):
         raise ValueError(
             f"backend: expected tensors on a CUDA or HIP device for 'triton', got {device}; kernels run on CPU"
             " tensors only in triton's interpreter, with TRITON_INTERPRET=1 in the environment"
