@@ -166,3 +166,8 @@ except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
     message = run(sys.executable, "-c", code, cwd=ROOT)
     assert "triton" in message
     assert "pip install" in message or "install" in message
+
+
+def test_import_is_quick():
+    code = "import time, torch; t = time.perf_counter(); import tritonattn; print(time.perf_counter() - t)"
+    assert any(float(run(sys.executable, "-c", code, cwd=ROOT)) < 0.3 for _ in range(3))

@@ -200,3 +200,21 @@ def test_arguments():
         Thresholds(near_one_hot=90)
     with Monitor(net) as monitor, pytest.raises(RuntimeError, match="not in use"):
         monitor.__enter__()
+
+
+def test_a_head_or_a_layer_without_rows_is_null():
+    net, x = Net(), torch.randn(1, 5, 32)
+    got = record_of(net, lambda net: net(x, key_lengths=torch.tensor([0])).sum())["layers"]["attention"]
+    assert got["rows"] == 0
+    assert got["max_logit"] == got["near_one_hot"] == got["output_variance"] == [None] * HEADS
+    single = record_of(net, lambda net: net(x[:, :1]).sum())["layers"]["attention"]
+    assert single["relative_entropy"] == [None] * HEADS
+    assert single["near_one_hot"] == [1.0] * HEADS
+
+
+def test_compiled_code_is_not_seen_and_said_so():
+    net = Net()
+    compiled = torch.compile(net, backend="eager")
+    with pytest.warns(RuntimeWarning, match="saw no attention"):
+        record = record_of(net, lambda net: compiled(torch.randn(1, 5, 32)).sum())
+    assert record["layers"] == {}

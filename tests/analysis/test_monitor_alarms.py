@@ -205,3 +205,19 @@ def test_tensorboard_gets_the_loss_and_every_layer():
     assert writer.scalars["attention/max_logit", 0] == max(layer["max_logit"])
     assert writer.scalars["attention/k_gradient_norm", 0] == pytest.approx(sum(layer["k_gradient_norm"]) / 2)
     assert len(writer.scalars) == 8
+
+
+def test_qk_clip_on_alarm_brings_the_logits_back():
+    net, x = Net(), torch.randn(2, 9, 32)
+    sharpened(net, 30)
+    action = qk_clip(net, 20.0)
+    with Monitor(net, every=1, thresholds=Thresholds(20.0, None, None), on_alarm=action) as monitor:
+        net(x)
+        with pytest.warns(RuntimeWarning, match="max_logit"):
+            before = monitor.step()["layers"][NAME]["max_logit"]
+        net(x)
+        after = monitor.step()
+    assert before[-1] > 20
+    assert after["alarms"] == [] or max(after["layers"][NAME]["max_logit"]) < 20.001
+    for old, new in zip(before, after["layers"][NAME]["max_logit"], strict=True):
+        assert new == pytest.approx(min(old, 20.0), rel=1e-4)

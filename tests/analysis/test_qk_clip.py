@@ -237,3 +237,9 @@ def test_thresholds_and_numbers_of_heads_are_checked():
         qk_clip(None)
     with pytest.raises(ValueError, match="expected 4 largest logits, got 3"):
         qk_clip(Net(), 1.0).clip({"attention": [2.0] * 3})
+
+
+def test_qk_norm_is_refused_by_name():
+    refused(Net(qk_norm=True), "attention", r"attention: .* norm of q and k, got q_norm \(RMSNorm\)")
+    qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8))
+    refused(qwen, "model.layers.1.self_attn", r"layers\.1\.self_attn: .* q_norm")

@@ -304,3 +304,43 @@ def test_tiles_that_nobody_sees_are_skipped(mask, keys):
         blockwise.forward(call, False)
     blocks = 8192 // (tiles._ROWS // 2)
     assert watch.calls["aten::bmm"] <= blocks * (keys // tiles.KEYS)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_inputs_stay_as_they_are_and_results_repeat():
+    call = make_call(torch.float32, **OPTIONS["all"], **MASKS["everything"](2, 4, 37, 45))
+    d_out, d_lse = output_gradients(call)
+    inputs = (*tensors_of(call), d_out, d_lse)
+    before = [x.clone() for x in inputs]
+    first, second = (sum(run(call, d_out, d_lse), ()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_strides_are_of_no_account():
+    call = make_call(torch.float32, **MASKS["mask of heads"](2, 4, 37, 45))
+    d_out, d_lse = torch.ones(()).expand(2, 4, 37, 8), torch.ones(()).expand(2, 4, 37)
+    wanted = run(call, d_out.contiguous(), d_lse.contiguous())
+    q, k, v, query_scale, key_scale, *_ = tensors_of(call)
+    strided = changed(
+        call,
+        q=q.mT.contiguous().mT,
+        k=k.transpose(1, 2).contiguous().transpose(1, 2),
+        v=torch.stack([v, v], -1)[..., 1],
+        query_scale=query_scale.mT.contiguous().mT,
+        key_scale=torch.stack([key_scale, key_scale], -1)[..., 0],
+    )
+    for want, got in zip(sum(wanted, ()), sum(run(strided, d_out, d_lse), ()), strict=True):
+        assert (want is None and got is None) or torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_large_logits_keep_the_softmax_finite():
+    call = make_call(torch.float32, scale=200.0, scaled=False, causal=True)
+    d_out, d_lse = output_gradients(call)
+    result, gradients = run(call, d_out, d_lse)
+    exact, eager = (run_reference(call, d_out, d_lse, dtype)[0] for dtype in (torch.float64, torch.float32))
+    assert exact.max_logit.max() > 1000
+    assert_within_bound(result.out, exact.out, eager.out, torch.float32)
+    assert all(gradient.isfinite().all() for gradient in gradients[:3])

@@ -141,3 +141,18 @@ def test_far_apart_logits_and_sinks():
     assert drained.out.item() == 0
     assert drained.lse.item() == result.lse.item()
     assert torch.autograd.grad(drained.out.sum(), sinks)[0].item() == 0
+
+
+@pytest.mark.parametrize("mode", SCALINGS)
+def test_second_order_gradients_of_every_mode(mode):
+    """The reference and the multipliers are plain torch: they can be differentiated to any order."""
+    q, k, v = (x[:1, :2, :3].clone().requires_grad_() for x in tensors())
+    visibility = Visibility.of(q, k, causal=True)
+
+    def run(q, k, v):
+        multiplier = SCALINGS[mode]().multiplier(q, k, visibility.dense())
+        result = attention(q, k, v, multiplier, visibility, softcap=5.0)
+        return result.out, result.lse
+
+    assert torch.autograd.gradcheck(run, (q, k, v), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (q, k, v), fast_mode=True)

@@ -6,7 +6,7 @@ import torch
 from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
 from tests.support.pairs import pairwise
-from tritonattn import attention, attention_decode
+from tritonattn import Scales, Scaling, attention, attention_decode
 from tritonattn.calls import decode as decoding
 from tritonattn.core.call import ForwardResult
 from tritonattn.scaling import SCALINGS, Llama4, Ministral3, QwenLogn
@@ -189,3 +189,31 @@ def test_autocast_casts_as_attention_does():
     assert found.dtype == torch.bfloat16
     expected = attention_decode(cache.newest(q, 2), **cache.arguments(), scaling="key_norm_mean")
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+
+
+every_layout = pytest.mark.parametrize("page", PAGES)
+
+
+@every_layout
+def test_keys_taken_back_have_no_length(page):
+    """A key that no row sees has length 0 for a scaling of one's own, with a record of it or without."""
+
+    class LongestOfCache(Scaling):
+        name = "longest of cache"
+
+        def scales(self, q, k, visibility, statistics):
+            return Scales(1.0, query=1 / statistics.lengths.amax(-1, keepdim=True))
+
+        def multiplier(self, q, k, visible):
+            return 1 / torch.where(visible.any(-2), k.norm(dim=-1), 0).amax(-1)[..., None, None]
+
+    q, k, v = sequences()
+    k[:, :, 12:] *= 50
+    cache = GrowingCache(k, v, 24, page, statistics=True)
+    cache.write([14, 20])
+    cache.truncate([9, 12])
+    arguments, query = cache.arguments(), cache.newest(q, 2)
+    expected = attention_decode(query, **arguments, scaling=LongestOfCache(), backend="reference")
+    for record in (cache.record, None):
+        found = attention_decode(query, **{**arguments, "statistics": record}, scaling=LongestOfCache())
+        torch.testing.assert_close(found, expected)

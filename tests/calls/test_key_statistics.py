@@ -163,3 +163,13 @@ def test_past_the_capacity_is_dropped_where_values_are_not_read(monkeypatch):
 def test_refused_arguments(method, arguments, error, message):
     with pytest.raises(error, match=message):
         getattr(KeyStatistics(B, H, CAPACITY), method)(*arguments)
+
+
+def test_copies_are_as_exact_as_what_they_copy():
+    """Beside a float64 cache that has grown `attention_decode` asks for float64 again."""
+    statistics, keys = KeyStatistics(B, H, CAPACITY, dtype=torch.float64), _keys(6, dtype=torch.float64)
+    statistics.append(keys)
+    copies = (statistics.select(torch.arange(B)), statistics.with_capacity(30), statistics.last(6, 10))
+    for copy in copies:
+        assert copy.lengths.dtype == copy.length_maxima.dtype == torch.float64
+        _check(copy, list(keys), rtol=1e-14)

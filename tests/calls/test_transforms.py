@@ -211,3 +211,25 @@ def test_a_compiled_transform_is_computed_as_uncompiled(transform, scaling, mask
     message = "is not compiled" if TORCH > (2, 8) else "Observed exception"
     with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
         torch.compile(gradient, backend="aot_eager", fullgraph=True)(*operands)
+
+
+@pytest.mark.parametrize("masks", [{"causal": True, "scaling": "key_norm_mean"}, {"window": (2, 0)}])
+def test_compile_dynamic_shapes_do_not_recompile(masks):
+    compiled = torch.compile(partial(objective, **masks), fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (20, 40, 130, 700):
+            assert_same_gradients(compiled, partial(objective, **masks), operands(length=length))
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmap_with_dropout(randomness):
+    q, k, v, _ = (x.detach() for x in operands())
+    qs = torch.stack([q, q])
+
+    def function(q):
+        return tritonattn.attention(q, k, v, dropout_p=0.5)
+
+    first, second = torch.func.vmap(function, randomness=randomness)(qs)
+    assert torch.equal(first, second) == (randomness == "same")
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(function)(qs)

@@ -261,3 +261,12 @@ def test_a_layer_without_its_model_is_patched_and_saved_with_it(tmp_path):
     assert torch.equal(logits(network), wanted)
     one.undo()
     assert state(network) == before
+
+
+def test_a_part_of_a_model_prefills_a_static_cache():
+    """sdpa gets no mask in this prefill, and sees the upper left corner."""
+    network, inputs = LLAMA.build("sdpa"), LLAMA.inputs()
+    options = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    wanted = network.generate(**inputs, **options)
+    with patch(network, layers=[0]):
+        assert torch.equal(network.generate(**inputs, **options), wanted)

@@ -187,3 +187,16 @@ def test_a_scaling_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setitem(SCALINGS, "halved", Halved)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again), wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "splinter"])
+def test_undo_leaves_nothing_in_what_is_saved(name, tmp_path):
+    network = ARCHITECTURES[name].build()
+    patch(network, scaling="ssmax")
+    network.save_pretrained(tmp_path)
+    assert "tritonattn" in (tmp_path / "config.json").read_text()
+    again = type(network).from_pretrained(tmp_path)
+    for one in (network, again):
+        patched(one).undo()
+        one.save_pretrained(tmp_path)
+        assert "tritonattn" not in (tmp_path / "config.json").read_text()

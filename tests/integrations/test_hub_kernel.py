@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tritonattn
+from tests.test_package import fresh
 from tritonattn.cli import main as cli
 from tritonattn.integrations import hub_kernel
 from tritonattn.integrations.hub_kernel import BACKENDS
@@ -138,3 +139,22 @@ def test_a_command_that_stops_midway_leaves_nothing(error, folder, tmp_path, mon
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert len(written) == 20
     assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
+
+
+def test_alone_in_a_process_and_by_the_older_layout(repository):
+    """Without the package to fall back on; the folder inside is what older versions of `kernels` import."""
+    pytest.importorskip("triton")
+    code = f"""
+import importlib.util, os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+sys.modules["tritonattn"] = None
+spec = importlib.util.spec_from_file_location("old", {str(repository / "build/torch-cpu/tritonattn/__init__.py")!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+import torch
+q = torch.randn(1, 2, 5, 4)
+out = module.attention(q, q, q, causal=True, backend="triton")
+torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+print(sorted(module.__all__) == sorted({sorted(tritonattn.__all__)!r}))
+"""
+    assert fresh(code) == "True"

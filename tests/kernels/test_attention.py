@@ -12,7 +12,9 @@ from tests.support.bound import assert_within_bound
 from tests.support.calls import assert_extreme_sink, assert_extreme_sink_of_decode
 from tests.support.masks import MASKS
 from tests.support.pairs import in_turn, pairwise
+from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
+from tritonattn.core.call import Logits
 from tritonattn.tuning.config import Target
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -262,3 +264,26 @@ def test_gradients_of_keys_add_up_before_they_are_rounded(device):
 
     for found, exact in zip(gradients(torch.float16, "triton"), gradients(torch.float64, "reference"), strict=True):
         torch.testing.assert_close(found.double(), exact, rtol=2e-3, atol=2e-3 * exact.abs().max().item())
+
+
+def test_a_second_backward_of_a_graph_that_is_kept(device):
+    q, k, v = torch.randn(3, 1, 1, 20, 16, device=device, dtype=torch.float16).requires_grad_()
+    out = tritonattn.attention(q, k, v, scaling="key_norm_mean", causal=True, backend="triton")
+    first, second = (torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def _of_ranges(tensors: harness.Tensors, ranges: torch.Tensor) -> torch.Tensor:
+    visibility = tritonattn.core.visibility.Visibility.of(tensors["q"], tensors["k"], key_ranges=ranges)
+    call = tritonattn.core.call.AttentionCall(*tensors.values(), visibility, Logits(0.3))
+    return triton_backend.forward(call, aux=False).out
+
+
+def test_ranges_past_int32(device):
+    """On a GPU nobody reads them: they are clamped before they become 32 bits wide."""
+    tensors = harness.inputs(torch.float32, device, q_len=20, k_len=33)
+    ranges = torch.tensor([[0, 2**40], [-(2**40), 2**31 + 7], [2**31 - 1, 2**31 - 1]], device=device)
+    ranges = ranges.repeat(2, 7, 1)[:, :20]
+    found = _of_ranges(tensors, ranges)
+    assert torch.equal(found, _of_ranges(tensors, ranges.clamp(0, 33)))
+    assert found[:, :, :2].all()

@@ -65,3 +65,16 @@ def test_entries_and_heads_past_int32(name, axis, device):
     found = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton")
     for result, wanted in expected.items():
         assert torch.equal(found[result], wanted), result
+
+
+def test_lazily_negated_tensors(device):
+    """Their memory holds the negatives of their values."""
+    tensors = harness.inputs(torch.float32, device, batch=1, q_len=20, k_len=20, group=1)
+    expected = harness.run(tensors, tensors["q"], tritonattn.scaled_attention, backend="triton")
+    negated = {name: torch.complex(x, -x).conj().imag for name, x in tensors.items()}
+    assert all(x.is_neg() for x in negated.values())
+    leaves = {name: x.requires_grad_() for name, x in negated.items()}
+    out = tritonattn.scaled_attention(**leaves, backend="triton")
+    gradients = torch.autograd.grad(out, list(leaves.values()), negated["q"].detach())
+    for name, result in zip(("out", *leaves), (out, *gradients), strict=True):
+        torch.testing.assert_close(result, expected[name], msg=name)

@@ -81,3 +81,21 @@ def test_nan_in_a_sequence_stays_there(device):
         assert torch.equal(found[name][behind], clean[name][behind]), name
     for name in ("lse", "max_logit", "entropy"):
         assert torch.equal(found[name][:, rows.stop :], clean[name][:, rows.stop :]), name
+
+
+def test_neighbours_change_nothing(device):
+    """A sequence has the same bits alone and between others, wherever it starts."""
+    tensors = harness.packed_inputs(PACKED, torch.float32, device, scales=("gain",))
+    arguments = {"backend": "triton", "causal": True, "scaling": "key_count"}
+    d_out = torch.randn(tensors["q"].shape, generator=torch.Generator().manual_seed(5)).to(device)
+    whole = harness.run(tensors, d_out, attend(PACKED, device), **arguments)
+    for member in (0, 3, 4):
+        rows, keys = PACKED.members()[member]
+        part = {"q": rows, "k": keys, "v": keys}
+        own = {name: tensors[name][index].clone() for name, index in part.items()}
+        own["gain"] = tensors["gain"][:, rows].clone()
+        alone = Packed((rows.stop - rows.start,), (keys.stop - keys.start,))
+        found = harness.run(own, d_out[rows], attend(alone, device), **arguments)
+        for name, index in {"out": rows, **part}.items():
+            assert torch.equal(found[name], whole[name][index]), name
+        assert torch.equal(found["gain"], whole["gain"][:, rows])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.support.calls import operands
+from tests.support.learned import SIGNS
 from tests.support.masks import MASKS
 from tritonattn import SCALINGS, attention, nn
 from tritonattn.core.statistics import Statistics
@@ -233,3 +234,23 @@ def test_schedules_that_are_none(arguments, error, message):
 def test_bases_without_a_positive_logarithm_are_refused(base):
     with pytest.raises(ValueError, match="base: expected a finite number above 1"):
         nn.SSMax(4, base)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_a_factor_goes_through_zero(backend):
+    """Attention is smooth there: the slope at 0 is that of a central difference, and its sides agree."""
+    leaves = operands()
+
+    def loss(shift):
+        scaling = nn.SSMax(4).double()
+        set_to(scaling.s, *(x + shift for x in SIGNS))
+        out = attention(*leaves.values(), scaling=scaling, causal=True, backend=backend)
+        direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+        value = (out * direction).sum()
+        return value.item(), torch.autograd.grad(value, scaling.s)[0]
+
+    step = 1e-5
+    (below, _), (_, slope), (above, _) = loss(-step), loss(0.0), loss(step)
+    assert slope.isfinite().all()
+    assert slope.ne(0).all()
+    assert slope.sum().item() == pytest.approx((above - below) / (2 * step), rel=1e-6)

@@ -1,5 +1,7 @@
 """Every learned scaling: values, gradients of its parameters, every way to call it."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -199,3 +201,41 @@ def test_parameters_made_without_memory_are_reset_to_their_start(name):
     assert own
     for name, x in own.items():
         assert torch.equal(x, fresh.state_dict()[name]), name
+
+
+@every_case
+def test_copies_and_states(case):
+    scaling, leaves = learned(case), operands()
+    expected = attention(*leaves.values(), scaling=scaling, causal=True)
+    fresh = LEARNED[case]().double()
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.fill_(0.3)
+    if isinstance(fresh, nn.Scheduled):
+        fresh.step.zero_()
+    fresh.load_state_dict(scaling.state_dict(), strict=True)
+    for other in (fresh, copy.deepcopy(scaling), pickle.loads(pickle.dumps(scaling))):
+        assert torch.equal(attention(*leaves.values(), scaling=other, causal=True), expected)
+    assert all(x.shape[:1] in ((), (4,)) for x in scaling.state_dict().values())
+
+
+class Objective(torch.nn.Module):
+    def __init__(self, scaling) -> None:
+        super().__init__()
+        self.scaling = scaling
+
+    def forward(self, q, k, v):
+        return attention(q, k, v, scaling=self.scaling, causal=True).square().sum()
+
+
+@every_case
+def test_functional_gradients_alone_and_mapped(case):
+    layer, inputs = Objective(learned(case)), [x.detach() for x in operands().values()]
+    parameters = {name: x.detach() for name, x in layer.named_parameters()}
+    if not parameters:
+        return
+    gradient = torch.func.grad(lambda values, *x: torch.func.functional_call(layer, values, x))
+    expected = torch.autograd.grad(layer(*inputs), list(layer.parameters()), materialize_grads=True)
+    torch.testing.assert_close(list(gradient(parameters, *inputs).values()), list(expected))
+    of_samples = torch.func.vmap(gradient, in_dims=(None, 0, 0, 0))(parameters, *(x[:, None] for x in inputs))
+    torch.testing.assert_close([x.sum(0) for x in of_samples.values()], list(expected))

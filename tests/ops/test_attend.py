@@ -170,3 +170,15 @@ def test_key_lengths_pass_opcheck(seen):
     opcheck(torch.ops.tritonattn.prefix_sums.default, (lengths,))
     lo, hi = torch.tensor([[[0, 2, 5]], [[1, 1, 0]]]), torch.tensor([[[7, 4, 5]], [[7, 2, 0]]])
     opcheck(torch.ops.tritonattn.argmax_over_ranges.default, (lengths, lo, hi))
+
+
+def test_lse_alone_has_a_gradient():
+    call = example(causal=True)
+    leaves = tuple(differentiable(call).values())
+    alone = torch.autograd.grad(ops.attention(call, "sdpa", False).lse.clamp(min=-50).sum(), leaves)
+    result = ops.attention(call, "sdpa", False)
+    both = torch.autograd.grad(result.lse.clamp(min=-50).sum() + 0 * result.out.sum(), leaves)
+    for ours, expected in zip(alone, both, strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert not alone[FIELDS.index("v")].any()
+    assert alone[FIELDS.index("q")].any()

@@ -1,5 +1,7 @@
 """Each phase of `python -m perf gpu`, rehearsed on a stub driver; after one that fails the next one runs."""
 
+import ast
+import sys
 from dataclasses import replace
 
 import pytest
@@ -99,3 +101,32 @@ def test_a_phase_that_hangs_is_stopped(tmp_path, monkeypatch):
     said = phase("hangs", failure="sleep(600)")  # which is in its log, as its command
     found = gpu.run_all([said], tmp_path, gpu._SECONDS_TO_STOP + 1.0)
     assert found[0].status == "failed"
+
+
+PRESENT = {*sys.stdlib_module_names, "torch", "triton", "numpy", "pytest", "_pytest", "tqdm", "matplotlib"}
+
+
+ELSEWHERE = {"monitor.py", "codegen.py", "llama.py"}  # which no phase needs
+
+
+@pytest.mark.parametrize("folder", ["perf", "tests/kernels", "tests/support"])
+def test_nothing_is_imported_that_a_gpu_machine_lacks(folder):
+    """Unless inside of a function, after a `try`, or after pytest.importorskip."""
+    missing = []
+    for path in sorted((gpu.ROOT / folder).glob("*.py")):
+        for node in ast.parse(path.read_text()).body if path.name not in ELSEWHERE else ():
+            if "importorskip" in ast.unparse(node):
+                break
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            own = {"tritonattn", "tests", "perf"}
+            missing += [f"{path.name}: {name}" for name in names if name.partition(".")[0] not in PRESENT | own]
+    assert missing == []
+
+
+def test_a_phase_that_fails_is_reported_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "phases", lambda *_: [phase("fails"), phase("works")])
+    with pytest.raises(SystemExit, match="gpu: fails failed: see the logs"):
+        main(["gpu", "--device", "emulate", "--minutes", "1", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("works: done")
+    assert "worked" in (tmp_path / "works.log").read_text()

@@ -164,3 +164,20 @@ def test_scaling_asks_for_both_formulas():
         Nothing().scales(q, k, None, None)
     with pytest.raises(NotImplementedError, match=r"Nothing must define multiplier"):
         Nothing().multiplier(q, k, None)
+
+
+@every_mode
+def test_future_keys_do_not_change_earlier_rows(mode):
+    q, k = tensors(q_len=SK)
+    changed = k.clone()
+    changed[:, :, 5:] = 100 * torch.randn(B, 2, SK - 5, D, dtype=torch.float64)
+    before, after = (factor_of(small(mode), q, x, causal=True) for x in (k, changed))
+    assert torch.equal(before[:, :, :5, :5], after[:, :, :5, :5])
+
+
+@pytest.mark.parametrize("mode", NORM_MODES)
+@pytest.mark.parametrize("size", [1e-3, 7.0, 1e12])
+def test_the_size_of_the_keys_does_not_matter_to_norm_modes(mode, size):
+    q, k = tensors()
+    plain, scaled = ((q @ per_query_head(x).mT) * factor_of(small(mode), q, x, causal=True) for x in (k, k * size))
+    torch.testing.assert_close(scaled, plain, rtol=1e-11, atol=1e-12)

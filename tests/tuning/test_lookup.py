@@ -119,3 +119,16 @@ def test_a_config_that_a_compiler_refused_is_passed_over(folders):
 )
 def test_names_of_cards(card, arch, wanted):
     assert table_name(Target("cuda", arch, card)) == wanted
+
+
+def test_an_illegal_entry_never_runs(folders):
+    shipped, user = folders
+    put(shipped / "h100.json", 32)
+    put(user / "h100.json", 64, descriptors=True)
+    assert found() == 64
+    unaligned = Problem(64, 64, torch.bfloat16, aligned=False)
+    assert found(problem=unaligned) == 32, "descriptors cannot address it"
+    entry = Entry(TileConfig(64, 1024, 4, 16), "static", {})
+    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
+    lookup.clear_cache()
+    assert found() == 32, "too much shared memory"

@@ -1,6 +1,7 @@
 """Tables of configs as files: round trips, faults, and the key of a call."""
 
 import json
+import multiprocessing
 from dataclasses import asdict, replace
 
 import pytest
@@ -174,3 +175,24 @@ def test_the_fingerprint_is_of_the_code_alone():
     assert table._code(code) == table._code("# top\ndef f(x):\n\n    return (x + 1)\n".replace("(x + 1)", "x + 1"))
     assert table._code(code) != table._code(code.replace("1", "2"))
     assert table._code('# top\n\n"""Doc."""\n\nx = "a"\n') == table._code('x = "a"\n') != table._code('x = "b"\n')
+
+
+def _write_often(path, entries: int, start) -> None:
+    start.wait(60)
+    for _ in range(50):
+        write_table(path, example(entries))
+
+
+def test_writers_at_once(tmp_path):
+    path = tmp_path / "a100.json"
+    write_table(path, example())
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(3)
+    writers = [context.Process(target=_write_often, args=(path, entries, start)) for entries in (1, 3)]
+    for writer in writers:
+        writer.start()
+    start.wait(60)
+    while any(writer.is_alive() for writer in writers):
+        assert len(read_table(path).entries) in (1, 3)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert list(tmp_path.iterdir()) == [path]
