@@ -51,6 +51,11 @@ def agrees(shapes: dict | None = None, **arguments) -> Probe:
     return probe
 
 
+def invariant(backend: str) -> None:
+    found, expected = run(backend, batch_invariant=True), run("reference")
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 def varlen(backend: str) -> None:
     q, k, v = (x[0].transpose(0, 1) for x in operands())
     ends = torch.tensor([0, 2, 6], dtype=torch.int32)
@@ -118,7 +123,8 @@ ROWS: dict[str, list[Probe]] = {
         agrees(key_ranges=ranges()),
         agrees(mask=torch.tensor([1, 0, 1, 1, 0, 1]).bool().expand(1, 1, 6, 6)),
     ],
-    "`softcap`, `sinks`, `dropout_p`, `return_aux`": [
+    "`key_bias`, `softcap`, `sinks`, `dropout_p`, `return_aux`": [
+        agrees(key_bias=torch.linspace(-1, 1, 12).view(2, 6).requires_grad_()),
         agrees(softcap=2.0),
         agrees(sinks=torch.zeros(2, requires_grad=True)),
         agrees(dropout_p=0.3),
@@ -133,6 +139,7 @@ ROWS: dict[str, list[Probe]] = {
         partial(decode, True),
     ],
     "autocast, `torch.compile`, `torch.func.grad`, `vmap`": [autocast, compiled, transformed],
+    "`batch_invariant`": [invariant],
     "gradients of gradients": [second_order],
 }
 
