@@ -1,4 +1,4 @@
-"""What sharing a sequence over ranks costs: bytes, CPU time and memory measured on this machine, and a model of more.
+"""The cost of a sequence that ranks share: bytes, CPU time and memory measured on this machine, and a model of more.
 
 Measured: 1 to 4 gloo processes, forward and backward; bytes are those that a rank hands to the others. Modelled: GPUs
 that compute and send as `Assumptions` says.
@@ -68,7 +68,7 @@ def sent_by_formula(method: str, ranks: int, sizes: Sizes, grad_itemsize: int = 
 
 
 def on_a_rank(rank: int, size: int, method: str, layout: str, sizes: Sizes, rounds: int) -> Measured | None:
-    """What one rank of `size` does and sends; None on processes beside them."""
+    """Measure one rank of `size`; None on processes beside them."""
     from torch.distributed.device_mesh import DeviceMesh
 
     from tritonattn.distributed import shard

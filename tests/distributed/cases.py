@@ -1,4 +1,4 @@
-"""What runs on every rank: a call over ranks against the same call in one process."""
+"""Functions that run on every rank: a call over ranks against the same call in one process."""
 
 import os
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""What runs on every rank: calls and models whose heads and batch are sharded, against one process."""
+"""Functions that run on every rank: calls and models whose heads and batch are sharded, against one process."""
 
 import copy
 from typing import Any

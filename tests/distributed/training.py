@@ -1,4 +1,4 @@
-"""What runs on every rank: a patched Llama trained by several processes."""
+"""Functions that run on every rank: a patched Llama trained by several processes."""
 
 import os
 from typing import Any

@@ -1,4 +1,4 @@
-"""What runs on every rank: mistakes that gave wrong numbers without a word."""
+"""Functions that run on every rank: mistakes that gave wrong numbers without a word."""
 
 import pytest
 import torch

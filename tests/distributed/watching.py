@@ -1,4 +1,4 @@
-"""What runs on every rank: a Monitor and QK-clip over several processes, against one."""
+"""Functions that run on every rank: a Monitor and QK-clip over several processes, against one."""
 
 import math
 import warnings

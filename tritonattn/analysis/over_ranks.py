@@ -63,7 +63,7 @@ def joined(totals: dict[str, Totals], device: torch.device) -> dict[str, tuple[T
 
 
 class _Shape:
-    """What ranks tell one another of a layer before they add."""
+    """Facts of a layer that ranks tell one another before they add."""
 
     def __init__(self, totals: Totals) -> None:
         self.head_part, self.calls = totals.head_part, totals.calls

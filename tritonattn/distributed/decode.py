@@ -23,6 +23,7 @@ from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
 from . import collectives
 from .layout import Split
+from .sequence import share_beside_sinks
 
 
 def context_parallel_decode(
@@ -98,7 +99,6 @@ def context_parallel_decode(
     if backend == "reference":
         raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
     left, _ = window_sides(window)
-    left, _ = window_sides(window)
     visible = _PartVisibility(
         q.shape[0],
         q.shape[1],
@@ -123,8 +123,7 @@ def context_parallel_decode(
         call = AttentionCall(q, k, v, ranges, logits)
         out, aux = _merged(ops.attention(call, backend, aux=True), split)
         if sinks is not None:
-            share = torch.sigmoid(aux.lse - cast(Tensor, sinks_of(q, options))[:, None])
-            out = out * share.masked_fill(aux.lse == -torch.inf, 0)[..., None]
+            out = out * share_beside_sinks(aux.lse, cast(Tensor, sinks_of(q, options)))[..., None]
     return (out.to(v.dtype), aux) if return_aux else out.to(v.dtype)
 
 

@@ -20,7 +20,7 @@ from ..core.call import AttentionCall, ForwardResult, Gradients, Logits, Needs
 from ..core.visibility import Visibility
 from ..ops.attend import backward_pass, forward_pass
 from . import collectives
-from .sequence import Settings, SharedSequence
+from .sequence import Settings, SharedSequence, add_part
 
 
 class Piece(NamedTuple):
@@ -134,13 +134,13 @@ class _Attend(Function):
                 results = out[rows], lse[rows], None if rounding is None else rounding[rows]
                 d_own, d_own_lse = (None if d is None else d[rows] for d in (d_out, d_lse))
                 got = backward_pass(call, settings.backend, results, d_own, d_own_lse, needs)
-                _add(sums.q, rows, got.q)
-                _add(of_keys[0], (..., piece.keys, slice(None)), got.k)
-                _add(of_keys[1], (..., piece.keys, slice(None)), got.v)
-                _add(sums.query_scale, rows, got.query_scale)
-                _add(sums.key_scale, keys, got.key_scale)
-                _add(sums.key_bias, (slice(None), heads.of_keys, slice(None), piece.keys), got.key_bias)
-                _add(sums.sinks, heads.of_rows, got.sinks)
+                add_part(sums.q, rows, got.q)
+                add_part(of_keys[0], (..., piece.keys, slice(None)), got.k)
+                add_part(of_keys[1], (..., piece.keys, slice(None)), got.v)
+                add_part(sums.query_scale, rows, got.query_scale)
+                add_part(sums.key_scale, keys, got.key_scale)
+                add_part(sums.key_bias, (slice(None), heads.of_keys, slice(None), piece.keys), got.key_bias)
+                add_part(sums.sinks, heads.of_rows, got.sinks)
             for total, whole in ((sums.k, of_keys[0]), (sums.v, of_keys[1])):
                 if total is not None and whole is not None:
                     total[:, heads.of_keys] = collectives.scattered(whole, settings.sequence.split, 2).to(total.dtype)
@@ -150,11 +150,6 @@ class _Attend(Function):
 def _zeros(x: Tensor, need: bool, settings: Settings) -> Tensor | None:
     """Zeros for the gradient of all keys or values, in the dtype in which ranks add theirs."""
     return x.new_zeros(x.shape, dtype=torch.promote_types(settings.reduce_dtype, x.dtype)) if need else None
-
-
-def _add(total: Tensor | None, place: Any, gradient: Tensor | None) -> None:
-    if total is not None and gradient is not None:
-        total[place] += gradient
 
 
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -23,7 +23,7 @@ from ..core.rounding import before_rounding, lost_in_rounding
 from ..core.visibility import Visibility
 from ..ops.attend import backward_pass, forward_pass
 from . import collectives
-from .sequence import Settings, SharedSequence
+from .sequence import Settings, SharedSequence, add_part, share_beside_sinks
 
 
 def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
@@ -68,9 +68,10 @@ def _call(
     keys, values = part[0][:, :, pair.keys].to(q.dtype), part[1][:, :, pair.keys]
     if not pair.hides:
         visible = Visibility.of(own, keys)
-    elif pair.is_diagonal or ranges is None:
+    elif pair.is_diagonal:
         visible = Visibility.of(own, keys, causal=True)
     else:
+        assert ranges is not None
         seen = (ranges[:, pair.rows] - pair.first).clamp(0, n)
         visible = Visibility.of(own, keys, key_ranges=seen.contiguous())
     logits = Logits(
@@ -136,8 +137,7 @@ class _Attend(Function):
                 merged.add(pair.rows, forward_pass(call, settings.backend, settings.aux, keep_rounding), settings.aux)
         wide, lse = merged.out, merged.lse
         if sinks is not None:
-            share = torch.sigmoid(lse - sinks[:, None])
-            wide = wide * torch.where(lse == -torch.inf, 0, share)[..., None]
+            wide = wide * share_beside_sinks(lse, sinks)[..., None]
         out = wide.to(v.dtype)
         rounding = lost_in_rounding(wide, out) if settings.keep_rounding else None
         entropy = (lse - merged.mean_logit).masked_fill(lse == -torch.inf, 0).clamp(min=0)
@@ -164,15 +164,15 @@ class _Attend(Function):
                 results = out[rows], lse[:, :, pair.rows], None if rounding is None else rounding[rows]
                 of_rows = None if d_out is None else d_out[rows], None if d_lse is None else d_lse[:, :, pair.rows]
                 got = backward_pass(call, settings.backend, results, *of_rows, needs)
-                _add(sums.q, rows, got.q)
-                _add(of_part[0], keys, got.k)
-                _add(of_part[1], keys, got.v)
-                _add(sums.query_scale, (..., pair.rows), got.query_scale)
+                add_part(sums.q, rows, got.q)
+                add_part(of_part[0], keys, got.k)
+                add_part(of_part[1], keys, got.v)
+                add_part(sums.query_scale, (..., pair.rows), got.query_scale)
                 span = slice(pair.first, pair.first + pair.keys.stop - pair.keys.start)
-                _add(sums.key_scale, (..., span), got.key_scale)
-                _add(sums.key_bias, (..., span), got.key_bias)
+                add_part(sums.key_scale, (..., span), got.key_scale)
+                add_part(sums.key_bias, (..., span), got.key_bias)
                 if pair.first == settings.sequence.first_of(pair.rows):  # once a row
-                    _add(sums.sinks, ..., got.sinks)
+                    add_part(sums.sinks, ..., got.sinks)
             if moving is not None:
                 of_part = [own + theirs for own, theirs in zip(of_part, moving.wait(), strict=True)]
             moving = collectives.pass_on(of_part, settings.sequence.split)
@@ -180,8 +180,3 @@ class _Attend(Function):
         home = moving.wait()
         d_k, d_v = (None if total is None else own.to(total.dtype) for total, own in zip(sums[1:3], home, strict=True))
         return sums.q, d_k, d_v, *sums[3:], None, None
-
-
-def _add(total: Tensor | None, place: Any, gradient: Tensor | None) -> None:
-    if total is not None and gradient is not None:
-        total[place] += gradient

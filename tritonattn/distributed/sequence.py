@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,3 +103,14 @@ def logits_of(factor: Factor, q: Tensor, k: Tensor, sequence: SharedSequence, re
         whole = k.detach()[:, :, :1].expand(-1, -1, sequence.length, -1)  # a shape; its values are not read
         statistics = SharedStatistics(k, visible, split, sequence.whole.is_full or sequence.whole.is_square_causal)
     return factor.logits(q, whole, visible, statistics)
+
+
+def add_part(total: Tensor | None, place: Any, gradient: Tensor | None) -> None:
+    """Add the gradient of a part of a tensor to that of the whole, where both are asked for."""
+    if total is not None and gradient is not None:
+        total[place] += gradient
+
+
+def share_beside_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
+    """The weight of keys beside a sink [Hq]: exp(lse) / (exp(lse) + exp(sink)), 0 for a row without keys."""
+    return torch.sigmoid(lse - sinks[:, None]).masked_fill(lse == -torch.inf, 0)
