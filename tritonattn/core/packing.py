@@ -28,11 +28,14 @@ class Places:
 
     def unpacked(self, x: Tensor) -> Tensor:
         """[1, H, total] as [N, H, longest], 0 behind each member."""
-        return apply(_Unpacked, x, self)
+        return apply(_Moved, x, self, False)
 
     def packed(self, x: Tensor) -> Tensor:
         """[N, H, longest] as [1, H, total], 0 for entries of no member."""
-        return apply(_Packed, x, self)
+        return apply(_Moved, x, self, True)
+
+    def _moved(self, x: Tensor, packs: bool) -> Tensor:
+        return self._pack(x) if packs else self._unpack(x)
 
     def _unpack(self, x: Tensor) -> Tensor:
         place = torch.arange(self.longest, device=x.device)
@@ -49,33 +52,19 @@ class Places:
         return torch.where(belongs, x[member, :, place].mT, 0)[None]
 
 
-class _Unpacked(torch.autograd.Function):
+class _Moved(torch.autograd.Function):
+    """`packed` or `unpacked`: each is the transpose of the other."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, places):
-        return places._unpack(x)
+    def forward(x, places, packs):
+        return places._moved(x, packs)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.places = inputs[1]
+        _, ctx.places, ctx.packs = inputs
 
     @staticmethod
     def backward(ctx, g):
-        return ctx.places._pack(g), None
-
-
-class _Packed(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, places):
-        return places._pack(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.places = inputs[1]
-
-    @staticmethod
-    def backward(ctx, g):
-        return ctx.places._unpack(g), None
+        return ctx.places._moved(g, not ctx.packs), None, None
