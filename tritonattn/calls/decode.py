@@ -149,10 +149,9 @@ def _logits(
     else:
         keys = cache.keys()
     kind = ops.KernelStatistics if backend == "triton" else Statistics
+    statistics = kind(cache.keys, visibility)
     if record is not None:
-        statistics = CachedStatistics(cache.keys, visibility, record, visibility.left, kind._scan)
-    else:
-        statistics = kind(cache.keys, visibility)
+        statistics = CachedStatistics(statistics, record, visibility.left)
     logits = factor.logits(q, keys, visibility, statistics, options.key_bias, options.cap, sinks_of(q, options))
     refuse_gradients(scaling=logits.query_scale, key_scale=logits.key_scale, key_bias=logits.key_bias)
     return logits

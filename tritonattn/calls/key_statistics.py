@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from ..core.autograd import runs_eagerly
 from ..core.ranges import prefix_sum
 from ..core.statistics import Statistics, key_lengths_of
-from ..core.visibility import Visibility
 from ..ops import append_keys
 from .checks import (
     FLOATS,
@@ -279,27 +277,22 @@ class KeyStatistics:
 
 
 class CachedStatistics(Statistics):
-    """The row statistics of `visibility` from a `KeyStatistics` record; k itself is not read.
+    """The row statistics of a visibility from a `KeyStatistics` record; k itself is not read.
 
-    left   rows see at most left + 1 keys, or None for all before their own
-    scan   computes prefix sums where `visibility.invariant`: then sums come from the lengths, as without a record
+    computed   statistics of the same keys: lengths of queries are theirs, and prefix sums where `visibility.invariant`,
+               since sums then come from the lengths, as without a record
+    left       rows see at most left + 1 keys, or None for all before their own
 
     Rows that see all keys before their own read the record's prefix sums and maxima. Rows of a window read the lengths
     inside it: a difference of prefix sums would keep the NaN, inf or rounding of keys that have left the window.
     """
 
-    def __init__(
-        self,
-        k: Tensor | Callable[[], Tensor],
-        visibility: Visibility,
-        record: KeyStatistics,
-        left: int | None,
-        scan: Callable[[Tensor], Tensor] = prefix_sum,
-    ) -> None:
-        super().__init__(k, visibility)
+    def __init__(self, computed: Statistics, record: KeyStatistics, left: int | None) -> None:
+        super().__init__(lambda: computed.k, computed.visibility)
         self._record = record
         self._left = left
-        self._scan = scan
+        self._scan = computed._scan
+        self._lengths_of = computed._lengths_of
 
     def _lengths(self) -> Tensor:
         counted = self.visibility.counted_keys()

@@ -112,10 +112,9 @@ def context_parallel_decode(
         first=split.rank * capacity,
     )
     with autocast_off:
+        of_part = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visible)
         if statistics is not None:
-            of_part = CachedStatistics(k, visible, statistics, left)
-        else:
-            of_part = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visible)
+            of_part = CachedStatistics(of_part, statistics, left)
         logits = factor.logits(q, k, visible, _SharedRows(of_part, split), None, options.cap)
         if logits.key_bias is not None:
             raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")
