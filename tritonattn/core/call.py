@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .dropout import Dropout
+from .pages import PageTable
 from .visibility import Visibility
 
 
@@ -39,6 +41,10 @@ class AttentionCall:
                read, and it may have no memory
     wide_k     likewise k's
     is_part    rows see other keys too: out and lse, which a backward gets, are of all of them
+    block_table   int32 [N, max_pages] or None: k and v are then pages [P, Hkv, page, D or Dv], and key j of member n of
+               `visibility.sequences` lies in page block_table[n, j // page], at j % page. Vectors of keys still lie
+               along the packed axis, of visibility.k_len. Entries outside [0, P) are not followed: keys and values
+               there are zeros. No gradients.
 
     Gradients by other ways, as through key lengths, are added to an fp32 gradient before the sum is rounded. For the
     same end q and k may hold 16-bit values in fp32 beside a 16-bit v.
@@ -53,6 +59,7 @@ class AttentionCall:
     wide_q: Tensor | None = None
     wide_k: Tensor | None = None
     is_part: bool = False
+    block_table: Tensor | None = None
 
     @property
     def invariant(self) -> bool:
@@ -73,6 +80,21 @@ class AttentionCall:
         if self.q.dtype == self.k.dtype == dtype:
             return self
         return replace(self, q=self.q.to(dtype), k=self.k.to(dtype))
+
+    def gathered(self) -> AttentionCall:
+        """The call without pages: k and v along the packed axis."""
+        if self.block_table is None:
+            return self
+        return replace(self, k=self.packed_keys(self.k), v=self.packed_keys(self.v), block_table=None)
+
+    def packed_keys(self, x: Tensor) -> Tensor:
+        """Pages [P, Hkv, page, C] as [1, Hkv, Sk, C], of a call with a block table."""
+        sequences = self.visibility.sequences
+        assert self.block_table is not None
+        assert sequences is not None
+        key = torch.arange(self.visibility.k_len, device=x.device)[None]
+        table = PageTable(self.block_table, x.shape[2], sequences)
+        return table.gather(x.transpose(1, 2), key, key < sequences.k_starts[-1]).transpose(1, 2)
 
 
 class ForwardResult(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .call import AttentionCall, Logits
+from .pages import PageTable
 from .visibility import Visibility
 
 LONGEST_QUERY = 16  # rows
@@ -23,12 +24,14 @@ class Cache:
     key_lengths   int [B]; values outside [0, capacity] are clamped
     block_table   int32 [B, max_pages] or None: key j of sequence b lies in page block_table[b, j // page], at j % page.
                   Entries outside [0, N) and those behind key_lengths are not followed: keys and values there are zeros.
+    query_lengths int [B] or None: the rows of each sequence, the first of a call's Sq; clamped to [0, Sq]. None: all.
     """
 
     k: Tensor
     v: Tensor
     key_lengths: Tensor
     block_table: Tensor | None = None
+    query_lengths: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -49,7 +52,10 @@ class Cache:
         return self.page if self.block_table is None else self.page * self.block_table.shape[1]
 
     def visibility(self, q: Tensor, left: int | None, invariant: bool = False) -> Visibility:
-        """Row i of q [B, Hq, Sq, D] sees own - left <= j <= own, with own = i + key_lengths[b] - Sq."""
+        """Row i of q [B, Hq, Sq, D] sees own - left <= j <= own, with own = i + key_lengths[b] - query_lengths[b].
+
+        Rows at i >= query_lengths[b] see nothing.
+        """
         q_heads, q_len = q.shape[1:3]
         return _CacheVisibility(
             self.batch,
@@ -61,6 +67,7 @@ class Cache:
             left=left,
             key_lengths=self.key_lengths,
             invariant=invariant,
+            query_lengths=self.query_lengths,
         )
 
     def keys(self) -> Tensor:
@@ -74,19 +81,16 @@ class Cache:
     def _gathered(self, x: Tensor) -> Tensor:
         if self.block_table is None:
             return x
-        first = torch.arange(self.block_table.shape[1], device=x.device) * self.page
-        table = self.block_table.long()
-        valid = (table >= 0) & (table < x.shape[0]) & (first < self.key_lengths[:, None])  # [B, max_pages]
-        if x.shape[0] == 0:
-            pages = x.new_zeros(*table.shape, *x.shape[1:])
-        else:
-            pages = x[torch.where(valid, table, 0)]  # [B, max_pages, page, Hkv, D]
-            pages = torch.where(valid[..., None, None, None], pages, 0)
-        return pages.flatten(1, 2).transpose(1, 2)
+        key = torch.arange(self.capacity, device=x.device)[None]
+        found = PageTable(self.block_table, self.page).gather(x, key, key < self.key_lengths[:, None])
+        return found.transpose(1, 2)
 
 
+@dataclass(frozen=True, eq=False)
 class _CacheVisibility(Visibility):
     """Visibility of rows at the end of their sequence's key_lengths, not of the capacity."""
+
+    query_lengths: Tensor | None = None
 
     @property
     def is_bottom_right(self) -> bool:
@@ -98,9 +102,12 @@ class _CacheVisibility(Visibility):
     def _ends(self) -> Tensor:
         """One past the last key that each row sees: int64 [B, Sq]."""
         lengths = cast(Tensor, self.key_lengths).long().clamp(0, self.k_len)[:, None]  # [B, 1]
-        if self.q_len == 1:
+        if self.query_lengths is None and self.q_len == 1:
             return lengths
-        return (lengths + torch.arange(1 - self.q_len, 1, device=self.device)).clamp(min=0)
+        rows = self.q_len if self.query_lengths is None else self.query_lengths.long().clamp(0, self.q_len)[:, None]
+        row = torch.arange(1, self.q_len + 1, device=self.device)
+        ends = (lengths + (row - rows)).clamp(min=0)
+        return ends if self.query_lengths is None else torch.where(row > rows, 0, ends)
 
     def _ranges(self) -> tuple[Tensor, Tensor]:
         hi = self._ends()
@@ -110,7 +117,7 @@ class _CacheVisibility(Visibility):
 @dataclass(frozen=True, eq=False)
 class DecodeCall:
     """The softmax of `logits` times v, over the keys that row i of sequence b sees: own - left <= j <= own, with
-    own = i + key_lengths[b] - Sq.
+    own = i + key_lengths[b] - query_lengths[b], of its first query_lengths[b] rows; the others see nothing.
 
     q        [B, Hq, Sq, D] in the cache's dtype; any strides
     logits   with a key_scale of [B, Hkv, capacity], a key_bias of [B, Hkv, Hq / Hkv, capacity]

@@ -46,6 +46,12 @@ class Sequences:
         first, last = k_starts[member], k_starts[following]
         return first[None], last[None], (row + last - q_starts[following])[None]
 
+    def place_of_keys(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The member of each key of the packed axis, N for none, and the key's number within it: int64, like key."""
+        starts = self.k_starts.long()
+        member = torch.searchsorted(starts[1:], key, right=True)
+        return member, key - starts[member]
+
 
 def _in_order(offsets: Tensor, length: int) -> Tensor:
     ends = offsets[1:].clamp(0, length)

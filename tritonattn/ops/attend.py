@@ -45,11 +45,13 @@ class _Flat(NamedTuple):
     q_starts: Tensor | None
     k_starts: Tensor | None
     dropout_state: Tensor | None
+    block_table: Tensor | None
     scale: float
     left: int | None
     right: int | None
     longest_q: int
     longest_k: int
+    k_len: int
     softcap: float | None
     dropout_p: float
     invariant: bool
@@ -74,11 +76,13 @@ class _Flat(NamedTuple):
             q_starts=None if sequences is None else sequences.q_starts,
             k_starts=None if sequences is None else sequences.k_starts,
             dropout_state=None if dropout is None else dropout.state,
+            block_table=call.block_table,
             scale=call.logits.scale,
             left=visible.left,
             right=visible.right,
             longest_q=0 if sequences is None else sequences.longest_q,
             longest_k=0 if sequences is None else sequences.longest_k,
+            k_len=visible.k_len,
             softcap=call.logits.softcap,
             dropout_p=0.0 if dropout is None else dropout.p,
             invariant=call.invariant,
@@ -91,9 +95,10 @@ class _Flat(NamedTuple):
         sequences = None
         if self.q_starts is not None and self.k_starts is not None:
             sequences = Sequences(self.q_starts, self.k_starts, self.longest_q, self.longest_k)
-        visibility = Visibility.of(
-            self.q,
-            self.k,
+        visibility = Visibility.of_shapes(
+            self.q.shape,
+            torch.Size((*self.k.shape[:2], self.k_len, self.k.shape[3])),
+            self.q.device,
             window=(self.left, self.right),
             key_lengths=self.key_lengths,
             key_ranges=self.key_ranges,
@@ -103,7 +108,7 @@ class _Flat(NamedTuple):
         )
         logits = Logits(self.scale, self.query_scale, self.key_scale, self.key_bias, self.softcap, self.sinks)
         dropout = None if self.dropout_state is None else Dropout(self.dropout_p, self.dropout_state)
-        return AttentionCall(self.q, self.k, self.v, visibility, logits, dropout)
+        return AttentionCall(self.q, self.k, self.v, visibility, logits, dropout, block_table=self.block_table)
 
 
 # The first fields of _Flat can have a gradient, and more of them are tensors.
@@ -193,6 +198,7 @@ def _without_repeats(call: AttentionCall) -> AttentionCall:
 def _forward(
     call: AttentionCall, backend: str, aux: bool, rounding: Tensor | None = None, *, has_graph: bool
 ) -> ForwardResult:
+    call = call.gathered()
     if _is_empty(call):
         return _forward_of_nothing(call, aux)
     with without_autocast(call.q):
@@ -313,11 +319,13 @@ class _Attention(Function):
         q_starts,
         k_starts,
         dropout_state,
+        block_table,
         scale,
         left,
         right,
         longest_q,
         longest_k,
+        k_len,
         softcap,
         dropout_p,
         invariant,
@@ -339,11 +347,13 @@ class _Attention(Function):
             q_starts,
             k_starts,
             dropout_state,
+            block_table,
             scale,
             left,
             right,
             longest_q,
             longest_k,
+            k_len,
             softcap,
             dropout_p,
             invariant,

@@ -24,6 +24,7 @@ class _Flat(NamedTuple):
     v: Tensor
     key_lengths: Tensor
     block_table: Tensor | None
+    query_lengths: Tensor | None
     query_scale: Tensor | None
     key_scale: Tensor | None
     key_bias: Tensor | None
@@ -38,12 +39,12 @@ class _Flat(NamedTuple):
     @classmethod
     def of(cls, call: DecodeCall, backend: str, aux: bool) -> _Flat:
         cache, (scale, query_scale, key_scale, key_bias, softcap, sinks) = call.cache, call.logits
-        tensors = (call.q, cache.k, cache.v, cache.key_lengths, cache.block_table)
+        tensors = (call.q, cache.k, cache.v, cache.key_lengths, cache.block_table, cache.query_lengths)
         vectors = (query_scale, key_scale, key_bias, sinks)
         return cls(*tensors, *vectors, scale, call.left, softcap, call.invariant, aux, backend)
 
     def call(self) -> DecodeCall:
-        cache = Cache(self.k, self.v, self.key_lengths, self.block_table)
+        cache = Cache(self.k, self.v, self.key_lengths, self.block_table, self.query_lengths)
         logits = Logits(self.scale, self.query_scale, self.key_scale, self.key_bias, self.softcap, self.sinks)
         return DecodeCall(self.q, cache, logits, self.left, self.invariant)
 
@@ -61,7 +62,7 @@ def decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
 def _decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
     if backend != "triton":
         return blockwise.forward(call.as_attention(), aux)
-    if call.invariant:  # no split of keys, and the loop of other calls
+    if call.invariant or call.cache.query_lengths is not None:  # no split of keys, and the loop of other calls
         return kernels().forward(call.as_attention(), aux)
     return kernels().decode(call, aux)
 

@@ -1,0 +1,50 @@
+"""Keys that lie in pages of any order: which page and place hold a key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .sequences import Sequences
+
+
+@dataclass(frozen=True, eq=False)
+class PageTable:
+    """Key j of sequence n lies in page numbers[n, j // size], at j % size.
+
+    numbers     int32 [N, max_pages]; a key whose number is outside of the pages that exist lies nowhere
+    size        keys of a page
+    sequences   keys are numbered along the packed axis of these; None: each sequence numbers its own
+    """
+
+    numbers: Tensor
+    size: int
+    sequences: Sequences | None = None
+
+    def gather(self, x: Tensor, key: Tensor, wanted: Tensor) -> Tensor:
+        """The entries of x [pages, size, ...] that belong to `key`, int64 [N or 1, n]: [N or 1, n, ...].
+
+        Zeros where not wanted, bool broadcastable to key, and for keys that lie nowhere.
+        """
+        page, place, found = self.locate(key, x.shape[0])
+        found = found & wanted
+        if x.shape[0] == 0:
+            return x.new_zeros(*found.shape, *x.shape[2:])
+        entries = x[torch.where(found, page, 0), torch.where(found, place, 0)]
+        return torch.where(found.view(*found.shape, *[1] * (x.dim() - 2)), entries, 0)
+
+    def locate(self, key: Tensor, pages: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Page and place of every key, int64 like key, and whether one of `pages` pages holds it."""
+        members, longest = self.numbers.shape
+        if self.sequences is None:
+            member = torch.arange(members, device=key.device)[:, None]
+        else:
+            member, key = self.sequences.place_of_keys(key)
+        ordinal = key.div(self.size, rounding_mode="floor")
+        found = (ordinal >= 0) & (ordinal < longest) & (member < members)
+        if self.numbers.numel() == 0:
+            return torch.zeros_like(ordinal), torch.zeros_like(ordinal), torch.zeros_like(found)
+        page = self.numbers[member.clamp(max=members - 1), ordinal.clamp(0, longest - 1)].long()
+        return page, key - ordinal * self.size, found & (page >= 0) & (page < pages)
