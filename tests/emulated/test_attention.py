@@ -9,6 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 import tritonattn
+from tests.invariance.__main__ import device as emulated_device
+from tests.invariance.company import Case as Company
+from tests.invariance.company import differences
 from tests.kernels import harness
 from tests.support.pairs import all_pairs, in_turn, thinned
 from tritonattn.tuning import TileConfig
@@ -145,3 +148,10 @@ def test_bits_of_batch_invariant_rows(emulate):
     few, few_aux = tritonattn.attention(q[:, :, 39:], k, v, key_ranges=ranges, **options)
     for whole, part in zip((out, *aux), (few, *few_aux), strict=True):
         assert torch.equal(whole[:, :, 39:], part)
+
+
+def test_bits_of_queries_that_are_measured_in_decoding():
+    """`cosine` divides by the queries' lengths, whose last bit shows in lse behind a softcap."""
+    company = Company("decode", "bf16", (32, 32), "cosine", 41, (1, 3), 1.5, False, 54, 48)
+    with emulated_device("sm_80"):
+        assert differences(company, "triton") == []

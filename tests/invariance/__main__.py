@@ -22,7 +22,7 @@ _TILES = {"sm_80": TileConfig(16, 16, 1, 2), "sm_90": TileConfig(64, 16, 4, 2)}
 
 
 @contextmanager
-def _device(backend: str):
+def device(backend: str):
     """The CPU; or the emulator, whose descriptors are on for sm_90."""
     if backend == "sdpa":
         yield
@@ -50,7 +50,7 @@ def main() -> int:
     lengths, dims = _SIZES.get(options.backend, _EMULATED)
     for case in cases(options.cases, options.seed, lengths, dims):
         try:
-            with _device(options.backend):
+            with device(options.backend):
                 differing = differences(case, "sdpa" if options.backend == "sdpa" else "triton")
         except NotImplementedError as refusal:
             counts["refused"] += 1
