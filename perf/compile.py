@@ -27,6 +27,7 @@ from tritonattn.tuning.config import Target
 from .devices import obstacle
 from .soak_draw import ON_A_GPU, draw
 from .soak_guards import CONFIGS
+from .suites import DIMS
 
 _SEEDS = 1024  # of the soak, of which those in a row share code
 _COMMON = ("sqrt_dim", "key_norm_mean")
@@ -55,6 +56,7 @@ def _of_sweeps() -> Iterator[Call]:
 def _cases() -> Iterator[tuple[int, bool, str]]:
     for head_dim in (64, 128):
         yield from ((head_dim, causal, scaling) for causal in (False, True) for scaling in _COMMON)
+    yield from ((head_dim, causal, _COMMON[1]) for head_dim in DIMS for causal in (False, True))
     yield from ((64, True, scaling) for scaling in tritonattn.SCALINGS if scaling not in _COMMON)
 
 

@@ -1,10 +1,10 @@
 """Everything a GPU machine is needed for, the most telling first; results are saved as each phase ends.
 
 Environment, a preflight, compilation by all cores, then correctness on the card, soak, forward and backward against
-peers, decoding, tuning, overhead of the scalings, sanitizers, report. A preflight that fails ends the run, with what to
-do. A later phase is a process of its own: one that fails, or leaves the card unusable, is reported, and the next one
-runs. The same command goes on where one was stopped. The exit status is 1 where a phase failed, 130 after Ctrl-C. With
---device emulate all phases are tiny, on a stub of NVIDIA's driver and an emulator: a rehearsal.
+peers, decoding, other head dims, tuning, overhead of the scalings, sanitizers, report. A preflight that fails ends the
+run, with what to do. A later phase is a process of its own: one that fails, or leaves the card unusable, is reported,
+and the next one runs. The same command goes on where one was stopped. The exit status is 1 where a phase failed, 130
+after Ctrl-C. With --device emulate all phases are tiny, on a stub of NVIDIA's driver and an emulator: a rehearsal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _GRACE = 60.0  # most seconds past its share that a process has to start up and to finish its work
 _SECONDS_TO_STOP = 20.0
 _SECONDS_OF_BRIEF = 20.0  # in reserve for each phase without a share
-_SUITES = {"ceilings": 2, "forward": 14, "backward": 12, "decode": 8, "overhead": 6}  # with their shares
+_SUITES = {"ceilings": 2, "forward": 14, "backward": 12, "decode": 8, "dims": 3, "overhead": 6}  # with their shares
 _SPENT = " is spent: run the command again"  # the end of a tuning that was cut
 _TINY_TUNE = ("--static", "sm_80", "--kernels", "decode", "--head-dims", "64", "--lengths", "short")
 _TINY = ("--quick", "--lengths", "16", "--head-dims", "16", "--rounds", "1", "--peers", "sdpa,eager,flash-attn-2")
@@ -101,7 +101,7 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
         sweep("ceilings"),
         Phase("correctness", of_perf("correctness", tests, *tested), 22, failure=" FAILED "),
         Phase("soak", of_perf("soak", *soaked), 8, "--minutes", failure="repeat it: "),
-        *(sweep(suite) for suite in ("forward", "backward", "decode")),
+        *(sweep(suite) for suite in ("forward", "backward", "decode", "dims")),
         Phase(
             "tuning",
             ("-m", "tritonattn", "tune", *tune),

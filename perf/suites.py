@@ -142,6 +142,8 @@ def _accuracy(axes: Axes, place: Place) -> Iterator[AccuracyCase]:
         yield AccuracyCase(keys, count, head_dim, dtype, axes.scalings, place.device, place.backend)
 
 
+# Of Stable Diffusion 1.5, SigLIP and DiT, Phi-2, ViT-g, Phi-3: those that are no multiples of 16 pad alike.
+DIMS = (40, 72, 80, 88, 96)
 _FLEX = (2048, 8192)  # lengths of FlexAttention on a GPU: it is compiled for every case, for half a minute
 _POWERS = tuple(2**n for n in range(10, 15))  # 1k to 16k
 _ON_CPU = ("sdpa", "sdpa-math", "flex", "eager")
@@ -209,6 +211,12 @@ SUITES = {
         _axes({"cuda": (4096,), "cpu": (1024,)}, (64,), MODES),
         Axes((128,), (32,), ("fp32",), MODES, ("sdpa", "eager")),
         _against_peers("scaling", "forward+backward"),
+    ),
+    "dims": Suite(
+        "other head dims of models against peers, at one length",
+        _axes({"cuda": (4096,), "cpu": (1024,)}, DIMS, _COMMON[1:]),
+        Axes((128,), (40,), ("fp32",), _COMMON[1:], ("sdpa", "eager")),
+        _against_peers("dims", "forward+backward"),
     ),
     "decode": Suite(
         "a decoding step over a copy of as many bytes, by length of the cache",

@@ -24,7 +24,7 @@ _DEVICES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    suites = "forward,backward,decode,varlen,overhead,accuracy,scaling,cpu,ceilings; default: all that suit the device"
+    suites = "forward,backward,dims,decode,varlen,overhead,accuracy,scaling,cpu,ceilings; default: all for the device"
     parser.add_argument("--suite", type=names, metavar="A,B", help=suites)
     parser.add_argument("--device", choices=("cuda", "cpu", "interpret", "emulate"), help=_DEVICES)
     parser.add_argument("--peers", type=names, help="sdpa,flex,...: who runs beside ours; none for nobody")

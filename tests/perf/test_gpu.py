@@ -12,7 +12,7 @@ from perf.__main__ import main
 from perf.records import read
 from tests.support.versions import skip_without_stub
 
-SWEEPS = ("ceilings", "forward", "backward", "decode", "overhead")
+SWEEPS = ("ceilings", "forward", "backward", "decode", "dims", "overhead")
 PYTHON = {"fails": "raise SystemExit(3)", "works": "print('worked')", "hangs": "import time; time.sleep(600)"}
 
 

@@ -34,7 +34,7 @@ def test_without_a_gpu_it_says_so_and_offers_another_way(user, capsys):
         ("tune --workers -1", "--workers: expected at least 1, got -1"),
         ("tune --budget nan", "--budget: expected minutes, got nan"),
         ("tune --kernels forwards", "--kernels: expected forward, grad_key_value, grad_query, decode, got 'forwards'"),
-        ("tune --head-dims 63", "--head-dims: expected 64, 80"),
+        ("tune --head-dims 63", "--head-dims: expected 40, 64, 72, 80"),
         ("tune --dtypes fp8", "--dtypes: expected bf16, fp16"),
         ("tune --lengths huge", "--lengths: expected short, long"),
         ("configs --gpu h1000", "configs: --gpu: expected a100, a10, l40s, h100, h200"),
@@ -68,6 +68,15 @@ def test_a_static_table_is_written_for_the_user_or_shipped(user, tmp_path, capsy
     assert (user / "a100.json").read_bytes() == (tmp_path / "shipped" / "a100.json").read_bytes()
 
 
+def test_a_model_ranks_head_dims_that_are_multiples_of_16(on_h100, user, capsys):
+    """A search times others of models too."""
+    few = ("--kernels", "forward", "--lengths", "short")
+    run(capsys, "tune", "--static", "a100", *few)
+    assert {key.head_dim for key in read_table(user / "a100.json").entries} == {64, 80, 96, 128, 192, 256}
+    run(capsys, "tune", *few)
+    assert {40, 72, 88} < {key.head_dim for key in on_h100}
+
+
 def test_measured_entries_and_other_keys_are_kept(user, capsys):
     measured = Entry(TileConfig(128, 64, 4, 2), "measured", {"milliseconds": 1.0})
     other = Key("decode", 64, "none", "long")
@@ -96,7 +105,8 @@ def test_env_says_which_tables_are_in_use(on_h100, user, monkeypatch):
     write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))
     (user / "h100.json").with_name("note.txt").write_text("", encoding="utf-8")
     found = in_use.tables(H100)
-    assert found[str(user / "h100.json")] == f"1 entries, 1 of {len(list(keys()))} in use"
+    served = 2  # head dims 64 and 40, which pads to 64
+    assert found[str(user / "h100.json")] == f"1 entries, {served} of {len(list(keys()))} in use"
     (user / "h100.json").write_text(json.dumps({"schema_version": 9}), encoding="utf-8")
     lookup.clear_cache()
     with pytest.warns(UserWarning, match="skips a table"):

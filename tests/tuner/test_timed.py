@@ -35,7 +35,7 @@ def test_a_search_writes_what_it_found_and_shows_the_gain(on_h100, user, capsys)
     assert status == 0
     assert read_table(user / "h100.json").entries == dict.fromkeys(KEYS, Entry(BEST, "measured", {"milliseconds": 1.0}))
     assert "2.000x" in out
-    assert lookup.find("forward", KEYS[0].problem, H100) == (BEST, user / "h100.json")
+    assert lookup.find("forward", KEYS[0].problem, H100) == (BEST, user / "h100.json", KEYS[0])
 
 
 def test_a_search_that_is_stopped_goes_on(on_h100, user, instead, monkeypatch, capsys):

@@ -27,9 +27,9 @@ def folders(tmp_path, monkeypatch):
     lookup.clear_cache()
 
 
-def put(path, block_n: int, *, target: Target = H100, kernels: str | None = None, **config) -> None:
+def put(path, block_n: int, *, target: Target = H100, kernels: str | None = None, key: Key = KEY, **config) -> None:
     entry = Entry(TileConfig(64, block_n, 4, 2, **config), "static", {})
-    write_table(path, Table(path.stem, target, kernels or kernels_fingerprint(), {KEY: entry}))
+    write_table(path, Table(path.stem, target, kernels or kernels_fingerprint(), {key: entry}))
     lookup.clear_cache()
 
 
@@ -40,7 +40,7 @@ def found(target: Target = H100, problem: Problem = PROBLEM) -> int:
 def test_the_order_of_the_search(folders):
     shipped, user = folders
     default = default_config("forward", PROBLEM, H100)
-    assert lookup.find("forward", PROBLEM, H100) == (default, None)
+    assert lookup.find("forward", PROBLEM, H100) == (default, None, None)
     put(shipped / "h200.json", 16)
     assert lookup.find("forward", PROBLEM, H100).path == shipped / "h200.json"
     put(shipped / "h100.json", 32)
@@ -50,6 +50,15 @@ def test_the_order_of_the_search(folders):
     assert found(H200) == 16
     assert found(Target("cuda", "90")) in (16, 32)
     assert lookup.find("forward", PROBLEM, Target("cuda", "80", "NVIDIA A100-SXM4-80GB")).path is None
+
+
+def test_an_entry_of_the_head_dim_comes_before_one_of_its_padded_width(folders):
+    shipped, user = folders
+    odd = Problem(40, 40, torch.bfloat16)
+    put(user / "h100.json", 32)
+    assert found(problem=odd) == found() == 32
+    put(shipped / "h200.json", 16, key=KEY._replace(head_dim=40))
+    assert (found(problem=odd), found()) == (16, 32)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from tritonattn.tuner.static import keys
 from tritonattn.tuning import table
 from tritonattn.tuning.config import Problem, Target, TileConfig
-from tritonattn.tuning.table import Entry, Key, Table, TableError, key_of, read_table, write_table
+from tritonattn.tuning.table import Entry, Key, Table, TableError, keys_of, read_table, write_table
 
 CONFIG = TileConfig(128, 64, 8, 2)
 KEY = Key("forward", 128, "query", "long")
@@ -126,24 +126,39 @@ def test_a_failed_write_leaves_the_old_file(error, tmp_path, monkeypatch):
     [((64, 64), 64), ((1, 3), 64), ((72, 64), 128), ((192, 128), 192), ((16, 144), 192), ((256, 256), 256)],
 )
 def test_the_head_dim_of_a_key(sizes, wanted):
-    assert key_of("forward", Problem(*sizes, torch.float16)).head_dim == wanted
+    assert keys_of("forward", Problem(*sizes, torch.float16))[-1].head_dim == wanted
 
 
 def test_the_key_of_a_call():
     problem = Problem(64, 64, torch.bfloat16, softcap=True, right=True)
-    assert key_of("forward", problem) == Key("forward", 64, "none", "long")
-    assert key_of("forward", replace(problem, query_scale=True, short=True)) == Key("forward", 64, "query", "short")
-    assert key_of("forward", replace(problem, key_scale=True)) == Key("forward", 64, "query+key", "long")
-    assert key_of("row_terms", problem) is None
-    assert key_of("forward", replace(problem, dtype=torch.float32)) is None
-    assert key_of("decode", replace(problem, block_table=True)) is None
-    assert key_of("decode", replace(problem, packed_rows=32)) is None
-    assert key_of("forward", replace(problem, dropout=True)) is None
-    assert key_of("forward", replace(problem, mask=True)) is None
-    assert key_of("forward", replace(problem, value_dim=272)) is None
-    assert key_of("forward", replace(problem, value_dim=136)) is None
-    assert key_of("forward", replace(problem, value_dim=40, key_scale=True)) is None
-    assert key_of("forward", replace(problem, head_dim=17, value_dim=144)) is None
+    assert keys_of("forward", problem) == (Key("forward", 64, "none", "long"),)
+    assert keys_of("forward", replace(problem, query_scale=True, short=True)) == (Key("forward", 64, "query", "short"),)
+    assert keys_of("forward", replace(problem, key_scale=True)) == (Key("forward", 64, "query+key", "long"),)
+    assert keys_of("row_terms", problem) == ()
+    assert keys_of("forward", replace(problem, dtype=torch.float32)) == ()
+    assert keys_of("decode", replace(problem, block_table=True)) == ()
+    assert keys_of("decode", replace(problem, packed_rows=32)) == ()
+    assert keys_of("forward", replace(problem, dropout=True)) == ()
+    assert keys_of("forward", replace(problem, mask=True)) == ()
+    assert keys_of("forward", replace(problem, value_dim=272)) == ()
+    assert keys_of("forward", replace(problem, value_dim=136)) == ()
+    assert keys_of("forward", replace(problem, value_dim=40, key_scale=True)) == ()
+    assert keys_of("forward", replace(problem, head_dim=17, value_dim=144)) == ()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "form", "wanted"),
+    [
+        ((72, 72), {}, [72, 128]),
+        ((72, 40), {}, [72, 128]),
+        ((40, 40), {"key_scale": True}, [40]),
+        ((40, 80), {}, [128]),
+        ((104, 104), {}, [128]),
+    ],
+)
+def test_a_head_dim_of_models_has_its_own_key_before_that_of_its_padded_width(sizes, form, wanted):
+    found = keys_of("decode", Problem(*sizes, torch.bfloat16, **form))
+    assert [key.head_dim for key in found] == wanted
 
 
 @pytest.mark.parametrize(
@@ -160,14 +175,14 @@ def test_the_key_of_a_call():
 def test_the_gradient_of_a_query_scale_has_keys_of_its_own(scales, wanted):
     """It takes registers for its sums."""
     problem = Problem(64, 64, torch.bfloat16, **dict.fromkeys(scales, True))
-    assert key_of("grad_query", problem).scales == wanted
-    assert "gradient" not in key_of("grad_key_value", problem).scales
+    assert [key.scales for key in keys_of("grad_query", problem)] == [wanted]
+    assert "gradient" not in keys_of("grad_key_value", problem)[0].scales
 
 
 def test_every_key_prints_and_parses():
     for key in keys():
         assert Key.parse(str(key)) == key
-        assert key_of(key.kernel, key.problem) == key
+        assert keys_of(key.kernel, key.problem)[0] == key
 
 
 def test_the_fingerprint_is_of_the_code_alone():

@@ -16,13 +16,15 @@ DESCRIPTION = (
     "it was stopped."
 )
 # Importing them would import triton.
-KERNELS, HEAD_DIMS, LENGTHS = "forward,grad_key_value,grad_query,decode", "64,80,96,128,192,256", "short,long"
+KERNELS, LENGTHS = "forward,grad_key_value,grad_query,decode", "short,long"
+HEAD_DIMS = "40,64,72,80,88,96,128,192,256"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--kernels", default=KERNELS, metavar="A,B", help="some of %(default)s (default: all)")
-    add("--head-dims", default=HEAD_DIMS, metavar="A,B", help="some of %(default)s (default: all)")
+    dims = f"some of {HEAD_DIMS} (default: all; with --static the multiples of 16)"
+    add("--head-dims", metavar="A,B", help=dims)
     add(
         "--dtypes",
         default="bf16",
@@ -51,11 +53,12 @@ def run(options: argparse.Namespace) -> int:
     require("tuning", ["triton", "tqdm"], extra="perf")
     from ..tuner.tune import DTYPES, tune
     from ..tuning.config import TILED_KERNELS
-    from ..tuning.table import HEAD_DIMS, LENGTHS
+    from ..tuning.table import HEAD_DIMS, LENGTHS, RANKED_HEAD_DIMS
 
     # These modules import triton, which may be missing: so the values are checked here.
     options.kernels = chosen("--kernels", TILED_KERNELS)(options.kernels)
-    options.head_dims = chosen("--head-dims", HEAD_DIMS)(options.head_dims)
+    dims = RANKED_HEAD_DIMS if options.static else HEAD_DIMS
+    options.head_dims = dims if options.head_dims is None else chosen("--head-dims", HEAD_DIMS)(options.head_dims)
     options.lengths = chosen("--lengths", LENGTHS)(options.lengths)
     options.dtypes = chosen("--dtypes", tuple(DTYPES))(options.dtypes)
     return tune(options)

@@ -15,7 +15,7 @@ from ..tuning import cache_dir, lookup
 from ..tuning.config import Target, TileConfig
 from ..tuning.gpus import GPU, GPUS
 from ..tuning.ptxas import ptxas_of, suspicion
-from ..tuning.table import Key, TableError, kernels_fingerprint, read_table
+from ..tuning.table import TableError, kernels_fingerprint, read_table
 from .static import keys
 from .timing import card_state
 
@@ -75,7 +75,7 @@ def configs(gpu: str | None) -> int:
     rows = []
     for key in keys():
         found = lookup.find(key.kernel, key.problem, target)
-        rows.append([key, shown(found.config), _origin(found.path, key)])
+        rows.append([key, shown(found.config), _origin(found)])
     print(table(rows, ["key", "config", "from"], left=None))
     return 0
 
@@ -103,7 +103,7 @@ def _named_target(name: str) -> Target:
     return named_gpus("--gpu", (name,), everything=())[0].target._replace(card=name)
 
 
-def _origin(path: Path | None, key: Key) -> str:
-    if path is None:
+def _origin(found: lookup.Found) -> str:
+    if found.path is None or found.key is None:
         return "default"
-    return f"{path.name}, {read_table(path).entries[key].source}"
+    return f"{found.path.name}, {read_table(found.path).entries[found.key].source}"

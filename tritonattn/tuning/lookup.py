@@ -12,17 +12,18 @@ from . import cache_dir
 from .config import Problem, Target, TileConfig, legal_reasons, one_line
 from .defaults import default_config
 from .gpus import GPUS, table_name
-from .table import Key, Table, TableError, kernels_fingerprint, key_of, read_table
+from .table import Key, Table, TableError, kernels_fingerprint, keys_of, read_table
 
 # Configs that a compiler or a card refused although they are legal by the estimates.
 _rejected: set[tuple[str, Problem, Target, TileConfig]] = set()
 
 
 class Found(NamedTuple):
-    """A config and the file that it comes from; None is the built-in default."""
+    """A config, and the file and key that it comes from; None is the built-in default."""
 
     config: TileConfig
     path: Path | None
+    key: Key | None
 
 
 def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
@@ -32,13 +33,12 @@ def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
 
 def find(kernel: str, problem: Problem, target: Target) -> Found:
     """`config_for`, and where it was found. Files are read once a process and target."""
-    key = None if problem.invariant else key_of(kernel, problem)
-    if key is not None:
+    for key in () if problem.invariant else keys_of(kernel, problem):
         for found in _entries(target).get(key, ()):
             is_rejected = (kernel, problem, target, found.config) in _rejected
             if not is_rejected and not legal_reasons(kernel, found.config, problem, target):
                 return found
-    return Found(default_config(kernel, problem, target), None)
+    return Found(default_config(kernel, problem, target), None, None)
 
 
 def reject_config(kernel: str, problem: Problem, target: Target, config: TileConfig, why: Exception) -> bool:
@@ -47,7 +47,7 @@ def reject_config(kernel: str, problem: Problem, target: Target, config: TileCon
     if found.path is None or found.config != config:
         return False
     _rejected.add((kernel, problem, target, config))
-    what = f"{found.path}: {key_of(kernel, problem)}: {config}: {one_line(why)}"
+    what = f"{found.path}: {found.key}: {config}: {one_line(why)}"
     warnings.warn(f"tritonattn skips a tuned config: {what}", stacklevel=2)
     return True
 
@@ -107,5 +107,5 @@ def _entries(target: Target) -> dict[Key, tuple[Found, ...]]:
             warnings.warn(f"tritonattn skips a table of tuned configs: {error}", stacklevel=2)
             continue
         for key, entry in table.entries.items():
-            merged[key] = (*merged.get(key, ()), Found(entry.config, path))
+            merged[key] = (*merged.get(key, ()), Found(entry.config, path, key))
     return merged

@@ -20,7 +20,10 @@ import torch
 from .config import TILED_KERNELS, Problem, Target, TileConfig
 
 SCHEMA_VERSION = 1
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+HEAD_DIMS = (40, 64, 72, 80, 88, 96, 128, 192, 256)
+# Head dims that a model ranks. Those of models that are no multiples of 16 (Stable Diffusion's 40, SigLIP's and DiT's
+# 72, ViT-g's 88) have the code of the width they pad to but for a mask's bound, so only a card may tell them apart.
+RANKED_HEAD_DIMS = tuple(dim for dim in HEAD_DIMS if dim % 16 == 0)
 # Scales of a call by kernel; "gradient" is the query scale's gradient, which grad_query sums.
 _SCALES = ("none", "query", "query+key")
 _SCALES_OF_GRAD_QUERY = ("none", "query", "query+gradient", "query+key+gradient")
@@ -41,7 +44,10 @@ class TableError(ValueError):
 
 
 class Key(NamedTuple):
-    """The calls of an entry: of 16 bits, whose wider head dim is at most head_dim and pads to the same tile."""
+    """The calls of an entry: of 16 bits, whose wider head dim is at most head_dim and pads to the same tile.
+
+    A head_dim that is no multiple of 16 is that of no other calls.
+    """
 
     kernel: str
     head_dim: int
@@ -79,23 +85,22 @@ class Key(NamedTuple):
         )
 
 
-def key_of(kernel: str, problem: Problem) -> Key | None:
-    """The key of a call, or None where tables have no entry.
+def keys_of(kernel: str, problem: Problem) -> tuple[Key, ...]:
+    """The keys of the entries that serve a call, its own before that of its padded width; none: tables leave it out.
 
     Tables leave out fp32, head dims above 256, memory-bound kernels, and calls that take more registers: a mask,
-    dropout, decoding with many rows or from pages, and head dims that are no multiples of 16 above 128 or with a key
-    scale. Other such head dims have the key of the width to which they pad: their code is one but for a mask's bound.
+    dropout, and decoding with many rows or from pages. For a head dim that is no multiple of 16 an entry of the padded
+    width serves too, except above 128 and with a key scale, where some of these would spill.
     """
-    is_odd = problem.head_dim % 16 > 0 or problem.value_dim % 16 > 0
-    wider = problem.width if is_odd else max(problem.head_dim, problem.value_dim)
     is_heavy = problem.mask or problem.dropout or problem.block_table or problem.packed_rows > 16
-    is_heavy |= is_odd and (wider > 128 or problem.key_scale)
     if problem.dtype.itemsize != 2 or kernel not in TILED_KERNELS or is_heavy:
-        return None
-    head_dim = next((dim for dim in HEAD_DIMS if dim >= wider), None)
-    if head_dim is None:
-        return None
-    return Key(kernel, head_dim, _scales(kernel, problem), LENGTHS[not problem.short])
+        return ()
+    wider = max(problem.head_dim, problem.value_dim)
+    dims = [dim for dim in RANKED_HEAD_DIMS if dim >= wider][:1]
+    if problem.head_dim % 16 or problem.value_dim % 16:
+        padded = max(64, problem.width) if problem.width <= 128 and not problem.key_scale else None
+        dims = [dim for dim in HEAD_DIMS if (dim % 16 and dim == wider) or dim == padded]
+    return tuple(Key(kernel, dim, _scales(kernel, problem), LENGTHS[not problem.short]) for dim in dims)
 
 
 def _scales(kernel: str, problem: Problem) -> str:
