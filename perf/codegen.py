@@ -34,7 +34,9 @@ from .ceilings import NON_MMA_PER_LOGIT
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 READ = ("forward", "grad_key_value", "grad_query", "decode", "key_statistics")
-SCALES = ({}, {"query_scale": True}, {"query_scale": True, "key_scale": True})
+# Fields of Problem that are set: in full and causal calls, and in causal ones alone.
+FORMS = ((), ("query_scale",), ("query_scale", "key_scale"))
+CAUSAL_FORMS = (("query_scale", "key_bias"), ("query_scale", "invariant"))
 
 HEADING = """# Generated code of every kernel in its default config, {dtype}
 
@@ -58,17 +60,18 @@ class Case:
     def name(self) -> str:
         problem = self.problem
         mask = "causal" if problem.right else "full"
-        scales = "qk"[: problem.query_scale + problem.key_scale] or "none"
-        return f"{self.kernel}_{self.target}_d{problem.head_dim}_{dtype_name(problem)}_{mask}_{scales}"
+        letters = {"q": problem.query_scale, "k": problem.key_scale, "b": problem.key_bias, "i": problem.invariant}
+        form = "".join(letter for letter, is_set in letters.items() if is_set) or "none"
+        return f"{self.kernel}_{self.target}_d{problem.head_dim}_{dtype_name(problem)}_{mask}_{form}"
 
 
 @dataclass(frozen=True)
 class Reading:
     """A row of the JSON file; None where the target's code is not read so far or the kernel has no MMA loop.
 
-    config: block_m query rows, block_n keys. Registers and bytes of a thread, but shared_bytes of a program and
-    tensor_memory in columns. instructions: of the unmasked loop, a logit, by class. bounds: modelled clocks of an SM, a
-    logit, by unit.
+    form: the scales that are given, and batch_invariant. config: block_m query rows, block_n keys. Registers and bytes
+    of a thread, but shared_bytes of a program and tensor_memory in columns. instructions: of the unmasked loop, by
+    class, a logit. bounds: modelled clocks of an SM, by unit, a logit.
     """
 
     kernel: str
@@ -76,8 +79,7 @@ class Reading:
     head_dim: int
     dtype: str
     causal: bool
-    query_scale: bool
-    key_scale: bool
+    form: str
     config: dict[str, int]
     registers: int
     stack_bytes: int
@@ -94,7 +96,7 @@ class Reading:
 
 
 def cases(targets: Sequence[str], head_dims: Sequence[int], dtype: torch.dtype) -> list[Case]:
-    """Every kernel without scales, with query_scale, and with key_scale too; full and causal, decode only causal."""
+    """Every kernel without scales, with query_scale, and that with key_scale, key_bias and batch_invariant."""
     found = []
     for target, head_dim, kernel in product(targets, head_dims, READ):
         if kernel not in KERNELS:
@@ -102,8 +104,12 @@ def cases(targets: Sequence[str], head_dims: Sequence[int], dtype: torch.dtype) 
         if kernel in STREAMING_KERNELS:
             found.append(Case(kernel, target, Problem(head_dim, head_dim, dtype)))
             continue
-        for causal, scales in product((True,) if kernel == "decode" else (False, True), SCALES):
-            found.append(Case(kernel, target, Problem(head_dim, head_dim, dtype, right=causal, **scales)))
+        forms = [*product((False, True), FORMS), *product((True,), CAUSAL_FORMS)]
+        if kernel == "decode":  # batch_invariant calls do not launch it
+            forms = [(causal, form) for causal, form in forms if causal and "invariant" not in form]
+        for causal, form in forms:
+            problem = Problem(head_dim, head_dim, dtype, right=causal, **dict.fromkeys(form, True))
+            found.append(Case(kernel, target, problem))
     return found
 
 
@@ -125,8 +131,7 @@ def read(case: Case, cubins: Path | None = None) -> Reading:
         head_dim=case.problem.head_dim,
         dtype=dtype_name(case.problem),
         causal=case.problem.right,
-        query_scale=case.problem.query_scale,
-        key_scale=case.problem.key_scale,
+        form=_form(case.problem),
         config=asdict(config),
         registers=code.registers,
         stack_bytes=code.stack_bytes,
@@ -163,6 +168,11 @@ def _loop_figures(case: Case, code: MachineCode, config: TileConfig) -> dict:
     return figures
 
 
+def _form(problem: Problem) -> str:
+    names = {field: field for field in ("query_scale", "key_scale", "key_bias")} | {"invariant": "batch_invariant"}
+    return " + ".join(name for field, name in names.items() if getattr(problem, field)) or "none"
+
+
 def dtype_name(problem: Problem) -> str:
     return next(name for name, dtype in DTYPES.items() if dtype == problem.dtype)
 
@@ -193,7 +203,7 @@ def _start_worker(cache: str) -> None:
 def code_table(readings: list[Reading]) -> str:
     """Table of each kernel's resources, and of the instructions of its unmasked loop per logit."""
     headers = [
-        *("kernel", "D", "mask", "scales", "tile", "warps", "stages", "regs", "stack", "spill", "shared", "TMEM"),
+        *("kernel", "D", "mask", "form", "tile", "warps", "stages", "regs", "stack", "spill", "shared", "TMEM"),
         *("blocks/SM", "non-MMA", "ceiling", *_mix(readings), "compile s"),
     ]
     rows = []
@@ -222,7 +232,7 @@ def code_table(readings: list[Reading]) -> str:
 
 def model_table(readings: list[Reading]) -> str:
     """Modelled clocks of an SM for 1024 logits of the unmasked loop, by unit."""
-    headers = ["kernel", "D", "mask", "scales", *UNITS, "utilisation", "bound by"]
+    headers = ["kernel", "D", "mask", "form", *UNITS, "utilisation", "bound by"]
     rows = []
     for reading in readings:
         bounds = reading.bounds
@@ -235,8 +245,7 @@ def model_table(readings: list[Reading]) -> str:
 
 
 def _identity(reading: Reading) -> list:
-    scales = "query_scale" * reading.query_scale + " + key_scale" * reading.key_scale
-    return [reading.kernel, reading.head_dim, "causal" if reading.causal else "full", scales or "none"]
+    return [reading.kernel, reading.head_dim, "causal" if reading.causal else "full", reading.form]
 
 
 def _mix(readings: list[Reading]) -> list[str]:
@@ -246,7 +255,7 @@ def _mix(readings: list[Reading]) -> list[str]:
 
 def _ceiling(reading: Reading) -> str:
     """The ceiling of a reading, where there is one: bf16 with query_scale."""
-    if reading.dtype != "bf16" or not reading.query_scale or reading.key_scale:
+    if reading.dtype != "bf16" or reading.form != "query_scale":
         return ""
     return _text(NON_MMA_PER_LOGIT.get((reading.kernel, reading.target, reading.head_dim)))
 
