@@ -29,7 +29,7 @@ def check_scaling(
 
     - The factor of every visible pair, and its bias, are the same by both formulas.
     - So are its gradients towards q, k and the scaling's own parameters.
-    - Those of a row do not change with keys that the row does not see, neither their values nor their number.
+    - The factors and gradients of a row ignore keys that the row does not see: their values and their number.
     - With `reads_keys = False`, `scales` does not look at k.
 
     Args:

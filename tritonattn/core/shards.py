@@ -1,4 +1,4 @@
-"""What torch.distributed has done to tensors and to attention, found without importing it."""
+"""Tensors and attention that torch.distributed has changed, found without importing it."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def context_parallel_decode(
 
 @dataclass(frozen=True, eq=False)
 class _PartVisibility(Visibility):
-    """What rows see of the keys of this rank, `first` and after; counts are those of all ranks."""
+    """The visible keys of each row among this rank's, from key `first` on; counts are of all ranks' keys."""
 
     whole: Visibility | None = None
     first: int = 0
@@ -146,7 +146,7 @@ class _PartVisibility(Visibility):
 
 
 def _whole(q: Tensor, k: Tensor, key_lengths: Tensor, left: int | None, split: Split) -> Visibility:
-    """What rows see of the cache of all ranks."""
+    """The visible keys of each row in the cache of all ranks."""
     keys = k[:, :, :1].expand(-1, -1, split.size * k.shape[2], -1)  # a shape; its values are not read
     return Cache(keys, keys, key_lengths).visibility(q, left)
 

@@ -75,7 +75,7 @@ class SharedSequence:
 
 
 class Settings(NamedTuple):
-    """What is no tensor of a call.
+    """A call's arguments that are no tensors.
 
     heads   key heads whose keys and values are gathered at a time
     """
