@@ -1,6 +1,7 @@
 """`advise`: the advice for each kind of attention, and its reason."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from tests.huggingface.test_patch import state
 from tests.lab.test_demo import subject
 from tests.support.llama import ids, llama
 from tests.support.refusals import assert_refused
-from tritonattn.analysis import advise, diagnose
+from tritonattn.analysis import RULES, advise, diagnose
+from tritonattn.analysis.advise import mode_of
 from tritonattn.cli import main as cli
 from tritonattn.huggingface import patch
 from tritonattn.lab import demo
@@ -171,3 +173,17 @@ def test_padding_has_no_say():
     for one, two in zip(padded.findings, again.findings, strict=True):
         assert one.reading == two.reading
         assert one.reading.key_count_mean == pytest.approx((sum(range(1, 41)) + 6) / 43)
+
+
+def test_every_rule_names_modes_and_documents_that_exist():
+    assert len({rule.name for rule in RULES}) == len(RULES)
+    rollout = (ROOT / "docs" / "rollout.md").read_text()
+    for rule in RULES:
+        assert f"| {rule.name} | {rule.condition} |" in rollout
+        for candidate in rule.candidates:
+            mode_of(candidate.format(context=100, counted="log_key_count(10)"))
+        assert rule.evidence
+        for document in re.findall(r"(?:docs/)?[\w-]+\.md", " ".join(rule.evidence)):
+            assert (ROOT / document).is_file(), document
+        for exercise in re.findall(r"workshop\.md, exercise (\d)", " ".join(rule.evidence)):
+            assert f"\n## {exercise}. " in (ROOT / "docs" / "workshop.md").read_text()

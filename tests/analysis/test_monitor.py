@@ -11,6 +11,7 @@ from tests.analysis.models import DIM, Net, dense
 from tests.support.llama import HEADS, ids, llama
 from tritonattn.analysis import Monitor, Thresholds
 from tritonattn.huggingface import patch
+from tritonattn.integrations.torch_modules import replace_multihead_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*use_reentrant.*:UserWarning")
 QUIET = Thresholds(None, None, None)
@@ -218,3 +219,37 @@ def test_compiled_code_is_not_seen_and_said_so():
     with pytest.warns(RuntimeWarning, match="saw no attention"):
         record = record_of(net, lambda net: compiled(torch.randn(1, 5, 32)).sum())
     assert record["layers"] == {}
+
+
+def test_rows_of_packed_sequences_are_no_padding_where_keys_are():
+    """Queries and keys are packed apart here, so a row's place does not tell whether it is padding."""
+
+    class Packed(nn.Module):
+        def forward(self, x):
+            q, k = torch.tensor([[0, 5, 9], [0, 4, 8]], dtype=torch.int32)
+            return tritonattn.attention_varlen(x, x, x, q, k, 5, 4)
+
+    x = torch.randn(9, HEADS, DIM, requires_grad=True)
+    assert record_of(Packed(), lambda net: net(x).sum())["layers"]["Packed"]["rows"] == HEADS * 9
+
+
+def test_multihead_attention_of_torch():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, dropout=0.0, batch_first=True)
+    net, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 7, 32)
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[1, 4:] = True
+    with replace_multihead_attention(net, "log_key_count"):
+        got = record_of(net, lambda net: net(x, src_key_padding_mask=padding)[~padding].square().sum())
+        parts = [x[:1], x[1:, :4]]
+        wanted = record_of(net, *(lambda net, part=part: net(part).square().sum() for part in parts))
+    assert list(got["layers"]) == ["layers.0.self_attn", "layers.1.self_attn"]
+    for name, one in got["layers"].items():
+        close(one, wanted["layers"][name], rtol=1e-3)
+
+
+def test_another_models_attention_is_not_counted():
+    net, other, x = Net(), Net(), torch.randn(2, 5, 32)
+    got = record_of(net, lambda net: net(x).sum() + other(x).sum())
+    assert got["layers"]["attention"]["calls"] == 1
+    assert record_of(nn.ModuleList([net]), lambda nets: nets[0](x).sum())["layers"].keys() == {"0.attention"}

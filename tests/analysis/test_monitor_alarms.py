@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import warnings
 from dataclasses import replace
 
@@ -221,3 +222,24 @@ def test_qk_clip_on_alarm_brings_the_logits_back():
     assert after["alarms"] == [] or max(after["layers"][NAME]["max_logit"]) < 20.001
     for old, new in zip(before, after["layers"][NAME]["max_logit"], strict=True):
         assert new == pytest.approx(min(old, 20.0), rel=1e-4)
+
+
+def test_the_loss_of_a_gpu_is_read_in_watched_steps_only(monkeypatch):
+    monkeypatch.setattr(sys.modules["tritonattn.analysis.monitor"], "_is_elsewhere", lambda loss: True)
+    net, stood = Net(), []
+    losses = [1.0, math.nan, 1.0, 1.0, 1.0, 1.0, 1.0]
+    with Monitor(net, every=3, thresholds=QUIET, on_alarm=stood.extend) as monitor:
+        for number, loss in enumerate(losses):
+            if number == 3:
+                with pytest.warns(RuntimeWarning, match="step 3: loss: nan"):
+                    step(net, monitor, torch.tensor(loss))
+            else:
+                step(net, monitor, torch.tensor(loss))
+    assert [one.step for one in stood] == [3]
+    assert monitor.last["alarms"] == []
+
+
+def test_tensorboard_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"tritonattn\[monitor\]"):
+        Monitor(Net(), tensorboard="runs")

@@ -243,3 +243,11 @@ def test_qk_norm_is_refused_by_name():
     refused(Net(qk_norm=True), "attention", r"attention: .* norm of q and k, got q_norm \(RMSNorm\)")
     qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8))
     refused(qwen, "model.layers.1.self_attn", r"layers\.1\.self_attn: .* q_norm")
+
+
+def test_weights_in_bf16_are_rounded_once():
+    net = Net(dtype=torch.bfloat16, kv_heads=1)
+    factor = torch.tensor([0.1, 1, 1, 1], dtype=torch.float64).repeat_interleave(8)[:, None]
+    wanted = net.attention.q_proj.weight.detach().double() * factor
+    qk_clip(net, 10.0).clip({"attention": [100.0, 1.0, 1.0, 1.0]})
+    assert torch.equal(net.attention.q_proj.weight, wanted.bfloat16())

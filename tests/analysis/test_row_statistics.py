@@ -126,3 +126,11 @@ def test_a_row_of_blocks_is_joined_in_any_order():
     two = streamed(q, k.flip(2), "cosine", 4.0)
     for name in vars(one):
         torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-9, atol=1e-15)
+
+
+def test_the_spread_of_logits_far_from_zero():
+    """Logits around 1e6, whose deviations a difference of mean squares would lose."""
+    k = torch.cat([torch.full((600, 1), 1e6), torch.arange(600.0)[:, None] / 600], -1)[None, None].double()
+    ours = streamed(torch.ones(1, 1, 1, 2).double(), k, 1.0)
+    exact = (torch.arange(600.0).double() / 600).std(correction=0)
+    torch.testing.assert_close(ours.logit_std.item(), exact.item(), rtol=1e-6, atol=0)

@@ -102,3 +102,24 @@ def test_the_next_config_is_planned_after_a_refusal_alone(error, again, monkeypa
         with pytest.raises(RuntimeError, match="illegal memory access"):
             launch.planned("forward", problem, CPU, launches)
         assert configs[0] == TILES
+
+
+def test_a_config_is_for_its_kernel_and_for_calls_that_it_is_legal_for(monkeypatch):
+    monkeypatch.setattr(launch, "config_for", lambda *_: TILES)
+    problem, single = Problem(256, 256, torch.float16), Problem(256, 256, torch.float32)
+    meant = TileConfig(128, 64, 8, 2)
+    with launch.configured("forward", meant):
+        asked = (("forward", problem), ("forward", single), ("decode", problem))
+        found = [launch.plan(*one, CPU).config for one in asked]
+    assert found == [meant, TILES, TILES], "in fp32 it takes more shared memory than there is"
+    assert launch.plan("forward", problem, CPU).config == TILES
+
+
+@pytest.mark.parametrize(
+    ("width", "strides", "wide"),
+    [(64, (2**21 - 1, 1), False), (64, (2**21, 1), True), (2, (16, 2**30 - 2**14), False), (2, (16, 2**30), True)],
+)
+def test_offsets_in_a_tile_of_1024_rows_that_pass_int32(width, strides, wide):
+    x = torch.empty(0).as_strided((0, 1, 1, width), (1, 1, *strides))
+    assert launch.is_wide(x, None) == launch.is_wide(None, x) == wide
+    assert not launch.is_wide(None)

@@ -244,3 +244,42 @@ def test_key_heads_are_not_expanded():
     with Watch() as watch:
         run(call, output_gradients(call)[0])
     assert watch.largest < 4 * 32 * 512 * 16 / 8
+
+
+@pytest.mark.parametrize("length", [3, 15])
+def test_logits_that_are_nan_of_finite_operands(length):
+    """Products overflow to inf - inf in one head and leave the other as it was."""
+    q, k, v = torch.randn(3, 1, 2, length, 8).unbind(0)
+    q[:, 0, :, :2] = 1e20
+    k[:, 0, :, :2] = torch.tensor([1e20, -1e20])
+    found, exact = (tritonattn.attention(q, k, v, backend=backend) for backend in ("sdpa", "reference"))
+    assert torch.equal(found.isnan(), exact.isnan())
+    assert found[:, 0].isnan().all()
+    torch.testing.assert_close(found[:, 1], exact[:, 1])
+
+
+@pairwise(dtype=[torch.float32, torch.bfloat16], name=["q", "k", "v"], step=[1, 2, 31])
+def test_rows_that_overlap(dtype, name, step):
+    """Windows that slide along a sequence, as `unfold` makes them."""
+    call = make_call(dtype, kv_heads=4, length=16, width=32, scaled=False, scale=0.25)
+    x = getattr(call, name)
+    long = torch.randn(*x.shape[:2], 15 * step + 32).to(dtype)
+    check(changed(call, **{name: long.as_strided(x.shape, (*long.stride()[:2], step, 1))}))
+
+
+@pytest.mark.parametrize(("scales", "copies"), [((), 0), (("query_scale",), 1), (("query_scale", "key_scale"), 2)])
+def test_saves_the_inputs_the_output_and_the_folded_operands(scales, copies):
+    call = make_call(torch.float32, length=256, width=32, kv_heads=4, causal=True)
+    call = changed(call, **{name: None for name in ("query_scale", "key_scale") if name not in scales})
+    leaves = {n: x.detach().requires_grad_() for n, x in tensors_of(call)._asdict().items() if x is not None}
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = sdpa.attention(changed(call, **leaves))
+    assert out.requires_grad
+    large = [size for size in storages.values() if size >= call.q.nbytes]
+    assert sum(large) == (4 + copies) * call.q.nbytes  # q, k, v, out

@@ -9,6 +9,7 @@ from tests.backends.test_cpu import make_call, output_gradients
 from tests.backends.test_sdpa import band_of, check, exact_and_eager, run
 from tests.support.bound import assert_within_bound
 from tests.support.calls import changed
+from tritonattn.backends.cpu import sdpa
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -77,3 +78,20 @@ def test_far_off_keys_that_a_row_cannot_see_move_nothing(size, name, dtype):
     expected, found = run(call, d_out), run(changed(call, **{name: padded}), d_out)
     for result in ("out", "q", "k", "v"):
         torch.testing.assert_close(found[result][:, :, :40], expected[result][:, :, :40], msg=result)
+
+
+def test_a_gradient_of_a_scale_under_autocast():
+    call = make_call(torch.float32, k_len=37, causal=True)
+    d_out = output_gradients(call)[0]
+    expected = run(call, d_out)["query_scale"]
+    scale = call.logits.query_scale.requires_grad_()
+    out = sdpa.attention(call)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        [found] = torch.autograd.grad(out, scale, d_out)
+    torch.testing.assert_close(found, expected)
+
+
+def test_gradients_summed_over_many_rows():
+    """By PyTorch's kernel, in 16 bits, they are 1.5 times the bound off."""
+    sizes = {"batch": 1, "heads": 2, "length": 550, "width": 16}
+    check(make_call(torch.float16, **sizes, scaled=False, scale=0.25, causal=True))

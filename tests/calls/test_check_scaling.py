@@ -103,6 +103,14 @@ class HalfAGradient(torch.nn.Module, Counts):
         return self.power.square()[..., None] / visible.sum(-1, keepdim=True).clamp(min=1)
 
 
+class Infinite(Counts):
+    def scales(self, q, k, visibility, statistics):
+        return Scales(1.0, query=1 / torch.zeros(q.shape[:3]))
+
+    def multiplier(self, q, k, visible):
+        return 1 / torch.zeros(())
+
+
 class TooLargeForOneHead(Counts):
     def scales(self, q, k, visibility, statistics):
         heads = torch.tensor([1.0, 1.0, 1.001, 1.0])[:, None]
@@ -119,6 +127,7 @@ class TooLargeForOneHead(Counts):
         (BothLeakTheFuture, "causal", r"factors .* change with key \d+ in rows that do not see it"),
         (Lengths, "full", r"the gradient of scales\(\) towards k differs from that of multiplier\(\)"),
         (ReadsKeysAfterAll, "full", r"scales\(\) looks at k, which reads_keys = False rules out: .* got nan"),
+        (Infinite, "full", ".*expected a finite number, got inf at"),
         (HalfAGradient, "full", r"the gradient of scales\(\) towards power differs .* difference, 0\.5"),
         (TooLargeForOneHead, "full", r"scales\(\) differs from multiplier\(\) .* at \[0, 2, .* difference, 0\.001$"),
     ],

@@ -149,3 +149,10 @@ def test_a_key_whose_kernel_may_not_be_compiled_is_brought_in_by_torch(monkeypat
     statistics.append(torch.full((1, 1, 2, 4), 3.0))
     assert statistics.length_sums[0, 0, :3].tolist() == [0, 6, 12]
     assert statistics.counts.tolist() == [2]
+
+
+def test_a_prompt_in_a_cache(kernels, monkeypatch):
+    """Many programs measure the prompt's keys before one a head adds up their lengths."""
+    monkeypatch.setattr("tritonattn.calls.key_statistics.kernels_take", lambda x: True)
+    tritonattn.KeyStatistics(1, 4, 100).append(torch.randn(1, 4, 100, 64, dtype=torch.bfloat16))
+    assert kernels == ["key_lengths", "append_keys"]

@@ -173,3 +173,15 @@ def test_copies_are_as_exact_as_what_they_copy():
     for copy in copies:
         assert copy.lengths.dtype == copy.length_maxima.dtype == torch.float64
         _check(copy, list(keys), rtol=1e-14)
+
+
+def test_buffers_stay_where_they_are():
+    """As a CUDA graph needs; and keys that require gradients leave none."""
+    statistics = KeyStatistics(B, H, CAPACITY)
+    before = {name: x.data_ptr() for name, x in vars(statistics).items() if isinstance(x, torch.Tensor)}
+    statistics.append(_keys(7).requires_grad_())
+    assert not any(x.requires_grad for x in vars(statistics).values() if isinstance(x, torch.Tensor))
+    statistics.truncate(5)
+    statistics.reorder(torch.tensor([2, 2, 0]))
+    statistics.reset()
+    assert before == {name: x.data_ptr() for name, x in vars(statistics).items() if isinstance(x, torch.Tensor)}

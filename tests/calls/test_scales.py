@@ -72,8 +72,11 @@ def test_a_wrong_formula_is_refused(factor, error, message):
         tritonattn.attention(q, q, q, scaling=Wrong(), backend="reference")
 
 
-def test_products_of_numbers_that_do_not_fit_fp32_are_refused():
+@pytest.mark.parametrize("number", [10**400, 1e39, 3e38, float("inf")])
+def test_numbers_that_do_not_fit_fp32_are_refused(number):
     q = torch.ones(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="gain: expected a finite number, got"):
+        tritonattn.attention(q, q, q, gain=number)
     with pytest.raises(ValueError, match=r"constant \* gain: expected a finite number, got 1\.0+1e\+60"):
         tritonattn.attention(q, q, q, scaling=1e30, gain=1e30)
 

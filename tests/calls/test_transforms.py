@@ -233,3 +233,48 @@ def test_vmap_with_dropout(randomness):
     assert torch.equal(first, second) == (randomness == "same")
     with pytest.raises(RuntimeError, match="randomness"):
         torch.func.vmap(function)(qs)
+
+
+def test_compile_under_autocast_and_with_dropout():
+    def function(q, k, v, gain):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return objective(q, k, v, gain, window=(2, 1)).float()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*operands()), function(*operands()))
+    dropped = torch.compile(partial(objective, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    dropped(*operands()).backward()
+
+
+def test_compile_with_one_tensor_as_every_operand():
+    x = torch.randn(1, 2, 7, 8, requires_grad=True)
+
+    def function(x):
+        return tritonattn.attention(x, x, x, scaling="key_norm_sum", causal=True).square().sum()
+
+    assert_same_gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), function, (x,))
+
+
+def test_compile_with_sizes_windows_and_numbers_that_change():
+    def function(q, k, v, gain, left, factor):
+        return objective(q, k, v, gain * factor, scaling="key_count", window=(left, 0))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length, left, factor in ((10, 2, 0.5), (13, 3, 0.7)):
+        settings = {"left": left, "factor": factor}
+        assert_same_gradients(partial(compiled, **settings), partial(function, **settings), operands(length=length))
+
+
+@in_turn(scaling=["sqrt_dim", "key_count", "key_norm_sum"], window=[(20, 0), (20, None), (None, 20)])
+def test_export_of_a_window_wider_than_the_example(window, scaling):
+    skip_where_export_binds_lengths(strict=False)
+
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return tritonattn.attention(q, k, v, window=window, scaling=scaling)
+
+    length = {2: torch.export.Dim("length", min=2, max=64)}
+    program = torch.export.export(Layer(), tuple(x.detach() for x in operands()[:3]), dynamic_shapes=(length,) * 3)
+    for size in (7, 60):
+        leaves = tuple(x.detach() for x in operands(length=size)[:3])
+        torch.testing.assert_close(program.module()(*leaves), Layer()(*leaves))

@@ -189,6 +189,8 @@ def test_offsets_that_nobody_read_are_put_in_order(held, starts):
     sequences = Sequences.of(held, held.clone(), 9, 9, 9, 9)
     assert sequences.q_starts.tolist() == sequences.k_starts.tolist() == starts
     assert sequences.q_starts.dtype == torch.int32
+    both = Sequences.of(held, held, 9, 6, 9, 9)  # one tensor, held to rows and keys apart
+    assert (both.q_starts.tolist(), both.k_starts.tolist()) == (starts, [min(start, 6) for start in starts])
     lo, hi = Visibility(1, 1, 1, 9, 9, held.device, 0, 0, sequences=sequences).ranges()
     assert ((0 <= lo) & (lo <= hi) & (hi <= 9)).all()
 
@@ -221,3 +223,11 @@ def test_rows_see_the_keys_of_their_own_sequence(members, tails, causal, window)
     assert not visibility.is_full
     assert not visibility.is_square_causal
     assert not visibility.every_row_sees
+
+
+def test_a_longer_maximum_than_the_longest_sequence_changes_nothing():
+    leaves = packed_operands(RAGGED)
+    arguments = RAGGED.arguments()
+    out = tritonattn.attention_varlen(**leaves, **arguments, causal=True)
+    arguments["max_seqlen_q"], arguments["max_seqlen_k"] = 1000, 7
+    assert torch.equal(out, tritonattn.attention_varlen(**leaves, **arguments, causal=True))

@@ -122,3 +122,14 @@ def test_offsets_that_a_transform_hides_are_put_in_order():
         torch.func.vmap(gradients)(wild[None]), torch.func.vmap(gradients)(tame[None]), strict=True
     ):
         assert torch.equal(ours, expected)
+
+
+def test_compile_with_one_tensor_for_both_offsets():
+    packed = Packed((3, 4), (3, 4))
+
+    def function(q, k, v, ends):
+        return tritonattn.attention_varlen(q, k, v, ends, ends, 4, 4, causal=True).square().sum()
+
+    leaves, ends = tuple(packed_operands(packed, torch.float32).values()), offsets((3, 4))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same_gradients(partial(compiled, ends=ends), partial(function, ends=ends), leaves)

@@ -1,10 +1,14 @@
 """`warmup`, and the refusal to compile while a CUDA graph is captured."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 import tritonattn
 from tritonattn import warmup
+from tritonattn.calls import attention as api
 
 
 def test_it_leaves_no_gradients_behind():
@@ -59,3 +63,32 @@ def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch):
         with device._no_compilation_in_capture(kernel):
             kernel.warmup(**dict.fromkeys(kernel.arg_names, 1), **options, grid=(1,))
     assert triton.knobs.runtime.jit_cache_hook is before
+
+
+def test_a_capture_keeps_no_other_thread_from_compiling(monkeypatch):
+    """The hook is one for the whole process, and so is that of whoever put one there before."""
+    triton = pytest.importorskip("triton")
+    from tritonattn.backends.triton import device
+    from tritonattn.kernels import KERNELS
+
+    capturing, seen = threading.current_thread(), []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: threading.current_thread() is capturing)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **options: seen.append(options))
+    with device._no_compilation_in_capture(KERNELS["forward"]), ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(triton.knobs.runtime.jit_cache_hook, key="another").result()
+    assert seen == [{"key": "another"}]
+
+
+def test_it_makes_the_calls_that_are_to_come(monkeypatch):
+    seen = []
+    attention = api.attention
+
+    def watch(q, k, v, **options):
+        seen.append((q.shape, k.shape, v.shape, q.dtype, q.requires_grad and torch.is_grad_enabled(), options))
+        return attention(q, k, v, **options)
+
+    monkeypatch.setitem(warmup.__globals__, "attention", watch)
+    of_each = ((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6))
+    warmup([(1, 2, 4, 16), of_each], dtype=torch.float16, device="cpu", backward=True, causal=True, return_aux=True)
+    rest = [(torch.float16, with_graph, {"causal": True, "return_aux": True}) for with_graph in (False, True)]
+    assert seen == [(*shapes, *one) for shapes in ([(1, 2, 4, 16)] * 3, of_each) for one in rest]

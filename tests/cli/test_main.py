@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tritonattn.cli import demo
+from tritonattn.cli import demo, env
 from tritonattn.cli import main as cli
 from tritonattn.cli.options import at_least
 from tritonattn.core.errors import CommandError
@@ -187,3 +187,20 @@ with Progress(total=2) as progress:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("length", [1, 100_000], ids=["buffered", "longer than the buffer"])
+def test_a_reader_that_leaves_is_no_traceback(length, monkeypatch):
+    """As `head` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(env, "run", lambda _: print("x" * length) or 0)
+    with os.fdopen(writing, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(["env"]) == 141
+
+
+def test_a_system_error_names_its_file(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(env, "run", lambda _: (tmp_path / "none").read_text())
+    assert cli.main(["env"]) == 1
+    assert capsys.readouterr().err == f"tritonattn env: {tmp_path / 'none'}: No such file or directory\n"

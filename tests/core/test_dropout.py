@@ -79,3 +79,12 @@ def test_draw_follows_the_generator():
     first, second = drawn()
     assert drawn() == [first, second]
     assert first != second
+
+
+def test_seeds_offsets_and_heads_are_independent():
+    size = ((2, 2), slice(0, 64), slice(0, 64))
+    tiles = [Dropout(0.5, state(*x)).tile(*size) for x in ((1, 0), (2, 0), (1, 1), (1 << 40, 0))]
+    parts = [*tiles, tiles[0].flip(0), tiles[0].flip(1), tiles[0].mT]
+    for a in range(len(parts)):
+        for b in range(a):
+            assert 0.46 < (parts[a] == parts[b]).double().mean() < 0.54

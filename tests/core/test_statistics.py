@@ -101,3 +101,9 @@ def test_a_late_window_over_64k_keys():
 
 def test_lengths_differentiate_twice():
     assert torch.autograd.gradgradcheck(key_lengths_of, keys()[:1, :1, :2].requires_grad_())
+
+
+def test_no_keys_and_no_rows():
+    assert statistics_of(keys()[:, :, :0]).length_sum.tolist() == [[[0.0] * SQ] * HKV] * B
+    assert statistics_of(keys()[:, :, :0]).length_max.tolist() == [[[0.0] * SQ] * HKV] * B
+    assert statistics_of(keys(), q_len=0).length_sum.shape == (B, HKV, 0)

@@ -156,3 +156,12 @@ def test_compiled_ranges_and_the_assertion_on_holes():
     padding[1, 1] = True
     with pytest.raises(RuntimeError, match="masked keys between visible ones"):
         ranges(padding)
+
+
+def test_a_sequence_of_padding_alone_sees_an_empty_range():
+    padding = torch.ones(BATCH, 9, dtype=torch.bool)
+    padding[1] = False
+    asked = arguments(9, 9, mask_function=causal_mask_function) | {"attention_mask": padding}
+    ranges = key_range_mask(**asked)
+    assert ranges.dtype == torch.int32
+    assert torch.equal(dense(ranges, 9), sdpa_mask(**asked).expand(BATCH, 1, -1, -1))

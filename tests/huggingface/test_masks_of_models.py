@@ -129,3 +129,15 @@ def test_masks_at_64k_are_small(kind):
         mask = create(**asked)
     assert mask.shape == (1, 1, LONG, 2) if kind != "causal" else mask is None or mask.shape[-1] == 2
     assert largest.elements <= 8 * LONG
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "llama4"])
+def test_masks_of_packed_documents(name, spy):
+    network, ids = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()["input_ids"][:1]
+    position = torch.tensor([[*range(6), *range(7)]])
+    with patch(network), torch.no_grad():
+        packed = network(input_ids=ids, position_ids=position, use_cache=False).logits
+        assert set(spy.dtypes) == {torch.int32}
+        parts = [network(input_ids=part, use_cache=False).logits for part in ids.split([6, 7], dim=1)]
+    if name in ("llama", "mistral", "gemma3"):  # Llama 4's chunks and temperatures follow the place in the batch
+        torch.testing.assert_close(packed, torch.cat(parts, dim=1), atol=1e-3, rtol=1e-3)

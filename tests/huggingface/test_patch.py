@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.huggingface.architectures import ARCHITECTURES
+from tests.huggingface.architectures import ARCHITECTURES, VERSION
 from tests.support.pairs import in_turn
 from tritonattn.huggingface import NAME, patch, patched
 from tritonattn.nn import PerHead
@@ -270,3 +270,57 @@ def test_a_part_of_a_model_prefills_a_static_cache():
     wanted = network.generate(**inputs, **options)
     with patch(network, layers=[0]):
         assert torch.equal(network.generate(**inputs, **options), wanted)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_no_mask_means_what_the_models_own_implementation_means_by_it(implementation):
+    """Without a mask eager sees all keys, and sdpa those of is_causal."""
+    network, hidden = LLAMA.build(implementation), torch.randn(1, 5, LLAMA.arguments["hidden_size"])
+    attention = network.model.layers[1].self_attn
+    inputs = {"position_embeddings": network.model.rotary_emb(hidden, torch.arange(5)[None]), "attention_mask": None}
+    with torch.no_grad():
+        wanted = attention(hidden, **inputs)[0]
+        with patch(network, layers=[1]):
+            torch.testing.assert_close(attention(hidden, **inputs)[0], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_left_out_of_a_model_that_uses_tritonattn_go_on_with_it():
+    inputs = LLAMA.inputs("left")
+    results = []
+    for implementation in ("sdpa", NAME):
+        network = LLAMA.build(implementation)
+        with patch(network, scaling="none", layers=[1]):
+            results.append(logits(network, **inputs)[inputs["attention_mask"].bool()])
+    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
+
+
+def test_t5_is_refused_by_name():
+    config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    network = transformers.T5ForConditionalGeneration(config)
+    wanted = "position_bias" if VERSION >= (5, 24) else "T5LayerSelfAttention"
+    for ask in (patch, lambda network: network.set_attn_implementation(NAME)):
+        with pytest.raises(NotImplementedError, match=f"T5ForConditionalGeneration.*{wanted}"):
+            ask(network)
+
+
+def test_implementations_whose_masks_nobody_else_reads():
+    network = LLAMA.build()
+    network.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"flash_attention_2.*set_attn_implementation"):
+        patch(network, layers=[0])
+    with patch(network):
+        logits(network)
+    assert network.config._attn_implementation == "flash_attention_2"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layers_scaling_is_in_training_mode_as_the_layer_is(training):
+    network = LLAMA.build().train(training)
+    with patch(network, scaling="per_head"):
+        assert {module.training for module in network.modules()} == {training}
+
+
+def test_a_name_is_not_the_beginning_of_another():
+    network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA.arguments | {"num_hidden_layers": 11}))
+    with patch(network, layers="model.layers.1") as one:
+        assert list(one.layers) == [SECOND]

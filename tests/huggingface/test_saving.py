@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES
@@ -200,3 +201,26 @@ def test_undo_leaves_nothing_in_what_is_saved(name, tmp_path):
         patched(one).undo()
         one.save_pretrained(tmp_path)
         assert "tritonattn" not in (tmp_path / "config.json").read_text()
+
+
+def test_the_flat_form_of_the_config_holds_for_all_layers():
+    network = LLAMA.build()
+    network.set_attn_implementation("tritonattn")
+    own = logits(network)
+    network.config.tritonattn = {"scaling": {"name": "qwen_logn", "train_length": 4}, "gain": 2.0}
+    changed = logits(network)
+    with patch(network, scaling=tritonattn.scaling.QwenLogn(4), gain=2.0):
+        assert torch.equal(logits(network), changed)
+    assert not torch.allclose(own, changed, atol=1e-2)
+    network.config.tritonattn = {"scaling": "ssmax"}
+    with pytest.raises(ValueError, match=r"parameters of its own.*patch"):
+        logits(network)
+
+
+def test_a_config_alone_makes_a_patched_model():
+    """A patched model can be trained from scratch by its config."""
+    network = LLAMA.build()
+    patch(network, scaling="ssmax")
+    again = transformers.AutoModelForCausalLM.from_config(network.config)
+    assert {name for name, _ in again.named_parameters()} == {name for name, _ in network.named_parameters()}
+    assert isinstance(again.model.layers[0].self_attn.tritonattn.scaling.s, nn.Parameter)

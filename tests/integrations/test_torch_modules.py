@@ -221,3 +221,14 @@ def test_refusals():
         MultiheadAttention(E, H, scaling="power_lw")
     with pytest.raises(ValueError, match=r"model: expected one with a torch.nn.MultiheadAttention inside, got Linear"):
         replace_multihead_attention(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("mask", [None, CAUSAL, PER_HEAD[:H]])
+def test_without_a_batch(mask):
+    theirs, ours = pair()
+    x = tokens(L, E).requires_grad_()
+    (out, weights), (expected, their_weights) = (f(x, x, x, attn_mask=mask) for f in (ours, theirs))
+    assert_same(out, expected, theirs, x)
+    torch.testing.assert_close(weights, their_weights)
+    padding = torch.tensor([False, False, True, False, True, True])
+    torch.testing.assert_close(*(f(x, x, x, key_padding_mask=padding)[0] for f in (ours, theirs)))

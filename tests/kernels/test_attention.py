@@ -287,3 +287,26 @@ def test_ranges_past_int32(device):
     found = _of_ranges(tensors, ranges)
     assert torch.equal(found, _of_ranges(tensors, ranges.clamp(0, 33)))
     assert found[:, :, :2].all()
+
+
+def test_a_factor_below_the_normal_numbers(device):
+    tensors = harness.inputs(torch.float16, device, batch=1, q_len=20, k_len=20)
+    tensors["query_scale"] = torch.ones(1, 2, 20, device=device)
+    found = harness.run(
+        tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton", scale=1e-39
+    )
+    for name, result in found.items():
+        assert result.isfinite().all(), name
+
+
+def test_the_gradient_of_k_alone_is_no_other(device):
+    q, k, v = harness.inputs(torch.float32, device, head_dim=64, value_dim=64).values()
+    visibility = tritonattn.core.visibility.Visibility.of(q, k, causal=True)
+    call = tritonattn.core.call.AttentionCall(q, k, v, visibility, Logits(1.0))
+    result = triton_backend.forward(call, aux=False)
+    together, alone = (
+        triton_backend.backward(call, *result[:2], q, None, tritonattn.core.call.Needs(others, True, others))
+        for others in (True, False)
+    )
+    assert torch.equal(together.k, alone.k)
+    assert alone.q is None

@@ -37,3 +37,27 @@ def test_a_workload_launches_its_kernel_in_the_config(key, device, launched):
     name = f"attention_{key.kernel}"
     assert (name, OTHER) in launched
     assert {other for other, _ in launched} <= {name, "attention_row_terms", "attention_decode_combine"}
+
+
+def results_of(arguments) -> list[torch.Tensor]:
+    """The output of a forward or decode kernel; the gradients of q, or of k and v, of a backward kernel."""
+    if "results" in arguments:
+        return [arguments["results"].out]
+    return [arguments[name] for name in ("d_q_ptr", "d_k_ptr", "d_v_ptr") if name in arguments]
+
+
+@pytest.mark.parametrize("key", keys()[::2], ids=str)
+def test_a_result_that_is_wrong_for_the_last_head_alone(key, device, monkeypatch):
+    """A fault in the programs at the end of a grid, which no other head shows."""
+    size, run = Size(batch=2, heads=4, length=24, group=2), launch.run
+    workload = Workload(key, size, torch.float16, device, copies=1)
+
+    def spoil(kernel, grid, arguments, config):
+        run(kernel, grid, arguments, config)
+        if kernel.__name__ == f"attention_{key.kernel}":
+            results_of(arguments)[-1][-1, -1] *= 1.2
+
+    assert workload.error() is None
+    monkeypatch.setattr(launch, "run", spoil)
+    workload._forwards.clear()
+    assert "expected an error of at most" in workload.error()

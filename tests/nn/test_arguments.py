@@ -112,3 +112,29 @@ def test_refused_keys_and_values_leave_the_cache_as_it_was(new, error, message):
 def test_a_dtype_without_gradients(name):
     with pytest.raises(TypeError, match=r"dtype: expected float16, bfloat16, float32 or float64, got torch\.int32"):
         nn.LEARNED[name](heads=4, dtype=torch.int32)
+
+
+def cache(**changed):
+    return nn.KeyValueCache(**{"batch": 2, "kv_heads": 2, "capacity": 8, "head_dim": 6} | changed)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: cache(batch=2.0), TypeError, "batch: expected an int, got float 2.0"),
+        (lambda: cache(head_dim="a"), TypeError, "head_dim: expected an int, got str 'a'"),
+        (lambda: cache(head_dim=0), ValueError, "head_dim: expected at least 1, got 0"),
+        (lambda: cache(value_dim=-1), ValueError, "value_dim: expected at least 1, got -1"),
+        (lambda: cache(dtype=torch.int32), TypeError, "dtype: expected float16, .*, got torch.int32"),
+        (lambda: cache(dtype="float"), TypeError, "dtype: expected float16, .*, got 'float'"),
+        (lambda: nn.Scheduled("dim", "none", 9).advance("x"), TypeError, "steps: expected an int, got str 'x'"),
+        (lambda: nn.Scheduled("dim", "none", 9).advance(1.5), TypeError, "steps: expected an int, got float 1.5"),
+        (lambda: nn.Scheduled("dim", "none", 9).advance(-1), ValueError, "steps: expected at least 0, got -1"),
+        (lambda: nn.SSMax(4, bias="no"), TypeError, "bias: expected a bool, got str 'no'"),
+        (lambda: nn.PowerLaw(4, ["dim"]), ValueError, r"mode: expected one of sqrt_dim, .*, got \['dim'\]"),
+        (lambda: next(nn.scaling_parameters([])), TypeError, r"module: expected an nn\.Module, got list"),
+    ],
+)
+def test_other_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

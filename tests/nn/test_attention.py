@@ -210,3 +210,34 @@ def test_dropout_only_in_training(is_packed):
     assert not torch.equal(made(x, **packed), made(x, **packed))
     made.eval()
     assert torch.equal(made(x, **packed), made(x, **packed))
+
+
+def test_a_cache_is_of_torchs_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        cache = nn.KeyValueCache(2, 2, 8, 6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert cache.k.dtype == cache.v.dtype == cache.statistics.lengths.dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")
+def test_a_compiled_layer_trains_in_one_graph():
+    torch._dynamo.reset()
+    made, x = layer("ssmax", causal=True, qk_norm=True), tokens()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(f(x).square().sum(), list(made.parameters())) for f in (compiled, made)]
+    torch.testing.assert_close(*results)
+
+
+@torch.no_grad()
+def test_beams_and_guesses():
+    made, x = layer("key_norm_sum", causal=True), tokens(length=12)
+    cache = made.cache(2, 16)
+    made(x[:, :8], cache=cache)
+    cache.truncate(6)
+    cache.reorder(torch.tensor([1, 1]))
+    story = torch.cat([x[[1, 1], :6], x[:, 8:10]], 1)
+    torch.testing.assert_close(made(x[:, 8:10], cache=cache), made(story)[:, 6:])
+    cache.reset()
+    torch.testing.assert_close(made(x[:, :3], cache=cache), made(x[:, :3]))

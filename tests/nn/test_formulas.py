@@ -8,7 +8,7 @@ import torch
 from tests.support.calls import operands
 from tests.support.learned import SIGNS
 from tests.support.masks import MASKS
-from tritonattn import SCALINGS, attention, nn
+from tritonattn import SCALINGS, Scales, Scaling, attention, nn
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import Cosine, LogKeyCount, LogPower
@@ -90,6 +90,14 @@ def test_query_adaptive_ssmax_by_hand():
         assert float(factor[0, head, row]) == pytest.approx(wanted / 4, rel=1e-12)
 
 
+def test_query_adaptive_ssmax_of_another_head_dim():
+    scaling = nn.QueryAdaptiveSSMax(4, 8)
+    operands = *torch.zeros(2, 1, 4, 3, 16), torch.ones(1, 1, 3, 3).bool()
+    for call in (lambda: factors(scaling), lambda: scaling.multiplier(*operands)):
+        with pytest.raises(ValueError, match="expected q of QueryAdaptiveSSMax's head dim 8, got 16"):
+            call()
+
+
 def test_query_adaptive_ssmax_ignores_rows_without_keys():
     """NaN in their q reaches no parameter."""
     scaling = nn.QueryAdaptiveSSMax(4, 16).double()
@@ -146,6 +154,8 @@ def test_the_power_law_by_hand():
     set_to(scaling.dim_exponent, 0.0, -0.5, 1.0, 0.0)
     set_to(scaling.count_exponent, 0.5, -1.0, 0.0, 0.25)
     set_to(scaling.length_exponent, -1.0, 0.5, 2.0, 0.0)
+    learned = {name for name, x in scaling.named_parameters() if x.requires_grad}
+    assert set(scaling.state_dict()) - learned == {"dim_exponent"}, "which waits to be asked for"
     factor, _, k = factors(scaling, causal=False)
     parameters = (scaling.theta, scaling.dim_exponent, scaling.count_exponent, scaling.length_exponent)
     for head in range(4):
@@ -254,3 +264,33 @@ def test_a_factor_goes_through_zero(backend):
     assert slope.isfinite().all()
     assert slope.ne(0).all()
     assert slope.sum().item() == pytest.approx((above - below) / (2 * step), rel=1e-6)
+
+
+def test_a_mode_of_ones_own_gets_statistics_in_float32_from_a_schedule():
+    class Own(Scaling):
+        def scales(self, q, k, visibility, statistics):
+            assert statistics.length_sum.dtype == torch.float32
+            return Scales(1.0, query=statistics.length_sum.reciprocal())
+
+    q, k, v = operands(torch.float32).values()
+    schedule = nn.Scheduled(Own(), "key_norm_sum", steps=10)
+    wanted = attention(q, k, v, scaling="key_norm_sum")
+    torch.testing.assert_close(attention(q, k, v, scaling=schedule), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["key_norm_sum", "key_norm_max"])
+@pytest.mark.parametrize(("size", "gain"), [(1e-30, None), (1.0, None), (1e-25, 1e-20)])
+def test_large_factors_of_tiny_keys_keep_their_gradients(size, gain, mode):
+    """Towards the modes of a schedule they are below float32's range, and a gain may take the factor back."""
+    scaling = mode
+    if gain is None:
+        scaling = nn.Scheduled("sqrt_dim", mode, steps=10, blend="geometric")
+        scaling.advance(3)
+    narrow = operands(torch.float32)
+    with torch.no_grad():
+        narrow["k"].mul_(size)
+    wide, found = {name: x.detach().double().requires_grad_() for name, x in narrow.items()}, []
+    for x, backend in ((narrow, "sdpa"), (wide, "reference")):
+        out = attention(*x.values(), scaling=scaling, gain=x["q"].new_full((1, 1), gain or 1.0), backend=backend)
+        found.append(torch.autograd.grad(out.double().square().sum(), x["k"])[0].double())
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4 * found[1].abs().max().item())

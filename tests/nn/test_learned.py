@@ -128,6 +128,8 @@ def test_made_by_name_and_heads(name):
     assert isinstance(scaling, Scaling)
     assert {tuple(x.shape) for x in scaling.parameters()} == {(4,)}
     assert attention(*operands().values(), scaling=scaling).shape == (2, 4, 5, 6)
+    elsewhere = nn.LEARNED[name](heads=3, device="meta", dtype=torch.float64)
+    assert {(x.device.type, x.dtype) for x in elsewhere.parameters()} == {("meta", torch.float64)}
 
 
 @pytest.mark.parametrize("name", [*nn.LEARNED, "scheduled"])
@@ -239,3 +241,15 @@ def test_functional_gradients_alone_and_mapped(case):
     torch.testing.assert_close(list(gradient(parameters, *inputs).values()), list(expected))
     of_samples = torch.func.vmap(gradient, in_dims=(None, 0, 0, 0))(parameters, *(x[:, None] for x in inputs))
     torch.testing.assert_close([x.sum(0) for x in of_samples.values()], list(expected))
+
+
+def test_scaling_parameters_are_those_of_every_scaling_once():
+    class Own(torch.nn.Linear, Scaling):
+        name = "own"
+
+    own, shared = Own(1, 1, bias=False), nn.SSMax(4, bias=True)
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2), nn.PerHead(own, heads=4), torch.nn.ModuleList([shared])])
+    model.append(shared)
+    found = list(nn.scaling_parameters(model))
+    assert len(found) == 4
+    assert set(found) == {own.weight, model[1].theta, shared.s, shared.b}

@@ -182,3 +182,20 @@ def test_lse_alone_has_a_gradient():
         torch.testing.assert_close(ours, expected)
     assert not alone[FIELDS.index("v")].any()
     assert alone[FIELDS.index("q")].any()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
+@pytest.mark.usefixtures("torch_kernels")
+def test_key_statistics_under_transforms_and_compilers():
+    q = torch.empty(2, 4, 5, 8)
+    k = torch.randn(3, 2, 2, 7, 8, generator=torch.Generator().manual_seed(0))
+
+    def objective(k: Tensor) -> Tensor:
+        statistics = ops.KernelStatistics(k, Visibility.of(q, k, causal=True))
+        return (statistics.length_sum.double() * statistics.length_square_sum).sum()
+
+    one_by_one = torch.stack([torch.func.grad(objective)(x) for x in k])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(objective))(k), one_by_one)
+    leaf = k[0].clone().requires_grad_()
+    torch.compile(objective, fullgraph=True, backend="aot_eager")(leaf).backward()
+    torch.testing.assert_close(leaf.grad, one_by_one[0])

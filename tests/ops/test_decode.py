@@ -255,3 +255,23 @@ def test_empty_batches():
     for backend in ("auto", "reference"):
         found = attention_decode(q[:, :, :2], **cache.arguments(), scaling="key_norm_mean", backend=backend)
         assert found.shape == (0, 4, 2, 6)
+
+
+def test_pages_that_no_row_looks_into_may_be_given_away():
+    """Pages before the window and behind the lengths."""
+    q, k, v = sequences(length=50)
+    cache = GrowingCache(k, v, 64, page=16)
+    cache.write([40, 50])
+    arguments = cache.arguments() | {"window": (5, None)}
+    expected = attention_decode(q[:, :, :2], **arguments)
+    table = arguments["block_table"].clone()
+    table[:, :2] = -1
+    assert torch.equal(attention_decode(q[:, :, :2], **arguments | {"block_table": table}), expected)
+    table[:, 2] = -1
+    for dtype in (torch.int64, torch.uint8):  # of which a length less rows and window may be no number
+        lengths = arguments["key_lengths"].to(dtype)
+        with pytest.raises(ValueError, match="block_table: expected pages in"):
+            attention_decode(q[:, :, :2], **arguments | {"block_table": table, "key_lengths": lengths})
+        short = {"block_table": torch.full_like(table, -1), "key_lengths": torch.full_like(lengths, 3)}
+        with pytest.raises(ValueError, match="block_table: expected pages in"):  # the window begins before key 0
+            attention_decode(q[:, :, :2], **arguments | short)

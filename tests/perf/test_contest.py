@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from perf.decode_cases import DecodeCase
+
 pytest.importorskip("triton")
 from perf import contest
 from perf.attention_cases import PEERS, Case
@@ -122,3 +124,36 @@ def test_the_first_and_the_last_packed_sequence_are_checked(place, monkeypatch):
     found = statuses(case.contest().run(TWICE, HERE))
     assert found["tritonattn key_norm_mean"] == "wrong"
     assert found["tritonattn padded key_norm_mean"] == found["sdpa key_norm_mean"] == "measured"
+
+
+def raises_at(call_number):
+    calls = []
+
+    def call(number):
+        calls.append(number)
+        if len(calls) >= call_number:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+        return {}
+
+    return call
+
+
+def test_a_peer_that_raises_in_the_midst_of_the_rounds_is_named_and_the_others_are_timed():
+    found = run(entrant("ours"), entrant("peer", call=raises_at(4)), entrant("other"))
+    assert {name: record.status for name, record in found.items()} == {
+        "ours": "measured",
+        "peer": "skipped",
+        "other": "measured",
+    }
+    assert found["peer"].reason == "when all take turns: OutOfMemoryError: CUDA out of memory."
+    assert found["peer"].median_ms is found["peer"].error is None
+    assert found["ours"].rounds == found["other"].rounds == 2
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_first_and_the_last_head_of_a_decoding_step_are_checked(place, paged, monkeypatch):
+    case = DecodeCase(Shape(2, 4, 2, 1, 16, 8, causal=False), "fp32", paged, "dim", (), CPU, "sdpa")
+    right = DecodeCase._ours
+    monkeypatch.setattr(DecodeCase, "_ours", lambda self, counted: spoil(right(self, counted), place, place))
+    assert statuses(case.contest().run(TWICE, HERE)) == {"copy": "measured", "tritonattn dim": "wrong"}

@@ -1,7 +1,12 @@
 """Each phase of `python -m perf gpu`, rehearsed on a stub driver; after one that fails the next one runs."""
 
 import ast
+import os
+import re
+import signal
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -130,3 +135,59 @@ def test_a_phase_that_fails_is_reported_and_the_next_one_runs(tmp_path, monkeypa
         main(["gpu", "--device", "emulate", "--minutes", "1", "--out", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[-1].startswith("works: done")
     assert "worked" in (tmp_path / "works.log").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch, capsys):
+    """The phase has a session of its own and would hold the card."""
+    monkeypatch.setattr(gpu, "phases", lambda *_: [phase("works"), phase("hangs", share=1.0), phase("works")])
+    monkeypatch.setattr(gpu, "commit", lambda: "one")  # it asks git
+    begun, popen = [], gpu.subprocess.Popen
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda *a, **options: begun.append(popen(*a, **options)) or begun[-1])
+
+    def end():
+        while len(begun) < 2:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=end)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background jobs ignore it
+    try:
+        thread.start()
+        with pytest.raises(SystemExit) as stopped:
+            main(["gpu", "--device", "emulate", "--minutes", "1", "--out", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    thread.join()
+    assert stopped.value.code == 130
+    assert re.search(r"gpu: stopped: .* the same command goes on", capsys.readouterr().err)
+    assert [process.poll() is not None for process in begun] == [True, True]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("minutes", [1.5, 3, 10, 60])
+def test_phases_that_all_take_the_most_have_ended_in_time(minutes, tmp_path, monkeypatch):
+    now, run = [1000.0], []
+
+    def execute(one, out, seconds, grace):
+        run.append(one.name)
+        now[0] += gpu._SECONDS_OF_BRIEF if one.share == 0 else seconds + grace + gpu._SECONDS_TO_STOP
+        return gpu.Outcome(one, "out of time", 0.0)
+
+    monkeypatch.setattr(gpu, "execute", execute)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    gpu.run_all(gpu.phases("cuda", tmp_path, "tests/kernels"), tmp_path, 60 * minutes)
+    assert run[-2:] == ["report", "plots"]
+    assert len(run) >= 4
+    assert now[0] <= 1000 + 60 * minutes
+
+
+@pytest.mark.parametrize("name", ["tuning", *SWEEPS])
+def test_a_phase_that_ends_itself_before_all_is_done_is_out_of_time(name, tmp_path):
+    """By what the commands print, as their sources have it."""
+    [one] = [one for one in gpu.phases("cuda", tmp_path, "tests/kernels") if one.name == name]
+    source = "tritonattn/tuner/tune.py" if name == "tuning" else "perf/run_suites.py"
+    assert one.cut in (gpu.ROOT / source).read_text()
+    found = gpu.run_all([phase("works", cut="worked"), phase("works", cut=one.cut)], tmp_path, 60.0)
+    assert [outcome.status for outcome in found] == ["out of time", "done"]

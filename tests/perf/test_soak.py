@@ -57,3 +57,11 @@ def test_in_the_interpreter():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "1 call" in done.stdout
+
+
+def test_an_error_of_the_device_ends_the_soak(fakes, capsys):
+    fakes(Fake(7, RuntimeError("an illegal memory access was encountered")), Fake(8))
+    with pytest.raises(SystemExit) as caught:
+        main(["soak", "--device", "cpu"])
+    assert caught.value.code == 1
+    assert "Fake(seed=7" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """A trial's check: it lets right results pass, and sees wrong ones, infinite ones and those that change."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -42,3 +44,10 @@ def test_right_results_pass():
 def test_wrong_results_do_not(spoil, message):
     with pytest.raises(AssertionError, match=message):
         _trial(spoil).check()
+
+
+def test_results_that_change_do_not():
+    calls = itertools.count()
+    trial = _trial(lambda out, aux: (out * (1 + 2**-23 * (next(calls) % 2)), aux))
+    with pytest.raises(AssertionError, match="out: a second run differs"):
+        trial.check()

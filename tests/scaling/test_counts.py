@@ -24,6 +24,7 @@ def factors(scaling, rows=5, dim=16):
 def test_values():
     assert factors(KeyCount()) == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
     assert factors(SqrtKeyCount()) == pytest.approx([n**-0.5 for n in range(1, 6)])
+    assert LogKeyCount(512.0) == LogKeyCount(512.0) != LogKeyCount()
     assert factors(LogKeyCount()) == pytest.approx([math.log(n) / 4 for n in range(1, 6)])
 
 

@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tritonattn.tuner.gate import Candidate
+from tritonattn.tuner.static import Compiler
+
 pytest.importorskip("triton")
 from tritonattn.backends.triton import launch
 from tritonattn.tuner import search
@@ -100,3 +103,25 @@ def test_a_result_that_is_wrong_in_one_dtype_is_not_taken(timed):
     result = find()
     assert result.entry.config == OTHERS[0]
     assert result.wrong == (f"{KEY} {OTHERS[1]}: is wrong",)
+
+
+def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):
+    """It would time the config in use alone, and call it the fastest."""
+
+    def examine(self, wanted):
+        return [Candidate(config, None, ("does not compile: no nvdisasm",)) for _, _, config in wanted]
+
+    monkeypatch.setattr(Compiler, "examine", examine)
+    with Compiler(SM_80, 1) as compiler, pytest.raises(search.SearchError, match=r"no config compiles; .*no nvdisasm"):
+        search.promising(KEY, compiler, 6)
+
+
+def test_a_lost_card(monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert not search._is_lost(CPU)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert not search._is_lost(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert search._is_lost(torch.device("cuda"))

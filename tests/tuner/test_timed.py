@@ -1,6 +1,10 @@
 """`tritonattn tune` on a GPU that a stub stands for: what is searched for, kept, printed, and stopped."""
 
+import os
+
 import pytest
+
+from tritonattn.tuner.search import SearchError
 
 pytest.importorskip("triton")
 from tritonattn.tuner import tune as commands
@@ -48,3 +52,19 @@ def test_a_search_that_is_stopped_goes_on(on_h100, user, instead, monkeypatch, c
     _, out, _ = run(capsys, *SEARCH)
     assert "1 of 3 keys are measured already" in out
     assert on_h100 == KEYS
+
+
+def test_a_card_that_is_lost_is_said(on_h100, user, instead, capsys):
+    instead(SearchError(f"{KEYS[1]} left the card unusable to this process"))
+    status, _, err = run(capsys, *SEARCH)
+    assert status == 2
+    assert f"{KEYS[1]} left the card unusable to this process. 1 keys were searched before" in err
+    assert set(read_table(user / "h100.json").entries) == {KEYS[0]}
+
+
+def test_nothing_is_timed_whose_result_could_not_be_written(on_h100, user, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    status, _, err = run(capsys, *SEARCH)
+    assert status == 2
+    assert f"cannot write {user / 'h100.json'}: Permission denied" in err
+    assert on_h100 == []

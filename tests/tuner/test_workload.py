@@ -64,3 +64,16 @@ def test_rounds_take_copies_in_turn(kernel, monkeypatch):
     assert others[1] is second
     assert first.data_ptr() != second.data_ptr()
     assert not torch.equal(first, second)
+
+
+def test_nan_is_wrong(monkeypatch):
+    """As of rows that a config leaves out."""
+    timed = Workload(Key("forward", 64, "query+key", "short"), Size(1, 2, 8), torch.float16, CPU, copies=1)
+    right = timed._reference(torch.float16, slice(None))[0]
+    assert right.shape == (1, 2, 8, 64)
+    for factor, message in ((1.0, None), (1.004, "expected an error of at most"), (torch.nan, "got nan")):
+        monkeypatch.setattr(
+            workload.triton_backend, "forward", lambda *_, x=right * factor: ForwardResult(x, x[..., 0])
+        )
+        found = timed.error()
+        assert found is None if message is None else message in str(found)
