@@ -17,7 +17,7 @@ ALONE = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 INTERPRETED = TRITON_INTERPRET=$$($(VENV)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-peers test-oldest test-sample mutants docs lint clean
+.PHONY: demo test test-slow test-peers test-oldest test-sample test-vllm mutants docs lint clean
 
 demo: $(VENV)/.demo  ## what each scaling does to a real model: make demo ARGS="--plot demo.png"
 	$(VENV)/bin/tritonattn demo $(ARGS)
@@ -42,6 +42,10 @@ test-oldest:  ## a sample of the tests with the oldest torch and triton that pyp
 test-sample: $(VENV)/.test
 	$(PYTEST) $(SAMPLED) $(ARGS)
 	$(INTERPRETED) $(PYTEST) $(SAMPLED_KERNELS) $(ARGS)
+
+test-vllm:  ## the vLLM plugin in vLLM's engine on a CPU, in a venv of its own of 3.4 GB
+	$(MAKE) $(VENV)-vllm/.vllm VENV=$(VENV)-vllm
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/serving -o filterwarnings= -W ignore $(ARGS)
 
 mutants: $(VENV)/.test  ## every deliberate fault of tests/mutants/table.txt is caught by its test: make mutants ARGS=decode
 	$(VENV)/bin/python -m tests.mutants --jobs $(WORKERS) $(ARGS)
@@ -75,6 +79,12 @@ $(VENV)/.real: $(VENV)/.demo
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml
 	$(PIP) install --quiet --editable '.[test]' $(VERSIONS)
+	touch $@
+
+# vLLM's own dependencies would bring libraries for GPUs, and another torch.
+$(VENV)/.vllm: $(VENV)/.made tests/serving/requirements.txt pyproject.toml
+	$(PIP) install --quiet --requirement tests/serving/requirements.txt
+	$(PIP) install --quiet --no-deps vllm==0.33.0 --editable .
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.made pyproject.toml

@@ -133,7 +133,7 @@ def test_dir_shows_what_is_public():
     for module in (tritonattn.nn, tritonattn.analysis, tritonattn.distributed, tritonattn.huggingface):
         assert dir(module) == sorted(module.__all__)
         assert all(hasattr(module, name) for name in dir(module))
-    public = {"diffusers", "hub_kernel", "timm", "torch_modules", "x_transformers"}
+    public = {"diffusers", "hub_kernel", "timm", "torch_modules", "vllm", "x_transformers"}
     assert "torch_modules" in dir(tritonattn.integrations)
     assert set(dir(tritonattn.integrations)) <= public
 

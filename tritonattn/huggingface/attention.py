@@ -109,7 +109,7 @@ def call_arguments(
     settings = Settings.of(module)
     _refuse_a_part_of_the_gradient(module, query, settings.gain)
     return {
-        **_scaling_arguments(settings, scaling, query.shape[-1]),
+        **scaling_arguments(settings, scaling, query.shape[-1]),
         **visible_arguments(module, query, key, attention_mask, kwargs),
         "softcap": softcap,
         "sinks": s_aux,
@@ -148,7 +148,7 @@ def unregister(name: str = NAME) -> None:
         interface._global_mapping.pop(name, None)
 
 
-def _scaling_arguments(settings: Settings, own: float | Tensor | None, head_dim: int) -> dict[str, Any]:
+def scaling_arguments(settings: Settings, own: float | Tensor | None, head_dim: int) -> dict[str, Any]:
     """Arguments scaling and gain, so that logit = own * sqrt(D) * gain * factor * (q . k)."""
     scaling, gain = settings.scaling, settings.gain
     if scaling is None or type(scaling) is SqrtDim:  # exactly the model's

@@ -4,6 +4,7 @@ torch_modules    torch.nn.MultiheadAttention, and with it TransformerEncoder, Tr
 timm             timm's `attn_layer`
 x_transformers   the `Attend` modules of x-transformers
 diffusers        diffusers' `set_attention_backend`
+vllm             an attention backend for vLLM, which loads it as a plugin
 hub_kernel       the package as a kernel of the HuggingFace hub, for the library `kernels`
 
 transformers has `tritonattn.huggingface`.
@@ -17,4 +18,4 @@ F.scaled_dot_product_attention of the process, which has no scaling but a number
 
 
 def __dir__() -> list[str]:
-    return sorted({"diffusers", "hub_kernel", "timm", "torch_modules", "x_transformers"} & set(globals()))
+    return sorted({"diffusers", "hub_kernel", "timm", "torch_modules", "vllm", "x_transformers"} & set(globals()))

@@ -1,0 +1,119 @@
+"""Tiny random models as checkpoints, their patches, and the check of what vLLM generates from them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import tritonattn.huggingface
+
+VOCABULARY, STEPS, TOLERANCE = 512, 24, 1e-2
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "initializer_range": 0.15,
+    "tie_word_embeddings": False,
+}
+_CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**_SIZES),
+    "mistral": lambda: transformers.MistralConfig(**_SIZES, sliding_window=24),
+    # Every other layer has the window. The factor beside the mode is 1 / sqrt(100), not 1 / sqrt(64).
+    "gemma2": lambda: transformers.Gemma2Config(
+        **_SIZES, sliding_window=24, attn_logit_softcapping=5.0, query_pre_attn_scalar=100, final_logit_softcapping=None
+    ),
+}
+
+
+def learned(model: Any) -> None:
+    """Layer 0 ssmax, layer 1 the model's own, layer 2 key_norm_mean with a gain of each head."""
+    gain = torch.tensor([0.5, 1.5, 2.0, 0.75])[:, None]
+    layers = {0: "ssmax", 2: {"scaling": "key_norm_mean", "gain": gain}}
+    patch = tritonattn.huggingface.patch(model, layers=layers)
+    with torch.no_grad():
+        patch.layers["model.layers.0.self_attn"].scaling.s.copy_(torch.tensor([0.1, 0.4, 0.8, 0.3]))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its scaling, and options of vLLM's engine.
+
+    scaling   a mode of all layers, given to vLLM as additional_config; or a function that patches the model, whose
+              checkpoint is then all that vLLM gets
+    """
+
+    model: str
+    scaling: str | Callable[[Any], None]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+        """Save the checkpoint; the patched and the plain model of transformers, and arguments of vLLM's LLM."""
+        torch.manual_seed(0)
+        config = _CONFIGS[self.model]()
+        plain = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        plain.save_pretrained(folder)
+        patched = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        options = dict(self.options)
+        if callable(self.scaling):
+            self.scaling(patched)
+            patched.save_pretrained(folder)
+        else:
+            tritonattn.huggingface.patch(patched, scaling=self.scaling)
+            settings = {"scaling": self.scaling, **options.pop("settings", {})}
+            options["additional_config"] = {"tritonattn": settings}
+        return patched, plain, {"model": str(folder), **ENGINE, **options}
+
+
+ENGINE = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "block_size": 16,
+    "num_gpu_blocks_override": 96,
+    "logprobs_mode": "raw_logits",
+    "max_logprobs": -1,
+}
+
+
+def prompts() -> list[list[int]]:
+    """Prompts of 1 to 150 tokens, some of which begin alike."""
+    numbers = torch.randint(3, VOCABULARY, (400,), generator=torch.Generator().manual_seed(1)).tolist()
+    long, others = numbers[:100], iter(numbers[100:])
+    own = [[next(others) for _ in range(n)] for n in (1, 17, 40)]
+    alike = [long[:keys] + [next(others) for _ in range(n)] for keys, n in ((64, 3), (100, 1), (100, 50))]
+    return [*own, *alike, long[:9] * 7]
+
+
+def generate(llm: Any, tokens: list[list[int]], **options: Any) -> list[Any]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0, max_tokens=STEPS, ignore_eos=True, detokenize=False, logprobs=-1, **options
+    )
+    return llm.generate([{"prompt_token_ids": x} for x in tokens], sampling, use_tqdm=False)
+
+
+@torch.no_grad()
+def difference(model: Any, outputs: list[Any]) -> tuple[int, float]:
+    """Generated tokens that are not the model's, and the largest difference of a raw logit."""
+    wrong, largest = 0, 0.0
+    for output in outputs:
+        prompt, made = output.prompt_token_ids, list(output.outputs[0].token_ids)
+        logits = model(torch.tensor([[*prompt, *made]])).logits[0]
+        rows = dict(enumerate(output.prompt_logprobs or [], -1)) | dict(
+            enumerate(output.outputs[0].logprobs, len(prompt) - 1)
+        )
+        got = {i: torch.tensor([row[t].logprob for t in range(VOCABULARY)]) for i, row in rows.items() if row}
+        largest = max(largest, *(float((x - logits[i]).abs().max()) for i, x in got.items()))
+        wrong += int((logits[len(prompt) - 1 : -1].argmax(-1) != torch.tensor(made)).sum())
+    return wrong, largest

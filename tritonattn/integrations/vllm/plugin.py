@@ -1,0 +1,80 @@
+"""The plugin that vLLM loads in each of its processes: registration of the backend, and when it is chosen."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import functools
+import logging
+from importlib.metadata import version
+from typing import Any
+
+from . import NAME
+
+VERSIONS = ("0.33.0", "0.34")  # from the first on, below the second: those that the tests ran
+_BACKEND = f"{__package__}.backend.TritonattnBackend"
+_EXTENDED = "_extended_by_tritonattn"
+
+
+def register() -> None:
+    """Register the backend with vLLM, and let it be chosen for patched models; repeatable.
+
+    Entry point of the group vllm.general_plugins.
+    """
+    try:
+        from vllm.v1.attention import selector
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+        choose = selector._cached_get_attn_backend
+    except (ImportError, AttributeError):
+        message = "tritonattn: cannot see which models are patched, and serves none of them: %s"
+        logging.getLogger("vllm.tritonattn").warning(message, _expected_version())
+        return
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, _BACKEND)
+    if not hasattr(choose, _EXTENDED):
+        # vLLM keeps its choice by arguments that do not tell a patched model from another.
+        selector._cached_get_attn_backend = _extended(choose)
+
+
+def _extended(choose: Any) -> Any:
+    @functools.wraps(choose)
+    def chosen(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm.config import get_current_vllm_config
+
+        from .settings import saved_settings
+
+        asked = getattr(backend, "name", None)
+        is_patched = saved_settings(get_current_vllm_config()) is not None
+        if not is_patched and asked != NAME:
+            return choose(backend, attn_selector_config, *args, **kwargs)
+        if asked not in (None, NAME):
+            raise ValueError(
+                f"attention_backend: expected {NAME} or none for a model with scalings of tritonattn, got {asked};"
+                " VLLM_PLUGINS without tritonattn serves it without them"
+            )
+        check_version()
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+        from .backend import TritonattnBackend
+        from .settings import take_learned
+
+        take_learned(DefaultModelLoader)
+        reasons = TritonattnBackend.validate_configuration(**attn_selector_config._asdict(), device_capability=None)
+        if reasons:
+            raise NotImplementedError(f"attention_backend {NAME}: {'; '.join(reasons)}: {attn_selector_config}")
+        return TritonattnBackend
+
+    setattr(chosen, _EXTENDED, True)
+    return chosen
+
+
+def check_version() -> None:
+    """Raise ImportError unless vLLM is one of the versions that the tests ran."""
+    found = tuple(int(part) for part in version("vllm").split("+")[0].split(".")[:2])
+    first, end = (tuple(int(part) for part in bound.split(".")[:2]) for bound in VERSIONS)
+    if not first <= found < end:
+        raise ImportError(_expected_version())
+
+
+def _expected_version() -> str:
+    return f"vllm: expected version >={VERSIONS[0]},<{VERSIONS[1]}, got {version('vllm')}"
