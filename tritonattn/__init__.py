@@ -12,6 +12,7 @@ from .calls.check_scaling import check_scaling
 from .calls.decode import attention_decode
 from .calls.dispatch import AttentionAux
 from .calls.key_statistics import KeyStatistics
+from .calls.paged_statistics import PagedKeyStatistics
 from .calls.varlen import attention_varlen
 from .calls.warmup import warmup
 from .core.invariance import batch_invariant
@@ -23,6 +24,7 @@ __all__ = [
     "SCALINGS",
     "AttentionAux",
     "KeyStatistics",
+    "PagedKeyStatistics",
     "Scales",
     "Scaling",
     "__version__",

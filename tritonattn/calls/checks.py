@@ -28,17 +28,18 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Layout(NamedTuple):
-    """How q, k and v are laid out: the names of their axes, how many there are, and which one is the sequence."""
+    """How q, k and v are laid out: the names of their axes, and which ones of k and v are heads and keys."""
 
     q: str
     k: str
     v: str
-    axes: int
+    heads: int
     sequence: int
 
 
-BATCHED = Layout("[B, Hq, Sq, D]", "[B, Hkv, Sk, D]", "[B, Hkv, Sk, Dv]", axes=4, sequence=2)
-PACKED = Layout("[T_q, Hq, D]", "[T_k, Hkv, D]", "[T_k, Hkv, Dv]", axes=3, sequence=0)
+BATCHED = Layout("[B, Hq, Sq, D]", "[B, Hkv, Sk, D]", "[B, Hkv, Sk, Dv]", heads=1, sequence=2)
+PACKED = Layout("[T_q, Hq, D]", "[T_k, Hkv, D]", "[T_k, Hkv, Dv]", heads=1, sequence=0)
+PAGED = Layout("[T_q, Hq, D]", "[N, page, Hkv, D]", "[N, page, Hkv, Dv]", heads=2, sequence=1)
 
 # Modes that are modules, and the expression that makes one for q of Hq heads.
 _LEARNED = {
@@ -170,8 +171,8 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) ->
     """Raise unless these are the operands of one attention call, each in its layout."""
     for name, x, axes in (("q", q, layout.q), ("k", k, layout.k), ("v", v, layout.v)):
         check_tensor(name, x, axes)
-        if x.dim() != layout.axes:
-            raise ValueError(f"{name}: expected {layout.axes} axes {axes}, got {x.dim()} in {shape_of(x)}")
+        if x.dim() != (count := axes.count(",") + 1):
+            raise ValueError(f"{name}: expected {count} axes {axes}, got {x.dim()} in {shape_of(x)}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if not q.dtype == k.dtype == v.dtype:
@@ -180,13 +181,16 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) ->
         raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
     if layout is BATCHED and not q.shape[0] == k.shape[0] == v.shape[0]:
         raise ValueError(f"k, v: expected q's batch size {q.shape[0]}, got {k.shape[0]} in k and {v.shape[0]} in v")
-    _check_sizes(q, k, v, layout.sequence)
+    if layout is PAGED and k.shape[:2] != v.shape[:2]:
+        raise ValueError(f"v: expected k's [N, page] = {shape_of(k)[:2]}, got {shape_of(v)[:2]}")
+    _check_sizes(q, k, v, layout)
 
 
-def _check_sizes(q: Tensor, k: Tensor, v: Tensor, sequence: int) -> None:
-    q_heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[-1]
-    if kv_heads != v.shape[1]:
-        raise ValueError(f"v: expected k's {kv_heads} heads, got {v.shape[1]}")
+def _check_sizes(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
+    heads, sequence = layout.heads, layout.sequence
+    q_heads, kv_heads, head_dim = q.shape[1], k.shape[heads], q.shape[-1]
+    if kv_heads != v.shape[heads]:
+        raise ValueError(f"v: expected k's {kv_heads} heads, got {v.shape[heads]}")
     if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads != 0):
         raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}")
     if k.shape[sequence] != v.shape[sequence]:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import reference
-from ..core.call import Logits
+from ..core.call import ForwardResult, Logits
 from ..core.decode_call import Cache, DecodeCall
-from ..core.statistics import Statistics
-from ..core.visibility import Visibility, window_sides
+from ..core.pages import PageTable
+from ..core.visibility import window_sides
 from ..scaling import Scaling
+from .cached import CachedKeys, attend_cached
+from .cached_statistics import ContiguousRecord, PagedRecord
 from .checks import Options
 from .decode_checks import check_decode, refuse_gradients
-from .dispatch import AttentionAux, autocast, aux_of, choose_backend, sinks_of
+from .dispatch import AttentionAux, autocast, choose_backend
 from .factor import Factor
-from .key_statistics import CachedStatistics, KeyStatistics
-from .sharded import CACHED, takes_shards
+from .key_statistics import KeyStatistics
+from .paged_statistics import PagedKeyStatistics
+from .sharded import CACHED, CACHED_PAGES, takes_shards
 from .words import with_hints
 
 
 @with_hints
-@takes_shards(CACHED)
+@takes_shards(CACHED, CACHED_PAGES)
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -31,8 +32,9 @@ def attention_decode(
     key_lengths: Tensor,
     scaling: str | Scaling | float | Tensor = "sqrt_dim",
     gain: float | Tensor | None = None,
-    statistics: KeyStatistics | None = None,
+    statistics: KeyStatistics | PagedKeyStatistics | None = None,
     block_table: Tensor | None = None,
+    query_lengths: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     key_bias: Tensor | None = None,
     softcap: float | None = None,
@@ -43,7 +45,7 @@ def attention_decode(
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention of the newest tokens over a KV cache that already holds their keys and values; no gradients.
 
-        own[i]      = i + key_lengths[b] - Sq                      the position of query row i
+        own[i]      = i + key_lengths[b] - query_lengths[b]        the position of query row i
         logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j]
         out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j <= own[i] of sequence b
 
@@ -55,15 +57,18 @@ def attention_decode(
         k_cache: [B, Hkv, capacity, D] in q's dtype, any strides; with block_table pages [N, page, Hkv, D], of any
             page of at least 16 keys. Hkv divides Hq.
         v_cache: Likewise, with Dv.
-        key_lengths: Integers [B] on q's device: the keys of every sequence, the Sq new ones included. Below Sq the
-            first rows see nothing.
+        key_lengths: Integers [B] on q's device: the keys of every sequence, the new ones included. Where there are
+            fewer keys than rows, the first rows see nothing.
         scaling, gain: As in `attention`.
-        statistics: The `KeyStatistics` kept beside the cache, to which the new keys have been appended: then no mode
-            reads old keys. Without it the modes that need key lengths (key_norm_*, cosine) read the visible keys of
-            the cache once more, half of the memory traffic of the call itself, and gather pages to do so. A Scaling of
-            your own gets k_cache, gathered where it lies in pages unless its class says reads_keys = False. The
-            reference follows the formulas and computes all of it from the keys.
+        statistics: The `KeyStatistics` kept beside the cache, or beside pages the `PagedKeyStatistics`, to which the
+            new keys have been appended: then no mode reads old keys. Without it the modes that need key lengths
+            (key_norm_*, cosine) read the visible keys of the cache once more, half of the memory traffic of the call
+            itself, and gather pages to do so. A Scaling of your own gets k_cache, gathered where it lies in pages
+            unless its class says reads_keys = False. The reference follows the formulas and computes all of it from
+            the keys.
         block_table: int32 [B, max_pages]: key j of sequence b is in page block_table[b, j // page], at j % page.
+        query_lengths: Integers [B]: the new tokens of every sequence, up to Sq, the first of its rows; the other rows
+            see nothing. None is Sq for all.
         window: (left, right): row i sees own[i] - left <= j; no key behind own[i] is visible, whatever right is.
         key_bias: Floating, broadcastable to [B, Hq, capacity] or [B, Hkv, capacity], as in `attention`: of key j of a
             sequence, also where it lies in a page.
@@ -106,7 +111,7 @@ def attention_decode(
         batch_invariant=batch_invariant,
     )
     (q, k_cache, v_cache), autocast_off = autocast(q, k_cache, v_cache)
-    cache = Cache(k_cache, v_cache, key_lengths, block_table)
+    cache = Cache(k_cache, v_cache, key_lengths, block_table, query_lengths)
     check_decode(q, cache, statistics, options)
     factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "key_bias": key_bias, "sinks": sinks}
@@ -116,42 +121,30 @@ def attention_decode(
 
 
 def _decode(
-    q: Tensor, cache: Cache, factor: Factor, statistics: KeyStatistics | None, options: Options
-) -> Tensor | tuple[Tensor, AttentionAux]:
-    backend = choose_backend(q, cache.k, cache.v, options, decodes=not options.invariant)
-    left, _ = window_sides(options.window)
-    visibility = cache.visibility(q, left, options.invariant)
-    if backend == "reference":
-        keys = cache.keys()
-        multiplier, bias = factor.dense(q, keys, visibility, options.key_bias)
-        extras = {"bias": bias, "softcap": options.cap, "sinks": sinks_of(q, options)}
-        result = reference.attention(q, keys, cache.values(), multiplier, visibility, **extras)
-    else:
-        logits = _logits(q, cache, factor, visibility, statistics, options, backend)
-        result = ops.decode(DecodeCall(q, cache, logits, left, options.invariant), backend, options.return_aux)
-    if not options.return_aux:
-        return result.out
-    return result.out, aux_of(result)
-
-
-def _logits(
     q: Tensor,
     cache: Cache,
     factor: Factor,
-    visibility: Visibility,
-    record: KeyStatistics | None,
+    statistics: KeyStatistics | PagedKeyStatistics | None,
     options: Options,
-    backend: str,
-) -> Logits:
-    """Compute the terms of the logits, those of the mode from the record of the cache or else from its keys."""
-    if cache.block_table is not None and not factor.scaling.reads_keys:
-        keys = q.new_full((), torch.nan).expand(*visibility.keys, q.shape[3])  # a shape, in place of a gathered copy
-    else:
-        keys = cache.keys()
-    kind = ops.KernelStatistics if backend == "triton" else Statistics
-    statistics = kind(cache.keys, visibility)
-    if record is not None:
-        statistics = CachedStatistics(statistics, record, visibility.left)
-    logits = factor.logits(q, keys, visibility, statistics, options.key_bias, options.cap, sinks_of(q, options))
-    refuse_gradients(scaling=logits.query_scale, key_scale=logits.key_scale, key_bias=logits.key_bias)
-    return logits
+) -> Tensor | tuple[Tensor, AttentionAux]:
+    backend = choose_backend(q, cache.k, cache.v, options, decodes=not options.invariant)
+    left, _ = window_sides(options.window)
+    record = None
+    if isinstance(statistics, KeyStatistics):
+        record = ContiguousRecord(statistics)
+    elif statistics is not None and cache.block_table is not None:
+        record = PagedRecord(statistics, PageTable(cache.block_table, cache.page))
+    cached = CachedKeys(
+        "attention_decode",
+        cache.keys,
+        cache.values,
+        cache.visibility(q, left, options.invariant),
+        in_pages=cache.block_table is not None,
+        record=record,
+        width=None if left is None else left + 1,
+    )
+
+    def run(logits: Logits) -> ForwardResult:
+        return ops.decode(DecodeCall(q, cache, logits, left, options.invariant), backend, options.return_aux)
+
+    return attend_cached(q, cached, factor, options, backend, run)

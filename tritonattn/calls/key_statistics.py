@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.autograd import runs_eagerly
 from ..core.ranges import prefix_sum
-from ..core.statistics import Statistics, key_lengths_of
+from ..core.statistics import key_lengths_of
 from ..ops import append_keys
 from .checks import (
     FLOATS,
@@ -25,6 +25,17 @@ from .checks import (
 from .dispatch import kernels_take
 
 _OWNER = "this KeyStatistics"
+
+
+def extended(before: tuple[Tensor, ...], lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of lengths and of squares, and maxima, up to and with each of the next keys: [..., n] of lengths [..., n].
+
+    before   those of the keys before, [..., 1]. On a CPU the bits do not depend on how keys are cut into appends.
+    """
+    sums, squares, highest = before
+    sums = prefix_sum(torch.cat([sums, lengths], -1))[..., 2:]
+    squares = prefix_sum(torch.cat([squares, lengths.double().square()], -1))[..., 2:]
+    return sums, squares, torch.cat([highest, lengths], -1).cummax(-1).values[..., 1:]
 
 
 class KeyStatistics:
@@ -246,10 +257,10 @@ class KeyStatistics:
         held = self.counts[:, None, None].expand(*lengths.shape[:2], 1)
         place = place[:, None].expand_as(lengths)
         self._lengths.scatter_(2, place, lengths)
-        for sums, values in ((self._length_sums, lengths), (self._square_sums, lengths.double().square())):
-            sums.scatter_(2, place + 1, sums.gather(2, held) + prefix_sum(values)[..., 1:])
-        maxima = torch.maximum(self._length_maxima.gather(2, held), lengths.cummax(-1).values)
-        self._length_maxima.scatter_(2, place + 1, maxima)
+        totals = (self._length_sums, self._square_sums, self._length_maxima)
+        before = tuple(buffer.gather(2, held) for buffer in totals)
+        for buffer, values in zip(totals, extended(before, lengths), strict=True):
+            buffer.scatter_(2, place + 1, values)
 
     def _check_keys(self, k_new: Any) -> None:
         batch, kv_heads = self._lengths.shape[:2]
@@ -274,64 +285,3 @@ class KeyStatistics:
         if x.shape != self.counts.shape:
             raise ValueError(f"{name}: expected shape [B] = {shape_of(self.counts)}, got {shape_of(x)}")
         check_values(name, x, highest, "")
-
-
-class CachedStatistics(Statistics):
-    """The row statistics of a visibility from a `KeyStatistics` record; k itself is not read.
-
-    computed   statistics of the same keys: lengths of queries are theirs, and prefix sums where `visibility.invariant`,
-               since sums then come from the lengths, as without a record
-    left       rows see at most left + 1 keys, or None for all before their own
-
-    Rows that see all keys before their own read the record's prefix sums and maxima. Rows of a window read the lengths
-    inside it: a difference of prefix sums would keep the NaN, inf or rounding of keys that have left the window.
-    """
-
-    def __init__(self, computed: Statistics, record: KeyStatistics, left: int | None) -> None:
-        super().__init__(lambda: computed.k, computed.visibility)
-        self._record = record
-        self._left = left
-        self._scan = computed._scan
-        self._lengths_of = computed._lengths_of
-
-    def _lengths(self) -> Tensor:
-        counted = self.visibility.counted_keys()
-        return self._record.lengths if counted is None else torch.where(counted, self._record.lengths, 0)
-
-    def _length_sum(self) -> Tensor:
-        if self.visibility.invariant:
-            return super()._length_sum()
-        dtype = self._record.lengths.dtype
-        if self._left is None:
-            return self._at_row_ends(self._record.length_sums).to(dtype)
-        return self._in_windows().sum(-1, dtype=torch.float64).to(dtype)
-
-    def _length_square_sum(self) -> Tensor:
-        if self.visibility.invariant:
-            return super()._length_square_sum()
-        if self._left is None:
-            return self._at_row_ends(self._record.square_sums)
-        return self._in_windows().double().square().sum(-1)
-
-    def _length_max(self) -> Tensor:
-        if self._left is None:
-            return self._at_row_ends(self._record.length_maxima)
-        return self._in_windows().amax(-1)
-
-    def _at_row_ends(self, prefix: Tensor) -> Tensor:
-        """The prefix [B, Hkv, capacity + 1] of each row's keys: [B, Hkv, Sq]."""
-        _, hi = self.visibility.ranges()  # [B, Sq]
-        return prefix.gather(2, hi[:, None].expand(-1, prefix.shape[1], -1))
-
-    def _in_windows(self) -> Tensor:
-        """Lengths of the keys that each row sees, and 0 in place of others: [B, Hkv, Sq, width]."""
-        return self._once("lengths_in_windows", self._lengths_in_windows)
-
-    def _lengths_in_windows(self) -> Tensor:
-        lo, hi = (bound[:, None] for bound in self.visibility.ranges())  # [B, 1, Sq]
-        record = self._record
-        width = min(cast(int, self._left) + 1, record.capacity)
-        key = lo[..., None] + torch.arange(width, device=lo.device)  # [B, 1, Sq, width]
-        seen = key < hi[..., None]
-        place = torch.where(seen, key, 0).flatten(2).expand(-1, record.lengths.shape[1], -1)
-        return torch.where(seen, record.lengths.gather(2, place).unflatten(2, (-1, width)), 0)

@@ -55,14 +55,19 @@ PACKED = {
 CACHED = {
     **BATCHED,
     **dict.fromkeys(("k_cache", "v_cache"), OPERAND),
-    "block_table": Axes(0, None),
+    **dict.fromkeys(("block_table", "query_lengths"), Axes(0, None)),
 }
-_PAGED = {**CACHED, **dict.fromkeys(("k_cache", "v_cache"), Axes(None, 2))}
+CACHED_PAGES = {**CACHED, **dict.fromkeys(("k_cache", "v_cache"), Axes(None, 2))}
+PACKED_PAGES = {**PACKED, **dict.fromkeys(("k", "v"), Axes(None, 2))}
 _OPERANDS = ("k", "v", "k_cache", "v_cache")
 
 
-def takes_shards(axes: Mapping[str, Axes]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def takes_shards(
+    axes: Mapping[str, Axes], paged: Mapping[str, Axes] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: DTensors become this rank's parts, and the results DTensors placed as q is.
+
+    axes, paged   the axes of the arguments, and where there is a block table
 
     Beside a plain q a DTensor that has a value a head stands for this rank's part, as parameters do in tensor
     parallelism. Under torch's context_parallel the function raises.
@@ -77,7 +82,7 @@ def takes_shards(axes: Mapping[str, Axes]) -> Callable[[Callable[P, R]], Callabl
             if not is_dtensor(*arguments, *keywords.values()):
                 return function(*arguments, **keywords)
             given = signature.bind(*arguments, **keywords).arguments
-            own = _PAGED if given.get("block_table") is not None else axes
+            own = axes if paged is None or given.get("block_table") is None else paged
             if not is_dtensor(given["q"]):
                 return function(**{name: _part_beside(given["q"], name, x, own) for name, x in given.items()})  # pyright: ignore
             shards = Shards.of(given, own)

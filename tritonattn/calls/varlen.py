@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
+from .. import ops
+from ..core.call import AttentionCall, ForwardResult, Logits
+from ..core.pages import PageTable
 from ..core.sequences import Sequences
 from ..core.visibility import Visibility
 from ..scaling import Scaling
+from .cached import CachedKeys, attend_cached
+from .cached_statistics import PagedRecord
 from .checks import Options
-from .dispatch import AttentionAux, attend, autocast
+from .decode_checks import refuse_gradients
+from .dispatch import AttentionAux, attend, autocast, choose_backend
 from .factor import Factor
-from .sharded import PACKED, takes_shards
+from .paged_statistics import PagedKeyStatistics, check_paged_statistics
+from .sharded import PACKED, PACKED_PAGES, takes_shards
 from .varlen_checks import Packing, check_varlen
 from .words import with_hints
 
+_OVER_PAGES = "attention_varlen with a block_table"
+
 
 @with_hints
-@takes_shards(PACKED)
+@takes_shards(PACKED, PACKED_PAGES)
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -28,6 +40,8 @@ def attention_varlen(
     *,
     scaling: str | Scaling | float | Tensor = "sqrt_dim",
     gain: float | Tensor | None = None,
+    block_table: Tensor | None = None,
+    statistics: PagedKeyStatistics | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     key_bias: Tensor | None = None,
@@ -55,18 +69,26 @@ def attention_varlen(
         v: [T_k, Hkv, Dv] in q's dtype.
         cu_seqlens_q: int32 [N + 1] on q's device: 0, then where each sequence's rows end, at most T_q. Equal
             neighbours are a sequence without rows.
-        cu_seqlens_k: int32 [N + 1] likewise for the keys, at most T_k.
+        cu_seqlens_k: int32 [N + 1] likewise for the keys, at most T_k; with block_table the sums of their numbers.
         max_seqlen_q: At least the rows of the longest sequence; a smaller one is an error, seen only on a CPU.
         max_seqlen_k: Likewise for the keys.
         scaling: As in `attention`; a tensor broadcasts to [Hq, T_q].
         gain: A float, or a tensor broadcastable to [Hq, T_q] (one a head: [Hq, 1]), which gets a gradient.
+        block_table: int32 [N, max_pages]: k and v are a KV cache in pages, k [P, page, Hkv, D] and v [P, page, Hkv, Dv]
+            of at least 16 keys a page and any strides, and key j of sequence n is in page block_table[n, j // page], at
+            j % page. The cache holds the keys of the rows already. Sequences may share pages. There are no gradients
+            and no dropout.
+        statistics: The `PagedKeyStatistics` kept beside such a cache, to which the new keys have been appended: then no
+            mode reads old keys. Without it, and for a Scaling of your own that reads keys, they are gathered.
         causal: Row i sees the keys j <= i + Sk - Sq.
         window: (left, right): row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
-        key_bias: Floating, broadcastable to [Hq, T_k] or [Hkv, T_k], as in `attention`.
+        key_bias: Floating, broadcastable to [Hq, T_k] or [Hkv, T_k], as in `attention`; with block_table, too, key j of
+            sequence n is at cu_seqlens_k[n] + j.
         softcap, sinks, dropout_p, backend, batch_invariant: As in `attention`.
             return_aux: Return (out, `AttentionAux`), its fields [Hq, T_q].
 
-    Offsets on a GPU are never read by the host: where they fall, or pass the end, they are clamped.
+    Offsets and tables on a GPU are never read by the host: where offsets fall, or pass the end, they are clamped, and
+    keys in a page outside [0, P) count as zeros. Entries of pages that hold no key of a sequence never affect it.
 
     Returns:
         [T_q, Hq, Dv] in q's dtype. Rows after the last offset, and rows that see no key, give zeros and no gradient.
@@ -75,7 +97,8 @@ def attention_varlen(
     Raises:
         TypeError: A type or dtype.
         ValueError: A shape, device, value or name.
-        NotImplementedError: An argument that the backend asked for cannot honour.
+        NotImplementedError: An argument that the backend asked for cannot honour; with block_table dropout, or a tensor
+            that requires a gradient, while gradients are recorded.
         ImportError: Backend "triton" without triton.
 
     >>> import torch, tritonattn
@@ -97,21 +120,59 @@ def attention_varlen(
         backend=backend,
         batch_invariant=batch_invariant,
     )
-    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     (q, k, v), autocast_off = autocast(q, k, v)
     check_varlen(q, k, v, packing, options)
-    (q_len, q_heads, _), k_len = q.shape, k.shape[0]
+    if statistics is not None:
+        check_paged_statistics(statistics, q, k, block_table)
+    (q_len, q_heads, _), k_len = q.shape, packing.keys(k, key_bias)
     factor = Factor.of(scaling, gain, q, (q_heads, q_len), "[Hq, T_q]")
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    longest = min(max_seqlen_q, q_len), min(max_seqlen_k, k_len)
+    longest = min(max_seqlen_q, q_len), min(packing.longest_k(k), k_len)
     sequences = Sequences.of(cu_seqlens_q, cu_seqlens_k, q_len, k_len, *longest)
-    visibility = Visibility.of(q, k, causal=causal, window=window, sequences=sequences, invariant=options.invariant)
+    masks = {"causal": causal, "window": window, "sequences": sequences, "invariant": options.invariant}
+    q = q.transpose(0, 1)[None]
     with autocast_off:
-        result = attend(q, k, v, factor, visibility, options)
+        if block_table is None:
+            k, v = (x.transpose(0, 1)[None] for x in (k, v))
+            result = attend(q, k, v, factor, Visibility.of(q, k, **masks), options)
+        else:
+            given = {"key_bias": key_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
+            refuse_gradients(_OVER_PAGES, q=q, k=k, v=v, **given)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            keys = torch.Size((1, k.shape[1], k_len, k.shape[3]))
+            visibility = Visibility.of_shapes(q.shape, keys, q.device, **masks)
+            call = AttentionCall(q, k, v, visibility, Logits(1.0), block_table=block_table)
+            result = _attend_pages(call, block_table, factor, statistics, options)
     if not isinstance(result, tuple):
         return _packed(result)
     out, aux = result
     return _packed(out), AttentionAux(*(x[0] for x in aux))
+
+
+def _attend_pages(
+    call: AttentionCall, block_table: Tensor, factor: Factor, statistics: PagedKeyStatistics | None, options: Options
+) -> Tensor | tuple[Tensor, AttentionAux]:
+    """Attention over keys in pages, but for the terms of its logits."""
+    visible, record, width = call.visibility, None, None
+    backend = choose_backend(call.q, call.k, call.v, options)
+    if statistics is not None:
+        record = PagedRecord(statistics, PageTable(block_table, statistics.page, visible.sequences))
+    if visible.left is not None:
+        width = visible.k_len if visible.right is None else visible.left + 1 + visible.right
+    cached = CachedKeys(
+        _OVER_PAGES,
+        lambda: call.packed_keys(call.k),
+        lambda: call.packed_keys(call.v),
+        visible,
+        in_pages=True,
+        record=record,
+        width=width,
+    )
+
+    def run(logits: Logits) -> ForwardResult:
+        return ops.attention(replace(call, logits=logits), backend, options.return_aux)
+
+    return attend_cached(call.q, cached, factor, options, backend, run)
 
 
 def _packed(out: Tensor) -> Tensor:

@@ -28,20 +28,23 @@ class PageTable:
 
         Zeros where not wanted, bool broadcastable to key, and for keys that lie nowhere.
         """
-        page, place, found = self.locate(key, x.shape[0])
+        if self.sequences is None:
+            member = torch.arange(len(self.numbers), device=key.device)[:, None]
+        else:
+            member, key = self.sequences.place_of_keys(key)
+        page, place, found = self.locate(member, key, x.shape[0])
         found = found & wanted
         if x.shape[0] == 0:
             return x.new_zeros(*found.shape, *x.shape[2:])
         entries = x[torch.where(found, page, 0), torch.where(found, place, 0)]
         return torch.where(found.view(*found.shape, *[1] * (x.dim() - 2)), entries, 0)
 
-    def locate(self, key: Tensor, pages: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Page and place of every key, int64 like key, and whether one of `pages` pages holds it."""
+    def locate(self, member: Tensor, key: Tensor, pages: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Page and place of the keys of members, by their number in the member, and whether one of `pages` holds it.
+
+        All are int64 of the shape to which member and key broadcast.
+        """
         members, longest = self.numbers.shape
-        if self.sequences is None:
-            member = torch.arange(members, device=key.device)[:, None]
-        else:
-            member, key = self.sequences.place_of_keys(key)
         ordinal = key.div(self.size, rounding_mode="floor")
         found = (ordinal >= 0) & (ordinal < longest) & (member < members)
         if self.numbers.numel() == 0:

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import ops
+from ..calls.cached_statistics import CachedStatistics, ContiguousRecord
 from ..calls.checks import Options, check_integers, check_values
 from ..calls.decode_checks import check_decode, refuse_gradients
 from ..calls.dispatch import AttentionAux, autocast, choose_backend, sinks_of
 from ..calls.factor import Factor
-from ..calls.key_statistics import CachedStatistics, KeyStatistics
+from ..calls.key_statistics import KeyStatistics
 from ..core.call import AttentionCall, ForwardResult
 from ..core.decode_call import Cache
 from ..core.invariance import refuse_over_ranks
@@ -114,7 +115,8 @@ def context_parallel_decode(
     with autocast_off:
         of_part = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visible)
         if statistics is not None:
-            of_part = CachedStatistics(of_part, statistics, left)
+            width = None if left is None else left + 1
+            of_part = CachedStatistics(of_part, ContiguousRecord(statistics), width)
         logits = factor.logits(q, k, visible, _SharedRows(of_part, split), None, options.cap)
         if logits.key_bias is not None:
             raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")

@@ -1,0 +1,140 @@
+"""Statistics of rows from a record of key lengths that is kept beside a KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..core.autograd import runs_eagerly
+from ..core.pages import PageTable
+from ..core.statistics import Statistics
+from .key_statistics import KeyStatistics
+from .paged_statistics import PagedKeyStatistics
+
+# Lengths of windows that are held at a time: rows of a long prompt are taken in parts.
+_ENTRIES = 2**24
+
+
+class KeyRecord(Protocol):
+    """A record, asked by a key's place along the key axis of a visibility; places are int64 [B or 1, n]."""
+
+    dtype: torch.dtype
+
+    def lengths(self, k_len: int) -> Tensor:
+        """[B, Hkv, Sk]"""
+        ...
+
+    def lengths_at(self, key: Tensor, wanted: Tensor) -> Tensor:
+        """[B, Hkv, n], 0 where not wanted."""
+        ...
+
+    def before(self, name: str, end: Tensor, wanted: Tensor) -> Tensor:
+        """A sum or maximum, by its name, over the keys of a sequence before `end`: [B, Hkv, n]; likewise."""
+        ...
+
+
+class ContiguousRecord:
+    """The keys of a `KeyStatistics`."""
+
+    def __init__(self, record: KeyStatistics) -> None:
+        self._record = record
+        self.dtype = record.lengths.dtype
+
+    def lengths(self, k_len: int) -> Tensor:
+        return self._record.lengths
+
+    def lengths_at(self, key: Tensor, wanted: Tensor) -> Tensor:
+        lengths = self._record.lengths
+        place = torch.where(wanted, key, 0)[:, None].expand(-1, lengths.shape[1], -1)
+        return torch.where(wanted[:, None], lengths.gather(2, place), 0)
+
+    def before(self, name: str, end: Tensor, wanted: Tensor) -> Tensor:
+        prefix = getattr(self._record, name)
+        return prefix.gather(2, end[:, None].expand(-1, prefix.shape[1], -1))  # 0 before the first key
+
+
+class PagedRecord:
+    """The keys of a `PagedKeyStatistics` that a table names."""
+
+    def __init__(self, record: PagedKeyStatistics, table: PageTable) -> None:
+        self._record = record
+        self._table = table
+        self.dtype = record.lengths.dtype
+
+    def lengths(self, k_len: int) -> Tensor:
+        key = torch.arange(k_len, device=self._record.lengths.device)[None]
+        return self.lengths_at(key, torch.ones_like(key, dtype=torch.bool))
+
+    def lengths_at(self, key: Tensor, wanted: Tensor) -> Tensor:
+        return self._table.gather(self._record.lengths, key, wanted).movedim(-1, 1)
+
+    def before(self, name: str, end: Tensor, wanted: Tensor) -> Tensor:
+        return self._table.gather(getattr(self._record, name), end - 1, wanted).movedim(-1, 1)
+
+
+class CachedStatistics(Statistics):
+    """The row statistics of a visibility from a record; k itself is not read.
+
+    computed   statistics of the same keys: lengths of queries are theirs, and prefix sums where `visibility.invariant`,
+               since sums then come from the lengths, as without a record
+    width      rows see at most as many keys, or None: all of their sequence before the end of their range
+
+    Rows that see all keys before their own read the record's prefix sums and maxima. Rows of a window read the lengths
+    inside it: a difference of prefix sums would keep the NaN, inf or rounding of keys that have left the window.
+    """
+
+    def __init__(self, computed: Statistics, record: KeyRecord, width: int | None) -> None:
+        super().__init__(lambda: computed.k, computed.visibility)
+        self._record = record
+        self._width = width
+        self._scan = computed._scan
+        self._lengths_of = computed._lengths_of
+
+    def _lengths(self) -> Tensor:
+        counted, lengths = self.visibility.counted_keys(), self._record.lengths(self.visibility.k_len)
+        return lengths if counted is None else torch.where(counted, lengths, 0)
+
+    def _length_sum(self) -> Tensor:
+        if self.visibility.invariant:
+            return super()._length_sum()
+        if self._width is None:
+            sums = self._at_row_ends("length_sums")
+        else:
+            sums = self._over_windows(lambda lengths: lengths.sum(-1, dtype=torch.float64))
+        return sums.to(self._record.dtype)
+
+    def _length_square_sum(self) -> Tensor:
+        if self.visibility.invariant:
+            return super()._length_square_sum()
+        if self._width is None:
+            return self._at_row_ends("square_sums")
+        return self._over_windows(lambda lengths: lengths.double().square().sum(-1))
+
+    def _length_max(self) -> Tensor:
+        if self._width is None:
+            return self._at_row_ends("length_maxima")
+        return self._over_windows(lambda lengths: lengths.amax(-1))
+
+    def _at_row_ends(self, name: str) -> Tensor:
+        """The sum or maximum over each row's keys: [B, Hkv, Sq]."""
+        lo, hi = self.visibility.ranges()  # [B, Sq]
+        return self._record.before(name, hi, hi > lo)
+
+    def _over_windows(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """reduce(lengths of the keys that rows see, 0 in place of others [B, Hkv, rows, width]) -> [B, Hkv, rows]."""
+        lo, hi = self.visibility.ranges()  # [B, Sq]
+        batch, kv_heads, k_len = self.visibility.keys
+        width = min(cast(int, self._width), k_len)
+        q_len = lo.shape[1]
+        step = max(1, _ENTRIES // max(batch * kv_heads * width, 1)) if runs_eagerly(lo) else q_len
+        parts = []
+        for first in range(0, max(q_len, 1), max(step, 1)):
+            rows = slice(first, first + step)
+            key = lo[:, rows, None] + torch.arange(width, device=lo.device)  # [B, rows, width]
+            seen = key < hi[:, rows, None]
+            lengths = self._record.lengths_at(key.flatten(1), seen.flatten(1))
+            parts.append(reduce(lengths.unflatten(2, (-1, width))))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

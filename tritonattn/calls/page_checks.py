@@ -1,0 +1,63 @@
+"""Checks of pages, of the table that names them, and of the statistics beside a cache, by the rules of checks.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_device, check_tensor, shape_of, values_are_read
+
+SMALLEST_PAGE = 16
+
+
+def check_page_size(name: str, x: Tensor, q_heads: int) -> None:
+    """Raise unless the pages x [N, page, Hkv, D] hold enough keys."""
+    if x.shape[1] < SMALLEST_PAGE:
+        hint = exchanged(x, q_heads, name, "[N, page, Hkv, D]", "[N, Hkv, page, D]", SMALLEST_PAGE)
+        raise ValueError(f"{name}: expected pages of at least {SMALLEST_PAGE} keys, got {x.shape[1]}{hint}")
+
+
+def exchanged(x: Tensor, q_heads: int, name: str, expected: str, got: str, fewest: int = 0) -> str:
+    """The way out for a cache whose axes 1 and 2, heads and keys, would fit the other way round; else nothing."""
+    at = got.split(", ").index("Hkv")
+    heads, keys = x.shape[at], x.shape[3 - at]
+    if heads == 0 or q_heads % heads != 0 or keys < fewest:
+        return ""
+    values = "v" + name[1:]
+    return f": {shape_of(x)} looks like {got}, not {expected}; pass {name}.transpose(1, 2), and {values} likewise"
+
+
+def check_block_table(table: Any, sequences: int, like: Tensor, owner: str = "q") -> None:
+    """Raise unless this is int32 [B, max_pages] on the device of `like`, which belongs to `owner`."""
+    check_tensor("block_table", table, "[B, max_pages]")
+    if table.dtype != torch.int32:
+        raise TypeError(f"block_table: expected torch.int32, got {table.dtype}")
+    check_device("block_table", table, like, owner)
+    if table.dim() != 2 or table.shape[0] != sequences:
+        raise ValueError(f"block_table: expected [B, max_pages] = [{sequences}, max_pages], got {shape_of(table)}")
+
+
+def check_page_numbers(table: Tensor, page: int, pages: int, first: Tensor, end: Tensor, bound: str) -> None:
+    """On a CPU, check the pages of the keys first <= j < end, int64 [B]: the others may belong to others by now.
+
+    bound   the argument that `end` comes from
+    """
+    if not (values_are_read(table) and values_are_read(first) and values_are_read(end)):
+        return
+    start = torch.arange(table.shape[1], device=table.device) * page
+    used = (start < end[:, None]) & (start + page > first[:, None])
+    wrong = table[used & ((table < 0) | (table >= pages))]
+    if wrong.numel():
+        raise ValueError(f"block_table: expected pages in [0, N = {pages}) up to {bound}, got {int(wrong[0])}")
+
+
+def check_record(lengths: Tensor, shape: tuple[int, ...], axes: str, q: Tensor) -> None:
+    """Raise unless the lengths of a record are those of a cache of q."""
+    if lengths.shape != shape:
+        raise ValueError(f"statistics: expected those of {axes} = {list(shape)}, got {shape_of(lengths)}")
+    check_device("statistics", lengths, q)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if lengths.dtype != dtype:
+        raise TypeError(f"statistics: expected dtype {dtype} for q of {q.dtype}, got {lengths.dtype}")

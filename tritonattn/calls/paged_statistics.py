@@ -1,0 +1,170 @@
+"""Statistics of the keys in a paged KV cache, kept page by page beside it and shared as its pages are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.packing import Places
+from ..core.pages import PageTable
+from ..core.sequences import Sequences
+from ..core.statistics import key_lengths_of
+from .checks import FLOATS, check_count, check_device, check_integers, check_tensor, kind_of, shape_of, values_are_read
+from .key_statistics import extended
+from .page_checks import SMALLEST_PAGE, check_block_table, check_page_numbers, check_record
+from .varlen_checks import check_offset_values, check_offsets
+
+_OWNER = "this PagedKeyStatistics"
+
+
+class PagedKeyStatistics:
+    """Lengths of the keys in a paged KV cache, their sums and maxima, for `attention_varlen` and `attention_decode`.
+
+    At the place where page p holds the key j of a sequence, over the keys j' <= j of that sequence:
+
+        lengths[p, place, h]         = ||k[j, h]||          [N, page, Hkv]   `dtype`
+        length_sums[p, place, h]     = sum ||k[j', h]||     likewise         float64
+        square_sums[p, place, h]     = sum ||k[j', h]||^2   likewise         float64
+        length_maxima[p, place, h]   = max ||k[j', h]||     likewise         `dtype`
+
+    An entry depends on its key and the keys before it alone: sequences that share the pages of a common prefix share
+    these entries, and a row needs the one entry of its last key. A row of a window reads the lengths inside it. Entries
+    of places that hold no key have no effect.
+
+    Args:
+        pages: N, the pages of the cache.
+        page: Keys of a page, at least 16.
+        kv_heads: Hkv.
+        device: The cache's device; None is torch's default.
+        dtype: float32, or float64 beside a float64 cache.
+
+    All buffers have fixed shapes and change in place, nothing waits for the device, and the work is O(new keys):
+    `append` can be captured in a CUDA graph and compiled. On a GPU values are not read: keys without a page are
+    dropped. On a CPU they raise ValueError.
+
+    >>> import torch, tritonattn
+    >>> statistics = tritonattn.PagedKeyStatistics(pages=4, page=16, kv_heads=2)
+    >>> table = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32)  # pages of 2 sequences
+    >>> ends = torch.tensor([0, 2, 3], dtype=torch.int32)  # 2 and 1 new keys
+    >>> statistics.append(torch.ones(3, 2, 4), ends, key_lengths=torch.tensor([2, 1]), block_table=table)
+    >>> statistics.length_sums[3, :2, 0].tolist()
+    [2.0, 4.0]
+    """
+
+    def __init__(
+        self,
+        pages: int,
+        page: int,
+        kv_heads: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        for name, size, least in (("pages", pages, 0), ("page", page, SMALLEST_PAGE), ("kv_heads", kv_heads, 0)):
+            check_count(name, size, least)
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+        self.pages, self.page = pages, page
+        # One more place at the end, for keys that are dropped.
+        self._lengths, self._length_sums, self._square_sums, self._length_maxima = (
+            torch.zeros((pages * page + 1, kv_heads), dtype=kind, device=device)
+            for kind in (dtype, torch.float64, torch.float64, dtype)
+        )
+
+    @property
+    def lengths(self) -> Tensor:
+        return self._paged(self._lengths)
+
+    @property
+    def length_sums(self) -> Tensor:
+        return self._paged(self._length_sums)
+
+    @property
+    def square_sums(self) -> Tensor:
+        return self._paged(self._square_sums)
+
+    @property
+    def length_maxima(self) -> Tensor:
+        return self._paged(self._length_maxima)
+
+    def _paged(self, buffer: Tensor) -> Tensor:
+        return buffer[:-1].unflatten(0, (self.pages, self.page))
+
+    @torch.no_grad()
+    def append(self, k_new: Tensor, cu_seqlens: Tensor, *, key_lengths: Tensor, block_table: Tensor) -> None:
+        """Enter the newest keys of every sequence, before the attention that sees them.
+
+        No older key is read. To take keys back, as those of rejected guesses, enter others in their places.
+
+        Args:
+            k_new: [T, Hkv, D], packed as the rows of `attention_varlen`: the keys as they are written to the cache.
+            cu_seqlens: int32 [B + 1]: 0, then where each sequence's new keys end, at most T. A sequence may have none.
+            key_lengths: Integers [B], the keys of every sequence with the new ones, which are its last.
+            block_table: int32 [B, max_pages]: key j of sequence b is in page block_table[b, j // page], at j % page.
+
+        Raises:
+            TypeError, ValueError: A type, dtype, shape or device; on a CPU also offsets that fall or pass T,
+                key_lengths outside [new keys, max_pages * page], and pages outside [0, N).
+        """
+        self._check(k_new, cu_seqlens, key_lengths, block_table)
+        total, (sequences, _) = k_new.shape[0], block_table.shape
+        if total == 0 or block_table.numel() == 0:
+            return
+        longest = int(cu_seqlens.diff().max()) if values_are_read(cu_seqlens) else total
+        packed = Sequences.of(cu_seqlens, cu_seqlens, total, total, longest, longest)
+        new = Places(packed.q_starts.long(), longest, total)
+        first = key_lengths.long() - new.counts  # [B]
+        table = PageTable(block_table, self.page)
+        sequence, order = packed.place_of_keys(torch.arange(total, device=k_new.device))
+        position = first[sequence.clamp(max=sequences - 1)] + order
+        page, place, found = table.locate(sequence, position, self.pages)  # [T]
+        lengths = key_lengths_of(k_new.transpose(0, 1)[None], found, invariant=True)  # as KeyStatistics does
+        lengths = lengths.to(self._lengths.dtype)  # [1, Hkv, T]
+        last = (first - 1)[:, None]
+        before = (self.length_sums, self.square_sums, self.length_maxima)
+        held = tuple(table.gather(buffer, last, last >= 0).transpose(1, 2) for buffer in before)  # [B, Hkv, 1]
+        totals = extended(held, new.unpacked(lengths))  # [B, Hkv, longest]
+        slot = torch.where(found, page * self.page + place, self.pages * self.page)
+        self._lengths.index_copy_(0, slot, lengths[0].T)
+        buffers = (self._length_sums, self._square_sums, self._length_maxima)
+        for buffer, values in zip(buffers, totals, strict=True):
+            buffer.index_copy_(0, slot, new.packed(values)[0].T)
+
+    def _check(self, k_new: Any, cu_seqlens: Any, key_lengths: Any, block_table: Any) -> None:
+        kv_heads = self._lengths.shape[1]
+        check_tensor("k_new", k_new, "[T, Hkv, D]")
+        if k_new.dtype not in FLOATS:
+            raise TypeError(f"k_new: expected a floating dtype, got {k_new.dtype}")
+        if k_new.dim() != 3 or k_new.shape[1] != kv_heads or k_new.shape[2] == 0:
+            raise ValueError(f"k_new: expected [T, Hkv, D] = [T, {kv_heads}, D], got {shape_of(k_new)}")
+        check_device("k_new", k_new, self._lengths, _OWNER)
+        check_offsets("cu_seqlens", cu_seqlens, self._lengths, _OWNER)
+        sequences = cu_seqlens.shape[0] - 1
+        check_integers("key_lengths", key_lengths, "[B]", self._lengths, _OWNER)
+        if key_lengths.shape != (sequences,):
+            raise ValueError(f"key_lengths: expected shape [B] = [{sequences}], got {shape_of(key_lengths)}")
+        check_block_table(block_table, sequences, self._lengths, _OWNER)
+        check_offset_values("cu_seqlens", cu_seqlens, k_new.shape[0], "T")
+        if not (values_are_read(cu_seqlens) and values_are_read(key_lengths)):
+            return
+        new, end, capacity = cu_seqlens.diff(), key_lengths.long(), block_table.shape[1] * self.page
+        wrong = (end < new) | (end > capacity)
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"key_lengths: expected values from the {int(new[at])} new keys of sequence {at} to max_pages * page ="
+                f" {capacity}, got {int(end[at])}"
+            )
+        first = torch.where(new > 0, (end - new - 1).clamp(min=0), end)
+        check_page_numbers(block_table, self.page, self.pages, first, end, "key_lengths")
+
+
+def check_paged_statistics(statistics: Any, q: Tensor, pages: Tensor, block_table: Tensor | None) -> None:
+    """Raise unless this is a record of the keys in `pages`, [N, page, Hkv, D]."""
+    if not isinstance(statistics, PagedKeyStatistics):
+        raise TypeError(f"statistics: expected a PagedKeyStatistics, got {kind_of(statistics)}")
+    if block_table is None:
+        raise ValueError("statistics: expected a block_table beside a PagedKeyStatistics, got None")
+    check_record(statistics.lengths, tuple(pages.shape[:3]), "[N, page, Hkv]", q)
