@@ -31,8 +31,8 @@ class KeyRecord(Protocol):
         """[B, Hkv, n], 0 where not wanted."""
         ...
 
-    def before(self, name: str, end: Tensor, wanted: Tensor) -> Tensor:
-        """A sum or maximum, by its name, over the keys of a sequence before `end`: [B, Hkv, n]; likewise."""
+    def before(self, name: str, end: Tensor) -> Tensor:
+        """A sum or maximum, by its name, over the keys of a sequence before `end`: [B, Hkv, n]; 0 where end is 0."""
         ...
 
 
@@ -51,9 +51,9 @@ class ContiguousRecord:
         place = torch.where(wanted, key, 0)[:, None].expand(-1, lengths.shape[1], -1)
         return torch.where(wanted[:, None], lengths.gather(2, place), 0)
 
-    def before(self, name: str, end: Tensor, wanted: Tensor) -> Tensor:
+    def before(self, name: str, end: Tensor) -> Tensor:
         prefix = getattr(self._record, name)
-        return prefix.gather(2, end[:, None].expand(-1, prefix.shape[1], -1))  # 0 before the first key
+        return prefix.gather(2, end[:, None].expand(-1, prefix.shape[1], -1))
 
 
 class PagedRecord:
@@ -71,8 +71,8 @@ class PagedRecord:
     def lengths_at(self, key: Tensor, wanted: Tensor) -> Tensor:
         return self._table.gather(self._record.lengths, key, wanted).movedim(-1, 1)
 
-    def before(self, name: str, end: Tensor, wanted: Tensor) -> Tensor:
-        return self._table.gather(getattr(self._record, name), end - 1, wanted).movedim(-1, 1)
+    def before(self, name: str, end: Tensor) -> Tensor:
+        return self._table.gather(getattr(self._record, name), end - 1, end > 0).movedim(-1, 1)
 
 
 class CachedStatistics(Statistics):
@@ -121,7 +121,7 @@ class CachedStatistics(Statistics):
     def _at_row_ends(self, name: str) -> Tensor:
         """The sum or maximum over each row's keys: [B, Hkv, Sq]."""
         lo, hi = self.visibility.ranges()  # [B, Sq]
-        return self._record.before(name, hi, hi > lo)
+        return self._record.before(name, hi if self.visibility.begins_at_first else torch.where(hi > lo, hi, 0))
 
     def _over_windows(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """reduce(lengths of the keys that rows see, 0 in place of others [B, Hkv, rows, width]) -> [B, Hkv, rows]."""

@@ -96,22 +96,34 @@ class _CacheVisibility(Visibility):
     def is_bottom_right(self) -> bool:
         return False
 
+    @property
+    def begins_at_first(self) -> bool:
+        return self.left is None and self.query_lengths is None
+
     def counts(self) -> Tensor:
-        return self._ends()[:, None].double() if self.left is None else super().counts()
+        return self._ends()[:, None].double() if self.begins_at_first else super().counts()
 
     def _ends(self) -> Tensor:
         """One past the last key that each row sees: int64 [B, Sq]."""
-        lengths = cast(Tensor, self.key_lengths).long().clamp(0, self.k_len)[:, None]  # [B, 1]
-        if self.query_lengths is None and self.q_len == 1:
+        lengths = self._key_lengths()
+        if self.q_len == 1 and self.query_lengths is None:
             return lengths
-        rows = self.q_len if self.query_lengths is None else self.query_lengths.long().clamp(0, self.q_len)[:, None]
-        row = torch.arange(1, self.q_len + 1, device=self.device)
-        ends = (lengths + (row - rows)).clamp(min=0)
-        return ends if self.query_lengths is None else torch.where(row > rows, 0, ends)
+        order = torch.arange(self.q_len, device=self.device)
+        return torch.minimum(lengths + (order + 1 - self._rows()), lengths).clamp(min=0)
 
     def _ranges(self) -> tuple[Tensor, Tensor]:
         hi = self._ends()
-        return torch.zeros_like(hi) if self.left is None else (hi - (self.left + 1)).clamp(min=0), hi
+        lo = torch.zeros_like(hi) if self.left is None else (hi - (self.left + 1)).clamp(min=0)
+        if self.query_lengths is None:
+            return lo, hi
+        is_row = torch.arange(self.q_len, device=self.device) < self._rows()
+        return torch.where(is_row, lo, hi), hi
+
+    def _key_lengths(self) -> Tensor:
+        return cast(Tensor, self.key_lengths).long().clamp(0, self.k_len)[:, None]  # [B, 1]
+
+    def _rows(self) -> Tensor | int:
+        return self.q_len if self.query_lengths is None else self.query_lengths.long().clamp(0, self.q_len)[:, None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,8 +36,9 @@ class ObservedCall:
 class Observer:
     """Hand calls of attention to a function, in each thread (or context) between `begin` and `end`.
 
-    After `close` it sees nothing in any thread. Calls inside torch.compile, under torch.func and of `attention_decode`
-    are not seen, nor are calls that the function itself makes.
+    After `close` it sees nothing in any thread. Calls inside torch.compile, under torch.func and over a KV cache
+    (`attention_decode`, `attention_varlen` with a block table) are not seen, nor are calls that the function itself
+    makes.
     """
 
     def __init__(self, function: Callable[[ObservedCall], None]) -> None:

@@ -1,0 +1,346 @@
+"""Ragged rows over paged caches: attention_varlen with a block table, attention_decode with query lengths."""
+
+import re
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import tritonattn
+from tests.support.device_work import values_unread
+from tests.support.pages import PagedBatch, by_hand
+from tests.support.pairs import pairwise
+from tritonattn import PagedKeyStatistics, Scales, Scaling, attention_decode, attention_varlen, nn
+from tritonattn.ops import attend
+from tritonattn.scaling import SCALINGS
+
+
+class FirstOfKeys(Scaling):
+    """A mode of one's own that reads k."""
+
+    name = "first of keys"
+
+    def scales(self, q, k, visibility, statistics):
+        return Scales(1.0, key=1 / (1 + k[..., 0].abs()))
+
+    def multiplier(self, q, k, visible):
+        return 1 / (1 + k[..., 0].abs())[..., None, :]
+
+
+def learned(module):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, 0.5, 0.2)
+    return module.double()
+
+
+MODES = {
+    **SCALINGS,
+    "first of keys": FirstOfKeys,
+    "ssmax": lambda: learned(nn.SSMax(heads=4)),
+    "power_law": lambda: learned(nn.PowerLaw(heads=4)),
+}
+SOME = ("log_key_count", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine", "power_law", "first of keys")
+# Chunks of a prefill, single tokens, a prefix hit, guesses; sequences without rows, without keys.
+ROWS, KEYS = (5, 1, 0, 33, 3, 4, 16), (21, 48, 7, 33, 2, 0, 40)
+WINDOWS = {"causal": (True, None), "window": (True, (6, None)), "both sides": (False, (3, 2)), "full": (False, None)}
+FORMS = {
+    "plain": lambda batch: {},
+    "extras": lambda batch: {"softcap": 1.5, "sinks": torch.tensor([0.1, -3.0, 2.0, 0.0])},
+    "bias": lambda batch: {"key_bias": torch.linspace(-1, 1, 4 * batch.packed.k_len).view(4, -1)},
+}
+
+
+def record_of(batch: PagedBatch, dtype=torch.float64) -> PagedKeyStatistics:
+    record = PagedKeyStatistics(len(batch.pages), batch.page, 2, dtype=dtype)
+    ends = batch.packed.arguments()["cu_seqlens_k"]
+    record.append(batch.k, ends, key_lengths=batch.key_lengths, block_table=batch.table)
+    return record
+
+
+@pairwise(
+    mode=MODES,
+    way=["sdpa", "sdpa of a record", "reference"],
+    layout=[(16, 0), (19, 1)],
+    sight=WINDOWS,
+    form=FORMS,
+    is_read=[True, False],
+)
+@torch.no_grad()
+def test_each_sequence_by_hand(mode, way, layout, sight, form, is_read):
+    """is_read: whether values are read, as on a CPU, or not, as on a GPU."""
+    batch, scaling, (causal, window) = PagedBatch(ROWS, KEYS, *layout), MODES[mode](), WINDOWS[sight]
+    gain = torch.linspace(-1, 1, batch.q.shape[0] * 4, dtype=torch.float64).view(4, -1)
+    options = {"gain": gain, "causal": causal, "window": window, **FORMS[form](batch)}
+    out, lse = by_hand(batch, scaling, **options)
+    arguments = {**batch.arguments(), **options, "scaling": scaling, "backend": way.split()[0], "return_aux": True}
+    arguments["statistics"] = record_of(batch) if "record" in way else None
+    if is_read:
+        found, aux = attention_varlen(**arguments)
+    else:
+        with values_unread():
+            found, aux = attention_varlen(**arguments | {"max_seqlen_k": 1000, "max_seqlen_q": 50})
+    torch.testing.assert_close(found, out, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(aux.lse, lse, rtol=1e-9, atol=1e-11)
+
+
+@pairwise(
+    mode=SOME, dtype=[torch.float32, torch.bfloat16], sight=WINDOWS, recorded=[True, False], layout=[(16, 0), (23, 1)]
+)
+@torch.no_grad()
+def test_the_bits_of_contiguous_keys(mode, dtype, sight, recorded, layout):
+    batch, (causal, window) = PagedBatch(ROWS, KEYS, *layout, dtype=dtype), WINDOWS[sight]
+    options = {"scaling": MODES[mode]().float() if mode in ("ssmax", "power_law") else MODES[mode]()}
+    options |= {"causal": causal, "window": window, "batch_invariant": True}
+    statistics = record_of(batch, torch.float32) if recorded else None
+    found = attention_varlen(**batch.arguments(), **options, statistics=statistics)
+    assert torch.equal(found, attention_varlen(**batch.contiguous(), **options))
+
+
+@pairwise(mode=SOME, window=[None, (6, None)], page=[None, 16], recorded=[True, False], backend=["sdpa", "reference"])
+@torch.no_grad()
+def test_decoding_of_their_own_numbers_of_tokens(mode, window, page, recorded, backend):
+    rows, keys = (2, 0, 5, 1), (20, 7, 5, 48)
+    batch, scaling = PagedBatch(rows, keys, page or 16), MODES[mode]()
+    expected, lse = by_hand(batch, scaling, torch.ones(4, sum(rows)), True, window)
+    q, k, v = torch.full((4, 4, 5, 8), torch.nan, dtype=torch.float64), batch.k, batch.v
+    cache = {"key_lengths": batch.key_lengths, "query_lengths": torch.tensor(rows)}
+    for n, (own, _) in enumerate(batch.packed.members()):
+        q[n, :, : rows[n]] = batch.q[own].transpose(0, 1)
+    if page:
+        cache |= {name + "_cache": batch.arguments()[name] for name in ("k", "v")} | {"block_table": batch.table}
+        cache["statistics"] = record_of(batch) if recorded else None
+    else:
+        k, v = (torch.full((4, 2, 48, x.shape[2]), torch.nan, dtype=torch.float64) for x in (k, v))
+        for n, (_, own) in enumerate(batch.packed.members()):
+            k[n, :, : keys[n]], v[n, :, : keys[n]] = batch.k[own].transpose(0, 1), batch.v[own].transpose(0, 1)
+        cache |= {"k_cache": k, "v_cache": v}
+        if recorded:
+            cache["statistics"] = tritonattn.KeyStatistics(4, 2, 48, dtype=torch.float64)
+            cache["statistics"].append(k, batch.key_lengths)
+    options = {"scaling": scaling, "window": window, "backend": backend, "return_aux": True}
+    found, aux = attention_decode(q, **cache, **options)
+    for n, (own, _) in enumerate(batch.packed.members()):
+        torch.testing.assert_close(found[n, :, : rows[n]], expected[own].transpose(0, 1), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(aux.lse[n, :, : rows[n]], lse[:, own], rtol=1e-9, atol=1e-11)
+        assert not found[n, :, rows[n] :].any()
+        assert (aux.lse[n, :, rows[n] :] == -torch.inf).all()
+
+
+@pairwise(mode=[mode for mode in SOME if mode != "first of keys"], sight=WINDOWS, invariant=[True, False])
+@torch.no_grad()
+def test_no_old_key_is_read_for_a_scale(mode, sight, invariant, monkeypatch):
+    batch, (causal, window), seen = PagedBatch(ROWS, KEYS, 16, 1), WINDOWS[sight], []
+    monkeypatch.setattr(tritonattn.ops, "attention", lambda call, *rest: seen.append(call) or run(call, *rest))
+    run, statistics = attend.attention, record_of(batch)
+    options = {"causal": causal, "window": window, "batch_invariant": invariant, "statistics": statistics}
+    for pages in (batch.pages, torch.full_like(batch.pages, torch.nan)):
+        batch.pages = pages
+        attention_varlen(**batch.arguments(), **options, scaling=MODES[mode]())
+    for found, expected in zip(*(call.logits for call in seen), strict=True):
+        assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_statistics_do_not_depend_on_how_keys_came(dtype, is_read):
+    """In one append, in chunks of ragged sizes, over rejected guesses, and by the definition."""
+    batch = PagedBatch((0,) * len(KEYS), KEYS, 19, dtype=dtype)
+    kind = torch.promote_types(dtype, torch.float32)
+    whole, chunked = record_of(batch, kind), PagedKeyStatistics(len(batch.pages), 19, 2, dtype=kind)
+    held, draw = [0] * len(KEYS), torch.Generator().manual_seed(1)
+    for step in range(30):
+        most = [min(total - count, 9) for total, count in zip(KEYS, held, strict=True)]
+        counts = most if step > 22 else [int(torch.randint(highest + 1, (), generator=draw)) for highest in most]
+        parts = [
+            batch.k[keys][at : at + n] for (_, keys), at, n in zip(batch.packed.members(), held, counts, strict=True)
+        ]
+        ends = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32)
+        after = torch.tensor(held) + torch.tensor(counts)
+        for guess in (torch.full_like, lambda x, _: x):  # first others, which are rejected
+            new = torch.cat([guess(part, 7.0) for part in parts])
+            if is_read:
+                chunked.append(new, ends, key_lengths=after, block_table=batch.table)
+            else:
+                with values_unread():
+                    more = torch.cat([new, torch.full_like(new[:1], torch.nan)])
+                    chunked.append(more, ends, key_lengths=after, block_table=batch.table)
+        held = after.tolist()
+    assert held == list(KEYS)
+    for n, (_, keys) in enumerate(batch.packed.members()):
+        place = torch.arange(KEYS[n])
+        page, place = batch.table[n][place // 19].long(), place % 19
+        lengths = batch.k[keys].double().norm(dim=-1)
+        wanted = {
+            "lengths": lengths,
+            "length_sums": lengths.cumsum(0),
+            "square_sums": lengths.square().cumsum(0),
+            "length_maxima": lengths.cummax(0).values if KEYS[n] else lengths,
+        }
+        for name, expected in wanted.items():
+            found = getattr(chunked, name)[page, place]
+            assert torch.equal(found, getattr(whole, name)[page, place])
+            torch.testing.assert_close(
+                found.double(), expected, rtol=1e-6 if dtype == torch.bfloat16 else 1e-14, atol=0
+            )
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, as it traces
+@torch.no_grad()
+def test_in_a_compiled_graph():
+    batch = PagedBatch(ROWS, KEYS, dtype=torch.float32)
+    record = PagedKeyStatistics(len(batch.pages), 16, 2)
+
+    def step(arguments, k_new):
+        record.append(
+            k_new, arguments["cu_seqlens_k"], key_lengths=arguments["cu_seqlens_k"].diff(), block_table=batch.table
+        )
+        return attention_varlen(**arguments, scaling="key_norm_mean", causal=True, statistics=record)
+
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(batch.arguments(), batch.k)
+    torch.testing.assert_close(found, attention_varlen(**batch.contiguous(), scaling="key_norm_mean", causal=True))
+
+
+@torch.no_grad()
+def test_the_operator_passes_opcheck(monkeypatch):
+    seen, run = [], attend.attention
+    monkeypatch.setattr(tritonattn.ops, "attention", lambda call, *rest: seen.append(call) or run(call, *rest))
+    attention_varlen(**PagedBatch(ROWS, KEYS).arguments(), scaling="cosine", causal=True)
+    flat = attend._Flat.of(seen[0], "sdpa", aux=True, keep_rounding=False)
+    opcheck(torch.ops.tritonattn.forward.default, tuple(flat))
+
+
+def test_pages_that_lie_nowhere_are_zeros_where_they_are_not_read():
+    batch = PagedBatch((2, 1), (20, 3), dtype=torch.float32)
+    arguments = batch.arguments()
+    arguments["block_table"] = torch.full_like(batch.table, 1 << 30)
+    with values_unread():
+        out, aux = attention_varlen(**arguments, return_aux=True)
+        statistics = PagedKeyStatistics(len(batch.pages), 16, 2)
+        ends, table = arguments["cu_seqlens_k"], arguments["block_table"]
+        statistics.append(batch.k, ends, key_lengths=torch.tensor([1, -5]), block_table=table)
+    assert not out.any()
+    torch.testing.assert_close(aux.lse, torch.tensor([20.0, 20.0, 3.0]).log().expand(4, -1))
+    assert not statistics.lengths.any()
+
+
+def _ones(*shape, dtype=torch.float64):
+    return torch.ones(shape, dtype=dtype)
+
+
+INT = torch.int32
+REFUSED = {
+    "q": ({"q": _ones(4, 8)}, ValueError, "q: expected 3 axes [T_q, Hq, D], got 2 in [4, 8]"),
+    "axes": ({"k": _ones(23, 2, 8)}, ValueError, "k: expected 4 axes [N, page, Hkv, D], got 3 in [23, 2, 8]"),
+    "heads": ({"k": _ones(8, 16, 3, 8), "v": _ones(8, 16, 3, 6)}, ValueError, "divides q's 4, got 3"),
+    "pages of v": ({"v": _ones(7, 16, 2, 6)}, ValueError, "v: expected k's [N, page] = [8, 16], got [7, 16]"),
+    "dtype": ({"v": _ones(8, 16, 2, 6).half()}, TypeError, "q, k, v: expected one dtype"),
+    "page": (
+        {"k": _ones(8, 4, 2, 8), "v": _ones(8, 4, 2, 6)},
+        ValueError,
+        "k: expected pages of at least 16 keys, got 4",
+    ),
+    "exchanged": (
+        {"k": _ones(8, 2, 16, 8), "v": _ones(8, 2, 16, 6), "q": _ones(3, 16, 8)},
+        ValueError,
+        "pages of at least 16 keys, got 2: [8, 2, 16, 8] looks like [N, Hkv, page, D], not [N, page, Hkv, D]; pass",
+    ),
+    "table's dtype": ({"block_table": _ones(2, 3)}, TypeError, "block_table: expected torch.int32, got torch.float64"),
+    "table": (
+        {"block_table": _ones(3, 3, dtype=INT)},
+        ValueError,
+        "block_table: expected [B, max_pages] = [2, max_pag",
+    ),
+    "device": ({"block_table": _ones(2, 3, dtype=INT).to("meta")}, ValueError, "block_table: expected q's device cpu"),
+    "number": (
+        {"block_table": torch.tensor([[0, 8], [1, 1]], dtype=INT)},
+        ValueError,
+        "block_table: expected pages in [0, N = 8) up to cu_seqlens_k, got 8",
+    ),
+    "capacity": (
+        {"block_table": _ones(2, 1, dtype=INT)},
+        ValueError,
+        "cu_seqlens_k: expected at most max_pages * page = 16",
+    ),
+    "longest": ({"max_seqlen_k": 19}, ValueError, "max_seqlen_k: expected at least the longest sequence, 20, got 19"),
+    "dropout": ({"dropout_p": 0.1}, NotImplementedError, "dropout_p: expected 0 with a block_table, got 0.1"),
+    "gradient": (
+        {"q": _ones(3, 4, 8).requires_grad_()},
+        NotImplementedError,
+        "q: attention_varlen with a block_table has",
+    ),
+    "gain": (
+        {"gain": _ones(4, 1).requires_grad_()},
+        NotImplementedError,
+        "gain: attention_varlen with a block_table has",
+    ),
+    "learned": (
+        {"scaling": nn.SSMax(heads=4)},
+        NotImplementedError,
+        "scaling: attention_varlen with a block_table has",
+    ),
+    "statistics": ({"statistics": 3}, TypeError, "statistics: expected a PagedKeyStatistics, got int 3"),
+    "another": (
+        {"statistics": PagedKeyStatistics(8, 17, 2)},
+        ValueError,
+        "statistics: expected those of [N, page, Hkv] = [8, 16, 2], got [8, 17, 2]",
+    ),
+    "alone": (
+        {"statistics": PagedKeyStatistics(8, 16, 2), "block_table": None},
+        ValueError,
+        "expected a block_table beside",
+    ),
+    "narrow": (
+        {"statistics": PagedKeyStatistics(8, 16, 2)},
+        TypeError,
+        "statistics: expected dtype torch.float64 for q of",
+    ),
+    "bias": ({"key_bias": _ones(4, 22)}, ValueError, "cu_seqlens_k: expected offsets of at most T_k = 22, got 23"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_arguments(case):
+    changes, error, message = REFUSED[case]
+    batch = PagedBatch((2, 1), (20, 3))
+    arguments = batch.contiguous() if case == "alone" else batch.arguments()
+    with pytest.raises(error, match=re.escape(message)):
+        attention_varlen(**arguments | changes)
+
+
+KEYS_OF_CALL = {"key_lengths": torch.tensor([2, 1]), "block_table": torch.tensor([[3, 0], [1, 9]], dtype=INT)}
+REFUSED_KEYS = {
+    "axes": ({"k_new": _ones(2, 3, 2, 4)}, ValueError, "k_new: expected [T, Hkv, D] = [T, 2, D], got [2, 3, 2, 4]"),
+    "integers": ({"k_new": _ones(3, 2, 4, dtype=INT)}, TypeError, "k_new: expected a floating dtype, got torch.int32"),
+    "device": ({"k_new": _ones(3, 2, 4).to("meta")}, ValueError, "k_new: expected this PagedKeyStatistics's dev"),
+    "past T": ({"k_new": _ones(2, 2, 4)}, ValueError, "cu_seqlens: expected offsets of at most T = 2, got 3"),
+    "lengths": ({"key_lengths": torch.tensor([2])}, ValueError, "key_lengths: expected shape [B] = [2], got [1]"),
+    "too few": ({"key_lengths": torch.tensor([1, 1])}, ValueError, "the 2 new keys of sequence 0 to max_pages"),
+    "too many": ({"key_lengths": torch.tensor([2, 33])}, ValueError, "expected values from the 1 new keys of"),
+    "page": ({"key_lengths": torch.tensor([2, 31])}, ValueError, "pages in [0, N = 4) up to key_lengths, got 9"),
+    "table": ({"block_table": _ones(1, 2, dtype=INT)}, ValueError, "block_table: expected [B, max_pages] = [2, max"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_KEYS)
+def test_refused_keys(case):
+    changes, error, message = REFUSED_KEYS[case]
+    ends = torch.tensor([0, 2, 3], dtype=INT)
+    arguments = {"k_new": _ones(3, 2, 4), "cu_seqlens": ends, **KEYS_OF_CALL, **changes}
+    with pytest.raises(error, match=re.escape(message)):
+        PagedKeyStatistics(4, 16, 2).append(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        ((0.5, 16, 1), TypeError, "pages: expected an int, got float 0.5"),
+        ((4, 8, 1), ValueError, "page: expected at least 16, got 8"),
+        ((4, 16, -1), ValueError, "kv_heads: expected at least 0, got -1"),
+    ],
+)
+def test_refused_sizes(sizes, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        PagedKeyStatistics(*sizes)
+    with pytest.raises(TypeError, match=r"dtype: expected torch\.float32 or"):
+        PagedKeyStatistics(4, 16, 1, dtype=torch.bfloat16)
