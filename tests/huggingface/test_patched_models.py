@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 import tritonattn
-from tests.huggingface.architectures import ARCHITECTURES, VERSION
+from tests.huggingface.architectures import ARCHITECTURES
 from tests.huggingface.test_patch import FIRST, LLAMA, SECOND, logits
 from tritonattn.core.visibility import Visibility
 from tritonattn.huggingface import NAME, patch, patched
@@ -163,24 +163,6 @@ def test_the_name_alone_works(tmp_path):
     assert torch.equal(logits(again.eval()), got)
 
 
-@pytest.mark.skipif(VERSION < (5, 24), reason="it asks the hub for a tokenizer, or takes no small sizes")
-@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_mean"])
-def test_continuous_batching_with_masks(scaling):
-    """Whole models are refused by name; with the dense masks of sdpa every request gives its result alone."""
-    network, ids = LLAMA.build("sdpa"), LLAMA.inputs()["input_ids"]
-    requests = [ids[0].tolist(), ids[1, :7].tolist()]
-    options = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
-    batching = {"generation_config": options, "continuous_batching_config": small, "warmup": False}
-    with patch(network, scaling=scaling):
-        alone = [network.generate(torch.tensor([one]), generation_config=options)[0, len(one) :] for one in requests]
-        with pytest.raises(ValueError, match="tritonattn is not supported for continuous batching"):
-            network.generate_batch(requests, **batching)
-        network.set_attn_implementation("sdpa")
-        batch = network.generate_batch(requests, **batching).values()
-    assert sorted(one.generated_tokens for one in batch) == sorted(one.tolist() for one in alone)
-
-
 @pytest.mark.parametrize("layers", [None, [1]])
 def test_another_model_of_the_same_config_is_left_alone(layers, tmp_path):
     network = LLAMA.build("sdpa")
@@ -233,11 +215,3 @@ def test_a_part_of_a_model_is_saved_with_the_whole(tmp_path):
         torch.testing.assert_close(architecture.outputs(again, inputs), wanted, atol=1e-3, rtol=1e-3)
         assert len(patched(again).layers) == len(one.layers)
     assert network.config.to_dict().keys() == before
-
-
-def test_continuous_batching_without_masks_is_refused_by_name():
-    network, q = LLAMA.build("sdpa"), torch.randn(1, 4, 3, 8)
-    with patch(network), pytest.raises(NotImplementedError, match="continuous batching"):
-        tritonattn.huggingface.attention_forward(
-            network.model.layers[0].self_attn, q, q, q, None, read_index=torch.zeros(3, dtype=torch.int64)
-        )

@@ -9,6 +9,7 @@ except ImportError as error:
     raise ImportError("tritonattn.huggingface needs transformers: pip install 'tritonattn[hf]'") from error
 
 from .attention import NAME, attention_forward, call_arguments, register, unregister
+from .continuous import follow_continuous_batching
 from .loading import follow_saved_settings, restore
 from .masks import key_range_mask
 from .observed import register_observed
@@ -18,6 +19,7 @@ from .settings import Settings
 register()
 register_observed()
 follow_saved_settings()
+follow_continuous_batching()
 
 __all__ = [
     "NAME",

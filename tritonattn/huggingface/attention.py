@@ -11,13 +11,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..calls.attention import attention
 from ..calls.dispatch import AttentionAux
+from ..calls.varlen import attention_varlen
 from ..core.invariance import refuse_over_ranks
 from ..core.shards import context_parallel
 from ..scaling import Scaling, SqrtDim
 from .architecture import query_heads
 from .masks import key_range_mask
 from .settings import Settings, layer_scaling
-from .visible import visible_arguments
+from .visible import is_packed, packed_arguments, visible_arguments
 from .weights import attention_weights, wants_weights
 
 NAME = "tritonattn"
@@ -31,6 +32,7 @@ _REFUSED = {
     "sinks": "sink keys",
     "head_mask": "a mask of whole heads",
     "block_table": "a paged cache",
+    "cache": "a paged cache that the attention function has to read (transformers before 5.24)",
 }
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -61,11 +63,12 @@ def attention_forward(
     Under torch's context_parallel query, key and value are this rank's part of a sequence: a full causal layer attends
     to all of it, and another one raises.
     """
-    arguments = call_arguments(module, query, key, attention_mask, scaling, dropout, **kwargs)
-    weights = None
-    if wants_weights(module, kwargs):
-        weights = attention_weights(module, query, key, arguments)
     observer, parallel = getattr(layer_scaling(module), "observer", None), context_parallel()
+    with_weights = wants_weights(module, kwargs)
+    if is_packed(attention_mask, kwargs) and observer is None and not with_weights:
+        return _over_requests(module, query, key, value, scaling, dropout, kwargs), None
+    arguments = call_arguments(module, query, key, attention_mask, scaling, dropout, **kwargs)
+    weights = attention_weights(module, query, key, arguments) if with_weights else None
     options = arguments if observer is None else {**arguments, "return_aux": True}
     if parallel is None:
         result = attention(query, key, value, **options)
@@ -89,28 +92,54 @@ def call_arguments(
     attention_mask: Tensor | None,
     scaling: float | Tensor | None = None,
     dropout: float = 0.0,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Translate a call of transformers into keyword arguments of `tritonattn.attention`."""
+    own = _arguments_but_visibility(module, query, scaling, dropout, **kwargs)
+    if kwargs.get("read_index") is not None and attention_mask is None:
+        raise NotImplementedError(
+            "read_index: continuous batching without masks is not supported by tritonattn in layers that are watched or"
+            f" return attention weights, got such a {type(module).__name__}: call"
+            " model.set_attn_implementation('sdpa') after patching"
+        )
+    return {**own, **visible_arguments(module, query, key, attention_mask, kwargs)}
+
+
+def _over_requests(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | Tensor | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attention [1, T_q, Hq, Dv] of packed requests, without a mask of T_q x T_k."""
+    own = _arguments_but_visibility(module, query, scaling, dropout, **kwargs)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return cast(Tensor, attention_varlen(q, k, v, **packed_arguments(kwargs), **own))[None]
+
+
+def _arguments_but_visibility(
+    module: nn.Module,
+    query: Tensor,
+    scaling: float | Tensor | None,
+    dropout: float,
     *,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Translate a call of transformers into keyword arguments of `tritonattn.attention`."""
     for name, meaning in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise NotImplementedError(
                 f"{name}: {meaning} is not supported by tritonattn in {type(module).__name__}; leave the module to"
                 " attn_implementation='eager'"
             )
-    if kwargs.get("read_index") is not None and attention_mask is None:
-        raise NotImplementedError(
-            "read_index: continuous batching is supported by tritonattn only with the masks of 'sdpa', got none in"
-            f" {type(module).__name__}: call model.set_attn_implementation('sdpa') after patching"
-        )
     settings = Settings.of(module)
     _refuse_a_part_of_the_gradient(module, query, settings.gain)
     return {
         **scaling_arguments(settings, scaling, query.shape[-1]),
-        **visible_arguments(module, query, key, attention_mask, kwargs),
         "softcap": softcap,
         "sinks": s_aux,
         "dropout_p": dropout,

@@ -36,6 +36,27 @@ def visible_arguments(
     return {"mask": mask if mask.dtype == torch.bool else _without_bias(mask)}
 
 
+def is_packed(mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether a call is one of continuous batching, its rows and keys packed request after request, without a mask."""
+    return mask is None and all(kwargs.get(name) is not None for name in ("read_index", "cu_seq_lens_q"))
+
+
+def packed_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The sequences and visibility arguments of `tritonattn.attention_varlen`, for a call of continuous batching.
+
+    A request's rows are its last ones, and its keys begin up to `sliding_window` - 1 keys before them.
+    """
+    size = kwargs.get("sliding_window")
+    return {
+        "cu_seqlens_q": kwargs["cu_seq_lens_q"],
+        "cu_seqlens_k": kwargs["cu_seq_lens_k"],
+        "max_seqlen_q": kwargs["max_length_q"],
+        "max_seqlen_k": kwargs["max_length_k"],
+        "causal": True,
+        "window": None if size is None else (size - 1, None),
+    }
+
+
 def _without_bias(mask: Tensor) -> Tensor:
     """Turn an additive mask of 0 and very negative entries into a bool mask; refuse other biases."""
     visible = mask == 0

@@ -1,0 +1,113 @@
+"""transformers' continuous batching (`generate_batch`) of models whose attention is tritonattn's.
+
+Requests are packed one after another, over keys that a paged cache has read. transformers passes them without masks,
+with their ends, only to an implementation with "flash" in its name. So a config that names "tritonattn" names PACKED,
+the same function, while a manager serves its model. transformers logs an error in a manager's loop and returns without
+results; for such a model `stop`, with which `generate_batch` ends, raises it.
+
+Up to 5.19 the attention function itself has to read the cache, and such models are refused. Run with 5.24; seen to
+refuse with 4.54, 4.57, 5.0, 5.8 and 5.19.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.generation import continuous_batching
+
+from .attention import NAME, register
+from .own_configs import IMPLEMENTATION
+from .settings import layer_scaling
+
+PACKED = f"{NAME}_flash"
+_SINCE = "5.24"
+_EXTENDED = "_extended_by_tritonattn"
+_RENAMED = "_tritonattn_renamed"
+
+
+def follow_continuous_batching() -> None:
+    """Let managers of continuous batching serve models with attention of tritonattn. Repeating it is harmless."""
+    manager: Any = continuous_batching.ContinuousBatchingManager
+    if getattr(manager, _EXTENDED, False):
+        return
+    setattr(manager, _EXTENDED, True)
+    if Version(transformers.__version__) < Version(_SINCE):
+        _refuse(manager)
+        return
+    register(PACKED)
+    _rename_while_serving(manager)
+
+
+def _refuse(manager: Any) -> None:
+    original = manager.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        if _uses_tritonattn(model):
+            raise NotImplementedError(
+                f"model: continuous batching of a model with attention of tritonattn needs transformers {_SINCE} or"
+                f" newer, got {transformers.__version__}: use generate()"
+            )
+        original(self, model, *args, **kwargs)
+
+    manager.__init__ = init
+
+
+def _rename_while_serving(manager: Any) -> None:
+    switch_original, stop_original = manager.switch_to_cb_friendly_attn, manager.stop
+
+    @functools.wraps(switch_original)
+    def switch(self: Any, model: Any, auto_switch_to_flash: bool = True) -> None:
+        if _uses_tritonattn(model):
+            auto_switch_to_flash = False  # layers that are not patched need masks, as these read them
+            _refuse_flash(model.config._attn_implementation)
+            setattr(self, _RENAMED, _rename(model))
+        switch_original(self, model, auto_switch_to_flash)
+
+    @functools.wraps(stop_original)
+    def stop(self: Any, *args: Any, keep_for_next_session: bool = False, **kwargs: Any) -> None:
+        try:
+            stop_original(self, *args, keep_for_next_session=keep_for_next_session, **kwargs)
+        finally:
+            for config in self.__dict__.pop(_RENAMED, ()):
+                setattr(config, IMPLEMENTATION, NAME)
+        error = self.background_thread_status.fatal_error
+        if error is not None and _uses_tritonattn(self.model):
+            if not keep_for_next_session:
+                self.destroy()
+            raise RuntimeError(
+                f"continuous batching of a model with attention of tritonattn failed: {error}"
+            ) from error
+
+    manager.switch_to_cb_friendly_attn, manager.stop = switch, stop
+
+
+def _uses_tritonattn(model: nn.Module) -> bool:
+    return any(
+        (isinstance(module, PreTrainedModel) and module.config._attn_implementation in (NAME, PACKED))
+        or not getattr(layer_scaling(module), "temporary", True)
+        for module in model.modules()
+    )
+
+
+def _refuse_flash(implementation: str) -> None:
+    if "flash" in implementation and implementation != PACKED:
+        raise ValueError(
+            f"model: expected the attention implementation {NAME!r}, 'sdpa' or 'eager' in continuous batching of a"
+            f" patched model, got {implementation!r}: call model.set_attn_implementation({NAME!r}), or 'sdpa' if only"
+            " some layers are patched"
+        )
+
+
+def _rename(model: nn.Module) -> list[Any]:
+    """Let configs that name "tritonattn" name PACKED, and return them."""
+    configs = {id(one.config): one.config for one in model.modules() if isinstance(one, PreTrainedModel)}
+    renamed = [one for one in configs.values() if one._attn_implementation == NAME]
+    for one in renamed:
+        setattr(one, IMPLEMENTATION, PACKED)
+    return renamed
