@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -10,9 +11,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import tritonattn
+from tests.support.calls import CALLS, example, torch_kernels
 from tritonattn import nn
+from tritonattn.core.call import Logits
+from tritonattn.core.decode_call import Cache, DecodeCall
 from tritonattn.core.shards import whole
+from tritonattn.core.statistics import key_lengths_of
 from tritonattn.distributed import HeadParallel
+from tritonattn.ops import attend, key_statistics
+from tritonattn.ops.decode import _Flat as FlatDecode
 
 B, HQ, HKV, S, D = 4, 8, 4, 12, 8
 PLACEMENTS = {
@@ -111,6 +118,57 @@ def others(rank: int) -> dict[str, float]:
     paged = {"q": cache["q"], **pages}
     placed = {"q": (Shard(0), Shard(1)), **dict.fromkeys(pages, (Replicate(), Shard(2)))}
     compared("paged", tritonattn.attention_decode, paged, placed, key_lengths=lengths, block_table=table)
+    return errors
+
+
+def operators(rank: int) -> dict[str, float]:
+    """Largest relative error of every operator on DTensors, and of its gradients; results are as sharded as q."""
+    mesh, errors = _mesh((2, 2)), {}
+    alike, both, heads = (Replicate(), Replicate()), (Shard(0), Shard(1)), (Replicate(), Shard(1))
+
+    def results(operator: Any, arguments: list[Any]) -> tuple[list[Any], list[Any]]:
+        found = operator(*arguments)
+        found = [x for x in (found if isinstance(found, tuple) else (found,)) if x.numel()]
+        if found[0].requires_grad:
+            (found[0].square().sum() + found[-1 if len(found) == 1 else 1].clamp(min=-50).sin().sum()).backward()
+        return found, [x.grad for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+
+    def compared(name: str, arguments: Any, placements: list[Any], wanted: Any = both, case: str = "") -> None:
+        own, one = list(arguments), list(arguments)
+        for i, x in enumerate(arguments):
+            if isinstance(x, Tensor):
+                one[i] = x.detach().clone().requires_grad_(x.requires_grad)
+                own[i] = distribute_tensor(x.detach(), mesh, placements[i] if i < len(placements) else alike)
+                own[i].requires_grad_(x.requires_grad)
+        operator = getattr(torch.ops.tritonattn, name)
+        (found, gradients), (expected, theirs) = results(operator, own), results(operator, one)
+        assert wanted is None or {x.placements for x in found} == {wanted}
+        pairs = [(whole(got).clamp(min=-50), want.clamp(min=-50)) for got, want in zip(found, expected, strict=True)]
+        pairs += [(got, want) for got, want in zip(gradients, theirs, strict=True) if want.any()]
+        errors[f"{name} {case}"] = max(_error(*pair) for pair in pairs)
+
+    def flat(case: str, aux: bool = False) -> attend._Flat:
+        return attend._Flat.of(example(**CALLS[case]), "sdpa", aux, False)
+
+    for case, options in CALLS.items():
+        place = heads if "sequences" in options else both
+        compared("forward", flat(case), [place] * 3, alike if "dropout" in options else place, case)
+    compared("forward", flat("plain", aux=True), [both] * 3, both, "aux, with placements as before")
+    compared("forward", flat("bias"), [(Shard(2), Shard(1))] * 3, None, "redistributed")
+    q, k, v = (_random(2, n, 16, D) for n in (4, 2, 2))
+    lengths, table, rows = torch.tensor([16, 5]), torch.tensor([[1], [0]], dtype=torch.int32), torch.tensor([2, 1])
+    pages = [x.transpose(1, 2).contiguous() for x in (k, v)]
+    for cache, placed in ((Cache(k, v, lengths), both), (Cache(*pages, lengths, table, rows), (Replicate(), Shard(2)))):
+        call = DecodeCall(q[:, :, :2], cache, Logits(0.3, sinks=_random(4)))
+        compared("decode", FlatDecode.of(call, "sdpa", True), [both, placed, placed], case=str(placed))
+    seen, of_keys = torch.arange(16)[None, None] < lengths[:, None, None], key_lengths_of(k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(key_statistics, "kernels", torch_kernels)
+        compared("key_lengths", [k.requires_grad_(), seen], [both])
+        compared("prefix_sums", [of_keys], [both])
+        compared("argmax_over_ranges", [of_keys, torch.tensor([[[0, 3]]]), torch.tensor([[[9, 16]]])], [both])
+    odd = (_random(2, n, 5, D).requires_grad_() for n in (6, 3, 3))
+    compared("forward", [*odd, *flat("plain")[3:]], [both] * 3, (Shard(0), Replicate()), "3 key heads")
     return errors
 
 

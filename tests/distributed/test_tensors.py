@@ -24,6 +24,11 @@ def test_explicit_scales_packed_sequences_and_caches(pool):
     assert max(max(errors.values()) for errors in pool.run(tensors.others)) < 1e-12
 
 
+def test_operators_have_sharding_rules(pool):
+    for errors in pool.run(tensors.operators):
+        assert max(errors.values()) < 1e-12, errors
+
+
 @pytest.mark.parametrize("scaling", ["query_adaptive_ssmax", "power_law"])
 def test_a_layer_is_sharded_by_head(pool, scaling):
     assert max(pool.run(tensors.layer, scaling)) < 1e-12

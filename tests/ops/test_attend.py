@@ -1,7 +1,5 @@
 """The operators: schema, fake kernels, gradients, and what must be refused loudly."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,11 +7,11 @@ from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from tests.support.calls import CALLS, changed, example
+from tests.support.calls import torch_kernels as kernels_by_torch
 from tests.support.pairs import in_turn
 from tritonattn import ops
 from tritonattn.backends import cpu as blockwise
 from tritonattn.core.call import ForwardResult, Gradients, Needs
-from tritonattn.core.ranges import argmax_over_ranges, prefix_sum
 from tritonattn.core.statistics import key_lengths_of
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops import attend, key_statistics
@@ -139,22 +137,9 @@ def test_forward_mode_is_refused():
 # The pass over the keys, with torch in the kernels' place.
 
 
-def _key_lengths_backward(k, seen, lengths, d_lengths, added=None):
-    rate = torch.where(lengths > 0, d_lengths / lengths.clamp(min=1e-30), 0)
-    d_k = torch.where((lengths > 0)[..., None], rate[..., None] * k, 0)
-    return (d_k if added is None else d_k + added).to(k.dtype).contiguous()
-
-
 @pytest.fixture
 def torch_kernels(monkeypatch):
-    kernels = SimpleNamespace(
-        key_lengths=lambda k, seen: key_lengths_of(k, seen).detach(),
-        prefix_sums=prefix_sum,
-        argmax_over_ranges=argmax_over_ranges,
-        seen_keys=Visibility.seen_keys,
-        key_lengths_backward=_key_lengths_backward,
-    )
-    monkeypatch.setattr(key_statistics, "kernels", lambda: kernels)
+    monkeypatch.setattr(key_statistics, "kernels", kernels_by_torch)
 
 
 @opcheck_reads_grad

@@ -1,6 +1,7 @@
 """Operands of attention, and calls at the level of the operators."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 import tritonattn
 from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.dropout import Dropout
+from tritonattn.core.ranges import argmax_over_ranges, prefix_sum
 from tritonattn.core.sequences import Sequences
+from tritonattn.core.statistics import key_lengths_of
 from tritonattn.core.visibility import Visibility
 
 from .packed import offsets
@@ -85,6 +88,23 @@ def example(
         ),
         Dropout(0.3, torch.tensor([3, 4])) if dropout else None,
     )
+
+
+def torch_kernels() -> SimpleNamespace:
+    """The kernels of `tritonattn.ops.key_statistics`, by torch."""
+    return SimpleNamespace(
+        key_lengths=lambda k, seen: key_lengths_of(k, seen).detach(),
+        prefix_sums=prefix_sum,
+        argmax_over_ranges=argmax_over_ranges,
+        seen_keys=Visibility.seen_keys,
+        key_lengths_backward=_key_lengths_backward,
+    )
+
+
+def _key_lengths_backward(k, seen, lengths, d_lengths, added=None):
+    rate = torch.where(lengths > 0, d_lengths / lengths.clamp(min=1e-30), 0)
+    d_k = torch.where((lengths > 0)[..., None], rate[..., None] * k, 0)
+    return (d_k if added is None else d_k + added).to(k.dtype).contiguous()
 
 
 def assert_extreme_sink(sink: float, backend: str, device: torch.device | str = "cpu") -> None:

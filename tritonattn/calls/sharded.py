@@ -1,4 +1,9 @@
-"""DTensors at the door of the public functions: each rank computes its batch entries and heads as plain tensors."""
+"""DTensors at the door of the public functions: each rank computes its batch entries and heads as plain tensors.
+
+The operators have sharding rules (`distributed/operators.py`), which alone do not make these functions take DTensors:
+scalings compute with the keys around them by operators that DTensor does not shard, and plain arguments beside DTensors
+are refused.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +39,7 @@ class Axes(NamedTuple):
         axis = None if meaning is None else getattr(self, meaning)
         if axis is None or axis >= 0:
             return axis
-        return x.dim() + axis if x.dim() >= -axis and x.shape[axis] > 1 else None
+        return x.ndim + axis if x.ndim >= -axis and x.shape[axis] > 1 else None
 
 
 ROWS, OPERAND, NOWHERE = Axes(-3, -2), Axes(0, 1), Axes(None, None)

@@ -3,10 +3,13 @@
 Built on torch.distributed: a `DeviceMesh` of one dimension names the ranks.
 """
 
+from . import operators
 from .context_parallel import context_parallel_attention
 from .decode import context_parallel_decode
 from .head_parallel import HeadParallel
 from .sharding import shard, unshard
+
+operators.register()
 
 __all__ = ["HeadParallel", "context_parallel_attention", "context_parallel_decode", "shard", "unshard"]
 

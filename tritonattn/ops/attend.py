@@ -26,7 +26,7 @@ from ..core.dropout import Dropout
 from ..core.sequences import Sequences
 from ..core.visibility import Visibility
 from .mapping import in_a_loop, in_one_batch
-from .schema import arguments_of, qualified
+from .schema import arguments_of, operator
 
 
 class _Flat(NamedTuple):
@@ -267,9 +267,7 @@ def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...
     return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
-@torch.library.custom_op(
-    qualified("forward"), mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+@operator("forward", _CALL, "(Tensor out, Tensor lse, Tensor max_logit, Tensor entropy, Tensor rounding)")
 def _forward_operator(*arguments):
     flat = _Flat(*arguments)
     return _forward_of(flat, flat.call())
@@ -281,11 +279,10 @@ def _(*arguments):
     return _allocate_forward(flat.q, flat.v, flat.aux, flat.keep_rounding)
 
 
-@torch.library.custom_op(
-    qualified("backward"),
-    mutates_args=(),
-    schema=f"({_CALL}, Tensor out, Tensor lse, Tensor? rounding, Tensor? d_out, Tensor? d_lse, bool[] needs) "
-    f"-> ({', '.join(['Tensor'] * _GRADIENTS)})",
+@operator(
+    "backward",
+    f"{_CALL}, Tensor out, Tensor lse, Tensor? rounding, Tensor? d_out, Tensor? d_lse, bool[] needs",
+    f"({', '.join(f'Tensor d_{name}' for name in Gradients._fields)})",
 )
 def _backward_operator(*arguments):
     *flat, out, lse, rounding, d_out, d_lse, needs = arguments

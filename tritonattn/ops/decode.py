@@ -13,7 +13,7 @@ from ..core.autograd import runs_eagerly
 from ..core.call import ForwardResult, Logits
 from ..core.decode_call import Cache, DecodeCall
 from .mapping import in_a_loop
-from .schema import arguments_of, qualified
+from .schema import arguments_of, operator
 
 
 class _Flat(NamedTuple):
@@ -67,9 +67,7 @@ def _decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
     return kernels().decode(call, aux)
 
 
-@torch.library.custom_op(
-    qualified("decode"), mutates_args=(), schema=f"({arguments_of(_Flat)}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+@operator("decode", arguments_of(_Flat), "(Tensor out, Tensor lse, Tensor max_logit, Tensor entropy)")
 def _decode_operator(*arguments):
     flat = _Flat(*arguments)
     with torch.no_grad():

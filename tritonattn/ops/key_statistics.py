@@ -17,7 +17,7 @@ from ..core.call import AttentionCall
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from .mapping import in_one_batch
-from .schema import qualified
+from .schema import operator
 
 
 def _prefix_sum(x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
     return True
 
 
-@torch.library.custom_op(qualified("prefix_sums"), mutates_args=(), schema="(Tensor x) -> Tensor")
+@operator("prefix_sums", "Tensor x", "Tensor sums")
 def _prefix_sums_operator(x):
     return kernels().prefix_sums(x)
 
@@ -91,9 +91,7 @@ def _(x):
     return x.new_empty((*x.shape[:-1], x.shape[-1] + 1), dtype=torch.float64)
 
 
-@torch.library.custom_op(
-    qualified("argmax_over_ranges"), mutates_args=(), schema="(Tensor x, Tensor lo, Tensor hi) -> Tensor"
-)
+@operator("argmax_over_ranges", "Tensor x, Tensor lo, Tensor hi", "Tensor keys")
 def _argmax_operator(x, lo, hi):
     return kernels().argmax_over_ranges(x, lo, hi)
 
@@ -103,7 +101,7 @@ def _(x, lo, hi):
     return lo.new_empty((*x.shape[:-1], lo.shape[-1]))
 
 
-@torch.library.custom_op(qualified("key_lengths"), mutates_args=(), schema="(Tensor k, Tensor? seen) -> Tensor")
+@operator("key_lengths", "Tensor k, Tensor? seen", "Tensor lengths")
 def _key_lengths_operator(k, seen):
     return kernels().key_lengths(k, seen)
 
@@ -117,10 +115,8 @@ def _key_lengths(k: Tensor, seen: Tensor | None) -> Tensor:
     return kernels().key_lengths(k, seen) if runs_eagerly(k, seen) else _key_lengths_operator(k, seen)
 
 
-@torch.library.custom_op(
-    qualified("key_lengths_backward"),
-    mutates_args=(),
-    schema="(Tensor k, Tensor? seen, Tensor lengths, Tensor d_lengths, Tensor? added) -> Tensor",
+@operator(
+    "key_lengths_backward", "Tensor k, Tensor? seen, Tensor lengths, Tensor d_lengths, Tensor? added", "Tensor d_k"
 )
 def _key_lengths_backward_operator(k, seen, lengths, d_lengths, added):
     return kernels().key_lengths_backward(k, seen, lengths, d_lengths, added)

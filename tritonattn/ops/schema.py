@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import get_type_hints
+from collections.abc import Callable
+from typing import Any, get_type_hints
 
+import torch
 from torch import Tensor
 
 # The package's own name: "tritonattn", and in a kernel loaded from a hub the one that its loader gives to this copy.
 NAMESPACE = __name__.split(".")[0]
+OPERATORS: list[str] = []  # names without the namespace
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
@@ -21,9 +24,18 @@ _SCHEMA_TYPES = {
 }
 
 
-def qualified(operator: str) -> str:
-    """The full name of an operator; a process can register it once."""
-    return f"{NAMESPACE}::{operator}"
+def operator(name: str, arguments: str, results: str) -> Callable[[Callable], Any]:
+    """Decorator: make a function an operator, which a process can register once.
+
+    Sharding rules go by the names of tensors (`distributed/operators.py`): d_x is the gradient of x.
+    """
+
+    def register(function: Callable) -> Any:
+        OPERATORS.append(name)
+        schema = f"({arguments}) -> {results}"
+        return torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=schema)
+
+    return register
 
 
 def arguments_of(record: type) -> str:
