@@ -168,6 +168,28 @@ def test_wild_pages_count_as_zeros(device):
     assert torch.equal(found, attention_decode(q[:, :, -1:], **cache.arguments(), backend="triton"))
 
 
+@pairwise(page=[None, 16], window=[None, 40], capacity=[60, CAPACITY])
+def test_own_numbers_of_new_tokens(page, window, capacity, device):
+    """Rows of each sequence as in a call of that many rows; those behind them see nothing."""
+    q, k, v = sequences(torch.float32, batch=3, length=LENGTH, dims=(16, 24), device=device)
+    cache = GrowingCache(k, v, capacity, page)
+    cache.write([30, 58, 3])
+    counts = torch.tensor([1, 4, 0], device=device)
+    table = cache.arguments().get("block_table")
+    call = DecodeCall(q[:, :, :4], Cache(cache.k, cache.v, cache.lengths, table, counts), Logits(0.25), window)
+    found = triton_backend.decode(call, aux=True)
+    for b, count in enumerate(counts.tolist()):
+        if count:
+            one = slice(b, b + 1)
+            keys = (cache.k, cache.v) if page else (cache.k[one], cache.v[one])
+            own = Cache(*keys, cache.lengths[one], None if table is None else table[one])
+            alone = triton_backend.decode(DecodeCall(q[one, :, :count], own, Logits(0.25), window), aux=True)
+            for x, y in zip(found, alone, strict=True):
+                torch.testing.assert_close(x[one, :, :count], y, rtol=1e-6, atol=1e-6)
+        assert (found.out[b, :, count:] == 0).all()
+        assert (found.lse[b, :, count:] == -torch.inf).all()
+
+
 def test_offsets_past_int32(device, monkeypatch):
     """Keys 2^27 elements apart, 20 of them in one tile, in pages and not."""
     default, stride = launch.config_for, 2**27

@@ -17,9 +17,13 @@ from triton.compiler import make_backend
 from triton.runtime.driver import driver
 
 import tritonattn
+from tests.support.packed import Packed
+from tests.support.paged_calls import paged_call
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import compile as ahead
 from tritonattn.backends.triton import device, launch
+from tritonattn.core.call import Logits
+from tritonattn.core.decode_call import Cache, DecodeCall
 from tritonattn.kernels import KERNELS
 from tritonattn.tuning import Problem, compile_kernel, default_config
 
@@ -118,6 +122,16 @@ def decode(page: int | None) -> None:
     tritonattn.attention_decode(q, cache, cache, key_lengths=lengths, block_table=table, gain=gain, backend="triton")
 
 
+def pages() -> None:
+    """Ragged rows over pages, whose numbers are those of no other launch here."""
+    packed = Packed((7, 1, 30), (60, 33, 30))
+    call, _ = paged_call(packed, HALF, 48, heads=(4, 2), dims=(64, 64), terms=("key_scale",), causal=True)
+    triton_backend.forward(call, aux=False)
+    cache, ones = Cache(call.k.transpose(1, 2), call.v.transpose(1, 2), call.block_table[:, 0]), call.block_table
+    cache = replace(cache, block_table=ones.repeat(1, 8), query_lengths=ones[:, 1])
+    triton_backend.decode(DecodeCall(torch.zeros(3, 32, 1, 64, dtype=HALF), cache, Logits(1.0)), aux=False)
+
+
 def append() -> None:
     counts, lengths = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 2, 1025)
     sums = [torch.zeros(2, 2, 1026, dtype=torch.float64) for _ in range(2)]
@@ -190,6 +204,16 @@ CALLS: dict[str, tuple[Callable[[], None], list[tuple[str, Problem]]]] = {
     "pages": (
         lambda: decode(16),
         both(Problem(64, 64, HALF, query_scale=True, grouped=True, block_table=True), "decode"),
+    ),
+    "ragged pages": (
+        pages,
+        [
+            *both(
+                Problem(64, 64, HALF, right=True, key_scale=True, grouped=True, sequences=True, block_table=True),
+                "forward",
+            ),
+            *both(Problem(64, 64, HALF, grouped=True, sequences=True, block_table=True), "decode"),
+        ],
     ),
 }
 

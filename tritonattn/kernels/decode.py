@@ -7,11 +7,11 @@ import triton.language as tl
 
 from .forward import online_softmax, softmax_results, softmax_total
 from .primitives import LENGTHS, LN_2, LOG2_E, TINY, load_tile, program_position, tile_offsets
-from .walk import begin, begin_bias, begin_scale, in_vectors
+from .walk import begin, begin_bias, begin_pages, begin_scale, in_vectors, load_paged, page_slots
 
 # Blocks of keys in the shortest split: shorter ones would move more of their own results than of the cache.
 SHORTEST_SPLIT = tl.constexpr(4)
-_SIZES = ["group", "page", "pages", "table_len", "length_words", "splits"]
+_SIZES = ["group", "length_words", "splits"]
 
 
 @triton.jit
@@ -31,22 +31,24 @@ def _integer_at(ptr, index, words):
 
 
 @triton.jit
-def _key_offsets(x, first, number, slot, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets of a tile [BLOCK_N, COLUMNS] of x: the keys from `first` on, or each at a slot of a numbered page."""
+def _load_keys(
+    x, first, keep, number, slot, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr
+):
+    """The tile of x with the keys from `first` on, or with each at a slot of a numbered page."""
     if number is None:
         offsets = tl.cast(first, tl.int64) * x.s + tile_offsets(BLOCK_N, COLUMNS, x.s, x.d, WIDE)
+        tile = load_tile(x.ptr + offsets, keep, WIDTH, True)
     else:
-        row = number.to(tl.int64) * x.b + slot.to(tl.int64) * x.s
-        offsets = row[:, None] + tl.arange(0, COLUMNS).to(tl.int64)[None, :] * x.d
-    return offsets
+        tile = load_paged(x, number, slot, keep, COLUMNS, WIDTH)
+    return tile
 
 
 @triton.jit
-def _rows_of_decode(tile, group, q_len, length, left, BLOCK_M: tl.constexpr):
+def _rows_of_decode(tile, group, q_len, new, length, left, BLOCK_M: tl.constexpr):
     """(packed row, head of the group, query row, lo, hi) for BLOCK_M rows of a group's heads times Sq."""
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row = packed % q_len
-    own = row + (length - q_len)
+    own = row + (length - new)
     lo = own * 0
     if left is not None:
         lo = tl.maximum(own - left, 0)
@@ -62,17 +64,13 @@ def attention_decode(
     key_scale,
     key_bias,
     ranges,
-    block_table_ptr,
-    sinks_ptr,
+    query_lengths,
+    pages,
     results,
-    scale,
-    softcap,
+    logit_terms,
     left,
     q_len,
     capacity,
-    page,
-    pages,
-    table_len,
     length_words,
     splits,
     q_heads,
@@ -91,7 +89,7 @@ def attention_decode(
 ):
     """Attention of the newest Sq tokens of one sequence, for the heads of one group, over one split of its cache.
 
-        own         = i + length - Sq                                         row i sees own - left <= j <= own
+        own         = i + length - new                                        row i sees own - left <= j <= own
         logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j]     capped with softcap
         lse[i]      = ln sum_j exp(logit[i, j])                               over the visible keys of the split
         out[i]      = sum_j exp(logit[i, j] - lse[i]) * v[j]
@@ -100,14 +98,14 @@ def attention_decode(
     with splits = 1 the results are those of the call, else `combine_splits` joins them.
 
     q, k, v          [B, Hq, Sq, D], [B, Hkv, capacity, D], [B, Hkv, capacity, Dv]  fp16, bf16 or fp32, any strides
-    block_table      int32 [B, table_len] contiguous or None: then k, v are pages [N, page, Hkv, D], N = `pages`, and
-                     their strides b and s are those of N and page; keys of pages outside [0, N) are zeros
+    pages            `Pages` of the sequences or None; then k, v are [N, Hkv, page, D or Dv]
+    query_lengths    int32 [B] or None = Sq: new, the rows of each sequence, clamped to [0, Sq]; later ones see no key
     key_lengths      int32 [B], or int64 as int32 [2 * B] with length_words = 2, clamped to [0, capacity], or None =
                      capacity: the length, behind which nothing is read
     key_ranges       int32 [B, 2] contiguous or None: of those keys each row sees lo <= j < hi, and hi narrows length
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, capacity] or None = 1
     key_bias         fp32 [B, Hkv, group, capacity] or None = 0; a key with -inf has no weight
-    sinks            fp32 [Hq] or None, with splits = 1 only
+    logit_terms      `LogitTerms`, sinks with splits = 1 only
     results          a `Results` without rounding, splits an axis behind Sq: out [B, Hq, Sq, splits, Dv], of several
                      splits not written where a row sees no key of one; lse natural log, max_logit uncapped
 
@@ -124,18 +122,23 @@ def attention_decode(
     if ranges.key_ranges is not None:
         first_key = tl.maximum(tl.load(ranges.key_ranges + 2 * batch), 0)
         length = tl.minimum(tl.maximum(tl.load(ranges.key_ranges + 2 * batch + 1), 0), length)
-    packed, member, row, lo, hi = _rows_of_decode(tile, group, q_len, length, left, BLOCK_M)
+    new = q_len
+    if query_lengths is not None:
+        new = tl.minimum(tl.maximum(tl.load(query_lengths + batch), 0), q_len)
+    packed, member, row, lo, hi = _rows_of_decode(tile, group, q_len, new, length, left, BLOCK_M)
+    if query_lengths is not None:
+        hi = tl.where(row < new, hi, 0)
     keep_row = packed < group * q_len
     head = kv_head * group + member
     if left is not None:
-        first_key = tl.maximum(length - q_len - left, first_key)
+        first_key = tl.maximum(length - new - left, first_key)
     start, stop = _keys_of_split(split, splits, first_key, length, BLOCK_N)
 
     wide_row = row.to(tl.int64)
     q_rows = batch * q.b + head * q.h + wide_row * q.s
     q_offsets = q_rows[:, None] + tl.arange(0, BLOCK_D).to(tl.int64)[None, :] * q.d
     q_tile = load_tile(q.ptr + q_offsets, keep_row, HEAD_DIM, True)
-    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (logit_terms.scale * LOG2_E)
     if query_scale is not None:
         factor *= tl.load(begin_scale(query_scale, batch, head, row).ptr, mask=keep_row, other=0.0)
     q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
@@ -144,9 +147,8 @@ def attention_decode(
         factor = tl.where(factor == 0.0, TINY, factor)
 
     entry = batch
-    if block_table_ptr is not None:
-        entry = batch * 0  # pages are numbered through
-        block_table_ptr += batch * table_len
+    if pages is not None:
+        entry, pages = batch * 0, begin_pages(pages, batch)  # pages are numbered through
     k, v = begin(k, entry, kv_head, 0), begin(v, entry, kv_head, 0)
     if key_scale is not None:
         key_scale = begin_scale(key_scale, batch, kv_head, 0)
@@ -163,11 +165,9 @@ def attention_decode(
         keep_key = offs_key < stop
         load_key = keep_key
         number, slot = None, None
-        if block_table_ptr is not None:
-            number, slot = tl.load(block_table_ptr + offs_key // page, mask=keep_key, other=-1), offs_key % page
-            load_key = keep_key & (number >= 0) & (number < pages)
-        k_offsets = _key_offsets(k, first, number, slot, BLOCK_N, BLOCK_D, WIDE)
-        k_tile = load_tile(k.ptr + k_offsets, load_key, HEAD_DIM, True)
+        if pages is not None:
+            number, slot, load_key = page_slots(pages, offs_key, keep_key)
+        k_tile = _load_keys(k, first, load_key, number, slot, BLOCK_D, HEAD_DIM, BLOCK_N, WIDE)
         logits = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if key_scale is not None:
             scale_ptrs = key_scale.ptr + offs_key.to(tl.int64) * key_scale.s
@@ -180,22 +180,23 @@ def attention_decode(
         if left is not None:
             keep = keep & (offs_key[None, :] >= lo[:, None])
         probabilities, decay, running_max, running_sum, running_spread = online_softmax(
-            logits, bias, keep, factor, softcap, running_max, running_sum, running_spread, True, ENTROPY
+            logits, bias, keep, factor, logit_terms.softcap, running_max, running_sum, running_spread, True, ENTROPY
         )
-        v_offsets = _key_offsets(v, first, number, slot, BLOCK_N, BLOCK_DV, WIDE)
-        v_tile = load_tile(v.ptr + v_offsets, load_key, VALUE_DIM, True)
+        v_tile = _load_keys(v, first, load_key, number, slot, BLOCK_DV, VALUE_DIM, BLOCK_N, WIDE)
         accumulator = accumulator * decay[:, None]
         accumulator = tl.dot(probabilities.to(v_tile.dtype), v_tile, accumulator, input_precision="ieee")
 
     place = ((batch * q_heads + kv_head * group) * q_len + packed) * splits + split
     row_sum = tl.sum(running_sum, 1)
-    shift, lse, max_logit, entropy = softmax_results(running_max, row_sum, tl.sum(running_spread, 1), factor, softcap)
+    shift, lse, max_logit, entropy = softmax_results(
+        running_max, row_sum, tl.sum(running_spread, 1), factor, logit_terms.softcap
+    )
     tl.store(results.lse + place, lse, mask=keep_row)
     if results.max_logit is not None:
         tl.store(results.max_logit + place, max_logit, mask=keep_row)
     if results.entropy is not None:
         tl.store(results.entropy + place, entropy, mask=keep_row)
-    weight, total = softmax_total(row_sum, shift, sinks_ptr, tl.minimum(head, q_heads - 1))
+    weight, total = softmax_total(row_sum, shift, logit_terms.sinks, tl.minimum(head, q_heads - 1))
     out = (accumulator * (weight / total)[:, None]).to(results.out.dtype.element_ty)
     offs_value = tl.arange(0, BLOCK_DV)
     written = keep_row & (tl.where(splits == 1, 1.0, row_sum) > 0.0)

@@ -28,6 +28,7 @@ from .records import Dropout, Keys, Sight, View
 from .walk import (
     begin,
     begin_bias,
+    begin_pages,
     begin_scale,
     in_vectors,
     part_of_walk,
@@ -190,17 +191,15 @@ def attention_forward(
     query_scale,
     key_scale,
     key_bias,
-    sinks_ptr,
     ranges,
     starts,
+    pages,
     mask,
     seen_ptr,
-    dropout_ptr,
     results,
-    scale,
-    softcap,
+    logit_terms,
     keep_from,
-    keep_scale,
+    dropout,
     left,
     right,
     q_len,
@@ -232,15 +231,17 @@ def attention_forward(
     Grid: (blocks of the longest Sq, Hq, members); each program writes its rows of the results, all of them, once.
 
     q, k, v          `Strided` [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv] of fp16, bf16 or fp32; group = Hq/Hkv
+    pages            `Pages` of the members or None; then k, v are [N, Hkv, page, D or Dv], and what else has keys is
+                     as without
     *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale fp32 [B, Hkv, Sk] or None = 1; both `Scale`
     key_bias         `Bias` fp32 [B, Hkv, group, Sk] or None = 0; exp(z) is 0 where it is -inf
-    sinks            fp32 [Hq] or None
+    logit_terms      `LogitTerms`
     ranges, starts   `Ranges`; `Starts` of a packed batch or None; left, right: `walk.row_range`
     mask             `Strided` uint8 [B, Hq, Sq, Sk], strides 0 on broadcast axes, or None
     seen             uint8 (int16 where INVARIANT) [B, Hkv, Sk] contiguous or None: keys that some row sees; the rest is
                      never multiplied
-    dropout          `Dropout.state` or None = no dropout
+    dropout          `DropoutState`, its state None = no dropout
     results          `Results`, lse in natural log; rounding is what out lost when it was rounded: `lost_in_rounding`
     BLOCK_D, BLOCK_DV  powers of two >= 16 that hold HEAD_DIM and VALUE_DIM
     INVARIANT        take all blocks of keys in ascending order, in steps of one width: a row's bits then do not depend
@@ -263,7 +264,7 @@ def attention_forward(
     rows = rows_of_block(first_row, batch, view, BLOCK_M)
     memory_row = (place.first_row + first_row).to(tl.int64)
 
-    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (logit_terms.scale * LOG2_E)
     if query_scale is not None:
         query_scale = begin_scale(query_scale, batch, head, memory_row)
         scale_ptrs = query_scale.ptr + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
@@ -276,7 +277,10 @@ def attention_forward(
     if key_bias is None:
         factor = tl.where(factor == 0.0, TINY, factor)
 
-    k, v = begin(k, batch, kv_head, place.first_key), begin(v, batch, kv_head, place.first_key)
+    if pages is None:
+        k, v = begin(k, batch, kv_head, place.first_key), begin(v, batch, kv_head, place.first_key)
+    else:
+        k, v, pages = begin(k, 0, kv_head, 0), begin(v, 0, kv_head, 0), begin_pages(pages, member)
     if key_scale is not None:
         key_scale = begin_scale(key_scale, batch, kv_head, place.first_key)
     if key_bias is not None:
@@ -287,8 +291,9 @@ def attention_forward(
         seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
     keys = Keys(k, v, k_descriptor, v_descriptor, key_scale, key_bias, seen_ptr)
     batch_head = batch * q_heads + head
-    dropout = Dropout(dropout_ptr, keep_from, keep_scale, batch_head, place.first_row + rows.offs, place.first_key)
-    terms = RowFactors(factor, softcap, dropout)
+    packed_rows = place.first_row + rows.offs
+    dropped = Dropout(dropout.state, keep_from, dropout.keep_scale, batch_head, packed_rows, place.first_key)
+    terms = RowFactors(factor, logit_terms.softcap, dropped)
 
     running_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -310,6 +315,7 @@ def attention_forward(
                 terms,
                 q_tile,
                 keys,
+                pages,
                 Sight(rows, view, mask),
                 part,
                 place,
@@ -324,14 +330,14 @@ def attention_forward(
 
     row_sum = tl.sum(state.running_sum, 1)
     shift, lse, max_logit, entropy = softmax_results(
-        state.running_max, row_sum, tl.sum(state.running_spread, 1), factor, softcap
+        state.running_max, row_sum, tl.sum(state.running_spread, 1), factor, logit_terms.softcap
     )
-    weight, total = softmax_total(row_sum, shift, sinks_ptr, head)
+    weight, total = softmax_total(row_sum, shift, logit_terms.sinks, head)
     out = state.accumulator / total[:, None]
-    if sinks_ptr is not None:
+    if logit_terms.sinks is not None:
         out *= weight[:, None]
-    if dropout_ptr is not None:
-        out *= keep_scale
+    if dropout.state is not None:
+        out *= dropout.keep_scale
     # Offsets of 32 bits: those of 64, wanted twice, would hold registers all through the loops.
     out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)
     store_tile(results.out + row_base * VALUE_DIM + out_offsets, out, rows.keep, VALUE_DIM)

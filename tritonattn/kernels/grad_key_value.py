@@ -200,15 +200,13 @@ def attention_grad_key_value(
     row_bounds_ptr,
     mask,
     seen_ptr,
-    dropout_ptr,
     d_k_ptr,
     d_v_ptr,
     d_key_scale_ptr,
     d_key_bias_ptr,
-    scale,
-    softcap,
+    logit_terms,
     keep_from,
-    keep_scale,
+    dropout,
     left,
     right,
     q_len,
@@ -315,11 +313,11 @@ def attention_grad_key_value(
             q_descriptor,
             d_out_descriptor,
             terms.both + 2 * terms_offset(place_of_head, member, q_heads, terms_len, starts),
-            scale * LOG2_E,
+            logit_terms.scale * LOG2_E,
             factor_size,
         )
         batch_head = batch * q_heads + head
-        dropout = Dropout(dropout_ptr, keep_from, keep_scale, batch_head, place.first_row, place.first_key)
+        dropped = Dropout(dropout.state, keep_from, dropout.keep_scale, batch_head, place.first_row, place.first_key)
         if key_bias is not None:
             head_bias = begin_bias(key_bias, batch, kv_head, index, memory_key)
             bias_ptrs = head_bias.ptr + tl.arange(0, BLOCK_N).to(tl.int64) * head_bias.s
@@ -338,12 +336,12 @@ def attention_grad_key_value(
                     keys,
                     bias,
                     queries,
-                    softcap,
+                    logit_terms.softcap,
                     view,
                     head_mask,
                     part,
                     place_of_head,
-                    dropout,
+                    dropped,
                     HEAD_DIM,
                     VALUE_DIM,
                     BLOCK_M if turn == 1 else MASKED_STEP,
@@ -357,13 +355,13 @@ def attention_grad_key_value(
             tl.store(d_key_bias_ptr + head_base + tl.arange(0, BLOCK_N), tl.sum(d_bias, 1), mask=keep_key)
 
     if terms.both.dtype.element_ty == tl.float32:
-        d_k *= scale
+        d_k *= logit_terms.scale
     elif factor_size is None:
         d_k *= LN_2
     else:
         d_k *= LN_2 / factor_size
-    if dropout_ptr is not None:
-        d_v *= keep_scale
+    if dropout.state is not None:
+        d_v *= dropout.keep_scale
     key_base = (batch.to(tl.int64) * kv_heads + kv_head) * packed_len + memory_key
     if key_scale is not None:
         if d_key_scale_ptr is not None:

@@ -149,13 +149,11 @@ def attention_grad_query(
     starts,
     mask,
     seen_ptr,
-    dropout_ptr,
     d_q_ptr,
     d_query_scale_ptr,
-    scale,
-    softcap,
+    logit_terms,
     keep_from,
-    keep_scale,
+    dropout,
     left,
     right,
     q_len,
@@ -217,7 +215,7 @@ def attention_grad_query(
     row_offsets = row_base + tl.arange(0, BLOCK_M)
 
     term_offsets = terms_offset(place, member, q_heads, terms_len, starts) + first_row + tl.arange(0, BLOCK_M)
-    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (logit_terms.scale * LOG2_E)
     exponent_term, factor = load_term(terms.both + 2 * term_offsets, factor, SPLIT=False)
     delta = tl.load(terms.delta + term_offsets)
     live = exponent_term != float("-inf")
@@ -240,8 +238,9 @@ def attention_grad_query(
         seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
     keys = Keys(k, v, k_descriptor, v_descriptor, key_scale, key_bias, seen_ptr)
     batch_head = batch * q_heads + head
-    dropout = Dropout(dropout_ptr, keep_from, keep_scale, batch_head, place.first_row + rows.offs, place.first_key)
-    row_gradients = RowGradients(d_out_tile, factor, exponent_term, delta, softcap, key_size, dropout)
+    softcap, packed_rows = logit_terms.softcap, place.first_row + rows.offs
+    dropped = Dropout(dropout.state, keep_from, dropout.keep_scale, batch_head, packed_rows, place.first_key)
+    row_gradients = RowGradients(d_out_tile, factor, exponent_term, delta, softcap, key_size, dropped)
 
     zeros = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     state = QueryGradient(tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros, zeros)
@@ -272,7 +271,7 @@ def attention_grad_query(
                 raw = tl.where(are_few, 0.0, state.raw)
                 part = Walk(walk.touch_lo, tl.where(are_few, walk.touch_hi, 0), walk.full_start, walk.full_start)
             state = QueryGradient(raw, state.d_logit, state.d_factor, state.mean_logit)
-            row_gradients = RowGradients(d_out_tile, factor, exponent_term, delta, softcap, key_size, dropout)
+            row_gradients = RowGradients(d_out_tile, factor, exponent_term, delta, softcap, key_size, dropped)
         if (turn != 1 or mask is None) and (turn != FEW or CORRECT_DELTA):
             state = walk_keys(
                 state,
@@ -280,6 +279,7 @@ def attention_grad_query(
                 row_gradients,
                 q_tile,
                 keys,
+                None,
                 Sight(rows, view, mask),
                 part,
                 place,
@@ -292,7 +292,7 @@ def attention_grad_query(
                 turn != 1,
             )
 
-    d_q = state.raw * scale
+    d_q = state.raw * logit_terms.scale
     if key_size is not None:
         d_q *= key_size
     if query_scale is not None:
@@ -303,7 +303,7 @@ def attention_grad_query(
         d_query_scale = tl.sum(state.d_factor, 1)
         if not IS_PART:
             d_query_scale = tl.fma(-excess, tl.sum(state.mean_logit, 1), d_query_scale)
-        tl.store(d_query_scale_ptr + row_offsets, d_query_scale * scale, mask=rows.keep)
+        tl.store(d_query_scale_ptr + row_offsets, d_query_scale * logit_terms.scale, mask=rows.keep)
     if SUMS:
         gradient_term = -delta
         if query_scale is not None and key_bias is None:

@@ -53,6 +53,21 @@ class Ranges(NamedTuple):
     key_ranges: Any
 
 
+class LogitTerms(NamedTuple):
+    """What the logits of all rows share: scale, softcap or None, sinks fp32 [Hq] or None."""
+
+    scale: Any
+    softcap: Any
+    sinks: Any
+
+
+class DropoutState(NamedTuple):
+    """`Dropout.state`, and the factor of kept probabilities."""
+
+    state: Any
+    keep_scale: Any
+
+
 class Starts(NamedTuple):
     """q, k   int32 [N + 1]: the first row and the first key of each packed sequence, and the ends of the last one.
 
@@ -61,6 +76,22 @@ class Starts(NamedTuple):
 
     q: Any
     k: Any
+
+
+class Pages(NamedTuple):
+    """Where keys in pages lie: key j of member n is in page table[n, j // size], at j % size.
+
+    table          int32 [members, length], contiguous; keys of pages outside [0, count) are zeros
+    size, count    keys of a page, and pages
+    length         pages of a member
+
+    Arguments hold the numbers in 16ths, as `Scale`; `walk.begin_pages` returns them as they are.
+    """
+
+    table: Any
+    size: Any
+    count: Any
+    length: Any
 
 
 class Results(NamedTuple):

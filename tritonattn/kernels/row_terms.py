@@ -27,11 +27,10 @@ def attention_row_terms(
     d_lse_ptr,
     query_scale,
     key_bias,
-    sinks_ptr,
     starts,
     terms,
     d_sinks_ptr,
-    scale,
+    logit_terms,
     q_len,
     terms_len,
     q_heads,
@@ -90,8 +89,8 @@ def attention_row_terms(
     delta = tl.sum(out.to(tl.float32) * load_tile(d_out_ptrs, live, VALUE_DIM, True).to(tl.float32), 1)
     lse2 = tl.where(live, lse * LOG2_E, 0.0)
     total2 = lse2
-    if sinks_ptr is not None:
-        sink2 = tl.load(sinks_ptr + head) * LOG2_E
+    if logit_terms.sinks is not None:
+        sink2 = tl.load(logit_terms.sinks + head) * LOG2_E
         peak, weight, of_sink = joint_peak(lse2, sink2)
         total2 = peak + tl.log2(weight + of_sink)
         if d_sinks_ptr is not None:
@@ -108,7 +107,7 @@ def attention_row_terms(
     if query_scale is not None:
         query_scale = begin_scale(query_scale, batch, head, memory_row)
         scale_ptrs = query_scale.ptr + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
-        factor = tl.load(scale_ptrs, mask=live, other=0.0) * (scale * LOG2_E)
+        factor = tl.load(scale_ptrs, mask=live, other=0.0) * (logit_terms.scale * LOG2_E)
         if key_bias is None:
             gradient_term *= factor
     exponent_term = tl.where(live, -total2, float("-inf"))

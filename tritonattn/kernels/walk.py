@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .primitives import LOG2_E, load_tile, load_vector, tile_offsets
-from .records import KeyBlock, Place, Rows, Scale, Strided, Walk
+from .records import KeyBlock, Pages, Place, Rows, Scale, Strided, Walk
 
 
 @triton.jit
@@ -28,6 +28,29 @@ def begin_bias(x, batch, kv_head, member, first_key):
     """The `Scale` of a `Bias` from one (batch entry, query head) and key on; the head is a member of a group."""
     first = begin(Strided(x.ptr, x.b >> 4, x.h >> 4, x.g >> 4, x.s), batch, kv_head, member)
     return Scale(first.ptr + tl.cast(first_key, tl.int64) * x.s, x.b, x.h, x.s)
+
+
+@triton.jit
+def begin_pages(pages, member):
+    """The `Pages` of one member, its numbers out of the 16ths that kernels get."""
+    size, count, length = pages.size >> 4, pages.count >> 4, pages.length >> 4
+    return Pages(pages.table + tl.cast(member, tl.int64) * length, size, count, length)
+
+
+@triton.jit
+def page_slots(pages, offs_key, keep):
+    """(number, slot, is_held) of keys, vectors: their page, their place in it, and whether there is such a page."""
+    index = offs_key // pages.size
+    number = tl.load(pages.table + index, mask=keep & (index < pages.length), other=-1)
+    return number, offs_key - index * pages.size, (number >= 0) & (number < pages.count)
+
+
+@triton.jit
+def load_paged(x, number, slot, is_held, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """The tile of keys at slots of numbered pages; x begins with the first slot of page 0 of a head."""
+    row = number.to(tl.int64) * x.b + slot.to(tl.int64) * x.s
+    offsets = row[:, None] + tl.arange(0, COLUMNS).to(tl.int64)[None, :] * x.d
+    return load_tile(x.ptr + offsets, is_held, WIDTH, True)
 
 
 @triton.jit
@@ -232,6 +255,7 @@ def walk_keys(
     terms,
     q,
     keys,
+    pages,
     sight,
     walk,
     place,
@@ -247,7 +271,8 @@ def walk_keys(
 
         state = STEP(state, block, key_scale, key_bias, terms, sight, SUMS, MASKED)
 
-    key_scale and key_bias, in base 2, [keys] each, may be None; terms and SUMS are STEP's own.
+    key_scale and key_bias, in base 2, [keys] each, may be None; terms and SUMS are STEP's own. pages: None, or the
+    `Pages` of the member, whose keys.k and keys.v then begin with the head's first slot of page 0.
     """
     start, end = walk_span(walk, BLOCK_N, MASKED)
     k_offsets = tile_offsets(BLOCK_N, q.shape[1], keys.k.s, keys.k.d, WIDE)
@@ -264,9 +289,14 @@ def walk_keys(
         load_key = (offs_key >= walk.touch_lo) & (offs_key < walk.touch_hi)
         if MASKED and keys.seen is not None:
             load_key = load_key & (tl.load(keys.seen + offs_key, mask=load_key, other=0) != 0)
-        batch, head, first_key = place.batch, place.kv_head, place.first_key
-        k = load_rows(keys.k, keys.k_descriptor, k_offsets, batch, head, first_key, first, load_key, HEAD_DIM, MASKED)
-        v = load_rows(keys.v, keys.v_descriptor, v_offsets, batch, head, first_key, first, load_key, VALUE_DIM, MASKED)
+        if pages is None:
+            batch, head, at = place.batch, place.kv_head, place.first_key
+            k = load_rows(keys.k, keys.k_descriptor, k_offsets, batch, head, at, first, load_key, HEAD_DIM, MASKED)
+            v = load_rows(keys.v, keys.v_descriptor, v_offsets, batch, head, at, first, load_key, VALUE_DIM, MASKED)
+        else:
+            number, slot, is_held = page_slots(pages, offs_key, load_key)
+            k = load_paged(keys.k, number, slot, is_held, q.shape[1], HEAD_DIM)
+            v = load_paged(keys.v, number, slot, is_held, BLOCK_DV, VALUE_DIM)
         logits = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         key_scale = None
         if keys.scale is not None:

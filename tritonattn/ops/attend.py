@@ -198,7 +198,8 @@ def _without_repeats(call: AttentionCall) -> AttentionCall:
 def _forward(
     call: AttentionCall, backend: str, aux: bool, rounding: Tensor | None = None, *, has_graph: bool
 ) -> ForwardResult:
-    call = call.gathered()
+    if backend != "triton" or call.k.shape[0] == 0:
+        call = call.gathered()
     if _is_empty(call):
         return _forward_of_nothing(call, aux)
     with without_autocast(call.q):

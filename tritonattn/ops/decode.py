@@ -62,7 +62,7 @@ def decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
 def _decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
     if backend != "triton":
         return blockwise.forward(call.as_attention(), aux)
-    if call.invariant or call.cache.query_lengths is not None:  # no split of keys, and the loop of other calls
+    if call.invariant:  # no split of keys, and the loop of other calls
         return kernels().forward(call.as_attention(), aux)
     return kernels().decode(call, aux)
 

@@ -95,7 +95,8 @@ class Problem:
     """The parts of a call that select code: sizes of the tiles' inner axes, dtype, and which tensors are there.
 
     aux          max_logit and entropy are asked for; of a backward: lse has a gradient
-    sequences    the batch is packed
+    sequences    the batch is packed; of decode: sequences have their own numbers of new tokens
+    block_table  keys and values lie in pages
     aligned      every address and stride of q, k, v and the output's gradient is a multiple of 16 bytes
     packed_rows  the power of two, at least 16, that holds the heads of a group times the new tokens of a decode call
     rounding     a forward also returns what its output lost when it was rounded to 16 bits, and a backward takes it
@@ -223,7 +224,7 @@ def shared_limit(target: Target) -> int:
 def may_use_descriptors(kernel: str, problem: Problem, target: Target) -> bool:
     """Whether the tensor memory accelerator can load a kernel's tiles."""
     is_able = kernel in _DESCRIBED and target.backend == "cuda" and int(target.arch) >= 90
-    return is_able and problem.aligned and problem.dtype.itemsize == 2
+    return is_able and problem.aligned and not problem.block_table and problem.dtype.itemsize == 2
 
 
 def _shared_estimate(kernel: str, config: TileConfig, problem: Problem, target: Target) -> int:

@@ -141,7 +141,8 @@ def _invariant_config(kernel: str, problem: Problem, target: Target) -> TileConf
     asked = {"query_scale_grad": problem.query_scale_grad, "aligned": problem.aligned}
     asked["key_ranges"] = problem.width > 256
     plain = Problem(problem.head_dim, problem.value_dim, problem.dtype, **asked)
-    return default_config(kernel, plain, target)
+    config = default_config(kernel, plain, target)
+    return replace(config, descriptors=False) if problem.block_table else config
 
 
 def _float32_config(kernel: str, problem: Problem, target: Target, width: int) -> TileConfig:

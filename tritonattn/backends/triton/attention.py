@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ...core.visibility import Visibility
-from ...kernels.records import Results, RowTerms, Starts
+from ...kernels.records import DropoutState, Results, RowTerms, Starts
 from ...tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
 from .launch import (
     Arguments,
@@ -22,6 +22,8 @@ from .launch import (
     form_of,
     is_wide,
     kind_of,
+    logit_terms_of,
+    pages_of,
     planned,
     scale_of,
     strided,
@@ -217,6 +219,7 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: bool) 
         sinks=call.logits.sinks is not None,
         dropout=call.dropout is not None,
         sequences=visible.sequences is not None,
+        block_table=call.block_table is not None,
         aligned=_has_whole_vectors(call.q, call.v) if call.invariant else are_aligned(call.q, call.k, call.v, d_out),
         short=is_short(*_lengths(call)),
         invariant=call.invariant,
@@ -243,13 +246,15 @@ def _of_kind(
 ) -> tuple[AttentionCall, Kind]:
     """The call and its kind. An operand is copied where that alone makes it aligned, as a view at an odd offset.
 
-    All kernels then load 16 bytes at a time, and are those of other calls. An expanded operand stays as it is.
+    All kernels then load 16 bytes at a time, and are those of other calls. An expanded operand stays as it is, and so
+    do pages, which hold more than the call's keys.
     """
     call = _with_one_layout(call)
     kind = _kind(call, d_out, needs, asked)
     if not kind.problem.aligned:
-        q, k, v = (x if 0 in x.stride() else _aligned_copy(x) for x in (call.q, call.k, call.v))
-        call = replace(call, q=q, k=k, v=v)
+        names = ("q", "k", "v") if call.block_table is None else ("q",)
+        operands = {name: getattr(call, name) for name in names}
+        call = replace(call, **{name: x if 0 in x.stride() else _aligned_copy(x) for name, x in operands.items()})
         kind = _kind(call, d_out, needs, asked)
     return call, kind
 
@@ -268,6 +273,7 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
         logits.softcap is None,
         call.dropout is None,
         call.invariant,
+        form_of(call.block_table),
         form_of(visible.key_lengths),
         form_of(visible.key_ranges),
         form_of(visible.mask),
@@ -290,12 +296,17 @@ def _with_one_layout(call: AttentionCall) -> AttentionCall:
     """The call; where `invariant`, with operands whose alignment, and so the code, follows from head dims and dtype."""
     if not call.invariant:
         return call
+    if call.block_table is not None and not all(map(_has_one_layout, (call.k, call.v))):
+        call = call.gathered()
     return replace(call, q=_layout_of(call.q), k=_layout_of(call.k), v=_layout_of(call.v))
 
 
 def _layout_of(tensor: Tensor) -> Tensor:
-    is_usable = are_aligned(tensor) if _has_whole_vectors(tensor) else tensor.is_contiguous()
-    return tensor if is_usable else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if _has_one_layout(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _has_one_layout(tensor: Tensor) -> bool:
+    return are_aligned(tensor) if _has_whole_vectors(tensor) else tensor.is_contiguous()
 
 
 def _has_whole_vectors(*tensors: Tensor) -> bool:
@@ -334,12 +345,10 @@ def _call_arguments(call: AttentionCall) -> Arguments:
         "query_scale": scale_of(call.logits.query_scale),
         "key_scale": scale_of(call.logits.key_scale),
         "key_bias": bias_of(call.logits.key_bias),
-        "sinks_ptr": None if call.logits.sinks is None else call.logits.sinks.contiguous(),
-        "dropout_ptr": None if dropout is None else dropout.state,
+        "logit_terms": logit_terms_of(call.logits),
+        "dropout": DropoutState(None, 1.0) if dropout is None else DropoutState(dropout.state, 1 / (1 - dropout.p)),
         "keep_from": 0 if dropout is None else dropout.threshold - 2**31,
-        "keep_scale": 1.0 if dropout is None else 1 / (1 - dropout.p),
-        "scale": float(call.logits.scale),
-        "softcap": None if call.logits.softcap is None else float(call.logits.softcap),
+        "pages": pages_of(call.block_table, call.k),
         "q_heads": visible.q_heads,
         "group": visible.q_heads // visible.kv_heads,
     }

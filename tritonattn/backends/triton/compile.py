@@ -27,6 +27,7 @@ from .key_statistics import append_keys, key_lengths, key_lengths_backward
 from .launch import Launch, overriding, recording
 from .ranges import argmax_over_ranges, prefix_sums, range_arguments, rows_of_key_blocks, seen_keys
 
+_PAGE = 16
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -144,16 +145,32 @@ def _logits(problem: Problem, rows: tuple[int, int, int], keys: tuple[int, int, 
 
 def _attention_call(problem: Problem) -> AttentionCall:
     batch, heads, kv_heads, length = _sizes(problem)
-    shapes = ((heads, problem.head_dim), (kv_heads, problem.head_dim), (kv_heads, problem.value_dim))
-    q, k, v = (_tensor(batch, of, length, width, dtype=problem.dtype, aligned=problem.aligned) for of, width in shapes)
+    keys = (batch, kv_heads, length)
+    q = _tensor(batch, heads, length, problem.head_dim, dtype=problem.dtype, aligned=problem.aligned)
+    k, v = _keys_and_values(problem, keys)
     return AttentionCall(
         q,
         k,
         v,
-        _visibility(problem, q, k),
-        _logits(problem, (batch, heads, length), (batch, kv_heads, length)),
+        _visibility(problem, q, _tensor(*keys, problem.head_dim)),
+        _logits(problem, (batch, heads, length), keys),
         Dropout(0.5, _tensor(2, dtype=torch.int64)) if problem.dropout else None,
+        block_table=_block_table(problem, keys),
     )
+
+
+def _keys_and_values(problem: Problem, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """k and v [B, Hkv, Sk, D or Dv]; or pages [N, Hkv, page, D or Dv], in memory [N, page, Hkv, D or Dv]."""
+    batch, kv_heads, length = keys
+    lead = (batch * length // _PAGE, _PAGE, kv_heads) if problem.block_table else keys
+    options = {"dtype": problem.dtype, "aligned": problem.aligned}
+    k, v = (_tensor(*lead, width, **options) for width in (problem.head_dim, problem.value_dim))
+    return (k.transpose(1, 2), v.transpose(1, 2)) if problem.block_table else (k, v)
+
+
+def _block_table(problem: Problem, keys: tuple[int, int, int]) -> Tensor | None:
+    batch, _, length = keys
+    return _tensor(batch, length // _PAGE, dtype=torch.int32) if problem.block_table else None
 
 
 def _results(problem: Problem, call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -181,27 +198,18 @@ def _backward(problem: Problem) -> None:
 def _decode(problem: Problem) -> None:
     batch, _, kv_heads, capacity = _sizes(problem)
     group, rows = (problem.packed_rows, 1) if problem.grouped else (1, problem.packed_rows)
-    heads, page = kv_heads * group, 16
-    lead = (batch, kv_heads, capacity)
-    if problem.block_table:  # pages [N, Hkv, page, D], in memory [N, page, Hkv, D]
-        lead = (batch * capacity // page, page, kv_heads)
-    k, v = (
-        _tensor(*lead, width, dtype=problem.dtype, aligned=problem.aligned)
-        for width in (problem.head_dim, problem.value_dim)
-    )
-    if problem.block_table:
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    heads, keys = kv_heads * group, (batch, kv_heads, capacity)
     attend(
         Rows(
             _tensor(batch, heads, rows, problem.head_dim, dtype=problem.dtype, aligned=problem.aligned),
-            k,
-            v,
+            *_keys_and_values(problem, keys),
             capacity,
-            _logits(problem, (batch, heads, rows), (batch, kv_heads, capacity)),
+            _logits(problem, (batch, heads, rows), keys),
             capacity // 2 if problem.left else None,
             _tensor(batch, dtype=torch.int32),
             _tensor(batch, 1, 2, dtype=torch.int32) if problem.key_ranges else None,
-            _tensor(batch, capacity // page, dtype=torch.int32) if problem.block_table else None,
+            _block_table(problem, keys),
+            _tensor(batch, dtype=torch.int32) if problem.sequences else None,
         ),
         problem.aux,
     )

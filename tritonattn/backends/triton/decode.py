@@ -24,6 +24,8 @@ from .launch import (
     form_of,
     is_wide,
     kind_of,
+    logit_terms_of,
+    pages_of,
     plan,
     planned,
     scale_of,
@@ -39,6 +41,7 @@ class Rows(NamedTuple):
     k, v          [B, Hkv, capacity, D or Dv], or with a block table pages as [N, Hkv, page, D or Dv]
     key_lengths   integers [B], or None for the capacity
     key_ranges    integers [B, 1, 2] or None
+    query_lengths integers [B] or None for Sq: the rows of each sequence
     """
 
     q: Tensor
@@ -50,6 +53,7 @@ class Rows(NamedTuple):
     key_lengths: Tensor | None = None
     key_ranges: Tensor | None = None
     block_table: Tensor | None = None
+    query_lengths: Tensor | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -73,6 +77,7 @@ def decode(call: DecodeCall, aux: bool) -> ForwardResult:
         call.left,
         cache.key_lengths,
         block_table=cache.block_table,
+        query_lengths=cache.query_lengths,
     )
     return attend(rows, aux)
 
@@ -124,6 +129,7 @@ def _kind(rows: Rows, aux: bool) -> Kind:
         form_of(rows.key_lengths),
         form_of(rows.key_ranges),
         form_of(rows.block_table),
+        form_of(rows.query_lengths),
         rows.capacity,
         rows.left,
         aux,
@@ -137,14 +143,13 @@ def _launch(rows: Rows, aux: bool, kind: Kind, chosen: Plan) -> ForwardResult:
     tiles = -(-rows.group * q_len // chosen.config.block_m)
     joined = _allocate(rows, (), rows.q.dtype, aux)
     parts = joined if splits == 1 else _allocate(rows, (splits,), torch.float32, aux)
-    sinks = None if rows.logits.sinks is None else rows.logits.sinks.contiguous()
-    arguments = _arguments(rows)
+    arguments, logit_terms = _arguments(rows), logit_terms_of(rows.logits)
     arguments["results"], arguments["splits"] = _record(parts), splits
-    arguments["sinks_ptr"] = sinks if splits == 1 else None
+    arguments["logit_terms"] = logit_terms if splits == 1 else logit_terms._replace(sinks=None)
     chosen.launch((splits * tiles, rows.kv_heads, batch), arguments, kind.wide, kind)
     if splits > 1:
         arguments["parts"], arguments["results"] = arguments["results"], _record(joined)
-        arguments["sinks_ptr"] = sinks
+        arguments["sinks_ptr"] = logit_terms.sinks
         combined = plan("decode_combine", kind.problem, rows.q.device)
         combined.launch((q_len, q_heads, batch), arguments, False, kind)
     return joined
@@ -176,6 +181,7 @@ def _problem(rows: Rows, aux: bool) -> Problem:
         softcap=rows.logits.softcap is not None,
         sinks=rows.logits.sinks is not None,
         aux=aux,
+        sequences=rows.query_lengths is not None,
         block_table=rows.block_table is not None,
         packed_rows=padded_dim(rows.group * rows.q.shape[2]),
         aligned=are_aligned(rows.q, rows.k, rows.v),
@@ -192,11 +198,11 @@ def _allocate(rows: Rows, splits: tuple[int, ...], dtype: torch.dtype, aux: bool
 
 
 def _arguments(rows: Rows) -> Arguments:
-    lengths, ranges, table = rows.key_lengths, rows.key_ranges, rows.block_table
+    lengths, ranges, new = rows.key_lengths, rows.key_ranges, rows.query_lengths
     if lengths is not None and lengths.dtype not in (torch.int32, torch.int64):
         lengths = bounded(lengths, rows.capacity)
     length_words = 1 if lengths is None else lengths.dtype.itemsize // 4
-    (_, q_heads, q_len, _), (pages, kv_heads, page, _) = rows.q.shape, rows.k.shape
+    _, q_heads, q_len, _ = rows.q.shape
     return {
         "q": strided(rows.q),
         "k": strided(rows.k),
@@ -208,16 +214,12 @@ def _arguments(rows: Rows) -> Arguments:
             None if lengths is None else lengths.contiguous().view(torch.int32),
             None if ranges is None else bounded(ranges, rows.capacity).contiguous(),
         ),
-        "block_table_ptr": None if table is None else table.contiguous(),
-        "scale": float(rows.logits.scale),
-        "softcap": None if rows.logits.softcap is None else float(rows.logits.softcap),
+        "query_lengths": None if new is None else new.int().contiguous(),
+        "pages": pages_of(rows.block_table, rows.k),
         "left": None if rows.left is None else min(rows.left, rows.capacity),
         "q_len": q_len,
         "capacity": rows.capacity,
-        "page": page,
-        "pages": pages,
-        "table_len": 0 if table is None else table.shape[1],
         "length_words": length_words,
         "q_heads": q_heads,
-        "group": q_heads // kv_heads,
+        "group": rows.group,
     }

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from ...core.call import Logits
 from ...kernels import KERNELS
-from ...kernels.records import Bias, Scale, Strided
+from ...kernels.records import Bias, LogitTerms, Pages, Scale, Strided
 from ...tuning import lookup
 from ...tuning.config import (
     Problem,
@@ -257,6 +258,18 @@ def bias_of(tensor: Tensor | None) -> Bias | None:
         return None
     b, h, g, s = tensor.stride()
     return Bias(tensor, 16 * b, 16 * h, 16 * g, s)
+
+
+def logit_terms_of(logits: Logits) -> LogitTerms:
+    softcap = None if logits.softcap is None else float(logits.softcap)
+    return LogitTerms(float(logits.scale), softcap, None if logits.sinks is None else logits.sinks.contiguous())
+
+
+def pages_of(block_table: Tensor | None, k: Tensor) -> Pages | None:
+    """The record of a block table, int32 [members, max_pages], of pages k [N, Hkv, page, D]."""
+    if block_table is None:
+        return None
+    return Pages(block_table.contiguous(), 16 * k.shape[2], 16 * k.shape[0], 16 * block_table.shape[1])
 
 
 def bounded(x: Tensor, highest: int) -> Tensor:
