@@ -76,9 +76,9 @@ print(pathlib.Path(tritonattn.__file__).parent, shipped_tables(), (shipped_table
 
 
 def test_version_is_the_same_everywhere(installed):
-    code = "import importlib.metadata as m, tritonattn; print(tritonattn.__version__, m.version('tritonattn'))"
-    own, metadata = fresh(code, installed).split()
-    assert own == metadata
+    code = "import importlib.metadata as m, tritonattn; print(tritonattn.__version__, m.version('tritonattn'), "
+    own, metadata, script = fresh(code + "m.entry_points(name='tritonattn')['tritonattn'].value)", installed).split()
+    assert (own, script) == (metadata, "tritonattn.cli.main:main")
     assert run(installed, "-m", "tritonattn", "--version").split() == ["tritonattn", own]
 
 

@@ -3,13 +3,12 @@
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from tritonattn.core import provenance
-from tritonattn.core.provenance import Environment, command_line, digest
+from tritonattn.core.provenance import Environment, digest
 
 
 def test_an_environment_names_machine_versions_and_commit():
@@ -53,11 +52,3 @@ def test_a_digest_is_of_names_and_contents(tmp_path):
     assert found[0] == found[2] != found[1]
     file.rename(file.with_name("decode.py"))
     assert digest(tmp_path) != found[0], "what imports it finds another"
-
-
-@pytest.mark.parametrize(
-    ("program", "wanted"), [("/a/bin/tritonattn", "tritonattn"), ("/a/tritonattn/__main__.py", "python -m tritonattn")]
-)
-def test_a_command_can_be_typed_again(program, wanted, monkeypatch):
-    monkeypatch.setattr("sys.argv", [program, "train-compare", "--modes", "sqrt_dim*1.1", "--out", str(Path("a b"))])
-    assert command_line() == f"{wanted} train-compare --modes 'sqrt_dim*1.1' --out 'a b'"

@@ -50,10 +50,7 @@ TWO = {
     "shr.u32": lambda a, b: a >> b if b < 32 else 0,
     "shr.s32": lambda a, b: s32(a) >> min(b, 31),
 }
-WIDE = {
-    "mul.wide.u32": lambda a, b: a * b,
-    "mul.wide.s32": lambda a, b: s32(a) * s32(b),
-}
+WIDE = {"mul.wide.u32": lambda a, b: a * b, "mul.wide.s32": lambda a, b: s32(a) * s32(b)}
 ONE = {
     "not.b32": lambda a: ~a,
     "neg.s32": lambda a: -s32(a),

@@ -63,10 +63,7 @@ WHOLES = {
     "layers a list": ({"layers": [LAYER]}, "config.tritonattn.layers: expected a dict from names of modules to their"),
     "no layers": ({"layers": {}}, "config.tritonattn.layers: expected a dict from names of modules to their settings"),
     "an entry beside": ({"layers": {LAYER: {}}, "more": 1}, "config.tritonattn: expected a dict with keys out of"),
-    "a string": (
-        "ssmax",
-        "config.tritonattn: expected a dict with keys out of backend, batch_invariant, gain",
-    ),
+    "a string": ("ssmax", "config.tritonattn: expected a dict with keys out of backend, batch_invariant, gain"),
     "unknown": (
         {"scalings": "dim"},
         "config.tritonattn: expected a dict with keys out of backend, batch_invariant, gain",

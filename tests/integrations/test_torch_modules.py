@@ -6,10 +6,7 @@ from torch import nn
 
 from tritonattn import SCALINGS, attention
 from tritonattn import nn as learned
-from tritonattn.integrations.torch_modules import (
-    MultiheadAttention,
-    replace_multihead_attention,
-)
+from tritonattn.integrations.torch_modules import MultiheadAttention, replace_multihead_attention
 
 E, H, N, L, S = 16, 4, 3, 6, 6
 

@@ -6,13 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perf.decode_cases import DecodeCase
-
 pytest.importorskip("triton")
 from perf import contest
 from perf.attention_cases import PEERS, Case
 from perf.check import judge
 from perf.contest import Contest, Effort, Entrant, Verdict
+from perf.decode_cases import DecodeCase
 from perf.records import Record
 from perf.report import tables
 from perf.varlen_cases import VarlenCase
@@ -157,3 +156,10 @@ def test_the_first_and_the_last_head_of_a_decoding_step_are_checked(place, paged
     right = DecodeCase._ours
     monkeypatch.setattr(DecodeCase, "_ours", lambda self, counted: spoil(right(self, counted), place, place))
     assert statuses(case.contest().run(TWICE, HERE)) == {"copy": "measured", "tritonattn dim": "wrong"}
+
+
+def test_ours_that_raises_in_the_midst_of_the_rounds_has_failed(capsys):
+    found = run(entrant("ours", call=raises_at(4)), entrant("peer"))
+    assert (found["ours"].status, found["peer"].status) == ("failed", "measured")
+    assert found["ours"].is_bad
+    assert "Traceback" in capsys.readouterr().err

@@ -191,3 +191,11 @@ def test_a_phase_that_ends_itself_before_all_is_done_is_out_of_time(name, tmp_pa
     assert one.cut in (gpu.ROOT / source).read_text()
     found = gpu.run_all([phase("works", cut="worked"), phase("works", cut=one.cut)], tmp_path, 60.0)
     assert [outcome.status for outcome in found] == ["out of time", "done"]
+
+
+def test_phases_are_in_the_order_of_proof_for_its_minutes(monkeypatch):
+    wanted = ["environment", "preflight", "compile", "ceilings", "correctness", "soak", "forward", "backward", "decode"]
+    assert names("cuda") == names("emulate") == [*wanted, "dims", "tuning", "overhead", "report", "plots"]
+    monkeypatch.setattr(gpu.sanitize, "present", lambda: ("memcheck",))
+    monkeypatch.setattr(gpu, "instruments", lambda: ("consan",))
+    assert names("cuda")[-5:] == ["overhead", "consan", "memcheck", "report", "plots"]

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from perf.soak_guards import soaking
-from tritonattn.backends.triton import launch
-
 pytest.importorskip("triton")
-from perf.soak_guards import Executor
+from perf.soak_guards import Executor, soaking
+from tritonattn.backends.triton import launch
 
 
 def kernel():

@@ -1,6 +1,8 @@
 """`tritonattn tune`, `configs` and `env`: what they write, keep, print and refuse. Nothing is compiled or timed."""
 
 import json
+import re
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tritonattn.tuning import lookup
 from tritonattn.tuning.config import Target, TileConfig
 from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, read_table, write_table
 
-from .stubs import BEST, H100, KEYS, ONE, run
+from .stubs import BEST, H100, KEYS, ONE, FakeCompiler, run
 
 
 def test_without_a_gpu_it_says_so_and_offers_another_way(user, capsys):
@@ -113,3 +115,22 @@ def test_env_says_which_tables_are_in_use(on_h100, user, monkeypatch):
         found = in_use.tables(H100)
     assert "skipped" in found[str(user / "h100.json")]
     assert "expected 1, got 9" in found[str(user / "h100.json")]
+
+
+def test_a_table_of_other_kernels_is_replaced(user, capsys):
+    stale = {Key("decode", 64, "none", "long"): Entry(TileConfig(16, 64, 4, 2), "measured", {})}
+    write_table(user / "a100.json", Table("a100", Target("cuda", "80"), "0" * 16, stale))
+    _, out, _ = run(capsys, *ONE)
+    assert re.search("not kept:.*of other kernels", out)
+    assert set(read_table(user / "a100.json").entries) == set(KEYS)
+
+
+@pytest.mark.parametrize("arguments", [ONE, ["tune", *ONE[3:]]], ids=["static", "timed"])
+def test_a_compiler_that_is_killed(arguments, on_h100, monkeypatch, capsys):
+    def examine(self, wanted, progress=None):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(FakeCompiler, "examine", examine)
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "--workers" in err

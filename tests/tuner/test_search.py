@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tritonattn.tuner.gate import Candidate
-from tritonattn.tuner.static import Compiler
-
 pytest.importorskip("triton")
 from tritonattn.backends.triton import launch
 from tritonattn.tuner import search
+from tritonattn.tuner.gate import Candidate
+from tritonattn.tuner.static import Compiler
 from tritonattn.tuner.workload import Size
 from tritonattn.tuning.config import Target, TileConfig
 from tritonattn.tuning.lookup import config_for

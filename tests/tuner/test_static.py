@@ -21,7 +21,7 @@ from tritonattn.tuner.static import Compiler, keys
 from tritonattn.tuning import cache_dir
 from tritonattn.tuning.config import Problem, Target, TileConfig, legal_reasons
 from tritonattn.tuning.defaults import default_config
-from tritonattn.tuning.gpus import GPUS
+from tritonattn.tuning.gpus import GPUS, table_name
 from tritonattn.tuning.lookup import usable_table
 from tritonattn.tuning.table import RANKED_HEAD_DIMS
 
@@ -124,6 +124,7 @@ def shipped() -> list:
 
 def test_a_table_is_shipped_for_every_gpu():
     assert {path.stem for path in shipped()} == {gpu.name for gpu in GPUS}
+    assert all(table_name(gpu.target._replace(card=gpu.name)) == gpu.name for gpu in GPUS)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)

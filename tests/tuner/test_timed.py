@@ -4,10 +4,9 @@ import os
 
 import pytest
 
-from tritonattn.tuner.search import SearchError
-
 pytest.importorskip("triton")
 from tritonattn.tuner import tune as commands
+from tritonattn.tuner.search import SearchError
 from tritonattn.tuning import lookup
 from tritonattn.tuning.table import Entry, read_table
 

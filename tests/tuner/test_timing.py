@@ -74,3 +74,8 @@ def test_every_round_has_an_order_of_its_own_that_is_the_same_in_every_run():
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
     assert len(set(orders)) > 2
     assert orders == rounds()
+
+
+def test_medians_and_quartiles():
+    found = timing.Timing.of([3.0, 1.0, 2.0, 4.0, 100.0])
+    assert (found.median, found.lower, found.upper, found.rounds) == (3.0, 2.0, 4.0, 5)

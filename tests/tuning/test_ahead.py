@@ -167,10 +167,7 @@ def both(problem: Problem, *kernels: str) -> list[tuple[str, Problem]]:
 
 BACKWARD = ("row_terms", "grad_query", "grad_key_value")
 CALLS: dict[str, tuple[Callable[[], None], list[tuple[str, Problem]]]] = {
-    "training": (
-        lambda: attend(HALF),
-        both(replace(HALVES, query_scale_grad=True), "forward", *BACKWARD),
-    ),
+    "training": (lambda: attend(HALF), both(replace(HALVES, query_scale_grad=True), "forward", *BACKWARD)),
     "everything": (everything, both(EVERYTHING, "forward", *BACKWARD)),
     "narrowed": (
         narrowed,
@@ -183,10 +180,7 @@ CALLS: dict[str, tuple[Callable[[], None], list[tuple[str, Problem]]]] = {
             *both(replace(STREAMING, key_lengths=True, key_ranges=True), "row_bounds", "keys_seen"),
         ],
     ),
-    "packed": (
-        pack,
-        both(Problem(64, 64, HALF, right=True, sequences=True, rounding=True), "forward", *BACKWARD),
-    ),
+    "packed": (pack, both(Problem(64, 64, HALF, right=True, sequences=True, rounding=True), "forward", *BACKWARD)),
     "inference": (
         lambda: infer("sqrt_dim"),
         both(Problem(64, 64, BFLOAT, right=True, left=True, grouped=True), "forward"),
@@ -196,9 +190,7 @@ CALLS: dict[str, tuple[Callable[[], None], list[tuple[str, Problem]]]] = {
     "sums": (lambda: infer("key_norm_mean"), both(STREAMING, "prefix_sums")),
     "decode": (
         lambda: decode(None),
-        [
-            *both(Problem(64, 64, HALF, query_scale=True, grouped=True), "decode", "decode_combine"),
-        ],
+        [*both(Problem(64, 64, HALF, query_scale=True, grouped=True), "decode", "decode_combine")],
     ),
     "append": (append, both(Problem(64, 64, HALF), "append_keys")),
     "pages": (

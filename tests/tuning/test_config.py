@@ -31,3 +31,17 @@ def test_a_target_is_that_of_the_device_meant(monkeypatch):
 def test_short_calls_have_at_most_1024_rows_and_keys():
     lengths = ((1024, 1024), (1, 1024), (1025, 1), (1, 1025))
     assert [is_short(*each) for each in lengths] == [True, True, False, False]
+
+
+def test_tiles_may_fill_the_memory_there_is():
+    assert reasons(TileConfig(64, 32, 4, 4), GFX942) == [], "65,536 bytes"
+    [reason] = reasons(TileConfig(64, 32, 4, 5), GFX942)
+    assert "tiles need at least 81920 bytes of shared memory, gfx942 has 65536" in reason
+    assert reasons(TileConfig(128, 256, 8, 1), SM_100) == [], "512 columns"
+    [reason] = reasons(TileConfig(128, 256, 16, 1), SM_100, kernel="grad_query", dim=64)
+    assert "tiles need 704 columns of tensor memory, sm_100 has 512" in reason
+    assert reasons(TileConfig(128, 64, 32, 2), SM_80) == ["num_warps 32 is not a power of two up to 16"]
+    described = TileConfig(64, 32, 4, 2, descriptors=True)
+    assert reasons(described, SM_90) == reasons(described, Target.parse("sm_120")) == []
+    for target, dtype in ((SM_80, HALF), (Target.parse("sm_89"), HALF), (SM_90, FULL), (GFX942, HALF)):
+        assert "descriptors need" in reasons(described, target, dtype=dtype)[0]

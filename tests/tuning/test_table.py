@@ -31,6 +31,8 @@ def test_a_written_table_is_read_back(tmp_path):
     write_table(path, example(3))
     assert read_table(path) == example(3)
     assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o644, "others may read it"
+    assert replace(example(3), entries=dict(reversed(example(3).entries.items()))).text() == example(3).text()
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -61,6 +63,8 @@ CHANGES = {
     "other scales": ({"entries": {"forward/64/query+gradient/long": {}}}, "entries: expected kernel"),
     "lengths": ({"entries": {"forward/64/none/longer": {}}}, "entries: expected kernel"),
     "an entry": ({"entries": {str(KEY): "128"}}, "expected an object with a config"),
+    "a huge target": ({"target": "gfx" + 10**6 * "9"}, "target: expected sm_<number from 70>"),
+    "no field": ({"entries": {str(KEY): {"config": {"block_m": 16}, "source": "static"}}}, "config: expected block_m"),
     "a source": ({"entries": {str(KEY): {"config": asdict(CONFIG), "source": "guess"}}}, "source: expected one of"),
 }
 CONFIGS = {
@@ -92,8 +96,9 @@ def test_faults_of_fields(change, tmp_path):
     fields, message = CHANGES[change]
     path = tmp_path / "a100.json"
     path.write_text(json.dumps(record() | fields), encoding="utf-8")
-    with pytest.raises(TableError, match=message):
+    with pytest.raises(TableError, match=message) as caught:
         read_table(path)
+    assert len(str(caught.value)) < len(str(path)) + 400
 
 
 @pytest.mark.parametrize("change", CONFIGS)

@@ -93,8 +93,7 @@ def test_wrong_usage_is_named_before_any_work(arguments, parts, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "needs"),
-    [("simulate --plot x", "simulate needs tqdm, matplotlib;"), ("train-compare", "sklearn")],
+    ("arguments", "needs"), [("simulate --plot x", "simulate needs tqdm, matplotlib;"), ("train-compare", "sklearn")]
 )
 def test_a_missing_extra_is_named(arguments, needs, monkeypatch, capsys):
     monkeypatch.setattr("tritonattn.cli.options.find_spec", lambda name: None)

@@ -6,12 +6,7 @@ import pytest
 import torch
 
 from tritonattn.lab.simulation import paper
-from tritonattn.lab.simulation.paper import (
-    KEYS,
-    measures_of,
-    operands,
-    softmax_of,
-)
+from tritonattn.lab.simulation.paper import KEYS, measures_of, operands, softmax_of
 
 CPU = torch.device("cpu")
 DIVISORS = {
