@@ -34,6 +34,7 @@ Q = torch.ones(1, 2, 3, 4)
         ("attention_varlen", {"softmax_scale": 0.1}, "attention_varlen: expected scaling="),
         ("attention_decode", {"cache_seqlens": Q}, "attention_decode: expected key_lengths="),
         ("attention_decode", {"is_causal": True}, "attention_decode: expected no is_causal=: a row sees the keys up"),
+        ("attention_decode", {"attn_mask": Q}, "attention_decode: expected key_lengths= ([B]: the number of keys"),
         ("attention_varlen", {"attn_mask": Q}, "attention_varlen() got an unexpected keyword argument 'attn_mask'"),
         ("attention", {"of_none": 1}, "attention() got an unexpected keyword argument 'of_none'"),
         ("attention", {"scaling": [1]}, "scaling: expected a name, a Scaling, a float or a tensor, got list"),

@@ -16,6 +16,7 @@ _HINTS = {
     "is_causal": ("causal", "bottom-right, where PyTorch's is top-left"),
     "causal": ("", "a row sees the keys up to its own"),
     "attn_mask": ("mask", "bool, True is visible; key_lengths and key_ranges cost less"),
+    "mask": ("key_lengths", "[B]: the number of keys of each sequence"),
     "attn_bias": ("key_bias", "a number a key, [B, H, Sk]; for a mask of pairs, mask= (bool, True is visible)"),
     "bias": ("key_bias", "a number a key, [B, H, Sk], added to logits"),
     "alibi_slopes": ("key_bias", "tritonattn.nn.ALiBi(heads)(Sk), in causal attention"),

@@ -32,7 +32,7 @@ def draw_all(findings: Findings, folder: Path) -> list[Path]:
         figures["by_count"] = _lines(findings, findings.by_count(), "count", "keys")
         figures["by_dim"] = _lines(findings, findings.by_dim(), "dim", "head dimension")
         figures["by_keys"] = _by_keys(findings)
-        figures["two_ways"] = _two_ways(findings)
+        figures["two_ways"] = two_ways(findings)
     if findings.verdict:
         figures["verdict"] = _verdict(findings)
     written = []
@@ -139,12 +139,12 @@ def _by_keys(findings: Findings) -> Figure:
     return figure
 
 
-def _two_ways(findings: Findings) -> Figure:
+def two_ways(findings: Findings) -> Figure:
     """Draw every point of the sweep in a panel a mode, those of the others in grey.
 
     A gradient that vanishes at the left is uniform, at the right one-hot.
     """
-    low, high = 1e-10, 10.0
+    low = 1e-10
     xs, ys = {}, {}
     for mode in findings.modes:
         found = [findings.sweep[point, mode] for point in findings.points]
@@ -159,11 +159,12 @@ def _two_ways(findings: Findings) -> Figure:
     for axes, mode in zip(panels.flat, findings.modes, strict=False):
         axes.plot(*everywhere, ".", color=_OTHERS, markersize=2)
         axes.plot(xs[mode], ys[mode], "o", color=COLOURS[2], markersize=3)
-        axes.set(xscale="log", yscale="log", ylim=(low / 3, high))
+        axes.set(xscale="log", yscale="log", ylim=(low / 3, 3 * max(everywhere[1])))
         axes.set_title(mode, fontsize=9)
         axes.grid(alpha=0.3)
-    for axes in panels[-1]:
+    for axes in panels.flat[max(0, len(findings.modes) - panels.shape[1]) : len(findings.modes)]:  # lowest of a column
         axes.set_xlabel("deviation of the logits", fontsize=9)
+        axes.tick_params(labelbottom=True)
     figure.supylabel(f"Jacobian's norm times that deviation; {low:g}: that or less", fontsize=10)
     title = "Two ways for a gradient to vanish: uniform (left) and one-hot (right); every number and kind of keys"
     figure.suptitle(title, fontsize=10)
