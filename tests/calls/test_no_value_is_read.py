@@ -161,6 +161,21 @@ def test_decoding(scaling, kernels):
     assert {"append_keys", "combine_splits"} <= set(kernels)
 
 
+@pytest.mark.parametrize("scaling", sorted(tritonattn.SCALINGS))
+def test_ragged_rows_over_pages(scaling, kernels):
+    q, starts, lengths, table = tensor(S, H, D), integers(B + 1), integers(B), integers(B, 20)
+    k, v = tensor(50, KV, 16, 2 * D).transpose(1, 2).split(D, -1)
+    statistics = tritonattn.PagedKeyStatistics(50, 16, KV, device=CUDA)
+    with reading_fails(), torch.no_grad():
+        statistics.append(tensor(S, KV, D), starts, key_lengths=lengths, block_table=table)
+        for options in ({}, {"statistics": statistics}, {"statistics": statistics, "window": (100, 0)}):
+            options |= {"block_table": table, "scaling": scaling}
+            tritonattn.attention_varlen(q, k, v, starts, starts, 50, 300, causal=True, **options)
+            options |= {"key_lengths": lengths, "query_lengths": lengths}
+            tritonattn.attention_decode(tensor(B, H, 3, D), k, v, **options)
+    assert "attention_forward" in kernels
+
+
 def test_a_value_that_is_read_fails():
     with pytest.raises(pytest.fail.Exception, match="no value to be read"), reading_fails():
         integers(2).sum().item()
