@@ -66,6 +66,17 @@ def varlen(backend: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def ragged(backend: str) -> None:
+    q, k, v = (x.detach()[0].transpose(0, 1) for x in operands(length=32))
+    pages = [x.unflatten(0, (2, 16)).flip(0) for x in (k, v)]
+    rows, keys = (torch.tensor([0, ends], dtype=torch.int32) for ends in (5, 32))
+    options = {"scaling": "key_norm_mean", "causal": True}
+    table = torch.tensor([[1, 0]], dtype=torch.int32)
+    found = attention_varlen(q[27:], *pages, rows, keys, 5, 32, block_table=table, backend=backend, **options)
+    expected = attention_varlen(q[27:], k, v, rows, keys, 5, 32, backend="reference", **options)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 def decode(paged: bool, backend: str) -> None:
     q, k, v = (x.detach() for x in operands(length=32))
     pages = {"block_table": torch.tensor([[0, 1]], dtype=torch.int32)} if paged else {}
@@ -133,8 +144,9 @@ ROWS: dict[str, list[Probe]] = {
     "gradients of q, k, v, `scaling`, `gain`": [
         agrees(scaling=torch.ones(2, 1, requires_grad=True), gain=torch.ones(2, 1, requires_grad=True)),
     ],
-    "`attention_varlen`; `attention_decode`, contiguous and paged": [
+    "`attention_varlen`, `attention_decode`, contiguous and paged": [
         varlen,
+        ragged,
         partial(decode, False),
         partial(decode, True),
     ],
