@@ -10,7 +10,7 @@ import transformers
 
 import tritonattn.huggingface
 
-VOCABULARY, STEPS, TOLERANCE = 512, 24, 1e-2
+VOCABULARY, STEPS, TOLERANCE = 96, 20, 1e-2
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,

@@ -22,9 +22,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from ...calls.decode import attention_decode
+from ...calls.paged_statistics import PagedKeyStatistics
 from ...calls.varlen import attention_varlen
 from . import NAME
-from .settings import call_arguments, layer_settings, saved_settings, with_learned
+from .settings import call_arguments, layer_settings, reads_lengths, saved_settings, with_learned
 
 
 class TritonattnBackend(AttentionBackend):
@@ -68,8 +69,9 @@ class TritonattnMetadata:
     lengths        int32 [decodes + chunks], the sequences' keys, new ones included
     block_table    int32 [decodes + chunks, pages]
     tokens         new tokens of all sequences
-    row_ends       int32 [chunks + 1], 0 and where the rows of each chunk end
-    key_ends       int32 [chunks + 1], likewise of the chunks' keys, old ones included
+    new_ends       int32 [decodes + chunks + 1], 0 and where the new tokens of each sequence end
+    row_ends       int32 [chunks + 1], likewise, counted from the first chunk's
+    key_ends       int32 [chunks + 1], 0 and the running sums of the chunks' keys, old ones included
     longest_rows, longest_keys   bounds on one sequence's
     """
 
@@ -78,6 +80,7 @@ class TritonattnMetadata:
     tokens: int
     lengths: Tensor
     block_table: Tensor
+    new_ends: Tensor
     row_ends: Tensor
     key_ends: Tensor
     longest_rows: int
@@ -102,6 +105,7 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
             tokens=m.num_actual_tokens,
             lengths=m.seq_lens,
             block_table=m.block_table_tensor,
+            new_ends=m.query_start_loc,
             row_ends=m.query_start_loc[decodes:] - rows,
             key_ends=torch.nn.functional.pad(m.seq_lens[decodes:].cumsum(0, dtype=torch.int32), (1, 0)),
             longest_rows=m.max_query_len,
@@ -150,6 +154,9 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             "softcap": logits_soft_cap or None,
         }
         self._sinks = sinks
+        self._moves_pages = config.kv_transfer_config is not None
+        self._reads_lengths = False
+        self._statistics: PagedKeyStatistics | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Find this layer's scaling, now that all layers exist and what they have learned is loaded."""
@@ -166,11 +173,18 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             learned = self.learned.get(saved, {})
             settings = with_learned(settings, saved, learned, get_tensor_model_parallel_rank(), ranks)
         self._options |= call_arguments(settings, self.scale, self.head_size)
+        shape = self.num_heads, self.num_kv_heads, self.head_size
+        self._reads_lengths = reads_lengths(self._options["scaling"], self._options["gain"], shape)
+        if self._reads_lengths and self._moves_pages:
+            raise NotImplementedError(
+                f"kv_transfer_config: expected None for a scaling by key lengths at {name}: they stay where pages were"
+                " written"
+            )
         for key in ("scaling", "gain"):
             if isinstance(self._options[key], (Tensor, torch.nn.Module)):
                 self._options[key] = self._options[key].to(self._device)
         if self._sinks is not None:
-            self._options["sinks"] = self._sinks.float()
+            self._options["sinks"] = self._sinks.detach().float()
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -197,44 +211,32 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         if attn_metadata is None:  # vLLM measures its memory
             return output.fill_(0)
         m, (keys, values) = attn_metadata, self._pages(kv_cache)
+        options = self._options
+        if self._reads_lengths:
+            options = {**options, "statistics": self._grown_statistics(key, keys, m)}
         if n := m.decodes:
-            out = attention_decode(
-                query[:n, :, None],
-                keys,
-                values,
-                key_lengths=m.lengths[:n],
-                block_table=m.block_table[:n],
-                **self._options,
-            )
+            table = m.block_table[:n]
+            rows = query[:n, :, None]  # [sequences, Hq, 1, D]
+            out = attention_decode(rows, keys, values, key_lengths=m.lengths[:n], block_table=table, **options)
             output[:n] = cast(Tensor, out)[:, :, 0]
         if m.chunks:
-            k, v = (_gathered(x, m) for x in (keys, values))
-            output[n : m.tokens] = cast(
-                Tensor,
-                attention_varlen(
-                    query[n : m.tokens],
-                    k,
-                    v,
-                    m.row_ends,
-                    m.key_ends,
-                    m.longest_rows,
-                    m.longest_keys,
-                    causal=True,
-                    **self._options,
-                ),
-            )
+            ends = m.row_ends, m.key_ends, m.longest_rows, m.longest_keys
+            options = {**options, "block_table": m.block_table[n:], "causal": True}
+            output[n : m.tokens] = cast(Tensor, attention_varlen(query[n : m.tokens], keys, values, *ends, **options))
         return output
+
+    def _grown_statistics(self, new: Tensor, pages: Tensor, m: TritonattnMetadata) -> PagedKeyStatistics:
+        """The record of key lengths beside this layer's pages, with the new keys [tokens, Hkv, D]."""
+        blocks, page, kv_heads, _ = pages.shape
+        if self._statistics is None or self._statistics.lengths.shape[0] != blocks:
+            if pages.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"attention_backend {NAME}: expected a step before the first one that is captured")
+            self._statistics = PagedKeyStatistics(blocks, page, kv_heads, device=pages.device)
+        table = {"key_lengths": m.lengths, "block_table": m.block_table}
+        self._statistics.append(new[: m.tokens], m.new_ends, **table)
+        return self._statistics
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """[blocks, Hkv, block, 2 D] of any strides -> keys and values [blocks, block, Hkv, D]."""
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         return keys, values
-
-
-def _gathered(pages: Tensor, m: TritonattnMetadata) -> Tensor:
-    lengths = m.lengths[m.decodes :].tolist()
-    rows = [
-        pages[t[: -(-n // pages.shape[1])].long()].flatten(0, 1)[:n]
-        for t, n in zip(m.block_table[m.decodes :], lengths, strict=True)
-    ]
-    return torch.cat(rows)

@@ -6,8 +6,12 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ...calls.factor import Factor
+from ...core.statistics import Statistics
+from ...core.visibility import Visibility
 from ...huggingface.attention import scaling_arguments
 from ...huggingface.settings import ATTRIBUTE, LayerScaling, Settings, saved_layers
 
@@ -120,3 +124,14 @@ def call_arguments(settings: Settings, scale: float, head_size: int) -> dict[str
     """Arguments of `attention_decode` and `attention_varlen` for a layer that scales by `scale` without a patch."""
     arguments = scaling_arguments(settings, scale, head_size)
     return {**arguments, "backend": settings.backend, "batch_invariant": settings.batch_invariant}
+
+
+def reads_lengths(scaling: Any, gain: Any, shape: tuple[int, int, int]) -> bool:
+    """Whether a scaling takes the lengths of keys, on a CPU; shape is Hq, Hkv, D."""
+    q_heads, kv_heads, head_size = shape
+    read = []
+    q, k = (torch.zeros(1, heads, 1, head_size, dtype=torch.float32, device="cpu") for heads in (q_heads, kv_heads))
+    visibility = Visibility.of(q, k, causal=True)
+    statistics = Statistics(lambda: read.append(True) or k, visibility)
+    Factor.of(scaling, gain, q, (1, q_heads, 1), "[1, Hq, 1]").scales(q, k, visibility, statistics)
+    return bool(read)
