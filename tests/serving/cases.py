@@ -27,7 +27,11 @@ _CONFIGS = {
     "mistral": lambda: transformers.MistralConfig(**_SIZES, sliding_window=24),
     # Every other layer has the window. The factor beside the mode is 1 / sqrt(100), not 1 / sqrt(64).
     "gemma2": lambda: transformers.Gemma2Config(
-        **_SIZES, sliding_window=24, attn_logit_softcapping=5.0, query_pre_attn_scalar=100, final_logit_softcapping=None
+        **_SIZES | {"tie_word_embeddings": True},
+        sliding_window=24,
+        attn_logit_softcapping=5.0,
+        query_pre_attn_scalar=100,
+        final_logit_softcapping=None,
     ),
 }
 
@@ -58,6 +62,8 @@ class Case:
         torch.manual_seed(0)
         config = _CONFIGS[self.model]()
         plain = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        if config.tie_word_embeddings:  # otherwise every model repeats the last token
+            plain.get_input_embeddings().weight.data.mul_(0.1)
         plain.save_pretrained(folder)
         patched = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
         options = dict(self.options)

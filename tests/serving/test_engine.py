@@ -69,7 +69,7 @@ def test_tokens_and_logits_are_those_of_patched_transformers(served, paths):
     assert (wrong, largest < TOLERANCE) == (0, True), largest
     differing, largest = difference(plain, outputs)
     assert differing > STEPS
-    assert largest > 1
+    assert largest > 50 * TOLERANCE
     assert paths["decode"] > 0
     assert paths["later chunk"] > 0
     if llm.llm_engine.vllm_config.speculative_config is not None:
