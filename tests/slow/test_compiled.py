@@ -10,12 +10,16 @@ from tests.compiled.test_loads import CASES as CASES_OF_LOADS
 from tests.compiled.test_loads import QUICK as QUICK_LOADS
 from tests.compiled.test_loads import check_loads
 from tests.support.pairs import in_turn
+from tests.support.versions import OLDER_TRITON
 from tests.tuner.test_static import ENTRIES, check_shipped_entry
-from tritonattn.tuner.static import Compiler, static_table
+from tritonattn.tuner.gate import examine
+from tritonattn.tuner.static import Compiler, keys, static_table
 from tritonattn.tuning.gpus import GPUS
-from tritonattn.tuning.table import Key
+from tritonattn.tuning.lookup import config_for
+from tritonattn.tuning.table import HEAD_DIMS, Key
 
 __all__ = ["pytestmark"]
+ODD = [(gpu, key) for gpu in GPUS for key in keys(head_dims=tuple(dim for dim in HEAD_DIMS if dim % 16))]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in QUICK], ids=str)
@@ -39,6 +43,14 @@ def test_scales_cost_few_instructions(kernel, target, head_dim):
 @pytest.mark.parametrize("position", range(0, len(ENTRIES), 47))
 def test_shipped_entries_pass_the_gate(position):
     check_shipped_entry(position)
+
+
+@pytest.mark.skipif(OLDER_TRITON, reason="the tables are of another compiler's code")
+@pytest.mark.parametrize("position", range(0, len(ODD), 99))
+def test_entries_of_a_padded_width_pass_the_gate(position):
+    gpu, key = ODD[position]
+    config = config_for(key.kernel, key.problem, gpu.target._replace(card=" ".join(gpu.words)))
+    assert examine(key.kernel, key.problem, config, gpu.target).reasons == ()
 
 
 def test_a_static_table_is_the_same_twice():

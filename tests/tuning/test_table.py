@@ -10,10 +10,14 @@ import torch
 from tritonattn.tuner.static import keys
 from tritonattn.tuning import table
 from tritonattn.tuning.config import Problem, Target, TileConfig
-from tritonattn.tuning.table import Entry, Key, Table, TableError, keys_of, read_table, write_table
+from tritonattn.tuning.table import Entry, Key, Table, TableError, read_table, write_table
 
 CONFIG = TileConfig(128, 64, 8, 2)
 KEY = Key("forward", 128, "query", "long")
+
+
+def keys_of(kernel: str, problem: Problem, target: str = "sm_90") -> tuple[Key, ...]:
+    return table.keys_of(kernel, problem, Target.parse(target))
 
 
 def example(entries: int = 1) -> Table:
@@ -147,22 +151,23 @@ def test_the_key_of_a_call():
     assert keys_of("forward", replace(problem, mask=True)) == ()
     assert keys_of("forward", replace(problem, value_dim=272)) == ()
     assert keys_of("forward", replace(problem, value_dim=136)) == ()
-    assert keys_of("forward", replace(problem, value_dim=40, key_scale=True)) == ()
+    assert keys_of("forward", replace(problem, value_dim=40, key_scale=True), "gfx942") == ()
     assert keys_of("forward", replace(problem, head_dim=17, value_dim=144)) == ()
 
 
 @pytest.mark.parametrize(
-    ("sizes", "form", "wanted"),
+    ("sizes", "key_scale", "target", "wanted"),
     [
-        ((72, 72), {}, [72, 128]),
-        ((72, 40), {}, [72, 128]),
-        ((40, 40), {"key_scale": True}, [40]),
-        ((40, 80), {}, [128]),
-        ((104, 104), {}, [128]),
+        ((72, 72), False, "gfx942", [72, 128]),
+        ((72, 40), False, "sm_90", [72, 128]),
+        ((40, 40), True, "sm_90", [40, 64]),
+        ((40, 40), True, "gfx942", [40]),
+        ((40, 80), False, "sm_90", [128]),
+        ((104, 104), False, "sm_90", [128]),
     ],
 )
-def test_a_head_dim_of_models_has_its_own_key_before_that_of_its_padded_width(sizes, form, wanted):
-    found = keys_of("decode", Problem(*sizes, torch.bfloat16, **form))
+def test_a_head_dim_of_models_has_its_own_key_before_that_of_its_padded_width(sizes, key_scale, target, wanted):
+    found = keys_of("decode", Problem(*sizes, torch.bfloat16, key_scale=key_scale), target)
     assert [key.head_dim for key in found] == wanted
 
 

@@ -33,7 +33,7 @@ def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
 
 def find(kernel: str, problem: Problem, target: Target) -> Found:
     """`config_for`, and where it was found. Files are read once a process and target."""
-    for key in () if problem.invariant else keys_of(kernel, problem):
+    for key in () if problem.invariant else keys_of(kernel, problem, target):
         for found in _entries(target).get(key, ()):
             is_rejected = (kernel, problem, target, found.config) in _rejected
             if not is_rejected and not legal_reasons(kernel, found.config, problem, target):

@@ -85,12 +85,12 @@ class Key(NamedTuple):
         )
 
 
-def keys_of(kernel: str, problem: Problem) -> tuple[Key, ...]:
+def keys_of(kernel: str, problem: Problem, target: Target) -> tuple[Key, ...]:
     """The keys of the entries that serve a call, its own before that of its padded width; none: tables leave it out.
 
     Tables leave out fp32, head dims above 256, memory-bound kernels, and calls that take more registers: a mask,
     dropout, and decoding with many rows or from pages. For a head dim that is no multiple of 16 an entry of the padded
-    width serves too, except above 128 and with a key scale, where some of these would spill.
+    width serves too, except above 128 and, on AMD, with a key scale, where some of these would spill.
     """
     is_heavy = problem.mask or problem.dropout or problem.block_table or problem.packed_rows > 16
     if problem.dtype.itemsize != 2 or kernel not in TILED_KERNELS or is_heavy:
@@ -98,7 +98,8 @@ def keys_of(kernel: str, problem: Problem) -> tuple[Key, ...]:
     wider = max(problem.head_dim, problem.value_dim)
     dims = [dim for dim in RANKED_HEAD_DIMS if dim >= wider][:1]
     if problem.head_dim % 16 or problem.value_dim % 16:
-        padded = max(64, problem.width) if problem.width <= 128 and not problem.key_scale else None
+        fits = problem.width <= 128 and not (problem.key_scale and target.backend == "hip")
+        padded = max(64, problem.width) if fits else None
         dims = [dim for dim in HEAD_DIMS if (dim % 16 and dim == wider) or dim == padded]
     return tuple(Key(kernel, dim, _scales(kernel, problem), LENGTHS[not problem.short]) for dim in dims)
 
