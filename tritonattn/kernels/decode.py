@@ -39,7 +39,7 @@ def _load_keys(
         offsets = tl.cast(first, tl.int64) * x.s + tile_offsets(BLOCK_N, COLUMNS, x.s, x.d, WIDE)
         tile = load_tile(x.ptr + offsets, keep, WIDTH, True)
     else:
-        tile = load_paged(x, number, slot, keep, COLUMNS, WIDTH)
+        tile = load_paged(x, number, slot, keep, COLUMNS, WIDTH, WIDE)
     return tile
 
 
@@ -166,7 +166,7 @@ def attention_decode(
         load_key = keep_key
         number, slot = None, None
         if pages is not None:
-            number, slot, load_key = page_slots(pages, offs_key, keep_key)
+            number, slot, load_key = page_slots(pages, offs_key, keep_key, True)
         k_tile = _load_keys(k, first, load_key, number, slot, BLOCK_D, HEAD_DIM, BLOCK_N, WIDE)
         logits = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if key_scale is not None:

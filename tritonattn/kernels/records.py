@@ -82,16 +82,18 @@ class Pages(NamedTuple):
     """Where keys in pages lie: key j of member n is in page table[n, j // size], at j % size.
 
     table          int32 [members, length], contiguous; keys of pages outside [0, count) are zeros
-    size, count    keys of a page, and pages
+    size, count    keys of a page, at least 2, and pages
     length         pages of a member
+    bits           of size - 1
 
-    Arguments hold the numbers in 16ths, as `Scale`; `walk.begin_pages` returns them as they are.
+    The numbers are in 16ths, as those of `Scale`.
     """
 
     table: Any
     size: Any
     count: Any
     length: Any
+    bits: Any
 
 
 class Results(NamedTuple):
@@ -139,6 +141,17 @@ class Place(NamedTuple):
     kv_head: Any
     first_row: Any
     first_key: Any
+
+
+class MemberPages(NamedTuple):
+    """`Pages` of one member, its numbers as they are; j // size is the upper half of j * inverse, shifted right."""
+
+    table: Any
+    size: Any
+    count: Any
+    length: Any
+    inverse: Any
+    shift: Any
 
 
 class View(NamedTuple):

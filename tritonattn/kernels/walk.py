@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .primitives import LOG2_E, load_tile, load_vector, tile_offsets
-from .records import KeyBlock, Pages, Place, Rows, Scale, Strided, Walk
+from .records import KeyBlock, MemberPages, Place, Rows, Scale, Strided, Walk
 
 
 @triton.jit
@@ -32,25 +32,36 @@ def begin_bias(x, batch, kv_head, member, first_key):
 
 @triton.jit
 def begin_pages(pages, member):
-    """The `Pages` of one member, its numbers out of the 16ths that kernels get."""
-    size, count, length = pages.size >> 4, pages.count >> 4, pages.length >> 4
-    return Pages(pages.table + tl.cast(member, tl.int64) * length, size, count, length)
+    """The `MemberPages` of one member. With b bits, floor(j * (floor(2^(31 + b) / size) + 1) / 2^(31 + b)) is j // size
+    for all j < 2^31 (Granlund & Montgomery 1994, "Division by invariant integers using multiplication")."""
+    size, count, length, bits = pages.size >> 4, pages.count >> 4, pages.length >> 4, pages.bits >> 4
+    inverse = (tl.cast(1, tl.int64) << (31 + bits).to(tl.int64)) // size + 1
+    table = pages.table + tl.cast(member, tl.int64) * length
+    return MemberPages(table, size, count, length, inverse.to(tl.uint32), bits - 1)
 
 
 @triton.jit
-def page_slots(pages, offs_key, keep):
-    """(number, slot, is_held) of keys, vectors: their page, their place in it, and whether there is such a page."""
-    index = offs_key // pages.size
-    number = tl.load(pages.table + index, mask=keep & (index < pages.length), other=-1)
+def page_slots(pages, offs_key, keep, MASKED: tl.constexpr):
+    """(number, slot, is_held) of keys, vectors: their page, their place in it, and whether there is such a page.
+
+    Where MASKED, keys that keep drops are in none.
+    """
+    index = (tl.umulhi(offs_key.to(tl.uint32), pages.inverse) >> pages.shift).to(tl.int32)
+    is_listed = index < pages.length
+    if MASKED:
+        is_listed = is_listed & keep
+    number = tl.load(pages.table + index, mask=is_listed, other=-1)
     return number, offs_key - index * pages.size, (number >= 0) & (number < pages.count)
 
 
 @triton.jit
-def load_paged(x, number, slot, is_held, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+def load_paged(x, number, slot, is_held, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr):
     """The tile of keys at slots of numbered pages; x begins with the first slot of page 0 of a head."""
-    row = number.to(tl.int64) * x.b + slot.to(tl.int64) * x.s
-    offsets = row[:, None] + tl.arange(0, COLUMNS).to(tl.int64)[None, :] * x.d
-    return load_tile(x.ptr + offsets, is_held, WIDTH, True)
+    columns = tl.arange(0, COLUMNS)
+    if WIDE:
+        slot, columns = slot.to(tl.int64), columns.to(tl.int64)
+    pointers = (x.ptr + number.to(tl.int64) * x.b)[:, None] + (slot[:, None] * x.s + columns[None, :] * x.d)
+    return load_tile(pointers, is_held, WIDTH, True)
 
 
 @triton.jit
@@ -294,9 +305,9 @@ def walk_keys(
             k = load_rows(keys.k, keys.k_descriptor, k_offsets, batch, head, at, first, load_key, HEAD_DIM, MASKED)
             v = load_rows(keys.v, keys.v_descriptor, v_offsets, batch, head, at, first, load_key, VALUE_DIM, MASKED)
         else:
-            number, slot, is_held = page_slots(pages, offs_key, load_key)
-            k = load_paged(keys.k, number, slot, is_held, q.shape[1], HEAD_DIM)
-            v = load_paged(keys.v, number, slot, is_held, BLOCK_DV, VALUE_DIM)
+            number, slot, is_held = page_slots(pages, offs_key, load_key, MASKED)
+            k = load_paged(keys.k, number, slot, is_held, q.shape[1], HEAD_DIM, WIDE)
+            v = load_paged(keys.v, number, slot, is_held, BLOCK_DV, VALUE_DIM, WIDE)
         logits = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         key_scale = None
         if keys.scale is not None:

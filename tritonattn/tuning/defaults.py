@@ -121,6 +121,8 @@ def default_config(kernel: str, problem: Problem, target: Target) -> TileConfig:
     if problem.dtype == torch.float32:
         return _float32_config(kernel, problem, target, width)
     config = _tiled_config(kernel, problem, target, family, width)
+    if problem.block_table:
+        return _with_page_numbers(kernel, config, problem, target)
     return _lighter(kernel, problem, width, config) if _takes_many_registers(kernel, problem) else config
 
 
@@ -158,6 +160,13 @@ def _tiled_config(kernel: str, problem: Problem, target: Target, family: str, wi
     if described and may_use_descriptors(kernel, problem, target):
         return TileConfig(*described, descriptors=True)
     return TileConfig(*_TILES[family][kernel][width])
+
+
+def _with_page_numbers(kernel: str, config: TileConfig, problem: Problem, target: Target) -> TileConfig:
+    """The same with one stage more for page numbers, where shared memory has room."""
+    longer = replace(config, num_stages=config.num_stages + 1)
+    is_legal = target.backend == "cuda" and not legal_reasons(kernel, longer, problem, target)
+    return longer if is_legal else config
 
 
 def _takes_many_registers(kernel: str, problem: Problem) -> bool:

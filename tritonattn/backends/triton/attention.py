@@ -282,7 +282,8 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
         None if sequences is None else (form_of(sequences.q_starts), form_of(sequences.k_starts), *_lengths(call)),
         (needs, *asked.values()),
     )
-    return kind_of(key, lambda: (problem_of(call, d_out, **asked), is_wide(call.q, call.k, call.v, d_out)))
+    page = 0 if call.block_table is None else call.k.shape[2]
+    return kind_of(key, lambda: (problem_of(call, d_out, **asked), is_wide(call.q, call.k, call.v, d_out, page=page)))
 
 
 def _aligned_copy(tensor: Tensor) -> Tensor:

@@ -134,7 +134,8 @@ def _kind(rows: Rows, aux: bool) -> Kind:
         rows.left,
         aux,
     )
-    return kind_of(key, lambda: (_problem(rows, aux), is_wide(rows.k, rows.v)))
+    page = 0 if rows.block_table is None else rows.k.shape[2]
+    return kind_of(key, lambda: (_problem(rows, aux), is_wide(rows.k, rows.v, page=page)))
 
 
 def _launch(rows: Rows, aux: bool, kind: Kind, chosen: Plan) -> ForwardResult:

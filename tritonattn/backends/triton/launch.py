@@ -269,7 +269,8 @@ def pages_of(block_table: Tensor | None, k: Tensor) -> Pages | None:
     """The record of a block table, int32 [members, max_pages], of pages k [N, Hkv, page, D]."""
     if block_table is None:
         return None
-    return Pages(block_table.contiguous(), 16 * k.shape[2], 16 * k.shape[0], 16 * block_table.shape[1])
+    (count, _, size, _), length = k.shape, block_table.shape[1]
+    return Pages(block_table.contiguous(), 16 * size, 16 * count, 16 * length, 16 * (size - 1).bit_length())
 
 
 def bounded(x: Tensor, highest: int) -> Tensor:
@@ -299,10 +300,11 @@ def kind_of(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> 
     return kind
 
 
-def is_wide(*tensors: Tensor | None) -> bool:
-    """Whether offsets inside one tile can pass 2^31: no tile has more than 1024 rows."""
+def is_wide(*tensors: Tensor | None, page: int = 0) -> bool:
+    """Whether offsets inside one tile, or a page, can pass 2^31: no tile has more than 1024 rows."""
+    rows = max(1024, page)
     for x in tensors:  # no generator: every launch asks
-        if x is not None and 1024 * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31:
+        if x is not None and rows * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31:
             return True
     return False
 
