@@ -1,4 +1,4 @@
-"""Keys in pages on sm_80 and sm_90: the bits of the contiguous form where batch_invariant, and the bound elsewhere."""
+"""Keys in pages on sm_80 and sm_90: the bits of the contiguous form where batch_invariant."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from tests.support.packed import Packed
-from tests.support.paged_calls import paged_call
-from tests.support.pairs import in_turn
+from tests.support.paged_calls import check_appends, paged_call
 from tritonattn.backends import triton as triton_backend
 from tritonattn.tuning import TileConfig
 
@@ -17,21 +16,27 @@ from .executor import GPU
 # From one new token to a whole prompt.
 ROWS = Packed((1, 18, 0, 5), (40, 18, 3, 33), q_tail=2, k_tail=3)
 TILES = {80: TileConfig(16, 16, 1, 3), 90: TileConfig(64, 16, 4, 2)}
-FORMS = {
-    "plain": {"dims": (64, 64), "heads": (4, 2)},
-    "wide heads, a lost page": {"dims": (128, 128), "lost": (3, 1), "terms": ("key_scale",)},
-    "a window": {"window": (17, None), "terms": ("query_scale", "sinks"), "dims": (40, 24)},
-    "every term": {"terms": ("query_scale", "key_scale", "key_bias", "sinks"), "softcap": 1.5},
+EVERY_TERM = {"terms": ("query_scale", "key_scale", "key_bias", "sinks"), "softcap": 1.5}
+CASES = {
+    "key heads shared": (80, torch.bfloat16, 16, {"dims": (64, 64), "heads": (4, 2)}),
+    "wide heads, a lost page": (90, torch.float16, 64, {"dims": (128, 128), "lost": (3, 0), "terms": ("key_scale",)}),
+    "a window, every term": (90, torch.bfloat16, 21, {"dims": (40, 24), "window": (17, None), **EVERY_TERM}),
 }
 
 
-@in_turn(form=FORMS, page=[16, 21, 64], invariant=[True, False], dtype=[torch.bfloat16, torch.float16], on=[80, 90])
-def test_pages(form, page, invariant, dtype, on, emulate):
-    """The executor reports reads outside of tensors, so that slots without keys, which are NaN, are not the only test."""
-    executor = emulate(GPU(on, descriptors=on == 90), TILES[on])
-    calls = paged_call(ROWS, dtype, page, causal=True, invariant=invariant, **FORMS[form])
+@pytest.mark.parametrize("name", CASES)
+def test_pages(name, emulate):
+    """The contiguous keys are loaded by descriptors on sm_90."""
+    capability, dtype, page, form = CASES[name]
+    executor = emulate(GPU(capability, descriptors=capability == 90), TILES[capability])
+    calls = paged_call(ROWS, dtype, page, causal=True, invariant=True, **form)
     found, expected = (triton_backend.forward(call, aux=True) for call in calls)
     assert executor.launched == ["attention_forward"] * 2
-    for name, result in found._asdict().items():
-        other = getattr(expected, name)
-        assert torch.equal(result, other) if invariant else (result - other).abs().max() < 1e-2, name
+    for result, other in zip(found, expected, strict=True):
+        assert torch.equal(result, other)
+
+
+def test_appended_lengths(emulate):
+    executor = emulate(GPU(90))
+    check_appends(torch.bfloat16, 24)
+    assert executor.launched == ["key_lengths", "append_to_pages"] * 4

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+import tritonattn
 from tests.support.packed import Packed, offsets
+from tests.support.pages import WILD
+from tritonattn.backends import triton as triton_backend
+from tritonattn.calls import paged_statistics
 from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.sequences import Sequences
 from tritonattn.core.visibility import Visibility
-
-WILD = (-1, 1 << 30)
 
 
 def paged_call(
@@ -74,3 +77,28 @@ def paged_call(
     whole = AttentionCall(q, k, v, visibility, logits)
     k_pages, v_pages = (x.transpose(1, 2) for x in memory.split(dims, -1))
     return replace(whole, k=k_pages, v=v_pages, block_table=table.to(device, torch.int32)), whole
+
+
+def check_appends(dtype: torch.dtype, head_dim: int, device: torch.device | str = "cpu") -> None:
+    """Enter keys by the kernel, at once and in pieces: the same bits, and torch's values; other places stay."""
+    random, page, kv_heads, lengths = torch.Generator().manual_seed(0), 16, 17, (40, 3, 21)
+    keys = [torch.randn(count, kv_heads, head_dim, generator=random).to(device, dtype) for count in lengths]
+    keys[0][30, 1], keys[2][5, 2] = torch.nan, 0
+    table = torch.randperm(9, generator=random).view(3, 3).int().to(device)
+    found = []
+    for pieces in ([lengths], [(1, 0, 20), (16, 3, 0), (23, 0, 1)]):
+        ours, theirs = (tritonattn.PagedKeyStatistics(9, page, kv_heads, device=device) for _ in range(2))
+        held = [0, 0, 0]
+        for piece in pieces:
+            new = torch.cat([x[at : at + count] for x, at, count in zip(keys, held, piece, strict=True)])
+            held = [at + count for at, count in zip(held, piece, strict=True)]
+            new = torch.cat([new, torch.full_like(new[:2], torch.nan)])  # of no sequence
+            after = torch.tensor(held, device=device)
+            triton_backend.append_to_pages(new, offsets(piece).to(device), after, table, page, ours._buffers())
+            with patch.object(paged_statistics, "kernels_take", lambda _: False):
+                theirs.append(new, offsets(piece).to(device), key_lengths=after, block_table=table)
+        found.append(ours._buffers())
+        for buffer, other in zip(found[-1], theirs._buffers(), strict=True):
+            torch.testing.assert_close(buffer[:-1], other[:-1], rtol=1e-6, atol=0, equal_nan=True)
+    for whole, pieced in zip(*found, strict=True):
+        assert torch.equal(whole.nan_to_num(-1.0), pieced.nan_to_num(-1.0))

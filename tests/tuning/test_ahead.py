@@ -139,6 +139,13 @@ def append() -> None:
     triton_backend.append_keys(torch.zeros(2, 2, 16, 64, dtype=HALF), None, buffers)
 
 
+def append_in_pages() -> None:
+    statistics = tritonattn.PagedKeyStatistics(9, 20, 2)
+    table, ends = torch.zeros(1, 3, dtype=torch.int32), torch.tensor([0, 5], dtype=torch.int32)
+    k, lengths = torch.zeros(5, 2, 64, dtype=HALF), torch.tensor([33])
+    triton_backend.append_to_pages(k, ends, lengths, table, statistics.page, statistics._buffers())
+
+
 def largest() -> None:
     q, k, v = (tensor(2, 2, 64, 64) for _ in range(3))
     tritonattn.attention(q, k, v, scaling="key_norm_max", causal=True, backend="triton").sum().backward()
@@ -192,6 +199,7 @@ CALLS: dict[str, tuple[Callable[[], None], list[tuple[str, Problem]]]] = {
         lambda: decode(None),
         [*both(Problem(64, 64, HALF, query_scale=True, grouped=True), "decode", "decode_combine")],
     ),
+    "append in pages": (append_in_pages, both(STREAMING, "append_to_pages")),
     "append": (append, both(Problem(64, 64, HALF), "append_keys")),
     "pages": (
         lambda: decode(16),

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.autograd import runs_eagerly
 from ..core.packing import Places
 from ..core.pages import PageTable
 from ..core.sequences import Sequences
 from ..core.statistics import key_lengths_of
+from ..ops import append_to_pages
 from .checks import FLOATS, check_count, check_device, check_integers, check_tensor, kind_of, shape_of, values_are_read
+from .dispatch import kernels_take
 from .key_statistics import extended
 from .page_checks import SMALLEST_PAGE, check_block_table, check_page_numbers, check_record
 from .varlen_checks import check_offset_values, check_offsets
@@ -112,6 +115,14 @@ class PagedKeyStatistics:
         total, (sequences, _) = k_new.shape[0], block_table.shape
         if total == 0 or block_table.numel() == 0:
             return
+        fits = self._lengths.dtype == torch.float32 and k_new.numel() > 0
+        if (
+            fits
+            and kernels_take(k_new[None])
+            and runs_eagerly(k_new, cu_seqlens, key_lengths, block_table, self._lengths)
+        ):
+            if append_to_pages(k_new, cu_seqlens, key_lengths, block_table, self.page, self._buffers()):
+                return
         longest = int(cu_seqlens.diff().max()) if values_are_read(cu_seqlens) else total
         packed = Sequences.of(cu_seqlens, cu_seqlens, total, total, longest, longest)
         new = Places(packed.q_starts.long(), longest, total)
@@ -128,9 +139,11 @@ class PagedKeyStatistics:
         totals = extended(held, new.unpacked(lengths))  # [B, Hkv, longest]
         slot = torch.where(found, page * self.page + place, self.pages * self.page)
         self._lengths.index_copy_(0, slot, lengths[0].T)
-        buffers = (self._length_sums, self._square_sums, self._length_maxima)
-        for buffer, values in zip(buffers, totals, strict=True):
+        for buffer, values in zip(self._buffers()[1:], totals, strict=True):
             buffer.index_copy_(0, slot, new.packed(values)[0].T)
+
+    def _buffers(self) -> tuple[Tensor, ...]:
+        return self._lengths, self._length_sums, self._square_sums, self._length_maxima
 
     def _check(self, k_new: Any, cu_seqlens: Any, key_lengths: Any, block_table: Any) -> None:
         kv_heads = self._lengths.shape[1]

@@ -4,7 +4,7 @@ from .decode import attention_decode, combine_splits
 from .forward import attention_forward
 from .grad_key_value import attention_grad_key_value
 from .grad_query import attention_grad_query
-from .key_statistics import append_keys, key_lengths, key_statistics_grad, prefix_sums
+from .key_statistics import append_keys, append_to_pages, key_lengths, key_statistics_grad, prefix_sums
 from .ranges import argmax_of_ranges, keys_seen, rows_of_key_block
 from .row_terms import attention_row_terms
 
@@ -19,6 +19,7 @@ KERNELS = {
     "prefix_sums": prefix_sums,
     "key_statistics_grad": key_statistics_grad,
     "append_keys": append_keys,
+    "append_to_pages": append_to_pages,
     "row_bounds": rows_of_key_block,
     "keys_seen": keys_seen,
     "argmax_of_ranges": argmax_of_ranges,

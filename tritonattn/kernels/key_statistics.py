@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .primitives import LENGTHS, load_tile, program_position, store_tile, tile_offsets
-from .walk import begin, in_vectors
+from .walk import begin, begin_pages, in_vectors, page_slots
 
 # Below fp32's smallest normal number a length counts as 0.
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -154,6 +154,69 @@ def append_keys(
         maximum = tl.reduce(highest, 0, _larger)
     if head == 0:
         tl.store(buffers.counts_after + batch, held + new)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def append_to_pages(
+    new_lengths_ptr,
+    starts_ptr,
+    key_lengths_ptr,
+    pages,
+    buffers,
+    k_len,
+    kv_heads,
+    first_head,
+    first_member,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Enter the newest keys of one sequence, for BLOCK_M heads, in the buffers of a `PagedKeyStatistics`.
+
+    Grid: (blocks of Hkv, 1, B). new_lengths fp32 [Hkv, k_len], contiguous; starts int32 [B + 1], where the sequences'
+    new keys begin and end among the k_len, clamped; key_lengths int32 [B], with the new keys; pages `Pages` of the
+    sequences; the buffers, counts None, [N * page, Hkv] contiguous. Keys without a page are dropped.
+
+    Sums go on key by key from the entry of the last old key: their bits do not depend on how keys are cut into calls.
+    """
+    block, _, member = program_position(first_head, first_member, LAST_FIRST=False)
+    heads = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    keep_head = heads < kv_heads
+    start = tl.minimum(tl.maximum(tl.load(starts_ptr + member), 0), k_len)
+    new = tl.minimum(tl.maximum(tl.load(starts_ptr + member + 1), start), k_len) - start
+    held = tl.load(key_lengths_ptr + member) - new
+    pages = begin_pages(pages, member)
+    last = held - 1 + tl.arange(0, 1)
+    last_number, last_slot, has_last = page_slots(pages, last, last >= 0, True)
+    entry = (last_number.to(tl.int64) * pages.size + last_slot) * kv_heads + heads
+    keep_entry = has_last & keep_head
+    length_sum = tl.load(buffers.length_sums + entry, mask=keep_entry, other=0.0)
+    square_sum = tl.load(buffers.square_sums + entry, mask=keep_entry, other=0.0)
+    maximum = tl.load(buffers.length_maxima + entry, mask=keep_entry, other=0.0)
+    order = tl.arange(0, BLOCK_N)
+    for first in range(0, new, BLOCK_N):
+        offs_key = held + first + order
+        keep_key = (first + order < new) & (offs_key >= 0)
+        number, slot, is_held = page_slots(pages, offs_key, keep_key, True)
+        entries = (number.to(tl.int64) * pages.size + slot)[:, None] * kv_heads + heads[None, :]
+        keep = is_held[:, None] & keep_head[None, :]
+        length_ptrs = new_lengths_ptr + heads.to(tl.int64)[None, :] * k_len + (start + first + order)[:, None]
+        lengths = tl.load(length_ptrs, mask=keep, other=0.0)
+        length_sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float64)
+        square_sums, maxima = length_sums, lengths
+        for row in range(0, tl.minimum(BLOCK_N, new - first)):
+            is_row = (order == row)[:, None]
+            length = tl.sum(tl.where(is_row, lengths, 0.0), 0)
+            wide_length = length.to(tl.float64)
+            length_sum += wide_length
+            square_sum += wide_length * wide_length
+            maximum = _larger(maximum, length)
+            length_sums = tl.where(is_row, length_sum[None, :], length_sums)
+            square_sums = tl.where(is_row, square_sum[None, :], square_sums)
+            maxima = tl.where(is_row, maximum[None, :], maxima)
+        tl.store(buffers.lengths + entries, lengths, mask=keep)
+        tl.store(buffers.length_sums + entries, length_sums, mask=keep)
+        tl.store(buffers.square_sums + entries, square_sums, mask=keep)
+        tl.store(buffers.length_maxima + entries, maxima, mask=keep)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -117,7 +117,7 @@ class RowTerms(NamedTuple):
 
 
 class KeyBuffers(NamedTuple):
-    """The buffers of a `KeyStatistics`: `key_statistics.append_keys`."""
+    """The buffers of a `KeyStatistics`, or, without counts, of a `PagedKeyStatistics`: `key_statistics`."""
 
     counts: Any
     counts_after: Any

@@ -9,6 +9,6 @@ and spares the time of the dispatcher; compilers, transforms and dispatch modes 
 
 from .attend import attention
 from .decode import decode
-from .key_statistics import KernelStatistics, append_keys
+from .key_statistics import KernelStatistics, append_keys, append_to_pages
 
-__all__ = ["KernelStatistics", "append_keys", "attention", "decode"]
+__all__ = ["KernelStatistics", "append_keys", "append_to_pages", "attention", "decode"]

@@ -72,10 +72,21 @@ class KernelStatistics(Statistics):
 
 def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> bool:
     """Append keys by the "triton" backend's kernel; return False where a CUDA graph's capture forbids to compile it."""
+    return _is_compiled(lambda: kernels().append_keys(k, new_counts, buffers))
+
+
+def append_to_pages(
+    k: Tensor, cu_seqlens: Tensor, key_lengths: Tensor, block_table: Tensor, page: int, buffers: tuple[Tensor, ...]
+) -> bool:
+    """The same for keys k [T, Hkv, D] in pages."""
+    return _is_compiled(lambda: kernels().append_to_pages(k, cu_seqlens, key_lengths, block_table, page, buffers))
+
+
+def _is_compiled(launch: Callable[[], None]) -> bool:
     from ..backends.triton.device import NotCompiledError
 
     try:
-        kernels().append_keys(k, new_counts, buffers)
+        launch()
     except NotCompiledError:
         return False
     return True

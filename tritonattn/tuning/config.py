@@ -20,6 +20,7 @@ STREAMING_KERNELS = (
     "prefix_sums",
     "key_statistics_grad",
     "append_keys",
+    "append_to_pages",
     "row_bounds",
     "keys_seen",
     "argmax_of_ranges",

@@ -2,11 +2,12 @@
 
 from .attention import backward, forward, problem_of
 from .decode import are_few_rows, attend_few_rows, decode
-from .key_statistics import append_keys, key_lengths, key_lengths_backward
+from .key_statistics import append_keys, append_to_pages, key_lengths, key_lengths_backward
 from .ranges import argmax_over_ranges, prefix_sums, seen_keys
 
 __all__ = [
     "append_keys",
+    "append_to_pages",
     "are_few_rows",
     "argmax_over_ranges",
     "attend_few_rows",

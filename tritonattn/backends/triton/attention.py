@@ -349,7 +349,7 @@ def _call_arguments(call: AttentionCall) -> Arguments:
         "logit_terms": logit_terms_of(call.logits),
         "dropout": DropoutState(None, 1.0) if dropout is None else DropoutState(dropout.state, 1 / (1 - dropout.p)),
         "keep_from": 0 if dropout is None else dropout.threshold - 2**31,
-        "pages": pages_of(call.block_table, call.k),
+        "pages": pages_of(call.block_table, call.k.shape[0], call.k.shape[2]),
         "q_heads": visible.q_heads,
         "group": visible.q_heads // visible.kv_heads,
     }

@@ -23,7 +23,7 @@ from ...tuning.defaults import default_config
 from .attention import backward, forward
 from .decode import Rows, attend
 from .device import Arguments, binder, compile_options
-from .key_statistics import append_keys, key_lengths, key_lengths_backward
+from .key_statistics import append_keys, append_to_pages, key_lengths, key_lengths_backward
 from .launch import Launch, overriding, recording
 from .ranges import argmax_over_ranges, prefix_sums, range_arguments, rows_of_key_blocks, seen_keys
 
@@ -242,6 +242,15 @@ def _append_keys(problem: Problem) -> None:
     append_keys(k[:, :, :16], None, (counts, *sums))
 
 
+def _append_to_pages(problem: Problem) -> None:
+    batch, heads, capacity = _keys(problem)[0].shape[:3]
+    dtypes = (torch.float32, torch.float64, torch.float64, torch.float32)
+    buffers = tuple(_tensor(batch * capacity + 1, heads, dtype=dtype) for dtype in dtypes)
+    k, ends = _tensor(capacity, heads, problem.head_dim), _tensor(batch + 1, dtype=torch.int32)
+    table = _tensor(batch, capacity // _PAGE, dtype=torch.int32)
+    append_to_pages(k, ends, _tensor(batch, dtype=torch.int32), table, _PAGE, buffers)
+
+
 def _prefix_sums(problem: Problem) -> None:
     prefix_sums(_tensor(*_keys(problem)[0].shape[:3]))
 
@@ -272,6 +281,7 @@ _LAUNCHERS: dict[str, Callable[[Problem], object]] = {
     "prefix_sums": _prefix_sums,
     "key_statistics_grad": _key_lengths_backward,
     "append_keys": _append_keys,
+    "append_to_pages": _append_to_pages,
     "row_bounds": _rows_of_key_blocks,
     "keys_seen": _seen_keys,
     "argmax_of_ranges": _argmax_over_ranges,

@@ -216,7 +216,7 @@ def _arguments(rows: Rows) -> Arguments:
             None if ranges is None else bounded(ranges, rows.capacity).contiguous(),
         ),
         "query_lengths": None if new is None else new.int().contiguous(),
-        "pages": pages_of(rows.block_table, rows.k),
+        "pages": pages_of(rows.block_table, rows.k.shape[0], rows.k.shape[2]),
         "left": None if rows.left is None else min(rows.left, rows.capacity),
         "q_len": q_len,
         "capacity": rows.capacity,

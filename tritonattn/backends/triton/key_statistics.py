@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ...kernels.records import KeyBuffers
 from ...tuning.config import Problem
-from .launch import Arguments, are_aligned, form_of, is_wide, kind_of, plan, strided
-from .ranges import seen_bytes
+from .launch import Arguments, are_aligned, form_of, is_wide, kind_of, pages_of, plan, strided
+from .ranges import NO_HEADS, seen_bytes
 
 # Up to this many new keys, the program of a head computes lengths while it adds up; for more, a pass before does.
 _FEW_KEYS = 64
@@ -55,6 +55,34 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
     }
     _launch_keys("append_keys", arguments, k)
     counts.copy_(counts_after)
+
+
+def append_to_pages(
+    k: Tensor,
+    cu_seqlens: Tensor,
+    key_lengths_after: Tensor,
+    block_table: Tensor,
+    page: int,
+    buffers: tuple[Tensor, ...],
+) -> None:
+    """Enter the keys k [T, Hkv, D] in the buffers [N * page + 1, Hkv] of a fp32 `PagedKeyStatistics`, as its `append`.
+
+    buffers   lengths, length_sums, square_sums, length_maxima; the last row of each is left alone
+    """
+    total, kv_heads, _ = k.shape
+    arguments: Arguments = {
+        "new_lengths_ptr": key_lengths(k.transpose(0, 1)[None], None),
+        "starts_ptr": cu_seqlens.int().contiguous(),
+        "key_lengths_ptr": key_lengths_after.int().contiguous(),
+        "pages": pages_of(block_table, (buffers[0].shape[0] - 1) // page, page),
+        "buffers": KeyBuffers(None, None, *buffers),
+        "k_len": total,
+        "kv_heads": kv_heads,
+    }
+    kind = kind_of((form_of(block_table), page), lambda: (NO_HEADS, False))
+    chosen = plan("append_to_pages", kind.problem, k.device)
+    grid = (-(-kv_heads // chosen.config.block_m), 1, len(key_lengths_after))
+    chosen.launch(grid, arguments, False, kind)
 
 
 def _with_usual_strides(k: Tensor) -> Tensor:

@@ -265,11 +265,11 @@ def logit_terms_of(logits: Logits) -> LogitTerms:
     return LogitTerms(float(logits.scale), softcap, None if logits.sinks is None else logits.sinks.contiguous())
 
 
-def pages_of(block_table: Tensor | None, k: Tensor) -> Pages | None:
-    """The record of a block table, int32 [members, max_pages], of pages k [N, Hkv, page, D]."""
+def pages_of(block_table: Tensor | None, count: int, size: int) -> Pages | None:
+    """The record of a block table, int32 [members, max_pages], of `count` pages of `size` keys."""
     if block_table is None:
         return None
-    (count, _, size, _), length = k.shape, block_table.shape[1]
+    length = block_table.shape[1]
     return Pages(block_table.contiguous(), 16 * size, 16 * count, 16 * length, 16 * (size - 1).bit_length())
 
 

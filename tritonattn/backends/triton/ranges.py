@@ -10,7 +10,7 @@ from ...kernels.records import Ranges
 from ...tuning.config import Problem
 from .launch import Arguments, Plan, bounded, kind_of, plan
 
-_NO_HEADS = Problem(1, 1, torch.float32)
+NO_HEADS = Problem(1, 1, torch.float32)
 
 
 def prefix_sums(addends: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def prefix_sums(addends: Tensor) -> Tensor:
     batch, heads, count = addends.shape
     sums = torch.empty((batch, heads, count + 1), dtype=torch.float64, device=addends.device)
     arguments = {"addends_ptr": addends.contiguous(), "sums_ptr": sums, "addends_len": count, "q_heads": heads}
-    kind = kind_of((addends.dtype,), lambda: (_NO_HEADS, False))
+    kind = kind_of((addends.dtype,), lambda: (NO_HEADS, False))
     _plan("prefix_sums", addends.device).launch((1, heads, batch), arguments, False, kind)
     return sums
 
@@ -95,4 +95,4 @@ def seen_bytes(seen: Tensor, k: Tensor) -> Tensor:
 
 def _plan(kernel: str, device: torch.device) -> Plan:
     """The plan of a pass over ranges, which has no head dim and no options."""
-    return plan(kernel, _NO_HEADS, device)
+    return plan(kernel, NO_HEADS, device)
