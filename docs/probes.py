@@ -151,7 +151,7 @@ ROWS: dict[str, list[Probe]] = {
         partial(decode, True),
     ],
     "autocast, `torch.compile`, `torch.func.grad`, `vmap`": [autocast, compiled, transformed],
-    "`batch_invariant`": [invariant],
+    "`batch_invariant` (`sdpa`: on a CPU)": [invariant],
     "gradients of gradients": [second_order],
 }
 
