@@ -206,7 +206,7 @@ def test_the_operator_passes_opcheck(monkeypatch):
     seen, run = [], attend.attention
     monkeypatch.setattr(tritonattn.ops, "attention", lambda call, *rest: seen.append(call) or run(call, *rest))
     attention_varlen(**PagedBatch(ROWS, KEYS).arguments(), scaling="cosine", causal=True)
-    flat = attend._Flat.of(seen[0], "sdpa", aux=True, keep_rounding=False)
+    flat = attend.FlatCall.of(seen[0], "sdpa", aux=True, keep_rounding=False)
     opcheck(torch.ops.tritonattn.forward.default, tuple(flat))
 
 

@@ -147,8 +147,8 @@ def operators(rank: int) -> dict[str, float]:
         pairs += [(got, want) for got, want in zip(gradients, theirs, strict=True) if want.any()]
         errors[f"{name} {case}"] = max(_error(*pair) for pair in pairs)
 
-    def flat(case: str, aux: bool = False) -> attend._Flat:
-        return attend._Flat.of(example(**CALLS[case]), "sdpa", aux, False)
+    def flat(case: str, aux: bool = False) -> attend.FlatCall:
+        return attend.FlatCall.of(example(**CALLS[case]), "sdpa", aux, False)
 
     for case, options in CALLS.items():
         place = heads if "sequences" in options else both

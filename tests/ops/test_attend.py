@@ -46,14 +46,14 @@ opcheck_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a
 @opcheck_reads_grad
 @in_turn(case=CALLS, aux=[False, True], keep_rounding=[True, False])
 def test_forward_passes_opcheck(case, aux, keep_rounding):
-    flat = attend._Flat.of(rounded_call(case, keep_rounding), "sdpa", aux, keep_rounding)
+    flat = attend.FlatCall.of(rounded_call(case, keep_rounding), "sdpa", aux, keep_rounding)
     opcheck(torch.ops.tritonattn.forward.default, tuple(flat))
 
 
 @in_turn(case=CALLS, keep_rounding=[False, True])
 def test_backward_passes_opcheck(case, keep_rounding):
     call = rounded_call(case, keep_rounding)
-    flat = attend._Flat.of(call, "sdpa", False, keep_rounding)
+    flat = attend.FlatCall.of(call, "sdpa", False, keep_rounding)
     detached = [x.detach() if isinstance(x, Tensor) else x for x in flat]
     out, lse, *_ = (x if x is None else x.detach() for x in ops.attention(call, "sdpa", False))
     present = [x is not None for x in flat[: len(FIELDS)]]
@@ -80,7 +80,7 @@ def test_the_operator_itself_differentiates(case):
     call = rounded_call(case, keep_rounding=True)
     leaves = tuple(differentiable(call).values())
     wanted = torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), leaves)
-    out, lse, *_ = torch.ops.tritonattn.forward(*attend._Flat.of(call, "sdpa", False, True))
+    out, lse, *_ = torch.ops.tritonattn.forward(*attend.FlatCall.of(call, "sdpa", False, True))
     result = ForwardResult(out, lse)
     for ours, expected in zip(torch.autograd.grad(loss(result), leaves), wanted, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=0)

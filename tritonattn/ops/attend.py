@@ -1,11 +1,11 @@
-"""`tritonattn::forward` and `tritonattn::backward`: an attention call laid out flat, and its gradients."""
+"""`tritonattn::forward` and `tritonattn::backward`: an attention call and its gradients as operators."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,100 +21,12 @@ from ..core.autograd import (
     runs_eagerly,
     without_autocast,
 )
-from ..core.call import AttentionCall, ForwardResult, Gradients, Logits, Needs
-from ..core.dropout import Dropout
-from ..core.sequences import Sequences
-from ..core.visibility import Visibility
+from ..core.call import AttentionCall, ForwardResult, Gradients, Needs
+from .flat import GRADIENTS, TENSORS, FlatCall
 from .mapping import in_a_loop, in_one_batch
 from .schema import arguments_of, operator
 
-
-class _Flat(NamedTuple):
-    """An AttentionCall as the arguments of an operator; the first fields are those of Gradients."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    query_scale: Tensor | None
-    key_scale: Tensor | None
-    key_bias: Tensor | None
-    sinks: Tensor | None
-    key_lengths: Tensor | None
-    key_ranges: Tensor | None
-    mask: Tensor | None
-    q_starts: Tensor | None
-    k_starts: Tensor | None
-    dropout_state: Tensor | None
-    block_table: Tensor | None
-    scale: float
-    left: int | None
-    right: int | None
-    longest_q: int
-    longest_k: int
-    k_len: int
-    softcap: float | None
-    dropout_p: float
-    invariant: bool
-    aux: bool
-    keep_rounding: bool
-    backend: str
-
-    @classmethod
-    def of(cls, call: AttentionCall, backend: str, aux: bool, keep_rounding: bool) -> _Flat:
-        visible, sequences, dropout = call.visibility, call.visibility.sequences, call.dropout
-        return cls(
-            call.q,
-            call.k,
-            call.v,
-            call.logits.query_scale,
-            call.logits.key_scale,
-            call.logits.key_bias,
-            call.logits.sinks,
-            key_lengths=visible.key_lengths,
-            key_ranges=visible.key_ranges,
-            mask=visible.mask,
-            q_starts=None if sequences is None else sequences.q_starts,
-            k_starts=None if sequences is None else sequences.k_starts,
-            dropout_state=None if dropout is None else dropout.state,
-            block_table=call.block_table,
-            scale=call.logits.scale,
-            left=visible.left,
-            right=visible.right,
-            longest_q=0 if sequences is None else sequences.longest_q,
-            longest_k=0 if sequences is None else sequences.longest_k,
-            k_len=visible.k_len,
-            softcap=call.logits.softcap,
-            dropout_p=0.0 if dropout is None else dropout.p,
-            invariant=call.invariant,
-            aux=aux,
-            keep_rounding=keep_rounding,
-            backend=backend,
-        )
-
-    def call(self) -> AttentionCall:
-        sequences = None
-        if self.q_starts is not None and self.k_starts is not None:
-            sequences = Sequences(self.q_starts, self.k_starts, self.longest_q, self.longest_k)
-        visibility = Visibility.of_shapes(
-            self.q.shape,
-            torch.Size((*self.k.shape[:2], self.k_len, self.k.shape[3])),
-            self.q.device,
-            window=(self.left, self.right),
-            key_lengths=self.key_lengths,
-            key_ranges=self.key_ranges,
-            mask=self.mask,
-            sequences=sequences,
-            invariant=self.invariant,
-        )
-        logits = Logits(self.scale, self.query_scale, self.key_scale, self.key_bias, self.softcap, self.sinks)
-        dropout = None if self.dropout_state is None else Dropout(self.dropout_p, self.dropout_state)
-        return AttentionCall(self.q, self.k, self.v, visibility, logits, dropout, block_table=self.block_table)
-
-
-# The first fields of _Flat can have a gradient, and more of them are tensors.
-_GRADIENTS = len(Gradients._fields)
-_TENSORS = _Flat._fields.index("scale")
-_CALL = arguments_of(_Flat)
+_CALL = arguments_of(FlatCall)
 _Wide = tuple[Tensor | None, Tensor | None]  # wide_q and wide_k of an AttentionCall
 _NOT_WIDE: _Wide = (None, None)
 
@@ -127,9 +39,9 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     tensors = call.tensors
     keep_rounding = call.v.dtype.itemsize == 2 and (is_transformed() or needs_graph(*tensors))
     if not runs_eagerly(*tensors):
-        results = _Attention.apply(*_Flat.of(_without_repeats(_with_values(call)), backend, aux, keep_rounding))
+        results = _Attention.apply(*FlatCall.of(_without_repeats(_with_values(call)), backend, aux, keep_rounding))
     elif needs_graph(*tensors):
-        results = apply_with_graph(_EagerAttention, *tensors, _Flat.of(call, backend, aux, keep_rounding), call)
+        results = apply_with_graph(_EagerAttention, *tensors, FlatCall.of(call, backend, aux, keep_rounding), call)
     else:
         return _forward(call, backend, aux, has_graph=False)
     return ForwardResult(*results[: 4 if aux else 2])
@@ -137,7 +49,7 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
 
 def forward_pass(call: AttentionCall, backend: str, aux: bool, keep_rounding: bool) -> tuple[Tensor, ...]:
     """out, lse, max_logit, entropy and rounding, without a graph: tensors of size 0 for those not asked for."""
-    flat = _Flat.of(call, backend, aux, keep_rounding)
+    flat = FlatCall.of(call, backend, aux, keep_rounding)
     return _forward_of(flat, call) if runs_eagerly(*call.tensors) else _forward_operator(*flat)
 
 
@@ -152,7 +64,7 @@ def backward_pass(
     """Gradients of a call whose `forward_pass` returned `results`: out, lse, and rounding where it was kept."""
     if runs_eagerly(*call.tensors, d_out, d_lse):
         return _backward(call, backend, results, d_out, d_lse, needs)
-    flat = _Flat.of(call, backend, aux=False, keep_rounding=results[2] is not None)
+    flat = FlatCall.of(call, backend, aux=False, keep_rounding=results[2] is not None)
     filled = _backward_operator(*flat, *results, d_out, d_lse, list(needs))
     return Gradients(*(gradient if need else None for gradient, need in zip(filled, needs, strict=True)))
 
@@ -211,7 +123,7 @@ def _forward(
         return kernels().forward(call, aux, rounding)
 
 
-def _forward_of(flat: _Flat, call: AttentionCall) -> tuple[Tensor, ...]:
+def _forward_of(flat: FlatCall, call: AttentionCall) -> tuple[Tensor, ...]:
     """Compute the results of the operator, with tensors of size 0 for those that are absent."""
     q, v = flat.q, flat.v
     rounding = v.new_empty((*q.shape[:3], v.shape[3]), dtype=torch.int8) if flat.keep_rounding else None
@@ -270,13 +182,13 @@ def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...
 
 @operator("forward", _CALL, "(Tensor out, Tensor lse, Tensor max_logit, Tensor entropy, Tensor rounding)")
 def _forward_operator(*arguments):
-    flat = _Flat(*arguments)
+    flat = FlatCall(*arguments)
     return _forward_of(flat, flat.call())
 
 
 @_forward_operator.register_fake
 def _(*arguments):
-    flat = _Flat(*arguments)
+    flat = FlatCall(*arguments)
     return _allocate_forward(flat.q, flat.v, flat.aux, flat.keep_rounding)
 
 
@@ -287,13 +199,13 @@ def _(*arguments):
 )
 def _backward_operator(*arguments):
     *flat, out, lse, rounding, d_out, d_lse, needs = arguments
-    flat = _Flat(*flat)
+    flat = FlatCall(*flat)
     return _filled(_backward(flat.call(), flat.backend, (out, lse, rounding), d_out, d_lse, Needs(*needs)), flat.q)
 
 
 @_backward_operator.register_fake
 def _(*arguments):
-    pairs = zip(arguments[:_GRADIENTS], arguments[-1], strict=True)
+    pairs = zip(arguments[:GRADIENTS], arguments[-1], strict=True)
     return tuple(x.new_empty(x.shape) if need else arguments[0].new_empty(0) for x, need in pairs)
 
 
@@ -367,22 +279,22 @@ class _Attention(Function):
     @staticmethod
     @first_order
     def backward(ctx, saved, d_out, d_lse, *none):
-        return (*_gradients(ctx, saved, d_out, d_lse), *[None] * (len(_Flat._fields) - _GRADIENTS))
+        return (*_gradients(ctx, saved, d_out, d_lse), *[None] * (len(FlatCall._fields) - GRADIENTS))
 
 
 def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor], wide: _Wide) -> None:
     out, lse, max_logit, entropy, rounding = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(max_logit, entropy, rounding)
-    ctx.save_for_backward(*inputs[:_TENSORS], *wide, out, lse, rounding)
-    ctx.settings = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:TENSORS], *wide, out, lse, rounding)
+    ctx.settings = inputs[TENSORS:]
 
 
 def _gradients(ctx: Any, saved: Sequence[Any], d_out: Tensor | None, d_lse: Tensor | None) -> Iterable[Tensor | None]:
     *tensors, wide_q, wide_k, out, lse, rounding = saved
-    flat = _Flat(*tensors, *ctx.settings)
+    flat = FlatCall(*tensors, *ctx.settings)
     rounding = rounding if flat.keep_rounding else None
-    needs = Needs(*ctx.needs_input_grad[:_GRADIENTS])
+    needs = Needs(*ctx.needs_input_grad[:GRADIENTS])
     if runs_eagerly(*tensors, d_out, d_lse):
         call = flat.call()
         if wide_q is not None or wide_k is not None:
@@ -401,7 +313,7 @@ class _EagerAttention(Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        flat, call = arguments[_GRADIENTS:]
+        flat, call = arguments[GRADIENTS:]
         outputs = _forward_of(flat, call)
         _keep(ctx, flat, outputs, (call.wide_q, call.wide_k))
         return outputs
@@ -414,7 +326,7 @@ class _EagerAttention(Function):
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
     """Map in one batch, except where dropout depends on the place in it, or sinks or sequences have no batch axis."""
-    flat = _Flat(*arguments[: len(_Flat._fields)])
+    flat = FlatCall(*arguments[: len(FlatCall._fields)])
     one_by_one = any(part is not None for part in (flat.dropout_state, flat.sinks, flat.q_starts))
     return (in_a_loop if one_by_one else in_one_batch)(operator, info.batch_size, in_dims, arguments)
 
