@@ -67,15 +67,15 @@ def sent_by_formula(method: str, ranks: int, sizes: Sizes, grad_itemsize: int = 
     return 2 * others * keys * sizes.itemsize + home * keys * grad_itemsize
 
 
-def on_a_rank(rank: int, size: int, method: str, layout: str, sizes: Sizes, rounds: int) -> Measured | None:
-    """Measure one rank of `size`; None on processes beside them."""
-    from torch.distributed.device_mesh import DeviceMesh
+def on_a_rank(rank: int, size: int, method: str, layout: str, sizes: Sizes, rounds: int) -> Measured:
+    """Measure one rank of `size`; all processes work, in groups of that size, so that the machine is loaded alike."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
 
     from tritonattn.distributed import shard
 
-    mesh = DeviceMesh("cpu", list(range(size)))
-    if rank >= size:
-        return None
+    groups = init_device_mesh("cpu", (dist.get_world_size() // size, size), mesh_dim_names=("group", "rank"))
+    mesh = groups["rank"]
     torch.manual_seed(0)
     heads = (sizes.q_heads, sizes.kv_heads, sizes.kv_heads)
     dtype = torch.float32 if sizes.itemsize == 4 else torch.bfloat16
@@ -136,15 +136,14 @@ def measured_rows(sizes: Sizes, rounds: int) -> list[tuple]:
 
     pool, rows = Pool(4), []
     try:
-        (alone, *_) = pool.run(on_a_rank, 1, "allgather", "contiguous", sizes, rounds, seconds=600)
+        alone = pool.run(on_a_rank, 1, "allgather", "contiguous", sizes, rounds, seconds=600)
+        one = sum(process.seconds for process in alone) / len(alone)
         for size in (2, 4):
             for method in METHODS:
                 for layout in LAYOUTS:
-                    ranks = [
-                        one for one in pool.run(on_a_rank, size, method, layout, sizes, rounds, seconds=600) if one
-                    ]
-                    sent, formula = max(one.sent for one in ranks), sent_by_formula(method, size, sizes)
-                    longest = max(one.seconds for one in ranks)
+                    ranks = pool.run(on_a_rank, size, method, layout, sizes, rounds, seconds=600)
+                    sent, formula = max(rank.sent for rank in ranks), sent_by_formula(method, size, sizes)
+                    longest = max(rank.seconds for rank in ranks)
                     rows.append(
                         (
                             size,
@@ -152,10 +151,10 @@ def measured_rows(sizes: Sizes, rounds: int) -> list[tuple]:
                             layout,
                             f"{sent / 2**20:.2f}",
                             f"{sent / formula:.3f}",
-                            f"{max(one.statistics for one in ranks) / sent:.3%}",
+                            f"{max(rank.statistics for rank in ranks) / sent:.3%}",
                             f"{longest:.2f}",
-                            f"{longest * size / alone.seconds:.2f}",
-                            f"{max(one.kept for one in ranks) / 2**20:.2f}",
+                            f"{longest * size / one:.2f}",
+                            f"{max(rank.kept for rank in ranks) / 2**20:.2f}",
                         )
                     )
     finally:
@@ -202,15 +201,17 @@ MODELLED = ("ranks", "tokens", "compute, ms", *(f"{method} / compute" for method
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=whole_number, default=2048, help="tokens measured; default: %(default)s")
+    parser.add_argument("--heads", type=whole_number, default=8, help="query heads, half of them key heads")
     parser.add_argument("--rounds", type=whole_number, default=3, help="the least time counts; default: %(default)s")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    sizes = Sizes(options.length, 8, 4, 128, 2)
+    sizes = Sizes(options.length, options.heads, options.heads // 2, 128, 2)
     where = Environment.of(torch.device("cpu"), command_line("distributed", options))
     print(f"Measured, gloo processes of one thread each: {where}.\n")
-    print(f"[1, {sizes.q_heads} over {sizes.kv_heads}, {sizes.length}, {sizes.head_dim}] in bf16, causal, on `sdpa`.\n")
+    print(f"[1, {sizes.q_heads} over {sizes.kv_heads}, {sizes.length}, {sizes.head_dim}] in bf16, causal, on `sdpa`.")
+    print("One process: the same call of one rank, while as many processes run.\n")
     print(table(measured_rows(sizes, options.rounds), MEASURED))
     assumed = Assumptions()
     longest = assumed.memory / (4 * assumed.head_dim)

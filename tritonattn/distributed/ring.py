@@ -23,6 +23,7 @@ from ..core.rounding import before_rounding, lost_in_rounding
 from ..core.visibility import Visibility
 from ..ops.attend import backward_pass, forward_pass
 from . import collectives
+from .layout import Split
 from .sequence import Settings, SharedSequence, add_part, share_beside_sinks
 
 
@@ -33,38 +34,65 @@ def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
 
 
 class Pair(NamedTuple):
-    """Rows of this rank, and keys of a part, which begin at key `first` of the sequence; hides: some are not seen."""
+    """Rows of this rank and keys of a part, one or both chunks of each: rows see all keys, unless it hides some.
+
+    first   the place in the sequence of the first key
+    place   the keys among those of all ranks, part by part
+    """
 
     rows: slice
     keys: slice
     first: int
+    place: slice
     is_diagonal: bool
     hides: bool
 
+    @property
+    def has_own_keys(self) -> bool:
+        """Whether the keys, of this rank's part, are also those of the rows' own tokens."""
+        return self.keys.start <= self.rows.start and self.rows.stop <= self.keys.stop
+
 
 def pairs_of(sequence: SharedSequence, source: int) -> list[Pair]:
-    """The chunks of rows, and the chunks of the part of rank `source`, that sizes alone do not rule out."""
+    """The chunks of rows, and the chunks of the part of rank `source`, that sizes alone do not rule out.
+
+    Two chunks that rows see to the end, or but for the last one's diagonal, are taken at once.
+    """
     split, whole = sequence.split, sequence.whole
-    n = sequence.visibility.q_len // split.chunks_per_rank
+    length = sequence.visibility.q_len
+    n = length // split.chunks_per_rank
     left = None if whole.sequences is not None else whole.left
-    found = []
+    is_causal = sequence.ends_at_own and whole.left is None and whole.sequences is None
+    found: list[Pair] = []
     for i, row in enumerate(split.chunks()):
+        rows, own = slice(i * n, (i + 1) * n), []
         for j, key in enumerate(split.chunks(source)):
             behind = sequence.ends_at_own and key > row
             if behind or (left is not None and row * n - left >= (key + 1) * n):
                 continue
-            is_causal = sequence.ends_at_own and whole.left is None and whole.sequences is None
+            keys, place = (slice(start + j * n, start + (j + 1) * n) for start in (0, source * length))
             hides = not (whole.is_full or (is_causal and key < row))
-            rows, keys = (slice(at * n, (at + 1) * n) for at in (i, j))
-            found.append(Pair(rows, keys, key * n, is_causal and key == row, hides))
+            own.append(Pair(rows, keys, key * n, place, is_causal and key == row, hides))
+        if len(own) == 2 and not own[0].hides and (own[1].is_diagonal or not own[1].hides):
+            keys, place = (slice(x.start, y.stop) for x, y in zip(own[0][1:4:2], own[1][1:4:2], strict=True))
+            own = [own[1]._replace(keys=keys, place=place)]
+        found += own
+    if len(found) == 2 and found[0].keys == found[1].keys and not (found[0].hides or found[1].hides):
+        return [found[0]._replace(rows=slice(0, length))]
     return found
+
+
+def _by_part(tensors: Sequence[Any], split: Split) -> tuple[Any, ...]:
+    """The tensors of a call, with the vectors of keys part by part."""
+    q, k, v, query_scale, *of_keys, sinks = tensors
+    return q, k, v, query_scale, *(None if x is None else split.by_rank(x, -1) for x in of_keys), sinks
 
 
 def _call(
     tensors: Sequence[Any], part: Sequence[Tensor], ranges: Tensor | None, pair: Pair, settings: Settings, sinks: bool
 ) -> AttentionCall:
     q, _, _, query_scale, key_scale, key_bias, of_heads = tensors
-    own, n = q[:, :, pair.rows], pair.keys.stop - pair.keys.start
+    own = q[:, :, pair.rows]
     keys, values = part[0][:, :, pair.keys].to(q.dtype), part[1][:, :, pair.keys]
     if not pair.hides:
         visible = Visibility.of(own, keys)
@@ -72,13 +100,13 @@ def _call(
         visible = Visibility.of(own, keys, causal=True)
     else:
         assert ranges is not None
-        seen = (ranges[:, pair.rows] - pair.first).clamp(0, n)
+        seen = (ranges[:, pair.rows] - pair.first).clamp(0, keys.shape[2])
         visible = Visibility.of(own, keys, key_ranges=seen.contiguous())
     logits = Logits(
         settings.scale,
         None if query_scale is None else query_scale[:, :, pair.rows],
-        None if key_scale is None else key_scale[..., pair.first : pair.first + n],
-        None if key_bias is None else key_bias[..., pair.first : pair.first + n],
+        None if key_scale is None else key_scale[..., pair.place],
+        None if key_bias is None else key_bias[..., pair.place],
         settings.softcap,
         of_heads if sinks else None,
     )
@@ -129,11 +157,12 @@ class _Attend(Function):
     @staticmethod
     def forward(ctx, q, k, v, query_scale, key_scale, key_bias, sinks, ranges, settings: Settings):
         tensors = (q, k, v, query_scale, key_scale, key_bias, sinks)
+        by_part = _by_part(tensors, settings.sequence.split)
         merged = _Merged.of_nothing(q, v)
         keep_rounding = v.dtype.itemsize == 2
         for source, part in _round([k.to(v.dtype), v], settings):
             for pair in pairs_of(settings.sequence, source):
-                call = _call(tensors, part, ranges, pair, settings, sinks=False)
+                call = _call(by_part, part, ranges, pair, settings, sinks=False)
                 merged.add(pair.rows, forward_pass(call, settings.backend, settings.aux, keep_rounding), settings.aux)
         wide, lse = merged.out, merged.lse
         if sinks is not None:
@@ -152,15 +181,17 @@ class _Attend(Function):
     def backward(ctx, saved, d_out, d_lse, *none):
         *tensors, ranges, out, lse, rounding = saved
         settings: Settings = ctx.settings
+        split = settings.sequence.split
         needs = Needs(*ctx.needs_input_grad[: len(Needs._fields)])
         _, k, v, *_ = tensors
+        by_part = _by_part(tensors, split)
         sums = Gradients(*(x.new_zeros(x.shape) if need else None for x, need in zip(tensors, needs, strict=True)))
         moving: collectives.Pending | None = None
         for source, part in _round([k.to(v.dtype), v], settings):
             of_part = [x.new_zeros(x.shape, dtype=torch.promote_types(settings.reduce_dtype, x.dtype)) for x in part]
             for pair in pairs_of(settings.sequence, source):
                 rows, keys = (..., pair.rows, slice(None)), (..., pair.keys, slice(None))
-                call = _call(tensors, part, ranges, pair, settings, sinks=True)
+                call = _call(by_part, part, ranges, pair, settings, sinks=True)
                 results = out[rows], lse[:, :, pair.rows], None if rounding is None else rounding[rows]
                 of_rows = None if d_out is None else d_out[rows], None if d_lse is None else d_lse[:, :, pair.rows]
                 got = backward_pass(call, settings.backend, results, *of_rows, needs)
@@ -168,15 +199,15 @@ class _Attend(Function):
                 add_part(of_part[0], keys, got.k)
                 add_part(of_part[1], keys, got.v)
                 add_part(sums.query_scale, (..., pair.rows), got.query_scale)
-                span = slice(pair.first, pair.first + pair.keys.stop - pair.keys.start)
-                add_part(sums.key_scale, (..., span), got.key_scale)
-                add_part(sums.key_bias, (..., span), got.key_bias)
-                if pair.first == settings.sequence.first_of(pair.rows):  # once a row
+                add_part(sums.key_scale, (..., pair.place), got.key_scale)
+                add_part(sums.key_bias, (..., pair.place), got.key_bias)
+                if source == split.rank and pair.has_own_keys:  # once a row
                     add_part(sums.sinks, ..., got.sinks)
             if moving is not None:
                 of_part = [own + theirs for own, theirs in zip(of_part, moving.wait(), strict=True)]
-            moving = collectives.pass_on(of_part, settings.sequence.split)
+            moving = collectives.pass_on(of_part, split)
         assert moving is not None
         home = moving.wait()
         d_k, d_v = (None if total is None else own.to(total.dtype) for total, own in zip(sums[1:3], home, strict=True))
-        return sums.q, d_k, d_v, *sums[3:], None, None
+        d_key_scale, d_key_bias = (None if x is None else split.in_order(x, -1) for x in sums[4:6])
+        return sums.q, d_k, d_v, sums.query_scale, d_key_scale, d_key_bias, sums.sinks, None, None

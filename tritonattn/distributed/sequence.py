@@ -62,11 +62,6 @@ class SharedSequence:
         """Whether no row sees a key behind its own."""
         return self.whole.right == 0
 
-    def first_of(self, rows: slice) -> int:
-        """The place in the sequence of the first of some rows of this rank, a chunk."""
-        n = rows.stop - rows.start
-        return self.split.chunks()[rows.start // n] * n
-
     def of_all_rows(self, q: Tensor, k: Tensor) -> Visibility:
         """`whole`, of some heads: q [B, H, S, D] and k."""
         if self.whole.sequences is None:
