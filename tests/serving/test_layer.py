@@ -1,0 +1,121 @@
+"""One layer: what it reads of a device, what it refuses, which backend is chosen."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.stub import installed
+from tests.support.device_work import values_unread
+from tritonattn.integrations.vllm import NAME, backend, plugin, settings
+from tritonattn.integrations.vllm.backend import TritonattnBackend
+
+from .layer import Layer
+
+plugin.register()
+plugin.register()  # vLLM may load it more than once
+MODES = ("sqrt_dim", "log_key_count", "key_norm_mean", "cosine")
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"}
+
+
+class NoHostRead(TorchDispatchMode):
+    """Raise where the host would wait for values of a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        assert name not in READS, name
+        assert not masks, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_a_step_reads_no_value_and_its_launches_depend_on_shapes_only(mode, window, monkeypatch):
+    """The steps of kernels on a stub of NVIDIA's driver; CPU tensors are the device's memory."""
+    split = backend.split_decodes_and_prefills  # vLLM's, of offsets that lie on the host too
+    layer = Layer({"scaling": mode, "backend": "triton"}, per_layer_sliding_window=window)
+    shapes = {}
+    for rows, keys in (([1, 1, 1], [5, 40, 300]), ([1, 1, 1], [9, 1, 77]), ([1, 1, 30], [70, 2, 60])):
+        batch, seen = layer.batch(rows, keys), []
+        counts = split(batch["common"], decode_threshold=1)
+        monkeypatch.setattr(backend, "split_decodes_and_prefills", lambda *_, counts=counts, **__: counts)
+        with installed().active(90, seen.append), values_unread(), NoHostRead():
+            layer.step(**batch)
+        shapes.setdefault(tuple(rows), []).append([(x.kernel.name, x.grid) for x in seen])
+    assert shapes[(1, 1, 1)][0] == shapes[(1, 1, 1)][1]
+    assert len(shapes[(1, 1, 30)][0]) > len(shapes[(1, 1, 1)][0])
+    assert installed().messages() == []
+
+
+@torch.no_grad()
+def test_padding_is_written_nowhere():
+    layer = Layer({"scaling": "sqrt_dim"}, "float32")
+    batch = layer.batch([1, 1], [20, 40])
+    slots = batch["common"].slot_mapping
+    padded = torch.cat([slots, torch.full((3,), -1)])
+    k, v = (torch.cat([batch[name], torch.full((3, *batch[name].shape[1:]), torch.nan)]) for name in "kv")
+    layer.layer.impl.do_kv_cache_update(layer.layer, k, v, layer.cache, padded)
+    written = layer.cache.transpose(1, 2).flatten(0, 1)[slots]
+    assert torch.equal(written, torch.cat([batch["k"], batch["v"]], -1))
+    assert layer.cache[1:].count_nonzero() == written.count_nonzero()
+
+
+REFUSED = {
+    "alibi_slopes": ({"alibi_slopes": [0.5] * 8}, "alibi_slopes None, got"),
+    "encoder": ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
+    "shared cache": ({"kv_sharing_target_layer_name": "x"}, "kv_sharing_target_layer_name None, got x"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(case):
+    given, message = REFUSED[case]
+    with pytest.raises(NotImplementedError, match=message):
+        Layer({"scaling": "log_key_count"}, **given)
+
+
+def test_refused_choices(monkeypatch):
+    layer = Layer({"scaling": "log_key_count"})
+    assert layer.layer.attn_backend is TritonattnBackend
+    with pytest.raises(ValueError, match=r"'ssmax': use tritonattn.huggingface.patch"):
+        Layer({"scaling": "ssmax"})
+    with pytest.raises(ValueError, match=r"tritonattn.layers\['model.layers.7.self_attn'\]: expected the name of one"):
+        Layer({"layers": {"model.layers.7.self_attn": {"scaling": "none"}}})
+    with pytest.raises(ValueError, match=r"expected weights \{'scaling.s': \[8\]\}, got \{\}"):
+        Layer({"layers": {"model.layers.0.self_attn": {"scaling": "ssmax"}}})
+    monkeypatch.setattr(plugin, "version", lambda name: "0.34.1")
+    with pytest.raises(ImportError, match=r"vllm: expected version >=0.33.0,<0.34, got 0.34.1"):
+        Layer({"scaling": "log_key_count"})
+    assert Layer(None).layer.attn_backend.get_name() == "CPU_ATTN"  # as without the plugin, whatever the version
+
+
+def test_another_backend_is_refused_for_a_patched_model():
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import get_attn_backend
+
+    config = Layer({"scaling": "log_key_count"}).config
+    with set_current_vllm_config(config):
+        with pytest.raises(NotImplementedError, match="MLA not supported"):
+            get_attn_backend(64, torch.bfloat16, "auto", use_mla=True)
+        with pytest.raises(NotImplementedError, match="kv_cache_dtype not supported"):
+            get_attn_backend(64, torch.bfloat16, "fp8")
+        config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
+        with pytest.raises(ValueError, match=f"attention_backend: expected {NAME} or none .*, got FLASH_ATTN"):
+            get_attn_backend(64, torch.bfloat16, "auto")
+    config = Layer(None).config
+    config.attention_config.backend = AttentionBackendEnum[NAME]
+    with set_current_vllm_config(config):
+        assert get_attn_backend(64, torch.bfloat16, "auto") is TritonattnBackend
+
+
+def test_each_rank_takes_the_values_of_its_heads():
+    saved = settings.Settings.from_config({"scaling": {"name": "ssmax", "bias": True}, "gain": {"learned": [4, 1]}}, 4)
+    learned = {"scaling.s": torch.arange(4.0), "scaling.b": -torch.arange(4.0), "gain": torch.arange(4.0)[:, None]}
+    own = settings.with_learned(saved, "layer", learned, rank=1, ranks=2)
+    assert own.scaling.s.tolist() == [2, 3]
+    assert own.scaling.b.tolist() == [-2, -3]
+    assert own.gain.tolist() == [[2], [3]]
