@@ -33,7 +33,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; the exit status is 130 when interrupted, else the command's."""
     unguard()
-    names = "\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())
+    names = "\n".join(f"  {name:14}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m perf",
         description="Measure, read and try the package.",

@@ -100,3 +100,9 @@ def test_no_sentence_has_to_be_decoded(document):
 def test_every_page_is_in_the_site():
     listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(file.removeprefix("docs/") for file in DOCUMENTS)
+
+
+def test_architecture_describes_every_folder():
+    table = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("| folder |")[2].partition("\n\n")[0]
+    folders = {file.parent.name for file in (ROOT / "tritonattn").glob("*/__init__.py")}
+    assert folders - set(re.findall(r"`(\w+)/`", table)) == set()
