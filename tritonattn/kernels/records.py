@@ -54,7 +54,7 @@ class Ranges(NamedTuple):
 
 
 class LogitTerms(NamedTuple):
-    """What the logits of all rows share: scale, softcap or None, sinks fp32 [Hq] or None."""
+    """Terms of the logits of all rows: scale, softcap or None, sinks fp32 [Hq] or None."""
 
     scale: Any
     softcap: Any

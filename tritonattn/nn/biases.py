@@ -70,7 +70,7 @@ class ForgetGate(nn.Module):
         width: Features of x.
         heads: Hq.
         bias: Give the projection a bias.
-        device, dtype: Of the projection.
+        device, dtype: The device and dtype of the projection.
 
     Calling it with x [B, S, width], or packed [T, width], returns float32 [B, heads, S] or [heads, T] (float64 of
     float64): pass it as `key_bias` to a causal call. In decoding `before` [B, heads] is the bias of the last token, and

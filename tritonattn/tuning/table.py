@@ -21,7 +21,7 @@ from .config import TILED_KERNELS, Problem, Target, TileConfig
 
 SCHEMA_VERSION = 1
 HEAD_DIMS = (40, 64, 72, 80, 88, 96, 128, 192, 256)
-# Head dims that a model ranks. Those of models that are no multiples of 16 (Stable Diffusion's 40, SigLIP's and DiT's
+# Head dims that a model ranks. Other common ones, no multiples of 16 (Stable Diffusion's 40, SigLIP's and DiT's
 # 72, ViT-g's 88) have the code of the width they pad to but for a mask's bound, so only a card may tell them apart.
 RANKED_HEAD_DIMS = tuple(dim for dim in HEAD_DIMS if dim % 16 == 0)
 # Scales of a call by kernel; "gradient" is the query scale's gradient, which grad_query sums.
