@@ -112,17 +112,17 @@ class PagedKeyStatistics:
                 key_lengths outside [new keys, max_pages * page], and pages outside [0, N).
         """
         self._check(k_new, cu_seqlens, key_lengths, block_table)
-        total, (sequences, _) = k_new.shape[0], block_table.shape
-        if total == 0 or block_table.numel() == 0:
+        if k_new.numel() == 0 or block_table.numel() == 0:
             return
-        fits = self._lengths.dtype == torch.float32 and k_new.numel() > 0
-        if (
-            fits
-            and kernels_take(k_new[None])
-            and runs_eagerly(k_new, cu_seqlens, key_lengths, block_table, self._lengths)
-        ):
-            if append_to_pages(k_new, cu_seqlens, key_lengths, block_table, self.page, self._buffers()):
-                return
+        given = (k_new, cu_seqlens, key_lengths, block_table)
+        fits = self._lengths.dtype == torch.float32 and kernels_take(k_new[None])
+        by_kernel = fits and runs_eagerly(*given, self._lengths)
+        if not (by_kernel and append_to_pages(*given, self.page, self._buffers())):
+            self._append(*given)
+
+    def _append(self, k_new: Tensor, cu_seqlens: Tensor, key_lengths: Tensor, block_table: Tensor) -> None:
+        """`append` by operators of torch."""
+        total, (sequences, _) = k_new.shape[0], block_table.shape
         longest = int(cu_seqlens.diff().max()) if values_are_read(cu_seqlens) else total
         packed = Sequences.of(cu_seqlens, cu_seqlens, total, total, longest, longest)
         new = Places(packed.q_starts.long(), longest, total)
