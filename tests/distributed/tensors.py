@@ -117,7 +117,13 @@ def others(rank: int) -> dict[str, float]:
     table = torch.arange(B, dtype=torch.int32)[:, None]
     paged = {"q": cache["q"], **pages}
     placed = {"q": (Shard(0), Shard(1)), **dict.fromkeys(pages, (Replicate(), Shard(2)))}
-    compared("paged", tritonattn.attention_decode, paged, placed, key_lengths=lengths, block_table=table)
+    rows = {"key_lengths": lengths, "query_lengths": torch.tensor([2, 1, 0, 2])}
+    compared("paged", tritonattn.attention_decode, paged, placed, **rows, block_table=table)
+    ragged = {"q": packed["q"], "k": pages["k_cache"], "v": pages["v_cache"]}
+    placed = {"q": (Replicate(), Shard(1)), **dict.fromkeys("kv", (Replicate(), Shard(2)))}
+    given["cu_seqlens_q"] = torch.tensor([0, 2, 5, 6, S], dtype=torch.int32)
+    given["cu_seqlens_k"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    compared("ragged", tritonattn.attention_varlen, ragged, placed, **given | {"max_seqlen_k": S}, block_table=table)
     return errors
 
 
