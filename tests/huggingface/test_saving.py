@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 
 import tritonattn
-from tests.huggingface.architectures import ARCHITECTURES
+from tests.huggingface.architectures import ARCHITECTURES, VERSION
 from tests.huggingface.test_patch import LLAMA
 from tritonattn import SCALINGS, Scales, Scaling
 from tritonattn.huggingface import patch, patched, restore
+from tritonattn.huggingface.settings import MARK
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 CASES = {
@@ -145,6 +147,34 @@ def test_a_process_without_tritonattn_refuses_the_model(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "tritonattn" in done.stderr.strip().splitlines()[-1]
+
+
+def test_weights_of_a_patch_are_marked(tmp_path):
+    """Where the config is not read, unexpected weights are named; `Patched.mark` and unpatched models leave none."""
+    network, folders = LLAMA.build(), [tmp_path / name for name in ("marked", "given", "unmarked", "plain")]
+    with patch(network, scaling="none") as one:
+        wanted = logits(network)
+        network.save_pretrained(folders[0])
+        network.save_pretrained(folders[1], state_dict=network.state_dict())
+        one.mark = False
+        network.save_pretrained(folders[2])
+        assert not hasattr(network, MARK)
+        network.load_state_dict(load_file(folders[0] / "model.safetensors"))
+    network.save_pretrained(folders[3])
+    assert [MARK in load_file(one / "model.safetensors") for one in folders] == [True, True, False, False]
+    for folder in folders[:3]:
+        again, report = transformers.LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"] or VERSION < (4, 57)  # 4.54 asks the class which to ignore
+        assert torch.equal(logits(again.eval()), wanted)
+    program = (
+        "import sys; sys.modules['tritonattn'] = None; import transformers\n"
+        "for folder in sys.argv[1:]:\n"
+        "    transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation='sdpa')\n"
+        "    print('loaded', file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *folders[:3]], capture_output=True, text=True, check=True)
+    assert [MARK in part for part in done.stderr.split("loaded")[:3]] == [True, True, False]
 
 
 def test_an_architecture_without_the_layers_says_what_is_missing(tmp_path):

@@ -2,8 +2,9 @@
 
 `patch` writes them into the config, together with attn_implementation = "tritonattn". So a process without
 `tritonattn.huggingface` refuses the checkpoint instead of computing something else, if its version of transformers
-reads that entry (5.24 does, 5.0 does not). With it, every model applies the settings at the end of its construction,
-before its weights are read. Learned values that are missing among the weights start anew.
+reads that entry (5.8 does, 5.0 does not). For older versions and other programs `save_pretrained` adds a tensor, MARK,
+to the weights. Its name is unknown to them: they stop or warn. With tritonattn, every model applies the settings at the
+end of its construction, before its weights are read. Learned values that are missing among the weights start anew.
 
 A model that cannot use "tritonattn" raises: at set_attn_implementation, or at its first call if it was constructed so,
 since an outer model may still choose another implementation for it.
@@ -29,7 +30,7 @@ from .attention import NAME
 from .masks import STATED
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, state_masks
 from .patching import Patched, apply, patched, refuse_unsupported
-from .settings import ATTRIBUTE, LAYERS, LayerScaling, Settings, layer_scaling, saved_layers
+from .settings import ATTRIBUTE, LAYERS, MARK, LayerScaling, Settings, layer_scaling, saved_layers
 
 _EXTENDED = "_extended_by_tritonattn"
 _ASKED = "_tritonattn_implementation_asked_for"
@@ -57,15 +58,18 @@ def follow_saved_settings() -> None:
     _extend("post_init", then=_follow)
     _extend("_initialize_missing_keys", then=_start_anew)
     _extend("set_attn_implementation", then=_refuse)
-    _extend("save_pretrained", within=_settings_in_config)
+    _extend("save_pretrained", within=_saved_as_patched)
 
 
 def _extend(
     name: str,
     then: Callable[..., None] = lambda model, arguments: None,
-    within: Callable[[PreTrainedModel], AbstractContextManager[None]] = lambda model: nullcontext(),
+    within: Callable[..., AbstractContextManager[None]] = lambda model, arguments: nullcontext(),
 ) -> None:
-    """Run a method of all models in the context within(model), then call then(model, its arguments by name)."""
+    """Run a method of all models in the context within(model, arguments), then call then(model, arguments).
+
+    arguments   the method's, by name, which the context may change
+    """
     original = getattr(PreTrainedModel, name, None)
     if original is None or getattr(original, _EXTENDED, False):
         return
@@ -75,13 +79,13 @@ def _extend(
     def extended(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if running.get():  # called by an outer model
             return original(self, *args, **kwargs)
-        token = running.set(True)
+        token, bound = running.set(True), signature.bind(self, *args, **kwargs)
         try:
-            with within(self):
-                result = original(self, *args, **kwargs)
+            with within(self, bound.arguments):
+                result = original(*bound.args, **bound.kwargs)
         finally:
             running.reset(token)
-        then(self, signature.bind(self, *args, **kwargs).arguments)
+        then(self, bound.arguments)
         return result
 
     setattr(extended, _EXTENDED, True)
@@ -93,10 +97,33 @@ def _saved(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _settings_in_config(model: PreTrainedModel) -> Iterator[None]:
-    """State the settings of patched layers in a config that does not: that of a model of which a part was patched."""
+def _saved_as_patched(model: PreTrainedModel, arguments: dict[str, Any]) -> Iterator[None]:
     own = {one.name: layer_scaling(one.module) for one in attention_modules(model)}
     layers = {name: one.to_config() for name, one in own.items() if one is not None and not one.temporary}
+    with _marked(model, arguments) if layers else nullcontext(), _settings_in_config(model, layers):
+        yield
+
+
+@contextmanager
+def _marked(model: PreTrainedModel, arguments: dict[str, Any]) -> Iterator[None]:
+    """Add MARK to the weights that are saved; not to those of adapters alone, nor where `Patched.mark` is False."""
+    unwanted = any(not one.mark for module in model.modules() if (one := patched(module)) is not None)
+    if unwanted or getattr(model, "_hf_peft_config_loaded", False):
+        yield
+        return
+    mark = torch.ones(1, dtype=torch.uint8)
+    if arguments.get("state_dict") is not None:
+        arguments["state_dict"] = {**arguments["state_dict"], MARK: mark}
+    model.register_buffer(MARK, mark)
+    try:
+        yield
+    finally:
+        delattr(model, MARK)
+
+
+@contextmanager
+def _settings_in_config(model: PreTrainedModel, layers: dict[str, Any]) -> Iterator[None]:
+    """State the settings of patched layers in a config that does not: that of a model of which a part was patched."""
     if not layers or hasattr(model.config, ATTRIBUTE):
         yield
         return
@@ -183,6 +210,8 @@ def _apply(
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ATTRIBUTE}
     if isinstance(dtypes := getattr(model, "dtype_plan", None), dict):  # the first versions 5
         dtypes[ATTRIBUTE] = torch.float32
+    known: Any = model._keys_to_ignore_on_load_unexpected
+    model._keys_to_ignore_on_load_unexpected = {*known, MARK} if isinstance(known, set) else [*(known or ()), MARK]
     plans = {one.name: _layer_scaling(saved, name, one.module) for name, one in places.items()}
     result = apply(model, found, plans, copied=False)
     _shard_by_head(model, result)

@@ -28,7 +28,7 @@ from .architecture import (
 from .attention import NAME
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, state_masks
 from .scalings import make_scaling, to_config
-from .settings import ATTRIBUTE, LAYERS, LayerScaling, Settings, is_gain_shape, layer_scaling, remove_abandoned
+from .settings import ATTRIBUTE, LAYERS, MARK, LayerScaling, Settings, is_gain_shape, layer_scaling, remove_abandoned
 from .weights import note_wanted_weights
 
 _HANDLE = "_tritonattn_patched"
@@ -47,12 +47,17 @@ class _Entry:
 
 
 class Patched:
-    """A patched model: report, watch and undo the patch. A context manager that undoes at its end."""
+    """A patched model: report, watch and undo the patch. A context manager that undoes at its end.
+
+    mark   whether save_pretrained adds the tensor "needs_tritonattn" to the weights, at which programs that do not know
+           tritonattn stop or warn, instead of computing with another scaling; True
+    """
 
     def __init__(self, model: nn.Module, entries: list[_Entry], configs: OwnConfigs) -> None:
         self.model = model
         self._entries = entries
         self._configs = configs
+        self.mark = True
         self._own: list[tuple[Any, Any]] = []  # modules and their former configs
         self._hooks: list[Any] = []
 
@@ -226,9 +231,15 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
         if saved:
             setattr(root.config, ATTRIBUTE, {LAYERS: saved})
             setattr(root.config, SAVED_IMPLEMENTATION, NAME)
+        result._hooks.append(root.register_load_state_dict_pre_hook(_take_mark))
     state_masks(model)
     model.__dict__[_HANDLE] = result
     return result
+
+
+def _take_mark(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+    """Let load_state_dict take weights that save_pretrained has marked."""
+    state_dict.pop(f"{prefix}{MARK}", None)
 
 
 def _modules_of(model: Any) -> list[AttentionModule]:

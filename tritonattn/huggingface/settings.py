@@ -17,6 +17,7 @@ from .scalings import check_entries, from_config, is_finite, to_config
 
 ATTRIBUTE = "tritonattn"
 LAYERS = "layers"
+MARK = "needs_tritonattn"  # a tensor among saved weights, at which loaders without tritonattn stop or warn
 
 
 @dataclass(frozen=True, eq=False)

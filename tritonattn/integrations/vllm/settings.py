@@ -13,7 +13,7 @@ from ...calls.factor import Factor
 from ...core.statistics import Statistics
 from ...core.visibility import Visibility
 from ...huggingface.attention import scaling_arguments
-from ...huggingface.settings import ATTRIBUTE, LayerScaling, Settings, saved_layers
+from ...huggingface.settings import ATTRIBUTE, MARK, LayerScaling, Settings, saved_layers
 
 EXTENDED = "_extended_by_tritonattn"
 _CHILD = f".{ATTRIBUTE}."
@@ -94,7 +94,7 @@ def take_learned(loader: Any) -> None:
             module, child, key = name.partition(_CHILD)
             if child and takers:
                 learned.setdefault(module, {})[key] = tensor.clone()
-            else:
+            elif name != MARK:
                 yield name, tensor
 
     setattr(weights, EXTENDED, True)
