@@ -73,7 +73,7 @@ def attention_decode(
         key_bias: Floating, broadcastable to [B, Hq, capacity] or [B, Hkv, capacity], as in `attention`: of key j of a
             sequence, also where it lies in a page.
         softcap, sinks, return_aux, backend: As in `attention`.
-        batch_invariant: As in `attention`. The keys are then not split among programs, and pages are gathered first.
+        batch_invariant: As in `attention`. The keys are then not split among programs.
 
     Entries of the cache behind key_lengths never affect a result, even if NaN, and block_table is not followed there.
     On a GPU key_lengths, block_table and statistics are not read by the host: lengths are clamped to [0, capacity], a

@@ -41,10 +41,10 @@ class AttentionCall:
                read, and it may have no memory
     wide_k     likewise k's
     is_part    rows see other keys too: out and lse, which a backward gets, are of all of them
-    block_table   int32 [N, max_pages] or None: k and v are then pages [P, Hkv, page, D or Dv], and key j of member n of
-               `visibility.sequences` lies in page block_table[n, j // page], at j % page. Vectors of keys still lie
-               along the packed axis, of visibility.k_len. Entries outside [0, P) are not followed: keys and values
-               there are zeros. No gradients.
+    block_table   int32 [N, max_pages] or None: k and v are then pages [P, Hkv, page, D or Dv], and key j of batch
+               entry or member n of `visibility.sequences` lies in page block_table[n, j // page], at j % page.
+               Vectors of keys still lie along the axis of visibility.k_len. Entries outside [0, P) are not followed:
+               keys and values there are zeros. No gradients.
 
     Gradients by other ways, as through key lengths, are added to an fp32 gradient before the sum is rounded. For the
     same end q and k may hold 16-bit values in fp32 beside a 16-bit v.
@@ -82,19 +82,19 @@ class AttentionCall:
         return replace(self, q=self.q.to(dtype), k=self.k.to(dtype))
 
     def gathered(self) -> AttentionCall:
-        """The call without pages: k and v along the packed axis."""
+        """The call without pages: k and v along the axis of keys."""
         if self.block_table is None:
             return self
         return replace(self, k=self.packed_keys(self.k), v=self.packed_keys(self.v), block_table=None)
 
     def packed_keys(self, x: Tensor) -> Tensor:
-        """Pages [P, Hkv, page, C] as [1, Hkv, Sk, C], of a call with a block table."""
+        """Pages [P, Hkv, page, C] as [B, Hkv, Sk, C], of a call with a block table."""
         sequences = self.visibility.sequences
         assert self.block_table is not None
-        assert sequences is not None
         key = torch.arange(self.visibility.k_len, device=x.device)[None]
         table = PageTable(self.block_table, x.shape[2], sequences)
-        return table.gather(x.transpose(1, 2), key, key < sequences.k_starts[-1]).transpose(1, 2)
+        is_key = key < (self.visibility.k_len if sequences is None else sequences.k_starts[-1])
+        return table.gather(x.transpose(1, 2), key, is_key).transpose(1, 2)
 
 
 class ForwardResult(NamedTuple):

@@ -70,6 +70,12 @@ class Cache:
             query_lengths=self.query_lengths,
         )
 
+    def heads_first(self) -> tuple[Tensor, Tensor]:
+        """k and v as [B, Hkv, capacity, D or Dv], or pages as [N, Hkv, page, D or Dv]."""
+        if self.block_table is None:
+            return self.k, self.v
+        return self.k.transpose(1, 2), self.v.transpose(1, 2)
+
     def keys(self) -> Tensor:
         """[B, Hkv, capacity, D]; pages are gathered."""
         return self._gathered(self.k)
@@ -145,8 +151,9 @@ class DecodeCall:
     invariant: bool = False
 
     def as_attention(self) -> AttentionCall:
-        """The call over the whole cache, gathered where it lies in pages."""
-        visible, keys = self.cache.visibility(self.q, self.left), self.cache.keys()
-        ranges = torch.stack(visible.ranges(), dim=-1)
-        visible = Visibility.of(self.q, keys, key_ranges=ranges, invariant=self.invariant)
-        return AttentionCall(self.q, keys, self.cache.values(), visible, self.logits)
+        """The call over the whole cache, in its pages where it has some."""
+        cache, (k, v) = self.cache, self.cache.heads_first()
+        ranges = torch.stack(cache.visibility(self.q, self.left).ranges(), dim=-1)
+        keys = torch.Size((cache.batch, cache.kv_heads, cache.capacity, k.shape[3]))
+        visible = Visibility.of_shapes(self.q.shape, keys, self.q.device, key_ranges=ranges, invariant=self.invariant)
+        return AttentionCall(self.q, k, v, visible, self.logits, block_table=cache.block_table)

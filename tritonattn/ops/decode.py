@@ -61,7 +61,7 @@ def decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
 
 def _decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
     if backend != "triton":
-        return blockwise.forward(call.as_attention(), aux)
+        return blockwise.forward(call.as_attention().gathered(), aux)
     if call.invariant:  # no split of keys, and the loop of other calls
         return kernels().forward(call.as_attention(), aux)
     return kernels().decode(call, aux)

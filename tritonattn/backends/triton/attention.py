@@ -366,7 +366,7 @@ def _visibility_arguments(call: AttentionCall) -> Arguments:
         mask = _with_aligned_rows(visible.mask).expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len)
         mask = mask.view(torch.uint8)
     if visible.mask is not None or visible.key_ranges is not None:
-        seen = seen_bytes(seen_keys(visible, arguments), call.k)
+        seen = seen_bytes(seen_keys(visible, arguments), visible.keys)
         if call.invariant:  # loads of 8 bits before a product make Triton multiply in another order
             seen = seen.short()
     return arguments | {"mask": strided(mask), "seen_ptr": seen, "starts": starts}

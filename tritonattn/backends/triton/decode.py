@@ -67,11 +67,9 @@ class Rows(NamedTuple):
 def decode(call: DecodeCall, aux: bool) -> ForwardResult:
     """out and lse, with aux also max_logit and entropy, by the decode kernel and the combination of its splits."""
     cache = call.cache
-    k, v = (cache.k, cache.v) if cache.block_table is None else (cache.k.transpose(1, 2), cache.v.transpose(1, 2))
     rows = Rows(
         call.q,
-        k,
-        v,
+        *cache.heads_first(),
         cache.capacity,
         call.logits,
         call.left,

@@ -108,5 +108,5 @@ def _problem(k: Tensor) -> Problem:
 
 
 def _key_arguments(k: Tensor, seen: Tensor | None) -> Arguments:
-    seen = None if seen is None else seen_bytes(seen, k)
+    seen = None if seen is None else seen_bytes(seen, k.shape[:3])
     return {"k": strided(k), "seen_ptr": seen, "k_len": k.shape[2], "kv_heads": k.shape[1]}

@@ -88,9 +88,9 @@ def range_arguments(visible: Visibility) -> Arguments:
     }
 
 
-def seen_bytes(seen: Tensor, k: Tensor) -> Tensor:
-    """`seen`, broadcastable to [B, Hkv, Sk], as kernels read it: uint8, contiguous."""
-    return seen.expand(k.shape[:3]).contiguous().view(torch.uint8)
+def seen_bytes(seen: Tensor, keys: tuple[int, ...]) -> Tensor:
+    """`seen`, broadcastable to keys, [B, Hkv, Sk], as kernels read it: uint8, contiguous."""
+    return seen.expand(keys).contiguous().view(torch.uint8)
 
 
 def _plan(kernel: str, device: torch.device) -> Plan:
