@@ -131,6 +131,20 @@ def of_decoding() -> list[Case]:
     ]
 
 
+def of_pages() -> list[Case]:
+    everything = dict.fromkeys(("left", "softcap", "sinks", "aux", "grouped"), True)
+    forms = (SCALES["q"], SCALES["qk"] | everything)
+    rows = all_pairs({"target": ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942"), "dim": (64, 80, 128), "form": forms})
+    return [
+        Case(
+            "forward",
+            Problem(row["dim"], row["dim"], BFLOAT, right=True, sequences=True, block_table=True, **row["form"]),
+            row["target"],
+        )
+        for row in rows
+    ]
+
+
 def of_streaming_kernels() -> list[Case]:
     """Each on three targets in turn."""
     masks = dict.fromkeys(("right", "left", "key_lengths", "key_ranges"), True)

@@ -103,12 +103,20 @@ def test_passes_over_ranges_keep_to_amds_scalar_registers(kernel):
     assert ".sgpr_spill_count: 0\n" in code
 
 
-@pytest.mark.parametrize("form", [{}, {"block_table": True}], ids=["contiguous", "pages"])
-def test_keys_and_values_of_a_cache_come_asynchronously(form):
+@pytest.mark.parametrize(
+    ("kernel", "form"),
+    [
+        ("decode", {}),
+        ("decode", {"block_table": True}),
+        ("forward", {"block_table": True, "sequences": True, "right": True}),
+    ],
+    ids=["decode", "decode over pages", "forward over pages"],
+)
+def test_keys_and_values_of_a_cache_come_asynchronously(kernel, form):
     """Page numbers are fetched a stage before the keys that they point to, and neither is waited for at once."""
-    compiled = compile_kernel("decode", Problem(128, 128, torch.bfloat16, **form), target="sm_80")
-    loop = compiled.asm["ttgir"].split("scf.for", 1)[1].split("scf.yield", 1)[0]
-    assert loop.count("async_copy_global_to_local") == 2 + len(form)
+    compiled = compile_kernel(kernel, Problem(128, 128, torch.bfloat16, **form), target="sm_80")
+    loop = compiled.asm["ttgir"].rsplit("scf.for", 1)[1].split("scf.yield", 1)[0]
+    assert loop.count("async_copy_global_to_local") == 2 + form.get("block_table", False)
     assert "tt.load" not in loop
 
 

@@ -36,17 +36,22 @@ def test_tiles_load_16_bytes_at_a_time(kernel, target, dim, dtype):
     check_loads(kernel, target, dim, dtype)
 
 
-def check_loads(kernel: str, target: str, dim: int, dtype: torch.dtype) -> None:
+def test_pages_load_16_bytes_at_a_time():
+    check_loads("forward", "sm_80", 40, torch.float16, sequences=True, block_table=True)
+
+
+def check_loads(kernel: str, target: str, dim: int, dtype: torch.dtype, **form: bool) -> None:
     """Narrow loads are as many as at the next multiple of 16, where Triton itself sees the alignment."""
-    assert narrow_loads(kernel, target, dim, dtype) == narrow_loads(kernel, target, -(-dim // 16) * 16, dtype)
+    wider = -(-dim // 16) * 16
+    assert narrow_loads(kernel, target, dim, dtype, **form) == narrow_loads(kernel, target, wider, dtype, **form)
 
 
-def narrow_loads(kernel: str, target: str, dim: int, dtype: torch.dtype) -> int:
+def narrow_loads(kernel: str, target: str, dim: int, dtype: torch.dtype, **form: bool) -> int:
     """Loads of fewer than 16 bytes in a kernel's code: those of vectors over rows and keys.
 
     Row terms are read without what rounding took from an output: rows of 8 bits a number are multiples of 8 bytes only.
     """
-    problem = Problem(dim, dim, dtype, right=True, rounding=dtype == torch.bfloat16 and kernel != "row_terms")
+    problem = Problem(dim, dim, dtype, right=True, rounding=dtype == torch.bfloat16 and kernel != "row_terms", **form)
     code = compile_kernel(kernel, problem, target=target).asm["ptx"]
     loads = re.findall(r"ld\.global[\w.:]*", code)
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^,]*,[^,]*, (0x[0-9a-f]+|\d+)", code)
