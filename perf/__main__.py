@@ -22,6 +22,7 @@ COMMANDS = {
     "compilations": "distinct kernels that ordinary training, decoding and packing compile",
     "distributed": "bytes, time and memory of a sequence that ranks share: measured, and a model of more ranks",
     "launches": "the host's time and work in small calls, on a stub of NVIDIA's driver",
+    "serving": "the host's time a step in vLLM's attention layers, on the same stub",
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
     "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
     "correctness": "the kernels' tests, in several processes",

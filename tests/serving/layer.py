@@ -86,9 +86,12 @@ class Layer:
         q, k, v = (torch.randn(tokens, n, HEAD_DIM, dtype=self.dtype) for n in heads)
         return {"common": common, "q": q, "k": k, "v": v, "out": torch.empty_like(q)}
 
-    def step(self, common: CommonAttentionMetadata, q: Any, k: Any, v: Any, out: Any) -> torch.Tensor:
-        """Build the metadata, write the new keys and values, attend."""
-        metadata = self.builder.build(0, common)
-        self.layer.impl.do_kv_cache_update(self.layer, k, v, self.cache, common.slot_mapping)
-        self.layer.impl.forward(self.layer, q, k, v, self.cache, metadata, out)
-        return out
+    def parts(self, common: CommonAttentionMetadata, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
+        """Calls for a step's metadata, and for a layer of it: write the new keys and values, attend."""
+        metadata, impl = self.builder.build(0, common), self.layer.impl
+
+        def of_layer() -> torch.Tensor:
+            impl.do_kv_cache_update(self.layer, k, v, self.cache, common.slot_mapping)
+            return impl.forward(self.layer, q, k, v, self.cache, metadata, out)
+
+        return lambda: self.builder.build(0, common), of_layer

@@ -1,0 +1,97 @@
+"""The host's time a step of vLLM's engine spends in an attention layer: ours beside vLLM's own Triton backend.
+
+On a stub of NVIDIA's driver, as `launches`; in the virtual environment of `make test-vllm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tritonattn.cli.options import whole_number
+from tritonattn.core.provenance import Environment
+from tritonattn.core.tables import table
+
+from .launches import microseconds
+from .options import command_line
+
+_IN_A_ROW = 20  # rounds of a step before the next step's turn
+_MODES = ("sqrt_dim", "log_key_count", "key_norm_mean")
+# By name: new tokens and keys, new ones included, of every sequence; 8 heads over 2, D = 64, bf16, pages of 16.
+STEPS = {
+    "decode, 8 sequences": ([1] * 8, [1000 - 100 * i for i in range(8)]),
+    "decode of 7, and a chunk of 57": ([1] * 7 + [57], [1000 - 100 * i for i in range(8)]),
+}
+
+
+def layers() -> dict[str, Any]:
+    """A layer by its backend and mode."""
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+    from tests.serving.layer import Layer
+    from tritonattn.integrations.vllm import plugin
+
+    plugin.register()
+    ours = {f"TRITONATTN, {mode}": Layer({"scaling": mode, "backend": "triton"}) for mode in _MODES}
+    return {"TRITON_ATTN, sqrt_dim": Layer(None, attn_backend=TritonAttentionBackend), **ours}
+
+
+def measured(rounds: int, capability: int) -> list[tuple]:
+    """For each step and layer: microseconds of the metadata and of a layer (median of the rounds), and launches."""
+    os.environ |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from triton.backends import backends
+
+    from tests.stub import installed
+    from tests.support.device_work import values_unread
+    from tritonattn.backends.triton import launch
+
+    backends["nvidia"].driver.is_active = staticmethod(lambda: True)  # vLLM asks before it imports Triton
+    stub, rows = installed(), []
+    with stub.active(capability), values_unread(), torch.no_grad():
+        compared = layers()
+        for step, (new, keys) in STEPS.items():
+            parts = {name: layer.parts(**layer.batch(new, keys)) for name, layer in compared.items()}
+            counts = {name: _launches(stub, of_layer) for name, (_, of_layer) in parts.items()}
+            noted, launch.run = launch.run, lambda *launched: launch.run_on_device(*launched)
+            taken = _times(rounds, {(name, i): call for name, both in parts.items() for i, call in enumerate(both)})
+            launch.run = noted
+            rows += [(step, name, f"{taken[name, 0]:.0f}", f"{taken[name, 1]:.0f}", counts[name]) for name in compared]
+    return rows
+
+
+def _launches(stub: Any, call: Callable[[], object]) -> int:
+    call()
+    before = stub.count("launches")
+    call()
+    return stub.count("launches") - before
+
+
+def _times(rounds: int, calls: dict[Any, Callable[[], object]]) -> dict[Any, float]:
+    taken: dict[Any, list[float]] = {name: [] for name in calls}
+    gc.disable()
+    for first in range(0, rounds, _IN_A_ROW):
+        for name, call in calls.items():
+            call()
+            taken[name] += [microseconds(call) for _ in range(min(_IN_A_ROW, rounds - first))]
+    gc.enable()
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=whole_number, default=200, help="default: %(default)s")
+    parser.add_argument("--capability", type=whole_number, default=90, help="of the GPU; default: %(default)s")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    rows = measured(options.rounds, options.capability)
+    where = Environment.of(torch.device("cpu"), command_line("serving", options))
+    print(f"Simulated on a stub of NVIDIA's driver: {where}.\n")
+    print(table(rows, ("step", "backend", "us, metadata", "us, a layer", "launches of a layer")))
