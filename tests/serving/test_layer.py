@@ -17,11 +17,20 @@ MODES = ("sqrt_dim", "log_key_count", "key_norm_mean", "cosine")
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"}
 
 
+VIEWS = {"transpose", "split", "split_with_sizes", "slice", "select", "view", "alias", "detach"}
+
+
 class NoHostRead(TorchDispatchMode):
-    """Raise where the host would wait for values of a device."""
+    """Raise where the host would wait for values of a device, or torch reads a cache."""
+
+    def __init__(self, cache):
+        super().__init__()
+        self.cache = cache.untyped_storage().data_ptr()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
+        if func.namespace == "aten" and name not in (*VIEWS, "index_put_", "_index_put_impl_"):
+            assert all(x.untyped_storage().data_ptr() != self.cache for x in args if isinstance(x, torch.Tensor)), name
         masks = name in ("index", "index_put", "index_put_") and any(
             x is not None and x.dtype == torch.bool for x in args[1]
         )
@@ -33,8 +42,8 @@ class NoHostRead(TorchDispatchMode):
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_a_step_reads_no_value_and_its_launches_depend_on_shapes_only(mode, window, monkeypatch):
-    """The steps of kernels on a stub of NVIDIA's driver; CPU tensors are the device's memory."""
+def test_a_step_reads_no_value_and_its_pages_once(mode, window, monkeypatch):
+    """Kernels are launched on a stub of NVIDIA's driver, as shapes alone decide; CPU tensors are its memory."""
     split = backend.split_decodes_and_prefills  # vLLM's, of offsets that lie on the host too
     layer = Layer({"scaling": mode, "backend": "triton"}, per_layer_sliding_window=window)
     shapes = {}
@@ -42,9 +51,12 @@ def test_a_step_reads_no_value_and_its_launches_depend_on_shapes_only(mode, wind
         batch, seen = layer.batch(rows, keys), []
         counts = split(batch["common"], decode_threshold=1)
         monkeypatch.setattr(backend, "split_decodes_and_prefills", lambda *_, counts=counts, **__: counts)
-        with installed().active(90, seen.append), values_unread(), NoHostRead():
+        with installed().active(90, seen.append), values_unread(), NoHostRead(layer.cache):
             layer.parts(**batch)[1]()
-        shapes.setdefault(tuple(rows), []).append([(x.kernel.name, x.grid) for x in seen])
+        pages = layer.cache.data_ptr()
+        readers = [x.name for x in seen if pages in [a.data_ptr() for a in x.arguments if isinstance(a, torch.Tensor)]]
+        assert readers == ["attention_decode", "attention_forward"][: 1 + (max(rows) > 1)]
+        shapes.setdefault(tuple(rows), []).append([(x.name, x.grid) for x in seen])
     assert shapes[(1, 1, 1)][0] == shapes[(1, 1, 1)][1]
     assert len(shapes[(1, 1, 30)][0]) > len(shapes[(1, 1, 1)][0])
     assert installed().messages() == []

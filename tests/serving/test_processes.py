@@ -26,7 +26,7 @@ RUNS = {
 
 @torch.no_grad()
 def greedy(model, prompt: list[int], steps: int) -> list[int]:
-    out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=steps, min_new_tokens=steps)
+    out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=steps, eos_token_id=None)
     return out[0, len(prompt) :].tolist()
 
 
