@@ -32,12 +32,12 @@ FLOOR_OF = {folder: number for number, folders in enumerate(FLOORS) for folder i
 DOORS = {("tuning",)}
 
 OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tqdm", "numpy", "sklearn", "scipy"}
-OPTIONAL |= {"diffusers", "kernels", "timm", "vllm", "x_transformers"}
+OPTIONAL |= {"diffusers", "kernels", "timm", "torchtitan", "vllm", "x_transformers"}
 OPTIONAL_IN = {
     "huggingface": {"transformers"},
     "core": {"tqdm"},
     "analysis": {"transformers"},
-    "integrations": {"diffusers", "timm", "vllm", "x_transformers"},
+    "integrations": {"diffusers", "timm", "torchtitan", "vllm", "x_transformers"},
     "lab": {"matplotlib", "scipy", "sklearn", "transformers"},
     "cli": {"transformers"},
 }

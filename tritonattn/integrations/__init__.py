@@ -4,6 +4,7 @@ torch_modules    torch.nn.MultiheadAttention, and with it TransformerEncoder, Tr
 timm             timm's `attn_layer`
 x_transformers   the `Attend` modules of x-transformers
 diffusers        diffusers' `set_attention_backend`
+torchtitan       an override of torchtitan's "varlen" attention
 vllm             an attention backend for vLLM, which loads it as a plugin
 hub_kernel       the package as a kernel of the HuggingFace hub, for the library `kernels`
 
@@ -16,6 +17,8 @@ torch.nn.attention.register_flash_attention_impl is not used: it exchanges the C
 F.scaled_dot_product_attention of the process, which has no scaling but a number.
 """
 
+_FILES = {"diffusers", "hub_kernel", "timm", "torch_modules", "torchtitan", "vllm", "x_transformers"}
+
 
 def __dir__() -> list[str]:
-    return sorted({"diffusers", "hub_kernel", "timm", "torch_modules", "vllm", "x_transformers"} & set(globals()))
+    return sorted(_FILES & set(globals()))

@@ -1,0 +1,72 @@
+"""torchtitan's debug Llama by our override: documents alone by torch's attention, and FSDP2 of four processes."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+with warnings.catch_warnings():  # torch's own, at the import of what torchtitan compiles
+    warnings.simplefilter("ignore")
+    pytest.importorskip("torchtitan.models.common.attention", reason="pip install torchtitan")
+from torchtitan.config import OverrideConfig, apply_overrides
+from torchtitan.models.common.attention import ScaledDotProductAttention, VarlenAttention
+from torchtitan.models.llama3 import llama3_configs
+
+from tritonattn.core.shards import whole
+
+OVERRIDE = "tritonattn.integrations.torchtitan.varlen"
+LENGTHS = (20, 1, 11)
+POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+
+
+def llama(scaling: str | None, window: tuple[int, int] = (-1, 0)) -> Any:
+    """Two layers in fp32, the same on every rank; torch's own attention where scaling is None."""
+    config = llama3_configs["debugmodel"](attn_backend="varlen")
+    config.layers = config.layers[:2]
+    own = ScaledDotProductAttention.Config() if scaling is None else VarlenAttention.Config(window_size=window)
+    for layer in config.layers:
+        layer.attention = dataclasses.replace(layer.attention, inner_attention=own)
+    if scaling is not None:
+        assert len(apply_overrides(OverrideConfig(imports=[(OVERRIDE, {"scaling": scaling})]), config)) == 2
+    model = config.build()
+    torch.manual_seed(0)
+    model.init_states(buffer_device=torch.device("cpu"))
+    return model
+
+
+def tokens(batch: int = 4) -> torch.Tensor:
+    return torch.randint(2048, (batch, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    positions = POSITIONS.expand_as(ids)
+    return model(ids, positions=positions, attention_masks=model.get_attention_masks(positions))
+
+
+def test_documents_attend_as_they_do_alone():
+    stock, ids = llama(None), tokens()
+    alone = [stock(part, positions=torch.arange(part.shape[1])[None]) for part in ids.split(LENGTHS, 1)]
+    torch.testing.assert_close(logits(llama("sqrt_dim"), ids), torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
+    for other in (llama("key_norm_sum"), llama("sqrt_dim", window=(3, 0))):
+        assert not torch.allclose(logits(other, ids), torch.cat(alone, 1), atol=1e-2)
+    with pytest.raises(ValueError, match="SSMax"):
+        llama("ssmax")
+
+
+def errors(rank: int) -> float:
+    """Largest relative error of FSDP2's gradients."""
+    one, model = llama("key_norm_mean"), llama("key_norm_mean")
+    for part in (*model.layers.values(), model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (4,)))
+    for net, ids in ((one, tokens()), (model, tokens()[rank : rank + 1])):
+        logits(net, ids).square().mean().backward()
+    pairs = zip(model.parameters(), one.parameters(), strict=True)
+    return max(((whole(p.grad) - q.grad).abs().max() / q.grad.abs().max()).item() for p, q in pairs)
+
+
+def test_fsdp_has_the_gradients_of_one_process(pool):
+    assert max(pool.run(errors)) < 1e-5

@@ -1,0 +1,89 @@
+"""An override of torchtitan's attention: `--override.imports tritonattn.integrations.torchtitan.varlen`.
+
+It takes the place of the attention backend "varlen" of language models, in which packed documents attend to themselves.
+A scaling is its argument: 'tritonattn.integrations.torchtitan.varlen={"scaling": "key_norm_mean"}'.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..calls.checks import named_scaling
+from ..calls.varlen import attention_varlen
+from .arguments import gain_for
+
+try:
+    from torchtitan.config import derive, override
+    from torchtitan.models.common.attention import VarlenAttention, VarlenMetadata
+    from torchtitan.protocols.module import Module
+except ImportError as error:
+    raise ImportError("tritonattn.integrations.torchtitan needs torchtitan: pip install torchtitan") from error
+
+
+class ScaledVarlenAttention(VarlenAttention):
+    """torchtitan's inner attention, by a mode of `SCALINGS`: q [B, L, Hq, D], k and v [B, L, Hkv, D].
+
+    Learned scalings are refused: torchtitan initialises and shards only parameters that its own configs name.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(VarlenAttention.Config):
+        scaling: str = "sqrt_dim"
+
+    def __init__(self, config: Config) -> None:
+        Module.__init__(self)  # VarlenAttention's own chooses a flash kernel for the process
+        self.window_size, self.mode = config.window_size, named_scaling(config.scaling)
+
+    def forward(
+        self,
+        q_BLNH: Tensor,
+        k_BLNH: Tensor,
+        v_BLNH: Tensor,
+        *,
+        attention_masks: VarlenMetadata,
+        scale: float | None = None,
+        out_transform: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **_: Any,  # enable_gqa
+    ) -> Tensor:
+        """Attend, and hand (out [B, L, Hq, D], lse [B, L, Hq]) to out_transform where there is one."""
+        q, k, v = (x.flatten(0, 1) for x in (q_BLNH, k_BLNH, v_BLNH))
+        result: Any = attention_varlen(
+            q,
+            k,
+            v,
+            attention_masks.cu_seq_q,
+            attention_masks.cu_seq_k,
+            attention_masks.max_q,
+            attention_masks.max_k,
+            scaling=self.mode,
+            gain=gain_for(self.mode, scale, q_BLNH.shape[-1]),
+            window=self.window_size,
+            return_aux=out_transform is not None,
+        )
+        rows = q_BLNH.shape[:2]
+        if out_transform is None:
+            return result.unflatten(0, rows)
+        out, aux = result
+        return out_transform(out.unflatten(0, rows), aux.lse.transpose(0, 1).unflatten(0, rows))
+
+
+@override(target=VarlenAttention.Config, description="tritonattn: attention of packed documents with a scaling")
+def varlen(config: VarlenAttention.Config, *, scaling: str = "sqrt_dim") -> ScaledVarlenAttention.Config:
+    """Give a model's layers the attention of tritonattn.
+
+    Args:
+        config: A layer's own, whose window stays.
+        scaling: A name in `tritonattn.SCALINGS`. A scale of the model's own multiplies it.
+
+    Raises:
+        ValueError: A name that is none, or a learned scaling's.
+
+    torchtitan's context parallelism takes no varlen attention. Seen with torchtitan 0.3.0.
+    """
+    return derive(config, ScaledVarlenAttention.Config, scaling=scaling)
