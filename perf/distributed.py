@@ -7,6 +7,7 @@ that compute and send as `Assumptions` says.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,12 +57,13 @@ class Assumptions(NamedTuple):
 
 
 def sent_by_formula(method: str, ranks: int, sizes: Sizes, grad_itemsize: int = 4) -> float:
-    """Bytes that a rank sends in a forward and a backward, statistics aside; key heads as many as ranks or more."""
+    """Bytes that a rank sends in a forward and a backward, statistics aside."""
     tokens = sizes.length // ranks
     keys = tokens * sizes.kv_heads * 2 * sizes.head_dim
     rows = tokens * sizes.q_heads * 2 * sizes.head_dim  # q and the output
     others = ranks - 1
     if method == "alltoall":
+        keys *= ranks // math.gcd(ranks, sizes.kv_heads)  # key heads are repeated until the ranks divide them
         return others / ranks * (2 * rows * sizes.itemsize + keys * (sizes.itemsize + grad_itemsize))
     home = ranks if method == "ring" and ranks > 1 else others  # in a ring gradients take one step more
     return 2 * others * keys * sizes.itemsize + home * keys * grad_itemsize
