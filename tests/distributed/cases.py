@@ -58,16 +58,20 @@ def errors(
     dtype, head_group = options.pop("dtype", torch.float64), options.pop("head_group", None)
     *whole, d_out = operands(dtype)
     rows = torch.rand(HEADS, 1, dtype=torch.float64) + 0.5, torch.randn(HEADS, dtype=torch.float64)
+    bias = torch.randn(KV_HEADS, LENGTH, dtype=torch.float64)
     mode, learned = deepcopy(scaling), deepcopy(scaling)
-    *one, gain, sinks = leaves(*(x.double() for x in whole), *rows)
-    out = tritonattn.attention(*one, scaling=mode, gain=gain, sinks=sinks, **in_one_process(MASKS[mask], 2), **options)
+    *one, gain, sinks, one_bias = leaves(*(x.double() for x in whole), *rows, bias)
+    learnable = {"scaling": mode, "gain": gain, "sinks": sinks, "key_bias": one_bias}
+    out = tritonattn.attention(*one, **learnable, **in_one_process(MASKS[mask], 2), **options)
     out.backward(d_out.double())
     given = dict(MASKS[mask])
     if "cu_seqlens" in given:
         given["cu_seqlens"] = torch.tensor(given["cu_seqlens"], dtype=torch.int32)
     wide = torch.promote_types(dtype, torch.float32)
-    *own, own_gain, own_sinks = leaves(
-        *(shard(x, mesh=mesh, layout=layout) for x in whole), *(x.to(wide) for x in rows)
+    *own, own_gain, own_sinks, own_bias = leaves(
+        *(shard(x, mesh=mesh, layout=layout) for x in whole),
+        *(x.to(wide) for x in rows),
+        shard(bias.to(wide), mesh=mesh, layout=layout, dim=1),
     )
     got = context_parallel_attention(
         *own,
@@ -77,6 +81,7 @@ def errors(
         scaling=learned,
         gain=own_gain,
         sinks=own_sinks,
+        key_bias=own_bias,
         head_group=head_group,
         **given,
         **options,
@@ -85,6 +90,7 @@ def errors(
     pairs = {"out": (got, shard(out, mesh=mesh, layout=layout))}
     for name, mine, all_of_it in zip("qkv", own, one, strict=True):
         pairs[name] = mine.grad, shard(all_of_it.grad, mesh=mesh, layout=layout)
+    pairs["key_bias"] = own_bias.grad, shard(one_bias.grad, mesh=mesh, layout=layout, dim=1)
     parameters = [("gain", own_gain, gain), ("sinks", own_sinks, sinks)]
     if isinstance(mode, torch.nn.Module):
         parameters += [

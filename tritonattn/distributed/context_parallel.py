@@ -33,6 +33,7 @@ def context_parallel_attention(
     layout: str = "contiguous",
     scaling: str | Scaling | float | Tensor = "sqrt_dim",
     gain: float | Tensor | None = None,
+    key_bias: Tensor | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     cu_seqlens: Tensor | None = None,
@@ -59,6 +60,7 @@ def context_parallel_attention(
         layout: How `shard` cut the sequence: "contiguous", or "zigzag", the same work for all ranks under causal.
         scaling: As in `attention`, parameters of all heads included; a tensor is that of this rank's rows.
         gain: As in `attention`, for this rank's rows.
+        key_bias: As in `attention`, for this rank's keys; its gradient is whole, as that of k is.
         causal, window: As in `attention`, of places in the whole sequence.
         cu_seqlens: int32 [N + 1]: where documents begin and end in the whole sequence, the same on every rank and for
             every batch entry. A row sees its own document only. Documents may cross the parts of ranks.
@@ -93,7 +95,13 @@ def context_parallel_attention(
     (all-to-all); Liu et al. 2023, arXiv:2310.01889 (ring).
     """
     options = Options(
-        causal=causal, window=window, softcap=softcap, sinks=sinks, return_aux=return_aux, backend=backend
+        causal=causal,
+        window=window,
+        key_bias=key_bias,
+        softcap=softcap,
+        sinks=sinks,
+        return_aux=return_aux,
+        backend=backend,
     )
     refuse_over_ranks(None)
     (q, k, v), autocast_off = autocast(q, k, v)
@@ -109,7 +117,7 @@ def context_parallel_attention(
         if keep_rounding:
             q, k = q.float(), k.float()  # gradients of logits and of lengths add up before they are rounded
         sequence = SharedSequence.of(q, k, split, causal, window, cu_seqlens)
-        logits = logits_of(factor, q, k, sequence, reduce_dtype)
+        logits = logits_of(factor, q, k, sequence, reduce_dtype, key_bias)
         logits = logits._replace(softcap=options.cap, sinks=sinks_of(q, options))
         call = AttentionCall(q, k, v, sequence.visibility, logits)
         heads = k.shape[1] if head_group is None else head_group

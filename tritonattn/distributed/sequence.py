@@ -85,10 +85,18 @@ class Settings(NamedTuple):
     keep_rounding: bool
 
 
-def logits_of(factor: Factor, q: Tensor, k: Tensor, sequence: SharedSequence, reduce_dtype: torch.dtype) -> Logits:
+def logits_of(
+    factor: Factor,
+    q: Tensor,
+    k: Tensor,
+    sequence: SharedSequence,
+    reduce_dtype: torch.dtype,
+    key_bias: Tensor | None,
+) -> Logits:
     """The scales and the bias of a scaling, those of rows of this rank, those of keys of all; differentiable.
 
-    A scaling that reads keys itself (`Scaling.reads_keys`) gets all of them, gathered.
+    key_bias, of this rank's keys, is gathered and added to the scaling's own bias. A scaling that reads keys itself
+    (`Scaling.reads_keys`) gets all of them, gathered.
     """
     visible, split = sequence.visibility, sequence.split
     if factor.scaling.reads_keys:
@@ -97,7 +105,10 @@ def logits_of(factor: Factor, q: Tensor, k: Tensor, sequence: SharedSequence, re
     else:
         whole = k.detach()[:, :, :1].expand(-1, -1, sequence.length, -1)  # a shape; its values are not read
         statistics = SharedStatistics(k, visible, split, sequence.whole.is_full or sequence.whole.is_square_causal)
-    return factor.logits(q, whole, visible, statistics)
+    if key_bias is not None:
+        own = key_bias.expand((*key_bias.shape[:-1], k.shape[2]))
+        key_bias = collectives.gather(own, split, -1, torch.promote_types(reduce_dtype, own.dtype))
+    return factor.logits(q, whole, visible, statistics, key_bias)
 
 
 def add_part(total: Tensor | None, place: Any, gradient: Tensor | None) -> None:
