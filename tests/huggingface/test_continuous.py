@@ -1,11 +1,13 @@
 """Continuous batching gives every request its tokens alone, or says why it cannot."""
 
 from dataclasses import replace
+from functools import partial, partialmethod
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
 from tests.huggingface.test_patch import LLAMA, state
@@ -40,6 +42,21 @@ def batched(network, **options) -> list[list[int]]:
     return [one.generated_tokens for one in results.values()]
 
 
+def events(monkeypatch) -> set[tuple[str, Any]]:
+    """Results of the cache's methods from now on, by name: tokens found at a prefix, and whether a chunk fits."""
+    seen: set[tuple[str, Any]] = set()
+
+    def watched(name: str, method: Any, *args: Any, **options: Any) -> Any:
+        result = method(*args, **options)
+        seen.add((name, result))
+        return result
+
+    for name in ("search_prefix_match", "can_store_request_tokens"):
+        method = getattr(PagedAttentionCache, name)
+        monkeypatch.setattr(PagedAttentionCache, name, partialmethod(partial(watched, name, method)))
+    return seen
+
+
 CASES = {  # model, scaling, layers, and its implementation before the patch
     "count": ("llama", "log_key_count", None, "sdpa"),
     "norms": ("llama", "key_norm_mean", None, "sdpa"),
@@ -60,7 +77,7 @@ def test_every_request_gets_its_tokens_alone(case, monkeypatch):
     architecture = ARCHITECTURES[model]
     untied = {**architecture.arguments, "tie_word_embeddings": False}  # tied, a random model repeats its last token
     network = replace(architecture, arguments=untied).build(implementation)
-    own, before = alone(network), state(network)
+    own, before, seen = alone(network), state(network), events(monkeypatch)
     packed, real = [], attention._over_requests
     monkeypatch.setattr(attention, "_over_requests", lambda *args: packed.append(1) or real(*args))
     with patch(network, scaling=scaling, layers=layers):
@@ -70,6 +87,8 @@ def test_every_request_gets_its_tokens_alone(case, monkeypatch):
         assert bool(packed) == ("part" not in case)  # a part needs the masks of the rest
         assert state(network) == patched_before
     assert wanted != own
+    if model == "llama":  # windows share no blocks, and need few
+        assert {("search_prefix_match", 32), ("can_store_request_tokens", False)} <= seen
     assert state(network) == before
 
 

@@ -95,8 +95,8 @@ def _uses_tritonattn(model: nn.Module) -> bool:
     )
 
 
-def _refuse_flash(implementation: str) -> None:
-    if "flash" in implementation and implementation != PACKED:
+def _refuse_flash(implementation: str | None) -> None:
+    if "flash" in (implementation or "") and implementation != PACKED:
         raise ValueError(
             f"model: expected the attention implementation {NAME!r}, 'sdpa' or 'eager' in continuous batching of a"
             f" patched model, got {implementation!r}: call model.set_attn_implementation({NAME!r}), or 'sdpa' if only"
