@@ -1,5 +1,7 @@
 """The kernels over keys in pages: the bits of the same calls over keys that lie one after another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,6 +30,17 @@ def test_bits_of_the_contiguous_form(name, device, launched):
     for result, other in zip(found, expected, strict=True):
         assert torch.equal(result, other)
     assert [kernel for kernel, _ in launched] == ["attention_forward"] * 2
+
+
+def test_offsets_past_int32(device):
+    """Pages 2^29 elements apart, the fifth of which is in use."""
+    paged, _ = paged_call(Packed((3,), (40,)), torch.float16, 16, device=device)
+    assert 4 in paged.block_table
+    count, *_, width = paged.k.shape
+    storage = torch.empty(count * 2**29, dtype=torch.float16, device=device)
+    apart = storage.as_strided(paged.k.shape, (2**29, width, width, 1)).copy_(paged.k)
+    found, expected = (triton_backend.forward(call, aux=False) for call in (replace(paged, k=apart), paged))
+    assert torch.equal(found.out, expected.out)
 
 
 def test_appended_lengths(device):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 import tritonattn
+from tests.support.packed import offsets
 from tests.support.pairs import in_turn
-from tritonattn.backends.triton import append_keys, launch
+from tritonattn.backends.triton import append_keys, append_to_pages, launch
 from tritonattn.tuning import TileConfig
 from tritonattn.tuning.config import TILED_KERNELS
 from tritonattn.tuning.defaults import default_config
@@ -117,6 +118,19 @@ def a_cache_of_pages() -> None:
     )
 
 
+def ragged_rows_over_pages() -> None:
+    for lengths, page, count in (((1, 0, 30), 16, 40), ((5, 17, 2), 17, 33)):
+        ends = offsets(lengths)
+        k, v = normal(count, page, 3, 128).split(64, -1)
+        after, table = torch.tensor([33, 20, 30]), torch.zeros(3, 3, dtype=torch.int32)
+        statistics = tritonattn.PagedKeyStatistics(count, page, 3)
+        new = normal(int(ends[-1]), 3, 64)
+        append_to_pages(new, ends, after, table, page, statistics._buffers())
+        q, keys = normal(len(new), 6, 64), offsets(tuple(after.tolist()))
+        options = {"causal": True, "block_table": table, "backend": "triton"}
+        tritonattn.attention_varlen(q, k, v, ends, keys, max(lengths), 33, **options)
+
+
 def a_long_cache() -> None:
     keys = normal(1, 1, 1, 16).expand(1, 1, 2**20, 16)
     tritonattn.attention_decode(normal(1, 1, 1, 16), keys, keys, key_lengths=torch.tensor([2**20]), backend="triton")
@@ -158,6 +172,7 @@ CASES = {
         sequences_of_nothing,
         a_cache_of_pages,
         a_long_cache,
+        ragged_rows_over_pages,
         new_keys_of_a_cache,
         strides_past_int32,
         a_compiled_function,

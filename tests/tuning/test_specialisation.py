@@ -20,9 +20,10 @@ SM_90, SM_100 = Target("cuda", "90"), Target("cuda", "100")
 pytestmark = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
 
-def source_of(problem: Problem):
+def source_of(problem: Problem, **changed):
     asked = ahead.launch_of("forward", problem, TILES, SM_90)
-    return ahead.specialised(asked.kernel, asked.arguments, device.compile_options(TILES), GPUTarget("cuda", 90, 32))
+    arguments = asked.arguments | changed
+    return ahead.specialised(asked.kernel, arguments, device.compile_options(TILES), GPUTarget("cuda", 90, 32))
 
 
 def test_pointers_and_strides_are_multiples_of_16_but_for_unaligned_rows():
@@ -36,3 +37,12 @@ def test_pointers_and_strides_are_multiples_of_16_but_for_unaligned_rows():
     assert unaligned.attrs[q, 0] == divisible
     assert not any(unaligned.attrs.get((q, member)) for member in (3, 4))
     assert not aligned.attrs.get((names.index("q_len"),)), "lengths are not specialised"
+
+
+def test_pages_of_any_number_and_size_have_one_code():
+    problem = replace(PROBLEM, sequences=True, block_table=True)
+    sources = [source_of(problem)]
+    for pages in (1, 32, 33), (16, 17, 2048), (10, 48, 1):
+        table = torch.empty(3, pages[2], dtype=torch.int32, device="meta")
+        sources.append(source_of(problem, pages=launch.pages_of(table, *pages[:2])))
+    assert len({source.hash() for source in sources}) == 1
