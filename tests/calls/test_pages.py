@@ -43,7 +43,13 @@ MODES = {
 SOME = ("log_key_count", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine", "power_law", "first of keys")
 # Chunks of a prefill, single tokens, a prefix hit, guesses; sequences without rows, without keys.
 ROWS, KEYS = (5, 1, 0, 33, 3, 4, 16), (21, 48, 7, 33, 2, 0, 40)
-WINDOWS = {"causal": (True, None), "window": (True, (6, None)), "both sides": (False, (3, 2)), "full": (False, None)}
+WINDOWS = {
+    "full": (False, None),
+    "causal": (True, None),
+    "window": (True, (6, None)),
+    "both sides": (False, (3, 2)),
+    "left": (False, (6, None)),
+}
 FORMS = {
     "plain": lambda batch: {},
     "extras": lambda batch: {"softcap": 1.5, "sinks": torch.tensor([0.1, -3.0, 2.0, 0.0])},

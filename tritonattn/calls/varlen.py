@@ -153,12 +153,13 @@ def _attend_pages(
     call: AttentionCall, block_table: Tensor, factor: Factor, statistics: PagedKeyStatistics | None, options: Options
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     """Attention over keys in pages, but for the terms of its logits."""
-    visible, record, width = call.visibility, None, None
+    visible, sequences, record, width = call.visibility, call.visibility.sequences, None, None
     backend = choose_backend(call.q, call.k, call.v, options)
     if statistics is not None:
-        record = PagedRecord(statistics, PageTable(block_table, statistics.page, visible.sequences))
-    if visible.left is not None:
-        width = visible.k_len if visible.right is None else visible.left + 1 + visible.right
+        record = PagedRecord(statistics, PageTable(block_table, statistics.page, sequences))
+    if visible.left is not None and sequences is not None:
+        right = sequences.longest_k if visible.right is None else visible.right
+        width = min(visible.left + 1 + right, sequences.longest_k)
     cached = CachedKeys(
         _OVER_PAGES,
         lambda: call.packed_keys(call.k),
