@@ -140,7 +140,7 @@ def test_nan_that_a_row_sees_is_in_its_results(name, softcap, emulate):
 def test_bits_of_batch_invariant_rows(emulate):
     """A causal row among all rows, and told its keys by ranges as decoding is; tests/invariance has more companies."""
     emulate(GPU(80), SMALL)
-    q, k, v = torch.randn(3, 1, 2, 48, 32, dtype=BFLOAT)
+    q, k, v = torch.randn(3, 1, 2, 48, 40, dtype=torch.float16)  # padded, where loads before a product change its order
     rows = torch.arange(39, 48)
     ranges = torch.stack([torch.zeros_like(rows), rows + 1], dim=-1)[None]
     options = {"scaling": 1.0, "return_aux": True, "backend": "triton", "batch_invariant": True}
