@@ -151,7 +151,7 @@ def round_trip(rank: int) -> str:
     return "no error"
 
 
-def with_a_fault(rank: int, fault: str) -> None:
+def with_a_fault(rank: int, fault: str, method: str) -> None:
     """Rank 1 dies, or has another shape, while the others attend."""
     mesh = mesh_of(dist.get_world_size())
     q, k, v = (shard(x, mesh=mesh) for x in operands(torch.float32)[:3])
@@ -159,7 +159,7 @@ def with_a_fault(rank: int, fault: str) -> None:
         os._exit(1)
     if rank == 1 and fault == "other shape":
         q, k, v = (x[:, :, :4] for x in (q, k, v))
-    context_parallel_attention(q, k, v, mesh=mesh)
+    context_parallel_attention(q, k, v, mesh=mesh, method=method)
     raise RuntimeError("attended in spite of the fault")
 
 

@@ -96,8 +96,9 @@ def test_decode_of_a_shared_cache(scaling, q_len, window, has_statistics, dtype,
 
 
 @pytest.mark.parametrize("fault", ["dies", "other shape"])
-def test_a_rank_that_fails_is_an_error_on_all(fault, pool):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rank_that_fails_is_an_error_on_all(fault, method, pool):
     with pytest.raises(AssertionError) as failure:
-        pool.run(cases.with_a_fault, fault, seconds=20)
+        pool.run(cases.with_a_fault, fault, method, seconds=20)
     assert all(f"rank {rank}:" in str(failure.value) for rank in range(pool.size)), failure.value
     assert "no answer" not in str(failure.value), failure.value
