@@ -165,7 +165,13 @@ def _tiled_config(kernel: str, problem: Problem, target: Target, family: str, wi
 
 
 def _with_page_numbers(kernel: str, config: TileConfig, problem: Problem, target: Target) -> TileConfig:
-    """The same with one stage more for page numbers, where shared memory has room."""
+    """The same with one stage more for page numbers, where shared memory has room.
+
+    Addresses of keys hold registers: with tensor memory, whose threads hold whole rows, extras take half of wide steps.
+    """
+    holds_more = problem.aux or problem.softcap or problem.key_scale or problem.key_bias
+    if target.has_tensor_memory and problem.width >= 128 and holds_more:
+        config = replace(config, block_n=config.block_n // 2)
     longer = replace(config, num_stages=config.num_stages + 1)
     is_legal = target.backend == "cuda" and not legal_reasons(kernel, longer, problem, target)
     return longer if is_legal else config
