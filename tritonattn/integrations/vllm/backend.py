@@ -64,25 +64,24 @@ class TritonattnBackend(AttentionBackend):
 
 @dataclass
 class TritonattnMetadata:
-    """The rows of one step: first `decodes` sequences of one new token each, then `chunks` sequences of several.
+    """The rows of one step: first `decodes` sequences of one new token each, then the others, the chunks.
 
-    lengths        int32 [decodes + chunks], the sequences' keys, new ones included
-    block_table    int32 [decodes + chunks, pages]
+    lengths        int32 [sequences], the sequences' keys, new ones included
+    block_table    int32 [sequences, pages]
     tokens         new tokens of all sequences
-    new_ends       int32 [decodes + chunks + 1], 0 and where the new tokens of each sequence end
-    row_ends       int32 [chunks + 1], likewise, counted from the first chunk's
+    new_ends       int32 [sequences + 1], 0 and where the new tokens of each sequence end
+    row_ends       int32 [chunks + 1], likewise, counted from the first chunk's; None without chunks, as key_ends
     key_ends       int32 [chunks + 1], 0 and the running sums of the chunks' keys, old ones included
     longest_rows, longest_keys   bounds on one sequence's
     """
 
     decodes: int
-    chunks: int
     tokens: int
     lengths: Tensor
     block_table: Tensor
     new_ends: Tensor
-    row_ends: Tensor
-    key_ends: Tensor
+    row_ends: Tensor | None
+    key_ends: Tensor | None
     longest_rows: int
     longest_keys: int
 
@@ -99,15 +98,18 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
         if m.causal is not True:
             raise NotImplementedError(f"attention_backend {NAME}: expected causal attention, got causal={m.causal}")
         decodes, chunks, rows, _ = split_decodes_and_prefills(m, decode_threshold=1)
+        row_ends = key_ends = None
+        if chunks:
+            row_ends = m.query_start_loc[decodes:] - rows
+            key_ends = torch.nn.functional.pad(m.seq_lens[decodes:].cumsum(0, dtype=torch.int32), (1, 0))
         return TritonattnMetadata(
             decodes=decodes,
-            chunks=chunks,
             tokens=m.num_actual_tokens,
             lengths=m.seq_lens,
             block_table=m.block_table_tensor,
             new_ends=m.query_start_loc,
-            row_ends=m.query_start_loc[decodes:] - rows,
-            key_ends=torch.nn.functional.pad(m.seq_lens[decodes:].cumsum(0, dtype=torch.int32), (1, 0)),
+            row_ends=row_ends,
+            key_ends=key_ends,
             longest_rows=m.max_query_len,
             longest_keys=m.max_seq_len,
         )
@@ -219,7 +221,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             rows = query[:n, :, None]  # [sequences, Hq, 1, D]
             out = attention_decode(rows, keys, values, key_lengths=m.lengths[:n], block_table=table, **options)
             output[:n] = cast(Tensor, out)[:, :, 0]
-        if m.chunks:
+        if m.row_ends is not None and m.key_ends is not None:
             ends = m.row_ends, m.key_ends, m.longest_rows, m.longest_keys
             options = {**options, "block_table": m.block_table[n:], "causal": True}
             output[n : m.tokens] = cast(Tensor, attention_varlen(query[n : m.tokens], keys, values, *ends, **options))

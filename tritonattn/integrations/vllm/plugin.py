@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from importlib.metadata import version
 from typing import Any
 
@@ -70,8 +71,7 @@ def _extended(choose: Any) -> Any:
 
 def check_version() -> None:
     """Raise ImportError unless vLLM is one of the versions that the tests ran."""
-    found = tuple(int(part) for part in version("vllm").split("+")[0].split(".")[:2])
-    first, end = (tuple(int(part) for part in bound.split(".")[:2]) for bound in VERSIONS)
+    found, first, end = ([int(part) for part in re.findall(r"\d+", x)[:2]] for x in (version("vllm"), *VERSIONS))
     if not first <= found < end:
         raise ImportError(_expected_version())
 
