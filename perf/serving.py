@@ -43,12 +43,12 @@ def layers() -> dict[str, Any]:
 
 
 def measured(rounds: int, capability: int) -> list[tuple]:
-    """For each step and layer: microseconds of the metadata and of a layer (median of the rounds), and launches."""
+    """For each step and layer: microseconds of the metadata and of a layer (median of the rounds); a layer's work."""
     os.environ |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}
     from triton.backends import backends
 
     from tests.stub import installed
-    from tests.support.device_work import values_unread
+    from tests.support.device_work import values_unread, work_of_torch
     from tritonattn.backends.triton import launch
 
     backends["nvidia"].driver.is_active = staticmethod(lambda: True)  # vLLM asks before it imports Triton
@@ -58,10 +58,14 @@ def measured(rounds: int, capability: int) -> list[tuple]:
         for step, (new, keys) in STEPS.items():
             parts = {name: layer.parts(**layer.batch(new, keys)) for name, layer in compared.items()}
             counts = {name: _launches(stub, of_layer) for name, (_, of_layer) in parts.items()}
+            work = {name: len(work_of_torch(of_layer)) for name, (_, of_layer) in parts.items()}
             noted, launch.run = launch.run, lambda *launched: launch.run_on_device(*launched)
             taken = _times(rounds, {(name, i): call for name, both in parts.items() for i, call in enumerate(both)})
             launch.run = noted
-            rows += [(step, name, f"{taken[name, 0]:.0f}", f"{taken[name, 1]:.0f}", counts[name]) for name in compared]
+            rows += [
+                (step, name, f"{taken[name, 0]:.0f}", f"{taken[name, 1]:.0f}", counts[name], work[name])
+                for name in compared
+            ]
     return rows
 
 
@@ -94,4 +98,4 @@ def run(options: argparse.Namespace) -> None:
     rows = measured(options.rounds, options.capability)
     where = Environment.of(torch.device("cpu"), command_line("serving", options))
     print(f"Simulated on a stub of NVIDIA's driver: {where}.\n")
-    print(table(rows, ("step", "backend", "us, metadata", "us, a layer", "launches of a layer")))
+    print(table(rows, ("step", "backend", "us, metadata", "us, a layer", "launches", "torch operators")))
