@@ -27,6 +27,8 @@ from ...calls.varlen import attention_varlen
 from . import NAME
 from .settings import call_arguments, layer_settings, reads_lengths, saved_settings, with_learned
 
+_LEAST_PAGE = 16  # of attention_decode
+
 
 class TritonattnBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
@@ -47,7 +49,7 @@ class TritonattnBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return [MultipleOf(16)]  # the least page of attention_decode
+        return [MultipleOf(_LEAST_PAGE)]
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
@@ -73,6 +75,7 @@ class TritonattnMetadata:
     row_ends       int32 [chunks + 1], likewise, counted from the first chunk's; None without chunks, as key_ends
     key_ends       int32 [chunks + 1], 0 and the running sums of the chunks' keys, old ones included
     longest_rows, longest_keys   bounds on one sequence's
+    passes         times that new keys are entered in the record of key lengths
     """
 
     decodes: int
@@ -84,6 +87,7 @@ class TritonattnMetadata:
     key_ends: Tensor | None
     longest_rows: int
     longest_keys: int
+    passes: int
 
 
 class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
@@ -92,6 +96,7 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)  # sequences of one new token come first
+        self._shares_pages = vllm_config.cache_config.enable_prefix_caching
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> TritonattnMetadata:
         m = common_attn_metadata
@@ -112,7 +117,18 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
             key_ends=key_ends,
             longest_rows=m.max_query_len,
             longest_keys=m.max_seq_len,
+            passes=self._passes(m.query_start_loc_cpu, chunks) if self._shares_pages else 1,
         )
+
+    def _passes(self, new_ends: Tensor, chunks: int) -> int:
+        """A bound on how many sequences go on from one another's new keys.
+
+        vLLM lets a sequence begin behind pages that another one fills in the same step. The record's entries of its
+        keys go on from that one's last, which a pass before has to enter. All but the first and the last of such a
+        chain fill a page.
+        """
+        fill_a_page = int((new_ends.diff() >= _LEAST_PAGE).sum()) if chunks else 0
+        return 2 + fill_a_page
 
 
 class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
@@ -235,7 +251,8 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
                 raise RuntimeError(f"attention_backend {NAME}: expected a step before the first one that is captured")
             self._statistics = PagedKeyStatistics(blocks, page, kv_heads, device=pages.device)
         table = {"key_lengths": m.lengths, "block_table": m.block_table}
-        self._statistics.append(new[: m.tokens], m.new_ends, **table)
+        for _ in range(m.passes):
+            self._statistics.append(new[: m.tokens], m.new_ends, **table)
         return self._statistics
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
