@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -121,14 +122,14 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
         )
 
     def _passes(self, new_ends: Tensor, chunks: int) -> int:
-        """A bound on how many sequences go on from one another's new keys.
+        """From a copy on the host, a bound on how many sequences go on from one another's new keys.
 
         vLLM lets a sequence begin behind pages that another one fills in the same step. The record's entries of its
         keys go on from that one's last, which a pass before has to enter. All but the first and the last of such a
         chain fill a page.
         """
-        fill_a_page = int((new_ends.diff() >= _LEAST_PAGE).sum()) if chunks else 0
-        return 2 + fill_a_page
+        ends = new_ends.tolist() if chunks else []
+        return 2 + sum(end - start >= _LEAST_PAGE for start, end in itertools.pairwise(ends))
 
 
 class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
