@@ -13,8 +13,8 @@ from pathlib import Path
 from .table import ROOT, Mutant
 
 _COPIED = ("tritonattn", "tests", "perf", "autotune_cache")
-# Where pytest says at the end of a failure which error a line raised.
-_ASSERTED = re.compile(r"^\S+:\d+: (AssertionError|Failed|GradcheckError)$", re.MULTILINE)
+# Where pytest says at the end of a failure which error a line raised; or where the trace of a rank ends.
+_ASSERTED = re.compile(r"^(\S+:\d+: (AssertionError|Failed|GradcheckError)|E +AssertionError.*)$", re.MULTILINE)
 
 
 @contextmanager
