@@ -130,8 +130,10 @@ def check_offset_values(name: str, offsets: Tensor, length: int, axis: str) -> N
 
 
 def _check_longest(side: str, offsets: Tensor, longest: int) -> None:
+    if not values_are_read(offsets):
+        return
     lengths = offsets.diff()
-    if values_are_read(offsets) and lengths.numel() and int(lengths.max()) > longest:
+    if lengths.numel() and int(lengths.max()) > longest:
         raise ValueError(
             f"max_seqlen_{side}: expected at least the longest sequence, {int(lengths.max())}, got {longest}"
         )
