@@ -107,3 +107,15 @@ def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch, capsys):
     assert len(calls) == 7
     sweep(file, *options, "--dtypes", "bf16")  # another command
     assert len(calls) == 13
+
+
+def test_a_wrong_gradient_fails_the_run(tmp_path, monkeypatch):
+    right = tritonattn.attention
+
+    def wrong(q, k, v, *, backend, **options):
+        out = right(q, k, v, backend=backend, **options)
+        return out if backend == "reference" else out + 1e-2 * (v - v.detach())
+
+    monkeypatch.setattr(tritonattn, "attention", wrong)
+    with pytest.raises(SystemExit, match="tritonattn sqrt_dim: gradient of v: expected"):
+        sweep(tmp_path / "a.jsonl", "--suite", "backward", "--scalings", "sqrt_dim", "--peers", "none")

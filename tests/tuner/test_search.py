@@ -124,3 +124,13 @@ def test_a_lost_card(monkeypatch):
     assert not search._is_lost(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     assert search._is_lost(torch.device("cuda"))
+
+
+def test_operands_that_the_memory_does_not_hold(monkeypatch):
+    def build(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
+
+    monkeypatch.setattr(search, "Workload", build)
+    result = run()
+    assert result.entry is None
+    assert "forward/64/none/short: OutOfMemoryError: CUDA out of memory" in result.wrong[0]

@@ -155,3 +155,13 @@ def check_shipped_entry(position: int) -> None:
     gpu, key = ENTRIES[position]
     entry = usable_table(cache_dir.shipped_tables() / f"{gpu.name}.json", gpu.target).entries[key]
     assert examine(key.kernel, key.problem, entry.config, gpu.target).reasons == ()
+
+
+def test_a_config_that_does_not_compile_is_refused(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("PassManager::run failed\n" + 100 * "  and more\n")
+
+    monkeypatch.setattr("tritonattn.tuner.gate.compile_kernel", fail)
+    [reason] = examine("forward", PROBLEM, CONFIG, SM_80).reasons
+    assert "RuntimeError: PassManager::run failed and more and" in reason, "on one line"
+    assert len(reason) < 250

@@ -67,3 +67,10 @@ def test_nothing_is_timed_whose_result_could_not_be_written(on_h100, user, monke
     assert status == 2
     assert f"cannot write {user / 'h100.json'}: Permission denied" in err
     assert on_h100 == []
+
+
+def test_a_budget_is_of_minutes(on_h100, monkeypatch, capsys):
+    monkeypatch.setattr(commands.time, "monotonic", lambda: 1000.0 + 40 * len(on_h100))
+    _, out, _ = run(capsys, *SEARCH, "--budget", "1")
+    assert "the budget of 1 minutes is spent" in out
+    assert on_h100 == KEYS[:2]

@@ -1,5 +1,8 @@
 """The timing protocol, also on a card that a clock stands for, and what is noted of a card beside its times."""
 
+import subprocess
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -79,3 +82,41 @@ def test_every_round_has_an_order_of_its_own_that_is_the_same_in_every_run():
 def test_medians_and_quartiles():
     found = timing.Timing.of([3.0, 1.0, 2.0, 4.0, 100.0])
     assert (found.median, found.lower, found.upper, found.rounds) == (3.0, 2.0, 4.0, 5)
+
+
+def test_clocks_are_those_of_the_card_in_use(monkeypatch):
+    """nvidia-smi knows nothing of CUDA_VISIBLE_DEVICES."""
+    asked = []
+
+    def run(command, **_):
+        asked.extend(command)
+        return SimpleNamespace(stdout="570.1, 1980 MHz, 2619 MHz, 40, 120 W\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert timing.card_state(GPU) == {
+        "driver_version": "570.1",
+        "clocks.sm": "1980 MHz",
+        "clocks.mem": "2619 MHz",
+        "temperature.gpu": "40",
+        "power.draw": "120 W",
+    }
+    assert asked[asked.index("-i") + 1] == "GPU-12ab-34"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("nvidia-smi"),
+        subprocess.TimeoutExpired("nvidia-smi", 10),
+        subprocess.CalledProcessError(6, ""),
+    ],
+    ids=repr,
+)
+def test_without_nvidia_smi(error, monkeypatch):
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert timing.card_state(GPU) == {}

@@ -1,11 +1,13 @@
 """The table that a call's config comes from; a bad table stops no call."""
 
+import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tritonattn.tuning import cache_dir, lookup
+from tritonattn.tuning import cache_dir, config, lookup
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import table_name
@@ -141,3 +143,48 @@ def test_an_illegal_entry_never_runs(folders):
     write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
     lookup.clear_cache()
     assert found() == 32, "too much shared memory"
+
+
+def test_a_user_without_a_home(folders, monkeypatch):
+    put(folders[0] / "h100.json", 32)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cache_dir, "user_cache", homeless)
+    assert found() == 32
+
+
+def test_folders_that_cannot_be_read(folders, monkeypatch):
+    _, user = folders
+    user.mkdir(parents=True)
+    (user / "h100.json").mkdir()
+    with pytest.warns(UserWarning, match="directory"):
+        assert lookup.find("forward", PROBLEM, H100).path is None
+
+    (user / "h100.json").rmdir()
+    os.mkfifo(user / "h100.json")
+    lookup.clear_cache()
+    with pytest.warns(UserWarning, match="regular file"):
+        assert lookup.find("forward", PROBLEM, H100).path is None
+
+    def missing():
+        raise FileNotFoundError("neither")
+
+    monkeypatch.setattr(cache_dir, "shipped_tables", missing)
+    (user / "h100.json").unlink()
+    lookup.clear_cache()
+    assert lookup.find("forward", PROBLEM, H100).path is None
+
+
+def test_a_card_whose_name_rocm_does_not_know(monkeypatch):
+    """Its table is named by the architecture; of no name, `tritonattn tune` would write what nobody reads."""
+    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    config._target_of.cache_clear()
+    target = Target.of(torch.device("cuda", 0))
+    config._target_of.cache_clear()
+    assert target[:2] == ("hip", "gfx942")
+    assert table_name(target) == "gfx942"
