@@ -13,7 +13,7 @@ from ..calls.dispatch import AttentionAux, autocast, aux_of, choose_backend, sin
 from ..calls.factor import Factor
 from ..calls.varlen_checks import check_offsets
 from ..core.autograd import needs_graph
-from ..core.call import AttentionCall
+from ..core.call import AttentionCall, Logits
 from ..core.invariance import refuse_over_ranks
 from ..scaling import Scaling
 from . import by_heads, gathered, ring
@@ -118,7 +118,8 @@ def context_parallel_attention(
             q, k = q.float(), k.float()  # gradients of logits and of lengths add up before they are rounded
         sequence = SharedSequence.of(q, k, split, causal, window, cu_seqlens)
         logits = logits_of(factor, q, k, sequence, reduce_dtype, key_bias)
-        logits = logits._replace(softcap=options.cap, sinks=sinks_of(q, options))
+        scale, query_scale, key_scale, key_bias, *_ = logits  # torch 2.8 traces no _replace
+        logits = Logits(scale, query_scale, key_scale, key_bias, options.cap, sinks_of(q, options))
         call = AttentionCall(q, k, v, sequence.visibility, logits)
         heads = k.shape[1] if head_group is None else head_group
         constants = logits.scale, options.cap
