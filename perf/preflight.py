@@ -22,7 +22,7 @@ import torch
 
 import tritonattn
 from tests.kernels import harness
-from tritonattn.backends.triton import append_keys, launch
+from tritonattn.backends.triton import append_keys, append_to_pages, launch
 from tritonattn.kernels import KERNELS
 from tritonattn.tuning.config import Target, legal_reasons
 from tritonattn.tuning.defaults import default_config
@@ -94,6 +94,7 @@ def check_every_kernel(device: torch.device) -> str:
     with _watched(None) as launches:
         attempt("every form", lambda: _every_form(device))
         attempt("decoding", lambda: _decode(device))
+        attempt("pages", lambda: _pages(device))
     missing = set(KERNELS.values()) - {kernel for kernel, _ in launches}
     if missing:
         raise Wrong(f"kernels: {', '.join(kernel.__name__ for kernel in missing)} did not launch")
@@ -123,6 +124,26 @@ def _decode(device: torch.device) -> None:
     )
     doubles = (x.double() for x in (q[:, :, -1:], k, v))
     exact = tritonattn.attention(*doubles, scaling="key_norm_mean", causal=True, backend="reference")
+    torch.testing.assert_close(found.double(), exact, rtol=0.05, atol=0.01)
+
+
+def _pages(device: torch.device) -> None:
+    """The newest rows of two sequences in pages, with a record of the keys that a kernel fills."""
+    k, v = (torch.randn(6, 32, 2, 64, device=device).bfloat16() for _ in range(2))
+    q, lengths = torch.randn(24, 4, 64, device=device).bfloat16(), (40, 64)
+    table, row_ends, key_ends = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([[4, 0], [2, 5]], [0, 8, 24], [0, 40, 104])
+    )
+    keys, values = (
+        torch.cat([x[pages].flatten(0, 1)[:n] for pages, n in zip(table.long(), lengths, strict=True)]) for x in (k, v)
+    )
+    statistics = tritonattn.PagedKeyStatistics(6, 32, 2, device=device)
+    append_to_pages(keys, key_ends, key_ends.diff(), table, statistics.page, statistics._buffers())
+    ends, options = (row_ends, key_ends, 16, 64), {"scaling": "key_norm_mean", "causal": True}
+    found = tritonattn.attention_varlen(
+        q, k, v, *ends, block_table=table, statistics=statistics, backend="triton", **options
+    )
+    exact = tritonattn.attention_varlen(*(x.double() for x in (q, keys, values)), *ends, backend="reference", **options)
     torch.testing.assert_close(found.double(), exact, rtol=0.05, atol=0.01)
 
 

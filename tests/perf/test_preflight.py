@@ -18,7 +18,7 @@ def _stub() -> None:
 
 def test_every_kernel_launches(capsys):
     with kernels_on("emulate", 90) as device:
-        assert re.fullmatch(r"13 kernels in \d+ launches", preflight.check_every_kernel(device))
+        assert re.fullmatch(r"14 kernels in \d+ launches", preflight.check_every_kernel(device))
 
 
 def test_every_check_is_printed_as_it_passes(monkeypatch, capsys):
