@@ -178,5 +178,13 @@ def of_every_form() -> list[Case]:
     ]
 
 
-CASES = [*of_16_bits(), *of_float32(), *of_dropout(), *of_decoding(), *of_streaming_kernels(), *of_every_form()]
+CASES = [
+    *of_16_bits(),
+    *of_float32(),
+    *of_dropout(),
+    *of_decoding(),
+    *of_pages(),
+    *of_streaming_kernels(),
+    *of_every_form(),
+]
 QUICK = [[case for case in CASES if case.target == target][2 * number] for number, target in enumerate(TARGETS)]

@@ -210,13 +210,16 @@ def _lighter(kernel: str, problem: Problem, width: int, config: TileConfig) -> T
 def _decode_config(problem: Problem, width: int, family: str) -> TileConfig:
     """The decode config: as many rows as a group fills and registers hold, and one stage more for page numbers.
 
-    At width 1024 shared memory has no room for that stage.
+    At width 1024 shared memory has no room for that stage. A bias beside page numbers, an element a row and key, takes
+    registers: there tiles of many rows have half as many keys.
     """
     if problem.dtype == torch.float32:
         return TileConfig(16, max(16, 4096 // max(width, 128)), 8 if width > 64 and family != "amd" else 4, 2)
     rows = min(problem.packed_rows, 64, max(16, 8192 // width))
     block_n, warps, stages = _DECODE_TILES[family][width]
     block_n = min(block_n, 2**18 // (rows * width))
+    if problem.block_table and problem.key_bias and rows > 32:
+        block_n = max(16, block_n // 2)
     if family == "sm_120" and rows * width >= 8192:  # with 4 warps some forms spill there
         warps = 8
     return TileConfig(rows, block_n, warps, stages + (problem.block_table and family != "amd" and width <= 512))
