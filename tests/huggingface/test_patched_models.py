@@ -66,23 +66,6 @@ def test_dropout_of_a_training_model_is_honoured():
         assert torch.equal(logits(network, **inputs), logits(network, **inputs))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("scaling", "layers"), [("ssmax", [1])])
-def test_a_compiled_model_trains(scaling, layers):
-    network, ids = LLAMA.build("sdpa"), LLAMA.inputs()["input_ids"]
-
-    def gradient(run) -> torch.Tensor:
-        network.zero_grad()
-        run(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        return torch.cat([x.grad.flatten() for x in network.parameters() if x.grad is not None])
-
-    with patch(network, scaling=scaling, layers=layers):
-        wanted = gradient(network)
-        torch._dynamo.reset()
-        got = gradient(torch.compile(network, fullgraph=True, backend="aot_eager"))
-    assert (got - wanted).norm() <= 1e-4 * wanted.norm()
-
-
 @pytest.mark.parametrize("layers", [1, "model.layers.1", f"0.{SECOND}", "*.1.*"])
 def test_a_model_inside_another_module_is_patched_and_saved(layers, tmp_path):
     """PEFT wraps models: layers go by their numbers and names in the model, and its config keeps the settings."""

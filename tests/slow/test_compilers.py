@@ -10,7 +10,9 @@ import tritonattn
 from tests.calls import test_transforms as dense
 from tests.calls import test_varlen_transforms as packed
 from tests.huggingface.test_generation import assert_a_compiled_static_step
+from tests.huggingface.test_patch import LLAMA
 from tests.ops.test_decode import _grown
+from tritonattn.huggingface import patch
 
 pytestmark = dense.pytestmark
 
@@ -47,6 +49,23 @@ def test_compile_dynamic_shapes_of_a_mask():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(("name", "mode"), [("llama", "cosine"), ("gemma3", "key_norm_mean")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("llama", "cosine"), ("gemma3", "key_norm_mean"), ("llama", "key_norm_max")]
+)
 def test_a_compiled_static_step(name, mode):
     assert_a_compiled_static_step(name, mode)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_trains():
+    network, ids = LLAMA.build("sdpa"), LLAMA.inputs()["input_ids"]
+
+    def gradient(run) -> torch.Tensor:
+        network.zero_grad()
+        run(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return torch.cat([x.grad.flatten() for x in network.parameters() if x.grad is not None])
+
+    with patch(network, scaling="ssmax", layers=[1]):
+        wanted = gradient(network)
+        got = gradient(torch.compile(network, fullgraph=True, backend="aot_eager"))
+    assert (got - wanted).norm() <= 1e-4 * wanted.norm()
