@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -58,27 +59,36 @@ def measured(rounds: int, capability: int) -> list[tuple]:
 
     stub, compared = installed(), calls()
     with stub.active(capability), values_unread():
-        taken = {name: [] for name in compared}
         work = {name: work_of_torch(call) for name, call in compared.items()}
-        before = stub.count("launches")
-        counts = {}
-        for name, call in compared.items():
-            call()
-            counts[name], before = stub.count("launches") - before, stub.count("launches")
+        counts = {name: launches_of(stub, call) for name, call in compared.items()}
         launch.run = lambda *launched: launch.run_on_device(*launched)  # without the stub's note of each
-        gc.disable()
-        for first in range(0, rounds, _IN_A_ROW):
-            for name, call in compared.items():
-                call()
-                taken[name] += [microseconds(call) for _ in range(min(_IN_A_ROW, rounds - first))]
-        gc.enable()
+        taken = in_turn(rounds, compared)
     return [
         (name, f"{min(times):.0f}", f"{statistics.median(times):.0f}", counts[name], len(work[name]))
         for name, times in taken.items()
     ]
 
 
-def microseconds(call: Callable[[], object]) -> float:
+def launches_of(stub: Any, call: Callable[[], object]) -> int:
+    """Launches of one call, of kernels that have been compiled."""
+    before = stub.count("launches")
+    call()
+    return stub.count("launches") - before
+
+
+def in_turn(rounds: int, calls: dict[Any, Callable[[], object]]) -> dict[Any, list[float]]:
+    """CPU microseconds of the rounds of each call, _IN_A_ROW of them before the next call's turn."""
+    taken: dict[Any, list[float]] = {name: [] for name in calls}
+    gc.disable()
+    for first in range(0, rounds, _IN_A_ROW):
+        for name, call in calls.items():
+            call()
+            taken[name] += [_microseconds(call) for _ in range(min(_IN_A_ROW, rounds - first))]
+    gc.enable()
+    return taken
+
+
+def _microseconds(call: Callable[[], object]) -> float:
     """CPU microseconds of one call of several."""
     start = time.thread_time_ns()
     for _ in range(_CALLS):

@@ -6,10 +6,8 @@ On a stub of NVIDIA's driver, as `launches`; in the virtual environment of `make
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
-from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -19,10 +17,9 @@ from tritonattn.cli.options import whole_number
 from tritonattn.core.provenance import Environment
 from tritonattn.core.tables import table
 
-from .launches import microseconds
+from .launches import in_turn, launches_of
 from .options import command_line
 
-_IN_A_ROW = 20  # rounds of a step before the next step's turn
 _MODES = ("sqrt_dim", "log_key_count", "key_norm_mean")
 # By name: new tokens and keys, new ones included, of every sequence; 8 heads over 2, D = 64, bf16, pages of 16.
 STEPS = {
@@ -60,34 +57,17 @@ def measured(rounds: int, capability: int) -> list[tuple]:
         compared = layers()
         for step, (new, keys) in STEPS.items():
             parts = {name: layer.parts(**layer.batch(new, keys)) for name, layer in compared.items()}
-            counts = {name: _launches(stub, of_layer) for name, (_, of_layer) in parts.items()}
             work = {name: len(work_of_torch(of_layer)) for name, (_, of_layer) in parts.items()}
+            counts = {name: launches_of(stub, of_layer) for name, (_, of_layer) in parts.items()}
             noted, launch.run = launch.run, lambda *launched: launch.run_on_device(*launched)
-            taken = _times(rounds, {(name, i): call for name, both in parts.items() for i, call in enumerate(both)})
+            times = in_turn(rounds, {(name, i): call for name, both in parts.items() for i, call in enumerate(both)})
             launch.run = noted
+            taken = {key: statistics.median(found) for key, found in times.items()}
             rows += [
                 (step, name, f"{taken[name, 0]:.0f}", f"{taken[name, 1]:.0f}", counts[name], work[name])
                 for name in compared
             ]
     return rows
-
-
-def _launches(stub: Any, call: Callable[[], object]) -> int:
-    call()
-    before = stub.count("launches")
-    call()
-    return stub.count("launches") - before
-
-
-def _times(rounds: int, calls: dict[Any, Callable[[], object]]) -> dict[Any, float]:
-    taken: dict[Any, list[float]] = {name: [] for name in calls}
-    gc.disable()
-    for first in range(0, rounds, _IN_A_ROW):
-        for name, call in calls.items():
-            call()
-            taken[name] += [microseconds(call) for _ in range(min(_IN_A_ROW, rounds - first))]
-    gc.enable()
-    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
