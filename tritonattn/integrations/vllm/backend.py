@@ -23,12 +23,11 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from ...calls.decode import attention_decode
+from ...calls.page_checks import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
 from ...calls.varlen import attention_varlen
 from . import NAME
 from .settings import call_arguments, layer_settings, reads_lengths, saved_settings, with_learned
-
-_LEAST_PAGE = 16  # of attention_decode
 
 
 class TritonattnBackend(AttentionBackend):
@@ -50,7 +49,7 @@ class TritonattnBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return [MultipleOf(_LEAST_PAGE)]
+        return [MultipleOf(SMALLEST_PAGE)]
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
@@ -129,7 +128,7 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
         chain fill a page.
         """
         ends = new_ends.tolist() if chunks else []
-        return 2 + sum(end - start >= _LEAST_PAGE for start, end in itertools.pairwise(ends))
+        return 2 + sum(end - start >= SMALLEST_PAGE for start, end in itertools.pairwise(ends))
 
 
 class TritonattnImpl(AttentionImpl[TritonattnMetadata]):

@@ -9,11 +9,10 @@ import re
 from importlib.metadata import version
 from typing import Any
 
-from . import NAME
+from . import EXTENDED, NAME
 
 VERSIONS = ("0.33.0", "0.34")  # from the first on, below the second: those that the tests ran
 _BACKEND = f"{__package__}.backend.TritonattnBackend"
-_EXTENDED = "_extended_by_tritonattn"
 
 
 def register() -> None:
@@ -32,7 +31,7 @@ def register() -> None:
         return
     if NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, _BACKEND)
-    if not hasattr(choose, _EXTENDED):
+    if not hasattr(choose, EXTENDED):
         # vLLM keeps its choice by arguments that do not tell a patched model from another.
         selector._cached_get_attn_backend = _extended(choose)
 
@@ -65,7 +64,7 @@ def _extended(choose: Any) -> Any:
             raise NotImplementedError(f"attention_backend {NAME}: {'; '.join(reasons)}: {attn_selector_config}")
         return TritonattnBackend
 
-    setattr(chosen, _EXTENDED, True)
+    setattr(chosen, EXTENDED, True)
     return chosen
 
 

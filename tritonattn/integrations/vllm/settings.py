@@ -14,8 +14,8 @@ from ...core.statistics import Statistics
 from ...core.visibility import Visibility
 from ...huggingface.attention import scaling_arguments
 from ...huggingface.settings import ATTRIBUTE, MARK, LayerScaling, Settings, saved_layers
+from . import EXTENDED
 
-EXTENDED = "_extended_by_tritonattn"
 _CHILD = f".{ATTRIBUTE}."
 
 
