@@ -74,8 +74,9 @@ def pairs_of(sequence: SharedSequence, source: int) -> list[Pair]:
             hides = not (whole.is_full or (is_causal and key < row))
             own.append(Pair(rows, keys, key * n, place, is_causal and key == row, hides))
         if len(own) == 2 and not own[0].hides and (own[1].is_diagonal or not own[1].hides):
-            keys, place = (slice(x.start, y.stop) for x, y in zip(own[0][1:4:2], own[1][1:4:2], strict=True))
-            own = [own[1]._replace(keys=keys, place=place)]
+            first, last = own
+            keys, place = slice(first.keys.start, last.keys.stop), slice(first.place.start, last.place.stop)
+            own = [last._replace(keys=keys, place=place)]
         found += own
     if len(found) == 2 and found[0].keys == found[1].keys and not (found[0].hides or found[1].hides):
         return [found[0]._replace(rows=slice(0, length))]
