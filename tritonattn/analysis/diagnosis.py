@@ -122,6 +122,9 @@ def diagnose(
     Returns:
         `Diagnosis`, of tensors [Hq] on q's device: means over the batch and its rows. Rows without keys are left out.
 
+    Raises:
+        TypeError, ValueError: As `attention`.
+
     >>> import torch
     >>> from tritonattn.analysis import diagnose
     >>> q, k = torch.randn(2, 1, 4, 64, 32)

@@ -114,7 +114,7 @@ class QKClip:
 
         Raises (before any weight is changed):
             NotImplementedError: A layer that cannot be clipped, and why.
-            ValueError: A name that is none of a module, or another number of logits.
+            ValueError: A name that no module has, or another number of logits.
         """
         everyone = gathered(dict(max_logits)) if rank_and_size()[1] > 1 else [max_logits]
         names = dict.fromkeys(name for one in everyone for name in one)

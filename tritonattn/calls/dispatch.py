@@ -37,6 +37,12 @@ class AttentionAux(NamedTuple):
     entropy     -sum_j p[i, j] ln p[i, j], after softcap; not differentiable
 
     A row without keys has lse = max_logit = -inf and entropy 0.
+
+    >>> import torch, tritonattn
+    >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
+    >>> out, aux = tritonattn.attention(q, k, v, causal=True, return_aux=True)
+    >>> aux.entropy[0, :, 0].tolist()  # the first row sees one key
+    [0.0, 0.0, 0.0, 0.0]
     """
 
     lse: Tensor

@@ -60,8 +60,7 @@ def attention_varlen(
         logit[i, j] = gain[i] * factor[i, j] * (q[i] . k[j]) + key_bias[j]
         out[i]      = sum_j softmax_j(logit[i, j]) * v[j]          over the keys j of the sequence visible to row i
 
-    A row sees no key of another sequence, and what a scaling counts, sums or maximises over visible keys is that of
-    the row's own sequence.
+    A row sees no key of another sequence, and a scaling counts and measures only keys of the row's own sequence.
 
     Args:
         q: [T_q, Hq, D], float16, bfloat16, float32 or (not in kernels) float64; any strides.
@@ -84,8 +83,9 @@ def attention_varlen(
         window: (left, right): row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None, -1: no limit.
         key_bias: Floating, broadcastable to [Hq, T_k] or [Hkv, T_k], as in `attention`; with block_table, too, key j of
             sequence n is at cu_seqlens_k[n] + j.
-        softcap, sinks, dropout_p, backend, batch_invariant: As in `attention`.
-            return_aux: Return (out, `AttentionAux`), its fields [Hq, T_q].
+        softcap, sinks, dropout_p: As in `attention`.
+        return_aux: Return (out, `AttentionAux`), its fields [Hq, T_q].
+        backend, batch_invariant: As in `attention`.
 
     Offsets and tables on a GPU are never read by the host: where offsets fall, or pass the end, they are clamped, and
     keys in a page outside [0, P) count as zeros. Entries of pages that hold no key of a sequence never affect it.

@@ -22,11 +22,14 @@ def warmup(
 ) -> None:
     """Compile the kernels that calls of `attention` will launch, by calling it once with zeros.
 
-    A first call takes seconds to compile, and none may be compiled while a CUDA graph is captured. Kernels differ by
-    head dims, dtype, masks, scales and forms, by whether there are more than 1024 rows or keys, or at most 16 rows
-    (then also by whether several programs share the keys, from some hundred keys on), and by whether strides are
-    multiples of 16. So a shape stands for others with as many heads a key head, if its head dims are multiples of 16,
-    and its lengths are, too, where rows or keys are scaled or a mask is dense; elsewhere it stands for itself.
+    A first call takes seconds to compile, and none may be compiled while a CUDA graph is captured. One shape warms up
+    other batch sizes, lengths and numbers of heads too, as long as these stay the same:
+
+    - head dims, dtype, options, and the number of query heads a key head;
+    - at most 1024 rows and keys, or more;
+    - more than 16 rows, or at most 16 (then also few keys, or some hundred and more);
+    - strides that are multiples of 16: head dims, and with scaled rows or keys or a dense mask also lengths. A shape
+      where one of these is no multiple of 16 warms up itself only.
 
     Args:
         shapes: A list with a shape a call: [B, Hq, Sq, D] of q, k and v alike, or the three shapes of (q, k, v).
@@ -37,7 +40,7 @@ def warmup(
         options: As of `attention`: scaling, gain, causal, window, ...; tensors on `device`.
 
     Raises:
-        ValueError: A shape that is neither, a device that is not there; whatever `attention` raises.
+        ValueError: Another form of shapes, or a device that this machine lacks. Errors of `attention` pass through.
 
     >>> import tritonattn
     >>> tritonattn.warmup([(1, 8, 128, 64)], device="cpu", scaling="key_count", causal=True, backward=True)

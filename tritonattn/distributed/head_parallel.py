@@ -20,7 +20,7 @@ class HeadParallel(ParallelStyle):
 
     Raises:
         ValueError: A learned parameter of one value for all heads, whose gradient each rank would have a part of; a
-            number of heads that the ranks do not divide; a name that is none of a parameter.
+            number of heads that the ranks do not divide; a name that no parameter has.
 
     >>> import torch.distributed as dist, tritonattn
     >>> from torch.distributed.device_mesh import init_device_mesh

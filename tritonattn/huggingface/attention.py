@@ -164,8 +164,8 @@ def register(
 ) -> None:
     """Register an attention function with transformers, for `model.set_attn_implementation(name)`; repeatable.
 
-    Without a mask function transformers would pass no mask, even with padding. Importing `tritonattn.huggingface`
-    registers "tritonattn".
+    Importing `tritonattn.huggingface` registers "tritonattn": call this only for a name or function of your own.
+    Without a mask function transformers would pass no mask, even with padding.
     """
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)

@@ -37,10 +37,10 @@ _ASKED = "_tritonattn_implementation_asked_for"
 
 
 def restore(model: PreTrainedModel) -> Patched:
-    """Apply the settings that a `patch` left in model.config; learned values start anew.
+    """Apply the settings that a `patch` left in model.config to a model that was built without them.
 
-    from_pretrained does so by itself. Raises ValueError if the config has no settings, or names a module that the model
-    lacks.
+    from_pretrained does so by itself, and loads learned values; here they start anew. Raises ValueError if the config
+    has no settings, or names a module that the model lacks.
     """
     saved = _saved(model)
     if saved is None:

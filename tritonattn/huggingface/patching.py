@@ -47,10 +47,10 @@ class _Entry:
 
 
 class Patched:
-    """A patched model: report, watch and undo the patch. A context manager that undoes at its end.
+    """The handle of a patch: report it, watch it, undo it. A context manager that undoes at its end.
 
-    mark   whether save_pretrained adds the tensor "needs_tritonattn" to the weights, at which programs that do not know
-           tritonattn stop or warn, instead of computing with another scaling; True
+    mark   True, the default: save_pretrained adds the tensor "needs_tritonattn" to the weights, so that programs that
+           do not know tritonattn stop or warn instead of computing with another scaling
     """
 
     def __init__(self, model: nn.Module, entries: list[_Entry], configs: OwnConfigs) -> None:
@@ -197,7 +197,10 @@ def patch(
 
 
 def patched(model: nn.Module) -> Patched | None:
-    """The `Patched` of a model, made by `patch` or on loading; None if it is not patched."""
+    """The `Patched` of a model, made by `patch` or on loading; None if it is not patched.
+
+    `patched(model).undo()` also restores a model that was loaded with its patch.
+    """
     return model.__dict__.get(_HANDLE)
 
 

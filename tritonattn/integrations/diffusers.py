@@ -35,7 +35,7 @@ def register(name: str = NAME, scaling: str | Scaling = "sqrt_dim", backend: str
     does context parallelism. diffusers has no public registry: this adds a member to its enumeration of backends.
 
     Raises:
-        TypeError, ValueError: A scaling that is none; a name that is not lower case, or one of diffusers' own.
+        TypeError, ValueError: An invalid scaling; a name that is not lower case, or one of diffusers' own.
     """
     mode = as_mode(scaling)
     if name != name.lower():

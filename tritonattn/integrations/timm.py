@@ -28,7 +28,7 @@ def attention_layer(scaling: str | Scaling = "sqrt_dim", backend: str = "auto") 
     a bias raises NotImplementedError. Models that do not take `attn_layer` say so themselves, by a TypeError.
 
     Raises:
-        TypeError, ValueError: A scaling that is none.
+        TypeError, ValueError: An invalid scaling.
 
     >>> import timm, torch
     >>> from tritonattn.integrations.timm import attention_layer

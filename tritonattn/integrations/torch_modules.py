@@ -31,7 +31,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Raises:
         NotImplementedError: add_bias_kv, add_zero_attn, nested tensors, and a float mask that is a bias.
-        TypeError, ValueError: A scaling that is none.
+        TypeError, ValueError: An invalid scaling.
 
     >>> import torch
     >>> from tritonattn.integrations.torch_modules import MultiheadAttention
@@ -208,7 +208,7 @@ def replace_multihead_attention(
         backend: As in `tritonattn.attention`.
 
     Raises:
-        ValueError: A model without such a layer, or a scaling that is none.
+        ValueError: A model without such a layer, or an invalid scaling.
         NotImplementedError: A layer with added keys (add_bias_kv, add_zero_attn); then nothing is changed.
 
     >>> import torch

@@ -82,7 +82,7 @@ def varlen(config: VarlenAttention.Config, *, scaling: str = "sqrt_dim") -> Scal
         scaling: A name in `tritonattn.SCALINGS`. A scale of the model's own multiplies it.
 
     Raises:
-        ValueError: A name that is none, or a learned scaling's.
+        ValueError: An unknown name, or that of a learned scaling.
 
     torchtitan's context parallelism takes no varlen attention. Seen with torchtitan 0.3.0.
     """

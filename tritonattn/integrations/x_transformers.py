@@ -104,7 +104,7 @@ def replace_attend(model: nn.Module, scaling: str | Scaling = "sqrt_dim", backen
         backend: As in `tritonattn.attention`.
 
     Raises:
-        ValueError: A model without such a layer, or a scaling that is none.
+        ValueError: A model without such a layer, or an invalid scaling.
         NotImplementedError: A layer with another option, by its name: talking heads, sparse or sigmoid attention,
             residual attention, ...; then nothing is changed.
 

@@ -32,8 +32,8 @@ class ALiBi(nn.Module):
     >>> tritonattn.attention(q, k, v, causal=True, key_bias=alibi(16), scaling="key_norm_mean").shape
     torch.Size([1, 4, 16, 8])
 
-    Source: Press et al. 2022, "Train short, test long", arXiv:2108.12409. Raises TypeError or ValueError for a number
-    that is none.
+    Source: Press et al. 2022, "Train short, test long", arXiv:2108.12409. Raises TypeError or ValueError for an
+    invalid number of heads or keys.
     """
 
     slopes: Tensor

@@ -27,7 +27,7 @@ class KeyValueCache:
         value_dim: Dv; None is D.
         device, dtype: The device and dtype of k and v; None are torch's defaults.
 
-    Raises TypeError or ValueError for sizes and a dtype that are none.
+    Raises TypeError or ValueError for an invalid size or dtype.
 
     Buffers have fixed shapes and change in place, and nothing waits for the device: a step can be compiled and captured
     in a CUDA graph. On a GPU keys past the capacity are dropped, on a CPU they raise ValueError.

@@ -130,6 +130,11 @@ class Cosine(PerHead):
     Source: Liu et al. 2021, "Swin Transformer V2", arXiv:2111.09883, equation 2 (a learned tau a head, without weight
     decay); Henry et al. 2020, "Query-key normalization for transformers", arXiv:2010.04245, equation 4.
     Raises TypeError or ValueError for an invalid tau or number of heads.
+
+    >>> import torch, tritonattn
+    >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
+    >>> tritonattn.attention(q, k, v, scaling=tritonattn.nn.Cosine(heads=4), causal=True).shape
+    torch.Size([1, 4, 16, 8])
     """
 
     name = "learned_cosine"
@@ -219,7 +224,15 @@ class SSMax(Learned):
 
 
 def scaling_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of every `Scaling` inside a module, each once: those to optimise without weight decay."""
+    """The parameters of every `Scaling` inside a module, each once: those to optimise without weight decay.
+
+    Raises TypeError for a value that is no module.
+
+    >>> import tritonattn
+    >>> layer = tritonattn.nn.ScaledAttention(64, heads=4, scaling="ssmax")
+    >>> [tuple(parameter.shape) for parameter in tritonattn.nn.scaling_parameters(layer)]
+    [(4,)]
+    """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {kind_of(module)}")
     seen: set[nn.Parameter] = set()

@@ -24,12 +24,16 @@ _LARGEST_ZERO_OF_FLOAT32 = SMALLEST_STATISTIC - 2.0**-149
 
 @dataclass(frozen=True, eq=False)
 class Scales:
-    """logit[i, j] = constant * (q[i] . k[j]) * query[i] * key[j] + key_bias[j]; None stands for 1, in key_bias for 0.
+    """The factor of every logit as a number and vectors, the result of `Scaling.scales`.
 
-    query       broadcastable to [B, Hq, Sq], or one row a key head, [B, Hkv, Sq]; any float dtype
-    key         broadcastable to [B, Hkv, Sk]; any float dtype
+        logit[i, j] = constant * (q[i] . k[j]) * query[i] * key[j] + key_bias[j]
+
+    query       broadcastable to [B, Hq, Sq], or one row a key head, [B, Hkv, Sq]; any float dtype; None is 1
+    key         broadcastable to [B, Hkv, Sk]; any float dtype; None is 1
     is_finite   query is finite in rows without keys too; a call puts 0 there otherwise
-    key_bias    broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]; any float dtype; -inf takes a key all weight
+    key_bias    broadcastable to [B, Hq, Sk] or [B, Hkv, Sk]; any float dtype; None is 0; a key with -inf has no weight
+
+    A call raises ValueError for another shape, and TypeError for another type.
     """
 
     constant: float
@@ -42,16 +46,27 @@ class Scales:
 class Scaling:
     """A logit scaling: logit[i, j] = (q[i] . k[j]) * factor[i, j], plus a bias of the key where a mode has one.
 
-    A mode states its factor twice, so that a mistake in one of them shows. `scales` is what runs. `multiplier` is the
-    formula as its paper writes it, for the reference alone, and uses neither `scales` nor the methods of `visibility`
-    and `statistics`; so does `addend` for a bias. All are differentiable with respect to q and k. A factor, and a bias,
-    may depend on the keys that the row sees, and on no others.
+    A mode states its factor twice, so that a mistake in one of them shows. `scales` gives kernels a number and vectors.
+    `multiplier` is the formula as its paper writes it, for the reference alone, and uses neither `scales` nor the
+    methods of `visibility` and `statistics`; a mode with a bias states that a second time in `addend`. All are
+    differentiable with respect to q and k. A factor, and a bias, may depend on the keys that the row sees, and on no
+    others.
 
-    reads_keys         whether `scales` looks at k beyond its shape; a class whose `scales` takes all it needs of the
-                       keys from `statistics` says False, and decoding then gathers no pages for it. Not inherited: a
-                       subclass that does not say so itself reads them.
-    normalises_query   whether the factor divides by ||q||: logits are then the same whatever q was multiplied by, and a
-                       patched model's own factor does not apply
+    name               the mode's name, in errors and in saved configs
+    reads_keys         False: `scales` takes from k only its shape, and everything else from `statistics`; decoding then
+                       gathers no pages for it. Not inherited: True in a subclass that does not set it.
+    normalises_query   True: the factor divides by ||q||. Logits are then the same whatever q was multiplied by, and a
+                       patched model's own factor does not apply.
+
+    >>> import tritonattn
+    >>> class RootCount(tritonattn.Scaling):
+    ...     name, reads_keys = "root_count", False
+    ...     def scales(self, q, k, visibility, statistics):
+    ...         return tritonattn.Scales(1.0, query=visibility.counts().clamp(min=1) ** -0.5)  # [B, 1, Sq]
+    ...     def multiplier(self, q, k, visible):
+    ...         return visible.sum(-1, keepdim=True).clamp(min=1) ** -0.5  # broadcastable to [B, Hq, Sq, Sk]
+    >>> max(tritonattn.check_scaling(RootCount()).values()) < 1e-6  # the two agree, under every mask
+    True
     """
 
     name: ClassVar[str]

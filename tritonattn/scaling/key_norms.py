@@ -37,7 +37,10 @@ class KeyNormSum(Scaling):
 
 
 class KeyNormMean(Scaling):
-    """factor = 1 / mean ||k||, over the visible keys: about 1 / sqrt(D) for components of unit variance."""
+    """factor = 1 / mean ||k||, over the visible keys: about 1 / sqrt(D) for components of unit variance.
+
+    It is n times the factor of `KeyNormSum` (Bernhard 2023, arXiv:2311.09406).
+    """
 
     name = "key_norm_mean"
     reads_keys = False
