@@ -7,12 +7,14 @@ import argparse
 from .options import require
 
 HELP = "print the tile configs in use, and where each comes from"
-DESCRIPTION = None
+DESCRIPTION = (
+    "Print the tile config of every kernel, head dim, kind of scales and length, and the table that it comes from."
+)
 GPUS = "a100, a10, l40s, h100, h200, b200, rtx_pro_6000, rtx_5090, mi300x, mi350x"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpu", metavar="NAME", help=f"{GPUS}, or sm_90, ... (default: this machine's)")
+    parser.add_argument("--gpu", metavar="NAME", help=f"the GPU: {GPUS}, or sm_90, ... (default: this machine's)")
 
 
 def run(options: argparse.Namespace) -> int:

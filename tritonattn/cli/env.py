@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 HELP = "print versions, GPU, and the tables in use: for a report"
-DESCRIPTION = None
+DESCRIPTION = "Print versions, GPU, driver, compilers and the tables in use: paste it into a bug report."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

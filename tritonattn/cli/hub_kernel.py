@@ -16,8 +16,12 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--repo-id", default="tritonattn/tritonattn", metavar="OWNER/NAME", help="default: %(default)s")
-    parser.add_argument("--version", type=int, default=1, metavar="N", help="on the hub (default: %(default)s)")
+    parser.add_argument(
+        "--repo-id", default="tritonattn/tritonattn", metavar="OWNER/NAME", help="the repository (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--version", type=int, default=1, metavar="N", help="its version on the hub (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -30,11 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens",
         type=at_least("--max-tokens", 2),
         metavar="N",
-        help="default: one and a half times the trained context",
+        help="use the first N tokens of the text (default: one and a half times the trained context)",
     )
-    add("--bin", type=at_least("--bin", 2), metavar="N", help="positions averaged (default: a 24th of the tokens)")
-    add("--quick", action="store_true", help="384 tokens, to see that it works")
-    add("--out", type=Path, default=Path("length-study"), metavar="DIR", help="default: %(default)s")
+    add(
+        "--bin",
+        type=at_least("--bin", 2),
+        metavar="N",
+        help="average the loss over N positions in tables and plots (default: a 24th of the tokens)",
+    )
+    add("--quick", action="store_true", help="use 384 tokens, to see that it works")
+    add(
+        "--out",
+        type=Path,
+        default=Path("length-study"),
+        metavar="DIR",
+        help="the folder to write into (default: %(default)s)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

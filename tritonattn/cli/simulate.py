@@ -25,7 +25,13 @@ _QUICK_COUNTS, _QUICK_DIMS = (2, 32, 1024), (64, 16, 256)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     modes, kinds = tuple(SCALINGS), tuple(DISTRIBUTIONS)
-    add("--parts", type=chosen("--parts", PARTS), default=",".join(PARTS), metavar="A,B", help="default: %(default)s")
+    add(
+        "--parts",
+        type=chosen("--parts", PARTS),
+        default=",".join(PARTS),
+        metavar="A,B",
+        help="parts to run (default: %(default)s)",
+    )
     add(
         "--modes",
         type=chosen("--modes", modes),
@@ -38,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dims",
         type=numbers("--dims", 1, 1 << 12),
         metavar="A,B",
-        help="head dimensions, the one for all kinds of keys first (default: 64, 16 to 512)",
+        help="head dims; kinds of keys are measured at the first (default: 64, 16 to 512)",
     )
     add(
         "--keys",
@@ -47,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="kinds of keys (default: all; see docs/simulation.md)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the random operands (default: %(default)s)")
     add("--device", type=device, default="cpu", help="where to compute, e.g. cuda (default: %(default)s)")
     add("--quick", action="store_true", help="fewer numbers, dimensions and sequences: half a minute")
     add("--json", type=Path, metavar="FILE", help="also write every figure as JSON")

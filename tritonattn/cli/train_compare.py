@@ -18,7 +18,13 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--tasks", type=names, default="text,digits,spell,recall", metavar="A,B", help="default: %(default)s")
+    add(
+        "--tasks",
+        type=names,
+        default="text,digits,spell,recall",
+        metavar="A,B",
+        help="tasks to train on (default: %(default)s)",
+    )
     add(
         "--modes",
         type=names,
@@ -26,12 +32,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="modes, learned scalings (ssmax, power_law, ...), and modes with a learned gain a head (key_count+gain); "
         "default: nine of them, or with --grid sqrt_dim,key_norm_sum+gain",
     )
-    add("--seeds", type=at_least("--seeds", 2), metavar="N", help="at least 2 (default: 5; 2 with --quick or --grid)")
-    add("--steps", type=at_least("--steps", 1), metavar="N", help="of every run (default: each task's own)")
-    add("--grid", action="store_true", help="two modes with several optimizers, rates and decays")
-    add("--quick", action="store_true", help="a few steps of everything, to see that it works")
-    add("--report", action="store_true", help="train nothing: tables and plots of the folder's runs")
-    add("--out", type=Path, default=Path("train-compare"), metavar="DIR", help="default: %(default)s")
+    add(
+        "--seeds",
+        type=at_least("--seeds", 2),
+        metavar="N",
+        help="runs of each mode, at least 2 (default: 5; 2 with --quick or --grid)",
+    )
+    add("--steps", type=at_least("--steps", 1), metavar="N", help="steps of every run (default: each task's own)")
+    add("--grid", action="store_true", help="train two modes with several optimizers, learning rates and weight decays")
+    add("--quick", action="store_true", help="train everything for a few steps, to see that it works")
+    add("--report", action="store_true", help="train nothing; write tables and plots of the runs in the folder")
+    add(
+        "--out",
+        type=Path,
+        default=Path("train-compare"),
+        metavar="DIR",
+        help="the folder to write into (default: %(default)s)",
+    )
     add("--device", type=device, default="cpu", help="where models train, e.g. cuda (default: %(default)s)")
 
 

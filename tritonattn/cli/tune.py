@@ -10,10 +10,10 @@ from .threads import usable_cores
 
 HELP = "search for the fastest tile configs on this GPU, or rank them without one"
 DESCRIPTION = (
-    "Compile the configs of each kernel, time the most promising ones that pass the static checks, each checked "
-    "against the reference, and write the best into the user's table: autotune/GPU.json in $TRITONATTN_CACHE_DIR, else "
-    "in $XDG_CACHE_HOME/tritonattn, else in ~/.cache/tritonattn. Stop it at any time: the same command goes on where "
-    "it was stopped."
+    "Compile the tile configs of each kernel. Of those that pass the static checks, check the most promising ones "
+    "against the reference and time them. Write the best into the user's table: autotune/GPU.json in "
+    "$TRITONATTN_CACHE_DIR, else in $XDG_CACHE_HOME/tritonattn, else in ~/.cache/tritonattn. Stop it at any time: the "
+    "same command goes on where it was stopped."
 )
 # Importing them would import triton.
 KERNELS, LENGTHS = "forward,grad_key_value,grad_query,decode", "short,long"
@@ -22,14 +22,14 @@ HEAD_DIMS = "40,64,72,80,88,96,128,192,256"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--kernels", default=KERNELS, metavar="A,B", help="some of %(default)s (default: all)")
+    add("--kernels", default=KERNELS, metavar="A,B", help="search for some of %(default)s (default: all)")
     dims = f"some of {HEAD_DIMS} (default: all; with --static the multiples of 16)"
     add("--head-dims", metavar="A,B", help=dims)
     add(
         "--dtypes",
         default="bf16",
         metavar="A,B",
-        help="bf16 or fp16 or both: what configs are timed in; an entry serves both (default: %(default)s)",
+        help="time configs in bf16, fp16 or both; an entry serves both (default: %(default)s)",
     )
     add(
         "--lengths",
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="short (at most 1024 tokens) or long or both (default: both)",
     )
-    after = "begin no search, nor an architecture's tables, after so long (default: no end)"
+    after = "start nothing new after so many minutes (default: no end)"
     add("--budget", type=float, metavar="MINUTES", help=after)
     add(
         "--static",
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help=f"rank by a model instead, without a GPU: for some of {GPUS}, for architectures (sm_90, ...) or all",
     )
-    add("--write", action="store_true", help="write into autotune_cache/ of the package, not the user's folder")
+    add("--write", action="store_true", help="write into the package's autotune_cache/ instead of the user's folder")
     add("--workers", type=int, default=usable_cores(), metavar="N", help="processes that compile (default: one a core)")
 
 

@@ -17,9 +17,12 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="JSON lines of a Monitor")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the JSON lines that a Monitor wrote")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=".html or .png (default: the name of FILE, with .html)"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the page (.html) or picture (.png) to write (default: the name of FILE, with .html)",
     )
 
 
