@@ -11,6 +11,7 @@ import torch
 import tritonattn
 from tritonattn.calls import dispatch
 from tritonattn.calls.words import _HINTS
+from tritonattn.distributed import context_parallel_attention, context_parallel_decode
 
 FUNCTIONS = (
     tritonattn.attention,
@@ -18,6 +19,8 @@ FUNCTIONS = (
     tritonattn.attention_varlen,
     tritonattn.attention_decode,
 )
+LAYER = tritonattn.nn.ScaledAttention
+FUNCTIONS += (LAYER.__init__, LAYER.forward, context_parallel_attention, context_parallel_decode)
 Q = torch.ones(1, 2, 3, 4)
 
 
@@ -43,6 +46,20 @@ Q = torch.ones(1, 2, 3, 4)
 def test_a_word_of_another_library_is_answered_with_ours(function, keywords, message):
     with pytest.raises(TypeError, match="^" + re.escape(message)):
         getattr(tritonattn, function)(Q, Q, Q, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: LAYER(8, 2, is_causal=True), "ScaledAttention: expected causal="),
+        (lambda: LAYER(8, num_heads=2), "ScaledAttention: expected heads= (query heads), got num_heads="),
+        (lambda: LAYER(8, 2)(Q, attn_mask=Q), "ScaledAttention.forward: expected mask="),
+        (lambda: context_parallel_attention(Q, Q, Q, mesh=0, is_causal=True), "context_parallel_attention: expected"),
+    ],
+)
+def test_layers_answer_too(call, message):
+    with pytest.raises(TypeError, match="^" + re.escape(message)):
+        call()
 
 
 def test_every_hint_names_an_argument():

@@ -151,6 +151,23 @@ def round_trip(rank: int) -> str:
     return "no error"
 
 
+def refused(rank: int) -> list[str]:
+    """Messages of calls that every rank refuses before it sends anything."""
+    mesh, messages = mesh_of(dist.get_world_size()), []
+    q, k, v = (shard(x, mesh=mesh) for x in operands(torch.float32)[:3])
+    for call in (
+        lambda: context_parallel_attention(q, k, v, mesh=mesh, cu_seqlens=torch.tensor([0, 9, 3]).int()),
+        lambda: context_parallel_attention(q, k, v, mesh=mesh, cu_seqlens=torch.tensor([0, 999]).int()),
+        lambda: context_parallel_decode(None, k, v, mesh=mesh, key_lengths=torch.tensor([1])),
+        lambda: context_parallel_decode(q[:, :, :1], k[0], v, mesh=mesh, key_lengths=torch.tensor([1])),
+    ):
+        try:
+            messages.append(str(call()))
+        except (TypeError, ValueError) as error:
+            messages.append(str(error))
+    return messages
+
+
 def with_a_fault(rank: int, fault: str, method: str) -> None:
     """Rank 1 dies, or has another shape, while the others attend."""
     mesh = mesh_of(dist.get_world_size())
@@ -178,7 +195,7 @@ def decode(rank: int, scaling: str, q_len: int, window: Any, has_statistics: boo
         "window": window,
         "softcap": 4.0,
         "sinks": torch.linspace(-1, 2, HEADS),
-        "key_lengths": lengths,
+        "key_lengths": lengths.to(torch.uint8),
         "return_aux": True,
     }
     wanted, expected = tritonattn.attention_decode(q.double(), k.double(), v.double(), **options)

@@ -82,6 +82,15 @@ def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(pool):
         )
 
 
+def test_every_rank_refuses(pool):
+    for messages in pool.run(cases.refused):
+        falls, passes, no_tensor, few_axes = messages
+        assert falls == "cu_seqlens: expected offsets that do not fall, got 3 after 9"
+        assert passes.startswith("cu_seqlens: expected offsets of at most S = ")
+        assert no_tensor == "q: expected a tensor [B, Hq, Sq, D], got NoneType"
+        assert few_axes.startswith("k_cache: expected 4 axes [B, Hkv, capacity, D], got 3")
+
+
 @in_turn(
     scaling=["sqrt_dim", "key_count", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine"],
     q_len=[1, 3],

@@ -77,6 +77,42 @@ def test_layers_and_patches_hand_it_on():
         assert isinstance(model(ids), transformers.utils.ModelOutput)
 
 
+@pytest.mark.parametrize("scaling", ["key_norm_mean", "key_norm_rms", "key_norm_max", "cosine"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
+def test_keys_that_left_every_window_may_hold_anything(scaling, poison):
+    """Alone, packed and decoded, 2 rows see the last 4 of 9 keys; and a call without rows, or without members."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    settings = {"scaling": scaling, "window": (2, 0), "batch_invariant": True}
+    expected = tritonattn.attention(q.double(), k.double(), v.double(), **settings)
+    dirty_k, dirty_v = (x.clone().index_fill_(2, torch.arange(5), poison).requires_grad_() for x in (k, v))
+    out = tritonattn.attention(q, dirty_k, dirty_v, **settings)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    gradient = torch.autograd.grad(out.sum(), dirty_k)[0]
+    assert gradient.isfinite().all()
+    assert not gradient[:, :, :5].any()
+    packed = [x[0].transpose(0, 1).detach() for x in (q, dirty_k, dirty_v)]
+    q_ends, k_ends, none = (torch.tensor(ends, dtype=torch.int32) for ends in ([0, 2], [0, 9], [0]))
+    assert torch.equal(
+        tritonattn.attention_varlen(*packed, q_ends, k_ends, 2, 9, **settings).transpose(0, 1), out[0].detach()
+    )
+    for dtype, statistics in ((torch.int64, None), (torch.uint8, tritonattn.KeyStatistics(1, 2, 9))):
+        if statistics is not None:
+            statistics.append(dirty_k)
+        lengths = torch.tensor([9], dtype=dtype)
+        decoded = tritonattn.attention_decode(
+            q, dirty_k.detach(), dirty_v.detach(), key_lengths=lengths, statistics=statistics, **settings
+        )
+        assert torch.equal(decoded, out.detach())
+    assert tritonattn.attention(q[:, :, :0], k, v, **settings).shape == (1, 4, 0, 8)
+    for ends in (none, torch.zeros(3, dtype=torch.int32)):  # rows and keys of no member
+        assert not tritonattn.attention_varlen(*packed, ends, ends, 0, 0, **settings).any()
+    pages, table = torch.randn(1, 16, 2, 8), torch.zeros(1, 0, dtype=torch.int32)
+    for statistics in (None, tritonattn.PagedKeyStatistics(1, 16, 2)):  # rows that see no key
+        given = {"block_table": table, "statistics": statistics, **settings}
+        assert not tritonattn.attention_varlen(packed[0], pages, pages, q_ends, q_ends * 0, 2, 0, **given).any()
+
+
 def test_kernels_refuse_scaled_gradients_of_fp16():
     from tritonattn.calls.dispatch import _refuse_scaled_halves
     from tritonattn.core.call import Logits

@@ -94,7 +94,8 @@ class CachedStatistics(Statistics):
         self._lengths_of = computed._lengths_of
 
     def _lengths(self) -> Tensor:
-        counted, lengths = self.visibility.counted_keys(), self._record.lengths(self.visibility.k_len)
+        lengths = self._record.lengths(self.visibility.k_len)
+        counted = self.visibility.counted_keys(lambda: lengths)
         return lengths if counted is None else torch.where(counted, lengths, 0)
 
     def _length_sum(self) -> Tensor:
@@ -127,7 +128,7 @@ class CachedStatistics(Statistics):
         """reduce(lengths of the keys that rows see, 0 in place of others [B, Hkv, rows, width]) -> [B, Hkv, rows]."""
         lo, hi = self.visibility.ranges()  # [B, Sq]
         batch, kv_heads, k_len = self.visibility.keys
-        width = min(cast(int, self._width), k_len)
+        width = max(1, min(cast(int, self._width), k_len))  # an axis without entries has no maximum
         q_len = lo.shape[1]
         step = max(1, _ENTRIES // max(batch * kv_heads * width, 1)) if runs_eagerly(lo) else q_len
         parts = []

@@ -41,13 +41,8 @@ def check_decode(
     q: Tensor, cache: Cache, statistics: KeyStatistics | PagedKeyStatistics | None, options: Options
 ) -> None:
     """Raise TypeError or ValueError unless these describe one decode call."""
-    paged = cache.block_table is not None
-    axes = "[N, page, Hkv, {}]" if paged else "[B, Hkv, capacity, {}]"
-    _check_operand("q", q, "[B, Hq, Sq, D]")
-    _check_operand("k_cache", cache.k, axes.format("D"))
-    _check_operand("v_cache", cache.v, axes.format("Dv"))
-    _check_alike(q, cache)
-    if paged:
+    check_cache(q, cache.k, cache.v, "[B, Hkv, capacity, {}]" if cache.block_table is None else "[N, page, Hkv, {}]")
+    if cache.block_table is not None:
         check_block_table(cache.block_table, q.shape[0], q)
     _check_sizes(q, cache)
     check_flags(options)
@@ -65,6 +60,14 @@ def check_decode(
         _check_pages(cache, cache.block_table, q.shape[2], options.window)
     if statistics is not None:
         _check_statistics(statistics, q, cache)
+
+
+def check_cache(q: Tensor, k: Tensor, v: Tensor, axes: str = "[B, Hkv, capacity, {}]") -> None:
+    """Raise unless q and a cache have four axes, one dtype and one device."""
+    _check_operand("q", q, "[B, Hq, Sq, D]")
+    _check_operand("k_cache", k, axes.format("D"))
+    _check_operand("v_cache", v, axes.format("Dv"))
+    _check_alike(q, k, v)
 
 
 def refuse_gradients(call: str = "attention_decode", /, **tensors: Any) -> None:
@@ -85,13 +88,13 @@ def _check_operand(name: str, x: Any, axes: str) -> None:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
-def _check_alike(q: Tensor, cache: Cache) -> None:
-    if not q.dtype == cache.k.dtype == cache.v.dtype:
-        raise TypeError(f"q, k_cache, v_cache: expected one dtype, got {q.dtype}, {cache.k.dtype}, {cache.v.dtype}")
-    for name, x in (("k_cache", cache.k), ("v_cache", cache.v)):
+def _check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k_cache, v_cache: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    for name, x in (("k_cache", k), ("v_cache", v)):
         check_device(name, x, q)
-    if cache.k.shape[:3] != cache.v.shape[:3]:
-        raise ValueError(f"v_cache: expected k_cache's {shape_of(cache.k)[:3]}, got {shape_of(cache.v)}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"v_cache: expected k_cache's {shape_of(k)[:3]}, got {shape_of(v)}")
 
 
 def _check_sizes(q: Tensor, cache: Cache) -> None:

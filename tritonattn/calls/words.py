@@ -26,6 +26,11 @@ _HINTS = {
     "enable_gqa": ("", "k may have fewer heads than q, whose number they divide"),
     "window_size": ("window", "(left, right)"),
     "logits_soft_cap": ("softcap", "a number above 0"),
+    "embed_dim": ("width", "features of x"),
+    "num_heads": ("heads", "query heads"),
+    "num_kv_heads": ("kv_heads", "a divisor of heads"),
+    "key_padding_mask": ("key_lengths", "[B]: the number of keys of each sequence"),
+    "dropout": ("dropout_p", "a number in [0, 1)"),
     "p": ("dropout_p", "a number in [0, 1)"),
     "deterministic": ("", "every call is"),
     "cache_seqlens": ("key_lengths", "the new keys included"),
@@ -39,6 +44,7 @@ _HINTS = {
 def with_hints(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator: a keyword of another library raises a TypeError that names ours. The signature stays."""
     known = inspect.signature(function).parameters
+    name = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
     def call(*arguments: P.args, **keywords: P.kwargs) -> R:
@@ -48,7 +54,7 @@ def with_hints(function: Callable[P, R]) -> Callable[P, R]:
             hint = next(filter(None, (_hint(word, known) for word in keywords)), None)
             if hint is None:
                 raise
-        raise TypeError(f"{function.__name__}: {hint}")
+        raise TypeError(f"{name}: {hint}")
 
     return call
 

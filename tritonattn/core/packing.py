@@ -38,12 +38,16 @@ class Places:
         return self._pack(x) if packs else self._unpack(x)
 
     def _unpack(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return x.new_zeros(len(self.starts) - 1, x.shape[1], self.longest)
         place = torch.arange(self.longest, device=x.device)
         index = (self.starts[:-1, None] + place).clamp(max=max(self.total - 1, 0))  # [N, longest]
         found = x[0][:, index].transpose(0, 1)
         return torch.where((place < self.counts[:, None])[:, None], found, 0)
 
     def _pack(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return x.new_zeros(1, x.shape[1], self.total)
         entry = torch.arange(self.total, device=x.device)
         member = torch.searchsorted(self.starts[1:], entry, right=True)
         belongs = member < x.shape[0]

@@ -89,7 +89,7 @@ class Statistics:
         return self._lengths_of(self.k, self._counted_keys())
 
     def _counted_keys(self) -> Tensor | None:
-        return self.visibility.counted_keys()
+        return self.visibility.counted_keys(lambda: key_lengths_of(self.k.detach(), None, self.visibility.invariant))
 
     def _length_sum(self) -> Tensor:
         return self.visibility.sum(self.lengths, self._scan, self.lengths.dtype)

@@ -302,19 +302,24 @@ class Visibility:
             seen = seen.unflatten(1, (self.kv_heads, -1)).any(2)
         return seen.expand(-1, -1, self.k_len)
 
-    def counted_keys(self) -> Tensor | None:
+    def counted_keys(self, lengths: Callable[[], Tensor]) -> Tensor | None:
         """Keys whose lengths are taken, as `seen_keys`; None for all.
 
-        Where `invariant`, those that have left every window too: sums over a window are differences.
+        Where `invariant`, those that have left every window too: sums over a window are differences. Of them only
+        lengths that do not swallow the others: such a key may hold anything. lengths computes them all, [B, Hkv, Sk].
         """
         if self.sees_every_key:
             return None
-        if not self.invariant or self.left is None or self.key_ranges is not None or self.mask is not None:
-            return self.seen_keys()
+        seen = self.seen_keys()
+        has_windows = self.left is not None and self.key_ranges is None and self.mask is None and self.q_len > 0
+        if not (self.invariant and has_windows):
+            return seen
         key = torch.arange(self.k_len, device=self.device)
         if self.sequences is not None:
-            return (key < self.sequences.k_starts[-1])[None, None]
-        return (key < self._bounds()[1].amax(-1, keepdim=True))[:, None]
+            is_key = (key < self.sequences.k_starts[-1])[None, None]
+        else:
+            is_key = (key < self._bounds()[1].amax(-1, keepdim=True))[:, None]
+        return seen | (is_key & (lengths() < 1e15))  # beside a longer one, fp64 keeps no digit of 1
 
     def repeated(self, x: Tensor) -> Tensor:
         """x [..., Hkv, Sq] for every query head, [..., Hq, Sq]; where `invariant`, heads' gradients add up in order."""

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..calls.checks import Options, check, check_count, check_dtype
 from ..calls.dispatch import AttentionAux, autocast, aux_of, choose_backend, sinks_of
 from ..calls.factor import Factor
-from ..calls.varlen_checks import check_offsets
+from ..calls.varlen_checks import check_offset_values, check_offsets
+from ..calls.words import with_hints
 from ..core.autograd import needs_graph
 from ..core.call import AttentionCall, Logits
 from ..core.invariance import refuse_over_ranks
@@ -23,6 +24,7 @@ from .sequence import Settings, SharedSequence, logits_of
 _METHODS = {"allgather": gathered.attention, "alltoall": by_heads.attention, "ring": ring.attention}
 
 
+@with_hints
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -149,6 +151,7 @@ def _check(
         )
     if cu_seqlens is not None:
         check_offsets("cu_seqlens", cu_seqlens, q)
+        check_offset_values("cu_seqlens", cu_seqlens, q.shape[2] * split.size, "S")
     check_dtype(reduce_dtype)
     if head_group is not None:
         check_count("head_group", head_group, 1)

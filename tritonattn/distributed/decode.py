@@ -12,10 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import ops
 from ..calls.cached_statistics import CachedStatistics, ContiguousRecord
 from ..calls.checks import Options, check_integers, check_values
-from ..calls.decode_checks import check_decode, refuse_gradients
+from ..calls.decode_checks import check_cache, check_decode, refuse_gradients
 from ..calls.dispatch import AttentionAux, autocast, choose_backend, sinks_of
 from ..calls.factor import Factor
 from ..calls.key_statistics import KeyStatistics
+from ..calls.words import with_hints
 from ..core.call import AttentionCall, ForwardResult
 from ..core.decode_call import Cache
 from ..core.invariance import refuse_over_ranks
@@ -27,6 +28,7 @@ from .layout import Split
 from .sequence import share_beside_sinks
 
 
+@with_hints
 def context_parallel_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -85,10 +87,11 @@ def context_parallel_decode(
     refuse_over_ranks(None)
     (q, k, v), autocast_off = autocast(q, k_cache, v_cache)
     split = Split.of(mesh, "contiguous")
+    check_cache(q, k, v)
     check_integers("key_lengths", key_lengths, "[B]", q)
     capacity = k.shape[2]
     check_values("key_lengths", key_lengths, split.size * capacity, f"{split.size} * capacity = ")
-    own = (key_lengths - split.rank * capacity).clamp(0, capacity)
+    own = (key_lengths.long() - split.rank * capacity).clamp(0, capacity)  # uint8 has no number below 0
     check_decode(q, Cache(k, v, own), statistics, options)
     factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
     if factor.scaling.reads_keys:

@@ -25,6 +25,7 @@ from ..calls.decode import attention_decode
 from ..calls.decode_checks import LONGEST_QUERY
 from ..calls.varlen import attention_varlen
 from ..calls.varlen_checks import check_offsets
+from ..calls.words import with_hints
 from ..core.autograd import needs_graph
 from ..core.visibility import window_sides
 from ..scaling import Scaling
@@ -69,6 +70,7 @@ class ScaledAttention(nn.Module):
     tensor([11, 11])
     """
 
+    @with_hints
     def __init__(
         self,
         width: int,
@@ -152,6 +154,7 @@ class ScaledAttention(nn.Module):
         """
         return q, k
 
+    @with_hints
     def forward(
         self,
         x: Tensor,
