@@ -159,7 +159,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=whole_number, default=15, help="rounds, in which all take turns")
     parser.add_argument("--length", type=whole_number, default=4096, help="queries and keys")
     parser.add_argument("--threads", type=whole_number, default=2)
-    parser.add_argument("--case", choices=list(cases(64)), help="measure this one alone")
+    parser.add_argument(
+        "--case", choices=list(cases(64)), metavar="CASE", help="measure this one alone, as the table names it"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.set_defaults(run=run)
 

@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Of one rank: bytes sent, those that a mode of key lengths adds, CPU seconds, bytes kept for the backward."""
+    """One rank: bytes sent, bytes that a mode of key lengths adds, CPU seconds, bytes kept for the backward."""
 
     sent: int
     statistics: int

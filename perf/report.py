@@ -150,7 +150,7 @@ def _number(figure: float | None) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="written by `python -m perf sweep --json`")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write them there, too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write them to this file")
     parser.set_defaults(run=run)
 
 

@@ -142,7 +142,7 @@ def _accuracy(axes: Axes, place: Place) -> Iterator[AccuracyCase]:
         yield AccuracyCase(keys, count, head_dim, dtype, axes.scalings, place.device, place.backend)
 
 
-# Of Stable Diffusion 1.5, SigLIP and DiT, Phi-2, ViT-g, Phi-3: those that are no multiples of 16 pad alike.
+# Head dims of Stable Diffusion 1.5, SigLIP and DiT, Phi-2, ViT-g, Phi-3; 40 pads to 64, the others to 128.
 DIMS = (40, 72, 80, 88, 96)
 _FLEX = (2048, 8192)  # lengths of FlexAttention on a GPU: it is compiled for every case, for half a minute
 _POWERS = tuple(2**n for n in range(10, 15))  # 1k to 16k

@@ -28,7 +28,7 @@ LAYOUTS = ("transposed", "last axis outermost", "every other element", "slice of
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout, device):
-    """Of head dims whose rows no copy would align: kernels read the strides."""
+    """Kernels read the strides at head dims whose rows no copy would align."""
     tensors = harness.inputs(torch.float32, device, q_len=20, k_len=35, kv_heads=2, head_dim=13, value_dim=13)
     expected = harness.run(tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton")
     views = {name: _variants(tensor)[layout] for name, tensor in tensors.items()}

@@ -96,9 +96,9 @@ class Alarms:
 
 
 def layer_value(measure: str, heads: Sequence[float | None]) -> float | None:
-    """A layer's measure from its heads', as thresholds see it: the largest logit, the mean of any other measure.
+    """The number that a threshold limits: the largest logit of any head, or the heads' mean of any other measure.
 
-    Heads without rows, None, do not count: it is None if there is no other, NaN if one of them is.
+    Heads without rows, None, do not count. None if no head is left, NaN if one of them is NaN.
     """
     counted = [value for value in heads if value is not None]
     if not counted:

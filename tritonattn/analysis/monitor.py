@@ -153,7 +153,7 @@ class Monitor:
 
     @property
     def active(self) -> bool:
-        """Whether it is inside its with block."""
+        """Whether the monitor is inside its with block."""
         return self._active
 
     def step(self, loss: float | Tensor | None = None, *, grad_scale: float = 1.0) -> dict[str, Any] | None:

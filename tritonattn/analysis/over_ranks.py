@@ -114,7 +114,7 @@ class _Part:
         return total.view(self._q_heads, self._features) / rows.clamp(min=1)[:, None]
 
     def deviations(self, mean: Tensor) -> Tensor:
-        """Of this rank's rows from the mean over all ranks."""
+        """Squared deviations of this rank's rows from all ranks' mean: sum over rows, mean over features."""
         if self._own is None:
             return self._placed(None, self._q_heads)
         heads = self._own.mean.shape[0]

@@ -1,1 +1,1 @@
-"""The public calls, and what each passes on its way to an operator."""
+"""The public functions, from argument checks to the operators."""

@@ -20,7 +20,7 @@ def check_page_size(name: str, x: Tensor, q_heads: int) -> None:
 
 
 def exchanged(x: Tensor, q_heads: int, name: str, expected: str, got: str, fewest: int = 0) -> str:
-    """The way out for a cache whose axes 1 and 2, heads and keys, would fit the other way round; else nothing."""
+    """A hint for a cache whose axes 1 and 2, heads and keys, would fit if they were exchanged; "" otherwise."""
     at = got.split(", ").index("Hkv")
     heads, keys = x.shape[at], x.shape[3 - at]
     if heads == 0 or q_heads % heads != 0 or keys < fewest:

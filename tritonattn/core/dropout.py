@@ -23,7 +23,7 @@ _stream: ContextVar[int] = ContextVar("tritonattn_dropout_stream", default=0)
 
 @contextmanager
 def stream(number: int) -> Iterator[None]:
-    """Masks drawn in this context are independent of those that other numbers give at the same generator state."""
+    """Make the masks drawn inside independent of those of other numbers, at the same state of torch's generator."""
     token = _stream.set(number)
     try:
         yield

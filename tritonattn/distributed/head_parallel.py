@@ -1,4 +1,4 @@
-"""`HeadParallel`: what is learned a head, sharded as the heads of q are."""
+"""`HeadParallel`: learned values of heads, sharded as the heads of q are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who holds which part of a sequence: equal chunks, numbered along the sequence, dealt to the ranks of a mesh.
+"""The part of a sequence that each rank of a mesh holds: equal chunks, numbered along the sequence.
 
     contiguous   rank r holds chunk r of P
     zigzag       rank r holds the chunks r and 2P - 1 - r of 2P: under causal attention all ranks have the same work

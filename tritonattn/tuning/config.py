@@ -77,7 +77,7 @@ class Target(NamedTuple):
 
     @property
     def has_tensor_memory(self) -> bool:
-        """Whether MMAs write to tensor memory, from which threads load whole rows, and fp32 arithmetic comes packed."""
+        """Whether MMAs write to tensor memory. Threads then load whole rows, and fp32 instructions are packed."""
         return self.backend == "cuda" and self.arch in ("100", "103")
 
 
