@@ -197,10 +197,7 @@ def patch(
 
 
 def patched(model: nn.Module) -> Patched | None:
-    """The `Patched` of a model, made by `patch` or on loading; None if it is not patched.
-
-    `patched(model).undo()` also restores a model that was loaded with its patch.
-    """
+    """The `Patched` of a model, also of one that was loaded with its patch; None if it is not patched."""
     return model.__dict__.get(_HANDLE)
 
 
