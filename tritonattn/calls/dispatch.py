@@ -165,7 +165,7 @@ def _refuse_company(q: Tensor, k: Tensor, backend: str, options: Options) -> Non
     elif backend == "sdpa" and q.device.type == "cuda":
         obstacle = f"backend 'sdpa' on {q.device}, whose products follow the lengths"
     if obstacle is not None:
-        raise NotImplementedError(f"batch_invariant: not with {obstacle}")
+        raise NotImplementedError(f"batch_invariant: not supported with {obstacle}")
 
 
 def _refuse_scaled_halves(v: Tensor, logits: Logits, *operands: Tensor) -> None:
@@ -173,8 +173,8 @@ def _refuse_scaled_halves(v: Tensor, logits: Logits, *operands: Tensor) -> None:
     is_scaled = logits.query_scale is not None or logits.key_scale is not None
     if v.dtype == torch.float16 and is_scaled and needs_graph(*operands, v, logits.query_scale, logits.key_scale):
         raise NotImplementedError(
-            "batch_invariant: not with gradients of float16 where a scaling has vectors, whose largest entry reaches"
-            " the rounding of others; bfloat16 and float32 have them"
+            "batch_invariant: not supported with gradients of float16 through a scaling with vectors: kernels divide them"
+            " by a head's largest entry before they round; use bfloat16 or float32"
         )
 
 

@@ -48,7 +48,7 @@ def is_invariant(asked: bool | None) -> bool:
 def refuse_over_ranks(asked: bool | None) -> None:
     """Raise where the switch is on for a sequence that ranks share, whose parts are joined by their number."""
     if is_invariant(asked):
-        raise NotImplementedError("batch_invariant: not over ranks that share a sequence")
+        raise NotImplementedError("batch_invariant: not supported for a sequence split over ranks")
 
 
 def power(x: Tensor, exponent: Tensor | float) -> Tensor:

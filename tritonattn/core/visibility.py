@@ -229,7 +229,7 @@ class Visibility:
     def _invariant_sum(self, x: Tensor, scan: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         if self.mask is not None:
             raise NotImplementedError(
-                "batch_invariant: not with sums of key lengths under a mask; key_ranges have them"
+                "batch_invariant: not supported with sums of key lengths under a mask; use key_ranges"
             )
         if self.sequences is not None:
             return self._by_members(x, self.sequences, lambda members, x: members._invariant_sum(x, scan, dtype))
