@@ -3,9 +3,12 @@
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from queue import SimpleQueue
 
-from .runner import why_not_caught, why_sound_fails
+from .runner import Runner, started
 from .table import Mutant, read_table
 
 
@@ -15,12 +18,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time (default: 2)")
     parser.add_argument("--verbose", action="store_true", help="show the output of tests that catch nothing")
     options = parser.parse_args()
-    mutants = [one for one in read_table() if _is_asked(one, options.words)]
-    if said := why_sound_fails(mutants):
-        print(f"the tests fail without a fault:\n{said}")
-        return 1
-    with ThreadPoolExecutor(options.jobs) as pool:
-        missed = sum(pool.map(lambda mutant: _report(mutant, options.verbose), mutants))
+    mutants, missed = [one for one in read_table() if _is_asked(one, options.words)], 0
+    for interpreted in (True, False):
+        if alike := [mutant for mutant in mutants if mutant.is_interpreted == interpreted]:
+            missed += _count_missed(alike, options.jobs, options.verbose)
     print(f"{len(mutants) - missed} of {len(mutants)} faults caught")
     return int(missed > 0)
 
@@ -29,10 +30,31 @@ def _is_asked(mutant: Mutant, words: list[str]) -> bool:
     return not words or any(word in mutant.name or word in mutant.file for word in words)
 
 
-def _report(mutant: Mutant, verbose: bool) -> bool:
+def _count_missed(mutants: Sequence[Mutant], jobs: int, verbose: bool) -> int:
+    """Print a line for each of the faults, whose tests are all interpreted or all not; how many were missed."""
+    with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
+        runners = [stack.enter_context(started(mutants[0].is_interpreted)) for _ in range(min(jobs, len(mutants)))]
+        if said := runners[0].why_sound_fails(mutants):
+            print(f"the tests fail without a fault:\n{said}")
+            raise SystemExit(1)
+        free: SimpleQueue[Runner] = SimpleQueue()
+        for runner in runners:
+            free.put(runner)
+
+        def is_missed(mutant: Mutant) -> bool:
+            runner = free.get()
+            try:
+                return _report(runner, mutant, verbose)
+            finally:
+                free.put(runner)
+
+        return sum(pool.map(is_missed, mutants))
+
+
+def _report(runner: Runner, mutant: Mutant, verbose: bool) -> bool:
     """Print a line; whether the fault was missed."""
     start = time.perf_counter()
-    said = why_not_caught(mutant)
+    said = runner.why_not_caught(mutant)
     seconds = time.perf_counter() - start
     verdict = "caught" if said is None else "MISSED"
     print(f"{verdict} {seconds:5.1f} s  {mutant.file}: {mutant.name}", flush=True)

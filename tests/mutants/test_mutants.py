@@ -2,7 +2,7 @@
 
 import pytest
 
-from .runner import why_not_caught
+from . import runner
 from .table import ROOT, Mutant, read_table
 
 MUTANTS = read_table()
@@ -36,14 +36,26 @@ def test_a_block_that_is_no_fault_is_refused(block):
         read_table(block)
 
 
+@pytest.fixture(scope="module")
+def why_not_caught():
+    with runner.started(True, ["torch"]) as interpreting, runner.started(False, ["torch"]) as other:
+        yield lambda mutant: (interpreting if mutant.is_interpreted else other).why_not_caught(mutant)
+
+
 @pytest.mark.parametrize("name", CHEAP)
-def test_a_fault_is_caught(name):
+def test_a_fault_is_caught(name, why_not_caught):
     assert why_not_caught(next(mutant for mutant in MUTANTS if mutant.name == name)) is None
 
 
 @pytest.mark.parametrize(
     ("fault", "said"), [("n.clamp(min=1.0).log())", "1 passed"), ("n.clamp(min=1).no_such_method())", "AttributeError")]
 )
-def test_neither_a_change_of_nothing_nor_another_error_is_a_catch(fault, said):
+def test_neither_a_change_of_nothing_nor_another_error_is_a_catch(fault, said, why_not_caught):
     mutant = Mutant("scaling/counts.py", "none", "n.clamp(min=1).log())", fault, COUNTS)
     assert said in (why_not_caught(mutant) or "")
+
+
+def test_a_test_that_hangs_is_stopped_and_no_catch(why_not_caught, monkeypatch):
+    monkeypatch.setattr(runner, "SECONDS", 2)
+    mutant = Mutant("scaling/counts.py", "hangs", "n.clamp(min=1).log())", "__import__('time').sleep(600))", COUNTS)
+    assert "stopped after 2 s" in (why_not_caught(mutant) or "")
