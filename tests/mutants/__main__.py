@@ -1,4 +1,7 @@
-"""`python -m tests.mutants [WORD ...]`: every fault, or those whose name or file holds one of the words."""
+"""`python -m tests.mutants [WORD ...]`: every fault, or those whose name or file holds one of the words.
+
+A fault is caught if an assertion of its test fails. It is missed if the test passes, raises another error or hangs.
+"""
 
 import argparse
 import sys
