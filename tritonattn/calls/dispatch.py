@@ -173,8 +173,8 @@ def _refuse_scaled_halves(v: Tensor, logits: Logits, *operands: Tensor) -> None:
     is_scaled = logits.query_scale is not None or logits.key_scale is not None
     if v.dtype == torch.float16 and is_scaled and needs_graph(*operands, v, logits.query_scale, logits.key_scale):
         raise NotImplementedError(
-            "batch_invariant: not supported with gradients of float16 through a scaling with vectors: kernels divide them"
-            " by a head's largest entry before they round; use bfloat16 or float32"
+            "batch_invariant: not supported with gradients of float16 through a scaling with vectors: kernels divide"
+            " these by a head's largest entry before they round; use bfloat16 or float32"
         )
 
 
