@@ -1,11 +1,11 @@
 """Processes that run a function on every rank: one pool a session, which a failed or silent rank replaces."""
 
 import multiprocessing
-import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
@@ -23,6 +23,7 @@ class Pool:
     def __init__(self, size: int) -> None:
         self.size = size
         self._ranks: list[tuple[Any, Any]] = []
+        self._folder: TemporaryDirectory | None = None
 
     def run(self, function: Callable, *arguments: Any, seconds: float = SECONDS) -> list[Any]:
         """Return the results by rank; raise RankFailedError with the traces of the ranks that failed or hang."""
@@ -51,7 +52,8 @@ class Pool:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "tritonattn.distributed", "tritonattn.huggingface"])
-        store = Path(tempfile.mkdtemp()) / "store"
+        self._folder = TemporaryDirectory()
+        store = Path(self._folder.name) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
@@ -65,6 +67,8 @@ class Pool:
             process.kill()
             process.join()
         self._ranks = []
+        if self._folder:
+            self._folder.cleanup()
 
 
 def _serve(rank: int, size: int, store: Path, pipe: Any) -> None:
