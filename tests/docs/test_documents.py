@@ -8,6 +8,7 @@ import shlex
 import pytest
 
 from tests.support.snippets import ROOT, run, snippets
+from tritonattn.analysis import RULES
 from tritonattn.cli import main as cli
 
 DOCUMENTS = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").glob("*.md"))
@@ -106,3 +107,14 @@ def test_architecture_describes_every_folder():
     table = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("| folder |")[2].partition("\n\n")[0]
     folders = {file.parent.name for file in (ROOT / "tritonattn").glob("*/__init__.py")}
     assert folders - set(re.findall(r"`(\w+)/`", table)) == set()
+
+
+def test_sections_that_the_rules_of_advise_cite_exist():
+    cited = [
+        found
+        for rule in RULES
+        for found in re.findall(r"([\w/-]+\.md), (?:exercise )?([\w ]+)", " ".join(rule.evidence))
+    ]
+    assert len(cited) >= 9
+    for document, section in cited:
+        assert re.search(rf"^## {section}\b", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE), section

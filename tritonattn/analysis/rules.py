@@ -107,7 +107,7 @@ RULES: tuple[Rule, ...] = (
         why="no scaling mends inputs that are not finite",
         watch="loss and max_logit of a Monitor: the first record that is null names the step and the layer",
         turn_back="-",
-        evidence=("README.md, Numerical contract: a NaN in a key reaches the rows that see it",),
+        evidence=("docs/numerics.md, Edge cases: NaN in a key reaches the rows that see it",),
     ),
     Rule(
         name="peaked",
@@ -119,14 +119,14 @@ RULES: tuple[Rule, ...] = (
         why="rows are nearly one-hot: the softmax's Jacobian is nearly 0 there, and q and k learn from the few rows"
         " that are not",
         watch="near_one_hot and max_logit, which should fall, and the loss",
-        turn_back="the loss of `tritonattn compare` on these layers is above sqrt_dim's: then the sharpness is what the"
-        " model has learned, and not to be mended; or near_uniform passes 0.5 in a Monitor",
+        turn_back="the loss of `tritonattn compare` on these layers is above sqrt_dim's: then the model has learned to"
+        " be sharp, and needs no repair; or near_uniform passes 0.5 in a Monitor",
         evidence=(
             "Zhai et al. 2023, arXiv:2303.06296: entropy collapse comes with unstable training",
             "Bernhard 2023, arXiv:2311.09406: large logits give vanishing gradients, key lengths take them back",
             "Henry et al. 2020, arXiv:2010.04245 (cosine); Kimi K2 2025, arXiv:2507.20534 (QK-clip)",
             "docs/simulation.md, 3: keys 1000 times larger are one-hot with sqrt_dim, and as if they were not with"
-            " key_norm_mean and cosine; where lengths differ inside a sequence only cosine does not mind",
+            " key_norm_mean and cosine; where lengths differ inside a sequence only cosine is unaffected",
             "docs/workshop.md, exercise 2: the Jacobian of a peaked softmax",
             "the diagnosis of this layer's own q and k with the mode, beside it in the table",
         ),
@@ -138,7 +138,7 @@ RULES: tuple[Rule, ...] = (
         candidates=("sqrt_dim", "key_norm_mean", "log_key_count", "cosine"),
         heals=_healed,
         otherwise="a learned gain on the scaling: patch(..., gain=torch.ones(heads, 1)), or PerHead, started above 1",
-        why="rows average their values: what q and k say changes the output hardly",
+        why="rows average their values: q and k hardly change the output",
         watch="near_uniform and relative_entropy, which should fall, output_variance, which should rise, and the loss",
         turn_back="the model has only begun to learn, and entropy falls by itself in the first hundred steps with"
         " sqrt_dim; or near_one_hot passes 0.5 in a Monitor; or the loss of `tritonattn compare` rises",
@@ -162,7 +162,11 @@ RULES: tuple[Rule, ...] = (
         " model is as it was",
         watch="the loss by position past L, beside sqrt_dim's",
         turn_back="the loss past L is not below sqrt_dim's: then positions, not the softmax, are what fails",
-        evidence=("Qwen's modelling code (use_logn_attn)", "Su, kexue.fm/archives/8823: entropy invariance"),
+        evidence=(
+            "Qwen's modelling code (use_logn_attn)",
+            "Su, kexue.fm/archives/8823: entropy invariance",
+            "against it: docs/length.md: on SmolLM2-135M, 1,024 tokens beyond, it moved the loss by +0.0002 +- 0.0011",
+        ),
     ),
     Rule(
         name="varied lengths",
@@ -174,7 +178,7 @@ RULES: tuple[Rule, ...] = (
         why="one factor is too sharp for the sequence with long keys and too flat for the one with short keys; the"
         " mean length of its own keys holds each at the same temperature",
         watch="relative_entropy, which should differ less between sequences; the loss of each",
-        turn_back="the loss of either kind of sequence is above sqrt_dim's: then lengths carry what the model means",
+        turn_back="the loss of either kind of sequence is above sqrt_dim's: then the model uses the lengths",
         evidence=(
             "docs/simulation.md, 4: lengths vary between sequences: reach 0.37 with sqrt_dim, 0.56 with key_norm_mean",
             "Bernhard 2023, arXiv:2311.09406: the sum of key lengths, of which this is the mean",
@@ -196,7 +200,7 @@ RULES: tuple[Rule, ...] = (
             "Chiang & Cholak 2022, arXiv:2202.12172 (p = 1); arXiv:2605.12697 (p by the gaps)",
             "against it: docs/simulation.md, 4: on random operands it passes no more gradient than sqrt_dim (0.56 to"
             " 0.55)",
-            "docs/workshop.md, exercise 4: what the right key gets among 8 and among 512",
+            "docs/workshop.md, exercise 4: the right key's share among 8 and among 512",
         ),
     ),
     Rule(
@@ -206,10 +210,10 @@ RULES: tuple[Rule, ...] = (
         candidates=(),
         heals=_always,
         otherwise="keep {mode}",
-        why="rows are neither one-hot nor uniform, logits are moderate: there is nothing that a scaling could mend",
+        why="rows are neither one-hot nor uniform, logits are moderate: there is nothing for a scaling to repair",
         watch="a Monitor at its default thresholds, if the model is trained on",
         turn_back="-",
-        evidence=("the diagnosis itself", "README.md, Modes: sqrt_dim is what trained models expect"),
+        evidence=("the diagnosis itself", "docs/scalings.md, Modes: trained models expect sqrt_dim"),
     ),
 )
 

@@ -1,4 +1,4 @@
-"""DTensors at the door of the public functions: each rank computes its batch entries and heads as plain tensors.
+"""DTensors as arguments of the public functions: each rank computes its batch entries and heads as plain tensors.
 
 The operators have sharding rules (`distributed/operators.py`), which alone do not make these functions take DTensors:
 scalings compute with the keys around them by operators that DTensor does not shard, and plain arguments beside DTensors

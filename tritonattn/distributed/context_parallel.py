@@ -68,7 +68,7 @@ def context_parallel_attention(
             every batch entry. A row sees its own document only. Documents may cross the parts of ranks.
         softcap, sinks, return_aux: As in `attention`.
         backend: "auto", "triton" or "sdpa", as in `attention`.
-        reduce_dtype: The dtype in which gradients of keys and values travel and are added over ranks.
+        reduce_dtype: The dtype in which gradients of keys and values are sent and added over ranks.
         head_group: Key heads whose keys and values are gathered at a time, in "allgather"; None is all of them.
             Fewer take less memory and more messages.
 

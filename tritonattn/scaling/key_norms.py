@@ -19,7 +19,7 @@ class KeyNormSum(Scaling):
     """factor = 1 / sum ||k||, over the visible keys.
 
     |logit| <= ||q|| / n for keys of equal length: as n grows the row attends uniformly, and the gradient of q
-    and k fades like 1 / n. A learned gain, or `KeyNormMean`, mends that.
+    and k fades like 1 / n. A learned gain, or `KeyNormMean`, prevents that.
 
     Source: Bernhard 2023, "Alternatives to the scaled dot product for attention in the Transformer neural
     network architecture", arXiv:2311.09406; `total_length_rescale` of
