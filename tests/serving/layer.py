@@ -87,11 +87,12 @@ class Layer:
         return {"common": common, "q": q, "k": k, "v": v, "out": torch.empty_like(q)}
 
     def parts(self, common: CommonAttentionMetadata, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, Any]:
-        """Calls for a step's metadata, and for a layer of it: write the new keys and values, attend."""
-        metadata, impl = self.builder.build(0, common), self.layer.impl
+        """Calls for the first layer of a step, and for another: write the new keys and values, attend."""
+        impl, known = self.layer.impl, self.builder.build(0, common)
 
-        def of_layer() -> torch.Tensor:
-            impl.do_kv_cache_update(self.layer, k, v, self.cache, common.slot_mapping)
+        def of_layer(metadata: Any = known) -> torch.Tensor:
+            if not self.layer.attn_backend.forward_includes_kv_cache_update:
+                impl.do_kv_cache_update(self.layer, k, v, self.cache, common.slot_mapping)
             return impl.forward(self.layer, q, k, v, self.cache, metadata, out)
 
-        return lambda: self.builder.build(0, common), of_layer
+        return lambda: of_layer(self.builder.build(0, common)), of_layer

@@ -1,7 +1,6 @@
 """vLLM's engine on the backend TRITONATTN, against patched models of transformers."""
 
 import gc
-import math
 from collections import Counter
 
 import pytest
@@ -9,6 +8,8 @@ import torch
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from tritonattn.core import decode_call
+from tritonattn.core.visibility import Visibility
 from tritonattn.integrations.vllm import backend
 
 from .cases import STEPS, TOLERANCE, Case, difference, generate, learned, prompts
@@ -39,21 +40,21 @@ def served(request, tmp_path_factory):
 @pytest.fixture
 def paths(monkeypatch) -> Counter:
     """How often the engine called each function: with rows of a first chunk, of a later one, and of guessed tokens."""
-    seen, decode, varlen = Counter(), backend.attention_decode, backend.attention_varlen
+    seen, decode, over_pages = Counter(), backend.decode_call, backend.call_over_pages
 
-    def counted_decode(*args, block_table, **options):
+    def counted_decode(*args):
         seen["decode"] += 1
-        return decode(*args, block_table=block_table, **options)
+        return decode(*args)
 
-    def counted_varlen(q, k, v, row_ends, key_ends, *args, block_table, **options):
-        rows, keys = row_ends.diff(), key_ends.diff()
+    def counted_chunks(q, pages, block_table, visible, *args):
+        rows, keys = visible.sequences.q_starts.diff(), visible.sequences.k_starts.diff()
         seen["chunk"] += 1
         seen["later chunk"] += int((rows < keys).any())
         seen["guesses"] += int(((rows < keys) & (rows <= 4)).any())
-        return varlen(q, k, v, row_ends, key_ends, *args, block_table=block_table, **options)
+        return over_pages(q, pages, block_table, visible, *args)
 
-    monkeypatch.setattr(backend, "attention_decode", counted_decode)
-    monkeypatch.setattr(backend, "attention_varlen", counted_varlen)
+    monkeypatch.setattr(backend, "decode_call", counted_decode)
+    monkeypatch.setattr(backend, "call_over_pages", counted_chunks)
     return seen
 
 
@@ -80,33 +81,33 @@ def test_tokens_and_logits_are_those_of_patched_transformers(served, paths):
         assert paths["guesses"] > 0
 
 
-def _longest(real, q, *args, key_lengths, scaling, gain, **options):
+def _longest(real, visibility):
     """Every row counts the keys of the longest sequence."""
-    return real(q, *args, key_lengths=key_lengths, scaling="sqrt_dim", gain=math.log(key_lengths.max()), **options)
+    n = real(visibility)
+    return n.amax(0, keepdim=True).expand_as(n)
 
 
-def _one_less(real, q, *args, key_lengths, scaling, gain, **options):
+def _one_less(real, visibility):
     """Every row counts one key less."""
-    n = (key_lengths - 1).clamp(min=1).float().log()[:, None, None]
-    return real(q, *args, key_lengths=key_lengths, scaling="sqrt_dim", gain=n, **options)
+    return (real(visibility) - 1).clamp(min=1)
 
 
-def _of_chunk(real, q, k, v, row_ends, *args, scaling, gain, **options):
+def _of_chunk(real, visibility):
     """Rows count keys from the start of the chunk."""
-    n = torch.cat([torch.arange(1, int(rows) + 1) for rows in row_ends.diff()]).float().log()[None]
-    return real(q, k, v, row_ends, *args, scaling="sqrt_dim", gain=n, **options)
+    rows = visibility.sequences.q_starts.diff().tolist()
+    return torch.cat([torch.arange(1, n + 1) for n in rows]).double()[None, None]
 
 
-def _only_new(real, q, k, v, row_ends, key_ends, *args, **options):
+def _only_new(real, row_ends, key_ends, *bounds):
     """Rows see the first keys of their sequence, as many as the chunk has."""
-    return real(q, k, v, row_ends, row_ends, *args, **options)
+    return real(row_ends, row_ends, *bounds)
 
 
 FAULTS = {
-    "n of the longest sequence": ("attention_decode", _longest),
-    "n - 1": ("attention_decode", _one_less),
-    "n of the chunk": ("attention_varlen", _of_chunk),
-    "old keys of a chunk are left out": ("attention_varlen", _only_new),
+    "n of the longest sequence": (decode_call._CacheVisibility, "counts", _longest),
+    "n - 1": (decode_call._CacheVisibility, "counts", _one_less),
+    "n of the chunk": (Visibility, "counts", _of_chunk),
+    "old keys of a chunk are left out": (backend, "Packing", _only_new),
 }
 
 
@@ -114,9 +115,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_shows(served, monkeypatch, fault):
     llm, patched, _ = served
-    name, wrong = FAULTS[fault]
-    real = getattr(backend, name)
-    monkeypatch.setattr(backend, name, lambda *args, **options: wrong(real, *args, **options))
+    owner, name, wrong = FAULTS[fault]
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: wrong(real, *args))
     llm.reset_prefix_cache()
     outputs = generate(llm, prompts(), prompt_logprobs=-1)
     llm.reset_prefix_cache()

@@ -67,10 +67,11 @@ def test_a_step_reads_no_value_and_its_pages_once(mode, window, monkeypatch):
 def test_padding_is_written_nowhere():
     layer = Layer({"scaling": "sqrt_dim"}, "float32")
     batch = layer.batch([1, 1], [20, 40])
-    slots = batch["common"].slot_mapping
-    padded = torch.cat([slots, torch.full((3,), -1)])
+    slots, common = batch["common"].slot_mapping, batch["common"]
+    common.slot_mapping, common.num_actual_tokens = torch.cat([slots, torch.full((3,), -1)]), len(slots) + 3
     k, v = (torch.cat([batch[name], torch.full((3, *batch[name].shape[1:]), torch.nan)]) for name in "kv")
-    layer.layer.impl.do_kv_cache_update(layer.layer, k, v, layer.cache, padded)
+    impl = layer.layer.impl
+    impl._write(k, v, impl._pages(layer.cache), layer.builder.build(0, common))
     written = layer.cache.transpose(1, 2).flatten(0, 1)[slots]
     assert torch.equal(written, torch.cat([batch["k"], batch["v"]], -1))
     assert layer.cache[1:].count_nonzero() == written.count_nonzero()

@@ -42,38 +42,45 @@ class CachedKeys:
     width: int | None
 
 
-def attend_cached(
-    q: Tensor,
-    cached: CachedKeys,
-    factor: Factor,
-    options: Options,
-    backend: str,
-    run: Callable[[Logits], ForwardResult],
-) -> Tensor | tuple[Tensor, AttentionAux]:
-    """out, with aux also `AttentionAux`: by the formulas on the reference, else by `run` from the logits' terms."""
-    if backend == "reference":
+@dataclass(frozen=True, eq=False)
+class CachedCall:
+    """A checked call over a cache, but for its factor.
+
+    run   computes the results from the terms of the logits, on a backend other than the reference
+    """
+
+    q: Tensor
+    cached: CachedKeys
+    options: Options
+    backend: str
+    run: Callable[[Logits], ForwardResult]
+
+    def attend(self, factor: Factor) -> Tensor | tuple[Tensor, AttentionAux]:
+        """out, with aux also `AttentionAux`."""
+        result = self.by_formulas(factor) if self.backend == "reference" else self.run(self.logits(factor))
+        if not self.options.return_aux:
+            return result.out
+        return result.out, aux_of(result)
+
+    def by_formulas(self, factor: Factor) -> ForwardResult:
+        q, cached, options = self.q, self.cached, self.options
         keys, visibility = cached.keys(), cached.visibility
         multiplier, bias = factor.dense(q, keys, visibility, options.key_bias)
         extras = {"bias": bias, "softcap": options.cap, "sinks": sinks_of(q, options)}
-        result = reference.attention(q, keys, cached.values(), multiplier, visibility, **extras)
-    else:
-        result = run(_logits(q, cached, factor, options, backend))
-    if not options.return_aux:
-        return result.out
-    return result.out, aux_of(result)
+        return reference.attention(q, keys, cached.values(), multiplier, visibility, **extras)
 
-
-def _logits(q: Tensor, cached: CachedKeys, factor: Factor, options: Options, backend: str) -> Logits:
-    """Compute the terms of the logits, those of the mode from the record of the cache or else from its keys."""
-    visibility = cached.visibility
-    if cached.in_pages and not factor.scaling.reads_keys:
-        keys = q.new_full((), torch.nan).expand(*visibility.keys, q.shape[3])  # a shape, in place of a gathered copy
-    else:
-        keys = cached.keys()
-    kind = ops.KernelStatistics if backend == "triton" else Statistics
-    statistics = kind(cached.keys, visibility)
-    if cached.record is not None:
-        statistics = CachedStatistics(statistics, cached.record, cached.width)
-    logits = factor.logits(q, keys, visibility, statistics, options.key_bias, options.cap, sinks_of(q, options))
-    refuse_gradients(cached.call, scaling=logits.query_scale, key_scale=logits.key_scale, key_bias=logits.key_bias)
-    return logits
+    def logits(self, factor: Factor) -> Logits:
+        """Compute the terms of the logits, those of the mode from the record of the cache or else from its keys."""
+        q, cached, options = self.q, self.cached, self.options
+        visibility = cached.visibility
+        if cached.in_pages and not factor.scaling.reads_keys:
+            keys = q.new_full((), torch.nan).expand(*visibility.keys, q.shape[3])  # a shape, in place of a copy
+        else:
+            keys = cached.keys()
+        kind = ops.KernelStatistics if self.backend == "triton" else Statistics
+        statistics = kind(cached.keys, visibility)
+        if cached.record is not None:
+            statistics = CachedStatistics(statistics, cached.record, cached.width)
+        logits = factor.logits(q, keys, visibility, statistics, options.key_bias, options.cap, sinks_of(q, options))
+        refuse_gradients(cached.call, scaling=logits.query_scale, key_scale=logits.key_scale, key_bias=logits.key_bias)
+        return logits

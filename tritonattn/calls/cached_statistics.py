@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.autograd import runs_eagerly
 from ..core.pages import PageTable
 from ..core.statistics import Statistics
+from ..core.visibility import Visibility
 from .key_statistics import KeyStatistics
 from .paged_statistics import PagedKeyStatistics
 
@@ -31,8 +32,8 @@ class KeyRecord(Protocol):
         """[B, Hkv, n], 0 where not wanted."""
         ...
 
-    def before(self, name: str, end: Tensor) -> Tensor:
-        """A sum or maximum, by its name, over the keys of a sequence before `end`: [B, Hkv, n]; 0 where end is 0."""
+    def of_rows(self, name: str, visibility: Visibility) -> Tensor:
+        """A sum or maximum, by its name, over the keys of each row, all up to its last: [B, Hkv, Sq]."""
         ...
 
 
@@ -51,8 +52,8 @@ class ContiguousRecord:
         place = torch.where(wanted, key, 0)[:, None].expand(-1, lengths.shape[1], -1)
         return torch.where(wanted[:, None], lengths.gather(2, place), 0)
 
-    def before(self, name: str, end: Tensor) -> Tensor:
-        prefix = getattr(self._record, name)
+    def of_rows(self, name: str, visibility: Visibility) -> Tensor:
+        prefix, end = getattr(self._record, name), _ends(visibility)
         return prefix.gather(2, end[:, None].expand(-1, prefix.shape[1], -1))
 
 
@@ -71,8 +72,10 @@ class PagedRecord:
     def lengths_at(self, key: Tensor, wanted: Tensor) -> Tensor:
         return self._table.gather(self._record.lengths, key, wanted).movedim(-1, 1)
 
-    def before(self, name: str, end: Tensor) -> Tensor:
-        return self._table.gather(getattr(self._record, name), end - 1, end > 0).movedim(-1, 1)
+    def of_rows(self, name: str, visibility: Visibility) -> Tensor:
+        entries = getattr(self._record, name)
+        found = visibility.once("last keys", lambda: self._table.find(_ends(visibility) - 1, entries.shape[0]))
+        return found.of(entries).movedim(-1, 1)
 
 
 class CachedStatistics(Statistics):
@@ -102,7 +105,7 @@ class CachedStatistics(Statistics):
         if self.visibility.invariant:
             return super()._length_sum()
         if self._width is None:
-            sums = self._at_row_ends("length_sums")
+            sums = self._record.of_rows("length_sums", self.visibility)
         else:
             sums = self._over_windows(lambda lengths: lengths.sum(-1, dtype=torch.float64))
         return sums.to(self._record.dtype)
@@ -111,18 +114,13 @@ class CachedStatistics(Statistics):
         if self.visibility.invariant:
             return super()._length_square_sum()
         if self._width is None:
-            return self._at_row_ends("square_sums")
+            return self._record.of_rows("square_sums", self.visibility)
         return self._over_windows(lambda lengths: lengths.double().square().sum(-1))
 
     def _length_max(self) -> Tensor:
         if self._width is None:
-            return self._at_row_ends("length_maxima")
+            return self._record.of_rows("length_maxima", self.visibility)
         return self._over_windows(lambda lengths: lengths.amax(-1))
-
-    def _at_row_ends(self, name: str) -> Tensor:
-        """The sum or maximum over each row's keys: [B, Hkv, Sq]."""
-        lo, hi = self.visibility.ranges()  # [B, Sq]
-        return self._record.before(name, hi if self.visibility.begins_at_first else torch.where(hi > lo, hi, 0))
 
     def _over_windows(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """reduce(lengths of the keys that rows see, 0 in place of others [B, Hkv, rows, width]) -> [B, Hkv, rows]."""
@@ -139,3 +137,9 @@ class CachedStatistics(Statistics):
             lengths = self._record.lengths_at(key.flatten(1), seen.flatten(1))
             parts.append(reduce(lengths.unflatten(2, (-1, width))))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _ends(visibility: Visibility) -> Tensor:
+    """One past the last key of each row, 0 for a row without keys: int64 [B, Sq]."""
+    lo, hi = visibility.ranges()
+    return hi if visibility.begins_at_first else torch.where(hi > lo, hi, 0)

@@ -8,9 +8,9 @@ from .. import ops
 from ..core.call import ForwardResult, Logits
 from ..core.decode_call import Cache, DecodeCall
 from ..core.pages import PageTable
-from ..core.visibility import window_sides
+from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
-from .cached import CachedKeys, attend_cached
+from .cached import CachedCall, CachedKeys
 from .cached_statistics import ContiguousRecord, PagedRecord
 from .checks import Options
 from .decode_checks import check_decode, refuse_gradients
@@ -116,20 +116,21 @@ def attention_decode(
     factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "key_bias": key_bias, "sinks": sinks}
     refuse_gradients(**tensors, scaling=scaling, gain=gain)
+    left, _ = window_sides(options.window)
     with autocast_off:
-        return _decode(q, cache, factor, statistics, options)
+        return decode_call(q, cache, cache.visibility(q, left, options.invariant), statistics, options).attend(factor)
 
 
-def _decode(
+def decode_call(
     q: Tensor,
     cache: Cache,
-    factor: Factor,
+    visibility: Visibility,
     statistics: KeyStatistics | PagedKeyStatistics | None,
     options: Options,
-) -> Tensor | tuple[Tensor, AttentionAux]:
+) -> CachedCall:
+    """`attention_decode` of checked arguments; visibility: `cache.visibility` of the window."""
     backend = choose_backend(q, cache.k, cache.v, options, decodes=not options.invariant)
-    left, _ = window_sides(options.window)
-    record = None
+    left, record = visibility.left, None
     if isinstance(statistics, KeyStatistics):
         record = ContiguousRecord(statistics)
     elif statistics is not None and cache.block_table is not None:
@@ -138,7 +139,7 @@ def _decode(
         "attention_decode",
         cache.keys,
         cache.values,
-        cache.visibility(q, left, options.invariant),
+        visibility,
         in_pages=cache.block_table is not None,
         record=record,
         width=None if left is None else left + 1,
@@ -147,4 +148,4 @@ def _decode(
     def run(logits: Logits) -> ForwardResult:
         return ops.decode(DecodeCall(q, cache, logits, left, options.invariant), backend, options.return_aux)
 
-    return attend_cached(q, cached, factor, options, backend, run)
+    return CachedCall(q, cached, options, backend, run)

@@ -112,13 +112,21 @@ class PagedKeyStatistics:
                 key_lengths outside [new keys, max_pages * page], and pages outside [0, N).
         """
         self._check(k_new, cu_seqlens, key_lengths, block_table)
+        self.enter(k_new, cu_seqlens, key_lengths, block_table)
+
+    @torch.no_grad()
+    def enter(
+        self, k_new: Tensor, cu_seqlens: Tensor, key_lengths: Tensor, block_table: Tensor, passes: int = 1
+    ) -> None:
+        """`append` of checked arguments. A sequence that goes on from keys which another enters takes a pass after."""
         if k_new.numel() == 0 or block_table.numel() == 0:
             return
         given = (k_new, cu_seqlens, key_lengths, block_table)
         fits = self._lengths.dtype == torch.float32 and kernels_take(k_new[None])
         by_kernel = fits and runs_eagerly(*given, self._lengths)
-        if not (by_kernel and append_to_pages(*given, self.page, self._buffers())):
-            self._append(*given)
+        if not (by_kernel and append_to_pages(*given, self.page, self._buffers(), passes)):
+            for _ in range(passes):
+                self._append(*given)
 
     def _append(self, k_new: Tensor, cu_seqlens: Tensor, key_lengths: Tensor, block_table: Tensor) -> None:
         """`append` by operators of torch."""

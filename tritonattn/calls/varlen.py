@@ -13,7 +13,7 @@ from ..core.pages import PageTable
 from ..core.sequences import Sequences
 from ..core.visibility import Visibility
 from ..scaling import Scaling
-from .cached import CachedKeys, attend_cached
+from .cached import CachedCall, CachedKeys
 from .cached_statistics import PagedRecord
 from .checks import Options
 from .decode_checks import refuse_gradients
@@ -138,23 +138,31 @@ def attention_varlen(
         else:
             given = {"key_bias": key_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
             refuse_gradients(_OVER_PAGES, q=q, k=k, v=v, **given)
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-            keys = torch.Size((1, k.shape[1], k_len, k.shape[3]))
+            keys = torch.Size((1, k.shape[2], k_len, k.shape[3]))
             visibility = Visibility.of_shapes(q.shape, keys, q.device, **masks)
-            call = AttentionCall(q, k, v, visibility, Logits(1.0), block_table=block_table)
-            result = _attend_pages(call, block_table, factor, statistics, options)
+            result = call_over_pages(q, (k, v), block_table, visibility, statistics, options).attend(factor)
     if not isinstance(result, tuple):
         return _packed(result)
     out, aux = result
     return _packed(out), AttentionAux(*(x[0] for x in aux))
 
 
-def _attend_pages(
-    call: AttentionCall, block_table: Tensor, factor: Factor, statistics: PagedKeyStatistics | None, options: Options
-) -> Tensor | tuple[Tensor, AttentionAux]:
-    """Attention over keys in pages, but for the terms of its logits."""
-    visible, sequences, record, width = call.visibility, call.visibility.sequences, None, None
-    backend = choose_backend(call.q, call.k, call.v, options)
+def call_over_pages(
+    q: Tensor,
+    pages: tuple[Tensor, Tensor],
+    block_table: Tensor,
+    visible: Visibility,
+    statistics: PagedKeyStatistics | None,
+    options: Options,
+) -> CachedCall:
+    """`attention_varlen` of checked arguments, q as [1, Hq, T_q, D], over pages of keys and values.
+
+    visible   of the sequences and the masks, its keys those that there can be
+    """
+    k, v = (x.transpose(1, 2) for x in pages)
+    sequences, record, width = visible.sequences, None, None
+    backend = choose_backend(q, k, v, options)
+    call = AttentionCall(q, k, v, visible, Logits(1.0), block_table=block_table)
     if statistics is not None:
         record = PagedRecord(statistics, PageTable(block_table, statistics.page, sequences))
     if visible.left is not None and sequences is not None:
@@ -173,7 +181,7 @@ def _attend_pages(
     def run(logits: Logits) -> ForwardResult:
         return ops.attention(replace(call, logits=logits), backend, options.return_aux)
 
-    return attend_cached(call.q, cached, factor, options, backend, run)
+    return CachedCall(q, cached, options, backend, run)
 
 
 def _packed(out: Tensor) -> Tensor:

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .sequences import Sequences
+
+
+class Found(NamedTuple):
+    """Pages and places of keys, int64 [N or 1, n], 0 for keys that lie nowhere; is_held: bool, the others."""
+
+    page: Tensor
+    place: Tensor
+    is_held: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their entries of x [pages, size, ...]: [N or 1, n, ...], 0 for keys that lie nowhere."""
+        if x.shape[0] == 0:
+            return x.new_zeros(*self.is_held.shape, *x.shape[2:])
+        return torch.where(self.is_held.view(*self.is_held.shape, *[1] * (x.dim() - 2)), x[self.page, self.place], 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,16 +43,16 @@ class PageTable:
 
         Zeros where not wanted, bool broadcastable to key, and for keys that lie nowhere.
         """
+        return self.find(torch.where(wanted, key, -1), x.shape[0]).of(x)
+
+    def find(self, key: Tensor, pages: int) -> Found:
+        """Where `key`, int64 [N or 1, n], lies in so many pages; a key below 0 lies nowhere."""
         if self.sequences is None:
             member = torch.arange(len(self.numbers), device=key.device)[:, None]
         else:
             member, key = self.sequences.place_of_keys(key)
-        page, place, found = self.locate(member, key, x.shape[0])
-        found = found & wanted
-        if x.shape[0] == 0:
-            return x.new_zeros(*found.shape, *x.shape[2:])
-        entries = x[torch.where(found, page, 0), torch.where(found, place, 0)]
-        return torch.where(found.view(*found.shape, *[1] * (x.dim() - 2)), entries, 0)
+        page, place, found = self.locate(member, key, pages)
+        return Found(torch.where(found, page, 0), torch.where(found, place, 0), found)
 
     def locate(self, member: Tensor, key: Tensor, pages: int) -> tuple[Tensor, Tensor, Tensor]:
         """Page and place of the keys of members, by their number in the member, and whether one of `pages` holds it.

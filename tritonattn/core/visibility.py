@@ -57,7 +57,7 @@ class Visibility:
     mask: Tensor | None = None
     sequences: Sequences | None = None
     invariant: bool = False
-    _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False)
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, **masks: Any) -> Visibility:
@@ -164,9 +164,13 @@ class Visibility:
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """`ranges`, computed once and kept; read-only."""
-        if not self._kept:
-            self._kept.append(self._ranges())
-        return self._kept[0]
+        return self.once("ranges", self._ranges)
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """compute(), which depends on this record and the key alone; kept for all calls that share the record."""
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
 
     def _ranges(self) -> tuple[Tensor, Tensor]:
         lo = hi = own = None

@@ -76,10 +76,17 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
 
 
 def append_to_pages(
-    k: Tensor, cu_seqlens: Tensor, key_lengths: Tensor, block_table: Tensor, page: int, buffers: tuple[Tensor, ...]
+    k: Tensor,
+    cu_seqlens: Tensor,
+    key_lengths: Tensor,
+    block_table: Tensor,
+    page: int,
+    buffers: tuple[Tensor, ...],
+    passes: int = 1,
 ) -> bool:
     """The same for keys k [T, Hkv, D] in pages."""
-    return _is_compiled(lambda: kernels().append_to_pages(k, cu_seqlens, key_lengths, block_table, page, buffers))
+    given = (k, cu_seqlens, key_lengths, block_table, page, buffers, passes)
+    return _is_compiled(lambda: kernels().append_to_pages(*given))
 
 
 def _is_compiled(launch: Callable[[], None]) -> bool:

@@ -118,7 +118,7 @@ def counts_of(visibility: Visibility) -> Tensor:
     device = visibility.device
     is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if is_captured or not (visibility.depends_on_sizes_only and runs_eagerly()):
-        return visibility.counts()
+        return visibility.once("counts", visibility.counts)
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     sizes = (visibility.q_len, visibility.k_len, device, visibility.left, visibility.right)
     return _counts_of_sizes(sizes, stream, torch.is_inference_mode_enabled())

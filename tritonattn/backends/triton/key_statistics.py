@@ -64,8 +64,9 @@ def append_to_pages(
     block_table: Tensor,
     page: int,
     buffers: tuple[Tensor, ...],
+    passes: int = 1,
 ) -> None:
-    """Enter the keys k [T, Hkv, D] in the buffers [N * page + 1, Hkv] of a fp32 `PagedKeyStatistics`, as its `append`.
+    """Enter the keys k [T, Hkv, D] in the buffers [N * page + 1, Hkv] of a fp32 `PagedKeyStatistics`, as its `enter`.
 
     buffers   lengths, length_sums, square_sums, length_maxima; the last row of each is left alone
     """
@@ -82,7 +83,8 @@ def append_to_pages(
     kind = kind_of((form_of(block_table), page), lambda: (NO_HEADS, False))
     chosen = plan("append_to_pages", kind.problem, k.device)
     grid = (-(-kv_heads // chosen.config.block_m), 1, len(key_lengths_after))
-    chosen.launch(grid, arguments, False, kind)
+    for _ in range(passes):
+        chosen.launch(grid, arguments, False, kind)
 
 
 def _with_usual_strides(k: Tensor) -> Tensor:

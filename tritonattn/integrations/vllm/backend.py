@@ -1,11 +1,12 @@
-"""vLLM's attention backend TRITONATTN, on `attention_decode` and `attention_varlen`."""
+"""vLLM's attention backend TRITONATTN, on the calls behind `attention_decode` and `attention_varlen`."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,18 +23,23 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from ...calls.decode import attention_decode
+from ...calls.cached import CachedCall
+from ...calls.checks import Options
+from ...calls.decode import decode_call
 from ...calls.page_checks import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
-from ...calls.varlen import attention_varlen
+from ...calls.varlen import call_over_pages
+from ...calls.varlen_checks import Packing
+from ...core.decode_call import Cache
+from ...core.sequences import Sequences
+from ...core.visibility import Visibility, window_sides
 from . import NAME
-from .settings import call_arguments, layer_settings, reads_lengths, saved_settings, with_learned
+from .settings import LayerFactor, layer_settings, saved_settings, with_learned
 
 
 class TritonattnBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
-    forward_includes_kv_cache_update = False
 
     @staticmethod
     def get_name() -> str:
@@ -64,30 +70,76 @@ class TritonattnBackend(AttentionBackend):
         return True
 
 
-@dataclass
-class TritonattnMetadata:
-    """The rows of one step: first `decodes` sequences of one new token each, then the others, the chunks.
+@dataclass(frozen=True, eq=False)
+class Decodes:
+    """Sequences of one new token each.
 
-    lengths        int32 [sequences], the sequences' keys, new ones included
-    block_table    int32 [sequences, pages]
-    tokens         new tokens of all sequences
-    new_ends       int32 [sequences + 1], 0 and where the new tokens of each sequence end
-    row_ends       int32 [chunks + 1], likewise, counted from the first chunk's; None without chunks, as key_ends
-    key_ends       int32 [chunks + 1], 0 and the running sums of the chunks' keys, old ones included
-    longest_rows, longest_keys   bounds on one sequence's
-    passes         times that new keys are entered in the record of key lengths
+    lengths       int32 [sequences], their keys, new ones included
+    block_table   int32 [sequences, pages]
     """
 
-    decodes: int
-    tokens: int
     lengths: Tensor
     block_table: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """Sequences of any number of new tokens.
+
+    packing   where each sequence's rows end, counted from the first chunk's, and the running sums of keys, old ones
+              included; bounds on one sequence's
+    """
+
+    packing: Packing
+    block_table: Tensor
+
+    def visibility(self, q: Tensor, keys: Tensor, options: Options) -> Visibility:
+        """Of the rows q [1, Hq, T, D], over pages of keys."""
+        packing, (q_len, k_len) = self.packing, (q.shape[2], self.packing.keys(keys, None))
+        longest = min(packing.max_seqlen_q, q_len), min(packing.longest_k(keys), k_len)
+        sequences = Sequences.of(packing.cu_seqlens_q, packing.cu_seqlens_k, q_len, k_len, *longest)
+        masks = {"causal": True, "window": options.window, "sequences": sequences, "invariant": options.invariant}
+        shape = torch.Size((1, keys.shape[2], k_len, keys.shape[3]))
+        return Visibility.of_shapes(q.shape, shape, q.device, **masks)
+
+
+@dataclass(eq=False)
+class TritonattnMetadata:
+    """The rows of one step: first `sequences` of one new token each, then the others.
+
+    tokens        new tokens of all sequences
+    slots         int64 [tokens], where their keys go in the cache; -1 of padding
+    new_ends      int32 [sequences + 1], 0 and where the new tokens of each sequence end
+    lengths       int32 [sequences], the sequences' keys, new ones included
+    block_table   int32 [sequences, pages]
+    passes        times that new keys are entered in the record of key lengths
+    decodes, chunks   None where there are none
+
+    Layers compute together what depends on the step alone: the first that needs it does, so that a CUDA graph captures
+    that too.
+    """
+
+    tokens: int
+    slots: Tensor
     new_ends: Tensor
-    row_ends: Tensor | None
-    key_ends: Tensor | None
-    longest_rows: int
-    longest_keys: int
+    lengths: Tensor
+    block_table: Tensor
     passes: int
+    decodes: Decodes | None
+    chunks: Chunks | None
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """compute(), which depends on the step and the key alone. Memory of a captured graph is the graph's own."""
+        key = (key, self.slots.is_cuda and torch.cuda.is_current_stream_capturing())
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
+
+    def places(self, page: int) -> tuple[Tensor, Tensor]:
+        """Page of each new key, and its place there; padding is sent to vLLM's unused page 0."""
+        slots = self.slots.clamp(min=0)
+        return slots // page, slots % page
 
 
 class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
@@ -102,22 +154,21 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
         m = common_attn_metadata
         if m.causal is not True:
             raise NotImplementedError(f"attention_backend {NAME}: expected causal attention, got causal={m.causal}")
-        decodes, chunks, rows, _ = split_decodes_and_prefills(m, decode_threshold=1)
-        row_ends = key_ends = None
-        if chunks:
-            row_ends = m.query_start_loc[decodes:] - rows
-            key_ends = torch.nn.functional.pad(m.seq_lens[decodes:].cumsum(0, dtype=torch.int32), (1, 0))
+        count, others, rows, _ = split_decodes_and_prefills(m, decode_threshold=1)
+        lengths, table, chunks = m.seq_lens, m.block_table_tensor, None
+        if others:
+            key_ends = torch.nn.functional.pad(lengths[count:].cumsum(0, dtype=torch.int32), (1, 0))
+            ends = (m.query_start_loc[count:] - rows, key_ends)
+            chunks = Chunks(Packing(*ends, m.max_query_len, m.max_seq_len, table), table[count:])
         return TritonattnMetadata(
-            decodes=decodes,
             tokens=m.num_actual_tokens,
-            lengths=m.seq_lens,
-            block_table=m.block_table_tensor,
+            slots=m.slot_mapping[: m.num_actual_tokens],
             new_ends=m.query_start_loc,
-            row_ends=row_ends,
-            key_ends=key_ends,
-            longest_rows=m.max_query_len,
-            longest_keys=m.max_seq_len,
-            passes=self._passes(m.query_start_loc_cpu, chunks) if self._shares_pages else 1,
+            lengths=lengths,
+            block_table=table,
+            passes=self._passes(m.query_start_loc_cpu, others) if self._shares_pages else 1,
+            decodes=Decodes(lengths[:count], table[:count]) if count else None,
+            chunks=chunks,
         )
 
     def _passes(self, new_ends: Tensor, chunks: int) -> int:
@@ -167,13 +218,11 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         self._saved = saved_settings(config)
         self._layers = config.compilation_config.static_forward_context
         self._device = config.device_config.device
-        self._options: dict[str, Any] = {
-            "window": None if sliding_window is None else (sliding_window - 1, 0),
-            "softcap": logits_soft_cap or None,
-        }
+        self._options = Options(
+            window=None if sliding_window is None else (sliding_window - 1, 0), softcap=logits_soft_cap or None
+        )
         self._sinks = sinks
         self._moves_pages = config.kv_transfer_config is not None
-        self._reads_lengths = False
         self._statistics: PagedKeyStatistics | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -190,28 +239,17 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         if saved is not None:
             learned = self.learned.get(saved, {})
             settings = with_learned(settings, saved, learned, get_tensor_model_parallel_rank(), ranks)
-        self._options |= call_arguments(settings, self.scale, self.head_size)
-        shape = self.num_heads, self.num_kv_heads, self.head_size
-        self._reads_lengths = reads_lengths(self._options["scaling"], self._options["gain"], shape)
-        if self._reads_lengths and self._moves_pages:
+        heads = (self.num_heads, self.num_kv_heads)
+        found = LayerFactor.of(settings, self.scale, heads, self.head_size)
+        if found.reads_lengths and self._moves_pages:
             raise NotImplementedError(
                 f"kv_transfer_config: expected None for a scaling by key lengths at {name}: they stay where pages were"
                 " written"
             )
-        for key in ("scaling", "gain"):
-            if isinstance(self._options[key], (Tensor, torch.nn.Module)):
-                self._options[key] = self._options[key].to(self._device)
-        if self._sinks is not None:
-            self._options["sinks"] = self._sinks.detach().float()
-
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Write key and value [tokens, Hkv, D] to their slots; -1, of padding, is sent to vLLM's unused block 0."""
-        slots, page = slot_mapping.clamp(min=0), kv_cache.shape[2]
-        tokens = slots.shape[0]
-        for pages, new in zip(self._pages(kv_cache), (key, value), strict=True):
-            pages[slots // page, slots % page] = new[:tokens]
+        self._factor = found.to(self._device)
+        sinks = None if self._sinks is None else self._sinks.detach().float()
+        given = {"sinks": sinks, "backend": settings.backend, "batch_invariant": settings.batch_invariant}
+        self._options = self._options._replace(**given)
 
     def forward(
         self,
@@ -225,23 +263,53 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attention of query [tokens, Hq, D] over the pages, into output [tokens, Hq, D]."""
+        """Write the new keys and values, and attend with query [tokens, Hq, D] into output [tokens, Hq, D]."""
         if attn_metadata is None:  # vLLM measures its memory
             return output.fill_(0)
-        m, (keys, values) = attn_metadata, self._pages(kv_cache)
-        options = self._options
-        if self._reads_lengths:
-            options = {**options, "statistics": self._grown_statistics(key, keys, m)}
-        if n := m.decodes:
-            table = m.block_table[:n]
-            rows = query[:n, :, None]  # [sequences, Hq, 1, D]
-            out = attention_decode(rows, keys, values, key_lengths=m.lengths[:n], block_table=table, **options)
-            output[:n] = cast(Tensor, out)[:, :, 0]
-        if m.row_ends is not None and m.key_ends is not None:
-            ends = m.row_ends, m.key_ends, m.longest_rows, m.longest_keys
-            options = {**options, "block_table": m.block_table[n:], "causal": True}
-            output[n : m.tokens] = cast(Tensor, attention_varlen(query[n : m.tokens], keys, values, *ends, **options))
+        m, pages, first = attn_metadata, self._pages(kv_cache), 0
+        self._write(key, value, pages, m)
+        statistics = self._grown_statistics(key, pages[0], m) if self._factor.reads_lengths else None
+        if m.decodes is not None:
+            first = m.decodes.lengths.shape[0]
+            output[:first] = self._attend(self._decode_call(query[:first, :, None], pages, m, statistics))[:, :, 0]
+        if m.chunks is not None:
+            q = query[first : m.tokens].transpose(0, 1)[None]
+            output[first : m.tokens] = self._attend(self._chunk_call(q, pages, m, statistics))[0].transpose(0, 1)
         return output
+
+    def _write(self, key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata) -> None:
+        page, place = m.once(("places", size := pages[0].shape[1]), lambda: m.places(size))
+        for held, new in zip(pages, (key, value), strict=True):
+            held[page, place] = new[: m.tokens]
+
+    def _decode_call(
+        self, q: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata, statistics: PagedKeyStatistics | None
+    ) -> CachedCall:
+        assert m.decodes is not None
+        cache, options = Cache(*pages, m.decodes.lengths, m.decodes.block_table), self._options
+        left, _ = window_sides(options.window)
+        sizes = ("decodes", q.shape[1], cache.kv_heads, left, options.invariant)
+        visible = m.once(sizes, lambda: cache.visibility(q, left, options.invariant))
+        return decode_call(q, cache, visible, statistics, options)
+
+    def _chunk_call(
+        self, q: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata, statistics: PagedKeyStatistics | None
+    ) -> CachedCall:
+        chunks, options = m.chunks, self._options
+        assert chunks is not None
+        sizes = ("chunks", q.shape[1], pages[0].shape[2], options.window, options.invariant)
+        visible = m.once(sizes, lambda: chunks.visibility(q, pages[0], options))
+        return call_over_pages(q, pages, chunks.block_table, visible, statistics, options)
+
+    def _attend(self, call: CachedCall) -> Tensor:
+        """out of a call, with the terms of its logits from another layer of the step that has the same."""
+        factor, options = self._factor, self._options
+        if call.backend == "reference":
+            return call.by_formulas(factor.factor).out
+        if factor.shared is None:
+            return call.run(call.logits(factor.factor)).out
+        logits = call.cached.visibility.once((factor.shared, options.cap), lambda: call.logits(factor.factor))
+        return call.run(logits._replace(sinks=options.sinks)).out
 
     def _grown_statistics(self, new: Tensor, pages: Tensor, m: TritonattnMetadata) -> PagedKeyStatistics:
         """The record of key lengths beside this layer's pages, with the new keys [tokens, Hkv, D]."""
@@ -250,9 +318,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             if pages.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(f"attention_backend {NAME}: expected a step before the first one that is captured")
             self._statistics = PagedKeyStatistics(blocks, page, kv_heads, device=pages.device)
-        table = {"key_lengths": m.lengths, "block_table": m.block_table}
-        for _ in range(m.passes):
-            self._statistics.append(new[: m.tokens], m.new_ends, **table)
+        self._statistics.enter(new[: m.tokens], m.new_ends, m.lengths, m.block_table, m.passes)
         return self._statistics
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:

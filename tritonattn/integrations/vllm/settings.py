@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ...calls.factor import Factor
 from ...core.statistics import Statistics
 from ...core.visibility import Visibility
 from ...huggingface.attention import scaling_arguments
+from ...huggingface.scalings import to_config
 from ...huggingface.settings import ATTRIBUTE, MARK, LayerScaling, Settings, saved_layers
 from . import EXTENDED
 
@@ -120,18 +122,34 @@ def with_learned(settings: Settings, name: str, learned: dict[str, Tensor], rank
     return Settings(own.scaling, own.gain, own.backend, own.batch_invariant)
 
 
-def call_arguments(settings: Settings, scale: float, head_size: int) -> dict[str, Any]:
-    """Arguments of `attention_decode` and `attention_varlen` for a layer that scales by `scale` without a patch."""
-    arguments = scaling_arguments(settings, scale, head_size)
-    return {**arguments, "backend": settings.backend, "batch_invariant": settings.batch_invariant}
+@dataclass(frozen=True)
+class LayerFactor:
+    """The factor of a layer's logits, and what it takes of a call beside the numbers of visible keys.
 
+    reads_lengths   the lengths of keys
+    shared          a key that layers with the same factor of the same numbers have, or None
+    """
 
-def reads_lengths(scaling: Any, gain: Any, shape: tuple[int, int, int]) -> bool:
-    """Whether a scaling takes the lengths of keys, on a CPU; shape is Hq, Hkv, D."""
-    q_heads, kv_heads, head_size = shape
-    read = []
-    q, k = (torch.zeros(1, heads, 1, head_size, dtype=torch.float32, device="cpu") for heads in (q_heads, kv_heads))
-    visibility = Visibility.of(q, k, causal=True)
-    statistics = Statistics(lambda: read.append(True) or k, visibility)
-    Factor.of(scaling, gain, q, (1, q_heads, 1), "[1, Hq, 1]").scales(q, k, visibility, statistics)
-    return bool(read)
+    factor: Factor
+    reads_lengths: bool
+    shared: str | None
+
+    @classmethod
+    def of(cls, settings: Settings, scale: float, heads: tuple[int, int], head_size: int) -> LayerFactor:
+        """Of a layer that scales by `scale` without a patch, on a CPU; heads are Hq and Hkv."""
+        given = scaling_arguments(settings, scale, head_size)
+        q, k = (torch.full((1, n, 1, head_size), torch.nan, dtype=torch.float32, device="cpu") for n in heads)
+        factor = Factor.of(**given, q=q, rows=(1, heads[0], 1), axes="[1, Hq, 1]")
+        read, visibility = [], Visibility.of(q, k, causal=True)
+        statistics = Statistics(lambda: read.append(True) or k, visibility)
+        query = factor.scales(q, k, visibility, statistics).query
+        reads_query = query is not None and bool(query.isnan().any())
+        is_own = isinstance(factor.scaling, nn.Module) or isinstance(factor.gain, Tensor)
+        shared = None if read or reads_query or is_own else repr((to_config(given["scaling"]), factor.gain))
+        return cls(factor, bool(read), shared)
+
+    def to(self, device: torch.device) -> LayerFactor:
+        scaling, gain = self.factor.scaling, self.factor.gain
+        if isinstance(scaling, nn.Module):
+            scaling.to(device)
+        return replace(self, factor=Factor(scaling, gain.to(device) if isinstance(gain, Tensor) else gain))
