@@ -195,7 +195,9 @@ def _per_group(bias: Tensor, visibility: Visibility) -> Tensor:
 
 def _where_seeing(visibility: Visibility, query: Tensor) -> Tensor:
     """A query scale with 0 for rows without keys, where a mode may have divided by 0 or met NaN in q."""
-    return query if visibility.every_row_sees else torch.where(visibility.seeing_rows(), query, 0)
+    if visibility.every_row_sees:
+        return query
+    return torch.where(visibility.once("seeing rows", visibility.seeing_rows), query, 0)
 
 
 def _per_query_head(name: str, query: Tensor, q: Tensor, visibility: Visibility) -> Tensor:
