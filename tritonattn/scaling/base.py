@@ -79,7 +79,13 @@ class Scaling:
             cls.reads_keys = True
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        """The factor of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] as a float and at most two vectors."""
+        """The factor of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] as a float and at most two vectors.
+
+        visibility.counts()                           n of each row, fp64 [B or 1, 1 or Hq, Sq]
+        statistics.length_sum, .length_square_sum     of ||k|| over the keys that each row sees, [B, Hkv, Sq]
+        statistics.length_max                         likewise
+        statistics.lengths, .query_lengths(q)         ||k||, [B, Hkv, Sk], and ||q||, [B, Hq, Sq]
+        """
         raise NotImplementedError(f"{type(self).__name__} must define scales(q, k, visibility, statistics)")
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
