@@ -28,7 +28,7 @@ CASES = [
         [("kernel", "dim")],
     )
 ]
-QUICK = CASES[::2]
+QUICK = CASES[5::2]  # the forward kernel is that over pages
 
 
 @pytest.mark.parametrize(("kernel", "target", "dim", "dtype"), QUICK)
@@ -62,6 +62,6 @@ def narrow_loads(kernel: str, target: str, dim: int, dtype: torch.dtype, **form:
 
 def test_rows_of_an_odd_stride_load_number_by_number():
     """So that the count above can fail."""
-    problem = Problem(72, 72, torch.bfloat16, right=True, aligned=False)
+    problem = Problem(40, 40, torch.bfloat16, right=True, aligned=False)
     code = compile_kernel("forward", problem, target="sm_80").asm["ptx"]
     assert len(re.findall(r"ld\.global\S*b16 ", code)) > 64

@@ -5,7 +5,15 @@ import pytest
 triton = pytest.importorskip("triton")
 from perf.ceilings import NON_MMA_PER_LOGIT
 from tests.compiled.table import CASES, QUICK
-from tests.compiled.test_compiled import check_ceiling, check_cost_of_scales, code_of, of_this_compiler, pytestmark
+from tests.compiled.test_compiled import (
+    LOOPS,
+    check_ceiling,
+    check_cost_of_scales,
+    check_loops,
+    code_of,
+    of_this_compiler,
+    pytestmark,
+)
 from tests.compiled.test_loads import CASES as CASES_OF_LOADS
 from tests.compiled.test_loads import QUICK as QUICK_LOADS
 from tests.compiled.test_loads import check_loads
@@ -35,9 +43,15 @@ def test_other_instructions_per_logit(case, causal):
 
 
 @of_this_compiler
-@pytest.mark.parametrize(("kernel", "target", "head_dim"), [case for case in NON_MMA_PER_LOGIT if case[2] == 64][::2])
-def test_scales_cost_few_instructions(kernel, target, head_dim):
-    check_cost_of_scales(kernel, target, head_dim)
+@pytest.mark.parametrize(("kernel", "target"), [loop for loop in LOOPS if loop not in LOOPS[::4]])
+def test_work_of_the_loops(kernel, target):
+    check_loops(kernel, target)
+
+
+@of_this_compiler
+@pytest.mark.parametrize(("kernel", "target"), LOOPS[1::2])
+def test_scales_cost_few_instructions(kernel, target):
+    check_cost_of_scales(kernel, target, 64)
 
 
 @pytest.mark.parametrize("position", range(0, len(ENTRIES), 47))
