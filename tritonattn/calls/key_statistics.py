@@ -62,6 +62,8 @@ class KeyStatistics:
     every method can be captured in a CUDA graph and compiled. On a GPU values are not read: keys past the capacity
     are dropped. On a CPU they raise ValueError.
 
+    Raises TypeError or ValueError for an invalid size or dtype.
+
     >>> import torch, tritonattn
     >>> statistics = tritonattn.KeyStatistics(batch=1, kv_heads=2, capacity=16)
     >>> statistics.append(torch.ones(1, 2, 3, 4))

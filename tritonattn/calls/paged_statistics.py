@@ -47,6 +47,8 @@ class PagedKeyStatistics:
     `append` can be captured in a CUDA graph and compiled. On a GPU values are not read: keys without a page are
     dropped. On a CPU they raise ValueError.
 
+    Raises TypeError or ValueError for an invalid size or dtype.
+
     >>> import torch, tritonattn
     >>> statistics = tritonattn.PagedKeyStatistics(pages=4, page=16, kv_heads=2)
     >>> table = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32)  # pages of 2 sequences

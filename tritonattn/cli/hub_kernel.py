@@ -15,7 +15,7 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder to write into, new or empty")
     parser.add_argument(
         "--repo-id", default="tritonattn/tritonattn", metavar="OWNER/NAME", help="the repository (default: %(default)s)"
     )

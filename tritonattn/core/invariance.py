@@ -23,6 +23,8 @@ _switch = _Switch()
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
     """Turn `batch_invariant` on, or off, for calls inside that leave the argument at None, in this thread.
 
+    The bits of a row then do not depend on the rest of the batch, on padding and packing, on prefill or decode
+    (docs/batch-invariance.md). A call that cannot promise that raises NotImplementedError.
     A function under torch.compile keeps the switch of its first call: give it the argument itself.
 
     >>> import torch, tritonattn
