@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
@@ -89,7 +89,7 @@ def compiled(target: Target, place: int, of: int, seconds: float, most: int | No
     """
     done: set[str] = set()
 
-    def compile_it(kernel: Any, grid: launch.Grid, arguments: launch.Arguments, config: Any) -> None:
+    def compile_it(kernel: Any, grid: launch.Grid, arguments: Mapping[str, Any], config: Any) -> None:
         if "argmax_ptr" in arguments:  # places of keys, which torch will take
             arguments["argmax_ptr"].zero_()
         done.add(compile_launch(launch.Launch(kernel, grid, arguments, config), target).hash)

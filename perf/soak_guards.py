@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ class Executor:
     def __init__(self, run: Callable[..., None], guards: bool) -> None:
         self.run, self.guards, self.launches = run, guards, 0
 
-    def __call__(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: TileConfig) -> None:
+    def __call__(self, kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: TileConfig) -> None:
         self.launches += 1
         if not self.guards:
             return self.run(kernel, grid, arguments, config)

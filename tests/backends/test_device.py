@@ -140,8 +140,8 @@ def test_code_that_a_kind_keeps_is_launched_unbound(kernel, monkeypatch):
     odd = {"lengths_ptr": torch.zeros(5)[1:]}
     for config in (TILES, TileConfig(16, 64, 8, 1)):
         for changed, binds in ((odd, 1), ({}, 1), ({"lengths_ptr": torch.ones(8)}, 0), (odd, 1), ({}, 0)):
-            given = device.ArgumentsOfKind(arguments(K, **changed))
-            given.kind = kind
+            given = arguments(K, **changed)
+            given = device.ArgumentsOfKind(tuple(given), tuple(given.values()), kind)
             bound.clear()
             device.launch_on(CUDA, kernel, (1, 1, 1), given, config)
             assert len(bound) == binds

@@ -26,7 +26,7 @@ def test_long_axes_of_a_grid_take_several_launches(heads, members, parts, monkey
     seen = []
     monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: seen.append((grid, arguments)))
     names = ("first_head", "x", "first_member", "WIDE", "BLOCK_M")
-    launch.Plan(print, TILES, names, {"BLOCK_M": 64}).launch((3, heads, members), {"x": 5, "y": 6}, True)
+    launch.Plan.of(print, TILES, names, {"BLOCK_M": 64}).launch((3, heads, members), {"x": 5, "y": 6}, True)
     assert {blocks for (blocks, _, _), _ in seen} == {3}
     assert max(max(grid) for grid, _ in seen) <= 65_535
     covered = [(first["first_head"], heads, first["first_member"], members) for (_, heads, members), first in seen]
@@ -40,7 +40,7 @@ def test_grids_of_more_programs_than_triton_counts_take_several_launches(grid, m
     """Its launcher multiplies the axes in 32 bits, and takes a product that is not positive for an empty grid."""
     seen = []
     monkeypatch.setattr(launch, "run", lambda kernel, part, arguments, config: seen.append((part, arguments)))
-    launch.Plan(print, TILES, ("first_head", "first_member"), {}).launch(grid, {}, False)
+    launch.Plan.of(print, TILES, ("first_head", "first_member"), {}).launch(grid, {}, False)
     blocks, heads, members = grid
     covered = 0
     for part, first in seen:

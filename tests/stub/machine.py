@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,7 +99,7 @@ class Stub:
         self._on_launch = on_launch
         self.library.stub_on_launch(self._callback if on_launch else LaunchCallback())
 
-    def run(self, kernel: Any, grid: launch.Grid, arguments: launch.Arguments, config: TileConfig) -> None:
+    def run(self, kernel: Any, grid: launch.Grid, arguments: Mapping[str, Any], config: TileConfig) -> None:
         """An executor: `launch.run_on_device`, which raises what `on_launch` raised."""
         self._given = kernel, arguments
         try:

@@ -79,7 +79,9 @@ def test_other_parameters_than_those_of_the_call(name, change, arguments, stub, 
     """As from a launcher that keeps an argument of an earlier call."""
     own = launch.run_on_device
     monkeypatch.setattr(
-        launch, "run_on_device", lambda kernel, grid, given, config: own(kernel, grid, given | change(given), config)
+        launch,
+        "run_on_device",
+        lambda kernel, grid, given, config: own(kernel, grid, {**given, **change(given)}, config),
     )
     seen = []
     with stub.active(90, seen.append), pytest.raises(AssertionError, match=f"scaled, {name}: expected the bytes"):

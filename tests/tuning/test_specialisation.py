@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 
 
 def source_of(problem: Problem, **changed):
     asked = ahead.launch_of("forward", problem, TILES, SM_90)
-    arguments = asked.arguments | changed
+    arguments = {**asked.arguments, **changed}
     return ahead.specialised(asked.kernel, arguments, device.compile_options(TILES), GPUTarget("cuda", 90, 32))
 
 

@@ -19,7 +19,7 @@ from .launch import (
     Plan,
     are_aligned,
     bias_of,
-    form_of,
+    forms_of,
     is_wide,
     kind_of,
     logit_terms_of,
@@ -44,8 +44,9 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
     if aux:
         max_logit = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
         entropy = _results(call, q.shape[:3], torch.float32)
-    results = {"results": Results(out, rounding, lse, max_logit, entropy)}
-    _launch("forward", kind, call, _call_arguments(call) | results)
+    arguments = _call_arguments(call)
+    arguments["results"] = Results(out, rounding, lse, max_logit, entropy)
+    _launch("forward", kind, call, arguments)
     return ForwardResult(out, lse, max_logit, entropy)
 
 
@@ -260,26 +261,18 @@ def _of_kind(
 
 
 def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked: dict[str, bool]) -> Kind:
-    visible, logits, sequences = call.visibility, call.logits, call.visibility.sequences
+    visible, sequences = call.visibility, call.visibility.sequences
+    _, query_scale, key_scale, key_bias, softcap, sinks = call.logits
+    vectors = (query_scale, key_scale, key_bias, sinks)
+    masks = (visible.key_lengths, visible.key_ranges, visible.mask)
     key = (
-        form_of(call.q),
-        form_of(call.k),
-        form_of(call.v),
-        form_of(d_out),
-        form_of(logits.query_scale),
-        form_of(logits.key_scale),
-        form_of(logits.key_bias),
-        form_of(logits.sinks),
-        logits.softcap is None,
+        *forms_of(call.q, call.k, call.v, d_out, *vectors, *masks, call.block_table),
+        softcap is None,
         call.dropout is None,
-        call.invariant,
-        form_of(call.block_table),
-        form_of(visible.key_lengths),
-        form_of(visible.key_ranges),
-        form_of(visible.mask),
+        visible.invariant,
         visible.left,
         visible.right,
-        None if sequences is None else (form_of(sequences.q_starts), form_of(sequences.k_starts), *_lengths(call)),
+        None if sequences is None else (*forms_of(sequences.q_starts, sequences.k_starts), *_lengths(call)),
         (needs, *asked.values()),
     )
     page = 0 if call.block_table is None else call.k.shape[2]
@@ -339,7 +332,7 @@ def _described(
 def _call_arguments(call: AttentionCall) -> Arguments:
     """The arguments that the forward and both backward kernels share."""
     visible, dropout = call.visibility, call.dropout
-    arguments = {
+    return _visibility_arguments(call) | {
         "q": strided(call.q),
         "k": strided(call.k),
         "v": strided(call.v),
@@ -353,7 +346,6 @@ def _call_arguments(call: AttentionCall) -> Arguments:
         "q_heads": visible.q_heads,
         "group": visible.q_heads // visible.kv_heads,
     }
-    return arguments | _visibility_arguments(call)
 
 
 def _visibility_arguments(call: AttentionCall) -> Arguments:
@@ -369,7 +361,8 @@ def _visibility_arguments(call: AttentionCall) -> Arguments:
         seen = seen_bytes(seen_keys(visible, arguments), visible.keys)
         if call.invariant:  # loads of 8 bits before a product make Triton multiply in another order
             seen = seen.short()
-    return arguments | {"mask": strided(mask), "seen_ptr": seen, "starts": starts}
+    arguments["mask"], arguments["seen_ptr"], arguments["starts"] = strided(mask), seen, starts
+    return arguments
 
 
 def _with_aligned_rows(mask: Tensor) -> Tensor:

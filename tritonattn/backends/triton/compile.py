@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ...tuning.config import WIDEST, WIDEST_KEYS, Problem, Target, TileConfig, l
 from ...tuning.defaults import default_config
 from .attention import backward, forward
 from .decode import Rows, attend
-from .device import Arguments, binder, compile_options
+from .device import binder, compile_options
 from .key_statistics import append_keys, append_to_pages, key_lengths, key_lengths_backward
 from .launch import Launch, overriding, recording
 from .ranges import argmax_over_ranges, prefix_sums, range_arguments, rows_of_key_blocks, seen_keys
@@ -82,7 +82,9 @@ def compile_launch(launch: Launch, target: Target) -> CompiledKernel:
     return triton.compile(specialised(launch.kernel, launch.arguments, options, gpu), target=gpu, options=options)
 
 
-def specialised(function: JITFunction, arguments: Arguments, options: dict[str, Any], target: GPUTarget) -> ASTSource:
+def specialised(
+    function: JITFunction, arguments: Mapping[str, Any], options: dict[str, Any], target: GPUTarget
+) -> ASTSource:
     """The source that `JITFunction.run` compiles for these arguments: types, constants and alignments are its own."""
     backend = make_backend(target)
     bound, specialization, unbound = binder(function, backend)(**arguments, **options)

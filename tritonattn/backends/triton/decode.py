@@ -12,7 +12,7 @@ from ...core.decode_call import LONGEST_QUERY, DecodeCall
 from ...core.dropout import Dropout
 from ...core.visibility import Visibility
 from ...kernels.decode import SHORTEST_SPLIT
-from ...kernels.records import Ranges, Results
+from ...kernels.records import LogitTerms, Ranges, Results
 from ...tuning.config import Problem, is_short, padded_dim
 from .launch import (
     Arguments,
@@ -21,7 +21,7 @@ from .launch import (
     are_aligned,
     bias_of,
     bounded,
-    form_of,
+    forms_of,
     is_wide,
     kind_of,
     logit_terms_of,
@@ -114,24 +114,10 @@ def attend(rows: Rows, aux: bool) -> ForwardResult:
 
 
 def _kind(rows: Rows, aux: bool) -> Kind:
-    logits = rows.logits
-    key = (
-        form_of(rows.q),
-        form_of(rows.k),
-        form_of(rows.v),
-        form_of(logits.query_scale),
-        form_of(logits.key_scale),
-        form_of(logits.key_bias),
-        form_of(logits.sinks),
-        logits.softcap is None,
-        form_of(rows.key_lengths),
-        form_of(rows.key_ranges),
-        form_of(rows.block_table),
-        form_of(rows.query_lengths),
-        rows.capacity,
-        rows.left,
-        aux,
-    )
+    _, query_scale, key_scale, key_bias, softcap, sinks = rows.logits
+    vectors = (query_scale, key_scale, key_bias, sinks)
+    masks = (rows.key_lengths, rows.key_ranges, rows.block_table, rows.query_lengths)
+    key = (*forms_of(rows.q, rows.k, rows.v, *vectors, *masks), softcap is None, rows.capacity, rows.left, aux)
     page = 0 if rows.block_table is None else rows.k.shape[2]
     return kind_of(key, lambda: (_problem(rows, aux), is_wide(rows.k, rows.v, page=page)))
 
@@ -140,15 +126,15 @@ def _launch(rows: Rows, aux: bool, kind: Kind, chosen: Plan) -> ForwardResult:
     batch, q_heads, q_len, _ = rows.q.shape
     splits = _splits(rows, chosen.config.block_n)
     tiles = -(-rows.group * q_len // chosen.config.block_m)
-    joined = _allocate(rows, (), rows.q.dtype, aux)
-    parts = joined if splits == 1 else _allocate(rows, (splits,), torch.float32, aux)
-    arguments, logit_terms = _arguments(rows), logit_terms_of(rows.logits)
+    joined = _allocate(rows, (batch, q_heads, q_len), rows.q.dtype, aux)
+    parts = joined if splits == 1 else _allocate(rows, (batch, q_heads, q_len, splits), torch.float32, aux)
+    arguments, (scale, softcap, sinks) = _arguments(rows), logit_terms_of(rows.logits)
     arguments["results"], arguments["splits"] = _record(parts), splits
-    arguments["logit_terms"] = logit_terms if splits == 1 else logit_terms._replace(sinks=None)
+    arguments["logit_terms"] = LogitTerms(scale, softcap, sinks if splits == 1 else None)
     chosen.launch((splits * tiles, rows.kv_heads, batch), arguments, kind.wide, kind)
     if splits > 1:
         arguments["parts"], arguments["results"] = arguments["results"], _record(joined)
-        arguments["sinks_ptr"] = logit_terms.sinks
+        arguments["sinks_ptr"] = sinks
         combined = plan("decode_combine", kind.problem, rows.q.device)
         combined.launch((q_len, q_heads, batch), arguments, False, kind)
     return joined
@@ -188,9 +174,8 @@ def _problem(rows: Rows, aux: bool) -> Problem:
     )
 
 
-def _allocate(rows: Rows, splits: tuple[int, ...], dtype: torch.dtype, aux: bool) -> ForwardResult:
-    """Uninitialised results of every row, or of every split of every row."""
-    shape = (*rows.q.shape[:3], *splits)
+def _allocate(rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, aux: bool) -> ForwardResult:
+    """Uninitialised results of every entry of a shape: a row, or a split of a row."""
     out = rows.q.new_empty((*shape, rows.v.shape[3]), dtype=dtype)
     vectors = [rows.q.new_empty(shape, dtype=torch.float32) for _ in range(3 if aux else 1)]
     return ForwardResult(out, *vectors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -26,11 +26,30 @@ class NotCompiledError(RuntimeError):
     """A kernel would have to be compiled while a CUDA graph is captured."""
 
 
-class ArgumentsOfKind(Arguments):
-    """A kernel's arguments in its order, and the kind of the call that they belong to, or None."""
+class ArgumentsOfKind(Mapping[str, Any]):
+    """A kernel's arguments in its order, and the kind of the call that they belong to, or None.
 
-    __slots__ = ("kind",)
-    kind: Kind | None
+    A launch on a device reads the values alone, so that no dict is made of them.
+    """
+
+    __slots__ = ("_names", "_values", "kind")
+
+    def __init__(self, names: tuple[str, ...], values: tuple[Any, ...], kind: Kind | None) -> None:
+        self._names, self._values, self.kind = names, values, kind
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._values[self._names.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def values(self) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._values
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +100,7 @@ def compile_options(config: TileConfig, invariant: bool = False) -> dict[str, An
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": not invariant}
 
 
-def launch_on(device: torch.device, kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
+def launch_on(device: torch.device, kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig) -> None:
     """Launch on a CUDA or HIP device, with the code that Triton compiled for a call of the same kind, or as its first.
 
     `kernel[grid](...)` finds that code too, in three to four times the host's time.
@@ -103,7 +122,7 @@ def launch_on(device: torch.device, kernel: Any, grid: Grid, arguments: Argument
 
 
 def _bound_and_launched(
-    device: int, kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig, switches: tuple[Any, ...]
+    device: int, kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig, switches: tuple[Any, ...]
 ) -> CompiledKernel | None:
     """The code that was launched, found by Triton's own binding of the arguments."""
     code, values = _code_of(kernel, config, device), tuple(arguments.values())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...kernels.records import KeyBuffers
 from ...tuning.config import Problem
-from .launch import Arguments, are_aligned, form_of, is_wide, kind_of, pages_of, plan, strided
+from .launch import Arguments, are_aligned, forms_of, is_wide, kind_of, pages_of, plan, strided
 from .ranges import NO_HEADS, seen_bytes
 
 # Up to this many new keys, the program of a head computes lengths while it adds up; for more, a pass before does.
@@ -80,7 +80,7 @@ def append_to_pages(
         "k_len": total,
         "kv_heads": kv_heads,
     }
-    kind = kind_of((form_of(block_table), page), lambda: (NO_HEADS, False))
+    kind = kind_of((*forms_of(block_table), page), lambda: (NO_HEADS, False))
     chosen = plan("append_to_pages", kind.problem, k.device)
     grid = (-(-kv_heads // chosen.config.block_m), 1, len(key_lengths_after))
     for _ in range(passes):
@@ -99,7 +99,7 @@ def _with_usual_strides(k: Tensor) -> Tensor:
 def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     batch, heads, k_len, _ = k.shape
     present = tuple(getattr(value, "dtype", value is None) for value in available.values())
-    kind = kind_of((form_of(k), present), lambda: (_problem(k), is_wide(k)))
+    kind = kind_of((*forms_of(k), present), lambda: (_problem(k), is_wide(k)))
     chosen = plan(kernel, kind.problem, k.device)
     blocks = 1 if kernel == "append_keys" else -(-k_len // chosen.config.block_n)  # its sums go through all keys
     chosen.launch((blocks, heads, batch), available, kind.wide, kind)

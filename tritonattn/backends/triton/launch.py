@@ -6,7 +6,7 @@ import functools
 import itertools
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
@@ -36,7 +36,7 @@ ConfigFor = Callable[[str, Problem, Target], TileConfig]
 Result = TypeVar("Result")
 
 
-def run_on_device(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
+def run_on_device(kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig) -> None:
     """Compile where needed and launch, on the device of the tensors."""
     launch_on(device_of(arguments.values()), kernel, grid, arguments, config)
 
@@ -46,7 +46,7 @@ def device_of(values: Iterable[Any]) -> torch.device:
     return next(tensors_of(values)).device
 
 
-def run_interpreted(kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
+def run_interpreted(kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig) -> None:
     """Launch under TRITON_INTERPRET=1 with bf16 widened to fp32, and round the results back to nearest even.
 
     Triton's interpreter computes on the raw bits of bf16 and truncates when it converts (triton issues 11584, 11604).
@@ -84,7 +84,7 @@ config_for: ConfigFor = lookup.config_for
 
 # Every kernel call passes `run`; a test may put another executor of the same signature here.
 interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
-run: Callable[[Any, Grid, Arguments, TileConfig], None] = run_interpreted if interpreting else run_on_device
+run: Callable[[Any, Grid, Mapping[str, Any], TileConfig], None] = run_interpreted if interpreting else run_on_device
 
 _READ_ONLY = ("q", "k", "v", "d_out")
 # Programs along the second and the third axis of a grid (CUDA C++ Programming Guide, table of compute capabilities).
@@ -99,13 +99,22 @@ def runs_on(device: torch.device) -> bool:
 
 
 class Plan(NamedTuple):
-    """A kernel with its config and constexprs for one problem, and the names of its arguments and descriptors."""
+    """A kernel with its config and constexprs for one problem, and the names of its arguments and descriptors.
+
+    in_order   picks the arguments from all that are available
+    """
 
     kernel: Callable
     config: TileConfig
     names: tuple[str, ...]
     constexprs: Arguments
+    in_order: Callable[[Arguments], tuple[Any, ...]]
     descriptors: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, kernel: Callable, config: TileConfig, names: tuple[str, ...], constexprs: Arguments) -> Plan:
+        descriptors = tuple(name for name in names if name.endswith("_descriptor"))
+        return cls(kernel, config, names, constexprs, operator.itemgetter(*names), descriptors)
 
     def launch(self, grid: Grid, available: Arguments, wide: bool, kind: Kind | None = None) -> None:
         """Run with the kernel's own arguments out of those available, in its order; kind: of the call, where kept.
@@ -114,17 +123,11 @@ class Plan(NamedTuple):
                launches
         """
         execute = recorder.run if (recorder := _recorder.get()) else run
-        in_order = _in_order(self.names)
         values = available | self.constexprs
         values["WIDE"] = wide
         for part, first_head, first_member in _parts(*grid):
             values["first_head"], values["first_member"] = first_head, first_member
-            arguments = ArgumentsOfKind(zip(self.names, in_order(values), strict=True))
-            arguments.kind = kind
-            execute(self.kernel, part, arguments, self.config)
-
-
-_in_order = functools.cache(lambda names: operator.itemgetter(*names))
+            execute(self.kernel, part, ArgumentsOfKind(self.names, self.in_order(values), kind), self.config)
 
 
 def _parts(blocks: int, heads: int, members: int) -> Iterable[tuple[Grid, int, int]]:
@@ -165,7 +168,7 @@ class Launch(NamedTuple):
 
     kernel: Any
     grid: Grid
-    arguments: Arguments
+    arguments: Mapping[str, Any]
     config: TileConfig
 
 
@@ -176,7 +179,7 @@ class _Recorder(NamedTuple):
     config_for: ConfigFor
     launches: list[Launch]
 
-    def run(self, kernel: Any, grid: Grid, arguments: Arguments, config: TileConfig) -> None:
+    def run(self, kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig) -> None:
         self.launches.append(Launch(kernel, grid, arguments, config))
 
 
@@ -216,9 +219,7 @@ def planned(kernel: str, problem: Problem, device: torch.device, launches: Calla
 @functools.lru_cache(maxsize=4096)
 def _plan(kernel: str, problem: Problem, target: Target, config_of: ConfigFor) -> Plan:
     function, config = KERNELS[kernel], config_of(kernel, problem, target)
-    names = tuple(function.arg_names)
-    descriptors = tuple(name for name in names if name.endswith("_descriptor"))
-    return Plan(function, config, names, constexpr_values(problem, config, target), descriptors)
+    return Plan.of(function, config, tuple(function.arg_names), constexpr_values(problem, config, target))
 
 
 def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Arguments:
@@ -283,11 +284,9 @@ _kinds: dict[Any, Kind] = {}
 _MOST_KINDS = 4096
 
 
-def form_of(tensor: Tensor | None) -> Form | None:
-    """All of a tensor that selects code: shape, strides, dtype, and whether it stands at a multiple of 16 bytes."""
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0
+def forms_of(*tensors: Tensor | None) -> list[Form | None]:
+    """All of tensors that selects code: shape, strides, dtype, and whether they stand at multiples of 16 bytes."""
+    return [None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0) for x in tensors]
 
 
 def kind_of(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> Kind:
