@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from .dispatch import AttentionAux, aux_of, sinks_of
 from .factor import Factor
 
 
-@dataclass(frozen=True, eq=False)
-class CachedKeys:
+class CachedKeys(NamedTuple):
     """The keys and values of a call over a cache.
 
     call         the public function, in errors
@@ -42,8 +41,7 @@ class CachedKeys:
     width: int | None
 
 
-@dataclass(frozen=True, eq=False)
-class CachedCall:
+class CachedCall(NamedTuple):
     """A checked call over a cache, but for its factor.
 
     run   computes the results from the terms of the logits, on a backend other than the reference

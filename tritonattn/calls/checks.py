@@ -179,26 +179,26 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) ->
         raise TypeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
-    if layout is BATCHED and not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"k, v: expected q's batch size {q.shape[0]}, got {k.shape[0]} in k and {v.shape[0]} in v")
-    if layout is PAGED and k.shape[:2] != v.shape[:2]:
-        raise ValueError(f"v: expected k's [N, page] = {shape_of(k)[:2]}, got {shape_of(v)[:2]}")
-    _check_sizes(q, k, v, layout)
+    _check_sizes(q.shape, k.shape, v.shape, layout)
 
 
-def _check_sizes(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
+def _check_sizes(q: torch.Size, k: torch.Size, v: torch.Size, layout: Layout) -> None:
     heads, sequence = layout.heads, layout.sequence
-    q_heads, kv_heads, head_dim = q.shape[1], k.shape[heads], q.shape[-1]
-    if kv_heads != v.shape[heads]:
-        raise ValueError(f"v: expected k's {kv_heads} heads, got {v.shape[heads]}")
+    q_heads, kv_heads, head_dim = q[1], k[heads], q[-1]
+    if layout is BATCHED and not q[0] == k[0] == v[0]:
+        raise ValueError(f"k, v: expected q's batch size {q[0]}, got {k[0]} in k and {v[0]} in v")
+    if layout is PAGED and k[:2] != v[:2]:
+        raise ValueError(f"v: expected k's [N, page] = {list(k[:2])}, got {list(v[:2])}")
+    if kv_heads != v[heads]:
+        raise ValueError(f"v: expected k's {kv_heads} heads, got {v[heads]}")
     if q_heads != kv_heads and (kv_heads == 0 or q_heads % kv_heads != 0):
         raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}")
-    if k.shape[sequence] != v.shape[sequence]:
-        raise ValueError(f"v: expected k's length {k.shape[sequence]}, got {v.shape[sequence]}")
-    if k.shape[-1] != head_dim:
-        raise ValueError(f"k: expected q's head_dim {head_dim}, got {k.shape[-1]}")
-    if head_dim == 0 or v.shape[-1] == 0:
-        raise ValueError(f"q, v: expected head_dim of at least 1, got {head_dim} in q and {v.shape[-1]} in v")
+    if k[sequence] != v[sequence]:
+        raise ValueError(f"v: expected k's length {k[sequence]}, got {v[sequence]}")
+    if k[-1] != head_dim:
+        raise ValueError(f"k: expected q's head_dim {head_dim}, got {k[-1]}")
+    if head_dim == 0 or v[-1] == 0:
+        raise ValueError(f"q, v: expected head_dim of at least 1, got {head_dim} in q and {v[-1]} in v")
 
 
 def check_flags(options: Options) -> None:

@@ -114,8 +114,7 @@ def attention_decode(
     cache = Cache(k_cache, v_cache, key_lengths, block_table, query_lengths)
     check_decode(q, cache, statistics, options)
     factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
-    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "key_bias": key_bias, "sinks": sinks}
-    refuse_gradients(**tensors, scaling=scaling, gain=gain)
+    refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, key_bias=key_bias, sinks=sinks, scaling=scaling, gain=gain)
     left, _ = window_sides(options.window)
     with autocast_off:
         return decode_call(q, cache, cache.visibility(q, left, options.invariant), statistics, options).attend(factor)
@@ -129,8 +128,8 @@ def decode_call(
     options: Options,
 ) -> CachedCall:
     """`attention_decode` of checked arguments; visibility: `cache.visibility` of the window."""
-    backend = choose_backend(q, cache.k, cache.v, options, decodes=not options.invariant)
-    left, record = visibility.left, None
+    invariant, left, record = visibility.invariant, visibility.left, None
+    backend = choose_backend(q, cache.k, cache.v, options, decodes=not invariant)
     if isinstance(statistics, KeyStatistics):
         record = ContiguousRecord(statistics)
     elif statistics is not None and cache.block_table is not None:
@@ -146,6 +145,6 @@ def decode_call(
     )
 
     def run(logits: Logits) -> ForwardResult:
-        return ops.decode(DecodeCall(q, cache, logits, left, options.invariant), backend, options.return_aux)
+        return ops.decode(DecodeCall(q, cache, logits, left, invariant), backend, options.return_aux)
 
     return CachedCall(q, cached, options, backend, run)

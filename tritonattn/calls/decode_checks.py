@@ -12,6 +12,7 @@ from ..core.decode_call import LONGEST_QUERY, Cache
 from ..core.visibility import window_sides
 from .checks import (
     FLOATS,
+    Layout,
     Options,
     check_device,
     check_flags,
@@ -36,24 +37,29 @@ from .page_checks import (
 )
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 
+_WHOLE = Layout("[B, Hq, Sq, D]", "[B, Hkv, capacity, D]", "[B, Hkv, capacity, Dv]", heads=1, sequence=2)
+_IN_PAGES = Layout("[B, Hq, Sq, D]", "[N, page, Hkv, D]", "[N, page, Hkv, Dv]", heads=2, sequence=1)
+
 
 def check_decode(
     q: Tensor, cache: Cache, statistics: KeyStatistics | PagedKeyStatistics | None, options: Options
 ) -> None:
     """Raise TypeError or ValueError unless these describe one decode call."""
-    check_cache(q, cache.k, cache.v, "[B, Hkv, capacity, {}]" if cache.block_table is None else "[N, page, Hkv, {}]")
+    layout = _WHOLE if cache.block_table is None else _IN_PAGES
+    check_cache(q, cache.k, cache.v, layout)
     if cache.block_table is not None:
         check_block_table(cache.block_table, q.shape[0], q)
-    _check_sizes(q, cache)
+    _check_sizes(q, cache, layout)
     check_flags(options)
     if options.window is not None:
         check_window(options.window)
     if options.sinks is not None:
         check_sinks(options.sinks, q)
+    capacity = cache.capacity
     if options.key_bias is not None:
-        keys = (cache.batch, cache.kv_heads, cache.capacity)
+        keys = (cache.batch, cache.kv_heads, capacity)
         check_key_bias("key_bias", options.key_bias, q, keys, "[B, Hq or Hkv, capacity]")
-    _check_lengths("key_lengths", cache.key_lengths, q, cache.capacity, "capacity = ")
+    _check_lengths("key_lengths", cache.key_lengths, q, capacity, "capacity = ")
     if cache.query_lengths is not None:
         _check_lengths("query_lengths", cache.query_lengths, q, q.shape[2], "Sq = ")
     if cache.block_table is not None:
@@ -62,11 +68,11 @@ def check_decode(
         _check_statistics(statistics, q, cache)
 
 
-def check_cache(q: Tensor, k: Tensor, v: Tensor, axes: str = "[B, Hkv, capacity, {}]") -> None:
+def check_cache(q: Tensor, k: Tensor, v: Tensor, layout: Layout = _WHOLE) -> None:
     """Raise unless q and a cache have four axes, one dtype and one device."""
-    _check_operand("q", q, "[B, Hq, Sq, D]")
-    _check_operand("k_cache", k, axes.format("D"))
-    _check_operand("v_cache", v, axes.format("Dv"))
+    _check_operand("q", q, layout.q)
+    _check_operand("k_cache", k, layout.k)
+    _check_operand("v_cache", v, layout.v)
     _check_alike(q, k, v)
 
 
@@ -97,23 +103,22 @@ def _check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v_cache: expected k_cache's {shape_of(k)[:3]}, got {shape_of(v)}")
 
 
-def _check_sizes(q: Tensor, cache: Cache) -> None:
-    batch, q_heads, q_len, head_dim = q.shape
-    kv_heads = cache.k.shape[1 if cache.block_table is None else 2]
+def _check_sizes(q: Tensor, cache: Cache, layout: Layout) -> None:
+    (batch, q_heads, q_len, head_dim), k = q.shape, cache.k.shape
+    kv_heads, value_dim = k[layout.heads], cache.v.shape[3]
     if not 1 <= q_len <= LONGEST_QUERY:
         raise ValueError(f"q: expected Sq of 1 to {LONGEST_QUERY}, got {q_len}; for more rows: attention")
-    if cache.block_table is None and cache.k.shape[0] != batch:
-        raise ValueError(f"k_cache: expected q's batch size {batch}, got {cache.k.shape[0]}")
+    if cache.block_table is None and k[0] != batch:
+        raise ValueError(f"k_cache: expected q's batch size {batch}, got {k[0]}")
     if q_heads != kv_heads and (kv_heads == 0 or q_heads == 0 or q_heads % kv_heads != 0):
         layouts = ("[N, page, Hkv, D]", "[N, Hkv, page, D]", SMALLEST_PAGE)
         if cache.block_table is None:
             layouts = ("[B, Hkv, capacity, D]", "[B, capacity, Hkv, D]", 0)
         hint = exchanged(cache.k, q_heads, "k_cache", *layouts)
         raise ValueError(f"k_cache: expected a number of heads that divides q's {q_heads}, got {kv_heads}{hint}")
-    if cache.k.shape[3] != head_dim:
-        raise ValueError(f"k_cache: expected q's head_dim {head_dim}, got {cache.k.shape[3]}")
-    if head_dim == 0 or cache.v.shape[3] == 0:
-        value_dim = cache.v.shape[3]
+    if k[3] != head_dim:
+        raise ValueError(f"k_cache: expected q's head_dim {head_dim}, got {k[3]}")
+    if head_dim == 0 or value_dim == 0:
         raise ValueError(f"q, v_cache: expected head_dim of at least 1, got {head_dim} in q and {value_dim} in v_cache")
     if cache.block_table is not None:
         check_page_size("k_cache", cache.k, q_heads)
@@ -123,7 +128,7 @@ def _check_sizes(q: Tensor, cache: Cache) -> None:
 
 def _check_lengths(name: str, lengths: Any, q: Tensor, highest: int, meaning: str) -> None:
     check_integers(name, lengths, "[B]", q)
-    if lengths.shape != q.shape[:1]:
+    if lengths.shape != (q.shape[0],):
         raise ValueError(f"{name}: expected shape [B] = [{q.shape[0]}], got {shape_of(lengths)}")
     check_values(name, lengths, highest, meaning)
 

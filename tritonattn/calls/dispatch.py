@@ -213,12 +213,15 @@ def _kernel_obstacle(q: Tensor, v: Tensor, decodes: bool = False) -> str | None:
     """Name the property of a call that kernels cannot honour, or None."""
     if q.dtype == torch.float64:
         return "q of dtype torch.float64"
-    limits = (_LARGEST_KEY_OF_DECODE if decodes else _LARGEST_KERNEL_DIM, _LARGEST_KERNEL_DIM)
-    for dim, limit in zip((q.shape[3], v.shape[3]), limits, strict=True):
+    head_dim, value_dim = q.shape[3], v.shape[3]
+    if head_dim <= _DIM_OF_EVERY_GPU and value_dim <= _DIM_OF_EVERY_GPU:
+        return None
+    largest_key = _LARGEST_KEY_OF_DECODE if decodes else _LARGEST_KERNEL_DIM
+    for dim, limit in ((head_dim, largest_key), (value_dim, _LARGEST_KERNEL_DIM)):
         if dim > limit:
             return f"head_dim {dim}, above {limit}"
-    if max(q.shape[3], v.shape[3]) > _DIM_OF_EVERY_GPU and q.device.type == "cuda" and _HAS_TRITON:
-        return _obstacle_of_memory(q.shape[3], v.shape[3], q.dtype, q.device, decodes)
+    if q.device.type == "cuda" and _HAS_TRITON:
+        return _obstacle_of_memory(head_dim, value_dim, q.dtype, q.device, decodes)
     return None
 
 
@@ -239,9 +242,9 @@ _obstacle_of_memory._dynamo_marked_constant = True  # pyright: ignore[reportFunc
 def _check_kernels_run_on(device: torch.device) -> None:
     if device.type == "cuda":
         return
-    from ..backends.triton import launch  # `kernels` is cached by a wrapper that torch.compile warns of
+    from ..backends.triton.launch import runs_on  # `kernels` is cached by a wrapper that torch.compile warns of
 
-    if not launch.runs_on(device):
+    if not runs_on(device):
         raise ValueError(
             f"backend: expected tensors on a CUDA or HIP device for 'triton', got {device}; kernels run on CPU"
             " tensors only in triton's interpreter, with TRITON_INTERPRET=1 in the environment"

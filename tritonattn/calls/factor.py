@@ -80,18 +80,21 @@ class Factor:
 
         key_bias   broadcastable to [B, Hq, Sk] or [B, Hkv, Sk], or None
         """
-        scales, dtype = self.scales(q, k, visibility, statistics), scale_dtype(q)
-        biases = [_per_group(x.to(dtype), visibility) for x in (scales.key_bias, key_bias) if x is not None]
-        bias = sum(biases[1:], biases[0]) if biases else None
+        scales, bias = self.scales(q, k, visibility, statistics), None
+        for given in (scales.key_bias, key_bias):
+            if given is not None:
+                part = _per_group(given.to(scale_dtype(q)), visibility)
+                bias = part if bias is None else bias + part
         return Logits(scales.constant, scales.query, scales.key, bias, softcap, sinks)
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         """The mode's scales times the gain, as a float, [B, Hq, Sq] and [B, Hkv, Sk], and its bias as it is."""
         take = self.exact_scales if isinstance(self.gain, Tensor) else self._scales
-        scales, dtype = take(q, k, visibility, statistics), scale_dtype(q)
+        scales = take(q, k, visibility, statistics)
         query, key = scales.query, scales.key
         if query is None and key is None:
             return scales
+        dtype = scale_dtype(q)
         if query is not None:
             query = _expanded(query, dtype, visibility.rows)
         if key is not None:
@@ -124,6 +127,8 @@ class Factor:
             check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
         if scales.key_bias is not None:
             check_key_bias(f"{name}.key_bias", scales.key_bias, q, visibility.keys, "[B, Hq or Hkv, Sk]")
+        if query is None and gain is None:
+            return scales
         return Scales(constant, query, key, key_bias=scales.key_bias)
 
     def dense(

@@ -20,21 +20,17 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     """Whether these are real tensors outside of any compiler, transform, dispatch mode or subclass.
 
     An implementation can then be called directly, and values of CPU tensors can be read. Otherwise a call must go
-    through an operator that torch can see. A tensor whose memory holds the negatives of its values is not real either.
+    through an operator that torch can see. A tensor whose memory holds the negatives of its values is not real either,
+    nor is a batch of torch.autograd.grad.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if torch._C._len_torch_dispatch_stack() > 0:
         return False
     for tensor in tensors:  # no generator: a tiny call asks a dozen times
-        if tensor is not None and not (type(tensor) in _PLAIN and _is_its_memory(tensor)):
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or is_legacy_batchedtensor(tensor)):
             return False
     return True
-
-
-def _is_its_memory(tensor: Tensor) -> bool:
-    """Whether memory holds the values: not their negatives, nor a batch of torch.autograd.grad."""
-    return not (tensor.is_neg() or is_legacy_batchedtensor(tensor))
 
 
 def is_transformed() -> bool:

@@ -25,7 +25,9 @@ _UNREACHED = 2**62
 
 def window_sides(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
     """left and right of a window as users write it; None is no limit, as is sys.maxsize."""
-    left, right = (None if side in (None, -1) or side >= _UNREACHED else side for side in window or (None, None))
+    if window is None:
+        return None, None
+    left, right = (None if side in (None, -1) or side >= _UNREACHED else side for side in window)
     return left, right
 
 

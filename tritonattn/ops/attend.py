@@ -37,10 +37,11 @@ def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
     max_logit and entropy are None without aux.
     """
     tensors = call.tensors
-    keep_rounding = call.v.dtype.itemsize == 2 and (is_transformed() or needs_graph(*tensors))
+    has_graph = needs_graph(*tensors)
+    keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
     if not runs_eagerly(*tensors):
         results = _Attention.apply(*FlatCall.of(_without_repeats(_with_values(call)), backend, aux, keep_rounding))
-    elif needs_graph(*tensors):
+    elif has_graph:
         results = apply_with_graph(_EagerAttention, *tensors, FlatCall.of(call, backend, aux, keep_rounding), call)
     else:
         return _forward(call, backend, aux, has_graph=False)
@@ -114,13 +115,13 @@ def _forward(
         call = call.gathered()
     if _is_empty(call):
         return _forward_of_nothing(call, aux)
-    with without_autocast(call.q):
-        if backend != "triton":
+    if backend != "triton":
+        with without_autocast(call.q):
             return blockwise.forward(call, aux, rounding)
-        # With a graph, forward and backward must multiply in the same tiles.
-        if not (has_graph or call.invariant) and kernels().are_few_rows(call.visibility, call.dropout):
-            return kernels().attend_few_rows(call, aux)
-        return kernels().forward(call, aux, rounding)
+    # With a graph, forward and backward must multiply in the same tiles.
+    if not (has_graph or call.invariant) and kernels().are_few_rows(call.visibility, call.dropout):
+        return kernels().attend_few_rows(call, aux)
+    return kernels().forward(call, aux, rounding)
 
 
 def _forward_of(flat: FlatCall, call: AttentionCall) -> tuple[Tensor, ...]:
