@@ -14,17 +14,15 @@ from tritonattn.cli import main as cli
 DOCUMENTS = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").glob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "perf/README.md", "autotune_cache/README.md", *DOCUMENTS]
 BLOCKS = [(document, position) for document in DOCUMENTS for position in range(len(snippets(document)))]
-OPTIONAL = ("transformers", "peft")
+OPTIONAL = {"transformers": r"transformers|tritonattn\.huggingface", "peft": "peft"}
 
 
 @pytest.mark.parametrize(("document", "position"), BLOCKS, ids=lambda value: str(value))
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_snippets_run(document, position, tmp_path, monkeypatch):
-    for package in OPTIONAL:
-        if re.search(
-            rf"^(import|from) ({package}|tritonattn.huggingface)\b", snippets(document)[position], re.MULTILINE
-        ):
-            pytest.importorskip(package if package == "peft" else "transformers")
+    for package, imported in OPTIONAL.items():
+        if re.search(rf"^(import|from) ({imported})\b", snippets(document)[position], re.MULTILINE):
+            pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     run(document, position)
 
