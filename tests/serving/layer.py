@@ -75,6 +75,7 @@ class Layer:
             query_start_loc=ends,
             query_start_loc_cpu=ends.clone(),
             seq_lens=torch.tensor(keys, dtype=torch.int32),
+            seq_lens_cpu_upper_bound=torch.tensor(keys, dtype=torch.int32),
             num_reqs=len(rows),
             num_actual_tokens=tokens,
             max_query_len=max(rows),

@@ -3,7 +3,6 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -166,20 +165,24 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
             new_ends=m.query_start_loc,
             lengths=lengths,
             block_table=table,
-            passes=self._passes(m.query_start_loc_cpu, others) if self._shares_pages else 1,
+            passes=self._passes(m, others) if self._shares_pages else 1,
             decodes=Decodes(lengths[:count], table[:count]) if count else None,
             chunks=chunks,
         )
 
-    def _passes(self, new_ends: Tensor, chunks: int) -> int:
-        """From a copy on the host, a bound on how many sequences go on from one another's new keys.
+    def _passes(self, m: Any, chunks: int) -> int:
+        """From copies on the host, a bound on how many sequences go on from one another's new keys.
 
         vLLM lets a sequence begin behind pages that another one fills in the same step. The record's entries of its
-        keys go on from that one's last, which a pass before has to enter. All but the first and the last of such a
-        chain fill a page.
+        keys go on from that one's last, which a pass before has to enter. The lengths on the host are exact for
+        sequences that begin, and for those whose pages they may share.
         """
-        ends = new_ends.tolist() if chunks else []
-        return 2 + sum(end - start >= SMALLEST_PAGE for start, end in itertools.pairwise(ends))
+        if not chunks:
+            return 2  # launches depend on shapes alone
+        ends = m.seq_lens_cpu_upper_bound
+        starts = ends - m.query_start_loc_cpu.diff()
+        places = starts[(starts > 0) & (starts % SMALLEST_PAGE == 0)].unique()[:, None]
+        return 1 + int(((starts < places) & (places <= ends)).any(1).sum())
 
 
 class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
