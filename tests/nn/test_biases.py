@@ -26,6 +26,8 @@ def test_alibi(heads, slopes):
     place = torch.arange(S)
     pairs = torch.tensor(slopes).double()[:, None, None] * (place - place[:, None])
     alibi = nn.ALiBi(heads)
+    assert torch.equal(nn.ALiBi(heads, device="meta").to(torch.bfloat16).to_empty(device="cpu")(S), alibi(S))
+    assert alibi.slopes.tolist() == slopes
     for backend in ("sdpa", "reference"):
         out = attention(q, k, v, causal=True, key_bias=alibi(S), backend=backend)
         torch.testing.assert_close(out, softmax_attention(q, k, v, pairs))

@@ -21,7 +21,7 @@ class ALiBi(nn.Module):
 
     Args:
         heads: Hq.
-        device: The device of the slopes, a buffer [heads] in float32.
+        device: The device of the bias; it moves with the module.
 
     Calling it with a number of keys returns the bias, float32 [heads, keys]: pass it beside any scaling. In decoding
     the number is the cache's capacity.
@@ -36,27 +36,30 @@ class ALiBi(nn.Module):
     invalid number of heads or keys.
     """
 
-    slopes: Tensor
-
     def __init__(self, heads: int, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         check_count("heads", heads, 1)
-        slopes = torch.tensor(_slopes(heads), dtype=torch.float32, device=device)
-        self.register_buffer("slopes", slopes, persistent=False)
+        self.heads = heads
+        self.register_buffer("_place", torch.empty(0, device=device), persistent=False)  # moves with the module
 
     def extra_repr(self) -> str:
-        return f"heads={len(self.slopes)}"
+        return f"heads={self.heads}"
+
+    @property
+    def slopes(self) -> Tensor:
+        """m_h: float32 [heads]."""
+        return self._exact_slopes().float()
 
     def forward(self, keys: int) -> Tensor:
         check_count("keys", keys)
-        distance = torch.arange(1 - keys, 1, dtype=torch.float64, device=self.slopes.device)
-        return (self.slopes.double()[:, None] * distance).float()
+        distance = torch.arange(1 - keys, 1, dtype=torch.float64, device=self._place.device)
+        return (self._exact_slopes()[:, None] * distance).float()
 
-
-def _slopes(heads: int) -> list[float]:
-    below = 1 << (heads.bit_length() - 1)
-    slopes = [2 ** (-8 * (h + 1) / below) for h in range(below)]
-    return slopes + [2 ** (-4 * (h + 1) / below) for h in range(0, 2 * (heads - below), 2)]
+    def _exact_slopes(self) -> Tensor:
+        """Computed at each use: values in a buffer would be rounded by `to(torch.bfloat16)` and lost by `to_empty`."""
+        below = 1 << (self.heads.bit_length() - 1)
+        h = torch.arange(1, self.heads + 1, dtype=torch.float64, device=self._place.device)
+        return torch.exp2(torch.where(h <= below, -8 * h, -8 * (h - below) + 4) / below)
 
 
 class ForgetGate(nn.Module):
