@@ -1,8 +1,10 @@
 """JSON lines: appended whole, read again after an interruption."""
 
+import errno
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,30 @@ def test_a_torn_line_is_ended_before_others_follow(before, tmp_path):
     records.append(file, [{"a": 2}, {"a": 3}])
     ended = before if before.endswith("\n") or not before else f"{before}\n"
     assert file.read_text() == f'{ended}{{"a": 2}}\n{{"a": 3}}\n'
+
+
+@pytest.mark.parametrize("old", ["old", None])
+def test_a_full_disk_leaves_the_old_file_or_none(old, tmp_path, monkeypatch):
+    file, link = tmp_path / "a.json", tmp_path / "link"
+    link.symlink_to(file)
+    if old is not None:
+        records.write(link, old)  # through it
+        assert link.is_symlink()
+
+    def torn(path, data):
+        with path.open("wb") as opened:
+            opened.write(data[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "write_bytes", torn)
+        with pytest.raises(OSError, match="No space") as error:
+            records.write(file, "longer")
+    assert error.value.filename == str(file)
+    assert sorted(tmp_path.iterdir()) == [file, link][old is None :]
+    assert (file.read_text() if file.exists() else None) == old
+    with pytest.raises(IsADirectoryError):
+        records.write(tmp_path, "")
 
 
 def test_a_write_in_parts_is_completed(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""JSON files: one value, or JSON lines that a run appends to and a later run reads again."""
+"""Files written whole, and JSON: one value, or JSON lines that a run appends to and a later run reads again."""
 
 from __future__ import annotations
 
@@ -26,9 +26,33 @@ def for_json(x: Any, digits: int | None = None) -> Any:
     return x if digits is None else float(f"{x:.{digits}g}")
 
 
+def write(file: Path, content: str | bytes) -> None:
+    """Replace a file at once: a reader, another writer and a full disk meet the old file or the new one.
+
+    Writes through a link, to a device, and in a folder that takes no other file. Raises OSError that names the file.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    beside = file.with_name(f".{file.name}-{os.getpid()}.tmp")
+    try:
+        through = file.is_symlink() or (file.exists() and not file.is_file())
+        if through or not os.access(file.parent, os.W_OK):
+            file.write_bytes(data)
+            return
+        try:
+            beside.write_bytes(data)
+            beside.replace(file)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        if error.strerror is not None:
+            error.filename = str(file)
+        raise
+
+
 def write_json(file: Path, x: Any, digits: int | None = None) -> None:
     """Write one value, indented; floats as in `for_json`."""
-    file.write_text(json.dumps(for_json(x, digits), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write(file, json.dumps(for_json(x, digits), indent=2, allow_nan=False) + "\n")
 
 
 def append(file: Path, records: Iterable[dict[str, Any]], digits: int | None = None) -> None:

@@ -25,6 +25,7 @@ from matplotlib.ticker import (
 )
 from PIL import Image
 
+from ..core.records import write
 from .palette import COLOURS, DASHES
 
 _MARKERS = "osD^vXP*p<"
@@ -113,9 +114,12 @@ def _height(figure: Figure, lines: int, size: float) -> float:
 
 def save(figure: Figure, file: Path, dpi: int = 120) -> None:
     """Write a figure in the format of the file's ending; a .png with a palette of 128 colours, a third of the size."""
-    if file.suffix.lower() != ".png":
-        figure.savefig(file)
-        return
     picture = io.BytesIO()
+    if file.suffix.lower() != ".png":
+        figure.savefig(picture, format=file.suffix[1:])
+        write(file, picture.getvalue())
+        return
     figure.savefig(picture, format="png", dpi=dpi)
-    Image.open(picture).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
+    small = io.BytesIO()
+    Image.open(picture).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    write(file, small.getvalue())

@@ -6,9 +6,7 @@ import functools
 import hashlib
 import io
 import json
-import os
 import stat
-import tempfile
 import tokenize
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..core import records
 from .config import TILED_KERNELS, Problem, Target, TileConfig
 
 SCHEMA_VERSION = 1
@@ -220,18 +219,9 @@ def _shown(value: Any) -> str:
 
 
 def write_table(path: Path, table: Table) -> None:
-    """Replace a file at once: a reader, or another writer, meets the old file or the new one. Raises OSError."""
+    """Replace a file, as `records.write` does, in a folder that it makes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(table.text())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    records.write(path, table.text())
 
 
 @functools.cache

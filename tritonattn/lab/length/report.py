@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...core.provenance import Environment
+from ...core.records import write
 from ...core.tables import table
 
 _NORMAL = 1.96  # quantile of a 95% interval
@@ -123,7 +124,7 @@ class Study:
         return [round(float(self.alone[lo:hi].mean()), 4) for lo, hi in later]
 
     def write_json(self, file: Path) -> None:
-        file.write_text(json.dumps(self.record()) + "\n", encoding="utf-8")
+        write(file, json.dumps(self.record()) + "\n")
 
 
 def difference(values: Tensor) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...core.provenance import Environment
-from ...core.records import for_json
+from ...core.records import for_json, write
 from ...core.tables import table
 from .measures import MEASURES, Measures, Point
 from .paper import PANELS, Component, component
@@ -145,7 +145,7 @@ class Findings:
         text = json.dumps(for_json(record, 4), allow_nan=False)
         for opening in ('{"keys"', '{"dim"', '{"name"'):  # one record a line, for readable diffs
             text = text.replace(opening, f"\n{opening}")
-        file.write_text(f"{text}\n", encoding="utf-8")
+        write(file, f"{text}\n")
 
     def _paper_table(self) -> str:
         names = list(next(iter(self.paper.values())))

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from ...core.errors import CommandError
 from ...core.progress import Progress
 from ...core.provenance import Environment, command_line
+from ...core.records import write
 from .modes import MODES, check_mode
 from .records import Recipe, Run, append, read
 from .report import best_recipes, comparison, exponents, grid, other_metrics
@@ -32,7 +33,7 @@ def run(options: Namespace) -> int:
     runs = _recorded(options) if options.report else _trained(_assignments(options), options)
     text = _tables(runs, options)
     print(text)
-    (options.out / f"{_stem(options)}.md").write_text(text + "\n", encoding="utf-8")
+    write(options.out / f"{_stem(options)}.md", text + "\n")
     if not options.grid:
         from .plot import draw
 

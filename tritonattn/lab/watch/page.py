@@ -6,6 +6,7 @@ import math
 from html import escape
 from pathlib import Path
 
+from ...core import records
 from ..palette import DASHES, ordered
 from .curves import MEASURES, Panel, Points, Watched, short_names, span
 
@@ -42,7 +43,8 @@ def write(watched: Watched, file: Path) -> None:
         looks[name] = colour, " ".join(f"{1.6 * length:g}" for length in DASHES[index % len(DASHES)])
     panels, steps = watched.panels, [record.step for record in watched.records]
     figures = "\n".join(_figure(panel, span(panel, panels), steps, looks) for panel in panels)
-    file.write_text(
+    records.write(
+        file,
         f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -60,7 +62,6 @@ alarms where they begin, dashed horizontals their thresholds. From left to right
 {_latest(watched)}
 </html>
 """,
-        encoding="utf-8",
     )
 
 
