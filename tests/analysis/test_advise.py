@@ -61,7 +61,9 @@ def test_a_reading_is_that_of_diagnose_and_of_what_the_patch_would_do():
     net, seen = sharpened(1.0, key=300.0), []
     for layer in net.model.layers:
         layer.self_attn.scaling = 0.2  # not 1 / sqrt(D) = 0.354
-    advice = advise(net, TOKENS)
+        layer.self_attn.attention_dropout = 0.5
+    advice = advise(net.train(), TOKENS)
+    assert advice.report() == advise(net.eval(), TOKENS).report()
     with (
         patch(net, advice.mode, layers=[0]) as patched,
         torch.no_grad(),

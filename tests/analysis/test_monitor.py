@@ -143,6 +143,17 @@ def test_an_evaluation_between_does_not_count():
     assert got["loss"] == wanted["loss"]
 
 
+def test_a_module_that_caught_an_error_of_its_part_counts_as_itself():
+    class Outer(Net):
+        def forward(self, x):
+            with contextlib.suppress(ValueError):
+                self.attention(x[0])
+            return tritonattn.attention(*x.unflatten(-1, (HEADS, DIM)).transpose(1, 2).expand(3, -1, -1, -1, -1))
+
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    assert list(record_of(Outer(), lambda net: net(x).sum())["layers"]) == ["Outer"]
+
+
 def test_frozen_layers():
     class Two(nn.Module):
         def __init__(self):

@@ -49,7 +49,6 @@ def test_a_record_is_a_line(tmp_path):
     assert second == json.loads(json.dumps(monitor.last))
     assert len(second["layers"][NAME]["max_logit"]) == HEADS
     with Monitor(net, every=1, file=file, thresholds=QUIET) as monitor:
-        monitor.steps = 3
         monitor.restart(3)
         net(torch.randn(2, 5, 32)).sum().backward()
         monitor.step(1.0)

@@ -113,6 +113,11 @@ def test_an_exception_leaves_the_model_whole(error, tmp_path):
     with pytest.raises(error):
         run()
     net.model.layers[1].mlp._forward_pre_hooks.clear()
+    with Monitor(net, every=1, thresholds=QUIET):
+        net.model.layers[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(error()))
+        with pytest.raises(error):
+            net(x)  # the layer is left once more on the way out
+    net.model.layers[1]._forward_hooks.clear()
     assert state(net) == before
     assert observation._observers.get() == ()
     assert len(file.read_text().splitlines()) == 1

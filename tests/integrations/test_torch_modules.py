@@ -6,6 +6,7 @@ from torch import nn
 
 from tritonattn import SCALINGS, attention
 from tritonattn import nn as learned
+from tritonattn.integrations.arguments import visible_keys
 from tritonattn.integrations.torch_modules import MultiheadAttention, replace_multihead_attention
 
 E, H, N, L, S = 16, 4, 3, 6, 6
@@ -194,13 +195,17 @@ def test_replacing_shares_parameters_and_takes_functions():
     assert {name: id(x) for name, x in model.named_parameters()} == before
 
 
-def test_refusals():
+def test_refusals(monkeypatch):
     _, ours = pair(batch_first=True)
     x = tokens(N, L, E)
     bias = additive(CAUSAL)
     bias[0, 0] = 0.5
     with pytest.raises(NotImplementedError, match=r"attn_mask: expected a mask, .* other numbers are a bias"):
         ours(x, x, x, attn_mask=bias)
+    with monkeypatch.context() as compiling:
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        with pytest.raises(RuntimeError, match=r"attn_mask: expected a mask"):
+            visible_keys("attn_mask", bias)
     with pytest.raises(NotImplementedError, match="key_padding_mask: expected a mask"):
         ours(x, x, x, key_padding_mask=additive(PADDING, -3.0))
     with pytest.raises(TypeError, match=r"attn_mask: expected a bool or floating mask, got torch.int64"):

@@ -131,6 +131,7 @@ def cache(**changed):
         (lambda: nn.Scheduled("dim", "none", 9).advance(1.5), TypeError, "steps: expected an int, got float 1.5"),
         (lambda: nn.Scheduled("dim", "none", 9).advance(-1), ValueError, "steps: expected at least 0, got -1"),
         (lambda: nn.SSMax(4, bias="no"), TypeError, "bias: expected a bool, got str 'no'"),
+        (lambda: nn.ForgetGate(8, 4, bias="no"), TypeError, "bias: expected a bool, got str 'no'"),
         (lambda: nn.PowerLaw(4, ["dim"]), ValueError, r"mode: expected one of sqrt_dim, .*, got \['dim'\]"),
         (lambda: next(nn.scaling_parameters([])), TypeError, r"module: expected an nn\.Module, got list"),
     ],

@@ -7,6 +7,7 @@ from torch.nn.functional import linear, rms_norm
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import pairwise
 from tritonattn import attention, nn
+from tritonattn.scaling import LogKeyCount
 
 WIDTH, HEADS, KV, D = 24, 4, 2, 6
 SCALED = ["sqrt_dim", "key_norm_mean", "log_key_count", "cosine", "ssmax", "power_law", "learned_log_power", 0.4]
@@ -31,12 +32,12 @@ def by_hand(layer, x, context=None, visible=None, softcap=None):
     y = x if context is None else context
 
     def heads(projection, z):
-        return linear(z, projection.weight, projection.bias).unflatten(-1, (-1, D)).transpose(1, 2)
+        return linear(z, projection.weight, projection.bias).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
 
     q, k, v = heads(layer.q_proj, x), heads(layer.k_proj, y), heads(layer.v_proj, y)
     if isinstance(layer.q_norm, torch.nn.RMSNorm):
-        q = rms_norm(q, (D,), layer.q_norm.weight, 1e-6)
-        k = rms_norm(k, (D,), layer.k_norm.weight, 1e-6)
+        q = rms_norm(q, (layer.head_dim,), layer.q_norm.weight, 1e-6)
+        k = rms_norm(k, (layer.head_dim,), layer.k_norm.weight, 1e-6)
     options = {"scaling": layer.scaling, "mask": visible, "softcap": softcap, "sinks": layer.sinks}
     out = attention(q, k, v, backend="reference", **options)
     return linear(out.transpose(1, 2).flatten(2), layer.o_proj.weight, layer.o_proj.bias)
@@ -51,9 +52,9 @@ def assert_same(layer, ours, expected, *inputs):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-@pairwise(scaling=SCALED, qk_norm=[False, True], kv_heads=[1, 2, 4], causal=[False, True])
-def test_self_attention(scaling, qk_norm, kv_heads, causal):
-    made = layer(scaling, kv_heads=kv_heads, qk_norm=qk_norm, causal=causal, bias=True)
+@pairwise(scaling=SCALED, qk_norm=[False, True], kv_heads=[1, 2, 4], causal=[False, True], head_dim=[None, 5])
+def test_self_attention(scaling, qk_norm, kv_heads, causal, head_dim):
+    made = layer(scaling, kv_heads=kv_heads, qk_norm=qk_norm, causal=causal, head_dim=head_dim, bias=True)
     x = tokens().requires_grad_()
     assert_same(made, made(x), by_hand(made, x, visible=visible_pairs((2, HEADS, 7, 7), causal=causal)), x)
 
@@ -210,6 +211,12 @@ def test_dropout_only_in_training(is_packed):
     assert not torch.equal(made(x, **packed), made(x, **packed))
     made.eval()
     assert torch.equal(made(x, **packed), made(x, **packed))
+
+
+def test_a_printed_layer_names_its_scaling():
+    sizes = f"heads={HEADS}, kv_heads={KV}, head_dim={D}, causal=False"
+    for scaling, said in ((0.5, ", scaling=0.5"), (LogKeyCount(8.0), ", scaling=LogKeyCount(base=8.0)"), ("ssmax", "")):
+        assert f"\n  {sizes}{said}\n" in repr(layer(scaling))
 
 
 def test_a_cache_is_of_torchs_default_dtype():

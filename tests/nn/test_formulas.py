@@ -63,9 +63,14 @@ def test_ssmax_starts_at_log_key_count():
 def test_log_power_is_a_power_of_ln_n():
     scaling = nn.LogPower(4, base=8).double()
     set_to(scaling.p, 0.5, 1.0, -0.5, 3.0)
+    factor, q, k = factors(scaling)
     for head, p in enumerate((0.5, 1.0, -0.5, 3.0)):
         wanted = [0.0] + [(math.log(n) / math.log(8)) ** p / 4 for n in range(2, 7)]
-        assert factors(scaling)[0][0, head].tolist() == pytest.approx(wanted, rel=1e-12)
+        assert factor[0, head].tolist() == pytest.approx(wanted, rel=1e-12)
+    dense = scaling.multiplier(q, k, torch.ones(1, 1, 6, 6).bool().tril())
+    torch.testing.assert_close(dense[..., 0], factor, rtol=1e-12, atol=0)
+    dense.sum().backward()
+    assert scaling.p.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(("power", "base"), [(0.5, math.e), (1.0, 512.0), (2.0, 3.0)])
@@ -83,11 +88,13 @@ def test_query_adaptive_ssmax_by_hand():
     torch.nn.init.normal_(scaling.w)
     set_to(scaling.delta, 0.5, 0.0, -1.0, 2.0)
     set_to(scaling.gamma, 0.5, 1.0, 2.0, -0.5)
-    factor, q, _ = factors(scaling)
+    factor, q, k = factors(scaling)
     for head, row in ((0, 5), (1, 2), (2, 4), (3, 1)):
         weight = math.log1p(math.exp(float(scaling.w[head] @ q[0, head, row])))
         wanted = float(scaling.delta[head]) + weight * math.log(row + 1) ** float(scaling.gamma[head])
         assert float(factor[0, head, row]) == pytest.approx(wanted / 4, rel=1e-12)
+    dense = scaling.multiplier(q, k, torch.ones(1, 1, 6, 6).bool().tril())
+    torch.testing.assert_close(dense[..., 0], factor, rtol=1e-12, atol=0)
 
 
 def test_query_adaptive_ssmax_of_another_head_dim():

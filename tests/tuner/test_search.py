@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from tritonattn.backends.triton import launch
 from tritonattn.tuner import search
 from tritonattn.tuner.gate import Candidate
+from tritonattn.tuner.machine_code import MachineCode
 from tritonattn.tuner.static import Compiler
 from tritonattn.tuner.workload import Size
 from tritonattn.tuning.config import Target, TileConfig
@@ -113,6 +114,26 @@ def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):
     monkeypatch.setattr(Compiler, "examine", examine)
     with Compiler(SM_80, 1) as compiler, pytest.raises(search.SearchError, match=r"no config compiles; .*no nvdisasm"):
         search.promising(KEY, compiler, 6)
+
+
+def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):
+    """The model is asked about the card's processors."""
+    asked = set()
+
+    def examine(self, wanted):
+        code = MachineCode(128, 0, 0, 0)
+        return [Candidate(config, code, ("spills",) if config.num_warps == 8 else ()) for _, _, config in wanted]
+
+    def clocks(kernel, problem, candidate, target, processors):
+        asked.add((kernel, problem, processors))
+        return candidate.config.num_stages + 8 / candidate.config.block_n
+
+    monkeypatch.setattr(Compiler, "examine", examine)
+    monkeypatch.setattr(search, "modelled_clocks", clocks)
+    with Compiler(SM_80, 1) as compiler:
+        found = search.promising(KEY, compiler, 3)
+    assert [(one.num_stages, one.block_n, one.num_warps) for one in found] == [(2, 128, 4), (2, 128, 4), (2, 64, 4)]
+    assert asked == {(KEY.kernel, KEY.problem, 108)}
 
 
 def test_a_lost_card(monkeypatch):
