@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import tritonattn
 from tests.support.caches import GrowingCache, sequences
-from tests.support.pairs import pairwise
+from tests.support.pairs import in_turn, pairwise
 from tests.support.watch import Watch
 from tritonattn import KeyStatistics, attention_decode, ops
 from tritonattn.core.call import Logits
@@ -49,9 +49,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("aux", [False, True])
-@pytest.mark.parametrize("page", [None, 16])
-@pytest.mark.parametrize("options", OPTIONS)
+@pairwise(options=OPTIONS, page=[None, 16], aux=[False, True])
 def test_opcheck(options, page, aux):
     call = _call(page, **OPTIONS[options])
     if call.logits.key_scale is not None and page is None:
@@ -60,10 +58,10 @@ def test_opcheck(options, page, aux):
     opcheck(torch.ops.tritonattn.decode.default, tuple(_Flat.of(call, "sdpa", aux)))
 
 
-@pairwise(
-    scaling=["sqrt_dim", "log_key_count", "key_norm_rms", "key_norm_max", "cosine"],
+@in_turn(
+    scaling=["sqrt_dim", "log_key_count", "key_norm_rms", "key_norm_max", "cosine", "key_norm_rms"],
     page=[None, 16],
-    statistics=[True, False],
+    statistics=[True, True, True, False, False, False],
 )
 def test_compile_in_one_graph(scaling, page, statistics):
     query, cache = _grown(page, statistics=statistics)

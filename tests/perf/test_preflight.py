@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from perf import preflight
 from perf.__main__ import main
 from perf.devices import kernels_on
+from tests.support.tiles import quick_config
 from tests.support.versions import skip_without_stub
 
 
@@ -16,7 +17,8 @@ def _stub() -> None:
     skip_without_stub()
 
 
-def test_every_kernel_launches(capsys):
+def test_every_kernel_launches(monkeypatch):
+    monkeypatch.setattr(preflight, "default_config", quick_config)
     with kernels_on("emulate", 90) as device:
         assert re.fullmatch(r"14 kernels in \d+ launches", preflight.check_every_kernel(device))
 

@@ -12,10 +12,8 @@ pytest.importorskip("triton")
 import tritonattn
 from tests.support.packed import offsets
 from tests.support.pairs import in_turn
+from tests.support.tiles import quick_config
 from tritonattn.backends.triton import append_keys, append_to_pages, launch
-from tritonattn.tuning import TileConfig
-from tritonattn.tuning.config import TILED_KERNELS
-from tritonattn.tuning.defaults import default_config
 
 BFLOAT, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
 
@@ -23,10 +21,7 @@ BFLOAT, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
 @pytest.fixture
 def launches(stub, monkeypatch) -> list:
     """Launches of small tiles, which compile quickly, so far."""
-    small = TileConfig(16, 16, 1, 1)
-    monkeypatch.setattr(
-        launch, "config_for", lambda kernel, *of: small if kernel in TILED_KERNELS else default_config(kernel, *of)
-    )
+    monkeypatch.setattr(launch, "config_for", quick_config)
     return []
 
 
