@@ -61,24 +61,22 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_wheel_works_and_finds_its_tables(installed):
+def test_wheel_works_finds_its_tables_and_has_one_version(installed):
     code = """
 import pathlib, torch, tritonattn
+from importlib import metadata
 from tritonattn.tuning.cache_dir import shipped_tables
 q = torch.ones(1, 2, 3, 4)
 assert tritonattn.attention(q, q, q, causal=True).shape == q.shape
 print(pathlib.Path(tritonattn.__file__).parent, shipped_tables(), (shipped_tables() / "README.md").is_file())
+[script] = metadata.entry_points(group="console_scripts", name="tritonattn")
+print(tritonattn.__version__, metadata.version("tritonattn"), script.value)
 """
-    package, tables, found = fresh(code, installed).split()
+    package, tables, found, own, version, script = fresh(code, installed).split()
     assert Path(package).parent.is_relative_to(installed.parent.parent)
     assert tables == f"{package}/autotune_cache"
     assert found == "True"
-
-
-def test_version_is_the_same_everywhere(installed):
-    code = "import importlib.metadata as m, tritonattn; print(tritonattn.__version__, m.version('tritonattn'), "
-    own, metadata, script = fresh(code + "m.entry_points(name='tritonattn')['tritonattn'].value)", installed).split()
-    assert (own, script) == (metadata, "tritonattn.cli.main:main")
+    assert (own, script) == (version, "tritonattn.cli.main:main")
     assert run(installed, "-m", "tritonattn", "--version").split() == ["tritonattn", own]
 
 
@@ -140,16 +138,20 @@ def test_dir_shows_what_is_public():
     assert set(dir(tritonattn.integrations)) <= public
 
 
-def test_import_is_light():
+def test_import_is_light_and_quick():
     code = """
-import sys, torch
-before = set(sys.modules)
+import sys, time, torch
+before, start = set(sys.modules), time.perf_counter()
 import tritonattn
-print(*{name.split(".")[0] for name in set(sys.modules) - before})
+print(time.perf_counter() - start, *{name.split(".")[0] for name in set(sys.modules) - before})
 """
-    added = set(run(sys.executable, "-c", code, cwd=ROOT).split())
-    assert "tritonattn" in added
-    assert not added & {"triton", "transformers", "matplotlib", "numpy", "tqdm"}
+    taken = []
+    while not any(seconds < 0.3 for seconds in taken) and len(taken) < 3:
+        seconds, *added = run(sys.executable, "-c", code, cwd=ROOT).split()
+        taken.append(float(seconds))
+        assert "tritonattn" in added
+        assert not {*added} & {"triton", "transformers", "matplotlib", "numpy", "tqdm"}
+    assert min(taken) < 0.3
 
 
 def test_without_triton():
@@ -168,8 +170,3 @@ except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
     message = run(sys.executable, "-c", code, cwd=ROOT)
     assert "triton" in message
     assert "pip install" in message or "install" in message
-
-
-def test_import_is_quick():
-    code = "import time, torch; t = time.perf_counter(); import tritonattn; print(time.perf_counter() - t)"
-    assert any(float(run(sys.executable, "-c", code, cwd=ROOT)) < 0.3 for _ in range(3))

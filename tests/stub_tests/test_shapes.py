@@ -150,7 +150,7 @@ def new_keys_of_a_cache() -> None:
         append_keys(normal(2, 2, count, 64), None, statistics._buffers())
 
 
-CASES = {
+CASES = {  # neighbours but one take the same card, and those that are alike the same code
     case.__name__: case
     for case in (
         every_form,
@@ -158,8 +158,8 @@ CASES = {
         head_dim_of_one,
         odd_head_dims,
         packed_projections,
-        an_address_off_by_one,
         rows_across_memory,
+        an_address_off_by_one,
         an_expanded_gradient,
         more_heads_than_an_axis,
         a_longer_batch_than_an_axis,
