@@ -77,25 +77,9 @@ class PagedKeyStatistics:
             torch.zeros((pages * page + 1, kv_heads), dtype=kind, device=device)
             for kind in (dtype, torch.float64, torch.float64, dtype)
         )
-
-    @property
-    def lengths(self) -> Tensor:
-        return self._paged(self._lengths)
-
-    @property
-    def length_sums(self) -> Tensor:
-        return self._paged(self._length_sums)
-
-    @property
-    def square_sums(self) -> Tensor:
-        return self._paged(self._square_sums)
-
-    @property
-    def length_maxima(self) -> Tensor:
-        return self._paged(self._length_maxima)
-
-    def _paged(self, buffer: Tensor) -> Tensor:
-        return buffer[:-1].unflatten(0, (self.pages, self.page))
+        self.lengths, self.length_sums, self.square_sums, self.length_maxima = (
+            buffer[:-1].unflatten(0, (pages, page)) for buffer in self._buffers()
+        )
 
     @torch.no_grad()
     def append(self, k_new: Tensor, cu_seqlens: Tensor, *, key_lengths: Tensor, block_table: Tensor) -> None:
