@@ -59,6 +59,22 @@ def test_numbers_against_a_dense_computation(causal, backend):
     assert got["max_logit"] == sorted(got["max_logit"])  # the sharpness of Net's heads rises
 
 
+def test_the_largest_logit_is_without_a_bias_of_keys():
+    """A forget gate's bias grows with the position: QK-clip would shrink weights that are not too large."""
+    layer, x = tritonattn.nn.ScaledAttention(32, heads=4, causal=True), torch.randn(1, 9, 32)
+    bias = 50 * torch.arange(9.0).expand(4, 9)
+    hidden = bias.clone()
+    hidden[:, 2:] = -torch.inf
+
+    def seen(key_bias):
+        return record_of(layer, lambda net: net(x, key_bias=key_bias).sum())["layers"]["ScaledAttention"]
+
+    plain, biased = seen(None), seen(bias)
+    assert biased["max_logit"] == plain["max_logit"]
+    assert max(biased["relative_entropy"]) < 0.1 < min(plain["relative_entropy"])
+    assert seen(hidden)["max_logit"] != plain["max_logit"]
+
+
 @pytest.mark.parametrize(("options", "factor"), [({"softcap": 2.0}, DIM**-0.5), ({"scaling": "key_count"}, 1 / 9)])
 def test_logits_have_the_modes_factor_and_probabilities_the_softcap_too(options, factor):
     net, x = Net(**options), torch.randn(2, 9, 32)

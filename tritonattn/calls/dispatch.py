@@ -79,14 +79,23 @@ def attend(
     if is_observed():
 
         def aux() -> AttentionAux:
-            again = options._replace(return_aux=True, dropout_p=0.0)
+            again, bias = options._replace(return_aux=True, dropout_p=0.0), options.key_bias
             with torch.no_grad():
-                narrow = k.detach()[..., :1]  # its values reach nothing that is read
-                return cast(tuple[Tensor, AttentionAux], _attend(q, k, narrow, factor, visibility, again))[1]
+                found = _aux(q, k, factor, visibility, again)
+                if bias is None:
+                    return found
+                # A bias may grow with the position, as of forget gates: without it logits tell how large q . k is.
+                only_hides = again._replace(key_bias=torch.where(bias == -torch.inf, bias, 0))
+                return found._replace(max_logit=_aux(q, k, factor, visibility, only_hides).max_logit)
 
         out = result[0] if isinstance(result, tuple) else result
         notify_observers(ObservedCall(q, k, out, visibility, options.softcap, aux))
     return result
+
+
+def _aux(q: Tensor, k: Tensor, factor: Factor, visibility: Visibility, options: Options) -> AttentionAux:
+    narrow = k.detach()[..., :1]  # stands for v; its values reach nothing that is read
+    return cast(tuple[Tensor, AttentionAux], _attend(q, k, narrow, factor, visibility, options))[1]
 
 
 def _attend(

@@ -22,7 +22,8 @@ class ObservedCall:
     out          [B, Hq, Sq, Dv], as the caller gets it, after dropout
     visibility   which keys each row sees, a `tritonattn.core.visibility.Visibility`
     softcap      or None
-    aux          computes the call's `AttentionAux` in a pass of its own, without dropout and without a graph
+    aux          computes the call's `AttentionAux` in a pass of its own, without dropout and without a graph; its
+                 max_logit is without the key_bias
     """
 
     q: Tensor
