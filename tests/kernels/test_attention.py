@@ -34,6 +34,7 @@ def test_every_mask(mask, device):
 
 
 @pairwise(
+    free=[("mask", "scales"), ("mask", "heads")],
     mask=MASKS,
     form=["softcap aux", "sinks dropout", "everything"],
     scales=SCALES,

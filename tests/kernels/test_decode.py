@@ -7,7 +7,7 @@ import torch
 
 from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
-from tests.support.pairs import pairwise
+from tests.support.pairs import in_turn, pairwise
 from tritonattn import attention, attention_decode
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
@@ -99,8 +99,7 @@ def test_head_dims(dims, device):
     _check(torch.float32, device, dims=dims, heads=(2, 1), scaling="cosine")
 
 
-@pytest.mark.parametrize("written", [(1, 2), (16, 17), (64, 65), (128, 129)], ids=str)
-@pytest.mark.parametrize("softcap", [None, 1.5])
+@in_turn(written=[(1, 2), (16, 17), (64, 65), (128, 129)], softcap=[None, 1.5])
 def test_lengths_softcap_and_sinks(written, softcap, device):
     """One to three splits in use of three."""
     sinks = torch.tensor([0.3, -2.0, 4.0, 0.0], device=device)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.support.masks import MASKS
+from tests.support.pairs import in_turn
 from tritonattn import KeyStatistics, attention
 from tritonattn.backends import triton as triton_backend
 from tritonattn.calls import key_statistics as cache_statistics
@@ -13,10 +14,9 @@ from tritonattn.core.visibility import Visibility
 from tritonattn.ops import KernelStatistics
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("k_len", "head_dim"), [(1, 16), (37, 5), (130, 64), (8500, 8)])
-def test_lengths_and_prefix_sums(dtype, k_len, head_dim, device):
-    k = torch.randn(2, 2, k_len, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+@in_turn(sizes=[(1, 16), (37, 5), (130, 64), (8500, 8)], dtype=[torch.float32, torch.float16, torch.bfloat16])
+def test_lengths_and_prefix_sums(dtype, sizes, device):
+    k = torch.randn(2, 2, *sizes, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
     lengths = triton_backend.key_lengths(k, None)
     exact = k.double().norm(dim=-1)
     torch.testing.assert_close(lengths.double(), exact, rtol=1e-6, atol=0)

@@ -13,9 +13,13 @@ _Choice = tuple[int, int]  # positions of a name and of its value
 _Pair = tuple[_Choice, _Choice]
 
 
-def pairwise(**choices: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrize a test with few combinations of the arguments' values: every pair of values occurs in one."""
-    rows = [tuple(row.values()) for row in all_pairs({name: list(values) for name, values in choices.items()})]
+def pairwise(free: Iterable[tuple[str, str]] = (), **choices: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize a test with few combinations of the arguments' values: every pair of values occurs in one.
+
+    free   pairs of names, in the order of the choices, whose values need not all meet
+    """
+    every = all_pairs({name: list(values) for name, values in choices.items()})
+    rows = [tuple(row.values()) for row in (thinned(every, free) if free else every)]
     return pytest.mark.parametrize(tuple(choices), rows, ids=["-".join(map(str, row)) for row in rows])
 
 
