@@ -1,7 +1,6 @@
 """tritonattn::decode under opcheck, torch.compile, torch.func and fake tensors; and what attention_decode refuses."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -54,7 +53,7 @@ def test_opcheck(options, page, aux):
     call = _call(page, **OPTIONS[options])
     if call.logits.key_scale is not None and page is None:
         cut = {name: getattr(call.logits, name)[..., :24] for name in ("key_scale", "key_bias")}
-        call = replace(call, logits=call.logits._replace(**cut))
+        call = call._replace(logits=call.logits._replace(**cut))
     opcheck(torch.ops.tritonattn.decode.default, tuple(_Flat.of(call, "sdpa", aux)))
 
 

@@ -128,7 +128,7 @@ def pages() -> None:
     call, _ = paged_call(packed, HALF, 48, heads=(4, 2), dims=(64, 64), terms=("key_scale",), causal=True)
     triton_backend.forward(call, aux=False)
     cache, ones = Cache(call.k.transpose(1, 2), call.v.transpose(1, 2), call.block_table[:, 0]), call.block_table
-    cache = replace(cache, block_table=ones.repeat(1, 8), query_lengths=ones[:, 1])
+    cache = cache._replace(block_table=ones.repeat(1, 8), query_lengths=ones[:, 1])
     triton_backend.decode(DecodeCall(torch.zeros(3, 32, 1, 64, dtype=HALF), cache, Logits(1.0)), aux=False)
 
 

@@ -27,6 +27,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LARGEST_KERNEL_DIM = 512
 _LARGEST_KEY_OF_DECODE = 1024
 _DIM_OF_EVERY_GPU = 256
+_AS_IT_IS = nullcontext()
 
 
 class AttentionAux(NamedTuple):
@@ -56,7 +57,7 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Ten
     float64 stays, as in torch's own operators. Attention computes in the dtypes of its operands from there on.
     """
     if not isinstance(q, Tensor) or not autocast_is_on(q):
-        return (q, k, v), nullcontext()
+        return (q, k, v), _AS_IT_IS
     device = q.device.type
     dtype = torch.get_autocast_dtype(device)
 

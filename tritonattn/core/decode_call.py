@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from .visibility import Visibility
 LONGEST_QUERY = 16  # rows
 
 
-@dataclass(frozen=True, eq=False)
-class Cache:
+class Cache(NamedTuple):
     """The keys and values of B sequences, of which the first key_lengths[b] count.
 
     k, v          [B, Hkv, capacity, D], [B, Hkv, capacity, Dv], or with a block table pages [N, page, Hkv, D] and
@@ -49,14 +48,14 @@ class Cache:
     @property
     def capacity(self) -> int:
         """The most keys that a sequence can have."""
-        return self.page if self.block_table is None else self.page * self.block_table.shape[1]
+        return self.k.shape[2] if self.block_table is None else self.page * self.block_table.shape[1]
 
     def visibility(self, q: Tensor, left: int | None, invariant: bool = False) -> Visibility:
         """Row i of q [B, Hq, Sq, D] sees own - left <= j <= own, with own = i + key_lengths[b] - query_lengths[b].
 
         Rows at i >= query_lengths[b] see nothing.
         """
-        q_heads, q_len = q.shape[1:3]
+        _, q_heads, q_len, _ = q.shape
         return _CacheVisibility(
             self.batch,
             q_heads,
@@ -132,8 +131,7 @@ class _CacheVisibility(Visibility):
         return self.q_len if self.query_lengths is None else self.query_lengths.long().clamp(0, self.q_len)[:, None]
 
 
-@dataclass(frozen=True, eq=False)
-class DecodeCall:
+class DecodeCall(NamedTuple):
     """The softmax of `logits` times v, over the keys that row i of sequence b sees: own - left <= j <= own, with
     own = i + key_lengths[b] - query_lengths[b], of its first query_lengths[b] rows; the others see nothing.
 

@@ -129,19 +129,15 @@ def _launch(rows: Rows, aux: bool, kind: Kind, chosen: Plan) -> ForwardResult:
     joined = _allocate(rows, (batch, q_heads, q_len), rows.q.dtype, aux)
     parts = joined if splits == 1 else _allocate(rows, (batch, q_heads, q_len, splits), torch.float32, aux)
     arguments, (scale, softcap, sinks) = _arguments(rows), logit_terms_of(rows.logits)
-    arguments["results"], arguments["splits"] = _record(parts), splits
+    arguments["results"], arguments["splits"] = parts, splits
     arguments["logit_terms"] = LogitTerms(scale, softcap, sinks if splits == 1 else None)
     chosen.launch((splits * tiles, rows.kv_heads, batch), arguments, kind.wide, kind)
     if splits > 1:
-        arguments["parts"], arguments["results"] = arguments["results"], _record(joined)
+        arguments["parts"], arguments["results"] = parts, joined
         arguments["sinks_ptr"] = sinks
         combined = plan("decode_combine", kind.problem, rows.q.device)
         combined.launch((q_len, q_heads, batch), arguments, False, kind)
-    return joined
-
-
-def _record(found: ForwardResult) -> Results:
-    return Results(found.out, None, found.lse, found.max_logit, found.entropy)
+    return ForwardResult(joined.out, joined.lse, joined.max_logit, joined.entropy)
 
 
 def _splits(rows: Rows, block_n: int) -> int:
@@ -174,11 +170,12 @@ def _problem(rows: Rows, aux: bool) -> Problem:
     )
 
 
-def _allocate(rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, aux: bool) -> ForwardResult:
+def _allocate(rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, aux: bool) -> Results:
     """Uninitialised results of every entry of a shape: a row, or a split of a row."""
     out = rows.q.new_empty((*shape, rows.v.shape[3]), dtype=dtype)
-    vectors = [rows.q.new_empty(shape, dtype=torch.float32) for _ in range(3 if aux else 1)]
-    return ForwardResult(out, *vectors)
+    lse = rows.q.new_empty(shape, dtype=torch.float32)
+    max_logit, entropy = (torch.empty_like(lse), torch.empty_like(lse)) if aux else (None, None)
+    return Results(out, None, lse, max_logit, entropy)
 
 
 def _arguments(rows: Rows) -> Arguments:
