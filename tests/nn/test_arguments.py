@@ -32,6 +32,11 @@ from .test_attention import WIDTH, layer, tokens
         ({"heads": 4, "qk_norm": "no"}, TypeError, "qk_norm: expected a bool, got str 'no'"),
         ({"heads": 4, "bias": None}, TypeError, "bias: expected a bool, got NoneType"),
         ({"heads": 4, "dtype": torch.int32}, TypeError, "dtype: expected float16, .*, got torch.int32"),
+        (
+            {"heads": 4, "scaling": nn.SSMax},
+            TypeError,
+            r"scaling: expected an instance .* SSMax; write SSMax\(\)",
+        ),
     ],
 )
 def test_layers_that_are_none(arguments, error, message):
@@ -50,6 +55,8 @@ def test_arguments_that_exclude_one_another():
             layer()(x, cache=cache)
     with pytest.raises(ValueError, match="counts: expected None beside no cache"):
         made(x, counts=lengths)
+    with pytest.raises(ValueError, match="max_seqlen: expected None beside no cu_seqlens, got int 7"):
+        made(x, max_seqlen=7)
     with pytest.raises(ValueError, match="key_lengths: expected None beside cu_seqlens"):
         made(x[0], cu_seqlens=torch.tensor([0, 7]).int(), max_seqlen=7, key_lengths=lengths)
     with pytest.raises(NotImplementedError, match="cache: no gradient goes through it"):
@@ -74,12 +81,27 @@ OFFSETS = torch.tensor([0, 7], dtype=torch.int32)
         ({"x": tokens()[0], "cu_seqlens": OFFSETS[:0]}, ValueError, r"cu_seqlens: expected shape .*, got \[0\]"),
         ({"x": tokens()[0], "cu_seqlens": OFFSETS}, TypeError, "max_seqlen: expected an int, got NoneType"),
         ({"cache": [tokens()]}, TypeError, "cache: expected a KeyValueCache, got list"),
+        ({}, ValueError, r"context: expected \[B, Sk, context_width = 16\], got None"),
+        ({"cache": [tokens()], "max_seqlen": 7}, ValueError, "max_seqlen: expected None beside cache, got int 7"),
     ],
 )
 def test_calls_that_are_none(arguments, error, message):
     made = layer(causal=True, context_width=16)
     with torch.no_grad(), pytest.raises(error, match=message):
         made(**{"x": tokens()} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([1.0],), TypeError, r"x: expected a tensor \[..., S, width\], got list"),
+        ((tokens(width=8),), ValueError, r"x: expected \[..., S, width = 24\], got \[2, 7, 8\]"),
+        ((tokens(), torch.ones(2, 4, 1)), ValueError, r"before: expected \[..., heads\] = \[2, 4\], got \[2, 4, 1\]"),
+    ],
+)
+def test_tokens_of_a_forget_gate(arguments, error, message):
+    with pytest.raises(error, match=message):
+        nn.ForgetGate(WIDTH, 4, dtype=tokens().dtype)(*arguments)
 
 
 K, V = torch.randn(2, 2, 3, 6), torch.randn(2, 2, 3, 4)

@@ -19,6 +19,7 @@ from ..calls.checks import (
     check_tensor,
     check_window,
     kind_of,
+    refuse_scaling,
     shape_of,
 )
 from ..calls.decode import attention_decode
@@ -133,6 +134,8 @@ class ScaledAttention(nn.Module):
             return named(scaling, self.heads, device=device, dtype=dtype)
         if isinstance(scaling, Scaling):
             return scaling
+        if isinstance(scaling, type):
+            refuse_scaling(scaling)
         check_number("scaling", scaling)
         return scaling
 
@@ -198,6 +201,7 @@ class ScaledAttention(nn.Module):
                 "key_ranges": key_ranges,
                 "mask": mask,
                 "cu_seqlens": cu_seqlens,
+                "max_seqlen": max_seqlen,
             }
             _refuse_beside("cache", others)
             return self._joined(self._cached(x, cache, counts, key_bias))
@@ -207,6 +211,7 @@ class ScaledAttention(nn.Module):
                 "cu_seqlens", {"context": context, "key_lengths": key_lengths, "key_ranges": key_ranges, "mask": mask}
             )
             return self._packed(x, cu_seqlens, max_seqlen, key_bias)
+        _refuse_beside("no cu_seqlens", {"max_seqlen": max_seqlen})
         q, k, v = self.operands(x, context)
         out = attention(
             q,
@@ -237,9 +242,11 @@ class ScaledAttention(nn.Module):
     def _projected(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""
         _check_features("x", x, f"[B, Sq, width = {self.width}]", self.width)
+        axes = f"[B, Sk, context_width = {self.context_width}]"
         if context is not None:
-            axes = f"[B, Sk, context_width = {self.context_width}]"
             _check_features("context", context, axes, self.context_width)
+        elif self.context_width != self.width:
+            raise ValueError(f"context: expected {axes}, got None")
         y = x if context is None else context
         q, k, v = (
             project(z).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -346,7 +353,8 @@ def _check_features(name: str, x: Any, axes: str, width: int) -> None:
         raise ValueError(f"{name}: expected {axes}, got {shape_of(x)}")
 
 
-def _refuse_beside(what: str, others: dict[str, Tensor | None]) -> None:
+def _refuse_beside(what: str, others: dict[str, Any]) -> None:
     for name, x in others.items():
         if x is not None:
-            raise ValueError(f"{name}: expected None beside {what}, got a tensor")
+            got = "a tensor" if isinstance(x, Tensor) else kind_of(x)
+            raise ValueError(f"{name}: expected None beside {what}, got {got}")

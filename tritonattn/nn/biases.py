@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..calls.checks import check_bool, check_count, check_dtype
+from ..calls.checks import check_bool, check_count, check_dtype, check_tensor, shape_of
 from ..core.ranges import prefix_sum
 
 
@@ -88,7 +88,7 @@ class ForgetGate(nn.Module):
     torch.Size([2, 10, 32])
 
     Source: Lin et al. 2025, "Forgetting Transformer: Softmax Attention with a Forget Gate", arXiv:2503.02130. Raises
-    TypeError or ValueError for an invalid size or dtype.
+    TypeError or ValueError for an invalid size, dtype or shape.
     """
 
     def __init__(
@@ -108,7 +108,14 @@ class ForgetGate(nn.Module):
         self.proj = nn.Linear(width, heads, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        check_tensor("x", x, "[..., S, width]")
+        if x.dim() < 2 or x.shape[-1] != self.proj.in_features:
+            raise ValueError(f"x: expected [..., S, width = {self.proj.in_features}], got {shape_of(x)}")
         gates = self.proj(x).mT  # [..., heads, S]
+        if before is not None:
+            check_tensor("before", before, "[..., heads]")
+            if before.shape != gates.shape[:-1]:
+                raise ValueError(f"before: expected [..., heads] = {shape_of(gates)[:-1]}, got {shape_of(before)}")
         dtype = torch.promote_types(gates.dtype, torch.float32)
         sums = prefix_sum(nn.functional.logsigmoid(gates.to(dtype)))[..., 1:]
         return (-sums if before is None else before.double()[..., None] - sums).to(dtype)
