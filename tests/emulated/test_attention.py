@@ -48,6 +48,7 @@ CHOICES = {
     "lengths": [(2, 70), (70, 17), (37, 130), (130, 130), (200, 290), (290, 150)],
 }
 FREE = [(a, b) for a in ("dims", "mask") for b in ("form", "scales", "lengths")] + [
+    ("dtype", "mask"),
     ("dims", "mask"),
     ("form", "lengths"),
 ]
@@ -63,9 +64,10 @@ def cases_of(make, rows, free) -> list:
     return [(row.pop("gpu"), make(**row)) for row in rows]
 
 
-PAIRS = all_pairs(CHOICES, [{"on": on, "dims": dims} for on in ON for dims in DIMS])
 EVERYTHING = [
-    *cases_of(Case, filter(is_quick, PAIRS), FREE),
+    *cases_of(
+        Case, filter(is_quick, all_pairs(CHOICES, [{"on": on, "dims": dims} for on in ON for dims in DIMS])), FREE
+    ),
     (GPU(80), Case(BFLOAT, (512, 384), mask="causal", scales=QUERY, heads=(1, 1), lengths=(20, 40), batch=1)),
 ]
 
