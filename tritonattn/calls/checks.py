@@ -305,8 +305,10 @@ def values_are_read(x: Tensor) -> bool:
 def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     if len(shape) > len(target):
         return False
-    pairs = zip(shape, target[len(target) - len(shape) :], strict=True)
-    return all(size == 1 or size == wanted for size, wanted in pairs)  # `in` does not see symbolic sizes
+    for size, wanted in zip(shape, target[len(target) - len(shape) :], strict=True):
+        if size != 1 and size != wanted:  # `in` does not see symbolic sizes
+            return False
+    return True
 
 
 def _is_number(value: Any) -> bool:
