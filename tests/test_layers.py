@@ -5,8 +5,6 @@ import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import tritonattn
 
 PACKAGE = Path(tritonattn.__file__).parent
@@ -79,21 +77,17 @@ def imported_modules(path: Path) -> Iterator[tuple[str, ...]]:
         yield target or ("__init__",)
 
 
-def by_file(test):
-    return pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))(test)
-
-
 def test_there_are_at_most_twelve_floors_and_every_folder_is_on_one():
     assert len(FLOORS) <= 12
     assert {module[0] for module in MODULES} == set(FLOOR_OF)
 
 
-@by_file
-def test_imports_point_down(path):
-    own, floor = module_of(path)[0], floor_of(module_of(path))
-    for module in imported_modules(path):
-        inside = module[0] == own and module not in DOORS
-        assert inside or floor_of(module) < floor, f"{own} imports {'.'.join(module)}, which is not below it"
+def test_imports_point_down():
+    for path in FILES:
+        own, floor = module_of(path)[0], floor_of(module_of(path))
+        for module in imported_modules(path):
+            inside = module[0] == own and module not in DOORS
+            assert inside or floor_of(module) < floor, f"{path} imports {'.'.join(module)}, which is not below it"
 
 
 def test_no_circle_of_files():
@@ -101,14 +95,18 @@ def test_no_circle_of_files():
     list(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError
 
 
-@by_file
-def test_only_its_users_import_an_optional_package(path):
-    outside = {name.split(".")[0] for level, name in imports(path) if level == 0}
-    assert outside & OPTIONAL <= OPTIONAL_IN.get(module_of(path)[0], set())
-    if not path.relative_to(PACKAGE).as_posix().startswith(TRITON_IN):
-        assert "triton" not in outside
+def outside(path: Path) -> set[str]:
+    """Packages besides ours that a file imports."""
+    return {name.split(".")[0] for level, name in imports(path) if level == 0}
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").glob("*.py")), ids=lambda path: path.name)
-def test_kernels_know_neither_torch_nor_policy(path):
-    assert {name.split(".")[0] for level, name in imports(path) if level == 0} <= {"triton", "typing", "__future__"}
+def test_only_its_users_import_an_optional_package():
+    for path in FILES:
+        assert outside(path) & OPTIONAL <= OPTIONAL_IN.get(module_of(path)[0], set()), path
+        if not path.relative_to(PACKAGE).as_posix().startswith(TRITON_IN):
+            assert "triton" not in outside(path), path
+
+
+def test_kernels_know_neither_torch_nor_policy():
+    for path in (PACKAGE / "kernels").glob("*.py"):
+        assert outside(path) <= {"triton", "typing", "__future__"}, path

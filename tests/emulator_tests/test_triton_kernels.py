@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tests.emulator import PTXFault
 from tests.emulator.compile import launch
 from tests.emulator.execute import run_ptx
+from tests.support.pairs import pairwise
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton.launch import interpreting
 
@@ -51,9 +52,7 @@ def test_softmax(capability):
 
 
 @newest_triton
-@CAPABILITIES
-@pytest.mark.parametrize("stages", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pairwise(dtype=[torch.float16, torch.bfloat16, torch.float32], stages=[1, 3], capability=[80, 90])
 def test_product(dtype, stages, capability):
     a, b = normal(70, 90, dtype=dtype), normal(90, 40, dtype=dtype, seed=1)
     out = torch.full((70, 40), torch.nan)
