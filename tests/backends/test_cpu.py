@@ -280,30 +280,26 @@ def packed(length, document):
     return torch.stack([start, start + document], -1)[None].int()
 
 
-LONG = {
-    "window": {"causal": True, "window": (256, None)},
-    "lengths": {"key_lengths": torch.tensor([1000])},
-    "ranges": {"key_ranges": packed(8192, 512)},
-    "mask of keys": {"mask": (torch.arange(8192) < 700)[None, None, None]},
+LONG = {  # and the keys that a block of rows sees
+    "window": ({"causal": True, "window": (256, None)}, 512),
+    "lengths": ({"key_lengths": torch.tensor([1000])}, 1024),
+    "ranges": ({"key_ranges": packed(8192, 512)}, 512),
+    "mask of keys": ({"mask": (torch.arange(8192) < 700)[None, None, None]}, 768),
 }
 
 
 @pytest.mark.parametrize("mask", LONG)
-def test_memory_grows_with_the_length_alone(mask):
-    call = make_call(torch.float32, batch=1, q_heads=2, kv_heads=1, length=8192, **LONG[mask])
-    with Watch() as watch:
-        run(call, *output_gradients(call))
+def test_memory_grows_with_the_length_alone_and_tiles_that_nobody_sees_are_skipped(mask):
+    masks, keys = LONG[mask]
+    call = make_call(torch.float32, batch=1, q_heads=2, kv_heads=1, length=8192, **masks)
+    with Watch() as forward:
+        result = blockwise.forward(call, True)
+    with Watch() as backward:
+        blockwise.backward(call, result.out, result.lse, *output_gradients(call), ALL, None)
     inputs = 4 * 8192 * 2 * 16  # bytes of q
-    assert watch.largest <= max(4 * tiles._PAIRS, 3 * inputs)
-
-
-@pytest.mark.parametrize(("mask", "keys"), [("window", 512), ("lengths", 1024), ("ranges", 512), ("mask of keys", 768)])
-def test_tiles_that_nobody_sees_are_skipped(mask, keys):
-    call = make_call(torch.float32, batch=1, q_heads=2, kv_heads=1, length=8192, **LONG[mask])
-    with Watch() as watch:
-        blockwise.forward(call, False)
+    assert max(forward.largest, backward.largest) <= max(4 * tiles._PAIRS, 3 * inputs)
     blocks = 8192 // (tiles._ROWS // 2)
-    assert watch.calls["aten::bmm"] <= blocks * (keys // tiles.KEYS)
+    assert forward.calls["aten::bmm"] <= blocks * (keys // tiles.KEYS)
 
 
 @pytest.mark.usefixtures("small_tiles")
