@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -179,10 +180,10 @@ class TritonattnMetadataBuilder(AttentionMetadataBuilder[TritonattnMetadata]):
         """
         if not chunks:
             return 2  # launches depend on shapes alone
-        ends = m.seq_lens_cpu_upper_bound
-        starts = ends - m.query_start_loc_cpu.diff()
-        places = starts[(starts > 0) & (starts % SMALLEST_PAGE == 0)].unique()[:, None]
-        return 1 + int(((starts < places) & (places <= ends)).any(1).sum())
+        new = itertools.pairwise(m.query_start_loc_cpu.tolist())
+        spans = [(end - (b - a), end) for end, (a, b) in zip(m.seq_lens_cpu_upper_bound.tolist(), new, strict=True)]
+        places = {start for start, _ in spans if start > 0 and start % SMALLEST_PAGE == 0}
+        return 1 + sum(any(start < place <= end for start, end in spans) for place in places)
 
 
 class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
