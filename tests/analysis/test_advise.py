@@ -189,3 +189,11 @@ def test_every_rule_names_modes_and_documents_that_exist():
             assert (ROOT / document).is_file(), document
         for exercise in re.findall(r"workshop\.md, exercise (\d)", " ".join(rule.evidence)):
             assert f"\n## {exercise}. " in (ROOT / "docs" / "workshop.md").read_text()
+
+
+def test_a_patched_model_may_be_sent_back():
+    net = sharpened(1.0)
+    with patch(net, "key_norm_sum", gain=0.01) as patched:
+        advice = advise(net, TOKENS)
+        assert len(patched.layers) == 2
+    assert {(one.reading.mode, one.rule.name) for one in advice.findings} == {("key_norm_sum", "uniform")}

@@ -170,6 +170,15 @@ def test_a_module_that_caught_an_error_of_its_part_counts_as_itself():
     assert list(record_of(Outer(), lambda net: net(x).sum())["layers"]) == ["Outer"]
 
 
+def test_decoding_is_left_alone():
+    """attention_decode has no gradient, so steps with a cache are not seen."""
+    net = Net(causal=True)
+    with Monitor(net, every=1, thresholds=QUIET) as monitor, torch.no_grad():
+        net(torch.randn(1, 1, 32), cache=net.attention.cache(1, 8))
+        with pytest.warns(RuntimeWarning, match="saw no attention"):
+            assert monitor.step()["layers"] == {}
+
+
 def test_frozen_layers():
     class Two(nn.Module):
         def __init__(self):

@@ -1,6 +1,7 @@
 """`Monitor` under transformers' Trainer."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers
 from tests.huggingface.test_patch import state as whole_state
 from tests.support.llama import ids, llama
 from tritonattn.analysis import Monitor, Thresholds
+from tritonattn.analysis.trainer import MonitorCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 QUIET = Thresholds(None, None, None)
@@ -59,3 +61,21 @@ def test_a_record_an_optimizer_step_that_says_what_the_trainer_says(tmp_path):
     trainer(plain, tmp_path).train()
     for one, other in zip(plain.parameters(), net.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_monitor_that_is_open_stays_open(tmp_path):
+    monitor = Monitor(llama(), every=1, thresholds=QUIET)
+    with monitor:
+        trainer(monitor.model, tmp_path, monitor).train()
+        assert monitor.active
+        assert monitor.last["step"] == 3
+
+
+@pytest.mark.parametrize(("enabled", "scale"), [(True, 64.0), (False, 1.0)])
+def test_gradients_are_divided_by_the_losss_scale(enabled, scale):
+    scaler, seen = SimpleNamespace(get_scale=lambda: 64.0, is_enabled=lambda: enabled), []
+    callback = MonitorCallback(SimpleNamespace(step=lambda grad_scale: seen.append(grad_scale)))
+    for optimizer in (SimpleNamespace(scaler=scaler), SimpleNamespace(scaler=None), object()):
+        callback.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
+        callback.on_step_end(None, None, None)
+    assert seen == [scale, 1.0, 1.0]

@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.analysis.models import Net
 from tests.support.llama import llama
+from tritonattn import Scales, Scaling
 from tritonattn.analysis import Alarm, Monitor, Thresholds, qk_clip
 from tritonattn.huggingface import patch
 from tritonattn.huggingface.architecture import interface_keywords
@@ -43,6 +44,20 @@ def clipped(net, run):
     after = largest(net, run)[layer]
     for old, new, factor in zip(before[layer], after, gamma, strict=True):
         assert new == pytest.approx(old * factor, rel=1e-4), (before[layer], after, gamma)
+
+
+def test_factors_of_invisible_pairs_do_not_matter():
+    class OfVisible(Scaling):
+        name = "of visible"
+
+        def scales(self, q, k, visibility, statistics):
+            return Scales(0.3)
+
+        def multiplier(self, q, k, visible):
+            return torch.where(visible, 0.3, math.nan)
+
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    clipped(Net(kv_heads=4, scaling=OfVisible(), causal=True), lambda net: net(x))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

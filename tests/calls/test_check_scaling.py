@@ -166,3 +166,17 @@ def test_gradients_are_compared_where_none_are_recorded(mode):
 def test_sizes_of_no_call_are_refused(sizes, error, about):
     with pytest.raises(error, match=f"^{about}"):
         check_scaling(Counts(), **sizes)
+
+
+def test_sizes_are_as_asked_and_the_generator_stays():
+    seen = set()
+
+    class Watched(Counts):
+        def scales(self, q, k, visibility, statistics):
+            seen.add((q.shape[1], k.shape[1], q.shape[3]))
+            return super().scales(q, k, visibility, statistics)
+
+    before = torch.get_rng_state()
+    check_scaling(Watched(), heads=6, kv_heads=3, head_dim=5)
+    assert seen == {(6, 3, 5)}
+    assert torch.equal(torch.get_rng_state(), before)

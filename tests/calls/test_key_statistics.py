@@ -148,6 +148,7 @@ def test_past_the_capacity_is_dropped_where_values_are_not_read(monkeypatch):
         ("append", (None,), TypeError, r"k_new: expected a tensor \[B, Hkv, n, D\], got NoneType"),
         ("append", (torch.ones(B, H, 1, D).int(),), TypeError, "k_new: expected a floating dtype"),
         ("append", (torch.ones(B, D),), ValueError, r"k_new: expected \[B, Hkv, n, D\] = \[3, 2, n, D\], got \[3, 5\]"),
+        ("append", (torch.ones(B, H + 1, 1, D),), ValueError, r"k_new: expected .*, got \[3, 3, 1, 5\]"),
         ("append", (torch.ones(B, H, 1, 0),), ValueError, r"k_new: expected D of at least 1, got \[3, 2, 1, 0\]"),
         ("append", (_keys(1).to("meta"),), ValueError, "k_new: expected this KeyStatistics's device cpu, got meta"),
         ("append", (_keys(2), torch.ones(B)), TypeError, "counts: expected an integer dtype, got torch.float32"),

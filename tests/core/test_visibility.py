@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.masks import MASKS, visible_pairs
 from tritonattn.core import ranges
+from tritonattn.core.packing import Places
 from tritonattn.core.ranges import prefix_sum
 from tritonattn.core.visibility import Visibility
 
@@ -200,3 +201,15 @@ def test_any_combination_of_ranges(data):
     shown = torch.where(dense[:, :HKV], x[:, :, None], 0)
     torch.testing.assert_close(visibility.sum(x), shown.sum(-1), rtol=1e-12, atol=1e-12)
     assert torch.equal(visibility.max(x), torch.nn.functional.pad(shown, (0, 1)).amax(-1))
+
+
+def test_entries_of_no_member_are_zero_there_and_back():
+    """Members of 2 and 3 entries on an axis of 7; also the gradients, each the other's move."""
+    places = Places(torch.tensor([0, 2, 5]), 3, 7)
+    x = torch.arange(1.0, 15).double().reshape(1, 2, 7).requires_grad_()
+    members = places.unpacked(x)
+    assert torch.equal(members[0], torch.nn.functional.pad(x[0, :, :2], (0, 1)))
+    assert torch.equal(members[1], x[0, :, 2:5])
+    own = torch.arange(7) < 5
+    assert torch.equal(places.packed(members), x * own)
+    assert torch.equal(torch.autograd.grad(members.sum(), x)[0], own.double().expand(1, 2, 7))

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES
-from tritonattn.huggingface import attention_forward
+from tritonattn.huggingface import attention_forward, register, unregister
+from tritonattn.huggingface.visible import _without_bias
 
 
 def tokens(batch: int = 2, length: int = 13) -> torch.Tensor:
@@ -100,7 +102,7 @@ def test_a_foreign_mask_is_refused(mask, message):
         attention_forward(SimpleNamespace(), q, q, q, mask, scaling=0.5)
 
 
-def test_additive_masks_of_zero_and_minus_infinity_are_bool_masks():
+def test_additive_masks_of_zero_and_minus_infinity_are_bool_masks(monkeypatch):
     q, module = torch.randn(1, 2, 3, 4), SimpleNamespace()
     visible = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
     wanted = attention_forward(module, q, q, q, visible, scaling=0.5)[0]
@@ -110,6 +112,9 @@ def test_additive_masks_of_zero_and_minus_infinity_are_bool_masks():
     for bias in (-1.5, -1e4):
         with pytest.raises(NotImplementedError, match="attention_mask: a bias"):
             attention_forward(module, q, q, q, torch.full((1, 1, 3, 3), bias), scaling=0.5)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(RuntimeError, match="attention_mask: a bias"):
+        _without_bias(torch.full((1, 1, 3, 3), -1.5))
 
 
 def test_a_mask_of_more_keys_than_there_are_is_cut():
@@ -150,3 +155,10 @@ def test_a_window_without_a_mask():
         attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=3, is_causal=False)
     wide, _ = attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=9, is_causal=False)
     torch.testing.assert_close(wide, tritonattn.attention(q, k, v, scaling=0.5).transpose(1, 2))
+
+
+def test_a_name_is_taken_back_with_its_masks():
+    interfaces = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
+    for change, is_known in ((register, True), (unregister, False)):
+        change("tritonattn_twice")
+        assert [("tritonattn_twice" in interface.valid_keys()) for interface in interfaces] == [is_known] * 2

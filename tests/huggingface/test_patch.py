@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
 from tests.support.pairs import in_turn
-from tritonattn.huggingface import NAME, patch, patched
+from tritonattn.huggingface import NAME, patch, patched, restore
 from tritonattn.nn import PerHead
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -58,9 +58,22 @@ def test_undo_is_bit_identical(name, implementation):
 
 def test_the_context_undoes_on_an_error():
     network = LLAMA.build()
-    with pytest.raises(KeyboardInterrupt), patch(network, scaling="none"):
+    with pytest.raises(KeyboardInterrupt), patch(network, scaling="none") as one:
         raise KeyboardInterrupt
     assert patched(network) is None
+    with pytest.raises(RuntimeError, match="this patch has been undone"):
+        one.__enter__()
+    with pytest.raises(ValueError, match=r"model: expected scalings of layers in config.tritonattn, got none"):
+        restore(network)
+
+
+def test_who_watches_goes_on_after_another_has():
+    network, calls = LLAMA.build(), []
+    with patch(network) as one, one.watch(lambda *_: calls.append("outer")):
+        with one.watch(lambda *_: calls.append("inner")):
+            logits(network)
+        logits(network)
+    assert calls == ["inner"] * 2 + ["outer"] * 2
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -16,6 +16,7 @@ from tests.huggingface.architectures import ARCHITECTURES, VERSION
 from tests.huggingface.test_patch import LLAMA
 from tritonattn import SCALINGS, Scales, Scaling
 from tritonattn.huggingface import patch, patched, restore
+from tritonattn.huggingface.scalings import from_config, to_config
 from tritonattn.huggingface.settings import MARK
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -250,3 +251,37 @@ def test_a_config_alone_makes_a_patched_model():
     again = transformers.AutoModelForCausalLM.from_config(network.config)
     assert {name for name, _ in again.named_parameters()} == {name for name, _ in network.named_parameters()}
     assert isinstance(again.model.layers[0].self_attn.tritonattn.scaling.s, nn.Parameter)
+
+
+def test_weights_without_what_was_learned_are_said_and_start_anew(tmp_path, caplog):
+    network = LLAMA.build()
+    network.save_pretrained(tmp_path)
+    plain = logits(network)
+    with patch(network, scaling="per_head", gain=torch.ones(4, 1)):
+        network.config.save_pretrained(tmp_path)
+    caplog.set_level("WARNING", logger="transformers")
+    transformers.utils.logging.enable_propagation()
+    try:
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert "theta" in caplog.text
+    torch.testing.assert_close(logits(again), plain, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        tritonattn.nn.LogPower(4, 0.5, base=8.0),
+        tritonattn.nn.QueryAdaptiveSSMax(4, 8),
+        tritonattn.nn.SSMax(4, bias=True),
+        tritonattn.nn.Scheduled("dim", tritonattn.nn.PerHead("dim", heads=4), 9, blend="geometric"),
+    ],
+    ids=lambda scaling: scaling.name,
+)
+def test_a_module_of_scalings_comes_back_from_json(scaling):
+    again = from_config(json.loads(json.dumps(to_config(scaling))), 4, "scaling")
+    assert repr(again) == repr(scaling)
+    assert {name: x.shape for name, x in again.state_dict().items()} == {
+        name: x.shape for name, x in scaling.state_dict().items()
+    }
