@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tritonattn import attention
 from tritonattn.core.statistics import Statistics
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import Cosine
@@ -26,6 +27,13 @@ def test_logits_are_cosines(tau):
     q, k = inputs()
     cosine = torch.nn.functional.cosine_similarity(q[:, :, :, None], k[:, :, None], dim=-1)
     torch.testing.assert_close(logits(Cosine(tau), q, k), cosine * (tau or 4.0))
+
+
+def test_lengths_whose_product_is_below_fp32():
+    """Their factor is above it, and the products of q and k are 0 unless scales are folded into q and k."""
+    q, k = (x.float() * size for x, size in zip(inputs(), (1e-20, 1e-25), strict=True))
+    for backend in ("sdpa", "reference"):
+        assert attention(q, k, torch.ones_like(k), scaling="cosine", backend=backend).isfinite().all()
 
 
 def test_the_default_is_rms_normalisation_and_sqrt_dim():

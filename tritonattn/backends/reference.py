@@ -56,8 +56,8 @@ def attention(
     with without_autocast(q):
         products = query @ key.mT  # [B, Hq, Sq, Sk]
         if isinstance(multiplier, Tensor):
-            multiplier = torch.where(visible, multiplier.to(dtype), 0)
-        logit, weighed = products * multiplier, visible
+            multiplier = torch.where(visible, multiplier.double(), 0)  # 1 / (|q| |k|) may pass fp32
+        logit, weighed = (products * multiplier).to(dtype), visible
         if bias is not None:
             bias = torch.where(visible, bias.to(dtype), 0)
             logit, weighed = logit + bias, visible & (bias != -torch.inf)
