@@ -1,7 +1,9 @@
 """`advise`: the advice for each kind of attention, and its reason."""
 
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tests.support.llama import ids, llama
 from tests.support.refusals import assert_refused
 from tritonattn.analysis import RULES, advise, diagnose
 from tritonattn.analysis.advise import mode_of
+from tritonattn.analysis.rules import Reading
 from tritonattn.cli import main as cli
 from tritonattn.huggingface import patch
 from tritonattn.lab import demo
@@ -175,6 +178,62 @@ def test_padding_has_no_say():
     for one, two in zip(padded.findings, again.findings, strict=True):
         assert one.reading == two.reading
         assert one.reading.key_count_mean == pytest.approx((sum(range(1, 41)) + 6) / 43)
+
+
+HEALTHY = Reading(
+    layer="a",
+    mode="sqrt_dim",
+    logit_std=1.0,
+    max_logit=10.0,
+    relative_entropy=0.8,
+    near_one_hot=0.1,
+    near_uniform=0.1,
+    jacobian_norm=0.1,
+    gradient_norm=0.1,
+    key_count_mean=64.4,
+    key_count_variation=0.1,
+    key_norm_mean=5.0,
+    key_norm_variation=0.1,
+    key_norm_between=0.1,
+    causal=False,
+    longest=64,
+    context=64,
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fine", "beyond"),
+    [
+        ("broken", {"max_logit": 10.0}, {"max_logit": math.nan}),
+        ("broken", {"max_logit": 10.0}, {"max_logit": math.inf}),
+        ("peaked", {"max_logit": 100.0}, {"max_logit": 100.1}),
+        ("peaked", {"near_one_hot": 0.5}, {"near_one_hot": 0.51}),
+        ("uniform", {"near_uniform": 0.5}, {"near_uniform": 0.51}),
+        ("beyond the context", {"longest": 64}, {"longest": 65}),
+        ("beyond the context", {"longest": 65, "context": None}, {"longest": 65}),
+        ("varied lengths", {"key_norm_between": 0.5}, {"key_norm_between": 0.51}),
+        ("varied counts", {"key_count_variation": 0.25}, {"key_count_variation": 0.26}),
+        ("varied counts", {"key_count_variation": 0.26, "causal": True}, {"key_count_variation": 0.26}),
+    ],
+)
+def test_a_rule_applies_beyond_its_limit_alone(rule, fine, beyond):
+    for changed, name in ((fine, "healthy"), (beyond, rule)):
+        one = replace(HEALTHY, **changed)
+        assert next(rule.name for rule in RULES if rule.applies(one)) == name
+
+
+def test_a_mode_heals_down_to_a_quarter_of_ill_rows():
+    peaked = next(rule for rule in RULES if rule.name == "peaked")
+    for one_hot, logit, heals in (
+        (0.15, 100.0, True),
+        (0.16, 100.0, False),
+        (0.15, 100.1, False),
+        (0, -math.inf, False),
+    ):
+        new = replace(HEALTHY, near_one_hot=one_hot, max_logit=logit)
+        assert peaked.heals(HEALTHY, new) == heals, (one_hot, logit)
+    modes = {None: "log_key_count(64)", 0.0: "sqrt_dim", 1.0: "log_key_count(64)", 2.0: "log_power(2, 64)"}
+    assert {power: replace(HEALTHY, power=power).counted for power in modes} == modes
 
 
 def test_every_rule_names_modes_and_documents_that_exist():

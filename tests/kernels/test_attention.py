@@ -54,6 +54,17 @@ def test_every_pair_of_choices(mask, form, scales, dtype, heads, lengths, dims, 
     harness.check(tensors, summands=cancelling, scale=0.3, **arguments)
 
 
+@pytest.mark.parametrize("has_ranges", [False, True])
+def test_terms_of_keys_in_blocks_that_need_no_mask(has_ranges, device):
+    """Several in a row; with ranges whose ends differ in a block of rows, between blocks that do."""
+    tensors = harness.inputs(
+        torch.float32, device, batch=1, q_len=37, k_len=80, scales=("query_scale", "key_scale", "key_bias")
+    )
+    row = torch.arange(37, device=device)
+    ranges = torch.stack([row % 20, 80 - row % 9], -1).int()[None] if has_ranges else None
+    harness.check(tensors, key_ranges=ranges)
+
+
 @pytest.mark.parametrize("window", [(1, 0), (17, 3), (30, 0), (None, 14), (None, 1)], ids=str)
 def test_windows_whose_edge_is_that_of_a_tile(window, device):
     """A single row of the last tile of 16 sees a block of keys, or all rows but a single one do."""
