@@ -272,9 +272,9 @@ def test_export_of_a_window_wider_than_the_example(window, scaling):
 
     class Layer(torch.nn.Module):
         def forward(self, q, k, v):
-            return tritonattn.attention(q, k, v, window=window, scaling=scaling)
+            return tritonattn.attention(q, k, v, window=window, scaling=scaling, gain=torch.ones(q.shape[1], 1))
 
-    length = {2: torch.export.Dim("length", min=2, max=64)}
+    length = {0: torch.export.Dim("batch", min=2, max=64), 2: torch.export.Dim("length", min=2, max=64)}
     program = torch.export.export(Layer(), tuple(x.detach() for x in operands()[:3]), dynamic_shapes=(length,) * 3)
     for size in (7, 60):
         leaves = tuple(x.detach() for x in operands(length=size)[:3])

@@ -71,7 +71,16 @@ def test_export(strict):
     class Layer(torch.nn.Module):
         def forward(self, q, k, v, cu_seqlens_q, cu_seqlens_k):
             return tritonattn.attention_varlen(
-                q, k, v, cu_seqlens_q, cu_seqlens_k, 16, 16, scaling="key_norm_mean", causal=True
+                q,
+                k,
+                v,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                16,
+                16,
+                scaling="key_norm_mean",
+                causal=True,
+                batch_invariant=not strict,
             )
 
     def arguments(packed: Packed) -> tuple[Tensor, ...]:

@@ -185,7 +185,8 @@ class Given(Scaling):
 def _expanded(scale: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     if scale.dtype != dtype:
         scale = scale.to(dtype)
-    return scale if scale.shape == shape else scale.expand(shape)
+    is_whole = scale.dim() == len(shape) and scale.shape == shape  # tuples compare sizes first, and tracing binds them
+    return scale if is_whole else scale.expand(shape)
 
 
 def _per_group(bias: Tensor, visibility: Visibility) -> Tensor:

@@ -39,7 +39,7 @@ class Places:
 
     def _unpack(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
-            return x.new_zeros(len(self.starts) - 1, x.shape[1], self.longest)
+            return x.new_zeros(self.starts.shape[0] - 1, x.shape[1], self.longest)
         place = torch.arange(self.longest, device=x.device)
         index = (self.starts[:-1, None] + place).clamp(max=max(self.total - 1, 0))  # [N, longest]
         found = x[0][:, index].transpose(0, 1)

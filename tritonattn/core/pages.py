@@ -48,7 +48,7 @@ class PageTable:
     def find(self, key: Tensor, pages: int) -> Found:
         """Where `key`, int64 [N or 1, n], lies in so many pages; a key below 0 lies nowhere."""
         if self.sequences is None:
-            member = torch.arange(len(self.numbers), device=key.device)[:, None]
+            member = torch.arange(self.numbers.shape[0], device=key.device)[:, None]
         else:
             member, key = self.sequences.place_of_keys(key)
         page, place, found = self.locate(member, key, pages)

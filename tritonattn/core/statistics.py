@@ -171,7 +171,7 @@ def _lengths_on_cpu(k: Tensor) -> Tensor:
 
 
 def _by_pieces(lengths: Callable[[Tensor], Tensor], k: Tensor) -> Tensor:
-    if k.dim() < 2 or k.shape[-2] <= _ROWS:
+    if not runs_eagerly(k) or k.dim() < 2 or k.shape[-2] <= _ROWS:  # a trace would bind the number of keys
         return lengths(k)
     return torch.cat([lengths(piece) for piece in k.split(_ROWS, dim=-2)], dim=-1)
 

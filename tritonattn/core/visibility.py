@@ -248,7 +248,7 @@ class Visibility:
         """A statistic [1, H, T_q] of x [1, H, T_k], computed for a padded batch of the sequences."""
         rows = Places(sequences.q_starts.long(), sequences.longest_q, self.q_len)
         keys = Places(sequences.k_starts.long(), sequences.longest_k, self.k_len)
-        batch = len(rows.starts) - 1
+        batch = rows.starts.shape[0] - 1
         sizes = (batch, self.q_heads, self.kv_heads, rows.longest, keys.longest)
         members = _Members(*sizes, self.device, self.left, self.right, invariant=True, q_counts=rows.counts)
         members = replace(members, key_lengths=keys.counts)
