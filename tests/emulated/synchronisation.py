@@ -44,9 +44,10 @@ class Launch:
         """Whether nothing is reported when another text of the kernel runs."""
         kernel, grid, _, names = self.launched
         try:
-            return run(kernel, grid, copied(self.arguments), names=names, ptx=ptx).ok
+            run(kernel, grid, copied(self.arguments), names=names, ptx=ptx, strict=True)
         except PTXError:
             return False
+        return True
 
 
 class Recorder(Executor):

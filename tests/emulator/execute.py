@@ -29,6 +29,7 @@ def run(
     *,
     names: list[str] | None = None,
     collect: bool = False,
+    strict: bool = False,
     max_threads: int = DEFAULT_MAX_THREADS,
     ptx: str | None = None,
 ) -> Report:
@@ -38,6 +39,7 @@ def run(
                   trailing scratch pointers may be left out: the kernel gets the scratch memory that it asks for
     names         of the arguments, for messages
     collect       note faults in the report and go on, with NaN for what was read, rather than raise PTXFault
+    strict        raise PTXError at the first race or uninitialised read, rather than note it in the report
     max_threads   how many run in lock step: 2048 to 4096 are fastest
     ptx           another text of the same kernel, to be run in place of the compiled one
 
@@ -54,6 +56,7 @@ def run(
         descriptors=getattr(metadata, "tensordesc_meta", None) or (),
         names=names,
         collect=collect,
+        strict=strict,
         max_threads=max_threads,
     )
 
@@ -69,6 +72,7 @@ def run_ptx(
     descriptors=(),
     names: list[str] | None = None,
     collect: bool = False,
+    strict: bool = False,
     max_threads: int = DEFAULT_MAX_THREADS,
 ) -> Report:
     """As `run`, from PTX text. shared: bytes of shared memory; scratch: bytes of global scratch per CTA (None: what the
@@ -81,7 +85,7 @@ def run_ptx(
         raise PTXError(f"num_warps: expected {threads // 32}, as the PTX says, got {num_warps}")
     grid = _three_axes(grid)
     machine = Machine(program.flow, grid, threads, shared, collect)
-    machine.memo = program.memo
+    machine.memo, machine.report.strict = program.memo, strict
     _Arguments(machine, descriptors).place(list(arguments), names, scratch)
     machine.build_global()
     # CTAs of equal x run together: they mostly have equal trip counts.

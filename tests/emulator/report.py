@@ -6,6 +6,7 @@ import collections
 
 import numpy as np
 
+from .errors import PTXError
 from .flow import Flow
 from .instruction import Instruction
 
@@ -20,13 +21,14 @@ class Report:
     global_memory                  by class: requests, 32-byte sectors, bytes, sectors_per_request, sector_use
     shared_memory                  by class: wavefronts, ideal (without bank conflicts), conflict_degree
     seconds, ctas                  of the run
+    strict                         whether a race or an uninitialised read raises PTXError
     """
 
     def __init__(self, name: str, flow: Flow) -> None:
         self.name, self.flow = name, flow
         self.races, self.benign, self.uninitialised, self.faults, self.notes = ({} for _ in range(5))
         self.counts, self.global_memory, self.shared_memory = {}, {}, {}
-        self.seconds, self.ctas = 0.0, 0
+        self.seconds, self.ctas, self.strict = 0.0, 0, False
         self.executions = np.zeros(len(flow.blocks), np.int64)  # warps by block
         self.requests = collections.defaultdict(lambda: [0, 0, 0])  # instruction -> requests, sectors, bytes
         self.wavefronts = collections.defaultdict(lambda: [0, 0])  # instruction -> wavefronts, ideal
@@ -40,6 +42,8 @@ class Report:
 
     def note(self, findings: dict, key: tuple, instruction: Instruction, message: str, count: int = 1) -> None:
         """File a finding; more of the same place are counted."""
+        if self.strict and any(findings is problems for problems in (self.races, self.uninitialised)):
+            raise PTXError(message)
         known = findings.get(key)
         if known is None:
             findings[key] = {
