@@ -205,6 +205,18 @@ def test_parameters_made_without_memory_are_reset_to_their_start(name):
         assert torch.equal(x, fresh.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("name", [name for name in RESET if name != "layer"])
+def test_gradients_at_the_start_are_the_same_with_batch_invariant(name):
+    """Parameters of 0 and 1 stand at kinks of functions that have none."""
+    scaling, leaves, found = RESET[name]().double(), operands(), []
+    for switch in (False, True):
+        out = attention(*leaves.values(), scaling=scaling, causal=True, batch_invariant=switch)
+        parameters = [x for x in scaling.parameters() if x.requires_grad]
+        found.append(torch.autograd.grad(out.square().sum(), parameters, allow_unused=True))
+    for plain, invariant in zip(*found, strict=True):
+        torch.testing.assert_close(plain, invariant, rtol=1e-9, atol=1e-9)
+
+
 @every_case
 def test_copies_and_states(case):
     scaling, leaves = learned(case), operands()

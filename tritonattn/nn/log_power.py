@@ -154,7 +154,8 @@ class QueryAdaptiveSSMax(Learned):
         self._check_head_dim(q)
         if invariant:
             product = halving_sum(q.double() * local(self.w).double()[:, None])[..., 0]
-            return product.clamp(min=0) + product.abs().neg().exp().log1p()  # softplus rounds as `power` says of pow
+            positive = torch.where(product > 0, product, 0)  # softplus rounds as `power` says of pow
+            return positive + (product - 2 * positive).exp().log1p()  # unlike -|x|, with its slope at 0
         product = (q.double() @ local(self.w).double()[..., None])[..., 0]
         return nn.functional.softplus(product)
 
