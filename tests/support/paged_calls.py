@@ -81,13 +81,13 @@ def paged_call(
 
 def check_appends(dtype: torch.dtype, head_dim: int, device: torch.device | str = "cpu") -> None:
     """Enter keys by the kernel, at once and in pieces: the same bits, and torch's values; other places stay."""
-    random, page, kv_heads, lengths = torch.Generator().manual_seed(0), 16, 17, (40, 3, 21)
+    random, page, kv_heads, lengths = torch.Generator().manual_seed(0), 16, 17, (100, 3, 70)
     keys = [torch.randn(count, kv_heads, head_dim, generator=random).to(device, dtype) for count in lengths]
     keys[0][30, 1], keys[2][5, 2] = torch.nan, 0
-    table = torch.randperm(9, generator=random).view(3, 3).int().to(device)
+    table = torch.randperm(21, generator=random).view(3, 7).int().to(device)
     found = []
-    for pieces in ([lengths], [(1, 0, 20), (16, 3, 0), (23, 0, 1)]):
-        ours, theirs = (tritonattn.PagedKeyStatistics(9, page, kv_heads, device=device) for _ in range(2))
+    for pieces in ([lengths], [(1, 0, 20), (46, 3, 0), (17, 0, 44), (36, 0, 6)]):
+        ours, theirs = (tritonattn.PagedKeyStatistics(21, page, kv_heads, device=device) for _ in range(2))
         held = [0, 0, 0]
         for piece in pieces:
             new = torch.cat([x[at : at + count] for x, at, count in zip(keys, held, piece, strict=True)])

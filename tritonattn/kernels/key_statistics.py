@@ -176,16 +176,19 @@ def append_to_pages(
     new keys begin and end among the k_len, clamped; key_lengths int32 [B], with the new keys; pages `Pages` of the
     sequences; the buffers, counts None, [N * page, Hkv] contiguous. Keys without a page are dropped.
 
-    Sums go on key by key from the entry of the last old key: their bits do not depend on how keys are cut into calls.
+    Sums are taken in blocks that begin at multiples of BLOCK_N keys, from the entry of the last key before: their bits
+    do not depend on how keys are cut into calls. Of a block that old keys begin, their lengths are read.
     """
     block, _, member = program_position(first_head, first_member, LAST_FIRST=False)
     heads = block * BLOCK_M + tl.arange(0, BLOCK_M)
     keep_head = heads < kv_heads
     start = tl.minimum(tl.maximum(tl.load(starts_ptr + member), 0), k_len)
     new = tl.minimum(tl.maximum(tl.load(starts_ptr + member + 1), start), k_len) - start
-    held = tl.load(key_lengths_ptr + member) - new
+    end = tl.load(key_lengths_ptr + member)
+    held = end - new
     pages = begin_pages(pages, member)
-    last = held - 1 + tl.arange(0, 1)
+    first_block = tl.maximum(held, 0) // BLOCK_N * BLOCK_N
+    last = first_block - 1 + tl.arange(0, 1)
     last_number, last_slot, has_last = page_slots(pages, last, last >= 0, True)
     entry = (last_number.to(tl.int64) * pages.size + last_slot) * kv_heads + heads
     keep_entry = has_last & keep_head
@@ -193,30 +196,27 @@ def append_to_pages(
     square_sum = tl.load(buffers.square_sums + entry, mask=keep_entry, other=0.0)
     maximum = tl.load(buffers.length_maxima + entry, mask=keep_entry, other=0.0)
     order = tl.arange(0, BLOCK_N)
-    for first in range(0, new, BLOCK_N):
-        offs_key = held + first + order
-        keep_key = (first + order < new) & (offs_key >= 0)
-        number, slot, is_held = page_slots(pages, offs_key, keep_key, True)
+    is_last = (order == BLOCK_N - 1)[:, None]
+    for first in range(first_block, end, BLOCK_N):
+        offs_key = first + order
+        number, slot, is_held = page_slots(pages, offs_key, offs_key < end, True)
         entries = (number.to(tl.int64) * pages.size + slot)[:, None] * kv_heads + heads[None, :]
         keep = is_held[:, None] & keep_head[None, :]
-        length_ptrs = new_lengths_ptr + heads.to(tl.int64)[None, :] * k_len + (start + first + order)[:, None]
-        lengths = tl.load(length_ptrs, mask=keep, other=0.0)
-        length_sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float64)
-        square_sums, maxima = length_sums, lengths
-        for row in range(0, tl.minimum(BLOCK_N, new - first)):
-            is_row = (order == row)[:, None]
-            length = tl.sum(tl.where(is_row, lengths, 0.0), 0)
-            wide_length = length.to(tl.float64)
-            length_sum += wide_length
-            square_sum += wide_length * wide_length
-            maximum = _larger(maximum, length)
-            length_sums = tl.where(is_row, length_sum[None, :], length_sums)
-            square_sums = tl.where(is_row, square_sum[None, :], square_sums)
-            maxima = tl.where(is_row, maximum[None, :], maxima)
-        tl.store(buffers.lengths + entries, lengths, mask=keep)
-        tl.store(buffers.length_sums + entries, length_sums, mask=keep)
-        tl.store(buffers.square_sums + entries, square_sums, mask=keep)
-        tl.store(buffers.length_maxima + entries, maxima, mask=keep)
+        is_new = (offs_key >= held)[:, None]
+        length_ptrs = new_lengths_ptr + heads.to(tl.int64)[None, :] * k_len + (start - held + offs_key)[:, None]
+        new_lengths = tl.load(length_ptrs, mask=keep & is_new, other=0.0)
+        lengths = tl.where(is_new, new_lengths, tl.load(buffers.lengths + entries, mask=keep & ~is_new, other=0.0))
+        wide_lengths = lengths.to(tl.float64)
+        length_sums = length_sum[None, :] + tl.cumsum(wide_lengths, 0)
+        square_sums = square_sum[None, :] + tl.cumsum(wide_lengths * wide_lengths, 0)
+        maxima = _larger(maximum[None, :], tl.associative_scan(lengths, 0, _larger))
+        tl.store(buffers.lengths + entries, lengths, mask=keep & is_new)
+        tl.store(buffers.length_sums + entries, length_sums, mask=keep & is_new)
+        tl.store(buffers.square_sums + entries, square_sums, mask=keep & is_new)
+        tl.store(buffers.length_maxima + entries, maxima, mask=keep & is_new)
+        length_sum = tl.sum(tl.where(is_last, length_sums, 0.0), 0)
+        square_sum = tl.sum(tl.where(is_last, square_sums, 0.0), 0)
+        maximum = tl.sum(tl.where(is_last, maxima, 0.0), 0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -87,9 +87,9 @@ _DECODE_TILES = {
 # Passes without a head dim. A program of prefix_sums goes through a whole row in few steps, each as wide as registers
 # allow. keys_seen tests block_m rows at once, and takes those that see a key of its block by block_n. argmax_of_ranges
 # holds a tile of rows and keys where rows differ, and a vector of block_n keys where they do not. append_to_pages takes
-# block_m heads, key by key.
+# block_m heads, block_n keys at a time.
 _STREAMING_TILES = {
-    "append_to_pages": TileConfig(16, 16, 1, 1),
+    "append_to_pages": TileConfig(16, 64, 8, 1),
     "prefix_sums": TileConfig(4096, 4096, 8, 1),
     "row_bounds": TileConfig(1024, 1024, 4, 1),
     "keys_seen": TileConfig(1024, 64, 8, 1),
