@@ -74,6 +74,9 @@ def test_a_scaling_that_the_model_learns_gets_its_gradient():
     ("name", "value"),
     [
         ("position_bias", torch.zeros(1, 2, 3, 3)),
+        ("relative_position_bias", torch.zeros(1, 2, 3, 3)),
+        ("block_table", torch.zeros(1, 1).int()),
+        ("cache", object()),
         ("indices", torch.zeros(1)),
         ("block_indices", torch.zeros(1)),
         ("sinks", torch.zeros(2)),

@@ -140,6 +140,14 @@ def test_invalid_scalings_are_refused_by_name(message):
     assert sum(isinstance(x, Attend) for x in made.modules()) == 2
 
 
+@pytest.mark.parametrize("option", ["pre_scale_post_talking_heads", "inverted_attention", "cope", "flash_pack_seq"])
+def test_options_that_change_probabilities_are_refused_by_name(option):
+    made = model()
+    setattr(next(x for x in made.modules() if isinstance(x, Attend)), option, True)
+    with pytest.raises(NotImplementedError, match=option):
+        ours.replace_attend(made)
+
+
 def test_a_bias_is_refused_in_the_call_and_models_without_attention_at_once():
     made = model(alibi_pos_bias=True)
     ours.replace_attend(made)

@@ -77,6 +77,7 @@ def test_log_power_is_a_power_of_ln_n():
 def test_log_power_starts_at_its_mode(power, base):
     fixed = factors(LogPower(power, base))[0]
     torch.testing.assert_close(factors(nn.LogPower(4, power, base).double())[0], fixed, rtol=1e-12, atol=0)
+    assert torch.equal(nn.LogPower(4).p, torch.full((4,), 0.5))
     if power == 1.0:
         torch.testing.assert_close(fixed, factors(LogKeyCount(base))[0], rtol=1e-12, atol=0)
 
