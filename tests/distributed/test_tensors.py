@@ -1,7 +1,12 @@
 """DTensors as arguments: batch and heads sharded, against one process."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+
+import tritonattn
+from tritonattn.distributed import HeadParallel
 
 from . import tensors
 
@@ -54,3 +59,11 @@ def test_dropout_differs_by_shard_and_agrees_between_replicas(pool):
     for outputs, replicas_agree in pool.run(tensors.dropped):
         assert replicas_agree
         assert not any(torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
+
+
+def test_parameters_that_are_no_values_of_heads_are_refused_by_name():
+    scaling, mesh = tritonattn.nn.SSMax(4), SimpleNamespace(size=lambda: 3)
+    with pytest.raises(ValueError, match=r"HeadParallel: expected names of SSMax's parameters, got t$"):
+        HeadParallel("s", "t")._apply(scaling, mesh)
+    with pytest.raises(ValueError, match=r"s: expected a value a head on the first axis, .* 3 ranks divide, got \[4\]"):
+        HeadParallel()._apply(scaling, mesh)
