@@ -52,7 +52,12 @@ def test_a_record_is_a_line(tmp_path):
         monitor.restart(3)
         net(torch.randn(2, 5, 32)).sum().backward()
         monitor.step(1.0)
-    assert [one["step"] for one in lines(file)] == [0, 2, 3]
+        file.rename(file.with_suffix(".whole"))
+        file.mkdir()  # nothing can be appended to it, as on a full disk
+        net(torch.randn(2, 5, 32)).sum().backward()
+        with pytest.warns(RuntimeWarning, match="Monitor: a record was not written: .*a.jsonl"):
+            monitor.step(2.0)
+    assert [one["step"] for one in lines(file.with_suffix(".whole"))] == [0, 2, 3]
 
 
 def test_it_warns_once_a_layer_until_it_recovers():

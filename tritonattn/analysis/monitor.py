@@ -28,7 +28,8 @@ class Monitor:
         model: A transformers model, patched or not, or any module that computes its attention by
             `tritonattn.attention` or `attention_varlen`: `tritonattn.nn.ScaledAttention`, `tritonattn.integrations`.
         every: Watch the steps 0, every, 2 every, ...
-        file: A file to append a record to in every watched step, as JSON lines.
+        file: A file to append a record to in every watched step, as JSON lines. Where that fails later, as on a full
+            disk, it warns and goes on.
         tensorboard: A folder, or a writer with `add_scalar(name, value, step)`.
         thresholds: Limits that raise alarms, which warn.
         on_alarm: An action, besides the warning, in every watched step in which an alarm stands: "undo" calls
@@ -250,12 +251,19 @@ class Monitor:
         self.last = record
         for target in (self._file, self._scalars) if self._speaks else ():
             if target is not None:
-                target.write(record)
+                self._write(target, record)
         if alarms and self._act is not None:
             self._act(alarms)
         if (new := [str(alarm) for alarm in alarms if alarm.new]) and self._speaks:
             warnings.warn(f"step {step}: {'; '.join(new)}", RuntimeWarning, stacklevel=3)
         return record
+
+    def _write(self, target: Any, record: dict[str, Any]) -> None:
+        """Write a record; a full disk ends no training, in which other ranks would wait for this one."""
+        try:
+            target.write(record)
+        except OSError as error:
+            warnings.warn(f"Monitor: a record was not written: {error}", RuntimeWarning, stacklevel=4)
 
     def _joined_loss(self, step: int, loss: float | Tensor | None) -> tuple[float | None, list[Alarm]]:
         """The mean loss of the ranks, and its alarm: of a loss since the last watched step that was not finite."""
