@@ -36,11 +36,13 @@ class ALiBi(nn.Module):
     invalid number of heads or keys.
     """
 
+    _place: Tensor  # of no entries; it moves with the module
+
     def __init__(self, heads: int, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         check_count("heads", heads, 1)
         self.heads = heads
-        self.register_buffer("_place", torch.empty(0, device=device), persistent=False)  # moves with the module
+        self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
