@@ -240,8 +240,9 @@ def test_infinite_logits_leave_a_head_and_names_are_checked():
         assert qk_clip(net, 10.0).clip({"attention": [math.inf, -math.inf, math.nan, None]}) == {}
         assert qk_clip(net, 10.0).clip({"attention": [10.0, -3.0, None, math.nan]}) == {}
         assert qk_clip(net, 10.0)([]) == {}
-    with pytest.raises(ValueError, match="max_logits: expected names of layers, got 'attentions'"):
-        qk_clip(net, 10.0).clip({"attentions": [20.0] * 4})
+    for logit in (20.0, 1.0):
+        with pytest.raises(ValueError, match="max_logits: expected names of layers, got 'attentions'"):
+            qk_clip(net, 10.0).clip({"attentions": [logit] * 4})
 
 
 def test_thresholds_and_numbers_of_heads_are_checked():

@@ -122,9 +122,10 @@ class QKClip:
 
     @torch.no_grad()
     def _clip(self, max_logits: Mapping[str, Any]) -> dict[str, Tensor]:
+        modules = {name: _module(self.model, name) for name in max_logits}
         found = {name: self._gamma(values) for name, values in max_logits.items()}
         found = {name: gamma for name, gamma in found.items() if bool((gamma < 1).any())}
-        plans = [_plan(name, _module(self.model, name), gamma) for name, gamma in found.items()]
+        plans = [_plan(name, modules[name], gamma) for name, gamma in found.items()]
         for plan in plans:
             for rows in plan:
                 rows.multiply()
