@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.stub import installed
 from tests.support.device_work import values_unread
-from tritonattn.integrations.vllm import NAME, backend, plugin, settings
+from tritonattn.integrations.vllm import NAME, backend, plugin
 from tritonattn.integrations.vllm.backend import TritonattnBackend
 
 from .layer import Layer
@@ -124,12 +124,3 @@ def test_another_backend_is_refused_for_a_patched_model():
     config.attention_config.backend = AttentionBackendEnum[NAME]
     with set_current_vllm_config(config):
         assert get_attn_backend(64, torch.bfloat16, "auto") is TritonattnBackend
-
-
-def test_each_rank_takes_the_values_of_its_heads():
-    saved = settings.Settings.from_config({"scaling": {"name": "ssmax", "bias": True}, "gain": {"learned": [4, 1]}}, 4)
-    learned = {"scaling.s": torch.arange(4.0), "scaling.b": -torch.arange(4.0), "gain": torch.arange(4.0)[:, None]}
-    own = settings.with_learned(saved, "layer", learned, rank=1, ranks=2)
-    assert own.scaling.s.tolist() == [2, 3]
-    assert own.scaling.b.tolist() == [-2, -3]
-    assert own.gain.tolist() == [[2], [3]]
