@@ -125,26 +125,31 @@ def attention_varlen(
     check_varlen(q, k, v, packing, options)
     if statistics is not None:
         check_paged_statistics(statistics, q, k, block_table)
-    (q_len, q_heads, _), k_len = q.shape, packing.keys(k, key_bias)
+    q_len, q_heads, _ = q.shape
     factor = Factor.of(scaling, gain, q, (q_heads, q_len), "[Hq, T_q]")
-    longest = min(max_seqlen_q, q_len), min(packing.longest_k(k), k_len)
-    sequences = Sequences.of(cu_seqlens_q, cu_seqlens_k, q_len, k_len, *longest)
-    masks = {"causal": causal, "window": window, "sequences": sequences, "invariant": options.invariant}
     q = q.transpose(0, 1)[None]
+    visibility = packed_visibility(q, k, packing, options)
     with autocast_off:
         if block_table is None:
             k, v = (x.transpose(0, 1)[None] for x in (k, v))
-            result = attend(q, k, v, factor, Visibility.of(q, k, **masks), options)
+            result = attend(q, k, v, factor, visibility, options)
         else:
             given = {"key_bias": key_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
             refuse_gradients(_OVER_PAGES, q=q, k=k, v=v, **given)
-            keys = torch.Size((1, k.shape[2], k_len, k.shape[3]))
-            visibility = Visibility.of_shapes(q.shape, keys, q.device, **masks)
             result = call_over_pages(q, (k, v), block_table, visibility, statistics, options).attend(factor)
     if not isinstance(result, tuple):
         return _packed(result)
     out, aux = result
     return _packed(out), AttentionAux(*(x[0] for x in aux))
+
+
+def packed_visibility(q: Tensor, k: Tensor, packing: Packing, options: Options) -> Visibility:
+    """Compute which keys each row sees, of checked arguments; q as [1, Hq, T_q, D], k packed or in pages."""
+    q_len, k_len, (kv_heads, head_dim) = q.shape[2], packing.keys(k, options.key_bias), k.shape[-2:]
+    longest = min(packing.max_seqlen_q, q_len), min(packing.longest_k(k), k_len)
+    sequences = Sequences.of(packing.cu_seqlens_q, packing.cu_seqlens_k, q_len, k_len, *longest)
+    masks = {"causal": options.causal, "window": options.window, "sequences": sequences, "invariant": options.invariant}
+    return Visibility.of_shapes(q.shape, torch.Size((1, kv_heads, k_len, head_dim)), q.device, **masks)
 
 
 def call_over_pages(

@@ -28,11 +28,10 @@ from ...calls.checks import Options
 from ...calls.decode import decode_call
 from ...calls.page_checks import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
-from ...calls.varlen import call_over_pages
+from ...calls.varlen import call_over_pages, packed_visibility
 from ...calls.varlen_checks import Packing
 from ...core.decode_call import Cache
-from ...core.sequences import Sequences
-from ...core.visibility import Visibility, window_sides
+from ...core.visibility import window_sides
 from . import NAME
 from .settings import LayerFactor, layer_settings, saved_settings, with_learned
 
@@ -92,15 +91,6 @@ class Chunks:
 
     packing: Packing
     block_table: Tensor
-
-    def visibility(self, q: Tensor, keys: Tensor, options: Options) -> Visibility:
-        """Of the rows q [1, Hq, T, D], over pages of keys."""
-        packing, (q_len, k_len) = self.packing, (q.shape[2], self.packing.keys(keys, None))
-        longest = min(packing.max_seqlen_q, q_len), min(packing.longest_k(keys), k_len)
-        sequences = Sequences.of(packing.cu_seqlens_q, packing.cu_seqlens_k, q_len, k_len, *longest)
-        masks = {"causal": True, "window": options.window, "sequences": sequences, "invariant": options.invariant}
-        shape = torch.Size((1, keys.shape[2], k_len, keys.shape[3]))
-        return Visibility.of_shapes(q.shape, shape, q.device, **masks)
 
 
 @dataclass(eq=False)
@@ -223,7 +213,9 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         self._layers = config.compilation_config.static_forward_context
         self._device = config.device_config.device
         self._options = Options(
-            window=None if sliding_window is None else (sliding_window - 1, 0), softcap=logits_soft_cap or None
+            causal=True,
+            window=None if sliding_window is None else (sliding_window - 1, 0),
+            softcap=logits_soft_cap or None,
         )
         self._sinks = sinks
         self._moves_pages = config.kv_transfer_config is not None
@@ -302,7 +294,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         chunks, options = m.chunks, self._options
         assert chunks is not None
         sizes = ("chunks", q.shape[1], pages[0].shape[2], options.window, options.invariant)
-        visible = m.once(sizes, lambda: chunks.visibility(q, pages[0], options))
+        visible = m.once(sizes, lambda: packed_visibility(q, pages[0], chunks.packing, options))
         return call_over_pages(q, pages, chunks.block_table, visible, statistics, options)
 
     def _attend(self, call: CachedCall) -> Tensor:

@@ -136,7 +136,7 @@ class LayerFactor:
 
     @classmethod
     def of(cls, settings: Settings, scale: float, heads: tuple[int, int], head_size: int) -> LayerFactor:
-        """Of a layer that scales by `scale` without a patch, on a CPU; heads are Hq and Hkv."""
+        """Take the factor of a layer that scales by `scale` without a patch, on a CPU; heads are Hq and Hkv."""
         given = scaling_arguments(settings, scale, head_size)
         q, k = (torch.full((1, n, 1, head_size), torch.nan, dtype=torch.float32, device="cpu") for n in heads)
         factor = Factor.of(**given, q=q, rows=(1, heads[0], 1), axes="[1, Hq, 1]")
