@@ -42,4 +42,5 @@ KEY_SCALE = {"forward": 1.6, "grad_query": 2.6, "grad_key_value": 1.6}
 
 # The same of key_bias. One addition is inherent; both backward passes add up gradients of logits too, and the pass over
 # keys multiplies them by the row's factor only then.
-KEY_BIAS = {"forward": 2.1, "grad_query": 3.3, "grad_key_value": 3.8}
+KEY_BIAS = {"forward": 2.1, "grad_query": 3.3, "grad_key_value": 3.7}
+KEY_BIAS_OF_TARGET = {("grad_key_value", "sm_100"): 3.8}

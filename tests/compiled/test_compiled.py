@@ -8,7 +8,14 @@ import torch
 
 triton = pytest.importorskip("triton")
 from perf import codegen
-from perf.ceilings import KEY_BIAS, KEY_SCALE, NON_MMA_PER_LOGIT, QUERY_SCALE, QUERY_SCALE_OF_TARGET
+from perf.ceilings import (
+    KEY_BIAS,
+    KEY_BIAS_OF_TARGET,
+    KEY_SCALE,
+    NON_MMA_PER_LOGIT,
+    QUERY_SCALE,
+    QUERY_SCALE_OF_TARGET,
+)
 from tests.support.versions import OLDER_TRITON
 from tritonattn import kernels
 from tritonattn.backends.triton import launch
@@ -91,7 +98,7 @@ def check_cost_of_scales(kernel: str, target: str, head_dim: int) -> None:
     )
     assert query - without <= QUERY_SCALE_OF_TARGET.get((kernel, target), QUERY_SCALE[kernel])
     assert key - query <= KEY_SCALE[kernel]
-    assert bias - query <= KEY_BIAS[kernel]
+    assert bias - query <= KEY_BIAS_OF_TARGET.get((kernel, target), KEY_BIAS[kernel])
 
 
 @pytest.mark.parametrize("kernel", ["row_bounds", "keys_seen", "argmax_of_ranges"])
