@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from .language_model import NEEDED, WRITTEN_MODE, add_model
-from .options import at_least, make_folder, names, require
+from .options import add_folder, at_least, make_folder, names, require
 
 HELP = "loss by position of a pretrained model, beyond its trained context, with each scaling"
 DESCRIPTION = (
@@ -39,13 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="average the loss over N positions in tables and plots (default: a 24th of the tokens)",
     )
     add("--quick", action="store_true", help="use 384 tokens, to see that it works")
-    add(
-        "--out",
-        type=Path,
-        default=Path("length-study"),
-        metavar="DIR",
-        help="the folder to write into (default: %(default)s)",
-    )
+    add_folder(parser, "length-study")
 
 
 def run(options: argparse.Namespace) -> int:

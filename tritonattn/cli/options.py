@@ -101,6 +101,12 @@ def check_file(option: str, file: Path | None) -> None:
         raise CommandError(f"{option}: expected a file that can be written, got {str(file)!r}")
 
 
+def add_folder(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --out, the folder of a command's files."""
+    text = "the folder to write into (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path(default), metavar="DIR", help=text)
+
+
 def make_folder(option: str, folder: Path) -> None:
     """Make a folder where there is none. Raises CommandError where that fails."""
     try:

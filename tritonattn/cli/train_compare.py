@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .options import at_least, device, make_folder, names, require
+from .options import add_folder, at_least, device, make_folder, names, require
 
 HELP = "train small models with each scaling, several seeds each, and compare them"
 DESCRIPTION = (
@@ -42,13 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grid", action="store_true", help="train two modes with several optimizers, learning rates and weight decays")
     add("--quick", action="store_true", help="train everything for a few steps, to see that it works")
     add("--report", action="store_true", help="train nothing; write tables and plots of the runs in the folder")
-    add(
-        "--out",
-        type=Path,
-        default=Path("train-compare"),
-        metavar="DIR",
-        help="the folder to write into (default: %(default)s)",
-    )
+    add_folder(parser, "train-compare")
     add("--device", type=device, default="cpu", help="where models train, e.g. cuda (default: %(default)s)")
 
 
