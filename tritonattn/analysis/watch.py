@@ -109,9 +109,7 @@ class Watch:
         name, module = self._running.modules[-1]
         if not (module.training or call.out.requires_grad):
             return
-        if name not in self.tallies:
-            self.tallies[name] = Tally(head_part(module))
-        tally = self.tallies[name]
+        tally = self.tallies.setdefault(name, Tally(head_part(module)))  # at once: threads share a layer
         tally.follow_gradients(call)
         if not _in_backward():
             tally.add(call)
