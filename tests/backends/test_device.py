@@ -173,8 +173,14 @@ def test_configs_devices_and_settings_have_code_of_their_own(kernel, monkeypatch
     assert len(taken) == 4
 
 
-def test_threads_that_meet_a_kernel_together_compile_it_once(kernel):
-    together = Barrier(4)
+def test_threads_that_meet_a_kernel_together_compile_it_once(kernel, monkeypatch):
+    together, binder = Barrier(4), device.binder
+
+    def slow(*arguments: Any) -> Callable:
+        time.sleep(0.02)  # all threads are here before the first is done
+        return binder(*arguments)
+
+    monkeypatch.setattr(device, "binder", slow)
 
     def first(step: int) -> None:
         together.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -164,9 +163,15 @@ class _Code(NamedTuple):
     locks: dict[tuple, threading.Lock]
 
 
-@functools.cache
+_codes: dict[tuple[Any, TileConfig, int], _Code] = {}
+
+
 def _code_of(kernel: Any, config: TileConfig, device: int) -> _Code:
-    return _Code(binder(kernel, make_backend(_driver().get_current_target())), {}, {})
+    """One for all threads: each would have locks of its own where two made one at once."""
+    key = (kernel, config, device)
+    if key not in _codes:
+        _codes.setdefault(key, _Code(binder(kernel, make_backend(_driver().get_current_target())), {}, {}))
+    return _codes[key]
 
 
 def _driver() -> Any:
