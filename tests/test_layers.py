@@ -1,6 +1,7 @@
 """Imports inside the package point down only, and optional packages stay where they are wanted."""
 
 import ast
+import functools
 import graphlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,14 +55,17 @@ def floor_of(module: tuple[str, ...]) -> int:
     return FLOOR_OF["__init__"] if module in DOORS else FLOOR_OF[module[0]]
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+@functools.cache
+def imports(path: Path) -> list[tuple[int, str]]:
     """(relative level, dotted name) of everything that a file imports, names of a module's members included."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((0, name.name) for name in node.names)
+            found += [(0, name.name) for name in node.names]
         elif isinstance(node, ast.ImportFrom):
             module = [node.module] if node.module else []
-            yield from ((node.level, ".".join([*module, name.name])) for name in node.names)
+            found += [(node.level, ".".join([*module, name.name])) for name in node.names]
+    return found
 
 
 def imported_modules(path: Path) -> Iterator[tuple[str, ...]]:

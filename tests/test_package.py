@@ -1,53 +1,37 @@
 """The package as users get it: a wheel, an editable checkout, a bare interpreter."""
 
+import json
 import subprocess
 import sys
-import sysconfig
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from tritonattn.cli.main import COMMANDS
+from tritonattn.tuning import cache_dir
+
 ROOT = Path(__file__).resolve().parent.parent
+HEAVY = {"transformers", "matplotlib", "sklearn", "scipy", "tqdm"}
 
 
-def run(*command: str | Path, **options) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Build a wheel of a kind, standard or editable, by the hooks that pip calls."""
+    backend = pytest.importorskip("hatchling.build", reason="builds the wheel: pip install 'tritonattn[test]'")
+
+    def wheel(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            return folder / getattr(backend, f"build_{kind}")(str(folder))
+
+    return wheel
 
 
-def fresh(code: str, python: str | Path = sys.executable) -> str:
-    """Standard output of code in a fresh process outside the checkout."""
-    return run(python, "-I", "-c", code, cwd=ROOT.anchor).strip()
-
-
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory) -> Path:
-    pytest.importorskip("hatchling", reason="builds the wheel: pip install 'tritonattn[test]'")
-    folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
-    (built,) = folder.glob("*.whl")
-    return built
-
-
-def fresh_venv(folder: Path, *install: str | Path) -> Path:
-    """The python of a new venv with one thing installed, that sees this interpreter's other packages."""
-    venv.create(folder, with_pip=False)
-    python = folder / "bin" / "python"
-    (site,) = folder.glob("lib/python*/site-packages")
-    # Plain path entries: they do not process the .pth file on which an editable tritonattn hangs.
-    others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (site / "others.pth").write_text("\n".join(sorted(others)))
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
-    run(*pip, "--no-build-isolation", *install)
-    return python
-
-
-@pytest.fixture(scope="session")
-def installed(wheel, tmp_path_factory) -> Path:
-    return fresh_venv(tmp_path_factory.mktemp("venv"), wheel)
+@pytest.fixture(scope="module")
+def wheel(build) -> Path:
+    return build("wheel")
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
@@ -61,36 +45,75 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_wheel_works_finds_its_tables_and_has_one_version(installed):
-    code = """
-import pathlib, torch, tritonattn
+# In one process, as the import of torch takes most of its time.
+INSTALLED = """
+import json, runpy, sys, time
+
+def added():
+    return sorted({name.split(".")[0] for name in set(sys.modules) - before})
+
+sys.path.insert(0, sys.argv.pop())
+sys.modules["triton"] = None  # as if it were not installed: an import of it fails
+import torch
+before, start = set(sys.modules), time.process_time()
+import tritonattn
+found = {"seconds": time.process_time() - start, "imported": added(), "file": tritonattn.__file__}
+for words in ["--version"], ["--help"], ["train-compare", "--help"], ["tune", "--help"]:
+    sys.argv[1:] = words
+    try:
+        runpy.run_module("tritonattn", run_name="__main__")
+    except SystemExit as done:
+        assert done.code == 0
+found["imported by help"] = added()
+q = torch.randn(1, 2, 5, 4)
+out = tritonattn.attention(q, q, q, causal=True)
+torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+try:
+    tritonattn.attention(q, q, q, backend="triton")
+except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
+    found["without triton"] = str(error)
+del sys.modules["triton"]
 from importlib import metadata
 from tritonattn.tuning.cache_dir import shipped_tables
-q = torch.ones(1, 2, 3, 4)
-assert tritonattn.attention(q, q, q, causal=True).shape == q.shape
-print(pathlib.Path(tritonattn.__file__).parent, shipped_tables(), (shipped_tables() / "README.md").is_file())
+found["tables"] = str(shipped_tables())
+found["versions"] = [tritonattn.__version__, metadata.version("tritonattn")]
 [script] = metadata.entry_points(group="console_scripts", name="tritonattn")
-print(tritonattn.__version__, metadata.version("tritonattn"), script.value)
+found["script"] = script.value
+print(json.dumps(found))
 """
-    package, tables, found, own, version, script = fresh(code, installed).split()
-    assert Path(package).parent.is_relative_to(installed.parent.parent)
-    assert tables == f"{package}/autotune_cache"
-    assert found == "True"
-    assert (own, script) == (version, "tritonattn.cli.main:main")
-    assert run(installed, "-m", "tritonattn", "--version").split() == ["tritonattn", own]
 
 
-def test_editable_checkout_finds_its_tables_and_leaves_no_copy(tmp_path):
-    python = fresh_venv(tmp_path, "--editable", ROOT)
-    code = "from tritonattn.tuning.cache_dir import shipped_tables; print(shipped_tables())"
-    assert Path(fresh(code, python)) == ROOT / "autotune_cache"
-    (site,) = tmp_path.glob("lib/python*/site-packages")
-    assert not (site / "tritonattn").exists()
+def test_wheel_works_is_light_and_needs_no_triton(wheel, tmp_path):
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", tmp_path, wheel]
+    subprocess.run(list(map(str, pip)), check=True)
+    command = [sys.executable, "-I", "-c", INSTALLED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT.anchor)
+    assert done.returncode == 0, done.stdout + done.stderr
+    version, *helped, last = done.stdout.splitlines()
+    found = json.loads(last)
+    assert found["file"] == str(tmp_path / "tritonattn" / "__init__.py")
+    assert found["tables"] == str(tmp_path / "tritonattn" / "autotune_cache")
+    assert found["script"] == "tritonattn.cli.main:main"
+    assert version == f"tritonattn {found['versions'][0]}"
+    assert found["versions"][0] == found["versions"][1]
+    assert "tritonattn" in found["imported"]
+    assert not {*found["imported"]} & {*HEAVY, "numpy"}
+    assert not {*found["imported by help"]} & HEAVY
+    assert {*COMMANDS} <= {line.split()[0] for line in helped if line.startswith("    ") and line[4] != " "}
+    assert "triton" in found["without triton"]
+    assert "install" in found["without triton"]
+    assert found["seconds"] < 0.3
+
+
+def test_editable_checkout_finds_its_tables_and_leaves_no_copy(build):
+    archive = zipfile.ZipFile(build("editable"))
+    (path,) = (name for name in archive.namelist() if name.endswith(".pth"))
+    assert archive.read(path).decode().split() == [str(ROOT)]
+    assert not any(name.startswith("tritonattn/") for name in archive.namelist())
+    assert cache_dir.shipped_tables() == ROOT / "autotune_cache"
 
 
 def test_missing_tables_are_named(monkeypatch, tmp_path):
-    from tritonattn.tuning import cache_dir
-
     monkeypatch.setattr(cache_dir, "_PACKAGE", tmp_path / "tritonattn")
     with pytest.raises(FileNotFoundError, match="got neither"):
         cache_dir.shipped_tables()
@@ -110,13 +133,11 @@ def test_missing_tables_are_named(monkeypatch, tmp_path):
     ],
 )
 def test_user_cache(monkeypatch, environment, wanted):
-    from tritonattn.tuning.cache_dir import user_cache
-
     for name in ("TRITONATTN_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert user_cache() == Path(wanted).expanduser()
+    assert cache_dir.user_cache() == Path(wanted).expanduser()
 
 
 def test_dir_shows_what_is_public():
@@ -136,37 +157,3 @@ def test_dir_shows_what_is_public():
     public = {"diffusers", "hub_kernel", "timm", "torch_modules", "torchtitan", "vllm", "x_transformers"}
     assert "torch_modules" in dir(tritonattn.integrations)
     assert set(dir(tritonattn.integrations)) <= public
-
-
-def test_import_is_light_and_quick():
-    code = """
-import sys, time, torch
-before, start = set(sys.modules), time.perf_counter()
-import tritonattn
-print(time.perf_counter() - start, *{name.split(".")[0] for name in set(sys.modules) - before})
-"""
-    taken = []
-    while not any(seconds < 0.3 for seconds in taken) and len(taken) < 3:
-        seconds, *added = run(sys.executable, "-c", code, cwd=ROOT).split()
-        taken.append(float(seconds))
-        assert "tritonattn" in added
-        assert not {*added} & {"triton", "transformers", "matplotlib", "numpy", "tqdm"}
-    assert min(taken) < 0.3
-
-
-def test_without_triton():
-    code = """
-import sys
-sys.modules["triton"] = None
-import torch, tritonattn
-q = torch.randn(1, 2, 5, 4)
-out = tritonattn.attention(q, q, q, causal=True)
-torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
-try:
-    tritonattn.attention(q, q, q, backend="triton")
-except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
-    print(type(error).__name__, error)
-"""
-    message = run(sys.executable, "-c", code, cwd=ROOT)
-    assert "triton" in message
-    assert "pip install" in message or "install" in message

@@ -51,29 +51,6 @@ def test_the_command_line_without_its_extras(monkeypatch, capsys):
     assert "pip install 'tritonattn[demo]'" in message
 
 
-HEAVY = {"transformers", "matplotlib", "sklearn", "scipy", "tqdm", "triton"}
-
-
-def test_help_imports_nothing_that_only_some_commands_need():
-    code = """
-import sys, torch
-before = set(sys.modules)
-from tritonattn.cli.main import main
-for arguments in ["--help"], ["train-compare", "--help"], ["tune", "--help"]:
-    try:
-        main(arguments)
-    except SystemExit as done:
-        assert done.code == 0
-print(*{name.split(".")[0] for name in set(sys.modules) - before}, file=sys.stderr)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    added = set(done.stderr.split())
-    assert "tritonattn" in added
-    assert not added & HEAVY
-    for name in cli.COMMANDS:
-        assert f"\n    {name} " in done.stdout or f"\n    {name}\n" in done.stdout
-
-
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
