@@ -1,73 +1,100 @@
 """Models of many architectures, patched with sqrt_dim, give the results of their own eager attention."""
 
 import warnings
-from itertools import cycle, product
+from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
 
-import tritonattn.huggingface
-from tests.huggingface.architectures import ARCHITECTURES, PADDINGS
-from tests.huggingface.checks import equals_eager
-from tests.support.pairs import in_turn
+from tests.huggingface.architectures import ARCHITECTURES, Architecture
+from tests.huggingface.test_patch import state
+from tritonattn.huggingface import patch, patched
 
 NAMES = [name for name, one in ARCHITECTURES.items() if one.exists and one.supported]
-GENERATING = [name for name in NAMES if ARCHITECTURES[name].generates]
 REFUSED = [name for name, one in ARCHITECTURES.items() if one.exists and not one.supported]
+PADDING = dict(zip(ARCHITECTURES, cycle(["left", "right", "none", "holes"]), strict=False))
+IMPLEMENTATION = dict(zip(ARCHITECTURES, cycle(["eager", "sdpa"]), strict=False))
+WEIGHTS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
-# The kinds of masks, in every padding: causal, capped, windows, chunks, sinks, learned positions, cross attention.
-KINDS = [
-    name for name in ("llama", "gemma2", "gemma3", "mistral", "llama4", "gpt_oss", "gpt2", "bart") if name in NAMES
-]
+@pytest.fixture(scope="module", params=NAMES)
+def subject(request) -> tuple[str, Architecture, Any]:
+    architecture = ARCHITECTURES[request.param]
+    return request.param, architecture, architecture.build()
 
 
-@pytest.mark.parametrize(
-    ("name", "padding"),
-    dict.fromkeys([*product(KINDS, PADDINGS), *zip(NAMES, cycle(["left", "none", "right", "holes"]), strict=False)]),
-)
-def test_outputs_and_gradients_equal_eager(name, padding):
-    if padding != "none" and not ARCHITECTURES[name].takes_padding:
+def test_outputs_and_gradients_equal_eager(subject):
+    name, architecture, network = subject
+    inputs = architecture.inputs(PADDING[name] if architecture.takes_padding else "none")
+
+    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The outputs, and every parameter's gradient of a random projection of them."""
+        network.zero_grad()
+        out = architecture.outputs(network, inputs)
+        (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).mean().backward()
+        return out.detach(), {name: x.grad.clone() for name, x in network.named_parameters() if x.grad is not None}
+
+    wanted, expected = run()
+    with patch(network, scaling="sqrt_dim"):
+        got, found = run()
+    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert found.keys() == expected.keys()
+    largest = max(x.norm() for x in expected.values())
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm()
+        assert error <= 1e-3 * gradient.norm() + 1e-6 * largest, (name, float(error), float(gradient.norm()))
+
+
+def test_generation_equals_eager(subject):
+    name, architecture, network = subject
+    if not architecture.generates:
         return
-    equals_eager(ARCHITECTURES[name], padding)
-
-
-@in_turn(name=GENERATING, padding=["left", "none"])
-def test_generation_equals_eager(name, padding):
-    architecture = ARCHITECTURES[name]
-    network, inputs = architecture.build(), architecture.inputs(padding)
-    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    inputs = architecture.inputs("left" if PADDING[name] in ("left", "holes") else "none")
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     wanted = network.generate(**inputs, **options)
-    with tritonattn.huggingface.patch(network, scaling="sqrt_dim"):
+    with patch(network, scaling="sqrt_dim"):
         assert torch.equal(network.generate(**inputs, **options), wanted)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_attention_weights_are_the_models(name):
+def test_attention_weights_are_the_models(subject):
     """output_attentions=True warns and gives eager attention's weights, never an empty tuple."""
-    architecture = ARCHITECTURES[name]
-    network, inputs = architecture.build(), architecture.inputs()
-    network = getattr(network, "text_model", network) if architecture.kind == "image and text" else network
-    inputs.pop("pixel_values" if architecture.kind == "image and text" else "", None)
-    kinds = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
+    name, architecture, network = subject
+    inputs = architecture.inputs()
+    if name == "clip":
+        network = network.text_model
+        del inputs["pixel_values"]
     with torch.no_grad():
         wanted = network(**inputs, output_attentions=True)
-        with tritonattn.huggingface.patch(network), warnings.catch_warnings(record=True) as said:
+        with patch(network), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             got = network(**inputs, output_attentions=True)
-    compared = 0
-    assert any("output_attentions" in str(one.message) for one in said) or name == "clip"
-    for kind in kinds:
-        for mine, its in zip(getattr(got, kind, None) or (), getattr(wanted, kind, None) or (), strict=True):
-            torch.testing.assert_close(mine, its, atol=1e-4, rtol=1e-3)
-            compared += 1
-    asked = any(getattr(wanted, kind, None) for kind in kinds)
-    assert compared >= 2 if asked or name != "clip" else compared == 0  # some versions have none of CLIP's
+    asked = {kind: weights for kind in WEIGHTS if (weights := getattr(wanted, kind, None))}
+    assert asked or name == "clip"  # some versions have none of CLIP's
+    assert name == "clip" or any("output_attentions" in str(one.message) for one in said)
+    for kind, weights in asked.items():
+        assert len(weights) == 2, kind
+        torch.testing.assert_close(getattr(got, kind), weights, atol=1e-4, rtol=1e-3)
+
+
+def test_undo_is_bit_identical(subject):
+    name, architecture, network = subject
+    inputs = architecture.inputs()
+    network.set_attn_implementation(IMPLEMENTATION[name] if network._supports_sdpa else "eager")
+    with torch.no_grad():
+        wanted, before = architecture.outputs(network, inputs), state(network)
+        with patch(network, scaling="ssmax", gain=torch.ones(4, 1)) as one:
+            assert not torch.equal(architecture.outputs(network, inputs), wanted)
+            assert patched(network) is one
+        assert patched(network) is None
+        assert torch.equal(architecture.outputs(network, inputs), wanted)
+    assert state(network) == before
+    one.undo()
 
 
 @pytest.mark.parametrize("name", REFUSED or [pytest.param(None, marks=pytest.mark.skip(reason="none in this version"))])
 def test_architectures_that_an_older_transformers_lacks_are_refused_by_name(name):
     network = ARCHITECTURES[name].build()
     with pytest.raises(NotImplementedError, match=type(network).__name__):
-        tritonattn.huggingface.patch(network)
+        patch(network)

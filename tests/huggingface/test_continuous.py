@@ -16,7 +16,7 @@ from tritonattn.nn import SSMax
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 served = pytest.mark.skipif(VERSION < (5, 24), reason="the attention function has to read the cache")
-OPTIONS = transformers.GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+OPTIONS = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
 
 def requests() -> list[list[int]]:
@@ -58,10 +58,7 @@ def events(monkeypatch) -> set[tuple[str, Any]]:
 
 
 CASES = {  # model, scaling, layers, and its implementation before the patch
-    "count": ("llama", "log_key_count", None, "sdpa"),
-    "norms": ("llama", "key_norm_mean", None, "sdpa"),
-    "learned": ("llama", SSMax, None, "sdpa"),
-    "layers": ("llama", None, {0: "key_norm_mean", 1: {"scaling": "log_key_count", "gain": 2.0}}, "sdpa"),
+    "layers": ("llama", None, {0: SSMax, 1: {"scaling": "key_norm_mean", "gain": 2.0}}, "sdpa"),
     "part": ("llama", "key_norm_mean", [1], "sdpa"),
     "part, eager": ("mistral", "key_norm_sum", [0], "eager"),
     "window": ("mistral", "key_norm_mean", None, "sdpa"),
@@ -136,12 +133,8 @@ def test_older_versions_refuse_by_name(layers):
         network.generate_batch([[3, 4]], generation_config=OPTIONS)
 
 
-def test_a_call_without_ends_or_with_an_unread_cache_is_refused_by_name():
+def test_a_call_without_ends_is_refused_by_name():
     network, q = LLAMA.build("sdpa"), torch.randn(1, 4, 3, 8)
-    unread: dict[str, Any] = {"read_index": torch.zeros(3, dtype=torch.int64)}
-    with patch(network):
-        module = network.model.layers[0].self_attn
-        with pytest.raises(NotImplementedError, match="continuous batching"):
-            attention_forward(module, q, q, q, None, **unread)
-        with pytest.raises(NotImplementedError, match="cache: a paged cache"):
-            attention_forward(module, q, q, q, None, **unread, cache=object())
+    module, unread = network.model.layers[0].self_attn, torch.zeros(3, dtype=torch.int64)
+    with patch(network), pytest.raises(NotImplementedError, match="continuous batching"):
+        attention_forward(module, q, q, q, None, read_index=unread)

@@ -9,8 +9,8 @@ import pytest
 import transformers
 
 from tests.huggingface.architectures import ARCHITECTURES
-from tritonattn.huggingface import patch, patched
-from tritonattn.nn import PerHead, Scheduled
+from tritonattn.huggingface import patch
+from tritonattn.nn import PerHead
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 LLAMA = ARCHITECTURES["llama"]
@@ -26,48 +26,37 @@ def nested(depth: int):
 
 
 # Settings of one layer, the entry that is named, and the rest of the message.
+KEYS = "expected a dict with keys out of backend, batch_invariant, gain, scaling"
+NAME, NUMBER = "expected a name, a dict with a name, a number or None", "expected a number, None or {'learned': [4, 1]}"
 LAYERS = {
-    "null": (None, "", "expected a dict with keys out of backend, batch_invariant, gain, scaling"),
-    "a list": ([1], "", "expected a dict with keys out of backend, batch_invariant, gain, scaling"),
-    "an unknown entry": (
-        {"scale": 1.0},
-        "",
-        "expected a dict with keys out of backend, batch_invariant, gain, scaling",
-    ),
-    "a bool": ({"scaling": True}, ".scaling", "expected a name, a dict with a name, a number or None, got True"),
-    "NaN": ({"scaling": math.nan}, ".scaling", "expected a name, a dict with a name, a number or None, got nan"),
-    "a list as scaling": ({"scaling": ["dim"]}, ".scaling", "expected a name"),
+    "null": (None, "", KEYS),
+    "an unknown entry": ({"scale": 1.0}, "", KEYS),
+    "a bool": ({"scaling": True}, ".scaling", f"{NAME}, got True"),
+    "NaN": ({"scaling": math.nan}, ".scaling", f"{NAME}, got nan"),
     "no name": ({"scaling": {"tau": 1.0}}, ".scaling", "expected a name"),
     "an unknown name": ({"scaling": "sqrt"}, ".scaling", "expected a name in tritonattn.SCALINGS, got 'sqrt'"),
     "an unknown argument": ({"scaling": {"name": "cosine", "tauu": 1.0}}, ".scaling", "expected a dict with keys out"),
     "heads": ({"scaling": {"name": "per_head", "heads": 10**9}}, ".scaling", "expected a dict with keys out of mode"),
     "a bad argument": ({"scaling": {"name": "cosine", "tau": "x"}}, ".scaling", "cosine cannot be made: tau"),
     "a missing argument": ({"scaling": "scheduled"}, ".scaling", "scheduled cannot be made"),
-    "a bad mode": (
-        {"scaling": {"name": "per_head", "mode": {"name": "x"}}},
-        ".scaling.mode",
-        "expected a name in tritonattn.SCALINGS, got 'x'",
-    ),
+    "a bad mode": ({"scaling": {"name": "per_head", "mode": {"name": "x"}}}, ".scaling.mode", "expected a name in tri"),
     "null as mode": ({"scaling": {"name": "per_head", "mode": None}}, ".scaling", "per_head cannot be made"),
     "300 nested": ({"scaling": nested(300)}, ".scaling" + 8 * ".mode", "expected at most 8 scalings inside one"),
-    "a gain": ({"gain": "x"}, ".gain", "expected a number, None or {'learned': [4, 1]}, got 'x'"),
-    "an infinite gain": ({"gain": math.inf}, ".gain", "expected a number, None or {'learned': [4, 1]}, got inf"),
-    "a huge gain": ({"gain": {"learned": [10**12]}}, ".gain", "expected a number, None or {'learned': [4, 1]}, got"),
-    "a nested gain": ({"gain": {"learned": [[4], 1]}}, ".gain", "expected a number, None or {'learned': [4, 1]}"),
+    "a gain": ({"gain": "x"}, ".gain", f"{NUMBER}, got 'x'"),
+    "an infinite gain": ({"gain": math.inf}, ".gain", f"{NUMBER}, got inf"),
+    "a huge gain": ({"gain": {"learned": [10**12]}}, ".gain", f"{NUMBER}, got"),
+    "a nested gain": ({"gain": {"learned": [[4], 1]}}, ".gain", NUMBER),
     "a backend": ({"backend": "cuda"}, ".backend", "expected one of auto, "),
     "a list as backend": ({"backend": []}, ".backend", "expected one of auto, "),
 }
 # Whole entries `tritonattn`, and the message.
+LISTED = "config.tritonattn.layers: expected a dict from names of modules to their"
 WHOLES = {
-    "layers null": ({"layers": None}, "config.tritonattn.layers: expected a dict from names of modules to their"),
-    "layers a list": ({"layers": [LAYER]}, "config.tritonattn.layers: expected a dict from names of modules to their"),
-    "no layers": ({"layers": {}}, "config.tritonattn.layers: expected a dict from names of modules to their settings"),
+    "layers null": ({"layers": None}, LISTED),
+    "no layers": ({"layers": {}}, LISTED),
     "an entry beside": ({"layers": {LAYER: {}}, "more": 1}, "config.tritonattn: expected a dict with keys out of"),
-    "a string": ("ssmax", "config.tritonattn: expected a dict with keys out of backend, batch_invariant, gain"),
-    "unknown": (
-        {"scalings": "dim"},
-        "config.tritonattn: expected a dict with keys out of backend, batch_invariant, gain",
-    ),
+    "a string": ("ssmax", f"config.tritonattn: {KEYS}"),
+    "unknown": ({"scalings": "dim"}, f"config.tritonattn: {KEYS}"),
     "learned for all": ({"scaling": "ssmax"}, "config.tritonattn.scaling: expected a scaling without parameters of"),
     "a learned gain for all": ({"gain": {"learned": [4, 1]}}, "config.tritonattn.gain: expected a number or None"),
 }
@@ -101,11 +90,3 @@ def test_nesting_that_could_not_be_loaded_is_refused_by_patch():
         scaling = PerHead(scaling, heads=4)
     with pytest.raises(ValueError, match="scaling: expected at most 8 scalings inside one another, got more"):
         patch(network, scaling)
-
-
-def test_nested_scalings_come_back(tmp_path):
-    network, inner = LLAMA.build("sdpa"), PerHead("key_norm_mean", heads=4)
-    patch(network, Scheduled(PerHead(inner, heads=4), "dim", steps=3))
-    network.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert patched(again).report() == patched(network).report()

@@ -2,75 +2,89 @@
 
 import copy
 import inspect
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import Tensor
 from transformers import DynamicCache
 
 import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
-from tests.huggingface.checks import padding_changes_nothing, static_cache, stepwise
-from tests.support.pairs import in_turn, pairwise
+from tests.support.pairs import in_turn
 from tritonattn.huggingface import patch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 LLAMA = ARCHITECTURES["llama"]
 MODES = [*tritonattn.SCALINGS, "power_law", "ssmax", "learned_cosine", "per_head"]
-WINDOWED = ["mistral", "gemma3", "llama4"]
+STATISTICS = ["key_norm_mean", "key_norm_max", "cosine", "key_count"]  # as many ways to look at keys
 
 
-def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return LLAMA.build()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_padding_changes_nothing_in_any_mode(mode):
-    padding_changes_nothing(LLAMA, mode)
-
-
-@in_turn(mode=MODES, cache=["dynamic", "static"])
-def test_steps_equal_the_full_pass(mode, cache):
-    network, inputs = LLAMA.build(), LLAMA.inputs("left")
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    position = (mask.cumsum(-1) - 1).clamp(min=0)
-    with patch(network, scaling=mode), torch.no_grad():
-        wanted = network(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits
-        held = static_cache(network, 20) if cache == "static" else DynamicCache()
-        got = stepwise(network, ids, mask, position, cache=held)
-    close(got[mask.bool()], wanted[mask.bool()])
-
-
-def dynamic_cache(network, length: int):
+def dynamic_cache(network: Any, length: int) -> Any:
     takes_config = "config" in inspect.signature(DynamicCache.__init__).parameters
     return DynamicCache(config=network.config) if takes_config else DynamicCache()
 
 
-CACHES = {
-    "dynamic": ("llama", dynamic_cache),
-    "static": ("llama", static_cache),
-    "dynamic window": ("mistral", dynamic_cache),
-    "static window": ("mistral", static_cache),
-    "static window beside full": ("gemma3", static_cache),
-}
+def static_cache(network: Any, length: int) -> Any:
+    more = {"max_batch_size": 2} if transformers.__version__.startswith("4.") else {}
+    return transformers.StaticCache(config=network.config, max_cache_len=length, **more)
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_a_long_text_in_pieces_equals_the_full_pass(cache):
-    name, make = CACHES[cache]
-    network = ARCHITECTURES[name].build()
-    ids = torch.randint(3, 61, (2, 64), generator=torch.Generator().manual_seed(0)).repeat(1, 4)
-    pieces = [7, 1, 1, 2, 1, 60, 1, 4, *[1] * 10, 30, 1, 1]
-    ids = ids[:, : sum(pieces)]
+def in_pieces(network: Any, cache: Any, sizes: list[int], ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+    """Logits [B, S, V] of passes over pieces of ids [B, S], whose keys the cache holds."""
+    logits = []
+    for size, end in zip(sizes, accumulate(sizes), strict=True):
+        here = slice(end - size, end)
+        given = {"input_ids": ids[:, here], "attention_mask": mask[:, :end], "position_ids": position[:, here]}
+        logits.append(network(**given, past_key_values=cache, use_cache=True).logits)
+    return torch.cat(logits, dim=1)
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@in_turn(mode=MODES, cache=[dynamic_cache, static_cache])
+def test_padding_and_steps_change_nothing(mode, cache, llama):
+    """A padded row gives its results alone, and a prefill with the steps after it those of one pass."""
+    ids, mask = LLAMA.inputs("left").values()
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    with patch(llama, scaling=mode), torch.no_grad():
+        alone = llama(input_ids=ids[:1, mask[0].bool()], use_cache=False).logits
+        whole = llama(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits
+        steps = in_pieces(llama, cache(llama, 20), [6, *[1] * 7], ids, mask, position)
+    close(whole[:1, mask[0].bool()], alone)
+    close(steps[mask.bool()], whole[mask.bool()])
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("llama", dynamic_cache),
+        ("llama", static_cache),
+        ("mistral", dynamic_cache),
+        ("mistral", static_cache),
+        ("gemma3", static_cache),  # a window beside a full layer
+    ],
+)
+def test_a_long_text_in_pieces_equals_the_full_pass(name, cache):
+    network, sizes = ARCHITECTURES[name].build(), [7, 1, 1, 2, 1, 60, 1, 4, *[1] * 10, 30, 1, 1]
+    ids = torch.randint(3, 61, (2, 64), generator=torch.Generator().manual_seed(0)).repeat(1, 2)[:, : sum(sizes)]
     with patch(network, scaling="key_norm_sum"), torch.no_grad():
-        wanted = network(input_ids=ids, use_cache=False).logits
-        held = make(network, ids.shape[1])
-        got = [network(input_ids=piece, past_key_values=held).logits for piece in ids.split(pieces, dim=1)]
+        wanted, held = network(input_ids=ids, use_cache=False).logits, cache(network, ids.shape[1])
+        got = [network(input_ids=piece, past_key_values=held).logits for piece in ids.split(sizes, dim=1)]
     close(torch.cat(got, dim=1), wanted)
 
 
-@pytest.mark.parametrize("mode", ["key_norm_mean", "key_norm_max", "cosine", "key_count"])
-@pytest.mark.parametrize("name", WINDOWED)
+@in_turn(name=["mistral", "gemma3", "llama4"] * 2, mode=STATISTICS)
 def test_greedy_text_is_that_of_full_passes(name, mode):
     """Sliding and chunked layers forget keys; dynamic and static caches alike."""
     if name == "llama4" and transformers.__version__.startswith("4."):
@@ -78,13 +92,20 @@ def test_greedy_text_is_that_of_full_passes(name, mode):
     network, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
     ids = inputs["input_ids"]
     with patch(network, scaling=mode), torch.no_grad():
-        for _ in range(9):
+        for _ in range(7):
             step = network(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
             ids = torch.cat([ids, step], dim=1)
-        options = {"max_new_tokens": 9, "do_sample": False}
-        assert torch.equal(network.generate(**inputs, **options), ids)
-        more = {"cache_implementation": "static", "disable_compile": True}
-        assert torch.equal(network.generate(**inputs, **options, **more), ids)
+        for more in ({}, {"cache_implementation": "static", "disable_compile": True}):
+            assert torch.equal(network.generate(**inputs, max_new_tokens=7, do_sample=False, **more), ids)
+
+
+def assert_the_cache_changes_nothing(network: Any, mode: str, inputs: dict[str, Tensor], **options: Any) -> None:
+    texts = []
+    with patch(network, scaling=mode):
+        for cached in (True, False):
+            torch.manual_seed(0)
+            texts.append(network.generate(**inputs, **options, use_cache=cached, max_new_tokens=7, temperature=None))
+    assert torch.equal(*texts)
 
 
 SEARCHES = {
@@ -95,54 +116,47 @@ SEARCHES = {
 }
 
 
-@in_turn(search=[*SEARCHES] * 2, mode=["sqrt_dim", "key_norm_mean", "key_norm_max", "cosine", "key_count"])
-def test_searches_are_those_without_a_cache(search, mode):
-    network, inputs = LLAMA.build(), LLAMA.inputs("left")
-    texts = []
-    with patch(network, scaling=mode):
-        for cached in (True, False):
-            torch.manual_seed(0)
-            options = {**SEARCHES[search], "max_new_tokens": 9, "use_cache": cached, "temperature": None}
-            texts.append(network.generate(**inputs, **options))
-    assert torch.equal(*texts)
+@in_turn(search=SEARCHES, mode=["sqrt_dim", *STATISTICS])
+def test_searches_are_those_without_a_cache(search, mode, llama):
+    assert_the_cache_changes_nothing(llama, mode, LLAMA.inputs("left"), **SEARCHES[search])
 
 
-@pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_sum", "key_norm_max"])
-@pytest.mark.parametrize("name", ["llama", *(["mistral"] if VERSION >= (5, 24) else [])])  # that rolls windows back
+@in_turn(name=["bart", "whisper"], mode=STATISTICS, beams=[3, 1, 1, 3])
+def test_encoder_decoders_generate_as_without_a_cache(name, mode, beams):
+    architecture = ARCHITECTURES[name]
+    assert_the_cache_changes_nothing(
+        architecture.build(), mode, architecture.inputs("left"), do_sample=False, num_beams=beams
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("llama", "key_norm_sum"), *([("mistral", "key_norm_max")] if VERSION >= (5, 24) else [])],  # rolls windows back
+)
 def test_assisted_generation_is_the_greedy_one(name, mode):
     """The assistant's wrong guesses are cropped from the cache."""
-    network, inputs = ARCHITECTURES[name].build(), {"input_ids": LLAMA.inputs()["input_ids"][:1]}
+    network, ids = ARCHITECTURES[name].build(), LLAMA.inputs()["input_ids"][:1]
     torch.manual_seed(5)
     assistant = copy.deepcopy(network)
     with torch.no_grad():
         for x in assistant.parameters():
             x.add_(0.02 * torch.randn_like(x))
     with patch(network, scaling=mode), patch(assistant, scaling=mode):
-        wanted = network.generate(**inputs, max_new_tokens=16, do_sample=False)
-        got = network.generate(**inputs, max_new_tokens=16, do_sample=False, assistant_model=assistant)
+        wanted = network.generate(ids, max_new_tokens=16, do_sample=False)
+        got = network.generate(ids, max_new_tokens=16, do_sample=False, assistant_model=assistant)
     assert torch.equal(got, wanted)
-
-
-@pairwise(name=["bart", "whisper"], mode=["key_norm_mean", "key_norm_max", "cosine"], beams=[1, 3])
-def test_encoder_decoders_generate_as_without_a_cache(name, mode, beams):
-    architecture = ARCHITECTURES[name]
-    network, inputs = architecture.build(), architecture.inputs("left")
-    texts = []
-    with patch(network, scaling=mode):
-        for cached in (True, False):
-            options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "use_cache": cached}
-            texts.append(network.generate(**inputs, **options))
-    assert torch.equal(*texts)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_static_step():
-    assert_a_compiled_static_step("llama", "key_count")
+    assert_a_compiled_static_step("llama", "key_count", layers=1)
 
 
-def assert_a_compiled_static_step(name: str, mode: str) -> None:
+def assert_a_compiled_static_step(name: str, mode: str, layers: int = 2) -> None:
     """fullgraph, left padding, past the window: the greedy text is that without compiling."""
-    network, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs("left")
+    architecture = ARCHITECTURES[name]
+    network = replace(architecture, arguments={**architecture.arguments, "num_hidden_layers": layers}).build()
+    inputs = architecture.inputs("left")
     options = {"max_new_tokens": 9, "do_sample": False}
     compiling = transformers.CompileConfig(fullgraph=True, backend="aot_eager", dynamic=None)
     compiling._compile_all_devices = True

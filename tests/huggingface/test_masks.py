@@ -1,10 +1,10 @@
 """Key ranges equal transformers' dense masks."""
 
 import inspect
-from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask, sliding_window_overlay
 
@@ -17,7 +17,8 @@ CHUNKS_FOLLOW_PADDING = "left_padding" in inspect.signature(masking_utils.chunke
 
 
 def documents(length: int) -> torch.Tensor:
-    return torch.tensor([[(i >= 4) + (i >= 5) + (i >= 9 + b) for i in range(length)] for b in range(BATCH)]).int()
+    starts = torch.tensor([[4, 5, 9 + b] for b in range(BATCH)])
+    return (torch.arange(length) >= starts[..., None]).sum(1, dtype=torch.int32)
 
 
 def mask_functions(length: int, square: bool) -> dict:
@@ -40,9 +41,7 @@ def mask_functions(length: int, square: bool) -> dict:
         functions["bidirectional window"] = masking_utils.sliding_window_bidirectional_mask_function(3)
     if square and hasattr(masking_utils, "remap_positions_for_packed_sequence"):
         ids = documents(length)
-        restart = torch.zeros_like(ids)
-        for before, now in pairwise(range(length)):
-            restart[:, now] = torch.where(ids[:, now] == ids[:, before], restart[:, before] + 1, 0)
+        restart = torch.arange(length) - torch.searchsorted(ids, ids)
         for name in ("causal", "window", "chunk"):
             remapped = masking_utils.remap_positions_for_packed_sequence(functions[name], restart)
             functions[f"remapped {name}"] = and_masks(remapped, packed)
@@ -98,12 +97,40 @@ def test_ranges_equal_the_dense_mask(q_length, kv_length, q_offset, kv_offset, p
         assert torch.equal(dense(ranges, kv_length), expected.expand(BATCH, 1, -1, -1)), name
 
 
-def test_padding_that_says_nothing_of_the_last_keys_hides_them():
-    """A padding mask is as long as the text, which may be shorter than a static cache."""
-    padding = torch.ones(BATCH, 6, dtype=torch.bool)
-    padding[1, :2] = False
-    asked = arguments(4, 9, mask_function=sliding_window_overlay(20)) | {"attention_mask": padding}
-    assert torch.equal(dense(key_range_mask(**asked), 9), sdpa_mask(**asked).expand(BATCH, 1, -1, -1))
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made in this context has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("padding", [None, (100, 7)])
+def test_ranges_at_64k_are_small(padding):
+    """No tensor of Q x K is made: none has more than 8 elements a token."""
+    length = 65536
+    for name, function in mask_functions(length, square=True).items():
+        if not (name.startswith("remapped") and name.endswith("alone")):
+            with Largest() as largest:
+                ranges = key_range_mask(**arguments(length, length, padding=padding, mask_function=function))
+            assert ranges.shape == (BATCH, 1, length, 2), name
+            assert largest.elements <= 8 * BATCH * length, name
+
+
+@pytest.mark.parametrize("padding", ["short", "of everything"])
+def test_padding_that_says_nothing_of_the_last_keys_hides_them(padding):
+    """A padding mask is as long as the text, which may be shorter than a static cache; a row may be padding alone."""
+    seen = torch.ones(BATCH, 6 if padding == "short" else 9, dtype=torch.bool)
+    seen[1, : 2 if padding == "short" else None] = False
+    asked = arguments(4, 9, mask_function=sliding_window_overlay(20)) | {"attention_mask": seen}
+    ranges = key_range_mask(**asked)
+    assert ranges.dtype == torch.int32
+    assert torch.equal(dense(ranges, 9), sdpa_mask(**asked).expand(BATCH, 1, -1, -1))
 
 
 @pytest.mark.parametrize("case", ["holes", "or", "unknown", "vmap"])
@@ -123,6 +150,11 @@ def test_masks_that_are_no_range_become_dense(case):
     assert torch.equal(mask, sdpa_mask(**asked))
 
 
+def windowed(size: int) -> dict:
+    function = and_masks(sliding_window_overlay(size), causal_mask_function)
+    return arguments(9, 9, mask_function=function, local_size=size)
+
+
 @pytest.mark.parametrize(
     ("asked", "skipped"),
     [
@@ -130,11 +162,8 @@ def test_masks_that_are_no_range_become_dense(case):
         (arguments(9, 9, padding=(0, 0)), True),
         (arguments(9, 9, padding=(2, 0)), False),
         (arguments(4, 9), False),
-        (arguments(9, 9, mask_function=and_masks(sliding_window_overlay(9), causal_mask_function), local_size=9), True),
-        (
-            arguments(9, 9, mask_function=and_masks(sliding_window_overlay(8), causal_mask_function), local_size=8),
-            False,
-        ),
+        (windowed(9), True),
+        (windowed(8), False),
     ],
     ids=["causal", "unpadded", "padded", "top left", "wide window", "narrow window"],
 )
@@ -156,12 +185,3 @@ def test_compiled_ranges_and_the_assertion_on_holes():
     padding[1, 1] = True
     with pytest.raises(RuntimeError, match="masked keys between visible ones"):
         ranges(padding)
-
-
-def test_a_sequence_of_padding_alone_sees_an_empty_range():
-    padding = torch.ones(BATCH, 9, dtype=torch.bool)
-    padding[1] = False
-    asked = arguments(9, 9, mask_function=causal_mask_function) | {"attention_mask": padding}
-    ranges = key_range_mask(**asked)
-    assert ranges.dtype == torch.int32
-    assert torch.equal(dense(ranges, 9), sdpa_mask(**asked).expand(BATCH, 1, -1, -1))

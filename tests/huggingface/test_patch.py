@@ -6,12 +6,11 @@ import transformers
 from torch import nn
 
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
-from tests.support.pairs import in_turn
+from tests.support.pairs import in_turn, pairwise
 from tritonattn.huggingface import NAME, patch, patched, restore
 from tritonattn.nn import PerHead
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-SUPPORTED = [name for name, one in ARCHITECTURES.items() if one.exists and one.supported]
 LLAMA = ARCHITECTURES["llama"]
 FIRST, SECOND = "model.layers.0.self_attn", "model.layers.1.self_attn"
 
@@ -23,37 +22,16 @@ def logits(network, **inputs):
 
 def state(network) -> dict:
     """Everything that a patch could leave behind in a model."""
-    configs = {id(m.config): m.config.to_dict() for m in network.modules() if hasattr(m, "config")}
+    modules = list(network.modules())
+    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
     return {
         "parameters": [name for name, _ in network.named_parameters()],
         "modules": [(name, type(m), id(getattr(m, "config", None))) for name, m in network.named_modules()],
-        "hooks": [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in network.modules()],
-        "attributes": [set(vars(m)) for m in network.modules()],
-        "implementations": {
-            key: getattr(m.config, "_attn_implementation", None)
-            for m in network.modules()
-            if hasattr(m, "config")
-            for key in [id(m.config)]
-        },
-        "configs": configs,
+        "hooks": [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in modules],
+        "attributes": [set(vars(m)) for m in modules],
+        "implementations": {key: getattr(one, "_attn_implementation", None) for key, one in configs.items()},
+        "configs": {key: one.to_dict() for key, one in configs.items()},
     }
-
-
-@in_turn(name=SUPPORTED, implementation=["eager", "sdpa"])
-def test_undo_is_bit_identical(name, implementation):
-    architecture = ARCHITECTURES[name]
-    network, inputs = architecture.build("eager"), architecture.inputs()
-    if implementation == "sdpa" and network._supports_sdpa:
-        network = architecture.build("sdpa")
-    with torch.no_grad():
-        wanted, before = architecture.outputs(network, inputs), state(network)
-        with patch(network, scaling="ssmax", gain=torch.ones(4, 1)) as one:
-            assert not torch.equal(architecture.outputs(network, inputs), wanted)
-            assert patched(network) is one
-        assert patched(network) is None
-        assert torch.equal(architecture.outputs(network, inputs), wanted)
-    assert state(network) == before
-    one.undo()
 
 
 def test_the_context_undoes_on_an_error():
@@ -76,38 +54,38 @@ def test_who_watches_goes_on_after_another_has():
     assert calls == ["inner"] * 2 + ["outer"] * 2
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("padding", ["none", "left", "holes"])
+@pairwise(implementation=["eager", "sdpa", NAME], padding=["none", "left", "holes"])
 def test_layers_left_out_keep_their_own_numbers(implementation, padding):
     network, inputs = LLAMA.build(implementation), LLAMA.inputs(padding)
-    outputs = []
-    for layer in network.model.layers:
-        layer.self_attn.register_forward_hook(lambda module, args, out: outputs.append(out[0]))
-    wanted = logits(network, **inputs)
-    first, second = outputs
-    outputs.clear()
-    configs = [layer.self_attn.config for layer in network.model.layers]
-    with patch(network, scaling="sqrt_dim", layers=[1]):
-        got = logits(network, **inputs)
-        assert torch.equal(outputs[0], first)
-        assert network.model.layers[0].self_attn.config is network.config
-        assert network.config._attn_implementation == implementation
+    layers, outputs = [layer.self_attn for layer in network.model.layers], []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, out: outputs.append(out[0]))
+    wanted, configs = logits(network, **inputs), [layer.config for layer in layers]
+    for scaling in ("none", "sqrt_dim"):
+        with patch(network, scaling=scaling, layers=[1]):
+            got = logits(network, **inputs)
+            assert torch.equal(outputs[-2], outputs[0])
+            assert layers[0].config is network.config or implementation == NAME
+            assert network.config._attn_implementation == implementation
     seen = inputs.get("attention_mask", torch.ones(2, 13)).bool()
-    assert [layer.self_attn.config for layer in network.model.layers] == configs
-    torch.testing.assert_close(outputs[1][seen], second[seen], atol=1e-4, rtol=1e-4)
+    assert [layer.config for layer in layers] == configs
+    torch.testing.assert_close(outputs[-1][seen], outputs[1][seen], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(got[seen], wanted[seen], atol=1e-3, rtol=1e-3)
 
 
 @in_turn(
-    name=["mistral", "gemma3", "llama4", "whisper", "bart", "gpt2", "gpt_neox", "mistral", "bart"],
-    implementation=["eager", "sdpa"],
+    name=["llama", "mistral", "gemma3", "llama4", "whisper", "bart", "gpt2", "gpt_neox"],
+    implementation=["sdpa", "eager"],
 )
 def test_a_part_of_a_model_generates_as_before(name, implementation):
-    architecture = ARCHITECTURES[name]
-    network, inputs = architecture.build(implementation), architecture.inputs("left")
-    wanted = network.generate(**inputs, max_new_tokens=9, do_sample=False, pad_token_id=0)
+    """Llama's prefill of a static cache has no mask: sdpa sees the upper left corner."""
+    architecture, options = ARCHITECTURES[name], {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    network, inputs = architecture.build(implementation), architecture.inputs("none" if name == "llama" else "left")
+    if name == "llama":
+        options |= {"cache_implementation": "static", "disable_compile": True}
+    wanted = network.generate(**inputs, **options)
     with patch(network, layers=[1]):
-        assert torch.equal(network.generate(**inputs, max_new_tokens=9, do_sample=False, pad_token_id=0), wanted)
+        assert torch.equal(network.generate(**inputs, **options), wanted)
 
 
 @pytest.mark.parametrize(
@@ -143,15 +121,21 @@ def test_the_last_layer_is_that_of_each_stack_and_of_a_part():
         assert list(one.layers) == ["1.self_attn"]
 
 
-def test_every_layer_learns_a_gain_of_its_own():
+def test_every_layer_has_a_scaling_and_a_gain_of_its_own():
     """Copies start from the given tensor, which does not change."""
-    network, given = LLAMA.build(), torch.ones(4, 1)
+    network, given, seen = LLAMA.build(), torch.ones(4, 1), {}
     with patch(network, gain=given) as one:
         first, second = (own.gain for own in one.layers.values())
         with torch.no_grad():
             first.fill_(3.0)
         assert (second == 1).all()
         assert (given == 1).all()
+    with (
+        patch(network, layers={0: {"scaling": "key_count", "gain": 3.0}, 1: "dim"}) as one,
+        one.watch(lambda module, query, key, arguments, aux: seen.update({module.layer_idx: arguments})),
+    ):
+        logits(network)
+    assert [(seen[i]["scaling"].name, seen[i]["gain"]) for i in (0, 1)] == [("key_count", 3.0), ("dim", None)]
 
 
 def test_a_gain_made_without_memory_is_reset_to_the_values_given():
@@ -166,19 +150,6 @@ def test_a_gain_made_without_memory_is_reset_to_the_values_given():
         first, second = (own.gain for own in one.layers.values())
         assert torch.equal(first, given[0])
         assert torch.equal(second, given[1].reshape(1))  # FSDP takes no parameter without an axis
-
-
-def test_every_layer_has_its_own_scaling():
-    network = LLAMA.build()
-    options = {0: {"scaling": "key_count", "gain": 3.0}, 1: "dim"}
-    seen = {}
-    with (
-        patch(network, layers=options) as one,
-        one.watch(lambda module, query, key, arguments, aux: seen.update({module.layer_idx: arguments})),
-    ):
-        logits(network)
-    assert [seen[i]["scaling"].name for i in (0, 1)] == ["key_count", "dim"]
-    assert [seen[i]["gain"] for i in (0, 1)] == [3.0, None]
 
 
 @pytest.mark.parametrize(
@@ -212,34 +183,39 @@ def test_wrong_arguments_change_nothing(arguments, error, message):
 
 
 def test_a_patched_model_is_not_patched_again():
-    network = LLAMA.build()
-    with patch(network, layers=[0]):
+    network = LLAMA.build().train()
+    with patch(network, layers=[0], scaling="per_head"):
+        assert all(module.training for module in network.modules())
+        network.eval()
+        assert not any(module.training for module in network.modules())
         for model in (network, network.model):
             with pytest.raises(ValueError, match="undo"):
                 patch(model, layers=[1])
 
 
-def test_a_model_without_attention_is_refused_by_name():
-    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9))
-    with pytest.raises(NotImplementedError, match=r"BloomForCausalLM: BloomAttention .*AttentionInterface"):
-        patch(bloom)
+def test_models_without_the_interface_are_refused_by_name():
+    """transformers at most warns, and goes on with the model's own attention."""
+    config = transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9)
+    small = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    bloom = r"Bloom.*: BloomAttention .*AttentionInterface"
+    t5 = f"T5ForConditionalGeneration.*{'position_bias' if VERSION >= (5, 24) else 'T5LayerSelfAttention'}"
+    for network, message in (
+        (transformers.BloomForCausalLM(config), bloom),
+        (transformers.T5ForConditionalGeneration(small), t5),
+    ):
+        for ask in (patch, lambda network: network.set_attn_implementation(NAME)):
+            with pytest.raises(NotImplementedError, match=message):
+                ask(network)
+    for model in (transformers.BloomForCausalLM, transformers.BloomModel):
+        network = model._from_config(config, attn_implementation=NAME)
+        with pytest.raises(NotImplementedError, match=bloom):
+            network(torch.ones(1, 3, dtype=torch.int64))
+        network.config._attn_implementation = "eager"
+        network(torch.ones(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="Linear: no attention module"):
         patch(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model"):
         patch("llama")
-
-
-def test_the_name_alone_is_refused_where_it_does_nothing():
-    """transformers at most warns, and goes on with the model's own attention."""
-    config = transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9)
-    with pytest.raises(NotImplementedError, match=r"BloomForCausalLM: BloomAttention .*AttentionInterface"):
-        transformers.BloomForCausalLM(config).set_attn_implementation(NAME)
-    for model in (transformers.BloomForCausalLM, transformers.BloomModel):
-        network = model._from_config(config, attn_implementation=NAME)
-        with pytest.raises(NotImplementedError, match=r"Bloom.*: BloomAttention .*AttentionInterface"):
-            network(torch.ones(1, 3, dtype=torch.int64))
-        network.config._attn_implementation = "eager"
-        network(torch.ones(1, 3, dtype=torch.int64))
 
 
 def test_the_report_names_what_cannot_be_patched():
@@ -276,15 +252,6 @@ def test_a_layer_without_its_model_is_patched_and_saved_with_it(tmp_path):
     assert state(network) == before
 
 
-def test_a_part_of_a_model_prefills_a_static_cache():
-    """sdpa gets no mask in this prefill, and sees the upper left corner."""
-    network, inputs = LLAMA.build("sdpa"), LLAMA.inputs()
-    options = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
-    wanted = network.generate(**inputs, **options)
-    with patch(network, layers=[0]):
-        assert torch.equal(network.generate(**inputs, **options), wanted)
-
-
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_no_mask_means_what_the_models_own_implementation_means_by_it(implementation):
     """Without a mask eager sees all keys, and sdpa those of is_causal."""
@@ -297,25 +264,6 @@ def test_no_mask_means_what_the_models_own_implementation_means_by_it(implementa
             torch.testing.assert_close(attention(hidden, **inputs)[0], wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_layers_left_out_of_a_model_that_uses_tritonattn_go_on_with_it():
-    inputs = LLAMA.inputs("left")
-    results = []
-    for implementation in ("sdpa", NAME):
-        network = LLAMA.build(implementation)
-        with patch(network, scaling="none", layers=[1]):
-            results.append(logits(network, **inputs)[inputs["attention_mask"].bool()])
-    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
-
-
-def test_t5_is_refused_by_name():
-    config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    network = transformers.T5ForConditionalGeneration(config)
-    wanted = "position_bias" if VERSION >= (5, 24) else "T5LayerSelfAttention"
-    for ask in (patch, lambda network: network.set_attn_implementation(NAME)):
-        with pytest.raises(NotImplementedError, match=f"T5ForConditionalGeneration.*{wanted}"):
-            ask(network)
-
-
 def test_implementations_whose_masks_nobody_else_reads():
     network = LLAMA.build()
     network.config._attn_implementation_internal = "flash_attention_2"
@@ -324,13 +272,6 @@ def test_implementations_whose_masks_nobody_else_reads():
     with patch(network):
         logits(network)
     assert network.config._attn_implementation == "flash_attention_2"
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_layers_scaling_is_in_training_mode_as_the_layer_is(training):
-    network = LLAMA.build().train(training)
-    with patch(network, scaling="per_head"):
-        assert {module.training for module in network.modules()} == {training}
 
 
 def test_a_name_is_not_the_beginning_of_another():

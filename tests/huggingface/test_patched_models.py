@@ -32,17 +32,17 @@ def test_a_copy_of_a_patched_model_is_its_own():
     assert patched(network) is one
 
 
-@pytest.mark.parametrize("scaling", ["per_head", "ssmax", "power_law", "learned_cosine", tritonattn.nn.SSMax])
-def test_learned_parameters_train_with_the_model(scaling):
+@pytest.mark.parametrize("scalings", [("per_head", "power_law"), ("learned_cosine", tritonattn.nn.SSMax)])
+def test_learned_parameters_train_with_the_model(scalings):
     network, ids = LLAMA.build(), LLAMA.inputs()["input_ids"]
     before = {name for name, _ in network.named_parameters()}
-    with patch(network, scaling=scaling, gain=torch.ones(4, 1)) as one:
+    layers = {i: {"scaling": scaling, "gain": torch.ones(4, 1)} for i, scaling in enumerate(scalings)}
+    with patch(network, layers=layers):
         added = {name: x for name, x in network.named_parameters() if name not in before}
         assert {name.split(".tritonattn.")[0] for name in added} == {FIRST, SECOND}
-        assert {id(own.scaling) for own in one.layers.values()}.__len__() == 2
         optimizer = torch.optim.SGD(added.values(), lr=1e-3)
         losses = []
-        for _ in range(8):
+        for _ in range(4):
             optimizer.zero_grad()
             loss = network(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
@@ -66,7 +66,7 @@ def test_dropout_of_a_training_model_is_honoured():
         assert torch.equal(logits(network, **inputs), logits(network, **inputs))
 
 
-@pytest.mark.parametrize("layers", [1, "model.layers.1", f"0.{SECOND}", "*.1.*"])
+@pytest.mark.parametrize("layers", [1, f"0.{SECOND}"])
 def test_a_model_inside_another_module_is_patched_and_saved(layers, tmp_path):
     """PEFT wraps models: layers go by their numbers and names in the model, and its config keeps the settings."""
     network = LLAMA.build("sdpa")
@@ -84,24 +84,18 @@ def test_a_model_inside_another_module_is_patched_and_saved(layers, tmp_path):
 
 # The models' own factors of q . k, without scales that are part of q; all others have 1 / sqrt(8).
 MODEL_SCALINGS = {"gemma2": 3**-0.5, "gemma3": 3**-0.5, "granite": 0.3, "opt": 1.0, "whisper": 1.0}
-RULE_MODES = {
-    "llama": ["key_count", "cosine", 0.05, None],
-    "gemma3": ["key_count", None],
-    "whisper": ["key_count", "cosine"],
-    "granite": ["cosine", None],
-    "gpt2": ["key_count", None],
-    "clip": ["cosine"],
-    "opt": ["cosine"],
-}
 RULE_CASES = [
-    (name, mode)
-    for name, one in ARCHITECTURES.items()
-    if one.exists and one.supported
-    for mode in RULE_MODES.get(name, ["key_norm_mean"])
+    *(("llama", mode) for mode in ("key_count", "cosine", 0.05, None)),
+    *(("gemma2", "key_norm_mean"), ("gemma3", "key_count"), ("granite", None), ("opt", "cosine")),
+    *(("whisper", "key_count"), ("whisper", "cosine"), ("bart", "key_norm_mean"), ("gpt2_inverse_layer", None)),
+    *(("clip", "cosine"), ("llama4", "key_norm_mean"), ("gpt_oss", "key_count"), ("vit", "key_norm_mean")),
 ]
 
 
-@pytest.mark.parametrize(("name", "scaling"), dict.fromkeys(RULE_CASES))
+@pytest.mark.parametrize(
+    ("name", "scaling"),
+    [(name, mode) for name, mode in RULE_CASES if ARCHITECTURES[name].exists and ARCHITECTURES[name].supported],
+)
 def test_the_one_rule(name, scaling):
     """logit = model_scaling * sqrt(D) * factor * (q . k), computed densely; cosine replaces the model's scaling."""
     architecture, models_own = ARCHITECTURES[name], MODEL_SCALINGS.get(name, 8**-0.5)

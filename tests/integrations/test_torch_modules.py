@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.pairs import in_turn
 from tritonattn import SCALINGS, attention
 from tritonattn import nn as learned
 from tritonattn.integrations.arguments import visible_keys
@@ -49,7 +50,6 @@ CALLS = {
     "masks of heads": {"attn_mask": PER_HEAD},
     "masks of heads and padding": {"attn_mask": PER_HEAD & ~CAUSAL, "key_padding_mask": PADDING},
 }
-every_call = pytest.mark.parametrize("call", CALLS)
 
 
 def assert_same(ours, theirs, layer, *inputs):
@@ -61,21 +61,16 @@ def assert_same(ours, theirs, layer, *inputs):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
-@every_call
-@pytest.mark.parametrize("need_weights", [False, True])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_sqrt_dim_is_torchs_layer(call, need_weights, batch_first):
+@in_turn(call=CALLS, batch_first=[False, True, True])
+def test_sqrt_dim_is_torchs_layer(call, batch_first):
     theirs, ours = pair(batch_first=batch_first)
-    x = tokens(*((N, L, E) if batch_first else (L, N, E))).requires_grad_()
-    settings = {**CALLS[call], "need_weights": need_weights}
-    (out, weights), (expected, their_weights) = ours(x, x, x, **settings), theirs(x, x, x, **settings)
-    assert_same(out, expected, theirs, x)
-    if need_weights:
-        torch.testing.assert_close(weights, their_weights)
-        per_head = ours(x, x, x, average_attn_weights=False, **settings)[1]
-        torch.testing.assert_close(per_head, theirs(x, x, x, average_attn_weights=False, **settings)[1])
-    else:
-        assert weights is None
+    x, settings = tokens(*((N, L, E) if batch_first else (L, N, E))).requires_grad_(), CALLS[call]
+    for options in ({"need_weights": False}, {"need_weights": True}, {"average_attn_weights": False}):
+        (out, weights), (expected, theirs_of_it) = (f(x, x, x, **settings, **options) for f in (ours, theirs))
+        assert_same(out, expected, theirs, x)
+        assert (weights is None) == (theirs_of_it is None)
+        if weights is not None:
+            torch.testing.assert_close(weights, theirs_of_it)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -98,8 +93,7 @@ def by_hand(layer, x, hidden):
     return layer.out_proj(out.transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("call", ["causal hint", "padding", "masks of heads and padding"])
+@in_turn(call=["causal hint", "padding", "masks of heads and padding"], need_weights=[True, False])
 def test_other_modes_by_hand(call, need_weights):
     settings = CALLS[call]
     hidden = torch.zeros(N, H, L, S, dtype=torch.bool)
