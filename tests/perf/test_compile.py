@@ -6,6 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 from perf import compile as ahead
 from perf.__main__ import main
+from tests.support.shells import leave_bodies_out
 from tests.support.versions import skip_without_stub
 from tritonattn.backends.triton import launch
 from tritonattn.tuning.config import Target
@@ -22,12 +23,12 @@ def _kept(monkeypatch) -> None:
 def test_launches_find_their_code(tmp_path, monkeypatch):
     from tests.stub import DEVICES, installed
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    leave_bodies_out(monkeypatch, tmp_path)
     call, configs = next(ahead.calls())
     card = Target("cuda", "90", DEVICES[4][1])
+    hits, launches = [], []
     number, errors = ahead.compiled(card, 0, 10**6, 600.0)
     assert errors == []
-    hits, launches = [], []
     monkeypatch.setattr(
         triton.knobs.compilation, "listener", lambda *, cache_hit, **rest: hits.append(cache_hit), raising=False
     )

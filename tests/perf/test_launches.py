@@ -4,16 +4,15 @@ import pytest
 
 pytest.importorskip("triton")
 from perf.launches import calls, measured
-from tests.support.tiles import quick_config
+from tests.support.shells import leave_bodies_out
 from tests.support.versions import skip_without_stub
-from tritonattn.backends.triton import launch
 
 LAUNCHES_AND_OPERATORS = [(1, 0), (1, 2), (3, 3), (4, 0), (4, 2), (8, 8), (2, 0), (2, 5), (2, 11), (1, 7)]
 
 
-def test_work_of_each_call(monkeypatch):
+def test_work_of_each_call(monkeypatch, tmp_path):
     skip_without_stub()
-    monkeypatch.setattr(launch, "config_for", quick_config)
+    leave_bodies_out(monkeypatch, tmp_path)
     rows = measured(rounds=1, capability=90)
     assert [name for name, *_ in rows] == list(calls())
     assert [tuple(row[-2:]) for row in rows] == LAUNCHES_AND_OPERATORS
