@@ -9,20 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tritonattn.cli import demo, env, options
+from tritonattn.cli import demo, env
 from tritonattn.cli import main as cli
 from tritonattn.cli.options import at_least
 from tritonattn.core.errors import CommandError
 from tritonattn.core.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def stderr_of(*arguments: str, capsys) -> str:
-    assert cli.main(["demo", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    return captured.err
 
 
 def test_no_command_is_refused(capsys):
@@ -42,42 +35,6 @@ def test_a_number_below_the_least_is_refused(least):
     assert parse(str(least)) == least
     with pytest.raises(CommandError, match=f"--steps: expected at least {least}, got {least - 1}"):
         parse(str(least - 1))
-
-
-def test_the_command_line_without_its_extras(monkeypatch, capsys):
-    monkeypatch.setattr(options, "find_spec", lambda name: None)
-    message = stderr_of(capsys=capsys)
-    assert "transformers" in message
-    assert "pip install 'tritonattn[demo]'" in message
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--modes", "sqrt_dim,no_such_mode"], ["--modes", "'no_such_mode'", "sqrt_dim"]),
-        (["--modes", "__import__('os').abort()"], ["--modes", "abort"]),
-        (["--modes", ","], ["--modes", "got ''"]),
-        (["--device", "no_such_device"], ["--device", "no_such_device"]),
-        (["--text", "/no/such/file"], ["--text", "/no/such/file"]),
-        (["--json", "/dev/null/a.json"], ["--json: expected a folder", "'/dev/null'"]),
-        (["--json", "/"], ["--json: expected a file that can be written", "'/'"]),
-        (["--plot", "a.xyz"], ["--plot", "a.xyz", "png"]),
-        (["--max-tokens", "1"], ["--max-tokens", "at least 2"]),
-        (["--model", __file__], ["--model", ".gguf"]),
-    ],
-)
-def test_wrong_usage_is_named_before_any_work(arguments, parts, capsys):
-    message = stderr_of(*arguments, capsys=capsys)
-    for part in parts:
-        assert part in message
-
-
-def test_an_unknown_model_without_network(monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    message = stderr_of("--model", "no-such-user/no-such-model", capsys=capsys)
-    assert "no-such-user/no-such-model" in message
-    assert "HF_HUB_OFFLINE" in message
 
 
 def test_interruption_is_no_traceback(monkeypatch, capsys):
