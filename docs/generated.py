@@ -6,6 +6,7 @@ A part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 from __future__ import annotations
 
 import argparse
+import functools
 import graphlib
 import json
 import os
@@ -48,24 +49,25 @@ def floors() -> str:
     return "```text\n" + "\n".join(lines) + "\n```\n"
 
 
-def interpreted(*module: str) -> str:
-    """The output of `python -m module`, which runs kernels in Triton's interpreter."""
+@functools.cache
+def interpreted() -> dict:
+    """The tables of `docs.probes`, which runs kernels in Triton's interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", *module]
+    command = [sys.executable, "-W", "ignore", "-m", "docs.probes"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return done.stdout
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def support() -> str:
-    """Try what each backend runs, by `docs/probes.py`, and return the table."""
-    return table(["", "`triton`", "`sdpa`", "`reference`"], json.loads(interpreted("docs.probes").splitlines()[-1]))
+    """Try what each backend runs, and return the table."""
+    return table(["", "`triton`", "`sdpa`", "`reference`"], interpreted()["support"])
 
 
 def memory() -> str:
-    """Bytes that a call keeps for its backward, counted by `python -m perf memory`."""
-    return interpreted("perf", "memory")
+    """Bytes that a call keeps for its backward, counted as by `python -m perf memory`."""
+    return interpreted()["memory"] + "\n"
 
 
 COST_MODES = ("sqrt_dim", "key_count", "key_norm_sum")

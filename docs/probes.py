@@ -1,4 +1,7 @@
-"""Try what each backend does: `python -m docs.probes` prints it as JSON. Kernels run in Triton's interpreter."""
+"""Try what each backend does, and what it keeps: `python -m docs.probes` prints both tables as JSON.
+
+Kernels run in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # it is read when triton is impo
 import torch
 from torch import Tensor
 
+from perf import memory
 from tritonattn import attention, attention_decode, attention_varlen
 
 BACKENDS = ("triton", "sdpa", "reference")
@@ -121,25 +125,26 @@ def ranges() -> Tensor:
 
 ROWS: dict[str, list[Probe]] = {
     "fp16, bf16, fp32; head dims 1 to 512, Dv different from D": [
-        *(agrees({"dtype": dtype}) for dtype in (torch.float16, torch.bfloat16, torch.float32)),
-        *(agrees({"dims": dims}) for dims in ((1, 1), (5, 9), (320, 320))),
+        agrees({"dtype": torch.float16, "dims": (1, 1)}),
+        agrees({"dtype": torch.bfloat16, "dims": (5, 9)}),
+        agrees({"dims": (320, 320)}),
     ],
     "fp64": [agrees({"dtype": torch.float64})],
     "head dims above 512": [agrees({"dims": (520, 520)})],
     "grouped and single key heads (GQA, MQA)": [agrees({"heads": heads}) for heads in ((4, 2), (4, 1))],
     "`causal`, `window`, `key_lengths`, `key_ranges`, `mask`": [
-        agrees(causal=True),
-        agrees(window=(2, 1)),
-        agrees(key_lengths=torch.tensor([4])),
+        agrees(causal=True, window=(2, 1), key_lengths=torch.tensor([4])),
         agrees(key_ranges=ranges()),
         agrees(mask=torch.tensor([1, 0, 1, 1, 0, 1]).bool().expand(1, 1, 6, 6)),
     ],
     "`key_bias`, `softcap`, `sinks`, `dropout_p`, `return_aux`": [
-        agrees(key_bias=torch.linspace(-1, 1, 12).view(2, 6).requires_grad_()),
-        agrees(softcap=2.0),
-        agrees(sinks=torch.zeros(2, requires_grad=True)),
-        agrees(dropout_p=0.3),
-        agrees(return_aux=True),
+        agrees(
+            key_bias=torch.linspace(-1, 1, 12).view(2, 6).requires_grad_(),
+            softcap=2.0,
+            sinks=torch.zeros(2, requires_grad=True),
+            dropout_p=0.3,
+            return_aux=True,
+        ),
     ],
     "gradients of q, k, v, `scaling`, `gain`": [
         agrees(scaling=torch.ones(2, 1, requires_grad=True), gain=torch.ones(2, 1, requires_grad=True)),
@@ -171,4 +176,5 @@ def outcome(probes: list[Probe], backend: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps([[name, *(outcome(probes, one) for one in BACKENDS)] for name, probes in ROWS.items()]))
+    support = [[name, *(outcome(probes, one) for one in BACKENDS)] for name, probes in ROWS.items()]
+    print(json.dumps({"support": support, "memory": memory.report(128)}))
