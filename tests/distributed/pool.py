@@ -51,7 +51,7 @@ class Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "tritonattn.distributed", "tritonattn.huggingface"])
+        context.set_forkserver_preload(["torch._dynamo", "tritonattn.distributed", "tritonattn.huggingface"])
         self._folder = TemporaryDirectory()
         store = Path(self._folder.name) / "store"
         for rank in range(self.size):

@@ -1,18 +1,208 @@
 """A sequence shared by ranks: results, gradients and statistics are those of one process."""
 
+import os
+from copy import deepcopy
+from itertools import pairwise as neighbours
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tests.support.pairs import all_pairs, in_turn
+import tritonattn
+from tests.support.pairs import in_turn, pairwise
 from tritonattn import Scales, Scaling
+from tritonattn.distributed import context_parallel_attention, context_parallel_decode, shard, unshard
 from tritonattn.nn import PerHead, SSMax
 
-from . import cases
-
-METHODS = ("allgather", "alltoall", "ring")
-LAYOUTS = ("contiguous", "zigzag")
+METHODS, LAYOUTS = ("allgather", "alltoall", "ring"), ("contiguous", "zigzag")
 MODES = ("sqrt_dim", "log_key_count", "key_norm_mean", "key_norm_max", "key_norm_rms", "cosine")
-PLACES = all_pairs({"size": (2, 4), "method": METHODS, "layout": LAYOUTS, "mask": tuple(cases.MASKS), "scaling": MODES})
+LENGTH, HEADS, KV_HEADS, DIM = 48, 4, 2, 8
+OFFSETS = (0, 5, 20, 21, 48)
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": (10, None)},
+    "two-sided": {"window": (9, 5)},
+    "documents": {"causal": True, "cu_seqlens": OFFSETS},
+    "full documents": {"cu_seqlens": OFFSETS},
+}
+
+
+def mesh_of(size: int) -> DeviceMesh:
+    """The mesh of `size` ranks that this one belongs to."""
+    return init_device_mesh("cpu", (dist.get_world_size() // size, size), mesh_dim_names=("other", "cp"))["cp"]
+
+
+def in_one_process(mask: dict[str, Any], batch: int) -> dict[str, Any]:
+    """The arguments of `attention` for a mask of `MASKS`."""
+    mask = dict(mask)
+    offsets = mask.pop("cu_seqlens", None)
+    if offsets is not None:
+        pairs = [(a, b) for a, b in neighbours(offsets) for _ in range(b - a)]
+        mask["key_ranges"] = torch.tensor(pairs).expand(batch, -1, -1)
+    return mask
+
+
+def operands(dtype: torch.dtype, length: int = LENGTH) -> list[torch.Tensor]:
+    """q, k, v and the output's gradient of the whole sequence, the same on every rank."""
+    torch.manual_seed(0)
+    shapes = ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, DIM + 4), (HEADS, DIM + 4))
+    return [torch.randn(2, heads, length, dim, dtype=torch.float64).to(dtype) for heads, dim in shapes]
+
+
+def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x.detach().clone().requires_grad_() for x in tensors]
+
+
+def errors(
+    rank: int, size: int, method: str, layout: str, mask: str, scaling: Any, options: dict[str, Any]
+) -> dict[str, float]:
+    """Errors of output and gradients, each relative to the largest value, on this rank; one process is fp64."""
+    mesh, dtype = mesh_of(size), options.get("dtype", torch.float64)
+    options = {name: value for name, value in options.items() if name != "dtype"}
+    *whole, d_out = operands(dtype)
+    rows = torch.rand(HEADS, 1, dtype=torch.float64) + 0.5, torch.randn(HEADS, dtype=torch.float64)
+    bias = torch.randn(KV_HEADS, LENGTH, dtype=torch.float64)
+    mode, learned = deepcopy(scaling), deepcopy(scaling)
+    *one, gain, sinks, one_bias = leaves(*(x.double() for x in whole), *rows, bias)
+    learnable = {"scaling": mode, "gain": gain, "sinks": sinks, "key_bias": one_bias}
+    of_one = {name: value for name, value in options.items() if name != "head_group"}
+    out = tritonattn.attention(*one, **learnable, **in_one_process(MASKS[mask], 2), **of_one)
+    out.backward(d_out.double())
+    given = dict(MASKS[mask])
+    if "cu_seqlens" in given:
+        given["cu_seqlens"] = torch.tensor(given["cu_seqlens"], dtype=torch.int32)
+    wide = torch.promote_types(dtype, torch.float32)
+    *own, own_gain, own_sinks, own_bias = leaves(
+        *(shard(x, mesh=mesh, layout=layout) for x in whole),
+        *(x.to(wide) for x in rows),
+        shard(bias.to(wide), mesh=mesh, layout=layout, dim=1),
+    )
+    given |= {"scaling": learned, "gain": own_gain, "sinks": own_sinks, "key_bias": own_bias, **options}
+    got = context_parallel_attention(*own, mesh=mesh, method=method, layout=layout, **given)
+    got.backward(shard(d_out, mesh=mesh, layout=layout))
+    pairs = {"out": (got, shard(out, mesh=mesh, layout=layout))}
+    for name, mine, all_of_it in zip("qkv", own, one, strict=True):
+        pairs[name] = mine.grad, shard(all_of_it.grad, mesh=mesh, layout=layout)
+    pairs["key_bias"] = own_bias.grad, shard(one_bias.grad, mesh=mesh, layout=layout, dim=1)
+    parameters = [("gain", own_gain, gain), ("sinks", own_sinks, sinks)]
+    if isinstance(mode, torch.nn.Module):
+        parameters += [
+            (name, mine, one) for (name, mine), one in zip(learned.named_parameters(), mode.parameters(), strict=True)
+        ]
+    for name, mine, all_of_it in parameters:
+        dist.all_reduce(mine.grad, group=mesh.get_group())
+        pairs[name] = mine.grad, all_of_it.grad
+    return {name: ((a.double() - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
+
+
+def aux_and_repetition(rank: int, method: str) -> None:
+    """`AttentionAux` in fp32 is that of one process, and a second call gives the same bits, gradients included."""
+    mesh = mesh_of(dist.get_world_size())
+    *whole, d_out = operands(torch.float32)
+    options = {"scaling": "key_norm_sum", "gain": 9.0, "causal": True, "softcap": 2.0, "return_aux": True}
+    _, wanted = tritonattn.attention(*(x.double() for x in whole), **options)
+    bits = []
+    for _ in range(2):
+        own = leaves(*(shard(x, mesh=mesh, layout="zigzag") for x in whole))
+        out, aux = context_parallel_attention(*own, mesh=mesh, method=method, layout="zigzag", **options)
+        (out * shard(d_out, mesh=mesh, layout="zigzag") + aux.lse[..., None]).sum().backward()
+        bits.append([out, *aux, *(x.grad for x in own)])
+    for mine, x in zip(aux, wanted, strict=True):
+        torch.testing.assert_close(mine.double(), shard(x, mesh=mesh, layout="zigzag"), rtol=0, atol=4e-6)
+    assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
+
+
+def compiled(rank: int, method: str) -> None:
+    """A call compiled as one graph has the same results and gradients. Two ranks show it: a compilation is slow."""
+    mesh = mesh_of(2)
+    if rank >= mesh.size():
+        return
+    parts, results = [shard(x, mesh=mesh) for x in operands(torch.float32)[:3]], []
+
+    def call(q, k, v):
+        return context_parallel_attention(q, k, v, mesh=mesh, method=method, causal=True, scaling="key_norm_mean")
+
+    for run in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        own = leaves(*parts)
+        out = run(*own)
+        out.square().sum().backward()
+        results.append([out, *(x.grad for x in own)])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
+def round_trip(rank: int) -> None:
+    mesh, x = mesh_of(dist.get_world_size()), torch.arange(48.0).view(2, 1, 24)
+    for layout in LAYOUTS:
+        part = shard(x, mesh=mesh, layout=layout).requires_grad_()
+        whole = unshard(part, mesh=mesh, layout=layout)
+        assert torch.equal(whole, x)
+        (whole * x).sum().backward()
+        assert torch.equal(part.grad, 4 * part)  # from four ranks
+    message = (
+        r"x: expected a number of tokens that 8 divides \('zigzag' over 4 ranks\), got 12; pad the sequence, or end it"
+        " with a document of padding"
+    )
+    with pytest.raises(ValueError, match=message):
+        shard(x[..., :12], mesh=mesh, layout="zigzag")
+
+
+def refused(rank: int) -> None:
+    """Every rank refuses before it sends anything."""
+    mesh = mesh_of(dist.get_world_size())
+    q, k, v = (shard(x, mesh=mesh) for x in operands(torch.float32)[:3])
+
+    def decoded(q, k):
+        return context_parallel_decode(q, k, v, mesh=mesh, key_lengths=torch.tensor([1]))
+
+    for offsets, message in (([0, 9, 3], "that do not fall, got 3 after 9"), ([0, 999], "of at most S = 48, got 999")):
+        with pytest.raises(ValueError, match=f"cu_seqlens: expected offsets {message}"):
+            context_parallel_attention(q, k, v, mesh=mesh, cu_seqlens=torch.tensor(offsets).int())
+    with pytest.raises(TypeError, match=r"q: expected a tensor \[B, Hq, Sq, D\], got NoneType"):
+        decoded(None, k)
+    with pytest.raises(ValueError, match=r"k_cache: expected 4 axes \[B, Hkv, capacity, D\], got 3"):
+        decoded(q[:, :, :1], k[0])
+
+
+def with_a_fault(rank: int, fault: str, method: str) -> None:
+    """Rank 1 dies, or has another shape, while the others attend."""
+    mesh = mesh_of(dist.get_world_size())
+    q, k, v = (shard(x, mesh=mesh) for x in operands(torch.float32)[:3])
+    if rank == 1 and fault == "dies":
+        os._exit(1)
+    if rank == 1 and fault == "other shape":
+        q, k, v = (x[:, :, :4] for x in (q, k, v))
+    context_parallel_attention(q, k, v, mesh=mesh, method=method)
+    raise RuntimeError("attended in spite of the fault")
+
+
+def decode(rank: int, scaling: str, q_len: int, window: Any, has_statistics: bool, dtype: torch.dtype) -> float:
+    """Largest error of outputs and statistics of rows: sequences of 0 to all keys, the rest of the cache NaN."""
+    ranks, capacity = dist.get_world_size(), 8
+    torch.manual_seed(0)
+    lengths = torch.tensor([0, 3, 9, 22, ranks * capacity])
+    q = torch.randn(5, HEADS, q_len, DIM, dtype=torch.float64).to(dtype)
+    k, v = torch.randn(2, 5, KV_HEADS, ranks * capacity, DIM, dtype=torch.float64).to(dtype)
+    hidden = torch.arange(ranks * capacity) >= lengths[:, None, None, None]
+    k, v = (x.masked_fill(hidden.mT, torch.nan) for x in (k, v))
+    options = {"scaling": scaling, "gain": 3.0, "window": window, "softcap": 4.0, "return_aux": True}
+    options |= {"sinks": torch.linspace(-1, 2, HEADS), "key_lengths": lengths.to(torch.uint8)}
+    wanted, expected = tritonattn.attention_decode(q.double(), k.double(), v.double(), **options)
+    own = slice(rank * capacity, (rank + 1) * capacity)
+    k, v, statistics = k[:, :, own], v[:, :, own], None
+    if has_statistics:
+        statistics = tritonattn.KeyStatistics(5, KV_HEADS, capacity)
+        statistics.append(k.nan_to_num(), counts=(lengths - own.start).clamp(0, capacity))
+    mesh = mesh_of(ranks)
+    got, aux = context_parallel_decode(q, k, v, mesh=mesh, statistics=statistics, **options)
+    worst = 0.0
+    for x, y in zip((got, *aux), (wanted, *expected), strict=True):
+        assert torch.equal(x == -torch.inf, y == -torch.inf)
+        assert not x.isnan().any()
+        worst = max(worst, (x.double() - y).nan_to_num(0, 0, 0).abs().max().item())
+    return worst
 
 
 class HalfOfLargest(Scaling):
@@ -33,23 +223,26 @@ class HalfOfLargest(Scaling):
 
 
 def check(pool, allowed, *place, **options):
-    for errors in pool.run(cases.errors, *place, options):
-        assert max(errors.values()) <= allowed, errors
+    for found in pool.run(errors, *place, options):
+        assert max(found.values()) <= allowed, found
 
 
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: "-".join(map(str, place.values())))
-def test_results_and_gradients(place, pool):
-    check(pool, 1e-12, *place.values())
+@pairwise(size=(2, 4), method=METHODS, layout=LAYOUTS, mask=MASKS, scaling=MODES)
+def test_results_and_gradients(size, method, layout, mask, scaling, pool):
+    check(pool, 1e-12, size, method, layout, mask, scaling)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "scaling", [SSMax(heads=cases.HEADS), PerHead("key_norm_mean", heads=cases.HEADS), HalfOfLargest()], ids=str
+    ("scaling", "mask"),
+    [
+        (SSMax(heads=HEADS).double(), "causal"),
+        (PerHead("key_norm_mean", heads=HEADS).double(), "causal"),
+        (HalfOfLargest(), "full"),
+    ],
+    ids=["ssmax", "per_head", "own"],
 )
-def test_scalings_with_parameters_and_of_a_user(method, scaling, pool):
-    if isinstance(scaling, torch.nn.Module):
-        scaling = scaling.double()
-    mask = "full" if isinstance(scaling, HalfOfLargest) else "causal"
+def test_scalings_with_parameters_and_of_a_user(method, scaling, mask, pool):
     check(pool, 1e-12, 4, method, "zigzag", mask, scaling, softcap=3.0)
 
 
@@ -61,34 +254,22 @@ def test_other_dtypes_and_few_heads_at_a_time(method, dtype, allowed, pool):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_statistics_of_rows_and_repeated_bits(method, pool):
-    for aux, is_same in pool.run(cases.aux_and_repetition, method):
-        assert max(aux.values()) <= 4e-6, aux
-        assert is_same
+    pool.run(aux_and_repetition, method)
 
 
 @pytest.mark.parametrize("method", ["allgather", "alltoall"])
 def test_one_graph_of_a_compiler(method, pool):
     if method == "allgather" and torch.__version__.startswith("2.8."):
         pytest.skip("torch 2.8 cannot trace the backward")
-    for errors in pool.run(cases.compiled, method, seconds=120):
-        assert max(errors) <= 1e-6
+    pool.run(compiled, method, seconds=120)
 
 
 def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(pool):
-    for message in pool.run(cases.round_trip):
-        assert message == (
-            "x: expected a number of tokens that 8 divides ('zigzag' over 4 ranks), got 12; pad the sequence, or end it"
-            " with a document of padding"
-        )
+    pool.run(round_trip)
 
 
 def test_every_rank_refuses(pool):
-    for messages in pool.run(cases.refused):
-        falls, passes, no_tensor, few_axes = messages
-        assert falls == "cu_seqlens: expected offsets that do not fall, got 3 after 9"
-        assert passes.startswith("cu_seqlens: expected offsets of at most S = ")
-        assert no_tensor == "q: expected a tensor [B, Hq, Sq, D], got NoneType"
-        assert few_axes.startswith("k_cache: expected 4 axes [B, Hkv, capacity, D], got 3")
+    pool.run(refused)
 
 
 @in_turn(
@@ -100,13 +281,13 @@ def test_every_rank_refuses(pool):
 )
 def test_decode_of_a_shared_cache(scaling, q_len, window, has_statistics, dtype, pool):
     allowed = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 3e-2}[dtype]
-    for error in pool.run(cases.decode, scaling, q_len, window, has_statistics, dtype):
+    for error in pool.run(decode, scaling, q_len, window, has_statistics, dtype):
         assert error <= allowed
 
 
 @pytest.mark.parametrize(("fault", "method"), [("dies", "ring"), ("other shape", "allgather")])
 def test_a_rank_that_fails_is_an_error_on_all(fault, method, pool):
     with pytest.raises(AssertionError) as failure:
-        pool.run(cases.with_a_fault, fault, method, seconds=20)
+        pool.run(with_a_fault, fault, method, seconds=20)
     assert all(f"rank {rank}:" in str(failure.value) for rank in range(pool.size)), failure.value
     assert "no answer" not in str(failure.value), failure.value

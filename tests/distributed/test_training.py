@@ -1,38 +1,195 @@
 """A patched Llama trained by four processes has the losses of one, and its checkpoints go from world to world."""
 
+import os
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor.experimental import context_parallel
+from torch.nn.parallel import DistributedDataParallel
 
-pytest.importorskip("transformers")
-from . import training
+transformers = pytest.importorskip("transformers")
+from tests.distributed.models import HEADS, by_heads, llama, sharded, tokens
+from tritonattn.core.shards import whole
+from tritonattn.huggingface import patched
+
+STEPS = 8
+
+
+def trained(model: Any, part, ranks: int = 1, shared=None) -> list[float]:
+    """The loss of every step, summed over ranks, and at the end what the scalings have learned.
+
+    part      function: this rank's rows of a batch
+    ranks     how many the gradients are averaged over
+    shared    mesh over which a sequence is cut
+    """
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, foreach=False), []
+    for step in range(STEPS):
+        ids = tokens(step % 2)
+        labels = F.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()  # the next token of each, none after the last
+        positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
+        own = [part(x).clone() for x in (ids, positions, labels)]
+
+        def backward(own: list[Tensor], count: Tensor) -> Tensor:
+            logits = model(input_ids=own[0], position_ids=own[1]).logits.flatten(0, 1)
+            loss = F.cross_entropy(logits, own[2].flatten(), ignore_index=-100, reduction="sum") / count
+            (loss * ranks).backward()
+            return loss.detach().clone()
+
+        if shared is None:
+            loss = backward(own, (labels >= 0).sum())
+        else:
+            with context_parallel(shared, buffers=own, buffer_seq_dims=[1, 1, 1]):
+                loss = backward(own, (labels >= 0).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss)
+    return losses + learned(model)
+
+
+def learned(model: Any) -> list[float]:
+    return [
+        value for name, p in model.named_parameters() if "tritonattn" in name for value in whole(p).flatten().tolist()
+    ]
+
+
+def losses(rank: int, how: str) -> list[float]:
+    """As `trained` in one process, over all ranks."""
+    mesh = init_device_mesh("cpu", (2, 2) if " x " in how else (4, 1), mesh_dim_names=("dp", "other"))
+    data, model = mesh["dp"], llama()
+    if how == "ddp":
+        model = DistributedDataParallel(model)
+    elif how.startswith("fsdp, "):
+        model = sharded(model, data, apart=how == "fsdp, apart")
+    elif how == "fsdp x tensor":
+        model = sharded(by_heads(model, mesh["other"]), data)
+    else:
+        model = sharded(model, mesh._flatten("all"))
+    in_context = how == "fsdp x context"
+    averaged = 4 if in_context else data.size()
+    found = trained(
+        model,
+        lambda x: x.chunk(data.size())[data.get_local_rank()],
+        averaged,
+        mesh["other"] if in_context else None,
+    )
+    for total in found[:STEPS]:
+        dist.all_reduce(total)
+    # Ranks of one tensor-parallel group count the same tokens.
+    return [total.item() * averaged / 4 for total in found[:STEPS]] + found[STEPS:]
 
 
 @pytest.fixture(scope="module")
 def one() -> list[float]:
-    return training.losses_of_one()
+    return [float(x) for x in trained(llama(), lambda x: x)]
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp, together", "fsdp, apart", "fsdp x tensor", "fsdp x context"])
 def test_losses_and_learned_values_are_those_of_one_process(pool, one, how):
-    for got in pool.run(training.losses, how):
+    for got in pool.run(losses, how):
         assert got == pytest.approx(one, rel=1e-5)
 
 
+def dtypes_seen(rank: int) -> None:
+    """Under a policy of bf16 weights act in it, learned values in fp32, gradients are fp32."""
+    model, seen = llama(), set()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    sharded(model, init_device_mesh("cpu", (4,)), apart=True, mp_policy=policy)
+
+    def look(module, query, key, arguments, aux) -> None:
+        seen.add((query.dtype, *{p.dtype for p in module.tritonattn.parameters()}))
+
+    with patched(model).watch(look):
+        for _ in range(2):  # without a backward between
+            model(input_ids=tokens()).logits.square().mean().backward()
+            assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert seen == {(torch.bfloat16, torch.float32)}
+
+
 def test_what_is_learned_keeps_fp32_in_a_group_of_its_own(pool):
-    assert pool.run(training.dtypes_seen) == [{(torch.bfloat16, torch.float32)}] * 4
+    pool.run(dtypes_seen)
+
+
+def checkpointed(rank: int, folder: Path) -> None:
+    """A checkpoint of FSDP2 x tensor parallelism is read by FSDP2 alone, and by one process, and back."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "other"))
+
+    def filled(start: float) -> Any:
+        model = llama()
+        with torch.no_grad():
+            for i, (name, p) in enumerate(model.named_parameters()):
+                if "tritonattn" in name:
+                    p.copy_(torch.arange(p.numel()).view_as(p) + start + 10 * i)
+        return model
+
+    worlds = {
+        "both": lambda start: sharded(by_heads(filled(start), mesh["other"]), mesh["dp"]),
+        "fsdp": lambda start: sharded(filled(start), mesh._flatten("all")),
+        "one": filled,
+    }
+    for source, target in (("both", "fsdp"), ("both", "one"), ("fsdp", "both")):
+        place = folder / f"{source} {target}"
+        saved, loaded = worlds[source](0.25), worlds[target](7.0)
+        dcp.save(get_model_state_dict(saved), checkpoint_id=place)
+        state = get_model_state_dict(loaded)
+        dcp.load(state, checkpoint_id=place)
+        set_model_state_dict(loaded, state)
+        wanted = dict(filled(0.25).named_parameters())
+        for name, p in loaded.named_parameters():
+            assert torch.equal(whole(p), wanted[name]), (source, target, name)
 
 
 def test_checkpoints_go_from_world_to_world(pool, tmp_path):
-    pool.run(training.checkpointed, str(tmp_path))
+    pool.run(checkpointed, tmp_path)
+
+
+def planned(rank: int, folder: Path) -> float:
+    """Relative error of the logits and gradients of a saved patched model that transformers shards by its own plan."""
+    from transformers.distributed import DistributedConfig
+
+    if rank == 0:
+        llama(kv_heads=HEADS).save_pretrained(folder)
+    dist.barrier()
+    config = DistributedConfig(tp_plan="auto", tp_size=4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    assert patched(model).layers["model.layers.0.self_attn"].gain.to_local().shape == (1, 1)
+    one = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    pairs = [[whole(net(input_ids=tokens()).logits) for net in (model, one)]]
+    for net in (model, one):
+        net(input_ids=tokens()).logits.square().mean().backward()
+    theirs = dict(one.named_parameters())
+    pairs += [[whole(p.grad), theirs[name].grad] for name, p in model.named_parameters() if "tritonattn" in name]
+    return max(((got - want).abs().max() / want.abs().max()).item() for got, want in pairs)
 
 
 def test_transformers_own_plan_shards_what_is_learned(pool, tmp_path):
     pytest.importorskip("transformers.distributed.tensor_parallel")
-    assert max(pool.run(training.planned, str(tmp_path))) < 5e-6
+    assert max(pool.run(planned, tmp_path)) < 5e-6
+
+
+def trained_by_trainer(rank: int, folder: Path, batch: int = 2) -> list[float]:
+    """Learned values after transformers' Trainer, by accelerate's DDP, has trained on this rank's batches."""
+    if dist.is_initialized():
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": dist.get_world_size(), "MASTER_ADDR": "localhost"}
+        os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_PORT="0")
+    options = {"max_steps": 3, "learning_rate": 10.0, "lr_scheduler_type": "constant", "optim": "sgd"}
+    options |= {"use_cpu": True, "ddp_backend": "gloo" if dist.is_initialized() else None}
+    options |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": batch}
+    model, rows = llama(), [{"input_ids": x, "labels": x} for x in tokens(batch=32)]
+    transformers.Trainer(model, transformers.TrainingArguments(str(folder), **options), train_dataset=rows).train()
+    return learned(model)
 
 
 def test_trainer_learns_what_one_process_learns(pool, tmp_path):
-    wanted = training.trained_by_trainer(0, str(tmp_path), batch=8)
+    wanted = trained_by_trainer(0, tmp_path, batch=8)
     assert max(abs(value - 1) for value in wanted) > 1e-3
-    for got in pool.run(training.trained_by_trainer, str(tmp_path)):
+    for got in pool.run(trained_by_trainer, tmp_path):
         assert got == pytest.approx(wanted, abs=1e-6)
