@@ -1,7 +1,5 @@
 """The power of ln n that gaps of logits ask for: laws that are known, every mask, and what cannot be known."""
 
-import math
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from tests.support.masks import MASKS, visible_pairs
 from tritonattn.analysis import advise, diagnose
 from tritonattn.analysis.gaps import described, layer_power, power_of
 
-HEADS, LENGTH = 8, 512
+HEADS, LENGTH = 6, 512
 
 
 def _standing_out(noise):
@@ -56,22 +54,18 @@ def test_every_mask(mask):
     q, k = (torch.randn(2, heads, length, 8, generator=random).double() for heads, length in ((2, 120), (1, 130)))
     masks = MASKS[mask](*sizes)
     found, visible = diagnose(q, k, **masks), visible_pairs(sizes, **masks)
-    products = q @ k.repeat_interleave(2, 1).mT
+    logits = (q @ k.repeat_interleave(2, 1).mT).masked_fill(~visible, -torch.inf).sort(descending=True).values
+    place, count = torch.arange(130).double(), visible.sum(-1)
+    slopes = place.log() / (logits[..., :1] - logits)
+    critical, place = slopes.masked_fill((place < 4) | (place >= count[..., None]), -torch.inf).max(-1)
     for head in range(2):
-        rows = [
-            (len(x), *max((math.log(c) / float(x[0] - x[c]), c) for c in range(4, len(x))))
-            for entry in range(2)
-            for product, seen in zip(products[entry, head], visible[entry, head], strict=True)
-            for x in [product[seen].sort(descending=True).values]
-            if len(x) >= 16
-        ]
-        n, critical, c = torch.tensor(rows, dtype=torch.float64).view(-1, 3).unbind(1)
+        n, b, c = (x[:, head][count[:, head] >= 16].double() for x in (count, critical, place))
         if len(n) == 0 or n.max() < 8 * n.min():
             assert found.count_power[head].isnan()
             continue
         depth = ((c / 4).log() / ((n - 1) / 4).log()).mean()
         x = (n if depth > 0.5 else n / 3).log().log()
-        slope = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), critical.log()[:, None]).solution[0, 0]
+        slope = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), b.log()[:, None]).solution[0, 0]
         assert float(found.count_power[head]) == pytest.approx(float(slope), abs=1e-9)
 
 

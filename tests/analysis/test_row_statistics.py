@@ -20,9 +20,10 @@ def streamed(q, k, scaling="sqrt_dim", gain=None, **masks):
     return row_statistics(q, k, factor, Visibility.of(q, k, **masks))
 
 
-def assert_same(ours, exact, rtol=1e-6, atol=1e-12):
+def assert_same(ours, exact, rows=slice(None)):
     for name, value in exact.items():
-        torch.testing.assert_close(getattr(ours, name), value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        found = getattr(ours, name)[:, :, rows]
+        torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -31,6 +32,12 @@ def test_every_mask(mask, scaling):
     q, k = tensors()
     masks = MASKS[mask](B, HQ, 6, 9)
     assert_same(streamed(q, k, scaling, **masks), dense(q, k, scaling, **masks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_operands_are_widened_first(dtype):
+    q, k = tensors(dtype=dtype)
+    assert_same(streamed(q, k, "key_norm_sum"), dense(q, k, "key_norm_sum"))
 
 
 @pytest.mark.parametrize("name", [*SCALINGS, *LEARNED])
@@ -53,16 +60,14 @@ def test_numbers_tensors_and_gains():
 @pytest.mark.parametrize("lengths", [(1, 700), (300, 600), (3, 0), (0, 3), (4, 1)])
 def test_more_keys_and_rows_than_a_block_holds_and_none(lengths):
     q, k = tensors(*lengths)
-    rows = slice(None) if lengths[0] < 10 else slice(255, 258)
+    rows = slice(None) if lengths[0] < 10 else slice(255, 257)
     ours = streamed(q, k, "key_norm_mean", causal=True)
     if 0 in lengths:
         assert all(getattr(ours, name).eq(0).all() for name in vars(ours))
         assert ours.key_count.shape == (B, HQ, lengths[0])
         return
     ranges = torch.stack(Visibility.of(q, k, causal=True).ranges(), -1)[:, rows].expand(B, -1, -1)
-    exact = dense(q[:, :, rows], k, "key_norm_mean", key_ranges=ranges)
-    for name, value in exact.items():
-        torch.testing.assert_close(getattr(ours, name)[:, :, rows], value, rtol=1e-6, atol=1e-12)
+    assert_same(ours, dense(q[:, :, rows], k, "key_norm_mean", key_ranges=ranges), rows)
 
 
 @pytest.mark.parametrize("gap", [5.0, 50.0, 300.0])
@@ -86,22 +91,13 @@ def test_a_one_hot_row_over_many_blocks():
     torch.testing.assert_close(ours.jacobian_norm.item(), e * math.sqrt(1023**2 + 3 * 1023), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_narrow_operands_are_widened_first(dtype):
-    q, k = tensors(dtype=dtype)
-    assert_same(streamed(q, k, "key_norm_sum"), dense(q, k, "key_norm_sum"), rtol=1e-6)
-
-
-def test_padding_of_nan_reaches_nothing():
+def test_nan_is_shown_in_a_visible_key_and_reaches_nothing_from_padding():
     q, k = tensors()
     clean = streamed(q, k, "key_norm_mean", key_lengths=torch.tensor([4, 7]))
     k[0, :, 4:], k[1, :, 7:] = torch.nan, torch.inf
     dirty = streamed(q, k, "key_norm_mean", key_lengths=torch.tensor([4, 7]))
     for name in vars(clean):
         assert torch.equal(getattr(clean, name), getattr(dirty, name)), name
-
-
-def test_nan_in_a_visible_key_is_shown():
     q, k = tensors(1, 600)
     for place in (3, 599):
         dirty = k.clone()
@@ -112,12 +108,12 @@ def test_nan_in_a_visible_key_is_shown():
 
 
 def test_memory_is_that_of_blocks():
-    q, k = torch.randn(1, 1, 300, 8), torch.randn(1, 1, 1 << 16, 8)
-    ranges = torch.tensor([[0, 300]] * 299 + [[0, 1 << 16]])[None]
+    q, k = torch.randn(1, 1, 300, 8), torch.randn(1, 1, 1 << 15, 8)
+    ranges = torch.tensor([[0, 300]] * 299 + [[0, 1 << 15]])[None]
     with Watch() as watch:
         ours = streamed(q, k, "key_norm_sum", key_ranges=ranges)
-    assert watch.largest <= 8 << 20  # [Sq, Sk] of bytes alone would be 19 MiB
-    assert ours.key_count.amax() == 1 << 16
+    assert watch.largest <= 8 << 20  # [Sq, Sk] of bytes alone would be 9 MiB
+    assert ours.key_count.amax() == 1 << 15
 
 
 def test_a_row_of_blocks_is_joined_in_any_order():

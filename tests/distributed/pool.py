@@ -84,7 +84,7 @@ def _serve(rank: int, size: int, store: Path, pipe: Any) -> None:
             return
         try:
             answer = (True, function(rank, *arguments))
-        except Exception:
+        except BaseException:  # pytest.fail included
             pipe.send((False, traceback.format_exc()))
             return  # as a script does: the others then meet a closed connection
         pipe.send(answer)

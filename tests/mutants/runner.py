@@ -24,7 +24,9 @@ _FORKER = "tests/mutants/forker.py"
 # Without looking for garbage at the end, which would take longer than most tests.
 _OPTIONS = ("-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:unraisableexception")
 # Where pytest says at the end of a failure which error a line raised; or where the trace of a rank ends.
-_ASSERTED = re.compile(r"^(\S+:\d+: (AssertionError|Failed|GradcheckError)|E +AssertionError.*)$", re.MULTILINE)
+_ASSERTED = re.compile(
+    r"^(\S+:\d+: (AssertionError|Failed|GradcheckError)|E +(AssertionError|Failed)\b.*)$", re.MULTILINE
+)
 
 
 class Runner(NamedTuple):

@@ -1,6 +1,7 @@
 """The statistics of every row of a softmax by their definitions, dense and in float64."""
 
 import torch
+from torch.func import jacrev, vmap
 
 from tests.support.learned import HEAD_DIM, HEADS
 from tests.support.masks import visible_pairs
@@ -17,32 +18,37 @@ def tensors(q_len=6, k_len=9, kv_heads=2, seed=0, size=1.5, dtype=torch.float64)
 
 
 def dense(q, k, scaling="sqrt_dim", gain=None, **masks):
-    """Every statistic of every row from its definition: a dict of [B, Hq, Sq]."""
+    """Every statistic of every row from its definition: a dict of [B, Hq, Sq]; 0 in rows without keys."""
     q, k = q.double(), k.double()
     sizes = (*q.shape[:3], k.shape[2])
     visible = visible_pairs(sizes, **masks)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
-    full = factor.scaling.multiplier(q, k, visible)
-    full = full * (1.0 if gain is None else gain[..., None] if isinstance(gain, torch.Tensor) else gain)
-    full = torch.as_tensor(full, dtype=torch.float64).detach().expand(sizes)
-    products = q @ k.mT
-    found: dict[str, list] = {}
-    for index in torch.cartesian_prod(*(torch.arange(size) for size in sizes[:3])).tolist():
-        seen = visible[tuple(index)]
-        row = _row(products[tuple(index)][seen], full[tuple(index)][seen])
-        for name, value in row.items():
-            found.setdefault(name, []).append(float(value))
-    return {name: torch.tensor(values, dtype=torch.float64).view(sizes[:3]) for name, values in found.items()}
+    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]").scaling.multiplier(q, k, visible)
+    factor = factor * (1.0 if gain is None else gain[..., None] if isinstance(gain, torch.Tensor) else gain)
+    factor = torch.where(visible, torch.as_tensor(factor, dtype=torch.float64).detach(), 0)
+    sees, products = visible.flatten(0, 2), (q @ k.mT).flatten(0, 2)
+    z = factor.flatten(0, 2) * products
 
+    def softmax(z, sees):
+        return torch.where(sees, z, -torch.inf).softmax(-1)
 
-def _row(x, f):
-    names = ("key_count", "logit_std", "max_logit", "max_probability", "entropy", "output_variance")
-    if len(x) == 0:
-        return dict.fromkeys((*names, "jacobian_norm", "gradient_norm"), 0.0)
-    z = f * x
-    p = torch.softmax(z, -1)
-    jacobian = torch.autograd.functional.jacobian(lambda z: torch.softmax(z, -1), z)
-    reaching = torch.autograd.functional.jacobian(lambda x: torch.softmax(f * x, -1), x)
-    values = (len(x), z.std(correction=0), z.max(), p.max(), torch.special.entr(p).sum(), p.var(correction=0))
-    return {**dict(zip(names, values, strict=True)), "jacobian_norm": jacobian.norm(), "gradient_norm": reaching.norm()}
+    def norms(function, *operands):
+        return vmap(jacrev(function))(*operands).flatten(1).norm(dim=1)
+
+    p, n = softmax(z, sees), sees.sum(-1)
+
+    def variance(x):
+        mean = torch.where(sees, x, 0).sum(-1, keepdim=True) / n[:, None]
+        return torch.where(sees, x - mean, 0).square().sum(-1) / n
+
+    found = {
+        "key_count": n.double(),
+        "logit_std": variance(z).sqrt(),
+        "max_logit": torch.where(sees, z, -torch.inf).amax(-1),
+        "max_probability": p.amax(-1),
+        "entropy": torch.special.entr(p).sum(-1),
+        "output_variance": variance(p),
+        "jacobian_norm": norms(softmax, z, sees),
+        "gradient_norm": norms(lambda x, f, sees: softmax(f * x, sees), products, factor.flatten(0, 2), sees),
+    }
+    return {name: torch.where(n > 0, values, 0).view(sizes[:3]) for name, values in found.items()}
