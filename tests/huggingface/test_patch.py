@@ -232,22 +232,25 @@ def test_the_report_names_what_cannot_be_patched():
         patch(network, layers="*.extra")
 
 
-def test_a_layer_without_its_model_is_patched_and_saved_with_it(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "part"), [("llama", "model.layers.1"), ("bart", "model.decoder")], ids=["llama", "bart"]
+)
+def test_a_part_without_its_model_is_patched_and_saved_with_it(name, part, tmp_path):
     """The rest of the model, which shares its config, keeps its implementation and its masks."""
-    network = LLAMA.build()
+    architecture = ARCHITECTURES[name]
+    network, inputs = architecture.build(), architecture.inputs()
     network.save_pretrained(tmp_path)  # which writes the config's architectures
-    before = state(network)
-    with patch(network, scaling="none", layers=[1]):
-        wanted = logits(network)
-    one = patch(network.model.layers[1], scaling="none")
-    network.save_pretrained(tmp_path)
-    again = type(network).from_pretrained(tmp_path, attn_implementation="eager").eval()
-    assert patched(again) is not None
-    assert list(patched(again).layers) == ["model.layers.1.self_attn"]
-    assert torch.equal(logits(again), wanted)
-    assert network.config._attn_implementation == "eager"
-    assert network.model.layers[0].self_attn.config._attn_implementation == "eager"
-    assert torch.equal(logits(network), wanted)
+    with torch.no_grad():
+        with patch(network, scaling="none", layers=part) as one:
+            wanted, names = architecture.outputs(network, inputs), list(one.layers)
+        before = state(network)
+        one = patch(network.get_submodule(part), scaling="none")
+        network.save_pretrained(tmp_path)
+        again = type(network).from_pretrained(tmp_path, attn_implementation="eager").eval()
+        assert list(patched(again).layers) == names
+        assert network.config._attn_implementation == "eager"
+        for patched_alike in (again, network):
+            torch.testing.assert_close(architecture.outputs(patched_alike, inputs), wanted, atol=1e-3, rtol=1e-3)
     one.undo()
     assert state(network) == before
 

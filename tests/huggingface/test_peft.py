@@ -15,7 +15,6 @@ TOKENS = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
 
 def model():
     """The same patched model each time, with ssmax in every layer."""
-    torch.manual_seed(0)
     network = ARCHITECTURES["llama"].build()
     patch(network, scaling="ssmax")
     return network
@@ -26,20 +25,14 @@ def logits(network):
         return network.eval()(TOKENS).logits
 
 
-@pytest.fixture
-def adapted():
-    """A model after some steps of LoRA and its scalings."""
+def test_the_adapters_copy_of_the_scaling_is_trained_saved_loaded_and_merged(tmp_path):
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["tritonattn"])
-    found = peft.get_peft_model(model(), lora)
-    optimizer = torch.optim.SGD([p for p in found.parameters() if p.requires_grad], lr=0.5)
+    adapted = peft.get_peft_model(model(), lora)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.5)
     for _ in range(3):
-        found.train()(TOKENS, labels=TOKENS).loss.backward()
+        adapted.train()(TOKENS, labels=TOKENS).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return found
-
-
-def test_the_adapters_copy_of_the_scaling_learns_and_the_models_own_stays(adapted):
     scalings = {name: p for name, p in adapted.named_parameters() if "tritonattn" in name}
     learned = {name: p for name, p in scalings.items() if "modules_to_save.default" in name}
     own = {name: p for name, p in scalings.items() if "original_module" in name}
@@ -50,11 +43,9 @@ def test_the_adapters_copy_of_the_scaling_learns_and_the_models_own_stays(adapte
         assert not torch.equal(before, after)
     with adapted.disable_adapter():
         torch.testing.assert_close(logits(adapted), logits(model()), rtol=0, atol=0)
-    assert not torch.allclose(logits(adapted), logits(model()))
-
-
-def test_saved_loaded_merged_and_saved_whole(adapted, tmp_path):
     expected = logits(adapted)
+    assert not torch.allclose(expected, logits(model()))
+
     adapted.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(model(), tmp_path / "adapter")
     torch.testing.assert_close(logits(again), expected, rtol=0, atol=0)
