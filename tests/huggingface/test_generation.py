@@ -3,7 +3,7 @@
 import copy
 import inspect
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import pytest
@@ -38,6 +38,9 @@ def static_cache(network: Any, length: int) -> Any:
     return transformers.StaticCache(config=network.config, max_cache_len=length, **more)
 
 
+CACHES = {"dynamic": dynamic_cache, "static": static_cache}
+
+
 def in_pieces(network: Any, cache: Any, sizes: list[int], ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:
     """Logits [B, S, V] of passes over pieces of ids [B, S], whose keys the cache holds."""
     logits = []
@@ -52,7 +55,7 @@ def close(got: Tensor, wanted: Tensor) -> None:
     assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
-@in_turn(mode=MODES, cache=[dynamic_cache, static_cache])
+@in_turn(mode=MODES, cache=CACHES)
 def test_padding_and_steps_change_nothing(mode, cache, llama):
     """A padded row gives its results alone, and a prefill with the steps after it those of one pass."""
     ids, mask = LLAMA.inputs("left").values()
@@ -60,26 +63,20 @@ def test_padding_and_steps_change_nothing(mode, cache, llama):
     with patch(llama, scaling=mode), torch.no_grad():
         alone = llama(input_ids=ids[:1, mask[0].bool()], use_cache=False).logits
         whole = llama(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits
-        steps = in_pieces(llama, cache(llama, 20), [6, *[1] * 7], ids, mask, position)
+        steps = in_pieces(llama, CACHES[cache](llama, 20), [6, *[1] * 7], ids, mask, position)
     close(whole[:1, mask[0].bool()], alone)
     close(steps[mask.bool()], whole[mask.bool()])
 
 
 @pytest.mark.parametrize(
     ("name", "cache"),
-    [
-        ("llama", dynamic_cache),
-        ("llama", static_cache),
-        ("mistral", dynamic_cache),
-        ("mistral", static_cache),
-        ("gemma3", static_cache),  # a window beside a full layer
-    ],
+    [*product(["llama", "mistral"], CACHES), ("gemma3", "static")],  # a window beside a full layer
 )
 def test_a_long_text_in_pieces_equals_the_full_pass(name, cache):
     network, sizes = ARCHITECTURES[name].build(), [7, 1, 1, 2, 1, 60, 1, 4, *[1] * 10, 30, 1, 1]
     ids = torch.randint(3, 61, (2, 64), generator=torch.Generator().manual_seed(0)).repeat(1, 2)[:, : sum(sizes)]
     with patch(network, scaling="key_norm_sum"), torch.no_grad():
-        wanted, held = network(input_ids=ids, use_cache=False).logits, cache(network, ids.shape[1])
+        wanted, held = network(input_ids=ids, use_cache=False).logits, CACHES[cache](network, ids.shape[1])
         got = [network(input_ids=piece, past_key_values=held).logits for piece in ids.split(sizes, dim=1)]
     close(torch.cat(got, dim=1), wanted)
 

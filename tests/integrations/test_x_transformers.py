@@ -17,6 +17,7 @@ from tritonattn.integrations import x_transformers as ours
 
 TOKENS = torch.randint(0, 11, (2, 9), generator=torch.Generator().manual_seed(0))
 PADDING = torch.arange(9) < torch.tensor([9, 5])[:, None]
+LAYERS = {"Decoder": Decoder, "Encoder": Encoder}
 OPTIONS = {
     "plain": {},
     "flash": {"attn_flash": True},
@@ -51,16 +52,16 @@ def in_float64(made):
     return made
 
 
-@in_turn(options=[*OPTIONS, "memory"], layers=[Decoder, Encoder])
+@in_turn(options=[*OPTIONS, "memory"], layers=["Decoder", "Encoder"])
 def test_sqrt_dim_is_their_model(options, layers):
-    theirs = model(layers, **OPTIONS[options])
+    theirs = model(LAYERS[layers], **OPTIONS[options])
     made = copy.deepcopy(theirs)
     replaced = ours.replace_attend(made)
     assert len(replaced.names) == 2
     assert not any(isinstance(x, Attend) for x in made.modules())
     assert set(made.state_dict()) == set(theirs.state_dict())
     torch.testing.assert_close(made(TOKENS), theirs(TOKENS), rtol=1e-9, atol=1e-9)
-    masks = {} if options == "memory" and layers is Decoder else {"mask": PADDING}
+    masks = {} if options == "memory" and layers == "Decoder" else {"mask": PADDING}
     outs = [x(TOKENS, **masks) for x in (made, theirs)]
     torch.testing.assert_close(*outs, rtol=1e-9, atol=1e-9)
     gradients = [
