@@ -13,6 +13,7 @@ from tritonattn.cli import main as cli
 
 DOCUMENTS = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").glob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "perf/README.md", "autotune_cache/README.md", *DOCUMENTS]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 BLOCKS = [(document, position) for document in DOCUMENTS for position in range(len(snippets(document)))]
 OPTIONAL = {"transformers": r"transformers|tritonattn\.huggingface", "peft": "peft"}
 
@@ -29,8 +30,7 @@ def test_snippets_run(document, position, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("document", PAGES)
 def test_no_snippet_is_overlooked(document):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    openings = re.findall(r"^ *```(\w*)\n", text, re.MULTILINE)[::2]
+    openings = re.findall(r"^ *```(\w*)\n", TEXTS[document], re.MULTILINE)[::2]
     assert set(openings) <= {"python", "sh", "text"}, "a fence names its language"
     assert openings.count("python") == len(snippets(document))
 
@@ -38,7 +38,7 @@ def test_no_snippet_is_overlooked(document):
 def commands(document: str) -> list[list[str]]:
     """The words of every command of ours, in blocks and in sentences."""
     lines = [line for block in snippets(document, "sh") for line in block.splitlines()]
-    lines += re.findall(r"`((?:tritonattn|python -m perf) [^`\n]+)`", (ROOT / document).read_text(encoding="utf-8"))
+    lines += re.findall(r"`((?:tritonattn|python -m perf) [^`\n]+)`", TEXTS[document])
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -60,21 +60,20 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("document", PAGES)
 def test_paths_that_are_named_exist(document):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    for path in re.findall(r"`((?:docs|perf|tests|tritonattn|autotune_cache)/[\w./-]+)`", text):
+    for path in re.findall(r"`((?:docs|perf|tests|tritonattn|autotune_cache)/[\w./-]+)`", TEXTS[document]):
         assert (ROOT / path).exists(), path
 
 
 def anchors(document: str) -> set[str]:
     """The names of its headings in links, as GitHub and mkdocs make them."""
-    headings = re.findall(r"^#+ (.*)$", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", TEXTS[document], re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("document", PAGES)
 def test_links_lead_somewhere(document):
     folder = (ROOT / document).parent
-    text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", TEXTS[document], flags=re.DOTALL)
     targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
     for target in targets:
         if target.startswith("https://"):
@@ -89,7 +88,7 @@ def test_links_lead_somewhere(document):
 @pytest.mark.parametrize("document", PAGES)
 def test_no_sentence_has_to_be_decoded(document):
     """The prose rules of CONTRIBUTING.md: no sentence begins with these words (questions may)."""
-    text = re.sub(r"```.*?```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", TEXTS[document], flags=re.DOTALL)
     sentences = re.split(r"(?<=[.!?:])\s+|\n\s*(?:[-*|#]|\d\.)\s*|\n\n|\|", text)
     for sentence in sentences:
         decoded = re.match(r"\W*(What|Whether|Whose|Those of|That of|Of a)\b", sentence)
@@ -102,17 +101,14 @@ def test_every_page_is_in_the_site():
 
 
 def test_architecture_describes_every_folder():
-    table = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("| folder |")[2].partition("\n\n")[0]
+    table = TEXTS["docs/architecture.md"].partition("| folder |")[2].partition("\n\n")[0]
     folders = {file.parent.name for file in (ROOT / "tritonattn").glob("*/__init__.py")}
     assert folders - set(re.findall(r"`(\w+)/`", table)) == set()
 
 
 def test_sections_that_the_rules_of_advise_cite_exist():
-    cited = [
-        found
-        for rule in RULES
-        for found in re.findall(r"([\w/-]+\.md), (?:exercise )?([\w ]+)", " ".join(rule.evidence))
-    ]
+    evidence = [line for rule in RULES for line in rule.evidence]
+    cited = re.findall(r"([\w/-]+\.md), (?:exercise )?([\w ]+)", "\n".join(evidence))
     assert len(cited) >= 9
     for document, section in cited:
-        assert re.search(rf"^## {section}\b", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE), section
+        assert re.search(rf"^## {section}\b", TEXTS[document], re.MULTILINE), section

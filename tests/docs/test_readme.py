@@ -13,14 +13,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCALINGS_PAGE = "docs/scalings.md"
 
 
-def test_it_is_short():
+def test_it_is_short_its_code_runs_and_its_commands_are_targets():
     assert len(README.splitlines()) <= 130
-
-
-def test_its_code_runs_and_is_six_lines():
     (code,) = snippets("README.md")
     assert len([line for line in code.splitlines() if line]) <= 6
     assert all(run("README.md", 0)[name].grad is not None for name in "qkv")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -44,12 +44,6 @@ def test_a_mode_as_documented_keeps_padding_out(backend):
 def test_every_mode_is_in_the_table(document):
     text = (ROOT / document).read_text(encoding="utf-8").partition("## Modes")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `(\w+)`", text, re.MULTILINE) == list(tritonattn.SCALINGS)
-
-
-def test_the_two_commands_are_targets_of_the_makefile():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 def test_its_recall_is_that_of_the_recorded_runs():

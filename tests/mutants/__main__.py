@@ -45,25 +45,18 @@ def _count_missed(mutants: Sequence[Mutant], jobs: int, verbose: bool) -> int:
             free.put(runner)
 
         def is_missed(mutant: Mutant) -> bool:
-            runner = free.get()
+            runner, start = free.get(), time.perf_counter()
             try:
-                return _report(runner, mutant, verbose)
+                said = runner.why_not_caught(mutant)
             finally:
                 free.put(runner)
+            verdict, seconds = "caught" if said is None else "MISSED", time.perf_counter() - start
+            print(f"{verdict} {seconds:5.1f} s  {mutant.file}: {mutant.name}", flush=True)
+            if said is not None and verbose:
+                print(said, flush=True)
+            return said is not None
 
         return sum(pool.map(is_missed, mutants))
-
-
-def _report(runner: Runner, mutant: Mutant, verbose: bool) -> bool:
-    """Print a line; whether the fault was missed."""
-    start = time.perf_counter()
-    said = runner.why_not_caught(mutant)
-    seconds = time.perf_counter() - start
-    verdict = "caught" if said is None else "MISSED"
-    print(f"{verdict} {seconds:5.1f} s  {mutant.file}: {mutant.name}", flush=True)
-    if said is not None and verbose:
-        print(said, flush=True)
-    return said is not None
 
 
 if __name__ == "__main__":
