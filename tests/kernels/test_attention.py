@@ -17,13 +17,12 @@ from tritonattn.backends.triton import launch
 from tritonattn.core.call import Logits
 from tritonattn.tuning.config import Target
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCALES = ((), ("query_scale",), ("query_scale", "key_scale"), ("query_scale", "key_bias"))
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
-def _mask(name: str, device: torch.device, batch: int = 2, heads: int = 2, q_len: int = 37, k_len: int = 53) -> dict:
+def _mask(name: str, device: torch.device, batch: int = 2, heads: int = 2, q_len: int = 21, k_len: int = 35) -> dict:
     arguments = MASKS[name](batch, heads, q_len, k_len)
     return {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
 
@@ -34,11 +33,11 @@ def test_every_mask(mask, device):
 
 
 @pairwise(
-    free=[("mask", "scales"), ("mask", "heads")],
+    free=[("mask", "scales"), ("mask", "heads"), ("mask", "lengths"), ("mask", "form")],
     mask=MASKS,
     form=["softcap aux", "sinks dropout", "everything"],
     scales=SCALES,
-    dtype=DTYPES[:2],  # Triton's interpreter truncates to bfloat16 instead of rounding
+    dtype=[torch.float32, torch.float16],  # Triton's interpreter truncates to bfloat16 instead of rounding
     heads=[(1, 2), (2, 1), (1, 3)],
     lengths=[(21, 35), (1, 17), (37, 2)],
     dims=[(16, 16), (17, 40)],
@@ -68,39 +67,29 @@ def test_terms_of_keys_in_blocks_that_need_no_mask(has_ranges, device):
 @pytest.mark.parametrize("window", [(1, 0), (17, 3), (30, 0), (None, 14), (None, 1)], ids=str)
 def test_windows_whose_edge_is_that_of_a_tile(window, device):
     """A single row of the last tile of 16 sees a block of keys, or all rows but a single one do."""
-    tensors = harness.inputs(torch.float32, device, q_len=48, k_len=48, batch=1)
+    tensors = harness.inputs(torch.float32, device, q_len=48, k_len=48, batch=1, group=1)
     harness.check(tensors, window=window)
 
 
 @pytest.mark.parametrize("lengths", [(15, 16, 17), (31, 32, 33), (47, 48, 64)], ids=str)
 def test_lengths_whose_edge_is_that_of_a_tile(lengths, device):
     """One key fewer than fills blocks, as many, one more: no gradient reaches the one that is hidden."""
-    tensors = harness.inputs(torch.float32, device, q_len=48, k_len=64, batch=3)
+    tensors = harness.inputs(torch.float32, device, q_len=32, k_len=64, batch=3, group=1)
     harness.check(tensors, key_lengths=torch.tensor(lengths, device=device))
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "value_dim"), [(1, 1), (8, 24), (17, 16), (64, 64), (80, 80), (96, 40), (192, 128), (320, 512)]
+    ("head_dim", "value_dim"), [(1, 1), (8, 24), (17, 16), (64, 64), (96, 40), (192, 128), (320, 512)]
 )
 def test_head_dims(head_dim, value_dim, device):
-    tensors = harness.inputs(
-        torch.float32,
-        device,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        q_len=21,
-        k_len=19,
-        batch=1,
-        scales=("query_scale", "key_scale"),
-    )
-    harness.check(tensors, causal=True)
+    sizes = {"head_dim": head_dim, "value_dim": value_dim, "k_len": 19, "batch": 1, "group": 1}
+    harness.check(harness.inputs(torch.float32, device, scales=("query_scale", "key_scale"), **sizes), causal=True)
 
 
 @in_turn(mode=tritonattn.SCALINGS, mask=["causal", "window", "ranges", "mask of heads"])
 def test_every_mode(mode, mask, device):
-    tensors = harness.inputs(torch.float32, device, scales=("gain",), q_len=20, k_len=33)
-    arguments = _mask(mask, device, 2, 2, 20, 33)
-    harness.check(tensors, functools.partial(tritonattn.attention, scaling=mode), **arguments)
+    tensors = harness.inputs(torch.float32, device, batch=1, scales=("gain",))
+    harness.check(tensors, functools.partial(tritonattn.attention, scaling=mode), **_mask(mask, device, 1))
 
 
 HEADS = 24
@@ -130,7 +119,7 @@ def test_rows_of_few_keys(options, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # the interpreter truncates to bf16
 def test_keys_and_values_with_means(mode, dtype, device):
     """delta's error reaches d_q times the mean key, so delta must not come from an output of 16 bits."""
-    tensors = harness.inputs(dtype, device, q_len=40, k_len=64, head_dim=64, value_dim=64)
+    tensors = harness.inputs(dtype, device, batch=1, q_len=40, k_len=64, head_dim=64, value_dim=64)
     tensors |= {"k": tensors["k"] + 3, "v": tensors["v"] + 3}
     harness.check(tensors, functools.partial(tritonattn.attention, scaling=mode))
 
@@ -181,10 +170,10 @@ def test_a_hidden_key_scale_has_no_say_in_what_is_rounded(device):
     q_len=[20, 20, 1, 20, 20],
 )
 def test_hidden_keys_reach_nothing(mask, poison, q_len, device):
-    tensors = harness.inputs(torch.float32, device, scales=("query_scale", "key_scale"), q_len=q_len, k_len=53)
-    arguments = _mask(mask, device, 2, 2, q_len, 53)
+    tensors = harness.inputs(torch.float32, device, scales=("query_scale", "key_scale"), q_len=q_len)
+    arguments = _mask(mask, device, q_len=q_len)
     if mask == "ranges":
-        arguments["key_ranges"] = arguments["key_ranges"].clamp(7, 39)
+        arguments["key_ranges"] = arguments["key_ranges"].clamp(7, 30)
     visibility = tritonattn.core.visibility.Visibility.of(tensors["q"], tensors["k"], **arguments)
     hidden = ~visibility.seen_keys().expand(tensors["k"].shape[:3])
     assert hidden.any()
@@ -221,7 +210,7 @@ def test_neighbours_in_the_batch_change_nothing(device):
 
 def test_a_grid_past_the_limit_of_its_axes(device, monkeypatch):
     """More heads or batch entries than an axis of the hardware's grid holds take several launches."""
-    sizes = {"batch": 3, "kv_heads": 3, "group": 1, "q_len": 18, "k_len": 20}
+    sizes = {"batch": 3, "kv_heads": 3, "group": 1, "q_len": 5, "k_len": 8}
     tensors = harness.inputs(torch.float16, device, scales=("query_scale", "key_scale"), **sizes)
     d_out = torch.ones_like(tensors["q"])
     runs = []
@@ -232,13 +221,12 @@ def test_a_grid_past_the_limit_of_its_axes(device, monkeypatch):
         assert torch.equal(result, runs[1][name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_as_with_tensor_memory(device, dtype, monkeypatch):
+def test_as_with_tensor_memory(device, monkeypatch):
     """The row terms and sums of sm_100's kernels."""
     if device.type == "cuda":
         pytest.skip("kernels are compiled for this GPU")
     monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: cls("cuda", "100")))
-    harness.check(harness.inputs(dtype, device, scales=("query_scale", "key_scale")), causal=True)
+    harness.check(harness.inputs(torch.float16, device, scales=("query_scale", "key_scale")), causal=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
@@ -304,15 +292,13 @@ def test_ranges_past_int32(device):
 def test_a_factor_below_the_normal_numbers(device):
     tensors = harness.inputs(torch.float16, device, batch=1, q_len=20, k_len=20)
     tensors["query_scale"] = torch.ones(1, 2, 20, device=device)
-    found = harness.run(
-        tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton", scale=1e-39
-    )
-    for name, result in found.items():
-        assert result.isfinite().all(), name
+    d_out = torch.ones_like(tensors["q"])
+    found = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton", scale=1e-39)
+    assert all(result.isfinite().all() for result in found.values())
 
 
 def test_the_gradient_of_k_alone_is_no_other(device):
-    q, k, v = harness.inputs(torch.float32, device, head_dim=64, value_dim=64).values()
+    q, k, v = harness.inputs(torch.float32, device, batch=1, head_dim=64, value_dim=64).values()
     visibility = tritonattn.core.visibility.Visibility.of(q, k, causal=True)
     call = tritonattn.core.call.AttentionCall(q, k, v, visibility, Logits(1.0))
     result = triton_backend.forward(call, aux=False)

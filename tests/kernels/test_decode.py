@@ -14,7 +14,6 @@ from tritonattn.backends.triton import launch
 from tritonattn.core.call import Logits
 from tritonattn.core.decode_call import Cache, DecodeCall
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine")
 # With 16 keys a block and 4 blocks in the shortest split: up to 3 splits.
 LENGTH, CAPACITY = 150, 171
@@ -57,19 +56,17 @@ def _check(
         torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pairwise(dtype=DTYPES, page=[None, 16, 23], count=[1, 5])
+@pairwise(dtype=[torch.float32, torch.float16, torch.bfloat16], page=[None, 23], count=[1, 5])
 def test_dtypes_layouts_and_new_tokens(dtype, page, count, device):
     _check(dtype, device, page=page, count=count, scaling="cosine")
 
 
-@pytest.mark.parametrize("statistics", [True, False])
-@pytest.mark.parametrize("mode", KINDS)
+@in_turn(mode=[*KINDS, "key_norm_max", "cosine"], statistics=[True, True, True, True, True, True, False, False])
 def test_every_kind_of_mode(mode, statistics, device):
     _check(torch.float32, device, scaling=mode, statistics=statistics, page=19, count=2, window=(80, None))
 
 
-@pytest.mark.parametrize("window", [(0, 0), (20, None), (90, 5), (1000, None)], ids=str)
-@pytest.mark.parametrize("count", [1, 3])
+@in_turn(count=[1, 3], window=[(1000, None), (20, None), (90, 5), (0, 0)])
 def test_windows(window, count, device):
     _check(torch.float32, device, window=window, count=count, scaling="key_norm_max", page=17)
 
@@ -81,20 +78,18 @@ def test_biases_of_keys(bias_heads, page, count, softcap, window, device):
     _check(torch.float32, device, bias_heads=bias_heads, page=page, count=count, **options)
 
 
-@pytest.mark.parametrize("page", [18, 33, 150, 200])
+@pytest.mark.parametrize("page", [18, 33, 200])
 def test_pages_of_any_size(page, device):
     _check(torch.float32, device, page=page, count=2, scaling="key_norm_rms", window=(100, None))
 
 
-@pytest.mark.parametrize(
-    ("heads", "count"), [((1, 1), 1), ((1, 1), 16), ((6, 2), 7), ((20, 1), 1), ((20, 1), 4), ((5, 5), 2)], ids=str
-)
+@pytest.mark.parametrize(("heads", "count"), [((1, 1), 16), ((6, 2), 7), ((20, 1), 4), ((5, 5), 2)], ids=str)
 def test_groups_and_new_tokens(heads, count, device):
     """Up to 80 packed rows, in tiles of 16."""
     _check(torch.float32, device, heads=heads, count=count, gain=-0.7)
 
 
-@pytest.mark.parametrize("dims", [(1, 1), (17, 8), (64, 64), (96, 40), (192, 128), (256, 256), (576, 512)], ids=str)
+@pytest.mark.parametrize("dims", [(1, 1), (17, 8), (96, 40), (192, 128), (576, 512)], ids=str)
 def test_head_dims(dims, device):
     _check(torch.float32, device, dims=dims, heads=(2, 1), scaling="cosine")
 
@@ -113,8 +108,7 @@ def test_default_tiles(device, monkeypatch):
     _check(torch.float32, device, dims=(64, 64), heads=(8, 1), count=3)
 
 
-@pytest.mark.parametrize("page", [None, 16])
-@pytest.mark.parametrize("capacity", [40, 171], ids=["one split", "three splits"])
+@in_turn(page=[None, 16], capacity=[40, 171])
 def test_rows_without_keys(page, capacity, device):
     q, k, v = sequences(torch.float32, length=8, dims=(16, 16), device=device)
     cache = GrowingCache(k, v, capacity, page, statistics=True)
@@ -135,8 +129,7 @@ def test_rows_without_keys(page, capacity, device):
     assert (aux.entropy[empty] == 0).all()
 
 
-@pytest.mark.parametrize("page", [None, 16])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@in_turn(dtype=[torch.int64, torch.int32], page=[None, 16])
 def test_wild_lengths_are_clamped(dtype, page, device):
     """Below the checks, as values on a GPU: nothing outside the cache is read."""
     q, k, v = sequences(torch.float32, length=48, dims=(16, 16), device=device)

@@ -94,7 +94,7 @@ def _held(statistics: KeyStatistics) -> list[torch.Tensor]:
     return [statistics.counts, *parts]
 
 
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 7), (torch.float16, 64), (torch.bfloat16, 200)])
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 7), (torch.bfloat16, 200)])
 def test_keys_are_appended_as_by_torch(dtype, head_dim, device, monkeypatch):
     """One and many blocks of keys, none, keys that do not count, and keys past the capacity, which go unread."""
     random = torch.Generator().manual_seed(0)
