@@ -74,21 +74,18 @@ def test_is_the_textbook(name, softcap, with_sinks, p):
     torch.testing.assert_close(gradients(*ours[:2]), gradients(*theirs[:2]), rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("junk", [math.nan, math.inf])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"key_lengths": torch.tensor([4, 7])},
-        {"key_ranges": torch.tensor([[[2, 9]] * SQ, [[4, 9]] * SQ], dtype=torch.int32)},
-        {"mask": torch.arange(SK) < 4},
-        {"window": (1, -2)},
-        {"causal": True},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_sum", "key_norm_max", "cosine"])
-def test_keys_hidden_from_every_row_reach_nothing(arguments, junk, mode):
-    q_len = 12 if "causal" in arguments else SQ  # rows before the first key
+HIDING = {
+    "lengths": {"key_lengths": torch.tensor([4, 7])},
+    "ranges": {"key_ranges": torch.tensor([[[2, 9]] * SQ, [[4, 9]] * SQ], dtype=torch.int32)},
+    "mask": {"mask": torch.arange(SK) < 4},
+    "window": {"window": (1, -2)},
+    "causal": {"causal": True},
+}
+
+
+@pairwise(junk=[math.nan, math.inf], hiding=HIDING, mode=["sqrt_dim", "key_norm_sum", "key_norm_max", "cosine"])
+def test_keys_hidden_from_every_row_reach_nothing(junk, hiding, mode):
+    q_len, arguments = 12 if hiding == "causal" else SQ, HIDING[hiding]  # 12: rows before the first key
     visible = visible_pairs((B, HQ, q_len, SK), **arguments)
     unseen, blind = ~visible[:, :HKV].any(-2), ~visible.any(-1)
     clean = tensors(q_len=q_len)
