@@ -1,9 +1,11 @@
-"""The cases: every kernel for every target, and the other choices in pairs; some are quick."""
+"""The cases: every kernel for every target, each kernel with each of its other choices; some are quick."""
 
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
 
+from perf.ceilings import NON_MMA_PER_LOGIT
 from tests.support.pairs import all_pairs, thinned
 from tests.support.versions import OLDER_TRITON
 from tritonattn.tuning import Problem, Target
@@ -14,9 +16,7 @@ from .facts import facts
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx950")
 TARGETS = (*NVIDIA, *AMD)
-ALIKE = ("sm_86", "gfx90a")  # take the tiles of sm_89 and of gfx942
 BFLOAT, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
-ATTENTION = TILED_KERNELS[:3]
 
 SCALES = {
     "none": {},
@@ -24,178 +24,114 @@ SCALES = {
     "qk": {"query_scale": True, "key_scale": True},
     "qb": {"query_scale": True, "key_bias": True},
 }
-WITH_GRADIENT = SCALES["qk"] | {"query_scale_grad": True}
-FORMS_OF_FLOAT32 = {
-    "q": {"right": True, **SCALES["q"]},
-    "qk": {"right": True, **SCALES["qk"]},
-    "qb": {"right": True, **SCALES["qb"]},
-    "gradient": {"right": True, **WITH_GRADIENT},
-    "mask": {"mask": True, **WITH_GRADIENT},
-    "dropout": {"dropout": True, "right": True, **WITH_GRADIENT},
-}
-FORMS_OF_DECODE = {
-    "plain": {},
-    "q": SCALES["q"],
-    "pages": {**SCALES["qb"], "block_table": True},
-    "everything": {
-        **SCALES["qk"],
-        **dict.fromkeys(("left", "block_table", "softcap", "sinks", "aux", "grouped"), True),
-    },
-}
-MASKS = ("", "right", "left right", "key_lengths", "key_ranges", "mask")
+SCALES_OF_ATTENTION = SCALES | {"gradient": SCALES["qk"] | {"query_scale_grad": True}}
+EVERYTHING = "left softcap sinks aux grouped"
+FORMS = ("", "right", "left right", "key_lengths", "key_ranges", "mask", "dropout right", "dropout mask")
+FORMS_OF_DECODE = (
+    *("", "left", "grouped", "key_ranges sequences"),
+    *("block_table", "sequences", EVERYTHING, f"{EVERYTHING} block_table"),
+)
+PACKED_ROWS = (16, 32, 64, 256)
 
 
 class Case(NamedTuple):
     """A kernel to be compiled in its default config.
 
-    spills   bytes a thread that its loops may spill; None where they are not looked at
+    spills   bytes a thread that its loops may spill
     """
 
     kernel: str
     problem: Problem
     target: str
-    spills: int | None = 0
+    spills: int = 0
 
     def __str__(self) -> str:
         problem = self.problem
         sizes = f"{problem.head_dim}+{problem.value_dim}-{str(problem.dtype).removeprefix('torch.')}"
-        return "-".join([self.kernel, self.target, sizes, str(problem.packed_rows), *self.options])
-
-    @property
-    def options(self) -> list[str]:
-        return [name for name, value in vars(self.problem).items() if value is True and name != "aligned"]
+        options = [name for name, value in vars(problem).items() if value is True and name != "aligned"]
+        return "-".join([self.kernel, self.target, sizes, str(problem.packed_rows), *options])
 
     def check(self) -> None:
         """Compile it; no loop may spill, its shared memory must fit, and 16 bits go through tensor instructions."""
         code = facts(self.kernel, self.problem, self.target)
-        assert self.spills is None or code.spill_bytes <= self.spills, code
+        assert code.spill_bytes <= self.spills, code
         assert code.shared_bytes <= shared_limit(Target.parse(self.target)), code
         if self.kernel in TILED_KERNELS and self.target in NVIDIA and self.problem.dtype != SINGLE:
             assert code.mma_loops, f"expected a loop with tensor instructions, got {code}"
 
 
-def of_16_bits() -> list[Case]:
-    """Head dims above 128 only on cards with enough shared memory, and of 512 a few."""
-    dims = (64, 72, 80, 96, 128, 192, 256)
-    rows = all_pairs({"kernel": TILED_KERNELS, "target": TARGETS, "dim": dims, "scales": tuple(SCALES)})
-    widest = [("forward", "sm_80", "none"), ("grad_query", "sm_90", "q"), ("grad_key_value", "gfx942", "qk")]
-    rows += [{"kernel": kernel, "target": target, "dim": 512, "scales": scales} for kernel, target, scales in widest]
-    return [
-        Case(row["kernel"], Problem(dim, dim, BFLOAT, right=True, **SCALES[row["scales"]]), row["target"])
-        for row in rows
-        if row["target"] not in ALIKE and ((dim := row["dim"]) <= 128 or row["target"] not in ("sm_89", "sm_120"))
-    ]
+def problem_of(head_dim: int, scales: str = "q", causal: bool = True) -> Problem:
+    return Problem(head_dim, head_dim, BFLOAT, right=causal, **SCALES[scales])
 
 
-def of_float32() -> list[Case]:
-    """On sm_120 ptxas keeps to 80 registers, one too few; decoding with a bias of keys spills five."""
-    choices = {"kernel": TILED_KERNELS, "target": TARGETS, "dim": (64, 128, 256), "form": tuple(FORMS_OF_FLOAT32)}
-    return [
-        Case(
-            row["kernel"],
-            Problem(row["dim"], row["dim"], SINGLE, **FORMS_OF_FLOAT32[row["form"]]),
-            row["target"],
-            0 if row["target"] != "sm_120" else 20 if row["form"] == "qb" else 4,
-        )
-        for row in thinned(all_pairs(choices), [("target", "form")])
-    ]
+def of_ceilings() -> list[Case]:
+    """Full attention at head dim 128, causal at others."""
+    return [Case(kernel, problem_of(dim, causal=dim != 128), target) for kernel, target, dim in NON_MMA_PER_LOGIT]
 
 
-def of_dropout() -> list[Case]:
-    """On sm_120 three registers too few for a dense mask besides, at head dim 64; triton 3.8 spills."""
-    masks = () if OLDER_TRITON else ("right", "mask", "right left key_lengths")
+def of_every_choice() -> list[Case]:
+    """Each kernel with each choice, each dtype with each.
+
+    A bias of keys and key lengths take five registers too many of sm_90; triton 3.8 spills with dropout.
+    """
+    choices = {
+        "kernel": TILED_KERNELS,
+        "target": TARGETS,
+        "size": ((64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)),
+        "dtype": (BFLOAT, HALF, SINGLE),
+        "form": range(len(FORMS) - 2 * OLDER_TRITON),
+        "scales": tuple(SCALES_OF_ATTENTION),
+    }
     cases = []
-    for row in all_pairs({"kernel": ATTENTION, "target": NVIDIA, "dim": (64, 128), "masks": masks}) if masks else ():
-        form = dict.fromkeys(row["masks"].split(), True)
-        problem = Problem(row["dim"], row["dim"], BFLOAT, dropout=True, query_scale=True, **form)
-        cases.append(Case(row["kernel"], problem, row["target"], 12 if row["target"] == "sm_120" else 0))
+    for row in thinned(all_pairs(choices), list(combinations(("target", "size", "form", "scales"), 2))):
+        forms = FORMS_OF_DECODE if row["kernel"] == "decode" else FORMS
+        options = dict.fromkeys(forms[row["form"]].split(), True) | SCALES_OF_ATTENTION[row["scales"]]
+        rows = PACKED_ROWS[row["form"] % 4] if row["kernel"] == "decode" else 16
+        problem = Problem(*row["size"], row["dtype"], packed_rows=rows, **options)
+        spills = 20 if row["target"] == "sm_90" and problem.key_lengths and problem.key_bias else 0
+        cases.append(Case(row["kernel"], problem, row["target"], spills))
     return cases
 
 
-def of_decoding() -> list[Case]:
-    choices = {
-        "target": TARGETS,
-        "dim": (64, 80, 96, 128, 192, 256),
-        "rows": (16, 32, 64, 256),
-        "form": tuple(FORMS_OF_DECODE),
-    }
-    rows = thinned(all_pairs(choices), [("target", "dim")])
-    rows += [{"target": "sm_80", "dim": 512, "rows": 32, "form": form} for form in ("pages", "everything")]
+def of_wide_heads() -> list[Case]:
+    """The widest, and those of latent attention."""
+    everything = dict.fromkeys(f"{EVERYTHING} block_table".split(), True)
     return [
-        Case(
-            "decode",
-            Problem(row["dim"], row["dim"], BFLOAT, packed_rows=row["rows"], **FORMS_OF_DECODE[row["form"]]),
-            row["target"],
-        )
-        for row in rows
-    ] + [
-        Case("decode", Problem(576, 512, BFLOAT, **form), target)  # latent attention
-        for form, target in zip(FORMS_OF_DECODE.values(), ("sm_80", "sm_90", "sm_100", "gfx950"), strict=True)
+        Case("grad_key_value", problem_of(512, "qk"), "gfx942"),
+        Case("decode", Problem(512, 512, BFLOAT, **SCALES["qk"], **everything), "sm_80"),
+        Case("decode", Problem(576, 512, BFLOAT, **SCALES["q"]), "sm_90"),
+        Case("decode", Problem(576, 512, BFLOAT, **SCALES["qb"], block_table=True), "sm_100"),
     ]
 
 
 def of_pages() -> list[Case]:
-    everything = dict.fromkeys(("left", "softcap", "sinks", "aux", "grouped"), True)
-    forms = (SCALES["q"], SCALES["qk"] | everything)
-    rows = all_pairs({"target": ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942"), "dim": (64, 80, 128), "form": forms})
-    return [
-        Case(
-            "forward",
-            Problem(row["dim"], row["dim"], BFLOAT, right=True, sequences=True, block_table=True, **row["form"]),
-            row["target"],
-        )
-        for row in rows
-    ]
+    """Targets, head dims and forms in turn."""
+    common, cases = "right sequences block_table query_scale", []
+    for number, target in enumerate(("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")):
+        options, dim = (common, f"{common} key_scale {EVERYTHING}")[number % 2], (64, 80, 128)[number % 3]
+        cases.append(Case("forward", Problem(dim, dim, BFLOAT, **dict.fromkeys(options.split(), True)), target))
+    return cases
 
 
 def of_streaming_kernels() -> list[Case]:
-    """Each on three targets in turn."""
+    """Each on a target of each vendor, in turn."""
     masks = dict.fromkeys(("right", "left", "key_lengths", "key_ranges"), True)
     problem = Problem(64, 64, BFLOAT, **masks, **SCALES["qk"])
     return [
-        Case(kernel, problem, TARGETS[(number + step) % 9])
+        Case(kernel, problem, targets[number % len(targets)])
         for number, kernel in enumerate(STREAMING_KERNELS)
-        for step in (0, 3, 6)
+        for targets in (NVIDIA, AMD)
     ]
 
 
-def of_every_form() -> list[Case]:
-    """A spread of masks, scales and sizes; they compile, and their shared memory fits."""
-    sizes = ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256))
-    choices = {
-        "kernel": TILED_KERNELS,
-        "target": TARGETS,
-        "size": sizes,
-        "dtype": (HALF, BFLOAT),
-        "mask": MASKS,
-        "scales": ({}, SCALES["q"], WITH_GRADIENT),
-    }
-    return [
-        Case(
-            row["kernel"],
-            Problem(*row["size"], row["dtype"], **dict.fromkeys(row["mask"].split(), True), **row["scales"]),
-            row["target"],
-            None,
-        )
-        for row in thinned(all_pairs(choices), [("target", "size"), ("target", "mask")])
-    ]
-
-
-CASES = [
-    *of_16_bits(),
-    *of_float32(),
-    *of_dropout(),
-    *of_decoding(),
-    *of_pages(),
-    *of_streaming_kernels(),
-    *of_every_form(),
-]
+CEILINGS = of_ceilings()
+CASES = [*CEILINGS, *of_every_choice(), *of_wide_heads(), *of_pages(), *of_streaming_kernels()]
 
 
 def soonest(kernel: str, target: str) -> Case:
-    """The case that compiles soonest: of 16 bits, of the fewest options, of the fewest columns."""
+    """The case that compiles soonest: of 16 bits, of the fewest columns."""
     cases = [case for case in CASES if (case.kernel, case.target) == (kernel, target)]
-    return min(cases, key=lambda case: (case.problem.dtype == SINGLE, len(case.options), case.problem.head_dim))
+    return min(cases, key=lambda case: (case.problem.dtype == SINGLE, case.problem.head_dim))
 
 
 QUICK = [soonest(TILED_KERNELS[number % 4], target) for number, target in enumerate(TARGETS)]

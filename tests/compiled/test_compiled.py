@@ -19,83 +19,65 @@ from perf.ceilings import (
 from tests.support.versions import OLDER_TRITON
 from tritonattn import kernels
 from tritonattn.backends.triton import launch
-from tritonattn.tuner.machine_code import MachineCode, flops_per_logit
+from tritonattn.tuner.machine_code import flops_per_logit
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
 
 from .facts import facts
-from .table import CASES, QUICK, SCALES, TARGETS, Case
+from .table import CASES, CEILINGS, QUICK, SCALES, TARGETS, Case, problem_of
 
 pytestmark = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
-LOOPS = [(kernel, target) for kernel, target, head_dim in NON_MMA_PER_LOGIT if head_dim == 64]
-of_this_compiler = pytest.mark.skipif(OLDER_TRITON, reason="the ceilings are those of another compiler's code")
-
-
-def problem_of(head_dim: int, scales: str = "q", causal: bool = True) -> Problem:
-    return Problem(head_dim, head_dim, torch.bfloat16, right=causal, **SCALES[scales])
-
-
-def code_of(kernel: str, target: str, head_dim: int, scales: str = "q", causal: bool = True) -> MachineCode:
-    return facts(kernel, problem_of(head_dim, scales, causal), target)
-
-
-def per_logit(kernel: str, target: str, head_dim: int, code: MachineCode) -> float:
-    """Instructions beside the MMAs, of all lanes, for a logit of the unmasked loop's tile."""
-    config = default_config(kernel, problem_of(head_dim), Target.parse(target))
-    loop = code.unmasked_loop
-    return loop.other * 32 * config.num_warps / (loop.tiles * config.block_m * config.block_n)
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
 def test_quick_cases(case: Case):
-    case.check()
+    check(case)
 
 
 def test_every_kernel_and_target_is_in_the_table():
     assert {case.kernel for case in CASES} == set(kernels.KERNELS)
     assert {case.target for case in QUICK} == set(TARGETS)
-
-
-@of_this_compiler
-@pytest.mark.parametrize(("kernel", "target"), LOOPS[::4])
-def test_work_of_the_loops(kernel, target):
-    check_loops(kernel, target)
+    assert set(CEILINGS) & set(QUICK)
 
 
 def test_perf_codegen_shows_the_same_figures():
-    case = codegen.Case("forward", "sm_80", problem_of(64))
-    reading, code = codegen.read(case), code_of("forward", "sm_80", 64)
-    assert reading.non_mma_per_logit == pytest.approx(per_logit("forward", "sm_80", 64, code), abs=1e-4)
+    case = Case("forward", problem_of(64), "sm_80")
+    reading, code = codegen.read(codegen.Case("forward", "sm_80", case.problem)), facts(*case[:3])
+    assert reading.non_mma_per_logit == pytest.approx(per_logit(case), abs=1e-4)
     assert (reading.registers, reading.spill_bytes) == (code.registers, code.spill_bytes)
 
 
-def check_ceiling(kernel: str, target: str, head_dim: int, code: MachineCode) -> None:
-    assert per_logit(kernel, target, head_dim, code) <= NON_MMA_PER_LOGIT[kernel, target, head_dim], code
-    config, loop = default_config(kernel, problem_of(head_dim), Target.parse(target)), code.unmasked_loop
-    exponentials = loop.instructions["exp"] * 32 * config.num_warps / (loop.tiles * config.block_m * config.block_n)
-    assert exponentials < (1.1 if head_dim <= 256 else 3.1), f"warps repeat each other's softmax: {code}"
-    assert code.spill_bytes == 0, code
+def check(case: Case) -> None:
+    """With the ceiling of its kernel, target and head dim: they are of one compiler's code."""
+    case.check()
+    if case in CEILINGS and not OLDER_TRITON:
+        code, dim = facts(*case[:3]), case.problem.head_dim
+        assert per_logit(case) <= NON_MMA_PER_LOGIT[case.kernel, case.target, dim], code
+        exponentials = per_logit(case, "exp")
+        assert exponentials < (1.1 if dim <= 256 else 3.1), f"warps repeat each other's softmax: {code}"
+        if case.problem.right and dim == 64:
+            check_loops(case)
 
 
-def check_loops(kernel: str, target: str) -> None:
+def per_logit(case: Case, what: str | None = None) -> float:
+    """Instructions of all lanes for a logit of the unmasked loop's tile: of one class, or all beside the MMAs."""
+    config = default_config(case.kernel, case.problem, Target.parse(case.target))
+    loop = facts(*case[:3]).unmasked_loop
+    count = loop.instructions[what] if what else loop.other
+    return count * 32 * config.num_warps / (loop.tiles * config.block_m * config.block_n)
+
+
+def check_loops(case: Case) -> None:
     """The FLOPs that the tensor instructions add up to are those of the tile: nothing is unrolled or done twice."""
-    config, code = default_config(kernel, problem_of(64), Target.parse(target)), code_of(kernel, target, 64)
-    check_ceiling(kernel, target, 64, code)
-    masked, unmasked = code.mma_loops
-    work = flops_per_logit(kernel, problem_of(64)) * config.block_m * config.block_n
+    config = default_config(case.kernel, case.problem, Target.parse(case.target))
+    masked, unmasked = facts(*case[:3]).mma_loops
+    work = flops_per_logit(case.kernel, case.problem) * config.block_m * config.block_n
     assert (masked.tiles, unmasked.tiles) == (1, 1)
     assert unmasked.flops == work
     assert masked.flops in (work, work // 2), "masked steps take half of a wide block"
 
 
-@of_this_compiler
-def test_scales_cost_few_instructions():
-    check_cost_of_scales("forward", "sm_80", 64)
-
-
-def check_cost_of_scales(kernel: str, target: str, head_dim: int) -> None:
-    without, query, key, bias = (
-        per_logit(kernel, target, head_dim, code_of(kernel, target, head_dim, scales)) for scales in SCALES
-    )
+def check_cost_of_scales(kernel: str, target: str) -> None:
+    without, query, key, bias = (per_logit(Case(kernel, problem_of(64, scales), target)) for scales in SCALES)
     assert query - without <= QUERY_SCALE_OF_TARGET.get((kernel, target), QUERY_SCALE[kernel])
     assert key - query <= KEY_SCALE[kernel]
     assert bias - query <= KEY_BIAS_OF_TARGET.get((kernel, target), KEY_BIAS[kernel])
@@ -120,7 +102,7 @@ def test_passes_over_ranges_keep_to_amds_scalar_registers(kernel):
 )
 def test_keys_and_values_of_a_cache_come_asynchronously(kernel, form):
     """Page numbers are fetched a stage before the keys that they point to, and neither is waited for at once."""
-    compiled = compile_kernel(kernel, Problem(128, 128, torch.bfloat16, **form), target="sm_80")
+    compiled = compile_kernel(kernel, Problem(64, 64, torch.bfloat16, **form), target="sm_80")
     loop = compiled.asm["ttgir"].rsplit("scf.for", 1)[1].split("scf.yield", 1)[0]
     assert loop.count("async_copy_global_to_local") == 2 + form.get("block_table", False)
     assert "tt.load" not in loop

@@ -6,53 +6,49 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tests.support.pairs import all_pairs, thinned
+from tests.support.tiles import quick_config
 from tritonattn.backends.triton import launch
-from tritonattn.tuning import Problem, compile_kernel
-from tritonattn.tuning.config import TILED_KERNELS
+from tritonattn.tuning import Problem, Target, compile_kernel
 
 pytestmark = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
-KERNELS = (*TILED_KERNELS, "row_terms", "key_statistics", "key_statistics_grad", "append_keys")
+HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
+PAGES = {"sequences": True, "block_table": True}
 CASES = [
-    (row["kernel"], row["target"], row["dim"], row["dtype"])
-    for row in thinned(
-        all_pairs(
-            {
-                "kernel": KERNELS,
-                "target": ("sm_80", "sm_90"),
-                "dim": (40, 72, 104, 136),
-                "dtype": (torch.bfloat16, torch.float32),
-            }
-        ),
-        [("kernel", "dim")],
-    )
+    ("grad_query", "sm_90", 40, BFLOAT, {}),
+    ("row_terms", "sm_80", 72, SINGLE, {}),
+    ("key_statistics", "sm_90", 104, SINGLE, {}),
+    ("key_statistics_grad", "sm_80", 136, BFLOAT, {}),
+    ("append_keys", "sm_90", 72, BFLOAT, {}),
+    ("forward", "sm_80", 40, HALF, PAGES),
 ]
-QUICK = CASES[5::2]  # the forward kernel is that over pages
+SLOW = [
+    ("forward", "sm_80", 104, BFLOAT, {}),
+    ("grad_query", "sm_80", 72, SINGLE, {}),
+    ("grad_key_value", "sm_80", 40, SINGLE, {}),
+    ("grad_key_value", "sm_90", 136, BFLOAT, {}),
+    ("decode", "sm_90", 104, BFLOAT, {}),
+]
 
 
-@pytest.mark.parametrize(("kernel", "target", "dim", "dtype"), QUICK)
-def test_tiles_load_16_bytes_at_a_time(kernel, target, dim, dtype):
-    check_loads(kernel, target, dim, dtype)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_tiles_load_16_bytes_at_a_time(case):
+    check_loads(*case)
 
 
-def test_pages_load_16_bytes_at_a_time():
-    check_loads("forward", "sm_80", 40, torch.float16, sequences=True, block_table=True)
-
-
-def check_loads(kernel: str, target: str, dim: int, dtype: torch.dtype, **form: bool) -> None:
+def check_loads(kernel: str, target: str, dim: int, dtype: torch.dtype, form: dict[str, bool]) -> None:
     """Narrow loads are as many as at the next multiple of 16, where Triton itself sees the alignment."""
     wider = -(-dim // 16) * 16
-    assert narrow_loads(kernel, target, dim, dtype, **form) == narrow_loads(kernel, target, wider, dtype, **form)
+    assert narrow_loads(kernel, target, dim, dtype, form) == narrow_loads(kernel, target, wider, dtype, form)
 
 
-def narrow_loads(kernel: str, target: str, dim: int, dtype: torch.dtype, **form: bool) -> int:
+def narrow_loads(kernel: str, target: str, dim: int, dtype: torch.dtype, form: dict[str, bool]) -> int:
     """Loads of fewer than 16 bytes in a kernel's code: those of vectors over rows and keys.
 
     Row terms are read without what rounding took from an output: rows of 8 bits a number are multiples of 8 bytes only.
     """
-    problem = Problem(dim, dim, dtype, right=True, rounding=dtype == torch.bfloat16 and kernel != "row_terms", **form)
-    code = compile_kernel(kernel, problem, target=target).asm["ptx"]
+    problem = Problem(dim, dim, dtype, right=True, rounding=dtype == BFLOAT and kernel != "row_terms", **form)
+    code = ptx(kernel, problem, target)
     loads = re.findall(r"ld\.global[\w.:]*", code)
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^,]*,[^,]*, (0x[0-9a-f]+|\d+)", code)
     assert loads or copies
@@ -60,8 +56,11 @@ def narrow_loads(kernel: str, target: str, dim: int, dtype: torch.dtype, **form:
     return len(narrow) + sum(int(size, 0) < 16 for size in copies)
 
 
+def ptx(kernel: str, problem: Problem, target: str) -> str:
+    return compile_kernel(kernel, problem, quick_config(kernel, problem, Target.parse(target)), target).asm["ptx"]
+
+
 def test_rows_of_an_odd_stride_load_number_by_number():
     """So that the count above can fail."""
-    problem = Problem(40, 40, torch.bfloat16, right=True, aligned=False)
-    code = compile_kernel("forward", problem, target="sm_80").asm["ptx"]
+    code = ptx("forward", Problem(40, 40, BFLOAT, right=True, aligned=False), "sm_80")
     assert len(re.findall(r"ld\.global\S*b16 ", code)) > 64

@@ -20,7 +20,6 @@ from perf.work import Shape
 from .commands import CPU, HERE
 
 TWICE = Effort(2, 1.0, 0.0)
-RIGHT = Verdict(0.1, 1.0)
 
 
 def run(*entrants: Entrant) -> dict[str, Record]:
@@ -73,7 +72,7 @@ def test_a_peers_own_error_is_no_other_work(error, ours, peers):
 
 
 def test_the_second_call_is_checked_too():
-    verdicts = iter([RIGHT, Verdict(9.0, 1.0, "gradient of q: expected")])
+    verdicts = iter([Verdict(0.1, 1.0), Verdict(9.0, 1.0, "gradient of q: expected")])
     found = run(Entrant("ours", "dim", lambda: lambda number: {}, lambda results: next(verdicts), ours=True))
     assert (found["ours"].status, found["ours"].error) == ("wrong", 9.0)
 
@@ -101,8 +100,8 @@ def spoil(attend, *place):
     return wrong
 
 
-def statuses(records):
-    return {record.contestant: record.status for record in records}
+def statuses(case):
+    return {record.contestant: record.status for record in case.contest().run(TWICE, HERE)}
 
 
 @pytest.mark.parametrize("passes", ["forward", "forward+backward", "backward"])
@@ -111,8 +110,7 @@ def test_the_last_head_of_the_last_sequence_is_checked(passes, monkeypatch):
     monkeypatch.setitem(PEERS, "sdpa", replace(sdpa, build=lambda problem: spoil(sdpa.build(problem), -1, -1)))
     who = (("tritonattn", "dim"), ("sdpa", "dim"), ("eager", "dim"))
     case = Case("forward", Shape(2, 2, 2, 9, 9, 8, causal=True), "fp32", passes, who, CPU, "sdpa")
-    found = statuses(case.contest().run(TWICE, HERE))
-    assert found == {"tritonattn dim": "measured", "sdpa dim": "wrong", "eager dim": "measured"}
+    assert statuses(case) == {"tritonattn dim": "measured", "sdpa dim": "wrong", "eager dim": "measured"}
 
 
 @pytest.mark.parametrize("place", [(slice(3), 0), (slice(3, None), -1)])  # in the first sequence, and in the last
@@ -120,33 +118,30 @@ def test_the_first_and_the_last_packed_sequence_are_checked(place, monkeypatch):
     case = VarlenCase((3, 9), 2, 8, "fp32", "forward+backward", "key_norm_mean", ("sdpa",), CPU, "sdpa")
     right = VarlenCase._ours
     monkeypatch.setattr(VarlenCase, "_ours", lambda self: spoil(right(self), *place))
-    found = statuses(case.contest().run(TWICE, HERE))
+    found = statuses(case)
     assert found["tritonattn key_norm_mean"] == "wrong"
     assert found["tritonattn padded key_norm_mean"] == found["sdpa key_norm_mean"] == "measured"
 
 
-def raises_at(call_number):
+@pytest.mark.parametrize(("name", "status"), [("peer", "skipped"), ("ours", "failed")])
+def test_who_raises_in_the_midst_of_the_rounds_is_named_and_the_others_are_timed(name, status, capsys):
     calls = []
 
-    def call(number):
+    def raises(number):
         calls.append(number)
-        if len(calls) >= call_number:
+        if len(calls) >= 4:
             raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
         return {}
 
-    return call
-
-
-def test_a_peer_that_raises_in_the_midst_of_the_rounds_is_named_and_the_others_are_timed():
-    found = run(entrant("ours"), entrant("peer", call=raises_at(4)), entrant("other"))
-    assert {name: record.status for name, record in found.items()} == {
-        "ours": "measured",
-        "peer": "skipped",
-        "other": "measured",
-    }
-    assert found["peer"].reason == "when all take turns: OutOfMemoryError: CUDA out of memory."
-    assert found["peer"].median_ms is found["peer"].error is None
-    assert found["ours"].rounds == found["other"].rounds == 2
+    found = run(*(entrant(one, call=raises) if one == name else entrant(one) for one in ("ours", "peer", "other")))
+    bad = found.pop(name)
+    assert (bad.status, bad.is_bad) == (status, name == "ours")
+    assert bad.median_ms is bad.error is None
+    assert {(record.status, record.rounds) for record in found.values()} == {("measured", 2)}
+    if name == "peer":
+        assert bad.reason == "when all take turns: OutOfMemoryError: CUDA out of memory."
+    else:
+        assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -155,11 +150,4 @@ def test_the_first_and_the_last_head_of_a_decoding_step_are_checked(place, paged
     case = DecodeCase(Shape(2, 4, 2, 1, 16, 8, causal=False), "fp32", paged, "dim", (), CPU, "sdpa")
     right = DecodeCase._ours
     monkeypatch.setattr(DecodeCase, "_ours", lambda self, counted: spoil(right(self, counted), place, place))
-    assert statuses(case.contest().run(TWICE, HERE)) == {"copy": "measured", "tritonattn dim": "wrong"}
-
-
-def test_ours_that_raises_in_the_midst_of_the_rounds_has_failed(capsys):
-    found = run(entrant("ours", call=raises_at(4)), entrant("peer"))
-    assert (found["ours"].status, found["peer"].status) == ("failed", "measured")
-    assert found["ours"].is_bad
-    assert "Traceback" in capsys.readouterr().err
+    assert statuses(case) == {"copy": "measured", "tritonattn dim": "wrong"}

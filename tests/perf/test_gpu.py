@@ -29,9 +29,8 @@ def names(device):
     return [one.name for one in gpu.phases(device, gpu.ROOT / "out", "tests/kernels")]
 
 
-@pytest.mark.parametrize("name", ["environment", "forward"])
-def test_quick_phases(name, tmp_path, monkeypatch, capsys):
-    check_phase(name, tmp_path, monkeypatch, capsys)
+def test_the_first_phase(tmp_path, monkeypatch, capsys):
+    check_phase("environment", tmp_path, monkeypatch, capsys)
 
 
 def check_phase(name, tmp_path, monkeypatch, capsys) -> None:
@@ -81,14 +80,17 @@ def test_a_run_goes_on_behind_what_was_done(tmp_path, monkeypatch):
         assert [one.phase.name for one in found if one.status == "done before"] == ["a"] * ("a" not in wanted)
 
 
-def test_a_failed_preflight_ends_the_run_with_what_to_do(tmp_path, monkeypatch, capsys):
-    failing = gpu.Phase("preflight", ("-c", "raise SystemExit('C compiler: apt-get install gcc')"), 1.0, required=True)
+@pytest.mark.parametrize("required", [False, True])
+def test_a_phase_that_fails_is_reported_and_the_next_one_runs(required, tmp_path, monkeypatch, capsys):
+    """Unless it is required, as the preflight: its last line says what to do."""
+    failing = gpu.Phase("fails", ("-c", "raise SystemExit('apt-get install gcc')"), 1.0, required=required)
     monkeypatch.setattr(gpu, "phases", lambda *_: [failing, phase("works")])
-    with pytest.raises(SystemExit, match="gpu: preflight failed"):
+    with pytest.raises(SystemExit, match="gpu: fails failed: see the logs"):
         main(["gpu", "--device", "emulate", "--minutes", "1", "--out", str(tmp_path)])
     printed = capsys.readouterr()
-    assert "works: done" not in printed.out
-    assert "C compiler: apt-get install gcc" in printed.err
+    assert ("works: done" in printed.out.splitlines()[-1]) == (not required)
+    assert ("apt-get install gcc" in printed.err) == required
+    assert required or "worked" in (tmp_path / "works.log").read_text()
 
 
 def test_the_budgets_of_the_readme_are_those_of_the_shares():
@@ -109,8 +111,6 @@ def test_a_phase_that_hangs_is_stopped(tmp_path, monkeypatch):
 
 
 PRESENT = {*sys.stdlib_module_names, "torch", "triton", "numpy", "pytest", "_pytest", "tqdm", "matplotlib"}
-
-
 ELSEWHERE = {"monitor.py", "codegen.py", "llama.py"}  # which no phase needs
 
 
@@ -127,14 +127,6 @@ def test_nothing_is_imported_that_a_gpu_machine_lacks(folder):
             own = {"tritonattn", "tests", "perf"}
             missing += [f"{path.name}: {name}" for name in names if name.partition(".")[0] not in PRESENT | own]
     assert missing == []
-
-
-def test_a_phase_that_fails_is_reported_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "phases", lambda *_: [phase("fails"), phase("works")])
-    with pytest.raises(SystemExit, match="gpu: fails failed: see the logs"):
-        main(["gpu", "--device", "emulate", "--minutes", "1", "--out", str(tmp_path)])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("works: done")
-    assert "worked" in (tmp_path / "works.log").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -166,7 +158,7 @@ def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch, c
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("minutes", [1.5, 3, 10, 60])
+@pytest.mark.parametrize("minutes", [1.5, 10])
 def test_phases_that_all_take_the_most_have_ended_in_time(minutes, tmp_path, monkeypatch):
     now, run = [1000.0], []
 
@@ -183,9 +175,9 @@ def test_phases_that_all_take_the_most_have_ended_in_time(minutes, tmp_path, mon
     assert now[0] <= 1000 + 60 * minutes
 
 
-@pytest.mark.parametrize("name", ["tuning", *SWEEPS])
+@pytest.mark.parametrize("name", ["tuning", "forward"])
 def test_a_phase_that_ends_itself_before_all_is_done_is_out_of_time(name, tmp_path):
-    """By what the commands print, as their sources have it."""
+    """By text that the commands' sources have."""
     [one] = [one for one in gpu.phases("cuda", tmp_path, "tests/kernels") if one.name == name]
     source = "tritonattn/tuner/tune.py" if name == "tuning" else "perf/run_suites.py"
     assert one.cut in (gpu.ROOT / source).read_text()

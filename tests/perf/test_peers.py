@@ -16,6 +16,7 @@ from perf.check import Question
 from perf.contest import Effort
 from perf.recipes import rows_of
 from perf.work import Shape
+from tests.support.pairs import in_turn
 from tritonattn.calls.factor import Factor
 
 from .commands import CPU, HERE, statuses
@@ -66,8 +67,7 @@ def test_packages_of_gpus(causal, installed):
     assert statuses(wide)["flash-attn-3 dim"] == ("skipped", "takes float16 and bfloat16, not float32")
 
 
-@pytest.mark.parametrize("block", [0, 1, 5])
-@pytest.mark.parametrize("rounding", ["P", "operands", "logits"])
+@in_turn(rounding=["P", "operands", "logits"], block=[0, 1, 5])
 def test_blocks_of_rows_change_nothing(rounding, block, monkeypatch):
     """The reference in blocks is the reference, and no eager computation is far from it."""
     random = torch.Generator().manual_seed(0)
@@ -83,8 +83,7 @@ def test_blocks_of_rows_change_nothing(rounding, block, monkeypatch):
         torch.testing.assert_close(found.double(), exact.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_mean", "cosine"])
+@in_turn(scaling=["sqrt_dim", "key_norm_mean", "cosine"], dtype=["fp32", "bf16"])
 def test_the_package_is_not_its_own_judge(monkeypatch, scaling, dtype):
     """Logits that are 3% off on every backend are found, and torch's own are not."""
     right = Factor.scales, Factor.dense

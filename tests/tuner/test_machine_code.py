@@ -63,13 +63,8 @@ def test_loops_of_a_listing():
 def test_loops_of_ptx():
     source = parse_ptx(PTX)
     (loop,) = loops(source)
-    assert [source.instructions[index].opcode.split(".")[0] for index in sorted(loop.indices)] == [
-        "bra",
-        "mma",
-        "bra",
-        "tcgen05",
-        "bra",
-    ]
+    opcodes = [source.instructions[index].opcode.split(".")[0] for index in sorted(loop.indices)]
+    assert opcodes == ["bra", "mma", "bra", "tcgen05", "bra"]
 
 
 def instruction(opcode: str, operands: str = "") -> Instruction:

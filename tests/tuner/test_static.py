@@ -50,8 +50,8 @@ def test_an_interruption_ends_processes_silently_while_they_start(capfd, monkeyp
         return as_completed(tasks)
 
     monkeypatch.setattr(static, "as_completed", interrupted)
-    with Compiler(SM_80, 2) as compiler, pytest.raises(BrokenProcessPool):
-        compiler.examine([("forward", PROBLEM, CONFIG), ("decode", PROBLEM, CONFIG)])
+    with Compiler(SM_80, 1) as compiler, pytest.raises(BrokenProcessPool):
+        compiler.examine([("forward", PROBLEM, CONFIG)])
     assert capfd.readouterr().err == ""
 
 
@@ -105,13 +105,10 @@ TILES = [
 ]
 
 
-def of_head_dim(kernel: str, head_dim: int, target: Target, choose=candidates) -> list[TileConfig]:
-    return choose(kernel, replace(PROBLEM, head_dim=head_dim, value_dim=head_dim), target)
-
-
 @pytest.mark.parametrize(("kernel", "head_dim", "config", "wanted"), TILES)
 def test_candidates_leave_out_what_cannot_be_fast(kernel, head_dim, config, wanted):
-    assert {target: config in of_head_dim(kernel, head_dim, target) for target in wanted} == wanted
+    problem = replace(PROBLEM, head_dim=head_dim, value_dim=head_dim)
+    assert {target: config in candidates(kernel, problem, target) for target in wanted} == wanted
 
 
 @compiled
@@ -120,12 +117,8 @@ def test_eight_warps_on_the_rows_of_one_wgmma_repeat_their_softmax():
     assert "warps repeat each other's softmax" in reason
 
 
-def shipped() -> list:
-    return sorted(cache_dir.shipped_tables().glob("*.json"))
-
-
 def test_a_table_is_shipped_for_every_gpu():
-    assert {path.stem for path in shipped()} == {gpu.name for gpu in GPUS}
+    assert {path.stem for path in cache_dir.shipped_tables().glob("*.json")} == {gpu.name for gpu in GPUS}
     assert all(table_name(gpu.target._replace(card=gpu.name)) == gpu.name for gpu in GPUS)
 
 
@@ -145,9 +138,8 @@ ENTRIES = [(gpu, key) for gpu in GPUS for key in keys(head_dims=RANKED_HEAD_DIMS
 
 
 @compiled
-@pytest.mark.parametrize("position", range(0, len(ENTRIES), len(ENTRIES) // 2 + 1))
-def test_shipped_entries_pass_the_gate(position):
-    check_shipped_entry(position)
+def test_a_shipped_entry_passes_the_gate():
+    check_shipped_entry(0)
 
 
 def check_shipped_entry(position: int) -> None:

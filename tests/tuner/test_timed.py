@@ -15,16 +15,14 @@ from .stubs import BEST, H100, KEYS, SEARCH, run
 
 @pytest.fixture
 def instead(monkeypatch):
-    """instead(error_or_result): the search for the second key raises it, or finds it; returns the search as it was."""
+    """instead(error): the search for the second key raises it; returns the search as it was."""
     search = commands.search
 
-    def put(found):
+    def put(error):
         def changed(key, *arguments, **options):
-            if key != KEYS[1]:
-                return search(key, *arguments, **options)
-            if isinstance(found, BaseException):
-                raise found
-            return found
+            if key == KEYS[1]:
+                raise error
+            return search(key, *arguments, **options)
 
         monkeypatch.setattr(commands, "search", changed)
         return search

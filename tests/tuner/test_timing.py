@@ -80,15 +80,16 @@ def test_every_round_has_an_order_of_its_own_that_is_the_same_in_every_run():
 
 
 def test_medians_and_quartiles():
-    found = timing.Timing.of([3.0, 1.0, 2.0, 4.0, 100.0])
-    assert (found.median, found.lower, found.upper, found.rounds) == (3.0, 2.0, 4.0, 5)
+    assert timing.Timing.of([3.0, 1.0, 2.0, 4.0, 100.0]) == timing.Timing(3.0, 2.0, 4.0, 5)
 
 
 def test_clocks_are_those_of_the_card_in_use(monkeypatch):
-    """nvidia-smi knows nothing of CUDA_VISIBLE_DEVICES."""
-    asked = []
+    """nvidia-smi knows nothing of CUDA_VISIBLE_DEVICES; it may be missing, hang or fail."""
+    asked, errors = [], []
 
     def run(command, **_):
+        if errors:
+            raise errors.pop()
         asked.extend(command)
         return SimpleNamespace(stdout="570.1, 1980 MHz, 2619 MHz, 40, 120 W\n")
 
@@ -102,21 +103,6 @@ def test_clocks_are_those_of_the_card_in_use(monkeypatch):
         "power.draw": "120 W",
     }
     assert asked[asked.index("-i") + 1] == "GPU-12ab-34"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        FileNotFoundError("nvidia-smi"),
-        subprocess.TimeoutExpired("nvidia-smi", 10),
-        subprocess.CalledProcessError(6, ""),
-    ],
-    ids=repr,
-)
-def test_without_nvidia_smi(error, monkeypatch):
-    def run(*_, **__):
-        raise error
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
-    monkeypatch.setattr(subprocess, "run", run)
-    assert timing.card_state(GPU) == {}
+    errors += [FileNotFoundError(), subprocess.TimeoutExpired("nvidia-smi", 10), subprocess.CalledProcessError(6, "")]
+    assert [timing.card_state(GPU) for _ in range(3)] == [{}] * 3
+    assert errors == []

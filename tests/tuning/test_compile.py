@@ -11,17 +11,15 @@ from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, defau
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx950")
-SCALED = {"query_scale": True, "key_scale": True}
 
 
 def _variants() -> list[Problem]:
-    parts = ((), ("right",), ("left", "right"), ("key_lengths",), ("key_ranges",), ("mask",))
-    visible = [dict.fromkeys(names, True) for names in parts]
-    scales = ({}, {"query_scale": True}, {**SCALED, "query_scale_grad": True})
+    forms = ("", "right", "left right", "key_lengths", "key_ranges", "mask", "dropout right", "block_table sequences")
+    scales = ("", "query_scale", "query_scale key_scale query_scale_grad")
     sizes = ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256))
     return [
-        Problem(*size, dtype, **see, **scale)
-        for size, dtype, see, scale in itertools.product(sizes, (torch.float16, torch.bfloat16), visible, scales)
+        Problem(*size, dtype, **dict.fromkeys(f"{form} {scale}".split(), True))
+        for size, dtype, form, scale in itertools.product(sizes, (torch.float16, torch.bfloat16), forms, scales)
     ]
 
 

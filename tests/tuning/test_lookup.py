@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -112,24 +113,21 @@ def test_a_config_that_a_compiler_refused_is_passed_over(folders):
     assert not lookup.reject_config("forward", single, H100, lookup.config_for("forward", single, H100), why)
 
 
-@pytest.mark.parametrize(
-    ("card", "arch", "wanted"),
-    [
-        ("NVIDIA A100-SXM4-80GB", "80", "a100"),
-        ("NVIDIA A10", "86", "a10"),
-        ("NVIDIA A10G", "86", "nvidia_a10g"),
-        ("NVIDIA L40S", "89", "l40s"),
-        ("NVIDIA H100 80GB HBM3", "90", "h100"),
-        ("NVIDIA H200", "90", "h200"),
-        ("NVIDIA B200", "100", "b200"),
-        ("NVIDIA GeForce RTX 5090", "120", "rtx_5090"),
-        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "120", "rtx_pro_6000"),
-        ("", "90", ""),
-        ("NVIDIA RTX PRO 6000 Ada", "89", "nvidia_rtx_pro_6000_ada"),
-    ],
-)
-def test_names_of_cards(card, arch, wanted):
-    assert table_name(Target("cuda", arch, card)) == wanted
+def test_names_of_cards():
+    wanted = {
+        ("NVIDIA A100-SXM4-80GB", "80"): "a100",
+        ("NVIDIA A10", "86"): "a10",
+        ("NVIDIA A10G", "86"): "nvidia_a10g",
+        ("NVIDIA L40S", "89"): "l40s",
+        ("NVIDIA H100 80GB HBM3", "90"): "h100",
+        ("NVIDIA H200", "90"): "h200",
+        ("NVIDIA B200", "100"): "b200",
+        ("NVIDIA GeForce RTX 5090", "120"): "rtx_5090",
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "120"): "rtx_pro_6000",
+        ("NVIDIA RTX PRO 6000 Ada", "89"): "nvidia_rtx_pro_6000_ada",
+        ("", "90"): "",
+    }
+    assert {(card, arch): table_name(Target("cuda", arch, card)) for card, arch in wanted} == wanted
 
 
 def test_an_illegal_entry_never_runs(folders):
@@ -145,34 +143,25 @@ def test_an_illegal_entry_never_runs(folders):
     assert found() == 32, "too much shared memory"
 
 
-def test_a_user_without_a_home(folders, monkeypatch):
-    put(folders[0] / "h100.json", 32)
-
+def test_folders_that_cannot_be_read_or_found(folders, monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(cache_dir, "user_cache", homeless)
-    assert found() == 32
-
-
-def test_folders_that_cannot_be_read(folders, monkeypatch):
-    _, user = folders
-    user.mkdir(parents=True)
-    (user / "h100.json").mkdir()
-    with pytest.warns(UserWarning, match="directory"):
-        assert lookup.find("forward", PROBLEM, H100).path is None
-
-    (user / "h100.json").rmdir()
-    os.mkfifo(user / "h100.json")
-    lookup.clear_cache()
-    with pytest.warns(UserWarning, match="regular file"):
-        assert lookup.find("forward", PROBLEM, H100).path is None
 
     def missing():
         raise FileNotFoundError("neither")
 
+    shipped, user = folders
+    user.mkdir(parents=True)
+    for make, message in ((Path.mkdir, "directory"), (os.mkfifo, "regular file")):
+        make(user / "h100.json")
+        lookup.clear_cache()
+        with pytest.warns(UserWarning, match=message):
+            assert lookup.find("forward", PROBLEM, H100).path is None
+        (Path.rmdir if make == Path.mkdir else Path.unlink)(user / "h100.json")
+    put(shipped / "h100.json", 32)
+    monkeypatch.setattr(cache_dir, "user_cache", homeless)
+    assert found() == 32
     monkeypatch.setattr(cache_dir, "shipped_tables", missing)
-    (user / "h100.json").unlink()
     lookup.clear_cache()
     assert lookup.find("forward", PROBLEM, H100).path is None
 

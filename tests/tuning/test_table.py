@@ -27,10 +27,6 @@ def example(entries: int = 1) -> Table:
     return Table("a100", Target("cuda", "80"), "0123456789abcdef", found)
 
 
-def record() -> dict:
-    return json.loads(example().text())
-
-
 def test_a_written_table_is_read_back(tmp_path):
     path = tmp_path / "new folder" / "a100.json"
     write_table(path, example(3))
@@ -41,7 +37,7 @@ def test_a_written_table_is_read_back(tmp_path):
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
-FAULTS = {
+FILES = {
     "empty": ("", "Expecting value"),
     "truncated": (example().text()[:90], "a100.json"),
     "not UTF-8": (b"\xff\xfe\x00", "utf-8"),
@@ -52,68 +48,55 @@ FAULTS = {
     "without a schema": ("{}", "schema_version: expected 1, got None"),
     "a name twice": ('{"gpu": "h100", "gpu": "a100"}', "expected each name once, got 'gpu' 2 times"),
 }
-CHANGES = {
-    "a future schema": ({"schema_version": 2}, "schema_version: expected 1, got 2"),
-    "a schema that is true": ({"schema_version": True}, "schema_version: expected 1, got True"),
-    "gpu": ({"gpu": 5}, "gpu: expected str, got 5"),
-    "target": ({"target": "H100"}, "target: expected sm_<number from 70>"),
-    "a target that LLVM ends the process over": ({"target": "sm_12"}, "target: expected sm_<number from 70>"),
-    "a target of other digits": ({"target": "sm_\u00b2"}, "target: expected sm_<number from 70>"),
-    "a target of two lines": ({"target": "gfx942\nroot"}, r"target: expected sm_<number from 70> .*gfx942\\nroot"),
-    "kernels": ({"kernels": None}, "kernels: expected str, got None"),
-    "entries": ({"entries": []}, "entries: expected dict"),
-    "a key": ({"entries": {"../../etc/passwd": {}}}, "entries: expected kernel/head_dim/scales/lengths"),
-    "a kernel": ({"entries": {"row_terms/64/none/long": {}}}, "entries: expected kernel"),
-    "a head_dim": ({"entries": {"forward/65/none/long": {}}}, "entries: expected kernel"),
-    "other scales": ({"entries": {"forward/64/query+gradient/long": {}}}, "entries: expected kernel"),
-    "lengths": ({"entries": {"forward/64/none/longer": {}}}, "entries: expected kernel"),
-    "an entry": ({"entries": {str(KEY): "128"}}, "expected an object with a config"),
-    "a huge target": ({"target": "gfx" + 10**6 * "9"}, "target: expected sm_<number from 70>"),
-    "no field": ({"entries": {str(KEY): {"config": {"block_m": 16}, "source": "static"}}}, "config: expected block_m"),
-    "a source": ({"entries": {str(KEY): {"config": asdict(CONFIG), "source": "guess"}}}, "source: expected one of"),
-}
-CONFIGS = {
-    "a field too many": {"command": "rm"},
-    "a float": {"block_m": 128.0},
-    "a bool": {"num_warps": True},
-    "a number for a bool": {"descriptors": 1},
-    "huge": {"block_n": 10**300},
-    "many rows": {"block_m": 2048},
-    "many warps": {"num_warps": 64},
-    "many stages": {"num_stages": 17},
-    "negative": {"num_stages": -1},
-    "zero": {"block_m": 0},
-    "text": {"block_m": "128"},
-}
+KEYS = (
+    "../../etc/passwd row_terms/64/none/long forward/65/none/long forward/64/query+gradient/long forward/64/none/longer"
+)
+TARGETS = "H100", "sm_12", "sm_\u00b2", "gfx" + 10**6 * "9"  # LLVM ends the process over some
+FIELDS = [
+    ({"schema_version": 2}, "schema_version: expected 1, got 2"),
+    ({"schema_version": True}, "schema_version: expected 1, got True"),
+    ({"gpu": 5}, "gpu: expected str, got 5"),
+    *(({"target": name}, "target: expected sm_<number from 70>") for name in TARGETS),
+    ({"target": "gfx942\nroot"}, r"target: expected sm_<number from 70> .*gfx942\\nroot"),
+    ({"kernels": None}, "kernels: expected str, got None"),
+    ({"entries": []}, "entries: expected dict"),
+    *(({"entries": {key: {}}}, "entries: expected kernel/head_dim/scales/lengths") for key in KEYS.split()),
+    ({"entries": {str(KEY): "128"}}, "expected an object with a config"),
+    ({"entries": {str(KEY): {"config": {"block_m": 16}, "source": "static"}}}, "config: expected block_m"),
+    ({"entries": {str(KEY): {"config": asdict(CONFIG), "source": "guess"}}}, "source: expected one of"),
+]
+CONFIGS = [
+    {"command": "rm"},
+    {"block_m": 128.0},
+    {"num_warps": True},
+    {"descriptors": 1},
+    {"block_n": 10**300},
+    {"block_m": 2048},
+    {"num_warps": 64},
+    {"num_stages": 17},
+    {"num_stages": -1},
+    {"block_m": 0},
+    {"block_m": "128"},
+]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", FILES)
 def test_faults_of_files(fault, tmp_path):
-    content, message = FAULTS[fault]
+    content, message = FILES[fault]
     path = tmp_path / "a100.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(TableError, match=message):
         read_table(path)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_faults_of_fields(change, tmp_path):
-    fields, message = CHANGES[change]
+def test_faults_of_fields(tmp_path):
     path = tmp_path / "a100.json"
-    path.write_text(json.dumps(record() | fields), encoding="utf-8")
-    with pytest.raises(TableError, match=message) as caught:
-        read_table(path)
-    assert len(str(caught.value)) < len(str(path)) + 400
-
-
-@pytest.mark.parametrize("change", CONFIGS)
-def test_faults_of_configs(change, tmp_path):
-    content = record()
-    content["entries"][str(KEY)]["config"] |= CONFIGS[change]
-    path = tmp_path / "a100.json"
-    path.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(TableError, match=str(KEY)):
-        read_table(path)
+    configs = [{"config": asdict(CONFIG) | one, "source": "static"} for one in CONFIGS]
+    for fields, message in [*FIELDS, *(({"entries": {str(KEY): entry}}, str(KEY)) for entry in configs)]:
+        path.write_text(json.dumps(json.loads(example().text()) | fields), encoding="utf-8")
+        with pytest.raises(TableError, match=message) as caught:
+            read_table(path)
+        assert len(str(caught.value)) < len(str(path)) + 400
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -145,49 +128,39 @@ def test_the_key_of_a_call():
     assert keys_of("forward", replace(problem, query_scale=True, short=True)) == (Key("forward", 64, "query", "short"),)
     assert keys_of("forward", replace(problem, key_scale=True)) == (Key("forward", 64, "query+key", "long"),)
     assert keys_of("row_terms", problem) == ()
-    assert keys_of("forward", replace(problem, dtype=torch.float32)) == ()
-    assert keys_of("decode", replace(problem, block_table=True)) == ()
-    assert keys_of("decode", replace(problem, packed_rows=32)) == ()
-    assert keys_of("forward", replace(problem, dropout=True)) == ()
-    assert keys_of("forward", replace(problem, mask=True)) == ()
-    assert keys_of("forward", replace(problem, value_dim=272)) == ()
-    assert keys_of("forward", replace(problem, value_dim=136)) == ()
+    assert {keys_of("decode", replace(problem, **one)) for one in ({"block_table": True}, {"packed_rows": 32})} == {()}
+    of_no_key = [{"dropout": True}, {"mask": True}, {"value_dim": 272}, {"value_dim": 136}, {"dtype": torch.float32}]
+    assert {keys_of("forward", replace(problem, **changed)) for changed in of_no_key} == {()}
     assert keys_of("forward", replace(problem, value_dim=40, key_scale=True), "gfx942") == ()
     assert keys_of("forward", replace(problem, head_dim=17, value_dim=144)) == ()
 
 
-@pytest.mark.parametrize(
-    ("sizes", "key_scale", "target", "wanted"),
-    [
+def test_a_head_dim_of_models_has_its_own_key_before_that_of_its_padded_width():
+    for sizes, key_scale, target, wanted in (
         ((72, 72), False, "gfx942", [72, 128]),
         ((72, 40), False, "sm_90", [72, 128]),
         ((40, 40), True, "sm_90", [40, 64]),
         ((40, 40), True, "gfx942", [40]),
         ((40, 80), False, "sm_90", [128]),
         ((104, 104), False, "sm_90", [128]),
-    ],
-)
-def test_a_head_dim_of_models_has_its_own_key_before_that_of_its_padded_width(sizes, key_scale, target, wanted):
-    found = keys_of("decode", Problem(*sizes, torch.bfloat16, key_scale=key_scale), target)
-    assert [key.head_dim for key in found] == wanted
+    ):
+        found = keys_of("decode", Problem(*sizes, torch.bfloat16, key_scale=key_scale), target)
+        assert [key.head_dim for key in found] == wanted, (sizes, target)
 
 
-@pytest.mark.parametrize(
-    ("scales", "wanted"),
-    [
-        ((), "none"),
-        (("query_scale",), "query"),
-        (("query_scale_grad",), "query+gradient"),
-        (("query_scale", "query_scale_grad"), "query+gradient"),
-        (("key_scale",), "query+key+gradient"),
-        (("query_scale", "key_scale", "query_scale_grad"), "query+key+gradient"),
-    ],
-)
-def test_the_gradient_of_a_query_scale_has_keys_of_its_own(scales, wanted):
+def test_the_gradient_of_a_query_scale_has_keys_of_its_own():
     """It takes registers for its sums."""
-    problem = Problem(64, 64, torch.bfloat16, **dict.fromkeys(scales, True))
-    assert [key.scales for key in keys_of("grad_query", problem)] == [wanted]
-    assert "gradient" not in keys_of("grad_key_value", problem)[0].scales
+    for scales, wanted in (
+        ("", "none"),
+        ("query_scale", "query"),
+        ("query_scale_grad", "query+gradient"),
+        ("query_scale query_scale_grad", "query+gradient"),
+        ("key_scale", "query+key+gradient"),
+        ("query_scale key_scale query_scale_grad", "query+key+gradient"),
+    ):
+        problem = Problem(64, 64, torch.bfloat16, **dict.fromkeys(scales.split(), True))
+        assert [key.scales for key in keys_of("grad_query", problem)] == [wanted]
+        assert "gradient" not in keys_of("grad_key_value", problem)[0].scales
 
 
 def test_every_key_prints_and_parses():
@@ -203,23 +176,19 @@ def test_the_fingerprint_is_of_the_code_alone():
     assert table._code('# top\n\n"""Doc."""\n\nx = "a"\n') == table._code('x = "a"\n') != table._code('x = "b"\n')
 
 
-def _write_often(path, entries: int, start) -> None:
-    start.wait(60)
-    for _ in range(50):
-        write_table(path, example(entries))
-
-
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_writers_at_once(tmp_path):
-    path = tmp_path / "a100.json"
+    path, context = tmp_path / "a100.json", multiprocessing.get_context("fork")
     write_table(path, example())
-    context = multiprocessing.get_context("spawn")
-    start = context.Barrier(3)
-    process = context.Process(target=_write_often, args=(path, 1, start))
-    thread = threading.Thread(target=_write_often, args=(path, 3, start))
-    for writer in (process, thread):
+
+    def write_often(entries: int) -> None:
+        for _ in range(50):
+            write_table(path, example(entries))
+
+    writers = context.Process(target=write_often, args=(1,)), threading.Thread(target=write_often, args=(3,))
+    for writer in writers:
         writer.start()
-    start.wait(60)
-    while process.is_alive() or thread.is_alive():
+    while any(writer.is_alive() for writer in writers):
         assert len(read_table(path).entries) in (1, 3)
-    assert process.exitcode == 0
+    assert writers[0].exitcode == 0
     assert list(tmp_path.iterdir()) == [path]
