@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -85,31 +86,30 @@ class Case:
 
 
 FAST = (
-    Case(BFLOAT, (16, 16), SMALL),
+    Case(BFLOAT, (16, 16), SMALL, form="aux"),
     Case(HALF, (40, 24), SMALL, (17, 160), count=3, page=23, scaling="cosine", form="aux"),
     Case(BFLOAT, (16, 32), SMALL, (5, 150), count=5, heads=(8, 2), window=(70, 0), form="every form"),
     Case(SINGLE, (16, 16), SMALL, page=16, scaling="key_norm_max", window=(30, 0)),
-    Case(BFLOAT, (128, 128), None, (130, 290), 300, 2, page=16, scaling="cosine"),
-    Case(BFLOAT, (576, 512), None, (30, 70), 80, heads=(4, 1), scaling="key_norm_mean"),
+    Case(BFLOAT, (576, 512), None, (30, 70), 80, heads=(4, 1)),
 )
 
-# Every pair of choices but head dims with forms, all in the default config.
+# Every head dim on every GPU and most pairs of the other choices, all in the default config.
 ON = [(GPU(capability), dtype) for capability in (80, 90) for dtype in (HALF, BFLOAT, SINGLE)]
 CHOICES = {
     "on": ON,
     "dims": DIMS,
-    "page": [None, 16, 23, 64],
-    "form": list(FORMS),
-    "heads": [(1, 1), (8, 2), (16, 1)],
-    "count": [1, 2, 5, 16],
+    "page": [None, 16, 23],
+    "form": ["plain", "aux", "every form"],
+    "heads": [(1, 1), (8, 2)],
+    "count": [1, 2, 16],
     "window": [None, (90, 0), (400, 0)],
-    "scaling": ["sqrt_dim", "cosine", "key_norm_max", "key_norm_mean"],
-    "written": [(17, 290), (130, 256), (299, 300)],
+    "scaling": ["cosine", "key_norm_max", "key_norm_mean"],
+    "written": [(17, 290), (130, 256)],
 }
 EVERYTHING = cases_of(
     partial(Case, capacity=300),
     all_pairs(CHOICES, [{"on": on, "dims": dims} for on in ON for dims in DIMS]),
-    [("dims", "form"), ("dims", "page"), ("dims", "count")],
+    [pair for pair in combinations(("dtype", *CHOICES), 2) if "dims" in pair or "scaling" in pair],
 )
 
 
@@ -136,10 +136,10 @@ def test_nan_that_a_row_sees_is_in_its_results(name, length, emulate):
         assert result[1].isfinite().all()
 
 
-@in_turn(count=[1, 4], capability=[80, 90])
-def test_few_rows_of_attention(count, capability, emulate):
+@pytest.mark.parametrize("count", [1, 4])
+def test_few_rows_of_attention(count, emulate):
     """The same kernels for a lone row with a range of keys, and for causal ones; of no row no key past its own."""
-    executor = emulate(GPU(capability), SMALL)
+    executor = emulate(GPU(80), SMALL)
     q, k, v = sequences(BFLOAT, heads=(6, 2), length=150, dims=(16, 24))
     q, masks = q[:, :, -count:].clone(), {"causal": True}
     if count == 1:

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tests.emulator import PTXFault
 from tests.emulator.compile import launch
 from tests.emulator.execute import run_ptx
-from tests.support.pairs import pairwise
+from tests.support.pairs import in_turn
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton.launch import interpreting
 
@@ -52,7 +52,11 @@ def test_softmax(capability):
 
 
 @newest_triton
-@pairwise(dtype=[torch.float16, torch.bfloat16, torch.float32], stages=[1, 3], capability=[80, 90])
+@in_turn(
+    dtype=[torch.float16, torch.bfloat16, torch.float32, torch.float32],
+    stages=[1, 3, 3, 1],
+    capability=[80, 90, 80, 90],
+)
 def test_product(dtype, stages, capability):
     a, b = normal(70, 90, dtype=dtype), normal(90, 40, dtype=dtype, seed=1)
     out = torch.full((70, 40), torch.nan)
@@ -66,8 +70,7 @@ def test_product(dtype, stages, capability):
 
 
 @newest_triton
-@pytest.mark.parametrize("width", [32, 64, 128])
-@pytest.mark.parametrize("stages", [1, 3])
+@in_turn(width=[32, 64, 128], stages=[1, 3, 3])
 def test_product_by_descriptors(stages, width):
     """Bulk copies to swizzled shared memory, mbarriers, wgmma; ragged sizes are filled with zeros and cut off."""
     a = normal(100, 160, dtype=torch.bfloat16)
