@@ -1,0 +1,169 @@
+"""torch.compile and torch.export over attention and attention_varlen: one graph, gradients, sizes that change."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tritonattn
+from tests.support.masks import MASKS
+from tests.support.packed import Packed, offsets, packed_operands
+from tests.support.versions import skip_where_export_binds_lengths
+
+pytestmark = [
+    # torch's own, while it compiles or falls back
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script"),
+]
+
+
+def operands(batch: int = 2, length: int = 7) -> tuple[Tensor, ...]:
+    """q, k, v, a gain and sinks, fp32."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((batch, 4, length, 8), (batch, 2, length, 8), (batch, 2, length, 6), (4, 1), (4,))
+    return tuple(torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+
+
+def packed_leaves(packed: Packed) -> tuple[Tensor, ...]:
+    return *packed_operands(packed, torch.float32).values(), *operands()[3:]
+
+
+def objective(q, k, v, gain, sinks=None, function=tritonattn.attention, **arguments) -> Tensor:
+    out, aux = function(q, k, v, gain=gain, sinks=sinks, return_aux=True, **arguments)
+    return out.square().sum() + torch.where(aux.lse == -torch.inf, 0, aux.lse).sin().sum()
+
+
+def assert_same_gradients(function, like, leaves: tuple[Tensor, ...]) -> None:
+    results = []
+    for run in (function, like):
+        torch.manual_seed(1)
+        results.append(torch.autograd.grad(run(*leaves), leaves))
+    for x, expected in zip(*results, strict=True):
+        torch.testing.assert_close(x, expected)
+
+
+def assert_compiles(function, *calls: tuple[tuple[Tensor, ...], dict[str, Any]], **options) -> None:
+    """All calls run in the graph of the first one, with the gradients that they have uncompiled."""
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", **options)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for leaves, arguments in calls:
+            assert_same_gradients(partial(compiled, **arguments), partial(function, **arguments), leaves)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def test_every_mask_and_number_at_once():
+    masks = MASKS["everything"](2, 4, 7, 7)
+    assert_compiles(partial(objective, scaling="key_norm_rms", softcap=3.0, **masks), (operands(), {}))
+
+
+def test_a_bias_and_a_mask_of_heads():
+    def function(q, k, v, gain, bias):
+        return objective(q, k, v, gain, scaling="cosine", key_bias=bias, mask=mask)
+
+    mask, bias = MASKS["mask of heads"](2, 4, 7, 7)["mask"], torch.randn(2, 2, 7, requires_grad=True)
+    assert_compiles(function, ((*operands()[:4], bias), {}))
+
+
+def test_under_autocast_with_dropout():
+    def function(q, k, v, gain):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return objective(q, k, v, gain, scaling="key_norm_max", dropout_p=0.5, **ranges).float()
+
+    ranges = MASKS["ranges"](2, 4, 7, 7)
+    assert_compiles(function, (operands()[:4], {}))
+
+
+def test_causal_calls_of_any_length():
+    def function(q, k, v, gain):
+        return tritonattn.attention(q, k, v, scaling="key_norm_mean", gain=gain, causal=True).square().sum()
+
+    assert_compiles(function, *((operands(length=length)[:4], {}) for length in (20, 130)), dynamic=True)
+
+
+def test_lengths_windows_and_numbers_that_change():
+    def function(q, k, v, gain, left, factor):
+        out = tritonattn.attention(q, k, v, scaling="key_count", gain=gain * factor, window=(left, 0))
+        return out.square().sum()
+
+    numbers = ((20, {"left": 2, "factor": 0.5}), (700, {"left": 5, "factor": 0.1}))
+    assert_compiles(function, *((operands(length=length)[:4], one) for length, one in numbers), dynamic=True)
+
+
+def test_packed_sequences_of_any_lengths():
+    def function(q, k, v, gain, sinks, **sequences):
+        options = {"scaling": "key_norm_sum", "window": (3, 0)}
+        return objective(q, k, v, gain, sinks, tritonattn.attention_varlen, **options, **sequences)
+
+    calls = [Packed(lengths, lengths[::-1]) for lengths in ((3, 4, 2, 5), (9, 2, 4, 4, 5, 1, 1, 3, 7))]
+    assert_compiles(function, *((packed_leaves(packed), packed.arguments()) for packed in calls), dynamic=True)
+
+
+def test_one_tensor_as_every_operand_and_for_both_offsets():
+    def function(x, ends):
+        out = tritonattn.attention_varlen(x, x, x, ends, ends, 4, 4, scaling="key_norm_max", causal=True)
+        return out.square().sum()
+
+    assert_compiles(function, ((torch.randn(7, 2, 8, requires_grad=True),), {"ends": offsets((3, 4))}))
+
+
+@pytest.mark.parametrize(
+    ("strict", "learns", "options"),
+    [
+        (True, True, {"causal": True, "scaling": "key_norm_mean"}),
+        (False, True, {"causal": True, "scaling": "key_norm_max"}),
+        (True, False, {"window": (2, 0), "scaling": "key_norm_mean"}),
+        (False, True, {"window": (20, None), "scaling": "key_count"}),  # wider than the example
+        (False, True, {"window": (None, 20), "scaling": "key_norm_sum"}),
+        (False, False, {}),
+    ],
+    ids=str,
+)
+def test_export(options, learns, strict):
+    """Of a layer whose parameters require gradients, as those of a new layer do, or do not."""
+    skip_where_export_binds_lengths(strict)
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = torch.nn.Linear(8, 64)
+
+        def forward(self, x, gain):
+            q, k, v = self.project(x).unflatten(-1, (8, 8)).transpose(1, 2).split((4, 2, 2), 1)
+            return tritonattn.attention(q, k, v, gain=gain, **options)
+
+    layer, gain = Layer().requires_grad_(learns), torch.randn(4, 1)
+    lengths = torch.export.Dim("length", min=4 if strict else 2, max=512)
+    sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: lengths}
+    program = torch.export.export(layer, (torch.randn(2, 7, 8), gain), strict=strict, dynamic_shapes=(sizes, None))
+    for batch, length in ((2, 7), (3, 200)):
+        x = torch.randn(batch, length, 8)
+        torch.testing.assert_close(program.module()(x, gain), layer(x, gain))
+    if "window" in options:
+        assert torch.ops.tritonattn.forward.default in {node.target for node in program.graph.nodes}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_of_packed_sequences(strict):
+    skip_where_export_binds_lengths(strict)
+
+    class Layer(torch.nn.Module):
+        def forward(self, *tensors):
+            options = {"scaling": "key_norm_mean", "causal": True, "batch_invariant": not strict}
+            return tritonattn.attention_varlen(*tensors, 16, 16, **options)
+
+    def arguments(packed: Packed) -> tuple[Tensor, ...]:
+        leaves = (x.detach() for x in packed_operands(packed, torch.float32).values())
+        return *leaves, offsets(packed.q_lengths), offsets(packed.k_lengths)
+
+    first, second = Packed((3, 4, 2), (4, 5, 2)), Packed((5, 1, 7, 3, 0), (2, 2, 9, 4, 1))
+    rows, keys, members = ({0: torch.export.Dim(name, min=3, max=64)} for name in ("rows", "keys", "members"))
+    shapes = ((rows, keys, keys, members, members),)
+    program = torch.export.export(Layer(), arguments(first), strict=strict, dynamic_shapes=shapes)
+    for packed in (first, second):
+        torch.testing.assert_close(program.module()(*arguments(packed)), Layer()(*arguments(packed)))
