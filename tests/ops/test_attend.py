@@ -28,11 +28,8 @@ def loss(result: ForwardResult) -> Tensor:
     return result.out.square().sum() + result.lse.clamp(min=-50).sin().sum()
 
 
-def rounded_call(case: str, keep_rounding: bool):
-    """A call; with keep_rounding as those that keep one on a CPU: v in bf16, and the others in fp32."""
-    call = example(**CALLS[case])
-    if not keep_rounding:
-        return call
+def _rounded(call):
+    """As calls that keep a rounding on a CPU: v in bf16, and the others in fp32."""
     dtypes = {name: torch.bfloat16 if name == "v" else torch.float32 for name in FIELDS}
     return changed(
         call, **{name: x.detach().to(dtypes[name]).requires_grad_() for name, x in differentiable(call).items()}
@@ -43,24 +40,34 @@ def rounded_call(case: str, keep_rounding: bool):
 opcheck_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
+# Every argument of the operators, in few calls.
+WHOLE = {
+    "plain": {"scales": False},
+    "dense": {**CALLS["mask sinks"], **CALLS["window lengths"], "bias": True, "softcap": 2.0, "dropout": True},
+    "packed": CALLS["packed sinks dropout"],
+}
+
+
 @opcheck_reads_grad
-@in_turn(case=CALLS, aux=[False, True], keep_rounding=[True, False])
-def test_forward_passes_opcheck(case, aux, keep_rounding):
-    flat = attend.FlatCall.of(rounded_call(case, keep_rounding), "sdpa", aux, keep_rounding)
+@in_turn(case=WHOLE, aux=[False, True], keep_rounding=[False, True, True])
+def test_operators_pass_opcheck(case, aux, keep_rounding):
+    call = _rounded(example(**WHOLE[case])) if keep_rounding else example(**WHOLE[case])
+    flat = attend.FlatCall.of(call, "sdpa", aux, keep_rounding)
     opcheck(torch.ops.tritonattn.forward.default, tuple(flat))
-
-
-@in_turn(case=CALLS, keep_rounding=[False, True])
-def test_backward_passes_opcheck(case, keep_rounding):
-    call = rounded_call(case, keep_rounding)
-    flat = attend.FlatCall.of(call, "sdpa", False, keep_rounding)
-    detached = [x.detach() if isinstance(x, Tensor) else x for x in flat]
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in flat._replace(aux=False)]
     out, lse, *_ = (x if x is None else x.detach() for x in ops.attention(call, "sdpa", False))
-    present = [x is not None for x in flat[: len(FIELDS)]]
-    for needs in (present, [present[0], False, *present[2:]]):
-        rounding = torch.zeros_like(out, dtype=torch.int8) if keep_rounding else None
-        arguments = (*detached, out, lse, rounding, torch.ones_like(out), None, needs)
-        opcheck(torch.ops.tritonattn.backward.default, arguments)
+    needs = [x is not None for x in flat[: len(FIELDS)]]
+    needs[1] = case != "dense"
+    rounding = torch.zeros_like(out, dtype=torch.int8) if keep_rounding else None
+    arguments = (*detached, out, lse, rounding, torch.ones_like(out), None, needs)
+    opcheck(torch.ops.tritonattn.backward.default, arguments)
+
+
+@torch.no_grad()
+def test_the_operator_over_pages_passes_opcheck():
+    k, v = (torch.randn(4, 2, 16, width, dtype=torch.float64) for width in (8, 6))
+    call = changed(example(**CALLS["packed"]), k=k, v=v, block_table=torch.tensor([[1], [3], [-1]]).int())
+    opcheck(torch.ops.tritonattn.forward.default, tuple(attend.FlatCall.of(call, "sdpa", True, False)))
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -77,7 +84,7 @@ def test_gradients_agree_with_finite_differences(case):
 
 @pytest.mark.parametrize("case", CALLS)
 def test_the_operator_itself_differentiates(case):
-    call = rounded_call(case, keep_rounding=True)
+    call = _rounded(example(**CALLS[case]))
     leaves = tuple(differentiable(call).values())
     wanted = torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), leaves)
     out, lse, *_ = torch.ops.tritonattn.forward(*attend.FlatCall.of(call, "sdpa", False, True))
@@ -144,14 +151,13 @@ def torch_kernels(monkeypatch):
 
 @opcheck_reads_grad
 @pytest.mark.usefixtures("torch_kernels")
-@pytest.mark.parametrize("seen", [None, torch.arange(7)[None, None] < torch.tensor([3, 7])[:, None, None]])
-def test_key_lengths_pass_opcheck(seen):
-    k = torch.randn(2, 2, 7, 8, requires_grad=True)
+def test_key_lengths_pass_opcheck():
+    k, seen = torch.randn(2, 2, 7, 8, requires_grad=True), torch.arange(7)[None, None] < torch.tensor([[[3]], [[7]]])
     opcheck(torch.ops.tritonattn.key_lengths.default, (k, seen))
     lengths = key_lengths_of(k, seen).detach()
-    arguments = (k.detach(), seen, lengths, torch.randn_like(lengths))
-    for added in (None, torch.ones(k.shape)):
-        opcheck(torch.ops.tritonattn.key_lengths_backward.default, (*arguments, added))
+    for mask, added in ((None, torch.ones(k.shape)), (seen, None)):
+        arguments = (k.detach(), mask, lengths, torch.randn_like(lengths), added)
+        opcheck(torch.ops.tritonattn.key_lengths_backward.default, arguments)
     opcheck(torch.ops.tritonattn.prefix_sums.default, (lengths,))
     lo, hi = torch.tensor([[[0, 2, 5]], [[1, 1, 0]]]), torch.tensor([[[7, 4, 5]], [[7, 2, 0]]])
     opcheck(torch.ops.tritonattn.argmax_over_ranges.default, (lengths, lo, hi))

@@ -7,14 +7,15 @@ import torch
 
 pytest.importorskip("transformers")
 import tritonattn
-from tests.calls import test_transforms as dense
-from tests.calls import test_varlen_transforms as packed
+from tests.calls.test_compile import assert_same_gradients, objective, operands
+from tests.calls.test_compile import pytestmark as _torchs_own
 from tests.huggingface.test_generation import assert_a_compiled_static_step
 from tests.huggingface.test_patch import LLAMA
 from tests.ops.test_decode import _grown
+from tests.support.packed import RAGGED, packed_operands
 from tritonattn.huggingface import patch
 
-pytestmark = dense.pytestmark
+pytestmark = _torchs_own
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +23,15 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_max"])
-@pytest.mark.parametrize("call", [dense, packed], ids=["dense", "packed"])
-def test_inductor(call, scaling):
-    function = partial(call.objective, scaling=scaling, **({"window": (3, 0)} if call is dense else {"causal": True}))
-    call.assert_same_gradients(torch.compile(function, fullgraph=True), function, call.operands())
+def test_inductor():
+    function = partial(objective, scaling="key_norm_max", window=(3, 0))
+    assert_same_gradients(torch.compile(function, fullgraph=True), function, operands())
+
+
+def test_inductor_of_packed_sequences():
+    function = partial(tritonattn.attention_varlen, **RAGGED.arguments(), scaling="key_count", causal=True)
+    leaves = [x.detach() for x in packed_operands(RAGGED, torch.float32).values()]
+    torch.testing.assert_close(torch.compile(function, fullgraph=True)(*leaves), function(*leaves))
 
 
 def test_inductor_of_a_decode_step():
@@ -37,23 +42,22 @@ def test_inductor_of_a_decode_step():
 
 
 def test_compile_dynamic_shapes_of_a_mask():
-    def total(q, k, mask):
-        return tritonattn.attention(q, k, k, scaling="key_norm_sum", mask=mask).sum()
+    def function(q, k, mask):
+        return tritonattn.attention(q, k, k, scaling="key_norm_sum", mask=mask)
 
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     for batch, q_len, k_len in ((1, 6, 15), (2, 7, 17)):
-        q = torch.randn(batch, 2, q_len, 8, requires_grad=True)
-        k = torch.randn(batch, 2, k_len, 8, requires_grad=True)
-        mask = torch.rand(batch, 1, q_len, k_len) > 0.3
-        dense.assert_same_gradients(partial(compiled, mask=mask), partial(total, mask=mask), (q, k))
+        q, k, mask = (
+            torch.randn(batch, 2, q_len, 8),
+            torch.randn(batch, 2, k_len, 8),
+            torch.rand(batch, 1, q_len, k_len),
+        )
+        torch.testing.assert_close(compiled(q, k, mask > 0.3), function(q, k, mask > 0.3))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(
-    ("name", "mode"), [("llama", "cosine"), ("gemma3", "key_norm_mean"), ("llama", "key_norm_max")]
-)
-def test_a_compiled_static_step(name, mode):
-    assert_a_compiled_static_step(name, mode)
+def test_a_compiled_static_step():
+    assert_a_compiled_static_step("gemma3", "key_norm_mean")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
