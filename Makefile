@@ -28,8 +28,7 @@ test: $(VENV)/.test  ## every test that needs no download; the kernels' on the G
 	$(ALONE) tests/distributed $(ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.real  ## the long tests, and those on real weights
-	$(PYTEST) tests/slow --ignore tests/slow/kernels $(ARGS)
-	$(INTERPRETED) $(PYTEST) tests/slow/kernels $(ARGS)
+	$(PYTEST) tests/slow $(ARGS)
 
 test-peers: $(VENV)/.test  ## transformers' own model tests against ours, and that they see a wrong scale; downloads its sdist
 	$(PIP) install --quiet parameterized

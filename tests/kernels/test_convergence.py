@@ -1,4 +1,4 @@
-"""A mini-model trained through the kernels follows the reference's loss curve; in tests/slow for every mode."""
+"""A mini-model trained through the kernels follows the reference's loss curve."""
 
 import pytest
 

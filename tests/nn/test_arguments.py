@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tritonattn import nn
+from tritonattn import SCALINGS, nn
 
 from .test_attention import WIDTH, layer, tokens
 
@@ -32,11 +32,7 @@ from .test_attention import WIDTH, layer, tokens
         ({"heads": 4, "qk_norm": "no"}, TypeError, "qk_norm: expected a bool, got str 'no'"),
         ({"heads": 4, "bias": None}, TypeError, "bias: expected a bool, got NoneType"),
         ({"heads": 4, "dtype": torch.int32}, TypeError, "dtype: expected float16, .*, got torch.int32"),
-        (
-            {"heads": 4, "scaling": nn.SSMax},
-            TypeError,
-            r"scaling: expected an instance .* SSMax; write SSMax\(\)",
-        ),
+        ({"heads": 4, "scaling": nn.SSMax}, TypeError, r"scaling: expected an instance .* SSMax; write SSMax\(\)"),
     ],
 )
 def test_layers_that_are_none(arguments, error, message):
@@ -91,19 +87,6 @@ def test_calls_that_are_none(arguments, error, message):
         made(**{"x": tokens()} | arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (([1.0],), TypeError, r"x: expected a tensor \[..., S, width\], got list"),
-        ((tokens(width=8),), ValueError, r"x: expected \[..., S, width = 24\], got \[2, 7, 8\]"),
-        ((tokens(), torch.ones(2, 4, 1)), ValueError, r"before: expected \[..., heads\] = \[2, 4\], got \[2, 4, 1\]"),
-    ],
-)
-def test_tokens_of_a_forget_gate(arguments, error, message):
-    with pytest.raises(error, match=message):
-        nn.ForgetGate(WIDTH, 4, dtype=tokens().dtype)(*arguments)
-
-
 K, V = torch.randn(2, 2, 3, 6), torch.randn(2, 2, 3, 4)
 
 
@@ -130,10 +113,8 @@ def test_refused_keys_and_values_leave_the_cache_as_it_was(new, error, message):
     assert not cache.k.any()
 
 
-@pytest.mark.parametrize("name", nn.LEARNED)
-def test_a_dtype_without_gradients(name):
-    with pytest.raises(TypeError, match=r"dtype: expected float16, bfloat16, float32 or float64, got torch\.int32"):
-        nn.LEARNED[name](heads=4, dtype=torch.int32)
+def gate(*arguments):
+    return nn.ForgetGate(WIDTH, 4, dtype=torch.float64)(*arguments)
 
 
 def cache(**changed):
@@ -152,9 +133,19 @@ def cache(**changed):
         (lambda: nn.Scheduled("dim", "none", 9).advance("x"), TypeError, "steps: expected an int, got str 'x'"),
         (lambda: nn.Scheduled("dim", "none", 9).advance(1.5), TypeError, "steps: expected an int, got float 1.5"),
         (lambda: nn.Scheduled("dim", "none", 9).advance(-1), ValueError, "steps: expected at least 0, got -1"),
+        (lambda: gate([1.0]), TypeError, r"x: expected a tensor \[..., S, width\], got list"),
+        (lambda: gate(tokens(width=8)), ValueError, r"x: expected \[..., S, width = 24\], got \[2, 7, 8\]"),
+        (lambda: gate(tokens(), torch.ones(2, 4, 1)), ValueError, r"before: .*, heads\] = \[2, 4\], got \[2, 4, 1\]"),
         (lambda: nn.SSMax(4, bias="no"), TypeError, "bias: expected a bool, got str 'no'"),
         (lambda: nn.ForgetGate(8, 4, bias="no"), TypeError, "bias: expected a bool, got str 'no'"),
         (lambda: nn.PowerLaw(4, ["dim"]), ValueError, r"mode: expected one of sqrt_dim, .*, got \['dim'\]"),
+        (lambda: nn.PowerLaw(4, "key_norm_rms"), ValueError, "mode: expected one of sqrt_dim, dim, none, .*, got"),
+        (lambda: nn.Scheduled("sqrt_dim", "dim", 0), ValueError, "steps: expected at least 1, got 0"),
+        (lambda: nn.Scheduled("sqrt_dim", "dim", 10.0), TypeError, "steps: expected an int, got float 10.0"),
+        (lambda: nn.Scheduled("sqrt_dim", "dimm", 9), ValueError, "scaling: expected one of .*did you mean 'dim'"),
+        (lambda: nn.Scheduled("sqrt_dim", 3, 10), TypeError, "scaling: expected a name, a Scaling"),
+        (lambda: nn.Scheduled(SCALINGS["dim"], "dim", 10), TypeError, r"write Dim\(\)"),
+        (lambda: nn.Scheduled("dim", "none", 10, blend="cubic"), ValueError, "blend: expected one of .*'cubic'"),
         (lambda: next(nn.scaling_parameters([])), TypeError, r"module: expected an nn\.Module, got list"),
     ],
 )

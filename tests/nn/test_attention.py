@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear, rms_norm
 
 from tests.support.masks import MASKS, visible_pairs
-from tests.support.pairs import pairwise
+from tests.support.pairs import in_turn, pairwise
 from tritonattn import attention, nn
 from tritonattn.scaling import LogKeyCount
 
@@ -59,14 +59,13 @@ def test_self_attention(scaling, qk_norm, kv_heads, causal, head_dim):
     assert_same(made, made(x), by_hand(made, x, visible=visible_pairs((2, HEADS, 7, 7), causal=causal)), x)
 
 
-@pytest.mark.parametrize("mask", ["lengths", "ranges", "mask", "mask of heads"])
-@pytest.mark.parametrize("scaling", ["key_norm_mean", "ssmax"])
+@in_turn(mask=["lengths", "ranges", "mask", "mask of heads"], scaling=["key_norm_mean", "ssmax"])
 def test_masks(mask, scaling):
-    made, x = layer(scaling, causal=True, window=(4, 0)), tokens().requires_grad_()
+    made, x = layer(scaling, causal=True, window=(4, 0), softcap=1.5, sinks=True), tokens().requires_grad_()
     masks = MASKS[mask](2, HEADS, 7, 7)
     visible = visible_pairs((2, HEADS, 7, 7), causal=True, window=(4, 0), **masks)
     sees = visible.any(-1).all(1)  # [B, Sq]
-    ours, expected = made(x, **masks), by_hand(made, x, visible=visible)
+    ours, expected = made(x, **masks), by_hand(made, x, visible=visible, softcap=1.5)
     assert_same(made, ours[sees], expected[sees], x)
 
 
@@ -77,13 +76,9 @@ def test_cross_attention():
     visible = visible_pairs((2, HEADS, 7, 5), key_lengths=lengths)
     expected = by_hand(made, x, context, visible)
     assert_same(made, made(x, context, key_lengths=lengths), expected, x, context)
-
-
-def test_softcap_and_sinks():
-    made = layer("ssmax", causal=True, softcap=1.5, sinks=True)
-    x = tokens().requires_grad_()
-    expected = by_hand(made, x, visible=visible_pairs((2, HEADS, 7, 7), causal=True), softcap=1.5)
-    assert_same(made, made(x), expected, x)
+    rotated = Rotated(WIDTH, HEADS, kv_heads=KV, context_width=10, scaling="key_norm_mean", dtype=torch.float64)
+    rotated.load_state_dict(made.state_dict())
+    assert torch.equal(rotated(x, context), made(x, context))  # it has no positions
 
 
 @pytest.mark.parametrize("scaling", ["key_norm_mean", "ssmax"])
@@ -97,9 +92,9 @@ def test_packed_sequences_are_as_separate_ones(scaling):
     assert not ours[11:].any()
 
 
-@pytest.mark.parametrize("scaling", [*SCALED, "key_norm_max", "per_head", "learned_cosine"])
-@pytest.mark.parametrize("window", [None, (4, 0)])
-@pytest.mark.parametrize("counts", [[20, 20], [17, 3]], ids=["even", "ragged"])
+@pairwise(
+    scaling=[*SCALED, "key_norm_max", "per_head", "learned_cosine"], window=[None, (4, 0)], counts=[[20, 20], [17, 3]]
+)
 @torch.no_grad()
 def test_prefill_and_steps_are_one_pass(scaling, window, counts):
     made = layer(scaling, causal=True, window=window, qk_norm=True, softcap=5.0, sinks=True)
@@ -154,14 +149,6 @@ def test_positions_reach_a_subclass_in_every_form():
     torch.testing.assert_close(packed, torch.cat([whole[0, :4], whole[1]]))
 
 
-def test_cross_attention_has_no_positions():
-    torch.manual_seed(0)
-    made, x, context = Rotated(WIDTH, HEADS, dtype=torch.float64), tokens(), tokens(length=5, seed=2)
-    plain = nn.ScaledAttention(WIDTH, HEADS, dtype=torch.float64)
-    plain.load_state_dict(made.state_dict())
-    assert torch.equal(made(x, context), plain(x, context))
-
-
 @pytest.mark.parametrize("window", [None, (4, 0)])
 @torch.no_grad()
 def test_short_pieces_of_different_lengths(window):
@@ -194,12 +181,18 @@ def test_a_full_cache_refuses_more_keys():
 
 
 @torch.no_grad()
-def test_the_statistics_are_those_of_the_keys_as_stored():
+def test_the_statistics_are_those_of_the_keys_as_stored_and_the_dtype_is_torchs():
     cache = nn.KeyValueCache(1, 1, 8, 64, 4, dtype=torch.bfloat16)
     k = 1 + torch.rand(1, 1, 8, 64)
     cache.append(k, k[..., :4])
     assert (cache.k.dtype, cache.v.shape, cache.capacity) == (torch.bfloat16, (1, 1, 8, 4), 8)
     torch.testing.assert_close(cache.statistics.lengths, k.bfloat16().float().norm(dim=-1), rtol=1e-6, atol=0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        cache = nn.KeyValueCache(2, 2, 8, 6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert cache.k.dtype == cache.v.dtype == cache.statistics.lengths.dtype == torch.float64
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
@@ -217,15 +210,6 @@ def test_a_printed_layer_names_its_scaling():
     sizes = f"heads={HEADS}, kv_heads={KV}, head_dim={D}, causal=False"
     for scaling, said in ((0.5, ", scaling=0.5"), (LogKeyCount(8.0), ", scaling=LogKeyCount(base=8.0)"), ("ssmax", "")):
         assert f"\n  {sizes}{said}\n" in repr(layer(scaling))
-
-
-def test_a_cache_is_of_torchs_default_dtype():
-    torch.set_default_dtype(torch.float64)
-    try:
-        cache = nn.KeyValueCache(2, 2, 8, 6)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert cache.k.dtype == cache.v.dtype == cache.statistics.lengths.dtype == torch.float64
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script")

@@ -12,7 +12,7 @@ from tests.support.caches import GrowingCache, sequences
 from tests.support.calls import operands
 from tests.support.learned import LEARNED, learned
 from tests.support.masks import MASKS
-from tests.support.pairs import pairwise
+from tests.support.pairs import in_turn, pairwise
 from tritonattn import SCALINGS, Scaling, attention, attention_decode, nn
 
 every_case = pytest.mark.parametrize("case", LEARNED)
@@ -32,7 +32,7 @@ def assert_same(ours, exact, rtol=1e-9, atol=1e-10):
         torch.testing.assert_close(ours[name], expected, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pairwise(case=LEARNED, mask=MASKS, kv_heads=[1, 2, 4])
+@pairwise(case=LEARNED, mask=MASKS, kv_heads=[1, 2, 4], free=[("case", "mask")])
 def test_every_mask_against_the_reference(case, mask, kv_heads):
     leaves, scaling = operands(heads=(4, kv_heads)), learned(case)
     masks = MASKS[mask](2, 4, 5, 7)
@@ -40,29 +40,38 @@ def test_every_mask_against_the_reference(case, mask, kv_heads):
     assert_same(outcome(scaling, leaves, backend="sdpa", **masks), exact)
 
 
+class Objective(torch.nn.Module):
+    def __init__(self, scaling) -> None:
+        super().__init__()
+        self.scaling = scaling
+
+    def forward(self, q, k, v):
+        return attention(q, k, v, scaling=self.scaling, causal=True).square().sum()
+
+
 @every_case
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_gradients_of_parameters_by_finite_differences(case, backend):
-    scaling, leaves = learned(case), operands()
-    names = [name for name, _ in scaling.named_parameters()]
-
-    class Call(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scaling = scaling
-
-        def forward(self, q, k, v):
-            return attention(q, k, v, scaling=self.scaling, causal=True, backend=backend)
+def test_gradients_of_parameters_by_finite_differences_alone_and_mapped(case):
+    layer, (q, k, v) = Objective(learned(case)), operands().values()
+    parameters = {name: x.detach().clone().requires_grad_() for name, x in layer.named_parameters()}
 
     def function(q, k, *values):
-        parameters = {f"scaling.{name}": value for name, value in zip(names, values, strict=True)}
-        return torch.func.functional_call(Call(), parameters, (q, k, leaves["v"].detach()))
+        return torch.func.functional_call(layer, dict(zip(parameters, values, strict=True)), (q, k, v.detach()))
 
-    values = [x.detach().clone().requires_grad_() for x in scaling.parameters()]
-    assert torch.autograd.gradcheck(function, (leaves["q"], leaves["k"], *values), fast_mode=True)
+    assert torch.autograd.gradcheck(function, (q, k, *parameters.values()), fast_mode=True)
+    if not parameters:
+        return
+    inputs = [x.detach() for x in (q, k, v)]
+    gradient = torch.func.grad(lambda values, *x: torch.func.functional_call(layer, values, x))
+    expected = list(torch.autograd.grad(layer(*inputs), list(layer.parameters()), materialize_grads=True))
+    parameters = {name: x.detach() for name, x in parameters.items()}
+    torch.testing.assert_close(list(gradient(parameters, *inputs).values()), expected)
+    of_samples = torch.func.vmap(gradient, in_dims=(None, 0, 0, 0))(parameters, *(x[:, None] for x in inputs))
+    torch.testing.assert_close([x.sum(0) for x in of_samples.values()], expected)
 
 
-@pairwise(case=LEARNED, backend=["sdpa", "reference"], statistics=[True, False], page=[None, 19])
+@in_turn(
+    case=LEARNED, backend=["sdpa", "reference"], statistics=[True, False, False, True], page=[None, 19, 19, 19, None]
+)
 @torch.no_grad()
 def test_prefill_then_decode_is_one_full_pass(case, backend, statistics, page):
     q, k, v = sequences()
@@ -82,22 +91,14 @@ def test_a_class_that_does_not_say_so_reads_keys():
     class Own(Scaling):
         name = "own"
 
-    class OfKeyCount(SCALINGS["key_count"]):
-        pass
-
-    class OfSSMax(nn.SSMax):
-        pass
-
-    assert Own().reads_keys
-    assert OfKeyCount().reads_keys
-    assert OfSSMax(4).reads_keys
-    assert nn.PerHead(Own(), heads=4).reads_keys
-    assert nn.Scheduled("dim", Own(), 5).reads_keys
+    of_key_count, of_ssmax = type("Of", (SCALINGS["key_count"],), {}), type("Of", (nn.SSMax,), {})
+    for one in (Own(), of_key_count(), of_ssmax(4), nn.PerHead(Own(), heads=4), nn.Scheduled("dim", Own(), 5)):
+        assert one.reads_keys
     assert not nn.PerHead("key_norm_max", heads=4).reads_keys
 
 
 @every_case
-def test_rows_without_keys_may_hold_nan(case):
+def test_rows_without_keys_may_hold_nan_and_zeros_give_none(case):
     leaves, scaling = operands(), learned(case)
     masks = {"key_lengths": torch.tensor([0, 6])}
     clean = {backend: outcome(scaling, leaves, backend=backend, **masks) for backend in ("sdpa", "reference")}
@@ -108,11 +109,7 @@ def test_rows_without_keys_may_hold_nan(case):
     for backend, expected in clean.items():
         for name, x in outcome(scaling, leaves, backend=backend, **masks).items():
             assert torch.equal(x, expected[name]), name
-
-
-@every_case
-def test_zero_keys_and_queries_give_no_nan(case):
-    leaves, scaling = operands(), learned(case)
+    leaves = operands()
     with torch.no_grad():
         leaves["q"][:, :, 1] = 0
         leaves["k"][0] = 0
@@ -128,8 +125,17 @@ def test_made_by_name_and_heads(name):
     assert isinstance(scaling, Scaling)
     assert {tuple(x.shape) for x in scaling.parameters()} == {(4,)}
     assert attention(*operands().values(), scaling=scaling).shape == (2, 4, 5, 6)
-    elsewhere = nn.LEARNED[name](heads=3, device="meta", dtype=torch.float64)
+    elsewhere = nn.LEARNED[name](heads=4, device="meta", dtype=torch.float64)
     assert {(x.device.type, x.dtype) for x in elsewhere.parameters()} == {("meta", torch.float64)}
+    with pytest.raises(ValueError, match=r"scaling: expected \w+ on q's device cpu, got meta"):
+        attention(*operands().values(), scaling=elsewhere)
+    for arguments, error, message in (
+        ({"heads": 0}, ValueError, "heads: expected at least 1, got 0"),
+        ({"heads": True}, TypeError, "heads: expected an int, got bool"),
+        ({"heads": 4, "dtype": torch.int32}, TypeError, r"dtype: expected float16, .* or float64, got torch\.int32"),
+    ):
+        with pytest.raises(error, match=message):
+            nn.LEARNED[name](**arguments)
 
 
 @pytest.mark.parametrize("name", [*nn.LEARNED, "scheduled"])
@@ -153,27 +159,6 @@ def test_other_heads_are_refused(case):
     for backend in ("sdpa", "reference"):
         with pytest.raises(ValueError, match=r"scaling: expected q of \w+'s 4 heads, got 2"):
             attention(*operands(heads=(2, 2)).values(), scaling=scaling, backend=backend)
-
-
-def test_another_device_is_refused():
-    with pytest.raises(ValueError, match=r"scaling: expected SSMax on q's device cpu, got meta"):
-        attention(*operands().values(), scaling=nn.SSMax(4, device="meta"))
-
-
-@pytest.mark.parametrize("name", nn.LEARNED)
-@pytest.mark.parametrize(
-    ("heads", "error", "message"),
-    [
-        (0, ValueError, "heads: expected at least 1, got 0"),
-        (-2, ValueError, "heads: expected at least 1, got -2"),
-        (2.0, TypeError, "heads: expected an int, got float 2.0"),
-        (True, TypeError, "heads: expected an int, got bool"),
-        ("4", TypeError, "heads: expected an int, got str '4'"),
-    ],
-)
-def test_heads_that_are_none(name, heads, error, message):
-    with pytest.raises(error, match=message):
-        nn.LEARNED[name](heads=heads)
 
 
 RESET = {
@@ -231,28 +216,6 @@ def test_copies_and_states(case):
     for other in (fresh, copy.deepcopy(scaling), pickle.loads(pickle.dumps(scaling))):
         assert torch.equal(attention(*leaves.values(), scaling=other, causal=True), expected)
     assert all(x.shape[:1] in ((), (4,)) for x in scaling.state_dict().values())
-
-
-class Objective(torch.nn.Module):
-    def __init__(self, scaling) -> None:
-        super().__init__()
-        self.scaling = scaling
-
-    def forward(self, q, k, v):
-        return attention(q, k, v, scaling=self.scaling, causal=True).square().sum()
-
-
-@every_case
-def test_functional_gradients_alone_and_mapped(case):
-    layer, inputs = Objective(learned(case)), [x.detach() for x in operands().values()]
-    parameters = {name: x.detach() for name, x in layer.named_parameters()}
-    if not parameters:
-        return
-    gradient = torch.func.grad(lambda values, *x: torch.func.functional_call(layer, values, x))
-    expected = torch.autograd.grad(layer(*inputs), list(layer.parameters()), materialize_grads=True)
-    torch.testing.assert_close(list(gradient(parameters, *inputs).values()), list(expected))
-    of_samples = torch.func.vmap(gradient, in_dims=(None, 0, 0, 0))(parameters, *(x[:, None] for x in inputs))
-    torch.testing.assert_close([x.sum(0) for x in of_samples.values()], list(expected))
 
 
 def test_scaling_parameters_are_those_of_every_scaling_once():
