@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -19,16 +20,17 @@ from tritonattn.huggingface.architecture import attention_modules
 pytestmark = test_monitor.pytestmark
 
 
-def trained(kind: str, watched: bool, checkpoint: bool | None = None, **options):
-    """Weights after three steps, the last record, and the state of the model."""
+@cache
+def trained(kind: str, watched: bool, reentrant: bool | None = None):
+    """Weights after three steps and the last record; reentrant, or not, checkpoints: None, without."""
     net = llama("sdpa" if kind == "sdpa" else "eager", attention_dropout=0.2)
-    if checkpoint is not None:
-        net.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+    if reentrant is not None:
+        net.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if kind == "patched":
         patch(net, "ssmax", layers=[1])
     before, optimizer = state(net), torch.optim.SGD(net.parameters(), 0.1)
     torch.manual_seed(3)
-    monitor = Monitor(net, every=2, thresholds=QUIET, **options) if watched else None
+    monitor = Monitor(net, every=2, thresholds=QUIET) if watched else None
     with monitor or contextlib.nullcontext():
         for step in range(3):
             loss = net(ids(seed=step), labels=ids(seed=step)).loss
@@ -43,8 +45,7 @@ def trained(kind: str, watched: bool, checkpoint: bool | None = None, **options)
 
 @pytest.mark.parametrize("kind", ["eager", "sdpa", "patched"])
 def test_a_run_with_a_monitor_is_bit_for_bit_one_without(kind):
-    plain, _ = trained(kind, watched=False)
-    watched, last = trained(kind, watched=True)
+    (plain, _), (watched, last) = trained(kind, watched=False), trained(kind, watched=True)
     assert plain.keys() == watched.keys()
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
     assert last["step"] == 2
@@ -54,9 +55,7 @@ def test_a_run_with_a_monitor_is_bit_for_bit_one_without(kind):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["eager", "patched"])
 def test_checkpointed_layers_count_once(kind, reentrant):
-    plain, _ = trained(kind, False, reentrant)
-    weights, got = trained(kind, True, reentrant)
-    _, wanted = trained(kind, True)
+    (plain, _), (_, wanted), (weights, got) = trained(kind, False), trained(kind, True), trained(kind, True, reentrant)
     assert all(torch.equal(plain[name], weights[name]) for name in plain)
     for name, layer in wanted["layers"].items():
         close(got["layers"][name], layer)
@@ -104,13 +103,12 @@ def test_an_exception_leaves_the_model_whole(error, tmp_path):
     monitor = Monitor(net, every=1, file=file, thresholds=QUIET)
 
     def run():
-        with monitor:
-            net(x)
-            monitor.step()
-            net.model.layers[1].mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error()))
-            net(x)
+        net(x)
+        monitor.step()
+        net.model.layers[1].mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error()))
+        net(x)
 
-    with pytest.raises(error):
+    with pytest.raises(error), monitor:
         run()
     net.model.layers[1].mlp._forward_pre_hooks.clear()
     with Monitor(net, every=1, thresholds=QUIET):

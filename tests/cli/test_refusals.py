@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.refusals import assert_refused
+from tritonattn.cli import main as cli
 from tritonattn.cli import options
 from tritonattn.lab import length, training
 
@@ -53,7 +53,21 @@ REFUSED = [
     ("length-study --text /no/such/file", ["--text", "/no/such/file"]),
     ("length-study --device no_such_device", ["--device", "no_such_device"]),
     (f"length-study --out {__file__}", ["--out", "folder"]),
+    ("advise --max-tokens 1", ["--max-tokens: expected at least 2"]),
+    ("advise --context 0", ["--context: expected at least 2"]),
+    ("advise --text /nowhere.txt", ["--text: cannot read"]),
+    ("advise --json /dev/null/a.json", ["--json: expected a folder, got '/dev/null'"]),
+    ("advise --model /nowhere/model", ["--model: cannot load"]),
 ]
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], command: str, parts: list[str]) -> None:
+    """`tritonattn COMMAND` exits with 2, prints nothing, and says all parts on stderr."""
+    assert cli.main(command.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for part in (f"tritonattn {command.split()[0]}: ", *parts):
+        assert part in captured.err
 
 
 @pytest.mark.parametrize(("command", "parts"), REFUSED, ids=[command for command, _ in REFUSED])
