@@ -6,7 +6,7 @@ from torch import nn
 import tritonattn
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 40
-WIDTH, HEADS, LENGTH, STEPS = 64, 4, 64, 60
+WIDTH, HEADS, LENGTH, STEPS = 64, 4, 64, 30
 
 
 class Block(nn.Module):
