@@ -3,7 +3,7 @@
 import copy
 import inspect
 from dataclasses import replace
-from itertools import accumulate, product
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -57,33 +57,20 @@ def close(got: Tensor, wanted: Tensor) -> None:
 
 @in_turn(mode=MODES, cache=CACHES)
 def test_padding_and_steps_change_nothing(mode, cache, llama):
-    """A padded row gives its results alone, and a prefill with the steps after it those of one pass."""
+    """A padded row gives its results alone, and pieces give those of one pass."""
     ids, mask = LLAMA.inputs("left").values()
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     with patch(llama, scaling=mode), torch.no_grad():
         alone = llama(input_ids=ids[:1, mask[0].bool()], use_cache=False).logits
         whole = llama(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits
-        steps = in_pieces(llama, CACHES[cache](llama, 20), [6, *[1] * 7], ids, mask, position)
+        steps = in_pieces(llama, CACHES[cache](llama, 20), [6, 1, 1, 2, 1, 2], ids, mask, position)
     close(whole[:1, mask[0].bool()], alone)
     close(steps[mask.bool()], whole[mask.bool()])
 
 
-@pytest.mark.parametrize(
-    ("name", "cache"),
-    [*product(["llama", "mistral"], CACHES), ("gemma3", "static")],  # a window beside a full layer
-)
-def test_a_long_text_in_pieces_equals_the_full_pass(name, cache):
-    network, sizes = ARCHITECTURES[name].build(), [7, 1, 1, 2, 1, 60, 1, 4, *[1] * 10, 30, 1, 1]
-    ids = torch.randint(3, 61, (2, 64), generator=torch.Generator().manual_seed(0)).repeat(1, 2)[:, : sum(sizes)]
-    with patch(network, scaling="key_norm_sum"), torch.no_grad():
-        wanted, held = network(input_ids=ids, use_cache=False).logits, CACHES[cache](network, ids.shape[1])
-        got = [network(input_ids=piece, past_key_values=held).logits for piece in ids.split(sizes, dim=1)]
-    close(torch.cat(got, dim=1), wanted)
-
-
 @in_turn(name=["mistral", "gemma3", "llama4"] * 2, mode=STATISTICS)
 def test_greedy_text_is_that_of_full_passes(name, mode):
-    """Sliding and chunked layers forget keys; dynamic and static caches alike."""
+    """Sliding and chunked layers forget keys; dynamic and static caches alike, in steps and in longer pieces."""
     if name == "llama4" and transformers.__version__.startswith("4."):
         return  # its chunks follow the place in the cache
     network, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
@@ -92,6 +79,10 @@ def test_greedy_text_is_that_of_full_passes(name, mode):
         for _ in range(7):
             step = network(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
             ids = torch.cat([ids, step], dim=1)
+        for make in CACHES.values():
+            whole = torch.ones_like(ids), torch.arange(20).expand(2, -1)
+            got = in_pieces(network, make(network, 20), [7, 1, 1, 6, 1, 2, 2], ids, *whole)
+            close(got, network(input_ids=ids, use_cache=False).logits)
         for more in ({}, {"cache_implementation": "static", "disable_compile": True}):
             assert torch.equal(network.generate(**inputs, max_new_tokens=7, do_sample=False, **more), ids)
 
