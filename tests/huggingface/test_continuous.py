@@ -1,7 +1,6 @@
 """Continuous batching gives every request its tokens alone, or says why it cannot."""
 
 from dataclasses import replace
-from functools import partial, partialmethod
 from typing import Any
 
 import pytest
@@ -45,15 +44,14 @@ def batched(network, **options) -> list[list[int]]:
 def events(monkeypatch) -> set[tuple[str, Any]]:
     """Results of the cache's methods from now on, by name: tokens found at a prefix, and whether a chunk fits."""
     seen: set[tuple[str, Any]] = set()
-
-    def watched(name: str, method: Any, *args: Any, **options: Any) -> Any:
-        result = method(*args, **options)
-        seen.add((name, result))
-        return result
-
     for name in ("search_prefix_match", "can_store_request_tokens"):
         method = getattr(PagedAttentionCache, name)
-        monkeypatch.setattr(PagedAttentionCache, name, partialmethod(partial(watched, name, method)))
+
+        def watched(cache: Any, *args: Any, name: str = name, real: Any = method, **options: Any) -> Any:
+            seen.add((name, result := real(cache, *args, **options)))
+            return result
+
+        monkeypatch.setattr(PagedAttentionCache, name, watched)
     return seen
 
 
