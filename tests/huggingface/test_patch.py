@@ -248,6 +248,7 @@ def test_a_part_without_its_model_is_patched_and_saved_with_it(name, part, tmp_p
         one = patch(network.get_submodule(part), scaling="none")
         network.save_pretrained(tmp_path)
         again = type(network).from_pretrained(tmp_path, attn_implementation="eager").eval()
+        assert patched(again) is not None
         assert list(patched(again).layers) == names
         assert network.config._attn_implementation == "eager"
         for patched_alike in (again, network):
