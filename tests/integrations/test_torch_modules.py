@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.layers import assert_same
 from tests.support.pairs import in_turn
 from tritonattn import SCALINGS, attention
 from tritonattn import nn as learned
@@ -52,22 +53,13 @@ CALLS = {
 }
 
 
-def assert_same(ours, theirs, layer, *inputs):
-    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    leaves = [*inputs, *layer.parameters()]
-    direction = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).reshape(ours.shape)
-    gradients = [torch.autograd.grad((x * direction).sum(), leaves) for x in (ours, theirs)]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
-
-
 @in_turn(call=CALLS, batch_first=[False, True, True])
 def test_sqrt_dim_is_torchs_layer(call, batch_first):
     theirs, ours = pair(batch_first=batch_first)
     x, settings = tokens(*((N, L, E) if batch_first else (L, N, E))).requires_grad_(), CALLS[call]
     for options in ({"need_weights": False}, {"need_weights": True}, {"average_attn_weights": False}):
         (out, weights), (expected, theirs_of_it) = (f(x, x, x, **settings, **options) for f in (ours, theirs))
-        assert_same(out, expected, theirs, x)
+        assert_same(theirs, out, expected, x)
         assert (weights is None) == (theirs_of_it is None)
         if weights is not None:
             torch.testing.assert_close(weights, theirs_of_it)
@@ -80,7 +72,7 @@ def test_cross_attention_of_other_widths(bias):
         tokens(N, size, width, seed=i).requires_grad_() for i, (size, width) in enumerate(((4, E), (9, 5), (9, 7)))
     ]
     mask = torch.ones(4, 9).bool().triu(2)
-    assert_same(ours(*inputs, attn_mask=mask)[0], theirs(*inputs, attn_mask=mask)[0], theirs, *inputs)
+    assert_same(theirs, ours(*inputs, attn_mask=mask)[0], theirs(*inputs, attn_mask=mask)[0], *inputs)
 
 
 def by_hand(layer, x, hidden):
@@ -105,7 +97,7 @@ def test_other_modes_by_hand(call, need_weights):
     x = tokens(N, L, E).requires_grad_()
     for mode in ("key_norm_mean", "sqrt_key_count", "log_key_count"):
         _, ours = pair(mode, batch_first=True)
-        assert_same(ours(x, x, x, need_weights=need_weights, **settings)[0], by_hand(ours, x, hidden), ours, x)
+        assert_same(ours, ours(x, x, x, need_weights=need_weights, **settings)[0], by_hand(ours, x, hidden), x)
 
 
 def test_arguments_and_defaults_are_torchs():
@@ -234,7 +226,7 @@ def test_without_a_batch(mask):
     theirs, ours = pair()
     x = tokens(L, E).requires_grad_()
     (out, weights), (expected, their_weights) = (f(x, x, x, attn_mask=mask) for f in (ours, theirs))
-    assert_same(out, expected, theirs, x)
+    assert_same(theirs, out, expected, x)
     torch.testing.assert_close(weights, their_weights)
     padding = torch.tensor([False, False, True, False, True, True])
     torch.testing.assert_close(*(f(x, x, x, key_padding_mask=padding)[0] for f in (ours, theirs)))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, rms_norm
 
+from tests.support.layers import assert_same
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.pairs import in_turn, pairwise
 from tritonattn import attention, nn
@@ -41,15 +42,6 @@ def by_hand(layer, x, context=None, visible=None, softcap=None):
     options = {"scaling": layer.scaling, "mask": visible, "softcap": softcap, "sinks": layer.sinks}
     out = attention(q, k, v, backend="reference", **options)
     return linear(out.transpose(1, 2).flatten(2), layer.o_proj.weight, layer.o_proj.bias)
-
-
-def assert_same(layer, ours, expected, *inputs):
-    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
-    leaves = [*inputs, *(x for x in layer.parameters() if x.requires_grad)]
-    direction = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).reshape(ours.shape)
-    gradients = [torch.autograd.grad((x * direction).sum(), leaves) for x in (ours, expected)]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 @pairwise(scaling=SCALED, qk_norm=[False, True], kv_heads=[1, 2, 4], causal=[False, True], head_dim=[None, 5])

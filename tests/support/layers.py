@@ -1,0 +1,13 @@
+"""Layers held against others."""
+
+import torch
+
+
+def assert_same(layer, ours, expected, *inputs) -> None:
+    """Two outputs in fp64 agree, and so do their gradients at the inputs and the layer's parameters."""
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    leaves = [*inputs, *(x for x in layer.parameters() if x.requires_grad)]
+    direction = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).reshape(ours.shape)
+    gradients = [torch.autograd.grad((x * direction).sum(), leaves) for x in (ours, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
