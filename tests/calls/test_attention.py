@@ -109,19 +109,26 @@ class Broken(Scaling):
     def scales(self, q, k, visibility, statistics):
         return self.result
 
+    def multiplier(self, q, k, visible):
+        return self.result
+
 
 @pytest.mark.parametrize(
-    ("result", "error", "message"),
+    ("backend", "result", "error", "message"),
     [
-        (0.5, TypeError, r"broken\.scales\(\): expected Scales, got float"),
-        (Scales(torch.ones(())), TypeError, r"broken\.scales\(\)\.constant: expected a number"),
-        (Scales(1.0, torch.ones(4)), ValueError, r"broken\.scales\(\)\.query: .*1-D \[4\]"),
-        (Scales(1.0, None, torch.ones(4, 7)), ValueError, r"broken\.scales\(\)\.key: .*\[2, 2, 7\], got \[4, 7\]"),
+        ("sdpa", 0.5, TypeError, r"broken\.scales\(\): expected Scales, got float"),
+        ("sdpa", Scales(torch.ones(())), TypeError, r"broken\.scales\(\)\.constant: expected a number"),
+        ("sdpa", Scales(1.0, torch.ones(4)), ValueError, r"broken\.scales\(\)\.query: .*1-D \[4\]"),
+        ("sdpa", Scales(1.0, key=torch.ones(4, 7)), ValueError, r"scales\(\)\.key: .*\[2, 2, 7\], got \[4, 7\]"),
+        ("reference", torch.ones(4).long(), TypeError, r"multiplier\(\): expected a floating dtype, got torch.int64"),
+        ("reference", torch.ones(1, 2, 2, 4, 4), ValueError, r"broadcastable to .* = \[2, 4, 5, 7\]"),
+        ("reference", "x", TypeError, r"multiplier\(\): expected a number, got"),
+        ("reference", torch.nan, ValueError, r"multiplier\(\): expected a finite number, got nan"),
     ],
 )
-def test_a_broken_scaling_of_a_user_is_named(result, error, message):
+def test_a_broken_scaling_of_a_user_is_named(backend, result, error, message):
     with pytest.raises(error, match=message):
-        tritonattn.attention(*operands().values(), scaling=Broken(result))
+        tritonattn.attention(*operands().values(), scaling=Broken(result), backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
@@ -209,7 +216,11 @@ SHAPES = {
 }
 
 
-@pairwise(scaling=SCALINGS, shape=SHAPES, backend=["auto", "triton", "sdpa", "reference"])
+@pairwise(
+    scaling=["key_count", "key_norm_mean", "key_norm_max", "cosine"],
+    shape=SHAPES,
+    backend=["auto", "triton", "sdpa", "reference"],
+)
 def test_nothing_to_compute(scaling, shape, backend):
     batch, heads, lengths = SHAPES[shape]
     leaves = operands(torch.float32, batch, heads, lengths)

@@ -1,17 +1,327 @@
 """Every refusal names the argument, what was expected and what came, and nothing is computed before it."""
 
+import inspect
 import warnings
 
 import pytest
 import torch
+from torch import ones
 
 import tritonattn
-from tritonattn import ops
+from tests.support.packed import offsets
+from tritonattn import KeyStatistics, PagedKeyStatistics, ops
 from tritonattn.backends import reference
 from tritonattn.backends.cpu import sdpa
 from tritonattn.scaling import KeyNormSum
 
 B, HQ, HKV, SQ, SK, D = 2, 4, 2, 3, 5, 8
+INT = torch.int32
+CU = offsets((3, 2))
+META = torch.device("meta")
+nan, inf = float("nan"), float("inf")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # that these are a prototype
+    NESTED = torch.nested.nested_tensor([ones(2), ones(3)])
+
+DENSE = {"q": ones(B, HQ, SQ, D), "k": ones(B, HKV, SK, D), "v": ones(B, HKV, SK, D)}
+PACKED = {"q": ones(5, HQ, D), "k": ones(5, HKV, D), "v": ones(5, HKV, D)}
+PACKED |= {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 3, "max_seqlen_k": 3}
+CACHE = {"q": ones(B, HQ, SQ, D), "k_cache": ones(B, HKV, 24, D), "v_cache": ones(B, HKV, 24, 6)}
+CACHE |= {"key_lengths": torch.tensor([9, 20])}
+TABLE = torch.tensor([[0, 1], [2, 3]], dtype=INT)
+PAGES = CACHE | {"k_cache": ones(7, 16, HKV, D), "v_cache": ones(7, 16, HKV, 6), "block_table": TABLE}
+PACKED_PAGES = {"q": ones(3, HQ, D).double(), "k": ones(8, 16, HKV, D).double(), "v": ones(8, 16, HKV, 6).double()}
+PACKED_PAGES |= {"cu_seqlens_q": offsets((2, 1)), "cu_seqlens_k": offsets((20, 3)), "max_seqlen_q": 2}
+PACKED_PAGES |= {"max_seqlen_k": 20, "block_table": TABLE}
+CALLS = {
+    "attention": DENSE,
+    "scaled_attention": DENSE,
+    "attention_varlen": PACKED,
+    "attention_decode": CACHE,
+    "attention_varlen over pages": PACKED_PAGES,
+    "attention_decode over pages": PAGES,
+}
+
+# Arguments changed, and the error: its type and what it says, in parts.
+Case = tuple[dict, str]
+
+
+def of_kv(k: torch.Tensor, v: torch.Tensor | None = None, suffix: str = "", **more) -> dict:
+    return {"k" + suffix: k, "v" + suffix: k if v is None else v, **more}
+
+
+def factors(name: str) -> list[Case]:
+    return [
+        ({name: ones(HQ)}, f"ValueError: {name}: ~ [H, 1] ~ [1, S] ~ 1-D [4]"),
+        ({name: ones(B, 3, 7)}, f"ValueError: {name}: ~ [2, 3, 7]"),
+        ({name: ones(1, 1, 1, 1)}, f"ValueError: {name}: ~ [1, 1, 1, 1]"),
+        ({name: ones(HQ, 1).int()}, f"TypeError: {name}: ~ floating ~ torch.int32"),
+        ({name: ones(HQ, 1).to_sparse()}, f"TypeError: {name}: ~ dense ~ sparse"),
+        ({name: ones(1, 1, device=META)}, f"ValueError: {name}: ~ cpu ~ meta"),
+    ]
+
+
+# Of every function that has the argument.
+SHARED: list[Case] = [
+    ({"causal": 1}, "TypeError: causal: ~ bool ~ int 1"),
+    ({"return_aux": "yes"}, "TypeError: return_aux: ~ bool ~ 'yes'"),
+    ({"backend": "cuda"}, "ValueError: backend: ~ auto, triton, sdpa, reference ~ 'cuda'"),
+    ({"backend": None}, "ValueError: backend: ~ None"),
+    ({"window": 3}, "TypeError: window: ~ (left, right) ~ 3"),
+    ({"window": (1, 2, 3)}, "TypeError: window: ~ (1, 2, 3)"),
+    ({"window": (1.0, 2)}, "TypeError: window: ~ int or None ~ 1.0"),
+    ({"window": (True, 2)}, "TypeError: window: ~ int or None ~ True"),
+    ({"window": (-2, 0)}, "ValueError: window: ~ sides of at least 0 ~ -1 or None ~ (-2, 0)"),
+    ({"softcap": NESTED}, "TypeError: softcap: ~ number ~ nested tensor"),
+    ({"softcap": 1e-40}, "ValueError: softcap: ~ above 0 ~ 1e-40"),
+    ({"softcap": 0.0}, "ValueError: softcap: ~ above 0 ~ 0.0"),
+    ({"softcap": nan}, "ValueError: softcap: ~ finite ~ nan"),
+    ({"softcap": "50"}, "TypeError: softcap: ~ number ~ '50'"),
+    ({"dropout_p": 1.0}, "ValueError: dropout_p: ~ [0, 1) ~ 1.0"),
+    ({"dropout_p": -0.1}, "ValueError: dropout_p: ~ [0, 1) ~ -0.1"),
+    ({"dropout_p": None}, "TypeError: dropout_p: ~ number ~ NoneType"),
+    ({"sinks": NESTED}, "TypeError: sinks: ~ dense tensor [Hq] ~ nested tensor"),
+    ({"sinks": torch.zeros(HQ).to_sparse()}, "TypeError: sinks: ~ dense tensor [Hq] ~ sparse"),
+    ({"sinks": torch.zeros(HKV)}, "ValueError: sinks: ~ [Hq] = [4] ~ [2]"),
+    ({"sinks": torch.zeros(HQ).int()}, "TypeError: sinks: ~ floating ~ int32"),
+    ({"sinks": 0.0}, "TypeError: sinks: ~ tensor [Hq] ~ float"),
+    ({"sinks": torch.zeros(HQ, device=META)}, "ValueError: sinks: ~ cpu ~ meta"),
+    ({"key_bias": ones(7)}, "ValueError: key_bias: ~ 1-D [7]"),
+    ({"key_bias": ones(B, HQ, SQ, SK)}, "ValueError: key_bias: ~ [2, 4, 3, 5]"),
+    ({"key_bias": ones(1, SK).int()}, "TypeError: key_bias: ~ floating ~ int32"),
+    ({"key_bias": ones(1, SK, device=META)}, "ValueError: key_bias: ~ q's device cpu ~ meta"),
+    ({"key_bias": 1.0}, "TypeError: key_bias: ~ tensor ~ float"),
+    *factors("scaling"),
+    ({"scaling": "vaswani"}, "ValueError: scaling: ~ sqrt_dim, dim, none ~ 'vaswani'"),
+    ({"scaling": "key_norm_meen"}, "ValueError: did you mean 'key_norm_mean'"),
+    ({"scaling": "__import__('os').abort()"}, "ValueError: scaling: ~ __import__('os').abort()"),
+    ({"scaling": "__class__"}, "ValueError: scaling: ~ '__class__'"),
+    ({"scaling": KeyNormSum}, "TypeError: scaling: ~ instance ~ write KeyNormSum()"),
+    ({"scaling": dict}, "TypeError: scaling: ~ a name, a Scaling, a float or a tensor"),
+    ({"scaling": None}, "TypeError: scaling: ~ a name ~ NoneType"),
+    ({"scaling": True}, "TypeError: scaling: ~ a name"),
+    ({"scaling": inf}, "ValueError: scaling: ~ finite ~ inf"),
+    ({"scaling": "ssmax"}, "ValueError: 'ssmax' ~ module ~ tritonattn.nn.SSMax(heads=Hq)"),
+    ({"scaling": "power_law"}, "ValueError: 'power_law' ~ module"),
+    ({"scaling": "per_head"}, "ValueError: 'per_head' ~ nn.PerHead('sqrt_dim', heads=Hq)"),
+    *factors("gain"),
+    ({"gain": "2"}, "TypeError: gain: ~ number ~ '2'"),
+    ({"gain": nan}, "ValueError: gain: ~ finite ~ nan"),
+    *factors("query_scale"),
+    ({"query_scale": ones(SQ)}, "ValueError: query_scale: ~ [1, S] ~ 1-D [3]"),
+    ({"query_scale": 2.0}, "TypeError: query_scale: ~ tensor [B, Hq, Sq] ~ float 2.0"),
+    ({"key_scale": ones(HKV)}, "ValueError: key_scale: ~ [H, 1] ~ 1-D [2]"),
+    ({"key_scale": ones(B, HQ, SK)}, "ValueError: key_scale: ~ [2, 2, 5] ~ [2, 4, 5]"),
+    ({"scale": ones(())}, "TypeError: scale: ~ number ~ tensor"),
+    ({"scale": -inf}, "ValueError: scale: ~ finite ~ -inf"),
+]
+
+OF_DENSE: list[Case] = [
+    ({"q": [[1.0]]}, "TypeError: q: ~ tensor [B, Hq, Sq, D] ~ list"),
+    ({"q": ones(HQ, SQ, D)}, "ValueError: q: ~ 4 axes ~ [4, 3, 8]"),
+    ({"v": ones(1, B, HKV, SK, D)}, "ValueError: v: ~ 4 axes ~ 5"),
+    ({"k": ones(B, HKV, SK, D).int()}, "TypeError: k: ~ float32 ~ torch.int32"),
+    ({"q": ones(B, HQ, SQ, D, dtype=torch.cfloat)}, "TypeError: q: ~ complex64"),
+    ({"v": ones(B, HKV, SK, D).half()}, "TypeError: q, k, v: ~ one dtype ~ torch.float16"),
+    ({"v": NESTED}, "TypeError: v: ~ dense tensor [B, Hkv, Sk, Dv] ~ nested tensor"),
+    ({"q": ones(B, HQ, SQ, D).to_sparse()}, "TypeError: q: ~ dense ~ sparse"),
+    ({"k": ones(B, HKV, SK, D, device=META)}, "ValueError: one device ~ cpu, meta, cpu"),
+    ({"k": ones(3, HKV, SK, D)}, "ValueError: batch size 2 ~ 3 in k"),
+    ({"v": ones(B, 1, SK, D)}, "ValueError: v: ~ 2 heads ~ 1"),
+    *((of_kv(ones(B, count, SK, D)), f"ValueError: k: ~ divides q's 4 ~ {count}") for count in (0, 3, 8)),
+    ({"v": ones(B, HKV, 6, D)}, "ValueError: v: ~ length 5 ~ 6"),
+    ({"k": ones(B, HKV, SK, 7)}, "ValueError: k: ~ head_dim 8 ~ 7"),
+    ({"q": ones(B, HQ, SQ, 0), "k": ones(B, HKV, SK, 0)}, "ValueError: at least 1 ~ 0 in q"),
+    ({"key_lengths": [1, 2]}, "TypeError: key_lengths: ~ tensor [B] ~ list"),
+    ({"key_lengths": ones(B)}, "TypeError: key_lengths: ~ integer ~ float32"),
+    ({"key_lengths": ones(B).bool()}, "TypeError: key_lengths: ~ integer ~ bool"),
+    ({"key_lengths": ones(3).int()}, "ValueError: key_lengths: ~ [B] = [2] ~ [3]"),
+    ({"key_lengths": ones(B, device=META).int()}, "ValueError: key_lengths: ~ cpu ~ meta"),
+    ({"key_lengths": torch.tensor([-1, 2])}, "ValueError: key_lengths: ~ [0, Sk = 5] ~ -1"),
+    ({"key_lengths": torch.tensor([6, 2])}, "ValueError: key_lengths: ~ [0, Sk = 5] ~ 6"),
+    ({"key_ranges": torch.zeros(B, SQ).int()}, "ValueError: key_ranges: ~ [2, 3, 2] ~ [2, 3]"),
+    ({"key_ranges": torch.zeros(B, SQ, 2)}, "TypeError: key_ranges: ~ integer ~ float32"),
+    ({"key_ranges": torch.full((B, SQ, 2), 9)}, "ValueError: key_ranges: ~ [0, Sk = 5] ~ 9"),
+    ({"mask": ones(SQ, SK).bool().to_sparse()}, "TypeError: mask: ~ dense ~ sparse"),
+    ({"mask": "causal"}, "TypeError: mask: ~ tensor [B, Hq, Sq, Sk] ~ 'causal'"),
+    ({"mask": torch.zeros(SQ, SK)}, "TypeError: mask: ~ torch.bool ~ torch.float32"),
+    ({"mask": ones(B, SK).bool()}, "ValueError: mask: ~ [2, 4, 3, 5] ~ [B, 1, 1, Sk]"),
+    ({"mask": ones(B, HKV, SQ, SK).bool()}, "ValueError: mask: ~ [2, 2, 3, 5]"),
+    ({"mask": ones(1, B, HQ, SQ, SK).bool()}, "ValueError: mask: ~ [1, 2, 4, 3, 5]"),
+    ({"mask": ones(SQ, SK, device=META).bool()}, "ValueError: mask: ~ cpu ~ meta"),
+    ({"key_bias": ones(B, 3, SK)}, "ValueError: key_bias: ~ [B, Hq or Hkv, Sk] = [2, 4, 5], got [2, 3, 5]"),
+]
+
+OF_ONE: dict[str, list[Case]] = {
+    "attention": [
+        ({"scaling": ones(B, 3, 7)}, "ValueError: scaling: ~ [B, Hq, Sq] = [2, 4, 3]"),
+        ({"gain": ones(B, 3, 7)}, "ValueError: gain: ~ [B, Hq, Sq] = [2, 4, 3]"),
+        ({"is_causal": True}, "TypeError: is_causal"),
+        *OF_DENSE,
+    ],
+    "scaled_attention": [
+        ({"query_scale": ones(B, 3, 7)}, "ValueError: query_scale: ~ [B, Hq, Sq] = [2, 4, 3]"),
+        *OF_DENSE,
+    ],
+    "attention_varlen": [
+        ({"cu_seqlens_q": CU.long()}, "TypeError: cu_seqlens_q: expected dtype torch.int32, got torch.int64"),
+        ({"cu_seqlens_k": [0, 3, 5]}, "TypeError: cu_seqlens_k: expected a tensor [N + 1], got list"),
+        ({"cu_seqlens_k": CU.to(META)}, "ValueError: cu_seqlens_k: expected q's device cpu, got meta"),
+        ({"cu_seqlens_q": CU[None]}, "ValueError: cu_seqlens_q: expected shape [N + 1] ~ got [1, 3]"),
+        ({"cu_seqlens_q": CU[:0]}, "ValueError: cu_seqlens_q: expected shape [N + 1] ~ got [0]"),
+        ({"cu_seqlens_k": offsets((5,))}, "ValueError: cu_seqlens_k: expected as many ~ 2, got 1"),
+        ({"cu_seqlens_q": CU + 1}, "ValueError: cu_seqlens_q: expected a first offset of 0, got 1"),
+        ({"cu_seqlens_k": torch.tensor([0, 4, 3]).int()}, "ValueError: cu_seqlens_k: expected offsets that do"),
+        ({"cu_seqlens_k": offsets((3, 3))}, "ValueError: cu_seqlens_k: ~ at most T_k = 5, got 6"),
+        ({"max_seqlen_q": 2}, "ValueError: max_seqlen_q: expected at least ~ 3, got 2"),
+        ({"max_seqlen_k": 2}, "ValueError: max_seqlen_k: expected at least ~ 3, got 2"),
+        ({"max_seqlen_q": -1}, "ValueError: max_seqlen_q: expected at least 0, got -1"),
+        ({"max_seqlen_k": 3.0}, "TypeError: max_seqlen_k: expected an int, got float 3.0"),
+        ({"max_seqlen_k": True}, "TypeError: max_seqlen_k: expected an int, got bool"),
+        ({"q": torch.zeros(1, 5, 4, 8)}, "ValueError: q: expected 3 axes [T_q, Hq, D], got 4"),
+        ({"q": torch.zeros(5, 3, 8)}, "ValueError: k: expected a number of heads that divides q's 3, got 2"),
+        ({"v": torch.zeros(6, 2, 8)}, "ValueError: v: expected k's length 5, got 6"),
+        ({"k": torch.zeros(5, 2, 7)}, "ValueError: k: expected q's head_dim 8, got 7"),
+        ({"k": torch.zeros(5, 2, 8).half()}, "TypeError: q, k, v: expected one dtype"),
+        ({"gain": ones(4, 6)}, "ValueError: gain: ~ [Hq, T_q] = [4, 5], got [4, 6]"),
+        ({"gain": ones(1, 4, 5)}, "ValueError: gain: ~ [Hq, T_q] = [4, 5]"),
+        ({"statistics": PagedKeyStatistics(8, 16, 2)}, "ValueError: expected a block_table beside"),
+    ],
+    "attention_decode": [
+        ({"q": None}, "TypeError: q: expected a tensor [B, Hq, Sq, D], got NoneType"),
+        ({"q": ones(2, 4, 8)}, "ValueError: q: expected 4 axes [B, Hq, Sq, D], got 3 in [2, 4, 8]"),
+        ({"q": ones(2, 4, 17, 8)}, "ValueError: q: expected Sq of 1 to 16, got 17; for more rows: attention"),
+        ({"q": ones(2, 4, 0, 8)}, "ValueError: q: expected Sq of 1 to 16, got 0"),
+        ({"q": ones(2, 0, 1, 8)}, "ValueError: k_cache: expected a number of heads that divides q's 0, got 2"),
+        ({"q": ones(2, 3, 1, 8)}, "ValueError: k_cache: expected a number of heads that divides q's 3, got 2"),
+        ({"q": ones(2, 4, 1, 7)}, "ValueError: k_cache: expected q's head_dim 7, got 8"),
+        ({"q": ones(3, 4, 1, 8)}, "ValueError: k_cache: expected q's batch size 3, got 2"),
+        ({"q": ones(2, 4, 1, 8).half()}, "TypeError: q, k_cache, v_cache: expected one dtype, got torch.float16"),
+        ({"k_cache": ones(2, 2, 24, 8, device=META)}, "ValueError: k_cache: expected q's device cpu, got meta"),
+        ({"v_cache": ones(2, 2, 23, 6)}, "ValueError: v_cache: expected k_cache's [2, 2, 24], got [2, 2, 23, 6]"),
+        ({"v_cache": ones(2, 2, 24, 0)}, "ValueError: expected head_dim of at least 1, got 8 in q and 0 in v_cache"),
+        ({"key_lengths": [9, 20]}, "TypeError: key_lengths: expected a tensor [B], got list"),
+        ({"key_lengths": ones(2)}, "TypeError: key_lengths: expected an integer dtype, got torch.float32"),
+        ({"key_lengths": torch.tensor([9])}, "ValueError: key_lengths: expected shape [B] = [2], got [1]"),
+        ({"key_lengths": torch.tensor([9, 25])}, "ValueError: expected values in [0, capacity = 24], got 25"),
+        ({"statistics": KeyStatistics(2, 2, 24)}, "ValueError: (append first), got 0 of 9 in sequence 0"),
+        (
+            of_kv(ones(2, 24, 2, 8), suffix="_cache"),
+            "ValueError: divides q's 4, got 24: [2, 24, 2, 8] looks like [B, capacity, Hkv, D], not [B, Hkv, capa",
+        ),
+        (of_kv(ones(2, 3, 24, 8), suffix="_cache"), "ValueError: divides q's 4, got 3"),
+        ({"statistics": "mean"}, "TypeError: statistics: expected a KeyStatistics, got str 'mean'"),
+        ({"statistics": KeyStatistics(2, 2, 25)}, "ValueError: [B, Hkv, capacity] = [2, 2, 24], got [2, 2, 25]"),
+        ({"statistics": KeyStatistics(2, 2, 24, device=META)}, "ValueError: statistics: expected q's device cpu"),
+        ({"statistics": KeyStatistics(2, 2, 24, dtype=torch.float64)}, "TypeError: statistics: expected dtype"),
+        *(
+            ({name: x.clone().requires_grad_()}, f"NotImplementedError: {name}: attention_decode has no gradient")
+            for name, x in {**CACHE, **dict.fromkeys(("gain", "scaling"), ones(4, 1)), "sinks": ones(4)}.items()
+            if x.is_floating_point()
+        ),
+    ],
+    "attention_varlen over pages": [
+        ({"q": ones(4, 8)}, "ValueError: q: expected 3 axes [T_q, Hq, D], got 2 in [4, 8]"),
+        ({"k": ones(23, 2, 8)}, "ValueError: k: expected 4 axes [N, page, Hkv, D], got 3 in [23, 2, 8]"),
+        (of_kv(ones(8, 16, 3, 8).double()), "ValueError: divides q's 4, got 3"),
+        ({"v": ones(7, 16, 2, 6).double()}, "ValueError: v: expected k's [N, page] = [8, 16], got [7, 16]"),
+        ({"v": ones(8, 16, 2, 6)}, "TypeError: q, k, v: expected one dtype"),
+        (of_kv(ones(8, 4, 2, 8).double()), "ValueError: k: expected pages of at least 16 keys, got 4"),
+        (
+            of_kv(ones(8, 2, 16, 8), q=ones(3, 16, 8)),
+            "ValueError: pages of at least 16 keys, got 2: [8, 2, 16, 8] looks like [N, Hkv, page, D], not [N, pa",
+        ),
+        ({"block_table": TABLE.double()}, "TypeError: block_table: expected torch.int32, got torch.float64"),
+        ({"block_table": ones(3, 3, dtype=INT)}, "ValueError: block_table: expected [B, max_pages] = [2, max_pag"),
+        ({"block_table": TABLE.to(META)}, "ValueError: block_table: expected q's device cpu"),
+        ({"block_table": TABLE + 7}, "ValueError: block_table: expected pages in [0, N = 8) up to cu_seqlens_k, got 8"),
+        ({"block_table": TABLE[:, :1]}, "ValueError: cu_seqlens_k: expected at most max_pages * page = 16"),
+        ({"max_seqlen_k": 19}, "ValueError: max_seqlen_k: expected at least the longest sequence, 20, got 19"),
+        ({"dropout_p": 0.1}, "NotImplementedError: dropout_p: expected 0 with a block_table, got 0.1"),
+        *(
+            ({name: x}, f"NotImplementedError: {name}: attention_varlen with a block_table has")
+            for name, x in {
+                "q": PACKED_PAGES["q"].clone().requires_grad_(),
+                "gain": ones(4, 1, requires_grad=True),
+                "scaling": tritonattn.nn.SSMax(heads=4),
+            }.items()
+        ),
+        ({"statistics": 3}, "TypeError: statistics: expected a PagedKeyStatistics, got int 3"),
+        (
+            {"statistics": PagedKeyStatistics(8, 17, 2)},
+            "ValueError: statistics: expected those of [N, page, Hkv] = [8, 16, 2], got [8, 17, 2]",
+        ),
+        ({"statistics": PagedKeyStatistics(8, 16, 2)}, "TypeError: statistics: expected dtype torch.float64 for q of"),
+        ({"key_bias": ones(4, 22)}, "ValueError: cu_seqlens_k: expected offsets of at most T_k = 22, got 23"),
+    ],
+    "attention_decode over pages": [
+        ({"block_table": TABLE.float()}, "TypeError: block_table: expected torch.int32, got torch.float32"),
+        ({"block_table": ones(3, 2, dtype=INT)}, "ValueError: block_table: expected [B, max_pages] = [2"),
+        ({"block_table": TABLE + 4}, "ValueError: block_table: expected pages in [0, N = 7) up to key_lengths, got 7"),
+        ({"block_table": TABLE[:, :0]}, "ValueError: k_cache: expected a capacity of at least 1 key"),
+        (of_kv(ones(7, 9, 2, 8), suffix="_cache"), "ValueError: pages of at least 16 keys, got 9"),
+        (
+            of_kv(ones(7, 2, 16, 8), suffix="_cache"),
+            "ValueError: divides q's 4, got 16: [7, 2, 16, 8] looks like [N, Hkv, page, D] ~ k_cache.transpose(1, 2)",
+        ),
+        (
+            of_kv(ones(7, 2, 16, 8), suffix="_cache", q=ones(2, 32, 1, 8)),
+            "ValueError: pages of at least 16 keys, got 2: [7, 2, 16, 8] looks like [N, Hkv, page, D]",
+        ),
+    ],
+}
+
+
+KEYS, LENGTHS = ones(3, HKV, 4), torch.tensor([2, 1])
+APPENDED = {"k_new": KEYS, "cu_seqlens": offsets((2, 1)), "key_lengths": LENGTHS}
+APPENDED["block_table"] = torch.tensor([[3, 0], [1, 9]], dtype=INT)  # of which no key reaches page 9
+RECORDS = [
+    (lambda: KeyStatistics(0.5, 1, 1), "TypeError: batch: expected an int, got float 0.5"),
+    (lambda: KeyStatistics(1, True, 1), "TypeError: kv_heads: expected an int, got bool"),
+    (lambda: KeyStatistics(1, 1, -1), "ValueError: capacity: expected at least 0, got -1"),
+    (lambda: KeyStatistics(1, 1, 1, dtype=torch.bfloat16), "TypeError: dtype: expected torch.float32 or"),
+    (lambda: PagedKeyStatistics(0.5, 16, 1), "TypeError: pages: expected an int, got float 0.5"),
+    (lambda: PagedKeyStatistics(4, 8, 1), "ValueError: page: expected at least 16, got 8"),
+    (lambda: PagedKeyStatistics(4, 16, -1), "ValueError: kv_heads: expected at least 0, got -1"),
+    (lambda: PagedKeyStatistics(4, 16, 1, dtype=torch.bfloat16), "TypeError: dtype: expected torch.float32 or"),
+]
+OF_RECORD = [
+    (lambda one: one.last(3, 2), "ValueError: keys: expected a value in [0, 2], got 3"),
+    (lambda one: one.last(-1, 2), "ValueError: keys"),
+    (lambda one: one.last(1.5, 2), "TypeError: keys: expected an int, got float 1.5"),
+    (lambda one: one.last(1, "2"), "TypeError: capacity: expected an int, got str '2'"),
+    (lambda one: one.select(torch.tensor([3])), "ValueError: index"),
+    (lambda one: one.select(torch.tensor([[0]])), "ValueError: index: expected shape [n]"),
+    (lambda one: one.select(torch.tensor([0.5])), "TypeError: index"),
+    (lambda one: one.with_capacity("x"), "TypeError: capacity: expected an int, got str 'x'"),
+    (lambda one: one.with_capacity(5), "ValueError: capacity: expected at least 20, got 5"),
+    (lambda one: one.append(None), "TypeError: k_new: expected a tensor [B, Hkv, n, D], got NoneType"),
+    (lambda one: one.append(ones(3, 2, 1, 5).int()), "TypeError: k_new: expected a floating dtype"),
+    (lambda one: one.append(ones(3, 5)), "ValueError: k_new: expected [B, Hkv, n, D] = [3, 2, n, D], got [3, 5]"),
+    (lambda one: one.append(ones(3, 3, 1, 5)), "ValueError: k_new: expected ~ got [3, 3, 1, 5]"),
+    (lambda one: one.append(ones(3, 2, 1, 0)), "ValueError: k_new: expected D of at least 1, got [3, 2, 1, 0]"),
+    (lambda one: one.append(ones(3, 2, 1, 5).to(META)), "ValueError: k_new: ~ KeyStatistics's device cpu, got meta"),
+    (lambda one: one.append(ones(3, 2, 2, 5), ones(3)), "TypeError: counts: expected an integer dtype, got torch.fl"),
+    (lambda one: one.append(ones(3, 2, 2, 5), ones(2).int()), "ValueError: counts: expected shape [B] = [3], got [2]"),
+    (lambda one: one.append(ones(3, 2, 2, 5), CU), "ValueError: counts: expected values in [0, 2], got 5"),
+    (lambda one: one.reorder([0, 1, 2]), "TypeError: index: expected a tensor [B], got list"),
+    (lambda one: one.reorder(torch.tensor([0, 1, 3])), "ValueError: index: expected values in [0, 2], got 3"),
+    (lambda one: one.truncate(torch.tensor([0, -1, 3])), "ValueError: lengths: expected values in [0, 20], got -1"),
+    (lambda one: one.truncate(21), "ValueError: lengths: expected a value in [0, 20], got 21"),
+    (lambda one: one.truncate(1.0), "TypeError: lengths: expected an integer tensor [B] or an int, got float 1.0"),
+]
+OF_PAGED_RECORD: list[Case] = [
+    ({"k_new": KEYS[None]}, "ValueError: k_new: expected [T, Hkv, D] = [T, 2, D], got [1, 3, 2, 4]"),
+    ({"k_new": KEYS.int()}, "TypeError: k_new: expected a floating dtype, got torch.int32"),
+    ({"k_new": KEYS.to(META)}, "ValueError: k_new: expected this PagedKeyStatistics's device"),
+    ({"k_new": KEYS[:2]}, "ValueError: cu_seqlens: expected offsets of at most T = 2, got 3"),
+    ({"key_lengths": LENGTHS[:1]}, "ValueError: key_lengths: expected shape [B] = [2], got [1]"),
+    ({"key_lengths": LENGTHS.clamp(max=1)}, "ValueError: the 2 new keys of sequence 0 to max_pages"),
+    ({"key_lengths": LENGTHS + torch.tensor([0, 32])}, "ValueError: expected values from the 1 new keys of"),
+    ({"key_lengths": LENGTHS + torch.tensor([0, 30])}, "ValueError: pages in [0, N = 4) up to key_lengths, got 9"),
+    ({"block_table": TABLE[:1]}, "ValueError: block_table: expected [B, max_pages] = [2, max"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -21,164 +331,41 @@ def _nothing_is_computed(monkeypatch):
 
     for module in (ops, sdpa, reference):
         monkeypatch.setattr(module, "attention", computed)
+    monkeypatch.setattr(ops, "decode", computed)
 
 
-def operands(**overrides):
-    named = {"q": torch.randn(B, HQ, SQ, D), "k": torch.randn(B, HKV, SK, D), "v": torch.randn(B, HKV, SK, D)}
-    return named | overrides
+def cases() -> list[tuple[str, dict, str]]:
+    found = []
+    for call in CALLS:
+        known = inspect.signature(getattr(tritonattn, call.split()[0])).parameters
+        shared = [] if "over" in call else [case for case in SHARED if not case[0].keys() - known]
+        found += [(call, *case) for case in (*shared, *OF_ONE[call])]
+    return found
 
 
-def key_heads(count: int) -> dict:
-    return dict.fromkeys("kv", torch.randn(B, count, SK, D))
+def refuses(error, call, *arguments, **keywords) -> None:
+    with pytest.raises((TypeError, ValueError, NotImplementedError)) as caught:
+        call(*arguments, **keywords)
+    found = f"{caught.type.__name__}: {caught.value}"
+    kind, parts = error.split(": ", 1)
+    missing = [part for part in (kind, *parts.split(" ~ ")) if part not in found]
+    assert not missing, f"{found} lacks {missing}"
 
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)  # that these are a prototype
-    NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
-
-OPERANDS = {
-    "no tensor": ({"q": [[1.0]]}, TypeError, ("q:", "tensor [B, Hq, Sq, D]", "list")),
-    "rank of q": ({"q": torch.randn(HQ, SQ, D)}, ValueError, ("q:", "4 axes", "[4, 3, 8]")),
-    "rank of v": ({"v": torch.randn(1, B, HKV, SK, D)}, ValueError, ("v:", "4 axes", "5")),
-    "integers": ({"k": torch.ones(B, HKV, SK, D).int()}, TypeError, ("k:", "float32", "torch.int32")),
-    "complex": ({"q": torch.ones(B, HQ, SQ, D, dtype=torch.cfloat)}, TypeError, ("q:", "complex64")),
-    "mixed dtypes": ({"v": torch.randn(B, HKV, SK, D).half()}, TypeError, ("q, k, v:", "one dtype", "torch.float16")),
-    "nested": ({"v": NESTED}, TypeError, ("v:", "dense tensor [B, Hkv, Sk, Dv]", "nested tensor")),
-    "sparse": ({"q": torch.ones(B, HQ, SQ, D).to_sparse()}, TypeError, ("q:", "dense", "sparse")),
-    "devices": ({"k": torch.empty(B, HKV, SK, D, device="meta")}, ValueError, ("one device", "cpu, meta, cpu")),
-    "batch": ({"k": torch.randn(3, HKV, SK, D)}, ValueError, ("batch size 2", "3 in k")),
-    "heads of v": ({"v": torch.randn(B, 1, SK, D)}, ValueError, ("v:", "2 heads", "1")),
-    "heads that do not divide": (key_heads(3), ValueError, ("k:", "divides q's 4", "3")),
-    "more key heads": (key_heads(8), ValueError, ("k:", "divides q's 4", "8")),
-    "no key heads": (key_heads(0), ValueError, ("k:", "divides q's 4", "0")),
-    "length of v": ({"v": torch.randn(B, HKV, 6, D)}, ValueError, ("v:", "length 5", "6")),
-    "head_dim of k": ({"k": torch.randn(B, HKV, SK, 7)}, ValueError, ("k:", "head_dim 8", "7")),
-    "head_dim 0": (
-        {"q": torch.ones(B, HQ, SQ, 0), "k": torch.ones(B, HKV, SK, 0)},
-        ValueError,
-        ("at least 1", "0 in q"),
-    ),
-}
-
-SHARED = {
-    "a nested softcap": ({"softcap": NESTED}, TypeError, ("softcap:", "number", "nested tensor")),
-    "nested sinks": ({"sinks": NESTED}, TypeError, ("sinks:", "dense tensor [Hq]", "nested tensor")),
-    "sparse sinks": ({"sinks": torch.zeros(HQ).to_sparse()}, TypeError, ("sinks:", "dense tensor [Hq]", "sparse")),
-    "a sparse mask": ({"mask": torch.ones(SQ, SK).bool().to_sparse()}, TypeError, ("mask:", "dense", "sparse")),
-    "causal": ({"causal": 1}, TypeError, ("causal:", "bool", "int 1")),
-    "return_aux": ({"return_aux": "yes"}, TypeError, ("return_aux:", "bool", "'yes'")),
-    "backend": ({"backend": "cuda"}, ValueError, ("backend:", "auto, triton, sdpa, reference", "'cuda'")),
-    "backend type": ({"backend": None}, ValueError, ("backend:", "None")),
-    "window type": ({"window": 3}, TypeError, ("window:", "(left, right)", "3")),
-    "window of three": ({"window": (1, 2, 3)}, TypeError, ("window:", "(1, 2, 3)")),
-    "window of floats": ({"window": (1.0, 2)}, TypeError, ("window:", "int or None", "1.0")),
-    "window of bools": ({"window": (True, 2)}, TypeError, ("window:", "int or None", "True")),
-    "negative window": ({"window": (-2, 0)}, ValueError, ("window:", "-1 or None", "(-2, 0)")),
-    "key_lengths type": ({"key_lengths": [1, 2]}, TypeError, ("key_lengths:", "tensor [B]", "list")),
-    "key_lengths dtype": ({"key_lengths": torch.ones(B)}, TypeError, ("key_lengths:", "integer", "float32")),
-    "key_lengths bool": ({"key_lengths": torch.ones(B).bool()}, TypeError, ("key_lengths:", "integer", "bool")),
-    "key_lengths shape": ({"key_lengths": torch.ones(3).int()}, ValueError, ("key_lengths:", "[B] = [2]", "[3]")),
-    "key_lengths device": (
-        {"key_lengths": torch.ones(B).int().to("meta")},
-        ValueError,
-        ("key_lengths:", "cpu", "meta"),
-    ),
-    "key_lengths below 0": ({"key_lengths": torch.tensor([-1, 2])}, ValueError, ("key_lengths:", "[0, Sk = 5]", "-1")),
-    "key_lengths above Sk": ({"key_lengths": torch.tensor([6, 2])}, ValueError, ("key_lengths:", "[0, Sk = 5]", "6")),
-    "key_ranges shape": ({"key_ranges": torch.zeros(B, SQ).int()}, ValueError, ("key_ranges:", "[2, 3, 2]", "[2, 3]")),
-    "key_ranges dtype": ({"key_ranges": torch.zeros(B, SQ, 2)}, TypeError, ("key_ranges:", "integer", "float32")),
-    "key_ranges values": ({"key_ranges": torch.full((B, SQ, 2), 9)}, ValueError, ("key_ranges:", "[0, Sk = 5]", "9")),
-    "mask type": ({"mask": "causal"}, TypeError, ("mask:", "tensor [B, Hq, Sq, Sk]", "'causal'")),
-    "mask dtype": ({"mask": torch.zeros(SQ, SK)}, TypeError, ("mask:", "torch.bool", "torch.float32")),
-    "mask of B, Sk": ({"mask": torch.ones(B, SK).bool()}, ValueError, ("mask:", "[2, 4, 3, 5]", "[B, 1, 1, Sk]")),
-    "mask of key heads": ({"mask": torch.ones(B, HKV, SQ, SK).bool()}, ValueError, ("mask:", "[2, 2, 3, 5]")),
-    "mask rank": ({"mask": torch.ones(1, B, HQ, SQ, SK).bool()}, ValueError, ("mask:", "[1, 2, 4, 3, 5]")),
-    "mask device": ({"mask": torch.ones(SQ, SK, device="meta").bool()}, ValueError, ("mask:", "cpu", "meta")),
-    "a denormal softcap": ({"softcap": 1e-40}, ValueError, ("softcap:", "above 0", "1e-40")),
-    "softcap 0": ({"softcap": 0.0}, ValueError, ("softcap:", "above 0", "0.0")),
-    "softcap nan": ({"softcap": float("nan")}, ValueError, ("softcap:", "finite", "nan")),
-    "softcap type": ({"softcap": "50"}, TypeError, ("softcap:", "number", "'50'")),
-    "dropout 1": ({"dropout_p": 1.0}, ValueError, ("dropout_p:", "[0, 1)", "1.0")),
-    "dropout negative": ({"dropout_p": -0.1}, ValueError, ("dropout_p:", "[0, 1)", "-0.1")),
-    "dropout None": ({"dropout_p": None}, TypeError, ("dropout_p:", "number", "NoneType")),
-    "sinks shape": ({"sinks": torch.zeros(HKV)}, ValueError, ("sinks:", "[Hq] = [4]", "[2]")),
-    "sinks dtype": ({"sinks": torch.zeros(HQ).int()}, TypeError, ("sinks:", "floating", "int32")),
-    "sinks type": ({"sinks": 0.0}, TypeError, ("sinks:", "tensor [Hq]", "float")),
-    "sinks device": ({"sinks": torch.zeros(HQ, device="meta")}, ValueError, ("sinks:", "cpu", "meta")),
-}
+@pytest.mark.parametrize(("call", "changes", "error"), cases(), ids=lambda x: x if isinstance(x, str) else "")
+def test_refusals(call, changes, error):
+    refuses(error, getattr(tritonattn, call.split()[0]), **(CALLS[call] | changes))
 
 
-def factors(name: str, axes: str) -> dict:
-    return {
-        f"{name} of heads": ({name: torch.ones(HQ)}, ValueError, (f"{name}:", "[H, 1]", "1-D [4]")),
-        f"{name} of rows": ({name: torch.ones(SQ)}, ValueError, (f"{name}:", "[1, S]", "1-D [3]")),
-        f"{name} shape": ({name: torch.ones(B, 3, 7)}, ValueError, (f"{name}:", axes, "[2, 3, 7]")),
-        f"{name} rank": ({name: torch.ones(1, 1, 1, 1)}, ValueError, (f"{name}:", axes, "[1, 1, 1, 1]")),
-        f"{name} dtype": ({name: torch.ones(HQ, 1).int()}, TypeError, (f"{name}:", "floating", "torch.int32")),
-        f"{name} sparse": ({name: torch.ones(HQ, 1).to_sparse()}, TypeError, (f"{name}:", "dense", "sparse")),
-        f"{name} device": ({name: torch.ones(1, 1, device="meta")}, ValueError, (f"{name}:", "cpu", "meta")),
-    }
-
-
-SCALING = factors("scaling", "[B, Hq, Sq] = [2, 4, 3]") | {
-    "unknown": ({"scaling": "vaswani"}, ValueError, ("scaling:", "sqrt_dim, dim, none", "'vaswani'")),
-    "misspelt": ({"scaling": "key_norm_meen"}, ValueError, ("did you mean 'key_norm_mean'",)),
-    "code": ({"scaling": "__import__('os').abort()"}, ValueError, ("scaling:", "__import__('os').abort()")),
-    "attribute": ({"scaling": "__class__"}, ValueError, ("scaling:", "'__class__'")),
-    "class": ({"scaling": KeyNormSum}, TypeError, ("scaling:", "instance", "write KeyNormSum()")),
-    "another class": ({"scaling": dict}, TypeError, ("scaling:", "a name, a Scaling, a float or a tensor")),
-    "None": ({"scaling": None}, TypeError, ("scaling:", "a name", "NoneType")),
-    "bool": ({"scaling": True}, TypeError, ("scaling:", "a name")),
-    "infinite": ({"scaling": float("inf")}, ValueError, ("scaling:", "finite", "inf")),
-    "ssmax": ({"scaling": "ssmax"}, ValueError, ("'ssmax'", "module", "tritonattn.nn.SSMax(heads=Hq)")),
-    "power_law": ({"scaling": "power_law"}, ValueError, ("'power_law'", "module")),
-    "per_head": ({"scaling": "per_head"}, ValueError, ("'per_head'", "nn.PerHead('sqrt_dim', heads=Hq)")),
-}
-GAIN = factors("gain", "[B, Hq, Sq] = [2, 4, 3]") | {
-    "gain type": ({"gain": "2"}, TypeError, ("gain:", "number", "'2'")),
-    "gain nan": ({"gain": float("nan")}, ValueError, ("gain:", "finite", "nan")),
-}
-GIVEN = factors("query_scale", "[B, Hq, Sq] = [2, 4, 3]") | {
-    "query_scale float": ({"query_scale": 2.0}, TypeError, ("query_scale:", "tensor [B, Hq, Sq]", "float 2.0")),
-    "key_scale of heads": ({"key_scale": torch.ones(HKV)}, ValueError, ("key_scale:", "[H, 1]", "1-D [2]")),
-    "key_scale of heads of q": (
-        {"key_scale": torch.ones(B, HQ, SK)},
-        ValueError,
-        ("key_scale:", "[2, 2, 5]", "[2, 4, 5]"),
-    ),
-    "scale type": ({"scale": torch.ones(())}, TypeError, ("scale:", "number", "tensor")),
-    "scale infinite": ({"scale": float("-inf")}, ValueError, ("scale:", "finite", "-inf")),
-}
-
-
-def refuses(call, arguments, error, fragments) -> None:
-    with pytest.raises(error) as caught:
-        call(**operands(**arguments))
-    missing = [part for part in fragments if part not in str(caught.value)]
-    assert not missing, f"{caught.value} lacks {missing}"
-
-
-@pytest.mark.parametrize("case", OPERANDS | SHARED)
-@pytest.mark.parametrize("call", [tritonattn.attention, tritonattn.scaled_attention])
-def test_operands_and_shared_arguments(call, case):
-    refuses(call, *(OPERANDS | SHARED)[case])
-
-
-@pytest.mark.parametrize("case", SCALING | GAIN)
-def test_scaling_and_gain(case):
-    refuses(tritonattn.attention, *(SCALING | GAIN)[case])
-
-
-@pytest.mark.parametrize("case", GIVEN)
-def test_given_scales(case):
-    refuses(tritonattn.scaled_attention, *GIVEN[case])
+def test_refusals_of_records():
+    for make, error in RECORDS:
+        refuses(error, make)
+    for call, error in OF_RECORD:
+        refuses(error, call, KeyStatistics(3, 2, 20))
+    for changes, error in OF_PAGED_RECORD:
+        refuses(error, PagedKeyStatistics(4, 16, HKV).append, **(APPENDED | changes))
 
 
 def test_everything_but_the_operands_is_keyword_only():
     with pytest.raises(TypeError):
-        tritonattn.attention(*operands().values(), "sqrt_dim")
-
-
-def test_misspelt_arguments_are_refused():
-    with pytest.raises(TypeError, match="is_causal"):
-        tritonattn.attention(**operands(), is_causal=True)
+        tritonattn.attention(*DENSE.values(), "sqrt_dim")

@@ -158,22 +158,6 @@ def test_a_scaling_may_return_one():
         attention(**tensors, scaling=tritonattn.nn.Scheduled("sqrt_dim", Recent(), steps=3))
 
 
-@pytest.mark.parametrize(
-    ("bias", "error", "words"),
-    [
-        (torch.zeros(SK), ValueError, r"key_bias: .*1-D \[7\]"),
-        (torch.zeros(B, 3, SK), ValueError, r"key_bias: .*\[B, Hq or Hkv, Sk\] = \[2, 4, 7\], got \[2, 3, 7\]"),
-        (torch.zeros(B, HQ, SQ, SK), ValueError, r"key_bias: .*got \[2, 4, 5, 7\]"),
-        (torch.zeros(1, SK).int(), TypeError, "key_bias: expected a floating dtype"),
-        (torch.zeros(1, SK, device="meta"), ValueError, "key_bias: expected q's device"),
-        (1.0, TypeError, "key_bias: expected a tensor"),
-    ],
-)
-def test_errors(bias, error, words):
-    with pytest.raises(error, match=words):
-        attention(**operands(), key_bias=bias)
-
-
 def test_under_autocast():
     q, k, v = (x.detach().float() for x in operands().values())
     bias = bias_of(B, HKV, SK).float()
