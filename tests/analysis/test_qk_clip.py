@@ -84,48 +84,43 @@ def test_multihead_attention(kdim, bias):
     clipped(net, lambda net: net["a"](x, y, value, need_weights=False))
 
 
+MODELS = {
+    "llama": lambda: llama("sdpa", initializer_range=0.5, attention_bias=True),
+    "phi3": lambda: transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0, eos_token_id=1)
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=61, n_positions=64, initializer_range=0.5)
+    ),
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
+}
+TOKENS = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
 def build(name: str):
     torch.manual_seed(0)
-    if name == "llama":
-        model = llama("sdpa", initializer_range=0.5, attention_bias=True)
-    elif name == "phi3":
-        config = transformers.Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0, eos_token_id=1)
-        model = transformers.Phi3ForCausalLM(config)
-    elif name == "gpt2":
-        config = transformers.GPT2Config(
-            n_embd=32, n_head=4, n_layer=2, vocab_size=61, n_positions=64, initializer_range=0.5
-        )
-        model = transformers.GPT2LMHeadModel(config)
-    else:
-        model = transformers.BertModel(transformers.BertConfig(**SIZES))
+    model = MODELS[name]()
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("bias"):
             nn.init.normal_(parameter, std=0.5)
     return model.train()
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "bert"])
+@pytest.mark.parametrize("name", [*MODELS, "patched"])
 def test_layouts_of_transformers(name):
-    tokens = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
-    model = build(name)
+    model = patch(build("llama"), "key_norm_mean").model if name == "patched" else build(name)
     if not any(interface_keywords(type(module)) is not None for module in model.modules()):
         pytest.skip("in this version its attention does not go through AttentionInterface")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    clipped(model, lambda model: model(tokens))
+    clipped(model, lambda model: model(TOKENS))
 
 
 def latent(q_lora_rank: int | None):
     """A DeepSeek V3 of 4 heads with 4 features of their own and 6 of a shared key."""
     torch.manual_seed(0)
-    dims = {
-        "qk_rope_head_dim": 6,
-        "qk_nope_head_dim": 4,
-        "v_head_dim": 8,
-        "kv_lora_rank": 8,
-        "q_lora_rank": q_lora_rank,
-    }
+    dims = {"qk_rope_head_dim": 6, "qk_nope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 8}
     dims |= {"q_lora_rank": q_lora_rank, "num_key_value_heads": 4}
     config = transformers.DeepseekV3Config(**SIZES, **dims, first_k_dense_replace=2)
     return transformers.DeepseekV3ForCausalLM(config).train()
@@ -134,11 +129,10 @@ def latent(q_lora_rank: int | None):
 @pytest.mark.parametrize("q_lora_rank", [8, None])
 @pytest.mark.parametrize("scaling", [None, "key_norm_sum"])
 def test_latent_attention_by_the_rule_of_kimi_k2(q_lora_rank, scaling):
-    tokens = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     model = latent(q_lora_rank)
     if scaling is not None:
         patch(model, scaling, gain=20.0)
-    clipped(model, lambda model: model(tokens))
+    clipped(model, lambda model: model(TOKENS))
 
 
 def test_latent_attention_leaves_the_shared_key():
@@ -171,13 +165,6 @@ def test_a_layer_that_is_the_root():
     assert torch.equal(alone.q_proj.weight[8:], before[8:])
 
 
-def test_a_patched_model():
-    tokens = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
-    model = build("llama")
-    with patch(model, "key_norm_mean"):
-        clipped(model, lambda model: model(tokens))
-
-
 @contextmanager
 def unchanged(net):
     before = {name: x.clone() for name, x in net.state_dict().items()}
@@ -195,21 +182,21 @@ def test_others_are_refused_by_name():
     fresh = QueryAdaptiveSSMax(heads=4, head_dim=8)  # its weight of q is 0
     refused(Net(scaling=fresh), "attention", "scaling query_adaptive_ssmax")
     refused(nn.ModuleDict({"a": nn.Linear(3, 3), "b": Net()}), "a", "layout of Linear")
-    net = Net()
-    net.attention.q_proj = nn.Sequential(net.attention.q_proj)
-    refused(net, "attention", "plain linear layer as q_proj, got Sequential")
-    adapted = Net()
-    adapted.attention.q_proj.__class__ = type("LoraLinear", (nn.Linear,), {})  # what it adds is not in its weight
-    refused(adapted, "attention", "plain linear layer as q_proj, got LoraLinear")
-    quantised = Net()
-    quantised.attention.q_proj.weight = nn.Parameter(torch.ones(32, 32, dtype=torch.int8), requires_grad=False)
-    refused(quantised, "attention", "floating weights in q_proj, got torch.int8")
-    gated = Net()
-    gated.attention.q_proj = nn.Linear(32, 64)
-    refused(gated, "attention", "expected 32 outputs of q_proj, got 64")
-
-
-def test_a_scaling_may_know_the_head_dim():
+    adapted = type("LoraLinear", (nn.Linear,), {})(32, 32)  # what it adds is not in its weight
+    quantised = nn.Linear(32, 32)
+    quantised.weight = nn.Parameter(torch.ones(32, 32, dtype=torch.int8), requires_grad=False)
+    for projection, message in (
+        (nn.Sequential(nn.Linear(32, 32)), "plain linear layer as q_proj, got Sequential"),
+        (adapted, "plain linear layer as q_proj, got LoraLinear"),
+        (quantised, "floating weights in q_proj, got torch.int8"),
+        (nn.Linear(32, 64), "expected 32 outputs of q_proj, got 64"),  # gated
+    ):
+        net = Net()
+        net.attention.q_proj = projection
+        refused(net, "attention", message)
+    refused(Net(qk_norm=True), "attention", r"attention: .* norm of q and k, got q_norm \(RMSNorm\)")
+    qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8))
+    refused(qwen, "model.layers.1.self_attn", r"layers\.1\.self_attn: .* q_norm")
     root = ScaledAttention(64, heads=4, scaling=QueryAdaptiveSSMax(heads=4, head_dim=16))
     with pytest.raises(NotImplementedError, match="scaling query_adaptive_ssmax: its logits are not proportional to q"):
         qk_clip(root)
@@ -234,7 +221,7 @@ def test_layers_that_cannot_be_clipped_are_named_at_once_and_left_in_a_run():
     assert changed == {"1.attention.q_proj.weight", "1.attention.q_proj.bias"}
 
 
-def test_infinite_logits_leave_a_head_and_names_are_checked():
+def test_infinite_logits_leave_a_head_and_arguments_are_checked():
     net = Net()
     with unchanged(net):
         assert qk_clip(net, 10.0).clip({"attention": [math.inf, -math.inf, math.nan, None]}) == {}
@@ -243,22 +230,13 @@ def test_infinite_logits_leave_a_head_and_names_are_checked():
     for logit in (20.0, 1.0):
         with pytest.raises(ValueError, match="max_logits: expected names of layers, got 'attentions'"):
             qk_clip(net, 10.0).clip({"attentions": [logit] * 4})
-
-
-def test_thresholds_and_numbers_of_heads_are_checked():
     for threshold in (0, -1.0, math.nan, "100", True):
         with pytest.raises(ValueError, match="threshold: expected a positive number"):
-            qk_clip(Net(), threshold)
+            qk_clip(net, threshold)
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got NoneType"):
         qk_clip(None)
     with pytest.raises(ValueError, match="expected 4 largest logits, got 3"):
-        qk_clip(Net(), 1.0).clip({"attention": [2.0] * 3})
-
-
-def test_qk_norm_is_refused_by_name():
-    refused(Net(qk_norm=True), "attention", r"attention: .* norm of q and k, got q_norm \(RMSNorm\)")
-    qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8))
-    refused(qwen, "model.layers.1.self_attn", r"layers\.1\.self_attn: .* q_norm")
+        qk_clip(net, 1.0).clip({"attention": [2.0] * 3})
 
 
 def test_weights_in_bf16_are_rounded_once():

@@ -5,7 +5,8 @@ import torch
 
 import tritonattn
 from tests.support.device_work import values_unread
-from tests.support.pages import PagedBatch, by_hand
+from tests.support.packed import one_by_one
+from tests.support.pages import PagedBatch
 from tests.support.pairs import pairwise
 from tritonattn import PagedKeyStatistics, Scales, Scaling, attention_decode, attention_varlen, nn
 from tritonattn.ops import attend
@@ -78,12 +79,12 @@ def record_of(batch: PagedBatch, dtype=torch.float64) -> PagedKeyStatistics:
     is_read=[True, False],
 )
 @torch.no_grad()
-def test_each_sequence_by_hand(mode, way, layout, sight, form, is_read):
+def test_each_sequence_alone(mode, way, layout, sight, form, is_read):
     """is_read: whether values are read, as on a CPU, or not, as on a GPU."""
     batch, scaling, (causal, window) = PagedBatch(ROWS, KEYS, *layout), MODES[mode](), WINDOWS[sight]
     gain = torch.linspace(-1, 1, batch.q.shape[0] * 4, dtype=torch.float64).view(4, -1)
     options = {"gain": gain, "causal": causal, "window": window, **FORMS[form](batch)}
-    out, lse = by_hand(batch, scaling, **options)
+    out, expected = one_by_one(batch.packed, batch.q, batch.k, batch.v, scaling=scaling, **options)
     arguments = {**batch.arguments(), **options, "scaling": scaling, "backend": way.split()[0], "return_aux": True}
     arguments["statistics"] = record_of(batch) if "record" in way else None
     if is_read:
@@ -92,7 +93,7 @@ def test_each_sequence_by_hand(mode, way, layout, sight, form, is_read):
         with values_unread():
             found, aux = attention_varlen(**arguments | {"max_seqlen_k": 1000, "max_seqlen_q": 50})
     torch.testing.assert_close(found, out, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(aux.lse, lse, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(aux.lse, expected.lse, rtol=1e-9, atol=1e-11)
 
 
 @pairwise(
@@ -113,7 +114,8 @@ def test_the_bits_of_contiguous_keys(mode, dtype, sight, recorded, layout):
 def test_decoding_of_their_own_numbers_of_tokens(mode, window, page, recorded, backend):
     rows, keys = (2, 0, 5, 1), (20, 7, 5, 48)
     batch, scaling = PagedBatch(rows, keys, page or 16), MODES[mode]()
-    expected, lse = by_hand(batch, scaling, torch.ones(4, sum(rows)), True, window)
+    operands = (batch.q, batch.k, batch.v)
+    expected, of_rows = one_by_one(batch.packed, *operands, scaling=scaling, causal=True, window=window)
     q, k, v = torch.full((4, 4, 5, 8), torch.nan, dtype=torch.float64), batch.k, batch.v
     cache = {"key_lengths": batch.key_lengths, "query_lengths": torch.tensor(rows)}
     for n, (own, _) in enumerate(batch.packed.members()):
@@ -133,7 +135,7 @@ def test_decoding_of_their_own_numbers_of_tokens(mode, window, page, recorded, b
     found, aux = attention_decode(q, **cache, **options)
     for n, (own, _) in enumerate(batch.packed.members()):
         torch.testing.assert_close(found[n, :, : rows[n]], expected[own].transpose(0, 1), rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(aux.lse[n, :, : rows[n]], lse[:, own], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(aux.lse[n, :, : rows[n]], of_rows.lse[:, own], rtol=1e-9, atol=1e-11)
         assert not found[n, :, rows[n] :].any()
         assert (aux.lse[n, :, rows[n] :] == -torch.inf).all()
 

@@ -79,14 +79,21 @@ def packed_operands(packed: Packed, dtype=torch.float64, heads=(4, 2), dims=(8, 
 
 
 def one_by_one(
-    packed: Packed, q: Tensor, k: Tensor, v: Tensor, gain: Tensor | None = None, **arguments
+    packed: Packed,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gain: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    **arguments,
 ) -> tuple[Tensor, tritonattn.AttentionAux]:
     """The results of `attention_varlen` with return_aux, from one reference call a sequence."""
     outs, aux = [], []
     for rows, keys in packed.members():
         arrays = (x[part].transpose(0, 1)[None] for x, part in ((q, rows), (k, keys), (v, keys)))
-        own_gain = gain if gain is None or gain.shape[-1] == 1 else gain[:, rows]
-        out, of_member = tritonattn.attention(*arrays, gain=own_gain, return_aux=True, backend="reference", **arguments)
+        arguments["gain"] = gain if gain is None or gain.shape[-1] == 1 else gain[:, rows]
+        arguments["key_bias"] = key_bias if key_bias is None else key_bias[:, keys]
+        out, of_member = tritonattn.attention(*arrays, **arguments, return_aux=True, backend="reference")
         outs.append(out[0].transpose(0, 1))
         aux.append([x[0] for x in of_member])
     outs.append(q.new_zeros(packed.q_tail, q.shape[1], v.shape[2]))

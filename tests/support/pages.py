@@ -1,4 +1,4 @@
-"""Packed sequences over a paged KV cache, and attention over each of them by hand."""
+"""Packed sequences over a paged KV cache."""
 
 import torch
 from torch import Tensor
@@ -63,35 +63,3 @@ class PagedBatch:
         """The arguments of `attention_varlen` over the pages."""
         k, v = self.pages.transpose(1, 2).split(self.widths, -1)
         return {"q": self.q, "k": k, "v": v, **self.packed.arguments(), "block_table": self.table}
-
-
-def by_hand(batch: PagedBatch, scaling, gain, causal, window, softcap=None, sinks=None, key_bias=None):
-    """out [T_q, Hq, Dv] and lse [Hq, T_q] of fp64 operands, a sequence at a time, by a mode's dense formula.
-
-    gain [Hq, T_q], key_bias [Hq, T_k].
-    """
-    outs, lses = [], []
-    for rows, keys in batch.packed.members():
-        q, k, v = (x.transpose(0, 1) for x in (batch.q[rows], batch.k[keys], batch.v[keys]))
-        k, v = k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)  # [Hq, Sk, D]
-        own = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
-        j = torch.arange(k.shape[1])
-        left, right = window or (None, None)
-        right = 0 if causal else right
-        sees = (j >= own - left) if left is not None else torch.ones(len(own), len(j), dtype=torch.bool)
-        sees = sees & (j <= own + right) if right is not None else sees
-        visible = sees.expand(len(q), -1, -1)
-        lone = sees.any(-1)[:, None]
-        hidden = torch.where(sees.any(0)[:, None], k, 0)
-        factor = scaling.multiplier(torch.where(lone, q, 0)[None], hidden[None], visible[None])
-        factor = factor[0] if isinstance(factor, Tensor) and factor.dim() == 4 else factor
-        logit = (q @ k.mT) * factor * gain[:, rows, None]
-        logit = logit if key_bias is None else logit + key_bias[:, None, keys]
-        logit = logit if softcap is None else softcap * torch.tanh(logit / softcap)
-        weight = torch.where(visible, logit, -torch.inf)
-        lses.append(weight.logsumexp(-1))
-        if sinks is not None:
-            weight = torch.cat([weight, sinks[:, None, None].expand(-1, len(own), 1)], -1)
-        weight = weight.softmax(-1)[..., : len(j)]
-        outs.append(torch.where(lone, torch.where(visible, weight, 0) @ v, 0).transpose(0, 1))
-    return torch.cat(outs), torch.cat(lses, -1)
