@@ -7,37 +7,97 @@ from tritonattn import SCALINGS, nn
 
 from .test_attention import WIDTH, layer, tokens
 
+OFFSETS = torch.tensor([0, 7], dtype=torch.int32)
+K, V = torch.randn(2, 2, 3, 6), torch.randn(2, 2, 3, 4)
+
+
+def made(**arguments):
+    return nn.ScaledAttention(WIDTH, **{"heads": 4} | arguments)
+
+
+@torch.no_grad()
+def called(**arguments):
+    return layer(causal=True, context_width=16)(**{"x": tokens()} | arguments)
+
+
+def gate(*arguments):
+    return nn.ForgetGate(WIDTH, 4, dtype=torch.float64)(*arguments)
+
+
+def advanced(steps):
+    return nn.Scheduled("dim", "none", 9).advance(steps)
+
+
+def cache(**changed):
+    return nn.KeyValueCache(**{"batch": 2, "kv_heads": 2, "capacity": 8, "head_dim": 6} | changed)
+
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("call", "error", "message"),
     [
-        ({"heads": 5}, ValueError, "head_dim: expected an int where heads = 5 do not divide width = 24, got None"),
-        ({"heads": 4, "kv_heads": 3}, ValueError, "kv_heads: expected a divisor of heads = 4, got 3"),
-        ({"heads": 0}, ValueError, "^heads: expected at least 1, got 0"),
-        ({"heads": 4, "scaling": "ssmaxx"}, ValueError, "scaling: expected one of"),
-        ({"heads": 4, "scaling": float("nan")}, ValueError, "scaling: expected a finite number"),
-        ({"heads": 4, "scaling": None}, TypeError, "scaling: expected a number"),
-        ({"heads": "a"}, TypeError, "^heads: expected an int, got str 'a'"),
-        ({"heads": True}, TypeError, "^heads: expected an int, got bool"),
-        ({"heads": 4, "kv_heads": 0}, ValueError, "kv_heads: expected at least 1, got 0"),
-        ({"heads": 4, "kv_heads": 2.0}, TypeError, "kv_heads: expected an int, got float 2.0"),
-        ({"heads": 4, "head_dim": 0}, ValueError, "head_dim: expected at least 1, got 0"),
-        ({"heads": 4, "context_width": "a"}, TypeError, "context_width: expected an int, got str 'a'"),
-        ({"heads": 4, "causal": 1}, TypeError, "causal: expected a bool, got int 1"),
-        ({"heads": 4, "window": 3}, TypeError, r"window: expected \(left, right\), got 3"),
-        ({"heads": 4, "softcap": -1.0}, ValueError, "softcap: expected a number above 0, got -1.0"),
-        ({"heads": 4, "dropout_p": 1.5}, ValueError, r"dropout_p: expected a number in \[0, 1\), got 1.5"),
-        ({"heads": 4, "backend": "tritn"}, ValueError, "backend: expected one of auto, .*, got 'tritn'"),
-        ({"heads": 4, "sinks": torch.zeros(4)}, TypeError, "sinks: expected a bool, got a torch.float32 tensor"),
-        ({"heads": 4, "qk_norm": "no"}, TypeError, "qk_norm: expected a bool, got str 'no'"),
-        ({"heads": 4, "bias": None}, TypeError, "bias: expected a bool, got NoneType"),
-        ({"heads": 4, "dtype": torch.int32}, TypeError, "dtype: expected float16, .*, got torch.int32"),
-        ({"heads": 4, "scaling": nn.SSMax}, TypeError, r"scaling: expected an instance .* SSMax; write SSMax\(\)"),
+        (lambda: made(heads=5), ValueError, "head_dim: expected an int where heads = 5 do not divide .*, got None"),
+        (lambda: made(kv_heads=3), ValueError, "kv_heads: expected a divisor of heads = 4, got 3"),
+        (lambda: made(heads=0), ValueError, "^heads: expected at least 1, got 0"),
+        (lambda: made(scaling="ssmaxx"), ValueError, "scaling: expected one of"),
+        (lambda: made(scaling=float("nan")), ValueError, "scaling: expected a finite number"),
+        (lambda: made(scaling=None), TypeError, "scaling: expected a number"),
+        (lambda: made(scaling=nn.SSMax), TypeError, r"scaling: expected an instance .* SSMax; write SSMax\(\)"),
+        (lambda: made(heads="a"), TypeError, "^heads: expected an int, got str 'a'"),
+        (lambda: made(heads=True), TypeError, "^heads: expected an int, got bool"),
+        (lambda: made(kv_heads=0), ValueError, "kv_heads: expected at least 1, got 0"),
+        (lambda: made(kv_heads=2.0), TypeError, "kv_heads: expected an int, got float 2.0"),
+        (lambda: made(head_dim=0), ValueError, "head_dim: expected at least 1, got 0"),
+        (lambda: made(context_width="a"), TypeError, "context_width: expected an int, got str 'a'"),
+        (lambda: made(causal=1), TypeError, "causal: expected a bool, got int 1"),
+        (lambda: made(window=3), TypeError, r"window: expected \(left, right\), got 3"),
+        (lambda: made(softcap=-1.0), ValueError, "softcap: expected a number above 0, got -1.0"),
+        (lambda: made(dropout_p=1.5), ValueError, r"dropout_p: expected a number in \[0, 1\), got 1.5"),
+        (lambda: made(backend="tritn"), ValueError, "backend: expected one of auto, .*, got 'tritn'"),
+        (lambda: made(sinks=torch.zeros(4)), TypeError, "sinks: expected a bool, got a torch.float32 tensor"),
+        (lambda: made(qk_norm="no"), TypeError, "qk_norm: expected a bool, got str 'no'"),
+        (lambda: made(bias=None), TypeError, "bias: expected a bool, got NoneType"),
+        (lambda: made(dtype=torch.int32), TypeError, "dtype: expected float16, .*, got torch.int32"),
+        (lambda: called(x=[1.0]), TypeError, r"x: expected a tensor \[B, Sq, width = 24\], got list"),
+        (lambda: called(x=tokens()[0]), ValueError, r"x: expected \[B, Sq, width = 24\], got \[7, 24\]"),
+        (lambda: called(x=tokens(width=8)), ValueError, r"x: expected \[B, Sq, width = 24\], got \[2, 7, 8\]"),
+        (lambda: called(x=tokens().int()), TypeError, "x: expected a floating dtype, got torch.int32"),
+        (lambda: called(context=[1.0]), TypeError, r"context: .* \[B, Sk, context_width = 16\], got list"),
+        (lambda: called(context=tokens()), ValueError, r"context: .*context_width = 16\], got \[2, 7, 24\]"),
+        (lambda: called(), ValueError, r"context: expected \[B, Sk, context_width = 16\], got None"),
+        (lambda: called(cu_seqlens=OFFSETS, max_seqlen=7), ValueError, r"x: .* \[T, width = 24\], got \[2, 7, 24\]"),
+        (lambda: called(x=tokens()[0], cu_seqlens=[0, 7]), TypeError, r"cu_seqlens: .* tensor \[N \+ 1\], got list"),
+        (lambda: called(x=tokens()[0], cu_seqlens=OFFSETS[:0]), ValueError, r"cu_seqlens: .* shape .*, got \[0\]"),
+        (lambda: called(x=tokens()[0], cu_seqlens=OFFSETS), TypeError, "max_seqlen: expected an int, got NoneType"),
+        (lambda: called(cache=[tokens()]), TypeError, "cache: expected a KeyValueCache, got list"),
+        (lambda: called(cache=[tokens()], max_seqlen=7), ValueError, "max_seqlen: .* None beside cache, got int 7"),
+        (lambda: cache(batch=2.0), TypeError, "batch: expected an int, got float 2.0"),
+        (lambda: cache(head_dim="a"), TypeError, "head_dim: expected an int, got str 'a'"),
+        (lambda: cache(head_dim=0), ValueError, "head_dim: expected at least 1, got 0"),
+        (lambda: cache(value_dim=-1), ValueError, "value_dim: expected at least 1, got -1"),
+        (lambda: cache(dtype=torch.int32), TypeError, "dtype: expected float16, .*, got torch.int32"),
+        (lambda: cache(dtype="float"), TypeError, "dtype: expected float16, .*, got 'float'"),
+        (lambda: advanced("x"), TypeError, "steps: expected an int, got str 'x'"),
+        (lambda: advanced(1.5), TypeError, "steps: expected an int, got float 1.5"),
+        (lambda: advanced(-1), ValueError, "steps: expected at least 0, got -1"),
+        (lambda: gate([1.0]), TypeError, r"x: expected a tensor \[..., S, width\], got list"),
+        (lambda: gate(tokens(width=8)), ValueError, r"x: expected \[..., S, width = 24\], got \[2, 7, 8\]"),
+        (lambda: gate(tokens(), torch.ones(2, 4, 1)), ValueError, r"before: .*, heads\] = \[2, 4\], got \[2, 4, 1\]"),
+        (lambda: nn.SSMax(4, bias="no"), TypeError, "bias: expected a bool, got str 'no'"),
+        (lambda: nn.ForgetGate(8, 4, bias="no"), TypeError, "bias: expected a bool, got str 'no'"),
+        (lambda: nn.PowerLaw(4, ["dim"]), ValueError, r"mode: expected one of sqrt_dim, .*, got \['dim'\]"),
+        (lambda: nn.PowerLaw(4, "key_norm_rms"), ValueError, "mode: expected one of sqrt_dim, dim, none, .*, got"),
+        (lambda: nn.Scheduled("sqrt_dim", "dim", 0), ValueError, "steps: expected at least 1, got 0"),
+        (lambda: nn.Scheduled("sqrt_dim", "dim", 10.0), TypeError, "steps: expected an int, got float 10.0"),
+        (lambda: nn.Scheduled("sqrt_dim", "dimm", 9), ValueError, "scaling: expected one of .*did you mean 'dim'"),
+        (lambda: nn.Scheduled("sqrt_dim", 3, 10), TypeError, "scaling: expected a name, a Scaling"),
+        (lambda: nn.Scheduled(SCALINGS["dim"], "dim", 10), TypeError, r"write Dim\(\)"),
+        (lambda: nn.Scheduled("dim", "none", 10, blend="cubic"), ValueError, "blend: expected one of .*'cubic'"),
+        (lambda: next(nn.scaling_parameters([])), TypeError, r"module: expected an nn\.Module, got list"),
     ],
 )
-def test_layers_that_are_none(arguments, error, message):
+def test_refused_arguments(call, error, message):
     with pytest.raises(error, match=message):
-        nn.ScaledAttention(WIDTH, **arguments)
+        call()
 
 
 def test_arguments_that_exclude_one_another():
@@ -60,36 +120,6 @@ def test_arguments_that_exclude_one_another():
     assert cache.lengths.tolist() == [0, 0]
 
 
-OFFSETS = torch.tensor([0, 7], dtype=torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"x": [1.0]}, TypeError, r"x: expected a tensor \[B, Sq, width = 24\], got list"),
-        ({"x": tokens()[0]}, ValueError, r"x: expected \[B, Sq, width = 24\], got \[7, 24\]"),
-        ({"x": tokens(width=8)}, ValueError, r"x: expected \[B, Sq, width = 24\], got \[2, 7, 8\]"),
-        ({"x": tokens().int()}, TypeError, "x: expected a floating dtype, got torch.int32"),
-        ({"context": [1.0]}, TypeError, r"context: expected a tensor \[B, Sk, context_width = 16\], got list"),
-        ({"context": tokens()}, ValueError, r"context: expected \[B, Sk, context_width = 16\], got \[2, 7, 24\]"),
-        ({"cu_seqlens": OFFSETS, "max_seqlen": 7}, ValueError, r"x: expected \[T, width = 24\], got \[2, 7, 24\]"),
-        ({"x": tokens()[0], "cu_seqlens": [0, 7]}, TypeError, r"cu_seqlens: expected a tensor \[N \+ 1\], got list"),
-        ({"x": tokens()[0], "cu_seqlens": OFFSETS[:0]}, ValueError, r"cu_seqlens: expected shape .*, got \[0\]"),
-        ({"x": tokens()[0], "cu_seqlens": OFFSETS}, TypeError, "max_seqlen: expected an int, got NoneType"),
-        ({"cache": [tokens()]}, TypeError, "cache: expected a KeyValueCache, got list"),
-        ({}, ValueError, r"context: expected \[B, Sk, context_width = 16\], got None"),
-        ({"cache": [tokens()], "max_seqlen": 7}, ValueError, "max_seqlen: expected None beside cache, got int 7"),
-    ],
-)
-def test_calls_that_are_none(arguments, error, message):
-    made = layer(causal=True, context_width=16)
-    with torch.no_grad(), pytest.raises(error, match=message):
-        made(**{"x": tokens()} | arguments)
-
-
-K, V = torch.randn(2, 2, 3, 6), torch.randn(2, 2, 3, 4)
-
-
 @pytest.mark.parametrize(
     ("new", "error", "message"),
     [
@@ -106,49 +136,8 @@ K, V = torch.randn(2, 2, 3, 6), torch.randn(2, 2, 3, 4)
     ],
 )
 def test_refused_keys_and_values_leave_the_cache_as_it_was(new, error, message):
-    cache = nn.KeyValueCache(2, 2, 8, 6, 4)
+    one = cache(value_dim=4)
     with pytest.raises(error, match=message):
-        cache.append(*new)
-    assert cache.lengths.tolist() == [0, 0]
-    assert not cache.k.any()
-
-
-def gate(*arguments):
-    return nn.ForgetGate(WIDTH, 4, dtype=torch.float64)(*arguments)
-
-
-def cache(**changed):
-    return nn.KeyValueCache(**{"batch": 2, "kv_heads": 2, "capacity": 8, "head_dim": 6} | changed)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: cache(batch=2.0), TypeError, "batch: expected an int, got float 2.0"),
-        (lambda: cache(head_dim="a"), TypeError, "head_dim: expected an int, got str 'a'"),
-        (lambda: cache(head_dim=0), ValueError, "head_dim: expected at least 1, got 0"),
-        (lambda: cache(value_dim=-1), ValueError, "value_dim: expected at least 1, got -1"),
-        (lambda: cache(dtype=torch.int32), TypeError, "dtype: expected float16, .*, got torch.int32"),
-        (lambda: cache(dtype="float"), TypeError, "dtype: expected float16, .*, got 'float'"),
-        (lambda: nn.Scheduled("dim", "none", 9).advance("x"), TypeError, "steps: expected an int, got str 'x'"),
-        (lambda: nn.Scheduled("dim", "none", 9).advance(1.5), TypeError, "steps: expected an int, got float 1.5"),
-        (lambda: nn.Scheduled("dim", "none", 9).advance(-1), ValueError, "steps: expected at least 0, got -1"),
-        (lambda: gate([1.0]), TypeError, r"x: expected a tensor \[..., S, width\], got list"),
-        (lambda: gate(tokens(width=8)), ValueError, r"x: expected \[..., S, width = 24\], got \[2, 7, 8\]"),
-        (lambda: gate(tokens(), torch.ones(2, 4, 1)), ValueError, r"before: .*, heads\] = \[2, 4\], got \[2, 4, 1\]"),
-        (lambda: nn.SSMax(4, bias="no"), TypeError, "bias: expected a bool, got str 'no'"),
-        (lambda: nn.ForgetGate(8, 4, bias="no"), TypeError, "bias: expected a bool, got str 'no'"),
-        (lambda: nn.PowerLaw(4, ["dim"]), ValueError, r"mode: expected one of sqrt_dim, .*, got \['dim'\]"),
-        (lambda: nn.PowerLaw(4, "key_norm_rms"), ValueError, "mode: expected one of sqrt_dim, dim, none, .*, got"),
-        (lambda: nn.Scheduled("sqrt_dim", "dim", 0), ValueError, "steps: expected at least 1, got 0"),
-        (lambda: nn.Scheduled("sqrt_dim", "dim", 10.0), TypeError, "steps: expected an int, got float 10.0"),
-        (lambda: nn.Scheduled("sqrt_dim", "dimm", 9), ValueError, "scaling: expected one of .*did you mean 'dim'"),
-        (lambda: nn.Scheduled("sqrt_dim", 3, 10), TypeError, "scaling: expected a name, a Scaling"),
-        (lambda: nn.Scheduled(SCALINGS["dim"], "dim", 10), TypeError, r"write Dim\(\)"),
-        (lambda: nn.Scheduled("dim", "none", 10, blend="cubic"), ValueError, "blend: expected one of .*'cubic'"),
-        (lambda: next(nn.scaling_parameters([])), TypeError, r"module: expected an nn\.Module, got list"),
-    ],
-)
-def test_other_arguments(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
+        one.append(*new)
+    assert one.lengths.tolist() == [0, 0]
+    assert not one.k.any()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 import tritonattn
+from tests.support.calls import operands
 
 WILD_PAGES = (-1, 1 << 30)
 
@@ -12,12 +13,9 @@ def sequences(
     dtype=torch.float64, batch=2, heads=(4, 2), length=24, dims=(8, 6), seed=0, device="cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, Hq, S, D], k [B, Hkv, S, D] and v [B, Hkv, S, Dv] of whole sequences, of a fixed seed."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(count: int, width: int) -> Tensor:
-        return torch.randn(batch, count, length, width, generator=generator, dtype=torch.float64).to(device, dtype)
-
-    return normal(heads[0], dims[0]), normal(heads[1], dims[0]), normal(heads[1], dims[1])
+    found = operands(dtype, batch, heads, (length, length), dims, seed).values()
+    q, k, v = (x.detach().to(device) for x in found)
+    return q, k, v
 
 
 class GrowingCache:

@@ -27,8 +27,8 @@ def _per_head(mode) -> torch.nn.Module:
     return _set(nn.PerHead(mode, heads=HEADS), theta=(0.4, -1.0, 0.0, 1.1))
 
 
-def _ssmax(bias: bool) -> torch.nn.Module:
-    return _set(nn.SSMax(HEADS, bias=bias), s=SIGNS, **({"b": (0.5, 0.0, 1.0, -0.2)} if bias else {}))
+def _ssmax(**bias: tuple[float, ...]) -> torch.nn.Module:
+    return _set(nn.SSMax(HEADS, bias=bool(bias)), s=SIGNS, **bias)
 
 
 def _cosine() -> torch.nn.Module:
@@ -36,17 +36,9 @@ def _cosine() -> torch.nn.Module:
 
 
 def _power_law() -> torch.nn.Module:
-    return _set(
-        nn.PowerLaw(HEADS),
-        theta=(0.1, -0.3, 0.0, 0.5),
-        dim_exponent=(-0.5, 0.2, 0.0, -1.0),
-        count_exponent=(0.3, -0.5, 0.0, -1.0),
-        length_exponent=(0.4, 0.0, -1.0, -0.7),
-    )
-
-
-def _log_power() -> torch.nn.Module:
-    return _set(nn.LogPower(HEADS, base=3), p=(0.5, 1.0, -0.3, 2.1))
+    exponents = {"dim": (-0.5, 0.2, 0.0, -1.0), "count": (0.3, -0.5, 0.0, -1.0), "length": (0.4, 0.0, -1.0, -0.7)}
+    named = {f"{name}_exponent": values for name, values in exponents.items()}
+    return _set(nn.PowerLaw(HEADS), theta=(0.1, -0.3, 0.0, 0.5), **named)
 
 
 def _query_adaptive() -> torch.nn.Module:
@@ -56,19 +48,20 @@ def _query_adaptive() -> torch.nn.Module:
     return _set(module, delta=SIGNS, gamma=(0.5, 1.0, 1.7, -0.4))
 
 
+BIAS = (0.5, 0.0, 1.0, -0.2)
 LEARNED: dict[str, Callable[[], torch.nn.Module]] = {
     "per_head of sqrt_dim": lambda: _per_head("sqrt_dim"),
     "per_head of key_norm_mean": lambda: _per_head("key_norm_mean"),
     "per_head of cosine": lambda: _per_head("cosine"),
-    "per_head of ssmax": lambda: _per_head(_ssmax(bias=False)),
-    "ssmax": lambda: _ssmax(bias=False),
-    "ssmax with bias": lambda: _ssmax(bias=True),
+    "per_head of ssmax": lambda: _per_head(_ssmax()),
+    "ssmax": lambda: _ssmax(),
+    "ssmax with bias": lambda: _ssmax(b=BIAS),
     "learned_cosine": _cosine,
     "power_law": _power_law,
-    "learned_log_power": _log_power,
+    "learned_log_power": lambda: _set(nn.LogPower(HEADS, base=3), p=(0.5, 1.0, -0.3, 2.1)),
     "query_adaptive_ssmax": _query_adaptive,
     "linear": lambda: _at(3, nn.Scheduled("key_count", "key_norm_mean", steps=10)),
-    "linear to learned": lambda: _at(4, nn.Scheduled(_power_law(), _ssmax(bias=True), steps=10)),
+    "linear to learned": lambda: _at(4, nn.Scheduled(_power_law(), _ssmax(b=BIAS), steps=10)),
     "linear ended": lambda: _at(12, nn.Scheduled("sqrt_dim", _per_head("key_norm_max"), steps=10)),
     "geometric": lambda: _at(6, nn.Scheduled("key_norm_sum", "dim", steps=10, blend="geometric")),
     "geometric to cosine": lambda: _at(5, nn.Scheduled("log_key_count", _cosine(), steps=10, blend="geometric")),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import tritonattn
+from tests.support.masks import visible_pairs
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,10 @@ class Packed:
 
     def visible(self, causal: bool = False, window: tuple[int | None, int | None] | None = None) -> Tensor:
         """The visible pairs by their definition, bool [T_q, T_k]."""
-        left, right = window or (None, None)
-        right = 0 if causal else right
         pairs = torch.zeros(self.q_len, self.k_len, dtype=torch.bool)
         for rows, keys in self.members():
-            i = torch.arange(rows.stop - rows.start)[:, None] + (keys.stop - keys.start) - (rows.stop - rows.start)
-            j = torch.arange(keys.stop - keys.start)
-            alone = torch.ones(len(i), len(j), dtype=torch.bool)
-            alone &= (j >= i - left) if left is not None else True
-            alone &= (j <= i + right) if right is not None else True
-            pairs[rows, keys] = alone
+            sizes = (1, 1, rows.stop - rows.start, keys.stop - keys.start)
+            pairs[rows, keys] = visible_pairs(sizes, causal, window)[0, 0]
         return pairs
 
 
