@@ -20,18 +20,7 @@ from tritonattn.tuning import Target, default_config
 
 MOST = {"training": 60, "decoding": 18, "packing": 11, "appending keys": 4}
 
-OPTIONAL = {
-    "window",
-    "key_lengths",
-    "key_ranges",
-    "mask",
-    "dropout_p",
-    "softcap",
-    "sinks",
-    "query_scale",
-    "key_scale",
-    "gain",
-}
+OPTIONAL = set("window key_lengths key_ranges mask dropout_p softcap sinks query_scale key_scale gain".split())
 
 pytestmark = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
@@ -62,18 +51,11 @@ def test_calls_of_one_kind_are_calls_of_one_code(monkeypatch):
     for seed in range(128, 208):
         trial = draw(seed, torch.device("cpu"), Limits(3, (8, 16), 1))
         given = {**trial.leaves, **trial.options}
-        for left_out in (
-            "nothing",
-            "nothing",
-            *(sorted(OPTIONAL & given.keys()) if trial.gradients else ["softcap", "sinks"]),
-        ):
-            arguments = {
-                name: x.detach().requires_grad_(trial.gradients and chosen.random() < 0.8)
-                if name in trial.leaves
-                else x
-                for name, x in given.items()
-                if name != left_out
-            }
+        left_out_in_turn = sorted(OPTIONAL & given.keys()) if trial.gradients else ["softcap", "sinks"]
+        for left_out in ("nothing", "nothing", *left_out_in_turn):
+            arguments = {name: x for name, x in given.items() if name != left_out}
+            for name in trial.leaves.keys() & arguments.keys():
+                arguments[name] = given[name].detach().requires_grad_(trial.gradients and chosen.random() < 0.8)
             results = [x for x in tree_leaves(trial.attend(**arguments, backend="triton")) if x.requires_grad]
             if results:
                 torch.autograd.backward(results, [torch.ones_like(x) for x in results])

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 import tritonattn
-from perf import attention_cases, contest, decode_cases, varlen_cases
+from perf import contest
 from perf.__main__ import main
 from perf.peers import PEERS
 from perf.records import read
@@ -53,26 +53,18 @@ def test_peers_that_cannot_are_named_with_the_reason(tmp_path, capsys):
     assert "- xformers: skipped in 2 cases: xformers.ops is not installed" in printed
 
 
-@pytest.mark.parametrize(
-    ("suite", "module", "name", "wrong"),
-    [
-        ("forward", attention_cases, "attention", "out"),
-        ("backward", attention_cases, "attention", "gradient of v"),
-        ("accuracy", attention_cases, "attention", "out"),
-        ("varlen", varlen_cases, "attention_varlen", "out"),
-        ("decode", decode_cases, "attention_decode", "out"),
-    ],
-)
-def test_a_wrong_result_of_ours_fails_the_run(suite, module, name, wrong, tmp_path, monkeypatch):
-    right = getattr(tritonattn, name)
+@pytest.mark.parametrize(("suite", "wrong"), [("forward", "out"), ("backward", "gradient of v"), ("accuracy", "out")])
+def test_a_wrong_result_of_ours_fails_the_run(suite, wrong, tmp_path, monkeypatch):
+    """Those of packed sequences and of decoding steps: test_contest.py."""
+    right = tritonattn.attention
 
-    def chosen(q, k, v, *args, backend, **options):
-        out = right(q, k, v, *args, backend=backend, **options)
+    def chosen(q, k, v, *, backend, **options):
+        out = right(q, k, v, backend=backend, **options)
         if backend == "reference":
             return out
         return out + (0.1 * out.detach().abs().max() if wrong == "out" else 1e-2 * (v - v.detach()))
 
-    monkeypatch.setattr(module.tritonattn, name, chosen)
+    monkeypatch.setattr(tritonattn, "attention", chosen)
     with pytest.raises(
         SystemExit, match=rf"results are wrong[^$]*tritonattn[^$]* sqrt_dim: {wrong}: expected an error"
     ):
