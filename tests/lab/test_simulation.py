@@ -1,0 +1,146 @@
+"""`tritonattn simulate`: the paper's numbers, the sweep's measures, the verdict by its definition, and the command."""
+
+import json
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from tritonattn import attention
+from tritonattn.cli import main as cli
+from tritonattn.lab.simulation import command, paper, plot
+from tritonattn.lab.simulation.measures import Point, Sample, measure, statistics_of
+from tritonattn.lab.simulation.paper import KEYS, measures_of, operands, softmax_of
+from tritonattn.lab.simulation.report import Findings
+from tritonattn.lab.simulation.verdict import Batch, Condition, Curves, reach_of
+
+CPU = torch.device("cpu")
+DIVISORS = {
+    "none": lambda keys: 1.0,
+    "sqrt_dim": lambda keys: math.sqrt(keys.shape[1]),
+    "key_norm_sum": lambda keys: keys.norm(dim=1).sum(),
+}
+
+
+def by_formula(dim, mode, seed=0):
+    q, k = (x[0, 0] for x in operands(dim, seed, CPU))
+    return torch.softmax(q @ k.T / DIVISORS[mode](k), dim=1)
+
+
+@pytest.mark.parametrize(("dim", "mode"), paper.ROWS)
+def test_probabilities_and_their_measures(dim, mode):
+    expected = by_formula(dim, mode)
+    torch.testing.assert_close(softmax_of(*operands(dim, 0, CPU), mode), expected)
+    ours = measures_of(dim, mode, 0, CPU)
+    assert ours["max_probability"] == pytest.approx(expected.amax(1).mean().item())
+    assert ours["relative_entropy"] == pytest.approx(
+        (torch.special.entr(expected).sum(1) / math.log(KEYS)).mean().item()
+    )
+    assert ours["output_variance"] == pytest.approx(expected.var(1, correction=0).mean().item())
+    assert ours["component_variance"] == pytest.approx(expected[:, 0].var().item())
+    jacobians = torch.diag_embed(expected) - expected[:, :, None] * expected[:, None]
+    assert ours["jacobian_norm"] == pytest.approx(jacobians.norm(dim=(1, 2)).mean().item())
+    divisor = float(DIVISORS[mode](operands(dim, 0, CPU)[1][0, 0]))
+    assert ours["gradient_norm"] == pytest.approx(ours["jacobian_norm"] / divisor)
+
+
+@pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_sum", "cosine", "log_key_count"])
+@pytest.mark.parametrize("keys", ["gaussian", "log-normal", "half zeros"])
+def test_gradients_are_those_of_the_reference(mode, keys):
+    sample = Sample.of(Point(keys, 300, 8), 1, CPU)
+    q, k = sample.q.clone().requires_grad_(), sample.k.clone().requires_grad_()
+    out = attention(q, k, sample.v, scaling=mode, backend="reference")
+    (out * sample.weights).sum().backward()
+    ours = measure(sample, mode)
+    assert ours.q_gradient == pytest.approx(q.grad.norm(dim=-1).mean().item(), rel=1e-9)
+    assert ours.k_gradient == pytest.approx((k.grad.square().sum((1, 2, 3)) / 32).sqrt().mean().item(), rel=1e-9)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Batches with the curves of their rows."""
+    drawn = {one.name: Batch.of(one, 4, 0, CPU) for one in (Condition("same"), Condition("counts", fold=16))}
+    return {name: (batch, Curves(batch, "none")) for name, batch in drawn.items()}
+
+
+@pytest.mark.parametrize("name", ["same", "counts"])
+def test_reach_is_the_share_of_the_rows_own_best(batches, name):
+    """Against a search over gains for each row, by its own keys alone."""
+    batch, curves = batches[name]
+    spread = statistics_of(batch.q, batch.k, "sqrt_dim", key_lengths=batch.key_lengths).logit_std
+    ours = curves.at(spread.flatten()).view_as(spread)
+    for one in (0, 3):
+        q, k = batch.q[one : one + 1], batch.k[one : one + 1, :, : batch.key_lengths[one]]
+        gains = 2 ** torch.arange(-4, 8, 0.1, dtype=torch.float64)
+        norms = torch.stack(
+            [statistics_of(q, k, "sqrt_dim", gain=gain.expand(1, 1, 4)).gradient_norm for gain in gains]
+        )
+        own = statistics_of(q, k, "sqrt_dim").gradient_norm / norms.amax(0)
+        torch.testing.assert_close(ours[one : one + 1], own, rtol=0.03, atol=1e-3)
+
+
+def test_sums_of_lengths_lose_where_counts_vary(batches):
+    plain, sums, means = (
+        reach_of(batches["counts"][0], mode, batches["counts"][1])
+        for mode in ("sqrt_dim", "key_norm_sum", "key_norm_mean")
+    )
+    assert sums.tuned < plain.tuned - 0.05
+    assert sums.unevenness > 3 * plain.unevenness
+    assert means.tuned == pytest.approx(plain.tuned, abs=1e-6)
+
+
+TINY = ["--modes", "sqrt_dim,key_norm_sum,cosine", "--counts", "2,40", "--dims", "4,6", "--keys", "gaussian,few giants"]
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Figures by the name of their file, which is not written."""
+    found = {}
+    monkeypatch.setattr(plot, "save", lambda figure, file: found.setdefault(file.stem, figure))
+    return found
+
+
+def test_everything(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_FEW_SETS", 1)
+    monkeypatch.setattr(command, "CONDITIONS", command.CONDITIONS[1:2])
+    file, folder = tmp_path / "a.json", tmp_path / "plots"
+    arguments = ["simulate", "--quick", *TINY, "--json", str(file), "--plot", str(folder), "--seed", "3"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "32 keys, 500 queries",
+        "entropy / ln n, by number of keys",
+        "by kind of keys; n = 40, d = 4",
+        "by dimension; gaussian keys, n = 40",
+        "Reach with that gain",
+        "seed 3",
+    ):
+        assert part in printed
+    record = json.loads(file.read_text())
+    assert record["seed"] == 3
+    assert record["environment"]["torch"] == torch.__version__
+    assert len(record["paper"]) == 6
+    points = record["sweep"]["points"]
+    wanted = [*product(("gaussian",), (4, 6), (2, 40)), *product(("few giants",), (4,), (2, 40))]
+    assert [(x["keys"], x["dim"], x["count"]) for x in points] == wanted
+    for point in points:
+        assert list(point["modes"]) == ["sqrt_dim", "key_norm_sum", "cosine"]
+        for values in point["modes"].values():
+            found = dict(zip(record["sweep"]["measures"], values, strict=True))
+            assert 1 / point["count"] <= found["max_probability"] <= 1
+            assert 0 <= found["relative_entropy"] <= 1
+    judged = {(x["name"], x["mode"]) for x in record["verdict"]}
+    assert judged == set(product(["counts vary 2-fold"], ("sqrt_dim", "key_norm_sum", "cosine")))
+    names = {"paper_figure_1", "paper_figure_2", "by_count", "by_dim", "by_keys", "two_ways", "verdict"}
+    assert pictures.keys() == names
+
+
+def test_modes_that_coincide_share_a_line(pictures, tmp_path):
+    modes = ["--modes", "sqrt_dim,key_norm_sum,llama4", "--counts", "2,40", "--dims", "4", "--keys", "gaussian"]
+    assert cli.main(["simulate", "--parts", "sweep", *modes, "--json", str(tmp_path / "a.json")]) == 0
+    plot.draw_all(Findings.read_json(tmp_path / "a.json"), tmp_path)
+    labels = [text.get_text() for text in pictures["by_count"].legends[0].get_texts()]
+    assert labels == ["sqrt_dim, llama4", "key_norm_sum"]
+    assert all(len(axes.lines) == 2 for axes in pictures["by_count"].axes)
+    assert [axes.get_title() for axes in pictures["two_ways"].axes] == ["sqrt_dim", "key_norm_sum", "llama4"]

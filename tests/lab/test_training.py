@@ -1,0 +1,178 @@
+"""train-compare: runs of the same weights and data in every mode, its files and tables, and docs/training.md."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn", reason="pip install 'tritonattn[lab]'")
+
+from scipy import stats
+
+from tritonattn.cli import main as cli
+from tritonattn.core.provenance import Environment
+from tritonattn.lab import training
+from tritonattn.lab.training import plot, report, trainer
+from tritonattn.lab.training.interval import Interval
+from tritonattn.lab.training.modes import MODES
+from tritonattn.lab.training.records import Recipe, Run, read
+from tritonattn.lab.training.tasks import TASKS
+from tritonattn.lab.training.trainer import Assignment, fresh_model, train
+
+CPU = torch.device("cpu")
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def assignment(task: str = "digits", mode: str = "sqrt_dim", seed: int = 0, **recipe) -> Assignment:
+    own = Recipe("adamw", 1e-2, 0.01, steps=3, batch=4)
+    return Assignment(TASKS[task](), mode, seed, replace(own, **recipe), CPU, quick=True)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_mode_starts_from_the_same_weights_and_gets_the_same_batches(task, monkeypatch):
+    def weights(mode: str, seed: int = 0) -> dict[str, torch.Tensor]:
+        model = fresh_model(assignment(task, mode, seed))
+        return {name: p for name, p in model.named_parameters() if ".scaling." not in name}
+
+    def batches(mode: str) -> tuple[list, str]:
+        one, found = assignment(task, mode, steps=2), []
+        own = one.task.batch
+        monkeypatch.setattr(one.task, "batch", lambda *arguments: found.append(own(*arguments)) or found[-1])
+        return found, train(one).data
+
+    first = weights("sqrt_dim")
+    for mode in ("key_count+gain", "power_law"):
+        other = weights(mode)
+        assert first.keys() == other.keys()
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    (drawn, data), (others, other_data) = batches("sqrt_dim"), batches("power_law")
+    assert data == other_data
+    for a, b in zip(drawn, others, strict=True):
+        assert torch.equal(a.target, b.target)
+        assert all(torch.equal(a.inputs[name], b.inputs[name]) for name in a.inputs)
+    assert not torch.equal(next(iter(weights("sqrt_dim", 1).values())), next(iter(first.values())))
+    other_seed = TASKS[task]().batch(4, torch.Generator().manual_seed(1))
+    assert not torch.equal(other_seed.target, drawn[0].target)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_default_mode_trains(mode):
+    trace = train(replace(assignment(mode=mode, steps=6, batch=32), observations=2))
+    assert trace.status == "trained"
+    assert trace.train_loss[-1] < trace.train_loss[0]
+    assert trace.steps == [3, 6]
+
+
+def test_parameters_of_scalings_are_not_decayed():
+    model = fresh_model(assignment(mode="ssmax"))
+    decayed, kept = trainer._optimizer(model, Recipe("adamw", 1.0, 0.5, 1, 1)).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.5, 0.0)
+    assert not [names[id(p)] for p in decayed["params"] if ".scaling." in names[id(p)]]
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+def test_no_held_out_number_is_trained_on_and_lengths_vary():
+    task, random = TASKS["spell"](), torch.Generator().manual_seed(0)
+
+    def numbers(batch) -> list[int]:
+        rows = zip(batch.inputs["source"].tolist(), batch.inputs["lengths"].tolist(), strict=True)
+        return [int("".join(map(str, digits[:length]))) for digits, length in rows]
+
+    trained, held_out = numbers(task.batch(2000, random)), numbers(task.held_out())
+    assert {n % 11 for n in held_out} == {3}
+    assert 3 not in {n % 11 for n in trained}
+    assert {len(str(n)) for n in trained} == {len(str(n)) for n in held_out} == set(range(1, 7))
+
+
+def test_a_table_has_each_key_once_and_is_asked_for_keys_inside_its_length():
+    task = TASKS["recall"]()
+    batch = task.batch(20, torch.Generator().manual_seed(0))
+    keys, values, lengths, asked = (batch.inputs[name] for name in ("keys", "values", "lengths", "asked"))
+    assert keys.min() >= 0
+    assert keys.max() == 15
+    assert len(set(lengths.tolist())) > 5
+    for row in range(20):
+        table = [tuple(key) for key in keys[row].tolist()]
+        assert len(set(table)) == len(table) == 64
+        found = [table.index(tuple(key)) for key in asked[row].tolist()]
+        assert max(found) < lengths[row]
+        assert [values[row, i].item() for i in found] == batch.target[row].tolist()
+
+
+ENVIRONMENT = Environment("a processor", 1, "3.11", "2.13", "0.1.0", "abc")
+RECIPE = Recipe("adamw", 1e-2, 0.01, 3, 4)
+
+
+def a_run(mode: str = "sqrt_dim", seed: int = 0, metric: float = 0.9, **changes) -> Run:
+    origin = {"recipe": RECIPE, "environment": ENVIRONMENT, "command": "c", "date": "2026-01-01", "data": "d"}
+    curves = {"steps": [1, 2], "train_loss": [2.0, 1.0], "held_out_loss": [2.0, 1.5], "entropy": {"a": [0.9, 0.5]}}
+    curves["gradients"] = {"a qk": [0.1, 0.2], "a vo": [1.0, 1.0]}
+    outcome = {"status": "trained", "quick": False, "seconds": 1.0, "steps_to_target": 2}
+    own = Run(task="digits", mode=mode, seed=seed, metrics={"accuracy": metric}, **origin, **curves, **outcome)
+    return replace(own, **changes)
+
+
+def test_the_command_writes_everything_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+    arguments = ["train-compare", "--tasks", "digits", "--modes", "sqrt_dim,power_law", "--seeds", "2", "--steps", "2"]
+    arguments += ["--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    for part in ("sqrt_dim", "power_law", "accuracy", "±", "exponent of n", "nearest mode", "2 seeds"):
+        assert part in out
+    assert (tmp_path / "runs.md").read_text() == out
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    runs = read(tmp_path / "runs-digits.jsonl")
+    assert [(run.seed, run.mode) for run in runs] == [(s, m) for s in (0, 1) for m in ("sqrt_dim", "power_law")]
+    assert runs[0].environment.torch == torch.__version__
+    assert runs[0].command
+
+    trained, real = [], training.train
+    monkeypatch.setattr(plot, "draw", lambda *_: None)
+    monkeypatch.setattr(training, "train", lambda one, tick: trained.append((one.seed, one.mode)) or real(one, tick))
+    lines = (tmp_path / "runs-digits.jsonl").read_text().splitlines()
+    torn = "\n".join([*lines[:2], lines[2][:40]])  # killed while it wrote the third
+    (tmp_path / "runs-digits.jsonl").write_text(torn)
+    assert cli.main(arguments) == 0
+    assert trained == [(1, "sqrt_dim"), (1, "power_law")]
+    captured = capsys.readouterr()
+    assert captured.out == out
+    assert "skipped" in captured.err
+
+
+def test_the_interval_is_students():
+    values = [0.91, 0.93, 0.88, 0.97, 0.90]
+    own = Interval.of(values)
+    low, high = stats.t.interval(0.95, 4, loc=own.mean, scale=stats.sem(values))
+    assert (own.mean - own.half, own.mean + own.half) == pytest.approx((low, high), rel=1e-12)
+    assert Interval.of([1.0, 3.0]).half == pytest.approx(12.706, abs=1e-3)  # t's quantile 0.975, 1 degree of freedom
+    assert Interval.of([2.0]).text() == "2.000 ± ?"
+    assert not Interval.of([-1.0, 3.0]).excludes_zero
+    assert Interval.of([2.9, 3.0]).excludes_zero
+
+
+def test_differences_are_paired_by_seed():
+    runs = [a_run(seed=seed, metric=x) for seed, x in enumerate((0.5, 0.7, 0.9))]
+    runs += [a_run("power_law", seed, x + 0.01 + 0.001 * seed) for seed, x in enumerate((0.5, 0.7, 0.9))]
+    row = next(line for line in report.comparison(runs).splitlines() if "power_law" in line)
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3] == "+0.011 ± 0.002 *"
+    assert cells[2].startswith("0.711 ± ")
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """A folder with the documented runs; plots are not drawn."""
+    monkeypatch.setattr(plot, "draw", lambda runs, file: file.touch())
+    return shutil.copytree(DOCS / "data" / "training", tmp_path / "lab")
+
+
+@pytest.mark.parametrize("options", [[], ["--grid"]], ids=["modes", "grid"])
+def test_the_document_has_the_tables_of_the_records(recorded, options, capsys):
+    assert cli.main(["train-compare", "--report", "--out", str(recorded), *options]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    document = (DOCS / "training.md").read_text(encoding="utf-8")
+    assert [row for row in rows if row not in document] == []
