@@ -1,6 +1,7 @@
 """Visibility: every question it answers, against the dense definition."""
 
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -39,30 +40,23 @@ def values(k_len, seed=0):
     return torch.randn(B, HKV, k_len, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_dense_is_the_definition(case):
+def test_counts_ranges_and_seen_keys_are_those_of_the_definition(case):
     visibility, expected = case
     assert torch.equal(visibility.dense().expand_as(expected), expected)
-
-
-def test_counts(case):
-    visibility, expected = case
     assert torch.equal(visibility.counts().expand(expected.shape[:-1]), expected.sum(-1).double())
     assert torch.equal(visibility.seeing_rows().expand(expected.shape[:-1]), expected.any(-1))
-
-
-def test_ranges_are_ordered_and_inside(case):
-    visibility, expected = case
+    by_key_head = expected.any(-2).unflatten(1, (HKV, -1)).any(2)
+    assert torch.equal(visibility.seen_keys().expand(B, HKV, -1), by_key_head)
     lo, hi = visibility.ranges()
     assert ((0 <= lo) & (lo <= hi) & (hi <= expected.shape[-1])).all()
     if visibility.key_lengths is None and visibility.key_ranges is None:
         assert lo.shape[0] == hi.shape[0] == 1
 
 
-def test_seen_keys(case):
-    visibility, expected = case
-    seen = per_query_head(visibility.seen_keys().expand(B, HKV, -1))
-    by_head = expected.any(-2).unflatten(1, (HKV, -1)).any(2, keepdim=True).expand(-1, -1, HQ // HKV, -1)
-    assert torch.equal(seen, by_head.flatten(1, 2))
+def assert_same_gradients(ours, theirs, x):
+    weights = torch.randn(theirs.shape, dtype=torch.float64)
+    gradients = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (per_query_head(ours), theirs))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 def test_sum_and_its_gradient(case):
@@ -73,10 +67,7 @@ def test_sum_and_its_gradient(case):
     assert y.dtype == torch.float64
     assert y.shape[1] == (HQ if visibility.per_query_head else HKV)
     torch.testing.assert_close(per_query_head(y), dense, rtol=1e-12, atol=1e-12)
-
-    weights = torch.randn(dense.shape, dtype=torch.float64)
-    ours, theirs = (torch.autograd.grad((z * weights).sum(), x)[0] for z in (per_query_head(y), dense))
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert_same_gradients(y, dense, x)
 
 
 def test_max_and_its_gradient(case):
@@ -91,15 +82,10 @@ def test_max_and_its_gradient(case):
     first = (hidden == hidden.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
     dense = torch.where(expected.any(-1), hidden.gather(-1, first).squeeze(-1), 0)
     assert torch.equal(per_query_head(y), dense)
-
-    weights = torch.randn(dense.shape, dtype=torch.float64)
-    ours, theirs = (torch.autograd.grad((z * weights).sum(), x)[0] for z in (per_query_head(y), dense))
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert_same_gradients(y, dense, x)
 
 
 def test_properties():
-    assert visibility_of(4, 7).is_full
-    assert not visibility_of(4, 7, causal=True).is_full
     assert visibility_of(4, 7, window=(-1, None)).is_full
     assert visibility_of(7, 7, causal=True).is_square_causal
     assert visibility_of(7, 7, window=(None, 0)).is_square_causal
@@ -109,33 +95,26 @@ def test_properties():
     assert not visibility_of(4, 7, mask=torch.ones(4, 7, dtype=torch.bool)).per_query_head
 
 
-SIZES = [(q_len, k_len) for q_len in (1, 2, 5) for k_len in (1, 2, 4, 7)]
-SIDES = [None, 0, 1, 3, 6]
-
-
-@pytest.mark.parametrize(("q_len", "k_len"), SIZES)
-def test_sizes_alone_tell_full_visibility(q_len, k_len):
-    for left in SIDES:
-        for right in SIDES:
-            for causal in (False, True):
-                visible = visibility_of(q_len, k_len, window=(left, right), causal=causal)
-                dense = visible.dense()
-                assert visible.is_full == dense.all().item(), (left, right, causal)
-                assert visible.sees_every_key == dense.any(-2).all().item(), (left, right, causal)
+@pytest.mark.parametrize("q_len", [1, 2, 5])
+def test_sizes_alone_tell_full_visibility(q_len):
+    sides = [None, 0, 1, 3, 6]
+    for k_len, left, right, causal in product([1, 2, 4, 7], sides, sides, [False, True]):
+        visible = visibility_of(q_len, k_len, window=(left, right), causal=causal)
+        dense = visible.dense()
+        assert visible.is_full == dense.all().item(), (k_len, left, right, causal)
+        assert visible.sees_every_key == dense.any(-2).all().item(), (k_len, left, right, causal)
 
 
 @pytest.mark.parametrize("far", [2**62 - 1, 2**62, sys.maxsize - 3, sys.maxsize, 2**64])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_a_window_of_any_size_does_not_overflow(lengths, far):
-    for window, same in (((far, far), None), ((2, far), (2, None)), ((far, 1), (None, 1))):
+def test_a_window_of_any_size_does_not_overflow(far):
+    for lengths, (window, same) in product(LENGTHS, (((far, far), None), ((2, far), (2, None)), ((far, 1), (None, 1)))):
         visible = visibility_of(*lengths, window=window).dense()
         assert torch.equal(visible, visibility_of(*lengths, window=same).dense())
 
 
 def test_a_window_narrower_than_causal_wins():
-    assert torch.equal(
-        visibility_of(5, 5, causal=True, window=(1, 3)).dense(), visibility_of(5, 5, window=(1, 0)).dense()
-    )
+    narrow = visibility_of(5, 5, causal=True, window=(1, 3)).dense()
+    assert torch.equal(narrow, visibility_of(5, 5, window=(1, 0)).dense())
 
 
 def test_values_outside_the_keys_are_clamped():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import tritonattn
 from tests.support.caches import GrowingCache
@@ -34,9 +35,6 @@ class Case:
     length: int
     seed: int
 
-    def __str__(self) -> str:
-        return " ".join(f"{one.name}={getattr(self, one.name)}" for one in fields(self))
-
     @property
     def has_gradients(self) -> bool:
         """Whether gradients are compared: those of fp16 with scales are refused in kernels."""
@@ -52,6 +50,10 @@ class Sequence:
     v: Tensor
     d_out: Tensor
     d_lse: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.q.shape[1]
 
     @classmethod
     def random(cls, case: Case, length: int) -> Sequence:
@@ -112,17 +114,9 @@ class Attend:
             torch.cat([getattr(one, name).transpose(0, 1) for one in sequences]) for name in ("q", "k", "v", "d_out")
         )
         d_lse = torch.cat([one.d_lse for one in sequences], dim=1)
-        longest = max(lengths)
-        found = self._run(
-            tritonattn.attention_varlen,
-            (q, k, v),
-            (d_out, d_lse),
-            ends,
-            ends,
-            longest,
-            longest,
-            causal=self.case.reach != "full",
-        )
+        sequences_of = (ends, ends, max(lengths), max(lengths))
+        causal = self.case.reach != "full"
+        found = self._run(tritonattn.attention_varlen, (q, k, v), (d_out, d_lse), *sequences_of, causal=causal)
         return [x if x.dim() == 2 else x.transpose(0, 1) for x in found]
 
     def decode(self, one: Sequence, others: list[Sequence], page: int | None, draw: random.Random) -> list[Tensor]:
@@ -161,7 +155,7 @@ def _others(attend: Attend, draw: random.Random, longest: int) -> list[Sequence]
 def _batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
     """Other entries of the same length."""
     place, batch = draw.randrange(3), 3
-    others = [Sequence.random(attend.case, case_length(one)) for _ in range(batch - 1)]
+    others = [Sequence.random(attend.case, one.length) for _ in range(batch - 1)]
     members = [*others[:place], one, *others[place:]]
     tensors = [torch.stack([getattr(each, name) for each in members]) for name in ("q", "k", "v", "d_out", "d_lse")]
     return alone, [x[place] for x in attend.batched(*tensors)]
@@ -169,20 +163,20 @@ def _batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Rand
 
 def _padded_batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
     """Padding on the right: NaN in keys and values, rows without a gradient."""
-    members = [one, *_others(attend, draw, 2 * case_length(one))]
-    lengths = torch.tensor([case_length(each) for each in members])
+    members = [one, *_others(attend, draw, 2 * one.length)]
+    lengths = torch.tensor([each.length for each in members])
     fills = {"q": 1.0, "k": torch.nan, "v": torch.nan, "d_out": 0.0, "d_lse": 0.0}
     tensors = [_padded([getattr(each, name) for each in members], fill) for name, fill in fills.items()]
     found = attend.batched(*tensors, key_lengths=lengths)
-    return alone, [x[0, :, : case_length(one)] for x in found]
+    return alone, [x[0, :, : one.length] for x in found]
 
 
 def _packed_batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
-    others = _others(attend, draw, 2 * case_length(one))
+    others = _others(attend, draw, 2 * one.length)
     place = draw.randint(0, len(others))
-    first = sum(map(case_length, others[:place]))
+    first = sum(each.length for each in others[:place])
     found = attend.packed([*others[:place], one, *others[place:]])
-    return alone, [x[:, first : first + case_length(one)] for x in found]
+    return alone, [x[:, first : first + one.length] for x in found]
 
 
 def _more_keys(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
@@ -191,18 +185,18 @@ def _more_keys(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.
     q, d_out, d_lse = one.q, one.d_out, one.d_lse
     k, v = torch.cat([one.k, more.k], 1), torch.cat([one.v, more.v], 1)
     if attend.case.reach == "full":
-        ranges = torch.tensor([0, case_length(one)]).expand(1, case_length(one), 2)
+        ranges = torch.tensor([0, one.length]).expand(1, one.length, 2)
         found = attend.batched(*(x[None] for x in (q, k, v, d_out, d_lse)), key_ranges=ranges)
     else:
         q, d_out, d_lse = (torch.cat([getattr(one, x), getattr(more, x)], 1) for x in ("q", "d_out", "d_lse"))
         found = attend.batched(*(x[None] for x in (q, k, v, d_out, d_lse)))
-    return alone[:ROWS], [x[0, :, : case_length(one)] for x in found[:ROWS]]
+    return alone[:ROWS], [x[0, :, : one.length] for x in found[:ROWS]]
 
 
 def _chunk(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
     """Some rows at the end of the keys that they have so far; of a full sequence, some rows."""
-    start, stop = sorted(draw.sample(range(case_length(one) + 1), 2))
-    seen = case_length(one) if attend.case.reach == "full" else stop
+    start, stop = sorted(draw.sample(range(one.length + 1), 2))
+    seen = one.length if attend.case.reach == "full" else stop
     rows, keys = slice(start, stop), slice(0, seen)
     parts = (one.q[:, rows], one.k[:, keys], one.v[:, keys], one.d_out[:, rows], one.d_lse[:, rows])
     found = attend.batched(*(x[None] for x in parts))
@@ -210,7 +204,7 @@ def _chunk(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Rand
 
 
 def _decoded(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random, page: int | None = None):
-    others = [Sequence.random(attend.case, draw.randint(16, 2 * case_length(one) + 16)) for _ in range(2)]
+    others = [Sequence.random(attend.case, draw.randint(16, 2 * one.length + 16)) for _ in range(2)]
     found = attend.decode(one, others, page, draw)
     return [x[:, -found[0].shape[1] :] for x in alone[:4]], found
 
@@ -237,14 +231,13 @@ def cases(count: int, seed: int, lengths: tuple[int, int], dims: tuple[tuple[int
     for number in range(count):
         company = list(COMPANIES)[number % len(COMPANIES)]
         decodes = company in ("decode", "paged")
+        reaches = ["causal"] if decodes else ["causal", "full"]
         yield Case(
             company,
             draw.choice(list(DTYPES)),
             draw.choice(dims),
             scalings[number // 3 % len(scalings)],
-            draw.choice(
-                ["causal", draw.randint(1, lengths[1])] if decodes else ["causal", "full", draw.randint(1, 90)]
-            ),
+            draw.choice([*reaches, draw.randint(1, lengths[1] if decodes else 90)]),
             (draw.randint(1, 2), draw.randint(1, 3)),
             draw.choice([None, None, 1.5]),
             draw.random() < 0.3,
@@ -253,16 +246,7 @@ def cases(count: int, seed: int, lengths: tuple[int, int], dims: tuple[tuple[int
         )
 
 
-def case_length(one: Sequence) -> int:
-    return one.q.shape[1]
-
-
 def _padded(tensors: list[Tensor], fill: float = torch.nan) -> Tensor:
     """[B, H, longest, ...] with `fill` behind each."""
-    longest = max(x.shape[1] for x in tensors)
-    padded = []
-    for x in tensors:
-        wide = x.new_full((x.shape[0], longest, *x.shape[2:]), fill)
-        wide[:, : x.shape[1]] = x
-        padded.append(wide)
-    return torch.stack(padded)
+    padded = pad_sequence([x.transpose(0, 1) for x in tensors], batch_first=True, padding_value=fill)
+    return padded.transpose(1, 2).contiguous()

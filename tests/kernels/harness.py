@@ -8,6 +8,7 @@ from torch import Tensor
 
 import tritonattn
 from tests.support.bound import assert_within_bound
+from tests.support.masks import MASKS
 from tests.support.packed import Packed, packed_operands
 
 Tensors = dict[str, Tensor]
@@ -74,6 +75,12 @@ def of_form(
     if arguments.pop("sinks", False):
         scales = (*scales, "sinks")
     return inputs(dtype, device, scales=scales, **sizes), arguments
+
+
+def mask(name: str, device: torch.device, batch: int = 2, heads: int = 2, q_len: int = 21, k_len: int = 35) -> dict:
+    """The arguments of one of MASKS, on the device."""
+    arguments = MASKS[name](batch, heads, q_len, k_len)
+    return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in arguments.items()}
 
 
 def packed_inputs(
@@ -151,6 +158,22 @@ def run(tensors: Tensors, d_out: Tensor, attend: Callable[..., Any], **arguments
         directions.append(torch.linspace(-1, 1, aux[0].numel()).reshape(aux[0].shape).to(aux[0]))
     gradients = torch.autograd.grad([out, *aux[:1]], list(leaves.values()), directions)
     return {name: x.detach() for name, x in results.items()} | dict(zip(leaves, gradients, strict=True))
+
+
+def by_kernels(
+    tensors: Tensors,
+    attend: Callable[..., Any] = tritonattn.scaled_attention,
+    d_out: Tensor | None = None,
+    **arguments: Any,
+) -> Tensors:
+    """`run` by backend "triton", under gradients of 1 where none are given."""
+    d_out = tensors["q"].new_ones(*tensors["q"].shape[:-1], tensors["v"].shape[-1]) if d_out is None else d_out
+    return run(tensors, d_out, attend, backend="triton", **arguments)
+
+
+def assert_same(found: Tensors, expected: Tensors) -> None:
+    for name, result in expected.items():
+        assert torch.equal(found[name], result), name
 
 
 def as_double(tensors: Tensors) -> Tensors:

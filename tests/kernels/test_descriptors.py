@@ -10,7 +10,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import tritonattn
 from tests.kernels import harness
 from tests.kernels.conftest import DEVICE
-from tests.support.masks import MASKS
 from tests.support.packed import Packed
 from tests.support.versions import TRITON
 from tritonattn.backends.triton import launch
@@ -34,7 +33,7 @@ def _check(tensors: harness.Tensors, monkeypatch: pytest.MonkeyPatch, attend=tri
     """Compare the two ways, out and every gradient."""
     d_out = torch.randn((*tensors["q"].shape[:-1], tensors["v"].shape[-1]), generator=torch.Generator().manual_seed(1))
     d_out = d_out.to(tensors["q"])
-    by_pointers = harness.run(tensors, d_out, attend, backend="triton", **arguments)
+    by_pointers = harness.by_kernels(tensors, attend, d_out, **arguments)
     small, run, took = launch.config_for, launch.run, set()
 
     def config(kernel, problem, target):
@@ -46,17 +45,15 @@ def _check(tensors: harness.Tensors, monkeypatch: pytest.MonkeyPatch, attend=tri
 
     monkeypatch.setattr(launch, "config_for", config)
     monkeypatch.setattr(launch, "run", watched)
-    by_descriptors = harness.run(tensors, d_out, attend, backend="triton", **arguments)
+    by_descriptors = harness.by_kernels(tensors, attend, d_out, **arguments)
     assert took == {"q_descriptor", "k_descriptor", "v_descriptor", "d_out_descriptor"}
-    for name, result in by_pointers.items():
-        assert torch.equal(by_descriptors[name], result), name
+    harness.assert_same(by_descriptors, by_pointers)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal window", "ranges"])
 def test_masks(mask, device, monkeypatch):
     tensors = harness.inputs(torch.float16, device, scales=("query_scale", "key_scale"), batch=1)
-    masks = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in MASKS[mask](1, 2, 21, 35).items()}
-    _check(tensors, monkeypatch, **masks)
+    _check(tensors, monkeypatch, **harness.mask(mask, device, batch=1))
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(8, 24), (40, 16), (96, 64)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.masks import MASKS
+from tests.kernels import harness
 from tests.support.pairs import in_turn
 from tritonattn import KeyStatistics, attention
 from tritonattn.backends import triton as triton_backend
@@ -45,10 +45,7 @@ def test_any_finite_length(size, device):
 @pytest.mark.parametrize("mask", ["full", "causal", "ranges"])
 def test_statistics_equal_those_of_torch(mask, device):
     k = torch.randn(2, 2, 40, 24, generator=torch.Generator().manual_seed(0)).to(device)
-    arguments = {
-        name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in MASKS[mask](2, 4, 21, 40).items()
-    }
-    visibility = Visibility.of(k.new_empty(2, 4, 21, 24), k, **arguments)
+    visibility = Visibility.of(k.new_empty(2, 4, 21, 24), k, **harness.mask(mask, device, 2, 4, 21, 40))
     results = []
     for kind in (KernelStatistics, Statistics):
         leaf = k.clone().requires_grad_()

@@ -27,12 +27,10 @@ def test_strides(device):
     """Kernels read the strides at head dims whose rows no copy would align."""
     sizes = {"batch": 2, "kv_heads": 2, "group": 1, "q_len": 5, "k_len": 18, "head_dim": 13, "value_dim": 13}
     tensors = harness.inputs(torch.float32, device, **sizes)
-    expected = harness.run(tensors, torch.ones_like(tensors["q"]), tritonattn.scaled_attention, backend="triton")
+    expected = harness.by_kernels(tensors)
     for layout, d_out in _variants(torch.ones_like(tensors["q"])).items():
         views = {name: _variants(tensor)[layout] for name, tensor in tensors.items()}
-        found = harness.run(views, d_out, tritonattn.scaled_attention, backend="triton")
-        for name, result in expected.items():
-            torch.testing.assert_close(found[name], result, rtol=0, atol=0, msg=f"{layout}: {name}")
+        harness.assert_same(harness.by_kernels(views, d_out=d_out), expected)
 
 
 def test_offsets_past_int32(device, monkeypatch):
@@ -53,22 +51,20 @@ def test_entries_and_heads_past_int32(name, axis, device):
     sizes = {"batch": 1, "kv_heads": 1, ("batch", "kv_heads")[axis]: 3}
     tensors = harness.inputs(torch.float16, device, group=1, q_len=20, k_len=20, **sizes)
     d_out = torch.ones_like(tensors["q"])
-    expected = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton")
+    expected = harness.by_kernels(tensors)
     far = d_out if name == "d_out" else tensors[name]
     strides = [2**12, 2**9, 16, 1]
     strides[axis] = 2**30
     storage = torch.empty(2**31 + 2**14, dtype=torch.float16, device=device)
     far = storage.as_strided(far.shape, strides).copy_(far)
     tensors, d_out = (tensors, far) if name == "d_out" else (tensors | {name: far}, d_out)
-    found = harness.run(tensors, d_out, tritonattn.scaled_attention, backend="triton")
-    for result, wanted in expected.items():
-        assert torch.equal(found[result], wanted), result
+    harness.assert_same(harness.by_kernels(tensors, d_out=d_out), expected)
 
 
 def test_lazily_negated_tensors(device):
     """Their memory holds the negatives of their values."""
     tensors = harness.inputs(torch.float32, device, batch=1, q_len=20, k_len=20, group=1)
-    expected = harness.run(tensors, tensors["q"], tritonattn.scaled_attention, backend="triton")
+    expected = harness.by_kernels(tensors, d_out=tensors["q"])
     negated = {name: torch.complex(x, -x).conj().imag for name, x in tensors.items()}
     assert all(x.is_neg() for x in negated.values())
     leaves = {name: x.requires_grad_() for name, x in negated.items()}

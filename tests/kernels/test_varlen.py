@@ -59,8 +59,7 @@ def test_masks(mask, device):
 )
 def test_rows_without_keys(packed, device):
     tensors = harness.packed_inputs(packed, torch.float32, device)
-    d_out = torch.ones_like(tensors["q"])
-    found = harness.run(tensors, d_out, attend(packed, device), backend="triton", causal=True, return_aux=True)
+    found = harness.by_kernels(tensors, attend(packed, device), causal=True, return_aux=True)
     assert (found["lse"] == -torch.inf).all()
     assert (found["max_logit"] == -torch.inf).all()
     for name in ("out", "entropy", "q", "k", "v"):
@@ -70,13 +69,12 @@ def test_rows_without_keys(packed, device):
 @pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # the interpreter's
 def test_nan_in_a_sequence_stays_there(device):
     tensors = harness.packed_inputs(FEW, torch.float32, device, group=1, scales=("gain", "sinks"))
-    arguments = {"backend": "triton", "causal": True, "scaling": "log_key_count", **EVERYTHING}
-    d_out = torch.ones_like(tensors["q"])
-    clean = harness.run(tensors, d_out, attend(FEW, device), **arguments)
+    arguments = {"causal": True, "scaling": "log_key_count", **EVERYTHING}
+    clean = harness.by_kernels(tensors, attend(FEW, device), **arguments)
     rows, keys = FEW.members()[0]
     for name, index in {"q": rows, "k": keys, "v": keys}.items():
         tensors[name][index] = torch.nan
-    found = harness.run(tensors, d_out, attend(FEW, device), **arguments)
+    found = harness.by_kernels(tensors, attend(FEW, device), **arguments)
     for name in ("out", "q", "k", "v"):
         behind = slice((keys if name in "kv" else rows).stop, None)
         assert torch.equal(found[name][behind], clean[name][behind]), name
@@ -87,16 +85,15 @@ def test_nan_in_a_sequence_stays_there(device):
 def test_neighbours_change_nothing(device):
     """A sequence has the same bits alone and between others, wherever it starts."""
     tensors = harness.packed_inputs(FEW, torch.float32, device, scales=("gain",))
-    arguments = {"backend": "triton", "causal": True, "scaling": "key_count"}
+    arguments = {"causal": True, "scaling": "key_count"}
     d_out = torch.randn(tensors["q"].shape, generator=torch.Generator().manual_seed(5)).to(device)
-    whole = harness.run(tensors, d_out, attend(FEW, device), **arguments)
+    whole = harness.by_kernels(tensors, attend(FEW, device), d_out, **arguments)
     for member in (0, 2):
         rows, keys = FEW.members()[member]
         part = {"q": rows, "k": keys, "v": keys}
         own = {name: tensors[name][index].clone() for name, index in part.items()}
         own["gain"] = tensors["gain"][:, rows].clone()
         alone = Packed((rows.stop - rows.start,), (keys.stop - keys.start,))
-        found = harness.run(own, d_out[rows], attend(alone, device), **arguments)
-        for name, index in {"out": rows, **part}.items():
-            assert torch.equal(found[name], whole[name][index]), name
-        assert torch.equal(found["gain"], whole["gain"][:, rows])
+        found = harness.by_kernels(own, attend(alone, device), d_out[rows], **arguments)
+        expected = {name: whole[name][index] for name, index in {"out": rows, **part}.items()}
+        harness.assert_same(found, expected | {"gain": whole["gain"][:, rows]})

@@ -36,12 +36,6 @@ def test_lengths_whose_product_is_below_fp32():
         assert attention(q, k, torch.ones_like(k), scaling="cosine", backend=backend).isfinite().all()
 
 
-def test_the_default_is_rms_normalisation_and_sqrt_dim():
-    q, k = inputs()
-    normalised = [torch.nn.functional.rms_norm(x, (16,), eps=0.0) for x in (q, k)]
-    torch.testing.assert_close(logits(Cosine(), q, k), normalised[0] @ normalised[1].mT / 4)
-
-
 def test_key_scales_of_unseen_keys_are_zero():
     q, k = inputs()
     k[:, :, 3:] = torch.nan

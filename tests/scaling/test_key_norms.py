@@ -10,6 +10,13 @@ from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, KeyNormMax
 from tritonattn.scaling.base import SMALLEST_STATISTIC, reciprocal, reciprocal_root
 
+STATISTICS = {  # of the keys so far
+    "key_norm_sum": [5, 7, 17],
+    "key_norm_mean": [5, 3.5, 17 / 3],
+    "key_norm_rms": [5, math.sqrt(29 / 2), math.sqrt(129 / 3)],
+    "key_norm_max": [5, 5, 10],
+    "key_norm_l2": [5, math.sqrt(29), math.sqrt(129)],
+}
 KEYS = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-6.0, 8.0]], dtype=torch.float64)[None, None]  # lengths 5, 2, 10
 
 
@@ -21,24 +28,10 @@ def query_scale(scaling, k, **arguments):
     return scales.query[0, 0]
 
 
-@pytest.mark.parametrize(
-    ("mode", "statistics"),
-    [
-        ("key_norm_sum", [5, 7, 17]),
-        ("key_norm_mean", [5, 3.5, 17 / 3]),
-        ("key_norm_rms", [5, math.sqrt(29 / 2), math.sqrt(129 / 3)]),
-        ("key_norm_max", [5, 5, 10]),
-        ("key_norm_l2", [5, math.sqrt(29), math.sqrt(129)]),
-    ],
-)
-def test_values(mode, statistics):
+@pytest.mark.parametrize("mode", STATISTICS)
+def test_values(mode):
     row = query_scale(SCALINGS[mode](), KEYS, causal=True)
-    assert row.tolist() == pytest.approx([1 / statistic for statistic in statistics], rel=1e-14)
-
-
-def test_a_window_forgets_a_long_key():
-    row = query_scale(KeyNormMax(), KEYS.flip(2), window=(0, 0))
-    assert row.tolist() == pytest.approx([1 / 10, 1 / 2, 1 / 5])
+    assert row.tolist() == pytest.approx([1 / statistic for statistic in STATISTICS[mode]], rel=1e-14)
 
 
 def test_the_lowest_of_equal_keys_takes_the_gradient():
@@ -54,7 +47,7 @@ def test_the_lowest_of_equal_keys_takes_the_gradient():
 
 def test_statistics_below_the_normal_range_count_as_zero():
     k = torch.full((1, 1, 3, 2), 1e-40, requires_grad=True)
-    for mode in ("key_norm_sum", "key_norm_mean", "key_norm_rms", "key_norm_max", "key_norm_l2"):
+    for mode in STATISTICS:
         row = query_scale(SCALINGS[mode](), k)
         assert (row == 0).all()
         assert (torch.autograd.grad(row.sum(), k)[0] == 0).all()
@@ -63,7 +56,7 @@ def test_statistics_below_the_normal_range_count_as_zero():
 def test_a_nan_that_a_row_sees_is_not_hidden():
     k = KEYS.clone()
     k[0, 0, 1, 0] = torch.nan
-    for mode in ("key_norm_sum", "key_norm_mean", "key_norm_rms", "key_norm_max", "key_norm_l2"):
+    for mode in STATISTICS:
         assert query_scale(SCALINGS[mode](), k, causal=True).isnan().tolist() == [False, True, True]
 
 
