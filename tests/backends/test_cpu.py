@@ -6,7 +6,7 @@ import torch
 from tests.support.bound import assert_within_bound
 from tests.support.calls import changed
 from tests.support.masks import MASKS
-from tests.support.pairs import pairwise
+from tests.support.pairs import in_turn, pairwise
 from tests.support.watch import Watch
 from tritonattn.backends import cpu as blockwise
 from tritonattn.backends import reference
@@ -134,11 +134,10 @@ def test_rows_of_few_keys(options, root, dim):
     call = make_call(torch.float32, scaled=False, scale=1.0, causal=True, **sizes, **OPTIONS[options])
     counts = torch.arange(1.0, 17).pow(-1 / root).expand(1, 50, 16)
     call = changed(call, query_scale=counts)
-    gradients = output_gradients(call)[0], torch.zeros(1, 50, 16)
-    ours = run(call, *gradients)[1]
-    exact, eager = (run_reference(call, *gradients, dtype)[1] for dtype in (torch.float64, torch.float32))
+    given = call, output_gradients(call)[0], torch.zeros(1, 50, 16)
+    results = run(*given)[1], run_reference(*given, torch.float64)[1], run_reference(*given, torch.float32)[1]
     for name in ("q", "k", "v"):
-        for values in zip(*(getattr(x, name).unbind(1) for x in (ours, exact, eager)), strict=True):
+        for values in zip(*(getattr(x, name).unbind(1) for x in results), strict=True):
             assert_within_bound(*values, torch.float32, name=name)
 
 
@@ -154,8 +153,7 @@ def test_head_dims(dim, value_dim):
     check(make_call(torch.float32, dim=dim, value_dim=value_dim, scale=dim**-0.5, scaled=False, window=(9, 4)))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 3, 24])
-@pytest.mark.parametrize("pairs", [1, 1 << 10, 1 << 30])
+@in_turn(kv_heads=[1, 3, 24], pairs=[1, 1 << 10, 1 << 30, 1])
 def test_heads_and_batch_entries_in_any_parts(kv_heads, pairs, monkeypatch):
     monkeypatch.setattr(tiles, "_ROWS", 16)
     monkeypatch.setattr(tiles, "KEYS", 8)
@@ -292,9 +290,9 @@ def test_strides_are_of_no_account():
 @pytest.mark.usefixtures("small_tiles")
 def test_large_logits_keep_the_softmax_finite():
     call = make_call(torch.float32, scale=200.0, scaled=False, causal=True)
-    d_out, d_lse = output_gradients(call)
-    result, gradients = run(call, d_out, d_lse)
-    exact, eager = (run_reference(call, d_out, d_lse, dtype)[0] for dtype in (torch.float64, torch.float32))
+    given = call, *output_gradients(call)
+    result, gradients = run(*given)
+    exact, eager = (run_reference(*given, dtype)[0] for dtype in (torch.float64, torch.float32))
     assert exact.max_logit.max() > 1000
     assert_within_bound(result.out, exact.out, eager.out, torch.float32)
     assert all(gradient.isfinite().all() for gradient in gradients[:3])

@@ -277,17 +277,13 @@ def test_rows_of_few_keys_in_every_head(power, dim):
     factor = torch.arange(1, 41).double().pow(power).float().expand(200, 2, 40)
     call = changed(call, query_scale=factor, key_scale=None)
     d_out = output_gradients(call)[0]
-    exact, eager = exact_and_eager(call, d_out)
-    found = run(call, d_out)
+    results = run(call, d_out), *exact_and_eager(call, d_out)
     for name in ("out", "q", "k", "v"):
-        for entry in range(200):
-            values = (results[name][entry] for results in (found, exact, eager))
+        for values in zip(*(x[name] for x in results), strict=True):
             assert_within_bound(*values, torch.float32, name=name, band=band_of(name))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("length", [2, 40])
-@pytest.mark.parametrize("scaled", [False, True])
+@pairwise(scaled=[False, True], length=[2, 40], dtype=[torch.float32, torch.bfloat16])
 def test_a_row_of_one_key_leaves_no_rounding_in_gradients(scaled, length, dtype):
     """Its logit has the gradient 0; with two tokens a rounding of it can exceed all other gradients of the key."""
     sizes = {"heads": 16, "length": length, "width": 64}
@@ -314,17 +310,13 @@ def test_keys_and_values_with_means(dtype, scale, masks, means):
     call = make_call(dtype, length=256, width=64, scaled=False, scale=scale, **masks)
     call = changed(call, k=call.k + means[0], v=call.v + means[1])
     d_out = output_gradients(call)[0]
-    exact, eager = exact_and_eager(call, d_out)
-    found = run(call, d_out)
+    results = run(call, d_out), *exact_and_eager(call, d_out)
     for name in ("out", "q", "k", "v"):
-        for head in itertools.product(range(2), range(2)):
-            by_key_head = (x[name].unflatten(1, (2, -1))[head] for x in (found, exact, eager))
-            assert_within_bound(*by_key_head, dtype, name=f"{name} of {head}", band=band_of(name))
+        for values in zip(*(x[name].unflatten(1, (2, -1)).flatten(0, 1) for x in results), strict=True):
+            assert_within_bound(*values, dtype, name=name, band=band_of(name))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["k", "v"])
-@pytest.mark.parametrize("size", [1e3, 1e9])
+@pairwise(size=[1e3, 1e9], name=["k", "v"], dtype=[torch.float32, torch.bfloat16])
 def test_far_off_keys_that_a_row_cannot_see_move_nothing(size, name, dtype):
     """As right padding under causal: a mean of all of them would leave nothing but rounding of the others."""
     call = make_call(dtype, length=64, scaled=False, scale=0.25, causal=True)

@@ -5,6 +5,7 @@ import torch
 
 import tritonattn
 from tests.support.bound import assert_within_bound
+from tests.support.calls import assert_gradients_of_keys_add_up
 
 
 def _operands(dtype: torch.dtype, kv_heads: int, spread: float) -> tuple[torch.Tensor, ...]:
@@ -62,19 +63,7 @@ def test_numbers_that_do_not_fit_fp32_are_refused(number):
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("softcap", [None, 1e3], ids=["fused", "blockwise"])
 def test_gradients_of_keys_add_up_before_they_are_rounded(softcap, backend):
-    """Through logits the gradient is 84,000, which fp16 has not, and through key lengths nearly as much less."""
-    axes = torch.eye(8)
-    k = 1e-4 * torch.stack([axes[0] + axes[1] / 10, axes[1] / 10 - axes[0]])
-    operands = (axes[:1] + axes[1:2] / 2, k, torch.stack([axes[0], -axes[0]]), 40 * axes[:1])
-    q, k, v, d_out = (x[None, None].half() for x in operands)
-
-    def gradients(dtype, backend):
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out = tritonattn.attention(*leaves, scaling="key_norm_mean", softcap=softcap, backend=backend)
-        return torch.autograd.grad(out, leaves, d_out.to(dtype))
-
-    for found, exact in zip(gradients(torch.float16, backend), gradients(torch.float64, "reference"), strict=True):
-        torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
+    assert_gradients_of_keys_add_up(backend, softcap=softcap)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])

@@ -9,7 +9,7 @@ import tritonattn
 from tests.kernels import harness
 from tests.kernels.harness import of_form
 from tests.support.bound import assert_within_bound
-from tests.support.calls import assert_extreme_sink, assert_extreme_sink_of_decode
+from tests.support.calls import assert_extreme_sink, assert_extreme_sink_of_decode, assert_gradients_of_keys_add_up
 from tests.support.masks import MASKS
 from tests.support.pairs import in_turn, pairwise
 from tritonattn.backends import triton as triton_backend
@@ -219,19 +219,7 @@ def test_sinks_that_are_not_finite(sink, device):
 
 
 def test_gradients_of_keys_add_up_before_they_are_rounded(device):
-    """Through logits the gradient is 84,000, which fp16 has not, and through key lengths nearly as much less."""
-    axes = torch.eye(16, device=device)
-    k = 1e-4 * torch.stack([axes[0] + axes[1] / 10, axes[1] / 10 - axes[0]])
-    operands = (axes[:1] + axes[1:2] / 2, k, torch.stack([axes[0], -axes[0]]), 40 * axes[:1])
-    q, k, v, d_out = (x[None, None].half() for x in operands)
-
-    def gradients(dtype, backend):
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out = tritonattn.attention(*leaves, scaling="key_norm_mean", backend=backend)
-        return torch.autograd.grad(out, leaves, d_out.to(dtype))
-
-    for found, exact in zip(gradients(torch.float16, "triton"), gradients(torch.float64, "reference"), strict=True):
-        torch.testing.assert_close(found.double(), exact, rtol=2e-3, atol=2e-3 * exact.abs().max().item())
+    assert_gradients_of_keys_add_up("triton", device, tolerance=2e-3)
 
 
 def test_a_second_backward_of_a_graph_that_is_kept(device):

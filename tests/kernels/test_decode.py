@@ -113,14 +113,9 @@ def test_rows_without_keys(page, capacity, device):
     q, k, v = sequences(torch.float32, length=8, dims=(16, 16), device=device)
     cache = GrowingCache(k, v, capacity, page, statistics=True)
     cache.write([0, 2])
-    found, aux = attention_decode(
-        q[:, :, :3],
-        **cache.arguments(),
-        scaling="key_norm_rms",
-        return_aux=True,
-        backend="triton",
-        sinks=torch.tensor([0.0, 1.0, -torch.inf, 5.0], device=device),
-    )
+    sinks = torch.tensor([0.0, 1.0, -torch.inf, 5.0], device=device)
+    options = {"scaling": "key_norm_rms", "sinks": sinks, "return_aux": True, "backend": "triton"}
+    found, aux = attention_decode(q[:, :, :3], **cache.arguments(), **options)
     empty = torch.tensor([[True, True, True], [True, False, False]], device=device)[:, None].expand(2, 4, 3)
     assert (found[empty] == 0).all()
     assert found[~empty].isfinite().all()
@@ -154,10 +149,11 @@ def test_wild_pages_count_as_zeros(device):
     for b, number in enumerate((-1, len(cache.k))):
         table[b, 1] = number
         cache.k[cache.numbers[b, 1]] = cache.v[cache.numbers[b, 1]] = 0
-    found = triton_backend.decode(
-        DecodeCall(q[:, :, -1:], Cache(*pages, cache.lengths, table), Logits(0.25)), aux=False
-    ).out
-    assert torch.equal(found, attention_decode(q[:, :, -1:], **cache.arguments(), backend="triton"))
+    call = DecodeCall(q[:, :, -1:], Cache(*pages, cache.lengths, table), Logits(0.25))
+    assert torch.equal(
+        triton_backend.decode(call, aux=False).out,
+        attention_decode(q[:, :, -1:], **cache.arguments(), backend="triton"),
+    )
 
 
 @pairwise(page=[None, 16], window=[None, 40], capacity=[60, CAPACITY])
@@ -205,8 +201,7 @@ def test_results_repeat_and_neighbours_change_nothing(device):
     query = cache.newest(q, 2)
     options = {"scaling": "key_norm_sum", "backend": "triton", "return_aux": True}
     first, second = (attention_decode(query, **cache.arguments(), **options) for _ in range(2))
-    for x, y in zip((first[0], *first[1]), (second[0], *second[1]), strict=True):
-        assert torch.equal(x, y)
+    assert all(map(torch.equal, (first[0], *first[1]), (second[0], *second[1])))
     assert torch.equal(attention_decode(query, **cache.arguments(), **{**options, "return_aux": False}), first[0])
     for b in range(3):
         alone = GrowingCache(k[b : b + 1], v[b : b + 1], CAPACITY, page=16, statistics=True)
@@ -256,7 +251,5 @@ def test_new_tokens_past_int32(device):
     lengths = torch.tensor([20], device=device)
     storage = torch.empty(2**31 + 16, dtype=torch.float16, device=device)
     far = storage.as_strided(q.shape, (16, 16, 2**30, 1)).copy_(q)
-    near, found = (
-        attention_decode(x, cache.half(), cache.half(), key_lengths=lengths, backend="triton") for x in (q, far)
-    )
-    assert torch.equal(near, found)
+    keys = {"k_cache": cache.half(), "v_cache": cache.half(), "key_lengths": lengths}
+    assert torch.equal(*(attention_decode(x, **keys, backend="triton") for x in (q, far)))

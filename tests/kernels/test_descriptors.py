@@ -11,6 +11,7 @@ import tritonattn
 from tests.kernels import harness
 from tests.kernels.conftest import DEVICE
 from tests.support.packed import Packed
+from tests.support.pairs import in_turn
 from tests.support.versions import TRITON
 from tritonattn.backends.triton import launch
 from tritonattn.tuning.config import Target
@@ -50,16 +51,11 @@ def _check(tensors: harness.Tensors, monkeypatch: pytest.MonkeyPatch, attend=tri
     harness.assert_same(by_descriptors, by_pointers)
 
 
-@pytest.mark.parametrize("mask", ["full", "causal window", "ranges"])
-def test_masks(mask, device, monkeypatch):
-    tensors = harness.inputs(torch.float16, device, scales=("query_scale", "key_scale"), batch=1)
+@in_turn(mask=["full", "causal window", "ranges", "causal"], dims=[(8, 24), (40, 16), (96, 64), (16, 16)])
+def test_masks_and_widths_that_fill_no_block(mask, dims, device, monkeypatch):
+    sizes = {"head_dim": dims[0], "value_dim": dims[1], "kv_heads": 2, "group": 1, "batch": 1}
+    tensors = harness.inputs(torch.float16, device, scales=("query_scale", "key_scale"), **sizes)
     _check(tensors, monkeypatch, **harness.mask(mask, device, batch=1))
-
-
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(8, 24), (40, 16), (96, 64)])
-def test_widths_that_fill_no_block(head_dim, value_dim, device, monkeypatch):
-    tensors = harness.inputs(torch.float16, device, head_dim=head_dim, value_dim=value_dim, kv_heads=2, batch=1)
-    _check(tensors, monkeypatch, causal=True)
 
 
 def test_strides(device, monkeypatch):

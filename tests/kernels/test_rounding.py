@@ -9,22 +9,8 @@ import triton.language as tl
 from tritonattn.core import rounding
 from tritonattn.kernels.primitives import before_rounding, lost_in_rounding
 
-INF, NAN = torch.inf, torch.nan
-SPECIAL = [
-    0.0,
-    -0.0,
-    INF,
-    -INF,
-    NAN,
-    65519.0,
-    65520.0,
-    -7e4,
-    3.4e38,
-    1e-45,
-    2.0**-126 - 2.0**-140,
-    2.0**-25,
-    -(2.0**-24),
-]
+SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, 1e-45, 2.0**-126 - 2.0**-140]
+SPECIAL += [65519.0, 65520.0, -7e4, 2.0**-25, -(2.0**-24)]  # where fp16 ends
 
 
 @triton.jit

@@ -153,3 +153,21 @@ def assert_extreme_sink_of_decode(sink: float, backend: str, keys: int, device: 
         torch.testing.assert_close(found[:, 2], run(None)[:, 2])
     else:
         assert found[0, 2].isnan().all()
+
+
+def assert_gradients_of_keys_add_up(
+    backend: str, device: torch.device | str = "cpu", softcap: float | None = None, tolerance: float = 1e-3
+) -> None:
+    """Through logits the gradient is 84,000, which fp16 has not, and through key lengths nearly as much less."""
+    axes = torch.eye(16, device=device)
+    k = 1e-4 * torch.stack([axes[0] + axes[1] / 10, axes[1] / 10 - axes[0]])
+    operands = (axes[:1] + axes[1:2] / 2, k, torch.stack([axes[0], -axes[0]]), 40 * axes[:1])
+    q, k, v, d_out = (x[None, None].half() for x in operands)
+
+    def gradients(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = tritonattn.attention(*leaves, scaling="key_norm_mean", softcap=softcap, backend=backend)
+        return torch.autograd.grad(out, leaves, d_out.to(dtype))
+
+    for found, exact in zip(gradients(torch.float16, backend), gradients(torch.float64, "reference"), strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
