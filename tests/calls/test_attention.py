@@ -266,6 +266,7 @@ def test_dropout_is_the_same_on_every_backend_and_follows_the_seed():
 def test_autocast_casts_as_torch_does(masks, backend, cast):
     leaves = operands(torch.float32, lengths=(7, 7))
     leaves["v"] = leaves["v"].detach().to(cast).requires_grad_()
+    masks = masks | {"key_bias": torch.linspace(-1, 1, 7)[None]}
     with torch.autocast("cpu", dtype=cast):
         out = tritonattn.attention(*leaves.values(), scaling="key_norm_mean", backend=backend, **masks)
         like = torch.nn.functional.scaled_dot_product_attention(*leaves.values(), enable_gqa=True)
@@ -284,6 +285,15 @@ def test_autocast_leaves_float64():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = tritonattn.attention(*leaves.values(), window=(2, 0))
     assert torch.equal(out, tritonattn.attention(*leaves.values(), window=(2, 0)))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_autocast_of_a_decode_step(backend):
+    q, k, v = (x.detach() for x in operands(torch.float32, lengths=(2, 7)).values())
+    options = {"key_lengths": torch.tensor([4, 7]), "scaling": "key_norm_mean", "backend": backend}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = tritonattn.attention_decode(q, k, v, **options)
+    assert torch.equal(out, tritonattn.attention_decode(*(x.bfloat16() for x in (q, k, v)), **options))
 
 
 @settings(max_examples=60, deadline=None)

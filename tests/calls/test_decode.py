@@ -168,21 +168,7 @@ def test_a_record_of_more_keys_than_a_call_sees(mode):
     torch.testing.assert_close(found, attention_decode(q[:, :, 5:7], **arguments | {"statistics": None}))
 
 
-def test_autocast_casts_as_attention_does():
-    q, k, v = sequences(torch.float32)
-    cache = GrowingCache(k, v, 24, statistics=True)
-    cache.write([9, 20])
-    with torch.autocast("cpu", torch.bfloat16):
-        found = attention_decode(cache.newest(q, 2), **cache.arguments(), scaling="key_norm_mean")
-    assert found.dtype == torch.bfloat16
-    expected = attention_decode(cache.newest(q, 2), **cache.arguments(), scaling="key_norm_mean")
-    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
-
-
-every_layout = pytest.mark.parametrize("page", PAGES)
-
-
-@every_layout
+@pytest.mark.parametrize("page", PAGES)
 def test_keys_taken_back_have_no_length(page):
     """A key that no row sees has length 0 for a scaling of one's own, with a record of it or without."""
 
