@@ -18,6 +18,9 @@ from tritonattn.core.dropout import Dropout
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, Scales, Scaling
 
+# A constant, counts, sums, squares, maxima, both scales.
+SOME = ("dim", "key_count", "llama4", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine")
+
 
 def outcome(leaves: dict[str, Tensor], **arguments) -> dict[str, Tensor]:
     """out, lse and the gradient of every leaf under a fixed objective of both."""
@@ -163,7 +166,7 @@ def test_aux(backend):
     assert [x.requires_grad for x in (out, *aux)] == [True, True, False, False]
 
 
-@pairwise(scaling=SCALINGS, poison=[torch.nan, torch.inf])
+@pairwise(scaling=SOME, poison=[torch.nan, torch.inf])
 def test_keys_hidden_from_every_row_reach_no_result(scaling, poison):
     leaves = operands()
     arguments = {"scaling": scaling, "key_lengths": torch.tensor([4, 6]), "causal": True}
@@ -191,7 +194,7 @@ def gradients_beside_nan(leaves: dict[str, Tensor], fill: float, call) -> list[T
     return [out, *torch.autograd.grad(out, list(inputs.values()), d_out.to(out.dtype))]
 
 
-@pairwise(scaling=[*SCALINGS, "given"], backend=["sdpa", "reference"], dtype=[torch.float64, torch.bfloat16])
+@pairwise(scaling=[*SOME, "given"], backend=["sdpa", "reference"], dtype=[torch.float64, torch.bfloat16])
 def test_a_row_without_keys_may_hold_nan(scaling, backend, dtype):
     leaves = {name: x.to(dtype) for name, x in operands().items()}
     rows = torch.rand(2, 4, 5, dtype=torch.promote_types(dtype, torch.float32))
@@ -217,7 +220,7 @@ SHAPES = {
 
 
 @pairwise(
-    scaling=["key_count", "key_norm_mean", "key_norm_max", "cosine"],
+    scaling=SOME,
     shape=SHAPES,
     backend=["auto", "triton", "sdpa", "reference"],
 )

@@ -16,29 +16,44 @@ WINDOWS = (None, (5, None), (0, 0), (40, 3), (1 << 40, 0))
 # With thresholds that short sequences reach.
 SMALL = {"qwen_logn": lambda: QwenLogn(3), "llama4": lambda: Llama4(0.5, 2), "ministral3": lambda: Ministral3(0.5, 2)}
 MODES = {**SCALINGS, **SMALL}
+# A constant, counts, sums, squares, maxima, both scales.
+SOME = ("dim", "log_key_count", "llama4", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine")
 every_mode = pytest.mark.parametrize("mode", MODES)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 PAGES = (None, 16, 19)
 
 
-@pairwise(
-    mode=MODES, backend=BACKENDS, statistics=[True, False], page=PAGES, window=WINDOWS, heads=[(4, 2), (4, 4), (6, 1)]
-)
-def test_prefill_then_decode_is_one_full_pass(mode, backend, statistics, page, window, heads):
+EXTRAS = {
+    "plain": {},
+    "capped": {"gain": torch.tensor([[1.0], [-2.0], [0.5], [0.0]]), "softcap": 1.5, "sinks": torch.randn(4)},
+    "biases": {"key_bias": torch.linspace(-1, 1, 4 * 38, dtype=torch.float64).view(4, 38)},
+    "biases of key heads": {"key_bias": torch.linspace(-1, 1, 4 * 38, dtype=torch.float64).view(2, 2, 38)},
+    "a bias of all heads": {"key_bias": torch.linspace(-1, 1, 38, dtype=torch.float64)[None]},
+}
+
+
+def cut_biases(options: dict, keys: int) -> dict:
+    return {name: x[..., :keys] if name == "key_bias" else x for name, x in options.items()}
+
+
+@pairwise(mode=MODES, backend=BACKENDS, statistics=[True, False], page=PAGES, window=WINDOWS, extras=EXTRAS)
+def test_prefill_then_decode_is_one_full_pass(mode, backend, statistics, page, window, extras):
+    heads = {"plain": (6, 1), "biases": (4, 4)}.get(extras, (4, 2))
     q, k, v = sequences(heads=heads)
-    scaling = MODES[mode]()
-    expected = attention(q, k, v, scaling=scaling, causal=True, window=window, backend="reference")
+    options = {"scaling": MODES[mode](), "window": window, "return_aux": True, **EXTRAS[extras]}
+    expected, aux = attention(q, k, v, causal=True, backend="reference", **cut_biases(options, k.shape[2]))
     cache = GrowingCache(k, v, 29, page, statistics)
     cache.write([0, 11])
     for count in (1, 1, 4, 1, 2):
         cache.write(count)
-        found = attention_decode(
-            cache.newest(q, count), **cache.arguments(), scaling=scaling, window=window, backend=backend
+        found, found_aux = attention_decode(
+            cache.newest(q, count), **cache.arguments(), **cut_biases(options, cache.capacity), backend=backend
         )
         torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
+        for name, row in found_aux._asdict().items():
+            torch.testing.assert_close(row, cache.newest(getattr(aux, name), count), msg=name)
 
 
-@pairwise(mode=MODES, page=PAGES[:2])
+@pairwise(mode=SOME, page=PAGES[:2])
 def test_guesses_are_taken_back(mode, page):
     """Speculative decoding: 5 guessed tokens, of which 2 and 4 stay."""
     q, k, v = sequences()
@@ -59,8 +74,7 @@ def test_guesses_are_taken_back(mode, page):
         torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
 
 
-@every_mode
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pairwise(mode=MODES, dtype=[torch.float32, torch.float16, torch.bfloat16])
 def test_within_the_bound(mode, dtype):
     q, k, v = sequences(dtype, length=40)
     scaling = MODES[mode]()
@@ -76,27 +90,7 @@ def test_within_the_bound(mode, dtype):
         assert_within_bound(found, cache.newest(exact, count), cache.newest(eager, count), dtype)
 
 
-@every_backend
-def test_gain_softcap_sinks_and_aux(backend):
-    q, k, v = sequences(torch.float64)
-    options = {
-        "scaling": "key_norm_mean",
-        "gain": torch.tensor([[1.0], [-2.0], [0.5], [0.0]]),
-        "softcap": 1.5,
-        "sinks": torch.tensor([0.1, -3.0, 2.0, 0.0]),
-        "return_aux": True,
-    }
-    out, aux = attention(q, k, v, causal=True, backend="reference", **options)
-    cache = GrowingCache(k, v, 24, statistics=True)
-    cache.write([4, 20])
-    cache.write(3)
-    found, found_aux = attention_decode(cache.newest(q, 3), **cache.arguments(), backend=backend, **options)
-    torch.testing.assert_close(found, cache.newest(out, 3))
-    for name, row in found_aux._asdict().items():
-        torch.testing.assert_close(row, cache.newest(getattr(aux, name), 3), msg=name)
-
-
-@pairwise(mode=MODES, backend=BACKENDS, page=PAGES)
+@pairwise(mode=SOME, backend=BACKENDS, page=PAGES)
 def test_rows_without_keys_give_zeros(backend, page, mode):
     q, k, v = sequences(length=8)
     cache = GrowingCache(k, v, 24, page, statistics=True)
@@ -113,7 +107,7 @@ def test_rows_without_keys_give_zeros(backend, page, mode):
     assert (aux.entropy[empty] == 0).all()
 
 
-@pairwise(mode=MODES, page=PAGES, window=WINDOWS[:2])
+@pairwise(mode=SOME, page=PAGES, window=WINDOWS[:2])
 def test_statistics_spare_the_old_keys(mode, page, window):
     """The scales of a step are the same when the cache's old keys are NaN."""
     q, k, v = sequences()

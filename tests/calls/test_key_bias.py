@@ -1,13 +1,11 @@
-"""A bias of each key on the logits: the formula, -inf, every kind of call, a scaling that returns one, errors."""
+"""A bias of each key on the logits: the formula, -inf, a scaling that returns one."""
 
 import pytest
 import torch
 
 import tritonattn
-from tests.support.caches import GrowingCache, sequences
 from tests.support.calls import operands
 from tests.support.masks import MASKS, visible_pairs
-from tests.support.packed import Packed, packed_operands
 from tests.support.pairs import pairwise
 from tritonattn import Scales, Scaling, attention, check_scaling
 
@@ -94,31 +92,6 @@ def test_other_values_reach_the_rows_that_see_the_key(value, backend):
     assert out.isfinite().all()
     hidden = attention(**tensors, key_lengths=torch.tensor([SK, 4]), key_bias=bias, backend=backend)
     assert hidden.isfinite().all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("heads", [1, HKV, HQ])
-def test_packed_sequences_and_decoding(heads, backend):
-    packed = Packed((3, 0, 4), (3, 2, 4), k_tail=2)
-    tensors = packed_operands(packed, torch.float64)
-    bias = bias_of(heads, tensors["k"].shape[0])
-    out = tritonattn.attention_varlen(**tensors, **packed.arguments(), causal=True, key_bias=bias, backend=backend)
-    for rows, keys in packed.members():
-        q, k, v = (
-            tensors[name][part].transpose(0, 1)[None] for name, part in zip("qkv", (rows, keys, keys), strict=True)
-        )
-        alone = attention(q, k, v, causal=True, key_bias=bias[None, :, keys], backend="reference")
-        torch.testing.assert_close(out[rows], alone[0].transpose(0, 1))
-    q, k, v = sequences()
-    for page in (None, 16):
-        cache = GrowingCache(k, v, 30, page)
-        cache.write([12, 20])
-        bias = bias_of(B, heads, cache.capacity)
-        found = tritonattn.attention_decode(
-            cache.newest(q, 2), **cache.arguments(), key_bias=bias, softcap=2.0, backend=backend
-        )
-        whole = attention(q, k, v, causal=True, key_bias=bias[..., : k.shape[2]], softcap=2.0, backend="reference")
-        torch.testing.assert_close(found, cache.newest(whole, 2))
 
 
 class Recent(Scaling):

@@ -37,7 +37,8 @@ def outcome(attend, leaves: dict[str, Tensor], **arguments) -> dict[str, Tensor]
 
 
 def ours(packed: Packed, backend: str):
-    return partial(tritonattn.attention_varlen, **packed.arguments(), return_aux=True, backend=backend)
+    arguments = packed.arguments() | {"max_seqlen_q": 1000, "max_seqlen_k": 1000}  # longer than the longest
+    return partial(tritonattn.attention_varlen, **arguments, return_aux=True, backend=backend)
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-9) -> None:
@@ -46,13 +47,15 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: 
         torch.testing.assert_close(found[name], expected, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pairwise(scaling=SCALINGS, mask=MASKS, backend=BACKENDS, form=["gain", "gain of rows, softcap, sinks"])
+@pairwise(scaling=SCALINGS, mask=MASKS, backend=BACKENDS, form=["gain", "gain of rows, softcap, sinks", "biases"])
 def test_every_sequence_is_as_if_alone(scaling, mask, backend, form):
     leaves, arguments = packed_operands(RAGGED), {"scaling": scaling, **MASKS[mask]}
-    leaves["gain"] = torch.rand(4, 1 if form == "gain" else RAGGED.q_len, dtype=torch.float64, requires_grad=True)
-    if form != "gain":
+    leaves["gain"] = torch.rand(4, RAGGED.q_len if "rows" in form else 1, dtype=torch.float64, requires_grad=True)
+    if "sinks" in form:
         leaves["sinks"] = torch.randn(4, dtype=torch.float64).requires_grad_()
         arguments["softcap"] = 1.5
+    if form == "biases":
+        leaves["key_bias"] = torch.randn(4, RAGGED.k_len, dtype=torch.float64).requires_grad_()
     assert_same(
         outcome(ours(RAGGED, backend), leaves, **arguments), outcome(partial(one_by_one, RAGGED), leaves, **arguments)
     )
@@ -179,11 +182,3 @@ def test_rows_see_the_keys_of_their_own_sequence(members, tails, causal, window)
     assert not visibility.is_full
     assert not visibility.is_square_causal
     assert not visibility.every_row_sees
-
-
-def test_a_longer_maximum_than_the_longest_sequence_changes_nothing():
-    leaves = packed_operands(RAGGED)
-    arguments = RAGGED.arguments()
-    out = tritonattn.attention_varlen(**leaves, **arguments, causal=True)
-    arguments["max_seqlen_q"], arguments["max_seqlen_k"] = 1000, 7
-    assert torch.equal(out, tritonattn.attention_varlen(**leaves, **arguments, causal=True))

@@ -129,20 +129,6 @@ def test_lengths_and_pages_that_are_not_read_are_clamped():
     torch.testing.assert_close(found, expected)
 
 
-def test_the_first_page_of_a_window_must_be_there():
-    """Row 0 of 2, with 40 keys, sees those from 38 - left on; page 1 holds the keys 16 to 31."""
-    q, k, v = sequences(batch=1, length=40)
-    cache = GrowingCache(k, v, 64, page=16)
-    cache.write([40])
-    arguments = cache.arguments()
-    expected = attention_decode(q[:, :, :2], **arguments, window=(6, None))
-    arguments["block_table"] = arguments["block_table"].clone()
-    arguments["block_table"][:, :2] = -1
-    assert torch.equal(attention_decode(q[:, :, :2], **arguments, window=(6, None)), expected)
-    with pytest.raises(ValueError, match="block_table: expected pages in"):
-        attention_decode(q[:, :, :2], **arguments, window=(7, None))
-
-
 def test_empty_batches():
     q, k, v = sequences(batch=0)
     cache = GrowingCache(k, v, 24, statistics=True)
@@ -152,20 +138,19 @@ def test_empty_batches():
 
 
 def test_pages_that_no_row_looks_into_may_be_given_away():
-    """Pages before the window and behind the lengths."""
+    """Row 0 of 2, with 40 keys, sees those from 38 - left on; page 1 holds the keys 16 to 31."""
     q, k, v = sequences(length=50)
     cache = GrowingCache(k, v, 64, page=16)
     cache.write([40, 50])
-    arguments = cache.arguments() | {"window": (5, None)}
+    arguments = cache.arguments() | {"window": (6, None)}
     expected = attention_decode(q[:, :, :2], **arguments)
     table = arguments["block_table"].clone()
     table[:, :2] = -1
     assert torch.equal(attention_decode(q[:, :, :2], **arguments | {"block_table": table}), expected)
-    table[:, 2] = -1
     for dtype in (torch.int64, torch.uint8):  # of which a length less rows and window may be no number
         lengths = arguments["key_lengths"].to(dtype)
-        with pytest.raises(ValueError, match="block_table: expected pages in"):
-            attention_decode(q[:, :, :2], **arguments | {"block_table": table, "key_lengths": lengths})
+        needed = {"block_table": table, "key_lengths": lengths, "window": (7, None)}
         short = {"block_table": torch.full_like(table, -1), "key_lengths": torch.full_like(lengths, 3)}
-        with pytest.raises(ValueError, match="block_table: expected pages in"):  # the window begins before key 0
-            attention_decode(q[:, :, :2], **arguments | short)
+        for changes in (needed, short):  # of the second the window begins before key 0
+            with pytest.raises(ValueError, match="block_table: expected pages in"):
+                attention_decode(q[:, :, :2], **arguments | changes)
