@@ -10,16 +10,13 @@ from torch import Tensor
 
 import tritonattn
 from tests.support.bound import assert_within_bound
-from tests.support.calls import assert_extreme_sink, assert_extreme_sink_of_decode, operands
+from tests.support.calls import KINDS, assert_extreme_sink, assert_extreme_sink_of_decode, operands
 from tests.support.masks import MASKS
 from tests.support.pairs import pairwise
 from tritonattn.backends import reference
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, Scales, Scaling
-
-# A constant, counts, sums, squares, maxima, both scales.
-SOME = ("dim", "key_count", "llama4", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine")
 
 
 def outcome(leaves: dict[str, Tensor], **arguments) -> dict[str, Tensor]:
@@ -166,7 +163,7 @@ def test_aux(backend):
     assert [x.requires_grad for x in (out, *aux)] == [True, True, False, False]
 
 
-@pairwise(scaling=SOME, poison=[torch.nan, torch.inf])
+@pairwise(scaling=KINDS, poison=[torch.nan, torch.inf])
 def test_keys_hidden_from_every_row_reach_no_result(scaling, poison):
     leaves = operands()
     arguments = {"scaling": scaling, "key_lengths": torch.tensor([4, 6]), "causal": True}
@@ -194,7 +191,7 @@ def gradients_beside_nan(leaves: dict[str, Tensor], fill: float, call) -> list[T
     return [out, *torch.autograd.grad(out, list(inputs.values()), d_out.to(out.dtype))]
 
 
-@pairwise(scaling=[*SOME, "given"], backend=["sdpa", "reference"], dtype=[torch.float64, torch.bfloat16])
+@pairwise(scaling=[*KINDS, "given"], backend=["sdpa", "reference"], dtype=[torch.float64, torch.bfloat16])
 def test_a_row_without_keys_may_hold_nan(scaling, backend, dtype):
     leaves = {name: x.to(dtype) for name, x in operands().items()}
     rows = torch.rand(2, 4, 5, dtype=torch.promote_types(dtype, torch.float32))
@@ -220,7 +217,7 @@ SHAPES = {
 
 
 @pairwise(
-    scaling=SOME,
+    scaling=KINDS,
     shape=SHAPES,
     backend=["auto", "triton", "sdpa", "reference"],
 )

@@ -5,6 +5,7 @@ import torch
 
 from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
+from tests.support.calls import KINDS
 from tests.support.pairs import pairwise
 from tritonattn import Scales, Scaling, attention, attention_decode
 from tritonattn.calls import decode as decoding
@@ -16,8 +17,6 @@ WINDOWS = (None, (5, None), (0, 0), (40, 3), (1 << 40, 0))
 # With thresholds that short sequences reach.
 SMALL = {"qwen_logn": lambda: QwenLogn(3), "llama4": lambda: Llama4(0.5, 2), "ministral3": lambda: Ministral3(0.5, 2)}
 MODES = {**SCALINGS, **SMALL}
-# A constant, counts, sums, squares, maxima, both scales.
-SOME = ("dim", "log_key_count", "llama4", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine")
 every_mode = pytest.mark.parametrize("mode", MODES)
 PAGES = (None, 16, 19)
 
@@ -53,7 +52,7 @@ def test_prefill_then_decode_is_one_full_pass(mode, backend, statistics, page, w
             torch.testing.assert_close(row, cache.newest(getattr(aux, name), count), msg=name)
 
 
-@pairwise(mode=SOME, page=PAGES[:2])
+@pairwise(mode=KINDS, page=PAGES[:2])
 def test_guesses_are_taken_back(mode, page):
     """Speculative decoding: 5 guessed tokens, of which 2 and 4 stay."""
     q, k, v = sequences()
@@ -90,7 +89,7 @@ def test_within_the_bound(mode, dtype):
         assert_within_bound(found, cache.newest(exact, count), cache.newest(eager, count), dtype)
 
 
-@pairwise(mode=SOME, backend=BACKENDS, page=PAGES)
+@pairwise(mode=KINDS, backend=BACKENDS, page=PAGES)
 def test_rows_without_keys_give_zeros(backend, page, mode):
     q, k, v = sequences(length=8)
     cache = GrowingCache(k, v, 24, page, statistics=True)
@@ -107,7 +106,7 @@ def test_rows_without_keys_give_zeros(backend, page, mode):
     assert (aux.entropy[empty] == 0).all()
 
 
-@pairwise(mode=SOME, page=PAGES, window=WINDOWS[:2])
+@pairwise(mode=KINDS, page=PAGES, window=WINDOWS[:2])
 def test_statistics_spare_the_old_keys(mode, page, window):
     """The scales of a step are the same when the cache's old keys are NaN."""
     q, k, v = sequences()

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import tritonattn
+from tests.support.calls import KINDS
 from tests.support.pairs import pairwise
 from tritonattn import ops
 from tritonattn.backends.triton import backward, launch
@@ -115,12 +116,8 @@ def take_back(call: AttentionCall) -> None:
     backward(call, out, lse, torch.empty_like(out), None, needs, torch.empty_like(out))
 
 
-# A constant, counts, sums, squares, maxima, both scales.
-FAMILIES = ["dim", "log_key_count", "llama4", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine"]
-
-
 @pairwise(
-    scaling=FAMILIES,
+    scaling=KINDS,
     mask=["full", "causal", "window", "lengths", "ranges", "mask"],
     form=["plain", "everything"],
 )
@@ -165,7 +162,7 @@ def test_decoding(scaling, kernels):
     assert {"append_keys", "combine_splits"} <= set(kernels)
 
 
-@pytest.mark.parametrize("scaling", FAMILIES)
+@pytest.mark.parametrize("scaling", KINDS)
 def test_ragged_rows_over_pages(scaling, kernels):
     q, starts, lengths, table = tensor(S, H, D), integers(B + 1), integers(B), integers(B, 20)
     k, v = tensor(50, KV, 16, 2 * D).transpose(1, 2).split(D, -1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tritonattn
+from tests.support.calls import KINDS
 from tests.support.device_work import values_unread
 from tests.support.packed import one_by_one
 from tests.support.pages import PagedBatch
@@ -37,16 +38,7 @@ MODES = {
     "first of keys": FirstOfKeys,
     "power_law": lambda: learned(nn.PowerLaw(heads=4)),
 }
-SOME = (
-    "sqrt_dim",
-    "log_key_count",
-    "key_norm_mean",
-    "key_norm_rms",
-    "key_norm_max",
-    "cosine",
-    "power_law",
-    "first of keys",
-)
+SOME = (*KINDS, "power_law", "first of keys")
 # Chunks of a prefill, single tokens, a prefix hit, guesses; sequences without rows, without keys.
 ROWS, KEYS = (5, 1, 0, 33, 3, 4, 16), (21, 48, 7, 33, 2, 0, 40)
 WINDOWS = {

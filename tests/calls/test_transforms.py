@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonattn
 from tests.calls.test_compile import objective, operands
+from tests.support.calls import KINDS
 from tests.support.masks import MASKS
 from tests.support.packed import Packed, offsets, packed_operands
 from tests.support.pairs import in_turn, pairwise
@@ -17,9 +18,6 @@ pytestmark = [
     # torch's own, while it falls back
     pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted"),
 ]
-
-# A constant, counts with a parameter, sums, squares in fp64, maxima, both scales.
-MODES = ["sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine"]
 
 
 @pairwise(scaling=["log_key_count", "key_norm_max", "cosine"], mask=MASKS)
@@ -123,7 +121,7 @@ def test_vmap_with_dropout(randomness):
         torch.func.vmap(function)(qs)
 
 
-@pytest.mark.parametrize("scaling", MODES)
+@pytest.mark.parametrize("scaling", KINDS)
 def test_vmap_over_the_offsets(scaling):
     q, k, v = (x.detach() for x in packed_operands(Packed((7,), (9,)), torch.float32).values())
     rows = torch.stack([offsets(lengths) for lengths in ((3, 4), (7, 0), (1, 5))])

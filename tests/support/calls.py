@@ -17,6 +17,9 @@ from tritonattn.core.visibility import Visibility
 
 from .packed import offsets
 
+# Of every kind of mode one: a constant, counts, sums, squares in fp64, maxima, both scales.
+KINDS = ("dim", "log_key_count", "llama4", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine")
+
 
 def operands(dtype=torch.float64, batch=2, heads=(4, 2), lengths=(5, 7), dims=(8, 6), seed=0) -> dict[str, Tensor]:
     """q, k and v of a fixed seed that ask for gradients; heads (Hq, Hkv), lengths (Sq, Sk), dims (D, Dv)."""
