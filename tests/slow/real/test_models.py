@@ -1,4 +1,4 @@
-"""Pretrained models: sqrt_dim is the model as it was, and every mode does to it what it is known to do.
+"""Pretrained models: sqrt_dim is the model as it was, and modes do to it what they are known to do.
 
 The losses were measured with transformers 5.24 and torch 2.13 on a CPU, in fp32, by these tests.
 """
