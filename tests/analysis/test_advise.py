@@ -170,24 +170,12 @@ def test_padding_has_no_say():
         assert one.reading.key_count_mean == pytest.approx((sum(range(1, 41)) + 6) / 43)
 
 
+SMALL = ("near_one_hot", "near_uniform", "jacobian_norm", "gradient_norm", "key_count_variation")
+SMALL += ("key_norm_variation", "key_norm_between")
 HEALTHY = Reading(
-    layer="a",
-    mode="sqrt_dim",
-    logit_std=1.0,
-    max_logit=10.0,
-    relative_entropy=0.8,
-    near_one_hot=0.1,
-    near_uniform=0.1,
-    jacobian_norm=0.1,
-    gradient_norm=0.1,
-    key_count_mean=64.4,
-    key_count_variation=0.1,
-    key_norm_mean=5.0,
-    key_norm_variation=0.1,
-    key_norm_between=0.1,
-    causal=False,
-    longest=64,
-    context=64,
+    **{"layer": "a", "mode": "sqrt_dim", "logit_std": 1.0, "max_logit": 10.0, "relative_entropy": 0.8},
+    **{"key_count_mean": 64.4, "key_norm_mean": 5.0, "causal": False, "longest": 64, "context": 64},
+    **dict.fromkeys(SMALL, 0.1),
 )
 
 

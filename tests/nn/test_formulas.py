@@ -72,13 +72,13 @@ def test_log_power_is_a_power_of_ln_n():
     assert scaling.p.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("power", "base"), [(0.5, math.e), (1.0, 512.0), (2.0, 3.0)])
-def test_log_power_starts_at_its_mode(power, base):
-    fixed = factors(LogPower(power, base))[0]
-    torch.testing.assert_close(factors(nn.LogPower(4, power, base).double())[0], fixed, rtol=1e-12, atol=0)
+def test_log_power_starts_at_its_mode():
+    for power, base in ((0.5, math.e), (1.0, 512.0), (2.0, 3.0)):
+        fixed = factors(LogPower(power, base))[0]
+        torch.testing.assert_close(factors(nn.LogPower(4, power, base).double())[0], fixed, rtol=1e-12, atol=0)
+        if power == 1.0:
+            torch.testing.assert_close(fixed, factors(LogKeyCount(base))[0], rtol=1e-12, atol=0)
     assert torch.equal(nn.LogPower(4).p, torch.full((4,), 0.5))
-    if power == 1.0:
-        torch.testing.assert_close(fixed, factors(LogKeyCount(base))[0], rtol=1e-12, atol=0)
 
 
 def test_query_adaptive_ssmax_by_hand():

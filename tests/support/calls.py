@@ -1,5 +1,6 @@
 """Operands of attention, and calls at the level of the operators."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -81,16 +82,10 @@ def example(
         masks["sequences"] = Sequences(offsets(q_lengths), offsets(k_lengths), max(q_lengths), max(k_lengths))
     q, k, v = leaf(batch, 4, 5, dims[0]), leaf(batch, 2, 7, dims[0]), leaf(batch, 2, 7, dims[1])
     query_scale, key_scale = (leaf(batch, 4, 5), leaf(batch, 2, 7)) if scales else (None, None)
-    return AttentionCall(
-        q,
-        k,
-        v,
-        Visibility.of(q, k, **masks),
-        Logits(
-            0.3, query_scale, key_scale, leaf(batch, 2, 2, 7) if bias else None, softcap, leaf(4) if sinks else None
-        ),
-        Dropout(0.3, torch.tensor([3, 4])) if dropout else None,
-    )
+    key_bias, sink_logits = leaf(batch, 2, 2, 7) if bias else None, leaf(4) if sinks else None
+    logits = Logits(0.3, query_scale, key_scale, key_bias, softcap, sink_logits)
+    drop = Dropout(0.3, torch.tensor([3, 4])) if dropout else None
+    return AttentionCall(q, k, v, Visibility.of(q, k, **masks), logits, drop)
 
 
 def torch_kernels() -> SimpleNamespace:
@@ -114,48 +109,41 @@ def assert_extreme_sink(sink: float, backend: str, device: torch.device | str = 
     """-inf is no sink, +inf gives zeros, NaN gives NaN in rows that see keys; rows without keys give zeros."""
     q, k, v = (x.detach().float().to(device).requires_grad_() for x in operands().values())
     ranges = torch.tensor([[0, 0], [0, 3], [1, 4], [0, 7], [2, 2]], device=device).expand(2, 5, 2).int()
-    sees = (ranges[..., 0] < ranges[..., 1])[:, None, :, None]
+    of_values = []
 
-    def results(sinks: list[float] | None) -> tuple[Tensor, Tensor, Tensor]:
-        tensor = None if sinks is None else torch.tensor(sinks, device=device)
-        out = tritonattn.attention(q, k, v, sinks=tensor, key_ranges=ranges, backend=backend)
+    def results(sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = tritonattn.attention(q, k, v, sinks=sinks, key_ranges=ranges, backend=backend)
         d_q, d_v = torch.autograd.grad(out.sum(), (q, v))
-        return out.detach(), d_q, d_v
+        of_values.append(d_v[:, 0])  # of the key head that the first two query heads read
+        return out.detach(), d_q
 
-    found, finite = results([0.0, 1.0, sink, 2.0]), results([0.0, 1.0, 0.0, 2.0])
-    for x, same in zip(found[:2], finite[:2], strict=True):
-        assert torch.equal(x[:, [0, 1, 3]], same[:, [0, 1, 3]])
-        assert (x.masked_fill(sees, 0) == 0).all()
-    assert torch.equal(found[2][:, 0], finite[2][:, 0])  # of the key head that the first two query heads read
-    out, d_q, _ = (x[:, 2:3] for x in found)
-    if sink == torch.inf:
-        assert (out == 0).all()
-        assert (d_q == 0).all()
-    elif sink == -torch.inf:
-        torch.testing.assert_close(out, results(None)[0][:, 2:3])
-        torch.testing.assert_close(d_q, results(None)[1][:, 2:3])
-    else:
-        assert out.isnan().logical_or(~sees).all()
-        assert d_q.isnan().logical_or(~sees).all()
+    _assert_third_sink(sink, results, (ranges[..., 0] < ranges[..., 1])[:, None, :, None])
+    assert torch.equal(of_values[0], of_values[1])
 
 
 def assert_extreme_sink_of_decode(sink: float, backend: str, keys: int, device: torch.device | str = "cpu") -> None:
     """As `assert_extreme_sink`, of a cache for `keys` keys: full in one sequence, empty in the other."""
     q, k, v = (x.detach().float().to(device) for x in operands(lengths=(1, keys)).values())
-    lengths, sinks = torch.tensor([keys, 0], device=device), torch.tensor([0.0, 1.0, sink, 2.0], device=device)
+    lengths = torch.tensor([keys, 0], device=device)
 
-    def run(sinks: Tensor | None) -> Tensor:
-        return tritonattn.attention_decode(q, k, v, key_lengths=lengths, sinks=sinks, backend=backend)
+    def results(sinks: Tensor | None) -> tuple[Tensor]:
+        return (tritonattn.attention_decode(q, k, v, key_lengths=lengths, sinks=sinks, backend=backend),)
 
-    found, finite = run(sinks), run(sinks.nan_to_num(0, 0, 0))
-    assert torch.equal(found[:, [0, 1, 3]], finite[:, [0, 1, 3]])
-    assert (found[1] == 0).all()
-    if sink == torch.inf:
-        assert (found[:, 2] == 0).all()
-    elif sink == -torch.inf:
-        torch.testing.assert_close(found[:, 2], run(None)[:, 2])
-    else:
-        assert found[0, 2].isnan().all()
+    _assert_third_sink(sink, results, (lengths > 0)[:, None, None, None])
+
+
+def _assert_third_sink(sink: float, results: Callable[[Tensor | None], tuple[Tensor, ...]], sees: Tensor) -> None:
+    """`sink` changes the results [B, Hq, Sq, ...] of the third of four heads alone; sees [B, 1, Sq, 1]."""
+    found, finite = (results(torch.tensor([0.0, 1.0, one, 2.0], device=sees.device)) for one in (sink, 0.0))
+    for x, same, without in zip(found, finite, results(None), strict=True):
+        assert torch.equal(x[:, [0, 1, 3]], same[:, [0, 1, 3]])
+        assert (x.masked_fill(sees, 0) == 0).all()
+        if sink == torch.inf:
+            assert (x[:, 2] == 0).all()
+        elif sink == -torch.inf:
+            torch.testing.assert_close(x[:, 2], without[:, 2])
+        else:
+            assert x[:, 2:3].isnan().logical_or(~sees).all()
 
 
 def assert_gradients_of_keys_add_up(
