@@ -24,10 +24,9 @@ CASES = [
 ]
 SLOW = [
     ("forward", "sm_80", 104, BFLOAT, {}),
-    ("grad_query", "sm_80", 72, SINGLE, {}),
-    ("grad_key_value", "sm_80", 40, SINGLE, {}),
+    ("grad_query", "sm_80", 72, HALF, {}),
     ("grad_key_value", "sm_90", 136, BFLOAT, {}),
-    ("decode", "sm_90", 104, BFLOAT, {}),
+    ("decode", "sm_90", 40, SINGLE, {}),
 ]
 
 

@@ -1,6 +1,7 @@
 """The preflight, the long phases of `python -m perf gpu`, and plots and reports of every suite."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.perf.commands import sweep
 from tests.perf.test_gpu import check_phase
 from tests.support.tiles import quick_config
 from tests.support.versions import skip_without_stub
+from tritonattn.lab.figures import save
 
 PHASES = ["compile", "correctness", "soak", "decode", "tuning"]
 
@@ -25,7 +27,7 @@ def test_preflight(monkeypatch, capsys):
     monkeypatch.setattr(preflight, "DTYPES", (torch.bfloat16,))
     main(["preflight", "--device", "emulate"])
     printed = capsys.readouterr().out
-    assert re.search(r"results: bfloat16 by pointers", printed)
+    assert "results: bfloat16 by pointers, bfloat16 by descriptors" in printed
     assert re.search(r"kernels: 14 kernels in \d+ launches", printed)
     assert printed.endswith("kernels run here, and are right\n")
 
@@ -35,7 +37,8 @@ def test_phases(name, tmp_path, monkeypatch, capsys):
     check_phase(name, tmp_path, monkeypatch, capsys)
 
 
-def test_plots_and_reports_of_every_suite(tmp_path, capsys):
+def test_plots_and_reports_of_every_suite(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("perf.plot.save", partial(save, dpi=20))
     file = tmp_path / "a.jsonl"
     sweep(file, "--suite", ",".join(SUITES), "--scalings", "sqrt_dim,key_norm_max", "--peers", "sdpa")
     main(["plot", str(file), "--out", str(tmp_path / "plots")])
