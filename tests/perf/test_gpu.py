@@ -51,7 +51,6 @@ def check_phase(name, tmp_path, monkeypatch, capsys) -> None:
     else:
         said = {
             "environment": "torch: ",
-            "preflight": "kernels run here, and are right",
             "compile": "kernels in ",
             "correctness": " passed",
             "soak": "within the bound",
