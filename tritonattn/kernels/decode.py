@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import online_softmax, softmax_results, softmax_total
+from .addresses import begin, begin_bias, begin_pages, begin_scale, in_vectors, load_paged, page_slots
+from .forward import Softmax, online_softmax, softmax_results, softmax_total, store_statistics
 from .primitives import LENGTHS, LN_2, LOG2_E, TINY, load_tile, program_position, tile_offsets
-from .walk import begin, begin_bias, begin_pages, begin_scale, in_vectors, load_paged, page_slots
 
 # Blocks of keys in the shortest split: shorter ones would move more of their own results than of the cache.
 SHORTEST_SPLIT = tl.constexpr(4)
@@ -28,6 +28,22 @@ def _integer_at(ptr, index, words):
     """Integer `index` of int32, or of int64, whose words are 2, as int64: one code reads both."""
     low, high = tl.load(ptr + index * words), tl.load(ptr + index * words + (words - 1))
     return tl.where(words == 1, low.to(tl.int64), (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF))
+
+
+@triton.jit
+def _sequence_of_decode(batch, ranges, query_lengths, q_len, capacity, length_words):
+    """(first_key, length, new) of a sequence: it has the keys first_key <= j < length, and the last `new` as rows."""
+    length, first_key = capacity, batch.to(tl.int32) * 0
+    if ranges.key_lengths is not None:
+        given = _integer_at(ranges.key_lengths, batch, length_words)
+        length = tl.minimum(tl.maximum(given, 0), capacity).to(tl.int32)
+    if ranges.key_ranges is not None:
+        first_key = tl.maximum(tl.load(ranges.key_ranges + 2 * batch), 0)
+        length = tl.minimum(tl.maximum(tl.load(ranges.key_ranges + 2 * batch + 1), 0), length)
+    new = q_len
+    if query_lengths is not None:
+        new = tl.minimum(tl.maximum(tl.load(query_lengths + batch), 0), q_len)
+    return first_key, length, new
 
 
 @triton.jit
@@ -115,16 +131,7 @@ def attention_decode(
     block, kv_head, batch = program_position(first_head, first_member, LAST_FIRST=False)
     q, k, v = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED)
     split, tile, kv_head, batch = block % splits, block // splits, kv_head.to(tl.int64), batch.to(tl.int64)
-    length, first_key = capacity, batch.to(tl.int32) * 0
-    if ranges.key_lengths is not None:
-        given = _integer_at(ranges.key_lengths, batch, length_words)
-        length = tl.minimum(tl.maximum(given, 0), capacity).to(tl.int32)
-    if ranges.key_ranges is not None:
-        first_key = tl.maximum(tl.load(ranges.key_ranges + 2 * batch), 0)
-        length = tl.minimum(tl.maximum(tl.load(ranges.key_ranges + 2 * batch + 1), 0), length)
-    new = q_len
-    if query_lengths is not None:
-        new = tl.minimum(tl.maximum(tl.load(query_lengths + batch), 0), q_len)
+    first_key, length, new = _sequence_of_decode(batch, ranges, query_lengths, q_len, capacity, length_words)
     packed, member, row, lo, hi = _rows_of_decode(tile, group, q_len, new, length, left, BLOCK_M)
     if query_lengths is not None:
         hi = tl.where(row < new, hi, 0)
@@ -157,9 +164,8 @@ def attention_decode(
 
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
-    running_spread = running_sum
+    state = Softmax(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), running_max, running_sum, running_sum)
     ENTROPY: tl.constexpr = results.entropy is not None
-    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for first in tl.range(start, stop, BLOCK_N):
         offs_key = first + tl.arange(0, BLOCK_N)
         keep_key = offs_key < stop
@@ -180,24 +186,18 @@ def attention_decode(
         if left is not None:
             keep = keep & (offs_key[None, :] >= lo[:, None])
         probabilities, decay, running_max, running_sum, running_spread = online_softmax(
-            logits, bias, keep, factor, logit_terms.softcap, running_max, running_sum, running_spread, True, ENTROPY
+            logits, bias, keep, factor, logit_terms.softcap, state, True, ENTROPY
         )
         v_tile = _load_keys(v, first, load_key, number, slot, BLOCK_DV, VALUE_DIM, BLOCK_N, WIDE)
-        accumulator = accumulator * decay[:, None]
+        accumulator = state.accumulator * decay[:, None]
         accumulator = tl.dot(probabilities.to(v_tile.dtype), v_tile, accumulator, input_precision="ieee")
+        state = Softmax(accumulator, running_max, running_sum, running_spread)
 
     place = ((batch * q_heads + kv_head * group) * q_len + packed) * splits + split
-    row_sum = tl.sum(running_sum, 1)
-    shift, lse, max_logit, entropy = softmax_results(
-        running_max, row_sum, tl.sum(running_spread, 1), factor, logit_terms.softcap
-    )
-    tl.store(results.lse + place, lse, mask=keep_row)
-    if results.max_logit is not None:
-        tl.store(results.max_logit + place, max_logit, mask=keep_row)
-    if results.entropy is not None:
-        tl.store(results.entropy + place, entropy, mask=keep_row)
+    row_sum, shift, lse, max_logit, entropy = softmax_results(state, factor, logit_terms.softcap)
+    store_statistics(results, place, lse, max_logit, entropy, keep_row)
     weight, total = softmax_total(row_sum, shift, logit_terms.sinks, tl.minimum(head, q_heads - 1))
-    out = (accumulator * (weight / total)[:, None]).to(results.out.dtype.element_ty)
+    out = (state.accumulator * (weight / total)[:, None]).to(results.out.dtype.element_ty)
     offs_value = tl.arange(0, BLOCK_DV)
     written = keep_row & (tl.where(splits == 1, 1.0, row_sum) > 0.0)
     keep_out = written[:, None] & (offs_value[None, :] < VALUE_DIM)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .addresses import begin_scale, contiguous_tile, in_vectors, load_factors, place_of_member, tile_at
 from .primitives import (
     LENGTHS,
     LN_2,
@@ -22,22 +23,9 @@ from .primitives import (
     scale_rows_add,
     soft_cap,
     store_tile,
-    tile_offsets,
 )
 from .records import Dropout, Keys, Sight, View
-from .walk import (
-    begin,
-    begin_bias,
-    begin_pages,
-    begin_scale,
-    in_vectors,
-    part_of_walk,
-    place_of_member,
-    rows_of_block,
-    visible_tile,
-    walk_keys,
-    walk_over_keys,
-)
+from .walk import rows_of_block, visible_tile, walk_keys
 
 
 class Softmax(NamedTuple):
@@ -64,9 +52,7 @@ def online_softmax(
     keep,
     factor,
     softcap,
-    running_max,
-    running_sum,
-    running_spread,
+    state,
     MASKED: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
@@ -76,6 +62,7 @@ def online_softmax(
     visible where MASKED. The running maximum is that of the uncapped logits; the capped one, the shift, is subtracted.
     Spread is sum_j exp(z_j - shift) (z_j - shift). Sum and spread are `partial_sums`, [BLOCK_M, columns].
     """
+    running_max, running_sum, running_spread = state.running_max, state.running_sum, state.running_spread
     COLUMNS: tl.constexpr = running_sum.shape[1]
     if bias is not None:
         logits = scale_add_bias(logits, factor[:, None], bias)
@@ -111,8 +98,9 @@ def online_softmax(
 
 
 @triton.jit
-def softmax_results(running_max, row_sum, row_spread, factor, softcap):
-    """(shift in base 2, lse, max_logit, entropy) of rows; 0, -inf, -inf, 0 for a row without keys, NaN of NaN."""
+def softmax_results(state, factor, softcap):
+    """(row_sum, shift in base 2, lse, max_logit, entropy) of rows; 0, 0, -inf, -inf, 0 for a row without keys."""
+    running_max, row_sum, row_spread = state.running_max, tl.sum(state.running_sum, 1), tl.sum(state.running_spread, 1)
     empty = row_sum == 0.0
     total = tl.where(empty, 1.0, row_sum)
     shift = running_max
@@ -123,7 +111,17 @@ def softmax_results(running_max, row_sum, row_spread, factor, softcap):
     entropy = tl.where(empty, 0.0, (tl.log2(total) - row_spread / total) * LN_2)
     max_logit = tl.where((factor == TINY) & (row_sum > 0.0), 0.0, running_max * LN_2)  # TINY stands for 0
     max_logit = tl.where(row_sum == row_sum, max_logit, row_sum)  # tl.max ignores NaN; the sum keeps it
-    return shift, lse, max_logit, tl.where(entropy < 0.0, 0.0, entropy)
+    return row_sum, shift, lse, max_logit, tl.where(entropy < 0.0, 0.0, entropy)
+
+
+@triton.jit
+def store_statistics(results, offsets, lse, max_logit, entropy, keep):
+    """Store the members of `Results` that are fp32, where it has them."""
+    tl.store(results.lse + offsets, lse, mask=keep)
+    if results.max_logit is not None:
+        tl.store(results.max_logit + offsets, max_logit, mask=keep)
+    if results.entropy is not None:
+        tl.store(results.entropy + offsets, entropy, mask=keep)
 
 
 @triton.jit
@@ -161,16 +159,7 @@ def _attend(
     if key_bias is not None:
         bias = key_bias[None, :]
     probabilities, decay, running_max, running_sum, running_spread = online_softmax(
-        block.logits,
-        bias,
-        keep,
-        terms.factor,
-        terms.softcap,
-        state.running_max,
-        state.running_sum,
-        state.running_spread,
-        MASKED,
-        SUMS == 1,
+        block.logits, bias, keep, terms.factor, terms.softcap, state, MASKED, SUMS == 1
     )
     dropout = terms.dropout
     if dropout.state is not None:
@@ -254,99 +243,51 @@ def attention_forward(
     block, head, member = program_position(first_head, first_member, LAST_FIRST=right is not None)
     q, k, v = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED)
     packed_len = q_len
-    place, q_len, k_len = place_of_member(member, head, head // group, q_len, k_len, starts)
+    place, q_len, k_len = place_of_member(member, head, head // group, q_heads, group, q_len, k_len, starts)
     first_row = block * BLOCK_M
     if starts is not None:
         if first_row >= q_len:
             return
-    batch, kv_head = place.batch, place.kv_head
+    batch = place.batch
     view = View(q_len, k_len, left, right, ranges.key_lengths, ranges.key_ranges)
     rows = rows_of_block(first_row, batch, view, BLOCK_M)
     memory_row = (place.first_row + first_row).to(tl.int64)
 
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (logit_terms.scale * LOG2_E)
     if query_scale is not None:
-        query_scale = begin_scale(query_scale, batch, head, memory_row)
-        scale_ptrs = query_scale.ptr + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
-        factor *= tl.load(scale_ptrs, mask=rows.keep, other=0.0)
+        factor *= load_factors(begin_scale(query_scale, batch, head, memory_row), rows.keep)
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
-    q_ptrs = begin(q, batch, head, memory_row).ptr + tile_offsets(BLOCK_M, BLOCK_D, q.s, q.d, WIDE)
-    scratch_ptrs = results.out + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_D, VALUE_DIM, 1, False)
+    q_ptrs = tile_at(q, batch, head, memory_row, BLOCK_M, BLOCK_D, WIDE)
+    scratch_ptrs = contiguous_tile(results.out, row_base, BLOCK_M, BLOCK_D, VALUE_DIM)
     q_tile = load_signed(q_ptrs, scratch_ptrs, factor, rows.keep, HEAD_DIM, VALUE_DIM)
     factor = tl.abs(factor)
     if key_bias is None:
         factor = tl.where(factor == 0.0, TINY, factor)
 
-    if pages is None:
-        k, v = begin(k, batch, kv_head, place.first_key), begin(v, batch, kv_head, place.first_key)
-    else:
-        k, v, pages = begin(k, 0, kv_head, 0), begin(v, 0, kv_head, 0), begin_pages(pages, member)
-    if key_scale is not None:
-        key_scale = begin_scale(key_scale, batch, kv_head, place.first_key)
-    if key_bias is not None:
-        key_bias = begin_bias(key_bias, batch, kv_head, head % group, place.first_key)
-    if mask is not None:
-        mask = begin(mask, batch, head, 0)
-    if seen_ptr is not None:
-        seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
-    keys = Keys(k, v, k_descriptor, v_descriptor, key_scale, key_bias, seen_ptr)
-    batch_head = batch * q_heads + head
-    packed_rows = place.first_row + rows.offs
+    batch_head, packed_rows = batch * q_heads + head, place.first_row + rows.offs
     dropped = Dropout(dropout.state, keep_from, dropout.keep_scale, batch_head, packed_rows, place.first_key)
     terms = RowFactors(factor, logit_terms.softcap, dropped)
 
     running_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     state = Softmax(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), running_max, running_sum, running_sum)
-    # Masks hold registers: masked steps take half of a wide block.
-    MASKED_STEP: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 and not INVARIANT else BLOCK_N
+    keys = Keys(k, v, k_descriptor, v_descriptor, key_scale, key_bias, seen_ptr, pages)
+    sight = Sight(place, rows, view, mask)
     SUMS: tl.constexpr = 0 if results.entropy is None else 1
-    FIRST: tl.constexpr = 1 if INVARIANT and left is None and ranges.key_ranges is None else 0
-    walk = walk_over_keys(rows, batch, view, BLOCK_N, mask is not None)
-    # The blocks that need a mask, then the others; or, where INVARIANT, in the order of `part_of_walk`.
-    for turn in tl.static_range(FIRST, 3 if INVARIANT else 2):
-        if turn != 1 or mask is None:
-            part = walk
-            if INVARIANT:
-                part = part_of_walk(walk, turn)
-            state = walk_keys(
-                state,
-                _attend,
-                terms,
-                q_tile,
-                keys,
-                pages,
-                Sight(rows, view, mask),
-                part,
-                place,
-                HEAD_DIM,
-                VALUE_DIM,
-                BLOCK_DV,
-                BLOCK_N if turn == 1 else MASKED_STEP,
-                WIDE,
-                SUMS,
-                turn != 1,
-            )
-
-    row_sum = tl.sum(state.running_sum, 1)
-    shift, lse, max_logit, entropy = softmax_results(
-        state.running_max, row_sum, tl.sum(state.running_spread, 1), factor, logit_terms.softcap
+    state, _ = walk_keys(
+        state, _attend, terms, q_tile, keys, sight, HEAD_DIM, VALUE_DIM, BLOCK_DV, BLOCK_N, WIDE, SUMS, INVARIANT
     )
+
+    row_sum, shift, lse, max_logit, entropy = softmax_results(state, factor, logit_terms.softcap)
     weight, total = softmax_total(row_sum, shift, logit_terms.sinks, head)
     out = state.accumulator / total[:, None]
     if logit_terms.sinks is not None:
         out *= weight[:, None]
     if dropout.state is not None:
         out *= dropout.keep_scale
-    # Offsets of 32 bits: those of 64, wanted twice, would hold registers all through the loops.
-    out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)
-    store_tile(results.out + row_base * VALUE_DIM + out_offsets, out, rows.keep, VALUE_DIM)
+    store_tile(contiguous_tile(results.out, row_base, BLOCK_M, BLOCK_DV, VALUE_DIM), out, rows.keep, VALUE_DIM)
     if results.rounding is not None:
         lost = lost_in_rounding(out, out.to(results.out.dtype.element_ty))
-        store_tile(results.rounding + row_base * VALUE_DIM + out_offsets, lost, rows.keep, VALUE_DIM)
-    row_offsets = row_base + tl.arange(0, BLOCK_M)
-    tl.store(results.lse + row_offsets, lse, mask=rows.keep)
-    if results.max_logit is not None:
-        tl.store(results.max_logit + row_offsets, max_logit, mask=rows.keep)
-    if results.entropy is not None:
-        tl.store(results.entropy + row_offsets, entropy, mask=rows.keep)
+        rounding_ptrs = contiguous_tile(results.rounding, row_base, BLOCK_M, BLOCK_DV, VALUE_DIM)
+        store_tile(rounding_ptrs, lost, rows.keep, VALUE_DIM)
+    store_statistics(results, row_base + tl.arange(0, BLOCK_M), lse, max_logit, entropy, rows.keep)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .addresses import begin_scale, contiguous_tile, in_vectors, load_factors, place_of_member, tile_at
 from .primitives import (
     LENGTHS,
     LOG2_E,
@@ -22,21 +23,9 @@ from .primitives import (
     store_term,
     store_tile,
     terms_offset,
-    tile_offsets,
 )
 from .records import Dropout, Keys, Sight, View, Walk
-from .walk import (
-    begin,
-    begin_bias,
-    begin_scale,
-    in_vectors,
-    part_of_walk,
-    place_of_member,
-    rows_of_block,
-    visible_tile,
-    walk_keys,
-    walk_over_keys,
-)
+from .walk import rows_of_block, visible_tile, walk_keys
 
 # Few keys, over which a block of rows walks twice. Among more, some row's exact gradient is far larger than an error.
 FEW_KEYS = tl.constexpr(64)
@@ -130,6 +119,27 @@ def _excess(d_logit_sum, d_lse_ptr, d_sinks_ptr, row_offsets, live):
     return excess
 
 
+@triton.jit
+def _begin_few_keys(state, exponent_term, rows, walk, k_len, INVARIANT: tl.constexpr):
+    """(state, exponent_term, walk) for a second walk of a block of rows that see few keys, its raw sum begun anew.
+
+    Where INVARIANT each row decides for itself: the others keep their sum, and take part with probabilities of 0.
+    """
+    if INVARIANT:
+        are_few = rows.hi - rows.lo <= FEW_KEYS
+        raw = tl.where(are_few[:, None], 0.0, state.raw)
+        exponent_term = tl.where(are_few, exponent_term, float("-inf"))
+        sees = are_few & (rows.lo < rows.hi)
+        touch_lo = tl.min(tl.where(sees, rows.lo, k_len), 0)
+        touch_hi = tl.max(tl.where(sees, rows.hi, 0), 0)
+    else:
+        are_few = walk.touch_hi - walk.touch_lo <= FEW_KEYS
+        raw = tl.where(are_few, 0.0, state.raw)
+        touch_lo, touch_hi = walk.touch_lo, tl.where(are_few, walk.touch_hi, 0)
+    state = QueryGradient(raw, state.d_logit, state.d_factor, state.mean_logit)
+    return state, exponent_term, Walk(touch_lo, touch_hi, walk.full_start, walk.full_start)
+
+
 @triton.jit(do_not_specialize=[*LENGTHS, "group"])
 def attention_grad_query(
     k_descriptor,  # first: see `attention_forward`
@@ -202,7 +212,7 @@ def attention_grad_query(
     block, head, member = program_position(first_head, first_member, LAST_FIRST=right is not None)
     q, k, v, d_out = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED), in_vectors(d_out, ALIGNED)
     packed_len = q_len
-    place, q_len, k_len = place_of_member(member, head, head // group, q_len, k_len, starts)
+    place, q_len, k_len = place_of_member(member, head, head // group, q_heads, group, q_len, k_len, starts)
     first_row = block * BLOCK_M
     if starts is not None:
         if first_row >= q_len:
@@ -214,91 +224,42 @@ def attention_grad_query(
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
     row_offsets = row_base + tl.arange(0, BLOCK_M)
 
-    term_offsets = terms_offset(place, member, q_heads, terms_len, starts) + first_row + tl.arange(0, BLOCK_M)
+    term_offsets = terms_offset(place, terms_len, starts) + first_row + tl.arange(0, BLOCK_M)
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (logit_terms.scale * LOG2_E)
     exponent_term, factor = load_term(terms.both + 2 * term_offsets, factor, SPLIT=False)
     delta = tl.load(terms.delta + term_offsets)
     live = exponent_term != float("-inf")
-    q_ptrs = begin(q, batch, head, memory_row).ptr + tile_offsets(BLOCK_M, BLOCK_D, q.s, q.d, WIDE)
-    q_tile = load_tile(q_ptrs, live, HEAD_DIM, True)
-    d_out_ptrs = begin(d_out, batch, head, memory_row).ptr
-    d_out_ptrs += tile_offsets(BLOCK_M, BLOCK_DV, d_out.s, d_out.d, WIDE)
-    d_out_tile = load_tile(d_out_ptrs, live, VALUE_DIM, True)
-
-    k, v = begin(k, batch, kv_head, place.first_key), begin(v, batch, kv_head, place.first_key)
-    if key_scale is not None:
-        key_scale = begin_scale(key_scale, batch, kv_head, place.first_key)
-    if key_bias is not None:
-        key_bias = begin_bias(key_bias, batch, kv_head, head % group, place.first_key)
+    q_tile = load_tile(tile_at(q, batch, head, memory_row, BLOCK_M, BLOCK_D, WIDE), live, HEAD_DIM, True)
+    d_out_tile = load_tile(tile_at(d_out, batch, head, memory_row, BLOCK_M, BLOCK_DV, WIDE), live, VALUE_DIM, True)
     if key_size is not None:
         key_size = tl.load(key_size + batch * (q_heads // group) + kv_head)
-    if mask is not None:
-        mask = begin(mask, batch, head, 0)
-    if seen_ptr is not None:
-        seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
-    keys = Keys(k, v, k_descriptor, v_descriptor, key_scale, key_bias, seen_ptr)
-    batch_head = batch * q_heads + head
-    softcap, packed_rows = logit_terms.softcap, place.first_row + rows.offs
+    batch_head, packed_rows = batch * q_heads + head, place.first_row + rows.offs
     dropped = Dropout(dropout.state, keep_from, dropout.keep_scale, batch_head, packed_rows, place.first_key)
-    row_gradients = RowGradients(d_out_tile, factor, exponent_term, delta, softcap, key_size, dropped)
+    d_rows = RowGradients(d_out_tile, factor, exponent_term, delta, logit_terms.softcap, key_size, dropped)
 
     zeros = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     state = QueryGradient(tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros, zeros)
-    # Masks hold registers: masked steps take half of a wide block.
-    MASKED_STEP: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 and not INVARIANT else BLOCK_N
+    keys = Keys(k, v, k_descriptor, v_descriptor, key_scale, key_bias, seen_ptr, None)
+    sight = Sight(place, rows, view, mask)
     SUMS: tl.constexpr = 2 if d_query_scale_ptr is not None else 1 if CORRECT_DELTA or key_bias is not None else 0
-    FIRST: tl.constexpr = 1 if INVARIANT and left is None and ranges.key_ranges is None else 0
-    FEW: tl.constexpr = 3 if INVARIANT else 2
-    walk = walk_over_keys(rows, batch, view, BLOCK_N, mask is not None)
-    # The blocks of the forward kernel in its order, and few keys again.
-    for turn in tl.static_range(FIRST, FEW + 1):
-        if turn == FEW and SUMS and not IS_PART:
-            excess = _excess(state.d_logit, d_lse_ptr, d_sinks_ptr, row_offsets, live)
-            delta += excess
-        part = walk
-        if INVARIANT:
-            part = part_of_walk(walk, turn)
-        if turn == FEW and CORRECT_DELTA:
-            if INVARIANT:  # each row decides for itself
-                are_few = rows.hi - rows.lo <= FEW_KEYS
-                raw = tl.where(are_few[:, None], 0.0, state.raw)
-                exponent_term = tl.where(are_few, exponent_term, float("-inf"))
-                sees = are_few & (rows.lo < rows.hi)
-                touch_lo = tl.min(tl.where(sees, rows.lo, k_len), 0)
-                part = Walk(touch_lo, tl.max(tl.where(sees, rows.hi, 0), 0), walk.full_start, walk.full_start)
-            else:
-                are_few = walk.touch_hi - walk.touch_lo <= FEW_KEYS
-                raw = tl.where(are_few, 0.0, state.raw)
-                part = Walk(walk.touch_lo, tl.where(are_few, walk.touch_hi, 0), walk.full_start, walk.full_start)
-            state = QueryGradient(raw, state.d_logit, state.d_factor, state.mean_logit)
-            row_gradients = RowGradients(d_out_tile, factor, exponent_term, delta, softcap, key_size, dropped)
-        if (turn != 1 or mask is None) and (turn != FEW or CORRECT_DELTA):
-            state = walk_keys(
-                state,
-                _gather,
-                row_gradients,
-                q_tile,
-                keys,
-                None,
-                Sight(rows, view, mask),
-                part,
-                place,
-                HEAD_DIM,
-                VALUE_DIM,
-                BLOCK_DV,
-                BLOCK_N if turn == 1 else MASKED_STEP,
-                WIDE,
-                SUMS if turn < FEW else 0,
-                turn != 1,
-            )
+    state, walk = walk_keys(
+        state, _gather, d_rows, q_tile, keys, sight, HEAD_DIM, VALUE_DIM, BLOCK_DV, BLOCK_N, WIDE, SUMS, INVARIANT
+    )
+    if SUMS and not IS_PART:
+        excess = _excess(state.d_logit, d_lse_ptr, d_sinks_ptr, row_offsets, live)
+        delta += excess
+    if CORRECT_DELTA:
+        state, exponent_term, few = _begin_few_keys(state, exponent_term, rows, walk, k_len, INVARIANT)
+        d_rows = RowGradients(d_out_tile, factor, exponent_term, delta, logit_terms.softcap, key_size, dropped)
+        state, _ = walk_keys(
+            state, _gather, d_rows, q_tile, keys, sight, HEAD_DIM, VALUE_DIM, BLOCK_DV, BLOCK_N, WIDE, 0, INVARIANT, few
+        )
 
     d_q = state.raw * logit_terms.scale
     if key_size is not None:
         d_q *= key_size
     if query_scale is not None:
-        query_scale = begin_scale(query_scale, batch, head, memory_row)
-        scale_ptrs = query_scale.ptr + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
-        d_q *= tl.load(scale_ptrs, mask=live, other=0.0)[:, None]
+        d_q *= load_factors(begin_scale(query_scale, batch, head, memory_row), live)[:, None]
     if SUMS == 2:
         d_query_scale = tl.sum(state.d_factor, 1)
         if not IS_PART:
@@ -309,5 +270,4 @@ def attention_grad_query(
         if query_scale is not None and key_bias is None:
             gradient_term *= factor
         store_term(terms.both + 2 * term_offsets + 1, gradient_term, factor, rows.keep)
-    d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(BLOCK_M, BLOCK_D, HEAD_DIM, 1, False)
-    store_tile(d_q_ptrs, d_q, rows.keep, HEAD_DIM)
+    store_tile(contiguous_tile(d_q_ptr, row_base, BLOCK_M, BLOCK_D, HEAD_DIM), d_q, rows.keep, HEAD_DIM)

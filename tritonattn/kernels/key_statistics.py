@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .addresses import begin, begin_pages, in_vectors, page_slots, tile_at
 from .primitives import LENGTHS, load_tile, program_position, store_tile, tile_offsets
-from .walk import begin, begin_pages, in_vectors, page_slots
 
 # Below fp32's smallest normal number a length counts as 0.
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -51,7 +51,7 @@ def key_lengths(
     load_key = keep_key
     if seen_ptr is not None:
         load_key = load_key & (tl.load(seen_ptr + key_offsets, mask=keep_key, other=0) != 0)
-    k_ptrs = begin(k, batch, head, first_key).ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    k_ptrs = tile_at(k, batch, head, first_key, BLOCK_N, BLOCK_D, WIDE)
     tl.store(lengths_ptr + key_offsets, _lengths_of(load_tile(k_ptrs, load_key, HEAD_DIM, True)), mask=keep_key)
 
 
@@ -255,7 +255,7 @@ def key_statistics_grad(
     length = tl.load(lengths_ptr + key_offsets, mask=load_key, other=0.0)
     live = load_key & (length >= SMALLEST_NORMAL)
     d_length = tl.load(d_lengths_ptr + key_offsets, mask=live, other=0.0)
-    k_ptrs = begin(k, batch, head, first_key).ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    k_ptrs = tile_at(k, batch, head, first_key, BLOCK_N, BLOCK_D, WIDE)
     k_tile = load_tile(k_ptrs, live, HEAD_DIM, True)
     d_k = k_tile.to(tl.float32) / tl.where(live, length, 1.0)[:, None] * d_length[:, None]
     offsets = key_base * HEAD_DIM + tile_offsets(BLOCK_N, BLOCK_D, HEAD_DIM, 1, False)

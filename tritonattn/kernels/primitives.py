@@ -214,15 +214,15 @@ def program_position(first_head, first_member, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def terms_offset(place, member, q_heads, terms_len, starts):
+def terms_offset(place, terms_len, starts):
     """Offset of the row terms of one (batch or sequence, head) in [B, Hq, terms_len].
 
     It is a multiple of ROW_TERMS_ALIGNMENT, with room up to the next one, also where sequences are packed.
     """
     first = 0
     if starts is not None:
-        first = (place.first_row + member * ROW_TERMS_ALIGNMENT) // ROW_TERMS_ALIGNMENT * ROW_TERMS_ALIGNMENT
-    return (place.batch.to(tl.int64) * q_heads + place.head) * terms_len + first
+        first = (place.first_row + place.member * ROW_TERMS_ALIGNMENT) // ROW_TERMS_ALIGNMENT * ROW_TERMS_ALIGNMENT
+    return (place.batch.to(tl.int64) * place.q_heads + place.head) * terms_len + first
 
 
 @triton.jit

@@ -131,14 +131,17 @@ class KeyBuffers(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A program's batch entry in memory, query head and key head, and the first row and first key of its member.
+    """A program's batch entry in memory, its query and key head of q_heads in groups, and the start of its member.
 
-    A member is a batch entry or a packed sequence.
+    A member is a batch entry or a packed sequence; first_row and first_key are those of its rows and keys in memory.
     """
 
     batch: Any
     head: Any
     kv_head: Any
+    q_heads: Any
+    group: Any
+    member: Any
     first_row: Any
     first_key: Any
 
@@ -180,8 +183,9 @@ class Rows(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """A block of rows and its visibility; mask is a `Strided` uint8 [Sq, Sk] of their head, or None."""
+    """A block of rows, where its program is, and its visibility; mask is a `Strided` uint8 [Sq, Sk], or None."""
 
+    place: Place
     rows: Rows
     view: View
     mask: Strided
@@ -201,11 +205,12 @@ class Walk(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values of one (member, key head), from its first key on.
+    """Keys and values: the whole tensors, or, inside a walk, from the first key of one (member, key head) on.
 
     descriptors   tensor descriptors of the whole of k and v with blocks [1, 1, keys, D or Dv], or None
-    scale, bias   fp32 vectors or None
+    scale, bias   fp32 or None, also inside a walk `Scale` both
     seen          uint8 [Sk] or None: keys that some row sees
+    pages         `Pages`, inside a walk `MemberPages`, or None; with pages k and v begin at the head's slot 0 of page 0
     """
 
     k: Strided
@@ -215,6 +220,7 @@ class Keys(NamedTuple):
     scale: Scale
     bias: Scale
     seen: Any
+    pages: Pages
 
 
 class KeyBlock(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .addresses import begin_scale, in_vectors, load_factors, place_of_member, tile_at
 from .primitives import (
     LENGTHS,
     LOG2_E,
@@ -17,7 +18,6 @@ from .primitives import (
     terms_offset,
     tile_offsets,
 )
-from .walk import begin, begin_scale, in_vectors, place_of_member
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -66,7 +66,7 @@ def attention_row_terms(
     block, head, member = program_position(first_head, first_member, LAST_FIRST=False)
     d_out = in_vectors(d_out, ALIGNED)
     packed_len = q_len
-    place, q_len, _ = place_of_member(member, head, head, q_len, q_len, starts)
+    place, q_len, _ = place_of_member(member, head, head, q_heads, 1, q_len, q_len, starts)
     batch = place.batch
     first_row = block * BLOCK_M
     offs_m = first_row + tl.arange(0, BLOCK_M)
@@ -74,7 +74,7 @@ def attention_row_terms(
     memory_row = (place.first_row + first_row).to(tl.int64)
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
     row_offsets = row_base + tl.arange(0, BLOCK_M)
-    term_offsets = terms_offset(place, member, q_heads, terms_len, starts) + offs_m
+    term_offsets = terms_offset(place, terms_len, starts) + offs_m
     keep_term = offs_m < tl.cdiv(q_len, ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
 
     lse = tl.load(results.lse + row_offsets, mask=keep_row, other=float("-inf"))
@@ -84,8 +84,7 @@ def attention_row_terms(
     if results.rounding is not None:
         rounding_ptrs = results.rounding + row_base * VALUE_DIM + out_offsets
         out = before_rounding(out, load_tile(rounding_ptrs, live, VALUE_DIM, True))
-    d_out_ptrs = begin(d_out, batch, head, memory_row).ptr
-    d_out_ptrs += tile_offsets(BLOCK_M, BLOCK_DV, d_out.s, d_out.d, WIDE)
+    d_out_ptrs = tile_at(d_out, batch, head, memory_row, BLOCK_M, BLOCK_DV, WIDE)
     delta = tl.sum(out.to(tl.float32) * load_tile(d_out_ptrs, live, VALUE_DIM, True).to(tl.float32), 1)
     lse2 = tl.where(live, lse * LOG2_E, 0.0)
     total2 = lse2
@@ -105,9 +104,7 @@ def attention_row_terms(
     gradient_term = -delta
     tl.store(terms.delta + term_offsets, delta, mask=keep_term)
     if query_scale is not None:
-        query_scale = begin_scale(query_scale, batch, head, memory_row)
-        scale_ptrs = query_scale.ptr + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
-        factor = tl.load(scale_ptrs, mask=live, other=0.0) * (logit_terms.scale * LOG2_E)
+        factor = load_factors(begin_scale(query_scale, batch, head, memory_row), live) * (logit_terms.scale * LOG2_E)
         if key_bias is None:
             gradient_term *= factor
     exponent_term = tl.where(live, -total2, float("-inf"))

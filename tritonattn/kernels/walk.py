@@ -5,87 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .addresses import begin, begin_bias, begin_pages, begin_scale, load_paged, page_slots
 from .primitives import LOG2_E, load_tile, load_vector, tile_offsets
-from .records import KeyBlock, MemberPages, Place, Rows, Scale, Strided, Walk
-
-
-@triton.jit
-def begin(x, batch, head, row):
-    """The `Strided` of x from one (batch entry, head) and row on."""
-    batch, head, row = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(row, tl.int64)
-    return Strided(x.ptr + (batch * x.b + head * x.h + row * x.s), x.b, x.h, x.s, x.d)
-
-
-@triton.jit
-def begin_scale(x, batch, head, row):
-    """The `Scale` of x from one (batch entry, head) and row on."""
-    first = begin(Strided(x.ptr, x.b >> 4, x.h >> 4, x.s, 1), batch, head, row)
-    return Scale(first.ptr, x.b, x.h, x.s)
-
-
-@triton.jit
-def begin_bias(x, batch, kv_head, member, first_key):
-    """The `Scale` of a `Bias` from one (batch entry, query head) and key on; the head is a member of a group."""
-    first = begin(Strided(x.ptr, x.b >> 4, x.h >> 4, x.g >> 4, x.s), batch, kv_head, member)
-    return Scale(first.ptr + tl.cast(first_key, tl.int64) * x.s, x.b, x.h, x.s)
-
-
-@triton.jit
-def begin_pages(pages, member):
-    """The `MemberPages` of one member. With b bits, floor(j * (floor(2^(31 + b) / size) + 1) / 2^(31 + b)) is j // size
-    for all j < 2^31 (Granlund & Montgomery 1994, "Division by invariant integers using multiplication")."""
-    size, count, length, bits = pages.size >> 4, pages.count >> 4, pages.length >> 4, pages.bits >> 4
-    inverse = (tl.cast(1, tl.int64) << (31 + bits).to(tl.int64)) // size + 1
-    table = pages.table + tl.cast(member, tl.int64) * length
-    return MemberPages(table, size, count, length, inverse.to(tl.uint32), bits - 1)
-
-
-@triton.jit
-def page_slots(pages, offs_key, keep, MASKED: tl.constexpr):
-    """(number, slot, is_held) of keys, vectors: their page, their place in it, and whether there is such a page.
-
-    Where MASKED, keys that keep drops are in none.
-    """
-    index = (tl.umulhi(offs_key.to(tl.uint32), pages.inverse) >> pages.shift).to(tl.int32)
-    is_listed = index < pages.length
-    if MASKED:
-        is_listed = is_listed & keep
-    number = tl.load(pages.table + index, mask=is_listed, other=-1)
-    return number, offs_key - index * pages.size, (number >= 0) & (number < pages.count)
-
-
-@triton.jit
-def load_paged(x, number, slot, is_held, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr):
-    """The tile of keys at slots of numbered pages; x begins with the first slot of page 0 of a head."""
-    columns = tl.arange(0, COLUMNS)
-    if WIDE:
-        slot, columns = slot.to(tl.int64), columns.to(tl.int64)
-    pointers = (x.ptr + number.to(tl.int64) * x.b)[:, None] + (slot[:, None] * x.s + columns[None, :] * x.d)
-    return load_tile(pointers, is_held, WIDTH, True)
-
-
-@triton.jit
-def in_vectors(x, ALIGNED: tl.constexpr):
-    """x, a `Strided`; where ALIGNED, the compiler learns that its strides are multiples of 16 bytes.
-
-    Triton itself only knows multiples of 16 elements: rows of 72 numbers of 16 bits would load one by one.
-    """
-    if ALIGNED:
-        STEP: tl.constexpr = 128 // x.ptr.dtype.element_ty.primitive_bitwidth
-        x = Strided(x.ptr, x.b // STEP * STEP, x.h // STEP * STEP, x.s // STEP * STEP, x.d)
-    return x
-
-
-@triton.jit
-def place_of_member(member, head, kv_head, q_len, k_len, starts):
-    """(Place, rows, keys) of batch entry or packed sequence `member`; starts is a `Starts` or None."""
-    batch, first_row, first_key = member, member * 0, member * 0
-    if starts is not None:
-        first_row, first_key = tl.load(starts.q + member), tl.load(starts.k + member)
-        q_len = tl.load(starts.q + member + 1) - first_row
-        k_len = tl.load(starts.k + member + 1) - first_key
-        batch = member * 0
-    return Place(batch, head, kv_head, first_row, first_key), q_len, k_len
+from .records import KeyBlock, Keys, Rows, Sight, Walk
 
 
 @triton.jit
@@ -157,32 +79,6 @@ def walk_over_keys(rows, batch, view, BLOCK_N: tl.constexpr, MASKED: tl.constexp
     else:
         touch_lo, touch_hi, full_lo, full_hi = bounds_of_ranges(rows.lo, rows.hi, view.k_len)
     return walk_between(touch_lo, touch_hi, full_lo, full_hi, BLOCK_N, MASKED)
-
-
-@triton.jit
-def walk_over_rows(first, last, batch, view, bounds_ptr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
-    """The `Walk` of the keys first .. last, both below k_len, over the rows that see them. MASKED: all need a mask.
-
-    bounds_ptr   int32 [2] of this block, or None: the first row and one past the last row whose key_ranges touch it
-    """
-    shift = view.k_len - view.q_len
-    touch_lo = first * 0
-    touch_hi = touch_lo + view.q_len
-    full_lo, full_hi = touch_lo, touch_hi
-    if view.right is not None:
-        touch_lo = tl.maximum(first - shift - view.right, 0)
-        full_lo = tl.maximum(last - shift - view.right, 0)
-    if view.left is not None:
-        touch_hi = tl.maximum(tl.minimum(last - shift + view.left + 1, view.q_len), 0)
-        full_hi = tl.maximum(tl.minimum(first - shift + view.left + 1, view.q_len), 0)
-    if view.key_lengths is not None:
-        length = tl.load(view.key_lengths + batch)
-        touch_hi = tl.where(first < length, touch_hi, 0)
-        full_hi = tl.where(last < length, full_hi, 0)
-    if bounds_ptr is not None:
-        touch_lo = tl.maximum(touch_lo, tl.load(bounds_ptr))
-        touch_hi = tl.minimum(touch_hi, tl.load(bounds_ptr + 1))
-    return walk_between(touch_lo, touch_hi, full_lo, full_hi, BLOCK_M, MASKED)
 
 
 @triton.jit
@@ -260,16 +156,14 @@ def visible_tile(sight, offs_key):
 
 
 @triton.jit
-def walk_keys(
+def _walk_blocks(
     state,
     STEP: tl.constexpr,
     terms,
     q,
     keys,
-    pages,
     sight,
     walk,
-    place,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -277,50 +171,142 @@ def walk_keys(
     WIDE: tl.constexpr,
     SUMS: tl.constexpr,
     MASKED: tl.constexpr,
+    INVARIANT: tl.constexpr,
 ):
-    """The state after STEP has taken each block of keys: the full blocks of a walk, or, where MASKED, the others.
-
-        state = STEP(state, block, key_scale, key_bias, terms, sight, SUMS, MASKED)
-
-    key_scale and key_bias, in base 2, [keys] each, may be None; terms and SUMS are STEP's own. pages: None, or the
-    `Pages` of the member, whose keys.k and keys.v then begin with the head's first slot of page 0.
-    """
-    start, end = walk_span(walk, BLOCK_N, MASKED)
-    k_offsets = tile_offsets(BLOCK_N, q.shape[1], keys.k.s, keys.k.d, WIDE)
-    v_offsets = tile_offsets(BLOCK_N, BLOCK_DV, keys.v.s, keys.v.d, WIDE)
+    """The state after STEP has taken the full blocks of a walk, or, where MASKED, the others: see `walk_keys`."""
+    # Masks hold registers: masked steps take half of a wide block.
+    N: tl.constexpr = BLOCK_N // 2 if MASKED and BLOCK_N >= 64 and not INVARIANT else BLOCK_N
+    start, end = walk_span(walk, N, MASKED)
+    k_offsets = tile_offsets(N, q.shape[1], keys.k.s, keys.k.d, WIDE)
+    v_offsets = tile_offsets(N, BLOCK_DV, keys.v.s, keys.v.d, WIDE)
+    batch, head, first_key = sight.place.batch, sight.place.kv_head, sight.place.first_key
     if keys.scale is not None:
         # Carried along: addresses made from the position would make the loop's counter one of 64 bits.
         scale_step = tl.cast(keys.scale.s, tl.int64)
-        scale_ptrs = keys.scale.ptr + (start + tl.arange(0, BLOCK_N)) * scale_step
+        scale_ptrs = keys.scale.ptr + (start + tl.arange(0, N)) * scale_step
     if keys.bias is not None:
         bias_step = tl.cast(keys.bias.s, tl.int64)
-        bias_ptrs = keys.bias.ptr + (start + tl.arange(0, BLOCK_N)) * bias_step
-    for position in tl.range(start, end, BLOCK_N):
-        first, offs_key = block_at(position, walk, BLOCK_N, MASKED)
+        bias_ptrs = keys.bias.ptr + (start + tl.arange(0, N)) * bias_step
+    for position in tl.range(start, end, N):
+        first, offs_key = block_at(position, walk, N, MASKED)
         load_key = (offs_key >= walk.touch_lo) & (offs_key < walk.touch_hi)
         if MASKED and keys.seen is not None:
             load_key = load_key & (tl.load(keys.seen + offs_key, mask=load_key, other=0) != 0)
-        if pages is None:
-            batch, head, at = place.batch, place.kv_head, place.first_key
-            k = load_rows(keys.k, keys.k_descriptor, k_offsets, batch, head, at, first, load_key, HEAD_DIM, MASKED)
-            v = load_rows(keys.v, keys.v_descriptor, v_offsets, batch, head, at, first, load_key, VALUE_DIM, MASKED)
+        if keys.pages is None:
+            k = load_rows(
+                keys.k, keys.k_descriptor, k_offsets, batch, head, first_key, first, load_key, HEAD_DIM, MASKED
+            )
+            v = load_rows(
+                keys.v, keys.v_descriptor, v_offsets, batch, head, first_key, first, load_key, VALUE_DIM, MASKED
+            )
         else:
-            number, slot, is_held = page_slots(pages, offs_key, load_key, MASKED)
+            number, slot, is_held = page_slots(keys.pages, offs_key, load_key, MASKED)
             k = load_paged(keys.k, number, slot, is_held, q.shape[1], HEAD_DIM, WIDE)
             v = load_paged(keys.v, number, slot, is_held, BLOCK_DV, VALUE_DIM, WIDE)
-        logits = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        logits = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, N]
         key_scale = None
         if keys.scale is not None:
             if MASKED:
                 scale_ptrs = keys.scale.ptr + offs_key * scale_step
             key_scale = load_vector(scale_ptrs, load_key, MASKED)
-            scale_ptrs += BLOCK_N * scale_step
+            scale_ptrs += N * scale_step
             logits *= key_scale[None, :]
         key_bias = None
         if keys.bias is not None:
             if MASKED:
                 bias_ptrs = keys.bias.ptr + offs_key * bias_step
             key_bias = load_vector(bias_ptrs, load_key, MASKED) * LOG2_E
-            bias_ptrs += BLOCK_N * bias_step
+            bias_ptrs += N * bias_step
         state = STEP(state, KeyBlock(offs_key, k, v, logits), key_scale, key_bias, terms, sight, SUMS, MASKED)
     return state
+
+
+@triton.jit
+def walk_keys(
+    state,
+    STEP: tl.constexpr,
+    terms,
+    q,
+    keys,
+    sight,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+    SUMS: tl.constexpr,
+    INVARIANT: tl.constexpr,
+    walk=None,
+):
+    """(state, walk): the state after STEP has taken the blocks of keys at which a block of rows looks.
+
+        state = STEP(state, block, key_scale, key_bias, terms, sight, SUMS, MASKED)
+
+    The blocks that need a mask come first, then the others; or, where INVARIANT, all in ascending order.
+
+    block                 `KeyBlock`
+    key_scale, key_bias   of its keys, [N], or None; the bias in base 2
+    terms, SUMS           STEP's own
+    q                     tile of the rows
+    walk                  None: over all keys that the rows see, and returned; or another, whose blocks all need a mask
+    """
+    place, rows, view = sight.place, sight.rows, sight.view
+    batch, head, kv_head, first_key = place.batch, place.head, place.kv_head, place.first_key
+    if keys.pages is None:
+        k, v = begin(keys.k, batch, kv_head, first_key), begin(keys.v, batch, kv_head, first_key)
+    else:
+        k, v = begin(keys.k, 0, kv_head, 0), begin(keys.v, 0, kv_head, 0)
+    keys = Keys(
+        k,
+        v,
+        keys.k_descriptor,
+        keys.v_descriptor,
+        None if keys.scale is None else begin_scale(keys.scale, batch, kv_head, first_key),
+        None if keys.bias is None else begin_bias(keys.bias, batch, kv_head, head % place.group, first_key),
+        None
+        if keys.seen is None
+        else keys.seen + (batch.to(tl.int64) * (place.q_heads // place.group) + kv_head) * view.k_len,
+        None if keys.pages is None else begin_pages(keys.pages, place.member),
+    )
+    sight = Sight(place, rows, view, None if sight.mask is None else begin(sight.mask, batch, head, 0))
+    FIRST: tl.constexpr = 1 if INVARIANT and view.left is None and view.key_ranges is None else 0
+    if walk is None:
+        walk = walk_over_keys(rows, batch, view, BLOCK_N, sight.mask is not None)
+        for turn in tl.static_range(FIRST, 3 if INVARIANT else 2):
+            if turn != 1 or sight.mask is None:
+                state = _walk_blocks(
+                    state,
+                    STEP,
+                    terms,
+                    q,
+                    keys,
+                    sight,
+                    part_of_walk(walk, turn) if INVARIANT else walk,
+                    HEAD_DIM,
+                    VALUE_DIM,
+                    BLOCK_DV,
+                    BLOCK_N,
+                    WIDE,
+                    SUMS,
+                    turn != 1,
+                    INVARIANT,
+                )
+    else:
+        state = _walk_blocks(
+            state,
+            STEP,
+            terms,
+            q,
+            keys,
+            sight,
+            walk,
+            HEAD_DIM,
+            VALUE_DIM,
+            BLOCK_DV,
+            BLOCK_N,
+            WIDE,
+            SUMS,
+            True,
+            INVARIANT,
+        )
+    return state, walk
