@@ -46,6 +46,12 @@ def begin_bias(x, batch, kv_head, member, first_key):
 
 
 @triton.jit
+def begin_seen(ptr, place, k_len):
+    """Pointer to the flag of a member's first key in [B, Hkv, k_len], contiguous."""
+    return ptr + (place.batch.to(tl.int64) * (place.q_heads // place.group) + place.kv_head) * k_len
+
+
+@triton.jit
 def load_factors(x, keep):
     """The factors of a `Scale` from its first on, one for each member of keep, 0 where that is False."""
     COUNT: tl.constexpr = keep.shape[0]

@@ -1,11 +1,11 @@
-"""Visible keys of rows, and the walk over the blocks of keys, or of rows, that a program looks at."""
+"""Visible keys of rows, and the walk of a block of rows over the blocks of keys at which it looks."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .addresses import begin, begin_bias, begin_pages, begin_scale, load_paged, page_slots
+from .addresses import begin, begin_bias, begin_pages, begin_scale, begin_seen, load_paged, page_slots
 from .primitives import LOG2_E, load_tile, load_vector, tile_offsets
 from .records import KeyBlock, Keys, Rows, Sight, Walk
 
@@ -179,7 +179,7 @@ def _walk_blocks(
     start, end = walk_span(walk, N, MASKED)
     k_offsets = tile_offsets(N, q.shape[1], keys.k.s, keys.k.d, WIDE)
     v_offsets = tile_offsets(N, BLOCK_DV, keys.v.s, keys.v.d, WIDE)
-    batch, head, first_key = sight.place.batch, sight.place.kv_head, sight.place.first_key
+    batch, head, at = sight.place.batch, sight.place.kv_head, sight.place.first_key
     if keys.scale is not None:
         # Carried along: addresses made from the position would make the loop's counter one of 64 bits.
         scale_step = tl.cast(keys.scale.s, tl.int64)
@@ -193,12 +193,8 @@ def _walk_blocks(
         if MASKED and keys.seen is not None:
             load_key = load_key & (tl.load(keys.seen + offs_key, mask=load_key, other=0) != 0)
         if keys.pages is None:
-            k = load_rows(
-                keys.k, keys.k_descriptor, k_offsets, batch, head, first_key, first, load_key, HEAD_DIM, MASKED
-            )
-            v = load_rows(
-                keys.v, keys.v_descriptor, v_offsets, batch, head, first_key, first, load_key, VALUE_DIM, MASKED
-            )
+            k = load_rows(keys.k, keys.k_descriptor, k_offsets, batch, head, at, first, load_key, HEAD_DIM, MASKED)
+            v = load_rows(keys.v, keys.v_descriptor, v_offsets, batch, head, at, first, load_key, VALUE_DIM, MASKED)
         else:
             number, slot, is_held = page_slots(keys.pages, offs_key, load_key, MASKED)
             k = load_paged(keys.k, number, slot, is_held, q.shape[1], HEAD_DIM, WIDE)
@@ -263,9 +259,7 @@ def walk_keys(
         keys.v_descriptor,
         None if keys.scale is None else begin_scale(keys.scale, batch, kv_head, first_key),
         None if keys.bias is None else begin_bias(keys.bias, batch, kv_head, head % place.group, first_key),
-        None
-        if keys.seen is None
-        else keys.seen + (batch.to(tl.int64) * (place.q_heads // place.group) + kv_head) * view.k_len,
+        None if keys.seen is None else begin_seen(keys.seen, place, view.k_len),
         None if keys.pages is None else begin_pages(keys.pages, place.member),
     )
     sight = Sight(place, rows, view, None if sight.mask is None else begin(sight.mask, batch, head, 0))

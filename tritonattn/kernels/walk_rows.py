@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .addresses import begin_seen
 from .primitives import (
     dropout_keeps,
     load_term,
@@ -80,8 +81,7 @@ def rows_that_see(offs_n, keep, seen_ptr, place, view):
         first_row = tl.where(unpadded, first_row, view.q_len)
         keep = keep & unpadded
     if seen_ptr is not None:
-        seen_ptr += (place.batch.to(tl.int64) * (place.q_heads // place.group) + place.kv_head) * view.k_len
-        keep = keep & (tl.load(seen_ptr + offs_n, mask=keep, other=0) != 0)
+        keep = keep & (tl.load(begin_seen(seen_ptr, place, view.k_len) + offs_n, mask=keep, other=0) != 0)
     return first_row, last_row, keep
 
 
