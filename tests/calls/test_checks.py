@@ -62,7 +62,7 @@ def factors(name: str) -> list[Case]:
     ]
 
 
-# Of every function that has the argument.
+# Every function that has the argument refuses these.
 SHARED: list[Case] = [
     ({"causal": 1}, "TypeError: causal: ~ bool ~ int 1"),
     ({"return_aux": "yes"}, "TypeError: return_aux: ~ bool ~ 'yes'"),

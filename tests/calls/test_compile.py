@@ -124,7 +124,7 @@ def test_one_tensor_as_every_operand_and_for_both_offsets():
     ids=str,
 )
 def test_export(options, learns, strict):
-    """Of a layer whose parameters require gradients, as those of a new layer do, or do not."""
+    """The parameters of the layer require gradients, as those of a new layer do, or do not."""
     skip_where_export_binds_lengths(strict)
 
     class Layer(torch.nn.Module):
