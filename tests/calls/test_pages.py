@@ -46,7 +46,6 @@ WINDOWS = {
     "causal": (True, None),
     "window": (True, (6, None)),
     "both sides": (False, (3, 2)),
-    "left": (False, (6, None)),
 }
 FORMS = {
     "plain": lambda batch: {},
