@@ -2,9 +2,10 @@
 
 An optional tensor is its own flag: its record, or its member of a record, is None where a call has no such tensor.
 
-Three rules keep all compilers from triton 3.4 on content. A record's None member is a None argument of the kernel, not
-a local variable, and a record with such members is never compared with None. Lengths and counts stay outside of
-records, where Triton ignores `do_not_specialize`. So do constexprs.
+Three rules suit all compilers since triton 3.4. A record's None member is a None argument of the kernel, or stands
+in the call that makes the record (`None if x is None else begin(x)`). It is no local variable, no function returns it,
+and a record with such members is never compared with None. Lengths and counts stay outside of the records that kernels
+take, where Triton ignores `do_not_specialize`. So do constexprs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class Strided(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """A factor [B, H, S] of rows or keys: a pointer to its first element, the strides of B and H in 16ths, that of S.
+    """A factor [B, H, S] of rows or keys: a pointer to its first element, 16 times the strides of B and H, that of S.
 
-    Triton compiles other code for an integer of 1, for multiples of 16 and for the rest: 16ths are multiples all.
+    Triton compiles other code for an integer of 1, for multiples of 16 and for the rest. Times 16 all have one code.
     """
 
     ptr: Any
@@ -71,7 +72,7 @@ class DropoutState(NamedTuple):
 class Starts(NamedTuple):
     """q, k   int32 [N + 1]: the first row and the first key of each packed sequence, and the ends of the last one.
 
-    Sequences lie behind one another in batch entry 0, from 0 up to the lengths of the packed axes, never falling.
+    Sequences follow one another in batch entry 0. The first begins at 0, the last ends at the packed axes' lengths.
     """
 
     q: Any
@@ -86,7 +87,7 @@ class Pages(NamedTuple):
     length         pages of a member
     bits           of size - 1
 
-    The numbers are in 16ths, as those of `Scale`.
+    All numbers are stored times 16, as the strides of `Scale`.
     """
 
     table: Any
@@ -97,9 +98,9 @@ class Pages(NamedTuple):
 
 
 class Results(NamedTuple):
-    """out [B, Hq, Sq, Dv] in q's dtype, rounding int8 or None; the others fp32 [B, Hq, Sq], but lse possibly None.
+    """out [B, Hq, Sq, Dv] in q's dtype, rounding like it in int8, and lse, max_logit and entropy fp32 [B, Hq, Sq].
 
-    All are contiguous. Splits of decode are an axis behind Sq.
+    All are contiguous. All but out and lse may be None. Splits of decode are an axis behind Sq.
     """
 
     out: Any
@@ -131,9 +132,12 @@ class KeyBuffers(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A program's batch entry in memory, its query and key head of q_heads in groups, and the start of its member.
+    """The batch entry, query head, key head and member of a program.
 
-    A member is a batch entry or a packed sequence; first_row and first_key are those of its rows and keys in memory.
+    batch                  entry of the tensors: 0 where sequences are packed
+    q_heads, group         query heads of the call, and of each key head
+    member                 number of the batch entry or packed sequence
+    first_row, first_key   where the member's rows and keys begin in the tensors
     """
 
     batch: Any
@@ -158,7 +162,7 @@ class MemberPages(NamedTuple):
 
 
 class View(NamedTuple):
-    """Lengths of a member and the parts of its visibility, each but the lengths possibly None: `walk.row_range`."""
+    """Lengths of a member and its visibility; all but the lengths may be None: `walk.row_range`."""
 
     q_len: Any
     k_len: Any
@@ -183,7 +187,10 @@ class Rows(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """A block of rows, where its program is, and its visibility; mask is a `Strided` uint8 [Sq, Sk], or None."""
+    """A block of rows, its place and its visibility.
+
+    mask   `Strided` uint8 or None: of all heads, inside a walk [Sq, Sk] of this one
+    """
 
     place: Place
     rows: Rows
@@ -205,12 +212,12 @@ class Walk(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values: the whole tensors, or, inside a walk, from the first key of one (member, key head) on.
+    """Keys and values: whole tensors, or, inside a walk, from the first key of one (member, key head) on.
 
     descriptors   tensor descriptors of the whole of k and v with blocks [1, 1, keys, D or Dv], or None
-    scale, bias   fp32 or None, also inside a walk `Scale` both
-    seen          uint8 [Sk] or None: keys that some row sees
-    pages         `Pages`, inside a walk `MemberPages`, or None; with pages k and v begin at the head's slot 0 of page 0
+    scale, bias   fp32 or None: `Scale` and `Bias`, inside a walk two `Scale`
+    seen          uint8 or None: keys that some row sees
+    pages         None, or `Pages`, inside a walk `MemberPages`; k and v then begin with the head's slot 0 of page 0
     """
 
     k: Strided
