@@ -104,12 +104,21 @@ def test_packed_sequences_of_any_lengths():
     assert_compiles(function, *((packed_leaves(packed), packed.arguments()) for packed in calls), dynamic=True)
 
 
-def test_one_tensor_as_every_operand_and_for_both_offsets():
-    def function(x, ends):
-        out = tritonattn.attention_varlen(x, x, x, ends, ends, 4, 4, scaling="key_norm_max", causal=True)
-        return out.square().sum()
+def test_one_tensor_as_every_operand():
+    def function(x):
+        return tritonattn.attention(x, x, x, scaling="key_norm_sum", window=(3, 0)).square().sum()
 
-    assert_compiles(function, ((torch.randn(7, 2, 8, requires_grad=True),), {"ends": offsets((3, 4))}))
+    assert_compiles(function, ((torch.randn(1, 2, 7, 8, requires_grad=True),), {}))
+
+
+def test_one_tensor_for_both_offsets():
+    def function(q, k, v, ends):
+        return (
+            tritonattn.attention_varlen(q, k, v, ends, ends, 4, 4, scaling="key_norm_max", causal=True).square().sum()
+        )
+
+    leaves = tuple(packed_operands(Packed((3, 4), (3, 4)), torch.float32).values())
+    assert_compiles(function, (leaves, {"ends": offsets((3, 4))}))
 
 
 @pytest.mark.parametrize(
