@@ -86,6 +86,7 @@ def cache(**changed):
         (lambda: nn.ForgetGate(8, 4, bias="no"), TypeError, "bias: expected a bool, got str 'no'"),
         (lambda: nn.PowerLaw(4, ["dim"]), ValueError, r"mode: expected one of sqrt_dim, .*, got \['dim'\]"),
         (lambda: nn.PowerLaw(4, "key_norm_rms"), ValueError, "mode: expected one of sqrt_dim, dim, none, .*, got"),
+        (lambda: nn.PowerLaw(4, "cosine"), ValueError, "mode: expected one of sqrt_dim, dim, none, .*, got 'cosine'"),
         (lambda: nn.Scheduled("sqrt_dim", "dim", 0), ValueError, "steps: expected at least 1, got 0"),
         (lambda: nn.Scheduled("sqrt_dim", "dim", 10.0), TypeError, "steps: expected an int, got float 10.0"),
         (lambda: nn.Scheduled("sqrt_dim", "dimm", 9), ValueError, "scaling: expected one of .*did you mean 'dim'"),
