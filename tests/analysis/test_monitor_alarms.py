@@ -120,7 +120,8 @@ def test_a_loss_that_is_not_finite_alarms_in_any_step(loss, tmp_path):
         with pytest.warns(RuntimeWarning, match="step 5: loss"):
             monitor.step(loss)
     assert [(one["step"], one["loss"]) for one in lines(file)] == [(0, 1.0), (2, None), (3, None), (5, None)]
-    assert [(one.step, one.new) for one in stood if one.measure == "loss"] == [(2, True), (3, False), (5, True)]
+    assert {one.measure for one in stood} == {"loss"}
+    assert [(one.step, one.new) for one in stood] == [(2, True), (3, False), (5, True)]
 
 
 def test_a_nan_in_one_head_alarms_and_a_layer_without_rows_does_not():

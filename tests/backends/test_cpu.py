@@ -209,7 +209,7 @@ def test_only_what_is_needed_is_computed():
         assert torch.equal(getattr(alone, asked), wanted), asked
 
 
-@pytest.mark.parametrize("mask", ["full", "causal ranges", "mask of keys", "everything"])
+@pytest.mark.parametrize("mask", MASKS)
 def test_where_values_cannot_be_read(mask, small_tiles, monkeypatch):
     monkeypatch.setattr(tiles, "readable", lambda device: False)
     check(make_call(**OPTIONS["all"], **MASKS[mask](2, 4, Q_LEN, K_LEN)))

@@ -10,7 +10,7 @@ from tritonattn.backends.triton import launch
 from tritonattn.kernels import KERNELS
 from tritonattn.tuning.config import Problem, Target, TileConfig
 
-CPU, SM_80 = torch.device("cpu"), Target("cuda", "80")
+CPU = torch.device("cpu")
 TILES = TileConfig(64, 64, 4, 2)
 
 

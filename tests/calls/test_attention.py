@@ -216,11 +216,7 @@ SHAPES = {
 }
 
 
-@pairwise(
-    scaling=KINDS,
-    shape=SHAPES,
-    backend=["auto", "triton", "sdpa", "reference"],
-)
+@pairwise(scaling=KINDS, shape=SHAPES, backend=["auto", "triton", "sdpa", "reference"])
 def test_nothing_to_compute(scaling, shape, backend):
     batch, heads, lengths = SHAPES[shape]
     leaves = operands(torch.float32, batch, heads, lengths)

@@ -99,7 +99,7 @@ ONE_HEAD = Made(lambda k, visibility, _: torch.tensor([1.0, 1.0, 1.001, 1.0])[:,
         (
             Made(one_of_keys, None, lambda k, _: 1 / k.shape[2]),
             "padding",
-            "factors .* change with the number of keys",
+            "factors .* change with the number of keys that padding hides: expected 0.2",
         ),
         (BOTH_LEAK, "causal", r"factors .* change with key \d+ in rows that do not see it"),
         (NO_GRADIENT, "full", r"the gradient of scales\(\) towards k differs from that of multiplier\(\)"),
@@ -135,6 +135,7 @@ def test_gradients_are_compared_where_none_are_recorded(mode):
     [
         ({"heads": 0}, ValueError, "heads: expected at least 1, got 0"),
         ({"heads": 2.0}, TypeError, r"heads: expected an int, got float 2\.0"),
+        ({"kv_heads": 0}, ValueError, "kv_heads: expected at least 1, got 0"),
         ({"heads": 3, "kv_heads": 2}, ValueError, "kv_heads: expected a number that divides heads = 3, got 2"),
         ({"head_dim": 0}, ValueError, "head_dim: expected at least 1, got 0"),
     ],

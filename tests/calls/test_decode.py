@@ -21,9 +21,10 @@ every_mode = pytest.mark.parametrize("mode", MODES)
 PAGES = (None, 16, 19)
 
 
+GAINS, SINKS = torch.tensor([[1.0], [-2.0], [0.5], [0.0]]), torch.tensor([0.1, -3.0, 2.0, 0.0])
 EXTRAS = {
     "plain": {},
-    "capped": {"gain": torch.tensor([[1.0], [-2.0], [0.5], [0.0]]), "softcap": 1.5, "sinks": torch.randn(4)},
+    "capped": {"gain": GAINS, "softcap": 1.5, "sinks": SINKS},
     "biases": {"key_bias": torch.linspace(-1, 1, 4 * 38, dtype=torch.float64).view(4, 38)},
     "biases of key heads": {"key_bias": torch.linspace(-1, 1, 4 * 38, dtype=torch.float64).view(2, 2, 38)},
     "a bias of all heads": {"key_bias": torch.linspace(-1, 1, 38, dtype=torch.float64)[None]},

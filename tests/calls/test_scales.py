@@ -1,4 +1,4 @@
-"""Scales at their edges: sharp softmaxes in 16 bits, 16-bit scales, rows without keys, formulas that are wrong."""
+"""Scales at their edges: sharp softmaxes in 16 bits, 16-bit scales, sums of gradients, rows without keys."""
 
 import pytest
 import torch

@@ -13,8 +13,6 @@ from tritonattn.cli import main as cli
 from tritonattn.integrations import hub_kernel
 from tritonattn.integrations.hub_kernel import BACKENDS
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tritonattn.backends.triton import launch
-from tritonattn.tuner.search import Effort
 from tritonattn.tuner.workload import Size, Workload
 from tritonattn.tuning.config import TileConfig
 from tritonattn.tuning.table import SCALES, Key
@@ -12,7 +11,6 @@ from tritonattn.tuning.table import SCALES, Key
 SMALL = Size(batch=1, heads=2, length=24)
 OF_A_GROUP = Size(batch=1, heads=4, length=40, group=2)
 BEST, OTHER = TileConfig(16, 16, 4, 1), TileConfig(32, 16, 4, 1)
-QUICK = Effort(timed=2, rounds=2, warm_up=0)
 
 
 def keys() -> list[Key]:

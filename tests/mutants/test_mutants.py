@@ -52,7 +52,7 @@ def test_a_fault_is_caught(why_not_caught):
     ],
     ids=["nothing changes", "another error", "it hangs"],
 )
-def test_is_no_catch(fault, said, why_not_caught, monkeypatch):
+def test_other_outcomes_are_no_catch(fault, said, why_not_caught, monkeypatch):
     if "sleep" in fault:
         monkeypatch.setattr(runner, "SECONDS", 2)
     mutant = Mutant("scaling/counts.py", "none", "n.clamp(min=1).log())", fault, COUNTS)

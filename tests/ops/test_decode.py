@@ -1,4 +1,4 @@
-"""tritonattn::decode under opcheck, torch.compile, torch.func and fake tensors; and what attention_decode refuses."""
+"""tritonattn::decode under opcheck, torch.compile, torch.func and fake tensors; and the pages that it needs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Each phase of `python -m perf gpu`, rehearsed on a stub driver; after one that fails the next one runs."""
+"""`python -m perf gpu` on a stub driver: its first phase, the order and time of all, and what follows a failure."""
 
 import ast
 import os

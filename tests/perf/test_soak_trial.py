@@ -34,6 +34,7 @@ def test_right_results_pass():
     ("spoil", "message"),
     [
         (lambda out, aux: (out + 1e-4, aux), "out: expected an error of at most"),
+        (lambda out, aux: (out, aux._replace(lse=aux.lse + 1e-3)), "lse: expected"),
         (lambda out, aux: (out, aux._replace(entropy=aux.entropy + 1e-3)), "entropy: expected"),
         (lambda out, aux: (out, aux._replace(max_logit=aux.max_logit.clamp(min=-1e30))), "max_logit: expected -inf"),
         (lambda out, aux: (out.masked_fill(out == 0, torch.nan), aux), "out: expected finite values"),

@@ -84,6 +84,11 @@ def _longest(real, visibility):
     return n.amax(0, keepdim=True).expand_as(n)
 
 
+def _one_less(real, visibility):
+    """Every row counts one key less."""
+    return (real(visibility) - 1).clamp(min=1)
+
+
 def _of_chunk(real, visibility):
     """Rows count keys from the start of the chunk."""
     rows = visibility.sequences.q_starts.diff().tolist()
@@ -97,6 +102,7 @@ def _only_new(real, row_ends, key_ends, *bounds):
 
 FAULTS = {
     "n of the longest sequence": (decode_call._CacheVisibility, "counts", _longest),
+    "n - 1": (decode_call._CacheVisibility, "counts", _one_less),
     "n of the chunk": (Visibility, "counts", _of_chunk),
     "old keys of a chunk are left out": (backend, "Packing", _only_new),
 }

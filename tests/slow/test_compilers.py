@@ -43,16 +43,13 @@ def test_inductor_of_a_decode_step():
 
 def test_compile_dynamic_shapes_of_a_mask():
     def function(q, k, mask):
-        return tritonattn.attention(q, k, k, scaling="key_norm_sum", mask=mask)
+        return tritonattn.attention(q, k, k, scaling="key_norm_sum", mask=mask).square().sum()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     for batch, q_len, k_len in ((1, 6, 15), (2, 7, 17)):
-        q, k, mask = (
-            torch.randn(batch, 2, q_len, 8),
-            torch.randn(batch, 2, k_len, 8),
-            torch.rand(batch, 1, q_len, k_len),
-        )
-        torch.testing.assert_close(compiled(q, k, mask > 0.3), function(q, k, mask > 0.3))
+        leaves = tuple(torch.randn(batch, 2, length, 8, requires_grad=True) for length in (q_len, k_len))
+        mask = torch.rand(batch, 1, q_len, k_len) > 0.3
+        assert_same_gradients(partial(compiled, mask=mask), partial(function, mask=mask), leaves)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")

@@ -18,7 +18,7 @@ from tritonattn.core.visibility import Visibility
 
 from .packed import offsets
 
-# One mode of every kind: a constant, counts, sums, squares in fp64, maxima, both scales.
+# One mode of every kind: a constant, counts, positions, sums, squares in fp64, maxima, both scales.
 KINDS = ("dim", "log_key_count", "llama4", "key_norm_mean", "key_norm_rms", "key_norm_max", "cosine")
 
 

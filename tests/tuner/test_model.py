@@ -11,7 +11,7 @@ from tritonattn.tuner.machine_code import MachineCode, MmaLoop
 from tritonattn.tuner.model import Rates, cycles, utilisation
 from tritonattn.tuning.config import Problem, Target, TileConfig
 
-SM_80, GFX942 = Target("cuda", "80"), Target("hip", "gfx942")
+SM_80 = Target("cuda", "80")
 PROBLEM = Problem(64, 64, torch.bfloat16, right=True)
 CONFIG = TileConfig(128, 64, 8, 2)
 # On an A100 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
