@@ -286,10 +286,13 @@ def test_autocast_leaves_float64():
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_autocast_of_a_decode_step(backend):
     q, k, v = (x.detach() for x in operands(torch.float32, lengths=(2, 7)).values())
-    options = {"key_lengths": torch.tensor([4, 7]), "scaling": "key_norm_mean", "backend": backend}
-    with torch.autocast("cpu", torch.bfloat16):
-        out = tritonattn.attention_decode(q, k, v, **options)
-    assert torch.equal(out, tritonattn.attention_decode(*(x.bfloat16() for x in (q, k, v)), **options))
+    lengths, statistics = torch.tensor([4, 7]), tritonattn.KeyStatistics(2, 2, 7)
+    statistics.append(k.bfloat16(), lengths)
+    for record in (None, statistics):
+        options = {"key_lengths": lengths, "statistics": record, "scaling": "key_norm_mean", "backend": backend}
+        with torch.autocast("cpu", torch.bfloat16):
+            out = tritonattn.attention_decode(q, k, v, **options)
+        assert torch.equal(out, tritonattn.attention_decode(*(x.bfloat16() for x in (q, k, v)), **options))
 
 
 @settings(max_examples=60, deadline=None)
