@@ -7,6 +7,8 @@ import torch
 
 from tests.support.packed import Packed
 from tests.support.paged_calls import check_appends, paged_call
+from tests.support.pages import PagedBatch
+from tritonattn import attention_varlen
 from tritonattn.backends import triton as triton_backend
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -30,6 +32,18 @@ def test_bits_of_the_contiguous_form(name, device, launched):
     for result, other in zip(found, expected, strict=True):
         assert torch.equal(result, other)
     assert [kernel for kernel, _ in launched] == ["attention_forward"] * 2
+
+
+@torch.no_grad()
+def test_the_public_call(device):
+    batch = PagedBatch(ROWS.q_lengths, ROWS.k_lengths, 21, dtype=torch.float32)
+    paged, contiguous = (
+        {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        for arguments in (batch.arguments(), batch.contiguous())
+    )
+    options = {"scaling": "key_norm_mean", "causal": True}
+    found = attention_varlen(**paged, **options, backend="triton")
+    torch.testing.assert_close(found, attention_varlen(**contiguous, **options, backend="reference"))
 
 
 def test_offsets_past_int32(device):
