@@ -126,7 +126,7 @@ SELECT = {
 
 
 def test_arguments_that_select_other_code(kernel):
-    """None of the lengths does, which come first."""
+    """Lengths, which come first, select none."""
     for length in (5, 1, 15, 16, 1000):
         device.launch_on(CUDA, kernel, (1, 1, 1), arguments(K, k_len=length), TILES)
     for number, (name, changed) in enumerate(SELECT.items()):

@@ -13,7 +13,7 @@ from tritonattn.distributed import context_parallel_attention
 SIZES = Sizes(length=512, q_heads=8, kv_heads=4, head_dim=128, itemsize=2)
 
 
-@in_turn(method=METHODS, layout=LAYOUTS)
+@in_turn(method=[*METHODS, "ring"], layout=LAYOUTS)
 def test_bytes_are_those_of_the_formula(method, layout, pool):
     for rank in pool.run(on_a_rank, 4, method, layout, SIZES, 1):
         assert rank.sent == sent_by_formula(method, 4, SIZES)

@@ -71,7 +71,7 @@ def test_attention(gpu, case, emulate):
 def test_keys_and_values_with_means(emulate):
     """delta's error reaches d_q times the mean key, so delta must not come from an output of 16 bits.
 
-    Its code is that of the next test.
+    The next test takes the same code.
     """
     emulate(GPU(80), SMALL)
     tensors = harness.inputs(BFLOAT, CPU, batch=1, kv_heads=2, group=1, q_len=40, k_len=56, scales=("sinks",))

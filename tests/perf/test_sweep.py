@@ -55,7 +55,7 @@ def test_peers_that_cannot_are_named_with_the_reason(tmp_path, capsys):
 
 @pytest.mark.parametrize(("suite", "wrong"), [("forward", "out"), ("backward", "gradient of v"), ("accuracy", "out")])
 def test_a_wrong_result_of_ours_fails_the_run(suite, wrong, tmp_path, monkeypatch):
-    """Those of packed sequences and of decoding steps: test_contest.py."""
+    """test_contest.py spoils packed sequences and decoding steps."""
     right = tritonattn.attention
 
     def chosen(q, k, v, *, backend, **options):

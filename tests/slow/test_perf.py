@@ -1,4 +1,4 @@
-"""The preflight, the long phases of `python -m perf gpu`, and plots and reports of every suite."""
+"""The preflight, some long phases of `python -m perf gpu`, and plots and reports of every suite."""
 
 import re
 from functools import partial

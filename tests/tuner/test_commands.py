@@ -75,7 +75,7 @@ def test_a_model_ranks_head_dims_that_are_multiples_of_16(on_h100, user, capsys)
 
 
 def test_measured_entries_and_other_keys_are_kept(user, capsys):
-    """But those of other kernels."""
+    """Entries that were found for other code of the kernels are not."""
     measured = Entry(TileConfig(128, 64, 4, 2), "measured", {"milliseconds": 1.0})
     other = Key("decode", 64, "none", "long")
     before = {KEYS[0]: measured, other: Entry(TileConfig(16, 64, 4, 2), "static", {})}
