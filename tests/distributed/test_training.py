@@ -21,7 +21,7 @@ from tests.distributed.models import HEADS, by_heads, llama, sharded, tokens
 from tritonattn.core.shards import whole
 from tritonattn.huggingface import patched
 
-STEPS = 8
+STEPS = 20
 
 
 def trained(model: Any, part, ranks: int = 1, shared=None) -> list[float]:
