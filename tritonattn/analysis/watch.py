@@ -109,7 +109,9 @@ class Watch:
         name, module = self._running.modules[-1]
         if not (module.training or call.out.requires_grad):
             return
-        tally = self.tallies.setdefault(name, Tally(head_part(module)))  # at once: threads share a layer
+        if name not in self.tallies:
+            self.tallies.setdefault(name, Tally(head_part(module)))  # at once: threads share a layer
+        tally = self.tallies[name]
         tally.follow_gradients(call)
         if not _in_backward():
             tally.add(call)
