@@ -263,44 +263,28 @@ def walk_keys(
         None if keys.pages is None else begin_pages(keys.pages, place.member),
     )
     sight = Sight(place, rows, view, None if sight.mask is None else begin(sight.mask, batch, head, 0))
-    FIRST: tl.constexpr = 1 if INVARIANT and view.left is None and view.key_ranges is None else 0
-    if walk is None:
+    GIVEN: tl.constexpr = walk is not None
+    FIRST: tl.constexpr = 1 if INVARIANT and not GIVEN and view.left is None and view.key_ranges is None else 0
+    if not GIVEN:
         walk = walk_over_keys(rows, batch, view, BLOCK_N, sight.mask is not None)
-        for turn in tl.static_range(FIRST, 3 if INVARIANT else 2):
-            if turn != 1 or sight.mask is None:
-                state = _walk_blocks(
-                    state,
-                    STEP,
-                    terms,
-                    q,
-                    keys,
-                    sight,
-                    part_of_walk(walk, turn) if INVARIANT else walk,
-                    HEAD_DIM,
-                    VALUE_DIM,
-                    BLOCK_DV,
-                    BLOCK_N,
-                    WIDE,
-                    SUMS,
-                    turn != 1,
-                    INVARIANT,
-                )
-    else:
-        state = _walk_blocks(
-            state,
-            STEP,
-            terms,
-            q,
-            keys,
-            sight,
-            walk,
-            HEAD_DIM,
-            VALUE_DIM,
-            BLOCK_DV,
-            BLOCK_N,
-            WIDE,
-            SUMS,
-            True,
-            INVARIANT,
-        )
+    for turn in tl.static_range(FIRST, 1 if GIVEN else 3 if INVARIANT else 2):
+        if turn != 1 or sight.mask is None:
+            part = part_of_walk(walk, turn) if INVARIANT and not GIVEN else walk
+            state = _walk_blocks(
+                state,
+                STEP,
+                terms,
+                q,
+                keys,
+                sight,
+                part,
+                HEAD_DIM,
+                VALUE_DIM,
+                BLOCK_DV,
+                BLOCK_N,
+                WIDE,
+                SUMS,
+                turn != 1,
+                INVARIANT,
+            )
     return state, walk
