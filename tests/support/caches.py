@@ -38,7 +38,8 @@ class GrowingCache:
         else:
             each = -(-capacity // page)
             capacity = each * page
-            numbers = torch.randperm(batch * each + 3, generator=torch.Generator().manual_seed(1))
+            fixed = torch.Generator().manual_seed(1)  # a CPU's, whatever torch's default device
+            numbers = torch.randperm(batch * each + 3, generator=fixed, device="cpu")
             self.numbers = numbers[: batch * each].view(batch, each).to(keys.device)
             slots = (batch * each + 3, page, kv_heads)
         self.k = keys.new_full((*slots, head_dim), torch.nan)
