@@ -1,5 +1,7 @@
 """`patch`: its changes, the layers that it leaves alone, its report and its undo."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -71,6 +73,15 @@ def test_layers_left_out_keep_their_own_numbers(implementation, padding):
     assert [layer.config for layer in layers] == configs
     torch.testing.assert_close(outputs[-1][seen], outputs[1][seen], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(got[seen], wanted[seen], atol=1e-3, rtol=1e-3)
+
+
+def test_layers_left_out_keep_their_scaling_under_an_implementation_chosen_later():
+    network = LLAMA.build("sdpa")
+    with patch(network, scaling="none", layers=[1]):
+        wanted = logits(network)
+        network.set_attn_implementation(NAME)
+        for one in (network, copy.deepcopy(network)):
+            torch.testing.assert_close(logits(one), wanted, atol=1e-3, rtol=1e-3)
 
 
 @in_turn(

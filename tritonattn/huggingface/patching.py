@@ -28,7 +28,17 @@ from .architecture import (
 from .attention import NAME
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, state_masks
 from .scalings import make_scaling, to_config
-from .settings import ATTRIBUTE, LAYERS, MARK, LayerScaling, Settings, is_gain_shape, layer_scaling, remove_abandoned
+from .settings import (
+    ATTRIBUTE,
+    LAYERS,
+    MARK,
+    AppliedLayers,
+    LayerScaling,
+    Settings,
+    is_gain_shape,
+    layer_scaling,
+    remove_abandoned,
+)
 from .weights import note_wanted_weights
 
 _HANDLE = "_tritonattn_patched"
@@ -227,7 +237,7 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
     for root in outermost_models(model).values():
         inside = {id(module) for module in root.modules()}
         mine = [one for one in found if one.name in plans and id(one.module) in inside]
-        saved = {one.own_name: plans[one.name].to_config() for one in mine}
+        saved = AppliedLayers({one.own_name: plans[one.name].to_config() for one in mine})
         if saved:
             setattr(root.config, ATTRIBUTE, {LAYERS: saved})
             setattr(root.config, SAVED_IMPLEMENTATION, NAME)
