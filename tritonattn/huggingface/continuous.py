@@ -115,7 +115,7 @@ def _refuse_dropped_softcap(model: nn.Module) -> None:
             raise NotImplementedError(
                 f"layers: continuous batching of a model with a softcap needs all its layers patched, got"
                 f" {one.name} left to transformers, whose eager attention drops its softcap {softcap:g} there: patch"
-                " all layers, with \"sqrt_dim\" those that are to stay as they are, or use generate()"
+                ' all layers, with "sqrt_dim" those that are to stay as they are, or use generate()'
             )
 
 
