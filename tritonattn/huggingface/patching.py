@@ -207,8 +207,12 @@ def patch(
 
 
 def patched(model: nn.Module) -> Patched | None:
-    """The `Patched` of a model, also of one that was loaded with its patch; None if it is not patched."""
-    return model.__dict__.get(_HANDLE)
+    """The `Patched` of a model, also of one that was loaded with its patch; None if it is not patched.
+
+    A module that wraps a patched transformers model (PEFT's, DDP, torch.compile's) has that model's.
+    """
+    inside = [one.__dict__[_HANDLE] for one in outermost_models(model).values() if _HANDLE in one.__dict__]
+    return model.__dict__.get(_HANDLE, inside[0] if len(inside) == 1 else None)
 
 
 def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling], copied: bool) -> Patched:
