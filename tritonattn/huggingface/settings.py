@@ -20,7 +20,7 @@ LAYERS = "layers"
 MARK = "needs_tritonattn"  # a tensor among saved weights, at which loaders without tritonattn stop or warn
 
 
-class AppliedLayers(dict[str, Any]):
+class AppliedLayers(dict[Any, Any]):
     """Settings by layer in the config of a model that has them: its other layers have the model's own scaling."""
 
 
