@@ -156,9 +156,10 @@ def patch(
     Args:
         model: A transformers model whose attention goes through transformers' AttentionInterface, a module that wraps
             one (PEFT's), or a part of one, such as one layer. Layers go by their names in this module.
-        scaling: A name in `tritonattn.SCALINGS`, a `Scaling`, a class of them, or a float. An nn.Module is copied for
-            every layer; a class of modules is made for every layer with its number of query heads. None keeps the
-            model's.
+        scaling: A name in `tritonattn.SCALINGS` or `tritonattn.nn.LEARNED`, a `Scaling`, a class of them, or a float.
+            A learned name or a class of modules is made for every layer with its number of query heads; those of
+            nn.LEARNED start at sqrt_dim, where the model is (learned_cosine cannot). An nn.Module is copied for every
+            layer with its own start. None keeps the model's.
         layers: The modules to patch. None is all; a layer's number, from 0, or from the end, -1 being the last (in
             encoder-decoders both layers of that number); a name, the name of a module above, or a pattern of names as
             in the shell; several of these; or a dict from these to a scaling or to {"scaling": ..., "gain": ...,
