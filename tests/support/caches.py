@@ -1,5 +1,7 @@
 """A KV cache into which whole sequences are written step by step, with NaN wherever nothing has been written."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -99,3 +101,16 @@ class GrowingCache:
         if self.record is not None:
             arguments["statistics"] = self.record
         return arguments
+
+
+def check_cuts(k: Tensor, cuts: list[tuple[int, ...]], append: Callable[[Tensor, tritonattn.KeyStatistics], None]):
+    """Bits of a `KeyStatistics` after the keys k [B, Hkv, n, D] were appended in pieces, the same for each cut."""
+    found = []
+    for pieces in cuts:
+        statistics = tritonattn.KeyStatistics(*k.shape[:3], device=k.device)
+        for new in k.split(pieces, dim=2):
+            append(new, statistics)
+        found.append(statistics._buffers())
+    for buffers in zip(*found, strict=True):
+        for other in buffers[1:]:
+            assert torch.equal(buffers[0][..., : k.shape[2] + 1], other[..., : k.shape[2] + 1])
