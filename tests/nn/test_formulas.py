@@ -93,7 +93,7 @@ AT_SQRT_DIM = {
 @pytest.mark.parametrize("name", AT_SQRT_DIM)
 def test_a_start_at_sqrt_dim_is_that_mode_and_learns_at_once(name):
     """Also for a row of one key, whose probability is not 1 beside a sink."""
-    scaling, leaves = AT_SQRT_DIM[name](), operands(torch.float32)
+    scaling, leaves = AT_SQRT_DIM[name](), operands(torch.float32, lengths=(7, 7))
     sinks, found = torch.linspace(-1, 1, 4), []
     for mode in (scaling, "sqrt_dim"):
         for backend in ("sdpa", "reference"):
