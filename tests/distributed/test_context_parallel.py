@@ -98,6 +98,37 @@ def errors(
     return {name: ((a.double() - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 
 
+def with_a_hostile_token(rank: int, size: int, method: str) -> None:
+    """A NaN, infinite or very long key does not reach the rows before it, nor a large gradient the keys behind it.
+
+    A batch entry for every kind of token and every place.
+    """
+    mesh, length = DeviceMesh("cpu", list(range(size))), 12
+    if rank >= size:
+        return
+    place = torch.arange(length).repeat(4)
+    torch.manual_seed(0)
+    *whole, d_out = (torch.randn(len(place), heads, length, 4, dtype=torch.float64) for heads in (6, 2, 2, 6))
+    values = torch.tensor([torch.nan, torch.inf, 1e15, 1e15], dtype=torch.float64).repeat_interleave(length)
+    for x, entries in ((whole[1], slice(0, 3 * length)), (d_out, slice(3 * length, None))):
+        x[torch.arange(len(place))[entries], :, place[entries]] = values[entries, None, None]
+    before, behind = (compare(torch.arange(length), place[:, None]) for compare in (torch.lt, torch.gt))
+    for scaling in ("key_norm_sum", "key_norm_mean", "key_norm_rms", "key_norm_l2"):
+        one = leaves(*whole)
+        out = tritonattn.attention(*one, scaling=scaling, causal=True)
+        out.backward(d_out)
+        wanted = [out.detach(), *(x.grad for x in one)]
+        assert out.mT.isfinite()[before[:, None, None].expand_as(out.mT)].all()
+        for layout in LAYOUTS:
+            own = leaves(*(shard(x, mesh=mesh, layout=layout) for x in whole))
+            got = context_parallel_attention(*own, mesh=mesh, method=method, layout=layout, scaling=scaling, causal=True)
+            got.backward(shard(d_out, mesh=mesh, layout=layout))
+            for mine, x, there in zip([got, *(x.grad for x in own)], wanted, 2 * [before] + 2 * [behind], strict=True):
+                x, there = shard(x, mesh=mesh, layout=layout), shard(there, mesh=mesh, layout=layout, dim=1)
+                there = there[:, None, :, None] & x.isfinite()
+                torch.testing.assert_close(mine[there], x[there], rtol=0, atol=1e-12)
+
+
 def aux_and_repetition(rank: int, method: str) -> None:
     """`AttentionAux` in fp32 is that of one process, and a second call gives the same bits, gradients included."""
     mesh = mesh_of(dist.get_world_size())
@@ -230,6 +261,12 @@ def check(pool, allowed, *place, **options):
 @pairwise(size=(2, 4), method=METHODS, layout=LAYOUTS, mask=MASKS, scaling=MODES)
 def test_results_and_gradients(size, method, layout, mask, scaling, pool):
     check(pool, 1e-12, size, method, layout, mask, scaling)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_do_not_depend_on_keys_behind_them(method, size, pool):
+    pool.run(with_a_hostile_token, size, method)
 
 
 @pytest.mark.parametrize("method", METHODS)
