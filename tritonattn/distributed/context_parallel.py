@@ -18,6 +18,7 @@ from ..core.call import AttentionCall, Logits
 from ..core.invariance import refuse_over_ranks
 from ..scaling import Scaling
 from . import by_heads, gathered, ring
+from .agreement import require_agreement
 from .layout import Split
 from .sequence import Settings, SharedSequence, logits_of
 
@@ -114,6 +115,9 @@ def context_parallel_attention(
     backend = choose_backend(q, k, v, options)
     if backend == "reference":
         raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
+    of_ranks = {"method": method, "layout": layout, "reduce_dtype": reduce_dtype, "head_group": head_group}
+    alike = options._asdict() | {"q": q, "k": k, "v": v, "scaling": scaling, "gain": gain, "cu_seqlens": cu_seqlens}
+    require_agreement(split, "context_parallel_attention", **alike, **of_ranks)
     with autocast_off:
         keep_rounding = v.dtype.itemsize == 2 and needs_graph(q, k, v)
         if keep_rounding:

@@ -24,6 +24,7 @@ from ..core.statistics import Statistics
 from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
 from . import collectives
+from .agreement import require_agreement
 from .layout import Split
 from .sequence import share_beside_sinks
 
@@ -102,6 +103,9 @@ def context_parallel_decode(
     backend = choose_backend(q, k, v, Options(backend=backend))
     if backend == "reference":
         raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
+    cache = {"k_cache": k, "v_cache": v, "key_lengths": key_lengths}
+    alike = options._asdict() | {"q": q, **cache, "scaling": scaling, "gain": gain}
+    require_agreement(split, "context_parallel_decode", **alike)
     left, _ = window_sides(window)
     visible = _PartVisibility(
         q.shape[0],

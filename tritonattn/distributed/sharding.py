@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..calls.checks import check_tensor, shape_of
 from . import collectives
+from .agreement import require_agreement
 from .layout import Split
 
 
@@ -73,4 +74,5 @@ def unshard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int
     """
     split = Split.of(mesh, layout)
     check_tensor("x", x, "[..., S / P, ...]")
+    require_agreement(split, "unshard", x=x, layout=layout, dim=dim)
     return collectives.gather(x, split, dim)
