@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import tritonattn
 from tests.support.pairs import in_turn, pairwise
@@ -183,6 +184,15 @@ def round_trip(rank: int) -> None:
         shard(x[..., :12], mesh=mesh, layout="zigzag")
 
 
+def without_tokens(rank: int) -> None:
+    mesh = mesh_of(dist.get_world_size())
+    for method in METHODS:
+        x = torch.zeros(1, HEADS, 0, DIM, requires_grad=True)
+        out = context_parallel_attention(x, x, x, mesh=mesh, method=method, scaling="key_norm_max", layout="zigzag")
+        out.sum().backward()
+        assert out.shape == x.grad.shape == x.shape
+
+
 def refused(rank: int) -> None:
     """Every rank refuses before it sends anything."""
     mesh = mesh_of(dist.get_world_size())
@@ -194,6 +204,20 @@ def refused(rank: int) -> None:
     for offsets, message in (([0, 9, 3], "that do not fall, got 3 after 9"), ([0, 999], "of at most S = 48, got 999")):
         with pytest.raises(ValueError, match=f"cu_seqlens: expected offsets {message}"):
             context_parallel_attention(q, k, v, mesh=mesh, cu_seqlens=torch.tensor(offsets).int())
+    sharded = distribute_tensor(q, mesh, [Shard(1)])
+    message = (
+        r": expected a plain tensor, got a DTensor placed \(S(hard)?\((dim=)?1\)\) on a mesh of \(4,\);"
+        r" \w+.to_local\(\) is this rank's part, \w+.full_tensor\(\) the whole"
+    )
+    for name, call in {
+        "k": lambda: context_parallel_attention(q, sharded, v, mesh=mesh),
+        "k_cache": lambda: decoded(q, sharded),
+        "x": lambda: shard(sharded, mesh=mesh),
+    }.items():
+        with pytest.raises(TypeError, match=name + message):
+            call()
+    with pytest.raises(TypeError, match=r"got ProcessGroup; DeviceMesh.from_group\(group, device_type\) makes one"):
+        shard(q, mesh=mesh.get_group())
     with pytest.raises(TypeError, match=r"q: expected a tensor \[B, Hq, Sq, D\], got NoneType"):
         decoded(None, k)
     with pytest.raises(ValueError, match=r"k_cache: expected 4 axes \[B, Hkv, capacity, D\], got 3"):
@@ -360,6 +384,10 @@ def test_one_graph_of_a_compiler(method, pool):
 
 def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(pool):
     pool.run(round_trip)
+
+
+def test_no_tokens(pool):
+    pool.run(without_tokens)
 
 
 def test_every_rank_refuses(pool):

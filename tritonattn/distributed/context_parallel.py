@@ -19,7 +19,7 @@ from ..core.invariance import refuse_over_ranks
 from ..scaling import Scaling
 from . import by_heads, gathered, ring
 from .agreement import require_agreement
-from .layout import Split
+from .layout import Split, refuse_dtensors
 from .sequence import Settings, SharedSequence, logits_of
 
 _METHODS = {"allgather": gathered.attention, "alltoall": by_heads.attention, "ring": ring.attention}
@@ -80,7 +80,8 @@ def context_parallel_attention(
         [B, Hq, S / P, Dv]; with return_aux also the rows' `AttentionAux`. At one P repetitions give the same bits.
 
     Raises:
-        TypeError, ValueError: As `attention`; a mesh, method or layout; heads that P does not divide.
+        TypeError, ValueError: As `attention`; a mesh, method or layout; heads that P does not divide; a DTensor; on
+            every rank, arguments that differ by rank, in the first call of a kind.
         NotImplementedError: backend "reference".
 
     >>> import torch, torch.distributed as dist
@@ -107,6 +108,7 @@ def context_parallel_attention(
         backend=backend,
     )
     refuse_over_ranks(None)
+    refuse_dtensors(q=q, k=k, v=v, key_bias=key_bias)
     (q, k, v), autocast_off = autocast(q, k, v)
     check(q, k, v, options)
     split = Split.of(mesh, layout)
