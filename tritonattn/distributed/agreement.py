@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.distributed import DebugLevel, get_debug_level  # pyright: ignore[reportPrivateImportUsage]
 
-from ..calls.checks import kind_of
+from ..calls.checks import Options, kind_of
 from ..scaling import Scaling
 from .collectives import all_gather
 from .layout import Split
@@ -26,8 +27,10 @@ _SHOWN = 8  # ranks by number in an error
 _compared: WeakKeyDictionary[dist.ProcessGroup, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
-def require_agreement(split: Split, function: str, **arguments: Any) -> None:
+def require_agreement(split: Split, function: str, options: Options, **others: Any) -> None:
     """Raise ValueError on every rank unless all call `function` with arguments of one kind.
+
+    others   the arguments beside `options`, one of them a tensor
 
     A tensor's kind is its dtype and shape, a scaling's its class; of anything else it is the value. Each rank remembers
     the kinds of a group's calls, and communicates where one is new: it is so on all ranks, as long as they agree. Where
@@ -36,11 +39,12 @@ def require_agreement(split: Split, function: str, **arguments: Any) -> None:
     """
     if split.size == 1 or torch.compiler.is_compiling():
         return
-    one = next(x for x in arguments.values() if isinstance(x, Tensor))
+    one = next(x for x in others.values() if isinstance(x, Tensor))
     if isinstance(one, FakeTensor) or (one.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
+    arguments = options._asdict() | others
     known, kind = _compared.setdefault(split.group, set()), (function, *map(_kind, arguments.values()))
-    if kind not in known or dist.get_debug_level() == dist.DebugLevel.DETAIL:
+    if kind not in known or get_debug_level() == DebugLevel.DETAIL:
         _compare(split, one.device, {"function": function} | {name: _shown(x) for name, x in arguments.items()})
         known.add(kind)
 

@@ -118,8 +118,8 @@ def context_parallel_attention(
     if backend == "reference":
         raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
     of_ranks = {"method": method, "layout": layout, "reduce_dtype": reduce_dtype, "head_group": head_group}
-    alike = options._asdict() | {"q": q, "k": k, "v": v, "scaling": scaling, "gain": gain, "cu_seqlens": cu_seqlens}
-    require_agreement(split, "context_parallel_attention", **alike, **of_ranks)
+    alike = {"q": q, "k": k, "v": v, "scaling": scaling, "gain": gain, "cu_seqlens": cu_seqlens, **of_ranks}
+    require_agreement(split, "context_parallel_attention", options, **alike)
     with autocast_off:
         keep_rounding = v.dtype.itemsize == 2 and needs_graph(q, k, v)
         if keep_rounding:

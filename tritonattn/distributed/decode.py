@@ -106,8 +106,7 @@ def context_parallel_decode(
     if backend == "reference":
         raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
     cache = {"k_cache": k, "v_cache": v, "key_lengths": key_lengths}
-    alike = options._asdict() | {"q": q, **cache, "scaling": scaling, "gain": gain}
-    require_agreement(split, "context_parallel_decode", **alike)
+    require_agreement(split, "context_parallel_decode", options, q=q, **cache, scaling=scaling, gain=gain)
     left, _ = window_sides(window)
     visible = _PartVisibility(
         q.shape[0],
