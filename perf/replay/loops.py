@@ -1,0 +1,72 @@
+"""The loop of a compiled kernel that the replay runs: its instructions with control codes, and what its PTX says."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from triton.compiler import CompiledKernel
+
+from tritonattn.tuner.control_flow import Instruction, Listing, Span, innermost, loops, parse_ptx
+from tritonattn.tuner.machine_code import MachineCode, MmaLoop, disassemble, instruction_class, read_machine_code
+
+from .control import Control, parse_with_controls
+
+_COMMIT = "wgmma.commit_group"
+_EXPECT = re.compile(r"mbarrier\.arrive\.expect_tx.*,\s*(\d+);")
+
+
+class HotLoop(NamedTuple):
+    """The loop over blocks without a mask.
+
+    body          instructions of an iteration, in order
+    labels        indices in the body of the instructions behind the labels inside it
+    work          the loop's work, `MmaLoop`
+    products      of the source, in an iteration: groups of wgmma that the PTX commits; 0 without wgmma
+    request_bytes that an iteration asks of the TMA, of the whole program
+    """
+
+    body: list[tuple[Instruction, Control]]
+    labels: dict[str, int]
+    work: MmaLoop
+    products: int
+    request_bytes: int
+
+
+def hot_loop(compiled: CompiledKernel) -> tuple[MachineCode, HotLoop]:
+    """Read a kernel's code and find its loop over blocks without a mask."""
+    code = read_machine_code(compiled)
+    work = code.unmasked_loop
+    if work is None or code.mma_loops is None:
+        raise ValueError(f"kernel: expected a loop with tensor instructions, got none in {compiled.metadata.name}")
+    listing, controls = parse_with_controls(disassemble(compiled.asm["cubin"])[1])
+    number = code.mma_loops.index(work)
+    body, labels = loop_body(listing, controls, tensor_spans(listing)[number])
+    source = _source_loops(compiled.asm["ptx"])[number]
+    products = work.tiles * source.count(_COMMIT)
+    requested = work.tiles * sum(map(int, _EXPECT.findall(source)))
+    return code, HotLoop(body, labels, work, products, requested)
+
+
+def tensor_spans(listing: Listing) -> list[Span]:
+    """Find the loops that hold tensor instructions and no other such loop, in order."""
+    tensor = {index for index, one in enumerate(listing.instructions) if instruction_class(one) == "tensor"}
+    return innermost(loops(listing), tensor)
+
+
+def loop_body(
+    listing: Listing, controls: list[Control], span: Span
+) -> tuple[list[tuple[Instruction, Control]], dict[str, int]]:
+    """Return the instructions of a loop with their control codes, and the labels inside it as indices of the body."""
+    place = {index: number for number, index in enumerate(span.body)}
+    labels = {name: place[index] for name, index in listing.labels.items() if index in place}
+    return [(listing.instructions[index], controls[index]) for index in span.body], labels
+
+
+def _source_loops(ptx: str) -> list[str]:
+    """Return the text of the PTX's loops that hold MMAs and no other such loop, in order."""
+    source, lines = parse_ptx(ptx), ptx.splitlines()
+    mmas = {index for index, one in enumerate(source.instructions) if "mma" in one.opcode}
+    spans = innermost(loops(source), mmas)
+    ends = [[source.instructions[index].address for index in (span.body[0], span.body[-1])] for span in spans]
+    return ["\n".join(lines[first - 1 : last]) for first, last in ends]
