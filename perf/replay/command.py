@@ -29,8 +29,11 @@ from .kernel import ITERATIONS, WARM, Replay, replay
 from .loops import loop_body, tensor_spans
 from .operations import operations
 from .parameters import PARAMETERS
-from .scheduler import Scheduler, Warps
+from .scheduler import Scheduler, Timeline, Warps
 from .times import clocks_of_triton_tutorial, error_of_flash_attention_3
+
+# Decoding waits for memory, which the replay does not model.
+KERNELS = tuple(kernel for kernel in TILED_KERNELS if kernel != "decode")
 
 HEADING = """# Loops of the kernels, replayed
 
@@ -42,12 +45,12 @@ replayed by its own control codes; nothing ran. `{command}`.
   many programs run as a processor holds. Waits: share of a warp's time, by reason.
 - "asks late": an iteration waits for what the one before it, or it itself, asked for. "serialised": more waits for
   products than the source has.
-- Error: with the loops of FlashAttention-3 replayed so and taken for 1.085 times as long, its published times on an H100
+- Error: with loops of FlashAttention-3 replayed so and taken for 1.085 times as long, its published times on an H100
   are met with a mean error of {late} from 2,048 keys on, {all} over all 20. The published rates of Triton's tutorial
-  are those of the model at {low:.2f} to {high:.2f} GHz; its clock was not published. No time of another card was
-  compared, nor of these kernels: take shares of sm_90 for right within 15%, and differences of others for a ranking.
-- Not in the model: memory behind L2, the instruction cache, bank conflicts, power. Targets without wgmma or mma.sync
-  parameters (sm_100, sm_120) are bounded by the rates of their units and what loads leave exposed."""
+  are those of the model at {low:.2f} to {high:.2f} GHz; its clock was not published. No time of another card was compared,
+  nor of these kernels: shares of sm_90 may be off by 15%, and those of other targets rank configs.
+- Not in the model: memory behind L2 (so decoding is left out), the instruction cache, bank conflicts, power. sm_100
+  and sm_120 are not replayed but bounded, by the rates of their units and by what loads leave exposed."""
 
 
 class Case(NamedTuple):
@@ -68,7 +71,7 @@ def _problem(head_dim: int) -> Problem:
 def cases(targets: list[str], head_dims: tuple[int, ...], stages: tuple[int, ...]) -> list[Case]:
     """List every kernel's shipped config, and the same with other stages where that is legal."""
     found = []
-    for name, head_dim, kernel in product(targets, head_dims, TILED_KERNELS):
+    for name, head_dim, kernel in product(targets, head_dims, KERNELS):
         target, problem = Target.parse(name), _problem(head_dim)
         shipped = config_for(kernel, problem, target)
         configs = dict.fromkeys([shipped, *(with_fields(shipped, num_stages=count) for count in stages)])
@@ -121,12 +124,13 @@ def _remarks(found: Replay) -> list[str]:
     return remarks + (["serialised"] if found.is_serialised else [])
 
 
-def loops_of_binary(path: Path, function: str, warps: int, arch: str = "90") -> list[tuple[int, float, dict]]:
+def loops_of_binary(path: Path, function: str, warps: int) -> list[tuple[int, Timeline]]:
     """Replay the tensor loops of a function in a cubin from elsewhere, all of its loads taken to be there in time.
 
-    function    a part of its name. warps: of a program, those that run the loop. Return for each loop its number of
-    instructions, the clocks of an iteration of one program, and its waits.
+    function: a part of its name. warps: of its program, those that run the loop. Return each loop's number of
+    instructions, and its timeline while a processor holds one program.
     """
+    parameters = PARAMETERS["90"]
     listing = disassemble(path.read_bytes())[1]
     sections = [text for text in listing.split("\n\t.section\t.text.")[1:] if function in text.partition(",")[0]]
     if len(sections) != 1:
@@ -134,9 +138,9 @@ def loops_of_binary(path: Path, function: str, warps: int, arch: str = "90") -> 
     code, controls = parse_with_controls(sections[0])
     found = []
     for span in tensor_spans(code):
-        path_through = operations(*loop_body(code, controls, span), PARAMETERS[arch])
-        timeline = Scheduler(path_through, Warps(1, max(1, warps // 4)), PARAMETERS[arch]).run(ITERATIONS, WARM)
-        found.append((len(span.body), timeline.clocks, timeline.waits))
+        inside = operations(*loop_body(code, controls, span), parameters)
+        timeline = Scheduler(inside, Warps(1, max(1, warps // 4)), parameters).run(ITERATIONS, WARM)
+        found.append((len(span.body), timeline))
     return found
 
 
@@ -163,7 +167,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Compile, replay and print."""
     if arguments.cubin:
         found = loops_of_binary(arguments.cubin, arguments.function, arguments.warps)
-        rows = [[count, f"{clocks:.1f}", waits_text(waits)] for count, clocks, waits in found]
+        rows = [[count, f"{timeline.clocks:.1f}", waits_text(timeline.waits)] for count, timeline in found]
         print(table(rows, ["instructions", "clocks", "waits for"], left=0))
         return
     wanted = cases(arguments.targets, arguments.head_dims, arguments.stages)

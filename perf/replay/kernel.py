@@ -1,8 +1,8 @@
 """The replay of a compiled kernel's loop: share of the tensor rate, and what its warps wait for.
 
-Modelled. From shared caches on nothing is in it: memory behind L2, the instruction cache, bank conflicts, power. Loops
-of FlashAttention-3 on an H100 take 1.085 times as long as replayed; with that, published times are met within 2.8 % from
-2,048 keys on, and times of Triton's tutorial within 15 % (perf/replay/published.json). No other card was compared.
+Modelled. Memory behind L2, the instruction cache, bank conflicts and power are not in it. Published times on an H100
+are met as `times` says: loops take 1.085 times as long as replayed, and shares may be off by 15%. No other card was
+compared.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tritonattn.tuning.config import TileConfig
 from .exposed import bounded_clocks, flight
 from .loops import HotLoop, hot_loop
 from .operations import Operation, operations
-from .parameters import PARAMETERS
+from .parameters import PARAMETERS, Parameters
 from .scheduler import Scheduler, Timeline, Warps
 
 # Iterations that are replayed, and those of them that come before the figures.
@@ -36,7 +36,7 @@ class Replay:
                        barrier: of the program. scoreboard: an earlier result. fixed latency: stall counts. registers:
                        ports of the register file. fp32, integer, exp, mma, memory, uniform: the unit is taken.
                        issue: another warp issues
-    programs           that a processor holds at once
+    programs           that a processor holds at once; 0 where one does not fit, and the figures are of one that did
     products           wgmma groups of the source in an iteration
     product_waits      waits for them; more of them than products: ptxas serialised the products
     groups_in_flight   cp.async groups that may be outstanding behind the loop's first wait for them; None without
@@ -67,8 +67,8 @@ def replay(compiled: CompiledKernel, config: TileConfig, target: Target) -> Repl
     >>> from tritonattn.tuning import Problem, Target, compile_kernel, default_config
     >>> target, problem = Target.parse("sm_90"), Problem(64, 64, torch.bfloat16)
     >>> config = default_config("forward", problem, target)
-    >>> replay(compile_kernel("forward", problem, config, target), config, target).product_waits
-    2
+    >>> replay(compile_kernel("forward", problem, config, target), config, target).is_serialised
+    False
     """
     if target.arch not in RATES or target.backend != "cuda":
         raise ValueError(f"target: expected one of sm_{', sm_'.join(RATES)}, got {target.name}")
@@ -76,7 +76,8 @@ def replay(compiled: CompiledKernel, config: TileConfig, target: Target) -> Repl
     rates, parameters = RATES[target.arch], PARAMETERS.get(target.arch, PARAMETERS["90"])
     path = operations(loop.body, loop.labels, parameters)
     warps = config.num_warps
-    programs = max(1, programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, warps))
+    fitting = programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, warps)
+    programs = max(1, fitting)
     ahead = flight(path, config.num_stages)
     if target.arch in PARAMETERS:
         clocks, waits = _replayed(loop, path, config, programs, parameters)
@@ -88,7 +89,7 @@ def replay(compiled: CompiledKernel, config: TileConfig, target: Target) -> Repl
         clocks / loop.work.tiles,
         waits,
         code.registers,
-        programs,
+        fitting,
         loop.products,
         sum(one.act == "product wait" for one in path),
         ahead.groups,

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 from triton.compiler import CompiledKernel
 
-from tritonattn.tuner.control_flow import Instruction, Listing, Span, innermost, loops, parse_ptx
+from tritonattn.tuner.control_flow import Instruction, Listing, Span, innermost, loops, ptx_loops
 from tritonattn.tuner.machine_code import MachineCode, MmaLoop, disassemble, instruction_class, read_machine_code
 
 from .control import Control, parse_with_controls
-
-_COMMIT = "wgmma.commit_group"
-_EXPECT = re.compile(r"mbarrier\.arrive\.expect_tx.*,\s*(\d+);")
 
 
 class HotLoop(NamedTuple):
@@ -42,10 +38,11 @@ def hot_loop(compiled: CompiledKernel) -> tuple[MachineCode, HotLoop]:
     listing, controls = parse_with_controls(disassemble(compiled.asm["cubin"])[1])
     number = code.mma_loops.index(work)
     body, labels = loop_body(listing, controls, tensor_spans(listing)[number])
-    source = _source_loops(compiled.asm["ptx"])[number]
-    products = work.tiles * source.count(_COMMIT)
-    requested = work.tiles * sum(map(int, _EXPECT.findall(source)))
-    return code, HotLoop(body, labels, work, products, requested)
+    source = ptx_loops(compiled.asm["ptx"])[number]
+    products = sum(one.opcode.startswith("wgmma.commit_group") for one in source)
+    expected = (one.operands for one in source if one.opcode.startswith("mbarrier.arrive.expect_tx"))
+    requested = sum(int(operands.rpartition(",")[2]) for operands in expected)
+    return code, HotLoop(body, labels, work, work.tiles * products, work.tiles * requested)
 
 
 def tensor_spans(listing: Listing) -> list[Span]:
@@ -61,12 +58,3 @@ def loop_body(
     place = {index: number for number, index in enumerate(span.body)}
     labels = {name: place[index] for name, index in listing.labels.items() if index in place}
     return [(listing.instructions[index], controls[index]) for index in span.body], labels
-
-
-def _source_loops(ptx: str) -> list[str]:
-    """Return the text of the PTX's loops that hold MMAs and no other such loop, in order."""
-    source, lines = parse_ptx(ptx), ptx.splitlines()
-    mmas = {index for index, one in enumerate(source.instructions) if "mma" in one.opcode}
-    spans = innermost(loops(source), mmas)
-    ends = [[source.instructions[index].address for index in (span.body[0], span.body[-1])] for span in spans]
-    return ["\n".join(lines[first - 1 : last]) for first, last in ends]

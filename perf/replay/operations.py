@@ -1,4 +1,4 @@
-"""The instructions of a loop as the replay sees them: the unit each takes, for how long, and what it starts or awaits."""
+"""The instructions of a loop as the replay sees them: the unit that each takes, and what it starts or waits for."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _operation(
     instruction: Instruction, control: Control, operands: int, takes_turns: bool, parameters: Parameters
 ) -> Operation:
     kind = instruction_class(instruction)
-    if kind == "tensor":
+    if instruction.name in ("HMMA", "HGMMA"):
         return _product(instruction, control, parameters)
     act, amount, latency = _act(instruction, takes_turns, parameters)
     of_class = _CLASS_TIMINGS.get(kind) if not instruction.name.startswith("U") else _CLASS_TIMINGS["uniform"]

@@ -7,7 +7,7 @@ schedulers stands for all: of every warpgroup it has one warp, and units that th
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,9 +23,10 @@ _READ = 10
 
 
 class Warps(NamedTuple):
-    """Warps of a scheduler: `programs` with `each` of them; `ahead` polls of the loop lie between a request and its use.
+    """Warps of a scheduler: `programs` with `each` of them.
 
-    request_bytes    that one request of the TMA loads
+    ahead            polls from a request of the TMA to the one that waits for it
+    request_bytes    that one request loads
     """
 
     programs: int
@@ -46,7 +47,7 @@ class Deadlock(RuntimeError):
 
 
 class _Warp:
-    """A warp, and the clock from which its next operation may issue as far as the warp itself goes."""
+    """A warp; `own`: the clock from which on it could issue its next operation if all units were free."""
 
     def __init__(self, program: int, rank: int, start: float) -> None:
         self.program, self.rank = program, rank
@@ -60,7 +61,7 @@ class _Warp:
         self.since = start  # the clock after its last issue
         self.turn = 0.0 if rank == 0 else _NEVER
         self.heads: list[float] = []  # clocks of each iteration's first issue
-        self.waits: Counter[str] = Counter()
+        self.waits: dict[str, float] = defaultdict(float)
 
 
 class Scheduler:
@@ -125,7 +126,9 @@ class Scheduler:
     def _timeline(self, warm: int) -> Timeline:
         lengths = [(warp.heads[-1] - warp.heads[warm]) / (len(warp.heads) - 1 - warm) for warp in self._warps]
         clocks = sum(warp.since - warp.heads[warm] for warp in self._warps)
-        waits = sum((warp.waits for warp in self._warps), Counter())
+        waits: Counter[str] = Counter()
+        for warp in self._warps:
+            waits.update(warp.waits)  # type: ignore[arg-type]
         return Timeline(sum(lengths) / len(lengths), {name: part / clocks for name, part in waits.most_common()})
 
     def _issue(self, warp: _Warp, now: float, is_counted: bool) -> None:
@@ -165,7 +168,7 @@ class Scheduler:
         warp.waits["issue"] += now - clock
 
     def _look_ahead(self, warp: _Warp) -> None:
-        """Find the clock from which a warp's next operation may issue as far as the warp itself goes, and the reason."""
+        """Find from which clock on a warp itself could issue its next operation, and the reason."""
         operation = self._loop[warp.index]
         clock, reason = warp.ready, warp.held_by
         for board in operation.control.waits:
@@ -244,4 +247,3 @@ class Scheduler:
         following.turn = now + self._parameters.barrier
         self._wake(warp.program)
         return now
-

@@ -77,7 +77,7 @@ def flash_attention_3_clocks(point: Point, loop: Loop) -> float:
 
 
 def triton_clocks(point: Point, loop: Loop) -> float:
-    """Model the clocks of a full call of a Triton kernel with one program a processor: q, then k and v, then the loop."""
+    """Model the clocks of a full call of a Triton kernel: a processor's program loads q, then k and v, then loops."""
     parameters, width = PARAMETERS["90"], 2 * point.head_dim
     loads = 2 * parameters.request_latency + (loop.rows + 2 * loop.keys) * width / parameters.l2_bytes
     tile = math.ceil(point.length / loop.keys) * LOOPS * loop.clocks + 2500 + loads  # 2500: set-up and the output

@@ -52,9 +52,12 @@ class TensorUnit:
             self._begun = start
         self._free = start + clocks
         self._starts = [*self._starts[-max(parameters.queue_of_shared, parameters.queue_of_registers) :], start]
-        for gate, length in ((self.of_shared, parameters.queue_of_shared), (self.of_registers, parameters.queue_of_registers)):
-            gate.accepts = self._starts[-length] if len(self._starts) >= length else 0.0
+        self.of_shared.accepts = self._start_of_last(parameters.queue_of_shared)
+        self.of_registers.accepts = self._start_of_last(parameters.queue_of_registers)
         return self._free + parameters.wgmma_tail
+
+    def _start_of_last(self, count: int) -> float:
+        return self._starts[-count] if len(self._starts) >= count else 0.0
 
     def has_work(self, now: float) -> bool:
         return self._free > now
@@ -108,7 +111,7 @@ class Requests:
         self._arrivals.append(arrival)
 
     def arrival(self, poll: int) -> float:
-        """Return the clock at which the data of a program's poll (0, 1, ...) is there: infinity if not asked for so far."""
+        """Return the clock at which the data of a program's poll (0, 1, ...) is there, infinity if nobody asked so far."""
         if not self._each:
             return 0.0
         last = (poll + 1 - self._ahead) * self._each - 1

@@ -13,7 +13,7 @@ import triton
 from triton.compiler import CompiledKernel
 
 from ..tuning.config import Problem, padded_dim
-from .control_flow import Instruction, Span, innermost, loops, parse, parse_ptx
+from .control_flow import Instruction, Span, innermost, is_ptx_mma, loops, parse, ptx_loops
 
 _TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
 
@@ -127,7 +127,8 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return _output("cuobjdump", "--dump-resource-usage", str(path)), _output("nvdisasm", "-c", "-ndf", "-hex", str(path))
+        usage = _output("cuobjdump", "--dump-resource-usage", str(path))
+        return usage, _output("nvdisasm", "-c", "-ndf", "-hex", str(path))
 
 
 def _output(tool: str, *arguments: str) -> str:
@@ -153,9 +154,7 @@ def _mma_loops(instructions: list[Instruction], spans: list[Span], ptx: str, war
     the MMAs of a loop in the PTX are those of one tile.
     """
     inner = innermost(spans, {index for index, one in enumerate(instructions) if instruction_class(one) == "tensor"})
-    source = parse_ptx(ptx)
-    mmas = {index for index, one in enumerate(source.instructions) if "mma" in one.opcode}
-    of_a_tile = [len(span.indices & mmas) for span in innermost(loops(source), mmas)]
+    of_a_tile = [sum(map(is_ptx_mma, loop)) for loop in ptx_loops(ptx)]
     if len(set(of_a_tile)) == 1:
         of_a_tile = of_a_tile[:1] * len(inner)
     return tuple(_mma_loop(instructions, span, count, warps) for span, count in zip(inner, of_a_tile, strict=True))
