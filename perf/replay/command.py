@@ -35,6 +35,9 @@ from .times import clocks_of_triton_tutorial, error_of_flash_attention_3
 # Decoding waits for memory, which the replay does not model.
 KERNELS = tuple(kernel for kernel in TILED_KERNELS if kernel != "decode")
 
+# More polls than a replay has: their loads are there.
+_EVERY_POLL = 10**6
+
 HEADING = """# Loops of the kernels, replayed
 
 Modelled: the unmasked loop of each kernel in bf16 with a query_scale, compiled by triton {triton} at commit {commit},
@@ -47,8 +50,8 @@ replayed by its own control codes; nothing ran. `{command}`.
   products than the source has.
 - Error: with loops of FlashAttention-3 replayed so and taken for 1.085 times as long, its published times on an H100
   are met with a mean error of {late} from 2,048 keys on, {all} over all 20. The published rates of Triton's tutorial
-  are those of the model at {low:.2f} to {high:.2f} GHz; its clock was not published. No time of another card was compared,
-  nor of these kernels: shares of sm_90 may be off by 15%, and those of other targets rank configs.
+  are those of the model at {low:.2f} to {high:.2f} GHz; its clock was not published. No time of another card was
+  compared, nor of these kernels: shares of sm_90 may be off by 15%, and those of other targets rank configs.
 - Not in the model: memory behind L2 (so decoding is left out), the instruction cache, bank conflicts, power. sm_100
   and sm_120 are not replayed but bounded, by the rates of their units and by what loads leave exposed."""
 
@@ -139,7 +142,7 @@ def loops_of_binary(path: Path, function: str, warps: int) -> list[tuple[int, Ti
     found = []
     for span in tensor_spans(code):
         inside = operations(*loop_body(code, controls, span), parameters)
-        timeline = Scheduler(inside, Warps(1, max(1, warps // 4)), parameters).run(ITERATIONS, WARM)
+        timeline = Scheduler(inside, Warps(1, max(1, warps // 4), ahead=_EVERY_POLL), parameters).run(ITERATIONS, WARM)
         found.append((len(span.body), timeline))
     return found
 

@@ -51,7 +51,7 @@ class _Warp:
 
     def __init__(self, program: int, rank: int, start: float) -> None:
         self.program, self.rank = program, rank
-        self.index = self.iteration = self.polls = 0
+        self.index = self.polls = 0
         self.boards = [0.0] * 6
         self.groups: list[float] = []  # completions of closed groups of products
         self.copies: list[float] = []  # completions of closed groups of cp.async
@@ -92,6 +92,8 @@ class Scheduler:
             "turn": self._turn,
             "pass": self._pass,
         }
+        for warp in self._warps:
+            self._look_ahead(warp)
 
     def _gate(self, operation: Operation, free: Gate) -> Gate | Pipe | Queue:
         if operation.act == "product":
@@ -118,14 +120,14 @@ class Scheduler:
                     raise Deadlock(f"loop: expected warps to go on, all wait at {[loop[w.index].name for w in warps]}")
                 now = float(math.ceil(soonest))
                 continue
-            self._issue(warp, now, warp.iteration >= warm)
+            self._issue(warp, now, len(warp.heads) > warm)
             now += 1
             first = (warp.program * self._shape.each + warp.rank + 1) % len(warps)
         return self._timeline(warm)
 
     def _timeline(self, warm: int) -> Timeline:
         lengths = [(warp.heads[-1] - warp.heads[warm]) / (len(warp.heads) - 1 - warm) for warp in self._warps]
-        clocks = sum(warp.since - warp.heads[warm] for warp in self._warps)
+        clocks = sum(warp.since - 1 - warp.heads[warm] for warp in self._warps)
         waits: Counter[str] = Counter()
         for warp in self._warps:
             waits.update(warp.waits)  # type: ignore[arg-type]
@@ -151,7 +153,7 @@ class Scheduler:
             boards[control.reads] = max(boards[control.reads], read)
         warp.index += 1
         if warp.index == len(self._loop):
-            warp.index, warp.iteration = 0, warp.iteration + 1
+            warp.index = 0
             warp.ready += self._parameters.back_edge
         self._look_ahead(warp)
 

@@ -111,7 +111,7 @@ class Requests:
         self._arrivals.append(arrival)
 
     def arrival(self, poll: int) -> float:
-        """Return the clock at which the data of a program's poll (0, 1, ...) is there, infinity if nobody asked so far."""
+        """Return the clock at which the data of poll 0, 1, ... is there, infinity if nobody asked for it so far."""
         if not self._each:
             return 0.0
         last = (poll + 1 - self._ahead) * self._each - 1
