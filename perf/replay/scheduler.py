@@ -7,7 +7,7 @@ schedulers stands for all: of every warpgroup it has one warp, and units that th
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -65,6 +65,8 @@ class _Warp:
 
 
 class Scheduler:
+    """Warps that run one loop, and the units that they share; for one `run`."""
+
     def __init__(self, loop: list[Operation], warps: Warps, parameters: Parameters) -> None:
         self._loop, self._parameters, self._shape = loop, parameters, warps
         self._units = {name: Pipe() for name in PIPES} | {name: Queue() for name in QUEUES}
@@ -128,10 +130,10 @@ class Scheduler:
     def _timeline(self, warm: int) -> Timeline:
         lengths = [(warp.heads[-1] - warp.heads[warm]) / (len(warp.heads) - 1 - warm) for warp in self._warps]
         clocks = sum(warp.since - 1 - warp.heads[warm] for warp in self._warps)
-        waits: Counter[str] = Counter()
-        for warp in self._warps:
-            waits.update(warp.waits)  # type: ignore[arg-type]
-        return Timeline(sum(lengths) / len(lengths), {name: part / clocks for name, part in waits.most_common()})
+        names = {name for warp in self._warps for name in warp.waits}
+        waits = {name: sum(warp.waits.get(name, 0.0) for warp in self._warps) / clocks for name in names}
+        longest_first = dict(sorted(waits.items(), key=lambda one: (-one[1], one[0])))
+        return Timeline(sum(lengths) / len(lengths), longest_first)
 
     def _issue(self, warp: _Warp, now: float, is_counted: bool) -> None:
         operation = self._loop[warp.index]
