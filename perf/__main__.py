@@ -26,6 +26,7 @@ COMMANDS = {
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
     "replay": "a model of every kernel's loop: share of the tensor rate, and what its warps wait for",
     "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
+    "schedule": "when the tiles of a causal forward end, by the order of programs: a model",
     "correctness": "the kernels' tests, in several processes",
     "soak": "random calls of the kernels, for a while, against float64",
     "sanitize": "a short soak under NVIDIA's compute-sanitizer",

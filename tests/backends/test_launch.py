@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 TILES = TileConfig(64, 64, 4, 2)
 
 
-LONG = [(3, 70_000, 2), (3, 2, 131_071)]  # of more heads or members than an axis of the hardware's grid holds
+LONG = [(3, 70_000, 2), (3, 2, 131_071)]  # past an axis of the hardware's grid
 LARGE = [(258, 128, 65_535), (2**31 - 1, 2, 2), (40_000, 70_000, 3), (1, 65_535, 32_769)]
 
 
@@ -23,19 +23,19 @@ def test_grids_of_more_programs_than_triton_counts_take_several_launches(grid, m
     """Its launcher multiplies the axes in 32 bits, and takes a product that is not positive for an empty grid."""
     seen = []
     monkeypatch.setattr(launch, "run", lambda kernel, part, arguments, config: seen.append((part, arguments)))
-    names = ("first_head", "x", "first_member", "WIDE", "BLOCK_M")
-    launch.Plan.of(print, TILES, names, {"BLOCK_M": 64}).launch(grid, {"x": 5, "y": 6}, True)
+    names = ("first_y", "x", "first_z", "WIDE", "BLOCK_M")
+    launch.Plan.of(print, TILES, names, {"BLOCK_M": 64}, Target("cuda", "80")).launch(grid, {"x": 5, "y": 6}, True)
     assert list(seen[0][1].items()) == list(zip(names, (0, 5, 0, True, 64), strict=True)), "in the kernel's order"
-    blocks, heads, members = grid
+    x, y, z = grid
     covered = 0
     for part, first in seen:
-        assert part[0] == blocks, "which kernels count from the last"
+        assert part[0] == x, "programs that start one after another"
         assert part[0] * part[1] * part[2] < 2**31
         assert max(part[1:]) <= 65_535
-        assert first["first_head"] + part[1] <= heads
-        assert first["first_member"] + part[2] <= members
+        assert first["first_y"] + part[1] <= y
+        assert first["first_z"] + part[2] <= z
         covered += part[1] * part[2]
-    assert covered == heads * members
+    assert covered == y * z
     assert len({tuple(first.items()) for _, first in seen}) == len(seen)
 
 

@@ -91,8 +91,8 @@ def attention_decode(
     splits,
     q_heads,
     group,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -128,7 +128,7 @@ def attention_decode(
     Scales, sign and rounding as in `attention_forward`. Flash-Decoding: Dao et al. 2023,
     https://pytorch.org/blog/flash-decoding; pages: Kwon et al. 2023, arXiv:2309.06180.
     """
-    block, kv_head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    block, kv_head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     q, k, v = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED)
     split, tile, kv_head, batch = block % splits, block // splits, kv_head.to(tl.int64), batch.to(tl.int64)
     first_key, length, new = _sequence_of_decode(batch, ranges, query_lengths, q_len, capacity, length_words)
@@ -212,8 +212,8 @@ def combine_splits(
     q_len,
     splits,
     q_heads,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -229,7 +229,7 @@ def combine_splits(
     max_logit and entropy are None in both or in neither. Splits are added in one order. A row without keys gives out 0,
     lse = max_logit = -inf, entropy 0.
     """
-    token, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    token, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     row = (batch.to(tl.int64) * q_heads + head) * q_len + token
     first = row * splits
     offs_value = tl.arange(0, BLOCK_DV)

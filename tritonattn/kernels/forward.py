@@ -18,7 +18,7 @@ from .primitives import (
     load_signed,
     lost_in_rounding,
     partial_sums,
-    program_position,
+    program_in_section,
     scale_add_bias,
     scale_rows_add,
     soft_cap,
@@ -195,8 +195,8 @@ def attention_forward(
     k_len,
     q_heads,
     group,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -207,6 +207,7 @@ def attention_forward(
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
 
@@ -217,7 +218,8 @@ def attention_forward(
         entropy[i]   = lse[i] - sum_j exp(z[i, j] - lse[i]) * z[i, j]
         out[i]       = sum_j keep[i, j] * keep_scale * exp(z[i, j]) * v[j] / (exp(lse[i]) + exp(sinks[head]))
 
-    Grid: (blocks of the longest Sq, Hq, members); each program writes its rows of the results, all of them, once.
+    Grid: (heads of a section, blocks of the longest Sq, sections), see `program_in_section`; each program writes its
+    rows of the results, all of them, once.
 
     q, k, v          `Strided` [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv] of fp16, bf16 or fp32; group = Hq/Hkv
     pages            `Pages` of the members or None; then k, v are [N, Hkv, page, D or Dv], and what else has keys is
@@ -240,7 +242,7 @@ def attention_forward(
     into its q, which is exact. P is rounded to v's dtype before P @ V. A row without keys gives out 0, lse -inf.
     Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; blocking: Dao 2023, arXiv:2307.08691, Algorithm 1.
     """
-    block, head, member = program_position(first_head, first_member, LAST_FIRST=right is not None)
+    block, head, member = program_in_section(q_heads, first_y, first_z, right is not None, LANES)
     q, k, v = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED)
     packed_len = q_len
     place, q_len, k_len = place_of_member(member, head, head // group, q_heads, group, q_len, k_len, starts)

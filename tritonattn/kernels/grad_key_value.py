@@ -15,7 +15,7 @@ from .addresses import (
     place_of_member,
     tile_at,
 )
-from .primitives import LENGTHS, LN_2, LOG2_E, load_tile, program_position, store_tile, terms_offset
+from .primitives import LENGTHS, LN_2, LOG2_E, load_tile, program_in_section, store_tile, terms_offset
 from .records import Dropout, Place, View
 from .walk_rows import KeyGradients, KeyTiles, Queries, rows_that_see, walk_over_rows, walk_rows
 
@@ -74,8 +74,8 @@ def attention_grad_key_value(
     terms_len,
     q_heads,
     group,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -87,6 +87,7 @@ def attention_grad_key_value(
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Gradients of k, v, key_scale and key_bias for BLOCK_N keys of one (batch or sequence, kv head); names as in
     `attention_grad_query`.
@@ -97,7 +98,8 @@ def attention_grad_key_value(
         d_key_scale[j] = k[j] . raw[j]                                       never divided by key_scale, which may be 0
         d_key_bias[j]  = sum_i dX[i, j]                                      over the rows of one head of the group
 
-    Grid: (blocks of the longest Sk, Hkv, members). Sums run in one fixed order inside a program: bitwise repeatable.
+    Grid: (heads of a section, blocks of the longest Sk, sections), see `program_in_section`. Sums run in one fixed
+    order inside a program: bitwise repeatable.
 
     *_descriptor     tensor descriptors of q and d_out with blocks [1, 1, BLOCK_M, BLOCK_D or BLOCK_DV], or None
     terms            of `attention_row_terms`: with query_scale, dS * factor is one fma, and log2(e) is taken out once
@@ -109,7 +111,7 @@ def attention_grad_key_value(
                      fp32 [B, Hkv, group, Sk] contiguous or None
     """
     kv_heads = q_heads // group
-    block, kv_head, member = program_position(first_head, first_member, LAST_FIRST=False)
+    block, kv_head, member = program_in_section(kv_heads, first_y, first_z, False, LANES)
     q, k, v, d_out = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED), in_vectors(d_out, ALIGNED)
     packed_len = k_len
     place, q_len, k_len = place_of_member(member, kv_head * group, kv_head, q_heads, group, q_len, k_len, starts)

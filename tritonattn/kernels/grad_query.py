@@ -15,7 +15,7 @@ from .primitives import (
     load_term,
     load_tile,
     partial_sums,
-    program_position,
+    program_in_section,
     scale_add_bias,
     scale_rows_add,
     soft_cap,
@@ -171,8 +171,8 @@ def attention_grad_query(
     terms_len,
     q_heads,
     group,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -185,6 +185,7 @@ def attention_grad_query(
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Gradients of q and query_scale for BLOCK_M rows of one (batch or sequence, head), as `attention_forward`.
 
@@ -209,7 +210,7 @@ def attention_grad_query(
     computes d_q of few keys with the corrected delta: for a single key, dP - delta is nothing but their errors.
     IS_PART: rows see other keys too, so that nothing is known about these sums, and delta stays as it is.
     """
-    block, head, member = program_position(first_head, first_member, LAST_FIRST=right is not None)
+    block, head, member = program_in_section(q_heads, first_y, first_z, right is not None, LANES)
     q, k, v, d_out = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED), in_vectors(d_out, ALIGNED)
     packed_len = q_len
     place, q_len, k_len = place_of_member(member, head, head // group, q_heads, group, q_len, k_len, starts)

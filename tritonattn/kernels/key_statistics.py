@@ -28,8 +28,8 @@ def key_lengths(
     lengths_ptr,
     k_len,
     kv_heads,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -42,7 +42,7 @@ def key_lengths(
     Grid: (blocks of Sk, Hkv, B). k [B, Hkv, Sk, D] any strides; seen uint8 [B, Hkv, Sk] contiguous or None, keys
     that no row sees are not read and have length 0; lengths fp32 [B, Hkv, Sk] contiguous.
     """
-    block, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    block, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     k = in_vectors(k, ALIGNED)
     first_key = block * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)
@@ -61,15 +61,15 @@ def prefix_sums(
     sums_ptr,
     addends_len,
     q_heads,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     BLOCK_N: tl.constexpr,
 ):
     """fp64 sums of addends over [0, j), j = 0 .. n, of one (batch, head).
 
     Grid: (1, H, B). addends [B, H, n] of any float dtype, sums fp64 [B, H, n + 1], both contiguous; n = addends_len.
     """
-    _, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    _, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     row = batch.to(tl.int64) * q_heads + head
     addends_ptr += row * addends_len
     sums_ptr += row * (addends_len + 1)
@@ -98,8 +98,8 @@ def append_keys(
     k_len,
     capacity,
     kv_heads,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -120,7 +120,7 @@ def append_keys(
     Sums are taken as in `append_to_pages`, in blocks that begin at multiples of STEP keys: their bits do not depend on
     how keys are cut into calls. New lengths pass through memory, so that those of a block stand in one layout.
     """
-    _, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    _, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     k = in_vectors(k, ALIGNED)
     held = tl.load(buffers.counts + batch).to(tl.int32)
     new = held * 0 + k_len
@@ -178,8 +178,8 @@ def append_to_pages(
     buffers,
     k_len,
     kv_heads,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -192,7 +192,7 @@ def append_to_pages(
     Sums are taken in blocks that begin at multiples of BLOCK_N keys, from the entry of the last key before: their bits
     do not depend on how keys are cut into calls. Of a block that old keys begin, their lengths are read.
     """
-    block, _, member = program_position(first_head, first_member, LAST_FIRST=False)
+    block, _, member = program_position(first_y, first_z, LAST_FIRST=False)
     heads = block * BLOCK_M + tl.arange(0, BLOCK_M)
     keep_head = heads < kv_heads
     start = tl.minimum(tl.maximum(tl.load(starts_ptr + member), 0), k_len)
@@ -242,8 +242,8 @@ def key_statistics_grad(
     d_k_ptr,
     k_len,
     kv_heads,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -255,7 +255,7 @@ def key_statistics_grad(
     Grid: (blocks of Sk, Hkv, B). lengths and d_lengths fp32 [B, Hkv, Sk] contiguous; d_k [B, Hkv, Sk, D] in k's
     dtype, contiguous; added is fp32 like d_k, or None: k's gradient by other ways, added before rounding.
     """
-    block, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    block, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     k = in_vectors(k, ALIGNED)
     first_key = block * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)

@@ -27,8 +27,8 @@ LENGTHS = [
     "left",
     "right",
     "keep_from",
-    "first_head",
-    "first_member",
+    "first_y",
+    "first_z",
     "q_heads",
     "kv_heads",
     "capacity",
@@ -201,16 +201,39 @@ def load_vector(pointers, keep, MASKED: tl.constexpr):
 
 
 @triton.jit
-def program_position(first_head, first_member, LAST_FIRST: tl.constexpr):
+def program_position(first_y, first_z, LAST_FIRST: tl.constexpr):
     """(block, head, member) of this program, the three axes of its grid; a member is a batch entry or a sequence.
 
-    first_head, first_member   where this launch begins: a grid past the hardware's limit takes several
-    LAST_FIRST                 start with the last block, which has the most keys under a causal mask
+    first_y, first_z   where this launch begins: a grid past the hardware's limit takes several
+    LAST_FIRST         start with the last block
     """
     block = tl.program_id(0)
     if LAST_FIRST:
         block = tl.num_programs(0) - 1 - block
-    return block, first_head + tl.program_id(1), first_member + tl.program_id(2)
+    return block, first_y + tl.program_id(1), first_z + tl.program_id(2)
+
+
+@triton.jit
+def program_in_section(heads, first_y, first_z, LAST_FIRST: tl.constexpr, LANES: tl.constexpr):
+    """(block, head, member) of this program of the grid (heads of a section, blocks, sections): `tuning.order`.
+
+    Programs start in the order of the grid's first axis, then the second: all heads of a section take their longest
+    block first. The sections cut the heads of all members, one member's after another's.
+
+    heads              of a member
+    first_y, first_z   where this launch begins: a grid past the hardware's limit takes several
+    LAST_FIRST         start with the last block, which has the most keys under a causal mask
+    LANES              dies to which the hardware deals programs in turn: neighbouring heads stay on one
+    """
+    count, slot = tl.num_programs(0), tl.program_id(0)
+    if LANES > 1:
+        slot = tl.where(count % LANES == 0, slot % LANES * (count // LANES) + slot // LANES, slot)
+    block = tl.program_id(1)
+    if LAST_FIRST:
+        block = tl.num_programs(1) - 1 - block
+    index = (first_z + tl.program_id(2)) * count + slot
+    member = index // heads
+    return first_y + block, index - member * heads, member
 
 
 @triton.jit

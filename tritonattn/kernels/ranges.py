@@ -19,8 +19,8 @@ def rows_of_key_block(
     q_len,
     k_len,
     key_block,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     BLOCK_M: tl.constexpr,
 ):
     """First and one past the last row that sees a key of one block of keys; first >= last where no row does.
@@ -28,7 +28,7 @@ def rows_of_key_block(
     Grid: (blocks of key_block keys, 1, B). bounds int32 [B, blocks, 2], contiguous; the other arguments as in
     `walk.row_range`.
     """
-    block, _, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    block, _, batch = program_position(first_y, first_z, LAST_FIRST=False)
     view = View(q_len, k_len, left, right, ranges.key_lengths, ranges.key_ranges)
     first_key = block * key_block
     first, end = tl.full([BLOCK_M], 0, tl.int32) + q_len, tl.full([BLOCK_M], 0, tl.int32)
@@ -52,8 +52,8 @@ def keys_seen(
     right,
     q_len,
     k_len,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -64,7 +64,7 @@ def keys_seen(
     tests whether any of BLOCK_M rows sees the block, and if so takes them by BLOCK_N: with tiles of more rows AMD's
     compiler spills the scalar registers that hold what rows have in common.
     """
-    block, _, batch = program_position(first_head, first_member, LAST_FIRST=False)
+    block, _, batch = program_position(first_y, first_z, LAST_FIRST=False)
     view = View(q_len, k_len, left, right, ranges.key_lengths, ranges.key_ranges)
     first_key = block * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)
@@ -104,8 +104,8 @@ def argmax_of_ranges(
     k_len,
     q_heads,
     bounds_len,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -116,7 +116,7 @@ def argmax_of_ranges(
     Grid: (blocks of Sq, H, B). x fp32 [B, H, Sk], at least 0 or NaN; lo and hi int64 [B or 1, Sq], 0 <= lo <= hi <= Sk,
     bounds_len their stride from one batch entry to the next, Sq or 0; argmax int64 [B, H, Sq]. All contiguous.
     """
-    block, head, batch = program_position(first_head, first_member, LAST_FIRST=True)
+    block, head, batch = program_position(first_y, first_z, LAST_FIRST=True)
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.minimum(offs_m, q_len - 1)
     lo = tl.load(lo_ptr + batch.to(tl.int64) * bounds_len + row).to(tl.int32)

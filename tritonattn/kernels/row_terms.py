@@ -34,8 +34,8 @@ def attention_row_terms(
     q_len,
     terms_len,
     q_heads,
-    first_head,
-    first_member,
+    first_y,
+    first_z,
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -63,7 +63,7 @@ def attention_row_terms(
                 with query_scale -lse2 and -delta * factor, each with factor in an int64: `primitives.load_term`. With
                 key_bias, of which only the presence counts, -delta stays without factor
     """
-    block, head, member = program_position(first_head, first_member, LAST_FIRST=False)
+    block, head, member = program_position(first_y, first_z, LAST_FIRST=False)
     d_out = in_vectors(d_out, ALIGNED)
     packed_len = q_len
     place, q_len, _ = place_of_member(member, head, head, q_heads, 1, q_len, q_len, starts)

@@ -13,6 +13,8 @@ from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ...core.visibility import Visibility
 from ...kernels.records import DropoutState, Results, RowTerms, Starts
 from ...tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
+from ...tuning.order import heads_of_section
+from .device import Grid
 from .launch import (
     Arguments,
     Kind,
@@ -144,17 +146,29 @@ def _grad_key_value(kind: Kind, call: AttentionCall, shared: Arguments, needs: N
 
 def _launch(kernel: str, kind: Kind, call: AttentionCall, available: Arguments, d_out: Tensor | None = None) -> None:
     """A program for each block of rows, or of keys, of each head of each member."""
-    visible = call.visibility
-    heads = visible.kv_heads if kernel == "grad_key_value" else visible.q_heads
 
     def launches(chosen: Plan) -> None:
         of_config = _descriptors(chosen, call, d_out)
         if kernel == "grad_key_value":
-            of_config["row_bounds_ptr"] = rows_of_key_blocks(visible, available, chosen.config.block_n)
-        grid = (_blocks(kernel, chosen.config, call), heads, _members(call))
-        chosen.launch(grid, available | of_config, kind.wide, kind)
+            of_config["row_bounds_ptr"] = rows_of_key_blocks(call.visibility, available, chosen.config.block_n)
+        chosen.launch(_grid(kernel, chosen, call), available | of_config, kind.wide, kind)
 
     planned(kernel, kind.problem, call.q.device, launches)
+
+
+def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> Grid:
+    """(blocks, heads, members) of row terms, else (heads of a section, blocks, sections)."""
+    visible, blocks, members = call.visibility, _blocks(kernel, chosen.config, call), _members(call)
+    if kernel == "row_terms":
+        return blocks, visible.q_heads, members
+    rows, keys = _lengths(call)
+    bytes_of_row = (call.k.shape[3] + call.v.shape[3]) * call.k.dtype.itemsize
+    if kernel == "grad_key_value":
+        count, read = visible.kv_heads * members, rows * bytes_of_row * (visible.q_heads // visible.kv_heads)
+    else:
+        count, read = visible.q_heads * members, keys * bytes_of_row * visible.kv_heads // visible.q_heads
+    section = heads_of_section(count, read, chosen.target)
+    return section, blocks, count // section
 
 
 def _blocks(kernel: str, config: TileConfig, call: AttentionCall) -> int:

@@ -30,6 +30,7 @@ from ...tuning.config import (
     sum_columns,
 )
 from ...tuning.defaults import default_config
+from ...tuning.order import LONGEST_AXIS, lanes
 from .device import Arguments, ArgumentsOfKind, Grid, Kind, launch_on
 
 ConfigFor = Callable[[str, Problem, Target], TileConfig]
@@ -87,8 +88,6 @@ interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
 run: Callable[[Any, Grid, Mapping[str, Any], TileConfig], None] = run_interpreted if interpreting else run_on_device
 
 _READ_ONLY = ("q", "k", "v", "d_out")
-# Programs along the second and the third axis of a grid (CUDA C++ Programming Guide, table of compute capabilities).
-LONGEST_AXIS = 65535
 # Programs of a grid: the launcher of Triton multiplies its axes in 32 bits, and skips a launch with a negative product.
 MOST_PROGRAMS = 2**31 - 1
 
@@ -99,7 +98,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 class Plan(NamedTuple):
-    """A kernel with its config and constexprs for one problem, and the names of its arguments and descriptors.
+    """A kernel with its config and constexprs for one problem and target, and the names of its arguments.
 
     in_order   picks the arguments from all that are available
     """
@@ -108,37 +107,39 @@ class Plan(NamedTuple):
     config: TileConfig
     names: tuple[str, ...]
     constexprs: Arguments
+    target: Target
     in_order: Callable[[Arguments], tuple[Any, ...]]
-    descriptors: tuple[str, ...] = ()
+    descriptors: tuple[str, ...]
 
     @classmethod
-    def of(cls, kernel: Callable, config: TileConfig, names: tuple[str, ...], constexprs: Arguments) -> Plan:
+    def of(
+        cls, kernel: Callable, config: TileConfig, names: tuple[str, ...], constexprs: Arguments, target: Target
+    ) -> Plan:
         descriptors = tuple(name for name in names if name.endswith("_descriptor"))
-        return cls(kernel, config, names, constexprs, operator.itemgetter(*names), descriptors)
+        return cls(kernel, config, names, constexprs, target, operator.itemgetter(*names), descriptors)
 
     def launch(self, grid: Grid, available: Arguments, wide: bool, kind: Kind | None = None) -> None:
         """Run with the kernel's own arguments out of those available, in its order; kind: of the call, where kept.
 
-        grid   blocks, heads and members (batch entries or sequences); past LONGEST_AXIS or MOST_PROGRAMS in several
-               launches
+        grid   programs along each axis; past LONGEST_AXIS or MOST_PROGRAMS in several launches
         """
         execute = recorder.run if (recorder := _recorder.get()) else run
         values = available | self.constexprs
         values["WIDE"] = wide
-        for part, first_head, first_member in _parts(*grid):
-            values["first_head"], values["first_member"] = first_head, first_member
+        for part, first_y, first_z in _parts(*grid):
+            values["first_y"], values["first_z"] = first_y, first_z
             execute(self.kernel, part, ArgumentsOfKind(self.names, self.in_order(values), kind), self.config)
 
 
-def _parts(blocks: int, heads: int, members: int) -> Iterable[tuple[Grid, int, int]]:
-    """The grids of a grid's launches, each with its first head and member."""
-    if heads <= LONGEST_AXIS and members <= LONGEST_AXIS and blocks * heads * members <= MOST_PROGRAMS:
-        return (((blocks, heads, members), 0, 0),) if heads and members else ()
-    most = MOST_PROGRAMS // max(blocks, 1)
-    head_step = max(1, min(heads, LONGEST_AXIS, most))
-    member_step = max(1, min(members, LONGEST_AXIS, most // head_step))
-    firsts = itertools.product(range(0, members, member_step), range(0, heads, head_step))
-    return (((blocks, min(heads - h, head_step), min(members - m, member_step)), h, m) for m, h in firsts)
+def _parts(x: int, y: int, z: int) -> Iterable[tuple[Grid, int, int]]:
+    """The grids of a grid's launches, each with its first place on the second and the third axis."""
+    if y <= LONGEST_AXIS and z <= LONGEST_AXIS and x * y * z <= MOST_PROGRAMS:
+        return (((x, y, z), 0, 0),) if y and z else ()
+    most = MOST_PROGRAMS // max(x, 1)
+    y_step = max(1, min(y, LONGEST_AXIS, most))
+    z_step = max(1, min(z, LONGEST_AXIS, most // y_step))
+    firsts = itertools.product(range(0, z, z_step), range(0, y, y_step))
+    return (((x, min(y - first_y, y_step), min(z - first_z, z_step)), first_y, first_z) for first_z, first_y in firsts)
 
 
 @contextmanager
@@ -219,7 +220,7 @@ def planned(kernel: str, problem: Problem, device: torch.device, launches: Calla
 @functools.lru_cache(maxsize=4096)
 def _plan(kernel: str, problem: Problem, target: Target, config_of: ConfigFor) -> Plan:
     function, config = KERNELS[kernel], config_of(kernel, problem, target)
-    return Plan.of(function, config, tuple(function.arg_names), constexpr_values(problem, config, target))
+    return Plan.of(function, config, tuple(function.arg_names), constexpr_values(problem, config, target), target)
 
 
 def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Arguments:
@@ -238,6 +239,7 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
         "SPLIT_TERMS": target.has_tensor_memory,
         "ALIGNED": problem.aligned and (problem.invariant or problem.head_dim % 16 or problem.value_dim % 16) > 0,
         "INVARIANT": problem.invariant,
+        "LANES": lanes(target),
     }
 
 

@@ -1,0 +1,141 @@
+"""Model when the tiles of a causal forward end on a card's processors, in several orders of programs.
+
+List scheduling: programs start in the order of their grid, each where one ends first. A program takes a fixed time and
+one step for each block of keys that its rows see; memory, and the caches that the order is also chosen for, are left
+out. AMD's dies take programs in turn, and each has processors of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from tritonattn.cli.options import whole_numbers
+from tritonattn.core.provenance import commit
+from tritonattn.core.tables import table as layout
+from tritonattn.tuning.config import Target
+from tritonattn.tuning.gpus import GPUS
+from tritonattn.tuning.order import heads_of_section, lanes
+
+HEADING = """# Order of programs: a causal forward, head after head and in sections of heads
+
+Modelled by list scheduling at commit {commit} (`python -m perf schedule`); nothing ran. Tiles of {block_m} query
+rows and {block_n} keys in bf16, {fixed} steps for what a program does beside its loop.
+
+A cell has the time until the last tile ends, over that of longest first among all heads: head after head, the last
+block of rows first / in sections of heads that fit the L2 cache, longest first (tritonattn/tuning/order.py)."""
+
+# Programs that a processor holds at once, in the shipped configs of head dims 64 and 128.
+_RESIDENT = {"h100": 1, "b200": 1, "a100": 2, "mi300x": 1}
+_BLOCK_M, _BLOCK_N = 128, 64
+_FIXED = 3  # of the time of one step: a tile's first loads, and its end (FlashAttention-3: 3,200 clocks, 1,000 a step)
+
+Tile = tuple[int, int]  # head, block of rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """heads: of all batch entries; each has keys and values of its own."""
+
+    gpu: str
+    head_dim: int
+    length: int
+    heads: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // _BLOCK_M)
+
+    @property
+    def target(self) -> Target:
+        return next(gpu.target for gpu in GPUS if gpu.name == self.gpu)
+
+    @property
+    def section(self) -> int:
+        return heads_of_section(self.heads, self.length * 2 * self.head_dim * 2, self.target)
+
+
+def by_head(case: Case) -> Iterator[Tile]:
+    """Order tiles head after head, the last block of each first."""
+    return ((head, block) for head in range(case.heads) for block in reversed(range(case.blocks)))
+
+
+def in_sections(case: Case) -> Iterator[Tile]:
+    """Order tiles as the kernels do: `kernels.primitives.program_in_section`."""
+    size, dies = case.section, lanes(case.target)
+    slots: Sequence[int] = range(size)
+    if size % dies == 0:
+        slots = [slot % dies * (size // dies) + slot // dies for slot in slots]
+    for first in range(0, case.heads, size):
+        yield from ((first + slot, block) for block in reversed(range(case.blocks)) for slot in slots)
+
+
+def longest_first(case: Case) -> Iterator[Tile]:
+    return ((head, block) for block in reversed(range(case.blocks)) for head in range(case.heads))
+
+
+def end_of(case: Case, order: Iterable[Tile]) -> float:
+    """Steps until the last tile has ended."""
+    gpu, dies = next(gpu for gpu in GPUS if gpu.name == case.gpu), lanes(case.target)
+    tiles = list(order)
+    machines = gpu.processors // dies * _RESIDENT[case.gpu]
+    return max(_end_on(machines, (_steps(case, block) for _, block in tiles[die::dies])) for die in range(dies))
+
+
+def _steps(case: Case, block: int) -> int:
+    return _FIXED + -(-min((block + 1) * _BLOCK_M, case.length) // _BLOCK_N)
+
+
+def _end_on(machines: int, times: Iterable[int]) -> int:
+    free = [0] * machines
+    for time in times:
+        heapq.heapreplace(free, free[0] + time)
+    return max(free)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Times over that of longest first."""
+
+    gpu: str
+    head_dim: int
+    length: int
+    heads: int
+    by_head: float
+    in_sections: float
+
+
+def row(case: Case) -> Row:
+    best = end_of(case, longest_first(case))
+    now, new = (round(end_of(case, order(case)) / best, 3) for order in (by_head, in_sections))
+    return Row(case.gpu, case.head_dim, case.length, case.heads, now, new)
+
+
+def rows(options: argparse.Namespace) -> list[Row]:
+    shapes = product(options.head_dims, options.lengths, options.heads)
+    return [row(Case(gpu, *shape)) for gpu, shape in product(_RESIDENT, shapes)]
+
+
+def report(found: Sequence[Row]) -> str:
+    heads = sorted({one.heads for one in found})
+    lines: dict[tuple[str, int, int], dict[int, str]] = {}
+    for one in found:
+        cells = lines.setdefault((one.gpu, one.head_dim, one.length), {})
+        cells[one.heads] = f"{one.by_head:.2f} / {one.in_sections:.2f}"
+    columns = ["card", "head dim", "length", *(f"{count} heads" for count in heads)]
+    heading = HEADING.format(commit=commit(), block_m=_BLOCK_M, block_n=_BLOCK_N, fixed=_FIXED)
+    return f"{heading}\n\n{layout([[*key, *cells.values()] for key, cells in lines.items()], columns)}\n"
+
+
+def run(options: argparse.Namespace) -> None:
+    print(report(rows(options)))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--head-dims", type=whole_numbers, default=(64, 128), help="64,128,...")
+    parser.add_argument("--lengths", type=whole_numbers, default=(1024, 2048, 4096, 8192, 16384), help="tokens")
+    parser.add_argument("--heads", type=whole_numbers, default=(8, 16, 32, 48, 64, 96, 128, 192), help="of all batches")
+    parser.set_defaults(run=run)
