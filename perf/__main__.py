@@ -25,6 +25,7 @@ COMMANDS = {
     "serving": "the host's time a step in vLLM's attention layers, on the same stub",
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
     "replay": "a model of every kernel's loop: share of the tensor rate, and what its warps wait for",
+    "tables": "the shipped tables of tile configs, ranked by the replay",
     "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
     "schedule": "when the tiles of a causal forward end, by the order of programs: a model",
     "correctness": "the kernels' tests, in several processes",

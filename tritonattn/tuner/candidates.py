@@ -9,15 +9,15 @@ from ..tuning.defaults import default_config
 
 # By kernel: block_m, block_n, num_warps, num_stages; for head dims above 128, and for others.
 _WIDE_RANGES = {
-    "forward": ((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)),
-    "grad_query": ((32, 64, 128), (32, 64), (4, 8), (1, 2)),
-    "grad_key_value": ((32, 64), (32, 64), (4, 8), (1, 2)),
+    "forward": ((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)),
+    "grad_query": ((32, 64, 128), (32, 64), (4, 8), (1, 2, 3)),
+    "grad_key_value": ((32, 64), (32, 64), (4, 8), (1, 2, 3)),
     "decode": ((16,), (32, 64, 128), (2, 4), (2, 3, 4)),
 }
 _RANGES = {
-    "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
+    "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)),
     "grad_query": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
-    "grad_key_value": ((32, 64, 128), (64, 128), (4, 8), (2, 3)),
+    "grad_key_value": ((32, 64, 128), (32, 64, 128), (4, 8), (2, 3)),
     "decode": ((16,), (32, 64, 128), (2, 4), (2, 3, 4)),
 }
 _AMD_RANGES = {
@@ -39,15 +39,19 @@ def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig
 
 
 def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List the candidates that static code tells apart, with the default's stages and descriptors.
+    """List the candidates for a ranking by a model, the default first: those with descriptors, where there are some.
 
-    Code does not show what more stages hide, nor the latency that descriptors save. Wide heads also get fewer stages,
-    which may be all that fit.
+    Of decoding, which waits for memory, those with the default's stages: no model here tells others apart.
     """
     default, *others = candidates(kernel, problem, target)
     described = may_use_descriptors(kernel, problem, target)
-    most, least = default.num_stages, 1 if problem.width > 128 and kernel != "decode" else default.num_stages
-    return [default, *(one for one in others if least <= one.num_stages <= most and one.descriptors == described)]
+    stages = (default.num_stages,) if kernel == "decode" else (1, 2, 3, 4)
+    return [default, *(one for one in others if one.num_stages in stages and one.descriptors == described)]
+
+
+def tiles(config: TileConfig) -> tuple[int, int, int]:
+    """What a config has beside its stages: candidates of the same tiles and warps differ in the loads they ask ahead."""
+    return config.block_m, config.block_n, config.num_warps
 
 
 def _is_sensible(kernel: str, config: TileConfig, problem: Problem, target: Target) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from triton.compiler import CompiledKernel
 
 from ..backends.triton.compile import compile_kernel
 from ..tuning.config import (
@@ -24,30 +27,59 @@ _L2_BYTES = 48
 _LATENCY = 600
 
 
+# Instructions that access local memory, as a share of a loop's: of fewer the price is in the model.
+_MOST_LOCAL = 0.02
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A model's view of the loop over blocks without a mask, with latency.
+
+    share        of the processor's tensor rate
+    clocks       of an iteration of a program while `programs` run, or None where latency was not replayed
+    programs     that a processor holds at once
+    awaits_last  whether an iteration waits for what the one before it asked for
+    """
+
+    share: float
+    clocks: float | None
+    programs: int
+    awaits_last: bool
+
+
+LatencyModel = Callable[[CompiledKernel, TileConfig, Target], Latency]
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A config, its code (None where it did not compile), and the reasons to refuse it."""
+    """A config, its code (None where it did not compile), the reasons to refuse it, and what a model of latency says."""
 
     config: TileConfig
     code: MachineCode | None
     reasons: tuple[str, ...]
+    latency: Latency | None = None
 
 
-def examine(kernel: str, problem: Problem, config: TileConfig, target: Target) -> Candidate:
-    """Compile a config and hold it to the gate."""
+def examine(
+    kernel: str, problem: Problem, config: TileConfig, target: Target, model: LatencyModel | None = None
+) -> Candidate:
+    """Compile a config, hold it to the gate, and ask a model of its latency if there is one."""
     if reasons := legal_reasons(kernel, config, problem, target):
         return Candidate(config, None, tuple(reasons))
     try:
-        code = read_machine_code(compile_kernel(kernel, problem, config, target))
+        compiled = compile_kernel(kernel, problem, config, target)
+        code = read_machine_code(compiled)
     except Exception as error:  # a compiler may raise anything; the config is refused
         return Candidate(config, None, (f"does not compile: {one_line(error)}",))
-    return Candidate(config, code, tuple(gate_reasons(kernel, problem, config, target, code)))
+    reasons = gate_reasons(kernel, problem, config, target, code)
+    latency = model(compiled, config, target) if model and code.unmasked_loop and kernel != "decode" else None
+    return Candidate(config, code, tuple(reasons), latency)
 
 
 def gate_reasons(kernel: str, problem: Problem, config: TileConfig, target: Target, code: MachineCode) -> list[str]:
     """List the reasons to refuse code; an empty list lets it be timed."""
     reasons = []
-    if code.spill_bytes:
+    if code.spill_bytes and _local_share(code) > _MOST_LOCAL:
         reasons.append(f"spills {code.spill_bytes} bytes a thread in a loop")
     if code.shared_bytes > shared_limit(target):
         reasons.append(f"takes {code.shared_bytes} bytes of shared memory, {target.name} has {shared_limit(target)}")
@@ -58,10 +90,17 @@ def gate_reasons(kernel: str, problem: Problem, config: TileConfig, target: Targ
     loop = code.unmasked_loop
     if loop is None:
         return [*reasons, "has no loop with tensor instructions"]
+    if loop.product_waits > loop.products > 0:
+        reasons.append(f"waits {loop.product_waits} times for {loop.products} products: ptxas serialised them")
     softmaxes = _softmaxes(kernel, config, loop)
     if kernel != "decode" and softmaxes > 1.1:
         reasons.append(f"computes {softmaxes:.2f} exponentials a logit: warps repeat each other's softmax")
     return reasons
+
+
+def _local_share(code: MachineCode) -> float:
+    """Share of instructions that access local memory, in the loop of tensor instructions that has the most; else 1."""
+    return max((loop.instructions.get("local", 0) / loop.total for loop in code.mma_loops or ()), default=1.0)
 
 
 def _softmaxes(kernel: str, config: TileConfig, loop: MmaLoop) -> float:
@@ -75,8 +114,8 @@ def modelled_clocks(kernel: str, problem: Problem, candidate: Candidate, target:
     """Model the clocks of a representative call on a GPU from the rates of its units, for ranking only.
 
     A processor holds some programs at once. Their units overlap as far as warps hide one another: an iteration takes
-    its longest unit's time and, of the others' time, the share that one of a scheduler's warps leaves exposed. Loads
-    that no pipeline issues ahead are hidden by the other programs alone.
+    its longest unit's time and, of the others' time, the share that one of a scheduler's warps leaves exposed; loads
+    are exposed as far as the iterations between request and wait are shorter. A replay of the loop stands for all that.
     """
     config, code = candidate.config, candidate.code
     assert code is not None
@@ -85,12 +124,16 @@ def modelled_clocks(kernel: str, problem: Problem, candidate: Candidate, target:
     if rates is None or loop is None:
         return _clocks_without_rates(kernel, problem, config, code, programs * iterations / processors)
     resident = max(1, programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, config.num_warps))
+    waves = -(-programs // (processors * resident))
+    if candidate.latency is not None and candidate.latency.clocks is not None:
+        return waves * iterations * candidate.latency.clocks
     units = cycles(loop, rates, config.num_warps)
     units["l2"] = loop.tiles * _streamed_bytes(kernel, problem, config) / _L2_BYTES
     longest = max(units.values())
     exposed = (units["tensor"] + units["exp"] + units["issue"] - longest) / max(1.0, resident * config.num_warps / 4)
-    waiting = _LATENCY * loop.tiles / resident if config.num_stages == 1 else 0.0
-    waves = -(-programs // (processors * resident))
+    ahead = max(0, config.num_stages - 1 - config.descriptors)  # the TMA is asked at an iteration's end
+    loads = loop.tiles * (_LATENCY + _streamed_bytes(kernel, problem, config) / _L2_BYTES)
+    waiting = max(0.0, loads - ahead * resident * longest) / resident
     return waves * resident * iterations / loop.tiles * (longest + max(exposed, 0.0) + waiting)
 
 

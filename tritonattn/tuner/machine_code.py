@@ -36,6 +36,7 @@ _OPCODES = {
 }
 CLASSES = (*_OPCODES, "integer", "uniform")
 _CLASS_OF = {opcode: name for name, opcodes in _OPCODES.items() for opcode in opcodes.split()}
+_COMMIT = "wgmma.commit_group"
 _PACKED = ("FFMA2", "FMUL2", "FADD2")
 
 
@@ -50,6 +51,7 @@ class MmaLoop:
                    that find too few rows repeat each other's work
     shared_bytes   moved to and from shared memory by the whole program: loads, stores, asynchronous copies, and
                    operands of wgmma and tcgen05. Writes of the TMA are left out: no instruction holds their size
+    products       groups of wgmma that the source commits, and product_waits, waits for them; 0 without wgmma
     """
 
     instructions: dict[str, int]
@@ -57,6 +59,8 @@ class MmaLoop:
     tiles: int
     flops: int
     shared_bytes: int
+    products: int = 0
+    product_waits: int = 0
 
     @property
     def total(self) -> int:
@@ -154,13 +158,14 @@ def _mma_loops(instructions: list[Instruction], spans: list[Span], ptx: str, war
     the MMAs of a loop in the PTX are those of one tile.
     """
     inner = innermost(spans, {index for index, one in enumerate(instructions) if instruction_class(one) == "tensor"})
-    of_a_tile = [sum(map(is_ptx_mma, loop)) for loop in ptx_loops(ptx)]
+    source = ptx_loops(ptx)
+    of_a_tile = [(sum(map(is_ptx_mma, loop)), sum(one.opcode.startswith(_COMMIT) for one in loop)) for loop in source]
     if len(set(of_a_tile)) == 1:
         of_a_tile = of_a_tile[:1] * len(inner)
-    return tuple(_mma_loop(instructions, span, count, warps) for span, count in zip(inner, of_a_tile, strict=True))
+    return tuple(_mma_loop(instructions, span, *counts, warps) for span, counts in zip(inner, of_a_tile, strict=True))
 
 
-def _mma_loop(instructions: list[Instruction], span: Span, mmas_of_a_tile: int, warps: int) -> MmaLoop:
+def _mma_loop(instructions: list[Instruction], span: Span, mmas_of_a_tile: int, products: int, warps: int) -> MmaLoop:
     body = [instructions[index] for index in span.body]
     flops = shared = 0
     for index in span.body:
@@ -176,7 +181,8 @@ def _mma_loop(instructions: list[Instruction], span: Span, mmas_of_a_tile: int, 
     tiles, rest = divmod(mix["tensor"], mmas_of_a_tile)
     if rest:
         raise ValueError(f"loop: expected a multiple of the PTX's {mmas_of_a_tile} MMAs, got {mix['tensor']}")
-    return MmaLoop(dict(mix), packed, tiles, flops, shared)
+    waits = sum(one.opcode.startswith("WARPGROUP.DEPBAR") for one in body)
+    return MmaLoop(dict(mix), packed, tiles, flops, shared, tiles * products, waits)
 
 
 def tensor_work(instructions: list[Instruction], index: int, warps: int) -> tuple[int, int, int]:

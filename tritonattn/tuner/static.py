@@ -7,21 +7,24 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 
 import triton
 
-from ..tuning.config import TILED_KERNELS, Problem, Target, TileConfig, padded_dim
+from ..tuning.config import TILED_KERNELS, Problem, Target, TileConfig, padded_dim, shared_limit
 from ..tuning.defaults import default_config
 from ..tuning.gpus import GPU
 from ..tuning.ptxas import ptxas_version
 from ..tuning.table import HEAD_DIMS, LENGTHS, SCALES, Entry, Key, Table, kernels_fingerprint
-from .candidates import static_candidates
-from .gate import Candidate, examine, modelled_clocks
+from .candidates import static_candidates, tiles
+from .gate import Candidate, LatencyModel, examine, modelled_clocks
 
 # A config replaces the default, or for long calls that of short ones, which then need no kernels of their own, only if
 # it leads by this much in the model, which is no measurement.
 _CLEARLY_AHEAD = 0.95
+# Tiles of which a ranking also compiles the other numbers of stages.
+_REFINED = 4
 
 Compiled = dict[tuple[str, Problem, TileConfig], Candidate]
 Progress = Callable[[int], object]
@@ -34,10 +37,14 @@ def keys(kernels: tuple[str, ...] = TILED_KERNELS, head_dims: tuple[int, ...] = 
 
 
 class Compiler:
-    """Examines configs in processes, each once for all lengths and for all cards of an architecture."""
+    """Examines configs in processes, each once for all lengths and for all cards of an architecture.
 
-    def __init__(self, target: Target, workers: int) -> None:
+    model   of latency, a function that processes can import
+    """
+
+    def __init__(self, target: Target, workers: int, model: LatencyModel | None = None) -> None:
         self.target = target
+        self._examine = partial(examine, model=model)
         self.examined: Compiled = {}
         self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _quiet)
 
@@ -53,7 +60,7 @@ class Compiler:
         wanted = [(kernel, replace(problem, short=False), config) for kernel, problem, config in wanted]
         new = [one for one in dict.fromkeys(wanted) if one not in self.examined]
         with _without_interrupts():
-            tasks = {self._pool.submit(examine, *one, self.target): one for one in new}
+            tasks = {self._pool.submit(self._examine, *one, self.target): one for one in new}
         for task in as_completed(tasks):
             self.examined[tasks[task]] = task.result()
             if progress:
@@ -90,6 +97,8 @@ def static_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Prog
                 "spill_bytes": code.spill_bytes,
                 "shared_bytes": code.shared_bytes,
             }
+            if found.latency is not None:
+                details["modelled_share"] = round(found.latency.share, 3)
             entries[key] = Entry(found.config, "static", details)
     return Table(gpu.name, gpu.target, kernels_fingerprint(), entries)
 
@@ -106,27 +115,59 @@ def _typical(key: Key) -> Problem:
 
 
 def _contenders(key: Key, target: Target) -> list[tuple[str, Problem, TileConfig]]:
-    """List the configs that the ranking of a key examines, its own default first."""
+    """List the configs by which a key's tiles are compared, its own default first: in as many stages as the default."""
     problem = _typical(key)
-    configs = [default_config(key.kernel, key.problem, target), *static_candidates(key.kernel, problem, target)]
-    return [(key.kernel, problem, config) for config in dict.fromkeys(configs)]
+    first, *others = static_candidates(key.kernel, problem, target)
+    of_stages = [one for one in others if one.num_stages == min(first.num_stages, 2)]
+    configs = dict.fromkeys([default_config(key.kernel, key.problem, target), first, *of_stages])
+    return [(key.kernel, problem, config) for config in configs]
+
+
+def _refined(gpu: GPU, compiler: Compiler, key: Key) -> list[tuple[str, Problem, TileConfig]]:
+    """List the other stages of the most promising tiles."""
+    problem = _typical(key)
+    clocks = _clocks(gpu, compiler, key, _contenders(key, gpu.target))
+    best = list(dict.fromkeys(tiles(config) for config in sorted(clocks, key=clocks.__getitem__)))[:_REFINED]
+    others = static_candidates(key.kernel, problem, gpu.target)
+    return [(key.kernel, problem, config) for config in others if tiles(config) in best]
 
 
 def _compile_ahead(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Progress | None) -> None:
-    """Examine in parallel the contenders of all keys, and then the first of each."""
+    """Examine in parallel the contenders of all keys, then other stages of the best, and then the first of each."""
     compiler.examine([one for key in wanted for one in _contenders(key, gpu.target)], progress)
+    compiler.examine([one for key in wanted for one in _refined(gpu, compiler, key)], progress)
     first = [(key.kernel, key.problem, config) for key in wanted for config in ranked(gpu, compiler, key)[:1]]
     compiler.examine(first, progress)
+
+
+def _clocks(
+    gpu: GPU, compiler: Compiler, key: Key, contenders: list[tuple[str, Problem, TileConfig]]
+) -> dict[TileConfig, float]:
+    """Model the clocks of a typical call in each config that passes."""
+    return {
+        one.config: modelled_clocks(key.kernel, _typical(key), one, gpu.target, gpu.processors)
+        for one in _in_time(compiler.examine(contenders))
+    }
+
+
+def _in_time(examined: list[Candidate]) -> list[Candidate]:
+    """Leave out what does not pass, and a config that asks for its loads too late, where one more stage fits beside it."""
+    passing = {one.config: one for one in examined if not one.reasons}
+
+    def has_better(one: Candidate) -> bool:
+        longer = passing.get(replace(one.config, num_stages=one.config.num_stages + 1))
+        if longer is None or longer.latency is None or one.latency is None:
+            return False
+        is_late = one.latency.awaits_last and not longer.latency.awaits_last
+        return is_late and longer.latency.programs >= one.latency.programs
+
+    return [one for one in passing.values() if not has_better(one)]
 
 
 def ranked(gpu: GPU, compiler: Compiler, key: Key) -> list[TileConfig]:
     """Rank the configs that pass for a typical call of a key, the most promising first."""
     contenders = _contenders(key, gpu.target)
-    clocks = {
-        one.config: modelled_clocks(key.kernel, _typical(key), one, gpu.target, gpu.processors)
-        for one in compiler.examine(contenders)
-        if not one.reasons
-    }
+    clocks = _clocks(gpu, compiler, key, [*contenders, *_refined(gpu, compiler, key)])
     [(_, _, default), *_] = contenders
     preferred = {default}
     if key.lengths == "long":
@@ -138,7 +179,17 @@ def ranked(gpu: GPU, compiler: Compiler, key: Key) -> list[TileConfig]:
 
 def _first_that_passes(gpu: GPU, compiler: Compiler, key: Key, progress: Progress | None) -> Candidate | None:
     for config in ranked(gpu, compiler, key):
-        [found] = compiler.examine([(key.kernel, key.problem, config)], progress)
-        if not found.reasons:
+        found, fullest = compiler.examine([(key.kernel, one, config) for one in (key.problem, _fullest(key))], progress)
+        if not found.reasons and _fits(fullest, compiler.target):
             return found
     return None
+
+
+def _fullest(key: Key) -> Problem:
+    """Return the call of a key that takes most shared memory: with every vector and statistic that it may have."""
+    of_forward = {"aux": True, "sinks": True} if key.kernel == "forward" else {}
+    return replace(key.problem, left=True, key_bias=True, softcap=True, **of_forward)
+
+
+def _fits(found: Candidate, target: Target) -> bool:
+    return found.code is not None and found.code.shared_bytes <= shared_limit(target)

@@ -22,6 +22,7 @@ from ..tuning.config import Target
 from ..tuning.defaults import default_config
 from ..tuning.gpus import GPUS, table_name
 from ..tuning.table import Entry, Key, Table, TableError, kernels_fingerprint, write_table
+from .gate import LatencyModel
 from .in_use import named_gpus, shown
 from .search import Effort, Result, SearchError, pending, promising, search
 from .static import Compiler, keys, static_table
@@ -40,15 +41,15 @@ def tune(options: Namespace) -> int:
     wanted = [key for key in keys(options.kernels, options.head_dims) if key.lengths in options.lengths]
     end = math.inf if options.budget is None else time.monotonic() + 60 * options.budget
     try:
-        return (_tune_static if options.static else _tune_here)(options, wanted, end)
+        return (tune_static if options.static else _tune_here)(options, wanted, end)
     except BrokenProcessPool as error:
         raise CommandError(
             "a process that compiles was ended from outside, perhaps for lack of memory: --workers takes fewer at once"
         ) from error
 
 
-def _tune_static(options: Namespace, wanted: list[Key], end: float) -> int:
-    """Rank by the model; no architecture begins after `end`, of time.monotonic."""
+def tune_static(options: Namespace, wanted: list[Key], end: float, model: LatencyModel | None = None) -> int:
+    """Rank by the rates of units, or a model of latency; no architecture begins after `end`, of time.monotonic."""
     gpus = named_gpus("--static", options.static)
     for gpu in gpus:
         _check_folder(_path(gpu.name, options.write), options.write)
@@ -56,7 +57,7 @@ def _tune_static(options: Namespace, wanted: list[Key], end: float) -> int:
         if time.monotonic() >= end:
             print(f"the budget of {options.budget:g} minutes is spent: nothing is compiled from {target.name} on")
             break
-        with Compiler(target, options.workers) as compiler, Progress(unit="kernel", desc=target.name) as progress:
+        with Compiler(target, options.workers, model) as compiler, Progress(unit="kernel", desc=target.name) as progress:
             tables = [static_table(gpu, compiler, wanted, progress.update) for gpu in gpus if gpu.target == target]
             if wanted and not any(table.entries for table in tables):
                 _check_that_it_compiles(compiler, wanted[0])

@@ -1,0 +1,43 @@
+"""Make the shipped tables of tile configs without a GPU: rank them by the replay of their loops.
+
+`tritonattn tune --static` ranks the same configs by the rates of units alone, since the replay is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from triton.compiler import CompiledKernel
+
+from tritonattn.cli.options import names, whole_number, whole_numbers
+from tritonattn.cli.threads import usable_cores
+from tritonattn.tuner.gate import Latency
+from tritonattn.tuner.static import keys
+from tritonattn.tuner.tune import tune_static
+from tritonattn.tuning.config import TILED_KERNELS, Target, TileConfig
+from tritonattn.tuning.table import RANKED_HEAD_DIMS
+
+from .replay import replay
+from .replay.parameters import PARAMETERS
+
+
+def latency(compiled: CompiledKernel, config: TileConfig, target: Target) -> Latency:
+    """Replay a kernel's loop; where the target is not replayed, say only whether its loads are asked for in time."""
+    found = replay(compiled, config, target)
+    clocks = found.clocks if target.arch in PARAMETERS else None
+    return Latency(found.share, clocks, found.programs, found.awaits_last)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("static", metavar="gpus", type=names, help="h100,..., architectures (sm_90,...) or all")
+    parser.add_argument("--kernels", type=names, default=TILED_KERNELS, help="some of them: forward,...")
+    parser.add_argument("--head-dims", type=whole_numbers, default=RANKED_HEAD_DIMS, help="some of them: 64,...")
+    parser.add_argument("--workers", type=whole_number, default=usable_cores(), help="processes that compile")
+    parser.add_argument("--write", action="store_true", help="into autotune_cache/, not the user's folder")
+    parser.set_defaults(run=run, budget=None)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compile, rank, print what changed, and write."""
+    tune_static(options, list(keys(options.kernels, options.head_dims)), math.inf, latency)
