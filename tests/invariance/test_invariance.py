@@ -77,6 +77,30 @@ def test_layers_and_patches_hand_it_on():
         assert isinstance(model(ids), transformers.utils.ModelOutput)
 
 
+def test_a_patched_model_with_padding_on_the_left():
+    """In a prefill and a step of `generate`, a padded row has the bits of its sequence alone, which has no mask."""
+    pytest.importorskip("transformers")
+    from tests.support.llama import llama
+    from tritonattn.huggingface import attention_forward, patch
+    from tritonattn.huggingface.masks import key_range_mask
+
+    torch.manual_seed(0)
+    model, padding, length = llama(), 37, 300
+    module = model.model.layers[0].self_attn
+    q, k, v = torch.randn(2, 4, length, 32), torch.randn(2, 2, length, 32), torch.randn(2, 2, length, 32)
+    seen = torch.ones(2, length, dtype=torch.bool)
+    seen[0, :padding] = False
+    with patch(model, scaling="key_norm_mean", batch_invariant=True):
+        for first in (0, length - 1):
+            position = torch.arange(first, length)
+            sizes = {"batch_size": 2, "q_length": length - first, "q_offset": first, "cache_position": position}
+            mask = key_range_mask(**sizes, kv_length=length, attention_mask=seen)
+            batch, _ = attention_forward(module, q[:, :, first:], k, v, mask)
+            rows = slice(max(first, padding), length)
+            alone, _ = attention_forward(module, q[:1, :, rows], k[:1, :, padding:], v[:1, :, padding:], None)
+            assert torch.equal(batch[:1, rows.start - first :], alone)
+
+
 @pytest.mark.parametrize("scaling", ["key_norm_mean", "key_norm_rms", "key_norm_max", "cosine"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
 def test_keys_that_left_every_window_may_hold_anything(scaling, poison):
