@@ -6,6 +6,7 @@ import torch
 import tritonattn
 from tests.invariance.company import cases, differences
 from tests.support.calls import operands
+from tests.support.masks import MASKS
 
 CASES = list(cases(35, seed=1, lengths=(16, 300), dims=((64, 64), (20, 33))))
 
@@ -75,6 +76,21 @@ def test_layers_and_patches_hand_it_on():
         saved = next(iter(patched.layers.values())).to_config()
         assert saved["batch_invariant"] is True
         assert isinstance(model(ids), transformers.utils.ModelOutput)
+
+
+@pytest.mark.parametrize("mask", [name for name in MASKS if name != "everything"])
+def test_results_and_gradients_are_those_of_the_definition(mask):
+    torch.manual_seed(0)
+    shapes = {"q": (2, 4, 40, 8), "k": (2, 2, 300, 8), "v": (2, 2, 300, 6), "query_scale": (2, 4, 40)}
+    shapes |= {"key_scale": (2, 2, 300), "key_bias": (2, 4, 300), "sinks": (4,)}
+    leaves = {name: torch.randn(shape, dtype=torch.float64).requires_grad_() for name, shape in shapes.items()}
+    options = {"softcap": 3.0, "return_aux": True, **MASKS[mask](2, 4, 40, 300)}
+    found = []
+    for own in ({"backend": "sdpa", "batch_invariant": True}, {"backend": "reference"}):
+        out, aux = tritonattn.scaled_attention(**leaves, **options, **own)
+        seen = aux.lse.masked_fill(aux.lse.isneginf(), 0)
+        found.append([out, *aux, *torch.autograd.grad(out.square().sum() + seen.sum(), list(leaves.values()))])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def test_a_patched_model_with_padding_on_the_left():
