@@ -200,7 +200,7 @@ def test_gradients_of_the_heads_of_a_group_add_up_in_one_order_where_invariant()
 
     def gradient(g):
         shape = torch.Size((g.shape[0], 16, g.shape[2], 1))
-        visible = Visibility.of_shapes(shape, shape[:1] + (2, 4, 1), g.device, invariant=True)
+        visible = Visibility.of_shapes(shape, torch.Size((*shape[:1], 2, 4, 1)), g.device, invariant=True)
         x = torch.ones(g.shape[0], 2, g.shape[2], requires_grad=True)
         return torch.autograd.grad(visible.repeated(x), x, g)[0]
 

@@ -117,6 +117,19 @@ def test_a_patched_model_with_padding_on_the_left():
             assert torch.equal(batch[:1, rows.start - first :], alone)
 
 
+@pytest.mark.parametrize("scaling", ["key_norm_sum", "key_norm_max"])
+def test_a_window_of_the_last_rows_with_padding_on_the_left(scaling):
+    """The padding holds NaN; keys that left the window, one of them long, count in sums, as they do without padding."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 3, 16), 30 * torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 16)
+    k[:, :, :37], v[:, :, :37], k[:, :, 50] = torch.nan, torch.nan, 1e13
+    options = {"scaling": scaling, "window": (90, 0), "batch_invariant": True, "return_aux": True}
+    ranges = torch.tensor([37, 300]).expand(2, 3, 2)
+    out, aux = tritonattn.attention(q, k, v, key_ranges=ranges, **options)
+    alone, of_alone = tritonattn.attention(q, k[:, :, 37:], v[:, :, 37:], **options)
+    assert all(map(torch.equal, (out, *aux), (alone, *of_alone)))
+
+
 @pytest.mark.parametrize("scaling", ["key_norm_mean", "key_norm_rms", "key_norm_max", "cosine"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
 def test_keys_that_left_every_window_may_hold_anything(scaling, poison):

@@ -346,8 +346,6 @@ class Visibility:
             is_key = (key < self.sequences.k_starts[-1])[None, None]
         else:
             is_key = (key < self._bounds()[1].amax(-1, keepdim=True))[:, None]
-        if (first := self.first_keys()) is not None:
-            is_key = is_key & (key >= first[:, None, None])
         return seen | (is_key & (lengths() < 1e15))  # beside a longer one, fp64 keeps no digit of 1
 
     def repeated(self, x: Tensor) -> Tensor:
