@@ -16,6 +16,7 @@ from ..calls.decode_checks import check_cache, check_decode, refuse_gradients
 from ..calls.dispatch import AttentionAux, autocast, choose_backend, sinks_of
 from ..calls.factor import Factor
 from ..calls.key_statistics import KeyStatistics
+from ..calls.sharded import CACHED, takes_head_parts
 from ..calls.words import with_hints
 from ..core.call import AttentionCall, ForwardResult
 from ..core.decode_call import Cache
@@ -29,6 +30,7 @@ from .sequence import share_beside_sinks
 
 
 @with_hints
+@takes_head_parts(CACHED)
 def context_parallel_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -57,7 +59,8 @@ def context_parallel_decode(
         mesh: The P ranks: a DeviceMesh of one dimension.
         key_lengths: Integers [B], the keys of every whole sequence, up to P * capacity, the new ones included; the
             same on all ranks. The new key of position p belongs into the part of rank p // capacity.
-        scaling, gain: As in `attention_decode`, but for a Scaling that reads keys itself.
+        scaling, gain: As in `attention_decode`, but for a Scaling that reads keys itself; DTensors as in
+            `context_parallel_attention`.
         statistics: The `KeyStatistics` of this rank's part.
         window, softcap, sinks, return_aux: As in `attention_decode`.
         backend: "auto", "triton" or "sdpa".
