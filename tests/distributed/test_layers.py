@@ -117,8 +117,8 @@ def sharded_values(rank: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     with pytest.raises(ValueError, match="sinks: expected a value for each of q's 2 heads on this rank, got 1 of 2"):
         context_parallel_attention(q, k, v, mesh=mesh["cp"], sinks=distribute_tensor(sinks[:2], mesh["tp"], [Shard(0)]))
+    lengths = distribute_tensor(lengths, mesh["tp"])
     with pytest.raises(TypeError, match="key_lengths: expected a plain tensor beside a plain q"):
-        lengths = distribute_tensor(lengths, mesh["tp"])
         context_parallel_decode(q[:, :, :1], k, v, mesh=mesh["cp"], key_lengths=lengths)
 
 
@@ -144,7 +144,7 @@ def refusals(rank: int) -> None:
     for call in (lambda: layer(x[:, :7]), lambda: gate(x[:, :7])):
         with pytest.raises(ValueError, match="x: expected an even number of tokens of this rank for layout 'zigzag'"):
             call()
-    with pytest.raises(ValueError, match="ContextParallel: expected a module with a ScaledAttention, .* got Linear"):
+    with pytest.raises(ValueError, match=r"ContextParallel: expected a module with a ScaledAttention, .* got Linear"):
         parallelize_module(nn.Linear(1, 1), mesh, ContextParallel())
     with pytest.raises(ValueError, match="layout: expected one of"):
         parallelize_module(plain, mesh, ContextParallel(layout="striped"))

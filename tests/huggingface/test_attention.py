@@ -134,7 +134,7 @@ def test_ulysses_of_another_implementation_is_refused(monkeypatch):
     stand_in.__module__ = home
     monkeypatch.setitem(sys.modules, home, SimpleNamespace())
     monkeypatch.setitem(interface._global_mapping, "sdpa", stand_in)
-    with pytest.raises(NotImplementedError, match="shares sequences over ranks in layers of sdpa, .*patch all layers"):
+    with pytest.raises(NotImplementedError, match=r"shares sequences over ranks in layers of sdpa, .*patch all layers"):
         attention_forward(module_with(), q, q, q, None)
     monkeypatch.setitem(interface._global_mapping, "tritonattn", stand_in)
     attention_forward(module_with(), q, q, q, None)

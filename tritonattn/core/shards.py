@@ -51,7 +51,7 @@ def context_parallel() -> TorchContext | None:
 
 
 def refuse_context_parallel(name: str) -> None:
-    """Raise where torch's context_parallel has cut the sequence: `name`, a function or layer, would see a part of it."""
+    """Raise where torch's context_parallel has cut the sequence: the function or layer would see this rank's part."""
     if context_parallel() is not None:
         raise NotImplementedError(
             f"{name}: torch's context_parallel is active, and tensors are this rank's part of the sequence: expected"

@@ -85,6 +85,6 @@ def varlen(config: VarlenAttention.Config, *, scaling: str = "sqrt_dim") -> Scal
     Raises:
         ValueError: An unknown name, or that of a learned scaling.
 
-    torchtitan's context parallelism takes no varlen attention. Seen with torchtitan 0.3.0.
+    torchtitan's context parallelism takes no varlen attention. Tested with torchtitan 0.3.0 and its main of 2026-08-21.
     """
     return derive(config, ScaledVarlenAttention.Config, scaling=scaling)
