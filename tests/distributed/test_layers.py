@@ -137,6 +137,10 @@ def refusals(rank: int) -> None:
     with pytest.raises(NotImplementedError, match=r"dropout_p: expected 0 for a sequence split over ranks, got 0\.5"):
         layer(x)
     layer.eval()
+    layer.batch_invariant = True
+    with pytest.raises(NotImplementedError, match="batch_invariant: not supported for a sequence split over ranks"):
+        layer(x)
+    layer.batch_invariant = None
     given: dict[str, Any] = {"context": x, "key_lengths": torch.tensor([8]), "mask": torch.ones(8, 8).bool()}
     for name, value in {**given, "cache": KeyValueCache(1, HEADS, 8, 4)}.items():
         with pytest.raises(ValueError, match=f"{name}: expected None beside ContextParallel"):

@@ -189,8 +189,8 @@ class ScaledAttention(SharesSequence, nn.Module):
             counts: With a cache, integers [B]: how many of the Sq tokens are those of sequence b, the first ones. The
                 others reach nothing, and their rows are o_proj of zeros.
 
-        Under `tritonattn.distributed.ContextParallel` x and key_bias are those of this rank's tokens, cu_seqlens is
-        that of the whole sequence, and the other arguments are refused.
+        Under `tritonattn.distributed.ContextParallel` x and key_bias are those of this rank's tokens, cu_seqlens and
+        max_seqlen those of the whole sequence, and the other arguments are refused.
 
         Returns:
             As x, with `width` features.
@@ -222,7 +222,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         """Project and normalise the operands of a call without a cache: q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""
         q, k, v = self._projected(x, context)
         if context is None:
-            q, k = self.positioned(q, k, self.positions(x.shape[1], x.device)[None])
+            q, k = self.positioned(q, k, self._positions(x.shape[1], x.device)[None])
         return q, k, v
 
     def _settings(self, key_bias: Tensor | None) -> dict[str, Any]:
@@ -265,7 +265,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         check_offsets("cu_seqlens", cu_seqlens, x)
         check_count("max_seqlen", max_seqlen)
         q, k, v = self._projected(x[None])
-        row = self.positions(x.shape[0], x.device).to(cu_seqlens.dtype)
+        row = self._positions(x.shape[0], x.device).to(cu_seqlens.dtype)
         sequence = torch.searchsorted(cu_seqlens, row, right=True).clamp(max=cu_seqlens.shape[0] - 1) - 1
         q, k = self.positioned(q, k, (row - cu_seqlens[sequence])[None])
         options = self._masked(key_bias)

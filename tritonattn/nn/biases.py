@@ -58,7 +58,7 @@ class ALiBi(SharesSequence, nn.Module):
         check_count("keys", keys)
         refuse_context_parallel("ALiBi")
         ranks = 1 if self.sequence_part is None else self.sequence_part.ranks
-        distance = self.positions(keys, self._place.device).double() - (keys * ranks - 1)
+        distance = self._positions(keys, self._place.device).double() - (keys * ranks - 1)
         return (self._exact_slopes()[:, None] * distance).float()
 
     def _exact_slopes(self) -> Tensor:
