@@ -117,9 +117,6 @@ def sharded_values(rank: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     with pytest.raises(ValueError, match="sinks: expected a value for each of q's 2 heads on this rank, got 1 of 2"):
         context_parallel_attention(q, k, v, mesh=mesh["cp"], sinks=distribute_tensor(sinks[:2], mesh["tp"], [Shard(0)]))
-    lengths = distribute_tensor(lengths, mesh["tp"])
-    with pytest.raises(TypeError, match="key_lengths: expected a plain tensor beside a plain q"):
-        context_parallel_decode(q[:, :, :1], k, v, mesh=mesh["cp"], key_lengths=lengths)
 
 
 def test_what_head_parallel_has_sharded_goes_beside_plain_operands(pool):

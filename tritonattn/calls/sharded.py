@@ -89,7 +89,7 @@ def takes_shards(
             given = signature.bind(*arguments, **keywords).arguments
             own = axes if paged is None or given.get("block_table") is None else paged
             if not is_dtensor(given["q"]):
-                return function(**_parts_beside(given, own))  # pyright: ignore
+                return function(**{name: _part_beside(given["q"], name, x, own) for name, x in given.items()})  # pyright: ignore
             shards = Shards.of(given, own)
             with stream(shards.number):
                 result = function(**{name: shards.part(name, x) for name, x in given.items()})  # pyright: ignore
@@ -100,30 +100,11 @@ def takes_shards(
     return decorate
 
 
-def takes_head_parts(axes: Mapping[str, Axes]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: beside a plain q a DTensor that has a value a head stands for this rank's part, as in `takes_shards`.
-
-    A call with a DTensor as q reaches the function as it is.
-    """
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        signature = inspect.signature(function)
-
-        @functools.wraps(function)
-        def call(*arguments: P.args, **keywords: P.kwargs) -> R:
-            if is_dtensor(*arguments, *keywords.values()):
-                given = signature.bind(*arguments, **keywords).arguments
-                if not is_dtensor(given["q"]):
-                    return function(**_parts_beside(given, axes))  # pyright: ignore
-            return function(*arguments, **keywords)
-
-        return call
-
-    return decorate
-
-
-def _parts_beside(given: Mapping[str, Any], axes: Mapping[str, Axes]) -> dict[str, Any]:
-    return {name: _part_beside(given["q"], name, x, axes) for name, x in given.items()}
+def head_parts(q: Tensor, **values: Any) -> list[Any]:
+    """This rank's parts of values that may have one a head, arguments of `BATCHED`, beside its q [B, Hq, Sq, D]."""
+    if is_dtensor(q):
+        return list(values.values())
+    return [_part_beside(q, name, x, BATCHED) for name, x in values.items()]
 
 
 def _part_beside(q: Tensor, name: str, x: Any, axes: Mapping[str, Axes]) -> Any:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..calls.checks import Options, check, check_count, check_dtype
 from ..calls.dispatch import AttentionAux, autocast, aux_of, choose_backend, sinks_of
 from ..calls.factor import Factor
-from ..calls.sharded import BATCHED, takes_head_parts
+from ..calls.sharded import head_parts
 from ..calls.varlen_checks import check_offset_values, check_offsets
 from ..calls.words import with_hints
 from ..core.autograd import needs_graph
@@ -26,7 +26,6 @@ _METHODS = {"allgather": gathered.attention, "alltoall": by_heads.attention, "ri
 
 
 @with_hints
-@takes_head_parts(BATCHED)
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -100,6 +99,7 @@ def context_parallel_attention(
     Sources: Llama Team 2024, arXiv:2407.21783, 3.3.2 (all-gather, zig-zag); Jacobs et al. 2023, arXiv:2309.14509
     (all-to-all); Liu et al. 2023, arXiv:2310.01889 (ring).
     """
+    scaling, gain, sinks = head_parts(q, scaling=scaling, gain=gain, sinks=sinks)
     options = Options(
         causal=causal,
         window=window,

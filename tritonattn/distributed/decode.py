@@ -16,7 +16,7 @@ from ..calls.decode_checks import check_cache, check_decode, refuse_gradients
 from ..calls.dispatch import AttentionAux, autocast, choose_backend, sinks_of
 from ..calls.factor import Factor
 from ..calls.key_statistics import KeyStatistics
-from ..calls.sharded import CACHED, takes_head_parts
+from ..calls.sharded import head_parts
 from ..calls.words import with_hints
 from ..core.call import AttentionCall, ForwardResult
 from ..core.decode_call import Cache
@@ -30,7 +30,6 @@ from .sequence import share_beside_sinks
 
 
 @with_hints
-@takes_head_parts(CACHED)
 def context_parallel_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -86,6 +85,7 @@ def context_parallel_decode(
 
     Source: Dao et al. 2023, "Flash-Decoding for long-context inference", https://pytorch.org/blog/flash-decoding.
     """
+    scaling, gain, sinks = head_parts(q, scaling=scaling, gain=gain, sinks=sinks)
     options = Options(window=window, softcap=softcap, sinks=sinks, return_aux=return_aux, backend=backend)
     refuse_over_ranks(None)
     (q, k, v), autocast_off = autocast(q, k_cache, v_cache)
