@@ -75,8 +75,8 @@ def context_parallel_attention(
 
     Every rank calls with the same arguments but for q, k, v and what belongs to their rows. The gradient of a parameter
     (gain, sinks, a learned scaling) is the part of this rank's rows: sum it over ranks, as FSDP and DDP do. Beside
-    tensor parallelism q, k and v are plain tensors of this rank's heads, and a DTensor that `HeadParallel` has sharded
-    stands for its values of these heads.
+    tensor parallelism q, k and v are plain tensors of this rank's heads, and a gain, sinks or a scaling that is a
+    DTensor (`HeadParallel`) stands for its values of these heads.
 
     Returns:
         [B, Hq, S / P, Dv]; with return_aux also the rows' `AttentionAux`. At one P repetitions give the same bits.
