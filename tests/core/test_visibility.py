@@ -192,3 +192,16 @@ def test_entries_of_no_member_are_zero_there_and_back():
     own = torch.arange(7) < 5
     assert torch.equal(places.packed(members), x * own)
     assert torch.equal(torch.autograd.grad(members.sum(), x)[0], own.double().expand(1, 2, 7))
+
+
+def test_gradients_of_the_heads_of_a_group_add_up_in_one_order_where_invariant():
+    """Of 8 heads or more torch adds them up in an order that follows the other sizes."""
+    g = torch.randn(3, 16, 7, generator=torch.Generator().manual_seed(0))
+
+    def gradient(g):
+        shape = torch.Size((g.shape[0], 16, g.shape[2], 1))
+        visible = Visibility.of_shapes(shape, torch.Size((*shape[:1], 2, 4, 1)), g.device, invariant=True)
+        x = torch.ones(g.shape[0], 2, g.shape[2], requires_grad=True)
+        return torch.autograd.grad(visible.repeated(x), x, g)[0]
+
+    assert torch.equal(gradient(g)[1:2, :, :3], gradient(g[1:2, :, :3].clone()))

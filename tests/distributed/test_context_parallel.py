@@ -177,8 +177,8 @@ def round_trip(rank: int) -> None:
         (whole * x).sum().backward()
         assert torch.equal(part.grad, 4 * part)  # from four ranks
     message = (
-        r"x: expected a number of tokens that 8 divides \('zigzag' over 4 ranks\), got 12; pad the sequence, or end it"
-        " with a document of padding"
+        r"x: expected a number of tokens that 8 divides \('zigzag' over 4 ranks\), got 12; pad the sequence"
+        r" \(tritonattn\.distributed\.pad\), or end it with a document of padding"
     )
     with pytest.raises(ValueError, match=message):
         shard(x[..., :12], mesh=mesh, layout="zigzag")

@@ -1,6 +1,7 @@
 """torchtitan's debug Llama by our override: documents alone by torch's attention, and FSDP2 of four processes."""
 
 import dataclasses
+import inspect
 import warnings
 from typing import Any
 
@@ -13,7 +14,7 @@ with warnings.catch_warnings():  # torch's own, at the import of what torchtitan
     warnings.simplefilter("ignore")
     pytest.importorskip("torchtitan.models.common.attention", reason="pip install torchtitan")
 from torchtitan.config import OverrideConfig, apply_overrides
-from torchtitan.models.common.attention import ScaledDotProductAttention, VarlenAttention
+from torchtitan.models.common.attention import ScaledDotProductAttention, VarlenAttention, VarlenMetadata
 from torchtitan.models.llama3 import llama3_configs
 
 from tritonattn.core.shards import whole
@@ -21,13 +22,25 @@ from tritonattn.core.shards import whole
 OVERRIDE = "tritonattn.integrations.torchtitan.varlen"
 LENGTHS = (20, 1, 11)
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+FOLDED = "q_TNH" in inspect.signature(VarlenAttention.forward).parameters  # since 0.3.0: [T, ...] for [B, L, ...]
+
+
+class Stock(ScaledDotProductAttention):
+    """torchtitan's attention by torch, which takes [B, L, H, D] only, of one sequence [T, H, D] too."""
+
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class Config(ScaledDotProductAttention.Config):
+        pass
+
+    def forward(self, q, k, v, **options):
+        return super().forward(*(x.view(-1, *x.shape[-3:]) for x in (q, k, v)), **options).view_as(q)
 
 
 def llama(scaling: str | None, window: tuple[int, int] = (-1, 0)) -> Any:
     """Two layers in fp32, the same on every rank; torch's own attention where scaling is None."""
     config = llama3_configs["debugmodel"](attn_backend="varlen")
     config.layers = config.layers[:2]
-    own = ScaledDotProductAttention.Config() if scaling is None else VarlenAttention.Config(window_size=window)
+    own = Stock.Config() if scaling is None else VarlenAttention.Config(window_size=window)
     for layer in config.layers:
         layer.attention = dataclasses.replace(layer.attention, inner_attention=own)
     if scaling is not None:
@@ -43,16 +56,38 @@ def tokens(batch: int = 4) -> torch.Tensor:
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """[B, L, vocabulary]"""
     positions = POSITIONS.expand_as(ids)
-    return model(ids, positions=positions, attention_masks=model.get_attention_masks(positions))
+    own, places = (ids.flatten(), positions.flatten()) if FOLDED else (ids, positions)
+    return model(own, positions=places, attention_masks=model.get_attention_masks(places)).view(*ids.shape, -1)
+
+
+def logits_alone(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """[L, vocabulary] of one document [L]."""
+    lead = (ids.shape[0],) if FOLDED else (1, ids.shape[0])
+    return model(ids.view(lead), positions=torch.arange(ids.shape[0]).view(lead)).flatten(0, -2)
+
+
+def test_queries_of_folded_and_of_separate_sequences():
+    attend = llama("key_norm_mean").layers["0"].attention.inner_attention
+    q, (k, v) = torch.randn(2, 6, 4, 8), torch.randn(2, 2, 6, 2, 8)
+    ends = torch.arange(0, 13, 3, dtype=torch.int32)
+    masks = VarlenMetadata(ends, ends, 3, 3)
+    seen = []
+    for transform in (None, lambda out, lse: seen.append(lse) or out):
+        batched = attend(q, k, v, attention_masks=masks, out_transform=transform)
+        folded = attend(*(x.flatten(0, 1) for x in (q, k, v)), attention_masks=masks, out_transform=transform)
+        assert torch.equal(folded.view_as(q), batched)
+    assert [x.shape for x in seen] == [(2, 6, 4), (12, 4)]
+    assert torch.equal(*(x.flatten() for x in seen))
 
 
 def test_documents_attend_as_they_do_alone():
     stock, ids = llama(None), tokens()
-    alone = [stock(part, positions=torch.arange(part.shape[1])[None]) for part in ids.split(LENGTHS, 1)]
-    torch.testing.assert_close(logits(llama("sqrt_dim"), ids), torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
+    alone = torch.stack([torch.cat([logits_alone(stock, part) for part in row.split(LENGTHS)]) for row in ids])
+    torch.testing.assert_close(logits(llama("sqrt_dim"), ids), alone, rtol=1e-4, atol=1e-4)
     for other in (llama("key_norm_sum"), llama("sqrt_dim", window=(3, 0))):
-        assert not torch.allclose(logits(other, ids), torch.cat(alone, 1), atol=1e-2)
+        assert not torch.allclose(logits(other, ids), alone, atol=1e-2)
     with pytest.raises(ValueError, match="SSMax"):
         llama("ssmax")
 

@@ -31,7 +31,7 @@ def trained(model: Any, part, ranks: int = 1, shared=None) -> list[float]:
     ranks     how many the gradients are averaged over
     shared    mesh over which a sequence is cut
     """
-    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, foreach=False), []
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False), []
     for step in range(STEPS):
         ids = tokens(step % 2)
         labels = F.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()  # the next token of each, none after the last
@@ -69,18 +69,14 @@ def losses(rank: int, how: str) -> list[float]:
         model = DistributedDataParallel(model)
     elif how.startswith("fsdp, "):
         model = sharded(model, data, apart=how == "fsdp, apart")
-    elif how == "fsdp x tensor":
+    elif how in ("fsdp x tensor", "fsdp x tensor, context"):
         model = sharded(by_heads(model, mesh["other"]), data)
     else:
         model = sharded(model, mesh._flatten("all"))
-    in_context = how == "fsdp x context"
-    averaged = 4 if in_context else data.size()
-    found = trained(
-        model,
-        lambda x: x.chunk(data.size())[data.get_local_rank()],
-        averaged,
-        mesh["other"] if in_context else None,
-    )
+    shared = {"fsdp x context": mesh["other"], "fsdp x tensor, context": data}.get(how)
+    rows = 1 if shared is data else data.size()  # FSDP's ranks share sequences, or have sequences of their own
+    averaged = 4 if how == "fsdp x context" else data.size()
+    found = trained(model, lambda x: x.chunk(rows)[data.get_local_rank() % rows], averaged, shared)
     for total in found[:STEPS]:
         dist.all_reduce(total)
     # Ranks of one tensor-parallel group count the same tokens.
@@ -92,7 +88,9 @@ def one() -> list[float]:
     return [float(x) for x in trained(llama(), lambda x: x)]
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp, together", "fsdp, apart", "fsdp x tensor", "fsdp x context"])
+@pytest.mark.parametrize(
+    "how", ["ddp", "fsdp, together", "fsdp, apart", "fsdp x tensor", "fsdp x context", "fsdp x tensor, context"]
+)
 def test_losses_and_learned_values_are_those_of_one_process(pool, one, how):
     for got in pool.run(losses, how):
         assert got == pytest.approx(one, rel=1e-5)

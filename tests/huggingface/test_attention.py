@@ -1,5 +1,6 @@
 """The attention function translates calls of transformers for `tritonattn.attention`, and refuses what it cannot."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +125,19 @@ def test_a_window_without_a_mask():
         attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=3, is_causal=False)
     wide, _ = attention_forward(module, q, k, v, None, scaling=0.5, sliding_window=9, is_causal=False)
     torch.testing.assert_close(wide, tritonattn.attention(q, k, v, scaling=0.5).transpose(1, 2))
+
+
+def test_ulysses_of_another_implementation_is_refused(monkeypatch):
+    """UlyssesSPAttentionHF puts its function in the place of one name; layers of other names would see a part."""
+    home, interface = "deepspeed.runtime.sequence_parallel.ulysses_sp", transformers.AttentionInterface
+    q, stand_in = torch.randn(1, 2, 3, 4), lambda *arguments, **keywords: None
+    stand_in.__module__ = home
+    monkeypatch.setitem(sys.modules, home, SimpleNamespace())
+    monkeypatch.setitem(interface._global_mapping, "sdpa", stand_in)
+    with pytest.raises(NotImplementedError, match=r"shares sequences over ranks in layers of sdpa, .*patch all layers"):
+        attention_forward(module_with(), q, q, q, None)
+    monkeypatch.setitem(interface._global_mapping, "tritonattn", stand_in)
+    attention_forward(module_with(), q, q, q, None)
 
 
 def test_a_name_is_taken_back_with_its_masks():

@@ -171,6 +171,22 @@ def _padded_batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: rand
     return alone, [x[0, :, : one.length] for x in found]
 
 
+def _left_padded_batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
+    """Padding on the left, told by key_ranges: NaN in keys and values. All rows, or the last 1 to 16."""
+    members = [one, *_others(attend, draw, 2 * one.length)]
+    longest = max(each.length for each in members)
+    rows = slice(longest - draw.choice([longest, one.length, draw.randint(1, 16)]), longest)
+    fills = {"q": 1.0, "k": torch.nan, "v": torch.nan, "d_out": 0.0, "d_lse": 0.0}
+    q, k, v, d_out, d_lse = (_padded([getattr(each, x) for each in members], fill, "left") for x, fill in fills.items())
+    first = torch.tensor([longest - each.length for each in members])[:, None]
+    is_row = torch.arange(longest) >= first
+    ranges = torch.stack([first.expand(is_row.shape), torch.where(is_row, longest, 0)], dim=-1)
+    q, d_out, d_lse = (x[:, :, rows] for x in (q, d_out, d_lse))
+    found = attend.batched(q, k, v, d_out, d_lse, key_ranges=ranges[:, rows])
+    count = min(rows.stop - rows.start, one.length)
+    return [x[:, -count:] for x in alone[:ROWS]], [x[0, :, -count:] for x in found[:ROWS]]
+
+
 def _packed_batch(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Random):
     others = _others(attend, draw, 2 * one.length)
     place = draw.randint(0, len(others))
@@ -216,6 +232,7 @@ def _paged(attend: Attend, one: Sequence, alone: list[Tensor], draw: random.Rand
 COMPANIES = {
     "batch": _batch,
     "padded": _padded_batch,
+    "left padded": _left_padded_batch,
     "packed": _packed_batch,
     "more keys": _more_keys,
     "chunk": _chunk,
@@ -246,7 +263,8 @@ def cases(count: int, seed: int, lengths: tuple[int, int], dims: tuple[tuple[int
         )
 
 
-def _padded(tensors: list[Tensor], fill: float = torch.nan) -> Tensor:
-    """[B, H, longest, ...] with `fill` behind each."""
-    padded = pad_sequence([x.transpose(0, 1) for x in tensors], batch_first=True, padding_value=fill)
+def _padded(tensors: list[Tensor], fill: float = torch.nan, side: str = "right") -> Tensor:
+    """[B, H, longest, ...] with `fill` behind each, or before it."""
+    rows_first = [x.transpose(0, 1) for x in tensors]
+    padded = pad_sequence(rows_first, batch_first=True, padding_value=fill, padding_side=side)
     return padded.transpose(1, 2).contiguous()

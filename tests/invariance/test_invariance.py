@@ -6,6 +6,7 @@ import torch
 import tritonattn
 from tests.invariance.company import cases, differences
 from tests.support.calls import operands
+from tests.support.masks import MASKS
 from tritonattn.calls import dispatch
 
 CASES = list(cases(35, seed=1, lengths=(16, 300), dims=((64, 64), (20, 33))))
@@ -92,6 +93,58 @@ def test_layers_and_patches_hand_it_on():
         saved = next(iter(patched.layers.values())).to_config()
         assert saved["batch_invariant"] is True
         assert isinstance(model(ids), transformers.utils.ModelOutput)
+
+
+@pytest.mark.parametrize("mask", [name for name in MASKS if name != "everything"])
+def test_results_and_gradients_are_those_of_the_definition(mask):
+    torch.manual_seed(0)
+    shapes = {"q": (2, 4, 40, 8), "k": (2, 2, 300, 8), "v": (2, 2, 300, 6), "query_scale": (2, 4, 40)}
+    shapes |= {"key_scale": (2, 2, 300), "key_bias": (2, 4, 300), "sinks": (4,)}
+    leaves = {name: torch.randn(shape, dtype=torch.float64).requires_grad_() for name, shape in shapes.items()}
+    options = {"softcap": 3.0, "return_aux": True, **MASKS[mask](2, 4, 40, 300)}
+    found = []
+    for own in ({"backend": "sdpa", "batch_invariant": True}, {"backend": "reference"}):
+        out, aux = tritonattn.scaled_attention(**leaves, **options, **own)
+        seen = aux.lse.masked_fill(aux.lse.isneginf(), 0)
+        found.append([out, *aux, *torch.autograd.grad(out.square().sum() + seen.sum(), list(leaves.values()))])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_a_patched_model_with_padding_on_the_left():
+    """In a prefill and a step of `generate`, a padded row has the bits of its sequence alone, which has no mask."""
+    pytest.importorskip("transformers")
+    from tests.support.llama import llama
+    from tritonattn.huggingface import attention_forward, patch
+    from tritonattn.huggingface.masks import key_range_mask
+
+    torch.manual_seed(0)
+    model, padding, length = llama(), 37, 300
+    module = model.model.layers[0].self_attn
+    q, k, v = torch.randn(2, 4, length, 32), torch.randn(2, 2, length, 32), torch.randn(2, 2, length, 32)
+    seen = torch.ones(2, length, dtype=torch.bool)
+    seen[0, :padding] = False
+    with patch(model, scaling="key_norm_mean", batch_invariant=True):
+        for first in (0, length - 1):
+            position = torch.arange(first, length)
+            sizes = {"batch_size": 2, "q_length": length - first, "q_offset": first, "cache_position": position}
+            mask = key_range_mask(**sizes, kv_length=length, attention_mask=seen)
+            batch, _ = attention_forward(module, q[:, :, first:], k, v, mask)
+            rows = slice(max(first, padding), length)
+            alone, _ = attention_forward(module, q[:1, :, rows], k[:1, :, padding:], v[:1, :, padding:], None)
+            assert torch.equal(batch[:1, rows.start - first :], alone)
+
+
+@pytest.mark.parametrize("scaling", ["key_norm_sum", "key_norm_max"])
+def test_a_window_of_the_last_rows_with_padding_on_the_left(scaling):
+    """The padding holds NaN; keys that left the window, one of them long, count in sums, as they do without padding."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 3, 16), 30 * torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 16)
+    k[:, :, :37], v[:, :, :37], k[:, :, 50] = torch.nan, torch.nan, 1e13
+    options = {"scaling": scaling, "window": (90, 0), "batch_invariant": True, "return_aux": True}
+    ranges = torch.tensor([37, 300]).expand(2, 3, 2)
+    out, aux = tritonattn.attention(q, k, v, key_ranges=ranges, **options)
+    alone, of_alone = tritonattn.attention(q, k[:, :, 37:], v[:, :, 37:], **options)
+    assert all(map(torch.equal, (out, *aux), (alone, *of_alone)))
 
 
 @pytest.mark.parametrize("scaling", ["key_norm_mean", "key_norm_rms", "key_norm_max", "cosine"])

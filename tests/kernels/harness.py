@@ -136,14 +136,14 @@ def check_each_head(tensors: Tensors, attend: Callable[..., Any], **arguments: A
 
 
 def _ours_exact_eager(
-    tensors: Tensors, attend: Callable[..., Any], **arguments: Any
+    tensors: Tensors, attend: Callable[..., Any], *, batch_invariant: bool = False, **arguments: Any
 ) -> tuple[Tensors, Tensors, Tensors]:
     shape = (*tensors["q"].shape[:-1], tensors["v"].shape[-1])
     random = torch.Generator().manual_seed(1)
     d_out = torch.randn(shape, generator=random).to(tensors["q"])
     exact = run(as_double(tensors), d_out, attend, backend="reference", **arguments)
     eager = run(tensors, d_out, attend, backend="reference", **arguments)
-    return run(tensors, d_out, attend, backend="triton", **arguments), exact, eager
+    return run(tensors, d_out, attend, backend="triton", batch_invariant=batch_invariant, **arguments), exact, eager
 
 
 def run(tensors: Tensors, d_out: Tensor, attend: Callable[..., Any], **arguments: Any) -> Tensors:

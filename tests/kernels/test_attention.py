@@ -46,11 +46,13 @@ def test_every_pair_of_choices(mask, form, scales, dtype, heads, lengths, dims, 
     harness.check(tensors, summands=cancelling, scale=0.3, **arguments)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")  # NaN fails the bound
 @pytest.mark.parametrize("has_ranges", [False, True])
 def test_terms_of_keys_in_blocks_that_need_no_mask(has_ranges, device):
-    """Several in a row; with ranges whose ends differ in a block of rows, between blocks that do."""
+    """Several in a row, the first without weight; with ranges whose ends differ in a block of rows, between such."""
     scales = ("query_scale", "key_scale", "key_bias")
     tensors = harness.inputs(torch.float32, device, batch=1, q_len=37, k_len=80, scales=scales)
+    tensors["key_bias"][..., :16] = -torch.inf
     row = torch.arange(37, device=device)
     ranges = torch.stack([row % 20, 80 - row % 9], -1).int()[None] if has_ranges else None
     harness.check(tensors, key_ranges=ranges)
@@ -94,8 +96,8 @@ FEW_KEYS = {
 }
 
 
-@pytest.mark.parametrize("options", FEW_KEYS)
-def test_rows_of_few_keys(options, device):
+@in_turn(options=[*FEW_KEYS, "plain", "softcap", "ranges"], invariant=[False] * len(FEW_KEYS) + [True] * 3)
+def test_rows_of_few_keys(options, invariant, device):
     """Sharp softmaxes, whose gradients are differences of what nearly cancels, in every head by itself."""
     arguments = {"length": 16, "head_dim": 128, **FEW_KEYS[options]}
     arguments = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
@@ -103,7 +105,7 @@ def test_rows_of_few_keys(options, device):
     sizes = {"q_len": length, "k_len": length, "head_dim": head_dim, "value_dim": head_dim}
     tensors = harness.inputs(torch.float32, device, batch=1, kv_heads=HEADS, group=1, seed=7, **sizes)
     attend = functools.partial(tritonattn.attention, scaling="key_count")
-    harness.check_each_head(tensors, attend, causal=True, **arguments)
+    harness.check_each_head(tensors, attend, causal=True, batch_invariant=invariant, **arguments)
 
 
 @pytest.mark.parametrize("mode", ["sqrt_dim", "key_count"])
@@ -149,11 +151,12 @@ def test_a_hidden_key_scale_has_no_say_in_what_is_rounded(device):
 
 
 @in_turn(
-    mask=["lengths", "causal lengths", "mask of keys", "window", "ranges"],
+    mask=["lengths", "causal lengths", "mask of keys", "window", "ranges", "ranges", "mask of keys"],
     poison=[float("nan"), float("inf")],
-    q_len=[20, 20, 1, 20, 20],
+    q_len=[20, 20, 1, 20, 20, 20, 1],
+    invariant=[False] * 5 + [True] * 2,
 )
-def test_hidden_keys_reach_nothing(mask, poison, q_len, device):
+def test_hidden_keys_reach_nothing(mask, poison, q_len, invariant, device):
     tensors = harness.inputs(torch.float32, device, scales=("query_scale", "key_scale"), q_len=q_len)
     arguments = harness.mask(mask, device, q_len=q_len)
     if mask == "ranges":
@@ -161,6 +164,7 @@ def test_hidden_keys_reach_nothing(mask, poison, q_len, device):
     visibility = tritonattn.core.visibility.Visibility.of(tensors["q"], tensors["k"], **arguments)
     hidden = ~visibility.seen_keys().expand(tensors["k"].shape[:3])
     assert hidden.any()
+    arguments["batch_invariant"] = invariant
     clean = harness.by_kernels(tensors, **arguments)
     for name in ("k", "v", "key_scale"):
         assert (clean[name][hidden] == 0).all(), name

@@ -33,6 +33,7 @@ def _check(
     dims=(16, 24),
     window=None,
     bias_heads=None,
+    invariant=False,
     **options,
 ):
     """Hold the newest rows of a cache to the bound of the same rows of one full pass, out and aux."""
@@ -49,16 +50,17 @@ def _check(
     query = cache.newest(q, count)
     if bias is not None:
         options["key_bias"] = torch.nn.functional.pad(bias, (0, cache.capacity - LENGTH), value=torch.nan)
-    found = attention_decode(query, **cache.arguments(), window=window, backend="triton", return_aux=True, **options)
+    options |= {"window": window, "backend": "triton", "batch_invariant": invariant}
+    found = attention_decode(query, **cache.arguments(), return_aux=True, **options)
     assert_within_bound(found[0], cache.newest(exact[0], count), cache.newest(eager[0], count), dtype)
     for name, row in found[1]._asdict().items():
         expected = cache.newest(getattr(exact[1], name), count)
         torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pairwise(dtype=[torch.float32, torch.float16, torch.bfloat16], page=[None, 23], count=[1, 5])
-def test_dtypes_layouts_and_new_tokens(dtype, page, count, device):
-    _check(dtype, device, page=page, count=count, scaling="cosine")
+@pairwise(dtype=[torch.float32, torch.float16, torch.bfloat16], page=[None, 23], count=[1, 5], invariant=[False, True])
+def test_dtypes_layouts_and_new_tokens(dtype, page, count, invariant, device):
+    _check(dtype, device, page=page, count=count, invariant=invariant, scaling="cosine")
 
 
 @in_turn(mode=[*KINDS, "key_norm_max", "cosine"], statistics=[True, True, True, True, True, True, False, False])
@@ -71,10 +73,18 @@ def test_windows(window, count, device):
     _check(torch.float32, device, window=window, count=count, scaling="key_norm_max", page=17)
 
 
-@pairwise(bias_heads=[1, 2, 4], page=[None, 16], count=[1, 3], softcap=[None, 1.5], window=[None, (80, None)])
-def test_biases_of_keys(bias_heads, page, count, softcap, window, device):
+@pairwise(
+    bias_heads=[1, 2, 4],
+    page=[None, 16],
+    count=[1, 3],
+    softcap=[None, 1.5],
+    window=[None, (80, None)],
+    invariant=[False, True],
+)
+def test_biases_of_keys(bias_heads, page, count, softcap, window, invariant, device):
     """A row for all heads, for each key head and for each query head."""
-    options = {"softcap": softcap, "window": window, "sinks": torch.linspace(-1, 2, 4, device=device)}
+    options = {"softcap": softcap, "window": window, "invariant": invariant}
+    options["sinks"] = torch.linspace(-1, 2, 4, device=device)
     _check(torch.float32, device, bias_heads=bias_heads, page=page, count=count, **options)
 
 

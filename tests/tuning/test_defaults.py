@@ -1,5 +1,8 @@
 """Defaults of calls that take more registers, and of targets that no table of tiles names; nothing is compiled."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 
@@ -85,3 +88,18 @@ def test_tiles_of_decoding_fit_the_rows():
     assert [rows(packed) for packed in (16, 32, 64, 128)] == [16, 32, 64, 64]
     assert rows(64, width=256) == 32
     assert rows(128, width=64) == 64
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_tiles_of_batch_invariant_calls_follow_head_dims_and_dtype_alone(target):
+    """They are those of a call without options, above width 256 with ranges; over pages without descriptors."""
+    masks = ({"right": True}, {"left": True, "key_lengths": True}, {"key_ranges": True}, {"mask": True})
+    forms = (*masks, {"sequences": True, "short": True}, {"softcap": True, "aux": True, "key_bias": True})
+    for kernel in ("forward", "grad_query", "grad_key_value"):
+        for width, dtype in product((64, 128, 256, 512), (HALF, FULL)):
+            expected = default_config(kernel, Problem(width, width, dtype, key_ranges=width > 256), target)
+            for form in ({}, *forms):
+                found = default_config(kernel, Problem(width, width, dtype, invariant=True, **form), target)
+                assert found == expected, (kernel, width, dtype, form)
+            paged = default_config(kernel, Problem(width, width, dtype, invariant=True, block_table=True), target)
+            assert paged == replace(expected, descriptors=False)

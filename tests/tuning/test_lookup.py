@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,8 @@ def test_the_order_of_the_search(folders):
     assert found() == 32
     put(user / "h100.json", 64)
     assert found() == 64
+    invariant = replace(PROBLEM, invariant=True)
+    assert lookup.find("forward", invariant, H100) == (default_config("forward", invariant, H100), None, None)
     assert found(H200) == 16
     assert found(Target("cuda", "90")) in (16, 32)
     assert lookup.find("forward", PROBLEM, Target("cuda", "80", "NVIDIA A100-SXM4-80GB")).path is None

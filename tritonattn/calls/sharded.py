@@ -100,6 +100,13 @@ def takes_shards(
     return decorate
 
 
+def head_parts(q: Tensor, **values: Any) -> list[Any]:
+    """This rank's parts of values that may have one a head, arguments of `BATCHED`, beside its q [B, Hq, Sq, D]."""
+    if is_dtensor(q):
+        return list(values.values())
+    return [_part_beside(q, name, x, BATCHED) for name, x in values.items()]
+
+
 def _part_beside(q: Tensor, name: str, x: Any, axes: Mapping[str, Axes]) -> Any:
     """The part of an argument that goes with a plain q of this rank's heads."""
     if not is_dtensor(x):

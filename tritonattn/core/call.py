@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .dropout import Dropout
 from .pages import PageTable
+from .ranges import rolled
 from .visibility import Visibility
 
 
@@ -87,6 +88,15 @@ class AttentionCall:
             return self
         return replace(self, k=self.packed_keys(self.k), v=self.packed_keys(self.v), block_table=None)
 
+    def from_keys(self, first: Tensor) -> AttentionCall:
+        """The call with keys counted from first[b] of each entry, int64 [B], as `Visibility.from_keys` has them.
+
+        Blocks of keys are then those of a call that has these alone. What stands for q or k in the graph stays.
+        """
+        logits = self.logits._replace(**_rolled(first, key_scale=self.logits.key_scale, key_bias=self.logits.key_bias))
+        visible = self.visibility.from_keys(first)
+        return replace(self, **_rolled(first, k=self.k, v=self.v), logits=logits, visibility=visible)
+
     def packed_keys(self, x: Tensor) -> Tensor:
         """Pages [P, Hkv, page, C] as [B, Hkv, Sk, C], of a call with a block table."""
         sequences = self.visibility.sequences
@@ -131,3 +141,14 @@ class Gradients(NamedTuple):
     key_scale: Tensor | None = None
     key_bias: Tensor | None = None
     sinks: Tensor | None = None
+
+    def rolled(self, first: Tensor) -> Gradients:
+        """Those of keys counted from first[b] of each entry, int64 [B]; the keys before it come last."""
+        return self._replace(**_rolled(first, k=self.k, v=self.v, key_scale=self.key_scale, key_bias=self.key_bias))
+
+
+_AXES_OF_KEYS = {"k": 2, "v": 2, "key_scale": 2, "key_bias": 3}
+
+
+def _rolled(first: Tensor, **tensors: Tensor | None) -> dict[str, Any]:
+    return {name: None if x is None else rolled(x, first, _AXES_OF_KEYS[name]) for name, x in tensors.items()}

@@ -60,6 +60,37 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return x.expand(*shape, -1).gather(-1, index.expand(*shape, -1))
 
 
+def rolled(x: Tensor, first: Tensor, axis: int) -> Tensor:
+    """x [B, ...] with the Sk keys of entry b, on an axis, in the order first[b], first[b] + 1 ..., 0 ..., first[b] - 1.
+
+    first int64 [B], 0 <= first <= Sk; Sk - first rolls back.
+    """
+    return apply(_Rolled, x, first, axis)
+
+
+class _Rolled(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, first, axis) -> Tensor:
+        count = x.shape[axis]
+        key = torch.arange(count, device=x.device) + first[:, None]  # [B, Sk]
+        key = torch.where(key < count, key, key - count)
+        shape = [count if at == axis else 1 for at in range(1, x.dim())]
+        return x.gather(axis, key.view(-1, *shape).expand(x.shape))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, first, ctx.axis = inputs
+        ctx.save_for_backward(x.shape[ctx.axis] - first)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, g: Tensor):
+        (back,) = saved
+        return rolled(g, back, ctx.axis), None, None
+
+
 def _rows_begun(bound: Tensor, k_len: int) -> Tensor:
     """Count for each key j the rows with bound <= j: int64 [..., Sk]; bound [..., Sq] does not fall along the rows."""
     keys = torch.arange(k_len, device=bound.device)

@@ -15,7 +15,7 @@ _EXPERIMENTAL = "torch.distributed.tensor.experimental"
 _READABLE = range(8, 14)  # of torch 2: the versions whose private names `context_parallel` reads
 
 
-class ContextParallel(NamedTuple):
+class TorchContext(NamedTuple):
     """torch's own context parallelism, as it is in force.
 
     mesh     the DeviceMesh whose ranks share every sequence
@@ -26,7 +26,7 @@ class ContextParallel(NamedTuple):
     layout: str
 
 
-def context_parallel() -> ContextParallel | None:
+def context_parallel() -> TorchContext | None:
     """The context of torch.distributed.tensor.experimental.context_parallel in which this runs, if any.
 
     torch offers no question of this kind: the context shows in what it puts in place of
@@ -47,16 +47,31 @@ def context_parallel() -> ContextParallel | None:
     cells = (cell.cell_contents for cell in replacement.__closure__)
     variables = dict(zip(replacement.__code__.co_freevars, cells, strict=True))
     balanced = sys.modules[home]._cp_options.enable_load_balance
-    return ContextParallel(variables["device_mesh"], "zigzag" if balanced else "contiguous")
+    return TorchContext(variables["device_mesh"], "zigzag" if balanced else "contiguous")
 
 
 def refuse_context_parallel(name: str) -> None:
-    """Raise where torch's context_parallel has cut the sequence: the function `name` would see this rank's part."""
+    """Raise where torch's context_parallel has cut the sequence: the function or layer would see this rank's part."""
     if context_parallel() is not None:
         raise NotImplementedError(
-            f"{name}: torch's context_parallel is active, and q, k, v are this rank's part of the sequence: expected"
-            " tritonattn.distributed.context_parallel_attention, which attends to all of it"
+            f"{name}: torch's context_parallel is active, and tensors are this rank's part of the sequence: expected"
+            " tritonattn.distributed.context_parallel_attention, or ContextParallel for layers, which see all of it"
         )
+
+
+class SharesSequence:
+    """A module that works on this rank's tokens of a sequence once `tritonattn.distributed.ContextParallel` says so.
+
+    sequence_part   `distributed.layers.SequencePart`, or None where x holds whole sequences
+    """
+
+    sequence_part: Any = None
+
+    def _positions(self, tokens: int, device: torch.device) -> Tensor:
+        """The places in their sequence of the tokens that a call holds: int64 [tokens]."""
+        if self.sequence_part is None:
+            return torch.arange(tokens, device=device)
+        return self.sequence_part.positions(tokens, device)
 
 
 def is_dtensor(*values: Any) -> bool:

@@ -239,10 +239,31 @@ class Visibility:
             )
         if self.sequences is not None:
             return self._by_members(x, self.sequences, lambda members, x: members._invariant_sum(x, scan, dtype))
+        if (first := self.first_keys()) is not None:
+            return self.from_keys(first)._sum_in_order(ranges.rolled(x, first, 2), scan, dtype)
+        return self._sum_in_order(x, scan, dtype)
+
+    def _sum_in_order(self, x: Tensor, scan: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         lo, hi = self._bounds()
         if self.begins_at_first:
             return ranges.sum_over_prefixes(x, hi[:, None], self.q_len, scan, dtype)
         return ranges.sum_over_ranges(x, lo[:, None], hi[:, None], self.key_ranges is None, scan, dtype)
+
+    def first_keys(self) -> Tensor | None:
+        """The first key of each entry's sequence, int64 [B], where the order of sums follows it; None for key 0.
+
+        It is the smallest lower bound that key_ranges give to a row that sees a key, as under padding on the left.
+        """
+        if not self.invariant or self.key_ranges is None or self.mask is not None or self.q_len == 0:
+            return None
+        lo, hi = self._bounds()
+        given = self.key_ranges[..., 0].long().clamp(0, self.k_len)
+        return torch.where(lo < hi, given, self.k_len).amin(-1)
+
+    def from_keys(self, first: Tensor) -> Visibility:
+        """The same visible keys, counted from key first[b], int64 [B], of each entry; keys before it come last."""
+        counted = torch.stack([(bound - first[:, None]).clamp(min=0) for bound in self._bounds()], dim=-1)
+        return replace(self, left=None, right=None, key_lengths=None, key_ranges=counted)
 
     def _by_members(self, x: Tensor, sequences: Sequences, compute: Callable[[Visibility, Tensor], Tensor]) -> Tensor:
         """A statistic [1, H, T_q] of x [1, H, T_k], computed for a padded batch of the sequences."""
@@ -317,7 +338,7 @@ class Visibility:
         if self.sees_every_key:
             return None
         seen = self.seen_keys()
-        has_windows = self.left is not None and self.key_ranges is None and self.mask is None and self.q_len > 0
+        has_windows = self.left is not None and self.mask is None and self.q_len > 0
         if not (self.invariant and has_windows):
             return seen
         key = torch.arange(self.k_len, device=self.device)

@@ -7,11 +7,20 @@ from . import operators
 from .context_parallel import context_parallel_attention
 from .decode import context_parallel_decode
 from .head_parallel import HeadParallel
-from .sharding import shard, unshard
+from .layers import ContextParallel
+from .sharding import pad, shard, unshard
 
 operators.register()
 
-__all__ = ["HeadParallel", "context_parallel_attention", "context_parallel_decode", "shard", "unshard"]
+__all__ = [
+    "ContextParallel",
+    "HeadParallel",
+    "context_parallel_attention",
+    "context_parallel_decode",
+    "pad",
+    "shard",
+    "unshard",
+]
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..calls.checks import Options, check, check_count, check_dtype
 from ..calls.dispatch import AttentionAux, autocast, aux_of, choose_backend, sinks_of
 from ..calls.factor import Factor
+from ..calls.sharded import head_parts
 from ..calls.varlen_checks import check_offset_values, check_offsets
 from ..calls.words import with_hints
 from ..core.autograd import needs_graph
@@ -74,7 +75,9 @@ def context_parallel_attention(
             Fewer take less memory and more messages.
 
     Every rank calls with the same arguments but for q, k, v and what belongs to their rows. The gradient of a parameter
-    (gain, sinks, a learned scaling) is the part of this rank's rows: sum it over ranks, as FSDP and DDP do.
+    (gain, sinks, a learned scaling) is the part of this rank's rows: sum it over ranks, as FSDP and DDP do. Beside
+    tensor parallelism q, k and v are plain tensors of this rank's heads, and a gain, sinks or a scaling that is a
+    DTensor (`HeadParallel`) stands for its values of these heads.
 
     Returns:
         [B, Hq, S / P, Dv]; with return_aux also the rows' `AttentionAux`. At one P repetitions give the same bits.
@@ -98,6 +101,7 @@ def context_parallel_attention(
     Sources: Llama Team 2024, arXiv:2407.21783, 3.3.2 (all-gather, zig-zag); Jacobs et al. 2023, arXiv:2309.14509
     (all-to-all); Liu et al. 2023, arXiv:2310.01889 (ring).
     """
+    scaling, gain, sinks = head_parts(q, scaling=scaling, gain=gain, sinks=sinks)
     options = Options(
         causal=causal,
         window=window,
@@ -149,8 +153,7 @@ def _check(
         raise ValueError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"k: expected q's {q.shape[2]} tokens of this rank, got {k.shape[2]}")
-    if q.shape[2] % split.chunks_per_rank:
-        raise ValueError(f"q: expected an even number of tokens of this rank for layout 'zigzag', got {q.shape[2]}")
+    split.check("q", q.shape[2])
     if method == "alltoall" and q.shape[1] % split.size:
         raise ValueError(
             f"q: expected a number of heads that the {split.size} ranks divide for method 'alltoall', got {q.shape[1]}"

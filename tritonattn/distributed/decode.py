@@ -16,6 +16,7 @@ from ..calls.decode_checks import check_cache, check_decode, refuse_gradients
 from ..calls.dispatch import AttentionAux, autocast, choose_backend, sinks_of
 from ..calls.factor import Factor
 from ..calls.key_statistics import KeyStatistics
+from ..calls.sharded import head_parts
 from ..calls.words import with_hints
 from ..core.call import AttentionCall, ForwardResult
 from ..core.decode_call import Cache
@@ -58,7 +59,8 @@ def context_parallel_decode(
         mesh: The P ranks: a DeviceMesh of one dimension.
         key_lengths: Integers [B], the keys of every whole sequence, up to P * capacity, the new ones included; the
             same on all ranks. The new key of position p belongs into the part of rank p // capacity.
-        scaling, gain: As in `attention_decode`, but for a Scaling that reads keys itself.
+        scaling, gain: As in `attention_decode`, but for a Scaling that reads keys itself; DTensors as in
+            `context_parallel_attention`.
         statistics: The `KeyStatistics` of this rank's part.
         window, softcap, sinks, return_aux: As in `attention_decode`.
         backend: "auto", "triton" or "sdpa".
@@ -85,6 +87,7 @@ def context_parallel_decode(
 
     Source: Dao et al. 2023, "Flash-Decoding for long-context inference", https://pytorch.org/blog/flash-decoding.
     """
+    scaling, gain, sinks = head_parts(q, scaling=scaling, gain=gain, sinks=sinks)
     options = Options(window=window, softcap=softcap, sinks=sinks, return_aux=return_aux, backend=backend)
     refuse_over_ranks(None)
     refuse_dtensors(q=q, k_cache=k_cache, v_cache=v_cache, key_lengths=key_lengths)

@@ -59,6 +59,13 @@ class Split:
         rank = self.rank if rank is None else rank
         return [rank] if self.layout == "contiguous" else [rank, 2 * self.size - 1 - rank]
 
+    def check(self, name: str, tokens: int) -> None:
+        """Raise ValueError unless a rank can hold this number of tokens in whole chunks."""
+        if tokens % self.chunks_per_rank:
+            raise ValueError(
+                f"{name}: expected an even number of tokens of this rank for layout 'zigzag', got {tokens}"
+            )
+
     def positions(self, length: int, device: torch.device) -> Tensor:
         """The places in the sequence of the `length` tokens that this rank holds: int64 [length]."""
         n = length // self.chunks_per_rank

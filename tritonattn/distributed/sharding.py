@@ -1,4 +1,4 @@
-"""Cut a whole sequence into the parts of ranks, and put it together again."""
+"""Pad a whole sequence, cut it into the parts of ranks, and put it together again."""
 
 from __future__ import annotations
 
@@ -37,17 +37,52 @@ def shard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int =
     >>> dist.destroy_process_group()
     """
     split = Split.of(mesh, layout)
+    _check_axis(x, dim)
+    if x.shape[dim] % split.chunk_count:
+        raise ValueError(
+            f"x: expected a number of tokens that {split.chunk_count} divides ({layout!r} over {split.size} ranks),"
+            f" got {x.shape[dim]}; pad the sequence (tritonattn.distributed.pad), or end it with a document of padding"
+        )
+    parts = x.chunk(split.chunk_count, dim)
+    return torch.cat([parts[chunk] for chunk in split.chunks()], dim)
+
+
+def pad(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int = 2, value: float = 0) -> Tensor:
+    """Append tokens to a whole sequence until `shard` can cut it.
+
+    Args:
+        x: The same on every rank; axis `dim` of S tokens.
+        mesh, layout, dim: As in `shard`.
+        value: What fills the new tokens: -100 in labels, so that no loss counts them.
+
+    Returns:
+        x with the next number of tokens that P (2 P for "zigzag") divides. The rows of causal attention do not see what
+        comes after them. Other rows do: make the padding a document of its own, by cu_seqlens = [0, S, its length].
+        After `unshard` cut it off, as in x[:, :, :S].
+
+    Raises:
+        TypeError, ValueError: mesh, layout, a DTensor, or an axis that x has not.
+
+    >>> import torch, torch.distributed as dist
+    >>> from torch.distributed.device_mesh import init_device_mesh
+    >>> from tritonattn.distributed import pad
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun starts more
+    >>> mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    >>> pad(torch.arange(1, 6).view(1, 5), mesh=mesh, layout="zigzag", dim=1, value=-100)
+    tensor([[   1,    2,    3,    4,    5, -100]])
+    >>> dist.destroy_process_group()
+    """
+    split = Split.of(mesh, layout)
+    _check_axis(x, dim)
+    behind = x.dim() - 1 - dim % x.dim()
+    return torch.nn.functional.pad(x, (0, 0) * behind + (0, -x.shape[dim] % split.chunk_count), value=value)
+
+
+def _check_axis(x: Tensor, dim: int) -> None:
     refuse_dtensors(x=x)
     check_tensor("x", x, "[..., S, ...]")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim: expected an axis of x, whose shape is {shape_of(x)}, got {dim}")
-    if x.shape[dim] % split.chunk_count:
-        raise ValueError(
-            f"x: expected a number of tokens that {split.chunk_count} divides ({layout!r} over {split.size} ranks),"
-            f" got {x.shape[dim]}; pad the sequence, or end it with a document of padding"
-        )
-    parts = x.chunk(split.chunk_count, dim)
-    return torch.cat([parts[chunk] for chunk in split.chunks()], dim)
 
 
 def unshard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int = 2) -> Tensor:

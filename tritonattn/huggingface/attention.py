@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..calls.attention import attention
 from ..calls.dispatch import AttentionAux
@@ -22,6 +24,7 @@ from .visible import is_packed, packed_arguments, visible_arguments
 from .weights import attention_weights, wants_weights
 
 NAME = "tritonattn"
+_ULYSSES = "deepspeed.runtime.sequence_parallel.ulysses_sp"
 
 # Keyword arguments that change the result and are not supported.
 _REFUSED = {
@@ -61,8 +64,10 @@ def attention_forward(
     sparse indices).
 
     Under torch's context_parallel query, key and value are this rank's part of a sequence: a full causal layer attends
-    to all of it, and another one raises.
+    to all of it, and another one raises. It raises too where DeepSpeed's Ulysses has cut sequences for another
+    implementation.
     """
+    _refuse_ulysses_of_others(module)
     observer, parallel = getattr(layer_scaling(module), "observer", None), context_parallel()
     with_weights = wants_weights(module, kwargs)
     if is_packed(attention_mask, kwargs) and observer is None and not with_weights:
@@ -83,6 +88,18 @@ def attention_forward(
         out, aux = cast(tuple[Tensor, AttentionAux], result)
         observer(module, query, key, arguments, aux)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _refuse_ulysses_of_others(module: nn.Module) -> None:
+    """Raise where UlyssesSPAttentionHF stands in for another implementation: this layer would see this rank's part."""
+    if sys.modules.get(_ULYSSES) is not None:
+        others = [name for name, one in ALL_ATTENTION_FUNCTIONS.items() if getattr(one, "__module__", "") == _ULYSSES]
+        if others and NAME not in others:
+            raise NotImplementedError(
+                f"attention: DeepSpeed's Ulysses shares sequences over ranks in layers of {', '.join(others)}, got a"
+                f" {type(module).__name__} of {NAME}: patch all layers, and register_with_transformers(model,"
+                f" core_attn_implementation={NAME!r}, ...)"
+            )
 
 
 def call_arguments(

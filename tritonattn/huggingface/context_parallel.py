@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.shards import ContextParallel
+from ..core.shards import TorchContext
 from ..distributed import context_parallel_attention
 from ..distributed.layout import Split
 
@@ -19,7 +19,7 @@ def over_ranks(
     value: Tensor,
     arguments: dict[str, Any],
     keywords: dict[str, Any],
-    context: ContextParallel,
+    context: TorchContext,
 ) -> Any:
     """Attention of this rank's [B, H, S / P, D] to the whole sequence, by arguments that were made of its part alone.
 

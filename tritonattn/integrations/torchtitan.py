@@ -29,6 +29,7 @@ except ImportError as error:
 class ScaledVarlenAttention(VarlenAttention):
     """torchtitan's inner attention, by a mode of `SCALINGS`: q [B, L, Hq, D], k and v [B, L, Hkv, D].
 
+    Newer versions fold the batch: q [T, Hq, D], k and v [T, Hkv, D].
     Learned scalings are refused: torchtitan initialises and shards only parameters that its own configs name.
     """
 
@@ -42,17 +43,18 @@ class ScaledVarlenAttention(VarlenAttention):
 
     def forward(
         self,
-        q_BLNH: Tensor,
-        k_BLNH: Tensor,
-        v_BLNH: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         *,
         attention_masks: VarlenMetadata,
         scale: float | None = None,
         out_transform: Callable[[Tensor, Tensor], Tensor] | None = None,
         **_: Any,  # enable_gqa
     ) -> Tensor:
-        """Attend, and hand (out [B, L, Hq, D], lse [B, L, Hq]) to out_transform where there is one."""
-        q, k, v = (x.flatten(0, 1) for x in (q_BLNH, k_BLNH, v_BLNH))
+        """Attend, and hand (out, as q, and lse [B, L, Hq] or [T, Hq]) to out_transform where there is one."""
+        rows = q.shape[:-2]  # [B, L] or [T]
+        q, k, v = (x.flatten(0, -3) for x in (q, k, v))
         result: Any = attention_varlen(
             q,
             k,
@@ -62,11 +64,10 @@ class ScaledVarlenAttention(VarlenAttention):
             attention_masks.max_q,
             attention_masks.max_k,
             scaling=self.mode,
-            gain=gain_for(self.mode, scale, q_BLNH.shape[-1]),
+            gain=gain_for(self.mode, scale, q.shape[-1]),
             window=self.window_size,
             return_aux=out_transform is not None,
         )
-        rows = q_BLNH.shape[:2]
         if out_transform is None:
             return result.unflatten(0, rows)
         out, aux = result
@@ -84,6 +85,6 @@ def varlen(config: VarlenAttention.Config, *, scaling: str = "sqrt_dim") -> Scal
     Raises:
         ValueError: An unknown name, or that of a learned scaling.
 
-    torchtitan's context parallelism takes no varlen attention. Seen with torchtitan 0.3.0.
+    torchtitan's context parallelism takes no varlen attention. Tested with torchtitan 0.3.0 and its main of 2026-08-21.
     """
     return derive(config, ScaledVarlenAttention.Config, scaling=scaling)

@@ -28,6 +28,7 @@ from ..calls.varlen import attention_varlen
 from ..calls.varlen_checks import check_offsets
 from ..calls.words import with_hints
 from ..core.autograd import needs_graph
+from ..core.shards import SharesSequence
 from ..core.visibility import window_sides
 from ..scaling import Scaling
 from .cache import KeyValueCache
@@ -35,7 +36,7 @@ from .learned import describe
 from .registry import named
 
 
-class ScaledAttention(nn.Module):
+class ScaledAttention(SharesSequence, nn.Module):
     """Multi-head attention with its projections.
 
         out = o_proj(attention(q_norm(q_proj(x)), k_norm(k_proj(y)), v_proj(y)))        y = context, or x without one
@@ -153,7 +154,8 @@ class ScaledAttention(nn.Module):
     def positioned(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Give q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] of self attention their positions; a subclass rotates them here.
 
-        positions   int64 [B or 1, Sq]: of the tokens in their sequences, those before them in a cache counted
+        positions   int64 [B or 1, Sq]: of the tokens in their sequences, those before them in a cache or on other
+                    ranks counted
         """
         return q, k
 
@@ -187,57 +189,57 @@ class ScaledAttention(nn.Module):
             counts: With a cache, integers [B]: how many of the Sq tokens are those of sequence b, the first ones. The
                 others reach nothing, and their rows are o_proj of zeros.
 
+        Under `tritonattn.distributed.ContextParallel` x and key_bias are those of this rank's tokens, cu_seqlens and
+        max_seqlen those of the whole sequence, and the other arguments are refused.
+
         Returns:
             As x, with `width` features.
 
         Raises:
             TypeError, ValueError: As in `tritonattn.attention`; arguments that exclude one another.
-            NotImplementedError: A gradient through a cache.
+            NotImplementedError: A gradient through a cache; dropout over ranks.
         """
+        masks = {"key_lengths": key_lengths, "key_ranges": key_ranges, "mask": mask}
+        others = {"context": context, **masks}
+        if self.sequence_part is not None:
+            _refuse_beside("ContextParallel", {**others, "cache": cache, "counts": counts})
         if cache is not None:
-            others = {
-                "context": context,
-                "key_lengths": key_lengths,
-                "key_ranges": key_ranges,
-                "mask": mask,
-                "cu_seqlens": cu_seqlens,
-                "max_seqlen": max_seqlen,
-            }
-            _refuse_beside("cache", others)
+            _refuse_beside("cache", {**others, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen})
             return self._joined(self._cached(x, cache, counts, key_bias))
         _refuse_beside("no cache", {"counts": counts})
         if cu_seqlens is not None:
-            _refuse_beside(
-                "cu_seqlens", {"context": context, "key_lengths": key_lengths, "key_ranges": key_ranges, "mask": mask}
-            )
+            _refuse_beside("cu_seqlens", others)
             return self._packed(x, cu_seqlens, max_seqlen, key_bias)
         _refuse_beside("no cu_seqlens", {"max_seqlen": max_seqlen})
-        q, k, v = self.operands(x, context)
-        out = attention(
-            q,
-            k,
-            v,
-            scaling=self.scaling,
-            causal=self.causal,
-            window=self.window,
-            key_lengths=key_lengths,
-            key_ranges=key_ranges,
-            mask=mask,
-            key_bias=key_bias,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            backend=self.backend,
-            batch_invariant=self.batch_invariant,
-        )
+        operands = self.operands(x, context)
+        if self.sequence_part is not None:
+            out = self.sequence_part.attention(*operands, **self._masked(key_bias))
+        else:
+            out = attention(*operands, **masks, **self._masked(key_bias))
         return self._joined(cast(Tensor, out))
 
     def operands(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Project and normalise the operands of a call without a cache: q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""
         q, k, v = self._projected(x, context)
         if context is None:
-            q, k = self.positioned(q, k, torch.arange(x.shape[1], device=x.device)[None])
+            q, k = self.positioned(q, k, self._positions(x.shape[1], x.device)[None])
         return q, k, v
+
+    def _settings(self, key_bias: Tensor | None) -> dict[str, Any]:
+        """The arguments of every form of attention."""
+        return {
+            "scaling": self.scaling,
+            "key_bias": key_bias,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "backend": self.backend,
+            "batch_invariant": self.batch_invariant,
+        }
+
+    def _masked(self, key_bias: Tensor | None) -> dict[str, Any]:
+        """The arguments of attention without a cache."""
+        dropout_p = self.dropout_p if self.training else 0.0
+        return {"causal": self.causal, "window": self.window, "dropout_p": dropout_p, **self._settings(key_bias)}
 
     def _projected(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]."""
@@ -263,28 +265,14 @@ class ScaledAttention(nn.Module):
         check_offsets("cu_seqlens", cu_seqlens, x)
         check_count("max_seqlen", max_seqlen)
         q, k, v = self._projected(x[None])
-        row = torch.arange(x.shape[0], device=x.device, dtype=cu_seqlens.dtype)
+        row = self._positions(x.shape[0], x.device).to(cu_seqlens.dtype)
         sequence = torch.searchsorted(cu_seqlens, row, right=True).clamp(max=cu_seqlens.shape[0] - 1) - 1
         q, k = self.positioned(q, k, (row - cu_seqlens[sequence])[None])
+        options = self._masked(key_bias)
+        if self.sequence_part is not None:
+            return self._joined(self.sequence_part.attention(q, k, v, cu_seqlens=cu_seqlens, **options))[0]
         q, k, v = (z[0].transpose(0, 1) for z in (q, k, v))  # [T, H, D]
-        out = attention_varlen(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            scaling=self.scaling,
-            causal=self.causal,
-            window=self.window,
-            key_bias=key_bias,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            backend=self.backend,
-            batch_invariant=self.batch_invariant,
-        )
+        out = attention_varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
         return self.o_proj(cast(Tensor, out).flatten(1))
 
     def _cached(self, x: Tensor, cache: KeyValueCache, counts: Tensor | None, key_bias: Tensor | None) -> Tensor:
@@ -299,14 +287,7 @@ class ScaledAttention(nn.Module):
         own = cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, Sq]
         q, k = self.positioned(q, k, own)
         cache.append(k, v, counts)
-        settings = {
-            "scaling": self.scaling,
-            "key_bias": key_bias,
-            "softcap": self.softcap,
-            "sinks": self.sinks,
-            "backend": self.backend,
-            "batch_invariant": self.batch_invariant,
-        }
+        settings = self._settings(key_bias)
         if counts is None and x.shape[1] <= LONGEST_QUERY:
             out = attention_decode(
                 q,

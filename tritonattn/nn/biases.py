@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from ..calls.checks import check_bool, check_count, check_dtype, check_tensor, shape_of
 from ..core.ranges import prefix_sum
+from ..core.shards import SharesSequence, refuse_context_parallel
 
 
-class ALiBi(nn.Module):
+class ALiBi(SharesSequence, nn.Module):
     """bias[h, j] = m_h * (j - (keys - 1)): attention with linear biases, for causal attention.
 
     The paper adds m_h * (j - i) to the logit of row i and key j. A term of the row alone cancels in the softmax, so
@@ -24,7 +25,8 @@ class ALiBi(nn.Module):
         device: The device of the bias; it moves with the module.
 
     Calling it with a number of keys returns the bias, float32 [heads, keys]: pass it beside any scaling. In decoding
-    the number is the cache's capacity.
+    the number is the cache's capacity. Over ranks (`tritonattn.distributed.ContextParallel`) the number is that of this
+    rank's keys, and the bias is theirs in the whole sequence.
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
@@ -33,7 +35,7 @@ class ALiBi(nn.Module):
     torch.Size([1, 4, 16, 8])
 
     Source: Press et al. 2022, "Train short, test long", arXiv:2108.12409. Raises TypeError or ValueError for an
-    invalid number of heads or keys.
+    invalid number of heads or keys, NotImplementedError under torch's context_parallel.
     """
 
     _place: Tensor  # of no entries; it moves with the module
@@ -54,7 +56,9 @@ class ALiBi(nn.Module):
 
     def forward(self, keys: int) -> Tensor:
         check_count("keys", keys)
-        distance = torch.arange(1 - keys, 1, dtype=torch.float64, device=self._place.device)
+        refuse_context_parallel("ALiBi")
+        ranks = 1 if self.sequence_part is None else self.sequence_part.ranks
+        distance = self._positions(keys, self._place.device).double() - (keys * ranks - 1)
         return (self._exact_slopes()[:, None] * distance).float()
 
     def _exact_slopes(self) -> Tensor:
@@ -64,7 +68,7 @@ class ALiBi(nn.Module):
         return torch.exp2(torch.where(h <= below, -8 * h, -8 * (h - below) + 4) / below)
 
 
-class ForgetGate(nn.Module):
+class ForgetGate(SharesSequence, nn.Module):
     """bias[h, j] = -sum of ln f_h(x_l) over l <= j, f_h = sigmoid(proj(x)_h): the forgetting transformer's gates.
 
     The paper adds the sum of ln f over j < l <= i to the logit of row i and key j. That is c_i - c_j with
@@ -81,7 +85,8 @@ class ForgetGate(nn.Module):
     float64): pass it as `key_bias` to a causal call. In decoding `before` [B, heads] is the bias of the last token, and
     the bias of all tokens stands in a buffer beside the cache.
 
-    Sums are float64, and their rounding to float32 puts logits off by at most 2^-23 of the sum.
+    Sums are float64, and their rounding to float32 puts logits off by at most 2^-23 of the sum. Over ranks
+    (`tritonattn.distributed.ContextParallel`) x is this rank's part, and sums begin with those of the tokens before it.
 
     >>> import torch, tritonattn
     >>> gate, x = tritonattn.nn.ForgetGate(32, heads=4), torch.randn(2, 10, 32)
@@ -90,7 +95,7 @@ class ForgetGate(nn.Module):
     torch.Size([2, 10, 32])
 
     Source: Lin et al. 2025, "Forgetting Transformer: Softmax Attention with a Forget Gate", arXiv:2503.02130. Raises
-    TypeError or ValueError for an invalid size, dtype or shape.
+    TypeError or ValueError for an invalid size, dtype or shape, NotImplementedError under torch's context_parallel.
     """
 
     def __init__(
@@ -113,11 +118,14 @@ class ForgetGate(nn.Module):
         check_tensor("x", x, "[..., S, width]")
         if x.dim() < 2 or x.shape[-1] != self.proj.in_features:
             raise ValueError(f"x: expected [..., S, width = {self.proj.in_features}], got {shape_of(x)}")
+        refuse_context_parallel("ForgetGate")
         gates = self.proj(x).mT  # [..., heads, S]
         if before is not None:
             check_tensor("before", before, "[..., heads]")
             if before.shape != gates.shape[:-1]:
                 raise ValueError(f"before: expected [..., heads] = {shape_of(gates)[:-1]}, got {shape_of(before)}")
         dtype = torch.promote_types(gates.dtype, torch.float32)
-        sums = prefix_sum(nn.functional.logsigmoid(gates.to(dtype)))[..., 1:]
+        log_gates = nn.functional.logsigmoid(gates.to(dtype))
+        part = self.sequence_part
+        sums = prefix_sum(log_gates)[..., 1:] if part is None else part.running_sum(log_gates)
         return (-sums if before is None else before.double()[..., None] - sums).to(dtype)

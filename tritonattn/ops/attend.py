@@ -115,6 +115,8 @@ def _forward(
         call = call.gathered()
     if _is_empty(call):
         return _forward_of_nothing(call, aux)
+    if (first := call.visibility.first_keys()) is not None:
+        call = call.from_keys(first)
     if backend != "triton":
         with without_autocast(call.q):
             return blockwise.forward(call, aux, rounding)
@@ -149,8 +151,11 @@ def _backward(
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
     d_lse = None if d_lse is None else d_lse.resolve_neg()
     runner = kernels() if backend == "triton" else blockwise
+    if (first := call.visibility.first_keys()) is not None:
+        call = call.from_keys(first)
     with without_autocast(out):
-        return runner.backward(call, out, lse, d_out, d_lse, needs, rounding)
+        found = runner.backward(call, out, lse, d_out, d_lse, needs, rounding)
+    return found if first is None else found.rolled(call.visibility.k_len - first)
 
 
 def _zeros(x: Any) -> Tensor:

@@ -286,7 +286,7 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
         visible.invariant,
         visible.left,
         visible.right,
-        None if sequences is None else (*forms_of(sequences.q_starts, sequences.k_starts), *_lengths(call)),
+        None if sequences is None else _lengths(call),
         (needs, *asked.values()),
     )
     page = 0 if call.block_table is None else call.k.shape[2]

@@ -117,7 +117,7 @@ def _kind(rows: Rows, aux: bool) -> Kind:
     _, query_scale, key_scale, key_bias, softcap, sinks = rows.logits
     vectors = (query_scale, key_scale, key_bias, sinks)
     masks = (rows.key_lengths, rows.key_ranges, rows.block_table, rows.query_lengths)
-    key = (*forms_of(rows.q, rows.k, rows.v, *vectors, *masks), softcap is None, rows.capacity, rows.left, aux)
+    key = (*forms_of(rows.q, rows.k, rows.v, *vectors, *masks), softcap is None, rows.left, aux)
     page = 0 if rows.block_table is None else rows.k.shape[2]
     return kind_of(key, lambda: (_problem(rows, aux), is_wide(rows.k, rows.v, page=page)))
 

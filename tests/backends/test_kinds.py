@@ -1,0 +1,149 @@
+"""Calls that differ in one property that selects code are of different kinds: none meets the code of another.
+
+A kind keeps code for calls that share it. No kernel runs, and no GPU is needed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from tritonattn.backends.triton import attention, launch
+from tritonattn.backends.triton.decode import Rows, attend
+from tritonattn.backends.triton.device import Kind, binder
+from tritonattn.core.call import AttentionCall, Logits, Needs
+from tritonattn.core.dropout import Dropout
+from tritonattn.core.sequences import Sequences
+from tritonattn.core.visibility import Visibility
+from tritonattn.tuning import Target
+
+pytestmark = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+
+BACKEND = triton.compiler.make_backend(GPUTarget("cuda", 80, 32))
+SIZE = 64  # rows, keys and head dim
+ALL = Needs(*[True] * len(Needs._fields))
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16)
+
+
+def apart(x: Tensor, by: int = 1) -> Tensor:
+    """x with rows that stand `by` elements apart: 1 is not aligned, 8 is, but to fewer bytes."""
+    return x.new_zeros(*x.shape[:-1], x.shape[-1] + by)[..., : x.shape[-1]]
+
+
+QKV = dict(zip("qkv", (normal(2, 2, SIZE, SIZE) for _ in range(3)), strict=True))
+VECTOR, BIAS, SINKS = torch.ones(2, 2, SIZE), torch.ones(2, 2, 1, SIZE), torch.ones(2)
+LENGTHS, RANGES = torch.ones(2, dtype=torch.int32), torch.tensor([0, SIZE]).expand(2, SIZE, 2)
+TABLE = torch.arange(2, dtype=torch.int32)[:, None]  # of pages as large as a sequence: their shape is that of keys
+TERMS = {"query_scale": VECTOR, "key_scale": VECTOR, "key_bias": BIAS, "softcap": 1.5, "sinks": SINKS}
+
+
+def called(**given: Any) -> AttentionCall:
+    """A call on QKV; given: what it has beside or instead of them, by the name of a tensor, a term or a mask."""
+    tensors = {name: given.pop(name, x) for name, x in QKV.items()}
+    logits = Logits(0.3, **{name: given.pop(name) for name in TERMS if name in given})
+    own = {name: given.pop(name) for name in ("dropout", "block_table", "wide_q", "wide_k", "is_part") if name in given}
+    visible = Visibility.of(tensors["q"], tensors["k"], **given)
+    return AttentionCall(**tensors, visibility=visible, logits=logits, **own)
+
+
+def packed(longest: int) -> dict[str, Any]:
+    ends = torch.tensor([0, SIZE], dtype=torch.int32)
+    return {name: x[:1] for name, x in QKV.items()} | {"sequences": Sequences(ends, ends, longest, longest)}
+
+
+def forward(aux: bool = False, **given: Any) -> None:
+    attention.forward(called(**given), aux)
+
+
+def backward(
+    d_out: Tensor = QKV["q"],
+    d_lse: Tensor | None = None,
+    rounding: Tensor | None = None,
+    needs: Needs = ALL,
+    **given: Any,
+) -> None:
+    call = called(**given)
+    present = (x is not None for x in call.tensors)
+    needs = Needs(*(need and there for need, there in zip(needs, present, strict=True)))
+    attention.backward(call, QKV["q"], VECTOR, d_out, d_lse, needs, rounding)
+
+
+def decode(aux: bool = False, **given: Any) -> None:
+    tensors = {"q": normal(2, 2, 2, SIZE), "k": QKV["k"], "v": QKV["v"]}
+    tensors |= {name: given.pop(name) for name in "qkv" if name in given}
+    logits = Logits(0.3, **{name: given.pop(name) for name in TERMS if name in given})
+    attend(Rows(**tensors, capacity=SIZE, logits=logits, **{"left": None} | given), aux)
+
+
+# What a call has or not, alone or beside another option: the property by which it differs from the same call without.
+MASKS = {
+    "window": (4, None),
+    "causal": True,
+    "key_lengths": LENGTHS,
+    "key_ranges": RANGES,
+    "mask": torch.ones(SIZE, SIZE, dtype=torch.bool),
+    "invariant": True,
+}
+OPERANDS = {name: apart(x) for name, x in QKV.items()}
+ATTENTION = TERMS | MASKS | OPERANDS | {"dropout": Dropout(0.5, torch.zeros(2, dtype=torch.int64))}
+PROPERTIES = [
+    *((forward, {}, {name: x}) for name, x in ATTENTION.items()),
+    (forward, {}, {"aux": True}),
+    (forward, {}, {"block_table": TABLE}),
+    (forward, packed(SIZE), packed(4096)),
+    (forward, {name: x[:1] for name, x in QKV.items()}, packed(SIZE)),
+    (backward, {}, {"d_out": apart(QKV["q"], 8)}),
+    (backward, {}, {"d_lse": VECTOR}),
+    (backward, {}, {"rounding": torch.zeros(2, 2, SIZE, SIZE, dtype=torch.int8)}),
+    (backward, {"key_scale": VECTOR}, {"key_scale": VECTOR, "needs": Needs(q=True, k=True, v=True)}),
+    (backward, {}, {"wide_q": QKV["q"].float()}),
+    (backward, {}, {"wide_k": QKV["k"].float()}),
+    (backward, {}, {"is_part": True}),
+    *((decode, {}, {name: x}) for name, x in (TERMS | OPERANDS).items() if name != "q"),
+    (decode, {}, {"q": apart(normal(2, 2, 2, SIZE))}),
+    (decode, {}, {"q": normal(2, 2, 9, SIZE)}),
+    (decode, {}, {"left": 4}),
+    (decode, {}, {"aux": True}),
+    (decode, {}, {"key_lengths": LENGTHS}),
+    (decode, {}, {"key_ranges": RANGES[:, :1]}),
+    (decode, {"key_lengths": LENGTHS}, {"key_lengths": LENGTHS, "block_table": TABLE}),
+    (decode, {"key_lengths": LENGTHS}, {"key_lengths": LENGTHS, "query_lengths": LENGTHS}),
+]
+
+
+Codes = list[tuple[Kind, tuple]]
+
+
+def codes(run: Callable[..., None], given: dict[str, Any]) -> Codes:
+    """Of each launch that belongs to a kind: that, and what selects its code, with Triton's own binding."""
+    with launch.recording(Target("cuda", "80")) as launches:
+        run(**given)
+    found = []
+    for kernel, _, arguments, config in launches:
+        if arguments.kind is not None:
+            bound = binder(kernel, BACKEND)(*arguments.values())[1]
+            found.append((arguments.kind, (kernel.__name__, config, str(bound))))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("run", "plain", "other"), PROPERTIES, ids=[f"{f.__name__}-{'-'.join(other)}" for f, _, other in PROPERTIES]
+)
+def test_a_call_behind_another_has_the_code_that_it_has_alone(run, plain, other):
+    launch._kinds.clear()
+    alone = codes(run, other)
+    launch._kinds.clear()
+    before, behind = codes(run, plain), codes(run, other)
+    kept = {}
+    for kind, code in (*before, *behind):
+        assert kept.setdefault((kind, *code[:2]), code) == code
+    found, expected = ([(kind.problem, kind.wide, code) for kind, code in one] for one in (behind, alone))
+    assert found == expected

@@ -1,0 +1,122 @@
+"""`ContextParallel`: the layers of `tritonattn.nn` on this rank's tokens of a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from ..calls.checks import Options
+from ..core.invariance import refuse_over_ranks
+from ..core.ranges import prefix_sum
+from ..core.shards import SharesSequence
+from . import collectives
+from .agreement import require_agreement
+from .context_parallel import context_parallel_attention
+from .layout import Split
+
+
+class ContextParallel(ParallelStyle):
+    """Let every `ScaledAttention`, `ForgetGate` and `ALiBi` of a module work on a sequence that ranks share.
+
+    For `parallelize_module`. Each rank calls the module with its part of the tokens, as `shard` cuts them; results and
+    gradients are those of the whole sequence. `ScaledAttention.positioned` is given places in the whole sequence.
+
+    Args:
+        layout: How `shard` cut the sequence: "contiguous" or "zigzag".
+        method, reduce_dtype, head_group: As in `context_parallel_attention`.
+
+    Gradients of parameters are the parts of this rank's rows: sum them over ranks, as FSDP and DDP do. Before or beside
+    it the same layers take tensor parallelism on another dimension of the mesh, with `HeadParallel`.
+
+    Raises:
+        TypeError, ValueError: A mesh of several dimensions, a layout, a module without such a layer. In a call: a
+            cache, a context, dense masks, key_lengths, key_ranges.
+        NotImplementedError: In a call: dropout, batch_invariant, backend "reference".
+
+    >>> import torch, torch.distributed as dist, tritonattn
+    >>> from torch.distributed.device_mesh import init_device_mesh
+    >>> from torch.distributed.tensor.parallel import parallelize_module
+    >>> from tritonattn.distributed import ContextParallel, shard
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun starts more
+    >>> mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    >>> model = torch.nn.ModuleDict({
+    ...     "attention": tritonattn.nn.ScaledAttention(32, heads=4, scaling="ssmax", causal=True),
+    ...     "gate": tritonattn.nn.ForgetGate(32, heads=4),
+    ... })
+    >>> model = parallelize_module(model, mesh, ContextParallel(layout="zigzag"))
+    >>> x = shard(torch.randn(2, 16, 32), mesh=mesh, layout="zigzag", dim=1)
+    >>> model["attention"](x, key_bias=model["gate"](x)).shape
+    torch.Size([2, 16, 32])
+    >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: str = "contiguous",
+        method: str = "allgather",
+        reduce_dtype: torch.dtype = torch.float32,
+        head_group: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.options = {"method": method, "reduce_dtype": reduce_dtype, "head_group": head_group}
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        part = SequencePart(device_mesh, self.layout, self.options)
+        takers = [one for one in module.modules() if isinstance(one, SharesSequence)]
+        if not takers:
+            raise ValueError(
+                "ContextParallel: expected a module with a ScaledAttention, ForgetGate or ALiBi of tritonattn.nn, got"
+                f" {type(module).__name__}"
+            )
+        for one in takers:
+            one.sequence_part = part
+        return module
+
+
+@dataclass(frozen=True, eq=False)
+class SequencePart:
+    """This rank's tokens of the sequence that the ranks of a mesh share, for a layer."""
+
+    mesh: DeviceMesh
+    layout: str
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        Split.of(self.mesh, self.layout)
+
+    @property
+    def split(self) -> Split:
+        return Split.of(self.mesh, self.layout)
+
+    @property
+    def ranks(self) -> int:
+        return self.mesh.size()
+
+    def positions(self, tokens: int, device: torch.device) -> Tensor:
+        """The places in the sequence of the `tokens` tokens that this rank holds: int64 [tokens]."""
+        self.split.check("x", tokens)
+        return self.split.positions(tokens, device)
+
+    def running_sum(self, x: Tensor) -> Tensor:
+        """Sums along the whole sequence up to and with each token of this rank, of x [..., tokens]: fp64."""
+        split = self.split
+        split.check("x", x.shape[-1])
+        require_agreement(split, "ForgetGate", Options(), x=x)
+        sums = prefix_sum(x.unflatten(-1, (split.chunks_per_rank, -1)))  # [..., chunks of this rank, tokens + 1]
+        before = prefix_sum(collectives.gather(sums[..., -1], split, -1))[..., split.chunks()]
+        return (before[..., None] + sums[..., 1:]).flatten(-2)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, batch_invariant: bool | None, **options: Any
+    ) -> Any:
+        if dropout_p > 0:
+            raise NotImplementedError(f"dropout_p: expected 0 for a sequence split over ranks, got {dropout_p}")
+        refuse_over_ranks(batch_invariant)
+        return context_parallel_attention(q, k, v, mesh=self.mesh, layout=self.layout, **self.options, **options)
