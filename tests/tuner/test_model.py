@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tritonattn.tuner.gate import Candidate, modelled_clocks
+from tritonattn.tuner.gate import Candidate, Latency, modelled_clocks
 from tritonattn.tuner.machine_code import MachineCode, MmaLoop
 from tritonattn.tuner.model import Rates, cycles, utilisation
 from tritonattn.tuning.config import Problem, Target, TileConfig
@@ -18,9 +18,12 @@ CONFIG = TileConfig(128, 64, 8, 2)
 LOOP = MmaLoop({"tensor": 100, "exp": 50, "integer": 150}, packed=0, tiles=1, flops=2048 * 1000, shared_bytes=0)
 
 
-def clocks(loop, config=CONFIG, kernel="forward", target=SM_80, processors=108, registers=128, short=False):
+def clocks(
+    loop, config=CONFIG, kernel="forward", target=SM_80, processors=108, registers=128, short=False, latency=None
+):
     code = MachineCode(registers, 0, 49152, 0, 0, None if loop is None else (loop,))
-    return modelled_clocks(kernel, replace(PROBLEM, short=short), Candidate(config, code, ()), target, processors)
+    candidate = Candidate(config, code, (), latency)
+    return modelled_clocks(kernel, replace(PROBLEM, short=short), candidate, target, processors)
 
 
 def test_clocks_of_every_unit():
@@ -35,6 +38,12 @@ def test_clocks_of_a_call():
     """8,192 programs, 2 to a processor: 38 waves of 128 iterations, of whose other units 4 warps a scheduler hide."""
     assert clocks(LOOP) == pytest.approx(38 * 2 * 128 * (1000 + (800 + 600) / 4))
     alone = replace(CONFIG, num_stages=1)
-    assert clocks(LOOP, alone) == pytest.approx(38 * 2 * 128 * (1000 + (800 + 600) / 4 + 600 / 2))
+    loads = 600 + 64 * 128 * 2 / 48  # latency, and the bytes of 64 keys and values at the rate of L2
+    assert clocks(LOOP, alone) == pytest.approx(38 * 2 * 128 * (1000 + (800 + 600) / 4 + loads / 2))
+    late = replace(CONFIG, descriptors=True)
+    assert clocks(LOOP, late) == clocks(LOOP, alone), "the TMA is asked at the end of an iteration, for the next"
+    assert clocks(LOOP, replace(late, num_stages=3)) == clocks(LOOP)
+    replayed = Latency(0.5, 1500.0, 2, awaits_last=False)
+    assert clocks(LOOP, latency=replayed) == 38 * 128 * 1500, "of a program while another runs beside it"
     stores = replace(LOOP, shared_bytes=5000 * 128)
     assert clocks(stores) == pytest.approx(38 * 2 * 128 * 5000)

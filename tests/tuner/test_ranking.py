@@ -1,11 +1,13 @@
 """The configs that a static table ranks, and their order; nothing is compiled."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton")
 from tritonattn.tuner import static
 from tritonattn.tuner.candidates import static_candidates
-from tritonattn.tuner.gate import Candidate
+from tritonattn.tuner.gate import Candidate, Latency
 from tritonattn.tuner.machine_code import MachineCode
 from tritonattn.tuner.static import ranked, static_table
 from tritonattn.tuning.defaults import default_config
@@ -16,7 +18,8 @@ A100 = next(gpu for gpu in GPUS if gpu.name == "a100")
 SM_80 = A100.target
 KEY = Key("forward", 64, "query", "long")
 DEFAULT = default_config(KEY.kernel, KEY.problem, SM_80)
-OTHER, THIRD, *_ = (config for config in static_candidates(KEY.kernel, KEY.problem, SM_80) if config != DEFAULT)
+_SHORT = [one for one in static_candidates(KEY.kernel, KEY.problem, SM_80) if one.num_stages == 2 and one != DEFAULT]
+OTHER, THIRD, *_ = _SHORT
 
 
 class Stub:
@@ -58,6 +61,49 @@ def test_long_calls_take_the_config_of_short_ones_unless_another_is_clearly_ahea
     clocks |= {OTHER: 80.0, (THIRD, False): ahead}
     assert ranked(A100, Stub(), KEY)[0] == first
     assert ranked(A100, Stub(), KEY._replace(lengths="short"))[0] == OTHER
+
+
+@pytest.mark.parametrize(
+    ("late", "programs", "first"), [((True, False), 2, 3), ((True, True), 2, 2), ((True, False), 1, 2)]
+)
+def test_loads_asked_for_late_are_refused_where_another_stage_fits(late, programs, first, clocks):
+    """It asks in time, and leaves as many programs; though the model prefers fewer stages."""
+    clocks |= {DEFAULT: 1000.0, OTHER: 10.0}
+    longer = replace(OTHER, num_stages=OTHER.num_stages + 1)
+
+    class Replayed(Stub):
+        def examine(self, wanted, progress=None):
+            found = super().examine(wanted, progress)
+            of = {OTHER: Latency(0.5, 1.0, 2, late[0]), longer: Latency(0.5, 1.0, programs, late[1])}
+            return [replace(one, latency=of.get(one.config)) for one in found]
+
+    assert OTHER.num_stages == 2
+    clocks[longer] = 20.0
+    assert ranked(A100, Replayed(), KEY)[0] == replace(OTHER, num_stages=first)
+
+
+def test_other_stages_of_the_most_promising_tiles_are_compared(clocks):
+    clocks[OTHER] = 10.0
+    stub = Stub()
+    clocks[replace(OTHER, num_stages=4)] = 5.0
+    assert ranked(A100, stub, KEY)[0] == replace(OTHER, num_stages=4)
+    compared = {config for _, _, config in stub.asked}
+    assert len(compared) < len(static_candidates(KEY.kernel, KEY.problem, SM_80))
+
+
+def test_an_entry_fits_with_every_option(clocks):
+    """With all vectors and statistics that a call of its key may have."""
+
+    class Large(Stub):
+        def examine(self, wanted, progress=None):
+            found = super().examine(wanted, progress)
+            for number, (_, problem, config) in enumerate(wanted):
+                if problem.aux and config == OTHER:
+                    found[number] = replace(found[number], code=MachineCode(128, 0, 200000, 0))
+            return found
+
+    clocks[OTHER] = 10.0
+    assert static_table(A100, Large(), [KEY]).entries[KEY].config == DEFAULT
 
 
 def test_an_entry_passes_for_its_own_call(clocks):

@@ -60,7 +60,14 @@ def test_the_gate():
         return "; ".join(gate_reasons("forward", PROBLEM, CONFIG, target, found))
 
     assert reasons(code()) == ""
-    assert "spills 8 bytes" in reasons(code(spill=8))
+    [loop] = code().mma_loops
+    spilling = {local: replace(loop, instructions=loop.instructions | {"local": local}) for local in (15, 17)}
+    spills = {local: reasons(replace(code(spill=8), mma_loops=(one,))) for local, one in spilling.items()}
+    assert spills == {15: "", 17: "spills 8 bytes a thread in a loop"}, "of 792 other instructions"
+    assert "spills 8 bytes" in reasons(MachineCode(300, 0, 0, 8, 0, None), Target("hip", "gfx942"))
+    serialised = replace(loop, products=2, product_waits=24)
+    assert "waits 24 times for 2 products" in reasons(replace(code(), mma_loops=(serialised,)))
+    assert reasons(replace(code(), mma_loops=(replace(serialised, product_waits=2),))) == ""
     assert "takes 200000 bytes of shared memory, sm_80 has 166912" in reasons(code(shared=200000))
     assert reasons(code(shared=166912)) == reasons(replace(code(), tensor_memory=512)) == "", "all that there is"
     assert "1.75 exponentials a logit" in reasons(code(exp=128)), "2 less those of 4 lanes of 4 warps for a row of 64"

@@ -50,7 +50,7 @@ def static_candidates(kernel: str, problem: Problem, target: Target) -> list[Til
 
 
 def tiles(config: TileConfig) -> tuple[int, int, int]:
-    """What a config has beside its stages: candidates of the same tiles and warps differ in the loads they ask ahead."""
+    """Return all of a config but its stages, which say how far ahead it asks for loads."""
     return config.block_m, config.block_n, config.num_warps
 
 

@@ -52,7 +52,7 @@ LatencyModel = Callable[[CompiledKernel, TileConfig, Target], Latency]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A config, its code (None where it did not compile), the reasons to refuse it, and what a model of latency says."""
+    """A config, its code (None where it did not compile), the reasons to refuse it, and a model's view of it."""
 
     config: TileConfig
     code: MachineCode | None

@@ -136,7 +136,12 @@ def _compile_ahead(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Pr
     """Examine in parallel the contenders of all keys, then other stages of the best, and then the first of each."""
     compiler.examine([one for key in wanted for one in _contenders(key, gpu.target)], progress)
     compiler.examine([one for key in wanted for one in _refined(gpu, compiler, key)], progress)
-    first = [(key.kernel, key.problem, config) for key in wanted for config in ranked(gpu, compiler, key)[:1]]
+    first = [
+        (key.kernel, problem, config)
+        for key in wanted
+        for config in ranked(gpu, compiler, key)[:1]
+        for problem in (key.problem, _fullest(key))
+    ]
     compiler.examine(first, progress)
 
 
@@ -151,7 +156,7 @@ def _clocks(
 
 
 def _in_time(examined: list[Candidate]) -> list[Candidate]:
-    """Leave out what does not pass, and a config that asks for its loads too late, where one more stage fits beside it."""
+    """Leave out what does not pass, and what asks for its loads too late where another stage fits."""
     passing = {one.config: one for one in examined if not one.reasons}
 
     def has_better(one: Candidate) -> bool:
@@ -180,15 +185,15 @@ def ranked(gpu: GPU, compiler: Compiler, key: Key) -> list[TileConfig]:
 def _first_that_passes(gpu: GPU, compiler: Compiler, key: Key, progress: Progress | None) -> Candidate | None:
     for config in ranked(gpu, compiler, key):
         found, fullest = compiler.examine([(key.kernel, one, config) for one in (key.problem, _fullest(key))], progress)
-        if not found.reasons and _fits(fullest, compiler.target):
+        if not found.reasons and _fits(fullest, gpu.target):
             return found
     return None
 
 
 def _fullest(key: Key) -> Problem:
     """Return the call of a key that takes most shared memory: with every vector and statistic that it may have."""
-    of_forward = {"aux": True, "sinks": True} if key.kernel == "forward" else {}
-    return replace(key.problem, left=True, key_bias=True, softcap=True, **of_forward)
+    own = key._replace(scales=SCALES[key.kernel][-1]).problem
+    return replace(own, left=True, key_bias=True, softcap=True, aux=key.kernel == "forward", sinks=True)
 
 
 def _fits(found: Candidate, target: Target) -> bool:

@@ -57,7 +57,10 @@ def tune_static(options: Namespace, wanted: list[Key], end: float, model: Latenc
         if time.monotonic() >= end:
             print(f"the budget of {options.budget:g} minutes is spent: nothing is compiled from {target.name} on")
             break
-        with Compiler(target, options.workers, model) as compiler, Progress(unit="kernel", desc=target.name) as progress:
+        with (
+            Compiler(target, options.workers, model) as compiler,
+            Progress(unit="kernel", desc=target.name) as progress,
+        ):
             tables = [static_table(gpu, compiler, wanted, progress.update) for gpu in gpus if gpu.target == target]
             if wanted and not any(table.entries for table in tables):
                 _check_that_it_compiles(compiler, wanted[0])
