@@ -94,11 +94,11 @@ def check_appends(dtype: torch.dtype, head_dim: int, device: torch.device | str 
             held = [at + count for at, count in zip(held, piece, strict=True)]
             new = torch.cat([new, torch.full_like(new[:2], torch.nan)])  # of no sequence
             after = torch.tensor(held, device=device)
-            triton_backend.append_to_pages(new, offsets(piece).to(device), after, table, page, ours._buffers())
+            triton_backend.append_to_pages(new, offsets(piece).to(device), after, table, ours.buffers)
             with patch.object(paged_statistics, "kernels_take", lambda _: False):
                 theirs.append(new, offsets(piece).to(device), key_lengths=after, block_table=table)
-        found.append(ours._buffers())
-        for buffer, other in zip(found[-1], theirs._buffers(), strict=True):
-            torch.testing.assert_close(buffer[:-1], other[:-1], rtol=1e-6, atol=0, equal_nan=True)
+        found.append(ours.buffers)
+        for buffer, other in zip(found[-1], theirs.buffers, strict=True):
+            torch.testing.assert_close(buffer, other, rtol=1e-6, atol=0, equal_nan=True)
     for whole, pieced in zip(*found, strict=True):
         assert torch.equal(whole.nan_to_num(-1.0), pieced.nan_to_num(-1.0))

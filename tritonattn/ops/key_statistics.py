@@ -80,12 +80,11 @@ def append_to_pages(
     cu_seqlens: Tensor,
     key_lengths: Tensor,
     block_table: Tensor,
-    page: int,
     buffers: tuple[Tensor, ...],
     passes: int = 1,
 ) -> bool:
     """The same for keys k [T, Hkv, D] in pages."""
-    given = (k, cu_seqlens, key_lengths, block_table, page, buffers, passes)
+    given = (k, cu_seqlens, key_lengths, block_table, buffers, passes)
     return _is_compiled(lambda: kernels().append_to_pages(*given))
 
 
