@@ -81,7 +81,7 @@ def test_lengths_of_keys_follow_the_cache():
 def test_bits_do_not_depend_on_the_batch(mode, switch, monkeypatch):
     if switch == "environment":
         monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    layer = Layer({"scaling": mode, **({"batch_invariant": True} if switch == "settings" else {})})
+    layer = Layer({"scaling": mode, **({"batch_invariant": True} if switch == "settings" else {})}, "float32")
     batch = layer.batch([90, 60], [90, 60])
     together = layer.parts(**batch)[1]().clone()[:90]
     layer.renew_cache(PAGES)
