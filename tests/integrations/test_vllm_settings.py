@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import AttentionInterface, LlamaConfig, LlamaModel
 
 from tritonattn import PagedKeyStatistics, attention_decode
+from tritonattn.huggingface import patched
 from tritonattn.huggingface.settings import MARK, Settings
 from tritonattn.integrations.vllm import pages, settings
 
@@ -133,3 +135,14 @@ def test_a_cache_holds_keys_values_and_lengths_of_keys(dtype):
         held = pages.keys_and_values(cache, head_dim)
         out = attention_decode(q, *held, statistics=ours, **options)
         torch.testing.assert_close(out, attention_decode(q, *held, **options))
+
+
+def test_a_model_of_transformers_that_vllm_builds_keeps_vllms_attention():
+    config = LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=8)
+    config.tritonattn = {"layers": {"layers.0.self_attn": {"scaling": "dim"}}}
+    AttentionInterface.register("vllm", lambda *_: None)
+    try:
+        built = {name: LlamaModel._from_config(config, attn_implementation=name) for name in ("vllm", "eager")}
+    finally:
+        AttentionInterface._global_mapping.pop("vllm")
+    assert {name: patched(model) is None for name, model in built.items()} == {"vllm": True, "eager": False}

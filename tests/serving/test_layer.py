@@ -1,16 +1,21 @@
 """One layer: what it reads of a device, what it refuses, which backend is chosen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.config import set_current_vllm_config
 
 from tests.stub import installed
 from tests.support.device_work import values_unread
-from tritonattn.integrations.vllm import NAME, backend, plugin
+from tritonattn.integrations.vllm import NAME as TRITONATTN
+from tritonattn.integrations.vllm import backend, plugin
 from tritonattn.integrations.vllm.backend import TritonattnBackend
 from tritonattn.integrations.vllm.pages import keys_and_values
 
-from .layer import HEAD_DIM, Layer
+from .layer import HEAD_DIM, HEADS, NAME, Layer
+from .reference import Formula
 
 plugin.register()
 plugin.register()  # vLLM may load it more than once
@@ -81,27 +86,70 @@ def test_padding_is_written_nowhere():
 
 
 def test_refused_by_name(monkeypatch):
+    connector = SimpleNamespace(is_kv_transfer_instance=True)
     for given, message in (
         ({"alibi_slopes": [0.5] * 8}, "alibi_slopes None, got"),
         ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
         ({"kv_sharing_target_layer_name": "x"}, "kv_sharing_target_layer_name None, got x"),
+        ({"head_size_v": 32}, f"expected an Attention with values of 64, got a Attention with values of 32 at {NAME}"),
+        ({"engine": {"cache_config.cache_dtype": "float16"}}, "kv_cache_dtype auto or bfloat16, got float16"),
+        ({"engine": {"parallel_config.pipeline_parallel_size": 2}}, "pipeline_parallel_size 1, got 2"),
+        ({"engine": {"parallel_config.decode_context_parallel_size": 2}}, "DCP not supported"),
+        ({"engine": {"parallel_config.prefill_context_parallel_size": 2}}, "PCP not supported"),
+        ({"engine": {"kv_transfer_config": connector}}, f"kv_transfer_config: expected None .* at {NAME}"),
+        ({"engine": {"attention_config.use_non_causal": True}}, "non-causal attention not supported"),
     ):
         with pytest.raises(NotImplementedError, match=message):
-            Layer({"scaling": "log_key_count"}, **given)
+            Layer({"scaling": "key_norm_mean"}, **given)
     with pytest.raises(ValueError, match=r"'ssmax': use tritonattn.huggingface.patch"):
         Layer({"scaling": "ssmax"})
     with pytest.raises(ValueError, match=r"tritonattn.layers\['model.layers.7.self_attn'\]: expected the name of one"):
         Layer({"layers": {"model.layers.7.self_attn": {"scaling": "none"}}})
     with pytest.raises(ValueError, match=r"expected weights \{'scaling.s': \[8\]\}, got \{\}"):
         Layer({"layers": {"model.layers.0.self_attn": {"scaling": "ssmax"}}})
+    layer = Layer({"scaling": "log_key_count"}, engine={"kv_transfer_config": connector})  # reads no lengths
+    batch = layer.batch([1], [9])
+    batch["common"].causal = False
+    with pytest.raises(NotImplementedError, match="expected causal attention, got causal=False"):
+        layer.builder.build(0, batch["common"])
     monkeypatch.setattr(plugin, "version", lambda name: "0.34.1")
     with pytest.raises(ImportError, match=r"vllm: expected version >=0.33.0,<0.34, got 0.34.1"):
         Layer({"scaling": "log_key_count"})
     assert Layer(None).layer.attn_backend.get_name() == "CPU_ATTN"  # as without the plugin, whatever the version
 
 
+ONE_LAYER = {"model.layers.0.self_attn": {"scaling": "ssmax"}}
+
+
+@torch.no_grad()
+def test_random_weights_leave_learned_values_at_their_start():
+    given = {"load_config.load_format": "dummy", "model_config.hf_config.tritonattn": {"layers": ONE_LAYER}}
+    layer = Layer(None, "float32", engine=given)
+    assert max(x.error(Formula("ssmax")) for x in layer.run([([1, 40], [1, 40])])) < 1e-5
+
+
+def test_learned_values_that_no_layer_takes_are_named():
+    layer = Layer(None, engine={"model_config.hf_config.tritonattn": {"layers": {NAME[:-5]: {"scaling": "dim"}}}})
+    learned = {"model.layers.7.self_attn": {"scaling.s": torch.ones(HEADS)}}
+    layer.layer.impl.learned = learned
+    with (
+        set_current_vllm_config(layer.config),
+        pytest.raises(ValueError, match=r"expected settings of model.layers.7.self_attn, whose learned values"),
+    ):
+        layer.layer.process_weights_after_loading(layer.dtype)
+    layer = Layer({"scaling": "dim"})  # in place of the checkpoint's
+    layer.layer.impl.learned = learned
+    with set_current_vllm_config(layer.config):
+        layer.layer.process_weights_after_loading(layer.dtype)
+
+
+def test_the_switch_of_vllm_is_not_turned_off(monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match=f"expected True or None under VLLM_BATCH_INVARIANT=1, got False at {NAME}"):
+        Layer({"scaling": "dim", "batch_invariant": False})
+
+
 def test_another_backend_is_refused_for_a_patched_model():
-    from vllm.config import set_current_vllm_config
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import get_attn_backend
 
@@ -113,10 +161,17 @@ def test_another_backend_is_refused_for_a_patched_model():
             get_attn_backend(64, torch.bfloat16, "auto", use_mla=True)
         with pytest.raises(NotImplementedError, match="kv_cache_dtype not supported"):
             get_attn_backend(64, torch.bfloat16, "fp8")
+        with pytest.raises(NotImplementedError, match="multimodal token full attention not supported"):
+            get_attn_backend(64, torch.bfloat16, "auto", use_mm_prefix=True)
+        with pytest.raises(NotImplementedError, match="head_size not supported"):
+            get_attn_backend(520, torch.bfloat16, "auto")
+        assert get_attn_backend(512, torch.bfloat16, "auto") is TritonattnBackend
         config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
-        with pytest.raises(ValueError, match=f"attention_backend: expected {NAME} or none .*, got FLASH_ATTN"):
+        with pytest.raises(
+            ValueError, match=f"expected {TRITONATTN} or none .*, got FLASH_ATTN, which does not compute"
+        ):
             get_attn_backend(64, torch.bfloat16, "auto")
     config = Layer(None).config
-    config.attention_config.backend = AttentionBackendEnum[NAME]
+    config.attention_config.backend = AttentionBackendEnum[TRITONATTN]
     with set_current_vllm_config(config):
         assert get_attn_backend(64, torch.bfloat16, "auto") is TritonattnBackend
