@@ -35,6 +35,16 @@ _CONFIGS = {
         query_pre_attn_scalar=100,
         final_logit_softcapping=None,
     ),
+    # Head dims 64 in the first layer, which has the window, and 512 in the others.
+    "gemma4": lambda: transformers.Gemma4TextConfig(
+        **_SIZES | {"tie_word_embeddings": True},
+        global_head_dim=512,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        final_logit_softcapping=None,
+    ),
 }
 
 
@@ -92,9 +102,11 @@ class Case:
             options["additional_config"] = {"tritonattn": settings}
         return patched, plain, {"model": str(folder), **ENGINE, **options}
 
-    def by_formulas(self, model: Any) -> Decoder:
-        """The patched model of the paper's formulas, with the weights of the plain one."""
+    def by_formulas(self, model: Any) -> Decoder | None:
+        """The patched model by the papers' formulas, with the weights of the plain one; None without a Decoder."""
         config = model.config
+        if config.model_type not in Decoder.TYPES:
+            return None
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
         given = _FORMULAS[self.scaling] if callable(self.scaling) else [{"mode": self.scaling}] * len(kinds)
         formulas = [

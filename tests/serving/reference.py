@@ -4,7 +4,7 @@ Nothing here is of tritonattn, vLLM or transformers, but names of weights and of
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -71,6 +71,7 @@ class Decoder:
     arXiv:2408.00118.
     """
 
+    TYPES: ClassVar = ("llama", "mistral", "gemma2")
     config: Any
     weights: dict[str, np.ndarray] = field(repr=False)
     formulas: list[Formula]
