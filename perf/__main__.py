@@ -24,6 +24,7 @@ COMMANDS = {
     "launches": "the host's time and work in small calls, on a stub of NVIDIA's driver",
     "serving": "the host's time a step in vLLM's attention layers, on the same stub",
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
+    "replay": "a model of every kernel's loop: share of the tensor rate, and what its warps wait for",
     "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
     "correctness": "the kernels' tests, in several processes",
     "soak": "random calls of the kernels, for a while, against float64",

@@ -23,6 +23,7 @@ from tritonattn.core.tables import table
 from tritonattn.core.visibility import Visibility
 from tritonattn.tuner.timing import Contestant, median_ratio, take_turns
 
+from .memory import reset_peak, resident
 from .options import command_line
 
 HEADS, HEAD_DIM = 8, 64
@@ -115,21 +116,9 @@ def _peak_memory(case: str, name: str, length: int, threads: int) -> int:
     torch.set_num_threads(threads)
     forward_backward(cases(64)[case][name], inputs(64))
     attend = cases(length)[case][name]
-    before = _reset_peak()
+    before = reset_peak()
     forward_backward(attend, inputs(length))
-    return _resident("VmHWM") - before
-
-
-def _reset_peak() -> int:
-    """Restart the count of the peak, which importing has raised, and return the bytes now resident."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _resident("VmRSS")
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
+    return resident("VmHWM") - before
 
 
 def measure(options: argparse.Namespace) -> list[dict]:

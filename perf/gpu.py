@@ -1,17 +1,18 @@
 """Run all measurements that need a GPU machine; results are saved as each phase ends.
 
-Environment, a preflight, compilation by all cores, then correctness on the card, soak, forward and backward against
-peers, decoding, other head dims, tuning, overhead of the scalings, sanitizers, report. A preflight that fails ends the
-run, with what to do. A later phase is a process of its own: one that fails, or leaves the card unusable, is reported,
-and the next one runs. The same command goes on where the last one was stopped. The exit status is 1 where a phase
-failed, 130 after Ctrl-C. With --device emulate all phases are tiny, on a stub of NVIDIA's driver and an emulator: a
-rehearsal.
+Environment, a preflight, compilation by all cores, then correctness on the card, soak, bits of batch_invariant,
+forward and backward against peers, decoding, other head dims, tuning, overhead of the scalings, sanitizers, report. A
+preflight that fails ends the run, with what to do. A later phase is a process of its own: one that fails, or leaves the
+card unusable, is reported, and the next one runs; one that this machine cannot run is named, with the reason. The same
+command goes on where the last one was stopped. The exit status is 1 where a phase failed, 130 after Ctrl-C. With
+--device emulate all phases are tiny, on a stub of NVIDIA's driver and an emulator: a rehearsal.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,15 +28,15 @@ from tritonattn.cli.options import make_folder
 from tritonattn.core.errors import INTERRUPTED
 from tritonattn.core.provenance import commit
 
-from . import sanitize
-from .instrument import instruments
+from . import instrument, sanitize
 
 ROOT = Path(__file__).resolve().parents[1]
 _GRACE = 60.0  # most seconds past its share that a process has to start up and to finish its work
 _SECONDS_TO_STOP = 20.0
 _SECONDS_OF_BRIEF = 20.0  # in reserve for each phase without a share
 _SUITES = {"ceilings": 2, "forward": 14, "backward": 12, "decode": 8, "dims": 3, "overhead": 6}  # with their shares
-_SPENT = " is spent: run the command again"  # the end of a tuning that was cut
+_UP = "time is up: "  # how a sweep or a count of cases begins the line that says what is left
+_NOT_PASSED = r"\b(FAILED|ERROR) |/ \d+ errors?\b"  # of a test; of a file that pytest cannot import
 _TINY_TUNE = ("--static", "sm_80", "--kernels", "decode", "--head-dims", "64", "--lengths", "short")
 _TINY = ("--quick", "--lengths", "16", "--head-dims", "16", "--rounds", "1", "--peers", "sdpa,eager,flash-attn-2")
 _TINY_MODES = ("--scalings", "sqrt_dim,key_norm_mean")
@@ -47,10 +48,12 @@ class Phase:
 
     share    of the time left for this phase and later ones; 0: it is short, and runs even when time is up
     limit    the option that takes its minutes, or None
-    failure  text of its log that means a failure, even if it was stopped before it could exit with an error
+    failure  text of its log that means a failure, even if it was stopped before it could exit with an error: a regular
+             expression, as is cut
     cut      text of its log that means an orderly end before all was done
     again    it runs in every run, though it was done in one before; others need not
     required nothing after it is worth its time where it fails
+    obstacle why it cannot run on this machine, or None
     """
 
     name: str
@@ -62,11 +65,12 @@ class Phase:
     cut: str | None = None
     again: bool = False
     required: bool = False
+    obstacle: str | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a phase: "done", "done before", "failed" or "out of time", with its finished part saved."""
+    """The end of a phase: "done", "done before", "left out", "failed" or "out of time"; what it finished is saved."""
 
     phase: Phase
     status: str
@@ -80,13 +84,14 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
     processes = () if on_gpu else ("--processes", "2")
     compiled = () if on_gpu else ("--target", "sm_80", "--calls", "2", *processes)
     trials = () if on_gpu else ("--trials", "2")
+    cases = ("--backend", "cuda") if on_gpu else ("--backend", "sm_80", "--cases", "1")
     tune = ("--head-dims", "64,128", "--lengths", "long") if on_gpu else _TINY_TUNE
 
     def sweep(suite: str) -> Phase:
         tiny = () if on_gpu else (*_TINY, *(_TINY_MODES if suite != "ceilings" else ()))
         options = ("--device", device, "--json", str(out / f"{suite}.jsonl"), *tiny)
         command = ("-m", "perf", "sweep", "--suite", suite, *options)
-        return Phase(suite, command, _SUITES[suite], "--minutes", tables, cut="time is up: ")
+        return Phase(suite, command, _SUITES[suite], "--minutes", tables, cut=_UP)
 
     files = [str(out / f"{suite}.jsonl") for suite in _SUITES]
 
@@ -100,8 +105,9 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
         Phase("preflight", of_perf("preflight", "--device", device), 8, again=True, required=True),
         Phase("compile", of_perf("compile", *compiled), 6, "--minutes", again=True),
         sweep("ceilings"),
-        Phase("correctness", of_perf("correctness", tests, *tested), 22, failure=" FAILED "),
+        Phase("correctness", of_perf("correctness", tests, *tested), 22, failure=_NOT_PASSED),
         Phase("soak", of_perf("soak", *soaked), 8, "--minutes", failure="repeat it: "),
+        Phase("invariance", ("-m", "tests.invariance", *cases), 4, "--minutes", failure="DIFFER ", cut=_UP),
         *(sweep(suite) for suite in ("forward", "backward", "decode", "dims")),
         Phase(
             "tuning",
@@ -112,8 +118,8 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
             cut=" is spent: run the command again",
         ),
         sweep("overhead"),
-        *(_instrumented(one, out) for one in instruments()),
-        *(Phase(tool, of_perf("sanitize", "--tools", tool), 2) for tool in (sanitize.present() if on_gpu else ())),
+        *(_instrumented(one, out) for one in instrument.INSTRUMENTS),
+        *(_sanitized(tool) for tool in sanitize.TOOLS),
         Phase("report", of_perf("report", *files, "--out", str(out / "report.md")), 0, again=True),
         Phase("plots", of_perf("plot", *files, "--out", str(out / "plots")), 0, again=True),
     ]
@@ -122,11 +128,19 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
 def _instrumented(name: str, out: Path) -> Phase:
     """A short soak of kernels with one of Triton's sanitizers in them."""
     options = ("--device", "cuda", "--bare", "--instrument", name, "--go-on", str(out / f"{name}.txt"))
-    return Phase(name, ("-m", "perf", "soak", *options), 2, "--minutes", failure="repeat it: ")
+    command = ("-m", "perf", "soak", *options)
+    return Phase(name, command, 2, "--minutes", failure="repeat it: ", obstacle=instrument.obstacle(name))
+
+
+def _sanitized(tool: str) -> Phase:
+    """A short soak under one of compute-sanitizer's tools."""
+    command = ("-m", "perf", "sanitize", "--tools", tool)
+    return Phase(tool, command, 2, "--minutes", failure=sanitize.FINDING, obstacle=sanitize.obstacle())
 
 
 def budget(chosen: list[Phase], minutes: float) -> dict[str, float]:
     """Minutes of each phase that has a share, where every phase takes all of its own."""
+    chosen = [one for one in chosen if one.obstacle is None]
     seconds = 60 * minutes - _SECONDS_TO_STOP - _SECONDS_OF_BRIEF * sum(one.share == 0 for one in chosen)
     total = sum(one.share for one in chosen)
     return {one.name: round(seconds * one.share / total / 60, 1) for one in chosen if one.share}
@@ -173,14 +187,13 @@ def run(arguments: argparse.Namespace) -> None:
 def run_all(chosen: list[Phase], out: Path, seconds: float) -> list[Outcome]:
     """Run every phase within `seconds` in all; time that one leaves over is shared among later ones.
 
-    Phases that a run at this commit has done are left out. A required one that fails is the last.
+    Phases that a run at this commit has done, and those with an obstacle, do not run. A required one that fails is the
+    last.
     """
     end = time.monotonic() + seconds
     done = _Done(out / "done.txt")
-    outcomes = [Outcome(phase, "done before", 0.0) for phase in chosen if phase.name in done.names]
-    for outcome in outcomes:
-        print(f"{outcome.phase.name}: done before", flush=True)
-    chosen = [phase for phase in chosen if phase.name not in done.names]
+    outcomes = [outcome for phase in chosen if (outcome := _without_a_run(phase, done, out))]
+    chosen = [phase for phase in chosen if phase not in [outcome.phase for outcome in outcomes]]
     for number, phase in enumerate(chosen):
         later = chosen[number:]
         kept = _SECONDS_TO_STOP + _SECONDS_OF_BRIEF * sum(one.share == 0 for one in later)
@@ -193,16 +206,30 @@ def run_all(chosen: list[Phase], out: Path, seconds: float) -> list[Outcome]:
         else:
             outcomes.append(Outcome(phase, "out of time", 0.0))
         last = outcomes[-1]
-        line = f"{phase.name}: {last.status} after {last.seconds:.0f} s (log: {out / phase.name}.log)"
-        print(line, flush=True)
-        with (out / "phases.txt").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        _note(out, f"{phase.name}: {last.status} after {last.seconds:.0f} s (log: {out / phase.name}.log)")
         if last.status == "done" and not phase.again:
             done.add(phase.name)
         if last.status == "failed" and phase.required:
             print((out / f"{phase.name}.log").read_text(encoding="utf-8").strip().splitlines()[-1], file=sys.stderr)
             break
     return outcomes
+
+
+def _without_a_run(phase: Phase, done: _Done, out: Path) -> Outcome | None:
+    if phase.obstacle is not None:
+        _note(out, f"{phase.name}: left out: {phase.obstacle}")
+        return Outcome(phase, "left out", 0.0)
+    if phase.name in done.names:
+        print(f"{phase.name}: done before", flush=True)
+        return Outcome(phase, "done before", 0.0)
+    return None
+
+
+def _note(out: Path, line: str) -> None:
+    """Print how a phase ended, and keep it."""
+    print(line, flush=True)
+    with (out / "phases.txt").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 class _Done:
@@ -248,7 +275,8 @@ def execute(phase: Phase, out: Path, seconds: float, grace: float) -> Outcome:
 
 
 def _says(log: Path, text: str | None) -> bool:
-    return text is not None and text in log.read_text(encoding="utf-8", errors="replace")
+    said = log.read_text(encoding="utf-8", errors="replace")
+    return text is not None and re.search(text, said, re.MULTILINE) is not None
 
 
 @contextmanager

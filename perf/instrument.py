@@ -14,10 +14,12 @@ from triton.runtime import _allocation
 INSTRUMENTS = ("consan",)
 
 
-def instruments() -> tuple[str, ...]:
-    """List those that this version of Triton has for the current GPU: LLVM aborts on cards before sm_90."""
+def obstacle(name: str) -> str | None:
+    """Say why this version of Triton has no such sanitizer for the current GPU: LLVM aborts on cards before sm_90."""
     is_able = torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability()[0] >= 9
-    return INSTRUMENTS if is_able and hasattr(knobs.compilation, "instrumentation_mode") else ()
+    if is_able and hasattr(knobs.compilation, "instrumentation_mode"):
+        return None
+    return f"this triton has no {name} for this device"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,19 @@ def saved_storages() -> Iterator[dict[int, int]]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield storages
     held.clear()
+
+
+def reset_peak() -> int:
+    """Restart the count of this process's peak, which importing has raised, and return the bytes now resident."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return resident("VmRSS")
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: now resident (VmRSS), or at the peak since `reset_peak` (VmHWM)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
 
 
 def flash_attention_bytes(dtype: torch.dtype, head_dim: int) -> float:

@@ -1,7 +1,8 @@
 """Find out within a minute whether kernels run on this machine and are right; where not, say what to do.
 
 The machine's compiler and driver, then a call of each dtype with its gradients against float64, by pointers and by
-tensor descriptors, then the launch of every kernel. The first thing that is wrong ends it.
+tensor descriptors, then the launch of every kernel, then the bits of batch_invariant. The first thing that is wrong
+ends it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 
 import tritonattn
+from tests.invariance.company import Case, differences
 from tests.kernels import harness
 from tritonattn.backends.triton import append_keys, append_to_pages, launch
 from tritonattn.kernels import KERNELS
@@ -113,6 +115,27 @@ def _every_form(device: torch.device) -> None:
         harness.check(tensors, attend, **options)
 
 
+def check_invariance(device: torch.device) -> str:
+    """Under batch_invariant, results against float64, and the bits of a sequence alone and in company."""
+    with _watched(None) as launches:
+        attempt("batch_invariant", lambda: _invariant(device))
+    return f"{len(launches)} launches"
+
+
+def _invariant(device: torch.device) -> None:
+    def attend(q, k, v, backend, **named):
+        return tritonattn.attention(q, k, v, backend=backend, batch_invariant=backend == "triton", **named)
+
+    scaling = "key_norm_mean"
+    tensors = harness.inputs(torch.bfloat16, device, q_len=37, k_len=53, head_dim=64, value_dim=64)
+    harness.check(tensors, attend, scaling=scaling, causal=True, return_aux=True)
+    for company in ("packed", "paged"):
+        case = Case(company, "bf16", (64, 64), scaling, "causal", (1, 2), None, False, length=40, seed=0)
+        with device:
+            differing = differences(case, "triton")
+        assert not differing, f"{company}: other bits of {', '.join(differing)} than alone"
+
+
 def _decode(device: torch.device) -> None:
     """Two splits of the keys, with a record of the keys that a kernel fills."""
     q, k, v = (torch.randn(1, heads, 600, 64, device=device).bfloat16() for heads in (4, 2, 2))
@@ -200,6 +223,7 @@ def run(options: argparse.Namespace) -> None:
             "driver": check_driver,
             "results": lambda: check_results(device),
             "kernels": lambda: check_every_kernel(device),
+            "invariance": lambda: check_invariance(device),
         }
         for name, check in checks.items():
             start = time.monotonic()

@@ -15,31 +15,35 @@ from tritonattn.cli.options import whole_number
 
 # The soak itself finds reads of memory that was never written: it fills new memory with NaN.
 TOOLS = ("memcheck", "racecheck", "synccheck")
+# The first line of a finding, as a regular expression; a later line of it is indented. An end of the process is none.
+FINDING = r"^========= (?!COMPUTE-SANITIZER|Warning:|Error: (process|Target)|Target|\w+ SUMMARY:)\w"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tools", type=lambda text: text.split(","), default=TOOLS, help="memcheck,racecheck,...")
     parser.add_argument("--trials", type=whole_number, default=100, help="calls of the soak under each tool")
+    parser.add_argument("--minutes", type=float, default=600.0, help="how long under each tool, but one call at least")
     parser.add_argument("--seed", type=int, default=0, help="of the first call")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the tools one after another, and exit with an error where one finds something."""
-    sanitizer = _sanitizer()
-    if sanitizer is None:
-        sys.exit("sanitize: compute-sanitizer is neither on PATH nor in $CUDA_HOME/bin; it comes with the CUDA toolkit")
-    if not torch.cuda.is_available() or torch.version.hip:
-        sys.exit("sanitize: compute-sanitizer needs an NVIDIA GPU, torch sees none")
-    found = [tool for tool in arguments.tools if _finds_something(sanitizer, tool, arguments)]
+    if reason := obstacle():
+        sys.exit(f"sanitize: {reason}")
+    found = [tool for tool in arguments.tools if _finds_something(tool, arguments)]
     if found:
         sys.exit(f"sanitize: {', '.join(found)} found errors")
     print(f"{', '.join(arguments.tools)}: no errors")
 
 
-def present() -> tuple[str, ...]:
-    """The tools, where this machine has compute-sanitizer."""
-    return TOOLS if _sanitizer() else ()
+def obstacle() -> str | None:
+    """Say why compute-sanitizer does not run on this machine, or return None."""
+    if _sanitizer() is None:
+        return "compute-sanitizer is neither on PATH nor in $CUDA_HOME/bin; it comes with the CUDA toolkit"
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "compute-sanitizer needs an NVIDIA GPU, torch sees none"
+    return None
 
 
 def _sanitizer() -> str | None:
@@ -47,9 +51,11 @@ def _sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(Path(home) / "bin"))
 
 
-def _finds_something(sanitizer: str, tool: str, arguments: argparse.Namespace) -> bool:
+def _finds_something(tool: str, arguments: argparse.Namespace) -> bool:
+    sanitizer = _sanitizer()
+    assert sanitizer is not None
     # Bare, since memcheck would take the soak's guards for parts of the tensors.
-    soak = ["-m", "perf", "soak", "--bare", "--device", "cuda", "--minutes", "600"]
+    soak = ["-m", "perf", "soak", "--bare", "--device", "cuda", "--minutes", str(arguments.minutes)]
     soak += ["--trials", str(arguments.trials), "--seed", str(arguments.seed)]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *_only_our_kernels(sanitizer), sys.executable, *soak]
     # Without torch's cache every tensor is an allocation with its own bounds.

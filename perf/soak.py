@@ -14,8 +14,8 @@ from tritonattn.backends.triton import launch
 from tritonattn.cli.options import whole_number
 from tritonattn.core.provenance import commit
 
+from . import instrument
 from .devices import kernels_on, obstacle
-from .instrument import INSTRUMENTS, instrumented, instruments
 from .soak_draw import HAZARD_SEEDS, INTERPRETED, ON_A_GPU, trials
 from .soak_guards import CONFIGS, small_tiles, soaking
 from .soak_trial import Trial
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--instrument",
-        choices=INSTRUMENTS,
+        choices=instrument.INSTRUMENTS,
         help="compile a sanitizer of Triton's in; small tiles, since it is slow",
     )
     parser.set_defaults(run=run)
@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     kind = "interpret" if arguments.device == "cpu" else arguments.device
     if reason := obstacle(kind):
         sys.exit(f"soak: {reason}")
-    if arguments.instrument and arguments.instrument not in instruments():
-        sys.exit(f"soak: --instrument: this triton has no {arguments.instrument} for this device")
+    if arguments.instrument and (reason := instrument.obstacle(arguments.instrument)):
+        sys.exit(f"soak: --instrument: {reason}")
     warnings.filterwarnings("ignore", ".*deterministic")
     name = torch.cuda.get_device_name() if kind == "cuda" else kind
     first = max(arguments.seed, _next_seed(arguments.go_on))
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     start = shown = time.monotonic()
     count = failed = 0
     with (
-        instrumented(arguments.instrument),
+        instrument.instrumented(arguments.instrument),
         kernels_on(kind) as device,
         soaking(guards=not arguments.bare) as executor,
     ):

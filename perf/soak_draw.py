@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # accesses of such a backward pass on sm_90.
 HAZARD_SEEDS = 128
 HAZARD_STAGES = (2, 3, 4)
+_INVARIANT = 0.3  # chance that batch_invariant is drawn
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _dense(source: Draw, head_dim: int, stages: int | None = None) -> Trial:
     else:
         mode = _mode(source, leaves, kv_heads * group)
         name, attend = f"attention({mode})", partial(tritonattn.attention, scaling=mode)
-    return Trial(source.seed, name, dtype, leaves, options, attend, stages=stages)
+    invariant = _invariant(source, dtype, options)
+    return Trial(source.seed, name, dtype, leaves, options, attend, stages=stages, invariant=invariant)
 
 
 def _varlen(source: Draw, head_dim: int) -> Trial:
@@ -158,7 +160,8 @@ def _varlen(source: Draw, head_dim: int) -> Trial:
     options |= _forms(source, kv_heads * group, leaves)
     mode = _mode(source, leaves, kv_heads * group)
     attend = partial(tritonattn.attention_varlen, scaling=mode)
-    return Trial(source.seed, f"attention_varlen({mode})", dtype, leaves, options, attend)
+    invariant = _invariant(source, dtype, options)
+    return Trial(source.seed, f"attention_varlen({mode})", dtype, leaves, options, attend, invariant=invariant)
 
 
 def _decode(source: Draw, head_dim: int) -> Trial:
@@ -189,7 +192,8 @@ def _decode(source: Draw, head_dim: int) -> Trial:
     if source.happens(0.5):
         name, attend = "attention_decode with statistics", _decode_with_statistics
     attend = partial(attend, scaling=mode)
-    return Trial(source.seed, f"{name}({mode})", dtype, leaves, options, attend, gradients=False)
+    invariant = source.happens(_INVARIANT)
+    return Trial(source.seed, f"{name}({mode})", dtype, leaves, options, attend, gradients=False, invariant=invariant)
 
 
 def _decode_with_statistics(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any) -> Any:
@@ -242,6 +246,12 @@ def _masks(source: Draw, batch: int, q_len: int, k_len: int) -> dict[str, Any]:
     if source.happens(0.15):
         masks["mask"] = (torch.rand(batch, 1, q_len, k_len, generator=source.numbers) > 0.4).to(source.device)
     return masks
+
+
+def _invariant(source: Draw, dtype: torch.dtype, options: dict[str, Any]) -> bool:
+    """Draw batch_invariant, never where some scaling refuses it: with gradients of fp16, dropout or a dense mask."""
+    drawn = source.happens(_INVARIANT)
+    return drawn and dtype != torch.float16 and not options.keys() & {"dropout_p", "mask"}
 
 
 def _forms(source: Draw, q_heads: int, leaves: Tensors) -> dict[str, Any]:

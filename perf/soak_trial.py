@@ -20,6 +20,7 @@ class Trial:
 
     leaves     random tensors in dtype (scales fp32), with gradients where `gradients`
     stages     stages of the software pipeline, None for each kernel's default
+    invariant  kernels are asked for batch_invariant, which the reference does not have
     """
 
     seed: int
@@ -30,6 +31,7 @@ class Trial:
     attend: Callable[..., Any]
     gradients: bool = True
     stages: int | None = None
+    invariant: bool = False
 
     def __str__(self) -> str:
         shapes = {name: list(tensor.shape) for name, tensor in self.leaves.items()}
@@ -38,7 +40,7 @@ class Trial:
             for name, value in self.options.items()
         }
         stages = "" if self.stages is None else f" in {self.stages} stages"
-        return f"{self.function} of {self.dtype}{stages}, {shapes}, {options}"
+        return f"{self.function} of {self.dtype}{stages}{', batch_invariant' * self.invariant}, {shapes}, {options}"
 
     def check(self) -> None:
         """Raise AssertionError unless two runs agree bit for bit, and with float64 within the tests' bound."""
@@ -68,7 +70,8 @@ class Trial:
 
     def _call(self, backend: str, leaves: Tensors, options: dict[str, Any]) -> Tensors:
         torch.manual_seed(self.seed)  # of dropout
-        result = self.attend(**leaves, **options, backend=backend)
+        invariant = self.invariant and backend == "triton"
+        result = self.attend(**leaves, **options, backend=backend, batch_invariant=invariant)
         if not isinstance(result, tuple):
             return {"out": result}
         return {"out": result[0], **result[1]._asdict()}

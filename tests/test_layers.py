@@ -31,9 +31,9 @@ FLOOR_OF = {folder: number for number, folders in enumerate(FLOORS) for folder i
 DOORS = {("tuning",)}
 
 OPTIONAL = {"transformers", "accelerate", "gguf", "matplotlib", "tqdm", "numpy", "sklearn", "scipy"}
-OPTIONAL |= {"diffusers", "kernels", "timm", "torchtitan", "vllm", "x_transformers"}
+OPTIONAL |= {"diffusers", "kernels", "peft", "timm", "torchtitan", "vllm", "x_transformers"}
 OPTIONAL_IN = {
-    "huggingface": {"transformers"},
+    "huggingface": {"transformers", "peft"},
     "core": {"tqdm"},
     "analysis": {"transformers"},
     "integrations": {"diffusers", "timm", "torchtitan", "vllm", "x_transformers"},

@@ -30,7 +30,7 @@ for layer in range(config.num_hidden_layers):
     with patch(model, scaling="key_norm_mean", layers=[layer]):
         print(f"key_norm_mean in layer {layer}: {loss() - before:+.4f}")
 
-# Different scalings in different layers; a class of a learned scaling makes a module for each layer.
+# Different scalings in different layers; a learned scaling is a module of each layer, and starts where the model was.
 patched = patch(model, layers={0: "qwen_logn", "model.layers.[23].*": "ssmax"})
 print(patched.report())
 print("new parameters:", [name for name, _ in model.named_parameters() if "tritonattn" in name])

@@ -1,10 +1,12 @@
 """`Monitor`: its numbers, the calls that count, and its errors."""
 
 import contextlib
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import tritonattn
 from tests.analysis.models import DIM, Net, dense
@@ -216,6 +218,9 @@ def test_arguments():
         Thresholds(max_logit=float("nan"))
     with pytest.raises(ValueError, match=r"thresholds.near_one_hot: expected a share of rows, at most 1, got 90"):
         Thresholds(near_one_hot=90)
+    for warmup in (-1, 1.5, True, None):
+        with pytest.raises(ValueError, match=r"thresholds.warmup: expected a number of steps, at least 0, got"):
+            Thresholds(warmup=warmup)
     with Monitor(net) as monitor, pytest.raises(RuntimeError, match="not in use"):
         monitor.__enter__()
 
@@ -230,12 +235,53 @@ def test_a_head_or_a_layer_without_rows_is_null():
     assert single["near_one_hot"] == [1.0] * HEADS
 
 
-def test_compiled_code_is_not_seen_and_said_so():
-    net = Net()
-    compiled = torch.compile(net, backend="eager")
-    with pytest.warns(RuntimeWarning, match="saw no attention"):
-        record = record_of(net, lambda net: compiled(torch.randn(1, 5, 32)).sum())
-    assert record["layers"] == {}
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, while it compiles
+@pytest.mark.parametrize(("kind", "backend"), [("scaled", "inductor"), ("llama", "eager")])
+def test_compiled_layers_are_all_seen_and_compiled_once(kind, backend):
+    net, x = (Net(causal=True), torch.randn(2, 9, 32)) if kind == "scaled" else (llama("sdpa"), ids())
+    if kind == "llama":
+        patch(net, "key_norm_mean", layers=[1])
+
+    def loss(run):
+        out = run(x)
+        return getattr(out, "logits", out).square().mean()
+
+    wanted = record_of(net, loss)["layers"]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled, records = torch.compile(net, backend=counter), []
+    with Monitor(net, every=2, thresholds=QUIET) as monitor:
+        for _ in range(4):
+            net.zero_grad()
+            loss(compiled).backward()
+            records.append(monitor.step())
+    assert [record is None for record in records] == [False, True, False, True]
+    assert records[0]["layers"] == records[2]["layers"] == wanted
+    assert counter.frame_count == 1
+
+
+def test_the_compiler_is_left_as_it_was():
+    """Also by Monitors that overlap, and by one that an exception ends."""
+
+    def compiles() -> bool:
+        return bool(torch.compile(lambda x: x + torch.compiler.is_compiling(), backend="eager")(torch.zeros(1)))
+
+    with Monitor(Net(), every=2, thresholds=QUIET) as one, Monitor(Net(), every=2, thresholds=QUIET) as other:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they see no attention
+            one.step()
+            assert not compiles()
+            other.step()
+        assert compiles()
+        one.step()
+    with contextlib.suppress(KeyboardInterrupt), Monitor(Net(), thresholds=QUIET):
+        assert not compiles()
+        raise KeyboardInterrupt
+    assert compiles()
+    with torch.compiler.set_stance("force_eager"):
+        with Monitor(Net(), thresholds=QUIET):
+            pass
+        assert not compiles()
 
 
 def test_rows_of_packed_sequences_are_no_padding_where_keys_are():

@@ -91,19 +91,28 @@ def test_a_limit_just_below_the_measure_fires_and_one_at_it_is_silent(measure, s
     assert record["alarms"] == []
     value = layer_value(measure, record["layers"][NAME][measure])
     assert value > 0.1
-    with Monitor(net, every=1, thresholds=replace(QUIET, **{measure: value * 0.99})) as monitor:
+    with Monitor(net, every=1, thresholds=replace(QUIET, warmup=0, **{measure: value * 0.99})) as monitor:
         with pytest.warns(RuntimeWarning, match=rf"^step 0: attention: {measure} .*, threshold"):
             (alarm,) = step(net, monitor)["alarms"]
     assert (alarm["measure"], alarm["value"]) == (measure, pytest.approx(value))
-    with Monitor(net, every=1, thresholds=replace(QUIET, **{measure: value})) as monitor:
+    with Monitor(net, every=1, thresholds=replace(QUIET, warmup=0, **{measure: value})) as monitor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert step(net, monitor)["alarms"] == []
 
 
+def test_a_layer_that_begins_uniform_alarms_after_the_warmup():
+    net = Net(scaling=1e-6)
+    with Monitor(net, every=1, thresholds=Thresholds(warmup=2)) as monitor:
+        for wanted in ([], [], ["near_uniform"]):
+            with pytest.warns(RuntimeWarning, match="step 2: .*near_uniform") if wanted else nullcontext():
+                assert [alarm["measure"] for alarm in step(net, monitor)["alarms"]] == wanted
+    assert Thresholds().warmup > 0
+
+
 def test_shares_of_a_layer_are_means_over_its_heads():
     measures = {"max_logit": [1.0, 101.0], "near_one_hot": [1.0, 0.875], "near_uniform": [1.0, 0.5]}
-    found = Alarms(Thresholds()).of(0, {"layer": measures})
+    found = Alarms(Thresholds()).of(Thresholds().warmup, {"layer": measures})
     assert [(one.measure, one.value) for one in found] == [("max_logit", 101.0), ("near_one_hot", 0.9375)]
 
 
@@ -161,7 +170,7 @@ def test_undo_on_alarm():
     with torch.no_grad():
         wanted = net(x).logits
     patch(net, "key_norm_sum", gain=1e-3)
-    with Monitor(net, every=1, on_alarm="undo") as monitor:
+    with Monitor(net, every=1, thresholds=Thresholds(warmup=0), on_alarm="undo") as monitor:
         net(x)
         with pytest.warns(RuntimeWarning, match="near_uniform"):
             monitor.step()

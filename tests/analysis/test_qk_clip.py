@@ -106,9 +106,11 @@ def build(name: str):
     return model.train()
 
 
-@pytest.mark.parametrize("name", [*MODELS, "patched"])
+@pytest.mark.parametrize("name", [*MODELS, "patched", "patched in the other layer"])
 def test_layouts_of_transformers(name):
-    model = patch(build("llama"), "key_norm_mean").model if name == "patched" else build(name)
+    model = build(name if name in MODELS else "llama")
+    if name not in MODELS:
+        patch(model, "key_norm_mean", layers=None if name == "patched" else [1])
     if not any(interface_keywords(type(module)) is not None for module in model.modules()):
         pytest.skip("in this version its attention does not go through AttentionInterface")
     for module in model.modules():

@@ -141,6 +141,28 @@ def test_rows_of_few_keys(options, root, dim):
             assert_within_bound(*values, torch.float32, name=name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["ranges", "mask", "dropout"])
+@pytest.mark.usefixtures("small_tiles")
+def test_a_row_of_one_key_gives_its_query_what_lse_asks_for(form, dtype):
+    """And no rounding, among rows that see the keys of several tiles."""
+    lone = torch.arange(Q_LEN) % 3 == 1
+    first = torch.where(lone, torch.arange(Q_LEN), 0)
+    ranges = torch.stack([first, torch.where(lone, first + 1, K_LEN)], -1).expand(2, Q_LEN, 2)
+    masks = {"key_ranges": ranges}
+    if form == "mask":
+        keys = torch.arange(K_LEN)
+        masks = {"mask": ((ranges[..., :1] <= keys) & (keys < ranges[..., 1:]))[:, None]}
+    call = make_call(dtype, p=0.3 if form == "dropout" else 0.0, **masks)
+    d_out, d_lse = output_gradients(call)
+    gradients = run(call, d_out, torch.zeros_like(d_lse))[1]
+    for name in ("q", "query_scale"):
+        gradient = getattr(gradients, name)
+        assert gradient[:, :, lone].count_nonzero() == 0, name
+        assert gradient[:, :, ~lone].count_nonzero() > 0, name
+    check(call)
+
+
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 130), (17, 37), (37, 17), (130, 130), (600, 1100)], ids=str)
 def test_lengths(lengths):
     for mask in ["causal", "ranges"] if max(lengths) < 600 else ["causal lengths"]:

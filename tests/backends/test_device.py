@@ -93,6 +93,7 @@ def kernel(monkeypatch) -> Kernel:
     monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver())
     monkeypatch.setattr(torch.cuda, "device", current)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current.index)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return Kernel("key_statistics")
 

@@ -140,6 +140,19 @@ def test_far_apart_logits_and_sinks():
     assert torch.autograd.grad(drained.out.sum(), sinks)[0].item() == 0
 
 
+@pytest.mark.parametrize("sink", [-16.0, -40.0])
+def test_a_sink_far_below_lse_has_its_gradient(sink):
+    """Its share of the softmax is lost in 1 - share, in fp32 from 17 on."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        q, k, v = torch.randn(3, 1, 1, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        sinks = torch.tensor([sink], dtype=dtype, requires_grad=True)
+        result = attention(q, k, v, 0.3, Visibility.of(q, k), sinks=sinks)
+        found.append(torch.autograd.grad(result.out.square().sum(), sinks)[0].double())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)
+    assert found[1] != 0
+
+
 @pytest.mark.parametrize("mode", SCALINGS)
 def test_second_order_gradients_of_every_mode(mode):
     """The reference and the multipliers are plain torch: they can be differentiated to any order."""

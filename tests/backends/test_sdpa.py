@@ -102,8 +102,7 @@ def test_a_lone_key(q_len, dtype):
     wanted = d_out.double().unflatten(1, (2, 2)).sum((2, 3))
     error = (results.pop("v")[:, :, 0].double() - wanted).abs().max()
     assert error <= 2 * torch.finfo(dtype).eps * wanted.abs().max()
-    for gradient in results.values():  # zero, but for rounding
-        assert gradient.abs().max() <= 64 * torch.finfo(dtype).eps
+    assert all(gradient.count_nonzero() == 0 for gradient in results.values())
 
 
 @in_turn(

@@ -122,18 +122,22 @@ def test_one_more_key_in_a_cache(kernels, monkeypatch):
     assert kernels == ["append_keys"] * 2
 
 
-def test_a_key_whose_kernel_may_not_be_compiled_is_brought_in_by_torch(monkeypatch):
-    """While a CUDA graph is captured."""
+def test_keys_whose_kernel_may_not_be_compiled_are_refused(monkeypatch):
+    """While a CUDA graph is captured: operators of torch would stay in the graph, with other bits."""
 
     def refuse(kernel, *rest):
         raise device.NotCompiledError(kernel.__name__)
 
     monkeypatch.setattr(launch, "run", refuse)
-    monkeypatch.setattr("tritonattn.calls.key_statistics.kernels_take", lambda x: True)
-    statistics = tritonattn.KeyStatistics(1, 1, 8)
-    statistics.append(torch.full((1, 1, 2, 4), 3.0))
-    assert statistics.length_sums[0, 0, :3].tolist() == [0, 6, 12]
-    assert statistics.counts.tolist() == [2]
+    for module in ("key_statistics", "paged_statistics"):
+        monkeypatch.setattr(f"tritonattn.calls.{module}.kernels_take", lambda x: True)
+    statistics, paged = tritonattn.KeyStatistics(1, 1, 8), tritonattn.PagedKeyStatistics(1, 16, 1)
+    with pytest.raises(device.NotCompiledError, match="append_keys"):
+        statistics.append(torch.ones(1, 1, 2, 4))
+    ends, table = torch.tensor([0, 2], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(device.NotCompiledError, match="key_lengths"):
+        paged.append(torch.ones(2, 1, 4), ends, key_lengths=torch.tensor([2]), block_table=table)
+    assert statistics.counts.tolist() == [0]
 
 
 def test_a_prompt_in_a_cache(kernels, monkeypatch):

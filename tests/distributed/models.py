@@ -10,9 +10,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from tritonattn.distributed import HeadParallel
 from tritonattn.huggingface import patch
+from tritonattn.nn import SSMax
 
 VOCABULARY, HEADS, KV_HEADS = 64, 4, 2
-LEARNED: dict[int, Any] = {0: {"scaling": "key_norm_mean", "gain": torch.ones(HEADS, 1)}, 1: "ssmax"}
+LEARNED: dict[int, Any] = {0: {"scaling": "key_norm_mean", "gain": torch.ones(HEADS, 1)}, 1: SSMax(HEADS)}
 
 
 def llama(layers: Any = LEARNED, kv_heads: int = KV_HEADS) -> Any:

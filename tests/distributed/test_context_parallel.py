@@ -1,6 +1,7 @@
 """A sequence shared by ranks: results, gradients and statistics are those of one process."""
 
 import os
+import re
 from copy import deepcopy
 from itertools import pairwise as neighbours
 from typing import Any
@@ -9,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import tritonattn
 from tests.support.pairs import in_turn, pairwise
 from tritonattn import Scales, Scaling
-from tritonattn.distributed import context_parallel_attention, context_parallel_decode, shard, unshard
+from tritonattn.distributed import agreement, context_parallel_attention, context_parallel_decode, shard, unshard
 from tritonattn.nn import PerHead, SSMax
 
 METHODS, LAYOUTS = ("allgather", "alltoall", "ring"), ("contiguous", "zigzag")
@@ -98,6 +100,39 @@ def errors(
     return {name: ((a.double() - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 
 
+def with_a_hostile_token(rank: int, size: int, method: str) -> None:
+    """A NaN, infinite or very long key does not reach the rows before it, nor a large gradient the keys behind it.
+
+    A batch entry for every kind of token and every place.
+    """
+    mesh, length = DeviceMesh("cpu", list(range(size))), 12
+    if rank >= size:
+        return
+    place = torch.arange(length).repeat(4)
+    torch.manual_seed(0)
+    *whole, d_out = (torch.randn(len(place), heads, length, 4, dtype=torch.float64) for heads in (6, 2, 2, 6))
+    values = torch.tensor([torch.nan, torch.inf, 1e15, 1e15], dtype=torch.float64).repeat_interleave(length)
+    for x, entries in ((whole[1], slice(0, 3 * length)), (d_out, slice(3 * length, None))):
+        x[torch.arange(len(place))[entries], :, place[entries]] = values[entries, None, None]
+    before, behind = (compare(torch.arange(length), place[:, None]) for compare in (torch.lt, torch.gt))
+    for scaling in ("key_norm_sum", "key_norm_mean", "key_norm_rms", "key_norm_l2"):
+        one = leaves(*whole)
+        out = tritonattn.attention(*one, scaling=scaling, causal=True)
+        out.backward(d_out)
+        wanted = [out.detach(), *(x.grad for x in one)]
+        assert out.mT.isfinite()[before[:, None, None].expand_as(out.mT)].all()
+        for layout in LAYOUTS:
+            own = leaves(*(shard(x, mesh=mesh, layout=layout) for x in whole))
+            got = context_parallel_attention(
+                *own, mesh=mesh, method=method, layout=layout, scaling=scaling, causal=True
+            )
+            got.backward(shard(d_out, mesh=mesh, layout=layout))
+            for mine, x, there in zip([got, *(x.grad for x in own)], wanted, 2 * [before] + 2 * [behind], strict=True):
+                x, there = shard(x, mesh=mesh, layout=layout), shard(there, mesh=mesh, layout=layout, dim=1)
+                there = there[:, None, :, None] & x.isfinite()
+                torch.testing.assert_close(mine[there], x[there], rtol=0, atol=1e-12)
+
+
 def aux_and_repetition(rank: int, method: str) -> None:
     """`AttentionAux` in fp32 is that of one process, and a second call gives the same bits, gradients included."""
     mesh = mesh_of(dist.get_world_size())
@@ -149,6 +184,15 @@ def round_trip(rank: int) -> None:
         shard(x[..., :12], mesh=mesh, layout="zigzag")
 
 
+def without_tokens(rank: int) -> None:
+    mesh = mesh_of(dist.get_world_size())
+    for method in METHODS:
+        x = torch.zeros(1, HEADS, 0, DIM, requires_grad=True)
+        out = context_parallel_attention(x, x, x, mesh=mesh, method=method, scaling="key_norm_max", layout="zigzag")
+        out.sum().backward()
+        assert out.shape == x.grad.shape == x.shape
+
+
 def refused(rank: int) -> None:
     """Every rank refuses before it sends anything."""
     mesh = mesh_of(dist.get_world_size())
@@ -160,22 +204,90 @@ def refused(rank: int) -> None:
     for offsets, message in (([0, 9, 3], "that do not fall, got 3 after 9"), ([0, 999], "of at most S = 48, got 999")):
         with pytest.raises(ValueError, match=f"cu_seqlens: expected offsets {message}"):
             context_parallel_attention(q, k, v, mesh=mesh, cu_seqlens=torch.tensor(offsets).int())
+    sharded = distribute_tensor(q, mesh, [Shard(1)])
+    message = (
+        r": expected a plain tensor, got a DTensor placed \(S(hard)?\((dim=)?1\)\) on a mesh of \(4,\);"
+        r" \w+.to_local\(\) is this rank's part, \w+.full_tensor\(\) the whole"
+    )
+    for name, call in {
+        "k": lambda: context_parallel_attention(q, sharded, v, mesh=mesh),
+        "k_cache": lambda: decoded(q, sharded),
+        "x": lambda: shard(sharded, mesh=mesh),
+    }.items():
+        with pytest.raises(TypeError, match=name + message):
+            call()
+    with pytest.raises(TypeError, match=r"got ProcessGroup; DeviceMesh.from_group\(group, device_type\) makes one"):
+        shard(q, mesh=mesh.get_group())
     with pytest.raises(TypeError, match=r"q: expected a tensor \[B, Hq, Sq, D\], got NoneType"):
         decoded(None, k)
     with pytest.raises(ValueError, match=r"k_cache: expected 4 axes \[B, Hkv, capacity, D\], got 3"):
         decoded(q[:, :, :1], k[0])
 
 
-def with_a_fault(rank: int, fault: str, method: str) -> None:
-    """Rank 1 dies, or has another shape, while the others attend."""
+def differing(rank: int) -> None:
+    """One rank calls otherwise: every rank raises, by the argument's name; in later calls at the debug level DETAIL."""
+    mesh = mesh_of(dist.get_world_size())
+    x = shard(operands(torch.float32)[0], mesh=mesh)
+    cache = {"key_lengths": torch.tensor([40, 48]), "window": (9, 0)}
+
+    def attend(x=x, key_heads=HEADS, **options):
+        return context_parallel_attention(x, x[:, :key_heads], x[:, :key_heads], mesh=mesh, **options)
+
+    def decoded(x=x, **options):
+        return context_parallel_decode(x[:, :, :1], x, x, mesh=mesh, **cache | options)
+
+    faults: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
+        ("q", attend, {}, {"x": x[:, :, :4]}),
+        ("q", attend, {}, {"x": x.transpose(1, 2)}),
+        ("q", attend, {"x": x.half()}, {"x": x.bfloat16()}),
+        ("q", attend, {"key_heads": 2}, {"key_heads": 2, "x": x[:, :2]}),
+        ("k", attend, {}, {"key_heads": 2}),
+        ("causal", attend, {}, {"causal": True}),
+        ("scaling", attend, {}, {"scaling": "cosine"}),
+        ("sinks", attend, {}, {"sinks": torch.zeros(HEADS)}),
+        ("method", attend, {}, {"method": "ring"}),
+        ("window", decoded, {}, {"window": None}),
+        ("layout", lambda **cut: unshard(x, mesh=mesh, **cut), {}, {"layout": "zigzag"}),
+    ]
+    for level in (dist.DebugLevel.OFF, dist.DebugLevel.DETAIL):
+        dist.set_debug_level(level)
+        for name, call, theirs, mine in faults:
+            message = rf"^{name}: expected the same on every rank of the mesh, got .* on rank"
+            with pytest.raises(ValueError, match=message):
+                call(**mine if rank == 1 else theirs)
+        for _, call, theirs, _ in faults:
+            call(**theirs)
+    dist.set_debug_level(dist.DebugLevel.OFF)
+    message = re.escape(
+        "function: expected the same on every rank of the mesh, got context_parallel_attention on ranks 0, 2, 3 and"
+        " unshard on rank 1"
+    )
+    with pytest.raises(ValueError, match=message):
+        unshard(x, mesh=mesh, dim=1) if rank == 1 else attend(softcap=3.0)
+
+
+def compared_once(rank: int) -> None:
+    """A kind of call is compared once, whatever values its tensors have, and never while a compiler traces."""
+    mesh, comparisons = mesh_of(2), []
+    with pytest.MonkeyPatch.context() as patch:
+        compare = agreement._compare
+        patch.setattr(agreement, "_compare", lambda *call: (comparisons.append(call), compare(*call)))
+        for length in (8, 8, 16, 8):
+            x = torch.randn(1, 2, length, 8)
+            context_parallel_attention(x, x, x, mesh=mesh, scaling=SSMax(heads=2), window=[3, 0])
+        assert len(comparisons) == 2
+        torch.compile(unshard, backend="eager")(x, mesh=mesh)
+    assert len(comparisons) == 2
+
+
+def with_a_dead_rank(rank: int) -> None:
+    """Rank 1 dies while the others attend."""
     mesh = mesh_of(dist.get_world_size())
     q, k, v = (shard(x, mesh=mesh) for x in operands(torch.float32)[:3])
-    if rank == 1 and fault == "dies":
+    if rank == 1:
         os._exit(1)
-    if rank == 1 and fault == "other shape":
-        q, k, v = (x[:, :, :4] for x in (q, k, v))
-    context_parallel_attention(q, k, v, mesh=mesh, method=method)
-    raise RuntimeError("attended in spite of the fault")
+    context_parallel_attention(q, k, v, mesh=mesh, method="ring")
+    raise RuntimeError("attended without rank 1")
 
 
 def decode(rank: int, scaling: str, q_len: int, window: Any, has_statistics: bool, dtype: torch.dtype) -> float:
@@ -232,6 +344,12 @@ def test_results_and_gradients(size, method, layout, mask, scaling, pool):
     check(pool, 1e-12, size, method, layout, mask, scaling)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_do_not_depend_on_keys_behind_them(method, size, pool):
+    pool.run(with_a_hostile_token, size, method)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("scaling", "mask"),
@@ -268,6 +386,10 @@ def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(pool):
     pool.run(round_trip)
 
 
+def test_no_tokens(pool):
+    pool.run(without_tokens)
+
+
 def test_every_rank_refuses(pool):
     pool.run(refused)
 
@@ -285,9 +407,16 @@ def test_decode_of_a_shared_cache(scaling, q_len, window, has_statistics, dtype,
         assert error <= allowed
 
 
-@pytest.mark.parametrize(("fault", "method"), [("dies", "ring"), ("other shape", "allgather")])
-def test_a_rank_that_fails_is_an_error_on_all(fault, method, pool):
+def test_ranks_that_differ_raise_by_name(pool):
+    pool.run(differing)
+
+
+def test_arguments_are_compared_once(pool):
+    pool.run(compared_once)
+
+
+def test_a_rank_that_dies_is_an_error_on_all(pool):
     with pytest.raises(AssertionError) as failure:
-        pool.run(with_a_fault, fault, method, seconds=20)
+        pool.run(with_a_dead_rank, seconds=20)
     assert all(f"rank {rank}:" in str(failure.value) for rank in range(pool.size)), failure.value
     assert "no answer" not in str(failure.value), failure.value

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from tests.support.caches import check_cuts
 from tests.support.masks import assert_rows_of_key_blocks, largest_keys, visible_pairs
 from tritonattn import KeyStatistics
 from tritonattn.backends import triton as triton_backend
@@ -63,6 +64,16 @@ def test_append_keys(emulate):
         for one, other, count in zip(found, expected, [131, 71], strict=True):
             end = count if found is ours._lengths else count + 1
             torch.testing.assert_close(one[:, :end], other[:, :end], rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_sums_of_appended_keys_do_not_depend_on_how_they_are_cut(emulate):
+    """Blocks of 64 sums: keys so wide are measured 16 at a time."""
+    executor = emulate(GPU(80))
+    k = torch.randn(1, 1, 134, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    check_cuts(
+        k, [(134,), (63, 2, 1, 68)], lambda new, ours: triton_backend.append_keys(padded(new), None, ours._buffers())
+    )
+    assert executor.launched == ["key_lengths", *["append_keys"] * 4, "key_lengths", "append_keys"]
 
 
 def test_passes_over_ranges(emulate):

@@ -119,6 +119,10 @@ def test_what_cannot_be_served_raises(monkeypatch):
         network.config._attn_implementation = "flash_attention_2"
         with pytest.raises(ValueError, match=r"continuous batching.*got 'flash_attention_2'"):
             batched(network)
+    capped = ARCHITECTURES["gemma2"].build("eager")
+    with patch(capped, layers=[0]), pytest.raises(NotImplementedError, match=r"layers\.1\.self_attn .*softcap 2 "):
+        batched(capped)
+    assert capped.config._attn_implementation == "eager"
     monkeypatch.setattr("transformers.integrations.sdpa_attention.repeat_kv", None)
     assert [tokens for tokens in batched(network) if tokens] == []  # nobody else's errors are raised
 

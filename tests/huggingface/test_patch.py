@@ -1,5 +1,7 @@
 """`patch`: its changes, the layers that it leaves alone, its report and its undo."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -8,7 +10,7 @@ from torch import nn
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
 from tests.support.pairs import in_turn, pairwise
 from tritonattn.huggingface import NAME, patch, patched, restore
-from tritonattn.nn import PerHead
+from tritonattn.nn import PerHead, QueryAdaptiveSSMax, SSMax
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 LLAMA = ARCHITECTURES["llama"]
@@ -73,6 +75,15 @@ def test_layers_left_out_keep_their_own_numbers(implementation, padding):
     torch.testing.assert_close(got[seen], wanted[seen], atol=1e-3, rtol=1e-3)
 
 
+def test_layers_left_out_keep_their_scaling_under_an_implementation_chosen_later():
+    network = LLAMA.build("sdpa")
+    with patch(network, scaling="none", layers=[1]):
+        wanted = logits(network)
+        network.set_attn_implementation(NAME)
+        for one in (network, copy.deepcopy(network)):
+            torch.testing.assert_close(logits(one), wanted, atol=1e-3, rtol=1e-3)
+
+
 @in_turn(
     name=["llama", "mistral", "gemma3", "llama4", "whisper", "bart", "gpt2", "gpt_neox"],
     implementation=["sdpa", "eager"],
@@ -121,6 +132,25 @@ def test_the_last_layer_is_that_of_each_stack_and_of_a_part():
     long = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA.arguments | {"num_hidden_layers": 11}))
     with patch(long, layers="model.layers.1") as one:
         assert list(one.layers) == [SECOND]
+
+
+STARTS = ["per_head", "ssmax", "power_law", "learned_log_power", SSMax, QueryAdaptiveSSMax(4, 8, mode="sqrt_dim")]
+
+
+@pytest.mark.parametrize("scaling", STARTS, ids=str)
+def test_learned_scalings_start_where_the_model_was_and_learn(scaling):
+    network, tokens = LLAMA.build(), LLAMA.inputs("none")["input_ids"]
+    wanted = network(tokens, labels=tokens).loss.item()
+    with patch(network, scaling=scaling) as one:
+        loss = network(tokens, labels=tokens).loss
+        assert loss.item() == pytest.approx(wanted, abs=1e-4)
+        learned = [x for own in one.layers.values() for x in own.parameters() if x.requires_grad]
+        assert all(gradient.any() for gradient in torch.autograd.grad(loss, learned))
+
+
+def test_a_learned_scaling_that_is_given_keeps_its_own_start():
+    with patch(LLAMA.build(), scaling=SSMax(4, base=7)) as one:
+        assert {own.scaling.s[0].item() for own in one.layers.values()} == {SSMax(4, base=7).s[0].item()}
 
 
 def test_every_layer_has_a_scaling_and_a_gain_of_its_own():

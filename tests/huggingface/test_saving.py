@@ -1,5 +1,6 @@
 """A saved patched model loads as a patched model, or names what is missing."""
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -185,6 +186,10 @@ def test_an_architecture_without_the_layers_says_what_is_missing(tmp_path):
         logits(again)
     with pytest.raises(ValueError, match=r"has no model\.layers\.1\.self_attn"):
         restore(again)
+    smaller = copy.deepcopy(patch(network, scaling="none", layers=[1]).model.config)  # applied to another model
+    smaller.num_hidden_layers = 1
+    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.self_attn.*not applied"):
+        logits(transformers.AutoModelForCausalLM.from_config(smaller))
 
 
 @dataclass(frozen=True)

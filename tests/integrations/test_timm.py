@@ -62,10 +62,13 @@ def test_every_option_of_the_layer(options, fused):
 def test_a_learned_scaling_a_layer():
     made = model(attn_layer=ours.attention_layer("ssmax"))
     names = {name for name, _ in made.named_parameters() if "scaling" in name}
-    assert names == {"blocks.0.attn.scaling.s", "blocks.1.attn.scaling.s"}
+    assert names == {f"blocks.{i}.attn.scaling.{name}" for i in (0, 1) for name in "sb"}
+    plain = model()
+    made.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(made(images()), plain(images()))
     made(images()).square().sum().backward()
     assert all(x.grad.ne(0).all() for x in nn.scaling_parameters(made))
-    assert len(list(nn.scaling_parameters(made))) == 2
+    assert len(list(nn.scaling_parameters(made))) == 4
 
 
 def test_refusals():

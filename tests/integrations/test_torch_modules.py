@@ -186,7 +186,7 @@ def test_replacing_shares_parameters_and_takes_functions():
     assert isinstance(model.layers[2].self_attn.scaling, SCALINGS["dim"])
     after = {name: id(x) for name, x in model.named_parameters()}
     assert {name: after[name] for name in before} == before
-    assert set(after) - set(before) == {"layers.0.self_attn.scaling.s"}
+    assert set(after) - set(before) == {"layers.0.self_attn.scaling.s", "layers.0.self_attn.scaling.b"}
     replaced.undo()
     assert {name: id(x) for name, x in model.named_parameters()} == before
 

@@ -1,7 +1,9 @@
-"""`python -m tests.invariance --backend sdpa|sm_80|sm_90 --cases N`: count the random cases whose bits hold."""
+"""`python -m tests.invariance --backend cuda|sdpa|sm_80|sm_90 --cases N`: count the random cases whose bits hold."""
 
 import argparse
+import math
 import sys
+import time
 from collections import Counter
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -14,17 +16,22 @@ from tritonattn.tuning.config import TileConfig
 
 from .company import cases, differences
 
-# Lengths and head dims: a CPU's tiles hold 32 rows and 256 keys, those of the emulator are small.
-_SIZES = {"sdpa": ((16, 700), ((64, 64), (20, 33), (128, 128)))}
+# Lengths and head dims: a CPU's tiles hold 32 rows and 256 keys, a GPU's 128 of each, those of the emulator are small.
+_WHOLE = ((16, 700), ((64, 64), (20, 33), (128, 128)))
+_SIZES = {"cuda": _WHOLE, "sdpa": _WHOLE}
 _EMULATED = ((16, 70), ((16, 16), (32, 32), (40, 24), (20, 17)))
 _TILES = {"sm_80": TileConfig(16, 16, 1, 2), "sm_90": TileConfig(64, 16, 4, 2)}
 
 
 @contextmanager
 def device(backend: str):
-    """The CPU; or the emulator, whose descriptors are on for sm_90."""
+    """The CPU; a GPU, for all tensors made inside; or the emulator, whose descriptors are on for sm_90."""
     if backend == "sdpa":
         yield
+        return
+    if backend == "cuda":
+        with torch.device("cuda"):
+            yield
         return
     from tests.emulated.executor import GPU, Executor
     from tests.stub import installed
@@ -40,13 +47,20 @@ def device(backend: str):
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.invariance", description=__doc__)
-    parser.add_argument("--backend", choices=("sdpa", *_TILES), default="sdpa")
+    parser.add_argument("--backend", choices=("cuda", "sdpa", *_TILES), default="sdpa")
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="how long, but one case at least")
     options = parser.parse_args()
+    if options.backend == "cuda" and not torch.cuda.is_available():
+        sys.exit("invariance: backend cuda: torch sees no GPU")
     counts: Counter[str] = Counter()
     lengths, dims = _SIZES.get(options.backend, _EMULATED)
+    end = time.monotonic() + 60 * options.minutes
     for case in cases(options.cases, options.seed, lengths, dims):
+        if counts and time.monotonic() > end:
+            print(f"time is up: {dict(counts)} of {options.cases} cases")
+            break
         found = "equal"
         try:
             with device(options.backend):
@@ -63,5 +77,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty
     sys.exit(main())

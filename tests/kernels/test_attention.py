@@ -262,3 +262,19 @@ def test_the_gradient_of_k_alone_is_no_other(device):
     )
     assert torch.equal(together.k, alone.k)
     assert alone.q is None
+
+
+@pytest.mark.parametrize("lone", ["one key", "a row of many"])
+def test_a_row_of_one_key_gives_its_query_no_rounding(lone, device):
+    """In fp32, where a block of rows sees few keys: its softmax is 1, whatever its logit."""
+    sees_one = torch.arange(21, device=device) % (1 if lone == "one key" else 3) == 0
+    tensors = harness.inputs(torch.float32, device, k_len=1 if lone == "one key" else 35)
+    first = torch.arange(21, device=device).clamp(max=tensors["k"].shape[2] - 1)
+    last = torch.where(sees_one, first + 1, 35)
+    ranges = torch.stack([torch.where(sees_one, first, 0), last], -1).expand(2, 21, 2)
+    masks = {} if lone == "one key" else {"key_ranges": ranges}
+    q, k, v = (x.requires_grad_() for x in tensors.values())
+    out = tritonattn.attention(q, k, v, scaling="key_count", backend="triton", **masks)
+    d_q = torch.autograd.grad((out * torch.linspace(-1, 2, 16, device=device)).sum(), q)[0]
+    assert d_q[:, :, sees_one].count_nonzero() == 0
+    assert (d_q[:, :, ~sees_one] != 0).all()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.kernels import harness
+from tests.support.caches import check_cuts
 from tests.support.pairs import in_turn
 from tritonattn import KeyStatistics, attention
 from tritonattn.backends import triton as triton_backend
@@ -124,6 +125,13 @@ def test_many_keys_are_appended_in_steps(device, monkeypatch):
         sums, maxima = (buffer[entry, :, 1 : count + 1] for buffer in statistics._buffers()[2::2])
         torch.testing.assert_close(sums, lengths[entry, :, :count].cumsum(-1), rtol=1e-6, atol=0)
         torch.testing.assert_close(maxima.double(), lengths[entry, :, :count].cummax(-1).values, rtol=1e-6, atol=0)
+
+
+def test_sums_do_not_depend_on_how_keys_are_cut(device, monkeypatch):
+    """Across blocks of sums, by calls that measure keys in the program and before it."""
+    monkeypatch.setattr(cache_statistics, "kernels_take", lambda x: True)
+    k = torch.randn(2, 2, 600, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    check_cuts(k, [(600,), (1, 64, 190, 1, 5, 300, 39), (255, 2, 343)], lambda new, ours: ours.append(new))
 
 
 class _Other(torch.Tensor):

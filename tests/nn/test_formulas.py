@@ -81,6 +81,40 @@ def test_log_power_starts_at_its_mode():
     assert torch.equal(nn.LogPower(4).p, torch.full((4,), 0.5))
 
 
+AT_SQRT_DIM = {
+    "ssmax": lambda: nn.SSMax(4, mode="sqrt_dim"),
+    "log_power": lambda: nn.LogPower(4, base=8, mode="sqrt_dim"),
+    "query_adaptive_ssmax": lambda: nn.QueryAdaptiveSSMax(4, 8, mode="sqrt_dim"),
+    "power_law": lambda: nn.PowerLaw(4, mode="sqrt_dim"),
+    "per_head": lambda: nn.PerHead(mode="sqrt_dim", heads=4),
+}
+
+
+@pytest.mark.parametrize("name", AT_SQRT_DIM)
+def test_a_start_at_sqrt_dim_is_that_mode_and_learns_at_once(name):
+    """Also for a row of one key, whose probability is not 1 beside a sink."""
+    scaling, leaves = AT_SQRT_DIM[name](), operands(torch.float32, lengths=(7, 7))
+    sinks, found = torch.linspace(-1, 1, 4), []
+    for mode in (scaling, "sqrt_dim"):
+        for backend in ("sdpa", "reference"):
+            out = attention(*leaves.values(), scaling=mode, causal=True, sinks=sinks, backend=backend)
+            found.append(out)
+    for out in found[:3]:
+        torch.testing.assert_close(out, found[3], rtol=1e-6, atol=1e-6)
+    learned = [x for x in scaling.parameters() if x.requires_grad]
+    for gradient in torch.autograd.grad(found[0].square().sum(), learned):
+        assert gradient.ne(0).all()
+
+
+@pytest.mark.parametrize(
+    "make", [nn.SSMax, nn.LogPower, lambda heads, mode: nn.QueryAdaptiveSSMax(heads, 6, mode=mode)]
+)
+def test_no_other_mode_is_a_start(make):
+    for mode in ("dim", True, 1):
+        with pytest.raises(ValueError, match=f"mode: expected 'sqrt_dim' or None, got {mode!r}"):
+            make(4, mode=mode)
+
+
 def test_query_adaptive_ssmax_by_hand():
     scaling = nn.QueryAdaptiveSSMax(4, 16).double().requires_grad_(False)
     plain = [1 / 4] + [(1 + math.log(2) * math.log(n)) / 4 for n in range(2, 7)]

@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -54,6 +55,7 @@ def check_phase(name, tmp_path, monkeypatch, capsys) -> None:
             "compile": "kernels in ",
             "correctness": " passed",
             "soak": "within the bound",
+            "invariance": "sm_80: {'equal': 1} of 1 cases",
             "tuning": "decode/64/",
         }
         assert said[name] in log
@@ -104,7 +106,7 @@ def test_a_phase_that_hangs_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_SECONDS_OF_BRIEF", 1.0)
     found = gpu.run_all([phase("hangs"), phase("works", share=0.0)], tmp_path, gpu._SECONDS_TO_STOP + 2.0)
     assert [outcome.status for outcome in found] == ["out of time", "done"]
-    said = phase("hangs", failure="sleep(600)")  # which is in its log, as its command
+    said = phase("hangs", failure=r"^\$ .*sleep\(\d+\)")  # which is in its log, as its command
     found = gpu.run_all([said], tmp_path, gpu._SECONDS_TO_STOP + 1.0)
     assert found[0].status == "failed"
 
@@ -113,7 +115,7 @@ PRESENT = {*sys.stdlib_module_names, "torch", "triton", "numpy", "pytest", "_pyt
 ELSEWHERE = {"monitor.py", "codegen.py", "llama.py"}  # which no phase needs
 
 
-@pytest.mark.parametrize("folder", ["perf", "tests/kernels", "tests/support"])
+@pytest.mark.parametrize("folder", ["perf", "tests/invariance", "tests/kernels", "tests/support"])
 def test_nothing_is_imported_that_a_gpu_machine_lacks(folder):
     """Unless inside of a function, after a `try`, or after pytest.importorskip."""
     missing = []
@@ -184,9 +186,47 @@ def test_a_phase_that_ends_itself_before_all_is_done_is_out_of_time(name, tmp_pa
     assert [outcome.status for outcome in found] == ["out of time", "done"]
 
 
-def test_phases_are_in_the_order_of_proof_for_its_minutes(monkeypatch):
-    wanted = ["environment", "preflight", "compile", "ceilings", "correctness", "soak", "forward", "backward", "decode"]
-    assert names("cuda") == names("emulate") == [*wanted, "dims", "tuning", "overhead", "report", "plots"]
-    monkeypatch.setattr(gpu.sanitize, "present", lambda: ("memcheck",))
-    monkeypatch.setattr(gpu, "instruments", lambda: ("consan",))
-    assert names("cuda")[-5:] == ["overhead", "consan", "memcheck", "report", "plots"]
+def test_phases_are_in_the_order_of_proof_for_its_minutes():
+    wanted = "environment preflight compile ceilings correctness soak invariance forward backward decode dims tuning"
+    wanted += " overhead consan memcheck racecheck synccheck report plots"
+    assert names("cuda") == names("emulate") == wanted.split()
+
+
+def test_phases_that_the_machine_lacks_the_means_for_are_named(tmp_path, monkeypatch, capsys):
+    for name, value in (("PATH", "/none"), ("CUDA_HOME", "/none")):
+        monkeypatch.setenv(name, value)
+    main(["gpu", "--device", "emulate", "--minutes", "1", "--out", str(tmp_path), "--phases", "consan,memcheck"])
+    consan, memcheck = capsys.readouterr().out.splitlines()
+    assert consan == "consan: left out: this triton has no consan for this device"
+    assert memcheck.startswith("memcheck: left out: compute-sanitizer is neither on PATH nor in $CUDA_HOME/bin")
+    assert (tmp_path / "phases.txt").read_text().splitlines() == [consan, memcheck]
+    assert not (tmp_path / "done.txt").exists()
+
+
+TESTS = """
+import pytest
+{imported}
+@pytest.fixture
+def broken(): raise OSError
+def test_errors({fixture}): {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({}, None),
+        ({"body": "assert 0"}, "::test_errors FAILED"),
+        ({"fixture": "broken"}, "::test_errors ERROR"),
+        ({"imported": "import nothing_of_this_name"}, "collected 0 items / 1 error"),
+    ],
+)
+def test_failures_and_errors_of_tests_show_in_the_log_of_correctness(change, line, tmp_path):
+    """Which is all there is where its time ran out."""
+    (tmp_path / "test_it.py").write_text(TESTS.format(**{"imported": "", "fixture": "", "body": "pass"} | change))
+    command = (sys.executable, "-m", "pytest", "-v", "--tb=no", "-p", "no:cacheprovider", "--rootdir=.", "test_it.py")
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    log = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False).stdout
+    [correctness] = [one for one in gpu.phases("cuda", tmp_path, "tests/kernels") if one.name == "correctness"]
+    found = [said for said in log.splitlines() if re.search(correctness.failure, said)]
+    assert (line in found[0]) if line else found == []

@@ -20,11 +20,12 @@ def _stub() -> None:
 
 
 def test_every_check_is_printed_as_it_passes(monkeypatch, capsys):
-    for name in ("check_results", "check_every_kernel"):
+    for name in ("check_results", "check_every_kernel", "check_invariance"):
         monkeypatch.setattr(preflight, name, lambda device: "right")
     main(["preflight", "--device", "emulate"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines[:-1]] == ["compiler", "ptxas", "driver", "results", "kernels"]
+    names = ["compiler", "ptxas", "driver", "results", "kernels", "invariance"]
+    assert [line.partition(":")[0] for line in lines[:-1]] == names
     assert lines[-1] == "kernels run here, and are right"
 
 
@@ -55,7 +56,8 @@ def _raises() -> None:
 def test_each_fault_says_what_to_do(change, check, message, monkeypatch):
     with kernels_on("emulate", 90):  # which has its driver compiled
         monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(preflight, "check_every_kernel", lambda device: "")
+    for name in ("check_every_kernel", "check_invariance"):
+        monkeypatch.setattr(preflight, name, lambda device: "")
     monkeypatch.setattr(preflight, "check_results", lambda device: check and preflight.attempt("bf16", check))
     if isinstance(change, dict):
         for name, value in change.items():
@@ -67,3 +69,10 @@ def test_each_fault_says_what_to_do(change, check, message, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["preflight", "--device", "emulate"])
     assert re.search(message, str(stop.value), re.DOTALL)
+
+
+def test_other_bits_in_company(monkeypatch):
+    monkeypatch.setattr(preflight.harness, "check", lambda *_, **__: None)
+    monkeypatch.setattr(preflight, "differences", lambda case, backend: ["lse"])
+    with kernels_on("emulate", 90) as device, pytest.raises(preflight.Wrong, match="packed: other bits of lse than"):
+        preflight.check_invariance(device)

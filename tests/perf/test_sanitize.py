@@ -1,8 +1,11 @@
 """`python -m perf sanitize` with a script in place of compute-sanitizer that writes down its arguments."""
 
+import re
+
 import pytest
 
 pytest.importorskip("triton")
+from perf import gpu, sanitize
 from perf.__main__ import main
 from tritonattn.kernels import KERNELS
 
@@ -34,13 +37,13 @@ def install(monkeypatch, tmp_path):
 @pytest.mark.parametrize("option", ["--kernel-name", "--kernel-regex"])
 def test_every_tool_soaks_our_kernels(option, install, capsys):
     log = install(option=option)
-    main(["sanitize", "--trials", "7", "--seed", "3"])
+    main(["sanitize", "--trials", "7", "--seed", "3", "--minutes", "2"])
     lines = log.read_text().splitlines()
     assert [line.split()[2] for line in lines] == ["memcheck", "racecheck", "synccheck"]
     for line in lines:
         assert line.startswith("1 --tool")
         assert "--error-exitcode 9" in line
-        assert line.endswith("-m perf soak --bare --device cuda --minutes 600 --trials 7 --seed 3")
+        assert line.endswith("-m perf soak --bare --device cuda --minutes 2.0 --trials 7 --seed 3")
         for kernel in KERNELS.values():
             assert f"{option} kns={kernel.__name__} " in line
     assert capsys.readouterr().out.endswith("memcheck, racecheck, synccheck: no errors\n")
@@ -51,6 +54,32 @@ def test_findings_are_named(install):
     with pytest.raises(SystemExit, match="sanitize: racecheck found errors"):
         main(["sanitize", "--tools", "memcheck,racecheck"])
     assert len(log.read_text().splitlines()) == 2
+
+
+FINDINGS = (
+    "Invalid __global__ write of size 4 bytes",
+    "Error: Race reported between Write access at forward+0x3f0",
+    "Barrier error detected. Divergent thread(s) in block",
+    'Program hit CUDA_ERROR_INVALID_VALUE (error 1) due to "invalid argument" on CUDA API call to cuMemcpy.',
+)
+OTHERS = (
+    "COMPUTE-SANITIZER",
+    "    at forward+0x3f0",
+    "Warning: Race reported between Write access at forward+0x3f0",
+    "Error: process didn't terminate successfully",
+    "Target application returned an error",
+    "ERROR SUMMARY: 0 errors",
+    "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+)
+
+
+@pytest.mark.parametrize("line", [*FINDINGS, *OTHERS])
+def test_a_finding_is_told_from_its_log(line, tmp_path):
+    """As where the time was up before the sanitizer could end with an error."""
+    log = f"24 calls\n========= {line}\n"
+    phases = [one for one in gpu.phases("cuda", tmp_path, "tests/kernels") if one.name in sanitize.TOOLS]
+    assert [bool(re.search(one.failure, log, re.MULTILINE)) for one in phases] == [line in FINDINGS] * 3
+    assert [one.limit for one in phases] == ["--minutes"] * 3
 
 
 def test_without_a_sanitizer(monkeypatch, tmp_path):

@@ -32,6 +32,9 @@ def test_every_form_is_drawn():
     options = set("causal window key_lengths key_ranges mask dropout_p softcap return_aux block_table".split())
     options |= {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
     assert {name for trial in drawn for name, value in trial.options.items() if value is not False} == options
+    assert {trial.function.partition("(")[0] for trial in drawn if trial.invariant} == {
+        trial.function.partition("(")[0] for trial in drawn
+    }
     queries = [trial.leaves["q"] for trial in drawn]
     assert {q.is_contiguous() for q in queries} == {True, False}
     assert {q.data_ptr() % 16 == 0 for q in queries} == {True, False}

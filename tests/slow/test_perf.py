@@ -17,7 +17,7 @@ from tests.support.tiles import quick_config
 from tests.support.versions import skip_without_stub
 from tritonattn.lab.figures import save
 
-PHASES = ["compile", "correctness", "soak", "decode", "tuning"]
+PHASES = ["compile", "correctness", "soak", "invariance", "backward", "decode", "dims", "tuning", "overhead"]
 
 
 def test_preflight(monkeypatch, capsys):
@@ -29,6 +29,7 @@ def test_preflight(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "results: bfloat16 by pointers, bfloat16 by descriptors" in printed
     assert re.search(r"kernels: 14 kernels in \d+ launches", printed)
+    assert re.search(r"invariance: \d+ launches", printed)
     assert printed.endswith("kernels run here, and are right\n")
 
 

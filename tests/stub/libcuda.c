@@ -144,6 +144,7 @@ CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
 }
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
   stub.pointer_queries++;
+  if (current < 0) return refuse(CUDA_ERROR_INVALID_CONTEXT, "cuPointerGetAttribute without a context");
   if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) REFUSE("cuPointerGetAttribute: attribute %d", (int)attribute);
   *(CUdeviceptr *)data = pointer;
   return CUDA_SUCCESS;
@@ -262,6 +263,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
   static const unsigned types_of_ptx[] = {0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 8, 11, 12};
   unsigned char *out = (unsigned char *)map;
   stub.maps++;
+  if (current < 0) return refuse(CUDA_ERROR_INVALID_CONTEXT, "tensor map without a context");
   if (capability() < 90) return refuse(CUDA_ERROR_NOT_SUPPORTED, "tensor map on sm_%d", capability());
   if ((uintptr_t)map % 64) REFUSE("tensor map: written to %p, not a multiple of 64 bytes", (void *)map);
   if ((int)type < 0 || (int)type > 12) REFUSE("tensor map: element type %d", (int)type);

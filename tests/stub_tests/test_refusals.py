@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -120,6 +121,14 @@ def test_a_descriptor_passes(stub, x):
         before = stub.count("maps")
         copy_by_descriptor[(1,)](TensorDescriptor(x, [64, 64], [64, 1], [16, 64]), torch.empty_like(x), **OPTIONS)
         assert stub.count("maps") == before + 1
+
+
+def test_a_descriptor_in_a_thread_without_a_context(stub, x):
+    descriptor = TensorDescriptor(x, [64, 64], [64, 1], [16, 64])
+    with stub.active(90), ThreadPoolExecutor(1) as fresh:
+        kernel = copy_by_descriptor[(1,)](descriptor, torch.empty_like(x), **OPTIONS)
+        launched = partial(fresh.submit, kernel[1, 1, 1], descriptor, torch.empty_like(x))
+        assert refused(stub, lambda: launched().result()) == "tensor map without a context"
 
 
 BFLOAT16, SWIZZLE_128 = 9, 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,6 +131,19 @@ def test_nothing_is_compiled_while_a_graph_is_captured(stub, launches, monkeypat
         monkeypatch.setattr(stub, "is_capturing", True)
         call()
     assert len(launches) == 2
+
+
+def test_the_first_launch_of_a_thread(stub, launches, monkeypatch):
+    """It has no context yet, and tensor maps are encoded before Triton's launcher makes one."""
+    monkeypatch.setattr(launch, "config_for", lambda *call: replace(quick_config(*call), descriptors=True))
+    q, refused, maps = normal(1, 1, 24, 16), len(stub.messages()), stub.count("maps")
+    with stub.active(90, launches.append):
+        tritonattn.attention(q, q, q, backend="triton")  # which compiles
+        with ThreadPoolExecutor(1) as fresh:
+            launched = fresh.submit(tritonattn.attention, q, q, q, backend="triton")
+    assert stub.messages()[refused:] == []
+    assert launched.result().shape == q.shape
+    assert (stub.count("maps") - maps) / len(launches) == 2  # of keys and values
 
 
 def test_more_programs_than_triton_counts(stub, launches):

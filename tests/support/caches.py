@@ -1,5 +1,7 @@
 """A KV cache into which whole sequences are written step by step, with NaN wherever nothing has been written."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,8 @@ class GrowingCache:
         else:
             each = -(-capacity // page)
             capacity = each * page
-            numbers = torch.randperm(batch * each + 3, generator=torch.Generator().manual_seed(1))
+            fixed = torch.Generator().manual_seed(1)  # a CPU's, whatever torch's default device
+            numbers = torch.randperm(batch * each + 3, generator=fixed, device="cpu")
             self.numbers = numbers[: batch * each].view(batch, each).to(keys.device)
             slots = (batch * each + 3, page, kv_heads)
         self.k = keys.new_full((*slots, head_dim), torch.nan)
@@ -98,3 +101,16 @@ class GrowingCache:
         if self.record is not None:
             arguments["statistics"] = self.record
         return arguments
+
+
+def check_cuts(k: Tensor, cuts: list[tuple[int, ...]], append: Callable[[Tensor, tritonattn.KeyStatistics], None]):
+    """Bits of a `KeyStatistics` after the keys k [B, Hkv, n, D] were appended in pieces, the same for each cut."""
+    found = []
+    for pieces in cuts:
+        statistics = tritonattn.KeyStatistics(*k.shape[:3], device=k.device)
+        for new in k.split(pieces, dim=2):
+            append(new, statistics)
+        found.append(statistics._buffers())
+    for buffers in zip(*found, strict=True):
+        for other in buffers[1:]:
+            assert torch.equal(buffers[0][..., : k.shape[2] + 1], other[..., : k.shape[2] + 1])

@@ -98,7 +98,7 @@ def test_work_and_operands_of_a_tensor_instruction(before, opcode, operands, wan
         instruction(opcode, operands),
         instruction("UMOV", "UR4, 0x2"),
     ]
-    assert machine_code._mma(code, len(before), 8) == wanted
+    assert machine_code.tensor_work(code, len(before), 8) == wanted
 
 
 def test_spills_are_those_inside_of_loops(monkeypatch):

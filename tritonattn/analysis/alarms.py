@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 LOSS = "loss"
@@ -16,21 +16,31 @@ class Thresholds:
 
     max_logit      the largest logit of any head and row: QK-clip's tau (Kimi K2, arXiv:2507.20534, uses 100)
     near_one_hot   share of rows with one key above 0.95, mean over the heads; their softmax passes no gradient
-    near_uniform   share of rows with entropy / ln n above 0.98, mean over the heads; they average their values. Models
-                   begin uniform: give None, or let it warn once
+    near_uniform   share of rows with entropy / ln n above 0.98, mean over the heads; they average their values
+    warmup         steps at the start of training in which near_uniform raises no alarm, since a fresh model is uniform;
+                   0 for a pretrained model. All other alarms begin at step 0
     """
 
     max_logit: float | None = 100.0
     near_one_hot: float | None = 0.9
     near_uniform: float | None = 0.9
+    warmup: int = 100
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value != value):
-                raise ValueError(f"thresholds.{field.name}: expected a number or None, got {value!r}")
-            if value is not None and value > 1 and field.name != "max_logit":
-                raise ValueError(f"thresholds.{field.name}: expected a share of rows, at most 1, got {value!r}")
+        for name, value in self.limits().items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+                raise ValueError(f"thresholds.{name}: expected a number or None, got {value!r}")
+            if value > 1 and name != "max_logit":
+                raise ValueError(f"thresholds.{name}: expected a share of rows, at most 1, got {value!r}")
+        if isinstance(self.warmup, bool) or not isinstance(self.warmup, int) or self.warmup < 0:
+            raise ValueError(f"thresholds.warmup: expected a number of steps, at least 0, got {self.warmup!r}")
+
+    def limits(self, step: int | None = None) -> dict[str, float]:
+        """The limits by their measures: all, or those that raise alarms in a step."""
+        limits = {name: getattr(self, name) for name in ("max_logit", "near_one_hot", "near_uniform")}
+        if step is not None and step < self.warmup:
+            del limits["near_uniform"]
+        return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Alarm:
 
     step      of the record
     layer     the module's name; "" for the loss
-    measure   a field of `Thresholds`, or "loss"
+    measure   a limit of `Thresholds`, or "loss"
     value     the measure: the largest head's logit, else the heads' mean
     limit     the threshold; NaN for the loss
     heads     the measure by head, None for one without rows; () for the loss
@@ -64,18 +74,14 @@ class Alarms:
     """The alarms of a run, which stand until their measure is back within its threshold."""
 
     def __init__(self, thresholds: Thresholds) -> None:
-        self._limits = {
-            field.name: getattr(thresholds, field.name)
-            for field in fields(thresholds)
-            if getattr(thresholds, field.name) is not None
-        }
+        self._thresholds = thresholds
         self._standing: set[tuple[str, str]] = set()
 
     def of(self, step: int, layers: dict[str, dict[str, Any]]) -> list[Alarm]:
         """The standing alarms of the layers that were watched in this step."""
         found = []
         for layer, measures in layers.items():
-            for measure, limit in self._limits.items():
+            for measure, limit in self._thresholds.limits(step).items():
                 value = layer_value(measure, measures[measure])
                 if value is None or value <= limit:
                     self._standing.discard((layer, measure))

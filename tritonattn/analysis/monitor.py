@@ -31,7 +31,7 @@ class Monitor:
         file: A file to append a record to in every watched step, as JSON lines. Where that fails later, as on a full
             disk, it warns and goes on.
         tensorboard: A folder, or a writer with `add_scalar(name, value, step)`.
-        thresholds: Limits that raise alarms, which warn.
+        thresholds: Limits that raise alarms, which warn; by default `Thresholds()`.
         on_alarm: An action, besides the warning, in every watched step in which an alarm stands: "undo" calls
             `tritonattn.huggingface.patched(model).undo()`; `qk_clip(model, threshold)`; or a function of the list of
             `Alarm`s.
@@ -54,17 +54,20 @@ class Monitor:
 
     **It changes nothing.** Statistics are computed beside the model's own attention, from the same q and k and without
     dropout, by one more forward of O(S) memory. Weights after a run with a Monitor are bit for bit those without,
-    unless `on_alarm` changes them. A transformers layer that is not patched keeps its own attention (eager or sdpa),
-    and has another config during a watched step: so `patch` before the with block. In other steps `step` only counts,
-    and checks the loss if that does not wait for a GPU. A watched step took 1.12 to 1.21 times as long
-    (`python -m perf monitor`; docs/rollout.md).
+    unless `on_alarm` changes them or the model is compiled. A transformers layer that is not patched keeps its own
+    attention (eager or sdpa), and has another config during a watched step: so `patch` before the with block. In other
+    steps `step` only counts, and checks the loss if that does not wait for a GPU. A watched step took 1.12 to 1.21
+    times as long (`python -m perf monitor`; docs/rollout.md).
 
     **A step** is everything between two calls of `step`. Forwards of several micro-batches or parts of a loss are
     joined (counts, maxima, sums of squares), so gradient accumulation gives the statistics of one large batch. A layer
     counts in training mode, or if its result has a graph, so an evaluation in eval mode under torch.no_grad() does not.
     Checkpointed layers count once. Under a GradScaler give `grad_scale`. Frozen layers have gradient norms if a
-    gradient passes through them. Code compiled by torch.compile is not seen, which a warning says. An exception ends
-    the watch, loses the step, and leaves model and file whole.
+    gradient passes through them. An exception ends the watch, loses the step, and leaves model and file whole.
+
+    **torch.compile.** Watched steps run uncompiled, so every layer is seen, and no graph is compiled anew. They take
+    the time and memory of the uncompiled model, and round as it does. `torch.compiler.set_stance("force_eager")` holds
+    until the step ends, for all that the process has compiled.
 
     **Threads and processes.** Monitors of different models may run in different threads. Modules count in whatever
     thread they run, so nn.DataParallel does. Under torch.distributed every rank watches, with the same `every`: a
@@ -278,7 +281,7 @@ class Monitor:
             self._warned_blind = True
             warnings.warn(
                 f"step {step}: Monitor saw no attention: expected layers that compute it by tritonattn or transformers,"
-                " in training mode and outside torch.compile, got none",
+                " in training mode, got none",
                 RuntimeWarning,
                 stacklevel=4,
             )

@@ -41,6 +41,34 @@ class _Running(threading.local):
         self.modules: list[tuple[str, nn.Module]] = []
 
 
+class _Uncompiled:
+    """Contexts in which code that torch.compile has compiled, or would, runs as it was written.
+
+    The compiler's stance holds for the whole process, and watches of several models overlap in any order: the first
+    sets it, and the last restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open = 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._open:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._open += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._open -= 1
+            if not self._open:
+                self._stance.__exit__(None, None, None)
+
+
+_uncompiled = _Uncompiled()
+
+
 class Watch:
     """A context in which every attention that a model computes is counted, by the module that computes it.
 
@@ -48,7 +76,8 @@ class Watch:
     among them, and transformers layers that use their own "eager" or "sdpa" attention. No number of the model changes.
 
     It sees calls while a module of the model runs, in the thread that runs it. This includes autograd's threads, which
-    run checkpointed layers again, and those of nn.DataParallel, and excludes other models.
+    run checkpointed layers again, and those of nn.DataParallel, and excludes other models. Compiled code runs
+    uncompiled, in all threads: a compiler would neither call an observer nor keep its graphs beside the hooks.
 
     A module counts in training mode, or if its result has a graph, so evaluation under torch.no_grad() does not.
     The second forward of a checkpointed layer, inside backward, does not count again.
@@ -68,6 +97,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         with ExitStack() as contexts:
+            contexts.enter_context(_uncompiled)
             for context in _contexts_of(self._model):
                 contexts.enter_context(context)
             contexts.callback(self._observer.close)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import logsigmoid, pad
 
 from ..core.autograd import without_autocast
 from ..core.call import ForwardResult
@@ -70,7 +70,7 @@ def attention(
         probability = _softmax(capped)
         if sinks is not None:
             gap = torch.where(sees, lse[..., None] - sinks.to(dtype)[:, None, None], 0)
-            probability = probability * torch.sigmoid(gap)
+            probability = probability * logsigmoid(gap).exp()  # 1 - sigmoid, in its gradient, is 0 from a gap of 17 on
         if dropout is not None:
             heads = (visibility.batch, visibility.q_heads)
             keep = dropout.tile(heads, slice(0, visibility.q_len), slice(0, visibility.k_len))

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import kernels
 from ..core.autograd import runs_eagerly
 from ..core.ranges import prefix_sum
 from ..core.statistics import key_lengths_of
-from ..ops import append_keys
 from .checks import (
     FLOATS,
     check_count,
@@ -59,8 +59,10 @@ class KeyStatistics:
         dtype: float32, or float64 beside a float64 cache.
 
     All buffers have fixed shapes and change in place, nothing waits for the device, and the work is O(new keys):
-    every method can be captured in a CUDA graph and compiled. On a GPU values are not read: keys past the capacity
-    are dropped. On a CPU they raise ValueError.
+    every method can be captured in a CUDA graph, `append` once it has run with the like, and compiled. On a GPU values
+    are not read: keys past the capacity are dropped. On a CPU they raise ValueError.
+
+    The bits of an fp32 record do not depend on how keys are cut into appends, except while compiling for a GPU.
 
     Raises TypeError or ValueError for an invalid size or dtype.
 
@@ -121,6 +123,7 @@ class KeyStatistics:
         Raises:
             TypeError, ValueError: A type, dtype, shape or device; on a CPU also counts outside [0, n] and keys past
                 the capacity.
+            RuntimeError: While a CUDA graph is captured, a kernel that is not compiled yet: append the like before.
         """
         self._check_keys(k_new)
         new = k_new.shape[2]
@@ -130,8 +133,8 @@ class KeyStatistics:
         if new == 0:
             return
         fits = self._lengths.dtype == torch.float32 and k_new.numel() > 0
-        by_kernel = fits and kernels_take(k_new) and runs_eagerly(k_new, counts, self.counts)
-        if by_kernel and append_keys(k_new, counts, self._buffers()):
+        if fits and kernels_take(k_new) and runs_eagerly(k_new, counts, self.counts):
+            kernels().append_keys(k_new, counts, self._buffers())
             return
         order = torch.arange(new, device=k_new.device)
         place = self.counts[:, None] + order  # [B, n]

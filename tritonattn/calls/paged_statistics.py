@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import kernels
 from ..core.autograd import runs_eagerly
 from ..core.packing import Places
 from ..core.pages import PageTable
 from ..core.sequences import Sequences
 from ..core.statistics import key_lengths_of
-from ..ops import append_to_pages
 from .checks import FLOATS, check_count, check_device, check_integers, check_tensor, kind_of, shape_of, values_are_read
 from .dispatch import kernels_take
 from .key_statistics import extended
@@ -44,8 +44,8 @@ class PagedKeyStatistics:
         dtype: float32, or float64 beside a float64 cache.
 
     All buffers have fixed shapes and change in place, nothing waits for the device, and the work is O(new keys):
-    `append` can be captured in a CUDA graph and compiled. On a GPU values are not read: keys without a page are
-    dropped. On a CPU they raise ValueError.
+    `append` can be captured in a CUDA graph, once it has run with the like, and compiled. On a GPU values are not read:
+    keys without a page are dropped. On a CPU they raise ValueError.
 
     Raises TypeError or ValueError for an invalid size or dtype.
 
@@ -106,6 +106,7 @@ class PagedKeyStatistics:
         Raises:
             TypeError, ValueError: A type, dtype, shape or device; on a CPU also offsets that fall or pass T,
                 key_lengths outside [new keys, max_pages * page], and pages outside [0, N).
+            RuntimeError: While a CUDA graph is captured, a kernel that is not compiled yet: append the like before.
         """
         self._check(k_new, cu_seqlens, key_lengths, block_table)
         self.enter(k_new, cu_seqlens, key_lengths, block_table)
@@ -119,10 +120,11 @@ class PagedKeyStatistics:
             return
         given = (k_new, cu_seqlens, key_lengths, block_table)
         fits = self.lengths.dtype == torch.float32 and kernels_take(k_new[None])
-        by_kernel = fits and runs_eagerly(*given, self.lengths)
-        if not (by_kernel and append_to_pages(*given, self.buffers, passes)):
-            for _ in range(passes):
-                self._append(*given)
+        if fits and runs_eagerly(*given, self.lengths):
+            kernels().append_to_pages(*given, self.buffers, passes)
+            return
+        for _ in range(passes):
+            self._append(*given)
 
     def _append(self, k_new: Tensor, cu_seqlens: Tensor, key_lengths: Tensor, block_table: Tensor) -> None:
         """`append` by operators of torch."""

@@ -18,7 +18,8 @@ from ..core.call import AttentionCall, Logits
 from ..core.invariance import refuse_over_ranks
 from ..scaling import Scaling
 from . import by_heads, gathered, ring
-from .layout import Split
+from .agreement import require_agreement
+from .layout import Split, refuse_dtensors
 from .sequence import Settings, SharedSequence, logits_of
 
 _METHODS = {"allgather": gathered.attention, "alltoall": by_heads.attention, "ring": ring.attention}
@@ -79,7 +80,8 @@ def context_parallel_attention(
         [B, Hq, S / P, Dv]; with return_aux also the rows' `AttentionAux`. At one P repetitions give the same bits.
 
     Raises:
-        TypeError, ValueError: As `attention`; a mesh, method or layout; heads that P does not divide.
+        TypeError, ValueError: As `attention`; a mesh, method or layout; heads that P does not divide; a DTensor; on
+            every rank, arguments that differ by rank, in the first call of a kind.
         NotImplementedError: backend "reference".
 
     >>> import torch, torch.distributed as dist
@@ -106,6 +108,7 @@ def context_parallel_attention(
         backend=backend,
     )
     refuse_over_ranks(None)
+    refuse_dtensors(q=q, k=k, v=v, key_bias=key_bias)
     (q, k, v), autocast_off = autocast(q, k, v)
     check(q, k, v, options)
     split = Split.of(mesh, layout)
@@ -114,6 +117,9 @@ def context_parallel_attention(
     backend = choose_backend(q, k, v, options)
     if backend == "reference":
         raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
+    of_ranks = {"method": method, "layout": layout, "reduce_dtype": reduce_dtype, "head_group": head_group}
+    alike = {"q": q, "k": k, "v": v, "scaling": scaling, "gain": gain, "cu_seqlens": cu_seqlens, **of_ranks}
+    require_agreement(split, "context_parallel_attention", options, **alike)
     with autocast_off:
         keep_rounding = v.dtype.itemsize == 2 and needs_graph(q, k, v)
         if keep_rounding:

@@ -24,7 +24,8 @@ from ..core.statistics import Statistics
 from ..core.visibility import Visibility, window_sides
 from ..scaling import Scaling
 from . import collectives
-from .layout import Split
+from .agreement import require_agreement
+from .layout import Split, refuse_dtensors
 from .sequence import share_beside_sinks
 
 
@@ -66,7 +67,8 @@ def context_parallel_decode(
         [B, Hq, Sq, Dv] on every rank, and with return_aux `AttentionAux`.
 
     Raises:
-        TypeError, ValueError: As `attention_decode`; a mesh of several dimensions.
+        TypeError, ValueError: As `attention_decode`; a mesh of several dimensions; a DTensor; on every rank, arguments
+            that differ by rank, in the first call of a kind.
         NotImplementedError: backend "reference", a Scaling that reads keys or has a bias of them, or a tensor that
             requires a gradient.
 
@@ -85,6 +87,7 @@ def context_parallel_decode(
     """
     options = Options(window=window, softcap=softcap, sinks=sinks, return_aux=return_aux, backend=backend)
     refuse_over_ranks(None)
+    refuse_dtensors(q=q, k_cache=k_cache, v_cache=v_cache, key_lengths=key_lengths)
     (q, k, v), autocast_off = autocast(q, k_cache, v_cache)
     split = Split.of(mesh, "contiguous")
     check_cache(q, k, v)
@@ -102,6 +105,8 @@ def context_parallel_decode(
     backend = choose_backend(q, k, v, Options(backend=backend))
     if backend == "reference":
         raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
+    cache = {"k_cache": k, "v_cache": v, "key_lengths": key_lengths}
+    require_agreement(split, "context_parallel_decode", options, q=q, **cache, scaling=scaling, gain=gain)
     left, _ = window_sides(window)
     visible = _PartVisibility(
         q.shape[0],

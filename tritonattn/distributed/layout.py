@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..calls.checks import kind_of
+from ..core.shards import is_dtensor
 
 LAYOUTS = ("contiguous", "zigzag")
 
@@ -34,7 +35,10 @@ class Split:
     def of(cls, mesh: Any, layout: str) -> Split:
         """Check a mesh of one dimension and the name of a layout."""
         if not isinstance(mesh, DeviceMesh):
-            raise TypeError(f"mesh: expected a torch.distributed DeviceMesh, got {kind_of(mesh)}")
+            hint = (
+                "; DeviceMesh.from_group(group, device_type) makes one" if isinstance(mesh, dist.ProcessGroup) else ""
+            )
+            raise TypeError(f"mesh: expected a torch.distributed DeviceMesh, got {kind_of(mesh)}{hint}")
         if mesh.ndim != 1:
             raise ValueError(f"mesh: expected one dimension, as of mesh['cp'], got {mesh.ndim} of sizes {mesh.shape}")
         if layout not in LAYOUTS:
@@ -78,3 +82,14 @@ class Split:
     def _permuted(self, x: Tensor, dim: int, order: list[int]) -> Tensor:
         parts = x.chunk(self.chunk_count, dim)
         return torch.cat([parts[chunk] for chunk in order], dim)
+
+
+def refuse_dtensors(**tensors: Any) -> None:
+    """Raise TypeError for a DTensor: a rank's part of a sequence is a plain tensor."""
+    for name, x in tensors.items():
+        if is_dtensor(x):
+            placed = ", ".join(map(str, x.placements))
+            raise TypeError(
+                f"{name}: expected a plain tensor, got a DTensor placed ({placed}) on a mesh of"
+                f" {tuple(x.device_mesh.shape)}; {name}.to_local() is this rank's part, {name}.full_tensor() the whole"
+            )

@@ -104,7 +104,8 @@ def logits_of(
         statistics = Statistics(whole, visible)
     else:
         whole = k.detach()[:, :, :1].expand(-1, -1, sequence.length, -1)  # a shape; its values are not read
-        statistics = SharedStatistics(k, visible, split, sequence.whole.is_full or sequence.whole.is_square_causal)
+        by_totals = sequence.length > 0 and (sequence.whole.is_full or sequence.whole.is_square_causal)
+        statistics = SharedStatistics(k, visible, split, by_totals)
     if key_bias is not None:
         own = key_bias.expand((*key_bias.shape[:-1], k.shape[2]))
         key_bias = collectives.gather(own, split, -1, torch.promote_types(reduce_dtype, own.dtype))

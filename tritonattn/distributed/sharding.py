@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..calls.checks import check_tensor, shape_of
+from ..calls.checks import Options, check_tensor, shape_of
 from . import collectives
-from .layout import Split
+from .agreement import require_agreement
+from .layout import Split, refuse_dtensors
 
 
 def shard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int = 2) -> Tensor:
@@ -24,7 +25,7 @@ def shard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int =
         A copy, with S / P tokens. Its gradient is that of this rank's tokens, and zeros elsewhere.
 
     Raises:
-        TypeError, ValueError: mesh, layout, or an axis that cannot be divided.
+        TypeError, ValueError: mesh, layout, a DTensor, or an axis that cannot be divided.
 
     >>> import torch, torch.distributed as dist
     >>> from torch.distributed.device_mesh import init_device_mesh
@@ -36,6 +37,7 @@ def shard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int =
     >>> dist.destroy_process_group()
     """
     split = Split.of(mesh, layout)
+    refuse_dtensors(x=x)
     check_tensor("x", x, "[..., S, ...]")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim: expected an axis of x, whose shape is {shape_of(x)}, got {dim}")
@@ -59,7 +61,8 @@ def unshard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int
         The whole sequence on every rank. A rank's gradient is the sum over ranks of those towards its tokens.
 
     Raises:
-        TypeError, ValueError: mesh or layout.
+        TypeError, ValueError: mesh, layout, a DTensor, or on every rank a shape, dtype, layout or dim that differs by
+            rank, in the first call of a kind.
 
     >>> import torch, torch.distributed as dist
     >>> from torch.distributed.device_mesh import init_device_mesh
@@ -72,5 +75,7 @@ def unshard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int
     >>> dist.destroy_process_group()
     """
     split = Split.of(mesh, layout)
+    refuse_dtensors(x=x)
     check_tensor("x", x, "[..., S / P, ...]")
+    require_agreement(split, "unshard", Options(), x=x, layout=layout, dim=dim)
     return collectives.gather(x, split, dim)

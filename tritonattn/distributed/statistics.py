@@ -13,7 +13,7 @@ from torch.autograd.function import Function
 from torch.nn.functional import pad
 
 from ..core.autograd import first_order
-from ..core.ranges import argmax_of_prefixes
+from ..core.ranges import argmax_of_prefixes, prefix_sum
 from ..core.statistics import Statistics, key_lengths_of
 from ..core.visibility import Visibility
 from . import collectives
@@ -76,19 +76,17 @@ class _PrefixSum(Function):
     @staticmethod
     def forward(ctx, x: Tensor, split: Split) -> Tensor:
         ctx.settings = split, x.dtype
-        own = _in_chunks(x.double(), split).cumsum(-1)
-        total = collectives.totals(own[..., -1], split)  # [B, H, chunks]
-        earlier = total.cumsum(-1) - total
-        return (own + earlier[..., split.chunks(), None]).flatten(-2)
+        own = prefix_sum(_in_chunks(x, split))  # [B, H, own chunks, n + 1]
+        earlier = prefix_sum(collectives.totals(own[..., -1], split))  # [B, H, chunks + 1]
+        return (own[..., 1:] + earlier[..., split.chunks(), None]).flatten(-2)
 
     @staticmethod
     @first_order
     def backward(ctx, saved, g: Tensor):
         split, dtype = ctx.settings
-        own = _from_the_end(_in_chunks(g.double(), split))
-        total = collectives.totals(own[..., 0], split)
-        later = _from_the_end(total) - total
-        return (own + later[..., split.chunks(), None]).flatten(-2).to(dtype), None
+        own = _suffix_sum(_in_chunks(g, split))
+        later = _suffix_sum(collectives.totals(own[..., 0], split))[..., 1:]
+        return (own[..., :-1] + later[..., split.chunks(), None]).flatten(-2).to(dtype), None
 
 
 class _PrefixMax(Function):
@@ -128,5 +126,6 @@ def _in_chunks(x: Tensor, split: Split) -> Tensor:
     return x.unflatten(-1, (split.chunks_per_rank, -1))
 
 
-def _from_the_end(x: Tensor) -> Tensor:
-    return x.flip(-1).cumsum(-1).flip(-1)
+def _suffix_sum(x: Tensor) -> Tensor:
+    """fp64 sums of x over [j, n), j = 0 .. n: [..., n] -> [..., n + 1]."""
+    return prefix_sum(x.flip(-1)).flip(-1)

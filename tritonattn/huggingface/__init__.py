@@ -8,6 +8,7 @@ try:
 except ImportError as error:
     raise ImportError("tritonattn.huggingface needs transformers: pip install 'tritonattn[hf]'") from error
 
+from .adapters import follow_adapters
 from .attention import NAME, attention_forward, call_arguments, register, unregister
 from .continuous import follow_continuous_batching
 from .loading import follow_saved_settings, restore
@@ -20,6 +21,7 @@ register()
 register_observed()
 follow_saved_settings()
 follow_continuous_batching()
+follow_adapters()
 
 __all__ = [
     "NAME",

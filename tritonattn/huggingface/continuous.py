@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import continuous_batching
 
+from .architecture import attention_modules, interface_keywords
 from .attention import NAME, register
 from .own_configs import IMPLEMENTATION
 from .settings import layer_scaling
@@ -66,6 +67,7 @@ def _rename_while_serving(manager: Any) -> None:
         if _uses_tritonattn(model):
             auto_switch_to_flash = False  # layers that are not patched need masks, as these read them
             _refuse_flash(model.config._attn_implementation)
+            _refuse_dropped_softcap(model)
             setattr(self, _RENAMED, _rename(model))
         switch_original(self, model, auto_switch_to_flash)
 
@@ -102,6 +104,19 @@ def _refuse_flash(implementation: str | None) -> None:
             f" patched model, got {implementation!r}: call model.set_attn_implementation({NAME!r}), or 'sdpa' if only"
             " some layers are patched"
         )
+
+
+def _refuse_dropped_softcap(model: nn.Module) -> None:
+    """Refuse layers for which transformers has no softcap here: the eager attention of a manager drops it."""
+    for one in attention_modules(model):
+        softcap = getattr(one.module, "attn_logit_softcapping", None)
+        is_own = layer_scaling(one.module) is None and "eager" in (one.config._attn_implementation or "eager")
+        if is_own and softcap is not None and "softcap" in (interface_keywords(type(one.module)) or ()):
+            raise NotImplementedError(
+                f"layers: continuous batching of a model with a softcap needs all its layers patched, got"
+                f" {one.name} left to transformers, whose eager attention drops its softcap {softcap:g} there: patch"
+                ' all layers, with "sqrt_dim" those that are to stay as they are, or use generate()'
+            )
 
 
 def _rename(model: nn.Module) -> list[Any]:

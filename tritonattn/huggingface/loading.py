@@ -155,6 +155,7 @@ def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
     if len(places) < len(saved):  # the outer model will apply them; without one the first call raises
         vars(model.config).setdefault(_ASKED, model.config._attn_implementation)
         setattr(model.config, IMPLEMENTATION, NAME)
+        setattr(model.config, ATTRIBUTE, {LAYERS: dict(saved)})  # of a copied config they were applied elsewhere
         return
     # Inner models share the config and have applied it first: the outer model does it anew for all.
     for module in model.modules():

@@ -28,7 +28,17 @@ from .architecture import (
 from .attention import NAME
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, state_masks
 from .scalings import make_scaling, to_config
-from .settings import ATTRIBUTE, LAYERS, MARK, LayerScaling, Settings, is_gain_shape, layer_scaling, remove_abandoned
+from .settings import (
+    ATTRIBUTE,
+    LAYERS,
+    MARK,
+    AppliedLayers,
+    LayerScaling,
+    Settings,
+    is_gain_shape,
+    layer_scaling,
+    remove_abandoned,
+)
 from .weights import note_wanted_weights
 
 _HANDLE = "_tritonattn_patched"
@@ -146,9 +156,10 @@ def patch(
     Args:
         model: A transformers model whose attention goes through transformers' AttentionInterface, a module that wraps
             one (PEFT's), or a part of one, such as one layer. Layers go by their names in this module.
-        scaling: A name in `tritonattn.SCALINGS`, a `Scaling`, a class of them, or a float. An nn.Module is copied for
-            every layer; a class of modules is made for every layer with its number of query heads. None keeps the
-            model's.
+        scaling: A name in `tritonattn.SCALINGS` or `tritonattn.nn.LEARNED`, a `Scaling`, a class of them, or a float.
+            A learned name or a class of modules is made for every layer with its number of query heads; those of
+            nn.LEARNED start at sqrt_dim, where the model is (learned_cosine cannot). An nn.Module is copied for every
+            layer with its own start. None keeps the model's.
         layers: The modules to patch. None is all; a layer's number, from 0, or from the end, -1 being the last (in
             encoder-decoders both layers of that number); a name, the name of a module above, or a pattern of names as
             in the shell; several of these; or a dict from these to a scaling or to {"scaling": ..., "gain": ...,
@@ -197,8 +208,12 @@ def patch(
 
 
 def patched(model: nn.Module) -> Patched | None:
-    """The `Patched` of a model, also of one that was loaded with its patch; None if it is not patched."""
-    return model.__dict__.get(_HANDLE)
+    """The `Patched` of a model, also of one that was loaded with its patch; None if it is not patched.
+
+    A module that wraps a patched transformers model (PEFT's, DDP, torch.compile's) has that model's.
+    """
+    inside = [one.__dict__[_HANDLE] for one in outermost_models(model).values() if _HANDLE in one.__dict__]
+    return model.__dict__.get(_HANDLE, inside[0] if len(inside) == 1 else None)
 
 
 def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, LayerScaling], copied: bool) -> Patched:
@@ -227,7 +242,7 @@ def apply(model: nn.Module, found: list[AttentionModule], plans: dict[str, Layer
     for root in outermost_models(model).values():
         inside = {id(module) for module in root.modules()}
         mine = [one for one in found if one.name in plans and id(one.module) in inside]
-        saved = {one.own_name: plans[one.name].to_config() for one in mine}
+        saved = AppliedLayers({one.own_name: plans[one.name].to_config() for one in mine})
         if saved:
             setattr(root.config, ATTRIBUTE, {LAYERS: saved})
             setattr(root.config, SAVED_IMPLEMENTATION, NAME)

@@ -15,7 +15,7 @@ from torch import nn
 from ..calls.checks import refuse_scaling
 from ..nn import LEARNED, Cosine, LogPower, PerHead, QueryAdaptiveSSMax, Scheduled, SSMax
 from ..nn.learned import Learned
-from ..nn.registry import named
+from ..nn.registry import named_at_sqrt_dim
 from ..scaling import SCALINGS, Scaling
 
 _MODES = ("mode", "mode_a", "mode_b")  # arguments that are scalings themselves
@@ -26,14 +26,17 @@ _OF_THE_LAYER = {"heads", "device", "dtype"}  # arguments that no config gives
 def make_scaling(scaling: Any, heads: int) -> Any:
     """The scaling of one attention module with that many query heads: a Scaling, a float or None.
 
-    A learned one is a new module each time. Raises TypeError or ValueError for anything else.
+    A learned one is a new module each time; by name or class of nn.LEARNED it starts at sqrt_dim, as the model was.
+    Raises TypeError or ValueError for anything else.
     """
     if scaling is None:
         return None
     if isinstance(scaling, (int, float)) and not isinstance(scaling, bool):
         return float(scaling)
+    if isinstance(scaling, type) and scaling in LEARNED.values():
+        scaling = scaling.name
     if isinstance(scaling, str):
-        return named(scaling, heads)
+        return named_at_sqrt_dim(scaling, heads)
     if isinstance(scaling, type) and issubclass(scaling, Scaling):
         return scaling(heads=heads) if issubclass(scaling, nn.Module) else scaling()
     if not isinstance(scaling, Scaling):

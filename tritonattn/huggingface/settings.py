@@ -20,6 +20,10 @@ LAYERS = "layers"
 MARK = "needs_tritonattn"  # a tensor among saved weights, at which loaders without tritonattn stop or warn
 
 
+class AppliedLayers(dict[Any, Any]):
+    """Settings by layer in the config of a model that has them: its other layers have the model's own scaling."""
+
+
 @dataclass(frozen=True, eq=False)
 class Settings:
     """How one attention module scales its logits.
@@ -49,6 +53,8 @@ class Settings:
         if saved is None:
             return cls()
         if (layers := saved_layers(saved)) is not None:
+            if isinstance(layers, AppliedLayers):
+                return cls()
             raise RuntimeError(
                 f"config.{ATTRIBUTE} holds the scalings of {', '.join(layers)}, which were not applied to this"
                 " model: load it with `import tritonattn.huggingface` before from_pretrained, into the architecture"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..nn.learned import as_mode
-from ..nn.registry import named
+from ..nn.registry import named_at_sqrt_dim
 from ..scaling import Scaling
 
 # An additive mask hides a key by a number at most this, whose exp is 0 in every dtype.
@@ -21,8 +21,8 @@ _BIAS = (
 
 
 def scaling_for(scaling: str | Scaling, heads: int) -> Scaling:
-    """The Scaling of a layer: a learned one by name is a new module, a `Scaling` is returned as it is."""
-    return named(scaling, heads) if isinstance(scaling, str) else as_mode(scaling)
+    """The Scaling of a layer that may be trained: by a learned name a new module at sqrt_dim, a `Scaling` as it is."""
+    return named_at_sqrt_dim(scaling, heads) if isinstance(scaling, str) else as_mode(scaling)
 
 
 def gain_for(scaling: Scaling, scale: float | None, head_dim: int) -> float | None:

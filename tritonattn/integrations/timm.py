@@ -21,7 +21,7 @@ def attention_layer(scaling: str | Scaling = "sqrt_dim", backend: str = "auto") 
 
     Args:
         scaling: A name in `tritonattn.SCALINGS`; one in `tritonattn.nn.LEARNED`, of which every layer makes its own
-            module; or a `Scaling`, which all layers share.
+            module that starts at sqrt_dim, as pretrained weights want; or a `Scaling`, which all layers share.
         backend: As in `tritonattn.attention`.
 
     Pretrained weights load as into timm's own layer. attn_mask is bool, True for visible, or additive with 0 and -inf;

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..calls.attention import attention
+from ..nn.learned import as_mode
+from ..nn.registry import named
 from ..scaling import Scaling
 from .arguments import scaling_for, visible_keys
 from .replacement import Replacement
@@ -87,7 +89,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return made
 
     def _scaled(self, scaling: str | Scaling, backend: str) -> None:
-        self.scaling = scaling_for(scaling, self.num_heads)
+        self.scaling = named(scaling, self.num_heads) if isinstance(scaling, str) else as_mode(scaling)
         if isinstance(self.scaling, nn.Module):
             self.scaling.to(self.out_proj.weight.device)
         self.backend = backend
@@ -204,7 +206,8 @@ def replace_multihead_attention(
     Args:
         model: TransformerEncoder, Transformer, torchvision's ViT, or anything else that holds such layers.
         scaling: As in `MultiheadAttention`, or a function of a layer's name and itself that returns one, or None to
-            leave that layer alone. A learned name makes a module a layer: give its parameters to the optimiser.
+            leave that layer alone. A learned name makes a module a layer that starts at sqrt_dim, as the model was:
+            give its parameters to the optimiser.
         backend: As in `tritonattn.attention`.
 
     Raises:
@@ -230,7 +233,8 @@ def replace_multihead_attention(
             if own is None:
                 continue
             if layer not in made:
-                made[layer] = MultiheadAttention.of(layer, cast("str | Scaling", own), backend)
+                own = scaling_for(cast("str | Scaling", own), layer.num_heads)
+                made[layer] = MultiheadAttention.of(layer, own, backend)
             changes.append((parent, name, layer))
             names.append(full)
     if not changes:

@@ -116,42 +116,55 @@ def append_keys(
     new_lengths    fp32 [B, Hkv, k_len], contiguous, those of k, which is then not read; or None
     new_counts     int64 [B] or None: how many of the k_len are keys; None is all. Keys past the capacity are dropped
     counts         int64 [B]: how many there are. Other programs read it too, so counts_after is a tensor of its own
+
+    Sums are taken as in `append_to_pages`, in blocks that begin at multiples of STEP keys: their bits do not depend on
+    how keys are cut into calls. New lengths pass through memory, so that those of a block stand in one layout.
     """
     _, head, batch = program_position(first_head, first_member, LAST_FIRST=False)
     k = in_vectors(k, ALIGNED)
-    held = tl.load(buffers.counts + batch)
+    held = tl.load(buffers.counts + batch).to(tl.int32)
     new = held * 0 + k_len
     if new_counts_ptr is not None:
-        new = tl.minimum(new, tl.load(new_counts_ptr + batch))
+        new = tl.minimum(new, tl.load(new_counts_ptr + batch).to(tl.int32))
     new = tl.maximum(tl.minimum(new, capacity - held), 0)
     row = batch.to(tl.int64) * kv_heads + head.to(tl.int64)
-    lengths_ptr = buffers.lengths + row * (capacity + 1) + held
-    length_sums_ptr = buffers.length_sums + row * (capacity + 2) + held
-    square_sums_ptr = buffers.square_sums + row * (capacity + 2) + held
-    length_maxima_ptr = buffers.length_maxima + row * (capacity + 2) + held
-    length_sum, square_sum = tl.load(length_sums_ptr), tl.load(square_sums_ptr)
-    maximum = tl.load(length_maxima_ptr)
+    lengths_ptr = buffers.lengths + row * (capacity + 1)
     k = begin(k, batch, head, 0)
     k_offsets = tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
-    STEP: tl.constexpr = BLOCK_N if new_lengths_ptr is None else BLOCK_N * 16  # a vector takes few registers
-    for start in range(0, k_len, STEP):
-        offs_n = start + tl.arange(0, STEP)
+    STEP: tl.constexpr = BLOCK_N * 4
+    WIDTH: tl.constexpr = BLOCK_N if new_lengths_ptr is None else STEP
+    for start in range(0, k_len, WIDTH):
+        offs_n = start + tl.arange(0, WIDTH)
         keep_key = offs_n < new
         if new_lengths_ptr is None:
             k_ptrs = k.ptr + tl.cast(start, tl.int64) * k.s + k_offsets
             length = _lengths_of(load_tile(k_ptrs, keep_key, HEAD_DIM, True))
         else:
             length = tl.load(new_lengths_ptr + row * k_len + offs_n, mask=keep_key, other=0.0)
+        tl.store(lengths_ptr + held + offs_n, length, mask=keep_key)
+    tl.debug_barrier()
+
+    first_block = held // STEP * STEP
+    sums_base = row * (capacity + 2) + first_block
+    length_sum, square_sum = tl.load(buffers.length_sums + sums_base), tl.load(buffers.square_sums + sums_base)
+    maximum = tl.load(buffers.length_maxima + sums_base)
+    order = tl.arange(0, STEP)
+    for start in range(first_block, held + new, STEP):
+        offs_key = start + order
+        keep_key = offs_key < held + new
+        is_new = keep_key & (offs_key >= held)
+        length = tl.load(lengths_ptr + offs_key, mask=keep_key, other=0.0)
         wide_length = length.to(tl.float64)
-        square = wide_length * wide_length
-        highest = _larger(maximum, tl.associative_scan(length, 0, _larger))
-        tl.store(lengths_ptr + offs_n, length, mask=keep_key)
-        tl.store(length_sums_ptr + 1 + offs_n, length_sum + tl.cumsum(wide_length, 0), mask=keep_key)
-        tl.store(square_sums_ptr + 1 + offs_n, square_sum + tl.cumsum(square, 0), mask=keep_key)
-        tl.store(length_maxima_ptr + 1 + offs_n, highest, mask=keep_key)
-        length_sum += tl.sum(wide_length, 0)
-        square_sum += tl.sum(square, 0)
-        maximum = tl.reduce(highest, 0, _larger)
+        length_sums = length_sum + tl.cumsum(wide_length, 0)
+        square_sums = square_sum + tl.cumsum(wide_length * wide_length, 0)
+        maxima = _larger(maximum, tl.associative_scan(length, 0, _larger))
+        places = row * (capacity + 2) + 1 + offs_key
+        tl.store(buffers.length_sums + places, length_sums, mask=is_new)
+        tl.store(buffers.square_sums + places, square_sums, mask=is_new)
+        tl.store(buffers.length_maxima + places, maxima, mask=is_new)
+        length_sum = tl.sum(tl.where(order == STEP - 1, length_sums, 0.0), 0)
+        square_sum = tl.sum(tl.where(order == STEP - 1, square_sums, 0.0), 0)
+        maximum = tl.sum(tl.where(order == STEP - 1, maxima, 0.0), 0)
     if head == 0:
         tl.store(buffers.counts_after + batch, held + new)
 

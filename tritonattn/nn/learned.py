@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,12 +164,14 @@ class SSMax(Learned):
         heads: Hq.
         base: s starts at 1 / ln(base), which is `LogKeyCount(base)`: with the length of training as base, rows of that
             many keys start as sqrt_dim's.
-        bias: Learn b [heads] too, from 0. Setting s to 0 and b to 1 starts exactly at sqrt_dim.
+        bias: Learn b [heads] too, from 0.
+        mode: Where every head starts. None is the paper's start, above; "sqrt_dim" is exactly that mode, for a model
+            that was trained with it: s = 0 and b = 1, both learned whatever bias says.
         device, dtype: The device and dtype of s and b.
 
     Source: Nakanishi 2025, "Scalable-Softmax is superior for attention", arXiv:2501.19399: s learned for every layer
     and head; the bias is a variant that it compares.
-    Raises TypeError or ValueError for an invalid number of heads or dtype, ValueError unless base is finite and
+    Raises TypeError or ValueError for an invalid number of heads, mode or dtype, ValueError unless base is finite and
     above 1.
 
     >>> import torch, tritonattn
@@ -186,6 +189,7 @@ class SSMax(Learned):
         base: float = math.e,
         *,
         bias: bool = False,
+        mode: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -195,17 +199,18 @@ class SSMax(Learned):
         check_dtype(dtype)
         self.s: Tensor
         self.b: Tensor | None
-        self._start = 1 / math.log(base)
+        self._start = (0.0, 1.0) if starts_at_sqrt_dim(mode) else (1 / math.log(base), 0.0)
         self.s = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
-        b = nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) if bias else None
+        b = nn.Parameter(torch.empty(heads, device=device, dtype=dtype)) if bias or mode else None
         self.register_parameter("b", b)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start anew: s from base, b from 0."""
-        nn.init.constant_(self.s, self._start)
+        """Start anew: s from base and b from 0, or exactly the mode."""
+        s, b = self._start
+        nn.init.constant_(self.s, s)
         if self.b is not None:
-            nn.init.zeros_(self.b)
+            nn.init.constant_(self.b, b)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, bias={self.b is not None}"
@@ -242,6 +247,13 @@ def scaling_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
                 if parameter not in seen:
                     seen.add(parameter)
                     yield parameter
+
+
+def starts_at_sqrt_dim(mode: Any) -> bool:
+    """Whether a learned scaling starts at the mode sqrt_dim, or where its paper does. Raises ValueError otherwise."""
+    if mode is not None and not (isinstance(mode, str) and mode == "sqrt_dim"):
+        raise ValueError(f"mode: expected 'sqrt_dim' or None, got {mode!r}")
+    return mode is not None
 
 
 def as_mode(mode: str | Scaling) -> Scaling:

@@ -15,24 +15,26 @@ from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scales
 from ..scaling.base import check_positive, counts_of
-from .learned import Learned
+from .learned import Learned, starts_at_sqrt_dim
 
 
 class LogPower(Learned):
     """factor = (ln(n) / ln(base))^p_h / sqrt(D), n = the number of visible keys, p learned for every head.
 
-    A lone key has factor 0, which is harmless: its probability is 1 at any logit.
+    A lone key has factor 0, or 1 / sqrt(D) where p is exactly 0: harmless without sinks, its probability being 1 at
+    any logit.
 
     Args:
         heads: Hq.
         power: Where every head's p starts; exactly the mode `LogPower(power, base)`.
         base: The n at which the factor is that of sqrt_dim, whatever p is.
+        mode: None starts at power; "sqrt_dim" starts exactly at that mode, p = 0, for a model that was trained with it.
         device, dtype: The device and dtype of p [heads].
 
     Source: the power depends on the gaps between a row's largest logits, 1/2, 1 and 2 being its cases:
     arXiv:2605.12697; "Critical attention scaling in long-context transformers", arXiv:2510.05554.
-    Raises TypeError or ValueError for an invalid number of heads or dtype, ValueError unless power is finite and above
-    0, base finite and above 1.
+    Raises TypeError or ValueError for an invalid number of heads, mode or dtype, ValueError unless power is finite and
+    above 0, base finite and above 1.
 
     >>> import torch, tritonattn
     >>> scaling = tritonattn.nn.LogPower(heads=4, base=512)
@@ -51,6 +53,7 @@ class LogPower(Learned):
         power: float = 0.5,
         base: float = math.e,
         *,
+        mode: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -59,13 +62,13 @@ class LogPower(Learned):
         check_positive("base", base, above=1.0)
         check_dtype(dtype)
         self.base = base
-        self._power = power
+        self._start = 0.0 if starts_at_sqrt_dim(mode) else power
         self.p = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start anew from the power given."""
-        nn.init.constant_(self.p, self._power)
+        """Start anew: from the power given, or exactly the mode."""
+        nn.init.constant_(self.p, self._start)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, base={self.base:g}"
@@ -78,23 +81,28 @@ class LogPower(Learned):
         p = self.per_head(self.p, q)[..., None]  # [Hq, 1, 1]
         n = visible.sum(-1, keepdim=True).double()
         exponent = p * (torch.where(n > 1, n, 2).log2() / math.log2(self.base)).log()
-        return torch.where(n > 1, exponent.exp(), 0) / math.sqrt(k.shape[-1])
+        return torch.where(n > 1, exponent.exp(), (p == 0).double()) / math.sqrt(k.shape[-1])
 
 
 class QueryAdaptiveSSMax(Learned):
     """factor = (delta_h + softplus(w_h . q[i]) * ln(n)^gamma_h) / sqrt(D): every query says how much ln(n) counts.
 
-    The gradient reaches q through its product with w too. A lone key has ln(n)^gamma = 0.
+    The gradient reaches q through its product with w too. A lone key has ln(n)^gamma = 0, or 1 where gamma is exactly
+    0.
 
     Args:
         heads: Hq.
         head_dim: D, the head dim of q.
-        device, dtype: The device and dtype of w [heads, D], which starts at 0, and of delta and gamma [heads], which
-            start at 1: all queries alike, 1 + ln(2) ln(n).
+        mode: Where every head starts, w being 0. None is delta = gamma = 1: all queries alike, 1 + ln(2) ln(n).
+            "sqrt_dim" is that mode, for a model that was trained with it: gamma = 0 and delta = 1 - ln(2), since
+            softplus(0) = ln(2). So w, delta and gamma all have gradients from the start; the sum is 1 to the
+            rounding of delta.
+        device, dtype: The device and dtype of w [heads, D] and of delta and gamma [heads].
 
     Source: Vasylenko et al. 2025, "Long-context generalization with sparse attention", arXiv:2506.16640, where the
     factor stands before alpha-entmax (ASEntmax); here it stands before the softmax.
-    Raises TypeError or ValueError for invalid sizes or dtype; a call whose q has another head dim raises ValueError.
+    Raises TypeError or ValueError for invalid sizes, mode or dtype; a call whose q has another head dim raises
+    ValueError.
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
@@ -112,6 +120,7 @@ class QueryAdaptiveSSMax(Learned):
         heads: int,
         head_dim: int,
         *,
+        mode: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -119,16 +128,18 @@ class QueryAdaptiveSSMax(Learned):
         check_count("head_dim", head_dim, 1)
         check_dtype(dtype)
         self.head_dim = head_dim
+        self._start = (1 - math.log(2), 0.0) if starts_at_sqrt_dim(mode) else (1.0, 1.0)
         self.w = nn.Parameter(torch.empty(heads, head_dim, device=device, dtype=dtype))
         self.delta = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
         self.gamma = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start anew: w from 0, delta and gamma from 1."""
+        """Start anew: w from 0, delta and gamma from 1 or at the mode."""
+        delta, gamma = self._start
         nn.init.zeros_(self.w)
-        nn.init.ones_(self.delta)
-        nn.init.ones_(self.gamma)
+        nn.init.constant_(self.delta, delta)
+        nn.init.constant_(self.gamma, gamma)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}"
@@ -144,7 +155,7 @@ class QueryAdaptiveSSMax(Learned):
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         delta, gamma = (self.per_head(x, q)[..., None] for x in (self.delta, self.gamma))  # [Hq, 1, 1]
         n = visible.sum(-1, keepdim=True).double()
-        logarithm = torch.where(n > 1, torch.where(n > 1, n, 2).log().pow(gamma), 0)
+        logarithm = torch.where(n > 1, torch.where(n > 1, n, 2).log().pow(gamma), (gamma == 0).double())
         self._check_head_dim(q)
         weight = (1 + (q.double() * local(self.w).double()[:, None]).sum(-1, keepdim=True).exp()).log()
         return (delta + weight * logarithm) / math.sqrt(k.shape[-1])
@@ -167,6 +178,6 @@ class QueryAdaptiveSSMax(Learned):
 
 
 def _power_of_log(n: Tensor, power: Tensor, base: float) -> Tensor:
-    """(ln(n) / ln(base))^power in fp64, 0 where n is at most 1: there the slope of a power would be NaN."""
+    """(ln(n) / ln(base))^power in fp64, 0^power where n is at most 1: there the slope of a power would be NaN."""
     logarithm = n.clamp(min=2).double().log() / math.log(base)
-    return torch.where(n > 1, power_of(logarithm, power), 0)
+    return torch.where(n > 1, power_of(logarithm, power), (power == 0).double())

@@ -23,3 +23,8 @@ LEARNED: dict[str, type[PerHead | SSMax | PowerLaw | LogPower]] = {
 def named(name: str, heads: int, **options: Any) -> Scaling:
     """The mode of a name in SCALINGS, or a new module of a name in LEARNED, made with the options."""
     return LEARNED[name](heads=heads, **options) if name in LEARNED else named_scaling(name, LEARNED)
+
+
+def named_at_sqrt_dim(name: str, heads: int) -> Scaling:
+    """The same for a layer that was trained with sqrt_dim, where a module then starts; a cosine cannot."""
+    return named(name, heads) if name == Cosine.name else named(name, heads, mode="sqrt_dim")

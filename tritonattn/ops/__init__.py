@@ -9,6 +9,6 @@ and spares the time of the dispatcher; compilers, transforms and dispatch modes 
 
 from .attend import attention
 from .decode import decode
-from .key_statistics import KernelStatistics, append_keys, append_to_pages
+from .key_statistics import KernelStatistics
 
-__all__ = ["KernelStatistics", "append_keys", "append_to_pages", "attention", "decode"]
+__all__ = ["KernelStatistics", "attention", "decode"]

@@ -70,34 +70,6 @@ class KernelStatistics(Statistics):
         return replace(call, q=call.q if q is None else q, k=call.k if k is None else k)
 
 
-def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...]) -> bool:
-    """Append keys by the "triton" backend's kernel; return False where a CUDA graph's capture forbids to compile it."""
-    return _is_compiled(lambda: kernels().append_keys(k, new_counts, buffers))
-
-
-def append_to_pages(
-    k: Tensor,
-    cu_seqlens: Tensor,
-    key_lengths: Tensor,
-    block_table: Tensor,
-    buffers: tuple[Tensor, ...],
-    passes: int = 1,
-) -> bool:
-    """The same for keys k [T, Hkv, D] in pages."""
-    given = (k, cu_seqlens, key_lengths, block_table, buffers, passes)
-    return _is_compiled(lambda: kernels().append_to_pages(*given))
-
-
-def _is_compiled(launch: Callable[[], None]) -> bool:
-    from ..backends.triton.device import NotCompiledError
-
-    try:
-        launch()
-    except NotCompiledError:
-        return False
-    return True
-
-
 @operator("prefix_sums", "Tensor x", "Tensor sums")
 def _prefix_sums_operator(x):
     return kernels().prefix_sums(x)

@@ -13,8 +13,10 @@ _JUMPS = ("BRA", "JMP", "bra")
 _ENDS = ("EXIT", "RET", "KILL", "BPT", "ret")
 _PTX_LABEL = re.compile(r"^(\$L__BB\w+):")
 _PTX_INSTRUCTION = re.compile(
-    r"^\s+(@!?%p\d+\s+)?((?:bra|ret|mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b[\w.:]*)\s*(.*?)\s*;"
+    r"^\s+(@!?%p\d+\s+)?((?:bra|ret|mma\.sync|wgmma\.mma_async|wgmma\.commit_group|tcgen05\.mma"
+    r"|mbarrier\.arrive\.expect_tx)\b[\w.:]*)\s*(.*?)\s*;"
 )
+_PTX_MMA = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
 
 
 class Instruction(NamedTuple):
@@ -62,7 +64,10 @@ def parse(listing: str) -> Listing:
 
 
 def parse_ptx(text: str) -> Listing:
-    """Parse the branches, MMAs and labels of PTX; an address is the number of the line."""
+    """Parse PTX: branches, MMAs, the ends of their groups, bytes expected of loads, and labels.
+
+    An address is the number of the line.
+    """
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -96,6 +101,17 @@ def innermost(spans: list[Span], wanted: set[int]) -> list[Span]:
     """Select the loops that hold some of the wanted instructions, and no other such loop."""
     some = [span for span in spans if span.indices & wanted]
     return [span for span in some if not any(other.indices < span.indices for other in some)]
+
+
+def ptx_loops(text: str) -> list[list[Instruction]]:
+    """Return what `parse_ptx` finds in each loop of PTX that holds MMAs and no other such loop, in order."""
+    source = parse_ptx(text)
+    spans = innermost(loops(source), {index for index, one in enumerate(source.instructions) if is_ptx_mma(one)})
+    return [[source.instructions[index] for index in sorted(span.indices)] for span in spans]
+
+
+def is_ptx_mma(instruction: Instruction) -> bool:
+    return bool(_PTX_MMA.match(instruction.opcode))
 
 
 def _span(header: int, latches: list[int], blocks: dict[int, int], predecessors: dict[int, set[int]]) -> Span:

@@ -13,7 +13,7 @@ import triton
 from triton.compiler import CompiledKernel
 
 from ..tuning.config import Problem, padded_dim
-from .control_flow import Instruction, Span, innermost, loops, parse, parse_ptx
+from .control_flow import Instruction, Span, innermost, is_ptx_mma, loops, parse, ptx_loops
 
 _TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
 
@@ -121,12 +121,14 @@ def flops_per_logit(kernel: str, problem: Problem) -> int:
 def disassemble(cubin: bytes) -> tuple[str, str]:
     """Return (resource usage, listing) from the cuobjdump and nvdisasm in triton.
 
-    -ndf leaves out an analysis of stacked branches, which took a quarter of the time; kernels have none.
+    -ndf leaves out an analysis of stacked branches, which took a quarter of the time; kernels have none. -hex prints
+    each instruction's encoding behind it.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return _output("cuobjdump", "--dump-resource-usage", str(path)), _output("nvdisasm", "-c", "-ndf", str(path))
+        usage = _output("cuobjdump", "--dump-resource-usage", str(path))
+        return usage, _output("nvdisasm", "-c", "-ndf", "-hex", str(path))
 
 
 def _output(tool: str, *arguments: str) -> str:
@@ -140,7 +142,7 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _class(instruction: Instruction) -> str:
+def instruction_class(instruction: Instruction) -> str:
     name = instruction.name
     return _CLASS_OF.get(name) or ("uniform" if name.startswith("U") or name in ("R2UR", "S2UR") else "integer")
 
@@ -151,10 +153,8 @@ def _mma_loops(instructions: list[Instruction], spans: list[Span], ptx: str, war
     ptxas turns an MMA of the PTX into one instruction, and LLVM does not unroll loops that synchronise a program, so
     the MMAs of a loop in the PTX are those of one tile.
     """
-    inner = innermost(spans, {index for index, one in enumerate(instructions) if _class(one) == "tensor"})
-    source = parse_ptx(ptx)
-    mmas = {index for index, one in enumerate(source.instructions) if "mma" in one.opcode}
-    of_a_tile = [len(span.indices & mmas) for span in innermost(loops(source), mmas)]
+    inner = innermost(spans, {index for index, one in enumerate(instructions) if instruction_class(one) == "tensor"})
+    of_a_tile = [sum(map(is_ptx_mma, loop)) for loop in ptx_loops(ptx)]
     if len(set(of_a_tile)) == 1:
         of_a_tile = of_a_tile[:1] * len(inner)
     return tuple(_mma_loop(instructions, span, count, warps) for span, count in zip(inner, of_a_tile, strict=True))
@@ -165,13 +165,13 @@ def _mma_loop(instructions: list[Instruction], span: Span, mmas_of_a_tile: int, 
     flops = shared = 0
     for index in span.body:
         instruction = instructions[index]
-        if _class(instruction) == "tensor":
-            work, operands, sharing_warps = _mma(instructions, index, warps)
+        if instruction_class(instruction) == "tensor":
+            work, operands, sharing_warps = tensor_work(instructions, index, warps)
             flops += work * warps // sharing_warps
             shared += operands * warps // sharing_warps
         else:
-            shared += _shared_bytes(instruction) * warps
-    mix = Counter(_class(instruction) for instruction in body)
+            shared += shared_bytes(instruction) * warps
+    mix = Counter(instruction_class(instruction) for instruction in body)
     packed = sum(instruction.name in _PACKED for instruction in body)
     tiles, rest = divmod(mix["tensor"], mmas_of_a_tile)
     if rest:
@@ -179,7 +179,7 @@ def _mma_loop(instructions: list[Instruction], span: Span, mmas_of_a_tile: int, 
     return MmaLoop(dict(mix), packed, tiles, flops, shared)
 
 
-def _mma(instructions: list[Instruction], index: int, warps: int) -> tuple[int, int, int]:
+def tensor_work(instructions: list[Instruction], index: int, warps: int) -> tuple[int, int, int]:
     """Return (FLOPs, bytes of operands in shared memory, warps that share it) of a 16-bit tensor instruction.
 
     One warp issues HMMA, with operands in registers; four warps share wgmma (HGMMA), a program tcgen05 (UTCHMMA).
@@ -227,10 +227,10 @@ def _width(instruction: Instruction) -> int:
 
 
 def _local_bytes(instruction: Instruction) -> int:
-    return _width(instruction) if _class(instruction) == "local" else 0
+    return _width(instruction) if instruction_class(instruction) == "local" else 0
 
 
-def _shared_bytes(instruction: Instruction) -> int:
+def shared_bytes(instruction: Instruction) -> int:
     """Count the bytes that a warp moves to or from shared memory."""
     if instruction.name in ("LDSM", "STSM"):  # matrices of 8 x 8 16-bit elements
         return 128 * next((int(part) for part in instruction.opcode.split(".") if part in ("2", "4")), 1)

@@ -17,11 +17,13 @@ from tritonattn.lab import demo
 from tritonattn.lab.demo import measurement
 from tritonattn.lab.demo.model import load
 from tritonattn.lab.demo.variants import variant
+from tritonattn.nn import QueryAdaptiveSSMax
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 TOKENS = 400
 # Nats a token over the first TOKENS of the demo's text; of Gemma over these, by its own tokenizer.
 SMOLLM_LOSSES = {"key_norm_mean": 4.7597, "key_norm_max": 5.1807, "sqrt_key_count": 4.0094, "cosine": 5.5114}
+LEARNED = ["per_head", "ssmax", "power_law", "learned_log_power", QueryAdaptiveSSMax(9, 64, mode="sqrt_dim")]
 GEMMA_TOKENS = [2, 85305, 691, 6534, 531, 974, 1401, 20718, 529, 8116, 684, 1116, 12198, 580, 506]
 GEMMA_TOKENS += [4856, 236764, 532, 529, 2963, 5017, 531, 776, 236787, 3622, 653, 10911, 1304, 1053, 154312, 524]
 GEMMA_TOKENS += [1131, 506, 2260, 1116, 12198, 691, 6013, 236764, 840, 625, 1053, 951, 7829, 653, 23695, 528]
@@ -88,6 +90,17 @@ class TestSmolLM:
     @pytest.mark.parametrize("mode", SMOLLM_LOSSES)
     def test_the_loss_of_modes(self, smollm, mode):
         assert loss(smollm, mode) == pytest.approx(SMOLLM_LOSSES[mode], abs=5e-3)
+
+    @pytest.mark.parametrize("scaling", LEARNED, ids=str)
+    def test_a_learned_scaling_starts_where_the_model_was_and_learns(self, smollm, scaling):
+        network, ids = smollm.model, tokens(smollm)
+        wanted = measurement.eager_loss(smollm, ids)
+        with patch(network, scaling=scaling) as patched:
+            learned = [x for own in patched.layers.values() for x in own.parameters() if x.requires_grad]
+            loss = network(ids, labels=ids).loss
+            gradients = torch.autograd.grad(loss, learned)
+        assert loss.item() == pytest.approx(wanted, abs=1e-4)
+        assert all(gradient.any() for gradient in gradients)
 
     def test_a_part_of_it_moves_less_than_all_of_it(self, smollm):
         own = measurement.eager_loss(smollm, tokens(smollm))

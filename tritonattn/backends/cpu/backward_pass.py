@@ -30,14 +30,24 @@ def backward(
     tiles = tiles_of(call)
     pairs = zip(call.tensors, needs, strict=True)
     gradients = Gradients(*(x.new_zeros(x.shape) if need and x is not None else None for x, need in pairs))
+    lone = _rows_of_one_key(tiles)
     for heads in tiles.heads():
         sums = _KeySums.of(tiles, heads, gradients)
         for block in tiles.blocks(heads):
-            rows = _Rows.of(tiles, block, (out, rounding, lse, d_out, d_lse))
+            rows = _Rows.of(tiles, block, (out, rounding, lse, d_out, d_lse), lone)
             d_query = _add_tiles(tiles, block, rows, sums, gradients)
             _store_of_rows(tiles, block, rows, d_query, gradients)
         _store_of_keys(tiles, heads, sums, gradients)
     return gradients
+
+
+def _rows_of_one_key(tiles: Tiles) -> Tensor | None:
+    """The rows whose softmax is 1, whatever their one logit: bool [B, Hq, Sq], or None where there is none."""
+    call = tiles.call
+    if call.is_part or call.logits.sinks is not None:
+        return None
+    lone = call.visibility.counts() == 1
+    return None if tiles.readable and not lone.any() else lone.expand(call.q.shape[:3])
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,8 @@ class _Rows:
     scaled        q * factor
     lse           without the sink
     d_out         d_out * share / (1 - p)
+    d_weight_of   d_out, by which values give the gradients of weights; it and delta are 0 for rows of one key, so that
+                  the gradient of its logit is d_lse and no rounding
     delta         out . d_out
     share         of the softmax that the sink leaves to the keys, or None without sinks
     d_lse         d_lse, or None
@@ -62,6 +74,7 @@ class _Rows:
     scaled: Tensor
     lse: Tensor
     d_out: Tensor
+    d_weight_of: Tensor
     delta: Tensor
     share: Tensor | None
     d_lse: Tensor | None
@@ -69,9 +82,13 @@ class _Rows:
 
     @classmethod
     def of(
-        cls, tiles: Tiles, block: Block, saved: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
+        cls,
+        tiles: Tiles,
+        block: Block,
+        saved: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None],
+        lone: Tensor | None,
     ) -> _Rows:
-        """From (out, rounding, lse, d_out, d_lse)."""
+        """From (out, rounding, lse, d_out, d_lse), and the rows of one key."""
         call = tiles.call
         out, rounding, lse, d_out, d_lse = saved
         lse = tiles.of_each_row(lse, block)
@@ -97,8 +114,12 @@ class _Rows:
         if call.dropout is not None:
             d_out = d_out / (1 - call.dropout.p)
         d_lse = None if d_lse is None else seeing(d_lse[..., None])
+        d_weight_of = d_out
+        if lone is not None:
+            is_lone = tiles.of_each_row(lone, block) > 0
+            d_weight_of, delta = d_out.masked_fill(is_lone, 0), delta.masked_fill(is_lone, 0)
         lse = lse.masked_fill(blind, torch.inf)
-        return cls(query, query_scale, factor, query * factor, lse, d_out, delta, share, d_lse, d_sink)
+        return cls(query, query_scale, factor, query * factor, lse, d_out, d_weight_of, delta, share, d_lse, d_sink)
 
     def shift(self, delta: Tensor) -> Tensor:
         """d_lse - share * delta: added to the gradient of a weight it gives that of a logit, but for the weight."""
@@ -147,7 +168,7 @@ def _pieces(tiles: Tiles, block: Block, rows: _Rows, spans: list, needs_logits: 
         d_logit = None
         if needs_logits:
             value = tiles.of_keys(tiles.call.v, block.heads, keys)
-            d_logit = tiles.drop(torch.bmm(rows.d_out, value.mT), block, keys)
+            d_logit = tiles.drop(torch.bmm(rows.d_weight_of, value.mT), block, keys)
         yield _Piece(keys, key, weight, slope, d_logit)
 
 
@@ -155,7 +176,7 @@ def _add_tiles(tiles: Tiles, block: Block, rows: _Rows, sums: _KeySums, gradient
     """Add the block's tiles to the sums over rows, and return the sum over keys of dx * k * key_scale.
 
     Where all the keys are at hand, as those of one tile, weights are divided by their sum and delta is sum_j weight[j]
-    * d_weight[j]. The rounding of lse and of out then cancels; of a single key d_weight - delta is exactly 0.
+    * d_weight[j]. The rounding of lse and of out then cancels.
     """
     needs_query = gradients.q is not None or gradients.query_scale is not None
     d_query = torch.zeros_like(rows.query) if needs_query else None

@@ -64,8 +64,9 @@ def attention(call: AttentionCall) -> Tensor:
     if _needs_fp32(call):
         call = replace(call, q=call.q.float(), k=call.k.float(), v=call.v.float())
     scale, query_scale, key_scale = call.logits[:3]
-    if not call.visibility.is_full and needs_graph(call.q, call.k, query_scale, key_scale):
-        query_scale = _without_first_row(query_scale, call.q)
+    has_lone_keys = call.k.shape[2] == 1 or not call.visibility.is_full
+    if has_lone_keys and needs_graph(call.q, call.k, query_scale, key_scale):
+        query_scale = _without_lone_keys(query_scale, call)
     q, k, v = _fold(call.q, query_scale), _fold(call.k, key_scale), call.v
     if scale <= 0:  # the kernel hides keys by -inf before it multiplies
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
@@ -101,14 +102,14 @@ def _needs_fp32(call: AttentionCall) -> bool:
     return (is_scaled or call.q.device.type == "cpu") and needs_graph(*call.tensors)
 
 
-def _without_first_row(query_scale: Tensor | None, q: Tensor) -> Tensor:
-    """query_scale, or [1, 1, Sq] of ones, with 0 for the first causal row: its softmax is 1, whatever its one logit.
+def _without_lone_keys(query_scale: Tensor | None, call: AttentionCall) -> Tensor:
+    """query_scale, or [1, 1, Sq] of ones, with 0 for rows of one key: their softmax is 1, whatever the one logit.
 
     The gradients of that logit are then exactly 0. PyTorch's kernel leaves their rounding, which can exceed all other
-    gradients: with two tokens, or with a scale of 1 / n, which is largest in this row.
+    gradients: with two tokens, or with a scale of 1 / n, which is largest in the first causal row.
     """
-    after_first = torch.arange(q.shape[2], device=q.device) > 0
-    return after_first.to(q.dtype)[None, None] if query_scale is None else query_scale * after_first
+    sees_more = call.visibility.counts() > 1
+    return sees_more.to(call.q.dtype) if query_scale is None else query_scale * sees_more
 
 
 def _as_bool(condition: bool) -> bool:

@@ -99,6 +99,15 @@ def compile_options(config: TileConfig, invariant: bool = False) -> dict[str, An
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": not invariant}
 
 
+class _Thread(threading.local):
+    """A thread has a CUDA context from its first CUDA call on. Triton makes one, but encodes tensor maps before."""
+
+    has_context = False
+
+
+_thread = _Thread()
+
+
 def launch_on(device: torch.device, kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig) -> None:
     """Launch on a CUDA or HIP device, with the code that Triton compiled for a call of the same kind, or as its first.
 
@@ -107,6 +116,9 @@ def launch_on(device: torch.device, kernel: Any, grid: Grid, arguments: Mapping[
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
             return launch_on(device, kernel, grid, arguments, config)
+    if not _thread.has_context:
+        torch.cuda.set_device(device)
+        _thread.has_context = True
     values, switches = tuple(arguments.values()), _switches()
     kind: Kind | None = getattr(arguments, "kind", None)
     key = (id(kernel), config, device.index, *switches)

@@ -1,0 +1,63 @@
+"""Loads ahead of their use: how far a loop asks ahead, and what of a load's time that leaves exposed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tritonattn.tuner.model import Rates, cycles
+
+from .loops import HotLoop
+from .operations import Operation
+from .parameters import Parameters
+
+
+class Flight(NamedTuple):
+    """From a request to the wait for it.
+
+    iterations   ends of iterations between them: 1 where an iteration waits for what the one before it asked for
+    apart        the same as a share of the loop's instructions, 1.5 iterations say
+    groups       cp.async groups that may be outstanding behind the loop's first wait for them; None without
+    """
+
+    iterations: int
+    apart: float
+    groups: int | None
+
+
+def flight(path: list[Operation], stages: int) -> Flight:
+    """Find the shortest flight of a loop's asynchronous loads; one of 0 iterations where it has none.
+
+    A wait for groups says itself how many it lets fly; requests of the TMA are as many iterations ahead as a pipeline
+    of `stages` asks.
+    """
+    found: list[tuple[float, int]] = []
+    groups = None
+    commits, waits = _places(path, "commit"), _places(path, "copy wait")
+    if commits and waits:
+        groups = path[waits[0]].amount
+        back = len([place for place in commits if place < waits[0]]) - 1 - groups
+        iterations, place = -(back // len(commits)), commits[back % len(commits)]
+        found.append((iterations + (waits[0] - place) / len(path), iterations))
+    requests, polls = _places(path, "request"), _places(path, "poll")
+    if requests and polls:
+        found.append((stages - 1 + (polls[0] - requests[-1]) / len(path), stages - 1))
+    apart, iterations = min(found, default=(0.0, 0))
+    return Flight(iterations, apart, groups)
+
+
+def _places(path: list[Operation], act: str) -> list[int]:
+    return [place for place, operation in enumerate(path) if operation.act == act]
+
+
+def bounded_clocks(
+    loop: HotLoop, path: list[Operation], ahead: Flight, parameters: Parameters, rates: Rates, warps: int, programs: int
+) -> tuple[float, float]:
+    """Bound the clocks of an iteration while `programs` run, from the rates of units and what loads leave exposed.
+
+    exposed = max(0, latency + bytes / rate - clocks between request and wait). Return (clocks, exposed).
+    """
+    busy = programs * max(cycles(loop.work, rates, warps).values())
+    copied = sum(one.amount for one in path if one.act == "copy") * warps / 4
+    latency = parameters.request_latency if loop.request_bytes else parameters.copy_latency
+    exposed = max(0.0, latency + (loop.request_bytes + copied) / parameters.l2_bytes - ahead.apart * busy)
+    return busy + exposed, exposed

@@ -1,0 +1,261 @@
+"""The replay of loops: each mechanism by itself, what listings say, and times that others published."""
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton")
+from perf.__main__ import main
+from perf.replay import command, kernel, times
+from perf.replay.control import Control, decode, parse_with_controls
+from perf.replay.exposed import Flight, bounded_clocks, flight
+from perf.replay.loops import HotLoop, loop_body, tensor_spans
+from perf.replay.operations import Operation, operations
+from perf.replay.parameters import PARAMETERS
+from perf.replay.scheduler import Deadlock, Scheduler, Timeline, Warps
+from tests.support.versions import OLDER_TRITON
+from tritonattn.backends.triton import launch
+from tritonattn.tuner.machine_code import MmaLoop
+from tritonattn.tuner.model import RATES
+from tritonattn.tuning import Target, compile_kernel
+from tritonattn.tuning.config import TileConfig
+
+H100 = PARAMETERS["90"]
+A100 = PARAMETERS["80"]
+
+
+def high(stall: int, writes: int = 7, reads: int = 7, waits: int = 0) -> int:
+    """The upper half of an instruction with a control code; 7 is no scoreboard."""
+    return stall << 41 | writes << 46 | reads << 49 | waits << 52
+
+
+def listing() -> str:
+    """A loop as nvdisasm prints it, from 0x0010 to 0x0090; the poll at 0x0040 is the retry of the one before it."""
+    poll = "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R24"
+    lines = [
+        ("", "MOV R1, c[0x0][0x28]", high(5)),
+        (".L_x_1:", "DEPBAR.LE SB0, 0x2", high(2)),
+        ("", poll, high(1, writes=1, waits=0b100001)),
+        ("", "@P0 BRA `(.L_x_2)", high(2)),
+        ("", poll, high(1, writes=1)),
+        (".L_x_2:", "FFMA R2, R3.reuse, R4, R5", high(2)),
+        ("", "FFMA R6, R3, R4.64, UR5", high(2)),
+        ("", "HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR16], R24, gsb0", high(2)),
+        ("", "LDGSTS.E.BYPASS.128 [R2], [R4.64]", high(2)),
+        ("", "@!P1 BRA `(.L_x_1)", high(5)),
+        ("", "EXIT", high(5)),
+    ]
+    text = ""
+    for number, (label, instruction, word) in enumerate(lines):
+        text += f"{label}\n" if label else ""
+        text += f"        /*{16 * number:04x}*/    {instruction} ;    /* 0x{0:016x} */\n    /* 0x{word:016x} */\n"
+    return text
+
+
+def step(unit: str = "", act: str = "", stall: int = 1, **fields) -> Operation:
+    control = Control(stall, fields.pop("writes", None), fields.pop("reads", None), fields.pop("waits", ()))
+    return Operation(act or unit or "NOP", control, unit, act=act, **fields)
+
+
+def timeline(*loop: Operation, programs: int = 1, each: int = 1, ahead: int = 0, loaded: int = 0, of=H100) -> Timeline:
+    return Scheduler(list(loop), Warps(programs, each, ahead, loaded), of).run(16, 6)
+
+
+# ---- Control codes and instructions
+
+
+def test_fields_of_a_control_code():
+    assert decode(high(11, 3, 7, 0b010010)) == Control(11, 3, None, (1, 4))
+
+
+def test_a_listing_in_operations():
+    """A poll's retries are left out, a register that was kept is not read again, and .64 reads two."""
+    code, controls = parse_with_controls(listing())
+    assert controls[0] == Control(5, None, None, ())
+    assert controls[2] == Control(1, 1, None, (0, 5))
+    [span] = tensor_spans(code)
+    body, labels = loop_body(code, controls, span)
+    assert labels == {".L_x_1": 0, ".L_x_2": 4}
+    path = operations(body, labels, H100)
+    names = ["DEPBAR", "SYNCS", "BRA", "FFMA", "FFMA", "HGMMA", "LDGSTS", "BRA"]
+    assert [one.name for one in path] == names
+    wait, poll, _, first, second, product, copy, _ = path
+    assert (wait.act, wait.amount) == ("copy wait", 2)
+    assert (poll.act, poll.latency) == ("poll", H100.poll)
+    assert (first.unit, first.operands, second.operands) == ("fp32", 3, 2)
+    assert (product.turn, product.amount, product.in_registers) == (64, 1, True)
+    assert (copy.act, copy.amount) == ("copy", 4 * 32 * 16)
+
+
+def test_a_listing_without_a_code_is_refused():
+    with pytest.raises(ValueError, match="listing: expected 11 control codes, got 10"):
+        parse_with_controls(listing().rpartition("/* 0x")[0])
+
+
+# ---- Mechanisms. A loop ends with 12 clocks of its back edge.
+
+
+def test_a_result_is_waited_for_by_its_scoreboard():
+    load = step("memory", turn=4, latency=29, writes=2)
+    found = timeline(load, step("fp32", turn=1, stall=4, waits=(2,)))
+    assert found.clocks == 29 + 4 + 12
+    assert found.waits["scoreboard"] == pytest.approx(28 / 45)
+
+
+def test_products_run_behind_one_another_and_their_queue_fills():
+    found = timeline(*[step("wgmma", "product", turn=128) for _ in range(10)])
+    assert found.clocks == 10 * 128
+    assert found.waits["wgmma"] > 0.9
+
+
+def test_a_wait_for_products_lets_as_many_groups_run():
+    product = step("wgmma", "product", turn=128, amount=1)
+    every = timeline(product, step(act="product wait"))
+    assert every.clocks == 17 + 128 + 65 + 1 + 12
+    assert every.waits["products"] > 0.9
+    assert timeline(product, step(act="product wait", amount=1)).clocks == 128
+
+
+def test_exponentials_take_longer_beside_products():
+    exponentials = [step("exp", turn=8, latency=18) for _ in range(16)]
+    assert timeline(*exponentials).clocks == 16 * 8
+    assert timeline(step("wgmma", "product", turn=191), *exponentials).clocks == 16 * 12
+    half = timeline(step("wgmma", "product", turn=103), *exponentials)  # 17 clocks until it starts: 120 in all
+    assert half.clocks == pytest.approx(10 * 12 + 6 * 8, abs=8)
+
+
+def test_a_barrier_waits_for_every_warp_of_its_program_alone():
+    loop = (step(act="barrier"), step())
+    assert timeline(*loop).clocks == 30 + 1 + 1 + 12
+    together = timeline(*loop, each=2)
+    assert together.clocks == 1 + 30 + 1 + 1 + 12
+    assert together.waits["barrier"] > 0.6
+    assert timeline(*loop, programs=2).clocks == 30 + 1 + 1 + 12
+
+
+def test_warpgroups_take_turns():
+    """The second of two holds its products back until the first passes its turn on."""
+    loop = (step(act="turn"), step("wgmma", "product", turn=20), step(act="pass"), step("fp32", turn=1))
+    found = timeline(*loop, each=2)
+    assert found.clocks == 2 * (30 + 2)
+    assert found.waits["turn"] > 0.5
+
+
+def test_loads_of_the_tma_are_hidden_by_a_third_stage():
+    """At 2 stages an iteration waits for what the one before it asked for at its end, at 3 all of one lies between."""
+    work = [step("wgmma", "product", turn=1000, amount=1), step(act="product wait")]
+    loop = (step(act="poll"), *work, step(act="request"))
+    late, early = (timeline(*loop, ahead=ahead, loaded=16384) for ahead in (1, 2))
+    busy = 1 + 17 + 1000 + 65 + 1
+    assert early.clocks == pytest.approx(busy + 1 + 12, abs=2)
+    exposed = 32 + 16384 / 38.8 + 435 + 43
+    assert late.clocks == pytest.approx(busy + exposed, abs=2)
+    assert late.waits["loads"] == pytest.approx(exposed / late.clocks, abs=0.02)
+    assert "loads" not in early.waits
+
+
+def test_groups_of_copies_may_be_outstanding():
+    work = (step("mma", turn=600), step("mma"))
+    copies = (step("memory", "copy", turn=16, amount=2048), step(act="commit"))
+    late, early = (timeline(step(act="copy wait", amount=count), *work, *copies, of=A100) for count in (0, 1))
+    exposed = 400 + 2048 / A100.l2_bytes - 13
+    assert late.clocks - early.clocks == pytest.approx(exposed, abs=2)
+    assert late.waits["loads"] == pytest.approx(exposed / late.clocks, abs=0.01)
+    assert "loads" not in early.waits
+
+
+def test_a_loop_that_cannot_go_on_is_an_error():
+    with pytest.raises(Deadlock, match="loop: expected warps to go on, all wait at"):
+        timeline(step(act="turn"), each=1)
+
+
+# ---- Loads ahead of their use
+
+
+def test_flights_of_copies_and_requests():
+    """A wait that lets 2 groups run, of an iteration's 2, is for those of the iteration before the last."""
+    commits = [step(), step(act="commit"), step(), step(act="commit")]
+    for groups, expected in ((0, Flight(1, 1 / 5, 0)), (1, Flight(1, 3 / 5, 1)), (2, Flight(2, 6 / 5, 2))):
+        found = flight([step(act="copy wait", amount=groups), *commits], stages=3)
+        assert (found.iterations, found.groups) == (expected.iterations, expected.groups)
+        assert found.apart == pytest.approx(expected.apart)
+    requests = [step(act="poll"), step(), step(), step(act="request")]
+    assert flight(requests, stages=2) == Flight(1, 1 / 4, None)
+    assert flight(requests, stages=3) == Flight(2, 5 / 4, None)
+    assert flight([step()], stages=2) == Flight(0, 0.0, None)
+
+
+def test_bounds_with_exposed_loads():
+    """A program keeps the tensor unit for 1000 clocks, and asks for 38,800 bytes, which take 1,000 and a latency."""
+    work = MmaLoop({"tensor": 1}, packed=0, tiles=1, flops=8192 * 1000, shared_bytes=0)
+    loop = HotLoop([], {}, work, 0, 38800)
+    rates = RATES["100"]
+    late, early = (Flight(1, 0.25, None), Flight(2, 1.25, None))
+    assert bounded_clocks(loop, [], late, H100, rates, 4, 1) == pytest.approx((1000 + 1185, 1185))
+    assert bounded_clocks(loop, [], early, H100, rates, 4, 1) == pytest.approx((1000 + 185, 185))
+    assert bounded_clocks(loop, [], early, H100, rates, 4, 2) == (2000, 0)
+    copies = [step(act="copy", amount=38800)]
+    assert bounded_clocks(loop._replace(request_bytes=0), copies, late, H100, rates, 4, 1)[1] == pytest.approx(1150)
+
+
+# ---- Published times
+
+
+def test_times_of_flash_attention_3():
+    assert times.error_of_flash_attention_3(2048) <= 0.028
+    assert times.error_of_flash_attention_3() <= 0.048
+
+
+def test_rates_of_tritons_tutorial():
+    """One clock explains all of them, and it is one that an H100 runs at under load."""
+    clocks = times.clocks_of_triton_tutorial()
+    mean = sum(clocks) / len(clocks)
+    assert 1600 < mean < 1980
+    assert max(abs(clock / mean - 1) for clock in clocks) < 0.03
+
+
+# ---- Compiled kernels
+
+
+@pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+@pytest.mark.skipif(OLDER_TRITON, reason="figures of the code of triton 3.9")
+def test_forward_on_an_h100(tmp_path, monkeypatch, capsys):
+    """At 2 stages iterations wait for what the last one asked for; the command says so, and reads binaries too."""
+    sm_90 = Target.parse("sm_90")
+    wanted = [command.Case("forward", 64, sm_90, TileConfig(128, 64, 8, stages, True)) for stages in (2, 3)]
+    results = {case: command.examine(case) for case in wanted}
+    late, early = results.values()
+    assert late.share == pytest.approx(0.39, rel=0.05)
+    assert early.share == pytest.approx(0.58, rel=0.05)
+    assert (late.awaits_last, early.awaits_last) == (True, False)
+    assert late.waits["loads"] > 0.25 > early.waits.get("loads", 0.0)
+    assert (late.products, late.is_serialised, late.programs, late.groups_in_flight) == (2, False, 2, None)
+    monkeypatch.setattr(command, "cases", lambda *_: wanted)
+    monkeypatch.setattr(command, "examine", results.__getitem__)
+    monkeypatch.setattr(command, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    main(["replay", "--targets", "sm_90", "--head-dims", "64", "--stages", "2,3", "--workers", "1"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| forward")]
+    assert ["asks late" in line for line in lines] == [True, False]
+    assert f"{late.share:.3f}" in lines[0]
+    cubin = tmp_path / "forward.cubin"
+    cubin.write_bytes(compile_kernel("forward", wanted[0].problem, wanted[0].config, sm_90).asm["cubin"])
+    main(["replay", "--cubin", str(cubin), "--function", "forward"])
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2
+
+
+@pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+def test_forward_on_an_a100():
+    """cp.async: a third stage lets an iteration's two groups run on behind the wait at the loop's head."""
+    target, config = Target.parse("sm_80"), TileConfig(128, 64, 4, 3)
+    found = command.examine(command.Case("forward", 64, target, config))
+    assert (found.groups_in_flight, found.awaits_last, found.products) == (2, False, 0)
+    assert 0.5 < found.share < 0.9
+    assert sum(found.waits.values()) < 1
+
+
+def test_targets_without_rates_are_refused():
+    with pytest.raises(ValueError, match=r"target: expected one of sm_80, .*, got gfx942"):
+        kernel.replay(SimpleNamespace(), TileConfig(64, 64, 4, 2), Target.parse("gfx942"))  # type: ignore[arg-type]
+    with pytest.raises(SystemExit):
+        main(["replay", "--targets", "gfx942"])

@@ -1,0 +1,83 @@
+"""Arguments that are the same on every rank, compared once for each new kind of call.
+
+Tensors of other sizes end in an abort or a wait of torch.distributed. Where byte counts are equal, as of [B, S, H, D]
+beside [B, H, S, D], nothing shows: the results are wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.distributed import DebugLevel, get_debug_level  # pyright: ignore[reportPrivateImportUsage]
+
+from ..calls.checks import Options, kind_of
+from ..scaling import Scaling
+from .collectives import all_gather
+from .layout import Split
+
+_SHOWN = 8  # ranks by number in an error
+
+_compared: WeakKeyDictionary[dist.ProcessGroup, set[tuple[Any, ...]]] = WeakKeyDictionary()
+
+
+def require_agreement(split: Split, function: str, options: Options, **others: Any) -> None:
+    """Raise ValueError on every rank unless all call `function` with arguments of one kind.
+
+    others   the arguments beside `options`, one of them a tensor
+
+    A tensor's kind is its dtype and shape, a scaling's its class; of anything else it is the value. Each rank remembers
+    the kinds of a group's calls, and communicates where one is new: it is so on all ranks, as long as they agree. Where
+    it is new to some alone they meet the others' next collective, so that torch.distributed ends all, unless its debug
+    level DETAIL lets every call be compared. A call that is traced, or captured as a graph, is not compared.
+    """
+    if split.size == 1 or torch.compiler.is_compiling():
+        return
+    one = next(x for x in others.values() if isinstance(x, Tensor))
+    if isinstance(one, FakeTensor) or (one.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    arguments = options._asdict() | others
+    known, kind = _compared.setdefault(split.group, set()), (function, *map(_kind, arguments.values()))
+    if kind not in known or get_debug_level() == DebugLevel.DETAIL:
+        _compare(split, one.device, {"function": function} | {name: _shown(x) for name, x in arguments.items()})
+        known.add(kind)
+
+
+def _kind(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.dtype, x.shape
+    return tuple(x) if isinstance(x, list) else type(x) if isinstance(x, Scaling) else x
+
+
+def _shown(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return kind_of(x)
+    return type(x).__name__ if isinstance(x, Scaling) else repr(_kind(x))
+
+
+def _compare(split: Split, device: torch.device, shown: dict[str, str]) -> None:
+    text = json.dumps(shown).encode()
+    digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
+    digests, lengths = all_gather(torch.tensor([digest, len(text)], device=device), split).unbind(1)
+    if bool((digests == digest).all()):
+        return
+    padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    texts = all_gather(padded.to(device), split).cpu()
+    ranks = [json.loads(bytes(row[:n].tolist())) for row, n in zip(texts, lengths.tolist(), strict=True)]
+    name = next(name for name in shown if len({rank.get(name) for rank in ranks}) > 1)
+    values = [rank[name] for rank in ranks]
+    got = " and ".join(f"{value} on {_listed(values, value)}" for value in dict.fromkeys(values))
+    raise ValueError(f"{name}: expected the same on every rank of the mesh, got {got}")
+
+
+def _listed(values: list[str], value: str) -> str:
+    numbers = [str(rank) for rank, one in enumerate(values) if one == value]
+    more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:_SHOWN])}{more}"

@@ -1,0 +1,53 @@
+"""Adapters of PEFT that hold learned scalings: refused by a model that has no place for them.
+
+PEFT itself drops weights of modules that the model lacks, and the model computes with its own scaling.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from .settings import ATTRIBUTE
+
+_EXTENDED = "_extended_by_tritonattn"
+
+
+def follow_adapters() -> None:
+    """Let PEFT refuse adapters whose scalings are not those of the model's layers. Repeating it is harmless."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        return
+    wrapper: Any = PeftModel
+    original = wrapper.load_adapter
+    if getattr(original, _EXTENDED, False):
+        return
+
+    @functools.wraps(original)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            result = original(self, *args, **kwargs)
+        except KeyError as error:
+            if layers := _layers(map(str, error.args)):
+                raise _refusal(f"it has none for {layers}, which is patched") from error
+            raise
+        if layers := _layers(result.unexpected_keys):
+            raise _refusal(f"it has some for {layers}, which have none in the model")
+        return result
+
+    setattr(load_adapter, _EXTENDED, True)
+    wrapper.load_adapter = load_adapter
+
+
+def _layers(keys: Any) -> str:
+    """The layers of the base model whose scalings have these keys of a state_dict."""
+    names = [key.partition(f".{ATTRIBUTE}.")[0] for key in keys if f".{ATTRIBUTE}." in key]
+    return ", ".join(dict.fromkeys(name.removeprefix("base_model.model.") for name in names))
+
+
+def _refusal(got: str) -> ValueError:
+    return ValueError(
+        f"adapter: expected learned scalings of the layers that the model has patched, but {got}: load the base model"
+        " anew, and patch it with the scaling and layers of the adapter's training before PEFT wraps it"
+    )
