@@ -73,7 +73,8 @@ class PagedKeyStatistics:
             raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
         kinds = (dtype, torch.float64, torch.float64, dtype)
         with_spare = (pages + 1, page, kv_heads)
-        self._hold(tuple(torch.zeros(with_spare, dtype=kind, device=device) for kind in kinds), pages, spare=pages)
+        memory = tuple(torch.zeros(with_spare, dtype=kind, device=device) for kind in kinds)
+        self._hold(memory, tuple(x[:-1] for x in memory), spare=pages)
 
     @classmethod
     def inside(cls, memory: tuple[Tensor, ...], spare: int) -> PagedKeyStatistics:
@@ -82,14 +83,14 @@ class PagedKeyStatistics:
         spare   a page that no sequence has: keys without a page may be entered there
         """
         own = cls.__new__(cls)
-        own._hold(memory, memory[0].shape[0], spare)
+        own._hold(memory, memory, spare)
         return own
 
-    def _hold(self, memory: tuple[Tensor, ...], pages: int, spare: int) -> None:
-        self._memory, self._spare = memory, spare
-        self.buffers = tuple(x[:pages] for x in memory)
-        self.pages, self.page, _ = self.buffers[0].shape
-        self.lengths, self.length_sums, self.square_sums, self.length_maxima = self.buffers
+    def _hold(self, memory: tuple[Tensor, ...], buffers: tuple[Tensor, ...], spare: int) -> None:
+        """Keep the buffers; memory: with page `spare`."""
+        self._memory, self.buffers, self._spare = memory, buffers, spare
+        self.lengths, self.length_sums, self.square_sums, self.length_maxima = buffers
+        self.pages, self.page, _ = self.lengths.shape
 
     @torch.no_grad()
     def append(self, k_new: Tensor, cu_seqlens: Tensor, *, key_lengths: Tensor, block_table: Tensor) -> None:
