@@ -48,15 +48,20 @@ _CONFIGS = {
 }
 
 
-_S, _GAIN = [0.1, 0.4, 0.8, 0.3], [0.5, 1.5, 2.0, 0.75]
+_S, _B, _GAIN = [0.1, 0.4, 0.8, 0.3], [0.5, -0.25, 0.0, 0.25], [0.5, 1.5, 2.0, 0.75]
 
 
 def learned(model: Any) -> None:
     """Layer 0 ssmax, layer 1 the model's own, layer 2 key_norm_mean with a gain of each head."""
-    layers = {0: "ssmax", 2: {"scaling": "key_norm_mean", "gain": torch.tensor(_GAIN)[:, None]}}
+    layers = {
+        0: tritonattn.nn.SSMax(4, bias=True),
+        2: {"scaling": "key_norm_mean", "gain": torch.tensor(_GAIN)[:, None]},
+    }
     patch = tritonattn.huggingface.patch(model, layers=layers)
     with torch.no_grad():
-        patch.layers["model.layers.0.self_attn"].scaling.s.copy_(torch.tensor(_S))
+        scaling = patch.layers["model.layers.0.self_attn"].scaling
+        scaling.s.copy_(torch.tensor(_S))
+        scaling.b.copy_(torch.tensor(_B))
 
 
 def gains(model: Any) -> None:
@@ -66,7 +71,7 @@ def gains(model: Any) -> None:
 
 
 _FORMULAS = {
-    learned: [{"mode": "ssmax", "s": _S}, {}, {"mode": "key_norm_mean", "gain": _GAIN}],
+    learned: [{"mode": "ssmax", "s": _S, "b": _B}, {}, {"mode": "key_norm_mean", "gain": _GAIN}],
     gains: [{"mode": "log_key_count", "gain": gain} for gain in _GAIN[:3]],
 }
 

@@ -13,9 +13,9 @@ import numpy as np
 class Formula:
     """logit[i, j] = scale * sqrt(D) * gain * factor[i, j] * (q[i] . k[j]), and what else a layer does with it.
 
-    mode      sqrt_dim, log_key_count (Chiang & Cholak 2022), ssmax with s (Nakanishi 2025), key_norm_mean (a mean in
+    mode      sqrt_dim, log_key_count (Chiang & Cholak 2022), ssmax with s and b (Nakanishi 2025), key_norm_mean (a mean in
               place of the sum of Bernhard 2023), or cosine (Henry et al. 2020, temperature sqrt(D)), whatever the scale
-    gain, s   of each head, or one of all
+    gain, s, b   of each head, or one of all
     scale     the model's own, 1 / sqrt(D) where None
     window    keys that a row sees at most
     softcap   c tanh(logit / c)
@@ -25,6 +25,7 @@ class Formula:
     mode: str = "sqrt_dim"
     gain: Any = 1.0
     s: Any = 1.0
+    b: Any = 0.0
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
@@ -38,7 +39,7 @@ class Formula:
             return np.sqrt(dim) / (np.sqrt((q**2).sum(-1))[..., None] * lengths)
         if self.mode == "key_norm_mean":
             return n / (lengths * seen).sum(-1, keepdims=True)
-        times = {"sqrt_dim": 1.0, "log_key_count": np.log(n), "ssmax": by_head(self.s) * np.log(n)}
+        times = {"sqrt_dim": 1.0, "log_key_count": np.log(n), "ssmax": by_head(self.s) * np.log(n) + by_head(self.b)}
         return times[self.mode] / np.sqrt(dim)
 
     def attend(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
