@@ -13,8 +13,9 @@ import numpy as np
 class Formula:
     """logit[i, j] = scale * sqrt(D) * gain * factor[i, j] * (q[i] . k[j]), and what else a layer does with it.
 
-    mode      sqrt_dim, log_key_count (Chiang & Cholak 2022), ssmax with s and b (Nakanishi 2025), key_norm_mean (a mean in
-              place of the sum of Bernhard 2023), or cosine (Henry et al. 2020, temperature sqrt(D)), whatever the scale
+    mode      sqrt_dim, log_key_count (Chiang & Cholak 2022), ssmax with s and b (Nakanishi 2025), key_norm_mean (a mean
+              in place of the sum of Bernhard 2023), or cosine (Henry et al. 2020, temperature sqrt(D), whatever the
+              scale)
     gain, s, b   of each head, or one of all
     scale     the model's own, 1 / sqrt(D) where None
     window    keys that a row sees at most
