@@ -161,7 +161,7 @@ def _pages(device: torch.device) -> None:
         torch.cat([x[pages].flatten(0, 1)[:n] for pages, n in zip(table.long(), lengths, strict=True)]) for x in (k, v)
     )
     statistics = tritonattn.PagedKeyStatistics(6, 32, 2, device=device)
-    append_to_pages(keys, key_ends, key_ends.diff(), table, statistics.page, statistics._buffers())
+    append_to_pages(keys, key_ends, key_ends.diff(), table, statistics.buffers)
     ends, options = (row_ends, key_ends, 16, 64), {"scaling": "key_norm_mean", "causal": True}
     found = tritonattn.attention_varlen(
         q, k, v, *ends, block_table=table, statistics=statistics, backend="triton", **options

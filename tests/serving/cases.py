@@ -10,6 +10,8 @@ import transformers
 
 import tritonattn.huggingface
 
+from .reference import Decoder, Formula
+
 VOCABULARY, STEPS, TOLERANCE = 96, 20, 1e-2
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -33,16 +35,45 @@ _CONFIGS = {
         query_pre_attn_scalar=100,
         final_logit_softcapping=None,
     ),
+    # Head dims 64 in the first layer, which has the window, and 512 in the others.
+    "gemma4": lambda: transformers.Gemma4TextConfig(
+        **_SIZES | {"tie_word_embeddings": True},
+        global_head_dim=512,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        final_logit_softcapping=None,
+    ),
 }
+
+
+_S, _B, _GAIN = [0.1, 0.4, 0.8, 0.3], [0.5, -0.25, 0.0, 0.25], [0.5, 1.5, 2.0, 0.75]
 
 
 def learned(model: Any) -> None:
     """Layer 0 ssmax, layer 1 the model's own, layer 2 key_norm_mean with a gain of each head."""
-    gain = torch.tensor([0.5, 1.5, 2.0, 0.75])[:, None]
-    layers = {0: "ssmax", 2: {"scaling": "key_norm_mean", "gain": gain}}
+    layers = {
+        0: tritonattn.nn.SSMax(4, bias=True),
+        2: {"scaling": "key_norm_mean", "gain": torch.tensor(_GAIN)[:, None]},
+    }
     patch = tritonattn.huggingface.patch(model, layers=layers)
     with torch.no_grad():
-        patch.layers["model.layers.0.self_attn"].scaling.s.copy_(torch.tensor([0.1, 0.4, 0.8, 0.3]))
+        scaling = patch.layers["model.layers.0.self_attn"].scaling
+        scaling.s.copy_(torch.tensor(_S))
+        scaling.b.copy_(torch.tensor(_B))
+
+
+def gains(model: Any) -> None:
+    """log_key_count with another gain in every layer."""
+    layers = {i: {"scaling": "log_key_count", "gain": gain} for i, gain in enumerate(_GAIN[:3])}
+    tritonattn.huggingface.patch(model, layers=layers)
+
+
+_FORMULAS = {
+    learned: [{"mode": "ssmax", "s": _S, "b": _B}, {}, {"mode": "key_norm_mean", "gain": _GAIN}],
+    gains: [{"mode": "log_key_count", "gain": gain} for gain in _GAIN[:3]],
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +106,24 @@ class Case:
             settings = {"scaling": self.scaling, **options.pop("settings", {})}
             options["additional_config"] = {"tritonattn": settings}
         return patched, plain, {"model": str(folder), **ENGINE, **options}
+
+    def by_formulas(self, model: Any) -> Decoder | None:
+        """The patched model by the papers' formulas, with the weights of the plain one; None without a Decoder."""
+        config = model.config
+        if config.model_type not in Decoder.TYPES:
+            return None
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+        given = _FORMULAS[self.scaling] if callable(self.scaling) else [{"mode": self.scaling}] * len(kinds)
+        formulas = [
+            Formula(
+                scale=getattr(config, "query_pre_attn_scalar", config.head_dim) ** -0.5,
+                window=getattr(config, "sliding_window", None) if kind == "sliding_attention" else None,
+                softcap=getattr(config, "attn_logit_softcapping", None),
+                **own,
+            )
+            for kind, own in zip(kinds, given, strict=True)
+        ]
+        return Decoder(config, {name: x.double().numpy() for name, x in model.state_dict().items()}, formulas)
 
 
 ENGINE = {
@@ -115,7 +164,9 @@ def difference(model: Any, outputs: list[Any]) -> tuple[int, float]:
     wrong, largest = 0, 0.0
     for output in outputs:
         prompt, made = output.prompt_token_ids, list(output.outputs[0].token_ids)
-        logits = model(torch.tensor([[*prompt, *made]])).logits[0]
+        tokens = [*prompt, *made]
+        is_decoder = isinstance(model, Decoder)
+        logits = torch.from_numpy(model(tokens)) if is_decoder else model(torch.tensor([tokens])).logits[0]
         rows = dict(enumerate(output.prompt_logprobs or [], -1)) | dict(
             enumerate(output.outputs[0].logprobs, len(prompt) - 1)
         )

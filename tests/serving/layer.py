@@ -1,8 +1,9 @@
 """One of vLLM's attention layers with its metadata builder and cache, without an engine."""
 
+import functools
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -11,7 +12,9 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.utils import customize_attention_spec
+
+from .reference import Formula
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE, PAGES, WIDTH = 8, 2, 64, 16, 512, 64
 NAME = "model.layers.0.self_attn.attn"
@@ -21,10 +24,19 @@ class Layer:
     """A layer of its own engine's config; `step` is what a step of the engine asks of it.
 
     settings   of additional_config; None serves the model as it is
+    page       keys of a page
+    engine     names of the engine's config to their values, as "parallel_config.pipeline_parallel_size"
     given      further arguments of vLLM's Attention
     """
 
-    def __init__(self, settings: dict[str, Any] | None, dtype: str = "bfloat16", **given: Any) -> None:
+    def __init__(
+        self,
+        settings: dict[str, Any] | None,
+        dtype: str = "bfloat16",
+        page: int = PAGE,
+        engine: dict[str, Any] | None = None,
+        **given: Any,
+    ) -> None:
         folder = Path(mkdtemp())
         transformers.LlamaConfig(
             hidden_size=HEADS * HEAD_DIM,
@@ -39,37 +51,50 @@ class Layer:
             dtype=dtype,
             skip_tokenizer_init=True,
             enforce_eager=True,
-            block_size=PAGE,
+            block_size=page,
             additional_config=extra,
         ).create_engine_config()
+        self.page, self.dtype = page, getattr(torch, dtype)
+        for name, value in (engine or {}).items():
+            *owners, last = name.split(".")
+            setattr(functools.reduce(getattr, owners, self.config), last, value)
         with set_current_vllm_config(self.config):
             if not model_parallel_is_initialized():
                 init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
                 initialize_model_parallel(1)
-            self._build(getattr(torch, dtype), given)
+            self._build(given)
 
-    def _build(self, dtype: torch.dtype, given: dict[str, Any]) -> None:
+    def _build(self, given: dict[str, Any]) -> None:
         before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
+        torch.set_default_dtype(self.dtype)
         try:
             self.layer = Attention(
                 HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, cache_config=self.config.cache_config, prefix=NAME, **given
             )
         finally:
             torch.set_default_dtype(before)
-        self.layer.process_weights_after_loading(dtype)
-        spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=dtype)
-        self.builder = self.layer.attn_backend.get_builder_cls()(spec, [NAME], self.config, torch.device("cpu"))
-        self.cache = torch.zeros(PAGES, KV_HEADS, PAGE, 2 * HEAD_DIM, dtype=dtype)
-        self.dtype = dtype
+        self.layer.process_weights_after_loading(self.dtype)
+        backend = self.layer.get_attn_backend()
+        spec = customize_attention_spec(backend, self.layer.get_kv_cache_spec(self.config))
+        self.builder = backend.get_builder_cls()(spec, [NAME], self.config, torch.device("cpu"))
+        self.renew_cache(PAGES, spec.state_content_size_bytes // self.dtype.itemsize)
 
-    def batch(self, rows: list[int], keys: list[int]) -> dict[str, Any]:
-        """A step of sequences with new tokens and keys, new ones included: what vLLM's runner hands over."""
+    def renew_cache(self, pages: int, width: int | None = None) -> None:
+        """An empty cache, with NaN in it; width: numbers of a cell, as before where None."""
+        width = self.cache.shape[-1] if width is None else width
+        self.cache = torch.full((pages, KV_HEADS, self.page, width), torch.nan, dtype=self.dtype)
+
+    def batch(self, rows: list[int], keys: list[int], table: torch.Tensor | None = None) -> dict[str, Any]:
+        """A step of sequences with new tokens and keys, new ones included: what vLLM's runner hands over.
+
+        table   their pages, int32 [sequences, WIDTH]; None: a number of pages of its own for each
+        """
         ends = torch.tensor([0, *rows]).cumsum(0, dtype=torch.int32)
-        table = torch.arange(1, 1 + len(rows) * WIDTH, dtype=torch.int32).view(len(rows), WIDTH)
+        if table is None:
+            table = torch.arange(1, 1 + len(rows) * WIDTH, dtype=torch.int32).view(len(rows), WIDTH)
         position = torch.cat([torch.arange(k - n, k) for n, k in zip(rows, keys, strict=True)])
         owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
-        slots = table[owner, position // PAGE].long() * PAGE + position % PAGE
+        slots = table[owner, position // self.page].long() * self.page + position % self.page
         tokens = sum(rows)
         common = CommonAttentionMetadata(
             query_start_loc=ends,
@@ -97,3 +122,31 @@ class Layer:
             return impl.forward(self.layer, q, k, v, self.cache, metadata, out)
 
         return lambda: of_layer(self.builder.build(0, common)), of_layer
+
+    def run(self, steps: list[tuple[Any, ...]], seed: int = 0) -> list["Attended"]:
+        """Every sequence of every step of `batch`; one goes on with the keys that its number had in the step before."""
+        torch.manual_seed(seed)
+        held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        found = []
+        for rows, keys, *table in steps:
+            batch = self.batch(rows, keys, *table)
+            out, q, k, v = (x.split(rows) for x in (self.parts(**batch)[1]().clone(), *(batch[name] for name in "qkv")))
+            for n, (new, end) in enumerate(zip(rows, keys, strict=True)):
+                before = held.get(n, (k[n][:0], v[n][:0]))
+                held[n] = tuple(torch.cat([x[: end - new], y[n]]) for x, y in zip(before, (k, v), strict=True))
+                found.append(Attended(out[n], q[n], *held[n]))
+        return found
+
+
+class Attended(NamedTuple):
+    """Rows of a sequence: out and q [rows, Hq, D], all its keys and values [keys, Hkv, D]."""
+
+    out: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def error(self, formula: Formula) -> float:
+        """The largest difference from a formula."""
+        exact = formula.attend(*(x.double().numpy() for x in self[1:]))
+        return float((self.out.double() - torch.from_numpy(exact)).abs().max())

@@ -10,6 +10,8 @@ if __name__ == "__main__":
     register()
     from vllm import LLM, SamplingParams
 
+    import tritonattn.huggingface  # noqa: F401, which applies settings to models of transformers
+
     given = json.loads(Path(sys.argv[1]).read_text())
     sampling = SamplingParams(temperature=0, max_tokens=given["steps"], ignore_eos=True, detokenize=False)
     tokens = [{"prompt_token_ids": x} for x in given["prompts"]]

@@ -12,7 +12,7 @@ from tritonattn.core import decode_call
 from tritonattn.core.visibility import Visibility
 from tritonattn.integrations.vllm import backend
 
-from .cases import STEPS, TOLERANCE, Case, difference, generate, learned, prompts
+from .cases import STEPS, TOLERANCE, Case, difference, gains, generate, learned, prompts
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 CASES = {
@@ -20,6 +20,8 @@ CASES = {
     "key_norm_mean": Case("llama", "key_norm_mean"),
     "window": Case("mistral", "key_norm_mean"),
     "softcap": Case("gemma2", "log_key_count"),
+    "head dim 512": Case("gemma4", learned, {"attention_backend": "TRITONATTN", "num_gpu_blocks_override": 512}),
+    "gains": Case("llama", gains, {"block_size": 32, "num_gpu_blocks_override": 48}),
     # Last: numba, which guesses, holds an object on which vLLM's next engine would fail (triton_utils/dispatcher.py).
     "learned": Case("llama", learned, {"speculative_config": NGRAM}),
 }
@@ -27,10 +29,11 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def served(request, tmp_path_factory):
-    """An engine, and the patched and the plain model."""
-    patched, plain, arguments = CASES[request.param].make(tmp_path_factory.mktemp(request.param))
+    """An engine, the patched and the plain model, and the patched one by the papers' formulas, or None."""
+    case = CASES[request.param]
+    patched, plain, arguments = case.make(tmp_path_factory.mktemp(request.param))
     llm = LLM(**arguments)
-    yield llm, patched, plain
+    yield llm, patched, plain, case.by_formulas(plain)
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
@@ -58,17 +61,18 @@ def paths(monkeypatch) -> Counter:
     return seen
 
 
-def test_tokens_and_logits_are_those_of_patched_transformers(served, paths):
-    llm, patched, plain = served
+def test_tokens_and_logits_are_those_of_the_formulas_and_of_patched_transformers(served, paths):
+    llm, patched, plain, exact = served
     outputs = generate(llm, prompts())  # some begin with pages that others write in the same step
     assert outputs[5].num_cached_tokens >= 64
     anew = generate(llm, prompts(), prompt_logprobs=-1)  # reads no cached prefix
     assert sum(len(x.outputs[0].token_ids) for x in anew) == 7 * STEPS
     again = generate(llm, [prompts()[i] for i in (5, 3)])
-    assert all(x.num_cached_tokens >= 48 for x in again)
+    assert again[0].num_cached_tokens >= 48
     for found in (outputs, anew, again):
-        wrong, largest = difference(patched, found)
-        assert (wrong, largest < TOLERANCE) == (0, True), largest
+        for model in filter(None, (exact, patched)):
+            wrong, largest = difference(model, found)
+            assert (wrong, largest < TOLERANCE) == (0, True), largest
     differing, largest = difference(plain, anew)
     assert differing > STEPS
     assert largest > 50 * TOLERANCE
@@ -111,11 +115,11 @@ FAULTS = {
 @pytest.mark.parametrize("served", ["log_key_count"], indirect=True)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_shows(served, monkeypatch, fault):
-    llm, patched, _ = served
+    llm, _, _, exact = served
     owner, name, wrong = FAULTS[fault]
     real = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args: wrong(real, *args))
     llm.reset_prefix_cache()
     outputs = generate(llm, prompts(), prompt_logprobs=-1)
     llm.reset_prefix_cache()
-    assert difference(patched, outputs)[1] > TOLERANCE
+    assert difference(exact, outputs)[1] > TOLERANCE

@@ -1,34 +1,44 @@
 """One layer: what it reads of a device, what it refuses, which backend is chosen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.config import set_current_vllm_config
 
 from tests.stub import installed
 from tests.support.device_work import values_unread
-from tritonattn.integrations.vllm import NAME, backend, plugin
+from tritonattn.integrations.vllm import NAME as TRITONATTN
+from tritonattn.integrations.vllm import backend, plugin
 from tritonattn.integrations.vllm.backend import TritonattnBackend
+from tritonattn.integrations.vllm.pages import keys_and_values
 
-from .layer import Layer
+from .layer import HEAD_DIM, HEADS, NAME, Layer
+from .reference import Formula
 
 plugin.register()
 plugin.register()  # vLLM may load it more than once
 MODES = ("sqrt_dim", "log_key_count", "key_norm_mean", "cosine")
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"}
-VIEWS = {"transpose", "split", "split_with_sizes", "slice", "select", "view", "alias", "detach"}
+VIEWS = {"transpose", "slice", "select", "view", "alias", "detach"}
 
 
 class NoHostRead(TorchDispatchMode):
-    """Raise where the host would wait for values of a device, or torch reads a cache."""
+    """Raise where the host would wait for values of a device, or torch reads keys or values of a cache.
+
+    What a layer records beside them has another dtype.
+    """
 
     def __init__(self, cache):
         super().__init__()
-        self.cache = cache.untyped_storage().data_ptr()
+        self.cache, self.dtype = cache.untyped_storage().data_ptr(), cache.dtype
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if func.namespace == "aten" and name not in (*VIEWS, "index_put_", "_index_put_impl_"):
-            assert all(x.untyped_storage().data_ptr() != self.cache for x in args if isinstance(x, torch.Tensor)), name
+            read = [x for x in args if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() == self.cache]
+            assert all(x.dtype != self.dtype for x in read), name
         masks = name in ("index", "index_put", "index_put_") and any(
             x is not None and x.dtype == torch.bool for x in args[1]
         )
@@ -69,34 +79,77 @@ def test_padding_is_written_nowhere():
     common.slot_mapping, common.num_actual_tokens = torch.cat([slots, torch.full((3,), -1)]), len(slots) + 3
     k, v = (torch.cat([batch[name], torch.full((3, *batch[name].shape[1:]), torch.nan)]) for name in "kv")
     impl = layer.layer.impl
-    impl._write(k, v, impl._pages(layer.cache), layer.builder.build(0, common))
+    impl._write(k, v, keys_and_values(layer.cache, HEAD_DIM), layer.builder.build(0, common))
     written = layer.cache.transpose(1, 2).flatten(0, 1)[slots]
     assert torch.equal(written, torch.cat([batch["k"], batch["v"]], -1))
-    assert layer.cache[1:].count_nonzero() == written.count_nonzero()
+    assert layer.cache[1:].isfinite().sum() == written.numel()
 
 
 def test_refused_by_name(monkeypatch):
+    connector = SimpleNamespace(is_kv_transfer_instance=True)
     for given, message in (
         ({"alibi_slopes": [0.5] * 8}, "alibi_slopes None, got"),
         ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
         ({"kv_sharing_target_layer_name": "x"}, "kv_sharing_target_layer_name None, got x"),
+        ({"head_size_v": 32}, f"expected an Attention with values of 64, got a Attention with values of 32 at {NAME}"),
+        ({"engine": {"cache_config.cache_dtype": "float16"}}, "kv_cache_dtype auto or bfloat16, got float16"),
+        ({"engine": {"parallel_config.pipeline_parallel_size": 2}}, "pipeline_parallel_size 1, got 2"),
+        ({"engine": {"parallel_config.decode_context_parallel_size": 2}}, "DCP not supported"),
+        ({"engine": {"parallel_config.prefill_context_parallel_size": 2}}, "PCP not supported"),
+        ({"engine": {"kv_transfer_config": connector}}, f"kv_transfer_config: expected None .* at {NAME}"),
+        ({"engine": {"attention_config.use_non_causal": True}}, "non-causal attention not supported"),
     ):
         with pytest.raises(NotImplementedError, match=message):
-            Layer({"scaling": "log_key_count"}, **given)
+            Layer({"scaling": "key_norm_mean"}, **given)
     with pytest.raises(ValueError, match=r"'ssmax': use tritonattn.huggingface.patch"):
         Layer({"scaling": "ssmax"})
     with pytest.raises(ValueError, match=r"tritonattn.layers\['model.layers.7.self_attn'\]: expected the name of one"):
         Layer({"layers": {"model.layers.7.self_attn": {"scaling": "none"}}})
     with pytest.raises(ValueError, match=r"expected weights \{'scaling.s': \[8\]\}, got \{\}"):
         Layer({"layers": {"model.layers.0.self_attn": {"scaling": "ssmax"}}})
+    layer = Layer({"scaling": "log_key_count"}, engine={"kv_transfer_config": connector})  # reads no lengths
+    batch = layer.batch([1], [9])
+    batch["common"].causal = False
+    with pytest.raises(NotImplementedError, match="expected causal attention, got causal=False"):
+        layer.builder.build(0, batch["common"])
     monkeypatch.setattr(plugin, "version", lambda name: "0.34.1")
     with pytest.raises(ImportError, match=r"vllm: expected version >=0.33.0,<0.34, got 0.34.1"):
         Layer({"scaling": "log_key_count"})
     assert Layer(None).layer.attn_backend.get_name() == "CPU_ATTN"  # as without the plugin, whatever the version
 
 
+ONE_LAYER = {"model.layers.0.self_attn": {"scaling": "ssmax"}}
+
+
+@torch.no_grad()
+def test_random_weights_leave_learned_values_at_their_start():
+    given = {"load_config.load_format": "dummy", "model_config.hf_config.tritonattn": {"layers": ONE_LAYER}}
+    layer = Layer(None, "float32", engine=given)
+    assert max(x.error(Formula("ssmax")) for x in layer.run([([1, 40], [1, 40])])) < 1e-5
+
+
+def test_learned_values_that_no_layer_takes_are_named():
+    layer = Layer(None, engine={"model_config.hf_config.tritonattn": {"layers": {NAME[:-5]: {"scaling": "dim"}}}})
+    learned = {"model.layers.7.self_attn": {"scaling.s": torch.ones(HEADS)}}
+    layer.layer.impl.learned = learned
+    with (
+        set_current_vllm_config(layer.config),
+        pytest.raises(ValueError, match=r"expected settings of model.layers.7.self_attn, whose learned values"),
+    ):
+        layer.layer.process_weights_after_loading(layer.dtype)
+    layer = Layer({"scaling": "dim"})  # in place of the checkpoint's
+    layer.layer.impl.learned = learned
+    with set_current_vllm_config(layer.config):
+        layer.layer.process_weights_after_loading(layer.dtype)
+
+
+def test_the_switch_of_vllm_is_not_turned_off(monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match=f"expected True or None under VLLM_BATCH_INVARIANT=1, got False at {NAME}"):
+        Layer({"scaling": "dim", "batch_invariant": False})
+
+
 def test_another_backend_is_refused_for_a_patched_model():
-    from vllm.config import set_current_vllm_config
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import get_attn_backend
 
@@ -108,10 +161,17 @@ def test_another_backend_is_refused_for_a_patched_model():
             get_attn_backend(64, torch.bfloat16, "auto", use_mla=True)
         with pytest.raises(NotImplementedError, match="kv_cache_dtype not supported"):
             get_attn_backend(64, torch.bfloat16, "fp8")
+        with pytest.raises(NotImplementedError, match="multimodal token full attention not supported"):
+            get_attn_backend(64, torch.bfloat16, "auto", use_mm_prefix=True)
+        with pytest.raises(NotImplementedError, match="head_size not supported"):
+            get_attn_backend(520, torch.bfloat16, "auto")
+        assert get_attn_backend(512, torch.bfloat16, "auto") is TritonattnBackend
         config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
-        with pytest.raises(ValueError, match=f"attention_backend: expected {NAME} or none .*, got FLASH_ATTN"):
+        with pytest.raises(
+            ValueError, match=f"expected {TRITONATTN} or none .*, got FLASH_ATTN, which does not compute"
+        ):
             get_attn_backend(64, torch.bfloat16, "auto")
     config = Layer(None).config
-    config.attention_config.backend = AttentionBackendEnum[NAME]
+    config.attention_config.backend = AttentionBackendEnum[TRITONATTN]
     with set_current_vllm_config(config):
         assert get_attn_backend(64, torch.bfloat16, "auto") is TritonattnBackend

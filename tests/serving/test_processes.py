@@ -20,6 +20,7 @@ MANY = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 RUNS = {
     "ranks": (Case("llama", learned, {"tensor_parallel_size": 2}), prompts(), STEPS, MANY),
+    "models of transformers": (Case("llama", learned, {"model_impl": "transformers"}), prompts(), STEPS, {}),
     "kernels": (Case("llama", learned, {}), [x[-20:] for x in prompts()[:4]], 4, INTERPRETED),
 }
 

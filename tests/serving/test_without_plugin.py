@@ -1,21 +1,34 @@
-"""vLLM without the plugin does not serve a checkpoint that was saved with a patch."""
+"""vLLM without the plugin refuses what needs it: a patched checkpoint, and the documented command for another."""
 
 import os
 import subprocess
 import sys
 
+import pytest
+
 import tritonattn.huggingface
 
 from .cases import Case
 
+CASES = {
+    "patched checkpoint": (
+        Case("llama", lambda model: tritonattn.huggingface.patch(model, scaling="log_key_count")),
+        "no module or parameter named 'needs_tritonattn'",
+    ),
+    "settings of the command": (
+        Case("llama", "log_key_count", {"attention_backend": "TRITONATTN"}),
+        "Unknown attention backend: 'TRITONATTN'",
+    ),
+}
 
-def test_a_patched_checkpoint_is_refused(tmp_path):
-    _, _, arguments = Case("llama", lambda model: tritonattn.huggingface.patch(model, scaling="log_key_count")).make(
-        tmp_path
-    )
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_needs_the_plugin_is_refused(case, tmp_path):
+    model, message = CASES[case]
+    _, _, arguments = model.make(tmp_path)
     program = f"import sys, vllm; vllm.LLM(**{arguments!r}); print('served', 'tritonattn' in sys.modules)"
     without = {**os.environ, "VLLM_PLUGINS": "plain_ops"}
     done = subprocess.run([sys.executable, "-c", program], env=without, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "served" not in done.stdout
-    assert "no module or parameter named 'needs_tritonattn'" in done.stderr
+    assert message in done.stderr

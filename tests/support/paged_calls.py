@@ -17,6 +17,7 @@ from tritonattn.calls import paged_statistics
 from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.sequences import Sequences
 from tritonattn.core.visibility import Visibility
+from tritonattn.integrations.vllm.pages import RECORD, key_statistics
 
 
 def paged_call(
@@ -80,25 +81,30 @@ def paged_call(
 
 
 def check_appends(dtype: torch.dtype, head_dim: int, device: torch.device | str = "cpu") -> None:
-    """Enter keys by the kernel, at once and in pieces: the same bits, and torch's values; other places stay."""
+    """Enter keys by the kernel, at once and in pieces, the latter behind keys and values of a cache: the same bits, and
+    torch's values; other places stay.
+    """
     random, page, kv_heads, lengths = torch.Generator().manual_seed(0), 16, 17, (100, 3, 70)
     keys = [torch.randn(count, kv_heads, head_dim, generator=random).to(device, dtype) for count in lengths]
     keys[0][30, 1], keys[2][5, 2] = torch.nan, 0
     table = torch.randperm(21, generator=random).view(3, 7).int().to(device)
     found = []
+    cache = torch.zeros(21, kv_heads, page, 2 * head_dim + RECORD, dtype=dtype, device=device)
     for pieces in ([lengths], [(1, 0, 20), (46, 3, 0), (17, 0, 44), (36, 0, 6)]):
         ours, theirs = (tritonattn.PagedKeyStatistics(21, page, kv_heads, device=device) for _ in range(2))
+        ours = key_statistics(cache, head_dim) if len(pieces) > 1 else ours
         held = [0, 0, 0]
         for piece in pieces:
             new = torch.cat([x[at : at + count] for x, at, count in zip(keys, held, piece, strict=True)])
             held = [at + count for at, count in zip(held, piece, strict=True)]
             new = torch.cat([new, torch.full_like(new[:2], torch.nan)])  # of no sequence
             after = torch.tensor(held, device=device)
-            triton_backend.append_to_pages(new, offsets(piece).to(device), after, table, page, ours._buffers())
+            triton_backend.append_to_pages(new, offsets(piece).to(device), after, table, ours.buffers)
             with patch.object(paged_statistics, "kernels_take", lambda _: False):
                 theirs.append(new, offsets(piece).to(device), key_lengths=after, block_table=table)
-        found.append(ours._buffers())
-        for buffer, other in zip(found[-1], theirs._buffers(), strict=True):
-            torch.testing.assert_close(buffer[:-1], other[:-1], rtol=1e-6, atol=0, equal_nan=True)
+        found.append(ours.buffers)
+        for buffer, other in zip(found[-1], theirs.buffers, strict=True):
+            torch.testing.assert_close(buffer, other, rtol=1e-6, atol=0, equal_nan=True)
     for whole, pieced in zip(*found, strict=True):
         assert torch.equal(whole.nan_to_num(-1.0), pieced.nan_to_num(-1.0))
+    assert cache[..., : 2 * head_dim].count_nonzero() == 0

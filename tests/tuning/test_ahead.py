@@ -143,7 +143,7 @@ def append_in_pages() -> None:
     statistics = tritonattn.PagedKeyStatistics(9, 20, 2)
     table, ends = torch.zeros(1, 3, dtype=torch.int32), torch.tensor([0, 5], dtype=torch.int32)
     k, lengths = torch.zeros(5, 2, 64, dtype=HALF), torch.tensor([33])
-    triton_backend.append_to_pages(k, ends, lengths, table, statistics.page, statistics._buffers())
+    triton_backend.append_to_pages(k, ends, lengths, table, statistics.buffers)
 
 
 def largest() -> None:

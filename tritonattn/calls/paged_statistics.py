@@ -44,8 +44,8 @@ class PagedKeyStatistics:
         dtype: float32, or float64 beside a float64 cache.
 
     All buffers have fixed shapes and change in place, nothing waits for the device, and the work is O(new keys):
-    `append` can be captured in a CUDA graph, once it has run with the like, and compiled. On a GPU values are not read:
-    keys without a page are dropped. On a CPU they raise ValueError.
+    `append` can be compiled, and captured in a CUDA graph after a call with the same shapes, which compiles its kernel.
+    On a GPU values are not read: keys without a page are dropped. On a CPU they raise ValueError.
 
     Raises TypeError or ValueError for an invalid size or dtype.
 
@@ -71,15 +71,26 @@ class PagedKeyStatistics:
             check_count(name, size, least)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-        self.pages, self.page = pages, page
-        # One more place at the end, for keys that are dropped.
-        self._lengths, self._length_sums, self._square_sums, self._length_maxima = (
-            torch.zeros((pages * page + 1, kv_heads), dtype=kind, device=device)
-            for kind in (dtype, torch.float64, torch.float64, dtype)
-        )
-        self.lengths, self.length_sums, self.square_sums, self.length_maxima = (
-            buffer[:-1].unflatten(0, (pages, page)) for buffer in self._buffers()
-        )
+        kinds = (dtype, torch.float64, torch.float64, dtype)
+        with_spare = (pages + 1, page, kv_heads)
+        memory = tuple(torch.zeros(with_spare, dtype=kind, device=device) for kind in kinds)
+        self._hold(memory, tuple(x[:-1] for x in memory), spare=pages)
+
+    @classmethod
+    def inside(cls, memory: tuple[Tensor, ...], spare: int) -> PagedKeyStatistics:
+        """The record in memory that somebody else owns: the four buffers in order, [N, page, Hkv] of any strides.
+
+        spare   a page that no sequence has: keys without a page may be entered there
+        """
+        own = cls.__new__(cls)
+        own._hold(memory, memory, spare)
+        return own
+
+    def _hold(self, memory: tuple[Tensor, ...], buffers: tuple[Tensor, ...], spare: int) -> None:
+        """Keep the buffers; memory: with page `spare`."""
+        self._memory, self.buffers, self._spare = memory, buffers, spare
+        self.lengths, self.length_sums, self.square_sums, self.length_maxima = buffers
+        self.pages, self.page, _ = self.lengths.shape
 
     @torch.no_grad()
     def append(self, k_new: Tensor, cu_seqlens: Tensor, *, key_lengths: Tensor, block_table: Tensor) -> None:
@@ -96,7 +107,7 @@ class PagedKeyStatistics:
         Raises:
             TypeError, ValueError: A type, dtype, shape or device; on a CPU also offsets that fall or pass T,
                 key_lengths outside [new keys, max_pages * page], and pages outside [0, N).
-            RuntimeError: While a CUDA graph is captured, a kernel that is not compiled yet: append the like before.
+            RuntimeError: In a CUDA graph's capture, a kernel that is not compiled yet: append the same shapes before.
         """
         self._check(k_new, cu_seqlens, key_lengths, block_table)
         self.enter(k_new, cu_seqlens, key_lengths, block_table)
@@ -109,9 +120,9 @@ class PagedKeyStatistics:
         if k_new.numel() == 0 or block_table.numel() == 0:
             return
         given = (k_new, cu_seqlens, key_lengths, block_table)
-        fits = self._lengths.dtype == torch.float32 and kernels_take(k_new[None])
-        if fits and runs_eagerly(*given, self._lengths):
-            kernels().append_to_pages(*given, self.page, self._buffers(), passes)
+        fits = self.lengths.dtype == torch.float32 and kernels_take(k_new[None])
+        if fits and runs_eagerly(*given, self.lengths):
+            kernels().append_to_pages(*given, self.buffers, passes)
             return
         for _ in range(passes):
             self._append(*given)
@@ -128,33 +139,30 @@ class PagedKeyStatistics:
         position = first[sequence.clamp(max=sequences - 1)] + order
         page, place, found = table.locate(sequence, position, self.pages)  # [T]
         lengths = key_lengths_of(k_new.transpose(0, 1)[None], found, invariant=True)  # as KeyStatistics does
-        lengths = lengths.to(self._lengths.dtype)  # [1, Hkv, T]
+        lengths = lengths.to(self.lengths.dtype)  # [1, Hkv, T]
         last = (first - 1)[:, None]
         before = (self.length_sums, self.square_sums, self.length_maxima)
         held = tuple(table.gather(buffer, last, last >= 0).transpose(1, 2) for buffer in before)  # [B, Hkv, 1]
         totals = extended(held, new.unpacked(lengths))  # [B, Hkv, longest]
-        slot = torch.where(found, page * self.page + place, self.pages * self.page)
-        self._lengths.index_copy_(0, slot, lengths[0].T)
-        for buffer, values in zip(self._buffers()[1:], totals, strict=True):
-            buffer.index_copy_(0, slot, new.packed(values)[0].T)
-
-    def _buffers(self) -> tuple[Tensor, ...]:
-        return self._lengths, self._length_sums, self._square_sums, self._length_maxima
+        at = torch.where(found, page, self._spare), torch.where(found, place, 0)
+        entries = (lengths, *(new.packed(values) for values in totals))  # [1, Hkv, T]
+        for buffer, values in zip(self._memory, entries, strict=True):
+            buffer[at] = values[0].T
 
     def _check(self, k_new: Any, cu_seqlens: Any, key_lengths: Any, block_table: Any) -> None:
-        kv_heads = self._lengths.shape[1]
+        kv_heads = self.lengths.shape[2]
         check_tensor("k_new", k_new, "[T, Hkv, D]")
         if k_new.dtype not in FLOATS:
             raise TypeError(f"k_new: expected a floating dtype, got {k_new.dtype}")
         if k_new.dim() != 3 or k_new.shape[1] != kv_heads or k_new.shape[2] == 0:
             raise ValueError(f"k_new: expected [T, Hkv, D] = [T, {kv_heads}, D], got {shape_of(k_new)}")
-        check_device("k_new", k_new, self._lengths, _OWNER)
-        check_offsets("cu_seqlens", cu_seqlens, self._lengths, _OWNER)
+        check_device("k_new", k_new, self.lengths, _OWNER)
+        check_offsets("cu_seqlens", cu_seqlens, self.lengths, _OWNER)
         sequences = cu_seqlens.shape[0] - 1
-        check_integers("key_lengths", key_lengths, "[B]", self._lengths, _OWNER)
+        check_integers("key_lengths", key_lengths, "[B]", self.lengths, _OWNER)
         if key_lengths.shape != (sequences,):
             raise ValueError(f"key_lengths: expected shape [B] = [{sequences}], got {shape_of(key_lengths)}")
-        check_block_table(block_table, sequences, self._lengths, _OWNER)
+        check_block_table(block_table, sequences, self.lengths, _OWNER)
         check_offset_values("cu_seqlens", cu_seqlens, k_new.shape[0], "T")
         if not (values_are_read(cu_seqlens) and values_are_read(key_lengths)):
             return

@@ -34,6 +34,7 @@ from .settings import ATTRIBUTE, LAYERS, MARK, LayerScaling, Settings, layer_sca
 
 _EXTENDED = "_extended_by_tritonattn"
 _ASKED = "_tritonattn_implementation_asked_for"
+_OF_VLLM = "vllm"  # in models that vLLM builds, whose attention is its own: its plugin reads the settings
 
 
 def restore(model: PreTrainedModel) -> Patched:
@@ -139,6 +140,8 @@ def _settings_in_config(model: PreTrainedModel, layers: dict[str, Any]) -> Itera
 
 
 def _follow(model: PreTrainedModel, _: dict[str, Any]) -> None:
+    if model.config._attn_implementation == _OF_VLLM:
+        return
     saved = _saved(model)
     if saved is None:
         if (for_all := getattr(model.config, ATTRIBUTE, None)) is not None:

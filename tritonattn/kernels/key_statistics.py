@@ -169,6 +169,13 @@ def append_keys(
         tl.store(buffers.counts_after + batch, held + new)
 
 
+@triton.jit
+def _entries(x, number, slot, heads):
+    """Pointers to the entries [n, heads] of x, a `Scale` of pages [N, Hkv, page], at n slots of numbered pages."""
+    place = number.to(tl.int64) * (x.b >> 4) + slot.to(tl.int64) * x.s
+    return x.ptr + (place[:, None] + heads.to(tl.int64)[None, :] * (x.h >> 4))
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def append_to_pages(
     new_lengths_ptr,
@@ -187,7 +194,7 @@ def append_to_pages(
 
     Grid: (blocks of Hkv, 1, B). new_lengths fp32 [Hkv, k_len], contiguous; starts int32 [B + 1], where the sequences'
     new keys begin and end among the k_len, clamped; key_lengths int32 [B], with the new keys; pages `Pages` of the
-    sequences; the buffers, counts None, [N * page, Hkv] contiguous. Keys without a page are dropped.
+    sequences; the buffers, counts None, each a `Scale` of [N, Hkv, page]. Keys without a page are dropped.
 
     Sums are taken in blocks that begin at multiples of BLOCK_N keys, from the entry of the last key before: their bits
     do not depend on how keys are cut into calls. Of a block that old keys begin, their lengths are read.
@@ -203,33 +210,32 @@ def append_to_pages(
     first_block = tl.maximum(held, 0) // BLOCK_N * BLOCK_N
     last = first_block - 1 + tl.arange(0, 1)
     last_number, last_slot, has_last = page_slots(pages, last, last >= 0, True)
-    entry = (last_number.to(tl.int64) * pages.size + last_slot) * kv_heads + heads
-    keep_entry = has_last & keep_head
-    length_sum = tl.load(buffers.length_sums + entry, mask=keep_entry, other=0.0)
-    square_sum = tl.load(buffers.square_sums + entry, mask=keep_entry, other=0.0)
-    maximum = tl.load(buffers.length_maxima + entry, mask=keep_entry, other=0.0)
+    keep_entry = has_last[:, None] & keep_head[None, :]
+    length_sum = tl.load(_entries(buffers.length_sums, last_number, last_slot, heads), mask=keep_entry, other=0.0)
+    square_sum = tl.load(_entries(buffers.square_sums, last_number, last_slot, heads), mask=keep_entry, other=0.0)
+    maximum = tl.load(_entries(buffers.length_maxima, last_number, last_slot, heads), mask=keep_entry, other=0.0)
     order = tl.arange(0, BLOCK_N)
     is_last = (order == BLOCK_N - 1)[:, None]
     for first in range(first_block, end, BLOCK_N):
         offs_key = first + order
         number, slot, is_held = page_slots(pages, offs_key, offs_key < end, True)
-        entries = (number.to(tl.int64) * pages.size + slot)[:, None] * kv_heads + heads[None, :]
         keep = is_held[:, None] & keep_head[None, :]
         is_new = (offs_key >= held)[:, None]
         length_ptrs = new_lengths_ptr + heads.to(tl.int64)[None, :] * k_len + (start - held + offs_key)[:, None]
         new_lengths = tl.load(length_ptrs, mask=keep & is_new, other=0.0)
-        lengths = tl.where(is_new, new_lengths, tl.load(buffers.lengths + entries, mask=keep & ~is_new, other=0.0))
+        length_entries = _entries(buffers.lengths, number, slot, heads)
+        lengths = tl.where(is_new, new_lengths, tl.load(length_entries, mask=keep & ~is_new, other=0.0))
         wide_lengths = lengths.to(tl.float64)
-        length_sums = length_sum[None, :] + tl.cumsum(wide_lengths, 0)
-        square_sums = square_sum[None, :] + tl.cumsum(wide_lengths * wide_lengths, 0)
-        maxima = _larger(maximum[None, :], tl.associative_scan(lengths, 0, _larger))
-        tl.store(buffers.lengths + entries, lengths, mask=keep & is_new)
-        tl.store(buffers.length_sums + entries, length_sums, mask=keep & is_new)
-        tl.store(buffers.square_sums + entries, square_sums, mask=keep & is_new)
-        tl.store(buffers.length_maxima + entries, maxima, mask=keep & is_new)
-        length_sum = tl.sum(tl.where(is_last, length_sums, 0.0), 0)
-        square_sum = tl.sum(tl.where(is_last, square_sums, 0.0), 0)
-        maximum = tl.sum(tl.where(is_last, maxima, 0.0), 0)
+        length_sums = length_sum + tl.cumsum(wide_lengths, 0)
+        square_sums = square_sum + tl.cumsum(wide_lengths * wide_lengths, 0)
+        maxima = _larger(maximum, tl.associative_scan(lengths, 0, _larger))
+        tl.store(length_entries, lengths, mask=keep & is_new)
+        tl.store(_entries(buffers.length_sums, number, slot, heads), length_sums, mask=keep & is_new)
+        tl.store(_entries(buffers.square_sums, number, slot, heads), square_sums, mask=keep & is_new)
+        tl.store(_entries(buffers.length_maxima, number, slot, heads), maxima, mask=keep & is_new)
+        length_sum = tl.sum(tl.where(is_last, length_sums, 0.0), 0)[None, :]
+        square_sum = tl.sum(tl.where(is_last, square_sums, 0.0), 0)[None, :]
+        maximum = tl.sum(tl.where(is_last, maxima, 0.0), 0)[None, :]
 
 
 @triton.jit(do_not_specialize=LENGTHS)

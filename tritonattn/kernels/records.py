@@ -118,7 +118,7 @@ class RowTerms(NamedTuple):
 
 
 class KeyBuffers(NamedTuple):
-    """The buffers of a `KeyStatistics`, or, without counts, of a `PagedKeyStatistics`: `key_statistics`."""
+    """The buffers of a `KeyStatistics`, or, as `Scale` and without counts, of a `PagedKeyStatistics`."""
 
     counts: Any
     counts_after: Any

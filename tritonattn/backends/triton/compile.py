@@ -247,10 +247,10 @@ def _append_keys(problem: Problem) -> None:
 def _append_to_pages(problem: Problem) -> None:
     batch, heads, capacity = _keys(problem)[0].shape[:3]
     dtypes = (torch.float32, torch.float64, torch.float64, torch.float32)
-    buffers = tuple(_tensor(batch * capacity + 1, heads, dtype=dtype) for dtype in dtypes)
+    buffers = tuple(_tensor(batch * capacity // _PAGE, _PAGE, heads, dtype=dtype) for dtype in dtypes)
     k, ends = _tensor(capacity, heads, problem.head_dim), _tensor(batch + 1, dtype=torch.int32)
     table = _tensor(batch, capacity // _PAGE, dtype=torch.int32)
-    append_to_pages(k, ends, _tensor(batch, dtype=torch.int32), table, _PAGE, buffers)
+    append_to_pages(k, ends, _tensor(batch, dtype=torch.int32), table, buffers)
 
 
 def _prefix_sums(problem: Problem) -> None:

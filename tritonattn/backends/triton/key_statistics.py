@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...kernels.records import KeyBuffers
 from ...tuning.config import Problem
-from .launch import Arguments, are_aligned, forms_of, is_wide, kind_of, pages_of, plan, strided
+from .launch import Arguments, are_aligned, forms_of, is_wide, kind_of, pages_of, plan, scale_of, strided
 from .ranges import NO_HEADS, seen_bytes
 
 # Up to this many new keys, the program of a head computes lengths while it adds up; for more, a pass before does.
@@ -62,25 +62,24 @@ def append_to_pages(
     cu_seqlens: Tensor,
     key_lengths_after: Tensor,
     block_table: Tensor,
-    page: int,
     buffers: tuple[Tensor, ...],
     passes: int = 1,
 ) -> None:
-    """Enter the keys k [T, Hkv, D] in the buffers [N * page + 1, Hkv] of a fp32 `PagedKeyStatistics`, as its `enter`.
+    """Enter the keys k [T, Hkv, D] in the buffers of a fp32 `PagedKeyStatistics`, as its `enter`.
 
-    buffers   lengths, length_sums, square_sums, length_maxima; the last row of each is left alone
+    buffers   lengths, length_sums, square_sums, length_maxima: [N, page, Hkv] of any strides
     """
     total, kv_heads, _ = k.shape
     arguments: Arguments = {
         "new_lengths_ptr": key_lengths(k.transpose(0, 1)[None], None),
         "starts_ptr": cu_seqlens.int().contiguous(),
         "key_lengths_ptr": key_lengths_after.int().contiguous(),
-        "pages": pages_of(block_table, (buffers[0].shape[0] - 1) // page, page),
-        "buffers": KeyBuffers(None, None, *buffers),
+        "pages": pages_of(block_table, *buffers[0].shape[:2]),
+        "buffers": KeyBuffers(None, None, *(scale_of(x.transpose(1, 2)) for x in buffers)),
         "k_len": total,
         "kv_heads": kv_heads,
     }
-    kind = kind_of((*forms_of(block_table), page), lambda: (NO_HEADS, False))
+    kind = kind_of(tuple(forms_of(block_table, *buffers)), lambda: (NO_HEADS, False))
     chosen = plan("append_to_pages", kind.problem, k.device)
     grid = (-(-kv_heads // chosen.config.block_m), 1, len(key_lengths_after))
     for _ in range(passes):

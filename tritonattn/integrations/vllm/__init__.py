@@ -1,12 +1,14 @@
 """vLLM's attention backend TRITONATTN: a patched model keeps its scaling where it is served.
 
 `pip install 'tritonattn[vllm]'` is all: vLLM calls `register` in each of its processes. A checkpoint that was saved
-with a patch then runs on this backend. So does another model with LLM(..., additional_config={"tritonattn": {...}}).
-Its entries are those of config.tritonattn: `scaling`, `gain`, `backend` and `batch_invariant` for all layers, or
-{"layers": {name: {...}}}. Every other model is served as if tritonattn was not installed.
+with a patch then runs on this backend. So does another model with LLM(..., attention_backend="TRITONATTN",
+additional_config={"tritonattn": {...}}). Its entries are those of config.tritonattn: `scaling`, `gain`, `backend` and
+`batch_invariant` for all layers, or {"layers": {name: {...}}}. Every other model is served as if tritonattn was not
+installed.
 
 plugin     called by vLLM: the backend's registration and choice
 settings   the scaling of each of vLLM's layers
+pages      the cells of vLLM's cache
 backend    vLLM's interface: metadata of a step, cache writes, calls of tritonattn
 """
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+import vllm.envs as envs
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -32,8 +33,18 @@ from ...calls.varlen import call_over_pages, packed_visibility
 from ...calls.varlen_checks import Packing
 from ...core.decode_call import Cache
 from ...core.visibility import window_sides
+from ...tuning.config import WIDEST
 from . import NAME
-from .settings import LayerFactor, layer_settings, saved_settings, with_learned
+from .pages import RECORD, key_statistics, keys_and_values
+from .settings import (
+    LayerFactor,
+    Settings,
+    asked_settings,
+    check_all_taken,
+    layer_settings,
+    saved_settings,
+    with_learned,
+)
 
 
 class TritonattnBackend(AttentionBackend):
@@ -58,7 +69,7 @@ class TritonattnBackend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return head_size <= 256
+        return head_size <= WIDEST
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -67,6 +78,19 @@ class TritonattnBackend(AttentionBackend):
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+
+class RecordingBackend(TritonattnBackend):
+    """The backend of layers that read key lengths: their cells of the cache hold these too."""
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        size = (spec.head_size + spec.head_size_v + RECORD) * spec.dtype.itemsize
+        return replace(spec, state_content_bytes=size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +233,9 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.learned: dict[str, dict[str, Tensor]] = {}  # by the saved module's name; the loader fills it
-        self._saved = saved_settings(config)
+        self.saved = saved_settings(config)
+        self._overrides = asked_settings(config) is not None
+        self._is_random = config.load_config.load_format == "dummy"
         self._layers = config.compilation_config.static_forward_context
         self._device = config.device_config.device
         self._options = Options(
@@ -219,7 +245,6 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         )
         self._sinks = sinks
         self._moves_pages = config.kv_transfer_config is not None
-        self._statistics: PagedKeyStatistics | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Find this layer's scaling, now that all layers exist and what they have learned is loaded."""
@@ -231,20 +256,24 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
                 f" {type(layer).__name__} with values of {layer.head_size_v} at {name}"
             )
         ranks = get_tensor_model_parallel_world_size()
-        saved, settings = layer_settings(self._saved, name, tuple(own), self.num_heads * ranks)
+        if not self._overrides:
+            check_all_taken(self.saved, self.learned)
+        saved, settings = layer_settings(self.saved, name, tuple(own), self.num_heads * ranks)
         if saved is not None:
-            learned = self.learned.get(saved, {})
+            learned = None if self._is_random else self.learned.get(saved, {})
             settings = with_learned(settings, saved, learned, get_tensor_model_parallel_rank(), ranks)
         heads = (self.num_heads, self.num_kv_heads)
         found = LayerFactor.of(settings, self.scale, heads, self.head_size)
-        if found.reads_lengths and self._moves_pages:
-            raise NotImplementedError(
-                f"kv_transfer_config: expected None for a scaling by key lengths at {name}: they stay where pages were"
-                " written"
-            )
+        if found.reads_lengths:
+            if self._moves_pages:
+                raise NotImplementedError(
+                    f"kv_transfer_config: expected None for a scaling by key lengths at {name}: its cells hold more"
+                    " than keys and values, which no connector was tried with"
+                )
+            layer.attn_backend = RecordingBackend
         self._factor = found.to(self._device)
         sinks = None if self._sinks is None else self._sinks.detach().float()
-        given = {"sinks": sinks, "backend": settings.backend, "batch_invariant": settings.batch_invariant}
+        given = {"sinks": sinks, "backend": settings.backend, "batch_invariant": _invariant(settings, name)}
         self._options = self._options._replace(**given)
 
     def forward(
@@ -262,9 +291,12 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         """Write the new keys and values, and attend with query [tokens, Hq, D] into output [tokens, Hq, D]."""
         if attn_metadata is None:  # vLLM measures its memory
             return output.fill_(0)
-        m, pages, first = attn_metadata, self._pages(kv_cache), 0
+        m, pages, first = attn_metadata, keys_and_values(kv_cache, self.head_size), 0
         self._write(key, value, pages, m)
-        statistics = self._grown_statistics(key, pages[0], m) if self._factor.reads_lengths else None
+        statistics = None
+        if self._factor.reads_lengths:
+            statistics = key_statistics(kv_cache, self.head_size)
+            statistics.enter(key[: m.tokens], m.new_ends, m.lengths, m.block_table, m.passes)
         if m.decodes is not None:
             first = m.decodes.lengths.shape[0]
             output[:first] = self._attend(self._decode_call(query[:first, :, None], pages, m, statistics))[:, :, 0]
@@ -307,17 +339,11 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         logits = call.cached.visibility.once((factor.shared, options.cap), lambda: call.logits(factor.factor))
         return call.run(logits._replace(sinks=options.sinks)).out
 
-    def _grown_statistics(self, new: Tensor, pages: Tensor, m: TritonattnMetadata) -> PagedKeyStatistics:
-        """The record of key lengths beside this layer's pages, with the new keys [tokens, Hkv, D]."""
-        blocks, page, kv_heads, _ = pages.shape
-        if self._statistics is None or self._statistics.lengths.shape[0] != blocks:
-            if pages.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(f"attention_backend {NAME}: expected a step before the first one that is captured")
-            self._statistics = PagedKeyStatistics(blocks, page, kv_heads, device=pages.device)
-        self._statistics.enter(new[: m.tokens], m.new_ends, m.lengths, m.block_table, m.passes)
-        return self._statistics
 
-    def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """[blocks, Hkv, block, 2 D] of any strides -> keys and values [blocks, block, Hkv, D]."""
-        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        return keys, values
+def _invariant(settings: Settings, name: str) -> bool | None:
+    """The switch of a layer, which vLLM's own turns on."""
+    if not envs.VLLM_BATCH_INVARIANT:
+        return settings.batch_invariant
+    if settings.batch_invariant is False:
+        raise ValueError(f"batch_invariant: expected True or None under VLLM_BATCH_INVARIANT=1, got False at {name}")
+    return True

@@ -49,8 +49,8 @@ def _extended(choose: Any) -> Any:
             return choose(backend, attn_selector_config, *args, **kwargs)
         if asked not in (None, NAME):
             raise ValueError(
-                f"attention_backend: expected {NAME} or none for a model with scalings of tritonattn, got {asked};"
-                " VLLM_PLUGINS without tritonattn serves it without them"
+                f"attention_backend: expected {NAME} or none for a model with scalings of tritonattn, got {asked},"
+                " which does not compute them"
             )
         check_version()
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,15 +22,24 @@ from . import EXTENDED
 _CHILD = f".{ATTRIBUTE}."
 
 
-def saved_settings(config: Any) -> Any | None:
-    """The entry `tritonattn` of a VllmConfig: of its additional_config, or else of the checkpoint's config."""
+def asked_settings(config: Any) -> Any | None:
+    """The entry `tritonattn` of a VllmConfig's additional_config. Raises ValueError for a misspelt name."""
     asked = config.additional_config
-    if isinstance(asked, dict) and asked.get(ATTRIBUTE) is not None:
-        return asked[ATTRIBUTE]
-    if config.model_config is None:
+    if not isinstance(asked, dict):
         return None
+    for name in asked.keys() - {ATTRIBUTE}:
+        letters = "".join(filter(str.isalpha, str(name).lower()))
+        if difflib.get_close_matches(letters, [ATTRIBUTE], cutoff=0.8):
+            raise ValueError(f"additional_config: expected the key {ATTRIBUTE!r}, got {name!r}")
+    return asked.get(ATTRIBUTE)
+
+
+def saved_settings(config: Any) -> Any | None:
+    """The settings asked for, or else the entry `tritonattn` of the checkpoint's config; None where that is empty."""
+    if (asked := asked_settings(config)) is not None or config.model_config is None:
+        return asked
     configs = (config.model_config.hf_config, config.model_config.hf_text_config)
-    return next((own for one in configs if (own := getattr(one, ATTRIBUTE, None)) is not None), None)
+    return next((own for one in configs if (own := getattr(one, ATTRIBUTE, None))), None)
 
 
 def layer_settings(saved: Any, layer: str, layers: tuple[str, ...], heads: int) -> tuple[str | None, Settings]:
@@ -80,7 +90,8 @@ def _common_end(a: str, b: str) -> list[str]:
 def take_learned(loader: Any) -> None:
     """Let a class of vLLM's loaders hand what a patch has learned to the layers' implementations, and no further.
 
-    No module of vLLM's models has such weights, and models refuse those that they do not know. Repeatable.
+    No module of vLLM's models has such weights, and models refuse those that they do not know: so MARK stops a model
+    without settings. Repeatable.
     """
     get_all_weights = loader.get_all_weights
     if hasattr(get_all_weights, EXTENDED):
@@ -92,24 +103,37 @@ def take_learned(loader: Any) -> None:
         takers: list[Any] = [impl for x in model.modules() if hasattr(impl := getattr(x, "impl", None), "learned")]
         for impl in takers:
             impl.learned = learned
+        is_patched = any(impl.saved is not None for impl in takers)
         for name, tensor in get_all_weights(loader, model_config, model):
             module, child, key = name.partition(_CHILD)
             if child and takers:
                 learned.setdefault(module, {})[key] = tensor.clone()
-            elif name != MARK:
+            elif name != MARK or not is_patched:
                 yield name, tensor
 
     setattr(weights, EXTENDED, True)
     loader.get_all_weights = weights
 
 
-def with_learned(settings: Settings, name: str, learned: dict[str, Tensor], rank: int, ranks: int) -> Settings:
+def check_all_taken(saved: Any, learned: dict[str, dict[str, Tensor]]) -> None:
+    """Raise ValueError where a checkpoint has learned values of a module that its settings do not name."""
+    if unknown := learned.keys() - (saved_layers(saved) or {}).keys():
+        raise ValueError(
+            f"{ATTRIBUTE}.layers: expected settings of {', '.join(sorted(unknown))}, whose learned values are in the"
+            " checkpoint, got none"
+        )
+
+
+def with_learned(settings: Settings, name: str, learned: dict[str, Tensor] | None, rank: int, ranks: int) -> Settings:
     """Settings with the values learned by the saved module `name`, those per head for the heads of one rank.
+
+    learned   None keeps the values that learning begins with
 
     Raises ValueError for values that are missing, unexpected or of another shape.
     """
     own = LayerScaling(settings)
     wanted = own.state_dict()
+    learned = wanted if learned is None else learned
     if wanted.keys() != learned.keys() or any(x.shape != learned[key].shape for key, x in wanted.items()):
         shapes = [{key: list(x.shape) for key, x in values.items()} for values in (wanted, learned)]
         raise ValueError(f"{name}{_CHILD[:-1]}: expected weights {shapes[0]}, got {shapes[1]}")

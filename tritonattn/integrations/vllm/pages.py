@@ -1,0 +1,27 @@
+"""The cells of vLLM's cache: a key and its value, and behind them what a layer records of keys.
+
+What lies in vLLM's blocks is counted, copied and freed as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...calls.paged_statistics import PagedKeyStatistics
+
+RECORD = 16  # numbers of a cell for two of 8 bytes and two of 4; keys of 16 bits stay at multiples of 32 bytes
+_NULL_BLOCK = 0  # no sequence has it
+
+
+def keys_and_values(cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+    """[blocks, Hkv, block, 2 D or 2 D + RECORD] of any strides -> keys and values [blocks, block, Hkv, D]."""
+    cells = cache.transpose(1, 2)
+    return cells[..., :head_size], cells[..., head_size : 2 * head_size]
+
+
+def key_statistics(cache: Tensor, head_size: int) -> PagedKeyStatistics:
+    """The record of key lengths in a cache [blocks, Hkv, block, 2 D + RECORD]."""
+    behind = cache.transpose(1, 2)[..., 2 * head_size :]
+    wide, narrow = behind.view(torch.float64), behind.view(torch.float32)
+    return PagedKeyStatistics.inside((narrow[..., 4], wide[..., 0], wide[..., 1], narrow[..., 5]), _NULL_BLOCK)
