@@ -26,6 +26,7 @@ COMMANDS = {
     "codegen": "the machine code of every kernel: registers, spills, instructions per logit",
     "replay": "a model of every kernel's loop: share of the tensor rate, and what its warps wait for",
     "tables": "the shipped tables of tile configs, ranked by the replay",
+    "stages": "two stages of a kernel's pipeline against three on a GPU, beside the replay",
     "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
     "schedule": "when the tiles of a causal forward end, by the order of programs: a model",
     "correctness": "the kernels' tests, in several processes",

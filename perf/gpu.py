@@ -1,6 +1,6 @@
 """Run all measurements that need a GPU machine; results are saved as each phase ends.
 
-Environment, a preflight, compilation by all cores, then correctness on the card, soak, bits of batch_invariant,
+Environment, a preflight, two stages against three, compilation by all cores, then correctness on the card, soak, bits of batch_invariant,
 forward and backward against peers, decoding, other head dims, tuning, overhead of the scalings, sanitizers, report. A
 preflight that fails ends the run, with what to do. A later phase is a process of its own: one that fails, or leaves the
 card unusable, is reported, and the next one runs; one that this machine cannot run is named, with the reason. The same
@@ -103,6 +103,7 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
     return [
         Phase("environment", ("-m", "tritonattn", "env"), 0, None, tables, again=True),
         Phase("preflight", of_perf("preflight", "--device", device), 8, again=True, required=True),
+        Phase("stages", of_perf("stages", "--device", device), 3),
         Phase("compile", of_perf("compile", *compiled), 6, "--minutes", again=True),
         sweep("ceilings"),
         Phase("correctness", of_perf("correctness", tests, *tested), 22, failure=_NOT_PASSED),

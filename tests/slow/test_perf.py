@@ -17,7 +17,7 @@ from tests.support.tiles import quick_config
 from tests.support.versions import skip_without_stub
 from tritonattn.lab.figures import save
 
-PHASES = ["compile", "correctness", "soak", "invariance", "backward", "decode", "dims", "tuning", "overhead"]
+PHASES = "stages compile correctness soak invariance backward decode dims tuning overhead".split()
 
 
 def test_preflight(monkeypatch, capsys):
