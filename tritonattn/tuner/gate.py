@@ -20,6 +20,8 @@ from .model import RATES, cycles, programs_per_sm
 
 # Bytes that the L2 cache gives an SM a clock: 5120 for the 108 of an A100 (NVIDIA A100 whitepaper); taken for all.
 _L2_BYTES = 48
+# Exponentials and reciprocals a logit where a softcap's tanh takes one of each.
+_OF_A_SOFTCAP = 3
 # Approximate clocks until a load from memory arrives.
 _LATENCY = 600
 
@@ -58,7 +60,7 @@ def gate_reasons(kernel: str, problem: Problem, config: TileConfig, target: Targ
     loop = code.unmasked_loop
     if loop is None:
         return [*reasons, "has no loop with tensor instructions"]
-    softmaxes = _softmaxes(kernel, config, loop)
+    softmaxes = _softmaxes(kernel, config, loop) / (_OF_A_SOFTCAP if problem.softcap else 1)
     if kernel != "decode" and softmaxes > 1.1:
         reasons.append(f"computes {softmaxes:.2f} exponentials a logit: warps repeat each other's softmax")
     return reasons

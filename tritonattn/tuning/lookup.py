@@ -12,7 +12,7 @@ from . import cache_dir
 from .config import Problem, Target, TileConfig, legal_reasons, one_line
 from .defaults import default_config
 from .gpus import GPUS, table_name
-from .table import Key, Table, TableError, kernels_fingerprint, keys_of, read_table
+from .table import EntryKey, Exact, Table, TableError, kernels_fingerprint, keys_of, read_table
 
 # Configs that a compiler or a card refused although they are legal by the estimates.
 _rejected: set[tuple[str, Problem, Target, TileConfig]] = set()
@@ -23,7 +23,7 @@ class Found(NamedTuple):
 
     config: TileConfig
     path: Path | None
-    key: Key | None
+    key: EntryKey | None
 
 
 def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
@@ -33,7 +33,8 @@ def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
 
 def find(kernel: str, problem: Problem, target: Target) -> Found:
     """`config_for`, and where it was found. Files are read once a process and target."""
-    for key in () if problem.invariant else keys_of(kernel, problem, target):
+    keys = () if problem.invariant else (Exact(kernel, problem), *keys_of(kernel, problem, target))
+    for key in keys:
         for found in _entries(target).get(key, ()):
             is_rejected = (kernel, problem, target, found.config) in _rejected
             if not is_rejected and not legal_reasons(kernel, found.config, problem, target):
@@ -95,9 +96,9 @@ def usable_table(path: Path, target: Target) -> Table:
 
 
 @functools.lru_cache(maxsize=64)
-def _entries(target: Target) -> dict[Key, tuple[Found, ...]]:
+def _entries(target: Target) -> dict[EntryKey, tuple[Found, ...]]:
     """The entries of all files, in the order of the search; a file that cannot be used is reported once and skipped."""
-    merged: dict[Key, tuple[Found, ...]] = {}
+    merged: dict[EntryKey, tuple[Found, ...]] = {}
     for path in paths(target):
         try:
             table = usable_table(path, target)
