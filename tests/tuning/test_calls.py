@@ -157,7 +157,8 @@ def test_every_field_of_a_problem_is_in_its_name():
     "name",
     "forward/64/64/bfloat16/ forward/064/64/bfloat16/plain forward/64/64/bfloat16/left+right "
     "forward/0/64/float16/plain forward/64/1024/float16/plain row_terms/64/64/float16/plain "
-    "forward/64/64/float16/invariant forward/64/64/float16/left=1 forward/64/64/float16/dtype forward/64/64/float16/packed_rows=99999999999".split(),
+    "forward/64/64/float16/invariant forward/64/64/float16/left=1 "
+    "forward/64/64/float16/dtype forward/64/64/float16/packed_rows=99999999999".split(),
 )
 def test_names_that_no_problem_has(name):
     with pytest.raises(ValueError, match="expected kernel/head_dim/value_dim/dtype/options, got"):
