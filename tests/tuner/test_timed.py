@@ -10,7 +10,7 @@ from tritonattn.tuner import tune as commands
 from tritonattn.tuner.search import QUICK, Effort, SearchError
 from tritonattn.tuning import lookup
 from tritonattn.tuning.calls import Call, Calls, Size
-from tritonattn.tuning.config import Problem
+from tritonattn.tuning.config import Problem, Target
 from tritonattn.tuning.table import Exact, read_table
 
 from .stubs import BEST, H100, KEYS, MEASURED, SEARCH, run
@@ -39,7 +39,7 @@ def test_a_search_writes_what_it_found_and_shows_the_gain(on_h100, user, capsys)
     assert status == 0
     assert read_table(user / "h100.json").entries == dict.fromkeys(KEYS, MEASURED)
     assert "2.000x" in out
-    assert lookup.find("forward", KEYS[0].problem, H100) == (BEST, user / "h100.json", KEYS[0])
+    assert lookup.find("forward", KEYS[0].problem, H100)[:3] == (BEST, user / "h100.json", KEYS[0])
 
 
 def test_a_search_that_is_stopped_goes_on(on_h100, user, instead, monkeypatch, capsys):
@@ -145,4 +145,12 @@ def test_a_file_without_calls(on_h100, tmp_path, capsys):
     status, _, err = run(capsys, "tune", "--calls", str(path), "--lengths", "short", "--kernels", "forward")
     assert status == 2
     assert "expected launches of forward of short calls, got none" in err
+    assert on_h100 == []
+
+
+def test_a_card_without_code_for_its_tensor_cores_is_not_searched_on(on_h100, monkeypatch, capsys):
+    monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: Target("cuda", "75", "Tesla T4")))
+    status, _, err = run(capsys, *SEARCH)
+    assert status == 2
+    assert "expected a GPU of sm_80 or later, got sm_75" in err
     assert on_h100 == []

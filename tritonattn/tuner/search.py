@@ -13,7 +13,7 @@ import triton
 from ..backends.triton import launch
 from ..tuning.calls import Size
 from ..tuning.config import Problem, Target, TileConfig, one_line
-from ..tuning.gpus import GPUS
+from ..tuning.gpus import nearest
 from ..tuning.lookup import config_for
 from ..tuning.table import Entry, EntryKey
 from .candidates import candidates, static_candidates
@@ -117,7 +117,7 @@ def promising(key: EntryKey, compiler: Compiler, effort: Effort) -> list[TileCon
     """List configs that pass the gate, the best by the model first. Raises SearchError if none compiles."""
     target, problem = compiler.target, key.problem
     configs = effort.compiled(key.kernel, problem, target)
-    processors = next((gpu.processors for gpu in GPUS if gpu.target[:2] == target[:2]), _PROCESSORS)
+    processors = target.processors or next((gpu.processors for gpu in nearest(target)), _PROCESSORS)
     examined = compiler.examine([(key.kernel, problem, config) for config in configs])
     if all(one.code is None for one in examined):
         raise SearchError(f"{key}: no config compiles; {examined[0].config}: {'; '.join(examined[0].reasons)}")

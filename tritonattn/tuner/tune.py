@@ -173,6 +173,10 @@ def _tune_here(options: Namespace, wanted: dict[EntryKey, Size], end: float) -> 
         )
     device = torch.device("cuda", torch.cuda.current_device())
     target = Target.of(device)
+    if target.is_too_old:
+        raise CommandError(
+            f"expected a GPU of sm_80 or later, got {target.name}, for whose tensor cores Triton has no code"
+        )
     path = _path(table_name(target), options.write)
     _check_folder(path, options.write)
     effort = QUICK if options.quick else Effort()

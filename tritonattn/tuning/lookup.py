@@ -1,4 +1,4 @@
-"""The config of a call: from the user's table, the shipped one of this GPU, of its architecture, else a default."""
+"""The config of a call: from the user's table, this GPU's, the nearest of its architecture, else a default."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import triton
+
 from . import cache_dir
 from .config import Problem, Target, TileConfig, legal_reasons, one_line
 from .defaults import default_config
-from .gpus import GPUS, table_name
+from .gpus import nearest, table_name
 from .table import EntryKey, Exact, Table, TableError, kernels_fingerprint, keys_of, read_table
 
 # Configs that a compiler or a card refused although they are legal by the estimates.
@@ -19,11 +21,17 @@ _rejected: set[tuple[str, Problem, Target, TileConfig]] = set()
 
 
 class Found(NamedTuple):
-    """A config, and the file and key that it comes from; None is the built-in default."""
+    """A config, and the file, key and Triton that it comes from; None is the built-in default."""
 
     config: TileConfig
     path: Path | None
     key: EntryKey | None
+    triton: str | None = None
+
+    @property
+    def is_of_another_triton(self) -> bool:
+        """Whether the entry was compiled by another version than will run it: then its code is held to a gate."""
+        return self.path is not None and self.triton != triton.__version__
 
 
 def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
@@ -53,6 +61,19 @@ def reject_config(kernel: str, problem: Problem, target: Target, config: TileCon
     return True
 
 
+def refuse_spills(kernel: str, problem: Problem, target: Target, config: TileConfig, spills: int) -> bool:
+    """Skip a config of another Triton whose code, now compiled, spills; return whether it did.
+
+    The gate lets code spill outside of loops, which only a search tells from others. Its other conditions follow from
+    the config, or no launch would succeed.
+    """
+    found = find(kernel, problem, target)
+    if not spills or found.config != config or not found.is_of_another_triton:
+        return False
+    why = f"triton {triton.__version__} spills {spills} registers, and it was found with {found.triton}: tune again"
+    return reject_config(kernel, problem, target, config, RuntimeError(why))
+
+
 def clear_cache() -> None:
     """Read the files again at the next lookup; the plans of `launch` keep what they were made with."""
     _entries.cache_clear()
@@ -66,7 +87,7 @@ def paths(target: Target) -> list[Path]:
         shipped = cache_dir.shipped_tables()
     except FileNotFoundError:
         shipped = None
-    relatives = [gpu.name for gpu in GPUS if gpu.target[:2] == target[:2] and gpu.name != name]
+    relatives = [gpu.name for gpu in nearest(target) if gpu.name != name]
     found = []
     with suppress(RuntimeError):  # a user without a home
         found = [user_table(target)] if name else []
@@ -108,5 +129,5 @@ def _entries(target: Target) -> dict[EntryKey, tuple[Found, ...]]:
             warnings.warn(f"tritonattn skips a table of tuned configs: {error}", stacklevel=2)
             continue
         for key, entry in table.entries.items():
-            merged[key] = (*merged.get(key, ()), Found(entry.config, path, key))
+            merged[key] = (*merged.get(key, ()), Found(entry.config, path, key, entry.triton))
     return merged

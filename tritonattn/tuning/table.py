@@ -181,6 +181,11 @@ class Entry:
     source: str
     details: dict[str, Any]
 
+    @property
+    def triton(self) -> str:
+        """The version that compiled it."""
+        return str(self.details.get("triton", "unknown"))[:40]
+
     def as_record(self) -> dict[str, Any]:
         return {"config": asdict(self.config), "source": self.source, **self.details}
 
