@@ -109,7 +109,7 @@ def _work(kernel: str, problem: Problem, config: TileConfig) -> tuple[int, int]:
     if kernel == "grad_key_value":
         held, streamed = streamed, held
     if kernel == "decode":  # 16 splits of 32 sequences with 8 key heads
-        return 16 * 32 * 8, max(1, length // 16 // streamed)
+        return 16 * 32 * 8 * -(-problem.packed_rows // held), max(1, length // 16 // streamed)
     return 128 * -(-length // held), length // streamed
 
 

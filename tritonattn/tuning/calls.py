@@ -125,13 +125,8 @@ def record() -> Iterator[Calls]:
     and `batch_invariant` calls, for which tables hold nothing. A CUDA graph is seen when it is captured, not when it is
     replayed.
 
-    Yields
-    ------
-    Calls
-        grows inside; `calls.write(path)` keeps it for `tritonattn tune --calls path`
+    The `Calls` that it yields grows inside; `calls.write(path)` keeps it for `tritonattn tune --calls path`.
 
-    Examples
-    --------
     >>> import torch, tritonattn
     >>> from tritonattn.tuning import record
     >>> q = torch.randn(1, 2, 64, 32)
