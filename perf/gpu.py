@@ -1,11 +1,11 @@
 """Run all measurements that need a GPU machine; results are saved as each phase ends.
 
-Environment, a preflight, two stages against three, compilation by all cores, then correctness on the card, soak, bits of batch_invariant,
-forward and backward against peers, decoding, other head dims, tuning, overhead of the scalings, sanitizers, report. A
-preflight that fails ends the run, with what to do. A later phase is a process of its own: one that fails, or leaves the
-card unusable, is reported, and the next one runs; one that this machine cannot run is named, with the reason. The same
-command goes on where the last one was stopped. The exit status is 1 where a phase failed, 130 after Ctrl-C. With
---device emulate all phases are tiny, on a stub of NVIDIA's driver and an emulator: a rehearsal.
+Environment, a preflight, two stages against three, compilation by all cores, then correctness on the card, soak, bits
+of batch_invariant, forward and backward against peers, decoding, other head dims, tuning, overhead of the scalings,
+sanitizers, report. A preflight that fails ends the run, with what to do. A later phase is a process of its own: one
+that fails, or leaves the card unusable, is reported, and the next one runs; one that this machine cannot run is named,
+with the reason. The same command goes on where the last one was stopped. The exit status is 1 where a phase failed, 130
+after Ctrl-C. With --device emulate all phases are tiny, on a stub of NVIDIA's driver and an emulator: a rehearsal.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """How launches are split, and which arguments they pass: what holds on every device. No kernel runs."""
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from tritonattn.backends.triton import launch
+from tritonattn.backends.triton import device, launch
 from tritonattn.kernels import KERNELS
 from tritonattn.tuning.config import Problem, Target, TileConfig
 
@@ -81,3 +82,21 @@ def test_offsets_in_a_tile_of_1024_rows_that_pass_int32(width, strides, wide):
     x = torch.empty(0).as_strided((0, 1, 1, width), (1, 1, *strides))
     assert launch.is_wide(x, None) == launch.is_wide(None, x) == wide
     assert not launch.is_wide(None)
+
+
+def test_code_that_spills_is_launched_no_more_where_its_entry_is_of_another_triton(monkeypatch):
+    """The call that compiled it has its results; the plan of the next is made anew."""
+    problem, compiled, asked = Problem(64, 64, torch.float16), SimpleNamespace(n_spills=3), []
+    kernel, kind = KERNELS["forward"], device.Kind(problem, False)
+    arguments = device.ArgumentsOfKind(("q",), (torch.zeros(1),), kind)
+    monkeypatch.setattr(launch, "launch_on", lambda *_: compiled)
+    monkeypatch.setattr(launch.lookup, "refuse_spills", lambda *of: asked.append(of) or len(asked) == 2)
+    plan = launch.plan("forward", problem, CPU)
+    for is_kept in (True, False):
+        launch.run_on_device(kernel, (1, 1, 1), arguments, TILES)
+        assert (launch.plan("forward", problem, CPU) is plan) == is_kept
+    assert asked == [("forward", problem, Target("cuda", "80"), TILES, 3)] * 2
+    for nothing in (None, SimpleNamespace(n_spills=0)):
+        monkeypatch.setattr(launch, "launch_on", lambda *_, found=nothing: found)
+        launch.run_on_device(kernel, (1, 1, 1), arguments, TILES)
+    assert len(asked) == 2

@@ -55,6 +55,24 @@ def test_wide_heads_that_a_card_has_no_memory_for(monkeypatch):
         assert ["head_dim 320 of torch.float32" in str(one.message) for one in caught] == [True] * (arch == "75")
 
 
+def test_a_card_whose_tensor_cores_triton_does_not_use(monkeypatch):
+    """As a T4: kernels would compile, and multiply on its fp32 units."""
+    config = pytest.importorskip("tritonattn.tuning.config")
+    q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(torch.float16).values())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for arch, backend in (("75", "sdpa"), ("80", "triton")):
+        monkeypatch.setattr(config.Target, "of", lambda _, arch=arch: config.Target("cuda", arch, "Tesla T4"))
+        dispatch._kept_obstacle_of_card.cache_clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert dispatch.choose_backend(q, k, v, Options()) == backend
+        assert ["sm_75, for whose tensor cores" in str(one.message) for one in caught] == [True] * (arch == "75")
+        if arch == "75":
+            with pytest.raises(NotImplementedError, match=r"sm_75, for whose tensor cores .*'triton' does not"):
+                dispatch.choose_backend(q, k, v, Options(backend="triton"))
+    dispatch._kept_obstacle_of_card.cache_clear()
+
+
 class OnGpu(torch.Tensor):
     """A CPU tensor that says it lies on a GPU: enough to see which backend is chosen."""
 

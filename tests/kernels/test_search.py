@@ -1,15 +1,20 @@
 """The timed search on tiny calls: its workloads launch the kernel meant, and wrong results are never taken."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from tritonattn.backends.triton import launch
-from tritonattn.tuner.workload import Size, Workload
-from tritonattn.tuning.config import TileConfig
-from tritonattn.tuning.table import SCALES, Key
+from tritonattn.tuner.workload import Workload
+from tritonattn.tuning.calls import Call, Size, record
+from tritonattn.tuning.config import Problem, TileConfig
+from tritonattn.tuning.table import SCALES, Exact, Key
 
-SMALL = Size(batch=1, heads=2, length=24)
-OF_A_GROUP = Size(batch=1, heads=4, length=40, group=2)
+SMALL = Size(batch=1, heads=2, q_len=24, k_len=24)
+OF_A_GROUP = Size(batch=1, heads=4, q_len=40, k_len=40, group=2)
 BEST, OTHER = TileConfig(16, 16, 4, 1), TileConfig(32, 16, 4, 1)
 
 
@@ -18,16 +23,20 @@ def keys() -> list[Key]:
     return [Key(kernel, 64, scales, "short") for kernel, kinds in SCALES.items() for scales in (kinds[0], kinds[-1])]
 
 
+def half(key: Key) -> Problem:
+    return replace(key.problem, dtype=torch.float16)
+
+
 @pytest.mark.parametrize("key", keys(), ids=str)
 @pytest.mark.parametrize("size", [SMALL, OF_A_GROUP], ids=str)
 def test_a_workload_agrees_with_the_reference(key, size, device):
     with launch.configured(key.kernel, BEST):
-        assert Workload(key, size, torch.float16, device, copies=1).error() is None
+        assert Workload(key.kernel, half(key), size, device, copies=1).error() is None
 
 
 @pytest.mark.parametrize("key", keys()[::2], ids=str)
 def test_a_workload_launches_its_kernel_in_the_config(key, device, launched):
-    workload = Workload(key, SMALL, torch.float16, device, copies=2)
+    workload = Workload(key.kernel, half(key), SMALL, device, copies=2)
     workload(0)
     launched.clear()
     with launch.configured(key.kernel, OTHER):
@@ -35,6 +44,56 @@ def test_a_workload_launches_its_kernel_in_the_config(key, device, launched):
     name = f"attention_{key.kernel}"
     assert (name, OTHER) in launched
     assert {other for other, _ in launched} <= {name, "attention_row_terms", "attention_decode_combine"}
+
+
+# Problems of recorded calls: between them every option, dims that differ, packed sequences and pages.
+TERMS = {"query_scale": True, "key_scale": True, "key_bias": True, "softcap": True, "sinks": True}
+OF_CALLS = {
+    "ranges": {"left": True, "right": True, "key_lengths": True, "key_ranges": True, **TERMS},
+    "mask": {"mask": True, "dropout": True, "aux": True, "grouped": True, "aligned": False},
+    "packed": {"sequences": True, "right": True, "left": True, "grouped": True, "key_bias": True, "rounding": True},
+    "pages": {"sequences": True, "right": True, "block_table": True, "grouped": True, "aux": True, "key_scale": True},
+    "wide": {"wide_q": True, "wide_k": True, "is_part": True, "query_scale": True, "query_scale_grad": True},
+}
+OF_DECODE = {
+    "cache": {"left": True, "aux": True, "packed_rows": 16, **TERMS},
+    "rows of their own": {"sequences": True, "grouped": True, "block_table": True, "packed_rows": 32},
+    "ranges": {"key_ranges": True, "grouped": True, "aligned": False, "packed_rows": 16},
+}
+
+
+def recorded() -> Iterator[Call]:
+    """Of each kernel that has such calls: a backward over pages has none, a forward no wide gradients."""
+    for name, options in OF_CALLS.items():
+        kernels = {
+            "pages": ("forward",),
+            "mask": ("forward", "grad_key_value"),
+            "wide": ("grad_query", "grad_key_value"),
+        }
+        for kernel in kernels.get(name, ("forward", "grad_query", "grad_key_value")):
+            yield Call(Exact(kernel, Problem(32, 16, torch.float16, short=True, **options)), size_of(20, 40, **options))
+    for options in OF_DECODE.values():
+        size = replace(size_of(9 if options["packed_rows"] > 16 else 1, 48, **options), q_total=0, k_total=0)
+        yield Call(Exact("decode", Problem(32, 16, torch.float16, short=True, **options)), size)
+
+
+def size_of(q_len: int, k_len: int, **options: Any) -> Size:
+    group, page = 1 + ("grouped" in options), 16 * ("block_table" in options)
+    size = Size(2, 2 * group, q_len, k_len, group=group, page=page)
+    totals = {"q_total": 30, "k_total": 60} if "sequences" in options else {}
+    return replace(size, **totals, left=9 * ("left" in options), right=3 * ("right" in options))
+
+
+@pytest.mark.parametrize("call", list(recorded()), ids=lambda call: str(call.of))
+def test_a_recorded_call_is_made_again_and_agrees_with_the_reference(call, device):
+    """With its own problem and size, so that an entry serves the calls that it was found for."""
+    (kernel, problem), size = call
+    workload = Workload(kernel, problem, size, device, copies=1)
+    with record() as calls, launch.configured(kernel, BEST):
+        assert workload.error() is None
+    found = {(again.of, again.size) for again in calls.counts() if again.of.kernel == kernel}
+    asked = problem.query_scale_grad and kernel != "grad_key_value"  # whose code it does not change
+    assert found == {(Exact(kernel, replace(problem, query_scale_grad=asked)), size)}
 
 
 def results_of(arguments) -> list[torch.Tensor]:
@@ -47,8 +106,8 @@ def results_of(arguments) -> list[torch.Tensor]:
 @pytest.mark.parametrize("key", keys()[::2], ids=str)
 def test_a_result_that_is_wrong_for_the_last_head_alone(key, device, monkeypatch):
     """A fault in the programs at the end of a grid, which no other head shows."""
-    size, run = Size(batch=2, heads=4, length=24, group=2), launch.run
-    workload = Workload(key, size, torch.float16, device, copies=1)
+    size, run = Size(batch=2, heads=4, q_len=24, k_len=24, group=2), launch.run
+    workload = Workload(key.kernel, half(key), size, device, copies=1)
 
     def spoil(kernel, grid, arguments, config):
         run(kernel, grid, arguments, config)
@@ -57,5 +116,5 @@ def test_a_result_that_is_wrong_for_the_last_head_alone(key, device, monkeypatch
 
     assert workload.error() is None
     monkeypatch.setattr(launch, "run", spoil)
-    workload._forwards.clear()
+    workload._copies[0]._forward = None
     assert "expected an error of at most" in workload.error()

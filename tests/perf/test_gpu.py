@@ -187,7 +187,9 @@ def test_a_phase_that_ends_itself_before_all_is_done_is_out_of_time(name, tmp_pa
 
 
 def test_phases_are_in_the_order_of_proof_for_its_minutes():
-    wanted = "environment preflight stages compile ceilings correctness soak invariance forward backward decode dims tuning"
+    wanted = (
+        "environment preflight stages compile ceilings correctness soak invariance forward backward decode dims tuning"
+    )
     wanted += " overhead consan memcheck racecheck synccheck report plots"
     assert names("cuda") == names("emulate") == wanted.split()
 

@@ -1,5 +1,7 @@
 """Machines for the commands. Imports are inside, since triton may be missing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,6 +25,14 @@ def user(tmp_path, monkeypatch):
     lookup.clear_cache()
 
 
+class Searched(list):
+    """Keys searched for, with their sizes and efforts."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.efforts = [], []
+
+
 @pytest.fixture
 def on_h100(user, monkeypatch):
     """A machine with an H100 on which every search finds BEST; it fills the list of keys searched for."""
@@ -31,18 +41,20 @@ def on_h100(user, monkeypatch):
     from tritonattn.tuner.timing import Timing
     from tritonattn.tuning.config import Target
     from tritonattn.tuning.defaults import default_config
-    from tritonattn.tuning.table import Entry
 
-    from .stubs import BEST, H100
+    from .stubs import BEST, H100, MEASURED
 
-    searched = []
+    searched = Searched()
 
-    def search(key, configs, target, device, effort, dtypes):
+    def search(key, configs, target, device, effort, size, dtypes):
         assert set(configs) <= {BEST}
-        assert dtypes == (torch.bfloat16,)
+        assert dtypes == (key.problem.dtype,)
         searched.append(key)
+        searched.sizes.append(size)
+        searched.efforts.append(effort)
+        entry = replace(MEASURED, details=MEASURED.details | {"rounds": effort.rounds})
         before, timing = default_config(key.kernel, key.problem, target), Timing(1.0, 0.9, 1.1, 20)
-        return Result(key, before, Timing(2.0, 1.9, 2.1, 20), Entry(BEST, "measured", {"milliseconds": 1.0}), timing)
+        return Result(key, before, Timing(2.0, 1.9, 2.1, 20), entry, timing)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

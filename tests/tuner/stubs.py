@@ -1,14 +1,17 @@
 """Stubs for tests of the commands: a compiler that compiles nothing, and a few keys."""
 
+import triton
+
 from tritonattn.cli import main as cli
 from tritonattn.tuner.gate import Candidate
 from tritonattn.tuner.machine_code import MachineCode, MmaLoop
 from tritonattn.tuning.config import Target, TileConfig
-from tritonattn.tuning.table import Key
+from tritonattn.tuning.table import Entry, Key
 
 ONE = ["tune", "--static", "a100", "--kernels", "forward", "--head-dims", "64", "--lengths", "long"]
 KEYS = [Key("forward", 64, scales, "long") for scales in ("none", "query", "query+key")]
 BEST = TileConfig(64, 64, 4, 2)
+MEASURED = Entry(BEST, "measured", {"triton": triton.__version__, "rounds": 20, "milliseconds": 1.0})
 H100 = Target("cuda", "90", "NVIDIA H100 80GB HBM3")
 SEARCH = ["tune", *ONE[3:]]
 

@@ -15,7 +15,9 @@ from tritonattn.tuning import lookup
 from tritonattn.tuning.config import Target, TileConfig
 from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, read_table, write_table
 
-from .stubs import BEST, H100, KEYS, ONE, FakeCompiler, run
+from .stubs import BEST, H100, KEYS, MEASURED, ONE, FakeCompiler, run
+
+OF_ANOTHER = Entry(TileConfig(16, 32, 4, 2), "static", {"triton": "3.1.4"})
 
 
 def test_without_a_gpu_it_says_so_and_offers_another_way(user, capsys):
@@ -35,6 +37,9 @@ def test_unknown_names(user, capsys):
         "tune --kernels forwards": "--kernels: expected forward, grad_key_value, grad_query, decode, got 'forwards'",
         "tune --head-dims 63": "--head-dims: expected 40, 64, 72, 80",
         "tune --dtypes fp8": "--dtypes: expected bf16, fp16",
+        "tune --static a100 --quick": "--static: expected neither --calls nor --quick beside it",
+        "tune --static a100 --calls x": "--static: expected neither --calls nor --quick beside it",
+        "tune --calls x --dtypes fp16": "--calls: expected neither --head-dims nor --dtypes beside it",
         "tune --lengths huge": "--lengths: expected short, long",
         "configs --gpu h1000": "configs: --gpu: expected a100, a10, l40s, h100, h200",
         "configs --gpu all": "sm_90, ..., got 'all'\n",
@@ -94,23 +99,25 @@ def test_measured_entries_and_other_keys_are_kept(user, capsys):
 
 
 def test_configs_says_where_each_comes_from(user, capsys):
-    entries = {Key("forward", 64, "none", "long"): Entry(BEST, "static", {})}
+    entries = {Key("forward", 64, "none", "long"): MEASURED, Key("decode", 256, "none", "long"): OF_ANOTHER}
     write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))
     status, out, _ = run(capsys, "configs", "--gpu", "h100")
     assert status == 0
     lines = {line.split("|")[1].strip(): line for line in out.splitlines()[2:]}
     assert set(lines) == set(map(str, keys()))
-    assert "h100.json, static" in lines["forward/64/none/long"]
+    assert "h100.json, measured  " in lines["forward/64/none/long"]
+    assert "h100.json, static, for triton 3.1.4" in lines["decode/256/none/long"]
     assert "default" in lines["forward/64/none/short"]
 
 
 def test_env_says_which_tables_are_in_use(on_h100, user, monkeypatch):
-    entries = {Key("forward", 64, "none", "long"): Entry(BEST, "static", {})}
+    entries = {Key("forward", 64, "none", "long"): MEASURED, Key("decode", 256, "none", "long"): OF_ANOTHER}
     write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))
     (user / "h100.json").with_name("note.txt").write_text("", encoding="utf-8")
     found = in_use.tables(H100)
-    served = 2  # head dims 64 and 40, which pads to 64
-    assert found[str(user / "h100.json")] == f"1 entries, {served} of {len(list(keys()))} in use"
+    served = 3  # head dims 64 and 40, which pads to 64; 256
+    text = f"2 entries, {served} of {len(list(keys()))} in use; 1 for triton 3.1.4, checked when compiled"
+    assert found[str(user / "h100.json")] == text
     (user / "h100.json").write_text(json.dumps({"schema_version": 9}), encoding="utf-8")
     lookup.clear_cache()
     with pytest.warns(UserWarning, match="skips a table"):

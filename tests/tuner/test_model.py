@@ -16,6 +16,7 @@ PROBLEM = Problem(64, 64, torch.bfloat16, right=True)
 CONFIG = TileConfig(128, 64, 8, 2)
 # On an A100 with 8 warps: tensor 1000 clocks, exp 800, integer 600, issue 600.
 LOOP = MmaLoop({"tensor": 100, "exp": 50, "integer": 150}, packed=0, tiles=1, flops=2048 * 1000, shared_bytes=0)
+CODE = MachineCode(128, 0, 49152, 0, 0, (LOOP,))
 
 
 def clocks(
@@ -47,3 +48,13 @@ def test_clocks_of_a_call():
     assert clocks(LOOP, latency=replayed) == 38 * 128 * 1500, "of a program while another runs beside it"
     stores = replace(LOOP, shared_bytes=5000 * 128)
     assert clocks(stores) == pytest.approx(38 * 2 * 128 * 5000)
+
+
+def test_rows_that_a_program_does_not_hold_take_another():
+    """Which loads the same keys again: 8,192 programs, 2 to a processor, or half."""
+    problem = replace(PROBLEM, right=False, packed_rows=32)
+    few, many = (
+        modelled_clocks("decode", problem, Candidate(TileConfig(rows, 64, 8, 2), CODE, ()), SM_80, 128)
+        for rows in (16, 32)
+    )
+    assert few == pytest.approx(2 * many)

@@ -11,7 +11,7 @@ from tritonattn.tuner import search
 from tritonattn.tuner.gate import Candidate
 from tritonattn.tuner.machine_code import MachineCode
 from tritonattn.tuner.static import Compiler
-from tritonattn.tuner.workload import Size
+from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import Target, TileConfig
 from tritonattn.tuning.lookup import config_for
 from tritonattn.tuning.table import Key
@@ -24,15 +24,15 @@ SM_80, CPU = Target("cuda", "80"), torch.device("cpu")
 class Workload:
     """Stands for one of a key, whose launch meets an illegal address."""
 
-    def __init__(self, key, size, dtype, device):
-        self.key, self.size, self.dtype, self.device = key, size, dtype, device
+    def __init__(self, kernel, problem, size, device):
+        self.kernel, self.problem, self.size, self.device = kernel, problem, size, device
 
     def error(self):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def run(configs=(BEST,)):
-    return search.search(KEY, list(configs), SM_80, CPU, search.Effort(warm_up=0), Size(1, 1, 16))
+    return search.search(KEY, list(configs), SM_80, CPU, search.Effort(warm_up=0), Size(1, 1, 16, 16))
 
 
 def test_a_config_that_takes_the_card_with_it_ends_the_search(monkeypatch):
@@ -61,10 +61,10 @@ def timed(monkeypatch):
             return launch.config_for(KEY.kernel, KEY.problem, SM_80)
 
         def error(self):
-            return "is wrong" if (self.dtype, self.config()) in timed.wrong else None
+            return "is wrong" if (self.problem.dtype, self.config()) in timed.wrong else None
 
         def __call__(self, number):
-            timed.calls.append((self.dtype, self.config(), number))
+            timed.calls.append((self.problem.dtype, self.config(), number))
 
     def take_turns(contestants, *_):
         for contestant in contestants.values():
@@ -81,7 +81,7 @@ def timed(monkeypatch):
 
 
 def find():
-    return search.search(KEY, OTHERS, SM_80, CPU, search.Effort(), Size(2, 4, 16), (BRAIN, HALF))
+    return search.search(KEY, OTHERS, SM_80, CPU, search.Effort(), Size(2, 4, 16, 16), (BRAIN, HALF))
 
 
 def test_the_fastest_is_taken_and_the_next_are_noted(timed):
@@ -90,7 +90,8 @@ def test_the_fastest_is_taken_and_the_next_are_noted(timed):
     assert timed.calls == [(dtype, config, 7) for config in (IN_USE, *OTHERS) for dtype in (BRAIN, HALF)]
     details = result.entry.details
     assert (details["milliseconds"], details["quartiles"]) == (2, [1.5, 3])
-    assert (details["shape"], details["dtypes"]) == ([2, 4, 16, 64], ["bfloat16", "float16"])
+    assert details["size"] == {"batch": 2, "heads": 4, "q_len": 16, "k_len": 16, "group": 1}
+    assert (details["dtypes"], details["rounds"]) == (["bfloat16", "float16"], 3)
     next_ones = [(one["num_stages"], one["milliseconds"]) for one in details["runners_up"]]
     assert next_ones == [(1, 4), (IN_USE.num_stages, 8), (3, 16)]
 
@@ -110,7 +111,7 @@ def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):
 
     monkeypatch.setattr(Compiler, "examine", examine)
     with Compiler(SM_80, 1) as compiler, pytest.raises(search.SearchError, match=r"no config compiles; .*no nvdisasm"):
-        search.promising(KEY, compiler, 6)
+        search.promising(KEY, compiler, search.Effort())
 
 
 def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):
@@ -128,7 +129,7 @@ def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):
     monkeypatch.setattr(Compiler, "examine", examine)
     monkeypatch.setattr(search, "modelled_clocks", clocks)
     with Compiler(SM_80, 1) as compiler:
-        found = search.promising(KEY, compiler, 3)
+        found = search.promising(KEY, compiler, search.Effort(timed=3))
     assert [(one.num_stages, one.block_n, one.num_warps) for one in found] == [(2, 128, 4), (2, 128, 4), (2, 64, 4)]
     assert asked == {(KEY.kernel, KEY.problem, 108)}
 

@@ -82,6 +82,19 @@ def test_the_gate():
     assert reasons(MachineCode(300, 0, 0, 0, 0, None), Target("hip", "gfx942")) == ""
 
 
+@compiled
+def test_a_softcap_takes_exponentials_of_its_own():
+    """Else no config of such a call would pass; one that repeats them still does not."""
+    capped = replace(PROBLEM, softcap=True)
+    assert examine("grad_query", capped, default_config("grad_query", capped, SM_80), SM_80).reasons == ()
+    assert "2.00 exponentials a logit" in gate_reasons("grad_query", capped, CONFIG, SM_80, code(exp=384))[0]
+
+
+def test_decoding_of_many_rows_has_candidates_that_hold_them():
+    rows = {config.block_m for config in candidates("decode", Problem(64, 64, torch.float16, packed_rows=32), SM_80)}
+    assert rows == {16, 32}
+
+
 def test_an_illegal_config_is_not_compiled(monkeypatch):
     monkeypatch.setattr("tritonattn.tuner.gate.compile_kernel", lambda *_: pytest.fail("compiled"))
     found = examine("forward", PROBLEM, TileConfig(48, 64, 4, 2), SM_80)

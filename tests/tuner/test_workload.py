@@ -12,8 +12,9 @@ from tritonattn.core.call import ForwardResult
 from tritonattn.kernels import KERNELS
 from tritonattn.tuner import workload
 from tritonattn.tuner.static import keys
-from tritonattn.tuner.workload import Size, Workload, typical_size
-from tritonattn.tuning.config import Target, is_short
+from tritonattn.tuner.workload import Workload, checked_size, typical_size
+from tritonattn.tuning.calls import Size
+from tritonattn.tuning.config import Problem, Target, is_short
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.table import Key
 
@@ -24,8 +25,8 @@ def test_a_typical_call_is_of_its_key():
     """Short or long; of decoding one whose packed rows a table serves, as those of a group are."""
     for key in keys():
         size = typical_size(key)
-        assert is_short(size.length, size.length) == (key.lengths == "short")
-        assert size.batch * size.length == (2**18 if key.kernel == "decode" else 2**14)
+        assert is_short(size.q_len, size.k_len) == (key.lengths == "short")
+        assert size.batch * size.k_len == (2**18 if key.kernel == "decode" else 2**14)
         assert size.group == (4 if key.kernel == "decode" else 1)
         assert size.heads % size.group == 0
     assert typical_size(key, length=2**20).batch == 1
@@ -35,28 +36,68 @@ def test_a_typical_call_is_of_its_key():
 @pytest.mark.parametrize("key", [key for key in keys() if key.head_dim in (64, 80)], ids=str)
 def test_the_gate_compiles_the_launch_that_is_timed(key):
     """The same code, to the alignments of the arguments."""
+    size = Size(2, 32, 1, 1024, 4) if key.kernel == "decode" else Size(2, 2, 64, 64)
+    timed, gated = sources(key.kernel, key.problem, size)
+    assert timed == gated
+
+
+def sources(kernel: str, problem: Problem, size: Size) -> list[str]:
+    """Hashes of the code that a workload launches on an H100, and of what is compiled for its problem."""
     target, gpu = Target("cuda", "90"), GPUTarget("cuda", 90, 32)
-    size = Size(2, 32, 1024, 4) if key.kernel == "decode" else Size(2, 2, 64)
-    timed = Workload(key, size, torch.bfloat16, CPU, copies=1)
+    timed = Workload(kernel, problem, size, CPU, copies=1)
     with launch.recording(target) as launches:
         timed(0)
-    config = default_config(key.kernel, key.problem, target)
-    gated, options = launch_of(key.kernel, key.problem, config, target), device.compile_options(config)
-    [run] = [one for one in launches if one.kernel is KERNELS[key.kernel]]
-    sources = [specialised(one.kernel, one.arguments, options, gpu).hash() for one in (run, gated)]
-    assert sources[0] == sources[1]
+    config = default_config(kernel, problem, target)
+    gated, options = launch_of(kernel, problem, config, target), device.compile_options(config)
+    [run] = [one for one in launches if one.kernel is KERNELS[kernel]]
+    return [specialised(one.kernel, one.arguments, options, gpu).hash() for one in (run, gated)]
 
 
-@pytest.mark.parametrize("kernel", ["forward", "decode"])
-def test_rounds_take_copies_in_turn(kernel, monkeypatch):
+RECORDED = [
+    (
+        Problem(64, 64, torch.bfloat16, right=True, grouped=True, sequences=True, short=True),
+        {"q_total": 96, "k_total": 96},
+    ),
+    (Problem(64, 64, torch.float16, mask=True, dropout=True, key_bias=True, sinks=True, short=True), {}),
+    (
+        Problem(
+            64, 64, torch.float16, key_ranges=True, softcap=True, query_scale=True, query_scale_grad=True, short=True
+        ),
+        {},
+    ),
+]
+
+
+@pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+@pytest.mark.parametrize("kernel", ["forward", "grad_query", "grad_key_value"])
+@pytest.mark.parametrize(("problem", "totals"), RECORDED, ids=["packed", "mask", "ranges"])
+def test_the_gate_compiles_the_launch_of_a_recorded_call(kernel, problem, totals):
+    size = Size(2, 8, 64, 64, group=4 if problem.grouped else 1, **totals)
+    timed, gated = sources(kernel, problem, size)
+    assert timed == gated
+
+
+def test_a_check_keeps_the_group_and_the_share_of_each_member():
+    """Of what the reference can compute; a check of all of it where that is little."""
+    small = Size(4, 16, 256, 256)
+    assert checked_size(small) is small
+    assert checked_size(Size(4, 32, 8192, 8192, group=8, left=100)) == Size(2, 16, 512, 512, group=8, left=100)
+    assert checked_size(Size(512, 32, 1, 2**17, group=8, page=16)) == Size(2, 16, 1, 2**17, group=8, page=16)
+    packed = checked_size(Size(16, 4, 4096, 4096, group=2, q_total=32768, k_total=32768))
+    assert packed == Size(2, 4, 1024, 1024, group=2, q_total=1501, k_total=1501)
+    assert checked_size(Size(1, 2**25, 1, 1, group=2**25)).logits == 2**25, "of heads that share a key nothing is cut"
+
+
+@pytest.mark.parametrize(("kernel", "function"), [("forward", "triton_backend.forward"), ("decode", "attend")])
+def test_rounds_take_copies_in_turn(kernel, function, monkeypatch):
     calls = []
 
     def launched(call, aux, rounding=None):
         calls.append(call.q)
         return ForwardResult(call.q, call.q[..., 0])
 
-    monkeypatch.setattr(workload.triton_backend, kernel, launched)
-    timed = Workload(Key(kernel, 64, "none", "short"), Size(1, 2, 8), torch.bfloat16, CPU, copies=2)
+    monkeypatch.setattr(f"tritonattn.tuner.workload.{function}", launched)
+    timed = Workload(kernel, Key(kernel, 64, "none", "short").problem, Size(1, 2, 8, 8), CPU, copies=2)
     for number in (0, 1, 2, 5):
         timed(number)
     first, second, *others = calls
@@ -68,10 +109,10 @@ def test_rounds_take_copies_in_turn(kernel, monkeypatch):
 
 def test_nan_is_wrong(monkeypatch):
     """As of rows that a config leaves out."""
-    timed = Workload(Key("forward", 64, "query+key", "short"), Size(1, 2, 8), torch.float16, CPU, copies=1)
-    right = timed._reference(torch.float16, slice(None))[0]
+    timed = Workload("forward", Key("forward", 64, "query+key", "short").problem, Size(1, 2, 8, 8), CPU, copies=1)
+    right = timed._copies[0].reference(torch.bfloat16)[0]
     assert right.shape == (1, 2, 8, 64)
-    for factor, message in ((1.0, None), (1.004, "expected an error of at most"), (torch.nan, "got nan")):
+    for factor, message in ((1.0, None), (1.03, "expected an error of at most"), (torch.nan, "got nan")):
         monkeypatch.setattr(
             workload.triton_backend, "forward", lambda *_, x=right * factor: ForwardResult(x, x[..., 0])
         )

@@ -1,5 +1,7 @@
 """Targets, the classes of a problem, and what tiles take of shared and of tensor memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -16,16 +18,18 @@ def reasons(tiles: TileConfig, target: Target, kernel: str = "forward", dim: int
 
 
 def test_a_target_is_that_of_the_device_meant(monkeypatch):
-    cards = {0: ("Card A", (8, 6)), 1: ("Card B", (9, 0))}
+    cards = {0: ("Card A", (8, 6), 84), 1: ("Card B", (9, 0), 132)}
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: cards[index][0])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: cards[index][1])
+    properties = {index: SimpleNamespace(multi_processor_count=card[2]) for index, card in cards.items()}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
     config._target_of.cache_clear()
     found = [Target.of(torch.device(name)) for name in ("cuda:0", "cuda:1", "cuda", "cpu")]
     config._target_of.cache_clear()
-    second = Target("cuda", "90", "Card B")
-    assert found == [Target("cuda", "86", "Card A"), second, second, SM_80]
+    second = Target("cuda", "90", "Card B", 132)
+    assert found == [Target("cuda", "86", "Card A", 84), second, second, SM_80]
 
 
 def test_short_calls_have_at_most_1024_rows_and_keys():

@@ -8,16 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from tritonattn.tuning import cache_dir, config, lookup
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
-from tritonattn.tuning.gpus import table_name
+from tritonattn.tuning.gpus import GPUS, nearest, table_name
 from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, write_table
 
 H100, H200 = Target("cuda", "90", "NVIDIA H100 80GB HBM3"), Target("cuda", "90", "NVIDIA H200")
 PROBLEM = Problem(64, 64, torch.bfloat16)
 KEY = Key("forward", 64, "none", "long")
+SHIPPED = {gpu.name for gpu in GPUS}
 
 
 @pytest.fixture
@@ -31,8 +33,18 @@ def folders(tmp_path, monkeypatch):
     lookup.clear_cache()
 
 
-def put(path, block_n: int, *, target: Target = H100, kernels: str | None = None, key: Key = KEY, **config) -> None:
-    entry = Entry(TileConfig(64, block_n, 4, 2, **config), "static", {})
+def put(
+    path,
+    block_n: int,
+    *,
+    target: Target = H100,
+    kernels: str | None = None,
+    key: Key = KEY,
+    version: str = "",
+    **config,
+) -> None:
+    details = {"triton": version or triton.__version__}
+    entry = Entry(TileConfig(64, block_n, 4, 2, **config), "static", details)
     write_table(path, Table(path.stem, target, kernels or kernels_fingerprint(), {key: entry}))
     lookup.clear_cache()
 
@@ -44,7 +56,7 @@ def found(target: Target = H100, problem: Problem = PROBLEM) -> int:
 def test_the_order_of_the_search(folders):
     shipped, user = folders
     default = default_config("forward", PROBLEM, H100)
-    assert lookup.find("forward", PROBLEM, H100) == (default, None, None)
+    assert lookup.find("forward", PROBLEM, H100)[:3] == (default, None, None)
     put(shipped / "h200.json", 16)
     assert lookup.find("forward", PROBLEM, H100).path == shipped / "h200.json"
     put(shipped / "h100.json", 32)
@@ -116,6 +128,56 @@ def test_a_config_that_a_compiler_refused_is_passed_over(folders):
     assert not lookup.reject_config("forward", single, H100, lookup.config_for("forward", single, H100), why)
 
 
+def test_an_entry_of_another_triton_serves_as_long_as_its_code_does_not_spill(folders):
+    """Its code is seen when a call compiles it; that of an entry of this Triton was read when it was found."""
+    shipped, user = folders
+    put(shipped / "h100.json", 32)
+    put(user / "h100.json", 64, version="3.1.4")
+    used = lookup.find("forward", PROBLEM, H100)
+    assert (used.config.block_n, used.is_of_another_triton) == (64, True)
+    assert not lookup.refuse_spills("forward", PROBLEM, H100, used.config, 0)
+    assert not lookup.refuse_spills("forward", PROBLEM, H100, TileConfig(16, 16, 4, 1), 9), "not the one in use"
+    with pytest.warns(UserWarning, match=rf"user.*h100.json: {KEY}: .*triton {triton.__version__} spills 9 .*3\.1\.4"):
+        assert lookup.refuse_spills("forward", PROBLEM, H100, used.config, 9)
+    used = lookup.find("forward", PROBLEM, H100)
+    assert (used.config.block_n, used.is_of_another_triton) == (32, False)
+    assert not lookup.refuse_spills("forward", PROBLEM, H100, used.config, 9)
+    single = Problem(64, 64, torch.float32)
+    default = lookup.find("forward", single, H100)
+    assert not default.is_of_another_triton
+    assert not lookup.refuse_spills("forward", single, H100, default.config, 9)
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """The cards of the document's table: name, architecture, tables."""
+    text = (Path(__file__).parents[2] / "docs/tuning.md").read_text(encoding="utf-8")
+    table = text.partition("| card |")[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in table]
+    return [(card, arch, tables) for cards, arch, tables in cells for card in cards.split(", ")]
+
+
+@pytest.mark.parametrize(("card", "archs", "tables"), rows())
+def test_a_card_takes_the_tables_of_the_nearest(card, archs, tables, folders):
+    """Of its architecture, by processors and by FLOP per byte of memory: an H20 has few of either."""
+    shipped, user = folders
+    target = Target.parse(archs.split(", ")[0])._replace(card=f"NVIDIA {card} 80GB")
+    assert target.is_too_old == (tables == "refused")
+    found = [path.stem for path in lookup.paths(target) if path.parent == shipped and path.stem in SHIPPED]
+    assert found == ([] if tables in ("default", "refused") else tables.split(", "))
+    assert lookup.paths(target)[0] == user / f"{table_name(target)}.json"
+
+
+def test_the_table_of_the_document_has_the_cards_that_are_asked_for():
+    wanted = {"RTX 3090", "RTX 4090", "RTX 5090", "T4", "L4", "A10", "H20", "GH200", "GB10 (DGX Spark)", "MI210"}
+    assert wanted <= {card for card, _, _ in rows()}
+
+
+def test_of_an_unknown_card_the_processors_tell_which_is_near():
+    """torch says how many; without a device all are as near."""
+    for processors, first in ((180, "rtx_pro_6000"), (36, "rtx_5090"), (0, "rtx_pro_6000")):
+        assert nearest(Target("cuda", "120", "NVIDIA RTX of next year", processors))[0].name == first
+
+
 def test_names_of_cards():
     wanted = {
         ("NVIDIA A100-SXM4-80GB", "80"): "a100",
@@ -171,7 +233,7 @@ def test_folders_that_cannot_be_read_or_found(folders, monkeypatch):
 
 def test_a_card_whose_name_rocm_does_not_know(monkeypatch):
     """Its table is named by the architecture; of no name, `tritonattn tune` would write what nobody reads."""
-    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-", multi_processor_count=304)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)

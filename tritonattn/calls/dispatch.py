@@ -223,6 +223,8 @@ def _kernel_obstacle(q: Tensor, v: Tensor, decodes: bool = False) -> str | None:
     """Name the property of a call that kernels cannot honour, or None."""
     if q.dtype == torch.float64:
         return "q of dtype torch.float64"
+    if q.device.type == "cuda" and _HAS_TRITON and (obstacle := _obstacle_of_card(q.device)):
+        return obstacle
     head_dim, value_dim = q.shape[3], v.shape[3]
     if head_dim <= _DIM_OF_EVERY_GPU and value_dim <= _DIM_OF_EVERY_GPU:
         return None
@@ -233,6 +235,21 @@ def _kernel_obstacle(q: Tensor, v: Tensor, decodes: bool = False) -> str | None:
     if q.device.type == "cuda" and _HAS_TRITON:
         return _obstacle_of_memory(head_dim, value_dim, q.dtype, q.device, decodes)
     return None
+
+
+def _obstacle_of_card(device: torch.device) -> str | None:
+    """Say that Triton has no code for a device's tensor cores, or None."""
+    return _kept_obstacle_of_card(device)
+
+
+@functools.cache
+def _kept_obstacle_of_card(device: torch.device) -> str | None:
+    from ..tuning.config import Target
+
+    if not torch.cuda.is_available():  # tensors of a trace
+        return None
+    target = Target.of(device)
+    return f"{target.name}, for whose tensor cores Triton has no code," if target.is_too_old else None
 
 
 def _obstacle_of_memory(
@@ -246,6 +263,7 @@ def _obstacle_of_memory(
 
 
 # The mark of torch.compiler.assume_constant_result, which imports all of torch._dynamo, in a second.
+_obstacle_of_card._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 _obstacle_of_memory._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..core.errors import CommandError
 from .configs import GPUS
 from .options import chosen, names, require
 from .threads import usable_cores
@@ -25,18 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kernels", default=KERNELS, metavar="A,B", help="search for some of %(default)s (default: all)")
     dims = f"some of {HEAD_DIMS} (default: all; with --static the multiples of 16)"
     add("--head-dims", metavar="A,B", help=dims)
-    add(
-        "--dtypes",
-        default="bf16",
-        metavar="A,B",
-        help="time configs in bf16, fp16 or both; an entry serves both (default: %(default)s)",
-    )
+    add("--dtypes", metavar="A,B", help="time configs in bf16, fp16 or both; an entry serves both (default: bf16)")
     add(
         "--lengths",
         default=LENGTHS,
         metavar="A,B",
         help="short (at most 1024 tokens) or long or both (default: both)",
     )
+    add("--calls", metavar="FILE", help="search for the calls that tritonattn.tuning.record wrote there")
+    add("--quick", action="store_true", help="compile and time fewer configs, in fewer rounds")
     after = "start nothing new after so many minutes (default: no end)"
     add("--budget", type=float, metavar="MINUTES", help=after)
     add(
@@ -55,10 +53,19 @@ def run(options: argparse.Namespace) -> int:
     from ..tuning.config import TILED_KERNELS
     from ..tuning.table import HEAD_DIMS, LENGTHS, RANKED_HEAD_DIMS
 
+    _refuse_what_calls_say(options)
     # These modules import triton, which may be missing: so the values are checked here.
     options.kernels = chosen("--kernels", TILED_KERNELS)(options.kernels)
     dims = RANKED_HEAD_DIMS if options.static else HEAD_DIMS
     options.head_dims = dims if options.head_dims is None else chosen("--head-dims", HEAD_DIMS)(options.head_dims)
     options.lengths = chosen("--lengths", LENGTHS)(options.lengths)
-    options.dtypes = chosen("--dtypes", tuple(DTYPES))(options.dtypes)
+    options.dtypes = chosen("--dtypes", tuple(DTYPES))(options.dtypes or "bf16")
     return tune(options)
+
+
+def _refuse_what_calls_say(options: argparse.Namespace) -> None:
+    """Refuse options that would be of no account."""
+    if options.static and (options.calls or options.quick):
+        raise CommandError("--static: expected neither --calls nor --quick beside it: they time calls on a GPU")
+    if options.calls and (options.head_dims or options.dtypes):
+        raise CommandError("--calls: expected neither --head-dims nor --dtypes beside it: the file has them")

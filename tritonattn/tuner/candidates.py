@@ -7,24 +7,25 @@ from itertools import product
 from ..tuning.config import Problem, Target, TileConfig, legal_reasons, may_use_descriptors
 from ..tuning.defaults import default_config
 
-# By kernel: block_m, block_n, num_warps, num_stages; for head dims above 128, and for others.
+# By kernel: block_m (of decode by its packed rows), block_n, num_warps, num_stages; for head dims above 128, and for
+# others.
 _WIDE_RANGES = {
     "forward": ((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)),
     "grad_query": ((32, 64, 128), (32, 64), (4, 8), (1, 2, 3)),
     "grad_key_value": ((32, 64), (32, 64), (4, 8), (1, 2, 3)),
-    "decode": ((16,), (32, 64, 128), (2, 4), (2, 3, 4)),
+    "decode": ((), (32, 64, 128), (2, 4), (2, 3, 4)),
 }
 _RANGES = {
     "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)),
     "grad_query": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
     "grad_key_value": ((32, 64, 128), (32, 64, 128), (4, 8), (2, 3)),
-    "decode": ((16,), (32, 64, 128), (2, 4), (2, 3, 4)),
+    "decode": ((), (32, 64, 128), (2, 4), (2, 3, 4)),
 }
 _AMD_RANGES = {
     "forward": ((64, 128), (32, 64), (4, 8), (1, 2)),
     "grad_query": ((32, 64), (16, 32, 64), (4, 8), (1,)),
     "grad_key_value": ((16, 32), (32, 64), (4, 8), (1,)),
-    "decode": ((16,), (16, 32, 64), (2, 4), (1, 2)),
+    "decode": ((), (16, 32, 64), (2, 4), (1, 2)),
 }
 
 
@@ -32,6 +33,8 @@ def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig
     """List legal configs, the default first, each once; with descriptors where the hardware has them."""
     of_width = _WIDE_RANGES if problem.width > 128 else _RANGES
     ranges = (of_width if target.backend == "cuda" else _AMD_RANGES)[kernel]
+    if kernel == "decode":  # as many rows as a group fills
+        ranges = (tuple(rows for rows in (16, 32, 64) if rows <= problem.packed_rows), *ranges[1:])
     kinds = (True, False) if may_use_descriptors(kernel, problem, target) else (False,)
     found = [TileConfig(*tiles, descriptors=kind) for kind in kinds for tiles in product(*ranges)]
     default = default_config(kernel, problem, target)

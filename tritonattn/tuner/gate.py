@@ -23,6 +23,8 @@ from .model import RATES, cycles, programs_per_sm
 
 # Bytes that the L2 cache gives an SM a clock: 5120 for the 108 of an A100 (NVIDIA A100 whitepaper); taken for all.
 _L2_BYTES = 48
+# Exponentials and reciprocals a logit where a softcap's tanh takes one of each.
+_OF_A_SOFTCAP = 3
 # Approximate clocks until a load from memory arrives.
 _LATENCY = 600
 
@@ -92,7 +94,7 @@ def gate_reasons(kernel: str, problem: Problem, config: TileConfig, target: Targ
         return [*reasons, "has no loop with tensor instructions"]
     if loop.product_waits > loop.products > 0:
         reasons.append(f"waits {loop.product_waits} times for {loop.products} products: ptxas serialised them")
-    softmaxes = _softmaxes(kernel, config, loop)
+    softmaxes = _softmaxes(kernel, config, loop) / (_OF_A_SOFTCAP if problem.softcap else 1)
     if kernel != "decode" and softmaxes > 1.1:
         reasons.append(f"computes {softmaxes:.2f} exponentials a logit: warps repeat each other's softmax")
     return reasons
@@ -150,7 +152,7 @@ def _work(kernel: str, problem: Problem, config: TileConfig) -> tuple[int, int]:
     if kernel == "grad_key_value":
         held, streamed = streamed, held
     if kernel == "decode":  # 16 splits of 32 sequences with 8 key heads
-        return 16 * 32 * 8, max(1, length // 16 // streamed)
+        return 16 * 32 * 8 * -(-problem.packed_rows // held), max(1, length // 16 // streamed)
     return 128 * -(-length // held), length // streamed
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import triton
 
 from ..backends.triton import launch
 from ..core.errors import CommandError
@@ -15,7 +17,7 @@ from ..tuning import cache_dir, lookup
 from ..tuning.config import Target, TileConfig
 from ..tuning.gpus import GPU, GPUS
 from ..tuning.ptxas import ptxas_of, suspicion
-from ..tuning.table import TableError, kernels_fingerprint, read_table
+from ..tuning.table import Entry, EntryKey, TableError, kernels_fingerprint, read_table
 from .static import keys
 from .timing import card_state
 
@@ -59,12 +61,20 @@ def tables(target: Target) -> dict[str, str]:
     for path in lookup.paths(target):
         try:
             entries = lookup.usable_table(path, target).entries
-            found[str(path)] = f"{len(entries)} entries, {used.count(path)} of {len(used)} in use"
+            found[str(path)] = f"{len(entries)} entries, {used.count(path)} of {len(used)} in use{_of_others(entries)}"
         except FileNotFoundError:
             found[str(path)] = "no such file"
         except TableError as error:
             found[str(path)] = f"skipped: {error}"
     return found | {"defaults": f"{used.count(None)} of {len(used)} in use"}
+
+
+def _of_others(entries: Mapping[EntryKey, Entry]) -> str:
+    """Say which other versions of Triton entries are for; their code is held to the gate when a call compiles it."""
+    others = Counter(entry.triton for entry in entries.values() if entry.triton != triton.__version__)
+    return "".join(
+        f"; {count} for triton {version}, checked when compiled" for version, count in sorted(others.items())
+    )
 
 
 def configs(gpu: str | None) -> int:
@@ -106,4 +116,5 @@ def _named_target(name: str) -> Target:
 def _origin(found: lookup.Found) -> str:
     if found.path is None or found.key is None:
         return "default"
-    return f"{found.path.name}, {read_table(found.path).entries[found.key].source}"
+    source = f"{found.path.name}, {read_table(found.path).entries[found.key].source}"
+    return source + (f", for triton {found.triton}" if found.is_of_another_triton else "")

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from typing import Any
 
 import torch
+import triton
 
 from ..backends.triton import launch
-from ..tuning.config import Target, TileConfig, one_line
-from ..tuning.gpus import GPUS
+from ..tuning.calls import Size
+from ..tuning.config import Problem, Target, TileConfig, one_line
+from ..tuning.gpus import nearest
 from ..tuning.lookup import config_for
-from ..tuning.table import Entry, Key
-from .candidates import candidates
+from ..tuning.table import Entry, EntryKey
+from .candidates import candidates, static_candidates
 from .gate import modelled_clocks
 from .static import Compiler, compiler_versions
 from .timing import Timing, card_state, take_turns
-from .workload import Size, Workload, typical_size
+from .workload import Workload
 
 _PROCESSORS = 128
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Configs timed for a key, rounds, seconds of warming up."""
+    """Configs timed for a key, rounds, seconds of warming up, and the configs that are compiled."""
 
     timed: int = 6
     rounds: int = 20
     warm_up: float = 0.2
+    compiled: Callable[[str, Problem, Target], list[TileConfig]] = candidates
+
+
+QUICK = Effort(timed=3, rounds=8, warm_up=0.05, compiled=static_candidates)
 
 
 class SearchError(Exception):
@@ -40,7 +46,7 @@ class SearchError(Exception):
 class Result:
     """The result of a key's search; entry is None where no config passed, or none gave the reference's result."""
 
-    key: Key
+    key: EntryKey
     before: TileConfig
     before_timing: Timing | None
     entry: Entry | None
@@ -56,22 +62,23 @@ class Result:
 
 
 def search(
-    key: Key,
+    key: EntryKey,
     configs: list[TileConfig],
     target: Target,
     device: torch.device,
     effort: Effort,
-    size: Size | None = None,
+    size: Size,
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
 ) -> Result:
-    """Time configs for a key, the one in use among them, and check each against the reference, in every dtype.
+    """Time configs for a key at a size, the one in use among them; check each against the reference, in every dtype.
 
     Where the card's memory does not hold the operands, the result says so. Raises SearchError where a config leaves the
     card unusable.
     """
     before = config_for(key.kernel, key.problem, target)
     try:
-        workloads = [Workload(key, size or typical_size(key), dtype, device) for dtype in dtypes]
+        problems = [replace(key.problem, dtype=dtype) for dtype in dtypes]
+        workloads = [Workload(key.kernel, problem, size, device) for problem in problems]
         return _search(key, [before, *configs], workloads, device, effort)
     except torch.OutOfMemoryError as error:
         return Result(key, before, None, None, None, (f"{key}: {one_line(error)}",))
@@ -81,7 +88,7 @@ def search(
 
 
 def _search(
-    key: Key, configs: list[TileConfig], workloads: list[Workload], device: torch.device, effort: Effort
+    key: EntryKey, configs: list[TileConfig], workloads: list[Workload], device: torch.device, effort: Effort
 ) -> Result:
     """Search among configs, the first of which is in use."""
     before = configs[0]
@@ -106,18 +113,18 @@ def _search(
     return Result(key, before, before_timing, Entry(configs[best], "measured", details), timings[best], wrong)
 
 
-def promising(key: Key, compiler: Compiler, most: int) -> list[TileConfig]:
+def promising(key: EntryKey, compiler: Compiler, effort: Effort) -> list[TileConfig]:
     """List configs that pass the gate, the best by the model first. Raises SearchError if none compiles."""
     target, problem = compiler.target, key.problem
-    configs = candidates(key.kernel, problem, target)
-    processors = next((gpu.processors for gpu in GPUS if gpu.target[:2] == target[:2]), _PROCESSORS)
+    configs = effort.compiled(key.kernel, problem, target)
+    processors = target.processors or next((gpu.processors for gpu in nearest(target)), _PROCESSORS)
     examined = compiler.examine([(key.kernel, problem, config) for config in configs])
     if all(one.code is None for one in examined):
         raise SearchError(f"{key}: no config compiles; {examined[0].config}: {'; '.join(examined[0].reasons)}")
     clocks = {
         one.config: modelled_clocks(key.kernel, problem, one, target, processors) for one in examined if not one.reasons
     }
-    return sorted(clocks, key=clocks.__getitem__)[:most]
+    return sorted(clocks, key=clocks.__getitem__)[: effort.timed]
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class _Running:
     """A contestant: the kernel in one config, once for each dtype."""
 
     workloads: list[Workload]
-    key: Key
+    key: EntryKey
     config: TileConfig
 
     def __call__(self, number: int) -> object:
@@ -133,7 +140,7 @@ class _Running:
             return [workload(number) for workload in self.workloads]
 
 
-def _error(workloads: list[Workload], key: Key, config: TileConfig) -> str | None:
+def _error(workloads: list[Workload], key: EntryKey, config: TileConfig) -> str | None:
     """Describe what is wrong with a config's results, or the exception that it raised; None if nothing is."""
     try:
         with launch.configured(key.kernel, config):
@@ -165,20 +172,26 @@ def _is_lost(device: torch.device) -> bool:
 
 def _details(workloads: list[Workload], device: torch.device, timing: Timing) -> dict[str, Any]:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    size = workloads[0].size
     return {
         "card": card,
         "driver": card_state(device).get("driver_version", "unknown"),
         "torch": torch.__version__,
         **compiler_versions(Target.of(device)),
         "date": date.today().isoformat(),
-        "shape": [size.batch, size.heads, size.length, workloads[0].key.head_dim],
-        "dtypes": [str(workload.dtype).removeprefix("torch.") for workload in workloads],
+        "size": workloads[0].size.as_record(),
+        "dtypes": [str(workload.problem.dtype).removeprefix("torch.") for workload in workloads],
+        "rounds": timing.rounds,
         "milliseconds": round(timing.median, 4),
         "quartiles": [round(timing.lower, 4), round(timing.upper, 4)],
     }
 
 
-def pending(keys: Iterable[Key], done: dict[Key, Entry]) -> list[Key]:
-    """List the keys without a measured entry in a table: a search that was stopped goes on with them."""
-    return [key for key in keys if key not in done or done[key].source != "measured"]
+def pending(keys: Iterable[EntryKey], done: dict[EntryKey, Entry], effort: Effort) -> list[EntryKey]:
+    """List the keys not measured with this Triton in as many rounds: a search that was stopped goes on with them."""
+    return [key for key in keys if key not in done or not _is_done(done[key], effort)]
+
+
+def _is_done(entry: Entry, effort: Effort) -> bool:
+    rounds = entry.details.get("rounds")
+    is_recent = entry.details.get("triton") == triton.__version__
+    return entry.source == "measured" and is_recent and isinstance(rounds, int) and rounds >= effort.rounds

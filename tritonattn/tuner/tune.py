@@ -18,14 +18,16 @@ from ..core.errors import INTERRUPTED, CommandError
 from ..core.progress import Progress
 from ..core.tables import table as layout
 from ..tuning import cache_dir, lookup
+from ..tuning.calls import Size, read_calls
 from ..tuning.config import Target
 from ..tuning.defaults import default_config
 from ..tuning.gpus import GPUS, table_name
-from ..tuning.table import Entry, Key, Table, TableError, kernels_fingerprint, write_table
+from ..tuning.table import LENGTHS, Entry, EntryKey, Key, Table, TableError, kernels_fingerprint, write_table
 from .gate import LatencyModel
 from .in_use import named_gpus, shown
-from .search import Effort, Result, SearchError, pending, promising, search
+from .search import QUICK, Effort, Result, SearchError, pending, promising, search
 from .static import Compiler, keys, static_table
+from .workload import typical_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,14 +40,41 @@ def tune(options: Namespace) -> int:
         raise CommandError(f"--workers: expected at least 1, got {options.workers}")
     if options.budget is not None and math.isnan(options.budget):
         raise CommandError("--budget: expected minutes, got nan")
-    wanted = [key for key in keys(options.kernels, options.head_dims) if key.lengths in options.lengths]
     end = math.inf if options.budget is None else time.monotonic() + 60 * options.budget
     try:
-        return (tune_static if options.static else _tune_here)(options, wanted, end)
+        if options.static:
+            return tune_static(options, _keys(options), end)
+        return _tune_here(options, _recorded(options) if options.calls else _typical(options), end)
     except BrokenProcessPool as error:
         raise CommandError(
             "a process that compiles was ended from outside, perhaps for lack of memory: --workers takes fewer at once"
         ) from error
+
+
+def _keys(options: Namespace) -> list[Key]:
+    return [key for key in keys(options.kernels, options.head_dims) if key.lengths in options.lengths]
+
+
+def _typical(options: Namespace) -> dict[EntryKey, Size]:
+    """The keys to search for, and the size that each is timed with."""
+    return {key: typical_size(key) for key in _keys(options)}
+
+
+def _recorded(options: Namespace) -> dict[EntryKey, Size]:
+    """The recorded problems to search for, each with the size of its calls that do most of the work."""
+    try:
+        calls = read_calls(options.calls)
+    except (TableError, FileNotFoundError) as error:
+        raise CommandError(f"--calls: {error}") from error
+    wanted: dict[EntryKey, Size] = {
+        of: size
+        for of, size in calls.largest().items()
+        if of.kernel in options.kernels and LENGTHS[not of.problem.short] in options.lengths
+    }
+    if not wanted:
+        asked = f"{', '.join(options.kernels)} of {' and '.join(options.lengths)} calls"
+        raise CommandError(f"--calls: {options.calls}: expected launches of {asked}, got none")
+    return wanted
 
 
 def tune_static(options: Namespace, wanted: list[Key], end: float, model: LatencyModel | None = None) -> int:
@@ -85,7 +114,7 @@ def _path(gpu: str, write: bool) -> Path:
     return folder / f"{gpu}.json"
 
 
-def _entries(path: Path, target: Target) -> dict[Key, Entry]:
+def _entries(path: Path, target: Target) -> dict[EntryKey, Entry]:
     """Read the entries of a file; one that is not usable is named on stdout, and has none."""
     try:
         return lookup.usable_table(path, target).entries
@@ -126,7 +155,7 @@ def _check_that_it_compiles(compiler: Compiler, key: Key) -> None:
         raise CommandError(f"{compiler.target.name}: no config passes; {key}, {config}: {'; '.join(found.reasons)}")
 
 
-def _static_summary(table: Table, before: dict[Key, Entry], wanted: list[Key]) -> str:
+def _static_summary(table: Table, before: dict[EntryKey, Entry], wanted: list[Key]) -> str:
     rows = []
     for key in wanted:
         entry, old = table.entries.get(key), before.get(key)
@@ -139,7 +168,7 @@ def _static_summary(table: Table, before: dict[Key, Entry], wanted: list[Key]) -
     return layout(rows, ["key", "config", "registers", "source"], left=None)
 
 
-def _tune_here(options: Namespace, wanted: list[Key], end: float) -> int:
+def _tune_here(options: Namespace, wanted: dict[EntryKey, Size], end: float) -> int:
     """Search on this machine's GPU; no search begins after `end`, of time.monotonic."""
     if not torch.cuda.is_available():
         raise CommandError(
@@ -148,9 +177,14 @@ def _tune_here(options: Namespace, wanted: list[Key], end: float) -> int:
         )
     device = torch.device("cuda", torch.cuda.current_device())
     target = Target.of(device)
+    if target.is_too_old:
+        raise CommandError(
+            f"expected a GPU of sm_80 or later, got {target.name}, for whose tensor cores Triton has no code"
+        )
     path = _path(table_name(target), options.write)
     _check_folder(path, options.write)
-    todo = pending(wanted, _entries(path, target))
+    effort = QUICK if options.quick else Effort()
+    todo = pending(wanted, _entries(path, target), effort)
     if len(todo) < len(wanted):
         print(f"{len(wanted) - len(todo)} of {len(wanted)} keys are measured already in {path}")
     results: list[Result] = []
@@ -161,7 +195,7 @@ def _tune_here(options: Namespace, wanted: list[Key], end: float) -> int:
                     print(f"the budget of {options.budget:g} minutes is spent: run the command again to go on")
                     break
                 progress.set_postfix_str(str(key))
-                results.append(_searched(options, key, compiler, device))
+                results.append(_searched(key, wanted[key], effort, options, compiler, device))
                 if results[-1].entry is not None:
                     _save(results, path, target, options.write)  # at once: Ctrl-C loses one search at most
         status = 0
@@ -176,11 +210,12 @@ def _tune_here(options: Namespace, wanted: list[Key], end: float) -> int:
     return status
 
 
-def _searched(options: Namespace, key: Key, compiler: Compiler, device: torch.device) -> Result:
-    effort = Effort()
-    configs = promising(key, compiler, effort.timed)
-    dtypes = tuple(DTYPES[name] for name in options.dtypes)
-    return search(key, configs, compiler.target, device, effort, dtypes=dtypes)
+def _searched(
+    key: EntryKey, size: Size, effort: Effort, options: Namespace, compiler: Compiler, device: torch.device
+) -> Result:
+    configs = promising(key, compiler, effort)
+    dtypes = (key.problem.dtype,) if options.calls else tuple(DTYPES[name] for name in options.dtypes)
+    return search(key, configs, compiler.target, device, effort, size, dtypes)
 
 
 def _save(results: list[Result], path: Path, target: Target, shipped: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,128 +13,181 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends import triton as triton_backend
-from ..core.call import AttentionCall, Logits, Needs
+from ..backends.triton.decode import Rows, attend
+from ..backends.triton.operands import Operands
+from ..core.call import AttentionCall, ForwardResult, Needs
 from ..core.decode_call import Cache, DecodeCall
-from ..core.visibility import Visibility
+from ..tuning.calls import Size
+from ..tuning.config import Problem
 from ..tuning.table import Key
 
 _COPIES = 3
-_FIRST, _LAST = slice(0, 1), slice(-1, None)
-
-
-@dataclass(frozen=True)
-class Size:
-    """A batch of sequences of `length` tokens, with query heads, of which `group` share a key head."""
-
-    batch: int
-    heads: int
-    length: int
-    group: int = 1
+_CHECKED_LOGITS = 2**24  # of a call that the reference computes, whose dense logits are in fp64
+_CHECKED_HEADS = 2  # key heads, and batch entries, of a check that is cut
 
 
 def typical_size(key: Key, length: int | None = None) -> Size:
     """Choose the size that a key is timed with: about as many tokens for every length."""
     if key.kernel == "decode":
         length = length or (1024 if key.lengths == "short" else 16384)
-        return Size(max(1, 2**18 // length), 32, length, 4)
+        return Size(max(1, 2**18 // length), 32, 1, length, group=4)
     length = length or (512 if key.lengths == "short" else 4096)
-    return Size(max(1, 2**14 // length), 16, length)
+    return Size(max(1, 2**14 // length), 16, length, length)
+
+
+def checked_size(size: Size) -> Size:
+    """Cut a size to what the reference computes: batch and heads first, then lengths; its group and pages stay."""
+    if size.logits <= _CHECKED_LOGITS:
+        return size
+    batch, heads = min(size.batch, _CHECKED_HEADS), min(size.kv_heads, _CHECKED_HEADS) * size.group
+    q_len, k_len = size.q_len, size.k_len
+    while batch * heads * q_len * k_len > _CHECKED_LOGITS and max(q_len, k_len) > 1:
+        q_len, k_len = (-(-x // 2) if 2 * x > max(q_len, k_len) else x for x in (q_len, k_len))
+    totals = {}
+    if size.q_total:
+        totals = {
+            "q_total": _cut_total(size.q_total, size.q_len, q_len, size.batch, batch),
+            "k_total": _cut_total(size.k_total, size.k_len, k_len, size.batch, batch),
+        }
+    return replace(size, batch=batch, heads=heads, q_len=q_len, k_len=k_len, **totals)
+
+
+def _cut_total(total: int, longest: int, cut: int, members: int, left: int) -> int:
+    """The tokens of fewer and shorter members: of the longest, and of others of the share of it that they had."""
+    return cut + (total - longest) * cut * (left - 1) // (longest * max(members - 1, 1))
 
 
 class Workload:
-    """A key's kernel on random causal operands; several copies of them, so that rounds find cold caches."""
+    """A kernel on random operands of a problem; several copies of them, so that rounds find cold caches."""
 
-    def __init__(self, key: Key, size: Size, dtype: torch.dtype, device: torch.device, copies: int = _COPIES) -> None:
-        self.key, self.size, self.dtype, self.device = key, size, dtype, device
-        self._calls = [self._call(seed) for seed in range(copies)]
-        self._forwards: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+    def __init__(self, kernel: str, problem: Problem, size: Size, device: torch.device, copies: int = _COPIES) -> None:
+        self.kernel, self.problem, self.size, self.device = kernel, problem, size, device
+        self._copies = [_Copy(kernel, Operands(problem, size, device, seed)) for seed in range(copies)]
 
     def __call__(self, number: int) -> tuple[Tensor, ...]:
         """Launch with the next copy in the config in use, and return the kernel's results."""
-        call = self._calls[number % len(self._calls)]
-        if isinstance(call, DecodeCall):
-            return (triton_backend.decode(call, aux=False).out,)
-        if not any(self._needs):
-            return self._forward(call)[:1]
-        copy = number % len(self._calls)
-        if copy not in self._forwards:
-            self._forwards[copy] = self._forward(call)
-        out, lse, rounding = self._forwards[copy]
-        gradients = triton_backend.backward(call, out, lse, call.q, None, self._needs, rounding)
-        return tuple(x for x in gradients if x is not None)
+        return self._copies[number % len(self._copies)]()
 
     def error(self) -> str | None:
-        """Compare the results of the first and the last heads with the reference; return what is wrong, or None."""
+        """Say what is wrong with the results, or return None.
+
+        Every result must be finite. A call of `checked_size` is compared with the reference, which drops the same
+        probabilities: dropout is a function of the place.
+        """
         with _poisoned_memory():
             found = self(0)
-        for end in (_FIRST, _LAST):
-            exact, eager = (self._reference(dtype, end) for dtype in (torch.float64, self.dtype))
-            for number, (result, wanted, rounded) in enumerate(zip(found, exact, eager, strict=True)):
-                band = torch.finfo(self.dtype).eps * (16 if self.dtype == torch.float32 else 1)
-                allowed = 2 * (rounded.double() - wanted).abs().max() + band * wanted.abs().max()
-                error = (self._heads(result, end).double() - wanted).abs().max()
-                if not error <= allowed:  # NaN too
-                    return f"result {number}: expected an error of at most {allowed:.2e}, got {error:.2e}"
+            size = checked_size(self.size)
+            checked = Workload(self.kernel, self.problem, size, self.device, 1) if size != self.size else self
+            compared = checked(0)
+        for number, result in enumerate(found):
+            if result.isnan().any():
+                return f"result {number}: expected numbers, got nan"
+        del found
+        return checked._difference(compared)
+
+    def _difference(self, found: tuple[Tensor, ...]) -> str | None:
+        exact, eager = (self._copies[0].reference(dtype) for dtype in (torch.float64, self.problem.dtype))
+        for number, (result, wanted, rounded) in enumerate(zip(found, exact, eager, strict=True)):
+            band = torch.finfo(self.problem.dtype).eps
+            finite = wanted.isfinite()  # lse of a row without keys is -inf
+            wanted, rounded, result = (torch.where(finite, x.double(), 0) for x in (wanted, rounded, result))
+            allowed = 2 * (rounded - wanted).abs().max() + band * wanted.abs().max()
+            error = (result - wanted).abs().max()
+            if not error <= allowed:  # NaN too
+                return f"result {number}: expected an error of at most {allowed:.2e}, got {error:.2e}"
         return None
 
-    def _heads(self, x: Tensor, end: slice) -> Tensor:
-        """Take the first key head of the first sequence, or the last of the last, or the query heads that share it."""
-        by_key_head = x.unflatten(1, (self.size.heads // self.size.group, -1))
-        return by_key_head[end, end].flatten(1, 2)
 
-    @property
-    def _needs(self) -> Needs:
-        """Say which gradients are computed; the row terms, a small part of the work, come with either kernel."""
-        of_query, of_key = self.key.kernel == "grad_query", self.key.kernel == "grad_key_value"
-        of_query_scale = of_query and self.key.problem.query_scale_grad
-        return Needs(of_query, of_key, of_key, of_query_scale, of_key and self.key.problem.key_scale)
+class _Copy:
+    """One call of a kernel; a backward takes what its forward left, which is computed once."""
 
-    def _forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | None]:
-        """out, lse, and of 16 bits what out lost when it was rounded, as training keeps it."""
-        rounding = torch.empty_like(call.q, dtype=torch.int8) if self.dtype.itemsize == 2 else None
-        return *triton_backend.forward(call, False, rounding)[:2], rounding
+    def __init__(self, kernel: str, operands: Operands) -> None:
+        self.kernel, self.problem = kernel, operands.problem
+        self.call = operands.decode() if kernel == "decode" else operands.attention()
+        self._needs = _needs(kernel, self.problem)
+        if any(self._needs):
+            shape = (*self.call.q.shape[:3], self.problem.value_dim)
+            self._d_out = operands.operand(*shape)
+            self._d_lse = operands.normal(*shape[:3]) if self.problem.aux else None
+            self._forward: tuple[ForwardResult, Tensor | None] | None = None
 
-    def _call(self, seed: int) -> AttentionCall | DecodeCall:
-        size, dim = self.size, self.key.head_dim
-        random = torch.Generator(self.device).manual_seed(seed)
+    def __call__(self) -> tuple[Tensor, ...]:
+        call, aux = self.call, self.problem.aux
+        if isinstance(call, Rows):
+            return _results(attend(call, aux), aux)
+        if not any(self._needs):
+            return _results(triton_backend.forward(call, aux, self._rounding()), aux)
+        if self._forward is None:
+            rounding = self._rounding()
+            self._forward = triton_backend.forward(call, False, rounding), rounding
+        (out, lse, *_), rounding = self._forward
+        gradients = triton_backend.backward(call, out, lse, self._d_out, self._d_lse, self._needs, rounding)
+        return tuple(x for x in gradients if x is not None)
 
-        def normal(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
-            return torch.randn(shape, generator=random, device=self.device, dtype=torch.float32).to(dtype)
-
-        rows = 1 if self.key.kernel == "decode" else size.length
-        q = normal(size.batch, size.heads, rows, dim)
-        k, v = (normal(size.batch, size.heads // size.group, size.length, dim) for _ in range(2))
-        problem = self.key.problem
-        logits = Logits(
-            dim**-0.5,
-            normal(*q.shape[:3], dtype=torch.float32) if problem.query_scale else None,
-            normal(*k.shape[:3], dtype=torch.float32) if problem.key_scale else None,
-        )
-        if self.key.kernel == "decode":
-            lengths = torch.full((size.batch,), size.length, device=self.device, dtype=torch.int32)
-            return DecodeCall(q, Cache(k, v, lengths), logits)
-        return AttentionCall(q, k, v, Visibility.of(q, k, causal=True), logits)
-
-    def _reference(self, dtype: torch.dtype, end: slice) -> list[Tensor]:
-        """Compute the results of the first or the last heads eagerly in a dtype."""
-        call = self._calls[0]
-        k, v = (call.cache.k, call.cache.v) if isinstance(call, DecodeCall) else (call.k, call.v)
-        q, k, v = (self._heads(x, end).to(dtype).requires_grad_() for x in (call.q, k, v))
+    def reference(self, dtype: torch.dtype) -> list[Tensor]:
+        """Compute the results eagerly in a dtype."""
+        call = _as_attention(self.call).gathered()
         wide = torch.promote_types(dtype, torch.float32)
-        query_scale, key_scale = (
-            None if x is None else self._heads(x, end).to(wide).requires_grad_()
-            for x in (call.logits.query_scale, call.logits.key_scale)
+        scale, query_scale, key_scale, key_bias, softcap, sinks = call.logits
+        q, k, v = (x.to(dtype).requires_grad_() for x in (call.q, call.k, call.v))
+        query_scale, key_scale, key_bias, sinks = (
+            None if x is None else x.to(wide).requires_grad_() for x in (query_scale, key_scale, key_bias, sinks)
         )
-        multiplier = torch.full((1, 1, 1, 1), call.logits.scale, dtype=wide, device=q.device)
+        multiplier = torch.full((1, 1, 1, 1), scale, dtype=wide, device=q.device)
         if query_scale is not None:
             multiplier = multiplier * query_scale[..., None]
         if key_scale is not None:
-            multiplier = multiplier * key_scale[:, :, None]
-        visibility = Visibility.of(q, k, causal=self.key.kernel != "decode")
-        out = reference.attention(q, k, v, multiplier, visibility).out
-        pairs = zip((q, k, v, query_scale, key_scale), self._needs, strict=False)
-        leaves = [x for x, needed in pairs if x is not None and needed]
-        return list(torch.autograd.grad(out, leaves, q.detach())) if leaves else [out.detach()]
+            multiplier = multiplier * key_scale.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
+        bias = None if key_bias is None else key_bias.flatten(1, 2)[:, :, None]
+        found = reference.attention(
+            q, k, v, multiplier, call.visibility, bias=bias, softcap=softcap, sinks=sinks, dropout=call.dropout
+        )
+        leaves = zip((q, k, v, query_scale, key_scale, key_bias, sinks), self._needs, strict=True)
+        wanted = [x for x, needed in leaves if x is not None and needed]
+        if not wanted:
+            return [x.detach() for x in _results(found, self.problem.aux)]
+        outputs, gradients = [found.out], [self._d_out.to(dtype)]
+        if self._d_lse is not None:
+            outputs, gradients = [*outputs, found.lse], [*gradients, self._d_lse.to(wide)]
+        return list(torch.autograd.grad(outputs, wanted, gradients))
+
+    def _rounding(self) -> Tensor | None:
+        """What a training call's output loses when it is rounded: memory for it."""
+        shape = (*self.call.q.shape[:3], self.problem.value_dim)
+        return self.call.q.new_empty(shape, dtype=torch.int8) if self.problem.rounding else None
+
+
+def _needs(kernel: str, problem: Problem) -> Needs:
+    """Say which gradients are computed; the row terms, a small part of the work, come with either kernel.
+
+    The gradient of a key bias takes both kernels.
+    """
+    if kernel == "grad_query":
+        return Needs(q=True, query_scale=problem.query_scale_grad, sinks=problem.sinks)
+    if kernel == "grad_key_value":
+        return Needs(k=True, v=True, key_scale=problem.key_scale, key_bias=problem.key_bias)
+    return Needs()
+
+
+def _results(found: ForwardResult, aux: bool) -> tuple[Tensor, ...]:
+    return tuple(x for x in found if x is not None) if aux else (found.out,)
+
+
+def _as_attention(call: AttentionCall | Rows) -> AttentionCall:
+    """The call of the same rows without a kernel of its own."""
+    if isinstance(call, AttentionCall):
+        return call
+    k, v = (call.k, call.v) if call.block_table is None else (call.k.transpose(1, 2), call.v.transpose(1, 2))
+    assert call.key_lengths is not None
+    cache = Cache(k, v, call.key_lengths, call.block_table, call.query_lengths)
+    attention = DecodeCall(call.q, cache, call.logits, call.left).as_attention()
+    if call.key_ranges is None:
+        return attention
+    ranges = attention.visibility.key_ranges
+    assert ranges is not None
+    first, last = torch.maximum(ranges, call.key_ranges)[..., 0], torch.minimum(ranges, call.key_ranges)[..., 1]
+    visible = replace(attention.visibility, key_ranges=torch.stack([first, last], dim=-1))
+    return replace(attention, visibility=visible)
 
 
 @contextmanager

@@ -50,11 +50,12 @@ TENSOR_MEMORY_COLUMNS = 512  # of 128 rows and 4 bytes, a program
 
 
 class Target(NamedTuple):
-    """A GPU architecture: ("cuda", "90") or ("hip", "gfx942"); card is its device's name where there is a device."""
+    """A GPU architecture: ("cuda", "90") or ("hip", "gfx942"); where there is a device, its name and its processors."""
 
     backend: str
     arch: str
     card: str = ""
+    processors: int = 0
 
     @classmethod
     def parse(cls, name: str) -> Target:
@@ -76,6 +77,11 @@ class Target(NamedTuple):
         return f"sm_{self.arch}" if self.backend == "cuda" else self.arch
 
     @property
+    def is_too_old(self) -> bool:
+        """Whether Triton makes no code for its tensor cores, as for NVIDIA's before sm_80."""
+        return self.backend == "cuda" and int(self.arch) < 80
+
+    @property
     def has_tensor_memory(self) -> bool:
         """Whether MMAs write to tensor memory. Threads then load whole rows, and fp32 instructions are packed."""
         return self.backend == "cuda" and self.arch in ("100", "103")
@@ -83,12 +89,13 @@ class Target(NamedTuple):
 
 @functools.cache
 def _target_of(index: int) -> Target:
-    card = torch.cuda.get_device_name(index)
+    card, properties = torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index)
+    processors = properties.multi_processor_count
     if torch.version.hip:
-        arch = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-        return Target("hip", arch, card or arch)  # ROCm knows no name where its list of them is not installed
+        arch = properties.gcnArchName.split(":")[0]
+        return Target("hip", arch, card or arch, processors)  # ROCm has no name where its list of them is missing
     major, minor = torch.cuda.get_device_capability(index)
-    return Target("cuda", f"{major}{minor}", card)
+    return Target("cuda", f"{major}{minor}", card, processors)
 
 
 @dataclass(frozen=True)

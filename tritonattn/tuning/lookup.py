@@ -1,4 +1,4 @@
-"""The config of a call: from the user's table, the shipped one of this GPU, of its architecture, else a default."""
+"""The config of a call: from the user's table, this GPU's, the nearest of its architecture, else a default."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import triton
+
 from . import cache_dir
 from .config import Problem, Target, TileConfig, legal_reasons, one_line
 from .defaults import default_config
-from .gpus import GPUS, table_name
-from .table import Key, Table, TableError, kernels_fingerprint, keys_of, read_table
+from .gpus import nearest, table_name
+from .table import EntryKey, Exact, Table, TableError, kernels_fingerprint, keys_of, read_table
 
 # Configs that a compiler or a card refused although they are legal by the estimates.
 _rejected: set[tuple[str, Problem, Target, TileConfig]] = set()
 
 
 class Found(NamedTuple):
-    """A config, and the file and key that it comes from; None is the built-in default."""
+    """A config, and the file, key and Triton that it comes from; None is the built-in default."""
 
     config: TileConfig
     path: Path | None
-    key: Key | None
+    key: EntryKey | None
+    triton: str | None = None
+
+    @property
+    def is_of_another_triton(self) -> bool:
+        """Whether the entry was compiled by another version than will run it: then its code is held to a gate."""
+        return self.path is not None and self.triton != triton.__version__
 
 
 def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
@@ -33,7 +41,8 @@ def config_for(kernel: str, problem: Problem, target: Target) -> TileConfig:
 
 def find(kernel: str, problem: Problem, target: Target) -> Found:
     """`config_for`, and where it was found. Files are read once a process and target."""
-    for key in () if problem.invariant else keys_of(kernel, problem, target):
+    keys = () if problem.invariant else (Exact(kernel, problem), *keys_of(kernel, problem, target))
+    for key in keys:
         for found in _entries(target).get(key, ()):
             is_rejected = (kernel, problem, target, found.config) in _rejected
             if not is_rejected and not legal_reasons(kernel, found.config, problem, target):
@@ -52,6 +61,19 @@ def reject_config(kernel: str, problem: Problem, target: Target, config: TileCon
     return True
 
 
+def refuse_spills(kernel: str, problem: Problem, target: Target, config: TileConfig, spills: int) -> bool:
+    """Skip a config of another Triton whose code, now compiled, spills; return whether it did.
+
+    The gate lets code spill outside of loops, which only a search tells from others. Its other conditions follow from
+    the config, or no launch would succeed.
+    """
+    found = find(kernel, problem, target)
+    if not spills or found.config != config or not found.is_of_another_triton:
+        return False
+    why = f"triton {triton.__version__} spills {spills} registers, and it was found with {found.triton}: tune again"
+    return reject_config(kernel, problem, target, config, RuntimeError(why))
+
+
 def clear_cache() -> None:
     """Read the files again at the next lookup; the plans of `launch` keep what they were made with."""
     _entries.cache_clear()
@@ -65,7 +87,7 @@ def paths(target: Target) -> list[Path]:
         shipped = cache_dir.shipped_tables()
     except FileNotFoundError:
         shipped = None
-    relatives = [gpu.name for gpu in GPUS if gpu.target[:2] == target[:2] and gpu.name != name]
+    relatives = [gpu.name for gpu in nearest(target) if gpu.name != name]
     found = []
     with suppress(RuntimeError):  # a user without a home
         found = [user_table(target)] if name else []
@@ -95,9 +117,9 @@ def usable_table(path: Path, target: Target) -> Table:
 
 
 @functools.lru_cache(maxsize=64)
-def _entries(target: Target) -> dict[Key, tuple[Found, ...]]:
+def _entries(target: Target) -> dict[EntryKey, tuple[Found, ...]]:
     """The entries of all files, in the order of the search; a file that cannot be used is reported once and skipped."""
-    merged: dict[Key, tuple[Found, ...]] = {}
+    merged: dict[EntryKey, tuple[Found, ...]] = {}
     for path in paths(target):
         try:
             table = usable_table(path, target)
@@ -107,5 +129,5 @@ def _entries(target: Target) -> dict[Key, tuple[Found, ...]]:
             warnings.warn(f"tritonattn skips a table of tuned configs: {error}", stacklevel=2)
             continue
         for key, entry in table.entries.items():
-            merged[key] = (*merged.get(key, ()), Found(entry.config, path, key))
+            merged[key] = (*merged.get(key, ()), Found(entry.config, path, key, entry.triton))
     return merged

@@ -9,14 +9,18 @@ import json
 import stat
 import tokenize
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from ..core import records
-from .config import TILED_KERNELS, Problem, Target, TileConfig
+from .config import TILED_KERNELS, WIDEST, WIDEST_KEYS, Problem, Target, TileConfig
+
+Content = TypeVar("Content")
 
 SCHEMA_VERSION = 1
 HEAD_DIMS = (40, 64, 72, 80, 88, 96, 128, 192, 256)
@@ -84,6 +88,61 @@ class Key(NamedTuple):
         )
 
 
+class Exact(NamedTuple):
+    """The calls of one `Problem`, as a search finds them for a program's own calls; of 16 bits, not `invariant`."""
+
+    kernel: str
+    problem: Problem
+
+    def __str__(self) -> str:
+        """Kernel, dims and dtype, then the fields that are not those of a bare call."""
+        problem, named = self.problem, []
+        for field in fields(Problem)[3:]:
+            value = getattr(problem, field.name)
+            if value != field.default:
+                named.append(field.name if value is True else f"{field.name}={value}")
+        dtype = str(problem.dtype).removeprefix("torch.")
+        return f"{self.kernel}/{problem.head_dim}/{problem.value_dim}/{dtype}/{'+'.join(named) or 'plain'}"
+
+    @classmethod
+    def parse(cls, text: Any) -> Exact:
+        """The one that prints as this; raises ValueError."""
+        try:
+            kernel, head_dim, value_dim, dtype, named = text.split("/")
+            given: dict[str, Any] = {} if named == "plain" else dict(map(_field, named.split("+")))
+            problem = Problem(int(head_dim), int(value_dim), _DTYPES[dtype], **given)
+            found = cls(kernel, problem)
+            dims = (problem.head_dim, problem.value_dim, problem.packed_rows)
+            is_sound = kernel in TILED_KERNELS and is_searched(problem) and str(found) == text
+            if is_sound and all(1 <= x <= most for x, most in zip(dims, _MOST_DIMS, strict=True)):
+                return found
+        except (AttributeError, KeyError, TypeError, ValueError):
+            pass
+        raise ValueError(f"expected kernel/head_dim/value_dim/dtype/options, got {shown(text)}")
+
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_MOST_DIMS = (WIDEST_KEYS, WIDEST, 2**16)  # head and value dims, packed rows
+
+
+EntryKey = Key | Exact
+
+
+def _field(text: str) -> tuple[str, bool | int]:
+    """The name and value of an option of `Exact`; raises ValueError."""
+    name, _, value = text.partition("=")
+    if name == "packed_rows":
+        return name, int(value[:9])
+    if value not in ("", "False"):
+        raise ValueError(text)
+    return name, not value
+
+
+def is_searched(problem: Problem) -> bool:
+    """Whether tables may hold entries for a problem: of 16 bits, with tiles that its company may choose."""
+    return problem.dtype in _DTYPES.values() and not problem.invariant
+
+
 def keys_of(kernel: str, problem: Problem, target: Target) -> tuple[Key, ...]:
     """The keys of the entries that serve a call, its own before that of its padded width; none: tables leave it out.
 
@@ -122,6 +181,11 @@ class Entry:
     source: str
     details: dict[str, Any]
 
+    @property
+    def triton(self) -> str:
+        """The version that compiled it."""
+        return str(self.details.get("triton", "unknown"))[:40]
+
     def as_record(self) -> dict[str, Any]:
         return {"config": asdict(self.config), "source": self.source, **self.details}
 
@@ -133,7 +197,7 @@ class Table:
     gpu: str
     target: Target
     kernels: str
-    entries: dict[Key, Entry]
+    entries: dict[EntryKey, Entry]
 
     def text(self) -> str:
         """The file's content; the same table is the same bytes."""
@@ -143,13 +207,25 @@ class Table:
             "target": self.target.name,
             "kernels": self.kernels,
         }
-        order = sorted(self.entries, key=lambda key: (TILED_KERNELS.index(key.kernel), *key[1:]))
+        order = sorted(self.entries, key=_place)
         entries = {str(key): self.entries[key].as_record() for key in order}
         return json.dumps({**record, "entries": entries}, indent=1, sort_keys=False) + "\n"
 
 
+def _place(key: EntryKey) -> tuple:
+    """Entries of single problems after the others."""
+    if isinstance(key, Exact):
+        return 1, TILED_KERNELS.index(key.kernel), str(key)
+    return 0, TILED_KERNELS.index(key.kernel), *key[1:]
+
+
 def read_table(path: Path) -> Table:
     """The table in a file. Raises TableError for a file that is no table of this schema; FileNotFoundError."""
+    return parsed_file(path, _parse)
+
+
+def parsed_file(path: Path, parse: Callable[[Any], Content]) -> Content:
+    """What `parse`, which may raise ValueError, makes of a file's JSON. Raises TableError, FileNotFoundError."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait
             raise ValueError("expected a regular file, got a directory, a pipe or a device")
@@ -157,7 +233,7 @@ def read_table(path: Path) -> Table:
             content = file.read(_LARGEST_FILE + 1)
         if len(content) > _LARGEST_FILE:
             raise ValueError(f"expected at most {_LARGEST_FILE} bytes, got more")
-        return _parse(json.loads(content.decode("utf-8"), object_pairs_hook=_object))
+        return parse(json.loads(content.decode("utf-8"), object_pairs_hook=_object))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -169,7 +245,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if pairs:
         [(name, count)] = Counter(name for name, _ in pairs).most_common(1)
         if count > 1:
-            raise ValueError(f"expected each name once, got {_shown(name)} {count} times")
+            raise ValueError(f"expected each name once, got {shown(name)} {count} times")
     return dict(pairs)
 
 
@@ -179,40 +255,45 @@ def _parse(record: Any) -> Table:
         raise ValueError(f"expected an object, got {type(record).__name__}")
     version = record.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:
-        raise ValueError(f"schema_version: expected {SCHEMA_VERSION}, got {_shown(version)}")
+        raise ValueError(f"schema_version: expected {SCHEMA_VERSION}, got {shown(version)}")
     for name in _FIELDS:
         wanted = {"schema_version": int, "entries": dict}.get(name, str)
         if type(record.get(name)) is not wanted:
-            raise ValueError(f"{name}: expected {wanted.__name__}, got {_shown(record.get(name))}")
+            raise ValueError(f"{name}: expected {wanted.__name__}, got {shown(record.get(name))}")
     entries = {}
     for text, entry in record["entries"].items():
-        try:
-            key = Key.parse(text)
-        except ValueError:
-            raise ValueError(f"entries: expected kernel/head_dim/scales/lengths, got {_shown(text)}") from None
+        key = _key(text)
         entries[key] = _entry(text, entry)
     return Table(record["gpu"], Target.parse(record["target"]), record["kernels"], entries)
 
 
+def _key(text: str) -> EntryKey:
+    for kind in (Key, Exact):
+        with suppress(ValueError):
+            return kind.parse(text)
+    forms = "kernel/head_dim/scales/lengths or kernel/head_dim/value_dim/dtype/options"
+    raise ValueError(f"entries: expected {forms}, got {shown(text)}")
+
+
 def _entry(key: str, record: Any) -> Entry:
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-        raise ValueError(f"{key}: expected an object with a config, got {_shown(record)}")
+        raise ValueError(f"{key}: expected an object with a config, got {shown(record)}")
     details = {name: value for name, value in record.items() if name not in ("config", "source")}
     if record.get("source") not in SOURCES:
-        raise ValueError(f"{key}: source: expected one of {', '.join(SOURCES)}, got {_shown(record.get('source'))}")
+        raise ValueError(f"{key}: source: expected one of {', '.join(SOURCES)}, got {shown(record.get('source'))}")
     config, names = record["config"], {field.name for field in fields(TileConfig)}
     if set(config) != names:
-        raise ValueError(f"{key}: config: expected {', '.join(sorted(names))}, got {_shown(sorted(config))}")
+        raise ValueError(f"{key}: config: expected {', '.join(sorted(names))}, got {shown(sorted(config))}")
     for name, value in config.items():
         wanted = bool if name == "descriptors" else int
         if type(value) is not wanted:
-            raise ValueError(f"{key}: {name}: expected {wanted.__name__}, got {_shown(value)}")
+            raise ValueError(f"{key}: {name}: expected {wanted.__name__}, got {shown(value)}")
         if wanted is int and not 1 <= value <= _MOST[name]:
-            raise ValueError(f"{key}: {name}: expected 1 to {_MOST[name]}, got {_shown(value)}")
+            raise ValueError(f"{key}: {name}: expected 1 to {_MOST[name]}, got {shown(value)}")
     return Entry(TileConfig(**config), record["source"], details)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value of a file in a message, short and on one line."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -12,8 +12,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ...core.visibility import Visibility
 from ...kernels.records import DropoutState, Results, RowTerms, Starts
-from ...tuning.config import ROW_TERMS_ALIGNMENT, Problem, TileConfig, corrects_delta, is_short, padded_dim
+from ...tuning import calls as recorded
+from ...tuning.calls import Size
+from ...tuning.config import (
+    ROW_TERMS_ALIGNMENT,
+    TILED_KERNELS,
+    Problem,
+    TileConfig,
+    corrects_delta,
+    is_short,
+    padded_dim,
+)
 from ...tuning.order import heads_of_section
+from ...tuning.table import Exact
 from .device import Grid
 from .launch import (
     Arguments,
@@ -146,6 +157,8 @@ def _grad_key_value(kind: Kind, call: AttentionCall, shared: Arguments, needs: N
 
 def _launch(kernel: str, kind: Kind, call: AttentionCall, available: Arguments, d_out: Tensor | None = None) -> None:
     """A program for each block of rows, or of keys, of each head of each member."""
+    if recorded.recorders and kernel in TILED_KERNELS:
+        recorded.note(Exact(kernel, kind.problem), _size(call))
 
     def launches(chosen: Plan) -> None:
         of_config = _descriptors(chosen, call, d_out)
@@ -154,6 +167,22 @@ def _launch(kernel: str, kind: Kind, call: AttentionCall, available: Arguments, 
         chosen.launch(_grid(kernel, chosen, call), available | of_config, kind.wide, kind)
 
     planned(kernel, kind.problem, call.q.device, launches)
+
+
+def _size(call: AttentionCall) -> Size:
+    visible, (rows, keys) = call.visibility, _lengths(call)
+    return Size(
+        batch=_members(call),
+        heads=visible.q_heads,
+        q_len=rows,
+        k_len=keys,
+        group=visible.q_heads // visible.kv_heads,
+        q_total=0 if visible.sequences is None else visible.q_len,
+        k_total=0 if visible.sequences is None else visible.k_len,
+        page=0 if call.block_table is None else call.k.shape[2],
+        left=visible.left or 0,
+        right=visible.right or 0,
+    )
 
 
 def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> Grid:

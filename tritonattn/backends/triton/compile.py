@@ -13,18 +13,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, find_paths_if, get_iterable_path
 
-from ...core.call import AttentionCall, Logits, Needs
-from ...core.dropout import Dropout
-from ...core.sequences import Sequences
-from ...core.visibility import Visibility
+from ...core.call import AttentionCall, Needs
 from ...kernels import KERNELS
+from ...tuning.calls import Size
 from ...tuning.config import WIDEST, WIDEST_KEYS, Problem, Target, TileConfig, legal_reasons
 from ...tuning.defaults import default_config
 from .attention import backward, forward
-from .decode import Rows, attend
+from .decode import attend
 from .device import binder, compile_options
 from .key_statistics import append_keys, append_to_pages, key_lengths, key_lengths_backward
 from .launch import Launch, overriding, recording
+from .operands import Operands
 from .ranges import argmax_over_ranges, prefix_sums, range_arguments, rows_of_key_blocks, seen_keys
 
 _PAGE = 16
@@ -104,75 +103,25 @@ def specialised(
 # ---- The call of a problem, on tensors without memory
 
 
-def _tensor(*shape: int, dtype: torch.dtype = torch.float32, aligned: bool = True) -> Tensor:
-    """Not aligned: expanded, as other tensors would be copied, with rows of an odd stride."""
-    if aligned:
-        return torch.empty(shape, dtype=dtype, device="meta")
-    batch, *outer, width = shape
-    wide = torch.empty((1, *outer, width + 1 + width % 2), dtype=dtype, device="meta")
-    return wide[..., :width].expand(batch, *shape[1:])
+def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _sizes(problem: Problem) -> tuple[int, int, int, int]:
-    """Batch entries, query heads, key heads and tokens of a call."""
-    batch = 1 if problem.sequences else 2
-    return batch, 4 if problem.grouped else 2, 2, 1024 if problem.short else 4096
-
-
-def _visibility(problem: Problem, q: Tensor, k: Tensor) -> Visibility:
-    batch, heads, length, _ = q.shape
-    starts = _tensor(batch + 1, dtype=torch.int32)
-    return Visibility.of(
-        q,
-        k,
-        causal=problem.right,
-        window=(length // 2, None) if problem.left else None,
-        key_lengths=_tensor(batch, dtype=torch.int32) if problem.key_lengths else None,
-        key_ranges=_tensor(batch, length, 2, dtype=torch.int32) if problem.key_ranges else None,
-        mask=_tensor(batch, heads, length, length, dtype=torch.bool) if problem.mask else None,
-        sequences=Sequences(starts, starts, length, length) if problem.sequences else None,
+def _operands(problem: Problem) -> Operands:
+    """Of two batch entries, or one packed sequence, with two key heads."""
+    length, heads = 1024 if problem.short else 4096, 4 if problem.grouped else 2
+    size = Size(
+        batch=1 if problem.sequences else 2,
+        heads=heads,
+        q_len=length,
+        k_len=length,
+        group=heads // 2,
+        q_total=length,
+        k_total=length,
+        page=_PAGE if problem.block_table else 0,
+        left=length // 2,
     )
-
-
-def _logits(problem: Problem, rows: tuple[int, int, int], keys: tuple[int, int, int]) -> Logits:
-    return Logits(
-        1.0,
-        _tensor(*rows) if problem.query_scale else None,
-        _tensor(*keys) if problem.key_scale else None,
-        _tensor(*keys[:2], rows[1] // keys[1], keys[2]) if problem.key_bias else None,
-        1.0 if problem.softcap else None,
-        _tensor(rows[1]) if problem.sinks else None,
-    )
-
-
-def _attention_call(problem: Problem) -> AttentionCall:
-    batch, heads, kv_heads, length = _sizes(problem)
-    keys = (batch, kv_heads, length)
-    q = _tensor(batch, heads, length, problem.head_dim, dtype=problem.dtype, aligned=problem.aligned)
-    k, v = _keys_and_values(problem, keys)
-    return AttentionCall(
-        q,
-        k,
-        v,
-        _visibility(problem, q, _tensor(*keys, problem.head_dim)),
-        _logits(problem, (batch, heads, length), keys),
-        Dropout(0.5, _tensor(2, dtype=torch.int64)) if problem.dropout else None,
-        block_table=_block_table(problem, keys),
-    )
-
-
-def _keys_and_values(problem: Problem, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """k and v [B, Hkv, Sk, D or Dv]; or pages [N, Hkv, page, D or Dv], in memory [N, page, Hkv, D or Dv]."""
-    batch, kv_heads, length = keys
-    lead = (batch * length // _PAGE, _PAGE, kv_heads) if problem.block_table else keys
-    options = {"dtype": problem.dtype, "aligned": problem.aligned}
-    k, v = (_tensor(*lead, width, **options) for width in (problem.head_dim, problem.value_dim))
-    return (k.transpose(1, 2), v.transpose(1, 2)) if problem.block_table else (k, v)
-
-
-def _block_table(problem: Problem, keys: tuple[int, int, int]) -> Tensor | None:
-    batch, _, length = keys
-    return _tensor(batch, length // _PAGE, dtype=torch.int32) if problem.block_table else None
+    return Operands(problem, size, torch.device("meta"))
 
 
 def _results(problem: Problem, call: AttentionCall) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -183,44 +132,31 @@ def _results(problem: Problem, call: AttentionCall) -> tuple[Tensor, Tensor | No
 
 
 def _forward(problem: Problem) -> None:
-    call = _attention_call(problem)
+    call = _operands(problem).attention()
     forward(call, problem.aux, _results(problem, call)[1])
 
 
 def _backward(problem: Problem) -> None:
-    call = _attention_call(problem)
+    operands = _operands(problem)
+    call = operands.attention()
     out, rounding, lse = _results(problem, call)
-    d_out = _tensor(*out.shape, dtype=problem.dtype, aligned=problem.aligned)
     needs = Needs(True, True, True, problem.query_scale_grad, problem.key_scale, problem.key_bias, problem.sinks)
-    q, k = (x.float() if wide else x for x, wide in ((call.q, problem.wide_q), (call.k, problem.wide_k)))
-    call = replace(call, q=q, k=k)
-    backward(call, out, lse, d_out, _tensor(*lse.shape) if problem.aux else None, needs, rounding)
+    d_lse = _tensor(*lse.shape) if problem.aux else None
+    backward(call, out, lse, operands.operand(*out.shape), d_lse, needs, rounding)
 
 
 def _decode(problem: Problem) -> None:
-    batch, _, kv_heads, capacity = _sizes(problem)
+    operands = _operands(problem)
     group, rows = (problem.packed_rows, 1) if problem.grouped else (1, problem.packed_rows)
-    heads, keys = kv_heads * group, (batch, kv_heads, capacity)
-    attend(
-        Rows(
-            _tensor(batch, heads, rows, problem.head_dim, dtype=problem.dtype, aligned=problem.aligned),
-            *_keys_and_values(problem, keys),
-            capacity,
-            _logits(problem, (batch, heads, rows), keys),
-            capacity // 2 if problem.left else None,
-            _tensor(batch, dtype=torch.int32),
-            _tensor(batch, 1, 2, dtype=torch.int32) if problem.key_ranges else None,
-            _block_table(problem, keys),
-            _tensor(batch, dtype=torch.int32) if problem.sequences else None,
-        ),
-        problem.aux,
-    )
+    size = replace(operands.size, heads=2 * group, q_len=rows, group=group)
+    attend(Operands(problem, size, operands.device).decode(), problem.aux)
 
 
 def _keys(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """k, and which keys are seen where ranges or a mask hide some."""
-    batch, _, kv_heads, length = _sizes(problem)
-    k = _tensor(batch, kv_heads, length, problem.head_dim, dtype=problem.dtype, aligned=problem.aligned)
+    operands = _operands(problem)
+    size = operands.size
+    k = operands.operand(size.batch, size.kv_heads, size.k_len, problem.head_dim)
     hides = problem.key_ranges or problem.mask
     return k, _tensor(*k.shape[:3], dtype=torch.bool) if hides else None
 
@@ -258,18 +194,18 @@ def _prefix_sums(problem: Problem) -> None:
 
 
 def _seen_keys(problem: Problem) -> None:
-    seen_keys(_attention_call(replace(problem, mask=False, sequences=False)).visibility)  # others take no kernel
+    seen_keys(_operands(replace(problem, mask=False, sequences=False)).attention().visibility)  # others take no kernel
 
 
 def _rows_of_key_blocks(problem: Problem) -> None:
-    visible = _attention_call(replace(problem, key_ranges=True)).visibility  # others take no kernel
+    visible = _operands(replace(problem, key_ranges=True)).attention().visibility  # others take no kernel
     rows_of_key_blocks(visible, range_arguments(visible), 128)
 
 
 def _argmax_over_ranges(problem: Problem) -> None:
-    batch, _, kv_heads, length = _sizes(problem)
-    lo, hi = (_tensor(batch, 1, length, dtype=torch.int64) for _ in range(2))
-    argmax_over_ranges(_tensor(batch, kv_heads, length), lo, hi)
+    size = _operands(problem).size
+    lo, hi = (_tensor(size.batch, 1, size.k_len, dtype=torch.int64) for _ in range(2))
+    argmax_over_ranges(_tensor(size.batch, size.kv_heads, size.k_len), lo, hi)
 
 
 _LAUNCHERS: dict[str, Callable[[Problem], object]] = {

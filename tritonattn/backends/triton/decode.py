@@ -13,7 +13,10 @@ from ...core.dropout import Dropout
 from ...core.visibility import Visibility
 from ...kernels.decode import SHORTEST_SPLIT
 from ...kernels.records import LogitTerms, Ranges, Results
+from ...tuning import calls as recorded
+from ...tuning.calls import Size
 from ...tuning.config import Problem, is_short, padded_dim
+from ...tuning.table import Exact
 from .launch import (
     Arguments,
     Kind,
@@ -110,7 +113,15 @@ def attend_few_rows(call: AttentionCall, aux: bool) -> ForwardResult:
 
 def attend(rows: Rows, aux: bool) -> ForwardResult:
     kind = _kind(rows, aux)
+    if recorded.recorders:
+        recorded.note(Exact("decode", kind.problem), _size(rows))
     return planned("decode", kind.problem, rows.q.device, lambda chosen: _launch(rows, aux, kind, chosen))
+
+
+def _size(rows: Rows) -> Size:
+    batch, q_heads, q_len, _ = rows.q.shape
+    page = 0 if rows.block_table is None else rows.k.shape[2]
+    return Size(batch, q_heads, q_len, rows.capacity, rows.group, page=page, left=rows.left or 0)
 
 
 def _kind(rows: Rows, aux: bool) -> Kind:

@@ -108,10 +108,12 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def launch_on(device: torch.device, kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig) -> None:
+def launch_on(
+    device: torch.device, kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig
+) -> CompiledKernel | None:
     """Launch on a CUDA or HIP device, with the code that Triton compiled for a call of the same kind, or as its first.
 
-    `kernel[grid](...)` finds that code too, in three to four times the host's time.
+    `kernel[grid](...)` finds that code too, in three to four times the host's time. Returns the code of a kind's first.
     """
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
@@ -124,12 +126,14 @@ def launch_on(device: torch.device, kernel: Any, grid: Grid, arguments: Mapping[
     key = (id(kernel), config, device.index, *switches)
     if kind is not None and (kept := kind.codes.get(key)) and kept.takes(values):
         _launch(kept.compiled, grid, device.index, values)
-        return
+        return None
     compiled = _bound_and_launched(device.index, kernel, grid, arguments, config, switches)
     if kind is not None and compiled is not None:
         kept = kept_code(compiled, values, kernel)
         if kept.takes(values):
             kind.codes[key] = kept
+            return compiled
+    return None
 
 
 def _bound_and_launched(

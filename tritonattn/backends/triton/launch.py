@@ -39,7 +39,17 @@ Result = TypeVar("Result")
 
 def run_on_device(kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig) -> None:
     """Compile where needed and launch, on the device of the tensors."""
-    launch_on(device_of(arguments.values()), kernel, grid, arguments, config)
+    device = device_of(arguments.values())
+    compiled = launch_on(device, kernel, grid, arguments, config)
+    if compiled is not None and compiled.n_spills:
+        _hold_to_gate(kernel, arguments.kind.problem, device, config, compiled.n_spills)  # type: ignore[attr-defined]
+
+
+def _hold_to_gate(kernel: Any, problem: Problem, device: torch.device, config: TileConfig, spills: int) -> None:
+    """Take another config from the next call on, where this one comes from another Triton and its code spills."""
+    name = next((name for name, function in KERNELS.items() if function is kernel), "")
+    if lookup.refuse_spills(name, problem, Target.of(device), config, spills):
+        _plan.cache_clear()
 
 
 def device_of(values: Iterable[Any]) -> torch.device:

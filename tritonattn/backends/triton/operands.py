@@ -1,0 +1,157 @@
+"""Operands of a call of a given `Problem` and `Size`: random, or on the meta device without memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core.call import AttentionCall, Logits
+from ...core.dropout import Dropout
+from ...core.sequences import Sequences
+from ...core.visibility import Visibility
+from ...tuning.calls import Size
+from ...tuning.config import Problem
+from .decode import Rows
+
+
+class Operands:
+    """Draws the tensors of calls.
+
+    Lengths of sequences lie between 5/8 of the longest and all of it. Of a mask nine tenths are visible. Pages lie in
+    any order. Operands that are not aligned have rows of an odd stride, and are the same for every batch entry, since
+    others would be copied.
+    """
+
+    def __init__(self, problem: Problem, size: Size, device: torch.device, seed: int = 0) -> None:
+        self.problem, self.size, self.device = problem, size, device
+        self._random = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self._random is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.randn(shape, generator=self._random, device=self.device, dtype=torch.float32).to(dtype)
+
+    def operand(self, *shape: int) -> Tensor:
+        """One in the problem's dtype, with its alignment."""
+        if self.problem.aligned:
+            return self.normal(*shape, dtype=self.problem.dtype)
+        batch, *outer, width = shape
+        wide = self.normal(1, *outer, width + 1 + width % 2, dtype=self.problem.dtype)
+        return wide[..., :width].expand(batch, *shape[1:])
+
+    def attention(self) -> AttentionCall:
+        problem, rows, keys = self.problem, self._rows(), self._keys()
+        q = self.operand(*rows, problem.head_dim)
+        k, v = self._keys_and_values(keys)
+        return AttentionCall(
+            q,
+            k,
+            v,
+            self._visibility(rows, keys),
+            self._logits(rows, keys),
+            Dropout(0.5, self._integers(2**31 - 1, 2)) if problem.dropout else None,
+            wide_q=self._without_memory(*q.shape) if problem.wide_q else None,
+            wide_k=self._without_memory(*keys, problem.head_dim) if problem.wide_k else None,
+            is_part=problem.is_part,
+            block_table=self._block_table(),
+        )
+
+    def decode(self) -> Rows:
+        problem, size = self.problem, self.size
+        rows, keys = (size.batch, size.heads, size.q_len), (size.batch, size.kv_heads, self._capacity())
+        return Rows(
+            self.operand(*rows, problem.head_dim),
+            *self._keys_and_values(keys),
+            keys[2],
+            self._logits(rows, keys),
+            size.left if problem.left else None,
+            self._spread(keys[2]),
+            self._ranges(1, keys[2]) if problem.key_ranges else None,
+            self._block_table(),
+            self._spread(size.q_len) if problem.sequences else None,
+        )
+
+    def _rows(self) -> tuple[int, int, int]:
+        size = self.size
+        return (1, size.heads, size.q_total) if self.problem.sequences else (size.batch, size.heads, size.q_len)
+
+    def _keys(self) -> tuple[int, int, int]:
+        size = self.size
+        if self.problem.sequences:
+            return 1, size.kv_heads, size.k_total
+        return size.batch, size.kv_heads, self._capacity()
+
+    def _capacity(self) -> int:
+        """Keys of a batch entry: with pages, those of whole ones."""
+        return self._pages() * self.size.page or self.size.k_len
+
+    def _pages(self) -> int:
+        """Pages of a batch entry."""
+        return -(-self.size.k_len // self.size.page) if self.size.page else 0
+
+    def _visibility(self, rows: tuple[int, int, int], keys: tuple[int, int, int]) -> Visibility:
+        problem, size, (batch, _, q_len), k_len = self.problem, self.size, rows, keys[2]
+        sides = (size.left if problem.left else None, size.right if problem.right else None)
+        return Visibility.of_shapes(
+            torch.Size((*rows, problem.head_dim)),
+            torch.Size((*keys, problem.head_dim)),
+            self.device,
+            window=sides,
+            key_lengths=self._spread(k_len) if problem.key_lengths else None,
+            key_ranges=self._ranges(q_len, k_len) if problem.key_ranges else None,
+            mask=self._integers(10, batch, 1, q_len, k_len) > 0 if problem.mask else None,
+            sequences=self._sequences() if problem.sequences else None,
+        )
+
+    def _sequences(self) -> Sequences:
+        size = self.size
+        q_starts, k_starts = self._starts(size.q_total, size.q_len), self._starts(size.k_total, size.k_len)
+        return Sequences(q_starts, k_starts, size.q_len, size.k_len)
+
+    def _starts(self, total: int, longest: int) -> Tensor:
+        """Of one longest member, and others of about the same length: int32 [N + 1]."""
+        others, first = self.size.batch - 1, min(longest, total)
+        rest = min(total - first, others * longest)
+        ends = [first + rest * n // max(others, 1) for n in range(others + 1)]
+        return torch.tensor([0, *ends], dtype=torch.int32, device=self.device)
+
+    def _ranges(self, rows: int, keys: int) -> Tensor:
+        """Ranges of about half of the keys, int32 [B, rows, 2]."""
+        first = self._integers(keys // 2 + 1, self.size.batch, rows)
+        return torch.stack([first, first + keys // 2], dim=-1).int()
+
+    def _spread(self, longest: int) -> Tensor:
+        """int32 [B]"""
+        lengths = [longest - longest * (n % 4) // 8 for n in range(self.size.batch)]
+        return torch.tensor(lengths, dtype=torch.int32, device=self.device)
+
+    def _logits(self, rows: tuple[int, int, int], keys: tuple[int, int, int]) -> Logits:
+        problem = self.problem
+        return Logits(
+            problem.head_dim**-0.5,
+            self.normal(*rows) if problem.query_scale else None,
+            self.normal(*keys) if problem.key_scale else None,
+            self.normal(*keys[:2], self.size.group, keys[2]) if problem.key_bias else None,
+            20.0 if problem.softcap else None,
+            self.normal(rows[1]) if problem.sinks else None,
+        )
+
+    def _keys_and_values(self, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """k and v [B, Hkv, Sk, D or Dv]; or pages [P, Hkv, page, D or Dv], in memory [P, page, Hkv, D or Dv]."""
+        problem, size = self.problem, self.size
+        lead = (size.batch * self._pages(), size.page, keys[1]) if problem.block_table else keys
+        k, v = (self.operand(*lead, width) for width in (problem.head_dim, problem.value_dim))
+        return (k.transpose(1, 2), v.transpose(1, 2)) if problem.block_table else (k, v)
+
+    def _block_table(self) -> Tensor | None:
+        if not self.problem.block_table:
+            return None
+        count = self.size.batch * self._pages()
+        numbers = torch.randperm(count, generator=self._random, device=self.device)
+        return numbers.int().view(self.size.batch, -1)
+
+    def _integers(self, end: int, *shape: int) -> Tensor:
+        return torch.randint(0, end, shape, generator=self._random, device=self.device)
+
+    def _without_memory(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device="meta")
