@@ -19,7 +19,7 @@ SEARCH = ["tune", *ONE[3:]]
 class FakeCompiler:
     """Only BEST passes the gate."""
 
-    def __init__(self, target, workers):
+    def __init__(self, target, workers, model=None):
         self.target = target
 
     def __enter__(self):
