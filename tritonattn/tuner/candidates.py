@@ -52,6 +52,13 @@ def static_candidates(kernel: str, problem: Problem, target: Target) -> list[Til
     return [default, *(one for one in others if one.num_stages in stages and one.descriptors == described)]
 
 
+def few_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """List the default, and those candidates for a ranking that have two stages: by these, tiles are compared."""
+    first, *others = static_candidates(kernel, problem, target)
+    stages = first.num_stages if kernel == "decode" else min(first.num_stages, 2)
+    return [first, *(one for one in others if one.num_stages == stages)]
+
+
 def tiles(config: TileConfig) -> tuple[int, int, int]:
     """Return all of a config but its stages, which say how far ahead it asks for loads."""
     return config.block_m, config.block_n, config.num_warps

@@ -16,7 +16,7 @@ from ..tuning.config import Problem, Target, TileConfig, one_line
 from ..tuning.gpus import nearest
 from ..tuning.lookup import config_for
 from ..tuning.table import Entry, EntryKey
-from .candidates import candidates, static_candidates
+from .candidates import candidates, few_candidates
 from .gate import modelled_clocks
 from .static import Compiler, compiler_versions
 from .timing import Timing, card_state, take_turns
@@ -35,7 +35,7 @@ class Effort:
     compiled: Callable[[str, Problem, Target], list[TileConfig]] = candidates
 
 
-QUICK = Effort(timed=3, rounds=8, warm_up=0.05, compiled=static_candidates)
+QUICK = Effort(timed=3, rounds=8, warm_up=0.05, compiled=few_candidates)
 
 
 class SearchError(Exception):

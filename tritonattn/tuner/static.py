@@ -17,7 +17,7 @@ from ..tuning.defaults import default_config
 from ..tuning.gpus import GPU
 from ..tuning.ptxas import ptxas_version
 from ..tuning.table import HEAD_DIMS, LENGTHS, SCALES, Entry, Key, Table, kernels_fingerprint
-from .candidates import static_candidates, tiles
+from .candidates import few_candidates, static_candidates, tiles
 from .gate import Candidate, LatencyModel, examine, modelled_clocks
 
 # A config replaces the default, or for long calls that of short ones, which then need no kernels of their own, only if
@@ -117,9 +117,8 @@ def _typical(key: Key) -> Problem:
 def _contenders(key: Key, target: Target) -> list[tuple[str, Problem, TileConfig]]:
     """List the configs by which a key's tiles are compared, its own default first: in as many stages as the default."""
     problem = _typical(key)
-    first, *others = static_candidates(key.kernel, problem, target)
-    of_stages = [one for one in others if one.num_stages == min(first.num_stages, 2)]
-    configs = dict.fromkeys([default_config(key.kernel, key.problem, target), first, *of_stages])
+    few = few_candidates(key.kernel, problem, target)
+    configs = dict.fromkeys([default_config(key.kernel, key.problem, target), *few])
     return [(key.kernel, problem, config) for config in configs]
 
 
