@@ -77,7 +77,7 @@ class _Rolled(torch.autograd.Function):
         key = torch.arange(count, device=x.device) + first[:, None]  # [B, Sk]
         key = torch.where(key < count, key, key - count)
         shape = [count if at == axis else 1 for at in range(1, x.dim())]
-        return x.gather(axis, key.view(-1, *shape).expand(x.shape))
+        return x.gather(axis, key.view(key.shape[0], *shape).expand(x.shape))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
