@@ -84,7 +84,7 @@ def test_undo_is_bit_identical(subject):
     network.set_attn_implementation(IMPLEMENTATION[name] if network._supports_sdpa else "eager")
     with torch.no_grad():
         wanted, before = architecture.outputs(network, inputs), state(network)
-        with patch(network, scaling="ssmax", gain=torch.ones(4, 1)) as one:
+        with patch(network, scaling="ssmax", gain=torch.full((4, 1), 1.5)) as one:
             assert not torch.equal(architecture.outputs(network, inputs), wanted)
             assert patched(network) is one
         assert patched(network) is None

@@ -59,10 +59,11 @@ class KeyStatistics:
         dtype: float32, or float64 beside a float64 cache.
 
     All buffers have fixed shapes and change in place, nothing waits for the device, and the work is O(new keys):
-    every method can be captured in a CUDA graph, `append` once it has run with the like, and compiled. On a GPU values
-    are not read: keys past the capacity are dropped. On a CPU they raise ValueError.
+    every method can be compiled, and captured in a CUDA graph (`append` after a call with the same shapes, which
+    compiles its kernel). On a GPU values are not read: keys past the capacity are dropped. On a CPU they raise
+    ValueError.
 
-    The bits of an fp32 record do not depend on how keys are cut into appends, except while compiling for a GPU.
+    One `append` of many keys and many of a few give the same bits in fp32, except in code compiled for a GPU.
 
     Raises TypeError or ValueError for an invalid size or dtype.
 
@@ -123,7 +124,7 @@ class KeyStatistics:
         Raises:
             TypeError, ValueError: A type, dtype, shape or device; on a CPU also counts outside [0, n] and keys past
                 the capacity.
-            RuntimeError: While a CUDA graph is captured, a kernel that is not compiled yet: append the like before.
+            RuntimeError: In a CUDA graph's capture, a kernel that is not compiled yet: append the same shapes before.
         """
         self._check_keys(k_new)
         new = k_new.shape[2]

@@ -44,8 +44,8 @@ class PagedKeyStatistics:
         dtype: float32, or float64 beside a float64 cache.
 
     All buffers have fixed shapes and change in place, nothing waits for the device, and the work is O(new keys):
-    `append` can be captured in a CUDA graph, once it has run with the like, and compiled. On a GPU values are not read:
-    keys without a page are dropped. On a CPU they raise ValueError.
+    `append` can be compiled, and captured in a CUDA graph after a call with the same shapes, which compiles its kernel.
+    On a GPU values are not read: keys without a page are dropped. On a CPU they raise ValueError.
 
     Raises TypeError or ValueError for an invalid size or dtype.
 
@@ -107,7 +107,7 @@ class PagedKeyStatistics:
         Raises:
             TypeError, ValueError: A type, dtype, shape or device; on a CPU also offsets that fall or pass T,
                 key_lengths outside [new keys, max_pages * page], and pages outside [0, N).
-            RuntimeError: While a CUDA graph is captured, a kernel that is not compiled yet: append the like before.
+            RuntimeError: In a CUDA graph's capture, a kernel that is not compiled yet: append the same shapes before.
         """
         self._check(k_new, cu_seqlens, key_lengths, block_table)
         self.enter(k_new, cu_seqlens, key_lengths, block_table)

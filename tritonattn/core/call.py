@@ -91,7 +91,7 @@ class AttentionCall:
     def from_keys(self, first: Tensor) -> AttentionCall:
         """The call with keys counted from first[b] of each entry, int64 [B], as `Visibility.from_keys` has them.
 
-        Blocks of keys are then those of a call that has these alone. What stands for q or k in the graph stays.
+        Blocks of keys are then those of a call with only these keys. `wide_q` and `wide_k` stay: no value is read.
         """
         logits = self.logits._replace(**_rolled(first, key_scale=self.logits.key_scale, key_bias=self.logits.key_bias))
         visible = self.visibility.from_keys(first)
@@ -143,7 +143,7 @@ class Gradients(NamedTuple):
     sinks: Tensor | None = None
 
     def rolled(self, first: Tensor) -> Gradients:
-        """Those of keys counted from first[b] of each entry, int64 [B]; the keys before it come last."""
+        """The gradients by keys counted from first[b] of each entry, int64 [B]; the keys before it come last."""
         return self._replace(**_rolled(first, k=self.k, v=self.v, key_scale=self.key_scale, key_bias=self.key_bias))
 
 

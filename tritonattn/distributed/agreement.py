@@ -1,7 +1,7 @@
 """Arguments that are the same on every rank, compared once for each new kind of call.
 
-Tensors of other sizes end in an abort or a wait of torch.distributed. Where byte counts are equal, as of [B, S, H, D]
-beside [B, H, S, D], nothing shows: the results are wrong.
+If sizes differ between ranks, torch.distributed aborts or waits. If byte counts are equal, as of [B, S, H, D] and
+[B, H, S, D], it raises nothing and the results are wrong.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def require_agreement(split: Split, function: str, options: Options, **others: A
 
     others   the arguments beside `options`, one of them a tensor
 
-    A tensor's kind is its dtype and shape, a scaling's its class and settings; of anything else it is the value. Each rank remembers
-    the kinds of a group's calls, and communicates where one is new: it is so on all ranks, as long as they agree. Where
-    it is new to some alone they meet the others' next collective, so that torch.distributed ends all, unless its debug
-    level DETAIL lets every call be compared. A call that is traced, or captured as a graph, is not compared.
+    A tensor's kind is its dtype and shape, a scaling's its class and settings; of anything else it is the value. Each
+    rank remembers the kinds of a group's calls, and communicates only for a new one. As long as ranks agree, it is new
+    on all of them. If it is new on some only, their comparison meets another collective of the others, at which
+    torch.distributed ends all. Its debug level DETAIL has every call compared. Calls that are traced or captured as a
+    graph are not compared.
     """
     if split.size == 1 or torch.compiler.is_compiling():
         return
@@ -63,7 +64,7 @@ def _kind(x: Any) -> Any:
 
 
 def _settings(scaling: Scaling) -> Iterator[Any]:
-    """The fields of a dataclass, and what modules say of themselves; the attributes of other classes may be a rank's."""
+    """The fields of a dataclass, and what modules show of themselves; attributes of other classes may be a rank's."""
     if isinstance(scaling, nn.Module):
         return (part.extra_repr() for part in scaling.modules())
     return map(_kind, vars(scaling).values() if is_dataclass(scaling) else ())

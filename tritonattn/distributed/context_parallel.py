@@ -83,8 +83,9 @@ def context_parallel_attention(
         [B, Hq, S / P, Dv]; with return_aux also the rows' `AttentionAux`. At one P repetitions give the same bits.
 
     Raises:
-        TypeError, ValueError: As `attention`; a mesh, method or layout; heads that P does not divide; a DTensor; on
-            every rank, arguments that differ by rank, in the first call of a kind.
+        TypeError, ValueError: As `attention`; a mesh, method or layout; heads that P does not divide; a DTensor as
+            q, k, v or key_bias; on every rank, arguments that differ by rank, in the first call with such shapes and
+            options.
         NotImplementedError: backend "reference".
 
     >>> import torch, torch.distributed as dist

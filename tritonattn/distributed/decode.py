@@ -69,8 +69,8 @@ def context_parallel_decode(
         [B, Hq, Sq, Dv] on every rank, and with return_aux `AttentionAux`.
 
     Raises:
-        TypeError, ValueError: As `attention_decode`; a mesh of several dimensions; a DTensor; on every rank, arguments
-            that differ by rank, in the first call of a kind.
+        TypeError, ValueError: As `attention_decode`; a mesh of several dimensions; a DTensor as q, cache or lengths;
+            on every rank, arguments that differ by rank, in the first call with such shapes and options.
         NotImplementedError: backend "reference", a Scaling that reads keys or has a bias of them, or a tensor that
             requires a gradient.
 

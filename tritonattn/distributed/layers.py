@@ -24,14 +24,14 @@ class ContextParallel(ParallelStyle):
     """Let every `ScaledAttention`, `ForgetGate` and `ALiBi` of a module work on a sequence that ranks share.
 
     For `parallelize_module`. Each rank calls the module with its part of the tokens, as `shard` cuts them; results and
-    gradients are those of the whole sequence. `ScaledAttention.positioned` is given places in the whole sequence.
+    gradients are those of the whole sequence. `ScaledAttention.positioned` gets positions in the whole sequence.
 
     Args:
         layout: How `shard` cut the sequence: "contiguous" or "zigzag".
         method, reduce_dtype, head_group: As in `context_parallel_attention`.
 
-    Gradients of parameters are the parts of this rank's rows: sum them over ranks, as FSDP and DDP do. Before or beside
-    it the same layers take tensor parallelism on another dimension of the mesh, with `HeadParallel`.
+    Gradients of parameters are the parts of this rank's rows: sum them over ranks, as FSDP and DDP do. The same layers
+    take tensor parallelism (`HeadParallel`) on another dimension of the mesh.
 
     Raises:
         TypeError, ValueError: A mesh of several dimensions, a layout, a module without such a layer. In a call: a

@@ -56,12 +56,12 @@ def pad(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int = 2
         value: What fills the new tokens: -100 in labels, so that no loss counts them.
 
     Returns:
-        x with the next number of tokens that P (2 P for "zigzag") divides. The rows of causal attention do not see what
-        comes after them. Other rows do: make the padding a document of its own, by cu_seqlens = [0, S, its length].
-        After `unshard` cut it off, as in x[:, :, :S].
+        x with the next number of tokens that P (2 P for "zigzag") divides. Rows of causal attention do not see later
+        tokens. Other rows do: make the padding a document of its own, by cu_seqlens = [0, S, the padded length]. After
+        `unshard` cut it off, as in x[:, :, :S].
 
     Raises:
-        TypeError, ValueError: mesh, layout, a DTensor, or an axis that x has not.
+        TypeError, ValueError: mesh, layout, a DTensor, or an axis that x lacks.
 
     >>> import torch, torch.distributed as dist
     >>> from torch.distributed.device_mesh import init_device_mesh
@@ -96,8 +96,8 @@ def unshard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int
         The whole sequence on every rank. A rank's gradient is the sum over ranks of those towards its tokens.
 
     Raises:
-        TypeError, ValueError: mesh, layout, a DTensor, or on every rank a shape, dtype, layout or dim that differs by
-            rank, in the first call of a kind.
+        TypeError, ValueError: mesh, layout, a DTensor; on every rank, a shape, dtype, layout or dim that differs by
+            rank, in the first call with these.
 
     >>> import torch, torch.distributed as dist
     >>> from torch.distributed.device_mesh import init_device_mesh

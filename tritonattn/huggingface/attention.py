@@ -64,8 +64,8 @@ def attention_forward(
     sparse indices).
 
     Under torch's context_parallel query, key and value are this rank's part of a sequence: a full causal layer attends
-    to all of it, and another one raises. It raises too where DeepSpeed's Ulysses has cut sequences for another
-    implementation.
+    to all of it, and another one raises. A layer also raises where DeepSpeed's Ulysses has cut sequences for another
+    implementation than this one.
     """
     _refuse_ulysses_of_others(module)
     observer, parallel = getattr(layer_scaling(module), "observer", None), context_parallel()

@@ -25,8 +25,8 @@ class ALiBi(SharesSequence, nn.Module):
         device: The device of the bias; it moves with the module.
 
     Calling it with a number of keys returns the bias, float32 [heads, keys]: pass it beside any scaling. In decoding
-    the number is the cache's capacity. Over ranks (`tritonattn.distributed.ContextParallel`) the number is that of this
-    rank's keys, and the bias is theirs in the whole sequence.
+    the number is the cache's capacity. Under `tritonattn.distributed.ContextParallel` the number is that of this rank's
+    keys, and their bias counts positions in the whole sequence.
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
@@ -85,8 +85,8 @@ class ForgetGate(SharesSequence, nn.Module):
     float64): pass it as `key_bias` to a causal call. In decoding `before` [B, heads] is the bias of the last token, and
     the bias of all tokens stands in a buffer beside the cache.
 
-    Sums are float64, and their rounding to float32 puts logits off by at most 2^-23 of the sum. Over ranks
-    (`tritonattn.distributed.ContextParallel`) x is this rank's part, and sums begin with those of the tokens before it.
+    Sums are float64, and their rounding to float32 puts logits off by at most 2^-23 of the sum. Under
+    `tritonattn.distributed.ContextParallel` x holds this rank's tokens, and sums begin at the whole sequence's first.
 
     >>> import torch, tritonattn
     >>> gate, x = tritonattn.nn.ForgetGate(32, heads=4), torch.randn(2, 10, 32)

@@ -250,7 +250,7 @@ def scaling_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def starts_at_sqrt_dim(mode: Any) -> bool:
-    """Whether a learned scaling starts at the mode sqrt_dim, or where its paper does. Raises ValueError otherwise."""
+    """True for "sqrt_dim", False for None, the paper's start. Raises ValueError for anything else."""
     if mode is not None and not (isinstance(mode, str) and mode == "sqrt_dim"):
         raise ValueError(f"mode: expected 'sqrt_dim' or None, got {mode!r}")
     return mode is not None

@@ -21,8 +21,8 @@ from .learned import Learned, starts_at_sqrt_dim
 class LogPower(Learned):
     """factor = (ln(n) / ln(base))^p_h / sqrt(D), n = the number of visible keys, p learned for every head.
 
-    A lone key has factor 0, or 1 / sqrt(D) where p is exactly 0: harmless without sinks, its probability being 1 at
-    any logit.
+    A lone key has factor 0, or 1 / sqrt(D) where p is exactly 0. Without sinks this is harmless: its probability is 1
+    at any logit.
 
     Args:
         heads: Hq.

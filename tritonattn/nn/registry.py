@@ -26,5 +26,5 @@ def named(name: str, heads: int, **options: Any) -> Scaling:
 
 
 def named_at_sqrt_dim(name: str, heads: int) -> Scaling:
-    """The same for a layer that was trained with sqrt_dim, where a module then starts; a cosine cannot."""
+    """As `named`, for a layer that was trained with sqrt_dim: a learned module starts there, but for a cosine."""
     return named(name, heads) if name == Cosine.name else named(name, heads, mode="sqrt_dim")

@@ -104,7 +104,7 @@ def innermost(spans: list[Span], wanted: set[int]) -> list[Span]:
 
 
 def ptx_loops(text: str) -> list[list[Instruction]]:
-    """Return what `parse_ptx` finds in each loop of PTX that holds MMAs and no other such loop, in order."""
+    """Return the instructions of `parse_ptx` in each innermost loop of PTX with MMAs, in order."""
     source = parse_ptx(text)
     spans = innermost(loops(source), {index for index, one in enumerate(source.instructions) if is_ptx_mma(one)})
     return [[source.instructions[index] for index in sorted(span.indices)] for span in spans]

@@ -60,8 +60,8 @@ class _Rows:
     scaled        q * factor
     lse           without the sink
     d_out         d_out * share / (1 - p)
-    d_weight_of   d_out, by which values give the gradients of weights; it and delta are 0 for rows of one key, so that
-                  the gradient of its logit is d_lse and no rounding
+    d_weight_of   d_out, whose products with values are the gradients of weights. It and delta are 0 for rows of one
+                  key: the gradient of that logit is then d_lse, without rounding
     delta         out . d_out
     share         of the softmax that the sink leaves to the keys, or None without sinks
     d_lse         d_lse, or None

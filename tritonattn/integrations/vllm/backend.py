@@ -85,7 +85,7 @@ class TritonattnBackend(AttentionBackend):
 
 
 class RecordingBackend(TritonattnBackend):
-    """Of layers that read key lengths, whose cells hold them too."""
+    """The backend of layers that read key lengths: their cells of the cache hold these too."""
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:

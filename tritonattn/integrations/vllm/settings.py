@@ -23,7 +23,7 @@ _CHILD = f".{ATTRIBUTE}."
 
 
 def asked_settings(config: Any) -> Any | None:
-    """The entry `tritonattn` of a VllmConfig's additional_config. Raises ValueError for a name that is nearly this."""
+    """The entry `tritonattn` of a VllmConfig's additional_config. Raises ValueError for a misspelt name."""
     asked = config.additional_config
     if not isinstance(asked, dict):
         return None
