@@ -21,6 +21,15 @@ _ENTRIES_OF_GPU = 2**25
 _TRACED_ROWS = 256
 
 
+def later(bound: Tensor | None, other: Tensor) -> Tensor:
+    """The later of two bounds; None is no bound."""
+    return other if bound is None else torch.maximum(bound, other)
+
+
+def earlier(bound: Tensor | None, other: Tensor) -> Tensor:
+    return other if bound is None else torch.minimum(bound, other)
+
+
 def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, rows: slice, key: Tensor, keys: slice) -> Tensor:
     """The visible pairs of some rows and of the keys numbered `key`, which are the slice `keys`."""
     lo, hi = (bound[:, None, rows, None] for bound in (lo, hi))
