@@ -260,6 +260,20 @@ def test_compiled_layers_are_all_seen_and_compiled_once(kind, backend):
     assert counter.frame_count == 1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, while it compiles
+def test_a_step_that_is_compiled_with_its_monitor():
+    net, x = Net(causal=True), torch.randn(2, 9, 32)
+    with Monitor(net, every=2, thresholds=QUIET) as monitor:
+
+        @torch.compile(backend="eager")
+        def step():
+            net(x).square().mean().backward()
+            return monitor.step()
+
+        records = [step() for _ in range(4)]
+    assert [record and list(record["layers"]) for record in records] == [["attention"], None] * 2
+
+
 def test_the_compiler_is_left_as_it_was():
     """Also by Monitors that overlap, and by one that an exception ends."""
 

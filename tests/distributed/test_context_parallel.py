@@ -1,7 +1,6 @@
 """A sequence shared by ranks: results, gradients and statistics are those of one process."""
 
 import os
-import re
 from copy import deepcopy
 from itertools import pairwise as neighbours
 from typing import Any
@@ -15,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import tritonattn
 from tests.support.pairs import in_turn, pairwise
 from tritonattn import Scales, Scaling
-from tritonattn.distributed import agreement, context_parallel_attention, context_parallel_decode, shard, unshard
+from tritonattn.distributed import context_parallel_attention, context_parallel_decode, shard, unshard
 from tritonattn.nn import PerHead, SSMax
 
 METHODS, LAYOUTS = ("allgather", "alltoall", "ring"), ("contiguous", "zigzag")
@@ -224,62 +223,6 @@ def refused(rank: int) -> None:
         decoded(q[:, :, :1], k[0])
 
 
-def differing(rank: int) -> None:
-    """One rank calls otherwise: every rank raises, by the argument's name; in later calls at the debug level DETAIL."""
-    mesh = mesh_of(dist.get_world_size())
-    x = shard(operands(torch.float32)[0], mesh=mesh)
-    cache = {"key_lengths": torch.tensor([40, 48]), "window": (9, 0)}
-
-    def attend(x=x, key_heads=HEADS, **options):
-        return context_parallel_attention(x, x[:, :key_heads], x[:, :key_heads], mesh=mesh, **options)
-
-    def decoded(x=x, **options):
-        return context_parallel_decode(x[:, :, :1], x, x, mesh=mesh, **cache | options)
-
-    faults: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
-        ("q", attend, {}, {"x": x[:, :, :4]}),
-        ("q", attend, {}, {"x": x.transpose(1, 2)}),
-        ("q", attend, {"x": x.half()}, {"x": x.bfloat16()}),
-        ("q", attend, {"key_heads": 2}, {"key_heads": 2, "x": x[:, :2]}),
-        ("k", attend, {}, {"key_heads": 2}),
-        ("causal", attend, {}, {"causal": True}),
-        ("scaling", attend, {}, {"scaling": "cosine"}),
-        ("sinks", attend, {}, {"sinks": torch.zeros(HEADS)}),
-        ("method", attend, {}, {"method": "ring"}),
-        ("window", decoded, {}, {"window": None}),
-        ("layout", lambda **cut: unshard(x, mesh=mesh, **cut), {}, {"layout": "zigzag"}),
-    ]
-    for level in (dist.DebugLevel.OFF, dist.DebugLevel.DETAIL):
-        dist.set_debug_level(level)
-        for name, call, theirs, mine in faults:
-            message = rf"^{name}: expected the same on every rank of the mesh, got .* on rank"
-            with pytest.raises(ValueError, match=message):
-                call(**mine if rank == 1 else theirs)
-        for _, call, theirs, _ in faults:
-            call(**theirs)
-    dist.set_debug_level(dist.DebugLevel.OFF)
-    message = re.escape(
-        "function: expected the same on every rank of the mesh, got context_parallel_attention on ranks 0, 2, 3 and"
-        " unshard on rank 1"
-    )
-    with pytest.raises(ValueError, match=message):
-        unshard(x, mesh=mesh, dim=1) if rank == 1 else attend(softcap=3.0)
-
-
-def compared_once(rank: int) -> None:
-    """A kind of call is compared once, whatever values its tensors have, and never while a compiler traces."""
-    mesh, comparisons = mesh_of(2), []
-    with pytest.MonkeyPatch.context() as patch:
-        compare = agreement._compare
-        patch.setattr(agreement, "_compare", lambda *call: (comparisons.append(call), compare(*call)))
-        for length in (8, 8, 16, 8):
-            x = torch.randn(1, 2, length, 8)
-            context_parallel_attention(x, x, x, mesh=mesh, scaling=SSMax(heads=2), window=[3, 0])
-        assert len(comparisons) == 2
-        torch.compile(unshard, backend="eager")(x, mesh=mesh)
-    assert len(comparisons) == 2
-
-
 def with_a_dead_rank(rank: int) -> None:
     """Rank 1 dies while the others attend."""
     mesh = mesh_of(dist.get_world_size())
@@ -405,14 +348,6 @@ def test_decode_of_a_shared_cache(scaling, q_len, window, has_statistics, dtype,
     allowed = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 3e-2}[dtype]
     for error in pool.run(decode, scaling, q_len, window, has_statistics, dtype):
         assert error <= allowed
-
-
-def test_ranks_that_differ_raise_by_name(pool):
-    pool.run(differing)
-
-
-def test_arguments_are_compared_once(pool):
-    pool.run(compared_once)
 
 
 def test_a_rank_that_dies_is_an_error_on_all(pool):

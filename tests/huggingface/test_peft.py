@@ -1,5 +1,7 @@
 """PEFT: LoRA beside a learned scaling in `modules_to_save`, trained, saved, loaded and merged."""
 
+import sys
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from torch import nn
 from tests.huggingface.architectures import ARCHITECTURES
 from tritonattn.analysis import Monitor, Thresholds
 from tritonattn.huggingface import patch, patched
+from tritonattn.huggingface.adapters import follow_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 TOKENS = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -67,9 +70,9 @@ def test_the_adapters_copy_of_the_scaling_is_trained_saved_loaded_and_merged(tmp
 @pytest.mark.parametrize(
     ("layers", "named"),
     [
-        ([], r"some for model\.layers\.0\.self_attn, which have none"),
-        ([1], r"none for model\.layers\.1\.self_attn, which is patched"),
-        (None, r"none for model\.layers\.1\.self_attn, which is patched"),
+        ([], r"values of model\.layers\.0\.self_attn that the model has no place for"),
+        ([1], r"lacks values of model\.layers\.1\.self_attn, which the model has patched"),
+        (None, r"lacks values of model\.layers\.1\.self_attn, which the model has patched"),
     ],
     ids=["none", "another", "one too many"],
 )
@@ -87,6 +90,13 @@ def test_adapters_without_scalings_load_and_fail_as_before(tmp_path):
     save_file({name: x for name, x in weights.items() if "lm_head" not in name}, file)
     with pytest.raises(KeyError, match="lm_head"):
         peft.PeftModel.from_pretrained(model(), tmp_path)
+
+
+def test_a_broken_peft_does_not_break_the_import(tmp_path, monkeypatch):
+    (tmp_path / "peft.py").write_text("raise AttributeError('bitsandbytes')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "peft")
+    follow_adapters()
 
 
 def test_the_patch_of_a_wrapped_model_is_found_and_undone_by_an_alarm():

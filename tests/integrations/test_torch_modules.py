@@ -109,15 +109,16 @@ def test_arguments_and_defaults_are_torchs():
 
 
 def test_a_learned_scaling_is_learned_and_kept():
-    _, ours = pair("ssmax", batch_first=True)
+    theirs, ours = pair("ssmax", batch_first=True)
     ours = ours.double()
     x = tokens(N, L, E)
+    torch.testing.assert_close(ours(x, x, x)[0], theirs.double()(x, x, x)[0])  # where the layer was
     with torch.no_grad():
         ours.scaling.s.copy_(torch.tensor([0.3, -1.0, 2.0, 0.0]))
     torch.testing.assert_close(ours(x, x, x)[0], by_hand(ours, x, torch.zeros(L, S).bool()))
     ours(x, x, x)[0].square().sum().backward()
     assert ours.scaling.s.grad.ne(0).sum() == 4
-    fresh = MultiheadAttention(E, H, batch_first=True, dtype=torch.float64, scaling="ssmax").double()
+    fresh = MultiheadAttention.of(theirs, "ssmax")
     fresh.load_state_dict(ours.state_dict(), strict=True)
     torch.testing.assert_close(fresh(x, x, x)[0], ours(x, x, x)[0])
 

@@ -132,6 +132,11 @@ class Stub:
             self.index = index
         return before
 
+    def _asked_for_capture(self) -> bool:
+        """Calls of the runtime that ask about a stream make the device's primary context current."""
+        self._use(self.index)
+        return self.is_capturing
+
     @contextmanager
     def _torch_cuda(self) -> Iterator[pytest.MonkeyPatch]:
         """torch.cuda as on this machine."""
@@ -142,12 +147,13 @@ class Stub:
 
         functions: dict[str, Callable[..., Any]] = {
             "current_device": lambda: self.index,
-            "set_device": lambda device: self._use(number(device)),
+            # As in torch 2.8, which skips a device that is current by number; from 2.9 on it makes the context.
+            "set_device": lambda device: number(device) == self.index or self._use(number(device)),
             "_exchange_device": self._use,
             "_maybe_exchange_device": lambda index: self._use(index),  # torch.compile tells the two apart
             "get_device_capability": lambda device=None: divmod(DEVICES[number(device)][0], 10),
             "get_device_name": lambda device=None: DEVICES[number(device)][1],
-            "is_current_stream_capturing": lambda: self.is_capturing,
+            "is_current_stream_capturing": self._asked_for_capture,
         }
         with pytest.MonkeyPatch.context() as patch:
             for name, function in functions.items():

@@ -204,12 +204,12 @@ class Monitor:
     def _begin(self) -> None:
         if self.steps % self.every == 0:
             self._watch = Watch(self.model)
-            self._watch.__enter__()
+            _untraced(self._watch.__enter__)()
 
     def _end(self) -> None:
         watch, self._watch = self._watch, None
         if watch is not None:
-            watch.__exit__()
+            _untraced(watch.__exit__)()
 
     def _loss_alarms(self, step: int, loss: float | Tensor | None, watched: bool) -> list[Alarm]:
         if loss is None:
@@ -285,6 +285,12 @@ class Monitor:
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def _untraced(function: Callable[[], Any]) -> Callable[[], Any]:
+    """The function as it is, also in a step that torch.compile takes whole: traced code may not set the stance."""
+    disable: Any = torch.compiler.disable
+    return disable(function)
 
 
 def _is_elsewhere(loss: Tensor) -> bool:

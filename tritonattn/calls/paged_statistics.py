@@ -78,9 +78,10 @@ class PagedKeyStatistics:
 
     @classmethod
     def inside(cls, memory: tuple[Tensor, ...], spare: int) -> PagedKeyStatistics:
-        """The record in memory that somebody else owns: the four buffers in order, [N, page, Hkv] of any strides.
+        """The record in memory that somebody else owns: the four buffers in the order, shapes and dtypes above.
 
-        spare   a page that no sequence has: keys without a page may be entered there
+        memory   [N, page, Hkv] each, of any strides
+        spare    a page that no sequence has: keys without a page may be entered there
         """
         own = cls.__new__(cls)
         own._hold(memory, memory, spare)

@@ -21,6 +21,15 @@ _ENTRIES_OF_GPU = 2**25
 _TRACED_ROWS = 256
 
 
+def later(bound: Tensor | None, other: Tensor) -> Tensor:
+    """The later of two bounds; None is no bound."""
+    return other if bound is None else torch.maximum(bound, other)
+
+
+def earlier(bound: Tensor | None, other: Tensor) -> Tensor:
+    return other if bound is None else torch.minimum(bound, other)
+
+
 def pairs(lo: Tensor, hi: Tensor, mask: Tensor | None, rows: slice, key: Tensor, keys: slice) -> Tensor:
     """The visible pairs of some rows and of the keys numbered `key`, which are the slice `keys`."""
     lo, hi = (bound[:, None, rows, None] for bound in (lo, hi))
@@ -77,7 +86,7 @@ class _Rolled(torch.autograd.Function):
         key = torch.arange(count, device=x.device) + first[:, None]  # [B, Sk]
         key = torch.where(key < count, key, key - count)
         shape = [count if at == axis else 1 for at in range(1, x.dim())]
-        return x.gather(axis, key.view(-1, *shape).expand(x.shape))
+        return x.gather(axis, key.view(key.shape[0], *shape).expand(x.shape))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -181,14 +181,14 @@ class Visibility:
         elif self.left is not None or self.right is not None:
             own = torch.arange(self.k_len - self.q_len, self.k_len, device=self.device)[None]  # [1, Sq]
         if own is not None and self.left is not None:
-            lo = _later(lo, own - self.left)
+            lo = ranges.later(lo, own - self.left)
         if own is not None and self.right is not None:
-            hi = _earlier(hi, own + (self.right + 1))
+            hi = ranges.earlier(hi, own + (self.right + 1))
         if self.key_ranges is not None:
             given = self.key_ranges.long()
-            lo, hi = _later(lo, given[..., 0]), _earlier(hi, given[..., 1])
+            lo, hi = ranges.later(lo, given[..., 0]), ranges.earlier(hi, given[..., 1])
         if self.key_lengths is not None:
-            hi = _earlier(hi, self.key_lengths.long()[:, None])
+            hi = ranges.earlier(hi, self.key_lengths.long()[:, None])
         if lo is None:
             lo = torch.zeros((1, self.q_len), dtype=torch.int64, device=self.device)
             hi = torch.full_like(lo, self.k_len) if hi is None else hi.clamp(0, self.k_len)
@@ -227,10 +227,7 @@ class Visibility:
             return ranges.sum_over_mask(self._per_mask_head(x), *self._bounds(), self.mask).to(dtype)
         if self.is_causal:
             return ranges.sum_over_prefixes(x, None, self.q_len, scan, dtype)
-        lo, hi = self._bounds()
-        if self.begins_at_first:
-            return ranges.sum_over_prefixes(x, hi[:, None], self.q_len, scan, dtype)
-        return ranges.sum_over_ranges(x, lo[:, None], hi[:, None], self.key_ranges is None, scan, dtype)
+        return self._sum_over_bounds(x, scan, dtype)
 
     def _invariant_sum(self, x: Tensor, scan: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         if self.mask is not None:
@@ -240,10 +237,10 @@ class Visibility:
         if self.sequences is not None:
             return self._by_members(x, self.sequences, lambda members, x: members._invariant_sum(x, scan, dtype))
         if (first := self.first_keys()) is not None:
-            return self.from_keys(first)._sum_in_order(ranges.rolled(x, first, 2), scan, dtype)
-        return self._sum_in_order(x, scan, dtype)
+            return self.from_keys(first)._sum_over_bounds(ranges.rolled(x, first, 2), scan, dtype)
+        return self._sum_over_bounds(x, scan, dtype)
 
-    def _sum_in_order(self, x: Tensor, scan: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    def _sum_over_bounds(self, x: Tensor, scan: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         lo, hi = self._bounds()
         if self.begins_at_first:
             return ranges.sum_over_prefixes(x, hi[:, None], self.q_len, scan, dtype)
@@ -395,11 +392,3 @@ class _Members(Visibility):
         last = torch.full_like(own, self.k_len)
         lo = torch.where(is_row, lo, 0 if self.left is None else last)
         return lo, torch.where(is_row, torch.maximum(lo, hi), last)
-
-
-def _later(bound: Tensor | None, other: Tensor) -> Tensor:
-    return other if bound is None else torch.maximum(bound, other)
-
-
-def _earlier(bound: Tensor | None, other: Tensor) -> Tensor:
-    return other if bound is None else torch.minimum(bound, other)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from numbers import Number
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.distributed import DebugLevel, get_debug_level  # pyright: ignore[reportPrivateImportUsage]
 
@@ -32,10 +35,11 @@ def require_agreement(split: Split, function: str, options: Options, **others: A
 
     others   the arguments beside `options`, one of them a tensor
 
-    A tensor's kind is its dtype and shape, a scaling's its class; of anything else it is the value. Each rank remembers
-    the kinds of a group's calls, and communicates only for a new one. As long as ranks agree, it is new on all of them.
-    If it is new on some only, their comparison meets another collective of the others, at which torch.distributed ends
-    all. Its debug level DETAIL has every call compared. Calls that are traced or captured as a graph are not compared.
+    A tensor's kind is its dtype and shape, a scaling's its class and settings; of anything else it is the value. Each
+    rank remembers the kinds of a group's calls, and communicates only for a new one. As long as ranks agree, it is new
+    on all of them. If it is new on some only, their comparison meets another collective of the others, at which
+    torch.distributed ends all. Its debug level DETAIL has every call compared. Calls that are traced or captured as a
+    graph are not compared.
     """
     if split.size == 1 or torch.compiler.is_compiling():
         return
@@ -52,13 +56,24 @@ def require_agreement(split: Split, function: str, options: Options, **others: A
 def _kind(x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.dtype, x.shape
-    return tuple(x) if isinstance(x, list) else type(x) if isinstance(x, Scaling) else x
+    if isinstance(x, Scaling):
+        return type(x), *_settings(x)
+    if isinstance(x, (list, tuple)):
+        return tuple(map(_kind, x))
+    return x if x is None or isinstance(x, (Number, str, torch.dtype)) else type(x)
+
+
+def _settings(scaling: Scaling) -> Iterator[Any]:
+    """The fields of a dataclass, and what modules show of themselves; attributes of other classes may be a rank's."""
+    if isinstance(scaling, nn.Module):
+        return (part.extra_repr() for part in scaling.modules())
+    return map(_kind, vars(scaling).values() if is_dataclass(scaling) else ())
 
 
 def _shown(x: Any) -> str:
     if isinstance(x, Tensor):
         return kind_of(x)
-    return type(x).__name__ if isinstance(x, Scaling) else repr(_kind(x))
+    return f"{type(x).__name__}({', '.join(map(str, _settings(x)))})" if isinstance(x, Scaling) else repr(_kind(x))
 
 
 def _compare(split: Split, device: torch.device, shown: dict[str, str]) -> None:

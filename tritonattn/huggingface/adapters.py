@@ -17,7 +17,7 @@ def follow_adapters() -> None:
     """Let PEFT refuse adapters whose scalings are not those of the model's layers. Repeating it is harmless."""
     try:
         from peft import PeftModel
-    except ImportError:
+    except Exception:  # none, or one that is broken in any way: it loads no adapters either
         return
     wrapper: Any = PeftModel
     original = wrapper.load_adapter
@@ -30,10 +30,10 @@ def follow_adapters() -> None:
             result = original(self, *args, **kwargs)
         except KeyError as error:
             if layers := _layers(map(str, error.args)):
-                raise _refusal(f"it has none for {layers}, which is patched") from error
+                raise _refusal(f"it lacks values of {layers}, which the model has patched") from error
             raise
         if layers := _layers(result.unexpected_keys):
-            raise _refusal(f"it has some for {layers}, which have none in the model")
+            raise _refusal(f"it has values of {layers} that the model has no place for")
         return result
 
     setattr(load_adapter, _EXTENDED, True)

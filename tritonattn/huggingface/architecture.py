@@ -97,6 +97,13 @@ def attention_modules(model: nn.Module) -> list[AttentionModule]:
     return found
 
 
+def refuse_unsupported(model: nn.Module, found: list[AttentionModule]) -> None:
+    """Raise NotImplementedError if none of the attention modules of a model can be patched."""
+    if found and all(one.obstacle is not None for one in found):
+        reasons = sorted({f"{type(one.module).__name__} {one.obstacle}" for one in found})
+        raise NotImplementedError(f"model: tritonattn cannot patch {type(model).__name__}: {'; '.join(reasons)}")
+
+
 @functools.cache
 def interface_keywords(cls: type) -> frozenset[str] | None:
     """The keywords that a class passes to AttentionInterface by name, from its code; None if it does not call it."""

@@ -25,11 +25,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architecture import AttentionModule, attention_modules, query_heads
+from .architecture import AttentionModule, attention_modules, query_heads, refuse_unsupported
 from .attention import NAME
 from .masks import STATED
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, state_masks
-from .patching import Patched, apply, patched, refuse_unsupported
+from .patching import Patched, apply, patched
 from .settings import ATTRIBUTE, LAYERS, MARK, LayerScaling, Settings, layer_scaling, saved_layers
 
 _EXTENDED = "_extended_by_tritonattn"

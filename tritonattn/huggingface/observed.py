@@ -16,8 +16,7 @@ from ..core.observation import ObservedCall, is_observed, notify_observers
 from ..core.visibility import Visibility
 from .architecture import AttentionModule, attention_modules, interface_function
 from .attention import NAME, call_arguments
-from .own_configs import IMPLEMENTATION
-from .patching import install
+from .own_configs import IMPLEMENTATION, install
 from .settings import ATTRIBUTE, LayerScaling, Settings, layer_scaling, remove, remove_abandoned
 
 _OBSERVED = "tritonattn_observed"

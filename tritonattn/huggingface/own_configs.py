@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .attention import NAME
 from .masks import STATED
-from .settings import ATTRIBUTE
+from .settings import ATTRIBUTE, LayerScaling
 
 IMPLEMENTATION = "_attn_implementation_internal"  # the setter without "_internal" reaches into sub-configs
 SAVED_IMPLEMENTATION = "attn_implementation"
@@ -59,6 +59,18 @@ class OwnConfigs:
             for name, value in vars(holder).items():
                 if id(value) in other:
                     vars(holder)[name] = other[id(value)]
+
+
+def install(module: Any, own: LayerScaling, implementation: str) -> None:
+    """Give an attention module `own` as its child, and a config of its own that names the implementation."""
+    own.shared = module.config
+    module.config = copy.copy(module.config)
+    setattr(module.config, IMPLEMENTATION, implementation)
+    own.train(module.training)
+    weight = next(module.parameters(), None)
+    if weight is not None:
+        own.to(weight.device)
+    module.add_module(ATTRIBUTE, own)
 
 
 def state_masks(model: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,9 +23,10 @@ from .architecture import (
     layer_type,
     outermost_models,
     query_heads,
+    refuse_unsupported,
 )
 from .attention import NAME
-from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, state_masks
+from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, OwnConfigs, install, state_masks
 from .scalings import make_scaling, to_config
 from .settings import (
     ATTRIBUTE,
@@ -275,13 +275,6 @@ def _modules_of(model: Any) -> list[AttentionModule]:
     return found
 
 
-def refuse_unsupported(model: nn.Module, found: list[AttentionModule]) -> None:
-    """Raise NotImplementedError if none of the attention modules of a model can be patched."""
-    if found and all(one.obstacle is not None for one in found):
-        reasons = sorted({f"{type(one.module).__name__} {one.obstacle}" for one in found})
-        raise NotImplementedError(f"model: tritonattn cannot patch {type(model).__name__}: {'; '.join(reasons)}")
-
-
 def _chosen(found: list[AttentionModule], layers: Any, common: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The arguments of `patch` for each chosen module, by its name."""
     if layers is None:
@@ -379,18 +372,6 @@ def _install(result: Patched, one: AttentionModule, own: LayerScaling) -> None:
     install(module, own, NAME)
     if one.keeps_output_attentions:
         result._hooks.append(module.register_forward_pre_hook(note_wanted_weights, with_kwargs=True))
-
-
-def install(module: Any, own: LayerScaling, implementation: str) -> None:
-    """Give an attention module `own` as its child, and a config of its own that names the implementation."""
-    own.shared = module.config
-    module.config = copy.copy(module.config)
-    setattr(module.config, IMPLEMENTATION, implementation)
-    own.train(module.training)
-    weight = next(module.parameters(), None)
-    if weight is not None:
-        own.to(weight.device)
-    module.add_module(ATTRIBUTE, own)
 
 
 def _shape(found: AttentionModule) -> tuple[str, str, str]:

@@ -79,13 +79,16 @@ class MultiheadAttention(nn.MultiheadAttention):
     def of(
         cls, layer: nn.MultiheadAttention, scaling: str | Scaling = "sqrt_dim", backend: str = "auto"
     ) -> MultiheadAttention:
-        """The layer with a scaling: it holds the same parameters, hooks and mode; the layer itself stays as it is."""
+        """The layer with a scaling: it holds the same parameters, hooks and mode; the layer itself stays as it is.
+
+        A learned name starts at sqrt_dim, as the layer was.
+        """
         _refuse_added_keys(layer.bias_k is not None, layer.add_zero_attn)
         made = cls.__new__(cls)
         made.__dict__.update(layer.__dict__)
         for name in ("_parameters", "_buffers", "_modules"):
             made.__dict__[name] = dict(layer.__dict__[name])
-        made._scaled(scaling, backend)
+        made._scaled(scaling_for(scaling, made.num_heads), backend)
         return made
 
     def _scaled(self, scaling: str | Scaling, backend: str) -> None:
@@ -233,8 +236,7 @@ def replace_multihead_attention(
             if own is None:
                 continue
             if layer not in made:
-                own = scaling_for(cast("str | Scaling", own), layer.num_heads)
-                made[layer] = MultiheadAttention.of(layer, own, backend)
+                made[layer] = MultiheadAttention.of(layer, cast("str | Scaling", own), backend)
             changes.append((parent, name, layer))
             names.append(full)
     if not changes:

@@ -120,6 +120,7 @@ def launch_on(
             return launch_on(device, kernel, grid, arguments, config)
     if not _thread.has_context:
         torch.cuda.set_device(device)
+        torch.cuda.is_current_stream_capturing()  # torch 2.8 skips set_device of a current device, but not this
         _thread.has_context = True
     values, switches = tuple(arguments.values()), _switches()
     kind: Kind | None = getattr(arguments, "kind", None)
