@@ -180,8 +180,8 @@ def _size(call: AttentionCall) -> Size:
         q_total=0 if visible.sequences is None else visible.q_len,
         k_total=0 if visible.sequences is None else visible.k_len,
         page=0 if call.block_table is None else call.k.shape[2],
-        left=visible.left or 0,
-        right=visible.right or 0,
+        left=min(visible.left or 0, rows + keys),
+        right=min(visible.right or 0, rows + keys),
     )
 
 
