@@ -95,6 +95,20 @@ def test_no_sentence_has_to_be_decoded(document):
         assert not decoded or sentence.rstrip("*_ ").endswith("?"), sentence
 
 
+def test_tables_of_cards_are_those_that_they_take():
+    """Of every card of docs/tuning.md, the order in which a lookup reads them."""
+    gpus = pytest.importorskip("tritonattn.tuning.gpus")
+    lines = TEXTS["docs/tuning.md"].partition("| card |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in lines]
+    cards = {card: (arch.split(", ")[0], tables) for names, arch, tables in rows for card in names.split(", ")}
+    wanted = {"RTX 3090", "RTX 4090", "RTX 5090", "T4", "L4", "A10", "H20", "GH200", "GB10 (DGX Spark)", "MI210"}
+    assert wanted <= set(cards)
+    for card, (arch, tables) in cards.items():
+        target = gpus.Target.parse(arch)._replace(card=f"NVIDIA {card} 80GB")
+        found = ", ".join(gpu.name for gpu in gpus.nearest(target)) or "default"
+        assert ("refused" if target.is_too_old else found) == tables, card
+
+
 def test_every_page_is_in_the_site():
     listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(file.removeprefix("docs/") for file in DOCUMENTS)

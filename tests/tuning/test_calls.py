@@ -104,6 +104,15 @@ def test_the_size_of_a_problem_is_that_of_most_work():
     assert found.largest()[CAUSAL] == short
 
 
+def test_numbers_that_no_search_could_use_are_not_kept(unlaunched, tmp_path):
+    """A window wider than everything, and calls without a row."""
+    with record() as found:
+        attend(window=(2**61, 0))
+        calls.note(CAUSAL, replace(SIZES[CAUSAL], q_len=0))
+    found.write(tmp_path / "calls.json")
+    assert {call.size.left for call in read_calls(tmp_path / "calls.json").counts()} == {80}
+
+
 def test_launches_of_threads_are_counted():
     with record() as found:
         threads = [threading.Thread(target=calls.note, args=(CAUSAL, SIZES[CAUSAL])) for _ in range(8)]

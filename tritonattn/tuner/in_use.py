@@ -78,12 +78,12 @@ def _of_others(entries: Mapping[EntryKey, Entry]) -> str:
 
 
 def configs(gpu: str | None) -> int:
-    """Print the config of every key on a GPU, and where it comes from; None is this machine's GPU."""
+    """Print the config of every key on a GPU, and of problems with their own, and its source; None: this machine's."""
     if gpu is None and not torch.cuda.is_available():
         raise CommandError(f"expected --gpu NAME, one of {', '.join(one.name for one in GPUS)}: there is no GPU here")
     target = Target.of(torch.device("cuda")) if gpu is None else _named_target(gpu)
     rows = []
-    for key in keys():
+    for key in (*keys(), *lookup.problems(target)):
         found = lookup.find(key.kernel, key.problem, target)
         rows.append([key, shown(found.config), _origin(found)])
     print(table(rows, ["key", "config", "from"], left=None))

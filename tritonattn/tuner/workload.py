@@ -71,18 +71,16 @@ class Workload:
     def error(self) -> str | None:
         """Say what is wrong with the results, or return None.
 
-        Every result must be finite. A call of `checked_size` is compared with the reference, which drops the same
+        No result may be NaN. A call of `checked_size` is compared with the reference, which drops the same
         probabilities: dropout is a function of the place.
         """
+        size = checked_size(self.size)
+        checked = self if size == self.size else Workload(self.kernel, self.problem, size, self.device, copies=1)
         with _poisoned_memory():
-            found = self(0)
-            size = checked_size(self.size)
-            checked = Workload(self.kernel, self.problem, size, self.device, 1) if size != self.size else self
-            compared = checked(0)
+            found, compared = self(0), checked(0)
         for number, result in enumerate(found):
             if result.isnan().any():
                 return f"result {number}: expected numbers, got nan"
-        del found
         return checked._difference(compared)
 
     def _difference(self, found: tuple[Tensor, ...]) -> str | None:

@@ -148,7 +148,7 @@ def record() -> Iterator[Calls]:
 
 def note(of: Exact, size: Size) -> None:
     """Add a launch to all that record now, if tables may hold an entry for it."""
-    if not is_searched(of.problem):
+    if not (size.logits and is_searched(of.problem)):
         return
     lengths = {name: _rounded(getattr(size, name)) for name in _LENGTHS}
     call = Call(of, Size(**{**vars(size), **lengths}))

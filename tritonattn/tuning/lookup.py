@@ -61,6 +61,11 @@ def reject_config(kernel: str, problem: Problem, target: Target, config: TileCon
     return True
 
 
+def problems(target: Target) -> list[Exact]:
+    """The problems that have entries of their own."""
+    return [key for key in _entries(target) if isinstance(key, Exact)]
+
+
 def refuse_spills(kernel: str, problem: Problem, target: Target, config: TileConfig, spills: int) -> bool:
     """Skip a config of another Triton whose code, now compiled, spills; return whether it did.
 

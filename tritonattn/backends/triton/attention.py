@@ -13,7 +13,6 @@ from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ...core.visibility import Visibility
 from ...kernels.records import DropoutState, Results, RowTerms, Starts
 from ...tuning import calls as recorded
-from ...tuning.calls import Size
 from ...tuning.config import (
     ROW_TERMS_ALIGNMENT,
     TILED_KERNELS,
@@ -42,6 +41,7 @@ from .launch import (
     strided,
 )
 from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
+from .sizes import lengths_of, members_of, size_of
 
 
 def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
@@ -158,7 +158,7 @@ def _grad_key_value(kind: Kind, call: AttentionCall, shared: Arguments, needs: N
 def _launch(kernel: str, kind: Kind, call: AttentionCall, available: Arguments, d_out: Tensor | None = None) -> None:
     """A program for each block of rows, or of keys, of each head of each member."""
     if recorded.recorders and kernel in TILED_KERNELS:
-        recorded.note(Exact(kernel, kind.problem), _size(call))
+        recorded.note(Exact(kernel, kind.problem), size_of(call))
 
     def launches(chosen: Plan) -> None:
         of_config = _descriptors(chosen, call, d_out)
@@ -169,28 +169,12 @@ def _launch(kernel: str, kind: Kind, call: AttentionCall, available: Arguments, 
     planned(kernel, kind.problem, call.q.device, launches)
 
 
-def _size(call: AttentionCall) -> Size:
-    visible, (rows, keys) = call.visibility, _lengths(call)
-    return Size(
-        batch=_members(call),
-        heads=visible.q_heads,
-        q_len=rows,
-        k_len=keys,
-        group=visible.q_heads // visible.kv_heads,
-        q_total=0 if visible.sequences is None else visible.q_len,
-        k_total=0 if visible.sequences is None else visible.k_len,
-        page=0 if call.block_table is None else call.k.shape[2],
-        left=visible.left or 0,
-        right=visible.right or 0,
-    )
-
-
 def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> Grid:
     """(blocks, heads, members) of row terms, else (heads of a section, blocks, sections)."""
-    visible, blocks, members = call.visibility, _blocks(kernel, chosen.config, call), _members(call)
+    visible, blocks, members = call.visibility, _blocks(kernel, chosen.config, call), members_of(call)
     if kernel == "row_terms":
         return blocks, visible.q_heads, members
-    rows, keys = _lengths(call)
+    rows, keys = lengths_of(call)
     bytes_of_row = (call.k.shape[3] + call.v.shape[3]) * call.k.dtype.itemsize
     if kernel == "grad_key_value":
         count, read = visible.kv_heads * members, rows * bytes_of_row * (visible.q_heads // visible.kv_heads)
@@ -202,21 +186,10 @@ def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> Grid:
 
 def _blocks(kernel: str, config: TileConfig, call: AttentionCall) -> int:
     """Blocks of rows, or of keys, of the longest member."""
-    rows, keys = _lengths(call)
+    rows, keys = lengths_of(call)
     if kernel == "grad_key_value":
         return -(-keys // config.block_n)
     return -(-(_aligned(rows) if kernel == "row_terms" else rows) // config.block_m)
-
-
-def _lengths(call: AttentionCall) -> tuple[int, int]:
-    """Rows and keys of the longest member."""
-    visible, sequences = call.visibility, call.visibility.sequences
-    return (visible.q_len, visible.k_len) if sequences is None else (sequences.longest_q, sequences.longest_k)
-
-
-def _members(call: AttentionCall) -> int:
-    sequences = call.visibility.sequences
-    return call.visibility.batch if sequences is None else len(sequences.q_starts) - 1
 
 
 def _results(call: AttentionCall, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0.0) -> Tensor:
@@ -265,7 +238,7 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: bool) 
         sequences=visible.sequences is not None,
         block_table=call.block_table is not None,
         aligned=_has_whole_vectors(call.q, call.v) if call.invariant else are_aligned(call.q, call.k, call.v, d_out),
-        short=is_short(*_lengths(call)),
+        short=is_short(*lengths_of(call)),
         invariant=call.invariant,
         **asked,
     )
@@ -315,7 +288,7 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
         visible.invariant,
         visible.left,
         visible.right,
-        None if sequences is None else _lengths(call),
+        None if sequences is None else lengths_of(call),
         (needs, *asked.values()),
     )
     page = 0 if call.block_table is None else call.k.shape[2]

@@ -121,7 +121,8 @@ def attend(rows: Rows, aux: bool) -> ForwardResult:
 def _size(rows: Rows) -> Size:
     batch, q_heads, q_len, _ = rows.q.shape
     page = 0 if rows.block_table is None else rows.k.shape[2]
-    return Size(batch, q_heads, q_len, rows.capacity, rows.group, page=page, left=rows.left or 0)
+    left = min(rows.left or 0, rows.capacity)
+    return Size(batch, q_heads, q_len, rows.capacity, rows.group, page=page, left=left)
 
 
 def _kind(rows: Rows, aux: bool) -> Kind:

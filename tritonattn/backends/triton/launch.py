@@ -42,7 +42,7 @@ def run_on_device(kernel: Any, grid: Grid, arguments: Mapping[str, Any], config:
     device = device_of(arguments.values())
     compiled = launch_on(device, kernel, grid, arguments, config)
     if compiled is not None and compiled.n_spills:
-        _hold_to_gate(kernel, arguments.kind.problem, device, config, compiled.n_spills)  # type: ignore[attr-defined]
+        _hold_to_gate(kernel, arguments.kind.problem, device, config, compiled.n_spills)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _hold_to_gate(kernel: Any, problem: Problem, device: torch.device, config: TileConfig, spills: int) -> None:

@@ -18,8 +18,8 @@ class Operands:
     """Draws the tensors of calls.
 
     Lengths of sequences lie between 5/8 of the longest and all of it. Of a mask nine tenths are visible. Pages lie in
-    any order. Operands that are not aligned have rows of an odd stride, and are the same for every batch entry, since
-    others would be copied.
+    any order. Operands that are not aligned have rows of an odd stride; where a copy would be aligned they are the same
+    for every batch entry, since others would be copied.
     """
 
     def __init__(self, problem: Problem, size: Size, device: torch.device, seed: int = 0) -> None:
@@ -36,8 +36,10 @@ class Operands:
         if self.problem.aligned:
             return self.normal(*shape, dtype=self.problem.dtype)
         batch, *outer, width = shape
-        wide = self.normal(1, *outer, width + 1 + width % 2, dtype=self.problem.dtype)
-        return wide[..., :width].expand(batch, *shape[1:])
+        has_whole_vectors = width * self.problem.dtype.itemsize % 16 == 0
+        lead = 1 if has_whole_vectors else batch
+        wide = self.normal(lead, *outer, width + 1 + width % 2, dtype=self.problem.dtype)
+        return wide[..., :width].expand(shape)
 
     def attention(self) -> AttentionCall:
         problem, rows, keys = self.problem, self._rows(), self._keys()
@@ -65,10 +67,10 @@ class Operands:
             keys[2],
             self._logits(rows, keys),
             size.left if problem.left else None,
-            self._spread(keys[2]),
-            self._ranges(1, keys[2]) if problem.key_ranges else None,
+            self._spread(size.batch, keys[2]),
+            self._ranges(size.batch, 1, keys[2]) if problem.key_ranges else None,
             self._block_table(),
-            self._spread(size.q_len) if problem.sequences else None,
+            self._spread(size.batch, size.q_len) if problem.sequences else None,
         )
 
     def _rows(self) -> tuple[int, int, int]:
@@ -97,8 +99,8 @@ class Operands:
             torch.Size((*keys, problem.head_dim)),
             self.device,
             window=sides,
-            key_lengths=self._spread(k_len) if problem.key_lengths else None,
-            key_ranges=self._ranges(q_len, k_len) if problem.key_ranges else None,
+            key_lengths=self._spread(batch, k_len) if problem.key_lengths else None,
+            key_ranges=self._ranges(batch, q_len, k_len) if problem.key_ranges else None,
             mask=self._integers(10, batch, 1, q_len, k_len) > 0 if problem.mask else None,
             sequences=self._sequences() if problem.sequences else None,
         )
@@ -115,14 +117,14 @@ class Operands:
         ends = [first + rest * n // max(others, 1) for n in range(others + 1)]
         return torch.tensor([0, *ends], dtype=torch.int32, device=self.device)
 
-    def _ranges(self, rows: int, keys: int) -> Tensor:
+    def _ranges(self, batch: int, rows: int, keys: int) -> Tensor:
         """Ranges of about half of the keys, int32 [B, rows, 2]."""
-        first = self._integers(keys // 2 + 1, self.size.batch, rows)
+        first = self._integers(keys // 2 + 1, batch, rows)
         return torch.stack([first, first + keys // 2], dim=-1).int()
 
-    def _spread(self, longest: int) -> Tensor:
+    def _spread(self, batch: int, longest: int) -> Tensor:
         """int32 [B]"""
-        lengths = [longest - longest * (n % 4) // 8 for n in range(self.size.batch)]
+        lengths = [longest - longest * (n % 4) // 8 for n in range(batch)]
         return torch.tensor(lengths, dtype=torch.int32, device=self.device)
 
     def _logits(self, rows: tuple[int, int, int], keys: tuple[int, int, int]) -> Logits:
