@@ -64,7 +64,7 @@ def test_the_order_of_the_search(folders):
     put(user / "h100.json", 64)
     assert found() == 64
     invariant = replace(PROBLEM, invariant=True)
-    assert lookup.find("forward", invariant, H100) == (default_config("forward", invariant, H100), None, None)
+    assert lookup.find("forward", invariant, H100)[:3] == (default_config("forward", invariant, H100), None, None)
     assert found(H200) == 16
     assert found(Target("cuda", "90")) in (16, 32)
     assert lookup.find("forward", PROBLEM, Target("cuda", "80", "NVIDIA A100-SXM4-80GB")).path is None

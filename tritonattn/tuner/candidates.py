@@ -53,10 +53,12 @@ def static_candidates(kernel: str, problem: Problem, target: Target) -> list[Til
 
 
 def few_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List the default, and those candidates for a ranking that have two stages: by these, tiles are compared."""
+    """List the default, and of each tile the candidate for a ranking whose stages are nearest to two: tiles compare."""
     first, *others = static_candidates(kernel, problem, target)
-    stages = first.num_stages if kernel == "decode" else min(first.num_stages, 2)
-    return [first, *(one for one in others if one.num_stages == stages)]
+    of_tiles: dict[tuple[int, int, int], TileConfig] = {}
+    for one in sorted(others, key=lambda one: abs(one.num_stages - 2)):
+        of_tiles.setdefault(tiles(one), one)
+    return [first, *of_tiles.values()]
 
 
 def tiles(config: TileConfig) -> tuple[int, int, int]:
