@@ -123,12 +123,13 @@ def _contenders(key: Key, target: Target) -> list[tuple[str, Problem, TileConfig
 
 
 def _refined(gpu: GPU, compiler: Compiler, key: Key) -> list[tuple[str, Problem, TileConfig]]:
-    """List the other stages of the most promising tiles."""
-    problem = _typical(key)
-    clocks = _clocks(gpu, compiler, key, _contenders(key, gpu.target))
+    """List the other stages of the most promising tiles, and of those that did not fit with as many."""
+    problem, contenders = _typical(key), _contenders(key, gpu.target)
+    clocks = _clocks(gpu, compiler, key, contenders)
     best = list(dict.fromkeys(tiles(config) for config in sorted(clocks, key=clocks.__getitem__)))[:_REFINED]
+    too_large = [tiles(one.config) for one in compiler.examine(contenders) if one.code and not _fits(one, gpu.target)]
     others = static_candidates(key.kernel, problem, gpu.target)
-    return [(key.kernel, problem, config) for config in others if tiles(config) in best]
+    return [(key.kernel, problem, config) for config in others if tiles(config) in (*best, *too_large)]
 
 
 def _compile_ahead(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Progress | None) -> None:
