@@ -151,7 +151,7 @@ def test_shipped_tables_are_in_use(gpu):
     assert set(table.entries) == set(keys(head_dims=RANKED_HEAD_DIMS))
     for key, entry in table.entries.items():
         assert not legal_reasons(key.kernel, entry.config, key.problem, gpu.target)
-        assert entry.source == "measured" or entry.details["spill_bytes"] <= 64, "some below 2% of a loop"
+        assert entry.source == "measured" or entry.details["spill_bytes"] <= 80, "some below 2% of a loop"
 
 
 ENTRIES = [(gpu, key) for gpu in GPUS for key in keys(head_dims=RANKED_HEAD_DIMS)]
