@@ -123,12 +123,10 @@ def check_invariance(device: torch.device) -> str:
 
 
 def _invariant(device: torch.device) -> None:
-    def attend(q, k, v, backend, **named):
-        return tritonattn.attention(q, k, v, backend=backend, batch_invariant=backend == "triton", **named)
-
     scaling = "key_norm_mean"
     tensors = harness.inputs(torch.bfloat16, device, q_len=37, k_len=53, head_dim=64, value_dim=64)
-    harness.check(tensors, attend, scaling=scaling, causal=True, return_aux=True)
+    options = {"scaling": scaling, "causal": True, "return_aux": True}
+    harness.check(tensors, tritonattn.attention, **options, batch_invariant=True)
     for company in ("packed", "paged"):
         case = Case(company, "bf16", (64, 64), scaling, "causal", (1, 2), None, False, length=40, seed=0)
         with device:

@@ -233,7 +233,7 @@ def program_in_section(heads, first_y, first_z, LAST_FIRST: tl.constexpr, LANES:
         block = tl.num_programs(1) - 1 - block
     index = (first_z + tl.program_id(2)) * count + slot
     member = index // heads
-    return first_y + block, index - member * heads, member
+    return first_y + block, index % heads, member
 
 
 @triton.jit
