@@ -127,7 +127,7 @@ def test_a_quick_search_compiles_a_third_of_the_configs_or_less():
         tuple(len(effort.compiled(kernel, problem, H100)) for effort in (QUICK, Effort()))
         for kernel, problem in problems.items()
     ]
-    assert counts == [(9, 44), (7, 26), (4, 16), (12, 36)]
+    assert counts == [(9, 44), (7, 26), (5, 16), (12, 36)]
 
 
 def test_an_entry_of_another_triton_is_searched_for_again(on_h100, user, monkeypatch, capsys):
