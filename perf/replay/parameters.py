@@ -1,4 +1,4 @@
-"""What the replay knows of an architecture, each figure with its source.
+"""Parameters of the replay by architecture, each figure with its source.
 
 [G]  CUDA C++ Programming Guide, arithmetic throughput by compute capability; by way of `tritonattn.tuner.model.RATES`
 [F]  FlashGPU-Sim's parameters for an H100, from microbenchmarks: configs/SM90_H100_SASS_FRONTEND and

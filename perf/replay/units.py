@@ -97,7 +97,7 @@ class Channel:
 
 
 class Requests:
-    """What a program asks of the TMA ahead of its use.
+    """Loads that a program asks of the TMA ahead of their use.
 
     each     requests that one poll waits for
     ahead    polls between a request and the one that waits for it; what the loop did not ask for itself is there

@@ -83,7 +83,7 @@ def decode(aux: bool = False, **given: Any) -> None:
     attend(Rows(**tensors, capacity=SIZE, logits=logits, **{"left": None} | given), aux)
 
 
-# What a call has or not, alone or beside another option: the property by which it differs from the same call without.
+# Options that a call has or not, alone or beside another: by these it differs from the same call without.
 MASKS = {
     "window": (4, None),
     "causal": True,

@@ -1,4 +1,4 @@
-"""What an engine must compute, by the papers' formulas, in numpy and float64: attention, and decoders around it.
+"""Results that an engine must compute, by the papers' formulas, in numpy and float64: attention, and decoders.
 
 Nothing here is of tritonattn, vLLM or transformers, but names of weights and of entries in a config.
 """

@@ -27,8 +27,6 @@ _L2_BYTES = 48
 _OF_A_SOFTCAP = 3
 # Approximate clocks until a load from memory arrives.
 _LATENCY = 600
-
-
 # Instructions that access local memory, as a share of a loop's: of fewer the price is in the model.
 _MOST_LOCAL = 0.02
 

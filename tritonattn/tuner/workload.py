@@ -150,7 +150,7 @@ class _Copy:
         return list(torch.autograd.grad(outputs, wanted, gradients))
 
     def _rounding(self) -> Tensor | None:
-        """What a training call's output loses when it is rounded: memory for it."""
+        """Memory for the part that a training call's output loses when it is rounded."""
         shape = (*self.call.q.shape[:3], self.problem.value_dim)
         return self.call.q.new_empty(shape, dtype=torch.int8) if self.problem.rounding else None
 

@@ -225,7 +225,7 @@ def read_table(path: Path) -> Table:
 
 
 def parsed_file(path: Path, parse: Callable[[Any], Content]) -> Content:
-    """What `parse`, which may raise ValueError, makes of a file's JSON. Raises TableError, FileNotFoundError."""
+    """Parse a file's JSON by `parse`, which may raise ValueError. Raises TableError, FileNotFoundError."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait
             raise ValueError("expected a regular file, got a directory, a pipe or a device")

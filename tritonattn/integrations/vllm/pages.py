@@ -1,6 +1,6 @@
 """The cells of vLLM's cache: a key and its value, and behind them what a layer records of keys.
 
-What lies in vLLM's blocks is counted, copied and freed as they are.
+A record in vLLM's blocks is counted, copied and freed as they are.
 """
 
 from __future__ import annotations
