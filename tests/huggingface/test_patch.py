@@ -148,11 +148,6 @@ def test_learned_scalings_start_where_the_model_was_and_learn(scaling):
         assert all(gradient.any() for gradient in torch.autograd.grad(loss, learned))
 
 
-def test_a_learned_scaling_that_is_given_keeps_its_own_start():
-    with patch(LLAMA.build(), scaling=SSMax(4, base=7)) as one:
-        assert {own.scaling.s[0].item() for own in one.layers.values()} == {SSMax(4, base=7).s[0].item()}
-
-
 def test_every_layer_has_a_scaling_and_a_gain_of_its_own():
     """Copies start from the given tensor, which does not change."""
     network, given, seen = LLAMA.build(), torch.ones(4, 1), {}

@@ -219,19 +219,6 @@ def test_a_scaling_of_ones_own(tmp_path, monkeypatch):
     assert torch.equal(logits(again), wanted)
 
 
-@pytest.mark.parametrize("name", ["llama", "splinter"])
-def test_undo_leaves_nothing_in_what_is_saved(name, tmp_path):
-    network = ARCHITECTURES[name].build()
-    patch(network, scaling="ssmax")
-    network.save_pretrained(tmp_path)
-    assert "tritonattn" in (tmp_path / "config.json").read_text()
-    again = type(network).from_pretrained(tmp_path)
-    for one in (network, again):
-        patched(one).undo()
-        one.save_pretrained(tmp_path)
-        assert "tritonattn" not in (tmp_path / "config.json").read_text()
-
-
 def test_the_flat_form_of_the_config_holds_for_all_layers():
     network = LLAMA.build()
     network.set_attn_implementation("tritonattn")

@@ -8,8 +8,7 @@ import torch
 triton = pytest.importorskip("triton")
 import tritonattn
 from perf import instrument
-from perf.__main__ import main
-from tests.support.versions import OLDER_TRITON, TRITON, skip_without_stub
+from tests.support.versions import OLDER_TRITON, skip_without_stub
 from tritonattn.backends.triton import launch
 from tritonattn.tuning import TileConfig
 
@@ -34,17 +33,3 @@ def test_instrumented_kernels_launch(monkeypatch):
         tritonattn.attention(q, q, q, backend="triton")
     assert stub.messages()[refused:] == []
     assert [scratch(one) > 0 for one in launches] == [True, False]
-
-
-@pytest.mark.parametrize(("capability", "takes"), [((9, 0), True), ((8, 0), False)])
-def test_cards_that_take_them(capability, takes, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.version, "hip", None)
-    assert (instrument.obstacle("consan") is None) == (takes and TRITON >= (3, 6))
-
-
-def test_a_soak_without_the_sanitizer(monkeypatch):
-    skip_without_stub()
-    with pytest.raises(SystemExit, match="this triton has no consan for this device"):
-        main(["soak", "--device", "emulate", "--instrument", "consan"])

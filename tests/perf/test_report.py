@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("triton")
-from perf.records import Record, ResultsFile, read
+from perf.records import Record
 from perf.report import tables
 from tritonattn.core.provenance import Environment
 
@@ -45,15 +45,3 @@ def test_a_table_says_what_was_measured_where():
     text = tables([replace(OURS, environment=emulated)])
     assert "## forward\n\nEmulated (times mean nothing): Card X" in text
     assert "Measured" not in text
-
-
-def test_records_survive_the_file(tmp_path):
-    file = ResultsFile(tmp_path / "a.jsonl", HERE)
-    file.append([OURS, PEER])
-    file.append([ABSENT])
-    assert read(tmp_path / "a.jsonl") == [OURS, PEER, ABSENT]
-    again = ResultsFile(tmp_path / "a.jsonl", HERE)
-    assert again.records == [OURS, PEER, ABSENT]
-    assert again.has("forward", AXES)
-    assert not again.has("forward", AXES | {"length": 2048})
-    assert not ResultsFile(tmp_path / "a.jsonl", replace(HERE, commit="other")).has("forward", AXES)
