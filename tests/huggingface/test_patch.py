@@ -244,20 +244,6 @@ def test_models_without_the_interface_are_refused_by_name():
         patch("llama")
 
 
-def test_the_report_names_what_cannot_be_patched():
-    network = LLAMA.build()
-
-    class OldAttention(nn.Module):
-        pass
-
-    network.model.layers[1].extra = OldAttention()
-    with patch(network) as one:
-        row = next(line for line in one.report().splitlines() if line.startswith("model.layers.1.extra"))
-    assert "left alone: takes no attention from transformers' AttentionInterface" in row
-    with pytest.raises(NotImplementedError, match=r"extra \(OldAttention\)"):
-        patch(network, layers="*.extra")
-
-
 @pytest.mark.parametrize(
     ("name", "part"), [("llama", "model.layers.1"), ("bart", "model.decoder")], ids=["llama", "bart"]
 )

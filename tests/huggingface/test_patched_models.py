@@ -31,20 +31,6 @@ def test_a_copy_of_a_patched_model_is_its_own():
     assert patched(network) is one
 
 
-def test_dropout_of_a_training_model_is_honoured():
-    network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA.arguments, attention_dropout=0.5))
-    inputs = LLAMA.inputs()
-    with patch(network):
-        network.train()
-        torch.manual_seed(0)
-        first = logits(network, **inputs)
-        assert not torch.equal(logits(network, **inputs), first)
-        torch.manual_seed(0)
-        assert torch.equal(logits(network, **inputs), first)
-        network.eval()
-        assert torch.equal(logits(network, **inputs), logits(network, **inputs))
-
-
 @pytest.mark.parametrize("layers", [1, f"0.{SECOND}"])
 def test_a_model_inside_another_module_is_patched_and_saved(layers, tmp_path):
     """PEFT wraps models: layers go by their numbers and names in the model, and its config keeps the settings."""

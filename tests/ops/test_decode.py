@@ -51,14 +51,6 @@ def test_opcheck(options, page, aux):
     opcheck(torch.ops.tritonattn.decode.default, tuple(_Flat.of(_call(page, **OPTIONS[options]), "sdpa", aux)))
 
 
-def test_compile_in_one_graph():
-    query, cache = _grown(16, statistics=False)
-    arguments = {"scaling": "key_norm_max", "window": (12, None), "return_aux": True, **cache.arguments()}
-    torch._dynamo.reset()
-    found = torch.compile(attention_decode, fullgraph=True, backend="aot_eager")(query, **arguments)
-    torch.testing.assert_close(found, attention_decode(query, **arguments))
-
-
 def test_a_compiled_step_appends_and_decodes_without_recompiling():
     q, k, v = sequences(torch.float32)
     cache = GrowingCache(k, v, 24)
@@ -127,14 +119,6 @@ def test_lengths_and_pages_that_are_not_read_are_clamped():
     found = ops.decode(DecodeCall(query, Cache(keys, values, lengths), Logits(0.3), left=6), "sdpa", aux=False).out
     expected = attention_decode(query, keys, values, key_lengths=torch.tensor([0, 24]), scaling=0.3, window=(6, None))
     torch.testing.assert_close(found, expected)
-
-
-def test_empty_batches():
-    q, k, v = sequences(batch=0)
-    cache = GrowingCache(k, v, 24, statistics=True)
-    for backend in ("auto", "reference"):
-        found = attention_decode(q[:, :, :2], **cache.arguments(), scaling="key_norm_mean", backend=backend)
-        assert found.shape == (0, 4, 2, 6)
 
 
 def test_pages_that_no_row_looks_into_may_be_given_away():
