@@ -1,10 +1,10 @@
-"""Bits of a sequence alone and in company on a CPU; `python -m tests.invariance` runs many more cases."""
+"""Bits of a sequence alone and in company on a CPU; `python -m perf invariance` runs many more cases."""
 
 import pytest
 import torch
 
 import tritonattn
-from tests.invariance.company import cases, differences
+from perf.company import cases, differences
 from tests.support.calls import operands
 from tests.support.masks import MASKS
 from tritonattn.calls import dispatch
