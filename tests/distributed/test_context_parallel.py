@@ -149,24 +149,6 @@ def aux_and_repetition(rank: int, method: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
 
 
-def compiled(rank: int, method: str) -> None:
-    """A call compiled as one graph has the same results and gradients. Two ranks show it: a compilation is slow."""
-    mesh = mesh_of(2)
-    if rank >= mesh.size():
-        return
-    parts, results = [shard(x, mesh=mesh) for x in operands(torch.float32)[:3]], []
-
-    def call(q, k, v):
-        return context_parallel_attention(q, k, v, mesh=mesh, method=method, causal=True, scaling="key_norm_mean")
-
-    for run in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
-        own = leaves(*parts)
-        out = run(*own)
-        out.square().sum().backward()
-        results.append([out, *(x.grad for x in own)])
-    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
-
-
 def round_trip(rank: int) -> None:
     mesh, x = mesh_of(dist.get_world_size()), torch.arange(48.0).view(2, 1, 24)
     for layout in LAYOUTS:
@@ -307,13 +289,6 @@ def test_other_dtypes_and_few_heads_at_a_time(method, dtype, allowed, pool):
 @pytest.mark.parametrize("method", METHODS)
 def test_statistics_of_rows_and_repeated_bits(method, pool):
     pool.run(aux_and_repetition, method)
-
-
-@pytest.mark.parametrize("method", ["allgather", "alltoall"])
-def test_one_graph_of_a_compiler(method, pool):
-    if method == "allgather" and torch.__version__.startswith("2.8."):
-        pytest.skip("torch 2.8 cannot trace the backward")
-    pool.run(compiled, method, seconds=120)
 
 
 def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(pool):

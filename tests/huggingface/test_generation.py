@@ -109,14 +109,6 @@ def test_searches_are_those_without_a_cache(search, mode, llama):
     assert_the_cache_changes_nothing(llama, mode, LLAMA.inputs("left"), **SEARCHES[search])
 
 
-@in_turn(name=["bart", "whisper"], mode=STATISTICS, beams=[3, 1, 1, 3])
-def test_encoder_decoders_generate_as_without_a_cache(name, mode, beams):
-    architecture = ARCHITECTURES[name]
-    assert_the_cache_changes_nothing(
-        architecture.build(), mode, architecture.inputs("left"), do_sample=False, num_beams=beams
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "mode"),
     [("llama", "key_norm_sum"), *([("mistral", "key_norm_max")] if VERSION >= (5, 24) else [])],  # rolls windows back

@@ -31,19 +31,6 @@ class Workload:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-def run(configs=(BEST,)):
-    return search.search(KEY, list(configs), SM_80, CPU, search.Effort(warm_up=0), Size(1, 1, 16, 16))
-
-
-def test_a_config_that_takes_the_card_with_it_ends_the_search(monkeypatch):
-    """No later result of the process means anything: neither that a config is wrong, nor that one is fast."""
-    monkeypatch.setattr(search, "Workload", Workload)
-    assert len(run().wrong) == 2, "a failure that the card outlives is the config's alone"
-    monkeypatch.setattr(search, "_is_lost", lambda device: True)
-    with pytest.raises(search.SearchError, match=r"forward/64/none/short .*unusable.*illegal memory access"):
-        run()
-
-
 OTHERS = [TileConfig(16, 16, 4, stages) for stages in (1, 2, 3, 4)]
 IN_USE = config_for(KEY.kernel, KEY.problem, SM_80)
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -101,17 +88,6 @@ def test_a_result_that_is_wrong_in_one_dtype_is_not_taken(timed):
     result = find()
     assert result.entry.config == OTHERS[0]
     assert result.wrong == (f"{KEY} {OTHERS[1]}: is wrong",)
-
-
-def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):
-    """It would time the config in use alone, and call it the fastest."""
-
-    def examine(self, wanted):
-        return [Candidate(config, None, ("does not compile: no nvdisasm",)) for _, _, config in wanted]
-
-    monkeypatch.setattr(Compiler, "examine", examine)
-    with Compiler(SM_80, 1) as compiler, pytest.raises(search.SearchError, match=r"no config compiles; .*no nvdisasm"):
-        search.promising(KEY, compiler, search.Effort())
 
 
 def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):
