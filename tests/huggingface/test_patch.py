@@ -251,15 +251,3 @@ def test_a_part_without_its_model_is_patched_and_saved_with_it(name, part, tmp_p
             torch.testing.assert_close(architecture.outputs(patched_alike, inputs), wanted, atol=1e-3, rtol=1e-3)
     one.undo()
     assert state(network) == before
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_no_mask_means_what_the_models_own_implementation_means_by_it(implementation):
-    """Without a mask eager sees all keys, and sdpa those of is_causal."""
-    network, hidden = LLAMA.build(implementation), torch.randn(1, 5, LLAMA.arguments["hidden_size"])
-    attention = network.model.layers[1].self_attn
-    inputs = {"position_embeddings": network.model.rotary_emb(hidden, torch.arange(5)[None]), "attention_mask": None}
-    with torch.no_grad():
-        wanted = attention(hidden, **inputs)[0]
-        with patch(network, layers=[1]):
-            torch.testing.assert_close(attention(hidden, **inputs)[0], wanted, atol=1e-4, rtol=1e-4)

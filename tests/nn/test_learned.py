@@ -1,8 +1,5 @@
 """Every learned scaling: values, gradients of its parameters, every way to call it."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 
@@ -178,22 +175,6 @@ def test_gradients_at_the_start_are_the_same_with_batch_invariant(name):
         found.append(torch.autograd.grad(out.square().sum(), parameters, allow_unused=True))
     for plain, invariant in zip(*found, strict=True):
         torch.testing.assert_close(plain, invariant, rtol=1e-9, atol=1e-9)
-
-
-@every_case
-def test_copies_and_states(case):
-    scaling, leaves = learned(case), operands()
-    expected = attention(*leaves.values(), scaling=scaling, causal=True)
-    fresh = LEARNED[case]().double()
-    with torch.no_grad():
-        for parameter in fresh.parameters():
-            parameter.fill_(0.3)
-    if isinstance(fresh, nn.Scheduled):
-        fresh.step.zero_()
-    fresh.load_state_dict(scaling.state_dict(), strict=True)
-    for other in (fresh, copy.deepcopy(scaling), pickle.loads(pickle.dumps(scaling))):
-        assert torch.equal(attention(*leaves.values(), scaling=other, causal=True), expected)
-    assert all(x.shape[:1] in ((), (4,)) for x in scaling.state_dict().values())
 
 
 def test_scaling_parameters_are_those_of_every_scaling_once():

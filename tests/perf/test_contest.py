@@ -110,7 +110,7 @@ BATCH = Case(
     Shape(2, 2, 2, 9, 9, 8, causal=True),
     "fp32",
     "backward",
-    (("tritonattn", "dim"), ("sdpa", "dim")),
+    WHO,
     CPU,
     "sdpa",
 )

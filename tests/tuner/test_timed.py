@@ -75,22 +75,3 @@ def test_the_calls_of_a_file_are_searched_for(on_h100, user, tmp_path, capsys):
     _, out, _ = run(capsys, "tune", "--calls", str(tmp_path / "calls.json"))
     assert "3 of 3 keys are measured already" in out
     assert on_h100 == KEYS + calls
-
-
-def test_a_file_without_calls(on_h100, tmp_path, capsys):
-    path = tmp_path / "calls.json"
-    for content, message in {
-        None: "No such file",
-        "{": "calls.json: Expecting",
-        '{"schema_version": 1, "calls": []}': "nothing was recorded",
-    }.items():
-        if content is not None:
-            path.write_text(content, encoding="utf-8")
-        status, _, err = run(capsys, "tune", "--calls", str(path))
-        assert status == 2
-        assert message in err
-    put_calls(path)
-    status, _, err = run(capsys, "tune", "--calls", str(path), "--lengths", "short", "--kernels", "forward")
-    assert status == 2
-    assert "expected launches of forward of short calls, got none" in err
-    assert on_h100 == []
