@@ -223,13 +223,14 @@ def attention_grad_key_value(
                 q_offsets = tile_offsets(step.shape[0], BLOCK_D, q_head.s, q_head.d, WIDE)  # [M, BLOCK_D]
                 do_offsets = tile_offsets(step.shape[0], BLOCK_DV, d_out_head.s, d_out_head.d, WIDE)  # [M, BLOCK_DV]
                 one = tl.full(step.shape, 1.0, tl.float32)
+                next_terms = term_ptr + 2 * (loop_start + step)
                 for position in tl.range(loop_start, loop_end, step.shape[0]):
                     start_m = position
                     if PASS != UNMASKED:
                         start_m = tl.where(position >= gap_start, position + gap, position)
                     start_m = tl.multiple_of(start_m, step.shape[0])
                     offs_m = start_m + step  # [M]
-                    term_ptrs = term_ptr + 2 * offs_m
+                    term_ptrs = next_terms if PASS == UNMASKED else term_ptr + 2 * offs_m
                     exponent_term, factor = load_term(term_ptrs, one * (scale * LOG2_E), SPLIT_TERMS)
                     live = tl.full(step.shape, 1, tl.int1)
                     if PASS != UNMASKED:
@@ -280,6 +281,7 @@ def attention_grad_key_value(
                     if key_bias is not None:
                         ds *= gradient_factor[None, :]
                     dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+                    next_terms += 2 * step.shape[0]
         if d_key_bias_ptr is not None:
             head_base = batch_head.to(tl.int64) * packed_len + memory_key
             tl.store(d_key_bias_ptr + head_base + tl.arange(0, BLOCK_N), tl.sum(d_bias, 1), mask=keep_key)
