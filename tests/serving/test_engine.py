@@ -8,7 +8,6 @@ import torch
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from tritonattn.core import decode_call
 from tritonattn.core.visibility import Visibility
 from tritonattn.integrations.vllm import backend
 
@@ -83,14 +82,14 @@ def test_tokens_and_logits_are_those_of_the_formulas_and_of_patched_transformers
 
 
 def _longest(real, visibility):
-    """Every row counts the keys of the longest sequence."""
+    """Every row of a cache counts the keys of the longest sequence."""
     n = real(visibility)
     return n.amax(0, keepdim=True).expand_as(n)
 
 
 def _one_less(real, visibility):
-    """Every row counts one key less."""
-    return (real(visibility) - 1).clamp(min=1)
+    """Every row of a cache counts one key less."""
+    return (real(visibility) - int(visibility.sequences is None)).clamp(min=1)
 
 
 def _of_chunk(real, visibility):
@@ -105,8 +104,8 @@ def _only_new(real, row_ends, key_ends, *bounds):
 
 
 FAULTS = {
-    "n of the longest sequence": (decode_call._CacheVisibility, "counts", _longest),
-    "n - 1": (decode_call._CacheVisibility, "counts", _one_less),
+    "n of the longest sequence": (Visibility, "counts", _longest),
+    "n - 1": (Visibility, "counts", _one_less),
     "n of the chunk": (Visibility, "counts", _of_chunk),
     "old keys of a chunk are left out": (backend, "Packing", _only_new),
 }

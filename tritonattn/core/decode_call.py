@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,18 +55,9 @@ class Cache(NamedTuple):
         Rows at i >= query_lengths[b] see nothing.
         """
         _, q_heads, q_len, _ = q.shape
-        return _CacheVisibility(
-            self.batch,
-            q_heads,
-            self.kv_heads,
-            q_len,
-            self.capacity,
-            q.device,
-            left=left,
-            key_lengths=self.key_lengths,
-            invariant=invariant,
-            query_lengths=self.query_lengths,
-        )
+        sizes = (self.batch, q_heads, self.kv_heads, q_len, self.capacity)
+        rows = self.query_lengths
+        return Visibility.of_padded(sizes, q.device, self.key_lengths, rows, left=left, invariant=invariant)
 
     def heads_first(self) -> tuple[Tensor, Tensor]:
         """k and v as [B, Hkv, capacity, D or Dv], or pages as [N, Hkv, page, D or Dv]."""
@@ -91,46 +81,6 @@ class Cache(NamedTuple):
         return found.transpose(1, 2)
 
 
-@dataclass(frozen=True, eq=False)
-class _CacheVisibility(Visibility):
-    """Visibility of rows at the end of their sequence's key_lengths, not of the capacity."""
-
-    query_lengths: Tensor | None = None
-
-    @property
-    def is_bottom_right(self) -> bool:
-        return False
-
-    @property
-    def begins_at_first(self) -> bool:
-        return self.left is None and self.query_lengths is None
-
-    def counts(self) -> Tensor:
-        return self._ends()[:, None].double() if self.begins_at_first else super().counts()
-
-    def _ends(self) -> Tensor:
-        """One past the last key that each row sees: int64 [B, Sq]."""
-        lengths = self._key_lengths()
-        if self.q_len == 1 and self.query_lengths is None:
-            return lengths
-        order = torch.arange(self.q_len, device=self.device)
-        return torch.minimum(lengths + (order + 1 - self._rows()), lengths).clamp(min=0)
-
-    def _ranges(self) -> tuple[Tensor, Tensor]:
-        hi = self._ends()
-        lo = torch.zeros_like(hi) if self.left is None else (hi - (self.left + 1)).clamp(min=0)
-        if self.query_lengths is None:
-            return lo, hi
-        is_row = torch.arange(self.q_len, device=self.device) < self._rows()
-        return torch.where(is_row, lo, hi), hi
-
-    def _key_lengths(self) -> Tensor:
-        return cast(Tensor, self.key_lengths).long().clamp(0, self.k_len)[:, None]  # [B, 1]
-
-    def _rows(self) -> Tensor | int:
-        return self.q_len if self.query_lengths is None else self.query_lengths.long().clamp(0, self.q_len)[:, None]
-
-
 class DecodeCall(NamedTuple):
     """The softmax of `logits` times v, over the keys that row i of sequence b sees: own - left <= j <= own, with
     own = i + key_lengths[b] - query_lengths[b], of its first query_lengths[b] rows; the others see nothing.
@@ -151,7 +101,5 @@ class DecodeCall(NamedTuple):
     def as_attention(self) -> AttentionCall:
         """The call over the whole cache, in its pages where it has some."""
         cache, (k, v) = self.cache, self.cache.heads_first()
-        ranges = torch.stack(cache.visibility(self.q, self.left).ranges(), dim=-1)
-        keys = torch.Size((cache.batch, cache.kv_heads, cache.capacity, k.shape[3]))
-        visible = Visibility.of_shapes(self.q.shape, keys, self.q.device, key_ranges=ranges, invariant=self.invariant)
+        visible = cache.visibility(self.q, self.left, self.invariant).as_ranges()
         return AttentionCall(self.q, k, v, visible, self.logits, block_table=cache.block_table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -111,18 +110,8 @@ def context_parallel_decode(
     cache = {"k_cache": k, "v_cache": v, "key_lengths": key_lengths}
     require_agreement(split, "context_parallel_decode", options, q=q, **cache, scaling=scaling, gain=gain)
     left, _ = window_sides(window)
-    visible = _PartVisibility(
-        q.shape[0],
-        q.shape[1],
-        k.shape[1],
-        q.shape[2],
-        capacity,
-        q.device,
-        left=left,
-        key_lengths=own,
-        whole=_whole(q, k, key_lengths, left, split),
-        first=split.rank * capacity,
-    )
+    whole = _whole(q, k, key_lengths, left, split)
+    visible = Visibility.of_part(whole, split.rank * capacity, capacity)
     with autocast_off:
         of_part = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visible)
         if statistics is not None:
@@ -131,31 +120,11 @@ def context_parallel_decode(
         logits = factor.logits(q, k, visible, _SharedRows(of_part, split), None, options.cap)
         if logits.key_bias is not None:
             raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")
-        ranges = Visibility.of(q, k, key_ranges=torch.stack(visible.ranges(), -1))
-        call = AttentionCall(q, k, v, ranges, logits)
+        call = AttentionCall(q, k, v, visible, logits)
         out, aux = _merged(ops.attention(call, backend, aux=True), split)
         if sinks is not None:
             out = out * share_beside_sinks(aux.lse, cast(Tensor, sinks_of(q, options)))[..., None]
     return (out.to(v.dtype), aux) if return_aux else out.to(v.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class _PartVisibility(Visibility):
-    """The visible keys of each row among this rank's, from key `first` on; counts are of all ranks' keys."""
-
-    whole: Visibility | None = None
-    first: int = 0
-
-    @property
-    def is_bottom_right(self) -> bool:
-        return False
-
-    def _ranges(self) -> tuple[Tensor, Tensor]:
-        lo, hi = cast(Visibility, self.whole).ranges()
-        return (lo - self.first).clamp(0, self.k_len), (hi - self.first).clamp(0, self.k_len)
-
-    def counts(self) -> Tensor:
-        return cast(Visibility, self.whole).counts()
 
 
 def _whole(q: Tensor, k: Tensor, key_lengths: Tensor, left: int | None, split: Split) -> Visibility:
