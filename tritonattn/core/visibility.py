@@ -105,6 +105,26 @@ class Visibility:
         return self.batch, self.kv_heads, self.k_len
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors that narrow the ranges, and the starts of sequences."""
+        of_rows = self.sequences
+        starts = (None, None) if of_rows is None else (of_rows.q_starts, of_rows.k_starts)
+        return self.key_lengths, self.key_ranges, self.mask, *starts
+
+    def without_tensors(self) -> Visibility:
+        """The record of the rest, of which `with_tensors` makes the whole again."""
+        return self if self.depends_on_sizes_only else self.with_tensors(None, None, None, None, None)
+
+    def with_tensors(self, key_lengths: Any, key_ranges: Any, mask: Any, q_starts: Any, k_starts: Any) -> Visibility:
+        """The record with other `tensors`."""
+        of_rows = self.sequences
+        if of_rows is not None:
+            of_rows = Sequences(q_starts, k_starts, of_rows.longest_q, of_rows.longest_k)
+        elif key_lengths is None and key_ranges is None and mask is None and self.depends_on_sizes_only:
+            return self
+        return replace(self, key_lengths=key_lengths, key_ranges=key_ranges, mask=mask, sequences=of_rows)
+
+    @property
     def depends_on_sizes_only(self) -> bool:
         """Whether sizes, causal and window alone decide which keys are visible."""
         only_sizes = self.key_lengths is None and self.key_ranges is None

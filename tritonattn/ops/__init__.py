@@ -8,7 +8,6 @@ and spares the time of the dispatcher; compilers, transforms and dispatch modes 
 """
 
 from .attend import attention
-from .decode import decode
 from .key_statistics import KernelStatistics
 
-__all__ = ["KernelStatistics", "attention", "decode"]
+__all__ = ["KernelStatistics", "attention"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -10,10 +10,11 @@ from torch import Tensor
 from ..backends import cpu as blockwise
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
-from ..core.call import ForwardResult, Logits
-from ..core.decode_call import Cache, DecodeCall
+from ..core.call import AttentionCall, ForwardResult, Logits
+from ..core.decode_call import of_padded
+from .flat import Argument
 from .mapping import in_a_loop
-from .schema import arguments_of, operator
+from .schema import operator, schema_of
 
 
 class _Flat(NamedTuple):
@@ -37,41 +38,49 @@ class _Flat(NamedTuple):
     backend: str
 
     @classmethod
-    def of(cls, call: DecodeCall, backend: str, aux: bool) -> _Flat:
-        cache, (scale, query_scale, key_scale, key_bias, softcap, sinks) = call.cache, call.logits
-        tensors = (call.q, cache.k, cache.v, cache.key_lengths, cache.block_table, cache.query_lengths)
+    def of(cls, call: AttentionCall) -> _Flat:
+        visible, (scale, query_scale, key_scale, key_bias, softcap, sinks) = call.visibility, call.logits
+        tensors = (call.q, call.k, call.v, visible.key_lengths, call.block_table, visible.query_lengths)
         vectors = (query_scale, key_scale, key_bias, sinks)
-        return cls(*tensors, *vectors, scale, call.left, softcap, call.invariant, aux, backend)
+        return cls(*tensors, *vectors, scale, visible.left, softcap, visible.invariant, call.aux, call.backend)
 
-    def call(self) -> DecodeCall:
-        cache = Cache(self.k, self.v, self.key_lengths, self.block_table, self.query_lengths)
+    def call(self) -> AttentionCall:
+        (batch, q_heads, q_len, _), (_, kv_heads, k_len, _) = self.q.shape, self.k.shape
+        if self.block_table is not None:
+            k_len *= self.block_table.shape[1]
+        sizes = (batch, q_heads, kv_heads, q_len, k_len)
+        visible = of_padded(
+            sizes, self.q.device, self.key_lengths, self.query_lengths, left=self.left, invariant=self.invariant
+        )
         logits = Logits(self.scale, self.query_scale, self.key_scale, self.key_bias, self.softcap, self.sinks)
-        return DecodeCall(self.q, cache, logits, self.left, self.invariant)
+        own = {"block_table": self.block_table, "aux": self.aux, "backend": self.backend, "cached": "decode"}
+        return AttentionCall(self.q, self.k, self.v, visible, logits, **own)
 
 
-def decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
-    """Run a call on "triton" or "sdpa", without gradients; max_logit and entropy are None without aux."""
-    cache, logits = call.cache, call.logits
-    scales = (logits.query_scale, logits.key_scale, logits.key_bias, logits.sinks)
-    if runs_eagerly(call.q, cache.k, cache.v, cache.key_lengths, *scales):
-        return _decode(call, backend, aux)
-    result = ForwardResult(*_decode_operator(*_Flat.of(call, backend, aux)))
-    return result if aux else ForwardResult(result.out, result.lse)
+def decode(call: AttentionCall) -> ForwardResult:
+    """Run a call whose rows stand at the end of a cache: no gradients; max_logit and entropy are None without aux."""
+    if runs_eagerly(*call.tensors, call.visibility.key_lengths):
+        return _decode(call)
+    result = ForwardResult(*_decode_operator(*_Flat.of(call)))
+    return result if call.aux else ForwardResult(result.out, result.lse)
 
 
-def _decode(call: DecodeCall, backend: str, aux: bool) -> ForwardResult:
-    if backend != "triton":
-        return blockwise.forward(call.as_attention().gathered(), aux)
+def _decode(call: AttentionCall) -> ForwardResult:
+    if call.backend != "triton":
+        return blockwise.forward(call.gathered().by_ranges(), call.aux)
     if call.invariant:  # no split of keys, and the loop of other calls
-        return kernels().forward(call.as_attention(), aux)
-    return kernels().decode(call, aux)
+        return kernels().forward(call.by_ranges(), call.aux)
+    return kernels().decode(call, call.aux)
 
 
-@operator("decode", arguments_of(_Flat), "(Tensor out, Tensor lse, Tensor max_logit, Tensor entropy)")
+_ARGUMENTS = schema_of(Argument((name,), kind) for name, kind in get_type_hints(_Flat).items())
+
+
+@operator("decode", _ARGUMENTS, "(Tensor out, Tensor lse, Tensor max_logit, Tensor entropy)")
 def _decode_operator(*arguments):
     flat = _Flat(*arguments)
     with torch.no_grad():
-        result = _decode(flat.call(), flat.backend, flat.aux)
+        result = _decode(flat.call())
     return tuple(result.lse.new_empty(0) if x is None else x for x in result)
 
 
