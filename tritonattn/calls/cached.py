@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import ops
 from ..core.autograd import needs_graph
 from ..core.call import AttentionCall
-from ..core.pages import PageTable
 from ..core.statistics import Statistics
+from .cached_statistics import CachedStatistics
 
 
 def cached_statistics(call: AttentionCall) -> Statistics:
@@ -19,14 +19,7 @@ def cached_statistics(call: AttentionCall) -> Statistics:
     computed = (ops.KernelStatistics if call.backend == "triton" else Statistics)(call.keys, call.visibility)
     if call.record is None:
         return computed
-    from .cached_statistics import CachedStatistics, ContiguousRecord, PagedRecord
-    from .key_statistics import KeyStatistics
-
-    if isinstance(call.record, KeyStatistics):
-        record = ContiguousRecord(call.record)
-    else:
-        record = PagedRecord(call.record, PageTable(call.block_table, call.record.page, call.visibility.sequences))
-    return CachedStatistics(computed, record, _width(call))
+    return CachedStatistics(computed, call.record, _width(call))
 
 
 def _width(call: AttentionCall) -> int | None:

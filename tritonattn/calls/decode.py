@@ -10,6 +10,7 @@ from .cached import refuse_gradients
 from .checks import check
 from .decode_checks import cache_operands, cache_visibility, check_statistics
 from .dispatch import AttentionAux, run
+from .key_records import record_of
 from .key_statistics import KeyStatistics
 from .paged_statistics import PagedKeyStatistics
 from .public import public
@@ -109,7 +110,7 @@ def attention_decode(
         gain=gain,
         aux=return_aux,
         backend=backend,
-        record=statistics,
+        record=record_of(statistics, block_table),
         cached="attention_decode",
     )
     check(call, keys="[B, Hq or Hkv, capacity]")

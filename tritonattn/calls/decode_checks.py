@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..core.call import LONGEST_QUERY
-from ..core.decode_call import of_padded
 from ..core.visibility import Visibility, window_sides
 from .checks import (
     FLOATS,
@@ -74,7 +73,7 @@ def cache_visibility(
         first = torch.zeros_like(lengths) if left is None else lengths - rows - left
         check_page_numbers(block_table, k.shape[2], k.shape[0], first, lengths, "key_lengths")
     sizes = (batch, q_heads, k.shape[1], q_len, capacity)
-    return of_padded(sizes, q.device, key_lengths, query_lengths, left=left, invariant=invariant)
+    return Visibility.of_padded(sizes, q.device, key_lengths, query_lengths, left=left, invariant=invariant)
 
 
 def check_cache(q: Tensor, k: Tensor, v: Tensor, layout: Layout = _WHOLE) -> None:

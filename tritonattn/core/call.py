@@ -147,12 +147,8 @@ class AttentionCall:
         return replace(self, **_rolled(first, k=self.k, v=self.v), logits=logits, visibility=visible)
 
     def by_ranges(self) -> AttentionCall:
-        """The call with its visible keys as key_ranges."""
-        visible = self.visibility
-        keys = torch.Size((*visible.keys, self.k.shape[3]))
-        ranges = torch.stack(visible.ranges(), dim=-1)
-        seen = Visibility.of_shapes(self.q.shape, keys, self.q.device, key_ranges=ranges, invariant=visible.invariant)
-        return replace(self, visibility=seen)
+        """The call with its visible keys as key_ranges, where their rows stand at the end of a cache."""
+        return replace(self, visibility=self.visibility.as_ranges())
 
     def keys(self) -> Tensor:
         """[B, Hkv, Sk, D], a copy where they lie in pages, with zeros behind the last key of a sequence."""
@@ -166,12 +162,11 @@ class AttentionCall:
         if self.block_table is None:
             return x
         sequences, lengths = self.visibility.sequences, self.visibility.key_lengths
+        table = PageTable(self.block_table, x.shape[2], sequences)
         key = torch.arange(self.visibility.k_len, device=x.device)[None]
         end = self.visibility.k_len if sequences is None else sequences.k_starts[-1]
         end = end if lengths is None else lengths[:, None]
-        return (
-            PageTable(self.block_table, x.shape[2], sequences).gather(x.transpose(1, 2), key, key < end).transpose(1, 2)
-        )
+        return table.gather(x.transpose(1, 2), key, key < end).transpose(1, 2)
 
 
 _NO_OPERANDS: tuple[Any, Any, Any] = (None, None, None)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import ops
 from ..calls.cached import refuse_gradients
-from ..calls.cached_statistics import CachedStatistics, ContiguousRecord
+from ..calls.cached_statistics import CachedStatistics
 from ..calls.checks import check, check_integers, check_values
 from ..calls.decode_checks import cache_operands, cache_visibility, check_statistics
 from ..calls.dispatch import AttentionAux, choose_backend
+from ..calls.key_records import ContiguousRecord
 from ..calls.key_statistics import KeyStatistics
 from ..calls.logits import logits
 from ..calls.public import public
 from ..calls.sharded import head_parts
 from ..core.autograd import without_autocast
 from ..core.call import AttentionCall, ForwardResult, Logits
-from ..core.decode_call import of_padded
 from ..core.invariance import refuse_over_ranks
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
@@ -126,58 +123,27 @@ def context_parallel_decode(
     of_logits = {"scaling": scaling, "gain": gain, "softcap": softcap, "sinks": sinks}
     alike = {"q": q, **of_cache, **of_logits, "return_aux": return_aux, "backend": backend}
     require_agreement(split, "context_parallel_decode", **alike)
-    left = visible.left
-    call.visibility = _PartVisibility(
-        q.shape[0],
-        q.shape[1],
-        k.shape[1],
-        q.shape[2],
-        capacity,
-        q.device,
-        left=left,
-        key_lengths=own,
-        whole=_whole(q, k, key_lengths, left, split),
-        first=split.rank * capacity,
-    )
+    whole = _whole(q, k, key_lengths, visible.left, split)
+    call.visibility = Visibility.of_part(whole, split.rank * capacity, capacity)
     with without_autocast(q):
         of_part = (ops.KernelStatistics if call.backend == "triton" else Statistics)(k, call.visibility)
         if statistics is not None:
-            width = None if left is None else left + 1
+            width = None if visible.left is None else visible.left + 1
             of_part = CachedStatistics(of_part, ContiguousRecord(statistics), width)
         terms = logits(call, _SharedRows(of_part, split))
         if terms.key_bias is not None:
             raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")
-        ranges = Visibility.of(q, k, key_ranges=torch.stack(call.visibility.ranges(), -1))
-        part = AttentionCall(q, k, v, ranges, terms._replace(sinks=None), aux=True, backend=call.backend)
+        part = AttentionCall(q, k, v, call.visibility, terms._replace(sinks=None), aux=True, backend=call.backend)
         out, aux = _merged(ops.attention(part), split)
         if terms.sinks is not None:
             out = out * share_beside_sinks(aux.lse, terms.sinks)[..., None]
     return (out.to(v.dtype), aux) if return_aux else out.to(v.dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class _PartVisibility(Visibility):
-    """The visible keys of each row among this rank's, from key `first` on; counts are of all ranks' keys."""
-
-    whole: Visibility | None = None
-    first: int = 0
-
-    @property
-    def is_bottom_right(self) -> bool:
-        return False
-
-    def _ranges(self) -> tuple[Tensor, Tensor]:
-        lo, hi = cast(Visibility, self.whole).ranges()
-        return (lo - self.first).clamp(0, self.k_len), (hi - self.first).clamp(0, self.k_len)
-
-    def counts(self) -> Tensor:
-        return cast(Visibility, self.whole).counts()
-
-
 def _whole(q: Tensor, k: Tensor, key_lengths: Tensor, left: int | None, split: Split) -> Visibility:
     """The visible keys of each row in the cache of all ranks."""
-    keys = k[:, :, :1].expand(-1, -1, split.size * k.shape[2], -1)  # a shape; its values are not read
-    return of_padded((q.shape[0], q.shape[1], k.shape[1], q.shape[2], keys.shape[2]), q.device, key_lengths, left=left)
+    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], split.size * k.shape[2])
+    return Visibility.of_padded(sizes, q.device, key_lengths, left=left)
 
 
 class _SharedRows(Statistics):

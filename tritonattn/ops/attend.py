@@ -22,7 +22,6 @@ from ..core.autograd import (
     without_autocast,
 )
 from ..core.call import AttentionCall, ForwardResult, Gradients, Needs
-from .decode import decode
 from .flat import ARGUMENTS, GRADIENTS, NAMES, TENSORS, call_of, flat
 from .mapping import in_a_loop, in_one_batch
 from .schema import operator, schema_of
@@ -35,11 +34,9 @@ def attention(call: AttentionCall) -> ForwardResult:
 
     max_logit and entropy are None without aux.
     """
-    if call.decodes:
-        return decode(call)
     tensors = call.tensors
     has_graph = needs_graph(*tensors)
-    if not runs_eagerly(*tensors):
+    if not runs_eagerly(*tensors, call.visibility.key_lengths):
         keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
         run = _Transformed.apply if is_transformed() else _forward_operator
         results = run(*flat(_without_repeats(_with_values(call))), keep_rounding)
@@ -115,6 +112,8 @@ def _without_repeats(call: AttentionCall) -> AttentionCall:
 
 def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: bool) -> ForwardResult:
     aux = call.aux
+    if call.decodes:
+        return _decode(call)
     if call.backend != "triton" or call.k.shape[0] == 0:
         call = call.gathered()
     if _is_empty(call):
@@ -128,6 +127,14 @@ def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: 
     if not (has_graph or call.invariant) and kernels().are_few_rows(call.visibility, call.dropout):
         return kernels().attend_few_rows(call, aux)
     return kernels().forward(call, aux, rounding)
+
+
+def _decode(call: AttentionCall) -> ForwardResult:
+    if call.backend != "triton":
+        return blockwise.forward(call.gathered().by_ranges(), call.aux)
+    if call.invariant:  # no split of keys, and the loop of other calls
+        return kernels().forward(call.by_ranges(), call.aux)
+    return kernels().decode(call, call.aux)
 
 
 def _forward_kept(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor | None, ...]:
@@ -277,9 +284,9 @@ class _Transformed(Function):
 
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
-    """Map in one batch, except where dropout depends on the place in it, or sinks or sequences have no batch axis."""
+    """Map in one batch, except where dropout depends on the place in it, or an argument has no batch axis."""
     named = dict(zip(NAMES, arguments, strict=False))
-    one_by_one = any(named[name] is not None for name in ("dropout_state", "sinks", "q_starts"))
+    one_by_one = any(named[name] is not None for name in ("dropout_state", "sinks", "q_starts", "block_table"))
     return (in_a_loop if one_by_one else in_one_batch)(operator, info.batch_size, in_dims, arguments)
 
 

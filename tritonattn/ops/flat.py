@@ -14,20 +14,21 @@ from ..core.visibility import Visibility
 from .schema import SCHEMA_TYPES
 
 _RECORDS = (Visibility, Logits, Dropout, Sequences)
-# Leaves that are no arguments: sizes, which tensors have, and the chance of which `run` has drawn `dropout`.
+# Parts that are no arguments: sizes, which tensors have, and what has done its work before a backend is called.
 _SIZES = ("batch", "q_heads", "kv_heads", "q_len")
-_NO_ARGUMENTS = {*((("visibility", name)) for name in _SIZES), ("wide_q",), ("wide_k",), ("dropout_p",)}
+_NO_ARGUMENTS = {("visibility", name) for name in (*_SIZES, "counted")}
+_NO_ARGUMENTS |= {("gain",), ("dropout_p",), ("wide_q",), ("wide_k",)}
 
 
 class Argument(NamedTuple):
-    """A leaf of the record, by its path and type; its type has None too where a record on the path may be missing."""
+    """A leaf of the record, by its path and type: one of its types, where it can have several.
+
+    The type has None too where a record on the path may be missing.
+    """
 
     path: tuple[str, ...]
     kind: Any
-
-    @property
-    def name(self) -> str:
-        return "_".join(self.path) if self.path[0] == "dropout" else self.path[-1]
+    name: str
 
     @property
     def is_tensor(self) -> bool:
@@ -37,17 +38,19 @@ class Argument(NamedTuple):
         value: Any = call
         for name in self.path:
             value = None if value is None else getattr(value, name)
-        return value
+        return None if self.is_tensor and not isinstance(value, Tensor) else value
 
 
 def _leaves(record: type, path: tuple[str, ...] = (), optional: bool = False) -> Iterator[Argument]:
-    for name, kind in get_type_hints(record).items():
-        own, parts = (*path, name), get_args(kind) or (kind,)
+    for field, kind in get_type_hints(record).items():
+        own, parts = (*path, field), get_args(kind) or (kind,)
         inner = next((part for part in parts if part in _RECORDS), None)
+        if own in _NO_ARGUMENTS:
+            continue
         if inner is not None:
             yield from _leaves(inner, own, optional or type(None) in parts)
-        elif kind in SCHEMA_TYPES and own not in _NO_ARGUMENTS:
-            yield Argument(own, kind | None if optional else kind)
+        elif kind in SCHEMA_TYPES:
+            yield Argument(own, kind | None if optional else kind, "_".join(own) if own[0] == "dropout" else field)
 
 
 def _rank(argument: Argument) -> tuple[int, bool]:

@@ -78,7 +78,7 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
         visible.left,
         visible.key_lengths,
         block_table=call.block_table,
-        query_lengths=visible.query_lengths,
+        query_lengths=visible.row_counts,
     )
     return attend(rows, aux)
 

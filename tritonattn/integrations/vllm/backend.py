@@ -26,11 +26,11 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from ... import ops
 from ...calls.dispatch import by_formulas, choose_backend, with_logits
+from ...calls.key_records import record_of
 from ...calls.page_checks import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
 from ...calls.varlen_checks import Packing
 from ...core.call import AttentionCall, Logits
-from ...core.decode_call import of_padded
 from ...core.invariance import is_invariant
 from ...core.visibility import Visibility, window_sides
 from ...tuning.config import WIDEST
@@ -313,7 +313,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         left, invariant = window_sides(self._window)[0], is_invariant(self._invariant)
 
         def visible() -> Visibility:
-            return of_padded(sizes, q.device, lengths, left=left, invariant=invariant)
+            return Visibility.of_padded(sizes, q.device, lengths, left=left, invariant=invariant)
 
         return self._call(q, pages, m.once(("decodes", sizes, left, invariant), visible), table, record)
 
@@ -349,7 +349,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             scaling=self._factor.scaling,
             gain=self._factor.gain,
             backend=self._backend,
-            record=record,
+            record=record_of(record, block_table, visible.sequences),
             cached=f"attention_backend {NAME}",
         )
         call.backend = choose_backend(call)
