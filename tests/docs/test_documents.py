@@ -85,16 +85,6 @@ def test_links_lead_somewhere(document):
             assert anchor in anchors(path.relative_to(ROOT).as_posix()), target
 
 
-@pytest.mark.parametrize("document", PAGES)
-def test_no_sentence_has_to_be_decoded(document):
-    """The prose rules of CONTRIBUTING.md: no sentence begins with these words (questions may)."""
-    text = re.sub(r"```.*?```", "", TEXTS[document], flags=re.DOTALL)
-    sentences = re.split(r"(?<=[.!?:])\s+|\n\s*(?:[-*|#]|\d\.)\s*|\n\n|\|", text)
-    for sentence in sentences:
-        decoded = re.match(r"\W*(What|Whether|Whose|Those of|That of|Of a)\b", sentence)
-        assert not decoded or sentence.rstrip("*_ ").endswith("?"), sentence
-
-
 def test_tables_of_cards_are_those_that_they_take():
     """Of every card of docs/tuning.md, the order in which a lookup reads them."""
     gpus = pytest.importorskip("tritonattn.tuning.gpus")

@@ -40,11 +40,19 @@ def test_a_table_says_what_was_measured_where():
     cells = " ".join(row.replace("|", " ").split())
     assert cells == "1024 64 bf16 yes fwd sdpa dim 3 1.9 - 2.1 200 100 1.500 1000 0.25"
     assert "to tritonattn dim." in text
+    assert "modelled" not in text
     assert "- xformers: skipped in 1 cases: is not installed" in text
     emulated = replace(HERE, command="python -m perf sweep --suite forward --device emulate")
     text = tables([replace(OURS, environment=emulated)])
     assert "## forward\n\nEmulated (times mean nothing): Card X" in text
     assert "Measured" not in text
+
+
+def test_modelled_times_stand_beside_the_measured_ones():
+    text = tables([replace(OURS, modelled_ms=1.25), PEER])
+    cells = [line.replace("|", " ").split() for line in text.splitlines() if line.startswith("|")]
+    assert cells[2][6:12] == ["dim", "2", "1.9", "-", "2.1", "1.25"]
+    assert cells[3][8:13] == ["1.9", "-", "2.1", "200", "100"], "no model of a peer"
 
 
 def test_records_survive_the_file(tmp_path):

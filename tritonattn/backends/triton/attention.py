@@ -178,7 +178,7 @@ def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> Grid:
         count, read = visible.kv_heads * members, rows * bytes_of_row * (visible.q_heads // visible.kv_heads)
     else:
         count, read = visible.q_heads * members, keys * bytes_of_row * visible.kv_heads // visible.q_heads
-    section = heads_of_section(count, read, chosen.target)
+    section = heads_of_section(count, read, chosen.target, chosen.config.l2_percent)
     return section, blocks, count // section
 
 

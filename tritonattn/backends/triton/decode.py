@@ -11,11 +11,15 @@ from ...core.call import AttentionCall, ForwardResult, Logits
 from ...core.decode_call import LONGEST_QUERY, DecodeCall
 from ...core.dropout import Dropout
 from ...core.visibility import Visibility
+<<<<<<< HEAD
 from ...kernels.block import Results
 from ...kernels.decode import SHORTEST_SPLIT
+=======
+from ...kernels.records import LogitTerms, Ranges, Results
+>>>>>>> main
 from ...tuning import calls as recorded
 from ...tuning.calls import Size
-from ...tuning.config import Problem, is_short, padded_dim
+from ...tuning.config import Problem, TileConfig, is_short, padded_dim
 from ...tuning.table import Exact
 from .launch import (
     Arguments,
@@ -134,7 +138,7 @@ def _kind(rows: Rows, aux: bool) -> Kind:
 
 def _launch(rows: Rows, aux: bool, kind: Kind, chosen: Plan) -> ForwardResult:
     batch, q_heads, q_len, _ = rows.q.shape
-    splits = _splits(rows, chosen.config.block_n)
+    splits = _splits(rows, chosen.config)
     tiles = -(-rows.group * q_len // chosen.config.block_m)
     joined = _allocate(rows, (batch, q_heads, q_len), rows.q.dtype, aux)
     parts = joined if splits == 1 else _allocate(rows, (batch, q_heads, q_len, splits), torch.float32, aux)
@@ -149,12 +153,12 @@ def _launch(rows: Rows, aux: bool, kind: Kind, chosen: Plan) -> ForwardResult:
     return ForwardResult(joined.out, joined.lse, joined.max_logit, joined.entropy)
 
 
-def _splits(rows: Rows, block_n: int) -> int:
+def _splits(rows: Rows, config: TileConfig) -> int:
     """Programs that share the keys of a sequence. They depend on shapes and the window, never on lengths or batch."""
     longest = rows.capacity
     if rows.left is not None:
         longest = min(longest, rows.left + rows.q.shape[2])
-    return min(-(-longest // (block_n * SHORTEST_SPLIT.value)), _MOST_SPLITS)
+    return min(-(-longest // (config.block_n * config.split_blocks)), _MOST_SPLITS)
 
 
 def _problem(rows: Rows, aux: bool) -> Problem:
