@@ -11,12 +11,7 @@ from ...core.call import AttentionCall, ForwardResult, Logits
 from ...core.decode_call import LONGEST_QUERY, DecodeCall
 from ...core.dropout import Dropout
 from ...core.visibility import Visibility
-<<<<<<< HEAD
 from ...kernels.block import Results
-from ...kernels.decode import SHORTEST_SPLIT
-=======
-from ...kernels.records import LogitTerms, Ranges, Results
->>>>>>> main
 from ...tuning import calls as recorded
 from ...tuning.calls import Size
 from ...tuning.config import Problem, TileConfig, is_short, padded_dim
