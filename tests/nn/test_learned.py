@@ -220,6 +220,6 @@ def test_scaling_parameters_are_those_of_every_scaling_once():
 
 def test_a_module_has_no_mode_s_name():
     """Two are importable by their former ones."""
-    modes = {one.__name__ for one in tritonattn.SCALINGS.values()}
+    modes = {one.__name__ for one in SCALINGS.values()}
     assert not modes & {one.__name__ for one in vars(nn).values() if isinstance(one, type)}
     assert (nn.Cosine, nn.LogPower) == (nn.LearnedCosine, nn.LearnedLogPower)
