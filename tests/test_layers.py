@@ -114,3 +114,9 @@ def test_only_its_users_import_an_optional_package():
 def test_kernels_know_neither_torch_nor_policy():
     for path in (PACKAGE / "kernels").glob("*.py"):
         assert outside(path) <= {"triton", "typing", "__future__"}, path
+
+
+def test_the_emulator_imports_nothing_of_the_package():
+    """It runs any kernel of Triton, so that it can live without this one."""
+    for path in (Path(__file__).parent / "emulator").glob("*.py"):
+        assert not {"tritonattn", "perf", "tests"} & outside(path), path

@@ -85,7 +85,7 @@ def test_only_every_kth_step_is_watched_and_nothing_is_left_between():
         for step in range(8):
             if step % 3 != 0:
                 assert state(net) == before
-                assert observation._observers.get() == ()
+                assert observation.observers.get() == ()
             net(x, labels=x).loss.backward()
             record = monitor.step()
             watched += [] if record is None else [record["step"]]
@@ -116,7 +116,7 @@ def test_an_exception_leaves_the_model_whole(error, tmp_path):
             net(x)  # the layer is left once more on the way out
     net.model.layers[1]._forward_hooks.clear()
     assert state(net) == before
-    assert observation._observers.get() == ()
+    assert observation.observers.get() == ()
     assert len(file.read_text().splitlines()) == 1
     with pytest.raises(RuntimeError, match="got a Monitor that is not in use"):
         monitor.step()

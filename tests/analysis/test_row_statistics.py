@@ -11,13 +11,14 @@ from tests.support.rows import HQ, B, dense, tensors
 from tests.support.watch import Watch
 from tritonattn import SCALINGS
 from tritonattn.analysis.row_statistics import row_statistics
-from tritonattn.calls.factor import Factor
+from tritonattn.calls.checks import check
+from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.visibility import Visibility
 
 
 def streamed(q, k, scaling="sqrt_dim", gain=None, **masks):
-    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
-    return row_statistics(q, k, factor, Visibility.of(q, k, **masks))
+    visible = Visibility.of(q, k, **masks)
+    return row_statistics(check(AttentionCall(q, k, k, visible, Logits(), scaling=scaling, gain=gain)))
 
 
 def assert_same(ours, exact, rows=slice(None)):

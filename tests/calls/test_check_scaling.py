@@ -18,7 +18,7 @@ def test_every_mode_passes(mode):
 
 @pytest.mark.parametrize(
     "scaling",
-    [nn.SSMax(6, bias=True), nn.PowerLaw(3, "key_norm_sum"), nn.PerHead("key_norm_rms", heads=2), nn.Cosine(4)],
+    [nn.SSMax(6, bias=True), nn.PowerLaw(3, "key_norm_sum"), nn.PerHead("key_norm_rms", heads=2), nn.LearnedCosine(4)],
 )
 def test_learned_scalings_pass_with_their_own_number_of_heads(scaling):
     assert max(check_scaling(scaling).values()) < 1e-5

@@ -32,8 +32,8 @@ CASES = {
     "dict": {"layers": {0: 0.7, 1: {"scaling": SCALING.Cosine(tau=3.0), "gain": 0.5}}},
     "gain": {"scaling": "key_norm_rms", "gain": torch.tensor([[1.0], [2.0], [3.0], [4.0]])},
     "of heads": {"layers": {0: _per_head(SCALING.LogKeyCount(base=3.0)), 1: LEARNED.SSMax(4, bias=True)}},
-    "learned": {"layers": {0: LEARNED.Cosine(4, tau=2.5), 1: LEARNED.QueryAdaptiveSSMax(4, head_dim=8)}},
-    "powers": {"layers": {0: "power_law", 1: LEARNED.LogPower(4, base=5.0)}},
+    "learned": {"layers": {0: LEARNED.LearnedCosine(4, tau=2.5), 1: LEARNED.QueryAdaptiveSSMax(4, head_dim=8)}},
+    "powers": {"layers": {0: "power_law", 1: LEARNED.LearnedLogPower(4, base=5.0)}},
     "nested": {"scaling": LEARNED.Scheduled(_per_head(_per_head("dim")), "dim", steps=5, blend="geometric")},
 }
 

@@ -59,7 +59,7 @@ def test_ssmax_is_s_ln_n_and_starts_at_log_key_count():
 
 
 def test_log_power_is_a_power_of_ln_n():
-    scaling = nn.LogPower(4, base=8).double()
+    scaling = nn.LearnedLogPower(4, base=8).double()
     set_to(scaling.p, 0.5, 1.0, -0.5, 3.0)
     factor, q, k = factors(scaling)
     for head, p in enumerate((0.5, 1.0, -0.5, 3.0)):
@@ -74,15 +74,15 @@ def test_log_power_is_a_power_of_ln_n():
 def test_log_power_starts_at_its_mode():
     for power, base in ((0.5, math.e), (1.0, 512.0), (2.0, 3.0)):
         fixed = factors(LogPower(power, base))[0]
-        torch.testing.assert_close(factors(nn.LogPower(4, power, base).double())[0], fixed, rtol=1e-12, atol=0)
+        torch.testing.assert_close(factors(nn.LearnedLogPower(4, power, base).double())[0], fixed, rtol=1e-12, atol=0)
         if power == 1.0:
             torch.testing.assert_close(fixed, factors(LogKeyCount(base))[0], rtol=1e-12, atol=0)
-    assert torch.equal(nn.LogPower(4).p, torch.full((4,), 0.5))
+    assert torch.equal(nn.LearnedLogPower(4).p, torch.full((4,), 0.5))
 
 
 AT_SQRT_DIM = {
     "ssmax": lambda: nn.SSMax(4, mode="sqrt_dim"),
-    "log_power": lambda: nn.LogPower(4, base=8, mode="sqrt_dim"),
+    "log_power": lambda: nn.LearnedLogPower(4, base=8, mode="sqrt_dim"),
     "query_adaptive_ssmax": lambda: nn.QueryAdaptiveSSMax(4, 8, mode="sqrt_dim"),
     "power_law": lambda: nn.PowerLaw(4, mode="sqrt_dim"),
     "per_head": lambda: nn.PerHead(mode="sqrt_dim", heads=4),
@@ -136,7 +136,7 @@ def test_query_adaptive_ssmax_ignores_rows_without_keys_and_knows_its_head_dim()
 
 @pytest.mark.parametrize("tau", [None, 10.0])
 def test_cosine_starts_at_its_tau(tau):
-    scaling = nn.Cosine(4, tau).double()
+    scaling = nn.LearnedCosine(4, tau).double()
     torch.testing.assert_close(factors(scaling)[0], factors(Cosine(tau))[0], rtol=1e-14, atol=0)
     set_to(scaling.theta, 0.5, -1.0, 2.0, 0.0)
     factor, q, k = factors(scaling)

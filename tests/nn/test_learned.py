@@ -135,12 +135,12 @@ def test_made_by_name_and_heads(name):
 
 RESET = {
     "per_head": lambda: nn.PerHead("key_count", heads=4),
-    "cosine": lambda: nn.Cosine(4),
+    "cosine": lambda: nn.LearnedCosine(4),
     "ssmax": lambda: nn.SSMax(4, base=512, bias=True),
-    "log_power": lambda: nn.LogPower(4, power=1.5),
+    "log_power": lambda: nn.LearnedLogPower(4, power=1.5),
     "query_adaptive_ssmax": lambda: nn.QueryAdaptiveSSMax(4, head_dim=8),
     "ssmax at sqrt_dim": lambda: nn.SSMax(4, mode="sqrt_dim"),
-    "log_power at sqrt_dim": lambda: nn.LogPower(4, mode="sqrt_dim"),
+    "log_power at sqrt_dim": lambda: nn.LearnedLogPower(4, mode="sqrt_dim"),
     "query_adaptive_ssmax at sqrt_dim": lambda: nn.QueryAdaptiveSSMax(4, head_dim=8, mode="sqrt_dim"),
     "power_law": lambda: nn.PowerLaw(4, "key_norm_sum"),
     "scheduled": lambda: nn.Scheduled("sqrt_dim", nn.SSMax(4, base=7), steps=3),
@@ -187,3 +187,10 @@ def test_scaling_parameters_are_those_of_every_scaling_once():
     found = list(nn.scaling_parameters(model))
     assert len(found) == 4
     assert set(found) == {own.weight, model[1].theta, shared.s, shared.b}
+
+
+def test_a_module_has_no_mode_s_name():
+    """Two are importable by their former ones."""
+    modes = {one.__name__ for one in SCALINGS.values()}
+    assert not modes & {one.__name__ for one in vars(nn).values() if isinstance(one, type)}
+    assert (nn.Cosine, nn.LogPower) == (nn.LearnedCosine, nn.LearnedLogPower)

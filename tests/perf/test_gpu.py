@@ -36,6 +36,8 @@ def check_phase(name, tmp_path, monkeypatch, capsys) -> None:
         records = read(tmp_path / f"{name}.jsonl")
         assert {record.suite for record in records} == {"ceilings", name}
         assert any(record.median_ms for record in records)
+        modelled = {bool(one.modelled_ms) for one in records if one.contestant.startswith("tritonattn")}
+        assert modelled == ({True} if name != "ceilings" else set())
         assert {record.axes["backend"] for record in records if record.suite != "ceilings"} == {"triton"}
     else:
         said = {

@@ -12,7 +12,7 @@ from perf.contest import Effort
 from perf.recipes import rows_of
 from perf.work import Shape
 from tests.support.pairs import in_turn
-from tritonattn.calls.factor import Factor
+from tritonattn.calls import dispatch, logits
 
 from .commands import CPU, HERE, statuses
 
@@ -32,19 +32,18 @@ def test_recipes_follow_the_formulas(scaling, causal):
 @in_turn(scaling=["sqrt_dim", "key_norm_mean", "cosine"], dtype=["fp32", "bf16"])
 def test_the_package_is_not_its_own_judge(monkeypatch, scaling, dtype):
     """Logits that are 3% off on every backend are found, and torch's own are not."""
-    right = Factor.scales, Factor.dense
+    right = logits.scales_of, logits.dense
 
-    def scales(self, *arguments):
-        found = right[0](self, *arguments)
+    def scales_of(*arguments):
+        found = right[0](*arguments)
         return replace(found, constant=1.03 * found.constant)
 
-    monkeypatch.setattr(Factor, "scales", scales)
-
-    def dense(self, *arguments):
-        multiplier, bias = right[1](self, *arguments)
+    def dense(call):
+        multiplier, bias = right[1](call)
         return 1.03 * multiplier, bias
 
-    monkeypatch.setattr(Factor, "dense", dense)
+    monkeypatch.setattr(logits, "scales_of", scales_of)
+    monkeypatch.setattr(dispatch, "dense", dense)
     who = (("tritonattn", scaling), ("sdpa", "sqrt_dim"), ("eager", scaling))
     shape = Shape(1, 2, 2, 48, 48, 16, causal=True)
     for passes in ("forward", "backward"):

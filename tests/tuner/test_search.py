@@ -1,5 +1,6 @@
 """Searches on cards and with compilers that fail; no kernel runs."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,9 @@ from tritonattn.tuner.gate import Candidate
 from tritonattn.tuner.machine_code import MachineCode
 from tritonattn.tuner.static import Compiler
 from tritonattn.tuning.calls import Size
-from tritonattn.tuning.config import Target, TileConfig
+from tritonattn.tuning.config import SHARES, Target, TileConfig
 from tritonattn.tuning.lookup import config_for
-from tritonattn.tuning.table import Key
+from tritonattn.tuning.table import Exact, Key
 
 KEY = Key("forward", 64, "none", "short")
 BEST = TileConfig(16, 16, 4, 1)
@@ -38,14 +39,20 @@ HALF, BRAIN = torch.float16, torch.bfloat16
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Results that are right but for those of (dtype, config) in `wrong`, times by config; calls as they are made."""
+    """Results that are right but for those of (dtype, config) in `wrong`; calls as they are made.
+
+    A config takes the milliseconds of its tiles, times the factors of its l2_percent and split_blocks.
+    """
     timed = SimpleNamespace(
-        wrong=set(), milliseconds=dict(zip([IN_USE, *OTHERS], (8, 4, 2, 16, 32), strict=True)), calls=[]
+        wrong=set(),
+        milliseconds=dict(zip([IN_USE, *OTHERS], (8, 4, 2, 16, 32), strict=True)),
+        factors={},
+        calls=[],
     )
 
     class Right(Workload):
         def config(self):
-            return launch.config_for(KEY.kernel, KEY.problem, SM_80)
+            return launch.config_for(self.kernel, KEY.problem, SM_80)
 
         def error(self):
             return "is wrong" if (self.problem.dtype, self.config()) in timed.wrong else None
@@ -54,33 +61,55 @@ def timed(monkeypatch):
             timed.calls.append((self.problem.dtype, self.config(), number))
 
     def take_turns(contestants, *_):
-        for contestant in contestants.values():
+        taken = {}
+        for name, contestant in contestants.items():
             contestant(7)
-        seen = list(dict.fromkeys(config for _, config, _ in timed.calls))
-        return {
-            name: [timed.milliseconds[config] * x for x in (1, 0.5, 2)]
-            for name, config in zip(contestants, seen, strict=True)
-        }
+            config = timed.calls[-1][1]
+            factor = timed.factors.get(config.l2_percent, 1) * timed.factors.get(-config.split_blocks, 1)
+            taken[name] = [timed.milliseconds.get(replace(config, **SHARES), 8) * factor * x for x in (1, 0.5, 2)]
+        return taken
 
     monkeypatch.setattr(search, "Workload", Right)
     monkeypatch.setattr(search, "take_turns", take_turns)
     return timed
 
 
-def find():
-    return search.search(KEY, OTHERS, SM_80, CPU, search.Effort(), Size(2, 4, 16, 16), (BRAIN, HALF))
+def find(key=KEY):
+    return search.search(key, OTHERS, SM_80, CPU, search.Effort(), Size(2, 4, 16, 16), (BRAIN, HALF))
 
 
 def test_the_fastest_is_taken_and_the_next_are_noted(timed):
     result = find()
     assert (result.before, result.entry.config, result.gain) == (IN_USE, OTHERS[1], 4.0)
-    assert timed.calls == [(dtype, config, 7) for config in (IN_USE, *OTHERS) for dtype in (BRAIN, HALF)]
+    assert timed.calls[:10] == [(dtype, config, 7) for config in (IN_USE, *OTHERS) for dtype in (BRAIN, HALF)]
     details = result.entry.details
     assert (details["milliseconds"], details["quartiles"]) == (2, [1.5, 3])
     assert details["size"] == {"batch": 2, "heads": 4, "q_len": 16, "k_len": 16, "group": 1}
     assert (details["dtypes"], details["rounds"]) == (["bfloat16", "float16"], 3)
     next_ones = [(one["num_stages"], one["milliseconds"]) for one in details["runners_up"]]
     assert next_ones == [(1, 4), (IN_USE.num_stages, 8), (3, 16)]
+
+
+def test_the_best_tiles_are_timed_in_other_orders(timed):
+    timed.factors = {25: 1.5, 200: 0.9, 400: 0.95}
+    result = find()
+    assert result.entry.config == replace(OTHERS[1], l2_percent=200)
+    assert (result.entry.details["milliseconds"], result.before_timing.median) == (1.8, 8)
+    second = [config for dtype, config, _ in timed.calls[10:] if dtype == BRAIN]
+    assert second == [IN_USE, *(replace(OTHERS[1], l2_percent=percent) for percent in (100, 25, 50, 200, 400))]
+    timed.wrong = {(HALF, replace(OTHERS[1], l2_percent=200))}
+    assert find().entry.config.l2_percent == 400
+    timed.factors = {25: 0.98}
+    assert find().entry.config.l2_percent == 100, "not clearly ahead"
+
+
+def test_splits_are_timed_for_recorded_decoding(timed):
+    timed.factors = {-16: 0.5}
+    assert find(Key("decode", 64, "none", "short")).entry.config.split_blocks == 4
+    recorded = find(Exact("decode", KEY.problem))
+    assert (recorded.entry.config, recorded.gain) == (replace(OTHERS[1], split_blocks=16), 8)
+    timed.factors = {}
+    assert find(Exact("decode", KEY.problem)).entry.config.split_blocks == 4
 
 
 def test_a_result_that_is_wrong_in_one_dtype_is_not_taken(timed):

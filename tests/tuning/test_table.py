@@ -31,6 +31,11 @@ def test_a_written_table_is_read_back(tmp_path):
     assert read_table(path) == example(3)
     assert list(path.parent.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o644, "others may read it"
+    assert "l2_percent" not in example(3).text()
+    shared = replace(CONFIG, l2_percent=200), replace(CONFIG, split_blocks=16)
+    entries = {key: Entry(one, "measured", {}) for key, one in zip(example(3).entries, shared, strict=False)}
+    write_table(path, replace(example(3), entries=entries))
+    assert read_table(path).entries == entries
     assert replace(example(3), entries=dict(reversed(example(3).entries.items()))).text() == example(3).text()
 
 
@@ -75,6 +80,9 @@ CONFIGS = [
     {"num_stages": -1},
     {"block_m": 0},
     {"block_m": "128"},
+    {"l2_percent": 0},
+    {"l2_percent": 10_001},
+    {"split_blocks": 8.0},
 ]
 
 

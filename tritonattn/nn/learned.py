@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_bool, check_count, check_dtype, kind_of, named_scaling, refuse_scaling
-from ..calls.factor import Factor
+from ..calls.logits import scales_of
 from ..core.shards import local
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
-from ..scaling import Cosine as FixedCosine
-from ..scaling import Scales, Scaling
+from ..scaling import Scales, Scaling, cosine
 from ..scaling.base import check_positive, counts_of
 
 
@@ -109,7 +108,7 @@ class PerHead(Learned):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         gain = self.per_head(self.theta, q).exp()
-        return Factor(self.mode, gain).scales(q, k, visibility, statistics)
+        return scales_of(self.mode, gain, q, k, visibility, statistics)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         temperature = self.per_head(self.theta, q).exp()[..., None]  # [Hq, 1, 1]
@@ -119,7 +118,7 @@ class PerHead(Learned):
         return self.mode.addend(q, k, visible)
 
 
-class Cosine(PerHead):
+class LearnedCosine(PerHead):
     """factor = tau_h / (||q|| * ||k||), tau_h = tau * exp(theta_h): cosine attention with a learned temperature.
 
     Args:
@@ -134,7 +133,7 @@ class Cosine(PerHead):
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
-    >>> tritonattn.attention(q, k, v, scaling=tritonattn.nn.Cosine(heads=4), causal=True).shape
+    >>> tritonattn.attention(q, k, v, scaling=tritonattn.nn.LearnedCosine(heads=4), causal=True).shape
     torch.Size([1, 4, 16, 8])
     """
 
@@ -148,11 +147,14 @@ class Cosine(PerHead):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(FixedCosine(tau), heads=heads, device=device, dtype=dtype)
+        super().__init__(cosine.Cosine(tau), heads=heads, device=device, dtype=dtype)
 
     @property
     def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.mode.reads_keys
+
+
+Cosine = LearnedCosine  # its former name, which programs and pickles have
 
 
 class SSMax(Learned):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -122,6 +123,7 @@ def flops_per_logit(kernel: str, problem: Problem) -> int:
     return 2 * widths.get(kernel, query_key + value)
 
 
+@functools.lru_cache(maxsize=4)
 def disassemble(cubin: bytes) -> tuple[str, str]:
     """Return (resource usage, listing) from the cuobjdump and nvdisasm in triton.
 

@@ -11,14 +11,14 @@ import tokenize
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from ..core import records
-from .config import TILED_KERNELS, WIDEST, WIDEST_KEYS, Problem, Target, TileConfig
+from .config import SHARES, TILED_KERNELS, WIDEST, WIDEST_KEYS, Problem, Target, TileConfig
 
 Content = TypeVar("Content")
 
@@ -39,7 +39,14 @@ _LARGEST_FILE = 2**22
 _LONGEST_MESSAGE = 300
 _FIELDS = ("schema_version", "gpu", "target", "kernels", "entries")
 # Upper limits of a config's numbers (the lower is 1), so that no later arithmetic meets a hostile one.
-_MOST = {"block_m": 1024, "block_n": 1024, "num_warps": 32, "num_stages": 16}
+_MOST = {
+    "block_m": 1024,
+    "block_n": 1024,
+    "num_warps": 32,
+    "num_stages": 16,
+    "l2_percent": 10_000,
+    "split_blocks": 1024,
+}
 
 
 class TableError(ValueError):
@@ -187,7 +194,7 @@ class Entry:
         return str(self.details.get("triton", "unknown"))[:40]
 
     def as_record(self) -> dict[str, Any]:
-        return {"config": asdict(self.config), "source": self.source, **self.details}
+        return {"config": self.config.as_record(), "source": self.source, **self.details}
 
 
 @dataclass(frozen=True)
@@ -282,7 +289,7 @@ def _entry(key: str, record: Any) -> Entry:
     if record.get("source") not in SOURCES:
         raise ValueError(f"{key}: source: expected one of {', '.join(SOURCES)}, got {shown(record.get('source'))}")
     config, names = record["config"], {field.name for field in fields(TileConfig)}
-    if set(config) != names:
+    if set(config) | set(SHARES) != names:
         raise ValueError(f"{key}: config: expected {', '.join(sorted(names))}, got {shown(sorted(config))}")
     for name, value in config.items():
         wanted = bool if name == "descriptors" else int
