@@ -17,7 +17,7 @@ from triton.runtime.driver import driver
 
 from tritonattn.backends.triton import device, launch
 from tritonattn.kernels import KERNELS
-from tritonattn.kernels.records import Strided
+from tritonattn.kernels.block import Strided
 from tritonattn.tuning.config import Problem, TileConfig
 
 pytestmark = pytest.mark.skipif(
