@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 import triton
 
+from tritonattn.backends.triton import KERNELS
 from tritonattn.cli.options import check_file, whole_number, whole_numbers
 from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table as layout
-from tritonattn.kernels import KERNELS
 from tritonattn.tuner.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
 from tritonattn.tuner.model import RATES, UNITS, cycles, programs_per_sm, utilisation
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config

@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from tritonattn.backends.triton import launch
-from tritonattn.kernels import KERNELS
+from tritonattn.backends.triton import KERNELS, launch
 from tritonattn.tuner.model import RATES
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel
 from tritonattn.tuning.config import TILED_KERNELS, one_line

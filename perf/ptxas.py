@@ -22,12 +22,12 @@ from types import SimpleNamespace
 import torch
 import triton
 
+from tritonattn.backends.triton import KERNELS
 from tritonattn.cli.options import check_file, whole_number
 from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table as layout
-from tritonattn.kernels import KERNELS
 from tritonattn.tuner.machine_code import read_machine_code
 from tritonattn.tuning import Problem, compile_kernel
 from tritonattn.tuning.ptxas import suspicion

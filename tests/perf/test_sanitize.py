@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 from perf import gpu, sanitize
 from perf.__main__ import main
-from tritonattn.kernels import KERNELS
+from tritonattn.backends.triton import KERNELS
 
 SCRIPT = """#!/bin/sh
 case "$*" in

@@ -6,10 +6,9 @@ import torch
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
-from tritonattn.backends.triton import device, launch
+from tritonattn.backends.triton import KERNELS, device, launch
 from tritonattn.backends.triton.compile import launch_of, specialised
 from tritonattn.core.call import ForwardResult
-from tritonattn.kernels import KERNELS
 from tritonattn.tuner import workload
 from tritonattn.tuner.static import keys
 from tritonattn.tuner.workload import Workload, checked_size, typical_size

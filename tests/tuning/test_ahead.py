@@ -20,11 +20,10 @@ import tritonattn
 from tests.support.packed import Packed
 from tests.support.paged_calls import paged_call
 from tritonattn.backends import triton as triton_backend
+from tritonattn.backends.triton import KERNELS, device, launch
 from tritonattn.backends.triton import compile as ahead
-from tritonattn.backends.triton import device, launch
 from tritonattn.core.call import Logits
 from tritonattn.core.decode_call import Cache, DecodeCall
-from tritonattn.kernels import KERNELS
 from tritonattn.tuning import Problem, compile_kernel, default_config
 
 pytestmark = pytest.mark.skipif(
