@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.call import AttentionCall, ForwardResult, Logits
-from ...core.decode_call import LONGEST_QUERY, DecodeCall
+from ...core.call import LONGEST_QUERY, AttentionCall, ForwardResult, Logits
 from ...core.dropout import Dropout
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
@@ -263,18 +262,19 @@ class Rows(NamedTuple):
         return self.q.shape[1] // self.kv_heads
 
 
-def decode(call: DecodeCall, aux: bool) -> ForwardResult:
+def decode(call: AttentionCall, aux: bool) -> ForwardResult:
     """out and lse, with aux also max_logit and entropy, by the decode kernel and the combination of its splits."""
-    cache = call.cache
+    visible = call.visibility
     rows = Rows(
         call.q,
-        *cache.heads_first(),
-        cache.capacity,
+        call.k,
+        call.v,
+        visible.k_len,
         call.logits,
-        call.left,
-        cache.key_lengths,
-        block_table=cache.block_table,
-        query_lengths=cache.query_lengths,
+        visible.left,
+        visible.key_lengths,
+        block_table=call.block_table,
+        query_lengths=visible.row_counts,
     )
     return attend(rows, aux)
 
