@@ -14,10 +14,10 @@ from perf.replay.loops import HotLoop, loop_body, tensor_spans
 from perf.replay.operations import Operation, operations
 from perf.replay.parameters import PARAMETERS
 from perf.replay.scheduler import Deadlock, Scheduler, Timeline, Warps
+from perf.static.machine_code import MmaLoop
+from perf.static.model import RATES
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
-from tritonattn.tuner.machine_code import MmaLoop
-from tritonattn.tuner.model import RATES
 from tritonattn.tuning import Target, compile_kernel
 from tritonattn.tuning.config import TileConfig
 
