@@ -85,6 +85,30 @@ def test_max_and_its_gradient(case):
     assert_same_gradients(y, dense, x)
 
 
+@pytest.mark.parametrize("row_counts", [None, torch.tensor([3, 1, 0])], ids=str)
+@pytest.mark.parametrize(("q_len", "left", "right"), [(1, None, 0), (1, 2, 0), (3, None, 0), (3, 1, 0), (3, 2, 1)])
+def test_rows_at_the_end_of_their_own_number_of_keys(q_len, left, right, row_counts):
+    """A cache and a padded batch; lengths outside [0, Sk] are clamped."""
+    k_len, key_lengths = 8, torch.tensor([5, 2, 99])
+    sizes = (3, HQ, HKV, q_len, k_len)
+    visible = Visibility.of_padded(sizes, torch.device("cpu"), key_lengths, row_counts, left=left, right=right)
+    rows = torch.full((3,), q_len) if row_counts is None else row_counts.clamp(max=q_len)
+    row, key, keys = torch.arange(q_len)[:, None], torch.arange(k_len), key_lengths.clamp(max=k_len)[:, None, None]
+    own = row + keys - rows[:, None, None]
+    dense = (key <= own + right) & (key < keys) & (row < rows[:, None, None])  # [B, Sq, Sk]
+    dense = dense if left is None else dense & (key >= own - left)
+    x = torch.rand(3, HKV, k_len, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shown = torch.where(dense[:, None], x[:, :, None], 0)
+    for seen in (visible, visible.as_ranges()):
+        assert torch.equal(seen.dense()[:, 0], dense)
+        assert torch.equal(seen.counts()[:, 0], dense.sum(-1).double())
+        torch.testing.assert_close(seen.sum(x), shown.sum(-1), rtol=1e-12, atol=1e-12)
+        assert torch.equal(seen.max(x), shown.amax(-1))
+    part = Visibility.of_part(visible, 2, 4)
+    assert torch.equal(part.dense()[:, 0], dense[..., 2:6])
+    assert torch.equal(part.counts(), visible.counts())
+
+
 def test_properties():
     assert visibility_of(4, 7, window=(-1, None)).is_full
     assert visibility_of(7, 7, causal=True).is_square_causal

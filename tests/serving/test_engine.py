@@ -8,7 +8,6 @@ import torch
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from tritonattn.core import decode_call
 from tritonattn.core.visibility import Visibility
 from tritonattn.integrations.vllm import backend
 
@@ -43,21 +42,20 @@ def served(request, tmp_path_factory):
 @pytest.fixture
 def paths(monkeypatch) -> Counter:
     """How often the engine called each function: with rows of a first chunk, of a later one, and of guessed tokens."""
-    seen, decode, over_pages = Counter(), backend.decode_call, backend.call_over_pages
+    seen, attend = Counter(), backend.TritonattnImpl._attend
 
-    def counted_decode(*args):
-        seen["decode"] += 1
-        return decode(*args)
+    def counted(self, call):
+        sequences = call.visibility.sequences
+        if sequences is None:
+            seen["decode"] += 1
+        else:
+            rows, keys = sequences.q_starts.diff(), sequences.k_starts.diff()
+            seen["chunk"] += 1
+            seen["later chunk"] += int((rows < keys).any())
+            seen["guesses"] += int(((rows < keys) & (rows <= 4)).any())
+        return attend(self, call)
 
-    def counted_chunks(q, pages, block_table, visible, *args):
-        rows, keys = visible.sequences.q_starts.diff(), visible.sequences.k_starts.diff()
-        seen["chunk"] += 1
-        seen["later chunk"] += int((rows < keys).any())
-        seen["guesses"] += int(((rows < keys) & (rows <= 4)).any())
-        return over_pages(q, pages, block_table, visible, *args)
-
-    monkeypatch.setattr(backend, "decode_call", counted_decode)
-    monkeypatch.setattr(backend, "call_over_pages", counted_chunks)
+    monkeypatch.setattr(backend.TritonattnImpl, "_attend", counted)
     return seen
 
 
@@ -83,14 +81,14 @@ def test_tokens_and_logits_are_those_of_the_formulas_and_of_patched_transformers
 
 
 def _longest(real, visibility):
-    """Every row counts the keys of the longest sequence."""
+    """Every row of a cache counts the keys of the longest sequence."""
     n = real(visibility)
     return n.amax(0, keepdim=True).expand_as(n)
 
 
 def _one_less(real, visibility):
-    """Every row counts one key less."""
-    return (real(visibility) - 1).clamp(min=1)
+    """Every row of a cache counts one key less."""
+    return (real(visibility) - int(visibility.sequences is None)).clamp(min=1)
 
 
 def _of_chunk(real, visibility):
@@ -105,8 +103,8 @@ def _only_new(real, row_ends, key_ends, *bounds):
 
 
 FAULTS = {
-    "n of the longest sequence": (decode_call._CacheVisibility, "counts", _longest),
-    "n - 1": (decode_call._CacheVisibility, "counts", _one_less),
+    "n of the longest sequence": (Visibility, "counts", _longest),
+    "n - 1": (Visibility, "counts", _one_less),
     "n of the chunk": (Visibility, "counts", _of_chunk),
     "old keys of a chunk are left out": (backend, "Packing", _only_new),
 }

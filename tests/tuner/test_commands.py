@@ -1,6 +1,5 @@
 """`tritonattn tune`, `configs` and `env`: what they write, keep, print and refuse. Nothing is compiled or timed."""
 
-import json
 import re
 from concurrent.futures.process import BrokenProcessPool
 
@@ -8,10 +7,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from tritonattn.backends.triton import launch
-from tritonattn.tuner import in_use
 from tritonattn.tuner.gate import Candidate, Code
-from tritonattn.tuning import lookup
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.table import Entry, Exact, Key, Table, kernels_fingerprint, keys, read_table, write_table
@@ -19,14 +15,6 @@ from tritonattn.tuning.table import Entry, Exact, Key, Table, kernels_fingerprin
 from .stubs import BEST, H100, KEYS, MEASURED, ONE, FakeCompiler, run
 
 OF_ANOTHER = Entry(TileConfig(16, 32, 4, 2), "static", {"triton": "3.1.4"})
-
-
-def test_without_a_gpu_it_says_so_and_offers_another_way(user, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    status, _, err = run(capsys, "tune")
-    assert status == 2
-    assert all(said in err for said in ("expected a GPU, got none", "--static", "h100"))
 
 
 def test_unknown_names(user, capsys):
@@ -49,15 +37,6 @@ def test_unknown_names(user, capsys):
         status, _, err = run(capsys, *arguments.split())
         assert status == 2, arguments
         assert message in err
-
-
-@pytest.mark.parametrize("arguments", [ONE, ["tune"]], ids=["static", "timed"])
-def test_the_interpreter_is_not_tuned(arguments, user, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "interpreting", True)
-    status, _, err = run(capsys, *arguments)
-    assert status == 2
-    assert "TRITON_INTERPRET=1" in err
-    assert not user.exists()
 
 
 def test_a_static_table_is_written_for_the_user_or_shipped(user, tmp_path, capsys):
@@ -127,22 +106,6 @@ def test_configs_says_where_each_comes_from(user, capsys):
     assert "h100.json, measured  " in lines["forward/64/none/long"]
     assert "h100.json, static, for triton 3.1.4" in lines["decode/256/none/long"]
     assert "default" in lines["forward/64/none/short"]
-
-
-def test_env_says_which_tables_are_in_use(on_h100, user, monkeypatch):
-    entries = {Key("forward", 64, "none", "long"): MEASURED, Key("decode", 256, "none", "long"): OF_ANOTHER}
-    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))
-    (user / "h100.json").with_name("note.txt").write_text("", encoding="utf-8")
-    found = in_use.tables(H100)
-    served = 3  # head dims 64 and 40, which pads to 64; 256
-    text = f"2 entries, {served} of {len(list(keys()))} in use; 1 for triton 3.1.4, checked when compiled"
-    assert found[str(user / "h100.json")] == text
-    (user / "h100.json").write_text(json.dumps({"schema_version": 9}), encoding="utf-8")
-    lookup.clear_cache()
-    with pytest.warns(UserWarning, match="skips a table"):
-        found = in_use.tables(H100)
-    assert "skipped" in found[str(user / "h100.json")]
-    assert "expected 1, got 9" in found[str(user / "h100.json")]
 
 
 @pytest.mark.parametrize("arguments", [ONE, ["tune", *ONE[3:]]], ids=["static", "timed"])

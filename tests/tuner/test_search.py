@@ -163,21 +163,3 @@ def test_all_that_pass_the_gate_are_timed(monkeypatch):
         found = search.passing(KEY, compiler, search.Effort())
     assert found == [one for one in candidates(KEY.kernel, KEY.problem, SM_80) if one.num_warps != 8]
     assert len(found) > search.Effort().timed
-
-
-def test_a_lost_card(monkeypatch):
-    assert not search._is_lost(CPU)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert not search._is_lost(torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "synchronize", Workload.error)
-    assert search._is_lost(torch.device("cuda"))
-
-
-def test_operands_that_the_memory_does_not_hold(monkeypatch):
-    def build(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
-
-    monkeypatch.setattr(search, "Workload", build)
-    result = run()
-    assert result.entry is None
-    assert "forward/64/none/short: OutOfMemoryError: CUDA out of memory" in result.wrong[0]

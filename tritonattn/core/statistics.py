@@ -12,7 +12,8 @@ same quantities takes the place of this class by overriding its underscore metho
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from .ranges import argmax_over_ranges, prefix_sum
 from .visibility import Visibility
 
 
+@dataclass(eq=False)
 class Statistics:
     """Lazily computed statistics of the keys k, or k(), [B, Hkv, Sk, D] that each row of `visibility` sees.
 
@@ -37,13 +39,14 @@ class Statistics:
     computed at its first use and kept.
     """
 
-    _scan: Callable[[Tensor], Tensor] = staticmethod(prefix_sum)
-    _argmax: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(argmax_over_ranges)
+    _scan: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(prefix_sum)
+    _argmax: ClassVar[Callable[[Tensor, Tensor, Tensor], Tensor]] = staticmethod(argmax_over_ranges)
 
-    def __init__(self, k: Tensor | Callable[[], Tensor], visibility: Visibility) -> None:
-        self._source = k
-        self.visibility = visibility
-        self._known: dict[str, Tensor] = {}
+    _source: Tensor | Callable[[], Tensor]
+    visibility: Visibility
+    _known: dict[str, Tensor] = field(default_factory=dict, init=False)
+    # Tensors whose lengths have a gradient, and what takes theirs: `widened`.
+    wide: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
 
     @property
     def k(self) -> Tensor:

@@ -42,6 +42,10 @@ class Visibility:
     key_ranges    int [B, Sq, 2]: row i sees key_ranges[b, i, 0] <= j < key_ranges[b, i, 1]
     mask          bool, 4-D, each axis of [B, Hq, Sq, Sk] or 1: True is visible
     invariant     sums over visible keys do not depend on the batch, on padding and packing: `core.invariance`
+    at_lengths    the last row of entry b stands at key_lengths[b] - 1, not at Sk - 1, and left and right count from
+                  there
+    row_counts    int [B], where at_lengths: rows of entry b, the first of Sq; the others see nothing. None: Sq
+    counted       `counts` are of the keys visible there; None: of those visible here
 
     Every part that is given narrows the rest. Values outside [0, Sk] are clamped, lo >= hi is a row without keys.
     """
@@ -59,6 +63,9 @@ class Visibility:
     mask: Tensor | None = None
     sequences: Sequences | None = None
     invariant: bool = False
+    at_lengths: bool = False
+    row_counts: Tensor | None = None
+    counted: Visibility | None = None
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -94,6 +101,36 @@ class Visibility:
         sizes = (batch, q_heads, kv_heads, q_len, k_len)
         return cls(*sizes, device, left, right, key_lengths, key_ranges, mask, sequences, invariant)
 
+    @classmethod
+    def of_padded(
+        cls,
+        sizes: tuple[int, int, int, int, int],
+        device: torch.device,
+        key_lengths: Tensor,
+        row_counts: Tensor | None = None,
+        *,
+        left: int | None = None,
+        right: int | None = 0,
+        invariant: bool = False,
+    ) -> Visibility:
+        """A KV cache, or sequences as a padded batch, of (B, Hq, Hkv, Sq, Sk) rows and keys in memory.
+
+        Entry b has the first key_lengths[b] keys and the first row_counts[b] rows, None: all. Row i stands at key
+        i + key_lengths[b] - row_counts[b].
+        """
+        q_len = sizes[3]
+        if row_counts is None and q_len == 1 and left is None:  # a lone row at the last key sees them all
+            return cls(*sizes, device, key_lengths=key_lengths, invariant=invariant)
+        own = {"invariant": invariant, "at_lengths": True, "row_counts": row_counts}
+        return cls(*sizes, device, left, right, key_lengths, **own)
+
+    @classmethod
+    def of_part(cls, whole: Visibility, first: int, k_len: int) -> Visibility:
+        """Those keys of `whole` that are among k_len from key `first` on, and the counts of all."""
+        sizes = (whole.batch, whole.q_heads, whole.kv_heads, whole.q_len, k_len)
+        bounds = cast(Tensor, whole.as_ranges().key_ranges)
+        return cls(*sizes, whole.device, key_ranges=bounds - first, counted=whole)
+
     @property
     def rows(self) -> tuple[int, int, int]:
         """[B, Hq, Sq]"""
@@ -103,6 +140,26 @@ class Visibility:
     def keys(self) -> tuple[int, int, int]:
         """[B, Hkv, Sk]"""
         return self.batch, self.kv_heads, self.k_len
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors that narrow the ranges, and the starts of sequences."""
+        of_rows = self.sequences
+        starts = (None, None) if of_rows is None else (of_rows.q_starts, of_rows.k_starts)
+        return self.key_lengths, self.key_ranges, self.mask, *starts
+
+    def without_tensors(self) -> Visibility:
+        """The record of the rest, of which `with_tensors` makes the whole again."""
+        return self if self.depends_on_sizes_only else self.with_tensors(None, None, None, None, None)
+
+    def with_tensors(self, key_lengths: Any, key_ranges: Any, mask: Any, q_starts: Any, k_starts: Any) -> Visibility:
+        """The record with other `tensors`."""
+        of_rows = self.sequences
+        if of_rows is not None:
+            of_rows = Sequences(q_starts, k_starts, of_rows.longest_q, of_rows.longest_k)
+        elif key_lengths is None and key_ranges is None and mask is None and self.depends_on_sizes_only:
+            return self
+        return replace(self, key_lengths=key_lengths, key_ranges=key_ranges, mask=mask, sequences=of_rows)
 
     @property
     def depends_on_sizes_only(self) -> bool:
@@ -142,6 +199,11 @@ class Visibility:
     @property
     def begins_at_first(self) -> bool:
         """Whether the range of every row begins at the first key."""
+        return self._is_prefix_or_empty and self.row_counts is None
+
+    @property
+    def _is_prefix_or_empty(self) -> bool:
+        """Whether the range of every row that sees a key begins at the first one."""
         return self.left is None and self.key_ranges is None and self.sequences is None
 
     @property
@@ -152,7 +214,7 @@ class Visibility:
     @property
     def is_bottom_right(self) -> bool:
         """Whether the last row stands at key Sk - 1, and the others before it: left and right count from there."""
-        return self.sequences is None
+        return self.sequences is None and not self.at_lengths
 
     @property
     def per_query_head(self) -> bool:
@@ -175,38 +237,75 @@ class Visibility:
         return self._kept[key]
 
     def _ranges(self) -> tuple[Tensor, Tensor]:
-        lo = hi = own = None
-        if self.sequences is not None:
-            lo, hi, own = self.sequences.keys_of_rows(self.q_len)
-        elif self.left is not None or self.right is not None:
-            own = torch.arange(self.k_len - self.q_len, self.k_len, device=self.device)[None]  # [1, Sq]
-        if own is not None and self.left is not None:
+        lo, hi = self._lower(), self._ends()
+        if lo is None:
+            return torch.zeros((1, self.q_len), dtype=torch.int64, device=self.device), hi
+        lo = lo.clamp(0, self.k_len)
+        return lo, torch.maximum(hi, lo)
+
+    def _lower(self) -> Tensor | None:
+        """The first key of each row, not clamped; None is key 0."""
+        lo, _, own = self.once("rows", self._rows)
+        if self.left is not None:
             lo = ranges.later(lo, own - self.left)
-        if own is not None and self.right is not None:
+        return lo if self.key_ranges is None else ranges.later(lo, self.once("wide", self.key_ranges.long)[..., 0])
+
+    def _ends(self) -> Tensor:
+        """One past the last key of each row, [B or 1, Sq], where it is no empty range that begins later; kept."""
+        return self.once("ends", self._upper)
+
+    def _upper(self) -> Tensor:
+        _, hi, own = self.once("rows", self._rows)
+        if self.right is not None:
             hi = ranges.earlier(hi, own + (self.right + 1))
         if self.key_ranges is not None:
-            given = self.key_ranges.long()
-            lo, hi = ranges.later(lo, given[..., 0]), ranges.earlier(hi, given[..., 1])
-        if self.key_lengths is not None:
+            hi = ranges.earlier(hi, self.once("wide", self.key_ranges.long)[..., 1])
+        if self.key_lengths is not None and not self.at_lengths:
             hi = ranges.earlier(hi, self.key_lengths.long()[:, None])
-        if lo is None:
-            lo = torch.zeros((1, self.q_len), dtype=torch.int64, device=self.device)
-            hi = torch.full_like(lo, self.k_len) if hi is None else hi.clamp(0, self.k_len)
-            return lo, hi.expand(-1, self.q_len)
-        lo = lo.clamp(0, self.k_len)
-        return lo, torch.full_like(lo, self.k_len) if hi is None else torch.maximum(hi.clamp(0, self.k_len), lo)
+        if hi is None:
+            return torch.full((1, self.q_len), self.k_len, dtype=torch.int64, device=self.device)
+        return hi.clamp(0, self.k_len).expand(-1, self.q_len)
+
+    def _rows(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """First key, one past the last, and own key of each row's sequence, int64 [B or 1, Sq or 1].
+
+        None for first is 0, for last Sk, for own that no side of a window needs it. A row of no sequence gets first =
+        last.
+        """
+        if self.sequences is not None:
+            return self.sequences.keys_of_rows(self.q_len)
+        if self.at_lengths:
+            row = torch.arange(self.q_len, device=self.device)
+            last = cast(Tensor, self.key_lengths).long().clamp(0, self.k_len)[:, None]
+            if self.row_counts is None:
+                return None, last, row + (last - self.q_len)
+            rows = self.row_counts.long().clamp(0, self.q_len)[:, None]
+            return torch.where(row < rows, 0, last), last, torch.minimum(row, rows - 1) + (last - rows)
+        if self.left is None and self.right is None:
+            return None, None, None
+        return None, None, torch.arange(self.k_len - self.q_len, self.k_len, device=self.device)[None]
+
+    def as_ranges(self) -> Visibility:
+        """The same visible keys as key_ranges [B, Sq, 2], and the mask."""
+        bounds = torch.stack([bound.expand(self.batch, -1) for bound in self._bounds()], dim=-1)
+        rest = {"left": None, "right": None, "key_lengths": None, "sequences": None, "row_counts": None}
+        return replace(self, **rest, key_ranges=bounds, at_lengths=False)
 
     def counts(self) -> Tensor:
         """n, the number of visible keys: fp64 [B or 1, 1 or Hq, Sq]."""
+        if self.counted is not None:
+            return self.counted.counts()
         if self.is_causal:
             first = self.k_len - self.q_len + 1
             return torch.arange(first, self.k_len + 1, dtype=torch.float64, device=self.device).view(1, 1, -1)
         if self.left is None and self.is_full:
             return torch.full((1, 1, self.q_len), self.k_len, dtype=torch.float64, device=self.device)
-        if self.mask is None:
-            lo, hi = self._bounds()
-            return (hi if self.begins_at_first else hi - lo)[:, None].double()
-        return torch.cat([tile.sum(-1) for _, tile in self._mask_tiles(self.mask)], dim=-1).double()
+        if self.mask is not None:
+            return torch.cat([tile.sum(-1) for _, tile in self._mask_tiles(self.mask)], dim=-1).double()
+        if self.begins_at_first:
+            return self._ends()[:, None].double()
+        lo, hi = self._bounds()
+        return (hi - lo)[:, None].double()
 
     def sum(
         self, x: Tensor, scan: Callable[[Tensor], Tensor] = prefix_sum, dtype: torch.dtype = torch.float64
@@ -241,9 +340,9 @@ class Visibility:
         return self._sum_over_bounds(x, scan, dtype)
 
     def _sum_over_bounds(self, x: Tensor, scan: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        lo, hi = self._bounds()
         if self.begins_at_first:
-            return ranges.sum_over_prefixes(x, hi[:, None], self.q_len, scan, dtype)
+            return ranges.sum_over_prefixes(x, self._ends()[:, None], self.q_len, scan, dtype)
+        lo, hi = self._bounds()
         return ranges.sum_over_ranges(x, lo[:, None], hi[:, None], self.key_ranges is None, scan, dtype)
 
     def first_keys(self) -> Tensor | None:
@@ -268,9 +367,9 @@ class Visibility:
         keys = Places(sequences.k_starts.long(), sequences.longest_k, self.k_len)
         batch = rows.starts.shape[0] - 1
         sizes = (batch, self.q_heads, self.kv_heads, rows.longest, keys.longest)
-        members = _Members(*sizes, self.device, self.left, self.right, invariant=True, q_counts=rows.counts)
-        members = replace(members, key_lengths=keys.counts)
-        return rows.packed(compute(members, keys.unpacked(x)))
+        masks = {"left": self.left, "right": self.right, "invariant": True}
+        padded = Visibility.of_padded(sizes, self.device, keys.counts, rows.counts, **masks)
+        return rows.packed(compute(padded, keys.unpacked(x)))
 
     def max(
         self,
@@ -291,7 +390,7 @@ class Visibility:
         if self.left is None and self.is_full and self.k_len > 0:  # one key for all rows, in O(Sk) time
             first = x.detach().argmax(-1, keepdim=True).expand(*x.shape[:-1], self.q_len)
             return ranges.pick(x, first, None, True, scan)
-        if self.begins_at_first and argmax is argmax_over_ranges:
+        if self._is_prefix_or_empty and argmax is argmax_over_ranges:
             return self._max_of_prefixes(x, scan)
         lo, hi = self._bounds()
         first = argmax(x.detach(), lo[:, None], hi[:, None])
@@ -299,12 +398,11 @@ class Visibility:
         return ranges.pick(x, first, seen, self.key_ranges is None, scan)
 
     def _max_of_prefixes(self, x: Tensor, scan: Callable[[Tensor], Tensor]) -> Tensor:
-        """`max` where the keys of every row begin at the first one, in O(Sk) time."""
+        """`max` where the keys of every row that sees one begin at the first, in O(Sk) time."""
         first = ranges.argmax_of_prefixes(x.detach())
         if self.is_causal:
             return ranges.pick(x, first[..., self.k_len - self.q_len :], None, True, scan)
-        _, hi = self._bounds()
-        last = (hi - 1).clamp(min=0)[:, None]
+        last = (self._ends() - 1).clamp(min=0)[:, None]
         first = last.expand(*x.shape[:-1], -1) if self.k_len == 0 else ranges.gather(first, last)
         return ranges.pick(x, first, self.seeing_rows(), True, scan)
 
@@ -367,28 +465,3 @@ class Visibility:
     def _per_mask_head(self, x: Tensor) -> Tensor:
         group = self.q_heads // self.kv_heads if self.kv_heads else 1
         return x.repeat_interleave(group, dim=1) if self.per_query_head and group > 1 else x
-
-
-@dataclass(frozen=True, eq=False)
-class _Members(Visibility):
-    """Sequences as a padded batch, of q_counts [N] rows and key_lengths [N] keys; rows behind them come last."""
-
-    q_counts: Tensor = field(kw_only=True)
-
-    @property
-    def depends_on_sizes_only(self) -> bool:
-        return False
-
-    def _ranges(self) -> tuple[Tensor, Tensor]:
-        keys, rows = cast(Tensor, self.key_lengths)[:, None], self.q_counts[:, None]
-        row = torch.arange(self.q_len, device=self.device)
-        own = row + keys - rows  # [N, Sq]
-        lo, hi = torch.zeros_like(own), keys.expand_as(own)
-        if self.right is not None:
-            hi = torch.minimum(own + (self.right + 1), hi).clamp(min=0)
-        if self.left is not None:
-            lo = torch.minimum((own - self.left).clamp(min=0), keys)
-        is_row = row < rows
-        last = torch.full_like(own, self.k_len)
-        lo = torch.where(is_row, lo, 0 if self.left is None else last)
-        return lo, torch.where(is_row, torch.maximum(lo, hi), last)
