@@ -28,11 +28,11 @@ from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table as layout
-from tritonattn.tuner.machine_code import read_machine_code
 from tritonattn.tuning import Problem, compile_kernel
 from tritonattn.tuning.ptxas import suspicion
 
 from .codegen import READ, Case, _head_dims, _targets, cases
+from .static.machine_code import read_machine_code
 
 RELEASES = ("12.8.93", "12.9.86", "13.0.88", "13.1.115", "13.5.37")
 

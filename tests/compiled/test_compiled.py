@@ -16,10 +16,10 @@ from perf.ceilings import (
     QUERY_SCALE,
     QUERY_SCALE_OF_TARGET,
 )
+from perf.static.machine_code import flops_per_logit
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends import triton as backend
 from tritonattn.backends.triton import KERNELS, launch
-from tritonattn.tuner.machine_code import flops_per_logit
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
 
 from .facts import facts

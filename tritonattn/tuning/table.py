@@ -10,7 +10,7 @@ import json
 import stat
 import tokenize
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -94,6 +94,13 @@ class Key(NamedTuple):
             grouped=self.kernel == "decode",
             rounding=self.kernel == "forward",
         )
+
+
+def keys(kernels: tuple[str, ...] = TILED_KERNELS, head_dims: tuple[int, ...] = HEAD_DIMS) -> Iterator[Key]:
+    """The keys of a table."""
+    for kernel in kernels:
+        for head_dim in head_dims:
+            yield from (Key(kernel, head_dim, scales, lengths) for scales in SCALES[kernel] for lengths in LENGTHS)
 
 
 class Exact(NamedTuple):
