@@ -31,19 +31,6 @@ class Workload:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-def run(configs=(BEST,)):
-    return search.search(KEY, list(configs), SM_80, CPU, search.Effort(warm_up=0), Size(1, 1, 16, 16))
-
-
-def test_a_config_that_takes_the_card_with_it_ends_the_search(monkeypatch):
-    """No later result of the process means anything: neither that a config is wrong, nor that one is fast."""
-    monkeypatch.setattr(search, "Workload", Workload)
-    assert len(run().wrong) == 2, "a failure that the card outlives is the config's alone"
-    monkeypatch.setattr(search, "_is_lost", lambda device: True)
-    with pytest.raises(search.SearchError, match=r"forward/64/none/short .*unusable.*illegal memory access"):
-        run()
-
-
 OTHERS = [TileConfig(16, 16, 4, stages) for stages in (1, 2, 3, 4)]
 IN_USE = config_for(KEY.kernel, KEY.problem, SM_80)
 HALF, BRAIN = torch.float16, torch.bfloat16

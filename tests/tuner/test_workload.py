@@ -86,25 +86,6 @@ def test_a_check_keeps_the_group_and_the_share_of_each_member():
     assert checked_size(Size(1, 2**25, 1, 1, group=2**25)).logits == 2**25, "of heads that share a key nothing is cut"
 
 
-@pytest.mark.parametrize(("kernel", "function"), [("forward", "triton_backend.forward"), ("decode", "attend")])
-def test_rounds_take_copies_in_turn(kernel, function, monkeypatch):
-    calls = []
-
-    def launched(call, aux, rounding=None):
-        calls.append(call.q)
-        return ForwardResult(call.q, call.q[..., 0])
-
-    monkeypatch.setattr(f"tritonattn.tuner.workload.{function}", launched)
-    timed = Workload(kernel, Key(kernel, 64, "none", "short").problem, Size(1, 2, 8, 8), CPU, copies=2)
-    for number in (0, 1, 2, 5):
-        timed(number)
-    first, second, *others = calls
-    assert [x is first for x in others] == [True, False]
-    assert others[1] is second
-    assert first.data_ptr() != second.data_ptr()
-    assert not torch.equal(first, second)
-
-
 def test_nan_is_wrong(monkeypatch):
     """As of rows that a config leaves out."""
     timed = Workload("forward", Key("forward", 64, "query+key", "short").problem, Size(1, 2, 8, 8), CPU, copies=1)

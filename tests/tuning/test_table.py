@@ -104,21 +104,6 @@ def test_faults_of_fields(tmp_path):
         assert len(str(caught.value)) < len(str(path)) + 400
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_failed_write_leaves_the_old_file(error, tmp_path, monkeypatch):
-    path = tmp_path / "a100.json"
-    write_table(path, example())
-
-    def fail(*_):
-        raise error("disk full")
-
-    monkeypatch.setattr(table.Path, "replace", fail)
-    with pytest.raises(error, match="disk full"):
-        write_table(path, example(3))
-    assert read_table(path) == example()
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_the_key_of_a_call():
     problem = Problem(64, 64, torch.bfloat16, softcap=True, right=True)
     assert keys_of("forward", problem) == (Key("forward", 64, "none", "long"),)
