@@ -407,7 +407,7 @@ def online_softmax(s, bias, keep, factor, softcap, m_i, l_i, spread, MASKED: tl.
         previous, shift = m_i, m_new
         if MASKED or bias is not None:
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        exponent = fma(s, factor[:, None], -shift[:, None])
+        exponent = fma(s, factor[:, None], (-shift)[:, None])
     else:
         previous, shift = soft_cap(m_i, softcap), soft_cap(m_new, softcap)
         exponent = soft_cap(s * factor[:, None], softcap) - shift[:, None]
