@@ -7,8 +7,7 @@ from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
 from tests.support.calls import KINDS
 from tests.support.pairs import pairwise
-from tritonattn import Scales, Scaling, attention, attention_decode
-from tritonattn.calls import decode as decoding
+from tritonattn import Scales, Scaling, attention, attention_decode, ops
 from tritonattn.core.call import ForwardResult
 from tritonattn.scaling import SCALINGS, Llama4, Ministral3, QwenLogn
 
@@ -141,12 +140,12 @@ def _scales_of(query, cache, scaling, window):
     """The scale, query scale and key scale that reach the operator."""
     seen = []
 
-    def decode(call, backend, aux):
+    def keep(call):
         seen.extend(call.logits[:3])
         return ForwardResult(call.q, call.q)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding.ops, "decode", decode)
+        patch.setattr(ops, "attention", keep)
         attention_decode(query, **cache.arguments(), scaling=scaling, window=window)
     return [x for x in seen if x is not None]
 
