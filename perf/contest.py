@@ -15,6 +15,7 @@ from torch import Tensor
 from tritonattn.core.provenance import Environment
 from tritonattn.tuner.timing import Contestant, Timing, card_state, median_ratio, take_turns
 
+from .modelled import milliseconds
 from .records import Axis, Record
 
 Results = dict[str, Tensor]
@@ -113,8 +114,14 @@ class Contest:
                 states = [one.dropped(raised) if one.record.contestant == name else one for one in states]
                 continue
             card = card_state(self.device)
-            return [self._timed(state.record, taken, card) for state in states]
+            return [self._modelled(state, self._timed(state.record, taken, card), card) for state in states]
         return [state.record for state in states]
+
+    def _modelled(self, state: _State, record: Record, card: dict[str, str]) -> Record:
+        """Add what the model says of a call of ours."""
+        if not state.ours or state.run is None:
+            return record
+        return replace(record, modelled_ms=milliseconds(state.run, self.device, self.flops, self.bytes, card))
 
     def _repeated(self, name: str, contestant: Contestant) -> Contestant:
         def several(number: int) -> None:

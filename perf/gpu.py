@@ -2,10 +2,11 @@
 
 Environment, a preflight, two stages against three, compilation by all cores, then correctness on the card, soak, bits
 of batch_invariant, forward and backward against peers, decoding, other head dims, tuning, overhead of the scalings,
-sanitizers, report. A preflight that fails ends the run, with what to do. A later phase is a process of its own: one
-that fails, or leaves the card unusable, is reported, and the next one runs; one that this machine cannot run is named,
-with the reason. The same command goes on where the last one was stopped. The exit status is 1 where a phase failed, 130
-after Ctrl-C. With --device emulate all phases are tiny, on a stub of NVIDIA's driver and an emulator: a rehearsal.
+sanitizers, report, whose tables have modelled milliseconds beside the measured ones (`perf.modelled`). A preflight that
+fails ends the run, with what to do. A later phase is a process of its own: one that fails, or leaves the card unusable,
+is reported, and the next one runs; one that this machine cannot run is named, with the reason. The same command goes on
+where the last one was stopped. The exit status is 1 where a phase failed, 130 after Ctrl-C. With --device emulate all
+phases are tiny, on a stub of NVIDIA's driver and an emulator: a rehearsal.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _SUITES = {"ceilings": 2, "forward": 14, "backward": 12, "decode": 8, "dims": 3,
 _UP = "time is up: "  # how a sweep or a count of cases begins the line that says what is left
 _NOT_PASSED = r"\b(FAILED|ERROR) |/ \d+ errors?\b"  # of a test; of a file that pytest cannot import
 _TINY_TUNE = ("--static", "sm_80", "--kernels", "decode", "--head-dims", "64", "--lengths", "short")
-_TINY = ("--quick", "--lengths", "16", "--head-dims", "16", "--rounds", "1", "--peers", "sdpa,eager,flash-attn-2")
+_TINY = ("--quick", "--lengths", "16", "--head-dims", "16", "--rounds", "1", "--dtypes", "bf16")
+_TINY += ("--peers", "sdpa,eager,flash-attn-2")
 _TINY_MODES = ("--scalings", "sqrt_dim,key_norm_mean")
 
 
@@ -108,7 +110,7 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
         sweep("ceilings"),
         Phase("correctness", of_perf("correctness", tests, *tested), 22, failure=_NOT_PASSED),
         Phase("soak", of_perf("soak", *soaked), 8, "--minutes", failure="repeat it: "),
-        Phase("invariance", ("-m", "tests.invariance", *cases), 4, "--minutes", failure="DIFFER ", cut=_UP),
+        Phase("invariance", of_perf("invariance", *cases), 4, "--minutes", failure="DIFFER ", cut=_UP),
         *(sweep(suite) for suite in ("forward", "backward", "decode", "dims")),
         Phase(
             "tuning",

@@ -23,6 +23,7 @@ class Record:
                 the bound; "wrong", ours with such an error, or a peer that is far off; "failed", our code raised.
                 `reason` says why.
     *_ms        milliseconds of a call over rounds: median and quartiles
+    modelled_ms what `perf.modelled` says of a call of ours; None where it has no model
     tflops      10^12 floating-point operations a second, by perf/work.py
     gbps        10^9 bytes a second, of the bytes that must move
     ratio       time over that of `baseline`: the median over rounds, in which all take turns
@@ -43,6 +44,7 @@ class Record:
     lower_ms: float | None = None
     upper_ms: float | None = None
     rounds: int | None = None
+    modelled_ms: float | None = None
     tflops: float | None = None
     gbps: float | None = None
     ratio: float | None = None

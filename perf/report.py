@@ -53,12 +53,15 @@ def _times_table(records: list[Record]) -> str:
     columns: dict[str, Callable[[Record], str]] = {
         "ms": lambda r: _number(r.median_ms),
         "quartiles": lambda r: "" if r.median_ms is None else f"{_number(r.lower_ms)} - {_number(r.upper_ms)}",
+        "ms, modelled": lambda r: _number(r.modelled_ms),
         "TFLOP/s": lambda r: _number(r.tflops),
         "GB/s": lambda r: _number(r.gbps),
         "time ratio": lambda r: "" if r.ratio is None else f"{r.ratio:.3f}",
         "us more": lambda r: "" if r.ratio is None else f"{1000 * r.median_ms * (1 - 1 / r.ratio):.0f}",
         "error/bound": lambda r: "" if not r.bound else "NaN" if r.error is None else f"{r.error / r.bound:.2f}",
     }
+    if not any(record.modelled_ms for record in records):
+        del columns["ms, modelled"]
     rows = []
     for record in records:
         if record.status == "skipped":

@@ -31,7 +31,7 @@ block of rows first / in sections of heads that fit the L2 cache, longest first 
 # Programs that a processor holds at once, in the shipped configs of head dims 64 and 128.
 _RESIDENT = {"h100": 1, "b200": 1, "a100": 2, "mi300x": 1}
 _BLOCK_M, _BLOCK_N = 128, 64
-_FIXED = 3  # of the time of one step: a tile's first loads, and its end (FlashAttention-3: 3,200 clocks, 1,000 a step)
+FIXED = 3  # of the time of one step: a tile's first loads, and its end (FlashAttention-3: 3,200 clocks, 1,000 a step)
 
 Tile = tuple[int, int]  # head, block of rows
 
@@ -64,7 +64,7 @@ def by_head(case: Case) -> Iterator[Tile]:
 
 
 def in_sections(case: Case) -> Iterator[Tile]:
-    """Order tiles as the kernels do: `kernels.primitives.program_in_section`."""
+    """Order tiles as the kernels do: `kernels.block.program_in_section`."""
     size, dies = case.section, lanes(case.target)
     slots: Sequence[int] = range(size)
     if size % dies == 0:
@@ -82,14 +82,15 @@ def end_of(case: Case, order: Iterable[Tile]) -> float:
     gpu, dies = next(gpu for gpu in GPUS if gpu.name == case.gpu), lanes(case.target)
     tiles = list(order)
     machines = gpu.processors // dies * _RESIDENT[case.gpu]
-    return max(_end_on(machines, (_steps(case, block) for _, block in tiles[die::dies])) for die in range(dies))
+    return max(end_on(machines, (_steps(case, block) for _, block in tiles[die::dies])) for die in range(dies))
 
 
 def _steps(case: Case, block: int) -> int:
-    return _FIXED + -(-min((block + 1) * _BLOCK_M, case.length) // _BLOCK_N)
+    return FIXED + -(-min((block + 1) * _BLOCK_M, case.length) // _BLOCK_N)
 
 
-def _end_on(machines: int, times: Iterable[int]) -> int:
+def end_on(machines: int, times: Iterable[int]) -> int:
+    """Return when the last of tiles ends that take these times, each started where one ends first."""
     free = [0] * machines
     for time in times:
         heapq.heapreplace(free, free[0] + time)
@@ -126,7 +127,7 @@ def report(found: Sequence[Row]) -> str:
         cells = lines.setdefault((one.gpu, one.head_dim, one.length), {})
         cells[one.heads] = f"{one.by_head:.2f} / {one.in_sections:.2f}"
     columns = ["card", "head dim", "length", *(f"{count} heads" for count in heads)]
-    heading = HEADING.format(commit=commit(), block_m=_BLOCK_M, block_n=_BLOCK_N, fixed=_FIXED)
+    heading = HEADING.format(commit=commit(), block_m=_BLOCK_M, block_n=_BLOCK_N, fixed=FIXED)
     return f"{heading}\n\n{layout([[*key, *cells.values()] for key, cells in lines.items()], columns)}\n"
 
 

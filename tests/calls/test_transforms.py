@@ -12,7 +12,6 @@ from tests.support.calls import KINDS
 from tests.support.masks import MASKS
 from tests.support.packed import Packed, offsets, packed_operands
 from tests.support.pairs import pairwise
-from tests.support.versions import TORCH
 
 pytestmark = [
     # torch's own, while it falls back
@@ -81,26 +80,6 @@ def test_checkpointing(masks):
         assert torch.equal(x, expected)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo reads it
-def test_a_compiled_transform_is_computed_as_uncompiled():
-    """Dynamo's own rules give gradients of 0, others that are wrong, and raise."""
-
-    def total(*x):
-        return tritonattn.attention(*x, scaling="key_norm_mean", window=(9, 0)).square().sum()
-
-    gradient = torch.func.vmap(torch.func.grad(total, argnums=(0, 1, 2)))
-    leaves = [x.detach()[:, None] for x in operands()[:3]]
-    torch._dynamo.reset()
-    compiled, wanted = torch.compile(gradient, backend="aot_eager"), gradient(*leaves)
-    for _ in range(2):
-        for ours, expected in zip(compiled(*leaves), wanted, strict=True):
-            torch.testing.assert_close(ours, expected)
-    torch._dynamo.reset()
-    message = "is not compiled" if TORCH > (2, 8) else "Observed exception"
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
-        torch.compile(gradient, backend="aot_eager", fullgraph=True)(*leaves)
-
-
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_vmap_with_dropout(randomness):
     q, k, v = (x.detach() for x in operands()[:3])
@@ -128,19 +107,3 @@ def test_vmap_over_the_offsets(scaling):
     torch.testing.assert_close(torch.func.vmap(function)(rows, keys), wanted)
     of_rows = torch.stack([function(x, keys[0]) for x in rows])
     torch.testing.assert_close(torch.func.vmap(function, in_dims=(0, None))(rows, keys[0]), of_rows)
-
-
-def test_offsets_that_a_transform_hides_are_put_in_order():
-    """Unread offsets, as on a GPU, act as if clamped and never falling; nothing outside is read."""
-    leaves = [x.detach() for x in packed_operands(Packed((9,), (9,))).values()]
-
-    def gradients(offsets):
-        def function(q, k, v):
-            options = {"scaling": "key_norm_max", "window": (2, 3)}
-            return tritonattn.attention_varlen(q, k, v, offsets, offsets, 9, 9, **options).square().sum()
-
-        return torch.func.grad(function, argnums=(0, 1, 2))(*leaves)
-
-    wild, tame = (torch.func.vmap(gradients)(torch.tensor([x]).int()) for x in ([3, 12, -5, 40], [0, 9, 9, 9]))
-    for ours, expected in zip(wild, tame, strict=True):
-        assert torch.equal(ours, expected)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tests.distributed.test_context_parallel import mesh_of
 from tritonattn.distributed import agreement, context_parallel_attention, context_parallel_decode, shard, unshard
-from tritonattn.nn import LogPower, SSMax
+from tritonattn.nn import LearnedLogPower, SSMax
 from tritonattn.scaling import LogKeyCount
 
 HEADS = 4
@@ -37,7 +37,7 @@ def differing(rank: int) -> None:
         ("causal", attend, {}, {"causal": True}),
         ("scaling", attend, {}, {"scaling": "cosine"}),
         ("scaling", attend, {"scaling": LogKeyCount(base=2.0)}, {"scaling": LogKeyCount(base=4.0)}),
-        ("scaling", attend, {"scaling": LogPower(HEADS, base=8)}, {"scaling": LogPower(HEADS, base=9)}),
+        ("scaling", attend, {"scaling": LearnedLogPower(HEADS, base=8)}, {"scaling": LearnedLogPower(HEADS, base=9)}),
         ("sinks", attend, {}, {"sinks": torch.zeros(HEADS)}),
         ("method", attend, {}, {"method": "ring"}),
         ("window", decoded, {}, {"window": None}),

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
-
-from tritonattn.backends.triton.compile import specialised
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import create_function_from_signature, find_paths_if, get_iterable_path
 
 from .execute import DEFAULT_MAX_THREADS, run
 from .report import Report
@@ -51,6 +50,22 @@ def compile_for(function, values: dict[str, Any], *, num_warps: int, num_stages:
         arguments.append(argument)
         names += [name] * (1 + 2 * len(argument.shape) if kind.startswith("tensordesc") else 1)
     return Compiled(_compiled[key], arguments, names)
+
+
+def specialised(function, values: dict[str, Any], options: dict[str, Any], target: GPUTarget) -> ASTSource:
+    """The source that `JITFunction.run` compiles for these values: types, constants and alignments are its own."""
+    backend = make_backend(target)
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    bound, specialization, unbound = bind(**values, **options)
+    if hasattr(function, "_pack_args"):
+        _, types, constants, attributes = function._pack_args(backend, options, bound, specialization, unbound)
+        return ASTSource(function, types, constants, attributes)
+    kinds, notes = (list(column) for column in zip(*specialization, strict=True))  # triton 3.4
+    given = list(bound.values())
+    constants = {path: get_iterable_path(given, path) for path in find_paths_if(kinds, lambda _, x: x == "constexpr")}
+    noted = find_paths_if(notes, lambda _, note: isinstance(note, str))
+    attributes = {path: backend.parse_attr(get_iterable_path(notes, path)) for path in noted}
+    return ASTSource(function, dict(zip(bound, kinds, strict=True)), constants, attributes)
 
 
 def at_run_time(signature: dict[str, Any], values: dict[str, Any]) -> Iterator[Argument]:

@@ -91,6 +91,21 @@ def test_pages_of_any_size(page, device):
     _check(torch.float32, device, page=page, count=2, scaling="key_norm_rms", window=(100, None))
 
 
+@pytest.mark.parametrize(("blocks", "splits"), [(4, 3), (6, 2), (64, 1)])
+def test_a_config_says_how_long_splits_are(blocks, splits, device, monkeypatch):
+    """Of 11 blocks of keys; the batch has no say."""
+    default, run, grids = launch.config_for, launch.run, []
+    monkeypatch.setattr(launch, "config_for", lambda *asked: replace(default(*asked), split_blocks=blocks))
+
+    def watch(kernel, grid, arguments, config):
+        grids.append(grid) if kernel.__name__ == "attention_decode" else None
+        run(kernel, grid, arguments, config)
+
+    monkeypatch.setattr(launch, "run", watch)
+    _check(torch.float32, device, page=16, window=(1000, None), scaling="key_norm_mean")
+    assert grids == [(splits, 2, 2)]
+
+
 @pytest.mark.parametrize(("heads", "count"), [((1, 1), 16), ((6, 2), 7), ((20, 1), 4), ((5, 5), 2)], ids=str)
 def test_groups_and_new_tokens(heads, count, device):
     """Up to 80 packed rows, in tiles of 16."""

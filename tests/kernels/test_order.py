@@ -1,5 +1,7 @@
 """Programs take every block of every head of every member once, in the order that the model of perf assumes."""
 
+from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -10,7 +12,7 @@ import triton.language as tl
 import tritonattn
 from perf import schedule
 from tritonattn.backends.triton import launch
-from tritonattn.kernels.primitives import program_in_section
+from tritonattn.backends.triton.block import program_in_section
 from tritonattn.tuning.config import Target
 from tritonattn.tuning.order import heads_of_section
 
@@ -66,6 +68,31 @@ def test_every_kernel_of_a_call_covers_its_blocks(name, target, device, monkeypa
             own, size = (kv_heads, one.config.block_n) if is_of_keys else (heads, one.config.block_m)
             found = started(device, one.grid, own, not is_of_keys, one.arguments["LANES"])
             assert sorted(found) == list(product(range(-(-length // size)), range(own), range(batch)))
+    heads_of_section.cache_clear()
+
+
+def test_every_order_gives_the_same_bits(device, monkeypatch):
+    """A config's share of the cache says how many of 6 heads run side by side."""
+    q, k, v = torch.randn(3, 3, 2, 40, 16, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    monkeypatch.setitem(tritonattn.tuning.order._L2_BYTES, Target.of(device).arch, 2 * 40 * (16 + 16) * 4)
+    heads_of_section.cache_clear()
+    default, run, sections, found = launch.config_for, launch.run, set(), []
+
+    def watch(kernel, grid, arguments, config):
+        if "LANES" in arguments:
+            sections.add((config.l2_percent, grid[0], grid[2]))
+        run(kernel, grid, arguments, config)
+
+    def of_order(percent, *asked):
+        return replace(default(*asked), l2_percent=percent)
+
+    monkeypatch.setattr(launch, "run", watch)
+    for percent in (50, 100, 400):
+        monkeypatch.setattr(launch, "config_for", partial(of_order, percent))
+        out = tritonattn.attention(q, k, v, causal=True, backend="triton", scaling="key_norm_mean")
+        found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    assert sections == {(50, 1, 6), (100, 2, 3), (400, 6, 1)}
+    assert all(map(torch.equal, found[0] + found[1], found[1] + found[2]))
     heads_of_section.cache_clear()
 
 

@@ -1,13 +1,8 @@
 """Every learned scaling: values, gradients of its parameters, every way to call it."""
 
-import copy
-import pickle
-import re
-
 import pytest
 import torch
 
-import tritonattn
 from tests.support.caches import GrowingCache, sequences
 from tests.support.calls import operands
 from tests.support.learned import LEARNED, learned
@@ -138,37 +133,14 @@ def test_made_by_name_and_heads(name):
             nn.LEARNED[name](**arguments)
 
 
-@pytest.mark.parametrize("name", [*nn.LEARNED, "scheduled"])
-def test_a_name_in_a_call_is_answered_with_its_constructor(name):
-    leaves = operands()
-    with pytest.raises(ValueError, match=rf"got '{name}', which is a module") as error:
-        attention(*leaves.values(), scaling=name)
-    (constructor,) = re.findall(r"scaling=(tritonattn\.nn\..*)$", str(error.value))
-    scaling = eval(constructor, {"tritonattn": tritonattn, "Hq": 4})
-    assert scaling.name == name
-    attention(*leaves.values(), scaling=scaling)
-    with pytest.raises(ValueError, match="which is a module"):
-        nn.PerHead(name, heads=4)
-
-
-@every_case
-def test_other_heads_are_refused(case):
-    scaling = learned(case)
-    if not list(scaling.parameters()):
-        return
-    for backend in ("sdpa", "reference"):
-        with pytest.raises(ValueError, match=r"scaling: expected q of \w+'s 4 heads, got 2"):
-            attention(*operands(heads=(2, 2)).values(), scaling=scaling, backend=backend)
-
-
 RESET = {
     "per_head": lambda: nn.PerHead("key_count", heads=4),
-    "cosine": lambda: nn.Cosine(4),
+    "cosine": lambda: nn.LearnedCosine(4),
     "ssmax": lambda: nn.SSMax(4, base=512, bias=True),
-    "log_power": lambda: nn.LogPower(4, power=1.5),
+    "log_power": lambda: nn.LearnedLogPower(4, power=1.5),
     "query_adaptive_ssmax": lambda: nn.QueryAdaptiveSSMax(4, head_dim=8),
     "ssmax at sqrt_dim": lambda: nn.SSMax(4, mode="sqrt_dim"),
-    "log_power at sqrt_dim": lambda: nn.LogPower(4, mode="sqrt_dim"),
+    "log_power at sqrt_dim": lambda: nn.LearnedLogPower(4, mode="sqrt_dim"),
     "query_adaptive_ssmax at sqrt_dim": lambda: nn.QueryAdaptiveSSMax(4, head_dim=8, mode="sqrt_dim"),
     "power_law": lambda: nn.PowerLaw(4, "key_norm_sum"),
     "scheduled": lambda: nn.Scheduled("sqrt_dim", nn.SSMax(4, base=7), steps=3),
@@ -205,22 +177,6 @@ def test_gradients_at_the_start_are_the_same_with_batch_invariant(name):
         torch.testing.assert_close(plain, invariant, rtol=1e-9, atol=1e-9)
 
 
-@every_case
-def test_copies_and_states(case):
-    scaling, leaves = learned(case), operands()
-    expected = attention(*leaves.values(), scaling=scaling, causal=True)
-    fresh = LEARNED[case]().double()
-    with torch.no_grad():
-        for parameter in fresh.parameters():
-            parameter.fill_(0.3)
-    if isinstance(fresh, nn.Scheduled):
-        fresh.step.zero_()
-    fresh.load_state_dict(scaling.state_dict(), strict=True)
-    for other in (fresh, copy.deepcopy(scaling), pickle.loads(pickle.dumps(scaling))):
-        assert torch.equal(attention(*leaves.values(), scaling=other, causal=True), expected)
-    assert all(x.shape[:1] in ((), (4,)) for x in scaling.state_dict().values())
-
-
 def test_scaling_parameters_are_those_of_every_scaling_once():
     class Own(torch.nn.Linear, Scaling):
         name = "own"
@@ -231,3 +187,10 @@ def test_scaling_parameters_are_those_of_every_scaling_once():
     found = list(nn.scaling_parameters(model))
     assert len(found) == 4
     assert set(found) == {own.weight, model[1].theta, shared.s, shared.b}
+
+
+def test_a_module_has_no_mode_s_name():
+    """Two are importable by their former ones."""
+    modes = {one.__name__ for one in SCALINGS.values()}
+    assert not modes & {one.__name__ for one in vars(nn).values() if isinstance(one, type)}
+    assert (nn.Cosine, nn.LogPower) == (nn.LearnedCosine, nn.LearnedLogPower)

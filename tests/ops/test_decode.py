@@ -48,14 +48,6 @@ def test_opcheck(options, page, aux):
     opcheck(torch.ops.tritonattn.forward.default, (*flat(_call(page, **OPTIONS[options], aux=aux)), False))
 
 
-def test_compile_in_one_graph():
-    query, cache = _grown(16, statistics=False)
-    arguments = {"scaling": "key_norm_max", "window": (12, None), "return_aux": True, **cache.arguments()}
-    torch._dynamo.reset()
-    found = torch.compile(attention_decode, fullgraph=True, backend="aot_eager")(query, **arguments)
-    torch.testing.assert_close(found, attention_decode(query, **arguments))
-
-
 def test_a_compiled_step_appends_and_decodes_without_recompiling():
     q, k, v = sequences(torch.float32)
     cache = GrowingCache(k, v, 24)
@@ -122,14 +114,6 @@ def test_lengths_and_pages_that_are_not_read_are_clamped():
     found = ops.attention(cached_call(query, keys, values, lengths, left=6)).out
     expected = attention_decode(query, keys, values, key_lengths=torch.tensor([0, 24]), scaling=0.25, window=(6, None))
     torch.testing.assert_close(found, expected)
-
-
-def test_empty_batches():
-    q, k, v = sequences(batch=0)
-    cache = GrowingCache(k, v, 24, statistics=True)
-    for backend in ("auto", "reference"):
-        found = attention_decode(q[:, :, :2], **cache.arguments(), scaling="key_norm_mean", backend=backend)
-        assert found.shape == (0, 4, 2, 6)
 
 
 def test_pages_that_no_row_looks_into_may_be_given_away():

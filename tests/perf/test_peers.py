@@ -1,18 +1,13 @@
 """Peers: recipes against the modes' formulas, adapters against stand-ins for packages that only GPUs run."""
 
-import sys
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 pytest.importorskip("triton")
 import tritonattn
-from perf import peers
 from perf.attention_cases import Case
-from perf.check import Question
 from perf.contest import Effort
 from perf.recipes import rows_of
 from perf.work import Shape
@@ -32,55 +27,6 @@ def test_recipes_follow_the_formulas(scaling, causal):
     visible = torch.ones(1, 1, 5, 9, dtype=torch.bool).tril(4 if causal else 9)
     wanted = tritonattn.SCALINGS[scaling]().multiplier(q, k.repeat_interleave(2, 1), visible)
     torch.testing.assert_close(rows_of(scaling, q, k, causal)[..., None], wanted.float().expand(2, 4, 5, 1))
-
-
-def flash_attn_func(q, k, v, softmax_scale, causal):
-    """Takes [B, S, H, D], and returns lse too, as flash-attn 3 and 4 may."""
-    out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=softmax_scale, is_causal=causal)
-    return out.transpose(1, 2), None
-
-
-def memory_efficient_attention(q, k, v, attn_bias, scale):
-    return flash_attn_func(q, k, v, scale, attn_bias is not None)[0]
-
-
-@pytest.fixture
-def installed(monkeypatch):
-    """Packages of the same functions, on this CPU."""
-    functions = (flash_attn_func, memory_efficient_attention)
-    for name in ("flash_attn", "flash_attn_interface", "flash_attn.cute", "xformers", "xformers.ops"):
-        module = ModuleType(name)
-        module.__dict__.update({function.__name__: function for function in functions}, LowerTriangularMask=object)
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(peers, "require_gpu", lambda device: None)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_packages_of_gpus(causal, installed):
-    names = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers")
-    who = (("tritonattn", "dim"), *((name, scaling) for name in names for scaling in ("dim", "key_norm_mean")))
-    case = Case("forward", Shape(1, 2, 2, 33, 33, 16, causal), "bf16", "forward+backward", who, CPU, "sdpa")
-    records = case.contest().run(ONCE, HERE)
-    assert statuses(records) == dict.fromkeys(statuses(records), ("measured", ""))
-    assert len(records) == 9
-    wide = replace(case, dtype="fp32").contest().run(ONCE, HERE)
-    assert statuses(wide)["flash-attn-3 dim"] == ("skipped", "takes float16 and bfloat16, not float32")
-
-
-@in_turn(rounding=["P", "operands", "logits"], block=[0, 1, 5])
-def test_blocks_of_rows_change_nothing(rounding, block, monkeypatch):
-    """The reference in blocks is the reference, and no eager computation is far from it."""
-    random = torch.Generator().manual_seed(0)
-    q, k, v, d_out = (torch.randn(1, 1, 23, 8, generator=random) for _ in range(4))
-    question = Question(q, k, v, d_out, causal=True)
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    out = tritonattn.attention(*leaves, scaling="key_norm_mean", causal=True, backend="reference")
-    wanted = [out, *torch.autograd.grad(out, leaves, d_out.double())]
-    monkeypatch.setattr("perf.check._LOGITS", block * 23)
-    for found, exact in zip(question.exact("key_norm_mean").values(), wanted, strict=True):
-        torch.testing.assert_close(found, exact.detach())
-    for found, exact in zip(question.eager("key_norm_mean", rounding).values(), wanted, strict=True):
-        torch.testing.assert_close(found.double(), exact.detach(), rtol=1e-4, atol=1e-5)
 
 
 @in_turn(scaling=["sqrt_dim", "key_norm_mean", "cosine"], dtype=["fp32", "bf16"])

@@ -8,8 +8,8 @@ from perf.__main__ import main
 
 
 def test_list_scheduling():
-    assert schedule._end_on(2, [3, 2, 2, 1]) == 4
-    assert schedule._end_on(2, [1, 2, 2, 3]) == 5, "the longest last"
+    assert schedule.end_on(2, [3, 2, 2, 1]) == 4
+    assert schedule.end_on(2, [1, 2, 2, 3]) == 5, "the longest last"
 
 
 @pytest.mark.parametrize("gpu", ["h100", "b200", "a100", "mi300x"])

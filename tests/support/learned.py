@@ -32,7 +32,7 @@ def _ssmax(**bias: tuple[float, ...]) -> torch.nn.Module:
 
 
 def _cosine() -> torch.nn.Module:
-    return _set(nn.Cosine(HEADS, tau=5.0), theta=(0.4, -1.0, 0.0, 0.9))
+    return _set(nn.LearnedCosine(HEADS, tau=5.0), theta=(0.4, -1.0, 0.0, 0.9))
 
 
 def _power_law() -> torch.nn.Module:
@@ -58,7 +58,7 @@ LEARNED: dict[str, Callable[[], torch.nn.Module]] = {
     "ssmax with bias": lambda: _ssmax(b=BIAS),
     "learned_cosine": _cosine,
     "power_law": _power_law,
-    "learned_log_power": lambda: _set(nn.LogPower(HEADS, base=3), p=(0.5, 1.0, -0.3, 2.1)),
+    "learned_log_power": lambda: _set(nn.LearnedLogPower(HEADS, base=3), p=(0.5, 1.0, -0.3, 2.1)),
     "query_adaptive_ssmax": _query_adaptive,
     "linear": lambda: _at(3, nn.Scheduled("key_count", "key_norm_mean", steps=10)),
     "linear to learned": lambda: _at(4, nn.Scheduled(_power_law(), _ssmax(b=BIAS), steps=10)),

@@ -1,5 +1,6 @@
 """Searches on cards and with compilers that fail; no kernel runs."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,13 +9,12 @@ import torch
 pytest.importorskip("triton")
 from tritonattn.backends.triton import launch
 from tritonattn.tuner import search
-from tritonattn.tuner.gate import Candidate
-from tritonattn.tuner.machine_code import MachineCode
-from tritonattn.tuner.static import Compiler
+from tritonattn.tuner.candidates import candidates
+from tritonattn.tuner.gate import Candidate, Code, Compiler
 from tritonattn.tuning.calls import Size
-from tritonattn.tuning.config import Target, TileConfig
+from tritonattn.tuning.config import SHARES, Target, TileConfig
 from tritonattn.tuning.lookup import config_for
-from tritonattn.tuning.table import Key
+from tritonattn.tuning.table import Exact, Key
 
 KEY = Key("forward", 64, "none", "short")
 BEST = TileConfig(16, 16, 4, 1)
@@ -31,19 +31,6 @@ class Workload:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-def run(configs=(BEST,)):
-    return search.search(KEY, list(configs), SM_80, CPU, search.Effort(warm_up=0), Size(1, 1, 16, 16))
-
-
-def test_a_config_that_takes_the_card_with_it_ends_the_search(monkeypatch):
-    """No later result of the process means anything: neither that a config is wrong, nor that one is fast."""
-    monkeypatch.setattr(search, "Workload", Workload)
-    assert len(run().wrong) == 2, "a failure that the card outlives is the config's alone"
-    monkeypatch.setattr(search, "_is_lost", lambda device: True)
-    with pytest.raises(search.SearchError, match=r"forward/64/none/short .*unusable.*illegal memory access"):
-        run()
-
-
 OTHERS = [TileConfig(16, 16, 4, stages) for stages in (1, 2, 3, 4)]
 IN_USE = config_for(KEY.kernel, KEY.problem, SM_80)
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -51,14 +38,21 @@ HALF, BRAIN = torch.float16, torch.bfloat16
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Results that are right but for those of (dtype, config) in `wrong`, times by config; calls as they are made."""
+    """Results that are right but for those of (dtype, config) in `wrong`; calls as they are made.
+
+    A config takes the milliseconds of its tiles, times the factors of its l2_percent and split_blocks.
+    """
     timed = SimpleNamespace(
-        wrong=set(), milliseconds=dict(zip([IN_USE, *OTHERS], (8, 4, 2, 16, 32), strict=True)), calls=[]
+        wrong=set(),
+        milliseconds=dict(zip([IN_USE, *OTHERS], (8, 4, 2, 16, 32), strict=True)),
+        factors={},
+        calls=[],
+        rounds=[],
     )
 
     class Right(Workload):
         def config(self):
-            return launch.config_for(KEY.kernel, KEY.problem, SM_80)
+            return launch.config_for(self.kernel, KEY.problem, SM_80)
 
         def error(self):
             return "is wrong" if (self.problem.dtype, self.config()) in timed.wrong else None
@@ -66,34 +60,66 @@ def timed(monkeypatch):
         def __call__(self, number):
             timed.calls.append((self.problem.dtype, self.config(), number))
 
-    def take_turns(contestants, *_):
-        for contestant in contestants.values():
+    def take_turns(contestants, device, rounds, *_):
+        taken = {}
+        timed.rounds.append((rounds, len(contestants)))
+        for name, contestant in contestants.items():
             contestant(7)
-        seen = list(dict.fromkeys(config for _, config, _ in timed.calls))
-        return {
-            name: [timed.milliseconds[config] * x for x in (1, 0.5, 2)]
-            for name, config in zip(contestants, seen, strict=True)
-        }
+            config = timed.calls[-1][1]
+            factor = timed.factors.get(config.l2_percent, 1) * timed.factors.get(-config.split_blocks, 1)
+            taken[name] = [timed.milliseconds.get(replace(config, **SHARES), 8) * factor * x for x in (1, 0.5, 2)]
+        return taken
 
     monkeypatch.setattr(search, "Workload", Right)
     monkeypatch.setattr(search, "take_turns", take_turns)
     return timed
 
 
-def find():
-    return search.search(KEY, OTHERS, SM_80, CPU, search.Effort(), Size(2, 4, 16, 16), (BRAIN, HALF))
+def find(key=KEY):
+    return search.search(key, OTHERS, SM_80, CPU, search.Effort(), Size(2, 4, 16, 16), (BRAIN, HALF))
 
 
 def test_the_fastest_is_taken_and_the_next_are_noted(timed):
     result = find()
     assert (result.before, result.entry.config, result.gain) == (IN_USE, OTHERS[1], 4.0)
-    assert timed.calls == [(dtype, config, 7) for config in (IN_USE, *OTHERS) for dtype in (BRAIN, HALF)]
+    assert timed.calls[:10] == [(dtype, config, 7) for config in (IN_USE, *OTHERS) for dtype in (BRAIN, HALF)]
+    assert timed.rounds == [(5, 5), (20, 5), (20, 6)], "all of them, the fastest, and the best one's orders"
     details = result.entry.details
     assert (details["milliseconds"], details["quartiles"]) == (2, [1.5, 3])
     assert details["size"] == {"batch": 2, "heads": 4, "q_len": 16, "k_len": 16, "group": 1}
     assert (details["dtypes"], details["rounds"]) == (["bfloat16", "float16"], 3)
     next_ones = [(one["num_stages"], one["milliseconds"]) for one in details["runners_up"]]
     assert next_ones == [(1, 4), (IN_USE.num_stages, 8), (3, 16)]
+
+
+def test_the_fastest_of_a_few_rounds_go_on_beside_the_one_in_use(timed):
+    effort = search.Effort(first_rounds=3, timed=2, rounds=9)
+    result = search.search(KEY, OTHERS, SM_80, CPU, effort, Size(2, 4, 16, 16))
+    assert (result.entry.config, result.gain) == (OTHERS[1], 4.0)
+    assert timed.rounds == [(3, 5), (9, 3), (9, 6)]
+    assert [config for _, config, _ in timed.calls[5:8]] == [IN_USE, OTHERS[1], OTHERS[0]]
+
+
+def test_the_best_tiles_are_timed_in_other_orders(timed):
+    timed.factors = {25: 1.5, 200: 0.9, 400: 0.95}
+    result = find()
+    assert result.entry.config == replace(OTHERS[1], l2_percent=200)
+    assert (result.entry.details["milliseconds"], result.before_timing.median) == (1.8, 8)
+    last = [config for dtype, config, _ in timed.calls if dtype == BRAIN][-6:]
+    assert last == [IN_USE, *(replace(OTHERS[1], l2_percent=percent) for percent in (100, 25, 50, 200, 400))]
+    timed.wrong = {(HALF, replace(OTHERS[1], l2_percent=200))}
+    assert find().entry.config.l2_percent == 400
+    timed.factors = {25: 0.98}
+    assert find().entry.config.l2_percent == 100, "not clearly ahead"
+
+
+def test_splits_are_timed_for_recorded_decoding(timed):
+    timed.factors = {-16: 0.5}
+    assert find(Key("decode", 64, "none", "short")).entry.config.split_blocks == 4
+    recorded = find(Exact("decode", KEY.problem))
+    assert (recorded.entry.config, recorded.gain) == (replace(OTHERS[1], split_blocks=16), 8)
+    timed.factors = {}
+    assert find(Exact("decode", KEY.problem)).entry.config.split_blocks == 4
 
 
 def test_a_result_that_is_wrong_in_one_dtype_is_not_taken(timed):
@@ -111,42 +137,16 @@ def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):
 
     monkeypatch.setattr(Compiler, "examine", examine)
     with Compiler(SM_80, 1) as compiler, pytest.raises(search.SearchError, match=r"no config compiles; .*no nvdisasm"):
-        search.promising(KEY, compiler, search.Effort())
+        search.passing(KEY, compiler, search.Effort())
 
 
-def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):
-    """The model is asked about the card's processors."""
-    asked = set()
-
+def test_all_that_pass_the_gate_are_timed(monkeypatch):
     def examine(self, wanted):
-        code = MachineCode(128, 0, 0, 0)
+        code = Code(128, 0, 0)
         return [Candidate(config, code, ("spills",) if config.num_warps == 8 else ()) for _, _, config in wanted]
 
-    def clocks(kernel, problem, candidate, target, processors):
-        asked.add((kernel, problem, processors))
-        return candidate.config.num_stages + 8 / candidate.config.block_n
-
     monkeypatch.setattr(Compiler, "examine", examine)
-    monkeypatch.setattr(search, "modelled_clocks", clocks)
     with Compiler(SM_80, 1) as compiler:
-        found = search.promising(KEY, compiler, search.Effort(timed=3))
-    assert [(one.num_stages, one.block_n, one.num_warps) for one in found] == [(2, 128, 4), (2, 128, 4), (2, 64, 4)]
-    assert asked == {(KEY.kernel, KEY.problem, 108)}
-
-
-def test_a_lost_card(monkeypatch):
-    assert not search._is_lost(CPU)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert not search._is_lost(torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "synchronize", Workload.error)
-    assert search._is_lost(torch.device("cuda"))
-
-
-def test_operands_that_the_memory_does_not_hold(monkeypatch):
-    def build(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
-
-    monkeypatch.setattr(search, "Workload", build)
-    result = run()
-    assert result.entry is None
-    assert "forward/64/none/short: OutOfMemoryError: CUDA out of memory" in result.wrong[0]
+        found = search.passing(KEY, compiler, search.Effort())
+    assert found == [one for one in candidates(KEY.kernel, KEY.problem, SM_80) if one.num_warps != 8]
+    assert len(found) > search.Effort().timed

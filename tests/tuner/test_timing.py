@@ -1,8 +1,5 @@
 """The timing protocol, also on a card that a clock stands for, and what is noted of a card beside its times."""
 
-import subprocess
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -59,50 +56,3 @@ def test_the_hosts_time_is_not_in_a_cards(host, card):
     taken = timing.take_turns({"a": lambda n: (calls.append(n), card.launch(host, 0.05))}, GPU, rounds=4, warm_up=0)
     assert taken["a"] == pytest.approx([0.05] * 4)
     assert len(calls) <= 5 + 5, "the right number of flushes, at most 32, is found by doubling"
-
-
-def test_every_round_has_an_order_of_its_own_that_is_the_same_in_every_run():
-    def rounds() -> list[str]:
-        calls: list[tuple[str, int]] = []
-        contestants = {name: lambda number, name=name: calls.append((name, number)) for name in "abc"}
-        taken = timing.take_turns(contestants, torch.device("cpu"), rounds=12, warm_up=0)
-        assert list(taken) == ["a", "b", "c"]
-        assert all(len(times) == 12 for times in taken.values())
-        first, *turns = (calls[at : at + 3] for at in range(0, len(calls), 3))
-        assert first == [("a", 0), ("b", 0), ("c", 0)]
-        assert [{number for _, number in turn} for turn in turns] == [{number} for number in range(12)], "inputs"
-        return ["".join(name for name, _ in turn) for turn in turns]
-
-    orders = rounds()
-    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
-    assert len(set(orders)) > 2
-    assert orders == rounds()
-
-
-def test_medians_and_quartiles():
-    assert timing.Timing.of([3.0, 1.0, 2.0, 4.0, 100.0]) == timing.Timing(3.0, 2.0, 4.0, 5)
-
-
-def test_clocks_are_those_of_the_card_in_use(monkeypatch):
-    """nvidia-smi knows nothing of CUDA_VISIBLE_DEVICES; it may be missing, hang or fail."""
-    asked, errors = [], []
-
-    def run(command, **_):
-        if errors:
-            raise errors.pop()
-        asked.extend(command)
-        return SimpleNamespace(stdout="570.1, 1980 MHz, 2619 MHz, 40, 120 W\n")
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab-34"))
-    monkeypatch.setattr(subprocess, "run", run)
-    assert timing.card_state(GPU) == {
-        "driver_version": "570.1",
-        "clocks.sm": "1980 MHz",
-        "clocks.mem": "2619 MHz",
-        "temperature.gpu": "40",
-        "power.draw": "120 W",
-    }
-    assert asked[asked.index("-i") + 1] == "GPU-12ab-34"
-    errors += [FileNotFoundError(), subprocess.TimeoutExpired("nvidia-smi", 10), subprocess.CalledProcessError(6, "")]
-    assert [timing.card_state(GPU) for _ in range(3)] == [{}] * 3
-    assert errors == []

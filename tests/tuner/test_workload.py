@@ -6,17 +6,15 @@ import torch
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
-from tritonattn.backends.triton import device, launch
+from tritonattn.backends.triton import KERNELS, device, launch
 from tritonattn.backends.triton.compile import launch_of, specialised
 from tritonattn.core.call import ForwardResult
-from tritonattn.kernels import KERNELS
 from tritonattn.tuner import workload
-from tritonattn.tuner.static import keys
 from tritonattn.tuner.workload import Workload, checked_size, typical_size
 from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import Problem, Target, is_short
 from tritonattn.tuning.defaults import default_config
-from tritonattn.tuning.table import Key
+from tritonattn.tuning.table import Key, keys
 
 CPU = torch.device("cpu")
 
@@ -88,25 +86,6 @@ def test_a_check_keeps_the_group_and_the_share_of_each_member():
     assert checked_size(Size(1, 2**25, 1, 1, group=2**25)).logits == 2**25, "of heads that share a key nothing is cut"
 
 
-@pytest.mark.parametrize(("kernel", "function"), [("forward", "triton_backend.forward"), ("decode", "attend")])
-def test_rounds_take_copies_in_turn(kernel, function, monkeypatch):
-    calls = []
-
-    def launched(call, aux, rounding=None):
-        calls.append(call.q)
-        return ForwardResult(call.q, call.q[..., 0])
-
-    monkeypatch.setattr(f"tritonattn.tuner.workload.{function}", launched)
-    timed = Workload(kernel, Key(kernel, 64, "none", "short").problem, Size(1, 2, 8, 8), CPU, copies=2)
-    for number in (0, 1, 2, 5):
-        timed(number)
-    first, second, *others = calls
-    assert [x is first for x in others] == [True, False]
-    assert others[1] is second
-    assert first.data_ptr() != second.data_ptr()
-    assert not torch.equal(first, second)
-
-
 def test_nan_is_wrong(monkeypatch):
     """As of rows that a config leaves out."""
     timed = Workload("forward", Key("forward", 64, "query+key", "short").problem, Size(1, 2, 8, 8), CPU, copies=1)
@@ -118,20 +97,3 @@ def test_nan_is_wrong(monkeypatch):
         )
         found = timed.error()
         assert found is None if message is None else message in str(found)
-
-
-def test_poison_is_in_new_memory_alone(monkeypatch):
-    """And torch is left as it was, also by a config that raises."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    before, kept = torch.get_deterministic_debug_mode(), torch.ones(3)
-
-    def fail():
-        with workload._poisoned_memory():
-            assert torch.empty(2**16).isnan().all()
-            assert kept.sum() == 3
-            raise RuntimeError("out of resource")
-
-    with pytest.raises(RuntimeError, match="out of resource"):
-        fail()
-    assert torch.get_deterministic_debug_mode() == before
-    assert not torch.utils.deterministic.fill_uninitialized_memory

@@ -45,6 +45,8 @@ def test_tiles_may_fill_the_memory_there_is():
     [reason] = reasons(TileConfig(128, 256, 16, 1), SM_100, kernel="grad_query", dim=64)
     assert "tiles need 704 columns of tensor memory, sm_100 has 512" in reason
     assert reasons(TileConfig(128, 64, 32, 2), SM_80) == ["num_warps 32 is not a power of two up to 16"]
+    assert reasons(TileConfig(64, 32, 4, 2, split_blocks=3), SM_80, "decode") == ["split_blocks 3 is below 4"]
+    assert reasons(TileConfig(64, 32, 4, 2, l2_percent=0), SM_80) == ["l2_percent 0 is below 1"]
     described = TileConfig(64, 32, 4, 2, descriptors=True)
     assert reasons(described, SM_90) == reasons(described, Target.parse("sm_120")) == []
     for target, dtype in ((SM_80, HALF), (Target.parse("sm_89"), HALF), (SM_90, FULL), (GFX942, HALF)):

@@ -50,10 +50,10 @@ PAGED = Layout("[T_q, Hq, D]", "[N, page, Hkv, D]", "[N, page, Hkv, Dv]", heads=
 _LEARNED = {
     "ssmax": "SSMax(heads=Hq)",
     "power_law": "PowerLaw(heads=Hq)",
-    "learned_log_power": "LogPower(heads=Hq)",
+    "learned_log_power": "LearnedLogPower(heads=Hq)",
     "query_adaptive_ssmax": "QueryAdaptiveSSMax(heads=Hq, head_dim=D)",
     "per_head": "PerHead('sqrt_dim', heads=Hq)",
-    "learned_cosine": "Cosine(heads=Hq)",
+    "learned_cosine": "LearnedCosine(heads=Hq)",
     "scheduled": "Scheduled('sqrt_dim', 'key_norm_mean', steps=1000)",
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..calls.checks import refuse_scaling
-from ..nn import LEARNED, Cosine, LogPower, PerHead, QueryAdaptiveSSMax, Scheduled, SSMax
+from ..nn import LEARNED, LearnedCosine, LearnedLogPower, PerHead, QueryAdaptiveSSMax, Scheduled, SSMax
 from ..nn.learned import Learned
 from ..nn.registry import named_at_sqrt_dim
 from ..scaling import SCALINGS, Scaling
@@ -57,13 +57,13 @@ def to_config(scaling: Any, depth: int = 1) -> Any:
     name, arguments = getattr(scaling, "name", type(scaling).__name__), {}
     if dataclasses.is_dataclass(scaling):
         arguments = dataclasses.asdict(scaling)
-    elif isinstance(scaling, Cosine):
+    elif isinstance(scaling, LearnedCosine):
         arguments = {"tau": getattr(scaling.mode, "tau", None)}
     elif isinstance(scaling, PerHead):
         arguments = {"mode": to_config(scaling.mode, depth + 1)}
     elif isinstance(scaling, SSMax):
         arguments = {"bias": scaling.b is not None}
-    elif isinstance(scaling, LogPower):
+    elif isinstance(scaling, LearnedLogPower):
         arguments = {"base": scaling.base}
     elif isinstance(scaling, QueryAdaptiveSSMax):
         arguments = {"head_dim": scaling.head_dim}

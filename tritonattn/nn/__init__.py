@@ -19,8 +19,8 @@ mode, but SSMax's s = 0 is uniform attention, and an exponent of 0 leaves a stat
 from .attention import ScaledAttention
 from .biases import ALiBi, ForgetGate
 from .cache import KeyValueCache
-from .learned import Cosine, Learned, PerHead, SSMax, scaling_parameters
-from .log_power import LogPower, QueryAdaptiveSSMax
+from .learned import Cosine, Learned, LearnedCosine, PerHead, SSMax, scaling_parameters
+from .log_power import LearnedLogPower, LogPower, QueryAdaptiveSSMax
 from .power_law import PowerLaw
 from .registry import LEARNED
 from .scheduled import Scheduled
@@ -32,6 +32,8 @@ __all__ = [
     "ForgetGate",
     "KeyValueCache",
     "Learned",
+    "LearnedCosine",
+    "LearnedLogPower",
     "LogPower",
     "PerHead",
     "PowerLaw",

@@ -14,8 +14,7 @@ from ..calls.logits import scales_of
 from ..core.shards import local
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
-from ..scaling import Cosine as FixedCosine
-from ..scaling import Scales, Scaling
+from ..scaling import Scales, Scaling, cosine
 from ..scaling.base import check_positive, counts_of
 
 
@@ -119,7 +118,7 @@ class PerHead(Learned):
         return self.mode.addend(q, k, visible)
 
 
-class Cosine(PerHead):
+class LearnedCosine(PerHead):
     """factor = tau_h / (||q|| * ||k||), tau_h = tau * exp(theta_h): cosine attention with a learned temperature.
 
     Args:
@@ -134,7 +133,7 @@ class Cosine(PerHead):
 
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
-    >>> tritonattn.attention(q, k, v, scaling=tritonattn.nn.Cosine(heads=4), causal=True).shape
+    >>> tritonattn.attention(q, k, v, scaling=tritonattn.nn.LearnedCosine(heads=4), causal=True).shape
     torch.Size([1, 4, 16, 8])
     """
 
@@ -148,11 +147,14 @@ class Cosine(PerHead):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(FixedCosine(tau), heads=heads, device=device, dtype=dtype)
+        super().__init__(cosine.Cosine(tau), heads=heads, device=device, dtype=dtype)
 
     @property
     def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.mode.reads_keys
+
+
+Cosine = LearnedCosine  # its former name, which programs and pickles have
 
 
 class SSMax(Learned):

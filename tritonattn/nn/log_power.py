@@ -18,7 +18,7 @@ from ..scaling.base import check_positive, counts_of
 from .learned import Learned, starts_at_sqrt_dim
 
 
-class LogPower(Learned):
+class LearnedLogPower(Learned):
     """factor = (ln(n) / ln(base))^p_h / sqrt(D), n = the number of visible keys, p learned for every head.
 
     A lone key has factor 0, or 1 / sqrt(D) where p is exactly 0. Without sinks this is harmless: its probability is 1
@@ -37,7 +37,7 @@ class LogPower(Learned):
     above 0, base finite and above 1.
 
     >>> import torch, tritonattn
-    >>> scaling = tritonattn.nn.LogPower(heads=4, base=512)
+    >>> scaling = tritonattn.nn.LearnedLogPower(heads=4, base=512)
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
     >>> tritonattn.attention(q, k, v, scaling=scaling, causal=True).sum().backward()
     >>> scaling.p.grad.shape
@@ -82,6 +82,9 @@ class LogPower(Learned):
         n = visible.sum(-1, keepdim=True).double()
         exponent = p * (torch.where(n > 1, n, 2).log2() / math.log2(self.base)).log()
         return torch.where(n > 1, exponent.exp(), (p == 0).double()) / math.sqrt(k.shape[-1])
+
+
+LogPower = LearnedLogPower  # its former name, which programs and pickles have
 
 
 class QueryAdaptiveSSMax(Learned):

@@ -6,17 +6,17 @@ from typing import Any
 
 from ..calls.checks import named_scaling
 from ..scaling import Scaling
-from .learned import Cosine, PerHead, SSMax
-from .log_power import LogPower
+from .learned import LearnedCosine, PerHead, SSMax
+from .log_power import LearnedLogPower
 from .power_law import PowerLaw
 
 # Each is made with heads=Hq, and otherwise its defaults.
-LEARNED: dict[str, type[PerHead | SSMax | PowerLaw | LogPower]] = {
+LEARNED: dict[str, type[PerHead | SSMax | PowerLaw | LearnedLogPower]] = {
     "per_head": PerHead,
     "ssmax": SSMax,
-    "learned_cosine": Cosine,
+    "learned_cosine": LearnedCosine,
     "power_law": PowerLaw,
-    "learned_log_power": LogPower,
+    "learned_log_power": LearnedLogPower,
 }
 
 
@@ -27,4 +27,4 @@ def named(name: str, heads: int, **options: Any) -> Scaling:
 
 def named_at_sqrt_dim(name: str, heads: int) -> Scaling:
     """As `named`, for a layer that was trained with sqrt_dim: a learned module starts there, but for a cosine."""
-    return named(name, heads) if name == Cosine.name else named(name, heads, mode="sqrt_dim")
+    return named(name, heads) if name == LearnedCosine.name else named(name, heads, mode="sqrt_dim")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
-from ..tuning.config import Problem, Target, TileConfig, legal_reasons, may_use_descriptors
+from ..tuning.config import SHARES, Problem, Target, TileConfig, legal_reasons, may_use_descriptors
 from ..tuning.defaults import default_config
+from ..tuning.table import EntryKey, Exact
 
 # By kernel: block_m (of decode by its packed rows), block_n, num_warps, num_stages; for head dims above 128, and for
 # others.
@@ -27,6 +29,9 @@ _AMD_RANGES = {
     "grad_key_value": ((16, 32), (32, 64), (4, 8), (1,)),
     "decode": ((), (16, 32, 64), (2, 4), (1, 2)),
 }
+# Values of a config's SHARES that are timed, the default first.
+_L2_PERCENT = (100, 25, 50, 200, 400)
+_SPLIT_BLOCKS = (4, 8, 16, 32, 64)
 
 
 def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
@@ -41,24 +46,29 @@ def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig
     return [default, *(one for one in found if one != default and _is_sensible(kernel, one, problem, target))]
 
 
-def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List the candidates for a ranking by a model, the default first: those with descriptors, where there are some.
-
-    Of decoding, which waits for memory, those with the default's stages: no model here tells others apart.
-    """
-    default, *others = candidates(kernel, problem, target)
-    described = may_use_descriptors(kernel, problem, target)
-    stages = (default.num_stages,) if kernel == "decode" else (1, 2, 3, 4)
-    return [default, *(one for one in others if one.num_stages in stages and one.descriptors == described)]
-
-
 def few_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List the default, and of each tile the candidate for a ranking whose stages are nearest to two: tiles compare."""
-    first, *others = static_candidates(kernel, problem, target)
+    """List the default, and a candidate of each tile: of those with descriptors, if there are, the nearest to 2 stages.
+
+    Of decoding, which waits for memory, those with the default's stages.
+    """
+    first, *others = candidates(kernel, problem, target)
+    described = may_use_descriptors(kernel, problem, target)
     of_tiles: dict[tuple[int, int, int], TileConfig] = {}
     for one in sorted(others, key=lambda one: abs(one.num_stages - 2)):
-        of_tiles.setdefault(tiles(one), one)
+        if one.descriptors == described and (kernel != "decode" or one.num_stages == first.num_stages):
+            of_tiles.setdefault(tiles(one), one)
     return [first, *of_tiles.values()]
+
+
+def shares(key: EntryKey, config: TileConfig) -> list[TileConfig]:
+    """List the config with each value of its SHARES that is timed, the default first; empty where none is.
+
+    Splits are timed for recorded calls alone: a key's calls have any batch, and a small one needs the most splits.
+    """
+    config = replace(config, **SHARES)
+    if key.kernel != "decode":
+        return [replace(config, l2_percent=percent) for percent in _L2_PERCENT]
+    return [replace(config, split_blocks=blocks) for blocks in _SPLIT_BLOCKS] if isinstance(key, Exact) else []
 
 
 def tiles(config: TileConfig) -> tuple[int, int, int]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
-
-from ..kernels import primitives
 
 # Kernels with an MMA loop, and the memory-bound ones, whose tiles only bound the rows that a program holds.
 TILED_KERNELS = ("forward", "grad_key_value", "grad_query", "decode")
@@ -27,7 +25,10 @@ STREAMING_KERNELS = (
     "decode_combine",
 )
 
-ROW_TERMS_ALIGNMENT = primitives.ROW_TERMS_ALIGNMENT.value
+# Row terms of a backward are padded to a multiple of this, so that every block of rows up to it divides them.
+ROW_TERMS_ALIGNMENT = 128
+# Blocks of keys in a split of decode: shorter ones would move more of their own results than of the cache.
+SHORTEST_SPLIT = 4
 
 # Largest shared memory of one block in bytes (CUDA C++ Programming Guide, table of compute capabilities; AMD LDS).
 _SHARED_BYTES = {
@@ -155,7 +156,7 @@ def is_short(q_len: int, k_len: int) -> bool:
 
 
 def sum_columns(problem: Problem, target: Target) -> int:
-    """Columns of the sums over keys that a kernel keeps for each row: see `kernels.primitives.partial_sums`."""
+    """Columns of the sums over keys that a kernel keeps for each row: see `backends.triton.block.partial_sums`."""
     in_registers = target.backend == "cuda" and not target.has_tensor_memory
     return 8 if in_registers and problem.dtype.itemsize == 2 else 1
 
@@ -176,11 +177,17 @@ def corrects_delta(problem: Problem) -> bool:
     return problem.dtype == torch.float32 and not problem.is_part
 
 
+# The fields of a config that select no code, with their defaults: how a kernel's programs share out the work.
+SHARES = {"l2_percent": 100, "split_blocks": SHORTEST_SPLIT}
+
+
 @dataclass(frozen=True)
 class TileConfig:
     """block_m query rows and block_n keys a tile, warps a program, stages of the software pipeline.
 
-    descriptors   load the tiles that need no mask by the tensor memory accelerator (sm_90, sm_100)
+    descriptors    load the tiles that need no mask by the tensor memory accelerator (sm_90, sm_100)
+    l2_percent     of the L2 cache, for the keys and values of the heads that run side by side: `tuning.order`
+    split_blocks   blocks of keys of a split of decode: at least so many, where a cache is full
     """
 
     block_m: int
@@ -188,6 +195,12 @@ class TileConfig:
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    l2_percent: int = SHARES["l2_percent"]
+    split_blocks: int = SHARES["split_blocks"]
+
+    def as_record(self) -> dict[str, Any]:
+        """The fields for a file, without SHARES that are the default."""
+        return {name: value for name, value in asdict(self).items() if value != SHARES.get(name)}
 
 
 def padded_dim(dim: int) -> int:
@@ -204,8 +217,9 @@ def legal_reasons(kernel: str, config: TileConfig, problem: Problem, target: Tar
             reasons.append(f"{name} {size} is not a power of two of at least 16")
     if config.num_warps not in (1, 2, 4, 8, 16):
         reasons.append(f"num_warps {config.num_warps} is not a power of two up to 16")
-    if config.num_stages < 1:
-        reasons.append(f"num_stages {config.num_stages} is below 1")
+    for name, least in (("num_stages", 1), ("l2_percent", 1), ("split_blocks", SHORTEST_SPLIT)):
+        if getattr(config, name) < least:
+            reasons.append(f"{name} {getattr(config, name)} is below {least}")
     if kernel in TILED_KERNELS and ROW_TERMS_ALIGNMENT % max(config.block_m, 1):
         reasons.append(f"block_m {config.block_m} does not divide the row terms' alignment {ROW_TERMS_ALIGNMENT}")
     if config.descriptors and not may_use_descriptors(kernel, problem, target):

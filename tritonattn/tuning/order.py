@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 
-from .config import Target
+from .config import SHARES, Target
 
 # Bytes of the L2 cache: NVIDIA's architecture whitepapers, of the smallest card of a table; AMD's CDNA 2 to 4
 # whitepapers, of one die.
@@ -41,16 +41,18 @@ def lanes(target: Target) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def heads_of_section(heads: int, bytes_of_head: int, target: Target) -> int:
-    """Number of heads that run side by side: the largest divisor of `heads` whose heads fit the cache of a die.
+def heads_of_section(heads: int, bytes_of_head: int, target: Target, l2_percent: int = SHARES["l2_percent"]) -> int:
+    """Number of heads that run side by side: the largest divisor of `heads` whose heads fit a share of a die's cache.
 
     A section of n heads puts n / gcd(n, dies) of them on each die. Up to twice as many as fit are taken, where the
-    divisors that fit leave half of the cache empty. A grid's axis must hold the sections.
+    divisors that fit leave half of that share empty. A grid's axis must hold the sections.
 
     heads           those of all batch entries, or packed sequences
     bytes_of_head   that the programs of one head read, without those that heads of a group share
+    l2_percent      the share, 100 unless a search on the card found another
     """
-    fit = max(1, _L2_BYTES.get(target.arch, _SMALLEST) // max(1, bytes_of_head))
+    share = _L2_BYTES.get(target.arch, _SMALLEST) * l2_percent // 100
+    fit = max(1, share // max(1, bytes_of_head))
     dies, least = lanes(target), -(-heads // LONGEST_AXIS)
     small = [one for one in range(1, math.isqrt(heads) + 1) if heads % one == 0] or [1]
     on_a_die = {one: one // math.gcd(one, dies) for one in (*small, *(max(heads, 1) // one for one in small))}

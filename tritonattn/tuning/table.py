@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import io
@@ -9,16 +10,16 @@ import json
 import stat
 import tokenize
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from ..core import records
-from .config import TILED_KERNELS, WIDEST, WIDEST_KEYS, Problem, Target, TileConfig
+from .config import SHARES, TILED_KERNELS, WIDEST, WIDEST_KEYS, Problem, Target, TileConfig
 
 Content = TypeVar("Content")
 
@@ -39,7 +40,14 @@ _LARGEST_FILE = 2**22
 _LONGEST_MESSAGE = 300
 _FIELDS = ("schema_version", "gpu", "target", "kernels", "entries")
 # Upper limits of a config's numbers (the lower is 1), so that no later arithmetic meets a hostile one.
-_MOST = {"block_m": 1024, "block_n": 1024, "num_warps": 32, "num_stages": 16}
+_MOST = {
+    "block_m": 1024,
+    "block_n": 1024,
+    "num_warps": 32,
+    "num_stages": 16,
+    "l2_percent": 10_000,
+    "split_blocks": 1024,
+}
 
 
 class TableError(ValueError):
@@ -86,6 +94,13 @@ class Key(NamedTuple):
             grouped=self.kernel == "decode",
             rounding=self.kernel == "forward",
         )
+
+
+def keys(kernels: tuple[str, ...] = TILED_KERNELS, head_dims: tuple[int, ...] = HEAD_DIMS) -> Iterator[Key]:
+    """The keys of a table."""
+    for kernel in kernels:
+        for head_dim in head_dims:
+            yield from (Key(kernel, head_dim, scales, lengths) for scales in SCALES[kernel] for lengths in LENGTHS)
 
 
 class Exact(NamedTuple):
@@ -187,7 +202,7 @@ class Entry:
         return str(self.details.get("triton", "unknown"))[:40]
 
     def as_record(self) -> dict[str, Any]:
-        return {"config": asdict(self.config), "source": self.source, **self.details}
+        return {"config": self.config.as_record(), "source": self.source, **self.details}
 
 
 @dataclass(frozen=True)
@@ -282,7 +297,7 @@ def _entry(key: str, record: Any) -> Entry:
     if record.get("source") not in SOURCES:
         raise ValueError(f"{key}: source: expected one of {', '.join(SOURCES)}, got {shown(record.get('source'))}")
     config, names = record["config"], {field.name for field in fields(TileConfig)}
-    if set(config) != names:
+    if set(config) | set(SHARES) != names:
         raise ValueError(f"{key}: config: expected {', '.join(sorted(names))}, got {shown(sorted(config))}")
     for name, value in config.items():
         wanted = bool if name == "descriptors" else int
@@ -308,10 +323,33 @@ def write_table(path: Path, table: Table) -> None:
 @functools.cache
 def kernels_fingerprint() -> str:
     """16 hex digits of the kernels' code without comments, docstrings and layout: a table belongs to one such code."""
-    digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent.parent / "kernels").glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + _code(path.read_text(encoding="utf-8")).encode() + b"\0")
-    return digest.hexdigest()[:16]
+    paths = sorted((Path(__file__).parent.parent / "backends" / "triton").glob("*.py"))
+    return hashlib.sha256(device_code([path.read_text(encoding="utf-8") for path in paths]).encode()).hexdigest()[:16]
+
+
+def device_code(sources: list[str]) -> str:
+    """All that Triton compiles: functions under `triton.jit`, and what they name: constants, and records."""
+    nodes = [(node, source) for source in sources for node in ast.parse(source).body]
+    kernels = [(node, source) for node, source in nodes if _is_compiled(node)]
+    named = {name.id for node, _ in kernels for name in ast.walk(node) if isinstance(name, ast.Name)}
+    named_nodes = [one for one in nodes if _names_bound(one[0]) & named]
+    return "\0".join(sorted(_code(_text(*one)) for one in kernels + named_nodes))
+
+
+def _is_compiled(node: ast.stmt) -> bool:
+    return any("triton.jit" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ()))
+
+
+def _names_bound(node: ast.stmt) -> set[str]:
+    """Names that a class or an assignment at a file's top binds."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node] if isinstance(node, ast.ClassDef) else []
+    return {getattr(target, "id", getattr(target, "name", "")) for target in targets}
+
+
+def _text(node: ast.stmt, source: str) -> str:
+    """A statement's lines, its decorators included."""
+    first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", ()))])
+    return "\n".join(source.splitlines()[first - 1 : node.end_lineno]) + "\n"
 
 
 def _code(source: str) -> str:

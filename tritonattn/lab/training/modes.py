@@ -8,9 +8,8 @@ from collections.abc import Callable
 from torch import nn
 
 from ...core.errors import CommandError
-from ...nn import LEARNED, LogPower, PerHead, QueryAdaptiveSSMax, SSMax
-from ...scaling import SCALINGS, LogKeyCount, QwenLogn, Scaling
-from ...scaling import LogPower as FixedLogPower
+from ...nn import LEARNED, LearnedLogPower, PerHead, QueryAdaptiveSSMax, SSMax
+from ...scaling import SCALINGS, LogKeyCount, LogPower, QwenLogn, Scaling
 
 GAIN = "+gain"
 _LEARNED = (*LEARNED, QueryAdaptiveSSMax.name)
@@ -44,7 +43,7 @@ def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
         return scaling
     learned: dict[str, Callable[[], Scaling]] = {
         "ssmax": lambda: SSMax(heads, base=keys),
-        "learned_log_power": lambda: LogPower(heads, base=keys),
+        "learned_log_power": lambda: LearnedLogPower(heads, base=keys),
         QueryAdaptiveSSMax.name: lambda: QueryAdaptiveSSMax(heads, head_dim),
     }
     if name in learned:
@@ -65,7 +64,7 @@ def check_mode(name: str) -> None:
 def _mode(name: str, keys: int) -> str | Scaling:
     based: dict[str, Callable[[int], Scaling]] = {
         "log_key_count": LogKeyCount,
-        "log_power": lambda base: FixedLogPower(base=base),
+        "log_power": lambda base: LogPower(base=base),
         "qwen_logn": QwenLogn,
     }
     return based[name](keys) if name in based else name

@@ -1,0 +1,273 @@
+"""Forward kernel: output, log-sum-exp, largest logit and entropy of a block of query rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core.call import AttentionCall, ForwardResult
+from .attention import call_arguments, launch_kernel, new_results, of_kind
+from .block import (
+    LENGTHS,
+    LOG2_E,
+    TINY,
+    UNMASKED,
+    Results,
+    View,
+    dropout_keeps,
+    finish_softmax,
+    from_row,
+    key_bounds,
+    key_range,
+    load_block,
+    load_tile,
+    online_softmax,
+    page_slots,
+    page_tile,
+    pass_bounds,
+    program_in_section,
+    sequence_bounds,
+    tile_offsets,
+    vector_from,
+    visible,
+)
+from .launch import KERNELS
+
+
+@triton.jit
+def lost_in_rounding(exact, rounded):
+    """exact - rounded in 256ths of the last place of `rounded`, bf16 or fp16, as int8: `core.rounding`.
+
+    Of fp32, which stands for bf16 in Triton's interpreter, nothing is lost.
+    """
+    SHIFT: tl.constexpr = 15 - rounded.dtype.fp_mantissa_width if rounded.dtype != tl.float32 else 0
+    HALF: tl.constexpr = (1 << SHIFT) >> 1
+    lost = exact.to(tl.int32, bitcast=True) - rounded.to(tl.float32).to(tl.int32, bitcast=True)
+    lost = tl.minimum(lost, (128 << SHIFT) - HALF - 1)
+    if SHIFT < 8:  # bf16 has fp32's exponents, so that only NaN loses more
+        lost = tl.maximum(lost, -(128 << SHIFT))
+    return ((lost + HALF) >> SHIFT).to(tl.int8)
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "group"])
+def attention_forward(
+    k_descriptor,  # first: behind other parameters, descriptors cost 14 address instructions a step (sm_100)
+    v_descriptor,
+    q,
+    k,
+    v,
+    query_scale,
+    key_scale,
+    key_bias,
+    key_lengths,
+    key_ranges,
+    q_starts,
+    k_starts,
+    pages,
+    mask,
+    seen_ptr,
+    results,
+    scale,
+    softcap,
+    sinks_ptr,
+    keep_from,
+    dropout_ptr,
+    keep_scale,
+    left,
+    right,
+    q_len,
+    k_len,
+    q_heads,
+    group,
+    first_y,
+    first_z,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    INVARIANT: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Attention output and statistics of the softmax for BLOCK_M query rows of one (batch or sequence, head).
+
+        x[i, j]      = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j]      j visible to i
+        z[i, j]      = softcap * tanh(x[i, j] / softcap), or x[i, j] without softcap
+        lse[i]       = ln sum_j exp(z[i, j])
+        max_logit[i] = max_j x[i, j]
+        entropy[i]   = lse[i] - sum_j exp(z[i, j] - lse[i]) * z[i, j]
+        out[i]       = sum_j keep[i, j] * keep_scale * exp(z[i, j]) * v[j] / (exp(lse[i]) + exp(sinks[head]))
+
+    Grid: (heads of a section, blocks of the longest Sq, sections), see `program_in_section`; each program writes its
+    rows of the results, all of them, once.
+
+    q, k, v          `Strided` [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv] of fp16, bf16 or fp32; group = Hq/Hkv
+    pages            `Pages` of the sequences or None; then k, v are [N, Hkv, page, D or Dv], and what else has keys is
+                     as without
+    *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
+    query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale fp32 [B, Hkv, Sk] or None = 1; both `Scale`
+    key_bias         `Scale` [B, Hkv, group, Sk] or None = 0; exp(z) is 0 where it is -inf
+    sinks            fp32 [Hq] or None
+    key_lengths, key_ranges, left, right   of `key_range`, or None
+    q_starts, k_starts                     of `sequence_bounds`, or None
+    mask             `Strided` uint8 [B, Hq, Sq, Sk], strides 0 on broadcast axes, or None
+    seen             uint8 (int16 where INVARIANT) [B, Hkv, Sk] contiguous or None: keys that some row sees; the rest is
+                     never multiplied
+    dropout          of `dropout_keeps`, or None
+    results          `Results`, lse in natural log; rounding is what out lost when it was rounded: `lost_in_rounding`
+    BLOCK_D, BLOCK_DV  powers of two >= 16 that hold HEAD_DIM and VALUE_DIM
+    INVARIANT        take all blocks of keys in ascending order, in steps of one width: a row's bits then do not depend
+                     on the blocks that other rows look at, nor on the position of its tile
+
+    Products accumulate in fp32; the scales act in fp32 on the accumulated product; the sign of a row's factor is folded
+    into its q, which is exact. P is rounded to v's dtype before P @ V. A row without keys gives out 0, lse -inf.
+    Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; blocking: Dao 2023, arXiv:2307.08691, Algorithm 1.
+    """
+    block, head, sequence = program_in_section(q_heads, first_y, first_z, right is not None, LANES)
+    packed_len, kv_head = q_len, head // group
+    batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
+    start_m = block * BLOCK_M
+    if q_starts is not None:
+        if start_m >= q_len:
+            return
+    view = View(q_len, k_len, left, right, key_lengths, key_ranges)
+    keep_row = start_m + tl.arange(0, BLOCK_M) < q_len
+    offs_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), q_len - 1)  # [BLOCK_M]
+    lo, hi = key_range(offs_m, batch, view)  # [BLOCK_M]
+    memory_row = (first_row + start_m).to(tl.int64)
+    row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
+
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
+    if query_scale is not None:
+        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + tl.arange(0, BLOCK_M))
+        factor *= tl.load(scale_ptrs, mask=keep_row, other=0.0)
+    q = from_row(q, batch, head, memory_row, ALIGNED)
+    q_ptrs = q.ptr + tile_offsets(BLOCK_M, BLOCK_D, q.s, q.d, WIDE)
+    if VALUE_DIM >= HEAD_DIM:
+        # A changed sign goes through memory, the program's own rows of out. From registers: on sm_80 at D 128 12 % more
+        # instructions in the loop, and a spill of 20 bytes (static, triton 3.9).
+        if tl.min(factor, 0) < 0.0:
+            flipped = load_tile(q_ptrs, keep_row, HEAD_DIM)
+            flipped = tl.where((factor < 0)[:, None], -flipped, flipped)
+            q_ptrs = results.out + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_D, VALUE_DIM, 1, False)
+            keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+            tl.store(q_ptrs, flipped, mask=keep_q)
+            tl.debug_barrier()
+        q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
+    else:
+        q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)
+        q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
+    factor = tl.abs(factor)
+    if key_bias is None:
+        factor = tl.where(factor == 0.0, TINY, factor)
+
+    k_batch, k_first = batch, first_key
+    if pages is not None:
+        k_batch, k_first = batch * 0, first_key * 0  # pages are numbered through
+    k, v = from_row(k, k_batch, kv_head, k_first, ALIGNED), from_row(v, k_batch, kv_head, k_first, ALIGNED)
+    if seen_ptr is not None:
+        seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
+    if key_scale is not None:
+        key_scale_ptr = vector_from(key_scale, batch, kv_head, 0, first_key)
+    if key_bias is not None:
+        key_bias_ptr = vector_from(key_bias, batch, kv_head, head % group, first_key)
+    kv_start, kv_end, full_start, full_end = key_bounds(
+        start_m, tl.minimum(start_m + BLOCK_M, q_len) - 1, lo, hi, batch, view, BLOCK_N, mask is not None
+    )
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    spread = l_i
+    FIRST: tl.constexpr = 1 if INVARIANT and left is None and key_ranges is None else 0
+    # Masks hold registers: on sm_80 at D 128 masked steps of a whole block spill 8 bytes (static, triton 3.9).
+    MASKED_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 and not INVARIANT else BLOCK_N
+    for PASS in tl.static_range(FIRST, 3 if INVARIANT else 2):
+        if PASS != UNMASKED or mask is None:
+            step = tl.arange(0, BLOCK_N if PASS == UNMASKED else MASKED_N)  # [N]
+            n_lo, n_hi, loop_start, loop_end, gap_start, gap = pass_bounds(
+                kv_start, kv_end, full_start, full_end, step.shape[0], PASS, INVARIANT
+            )
+            k_offsets = tile_offsets(step.shape[0], BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
+            v_offsets = tile_offsets(step.shape[0], BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
+            for position in tl.range(loop_start, loop_end, step.shape[0]):
+                start_n = position
+                if PASS != UNMASKED:
+                    start_n = tl.where(position >= gap_start, position + gap, position)
+                start_n = tl.multiple_of(start_n, step.shape[0])
+                offs_n = start_n + step  # [N]
+                load_key = tl.full(step.shape, 1, tl.int1)
+                if PASS != UNMASKED:
+                    load_key = (offs_n >= n_lo) & (offs_n < n_hi)
+                    if seen_ptr is not None:
+                        load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
+                if pages is None:
+                    k_tile = load_block(
+                        k, k_descriptor, k_offsets, batch, kv_head, first_key, start_n, load_key, HEAD_DIM, PASS
+                    )  # [N, BLOCK_D]
+                    v_tile = load_block(
+                        v, v_descriptor, v_offsets, batch, kv_head, first_key, start_n, load_key, VALUE_DIM, PASS
+                    )  # [N, BLOCK_DV]
+                else:
+                    number, slot, is_held = page_slots(pages, sequence, offs_n, load_key)
+                    k_tile = load_tile(page_tile(k, number, slot, BLOCK_D, WIDE), is_held, HEAD_DIM)
+                    v_tile = load_tile(page_tile(v, number, slot, BLOCK_DV, WIDE), is_held, VALUE_DIM)
+                s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]
+                if key_scale is not None:
+                    s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=load_key, other=0.0)[None, :]
+                bias, keep = None, None
+                if key_bias is not None:
+                    bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * key_bias.s
+                    bias = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]
+                if PASS != UNMASKED:
+                    keep = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)  # [BLOCK_M, N]
+                p, alpha, m_i, l_i, spread = online_softmax(
+                    s, bias, keep, factor, softcap, m_i, l_i, spread, PASS != UNMASKED, results.entropy is not None
+                )
+                if dropout_ptr is not None:
+                    rows, keys = (first_row + offs_m)[:, None], (first_key + offs_n)[None, :]
+                    p = tl.where(dropout_keeps(dropout_ptr, keep_from, batch * q_heads + head, rows, keys), p, 0.0)
+                acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+
+    offsets = row_base + tl.arange(0, BLOCK_M)
+    l_i, weight, total = finish_softmax(m_i, l_i, spread, factor, softcap, sinks_ptr, head, results, offsets, keep_row)
+    out = acc / total[:, None]
+    if sinks_ptr is not None:
+        out *= weight[:, None]
+    if dropout_ptr is not None:
+        out *= keep_scale
+    out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)  # [BLOCK_M, BLOCK_DV]
+    keep_out = keep_row[:, None] & (tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM)
+    rounded = out.to(results.out.dtype.element_ty)
+    tl.store(results.out + row_base * VALUE_DIM + out_offsets, rounded, mask=keep_out)
+    if results.rounding is not None:
+        lost = lost_in_rounding(out, rounded)
+        tl.store(results.rounding + row_base * VALUE_DIM + out_offsets, lost, mask=keep_out)
+
+
+KERNELS["forward"] = attention_forward
+
+
+def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
+    """out and lse, and with aux max_logit and entropy, by the forward kernel.
+
+    rounding   int8 [B, Hq, Sq, Dv], contiguous, or None; receives what out lost when it was rounded: `core.rounding`
+    """
+    call, kind = of_kind(call.narrowed(), aux=aux, rounding=rounding is not None)
+    q, v = call.q, call.v
+    out = new_results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
+    lse = new_results(call, q.shape[:3], torch.float32, fill=-torch.inf)
+    max_logit = entropy = None
+    if aux:
+        max_logit = new_results(call, q.shape[:3], torch.float32, fill=-torch.inf)
+        entropy = new_results(call, q.shape[:3], torch.float32)
+    arguments = call_arguments(call)
+    arguments["results"] = Results(out, rounding, lse, max_logit, entropy)
+    launch_kernel("forward", kind, call, arguments)
+    return ForwardResult(out, lse, max_logit, entropy)

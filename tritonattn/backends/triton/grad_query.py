@@ -1,0 +1,290 @@
+"""Backward, the pass over rows: gradients of q and query_scale."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core.call import AttentionCall, Needs
+from ...tuning.config import corrects_delta
+from .attention import largest, launch_kernel, new_results, seen_scales
+from .block import (
+    LENGTHS,
+    LOG2_E,
+    UNMASKED,
+    View,
+    dropout_keeps,
+    fma,
+    from_row,
+    key_bounds,
+    key_range,
+    load_block,
+    load_term,
+    load_tile,
+    partial_sums,
+    pass_bounds,
+    program_in_section,
+    sequence_bounds,
+    soft_cap,
+    soft_cap_slope,
+    store_term,
+    terms_offset,
+    tile_offsets,
+    vector_from,
+    visible,
+)
+from .launch import KERNELS, Arguments, Kind
+
+# Few keys, over which a block of rows loops twice. Among more, some row's exact gradient is far larger than an error.
+FEW_KEYS = tl.constexpr(64)
+# The pass behind those of `pass_bounds`: few keys, again.
+AGAIN = tl.constexpr(3)
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "group"])
+def attention_grad_query(
+    k_descriptor,  # first: see `attention_forward`
+    v_descriptor,
+    q,
+    k,
+    v,
+    d_out,
+    query_scale,
+    key_scale,
+    key_bias,
+    key_size,
+    d_lse_ptr,
+    d_sinks_ptr,
+    terms_ptr,
+    delta_ptr,
+    key_lengths,
+    key_ranges,
+    q_starts,
+    k_starts,
+    mask,
+    seen_ptr,
+    d_q_ptr,
+    d_query_scale_ptr,
+    scale,
+    softcap,
+    keep_from,
+    dropout_ptr,
+    keep_scale,
+    left,
+    right,
+    q_len,
+    k_len,
+    terms_len,
+    q_heads,
+    group,
+    first_y,
+    first_z,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
+    CORRECT_DELTA: tl.constexpr,
+    IS_PART: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    INVARIANT: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Gradients of q and query_scale for BLOCK_M rows of one (batch or sequence, head), as `attention_forward`.
+
+        P[i, j]          = exp(z[i, j]) / total[i]
+        dS[i, j]         = P[i, j] * (keep[i, j] * keep_scale * (d_out[i] . v[j]) - delta[i])
+        dX[i, j]         = dS[i, j] * dz/dx,  dz/dx = 1 - (z[i, j] / softcap)^2
+        raw[i]           = sum_j dX[i, j] * key_scale[j] * k[j]
+        d_q[i]           = scale * query_scale[i] * raw[i]
+        d_query_scale[i] = scale * sum_j dX[i, j] * (q[i] . k[j]) * key_scale[j]
+
+    terms, delta, d_lse and d_sinks: see `attention_row_terms`. d_q [B, Hq, Sq, D] in q's dtype and d_query_scale fp32
+    [B, Hq, Sq], contiguous, every row written once; d_query_scale may be None.
+
+    key_size     fp32 [B, Hkv] or None: the largest |key_scale|, never 0. dX * key_scale / key_size is rounded to 16
+                 bits, so that no size of the key scales pushes it out of fp16's range
+
+    d_query_scale equals scale * (q[i] . raw[i]). That form would sum dX after rounding to 16 bits, and with it delta's
+    error times the mean logit, which exceeds the result for sharp softmaxes; so dX stays in fp32. Over a row, dS must
+    sum to d_lse - d_sinks: the excess of its sum is delta's error. The kernel takes that error's share out of the
+    gradient, and corrects delta for the pass over the keys. With key_bias, whose gradients cancel likewise when they
+    are summed, it does so without d_query_scale too. So does CORRECT_DELTA, which also
+    computes d_q of few keys with the corrected delta: for a single key, dP - delta is nothing but their errors.
+    IS_PART: rows see other keys too, so that nothing is known about these sums, and delta stays as it is.
+    """
+    block, head, sequence = program_in_section(q_heads, first_y, first_z, right is not None, LANES)
+    packed_len, kv_head = q_len, head // group
+    batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
+    start_m = block * BLOCK_M
+    if q_starts is not None:
+        if start_m >= q_len:
+            return
+    view = View(q_len, k_len, left, right, key_lengths, key_ranges)
+    keep_row = start_m + tl.arange(0, BLOCK_M) < q_len
+    offs_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), q_len - 1)  # [BLOCK_M]
+    lo, hi = key_range(offs_m, batch, view)  # [BLOCK_M]
+    memory_row = (first_row + start_m).to(tl.int64)
+    row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
+    row_offsets = row_base + tl.arange(0, BLOCK_M)
+
+    term_offsets = terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts)
+    term_offsets = term_offsets + start_m + tl.arange(0, BLOCK_M)
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
+    exponent_term, factor = load_term(terms_ptr + 2 * term_offsets, factor, False)
+    delta = tl.load(delta_ptr + term_offsets)
+    live = exponent_term != float("-inf")
+    q = from_row(q, batch, head, memory_row, ALIGNED)
+    q_tile = load_tile(q.ptr + tile_offsets(BLOCK_M, BLOCK_D, q.s, q.d, WIDE), live, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
+    d_out = from_row(d_out, batch, head, memory_row, ALIGNED)
+    do = load_tile(d_out.ptr + tile_offsets(BLOCK_M, BLOCK_DV, d_out.s, d_out.d, WIDE), live, VALUE_DIM)
+
+    k, v = from_row(k, batch, kv_head, first_key, ALIGNED), from_row(v, batch, kv_head, first_key, ALIGNED)
+    if seen_ptr is not None:
+        seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
+    if key_size is not None:
+        key_size = tl.load(key_size + batch * (q_heads // group) + kv_head)
+    if key_scale is not None:
+        key_scale_ptr = vector_from(key_scale, batch, kv_head, 0, first_key)
+    if key_bias is not None:
+        key_bias_ptr = vector_from(key_bias, batch, kv_head, head % group, first_key)
+    kv_start, kv_end, full_start, full_end = key_bounds(
+        start_m, tl.minimum(start_m + BLOCK_M, q_len) - 1, lo, hi, batch, view, BLOCK_N, mask is not None
+    )
+
+    # SUMS: 1 adds up dS, 2 besides dX * x and P * dz/dx * x, x without the row's factor and without bias. All in fp32;
+    # these products are fma's with 0, which nothing fuses further.
+    SUMS: tl.constexpr = 2 if d_query_scale_ptr is not None else 1 if CORRECT_DELTA or key_bias is not None else 0
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    ds_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    d_factor, mean_logit = ds_sum, ds_sum
+    FIRST: tl.constexpr = 1 if INVARIANT and left is None and key_ranges is None else 0
+    MASKED_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 and not INVARIANT else BLOCK_N  # see `attention_forward`
+    for PASS in tl.static_range(FIRST, 4):
+        if PASS == AGAIN and SUMS and not IS_PART:
+            excess = tl.sum(ds_sum, 1)  # sum_j dS[i, j] - (d_lse[i] - d_sinks[i]): minus the error of delta[i]
+            if d_lse_ptr is not None:
+                excess -= tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
+            if d_sinks_ptr is not None:
+                excess += tl.load(d_sinks_ptr + row_offsets, mask=live, other=0.0)
+            delta += excess
+        if PASS == AGAIN and CORRECT_DELTA:
+            if INVARIANT:  # each row decides for itself: the others keep their sum, with probabilities of 0
+                are_few = hi - lo <= FEW_KEYS
+                dq = tl.where(are_few[:, None], 0.0, dq)
+                exponent_term = tl.where(are_few, exponent_term, float("-inf"))
+                sees = are_few & (lo < hi)
+                kv_start, kv_end = tl.min(tl.where(sees, lo, k_len), 0), tl.max(tl.where(sees, hi, 0), 0)
+            else:
+                are_few = kv_end - kv_start <= FEW_KEYS
+                dq = tl.where(are_few, 0.0, dq)
+                kv_end = tl.where(are_few, kv_end, 0)
+            full_end = full_start
+        if (PASS != UNMASKED or mask is None) and (PASS != 2 or INVARIANT) and (PASS != AGAIN or CORRECT_DELTA):
+            step = tl.arange(0, BLOCK_N if PASS == UNMASKED else MASKED_N)  # [N]
+            n_lo, n_hi, loop_start, loop_end, gap_start, gap = pass_bounds(
+                kv_start, kv_end, full_start, full_end, step.shape[0], PASS, INVARIANT
+            )
+            k_offsets = tile_offsets(step.shape[0], BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
+            v_offsets = tile_offsets(step.shape[0], BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
+            for position in tl.range(loop_start, loop_end, step.shape[0]):
+                start_n = position
+                if PASS != UNMASKED:
+                    start_n = tl.where(position >= gap_start, position + gap, position)
+                start_n = tl.multiple_of(start_n, step.shape[0])
+                offs_n = start_n + step  # [N]
+                load_key = tl.full(step.shape, 1, tl.int1)
+                if PASS != UNMASKED:
+                    load_key = (offs_n >= n_lo) & (offs_n < n_hi)
+                    if seen_ptr is not None:
+                        load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
+                k_tile = load_block(
+                    k, k_descriptor, k_offsets, batch, kv_head, first_key, start_n, load_key, HEAD_DIM, PASS
+                )  # [N, BLOCK_D]
+                v_tile = load_block(
+                    v, v_descriptor, v_offsets, batch, kv_head, first_key, start_n, load_key, VALUE_DIM, PASS
+                )  # [N, BLOCK_DV]
+                s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]
+                if key_scale is not None:
+                    of_key = tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=load_key, other=0.0)
+                    s *= of_key[None, :]
+                x, x_factor = s, factor[:, None]
+                if key_bias is not None:
+                    bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * key_bias.s
+                    bias = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]
+                    x, x_factor = fma(s, factor[:, None], bias), tl.full([BLOCK_M, 1], 1.0, tl.float32)
+                if softcap is None:
+                    exponent = fma(x, x_factor, exponent_term[:, None])
+                else:
+                    capped = soft_cap(x * x_factor, softcap)
+                    exponent = capped + exponent_term[:, None]
+                    if key_bias is not None:
+                        exponent = tl.where(bias == float("-inf"), float("-inf"), exponent)
+                p = tl.exp2(exponent)  # [BLOCK_M, N]
+                dp = tl.dot(do, v_tile.T, input_precision="ieee")  # [BLOCK_M, N]
+                if PASS != UNMASKED:
+                    p = tl.where(visible(offs_m, offs_n, lo, hi, batch, head, view, mask), p, 0.0)
+                if dropout_ptr is not None:
+                    rows, keys = (first_row + offs_m)[:, None], (first_key + offs_n)[None, :]
+                    kept = dropout_keeps(dropout_ptr, keep_from, batch * q_heads + head, rows, keys)
+                    dp = tl.where(kept, dp * keep_scale, 0.0)
+                zero = tl.zeros_like(s)
+                ds = tl.fma(p, dp - delta[:, None], zero)
+                if SUMS >= 1 and PASS != AGAIN:
+                    ds_sum += partial_sums(ds, SUM_COLUMNS)
+                if softcap is not None:
+                    slope = soft_cap_slope(capped, softcap)
+                    ds *= slope
+                    p *= slope
+                if SUMS == 2 and PASS != AGAIN:
+                    d_factor += partial_sums(tl.fma(ds, s, zero), SUM_COLUMNS)
+                    mean_logit += partial_sums(tl.fma(p, s, zero), SUM_COLUMNS)
+                if key_scale is not None:
+                    if key_size is not None:
+                        of_key *= 1.0 / key_size
+                    ds *= of_key[None, :]
+                dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+
+    dq *= scale
+    if key_size is not None:
+        dq *= key_size
+    if query_scale is not None:
+        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + tl.arange(0, BLOCK_M))
+        dq *= tl.load(scale_ptrs, mask=live, other=0.0)[:, None]
+    if SUMS == 2:
+        d_query_scale = tl.sum(d_factor, 1)
+        if not IS_PART:
+            d_query_scale = tl.fma(-excess, tl.sum(mean_logit, 1), d_query_scale)
+        tl.store(d_query_scale_ptr + row_offsets, d_query_scale * scale, mask=keep_row)
+    if SUMS:
+        gradient_term = -delta
+        if query_scale is not None and key_bias is None:
+            gradient_term *= factor
+        store_term(terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_row)
+    d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(BLOCK_M, BLOCK_D, HEAD_DIM, 1, False)
+    keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    tl.store(d_q_ptrs, dq.to(d_q_ptr.dtype.element_ty), mask=keep_q)
+
+
+KERNELS["grad_query"] = attention_grad_query
+
+
+def grad_query(
+    kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    # The pass over keys reads the corrected terms.
+    for_keys = needs.key_bias or (corrects_delta(kind.problem) and (needs.k or needs.key_scale))
+    if not (needs.q or needs.query_scale or for_keys):
+        return None, None
+    d_q = new_results(call, call.q.shape, torch.float32 if kind.problem.wide_q else call.q.dtype)
+    d_query_scale = new_results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None
+    results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": None}
+    if call.logits.key_scale is not None and call.q.dtype == torch.float16:
+        results["key_size"] = largest(seen_scales(call.logits.key_scale, call.visibility))
+    launch_kernel("grad_query", kind, call, shared | results, d_out)
+    return d_q, d_query_scale
