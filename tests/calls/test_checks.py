@@ -288,7 +288,6 @@ def _nothing_is_computed(monkeypatch):
 
     for module in (ops, sdpa, reference):
         monkeypatch.setattr(module, "attention", computed)
-    monkeypatch.setattr(ops, "decode", computed)
 
 
 def cases() -> list[tuple[str, dict, str]]:

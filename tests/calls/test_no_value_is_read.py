@@ -71,9 +71,9 @@ def calls(monkeypatch) -> list[AttentionCall]:
     """The calls that reached the operators."""
     seen, attention = [], ops.attention
 
-    def keep(call, backend, aux):
+    def keep(call):
         seen.append(call)
-        return attention(call, backend, aux)
+        return attention(call)
 
     monkeypatch.setattr(ops, "attention", keep)
     return seen

@@ -168,9 +168,12 @@ def test_keys_that_left_every_window_may_hold_anything(scaling, poison):
 
 def test_kernels_refuse_scaled_gradients_of_fp16():
     from tritonattn.calls.dispatch import _refuse_scaled_halves
-    from tritonattn.core.call import Logits
+    from tritonattn.core.call import AttentionCall, Logits
+    from tritonattn.core.visibility import Visibility
 
     q = torch.ones(1, 1, 1, 8, dtype=torch.float16, requires_grad=True)
-    _refuse_scaled_halves(q, Logits(1.0), q, q)
+    call = AttentionCall(q, q, q, Visibility.of(q, q), Logits())
+    _refuse_scaled_halves(call)
+    call.logits = Logits(query_scale=torch.ones(1, 1, 1))
     with pytest.raises(NotImplementedError, match=r"batch_invariant.*float16"):
-        _refuse_scaled_halves(q, Logits(1.0, torch.ones(1, 1, 1)), q, q)
+        _refuse_scaled_halves(call)

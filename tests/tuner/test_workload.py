@@ -6,17 +6,15 @@ import torch
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
-from tritonattn.backends.triton import device, launch
+from tritonattn.backends.triton import KERNELS, device, launch
 from tritonattn.backends.triton.compile import launch_of, specialised
 from tritonattn.core.call import ForwardResult
-from tritonattn.kernels import KERNELS
 from tritonattn.tuner import workload
-from tritonattn.tuner.static import keys
 from tritonattn.tuner.workload import Workload, checked_size, typical_size
 from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import Problem, Target, is_short
 from tritonattn.tuning.defaults import default_config
-from tritonattn.tuning.table import Key
+from tritonattn.tuning.table import Key, keys
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from tritonattn.tuner.static import keys
 from tritonattn.tuning import table
 from tritonattn.tuning.config import Problem, Target, TileConfig
-from tritonattn.tuning.table import Entry, Key, Table, TableError, read_table, write_table
+from tritonattn.tuning.table import Entry, Key, Table, TableError, keys, read_table, write_table
 
 CONFIG = TileConfig(128, 64, 8, 2)
 KEY = Key("forward", 128, "query", "long")

@@ -71,11 +71,11 @@ def is_observed() -> bool:
 
 def notify_observers(call: ObservedCall) -> None:
     """Hand a call to every observer of this thread."""
-    observers = _open_observers()
+    found = _open_observers()
     unobserved = observers.set(())
     try:
         with torch.no_grad():
-            for observer in observers:
+            for observer in found:
                 observer.function(call)
     finally:
         observers.reset(unobserved)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ class Statistics:
     computed at its first use and kept.
     """
 
-    _scan: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(prefix_sum)
-    _argmax: ClassVar[Callable[[Tensor, Tensor, Tensor], Tensor]] = staticmethod(argmax_over_ranges)
+    _scan = staticmethod(prefix_sum)
+    _argmax = staticmethod(argmax_over_ranges)
 
     _source: Tensor | Callable[[], Tensor]
     visibility: Visibility

@@ -171,7 +171,7 @@ class LayerFactor:
         call = check(AttentionCall(q, k, k, visibility, Logits(), **given), "[1, Hq, 1]")
         query = logits(call, Statistics(lambda: read.append(True) or k, visibility)).query_scale
         reads_query = query is not None and bool(query.isnan().any())
-        is_own = isinstance(call.scaling, nn.Module) or isinstance(call.gain, Tensor)
+        is_own = any(isinstance(part, (nn.Module, Tensor)) for part in (call.scaling, call.gain))
         shared = None if read or reads_query or is_own else repr((to_config(given["scaling"]), call.gain))
         return cls(call.scaling, call.gain, bool(read), shared)
 
