@@ -17,7 +17,7 @@ from tritonattn import nn
 from tritonattn.core.call import Logits
 from tritonattn.core.decode_call import Cache, DecodeCall
 from tritonattn.core.shards import whole
-from tritonattn.core.statistics import key_lengths_of
+from tritonattn.core.statistics import key_norms_of
 from tritonattn.distributed import HeadParallel
 from tritonattn.ops import attend, key_statistics
 from tritonattn.ops.decode import _Flat as FlatDecode
@@ -154,10 +154,10 @@ def operators(rank: int) -> dict[str, float]:
     for cache, placed in ((Cache(k, v, lengths), both), (Cache(*pages, lengths, table, rows), (Replicate(), Shard(2)))):
         call = DecodeCall(q[:, :, :2], cache, Logits(0.3, sinks=_random(4)))
         compared("decode", FlatDecode.of(call, "sdpa", True), [both, placed, placed], case=str(placed))
-    seen, of_keys = torch.arange(16)[None, None] < lengths[:, None, None], key_lengths_of(k)
+    seen, of_keys = torch.arange(16)[None, None] < lengths[:, None, None], key_norms_of(k)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(key_statistics, "kernels", torch_kernels)
-        compared("key_lengths", [k.requires_grad_(), seen], [both])
+        compared("key_norms", [k.requires_grad_(), seen], [both])
         compared("prefix_sums", [of_keys], [both])
         compared("argmax_over_ranges", [of_keys, torch.tensor([[[0, 3]]]), torch.tensor([[[9, 16]]])], [both])
     odd = (_random(2, n, 5, D).requires_grad_() for n in (6, 3, 3))

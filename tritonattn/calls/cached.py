@@ -1,4 +1,4 @@
-"""Attention over the keys of a KV cache: no gradients, and scales from a record of key lengths where there is one."""
+"""Attention over the keys of a KV cache: no gradients, and scales from a record of key norms where there is one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CachedKeys(NamedTuple):
     values       likewise v
     visibility   which of them each row sees
     in_pages     whether `keys` is a copy
-    record       of their lengths, or None
+    record       of their norms, or None
     width        keys that a row sees at most, or None: as of `CachedStatistics`
     """
 

@@ -148,7 +148,7 @@ def _check_statistics(statistics: Any, q: Tensor, cache: Cache) -> None:
         return
     if not isinstance(statistics, KeyStatistics):
         raise TypeError(f"statistics: expected a KeyStatistics, got {kind_of(statistics)}")
-    check_record(statistics.lengths, (cache.batch, cache.kv_heads, cache.capacity), "[B, Hkv, capacity]", q)
+    check_record(statistics.norms, (cache.batch, cache.kv_heads, cache.capacity), "[B, Hkv, capacity]", q)
     if values_are_read(statistics.counts) and values_are_read(cache.key_lengths):
         missing = statistics.counts < cache.key_lengths
         if missing.any():

@@ -104,7 +104,7 @@ def _attend(
 ) -> Tensor | tuple[Tensor, AttentionAux]:
     backend = choose_backend(q, k, v, options)
     if backend != "triton" and q.dtype.itemsize == 2 and (is_transformed() or needs_graph(q, k)):
-        q, k = q.float(), k.float()  # gradients of logits and of lengths add up before they are rounded
+        q, k = q.float(), k.float()  # gradients of logits and of norms add up before they are rounded
     dropout = Dropout.draw(options.dropout_p, q.device) if options.dropout_p > 0 else None
     sinks = sinks_of(q, options)
     if backend == "reference":

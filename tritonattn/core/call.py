@@ -47,7 +47,7 @@ class AttentionCall:
                Vectors of keys still lie along the axis of visibility.k_len. Entries outside [0, P) are not followed:
                keys and values there are zeros. No gradients.
 
-    Gradients by other ways, as through key lengths, are added to an fp32 gradient before the sum is rounded. For the
+    Gradients by other ways, as through key norms, are added to an fp32 gradient before the sum is rounded. For the
     same end q and k may hold 16-bit values in fp32 beside a 16-bit v.
     """
 

@@ -2,7 +2,7 @@
 
 `tritonattn::forward` and `tritonattn::backward` take an AttentionCall laid out flat and the name of the
 backend that runs it: "triton" (triton_backend, imported at first use) or "sdpa" (blockwise).
-`tritonattn::key_lengths`, `tritonattn::key_lengths_backward` and `tritonattn::prefix_sums` feed the scalings
+`tritonattn::key_norms`, `tritonattn::key_norms_backward` and `tritonattn::prefix_sums` feed the scalings
 that look at keys; `tritonattn::decode` is attention against a KV cache. A plain eager call runs the backend itself
 and spares the time of the dispatcher; compilers, transforms and dispatch modes see the operators.
 """

@@ -2,7 +2,7 @@
 
 from .attention import backward, forward, problem_of
 from .decode import are_few_rows, attend_few_rows, decode
-from .key_statistics import append_keys, append_to_pages, key_lengths, key_lengths_backward
+from .key_statistics import append_keys, append_to_pages, key_norms, key_norms_backward
 from .ranges import argmax_over_ranges, prefix_sums, seen_keys
 
 __all__ = [
@@ -14,8 +14,8 @@ __all__ = [
     "backward",
     "decode",
     "forward",
-    "key_lengths",
-    "key_lengths_backward",
+    "key_norms",
+    "key_norms_backward",
     "prefix_sums",
     "problem_of",
     "seen_keys",

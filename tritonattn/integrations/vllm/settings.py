@@ -150,12 +150,12 @@ def with_learned(settings: Settings, name: str, learned: dict[str, Tensor] | Non
 class LayerFactor:
     """The factor of a layer's logits, and what it takes of a call beside the numbers of visible keys.
 
-    reads_lengths   the lengths of keys
+    reads_norms   the norms of keys
     shared          a key that layers with the same factor of the same numbers have, or None
     """
 
     factor: Factor
-    reads_lengths: bool
+    reads_norms: bool
     shared: str | None
 
     @classmethod
