@@ -64,7 +64,7 @@ def by_head(case: Case) -> Iterator[Tile]:
 
 
 def in_sections(case: Case) -> Iterator[Tile]:
-    """Order tiles as the kernels do: `kernels.primitives.program_in_section`."""
+    """Order tiles as the kernels do: `kernels.block.program_in_section`."""
     size, dies = case.section, lanes(case.target)
     slots: Sequence[int] = range(size)
     if size % dies == 0:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import tritonattn
-from tritonattn.core.decode_call import Cache
+from tritonattn.calls.decode_checks import cache_operands, cache_visibility
+from tritonattn.core.call import AttentionCall, Logits
 
 from .soak_trial import Tensors, Trial
 
@@ -198,10 +199,12 @@ def _decode(source: Draw, head_dim: int) -> Trial:
 
 def _decode_with_statistics(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any) -> Any:
     """Call `attention_decode` with a record of the keys in the cache."""
-    cache = Cache(k_cache, v_cache, options["key_lengths"], options.get("block_table"))
+    lengths, table = options["key_lengths"], options.get("block_table")
+    q, k, v = cache_operands(q, k_cache, v_cache, table)
+    keys = AttentionCall(q, k, v, cache_visibility(q, k, lengths, table), Logits(), block_table=table).keys()
     dtype = torch.promote_types(q.dtype, torch.float32)
-    record = tritonattn.KeyStatistics(cache.batch, cache.kv_heads, cache.capacity, device=q.device, dtype=dtype)
-    record.append(cache.keys(), cache.key_lengths)
+    record = tritonattn.KeyStatistics(*keys.shape[:3], device=q.device, dtype=dtype)
+    record.append(keys, lengths)
     return tritonattn.attention_decode(q, k_cache, v_cache, **options, statistics=record)
 
 

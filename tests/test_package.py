@@ -104,23 +104,6 @@ def test_wheel_works_is_light_and_needs_no_triton(wheel, tmp_path):
     assert found["seconds"] < 0.3
 
 
-def test_editable_checkout_finds_its_tables_and_leaves_no_copy(build):
-    archive = zipfile.ZipFile(build("editable"))
-    (path,) = (name for name in archive.namelist() if name.endswith(".pth"))
-    assert archive.read(path).decode().split() == [str(ROOT)]
-    assert not any(name.startswith("tritonattn/") for name in archive.namelist())
-    assert cache_dir.shipped_tables() == ROOT / "autotune_cache"
-
-
-def test_missing_tables_are_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(cache_dir, "_PACKAGE", tmp_path / "tritonattn")
-    with pytest.raises(FileNotFoundError, match="got neither"):
-        cache_dir.shipped_tables()
-    for folder in (tmp_path, tmp_path / "tritonattn"):  # what lies beside an installed package is another's
-        (folder / "autotune_cache").mkdir(parents=True)
-        assert cache_dir.shipped_tables() == folder / "autotune_cache"
-
-
 @pytest.mark.parametrize(
     ("environment", "wanted"),
     [

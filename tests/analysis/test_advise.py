@@ -2,9 +2,7 @@
 
 import json
 import math
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +11,11 @@ from tests.huggingface.test_patch import state
 from tests.lab.test_demo import subject
 from tests.support.llama import ids, llama
 from tritonattn.analysis import RULES, advise, diagnose
-from tritonattn.analysis.advise import mode_of
 from tritonattn.analysis.rules import Reading
 from tritonattn.cli import main as cli
 from tritonattn.huggingface import patch
 from tritonattn.lab import demo
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENS = ids(2, 40)
 
 
@@ -81,14 +77,6 @@ def test_a_reading_is_that_of_diagnose_and_of_what_the_patch_would_do():
     assert found.after is not None
     assert found.after.max_logit == pytest.approx(float(after.max_logit.max()), rel=1e-4)
     assert found.after.relative_entropy == pytest.approx(float(after.relative_entropy.mean()), rel=1e-4)
-
-
-def test_a_patched_model_may_be_sent_back():
-    net = sharpened(1.0)
-    with patch(net, "key_norm_sum", gain=0.01) as patched:
-        advice = advise(net, TOKENS)
-        assert len(patched.layers) == 2
-    assert {(one.reading.mode, one.rule.name) for one in advice.findings} == {("key_norm_sum", "uniform")}
 
 
 def test_tensors():
@@ -212,17 +200,3 @@ def test_a_mode_heals_down_to_a_quarter_of_ill_rows():
         assert peaked.heals(HEALTHY, new) == heals, (one_hot, logit)
     modes = {None: "log_key_count(64)", 0.0: "sqrt_dim", 1.0: "log_key_count(64)", 2.0: "log_power(2, 64)"}
     assert {power: replace(HEALTHY, power=power).counted for power in modes} == modes
-
-
-def test_every_rule_names_modes_and_documents_that_exist():
-    assert len({rule.name for rule in RULES}) == len(RULES)
-    rollout = (ROOT / "docs" / "rollout.md").read_text()
-    for rule in RULES:
-        assert f"| {rule.name} | {rule.condition} |" in rollout
-        for candidate in rule.candidates:
-            mode_of(candidate.format(context=100, counted="log_key_count(10)"))
-        assert rule.evidence
-        for document in re.findall(r"(?:docs/)?[\w-]+\.md", " ".join(rule.evidence)):
-            assert (ROOT / document).is_file(), document
-        for exercise in re.findall(r"workshop\.md, exercise (\d)", " ".join(rule.evidence)):
-            assert f"\n## {exercise}. " in (ROOT / "docs" / "workshop.md").read_text()

@@ -9,7 +9,6 @@ from tests.support.masks import MASKS, visible_pairs
 from tests.support.rows import HQ, B, dense, tensors
 from tritonattn import nn
 from tritonattn.analysis import Diagnosis, diagnose
-from tritonattn.analysis import diagnosis as module
 
 BY_GAPS = ("count_power", "count_power_error")  # tests/analysis/test_gaps.py
 
@@ -62,29 +61,6 @@ def test_padding_counts_nowhere():
     assert (ours.key_count_variation == 0).all()
 
 
-def test_shares_of_peaked_and_uniform_rows():
-    q, k = tensors(4, 8)
-    q[:, :, :3] *= 1e4
-    q[:, :, 3:] *= 1e-4
-    ours = diagnose(q, k)
-    torch.testing.assert_close(ours.near_one_hot, torch.full((HQ,), 0.75).double())
-    torch.testing.assert_close(ours.near_uniform, torch.full((HQ,), 0.25).double())
-
-
-def test_arguments_are_those_of_attention():
-    q, k = tensors()
-    with pytest.raises(ValueError, match=r"scaling: expected one of .*did you mean 'sqrt_dim'"):
-        diagnose(q, k, scaling="sqrt_dims")
-    with pytest.raises(ValueError, match="key_lengths: expected values"):
-        diagnose(q, k, key_lengths=torch.tensor([1, 10]))
-    with pytest.raises(ValueError, match="k: expected a number of heads that divides"):
-        diagnose(q[:, :3], k)
-    with pytest.raises(TypeError, match="causal: expected a bool"):
-        diagnose(q, k, causal=1)
-    with pytest.raises(ValueError, match="gain: expected a shape broadcastable"):
-        diagnose(q, k, gain=torch.ones(5, 1))
-
-
 def test_a_learned_scaling_and_autocast():
     q, k = tensors(dtype=torch.float32)
     scaling = nn.PerHead("sqrt_dim", heads=HQ)
@@ -97,11 +73,3 @@ def test_a_learned_scaling_and_autocast():
         cast = diagnose(q, k)
     exact = diagnose(q.bfloat16(), k.bfloat16())
     torch.testing.assert_close(cast.gradient_norm, exact.gradient_norm)
-
-
-def test_the_table_has_a_line_a_head():
-    q, k = tensors()
-    lines = diagnose(q, k).table().splitlines()
-    assert [line.split()[0] for line in lines[-HQ:]] == [str(head) for head in range(HQ)]
-    assert {*module._HEADERS, *BY_GAPS} == {field.name for field in fields(Diagnosis)}
-    assert all("not enough rows" in line for line in lines[-HQ:])

@@ -13,7 +13,6 @@ from tests.analysis.models import DIM, Net, dense
 from tests.support.llama import HEADS, ids, llama
 from tritonattn.analysis import Monitor, Thresholds
 from tritonattn.huggingface import patch
-from tritonattn.integrations.torch_modules import replace_multihead_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*use_reentrant.*:UserWarning")
 QUIET = Thresholds(None, None, None)
@@ -260,20 +259,6 @@ def test_compiled_layers_are_all_seen_and_compiled_once(kind, backend):
     assert counter.frame_count == 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, while it compiles
-def test_a_step_that_is_compiled_with_its_monitor():
-    net, x = Net(causal=True), torch.randn(2, 9, 32)
-    with Monitor(net, every=2, thresholds=QUIET) as monitor:
-
-        @torch.compile(backend="eager")
-        def step():
-            net(x).square().mean().backward()
-            return monitor.step()
-
-        records = [step() for _ in range(4)]
-    assert [record and list(record["layers"]) for record in records] == [["attention"], None] * 2
-
-
 def test_the_compiler_is_left_as_it_was():
     """Also by Monitors that overlap, and by one that an exception ends."""
 
@@ -308,21 +293,6 @@ def test_rows_of_packed_sequences_are_no_padding_where_keys_are():
 
     x = torch.randn(9, HEADS, DIM, requires_grad=True)
     assert record_of(Packed(), lambda net: net(x).sum())["layers"]["Packed"]["rows"] == HEADS * 9
-
-
-def test_multihead_attention_of_torch():
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 4, dropout=0.0, batch_first=True)
-    net, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 7, 32)
-    padding = torch.zeros(2, 7, dtype=torch.bool)
-    padding[1, 4:] = True
-    with replace_multihead_attention(net, "log_key_count"):
-        got = record_of(net, lambda net: net(x, src_key_padding_mask=padding)[~padding].square().sum())
-        parts = [x[:1], x[1:, :4]]
-        wanted = record_of(net, *(lambda net, part=part: net(part).square().sum() for part in parts))
-    assert list(got["layers"]) == ["layers.0.self_attn", "layers.1.self_attn"]
-    for name, one in got["layers"].items():
-        close(one, wanted["layers"][name], rtol=1e-3)
 
 
 def test_another_models_attention_is_not_counted():

@@ -3,10 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from tests.analysis.models import Net
 from tests.analysis.test_monitor import QUIET, close, pytestmark, record_of
@@ -64,28 +61,6 @@ def test_a_model_that_runs_in_several_threads_counts_in_each(monkeypatch):
     assert got.keys() == wanted.keys() == {"attention"}
     assert got["attention"]["calls"] == 2
     close(got["attention"], wanted["attention"])
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_backward_in_another_thread_has_gradients(reentrant):
-    """On a GPU a thread of autograd runs checkpointed layers again."""
-
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = Net()
-
-        def forward(self, x):
-            return checkpoint(self.net, x, use_reentrant=reentrant)
-
-    net, x = Checkpointed(), torch.randn(2, 5, 32, requires_grad=True)
-    wanted = record_of(net.net, lambda net: net(x).square().sum())["layers"]["attention"]
-    with Monitor(net, every=1, thresholds=QUIET) as monitor:
-        loss = net(x).square().sum()
-        run_together(loss.backward)
-        got = monitor.step()["layers"]["net.attention"]
-    assert got["calls"] == 1
-    close(got, wanted)
 
 
 def test_a_thread_that_was_in_the_model_at_the_end_of_a_step_is_not_observed_later():

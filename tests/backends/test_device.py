@@ -203,11 +203,3 @@ def test_threads_compile_different_kernels_at_once(kernel):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(first, (K, K.float())))
     assert sorted(met) == [0, 1], "one waits for the other"
-
-
-def test_hooks_of_triton_see_launches(kernel, monkeypatch):
-    for hook in (None, lambda *_: None):
-        monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", hook)
-        device.launch_on(CUDA, kernel, (1, 1, 1), arguments(K), TILES)
-    [code] = kernel.compiled.values()
-    assert (len(code.launched), len(code.indexed)) == (0, 1)

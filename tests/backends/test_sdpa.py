@@ -11,7 +11,6 @@ from tests.support.bound import BAND, PYTORCH_GRADIENT_BAND, assert_within_bound
 from tests.support.calls import changed
 from tests.support.masks import MASKS
 from tests.support.pairs import in_turn, pairwise
-from tests.support.versions import TORCH
 from tests.support.watch import Watch
 from tritonattn.backends.cpu import sdpa
 from tritonattn.core.call import Gradients
@@ -223,35 +222,6 @@ def test_never_leaves_the_fast_kernel(layout, kv_heads, head_dims, dtype):
     assert watch.largest <= 2 * 8 * 2 * 4 * 512 * 16  # twice q in fp64: a sixteenth of the 512 * 512 pairs
 
 
-@pytest.mark.skipif(TORCH < (2, 9), reason="PyTorch's kernel takes no shared key heads")
-def test_key_heads_are_not_expanded():
-    call = make_call(torch.float32, batch=1, q_heads=32, kv_heads=1, q_len=8, k_len=512, value_dim=16)
-    with Watch() as watch:
-        run(call, output_gradients(call)[0])
-    assert watch.largest < 4 * 32 * 512 * 16 / 8
-
-
-@pytest.mark.parametrize("length", [3, 15])
-def test_logits_that_are_nan_of_finite_operands(length):
-    """Products overflow to inf - inf in one head and leave the other as it was."""
-    q, k, v = torch.randn(3, 1, 2, length, 8).unbind(0)
-    q[:, 0, :, :2] = 1e20
-    k[:, 0, :, :2] = torch.tensor([1e20, -1e20])
-    found, exact = (tritonattn.attention(q, k, v, backend=backend) for backend in ("sdpa", "reference"))
-    assert torch.equal(found.isnan(), exact.isnan())
-    assert found[:, 0].isnan().all()
-    torch.testing.assert_close(found[:, 1], exact[:, 1])
-
-
-@pairwise(dtype=[torch.float32, torch.bfloat16], name=["q", "k", "v"], step=[1, 2, 31])
-def test_rows_that_overlap(dtype, name, step):
-    """Windows that slide along a sequence, as `unfold` makes them."""
-    call = make_call(dtype, kv_heads=4, length=16, width=32, scaled=False, scale=0.25)
-    x = getattr(call, name)
-    long = torch.randn(*x.shape[:2], 15 * step + 32).to(dtype)
-    check(changed(call, **{name: long.as_strided(x.shape, (*long.stride()[:2], step, 1))}))
-
-
 @pytest.mark.parametrize(("scales", "copies"), [((), 0), (("query_scale",), 1), (("query_scale", "key_scale"), 2)])
 def test_saves_the_inputs_the_output_and_the_folded_operands(scales, copies):
     call = make_call(torch.float32, length=256, width=32, kv_heads=4, causal=True)
@@ -326,17 +296,6 @@ def test_far_off_keys_that_a_row_cannot_see_move_nothing(size, name, dtype):
     expected, found = run(call, d_out), run(changed(call, **{name: padded}), d_out)
     for result in ("out", "q", "k", "v"):
         torch.testing.assert_close(found[result][:, :, :40], expected[result][:, :, :40], msg=result)
-
-
-def test_a_gradient_of_a_scale_under_autocast():
-    call = make_call(torch.float32, length=37, causal=True)
-    d_out = output_gradients(call)[0]
-    expected = run(call, d_out)["query_scale"]
-    scale = call.logits.query_scale.requires_grad_()
-    out = sdpa.attention(call)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        [found] = torch.autograd.grad(out, scale, d_out)
-    torch.testing.assert_close(found, expected)
 
 
 def test_gradients_summed_over_many_rows():

@@ -10,7 +10,8 @@ from tests.support.calls import operands
 from tests.support.masks import MASKS
 from tritonattn.backends import reference
 from tritonattn.calls import dispatch
-from tritonattn.calls.checks import Options
+from tritonattn.core.call import AttentionCall, Logits
+from tritonattn.core.visibility import Visibility
 
 
 def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
@@ -51,7 +52,7 @@ def test_wide_heads_that_a_card_has_no_memory_for(monkeypatch):
         monkeypatch.setattr(config.Target, "of", lambda _, arch=arch: config.Target("cuda", arch))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert dispatch.choose_backend(q, k, v, Options()) == backend
+            assert dispatch.choose_backend(called(q, k, v)) == backend
         assert ["head_dim 320 of torch.float32" in str(one.message) for one in caught] == [True] * (arch == "75")
 
 
@@ -65,12 +66,17 @@ def test_a_card_whose_tensor_cores_triton_does_not_use(monkeypatch):
         dispatch._kept_obstacle_of_card.cache_clear()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert dispatch.choose_backend(q, k, v, Options()) == backend
+            assert dispatch.choose_backend(called(q, k, v)) == backend
         assert ["sm_75, for whose tensor cores" in str(one.message) for one in caught] == [True] * (arch == "75")
         if arch == "75":
             with pytest.raises(NotImplementedError, match=r"sm_75, for whose tensor cores .*'triton' does not"):
-                dispatch.choose_backend(q, k, v, Options(backend="triton"))
+                dispatch.choose_backend(called(q, k, v, backend="triton"))
     dispatch._kept_obstacle_of_card.cache_clear()
+
+
+def called(q, k, v, **options):
+    """A call of `attention` before it is run."""
+    return AttentionCall(q, k, v, Visibility.of(q, k), Logits(), **options)
 
 
 class OnGpu(torch.Tensor):
@@ -83,34 +89,32 @@ class OnGpu(torch.Tensor):
     ("installed", "dtype", "dim", "arguments", "backend", "reason"),
     [
         (True, torch.float32, 8, {}, "triton", None),
-        (True, torch.bfloat16, 256, {"causal": True, "mask": torch.ones(5, 7).bool()}, "triton", None),
+        (True, torch.bfloat16, 256, {}, "triton", None),
         (False, torch.float32, 8, {}, "sdpa", "triton is not installed"),
         (True, torch.float64, 8, {}, "sdpa", "float64"),
         (True, torch.float32, 513, {}, "sdpa", "head_dim 513"),
-        (True, torch.float16, 8, {"softcap": 1.0, "dropout_p": 0.1, "return_aux": True}, "triton", None),
-        (True, torch.float16, 8, {"sinks": torch.zeros(4)}, "triton", None),
+        (True, torch.float16, 8, {"dropout_p": 0.1, "aux": True}, "triton", None),
     ],
 )
 def test_auto_on_a_gpu(installed, dtype, dim, arguments, backend, reason, monkeypatch):
     monkeypatch.setattr(dispatch, "_HAS_TRITON", installed)
     dispatch._warn.cache_clear()
     q, k, v = (x.detach().as_subclass(OnGpu) for x in operands(dtype, dims=(dim, 8)).values())
-    options = Options(**arguments)
     if reason is None:
-        assert dispatch.choose_backend(q, k, v, options) == backend
+        assert dispatch.choose_backend(called(q, k, v, **arguments)) == backend
         return
     with pytest.warns(UserWarning, match=f"'sdpa' instead of 'triton': {reason}|{reason}"):
-        assert dispatch.choose_backend(q, k, v, options) == backend
+        assert dispatch.choose_backend(called(q, k, v, **arguments)) == backend
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
-        assert dispatch.choose_backend(q, k, v, options) == backend
+        assert dispatch.choose_backend(called(q, k, v, **arguments)) == backend
 
 
 def test_cpu_takes_sdpa(monkeypatch):
     monkeypatch.setattr(reference, "attention", None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     q, k, v = operands(torch.float32).values()
-    assert dispatch.choose_backend(q, k, v, Options()) == "sdpa"
+    assert dispatch.choose_backend(called(q, k, v)) == "sdpa"
     tritonattn.attention(q, k, v)
 
 

@@ -87,14 +87,6 @@ def test_causal_calls_of_any_length_and_number():
     assert_compiles(function, *calls, dynamic=True)
 
 
-def test_windows_of_any_length():
-    def function(q, k, v, gain, left):
-        return tritonattn.attention(q, k, v, scaling="key_norm_sum", gain=gain, window=(left, 0)).square().sum()
-
-    calls = ((operands(length=length)[:4], {"left": left}) for length, left in ((20, 2), (130, 5)))
-    assert_compiles(function, *calls, dynamic=True)
-
-
 def test_packed_sequences_of_any_lengths():
     def function(q, k, v, gain, sinks, **sequences):
         options = {"scaling": "key_count", "window": (3, 0)}
@@ -102,13 +94,6 @@ def test_packed_sequences_of_any_lengths():
 
     calls = [Packed(lengths, lengths[::-1]) for lengths in ((3, 4, 2, 5), (9, 2, 4, 4, 5, 1, 1, 3, 7))]
     assert_compiles(function, *((packed_leaves(packed), packed.arguments()) for packed in calls), dynamic=True)
-
-
-def test_one_tensor_as_every_operand():
-    def function(x):
-        return tritonattn.attention(x, x, x, scaling="key_norm_sum", window=(3, 0)).square().sum()
-
-    assert_compiles(function, ((torch.randn(1, 2, 7, 8, requires_grad=True),), {}))
 
 
 def test_one_tensor_for_both_offsets():

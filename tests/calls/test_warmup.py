@@ -19,12 +19,6 @@ def test_it_leaves_no_gradients_behind():
     assert [x.grad for x in (*scaling.parameters(), gain, sinks)] == [None] * 5
 
 
-@pytest.mark.parametrize("shapes", [[(2, 3)], [((1, 2, 3, 4), 5, 6)], [(1, 2, 3)], (1, 2, 3, 4)])
-def test_shapes_that_are_none(shapes):
-    with pytest.raises(ValueError, match="shapes: expected"):
-        warmup(shapes, device="cpu")
-
-
 def test_a_device_that_is_not_there():
     with pytest.raises(ValueError, match="device: expected one of this machine, got 'cuda:99': "):
         warmup([(1, 1, 16, 16)], device="cuda:99")

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tritonattn.cli import advise, demo, simulate, threads
-from tritonattn.cli import main as cli
+from tritonattn.cli import threads
 
 CORES = ("cpu0", "cpu1", "cpu2", "cpu3")
 
@@ -34,19 +33,3 @@ def test_as_many_threads_as_idle_cores(idle, wanted, given, monkeypatch):
     watch(monkeypatch, *idle)
     threads.limit_threads()
     assert given == [wanted]
-
-
-class Reached(Exception):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("name", "module"), [("demo", demo), ("compare", demo), ("advise", advise), ("simulate", simulate)]
-)
-def test_commands_limit_their_threads_before_they_compute(name, module, monkeypatch):
-    def limit():
-        raise Reached
-
-    monkeypatch.setattr(module, "limit_threads", limit)
-    with pytest.raises(Reached):
-        cli.main([name])

@@ -12,15 +12,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import tritonattn
-from tests.support.calls import CALLS, example, torch_kernels
+from tests.support.caches import cached_call
+from tests.support.calls import CALLS, changed, example, torch_kernels
 from tritonattn import nn
-from tritonattn.core.call import Logits
-from tritonattn.core.decode_call import Cache, DecodeCall
 from tritonattn.core.shards import whole
 from tritonattn.core.statistics import key_norms_of
 from tritonattn.distributed import HeadParallel
-from tritonattn.ops import attend, key_statistics
-from tritonattn.ops.decode import _Flat as FlatDecode
+from tritonattn.ops import key_statistics
+from tritonattn.ops.flat import flat
 
 B, HQ, HKV, S, D = 4, 8, 4, 12, 8
 PLACEMENTS = {
@@ -140,20 +139,20 @@ def operators(rank: int) -> dict[str, float]:
         pairs += [(got, want) for got, want in zip(gradients, theirs, strict=True) if want.any()]
         errors[f"{name} {case}"] = max(_error(*pair) for pair in pairs)
 
-    def flat(case: str, aux: bool = False) -> attend.FlatCall:
-        return attend.FlatCall.of(example(**CALLS[case]), "sdpa", aux, False)
+    def arguments(case: str, aux: bool = False) -> list[Any]:
+        return [*flat(changed(example(**CALLS[case]), aux=aux)), False]
 
     for case, options in CALLS.items():
         place = heads if "sequences" in options else both
-        compared("forward", flat(case), [place] * 3, alike if "dropout" in options else place, case)
-    compared("forward", flat("plain", aux=True), [both] * 3, both, "aux, with placements as before")
-    compared("forward", flat("bias"), [(Shard(2), Shard(1))] * 3, None, "redistributed")
+        compared("forward", arguments(case), [place] * 3, alike if "dropout" in options else place, case)
+    compared("forward", arguments("plain", aux=True), [both] * 3, both, "aux, with placements as before")
+    compared("forward", arguments("bias"), [(Shard(2), Shard(1))] * 3, None, "redistributed")
     q, k, v = (_random(2, n, 16, D) for n in (4, 2, 2))
     lengths, table, rows = torch.tensor([16, 5]), torch.tensor([[1], [0]], dtype=torch.int32), torch.tensor([2, 1])
     pages = [x.transpose(1, 2).contiguous() for x in (k, v)]
-    for cache, placed in ((Cache(k, v, lengths), both), (Cache(*pages, lengths, table, rows), (Replicate(), Shard(2)))):
-        call = DecodeCall(q[:, :, :2], cache, Logits(0.3, sinks=_random(4)))
-        compared("decode", FlatDecode.of(call, "sdpa", True), [both, placed, placed], case=str(placed))
+    for cache, placed in (((k, v, lengths), both), ((*pages, lengths, table, rows), (Replicate(), Shard(1)))):
+        call = cached_call(q[:, :, :2], *cache, sinks=_random(4), aux=True)
+        compared("forward", [*flat(call), False], [both, placed, placed], case=str(placed))
     seen, of_keys = torch.arange(16)[None, None] < lengths[:, None, None], key_norms_of(k)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(key_statistics, "kernels", torch_kernels)
@@ -161,7 +160,7 @@ def operators(rank: int) -> dict[str, float]:
         compared("prefix_sums", [of_keys], [both])
         compared("argmax_over_ranges", [of_keys, torch.tensor([[[0, 3]]]), torch.tensor([[[9, 16]]])], [both])
     odd = (_random(2, n, 5, D).requires_grad_() for n in (6, 3, 3))
-    compared("forward", [*odd, *flat("plain")[3:]], [both] * 3, (Shard(0), Replicate()), "3 key heads")
+    compared("forward", [*odd, *arguments("plain")[3:]], [both] * 3, (Shard(0), Replicate()), "3 key heads")
     return errors
 
 

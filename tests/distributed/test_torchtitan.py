@@ -14,7 +14,7 @@ with warnings.catch_warnings():  # torch's own, at the import of what torchtitan
     warnings.simplefilter("ignore")
     pytest.importorskip("torchtitan.models.common.attention", reason="pip install torchtitan")
 from torchtitan.config import OverrideConfig, apply_overrides
-from torchtitan.models.common.attention import ScaledDotProductAttention, VarlenAttention, VarlenMetadata
+from torchtitan.models.common.attention import ScaledDotProductAttention, VarlenAttention
 from torchtitan.models.llama3 import llama3_configs
 
 from tritonattn.core.shards import whole
@@ -66,20 +66,6 @@ def logits_alone(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """[L, vocabulary] of one document [L]."""
     lead = (ids.shape[0],) if FOLDED else (1, ids.shape[0])
     return model(ids.view(lead), positions=torch.arange(ids.shape[0]).view(lead)).flatten(0, -2)
-
-
-def test_queries_of_folded_and_of_separate_sequences():
-    attend = llama("key_norm_mean").layers["0"].attention.inner_attention
-    q, (k, v) = torch.randn(2, 6, 4, 8), torch.randn(2, 2, 6, 2, 8)
-    ends = torch.arange(0, 13, 3, dtype=torch.int32)
-    masks = VarlenMetadata(ends, ends, 3, 3)
-    seen = []
-    for transform in (None, lambda out, lse: seen.append(lse) or out):
-        batched = attend(q, k, v, attention_masks=masks, out_transform=transform)
-        folded = attend(*(x.flatten(0, 1) for x in (q, k, v)), attention_masks=masks, out_transform=transform)
-        assert torch.equal(folded.view_as(q), batched)
-    assert [x.shape for x in seen] == [(2, 6, 4), (12, 4)]
-    assert torch.equal(*(x.flatten() for x in seen))
 
 
 def test_documents_attend_as_they_do_alone():

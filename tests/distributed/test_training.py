@@ -1,6 +1,5 @@
 """A patched Llama trained by four processes has the losses of one, and its checkpoints go from world to world."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -171,23 +170,3 @@ def planned(rank: int, folder: Path) -> float:
 def test_transformers_own_plan_shards_what_is_learned(pool, tmp_path):
     pytest.importorskip("transformers.distributed.tensor_parallel")
     assert max(pool.run(planned, tmp_path)) < 5e-6
-
-
-def trained_by_trainer(rank: int, folder: Path, batch: int = 2) -> list[float]:
-    """Learned values after transformers' Trainer, by accelerate's DDP, has trained on this rank's batches."""
-    if dist.is_initialized():
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": dist.get_world_size(), "MASTER_ADDR": "localhost"}
-        os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_PORT="0")
-    options = {"max_steps": 3, "learning_rate": 10.0, "lr_scheduler_type": "constant", "optim": "sgd"}
-    options |= {"use_cpu": True, "ddp_backend": "gloo" if dist.is_initialized() else None}
-    options |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": batch}
-    model, rows = llama(), [{"input_ids": x, "labels": x} for x in tokens(batch=32)]
-    transformers.Trainer(model, transformers.TrainingArguments(str(folder), **options), train_dataset=rows).train()
-    return learned(model)
-
-
-def test_trainer_learns_what_one_process_learns(pool, tmp_path):
-    wanted = trained_by_trainer(0, tmp_path, batch=8)
-    assert max(abs(value - 1) for value in wanted) > 1e-3
-    for got in pool.run(trained_by_trainer, tmp_path):
-        assert got == pytest.approx(wanted, abs=1e-6)

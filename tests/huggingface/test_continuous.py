@@ -10,7 +10,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from tests.huggingface.architectures import ARCHITECTURES, VERSION
 from tests.huggingface.test_patch import LLAMA, state
-from tritonattn.huggingface import NAME, attention, attention_forward, patch
+from tritonattn.huggingface import NAME, attention, patch
 from tritonattn.nn import SSMax
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -88,15 +88,6 @@ def test_every_request_gets_its_tokens_alone(case, monkeypatch):
 
 
 @served
-def test_the_masks_of_sdpa_serve_too():
-    network = LLAMA.build("sdpa")
-    with patch(network, scaling="key_norm_mean"):
-        wanted = alone(network)
-        network.set_attn_implementation("sdpa")
-        assert batched(network) == wanted
-
-
-@served
 def test_a_scaling_for_all_layers_without_a_patch_and_a_manager_that_stays():
     network = LLAMA.build("sdpa")
     network.config.tritonattn = {"scaling": "log_key_count"}
@@ -125,18 +116,3 @@ def test_what_cannot_be_served_raises(monkeypatch):
     assert capped.config._attn_implementation == "eager"
     monkeypatch.setattr("transformers.integrations.sdpa_attention.repeat_kv", None)
     assert [tokens for tokens in batched(network) if tokens] == []  # nobody else's errors are raised
-
-
-@pytest.mark.skipif(VERSION >= (5, 24), reason="this version serves it")
-@pytest.mark.parametrize("layers", [None, [1]])
-def test_older_versions_refuse_by_name(layers):
-    network = LLAMA.build("sdpa")
-    with patch(network, layers=layers), pytest.raises(NotImplementedError, match=r"needs transformers 5\.24"):
-        network.generate_batch([[3, 4]], generation_config=OPTIONS)
-
-
-def test_a_call_without_ends_is_refused_by_name():
-    network, q = LLAMA.build("sdpa"), torch.randn(1, 4, 3, 8)
-    module, unread = network.model.layers[0].self_attn, torch.zeros(3, dtype=torch.int64)
-    with patch(network), pytest.raises(NotImplementedError, match="continuous batching"):
-        attention_forward(module, q, q, q, None, read_index=unread)

@@ -9,8 +9,6 @@ import pytest
 import transformers
 
 from tests.huggingface.architectures import ARCHITECTURES
-from tritonattn.huggingface import patch
-from tritonattn.nn import PerHead
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 LLAMA = ARCHITECTURES["llama"]
@@ -82,11 +80,3 @@ def test_it_is_refused_on_loading(case, saved):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert time.process_time() - begun < 2
     assert len(str(error.value)) < 500
-
-
-def test_nesting_that_could_not_be_loaded_is_refused_by_patch():
-    network, scaling = LLAMA.build(), PerHead("dim", heads=4)
-    for _ in range(8):
-        scaling = PerHead(scaling, heads=4)
-    with pytest.raises(ValueError, match="scaling: expected at most 8 scalings inside one another, got more"):
-        patch(network, scaling)

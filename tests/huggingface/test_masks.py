@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask, sliding_window_overlay
 
+from tests.support.watch import Watch
 from tritonattn.huggingface import key_range_mask
 
 BATCH = 3
@@ -97,29 +97,16 @@ def test_ranges_equal_the_dense_mask(q_length, kv_length, q_offset, kv_offset, p
         assert torch.equal(dense(ranges, kv_length), expected.expand(BATCH, 1, -1, -1)), name
 
 
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor made in this context has."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-        return result
-
-
 @pytest.mark.parametrize("padding", [None, (100, 7)])
 def test_ranges_at_64k_are_small(padding):
-    """No tensor of Q x K is made: none has more than 8 elements a token."""
+    """No tensor of Q x K is made: none has more than 8 elements of 8 bytes a token."""
     length = 65536
     for name, function in mask_functions(length, square=True).items():
         if not (name.startswith("remapped") and name.endswith("alone")):
-            with Largest() as largest:
+            with Watch() as watch:
                 ranges = key_range_mask(**arguments(length, length, padding=padding, mask_function=function))
             assert ranges.shape == (BATCH, 1, length, 2), name
-            assert largest.elements <= 8 * BATCH * length, name
+            assert watch.largest <= 8 * 8 * BATCH * length, name
 
 
 @pytest.mark.parametrize("padding", ["short", "of everything"])

@@ -5,7 +5,6 @@ import torch
 from transformers import masking_utils
 
 from tests.huggingface.architectures import ARCHITECTURES
-from tests.support.pairs import in_turn
 from tritonattn.huggingface import attention_forward, key_range_mask, patch, register
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -39,31 +38,7 @@ def spy():
     register()
 
 
-NAMES = [name for name, one in ARCHITECTURES.items() if one.exists and one.takes_padding and not one.makes_own_masks]
 CACHED = [name for name in ("llama", "mistral", "gemma3", "llama4", "phi3", "gpt_oss") if ARCHITECTURES[name].exists]
-
-
-@in_turn(name=[*NAMES, *CACHED], padding=["none", "left", "right", "holes", "left"])
-def test_masks_of_a_forward_pass(name, padding, spy):
-    architecture = ARCHITECTURES[name]
-    network = architecture.build()
-    with patch(network), torch.no_grad():
-        architecture.outputs(network, architecture.inputs(padding))
-    # BART's decoder is not padded: no mask, or one that is stated.
-    unpadded = torch.int32 if name == "nllb_moe" else None
-    assert set(spy.dtypes) <= ({torch.bool, unpadded} if padding == "holes" else {torch.int32, unpadded})
-    assert padding == "none" or spy.dtypes[0] is not None
-
-
-@in_turn(name=CACHED, padding=["none", "left"], cache=["dynamic", "static", "static"])
-def test_masks_of_caches(name, padding, cache, spy):
-    """Full, sliding and chunked layers of dynamic and static caches, past the end of the window."""
-    network, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs(padding)
-    options = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
-    with patch(network):
-        network.generate(**inputs, max_new_tokens=9, do_sample=False, **options)
-    assert len(spy.dtypes) > 1
-    assert set(spy.dtypes) <= {torch.int32, None}
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "llama4"])

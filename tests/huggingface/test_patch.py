@@ -148,11 +148,6 @@ def test_learned_scalings_start_where_the_model_was_and_learn(scaling):
         assert all(gradient.any() for gradient in torch.autograd.grad(loss, learned))
 
 
-def test_a_learned_scaling_that_is_given_keeps_its_own_start():
-    with patch(LLAMA.build(), scaling=SSMax(4, base=7)) as one:
-        assert {own.scaling.s[0].item() for own in one.layers.values()} == {SSMax(4, base=7).s[0].item()}
-
-
 def test_every_layer_has_a_scaling_and_a_gain_of_its_own():
     """Copies start from the given tensor, which does not change."""
     network, given, seen = LLAMA.build(), torch.ones(4, 1), {}
@@ -247,20 +242,6 @@ def test_models_without_the_interface_are_refused_by_name():
         patch(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model"):
         patch("llama")
-
-
-def test_the_report_names_what_cannot_be_patched():
-    network = LLAMA.build()
-
-    class OldAttention(nn.Module):
-        pass
-
-    network.model.layers[1].extra = OldAttention()
-    with patch(network) as one:
-        row = next(line for line in one.report().splitlines() if line.startswith("model.layers.1.extra"))
-    assert "left alone: takes no attention from transformers' AttentionInterface" in row
-    with pytest.raises(NotImplementedError, match=r"extra \(OldAttention\)"):
-        patch(network, layers="*.extra")
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ import torch
 import transformers
 from torch import nn
 
-import tritonattn
 from tests.huggingface.architectures import ARCHITECTURES
-from tests.huggingface.test_patch import FIRST, LLAMA, SECOND, logits
+from tests.huggingface.test_patch import LLAMA, SECOND, logits
 from tritonattn.core.visibility import Visibility
-from tritonattn.huggingface import NAME, patch, patched
+from tritonattn.huggingface import patch, patched
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -30,40 +29,6 @@ def test_a_copy_of_a_patched_model_is_its_own():
     patched(twin).undo()
     assert torch.equal(logits(twin), own)
     assert patched(network) is one
-
-
-@pytest.mark.parametrize("scalings", [("per_head", "power_law"), ("learned_cosine", tritonattn.nn.SSMax)])
-def test_learned_parameters_train_with_the_model(scalings):
-    network, ids = LLAMA.build(), LLAMA.inputs()["input_ids"]
-    before = {name for name, _ in network.named_parameters()}
-    layers = {i: {"scaling": scaling, "gain": torch.ones(4, 1)} for i, scaling in enumerate(scalings)}
-    with patch(network, layers=layers):
-        added = {name: x for name, x in network.named_parameters() if name not in before}
-        assert {name.split(".tritonattn.")[0] for name in added} == {FIRST, SECOND}
-        optimizer = torch.optim.SGD(added.values(), lr=1e-3)
-        losses = []
-        for _ in range(4):
-            optimizer.zero_grad()
-            loss = network(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert all(x.grad is not None for x in added.values() if x.requires_grad)
-        assert losses[-1] < losses[0]
-
-
-def test_dropout_of_a_training_model_is_honoured():
-    network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA.arguments, attention_dropout=0.5))
-    inputs = LLAMA.inputs()
-    with patch(network):
-        network.train()
-        torch.manual_seed(0)
-        first = logits(network, **inputs)
-        assert not torch.equal(logits(network, **inputs), first)
-        torch.manual_seed(0)
-        assert torch.equal(logits(network, **inputs), first)
-        network.eval()
-        assert torch.equal(logits(network, **inputs), logits(network, **inputs))
 
 
 @pytest.mark.parametrize("layers", [1, f"0.{SECOND}"])
@@ -124,20 +89,6 @@ def test_the_one_rule(name, scaling):
     with patch(network, scaling=scaling) as one, one.watch(compare):
         architecture.outputs(network, inputs)
     assert len(checked) >= 2
-
-
-def test_the_name_alone_works(tmp_path):
-    """set_attn_implementation and from_pretrained(attn_implementation=...), after the import."""
-    network = LLAMA.build()
-    wanted = logits(network)
-    network.set_attn_implementation(NAME)
-    got = logits(network)
-    seen = LLAMA.inputs("left")["attention_mask"].bool()
-    torch.testing.assert_close(got[seen], wanted[seen], atol=1e-3, rtol=1e-3)
-    network.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=NAME)
-    assert again.config._attn_implementation == NAME
-    assert torch.equal(logits(again.eval()), got)
 
 
 @pytest.mark.parametrize("layers", [None, [1]])

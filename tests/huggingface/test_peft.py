@@ -1,19 +1,15 @@
 """PEFT: LoRA beside a learned scaling in `modules_to_save`, trained, saved, loaded and merged."""
 
-import sys
-
 import pytest
 import torch
 
 peft = pytest.importorskip("peft")
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.huggingface.architectures import ARCHITECTURES
 from tritonattn.analysis import Monitor, Thresholds
 from tritonattn.huggingface import patch, patched
-from tritonattn.huggingface.adapters import follow_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 TOKENS = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -80,23 +76,6 @@ def test_an_adapter_is_refused_by_a_base_with_other_scalings(layers, named, tmp_
     peft.get_peft_model(model([0]), lora()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"adapter: expected learned scalings .*{named}"):
         peft.PeftModel.from_pretrained(model(layers), tmp_path)
-
-
-def test_adapters_without_scalings_load_and_fail_as_before(tmp_path):
-    plain = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    peft.get_peft_model(model([]), plain).save_pretrained(tmp_path)
-    assert torch.equal(logits(peft.PeftModel.from_pretrained(model(), tmp_path)), logits(model()))
-    weights = load_file(file := tmp_path / "adapter_model.safetensors")
-    save_file({name: x for name, x in weights.items() if "lm_head" not in name}, file)
-    with pytest.raises(KeyError, match="lm_head"):
-        peft.PeftModel.from_pretrained(model(), tmp_path)
-
-
-def test_a_broken_peft_does_not_break_the_import(tmp_path, monkeypatch):
-    (tmp_path / "peft.py").write_text("raise AttributeError('bitsandbytes')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "peft")
-    follow_adapters()
 
 
 def test_the_patch_of_a_wrapped_model_is_found_and_undone_by_an_alarm():

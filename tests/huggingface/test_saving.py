@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import nn
 from transformers import PreTrainedModel
 
 import tritonattn
@@ -219,19 +218,6 @@ def test_a_scaling_of_ones_own(tmp_path, monkeypatch):
     assert torch.equal(logits(again), wanted)
 
 
-@pytest.mark.parametrize("name", ["llama", "splinter"])
-def test_undo_leaves_nothing_in_what_is_saved(name, tmp_path):
-    network = ARCHITECTURES[name].build()
-    patch(network, scaling="ssmax")
-    network.save_pretrained(tmp_path)
-    assert "tritonattn" in (tmp_path / "config.json").read_text()
-    again = type(network).from_pretrained(tmp_path)
-    for one in (network, again):
-        patched(one).undo()
-        one.save_pretrained(tmp_path)
-        assert "tritonattn" not in (tmp_path / "config.json").read_text()
-
-
 def test_the_flat_form_of_the_config_holds_for_all_layers():
     network = LLAMA.build()
     network.set_attn_implementation("tritonattn")
@@ -244,15 +230,6 @@ def test_the_flat_form_of_the_config_holds_for_all_layers():
     network.config.tritonattn = {"scaling": "ssmax"}
     with pytest.raises(ValueError, match=r"parameters of its own.*patch"):
         logits(network)
-
-
-def test_a_config_alone_makes_a_patched_model():
-    """A patched model can be trained from scratch by its config."""
-    network = LLAMA.build()
-    patch(network, scaling="ssmax")
-    again = transformers.AutoModelForCausalLM.from_config(network.config)
-    assert {name for name, _ in again.named_parameters()} == {name for name, _ in network.named_parameters()}
-    assert isinstance(again.model.layers[0].self_attn.tritonattn.scaling.s, nn.Parameter)
 
 
 def test_weights_without_what_was_learned_are_said_and_start_anew(tmp_path):

@@ -76,44 +76,6 @@ def test_the_loaded_kernel_is_the_package(kernel, scaling):
         assert torch.equal(ours, theirs)
 
 
-def test_the_loaded_kernel_has_modules_decoding_and_operators_of_its_own(kernel):
-    layer = kernel.nn.ScaledAttention(16, 2, scaling="ssmax", causal=True)
-    with torch.no_grad():
-        x = torch.randn(1, 3, 16)
-        torch.testing.assert_close(layer(x, cache=layer.cache(1, 8)), layer(x))
-    torch._dynamo.reset()
-    q = torch.randn(1, 2, 5, 8)
-    program = torch.export.export(_Layer(kernel), (q,), strict=False)
-    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    namespace = kernel.__name__
-    assert namespace.startswith("_tritonattn_cpu_")
-    assert f"{namespace}.forward.default" in targets
-    assert not any(target.startswith("tritonattn.") for target in targets)
-
-
-class _Layer(torch.nn.Module):
-    def __init__(self, library) -> None:
-        super().__init__()
-        self.library = library
-
-    def forward(self, q):
-        return self.library.attention(q, q, q, window=(2, 1))
-
-
-def test_refusals_of_the_command(tmp_path, capsys):
-    (tmp_path / "held").write_text("something")
-    for arguments, message in {
-        (str(tmp_path),): "expected a new or empty folder",
-        (str(tmp_path / "held"),): "expected a new or empty folder",
-        (str(tmp_path / "held" / "in"),): "folder: expected a folder, got",
-        (str(tmp_path / "new"), "--repo-id", "nobody"): "--repo-id: expected OWNER/NAME, got 'nobody'",
-        (str(tmp_path / "new"), "--version", "0"): "--version: expected at least 1, got 0",
-    }.items():
-        assert cli.main(["hub-kernel", *arguments]) == 2
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
 @pytest.mark.parametrize(
     ("error", "folder"), [(KeyboardInterrupt(), "empty"), (OSError(28, "No space left on device"), "new/deep")]
 )

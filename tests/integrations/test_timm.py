@@ -7,7 +7,6 @@ timm = pytest.importorskip("timm", reason="pip install 'tritonattn[integrations]
 
 from timm.layers.attention import Attention
 
-from tritonattn import nn
 from tritonattn.integrations import timm as ours
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -57,18 +56,6 @@ def test_every_option_of_the_layer(options, fused):
     floats = torch.zeros(6, 6, dtype=torch.float64).masked_fill(hidden, -torch.inf)
     for masks in ({}, {"attn_mask": ~hidden}, {"attn_mask": floats}, {"is_causal": True}):
         torch.testing.assert_close(layer(x, **masks), theirs(x, **masks))
-
-
-def test_a_learned_scaling_a_layer():
-    made = model(attn_layer=ours.attention_layer("ssmax"))
-    names = {name for name, _ in made.named_parameters() if "scaling" in name}
-    assert names == {f"blocks.{i}.attn.scaling.{name}" for i in (0, 1) for name in "sb"}
-    plain = model()
-    made.load_state_dict(plain.state_dict(), strict=False)
-    torch.testing.assert_close(made(images()), plain(images()))
-    made(images()).square().sum().backward()
-    assert all(x.grad.ne(0).all() for x in nn.scaling_parameters(made))
-    assert len(list(nn.scaling_parameters(made))) == 4
 
 
 def test_refusals():

@@ -138,15 +138,6 @@ def test_dropout_in_training_only():
     torch.testing.assert_close(out, ours.out_proj((weights @ value).transpose(1, 2).flatten(2)))
 
 
-def test_rows_without_keys_are_zeros_not_nan():
-    _, ours = pair(batch_first=True)
-    x = tokens(N, L, E)
-    hidden = torch.ones(N, S, dtype=torch.bool)
-    for need_weights in (True, False):
-        out, _ = ours(x, x, x, key_padding_mask=hidden, need_weights=need_weights)
-        torch.testing.assert_close(out, ours.out_proj.bias.expand_as(out))
-
-
 @pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_sum"])
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_an_encoder_keeps_its_scaling_in_inference(mode, norm_first):
@@ -220,14 +211,3 @@ def test_refusals(monkeypatch):
         MultiheadAttention(E, H, scaling="power_lw")
     with pytest.raises(ValueError, match=r"model: expected one with a torch.nn.MultiheadAttention inside, got Linear"):
         replace_multihead_attention(nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("mask", [None, CAUSAL, PER_HEAD[:H]])
-def test_without_a_batch(mask):
-    theirs, ours = pair()
-    x = tokens(L, E).requires_grad_()
-    (out, weights), (expected, their_weights) = (f(x, x, x, attn_mask=mask) for f in (ours, theirs))
-    assert_same(theirs, out, expected, x)
-    torch.testing.assert_close(weights, their_weights)
-    padding = torch.tensor([False, False, True, False, True, True])
-    torch.testing.assert_close(*(f(x, x, x, key_padding_mask=padding)[0] for f in (ours, theirs)))

@@ -106,15 +106,6 @@ def test_other_modes_by_hand(kv_heads, scale, causal):
         torch.testing.assert_close(out, attention(q, *wide, scaling=mode, gain=gain, **given))
 
 
-def test_dropout_in_training_only():
-    made = model(attn_dropout=0.5)
-    expected = made(TOKENS)
-    ours.replace_attend(made)
-    torch.testing.assert_close(made(TOKENS), expected)
-    made.train()
-    assert not torch.equal(made(TOKENS), made(TOKENS))
-
-
 REFUSED = {
     "pre_softmax_talking_heads": {"attn_pre_talking_heads": True},
     "post_softmax_talking_heads": {"attn_post_talking_heads": True},

@@ -147,13 +147,6 @@ def test_a_window_of_the_last_rows_with_padding_on_the_left(scaling):
     assert all(map(torch.equal, (out, *aux), (alone, *of_alone)))
 
 
-@pytest.mark.parametrize("scaling", ["sqrt_dim", "key_norm_mean", "key_norm_max"])
-def test_key_ranges_of_no_keys(scaling):
-    q, none = torch.ones(2, 4, 3, 16), torch.ones(2, 2, 0, 16)
-    ranges = torch.zeros(2, 3, 2, dtype=torch.int64)
-    assert not tritonattn.attention(q, none, none, key_ranges=ranges, scaling=scaling, batch_invariant=True).any()
-
-
 @pytest.mark.parametrize("scaling", ["key_norm_mean", "key_norm_rms", "key_norm_max", "cosine"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
 def test_keys_that_left_every_window_may_hold_anything(scaling, poison):

@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from tests.support.bound import assert_within_bound
-from tests.support.caches import GrowingCache, sequences
+from tests.support.caches import GrowingCache, cached_call, sequences
 from tests.support.pairs import in_turn, pairwise
 from tritonattn import attention, attention_decode
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import launch
-from tritonattn.core.call import Logits
-from tritonattn.core.decode_call import Cache, DecodeCall
 
 KINDS = ("sqrt_dim", "log_key_count", "key_norm_sum", "key_norm_rms", "key_norm_max", "cosine")
 # With 16 keys a block and 4 blocks in the shortest split: up to 3 splits.
@@ -157,7 +155,7 @@ def test_wild_lengths_are_clamped(dtype, page, device):
     cache.write(48)
     table = cache.arguments().get("block_table")
     lengths = torch.tensor([-7, torch.iinfo(dtype).max], dtype=dtype, device=device)
-    call = DecodeCall(q[:, :, -1:], Cache(cache.k, cache.v, lengths, table), Logits(0.25))
+    call = cached_call(q[:, :, -1:], cache.k, cache.v, lengths, table)
     found = triton_backend.decode(call, aux=False).out
     assert (found[0] == 0).all()
     assert torch.equal(found[1], attention_decode(q[:, :, -1:], **cache.arguments(), backend="triton")[1])
@@ -174,7 +172,7 @@ def test_wild_pages_count_as_zeros(device):
     for b, number in enumerate((-1, len(cache.k))):
         table[b, 1] = number
         cache.k[cache.numbers[b, 1]] = cache.v[cache.numbers[b, 1]] = 0
-    call = DecodeCall(q[:, :, -1:], Cache(*pages, cache.lengths, table), Logits(0.25))
+    call = cached_call(q[:, :, -1:], *pages, cache.lengths, table)
     assert torch.equal(
         triton_backend.decode(call, aux=False).out,
         attention_decode(q[:, :, -1:], **cache.arguments(), backend="triton"),
@@ -189,14 +187,14 @@ def test_own_numbers_of_new_tokens(page, window, capacity, device):
     cache.write([30, 58, 3])
     counts = torch.tensor([1, 4, 0], device=device)
     table = cache.arguments().get("block_table")
-    call = DecodeCall(q[:, :, :4], Cache(cache.k, cache.v, cache.lengths, table, counts), Logits(0.25), window)
+    call = cached_call(q[:, :, :4], cache.k, cache.v, cache.lengths, table, counts, window)
     found = triton_backend.decode(call, aux=True)
     for b, count in enumerate(counts.tolist()):
         if count:
             one = slice(b, b + 1)
             keys = (cache.k, cache.v) if page else (cache.k[one], cache.v[one])
-            own = Cache(*keys, cache.lengths[one], None if table is None else table[one])
-            alone = triton_backend.decode(DecodeCall(q[one, :, :count], own, Logits(0.25), window), aux=True)
+            own = *keys, cache.lengths[one], None if table is None else table[one]
+            alone = triton_backend.decode(cached_call(q[one, :, :count], *own, left=window), aux=True)
             for x, y in zip(found, alone, strict=True):
                 torch.testing.assert_close(x[one, :, :count], y, rtol=1e-6, atol=1e-6)
         assert (found.out[b, :, count:] == 0).all()

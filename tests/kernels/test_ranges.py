@@ -6,7 +6,6 @@ from torch import Tensor
 
 from tests.support.masks import assert_rows_of_key_blocks, largest_keys, visible_pairs
 from tritonattn.backends.triton import ranges
-from tritonattn.core.decode_call import Cache
 from tritonattn.core.sequences import Sequences
 from tritonattn.core.visibility import Visibility
 
@@ -56,11 +55,11 @@ def test_torch_finds_seen_keys_of_masks_packings_and_caches(device):
     mask = torch.arange(9, device=device) % 3 == 1
     q, k = torch.empty(1, 1, 2, 16, device=device), torch.empty(1, 1, 9, 16, device=device)
     packed = Sequences(*(torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 1, 2], [0, 2, 6])), 1, 4)
-    cache = Cache(k, k, torch.tensor([5], device=device), None)
+    cache = Visibility.of_padded((1, 1, 1, 2, 9), q.device, torch.tensor([5], device=device), left=1)
     for visibility, expected in (
         (Visibility.of(q, k, mask=mask), [1, 4, 7]),
         (Visibility.of(q, k, causal=True, sequences=packed), [0, 1, 2, 3, 4, 5]),
-        (cache.visibility(q, left=1), [2, 3, 4]),
+        (cache, [2, 3, 4]),
     ):
         assert ranges.seen_keys(visibility).flatten().nonzero().flatten().tolist() == expected
 

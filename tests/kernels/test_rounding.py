@@ -7,7 +7,8 @@ triton = pytest.importorskip("triton")
 import triton.language as tl
 
 from tritonattn.core import rounding
-from tritonattn.kernels.primitives import before_rounding, lost_in_rounding
+from tritonattn.kernels.forward import lost_in_rounding
+from tritonattn.kernels.row_terms import before_rounding
 
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, 1e-45, 2.0**-126 - 2.0**-140]
 SPECIAL += [65519.0, 65520.0, -7e4, 2.0**-25, -(2.0**-24)]  # where fp16 ends

@@ -13,11 +13,9 @@ from tritonattn.cli import main as cli
 from tritonattn.huggingface import patched
 from tritonattn.lab import demo
 from tritonattn.lab.demo import measurement as measuring
-from tritonattn.lab.demo import model, recall
+from tritonattn.lab.demo import model
 from tritonattn.lab.demo.measurement import Subject
 from tritonattn.lab.demo.variants import variant
-from tritonattn.lab.training.tasks.base import Defaults
-from tritonattn.lab.training.tasks.recall import Recall
 
 MODES = "sqrt_dim,key_norm_mean,key_count,key_norm_sum,none"
 
@@ -71,24 +69,6 @@ def test_statistics_against_a_dense_computation(small):
     assert got.loss == pytest.approx(float(loss), abs=1e-5)
 
 
-def test_modes_have_bases_and_gains_as_advice_names_them(small, capsys):
-    """The model's context is 64: up to it qwen_logn of it is sqrt_dim."""
-    modes = "qwen_logn:CONTEXT,qwen_logn(64),log_key_count:9*2"
-    assert cli.main(["demo", "--modes", modes, "--max-tokens", "30"]) == 0
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
-    assert rows["qwen_logn:64"][1] == rows["qwen_logn(64)"][1] == rows["sqrt_dim"][1]
-    assert rows["log_key_count:9*2"][1] != rows["sqrt_dim"][1]
-    assert cli.main(["demo", "--modes", "key_count:4"]) == 2
-    assert "--modes: expected a base after log_key_count or qwen_logn only" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", [b"", b"a", b"\xff\xfe\xff"])
-def test_a_text_without_tokens_is_refused(small, content, tmp_path, capsys):
-    (tmp_path / "text.txt").write_bytes(content)
-    assert cli.main(["demo", "--text", str(tmp_path / "text.txt")]) == 2
-    assert "--text" in capsys.readouterr().err
-
-
 def test_compare_from_end_to_end(small, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main("compare --max-tokens 40 --modes key_count,cosine --json a.json".split()) == 0
@@ -126,24 +106,3 @@ def test_weights_are_fetched_once_after_saying_so(monkeypatch, tmp_path, capsys)
     assert model.default_weights() == file
     assert len(calls) == 1
     assert list(file.parent.iterdir()) == [file]
-
-
-def test_training_follows_the_default_modes(small, capsys, monkeypatch):
-    monkeypatch.setattr(Recall, "defaults", Defaults(learning_rate=5e-3, steps=2, batch=4))
-    monkeypatch.setattr(Recall, "lengths", (16, 32))
-    assert cli.main(["demo", "--max-tokens", "9"]) == 0
-    out = capsys.readouterr().out
-    rows = {line.split()[0]: line.split()[1:] for line in out.partition("32 keys")[2].splitlines() if line.strip()}
-    for mode in recall.MODES:
-        assert len(rows[mode]) == 2
-        assert all(0 <= float(share.rstrip("%")) <= 100 for share in rows[mode])
-    assert "Conclusion: keep sqrt_dim in a model that is trained already" in out
-    assert out.rstrip().splitlines()[-1].startswith("Next")
-
-
-def test_the_conclusion_claims_a_gain_only_where_there_is_one():
-    gain = recall.conclusion({"sqrt_dim": 0.75, "log_key_count": 0.8, "ssmax": 0.82})
-    assert "train with log_key_count or ssmax if inputs will grow longer (ssmax recalled 82%" in gain
-    none = recall.conclusion({"sqrt_dim": 0.75, "log_key_count": 0.7, "ssmax": 0.75})
-    assert "no gain" in none
-    assert "train with" not in none

@@ -1,6 +1,5 @@
 """train-compare: runs of the same weights and data in every mode, its files and tables, and docs/training.md."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +11,11 @@ pytest.importorskip("sklearn", reason="pip install 'tritonattn[lab]'")
 from scipy import stats
 
 from tritonattn.cli import main as cli
-from tritonattn.core.provenance import Environment
 from tritonattn.lab import training
-from tritonattn.lab.training import plot, report, trainer
+from tritonattn.lab.training import plot, trainer
 from tritonattn.lab.training.interval import Interval
 from tritonattn.lab.training.modes import MODES
-from tritonattn.lab.training.records import Recipe, Run, read
+from tritonattn.lab.training.records import Recipe, read
 from tritonattn.lab.training.tasks import TASKS
 from tritonattn.lab.training.trainer import Assignment, fresh_model, train
 
@@ -102,19 +100,6 @@ def test_a_table_has_each_key_once_and_is_asked_for_keys_inside_its_length():
         assert [values[row, i].item() for i in found] == batch.target[row].tolist()
 
 
-ENVIRONMENT = Environment("a processor", 1, "3.11", "2.13", "0.1.0", "abc")
-RECIPE = Recipe("adamw", 1e-2, 0.01, 3, 4)
-
-
-def a_run(mode: str = "sqrt_dim", seed: int = 0, metric: float = 0.9, **changes) -> Run:
-    origin = {"recipe": RECIPE, "environment": ENVIRONMENT, "command": "c", "date": "2026-01-01", "data": "d"}
-    curves = {"steps": [1, 2], "train_loss": [2.0, 1.0], "held_out_loss": [2.0, 1.5], "entropy": {"a": [0.9, 0.5]}}
-    curves["gradients"] = {"a qk": [0.1, 0.2], "a vo": [1.0, 1.0]}
-    outcome = {"status": "trained", "quick": False, "seconds": 1.0, "steps_to_target": 2}
-    own = Run(task="digits", mode=mode, seed=seed, metrics={"accuracy": metric}, **origin, **curves, **outcome)
-    return replace(own, **changes)
-
-
 def test_the_command_writes_everything_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     arguments = ["train-compare", "--tasks", "digits", "--modes", "sqrt_dim,power_law", "--seeds", "2", "--steps", "2"]
     arguments += ["--out", str(tmp_path)]
@@ -151,28 +136,3 @@ def test_the_interval_is_students():
     assert Interval.of([2.0]).text() == "2.000 ± ?"
     assert not Interval.of([-1.0, 3.0]).excludes_zero
     assert Interval.of([2.9, 3.0]).excludes_zero
-
-
-def test_differences_are_paired_by_seed():
-    runs = [a_run(seed=seed, metric=x) for seed, x in enumerate((0.5, 0.7, 0.9))]
-    runs += [a_run("power_law", seed, x + 0.01 + 0.001 * seed) for seed, x in enumerate((0.5, 0.7, 0.9))]
-    row = next(line for line in report.comparison(runs).splitlines() if "power_law" in line)
-    cells = [cell.strip() for cell in row.split("|")]
-    assert cells[3] == "+0.011 ± 0.002 *"
-    assert cells[2].startswith("0.711 ± ")
-
-
-@pytest.fixture
-def recorded(tmp_path, monkeypatch):
-    """A folder with the documented runs; plots are not drawn."""
-    monkeypatch.setattr(plot, "draw", lambda runs, file: file.touch())
-    return shutil.copytree(DOCS / "data" / "training", tmp_path / "lab")
-
-
-@pytest.mark.parametrize("options", [[], ["--grid"]], ids=["modes", "grid"])
-def test_the_document_has_the_tables_of_the_records(recorded, options, capsys):
-    assert cli.main(["train-compare", "--report", "--out", str(recorded), *options]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(rows) > 10
-    document = (DOCS / "training.md").read_text(encoding="utf-8")
-    assert [row for row in rows if row not in document] == []

@@ -187,17 +187,6 @@ def test_the_statistics_are_those_of_the_keys_as_stored_and_the_dtype_is_torchs(
     assert cache.k.dtype == cache.v.dtype == cache.statistics.norms.dtype == torch.float64
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_dropout_only_in_training(is_packed):
-    made, x = layer("ssmax", dropout_p=0.5), tokens()
-    packed = {"cu_seqlens": torch.tensor([0, 3, 7], dtype=torch.int32), "max_seqlen": 4} if is_packed else {}
-    x = x[0] if is_packed else x
-    torch.manual_seed(0)
-    assert not torch.equal(made(x, **packed), made(x, **packed))
-    made.eval()
-    assert torch.equal(made(x, **packed), made(x, **packed))
-
-
 def test_a_printed_layer_names_its_scaling():
     sizes = f"heads={HEADS}, kv_heads={KV}, head_dim={D}, causal=False"
     for scaling, said in ((0.5, ", scaling=0.5"), (LogKeyCount(8.0), ", scaling=LogKeyCount(base=8.0)"), ("ssmax", "")):

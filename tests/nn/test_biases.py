@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import tritonattn
 from tests.support.caches import sequences
 from tritonattn import attention, attention_decode, attention_varlen, nn
 
@@ -84,11 +83,3 @@ def test_a_layer_takes_biases_in_every_form():
         cache = layer.cache(2, 8)
         parts = [layer(part, cache=cache, key_bias=alibi(8)) for part in (x[:, :5], x[:, 5:])]
     torch.testing.assert_close(torch.cat(parts, 1), whole)
-
-
-def test_counts_of_merged_tokens():
-    """ToMe's proportional attention: m equal keys are one key with the bias ln m."""
-    q, k, v = sequences(length=6)
-    sizes = torch.tensor([1, 3, 1, 2, 1, 1])
-    every = tritonattn.attention(q, *(x.repeat_interleave(sizes, 2) for x in (k, v)))
-    torch.testing.assert_close(tritonattn.attention(q, k, v, key_bias=sizes.double().log()[None]), every)

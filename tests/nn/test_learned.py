@@ -2,12 +2,10 @@
 
 import copy
 import pickle
-import re
 
 import pytest
 import torch
 
-import tritonattn
 from tests.support.caches import GrowingCache, sequences
 from tests.support.calls import operands
 from tests.support.learned import LEARNED, learned
@@ -138,19 +136,6 @@ def test_made_by_name_and_heads(name):
             nn.LEARNED[name](**arguments)
 
 
-@pytest.mark.parametrize("name", [*nn.LEARNED, "scheduled"])
-def test_a_name_in_a_call_is_answered_with_its_constructor(name):
-    leaves = operands()
-    with pytest.raises(ValueError, match=rf"got '{name}', which is a module") as error:
-        attention(*leaves.values(), scaling=name)
-    (constructor,) = re.findall(r"scaling=(tritonattn\.nn\..*)$", str(error.value))
-    scaling = eval(constructor, {"tritonattn": tritonattn, "Hq": 4})
-    assert scaling.name == name
-    attention(*leaves.values(), scaling=scaling)
-    with pytest.raises(ValueError, match="which is a module"):
-        nn.PerHead(name, heads=4)
-
-
 @every_case
 def test_other_heads_are_refused(case):
     scaling = learned(case)
@@ -235,6 +220,6 @@ def test_scaling_parameters_are_those_of_every_scaling_once():
 
 def test_a_module_has_no_mode_s_name():
     """Two are importable by their former ones."""
-    modes = {one.__name__ for one in tritonattn.SCALINGS.values()}
+    modes = {one.__name__ for one in SCALINGS.values()}
     assert not modes & {one.__name__ for one in vars(nn).values() if isinstance(one, type)}
     assert (nn.Cosine, nn.LogPower) == (nn.LearnedCosine, nn.LearnedLogPower)

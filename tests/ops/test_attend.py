@@ -14,7 +14,8 @@ from tritonattn.backends import cpu as blockwise
 from tritonattn.core.call import ForwardResult, Gradients, Needs
 from tritonattn.core.statistics import key_norms_of
 from tritonattn.core.visibility import Visibility
-from tritonattn.ops import attend, key_statistics
+from tritonattn.ops import key_statistics
+from tritonattn.ops.flat import flat
 
 FIELDS = Gradients._fields
 
@@ -52,11 +53,11 @@ WHOLE = {
 @in_turn(case=WHOLE, aux=[False, True], keep_rounding=[False, True, True])
 def test_operators_pass_opcheck(case, aux, keep_rounding):
     call = _rounded(example(**WHOLE[case])) if keep_rounding else example(**WHOLE[case])
-    flat = attend.FlatCall.of(call, "sdpa", aux, keep_rounding)
-    opcheck(torch.ops.tritonattn.forward.default, tuple(flat))
-    detached = [x.detach() if isinstance(x, Tensor) else x for x in flat._replace(aux=False)]
-    out, lse, *_ = (x if x is None else x.detach() for x in ops.attention(call, "sdpa", False))
-    needs = [x is not None for x in flat[: len(FIELDS)]]
+    opcheck(torch.ops.tritonattn.forward.default, (*flat(changed(call, aux=aux)), keep_rounding))
+    arguments = flat(call)
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    out, lse, *_ = (x if x is None else x.detach() for x in ops.attention(call))
+    needs = [x is not None for x in arguments[: len(FIELDS)]]
     needs[1] = case != "dense"
     rounding = torch.zeros_like(out, dtype=torch.int8) if keep_rounding else None
     arguments = (*detached, out, lse, rounding, torch.ones_like(out), None, needs)
@@ -67,7 +68,7 @@ def test_operators_pass_opcheck(case, aux, keep_rounding):
 def test_the_operator_over_pages_passes_opcheck():
     k, v = (torch.randn(4, 2, 16, width, dtype=torch.float64) for width in (8, 6))
     call = changed(example(**CALLS["packed"]), k=k, v=v, block_table=torch.tensor([[1], [3], [-1]]).int())
-    opcheck(torch.ops.tritonattn.forward.default, tuple(attend.FlatCall.of(call, "sdpa", True, False)))
+    opcheck(torch.ops.tritonattn.forward.default, (*flat(changed(call, aux=True)), False))
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -76,7 +77,7 @@ def test_gradients_agree_with_finite_differences(case):
     leaves = differentiable(call)
 
     def function(*values: Tensor):
-        result = ops.attention(changed(call, **dict(zip(leaves, values, strict=True))), "sdpa", False)
+        result = ops.attention(changed(call, **dict(zip(leaves, values, strict=True))))
         return result.out, result.lse.clamp(min=-50)
 
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
@@ -86,8 +87,8 @@ def test_gradients_agree_with_finite_differences(case):
 def test_the_operator_itself_differentiates(case):
     call = _rounded(example(**CALLS[case]))
     leaves = tuple(differentiable(call).values())
-    wanted = torch.autograd.grad(loss(ops.attention(call, "sdpa", False)), leaves)
-    out, lse, *_ = torch.ops.tritonattn.forward(*attend.FlatCall.of(call, "sdpa", False, True))
+    wanted = torch.autograd.grad(loss(ops.attention(call)), leaves)
+    out, lse, *_ = torch.ops.tritonattn.forward(*flat(call), True)
     result = ForwardResult(out, lse)
     for ours, expected in zip(torch.autograd.grad(loss(result), leaves), wanted, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=0)
@@ -105,7 +106,7 @@ def test_only_gradients_that_are_asked_for_are_computed(asked, monkeypatch):
         return backward(*arguments)
 
     monkeypatch.setattr(blockwise, "backward", watched)
-    loss(ops.attention(call, "sdpa", False)).backward()
+    loss(ops.attention(call)).backward()
     assert seen == [Needs(*(name == asked for name in FIELDS))]
     assert [name for name, x in differentiable(call).items() if x.grad is not None] == [asked]
 
@@ -113,7 +114,7 @@ def test_only_gradients_that_are_asked_for_are_computed(asked, monkeypatch):
 def test_nothing_is_kept_without_gradients():
     call = example(causal=True)
     with torch.no_grad():
-        assert ops.attention(call, "sdpa", False).out.grad_fn is None
+        assert ops.attention(call).out.grad_fn is None
 
 
 @pytest.mark.parametrize("written", ["q", "k", "v", "query_scale", "key_scale", "sinks", "mask", "out"])
@@ -121,7 +122,7 @@ def test_a_saved_tensor_changed_in_place_is_noticed(written):
     call = example(mask=torch.ones(5, 7).bool(), sinks=True)
     copies = {name: x.clone() for name, x in differentiable(call).items()}
     call = changed(call, **copies)
-    result = ops.attention(call, "sdpa", False)
+    result = ops.attention(call)
     objective = loss(result)
     tensor = {"mask": call.visibility.mask, "out": result.out}.get(written)
     tensor = copies[written] if tensor is None else tensor
@@ -136,9 +137,9 @@ def test_forward_mode_is_refused():
     call = example()
     tangent = torch.ones_like(call.q)
     with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda q: ops.attention(changed(call, q=q), "sdpa", False).out, (call.q,), (tangent,))
+        torch.func.jvp(lambda q: ops.attention(changed(call, q=q)).out, (call.q,), (tangent,))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        ops.attention(changed(call, q=forward_ad.make_dual(call.q.detach(), tangent)), "sdpa", False)
+        ops.attention(changed(call, q=forward_ad.make_dual(call.q.detach(), tangent)))
 
 
 # The pass over the keys, with torch in the kernels' place.
@@ -161,18 +162,6 @@ def test_key_norms_pass_opcheck():
     opcheck(torch.ops.tritonattn.prefix_sums.default, (norms,))
     lo, hi = torch.tensor([[[0, 2, 5]], [[1, 1, 0]]]), torch.tensor([[[7, 4, 5]], [[7, 2, 0]]])
     opcheck(torch.ops.tritonattn.argmax_over_ranges.default, (norms, lo, hi))
-
-
-def test_lse_alone_has_a_gradient():
-    call = example(causal=True)
-    leaves = tuple(differentiable(call).values())
-    alone = torch.autograd.grad(ops.attention(call, "sdpa", False).lse.clamp(min=-50).sum(), leaves)
-    result = ops.attention(call, "sdpa", False)
-    both = torch.autograd.grad(result.lse.clamp(min=-50).sum() + 0 * result.out.sum(), leaves)
-    for ours, expected in zip(alone, both, strict=True):
-        torch.testing.assert_close(ours, expected)
-    assert not alone[FIELDS.index("v")].any()
-    assert alone[FIELDS.index("q")].any()
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own

@@ -1,17 +1,15 @@
-"""tritonattn::decode under opcheck, torch.compile, torch.func and fake tensors; and the pages that it needs."""
+"""Calls over a cache as an operator: under opcheck, torch.compile and fake tensors; and the pages that it needs."""
 
 import pytest
 import torch
 from torch.library import opcheck
 
 import tritonattn
-from tests.support.caches import GrowingCache, sequences
+from tests.support.caches import GrowingCache, cached_call, sequences
 from tests.support.pairs import in_turn
 from tests.support.watch import Watch
 from tritonattn import KeyStatistics, attention_decode, ops
-from tritonattn.core.call import Logits
-from tritonattn.core.decode_call import Cache, DecodeCall
-from tritonattn.ops.decode import _Flat
+from tritonattn.ops.flat import flat
 
 pytestmark = [  # torch's own, while it traces and compiles
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -26,12 +24,11 @@ def _grown(page=None, dtype=torch.float32, statistics=True):
     return cache.newest(q, 3), cache
 
 
-def _call(page, **options) -> DecodeCall:
+def _call(page, **options):
     query, cache = _grown(page)
-    arguments = cache.arguments()
-    record = Cache(arguments["k_cache"], arguments["v_cache"], arguments["key_lengths"], arguments.get("block_table"))
-    left = options.pop("left", None)
-    return DecodeCall(query, record, Logits(0.3, **options), left)
+    given = cache.arguments()
+    record = given["k_cache"], given["v_cache"], given["key_lengths"], given.get("block_table")
+    return cached_call(query, *record, **options)
 
 
 OPTIONS = {
@@ -48,15 +45,7 @@ OPTIONS = {
 
 @in_turn(options=OPTIONS, page=[None, None, 16], aux=[False, True, True])
 def test_opcheck(options, page, aux):
-    opcheck(torch.ops.tritonattn.decode.default, tuple(_Flat.of(_call(page, **OPTIONS[options]), "sdpa", aux)))
-
-
-def test_compile_in_one_graph():
-    query, cache = _grown(16, statistics=False)
-    arguments = {"scaling": "key_norm_max", "window": (12, None), "return_aux": True, **cache.arguments()}
-    torch._dynamo.reset()
-    found = torch.compile(attention_decode, fullgraph=True, backend="aot_eager")(query, **arguments)
-    torch.testing.assert_close(found, attention_decode(query, **arguments))
+    opcheck(torch.ops.tritonattn.forward.default, (*flat(_call(page, **OPTIONS[options], aux=aux)), False))
 
 
 def test_a_compiled_step_appends_and_decodes_without_recompiling():
@@ -95,7 +84,7 @@ def test_a_step_with_statistics_copies_no_cache(scaling):
     with Watch() as watch:
         attention_decode(query, **arguments, scaling=scaling)
     gathered = 2 * 2 * cache.capacity * query.shape[3] * 4
-    assert watch.calls["tritonattn::decode"] == 1
+    assert watch.calls["tritonattn::forward"] == 1
     assert watch.largest < gathered
 
 
@@ -116,25 +105,15 @@ def test_a_scaling_with_a_parameter_is_refused_while_gradients_are_recorded():
 
 def test_lengths_and_pages_that_are_not_read_are_clamped():
     """As on a GPU: through the operator, below the checks."""
-    call = _call(16)
-    cache = call.cache
-    wild = Cache(cache.k, cache.v, torch.tensor([-5, 1 << 40]), torch.full_like(cache.block_table, 1 << 30))
-    out = ops.decode(DecodeCall(call.q, wild, Logits(0.3)), "sdpa", aux=False).out
+    query, cache = _grown(16)
+    lengths, table = torch.tensor([-5, 1 << 40]), cache.arguments()["block_table"]
+    out = ops.attention(cached_call(query, cache.k, cache.v, lengths, torch.full_like(table, 1 << 30))).out
     assert (out == 0).all()  # no keys; and keys and values of zeros
     query, cache = _grown()
     keys, values = (x.nan_to_num(0.5) for x in (cache.k, cache.v))
-    lengths = torch.tensor([-5, 1 << 40])
-    found = ops.decode(DecodeCall(query, Cache(keys, values, lengths), Logits(0.3), left=6), "sdpa", aux=False).out
-    expected = attention_decode(query, keys, values, key_lengths=torch.tensor([0, 24]), scaling=0.3, window=(6, None))
+    found = ops.attention(cached_call(query, keys, values, lengths, left=6)).out
+    expected = attention_decode(query, keys, values, key_lengths=torch.tensor([0, 24]), scaling=0.25, window=(6, None))
     torch.testing.assert_close(found, expected)
-
-
-def test_empty_batches():
-    q, k, v = sequences(batch=0)
-    cache = GrowingCache(k, v, 24, statistics=True)
-    for backend in ("auto", "reference"):
-        found = attention_decode(q[:, :, :2], **cache.arguments(), scaling="key_norm_mean", backend=backend)
-        assert found.shape == (0, 4, 2, 6)
 
 
 def test_pages_that_no_row_looks_into_may_be_given_away():

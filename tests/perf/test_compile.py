@@ -5,7 +5,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 from perf import compile as ahead
-from perf.__main__ import main
 from tests.support.shells import leave_bodies_out
 from tests.support.versions import skip_without_stub
 from tritonattn.backends.triton import launch
@@ -37,18 +36,3 @@ def test_launches_find_their_code(tmp_path, monkeypatch):
         call()
     assert len({one.kernel.hash for one in launches}) == number
     assert all(hits)
-
-
-def test_every_call_of_the_sweeps_can_be_recorded(monkeypatch):
-    names = set()
-    monkeypatch.setattr(launch, "run", lambda kernel, grid, arguments, config: names.add(kernel.__name__))
-    monkeypatch.setattr(launch, "config_for", ahead.CONFIGS[None])
-    for scaling in ("sqrt_dim", "key_norm_mean"):
-        ahead._dense(64, 64, True, scaling)
-        ahead._decode(scaling)
-    assert {"attention_forward", "attention_grad_query", "attention_decode", "combine_splits", "key_lengths"} <= names
-
-
-def test_without_a_gpu():
-    with pytest.raises(SystemExit, match="torch sees no GPU; --target compiles for a card that is not here"):
-        main(["compile"])

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 from perf import contest
-from perf.attention_cases import PEERS, Case
+from perf.attention_cases import Case
 from perf.check import judge
 from perf.contest import Contest, Effort, Entrant, Verdict
 from perf.decode_cases import DecodeCase
@@ -104,23 +104,39 @@ def statuses(case):
     return {record.contestant: record.status for record in case.contest().run(TWICE, HERE)}
 
 
-@pytest.mark.parametrize("passes", ["forward", "forward+backward", "backward"])
-def test_the_last_head_of_the_last_sequence_is_checked(passes, monkeypatch):
-    sdpa = PEERS["sdpa"]
-    monkeypatch.setitem(PEERS, "sdpa", replace(sdpa, build=lambda problem: spoil(sdpa.build(problem), -1, -1)))
-    who = (("tritonattn", "dim"), ("sdpa", "dim"), ("eager", "dim"))
-    case = Case("forward", Shape(2, 2, 2, 9, 9, 8, causal=True), "fp32", passes, who, CPU, "sdpa")
-    assert statuses(case) == {"tritonattn dim": "measured", "sdpa dim": "wrong", "eager dim": "measured"}
+WHO = (("tritonattn", "dim"), ("sdpa", "dim"))
+BATCH = Case(
+    "forward",
+    Shape(2, 2, 2, 9, 9, 8, causal=True),
+    "fp32",
+    "backward",
+    (("tritonattn", "dim"), ("sdpa", "dim")),
+    CPU,
+    "sdpa",
+)
+PACKED = VarlenCase((3, 9), 2, 8, "fp32", "forward+backward", "key_norm_mean", ("sdpa",), CPU, "sdpa")
+DECODING, PAGED = (
+    DecodeCase(Shape(2, 4, 2, 1, 16, 8, causal=False), "fp32", paged, "dim", (), CPU, "sdpa") for paged in (False, True)
+)
 
 
-@pytest.mark.parametrize("place", [(slice(3), 0), (slice(3, None), -1)])  # in the first sequence, and in the last
-def test_the_first_and_the_last_packed_sequence_are_checked(place, monkeypatch):
-    case = VarlenCase((3, 9), 2, 8, "fp32", "forward+backward", "key_norm_mean", ("sdpa",), CPU, "sdpa")
-    right = VarlenCase._ours
-    monkeypatch.setattr(VarlenCase, "_ours", lambda self: spoil(right(self), *place))
+@pytest.mark.parametrize(
+    ("case", "place"),
+    [
+        (BATCH, (-1, -1)),
+        (replace(BATCH, passes="forward+backward"), (-1, -1)),
+        (PACKED, (slice(3), 0)),
+        (PACKED, (slice(3, None), -1)),
+        (DECODING, (0, 0)),
+        (PAGED, (-1, -1)),
+    ],
+)
+def test_the_first_and_the_last_head_and_sequence_are_checked(case, place, monkeypatch):
+    right = type(case)._ours
+    monkeypatch.setattr(type(case), "_ours", lambda self, *options: spoil(right(self, *options), *place))
     found = statuses(case)
-    assert found["tritonattn key_norm_mean"] == "wrong"
-    assert found["tritonattn padded key_norm_mean"] == found["sdpa key_norm_mean"] == "measured"
+    assert found.pop(f"tritonattn {'key_norm_mean' if case is PACKED else 'dim'}") == "wrong"
+    assert set(found.values()) == {"measured"}
 
 
 @pytest.mark.parametrize(("name", "status"), [("peer", "skipped"), ("ours", "failed")])
@@ -142,12 +158,3 @@ def test_who_raises_in_the_midst_of_the_rounds_is_named_and_the_others_are_timed
         assert bad.reason == "when all take turns: OutOfMemoryError: CUDA out of memory."
     else:
         assert "Traceback" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("place", [0, -1])
-def test_the_first_and_the_last_head_of_a_decoding_step_are_checked(place, paged, monkeypatch):
-    case = DecodeCase(Shape(2, 4, 2, 1, 16, 8, causal=False), "fp32", paged, "dim", (), CPU, "sdpa")
-    right = DecodeCase._ours
-    monkeypatch.setattr(DecodeCase, "_ours", lambda self, counted: spoil(right(self, counted), place, place))
-    assert statuses(case) == {"copy": "measured", "tritonattn dim": "wrong"}

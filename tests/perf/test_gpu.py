@@ -1,11 +1,8 @@
 """`python -m perf gpu` on a stub driver: its first phase, the order and time of all, and what follows a failure."""
 
-import ast
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -24,10 +21,6 @@ PYTHON = {"fails": "raise SystemExit(3)", "works": "print('worked')", "hangs": "
 
 def phase(name, share=1.0, **options):
     return gpu.Phase(name, ("-c", PYTHON[name]), share, **options)
-
-
-def names(device):
-    return [one.name for one in gpu.phases(device, gpu.ROOT / "out", "tests/kernels")]
 
 
 def test_the_first_phase(tmp_path, monkeypatch, capsys):
@@ -97,14 +90,6 @@ def test_a_phase_that_fails_is_reported_and_the_next_one_runs(required, tmp_path
     assert required or "worked" in (tmp_path / "works.log").read_text()
 
 
-def test_the_budgets_of_the_readme_are_those_of_the_shares():
-    text = (gpu.ROOT / "perf" / "README.md").read_text()
-    chosen = gpu.phases("cuda", gpu.ROOT / "out", "tests/kernels")
-    columns = [gpu.budget(chosen, minutes) for minutes in (10, 20, 40)]
-    for name in columns[0]:
-        assert f"| {name} | {' | '.join(str(column[name]) for column in columns)} |" in text
-
-
 def test_a_phase_that_hangs_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_SECONDS_OF_BRIEF", 1.0)
     found = gpu.run_all([phase("hangs"), phase("works", share=0.0)], tmp_path, gpu._SECONDS_TO_STOP + 2.0)
@@ -112,25 +97,6 @@ def test_a_phase_that_hangs_is_stopped(tmp_path, monkeypatch):
     said = phase("hangs", failure=r"^\$ .*sleep\(\d+\)")  # which is in its log, as its command
     found = gpu.run_all([said], tmp_path, gpu._SECONDS_TO_STOP + 1.0)
     assert found[0].status == "failed"
-
-
-PRESENT = {*sys.stdlib_module_names, "torch", "triton", "numpy", "pytest", "_pytest", "tqdm", "matplotlib"}
-ELSEWHERE = {"monitor.py", "codegen.py", "llama.py"}  # which no phase needs
-
-
-@pytest.mark.parametrize("folder", ["perf", "tests/invariance", "tests/kernels", "tests/support"])
-def test_nothing_is_imported_that_a_gpu_machine_lacks(folder):
-    """Unless inside of a function, after a `try`, or after pytest.importorskip."""
-    missing = []
-    for path in sorted((gpu.ROOT / folder).glob("*.py")):
-        for node in ast.parse(path.read_text()).body if path.name not in ELSEWHERE else ():
-            if "importorskip" in ast.unparse(node):
-                break
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            own = {"tritonattn", "tests", "perf"}
-            missing += [f"{path.name}: {name}" for name in names if name.partition(".")[0] not in PRESENT | own]
-    assert missing == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -160,78 +126,3 @@ def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch, c
     assert re.search(r"gpu: stopped: .* the same command goes on", capsys.readouterr().err)
     assert [process.poll() is not None for process in begun] == [True, True]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-@pytest.mark.parametrize("minutes", [1.5, 10])
-def test_phases_that_all_take_the_most_have_ended_in_time(minutes, tmp_path, monkeypatch):
-    now, run = [1000.0], []
-
-    def execute(one, out, seconds, grace):
-        run.append(one.name)
-        now[0] += gpu._SECONDS_OF_BRIEF if one.share == 0 else seconds + grace + gpu._SECONDS_TO_STOP
-        return gpu.Outcome(one, "out of time", 0.0)
-
-    monkeypatch.setattr(gpu, "execute", execute)
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
-    gpu.run_all(gpu.phases("cuda", tmp_path, "tests/kernels"), tmp_path, 60 * minutes)
-    assert run[-2:] == ["report", "plots"]
-    assert len(run) >= 4
-    assert now[0] <= 1000 + 60 * minutes
-
-
-@pytest.mark.parametrize("name", ["tuning", "forward"])
-def test_a_phase_that_ends_itself_before_all_is_done_is_out_of_time(name, tmp_path):
-    """By text that the commands' sources have."""
-    [one] = [one for one in gpu.phases("cuda", tmp_path, "tests/kernels") if one.name == name]
-    source = "tritonattn/tuner/tune.py" if name == "tuning" else "perf/run_suites.py"
-    assert one.cut in (gpu.ROOT / source).read_text()
-    found = gpu.run_all([phase("works", cut="worked"), phase("works", cut=one.cut)], tmp_path, 60.0)
-    assert [outcome.status for outcome in found] == ["out of time", "done"]
-
-
-def test_phases_are_in_the_order_of_proof_for_its_minutes():
-    wanted = (
-        "environment preflight stages compile ceilings correctness soak invariance forward backward decode dims tuning"
-    )
-    wanted += " overhead consan memcheck racecheck synccheck report plots"
-    assert names("cuda") == names("emulate") == wanted.split()
-
-
-def test_phases_that_the_machine_lacks_the_means_for_are_named(tmp_path, monkeypatch, capsys):
-    for name, value in (("PATH", "/none"), ("CUDA_HOME", "/none")):
-        monkeypatch.setenv(name, value)
-    main(["gpu", "--device", "emulate", "--minutes", "1", "--out", str(tmp_path), "--phases", "consan,memcheck"])
-    consan, memcheck = capsys.readouterr().out.splitlines()
-    assert consan == "consan: left out: this triton has no consan for this device"
-    assert memcheck.startswith("memcheck: left out: compute-sanitizer is neither on PATH nor in $CUDA_HOME/bin")
-    assert (tmp_path / "phases.txt").read_text().splitlines() == [consan, memcheck]
-    assert not (tmp_path / "done.txt").exists()
-
-
-TESTS = """
-import pytest
-{imported}
-@pytest.fixture
-def broken(): raise OSError
-def test_errors({fixture}): {body}
-"""
-
-
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
-        ({}, None),
-        ({"body": "assert 0"}, "::test_errors FAILED"),
-        ({"fixture": "broken"}, "::test_errors ERROR"),
-        ({"imported": "import nothing_of_this_name"}, "collected 0 items / 1 error"),
-    ],
-)
-def test_failures_and_errors_of_tests_show_in_the_log_of_correctness(change, line, tmp_path):
-    """Which is all there is where its time ran out."""
-    (tmp_path / "test_it.py").write_text(TESTS.format(**{"imported": "", "fixture": "", "body": "pass"} | change))
-    command = (sys.executable, "-m", "pytest", "-v", "--tb=no", "-p", "no:cacheprovider", "--rootdir=.", "test_it.py")
-    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    log = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False).stdout
-    [correctness] = [one for one in gpu.phases("cuda", tmp_path, "tests/kernels") if one.name == "correctness"]
-    found = [said for said in log.splitlines() if re.search(correctness.failure, said)]
-    assert (line in found[0]) if line else found == []

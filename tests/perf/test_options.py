@@ -42,6 +42,7 @@ WHOLE = "expected a whole number from 1 up, got '0'"
         ),
         ("gpu --minutes 1 --out {folder}", "gpu: device cuda: torch sees no GPU; --device emulate rehearses"),
         ("sweep --device cuda", "sweep: device cuda: torch sees no GPU"),
+        ("compile", "torch sees no GPU; --target compiles for a card that is not here"),
         ("sweep --device interpret", "sweep: kernels run .*: set TRITON_INTERPRET=1"),
         ("soak --device cuda", "soak: device cuda: torch sees no GPU"),
         ("soak --device cpu", "soak: .*TRITON_INTERPRET=1"),

@@ -12,12 +12,11 @@ pytest.importorskip("triton")
 import tritonattn
 from perf import peers
 from perf.attention_cases import Case
-from perf.check import Question
 from perf.contest import Effort
 from perf.recipes import rows_of
 from perf.work import Shape
 from tests.support.pairs import in_turn
-from tritonattn.calls.factor import Factor
+from tritonattn.calls import dispatch, logits
 
 from .commands import CPU, HERE, statuses
 
@@ -67,38 +66,21 @@ def test_packages_of_gpus(causal, installed):
     assert statuses(wide)["flash-attn-3 dim"] == ("skipped", "takes float16 and bfloat16, not float32")
 
 
-@in_turn(rounding=["P", "operands", "logits"], block=[0, 1, 5])
-def test_blocks_of_rows_change_nothing(rounding, block, monkeypatch):
-    """The reference in blocks is the reference, and no eager computation is far from it."""
-    random = torch.Generator().manual_seed(0)
-    q, k, v, d_out = (torch.randn(1, 1, 23, 8, generator=random) for _ in range(4))
-    question = Question(q, k, v, d_out, causal=True)
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    out = tritonattn.attention(*leaves, scaling="key_norm_mean", causal=True, backend="reference")
-    wanted = [out, *torch.autograd.grad(out, leaves, d_out.double())]
-    monkeypatch.setattr("perf.check._LOGITS", block * 23)
-    for found, exact in zip(question.exact("key_norm_mean").values(), wanted, strict=True):
-        torch.testing.assert_close(found, exact.detach())
-    for found, exact in zip(question.eager("key_norm_mean", rounding).values(), wanted, strict=True):
-        torch.testing.assert_close(found.double(), exact.detach(), rtol=1e-4, atol=1e-5)
-
-
 @in_turn(scaling=["sqrt_dim", "key_norm_mean", "cosine"], dtype=["fp32", "bf16"])
 def test_the_package_is_not_its_own_judge(monkeypatch, scaling, dtype):
     """Logits that are 3% off on every backend are found, and torch's own are not."""
-    right = Factor.scales, Factor.dense
+    right = logits.scales_of, logits.dense
 
-    def scales(self, *arguments):
-        found = right[0](self, *arguments)
+    def scales_of(*arguments):
+        found = right[0](*arguments)
         return replace(found, constant=1.03 * found.constant)
 
-    monkeypatch.setattr(Factor, "scales", scales)
-
-    def dense(self, *arguments):
-        multiplier, bias = right[1](self, *arguments)
+    def dense(call):
+        multiplier, bias = right[1](call)
         return 1.03 * multiplier, bias
 
-    monkeypatch.setattr(Factor, "dense", dense)
+    monkeypatch.setattr(logits, "scales_of", scales_of)
+    monkeypatch.setattr(dispatch, "dense", dense)
     who = (("tritonattn", scaling), ("sdpa", "sqrt_dim"), ("eager", scaling))
     shape = Shape(1, 2, 2, 48, 48, 16, causal=True)
     for passes in ("forward", "backward"):

@@ -1,7 +1,6 @@
 """`python -m perf ptxas` with the ptxas that Triton brings, under two names."""
 
 import json
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,8 @@ import pytest
 triton = pytest.importorskip("triton")
 from perf import ptxas
 from perf.__main__ import main
-from tests.support.versions import OLDER_TRITON
-from tritonattn.tuning.ptxas import ptxas_version
 
 OWN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-
-
-def test_every_kernel_is_assembled():
-    kernels = {case.kernel for case in ptxas.all_cases(("sm_90",), (64,))}
-    assert kernels == set(ptxas.KERNELS)
-
-
-@pytest.mark.skipif(OLDER_TRITON, reason="the quickstart names the versions of this one")
-@pytest.mark.parametrize(("row", "capability"), [("8.0 to 8.9", 89), ("9.0 and above", 90)])
-def test_the_quickstart_names_the_versions(row, capability):
-    text = (Path(__file__).resolve().parents[2] / "docs" / "quickstart.md").read_text()
-    release = ".".join(ptxas_version(capability).split(".")[:2])
-    assert re.search(rf"\| {re.escape(row)} [^|]*\| {re.escape(release)} \|", text)
 
 
 def test_releases_side_by_side(tmp_path, monkeypatch, capsys):

@@ -1,23 +1,20 @@
 """The replay of loops: each mechanism by itself, what listings say, and times that others published."""
 
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 from perf.__main__ import main
-from perf.replay import command, kernel, times
+from perf.replay import command, times
 from perf.replay.control import Control, decode, parse_with_controls
-from perf.replay.exposed import Flight, bounded_clocks, flight
-from perf.replay.loops import HotLoop, loop_body, tensor_spans
+from perf.replay.exposed import Flight, flight
+from perf.replay.loops import loop_body, tensor_spans
 from perf.replay.operations import Operation, operations
 from perf.replay.parameters import PARAMETERS
 from perf.replay.scheduler import Deadlock, Scheduler, Timeline, Warps
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
-from tritonattn.tuner.machine_code import MmaLoop
-from tritonattn.tuner.model import RATES
 from tritonattn.tuning import Target, compile_kernel
 from tritonattn.tuning.config import TileConfig
 
@@ -88,33 +85,28 @@ def test_a_listing_in_operations():
     assert (copy.act, copy.amount) == ("copy", 4 * 32 * 16)
 
 
-def test_a_listing_without_a_code_is_refused():
-    with pytest.raises(ValueError, match="listing: expected 11 control codes, got 10"):
-        parse_with_controls(listing().rpartition("/* 0x")[0])
-
-
 # ---- Mechanisms. A loop ends with 12 clocks of its back edge.
 
 
-def test_a_result_is_waited_for_by_its_scoreboard():
-    load = step("memory", turn=4, latency=29, writes=2)
-    found = timeline(load, step("fp32", turn=1, stall=4, waits=(2,)))
-    assert found.clocks == 29 + 4 + 12
-    assert found.waits["scoreboard"] == pytest.approx(28 / 45)
+PRODUCT = step("wgmma", "product", turn=128, amount=1)
+BARRIER = [step(act="barrier"), step()]
+MECHANISMS = {
+    "scoreboard": ([step("memory", turn=4, latency=29, writes=2), step("fp32", turn=1, stall=4, waits=(2,))], {}, 45),
+    "wgmma": (10 * [PRODUCT], {}, 10 * 128),
+    "products": ([PRODUCT, step(act="product wait")], {}, 17 + 128 + 65 + 1 + 12),
+    "all but a group of products": ([PRODUCT, step(act="product wait", amount=1)], {}, 128),
+    "barrier": (BARRIER, {"each": 2}, 1 + 30 + 1 + 1 + 12),
+    "barrier of another program": (BARRIER, {"programs": 2}, 30 + 1 + 1 + 12),
+    "turn": ([step(act="turn"), step("wgmma", "product", turn=20), step(act="pass"), step("fp32")], {"each": 2}, 64),
+}
 
 
-def test_products_run_behind_one_another_and_their_queue_fills():
-    found = timeline(*[step("wgmma", "product", turn=128) for _ in range(10)])
-    assert found.clocks == 10 * 128
-    assert found.waits["wgmma"] > 0.9
-
-
-def test_a_wait_for_products_lets_as_many_groups_run():
-    product = step("wgmma", "product", turn=128, amount=1)
-    every = timeline(product, step(act="product wait"))
-    assert every.clocks == 17 + 128 + 65 + 1 + 12
-    assert every.waits["products"] > 0.9
-    assert timeline(product, step(act="product wait", amount=1)).clocks == 128
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_clocks_of_a_loop_and_its_longest_wait(name):
+    loop, warps, clocks = MECHANISMS[name]
+    found = timeline(*loop, **warps)
+    assert found.clocks == clocks
+    assert " " in name or max(found.waits, key=found.waits.get) == name
 
 
 def test_exponentials_take_longer_beside_products():
@@ -123,23 +115,6 @@ def test_exponentials_take_longer_beside_products():
     assert timeline(step("wgmma", "product", turn=191), *exponentials).clocks == 16 * 12
     half = timeline(step("wgmma", "product", turn=103), *exponentials)  # 17 clocks until it starts: 120 in all
     assert half.clocks == pytest.approx(10 * 12 + 6 * 8, abs=8)
-
-
-def test_a_barrier_waits_for_every_warp_of_its_program_alone():
-    loop = (step(act="barrier"), step())
-    assert timeline(*loop).clocks == 30 + 1 + 1 + 12
-    together = timeline(*loop, each=2)
-    assert together.clocks == 1 + 30 + 1 + 1 + 12
-    assert together.waits["barrier"] > 0.6
-    assert timeline(*loop, programs=2).clocks == 30 + 1 + 1 + 12
-
-
-def test_warpgroups_take_turns():
-    """The second of two holds its products back until the first passes its turn on."""
-    loop = (step(act="turn"), step("wgmma", "product", turn=20), step(act="pass"), step("fp32", turn=1))
-    found = timeline(*loop, each=2)
-    assert found.clocks == 2 * (30 + 2)
-    assert found.waits["turn"] > 0.5
 
 
 def test_loads_of_the_tma_are_hidden_by_a_third_stage():
@@ -186,19 +161,6 @@ def test_flights_of_copies_and_requests():
     assert flight([step()], stages=2) == Flight(0, 0.0, None)
 
 
-def test_bounds_with_exposed_loads():
-    """A program keeps the tensor unit for 1000 clocks, and asks for 38,800 bytes, which take 1,000 and a latency."""
-    work = MmaLoop({"tensor": 1}, packed=0, tiles=1, flops=8192 * 1000, shared_bytes=0)
-    loop = HotLoop([], {}, work, 0, 38800)
-    rates = RATES["100"]
-    late, early = (Flight(1, 0.25, None), Flight(2, 1.25, None))
-    assert bounded_clocks(loop, [], late, H100, rates, 4, 1) == pytest.approx((1000 + 1185, 1185))
-    assert bounded_clocks(loop, [], early, H100, rates, 4, 1) == pytest.approx((1000 + 185, 185))
-    assert bounded_clocks(loop, [], early, H100, rates, 4, 2) == (2000, 0)
-    copies = [step(act="copy", amount=38800)]
-    assert bounded_clocks(loop._replace(request_bytes=0), copies, late, H100, rates, 4, 1)[1] == pytest.approx(1150)
-
-
 # ---- Published times
 
 
@@ -242,20 +204,3 @@ def test_forward_on_an_h100(tmp_path, monkeypatch, capsys):
     cubin.write_bytes(compile_kernel("forward", wanted[0].problem, wanted[0].config, sm_90).asm["cubin"])
     main(["replay", "--cubin", str(cubin), "--function", "forward"])
     assert len(capsys.readouterr().out.splitlines()) == 2 + 2
-
-
-@pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
-def test_forward_on_an_a100():
-    """cp.async: a third stage lets an iteration's two groups run on behind the wait at the loop's head."""
-    target, config = Target.parse("sm_80"), TileConfig(128, 64, 4, 3)
-    found = command.examine(command.Case("forward", 64, target, config))
-    assert (found.groups_in_flight, found.awaits_last, found.products) == (2, False, 0)
-    assert 0.5 < found.share < 0.9
-    assert sum(found.waits.values()) < 1
-
-
-def test_targets_without_rates_are_refused():
-    with pytest.raises(ValueError, match=r"target: expected one of sm_80, .*, got gfx942"):
-        kernel.replay(SimpleNamespace(), TileConfig(64, 64, 4, 2), Target.parse("gfx942"))  # type: ignore[arg-type]
-    with pytest.raises(SystemExit):
-        main(["replay", "--targets", "gfx942"])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("triton")
-from perf.records import Record, ResultsFile, read
+from perf.records import Record
 from perf.report import tables
 from tritonattn.core.provenance import Environment
 
@@ -53,15 +53,3 @@ def test_modelled_times_stand_beside_the_measured_ones():
     cells = [line.replace("|", " ").split() for line in text.splitlines() if line.startswith("|")]
     assert cells[2][6:12] == ["dim", "2", "1.9", "-", "2.1", "1.25"]
     assert cells[3][8:13] == ["1.9", "-", "2.1", "200", "100"], "no model of a peer"
-
-
-def test_records_survive_the_file(tmp_path):
-    file = ResultsFile(tmp_path / "a.jsonl", HERE)
-    file.append([OURS, PEER])
-    file.append([ABSENT])
-    assert read(tmp_path / "a.jsonl") == [OURS, PEER, ABSENT]
-    again = ResultsFile(tmp_path / "a.jsonl", HERE)
-    assert again.records == [OURS, PEER, ABSENT]
-    assert again.has("forward", AXES)
-    assert not again.has("forward", AXES | {"length": 2048})
-    assert not ResultsFile(tmp_path / "a.jsonl", replace(HERE, commit="other")).has("forward", AXES)

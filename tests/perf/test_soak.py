@@ -54,11 +54,3 @@ def test_in_the_interpreter():
     assert re.fullmatch(
         r"1 calls, \d+ launches: every result within the bound, and the same twice", done.stdout.splitlines()[-1]
     )
-
-
-def test_an_error_of_the_device_ends_the_soak(fakes, capsys):
-    fakes(Fake(7, RuntimeError("an illegal memory access was encountered")), Fake(8))
-    with pytest.raises(SystemExit) as caught:
-        main(["soak", "--device", "cpu"])
-    assert caught.value.code == 1
-    assert "Fake(seed=7" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """A trial's check: it lets right results pass, and sees wrong ones, infinite ones and those that change."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -45,17 +44,6 @@ def test_right_results_pass():
 def test_wrong_results_do_not(spoil, message):
     with pytest.raises(AssertionError, match=message):
         _trial(spoil).check()
-
-
-def test_kernels_alone_are_asked_for_batch_invariant():
-    trial, asked = _trial(lambda out, aux: (out, aux)), []
-
-    def attend(*, backend, batch_invariant, **arguments):
-        asked.append((backend, batch_invariant))
-        return trial.attend(backend=backend, **arguments)
-
-    replace(trial, attend=attend, invariant=True).check()
-    assert set(asked) == {("triton", True), ("reference", False)}
 
 
 def test_results_that_change_do_not():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from perf.work import Shape, bytes_moved, decode_bytes, flops, forward_flops, visible_pairs
+from perf.work import Shape, flops, forward_flops, visible_pairs
 from tritonattn.core.visibility import Visibility
 
 
@@ -19,14 +19,3 @@ def test_visible_pairs_and_flops(q_len, k_len, causal):
     assert forward_flops(shape) == products
     assert flops(shape, "backward") == 2.5 * products
     assert flops(shape, "forward+backward") == 3.5 * products
-
-
-def test_bytes_are_those_of_the_tensors():
-    shape = Shape(2, 4, 2, 5, 9, 8, causal=True)
-    q, k = torch.empty(2, 4, 5, 8, dtype=torch.bfloat16), torch.empty(2, 2, 9, 8, dtype=torch.bfloat16)
-    forward, backward = 2 * q.nbytes + 2 * k.nbytes, 4 * q.nbytes + 4 * k.nbytes
-    assert bytes_moved(shape, "forward", q.dtype) == forward
-    assert bytes_moved(shape, "backward", q.dtype) == backward
-    assert bytes_moved(shape, "forward+backward", q.dtype) == forward + backward
-    assert decode_bytes(shape, q.dtype) == forward
-    assert shape.logits == (q @ torch.empty(2, 4, 8, 9, dtype=q.dtype)).numel()

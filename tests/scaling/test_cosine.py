@@ -36,15 +36,6 @@ def test_lengths_whose_product_is_below_fp32():
         assert attention(q, k, torch.ones_like(k), scaling="cosine", backend=backend).isfinite().all()
 
 
-def test_key_scales_of_unseen_keys_are_zero():
-    q, k = inputs()
-    k[:, :, 3:] = torch.nan
-    visibility = Visibility.of(q, k, key_lengths=torch.tensor([3]))
-    key = Cosine().scales(q, k, visibility, Statistics(k, visibility)).key
-    assert (key[..., 3:] == 0).all()
-    assert (key[..., :3] > 0).all()
-
-
 @pytest.mark.parametrize("tau", [0, -1.0, math.nan, math.inf, "1"])
 def test_bad_temperatures_are_refused(tau):
     with pytest.raises(ValueError, match=r"tau: expected a finite number above 0, got"):

@@ -42,21 +42,20 @@ def served(request, tmp_path_factory):
 @pytest.fixture
 def paths(monkeypatch) -> Counter:
     """How often the engine called each function: with rows of a first chunk, of a later one, and of guessed tokens."""
-    seen, decode, over_pages = Counter(), backend.decode_call, backend.call_over_pages
+    seen, attend = Counter(), backend.TritonattnImpl._attend
 
-    def counted_decode(*args):
-        seen["decode"] += 1
-        return decode(*args)
+    def counted(self, call):
+        sequences = call.visibility.sequences
+        if sequences is None:
+            seen["decode"] += 1
+        else:
+            rows, keys = sequences.q_starts.diff(), sequences.k_starts.diff()
+            seen["chunk"] += 1
+            seen["later chunk"] += int((rows < keys).any())
+            seen["guesses"] += int(((rows < keys) & (rows <= 4)).any())
+        return attend(self, call)
 
-    def counted_chunks(q, pages, block_table, visible, *args):
-        rows, keys = visible.sequences.q_starts.diff(), visible.sequences.k_starts.diff()
-        seen["chunk"] += 1
-        seen["later chunk"] += int((rows < keys).any())
-        seen["guesses"] += int(((rows < keys) & (rows <= 4)).any())
-        return over_pages(q, pages, block_table, visible, *args)
-
-    monkeypatch.setattr(backend, "decode_call", counted_decode)
-    monkeypatch.setattr(backend, "call_over_pages", counted_chunks)
+    monkeypatch.setattr(backend.TritonattnImpl, "_attend", counted)
     return seen
 
 

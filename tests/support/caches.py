@@ -7,6 +7,8 @@ from torch import Tensor
 
 import tritonattn
 from tests.support.calls import operands
+from tritonattn.core.call import AttentionCall, Logits
+from tritonattn.core.visibility import Visibility
 
 WILD_PAGES = (-1, 1 << 30)
 
@@ -18,6 +20,22 @@ def sequences(
     found = operands(dtype, batch, heads, (length, length), dims, seed).values()
     q, k, v = (x.detach().to(device) for x in found)
     return q, k, v
+
+
+def cached_call(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor, block_table=None, row_counts=None, left=None, **given
+) -> AttentionCall:
+    """A call over a cache of k and v, as users have them, that no check has read; given: terms of its logits, and aux.
+
+    Its scale is 0.25.
+    """
+    if block_table is not None:
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    capacity = k.shape[2] * (1 if block_table is None else block_table.shape[1])
+    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], capacity)
+    visible = Visibility.of_padded(sizes, q.device, key_lengths, row_counts, left=left)
+    own = {"block_table": block_table, "aux": given.pop("aux", False), "backend": "sdpa", "cached": "a test"}
+    return AttentionCall(q, k, v, visible, Logits(0.25, **given), **own)
 
 
 class GrowingCache:

@@ -85,7 +85,7 @@ def example(
     key_bias, sink_logits = leaf(batch, 2, 2, 7) if bias else None, leaf(4) if sinks else None
     logits = Logits(0.3, query_scale, key_scale, key_bias, softcap, sink_logits)
     drop = Dropout(0.3, torch.tensor([3, 4])) if dropout else None
-    return AttentionCall(q, k, v, Visibility.of(q, k, **masks), logits, drop)
+    return AttentionCall(q, k, v, Visibility.of(q, k, **masks), logits, drop, backend="sdpa")
 
 
 def torch_kernels() -> SimpleNamespace:

@@ -2,13 +2,13 @@
 
 from collections import Counter
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
 class Watch(TorchDispatchMode):
-    """Counts operators by name ("aten::bmm") and notes the most bytes that the memory of a result holds."""
+    """Counts operators by name ("aten::bmm") and notes the most bytes of a result in memory of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,7 +18,12 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
         self.calls[operator._schema.name] += 1
+        given = {_memory(x).data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.largest = max(self.largest, leaf.untyped_storage().nbytes())
+            if isinstance(leaf, Tensor) and _memory(leaf).data_ptr() not in given:
+                self.largest = max(self.largest, _memory(leaf).nbytes())
         return result
+
+
+def _memory(x: Tensor) -> UntypedStorage:
+    return x.untyped_storage()

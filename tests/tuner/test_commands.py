@@ -1,6 +1,5 @@
 """`tritonattn tune`, `configs` and `env`: what they write, keep, print and refuse. Nothing is compiled or timed."""
 
-import json
 import re
 from concurrent.futures.process import BrokenProcessPool
 
@@ -8,24 +7,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tritonattn.backends.triton import launch
-from tritonattn.tuner import in_use
 from tritonattn.tuner.static import keys
-from tritonattn.tuning import lookup
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.table import Entry, Exact, Key, Table, kernels_fingerprint, read_table, write_table
 
 from .stubs import BEST, H100, KEYS, MEASURED, ONE, FakeCompiler, run
 
 OF_ANOTHER = Entry(TileConfig(16, 32, 4, 2), "static", {"triton": "3.1.4"})
-
-
-def test_without_a_gpu_it_says_so_and_offers_another_way(user, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    status, _, err = run(capsys, "tune")
-    assert status == 2
-    assert all(said in err for said in ("expected a GPU, got none", "--static", "h100"))
 
 
 def test_unknown_names(user, capsys):
@@ -50,15 +38,6 @@ def test_unknown_names(user, capsys):
         assert message in err
 
 
-@pytest.mark.parametrize("arguments", [ONE, ["tune"]], ids=["static", "timed"])
-def test_the_interpreter_is_not_tuned(arguments, user, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "interpreting", True)
-    status, _, err = run(capsys, *arguments)
-    assert status == 2
-    assert "TRITON_INTERPRET=1" in err
-    assert not user.exists()
-
-
 def test_a_static_table_is_written_for_the_user_or_shipped(user, tmp_path, capsys):
     status, out, _ = run(capsys, *ONE)
     assert status == 0
@@ -68,15 +47,6 @@ def test_a_static_table_is_written_for_the_user_or_shipped(user, tmp_path, capsy
     assert "64 x 64, 4 warps, 2 stages" in out
     run(capsys, *ONE, "--write")
     assert (user / "a100.json").read_bytes() == (tmp_path / "shipped" / "a100.json").read_bytes()
-
-
-def test_a_model_ranks_head_dims_that_are_multiples_of_16(on_h100, user, capsys):
-    """A search times others of models too."""
-    few = ("--kernels", "forward", "--lengths", "short")
-    run(capsys, "tune", "--static", "a100", *few)
-    assert {key.head_dim for key in read_table(user / "a100.json").entries} == {64, 80, 96, 128, 192, 256}
-    run(capsys, "tune", *few)
-    assert {40, 72, 88} < {key.head_dim for key in on_h100}
 
 
 def test_measured_entries_and_other_keys_are_kept(user, capsys):
@@ -109,22 +79,6 @@ def test_configs_says_where_each_comes_from(user, capsys):
     assert "h100.json, measured  " in lines["forward/64/none/long"]
     assert "h100.json, static, for triton 3.1.4" in lines["decode/256/none/long"]
     assert "default" in lines["forward/64/none/short"]
-
-
-def test_env_says_which_tables_are_in_use(on_h100, user, monkeypatch):
-    entries = {Key("forward", 64, "none", "long"): MEASURED, Key("decode", 256, "none", "long"): OF_ANOTHER}
-    write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), entries))
-    (user / "h100.json").with_name("note.txt").write_text("", encoding="utf-8")
-    found = in_use.tables(H100)
-    served = 3  # head dims 64 and 40, which pads to 64; 256
-    text = f"2 entries, {served} of {len(list(keys()))} in use; 1 for triton 3.1.4, checked when compiled"
-    assert found[str(user / "h100.json")] == text
-    (user / "h100.json").write_text(json.dumps({"schema_version": 9}), encoding="utf-8")
-    lookup.clear_cache()
-    with pytest.warns(UserWarning, match="skips a table"):
-        found = in_use.tables(H100)
-    assert "skipped" in found[str(user / "h100.json")]
-    assert "expected 1, got 9" in found[str(user / "h100.json")]
 
 
 @pytest.mark.parametrize("arguments", [ONE, ["tune", *ONE[3:]]], ids=["static", "timed"])

@@ -91,21 +91,6 @@ def test_other_stages_of_the_most_promising_tiles_are_compared(clocks):
     assert len(compared) < len(static_candidates(KEY.kernel, KEY.problem, SM_80))
 
 
-def test_other_stages_of_a_tile_that_does_not_fit_are_compared(clocks):
-    other = replace(OTHER, num_stages=3)
-    clocks[other] = 10.0
-
-    class TooLarge(Stub):
-        def examine(self, wanted, progress=None):
-            found = super().examine(wanted, progress)
-            too_large = Candidate(OTHER, MachineCode(128, 0, 200000, 0), ("takes 200000 bytes",))
-            return [too_large if one.config == OTHER else one for one in found]
-
-    for one in _SHORT[1:8]:
-        clocks[one] = 50.0  # those of more promising tiles
-    assert ranked(A100, TooLarge(), KEY)[0] == other
-
-
 def test_an_entry_fits_with_every_option(clocks):
     """With all vectors and statistics that a call of its key may have."""
 

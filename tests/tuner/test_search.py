@@ -161,21 +161,3 @@ def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):
         found = search.promising(KEY, compiler, search.Effort(timed=3))
     assert [(one.num_stages, one.block_n, one.num_warps) for one in found] == [(2, 128, 4), (2, 128, 4), (2, 64, 4)]
     assert asked == {(KEY.kernel, KEY.problem, 108)}
-
-
-def test_a_lost_card(monkeypatch):
-    assert not search._is_lost(CPU)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert not search._is_lost(torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "synchronize", Workload.error)
-    assert search._is_lost(torch.device("cuda"))
-
-
-def test_operands_that_the_memory_does_not_hold(monkeypatch):
-    def build(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
-
-    monkeypatch.setattr(search, "Workload", build)
-    result = run()
-    assert result.entry is None
-    assert "forward/64/none/short: OutOfMemoryError: CUDA out of memory" in result.wrong[0]

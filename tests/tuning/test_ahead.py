@@ -17,13 +17,12 @@ from triton.compiler import make_backend
 from triton.runtime.driver import driver
 
 import tritonattn
+from tests.support.caches import cached_call
 from tests.support.packed import Packed
 from tests.support.paged_calls import paged_call
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import compile as ahead
 from tritonattn.backends.triton import device, launch
-from tritonattn.core.call import Logits
-from tritonattn.core.decode_call import Cache, DecodeCall
 from tritonattn.kernels import KERNELS
 from tritonattn.tuning import Problem, compile_kernel, default_config
 
@@ -127,9 +126,9 @@ def pages() -> None:
     packed = Packed((7, 1, 30), (60, 33, 30))
     call, _ = paged_call(packed, HALF, 48, heads=(4, 2), dims=(64, 64), terms=("key_scale",), causal=True)
     triton_backend.forward(call, aux=False)
-    cache, ones = Cache(call.k.transpose(1, 2), call.v.transpose(1, 2), call.block_table[:, 0]), call.block_table
-    cache = cache._replace(block_table=ones.repeat(1, 8), query_lengths=ones[:, 1])
-    triton_backend.decode(DecodeCall(torch.zeros(3, 32, 1, 64, dtype=HALF), cache, Logits(1.0)), aux=False)
+    k, v, table = call.k.transpose(1, 2), call.v.transpose(1, 2), call.block_table
+    cached = cached_call(torch.zeros(3, 32, 1, 64, dtype=HALF), k, v, table[:, 0], table.repeat(1, 8), table[:, 1])
+    triton_backend.decode(cached, aux=False)
 
 
 def append() -> None:

@@ -1,7 +1,6 @@
 """Recorded calls: what is kept of a launch, what a file says, and the entries of single problems."""
 
 import json
-import threading
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -88,13 +87,6 @@ def test_calls_that_no_table_serves_are_not_recorded(unlaunched, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_is_read_back(tmp_path):
-    found = Calls({Call(of, size): number for number, (of, size) in enumerate(SIZES.items(), 1)})
-    found.write(tmp_path / "calls.json")
-    assert read_calls(tmp_path / "calls.json").counts() == found.counts()
-    assert [path.name for path in tmp_path.iterdir()] == ["calls.json"]
-
-
 def test_the_size_of_a_problem_is_that_of_most_work():
     short, long = (replace(SIZES[CAUSAL], q_len=length, k_len=length) for length in (2048, 4096))
     found = Calls({Call(CAUSAL, short): 3, Call(CAUSAL, long): 1, Call(DECODE, SIZES[DECODE]): 1})
@@ -102,25 +94,6 @@ def test_the_size_of_a_problem_is_that_of_most_work():
     found.add(Call(CAUSAL, short))
     found.add(Call(CAUSAL, short))
     assert found.largest()[CAUSAL] == short
-
-
-def test_numbers_that_no_search_could_use_are_not_kept(unlaunched, tmp_path):
-    """A window wider than everything, and calls without a row."""
-    with record() as found:
-        attend(window=(2**61, 0))
-        calls.note(CAUSAL, replace(SIZES[CAUSAL], q_len=0))
-    found.write(tmp_path / "calls.json")
-    assert {call.size.left for call in read_calls(tmp_path / "calls.json").counts()} == {80}
-
-
-def test_launches_of_threads_are_counted():
-    with record() as found:
-        threads = [threading.Thread(target=calls.note, args=(CAUSAL, SIZES[CAUSAL])) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert list(found.counts().values()) == [8]
 
 
 ONE = {"call": str(CAUSAL), "count": 1, "size": SIZES[CAUSAL].as_record()}

@@ -45,17 +45,3 @@ def test_every_default_is_legal(target):
     parsed = Target.parse(target)
     for kernel, problem in itertools.product(KERNELS, _variants()):
         assert legal_reasons(kernel, default_config(kernel, problem, parsed), problem, parsed) == []
-
-
-def test_unknown_names():
-    problem = Problem(64, 64, torch.bfloat16)
-    with pytest.raises(ValueError, match=r"kernel: expected one of forward, .*, got 'backward'"):
-        compile_kernel("backward", problem)
-    with pytest.raises(ValueError, match=r"target: expected sm_<number from 70> or gfx<name>, got 'H100'"):
-        compile_kernel("forward", problem, target="H100")
-
-
-@pytest.mark.parametrize(("dim", "dtype"), [(513, torch.float16), (0, torch.float16), (64, torch.float64)])
-def test_problems_that_kernels_do_not_solve(dim, dtype):
-    with pytest.raises(ValueError, match=rf"expected head dims from 1 to 512, .*got \({dim}, 64\) and {dtype}"):
-        compile_kernel("forward", Problem(dim, 64, dtype))

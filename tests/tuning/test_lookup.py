@@ -1,19 +1,16 @@
 """The table that a call's config comes from; a bad table stops no call."""
 
-import os
 import warnings
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 
-from tritonattn.tuning import cache_dir, config, lookup
+from tritonattn.tuning import cache_dir, lookup
 from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
-from tritonattn.tuning.gpus import GPUS, nearest, table_name
+from tritonattn.tuning.gpus import GPUS, table_name
 from tritonattn.tuning.table import Entry, Key, Table, kernels_fingerprint, write_table
 
 H100, H200 = Target("cuda", "90", "NVIDIA H100 80GB HBM3"), Target("cuda", "90", "NVIDIA H200")
@@ -172,12 +169,6 @@ def test_a_card_takes_the_tables_of_the_nearest(card, folders):
     assert lookup.paths(target)[0] == user / f"{table_name(target)}.json"
 
 
-def test_of_an_unknown_card_the_processors_tell_which_is_near():
-    """torch says how many; without a device all are as near."""
-    for processors, first in ((180, "rtx_pro_6000"), (36, "rtx_5090"), (0, "rtx_pro_6000")):
-        assert nearest(Target("cuda", "120", "NVIDIA RTX of next year", processors))[0].name == first
-
-
 def test_names_of_cards():
     wanted = {
         ("NVIDIA A100-SXM4-80GB", "80"): "a100",
@@ -206,39 +197,3 @@ def test_an_illegal_entry_never_runs(folders):
     write_table(user / "h100.json", Table("h100", H100, kernels_fingerprint(), {KEY: entry}))
     lookup.clear_cache()
     assert found() == 32, "too much shared memory"
-
-
-def test_folders_that_cannot_be_read_or_found(folders, monkeypatch):
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    def missing():
-        raise FileNotFoundError("neither")
-
-    shipped, user = folders
-    user.mkdir(parents=True)
-    for make, message in ((Path.mkdir, "directory"), (os.mkfifo, "regular file")):
-        make(user / "h100.json")
-        lookup.clear_cache()
-        with pytest.warns(UserWarning, match=message):
-            assert lookup.find("forward", PROBLEM, H100).path is None
-        (Path.rmdir if make == Path.mkdir else Path.unlink)(user / "h100.json")
-    put(shipped / "h100.json", 32)
-    monkeypatch.setattr(cache_dir, "user_cache", homeless)
-    assert found() == 32
-    monkeypatch.setattr(cache_dir, "shipped_tables", missing)
-    lookup.clear_cache()
-    assert lookup.find("forward", PROBLEM, H100).path is None
-
-
-def test_a_card_whose_name_rocm_does_not_know(monkeypatch):
-    """Its table is named by the architecture; of no name, `tritonattn tune` would write what nobody reads."""
-    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-", multi_processor_count=304)
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    config._target_of.cache_clear()
-    target = Target.of(torch.device("cuda", 0))
-    config._target_of.cache_clear()
-    assert target[:2] == ("hip", "gfx942")
-    assert table_name(target) == "gfx942"

@@ -1,8 +1,6 @@
 """Tables of configs as files: round trips, faults, and the key of a call."""
 
 import json
-import multiprocessing
-import threading
 from dataclasses import asdict, replace
 
 import pytest
@@ -122,14 +120,6 @@ def test_a_failed_write_leaves_the_old_file(error, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    ("sizes", "wanted"),
-    [((64, 64), 64), ((1, 3), 64), ((72, 64), 128), ((192, 128), 192), ((16, 144), 192), ((256, 256), 256)],
-)
-def test_the_head_dim_of_a_key(sizes, wanted):
-    assert keys_of("forward", Problem(*sizes, torch.float16))[-1].head_dim == wanted
-
-
 def test_the_key_of_a_call():
     problem = Problem(64, 64, torch.bfloat16, softcap=True, right=True)
     assert keys_of("forward", problem) == (Key("forward", 64, "none", "long"),)
@@ -182,21 +172,3 @@ def test_the_fingerprint_is_of_the_code_alone():
     assert table._code(code) == table._code("# top\ndef f(x):\n\n    return (x + 1)\n".replace("(x + 1)", "x + 1"))
     assert table._code(code) != table._code(code.replace("1", "2"))
     assert table._code('# top\n\n"""Doc."""\n\nx = "a"\n') == table._code('x = "a"\n') != table._code('x = "b"\n')
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_writers_at_once(tmp_path):
-    path, context = tmp_path / "a100.json", multiprocessing.get_context("fork")
-    write_table(path, example())
-
-    def write_often(entries: int) -> None:
-        for _ in range(50):
-            write_table(path, example(entries))
-
-    writers = context.Process(target=write_often, args=(1,)), threading.Thread(target=write_often, args=(3,))
-    for writer in writers:
-        writer.start()
-    while any(writer.is_alive() for writer in writers):
-        assert len(read_table(path).entries) in (1, 3)
-    assert writers[0].exitcode == 0
-    assert list(tmp_path.iterdir()) == [path]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls.checks import Options, check
+from ..calls.checks import batch_visibility, operands
 from ..core.records import for_json
 from ..core.statistics import key_norms_of
 from ..core.tables import table
@@ -244,7 +244,8 @@ def _of_tensors(q: Tensor, k: Tensor, scaling: Any, gain: Any, visible: dict[str
     unknown = set(visible) - set(_VISIBLE)
     if unknown:
         raise TypeError(f"{', '.join(sorted(unknown))}: expected arguments out of {', '.join(_VISIBLE)}")
-    check(q, k, k, Options(**visible))
+    q, k, _ = operands(q, k, k)
+    batch_visibility(q, k, **visible)
     return _Layer("q, k", q, k, scaling, gain, None, _without_padding(q, k, visible), context)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calls.checks import Options, check
-from ..calls.dispatch import autocast
-from ..calls.factor import Factor
+from ..calls.checks import batch_visibility, check, operands
+from ..calls.logits import logits
+from ..core.call import AttentionCall, Logits
 from ..core.statistics import Statistics, key_norms_of
 from ..core.tables import table
 from ..core.visibility import Visibility
@@ -135,16 +135,12 @@ def diagnose(
     vanishing gradient); Zhai et al. 2023, arXiv:2303.06296 (low entropy as a sign of unstable training);
     arXiv:2605.12697 and arXiv:2510.05554 (powers of ln n, see `tritonattn.analysis.gaps`).
     """
-    options = Options(causal, window, key_lengths, key_ranges, mask)
-    (q, k, _), _ = autocast(q, k, k)
-    check(q, k, k, options)
-    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
-    visibility = Visibility.of(
-        q, k, causal=causal, window=window, key_lengths=key_lengths, key_ranges=key_ranges, mask=mask
-    )
-    rows = row_statistics(q, k, factor, visibility)
+    q, k, _ = operands(q, k, k)
+    visibility = batch_visibility(q, k, causal, window, key_lengths, key_ranges, mask)
+    call = check(AttentionCall(q, k, k, visibility, Logits(), scaling=scaling, gain=gain))
+    rows = row_statistics(call)
     with torch.autocast(q.device.type, enabled=False):
-        key_scale = factor.scales(q, k, visibility, Statistics(k, visibility)).key
+        key_scale = logits(call, Statistics(k, visibility)).key_scale
     power, error = count_power(q, k, key_scale, rows.factor.sign(), visibility)
     return Diagnosis(**_of_rows(rows), **_of_keys(k, visibility), count_power=power, count_power_error=error)
 

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu.tiles import Block, Tiles
-from ..calls.factor import Factor
+from ..calls.logits import logits
 from ..core.call import AttentionCall
 from ..core.statistics import Statistics
-from ..core.visibility import Visibility
 
 _NOTHING = -1000.0  # a difference of logits whose exp is 0; -inf would make 0 * -inf
 
@@ -70,12 +69,12 @@ def relative_entropy(entropy: Tensor, count: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def row_statistics(q: Tensor, k: Tensor, factor: Factor, visibility: Visibility) -> RowStatistics:
-    """The statistics of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D], computed in fp64; memory O(S D), no [Sq, Sk] tensor."""
+def row_statistics(call: AttentionCall) -> RowStatistics:
+    """The statistics of the q and k of a checked call, computed in fp64; memory O(S D), no [Sq, Sk] tensor."""
+    q, k, visibility = call.q, call.k, call.visibility
     with torch.autocast(q.device.type, enabled=False):
-        logits = factor.logits(q, k, visibility, Statistics(k, visibility))
-        call = AttentionCall(q, k, k, visibility, logits)
-        tiles = Tiles(call, torch.float64)
+        terms = logits(call, Statistics(k, visibility))
+        tiles = Tiles(AttentionCall(q, k, k, visibility, terms), torch.float64)
         names = [field.name for field in fields(RowStatistics)]
         found = {name: q.new_zeros(visibility.rows, dtype=torch.float64) for name in names}
         if q.numel() and k.numel():

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..core.visibility import Visibility
-from ..scaling import Scaling
-from .checks import Options, check, check_factor, check_number
-from .dispatch import AttentionAux, attend, autocast
-from .factor import Factor, Given, scale_dtype
-from .sharded import BATCHED, takes_shards
-from .words import with_hints
+from ..core.call import AttentionCall, Logits
+from ..scaling import Given, Scaling
+from .checks import batch_visibility, check, check_factor, check_number, operands, scale_dtype
+from .dispatch import AttentionAux, run
+from .public import public
+from .sharded import BATCHED
 
 
-@with_hints
-@takes_shards(BATCHED)
+@public(BATCHED)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -93,29 +90,16 @@ def attention(
     Sources: Vaswani et al. 2017, arXiv:1706.03762 (sqrt_dim); Bernhard 2023, arXiv:2311.09406 (key_norm_sum);
     each mode names its own. Dao 2023, arXiv:2307.08691 (the algorithm).
     """
-    options = Options(
-        causal,
-        window,
-        key_lengths,
-        key_ranges,
-        mask,
-        key_bias,
-        softcap,
-        sinks,
-        dropout_p,
-        return_aux,
-        backend,
-        batch_invariant,
+    q, k, v = operands(q, k, v)
+    visible = batch_visibility(q, k, causal, window, key_lengths, key_ranges, mask, batch_invariant)
+    terms = Logits(key_bias=key_bias, softcap=softcap, sinks=sinks)
+    call = AttentionCall(
+        q, k, v, visible, terms, scaling=scaling, gain=gain, dropout_p=dropout_p, aux=return_aux, backend=backend
     )
-    (q, k, v), autocast_off = autocast(q, k, v)
-    check(q, k, v, options)
-    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
-    with autocast_off:
-        return attend(q, k, v, factor, _visibility(q.shape, k.shape, q.device, options), options)
+    return run(check(call))
 
 
-@with_hints
-@takes_shards(BATCHED)
+@public(BATCHED)
 def scaled_attention(
     q: Tensor,
     k: Tensor,
@@ -154,44 +138,17 @@ def scaled_attention(
     >>> tritonattn.scaled_attention(q, k, v, torch.full((2, 1), 0.5), scale=1.0).shape
     torch.Size([1, 2, 5, 8])
     """
-    options = Options(
-        causal,
-        window,
-        key_lengths,
-        key_ranges,
-        mask,
-        key_bias,
-        softcap,
-        sinks,
-        dropout_p,
-        return_aux,
-        backend,
-        batch_invariant,
-    )
-    (q, k, v), autocast_off = autocast(q, k, v)
-    check(q, k, v, options)
+    q, k, v = operands(q, k, v)
+    visible = batch_visibility(q, k, causal, window, key_lengths, key_ranges, mask, batch_invariant)
     if query_scale is not None:
-        check_factor("query_scale", query_scale, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
+        check_factor("query_scale", query_scale, q, visible.rows, "[B, Hq, Sq]")
         query_scale = query_scale.to(scale_dtype(q))
     if key_scale is not None:
-        check_factor("key_scale", key_scale, q, tuple(k.shape[:3]), "[B, Hkv, Sk]")
+        check_factor("key_scale", key_scale, q, visible.keys, "[B, Hkv, Sk]")
         key_scale = key_scale.to(scale_dtype(q))
     constant = q.shape[-1] ** -0.5 if scale is None else scale
     check_number("scale", constant)
-    factor = Factor(Given(constant, query_scale, key_scale))
-    with autocast_off:
-        return attend(q, k, v, factor, _visibility(q.shape, k.shape, q.device, options), options)
-
-
-def _visibility(q_shape: torch.Size, k_shape: torch.Size, device: torch.device, options: Options) -> Visibility:
-    return Visibility.of_shapes(
-        q_shape,
-        k_shape,
-        device,
-        causal=options.causal,
-        window=options.window,
-        key_lengths=options.key_lengths,
-        key_ranges=options.key_ranges,
-        mask=options.mask,
-        invariant=options.invariant,
-    )
+    terms = Logits(key_bias=key_bias, softcap=softcap, sinks=sinks)
+    given = Given(constant, query_scale, key_scale)
+    call = AttentionCall(q, k, v, visible, terms, scaling=given, dropout_p=dropout_p, aux=return_aux, backend=backend)
+    return run(check(call))

@@ -1,84 +1,50 @@
-"""Attention over the keys of a KV cache: no gradients, and scales from a record of key norms where there is one."""
+"""Calls over a KV cache: statistics of its keys, and the refusal of gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import reference
-from ..core.call import ForwardResult, Logits
+from ..core.autograd import needs_graph
+from ..core.call import AttentionCall
 from ..core.statistics import Statistics
-from ..core.visibility import Visibility
-from .cached_statistics import CachedStatistics, KeyRecord
-from .checks import Options
-from .decode_checks import refuse_gradients
-from .dispatch import AttentionAux, aux_of, sinks_of
-from .factor import Factor
+from .cached_statistics import CachedStatistics
 
 
-class CachedKeys(NamedTuple):
-    """The keys and values of a call over a cache.
-
-    call         the public function, in errors
-    keys         computes k [B, Hkv, Sk, D] along the key axis of the visibility; a copy where it lies in pages
-    values       likewise v
-    visibility   which of them each row sees
-    in_pages     whether `keys` is a copy
-    record       of their norms, or None
-    width        keys that a row sees at most, or None: as of `CachedStatistics`
-    """
-
-    call: str
-    keys: Callable[[], Tensor]
-    values: Callable[[], Tensor]
-    visibility: Visibility
-    in_pages: bool
-    record: KeyRecord | None
-    width: int | None
+def cached_statistics(call: AttentionCall) -> Statistics:
+    """The statistics of a call over a cache."""
+    computed = (ops.KernelStatistics if call.backend == "triton" else Statistics)(call.keys, call.visibility)
+    if call.record is None:
+        return computed
+    return CachedStatistics(computed, call.record, _width(call))
 
 
-class CachedCall(NamedTuple):
-    """A checked call over a cache, but for its factor.
+def _width(call: AttentionCall) -> int | None:
+    """The most keys that a row sees, as of `CachedStatistics`."""
+    visible, sequences = call.visibility, call.visibility.sequences
+    if visible.left is None:
+        return None
+    if sequences is None:
+        return visible.left + 1
+    right = sequences.longest_k if visible.right is None else visible.right
+    return min(visible.left + 1 + right, sequences.longest_k)
 
-    run   computes the results from the terms of the logits, on a backend other than the reference
-    """
 
-    q: Tensor
-    cached: CachedKeys
-    options: Options
-    backend: str
-    run: Callable[[Logits], ForwardResult]
+def keys_for_scaling(call: AttentionCall) -> Tensor:
+    """What a scaling has for k: a shape alone, in place of a copy of pages, where it reads no keys."""
+    if call.block_table is None or call.scaling.reads_keys:
+        return call.keys()
+    return call.q.new_full((), torch.nan).expand(*call.visibility.keys, call.q.shape[3])
 
-    def attend(self, factor: Factor) -> Tensor | tuple[Tensor, AttentionAux]:
-        """out, with aux also `AttentionAux`."""
-        result = self.by_formulas(factor) if self.backend == "reference" else self.run(self.logits(factor))
-        if not self.options.return_aux:
-            return result.out
-        return result.out, aux_of(result)
 
-    def by_formulas(self, factor: Factor) -> ForwardResult:
-        q, cached, options = self.q, self.cached, self.options
-        keys, visibility = cached.keys(), cached.visibility
-        multiplier, bias = factor.dense(q, keys, visibility, options.key_bias)
-        extras = {"bias": bias, "softcap": options.cap, "sinks": sinks_of(q, options)}
-        return reference.attention(q, keys, cached.values(), multiplier, visibility, **extras)
-
-    def logits(self, factor: Factor) -> Logits:
-        """Compute the terms of the logits, those of the mode from the record of the cache or else from its keys."""
-        q, cached, options = self.q, self.cached, self.options
-        visibility = cached.visibility
-        if cached.in_pages and not factor.scaling.reads_keys:
-            keys = q.new_full((), torch.nan).expand(*visibility.keys, q.shape[3])  # a shape, in place of a copy
-        else:
-            keys = cached.keys()
-        kind = ops.KernelStatistics if self.backend == "triton" else Statistics
-        statistics = kind(cached.keys, visibility)
-        if cached.record is not None:
-            statistics = CachedStatistics(statistics, cached.record, cached.width)
-        logits = factor.logits(q, keys, visibility, statistics, options.key_bias, options.cap, sinks_of(q, options))
-        refuse_gradients(cached.call, scaling=logits.query_scale, key_scale=logits.key_scale, key_bias=logits.key_bias)
-        return logits
+def refuse_gradients(call: str, /, **tensors: Any) -> None:
+    """Raise where one of these tensors would have to carry a derivative of a `call`."""
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and needs_graph(x):
+            raise NotImplementedError(
+                f"{name}: {call} has no gradient, got a tensor that requires one; call it under"
+                " torch.no_grad() or torch.inference_mode(), or `attention`, which has"
+            )

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import runs_eagerly
-from ..core.pages import PageTable
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
-from .key_statistics import KeyStatistics
-from .paged_statistics import PagedKeyStatistics
 
 # Norms of windows that are held at a time: rows of a long prompt are taken in parts.
 _ENTRIES = 2**24
@@ -35,47 +32,6 @@ class KeyRecord(Protocol):
     def of_rows(self, name: str, visibility: Visibility) -> Tensor:
         """A sum or maximum, by its name, over the keys of each row, all up to its last: [B, Hkv, Sq]."""
         ...
-
-
-class ContiguousRecord:
-    """The keys of a `KeyStatistics`."""
-
-    def __init__(self, record: KeyStatistics) -> None:
-        self._record = record
-        self.dtype = record.norms.dtype
-
-    def norms(self, k_len: int) -> Tensor:
-        return self._record.norms
-
-    def norms_at(self, key: Tensor, wanted: Tensor) -> Tensor:
-        norms = self._record.norms
-        place = torch.where(wanted, key, 0)[:, None].expand(-1, norms.shape[1], -1)
-        return torch.where(wanted[:, None], norms.gather(2, place), 0)
-
-    def of_rows(self, name: str, visibility: Visibility) -> Tensor:
-        prefix, end = getattr(self._record, name), _ends(visibility)
-        return prefix.gather(2, end[:, None].expand(-1, prefix.shape[1], -1))
-
-
-class PagedRecord:
-    """The keys of a `PagedKeyStatistics` that a table names."""
-
-    def __init__(self, record: PagedKeyStatistics, table: PageTable) -> None:
-        self._record = record
-        self._table = table
-        self.dtype = record.norms.dtype
-
-    def norms(self, k_len: int) -> Tensor:
-        key = torch.arange(k_len, device=self._record.norms.device)[None]
-        return self.norms_at(key, torch.ones_like(key, dtype=torch.bool))
-
-    def norms_at(self, key: Tensor, wanted: Tensor) -> Tensor:
-        return self._table.gather(self._record.norms, key, wanted).movedim(-1, 1)
-
-    def of_rows(self, name: str, visibility: Visibility) -> Tensor:
-        entries = getattr(self._record, name)
-        found = visibility.once("last keys", lambda: self._table.find(_ends(visibility) - 1, entries.shape[0]))
-        return found.of(entries).movedim(-1, 1)
 
 
 class CachedStatistics(Statistics):
@@ -137,9 +93,3 @@ class CachedStatistics(Statistics):
             norms = self._record.norms_at(key.flatten(1), seen.flatten(1))
             parts.append(reduce(norms.unflatten(2, (-1, width))))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-def _ends(visibility: Visibility) -> Tensor:
-    """One past the last key of each row, 0 for a row without keys: int64 [B, Sq]."""
-    lo, hi = visibility.ranges()
-    return hi if visibility.begins_at_first else torch.where(hi > lo, hi, 0)

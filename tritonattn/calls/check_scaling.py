@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.call import AttentionCall, Logits
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scaling
 from .checks import check_count, check_number, kind_of, named_scaling, refuse_scaling
-from .factor import Factor
+from .logits import dense, logits
 
 _BATCH, _ROWS, _KEYS = 2, 10, 12
 _LEAST = -1e300  # stands for a bias of -inf
@@ -114,25 +115,24 @@ class _Case:
     def __init__(self, name: str, scaling: Scaling, q: Tensor, k: Tensor, masks: dict[str, Any]) -> None:
         if "sequences" in masks:  # packed batches have no batch axis
             q, k = (x[:1].detach().requires_grad_() for x in (q, k))
-        self.name, self.scaling, self.factor = name, scaling, Factor(scaling)
-        self.q, self.k = q, k
+        self.name, self.scaling, self.q, self.k = name, scaling, q, k
         self.visibility = Visibility.of(q, k, **masks)
         self.visible = self.visibility.dense().expand(*q.shape[:3], k.shape[2])
 
     def formulas(self, parameters: dict[str, Tensor]) -> float:
         """Compare factors, biases and gradients; return the largest relative difference."""
         largest, leaves = 0.0, {"q": self.q, "k": self.k, **parameters}
-        formulas = self.factor.dense(self.q, self.k, self.visibility)
+        formulas = dense(self._call())
         for method, fast, given in zip(("multiplier", "addend"), self._scales(self.k), formulas, strict=True):
-            dense = torch.as_tensor(0.0 if given is None else given, dtype=torch.float64)
-            dense = torch.where(self.visible, dense.to(fast.device), 0)
+            slow = torch.as_tensor(0.0 if given is None else given, dtype=torch.float64)
+            slow = torch.where(self.visible, slow.to(fast.device), 0)
             if method == "addend":
-                dense = dense.clamp(min=_LEAST)
+                slow = slow.clamp(min=_LEAST)
             about = f"scales() differs from {method}() [b, h, i, j]"
-            largest = max(largest, self._compare(about, fast, dense, _relative(fast, dense)))
+            largest = max(largest, self._compare(about, fast, slow, _relative(fast, slow)))
             weights = torch.linspace(-1, 2, fast.numel(), dtype=torch.float64, device=fast.device).reshape(fast.shape)
             for name, leaf in leaves.items():
-                ours, theirs = (_gradient((x * weights).sum(), leaf) for x in (fast, dense))
+                ours, theirs = (_gradient((x * weights).sum(), leaf) for x in (fast, slow))
                 relative = (ours - theirs).abs() / torch.maximum(ours.abs().amax(), theirs.abs().amax()).clamp(1e-30)
                 about = f"the gradient of scales() towards {name} differs from that of {method}()"
                 largest = max(largest, self._compare(about, ours, theirs, relative))
@@ -168,19 +168,22 @@ class _Case:
             for with_keys, without in zip(*both, strict=True):
                 self._compare(about, without, with_keys, _relative(without, with_keys))
 
+    def _call(self) -> AttentionCall:
+        return AttentionCall(self.q, self.k, self.k, self.visibility, Logits(), scaling=self.scaling)
+
     def _scales(self, k: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The factor and the bias of every visible pair from `scales`, [B, Hq, Sq, Sk]; 0 elsewhere."""
         statistics = Statistics(k, self.visibility)
-        logits = self.factor.logits(self.q, k if given is None else given, self.visibility, statistics)
-        check_number("constant", logits.scale)
-        factor = torch.full(self.visible.shape, logits.scale, dtype=torch.float64, device=k.device)
-        if logits.query_scale is not None:
-            factor = factor * logits.query_scale[..., None]
-        if logits.key_scale is not None:
-            factor = factor * logits.key_scale.repeat_interleave(self.q.shape[1] // k.shape[1], 1)[:, :, None]
+        terms = logits(self._call(), statistics, k if given is None else given)
+        check_number("constant", terms.scale)
+        factor = torch.full(self.visible.shape, terms.scale, dtype=torch.float64, device=k.device)
+        if terms.query_scale is not None:
+            factor = factor * terms.query_scale[..., None]
+        if terms.key_scale is not None:
+            factor = factor * terms.key_scale.repeat_interleave(self.q.shape[1] // k.shape[1], 1)[:, :, None]
         bias = torch.zeros_like(factor)
-        if logits.key_bias is not None:
-            bias = bias + logits.key_bias.flatten(1, 2)[:, :, None]
+        if terms.key_bias is not None:
+            bias = bias + terms.key_bias.flatten(1, 2)[:, :, None]
         return torch.where(self.visible, factor, 0), torch.where(self.visible, bias, 0).clamp(min=_LEAST)
 
     def _compare(self, about: str, got: Tensor, expected: Tensor, relative: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Check the arguments of `attention` and `scaled_attention`, here and nowhere else.
+"""Check the arguments of a call, here and nowhere else, and make of them what they stand for.
 
 Shapes, dtypes and devices always; values of CPU tensors too, except while compiling or under a transform.
 Values of device tensors are never read: there backends clamp them. Every error names the argument, the
@@ -15,14 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.autograd import runs_eagerly
-from ..core.invariance import is_invariant
-from ..scaling import SCALINGS, Scaling
+from ..core.autograd import autocast_is_on, runs_eagerly
+from ..core.call import AttentionCall, Logits
+from ..core.invariance import switch
+from ..core.shards import unshard
+from ..core.visibility import Visibility
+from ..scaling import SCALINGS, Given, Scaling
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 
 _LARGEST = torch.finfo(torch.float32).max * math.log(2)  # numbers act in float32, times log2(e)
 _SMALLEST = torch.finfo(torch.float32).tiny
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -41,6 +45,7 @@ BATCHED = Layout("[B, Hq, Sq, D]", "[B, Hkv, Sk, D]", "[B, Hkv, Sk, Dv]", heads=
 PACKED = Layout("[T_q, Hq, D]", "[T_k, Hkv, D]", "[T_k, Hkv, Dv]", heads=1, sequence=0)
 PAGED = Layout("[T_q, Hq, D]", "[N, page, Hkv, D]", "[N, page, Hkv, Dv]", heads=2, sequence=1)
 
+
 # Modes that are modules, and the expression that makes one for q of Hq heads.
 _LEARNED = {
     "ssmax": "SSMax(heads=Hq)",
@@ -53,48 +58,121 @@ _LEARNED = {
 }
 
 
-class Options(NamedTuple):
-    """The arguments that `attention` and `scaled_attention` share."""
-
-    causal: bool = False
-    window: tuple[int | None, int | None] | None = None
-    key_lengths: Tensor | None = None
-    key_ranges: Tensor | None = None
-    mask: Tensor | None = None
-    key_bias: Tensor | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    dropout_p: float = 0.0
-    return_aux: bool = False
-    backend: str = "auto"
-    batch_invariant: bool | None = None
-
-    @property
-    def cap(self) -> float | None:
-        """softcap as a float: an int is another type to a kernel."""
-        return float(self.softcap) if isinstance(self.softcap, int) else self.softcap
-
-    @property
-    def invariant(self) -> bool:
-        return is_invariant(self.batch_invariant)
+def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, `in_autocast`; raises TypeError or ValueError unless they belong to one call, each in its layout."""
+    q, k, v = in_autocast(q, k, v)
+    for name, x, axes in (("q", q, layout.q), ("k", k, layout.k), ("v", v, layout.v)):
+        check_tensor(name, x, axes)
+        if x.dim() != (count := axes.count(",") + 1):
+            raise ValueError(f"{name}: expected {count} axes {axes}, got {x.dim()} in {shape_of(x)}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
+    _check_sizes(q.shape, k.shape, v.shape, layout)
+    return q, k, v
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
-    """Raise TypeError or ValueError unless these describe one attention call."""
-    check_operands(q, k, v)
-    check_flags(options)
-    if options.window is not None:
-        check_window(options.window)
-    if options.key_lengths is not None:
-        _check_key_lengths(options.key_lengths, q, k)
-    if options.key_ranges is not None:
-        _check_key_ranges(options.key_ranges, q, k)
-    if options.mask is not None:
-        _check_mask(options.mask, q, k)
-    if options.key_bias is not None:
-        check_key_bias("key_bias", options.key_bias, q, tuple(k.shape[:3]), "[B, Hq or Hkv, Sk]")
-    if options.sinks is not None:
-        check_sinks(options.sinks, q)
+def in_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the dtype of torch.autocast where it is on; float64 stays, as in torch's own operators."""
+    if not isinstance(q, Tensor) or not autocast_is_on(q):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+
+    def cast(x: Tensor) -> Tensor:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if eligible else x
+
+    return cast(q), cast(k), cast(v)
+
+
+def batch_visibility(
+    q: Tensor,
+    k: Tensor,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    key_ranges: Tensor | None = None,
+    mask: Tensor | None = None,
+    batch_invariant: bool | None = None,
+) -> Visibility:
+    """The keys that each row sees, of checked q [B, Hq, Sq, D] and k; raises for a mask that is none of theirs."""
+    invariant = check_masks(causal, window, batch_invariant)
+    if key_lengths is not None:
+        _check_key_lengths(key_lengths, q, k)
+    if key_ranges is not None:
+        _check_key_ranges(key_ranges, q, k)
+    if mask is not None:
+        _check_mask(mask, q, k)
+    return Visibility.of_shapes(
+        q.shape,
+        k.shape,
+        q.device,
+        causal=causal,
+        window=window,
+        key_lengths=key_lengths,
+        key_ranges=key_ranges,
+        mask=mask,
+        invariant=invariant,
+    )
+
+
+def check(call: AttentionCall, rows: str = "[B, Hq, Sq]", keys: str = "[B, Hq or Hkv, Sk]") -> AttentionCall:
+    """The call, with its options in place of names and numbers of other types that stand for them.
+
+    rows, keys   the last axes of a call's rows and keys, to which a scaling or gain, and key_bias, broadcast
+
+    Raises TypeError or ValueError unless its scaling and options belong to its operands.
+    """
+    q, visible, (_, _, _, bias, softcap, sinks) = call.q, call.visibility, call.logits
+    check_bool("return_aux", call.aux)
+    check_settings(call.backend, softcap, call.dropout_p)
+    if call.cached and call.dropout_p > 0:
+        raise NotImplementedError(f"dropout_p: expected 0 with a block_table, got {call.dropout_p}")
+    if bias is not None:
+        check_key_bias("key_bias", bias, q, _last(visible.keys, keys), keys)
+    if sinks is not None:
+        check_sinks(sinks, q)
+        sinks = sinks.to(scale_dtype(q))
+    if not (softcap is None and sinks is None):
+        softcap = float(softcap) if isinstance(softcap, int) else softcap  # an int is another type to a kernel
+        call.logits = Logits(key_bias=bias, softcap=softcap, sinks=sinks)
+    scaling, gain = call.scaling, call.gain
+    if isinstance(scaling, str):
+        call.scaling = SCALINGS[scaling]() if scaling in SCALINGS else named_scaling(scaling)
+    elif not isinstance(scaling, Scaling):
+        call.scaling = _given(scaling, q, _last(visible.rows, rows), rows)
+    elif isinstance(scaling, torch.nn.Module):
+        unshard(scaling)
+    if isinstance(gain, Tensor):
+        check_factor("gain", gain, q, _last(visible.rows, rows), rows)
+        call.gain = gain.to(scale_dtype(q))
+    elif gain is not None:
+        check_number("gain", gain)
+    return call
+
+
+def _last(shape: tuple[int, ...], axes: str) -> tuple[int, ...]:
+    """The sizes of the named axes."""
+    return shape[-1 - axes.count(",") :]
+
+
+def _given(scaling: Any, q: Tensor, shape: tuple[int, ...], axes: str) -> Scaling:
+    """The scaling that a tensor or a number is."""
+    if isinstance(scaling, Tensor):
+        check_factor("scaling", scaling, q, shape, axes)
+        return Given(1.0, scaling.to(scale_dtype(q)))
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        refuse_scaling(scaling)
+    check_number("scaling", scaling)
+    return Given(scaling)
+
+
+def scale_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of scales, gains and sinks: float32, float64 for float64 q."""
+    return torch.promote_types(q.dtype, torch.float32)
 
 
 def check_factor(name: str, factor: Any, q: Tensor, shape: tuple[int, ...], axes: str) -> None:
@@ -108,7 +186,7 @@ def check_factor(name: str, factor: Any, q: Tensor, shape: tuple[int, ...], axes
             f"{name}: expected a shape that says its axis, [H, 1] for a value a head or [1, S] for a value a"
             f" position, got the 1-D {shape_of(factor)}"
         )
-    if not _broadcasts(factor.shape, shape):
+    if not broadcasts(factor.shape, shape):
         raise ValueError(f"{name}: expected a shape broadcastable to {axes} = {list(shape)}, got {shape_of(factor)}")
 
 
@@ -126,21 +204,10 @@ def check_key_bias(name: str, bias: Any, q: Tensor, keys: tuple[int, ...], axes:
 
 def check_number(name: str, value: Any) -> None:
     """Raise unless value is a finite number."""
-    if not _is_number(value):
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {kind_of(value)}")
     if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number, got {value!r} (the largest is {_LARGEST:.4g})")
-
-
-def check_dense(scaling: Scaling, method: str, factor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless a mode's dense formula `method` returned a floating tensor for every pair."""
-    name = f"{type(scaling).__name__}.{method}()"
-    if factor.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected a floating dtype, got {factor.dtype}")
-    if not _broadcasts(factor.shape, shape):
-        raise ValueError(
-            f"{name}: expected a shape broadcastable to [B, Hq, Sq, Sk] = {list(shape)}, got {shape_of(factor)}"
-        )
 
 
 def named_scaling(name: str, learned: Iterable[str] = ()) -> Scaling:
@@ -167,21 +234,6 @@ def refuse_scaling(scaling: Any) -> None:
     raise TypeError(f"scaling: expected a name, a Scaling, a float or a tensor, got {kind_of(scaling)}")
 
 
-def check_operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> None:
-    """Raise unless these are the operands of one attention call, each in its layout."""
-    for name, x, axes in (("q", q, layout.q), ("k", k, layout.k), ("v", v, layout.v)):
-        check_tensor(name, x, axes)
-        if x.dim() != (count := axes.count(",") + 1):
-            raise ValueError(f"{name}: expected {count} axes {axes}, got {x.dim()} in {shape_of(x)}")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
-    _check_sizes(q.shape, k.shape, v.shape, layout)
-
-
 def _check_sizes(q: torch.Size, k: torch.Size, v: torch.Size, layout: Layout) -> None:
     heads, sequence = layout.heads, layout.sequence
     q_heads, kv_heads, head_dim = q[1], k[heads], q[-1]
@@ -201,21 +253,29 @@ def _check_sizes(q: torch.Size, k: torch.Size, v: torch.Size, layout: Layout) ->
         raise ValueError(f"q, v: expected head_dim of at least 1, got {head_dim} in q and {v[-1]} in v")
 
 
-def check_flags(options: Options) -> None:
-    check_bool("causal", options.causal)
-    check_bool("return_aux", options.return_aux)
-    if options.batch_invariant is not None:
-        check_bool("batch_invariant", options.batch_invariant)
-    if not isinstance(options.backend, str) or options.backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {options.backend!r}")
-    if options.softcap is not None:
-        check_number("softcap", options.softcap)
-        if options.softcap < _SMALLEST:
+def check_settings(backend: Any, softcap: Any, dropout_p: Any) -> None:
+    """Raise unless these are options of a call of any operands."""
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if softcap < _SMALLEST:
             least = f"(the least is {_SMALLEST:.4g})"
-            raise ValueError(f"softcap: expected a number above 0, got {options.softcap!r} {least}")
-    check_number("dropout_p", options.dropout_p)
-    if not 0 <= options.dropout_p < 1:
-        raise ValueError(f"dropout_p: expected a number in [0, 1), got {options.dropout_p!r}")
+            raise ValueError(f"softcap: expected a number above 0, got {softcap!r} {least}")
+    check_number("dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p!r}")
+
+
+def check_masks(causal: Any, window: Any, batch_invariant: bool | None) -> bool:
+    """Raise unless these are masks of a call of any operands; return whether it is invariant."""
+    check_bool("causal", causal)
+    if window is not None:
+        check_window(window)
+    if batch_invariant is None:
+        return switch.is_on
+    check_bool("batch_invariant", batch_invariant)
+    return batch_invariant
 
 
 def check_window(window: Any) -> None:
@@ -252,7 +312,7 @@ def _check_mask(mask: Any, q: Tensor, k: Tensor) -> None:
         raise TypeError(f"mask: expected dtype torch.bool, True for visible, got {mask.dtype}")
     check_device("mask", mask, q)
     shape = (*q.shape[:3], k.shape[2])
-    if not _broadcasts(mask.shape, shape):
+    if not broadcasts(mask.shape, shape):
         raise ValueError(
             f"mask: expected a shape broadcastable to [B, Hq, Sq, Sk] = {list(shape)}, got {shape_of(mask)};"
             " a padding mask is [B, 1, 1, Sk]"
@@ -302,17 +362,13 @@ def values_are_read(x: Tensor) -> bool:
     return x.device.type == "cpu" and runs_eagerly(x) and x.numel() > 0
 
 
-def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     if len(shape) > len(target):
         return False
     for size, wanted in zip(shape, target[len(target) - len(shape) :], strict=True):
         if size != 1 and size != wanted:  # `in` does not see symbolic sizes
             return False
     return True
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 
 def shape_of(x: Tensor) -> list[int]:

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import ops
-from ..core.call import ForwardResult, Logits
-from ..core.decode_call import Cache, DecodeCall
-from ..core.pages import PageTable
-from ..core.visibility import Visibility, window_sides
+from ..core.call import AttentionCall, Logits
 from ..scaling import Scaling
-from .cached import CachedCall, CachedKeys
-from .cached_statistics import ContiguousRecord, PagedRecord
-from .checks import Options
-from .decode_checks import check_decode, refuse_gradients
-from .dispatch import AttentionAux, autocast, choose_backend
-from .factor import Factor
+from .cached import refuse_gradients
+from .checks import check
+from .decode_checks import cache_operands, cache_visibility, check_statistics
+from .dispatch import AttentionAux, run
+from .key_records import record_of
 from .key_statistics import KeyStatistics
 from .paged_statistics import PagedKeyStatistics
-from .sharded import CACHED, CACHED_PAGES, takes_shards
-from .words import with_hints
+from .public import public
+from .sharded import CACHED, CACHED_PAGES
 
 
-@with_hints
-@takes_shards(CACHED, CACHED_PAGES)
+@public(CACHED, CACHED_PAGES)
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -101,50 +95,25 @@ def attention_decode(
     (keys split, then combined); Kwon et al. 2023, "Efficient memory management for large language model serving with
     PagedAttention", arXiv:2309.06180 (pages).
     """
-    options = Options(
-        window=window,
-        key_bias=key_bias,
-        softcap=softcap,
-        sinks=sinks,
-        return_aux=return_aux,
+    q, k, v = cache_operands(q, k_cache, v_cache, block_table)
+    visible = cache_visibility(q, k, key_lengths, block_table, query_lengths, window, batch_invariant)
+    if statistics is not None:
+        check_statistics(statistics, q, k, key_lengths, block_table)
+    call = AttentionCall(
+        q,
+        k,
+        v,
+        visible,
+        Logits(key_bias=key_bias, softcap=softcap, sinks=sinks),
+        block_table=block_table,
+        scaling=scaling,
+        gain=gain,
+        aux=return_aux,
         backend=backend,
-        batch_invariant=batch_invariant,
+        record=record_of(statistics, block_table),
+        cached="attention_decode",
     )
-    (q, k_cache, v_cache), autocast_off = autocast(q, k_cache, v_cache)
-    cache = Cache(k_cache, v_cache, key_lengths, block_table, query_lengths)
-    check_decode(q, cache, statistics, options)
-    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
-    refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, key_bias=key_bias, sinks=sinks, scaling=scaling, gain=gain)
-    left, _ = window_sides(options.window)
-    with autocast_off:
-        return decode_call(q, cache, cache.visibility(q, left, options.invariant), statistics, options).attend(factor)
-
-
-def decode_call(
-    q: Tensor,
-    cache: Cache,
-    visibility: Visibility,
-    statistics: KeyStatistics | PagedKeyStatistics | None,
-    options: Options,
-) -> CachedCall:
-    """`attention_decode` of checked arguments; visibility: `cache.visibility` of the window."""
-    invariant, left, record = visibility.invariant, visibility.left, None
-    backend = choose_backend(q, cache.k, cache.v, options, decodes=not invariant)
-    if isinstance(statistics, KeyStatistics):
-        record = ContiguousRecord(statistics)
-    elif statistics is not None and cache.block_table is not None:
-        record = PagedRecord(statistics, PageTable(cache.block_table, cache.page))
-    cached = CachedKeys(
-        "attention_decode",
-        cache.keys,
-        cache.values,
-        visibility,
-        in_pages=cache.block_table is not None,
-        record=record,
-        width=None if left is None else left + 1,
-    )
-
-    def run(logits: Logits) -> ForwardResult:
-        return ops.decode(DecodeCall(q, cache, logits, left, invariant), backend, options.return_aux)
-
-    return CachedCall(q, cached, options, backend, run)
+    check(call, keys="[B, Hq or Hkv, capacity]")
+    given = {"key_bias": key_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
+    refuse_gradients(call.cached, q=q, k_cache=k, v_cache=v, **given)
+    return run(call)

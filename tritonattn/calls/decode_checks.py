@@ -7,21 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.autograd import needs_graph
-from ..core.decode_call import LONGEST_QUERY, Cache
-from ..core.visibility import window_sides
+from ..core.call import LONGEST_QUERY
+from ..core.visibility import Visibility, window_sides
 from .checks import (
     FLOATS,
     Layout,
-    Options,
     check_device,
-    check_flags,
     check_integers,
-    check_key_bias,
-    check_sinks,
+    check_masks,
     check_tensor,
     check_values,
-    check_window,
+    in_autocast,
     kind_of,
     shape_of,
     values_are_read,
@@ -41,31 +37,43 @@ _WHOLE = Layout("[B, Hq, Sq, D]", "[B, Hkv, capacity, D]", "[B, Hkv, capacity, D
 _IN_PAGES = Layout("[B, Hq, Sq, D]", "[N, page, Hkv, D]", "[N, page, Hkv, Dv]", heads=2, sequence=1)
 
 
-def check_decode(
-    q: Tensor, cache: Cache, statistics: KeyStatistics | PagedKeyStatistics | None, options: Options
-) -> None:
-    """Raise TypeError or ValueError unless these describe one decode call."""
-    layout = _WHOLE if cache.block_table is None else _IN_PAGES
-    check_cache(q, cache.k, cache.v, layout)
-    if cache.block_table is not None:
-        check_block_table(cache.block_table, q.shape[0], q)
-    _check_sizes(q, cache, layout)
-    check_flags(options)
-    if options.window is not None:
-        check_window(options.window)
-    if options.sinks is not None:
-        check_sinks(options.sinks, q)
-    capacity = cache.capacity
-    if options.key_bias is not None:
-        keys = (cache.batch, cache.kv_heads, capacity)
-        check_key_bias("key_bias", options.key_bias, q, keys, "[B, Hq or Hkv, capacity]")
-    _check_lengths("key_lengths", cache.key_lengths, q, capacity, "capacity = ")
-    if cache.query_lengths is not None:
-        _check_lengths("query_lengths", cache.query_lengths, q, q.shape[2], "Sq = ")
-    if cache.block_table is not None:
-        _check_pages(cache, cache.block_table, q.shape[2], options.window)
-    if statistics is not None:
-        _check_statistics(statistics, q, cache)
+def cache_operands(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k_cache and v_cache of a call, in autocast's dtype where it is on, and pages with heads before keys.
+
+    Raises TypeError or ValueError unless these are the operands of one call.
+    """
+    q, k, v = in_autocast(q, k, v)
+    layout = _WHOLE if block_table is None else _IN_PAGES
+    check_cache(q, k, v, layout)
+    if block_table is not None:
+        check_block_table(block_table, q.shape[0], q)
+    _check_sizes(q, k, v, block_table, layout)
+    return (q, k, v) if block_table is None else (q, k.transpose(1, 2), v.transpose(1, 2))
+
+
+def cache_visibility(
+    q: Tensor,
+    k: Tensor,
+    key_lengths: Tensor,
+    block_table: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    batch_invariant: bool | None = None,
+) -> Visibility:
+    """The keys that each row sees, of `cache_operands`; raises for lengths and pages that are none of theirs."""
+    invariant = check_masks(True, window, batch_invariant)
+    (batch, q_heads, q_len, _), capacity = q.shape, capacity_of(k, block_table)
+    _check_lengths("key_lengths", key_lengths, q, capacity, "capacity = ")
+    if query_lengths is not None:
+        _check_lengths("query_lengths", query_lengths, q, q_len, "Sq = ")
+    left, _ = window_sides(window)
+    if block_table is not None:
+        lengths = key_lengths.long()  # uint8 has no number below 0
+        rows = q_len if query_lengths is None else query_lengths.long()
+        first = torch.zeros_like(lengths) if left is None else lengths - rows - left
+        check_page_numbers(block_table, k.shape[2], k.shape[0], first, lengths, "key_lengths")
+    sizes = (batch, q_heads, k.shape[1], q_len, capacity)
+    return Visibility.of_padded(sizes, q.device, key_lengths, query_lengths, left=left, invariant=invariant)
 
 
 def check_cache(q: Tensor, k: Tensor, v: Tensor, layout: Layout = _WHOLE) -> None:
@@ -74,16 +82,6 @@ def check_cache(q: Tensor, k: Tensor, v: Tensor, layout: Layout = _WHOLE) -> Non
     _check_operand("k_cache", k, layout.k)
     _check_operand("v_cache", v, layout.v)
     _check_alike(q, k, v)
-
-
-def refuse_gradients(call: str = "attention_decode", /, **tensors: Any) -> None:
-    """Raise where one of these tensors would have to carry a derivative of a `call`."""
-    for name, x in tensors.items():
-        if isinstance(x, Tensor) and needs_graph(x):
-            raise NotImplementedError(
-                f"{name}: {call} has no gradient, got a tensor that requires one; call it under"
-                " torch.no_grad() or torch.inference_mode(), or `attention`, which has"
-            )
 
 
 def _check_operand(name: str, x: Any, axes: str) -> None:
@@ -103,26 +101,26 @@ def _check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v_cache: expected k_cache's {shape_of(k)[:3]}, got {shape_of(v)}")
 
 
-def _check_sizes(q: Tensor, cache: Cache, layout: Layout) -> None:
-    (batch, q_heads, q_len, head_dim), k = q.shape, cache.k.shape
-    kv_heads, value_dim = k[layout.heads], cache.v.shape[3]
+def _check_sizes(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, layout: Layout) -> None:
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, value_dim = k.shape[layout.heads], v.shape[3]
     if not 1 <= q_len <= LONGEST_QUERY:
         raise ValueError(f"q: expected Sq of 1 to {LONGEST_QUERY}, got {q_len}; for more rows: attention")
-    if cache.block_table is None and k[0] != batch:
-        raise ValueError(f"k_cache: expected q's batch size {batch}, got {k[0]}")
+    if block_table is None and k.shape[0] != batch:
+        raise ValueError(f"k_cache: expected q's batch size {batch}, got {k.shape[0]}")
     if q_heads != kv_heads and (kv_heads == 0 or q_heads == 0 or q_heads % kv_heads != 0):
         layouts = ("[N, page, Hkv, D]", "[N, Hkv, page, D]", SMALLEST_PAGE)
-        if cache.block_table is None:
+        if block_table is None:
             layouts = ("[B, Hkv, capacity, D]", "[B, capacity, Hkv, D]", 0)
-        hint = exchanged(cache.k, q_heads, "k_cache", *layouts)
+        hint = exchanged(k, q_heads, "k_cache", *layouts)
         raise ValueError(f"k_cache: expected a number of heads that divides q's {q_heads}, got {kv_heads}{hint}")
-    if k[3] != head_dim:
-        raise ValueError(f"k_cache: expected q's head_dim {head_dim}, got {k[3]}")
+    if k.shape[3] != head_dim:
+        raise ValueError(f"k_cache: expected q's head_dim {head_dim}, got {k.shape[3]}")
     if head_dim == 0 or value_dim == 0:
         raise ValueError(f"q, v_cache: expected head_dim of at least 1, got {head_dim} in q and {value_dim} in v_cache")
-    if cache.block_table is not None:
-        check_page_size("k_cache", cache.k, q_heads)
-    if cache.capacity == 0:
+    if block_table is not None:
+        check_page_size("k_cache", k, q_heads)
+    if (k.shape[2] if block_table is None else block_table.shape[1]) == 0:
         raise ValueError("k_cache: expected a capacity of at least 1 key, got 0")
 
 
@@ -133,27 +131,25 @@ def _check_lengths(name: str, lengths: Any, q: Tensor, highest: int, meaning: st
     check_values(name, lengths, highest, meaning)
 
 
-def _check_pages(cache: Cache, table: Tensor, q_len: int, window: tuple[int | None, int | None] | None) -> None:
-    """Check the pages that rows read."""
-    lengths = cache.key_lengths.long()  # uint8 has no number below 0
-    left, _ = window_sides(window)
-    rows = q_len if cache.query_lengths is None else cache.query_lengths.long()
-    first = torch.zeros_like(lengths) if left is None else lengths - rows - left
-    check_page_numbers(table, cache.page, cache.k.shape[0], first, lengths, "key_lengths")
-
-
-def _check_statistics(statistics: Any, q: Tensor, cache: Cache) -> None:
+def check_statistics(statistics: Any, q: Tensor, k: Tensor, key_lengths: Tensor, block_table: Tensor | None) -> None:
+    """Raise unless these are statistics of the keys of `cache_operands`."""
     if isinstance(statistics, PagedKeyStatistics):
-        check_paged_statistics(statistics, q, cache.k, cache.block_table)
+        check_paged_statistics(statistics, q, k.transpose(1, 2), block_table)
         return
     if not isinstance(statistics, KeyStatistics):
         raise TypeError(f"statistics: expected a KeyStatistics, got {kind_of(statistics)}")
-    check_record(statistics.norms, (cache.batch, cache.kv_heads, cache.capacity), "[B, Hkv, capacity]", q)
-    if values_are_read(statistics.counts) and values_are_read(cache.key_lengths):
-        missing = statistics.counts < cache.key_lengths
+    wanted = (q.shape[0], k.shape[1], capacity_of(k, block_table))
+    check_record(statistics.norms, wanted, "[B, Hkv, capacity]", q)
+    if values_are_read(statistics.counts) and values_are_read(key_lengths):
+        missing = statistics.counts < key_lengths
         if missing.any():
             entry = int(missing.nonzero()[0])
             raise ValueError(
                 f"statistics: expected all keys of key_lengths, new ones too (append first), got"
-                f" {int(statistics.counts[entry])} of {int(cache.key_lengths[entry])} in sequence {entry}"
+                f" {int(statistics.counts[entry])} of {int(key_lengths[entry])} in sequence {entry}"
             )
+
+
+def capacity_of(k: Tensor, block_table: Tensor | None) -> int:
+    """The most keys that a sequence can have: k [B, Hkv, capacity, D], or pages [N, Hkv, page, D]."""
+    return k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]

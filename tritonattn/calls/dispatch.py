@@ -1,11 +1,11 @@
-"""Run the checked arguments of a public call on a backend, and return its results."""
+"""Run a checked call on a backend, and return its results."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -14,20 +14,18 @@ from torch import Tensor
 from .. import ops
 from ..backends import reference
 from ..backends.cpu import sdpa
-from ..core.autograd import autocast_is_on, is_compiled_transform, is_transformed, needs_graph
-from ..core.call import AttentionCall, ForwardResult, Logits
+from ..core.autograd import autocast_is_on, needs_graph
+from ..core.call import AttentionCall, ForwardResult
 from ..core.dropout import Dropout
-from ..core.observation import ObservedCall, is_observed, notify_observers
+from ..core.observation import ObservedCall, notify_observers, observers
 from ..core.statistics import Statistics
-from ..core.visibility import Visibility
-from .checks import Options
-from .factor import Factor, scale_dtype
+from .cached import cached_statistics, keys_for_scaling, refuse_gradients
+from .logits import dense, logits
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LARGEST_KERNEL_DIM = 512
 _LARGEST_KEY_OF_DECODE = 1024
 _DIM_OF_EVERY_GPU = 256
-_AS_IT_IS = nullcontext()
 
 
 class AttentionAux(NamedTuple):
@@ -51,93 +49,78 @@ class AttentionAux(NamedTuple):
     entropy: Tensor
 
 
-def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], AbstractContextManager]:
-    """q, k, v in the dtype of torch.autocast where it is on, and a context in which it is off.
-
-    float64 stays, as in torch's own operators. Attention computes in the dtypes of its operands from there on.
-    """
-    if not isinstance(q, Tensor) or not autocast_is_on(q):
-        return (q, k, v), _AS_IT_IS
-    device = q.device.type
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(x: Tensor) -> Tensor:
-        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(dtype) if eligible else x
-
-    return (cast(q), cast(k), cast(v)), torch.autocast(device, enabled=False)
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, factor: Factor, visibility: Visibility, options: Options
-) -> Tensor | tuple[Tensor, AttentionAux]:
-    """Attention of checked operands [B, H, S, D] on the backend that `options` asks for, with autocast off."""
-    if is_compiled_transform():
+def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
+    """Attention of a checked call, which takes what it comes down to: its backend, dropout, and terms of the logits."""
+    if autocast_is_on(call.q):
+        with torch.autocast(call.q.device.type, enabled=False):
+            return run(call)
+    is_compiled, is_transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    if is_compiled and is_transformed:
         # Dynamo's own rules for autograd functions in torch.func.grad gave wrong gradients. Raising leaves the call
         # uncompiled; fullgraph=True hands the error on.
         raise RuntimeError("tritonattn: a torch.func transform of attention is not compiled")
-    result = _attend(q, k, v, factor, visibility, options)
-    if is_observed():
-
-        def aux() -> AttentionAux:
-            again, bias = options._replace(return_aux=True, dropout_p=0.0), options.key_bias
-            with torch.no_grad():
-                found = _aux(q, k, factor, visibility, again)
-                if bias is None:
-                    return found
-                # A bias may grow with the position, as of forget gates: without it logits tell how large q . k is.
-                only_hides = again._replace(key_bias=torch.where(bias == -torch.inf, bias, 0))
-                return found._replace(max_logit=_aux(q, k, factor, visibility, only_hides).max_logit)
-
-        out = result[0] if isinstance(result, tuple) else result
-        notify_observers(ObservedCall(q, k, out, visibility, options.softcap, aux))
-    return result
-
-
-def _aux(q: Tensor, k: Tensor, factor: Factor, visibility: Visibility, options: Options) -> AttentionAux:
-    narrow = k.detach()[..., :1]  # stands for v; its values reach nothing that is read
-    return cast(tuple[Tensor, AttentionAux], _attend(q, k, narrow, factor, visibility, options))[1]
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, factor: Factor, visibility: Visibility, options: Options
-) -> Tensor | tuple[Tensor, AttentionAux]:
-    backend = choose_backend(q, k, v, options)
-    if backend != "triton" and q.dtype.itemsize == 2 and (is_transformed() or needs_graph(q, k)):
-        q, k = q.float(), k.float()  # gradients of logits and of norms add up before they are rounded
-    dropout = Dropout.draw(options.dropout_p, q.device) if options.dropout_p > 0 else None
-    sinks = sinks_of(q, options)
-    if backend == "reference":
-        multiplier, bias = factor.dense(q, k, visibility, options.key_bias)
-        result = reference.attention(
-            q,
-            k,
-            v,
-            multiplier,
-            visibility,
-            bias=bias,
-            softcap=options.cap,
-            sinks=sinks,
-            dropout=dropout,
-        )
-        result = result._replace(out=result.out.to(v.dtype))
+    # A compiler reads no state here.
+    observed = None if is_compiled or is_transformed or call.cached or not observers.get() else replace(call)
+    call.backend = choose_backend(call)
+    if call.dropout_p > 0:
+        call.dropout = Dropout.draw(call.dropout_p, call.q.device)
+    if call.backend != "triton" and call.q.dtype.itemsize == 2 and not call.cached:
+        if is_transformed or needs_graph(call.q, call.k):  # gradients of logits and of norms are added, then rounded
+            call.q, call.k = call.q.float(), call.k.float()
+    if call.backend == "reference":
+        result = by_formulas(call)
     else:
-        statistics = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visibility)
-        logits = factor.logits(q, k, visibility, statistics, options.key_bias, options.cap, sinks)
-        if visibility.invariant and backend == "triton":
-            _refuse_scaled_halves(v, logits, q, k)
-        call = statistics.widened(AttentionCall(q, k, v, visibility, logits, dropout))
-        if not options.return_aux:
-            return _out(call, backend)
-        result = ops.attention(call, backend, aux=True)
-    if not options.return_aux:
-        return result.out
-    return result.out, aux_of(result)
+        call = with_logits(call)
+        # torch maps its own attention in a loop under vmap; our operators fold the mapped axis into the batch.
+        if call.backend == "sdpa" and not is_transformed and sdpa.supports(call):
+            result = ForwardResult(sdpa.attention(call), call.q)
+        else:
+            result = ops.attention(call)
+    if observed is not None:
+        _notify(observed, result.out)
+    return (result.out, aux_of(result)) if call.aux else result.out
 
 
-def sinks_of(q: Tensor, options: Options) -> Tensor | None:
-    """The sinks of a call in the dtype in which they act."""
-    return None if options.sinks is None else options.sinks.to(scale_dtype(q))
+def with_logits(call: AttentionCall) -> AttentionCall:
+    """The call with the terms of its logits, for the kernels or the CPU."""
+    if call.cached:
+        call.logits = terms = logits(call, cached_statistics(call), keys_for_scaling(call))
+        of_scaling = {"scaling": terms.query_scale, "key_scale": terms.key_scale, "key_bias": terms.key_bias}
+        refuse_gradients(call.cached, **of_scaling)
+        return call
+    statistics = (ops.KernelStatistics if call.backend == "triton" else Statistics)(call.k, call.visibility)
+    call.logits = logits(call, statistics)
+    if call.visibility.invariant and call.backend == "triton":
+        _refuse_scaled_halves(call)
+    return statistics.widened(call) if statistics.wide else call
+
+
+def by_formulas(call: AttentionCall) -> ForwardResult:
+    """The results of a checked call by the formulas of its scaling."""
+    call = call.gathered()
+    multiplier, bias = dense(call)
+    q, k, v, visible, terms = call.q, call.k, call.v, call.visibility, call.logits
+    extras = {"bias": bias, "softcap": terms.softcap, "sinks": terms.sinks, "dropout": call.dropout}
+    result = reference.attention(q, k, v, multiplier, visible, **extras)
+    return result._replace(out=result.out.to(v.dtype))
+
+
+def _notify(call: AttentionCall, out: Tensor) -> None:
+    """Hand a checked call, which no backend has had, to its observers."""
+
+    def aux() -> AttentionAux:
+        narrow = call.k.detach()[..., :1]  # stands for v; its values reach nothing that is read
+        again, terms = replace(call, v=narrow, aux=True, dropout_p=0.0), call.logits
+        with torch.no_grad():
+            found = cast(tuple[Tensor, AttentionAux], run(replace(again)))[1]
+            if terms.key_bias is None:
+                return found
+            # A bias may grow with the position, as of forget gates: without it logits tell how large q . k is.
+            hiding = terms._replace(key_bias=torch.where(terms.key_bias == -torch.inf, terms.key_bias, 0))
+            without = cast(tuple[Tensor, AttentionAux], run(replace(again, logits=hiding)))[1]
+            return found._replace(max_logit=without.max_logit)
+
+    notify_observers(ObservedCall(call.q, call.k, out, call.visibility, call.logits.softcap, aux))
 
 
 def aux_of(result: ForwardResult) -> AttentionAux:
@@ -147,28 +130,35 @@ def aux_of(result: ForwardResult) -> AttentionAux:
     return AttentionAux(result.lse, result.max_logit, result.entropy)
 
 
-def _out(call: AttentionCall, backend: str) -> Tensor:
-    # torch maps its own attention in a loop under vmap; our operators fold the mapped axis into the batch.
-    if backend == "sdpa" and not (is_transformed() or call.invariant) and sdpa.supports(call):
-        return sdpa.attention(call)
-    return ops.attention(call, backend, aux=False).out
-
-
-def choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options, decodes: bool = False) -> str:
-    """Choose the backend of a call: the one asked for, which must support the call, or for "auto" one that does.
-
-    decodes   only the decode kernel will run, which takes wider keys
-    """
-    backend = _choose_backend(q, k, v, options, decodes)
-    if options.invariant:
-        _refuse_company(q, k, backend, options)
+def choose_backend(call: AttentionCall) -> str:
+    """Choose the backend of a call: the one asked for, which must support the call, or for "auto" one that does."""
+    q, v, backend = call.q, call.v, call.backend
+    decodes = call.decodes and not call.invariant  # only the decode kernel will run, which takes wider keys
+    if backend == "triton" and (obstacle := _kernel_obstacle(q, v, decodes)):
+        raise NotImplementedError(
+            f"{obstacle}: backend 'triton' does not support it; backends 'sdpa' and 'reference' do"
+        )
+    if q.numel() == 0 or call.k.numel() == 0:
+        backend = "sdpa"  # nothing to compute
+    elif backend == "auto":
+        backend = "sdpa"
+        if q.device.type == "cuda":
+            obstacle = _kernel_obstacle(q, v, decodes) or (not _HAS_TRITON and "triton is not installed")
+            if obstacle:
+                _warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
+            else:
+                backend = "triton"
+    elif backend == "triton":
+        _check_kernels_run_on(q.device)
+    if call.visibility.invariant:
+        _refuse_company(q, backend, call.dropout_p)
     return backend
 
 
-def _refuse_company(q: Tensor, k: Tensor, backend: str, options: Options) -> None:
+def _refuse_company(q: Tensor, backend: str, dropout_p: float) -> None:
     """Raise where a row's bits would depend on its company although `batch_invariant` is on."""
     obstacle = None
-    if options.dropout_p > 0:
+    if dropout_p > 0:
         obstacle = "dropout_p above 0, whose bits follow the place in the batch"
     elif backend == "reference":
         obstacle = "backend 'reference', whose products follow the lengths"
@@ -178,40 +168,15 @@ def _refuse_company(q: Tensor, k: Tensor, backend: str, options: Options) -> Non
         raise NotImplementedError(f"batch_invariant: not supported with {obstacle}")
 
 
-def _refuse_scaled_halves(v: Tensor, logits: Logits, *operands: Tensor) -> None:
+def _refuse_scaled_halves(call: AttentionCall) -> None:
     """Raise for gradients of fp16 with scales: kernels divide by the largest scale of a head before they round."""
-    is_scaled = logits.query_scale is not None or logits.key_scale is not None
-    if v.dtype == torch.float16 and is_scaled and needs_graph(*operands, v, logits.query_scale, logits.key_scale):
+    terms = call.logits
+    is_scaled = terms.query_scale is not None or terms.key_scale is not None
+    if call.v.dtype == torch.float16 and is_scaled and needs_graph(*call.tensors):
         raise NotImplementedError(
             "batch_invariant: not supported with gradients of float16 through a scaling with vectors: kernels divide"
             " these by a head's largest entry before they round; use bfloat16 or float32"
         )
-
-
-def _choose_backend(q: Tensor, k: Tensor, v: Tensor, options: Options, decodes: bool) -> str:
-    asked = options.backend
-    if asked == "triton" and (obstacle := _kernel_obstacle(q, v, decodes)):
-        raise NotImplementedError(
-            f"{obstacle}: backend 'triton' does not support it; backends 'sdpa' and 'reference' do"
-        )
-    if q.numel() == 0 or k.numel() == 0:
-        return "sdpa"  # nothing to compute
-    if asked in ("sdpa", "reference"):
-        return asked
-    if asked == "auto":
-        if q.device.type != "cuda":
-            return "sdpa"
-        if obstacle := _kernel_obstacle(q, v, decodes) or (not _HAS_TRITON and "triton is not installed"):
-            _warn_once(f"tritonattn: backend 'sdpa' instead of 'triton': {obstacle}")
-            return "sdpa"
-        return "triton"
-    if not _HAS_TRITON:
-        raise ImportError(
-            "backend: 'triton' needs the package triton, which is not installed: pip install 'triton>=3.4'"
-            " (Linux); backends 'sdpa' and 'reference' do without"
-        )
-    _check_kernels_run_on(q.device)
-    return "triton"
 
 
 def kernels_take(x: Tensor) -> bool:
@@ -268,6 +233,11 @@ _obstacle_of_memory._dynamo_marked_constant = True  # pyright: ignore[reportFunc
 
 
 def _check_kernels_run_on(device: torch.device) -> None:
+    if not _HAS_TRITON:
+        raise ImportError(
+            "backend: 'triton' needs the package triton, which is not installed: pip install 'triton>=3.4'"
+            " (Linux); backends 'sdpa' and 'reference' do without"
+        )
     if device.type == "cuda":
         return
     from ..backends.triton.launch import runs_on  # `kernels` is cached by a wrapper that torch.compile warns of
@@ -286,4 +256,4 @@ def _warn_once(message: str) -> None:
 
 @functools.cache
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=9)
+    warnings.warn(message, stacklevel=7)

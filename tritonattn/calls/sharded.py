@@ -7,22 +7,18 @@ are refused.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..core.dropout import stream
-from ..core.shards import is_dtensor, refuse_context_parallel, twin
+from ..core.shards import is_dtensor, twin
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Axes(NamedTuple):
@@ -67,37 +63,29 @@ PACKED_PAGES = {**PACKED, **dict.fromkeys(("k", "v"), Axes(None, 2))}
 _OPERANDS = ("k", "v", "k_cache", "v_cache")
 
 
-def takes_shards(
-    axes: Mapping[str, Axes], paged: Mapping[str, Axes] | None = None
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: DTensors become this rank's parts, and the results DTensors placed as q is.
+def call_of_parts(
+    function: Callable[..., Any],
+    signature: inspect.Signature,
+    axes: Mapping[str, Axes],
+    paged: Mapping[str, Axes] | None,
+    arguments: Iterable[Any],
+    keywords: Mapping[str, Any],
+) -> Any:
+    """Call a function of DTensors on this rank's parts; its results are DTensors placed as q is.
 
     axes, paged   the axes of the arguments, and where there is a block table
 
     Beside a plain q a DTensor that has a value a head stands for this rank's part, as parameters do in tensor
-    parallelism. Under torch's context_parallel the function raises.
+    parallelism.
     """
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        signature = inspect.signature(function)
-
-        @functools.wraps(function)
-        def call(*arguments: P.args, **keywords: P.kwargs) -> R:
-            refuse_context_parallel(function.__name__)
-            if not is_dtensor(*arguments, *keywords.values()):
-                return function(*arguments, **keywords)
-            given = signature.bind(*arguments, **keywords).arguments
-            own = axes if paged is None or given.get("block_table") is None else paged
-            if not is_dtensor(given["q"]):
-                return function(**{name: _part_beside(given["q"], name, x, own) for name, x in given.items()})  # pyright: ignore
-            shards = Shards.of(given, own)
-            with stream(shards.number):
-                result = function(**{name: shards.part(name, x) for name, x in given.items()})  # pyright: ignore
-            return shards.wrapped(result)
-
-        return call
-
-    return decorate
+    given = signature.bind(*arguments, **keywords).arguments
+    own = axes if paged is None or given.get("block_table") is None else paged
+    if not is_dtensor(given["q"]):
+        return function(**{name: _part_beside(given["q"], name, x, own) for name, x in given.items()})
+    shards = Shards.of(given, own)
+    with stream(shards.number):
+        result = function(**{name: shards.part(name, x) for name, x in given.items()})
+    return shards.wrapped(result)
 
 
 def head_parts(q: Tensor, **values: Any) -> list[Any]:

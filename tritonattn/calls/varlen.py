@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
 from torch import Tensor
 
-from .. import ops
-from ..core.call import AttentionCall, ForwardResult, Logits
-from ..core.pages import PageTable
-from ..core.sequences import Sequences
-from ..core.visibility import Visibility
+from ..core.call import AttentionCall, Logits
 from ..scaling import Scaling
-from .cached import CachedCall, CachedKeys
-from .cached_statistics import PagedRecord
-from .checks import Options
-from .decode_checks import refuse_gradients
-from .dispatch import AttentionAux, attend, autocast, choose_backend
-from .factor import Factor
+from .cached import refuse_gradients
+from .checks import check, operands
+from .dispatch import AttentionAux, run
+from .key_records import record_of
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
-from .sharded import PACKED, PACKED_PAGES, takes_shards
-from .varlen_checks import Packing, check_varlen
-from .words import with_hints
-
-_OVER_PAGES = "attention_varlen with a block_table"
+from .public import public
+from .sharded import PACKED, PACKED_PAGES
+from .varlen_checks import Packing, packed_visibility
 
 
-@with_hints
-@takes_shards(PACKED, PACKED_PAGES)
+@public(PACKED, PACKED_PAGES)
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -109,84 +97,38 @@ def attention_varlen(
 
     Source: Dao 2023, arXiv:2307.08691, whose flash_attn_varlen_func has these names and this layout.
     """
-    options = Options(
-        causal=causal,
-        window=window,
-        key_bias=key_bias,
-        softcap=softcap,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        return_aux=return_aux,
-        backend=backend,
-        batch_invariant=batch_invariant,
-    )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
-    (q, k, v), autocast_off = autocast(q, k, v)
-    check_varlen(q, k, v, packing, options)
+    q, k, v = operands(q, k, v, packing.layout)
+    visible = packed_visibility(q, k, packing, causal, window, key_bias, batch_invariant)
     if statistics is not None:
         check_paged_statistics(statistics, q, k, block_table)
-    q_len, q_heads, _ = q.shape
-    factor = Factor.of(scaling, gain, q, (q_heads, q_len), "[Hq, T_q]")
-    q = q.transpose(0, 1)[None]
-    visibility = packed_visibility(q, k, packing, options)
-    with autocast_off:
-        if block_table is None:
-            k, v = (x.transpose(0, 1)[None] for x in (k, v))
-            result = attend(q, k, v, factor, visibility, options)
-        else:
-            given = {"key_bias": key_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
-            refuse_gradients(_OVER_PAGES, q=q, k=k, v=v, **given)
-            result = call_over_pages(q, (k, v), block_table, visibility, statistics, options).attend(factor)
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    if block_table is None:
+        k, v = k[None], v[None]
+    call = AttentionCall(
+        q[None],
+        k,
+        v,
+        visible,
+        Logits(key_bias=key_bias, softcap=softcap, sinks=sinks),
+        block_table=block_table,
+        scaling=scaling,
+        gain=gain,
+        dropout_p=dropout_p,
+        aux=return_aux,
+        backend=backend,
+        record=record_of(statistics, block_table, visible.sequences),
+        cached="" if block_table is None else "attention_varlen with a block_table",
+    )
+    check(call, "[Hq, T_q]", "[Hq or Hkv, T_k]")
+    if call.cached:
+        given = {"key_bias": key_bias, "sinks": sinks, "scaling": scaling, "gain": gain}
+        refuse_gradients(call.cached, q=q, k=k, v=v, **given)
+    result = run(call)
     if not isinstance(result, tuple):
         return _packed(result)
     out, aux = result
     return _packed(out), AttentionAux(*(x[0] for x in aux))
-
-
-def packed_visibility(q: Tensor, k: Tensor, packing: Packing, options: Options) -> Visibility:
-    """Compute which keys each row sees, of checked arguments; q as [1, Hq, T_q, D], k packed or in pages."""
-    q_len, k_len, (kv_heads, head_dim) = q.shape[2], packing.keys(k, options.key_bias), k.shape[-2:]
-    longest = min(packing.max_seqlen_q, q_len), min(packing.longest_k(k), k_len)
-    sequences = Sequences.of(packing.cu_seqlens_q, packing.cu_seqlens_k, q_len, k_len, *longest)
-    masks = {"causal": options.causal, "window": options.window, "sequences": sequences, "invariant": options.invariant}
-    return Visibility.of_shapes(q.shape, torch.Size((1, kv_heads, k_len, head_dim)), q.device, **masks)
-
-
-def call_over_pages(
-    q: Tensor,
-    pages: tuple[Tensor, Tensor],
-    block_table: Tensor,
-    visible: Visibility,
-    statistics: PagedKeyStatistics | None,
-    options: Options,
-) -> CachedCall:
-    """`attention_varlen` of checked arguments, q as [1, Hq, T_q, D], over pages of keys and values.
-
-    visible   of the sequences and the masks, its keys those that there can be
-    """
-    k, v = (x.transpose(1, 2) for x in pages)
-    sequences, record, width = visible.sequences, None, None
-    backend = choose_backend(q, k, v, options)
-    call = AttentionCall(q, k, v, visible, Logits(1.0), block_table=block_table)
-    if statistics is not None:
-        record = PagedRecord(statistics, PageTable(block_table, statistics.page, sequences))
-    if visible.left is not None and sequences is not None:
-        right = sequences.longest_k if visible.right is None else visible.right
-        width = min(visible.left + 1 + right, sequences.longest_k)
-    cached = CachedKeys(
-        _OVER_PAGES,
-        lambda: call.packed_keys(call.k),
-        lambda: call.packed_keys(call.v),
-        visible,
-        in_pages=True,
-        record=record,
-        width=width,
-    )
-
-    def run(logits: Logits) -> ForwardResult:
-        return ops.attention(replace(call, logits=logits), backend, options.return_aux)
-
-    return CachedCall(q, cached, options, backend, run)
 
 
 def _packed(out: Tensor) -> Tensor:

@@ -7,19 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.visibility import window_sides
+from ..core.sequences import Sequences
+from ..core.visibility import Visibility, window_sides
 from .checks import (
     PACKED,
     PAGED,
-    Options,
+    Layout,
     check_count,
     check_device,
-    check_flags,
-    check_key_bias,
-    check_operands,
-    check_sinks,
+    check_masks,
     check_tensor,
-    check_window,
     shape_of,
     values_are_read,
 )
@@ -34,6 +31,10 @@ class Packing(NamedTuple):
     max_seqlen_q: int
     max_seqlen_k: int
     block_table: Tensor | None = None
+
+    @property
+    def layout(self) -> Layout:
+        return PACKED if self.block_table is None else PAGED
 
     def longest_k(self, k: Tensor) -> int:
         """At least the keys of the longest sequence, of which no more count than the pages k of a table hold."""
@@ -54,15 +55,29 @@ class Packing(NamedTuple):
             return int(self.cu_seqlens_k[-1])
         return (self.cu_seqlens_k.shape[0] - 1) * self.longest_k(k)
 
+    def visibility(self, q: Tensor, k: Tensor, k_len: int, **masks: Any) -> Visibility:
+        """Which of the `keys` each row sees, of checked arguments: q [T_q, Hq, D] and k, packed or in pages."""
+        q_len, longest_k = q.shape[0], min(self.longest_k(k), k_len)
+        longest_q = min(self.max_seqlen_q, q_len)
+        sequences = Sequences.of(self.cu_seqlens_q, self.cu_seqlens_k, q_len, k_len, longest_q, longest_k)
+        q_shape, k_shape = torch.Size((1, q.shape[1], q_len, 0)), torch.Size((1, k.shape[-2], k_len, 0))
+        return Visibility.of_shapes(q_shape, k_shape, q.device, sequences=sequences, **masks)
 
-def check_varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> None:
-    """Raise TypeError or ValueError unless these describe one call over packed sequences."""
-    check_operands(q, k, v, PACKED if packing.block_table is None else PAGED)
-    check_flags(options)
-    if options.window is not None:
-        check_window(options.window)
-    if options.sinks is not None:
-        check_sinks(options.sinks, q)
+
+def packed_visibility(
+    q: Tensor,
+    k: Tensor,
+    packing: Packing,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_bias: Tensor | None = None,
+    batch_invariant: bool | None = None,
+) -> Visibility:
+    """The keys that each row sees, of checked q [T_q, Hq, D] and k, packed or in pages; raises for masks not of these.
+
+    key_bias   says how many keys there are, where they lie in pages
+    """
+    invariant = check_masks(causal, window, batch_invariant)
     check_offsets("cu_seqlens_q", packing.cu_seqlens_q, q)
     check_offsets("cu_seqlens_k", packing.cu_seqlens_k, q)
     q_members, k_members = packing.cu_seqlens_q.shape[0] - 1, packing.cu_seqlens_k.shape[0] - 1
@@ -73,22 +88,19 @@ def check_varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Opt
     if packing.block_table is not None:
         check_page_size("k", k, q.shape[1])
         check_block_table(packing.block_table, q_members, q)
-        if options.dropout_p > 0:
-            raise NotImplementedError(f"dropout_p: expected 0 with a block_table, got {options.dropout_p}")
-    k_len = packing.keys(k, options.key_bias)
-    if options.key_bias is not None:
-        check_key_bias("key_bias", options.key_bias, q, (k.shape[-2], k_len), "[Hq or Hkv, T_k]")
+    q_len, k_len = q.shape[0], packing.keys(k, key_bias)
     for side, offsets, longest, length in (
-        ("q", packing.cu_seqlens_q, packing.max_seqlen_q, q.shape[0]),
+        ("q", packing.cu_seqlens_q, packing.max_seqlen_q, q_len),
         ("k", packing.cu_seqlens_k, packing.max_seqlen_k, k_len),
     ):
         check_offset_values(f"cu_seqlens_{side}", offsets, length, f"T_{side}")
         _check_longest(side, offsets, longest)
     if packing.block_table is not None:
-        _check_pages(packing, packing.block_table, k, options)
+        _check_pages(packing, packing.block_table, k, window)
+    return packing.visibility(q, k, k_len, causal=causal, window=window, invariant=invariant)
 
 
-def _check_pages(packing: Packing, table: Tensor, k: Tensor, options: Options) -> None:
+def _check_pages(packing: Packing, table: Tensor, k: Tensor, window: tuple[int | None, int | None] | None) -> None:
     """Check that sequences fit into the table, and the pages that rows read."""
     if not (values_are_read(packing.cu_seqlens_q) and values_are_read(packing.cu_seqlens_k)):
         return
@@ -98,7 +110,7 @@ def _check_pages(packing: Packing, table: Tensor, k: Tensor, options: Options) -
         raise ValueError(
             f"cu_seqlens_k: expected at most max_pages * page = {capacity} keys a sequence, got {int(keys.max())}"
         )
-    left, _ = window_sides(options.window)
+    left, _ = window_sides(window)
     first = torch.zeros_like(keys) if left is None else keys - rows - left
     check_page_numbers(table, page, k.shape[0], first, torch.where(rows > 0, keys, 0), "cu_seqlens_k")
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from collections.abc import Iterable
+from typing import Any
 
 # Words of F.scaled_dot_product_attention, flash-attn, xformers and FlexAttention: the argument that stands for each (""
 # if none is needed), and what it takes. A function without that argument has the hint of the argument's own name.
@@ -41,22 +36,9 @@ _HINTS = {
 }
 
 
-def with_hints(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: a keyword of another library raises a TypeError that names ours. The signature stays."""
-    known = inspect.signature(function).parameters
-    name = function.__qualname__.removesuffix(".__init__")
-
-    @functools.wraps(function)
-    def call(*arguments: P.args, **keywords: P.kwargs) -> R:
-        try:
-            return function(*arguments, **keywords)
-        except TypeError:
-            hint = next(filter(None, (_hint(word, known) for word in keywords)), None)
-            if hint is None:
-                raise
-        raise TypeError(f"{name}: {hint}")
-
-    return call
+def hint_for(keywords: Iterable[str], known: Any) -> str | None:
+    """What to write in place of the first keyword that another library has and `known` has not, or None."""
+    return next(filter(None, (_hint(word, known) for word in keywords)), None)
 
 
 def _hint(word: str, known: Any) -> str | None:

@@ -1,7 +1,8 @@
-"""One attention call as plain tensors: the argument of a backend, and the results of its passes."""
+"""One attention call, from a public function to a backend, and the results of a backend's passes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from .pages import PageTable
 from .ranges import rolled
 from .visibility import Visibility
 
+LONGEST_QUERY = 16  # rows of a call over a KV cache
+
 
 class Logits(NamedTuple):
     """logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j], and the softmax's other terms.
@@ -22,9 +25,11 @@ class Logits(NamedTuple):
     key_bias      [B, Hkv, Hq / Hkv, Sk] or None, likewise; a key with -inf has no weight, whatever the softcap
     softcap       c: logit -> c * tanh(logit / c), or None
     sinks         fp32 [Hq] or None: a logit per head in the softmax's denominator only, neither scaled nor capped
+
+    Of a call that a user makes, key_bias, softcap and sinks alone are given, and the scaling says the rest.
     """
 
-    scale: float
+    scale: float = 1.0
     query_scale: Tensor | None = None
     key_scale: Tensor | None = None
     key_bias: Tensor | None = None
@@ -32,9 +37,12 @@ class Logits(NamedTuple):
     sinks: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AttentionCall:
     """The softmax of `logits` over the visible keys, times v.
+
+    A public function makes it of its arguments, `calls.checks.check` holds these to their types and shapes,
+    `calls.logits.logits` computes the terms of the logits, and `calls.run.run` hands it to a backend.
 
     q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; any strides; one dtype, in which the output is
     dropout    on the probabilities, after the softmax
@@ -46,6 +54,13 @@ class AttentionCall:
                entry or member n of `visibility.sequences` lies in page block_table[n, j // page], at j % page.
                Vectors of keys still lie along the axis of visibility.k_len. Entries outside [0, P) are not followed:
                keys and values there are zeros. No gradients.
+    scaling    a `Scaling`, or what stands for one until `check`
+    gain       multiplies its factor: a float, a tensor broadcastable to [B, Hq, Sq], or None
+    dropout_p  the chance to drop, of which `run` draws `dropout`
+    aux        max_logit and entropy are results too
+    backend    its name, or "auto"
+    cached     the function, in errors, if k and v are a KV cache: the call has then no gradients; else ""
+    record     the statistics of the keys that are kept beside a cache, or None
 
     Gradients by other ways, as through key norms, are added to an fp32 gradient before the sum is rounded. For the
     same end q and k may hold 16-bit values in fp32 beside a 16-bit v.
@@ -61,6 +76,18 @@ class AttentionCall:
     wide_k: Tensor | None = None
     is_part: bool = False
     block_table: Tensor | None = None
+    scaling: Any = None
+    gain: float | Tensor | None = None
+    dropout_p: float = 0.0
+    aux: bool = False
+    backend: str = "auto"
+    cached: str = ""
+    record: Any = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether rows stand at the end of their sequences in a cache."""
+        return bool(self.cached) and self.visibility.sequences is None
 
     @property
     def invariant(self) -> bool:
@@ -75,6 +102,28 @@ class AttentionCall:
         k = self.k if self.wide_k is None else self.wide_k
         return q, k, self.v, query_scale, key_scale, key_bias, sinks
 
+    def split(self) -> tuple[tuple[Tensor | None, ...], AttentionCall]:
+        """The tensors of the call, those of `Gradients` first, and the call without them, for autograd to keep."""
+        terms, visible = self.logits, self.visibility
+        own = (self.q, self.k, self.v, *terms[1:4], terms.sinks, self.wide_q, self.wide_k)
+        rest = AttentionCall(
+            *_NO_OPERANDS,
+            visible.without_tensors(),
+            Logits(terms.scale, softcap=terms.softcap),
+            self.dropout,
+            is_part=self.is_part,
+            aux=self.aux,
+            backend=self.backend,
+        )
+        return (*own, *visible.tensors), rest
+
+    def joined(self, tensors: Sequence[Any]) -> AttentionCall:
+        """The call that `split` took apart."""
+        q, k, v, query_scale, key_scale, key_bias, sinks, wide_q, wide_k, *masks = tensors
+        terms, visible = self.logits, self.visibility.with_tensors(*masks)
+        terms = Logits(terms.scale, query_scale, key_scale, key_bias, terms.softcap, sinks)
+        return replace(self, q=q, k=k, v=v, visibility=visible, logits=terms, wide_q=wide_q, wide_k=wide_k)
+
     def narrowed(self) -> AttentionCall:
         """The call with q and k in v's dtype."""
         dtype = self.v.dtype
@@ -86,7 +135,7 @@ class AttentionCall:
         """The call without pages: k and v along the axis of keys."""
         if self.block_table is None:
             return self
-        return replace(self, k=self.packed_keys(self.k), v=self.packed_keys(self.v), block_table=None)
+        return replace(self, k=self.keys(), v=self.values(), block_table=None)
 
     def from_keys(self, first: Tensor) -> AttentionCall:
         """The call with keys counted from first[b] of each entry, int64 [B], as `Visibility.from_keys` has them.
@@ -97,14 +146,30 @@ class AttentionCall:
         visible = self.visibility.from_keys(first)
         return replace(self, **_rolled(first, k=self.k, v=self.v), logits=logits, visibility=visible)
 
-    def packed_keys(self, x: Tensor) -> Tensor:
-        """Pages [P, Hkv, page, C] as [B, Hkv, Sk, C], of a call with a block table."""
-        sequences = self.visibility.sequences
-        assert self.block_table is not None
-        key = torch.arange(self.visibility.k_len, device=x.device)[None]
+    def by_ranges(self) -> AttentionCall:
+        """The call with its visible keys as key_ranges, where their rows stand at the end of a cache."""
+        return replace(self, visibility=self.visibility.as_ranges())
+
+    def keys(self) -> Tensor:
+        """[B, Hkv, Sk, D], a copy where they lie in pages, with zeros behind the last key of a sequence."""
+        return self._along_keys(self.k)
+
+    def values(self) -> Tensor:
+        """[B, Hkv, Sk, Dv], likewise."""
+        return self._along_keys(self.v)
+
+    def _along_keys(self, x: Tensor) -> Tensor:
+        if self.block_table is None:
+            return x
+        sequences, lengths = self.visibility.sequences, self.visibility.key_lengths
         table = PageTable(self.block_table, x.shape[2], sequences)
-        is_key = key < (self.visibility.k_len if sequences is None else sequences.k_starts[-1])
-        return table.gather(x.transpose(1, 2), key, is_key).transpose(1, 2)
+        key = torch.arange(self.visibility.k_len, device=x.device)[None]
+        end = self.visibility.k_len if sequences is None else sequences.k_starts[-1]
+        end = end if lengths is None else lengths[:, None]
+        return table.gather(x.transpose(1, 2), key, key < end).transpose(1, 2)
+
+
+_NO_OPERANDS: tuple[Any, Any, Any] = (None, None, None)
 
 
 class ForwardResult(NamedTuple):

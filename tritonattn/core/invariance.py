@@ -16,7 +16,7 @@ class _Switch(local):
     is_on = False
 
 
-_switch = _Switch()
+switch = _Switch()
 
 
 @contextmanager
@@ -35,16 +35,16 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
     >>> torch.equal(out[:1, :, :5], alone)
     True
     """
-    before, _switch.is_on = _switch.is_on, enabled
+    before, switch.is_on = switch.is_on, enabled
     try:
         yield
     finally:
-        _switch.is_on = before
+        switch.is_on = before
 
 
 def is_invariant(asked: bool | None) -> bool:
     """The switch of a call: its own argument, or that of the context where it has none."""
-    return _switch.is_on if asked is None else asked
+    return switch.is_on if asked is None else asked
 
 
 def refuse_over_ranks(asked: bool | None) -> None:

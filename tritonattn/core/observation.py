@@ -47,21 +47,21 @@ class Observer:
         self.closed = False
 
     def begin(self) -> None:
-        _observers.set((*_open_observers(), self))
+        observers.set((*_open_observers(), self))
 
     def end(self) -> None:
-        _observers.set(tuple(other for other in _open_observers() if other is not self))
+        observers.set(tuple(other for other in _open_observers() if other is not self))
 
     def close(self) -> None:
         self.closed = True
         self.end()
 
 
-_observers: ContextVar[tuple[Observer, ...]] = ContextVar("tritonattn_observers", default=())
+observers: ContextVar[tuple[Observer, ...]] = ContextVar("tritonattn_observers", default=())
 
 
 def _open_observers() -> tuple[Observer, ...]:
-    return tuple(observer for observer in _observers.get() if not observer.closed)
+    return tuple(observer for observer in observers.get() if not observer.closed)
 
 
 def is_observed() -> bool:
@@ -72,10 +72,10 @@ def is_observed() -> bool:
 def notify_observers(call: ObservedCall) -> None:
     """Hand a call to every observer of this thread."""
     observers = _open_observers()
-    unobserved = _observers.set(())
+    unobserved = observers.set(())
     try:
         with torch.no_grad():
             for observer in observers:
                 observer.function(call)
     finally:
-        _observers.reset(unobserved)
+        observers.reset(unobserved)

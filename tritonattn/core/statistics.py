@@ -12,6 +12,7 @@ same quantities takes the place of this class by overriding its underscore metho
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -38,6 +39,7 @@ class Renamed:
             raise AttributeError(f"{kind}: expected {present}, got {name}")
 
 
+@dataclass(eq=False)
 class Statistics(Renamed):
     """Lazily computed statistics of the keys k, or k(), [B, Hkv, Sk, D] that each row of `visibility` sees.
 
@@ -58,13 +60,14 @@ class Statistics(Renamed):
         "length_max": "norm_max",
         "query_lengths": "query_norms",
     }
-    _scan: Callable[[Tensor], Tensor] = staticmethod(prefix_sum)
-    _argmax: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(argmax_over_ranges)
+    _scan: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(prefix_sum)
+    _argmax: ClassVar[Callable[[Tensor, Tensor, Tensor], Tensor]] = staticmethod(argmax_over_ranges)
 
-    def __init__(self, k: Tensor | Callable[[], Tensor], visibility: Visibility) -> None:
-        self._source = k
-        self.visibility = visibility
-        self._known: dict[str, Tensor] = {}
+    _source: Tensor | Callable[[], Tensor]
+    visibility: Visibility
+    _known: dict[str, Tensor] = field(default_factory=dict, init=False)
+    # Tensors whose norms have a gradient, and what takes theirs: `widened`.
+    wide: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
 
     @property
     def k(self) -> Tensor:

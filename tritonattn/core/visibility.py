@@ -42,8 +42,9 @@ class Visibility:
     key_ranges    int [B, Sq, 2]: row i sees key_ranges[b, i, 0] <= j < key_ranges[b, i, 1]
     mask          bool, 4-D, each axis of [B, Hq, Sq, Sk] or 1: True is visible
     invariant     sums over visible keys do not depend on the batch, on padding and packing: `core.invariance`
-    row_counts    int [B] or one int: rows of entry b, the first of Sq; the others see nothing. Its last row stands at
-                  key_lengths[b] - 1, and left and right count from there. None: Sq, the last at Sk - 1
+    at_lengths    the last row of entry b stands at key_lengths[b] - 1, not at Sk - 1, and left and right count from
+                  there
+    row_counts    int [B], where at_lengths: rows of entry b, the first of Sq; the others see nothing. None: Sq
     counted       `counts` are of the keys visible there; None: of those visible here
 
     Every part that is given narrows the rest. Values outside [0, Sk] are clamped, lo >= hi is a row without keys.
@@ -62,7 +63,8 @@ class Visibility:
     mask: Tensor | None = None
     sequences: Sequences | None = None
     invariant: bool = False
-    row_counts: Tensor | int | None = None
+    at_lengths: bool = False
+    row_counts: Tensor | None = None
     counted: Visibility | None = None
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -119,8 +121,8 @@ class Visibility:
         q_len = sizes[3]
         if row_counts is None and q_len == 1 and left is None:  # a lone row at the last key sees them all
             return cls(*sizes, device, key_lengths=key_lengths, invariant=invariant)
-        counts = q_len if row_counts is None else row_counts
-        return cls(*sizes, device, left, right, key_lengths, invariant=invariant, row_counts=counts)
+        own = {"invariant": invariant, "at_lengths": True, "row_counts": row_counts}
+        return cls(*sizes, device, left, right, key_lengths, **own)
 
     @classmethod
     def of_part(cls, whole: Visibility, first: int, k_len: int) -> Visibility:
@@ -138,6 +140,26 @@ class Visibility:
     def keys(self) -> tuple[int, int, int]:
         """[B, Hkv, Sk]"""
         return self.batch, self.kv_heads, self.k_len
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors that narrow the ranges, and the starts of sequences."""
+        of_rows = self.sequences
+        starts = (None, None) if of_rows is None else (of_rows.q_starts, of_rows.k_starts)
+        return self.key_lengths, self.key_ranges, self.mask, *starts
+
+    def without_tensors(self) -> Visibility:
+        """The record of the rest, of which `with_tensors` makes the whole again."""
+        return self if self.depends_on_sizes_only else self.with_tensors(None, None, None, None, None)
+
+    def with_tensors(self, key_lengths: Any, key_ranges: Any, mask: Any, q_starts: Any, k_starts: Any) -> Visibility:
+        """The record with other `tensors`."""
+        of_rows = self.sequences
+        if of_rows is not None:
+            of_rows = Sequences(q_starts, k_starts, of_rows.longest_q, of_rows.longest_k)
+        elif key_lengths is None and key_ranges is None and mask is None and self.depends_on_sizes_only:
+            return self
+        return replace(self, key_lengths=key_lengths, key_ranges=key_ranges, mask=mask, sequences=of_rows)
 
     @property
     def depends_on_sizes_only(self) -> bool:
@@ -177,7 +199,7 @@ class Visibility:
     @property
     def begins_at_first(self) -> bool:
         """Whether the range of every row begins at the first key."""
-        return self._is_prefix_or_empty and not isinstance(self.row_counts, Tensor)
+        return self._is_prefix_or_empty and self.row_counts is None
 
     @property
     def _is_prefix_or_empty(self) -> bool:
@@ -192,7 +214,7 @@ class Visibility:
     @property
     def is_bottom_right(self) -> bool:
         """Whether the last row stands at key Sk - 1, and the others before it: left and right count from there."""
-        return self.sequences is None and self.row_counts is None
+        return self.sequences is None and not self.at_lengths
 
     @property
     def per_query_head(self) -> bool:
@@ -238,7 +260,7 @@ class Visibility:
             hi = ranges.earlier(hi, own + (self.right + 1))
         if self.key_ranges is not None:
             hi = ranges.earlier(hi, self.once("wide", self.key_ranges.long)[..., 1])
-        if self.key_lengths is not None and self.row_counts is None:
+        if self.key_lengths is not None and not self.at_lengths:
             hi = ranges.earlier(hi, self.key_lengths.long()[:, None])
         if hi is None:
             return torch.full((1, self.q_len), self.k_len, dtype=torch.int64, device=self.device)
@@ -252,11 +274,11 @@ class Visibility:
         """
         if self.sequences is not None:
             return self.sequences.keys_of_rows(self.q_len)
-        if self.row_counts is not None:
+        if self.at_lengths:
             row = torch.arange(self.q_len, device=self.device)
             last = cast(Tensor, self.key_lengths).long().clamp(0, self.k_len)[:, None]
-            if not isinstance(self.row_counts, Tensor):
-                return None, last, row + (last - self.row_counts)
+            if self.row_counts is None:
+                return None, last, row + (last - self.q_len)
             rows = self.row_counts.long().clamp(0, self.q_len)[:, None]
             return torch.where(row < rows, 0, last), last, torch.minimum(row, rows - 1) + (last - rows)
         if self.left is None and self.right is None:
@@ -266,9 +288,8 @@ class Visibility:
     def as_ranges(self) -> Visibility:
         """The same visible keys as key_ranges [B, Sq, 2], and the mask."""
         bounds = torch.stack([bound.expand(self.batch, -1) for bound in self._bounds()], dim=-1)
-        return replace(
-            self, left=None, right=None, key_lengths=None, key_ranges=bounds, sequences=None, row_counts=None
-        )
+        rest = {"left": None, "right": None, "key_lengths": None, "sequences": None, "row_counts": None}
+        return replace(self, **rest, key_ranges=bounds, at_lengths=False)
 
     def counts(self) -> Tensor:
         """n, the number of visible keys: fp64 [B or 1, 1 or Hq, Sq]."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.distributed import DebugLevel, get_debug_level  # pyright: ignore[reportPrivateImportUsage]
 
-from ..calls.checks import Options, kind_of
+from ..calls.checks import kind_of
 from ..scaling import Scaling
 from .collectives import all_gather
 from .layout import Split
@@ -30,10 +30,10 @@ _SHOWN = 8  # ranks by number in an error
 _compared: WeakKeyDictionary[dist.ProcessGroup, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
-def require_agreement(split: Split, function: str, options: Options, **others: Any) -> None:
+def require_agreement(split: Split, function: str, **arguments: Any) -> None:
     """Raise ValueError on every rank unless all call `function` with arguments of one kind.
 
-    others   the arguments beside `options`, one of them a tensor
+    arguments   one of them a tensor
 
     A tensor's kind is its dtype and shape, a scaling's its class and settings; of anything else it is the value. Each
     rank remembers the kinds of a group's calls, and communicates only for a new one. As long as ranks agree, it is new
@@ -43,10 +43,9 @@ def require_agreement(split: Split, function: str, options: Options, **others: A
     """
     if split.size == 1 or torch.compiler.is_compiling():
         return
-    one = next(x for x in others.values() if isinstance(x, Tensor))
+    one = next(x for x in arguments.values() if isinstance(x, Tensor))
     if isinstance(one, FakeTensor) or (one.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    arguments = options._asdict() | others
     known, kind = _compared.setdefault(split.group, set()), (function, *map(_kind, arguments.values()))
     if kind not in known or get_debug_level() == DebugLevel.DETAIL:
         _compare(split, one.device, {"function": function} | {name: _shown(x) for name, x in arguments.items()})

@@ -41,8 +41,8 @@ def attention(call: AttentionCall, settings: Settings) -> ForwardResult:
     if bias is not None:  # [B, Hkv, Hq / Hkv, S]: a repeated key head takes its share of the query heads
         bias = own(bias.unflatten(2, (repeats, -1)).flatten(1, 2), 1)
     local = Logits(logits.scale, query, key, bias, logits.softcap, sinks)
-    whole = AttentionCall(q, k, v, settings.sequence.of_all_rows(q, k), local)
-    result = ops.attention(whole, settings.backend, settings.aux)
+    own = {"aux": settings.aux, "backend": settings.backend}
+    result = ops.attention(AttentionCall(q, k, v, settings.sequence.of_all_rows(q, k), local, **own))
     out, lse = tokens_to_heads(result.out, split, Wire(dtype, dtype)), result.lse
     if not settings.aux:
         return ForwardResult(out, lse)

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..calls.checks import Options, check, check_count, check_dtype
-from ..calls.dispatch import AttentionAux, autocast, aux_of, choose_backend, sinks_of
-from ..calls.factor import Factor
+from ..calls.checks import batch_visibility, check, check_count, check_dtype, operands
+from ..calls.dispatch import AttentionAux, aux_of, choose_backend
+from ..calls.public import public
 from ..calls.sharded import head_parts
 from ..calls.varlen_checks import check_offset_values, check_offsets
-from ..calls.words import with_hints
-from ..core.autograd import needs_graph
+from ..core.autograd import needs_graph, without_autocast
 from ..core.call import AttentionCall, Logits
 from ..core.invariance import refuse_over_ranks
 from ..scaling import Scaling
@@ -26,7 +25,7 @@ from .sequence import Settings, SharedSequence, logits_of
 _METHODS = {"allgather": gathered.attention, "alltoall": by_heads.attention, "ring": ring.attention}
 
 
-@with_hints
+@public()
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -103,40 +102,32 @@ def context_parallel_attention(
     (all-to-all); Liu et al. 2023, arXiv:2310.01889 (ring).
     """
     scaling, gain, sinks = head_parts(q, scaling=scaling, gain=gain, sinks=sinks)
-    options = Options(
-        causal=causal,
-        window=window,
-        key_bias=key_bias,
-        softcap=softcap,
-        sinks=sinks,
-        return_aux=return_aux,
-        backend=backend,
-    )
     refuse_over_ranks(None)
     refuse_dtensors(q=q, k=k, v=v, key_bias=key_bias)
-    (q, k, v), autocast_off = autocast(q, k, v)
-    check(q, k, v, options)
+    q, k, v = operands(q, k, v)
+    own = batch_visibility(q, k, causal, window)  # of this rank's tokens, and only for its sizes
+    terms = Logits(key_bias=key_bias, softcap=softcap, sinks=sinks)
+    call = AttentionCall(q, k, v, own, terms, scaling=scaling, gain=gain, aux=return_aux, backend=backend)
+    check(call, "[B, Hq, S / P]")
     split = Split.of(mesh, layout)
     _check(q, k, split, method, cu_seqlens, reduce_dtype, head_group)
-    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, S / P]")
-    backend = choose_backend(q, k, v, options)
-    if backend == "reference":
+    call.backend = choose_backend(call)
+    if call.backend == "reference":
         raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
     of_ranks = {"method": method, "layout": layout, "reduce_dtype": reduce_dtype, "head_group": head_group}
-    alike = {"q": q, "k": k, "v": v, "scaling": scaling, "gain": gain, "cu_seqlens": cu_seqlens, **of_ranks}
-    require_agreement(split, "context_parallel_attention", options, **alike)
-    with autocast_off:
+    of_masks = {"causal": causal, "window": window, "cu_seqlens": cu_seqlens}
+    of_logits = {"scaling": scaling, "gain": gain, "key_bias": key_bias, "softcap": softcap, "sinks": sinks}
+    alike = {"q": q, "k": k, "v": v, **of_masks, **of_logits, "return_aux": return_aux, "backend": backend, **of_ranks}
+    require_agreement(split, "context_parallel_attention", **alike)
+    with without_autocast(q):
         keep_rounding = v.dtype.itemsize == 2 and needs_graph(q, k, v)
-        if keep_rounding:
-            q, k = q.float(), k.float()  # gradients of logits and of lengths add up before they are rounded
+        if keep_rounding:  # gradients of logits and of lengths add up before they are rounded
+            call.q, call.k = q.float(), k.float()
         sequence = SharedSequence.of(q, k, split, causal, window, cu_seqlens)
-        logits = logits_of(factor, q, k, sequence, reduce_dtype, key_bias)
-        scale, query_scale, key_scale, key_bias, *_ = logits  # torch 2.8 traces no _replace
-        logits = Logits(scale, query_scale, key_scale, key_bias, options.cap, sinks_of(q, options))
-        call = AttentionCall(q, k, v, sequence.visibility, logits)
+        call.logits = logits_of(call, sequence, reduce_dtype)
         heads = k.shape[1] if head_group is None else head_group
-        constants = logits.scale, options.cap
-        settings = Settings(sequence, *constants, backend, heads, reduce_dtype, return_aux, keep_rounding)
+        constants = call.logits.scale, call.logits.softcap
+        settings = Settings(sequence, *constants, call.backend, heads, reduce_dtype, return_aux, keep_rounding)
         result = _METHODS[method](call, settings)
     return (result.out, aux_of(result)) if return_aux else result.out
 

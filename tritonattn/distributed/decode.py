@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import ops
-from ..calls.cached_statistics import CachedStatistics, ContiguousRecord
-from ..calls.checks import Options, check_integers, check_values
-from ..calls.decode_checks import check_cache, check_decode, refuse_gradients
-from ..calls.dispatch import AttentionAux, autocast, choose_backend, sinks_of
-from ..calls.factor import Factor
+from ..calls.cached import refuse_gradients
+from ..calls.cached_statistics import CachedStatistics
+from ..calls.checks import check, check_integers, check_values
+from ..calls.decode_checks import cache_operands, cache_visibility, check_statistics
+from ..calls.dispatch import AttentionAux, choose_backend
+from ..calls.key_records import ContiguousRecord
 from ..calls.key_statistics import KeyStatistics
+from ..calls.logits import logits
+from ..calls.public import public
 from ..calls.sharded import head_parts
-from ..calls.words import with_hints
-from ..core.call import AttentionCall, ForwardResult
-from ..core.decode_call import Cache
+from ..core.autograd import without_autocast
+from ..core.call import AttentionCall, ForwardResult, Logits
 from ..core.invariance import refuse_over_ranks
 from ..core.statistics import Statistics
-from ..core.visibility import Visibility, window_sides
+from ..core.visibility import Visibility
 from ..scaling import Scaling
 from . import collectives
 from .agreement import require_agreement
@@ -29,7 +29,7 @@ from .layout import Split, refuse_dtensors
 from .sequence import share_beside_sinks
 
 
-@with_hints
+@public()
 def context_parallel_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -87,50 +87,63 @@ def context_parallel_decode(
     Source: Dao et al. 2023, "Flash-Decoding for long-context inference", https://pytorch.org/blog/flash-decoding.
     """
     scaling, gain, sinks = head_parts(q, scaling=scaling, gain=gain, sinks=sinks)
-    options = Options(window=window, softcap=softcap, sinks=sinks, return_aux=return_aux, backend=backend)
     refuse_over_ranks(None)
     refuse_dtensors(q=q, k_cache=k_cache, v_cache=v_cache, key_lengths=key_lengths)
-    (q, k, v), autocast_off = autocast(q, k_cache, v_cache)
     split = Split.of(mesh, "contiguous")
-    check_cache(q, k, v)
+    q, k, v = cache_operands(q, k_cache, v_cache)
     check_integers("key_lengths", key_lengths, "[B]", q)
     capacity = k.shape[2]
     check_values("key_lengths", key_lengths, split.size * capacity, f"{split.size} * capacity = ")
     own = (key_lengths.long() - split.rank * capacity).clamp(0, capacity)  # uint8 has no number below 0
-    check_decode(q, Cache(k, v, own), statistics, options)
-    factor = Factor.of(scaling, gain, q, tuple(q.shape[:3]), "[B, Hq, Sq]")
-    if factor.scaling.reads_keys:
+    visible = cache_visibility(q, k, own, window=window)
+    if statistics is not None:
+        check_statistics(statistics, q, k, own, None)
+    call = AttentionCall(
+        q,
+        k,
+        v,
+        visible,
+        Logits(softcap=softcap, sinks=sinks),
+        scaling=scaling,
+        gain=gain,
+        aux=return_aux,
+        backend=backend,
+        cached="context_parallel_decode",
+    )
+    check(call)
+    if call.scaling.reads_keys:
         raise NotImplementedError(
-            f"scaling: expected one that reads no keys itself (reads_keys = False), got {type(factor.scaling).__name__}"
+            f"scaling: expected one that reads no keys itself (reads_keys = False), got {type(call.scaling).__name__}"
         )
-    refuse_gradients(q=q, k_cache=k, v_cache=v, scaling=scaling, gain=gain, sinks=sinks)
-    backend = choose_backend(q, k, v, Options(backend=backend))
-    if backend == "reference":
+    refuse_gradients(call.cached, q=q, k_cache=k, v_cache=v, scaling=scaling, gain=gain, sinks=sinks)
+    call.backend = choose_backend(call)
+    if call.backend == "reference":
         raise NotImplementedError("backend: expected 'auto', 'triton' or 'sdpa' over ranks, got 'reference'")
-    cache = {"k_cache": k, "v_cache": v, "key_lengths": key_lengths}
-    require_agreement(split, "context_parallel_decode", options, q=q, **cache, scaling=scaling, gain=gain)
-    left, _ = window_sides(window)
-    whole = _whole(q, k, key_lengths, left, split)
-    visible = Visibility.of_part(whole, split.rank * capacity, capacity)
-    with autocast_off:
-        of_part = (ops.KernelStatistics if backend == "triton" else Statistics)(k, visible)
+    of_cache = {"k_cache": k, "v_cache": v, "key_lengths": key_lengths, "window": window}
+    of_logits = {"scaling": scaling, "gain": gain, "softcap": softcap, "sinks": sinks}
+    alike = {"q": q, **of_cache, **of_logits, "return_aux": return_aux, "backend": backend}
+    require_agreement(split, "context_parallel_decode", **alike)
+    whole = _whole(q, k, key_lengths, visible.left, split)
+    call.visibility = Visibility.of_part(whole, split.rank * capacity, capacity)
+    with without_autocast(q):
+        of_part = (ops.KernelStatistics if call.backend == "triton" else Statistics)(k, call.visibility)
         if statistics is not None:
-            width = None if left is None else left + 1
+            width = None if visible.left is None else visible.left + 1
             of_part = CachedStatistics(of_part, ContiguousRecord(statistics), width)
-        logits = factor.logits(q, k, visible, _SharedRows(of_part, split), None, options.cap)
-        if logits.key_bias is not None:
+        terms = logits(call, _SharedRows(of_part, split))
+        if terms.key_bias is not None:
             raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")
-        call = AttentionCall(q, k, v, visible, logits)
-        out, aux = _merged(ops.attention(call, backend, aux=True), split)
-        if sinks is not None:
-            out = out * share_beside_sinks(aux.lse, cast(Tensor, sinks_of(q, options)))[..., None]
+        part = AttentionCall(q, k, v, call.visibility, terms._replace(sinks=None), aux=True, backend=call.backend)
+        out, aux = _merged(ops.attention(part), split)
+        if terms.sinks is not None:
+            out = out * share_beside_sinks(aux.lse, terms.sinks)[..., None]
     return (out.to(v.dtype), aux) if return_aux else out.to(v.dtype)
 
 
 def _whole(q: Tensor, k: Tensor, key_lengths: Tensor, left: int | None, split: Split) -> Visibility:
     """The visible keys of each row in the cache of all ranks."""
-    keys = k[:, :, :1].expand(-1, -1, split.size * k.shape[2], -1)  # a shape; its values are not read
-    return Cache(keys, keys, key_lengths).visibility(q, left)
+    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], split.size * k.shape[2])
+    return Visibility.of_padded(sizes, q.device, key_lengths, left=left)
 
 
 class _SharedRows(Statistics):

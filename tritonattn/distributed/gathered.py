@@ -92,7 +92,8 @@ def _call(
         settings.softcap,
         None if sinks is None else sinks[heads.of_rows],
     )
-    return AttentionCall(own, keys, values, _visible(own, keys, ranges, piece, settings.sequence), logits)
+    visible = _visible(own, keys, ranges, piece, settings.sequence)
+    return AttentionCall(own, keys, values, visible, logits, aux=settings.aux, backend=settings.backend)
 
 
 class _Attend(Function):
@@ -102,12 +103,7 @@ class _Attend(Function):
         columns = []
         for heads in _heads(tensors, settings):
             parts = [
-                forward_pass(
-                    _call(tensors, ranges, heads, piece, settings),
-                    settings.backend,
-                    settings.aux,
-                    settings.keep_rounding,
-                )
+                forward_pass(_call(tensors, ranges, heads, piece, settings), settings.keep_rounding)
                 for piece in pieces_of(settings.sequence)
             ]
             columns.append([_joined(x, 2) for x in zip(*parts, strict=True)])
@@ -133,7 +129,7 @@ class _Attend(Function):
                 call = _call(tensors, ranges, heads, piece, settings)
                 results = out[rows], lse[rows], None if rounding is None else rounding[rows]
                 d_own, d_own_lse = (None if d is None else d[rows] for d in (d_out, d_lse))
-                got = backward_pass(call, settings.backend, results, d_own, d_own_lse, needs)
+                got = backward_pass(call, results, d_own, d_own_lse, needs)
                 add_part(sums.q, rows, got.q)
                 add_part(of_keys[0], (..., piece.keys, slice(None)), got.k)
                 add_part(of_keys[1], (..., piece.keys, slice(None)), got.v)

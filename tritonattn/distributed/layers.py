@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from ..calls.checks import Options
 from ..core.invariance import refuse_over_ranks
 from ..core.ranges import prefix_sum
 from ..core.shards import SharesSequence
@@ -108,7 +107,7 @@ class SequencePart:
         """Sums along the whole sequence up to and with each token of this rank, of x [..., tokens]: fp64."""
         split = self.split
         split.check("x", x.shape[-1])
-        require_agreement(split, "ForgetGate", Options(), x=x)
+        require_agreement(split, "ForgetGate", x=x)
         sums = prefix_sum(x.unflatten(-1, (split.chunks_per_rank, -1)))  # [..., chunks of this rank, tokens + 1]
         before = prefix_sum(collectives.gather(sums[..., -1], split, -1))[..., split.chunks()]
         return (before[..., None] + sums[..., 1:]).flatten(-2)

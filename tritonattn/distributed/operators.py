@@ -19,12 +19,12 @@ from torch.distributed.tensor.experimental import register_sharding
 from ..calls.sharded import BATCHED, NOWHERE, OPERAND, ROWS, Axes
 from ..ops.schema import NAMESPACE, OPERATORS
 
-_PAGES = Axes(None, 2)
+_PAGES = Axes(None, 1)
 _AXES = {
     **{name: BATCHED[name] for name in ("key_lengths", "key_ranges", "mask", "sinks")},
     **dict.fromkeys(("seen", "lo", "hi"), ROWS),
     **dict.fromkeys(("q_starts", "k_starts", "dropout_state"), NOWHERE),
-    **dict.fromkeys(("query_lengths", "block_table"), Axes(0, None)),
+    **dict.fromkeys(("row_counts", "block_table"), Axes(0, None)),
 }  # and OPERAND
 
 

@@ -111,7 +111,8 @@ def _call(
         settings.softcap,
         of_heads if sinks else None,
     )
-    return AttentionCall(own, keys, values, visible, logits, is_part=True)
+    own_options = {"aux": settings.aux, "backend": settings.backend}
+    return AttentionCall(own, keys, values, visible, logits, is_part=True, **own_options)
 
 
 def _round(part: list[Tensor], settings: Settings) -> Iterator[tuple[int, list[Tensor]]]:
@@ -164,7 +165,7 @@ class _Attend(Function):
         for source, part in _round([k.to(v.dtype), v], settings):
             for pair in pairs_of(settings.sequence, source):
                 call = _call(by_part, part, ranges, pair, settings, sinks=False)
-                merged.add(pair.rows, forward_pass(call, settings.backend, settings.aux, keep_rounding), settings.aux)
+                merged.add(pair.rows, forward_pass(call, keep_rounding), settings.aux)
         wide, lse = merged.out, merged.lse
         if sinks is not None:
             wide = wide * share_beside_sinks(lse, sinks)[..., None]
@@ -195,7 +196,7 @@ class _Attend(Function):
                 call = _call(by_part, part, ranges, pair, settings, sinks=True)
                 results = out[rows], lse[:, :, pair.rows], None if rounding is None else rounding[rows]
                 of_rows = None if d_out is None else d_out[rows], None if d_lse is None else d_lse[:, :, pair.rows]
-                got = backward_pass(call, settings.backend, results, *of_rows, needs)
+                got = backward_pass(call, results, *of_rows, needs)
                 add_part(sums.q, rows, got.q)
                 add_part(of_part[0], keys, got.k)
                 add_part(of_part[1], keys, got.v)

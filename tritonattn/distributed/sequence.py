@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..calls.factor import Factor
-from ..core.call import Logits
+from ..calls.logits import logits
+from ..core.call import AttentionCall, Logits
 from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
@@ -85,21 +85,15 @@ class Settings(NamedTuple):
     keep_rounding: bool
 
 
-def logits_of(
-    factor: Factor,
-    q: Tensor,
-    k: Tensor,
-    sequence: SharedSequence,
-    reduce_dtype: torch.dtype,
-    key_bias: Tensor | None,
-) -> Logits:
-    """The scales and the bias of a scaling, those of rows of this rank, those of keys of all; differentiable.
+def logits_of(call: AttentionCall, sequence: SharedSequence, reduce_dtype: torch.dtype) -> Logits:
+    """The terms of a call's logits, those of rows of this rank, those of keys of all; differentiable.
 
     key_bias, of this rank's keys, is gathered and added to the scaling's own bias. A scaling that reads keys itself
     (`Scaling.reads_keys`) gets all of them, gathered.
     """
-    visible, split = sequence.visibility, sequence.split
-    if factor.scaling.reads_keys:
+    k, key_bias, split = call.k, call.logits.key_bias, sequence.split
+    visible = call.visibility = sequence.visibility
+    if call.scaling.reads_keys:
         whole = collectives.gather(k, split, 2, torch.promote_types(reduce_dtype, k.dtype))
         statistics = Statistics(whole, visible)
     else:
@@ -109,7 +103,8 @@ def logits_of(
     if key_bias is not None:
         own = key_bias.expand((*key_bias.shape[:-1], k.shape[2]))
         key_bias = collectives.gather(own, split, -1, torch.promote_types(reduce_dtype, own.dtype))
-    return factor.logits(q, whole, visible, statistics, key_bias)
+        call.logits = Logits(key_bias=key_bias, softcap=call.logits.softcap, sinks=call.logits.sinks)
+    return logits(call, statistics, whole)
 
 
 def add_part(total: Tensor | None, place: Any, gradient: Tensor | None) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..calls.checks import Options, check_tensor, shape_of
+from ..calls.checks import check_tensor, shape_of
 from . import collectives
 from .agreement import require_agreement
 from .layout import Split, refuse_dtensors
@@ -112,5 +112,5 @@ def unshard(x: Tensor, *, mesh: DeviceMesh, layout: str = "contiguous", dim: int
     split = Split.of(mesh, layout)
     refuse_dtensors(x=x)
     check_tensor("x", x, "[..., S / P, ...]")
-    require_agreement(split, "unshard", Options(), x=x, layout=layout, dim=dim)
+    require_agreement(split, "unshard", x=x, layout=layout, dim=dim)
     return collectives.gather(x, split, dim)

@@ -5,9 +5,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addresses import begin, begin_bias, begin_pages, begin_scale, in_vectors, load_paged, page_slots
-from .forward import Softmax, online_softmax, softmax_results, softmax_total, store_statistics
-from .primitives import LENGTHS, LN_2, LOG2_E, TINY, load_tile, program_position, tile_offsets
+from .block import (
+    LENGTHS,
+    LN_2,
+    LOG2_E,
+    TINY,
+    finish_softmax,
+    from_row,
+    load_tile,
+    online_softmax,
+    page_slots,
+    page_tile,
+    program_position,
+    tile_offsets,
+    vector_from,
+)
 
 # Blocks of keys in the shortest split: shorter ones would move more of their own results than of the cache.
 SHORTEST_SPLIT = tl.constexpr(4)
@@ -31,44 +43,19 @@ def _integer_at(ptr, index, words):
 
 
 @triton.jit
-def _sequence_of_decode(batch, ranges, query_lengths, q_len, capacity, length_words):
+def _sequence_of_decode(batch, key_lengths, key_ranges, query_lengths, q_len, capacity, length_words):
     """(first_key, length, new) of a sequence: it has the keys first_key <= j < length, and the last `new` as rows."""
     length, first_key = capacity, batch.to(tl.int32) * 0
-    if ranges.key_lengths is not None:
-        given = _integer_at(ranges.key_lengths, batch, length_words)
+    if key_lengths is not None:
+        given = _integer_at(key_lengths, batch, length_words)
         length = tl.minimum(tl.maximum(given, 0), capacity).to(tl.int32)
-    if ranges.key_ranges is not None:
-        first_key = tl.maximum(tl.load(ranges.key_ranges + 2 * batch), 0)
-        length = tl.minimum(tl.maximum(tl.load(ranges.key_ranges + 2 * batch + 1), 0), length)
+    if key_ranges is not None:
+        first_key = tl.maximum(tl.load(key_ranges + 2 * batch), 0)
+        length = tl.minimum(tl.maximum(tl.load(key_ranges + 2 * batch + 1), 0), length)
     new = q_len
     if query_lengths is not None:
         new = tl.minimum(tl.maximum(tl.load(query_lengths + batch), 0), q_len)
     return first_key, length, new
-
-
-@triton.jit
-def _load_keys(
-    x, first, keep, number, slot, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr
-):
-    """The tile of x with the keys from `first` on, or with each at a slot of a numbered page."""
-    if number is None:
-        offsets = tl.cast(first, tl.int64) * x.s + tile_offsets(BLOCK_N, COLUMNS, x.s, x.d, WIDE)
-        tile = load_tile(x.ptr + offsets, keep, WIDTH, True)
-    else:
-        tile = load_paged(x, number, slot, keep, COLUMNS, WIDTH, WIDE)
-    return tile
-
-
-@triton.jit
-def _rows_of_decode(tile, group, q_len, new, length, left, BLOCK_M: tl.constexpr):
-    """(packed row, head of the group, query row, lo, hi) for BLOCK_M rows of a group's heads times Sq."""
-    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = packed % q_len
-    own = row + (length - new)
-    lo = own * 0
-    if left is not None:
-        lo = tl.maximum(own - left, 0)
-    return packed, packed // q_len, row, lo, own + 1
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, *_SIZES])
@@ -79,11 +66,14 @@ def attention_decode(
     query_scale,
     key_scale,
     key_bias,
-    ranges,
+    key_lengths,
+    key_ranges,
     query_lengths,
     pages,
     results,
-    logit_terms,
+    scale,
+    softcap,
+    sinks_ptr,
     left,
     q_len,
     capacity,
@@ -121,7 +111,7 @@ def attention_decode(
     key_ranges       int32 [B, 2] contiguous or None: of those keys each row sees lo <= j < hi, and hi narrows length
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, capacity] or None = 1
     key_bias         fp32 [B, Hkv, group, capacity] or None = 0; a key with -inf has no weight
-    logit_terms      `LogitTerms`, sinks with splits = 1 only
+    sinks            fp32 [Hq] or None, with splits = 1 only
     results          a `Results` without rounding, splits an axis behind Sq: out [B, Hq, Sq, splits, Dv], of several
                      splits not written where a row sees no key of one; lse natural log, max_logit uncapped
 
@@ -129,25 +119,30 @@ def attention_decode(
     https://pytorch.org/blog/flash-decoding; pages: Kwon et al. 2023, arXiv:2309.06180.
     """
     block, kv_head, batch = program_position(first_y, first_z, LAST_FIRST=False)
-    q, k, v = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED)
     split, tile, kv_head, batch = block % splits, block // splits, kv_head.to(tl.int64), batch.to(tl.int64)
-    first_key, length, new = _sequence_of_decode(batch, ranges, query_lengths, q_len, capacity, length_words)
-    packed, member, row, lo, hi = _rows_of_decode(tile, group, q_len, new, length, left, BLOCK_M)
+    first_key, length, new = _sequence_of_decode(
+        batch, key_lengths, key_ranges, query_lengths, q_len, capacity, length_words
+    )
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]: of the heads of a group times Sq
+    group_head, row = packed // q_len, packed % q_len
+    keep_row = packed < group * q_len
+    head = kv_head * group + group_head
+    own = row + (length - new)
+    lo, hi = own * 0, own + 1
     if query_lengths is not None:
         hi = tl.where(row < new, hi, 0)
-    keep_row = packed < group * q_len
-    head = kv_head * group + member
     if left is not None:
+        lo = tl.maximum(own - left, 0)
         first_key = tl.maximum(length - new - left, first_key)
     start, stop = _keys_of_split(split, splits, first_key, length, BLOCK_N)
 
-    wide_row = row.to(tl.int64)
-    q_rows = batch * q.b + head * q.h + wide_row * q.s
-    q_offsets = q_rows[:, None] + tl.arange(0, BLOCK_D).to(tl.int64)[None, :] * q.d
-    q_tile = load_tile(q.ptr + q_offsets, keep_row, HEAD_DIM, True)
-    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (logit_terms.scale * LOG2_E)
+    q = from_row(q, batch, 0, 0, ALIGNED)
+    q_rows = head * q.h + row.to(tl.int64) * q.s
+    q_ptrs = q.ptr + (q_rows[:, None] + tl.arange(0, BLOCK_D).to(tl.int64)[None, :] * q.d)
+    q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
     if query_scale is not None:
-        factor *= tl.load(begin_scale(query_scale, batch, head, row).ptr, mask=keep_row, other=0.0)
+        factor *= tl.load(vector_from(query_scale, batch, head, 0, row), mask=keep_row, other=0.0)
     q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
     factor = tl.abs(factor)
     if key_bias is None:
@@ -155,53 +150,54 @@ def attention_decode(
 
     entry = batch
     if pages is not None:
-        entry, pages = batch * 0, begin_pages(pages, batch)  # pages are numbered through
-    k, v = begin(k, entry, kv_head, 0), begin(v, entry, kv_head, 0)
+        entry = batch * 0  # pages are numbered through
+    k, v = from_row(k, entry, kv_head, 0, ALIGNED), from_row(v, entry, kv_head, 0, ALIGNED)
+    k_offsets = tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)  # [BLOCK_N, BLOCK_D]
+    v_offsets = tile_offsets(BLOCK_N, BLOCK_DV, v.s, v.d, WIDE)  # [BLOCK_N, BLOCK_DV]
     if key_scale is not None:
-        key_scale = begin_scale(key_scale, batch, kv_head, 0)
+        key_scale_ptr = vector_from(key_scale, batch, kv_head, 0, 0)
     if key_bias is not None:
-        key_bias = begin_bias(key_bias, batch, kv_head, member, 0)
+        key_bias_ptrs = vector_from(key_bias, batch, kv_head, group_head, 0)[:, None]  # [BLOCK_M, 1]
 
-    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    running_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
-    state = Softmax(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), running_max, running_sum, running_sum)
-    ENTROPY: tl.constexpr = results.entropy is not None
-    for first in tl.range(start, stop, BLOCK_N):
-        offs_key = first + tl.arange(0, BLOCK_N)
-        keep_key = offs_key < stop
-        load_key = keep_key
-        number, slot = None, None
-        if pages is not None:
-            number, slot, load_key = page_slots(pages, offs_key, keep_key, True)
-        k_tile = _load_keys(k, first, load_key, number, slot, BLOCK_D, HEAD_DIM, BLOCK_N, WIDE)
-        logits = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    spread = l_i
+    for start_n in tl.range(start, stop, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        keep_key = offs_n < stop
+        if pages is None:
+            k_tile = load_tile(k.ptr + (tl.cast(start_n, tl.int64) * k.s + k_offsets), keep_key, HEAD_DIM)
+        else:
+            number, slot, is_held = page_slots(pages, batch, offs_n, keep_key)
+            k_tile = load_tile(page_tile(k, number, slot, BLOCK_D, WIDE), is_held, HEAD_DIM)
+        s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if key_scale is not None:
-            scale_ptrs = key_scale.ptr + offs_key.to(tl.int64) * key_scale.s
-            logits *= tl.load(scale_ptrs, mask=keep_key, other=0.0)[None, :]
+            s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=keep_key, other=0.0)[None, :]
         bias = None
         if key_bias is not None:
-            bias_ptrs = key_bias.ptr[:, None] + (offs_key.to(tl.int64) * key_bias.s)[None, :]
+            bias_ptrs = key_bias_ptrs + (offs_n.to(tl.int64) * key_bias.s)[None, :]
             bias = tl.load(bias_ptrs, mask=keep_row[:, None] & keep_key[None, :], other=0.0) * LOG2_E
-        keep = keep_key[None, :] & (offs_key[None, :] < hi[:, None])
+        keep = keep_key[None, :] & (offs_n[None, :] < hi[:, None])  # [BLOCK_M, BLOCK_N]
         if left is not None:
-            keep = keep & (offs_key[None, :] >= lo[:, None])
-        probabilities, decay, running_max, running_sum, running_spread = online_softmax(
-            logits, bias, keep, factor, logit_terms.softcap, state, True, ENTROPY
+            keep = keep & (offs_n[None, :] >= lo[:, None])
+        p, alpha, m_i, l_i, spread = online_softmax(
+            s, bias, keep, factor, softcap, m_i, l_i, spread, True, results.entropy is not None
         )
-        v_tile = _load_keys(v, first, load_key, number, slot, BLOCK_DV, VALUE_DIM, BLOCK_N, WIDE)
-        accumulator = state.accumulator * decay[:, None]
-        accumulator = tl.dot(probabilities.to(v_tile.dtype), v_tile, accumulator, input_precision="ieee")
-        state = Softmax(accumulator, running_max, running_sum, running_spread)
+        if pages is None:
+            v_tile = load_tile(v.ptr + (tl.cast(start_n, tl.int64) * v.s + v_offsets), keep_key, VALUE_DIM)
+        else:
+            v_tile = load_tile(page_tile(v, number, slot, BLOCK_DV, WIDE), is_held, VALUE_DIM)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
 
-    place = ((batch * q_heads + kv_head * group) * q_len + packed) * splits + split
-    row_sum, shift, lse, max_logit, entropy = softmax_results(state, factor, logit_terms.softcap)
-    store_statistics(results, place, lse, max_logit, entropy, keep_row)
-    weight, total = softmax_total(row_sum, shift, logit_terms.sinks, tl.minimum(head, q_heads - 1))
-    out = (state.accumulator * (weight / total)[:, None]).to(results.out.dtype.element_ty)
+    offsets = ((batch * q_heads + kv_head * group) * q_len + packed) * splits + split  # [BLOCK_M]
+    q_head = tl.minimum(head, q_heads - 1)
+    l_i, weight, total = finish_softmax(m_i, l_i, spread, factor, softcap, sinks_ptr, q_head, results, offsets, keep_row)
+    out = (acc * (weight / total)[:, None]).to(results.out.dtype.element_ty)
     offs_value = tl.arange(0, BLOCK_DV)
-    written = keep_row & (tl.where(splits == 1, 1.0, row_sum) > 0.0)
+    written = keep_row & (tl.where(splits == 1, 1.0, l_i) > 0.0)
     keep_out = written[:, None] & (offs_value[None, :] < VALUE_DIM)
-    tl.store(results.out + place[:, None] * VALUE_DIM + offs_value[None, :], out, mask=keep_out)
+    tl.store(results.out + offsets[:, None] * VALUE_DIM + offs_value[None, :], out, mask=keep_out)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, *_SIZES])

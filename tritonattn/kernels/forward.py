@@ -2,172 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from .addresses import begin_scale, contiguous_tile, in_vectors, load_factors, place_of_member, tile_at
-from .primitives import (
+from .block import (
     LENGTHS,
-    LN_2,
     LOG2_E,
     TINY,
+    UNMASKED,
+    View,
     dropout_keeps,
-    joint_peak,
-    load_signed,
-    lost_in_rounding,
-    partial_sums,
+    finish_softmax,
+    from_row,
+    key_bounds,
+    key_range,
+    load_block,
+    load_tile,
+    online_softmax,
+    page_slots,
+    page_tile,
+    pass_bounds,
     program_in_section,
-    scale_add_bias,
-    scale_rows_add,
-    soft_cap,
-    store_tile,
+    sequence_bounds,
+    tile_offsets,
+    vector_from,
+    visible,
 )
-from .records import Dropout, Keys, Sight, View
-from .walk import rows_of_block, visible_tile, walk_keys
-
-
-class Softmax(NamedTuple):
-    """State of rows from block to block: accumulator [M, Dv], the rest as `online_softmax` returns it."""
-
-    accumulator: Any
-    running_max: Any
-    running_sum: Any
-    running_spread: Any
-
-
-class RowFactors(NamedTuple):
-    """Rows' terms of a step: their factor [M], softcap or None, and `Dropout`."""
-
-    factor: Any
-    softcap: Any
-    dropout: Dropout
 
 
 @triton.jit
-def online_softmax(
-    logits,
-    bias,
-    keep,
-    factor,
-    softcap,
-    state,
-    MASKED: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
-    """One step: (probabilities, decay, running_max, running_sum, running_spread), all relative to the new maximum.
+def lost_in_rounding(exact, rounded):
+    """exact - rounded in 256ths of the last place of `rounded`, bf16 or fp16, as int8: `core.rounding`.
 
-    logits [BLOCK_M, BLOCK_N] without factor >= 0; bias, in base 2, broadcasts to them or is None; keep says which are
-    visible where MASKED. The running maximum is that of the uncapped logits; the capped one, the shift, is subtracted.
-    Spread is sum_j exp(z_j - shift) (z_j - shift). Sum and spread are `partial_sums`, [BLOCK_M, columns].
+    Of fp32, which stands for bf16 in Triton's interpreter, nothing is lost.
     """
-    running_max, running_sum, running_spread = state.running_max, state.running_sum, state.running_spread
-    COLUMNS: tl.constexpr = running_sum.shape[1]
-    if bias is not None:
-        logits = scale_add_bias(logits, factor[:, None], bias)
-        factor = tl.full(factor.shape, 1.0, tl.float32)
-    if MASKED:
-        logits = tl.where(keep, logits, float("-inf"))
-    block_max = tl.maximum(running_max, tl.max(logits, 1) * factor)
-    if softcap is None:
-        previous, shift = running_max, block_max
-        if MASKED or bias is not None:
-            shift = tl.where(block_max == float("-inf"), 0.0, block_max)
-        exponent = scale_rows_add(logits, factor, -shift)
-    else:
-        previous, shift = soft_cap(running_max, softcap), soft_cap(block_max, softcap)
-        exponent = soft_cap(logits * factor[:, None], softcap) - shift[:, None]
-        if MASKED:
-            exponent = tl.where(keep, exponent, float("-inf"))
-        if bias is not None:
-            exponent = tl.where(bias == float("-inf"), float("-inf"), exponent)
-    probabilities = tl.exp2(exponent)
-    decay = tl.exp2(previous - shift)
-    decays = tl.broadcast_to(decay[:, None], running_sum.shape)
-    if ENTROPY:
-        if bias is not None:
-            exponent = tl.where(exponent == float("-inf"), 0.0, exponent)
-        elif MASKED:
-            exponent = tl.where(keep, exponent, 0.0)
-        moved = tl.where(running_sum > 0.0, (previous - shift)[:, None], 0.0)
-        moved = tl.fma(moved, running_sum, running_spread)
-        running_spread = tl.fma(moved, decays, partial_sums(probabilities * exponent, COLUMNS))
-    running_sum = tl.fma(running_sum, decays, partial_sums(probabilities, COLUMNS))
-    return probabilities, decay, block_max, running_sum, running_spread
-
-
-@triton.jit
-def softmax_results(state, factor, softcap):
-    """(row_sum, shift in base 2, lse, max_logit, entropy) of rows; 0, 0, -inf, -inf, 0 for a row without keys."""
-    running_max, row_sum, row_spread = state.running_max, tl.sum(state.running_sum, 1), tl.sum(state.running_spread, 1)
-    empty = row_sum == 0.0
-    total = tl.where(empty, 1.0, row_sum)
-    shift = running_max
-    if softcap is not None:
-        shift = soft_cap(running_max, softcap)
-    shift = tl.where(empty, 0.0, shift)
-    lse = tl.where(empty, float("-inf"), (shift + tl.log2(total)) * LN_2)
-    entropy = tl.where(empty, 0.0, (tl.log2(total) - row_spread / total) * LN_2)
-    max_logit = tl.where((factor == TINY) & (row_sum > 0.0), 0.0, running_max * LN_2)  # TINY stands for 0
-    max_logit = tl.where(row_sum == row_sum, max_logit, row_sum)  # tl.max ignores NaN; the sum keeps it
-    return row_sum, shift, lse, max_logit, tl.where(entropy < 0.0, 0.0, entropy)
-
-
-@triton.jit
-def store_statistics(results, offsets, lse, max_logit, entropy, keep):
-    """Store the members of `Results` that are fp32, where it has them."""
-    tl.store(results.lse + offsets, lse, mask=keep)
-    if results.max_logit is not None:
-        tl.store(results.max_logit + offsets, max_logit, mask=keep)
-    if results.entropy is not None:
-        tl.store(results.entropy + offsets, entropy, mask=keep)
-
-
-@triton.jit
-def softmax_total(row_sum, shift, sinks_ptr, head):
-    """(weight, total): the output is weight * accumulator / total; a sink joins the total only.
-
-    -inf is no sink, +inf gives weight 0, and NaN a total of NaN. A row without keys, whose sum is 0, has a total of 1.
-    """
-    if sinks_ptr is None:
-        weight = 1.0
-        total = row_sum
-    else:
-        sink = tl.load(sinks_ptr + head) * LOG2_E
-        _, weight, of_sink = joint_peak(shift, sink)
-        total = tl.fma(row_sum, weight, of_sink)
-    return weight, tl.where(row_sum == 0.0, 1.0, total)
-
-
-@triton.jit
-def _attend(
-    state,
-    block,
-    key_scale,
-    key_bias,
-    terms,
-    sight,
-    SUMS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """A step of `walk_keys`: online softmax. SUMS: 1 with the entropy's."""
-    keep = None
-    if MASKED:
-        keep = visible_tile(sight, block.offs)
-    bias = None
-    if key_bias is not None:
-        bias = key_bias[None, :]
-    probabilities, decay, running_max, running_sum, running_spread = online_softmax(
-        block.logits, bias, keep, terms.factor, terms.softcap, state, MASKED, SUMS == 1
-    )
-    dropout = terms.dropout
-    if dropout.state is not None:
-        kept = dropout_keeps(dropout, dropout.rows[:, None], (dropout.first_key + block.offs)[None, :])
-        probabilities = tl.where(kept, probabilities, 0.0)
-    accumulator = state.accumulator * decay[:, None]
-    accumulator = tl.dot(probabilities.to(block.v.dtype), block.v, accumulator, input_precision="ieee")
-    return Softmax(accumulator, running_max, running_sum, running_spread)
+    SHIFT: tl.constexpr = 15 - rounded.dtype.fp_mantissa_width if rounded.dtype != tl.float32 else 0
+    HALF: tl.constexpr = (1 << SHIFT) >> 1
+    lost = exact.to(tl.int32, bitcast=True) - rounded.to(tl.float32).to(tl.int32, bitcast=True)
+    lost = tl.minimum(lost, (128 << SHIFT) - HALF - 1)
+    if SHIFT < 8:  # bf16 has fp32's exponents, so that only NaN loses more
+        lost = tl.maximum(lost, -(128 << SHIFT))
+    return ((lost + HALF) >> SHIFT).to(tl.int8)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "group"])
@@ -180,15 +55,20 @@ def attention_forward(
     query_scale,
     key_scale,
     key_bias,
-    ranges,
-    starts,
+    key_lengths,
+    key_ranges,
+    q_starts,
+    k_starts,
     pages,
     mask,
     seen_ptr,
     results,
-    logit_terms,
+    scale,
+    softcap,
+    sinks_ptr,
     keep_from,
-    dropout,
+    dropout_ptr,
+    keep_scale,
     left,
     right,
     q_len,
@@ -222,17 +102,18 @@ def attention_forward(
     rows of the results, all of them, once.
 
     q, k, v          `Strided` [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv] of fp16, bf16 or fp32; group = Hq/Hkv
-    pages            `Pages` of the members or None; then k, v are [N, Hkv, page, D or Dv], and what else has keys is
+    pages            `Pages` of the sequences or None; then k, v are [N, Hkv, page, D or Dv], and what else has keys is
                      as without
     *_descriptor     tensor descriptors of k and v with blocks [1, 1, BLOCK_N, BLOCK_D or BLOCK_DV], or None
     query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale fp32 [B, Hkv, Sk] or None = 1; both `Scale`
-    key_bias         `Bias` fp32 [B, Hkv, group, Sk] or None = 0; exp(z) is 0 where it is -inf
-    logit_terms      `LogitTerms`
-    ranges, starts   `Ranges`; `Starts` of a packed batch or None; left, right: `walk.row_range`
+    key_bias         `Scale` [B, Hkv, group, Sk] or None = 0; exp(z) is 0 where it is -inf
+    sinks            fp32 [Hq] or None
+    key_lengths, key_ranges, left, right   of `key_range`, or None
+    q_starts, k_starts                     of `sequence_bounds`, or None
     mask             `Strided` uint8 [B, Hq, Sq, Sk], strides 0 on broadcast axes, or None
     seen             uint8 (int16 where INVARIANT) [B, Hkv, Sk] contiguous or None: keys that some row sees; the rest is
                      never multiplied
-    dropout          `DropoutState`, its state None = no dropout
+    dropout          of `dropout_keeps`, or None
     results          `Results`, lse in natural log; rounding is what out lost when it was rounded: `lost_in_rounding`
     BLOCK_D, BLOCK_DV  powers of two >= 16 that hold HEAD_DIM and VALUE_DIM
     INVARIANT        take all blocks of keys in ascending order, in steps of one width: a row's bits then do not depend
@@ -242,54 +123,123 @@ def attention_forward(
     into its q, which is exact. P is rounded to v's dtype before P @ V. A row without keys gives out 0, lse -inf.
     Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; blocking: Dao 2023, arXiv:2307.08691, Algorithm 1.
     """
-    block, head, member = program_in_section(q_heads, first_y, first_z, right is not None, LANES)
-    q, k, v = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED)
-    packed_len = q_len
-    place, q_len, k_len = place_of_member(member, head, head // group, q_heads, group, q_len, k_len, starts)
-    first_row = block * BLOCK_M
-    if starts is not None:
-        if first_row >= q_len:
+    block, head, sequence = program_in_section(q_heads, first_y, first_z, right is not None, LANES)
+    packed_len, kv_head = q_len, head // group
+    batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
+    start_m = block * BLOCK_M
+    if q_starts is not None:
+        if start_m >= q_len:
             return
-    batch = place.batch
-    view = View(q_len, k_len, left, right, ranges.key_lengths, ranges.key_ranges)
-    rows = rows_of_block(first_row, batch, view, BLOCK_M)
-    memory_row = (place.first_row + first_row).to(tl.int64)
-
-    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (logit_terms.scale * LOG2_E)
-    if query_scale is not None:
-        factor *= load_factors(begin_scale(query_scale, batch, head, memory_row), rows.keep)
+    view = View(q_len, k_len, left, right, key_lengths, key_ranges)
+    keep_row = start_m + tl.arange(0, BLOCK_M) < q_len
+    offs_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), q_len - 1)  # [BLOCK_M]
+    lo, hi = key_range(offs_m, batch, view)  # [BLOCK_M]
+    memory_row = (first_row + start_m).to(tl.int64)
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
-    q_ptrs = tile_at(q, batch, head, memory_row, BLOCK_M, BLOCK_D, WIDE)
-    scratch_ptrs = contiguous_tile(results.out, row_base, BLOCK_M, BLOCK_D, VALUE_DIM)
-    q_tile = load_signed(q_ptrs, scratch_ptrs, factor, rows.keep, HEAD_DIM, VALUE_DIM)
+
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
+    if query_scale is not None:
+        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row) + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
+        factor *= tl.load(scale_ptrs, mask=keep_row, other=0.0)
+    q = from_row(q, batch, head, memory_row, ALIGNED)
+    q_ptrs = q.ptr + tile_offsets(BLOCK_M, BLOCK_D, q.s, q.d, WIDE)
+    if VALUE_DIM >= HEAD_DIM:
+        # A changed sign goes through memory, the program's own rows of out. From registers: on sm_80 at D 128 12 % more
+        # instructions in the loop, and a spill of 20 bytes (static, triton 3.9).
+        if tl.min(factor, 0) < 0.0:
+            flipped = load_tile(q_ptrs, keep_row, HEAD_DIM)
+            flipped = tl.where((factor < 0)[:, None], -flipped, flipped)
+            q_ptrs = results.out + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_D, VALUE_DIM, 1, False)
+            keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+            tl.store(q_ptrs, flipped, mask=keep_q)
+            tl.debug_barrier()
+        q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
+    else:
+        q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)
+        q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
     factor = tl.abs(factor)
     if key_bias is None:
         factor = tl.where(factor == 0.0, TINY, factor)
 
-    batch_head, packed_rows = batch * q_heads + head, place.first_row + rows.offs
-    dropped = Dropout(dropout.state, keep_from, dropout.keep_scale, batch_head, packed_rows, place.first_key)
-    terms = RowFactors(factor, logit_terms.softcap, dropped)
-
-    running_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
-    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    state = Softmax(tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), running_max, running_sum, running_sum)
-    keys = Keys(k, v, k_descriptor, v_descriptor, key_scale, key_bias, seen_ptr, pages)
-    sight = Sight(place, rows, view, mask)
-    SUMS: tl.constexpr = 0 if results.entropy is None else 1
-    state, _ = walk_keys(
-        state, _attend, terms, q_tile, keys, sight, HEAD_DIM, VALUE_DIM, BLOCK_DV, BLOCK_N, WIDE, SUMS, INVARIANT
+    k_batch, k_first = batch, first_key
+    if pages is not None:
+        k_batch, k_first = batch * 0, first_key * 0  # pages are numbered through
+    k, v = from_row(k, k_batch, kv_head, k_first, ALIGNED), from_row(v, k_batch, kv_head, k_first, ALIGNED)
+    if seen_ptr is not None:
+        seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
+    if key_scale is not None:
+        key_scale_ptr, key_scale_step = vector_from(key_scale, batch, kv_head, 0, first_key), tl.cast(key_scale.s, tl.int64)
+    if key_bias is not None:
+        key_bias_ptr = vector_from(key_bias, batch, kv_head, head % group, first_key)
+        key_bias_step = tl.cast(key_bias.s, tl.int64)
+    kv_start, kv_end, full_start, full_end = key_bounds(
+        start_m, tl.minimum(start_m + BLOCK_M, q_len) - 1, lo, hi, batch, view, BLOCK_N, mask is not None
     )
 
-    row_sum, shift, lse, max_logit, entropy = softmax_results(state, factor, logit_terms.softcap)
-    weight, total = softmax_total(row_sum, shift, logit_terms.sinks, head)
-    out = state.accumulator / total[:, None]
-    if logit_terms.sinks is not None:
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    spread = l_i
+    FIRST: tl.constexpr = 1 if INVARIANT and left is None and key_ranges is None else 0
+    # Masks hold registers: on sm_80 at D 128 masked steps of a whole block spill 8 bytes (static, triton 3.9).
+    MASKED_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 and not INVARIANT else BLOCK_N
+    for PASS in tl.static_range(FIRST, 3 if INVARIANT else 2):
+        if PASS != UNMASKED or mask is None:
+            step = tl.arange(0, BLOCK_N if PASS == UNMASKED else MASKED_N)  # [N]
+            n_lo, n_hi, loop_start, loop_end, gap_start, gap = pass_bounds(
+                kv_start, kv_end, full_start, full_end, step.shape[0], PASS, INVARIANT
+            )
+            k_offsets = tile_offsets(step.shape[0], BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
+            v_offsets = tile_offsets(step.shape[0], BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
+            for position in tl.range(loop_start, loop_end, step.shape[0]):
+                start_n = position
+                if PASS != UNMASKED:
+                    start_n = tl.where(position >= gap_start, position + gap, position)
+                start_n = tl.multiple_of(start_n, step.shape[0])
+                offs_n = start_n + step  # [N]
+                load_key = tl.full(step.shape, 1, tl.int1)
+                if PASS != UNMASKED:
+                    load_key = (offs_n >= n_lo) & (offs_n < n_hi)
+                    if seen_ptr is not None:
+                        load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
+                if pages is None:
+                    k_tile = load_block(
+                        k, k_descriptor, k_offsets, batch, kv_head, first_key, start_n, load_key, HEAD_DIM, PASS != UNMASKED
+                    )  # [N, BLOCK_D]
+                    v_tile = load_block(
+                        v, v_descriptor, v_offsets, batch, kv_head, first_key, start_n, load_key, VALUE_DIM, PASS != UNMASKED
+                    )  # [N, BLOCK_DV]
+                else:
+                    number, slot, is_held = page_slots(pages, sequence, offs_n, load_key)
+                    k_tile = load_tile(page_tile(k, number, slot, BLOCK_D, WIDE), is_held, HEAD_DIM)
+                    v_tile = load_tile(page_tile(v, number, slot, BLOCK_DV, WIDE), is_held, VALUE_DIM)
+                s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]
+                if key_scale is not None:
+                    s *= tl.load(key_scale_ptr + offs_n * key_scale_step, mask=load_key, other=0.0)[None, :]
+                bias, keep = None, None
+                if key_bias is not None:
+                    bias = (tl.load(key_bias_ptr + offs_n * key_bias_step, mask=load_key, other=0.0) * LOG2_E)[None, :]
+                if PASS != UNMASKED:
+                    keep = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)  # [BLOCK_M, N]
+                p, alpha, m_i, l_i, spread = online_softmax(
+                    s, bias, keep, factor, softcap, m_i, l_i, spread, PASS != UNMASKED, results.entropy is not None
+                )
+                if dropout_ptr is not None:
+                    rows, keys = (first_row + offs_m)[:, None], (first_key + offs_n)[None, :]
+                    p = tl.where(dropout_keeps(dropout_ptr, keep_from, batch * q_heads + head, rows, keys), p, 0.0)
+                acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+
+    offsets = row_base + tl.arange(0, BLOCK_M)
+    l_i, weight, total = finish_softmax(m_i, l_i, spread, factor, softcap, sinks_ptr, head, results, offsets, keep_row)
+    out = acc / total[:, None]
+    if sinks_ptr is not None:
         out *= weight[:, None]
-    if dropout.state is not None:
-        out *= dropout.keep_scale
-    store_tile(contiguous_tile(results.out, row_base, BLOCK_M, BLOCK_DV, VALUE_DIM), out, rows.keep, VALUE_DIM)
+    if dropout_ptr is not None:
+        out *= keep_scale
+    out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)  # [BLOCK_M, BLOCK_DV]
+    keep_out = keep_row[:, None] & (tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM)
+    rounded = out.to(results.out.dtype.element_ty)
+    tl.store(results.out + row_base * VALUE_DIM + out_offsets, rounded, mask=keep_out)
     if results.rounding is not None:
-        lost = lost_in_rounding(out, out.to(results.out.dtype.element_ty))
-        rounding_ptrs = contiguous_tile(results.rounding, row_base, BLOCK_M, BLOCK_DV, VALUE_DIM)
-        store_tile(rounding_ptrs, lost, rows.keep, VALUE_DIM)
-    store_statistics(results, row_base + tl.arange(0, BLOCK_M), lse, max_logit, entropy, rows.keep)
+        lost = lost_in_rounding(out, rounded)
+        tl.store(results.rounding + row_base * VALUE_DIM + out_offsets, lost, mask=keep_out)

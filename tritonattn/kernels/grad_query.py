@@ -2,142 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from .addresses import begin_scale, contiguous_tile, in_vectors, load_factors, place_of_member, tile_at
-from .primitives import (
+from .block import (
     LENGTHS,
     LOG2_E,
+    UNMASKED,
+    View,
     dropout_keeps,
+    fma,
+    from_row,
+    key_bounds,
+    key_range,
+    load_block,
     load_term,
     load_tile,
     partial_sums,
+    pass_bounds,
     program_in_section,
-    scale_add_bias,
-    scale_rows_add,
+    sequence_bounds,
     soft_cap,
     soft_cap_slope,
     store_term,
-    store_tile,
     terms_offset,
+    tile_offsets,
+    vector_from,
+    visible,
 )
-from .records import Dropout, Keys, Sight, View, Walk
-from .walk import rows_of_block, visible_tile, walk_keys
 
-# Few keys, over which a block of rows walks twice. Among more, some row's exact gradient is far larger than an error.
+# Few keys, over which a block of rows loops twice. Among more, some row's exact gradient is far larger than an error.
 FEW_KEYS = tl.constexpr(64)
-
-
-class QueryGradient(NamedTuple):
-    """Sums over keys: raw = sum_j dX[i, j] * key_scale[j] * k[j] [M, D], and `partial_sums` that `_gather` adds up."""
-
-    raw: Any
-    d_logit: Any
-    d_factor: Any
-    mean_logit: Any
-
-
-class RowGradients(NamedTuple):
-    """Rows' terms of a step: the output's gradient [M, Dv], vectors [M], softcap and key_size or None, `Dropout`."""
-
-    d_out: Any
-    factor: Any
-    exponent_term: Any
-    delta: Any
-    softcap: Any
-    key_size: Any
-    dropout: Dropout
-
-
-@triton.jit
-def _gather(
-    state,
-    block,
-    key_scale,
-    key_bias,
-    terms,
-    sight,
-    SUMS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """A step of `walk_keys`. SUMS: 1 also adds up dS, 2 besides dX * x and P * dz/dx * x, x without the row's factor
-    and without bias.
-
-    All in fp32; these products are fma's with 0, which nothing fuses further.
-    """
-    logits, softcap, dropout = block.logits, terms.softcap, terms.dropout
-    d_logit_sum, d_factor, mean_logit = state.d_logit, state.d_factor, state.mean_logit
-    COLUMNS: tl.constexpr = d_factor.shape[1]
-    x, factor = logits, terms.factor
-    if key_bias is not None:
-        x = scale_add_bias(logits, factor[:, None], key_bias[None, :])
-        factor = tl.full(factor.shape, 1.0, tl.float32)
-    if softcap is None:
-        exponent = scale_rows_add(x, factor, terms.exponent_term)
-    else:
-        capped = soft_cap(x * factor[:, None], softcap)
-        exponent = capped + terms.exponent_term[:, None]
-        if key_bias is not None:
-            exponent = tl.where((key_bias == float("-inf"))[None, :], float("-inf"), exponent)
-    probabilities = tl.exp2(exponent)
-    d_probabilities = tl.dot(terms.d_out, block.v.T, input_precision="ieee")
-    if MASKED:
-        probabilities = tl.where(visible_tile(sight, block.offs), probabilities, 0.0)
-    if dropout.state is not None:
-        kept = dropout_keeps(dropout, dropout.rows[:, None], (dropout.first_key + block.offs)[None, :])
-        d_probabilities = tl.where(kept, d_probabilities * dropout.keep_scale, 0.0)
-    zero = tl.zeros_like(logits)
-    d_logits = tl.fma(probabilities, d_probabilities - terms.delta[:, None], zero)
-    if SUMS >= 1:
-        d_logit_sum += partial_sums(d_logits, COLUMNS)
-    if softcap is not None:
-        slope = soft_cap_slope(capped, softcap)
-        d_logits *= slope
-        probabilities *= slope
-    if SUMS == 2:
-        d_factor += partial_sums(tl.fma(d_logits, logits, zero), COLUMNS)
-        mean_logit += partial_sums(tl.fma(probabilities, logits, zero), COLUMNS)
-    if key_scale is not None:
-        if terms.key_size is not None:
-            key_scale *= 1.0 / terms.key_size
-        d_logits *= key_scale[None, :]
-    raw = tl.dot(d_logits.to(block.k.dtype), block.k, state.raw, input_precision="ieee")
-    return QueryGradient(raw, d_logit_sum, d_factor, mean_logit)
-
-
-@triton.jit
-def _excess(d_logit_sum, d_lse_ptr, d_sinks_ptr, row_offsets, live):
-    """sum_j dS[i, j] - (d_lse[i] - d_sinks[i]): minus the error of delta[i]."""
-    excess = tl.sum(d_logit_sum, 1)
-    if d_lse_ptr is not None:
-        excess -= tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
-    if d_sinks_ptr is not None:
-        excess += tl.load(d_sinks_ptr + row_offsets, mask=live, other=0.0)
-    return excess
-
-
-@triton.jit
-def _begin_few_keys(state, exponent_term, rows, walk, k_len, INVARIANT: tl.constexpr):
-    """(state, exponent_term, walk) for a second walk of a block of rows that see few keys, its raw sum begun anew.
-
-    Where INVARIANT each row decides for itself: the others keep their sum, and take part with probabilities of 0.
-    """
-    if INVARIANT:
-        are_few = rows.hi - rows.lo <= FEW_KEYS
-        raw = tl.where(are_few[:, None], 0.0, state.raw)
-        exponent_term = tl.where(are_few, exponent_term, float("-inf"))
-        sees = are_few & (rows.lo < rows.hi)
-        touch_lo = tl.min(tl.where(sees, rows.lo, k_len), 0)
-        touch_hi = tl.max(tl.where(sees, rows.hi, 0), 0)
-    else:
-        are_few = walk.touch_hi - walk.touch_lo <= FEW_KEYS
-        raw = tl.where(are_few, 0.0, state.raw)
-        touch_lo, touch_hi = walk.touch_lo, tl.where(are_few, walk.touch_hi, 0)
-    state = QueryGradient(raw, state.d_logit, state.d_factor, state.mean_logit)
-    return state, exponent_term, Walk(touch_lo, touch_hi, walk.full_start, walk.full_start)
+# The pass behind those of `pass_bounds`: few keys, again.
+AGAIN = tl.constexpr(3)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "group"])
@@ -154,16 +51,21 @@ def attention_grad_query(
     key_size,
     d_lse_ptr,
     d_sinks_ptr,
-    terms,
-    ranges,
-    starts,
+    terms_ptr,
+    delta_ptr,
+    key_lengths,
+    key_ranges,
+    q_starts,
+    k_starts,
     mask,
     seen_ptr,
     d_q_ptr,
     d_query_scale_ptr,
-    logit_terms,
+    scale,
+    softcap,
     keep_from,
-    dropout,
+    dropout_ptr,
+    keep_scale,
     left,
     right,
     q_len,
@@ -196,7 +98,7 @@ def attention_grad_query(
         d_q[i]           = scale * query_scale[i] * raw[i]
         d_query_scale[i] = scale * sum_j dX[i, j] * (q[i] . k[j]) * key_scale[j]
 
-    terms, d_lse and d_sinks: see `attention_row_terms`. d_q [B, Hq, Sq, D] in q's dtype and d_query_scale fp32
+    terms, delta, d_lse and d_sinks: see `attention_row_terms`. d_q [B, Hq, Sq, D] in q's dtype and d_query_scale fp32
     [B, Hq, Sq], contiguous, every row written once; d_query_scale may be None.
 
     key_size     fp32 [B, Hkv] or None: the largest |key_scale|, never 0. dX * key_scale / key_size is rounded to 16
@@ -210,65 +112,155 @@ def attention_grad_query(
     computes d_q of few keys with the corrected delta: for a single key, dP - delta is nothing but their errors.
     IS_PART: rows see other keys too, so that nothing is known about these sums, and delta stays as it is.
     """
-    block, head, member = program_in_section(q_heads, first_y, first_z, right is not None, LANES)
-    q, k, v, d_out = in_vectors(q, ALIGNED), in_vectors(k, ALIGNED), in_vectors(v, ALIGNED), in_vectors(d_out, ALIGNED)
-    packed_len = q_len
-    place, q_len, k_len = place_of_member(member, head, head // group, q_heads, group, q_len, k_len, starts)
-    first_row = block * BLOCK_M
-    if starts is not None:
-        if first_row >= q_len:
+    block, head, sequence = program_in_section(q_heads, first_y, first_z, right is not None, LANES)
+    packed_len, kv_head = q_len, head // group
+    batch, first_row, first_key, q_len, k_len = sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
+    start_m = block * BLOCK_M
+    if q_starts is not None:
+        if start_m >= q_len:
             return
-    batch, kv_head = place.batch, place.kv_head
-    view = View(q_len, k_len, left, right, ranges.key_lengths, ranges.key_ranges)
-    rows = rows_of_block(first_row, batch, view, BLOCK_M)
-    memory_row = (place.first_row + first_row).to(tl.int64)
+    view = View(q_len, k_len, left, right, key_lengths, key_ranges)
+    keep_row = start_m + tl.arange(0, BLOCK_M) < q_len
+    offs_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), q_len - 1)  # [BLOCK_M]
+    lo, hi = key_range(offs_m, batch, view)  # [BLOCK_M]
+    memory_row = (first_row + start_m).to(tl.int64)
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
     row_offsets = row_base + tl.arange(0, BLOCK_M)
 
-    term_offsets = terms_offset(place, terms_len, starts) + first_row + tl.arange(0, BLOCK_M)
-    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (logit_terms.scale * LOG2_E)
-    exponent_term, factor = load_term(terms.both + 2 * term_offsets, factor, SPLIT=False)
-    delta = tl.load(terms.delta + term_offsets)
+    term_offsets = terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts)
+    term_offsets = term_offsets + start_m + tl.arange(0, BLOCK_M)
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
+    exponent_term, factor = load_term(terms_ptr + 2 * term_offsets, factor, False)
+    delta = tl.load(delta_ptr + term_offsets)
     live = exponent_term != float("-inf")
-    q_tile = load_tile(tile_at(q, batch, head, memory_row, BLOCK_M, BLOCK_D, WIDE), live, HEAD_DIM, True)
-    d_out_tile = load_tile(tile_at(d_out, batch, head, memory_row, BLOCK_M, BLOCK_DV, WIDE), live, VALUE_DIM, True)
+    q = from_row(q, batch, head, memory_row, ALIGNED)
+    q_tile = load_tile(q.ptr + tile_offsets(BLOCK_M, BLOCK_D, q.s, q.d, WIDE), live, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
+    d_out = from_row(d_out, batch, head, memory_row, ALIGNED)
+    do = load_tile(d_out.ptr + tile_offsets(BLOCK_M, BLOCK_DV, d_out.s, d_out.d, WIDE), live, VALUE_DIM)
+
+    k, v = from_row(k, batch, kv_head, first_key, ALIGNED), from_row(v, batch, kv_head, first_key, ALIGNED)
+    if seen_ptr is not None:
+        seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
     if key_size is not None:
         key_size = tl.load(key_size + batch * (q_heads // group) + kv_head)
-    batch_head, packed_rows = batch * q_heads + head, place.first_row + rows.offs
-    dropped = Dropout(dropout.state, keep_from, dropout.keep_scale, batch_head, packed_rows, place.first_key)
-    d_rows = RowGradients(d_out_tile, factor, exponent_term, delta, logit_terms.softcap, key_size, dropped)
-
-    zeros = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
-    state = QueryGradient(tl.zeros([BLOCK_M, BLOCK_D], tl.float32), zeros, zeros, zeros)
-    keys = Keys(k, v, k_descriptor, v_descriptor, key_scale, key_bias, seen_ptr, None)
-    sight = Sight(place, rows, view, mask)
-    SUMS: tl.constexpr = 2 if d_query_scale_ptr is not None else 1 if CORRECT_DELTA or key_bias is not None else 0
-    state, walk = walk_keys(
-        state, _gather, d_rows, q_tile, keys, sight, HEAD_DIM, VALUE_DIM, BLOCK_DV, BLOCK_N, WIDE, SUMS, INVARIANT
+    if key_scale is not None:
+        key_scale_ptr = vector_from(key_scale, batch, kv_head, 0, first_key)
+        key_scale_step = tl.cast(key_scale.s, tl.int64)
+    if key_bias is not None:
+        key_bias_ptr = vector_from(key_bias, batch, kv_head, head % group, first_key)
+        key_bias_step = tl.cast(key_bias.s, tl.int64)
+    kv_start, kv_end, full_start, full_end = key_bounds(
+        start_m, tl.minimum(start_m + BLOCK_M, q_len) - 1, lo, hi, batch, view, BLOCK_N, mask is not None
     )
-    if SUMS and not IS_PART:
-        excess = _excess(state.d_logit, d_lse_ptr, d_sinks_ptr, row_offsets, live)
-        delta += excess
-    if CORRECT_DELTA:
-        state, exponent_term, few = _begin_few_keys(state, exponent_term, rows, walk, k_len, INVARIANT)
-        d_rows = RowGradients(d_out_tile, factor, exponent_term, delta, logit_terms.softcap, key_size, dropped)
-        state, _ = walk_keys(
-            state, _gather, d_rows, q_tile, keys, sight, HEAD_DIM, VALUE_DIM, BLOCK_DV, BLOCK_N, WIDE, 0, INVARIANT, few
-        )
 
-    d_q = state.raw * logit_terms.scale
+    # SUMS: 1 adds up dS, 2 besides dX * x and P * dz/dx * x, x without the row's factor and without bias. All in fp32;
+    # these products are fma's with 0, which nothing fuses further.
+    SUMS: tl.constexpr = 2 if d_query_scale_ptr is not None else 1 if CORRECT_DELTA or key_bias is not None else 0
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    ds_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    d_factor, mean_logit = ds_sum, ds_sum
+    FIRST: tl.constexpr = 1 if INVARIANT and left is None and key_ranges is None else 0
+    MASKED_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N >= 64 and not INVARIANT else BLOCK_N  # see `attention_forward`
+    for PASS in tl.static_range(FIRST, 4):
+        if PASS == AGAIN and SUMS and not IS_PART:
+            excess = tl.sum(ds_sum, 1)  # sum_j dS[i, j] - (d_lse[i] - d_sinks[i]): minus the error of delta[i]
+            if d_lse_ptr is not None:
+                excess -= tl.load(d_lse_ptr + row_offsets, mask=live, other=0.0)
+            if d_sinks_ptr is not None:
+                excess += tl.load(d_sinks_ptr + row_offsets, mask=live, other=0.0)
+            delta += excess
+        if PASS == AGAIN and CORRECT_DELTA:
+            if INVARIANT:  # each row decides for itself: the others keep their sum, with probabilities of 0
+                are_few = hi - lo <= FEW_KEYS
+                dq = tl.where(are_few[:, None], 0.0, dq)
+                exponent_term = tl.where(are_few, exponent_term, float("-inf"))
+                sees = are_few & (lo < hi)
+                kv_start, kv_end = tl.min(tl.where(sees, lo, k_len), 0), tl.max(tl.where(sees, hi, 0), 0)
+            else:
+                are_few = kv_end - kv_start <= FEW_KEYS
+                dq = tl.where(are_few, 0.0, dq)
+                kv_end = tl.where(are_few, kv_end, 0)
+            full_end = full_start
+        if PASS == 0 or (PASS == UNMASKED and mask is None) or (PASS == 2 and INVARIANT) or (PASS == AGAIN and CORRECT_DELTA):
+            step = tl.arange(0, BLOCK_N if PASS == UNMASKED else MASKED_N)  # [N]
+            n_lo, n_hi, loop_start, loop_end, gap_start, gap = pass_bounds(
+                kv_start, kv_end, full_start, full_end, step.shape[0], PASS, INVARIANT
+            )
+            k_offsets = tile_offsets(step.shape[0], BLOCK_D, k.s, k.d, WIDE)  # [N, BLOCK_D]
+            v_offsets = tile_offsets(step.shape[0], BLOCK_DV, v.s, v.d, WIDE)  # [N, BLOCK_DV]
+            for position in tl.range(loop_start, loop_end, step.shape[0]):
+                start_n = position
+                if PASS != UNMASKED:
+                    start_n = tl.where(position >= gap_start, position + gap, position)
+                start_n = tl.multiple_of(start_n, step.shape[0])
+                offs_n = start_n + step  # [N]
+                load_key = tl.full(step.shape, 1, tl.int1)
+                if PASS != UNMASKED:
+                    load_key = (offs_n >= n_lo) & (offs_n < n_hi)
+                    if seen_ptr is not None:
+                        load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
+                k_tile = load_block(
+                    k, k_descriptor, k_offsets, batch, kv_head, first_key, start_n, load_key, HEAD_DIM, PASS != UNMASKED
+                )  # [N, BLOCK_D]
+                v_tile = load_block(
+                    v, v_descriptor, v_offsets, batch, kv_head, first_key, start_n, load_key, VALUE_DIM, PASS != UNMASKED
+                )  # [N, BLOCK_DV]
+                s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]
+                if key_scale is not None:
+                    of_key = tl.load(key_scale_ptr + offs_n * key_scale_step, mask=load_key, other=0.0)
+                    s *= of_key[None, :]
+                x, x_factor = s, factor[:, None]
+                if key_bias is not None:
+                    bias = (tl.load(key_bias_ptr + offs_n * key_bias_step, mask=load_key, other=0.0) * LOG2_E)[None, :]
+                    x, x_factor = fma(s, factor[:, None], bias), tl.full([BLOCK_M, 1], 1.0, tl.float32)
+                if softcap is None:
+                    exponent = fma(x, x_factor, exponent_term[:, None])
+                else:
+                    capped = soft_cap(x * x_factor, softcap)
+                    exponent = capped + exponent_term[:, None]
+                    if key_bias is not None:
+                        exponent = tl.where(bias == float("-inf"), float("-inf"), exponent)
+                p = tl.exp2(exponent)  # [BLOCK_M, N]
+                dp = tl.dot(do, v_tile.T, input_precision="ieee")  # [BLOCK_M, N]
+                if PASS != UNMASKED:
+                    p = tl.where(visible(offs_m, offs_n, lo, hi, batch, head, view, mask), p, 0.0)
+                if dropout_ptr is not None:
+                    rows, keys = (first_row + offs_m)[:, None], (first_key + offs_n)[None, :]
+                    kept = dropout_keeps(dropout_ptr, keep_from, batch * q_heads + head, rows, keys)
+                    dp = tl.where(kept, dp * keep_scale, 0.0)
+                zero = tl.zeros_like(s)
+                ds = tl.fma(p, dp - delta[:, None], zero)
+                if SUMS >= 1 and PASS != AGAIN:
+                    ds_sum += partial_sums(ds, SUM_COLUMNS)
+                if softcap is not None:
+                    slope = soft_cap_slope(capped, softcap)
+                    ds *= slope
+                    p *= slope
+                if SUMS == 2 and PASS != AGAIN:
+                    d_factor += partial_sums(tl.fma(ds, s, zero), SUM_COLUMNS)
+                    mean_logit += partial_sums(tl.fma(p, s, zero), SUM_COLUMNS)
+                if key_scale is not None:
+                    if key_size is not None:
+                        of_key *= 1.0 / key_size
+                    ds *= of_key[None, :]
+                dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+
+    dq *= scale
     if key_size is not None:
-        d_q *= key_size
+        dq *= key_size
     if query_scale is not None:
-        d_q *= load_factors(begin_scale(query_scale, batch, head, memory_row), live)[:, None]
+        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row) + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
+        dq *= tl.load(scale_ptrs, mask=live, other=0.0)[:, None]
     if SUMS == 2:
-        d_query_scale = tl.sum(state.d_factor, 1)
+        d_query_scale = tl.sum(d_factor, 1)
         if not IS_PART:
-            d_query_scale = tl.fma(-excess, tl.sum(state.mean_logit, 1), d_query_scale)
-        tl.store(d_query_scale_ptr + row_offsets, d_query_scale * logit_terms.scale, mask=rows.keep)
+            d_query_scale = tl.fma(-excess, tl.sum(mean_logit, 1), d_query_scale)
+        tl.store(d_query_scale_ptr + row_offsets, d_query_scale * scale, mask=keep_row)
     if SUMS:
         gradient_term = -delta
         if query_scale is not None and key_bias is None:
             gradient_term *= factor
-        store_term(terms.both + 2 * term_offsets + 1, gradient_term, factor, rows.keep)
-    store_tile(contiguous_tile(d_q_ptr, row_base, BLOCK_M, BLOCK_D, HEAD_DIM), d_q, rows.keep, HEAD_DIM)
+        store_term(terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_row)
+    d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(BLOCK_M, BLOCK_D, HEAD_DIM, 1, False)
+    keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    tl.store(d_q_ptrs, dq.to(d_q_ptr.dtype.element_ty), mask=keep_q)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addresses import begin, begin_pages, in_vectors, page_slots, tile_at
-from .primitives import LENGTHS, load_tile, program_position, store_tile, tile_offsets
+from .block import LENGTHS, from_row, load_tile, page_slots, program_position, tile_offsets
 
 # Below fp32's smallest normal number a norm counts as 0.
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -43,7 +42,6 @@ def key_norms(
     that no row sees are not read and have norm 0; norms fp32 [B, Hkv, Sk] contiguous.
     """
     block, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
-    k = in_vectors(k, ALIGNED)
     first_key = block * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)
     keep_key = offs_n < k_len
@@ -51,8 +49,9 @@ def key_norms(
     load_key = keep_key
     if seen_ptr is not None:
         load_key = load_key & (tl.load(seen_ptr + key_offsets, mask=keep_key, other=0) != 0)
-    k_ptrs = tile_at(k, batch, head, first_key, BLOCK_N, BLOCK_D, WIDE)
-    tl.store(norms_ptr + key_offsets, _norms_of(load_tile(k_ptrs, load_key, HEAD_DIM, True)), mask=keep_key)
+    k = from_row(k, batch, head, first_key, ALIGNED)
+    k_ptrs = k.ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    tl.store(norms_ptr + key_offsets, _norms_of(load_tile(k_ptrs, load_key, HEAD_DIM)), mask=keep_key)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -121,7 +120,6 @@ def append_keys(
     how keys are cut into calls. New norms pass through memory, so that those of a block stand in one layout.
     """
     _, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
-    k = in_vectors(k, ALIGNED)
     held = tl.load(buffers.counts + batch).to(tl.int32)
     new = held * 0 + k_len
     if new_counts_ptr is not None:
@@ -129,7 +127,7 @@ def append_keys(
     new = tl.maximum(tl.minimum(new, capacity - held), 0)
     row = batch.to(tl.int64) * kv_heads + head.to(tl.int64)
     norms_ptr = buffers.norms + row * (capacity + 1)
-    k = begin(k, batch, head, 0)
+    k = from_row(k, batch, head, 0, ALIGNED)
     k_offsets = tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
     STEP: tl.constexpr = BLOCK_N * 4
     WIDTH: tl.constexpr = BLOCK_N if new_norms_ptr is None else STEP
@@ -138,7 +136,7 @@ def append_keys(
         keep_key = offs_n < new
         if new_norms_ptr is None:
             k_ptrs = k.ptr + tl.cast(start, tl.int64) * k.s + k_offsets
-            norm = _norms_of(load_tile(k_ptrs, keep_key, HEAD_DIM, True))
+            norm = _norms_of(load_tile(k_ptrs, keep_key, HEAD_DIM))
         else:
             norm = tl.load(new_norms_ptr + row * k_len + offs_n, mask=keep_key, other=0.0)
         tl.store(norms_ptr + held + offs_n, norm, mask=keep_key)
@@ -206,10 +204,9 @@ def append_to_pages(
     new = tl.minimum(tl.maximum(tl.load(starts_ptr + member + 1), start), k_len) - start
     end = tl.load(key_lengths_ptr + member)
     held = end - new
-    pages = begin_pages(pages, member)
     first_block = tl.maximum(held, 0) // BLOCK_N * BLOCK_N
     last = first_block - 1 + tl.arange(0, 1)
-    last_number, last_slot, has_last = page_slots(pages, last, last >= 0, True)
+    last_number, last_slot, has_last = page_slots(pages, member, last, last >= 0)
     keep_entry = has_last[:, None] & keep_head[None, :]
     norm_sum = tl.load(_entries(buffers.norm_sums, last_number, last_slot, heads), mask=keep_entry, other=0.0)
     square_sum = tl.load(_entries(buffers.norm_square_sums, last_number, last_slot, heads), mask=keep_entry, other=0.0)
@@ -218,7 +215,7 @@ def append_to_pages(
     is_last = (order == BLOCK_N - 1)[:, None]
     for first in range(first_block, end, BLOCK_N):
         offs_key = first + order
-        number, slot, is_held = page_slots(pages, offs_key, offs_key < end, True)
+        number, slot, is_held = page_slots(pages, member, offs_key, offs_key < end)
         keep = is_held[:, None] & keep_head[None, :]
         is_new = (offs_key >= held)[:, None]
         norm_ptrs = new_norms_ptr + heads.to(tl.int64)[None, :] * k_len + (start - held + offs_key)[:, None]
@@ -262,7 +259,6 @@ def key_statistics_grad(
     dtype, contiguous; added is fp32 like d_k, or None: k's gradient by other ways, added before rounding.
     """
     block, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
-    k = in_vectors(k, ALIGNED)
     first_key = block * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)
     keep_key = offs_n < k_len
@@ -274,10 +270,12 @@ def key_statistics_grad(
     norm = tl.load(norms_ptr + key_offsets, mask=load_key, other=0.0)
     live = load_key & (norm >= SMALLEST_NORMAL)
     d_norm = tl.load(d_norms_ptr + key_offsets, mask=live, other=0.0)
-    k_ptrs = tile_at(k, batch, head, first_key, BLOCK_N, BLOCK_D, WIDE)
-    k_tile = load_tile(k_ptrs, live, HEAD_DIM, True)
+    k = from_row(k, batch, head, first_key, ALIGNED)
+    k_ptrs = k.ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    k_tile = load_tile(k_ptrs, live, HEAD_DIM)
     d_k = k_tile.to(tl.float32) / tl.where(live, norm, 1.0)[:, None] * d_norm[:, None]
     offsets = key_base * HEAD_DIM + tile_offsets(BLOCK_N, BLOCK_D, HEAD_DIM, 1, False)
     if added_ptr is not None:
-        d_k += load_tile(added_ptr + offsets, keep_key, HEAD_DIM, True).to(tl.float32)
-    store_tile(d_k_ptr + offsets, d_k, keep_key, HEAD_DIM)
+        d_k += load_tile(added_ptr + offsets, keep_key, HEAD_DIM).to(tl.float32)
+    keep = keep_key[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    tl.store(d_k_ptr + offsets, d_k.to(d_k_ptr.dtype.element_ty), mask=keep)

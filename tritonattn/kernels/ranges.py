@@ -5,14 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import LENGTHS, program_position
-from .records import View
-from .walk import block_at, bounds_of_ranges, row_range, walk_between, walk_span
+from .block import LENGTHS, View, key_range, pass_bounds, program_position, whole_blocks
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def rows_of_key_block(
-    ranges,
+    key_lengths,
+    key_ranges,
     bounds_ptr,
     left,
     right,
@@ -26,16 +25,16 @@ def rows_of_key_block(
     """First and one past the last row that sees a key of one block of keys; first >= last where no row does.
 
     Grid: (blocks of key_block keys, 1, B). bounds int32 [B, blocks, 2], contiguous; the other arguments as in
-    `walk.row_range`.
+    `key_range`.
     """
     block, _, batch = program_position(first_y, first_z, LAST_FIRST=False)
-    view = View(q_len, k_len, left, right, ranges.key_lengths, ranges.key_ranges)
+    view = View(q_len, k_len, left, right, key_lengths, key_ranges)
     first_key = block * key_block
     first, end = tl.full([BLOCK_M], 0, tl.int32) + q_len, tl.full([BLOCK_M], 0, tl.int32)
     for start in range(0, q_len, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         row = tl.minimum(offs_m, q_len - 1)
-        lo, hi = row_range(row, batch, view)
+        lo, hi = key_range(row, batch, view)
         touches = (tl.maximum(lo, first_key) < tl.minimum(hi, first_key + key_block)) & (offs_m < q_len)
         first = tl.minimum(first, tl.where(touches, row, q_len))
         end = tl.maximum(end, tl.where(touches, row + 1, 0))
@@ -46,7 +45,8 @@ def rows_of_key_block(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def keys_seen(
-    ranges,
+    key_lengths,
+    key_ranges,
     keys_seen_ptr,
     left,
     right,
@@ -59,27 +59,27 @@ def keys_seen(
 ):
     """Mark the keys, of a block of BLOCK_N, that some row sees.
 
-    Grid: (blocks of Sk, 1, B). keys_seen uint8 [B, Sk], contiguous; the other arguments as in `walk.row_range`.
-    The walk starts at the last row, which sees most under a causal mask, and ends when every key has been seen. A step
+    Grid: (blocks of Sk, 1, B). keys_seen uint8 [B, Sk], contiguous; the other arguments as in `key_range`.
+    The loop starts at the last row, which sees most under a causal mask, and ends when every key has been seen. A step
     tests whether any of BLOCK_M rows sees the block, and if so takes them by BLOCK_N: with tiles of more rows AMD's
     compiler spills the scalar registers that hold what rows have in common.
     """
     block, _, batch = program_position(first_y, first_z, LAST_FIRST=False)
-    view = View(q_len, k_len, left, right, ranges.key_lengths, ranges.key_ranges)
+    view = View(q_len, k_len, left, right, key_lengths, key_ranges)
     first_key = block * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)
     seen = (offs_n >= k_len).to(tl.int32)
     start = (q_len - 1) // BLOCK_M * BLOCK_M
     while (start >= 0) & (start < q_len) & (tl.min(seen, 0) == 0):
         row = tl.minimum(start + tl.arange(0, BLOCK_M), q_len - 1)
-        lo, hi = row_range(row, batch, view)
+        lo, hi = key_range(row, batch, view)
         touches = tl.maximum(lo, first_key) < tl.minimum(hi, first_key + BLOCK_N)
         first = start - 1
         if tl.max(touches.to(tl.int32), 0) > 0:
             first = (tl.minimum(start + BLOCK_M, q_len) - 1) // BLOCK_N * BLOCK_N
         while (first >= start) & (tl.min(seen, 0) == 0):
             few = tl.minimum(first + tl.arange(0, BLOCK_N), q_len - 1)
-            few_lo, few_hi = row_range(few, batch, view)
+            few_lo, few_hi = key_range(few, batch, view)
             covers = (few_lo[:, None] <= offs_n[None, :]) & (offs_n[None, :] < few_hi[:, None])
             seen = tl.maximum(seen, tl.max(covers.to(tl.int32), 0))
             first -= BLOCK_N
@@ -121,18 +121,18 @@ def argmax_of_ranges(
     row = tl.minimum(offs_m, q_len - 1)
     lo = tl.load(lo_ptr + batch.to(tl.int64) * bounds_len + row).to(tl.int32)
     hi = tl.load(hi_ptr + batch.to(tl.int64) * bounds_len + row).to(tl.int32)
-    touch_lo, touch_hi, full_lo, full_hi = bounds_of_ranges(lo, hi, k_len)
-    walk = walk_between(touch_lo, touch_hi, full_lo, full_hi, BLOCK_N, False)
+    kv_start, kv_end = tl.min(tl.where(lo < hi, lo, k_len), 0), tl.max(tl.where(lo < hi, hi, 0), 0)
+    full_start, full_end = whole_blocks(kv_start, tl.max(lo, 0), tl.min(hi, 0), BLOCK_N, False)
     x_ptr += (batch.to(tl.int64) * q_heads + head) * k_len
     columns = tl.arange(0, BLOCK_N)
     of_all = tl.full([BLOCK_N], -1, tl.int64)
-    for start in range(walk.full_start, walk.full_end, BLOCK_N):
+    for start in range(full_start, full_end, BLOCK_N):
         of_all = tl.maximum(of_all, _ranked(tl.load(x_ptr + start + columns), start + columns))
     largest = tl.full([BLOCK_M], -1, tl.int64)
-    first, end = walk_span(walk, BLOCK_N, True)
+    _, _, first, end, gap_start, gap = pass_bounds(kv_start, kv_end, full_start, full_end, BLOCK_N, 0, False)
     for position in range(first, end, BLOCK_N):
-        _, offs_n = block_at(position, walk, BLOCK_N, True)
-        x = tl.load(x_ptr + offs_n, mask=(offs_n >= touch_lo) & (offs_n < touch_hi), other=0.0)
+        offs_n = tl.where(position >= gap_start, position + gap, position) + columns
+        x = tl.load(x_ptr + offs_n, mask=(offs_n >= kv_start) & (offs_n < kv_end), other=0.0)
         visible = (offs_n[None, :] >= lo[:, None]) & (offs_n[None, :] < hi[:, None])
         largest = tl.maximum(largest, tl.max(tl.where(visible, _ranked(x, offs_n)[None, :], -1), 1))
     largest = tl.maximum(largest, tl.max(of_all, 0))

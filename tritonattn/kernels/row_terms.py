@@ -5,19 +5,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addresses import begin_scale, in_vectors, load_factors, place_of_member, tile_at
-from .primitives import (
+from .block import (
     LENGTHS,
     LOG2_E,
     ROW_TERMS_ALIGNMENT,
-    before_rounding,
+    from_row,
     joint_peak,
     load_tile,
     program_position,
+    sequence_bounds,
     store_term,
     terms_offset,
     tile_offsets,
+    vector_from,
 )
+
+
+@triton.jit
+def before_rounding(rounded, lost):
+    """The fp32 that `rounded` was, from what it lost: `core.rounding`."""
+    SHIFT: tl.constexpr = 15 - rounded.dtype.fp_mantissa_width if rounded.dtype != tl.float32 else 0
+    bits = rounded.to(tl.float32).to(tl.int32, bitcast=True) + (lost.to(tl.int32) << SHIFT)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -27,10 +36,13 @@ def attention_row_terms(
     d_lse_ptr,
     query_scale,
     key_bias,
-    starts,
-    terms,
+    q_starts,
+    k_starts,
+    terms_ptr,
+    delta_ptr,
     d_sinks_ptr,
-    logit_terms,
+    scale,
+    sinks_ptr,
     q_len,
     terms_len,
     q_heads,
@@ -54,42 +66,40 @@ def attention_row_terms(
     where out is what it was before it was rounded: with 16 bits of it, delta's error times the mean key passes d_q
     where keys and values have means (arXiv:2510.04212 traces training that diverges to such rounding).
 
-    Grid: (blocks of the longest Sq rounded up to ROW_TERMS_ALIGNMENT, Hq, members).
+    Grid: (blocks of the longest Sq rounded up to ROW_TERMS_ALIGNMENT, Hq, sequences).
     results     `Results` of the forward: out, rounding (int8, what out lost when it was rounded, or None) and lse
     d_out       `Strided` [B, Hq, Sq, Dv]; d_lse and d_sinks fp32 [B, Hq, Sq], contiguous, or None
-    terms.delta fp32 [B, Hq, terms_len], contiguous; `primitives.terms_offset` says where a row stands. Rows between a
+    delta       fp32 [B, Hq, terms_len], contiguous; `terms_offset` says where a row stands. Rows between a
                 sequence's end and the next multiple are as rows without keys, so that no reader needs a bound
-    terms.both  [B, Hq, terms_len, 2], contiguous: what a fma adds to logits and to dP. -lse2 and -delta in fp32, or
-                with query_scale -lse2 and -delta * factor, each with factor in an int64: `primitives.load_term`. With
+    terms       [B, Hq, terms_len, 2], contiguous: what a fma adds to logits and to dP. -lse2 and -delta in fp32, or
+                with query_scale -lse2 and -delta * factor, each with factor in an int64: `load_term`. With
                 key_bias, of which only the presence counts, -delta stays without factor
     """
-    block, head, member = program_position(first_y, first_z, LAST_FIRST=False)
-    d_out = in_vectors(d_out, ALIGNED)
+    block, head, sequence = program_position(first_y, first_z, LAST_FIRST=False)
     packed_len = q_len
-    place, q_len, _ = place_of_member(member, head, head, q_heads, 1, q_len, q_len, starts)
-    batch = place.batch
-    first_row = block * BLOCK_M
-    offs_m = first_row + tl.arange(0, BLOCK_M)
+    batch, first_row, _, q_len, _ = sequence_bounds(sequence, q_len, q_len, q_starts, k_starts)
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     keep_row = offs_m < q_len
-    memory_row = (place.first_row + first_row).to(tl.int64)
+    memory_row = (first_row + block * BLOCK_M).to(tl.int64)
     row_base = (batch.to(tl.int64) * q_heads + head.to(tl.int64)) * packed_len + memory_row
     row_offsets = row_base + tl.arange(0, BLOCK_M)
-    term_offsets = terms_offset(place, terms_len, starts) + offs_m
+    term_offsets = terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts) + offs_m
     keep_term = offs_m < tl.cdiv(q_len, ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
 
     lse = tl.load(results.lse + row_offsets, mask=keep_row, other=float("-inf"))
     live = lse != float("-inf")
     out_offsets = tile_offsets(BLOCK_M, BLOCK_DV, VALUE_DIM, 1, False)
-    out = load_tile(results.out + row_base * VALUE_DIM + out_offsets, live, VALUE_DIM, True)
+    out = load_tile(results.out + row_base * VALUE_DIM + out_offsets, live, VALUE_DIM)
     if results.rounding is not None:
         rounding_ptrs = results.rounding + row_base * VALUE_DIM + out_offsets
-        out = before_rounding(out, load_tile(rounding_ptrs, live, VALUE_DIM, True))
-    d_out_ptrs = tile_at(d_out, batch, head, memory_row, BLOCK_M, BLOCK_DV, WIDE)
-    delta = tl.sum(out.to(tl.float32) * load_tile(d_out_ptrs, live, VALUE_DIM, True).to(tl.float32), 1)
+        out = before_rounding(out, load_tile(rounding_ptrs, live, VALUE_DIM))
+    d_out = from_row(d_out, batch, head, memory_row, ALIGNED)
+    do = load_tile(d_out.ptr + tile_offsets(BLOCK_M, BLOCK_DV, d_out.s, d_out.d, WIDE), live, VALUE_DIM)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     lse2 = tl.where(live, lse * LOG2_E, 0.0)
     total2 = lse2
-    if logit_terms.sinks is not None:
-        sink2 = tl.load(logit_terms.sinks + head) * LOG2_E
+    if sinks_ptr is not None:
+        sink2 = tl.load(sinks_ptr + head) * LOG2_E
         peak, weight, of_sink = joint_peak(lse2, sink2)
         total2 = peak + tl.log2(weight + of_sink)
         if d_sinks_ptr is not None:
@@ -102,11 +112,12 @@ def attention_row_terms(
         delta -= tl.where(gap == float("inf"), 0.0, d_lse * tl.exp2(tl.minimum(gap, 126.0)))
     factor = None
     gradient_term = -delta
-    tl.store(terms.delta + term_offsets, delta, mask=keep_term)
+    tl.store(delta_ptr + term_offsets, delta, mask=keep_term)
     if query_scale is not None:
-        factor = load_factors(begin_scale(query_scale, batch, head, memory_row), live) * (logit_terms.scale * LOG2_E)
+        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row) + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
+        factor = tl.load(scale_ptrs, mask=live, other=0.0) * (scale * LOG2_E)
         if key_bias is None:
             gradient_term *= factor
     exponent_term = tl.where(live, -total2, float("-inf"))
-    store_term(terms.both + 2 * term_offsets, exponent_term, factor, keep_term)
-    store_term(terms.both + 2 * term_offsets + 1, gradient_term, factor, keep_term)
+    store_term(terms_ptr + 2 * term_offsets, exponent_term, factor, keep_term)
+    store_term(terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_term)

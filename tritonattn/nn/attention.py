@@ -10,24 +10,23 @@ from torch import Tensor, nn
 from ..calls.attention import attention
 from ..calls.checks import (
     FLOATS,
-    Options,
     check_bool,
     check_count,
     check_dtype,
-    check_flags,
+    check_masks,
     check_number,
+    check_settings,
     check_tensor,
-    check_window,
     kind_of,
     refuse_scaling,
     shape_of,
 )
 from ..calls.decode import attention_decode
-from ..calls.decode_checks import LONGEST_QUERY
+from ..calls.public import public
 from ..calls.varlen import attention_varlen
 from ..calls.varlen_checks import check_offsets
-from ..calls.words import with_hints
 from ..core.autograd import needs_graph
+from ..core.call import LONGEST_QUERY
 from ..core.shards import SharesSequence
 from ..core.visibility import window_sides
 from ..scaling import Scaling
@@ -72,7 +71,7 @@ class ScaledAttention(SharesSequence, nn.Module):
     tensor([11, 11])
     """
 
-    @with_hints
+    @public()
     def __init__(
         self,
         width: int,
@@ -95,10 +94,11 @@ class ScaledAttention(SharesSequence, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        options = Options(
-            causal, window, softcap=softcap, dropout_p=dropout_p, backend=backend, batch_invariant=batch_invariant
-        )
-        _check_settings(options, {"sinks": sinks, "qk_norm": qk_norm, "bias": bias}, dtype)
+        check_masks(causal, window, batch_invariant)
+        check_settings(backend, softcap, dropout_p)
+        for name, flag in {"sinks": sinks, "qk_norm": qk_norm, "bias": bias}.items():
+            check_bool(name, flag)
+        check_dtype(dtype)
         kv_heads = heads if kv_heads is None else kv_heads
         context_width = width if context_width is None else context_width
         _check_sizes(width, heads, kv_heads, head_dim, context_width)
@@ -159,7 +159,7 @@ class ScaledAttention(SharesSequence, nn.Module):
         """
         return q, k
 
-    @with_hints
+    @public()
     def forward(
         self,
         x: Tensor,
@@ -304,15 +304,6 @@ class ScaledAttention(SharesSequence, nn.Module):
         end = torch.where(own < cache.lengths[:, None], own + 1, 0)  # rows past counts see nothing
         key_ranges = torch.stack([torch.minimum(first, end), end], dim=-1)
         return cast(Tensor, attention(q, cache.k, cache.v, key_ranges=key_ranges, **settings))
-
-
-def _check_settings(options: Options, flags: dict[str, Any], dtype: Any) -> None:
-    check_flags(options)
-    if options.window is not None:
-        check_window(options.window)
-    for name, flag in flags.items():
-        check_bool(name, flag)
-    check_dtype(dtype)
 
 
 def _check_sizes(width: Any, heads: Any, kv_heads: Any, head_dim: Any, context_width: Any) -> None:

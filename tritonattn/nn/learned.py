@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_bool, check_count, check_dtype, kind_of, named_scaling, refuse_scaling
-from ..calls.factor import Factor
+from ..calls.logits import scales_of
 from ..core.shards import local
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
@@ -108,7 +108,7 @@ class PerHead(Learned):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         gain = self.per_head(self.theta, q).exp()
-        return Factor(self.mode, gain).scales(q, k, visibility, statistics)
+        return scales_of(self.mode, gain, q, k, visibility, statistics)
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         temperature = self.per_head(self.theta, q).exp()[..., None]  # [Hq, 1, 1]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_count
-from ..calls.factor import Factor
+from ..calls.logits import scales_of
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scales, Scaling
@@ -86,7 +86,8 @@ class Scheduled(nn.Module, Scaling):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         t = self.progress().to(q.device)
-        parts = [Factor(mode).exact_scales(q, k, visibility, statistics) for mode in (self.mode_a, self.mode_b)]
+        given = q, k, visibility, statistics
+        parts = [scales_of(mode, None, *given, exact=True) for mode in (self.mode_a, self.mode_b)]
         if any(part.key_bias is not None for part in parts):
             raise ValueError(
                 "mode_a, mode_b: expected modes without a bias a key; pass it as key_bias=, times a weight"

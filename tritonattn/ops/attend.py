@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,51 +22,53 @@ from ..core.autograd import (
     without_autocast,
 )
 from ..core.call import AttentionCall, ForwardResult, Gradients, Needs
-from .flat import GRADIENTS, TENSORS, FlatCall
+from .flat import ARGUMENTS, GRADIENTS, NAMES, TENSORS, call_of, flat
 from .mapping import in_a_loop, in_one_batch
-from .schema import arguments_of, operator
+from .schema import operator, schema_of
 
-_CALL = arguments_of(FlatCall)
-_Wide = tuple[Tensor | None, Tensor | None]  # wide_q and wide_k of an AttentionCall
-_NOT_WIDE: _Wide = (None, None)
+_CALL = schema_of(ARGUMENTS)
 
 
-def attention(call: AttentionCall, backend: str, aux: bool) -> ForwardResult:
-    """Run a call on "triton" or "sdpa"; out and lse have gradients towards q, k, v, scales and sinks.
+def attention(call: AttentionCall) -> ForwardResult:
+    """Run a call on its backend, "triton" or "sdpa"; out and lse have gradients towards q, k, v, scales and sinks.
 
     max_logit and entropy are None without aux.
     """
     tensors = call.tensors
     has_graph = needs_graph(*tensors)
-    keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
-    if not runs_eagerly(*tensors):
-        results = _Attention.apply(*FlatCall.of(_without_repeats(_with_values(call)), backend, aux, keep_rounding))
+    if not runs_eagerly(*tensors, call.visibility.key_lengths):
+        keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
+        run = _Transformed.apply if is_transformed() else _forward_operator
+        results = run(*flat(_without_repeats(_with_values(call))), keep_rounding)
     elif has_graph:
-        results = apply_with_graph(_EagerAttention, *tensors, FlatCall.of(call, backend, aux, keep_rounding), call)
+        results = apply_with_graph(_Attention, *tensors, call)
     else:
-        return _forward(call, backend, aux, has_graph=False)
-    return ForwardResult(*results[: 4 if aux else 2])
+        return _forward(call, has_graph=False)
+    return ForwardResult(*results[: 4 if call.aux else 2])
 
 
-def forward_pass(call: AttentionCall, backend: str, aux: bool, keep_rounding: bool) -> tuple[Tensor, ...]:
+def forward_pass(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor, ...]:
     """out, lse, max_logit, entropy and rounding, without a graph: tensors of size 0 for those not asked for."""
-    flat = FlatCall.of(call, backend, aux, keep_rounding)
-    return _forward_of(flat, call) if runs_eagerly(*call.tensors) else _forward_operator(*flat)
+    if runs_eagerly(*call.tensors):
+        return _filled(_forward_kept(call, keep_rounding))
+    return _forward_operator(*flat(call), keep_rounding)
 
 
 def backward_pass(
     call: AttentionCall,
-    backend: str,
     results: tuple[Tensor, Tensor, Tensor | None],
     d_out: Tensor | None,
     d_lse: Tensor | None,
     needs: Needs,
 ) -> Gradients:
     """Gradients of a call whose `forward_pass` returned `results`: out, lse, and rounding where it was kept."""
-    if runs_eagerly(*call.tensors, d_out, d_lse):
-        return _backward(call, backend, results, d_out, d_lse, needs)
-    flat = FlatCall.of(call, backend, aux=False, keep_rounding=results[2] is not None)
-    filled = _backward_operator(*flat, *results, d_out, d_lse, list(needs))
+    if runs_eagerly(*call.tensors, *call.visibility.tensors, d_out, d_lse):
+        return _backward(call, results, d_out, d_lse, needs)
+    if call.wide_q is not None:
+        call = replace(call, q=call.q.float())
+    if call.wide_k is not None:
+        call = replace(call, k=call.k.float())
+    filled = _backward_operator(*flat(call), *results, d_out, d_lse, list(needs))
     return Gradients(*(gradient if need else None for gradient, need in zip(filled, needs, strict=True)))
 
 
@@ -108,16 +110,17 @@ def _without_repeats(call: AttentionCall) -> AttentionCall:
     return replace(call, k=k.view_as(k), v=v.view_as(v))
 
 
-def _forward(
-    call: AttentionCall, backend: str, aux: bool, rounding: Tensor | None = None, *, has_graph: bool
-) -> ForwardResult:
-    if backend != "triton" or call.k.shape[0] == 0:
+def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: bool) -> ForwardResult:
+    aux = call.aux
+    if call.decodes:
+        return _decode(call)
+    if call.backend != "triton" or call.k.shape[0] == 0:
         call = call.gathered()
     if _is_empty(call):
         return _forward_of_nothing(call, aux)
     if (first := call.visibility.first_keys()) is not None:
         call = call.from_keys(first)
-    if backend != "triton":
+    if call.backend != "triton":
         with without_autocast(call.q):
             return blockwise.forward(call, aux, rounding)
     # With a graph, forward and backward must multiply in the same tiles.
@@ -126,18 +129,24 @@ def _forward(
     return kernels().forward(call, aux, rounding)
 
 
-def _forward_of(flat: FlatCall, call: AttentionCall) -> tuple[Tensor, ...]:
-    """Compute the results of the operator, with tensors of size 0 for those that are absent."""
-    q, v = flat.q, flat.v
-    rounding = v.new_empty((*q.shape[:3], v.shape[3]), dtype=torch.int8) if flat.keep_rounding else None
-    has_graph = flat.keep_rounding or v.dtype.itemsize > 2  # nothing here tells whether wider ones have one
-    result = _forward(call, flat.backend, flat.aux, rounding, has_graph=has_graph)
-    return _filled((*result, rounding), result.lse)
+def _decode(call: AttentionCall) -> ForwardResult:
+    if call.backend != "triton":
+        return blockwise.forward(call.gathered().by_ranges(), call.aux)
+    if call.invariant:  # no split of keys, and the loop of other calls
+        return kernels().forward(call.by_ranges(), call.aux)
+    return kernels().decode(call, call.aux)
+
+
+def _forward_kept(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor | None, ...]:
+    """The results of `_forward`, and rounding: None for those not asked for."""
+    q, v = call.q, call.v
+    rounding = v.new_empty((*q.shape[:3], v.shape[3]), dtype=torch.int8) if keep_rounding else None
+    has_graph = keep_rounding or v.dtype.itemsize > 2  # nothing here tells whether wider ones have one
+    return (*_forward(call, rounding, has_graph=has_graph), rounding)
 
 
 def _backward(
     call: AttentionCall,
-    backend: str,
     results: tuple[Tensor, Tensor, Tensor | None],
     d_out: Tensor | None,
     d_lse: Tensor | None,
@@ -150,7 +159,7 @@ def _backward(
         return Gradients(*(_zeros(x) if need else None for x, need in pairs))
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
     d_lse = None if d_lse is None else d_lse.resolve_neg()
-    runner = kernels() if backend == "triton" else blockwise
+    runner = kernels() if call.backend == "triton" else blockwise
     if (first := call.visibility.first_keys()) is not None:
         call = call.from_keys(first)
     with without_autocast(out):
@@ -181,21 +190,28 @@ def _allocate_forward(q: Tensor, v: Tensor, aux: bool, keep_rounding: bool) -> t
     return v.new_empty(out_shape), lse, max_logit, entropy, rounding
 
 
-def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+def _filled(results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Replace None by a tensor of size 0: an operator returns tensors."""
-    return tuple(like.new_empty(0) if result is None else result for result in results)
+    _, lse, *_ = results
+    assert lse is not None
+    return tuple(lse.new_empty(0) if result is None else result for result in results)
 
 
-@operator("forward", _CALL, "(Tensor out, Tensor lse, Tensor max_logit, Tensor entropy, Tensor rounding)")
+@operator(
+    "forward",
+    f"{_CALL}, bool keep_rounding",
+    "(Tensor out, Tensor lse, Tensor max_logit, Tensor entropy, Tensor rounding)",
+)
 def _forward_operator(*arguments):
-    flat = FlatCall(*arguments)
-    return _forward_of(flat, flat.call())
+    *arguments, keep_rounding = arguments
+    return _filled(_forward_kept(call_of(arguments), keep_rounding))
 
 
 @_forward_operator.register_fake
 def _(*arguments):
-    flat = FlatCall(*arguments)
-    return _allocate_forward(flat.q, flat.v, flat.aux, flat.keep_rounding)
+    *arguments, keep_rounding = arguments
+    call = call_of(arguments)
+    return _allocate_forward(call.q, call.v, call.aux, keep_rounding)
 
 
 @operator(
@@ -204,9 +220,10 @@ def _(*arguments):
     f"({', '.join(f'Tensor d_{name}' for name in Gradients._fields)})",
 )
 def _backward_operator(*arguments):
-    *flat, out, lse, rounding, d_out, d_lse, needs = arguments
-    flat = FlatCall(*flat)
-    return _filled(_backward(flat.call(), flat.backend, (out, lse, rounding), d_out, d_lse, Needs(*needs)), flat.q)
+    *arguments, out, lse, rounding, d_out, d_lse, needs = arguments
+    call = call_of(arguments)
+    found = _backward(call, (out, lse, rounding), d_out, d_lse, Needs(*needs))
+    return tuple(call.q.new_empty(0) if x is None else x for x in found)
 
 
 @_backward_operator.register_fake
@@ -216,127 +233,63 @@ def _(*arguments):
 
 
 class _Attention(Function):
-    """The operators, for compilers and transforms. torch.compile counts forward's parameters, so they have no star."""
+    """A call that runs eagerly, after the tensors that may have a gradient."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        call: AttentionCall = arguments[-1]
+        out, lse, *aux, rounding = _forward_kept(call, call.v.dtype.itemsize == 2)
+        tensors, ctx.call = call.split()
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(x for x in aux if x is not None))
+        ctx.save_for_backward(*tensors, out, lse, rounding)
+        return out, lse, *aux
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, d_out, d_lse, *none):
+        *tensors, out, lse, rounding = saved
+        needs = Needs(*ctx.needs_input_grad[:GRADIENTS])
+        return (*backward_pass(ctx.call.joined(tensors), (out, lse, rounding), d_out, d_lse, needs), None)
+
+
+def _keep_arguments(ctx, inputs, output) -> None:
+    out, lse, max_logit, entropy, rounding = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(max_logit, entropy, rounding)
+    ctx.save_for_backward(*inputs[:TENSORS], out, lse, rounding)
+    *ctx.settings, ctx.keep_rounding = inputs[TENSORS:]
+
+
+@first_order
+def _of_operator(ctx, saved, d_out, d_lse, *none):
+    *tensors, out, lse, rounding = saved
+    results = out, lse, rounding if ctx.keep_rounding else None
+    needs = Needs(*ctx.needs_input_grad[:GRADIENTS])
+    found = backward_pass(call_of((*tensors, *ctx.settings)), results, d_out, d_lse, needs)
+    return (*found, *[None] * (len(ARGUMENTS) + 1 - GRADIENTS))
+
+
+class _Transformed(Function):
+    """The operator under torch.func, whose transforms do not take what `register_autograd` makes."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        q,
-        k,
-        v,
-        query_scale,
-        key_scale,
-        key_bias,
-        sinks,
-        key_lengths,
-        key_ranges,
-        mask,
-        q_starts,
-        k_starts,
-        dropout_state,
-        block_table,
-        scale,
-        left,
-        right,
-        longest_q,
-        longest_k,
-        k_len,
-        softcap,
-        dropout_p,
-        invariant,
-        aux,
-        keep_rounding,
-        backend,
-    ):
-        return _forward_operator(
-            q,
-            k,
-            v,
-            query_scale,
-            key_scale,
-            key_bias,
-            sinks,
-            key_lengths,
-            key_ranges,
-            mask,
-            q_starts,
-            k_starts,
-            dropout_state,
-            block_table,
-            scale,
-            left,
-            right,
-            longest_q,
-            longest_k,
-            k_len,
-            softcap,
-            dropout_p,
-            invariant,
-            aux,
-            keep_rounding,
-            backend,
-        )
+    def forward(*arguments):
+        return _forward_operator(*arguments)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _keep(ctx, inputs, output, _NOT_WIDE)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, d_out, d_lse, *none):
-        return (*_gradients(ctx, saved, d_out, d_lse), *[None] * (len(FlatCall._fields) - GRADIENTS))
-
-
-def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor], wide: _Wide) -> None:
-    out, lse, max_logit, entropy, rounding = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(max_logit, entropy, rounding)
-    ctx.save_for_backward(*inputs[:TENSORS], *wide, out, lse, rounding)
-    ctx.settings = inputs[TENSORS:]
-
-
-def _gradients(ctx: Any, saved: Sequence[Any], d_out: Tensor | None, d_lse: Tensor | None) -> Iterable[Tensor | None]:
-    *tensors, wide_q, wide_k, out, lse, rounding = saved
-    flat = FlatCall(*tensors, *ctx.settings)
-    rounding = rounding if flat.keep_rounding else None
-    needs = Needs(*ctx.needs_input_grad[:GRADIENTS])
-    if runs_eagerly(*tensors, d_out, d_lse):
-        call = flat.call()
-        if wide_q is not None or wide_k is not None:
-            call = replace(call, wide_q=wide_q, wide_k=wide_k)
-        return _backward(call, flat.backend, (out, lse, rounding), d_out, d_lse, needs)
-    if wide_q is not None:
-        flat = flat._replace(q=flat.q.float())
-    if wide_k is not None:
-        flat = flat._replace(k=flat.k.float())
-    filled = _backward_operator(*flat, out, lse, rounding, d_out, d_lse, list(needs))
-    return (gradient if need else None for gradient, need in zip(filled, needs, strict=True))
-
-
-class _EagerAttention(Function):
-    """`_Attention` without operators, of the tensors that may have a gradient, the flat call, and the call itself."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        flat, call = arguments[GRADIENTS:]
-        outputs = _forward_of(flat, call)
-        _keep(ctx, flat, outputs, (call.wide_q, call.wide_k))
-        return outputs
-
-    @staticmethod
-    @first_order
-    def backward(ctx, saved, d_out, d_lse, *none):
-        return (*_gradients(ctx, saved, d_out, d_lse), None, None)
+    setup_context = staticmethod(_keep_arguments)
+    backward = staticmethod(_of_operator)
 
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
-    """Map in one batch, except where dropout depends on the place in it, or sinks or sequences have no batch axis."""
-    flat = FlatCall(*arguments[: len(FlatCall._fields)])
-    one_by_one = any(part is not None for part in (flat.dropout_state, flat.sinks, flat.q_starts))
+    """Map in one batch, except where dropout depends on the place in it, or an argument has no batch axis."""
+    named = dict(zip(NAMES, arguments, strict=False))
+    one_by_one = any(named[name] is not None for name in ("dropout_state", "sinks", "q_starts", "block_table"))
     return (in_a_loop if one_by_one else in_one_batch)(operator, info.batch_size, in_dims, arguments)
 
 
-_forward_operator.register_autograd(_Attention.backward, setup_context=_Attention.setup_context)
+_forward_operator.register_autograd(_of_operator, setup_context=_keep_arguments)
 _forward_operator.register_vmap(functools.partial(_vmap, _forward_operator))
 _backward_operator.register_vmap(functools.partial(_vmap, _backward_operator))

@@ -1,100 +1,91 @@
-"""An attention call laid out flat: the arguments of an operator, and back."""
+"""An attention call as the arguments of an operator, and back. The record itself says which arguments there are."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, get_args, get_type_hints
 
-import torch
 from torch import Tensor
 
 from ..core.call import AttentionCall, Gradients, Logits
 from ..core.dropout import Dropout
 from ..core.sequences import Sequences
 from ..core.visibility import Visibility
+from .schema import SCHEMA_TYPES
+
+_RECORDS = (Visibility, Logits, Dropout, Sequences)
+# Parts that are no arguments: sizes, which tensors have, and what has done its work before a backend is called.
+_SIZES = ("batch", "q_heads", "kv_heads", "q_len")
+_NO_ARGUMENTS = {("visibility", name) for name in (*_SIZES, "counted")}
+_NO_ARGUMENTS |= {("gain",), ("dropout_p",), ("wide_q",), ("wide_k",)}
 
 
-class FlatCall(NamedTuple):
-    """An AttentionCall as the arguments of an operator; the first fields are those of Gradients."""
+class Argument(NamedTuple):
+    """A leaf of the record, by its path and type: one of its types, where it can have several.
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    query_scale: Tensor | None
-    key_scale: Tensor | None
-    key_bias: Tensor | None
-    sinks: Tensor | None
-    key_lengths: Tensor | None
-    key_ranges: Tensor | None
-    mask: Tensor | None
-    q_starts: Tensor | None
-    k_starts: Tensor | None
-    dropout_state: Tensor | None
-    block_table: Tensor | None
-    scale: float
-    left: int | None
-    right: int | None
-    longest_q: int
-    longest_k: int
-    k_len: int
-    softcap: float | None
-    dropout_p: float
-    invariant: bool
-    aux: bool
-    keep_rounding: bool
-    backend: str
+    The type has None too where a record on the path may be missing.
+    """
 
-    @classmethod
-    def of(cls, call: AttentionCall, backend: str, aux: bool, keep_rounding: bool) -> FlatCall:
-        visible, sequences, dropout = call.visibility, call.visibility.sequences, call.dropout
-        return cls(
-            call.q,
-            call.k,
-            call.v,
-            call.logits.query_scale,
-            call.logits.key_scale,
-            call.logits.key_bias,
-            call.logits.sinks,
-            key_lengths=visible.key_lengths,
-            key_ranges=visible.key_ranges,
-            mask=visible.mask,
-            q_starts=None if sequences is None else sequences.q_starts,
-            k_starts=None if sequences is None else sequences.k_starts,
-            dropout_state=None if dropout is None else dropout.state,
-            block_table=call.block_table,
-            scale=call.logits.scale,
-            left=visible.left,
-            right=visible.right,
-            longest_q=0 if sequences is None else sequences.longest_q,
-            longest_k=0 if sequences is None else sequences.longest_k,
-            k_len=visible.k_len,
-            softcap=call.logits.softcap,
-            dropout_p=0.0 if dropout is None else dropout.p,
-            invariant=call.invariant,
-            aux=aux,
-            keep_rounding=keep_rounding,
-            backend=backend,
-        )
+    path: tuple[str, ...]
+    kind: Any
+    name: str
 
-    def call(self) -> AttentionCall:
-        sequences = None
-        if self.q_starts is not None and self.k_starts is not None:
-            sequences = Sequences(self.q_starts, self.k_starts, self.longest_q, self.longest_k)
-        visibility = Visibility.of_shapes(
-            self.q.shape,
-            torch.Size((*self.k.shape[:2], self.k_len, self.k.shape[3])),
-            self.q.device,
-            window=(self.left, self.right),
-            key_lengths=self.key_lengths,
-            key_ranges=self.key_ranges,
-            mask=self.mask,
-            sequences=sequences,
-            invariant=self.invariant,
-        )
-        logits = Logits(self.scale, self.query_scale, self.key_scale, self.key_bias, self.softcap, self.sinks)
-        dropout = None if self.dropout_state is None else Dropout(self.dropout_p, self.dropout_state)
-        return AttentionCall(self.q, self.k, self.v, visibility, logits, dropout, block_table=self.block_table)
+    @property
+    def is_tensor(self) -> bool:
+        return Tensor in (self.kind, *get_args(self.kind))
+
+    def of(self, call: AttentionCall) -> Any:
+        value: Any = call
+        for name in self.path:
+            value = None if value is None else getattr(value, name)
+        return None if self.is_tensor and not isinstance(value, Tensor) else value
 
 
-# The first fields of FlatCall can have a gradient, and more of them are tensors.
+def _leaves(record: type, path: tuple[str, ...] = (), optional: bool = False) -> Iterator[Argument]:
+    for field, kind in get_type_hints(record).items():
+        own, parts = (*path, field), get_args(kind) or (kind,)
+        inner = next((part for part in parts if part in _RECORDS), None)
+        if own in _NO_ARGUMENTS:
+            continue
+        if inner is not None:
+            yield from _leaves(inner, own, optional or type(None) in parts)
+        elif kind in SCHEMA_TYPES:
+            yield Argument(own, kind | None if optional else kind, "_".join(own) if own[0] == "dropout" else field)
+
+
+def _rank(argument: Argument) -> tuple[int, bool]:
+    """Those that can have a gradient come first, in the order of `Gradients`, then other tensors."""
+    fields = Gradients._fields
+    return fields.index(argument.name) if argument.name in fields else len(fields), not argument.is_tensor
+
+
+ARGUMENTS = tuple(sorted(_leaves(AttentionCall), key=_rank))
+NAMES = tuple(argument.name for argument in ARGUMENTS)
 GRADIENTS = len(Gradients._fields)
-TENSORS = FlatCall._fields.index("scale")
+TENSORS = sum(argument.is_tensor for argument in ARGUMENTS)
+
+
+def flat(call: AttentionCall) -> list[Any]:
+    """The arguments of a call."""
+    return [argument.of(call) for argument in ARGUMENTS]
+
+
+def call_of(values: Sequence[Any]) -> AttentionCall:
+    """The call of these arguments."""
+    tree: dict[str, Any] = {}
+    for argument, value in zip(ARGUMENTS, values, strict=True):
+        node = tree
+        for name in argument.path[:-1]:
+            node = node.setdefault(name, {})
+        node[argument.path[-1]] = value
+    visible, q, k = tree["visibility"], tree["q"], tree["k"]
+    visible["sequences"] = _record(Sequences, visible["sequences"])
+    sizes = zip(_SIZES, (q.shape[0], q.shape[1], k.shape[1], q.shape[2]), strict=True)
+    tree["visibility"] = Visibility(**dict(sizes), device=q.device, **visible)
+    tree["logits"], tree["dropout"] = Logits(**tree["logits"]), _record(Dropout, tree["dropout"])
+    return AttentionCall(**tree)
+
+
+def _record(kind: Any, fields: dict[str, Any]) -> Any:
+    """The record of these fields, or None where all are missing."""
+    return None if all(value is None for value in fields.values()) else kind(**fields)

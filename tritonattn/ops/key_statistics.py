@@ -15,7 +15,6 @@ from ..backends import kernels
 from ..core.autograd import apply, first_order, is_transformed, needs_graph, runs_eagerly
 from ..core.call import AttentionCall
 from ..core.statistics import Statistics
-from ..core.visibility import Visibility
 from .mapping import in_one_batch
 from .schema import operator
 
@@ -40,10 +39,7 @@ class KernelStatistics(Statistics):
     _scan = staticmethod(_prefix_sum)
     _argmax = staticmethod(_argmax_over_ranges)
 
-    def __init__(self, k: Tensor | Callable[[], Tensor], visibility: Visibility) -> None:
-        super().__init__(k, visibility)
-        self._wide: list[tuple[Tensor, Tensor]] = []  # tensors whose norms have a gradient, and what takes theirs
-        self._has_values = False
+    _has_values = False
 
     def _counted_keys(self) -> Tensor | None:
         visible = self.visibility
@@ -57,13 +53,13 @@ class KernelStatistics(Statistics):
             return _key_norms(x, seen)
         self._has_values = x.dtype == torch.float32 or not runs_eagerly(x)
         norms, wide = apply(_NormsBeside, x, seen, self._has_values)
-        self._wide.append((x, wide))
+        self.wide.append((x, wide))
         return norms
 
     def widened(self, call: AttentionCall) -> AttentionCall:
-        if not self._wide:
+        if not self.wide:
             return call
-        wide = {id(x): own for x, own in self._wide}
+        wide = {id(x): own for x, own in self.wide}
         q, k = wide.get(id(call.q)), wide.get(id(call.k))
         if not self._has_values:
             return replace(call, wide_q=q, wide_k=k)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, get_type_hints
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 NAMESPACE = __name__.split(".")[0]
 OPERATORS: list[str] = []  # names without the namespace
 
-_SCHEMA_TYPES = {
+SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     float: "float",
@@ -38,6 +38,6 @@ def operator(name: str, arguments: str, results: str) -> Callable[[Callable], An
     return register
 
 
-def arguments_of(record: type) -> str:
-    """The fields of a NamedTuple as arguments of an operator's schema."""
-    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(record).items())
+def schema_of(arguments: Iterable[Any]) -> str:
+    """Arguments, each with its `name` and type `kind`, as a schema has them."""
+    return ", ".join(f"{SCHEMA_TYPES[one.kind]} {one.name}" for one in arguments)

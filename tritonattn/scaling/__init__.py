@@ -4,6 +4,7 @@ from .base import Scales, Scaling
 from .constants import Dim, SqrtDim, Unscaled
 from .cosine import Cosine
 from .counts import KeyCount, LogKeyCount, LogPower, SqrtKeyCount
+from .given import Given
 from .key_norms import KeyNormL2, KeyNormMax, KeyNormMean, KeyNormRms, KeyNormSum
 from .positional import Llama4, Ministral3, QwenLogn
 
@@ -30,6 +31,7 @@ __all__ = [
     "SCALINGS",
     "Cosine",
     "Dim",
+    "Given",
     "KeyCount",
     "KeyNormL2",
     "KeyNormMax",

@@ -16,7 +16,7 @@ from ..backends import triton as triton_backend
 from ..backends.triton.decode import Rows, attend
 from ..backends.triton.operands import Operands
 from ..core.call import AttentionCall, ForwardResult, Needs
-from ..core.decode_call import Cache, DecodeCall
+from ..core.visibility import Visibility
 from ..tuning.calls import Size
 from ..tuning.config import Problem
 from ..tuning.table import Key
@@ -175,17 +175,15 @@ def _as_attention(call: AttentionCall | Rows) -> AttentionCall:
     """The call of the same rows without a kernel of its own."""
     if isinstance(call, AttentionCall):
         return call
-    k, v = (call.k, call.v) if call.block_table is None else (call.k.transpose(1, 2), call.v.transpose(1, 2))
     assert call.key_lengths is not None
-    cache = Cache(k, v, call.key_lengths, call.block_table, call.query_lengths)
-    attention = DecodeCall(call.q, cache, call.logits, call.left).as_attention()
-    if call.key_ranges is None:
-        return attention
-    ranges = attention.visibility.key_ranges
-    assert ranges is not None
-    first, last = torch.maximum(ranges, call.key_ranges)[..., 0], torch.minimum(ranges, call.key_ranges)[..., 1]
-    visible = replace(attention.visibility, key_ranges=torch.stack([first, last], dim=-1))
-    return replace(attention, visibility=visible)
+    (batch, q_heads, q_len, _), device = call.q.shape, call.q.device
+    sizes = (batch, q_heads, call.kv_heads, q_len, call.capacity)
+    visible = Visibility.of_padded(sizes, device, call.key_lengths, call.query_lengths, left=call.left).as_ranges()
+    ranges = visible.key_ranges
+    if call.key_ranges is not None and ranges is not None:
+        first, last = torch.maximum(ranges, call.key_ranges)[..., 0], torch.minimum(ranges, call.key_ranges)[..., 1]
+        visible = replace(visible, key_ranges=torch.stack([first, last], dim=-1))
+    return AttentionCall(call.q, call.k, call.v, visible, call.logits, block_table=call.block_table)
 
 
 @contextmanager

@@ -29,11 +29,15 @@ _LARGEST_LOGIT = 1e38
 
 def supports(call: AttentionCall) -> bool:
     """Whether `attention` computes this call: all keys or a square's lower triangle seen, and no extras."""
-    _, _, _, *extras = call.logits
-    if call.dropout is not None or any(x is not None for x in extras):
+    _, _, _, bias, softcap, sinks = call.logits
+    visible = call.visibility
+    if bias is not None or softcap is not None or sinks is not None or call.dropout is not None:
         return False
-    empty = 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape
-    return not empty and (call.visibility.is_full or call.visibility.is_square_causal) and not _hides_nan(call)
+    if call.aux or visible.invariant or 0 in call.q.shape or 0 in call.k.shape or 0 in call.v.shape:
+        return False
+    if not (visible.is_full or (visible.q_len == visible.k_len and visible.is_causal)):
+        return False
+    return not (runs_eagerly(call.k) and visible.k_len < _VECTOR and _hides_nan(call))
 
 
 def _hides_nan(call: AttentionCall) -> bool:
@@ -42,10 +46,8 @@ def _hides_nan(call: AttentionCall) -> bool:
     Its maximum ignores NaN in a remainder of keys that fills no vector; fewer keys than a vector are all remainder.
     The product of all norms bounds every logit and every sum on the way to it, so no logit is NaN while it fits fp32.
     """
-    if not (runs_eagerly(call.k) and call.k.device.type == "cpu" and call.k.shape[2] < _VECTOR):
-        return False
     operands = [x for x in (call.q, call.k, *call.logits[1:3]) if x is not None]
-    if not runs_eagerly(*operands):
+    if call.k.device.type != "cpu" or not runs_eagerly(*operands):
         return False
     return not max(1.0, abs(call.logits.scale)) * math.prod(map(_norm, operands)) < _LARGEST_LOGIT
 
@@ -60,14 +62,15 @@ def attention(call: AttentionCall) -> Tensor:
     The scales are folded in q's dtype: exact to rounding in fp32 and fp64, while in bf16 q * query_scale and
     k * key_scale are rounded to bf16 once before they meet.
     """
-    dtype = call.v.dtype
-    if _needs_fp32(call):
+    dtype, is_full = call.v.dtype, call.visibility.is_full
+    if dtype.itemsize == 2 and _needs_fp32(call):
         call = replace(call, q=call.q.float(), k=call.k.float(), v=call.v.float())
     scale, query_scale, key_scale = call.logits[:3]
-    has_lone_keys = call.k.shape[2] == 1 or not call.visibility.is_full
+    has_lone_keys = call.k.shape[2] == 1 or not is_full
     if has_lone_keys and needs_graph(call.q, call.k, query_scale, key_scale):
         query_scale = _without_lone_keys(query_scale, call)
-    q, k, v = _fold(call.q, query_scale), _fold(call.k, key_scale), call.v
+    q = call.q if query_scale is None else _fold(call.q, query_scale)
+    k, v = call.k if key_scale is None else _fold(call.k, key_scale), call.v
     if scale <= 0:  # the kernel hides keys by -inf before it multiplies
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
     if not _SHARES_KEY_HEADS and q.shape[1] != k.shape[1]:
@@ -78,8 +81,8 @@ def attention(call: AttentionCall) -> Tensor:
         _for_kernel(k, width),
         _for_kernel(v, width),
         scale=scale,
-        is_causal=_as_bool(not call.visibility.is_full),
-        enable_gqa=_as_bool(q.shape[1] != k.shape[1]),
+        is_causal=False if is_full else True,  # under torch.compile is_full may be a SymBool
+        enable_gqa=True if q.shape[1] != k.shape[1] else False,
     )
     refuse_second_order(out)
     out = out if value_width == width else out[..., :value_width]
@@ -94,8 +97,6 @@ def _needs_fp32(call: AttentionCall) -> bool:
     logit, and it sums those of a key head over its query heads and over blocks of 64 or 256 rows in 16 bits.
     """
     dtype, logits = call.v.dtype, call.logits
-    if dtype.itemsize > 2:
-        return False
     is_scaled = logits.query_scale is not None or logits.key_scale is not None
     if call.narrowed() is not call or (dtype == torch.float16 and is_scaled):
         return True
@@ -112,15 +113,8 @@ def _without_lone_keys(query_scale: Tensor | None, call: AttentionCall) -> Tenso
     return sees_more.to(call.q.dtype) if query_scale is None else query_scale * sees_more
 
 
-def _as_bool(condition: bool) -> bool:
-    """A comparison of sizes as the bool that PyTorch's attention wants: under torch.compile it is a SymBool."""
-    return True if condition else False
-
-
-def _fold(x: Tensor, scale: Tensor | None) -> Tensor:
+def _fold(x: Tensor, scale: Tensor) -> Tensor:
     """x [B, H, S, D] times scale [B, H, S], in x's dtype."""
-    if scale is None:
-        return x
     folded = x * scale[..., None]
     return folded if folded.dtype == x.dtype else folded.to(x.dtype)
 

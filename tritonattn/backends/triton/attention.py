@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
 from ...core.visibility import Visibility
-from ...kernels.records import DropoutState, Results, RowTerms, Starts
+from ...kernels.block import Results
 from ...tuning import calls as recorded
 from ...tuning.config import (
     ROW_TERMS_ALIGNMENT,
@@ -30,14 +30,12 @@ from .launch import (
     Kind,
     Plan,
     are_aligned,
-    bias_of,
     forms_of,
     is_wide,
     kind_of,
-    logit_terms_of,
+    logit_arguments,
     pages_of,
     planned,
-    scale_of,
     strided,
 )
 from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
@@ -115,7 +113,7 @@ def _row_terms(kind: Kind, call: AttentionCall, shared: Arguments, results: Resu
     shape = (*call.q.shape[:2], terms_len)
     joined = torch.float32 if call.logits.query_scale is None else torch.int64
     both, delta = call.q.new_empty((*shape, 2), dtype=joined), call.q.new_empty(shape, dtype=torch.float32)
-    terms = {"terms": RowTerms(both, delta), "terms_len": terms_len}
+    terms = {"terms_ptr": both, "delta_ptr": delta, "terms_len": terms_len}
     _launch("row_terms", kind, call, shared | terms | {"results": results}, d_out)
     return terms
 
@@ -348,15 +346,13 @@ def _described(
 def _call_arguments(call: AttentionCall) -> Arguments:
     """The arguments that the forward and both backward kernels share."""
     visible, dropout = call.visibility, call.dropout
-    return _visibility_arguments(call) | {
+    arguments = _visibility_arguments(call) | logit_arguments(call.logits)
+    return arguments | {
         "q": strided(call.q),
         "k": strided(call.k),
         "v": strided(call.v),
-        "query_scale": scale_of(call.logits.query_scale),
-        "key_scale": scale_of(call.logits.key_scale),
-        "key_bias": bias_of(call.logits.key_bias),
-        "logit_terms": logit_terms_of(call.logits),
-        "dropout": DropoutState(None, 1.0) if dropout is None else DropoutState(dropout.state, 1 / (1 - dropout.p)),
+        "dropout_ptr": None if dropout is None else dropout.state,
+        "keep_scale": 1.0 if dropout is None else 1 / (1 - dropout.p),
         "keep_from": 0 if dropout is None else dropout.threshold - 2**31,
         "pages": pages_of(call.block_table, call.k.shape[0], call.k.shape[2]),
         "q_heads": visible.q_heads,
@@ -367,9 +363,9 @@ def _call_arguments(call: AttentionCall) -> Arguments:
 def _visibility_arguments(call: AttentionCall) -> Arguments:
     visible = call.visibility
     arguments = range_arguments(visible)
-    mask = seen = starts = None
+    mask = seen = q_starts = k_starts = None
     if visible.sequences is not None:
-        starts = Starts(visible.sequences.q_starts.contiguous(), visible.sequences.k_starts.contiguous())
+        q_starts, k_starts = visible.sequences.q_starts.contiguous(), visible.sequences.k_starts.contiguous()
     if visible.mask is not None:
         mask = _with_aligned_rows(visible.mask).expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len)
         mask = mask.view(torch.uint8)
@@ -377,8 +373,7 @@ def _visibility_arguments(call: AttentionCall) -> Arguments:
         seen = seen_bytes(seen_keys(visible, arguments), visible.keys)
         if call.invariant:  # loads of 8 bits before a product make Triton multiply in another order
             seen = seen.short()
-    arguments["mask"], arguments["seen_ptr"], arguments["starts"] = strided(mask), seen, starts
-    return arguments
+    return arguments | {"mask": strided(mask), "seen_ptr": seen, "q_starts": q_starts, "k_starts": k_starts}
 
 
 def _with_aligned_rows(mask: Tensor) -> Tensor:

@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.call import AttentionCall, ForwardResult, Logits
-from ...core.decode_call import LONGEST_QUERY, DecodeCall
+from ...core.call import LONGEST_QUERY, AttentionCall, ForwardResult, Logits
 from ...core.dropout import Dropout
 from ...core.visibility import Visibility
-from ...kernels.records import LogitTerms, Ranges, Results
+from ...kernels.block import Results
 from ...tuning import calls as recorded
 from ...tuning.calls import Size
 from ...tuning.config import Problem, TileConfig, is_short, padded_dim
@@ -21,16 +20,14 @@ from .launch import (
     Kind,
     Plan,
     are_aligned,
-    bias_of,
     bounded,
     forms_of,
     is_wide,
     kind_of,
-    logit_terms_of,
+    logit_arguments,
     pages_of,
     plan,
     planned,
-    scale_of,
     strided,
 )
 
@@ -66,18 +63,19 @@ class Rows(NamedTuple):
         return self.q.shape[1] // self.kv_heads
 
 
-def decode(call: DecodeCall, aux: bool) -> ForwardResult:
+def decode(call: AttentionCall, aux: bool) -> ForwardResult:
     """out and lse, with aux also max_logit and entropy, by the decode kernel and the combination of its splits."""
-    cache = call.cache
+    visible = call.visibility
     rows = Rows(
         call.q,
-        *cache.heads_first(),
-        cache.capacity,
+        call.k,
+        call.v,
+        visible.k_len,
         call.logits,
-        call.left,
-        cache.key_lengths,
-        block_table=cache.block_table,
-        query_lengths=cache.query_lengths,
+        visible.left,
+        visible.key_lengths,
+        block_table=call.block_table,
+        query_lengths=visible.row_counts,
     )
     return attend(rows, aux)
 
@@ -139,13 +137,12 @@ def _launch(rows: Rows, aux: bool, kind: Kind, chosen: Plan) -> ForwardResult:
     tiles = -(-rows.group * q_len // chosen.config.block_m)
     joined = _allocate(rows, (batch, q_heads, q_len), rows.q.dtype, aux)
     parts = joined if splits == 1 else _allocate(rows, (batch, q_heads, q_len, splits), torch.float32, aux)
-    arguments, (scale, softcap, sinks) = _arguments(rows), logit_terms_of(rows.logits)
-    arguments["results"], arguments["splits"] = parts, splits
-    arguments["logit_terms"] = LogitTerms(scale, softcap, sinks if splits == 1 else None)
+    arguments = _arguments(rows)
+    arguments["results"], arguments["splits"], sinks = parts, splits, arguments["sinks_ptr"]
+    arguments["sinks_ptr"] = sinks if splits == 1 else None
     chosen.launch((splits * tiles, rows.kv_heads, batch), arguments, kind.wide, kind)
     if splits > 1:
-        arguments["parts"], arguments["results"] = parts, joined
-        arguments["sinks_ptr"] = sinks
+        arguments["parts"], arguments["results"], arguments["sinks_ptr"] = parts, joined, sinks
         combined = plan("decode_combine", kind.problem, rows.q.device)
         combined.launch((q_len, q_heads, batch), arguments, False, kind)
     return ForwardResult(joined.out, joined.lse, joined.max_logit, joined.entropy)
@@ -195,17 +192,12 @@ def _arguments(rows: Rows) -> Arguments:
         lengths = bounded(lengths, rows.capacity)
     length_words = 1 if lengths is None else lengths.dtype.itemsize // 4
     _, q_heads, q_len, _ = rows.q.shape
-    return {
+    return logit_arguments(rows.logits) | {
         "q": strided(rows.q),
         "k": strided(rows.k),
         "v": strided(rows.v),
-        "query_scale": scale_of(rows.logits.query_scale),
-        "key_scale": scale_of(rows.logits.key_scale),
-        "key_bias": bias_of(rows.logits.key_bias),
-        "ranges": Ranges(
-            None if lengths is None else lengths.contiguous().view(torch.int32),
-            None if ranges is None else bounded(ranges, rows.capacity).contiguous(),
-        ),
+        "key_lengths": None if lengths is None else lengths.contiguous().view(torch.int32),
+        "key_ranges": None if ranges is None else bounded(ranges, rows.capacity).contiguous(),
         "query_lengths": None if new is None else new.int().contiguous(),
         "pages": pages_of(rows.block_table, rows.k.shape[0], rows.k.shape[2]),
         "left": None if rows.left is None else min(rows.left, rows.capacity),

@@ -17,7 +17,7 @@ from triton.errors import TritonError
 
 from ...core.call import Logits
 from ...kernels import KERNELS
-from ...kernels.records import Bias, LogitTerms, Pages, Scale, Strided
+from ...kernels.block import Pages, Scale, Strided
 from ...tuning import lookup
 from ...tuning.config import (
     Problem,
@@ -258,32 +258,32 @@ def strided(tensor: Tensor | None) -> Strided | None:
 
 
 def scale_of(tensor: Tensor | None) -> Scale | None:
-    """The record of a factor [B, H, S]."""
+    """The record of a factor [B, H, S], or of a bias [B, Hkv, group, Sk]."""
     if tensor is None:
         return None
-    b, h, s = tensor.stride()
-    return Scale(tensor, 16 * b, 16 * h, s)
+    b, h, *g, s = tensor.stride()
+    return Scale(tensor, 16 * b, 16 * h, 16 * g[0] if g else 0, s)
 
 
-def bias_of(tensor: Tensor | None) -> Bias | None:
-    """The record of a bias [B, Hkv, group, Sk]."""
-    if tensor is None:
-        return None
-    b, h, g, s = tensor.stride()
-    return Bias(tensor, 16 * b, 16 * h, 16 * g, s)
-
-
-def logit_terms_of(logits: Logits) -> LogitTerms:
-    softcap = None if logits.softcap is None else float(logits.softcap)
-    return LogitTerms(float(logits.scale), softcap, None if logits.sinks is None else logits.sinks.contiguous())
+def logit_arguments(logits: Logits) -> Arguments:
+    """The arguments that say what a logit is, and the softmax's other terms."""
+    return {
+        "scale": float(logits.scale),
+        "query_scale": scale_of(logits.query_scale),
+        "key_scale": scale_of(logits.key_scale),
+        "key_bias": scale_of(logits.key_bias),
+        "softcap": None if logits.softcap is None else float(logits.softcap),
+        "sinks_ptr": None if logits.sinks is None else logits.sinks.contiguous(),
+    }
 
 
 def pages_of(block_table: Tensor | None, count: int, size: int) -> Pages | None:
     """The record of a block table, int32 [members, max_pages], of `count` pages of `size` keys."""
     if block_table is None:
         return None
-    length = block_table.shape[1]
-    return Pages(block_table.contiguous(), 16 * size, 16 * count, 16 * length, 16 * (size - 1).bit_length())
+    bits = (size - 1).bit_length()
+    numbers = (size, count, block_table.shape[1], 2 ** (31 + bits) // size + 1, bits - 1)
+    return Pages(block_table.contiguous(), *(16 * number for number in numbers))
 
 
 def bounded(x: Tensor, highest: int) -> Tensor:

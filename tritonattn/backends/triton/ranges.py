@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ...core.visibility import Visibility
-from ...kernels.records import Ranges
 from ...tuning.config import Problem
 from .launch import Arguments, Plan, bounded, kind_of, plan
 
@@ -44,7 +43,7 @@ def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 
 
 def seen_keys(visible: Visibility, arguments: Arguments | None = None) -> Tensor:
-    """`Visibility.seen_keys`, by a kernel where `walk.row_range` knows what rows see.
+    """`Visibility.seen_keys`, by a kernel where `block.key_range` knows what rows see.
 
     arguments   of `range_arguments`, where a caller has them
     """
@@ -73,16 +72,14 @@ def rows_of_key_blocks(visible: Visibility, arguments: Arguments, key_block: int
 
 
 def range_arguments(visible: Visibility) -> Arguments:
-    """The arguments of kernels that use `walk.row_range`."""
+    """The arguments of kernels that use `block.key_range`."""
     lengths, ranges = visible.key_lengths, visible.key_ranges
     reach = visible.q_len + visible.k_len
     return {
         "left": None if visible.left is None else min(visible.left, reach),
         "right": None if visible.right is None else min(visible.right, reach),
-        "ranges": Ranges(
-            None if lengths is None else bounded(lengths, visible.k_len).contiguous(),
-            None if ranges is None else bounded(ranges, visible.k_len).contiguous(),
-        ),
+        "key_lengths": None if lengths is None else bounded(lengths, visible.k_len).contiguous(),
+        "key_ranges": None if ranges is None else bounded(ranges, visible.k_len).contiguous(),
         "q_len": visible.q_len,
         "k_len": visible.k_len,
     }

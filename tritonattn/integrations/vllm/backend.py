@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import vllm.envs as envs
@@ -24,15 +24,15 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from ...calls.cached import CachedCall
-from ...calls.checks import Options
-from ...calls.decode import decode_call
+from ... import ops
+from ...calls.dispatch import by_formulas, choose_backend, with_logits
+from ...calls.key_records import record_of
 from ...calls.page_checks import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
-from ...calls.varlen import call_over_pages, packed_visibility
 from ...calls.varlen_checks import Packing
-from ...core.decode_call import Cache
-from ...core.visibility import window_sides
+from ...core.call import AttentionCall, Logits
+from ...core.invariance import is_invariant
+from ...core.visibility import Visibility, window_sides
 from ...tuning.config import WIDEST
 from . import NAME
 from .pages import RECORD, key_statistics, keys_and_values
@@ -93,8 +93,7 @@ class RecordingBackend(TritonattnBackend):
         return replace(spec, state_content_bytes=size)
 
 
-@dataclass(frozen=True, eq=False)
-class Decodes:
+class Decodes(NamedTuple):
     """Sequences of one new token each.
 
     lengths       int32 [sequences], their keys, new ones included
@@ -105,8 +104,7 @@ class Decodes:
     block_table: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Chunks:
+class Chunks(NamedTuple):
     """Sequences of any number of new tokens.
 
     packing   where each sequence's rows end, counted from the first chunk's, and the running sums of keys, old ones
@@ -238,11 +236,8 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         self._is_random = config.load_config.load_format == "dummy"
         self._layers = config.compilation_config.static_forward_context
         self._device = config.device_config.device
-        self._options = Options(
-            causal=True,
-            window=None if sliding_window is None else (sliding_window - 1, 0),
-            softcap=logits_soft_cap or None,
-        )
+        self._window = None if sliding_window is None else (sliding_window - 1, 0)
+        self._softcap = float(logits_soft_cap) if logits_soft_cap else None
         self._sinks = sinks
         self._moves_pages = config.kv_transfer_config is not None
 
@@ -272,9 +267,8 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
                 )
             layer.attn_backend = RecordingBackend
         self._factor = found.to(self._device)
-        sinks = None if self._sinks is None else self._sinks.detach().float()
-        given = {"sinks": sinks, "backend": settings.backend, "batch_invariant": _invariant(settings, name)}
-        self._options = self._options._replace(**given)
+        self._sinks = None if self._sinks is None else self._sinks.detach().float()
+        self._backend, self._invariant = settings.backend, _invariant(settings, name)
 
     def forward(
         self,
@@ -301,8 +295,8 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             first = m.decodes.lengths.shape[0]
             output[:first] = self._attend(self._decode_call(query[:first, :, None], pages, m, statistics))[:, :, 0]
         if m.chunks is not None:
-            q = query[first : m.tokens].transpose(0, 1)[None]
-            output[first : m.tokens] = self._attend(self._chunk_call(q, pages, m, statistics))[0].transpose(0, 1)
+            call = self._chunk_call(query[first : m.tokens], pages, m, statistics)
+            output[first : m.tokens] = self._attend(call)[0].transpose(0, 1)
         return output
 
     def _write(self, key: Tensor, value: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata) -> None:
@@ -311,33 +305,67 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             held[page, place] = new[: m.tokens]
 
     def _decode_call(
-        self, q: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata, statistics: PagedKeyStatistics | None
-    ) -> CachedCall:
-        assert m.decodes is not None
-        cache, options = Cache(*pages, m.decodes.lengths, m.decodes.block_table), self._options
-        left, _ = window_sides(options.window)
-        sizes = ("decodes", q.shape[1], cache.kv_heads, left, options.invariant)
-        visible = m.once(sizes, lambda: cache.visibility(q, left, options.invariant))
-        return decode_call(q, cache, visible, statistics, options)
+        self, q: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata, record: PagedKeyStatistics | None
+    ) -> AttentionCall:
+        lengths, table = cast(Decodes, m.decodes)
+        _, page, kv_heads, _ = pages[0].shape
+        sizes = (q.shape[0], q.shape[1], kv_heads, 1, page * table.shape[1])
+        left, invariant = window_sides(self._window)[0], is_invariant(self._invariant)
+
+        def visible() -> Visibility:
+            return Visibility.of_padded(sizes, q.device, lengths, left=left, invariant=invariant)
+
+        return self._call(q, pages, m.once(("decodes", sizes, left, invariant), visible), table, record)
 
     def _chunk_call(
-        self, q: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata, statistics: PagedKeyStatistics | None
-    ) -> CachedCall:
-        chunks, options = m.chunks, self._options
-        assert chunks is not None
-        sizes = ("chunks", q.shape[1], pages[0].shape[2], options.window, options.invariant)
-        visible = m.once(sizes, lambda: packed_visibility(q, pages[0], chunks.packing, options))
-        return call_over_pages(q, pages, chunks.block_table, visible, statistics, options)
+        self, q: Tensor, pages: tuple[Tensor, Tensor], m: TritonattnMetadata, record: PagedKeyStatistics | None
+    ) -> AttentionCall:
+        packing, table = cast(Chunks, m.chunks)
+        invariant = is_invariant(self._invariant)
+        sizes = ("chunks", q.shape[1], pages[0].shape[2], self._window, invariant)
 
-    def _attend(self, call: CachedCall) -> Tensor:
+        def visible() -> Visibility:
+            keys = packing.keys(pages[0], None)
+            return packing.visibility(q, pages[0], keys, causal=True, window=self._window, invariant=invariant)
+
+        return self._call(q.transpose(0, 1)[None], pages, m.once(sizes, visible), table, record)
+
+    def _call(
+        self,
+        q: Tensor,
+        pages: tuple[Tensor, Tensor],
+        visible: Visibility,
+        block_table: Tensor,
+        record: PagedKeyStatistics | None,
+    ) -> AttentionCall:
+        k, v = (x.transpose(1, 2) for x in pages)
+        call = AttentionCall(
+            q,
+            k,
+            v,
+            visible,
+            Logits(softcap=self._softcap, sinks=self._sinks),
+            block_table=block_table,
+            scaling=self._factor.scaling,
+            gain=self._factor.gain,
+            backend=self._backend,
+            record=record_of(record, block_table, visible.sequences),
+            cached=f"attention_backend {NAME}",
+        )
+        call.backend = choose_backend(call)
+        return call
+
+    def _attend(self, call: AttentionCall) -> Tensor:
         """out of a call, with the terms of its logits from another layer of the step that has the same."""
-        factor, options = self._factor, self._options
         if call.backend == "reference":
-            return call.by_formulas(factor.factor).out
-        if factor.shared is None:
-            return call.run(call.logits(factor.factor)).out
-        logits = call.cached.visibility.once((factor.shared, options.cap), lambda: call.logits(factor.factor))
-        return call.run(logits._replace(sinks=options.sinks)).out
+            return by_formulas(call).out
+        if self._factor.shared is None:
+            call = with_logits(call)
+        else:
+            key = self._factor.shared, self._softcap
+            terms = call.visibility.once(key, lambda: with_logits(replace(call)).logits)
+            call.logits = terms._replace(sinks=self._sinks)
+        return ops.attention(call).out
 
 
 def _invariant(settings: Settings, name: str) -> bool | None:

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...calls.factor import Factor
+from ...calls.checks import check
+from ...calls.logits import logits
+from ...core.call import AttentionCall, Logits
 from ...core.statistics import Statistics
 from ...core.visibility import Visibility
 from ...huggingface.attention import scaling_arguments
 from ...huggingface.scalings import to_config
 from ...huggingface.settings import ATTRIBUTE, MARK, LayerScaling, Settings, saved_layers
+from ...scaling import Scaling
 from . import EXTENDED
 
 _CHILD = f".{ATTRIBUTE}."
@@ -148,13 +151,14 @@ def with_learned(settings: Settings, name: str, learned: dict[str, Tensor] | Non
 
 @dataclass(frozen=True)
 class LayerFactor:
-    """The factor of a layer's logits, and what it takes of a call beside the numbers of visible keys.
+    """The scaling and the gain of a layer, and what they take of a call beside the numbers of visible keys.
 
     reads_norms   the norms of keys
     shared          a key that layers with the same factor of the same numbers have, or None
     """
 
-    factor: Factor
+    scaling: Scaling
+    gain: float | Tensor | None
     reads_norms: bool
     shared: str | None
 
@@ -163,17 +167,15 @@ class LayerFactor:
         """Take the factor of a layer that scales by `scale` without a patch, on a CPU; heads are Hq and Hkv."""
         given = scaling_arguments(settings, scale, head_size)
         q, k = (torch.full((1, n, 1, head_size), torch.nan, dtype=torch.float32, device="cpu") for n in heads)
-        factor = Factor.of(**given, q=q, rows=(1, heads[0], 1), axes="[1, Hq, 1]")
         read, visibility = [], Visibility.of(q, k, causal=True)
-        statistics = Statistics(lambda: read.append(True) or k, visibility)
-        query = factor.scales(q, k, visibility, statistics).query
+        call = check(AttentionCall(q, k, k, visibility, Logits(), **given), "[1, Hq, 1]")
+        query = logits(call, Statistics(lambda: read.append(True) or k, visibility)).query_scale
         reads_query = query is not None and bool(query.isnan().any())
-        is_own = isinstance(factor.scaling, nn.Module) or isinstance(factor.gain, Tensor)
-        shared = None if read or reads_query or is_own else repr((to_config(given["scaling"]), factor.gain))
-        return cls(factor, bool(read), shared)
+        is_own = isinstance(call.scaling, nn.Module) or isinstance(call.gain, Tensor)
+        shared = None if read or reads_query or is_own else repr((to_config(given["scaling"]), call.gain))
+        return cls(call.scaling, call.gain, bool(read), shared)
 
     def to(self, device: torch.device) -> LayerFactor:
-        scaling, gain = self.factor.scaling, self.factor.gain
-        if isinstance(scaling, nn.Module):
-            scaling.to(device)
-        return replace(self, factor=Factor(scaling, gain.to(device) if isinstance(gain, Tensor) else gain))
+        if isinstance(self.scaling, nn.Module):
+            self.scaling.to(device)
+        return replace(self, gain=self.gain.to(device) if isinstance(self.gain, Tensor) else self.gain)

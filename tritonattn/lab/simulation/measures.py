@@ -12,7 +12,7 @@ from ...analysis.diagnosis import ONE_HOT, UNIFORM
 from ...analysis.row_statistics import RowStatistics, row_statistics
 from ...calls.attention import attention
 from ...calls.checks import named_scaling
-from ...calls.factor import Factor
+from ...core.call import AttentionCall, Logits
 from ...core.visibility import Visibility
 from .distributions import DISTRIBUTIONS
 
@@ -92,7 +92,8 @@ def statistics_of(
     q: Tensor, k: Tensor, mode: str, key_lengths: Tensor | None = None, gain: Tensor | None = None
 ) -> RowStatistics:
     """Compute `row_statistics` for a mode in SCALINGS."""
-    return row_statistics(q, k, Factor(named_scaling(mode), gain), Visibility.of(q, k, key_lengths=key_lengths))
+    visible = Visibility.of(q, k, key_lengths=key_lengths)
+    return row_statistics(AttentionCall(q, k, k, visible, Logits(), scaling=named_scaling(mode), gain=gain))
 
 
 def softmax_measures(rows: RowStatistics) -> dict[str, float]:

@@ -1,0 +1,532 @@
+"""Small pieces that attention kernels share: records, addresses, tiles, masks, the softmax's step, dropout.
+
+Names: `offs_*` are vectors of indices, `*_ptr` pointers, CAPITALS constexprs. Logits live in base 2 inside a kernel:
+exp(x) = exp2(x * log2(e)). Every multiply-add is an explicit fma, so that results do not depend on Triton's fp-fusion
+default.
+
+Records are NamedTuples, which Triton takes apart. An optional tensor is its own flag: it is None where a call has no
+such tensor. Three rules suit all compilers since triton 3.4. A record's None member is a None argument of the kernel, or
+stands in the call that makes the record (`None if x is None else begin(x)`). It is no local variable, no function returns
+it, and a record with such members is never compared with None. Lengths and counts stay outside of the records that
+kernels take, where Triton ignores `do_not_specialize`. So do constexprs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# fp32's smallest normal number. It stands for a factor of 0 where a hidden logit is -inf, since -inf * 0 is NaN.
+TINY = tl.constexpr(2.0**-126)
+# Row terms of the backward are padded to a multiple of this, so every block of rows up to it divides them.
+ROW_TERMS_ALIGNMENT = tl.constexpr(128)
+# A kernel loops over its blocks in passes: those without a mask in pass 1, masked ones in pass 0. In pass 2 come those
+# behind, where all blocks are taken in ascending order.
+UNMASKED = tl.constexpr(1)
+
+# Arguments whose values change from call to call: compiled code does not depend on them.
+LENGTHS = [
+    "q_len",
+    "k_len",
+    "terms_len",
+    "addends_len",
+    "left",
+    "right",
+    "keep_from",
+    "first_y",
+    "first_z",
+    "q_heads",
+    "kv_heads",
+    "capacity",
+    "key_block",
+    "bounds_len",
+]
+
+
+# ---- Records
+
+
+class Strided(NamedTuple):
+    """A tensor [B, H, S, D]: a pointer to its first element, and its strides."""
+
+    ptr: Any
+    b: Any
+    h: Any
+    s: Any
+    d: Any
+
+
+class Scale(NamedTuple):
+    """fp32 [B, H, S] of rows or keys, or a bias [B, Hkv, group, S]: a pointer to its first element, and its strides.
+
+    Those of B, H and group (0 where there is no such axis) are stored times 16: Triton compiles other code for an
+    integer of 1, for multiples of 16 and for the rest. Times 16 all have one code.
+    """
+
+    ptr: Any
+    b: Any
+    h: Any
+    g: Any
+    s: Any
+
+
+class Pages(NamedTuple):
+    """Where keys in pages lie: key j of sequence n is in page table[n, j // size], at j % size.
+
+    table            int32 [sequences, length], contiguous; keys of pages outside [0, count) are zeros
+    size, count      keys of a page, at least 2, and pages
+    length           pages of a sequence
+    inverse, shift   j // size is the upper half of j * inverse, shifted right
+
+    All numbers are stored times 16, as the strides of `Scale`.
+    """
+
+    table: Any
+    size: Any
+    count: Any
+    length: Any
+    inverse: Any
+    shift: Any
+
+
+class Results(NamedTuple):
+    """out [B, Hq, Sq, Dv] in q's dtype, rounding like it in int8, and lse, max_logit and entropy fp32 [B, Hq, Sq].
+
+    All are contiguous. All but out and lse may be None. Splits of decode are an axis behind Sq.
+    """
+
+    out: Any
+    rounding: Any
+    lse: Any
+    max_logit: Any
+    entropy: Any
+
+
+class View(NamedTuple):
+    """Lengths of a sequence, made inside kernels, and its visibility; all but the lengths may be None: `key_range`."""
+
+    q_len: Any
+    k_len: Any
+    left: Any
+    right: Any
+    key_lengths: Any
+    key_ranges: Any
+
+
+# ---- Programs and addresses
+
+
+@triton.jit
+def program_position(first_y, first_z, LAST_FIRST: tl.constexpr):
+    """(block, head, sequence) of this program, the three axes of its grid; without packing, a batch entry's number.
+
+    first_y, first_z   where this launch begins: a grid past the hardware's limit takes several
+    LAST_FIRST         start with the last block
+    """
+    block = tl.program_id(0)
+    if LAST_FIRST:
+        block = tl.num_programs(0) - 1 - block
+    return block, first_y + tl.program_id(1), first_z + tl.program_id(2)
+
+
+@triton.jit
+def program_in_section(heads, first_y, first_z, LAST_FIRST: tl.constexpr, LANES: tl.constexpr):
+    """(block, head, sequence) of this program of the grid (heads of a section, blocks, sections): `tuning.order`.
+
+    Programs start in the order of the grid's first axis, then the second: all heads of a section take their longest
+    block first. The sections cut the heads of all sequences, one sequence's after another's.
+
+    heads              of a sequence
+    first_y, first_z   where this launch begins: a grid past the hardware's limit takes several
+    LAST_FIRST         start with the last block, which has the most keys under a causal mask
+    LANES              dies to which the hardware deals programs in turn: neighbouring heads stay on one
+    """
+    count, slot = tl.num_programs(0), tl.program_id(0)
+    if LANES > 1:
+        slot = tl.where(count % LANES == 0, slot % LANES * (count // LANES) + slot // LANES, slot)
+    block = tl.program_id(1)
+    if LAST_FIRST:
+        block = tl.num_programs(1) - 1 - block
+    index = (first_z + tl.program_id(2)) * count + slot
+    sequence = index // heads
+    return first_y + block, index % heads, sequence
+
+
+@triton.jit
+def sequence_bounds(sequence, q_len, k_len, q_starts, k_starts):
+    """(batch entry, first row, first key, rows, keys) of a sequence.
+
+    Packed sequences follow one another in batch entry 0, and q_starts and k_starts, int32 [N + 1], are where each one's
+    rows and keys begin, and the ends of the last; else both are None, and a sequence is a batch entry.
+    """
+    batch, first_row, first_key = sequence, sequence * 0, sequence * 0
+    if q_starts is not None:
+        first_row, first_key = tl.load(q_starts + sequence), tl.load(k_starts + sequence)
+        q_len = tl.load(q_starts + sequence + 1) - first_row
+        k_len = tl.load(k_starts + sequence + 1) - first_key
+        batch = sequence * 0
+    return batch, first_row, first_key, q_len, k_len
+
+
+@triton.jit
+def from_row(x, batch, head, row, ALIGNED: tl.constexpr):
+    """The `Strided` of x from one (batch entry, head) and row on.
+
+    ALIGNED: the compiler learns that its strides are multiples of 16 bytes. Triton itself only knows multiples of 16
+    elements: rows of 72 numbers of 16 bits would load one by one.
+    """
+    if ALIGNED:
+        STEP: tl.constexpr = 128 // x.ptr.dtype.element_ty.primitive_bitwidth
+        x = Strided(x.ptr, x.b // STEP * STEP, x.h // STEP * STEP, x.s // STEP * STEP, x.d)
+    batch, head, row = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(row, tl.int64)
+    return Strided(x.ptr + (batch * x.b + head * x.h + row * x.s), x.b, x.h, x.s, x.d)
+
+
+@triton.jit
+def vector_from(x, batch, head, group_head, first):
+    """Pointer to entry `first` of a `Scale` in one (batch entry, head, head of the group)."""
+    batch, head, group_head = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(group_head, tl.int64)
+    return x.ptr + (batch * (x.b >> 4) + head * (x.h >> 4) + group_head * (x.g >> 4) + tl.cast(first, tl.int64) * x.s)
+
+
+@triton.jit
+def tile_offsets(ROWS: tl.constexpr, COLUMNS: tl.constexpr, row_stride, column_stride, WIDE: tl.constexpr):
+    """Element offsets of a tile from its first element; int64 where WIDE."""
+    offs_row = tl.arange(0, ROWS)
+    offs_column = tl.arange(0, COLUMNS)
+    if WIDE:
+        offs_row = offs_row.to(tl.int64)
+        offs_column = offs_column.to(tl.int64)
+    return offs_row[:, None] * row_stride + offs_column[None, :] * column_stride  # [ROWS, COLUMNS]
+
+
+@triton.jit
+def load_tile(pointers, keep_row, WIDTH: tl.constexpr):
+    """A tile [ROWS, COLUMNS]; rows that keep_row drops are 0, and columns at and after WIDTH."""
+    COLUMNS: tl.constexpr = pointers.shape[1]
+    keep = keep_row[:, None]
+    if WIDTH < COLUMNS:
+        keep = keep & (tl.arange(0, COLUMNS)[None, :] < WIDTH)
+    return tl.load(pointers, mask=keep, other=0.0)
+
+
+@triton.jit
+def load_block(x, descriptor, offsets, batch, head, first, start, keep, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """The tile of x from row `start` on, by the tensor memory accelerator if there is a descriptor and no MASKED row.
+
+    x            from one (batch entry, head) and row `first` on; offsets: of the tile's elements
+    descriptor   of the whole tensor [B, H, S, D], or None
+    """
+    if MASKED or descriptor is None:
+        tile = load_tile(x.ptr + start.to(tl.int64) * x.s + offsets, keep, WIDTH)
+    else:
+        tile = descriptor.load([batch, head, first + start, 0]).reshape(offsets.shape[0], offsets.shape[1])
+    return tile
+
+
+@triton.jit
+def page_slots(pages, sequence, offs_n, keep):
+    """(number, slot, is_held) of keys: their page, their slot in it, and whether they are in one; of keep alone.
+
+    With b bits of size - 1, floor(j * (floor(2^(31 + b) / size) + 1) / 2^(31 + b)) is j // size for all j < 2^31
+    (Granlund & Montgomery 1994, "Division by invariant integers using multiplication").
+    """
+    length, inverse = pages.length >> 4, (pages.inverse >> 4).to(tl.uint32)
+    index = (tl.umulhi(offs_n.to(tl.uint32), inverse) >> (pages.shift >> 4)).to(tl.int32)
+    is_listed = (index < length) & keep
+    table = pages.table + tl.cast(sequence, tl.int64) * length
+    number = tl.load(table + index, mask=is_listed, other=-1)
+    return number, offs_n - index * (pages.size >> 4), (number >= 0) & (number < (pages.count >> 4))
+
+
+@triton.jit
+def page_tile(x, number, slot, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+    """Pointers to the tile of keys at slots of numbered pages; x begins with the first slot of page 0 of a head."""
+    columns = tl.arange(0, COLUMNS)
+    if WIDE:
+        slot, columns = slot.to(tl.int64), columns.to(tl.int64)
+    return (x.ptr + number.to(tl.int64) * x.b)[:, None] + (slot[:, None] * x.s + columns[None, :] * x.d)
+
+
+# ---- Visible keys, and the blocks that a loop takes
+
+
+@triton.jit
+def key_range(row, batch, view):
+    """The visible keys lo <= j < hi of a row or a vector of rows below q_len; lo >= hi is a row without keys.
+
+    left, right      j >= row + k_len - q_len - left, j <= row + k_len - q_len + right
+    key_lengths      int32 [B]: j < key_lengths[batch]
+    key_ranges       int32 [B, Sq, 2], contiguous: key_ranges[batch, row, 0] <= j < key_ranges[batch, row, 1]
+    """
+    own = row + (view.k_len - view.q_len)
+    lo = row * 0
+    hi = lo + view.k_len
+    if view.left is not None:
+        lo = tl.maximum(own - view.left, 0)
+    if view.right is not None:
+        hi = tl.minimum(own + (view.right + 1), hi)
+    if view.key_lengths is not None:
+        hi = tl.minimum(hi, tl.load(view.key_lengths + batch))
+    if view.key_ranges is not None:
+        bounds = view.key_ranges + (batch.to(tl.int64) * view.q_len + row) * 2
+        lo = tl.maximum(lo, tl.load(bounds))
+        hi = tl.minimum(hi, tl.load(bounds + 1))
+    return lo, hi
+
+
+@triton.jit
+def whole_blocks(start, full_lo, full_hi, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """(full_start, full_end), multiples of BLOCK between which no mask is needed, full_start <= full_end.
+
+    start              of all that is visible
+    full_lo, full_hi   between which all is visible; MASKED: nowhere
+    """
+    full_start = (full_lo + BLOCK - 1) // BLOCK * BLOCK
+    full_end = tl.maximum(full_hi, 0) // BLOCK * BLOCK
+    if MASKED:
+        full_end = full_start
+    if full_end <= full_start:
+        full_start = start // BLOCK * BLOCK
+        full_end = full_start
+    return full_start, full_end
+
+
+@triton.jit
+def key_bounds(first, last, lo, hi, batch, view, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """(kv_start, kv_end, full_start, full_end) of the rows first .. last, which see the keys lo <= j < hi, vectors.
+
+    Keys outside [kv_start, kv_end) are hidden from all rows. `whole_blocks` has the others; MASKED: there are none.
+    """
+    if view.key_ranges is None:
+        kv_start, full_hi = key_range(first, batch, view)
+        full_lo, kv_end = key_range(last, batch, view)
+    else:
+        kv_start, kv_end = tl.min(tl.where(lo < hi, lo, view.k_len), 0), tl.max(tl.where(lo < hi, hi, 0), 0)
+        full_lo, full_hi = tl.max(lo, 0), tl.min(hi, 0)
+    full_start, full_end = whole_blocks(kv_start, full_lo, full_hi, BLOCK_N, MASKED)
+    return kv_start, kv_end, full_start, full_end
+
+
+@triton.jit
+def pass_bounds(start, end, full_start, full_end, BLOCK: tl.constexpr, PASS: tl.constexpr, IN_ORDER: tl.constexpr):
+    """(lo, hi, loop_start, loop_end, gap_start, gap) of a pass over the blocks that touch [start, end).
+
+    lo, hi                 what is loaded is in [lo, hi)
+    loop_start, loop_end   a loop from one to the other in steps of BLOCK takes the blocks of the pass
+    gap_start, gap         a position from gap_start on stands for the block that begins `gap` later
+    PASS                   UNMASKED: the blocks in [full_start, full_end). 0: the others, with that gap closed; or, where
+                           IN_ORDER, those before it. 2: those behind it
+    """
+    if PASS == 0 and IN_ORDER:
+        end, full_end = tl.minimum(end, full_start), full_start
+    if PASS == 2:
+        start, full_start = tl.maximum(start, full_end), full_end
+    loop_start, loop_end = full_start, full_end
+    if PASS != UNMASKED:
+        loop_start, loop_end = start // BLOCK * BLOCK, end - (full_end - full_start)
+    return start, end, loop_start, loop_end, full_start, full_end - full_start
+
+
+@triton.jit
+def visible(offs_m, offs_n, lo, hi, batch, head, view, mask):
+    """Which keys each row sees, [BLOCK_M, BLOCK_N]: lo <= j < hi, and the dense mask, a `Strided` or None."""
+    keep = offs_n[None, :] < hi[:, None]
+    if view.left is not None or view.key_ranges is not None:
+        keep = keep & (offs_n[None, :] >= lo[:, None])
+    if mask is not None:
+        inside = (offs_m < view.q_len)[:, None] & (offs_n < view.k_len)[None, :]
+        offsets = offs_m.to(tl.int64)[:, None] * mask.s + offs_n.to(tl.int64)[None, :] * mask.d
+        keep = keep & (tl.load(from_row(mask, batch, head, 0, False).ptr + offsets, mask=inside, other=0) != 0)
+    return keep
+
+
+# ---- Arithmetic
+
+
+@triton.jit
+def fma(x, factor, addend):
+    """x * factor + addend with one rounding; factor and addend broadcast to x."""
+    return tl.fma(x, tl.broadcast_to(factor, x.shape), tl.broadcast_to(addend, x.shape))
+
+
+@triton.jit
+def partial_sums(x, COLUMNS: tl.constexpr):
+    """x[m, n] added up to [m, COLUMNS], column c from every n = c modulo COLUMNS.
+
+    mma.sync and wgmma leave two neighbours of every 8 columns in one lane: with 8 no lane needs another's sum.
+    """
+    return tl.sum(x.reshape(x.shape[0], x.shape[1] // COLUMNS, COLUMNS), 1)
+
+
+@triton.jit
+def soft_cap(x, softcap):
+    """softcap * tanh(x / softcap) for x in base 2 and softcap in natural units.
+
+    tanh is exact to 2 ulp: below 0.6 an odd polynomial (tanh(x) / x by least squares on Chebyshev nodes), else by exp.
+    """
+    limit = softcap * LOG2_E
+    x = x * (1.0 / limit)
+    square = x * x
+    series = tl.full(x.shape, -0.005883233156055212, tl.float32)
+    series = tl.fma(series, square, tl.full(x.shape, 0.020785147324204445, tl.float32))
+    series = tl.fma(series, square, tl.full(x.shape, -0.05378039926290512, tl.float32))
+    series = tl.fma(series, square, tl.full(x.shape, 0.13331879675388336, tl.float32))
+    series = tl.fma(series, square, tl.full(x.shape, -0.33333295583724976, tl.float32))
+    small = tl.fma(x * square, series, x)
+    magnitude = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.6, small, tl.where(x < 0.0, -magnitude, magnitude)) * limit
+
+
+@triton.jit
+def soft_cap_slope(capped, softcap):
+    """The derivative of `soft_cap` from its result."""
+    ratio = capped * (1.0 / (softcap * LOG2_E))
+    return tl.fma(-ratio, ratio, tl.full(capped.shape, 1.0, tl.float32))
+
+
+@triton.jit
+def dropout_keeps(dropout_ptr, keep_from, batch_head, offs_row, offs_key):
+    """Keep bits of pairs of rows and keys, whose indices in the packed axes broadcast.
+
+    dropout_ptr   int64 [2]: seed and offset; a pair is kept where its word of Philox is at least keep_from
+    batch_head    batch entry * Hq + head
+    """
+    seed, offset = tl.load(dropout_ptr), tl.load(dropout_ptr + 1)
+    zero = (offs_row + offs_key) * 0
+    counter = zero + offs_key, zero + offs_row, zero + batch_head, zero + offset.to(tl.int32)
+    word, _, _, _ = tl.philox(seed, counter[0], counter[1], counter[2], counter[3], 10)
+    return word.to(tl.int32, bitcast=True) ^ -2147483648 >= keep_from
+
+
+# ---- Softmax
+
+
+@triton.jit
+def online_softmax(s, bias, keep, factor, softcap, m_i, l_i, spread, MASKED: tl.constexpr, ENTROPY: tl.constexpr):
+    """One step: (p, alpha, m_i, l_i, spread), all relative to the new maximum m_i [BLOCK_M]; sums move by alpha.
+
+    s [BLOCK_M, BLOCK_N] without factor >= 0; bias, in base 2, broadcasts to it or is None; keep says what is visible
+    where MASKED. m_i is the maximum of the uncapped logits; the capped one, the shift, is subtracted. l_i is the sum of
+    p, spread that of exp(z_j - shift) (z_j - shift); both are `partial_sums`, [BLOCK_M, columns].
+    """
+    COLUMNS: tl.constexpr = l_i.shape[1]
+    if bias is not None:
+        s = fma(s, factor[:, None], bias)
+        factor = tl.full(factor.shape, 1.0, tl.float32)
+    if MASKED:
+        s = tl.where(keep, s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
+    if softcap is None:
+        previous, shift = m_i, m_new
+        if MASKED or bias is not None:
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        exponent = fma(s, factor[:, None], -shift[:, None])
+    else:
+        previous, shift = soft_cap(m_i, softcap), soft_cap(m_new, softcap)
+        exponent = soft_cap(s * factor[:, None], softcap) - shift[:, None]
+        if MASKED:
+            exponent = tl.where(keep, exponent, float("-inf"))
+        if bias is not None:
+            exponent = tl.where(bias == float("-inf"), float("-inf"), exponent)
+    p = tl.exp2(exponent)
+    alpha = tl.exp2(previous - shift)
+    alphas = tl.broadcast_to(alpha[:, None], l_i.shape)
+    if ENTROPY:
+        if bias is not None:
+            exponent = tl.where(exponent == float("-inf"), 0.0, exponent)
+        elif MASKED:
+            exponent = tl.where(keep, exponent, 0.0)
+        moved = tl.where(l_i > 0.0, (previous - shift)[:, None], 0.0)
+        spread = tl.fma(tl.fma(moved, l_i, spread), alphas, partial_sums(p * exponent, COLUMNS))
+    return p, alpha, m_new, tl.fma(l_i, alphas, partial_sums(p, COLUMNS)), spread
+
+
+@triton.jit
+def joint_peak(shift, sink):
+    """(peak, weight, of_sink): the larger of both, exp2(shift - peak) and exp2(sink - peak).
+
+    +inf as a sink gives (inf, 0, 1), and NaN (shift, 1, NaN).
+    """
+    is_higher = sink > shift
+    peak, other = tl.where(is_higher, sink, shift), tl.where(is_higher, shift, sink)
+    ratio = tl.exp2(other - peak)
+    return peak, tl.where(is_higher, ratio, 1.0), tl.where(is_higher, 1.0, ratio)
+
+
+@triton.jit
+def finish_softmax(m_i, l_i, spread, factor, softcap, sinks_ptr, head, results, offsets, keep):
+    """(l_i, weight, total) of rows, [BLOCK_M]: the output is weight * acc / total. Stores lse, max_logit and entropy.
+
+    A row without keys has l_i 0, total 1, lse and max_logit -inf, entropy 0. A sink joins the total only: -inf is no
+    sink, +inf gives weight 0, and NaN a total of NaN.
+    """
+    l_i, spread = tl.sum(l_i, 1), tl.sum(spread, 1)
+    empty = l_i == 0.0
+    total = tl.where(empty, 1.0, l_i)
+    shift = m_i
+    if softcap is not None:
+        shift = soft_cap(m_i, softcap)
+    shift = tl.where(empty, 0.0, shift)
+    tl.store(results.lse + offsets, tl.where(empty, float("-inf"), (shift + tl.log2(total)) * LN_2), mask=keep)
+    if results.max_logit is not None:
+        max_logit = tl.where((factor == TINY) & (l_i > 0.0), 0.0, m_i * LN_2)  # TINY stands for 0
+        max_logit = tl.where(l_i == l_i, max_logit, l_i)  # tl.max ignores NaN; the sum keeps it
+        tl.store(results.max_logit + offsets, max_logit, mask=keep)
+    if results.entropy is not None:
+        entropy = tl.where(empty, 0.0, (tl.log2(total) - spread / total) * LN_2)
+        tl.store(results.entropy + offsets, tl.where(entropy < 0.0, 0.0, entropy), mask=keep)
+    weight = 1.0
+    if sinks_ptr is not None:
+        _, weight, of_sink = joint_peak(shift, tl.load(sinks_ptr + head) * LOG2_E)
+        total = tl.where(empty, 1.0, tl.fma(l_i, weight, of_sink))
+    return l_i, weight, total
+
+
+# ---- Terms of rows, of the backward
+
+
+@triton.jit
+def terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts):
+    """Offset of the row terms of one (batch or sequence, head) in [B, Hq, terms_len].
+
+    It is a multiple of ROW_TERMS_ALIGNMENT, with room up to the next one, also where sequences are packed.
+    """
+    first = 0
+    if q_starts is not None:
+        first = (first_row + sequence * ROW_TERMS_ALIGNMENT) // ROW_TERMS_ALIGNMENT * ROW_TERMS_ALIGNMENT
+    return (batch.to(tl.int64) * q_heads + head) * terms_len + first
+
+
+@triton.jit
+def load_term(pointers, otherwise, SPLIT: tl.constexpr):
+    """(term, factor) of rows in fp32; the factor is `otherwise` where rows have none.
+
+    pointers   to fp32, the term alone; or to int64, the term in the low half and the factor in the high one
+    SPLIT      load the halves one by one: twice the loads, but terms of one kind in neighbouring registers, as packed
+               arithmetic wants them (sm_100)
+    """
+    factor = otherwise
+    if pointers.dtype.element_ty == tl.float32:
+        term = tl.load(pointers)
+    elif SPLIT:
+        halves = pointers.to(tl.pointer_type(tl.float32))
+        term, factor = tl.load(halves), tl.load(halves + 1)
+    else:
+        both = tl.load(pointers)
+        term = both.to(tl.int32).to(tl.float32, bitcast=True)
+        factor = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return term, factor
+
+
+@triton.jit
+def store_term(pointers, term, factor, keep):
+    """Store a term, and beside it the factor where pointers are to int64, as `load_term` loads them."""
+    if pointers.dtype.element_ty == tl.int64:
+        low = term.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        term = (factor.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
+    tl.store(pointers, term, mask=keep)
