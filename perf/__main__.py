@@ -30,6 +30,7 @@ COMMANDS = {
     "ptxas": "every kernel's PTX by the ptxas of several CUDA releases, side by side",
     "schedule": "when the tiles of a causal forward end, by the order of programs: a model",
     "correctness": "the kernels' tests, in several processes",
+    "invariance": "random sequences alone and in company, under batch_invariant: whether their bits are the same",
     "soak": "random calls of the kernels, for a while, against float64",
     "sanitize": "a short soak under NVIDIA's compute-sanitizer",
 }

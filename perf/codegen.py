@@ -17,18 +17,18 @@ from pathlib import Path
 import torch
 import triton
 
+from tritonattn.backends.triton import KERNELS
 from tritonattn.cli.options import check_file, whole_number, whole_numbers
 from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table as layout
-from tritonattn.kernels import KERNELS
-from tritonattn.tuner.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
-from tritonattn.tuner.model import RATES, UNITS, cycles, programs_per_sm, utilisation
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
 from tritonattn.tuning.config import STREAMING_KERNELS, WIDEST, TileConfig
 
 from .ceilings import NON_MMA_PER_LOGIT
+from .static.machine_code import CLASSES, MachineCode, flops_per_logit, read_machine_code
+from .static.model import RATES, UNITS, cycles, programs_per_sm, utilisation
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -44,7 +44,7 @@ Static: read from the machine code that triton {triton} compiled at commit {comm
 Tiles are query rows x keys. Stack and spills (local memory moved inside loops) are bytes of a thread, shared memory is
 bytes of a block, TMEM columns. From "non-MMA" on: instructions per logit in the unmasked loop, first all but the MMAs,
 then by class; ceilings are those of perf/ceilings.py. Modelled figures come from a card's rates
-(tritonattn/tuner/model.py), as if all units overlapped. AMD: registers, spills (of the whole kernel) and LDS only."""
+(perf/static/model.py), as if all units overlapped. AMD: registers, spills (of the whole kernel) and LDS only."""
 
 
 @dataclass(frozen=True)

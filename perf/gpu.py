@@ -110,7 +110,7 @@ def phases(device: str, out: Path, tests: str) -> list[Phase]:
         sweep("ceilings"),
         Phase("correctness", of_perf("correctness", tests, *tested), 22, failure=_NOT_PASSED),
         Phase("soak", of_perf("soak", *soaked), 8, "--minutes", failure="repeat it: "),
-        Phase("invariance", ("-m", "tests.invariance", *cases), 4, "--minutes", failure="DIFFER ", cut=_UP),
+        Phase("invariance", of_perf("invariance", *cases), 4, "--minutes", failure="DIFFER ", cut=_UP),
         *(sweep(suite) for suite in ("forward", "backward", "decode", "dims")),
         Phase(
             "tuning",

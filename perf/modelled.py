@@ -21,9 +21,7 @@ from typing import Any
 
 import torch
 
-from tritonattn.backends.triton import launch
-from tritonattn.kernels import KERNELS
-from tritonattn.tuner.model import RATES
+from tritonattn.backends.triton import KERNELS, launch
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel
 from tritonattn.tuning.config import TILED_KERNELS, one_line
 from tritonattn.tuning.gpus import GPU, known, nearest
@@ -31,6 +29,7 @@ from tritonattn.tuning.gpus import GPU, known, nearest
 from .replay import Replay, replay
 from .replay.times import LAUNCH, LOOPS
 from .schedule import FIXED, end_on
+from .static.model import RATES
 
 _NAMES = {KERNELS[name]: name for name in TILED_KERNELS}
 # Options of a problem that leave all of its blocks, or those up to the diagonal.

@@ -22,14 +22,13 @@ from pathlib import Path
 import torch
 
 import tritonattn
-from tests.invariance.company import Case, differences
 from tests.kernels import harness
-from tritonattn.backends.triton import append_keys, append_to_pages, launch
-from tritonattn.kernels import KERNELS
+from tritonattn.backends.triton import KERNELS, append_keys, append_to_pages, launch
 from tritonattn.tuning.config import Target, legal_reasons
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.ptxas import ptxas_version, suspicion
 
+from .company import Case, differences
 from .devices import kernels_on, obstacle
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -22,17 +22,17 @@ from types import SimpleNamespace
 import torch
 import triton
 
+from tritonattn.backends.triton import KERNELS
 from tritonattn.cli.options import check_file, whole_number
 from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table as layout
-from tritonattn.kernels import KERNELS
-from tritonattn.tuner.machine_code import read_machine_code
 from tritonattn.tuning import Problem, compile_kernel
 from tritonattn.tuning.ptxas import suspicion
 
 from .codegen import READ, Case, _head_dims, _targets, cases
+from .static.machine_code import read_machine_code
 
 RELEASES = ("12.8.93", "12.9.86", "13.0.88", "13.1.115", "13.5.37")
 

@@ -66,7 +66,7 @@ def _finds_something(tool: str, arguments: argparse.Namespace) -> bool:
 
 def _only_our_kernels(sanitizer: str) -> list[str]:
     """Return options that check our kernels alone, under the name that this sanitizer has for them."""
-    from tritonattn.kernels import KERNELS
+    from tritonattn.backends.triton import KERNELS
 
     usage = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, check=False).stdout
     option = next((name for name in ("--kernel-name", "--kernel-regex") if name in usage), None)

@@ -16,8 +16,6 @@ import torch
 from tritonattn.backends.triton import launch
 from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table
-from tritonattn.tuner.machine_code import flops_per_logit
-from tritonattn.tuner.model import RATES
 from tritonattn.tuner.timing import Timing, card_state, take_turns
 from tritonattn.tuner.workload import Workload
 from tritonattn.tuning import Problem, Target, compile_kernel
@@ -27,6 +25,8 @@ from tritonattn.tuning.lookup import config_for
 
 from .devices import kernels_on, obstacle
 from .replay import replay
+from .static.machine_code import flops_per_logit
+from .static.model import RATES
 
 KERNELS = ("forward", "grad_query", "grad_key_value")
 HEAD_DIMS = (64, 128)

@@ -1,25 +1,26 @@
 """Make the shipped tables of tile configs without a GPU: rank them by the replay of their loops.
 
-`tritonattn tune --static` ranks the same configs by the rates of units alone, since the replay is not installed.
+`tritonattn tune --static` ranks nothing: it writes the config in use where its code passes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 
 from triton.compiler import CompiledKernel
 
 from tritonattn.cli.options import names, whole_number, whole_numbers
 from tritonattn.cli.threads import usable_cores
-from tritonattn.tuner.gate import Latency
-from tritonattn.tuner.static import keys
 from tritonattn.tuner.tune import tune_static
 from tritonattn.tuning.config import TILED_KERNELS, Target, TileConfig
-from tritonattn.tuning.table import RANKED_HEAD_DIMS
+from tritonattn.tuning.table import RANKED_HEAD_DIMS, keys
 
 from .replay import replay
 from .replay.parameters import PARAMETERS
+from .static.gate import Latency, examine
+from .static.ranking import ranked_table
 
 
 def latency(compiled: CompiledKernel, config: TileConfig, target: Target) -> Latency:
@@ -40,4 +41,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Compile, rank, print what changed, and write."""
-    tune_static(options, list(keys(options.kernels, options.head_dims)), math.inf, latency)
+    wanted = list(keys(options.kernels, options.head_dims))
+    tune_static(options, wanted, math.inf, ranked_table, functools.partial(examine, model=latency))

@@ -18,12 +18,12 @@ from tritonattn.cli.threads import usable_cores
 from tritonattn.core.progress import Progress
 from tritonattn.core.provenance import commit
 from tritonattn.core.tables import table
-from tritonattn.tuner.machine_code import disassemble
-from tritonattn.tuner.model import RATES
 from tritonattn.tuning import Problem, Target, compile_kernel
 from tritonattn.tuning.config import TILED_KERNELS, TileConfig, legal_reasons
 from tritonattn.tuning.lookup import config_for
 
+from ..static.machine_code import disassemble
+from ..static.model import RATES
 from .control import parse_with_controls
 from .kernel import ITERATIONS, WARM, Replay, replay
 from .loops import loop_body, tensor_spans
@@ -134,7 +134,7 @@ def loops_of_binary(path: Path, function: str, warps: int) -> list[tuple[int, Ti
     instructions, and its timeline while a processor holds one program.
     """
     parameters = PARAMETERS["90"]
-    listing = disassemble(path.read_bytes())[1]
+    listing = disassemble(path.read_bytes())
     sections = [text for text in listing.split("\n\t.section\t.text.")[1:] if function in text.partition(",")[0]]
     if len(sections) != 1:
         raise ValueError(f"function: expected part of one name in {path}, got {function!r}, of {len(sections)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from tritonattn.tuner.control_flow import Listing, parse
+from ..static.control_flow import Listing, parse
 
 _LOW = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/.*;\s*/\* 0x[0-9a-f]{16} \*/")
 _HIGH = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/")

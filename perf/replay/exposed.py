@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tritonattn.tuner.model import Rates, cycles
-
+from ..static.model import Rates, cycles
 from .loops import HotLoop
 from .operations import Operation
 from .parameters import Parameters

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from triton.compiler import CompiledKernel
 
-from tritonattn.tuner.model import RATES, programs_per_sm
 from tritonattn.tuning import Target
 from tritonattn.tuning.config import TileConfig
 
+from ..static.model import RATES, programs_per_sm
 from .exposed import bounded_clocks, flight
 from .loops import HotLoop, hot_loop
 from .operations import Operation, operations

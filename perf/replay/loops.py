@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from triton.compiler import CompiledKernel
 
-from tritonattn.tuner.control_flow import Instruction, Listing, Span, innermost, loops, ptx_loops
-from tritonattn.tuner.machine_code import MachineCode, MmaLoop, disassemble, instruction_class, read_machine_code
-
+from ..static.control_flow import Instruction, Listing, Span, innermost, loops, ptx_loops
+from ..static.machine_code import MachineCode, MmaLoop, disassemble, instruction_class, read_machine_code
 from .control import Control, parse_with_controls
 
 
@@ -35,7 +34,7 @@ def hot_loop(compiled: CompiledKernel) -> tuple[MachineCode, HotLoop]:
     work = code.unmasked_loop
     if work is None or code.mma_loops is None:
         raise ValueError(f"kernel: expected a loop with tensor instructions, got none in {compiled.metadata.name}")
-    listing, controls = parse_with_controls(disassemble(compiled.asm["cubin"])[1])
+    listing, controls = parse_with_controls(disassemble(compiled.asm["cubin"]))
     number = code.mma_loops.index(work)
     body, labels = loop_body(listing, controls, tensor_spans(listing)[number])
     source = ptx_loops(compiled.asm["ptx"])[number]

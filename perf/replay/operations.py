@@ -6,9 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tritonattn.tuner.control_flow import Instruction
-from tritonattn.tuner.machine_code import instruction_class, shared_bytes, tensor_work
-
+from ..static.control_flow import Instruction
+from ..static.machine_code import instruction_class, shared_bytes, tensor_work
 from .control import Control
 from .parameters import Parameters
 

@@ -1,6 +1,6 @@
 """Parameters of the replay by architecture, each figure with its source.
 
-[G]  CUDA C++ Programming Guide, arithmetic throughput by compute capability; by way of `tritonattn.tuner.model.RATES`
+[G]  CUDA C++ Programming Guide, arithmetic throughput by compute capability; by way of `perf.static.model.RATES`
 [F]  FlashGPU-Sim's parameters for an H100, from microbenchmarks: configs/SM90_H100_SASS_FRONTEND and
      src/gpgpu-sim/flash/sass/PARAMETERS.md of github.com/FlashGPU-Sim/FlashGPU-Sim
 [W]  NVIDIA A100 Tensor Core GPU Architecture, 2020: 5120 bytes a clock from L2 to 108 processors
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tritonattn.tuner.model import RATES, Rates
+from ..static.model import RATES, Rates
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import torch
 
 from tests.support.masks import MASKS, visible_pairs
 from tests.support.rows import HQ, B, dense, tensors
-from tritonattn import nn
 from tritonattn.analysis import Diagnosis, diagnose
 
 BY_GAPS = ("count_power", "count_power_error")  # tests/analysis/test_gaps.py
@@ -59,17 +58,3 @@ def test_padding_counts_nowhere():
         torch.testing.assert_close(*values, rtol=1e-12, atol=0, equal_nan=field.name in BY_GAPS)
     assert (ours.key_count_mean == 5).all()
     assert (ours.key_count_variation == 0).all()
-
-
-def test_a_learned_scaling_and_autocast():
-    q, k = tensors(dtype=torch.float32)
-    scaling = nn.PerHead("sqrt_dim", heads=HQ)
-    scaling.theta.data[1] = 2.0
-    ours, plain = diagnose(q.requires_grad_(), k, scaling=scaling), diagnose(q, k)
-    assert not ours.logit_std.requires_grad
-    ratio = ours.logit_std / plain.logit_std
-    torch.testing.assert_close(ratio, scaling.theta.detach().double().exp(), rtol=1e-6, atol=0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = diagnose(q, k)
-    exact = diagnose(q.bfloat16(), k.bfloat16())
-    torch.testing.assert_close(cast.gradient_norm, exact.gradient_norm)

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from tests.analysis.models import Net
-from tests.analysis.test_monitor import QUIET, close, pytestmark, record_of
-from tritonattn.analysis import Monitor, watch
+from tests.analysis.test_monitor import QUIET, pytestmark, record_of
+from tritonattn.analysis import Monitor
 from tritonattn.core import observation
 
 __all__ = ["pytestmark"]
@@ -42,25 +42,6 @@ def test_monitors_in_threads_see_their_own_models():
             assert record["layers"].keys() == {"attention"}
             assert record["layers"]["attention"]["calls"] == 2
             assert record["layers"]["attention"]["max_logit"] == layers["attention"]["max_logit"]
-
-
-def test_a_model_that_runs_in_several_threads_counts_in_each(monkeypatch):
-    """Replicas of nn.DataParallel are shallow copies of the modules, each run by a thread; both begin the tally."""
-    both = threading.Barrier(2)
-    net, x = Net(), torch.randn(2, 5, 32)
-    replica = net._replicate_for_data_parallel()
-    replica.attention = net.attention._replicate_for_data_parallel()
-    replica.attention._parameters = net.attention._parameters
-    with Monitor(net, every=1, thresholds=QUIET) as monitor:
-        with monkeypatch.context() as patched:
-            patched.setattr(watch, "head_part", lambda module: (0, 1) if both.wait(5) < 2 else None)
-            outs = run_together(lambda: net(x[:1]), lambda: replica(x[1:]))
-        sum(out.square().sum() for out in outs).backward()
-        got = monitor.step()["layers"]
-    wanted = record_of(net, lambda net: net(x).square().sum())["layers"]
-    assert got.keys() == wanted.keys() == {"attention"}
-    assert got["attention"]["calls"] == 2
-    close(got["attention"], wanted["attention"])
 
 
 def test_a_thread_that_was_in_the_model_at_the_end_of_a_step_is_not_observed_later():

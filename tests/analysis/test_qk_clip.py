@@ -56,19 +56,6 @@ def test_scaled_attention(scaling, kv_heads):
     assert torch.equal(key, net.attention.k_proj.weight) is not alone
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kdim", [None, 24])
-def test_multihead_attention(kdim, bias):
-    torch.manual_seed(0)
-    net = nn.ModuleDict({"a": MultiheadAttention(32, 4, batch_first=True, bias=bias, kdim=kdim)})
-    nn.init.normal_(net["a"].out_proj.weight)
-    if bias:
-        nn.init.normal_(net["a"].in_proj_bias)
-    x, y = torch.randn(2, 9, 32) * 3, torch.randn(2, 7, kdim or 32)
-    value = torch.randn(2, 7, 32)
-    clipped(net, lambda net: net["a"](x, y, value, need_weights=False))
-
-
 MODELS = {
     "llama": lambda: llama("sdpa", initializer_range=0.5, attention_bias=True),
     "phi3": lambda: transformers.Phi3ForCausalLM(

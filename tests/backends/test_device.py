@@ -15,9 +15,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from tritonattn.backends.triton import device, launch
-from tritonattn.kernels import KERNELS
-from tritonattn.kernels.records import Strided
+from tritonattn.backends.triton import KERNELS, device, launch
+from tritonattn.backends.triton.block import Strided
 from tritonattn.tuning.config import Problem, TileConfig
 
 pytestmark = pytest.mark.skipif(

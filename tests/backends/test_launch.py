@@ -7,8 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tritonattn.backends.triton import device, launch
-from tritonattn.kernels import KERNELS
+from tritonattn.backends.triton import KERNELS, device, launch
 from tritonattn.tuning.config import Problem, Target, TileConfig
 
 CPU = torch.device("cpu")

@@ -222,36 +222,6 @@ def test_never_leaves_the_fast_kernel(layout, kv_heads, head_dims, dtype):
     assert watch.largest <= 2 * 8 * 2 * 4 * 512 * 16  # twice q in fp64: a sixteenth of the 512 * 512 pairs
 
 
-@pytest.mark.parametrize(("scales", "copies"), [((), 0), (("query_scale",), 1), (("query_scale", "key_scale"), 2)])
-def test_saves_the_inputs_the_output_and_the_folded_operands(scales, copies):
-    call = make_call(torch.float32, length=256, width=32, kv_heads=4, causal=True)
-    call = changed(call, **{name: None for name in ("query_scale", "key_scale") if name not in scales})
-    leaves, storages = leaves_of(call), {}
-
-    def pack(x):
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = sdpa.attention(changed(call, **leaves))
-    assert out.requires_grad
-    large = [size for size in storages.values() if size >= call.q.nbytes]
-    assert sum(large) == (4 + copies) * call.q.nbytes  # q, k, v, out
-
-
-@pytest.mark.parametrize(("power", "dim"), [(-1.0, 128), (-0.5, 64)])
-def test_rows_of_few_keys_in_every_head(power, dim):
-    """Scaled by n ** power, they have the sharpest softmaxes."""
-    call = make_call(torch.float32, batch=200, q_heads=2, kv_heads=1, length=40, width=dim, scale=1.0, causal=True)
-    factor = torch.arange(1, 41).double().pow(power).float().expand(200, 2, 40)
-    call = changed(call, query_scale=factor, key_scale=None)
-    d_out = output_gradients(call)[0]
-    results = run(call, d_out), *exact_and_eager(call, d_out)
-    for name in ("out", "q", "k", "v"):
-        for values in zip(*(x[name] for x in results), strict=True):
-            assert_within_bound(*values, torch.float32, name=name, band=band_of(name))
-
-
 @pairwise(scaled=[False, True], length=[2, 40], dtype=[torch.float32, torch.bfloat16])
 def test_a_row_of_one_key_leaves_no_rounding_in_gradients(scaled, length, dtype):
     """Its logit has the gradient 0; with two tokens a rounding of it can exceed all other gradients of the key."""
@@ -283,19 +253,6 @@ def test_keys_and_values_with_means(dtype, scale, masks, means):
     for name in ("out", "q", "k", "v"):
         for values in zip(*(x[name].unflatten(1, (2, -1)).flatten(0, 1) for x in results), strict=True):
             assert_within_bound(*values, dtype, name=name, band=band_of(name))
-
-
-@pairwise(size=[1e3, 1e9], name=["k", "v"], dtype=[torch.float32, torch.bfloat16])
-def test_far_off_keys_that_a_row_cannot_see_move_nothing(size, name, dtype):
-    """As right padding under causal: a mean of all of them would leave nothing but rounding of the others."""
-    call = make_call(dtype, length=64, scaled=False, scale=0.25, causal=True)
-    padded = getattr(call, name).clone()
-    padded[:, :, 40:] = size * torch.randn(padded.shape[3])
-    d_out = output_gradients(call)[0]
-    d_out[:, :, 40:] = 0
-    expected, found = run(call, d_out), run(changed(call, **{name: padded}), d_out)
-    for result in ("out", "q", "k", "v"):
-        torch.testing.assert_close(found[result][:, :, :40], expected[result][:, :, :40], msg=result)
 
 
 def test_gradients_summed_over_many_rows():

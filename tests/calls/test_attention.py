@@ -131,36 +131,6 @@ def test_scaled_attention(backend):
     torch.testing.assert_close(rows, tritonattn.attention(q, 2 * k, v))
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_aux(backend):
-    q, k, v = operands(torch.float32).values()
-    out, aux = tritonattn.attention(q, k, v, softcap=1.5, causal=True, return_aux=True, backend=backend)
-    assert isinstance(aux, tritonattn.AttentionAux)
-    logit = (q @ k.repeat_interleave(2, 1).mT) / 8**0.5
-    logit = logit.masked_fill(~torch.ones(5, 7).bool().tril(2), -torch.inf)
-    capped = 1.5 * torch.tanh(logit / 1.5)
-    capped = capped.masked_fill(logit == -torch.inf, -torch.inf)
-    p = capped.softmax(-1)
-    torch.testing.assert_close(aux.lse, capped.logsumexp(-1))
-    torch.testing.assert_close(aux.max_logit, logit.amax(-1))
-    torch.testing.assert_close(aux.entropy, torch.special.entr(p).sum(-1))
-    assert {x.dtype for x in aux} == {torch.float32}
-    assert [x.requires_grad for x in (out, *aux)] == [True, True, False, False]
-
-
-@pairwise(scaling=KINDS, poison=[torch.nan, torch.inf])
-def test_keys_hidden_from_every_row_reach_no_result(scaling, poison):
-    leaves = operands()
-    arguments = {"scaling": scaling, "key_lengths": torch.tensor([4, 6]), "causal": True}
-    clean = outcome(leaves, **arguments)
-    with torch.no_grad():
-        for name in ("k", "v"):
-            leaves[name][0, :, 4:], leaves[name][1, :, 6:] = poison, poison
-    poisoned = outcome(leaves, **arguments)
-    for name, expected in clean.items():
-        torch.testing.assert_close(poisoned[name], expected, rtol=0, atol=0)
-
-
 def gradients_beside_nan(leaves: dict[str, Tensor], fill: float, call) -> list[Tensor]:
     """out and gradients of `call` where what rows without keys hold, d_out too, is `fill`: one batch, one row more."""
     blind = torch.zeros(2, 1, 5, dtype=torch.bool)

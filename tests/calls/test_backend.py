@@ -127,26 +127,3 @@ def test_the_meta_device_tells_shapes(mask, backend):
     assert (out.shape, out.dtype, out.device.type) == ((2, 4, 5, 6), torch.bfloat16, "meta")
     gradients = torch.autograd.grad(out, list(leaves.values()), out)
     assert [x.shape for x in gradients] == [x.shape for x in leaves.values()]
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_the_default_device_has_no_say(backend):
-    """A call's own tensors lie on the device of its operands."""
-    q = torch.randn(1, 2, 40, 8)
-    table, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([20])
-
-    def call() -> list[torch.Tensor]:
-        options = {"scaling": "key_norm_mean", "backend": backend}
-        return [
-            tritonattn.attention(q, q, q, window=(5, 1), key_lengths=lengths, **options),
-            tritonattn.attention(q, q, q, causal=True, softcap=3.0, return_aux=True, **options)[1].entropy,
-            tritonattn.attention_decode(
-                q[:, :, :1], q.view(2, 20, 2, 8), q.view(2, 20, 2, 8), key_lengths=lengths, block_table=table, **options
-            ),
-        ]
-
-    expected = call()
-    with torch.device("meta"):
-        found = call()
-    for ours, wanted in zip(found, expected, strict=True):
-        assert torch.equal(ours, wanted)

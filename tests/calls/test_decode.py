@@ -3,13 +3,10 @@
 import pytest
 import torch
 
-from tests.support.bound import assert_within_bound
 from tests.support.caches import GrowingCache, sequences
 from tests.support.calls import KINDS
 from tests.support.pairs import pairwise
 from tritonattn import Scales, Scaling, attention, attention_decode
-from tritonattn.calls import decode as decoding
-from tritonattn.core.call import ForwardResult
 from tritonattn.scaling import SCALINGS, Llama4, Ministral3, QwenLogn
 
 BACKENDS = ("sdpa", "reference")
@@ -53,43 +50,6 @@ def test_prefill_then_decode_is_one_full_pass(mode, backend, statistics, page, w
             torch.testing.assert_close(row, cache.newest(getattr(aux, name), count), msg=name)
 
 
-@pairwise(mode=KINDS, page=PAGES[:2])
-def test_guesses_are_taken_back(mode, page):
-    """Speculative decoding: 5 guessed tokens, of which 2 and 4 stay."""
-    q, k, v = sequences()
-    guessed_k, guessed_v = k.clone(), v.clone()
-    scaling = MODES[mode]()
-    expected = attention(q, k, v, scaling=scaling, causal=True, window=(9, 0), backend="reference")
-    for b, accepted in enumerate((7 + 2, 12 + 4)):
-        guessed_k[b, :, accepted:] *= 50
-        guessed_v[b, :, accepted:] = 99
-    cache = GrowingCache(guessed_k, guessed_v, 40, page, statistics=True)
-    cache.write([7, 12])
-    cache.write(5)
-    cache.truncate([9, 16])
-    cache.keys, cache.values = k, v
-    for count in (3, 1):
-        cache.write(count)
-        found = attention_decode(cache.newest(q, count), **cache.arguments(), scaling=scaling, window=(9, 0))
-        torch.testing.assert_close(found, cache.newest(expected, count), rtol=1e-11, atol=1e-13)
-
-
-@pairwise(mode=MODES, dtype=[torch.float32, torch.float16, torch.bfloat16])
-def test_within_the_bound(mode, dtype):
-    q, k, v = sequences(dtype, length=40)
-    scaling = MODES[mode]()
-    exact, eager = (
-        attention(*(x.to(kind) for x in (q, k, v)), scaling=scaling, causal=True, backend="reference")
-        for kind in (torch.float64, dtype)
-    )
-    cache = GrowingCache(k, v, 45, page=16, statistics=True)
-    cache.write([20, 33])
-    for count in (1, 5):
-        cache.write(count)
-        found = attention_decode(cache.newest(q, count), **cache.arguments(), scaling=scaling)
-        assert_within_bound(found, cache.newest(exact, count), cache.newest(eager, count), dtype)
-
-
 @pairwise(mode=KINDS, backend=BACKENDS, page=PAGES)
 def test_rows_without_keys_give_zeros(backend, page, mode):
     q, k, v = sequences(length=8)
@@ -107,20 +67,6 @@ def test_rows_without_keys_give_zeros(backend, page, mode):
     assert (aux.entropy[empty] == 0).all()
 
 
-@pairwise(mode=KINDS, page=PAGES, window=WINDOWS[:2])
-def test_statistics_spare_the_old_keys(mode, page, window):
-    """The scales of a step are the same when the cache's old keys are NaN."""
-    q, k, v = sequences()
-    cache = GrowingCache(k, v, 24, page, statistics=True)
-    cache.write([9, 14])
-    cache.write(2)
-    query = cache.newest(q, 2)
-    scales = _scales_of(query, cache, MODES[mode](), window)
-    cache.k.fill_(torch.nan)
-    for found, expected in zip(_scales_of(query, cache, MODES[mode](), window), scales, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
 @every_mode
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_a_key_that_has_left_the_window_reaches_nothing(mode, value):
@@ -135,20 +81,6 @@ def test_a_key_that_has_left_the_window_reaches_nothing(mode, value):
         results.append(attention_decode(cache.newest(q, 1), **arguments))
         assert results[-1].isfinite().all()
     assert torch.equal(*results)
-
-
-def _scales_of(query, cache, scaling, window):
-    """The scale, query scale and key scale that reach the operator."""
-    seen = []
-
-    def decode(call, backend, aux):
-        seen.extend(call.logits[:3])
-        return ForwardResult(call.q, call.q)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding.ops, "decode", decode)
-        attention_decode(query, **cache.arguments(), scaling=scaling, window=window)
-    return [x for x in seen if x is not None]
 
 
 @every_mode

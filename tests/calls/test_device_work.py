@@ -114,14 +114,6 @@ def test_few_rows(masks, rows, kernels):
     assert kernels == ["attention_decode"] * 2
 
 
-def test_one_more_key_in_a_cache(kernels, monkeypatch):
-    monkeypatch.setattr("tritonattn.calls.key_statistics.kernels_take", lambda x: True)
-    statistics, k = tritonattn.KeyStatistics(1, 4, 64), torch.randn(1, 4, 1, 64, dtype=torch.bfloat16)
-    found = work_of_torch(lambda: statistics.append(k))
-    assert found == ["copy_"]  # of the counts
-    assert kernels == ["append_keys"] * 2
-
-
 def test_keys_whose_kernel_may_not_be_compiled_are_refused(monkeypatch):
     """While a CUDA graph is captured: operators of torch would stay in the graph, with other bits."""
 
@@ -138,10 +130,3 @@ def test_keys_whose_kernel_may_not_be_compiled_are_refused(monkeypatch):
     with pytest.raises(device.NotCompiledError, match="key_norms"):
         paged.append(torch.ones(2, 1, 4), ends, key_lengths=torch.tensor([2]), block_table=table)
     assert statistics.counts.tolist() == [0]
-
-
-def test_a_prompt_in_a_cache(kernels, monkeypatch):
-    """Many programs measure the prompt's keys before one a head adds up their norms."""
-    monkeypatch.setattr("tritonattn.calls.key_statistics.kernels_take", lambda x: True)
-    tritonattn.KeyStatistics(1, 4, 100).append(torch.randn(1, 4, 100, 64, dtype=torch.bfloat16))
-    assert kernels == ["key_norms", "append_keys"]

@@ -81,19 +81,6 @@ def test_minus_infinity_takes_a_key_all_weight(backend):
     torch.testing.assert_close(counted, attention(**tensors, scaling=1 / SK, mask=mask, backend=backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_other_values_reach_the_rows_that_see_the_key(value, backend):
-    tensors, bias = operands(lengths=(SK, SK)), torch.zeros(B, HQ, SK)
-    bias[1, 2, 4] = value
-    out = attention(**tensors, causal=True, key_bias=bias, backend=backend)
-    assert out[1, 2, 4:].isnan().all()
-    out[1, 2, 4:] = 0
-    assert out.isfinite().all()
-    hidden = attention(**tensors, key_lengths=torch.tensor([SK, 4]), key_bias=bias, backend=backend)
-    assert hidden.isfinite().all()
-
-
 class Recent(Scaling):
     """logit = q . k / sqrt(D) + slope_h j + ||k||: a scaling with a bias of each key."""
 

@@ -189,22 +189,6 @@ def test_statistics_do_not_depend_on_how_keys_came(dtype, is_read):
             )
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, as it traces
-@torch.no_grad()
-def test_in_a_compiled_graph():
-    batch = PagedBatch(ROWS, KEYS, dtype=torch.float32)
-    record = PagedKeyStatistics(len(batch.pages), 16, 2)
-
-    def step(arguments, k_new):
-        record.append(
-            k_new, arguments["cu_seqlens_k"], key_lengths=arguments["cu_seqlens_k"].diff(), block_table=batch.table
-        )
-        return attention_varlen(**arguments, scaling="key_norm_mean", causal=True, statistics=record)
-
-    found = torch.compile(step, fullgraph=True, backend="aot_eager")(batch.arguments(), batch.k)
-    torch.testing.assert_close(found, attention_varlen(**batch.contiguous(), scaling="key_norm_mean", causal=True))
-
-
 def test_pages_that_lie_nowhere_are_zeros_where_they_are_not_read():
     batch = PagedBatch((2, 1), (20, 3), dtype=torch.float32)
     arguments = batch.arguments()

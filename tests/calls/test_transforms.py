@@ -12,7 +12,6 @@ from tests.support.calls import KINDS
 from tests.support.masks import MASKS
 from tests.support.packed import Packed, offsets, packed_operands
 from tests.support.pairs import pairwise
-from tests.support.versions import TORCH
 
 pytestmark = [
     # torch's own, while it falls back
@@ -79,26 +78,6 @@ def test_checkpointing(masks):
         results.append(torch.autograd.grad(run(*leaves), leaves))
     for x, expected in zip(*results, strict=True):
         assert torch.equal(x, expected)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo reads it
-def test_a_compiled_transform_is_computed_as_uncompiled():
-    """Dynamo's own rules give gradients of 0, others that are wrong, and raise."""
-
-    def total(*x):
-        return tritonattn.attention(*x, scaling="key_norm_mean", window=(9, 0)).square().sum()
-
-    gradient = torch.func.vmap(torch.func.grad(total, argnums=(0, 1, 2)))
-    leaves = [x.detach()[:, None] for x in operands()[:3]]
-    torch._dynamo.reset()
-    compiled, wanted = torch.compile(gradient, backend="aot_eager"), gradient(*leaves)
-    for _ in range(2):
-        for ours, expected in zip(compiled(*leaves), wanted, strict=True):
-            torch.testing.assert_close(ours, expected)
-    torch._dynamo.reset()
-    message = "is not compiled" if TORCH > (2, 8) else "Observed exception"
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
-        torch.compile(gradient, backend="aot_eager", fullgraph=True)(*leaves)
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])

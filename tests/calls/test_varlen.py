@@ -114,23 +114,6 @@ def test_dropout_counts_packed_rows_and_keys(mask):
     assert not torch.allclose(out, tritonattn.attention_varlen(q, k, v, **packed.arguments(), **MASKS[mask]))
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-@pytest.mark.parametrize(
-    "packed",
-    [Packed((), ()), Packed((0, 0), (0, 0)), Packed((), (), 3, 2), Packed((2, 1), (0, 0)), Packed((0,), (4,))],
-    ids=str,
-)
-def test_nothing_to_compute(packed, backend):
-    leaves = packed_operands(packed, torch.float32)
-    out = tritonattn.attention_varlen(
-        **leaves, **packed.arguments(), scaling="key_norm_mean", causal=True, backend=backend
-    )
-    assert out.shape == (packed.q_len, 4, 6)
-    assert not out.any()
-    out.sum().backward()
-    assert not any(x.grad.any() for x in leaves.values())
-
-
 @pytest.mark.parametrize(
     ("held", "starts"),
     [

@@ -43,8 +43,7 @@ def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch):
     triton = pytest.importorskip("triton")
     from triton.runtime.driver import driver
 
-    from tritonattn.backends.triton import device, launch
-    from tritonattn.kernels import KERNELS
+    from tritonattn.backends.triton import KERNELS, device, launch
     from tritonattn.tuning import TileConfig
 
     if launch.interpreting or torch.cuda.is_available():
@@ -62,8 +61,7 @@ def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch):
 def test_a_capture_keeps_no_other_thread_from_compiling(monkeypatch):
     """The hook is one for the whole process, and so is that of whoever put one there before."""
     triton = pytest.importorskip("triton")
-    from tritonattn.backends.triton import device
-    from tritonattn.kernels import KERNELS
+    from tritonattn.backends.triton import KERNELS, device
 
     capturing, seen = threading.current_thread(), []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: threading.current_thread() is capturing)

@@ -16,10 +16,10 @@ from perf.ceilings import (
     QUERY_SCALE,
     QUERY_SCALE_OF_TARGET,
 )
+from perf.static.machine_code import flops_per_logit
 from tests.support.versions import OLDER_TRITON
-from tritonattn import kernels
-from tritonattn.backends.triton import launch
-from tritonattn.tuner.machine_code import flops_per_logit
+from tritonattn.backends import triton as backend
+from tritonattn.backends.triton import KERNELS, launch
 from tritonattn.tuning import Problem, Target, compile_kernel, default_config
 
 from .facts import facts
@@ -34,7 +34,7 @@ def test_quick_cases(case: Case):
 
 
 def test_every_kernel_and_target_is_in_the_table():
-    assert {case.kernel for case in CASES} == set(kernels.KERNELS)
+    assert {case.kernel for case in CASES} == set(KERNELS)
     assert {case.target for case in QUICK} == set(TARGETS)
     assert set(CEILINGS) & set(QUICK)
 
@@ -110,7 +110,7 @@ def test_keys_and_values_of_a_cache_come_asynchronously(kernel, form):
 
 def test_no_loop_writes_to_its_own_variable():
     """Compilers up to triton 3.4 then read the loop's counter wherever the variable was written."""
-    for path in Path(kernels.__file__).parent.glob("*.py"):
+    for path in Path(backend.__file__).parent.glob("*.py"):
         for loop in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(loop, ast.For):
                 names = [node for statement in loop.body for node in ast.walk(statement) if isinstance(node, ast.Name)]

@@ -8,8 +8,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from perf.static.machine_code import read_machine_code
 from tritonattn.backends.triton import launch
-from tritonattn.tuner.machine_code import read_machine_code
 
 pytestmark = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 

@@ -1,6 +1,5 @@
 """A sequence shared by ranks: results, gradients and statistics are those of one process."""
 
-import os
 from copy import deepcopy
 from itertools import pairwise as neighbours
 from typing import Any
@@ -149,24 +148,6 @@ def aux_and_repetition(rank: int, method: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
 
 
-def compiled(rank: int, method: str) -> None:
-    """A call compiled as one graph has the same results and gradients. Two ranks show it: a compilation is slow."""
-    mesh = mesh_of(2)
-    if rank >= mesh.size():
-        return
-    parts, results = [shard(x, mesh=mesh) for x in operands(torch.float32)[:3]], []
-
-    def call(q, k, v):
-        return context_parallel_attention(q, k, v, mesh=mesh, method=method, causal=True, scaling="key_norm_mean")
-
-    for run in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
-        own = leaves(*parts)
-        out = run(*own)
-        out.square().sum().backward()
-        results.append([out, *(x.grad for x in own)])
-    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
-
-
 def round_trip(rank: int) -> None:
     mesh, x = mesh_of(dist.get_world_size()), torch.arange(48.0).view(2, 1, 24)
     for layout in LAYOUTS:
@@ -212,16 +193,6 @@ def refused(rank: int) -> None:
         decoded(None, k)
     with pytest.raises(ValueError, match=r"k_cache: expected 4 axes \[B, Hkv, capacity, D\], got 3"):
         decoded(q[:, :, :1], k[0])
-
-
-def with_a_dead_rank(rank: int) -> None:
-    """Rank 1 dies while the others attend."""
-    mesh = mesh_of(dist.get_world_size())
-    q, k, v = (shard(x, mesh=mesh) for x in operands(torch.float32)[:3])
-    if rank == 1:
-        os._exit(1)
-    context_parallel_attention(q, k, v, mesh=mesh, method="ring")
-    raise RuntimeError("attended without rank 1")
 
 
 def decode(rank: int, scaling: str, q_len: int, window: Any, has_statistics: bool, dtype: torch.dtype) -> float:
@@ -309,13 +280,6 @@ def test_statistics_of_rows_and_repeated_bits(method, pool):
     pool.run(aux_and_repetition, method)
 
 
-@pytest.mark.parametrize("method", ["allgather", "alltoall"])
-def test_one_graph_of_a_compiler(method, pool):
-    if method == "allgather" and torch.__version__.startswith("2.8."):
-        pytest.skip("torch 2.8 cannot trace the backward")
-    pool.run(compiled, method, seconds=120)
-
-
 def test_shard_and_unshard_are_inverse_and_say_what_cannot_be_divided(pool):
     pool.run(round_trip)
 
@@ -335,10 +299,3 @@ def test_decode_of_a_shared_cache(scaling, q_len, window, has_statistics, dtype,
     allowed = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 3e-2}[dtype]
     for error in pool.run(decode, scaling, q_len, window, has_statistics, dtype):
         assert error <= allowed
-
-
-def test_a_rank_that_dies_is_an_error_on_all(pool):
-    with pytest.raises(AssertionError) as failure:
-        pool.run(with_a_dead_rank, seconds=20)
-    assert all(f"rank {rank}:" in str(failure.value) for rank in range(pool.size)), failure.value
-    assert "no answer" not in str(failure.value), failure.value

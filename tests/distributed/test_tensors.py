@@ -1,6 +1,5 @@
 """DTensors as arguments: batch and heads sharded, against one process."""
 
-import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import tritonattn
 from tests.support.caches import cached_call
@@ -207,23 +205,6 @@ def dropped(rank: int) -> None:
     assert not any(torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
 
 
-def layer(rank: int, scaling: str) -> float:
-    """Largest relative error of a ScaledAttention whose projections, scaling and sinks are sharded by head."""
-    mesh = _mesh((2, 2))["tp"]
-    torch.manual_seed(0)
-    learned = nn.QueryAdaptiveSSMax(HQ, 32 // HQ, dtype=torch.float64) if scaling == "query_adaptive_ssmax" else scaling
-    one = nn.ScaledAttention(32, HQ, kv_heads=HKV, scaling=learned, sinks=True, causal=True, dtype=torch.float64)
-    own, x = copy.deepcopy(one), _random(2, S, 32)
-    plan: dict[str, Any] = {f"{name}_proj": ColwiseParallel() for name in "qkv"}
-    parallelize_module(own, mesh, {**plan, "o_proj": RowwiseParallel(), "scaling": HeadParallel()})
-    parallelize_module(own, mesh, HeadParallel("sinks"))
-    results = [net(x) for net in (own, one)]
-    for result in results:
-        result.square().sum().backward()
-    pairs = [(mine.grad, theirs.grad) for mine, theirs in zip(own.parameters(), one.parameters(), strict=True)]
-    return max(_error(got, want) for got, want in [(results[0], results[1]), *pairs] if want is not None)
-
-
 @pytest.mark.parametrize(
     ("placed", "scaling"),
     [
@@ -245,11 +226,6 @@ def test_explicit_scales_packed_sequences_and_caches(pool):
 def test_operators_have_sharding_rules(pool):
     for errors in pool.run(operators):
         assert max(errors.values()) < 1e-12, errors
-
-
-@pytest.mark.parametrize("scaling", ["query_adaptive_ssmax", "power_law"])
-def test_a_layer_is_sharded_by_head(pool, scaling):
-    assert max(pool.run(layer, scaling)) < 1e-12
 
 
 def test_placements_are_refused_by_the_arguments_name(pool):

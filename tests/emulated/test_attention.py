@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from itertools import combinations
 
 import pytest
@@ -10,12 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 import tritonattn
-from tests.kernels import harness
 from tests.support.pairs import all_pairs, in_turn, thinned
 from tritonattn.calls import key_statistics
 from tritonattn.tuning import TileConfig
 
-from .cases import CPU, WIDE_MASKS, Case, with_padded_gradient
+from .cases import WIDE_MASKS, Case
 from .executor import GPU, GPUS, padded_operands
 
 HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -66,50 +64,6 @@ def test_attention(gpu, case, emulate):
     assert of_ranges == (case.mask in ("ranges", "causal ranges", "everything"))
     assert of_keys == 2 * (case.mask in ("ranges", "causal ranges"))
     assert len(executor.launched) == 4 + of_ranges + of_keys  # forward, row terms, both backward kernels
-
-
-def test_keys_and_values_with_means(emulate):
-    """delta's error reaches d_q times the mean key, so delta must not come from an output of 16 bits.
-
-    The next test takes the same code.
-    """
-    emulate(GPU(80), SMALL)
-    tensors = harness.inputs(BFLOAT, CPU, batch=1, kv_heads=2, group=1, q_len=40, k_len=56, scales=("sinks",))
-    tensors |= {"k": tensors["k"] + 3, "v": tensors["v"] + 3}
-    attend = with_padded_gradient(functools.partial(tritonattn.attention, scaling="key_count", causal=True))
-    harness.check(padded_operands(tensors), attend)
-
-
-def test_code_that_is_kept_for_a_kind_of_call_meets_no_other(emulate):
-    """Calls of other addresses, strides, sizes and arguments between two that are alike give what they give alone."""
-    executor = emulate(GPU(80), SMALL)
-    operands = dict(zip("qkv", torch.randn(3, 1, 2, 20, 16, dtype=BFLOAT), strict=True)) | {"sinks": torch.ones(2)}
-
-    def moved(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-
-    def results(given: dict[str, torch.Tensor], gradients: bool) -> list[torch.Tensor]:
-        leaves = {name: x.detach().requires_grad_(gradients) for name, x in given.items()}
-        out = tritonattn.attention(**leaves, scaling="key_count", causal=True, backend="triton")
-        return [out, *(torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out)) if gradients else ())]
-
-    calls = {
-        "as is": operands,
-        "odd addresses": {name: moved(x) for name, x in operands.items()},
-        "an odd address that no copy moves": operands | {"sinks": moved(operands["sinks"])},
-        "heads inside": {
-            name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in operands.items() if x.dim() > 1
-        }
-        | {"sinks": operands["sinks"]},
-    }
-    expected = results(operands, gradients=True)
-    for name in (*calls, "as is"):
-        whole = results(calls[name], gradients="odd" not in name)  # those have code of their own: one kernel's will do
-        for found, wanted in zip(whole, expected, strict=False):
-            assert torch.equal(found, wanted), name
-        fewer = results({key: x[:, :, :17] if x.dim() > 1 else x for key, x in calls[name].items()}, gradients=False)
-        assert torch.equal(fewer[0], expected[0][:, :, :17]), name
-    assert executor.launched.count("attention_forward") == 1 + 2 * (len(calls) + 1)
 
 
 @in_turn(name=["q", "k", "gain"], softcap=[None, None, 2.0])

@@ -134,22 +134,3 @@ def test_nan_that_a_row_sees_is_in_its_results(name, length, emulate):
     for result in (out, *aux):
         assert result[0].isnan().all()
         assert result[1].isfinite().all()
-
-
-@pytest.mark.parametrize("count", [1, 4])
-def test_few_rows_of_attention(count, emulate):
-    """The same kernels for a lone row with a range of keys, and for causal ones; of no row no key past its own."""
-    executor = emulate(GPU(80), SMALL)
-    q, k, v = sequences(BFLOAT, heads=(6, 2), length=150, dims=(16, 24))
-    q, masks = q[:, :, -count:].clone(), {"causal": True}
-    if count == 1:
-        masks = {"key_ranges": torch.tensor([[[0, 77]], [[70, 149]]], dtype=torch.int32)}
-        k[0, :, 77:], v[1, :, :70] = torch.nan, torch.nan
-    exact, eager = (
-        attention(*(x.to(kind) for x in (q, k, v)), **masks, scaling="key_norm_mean", backend="reference")
-        for kind in (torch.float64, BFLOAT)
-    )
-    padded_ones = (padded(x) for x in (q, k, v))
-    found = attention(*padded_ones, **masks, scaling="key_norm_mean", backend="triton")
-    assert_within_bound(found, exact, eager, BFLOAT)
-    assert executor.launched[-2:] == ["attention_decode", "combine_splits"]

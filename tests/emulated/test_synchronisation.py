@@ -13,12 +13,13 @@ import torch
 pytest.importorskip("triton")
 import tritonattn
 from tests.emulator.parse import parse
+from tests.emulator.synchronisation import Order, kind_of, without
 from tests.support.versions import OLDER_TRITON
 from tritonattn.tuning import TileConfig
 
 from .cases import with_padded_gradient
 from .executor import GPU, padded
-from .synchronisation import Launch, Order, Recorder, kind_of, without
+from .recorder import Launch, Recorder
 
 # Reasons that only a run shows, not the text; the emulator found each of them for all the calls below.
 OBSERVED = {

@@ -47,17 +47,6 @@ def test_outputs_and_gradients_equal_eager(subject):
         assert error <= 1e-3 * gradient.norm() + 1e-6 * largest, (name, float(error), float(gradient.norm()))
 
 
-def test_generation_equals_eager(subject):
-    name, architecture, network = subject
-    if not architecture.generates:
-        return
-    inputs = architecture.inputs("left" if PADDING[name] in ("left", "holes") else "none")
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    wanted = network.generate(**inputs, **options)
-    with patch(network, scaling="sqrt_dim"):
-        assert torch.equal(network.generate(**inputs, **options), wanted)
-
-
 def test_attention_weights_are_the_models(subject):
     """output_attentions=True warns and gives eager attention's weights, never an empty tuple."""
     name, architecture, network = subject

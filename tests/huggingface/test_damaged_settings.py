@@ -1,7 +1,6 @@
 """Damaged or hostile settings in a config are refused when the model is loaded, by the name of the entry."""
 
 import json
-import math
 import re
 import time
 
@@ -30,7 +29,6 @@ LAYERS = {
     "null": (None, "", KEYS),
     "an unknown entry": ({"scale": 1.0}, "", KEYS),
     "a bool": ({"scaling": True}, ".scaling", f"{NAME}, got True"),
-    "NaN": ({"scaling": math.nan}, ".scaling", f"{NAME}, got nan"),
     "no name": ({"scaling": {"tau": 1.0}}, ".scaling", "expected a name"),
     "an unknown name": ({"scaling": "sqrt"}, ".scaling", "expected a name in tritonattn.SCALINGS, got 'sqrt'"),
     "an unknown argument": ({"scaling": {"name": "cosine", "tauu": 1.0}}, ".scaling", "expected a dict with keys out"),
@@ -38,23 +36,18 @@ LAYERS = {
     "a bad argument": ({"scaling": {"name": "cosine", "tau": "x"}}, ".scaling", "cosine cannot be made: tau"),
     "a missing argument": ({"scaling": "scheduled"}, ".scaling", "scheduled cannot be made"),
     "a bad mode": ({"scaling": {"name": "per_head", "mode": {"name": "x"}}}, ".scaling.mode", "expected a name in tri"),
-    "null as mode": ({"scaling": {"name": "per_head", "mode": None}}, ".scaling", "per_head cannot be made"),
     "300 nested": ({"scaling": nested(300)}, ".scaling" + 8 * ".mode", "expected at most 8 scalings inside one"),
     "a gain": ({"gain": "x"}, ".gain", f"{NUMBER}, got 'x'"),
-    "an infinite gain": ({"gain": math.inf}, ".gain", f"{NUMBER}, got inf"),
     "a huge gain": ({"gain": {"learned": [10**12]}}, ".gain", f"{NUMBER}, got"),
     "a nested gain": ({"gain": {"learned": [[4], 1]}}, ".gain", NUMBER),
     "a backend": ({"backend": "cuda"}, ".backend", "expected one of auto, "),
-    "a list as backend": ({"backend": []}, ".backend", "expected one of auto, "),
 }
 # Whole entries `tritonattn`, and the message.
 LISTED = "config.tritonattn.layers: expected a dict from names of modules to their"
 WHOLES = {
     "layers null": ({"layers": None}, LISTED),
-    "no layers": ({"layers": {}}, LISTED),
     "an entry beside": ({"layers": {LAYER: {}}, "more": 1}, "config.tritonattn: expected a dict with keys out of"),
     "a string": ("ssmax", f"config.tritonattn: {KEYS}"),
-    "unknown": ({"scalings": "dim"}, f"config.tritonattn: {KEYS}"),
     "learned for all": ({"scaling": "ssmax"}, "config.tritonattn.scaling: expected a scaling without parameters of"),
     "a learned gain for all": ({"gain": {"learned": [4, 1]}}, "config.tritonattn.gain: expected a number or None"),
 }

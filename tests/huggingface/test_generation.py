@@ -1,6 +1,5 @@
 """Generation by patched models: every mode, cache, search and padding gives the tokens of full passes."""
 
-import copy
 import inspect
 from dataclasses import replace
 from itertools import accumulate
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import tritonattn
-from tests.huggingface.architectures import ARCHITECTURES, VERSION
+from tests.huggingface.architectures import ARCHITECTURES
 from tests.support.pairs import in_turn
 from tritonattn.huggingface import patch
 
@@ -107,32 +106,6 @@ SEARCHES = {
 @in_turn(search=SEARCHES, mode=["sqrt_dim", *STATISTICS])
 def test_searches_are_those_without_a_cache(search, mode, llama):
     assert_the_cache_changes_nothing(llama, mode, LLAMA.inputs("left"), **SEARCHES[search])
-
-
-@in_turn(name=["bart", "whisper"], mode=STATISTICS, beams=[3, 1, 1, 3])
-def test_encoder_decoders_generate_as_without_a_cache(name, mode, beams):
-    architecture = ARCHITECTURES[name]
-    assert_the_cache_changes_nothing(
-        architecture.build(), mode, architecture.inputs("left"), do_sample=False, num_beams=beams
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [("llama", "key_norm_sum"), *([("mistral", "key_norm_max")] if VERSION >= (5, 24) else [])],  # rolls windows back
-)
-def test_assisted_generation_is_the_greedy_one(name, mode):
-    """The assistant's wrong guesses are cropped from the cache."""
-    network, ids = ARCHITECTURES[name].build(), LLAMA.inputs()["input_ids"][:1]
-    torch.manual_seed(5)
-    assistant = copy.deepcopy(network)
-    with torch.no_grad():
-        for x in assistant.parameters():
-            x.add_(0.02 * torch.randn_like(x))
-    with patch(network, scaling=mode), patch(assistant, scaling=mode):
-        wanted = network.generate(ids, max_new_tokens=16, do_sample=False)
-        got = network.generate(ids, max_new_tokens=16, do_sample=False, assistant_model=assistant)
-    assert torch.equal(got, wanted)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -38,9 +38,6 @@ def spy():
     register()
 
 
-CACHED = [name for name in ("llama", "mistral", "gemma3", "llama4", "phi3", "gpt_oss") if ARCHITECTURES[name].exists]
-
-
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "llama4"])
 def test_masks_of_packed_documents(name, spy):
     network, ids = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()["input_ids"][:1]

@@ -1,7 +1,5 @@
 """`patch`: its changes, the layers that it leaves alone, its report and its undo."""
 
-import copy
-
 import pytest
 import torch
 import transformers
@@ -73,15 +71,6 @@ def test_layers_left_out_keep_their_own_numbers(implementation, padding):
     assert [layer.config for layer in layers] == configs
     torch.testing.assert_close(outputs[-1][seen], outputs[1][seen], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(got[seen], wanted[seen], atol=1e-3, rtol=1e-3)
-
-
-def test_layers_left_out_keep_their_scaling_under_an_implementation_chosen_later():
-    network = LLAMA.build("sdpa")
-    with patch(network, scaling="none", layers=[1]):
-        wanted = logits(network)
-        network.set_attn_implementation(NAME)
-        for one in (network, copy.deepcopy(network)):
-            torch.testing.assert_close(logits(one), wanted, atol=1e-3, rtol=1e-3)
 
 
 @in_turn(
@@ -187,16 +176,12 @@ def test_a_gain_made_without_memory_is_reset_to_the_values_given():
         ({"layers": ["lm_head"]}, ValueError, "lm_head"),
         ({"layers": []}, ValueError, "at least one"),
         ({"layers": [1.5]}, TypeError, "float"),
-        ({"layers": [True]}, TypeError, "layers: expected numbers or names, got bool"),
         ({"layers": {0: {"scalling": 1}}}, ValueError, "scalling"),
         ({"scaling": "ssmx"}, ValueError, "scaling: expected one of .*did you mean 'ssmax'"),
         ({"scaling": torch.ones(4)}, TypeError, "scaling"),
         ({"scaling": PerHead("key_count", heads=3)}, ValueError, "scaling: expected PerHead of 4 heads, got one of 3"),
         ({"gain": torch.ones(3, 1)}, ValueError, r"gain: .*\[4, 1\], got \[3, 1\]"),
-        ({"gain": torch.ones(4)}, ValueError, r"gain: .*\[4, 1\], got \[4\]"),
         ({"gain": torch.ones(4, 1, dtype=torch.int64)}, TypeError, "gain: .*int64"),
-        ({"gain": "2"}, TypeError, "gain"),
-        ({"gain": True}, TypeError, "gain: expected a float or a tensor, got bool"),
         ({"backend": "cuda"}, ValueError, "backend"),
     ],
 )
@@ -266,25 +251,3 @@ def test_a_part_without_its_model_is_patched_and_saved_with_it(name, part, tmp_p
             torch.testing.assert_close(architecture.outputs(patched_alike, inputs), wanted, atol=1e-3, rtol=1e-3)
     one.undo()
     assert state(network) == before
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_no_mask_means_what_the_models_own_implementation_means_by_it(implementation):
-    """Without a mask eager sees all keys, and sdpa those of is_causal."""
-    network, hidden = LLAMA.build(implementation), torch.randn(1, 5, LLAMA.arguments["hidden_size"])
-    attention = network.model.layers[1].self_attn
-    inputs = {"position_embeddings": network.model.rotary_emb(hidden, torch.arange(5)[None]), "attention_mask": None}
-    with torch.no_grad():
-        wanted = attention(hidden, **inputs)[0]
-        with patch(network, layers=[1]):
-            torch.testing.assert_close(attention(hidden, **inputs)[0], wanted, atol=1e-4, rtol=1e-4)
-
-
-def test_implementations_whose_masks_nobody_else_reads():
-    network = LLAMA.build()
-    network.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"flash_attention_2.*set_attn_implementation"):
-        patch(network, layers=[0])
-    with patch(network):
-        logits(network)
-    assert network.config._attn_implementation == "flash_attention_2"

@@ -5,10 +5,8 @@ import torch
 
 peft = pytest.importorskip("peft")
 import transformers
-from torch import nn
 
 from tests.huggingface.architectures import ARCHITECTURES
-from tritonattn.analysis import Monitor, Thresholds
 from tritonattn.huggingface import patch, patched
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -76,16 +74,3 @@ def test_an_adapter_is_refused_by_a_base_with_other_scalings(layers, named, tmp_
     peft.get_peft_model(model([0]), lora()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"adapter: expected learned scalings .*{named}"):
         peft.PeftModel.from_pretrained(model(layers), tmp_path)
-
-
-def test_the_patch_of_a_wrapped_model_is_found_and_undone_by_an_alarm():
-    network = model()
-    assert patched(nn.Sequential(network)) is patched(network) is not None
-    assert patched(nn.ModuleList([network, model()])) is None  # of which of the two?
-    adapted = peft.get_peft_model(network, lora())
-    with Monitor(adapted, every=1, thresholds=Thresholds(max_logit=0.0), on_alarm="undo") as monitor:
-        adapted(TOKENS)
-        with pytest.warns(RuntimeWarning, match="max_logit"):
-            monitor.step()
-    assert patched(adapted) is None
-    assert torch.equal(logits(adapted), logits(model([])))  # LoRA begins as nothing

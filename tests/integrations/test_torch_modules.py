@@ -108,36 +108,6 @@ def test_arguments_and_defaults_are_torchs():
     assert list(ours)[: len(theirs)] == list(theirs)
 
 
-def test_a_learned_scaling_is_learned_and_kept():
-    theirs, ours = pair("ssmax", batch_first=True)
-    ours = ours.double()
-    x = tokens(N, L, E)
-    torch.testing.assert_close(ours(x, x, x)[0], theirs.double()(x, x, x)[0])  # where the layer was
-    with torch.no_grad():
-        ours.scaling.s.copy_(torch.tensor([0.3, -1.0, 2.0, 0.0]))
-    torch.testing.assert_close(ours(x, x, x)[0], by_hand(ours, x, torch.zeros(L, S).bool()))
-    ours(x, x, x)[0].square().sum().backward()
-    assert ours.scaling.s.grad.ne(0).sum() == 4
-    fresh = MultiheadAttention.of(theirs, "ssmax")
-    fresh.load_state_dict(ours.state_dict(), strict=True)
-    torch.testing.assert_close(fresh(x, x, x)[0], ours(x, x, x)[0])
-
-
-def test_dropout_in_training_only():
-    theirs, ours = pair(batch_first=True, dropout=0.5)
-    x = tokens(N, L, E)
-    for need_weights in (True, False):
-        ours.train()
-        assert not torch.equal(*(ours(x, x, x, need_weights=need_weights)[0] for _ in range(2)))
-        ours.eval()
-        theirs.eval()
-        torch.testing.assert_close(*(f(x, x, x, need_weights=need_weights)[0] for f in (ours, theirs)))
-    ours.train()
-    out, weights = ours(x, x, x, average_attn_weights=False)
-    value = (x @ ours.in_proj_weight[2 * E :].T + ours.in_proj_bias[2 * E :]).unflatten(-1, (H, -1)).transpose(1, 2)
-    torch.testing.assert_close(out, ours.out_proj((weights @ value).transpose(1, 2).flatten(2)))
-
-
 @pytest.mark.parametrize("mode", ["sqrt_dim", "key_norm_sum"])
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_an_encoder_keeps_its_scaling_in_inference(mode, norm_first):

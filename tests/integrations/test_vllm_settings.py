@@ -31,13 +31,6 @@ def test_settings_asked_for_come_before_those_of_the_checkpoint():
     assert settings.saved_settings(config(saved={})) is None  # so that a marked checkpoint is refused
 
 
-@pytest.mark.parametrize("name", ["tritonatn", "triton_attn", "Tritonattn", "triton-attention"])
-def test_a_key_that_is_nearly_ours_is_named(name):
-    with pytest.raises(ValueError, match=f"additional_config: expected the key 'tritonattn', got '{name}'"):
-        settings.saved_settings(config({name: {"scaling": "dim"}}, {"scaling": "none"}))
-    assert settings.saved_settings(config({"ascend_scheduler_config": {}, "attention": 1, "triton": 2})) is None
-
-
 def test_layers_are_found_by_the_ends_of_their_names():
     name, own = settings.layer_settings({"scaling": "dim"}, LAYERS[1], LAYERS, 4)
     assert (name, own.scaling.name) == (None, "dim")
@@ -74,14 +67,6 @@ def test_a_loader_hands_learned_values_to_the_layers_alone(takes, saved):
             "b": ["gain"],
         }
         assert model[1].impl.learned["a"]["gain"] is not weights["a.tritonattn.gain"]  # a loader may reuse its memory
-
-
-def test_learned_values_without_settings_are_named():
-    learned = {"layers.1.attn": {"gain": torch.ones(2)}, "layers.7.attn": {}}
-    for saved, names in (({"layers": {"layers.1.attn": {}}}, "layers.7.attn"), ({}, "layers.1.attn, layers.7.attn")):
-        with pytest.raises(ValueError, match=f"tritonattn.layers: expected settings of {names}, whose learned values"):
-            settings.check_all_taken(saved, learned)
-    settings.check_all_taken({"layers": {"layers.1.attn": {}, "layers.7.attn": {}}}, learned)
 
 
 def test_layers_share_a_factor_only_where_all_of_it_is_equal():

@@ -134,14 +134,3 @@ def test_options_that_change_probabilities_are_refused_by_name():
         setattr(next(x for x in made.modules() if isinstance(x, Attend)), option, True)
         with pytest.raises(NotImplementedError, match=option):
             ours.replace_attend(made)
-
-
-def test_a_bias_is_refused_in_the_call_and_models_without_attention_at_once():
-    made = model(alibi_pos_bias=True)
-    ours.replace_attend(made)
-    with pytest.raises(NotImplementedError, match=r"attn_bias: a bias on the logits"):
-        made(TOKENS)
-    with pytest.raises(ValueError, match=r"model: expected one with an Attend of x-transformers, got Linear"):
-        ours.replace_attend(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="scaling: expected one of"):
-        ours.replace_attend(model(), "squirt_dim")

@@ -1,13 +1,12 @@
-"""Bits of a sequence alone and in company on a CPU; `python -m tests.invariance` runs many more cases."""
+"""Bits of a sequence alone and in company on a CPU; `python -m perf invariance` runs many more cases."""
 
 import pytest
 import torch
 
 import tritonattn
-from tests.invariance.company import cases, differences
+from perf.company import cases, differences
 from tests.support.calls import operands
 from tests.support.masks import MASKS
-from tritonattn.calls import dispatch
 
 CASES = list(cases(35, seed=1, lengths=(16, 300), dims=((64, 64), (20, 33))))
 
@@ -15,22 +14,6 @@ CASES = list(cases(35, seed=1, lengths=(16, 300), dims=((64, 64), (20, 33))))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bits_do_not_depend_on_company(case):
     assert differences(case, "sdpa") == []
-
-
-@pytest.mark.parametrize("case", CASES[:5], ids=str)
-def test_cases_of_a_card_are_made_and_computed_there(case, monkeypatch):
-    """On meta tensors, which stand for a card's; not in decoding, whose cache reads its lengths."""
-    pytest.importorskip("triton")
-    from tritonattn.backends.triton import launch
-    from tritonattn.tuning.config import Target
-
-    monkeypatch.setattr(dispatch, "_check_kernels_run_on", lambda device: None)
-    compared = []
-    monkeypatch.setattr(torch, "equal", lambda *pair: compared.extend(x.device.type for x in pair) or True)
-    with torch.device("meta"), launch.recording(Target("cuda", "90")) as launches:
-        assert differences(case, "triton") == []
-    assert launches
-    assert set(compared) == {"meta"}
 
 
 def test_without_the_switch_they_do():

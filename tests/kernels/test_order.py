@@ -12,7 +12,7 @@ import triton.language as tl
 import tritonattn
 from perf import schedule
 from tritonattn.backends.triton import launch
-from tritonattn.kernels.block import program_in_section
+from tritonattn.backends.triton.block import program_in_section
 from tritonattn.tuning.config import Target
 from tritonattn.tuning.order import heads_of_section
 

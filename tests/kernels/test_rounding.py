@@ -6,9 +6,9 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl
 
+from tritonattn.backends.triton.forward import lost_in_rounding
+from tritonattn.backends.triton.row_terms import before_rounding
 from tritonattn.core import rounding
-from tritonattn.kernels.forward import lost_in_rounding
-from tritonattn.kernels.row_terms import before_rounding
 
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, 1e-45, 2.0**-126 - 2.0**-140]
 SPECIAL += [65519.0, 65520.0, -7e4, 2.0**-25, -(2.0**-24)]  # where fp16 ends

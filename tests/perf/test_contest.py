@@ -110,7 +110,7 @@ BATCH = Case(
     Shape(2, 2, 2, 9, 9, 8, causal=True),
     "fp32",
     "backward",
-    (("tritonattn", "dim"), ("sdpa", "dim")),
+    WHO,
     CPU,
     "sdpa",
 )
@@ -137,24 +137,3 @@ def test_the_first_and_the_last_head_and_sequence_are_checked(case, place, monke
     found = statuses(case)
     assert found.pop(f"tritonattn {'key_norm_mean' if case is PACKED else 'dim'}") == "wrong"
     assert set(found.values()) == {"measured"}
-
-
-@pytest.mark.parametrize(("name", "status"), [("peer", "skipped"), ("ours", "failed")])
-def test_who_raises_in_the_midst_of_the_rounds_is_named_and_the_others_are_timed(name, status, capsys):
-    calls = []
-
-    def raises(number):
-        calls.append(number)
-        if len(calls) >= 4:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
-        return {}
-
-    found = run(*(entrant(one, call=raises) if one == name else entrant(one) for one in ("ours", "peer", "other")))
-    bad = found.pop(name)
-    assert (bad.status, bad.is_bad) == (status, name == "ours")
-    assert bad.median_ms is bad.error is None
-    assert {(record.status, record.rounds) for record in found.values()} == {("measured", 2)}
-    if name == "peer":
-        assert bad.reason == "when all take turns: OutOfMemoryError: CUDA out of memory."
-    else:
-        assert "Traceback" in capsys.readouterr().err

@@ -1,10 +1,5 @@
 """`python -m perf gpu` on a stub driver: its first phase, the order and time of all, and what follows a failure."""
 
-import os
-import re
-import signal
-import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -97,32 +92,3 @@ def test_a_phase_that_hangs_is_stopped(tmp_path, monkeypatch):
     said = phase("hangs", failure=r"^\$ .*sleep\(\d+\)")  # which is in its log, as its command
     found = gpu.run_all([said], tmp_path, gpu._SECONDS_TO_STOP + 1.0)
     assert found[0].status == "failed"
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_ended_ends_its_phase_too(number, tmp_path, monkeypatch, capsys):
-    """The phase has a session of its own and would hold the card."""
-    monkeypatch.setattr(gpu, "phases", lambda *_: [phase("works"), phase("hangs", share=1.0), phase("works")])
-    monkeypatch.setattr(gpu, "commit", lambda: "one")  # it asks git
-    begun, popen = [], gpu.subprocess.Popen
-    monkeypatch.setattr(gpu.subprocess, "Popen", lambda *a, **options: begun.append(popen(*a, **options)) or begun[-1])
-
-    def end():
-        while len(begun) < 2:
-            time.sleep(0.01)
-        time.sleep(0.2)
-        os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=end)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background jobs ignore it
-    try:
-        thread.start()
-        with pytest.raises(SystemExit) as stopped:
-            main(["gpu", "--device", "emulate", "--minutes", "1", "--out", str(tmp_path)])
-    finally:
-        signal.signal(signal.SIGINT, before)
-    thread.join()
-    assert stopped.value.code == 130
-    assert re.search(r"gpu: stopped: .* the same command goes on", capsys.readouterr().err)
-    assert [process.poll() is not None for process in begun] == [True, True]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -12,8 +12,7 @@ from perf.records import read
 from perf.replay.times import LAUNCH, LOOPS
 from perf.schedule import FIXED
 from tests.support.versions import skip_without_stub
-from tritonattn.backends.triton import launch
-from tritonattn.kernels import KERNELS
+from tritonattn.backends.triton import KERNELS, launch
 from tritonattn.tuning import Problem, Target, TileConfig
 from tritonattn.tuning.gpus import GPUS
 

@@ -12,7 +12,7 @@ from perf.replay.exposed import Flight, flight
 from perf.replay.loops import loop_body, tensor_spans
 from perf.replay.operations import Operation, operations
 from perf.replay.parameters import PARAMETERS
-from perf.replay.scheduler import Deadlock, Scheduler, Timeline, Warps
+from perf.replay.scheduler import Scheduler, Timeline, Warps
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
 from tritonattn.tuning import Target, compile_kernel
@@ -109,14 +109,6 @@ def test_clocks_of_a_loop_and_its_longest_wait(name):
     assert " " in name or max(found.waits, key=found.waits.get) == name
 
 
-def test_exponentials_take_longer_beside_products():
-    exponentials = [step("exp", turn=8, latency=18) for _ in range(16)]
-    assert timeline(*exponentials).clocks == 16 * 8
-    assert timeline(step("wgmma", "product", turn=191), *exponentials).clocks == 16 * 12
-    half = timeline(step("wgmma", "product", turn=103), *exponentials)  # 17 clocks until it starts: 120 in all
-    assert half.clocks == pytest.approx(10 * 12 + 6 * 8, abs=8)
-
-
 def test_loads_of_the_tma_are_hidden_by_a_third_stage():
     """At 2 stages an iteration waits for what the one before it asked for at its end, at 3 all of one lies between."""
     work = [step("wgmma", "product", turn=1000, amount=1), step(act="product wait")]
@@ -128,21 +120,6 @@ def test_loads_of_the_tma_are_hidden_by_a_third_stage():
     assert late.clocks == pytest.approx(busy + exposed, abs=2)
     assert late.waits["loads"] == pytest.approx(exposed / late.clocks, abs=0.02)
     assert "loads" not in early.waits
-
-
-def test_groups_of_copies_may_be_outstanding():
-    work = (step("mma", turn=600), step("mma"))
-    copies = (step("memory", "copy", turn=16, amount=2048), step(act="commit"))
-    late, early = (timeline(step(act="copy wait", amount=count), *work, *copies, of=A100) for count in (0, 1))
-    exposed = 400 + 2048 / A100.l2_bytes - 13
-    assert late.clocks - early.clocks == pytest.approx(exposed, abs=2)
-    assert late.waits["loads"] == pytest.approx(exposed / late.clocks, abs=0.01)
-    assert "loads" not in early.waits
-
-
-def test_a_loop_that_cannot_go_on_is_an_error():
-    with pytest.raises(Deadlock, match="loop: expected warps to go on, all wait at"):
-        timeline(step(act="turn"), each=1)
 
 
 # ---- Loads ahead of their use

@@ -10,8 +10,6 @@ import transformers
 
 import tritonattn.huggingface
 
-from .reference import Decoder, Formula
-
 VOCABULARY, STEPS, TOLERANCE = 96, 20, 1e-2
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -70,12 +68,6 @@ def gains(model: Any) -> None:
     tritonattn.huggingface.patch(model, layers=layers)
 
 
-_FORMULAS = {
-    learned: [{"mode": "ssmax", "s": _S, "b": _B}, {}, {"mode": "key_norm_mean", "gain": _GAIN}],
-    gains: [{"mode": "log_key_count", "gain": gain} for gain in _GAIN[:3]],
-}
-
-
 @dataclass(frozen=True)
 class Case:
     """A model, its scaling, and options of vLLM's engine.
@@ -106,24 +98,6 @@ class Case:
             settings = {"scaling": self.scaling, **options.pop("settings", {})}
             options["additional_config"] = {"tritonattn": settings}
         return patched, plain, {"model": str(folder), **ENGINE, **options}
-
-    def by_formulas(self, model: Any) -> Decoder | None:
-        """The patched model by the papers' formulas, with the weights of the plain one; None without a Decoder."""
-        config = model.config
-        if config.model_type not in Decoder.TYPES:
-            return None
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-        given = _FORMULAS[self.scaling] if callable(self.scaling) else [{"mode": self.scaling}] * len(kinds)
-        formulas = [
-            Formula(
-                scale=getattr(config, "query_pre_attn_scalar", config.head_dim) ** -0.5,
-                window=getattr(config, "sliding_window", None) if kind == "sliding_attention" else None,
-                softcap=getattr(config, "attn_logit_softcapping", None),
-                **own,
-            )
-            for kind, own in zip(kinds, given, strict=True)
-        ]
-        return Decoder(config, {name: x.double().numpy() for name, x in model.state_dict().items()}, formulas)
 
 
 ENGINE = {
@@ -165,8 +139,7 @@ def difference(model: Any, outputs: list[Any]) -> tuple[int, float]:
     for output in outputs:
         prompt, made = output.prompt_token_ids, list(output.outputs[0].token_ids)
         tokens = [*prompt, *made]
-        is_decoder = isinstance(model, Decoder)
-        logits = torch.from_numpy(model(tokens)) if is_decoder else model(torch.tensor([tokens])).logits[0]
+        logits = model(torch.tensor([tokens])).logits[0]
         rows = dict(enumerate(output.prompt_logprobs or [], -1)) | dict(
             enumerate(output.outputs[0].logprobs, len(prompt) - 1)
         )

@@ -1,10 +1,7 @@
-"""Results that an engine must compute, by the papers' formulas, in numpy and float64: attention, and decoders.
+"""Results that a layer must compute, by the papers' formulas, in numpy and float64; nothing here is of tritonattn."""
 
-Nothing here is of tritonattn, vLLM or transformers, but names of weights and of entries in a config.
-"""
-
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,63 +60,3 @@ class Formula:
 
 def by_head(x: Any) -> np.ndarray:
     return np.asarray(x, np.float64).reshape(-1, 1, 1)
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A Llama, Mistral or Gemma 2, from its config and weights and the formulas of its layers.
-
-    Sources: Touvron et al. 2023, arXiv:2302.13971; Jiang et al. 2023, arXiv:2310.06825; Gemma team 2024,
-    arXiv:2408.00118.
-    """
-
-    TYPES: ClassVar = ("llama", "mistral", "gemma2")
-    config: Any
-    weights: dict[str, np.ndarray] = field(repr=False)
-    formulas: list[Formula]
-
-    def __call__(self, tokens: list[int]) -> np.ndarray:
-        """Logits [S, vocabulary]."""
-        embedded = self.weights["model.embed_tokens.weight"]
-        x = embedded[tokens] * (np.sqrt(self.config.hidden_size) if self.is_gemma else 1.0)
-        for i, formula in enumerate(self.formulas):
-            layer = f"model.layers.{i}"
-            x = x + self.after(layer, "post_attention", self.attention(layer, self.norm(layer, "input", x), formula))
-            before = "pre_feedforward" if self.is_gemma else "post_attention"
-            x = x + self.after(layer, "post_feedforward", self.feed(layer, self.norm(layer, before, x)))
-        return self.norm("model", "", x) @ self.weights.get("lm_head.weight", embedded).T
-
-    @property
-    def is_gemma(self) -> bool:
-        return self.config.model_type == "gemma2"
-
-    def after(self, layer: str, name: str, x: np.ndarray) -> np.ndarray:
-        return self.norm(layer, name, x) if self.is_gemma else x
-
-    def norm(self, layer: str, name: str, x: np.ndarray) -> np.ndarray:
-        weight = self.weights[f"{layer}.{name}_layernorm.weight" if name else f"{layer}.norm.weight"]
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.config.rms_norm_eps) * (weight + self.is_gemma)
-
-    def feed(self, layer: str, x: np.ndarray) -> np.ndarray:
-        gate, up = (x @ self.weights[f"{layer}.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-        if self.is_gemma:
-            gate = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
-        else:
-            gate = gate / (1 + np.exp(-gate))
-        return (gate * up) @ self.weights[f"{layer}.mlp.down_proj.weight"].T
-
-    def attention(self, layer: str, x: np.ndarray, formula: Formula) -> np.ndarray:
-        q, k, v = (
-            (x @ self.weights[f"{layer}.self_attn.{name}_proj.weight"].T).reshape(len(x), -1, self.config.head_dim)
-            for name in "qkv"
-        )
-        out = formula.attend(self.turned(q), self.turned(k), v)
-        return out.reshape(len(x), -1) @ self.weights[f"{layer}.self_attn.o_proj.weight"].T
-
-    def turned(self, x: np.ndarray) -> np.ndarray:
-        """Rotary positions: Su et al. 2021, arXiv:2104.09864; entry d turns with entry d + D / 2."""
-        half = x.shape[-1] // 2
-        angle = np.arange(len(x))[:, None] * self.config.rope_parameters["rope_theta"] ** (-np.arange(half) / half)
-        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-        a, b = x[..., :half], x[..., half:]
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)

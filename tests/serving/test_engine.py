@@ -4,11 +4,9 @@ import gc
 from collections import Counter
 
 import pytest
-import torch
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from tritonattn.core.visibility import Visibility
 from tritonattn.integrations.vllm import backend
 
 from .cases import STEPS, TOLERANCE, Case, difference, gains, generate, learned, prompts
@@ -28,11 +26,11 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def served(request, tmp_path_factory):
-    """An engine, the patched and the plain model, and the patched one by the papers' formulas, or None."""
+    """An engine, the patched and the plain model."""
     case = CASES[request.param]
     patched, plain, arguments = case.make(tmp_path_factory.mktemp(request.param))
     llm = LLM(**arguments)
-    yield llm, patched, plain, case.by_formulas(plain)
+    yield llm, patched, plain
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
@@ -59,8 +57,8 @@ def paths(monkeypatch) -> Counter:
     return seen
 
 
-def test_tokens_and_logits_are_those_of_the_formulas_and_of_patched_transformers(served, paths):
-    llm, patched, plain, exact = served
+def test_tokens_and_logits_are_those_of_patched_transformers(served, paths):
+    llm, patched, plain = served
     outputs = generate(llm, prompts())  # some begin with pages that others write in the same step
     assert outputs[5].num_cached_tokens >= 64
     anew = generate(llm, prompts(), prompt_logprobs=-1)  # reads no cached prefix
@@ -68,9 +66,8 @@ def test_tokens_and_logits_are_those_of_the_formulas_and_of_patched_transformers
     again = generate(llm, [prompts()[i] for i in (5, 3)])
     assert again[0].num_cached_tokens >= 48
     for found in (outputs, anew, again):
-        for model in filter(None, (exact, patched)):
-            wrong, largest = difference(model, found)
-            assert (wrong, largest < TOLERANCE) == (0, True), largest
+        wrong, largest = difference(patched, found)
+        assert (wrong, largest < TOLERANCE) == (0, True), largest
     differing, largest = difference(plain, anew)
     assert differing > STEPS
     assert largest > 50 * TOLERANCE
@@ -78,46 +75,3 @@ def test_tokens_and_logits_are_those_of_the_formulas_and_of_patched_transformers
     assert paths["later chunk"] > 0
     if llm.llm_engine.vllm_config.speculative_config is not None:
         assert paths["guesses"] > 0
-
-
-def _longest(real, visibility):
-    """Every row of a cache counts the keys of the longest sequence."""
-    n = real(visibility)
-    return n.amax(0, keepdim=True).expand_as(n)
-
-
-def _one_less(real, visibility):
-    """Every row of a cache counts one key less."""
-    return (real(visibility) - int(visibility.sequences is None)).clamp(min=1)
-
-
-def _of_chunk(real, visibility):
-    """Rows count keys from the start of the chunk."""
-    rows = visibility.sequences.q_starts.diff().tolist()
-    return torch.cat([torch.arange(1, n + 1) for n in rows]).double()[None, None]
-
-
-def _only_new(real, row_ends, key_ends, *bounds):
-    """Rows see the first keys of their sequence, as many as the chunk has."""
-    return real(row_ends, row_ends, *bounds)
-
-
-FAULTS = {
-    "n of the longest sequence": (Visibility, "counts", _longest),
-    "n - 1": (Visibility, "counts", _one_less),
-    "n of the chunk": (Visibility, "counts", _of_chunk),
-    "old keys of a chunk are left out": (backend, "Packing", _only_new),
-}
-
-
-@pytest.mark.parametrize("served", ["log_key_count"], indirect=True)
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_shows(served, monkeypatch, fault):
-    llm, _, _, exact = served
-    owner, name, wrong = FAULTS[fault]
-    real = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args: wrong(real, *args))
-    llm.reset_prefix_cache()
-    outputs = generate(llm, prompts(), prompt_logprobs=-1)
-    llm.reset_prefix_cache()
-    assert difference(exact, outputs)[1] > TOLERANCE

@@ -14,8 +14,7 @@ from tritonattn.integrations.vllm import backend, plugin
 from tritonattn.integrations.vllm.backend import TritonattnBackend
 from tritonattn.integrations.vllm.pages import keys_and_values
 
-from .layer import HEAD_DIM, HEADS, NAME, Layer
-from .reference import Formula
+from .layer import HEAD_DIM, NAME, Layer
 
 plugin.register()
 plugin.register()  # vLLM may load it more than once
@@ -116,37 +115,6 @@ def test_refused_by_name(monkeypatch):
     with pytest.raises(ImportError, match=r"vllm: expected version >=0.33.0,<0.34, got 0.34.1"):
         Layer({"scaling": "log_key_count"})
     assert Layer(None).layer.attn_backend.get_name() == "CPU_ATTN"  # as without the plugin, whatever the version
-
-
-ONE_LAYER = {"model.layers.0.self_attn": {"scaling": "ssmax"}}
-
-
-@torch.no_grad()
-def test_random_weights_leave_learned_values_at_their_start():
-    given = {"load_config.load_format": "dummy", "model_config.hf_config.tritonattn": {"layers": ONE_LAYER}}
-    layer = Layer(None, "float32", engine=given)
-    assert max(x.error(Formula("ssmax")) for x in layer.run([([1, 40], [1, 40])])) < 1e-5
-
-
-def test_learned_values_that_no_layer_takes_are_named():
-    layer = Layer(None, engine={"model_config.hf_config.tritonattn": {"layers": {NAME[:-5]: {"scaling": "dim"}}}})
-    learned = {"model.layers.7.self_attn": {"scaling.s": torch.ones(HEADS)}}
-    layer.layer.impl.learned = learned
-    with (
-        set_current_vllm_config(layer.config),
-        pytest.raises(ValueError, match=r"expected settings of model.layers.7.self_attn, whose learned values"),
-    ):
-        layer.layer.process_weights_after_loading(layer.dtype)
-    layer = Layer({"scaling": "dim"})  # in place of the checkpoint's
-    layer.layer.impl.learned = learned
-    with set_current_vllm_config(layer.config):
-        layer.layer.process_weights_after_loading(layer.dtype)
-
-
-def test_the_switch_of_vllm_is_not_turned_off(monkeypatch):
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    with pytest.raises(ValueError, match=f"expected True or None under VLLM_BATCH_INVARIANT=1, got False at {NAME}"):
-        Layer({"scaling": "dim", "batch_invariant": False})
 
 
 def test_another_backend_is_refused_for_a_patched_model():

@@ -3,17 +3,18 @@
 import pytest
 
 triton = pytest.importorskip("triton")
+from perf.static import ranking
+from perf.static.gate import examine
+from perf.static.ranking import ranked_table
 from tests.compiled.table import CASES, QUICK
 from tests.compiled.test_compiled import check, check_cost_of_scales, pytestmark
 from tests.compiled.test_loads import SLOW, check_loads
+from tests.perf.test_static import ENTRIES, check_shipped_entry
 from tests.support.versions import OLDER_TRITON
-from tests.tuner.test_static import ENTRIES, check_shipped_entry
-from tritonattn.tuner import static
-from tritonattn.tuner.gate import examine
-from tritonattn.tuner.static import Compiler, keys, static_table
+from tritonattn.tuner.gate import Compiler
 from tritonattn.tuning.gpus import GPUS
 from tritonattn.tuning.lookup import config_for
-from tritonattn.tuning.table import HEAD_DIMS, Key
+from tritonattn.tuning.table import HEAD_DIMS, Key, keys
 
 __all__ = ["pytestmark"]
 ODD = [(gpu, key) for gpu in GPUS for key in keys(head_dims=tuple(dim for dim in HEAD_DIMS if dim % 16))]
@@ -53,12 +54,12 @@ def test_entries_of_a_padded_width_pass_the_gate(position):
 
 
 def test_a_static_table_is_the_same_twice(monkeypatch):
-    few = static.static_candidates
-    monkeypatch.setattr(static, "static_candidates", lambda *of: few(*of)[:3])
+    few = ranking.static_candidates
+    monkeypatch.setattr(ranking, "static_candidates", lambda *of: few(*of)[:3])
     wanted = [Key("forward", 64, "query", lengths) for lengths in ("short", "long")]
     gpu = next(gpu for gpu in GPUS if gpu.name == "a100")
-    with Compiler(gpu.target, workers=1) as compiler:
-        first, second = (static_table(gpu, compiler, wanted) for _ in range(2))
+    with Compiler(gpu.target, 1, examine) as compiler:
+        first, second = (ranked_table(gpu, compiler, wanted) for _ in range(2))
     assert first.text() == second.text()
     assert list(first.entries) == wanted
     for entry in first.entries.values():

@@ -10,10 +10,8 @@ import tritonattn
 from tests.calls.test_compile import assert_same_gradients, objective, operands
 from tests.calls.test_compile import pytestmark as _torchs_own
 from tests.huggingface.test_generation import assert_a_compiled_static_step
-from tests.huggingface.test_patch import LLAMA
 from tests.ops.test_decode import _grown
 from tests.support.packed import RAGGED, packed_operands
-from tritonattn.huggingface import patch
 
 pytestmark = _torchs_own
 
@@ -41,32 +39,6 @@ def test_inductor_of_a_decode_step():
     torch.testing.assert_close(found, tritonattn.attention_decode(query, **arguments))
 
 
-def test_compile_dynamic_shapes_of_a_mask():
-    def function(q, k, mask):
-        return tritonattn.attention(q, k, k, scaling="key_norm_sum", mask=mask).square().sum()
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
-    for batch, q_len, k_len in ((1, 6, 15), (2, 7, 17)):
-        leaves = tuple(torch.randn(batch, 2, length, 8, requires_grad=True) for length in (q_len, k_len))
-        mask = torch.rand(batch, 1, q_len, k_len) > 0.3
-        assert_same_gradients(partial(compiled, mask=mask), partial(function, mask=mask), leaves)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_a_compiled_static_step():
     assert_a_compiled_static_step("gemma3", "key_norm_mean")
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_compiled_model_trains():
-    network, ids = LLAMA.build("sdpa"), LLAMA.inputs()["input_ids"]
-
-    def gradient(run) -> torch.Tensor:
-        network.zero_grad()
-        run(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        return torch.cat([x.grad.flatten() for x in network.parameters() if x.grad is not None])
-
-    with patch(network, scaling="ssmax", layers=[1]):
-        wanted = gradient(network)
-        got = gradient(torch.compile(network, fullgraph=True, backend="aot_eager"))
-    assert (got - wanted).norm() <= 1e-4 * wanted.norm()

@@ -9,8 +9,7 @@ import pytest
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from tritonattn.backends.triton import device, launch
-from tritonattn.kernels import KERNELS
+from tritonattn.backends.triton import KERNELS, device, launch
 
 
 def leave_bodies_out(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

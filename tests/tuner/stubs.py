@@ -3,8 +3,7 @@
 import triton
 
 from tritonattn.cli import main as cli
-from tritonattn.tuner.gate import Candidate
-from tritonattn.tuner.machine_code import MachineCode, MmaLoop
+from tritonattn.tuner.gate import Candidate, Code
 from tritonattn.tuning.config import Target, TileConfig
 from tritonattn.tuning.table import Entry, Key
 
@@ -19,7 +18,7 @@ SEARCH = ["tune", *ONE[3:]]
 class FakeCompiler:
     """Only BEST passes the gate."""
 
-    def __init__(self, target, workers, model=None):
+    def __init__(self, target, workers, examine=None):
         self.target = target
 
     def __enter__(self):
@@ -29,8 +28,7 @@ class FakeCompiler:
         pass
 
     def examine(self, wanted, progress=None):
-        loop = MmaLoop({"tensor": 1, "exp": 1}, packed=0, tiles=1, flops=64 * 64 * 256, shared_bytes=1024)
-        code = MachineCode(128, 0, 32768, 0, 0, (loop,))
+        code = Code(128, 0, 32768)
         return [Candidate(config, code, () if config == BEST else ("spills",)) for _, _, config in wanted]
 
 

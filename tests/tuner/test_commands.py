@@ -1,15 +1,15 @@
 """`tritonattn tune`, `configs` and `env`: what they write, keep, print and refuse. Nothing is compiled or timed."""
 
 import re
-from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
-from tritonattn.tuner.static import keys
+triton = pytest.importorskip("triton")
+from tritonattn.tuner.gate import Candidate, Code
 from tritonattn.tuning.config import Problem, Target, TileConfig
-from tritonattn.tuning.table import Entry, Exact, Key, Table, kernels_fingerprint, read_table, write_table
+from tritonattn.tuning.defaults import default_config
+from tritonattn.tuning.table import Entry, Exact, Key, Table, kernels_fingerprint, keys, read_table, write_table
 
 from .stubs import BEST, H100, KEYS, MEASURED, ONE, FakeCompiler, run
 
@@ -19,19 +19,13 @@ OF_ANOTHER = Entry(TileConfig(16, 32, 4, 2), "static", {"triton": "3.1.4"})
 def test_unknown_names(user, capsys):
     for arguments, message in {
         "tune --static h1000": "--static: expected a100, a10",
-        "tune --static ,": "--static: expected a100, a10",
         "tune --workers -1": "--workers: expected at least 1, got -1",
         "tune --budget nan": "--budget: expected minutes, got nan",
-        "tune --kernels forwards": "--kernels: expected forward, grad_key_value, grad_query, decode, got 'forwards'",
         "tune --head-dims 63": "--head-dims: expected 40, 64, 72, 80",
-        "tune --dtypes fp8": "--dtypes: expected bf16, fp16",
         "tune --static a100 --quick": "--static: expected neither --calls nor --quick beside it",
-        "tune --static a100 --calls x": "--static: expected neither --calls nor --quick beside it",
         "tune --calls x --dtypes fp16": "--calls: expected neither --head-dims nor --dtypes beside it",
-        "tune --lengths huge": "--lengths: expected short, long",
         "configs --gpu h1000": "configs: --gpu: expected a100, a10, l40s, h100, h200",
         "configs --gpu all": "sm_90, ..., got 'all'\n",
-        "configs --gpu=": "sm_90, ..., got ''\n",
     }.items():
         status, _, err = run(capsys, *arguments.split())
         assert status == 2, arguments
@@ -47,6 +41,32 @@ def test_a_static_table_is_written_for_the_user_or_shipped(user, tmp_path, capsy
     assert "64 x 64, 4 warps, 2 stages" in out
     run(capsys, *ONE, "--write")
     assert (user / "a100.json").read_bytes() == (tmp_path / "shipped" / "a100.json").read_bytes()
+
+
+def test_a_static_table_keeps_what_is_in_use_where_it_passes(user, tmp_path, monkeypatch, capsys):
+    """Here a config that the shipped table has, not the first of the candidates."""
+    shipped = Entry(TileConfig(64, 32, 4, 3), "static", {"triton": "3.1.4"})
+    table = Table("a100", Target("cuda", "80"), kernels_fingerprint(), {KEYS[1]: shipped})
+    write_table(tmp_path / "shipped" / "a100.json", table)
+
+    def examine(self, wanted, progress=None):
+        return [Candidate(config, Code(128, 0, 32768), ()) for _, _, config in wanted]
+
+    monkeypatch.setattr(FakeCompiler, "examine", examine)
+    run(capsys, *ONE)
+    entries = read_table(user / "a100.json").entries
+    assert entries[KEYS[1]].config == shipped.config
+    assert entries[KEYS[1]].triton == triton.__version__
+    assert entries[KEYS[0]].config == default_config("forward", KEYS[0].problem, Target("cuda", "80"))
+
+
+def test_static_tables_have_head_dims_that_are_multiples_of_16(on_h100, user, capsys):
+    """A search times others of models too."""
+    few = ("--kernels", "forward", "--lengths", "short")
+    run(capsys, "tune", "--static", "a100", *few)
+    assert {key.head_dim for key in read_table(user / "a100.json").entries} == {64, 80, 96, 128, 192, 256}
+    run(capsys, "tune", *few)
+    assert {40, 72, 88} < {key.head_dim for key in on_h100}
 
 
 def test_measured_entries_and_other_keys_are_kept(user, capsys):
@@ -79,14 +99,3 @@ def test_configs_says_where_each_comes_from(user, capsys):
     assert "h100.json, measured  " in lines["forward/64/none/long"]
     assert "h100.json, static, for triton 3.1.4" in lines["decode/256/none/long"]
     assert "default" in lines["forward/64/none/short"]
-
-
-@pytest.mark.parametrize("arguments", [ONE, ["tune", *ONE[3:]]], ids=["static", "timed"])
-def test_a_compiler_that_is_killed(arguments, on_h100, monkeypatch, capsys):
-    def examine(self, wanted, progress=None):
-        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
-
-    monkeypatch.setattr(FakeCompiler, "examine", examine)
-    status, _, err = run(capsys, *arguments)
-    assert status == 2
-    assert "--workers" in err

@@ -9,9 +9,8 @@ import torch
 pytest.importorskip("triton")
 from tritonattn.backends.triton import launch
 from tritonattn.tuner import search
-from tritonattn.tuner.gate import Candidate
-from tritonattn.tuner.machine_code import MachineCode
-from tritonattn.tuner.static import Compiler
+from tritonattn.tuner.candidates import candidates
+from tritonattn.tuner.gate import Candidate, Code, Compiler
 from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import SHARES, Target, TileConfig
 from tritonattn.tuning.lookup import config_for
@@ -32,19 +31,6 @@ class Workload:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-def run(configs=(BEST,)):
-    return search.search(KEY, list(configs), SM_80, CPU, search.Effort(warm_up=0), Size(1, 1, 16, 16))
-
-
-def test_a_config_that_takes_the_card_with_it_ends_the_search(monkeypatch):
-    """No later result of the process means anything: neither that a config is wrong, nor that one is fast."""
-    monkeypatch.setattr(search, "Workload", Workload)
-    assert len(run().wrong) == 2, "a failure that the card outlives is the config's alone"
-    monkeypatch.setattr(search, "_is_lost", lambda device: True)
-    with pytest.raises(search.SearchError, match=r"forward/64/none/short .*unusable.*illegal memory access"):
-        run()
-
-
 OTHERS = [TileConfig(16, 16, 4, stages) for stages in (1, 2, 3, 4)]
 IN_USE = config_for(KEY.kernel, KEY.problem, SM_80)
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -61,6 +47,7 @@ def timed(monkeypatch):
         milliseconds=dict(zip([IN_USE, *OTHERS], (8, 4, 2, 16, 32), strict=True)),
         factors={},
         calls=[],
+        rounds=[],
     )
 
     class Right(Workload):
@@ -73,8 +60,9 @@ def timed(monkeypatch):
         def __call__(self, number):
             timed.calls.append((self.problem.dtype, self.config(), number))
 
-    def take_turns(contestants, *_):
+    def take_turns(contestants, device, rounds, *_):
         taken = {}
+        timed.rounds.append((rounds, len(contestants)))
         for name, contestant in contestants.items():
             contestant(7)
             config = timed.calls[-1][1]
@@ -95,6 +83,7 @@ def test_the_fastest_is_taken_and_the_next_are_noted(timed):
     result = find()
     assert (result.before, result.entry.config, result.gain) == (IN_USE, OTHERS[1], 4.0)
     assert timed.calls[:10] == [(dtype, config, 7) for config in (IN_USE, *OTHERS) for dtype in (BRAIN, HALF)]
+    assert timed.rounds == [(5, 5), (20, 5), (20, 6)], "all of them, the fastest, and the best one's orders"
     details = result.entry.details
     assert (details["milliseconds"], details["quartiles"]) == (2, [1.5, 3])
     assert details["size"] == {"batch": 2, "heads": 4, "q_len": 16, "k_len": 16, "group": 1}
@@ -103,13 +92,21 @@ def test_the_fastest_is_taken_and_the_next_are_noted(timed):
     assert next_ones == [(1, 4), (IN_USE.num_stages, 8), (3, 16)]
 
 
+def test_the_fastest_of_a_few_rounds_go_on_beside_the_one_in_use(timed):
+    effort = search.Effort(first_rounds=3, timed=2, rounds=9)
+    result = search.search(KEY, OTHERS, SM_80, CPU, effort, Size(2, 4, 16, 16))
+    assert (result.entry.config, result.gain) == (OTHERS[1], 4.0)
+    assert timed.rounds == [(3, 5), (9, 3), (9, 6)]
+    assert [config for _, config, _ in timed.calls[5:8]] == [IN_USE, OTHERS[1], OTHERS[0]]
+
+
 def test_the_best_tiles_are_timed_in_other_orders(timed):
     timed.factors = {25: 1.5, 200: 0.9, 400: 0.95}
     result = find()
     assert result.entry.config == replace(OTHERS[1], l2_percent=200)
     assert (result.entry.details["milliseconds"], result.before_timing.median) == (1.8, 8)
-    second = [config for dtype, config, _ in timed.calls[10:] if dtype == BRAIN]
-    assert second == [IN_USE, *(replace(OTHERS[1], l2_percent=percent) for percent in (100, 25, 50, 200, 400))]
+    last = [config for dtype, config, _ in timed.calls if dtype == BRAIN][-6:]
+    assert last == [IN_USE, *(replace(OTHERS[1], l2_percent=percent) for percent in (100, 25, 50, 200, 400))]
     timed.wrong = {(HALF, replace(OTHERS[1], l2_percent=200))}
     assert find().entry.config.l2_percent == 400
     timed.factors = {25: 0.98}
@@ -140,24 +137,16 @@ def test_a_machine_that_compiles_nothing_is_not_searched_on(monkeypatch):
 
     monkeypatch.setattr(Compiler, "examine", examine)
     with Compiler(SM_80, 1) as compiler, pytest.raises(search.SearchError, match=r"no config compiles; .*no nvdisasm"):
-        search.promising(KEY, compiler, search.Effort())
+        search.passing(KEY, compiler, search.Effort())
 
 
-def test_the_promising_are_few_and_in_the_order_of_the_model(monkeypatch):
-    """The model is asked about the card's processors."""
-    asked = set()
-
+def test_all_that_pass_the_gate_are_timed(monkeypatch):
     def examine(self, wanted):
-        code = MachineCode(128, 0, 0, 0)
+        code = Code(128, 0, 0)
         return [Candidate(config, code, ("spills",) if config.num_warps == 8 else ()) for _, _, config in wanted]
 
-    def clocks(kernel, problem, candidate, target, processors):
-        asked.add((kernel, problem, processors))
-        return candidate.config.num_stages + 8 / candidate.config.block_n
-
     monkeypatch.setattr(Compiler, "examine", examine)
-    monkeypatch.setattr(search, "modelled_clocks", clocks)
     with Compiler(SM_80, 1) as compiler:
-        found = search.promising(KEY, compiler, search.Effort(timed=3))
-    assert [(one.num_stages, one.block_n, one.num_warps) for one in found] == [(2, 128, 4), (2, 128, 4), (2, 64, 4)]
-    assert asked == {(KEY.kernel, KEY.problem, 108)}
+        found = search.passing(KEY, compiler, search.Effort())
+    assert found == [one for one in candidates(KEY.kernel, KEY.problem, SM_80) if one.num_warps != 8]
+    assert len(found) > search.Effort().timed

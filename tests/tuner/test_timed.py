@@ -5,7 +5,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 from tritonattn.tuner import tune as commands
-from tritonattn.tuner.search import SearchError
 from tritonattn.tuning import lookup
 from tritonattn.tuning.calls import Call, Calls, Size
 from tritonattn.tuning.config import Problem
@@ -52,21 +51,6 @@ def test_a_search_that_is_stopped_goes_on(on_h100, user, instead, monkeypatch, c
     assert on_h100 == KEYS
 
 
-def test_a_card_that_is_lost_is_said(on_h100, user, instead, capsys):
-    instead(SearchError(f"{KEYS[1]} left the card unusable to this process"))
-    status, _, err = run(capsys, *SEARCH)
-    assert status == 2
-    assert f"{KEYS[1]} left the card unusable to this process. 1 keys were searched before" in err
-    assert set(read_table(user / "h100.json").entries) == {KEYS[0]}
-
-
-def test_a_budget_is_of_minutes(on_h100, monkeypatch, capsys):
-    monkeypatch.setattr(commands.time, "monotonic", lambda: 1000.0 + 40 * len(on_h100))
-    _, out, _ = run(capsys, *SEARCH, "--budget", "1")
-    assert "the budget of 1 minutes is spent" in out
-    assert on_h100 == KEYS[:2]
-
-
 def put_calls(path) -> list[Exact]:
     """The calls of a file, the busiest first: a training step of grouped heads, and decoding from pages."""
     step = Problem(128, 128, torch.bfloat16, right=True, grouped=True, rounding=True)
@@ -91,31 +75,3 @@ def test_the_calls_of_a_file_are_searched_for(on_h100, user, tmp_path, capsys):
     _, out, _ = run(capsys, "tune", "--calls", str(tmp_path / "calls.json"))
     assert "3 of 3 keys are measured already" in out
     assert on_h100 == KEYS + calls
-
-
-def test_a_quick_search_takes_less_and_leaves_more_to_a_later_one(on_h100, user, capsys):
-    run(capsys, *SEARCH, "--quick")
-    assert {effort.rounds for effort in on_h100.efforts} == {8}
-    run(capsys, *SEARCH, "--quick")
-    assert on_h100 == KEYS
-    run(capsys, *SEARCH)
-    assert on_h100 == KEYS * 2
-
-
-def test_a_file_without_calls(on_h100, tmp_path, capsys):
-    path = tmp_path / "calls.json"
-    for content, message in {
-        None: "No such file",
-        "{": "calls.json: Expecting",
-        '{"schema_version": 1, "calls": []}': "nothing was recorded",
-    }.items():
-        if content is not None:
-            path.write_text(content, encoding="utf-8")
-        status, _, err = run(capsys, "tune", "--calls", str(path))
-        assert status == 2
-        assert message in err
-    put_calls(path)
-    status, _, err = run(capsys, "tune", "--calls", str(path), "--lengths", "short", "--kernels", "forward")
-    assert status == 2
-    assert "expected launches of forward of short calls, got none" in err
-    assert on_h100 == []

@@ -56,21 +56,3 @@ def test_the_hosts_time_is_not_in_a_cards(host, card):
     taken = timing.take_turns({"a": lambda n: (calls.append(n), card.launch(host, 0.05))}, GPU, rounds=4, warm_up=0)
     assert taken["a"] == pytest.approx([0.05] * 4)
     assert len(calls) <= 5 + 5, "the right number of flushes, at most 32, is found by doubling"
-
-
-def test_every_round_has_an_order_of_its_own_that_is_the_same_in_every_run():
-    def rounds() -> list[str]:
-        calls: list[tuple[str, int]] = []
-        contestants = {name: lambda number, name=name: calls.append((name, number)) for name in "abc"}
-        taken = timing.take_turns(contestants, torch.device("cpu"), rounds=12, warm_up=0)
-        assert list(taken) == ["a", "b", "c"]
-        assert all(len(times) == 12 for times in taken.values())
-        first, *turns = (calls[at : at + 3] for at in range(0, len(calls), 3))
-        assert first == [("a", 0), ("b", 0), ("c", 0)]
-        assert [{number for _, number in turn} for turn in turns] == [{number} for number in range(12)], "inputs"
-        return ["".join(name for name, _ in turn) for turn in turns]
-
-    orders = rounds()
-    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
-    assert len(set(orders)) > 2
-    assert orders == rounds()

@@ -6,17 +6,15 @@ import torch
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
-from tritonattn.backends.triton import device, launch
+from tritonattn.backends.triton import KERNELS, device, launch
 from tritonattn.backends.triton.compile import launch_of, specialised
 from tritonattn.core.call import ForwardResult
-from tritonattn.kernels import KERNELS
 from tritonattn.tuner import workload
-from tritonattn.tuner.static import keys
 from tritonattn.tuner.workload import Workload, checked_size, typical_size
 from tritonattn.tuning.calls import Size
 from tritonattn.tuning.config import Problem, Target, is_short
 from tritonattn.tuning.defaults import default_config
-from tritonattn.tuning.table import Key
+from tritonattn.tuning.table import Key, keys
 
 CPU = torch.device("cpu")
 
@@ -86,25 +84,6 @@ def test_a_check_keeps_the_group_and_the_share_of_each_member():
     packed = checked_size(Size(16, 4, 4096, 4096, group=2, q_total=32768, k_total=32768))
     assert packed == Size(2, 4, 1024, 1024, group=2, q_total=1501, k_total=1501)
     assert checked_size(Size(1, 2**25, 1, 1, group=2**25)).logits == 2**25, "of heads that share a key nothing is cut"
-
-
-@pytest.mark.parametrize(("kernel", "function"), [("forward", "triton_backend.forward"), ("decode", "attend")])
-def test_rounds_take_copies_in_turn(kernel, function, monkeypatch):
-    calls = []
-
-    def launched(call, aux, rounding=None):
-        calls.append(call.q)
-        return ForwardResult(call.q, call.q[..., 0])
-
-    monkeypatch.setattr(f"tritonattn.tuner.workload.{function}", launched)
-    timed = Workload(kernel, Key(kernel, 64, "none", "short").problem, Size(1, 2, 8, 8), CPU, copies=2)
-    for number in (0, 1, 2, 5):
-        timed(number)
-    first, second, *others = calls
-    assert [x is first for x in others] == [True, False]
-    assert others[1] is second
-    assert first.data_ptr() != second.data_ptr()
-    assert not torch.equal(first, second)
 
 
 def test_nan_is_wrong(monkeypatch):

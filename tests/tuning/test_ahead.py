@@ -21,9 +21,8 @@ from tests.support.caches import cached_call
 from tests.support.packed import Packed
 from tests.support.paged_calls import paged_call
 from tritonattn.backends import triton as triton_backend
+from tritonattn.backends.triton import KERNELS, device, launch
 from tritonattn.backends.triton import compile as ahead
-from tritonattn.backends.triton import device, launch
-from tritonattn.kernels import KERNELS
 from tritonattn.tuning import Problem, compile_kernel, default_config
 
 pytestmark = pytest.mark.skipif(

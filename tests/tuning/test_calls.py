@@ -76,17 +76,6 @@ def test_a_growing_cache_is_few_calls(unlaunched):
     assert sum(found.counts().values()) == 100
 
 
-def test_calls_that_no_table_serves_are_not_recorded(unlaunched, tmp_path):
-    with record() as found:
-        attend(dtype=torch.float32)
-        with tritonattn.batch_invariant():
-            attend()
-    assert len(found) == 0
-    with pytest.raises(ValueError, match=r"calls: expected launches inside `record`, got none: .*16 bits"):
-        found.write(tmp_path / "calls.json")
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_size_of_a_problem_is_that_of_most_work():
     short, long = (replace(SIZES[CAUSAL], q_len=length, k_len=length) for length in (2048, 4096))
     found = Calls({Call(CAUSAL, short): 3, Call(CAUSAL, long): 1, Call(DECODE, SIZES[DECODE]): 1})
@@ -102,11 +91,8 @@ FAULTS = [
     ({}, "calls: expected a list"),
     ([ONE | {"file": "/etc/passwd"}], "expected call, count and size"),
     ([ONE | {"call": "forward/64/64/float32/plain"}], "expected kernel/head_dim/value_dim/dtype/options"),
-    ([ONE | {"call": 5}], "expected kernel/head_dim/value_dim/dtype/options, got 5"),
     ([ONE | {"count": 0}], "count: expected an integer from 1"),
-    ([ONE | {"count": True}], "count: expected an integer from 1"),
     ([ONE | {"size": {"batch": 1}}], "size: expected some of batch, heads"),
-    ([ONE | {"size": ONE["size"] | {"depth": 1}}], "size: expected some of batch, heads"),
     ([ONE | {"size": ONE["size"] | {"batch": 10**300}}], "batch: expected an integer from 1 to"),
     ([ONE | {"size": ONE["size"] | {"k_len": -1}}], "k_len: expected an integer from 1"),
     ([ONE | {"size": ONE["size"] | {"heads": 6}}], "heads: expected one of such calls, got 6"),

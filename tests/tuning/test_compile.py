@@ -6,7 +6,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from tritonattn.kernels import KERNELS
+from tritonattn.backends.triton import KERNELS
 from tritonattn.tuning import Problem, Target, TileConfig, compile_kernel, default_config, legal_reasons
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")

@@ -45,16 +45,6 @@ def test_calls_that_take_many_registers_get_smaller_tiles(kernel, width, target)
                 assert of_a_warp[1] >= min(of_a_warp[0], 16), "warps that share rows repeat their softmax"
 
 
-@pytest.mark.parametrize("name", ["sm_89", "sm_130"])
-def test_a_target_without_tiles_of_its_own_takes_those_of_least_memory(name):
-    for kernel in ("forward", "grad_query", "grad_key_value", "decode"):
-        for width in (64, 128, 256, 512):
-            given = problem(width, aligned=False)
-            assert default_config(kernel, given, Target.parse(name)) == default_config(
-                kernel, given, Target.parse("sm_86")
-            )
-
-
 def test_wide_heads_are_refused_where_their_smallest_tiles_do_not_fit():
     refused = {
         (target.name, dtype)
@@ -77,17 +67,6 @@ def test_page_numbers_come_a_stage_before_their_keys():
         widest = Problem(576, 512, HALF, block_table=True)  # latent attention
         config = default_config("decode", widest, target)
         assert bool(legal_reasons("decode", config, widest, target)) == (target.backend == "hip")
-
-
-def test_tiles_of_decoding_fit_the_rows():
-    target = Target("cuda", "90")
-
-    def rows(packed: int, width: int = 128) -> int:
-        return default_config("decode", Problem(width, width, torch.float16, packed_rows=packed), target).block_m
-
-    assert [rows(packed) for packed in (16, 32, 64, 128)] == [16, 32, 64, 64]
-    assert rows(64, width=256) == 32
-    assert rows(128, width=64) == 64
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)

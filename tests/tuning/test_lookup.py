@@ -169,23 +169,6 @@ def test_a_card_takes_the_tables_of_the_nearest(card, folders):
     assert lookup.paths(target)[0] == user / f"{table_name(target)}.json"
 
 
-def test_names_of_cards():
-    wanted = {
-        ("NVIDIA A100-SXM4-80GB", "80"): "a100",
-        ("NVIDIA A10", "86"): "a10",
-        ("NVIDIA A10G", "86"): "nvidia_a10g",
-        ("NVIDIA L40S", "89"): "l40s",
-        ("NVIDIA H100 80GB HBM3", "90"): "h100",
-        ("NVIDIA H200", "90"): "h200",
-        ("NVIDIA B200", "100"): "b200",
-        ("NVIDIA GeForce RTX 5090", "120"): "rtx_5090",
-        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "120"): "rtx_pro_6000",
-        ("NVIDIA RTX PRO 6000 Ada", "89"): "nvidia_rtx_pro_6000_ada",
-        ("", "90"): "",
-    }
-    assert {(card, arch): table_name(Target("cuda", arch, card)) for card, arch in wanted} == wanted
-
-
 def test_an_illegal_entry_never_runs(folders):
     shipped, user = folders
     put(shipped / "h100.json", 32)

@@ -8,9 +8,8 @@ import torch
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
+from tritonattn.backends.triton import KERNELS, device, launch
 from tritonattn.backends.triton import compile as ahead
-from tritonattn.backends.triton import device, launch
-from tritonattn.kernels import KERNELS
 from tritonattn.tuning import Problem, Target, TileConfig
 
 TILES = TileConfig(64, 32, 4, 2)

@@ -9,10 +9,10 @@ from .configs import GPUS
 from .options import chosen, names, require
 from .threads import usable_cores
 
-HELP = "search for the fastest tile configs on this GPU, or rank them without one"
+HELP = "search for the fastest tile configs on this GPU, or check them without one"
 DESCRIPTION = (
-    "Compile the tile configs of each kernel. Of those that pass the static checks, check the most promising ones "
-    "against the reference and time them. Write the best into the user's table: autotune/GPU.json in "
+    "Compile the tile configs of each kernel. Check those whose code fits and spills little against the reference, and "
+    "time them. Write the best into the user's table: autotune/GPU.json in "
     "$TRITONATTN_CACHE_DIR, else in $XDG_CACHE_HOME/tritonattn, else in ~/.cache/tritonattn. Stop it at any time: the "
     "same command goes on where it was stopped."
 )
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--static",
         type=lambda text: names(text) or ("",),
         metavar="A,B",
-        help=f"rank by a model instead, without a GPU: for some of {GPUS}, for architectures (sm_90, ...) or all",
+        help="without a GPU: write the configs in use whose code passes, else others that do, for some of "
+        f"{GPUS}, for architectures (sm_90, ...) or all",
     )
     add("--write", action="store_true", help="write into the package's autotune_cache/ instead of the user's folder")
     add("--workers", type=int, default=usable_cores(), metavar="N", help="processes that compile (default: one a core)")

@@ -46,23 +46,17 @@ def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig
     return [default, *(one for one in found if one != default and _is_sensible(kernel, one, problem, target))]
 
 
-def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List the candidates for a ranking by a model, the default first: those with descriptors, where there are some.
-
-    Of decoding, which waits for memory, those with the default's stages: no model here tells others apart.
-    """
-    default, *others = candidates(kernel, problem, target)
-    described = may_use_descriptors(kernel, problem, target)
-    stages = (default.num_stages,) if kernel == "decode" else (1, 2, 3, 4)
-    return [default, *(one for one in others if one.num_stages in stages and one.descriptors == described)]
-
-
 def few_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    """List the default, and of each tile the candidate for a ranking whose stages are nearest to two: tiles compare."""
-    first, *others = static_candidates(kernel, problem, target)
+    """List the default, and a candidate of each tile: of those with descriptors, if there are, the nearest to 2 stages.
+
+    Of decoding, which waits for memory, those with the default's stages.
+    """
+    first, *others = candidates(kernel, problem, target)
+    described = may_use_descriptors(kernel, problem, target)
     of_tiles: dict[tuple[int, int, int], TileConfig] = {}
     for one in sorted(others, key=lambda one: abs(one.num_stages - 2)):
-        of_tiles.setdefault(tiles(one), one)
+        if one.descriptors == described and (kernel != "decode" or one.num_stages == first.num_stages):
+            of_tiles.setdefault(tiles(one), one)
     return [first, *of_tiles.values()]
 
 

@@ -1,10 +1,20 @@
-"""The static gate: conditions on compiled code, and a ranking by modelled clocks, before a config is timed."""
+"""The gate before a config is timed, or written without a GPU: its code compiles, fits, and spills little."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
+import triton
 from triton.compiler import CompiledKernel
 
 from ..backends.triton.compile import compile_kernel
@@ -15,148 +25,153 @@ from ..tuning.config import (
     TileConfig,
     legal_reasons,
     one_line,
-    padded_dim,
     shared_limit,
 )
-from .machine_code import MachineCode, MmaLoop, flops_per_logit, read_machine_code
-from .model import RATES, cycles, programs_per_sm
+from ..tuning.ptxas import ptxas_version
 
-# Bytes that the L2 cache gives an SM a clock: 5120 for the 108 of an A100 (NVIDIA A100 whitepaper); taken for all.
-_L2_BYTES = 48
-# Exponentials and reciprocals a logit where a softcap's tanh takes one of each.
-_OF_A_SOFTCAP = 3
-# Approximate clocks until a load from memory arrives.
-_LATENCY = 600
-# Instructions that access local memory, as a share of a loop's: of fewer the price is in the model.
-_MOST_LOCAL = 0.02
+_TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
+
+# Bytes a thread, half of its registers: code outside of loops may spill (that of shipped configs up to 472), and a
+# search times what is left.
+_MOST_SPILLED = 512
+
+Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
-class Latency:
-    """A model's view of the loop over blocks without a mask, with latency.
+class Code:
+    """A kernel's registers and bytes of spills a thread, bytes of shared memory, columns of tensor memory."""
 
-    share        of the processor's tensor rate
-    clocks       of an iteration of a program while `programs` run, or None where latency was not replayed
-    programs     that a processor holds at once
-    awaits_last  whether an iteration waits for what the one before it asked for
-    """
-
-    share: float
-    clocks: float | None
-    programs: int
-    awaits_last: bool
-
-
-LatencyModel = Callable[[CompiledKernel, TileConfig, Target], Latency]
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_memory: int = 0
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A config, its code (None where it did not compile), the reasons to refuse it, and a model's view of it."""
+    """A config, its code (None where it did not compile), and the reasons to refuse it."""
 
     config: TileConfig
-    code: MachineCode | None
+    code: Any
     reasons: tuple[str, ...]
-    latency: Latency | None = None
+
+    def details(self) -> dict[str, Any]:
+        """What an entry of a table says of its code."""
+        return {name: getattr(self.code, name) for name in ("registers", "spill_bytes", "shared_bytes")}
 
 
-def examine(
-    kernel: str, problem: Problem, config: TileConfig, target: Target, model: LatencyModel | None = None
+Examine = Callable[[str, Problem, TileConfig, Target], Candidate]
+
+
+def examine(kernel: str, problem: Problem, config: TileConfig, target: Target) -> Candidate:
+    """Compile a config without a GPU, and hold its code to the gate."""
+
+    def read(compiled: CompiledKernel) -> Candidate:
+        code = read_code(compiled)
+        spilled = [f"spills {code.spill_bytes} bytes a thread"] if code.spill_bytes > _MOST_SPILLED else []
+        return Candidate(config, code, (*spilled, *memory_reasons(code, target)))
+
+    return compiled_candidate(kernel, problem, config, target, read)
+
+
+def compiled_candidate(
+    kernel: str, problem: Problem, config: TileConfig, target: Target, read: Callable[[CompiledKernel], Candidate]
 ) -> Candidate:
-    """Compile a config, hold it to the gate, and ask a model of its latency if there is one."""
+    """Compile a config, where it is legal, and `read` its code."""
     if reasons := legal_reasons(kernel, config, problem, target):
         return Candidate(config, None, tuple(reasons))
     try:
-        compiled = compile_kernel(kernel, problem, config, target)
-        code = read_machine_code(compiled)
+        return read(compile_kernel(kernel, problem, config, target))
     except Exception as error:  # a compiler may raise anything; the config is refused
         return Candidate(config, None, (f"does not compile: {one_line(error)}",))
-    reasons = gate_reasons(kernel, problem, config, target, code)
-    latency = model(compiled, config, target) if model and code.unmasked_loop and kernel != "decode" else None
-    return Candidate(config, code, tuple(reasons), latency)
 
 
-def gate_reasons(kernel: str, problem: Problem, config: TileConfig, target: Target, code: MachineCode) -> list[str]:
-    """List the reasons to refuse code; an empty list lets it be timed."""
+def memory_reasons(code: Any, target: Target) -> list[str]:
+    """List what code takes too much of."""
     reasons = []
-    if code.spill_bytes and _local_share(code) > _MOST_LOCAL:
-        reasons.append(f"spills {code.spill_bytes} bytes a thread in a loop")
     if code.shared_bytes > shared_limit(target):
         reasons.append(f"takes {code.shared_bytes} bytes of shared memory, {target.name} has {shared_limit(target)}")
     if code.tensor_memory > TENSOR_MEMORY_COLUMNS:
         reasons.append(f"takes {code.tensor_memory} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}")
-    if code.mma_loops is None:  # AMD
-        return reasons
-    loop = code.unmasked_loop
-    if loop is None:
-        return [*reasons, "has no loop with tensor instructions"]
-    if loop.product_waits > loop.products > 0:
-        reasons.append(f"waits {loop.product_waits} times for {loop.products} products: ptxas serialised them")
-    softmaxes = _softmaxes(kernel, config, loop) / (_OF_A_SOFTCAP if problem.softcap else 1)
-    if kernel != "decode" and softmaxes > 1.1:
-        reasons.append(f"computes {softmaxes:.2f} exponentials a logit: warps repeat each other's softmax")
     return reasons
 
 
-def _local_share(code: MachineCode) -> float:
-    """Share of instructions that access local memory, in the loop of tensor instructions that has the most; else 1."""
-    return max((loop.instructions.get("local", 0) / loop.total for loop in code.mma_loops or ()), default=1.0)
+def read_code(compiled: CompiledKernel) -> Code:
+    """Read a kernel that was compiled for any target. NVIDIA's local memory is spills: kernels ask for none."""
+    shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
+    if "amdgcn" in compiled.asm:
+        assembly = compiled.asm["amdgcn"]
+        registers, spills = (number_behind(rf"\.{name}:?\s+", assembly) for name in ("vgpr_count", "vgpr_spill_count"))
+        return Code(registers, 4 * spills, shared)
+    usage = read_binary("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
+    return Code(number_behind("REG:", usage), number_behind("STACK:", usage), shared, tensor_memory)
 
 
-def _softmaxes(kernel: str, config: TileConfig, loop: MmaLoop) -> float:
-    """Count exponentials a logit, without those that correct earlier sums, at most 4 lanes of every warp a row."""
-    rows = 4 * config.num_warps / config.block_n if kernel == "forward" else 0
-    tile = loop.tiles * config.block_m * config.block_n
-    return loop.instructions.get("exp", 0) * 32 * config.num_warps / tile - rows
+def read_binary(tool: str, cubin: bytes, *options: str) -> str:
+    """Return what one of triton's tools for NVIDIA's binaries prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [str(_TOOLS / tool), *options, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def modelled_clocks(kernel: str, problem: Problem, candidate: Candidate, target: Target, processors: int) -> float:
-    """Model the clocks of a representative call on a GPU from the rates of its units, for ranking only.
+def number_behind(pattern: str, text: str) -> int:
+    found = re.search(rf"{pattern}(\d+)", text)
+    if found is None:
+        raise ValueError(f"machine code: expected a number behind {pattern!r}, got none")
+    return int(found[1])
 
-    A processor holds some programs at once. Their units overlap as far as warps hide one another: an iteration takes
-    its longest unit's time and, of the others' time, the share that one of a scheduler's warps leaves exposed; loads
-    are exposed as far as the iterations between request and wait are shorter. A replay of the loop stands for all that.
+
+def compiler_versions(target: Target) -> dict[str, str]:
+    """Name the versions that made the code of an entry."""
+    versions = {"triton": triton.__version__}
+    return versions | {"ptxas": ptxas_version(int(target.arch))} if target.backend == "cuda" else versions
+
+
+class Compiler:
+    """Examines configs in processes, each once for all lengths and for all cards of an architecture.
+
+    examine   a function that processes can import
     """
-    config, code = candidate.config, candidate.code
-    assert code is not None
-    programs, iterations = _work(kernel, problem, config)
-    rates, loop = RATES.get(target.arch), code.unmasked_loop
-    if rates is None or loop is None:
-        return _clocks_without_rates(kernel, problem, config, code, programs * iterations / processors)
-    resident = max(1, programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, config.num_warps))
-    waves = -(-programs // (processors * resident))
-    if candidate.latency is not None and candidate.latency.clocks is not None:
-        return waves * iterations * candidate.latency.clocks
-    units = cycles(loop, rates, config.num_warps)
-    units["l2"] = loop.tiles * _streamed_bytes(kernel, problem, config) / _L2_BYTES
-    longest = max(units.values())
-    exposed = (units["tensor"] + units["exp"] + units["issue"] - longest) / max(1.0, resident * config.num_warps / 4)
-    ahead = max(0, config.num_stages - 1 - config.descriptors)  # the TMA is asked at an iteration's end
-    loads = loop.tiles * (_LATENCY + _streamed_bytes(kernel, problem, config) / _L2_BYTES)
-    waiting = max(0.0, loads - ahead * resident * longest) / resident
-    return waves * resident * iterations / loop.tiles * (longest + max(exposed, 0.0) + waiting)
+
+    def __init__(self, target: Target, workers: int, examine: Examine = examine) -> None:
+        self.target = target
+        self._examine = examine
+        self.examined: dict[tuple[str, Problem, TileConfig], Candidate] = {}
+        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _quiet)
+
+    def __enter__(self) -> Compiler:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def examine(
+        self, wanted: list[tuple[str, Problem, TileConfig]], progress: Progress | None = None
+    ) -> list[Candidate]:
+        wanted = [(kernel, replace(problem, short=False), config) for kernel, problem, config in wanted]
+        new = [one for one in dict.fromkeys(wanted) if one not in self.examined]
+        with _without_interrupts():
+            tasks = {self._pool.submit(self._examine, *one, self.target): one for one in new}
+        for task in as_completed(tasks):
+            self.examined[tasks[task]] = task.result()
+            if progress:
+                progress(1)
+        return [self.examined[one] for one in wanted]
 
 
-def _streamed_bytes(kernel: str, problem: Problem, config: TileConfig) -> int:
-    """Count the bytes that an iteration loads: keys and values, or queries and the output's gradient."""
-    rows = config.block_m if kernel == "grad_key_value" else config.block_n
-    return rows * (padded_dim(problem.head_dim) + padded_dim(problem.value_dim)) * problem.dtype.itemsize
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back, also from processes that start inside: it would end their imports with a traceback each."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def _work(kernel: str, problem: Problem, config: TileConfig) -> tuple[int, int]:
-    """Count programs, and iterations of each, of 128 heads of 512 tokens, or of 8192."""
-    length = 512 if problem.short else 8192
-    held, streamed = config.block_m, config.block_n
-    if kernel == "grad_key_value":
-        held, streamed = streamed, held
-    if kernel == "decode":  # 16 splits of 32 sequences with 8 key heads
-        return 16 * 32 * 8 * -(-problem.packed_rows // held), max(1, length // 16 // streamed)
-    return 128 * -(-length // held), length // streamed
-
-
-def _clocks_without_rates(kernel: str, problem: Problem, config: TileConfig, code: MachineCode, tiles: float) -> float:
-    """Model AMD's clocks: matrix work, weighted for small tiles, which load more a product, and for lone waves."""
-    waves = max(1, 512 // max(code.registers, 1)) if code.registers <= 512 else 1
-    flops = flops_per_logit(kernel, problem) * config.block_m * config.block_n
-    loads = 1 + 16 * (1 / config.block_m + 1 / config.block_n)
-    return tiles * flops / 4096 * loads * (1 + 1 / (waves * max(1, config.num_warps // 4)))
+def _quiet() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal sends Ctrl-C to all processes; this one ends silently
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -17,8 +17,7 @@ from ..tuning import cache_dir, lookup
 from ..tuning.config import SHARES, Target, TileConfig
 from ..tuning.gpus import GPU, GPUS
 from ..tuning.ptxas import ptxas_of, suspicion
-from ..tuning.table import Entry, EntryKey, TableError, kernels_fingerprint, read_table
-from .static import keys
+from ..tuning.table import Entry, EntryKey, TableError, kernels_fingerprint, keys, read_table
 from .timing import card_state
 
 

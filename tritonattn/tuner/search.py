@@ -1,6 +1,7 @@
-"""The timed search: for each key, time the most promising configs that pass the gate, in turns on the card itself.
+"""The timed search: for each key, time the configs that pass the gate, in turns on the card itself.
 
-Then time the best one with other orders of its programs, or other splits of a cache's keys: `candidates.shares`.
+First all of them in a few rounds, then the fastest in more, then the best one with other orders of its programs, or
+other splits of a cache's keys: `candidates.shares`.
 """
 
 from __future__ import annotations
@@ -16,31 +17,29 @@ import triton
 from ..backends.triton import launch
 from ..tuning.calls import Size
 from ..tuning.config import Problem, Target, TileConfig, one_line
-from ..tuning.gpus import nearest
 from ..tuning.lookup import config_for
 from ..tuning.table import Entry, EntryKey
 from .candidates import candidates, few_candidates, shares
-from .gate import modelled_clocks
-from .static import Compiler, compiler_versions
+from .gate import Compiler, compiler_versions
 from .timing import Timing, card_state, median_ratio, take_turns
 from .workload import Workload
 
-_PROCESSORS = 128
 # Another order or split replaces the default only where its rounds take at most this share of the default's time.
 _CLEARLY_AHEAD = 0.97
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Configs timed for a key, rounds, seconds of warming up, and the configs that are compiled."""
+    """Rounds of all configs of a key, configs that go on, their rounds, seconds of warming up, configs compiled."""
 
+    first_rounds: int = 5
     timed: int = 6
     rounds: int = 20
     warm_up: float = 0.2
     compiled: Callable[[str, Problem, Target], list[TileConfig]] = candidates
 
 
-QUICK = Effort(timed=3, rounds=8, warm_up=0.05, compiled=few_candidates)
+QUICK = Effort(first_rounds=3, timed=3, rounds=8, warm_up=0.05, compiled=few_candidates)
 
 
 class SearchError(Exception):
@@ -97,13 +96,14 @@ def _search(
 ) -> Result:
     """Search among configs, the first of which is in use."""
     before, trial = configs[0], _Trial(key, workloads, device, effort)
-    taken = trial.times(configs)
-    if not taken:
+    fastest = _sorted(trial.times(configs, effort.first_rounds))[: effort.timed]
+    if not fastest:
         return Result(key, before, None, None, None, trial.wrong())
-    best, *others = sorted(taken, key=lambda config: Timing.of(taken[config]).median)
+    taken = trial.times([before, *fastest], effort.rounds)
+    best, *others = _sorted(taken)
     details = {"runners_up": [{**one.as_record(), **_milliseconds(taken[one])} for one in others[:3]]}
     if found := shares(key, best):
-        taken = trial.times([before, best, *found])
+        taken = trial.times([before, best, *found], effort.rounds)
         best = _clearly_ahead([one for one in (*found, best) if one in taken], taken)
     timing = Timing.of(taken[best])
     before_timing = Timing.of(taken[before]) if before in taken else None
@@ -121,7 +121,7 @@ class _Trial:
     effort: Effort
     errors: dict[TileConfig, str | None] = field(default_factory=dict)
 
-    def times(self, configs: list[TileConfig]) -> dict[TileConfig, list[float]]:
+    def times(self, configs: list[TileConfig], rounds: int) -> dict[TileConfig, list[float]]:
         """Milliseconds of each round, taken in turns, by config."""
         configs = list(dict.fromkeys(configs))
         for config in configs:
@@ -131,11 +131,16 @@ class _Trial:
         if not right:
             return {}
         running = {name: _Running(self.workloads, self.key, config) for name, config in right.items()}
-        taken = take_turns(running, self.device, self.effort.rounds, self.effort.warm_up)
+        taken = take_turns(running, self.device, rounds, self.effort.warm_up)
         return {right[name]: milliseconds for name, milliseconds in taken.items()}
 
     def wrong(self) -> tuple[str, ...]:
         return tuple(f"{self.key} {config}: {error}" for config, error in self.errors.items() if error)
+
+
+def _sorted(taken: dict[TileConfig, list[float]]) -> list[TileConfig]:
+    """List the configs, the fastest first."""
+    return sorted(taken, key=lambda config: Timing.of(taken[config]).median)
 
 
 def _clearly_ahead(configs: list[TileConfig], taken: dict[TileConfig, list[float]]) -> TileConfig:
@@ -149,18 +154,13 @@ def _milliseconds(taken: list[float]) -> dict[str, float]:
     return {"milliseconds": round(Timing.of(taken).median, 4)}
 
 
-def promising(key: EntryKey, compiler: Compiler, effort: Effort) -> list[TileConfig]:
-    """List configs that pass the gate, the best by the model first. Raises SearchError if none compiles."""
-    target, problem = compiler.target, key.problem
-    configs = effort.compiled(key.kernel, problem, target)
-    processors = target.processors or next((gpu.processors for gpu in nearest(target)), _PROCESSORS)
-    examined = compiler.examine([(key.kernel, problem, config) for config in configs])
+def passing(key: EntryKey, compiler: Compiler, effort: Effort) -> list[TileConfig]:
+    """List the configs that pass the gate. Raises SearchError if none compiles."""
+    configs = effort.compiled(key.kernel, key.problem, compiler.target)
+    examined = compiler.examine([(key.kernel, key.problem, config) for config in configs])
     if all(one.code is None for one in examined):
         raise SearchError(f"{key}: no config compiles; {examined[0].config}: {'; '.join(examined[0].reasons)}")
-    clocks = {
-        one.config: modelled_clocks(key.kernel, problem, one, target, processors) for one in examined if not one.reasons
-    }
-    return sorted(clocks, key=clocks.__getitem__)[: effort.timed]
+    return [one.config for one in examined if not one.reasons]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Fill tables with tile configs, ranked by a model or searched on this machine's GPU: `tritonattn tune`."""
+"""Fill tables with tile configs, timed on this machine's GPU or checked without one: `tritonattn tune`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -15,21 +16,22 @@ import torch
 
 from ..backends.triton import launch
 from ..core.errors import INTERRUPTED, CommandError
-from ..core.progress import Progress
+from ..core.progress import Progress as Bar
 from ..core.tables import table as layout
 from ..tuning import cache_dir, lookup
 from ..tuning.calls import Size, read_calls
 from ..tuning.config import Target
 from ..tuning.defaults import default_config
-from ..tuning.gpus import GPUS, table_name
-from ..tuning.table import LENGTHS, Entry, EntryKey, Key, Table, TableError, kernels_fingerprint, write_table
-from .gate import LatencyModel
+from ..tuning.gpus import GPU, GPUS, table_name
+from ..tuning.table import LENGTHS, Entry, EntryKey, Key, Table, TableError, kernels_fingerprint, keys, write_table
+from .gate import Compiler, Examine, Progress, examine
 from .in_use import named_gpus, shown
-from .search import QUICK, Effort, Result, SearchError, pending, promising, search
-from .static import Compiler, keys, static_table
+from .search import QUICK, Effort, Result, SearchError, passing, pending, search
+from .static import in_use_first, static_table
 from .workload import typical_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MakeTable = Callable[[GPU, Compiler, list[Key], Progress], Table]
 
 
 def tune(options: Namespace) -> int:
@@ -77,8 +79,18 @@ def _recorded(options: Namespace) -> dict[EntryKey, Size]:
     return wanted
 
 
-def tune_static(options: Namespace, wanted: list[Key], end: float, model: LatencyModel | None = None) -> int:
-    """Rank by the rates of units, or a model of latency; no architecture begins after `end`, of time.monotonic."""
+def _checked_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Progress) -> Table:
+    return static_table(gpu, compiler, wanted, in_use_first, progress)
+
+
+def tune_static(
+    options: Namespace,
+    wanted: list[Key],
+    end: float,
+    make_table: MakeTable = _checked_table,
+    examine: Examine = examine,
+) -> int:
+    """Write tables of configs whose code, as `examine` finds it, passes; begin no architecture after `end`."""
     gpus = named_gpus("--static", options.static)
     for gpu in gpus:
         _check_folder(_path(gpu.name, options.write), options.write)
@@ -86,11 +98,8 @@ def tune_static(options: Namespace, wanted: list[Key], end: float, model: Latenc
         if time.monotonic() >= end:
             print(f"the budget of {options.budget:g} minutes is spent: nothing is compiled from {target.name} on")
             break
-        with (
-            Compiler(target, options.workers, model) as compiler,
-            Progress(unit="kernel", desc=target.name) as progress,
-        ):
-            tables = [static_table(gpu, compiler, wanted, progress.update) for gpu in gpus if gpu.target == target]
+        with Compiler(target, options.workers, examine) as compiler, Bar(unit="kernel", desc=target.name) as bar:
+            tables = [make_table(gpu, compiler, wanted, bar.update) for gpu in gpus if gpu.target == target]
             if wanted and not any(table.entries for table in tables):
                 _check_that_it_compiles(compiler, wanted[0])
         for table in tables:
@@ -173,7 +182,7 @@ def _tune_here(options: Namespace, wanted: dict[EntryKey, Size], end: float) -> 
     if not torch.cuda.is_available():
         raise CommandError(
             "expected a GPU, got none. Without one, `--static NAME` compiles for "
-            f"{', '.join(gpu.name for gpu in GPUS)}, an architecture as sm_90, or all, and ranks by a model"
+            f"{', '.join(gpu.name for gpu in GPUS)}, an architecture as sm_90, or all"
         )
     device = torch.device("cuda", torch.cuda.current_device())
     target = Target.of(device)
@@ -189,7 +198,7 @@ def _tune_here(options: Namespace, wanted: dict[EntryKey, Size], end: float) -> 
         print(f"{len(wanted) - len(todo)} of {len(wanted)} keys are measured already in {path}")
     results: list[Result] = []
     try:
-        with Compiler(target, options.workers) as compiler, Progress(todo, unit="key") as progress:
+        with Compiler(target, options.workers) as compiler, Bar(todo, unit="key") as progress:
             for key in progress:
                 if time.monotonic() >= end:
                     print(f"the budget of {options.budget:g} minutes is spent: run the command again to go on")
@@ -213,7 +222,7 @@ def _tune_here(options: Namespace, wanted: dict[EntryKey, Size], end: float) -> 
 def _searched(
     key: EntryKey, size: Size, effort: Effort, options: Namespace, compiler: Compiler, device: torch.device
 ) -> Result:
-    configs = promising(key, compiler, effort)
+    configs = passing(key, compiler, effort)
     dtypes = (key.problem.dtype,) if options.calls else tuple(DTYPES[name] for name in options.dtypes)
     return search(key, configs, compiler.target, device, effort, size, dtypes)
 

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels import block, decode
-
 # Kernels with an MMA loop, and the memory-bound ones, whose tiles only bound the rows that a program holds.
 TILED_KERNELS = ("forward", "grad_key_value", "grad_query", "decode")
 _DESCRIBED = TILED_KERNELS[:3]  # those that can load by the tensor memory accelerator
@@ -27,8 +25,10 @@ STREAMING_KERNELS = (
     "decode_combine",
 )
 
-ROW_TERMS_ALIGNMENT = block.ROW_TERMS_ALIGNMENT.value
-SHORTEST_SPLIT = decode.SHORTEST_SPLIT.value  # blocks of keys
+# Row terms of a backward are padded to a multiple of this, so that every block of rows up to it divides them.
+ROW_TERMS_ALIGNMENT = 128
+# Blocks of keys in a split of decode: shorter ones would move more of their own results than of the cache.
+SHORTEST_SPLIT = 4
 
 # Largest shared memory of one block in bytes (CUDA C++ Programming Guide, table of compute capabilities; AMD LDS).
 _SHARED_BYTES = {
@@ -156,7 +156,7 @@ def is_short(q_len: int, k_len: int) -> bool:
 
 
 def sum_columns(problem: Problem, target: Target) -> int:
-    """Columns of the sums over keys that a kernel keeps for each row: see `kernels.block.partial_sums`."""
+    """Columns of the sums over keys that a kernel keeps for each row: see `backends.triton.block.partial_sums`."""
     in_registers = target.backend == "cuda" and not target.has_tensor_memory
     return 8 if in_registers and problem.dtype.itemsize == 2 else 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import io
@@ -9,7 +10,7 @@ import json
 import stat
 import tokenize
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -93,6 +94,13 @@ class Key(NamedTuple):
             grouped=self.kernel == "decode",
             rounding=self.kernel == "forward",
         )
+
+
+def keys(kernels: tuple[str, ...] = TILED_KERNELS, head_dims: tuple[int, ...] = HEAD_DIMS) -> Iterator[Key]:
+    """The keys of a table."""
+    for kernel in kernels:
+        for head_dim in head_dims:
+            yield from (Key(kernel, head_dim, scales, lengths) for scales in SCALES[kernel] for lengths in LENGTHS)
 
 
 class Exact(NamedTuple):
@@ -315,10 +323,33 @@ def write_table(path: Path, table: Table) -> None:
 @functools.cache
 def kernels_fingerprint() -> str:
     """16 hex digits of the kernels' code without comments, docstrings and layout: a table belongs to one such code."""
-    digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent.parent / "kernels").glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + _code(path.read_text(encoding="utf-8")).encode() + b"\0")
-    return digest.hexdigest()[:16]
+    paths = sorted((Path(__file__).parent.parent / "backends" / "triton").glob("*.py"))
+    return hashlib.sha256(device_code([path.read_text(encoding="utf-8") for path in paths]).encode()).hexdigest()[:16]
+
+
+def device_code(sources: list[str]) -> str:
+    """All that Triton compiles: functions under `triton.jit`, and what they name: constants, and records."""
+    nodes = [(node, source) for source in sources for node in ast.parse(source).body]
+    kernels = [(node, source) for node, source in nodes if _is_compiled(node)]
+    named = {name.id for node, _ in kernels for name in ast.walk(node) if isinstance(name, ast.Name)}
+    named_nodes = [one for one in nodes if _names_bound(one[0]) & named]
+    return "\0".join(sorted(_code(_text(*one)) for one in kernels + named_nodes))
+
+
+def _is_compiled(node: ast.stmt) -> bool:
+    return any("triton.jit" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ()))
+
+
+def _names_bound(node: ast.stmt) -> set[str]:
+    """Names that a class or an assignment at a file's top binds."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node] if isinstance(node, ast.ClassDef) else []
+    return {getattr(target, "id", getattr(target, "name", "")) for target in targets}
+
+
+def _text(node: ast.stmt, source: str) -> str:
+    """A statement's lines, its decorators included."""
+    first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", ()))])
+    return "\n".join(source.splitlines()[first - 1 : node.end_lineno]) + "\n"
 
 
 def _code(source: str) -> str:

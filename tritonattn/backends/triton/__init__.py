@@ -1,11 +1,15 @@
 """The "triton" backend: calls as kernel launches, on a GPU, in the interpreter, or wherever launch.run sends them."""
 
-from .attention import backward, forward, problem_of
+from .attention import problem_of
+from .backward import backward
 from .decode import are_few_rows, attend_few_rows, decode
+from .forward import forward
 from .key_statistics import append_keys, append_to_pages, key_norms, key_norms_backward
+from .launch import KERNELS
 from .ranges import argmax_over_ranges, prefix_sums, seen_keys
 
 __all__ = [
+    "KERNELS",
     "append_keys",
     "append_to_pages",
     "are_few_rows",

@@ -1,4 +1,4 @@
-"""From an AttentionCall to kernel launches: allocate, choose strides and grid, launch. No autograd, no policy."""
+"""What the passes of attention share: from an AttentionCall to a kernel's arguments, grid and launch. No policy."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...core.call import AttentionCall, ForwardResult, Gradients, Needs
+from ...core.call import AttentionCall, Needs
 from ...core.visibility import Visibility
-from ...kernels.block import Results
 from ...tuning import calls as recorded
 from ...tuning.config import (
     ROW_TERMS_ALIGNMENT,
     TILED_KERNELS,
     Problem,
     TileConfig,
-    corrects_delta,
     is_short,
     padded_dim,
 )
@@ -42,118 +40,9 @@ from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
 from .sizes import lengths_of, members_of, size_of
 
 
-def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
-    """out and lse, and with aux max_logit and entropy, by the forward kernel.
-
-    rounding   int8 [B, Hq, Sq, Dv], contiguous, or None; receives what out lost when it was rounded: `core.rounding`
-    """
-    call, kind = _of_kind(call.narrowed(), aux=aux, rounding=rounding is not None)
-    q, v = call.q, call.v
-    out = _results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
-    lse = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
-    max_logit = entropy = None
-    if aux:
-        max_logit = _results(call, q.shape[:3], torch.float32, fill=-torch.inf)
-        entropy = _results(call, q.shape[:3], torch.float32)
-    arguments = _call_arguments(call)
-    arguments["results"] = Results(out, rounding, lse, max_logit, entropy)
-    _launch("forward", kind, call, arguments)
-    return ForwardResult(out, lse, max_logit, entropy)
-
-
-def backward(
-    call: AttentionCall,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    needs: Needs,
-    rounding: Tensor | None = None,
-) -> Gradients:
-    """Gradients by the row-terms, grad_query and grad_key_value kernels.
-
-    out, lse and rounding as `forward` left them; d_out [B, Hq, Sq, Dv] in out's dtype and d_lse fp32 [B, Hq, Sq], any
-    strides.
-    """
-    wide_q = call.wide_q is not None or call.q.dtype != call.v.dtype
-    wide_k = call.wide_k is not None or call.k.dtype != call.v.dtype
-    d_out = _layout_of(d_out) if call.invariant else _aligned_copy(d_out)
-    call, kind = _of_kind(
-        call.narrowed(),
-        d_out,
-        needs,
-        aux=d_lse is not None,
-        rounding=rounding is not None,
-        query_scale_grad=needs.query_scale,
-        wide_q=wide_q,
-        wide_k=wide_k,
-        is_part=call.is_part,
-    )
-    shared = _call_arguments(call) | {"d_out": strided(d_out)}
-    shared["d_lse_ptr"] = None if d_lse is None else d_lse.contiguous()
-    corrects = needs.query_scale or call.logits.key_bias is not None or corrects_delta(kind.problem)
-    takes_sinks = call.logits.sinks is not None and (needs.sinks or corrects)
-    d_sinks = _results(call, lse.shape, torch.float32) if takes_sinks else None
-    shared["d_sinks_ptr"] = d_sinks
-    rounding = None if rounding is None else rounding.contiguous()
-    results = Results(out.contiguous(), rounding, lse.contiguous(), None, None)
-    shared |= _row_terms(kind, call, shared, results, d_out)
-    d_q, d_query_scale = _grad_query(kind, call, shared, needs, d_out)
-    of_keys = _grad_key_value(kind, call, shared, needs, d_out)
-    d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
-    values = of_keys._replace(q=d_q, query_scale=d_query_scale, sinks=d_sinks)
-    return Gradients(*(value if need else None for value, need in zip(values, needs, strict=True)))
-
-
-def _row_terms(kind: Kind, call: AttentionCall, shared: Arguments, results: Results, d_out: Tensor) -> Arguments:
-    visible, sequences = call.visibility, call.visibility.sequences
-    terms_len = _aligned(visible.q_len)
-    if sequences is not None:
-        terms_len += ROW_TERMS_ALIGNMENT * (len(sequences.q_starts) - 1)
-    shape = (*call.q.shape[:2], terms_len)
-    joined = torch.float32 if call.logits.query_scale is None else torch.int64
-    both, delta = call.q.new_empty((*shape, 2), dtype=joined), call.q.new_empty(shape, dtype=torch.float32)
-    terms = {"terms_ptr": both, "delta_ptr": delta, "terms_len": terms_len}
-    _launch("row_terms", kind, call, shared | terms | {"results": results}, d_out)
-    return terms
-
-
-def _grad_query(
-    kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    # The pass over keys reads the corrected terms.
-    for_keys = needs.key_bias or (corrects_delta(kind.problem) and (needs.k or needs.key_scale))
-    if not (needs.q or needs.query_scale or for_keys):
-        return None, None
-    d_q = _results(call, call.q.shape, torch.float32 if kind.problem.wide_q else call.q.dtype)
-    d_query_scale = _results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None
-    results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": None}
-    if call.logits.key_scale is not None and call.q.dtype == torch.float16:
-        results["key_size"] = _largest(_seen(call.logits.key_scale, call.visibility))
-    _launch("grad_query", kind, call, shared | results, d_out)
-    return d_q, d_query_scale
-
-
-def _grad_key_value(kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor) -> Gradients:
-    """The gradients of k, v, key_scale and key_bias."""
-    if not (needs.k or needs.v or needs.key_scale or needs.key_bias):
-        return Gradients()
-    visible, bias = call.visibility, call.logits.key_bias
-    d_k = _results(call, call.k.shape, torch.float32 if kind.problem.wide_k else call.k.dtype)
-    d_v = _results(call, call.v.shape, call.v.dtype)
-    d_key_scale = _results(call, call.k.shape[:3], torch.float32) if needs.key_scale else None
-    d_key_bias = _results(call, bias.shape, torch.float32) if bias is not None and needs.key_bias else None
-    results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size": None}
-    results["d_key_bias_ptr"] = d_key_bias
-    scale, query_scale, *_ = call.logits
-    if query_scale is not None and call.q.dtype == torch.float16:
-        factor = (query_scale * (scale * _LOG2_E)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
-        results["factor_size"] = _largest(factor)
-    _launch("grad_key_value", kind, call, shared | results, d_out)
-    return Gradients(k=d_k, v=d_v, key_scale=d_key_scale, key_bias=d_key_bias)
-
-
-def _launch(kernel: str, kind: Kind, call: AttentionCall, available: Arguments, d_out: Tensor | None = None) -> None:
+def launch_kernel(
+    kernel: str, kind: Kind, call: AttentionCall, available: Arguments, d_out: Tensor | None = None
+) -> None:
     """A program for each block of rows, or of keys, of each head of each member."""
     if recorded.recorders and kernel in TILED_KERNELS:
         recorded.note(Exact(kernel, kind.problem), size_of(call))
@@ -187,28 +76,28 @@ def _blocks(kernel: str, config: TileConfig, call: AttentionCall) -> int:
     rows, keys = lengths_of(call)
     if kernel == "grad_key_value":
         return -(-keys // config.block_n)
-    return -(-(_aligned(rows) if kernel == "row_terms" else rows) // config.block_m)
+    return -(-(aligned_rows(rows) if kernel == "row_terms" else rows) // config.block_m)
 
 
-def _results(call: AttentionCall, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+def new_results(call: AttentionCall, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0.0) -> Tensor:
     """A contiguous tensor for a kernel's results, with `fill` in it where rows may belong to no packed sequence."""
     if call.visibility.sequences is None:
         return call.q.new_empty(shape, dtype=dtype)
     return call.q.new_full(shape, fill, dtype=dtype)
 
 
-def _aligned(rows: int) -> int:
+def aligned_rows(rows: int) -> int:
     return -(-rows // ROW_TERMS_ALIGNMENT) * ROW_TERMS_ALIGNMENT
 
 
-def _seen(key_scale: Tensor, visible: Visibility) -> Tensor:
+def seen_scales(key_scale: Tensor, visible: Visibility) -> Tensor:
     """The key scale with 0 for keys that no row sees, whose scales may be anything."""
     if visible.sees_every_key:
         return key_scale
     return torch.where(seen_keys(visible), key_scale, 0)
 
 
-def _largest(x: Tensor) -> Tensor:
+def largest(x: Tensor) -> Tensor:
     """The largest finite |x| over the last axis, contiguous; 1 where that is 0 or denormal: it divides."""
     largest = x.abs().nan_to_num(0.0, 0.0, 0.0).amax(-1)
     return torch.where(largest < torch.finfo(x.dtype).tiny, 1.0, largest).contiguous()
@@ -256,7 +145,7 @@ def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arg
     return {name: _descriptor(*tiles[name]) for name in chosen.descriptors}
 
 
-def _of_kind(
+def of_kind(
     call: AttentionCall, d_out: Tensor | None = None, needs: Needs | None = None, **asked: bool
 ) -> tuple[AttentionCall, Kind]:
     """The call and its kind. An operand is copied where that alone makes it aligned, as a view at an odd offset.
@@ -269,7 +158,7 @@ def _of_kind(
     if not kind.problem.aligned:
         names = ("q", "k", "v") if call.block_table is None else ("q",)
         operands = {name: getattr(call, name) for name in names}
-        call = replace(call, **{name: x if 0 in x.stride() else _aligned_copy(x) for name, x in operands.items()})
+        call = replace(call, **{name: x if 0 in x.stride() else aligned_copy(x) for name, x in operands.items()})
         kind = _kind(call, d_out, needs, asked)
     return call, kind
 
@@ -293,7 +182,7 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
     return kind_of(key, lambda: (problem_of(call, d_out, **asked), is_wide(call.q, call.k, call.v, d_out, page=page)))
 
 
-def _aligned_copy(tensor: Tensor) -> Tensor:
+def aligned_copy(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy where that alone is aligned, as of an expanded gradient."""
     if not _has_whole_vectors(tensor) or are_aligned(tensor):
         return tensor
@@ -306,10 +195,10 @@ def _with_one_layout(call: AttentionCall) -> AttentionCall:
         return call
     if call.block_table is not None and not all(map(_has_one_layout, (call.k, call.v))):
         call = call.gathered()
-    return replace(call, q=_layout_of(call.q), k=_layout_of(call.k), v=_layout_of(call.v))
+    return replace(call, q=one_layout(call.q), k=one_layout(call.k), v=one_layout(call.v))
 
 
-def _layout_of(tensor: Tensor) -> Tensor:
+def one_layout(tensor: Tensor) -> Tensor:
     return tensor if _has_one_layout(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -343,7 +232,7 @@ def _described(
     return list(shape), [*legal[:3], 1], [1, 1, rows, padded_dim(shape[3])]
 
 
-def _call_arguments(call: AttentionCall) -> Arguments:
+def call_arguments(call: AttentionCall) -> Arguments:
     """The arguments that the forward and both backward kernels share."""
     visible, dropout = call.visibility, call.dropout
     arguments = _visibility_arguments(call) | logit_arguments(call.logits)
@@ -385,6 +274,3 @@ def _with_aligned_rows(mask: Tensor) -> Tensor:
     if width == 1 or (last == 1 and not any(x % 16 for x in (mask.data_ptr(), *outer))):
         return mask
     return mask.new_empty((*mask.shape[:3], -(-width // 16) * 16))[..., :width].copy_(mask)
-
-
-_LOG2_E = 1.4426950408889634

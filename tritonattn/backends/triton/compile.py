@@ -14,15 +14,15 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, find_paths_if, get_iterable_path
 
 from ...core.call import AttentionCall, Needs
-from ...kernels import KERNELS
 from ...tuning.calls import Size
 from ...tuning.config import WIDEST, WIDEST_KEYS, Problem, Target, TileConfig, legal_reasons
 from ...tuning.defaults import default_config
-from .attention import backward, forward
+from .backward import backward
 from .decode import attend
 from .device import binder, compile_options
+from .forward import forward
 from .key_statistics import append_keys, append_to_pages, key_norms, key_norms_backward
-from .launch import Launch, overriding, recording
+from .launch import KERNELS, Launch, overriding, recording
 from .operands import Operands
 from .ranges import argmax_over_ranges, prefix_sums, range_arguments, rows_of_key_blocks, seen_keys
 
@@ -35,7 +35,7 @@ def compile_kernel(
 ) -> CompiledKernel:
     """Compile a kernel for a target on any machine: Triton's CompiledKernel (`.asm`, `.metadata`).
 
-    kernel    a name in `tritonattn.kernels.KERNELS`: forward, grad_query, grad_key_value, key_statistics, ...
+    kernel    a name in `tritonattn.backends.triton.KERNELS`: forward, grad_query, grad_key_value, key_statistics, ...
     config    None takes `default_config`
     target    "sm_90", "gfx942", ... or a Target
 

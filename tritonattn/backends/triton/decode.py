@@ -1,21 +1,40 @@
-"""Launches for a few rows: splits of the keys, their partial results, and the combination of these."""
+"""Decode: a few query rows against a split of a KV cache."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...core.call import LONGEST_QUERY, AttentionCall, ForwardResult, Logits
 from ...core.dropout import Dropout
 from ...core.visibility import Visibility
-from ...kernels.block import Results
 from ...tuning import calls as recorded
+from ...tuning import config
 from ...tuning.calls import Size
 from ...tuning.config import Problem, TileConfig, is_short, padded_dim
 from ...tuning.table import Exact
+from .block import (
+    LENGTHS,
+    LOG2_E,
+    TINY,
+    Results,
+    finish_softmax,
+    from_row,
+    load_tile,
+    online_softmax,
+    page_slots,
+    page_tile,
+    program_position,
+    tile_offsets,
+    vector_from,
+)
+from .combine import combine
 from .launch import (
+    KERNELS,
     Arguments,
     Kind,
     Plan,
@@ -26,11 +45,191 @@ from .launch import (
     kind_of,
     logit_arguments,
     pages_of,
-    plan,
     planned,
     strided,
 )
 
+SHORTEST_SPLIT = tl.constexpr(config.SHORTEST_SPLIT)
+_SIZES = ["group", "length_words", "splits"]
+
+
+@triton.jit
+def _keys_of_split(split, splits, first, end, BLOCK_N: tl.constexpr):
+    """[start, stop) of a split of the keys [first, end): whole blocks, as evenly as SHORTEST_SPLIT allows."""
+    blocks = tl.cdiv(tl.maximum(end - first, 0), BLOCK_N)
+    size = tl.maximum(tl.cdiv(blocks, splits), SHORTEST_SPLIT) * BLOCK_N
+    start = first + split * size
+    return start, tl.minimum(start + size, end)
+
+
+@triton.jit
+def _integer_at(ptr, index, words):
+    """Integer `index` of int32, or of int64, whose words are 2, as int64: one code reads both."""
+    low, high = tl.load(ptr + index * words), tl.load(ptr + index * words + (words - 1))
+    return tl.where(words == 1, low.to(tl.int64), (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF))
+
+
+@triton.jit
+def _sequence_of_decode(batch, key_lengths, key_ranges, query_lengths, q_len, capacity, length_words):
+    """(first_key, length, new) of a sequence: it has the keys first_key <= j < length, and the last `new` as rows."""
+    length, first_key = capacity, batch.to(tl.int32) * 0
+    if key_lengths is not None:
+        given = _integer_at(key_lengths, batch, length_words)
+        length = tl.minimum(tl.maximum(given, 0), capacity).to(tl.int32)
+    if key_ranges is not None:
+        first_key = tl.maximum(tl.load(key_ranges + 2 * batch), 0)
+        length = tl.minimum(tl.maximum(tl.load(key_ranges + 2 * batch + 1), 0), length)
+    new = q_len
+    if query_lengths is not None:
+        new = tl.minimum(tl.maximum(tl.load(query_lengths + batch), 0), q_len)
+    return first_key, length, new
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, *_SIZES])
+def attention_decode(
+    q,
+    k,
+    v,
+    query_scale,
+    key_scale,
+    key_bias,
+    key_lengths,
+    key_ranges,
+    query_lengths,
+    pages,
+    results,
+    scale,
+    softcap,
+    sinks_ptr,
+    left,
+    q_len,
+    capacity,
+    length_words,
+    splits,
+    q_heads,
+    group,
+    first_y,
+    first_z,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Attention of the newest Sq tokens of one sequence, for the heads of one group, over one split of its cache.
+
+        own         = i + length - new                                        row i sees own - left <= j <= own
+        logit[i, j] = scale * (q[i] . k[j]) * query_scale[i] * key_scale[j] + key_bias[j]     capped with softcap
+        lse[i]      = ln sum_j exp(logit[i, j])                               over the visible keys of the split
+        out[i]      = sum_j exp(logit[i, j] - lse[i]) * v[j]
+
+    Grid: (splits * cdiv(group * Sq, BLOCK_M), Hkv, B); the keys that some row sees are shared out by `_keys_of_split`;
+    with splits = 1 the results are those of the call, else `combine_splits` joins them.
+
+    q, k, v          [B, Hq, Sq, D], [B, Hkv, capacity, D], [B, Hkv, capacity, Dv]  fp16, bf16 or fp32, any strides
+    pages            `Pages` of the sequences or None; then k, v are [N, Hkv, page, D or Dv]
+    query_lengths    int32 [B] or None = Sq: new, the rows of each sequence, clamped to [0, Sq]; later ones see no key
+    key_lengths      int32 [B], or int64 as int32 [2 * B] with length_words = 2, clamped to [0, capacity], or None =
+                     capacity: the length, behind which nothing is read
+    key_ranges       int32 [B, 2] contiguous or None: of those keys each row sees lo <= j < hi, and hi narrows length
+    query_scale      fp32 [B, Hq, Sq] or None = 1, any sign; key_scale  fp32 [B, Hkv, capacity] or None = 1
+    key_bias         fp32 [B, Hkv, group, capacity] or None = 0; a key with -inf has no weight
+    sinks            fp32 [Hq] or None, with splits = 1 only
+    results          a `Results` without rounding, splits an axis behind Sq: out [B, Hq, Sq, splits, Dv], of several
+                     splits not written where a row sees no key of one; lse natural log, max_logit uncapped
+
+    Scales, sign and rounding as in `attention_forward`. Flash-Decoding: Dao et al. 2023,
+    https://pytorch.org/blog/flash-decoding; pages: Kwon et al. 2023, arXiv:2309.06180.
+    """
+    block, kv_head, batch = program_position(first_y, first_z, LAST_FIRST=False)
+    split, tile, kv_head, batch = block % splits, block // splits, kv_head.to(tl.int64), batch.to(tl.int64)
+    first_key, length, new = _sequence_of_decode(
+        batch, key_lengths, key_ranges, query_lengths, q_len, capacity, length_words
+    )
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]: of the heads of a group times Sq
+    group_head, row = packed // q_len, packed % q_len
+    keep_row = packed < group * q_len
+    head = kv_head * group + group_head
+    own = row + (length - new)
+    lo, hi = own * 0, own + 1
+    if query_lengths is not None:
+        hi = tl.where(row < new, hi, 0)
+    if left is not None:
+        lo = tl.maximum(own - left, 0)
+        first_key = tl.maximum(length - new - left, first_key)
+    start, stop = _keys_of_split(split, splits, first_key, length, BLOCK_N)
+
+    q = from_row(q, batch, 0, 0, ALIGNED)
+    q_rows = head * q.h + row.to(tl.int64) * q.s
+    q_ptrs = q.ptr + (q_rows[:, None] + tl.arange(0, BLOCK_D).to(tl.int64)[None, :] * q.d)
+    q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
+    factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
+    if query_scale is not None:
+        factor *= tl.load(vector_from(query_scale, batch, head, 0, row), mask=keep_row, other=0.0)
+    q_tile = tl.where((factor < 0)[:, None], -q_tile, q_tile)
+    factor = tl.abs(factor)
+    if key_bias is None:
+        factor = tl.where(factor == 0.0, TINY, factor)
+
+    entry = batch
+    if pages is not None:
+        entry = batch * 0  # pages are numbered through
+    k, v = from_row(k, entry, kv_head, 0, ALIGNED), from_row(v, entry, kv_head, 0, ALIGNED)
+    k_offsets = tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)  # [BLOCK_N, BLOCK_D]
+    v_offsets = tile_offsets(BLOCK_N, BLOCK_DV, v.s, v.d, WIDE)  # [BLOCK_N, BLOCK_DV]
+    if key_scale is not None:
+        key_scale_ptr = vector_from(key_scale, batch, kv_head, 0, 0)
+    if key_bias is not None:
+        key_bias_ptrs = vector_from(key_bias, batch, kv_head, group_head, 0)[:, None]  # [BLOCK_M, 1]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    spread = l_i
+    for start_n in tl.range(start, stop, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        keep_key = offs_n < stop
+        if pages is None:
+            k_tile = load_tile(k.ptr + (tl.cast(start_n, tl.int64) * k.s + k_offsets), keep_key, HEAD_DIM)
+        else:
+            number, slot, is_held = page_slots(pages, batch, offs_n, keep_key)
+            k_tile = load_tile(page_tile(k, number, slot, BLOCK_D, WIDE), is_held, HEAD_DIM)
+        s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if key_scale is not None:
+            s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=keep_key, other=0.0)[None, :]
+        bias = None
+        if key_bias is not None:
+            bias_ptrs = key_bias_ptrs + (offs_n.to(tl.int64) * key_bias.s)[None, :]
+            bias = tl.load(bias_ptrs, mask=keep_row[:, None] & keep_key[None, :], other=0.0) * LOG2_E
+        keep = keep_key[None, :] & (offs_n[None, :] < hi[:, None])  # [BLOCK_M, BLOCK_N]
+        if left is not None:
+            keep = keep & (offs_n[None, :] >= lo[:, None])
+        p, alpha, m_i, l_i, spread = online_softmax(
+            s, bias, keep, factor, softcap, m_i, l_i, spread, True, results.entropy is not None
+        )
+        if pages is None:
+            v_tile = load_tile(v.ptr + (tl.cast(start_n, tl.int64) * v.s + v_offsets), keep_key, VALUE_DIM)
+        else:
+            v_tile = load_tile(page_tile(v, number, slot, BLOCK_DV, WIDE), is_held, VALUE_DIM)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+
+    offsets = ((batch * q_heads + kv_head * group) * q_len + packed) * splits + split  # [BLOCK_M]
+    q_head = tl.minimum(head, q_heads - 1)
+    l_i, weight, total = finish_softmax(
+        m_i, l_i, spread, factor, softcap, sinks_ptr, q_head, results, offsets, keep_row
+    )
+    out = (acc * (weight / total)[:, None]).to(results.out.dtype.element_ty)
+    offs_value = tl.arange(0, BLOCK_DV)
+    written = keep_row & (tl.where(splits == 1, 1.0, l_i) > 0.0)
+    keep_out = written[:, None] & (offs_value[None, :] < VALUE_DIM)
+    tl.store(results.out + offsets[:, None] * VALUE_DIM + offs_value[None, :], out, mask=keep_out)
+
+
+KERNELS["decode"] = attention_decode
 _MOST_SPLITS = 64
 
 
@@ -142,9 +341,7 @@ def _launch(rows: Rows, aux: bool, kind: Kind, chosen: Plan) -> ForwardResult:
     arguments["sinks_ptr"] = sinks if splits == 1 else None
     chosen.launch((splits * tiles, rows.kv_heads, batch), arguments, kind.wide, kind)
     if splits > 1:
-        arguments["parts"], arguments["results"], arguments["sinks_ptr"] = parts, joined, sinks
-        combined = plan("decode_combine", kind.problem, rows.q.device)
-        combined.launch((q_len, q_heads, batch), arguments, False, kind)
+        combine(parts, joined, sinks, splits, kind)
     return ForwardResult(joined.out, joined.lse, joined.max_logit, joined.entropy)
 
 

@@ -5,10 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels.records import KeyBuffers
 from ...tuning.config import Problem
-from .launch import Arguments, are_aligned, forms_of, is_wide, kind_of, pages_of, plan, scale_of, strided
+from . import key_statistics_kernels as kernels
+from .launch import KERNELS, Arguments, are_aligned, forms_of, is_wide, kind_of, pages_of, plan, scale_of, strided
 from .ranges import NO_HEADS, seen_bytes
+from .records import KeyBuffers
+
+KERNELS |= {
+    "key_statistics": kernels.key_norms,
+    "prefix_sums": kernels.prefix_sums,
+    "key_statistics_grad": kernels.key_statistics_grad,
+    "append_keys": kernels.append_keys,
+    "append_to_pages": kernels.append_to_pages,
+}
 
 # Up to this many new keys, the program of a head computes norms while it adds up; for more, a pass before does.
 _FEW_KEYS = 64

@@ -16,8 +16,6 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ...core.call import Logits
-from ...kernels import KERNELS
-from ...kernels.block import Pages, Scale, Strided
 from ...tuning import lookup
 from ...tuning.config import (
     Problem,
@@ -31,8 +29,10 @@ from ...tuning.config import (
 )
 from ...tuning.defaults import default_config
 from ...tuning.order import LONGEST_AXIS, lanes
+from .block import Pages, Scale, Strided
 from .device import Arguments, ArgumentsOfKind, Grid, Kind, launch_on
 
+KERNELS: dict[str, Any] = {}  # by name: each file of kernels enters its own
 ConfigFor = Callable[[str, Problem, Target], TileConfig]
 Result = TypeVar("Result")
 

@@ -7,8 +7,14 @@ from torch import Tensor
 
 from ...core.visibility import Visibility
 from ...tuning.config import Problem
-from .launch import Arguments, Plan, bounded, kind_of, plan
+from . import range_kernels as kernels
+from .launch import KERNELS, Arguments, Plan, bounded, kind_of, plan
 
+KERNELS |= {
+    "row_bounds": kernels.rows_of_key_block,
+    "keys_seen": kernels.keys_seen,
+    "argmax_of_ranges": kernels.argmax_of_ranges,
+}
 NO_HEADS = Problem(1, 1, torch.float32)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ...core.call import AttentionCall, Gradients, Needs
+from .attention import largest, launch_kernel, new_results
 from .block import (
     LENGTHS,
     LN_2,
@@ -28,6 +32,7 @@ from .block import (
     vector_from,
     whole_blocks,
 )
+from .launch import KERNELS, Arguments, Kind
 
 
 @triton.jit
@@ -190,14 +195,14 @@ def attention_grad_key_value(
     )
 
     memory_key = (first_key + start_n).to(tl.int64)
-    key_offsets = tl.arange(0, BLOCK_N).to(tl.int64)
+    key_indices = memory_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     k, v = from_row(k, batch, kv_head, memory_key, ALIGNED), from_row(v, batch, kv_head, memory_key, ALIGNED)
     k_ptrs = k.ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
     k_tile = load_tile(k_ptrs, load_key, HEAD_DIM)  # [BLOCK_N, BLOCK_D]
-    v_tile = load_tile(v.ptr + tile_offsets(BLOCK_N, BLOCK_DV, v.s, v.d, WIDE), load_key, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
+    v_ptrs = v.ptr + tile_offsets(BLOCK_N, BLOCK_DV, v.s, v.d, WIDE)
+    v_tile = load_tile(v_ptrs, load_key, VALUE_DIM)  # [BLOCK_N, BLOCK_DV]
     if key_scale is not None:
-        key_scale_ptrs = vector_from(key_scale, batch, kv_head, 0, memory_key) + key_offsets * key_scale.s
-        of_key = tl.load(key_scale_ptrs, mask=load_key, other=0.0)  # [BLOCK_N]
+        of_key = tl.load(vector_from(key_scale, batch, kv_head, 0, key_indices), mask=load_key, other=0.0)  # [BLOCK_N]
     if factor_size is not None:
         factor_size = 1.0 / tl.load(factor_size + batch * kv_heads + kv_head)
 
@@ -209,11 +214,11 @@ def attention_grad_key_value(
         head = kv_head * group + index
         batch_head = batch * q_heads + head
         q_head = from_row(q, batch, head, first_row, ALIGNED)
-        d_out_head = from_row(d_out, batch, head, first_row, ALIGNED)
+        do_head = from_row(d_out, batch, head, first_row, ALIGNED)
         term_ptr = terms_ptr + 2 * terms_offset(batch, head, sequence, first_row, q_heads, terms_len, q_starts)
         d_bias = tl.zeros([BLOCK_N, KEY_SUM_COLUMNS], tl.float32)
         if key_bias is not None:
-            bias_ptrs = vector_from(key_bias, batch, kv_head, index, memory_key) + key_offsets * key_bias.s
+            bias_ptrs = vector_from(key_bias, batch, kv_head, index, key_indices)
             bias = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[:, None]  # [BLOCK_N, 1]
         for PASS in tl.static_range(FIRST, 3 if INVARIANT else 2):
             if PASS != UNMASKED or (mask is None and key_ranges is None):
@@ -222,7 +227,7 @@ def attention_grad_key_value(
                     m_start, m_end, full_start, full_end, step.shape[0], PASS, INVARIANT
                 )
                 q_offsets = tile_offsets(step.shape[0], BLOCK_D, q_head.s, q_head.d, WIDE)  # [M, BLOCK_D]
-                do_offsets = tile_offsets(step.shape[0], BLOCK_DV, d_out_head.s, d_out_head.d, WIDE)  # [M, BLOCK_DV]
+                do_offsets = tile_offsets(step.shape[0], BLOCK_DV, do_head.s, do_head.d, WIDE)  # [M, BLOCK_DV]
                 one = tl.full(step.shape, 1.0, tl.float32)
                 next_terms = term_ptr + 2 * (loop_start + step)
                 for position in tl.range(loop_start, loop_end, step.shape[0]):
@@ -237,10 +242,10 @@ def attention_grad_key_value(
                     if PASS != UNMASKED:
                         live = exponent_term != float("-inf")
                     q_tile = load_block(
-                        q_head, q_descriptor, q_offsets, batch, head, first_row, start_m, live, HEAD_DIM, PASS != UNMASKED
+                        q_head, q_descriptor, q_offsets, batch, head, first_row, start_m, live, HEAD_DIM, PASS
                     )  # [M, BLOCK_D]
                     do = load_block(
-                        d_out_head, d_out_descriptor, do_offsets, batch, head, first_row, start_m, live, VALUE_DIM, PASS != UNMASKED
+                        do_head, d_out_descriptor, do_offsets, batch, head, first_row, start_m, live, VALUE_DIM, PASS
                     )  # [M, BLOCK_DV]
                     s = tl.dot(k_tile, q_tile.T, input_precision="ieee")  # [BLOCK_N, M]
                     if key_scale is not None:
@@ -257,7 +262,8 @@ def attention_grad_key_value(
                             exponent = tl.where(bias == float("-inf"), float("-inf"), exponent)
                     p = tl.exp2(exponent)  # [BLOCK_N, M]
                     if PASS != UNMASKED:
-                        p = tl.where(visible_rows(offs_m, live, offs_n, row_lo, row_hi, batch, head, view, mask), p, 0.0)
+                        keep = visible_rows(offs_m, live, offs_n, row_lo, row_hi, batch, head, view, mask)
+                        p = tl.where(keep, p, 0.0)
                     dp = tl.dot(v_tile, do.T, input_precision="ieee")  # [BLOCK_N, M]
                     weights = p
                     if dropout_ptr is not None:
@@ -311,3 +317,25 @@ def attention_grad_key_value(
     keep_v = keep_key[:, None] & (tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM)
     tl.store(d_k_ptrs, dk.to(d_k_ptr.dtype.element_ty), mask=keep_k)
     tl.store(d_v_ptrs, dv.to(d_v_ptr.dtype.element_ty), mask=keep_v)
+
+
+KERNELS["grad_key_value"] = attention_grad_key_value
+
+
+def grad_key_value(kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor) -> Gradients:
+    """The gradients of k, v, key_scale and key_bias."""
+    if not (needs.k or needs.v or needs.key_scale or needs.key_bias):
+        return Gradients()
+    visible, bias = call.visibility, call.logits.key_bias
+    d_k = new_results(call, call.k.shape, torch.float32 if kind.problem.wide_k else call.k.dtype)
+    d_v = new_results(call, call.v.shape, call.v.dtype)
+    d_key_scale = new_results(call, call.k.shape[:3], torch.float32) if needs.key_scale else None
+    d_key_bias = new_results(call, bias.shape, torch.float32) if bias is not None and needs.key_bias else None
+    results: Arguments = {"d_k_ptr": d_k, "d_v_ptr": d_v, "d_key_scale_ptr": d_key_scale, "factor_size": None}
+    results["d_key_bias_ptr"] = d_key_bias
+    scale, query_scale, *_ = call.logits
+    if query_scale is not None and call.q.dtype == torch.float16:
+        factor = (query_scale * (scale * LOG2_E.value)).unflatten(1, (visible.kv_heads, -1)).flatten(2)
+        results["factor_size"] = largest(factor)
+    launch_kernel("grad_key_value", kind, call, shared | results, d_out)
+    return Gradients(k=d_k, v=d_v, key_scale=d_key_scale, key_bias=d_key_bias)

@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("triton")
-from tritonattn.tuner import static
-from tritonattn.tuner.candidates import static_candidates
-from tritonattn.tuner.gate import Candidate, Latency
-from tritonattn.tuner.machine_code import MachineCode
-from tritonattn.tuner.static import ranked, static_table
+from perf.static import ranking
+from perf.static.gate import Judged, Latency
+from perf.static.machine_code import MachineCode
+from perf.static.ranking import ranked, ranked_table, static_candidates
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPUS
 from tritonattn.tuning.table import Key
@@ -31,7 +30,7 @@ class Stub:
     def examine(self, wanted, progress=None):
         self.asked += wanted
         code = MachineCode(128, 0, 0, 0)
-        return [Candidate(config, code, self.reasons(problem, config)) for _, problem, config in wanted]
+        return [Judged(config, code, self.reasons(problem, config)) for _, problem, config in wanted]
 
     def reasons(self, problem, config):
         return ("spills",) if config in self.fails or (problem, config) in self.fails else ()
@@ -45,7 +44,7 @@ def clocks(monkeypatch):
     def modelled(kernel, problem, one, *_):
         return clocks.get((one.config, problem.short), clocks.get(one.config, 100.0))
 
-    monkeypatch.setattr(static, "modelled_clocks", modelled)
+    monkeypatch.setattr(ranking, "modelled_clocks", modelled)
     return clocks
 
 
@@ -103,14 +102,14 @@ def test_an_entry_fits_with_every_option(clocks):
             return found
 
     clocks[OTHER] = 10.0
-    assert static_table(A100, Large(), [KEY]).entries[KEY].config == DEFAULT
+    assert ranked_table(A100, Large(), [KEY]).entries[KEY].config == DEFAULT
 
 
 def test_an_entry_passes_for_its_own_call(clocks):
     """Though the ranking is by another."""
     clocks[OTHER] = 10.0
     key = KEY._replace(scales="query+key")
-    assert static_table(A100, Stub(), [key]).entries[key].config == OTHER
-    assert static_table(A100, Stub((key.problem, OTHER)), [key]).entries[key].config == DEFAULT
+    assert ranked_table(A100, Stub(), [key]).entries[key].config == OTHER
+    assert ranked_table(A100, Stub((key.problem, OTHER)), [key]).entries[key].config == DEFAULT
     every = static_candidates(key.kernel, key.problem, SM_80)
-    assert static_table(A100, Stub(*((key.problem, config) for config in every)), [key]).entries == {}
+    assert ranked_table(A100, Stub(*((key.problem, config) for config in every)), [key]).entries == {}

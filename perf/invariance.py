@@ -1,4 +1,6 @@
-"""`python -m tests.invariance --backend cuda|sdpa|sm_80|sm_90 --cases N`: count the random cases whose bits hold."""
+"""Count the random cases in which a sequence has the same bits alone and in company, under `batch_invariant`."""
+
+from __future__ import annotations
 
 import argparse
 import math
@@ -12,6 +14,8 @@ import torch
 
 from tritonattn.backends.triton import launch
 from tritonattn.calls import key_statistics
+from tritonattn.cli.options import whole_number
+from tritonattn.core.errors import CommandError
 from tritonattn.tuning.config import TileConfig
 
 from .company import cases, differences
@@ -45,15 +49,18 @@ def device(backend: str):
         yield
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.invariance", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=("cuda", "sdpa", *_TILES), default="sdpa")
-    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--cases", type=whole_number, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="how long, but one case at least")
-    options = parser.parse_args()
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
     if options.backend == "cuda" and not torch.cuda.is_available():
-        sys.exit("invariance: backend cuda: torch sees no GPU")
+        raise CommandError("device cuda: torch sees no GPU")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty
     counts: Counter[str] = Counter()
     lengths, dims = _SIZES.get(options.backend, _EMULATED)
     end = time.monotonic() + 60 * options.minutes
@@ -73,9 +80,4 @@ def main() -> int:
         counts[found] += 1
         if counts.total() % 10 == 0 or counts.total() == options.cases:
             print(f"{options.backend}: {dict(counts)} of {options.cases} cases", flush=True)
-    return int(counts["differ"] > 0)
-
-
-if __name__ == "__main__":
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty
-    sys.exit(main())
+    sys.exit(int(counts["differ"] > 0))

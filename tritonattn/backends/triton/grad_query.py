@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ...core.call import AttentionCall, Needs
+from ...tuning.config import corrects_delta
+from .attention import largest, launch_kernel, new_results, seen_scales
 from .block import (
     LENGTHS,
     LOG2_E,
@@ -30,6 +35,7 @@ from .block import (
     vector_from,
     visible,
 )
+from .launch import KERNELS, Arguments, Kind
 
 # Few keys, over which a block of rows loops twice. Among more, some row's exact gradient is far larger than an error.
 FEW_KEYS = tl.constexpr(64)
@@ -145,10 +151,8 @@ def attention_grad_query(
         key_size = tl.load(key_size + batch * (q_heads // group) + kv_head)
     if key_scale is not None:
         key_scale_ptr = vector_from(key_scale, batch, kv_head, 0, first_key)
-        key_scale_step = tl.cast(key_scale.s, tl.int64)
     if key_bias is not None:
         key_bias_ptr = vector_from(key_bias, batch, kv_head, head % group, first_key)
-        key_bias_step = tl.cast(key_bias.s, tl.int64)
     kv_start, kv_end, full_start, full_end = key_bounds(
         start_m, tl.minimum(start_m + BLOCK_M, q_len) - 1, lo, hi, batch, view, BLOCK_N, mask is not None
     )
@@ -181,7 +185,7 @@ def attention_grad_query(
                 dq = tl.where(are_few, 0.0, dq)
                 kv_end = tl.where(are_few, kv_end, 0)
             full_end = full_start
-        if PASS == 0 or (PASS == UNMASKED and mask is None) or (PASS == 2 and INVARIANT) or (PASS == AGAIN and CORRECT_DELTA):
+        if (PASS != UNMASKED or mask is None) and (PASS != 2 or INVARIANT) and (PASS != AGAIN or CORRECT_DELTA):
             step = tl.arange(0, BLOCK_N if PASS == UNMASKED else MASKED_N)  # [N]
             n_lo, n_hi, loop_start, loop_end, gap_start, gap = pass_bounds(
                 kv_start, kv_end, full_start, full_end, step.shape[0], PASS, INVARIANT
@@ -200,18 +204,19 @@ def attention_grad_query(
                     if seen_ptr is not None:
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
                 k_tile = load_block(
-                    k, k_descriptor, k_offsets, batch, kv_head, first_key, start_n, load_key, HEAD_DIM, PASS != UNMASKED
+                    k, k_descriptor, k_offsets, batch, kv_head, first_key, start_n, load_key, HEAD_DIM, PASS
                 )  # [N, BLOCK_D]
                 v_tile = load_block(
-                    v, v_descriptor, v_offsets, batch, kv_head, first_key, start_n, load_key, VALUE_DIM, PASS != UNMASKED
+                    v, v_descriptor, v_offsets, batch, kv_head, first_key, start_n, load_key, VALUE_DIM, PASS
                 )  # [N, BLOCK_DV]
                 s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]
                 if key_scale is not None:
-                    of_key = tl.load(key_scale_ptr + offs_n * key_scale_step, mask=load_key, other=0.0)
+                    of_key = tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=load_key, other=0.0)
                     s *= of_key[None, :]
                 x, x_factor = s, factor[:, None]
                 if key_bias is not None:
-                    bias = (tl.load(key_bias_ptr + offs_n * key_bias_step, mask=load_key, other=0.0) * LOG2_E)[None, :]
+                    bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * key_bias.s
+                    bias = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]
                     x, x_factor = fma(s, factor[:, None], bias), tl.full([BLOCK_M, 1], 1.0, tl.float32)
                 if softcap is None:
                     exponent = fma(x, x_factor, exponent_term[:, None])
@@ -249,7 +254,7 @@ def attention_grad_query(
     if key_size is not None:
         dq *= key_size
     if query_scale is not None:
-        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row) + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
+        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + tl.arange(0, BLOCK_M))
         dq *= tl.load(scale_ptrs, mask=live, other=0.0)[:, None]
     if SUMS == 2:
         d_query_scale = tl.sum(d_factor, 1)
@@ -264,3 +269,22 @@ def attention_grad_query(
     d_q_ptrs = d_q_ptr + row_base * HEAD_DIM + tile_offsets(BLOCK_M, BLOCK_D, HEAD_DIM, 1, False)
     keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     tl.store(d_q_ptrs, dq.to(d_q_ptr.dtype.element_ty), mask=keep_q)
+
+
+KERNELS["grad_query"] = attention_grad_query
+
+
+def grad_query(
+    kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    # The pass over keys reads the corrected terms.
+    for_keys = needs.key_bias or (corrects_delta(kind.problem) and (needs.k or needs.key_scale))
+    if not (needs.q or needs.query_scale or for_keys):
+        return None, None
+    d_q = new_results(call, call.q.shape, torch.float32 if kind.problem.wide_q else call.q.dtype)
+    d_query_scale = new_results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None
+    results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": None}
+    if call.logits.key_scale is not None and call.q.dtype == torch.float16:
+        results["key_size"] = largest(seen_scales(call.logits.key_scale, call.visibility))
+    launch_kernel("grad_query", kind, call, shared | results, d_out)
+    return d_q, d_query_scale

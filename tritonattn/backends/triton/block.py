@@ -4,11 +4,11 @@ Names: `offs_*` are vectors of indices, `*_ptr` pointers, CAPITALS constexprs. L
 exp(x) = exp2(x * log2(e)). Every multiply-add is an explicit fma, so that results do not depend on Triton's fp-fusion
 default.
 
-Records are NamedTuples, which Triton takes apart. An optional tensor is its own flag: it is None where a call has no
-such tensor. Three rules suit all compilers since triton 3.4. A record's None member is a None argument of the kernel, or
-stands in the call that makes the record (`None if x is None else begin(x)`). It is no local variable, no function returns
-it, and a record with such members is never compared with None. Lengths and counts stay outside of the records that
-kernels take, where Triton ignores `do_not_specialize`. So do constexprs.
+Records are NamedTuples, which Triton takes apart. An optional tensor is its own flag: None where a call has no such
+tensor. Three rules suit all compilers since triton 3.4. A record's None member is a None argument of the kernel, or
+stands in the call that makes the record. It is no local variable, no function returns it, and a record with such
+members is never compared with None. Lengths, counts and constexprs stay outside of the records that kernels take,
+where Triton ignores `do_not_specialize`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...tuning import config
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # fp32's smallest normal number. It stands for a factor of 0 where a hidden logit is -inf, since -inf * 0 is NaN.
 TINY = tl.constexpr(2.0**-126)
-# Row terms of the backward are padded to a multiple of this, so every block of rows up to it divides them.
-ROW_TERMS_ALIGNMENT = tl.constexpr(128)
-# A kernel loops over its blocks in passes: those without a mask in pass 1, masked ones in pass 0. In pass 2 come those
-# behind, where all blocks are taken in ascending order.
+ROW_TERMS_ALIGNMENT = tl.constexpr(config.ROW_TERMS_ALIGNMENT)
+# A kernel loops over its blocks in passes: `pass_bounds`. Those that need no mask are in this one.
 UNMASKED = tl.constexpr(1)
 
 # Arguments whose values change from call to call: compiled code does not depend on them.
@@ -122,10 +122,9 @@ class View(NamedTuple):
 
 @triton.jit
 def program_position(first_y, first_z, LAST_FIRST: tl.constexpr):
-    """(block, head, sequence) of this program, the three axes of its grid; without packing, a batch entry's number.
+    """(block, head, sequence) of this program, the three axes of its grid; LAST_FIRST: it starts with the last block.
 
     first_y, first_z   where this launch begins: a grid past the hardware's limit takes several
-    LAST_FIRST         start with the last block
     """
     block = tl.program_id(0)
     if LAST_FIRST:
@@ -138,12 +137,10 @@ def program_in_section(heads, first_y, first_z, LAST_FIRST: tl.constexpr, LANES:
     """(block, head, sequence) of this program of the grid (heads of a section, blocks, sections): `tuning.order`.
 
     Programs start in the order of the grid's first axis, then the second: all heads of a section take their longest
-    block first. The sections cut the heads of all sequences, one sequence's after another's.
+    block first, under a causal mask the last one. The sections cut the heads of all sequences, `heads` of each.
 
-    heads              of a sequence
-    first_y, first_z   where this launch begins: a grid past the hardware's limit takes several
-    LAST_FIRST         start with the last block, which has the most keys under a causal mask
-    LANES              dies to which the hardware deals programs in turn: neighbouring heads stay on one
+    first_y, first_z, LAST_FIRST   as in `program_position`
+    LANES                          dies to which the hardware deals programs in turn: neighbouring heads stay on one
     """
     count, slot = tl.num_programs(0), tl.program_id(0)
     if LANES > 1:
@@ -152,16 +149,15 @@ def program_in_section(heads, first_y, first_z, LAST_FIRST: tl.constexpr, LANES:
     if LAST_FIRST:
         block = tl.num_programs(1) - 1 - block
     index = (first_z + tl.program_id(2)) * count + slot
-    sequence = index // heads
-    return first_y + block, index % heads, sequence
+    return first_y + block, index % heads, index // heads
 
 
 @triton.jit
 def sequence_bounds(sequence, q_len, k_len, q_starts, k_starts):
-    """(batch entry, first row, first key, rows, keys) of a sequence.
+    """(batch entry, first row, first key, rows, keys) of a batch entry or packed sequence.
 
-    Packed sequences follow one another in batch entry 0, and q_starts and k_starts, int32 [N + 1], are where each one's
-    rows and keys begin, and the ends of the last; else both are None, and a sequence is a batch entry.
+    Packed sequences follow one another in batch entry 0. q_starts and k_starts, int32 [N + 1] or None, are where their
+    rows and keys begin, and the ends of the last one.
     """
     batch, first_row, first_key = sequence, sequence * 0, sequence * 0
     if q_starts is not None:
@@ -215,13 +211,13 @@ def load_tile(pointers, keep_row, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_block(x, descriptor, offsets, batch, head, first, start, keep, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """The tile of x from row `start` on, by the tensor memory accelerator if there is a descriptor and no MASKED row.
+def load_block(x, descriptor, offsets, batch, head, first, start, keep, WIDTH: tl.constexpr, PASS: tl.constexpr):
+    """The tile of x from row `start` on, by the tensor memory accelerator if there is a descriptor and nothing masked.
 
     x            from one (batch entry, head) and row `first` on; offsets: of the tile's elements
     descriptor   of the whole tensor [B, H, S, D], or None
     """
-    if MASKED or descriptor is None:
+    if PASS != UNMASKED or descriptor is None:
         tile = load_tile(x.ptr + start.to(tl.int64) * x.s + offsets, keep, WIDTH)
     else:
         tile = descriptor.load([batch, head, first + start, 0]).reshape(offsets.shape[0], offsets.shape[1])
@@ -319,7 +315,7 @@ def pass_bounds(start, end, full_start, full_end, BLOCK: tl.constexpr, PASS: tl.
     lo, hi                 what is loaded is in [lo, hi)
     loop_start, loop_end   a loop from one to the other in steps of BLOCK takes the blocks of the pass
     gap_start, gap         a position from gap_start on stands for the block that begins `gap` later
-    PASS                   UNMASKED: the blocks in [full_start, full_end). 0: the others, with that gap closed; or, where
+    PASS                   1, UNMASKED: the blocks in [full_start, full_end). 0: the others, with that gap closed, or,
                            IN_ORDER, those before it. 2: those behind it
     """
     if PASS == 0 and IN_ORDER:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tritonattn.tuner.gate import Candidate, Latency, modelled_clocks
-from tritonattn.tuner.machine_code import MachineCode, MmaLoop
-from tritonattn.tuner.model import Rates, cycles, utilisation
+from perf.static.gate import Judged, Latency, modelled_clocks
+from perf.static.machine_code import MachineCode, MmaLoop
+from perf.static.model import Rates, cycles, utilisation
 from tritonattn.tuning.config import Problem, Target, TileConfig
 
 SM_80 = Target("cuda", "80")
@@ -23,7 +23,7 @@ def clocks(
     loop, config=CONFIG, kernel="forward", target=SM_80, processors=108, registers=128, short=False, latency=None
 ):
     code = MachineCode(registers, 0, 49152, 0, 0, None if loop is None else (loop,))
-    candidate = Candidate(config, code, (), latency)
+    candidate = Judged(config, code, (), latency)
     return modelled_clocks(kernel, replace(PROBLEM, short=short), candidate, target, processors)
 
 
@@ -54,7 +54,7 @@ def test_rows_that_a_program_does_not_hold_take_another():
     """Which loads the same keys again: 8,192 programs, 2 to a processor, or half."""
     problem = replace(PROBLEM, right=False, packed_rows=32)
     few, many = (
-        modelled_clocks("decode", problem, Candidate(TileConfig(rows, 64, 8, 2), CODE, ()), SM_80, 128)
+        modelled_clocks("decode", problem, Judged(TileConfig(rows, 64, 8, 2), CODE, ()), SM_80, 128)
         for rows in (16, 32)
     )
     assert few == pytest.approx(2 * many)

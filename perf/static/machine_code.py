@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
-import triton
 from triton.compiler import CompiledKernel
 
-from ..tuning.config import Problem, padded_dim
-from .control_flow import Instruction, Span, innermost, is_ptx_mma, loops, parse, ptx_loops
+from tritonattn.tuner.gate import number_behind, read_binary, read_code
+from tritonattn.tuning.config import Problem, padded_dim
 
-_TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
+from .control_flow import Instruction, Span, innermost, is_ptx_mma, loops, parse, ptx_loops
 
 # Classes of opcodes (up to their first dot); MUFU is the exp unit, U* the uniform datapath; others are integer.
 _OPCODES = {
@@ -99,21 +95,17 @@ class MachineCode:
 
 def read_machine_code(compiled: CompiledKernel) -> MachineCode:
     """Read a kernel that was compiled for any target."""
-    shared = compiled.metadata.shared
+    read = read_code(compiled)
     if "amdgcn" in compiled.asm:
-        assembly = compiled.asm["amdgcn"]
-        names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-        registers, spills, scratch = (_number(rf"\.{name}:?\s+(\d+)", assembly) for name in names)
-        return MachineCode(registers, scratch, shared, 4 * spills)
-    usage, listing = disassemble(compiled.asm["cubin"])
-    registers, stack = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
-    code = parse(listing)
+        scratch = number_behind(r"\.private_segment_fixed_size:?\s+", compiled.asm["amdgcn"])
+        return MachineCode(read.registers, scratch, read.shared_bytes, read.spill_bytes)
+    code = parse(disassemble(compiled.asm["cubin"]))
     spans = loops(code)
     inside = {index for span in spans for index in span.indices}
     spills = sum(_local_bytes(code.instructions[index]) for index in inside)
-    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     hot = _mma_loops(code.instructions, spans, compiled.asm["ptx"], compiled.metadata.num_warps)
-    return MachineCode(registers, stack, shared, spills, tensor_memory, hot, len(code.instructions))
+    memory = (read.spill_bytes, read.shared_bytes, spills, read.tensor_memory)
+    return MachineCode(read.registers, *memory, hot, len(code.instructions))
 
 
 def flops_per_logit(kernel: str, problem: Problem) -> int:
@@ -124,28 +116,13 @@ def flops_per_logit(kernel: str, problem: Problem) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """Return (resource usage, listing) from the cuobjdump and nvdisasm in triton.
+def disassemble(cubin: bytes) -> str:
+    """Return the listing of the nvdisasm in triton.
 
     -ndf leaves out an analysis of stacked branches, which took a quarter of the time; kernels have none. -hex prints
     each instruction's encoding behind it.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _output("cuobjdump", "--dump-resource-usage", str(path))
-        return usage, _output("nvdisasm", "-c", "-ndf", "-hex", str(path))
-
-
-def _output(tool: str, *arguments: str) -> str:
-    return subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"machine code: expected {pattern!r}, got none")
-    return int(found[1])
+    return read_binary("nvdisasm", cubin, "-c", "-ndf", "-hex")
 
 
 def instruction_class(instruction: Instruction) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ...core.call import AttentionCall
+from ...tuning.config import ROW_TERMS_ALIGNMENT as ALIGNMENT
+from .attention import aligned_rows, launch_kernel
 from .block import (
     LENGTHS,
     LOG2_E,
     ROW_TERMS_ALIGNMENT,
+    Results,
     from_row,
     joint_peak,
     load_tile,
@@ -19,6 +25,7 @@ from .block import (
     tile_offsets,
     vector_from,
 )
+from .launch import KERNELS, Arguments, Kind
 
 
 @triton.jit
@@ -114,10 +121,26 @@ def attention_row_terms(
     gradient_term = -delta
     tl.store(delta_ptr + term_offsets, delta, mask=keep_term)
     if query_scale is not None:
-        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row) + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
+        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + tl.arange(0, BLOCK_M))
         factor = tl.load(scale_ptrs, mask=live, other=0.0) * (scale * LOG2_E)
         if key_bias is None:
             gradient_term *= factor
     exponent_term = tl.where(live, -total2, float("-inf"))
     store_term(terms_ptr + 2 * term_offsets, exponent_term, factor, keep_term)
     store_term(terms_ptr + 2 * term_offsets + 1, gradient_term, factor, keep_term)
+
+
+KERNELS["row_terms"] = attention_row_terms
+
+
+def row_terms(kind: Kind, call: AttentionCall, shared: Arguments, results: Results, d_out: Tensor) -> Arguments:
+    visible, sequences = call.visibility, call.visibility.sequences
+    terms_len = aligned_rows(visible.q_len)
+    if sequences is not None:
+        terms_len += ALIGNMENT * (len(sequences.q_starts) - 1)
+    shape = (*call.q.shape[:2], terms_len)
+    joined = torch.float32 if call.logits.query_scale is None else torch.int64
+    both, delta = call.q.new_empty((*shape, 2), dtype=joined), call.q.new_empty(shape, dtype=torch.float32)
+    terms = {"terms_ptr": both, "delta_ptr": delta, "terms_len": terms_len}
+    launch_kernel("row_terms", kind, call, shared | terms | {"results": results}, d_out)
+    return terms

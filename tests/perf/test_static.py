@@ -1,33 +1,23 @@
-"""The gate, the ranking by the model, and the tables that come of them."""
+"""The static gate: conditions on machine code, which shipped entries meet."""
 
-import os
-import signal
-import time
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+from perf.static.gate import examine, gate_reasons
+from perf.static.machine_code import MachineCode, MmaLoop
 from tests.support.versions import OLDER_TRITON
 from tritonattn.backends.triton import launch
-from tritonattn.tuner import static
-from tritonattn.tuner.candidates import candidates, static_candidates
-from tritonattn.tuner.gate import examine, gate_reasons
-from tritonattn.tuner.machine_code import MachineCode, MmaLoop
-from tritonattn.tuner.static import Compiler, keys
 from tritonattn.tuning import cache_dir
-from tritonattn.tuning.config import Problem, Target, TileConfig, legal_reasons
+from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.gpus import GPUS
 from tritonattn.tuning.lookup import usable_table
-from tritonattn.tuning.table import RANKED_HEAD_DIMS
+from tritonattn.tuning.table import RANKED_HEAD_DIMS, keys
 
-SM_80, SM_90, SM_100 = Target("cuda", "80"), Target("cuda", "90"), Target("cuda", "100")
-GFX950 = Target("hip", "gfx950")
+SM_80, SM_90 = Target("cuda", "80"), Target("cuda", "90")
 PROBLEM = Problem(64, 64, torch.bfloat16, right=True, query_scale=True)
 CONFIG = TileConfig(128, 64, 4, 2)
 compiled = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
@@ -37,22 +27,6 @@ def code(registers: int = 128, spill: int = 0, shared: int = 49152, exp: int = 6
     mix = {"tensor": 128, "exp": exp, "fp32": 200, "integer": other}
     loop = MmaLoop(mix, packed=0, tiles=1, flops=128 * 64 * 256, shared_bytes=65536)
     return MachineCode(registers, 0, shared, spill, 0, (loop,))
-
-
-def test_an_interruption_ends_processes_silently_while_they_start(capfd, monkeypatch):
-    """A terminal sends Ctrl-C to all processes; imports would end with a traceback in each."""
-
-    def interrupted(tasks):
-        time.sleep(1)  # they import by now
-        for process in compiler._pool._processes.values():
-            with suppress(ProcessLookupError):  # the pool ends them all when one has ended
-                os.kill(process.pid, signal.SIGINT)
-        return as_completed(tasks)
-
-    monkeypatch.setattr(static, "as_completed", interrupted)
-    with Compiler(SM_80, 1) as compiler, pytest.raises(BrokenProcessPool):
-        compiler.examine([("forward", PROBLEM, CONFIG)])
-    assert capfd.readouterr().err == ""
 
 
 def test_the_gate():
@@ -90,51 +64,10 @@ def test_a_softcap_takes_exponentials_of_its_own():
     assert "2.00 exponentials a logit" in gate_reasons("grad_query", capped, CONFIG, SM_80, code(exp=384))[0]
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
-def test_candidates(gpu):
-    for key in keys():
-        found = candidates(key.kernel, key.problem, gpu.target)
-        assert found[0] == default_config(key.kernel, key.problem, gpu.target)
-        assert len(set(found)) == len(found)
-        assert set(static_candidates(key.kernel, key.problem, gpu.target)) <= set(found)
-        assert all(not legal_reasons(key.kernel, config, key.problem, gpu.target) for config in found)
-
-
-# 208 fp32 sums a thread, of 64 lanes a wave on AMD; in tensor memory sums take none. wgmma takes 64 rows for 4 warps.
-TILES = [
-    ("forward", 64, TileConfig(64, 64, 8, 2), {SM_80: True, SM_90: False}),
-    ("forward", 64, TileConfig(64, 64, 4, 2), {SM_90: True}),
-    ("forward", 128, TileConfig(128, 128, 4, 2, descriptors=True), {SM_90: False, SM_100: True}),
-    ("grad_query", 64, TileConfig(128, 128, 4, 2), {SM_80: False}),
-    ("grad_key_value", 128, TileConfig(128, 64, 4, 2), {SM_80: False}),
-    ("grad_key_value", 128, TileConfig(128, 64, 8, 2), {SM_80: True}),
-    ("grad_key_value", 256, TileConfig(32, 64, 4, 1), {GFX950: True}),
-    ("grad_key_value", 256, TileConfig(32, 32, 8, 1, descriptors=True), {SM_90: True}),
-]
-
-
-@pytest.mark.parametrize(("kernel", "head_dim", "config", "wanted"), TILES)
-def test_candidates_leave_out_what_cannot_be_fast(kernel, head_dim, config, wanted):
-    problem = replace(PROBLEM, head_dim=head_dim, value_dim=head_dim)
-    assert {target: config in candidates(kernel, problem, target) for target in wanted} == wanted
-
-
 @compiled
 def test_eight_warps_on_the_rows_of_one_wgmma_repeat_their_softmax():
     [reason] = examine("forward", PROBLEM, TileConfig(64, 64, 8, 2), SM_90).reasons
     assert "warps repeat each other's softmax" in reason
-
-
-@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
-def test_shipped_tables_are_in_use(gpu):
-    """It is of these kernels, has a legal entry for every key, and is written as its content prints."""
-    path = cache_dir.shipped_tables() / f"{gpu.name}.json"
-    table = usable_table(path, gpu.target)
-    assert path.read_text(encoding="utf-8") == table.text()
-    assert set(table.entries) == set(keys(head_dims=RANKED_HEAD_DIMS))
-    for key, entry in table.entries.items():
-        assert not legal_reasons(key.kernel, entry.config, key.problem, gpu.target)
-        assert entry.source == "measured" or entry.details["spill_bytes"] <= 80, "some below 2% of a loop"
 
 
 ENTRIES = [(gpu, key) for gpu in GPUS for key in keys(head_dims=RANKED_HEAD_DIMS)]

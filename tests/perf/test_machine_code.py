@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 triton = pytest.importorskip("triton")
-from tritonattn.tuner import machine_code
-from tritonattn.tuner.control_flow import Instruction, innermost, loops, parse, parse_ptx
-from tritonattn.tuner.machine_code import read_machine_code
+from perf.static import machine_code
+from perf.static.control_flow import Instruction, innermost, loops, parse, parse_ptx
+from perf.static.machine_code import read_machine_code
+from tritonattn.tuner import gate
 
 # A loop in a loop, whose wait retries out of line; the outer one has a spill of its own.
 LISTING = """
@@ -105,8 +106,8 @@ def test_spills_are_those_inside_of_loops(monkeypatch):
     """Code that lies before and after them runs once."""
     once = "        /*0008*/                   STL.128 [R1], R4 ;\n"
     listing = LISTING.replace(".L_x_4:\n", once + ".L_x_4:\n")
-    usage = " REG:96 STACK:16 SHARED:0"
-    monkeypatch.setattr(machine_code, "disassemble", lambda cubin: (usage, listing))
+    monkeypatch.setattr(gate, "read_binary", lambda *_: " REG:96 STACK:16 SHARED:0")
+    monkeypatch.setattr(machine_code, "disassemble", lambda cubin: listing)
     ptx = "$L__BB0_1:\n\tmma.sync.aligned.m16n8k16 {%r1};\n\t@%p1 bra \t$L__BB0_1;\n\tret;\n"
     metadata = SimpleNamespace(shared=4096, num_warps=4, tmem_size=64)
     found = read_machine_code(SimpleNamespace(metadata=metadata, asm={"cubin": b"", "ptx": ptx}))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ...core.call import AttentionCall, ForwardResult
+from .attention import call_arguments, launch_kernel, new_results, of_kind
 from .block import (
     LENGTHS,
     LOG2_E,
     TINY,
     UNMASKED,
+    Results,
     View,
     dropout_keeps,
     finish_softmax,
@@ -28,6 +33,7 @@ from .block import (
     vector_from,
     visible,
 )
+from .launch import KERNELS
 
 
 @triton.jit
@@ -139,7 +145,7 @@ def attention_forward(
 
     factor = tl.full([BLOCK_M], 1.0, tl.float32) * (scale * LOG2_E)
     if query_scale is not None:
-        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row) + tl.arange(0, BLOCK_M).to(tl.int64) * query_scale.s
+        scale_ptrs = vector_from(query_scale, batch, head, 0, memory_row + tl.arange(0, BLOCK_M))
         factor *= tl.load(scale_ptrs, mask=keep_row, other=0.0)
     q = from_row(q, batch, head, memory_row, ALIGNED)
     q_ptrs = q.ptr + tile_offsets(BLOCK_M, BLOCK_D, q.s, q.d, WIDE)
@@ -168,10 +174,9 @@ def attention_forward(
     if seen_ptr is not None:
         seen_ptr += (batch.to(tl.int64) * (q_heads // group) + kv_head) * k_len
     if key_scale is not None:
-        key_scale_ptr, key_scale_step = vector_from(key_scale, batch, kv_head, 0, first_key), tl.cast(key_scale.s, tl.int64)
+        key_scale_ptr = vector_from(key_scale, batch, kv_head, 0, first_key)
     if key_bias is not None:
         key_bias_ptr = vector_from(key_bias, batch, kv_head, head % group, first_key)
-        key_bias_step = tl.cast(key_bias.s, tl.int64)
     kv_start, kv_end, full_start, full_end = key_bounds(
         start_m, tl.minimum(start_m + BLOCK_M, q_len) - 1, lo, hi, batch, view, BLOCK_N, mask is not None
     )
@@ -204,10 +209,10 @@ def attention_forward(
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
                 if pages is None:
                     k_tile = load_block(
-                        k, k_descriptor, k_offsets, batch, kv_head, first_key, start_n, load_key, HEAD_DIM, PASS != UNMASKED
+                        k, k_descriptor, k_offsets, batch, kv_head, first_key, start_n, load_key, HEAD_DIM, PASS
                     )  # [N, BLOCK_D]
                     v_tile = load_block(
-                        v, v_descriptor, v_offsets, batch, kv_head, first_key, start_n, load_key, VALUE_DIM, PASS != UNMASKED
+                        v, v_descriptor, v_offsets, batch, kv_head, first_key, start_n, load_key, VALUE_DIM, PASS
                     )  # [N, BLOCK_DV]
                 else:
                     number, slot, is_held = page_slots(pages, sequence, offs_n, load_key)
@@ -215,10 +220,11 @@ def attention_forward(
                     v_tile = load_tile(page_tile(v, number, slot, BLOCK_DV, WIDE), is_held, VALUE_DIM)
                 s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]
                 if key_scale is not None:
-                    s *= tl.load(key_scale_ptr + offs_n * key_scale_step, mask=load_key, other=0.0)[None, :]
+                    s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=load_key, other=0.0)[None, :]
                 bias, keep = None, None
                 if key_bias is not None:
-                    bias = (tl.load(key_bias_ptr + offs_n * key_bias_step, mask=load_key, other=0.0) * LOG2_E)[None, :]
+                    bias_ptrs = key_bias_ptr + offs_n.to(tl.int64) * key_bias.s
+                    bias = (tl.load(bias_ptrs, mask=load_key, other=0.0) * LOG2_E)[None, :]
                 if PASS != UNMASKED:
                     keep = visible(offs_m, offs_n, lo, hi, batch, head, view, mask)  # [BLOCK_M, N]
                 p, alpha, m_i, l_i, spread = online_softmax(
@@ -243,3 +249,25 @@ def attention_forward(
     if results.rounding is not None:
         lost = lost_in_rounding(out, rounded)
         tl.store(results.rounding + row_base * VALUE_DIM + out_offsets, lost, mask=keep_out)
+
+
+KERNELS["forward"] = attention_forward
+
+
+def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> ForwardResult:
+    """out and lse, and with aux max_logit and entropy, by the forward kernel.
+
+    rounding   int8 [B, Hq, Sq, Dv], contiguous, or None; receives what out lost when it was rounded: `core.rounding`
+    """
+    call, kind = of_kind(call.narrowed(), aux=aux, rounding=rounding is not None)
+    q, v = call.q, call.v
+    out = new_results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
+    lse = new_results(call, q.shape[:3], torch.float32, fill=-torch.inf)
+    max_logit = entropy = None
+    if aux:
+        max_logit = new_results(call, q.shape[:3], torch.float32, fill=-torch.inf)
+        entropy = new_results(call, q.shape[:3], torch.float32)
+    arguments = call_arguments(call)
+    arguments["results"] = Results(out, rounding, lse, max_logit, entropy)
+    launch_kernel("forward", kind, call, arguments)
+    return ForwardResult(out, lse, max_logit, entropy)

@@ -1,0 +1,152 @@
+"""The static gate: conditions on machine code, and modelled clocks of configs whose code passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from triton.compiler import CompiledKernel
+
+from tritonattn.tuner.gate import Candidate, compiled_candidate, memory_reasons
+from tritonattn.tuning.config import Problem, Target, TileConfig, padded_dim
+
+from .machine_code import MachineCode, MmaLoop, flops_per_logit, read_machine_code
+from .model import RATES, cycles, programs_per_sm
+
+# Bytes that the L2 cache gives an SM a clock: 5120 for the 108 of an A100 (NVIDIA A100 whitepaper); taken for all.
+_L2_BYTES = 48
+# Exponentials and reciprocals a logit where a softcap's tanh takes one of each.
+_OF_A_SOFTCAP = 3
+# Approximate clocks until a load from memory arrives.
+_LATENCY = 600
+# Instructions that access local memory, as a share of a loop's: of fewer the price is in the model.
+_MOST_LOCAL = 0.02
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A model's view of the loop over blocks without a mask, with latency.
+
+    share        of the processor's tensor rate
+    clocks       of an iteration of a program while `programs` run, or None where latency was not replayed
+    programs     that a processor holds at once
+    awaits_last  whether an iteration waits for what the one before it asked for
+    """
+
+    share: float
+    clocks: float | None
+    programs: int
+    awaits_last: bool
+
+
+LatencyModel = Callable[[CompiledKernel, TileConfig, Target], Latency]
+
+
+@dataclass(frozen=True)
+class Judged(Candidate):
+    """A config, its `MachineCode`, the reasons to refuse it, and a model's view of it."""
+
+    latency: Latency | None = None
+
+    def details(self) -> dict[str, Any]:
+        share = {} if self.latency is None else {"modelled_share": round(self.latency.share, 3)}
+        return super().details() | share
+
+
+def examine(
+    kernel: str, problem: Problem, config: TileConfig, target: Target, model: LatencyModel | None = None
+) -> Judged:
+    """Compile a config, hold it to the gate, and ask a model of its latency if there is one."""
+
+    def read(compiled: CompiledKernel) -> Judged:
+        code = read_machine_code(compiled)
+        reasons = gate_reasons(kernel, problem, config, target, code)
+        latency = model(compiled, config, target) if model and code.unmasked_loop and kernel != "decode" else None
+        return Judged(config, code, tuple(reasons), latency)
+
+    found = compiled_candidate(kernel, problem, config, target, read)
+    return found if isinstance(found, Judged) else Judged(config, None, found.reasons)
+
+
+def gate_reasons(kernel: str, problem: Problem, config: TileConfig, target: Target, code: MachineCode) -> list[str]:
+    """List the reasons to refuse code; an empty list lets it be timed."""
+    reasons = []
+    if code.spill_bytes and _local_share(code) > _MOST_LOCAL:
+        reasons.append(f"spills {code.spill_bytes} bytes a thread in a loop")
+    reasons += memory_reasons(code, target)
+    if code.mma_loops is None:  # AMD
+        return reasons
+    loop = code.unmasked_loop
+    if loop is None:
+        return [*reasons, "has no loop with tensor instructions"]
+    if loop.product_waits > loop.products > 0:
+        reasons.append(f"waits {loop.product_waits} times for {loop.products} products: ptxas serialised them")
+    softmaxes = _softmaxes(kernel, config, loop) / (_OF_A_SOFTCAP if problem.softcap else 1)
+    if kernel != "decode" and softmaxes > 1.1:
+        reasons.append(f"computes {softmaxes:.2f} exponentials a logit: warps repeat each other's softmax")
+    return reasons
+
+
+def _local_share(code: MachineCode) -> float:
+    """Share of instructions that access local memory, in the loop of tensor instructions that has the most; else 1."""
+    return max((loop.instructions.get("local", 0) / loop.total for loop in code.mma_loops or ()), default=1.0)
+
+
+def _softmaxes(kernel: str, config: TileConfig, loop: MmaLoop) -> float:
+    """Count exponentials a logit, without those that correct earlier sums, at most 4 lanes of every warp a row."""
+    rows = 4 * config.num_warps / config.block_n if kernel == "forward" else 0
+    tile = loop.tiles * config.block_m * config.block_n
+    return loop.instructions.get("exp", 0) * 32 * config.num_warps / tile - rows
+
+
+def modelled_clocks(kernel: str, problem: Problem, candidate: Judged, target: Target, processors: int) -> float:
+    """Model the clocks of a representative call on a GPU from the rates of its units, for ranking only.
+
+    A processor holds some programs at once. Their units overlap as far as warps hide one another: an iteration takes
+    its longest unit's time and, of the others' time, the share that one of a scheduler's warps leaves exposed; loads
+    are exposed as far as the iterations between request and wait are shorter. A replay of the loop stands for all that.
+    """
+    config, code = candidate.config, candidate.code
+    assert code is not None
+    programs, iterations = _work(kernel, problem, config)
+    rates, loop = RATES.get(target.arch), code.unmasked_loop
+    if rates is None or loop is None:
+        return _clocks_without_rates(kernel, problem, config, code, programs * iterations / processors)
+    resident = max(1, programs_per_sm(rates, code.registers, code.shared_bytes, code.tensor_memory, config.num_warps))
+    waves = -(-programs // (processors * resident))
+    if candidate.latency is not None and candidate.latency.clocks is not None:
+        return waves * iterations * candidate.latency.clocks
+    units = cycles(loop, rates, config.num_warps)
+    units["l2"] = loop.tiles * _streamed_bytes(kernel, problem, config) / _L2_BYTES
+    longest = max(units.values())
+    exposed = (units["tensor"] + units["exp"] + units["issue"] - longest) / max(1.0, resident * config.num_warps / 4)
+    ahead = max(0, config.num_stages - 1 - config.descriptors)  # the TMA is asked at an iteration's end
+    loads = loop.tiles * (_LATENCY + _streamed_bytes(kernel, problem, config) / _L2_BYTES)
+    waiting = max(0.0, loads - ahead * resident * longest) / resident
+    return waves * resident * iterations / loop.tiles * (longest + max(exposed, 0.0) + waiting)
+
+
+def _streamed_bytes(kernel: str, problem: Problem, config: TileConfig) -> int:
+    """Count the bytes that an iteration loads: keys and values, or queries and the output's gradient."""
+    rows = config.block_m if kernel == "grad_key_value" else config.block_n
+    return rows * (padded_dim(problem.head_dim) + padded_dim(problem.value_dim)) * problem.dtype.itemsize
+
+
+def _work(kernel: str, problem: Problem, config: TileConfig) -> tuple[int, int]:
+    """Count programs, and iterations of each, of 128 heads of 512 tokens, or of 8192."""
+    length = 512 if problem.short else 8192
+    held, streamed = config.block_m, config.block_n
+    if kernel == "grad_key_value":
+        held, streamed = streamed, held
+    if kernel == "decode":  # 16 splits of 32 sequences with 8 key heads
+        return 16 * 32 * 8 * -(-problem.packed_rows // held), max(1, length // 16 // streamed)
+    return 128 * -(-length // held), length // streamed
+
+
+def _clocks_without_rates(kernel: str, problem: Problem, config: TileConfig, code: MachineCode, tiles: float) -> float:
+    """Model AMD's clocks: matrix work, weighted for small tiles, which load more a product, and for lone waves."""
+    waves = max(1, 512 // max(code.registers, 1)) if code.registers <= 512 else 1
+    flops = flops_per_logit(kernel, problem) * config.block_m * config.block_n
+    loads = 1 + 16 * (1 / config.block_m + 1 / config.block_n)
+    return tiles * flops / 4096 * loads * (1 + 1 / (waves * max(1, config.num_warps // 4)))

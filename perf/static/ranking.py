@@ -1,0 +1,100 @@
+"""Tables ranked by a model: each entry is the config that passes the gate and comes first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tritonattn.tuner.candidates import candidates, few_candidates, tiles
+from tritonattn.tuner.gate import Compiler, Progress
+from tritonattn.tuner.static import fits, static_table
+from tritonattn.tuning.config import Problem, Target, TileConfig, may_use_descriptors, padded_dim
+from tritonattn.tuning.defaults import default_config
+from tritonattn.tuning.gpus import GPU
+from tritonattn.tuning.table import Key, Table
+
+from .gate import Judged, modelled_clocks
+
+# A config replaces the default, or for long calls that of short ones, which then need no kernels of their own, only if
+# it leads by this much in the model, which is no measurement.
+_CLEARLY_AHEAD = 0.95
+# Tiles of which a ranking also compiles the other numbers of stages.
+_REFINED = 4
+
+
+def ranked_table(gpu: GPU, compiler: Compiler, wanted: list[Key], progress: Progress | None = None) -> Table:
+    """Make the table of a GPU: examine in parallel the contenders of all keys, then other stages of the best."""
+    compiler.examine([one for key in wanted for one in _contenders(key, gpu.target)], progress)
+    compiler.examine([one for key in wanted for one in _refined(gpu, compiler, key)], progress)
+    return static_table(gpu, compiler, wanted, ranked, progress)
+
+
+def static_candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """List the candidates for a ranking by a model, the default first: those with descriptors, where there are some.
+
+    Of decoding, which waits for memory, those with the default's stages: no model here tells others apart.
+    """
+    default, *others = candidates(kernel, problem, target)
+    described = may_use_descriptors(kernel, problem, target)
+    stages = (default.num_stages,) if kernel == "decode" else (1, 2, 3, 4)
+    return [default, *(one for one in others if one.num_stages in stages and one.descriptors == described)]
+
+
+def _typical(key: Key) -> Problem:
+    """Return the problem by which configs of a key are ranked: the padded width, with query_scale."""
+    return key._replace(head_dim=padded_dim(key.head_dim), scales="query").problem
+
+
+def _contenders(key: Key, target: Target) -> list[tuple[str, Problem, TileConfig]]:
+    """List the configs by which a key's tiles are compared, its own default first: in as many stages as the default."""
+    problem = _typical(key)
+    few = few_candidates(key.kernel, problem, target)
+    configs = dict.fromkeys([default_config(key.kernel, key.problem, target), *few])
+    return [(key.kernel, problem, config) for config in configs]
+
+
+def _refined(gpu: GPU, compiler: Compiler, key: Key) -> list[tuple[str, Problem, TileConfig]]:
+    """List the other stages of the most promising tiles, and of those that did not fit with as many."""
+    problem, contenders = _typical(key), _contenders(key, gpu.target)
+    clocks = _clocks(gpu, compiler, key, contenders)
+    best = list(dict.fromkeys(tiles(config) for config in sorted(clocks, key=clocks.__getitem__)))[:_REFINED]
+    too_large = [tiles(one.config) for one in compiler.examine(contenders) if one.code and not fits(one, gpu.target)]
+    others = static_candidates(key.kernel, problem, gpu.target)
+    return [(key.kernel, problem, config) for config in others if tiles(config) in (*best, *too_large)]
+
+
+def _clocks(
+    gpu: GPU, compiler: Compiler, key: Key, contenders: list[tuple[str, Problem, TileConfig]]
+) -> dict[TileConfig, float]:
+    """Model the clocks of a typical call in each config that passes."""
+    return {
+        one.config: modelled_clocks(key.kernel, _typical(key), one, gpu.target, gpu.processors)
+        for one in _in_time(compiler.examine(contenders))
+    }
+
+
+def _in_time(examined: list[Any]) -> list[Judged]:
+    """Leave out what does not pass, and what asks for its loads too late where another stage fits."""
+    passing = {one.config: one for one in examined if not one.reasons}
+
+    def has_better(one: Judged) -> bool:
+        longer = passing.get(replace(one.config, num_stages=one.config.num_stages + 1))
+        if longer is None or longer.latency is None or one.latency is None:
+            return False
+        is_late = one.latency.awaits_last and not longer.latency.awaits_last
+        return is_late and longer.latency.programs >= one.latency.programs
+
+    return [one for one in passing.values() if not has_better(one)]
+
+
+def ranked(gpu: GPU, compiler: Compiler, key: Key) -> list[TileConfig]:
+    """Rank the configs that pass for a typical call of a key, the most promising first."""
+    contenders = _contenders(key, gpu.target)
+    clocks = _clocks(gpu, compiler, key, [*contenders, *_refined(gpu, compiler, key)])
+    [(_, _, default), *_] = contenders
+    preferred = {default}
+    if key.lengths == "long":
+        preferred.update(ranked(gpu, compiler, key._replace(lengths="short"))[:1])
+    for config in preferred & clocks.keys():
+        clocks[config] *= _CLEARLY_AHEAD
+    return sorted(clocks, key=clocks.__getitem__)

@@ -1,0 +1,116 @@
+"""Candidates, the gate that they pass before they are timed, and the tables that are shipped."""
+
+import os
+import re
+import signal
+import time
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from perf.static.ranking import static_candidates
+from tritonattn.backends.triton import launch
+from tritonattn.tuner import gate
+from tritonattn.tuner.candidates import candidates
+from tritonattn.tuner.gate import Code, Compiler, examine, memory_reasons
+from tritonattn.tuning import cache_dir
+from tritonattn.tuning.config import Problem, Target, TileConfig, legal_reasons
+from tritonattn.tuning.defaults import default_config
+from tritonattn.tuning.gpus import GPUS
+from tritonattn.tuning.lookup import usable_table
+from tritonattn.tuning.table import RANKED_HEAD_DIMS, keys
+
+SM_80, SM_90, SM_100 = Target("cuda", "80"), Target("cuda", "90"), Target("cuda", "100")
+GFX950 = Target("hip", "gfx950")
+PROBLEM = Problem(64, 64, torch.bfloat16, right=True, query_scale=True)
+CONFIG = TileConfig(128, 64, 4, 2)
+compiled = pytest.mark.skipif(launch.interpreting, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+
+
+def test_an_interruption_ends_processes_silently_while_they_start(capfd, monkeypatch):
+    """A terminal sends Ctrl-C to all processes; imports would end with a traceback in each."""
+
+    def interrupted(tasks):
+        time.sleep(1)  # they import by now
+        for process in compiler._pool._processes.values():
+            with suppress(ProcessLookupError):  # the pool ends them all when one has ended
+                os.kill(process.pid, signal.SIGINT)
+        return as_completed(tasks)
+
+    monkeypatch.setattr(gate, "as_completed", interrupted)
+    with Compiler(SM_80, 1) as compiler, pytest.raises(BrokenProcessPool):
+        compiler.examine([("forward", PROBLEM, CONFIG)])
+    assert capfd.readouterr().err == ""
+
+
+@compiled
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_code_that_passes(target):
+    found = examine("forward", PROBLEM, CONFIG, Target.parse(target))
+    assert found.reasons == ()
+    assert found.details() == {
+        "registers": found.code.registers,
+        "spill_bytes": 0,
+        "shared_bytes": found.code.shared_bytes,
+    }
+    assert 64 <= found.code.registers <= 512
+    assert found.code.shared_bytes > 8192
+
+
+@compiled
+def test_code_that_spills_much_is_refused():
+    """64 rows and keys of one warp."""
+    reasons = examine("forward", PROBLEM, TileConfig(64, 64, 1, 1), SM_80).reasons
+    assert re.fullmatch(r"spills \d{3,} bytes a thread", "; ".join(reasons))
+
+
+def test_code_that_takes_too_much_memory_is_refused():
+    assert memory_reasons(Code(128, 0, 166912, 512), SM_80) == [], "all that there is"
+    assert memory_reasons(Code(128, 0, 200000), SM_80) == ["takes 200000 bytes of shared memory, sm_80 has 166912"]
+    assert memory_reasons(Code(128, 0, 0, 1024), SM_100) == ["takes 1024 columns of tensor memory, there are 512"]
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_candidates(gpu):
+    for key in keys():
+        found = candidates(key.kernel, key.problem, gpu.target)
+        assert found[0] == default_config(key.kernel, key.problem, gpu.target)
+        assert len(set(found)) == len(found)
+        assert set(static_candidates(key.kernel, key.problem, gpu.target)) <= set(found)
+        assert all(not legal_reasons(key.kernel, config, key.problem, gpu.target) for config in found)
+
+
+# 208 fp32 sums a thread, of 64 lanes a wave on AMD; in tensor memory sums take none. wgmma takes 64 rows for 4 warps.
+TILES = [
+    ("forward", 64, TileConfig(64, 64, 8, 2), {SM_80: True, SM_90: False}),
+    ("forward", 64, TileConfig(64, 64, 4, 2), {SM_90: True}),
+    ("forward", 128, TileConfig(128, 128, 4, 2, descriptors=True), {SM_90: False, SM_100: True}),
+    ("grad_query", 64, TileConfig(128, 128, 4, 2), {SM_80: False}),
+    ("grad_key_value", 128, TileConfig(128, 64, 4, 2), {SM_80: False}),
+    ("grad_key_value", 128, TileConfig(128, 64, 8, 2), {SM_80: True}),
+    ("grad_key_value", 256, TileConfig(32, 64, 4, 1), {GFX950: True}),
+    ("grad_key_value", 256, TileConfig(32, 32, 8, 1, descriptors=True), {SM_90: True}),
+]
+
+
+@pytest.mark.parametrize(("kernel", "head_dim", "config", "wanted"), TILES)
+def test_candidates_leave_out_what_cannot_be_fast(kernel, head_dim, config, wanted):
+    problem = replace(PROBLEM, head_dim=head_dim, value_dim=head_dim)
+    assert {target: config in candidates(kernel, problem, target) for target in wanted} == wanted
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_shipped_tables_are_in_use(gpu):
+    """It is of these kernels, has a legal entry for every key, and is written as its content prints."""
+    path = cache_dir.shipped_tables() / f"{gpu.name}.json"
+    table = usable_table(path, gpu.target)
+    assert path.read_text(encoding="utf-8") == table.text()
+    assert set(table.entries) == set(keys(head_dims=RANKED_HEAD_DIMS))
+    for key, entry in table.entries.items():
+        assert not legal_reasons(key.kernel, entry.config, key.problem, gpu.target)
+        assert entry.source == "measured" or entry.details["spill_bytes"] <= 80, "some below 2% of a loop"
