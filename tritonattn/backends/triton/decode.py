@@ -42,7 +42,7 @@ from .launch import (
     bounded,
     forms_of,
     is_wide,
-    kind_of,
+    kept_kind,
     logit_arguments,
     pages_of,
     planned,
@@ -328,7 +328,7 @@ def _kind(rows: Rows, aux: bool) -> Kind:
     masks = (rows.key_lengths, rows.key_ranges, rows.block_table, rows.query_lengths)
     key = (*forms_of(rows.q, rows.k, rows.v, *vectors, *masks), softcap is None, rows.left, aux)
     page = 0 if rows.block_table is None else rows.k.shape[2]
-    return kind_of(key, lambda: (_problem(rows, aux), is_wide(rows.k, rows.v, page=page)))
+    return kept_kind(key, lambda: (_problem(rows, aux), is_wide(rows.k, rows.v, page=page)))
 
 
 def _launch(rows: Rows, aux: bool, kind: Kind, chosen: Plan) -> ForwardResult:
