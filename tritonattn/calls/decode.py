@@ -110,7 +110,7 @@ def attention_decode(
         gain=gain,
         aux=return_aux,
         backend=backend,
-        record=record_of(statistics, block_table),
+        record=None if statistics is None else record_of(statistics, block_table),
         cached="attention_decode",
     )
     check(call, keys="[B, Hq or Hkv, capacity]")

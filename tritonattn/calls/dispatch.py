@@ -133,7 +133,7 @@ def aux_of(result: ForwardResult) -> AttentionAux:
 def choose_backend(call: AttentionCall) -> str:
     """Choose the backend of a call: the one asked for, which must support the call, or for "auto" one that does."""
     q, v, backend = call.q, call.v, call.backend
-    decodes = call.decodes and not call.invariant  # only the decode kernel will run, which takes wider keys
+    decodes = call.cached != "" and call.decodes and not call.visibility.invariant  # by a kernel that takes wider keys
     if backend == "triton" and (obstacle := _kernel_obstacle(q, v, decodes)):
         raise NotImplementedError(
             f"{obstacle}: backend 'triton' does not support it; backends 'sdpa' and 'reference' do"

@@ -117,7 +117,7 @@ def attention_varlen(
         dropout_p=dropout_p,
         aux=return_aux,
         backend=backend,
-        record=record_of(statistics, block_table, visible.sequences),
+        record=None if statistics is None else record_of(statistics, block_table, visible.sequences),
         cached="" if block_table is None else "attention_varlen with a block_table",
     )
     check(call, "[Hq, T_q]", "[Hq or Hkv, T_k]")

@@ -89,7 +89,7 @@ class Visibility:
         invariant: bool = False,
     ) -> Visibility:
         """The record for q of [B, Hq, Sq, D] and k of [B, Hkv, Sk, D] from checked arguments of a public call."""
-        left, right = window_sides(window)
+        left, right = (None, None) if window is None else window_sides(window)
         if causal:
             right = 0 if right is None else min(right, 0)
         if key_ranges is not None and key_ranges.dim() == 4:

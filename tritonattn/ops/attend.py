@@ -112,20 +112,21 @@ def _without_repeats(call: AttentionCall) -> AttentionCall:
 
 def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: bool) -> ForwardResult:
     aux = call.aux
-    if call.decodes:
+    if call.cached and call.decodes:
         return _decode(call)
     if call.backend != "triton" or call.k.shape[0] == 0:
         call = call.gathered()
-    if _is_empty(call):
+    if call.q.numel() == 0 or call.k.numel() == 0:
         return _forward_of_nothing(call, aux)
-    if (first := call.visibility.first_keys()) is not None:
+    is_invariant = call.visibility.invariant
+    if is_invariant and (first := call.visibility.first_keys()) is not None:
         call = call.from_keys(first)
     if call.backend != "triton":
         with without_autocast(call.q):
             return blockwise.forward(call, aux, rounding)
     # With a graph, forward and backward must multiply in the same tiles.
-    if not (has_graph or call.invariant) and kernels().are_few_rows(call.visibility, call.dropout):
-        return kernels().attend_few_rows(call, aux)
+    if not (has_graph or is_invariant) and kernels().are_few_rows(call.visibility, call.dropout):
+        return kernels().decode(call, aux)
     return kernels().forward(call, aux, rounding)
 
 
@@ -154,13 +155,14 @@ def _backward(
 ) -> Gradients:
     """Compute gradients from `results`: out, lse and rounding."""
     out, lse, rounding = results
-    if _is_empty(call):
+    if call.q.numel() == 0 or call.k.numel() == 0:
         pairs = zip(call.tensors, needs, strict=True)
         return Gradients(*(_zeros(x) if need else None for x, need in pairs))
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
     d_lse = None if d_lse is None else d_lse.resolve_neg()
     runner = kernels() if call.backend == "triton" else blockwise
-    if (first := call.visibility.first_keys()) is not None:
+    first = call.visibility.first_keys() if call.visibility.invariant else None
+    if first is not None:
         call = call.from_keys(first)
     with without_autocast(out):
         found = runner.backward(call, out, lse, d_out, d_lse, needs, rounding)
@@ -169,10 +171,6 @@ def _backward(
 
 def _zeros(x: Any) -> Tensor:
     return x.new_zeros(x.shape)
-
-
-def _is_empty(call: AttentionCall) -> bool:
-    return call.q.numel() == 0 or call.k.numel() == 0
 
 
 def _forward_of_nothing(call: AttentionCall, aux: bool) -> ForwardResult:

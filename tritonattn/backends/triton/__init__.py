@@ -2,7 +2,7 @@
 
 from .attention import problem_of
 from .backward import backward
-from .decode import are_few_rows, attend_few_rows, decode
+from .decode import are_few_rows, decode
 from .forward import forward
 from .key_statistics import append_keys, append_to_pages, key_lengths, key_lengths_backward
 from .launch import KERNELS
@@ -14,7 +14,6 @@ __all__ = [
     "append_to_pages",
     "are_few_rows",
     "argmax_over_ranges",
-    "attend_few_rows",
     "backward",
     "decode",
     "forward",
