@@ -69,6 +69,8 @@ def scales_of(
         check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
     if scales.key_bias is not None:
         check_key_bias(f"{name}.key_bias", scales.key_bias, q, visibility.keys, "[B, Hq or Hkv, Sk]")
+    if query is None and key is None and gain is None:
+        return scales
     if not exact:
         query = query if query is None else _expanded(query, q, rows)
         key = key if key is None else _expanded(key, q, visibility.keys)

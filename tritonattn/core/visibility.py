@@ -31,9 +31,9 @@ def window_sides(window: tuple[int | None, int | None] | None) -> tuple[int | No
     return left, right
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # every call makes one, and frozen it takes three times as long
 class Visibility:
-    """The visible keys of every query row.
+    """The visible keys of every query row. Nothing changes it.
 
     sequences     row i sees the keys of its own member of a packed batch; then B is 1
     left, right   row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None is unlimited; causal is right = 0;
