@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One rank: bytes sent, bytes that a mode of key lengths adds, CPU seconds, bytes kept for the backward."""
+    """One rank: bytes sent, bytes that a mode of key norms adds, CPU seconds, bytes kept for the backward."""
 
     sent: int
     statistics: int

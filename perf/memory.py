@@ -37,7 +37,7 @@ def forms(backend: str) -> dict[str, Call]:
         "`sqrt_dim`": ours(),
         "`key_count`, `log_key_count` and others of n": ours(scaling="key_count"),
         "learned: `SSMax`": ours(scaling=learned),
-        "`key_norm_mean` and others of key lengths": ours(scaling="key_norm_mean"),
+        "`key_norm_mean` and others of key norms": ours(scaling="key_norm_mean"),
         "`cosine`": ours(scaling="cosine"),
         "`sqrt_dim`, softcap, sinks, dropout": ours(softcap=20.0, sinks=torch.zeros(HEADS), dropout_p=0.1),
     }

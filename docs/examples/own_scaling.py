@@ -8,7 +8,7 @@ from tritonattn import Scales, Scaling
 
 
 class RmsPower(nn.Module, Scaling):
-    """(mean ||k||^2)^(-a_h / 2) over the visible keys: a = 1 is key_norm_rms, a = 0 leaves key lengths alone."""
+    """(mean ||k||^2)^(-a_h / 2) over the visible keys: a = 1 is key_norm_rms, a = 0 leaves key norms alone."""
 
     name = "rms_power"
     reads_keys = False  # `scales` takes all it needs from `statistics`: decoding then gathers no pages for it
@@ -19,7 +19,7 @@ class RmsPower(nn.Module, Scaling):
 
     def scales(self, q, k, visibility, statistics):  # vectors: [B, Hq, Sq]
         n = visibility.counts().clamp(min=1)
-        mean = (statistics.length_square_sum / n).clamp(min=1e-12)  # [B, Hkv, Sq]
+        mean = (statistics.norm_square_sum / n).clamp(min=1e-12)  # [B, Hkv, Sq]
         mean = mean.repeat_interleave(q.shape[1] // mean.shape[1], 1)
         return Scales(1.0, query=mean ** (-self.power / 2))
 

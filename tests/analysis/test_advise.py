@@ -33,7 +33,7 @@ def sharpened(factor: float, layers=(0, 1), key: float = 1.0):
     ("factor", "key", "rule", "mode"),
     [
         (1.0, 1.0, "healthy", "sqrt_dim"),
-        (300.0, 1.0, "peaked", "cosine"),  # the queries are too large: key lengths cannot tell
+        (300.0, 1.0, "peaked", "cosine"),  # the queries are too large: key norms cannot tell
         (1.0, 300.0, "peaked", "key_norm_mean"),
         (1e-3, 1.0, "uniform", "cosine"),
         (1.0, 1e-3, "uniform", "key_norm_mean"),
@@ -90,7 +90,7 @@ def test_tensors():
     assert varied.findings[0].rule.name == "varied counts"
     assert varied.mode == f"log_key_count({round((8 * 8 + 64 * 64) / 72)})"
     uneven = advise(q, k * torch.tensor([0.5, 2.0])[:, None, None, None], causal=True)
-    assert uneven.findings[0].rule.name == "varied lengths"
+    assert uneven.findings[0].rule.name == "varied norms"
     assert uneven.mode == "key_norm_mean"
     assert uneven.findings[0].reading.key_norm_between == pytest.approx(0.6, abs=0.02)
     longer = advise(q, k, causal=True, context=32)
@@ -177,7 +177,7 @@ HEALTHY = Reading(
         ("uniform", {"near_uniform": 0.5}, {"near_uniform": 0.51}),
         ("beyond the context", {"longest": 64}, {"longest": 65}),
         ("beyond the context", {"longest": 65, "context": None}, {"longest": 65}),
-        ("varied lengths", {"key_norm_between": 0.5}, {"key_norm_between": 0.51}),
+        ("varied norms", {"key_norm_between": 0.5}, {"key_norm_between": 0.51}),
         ("varied counts", {"key_count_variation": 0.25}, {"key_count_variation": 0.26}),
         ("varied counts", {"key_count_variation": 0.26, "causal": True}, {"key_count_variation": 0.26}),
     ],

@@ -99,7 +99,7 @@ def kernel(monkeypatch) -> Kernel:
 
 def arguments(tensor: torch.Tensor, **changed: Any) -> dict[str, Any]:
     values = dict.fromkeys(KERNELS["key_statistics"].arg_names, 5)
-    return values | {"k": launch.strided(tensor), "seen_ptr": None, "lengths_ptr": torch.zeros(4), **changed}
+    return values | {"k": launch.strided(tensor), "seen_ptr": None, "norms_ptr": torch.zeros(4), **changed}
 
 
 K = torch.zeros(2, 3, 16, 64, dtype=torch.float16)
@@ -139,9 +139,9 @@ def test_code_that_a_kind_keeps_is_launched_unbound(kernel, monkeypatch):
     """Unless an address is no multiple of 16 bytes: then Triton's binding decides, and nothing is kept."""
     kind, bound, found = device.Kind(Problem(64, 64, torch.float16), False), [], device._bound_and_launched
     monkeypatch.setattr(device, "_bound_and_launched", lambda *given: bound.append(given) or found(*given))
-    odd = {"lengths_ptr": torch.zeros(5)[1:]}
+    odd = {"norms_ptr": torch.zeros(5)[1:]}
     for config in (TILES, TileConfig(16, 64, 8, 1)):
-        for changed, binds in ((odd, 1), ({}, 1), ({"lengths_ptr": torch.ones(8)}, 0), (odd, 1), ({}, 0)):
+        for changed, binds in ((odd, 1), ({}, 1), ({"norms_ptr": torch.ones(8)}, 0), (odd, 1), ({}, 0)):
             given = arguments(K, **changed)
             given = device.ArgumentsOfKind(tuple(given), tuple(given.values()), kind)
             bound.clear()

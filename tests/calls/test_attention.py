@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import tritonattn
-from tests.support.bound import assert_within_bound
+from tests.kernels import harness
 from tests.support.calls import KINDS, assert_extreme_sink, assert_extreme_sink_of_decode, operands
 from tests.support.masks import MASKS
 from tests.support.pairs import pairwise
@@ -17,32 +17,6 @@ from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS, Scales, Scaling
 
 
-def outcome(leaves: dict[str, Tensor], **arguments) -> dict[str, Tensor]:
-    """out, lse and the gradient of every leaf under a fixed objective of both."""
-    tensors = dict(leaves)
-    q, k, v = (tensors.pop(name) for name in "qkv")
-    out, aux = tritonattn.attention(q, k, v, return_aux=True, **tensors, **arguments)
-    direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
-    lse = torch.where(aux.lse.isfinite(), aux.lse, 0)
-    objective = (out.double() * direction).sum() + lse.double().sin().sum()
-    gradients = torch.autograd.grad(objective, list(leaves.values()))
-    return {"out": out, "lse": lse} | dict(zip(leaves, gradients, strict=True))
-
-
-def in_dtype(leaves: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
-
-
-def assert_accurate(leaves: dict[str, Tensor], dtype: torch.dtype, **arguments) -> None:
-    """The sdpa backend in a dtype within the bound: reference in float64, and in the dtype for eager."""
-    rounded = in_dtype(leaves, dtype)
-    ours = outcome(rounded, backend="sdpa", **arguments)
-    eager = outcome(rounded, backend="reference", **arguments)
-    exact = outcome(in_dtype(rounded, torch.float64), backend="reference", **arguments)
-    for name in exact:
-        assert_within_bound(ours[name], exact[name], eager[name], dtype, name)
-
-
 @pairwise(
     scaling=SCALINGS,
     mask=MASKS,
@@ -50,10 +24,12 @@ def assert_accurate(leaves: dict[str, Tensor], dtype: torch.dtype, **arguments) 
     heads=[(4, 2), (4, 1), (4, 4)],
 )
 def test_every_mode_under_every_mask(scaling, mask, dtype, heads):
-    leaves = operands(heads=heads)
-    leaves["gain"] = torch.tensor([[0.5], [1.0], [-1.5], [2.0]], dtype=torch.float64, requires_grad=True)
-    leaves["sinks"] = torch.tensor([0.5, -1.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
-    assert_accurate(leaves, dtype, scaling=scaling, **MASKS[mask](2, 4, 5, 7))
+    group = heads[0] // heads[1]
+    sizes = {"kv_heads": heads[1], "group": group, "q_len": 5, "k_len": 7, "head_dim": 8, "value_dim": 6}
+    tensors = harness.inputs(dtype, torch.device("cpu"), scales=("gain", "sinks"), **sizes)
+    tensors["gain"][2] *= -1
+    options = {"scaling": scaling, "backend": "sdpa", "return_aux": True}
+    harness.check(tensors, tritonattn.attention, **options, **MASKS[mask](2, 4, 5, 7))
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
@@ -63,17 +39,16 @@ def test_every_mode_under_every_mask(scaling, mask, dtype, heads):
 )
 def test_a_number_or_a_tensor_as_scaling(scaling, backend):
     leaves = operands()
+    rows = torch.as_tensor(scaling, dtype=torch.float64)
     if isinstance(scaling, Tensor):
-        scaling = scaling.double().requires_grad_()
-        leaves["scaling"] = scaling
-    else:
-        factor = scaling
-    ours = outcome(leaves, causal=True, backend=backend, **({} if "scaling" in leaves else {"scaling": factor}))
-    row_scale = torch.as_tensor(scaling).expand(2, 4, 5)[..., None]
-    folded = leaves["q"] * row_scale
-    out = reference.attention(folded, leaves["k"], leaves["v"], 1.0, Visibility.of(folded, leaves["k"], causal=True))
-    torch.testing.assert_close(ours["out"], out.out)
-    assert {name for name in leaves if ours[name].shape != leaves[name].shape} == set()
+        scaling = leaves["scaling"] = rows.requires_grad_()
+    ours = tritonattn.attention(**leaves | {"scaling": scaling}, causal=True, backend=backend)
+    folded = leaves["q"] * rows.expand(2, 4, 5)[..., None]
+    visibility = Visibility.of(folded, leaves["k"], causal=True)
+    wanted = reference.attention(folded, leaves["k"], leaves["v"], 1.0, visibility).out
+    torch.testing.assert_close(ours, wanted)
+    gradients = (torch.autograd.grad(out.square().sum(), list(leaves.values())) for out in (ours, wanted))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
@@ -224,7 +199,7 @@ def test_autocast_casts_as_torch_does(masks, backend, cast):
     gradients = torch.autograd.grad(out.float().sum(), leaves.values())
     assert out.dtype == like.dtype == cast
     assert [x.dtype for x in gradients] == [torch.float32, torch.float32, cast]
-    by_hand = in_dtype(leaves, cast)
+    by_hand = {name: x.detach().to(cast).requires_grad_() for name, x in leaves.items()}
     wanted = tritonattn.attention(*by_hand.values(), scaling="key_norm_mean", backend=backend, **masks)
     assert torch.equal(out, wanted)
     for ours, expected in zip(gradients, torch.autograd.grad(wanted.float().sum(), by_hand.values()), strict=True):

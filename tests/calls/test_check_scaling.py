@@ -82,7 +82,7 @@ WRONG_COUNT = Made(lambda k, visibility, _: 1 / (visibility.counts() + 1))
 BOTH_LEAK = Made(
     lambda k, *_: k.norm(dim=-1).amax(-1, True), None, lambda k, _: k.norm(dim=-1).amax(-1)[..., None, None]
 )
-NO_GRADIENT = Made(lambda *x: 1 / x[2].length_sum.detach().clamp(min=1e-6), None, summed, reads_keys=False)
+NO_GRADIENT = Made(lambda *x: 1 / x[2].norm_sum.detach().clamp(min=1e-6), None, summed, reads_keys=False)
 READS_KEYS = Made(None, lambda k, *_: k.norm(dim=-1), lambda k, _: k.norm(dim=-1)[:, :, None], reads_keys=False)
 INFINITE = Made(
     lambda k, visibility, _: 1 / torch.zeros(visibility.counts().shape), None, lambda *_: 1 / torch.zeros(())

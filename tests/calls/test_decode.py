@@ -102,7 +102,7 @@ def test_keys_taken_back_have_no_length(page):
         name = "longest of cache"
 
         def scales(self, q, k, visibility, statistics):
-            return Scales(1.0, query=1 / statistics.lengths.amax(-1, keepdim=True))
+            return Scales(1.0, query=1 / statistics.norms.amax(-1, keepdim=True))
 
         def multiplier(self, q, k, visible):
             return 1 / torch.where(visible.any(-2), k.norm(dim=-1), 0).amax(-1)[..., None, None]

@@ -90,8 +90,8 @@ class Recent(Scaling):
         return torch.arange(1, HQ + 1, dtype=k.dtype)[:, None] * torch.arange(k.shape[2], dtype=k.dtype)
 
     def scales(self, q, k, visibility, statistics):
-        lengths = statistics.lengths.repeat_interleave(HQ // HKV, 1)
-        return Scales(q.shape[-1] ** -0.5, key_bias=self.slopes(k) + lengths)
+        norms = statistics.norms.repeat_interleave(HQ // HKV, 1)
+        return Scales(q.shape[-1] ** -0.5, key_bias=self.slopes(k) + norms)
 
     def multiplier(self, q, k, visible):
         return torch.tensor(q.shape[-1] ** -0.5)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from tritonattn import KeyStatistics
+from tritonattn import KeyStatistics, PagedKeyStatistics
 
 B, H, D, CAPACITY = 3, 2, 5, 20
 
@@ -19,15 +19,15 @@ def _check(statistics: KeyStatistics, held: list[torch.Tensor], rtol: float = 1e
     """Compare with the keys [H, n, D] that every sequence holds."""
     assert statistics.counts.tolist() == [keys.shape[1] for keys in held]
     for b, keys in enumerate(held):
-        lengths = keys.double().norm(dim=-1)
-        n = lengths.shape[1]
+        norms = keys.double().norm(dim=-1)
+        n = norms.shape[1]
         prefixes = {
-            "length_sums": lengths.cumsum(-1),
-            "square_sums": lengths.square().cumsum(-1),
-            "length_maxima": lengths.cummax(-1).values if n else lengths,
+            "norm_sums": norms.cumsum(-1),
+            "norm_square_sums": norms.square().cumsum(-1),
+            "norm_maxima": norms.cummax(-1).values if n else norms,
         }
-        found = statistics.lengths[b, :, :n].double()
-        torch.testing.assert_close(found, lengths, rtol=rtol, atol=0)
+        found = statistics.norms[b, :, :n].double()
+        torch.testing.assert_close(found, norms, rtol=rtol, atol=0)
         for name, prefix in prefixes.items():
             found = getattr(statistics, name)[b, :, : n + 1].double()
             torch.testing.assert_close(found, torch.nn.functional.pad(prefix, (1, 0)), rtol=rtol, atol=0)
@@ -133,3 +133,19 @@ def test_buffers_stay_where_they_are():
     statistics.reorder(torch.tensor([2, 2, 0]))
     statistics.reset()
     assert before == {name: x.data_ptr() for name, x in vars(statistics).items() if isinstance(x, torch.Tensor)}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "present"),
+    [
+        ("lengths", "norms"),
+        ("length_sums", "norm_sums"),
+        ("square_sums", "norm_square_sums"),
+        ("length_maxima", "norm_maxima"),
+    ],
+)
+def test_an_earlier_name_of_a_buffer_names_the_present_one(earlier, present):
+    for statistics in (KeyStatistics(1, 1, 4), PagedKeyStatistics(1, 16, 1)):
+        with pytest.raises(AttributeError, match=rf"KeyStatistics: expected {present}, got {earlier}"):
+            getattr(statistics, earlier)
+        assert not hasattr(statistics, "nothing")

@@ -174,12 +174,12 @@ def test_statistics_do_not_depend_on_how_keys_came(dtype, is_read):
     for n, (_, keys) in enumerate(batch.packed.members()):
         place = torch.arange(KEYS[n])
         page, place = batch.table[n][place // 19].long(), place % 19
-        lengths = batch.k[keys].double().norm(dim=-1)
+        norms = batch.k[keys].double().norm(dim=-1)
         wanted = {
-            "lengths": lengths,
-            "length_sums": lengths.cumsum(0),
-            "square_sums": lengths.square().cumsum(0),
-            "length_maxima": lengths.cummax(0).values if KEYS[n] else lengths,
+            "norms": norms,
+            "norm_sums": norms.cumsum(0),
+            "norm_square_sums": norms.square().cumsum(0),
+            "norm_maxima": norms.cummax(0).values if KEYS[n] else norms,
         }
         for name, expected in wanted.items():
             found = getattr(chunked, name)[page, place]
@@ -200,4 +200,4 @@ def test_pages_that_lie_nowhere_are_zeros_where_they_are_not_read():
         statistics.append(batch.k, ends, key_lengths=torch.tensor([1, -5]), block_table=table)
     assert not out.any()
     torch.testing.assert_close(aux.lse, torch.tensor([20.0, 20.0, 3.0]).log().expand(4, -1))
-    assert not statistics.lengths.any()
+    assert not statistics.norms.any()

@@ -22,7 +22,7 @@ def scaled(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
 CALLS = {
     "full": (tritonattn.attention, {}),
     "causal": (tritonattn.attention, {"causal": True}),
-    "key lengths": (tritonattn.attention, {"scaling": "key_norm_sum", "causal": True}),
+    "key norms": (tritonattn.attention, {"scaling": "key_norm_sum", "causal": True}),
     "cosine in a window": (tritonattn.attention, {"scaling": "cosine", "window": (3, 0)}),
     "explicit scales": (scaled, {}),
     "packed": (packed, {"causal": True}),

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.support.masks import MASKS, visible_pairs
-from tritonattn.core.statistics import Statistics, key_lengths_of
+from tritonattn.core.statistics import Statistics, key_norms_of
 from tritonattn.core.visibility import Visibility
 
 B, HQ, HKV, SQ, SK, D = 2, 4, 2, 6, 9, 5
-STATISTICS = ["length_sum", "length_square_sum", "length_max"]
+STATISTICS = ["norm_sum", "norm_square_sum", "norm_max"]
 
 
 def keys(dtype=torch.float64, seed=0):
@@ -21,8 +21,8 @@ def statistics_of(k, q_len=SQ, **arguments):
 
 def dense(k, visible):
     """The three statistics by definition, [B, Hq, Sq] fp64."""
-    lengths = k.double().square().sum(-1).sqrt().repeat_interleave(HQ // HKV, 1)
-    shown = torch.where(visible, lengths[:, :, None], 0)
+    norms = k.double().square().sum(-1).sqrt().repeat_interleave(HQ // HKV, 1)
+    shown = torch.where(visible, norms[:, :, None], 0)
     return dict(zip(STATISTICS, (shown.sum(-1), shown.square().sum(-1), shown.amax(-1)), strict=True))
 
 
@@ -36,7 +36,7 @@ def test_statistics_are_the_definition(name, dtype):
     result = torch.float64 if dtype == torch.float64 else torch.float32
     for statistic, expected in dense(k, visible_pairs((B, HQ, SQ, SK), **arguments)).items():
         value = getattr(ours, statistic)
-        assert value.dtype == (torch.float64 if statistic == "length_square_sum" else result)
+        assert value.dtype == (torch.float64 if statistic == "norm_square_sum" else result)
         value = value.double().repeat_interleave(HQ // value.shape[1], 1)
         torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
 
@@ -56,26 +56,26 @@ ENDS = [(torch.float32, 1e30), (torch.float32, 1e-30), (torch.bfloat16, 1e30)]
 
 
 @pytest.mark.parametrize(("dtype", "component"), [*ENDS, (torch.float16, 6e4), (torch.float64, 1e300)])
-def test_lengths_at_the_ends_of_the_range(dtype, component):
+def test_norms_at_the_ends_of_the_range(dtype, component):
     k = torch.full((3, 4), component, dtype=dtype, requires_grad=True)
-    lengths = key_lengths_of(k)
-    torch.testing.assert_close(lengths.double(), 2 * k[:, 0].double(), rtol=1e-6, atol=0)
-    lengths.sum().backward()
+    norms = key_norms_of(k)
+    torch.testing.assert_close(norms.double(), 2 * k[:, 0].double(), rtol=1e-6, atol=0)
+    norms.sum().backward()
     torch.testing.assert_close(k.grad, torch.full_like(k, 0.5))
 
 
 def test_squares_of_huge_keys_fit():
     k = torch.full((B, HKV, SK, D), 1e30, requires_grad=True)
-    total = statistics_of(k).length_square_sum
+    total = statistics_of(k).norm_square_sum
     torch.testing.assert_close(total, torch.full_like(total, SK * D * 1e60), rtol=1e-6, atol=0)
     total.sqrt().sum().backward()
     assert k.grad.isfinite().all()
 
 
-def test_the_length_of_a_zero_key_has_gradient_zero():
+def test_the_norm_of_a_zero_key_has_gradient_zero():
     k = keys().requires_grad_()
     k.data[:, :, 3] = 0
-    key_lengths_of(k).sum().backward()
+    key_norms_of(k).sum().backward()
     assert (k.grad[:, :, 3] == 0).all()
     assert k.grad.isfinite().all()
 
@@ -92,11 +92,18 @@ def test_a_late_window_over_64k_keys():
         assert error.max() < 1e-6, statistic
 
 
-def test_lengths_differentiate_twice():
-    assert torch.autograd.gradgradcheck(key_lengths_of, keys()[:1, :1, :2].requires_grad_())
+def test_norms_differentiate_twice():
+    assert torch.autograd.gradgradcheck(key_norms_of, keys()[:1, :1, :2].requires_grad_())
 
 
 def test_no_keys_and_no_rows():
-    for name in ("length_sum", "length_max"):
+    for name in ("norm_sum", "norm_max"):
         assert getattr(statistics_of(keys()[:, :, :0]), name).tolist() == [[[0.0] * SQ] * HKV] * B
-    assert statistics_of(keys(), q_len=0).length_sum.shape == (B, HKV, 0)
+    assert statistics_of(keys(), q_len=0).norm_sum.shape == (B, HKV, 0)
+
+
+def test_an_earlier_name_names_the_present_one():
+    names = {"lengths": "norms", "query_lengths": "query_norms"} | {s.replace("norm", "length"): s for s in STATISTICS}
+    for earlier, present in names.items():
+        with pytest.raises(AttributeError, match=f"Statistics: expected {present}, got {earlier}"):
+            getattr(statistics_of(keys()), earlier)

@@ -14,7 +14,7 @@ from tests.support.caches import cached_call
 from tests.support.calls import CALLS, changed, example, torch_kernels
 from tritonattn import nn
 from tritonattn.core.shards import whole
-from tritonattn.core.statistics import key_lengths_of
+from tritonattn.core.statistics import key_norms_of
 from tritonattn.distributed import HeadParallel
 from tritonattn.ops import key_statistics
 from tritonattn.ops.flat import flat
@@ -151,10 +151,10 @@ def operators(rank: int) -> dict[str, float]:
     for cache, placed in (((k, v, lengths), both), ((*pages, lengths, table, rows), (Replicate(), Shard(1)))):
         call = cached_call(q[:, :, :2], *cache, sinks=_random(4), aux=True)
         compared("forward", [*flat(call), False], [both, placed, placed], case=str(placed))
-    seen, of_keys = torch.arange(16)[None, None] < lengths[:, None, None], key_lengths_of(k)
+    seen, of_keys = torch.arange(16)[None, None] < lengths[:, None, None], key_norms_of(k)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(key_statistics, "kernels", torch_kernels)
-        compared("key_lengths", [k.requires_grad_(), seen], [both])
+        compared("key_norms", [k.requires_grad_(), seen], [both])
         compared("prefix_sums", [of_keys], [both])
         compared("argmax_over_ranges", [of_keys, torch.tensor([[[0, 3]]]), torch.tensor([[[9, 16]]])], [both])
     odd = (_random(2, n, 5, D).requires_grad_() for n in (6, 3, 3))

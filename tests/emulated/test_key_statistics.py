@@ -1,4 +1,4 @@
-"""The pass over the keys on sm_80 and sm_90: lengths, their prefix sums, and the way back into k."""
+"""The pass over the keys on sm_80 and sm_90: norms, their prefix sums, and the way back into k."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.masks import assert_rows_of_key_blocks, largest_keys, visible
 from tritonattn import KeyStatistics
 from tritonattn.backends import triton as triton_backend
 from tritonattn.backends.triton import ranges
-from tritonattn.core.statistics import key_lengths_of
+from tritonattn.core.statistics import key_norms_of
 from tritonattn.core.visibility import Visibility
 
 from .executor import GPU, padded
@@ -24,28 +24,28 @@ def check(dtype: torch.dtype, head_dim: int, k_len: int, some_unseen: bool) -> N
     k[:, :, 3] = 0
     exact = k.double() if seen is None else torch.where(seen[..., None], k, 0).double()
     leaf = exact.requires_grad_()
-    expected = key_lengths_of(leaf)
-    d_lengths = torch.randn(2, 2, k_len, generator=generator)
-    expected.backward(d_lengths.double())
+    expected = key_norms_of(leaf)
+    d_norms = torch.randn(2, 2, k_len, generator=generator)
+    expected.backward(d_norms.double())
     k = padded(k if seen is None else torch.where(seen[..., None], k, torch.nan))
-    lengths = triton_backend.key_lengths(k, seen)
-    torch.testing.assert_close(lengths.double(), expected.detach(), rtol=1e-6, atol=0)
-    for addends in (lengths, lengths.double().square()):
+    norms = triton_backend.key_norms(k, seen)
+    torch.testing.assert_close(norms.double(), expected.detach(), rtol=1e-6, atol=0)
+    for addends in (norms, norms.double().square()):
         sums = triton_backend.prefix_sums(addends)
         assert (sums[..., 0] == 0).all()
         torch.testing.assert_close(sums[..., 1:], addends.double().cumsum(-1), rtol=1e-12, atol=0)
-    d_k = triton_backend.key_lengths_backward(k, seen, lengths, d_lengths)
+    d_k = triton_backend.key_norms_backward(k, seen, norms, d_norms)
     tolerance = max(torch.finfo(dtype).eps, 1e-6)
     torch.testing.assert_close(d_k.double(), leaf.grad, rtol=tolerance, atol=tolerance)
     added = torch.randn(k.shape, generator=generator).to(dtype)
-    both = triton_backend.key_lengths_backward(k, seen, lengths, d_lengths, added)
+    both = triton_backend.key_norms_backward(k, seen, norms, d_norms, added)
     torch.testing.assert_close(both.double(), leaf.grad + added.double(), rtol=tolerance, atol=tolerance)
 
 
 def test_key_statistics(emulate):
     executor = emulate(GPU(90))
     check(torch.float16, head_dim=17, k_len=1100, some_unseen=True)
-    assert executor.launched == ["key_lengths", *["prefix_sums"] * 2, *["key_statistics_grad"] * 2]
+    assert executor.launched == ["key_norms", *["prefix_sums"] * 2, *["key_statistics_grad"] * 2]
 
 
 def test_append_keys(emulate):
@@ -58,11 +58,11 @@ def test_append_keys(emulate):
         counts = None if counts is None else torch.tensor(counts)
         theirs.append(k, counts)
         triton_backend.append_keys(padded(k), counts, ours._buffers())
-    assert executor.launched == ["key_lengths", "append_keys", "append_keys", "append_keys"]
+    assert executor.launched == ["key_norms", "append_keys", "append_keys", "append_keys"]
     assert ours.counts.tolist() == theirs.counts.tolist() == [131, 71]
     for found, expected in zip(ours._buffers()[1:], theirs._buffers()[1:], strict=True):
         for one, other, count in zip(found, expected, [131, 71], strict=True):
-            end = count if found is ours._lengths else count + 1
+            end = count if found is ours._norms else count + 1
             torch.testing.assert_close(one[:, :end], other[:, :end], rtol=1e-6, atol=0, equal_nan=True)
 
 
@@ -73,7 +73,7 @@ def test_sums_of_appended_keys_do_not_depend_on_how_they_are_cut(emulate):
     check_cuts(
         k, [(134,), (63, 2, 1, 68)], lambda new, ours: triton_backend.append_keys(padded(new), None, ours._buffers())
     )
-    assert executor.launched == ["key_lengths", *["append_keys"] * 4, "key_lengths", "append_keys"]
+    assert executor.launched == ["key_norms", *["append_keys"] * 4, "key_norms", "append_keys"]
 
 
 def test_passes_over_ranges(emulate):

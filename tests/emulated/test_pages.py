@@ -36,7 +36,7 @@ def test_pages(name, emulate):
         assert torch.equal(result, other)
 
 
-def test_appended_lengths(emulate):
+def test_appended_norms(emulate):
     executor = emulate(GPU(90))
     check_appends(torch.bfloat16, 24)
-    assert executor.launched == ["key_lengths", "append_to_pages"] * 5
+    assert executor.launched == ["key_norms", "append_to_pages"] * 5

@@ -98,7 +98,7 @@ def test_each_rank_takes_the_values_of_its_heads():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_cache_holds_keys_values_and_lengths_of_keys(dtype):
+def test_a_cache_holds_keys_values_and_norms_of_keys(dtype):
     page, keys, heads, head_dim = 16, 21, 2, 6
     k, v = torch.randn(2, keys, heads, head_dim).to(dtype)
     table = torch.tensor([[3, 1]], dtype=torch.int32)

@@ -114,14 +114,15 @@ def check(
     summands: float = 0.0,
     **arguments: Any,
 ) -> None:
-    """Hold backend "triton" to the bound: all results and the gradient of every tensor, for random gradients.
+    """Hold a backend to the bound: all results and the gradient of every tensor, for random gradients.
 
     summands   size of what cancels in gradients: in a row of one key, d_out . v and d_out . out
     """
     dtype = tensors["q"].dtype
-    ours, exact, eager = _ours_exact_eager(tensors, attend, **arguments)
+    ours, exact, eager = ours_exact_eager(tensors, attend, **arguments)
     for name, result in ours.items():
         hidden = exact[name].isneginf()  # lse and max_logit of rows without keys
+        assert result.dtype == eager[name].dtype, name
         assert torch.equal(result.isneginf(), hidden), f"{name}: expected -inf for the rows without keys, only"
         values = (x.masked_fill(hidden, 0) for x in (result, exact[name], eager[name]))
         assert_within_bound(*values, dtype, name=name, summands=summands if name in tensors else 0.0)
@@ -129,21 +130,27 @@ def check(
 
 def check_each_head(tensors: Tensors, attend: Callable[..., Any], **arguments: Any) -> None:
     """The gradients of q, k and v, as many heads of each, head by head: none may hide behind another's larger ones."""
-    ours, exact, eager = _ours_exact_eager(tensors, attend, **arguments)
+    ours, exact, eager = ours_exact_eager(tensors, attend, **arguments)
     for name in ("q", "k", "v"):
         for head, values in enumerate(zip(*(x[name].unbind(1) for x in (ours, exact, eager)), strict=True)):
             assert_within_bound(*values, tensors["q"].dtype, name=f"{name} of head {head}")
 
 
-def _ours_exact_eager(
-    tensors: Tensors, attend: Callable[..., Any], *, batch_invariant: bool = False, **arguments: Any
+def ours_exact_eager(
+    tensors: Tensors,
+    attend: Callable[..., Any],
+    *,
+    backend: str = "triton",
+    batch_invariant: bool = False,
+    **arguments: Any,
 ) -> tuple[Tensors, Tensors, Tensors]:
+    """`run` by a backend, and by the reference in float64 and in the dtype of the tensors."""
     shape = (*tensors["q"].shape[:-1], tensors["v"].shape[-1])
     random = torch.Generator().manual_seed(1)
     d_out = torch.randn(shape, generator=random).to(tensors["q"])
     exact = run(as_double(tensors), d_out, attend, backend="reference", **arguments)
     eager = run(tensors, d_out, attend, backend="reference", **arguments)
-    return run(tensors, d_out, attend, backend="triton", batch_invariant=batch_invariant, **arguments), exact, eager
+    return run(tensors, d_out, attend, backend=backend, batch_invariant=batch_invariant, **arguments), exact, eager
 
 
 def run(tensors: Tensors, d_out: Tensor, attend: Callable[..., Any], **arguments: Any) -> Tensors:

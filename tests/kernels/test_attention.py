@@ -127,7 +127,7 @@ def test_scales_act_on_the_accumulated_product_in_fp32(device):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30, 1e33])
-def test_key_lengths_of_any_size(size, device):
+def test_key_norms_of_any_size(size, device):
     """Factors down to fp32's smallest number are themselves."""
     tensors = harness.inputs(torch.float32, device, batch=1, q_len=20, k_len=33)
     tensors["k"] *= size
@@ -138,7 +138,7 @@ def test_key_lengths_of_any_size(size, device):
 
 @pytest.mark.parametrize("size", [1e-3, 300.0, 3000.0])
 def test_key_scales_of_any_size_in_float16(size, device):
-    """cosine divides by the keys' lengths: what is rounded to 16 bits must not depend on them."""
+    """cosine divides by the keys' norms: what is rounded to 16 bits must not depend on them."""
     tensors = harness.inputs(torch.float16, device, batch=1, head_dim=64, value_dim=64, q_len=20, k_len=33)
     tensors["k"] *= size
     harness.check(tensors, functools.partial(tritonattn.attention, scaling="cosine"), causal=True)

@@ -10,18 +10,18 @@ from tritonattn import KeyStatistics, attention
 from tritonattn.backends import triton as triton_backend
 from tritonattn.calls import key_statistics as cache_statistics
 from tritonattn.core.call import AttentionCall, Logits
-from tritonattn.core.statistics import Statistics, key_lengths_of
+from tritonattn.core.statistics import Statistics, key_norms_of
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops import KernelStatistics
 
 
 @in_turn(sizes=[(1, 16), (37, 5), (130, 64), (8500, 8)], dtype=[torch.float32, torch.float16, torch.bfloat16])
-def test_lengths_and_prefix_sums(dtype, sizes, device):
+def test_norms_and_prefix_sums(dtype, sizes, device):
     k = torch.randn(2, 2, *sizes, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
-    lengths = triton_backend.key_lengths(k, None)
+    norms = triton_backend.key_norms(k, None)
     exact = k.double().norm(dim=-1)
-    torch.testing.assert_close(lengths.double(), exact, rtol=1e-6, atol=0)
-    for addends in (lengths, lengths.double().square()):
+    torch.testing.assert_close(norms.double(), exact, rtol=1e-6, atol=0)
+    for addends in (norms, norms.double().square()):
         sums = triton_backend.prefix_sums(addends)
         assert (sums[..., 0] == 0).all()
         torch.testing.assert_close(sums[..., 1:], addends.double().cumsum(-1), rtol=1e-12, atol=0)
@@ -31,15 +31,15 @@ def test_unseen_keys_count_nothing(device):
     k = torch.ones(1, 1, 4, 16, device=device)
     k[:, :, 2] = float("nan")
     seen = torch.tensor([True, True, False, True], device=device)
-    assert triton_backend.key_lengths(k, seen).flatten().tolist() == [4, 4, 0, 4]
+    assert triton_backend.key_norms(k, seen).flatten().tolist() == [4, 4, 0, 4]
 
 
 @pytest.mark.parametrize("size", [1e30, 1e-30, 0.0])
-def test_any_finite_length(size, device):
+def test_any_finite_norm(size, device):
     k = torch.full((1, 1, 3, 16), size, device=device)
-    lengths = triton_backend.key_lengths(k, None)
-    torch.testing.assert_close(lengths, torch.full_like(lengths, 4 * size), rtol=1e-6, atol=0)
-    d_k = triton_backend.key_lengths_backward(k, None, lengths, torch.ones_like(lengths))
+    norms = triton_backend.key_norms(k, None)
+    torch.testing.assert_close(norms, torch.full_like(norms, 4 * size), rtol=1e-6, atol=0)
+    d_k = triton_backend.key_norms_backward(k, None, norms, torch.ones_like(norms))
     torch.testing.assert_close(d_k, torch.full_like(k, 0.25 if size else 0.0), rtol=1e-6, atol=0)
 
 
@@ -51,7 +51,7 @@ def test_statistics_equal_those_of_torch(mask, device):
     for kind in (KernelStatistics, Statistics):
         leaf = k.clone().requires_grad_()
         statistics = kind(leaf, visibility)
-        values = [statistics.length_sum, statistics.length_square_sum, statistics.length_max]
+        values = [statistics.norm_sum, statistics.norm_square_sum, statistics.norm_max]
         weights = torch.linspace(-1, 2, 21, device=device)
         total = sum((value * weights).sum() for value in values)
         results.append([*(value.detach() for value in values), torch.autograd.grad(total, leaf)[0]])
@@ -60,25 +60,25 @@ def test_statistics_equal_those_of_torch(mask, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_of_keys_and_of_their_lengths_are_added_before_they_are_rounded(dtype, device):
+def test_gradients_of_keys_and_of_their_norms_are_added_before_they_are_rounded(dtype, device):
     random = torch.Generator().manual_seed(0)
     k, d_k = (torch.randn(2, 2, 33, 20, generator=random).to(dtype).to(device) for _ in range(2))
     seen = (torch.arange(33, device=device) < 30).expand(2, 2, -1)
     d_k[:, :, 30:] = 0
-    d_lengths = torch.randn(2, 2, 33, generator=random).to(device)
+    d_norms = torch.randn(2, 2, 33, generator=random).to(device)
     leaf = k.clone().requires_grad_()
     visibility = Visibility.of(k, k, key_lengths=torch.tensor([30, 30], device=device))
     statistics = KernelStatistics(leaf, visibility)
-    lengths, call = statistics.lengths, statistics.widened(AttentionCall(k, leaf, k, visibility, Logits(1.0)))
+    norms, call = statistics.norms, statistics.widened(AttentionCall(k, leaf, k, visibility, Logits(1.0)))
     assert call.tensors[0] is call.q is k
     assert torch.equal(call.k, leaf)
     same = call.tensors[1]
     assert same is not leaf
     assert same.dtype == torch.float32
     strided = d_k.transpose(2, 3).contiguous().transpose(2, 3)
-    found = torch.autograd.grad((lengths, same), leaf, (d_lengths, strided.float()), retain_graph=True)[0]
+    found = torch.autograd.grad((norms, same), leaf, (d_norms, strided.float()), retain_graph=True)[0]
     wide = k.double().requires_grad_()
-    exact = d_k + torch.autograd.grad(key_lengths_of(wide, seen), wide, d_lengths.double())[0]
+    exact = d_k + torch.autograd.grad(key_norms_of(wide, seen), wide, d_norms.double())[0]
     torch.testing.assert_close(found, exact.to(dtype), rtol=1e-6, atol=1e-6)
     assert torch.equal(torch.autograd.grad(same, leaf, d_k.float())[0], d_k)
 
@@ -111,8 +111,8 @@ def test_keys_are_appended_as_by_torch(dtype, head_dim, device, monkeypatch):
         for found, expected in zip(_held(ours), _held(theirs), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)
     assert ours.counts.tolist() == [170, 7, 134]
-    assert ours.length_maxima[2, 1, 134].isnan()
-    assert not ours.length_maxima[2, 0, 134].isnan()
+    assert ours.norm_maxima[2, 1, 134].isnan()
+    assert not ours.norm_maxima[2, 0, 134].isnan()
 
 
 def test_many_keys_are_appended_in_steps(device, monkeypatch):
@@ -120,11 +120,11 @@ def test_many_keys_are_appended_in_steps(device, monkeypatch):
     k = torch.randn(2, 2, 2100, 8, generator=torch.Generator().manual_seed(0)).to(device)
     statistics = KeyStatistics(2, 2, 2100, device=device)
     statistics.append(k, torch.tensor([2100, 1030], device=device))
-    lengths = k.double().norm(dim=-1)
+    norms = k.double().norm(dim=-1)
     for entry, count in enumerate((2100, 1030)):
         sums, maxima = (buffer[entry, :, 1 : count + 1] for buffer in statistics._buffers()[2::2])
-        torch.testing.assert_close(sums, lengths[entry, :, :count].cumsum(-1), rtol=1e-6, atol=0)
-        torch.testing.assert_close(maxima.double(), lengths[entry, :, :count].cummax(-1).values, rtol=1e-6, atol=0)
+        torch.testing.assert_close(sums, norms[entry, :, :count].cumsum(-1), rtol=1e-6, atol=0)
+        torch.testing.assert_close(maxima.double(), norms[entry, :, :count].cummax(-1).values, rtol=1e-6, atol=0)
 
 
 def test_sums_do_not_depend_on_how_keys_are_cut(device, monkeypatch):
@@ -139,7 +139,7 @@ class _Other(torch.Tensor):
 
 
 @pytest.mark.parametrize("name", ["v", "d_out"])
-def test_gradients_where_an_operator_takes_over_after_lengths_were_measured(name, device):
+def test_gradients_where_an_operator_takes_over_after_norms_were_measured(name, device):
     random = torch.Generator().manual_seed(0)
     q, k, v, d_out = (torch.randn(1, 2, 20, 16, generator=random).bfloat16().to(device) for _ in range(4))
 

@@ -57,5 +57,5 @@ def test_offsets_past_int32(device):
     assert torch.equal(found.out, expected.out)
 
 
-def test_appended_lengths(device):
+def test_appended_norms(device):
     check_appends(torch.float32, 24, device)

@@ -178,13 +178,13 @@ def test_the_statistics_are_those_of_the_keys_as_stored_and_the_dtype_is_torchs(
     k = 1 + torch.rand(1, 1, 8, 64)
     cache.append(k, k[..., :4])
     assert (cache.k.dtype, cache.v.shape, cache.capacity) == (torch.bfloat16, (1, 1, 8, 4), 8)
-    torch.testing.assert_close(cache.statistics.lengths, k.bfloat16().float().norm(dim=-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(cache.statistics.norms, k.bfloat16().float().norm(dim=-1), rtol=1e-6, atol=0)
     torch.set_default_dtype(torch.float64)
     try:
         cache = nn.KeyValueCache(2, 2, 8, 6)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert cache.k.dtype == cache.v.dtype == cache.statistics.lengths.dtype == torch.float64
+    assert cache.k.dtype == cache.v.dtype == cache.statistics.norms.dtype == torch.float64
 
 
 def test_a_printed_layer_names_its_scaling():

@@ -219,8 +219,8 @@ def test_a_schedule_begins_and_ends_at_its_modes(start, end, blend):
 def test_a_mode_of_ones_own_gets_statistics_in_float32_from_a_schedule():
     class Own(Scaling):
         def scales(self, q, k, visibility, statistics):
-            assert statistics.length_sum.dtype == torch.float32
-            return Scales(1.0, query=statistics.length_sum.reciprocal())
+            assert statistics.norm_sum.dtype == torch.float32
+            return Scales(1.0, query=statistics.norm_sum.reciprocal())
 
     q, k, v = operands(torch.float32).values()
     schedule = nn.Scheduled(Own(), "key_norm_sum", steps=10)

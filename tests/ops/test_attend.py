@@ -12,7 +12,7 @@ from tests.support.pairs import in_turn
 from tritonattn import ops
 from tritonattn.backends import cpu as blockwise
 from tritonattn.core.call import ForwardResult, Gradients, Needs
-from tritonattn.core.statistics import key_lengths_of
+from tritonattn.core.statistics import key_norms_of
 from tritonattn.core.visibility import Visibility
 from tritonattn.ops import key_statistics
 from tritonattn.ops.flat import flat
@@ -152,16 +152,16 @@ def torch_kernels(monkeypatch):
 
 @opcheck_reads_grad
 @pytest.mark.usefixtures("torch_kernels")
-def test_key_lengths_pass_opcheck():
+def test_key_norms_pass_opcheck():
     k, seen = torch.randn(2, 2, 7, 8, requires_grad=True), torch.arange(7)[None, None] < torch.tensor([[[3]], [[7]]])
-    opcheck(torch.ops.tritonattn.key_lengths.default, (k, seen))
-    lengths = key_lengths_of(k, seen).detach()
+    opcheck(torch.ops.tritonattn.key_norms.default, (k, seen))
+    norms = key_norms_of(k, seen).detach()
     for mask, added in ((None, torch.ones(k.shape)), (seen, None)):
-        arguments = (k.detach(), mask, lengths, torch.randn_like(lengths), added)
-        opcheck(torch.ops.tritonattn.key_lengths_backward.default, arguments)
-    opcheck(torch.ops.tritonattn.prefix_sums.default, (lengths,))
+        arguments = (k.detach(), mask, norms, torch.randn_like(norms), added)
+        opcheck(torch.ops.tritonattn.key_norms_backward.default, arguments)
+    opcheck(torch.ops.tritonattn.prefix_sums.default, (norms,))
     lo, hi = torch.tensor([[[0, 2, 5]], [[1, 1, 0]]]), torch.tensor([[[7, 4, 5]], [[7, 2, 0]]])
-    opcheck(torch.ops.tritonattn.argmax_over_ranges.default, (lengths, lo, hi))
+    opcheck(torch.ops.tritonattn.argmax_over_ranges.default, (norms, lo, hi))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
@@ -172,7 +172,7 @@ def test_key_statistics_under_transforms_and_compilers():
 
     def objective(k: Tensor) -> Tensor:
         statistics = ops.KernelStatistics(k, Visibility.of(q, k, causal=True))
-        return (statistics.length_sum.double() * statistics.length_square_sum).sum()
+        return (statistics.norm_sum.double() * statistics.norm_square_sum).sum()
 
     one_by_one = torch.stack([torch.func.grad(objective)(x) for x in k])
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(objective))(k), one_by_one)

@@ -17,7 +17,7 @@ STATISTICS = {  # of the keys so far
     "key_norm_max": [5, 5, 10],
     "key_norm_l2": [5, math.sqrt(29), math.sqrt(129)],
 }
-KEYS = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-6.0, 8.0]], dtype=torch.float64)[None, None]  # lengths 5, 2, 10
+KEYS = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-6.0, 8.0]], dtype=torch.float64)[None, None]  # norms 5, 2, 10
 
 
 def query_scale(scaling, k, **arguments):

@@ -55,7 +55,7 @@ def test_layers_of_one_step_keep_their_gains():
 
 
 @torch.no_grad()
-def test_lengths_of_keys_follow_the_cache():
+def test_norms_of_keys_follow_the_cache():
     """They are copied with a block, as vLLM copies one that a request shares in part, and belong to one cache only."""
     layer, table = Layer({"scaling": "key_norm_mean"}, "float32"), torch.zeros(1, WIDTH, dtype=torch.int32)
     layer.renew_cache(5)

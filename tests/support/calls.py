@@ -13,7 +13,7 @@ from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.dropout import Dropout
 from tritonattn.core.ranges import argmax_over_ranges, prefix_sum
 from tritonattn.core.sequences import Sequences
-from tritonattn.core.statistics import key_lengths_of
+from tritonattn.core.statistics import key_norms_of
 from tritonattn.core.visibility import Visibility
 
 from .packed import offsets
@@ -91,17 +91,17 @@ def example(
 def torch_kernels() -> SimpleNamespace:
     """The kernels of `tritonattn.ops.key_statistics`, by torch."""
     return SimpleNamespace(
-        key_lengths=lambda k, seen: key_lengths_of(k, seen).detach(),
+        key_norms=lambda k, seen: key_norms_of(k, seen).detach(),
         prefix_sums=prefix_sum,
         argmax_over_ranges=argmax_over_ranges,
         seen_keys=Visibility.seen_keys,
-        key_lengths_backward=_key_lengths_backward,
+        key_norms_backward=_key_norms_backward,
     )
 
 
-def _key_lengths_backward(k, seen, lengths, d_lengths, added=None):
-    rate = torch.where(lengths > 0, d_lengths / lengths.clamp(min=1e-30), 0)
-    d_k = torch.where((lengths > 0)[..., None], rate[..., None] * k, 0)
+def _key_norms_backward(k, seen, norms, d_norms, added=None):
+    rate = torch.where(norms > 0, d_norms / norms.clamp(min=1e-30), 0)
+    d_k = torch.where((norms > 0)[..., None], rate[..., None] * k, 0)
     return (d_k if added is None else d_k + added).to(k.dtype).contiguous()
 
 
@@ -149,7 +149,7 @@ def _assert_third_sink(sink: float, results: Callable[[Tensor | None], tuple[Ten
 def assert_gradients_of_keys_add_up(
     backend: str, device: torch.device | str = "cpu", softcap: float | None = None, tolerance: float = 1e-3
 ) -> None:
-    """Through logits the gradient is 84,000, which fp16 has not, and through key lengths nearly as much less."""
+    """Through logits the gradient is 84,000, which fp16 has not, and through key norms nearly as much less."""
     axes = torch.eye(16, device=device)
     k = 1e-4 * torch.stack([axes[0] + axes[1] / 10, axes[1] / 10 - axes[0]])
     operands = (axes[:1] + axes[1:2] / 2, k, torch.stack([axes[0], -axes[0]]), 40 * axes[:1])

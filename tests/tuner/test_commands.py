@@ -11,7 +11,7 @@ from tritonattn.tuning.config import Problem, Target, TileConfig
 from tritonattn.tuning.defaults import default_config
 from tritonattn.tuning.table import Entry, Exact, Key, Table, kernels_fingerprint, keys, read_table, write_table
 
-from .stubs import BEST, H100, KEYS, MEASURED, ONE, run
+from .stubs import BEST, H100, KEYS, MEASURED, ONE, FakeCompiler, run
 
 OF_ANOTHER = Entry(TileConfig(16, 32, 4, 2), "static", {"triton": "3.1.4"})
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..calls.checks import batch_visibility, operands
 from ..core.records import for_json
-from ..core.statistics import key_lengths_of
+from ..core.statistics import key_norms_of
 from ..core.tables import table
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scaling
@@ -268,11 +268,11 @@ def _means(found: Diagnosis) -> dict[str, float]:
 
 
 def _between_sequences(k: Tensor, seen: Visibility) -> float:
-    """Standard deviation over mean of the sequences' mean key lengths, averaged over the heads."""
+    """Standard deviation over mean of the sequences' mean key norms, averaged over the heads."""
     visible = seen.seen_keys().expand(seen.keys)  # [B, Hkv, Sk]
-    lengths = key_lengths_of(k, visible).double()
+    norms = key_norms_of(k, visible).double()
     count = visible.sum(-1)
-    means = torch.where(visible, lengths, 0).sum(-1) / count.clamp(min=1)  # [B, Hkv]
+    means = torch.where(visible, norms, 0).sum(-1) / count.clamp(min=1)  # [B, Hkv]
     means = means[(count > 0).all(1)]
     if means.shape[0] < 2:
         return 0.0

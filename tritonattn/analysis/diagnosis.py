@@ -10,7 +10,7 @@ from torch import Tensor
 from ..calls.checks import batch_visibility, check, operands
 from ..calls.logits import logits
 from ..core.call import AttentionCall, Logits
-from ..core.statistics import Statistics, key_lengths_of
+from ..core.statistics import Statistics, key_norms_of
 from ..core.tables import table
 from ..core.visibility import Visibility
 from ..scaling import Scaling
@@ -36,7 +36,7 @@ class Diagnosis:
     near_uniform          share of the rows with n > 1 keys whose entropy / ln(n) is above 0.98
     key_count_mean        mean n of the rows
     key_count_variation   their standard deviation over their mean
-    key_norm_mean         mean length ||k|| of the keys of its key head that some row may see
+    key_norm_mean         mean norm ||k|| of the keys of its key head that some row may see
     key_norm_variation    their standard deviation over their mean
     count_power           p of the factor (ln n)^p that the gaps of the largest logits ask for, and its
     count_power_error     standard error: `analysis.gaps`; NaN where rows are too few or their n too alike
@@ -166,9 +166,9 @@ def _of_rows(rows: RowStatistics) -> dict[str, Tensor]:
 
 
 def _of_keys(k: Tensor, visibility: Visibility) -> dict[str, Tensor]:
-    """Mean and variation of the lengths of the keys that some row may see, [Hq] each."""
+    """Mean and variation of the norms of the keys that some row may see, [Hq] each."""
     seen = visibility.seen_keys().expand(visibility.keys)
-    found = _mean_and_variation(key_lengths_of(k).double(), seen)
+    found = _mean_and_variation(key_norms_of(k).double(), seen)
     mean, variation = (x.repeat_interleave(visibility.q_heads // max(visibility.kv_heads, 1)) for x in found)
     return {"key_norm_mean": mean, "key_norm_variation": variation}
 

@@ -145,7 +145,7 @@ def qk_clip(model: nn.Module, threshold: float = 100.0) -> QKClip:
 
     Afterwards the logits of head h are gamma_h times what they were, and those of the other heads are as they were.
     Query heads that share a key head (GQA, MQA) would all shrink with its W_k, so W_q alone gives each its own
-    gamma. The same holds for scalings that divide by the lengths of keys (key_norm_sum and its like): their logits do
+    gamma. The same holds for scalings that divide by the norms of keys (key_norm_sum and its like): their logits do
     not depend on the size of W_k.
 
     Latent attention (DeepSeek's) has both kinds of features, and is clipped as in the paper: where heads have keys of

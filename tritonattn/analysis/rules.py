@@ -10,7 +10,7 @@ LARGE_LOGIT = 100.0  # QK-clip's threshold in Kimi K2
 ILL = 0.5  # a layer is ill where more of its rows than this are; SmolLM2-135M's have up to 0.31 one-hot, 0.03 uniform
 WELL = 0.25  # a mode heals a layer where no more of its rows than this stay ill
 COUNTS = 0.25  # variation of the rows' number of keys; 0 among sequences of one length, 0.30 for one of 8 and one of 64
-LENGTHS = 0.5  # variation of the sequences' mean key lengths; 0.6 where one has keys four times as long as the other
+NORMS = 0.5  # variation of the sequences' mean key norms; 0.6 where one has keys four times as long as the other
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Reading:
 
     mode       the present scaling
     max_logit  the largest of any head
-    key_norm_between   standard deviation over mean of the sequences' mean key lengths; 0 for one sequence
+    key_norm_between   standard deviation over mean of the sequences' mean key norms; 0 for one sequence
     causal     whether rows see only keys up to their own place
     longest    the largest number of keys that a row sees
     power      p of the factor (ln n)^p that the gaps of the largest logits ask for; None if they do not tell
@@ -123,10 +123,10 @@ RULES: tuple[Rule, ...] = (
         " be sharp, and needs no repair; or near_uniform passes 0.5 in a Monitor",
         evidence=(
             "Zhai et al. 2023, arXiv:2303.06296: entropy collapse comes with unstable training",
-            "Bernhard 2023, arXiv:2311.09406: large logits give vanishing gradients, key lengths take them back",
+            "Bernhard 2023, arXiv:2311.09406: large logits give vanishing gradients, key norms take them back",
             "Henry et al. 2020, arXiv:2010.04245 (cosine); Kimi K2 2025, arXiv:2507.20534 (QK-clip)",
             "docs/simulation.md, 3: keys 1000 times larger are one-hot with sqrt_dim, and as if they were not with"
-            " key_norm_mean and cosine; where lengths differ inside a sequence only cosine is unaffected",
+            " key_norm_mean and cosine; where norms differ inside a sequence only cosine is unaffected",
             "docs/workshop.md, exercise 2: the Jacobian of a peaked softmax",
             "the diagnosis of this layer's own q and k with the mode, beside it in the table",
         ),
@@ -169,19 +169,19 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
-        name="varied lengths",
-        condition=f"the sequences' mean key lengths vary by more than {LENGTHS:.0%}",
-        applies=lambda one: one.key_norm_between > LENGTHS,
+        name="varied norms",
+        condition=f"the sequences' mean key norms vary by more than {NORMS:.0%}",
+        applies=lambda one: one.key_norm_between > NORMS,
         candidates=("key_norm_mean",),
         heals=_always,
         otherwise="",
         why="one factor is too sharp for the sequence with long keys and too flat for the one with short keys; the"
-        " mean length of its own keys holds each at the same temperature",
+        " mean norm of its own keys holds each at the same temperature",
         watch="relative_entropy, which should differ less between sequences; the loss of each",
-        turn_back="the loss of either kind of sequence is above sqrt_dim's: then the model uses the lengths",
+        turn_back="the loss of either kind of sequence is above sqrt_dim's: then the model uses the norms",
         evidence=(
             "docs/simulation.md, 4: lengths vary between sequences: reach 0.37 with sqrt_dim, 0.56 with key_norm_mean",
-            "Bernhard 2023, arXiv:2311.09406: the sum of key lengths, of which this is the mean",
+            "Bernhard 2023, arXiv:2311.09406: the sum of key norms, of which this is the mean",
         ),
     ),
     Rule(

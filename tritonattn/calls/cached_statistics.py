@@ -1,4 +1,4 @@
-"""Statistics of rows from a record of key lengths that is kept beside a KV cache."""
+"""Statistics of rows from a record of key norms that is kept beside a KV cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core.autograd import runs_eagerly
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 
-# Lengths of windows that are held at a time: rows of a long prompt are taken in parts.
+# Norms of windows that are held at a time: rows of a long prompt are taken in parts.
 _ENTRIES = 2**24
 
 
@@ -21,11 +21,11 @@ class KeyRecord(Protocol):
 
     dtype: torch.dtype
 
-    def lengths(self, k_len: int) -> Tensor:
+    def norms(self, k_len: int) -> Tensor:
         """[B, Hkv, Sk]"""
         ...
 
-    def lengths_at(self, key: Tensor, wanted: Tensor) -> Tensor:
+    def norms_at(self, key: Tensor, wanted: Tensor) -> Tensor:
         """[B, Hkv, n], 0 where not wanted."""
         ...
 
@@ -37,11 +37,11 @@ class KeyRecord(Protocol):
 class CachedStatistics(Statistics):
     """The row statistics of a visibility from a record; k itself is not read.
 
-    computed   statistics of the same keys: lengths of queries are theirs, and prefix sums where `visibility.invariant`,
-               since sums then come from the lengths, as without a record
+    computed   statistics of the same keys: norms of queries are theirs, and prefix sums where `visibility.invariant`,
+               since sums then come from the norms, as without a record
     width      rows see at most as many keys, or None: all of their sequence before the end of their range
 
-    Rows that see all keys before their own read the record's prefix sums and maxima. Rows of a window read the lengths
+    Rows that see all keys before their own read the record's prefix sums and maxima. Rows of a window read the norms
     inside it: a difference of prefix sums would keep the NaN, inf or rounding of keys that have left the window.
     """
 
@@ -50,36 +50,36 @@ class CachedStatistics(Statistics):
         self._record = record
         self._width = width
         self._scan = computed._scan
-        self._lengths_of = computed._lengths_of
+        self._norms_of = computed._norms_of
 
-    def _lengths(self) -> Tensor:
-        lengths = self._record.lengths(self.visibility.k_len)
-        counted = self.visibility.counted_keys(lambda: lengths)
-        return lengths if counted is None else torch.where(counted, lengths, 0)
+    def _norms(self) -> Tensor:
+        norms = self._record.norms(self.visibility.k_len)
+        counted = self.visibility.counted_keys(lambda: norms)
+        return norms if counted is None else torch.where(counted, norms, 0)
 
-    def _length_sum(self) -> Tensor:
+    def _norm_sum(self) -> Tensor:
         if self.visibility.invariant:
-            return super()._length_sum()
+            return super()._norm_sum()
         if self._width is None:
-            sums = self._record.of_rows("length_sums", self.visibility)
+            sums = self._record.of_rows("norm_sums", self.visibility)
         else:
-            sums = self._over_windows(lambda lengths: lengths.sum(-1, dtype=torch.float64))
+            sums = self._over_windows(lambda norms: norms.sum(-1, dtype=torch.float64))
         return sums.to(self._record.dtype)
 
-    def _length_square_sum(self) -> Tensor:
+    def _norm_square_sum(self) -> Tensor:
         if self.visibility.invariant:
-            return super()._length_square_sum()
+            return super()._norm_square_sum()
         if self._width is None:
-            return self._record.of_rows("square_sums", self.visibility)
-        return self._over_windows(lambda lengths: lengths.double().square().sum(-1))
+            return self._record.of_rows("norm_square_sums", self.visibility)
+        return self._over_windows(lambda norms: norms.double().square().sum(-1))
 
-    def _length_max(self) -> Tensor:
+    def _norm_max(self) -> Tensor:
         if self._width is None:
-            return self._record.of_rows("length_maxima", self.visibility)
-        return self._over_windows(lambda lengths: lengths.amax(-1))
+            return self._record.of_rows("norm_maxima", self.visibility)
+        return self._over_windows(lambda norms: norms.amax(-1))
 
     def _over_windows(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """reduce(lengths of the keys that rows see, 0 in place of others [B, Hkv, rows, width]) -> [B, Hkv, rows]."""
+        """reduce(norms of the keys that rows see, 0 in place of others [B, Hkv, rows, width]) -> [B, Hkv, rows]."""
         lo, hi = self.visibility.ranges()  # [B, Sq]
         batch, kv_heads, k_len = self.visibility.keys
         width = max(1, min(cast(int, self._width), k_len))  # an axis without entries has no maximum
@@ -90,6 +90,6 @@ class CachedStatistics(Statistics):
             rows = slice(first, first + step)
             key = lo[:, rows, None] + torch.arange(width, device=lo.device)  # [B, rows, width]
             seen = key < hi[:, rows, None]
-            lengths = self._record.lengths_at(key.flatten(1), seen.flatten(1))
-            parts.append(reduce(lengths.unflatten(2, (-1, width))))
+            norms = self._record.norms_at(key.flatten(1), seen.flatten(1))
+            parts.append(reduce(norms.unflatten(2, (-1, width))))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -55,7 +55,7 @@ def attention_decode(
             fewer keys than rows, the first rows see nothing.
         scaling, gain: As in `attention`.
         statistics: The `KeyStatistics` kept beside the cache, or beside pages the `PagedKeyStatistics`, to which the
-            new keys have been appended: then no mode reads old keys. Without it the modes that need key lengths
+            new keys have been appended: then no mode reads old keys. Without it the modes that need key norms
             (key_norm_*, cosine) read the visible keys of the cache once more, half of the memory traffic of the call
             itself, and gather pages to do so. A Scaling of your own gets k_cache, gathered where it lies in pages
             unless its class says reads_keys = False. The reference follows the formulas and computes all of it from

@@ -111,7 +111,7 @@ def check_statistics(statistics: Any, q: Tensor, k: Tensor, key_lengths: Tensor,
     if not isinstance(statistics, KeyStatistics):
         raise TypeError(f"statistics: expected a KeyStatistics, got {kind_of(statistics)}")
     wanted = (q.shape[0], k.shape[1], capacity_of(k, block_table))
-    check_record(statistics.lengths, wanted, "[B, Hkv, capacity]", q)
+    check_record(statistics.norms, wanted, "[B, Hkv, capacity]", q)
     if values_are_read(statistics.counts) and values_are_read(key_lengths):
         missing = statistics.counts < key_lengths
         if missing.any():

@@ -65,7 +65,7 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
     if call.dropout_p > 0:
         call.dropout = Dropout.draw(call.dropout_p, call.q.device)
     if call.backend != "triton" and call.q.dtype.itemsize == 2 and not call.cached:
-        if is_transformed or needs_graph(call.q, call.k):  # gradients of logits and of lengths are added, then rounded
+        if is_transformed or needs_graph(call.q, call.k):  # gradients of logits and of norms are added, then rounded
             call.q, call.k = call.q.float(), call.k.float()
     if call.backend == "reference":
         result = by_formulas(call)

@@ -31,15 +31,15 @@ class ContiguousRecord:
 
     def __init__(self, record: KeyStatistics) -> None:
         self._record = record
-        self.dtype = record.lengths.dtype
+        self.dtype = record.norms.dtype
 
-    def lengths(self, k_len: int) -> Tensor:
-        return self._record.lengths
+    def norms(self, k_len: int) -> Tensor:
+        return self._record.norms
 
-    def lengths_at(self, key: Tensor, wanted: Tensor) -> Tensor:
-        lengths = self._record.lengths
-        place = torch.where(wanted, key, 0)[:, None].expand(-1, lengths.shape[1], -1)
-        return torch.where(wanted[:, None], lengths.gather(2, place), 0)
+    def norms_at(self, key: Tensor, wanted: Tensor) -> Tensor:
+        norms = self._record.norms
+        place = torch.where(wanted, key, 0)[:, None].expand(-1, norms.shape[1], -1)
+        return torch.where(wanted[:, None], norms.gather(2, place), 0)
 
     def of_rows(self, name: str, visibility: Visibility) -> Tensor:
         prefix, end = getattr(self._record, name), _ends(visibility)
@@ -52,14 +52,14 @@ class PagedRecord:
     def __init__(self, record: PagedKeyStatistics, table: PageTable) -> None:
         self._record = record
         self._table = table
-        self.dtype = record.lengths.dtype
+        self.dtype = record.norms.dtype
 
-    def lengths(self, k_len: int) -> Tensor:
-        key = torch.arange(k_len, device=self._record.lengths.device)[None]
-        return self.lengths_at(key, torch.ones_like(key, dtype=torch.bool))
+    def norms(self, k_len: int) -> Tensor:
+        key = torch.arange(k_len, device=self._record.norms.device)[None]
+        return self.norms_at(key, torch.ones_like(key, dtype=torch.bool))
 
-    def lengths_at(self, key: Tensor, wanted: Tensor) -> Tensor:
-        return self._table.gather(self._record.lengths, key, wanted).movedim(-1, 1)
+    def norms_at(self, key: Tensor, wanted: Tensor) -> Tensor:
+        return self._table.gather(self._record.norms, key, wanted).movedim(-1, 1)
 
     def of_rows(self, name: str, visibility: Visibility) -> Tensor:
         entries = getattr(self._record, name)

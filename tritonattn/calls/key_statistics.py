@@ -1,8 +1,8 @@
-"""Statistics of the keys in a KV cache, kept beside it and grown with it, for scalings that depend on key lengths."""
+"""Statistics of the keys in a KV cache, kept beside it and grown with it, for scalings that depend on key norms."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
 from ..core.ranges import prefix_sum
-from ..core.statistics import key_lengths_of
+from ..core.statistics import Renamed, key_norms_of
 from .checks import (
     FLOATS,
     check_count,
@@ -25,31 +25,37 @@ from .checks import (
 from .dispatch import kernels_take
 
 _OWNER = "this KeyStatistics"
+RENAMED_BUFFERS = {
+    "lengths": "norms",
+    "length_sums": "norm_sums",
+    "square_sums": "norm_square_sums",
+    "length_maxima": "norm_maxima",
+}
 
 
-def extended(before: tuple[Tensor, ...], lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of lengths and of squares, and maxima, up to and with each of the next keys: [..., n] of lengths [..., n].
+def extended(before: tuple[Tensor, ...], norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of norms and of squares, and maxima, up to and with each of the next keys: [..., n] of norms [..., n].
 
     before   those of the keys before, [..., 1]. On a CPU the bits do not depend on how keys are cut into appends.
     """
     sums, squares, highest = before
-    sums = prefix_sum(torch.cat([sums, lengths], -1))[..., 2:]
-    squares = prefix_sum(torch.cat([squares, lengths.double().square()], -1))[..., 2:]
-    return sums, squares, torch.cat([highest, lengths], -1).cummax(-1).values[..., 1:]
+    sums = prefix_sum(torch.cat([sums, norms], -1))[..., 2:]
+    squares = prefix_sum(torch.cat([squares, norms.double().square()], -1))[..., 2:]
+    return sums, squares, torch.cat([highest, norms], -1).cummax(-1).values[..., 1:]
 
 
-class KeyStatistics:
-    """Lengths of the keys in a KV cache, with their sums and maxima, for `attention_decode(..., statistics=)`.
+class KeyStatistics(Renamed):
+    """Norms of the keys in a KV cache, with their sums and maxima, for `attention_decode(..., statistics=)`.
 
     With c[b] keys held by batch entry b, over the keys j' < j, for j = 0 .. c[b]:
 
-        lengths[b, h, j]         = ||k[b, h, j]||                   [B, Hkv, capacity]      `dtype`
-        length_sums[b, h, j]     = sum ||k[b, h, j']||              [B, Hkv, capacity + 1]  float64
-        square_sums[b, h, j]     = sum ||k[b, h, j']||^2            [B, Hkv, capacity + 1]  float64
-        length_maxima[b, h, j]   = max ||k[b, h, j']||, 0 at j = 0  [B, Hkv, capacity + 1]  `dtype`
-        counts[b]                = c[b]                             [B]                     int64
+        norms[b, h, j]            = ||k[b, h, j]||                   [B, Hkv, capacity]      `dtype`
+        norm_sums[b, h, j]        = sum ||k[b, h, j']||              [B, Hkv, capacity + 1]  float64
+        norm_square_sums[b, h, j] = sum ||k[b, h, j']||^2            [B, Hkv, capacity + 1]  float64
+        norm_maxima[b, h, j]      = max ||k[b, h, j']||, 0 at j = 0  [B, Hkv, capacity + 1]  `dtype`
+        counts[b]                 = c[b]                             [B]                     int64
 
-    Entries after c[b] have no effect. Sums and maxima over a window come from its lengths.
+    Entries after c[b] have no effect. Sums and maxima over a window come from its norms.
 
     Args:
         batch: B, the sequences of the cache.
@@ -70,9 +76,11 @@ class KeyStatistics:
     >>> import torch, tritonattn
     >>> statistics = tritonattn.KeyStatistics(batch=1, kv_heads=2, capacity=16)
     >>> statistics.append(torch.ones(1, 2, 3, 4))
-    >>> statistics.length_sums[0, 0, :4].tolist()
+    >>> statistics.norm_sums[0, 0, :4].tolist()
     [0.0, 2.0, 4.0, 6.0]
     """
+
+    renamed: ClassVar[dict[str, str]] = RENAMED_BUFFERS
 
     def __init__(
         self,
@@ -91,26 +99,26 @@ class KeyStatistics:
         self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
         # Each has one more place at its end, for keys that are dropped.
         shape, prefix = (batch, kv_heads, capacity + 1), (batch, kv_heads, capacity + 2)
-        self._lengths = torch.zeros(shape, dtype=dtype, device=device)
-        self._length_sums = torch.zeros(prefix, dtype=torch.float64, device=device)
-        self._square_sums = torch.zeros(prefix, dtype=torch.float64, device=device)
-        self._length_maxima = torch.zeros(prefix, dtype=dtype, device=device)
+        self._norms = torch.zeros(shape, dtype=dtype, device=device)
+        self._norm_sums = torch.zeros(prefix, dtype=torch.float64, device=device)
+        self._norm_square_sums = torch.zeros(prefix, dtype=torch.float64, device=device)
+        self._norm_maxima = torch.zeros(prefix, dtype=dtype, device=device)
 
     @property
-    def lengths(self) -> Tensor:
-        return self._lengths[..., :-1]
+    def norms(self) -> Tensor:
+        return self._norms[..., :-1]
 
     @property
-    def length_sums(self) -> Tensor:
-        return self._length_sums[..., :-1]
+    def norm_sums(self) -> Tensor:
+        return self._norm_sums[..., :-1]
 
     @property
-    def square_sums(self) -> Tensor:
-        return self._square_sums[..., :-1]
+    def norm_square_sums(self) -> Tensor:
+        return self._norm_square_sums[..., :-1]
 
     @property
-    def length_maxima(self) -> Tensor:
-        return self._length_maxima[..., :-1]
+    def norm_maxima(self) -> Tensor:
+        return self._norm_maxima[..., :-1]
 
     @torch.no_grad()
     def append(self, k_new: Tensor, counts: Tensor | None = None) -> None:
@@ -133,7 +141,7 @@ class KeyStatistics:
         self._check_room(new if counts is None else counts)
         if new == 0:
             return
-        fits = self._lengths.dtype == torch.float32 and k_new.numel() > 0
+        fits = self._norms.dtype == torch.float32 and k_new.numel() > 0
         if fits and kernels_take(k_new) and runs_eagerly(k_new, counts, self.counts):
             kernels().append_keys(k_new, counts, self._buffers())
             return
@@ -142,8 +150,8 @@ class KeyStatistics:
         kept = place < self.capacity
         if counts is not None:
             kept = kept & (order < counts[:, None])
-        lengths = key_lengths_of(k_new, kept[:, None], invariant=True)  # whatever the call that reads them
-        self._write(lengths, torch.where(kept, place, self.capacity))
+        norms = key_norms_of(k_new, kept[:, None], invariant=True)  # whatever the call that reads them
+        self._write(norms, torch.where(kept, place, self.capacity))
         self.counts += kept.sum(-1)
 
     @torch.no_grad()
@@ -243,33 +251,33 @@ class KeyStatistics:
         held = self.counts.clamp(max=keys)
         order = torch.arange(keys, device=held.device)
         place = ((self.counts - held)[:, None] + order).clamp(max=self.capacity)
-        lengths = self._lengths.gather(2, place[:, None].expand(-1, self._lengths.shape[1], -1))
+        norms = self._norms.gather(2, place[:, None].expand(-1, self._norms.shape[1], -1))
         kept = order < held[:, None]
         if keys:
-            other._write(torch.where(kept[:, None], lengths, 0), torch.where(kept, order, capacity))
+            other._write(torch.where(kept[:, None], norms, 0), torch.where(kept, order, capacity))
         other.counts.copy_(held)
         return other
 
     def _like(self, batch: int, capacity: int) -> KeyStatistics:
-        lengths = self._lengths
-        return KeyStatistics(batch, lengths.shape[1], capacity, device=lengths.device, dtype=lengths.dtype)
+        norms = self._norms
+        return KeyStatistics(batch, norms.shape[1], capacity, device=norms.device, dtype=norms.dtype)
 
     def _buffers(self) -> tuple[Tensor, ...]:
-        return self.counts, self._lengths, self._length_sums, self._square_sums, self._length_maxima
+        return self.counts, self._norms, self._norm_sums, self._norm_square_sums, self._norm_maxima
 
-    def _write(self, lengths: Tensor, place: Tensor) -> None:
-        """Write the lengths [B, Hkv, n] of new keys to their places [B, n], and extend the sums and maxima."""
-        lengths = lengths.to(self._lengths.dtype)
-        held = self.counts[:, None, None].expand(*lengths.shape[:2], 1)
-        place = place[:, None].expand_as(lengths)
-        self._lengths.scatter_(2, place, lengths)
-        totals = (self._length_sums, self._square_sums, self._length_maxima)
+    def _write(self, norms: Tensor, place: Tensor) -> None:
+        """Write the norms [B, Hkv, n] of new keys to their places [B, n], and extend the sums and maxima."""
+        norms = norms.to(self._norms.dtype)
+        held = self.counts[:, None, None].expand(*norms.shape[:2], 1)
+        place = place[:, None].expand_as(norms)
+        self._norms.scatter_(2, place, norms)
+        totals = (self._norm_sums, self._norm_square_sums, self._norm_maxima)
         before = tuple(buffer.gather(2, held) for buffer in totals)
-        for buffer, values in zip(totals, extended(before, lengths), strict=True):
+        for buffer, values in zip(totals, extended(before, norms), strict=True):
             buffer.scatter_(2, place + 1, values)
 
     def _check_keys(self, k_new: Any) -> None:
-        batch, kv_heads = self._lengths.shape[:2]
+        batch, kv_heads = self._norms.shape[:2]
         check_tensor("k_new", k_new, "[B, Hkv, n, D]")
         if k_new.dtype not in FLOATS:
             raise TypeError(f"k_new: expected a floating dtype, got {k_new.dtype}")

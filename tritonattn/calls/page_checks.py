@@ -53,11 +53,11 @@ def check_page_numbers(table: Tensor, page: int, pages: int, first: Tensor, end:
         raise ValueError(f"block_table: expected pages in [0, N = {pages}) up to {bound}, got {int(wrong[0])}")
 
 
-def check_record(lengths: Tensor, shape: tuple[int, ...], axes: str, q: Tensor) -> None:
-    """Raise unless the lengths of a record are those of a cache of q."""
-    if lengths.shape != shape:
-        raise ValueError(f"statistics: expected those of {axes} = {list(shape)}, got {shape_of(lengths)}")
-    check_device("statistics", lengths, q)
+def check_record(norms: Tensor, shape: tuple[int, ...], axes: str, q: Tensor) -> None:
+    """Raise unless the norms of a record are those of a cache of q."""
+    if norms.shape != shape:
+        raise ValueError(f"statistics: expected those of {axes} = {list(shape)}, got {shape_of(norms)}")
+    check_device("statistics", norms, q)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    if lengths.dtype != dtype:
-        raise TypeError(f"statistics: expected dtype {dtype} for q of {q.dtype}, got {lengths.dtype}")
+    if norms.dtype != dtype:
+        raise TypeError(f"statistics: expected dtype {dtype} for q of {q.dtype}, got {norms.dtype}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,28 +12,28 @@ from ..core.autograd import runs_eagerly
 from ..core.packing import Places
 from ..core.pages import PageTable
 from ..core.sequences import Sequences
-from ..core.statistics import key_lengths_of
+from ..core.statistics import Renamed, key_norms_of
 from .checks import FLOATS, check_count, check_device, check_integers, check_tensor, kind_of, shape_of, values_are_read
 from .dispatch import kernels_take
-from .key_statistics import extended
+from .key_statistics import RENAMED_BUFFERS, extended
 from .page_checks import SMALLEST_PAGE, check_block_table, check_page_numbers, check_record
 from .varlen_checks import check_offset_values, check_offsets
 
 _OWNER = "this PagedKeyStatistics"
 
 
-class PagedKeyStatistics:
-    """Lengths of the keys in a paged KV cache, their sums and maxima, for `attention_varlen` and `attention_decode`.
+class PagedKeyStatistics(Renamed):
+    """Norms of the keys in a paged KV cache, their sums and maxima, for `attention_varlen` and `attention_decode`.
 
     At the place where page p holds the key j of a sequence, over the keys j' <= j of that sequence:
 
-        lengths[p, place, h]         = ||k[j, h]||          [N, page, Hkv]   `dtype`
-        length_sums[p, place, h]     = sum ||k[j', h]||     likewise         float64
-        square_sums[p, place, h]     = sum ||k[j', h]||^2   likewise         float64
-        length_maxima[p, place, h]   = max ||k[j', h]||     likewise         `dtype`
+        norms[p, place, h]            = ||k[j, h]||          [N, page, Hkv]   `dtype`
+        norm_sums[p, place, h]        = sum ||k[j', h]||     likewise         float64
+        norm_square_sums[p, place, h] = sum ||k[j', h]||^2   likewise         float64
+        norm_maxima[p, place, h]      = max ||k[j', h]||     likewise         `dtype`
 
     An entry depends on its key and the keys before it alone: sequences that share the pages of a common prefix share
-    these entries, and a row needs the one entry of its last key. A row of a window reads the lengths inside it. Entries
+    these entries, and a row needs the one entry of its last key. A row of a window reads the norms inside it. Entries
     of places that hold no key have no effect.
 
     Args:
@@ -54,9 +54,11 @@ class PagedKeyStatistics:
     >>> table = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32)  # pages of 2 sequences
     >>> ends = torch.tensor([0, 2, 3], dtype=torch.int32)  # 2 and 1 new keys
     >>> statistics.append(torch.ones(3, 2, 4), ends, key_lengths=torch.tensor([2, 1]), block_table=table)
-    >>> statistics.length_sums[3, :2, 0].tolist()
+    >>> statistics.norm_sums[3, :2, 0].tolist()
     [2.0, 4.0]
     """
+
+    renamed: ClassVar[dict[str, str]] = RENAMED_BUFFERS
 
     def __init__(
         self,
@@ -90,8 +92,8 @@ class PagedKeyStatistics:
     def _hold(self, memory: tuple[Tensor, ...], buffers: tuple[Tensor, ...], spare: int) -> None:
         """Keep the buffers; memory: with page `spare`."""
         self._memory, self.buffers, self._spare = memory, buffers, spare
-        self.lengths, self.length_sums, self.square_sums, self.length_maxima = buffers
-        self.pages, self.page, _ = self.lengths.shape
+        self.norms, self.norm_sums, self.norm_square_sums, self.norm_maxima = buffers
+        self.pages, self.page, _ = self.norms.shape
 
     @torch.no_grad()
     def append(self, k_new: Tensor, cu_seqlens: Tensor, *, key_lengths: Tensor, block_table: Tensor) -> None:
@@ -121,8 +123,8 @@ class PagedKeyStatistics:
         if k_new.numel() == 0 or block_table.numel() == 0:
             return
         given = (k_new, cu_seqlens, key_lengths, block_table)
-        fits = self.lengths.dtype == torch.float32 and kernels_take(k_new[None])
-        if fits and runs_eagerly(*given, self.lengths):
+        fits = self.norms.dtype == torch.float32 and kernels_take(k_new[None])
+        if fits and runs_eagerly(*given, self.norms):
             kernels().append_to_pages(*given, self.buffers, passes)
             return
         for _ in range(passes):
@@ -139,31 +141,31 @@ class PagedKeyStatistics:
         sequence, order = packed.place_of_keys(torch.arange(total, device=k_new.device))
         position = first[sequence.clamp(max=sequences - 1)] + order
         page, place, found = table.locate(sequence, position, self.pages)  # [T]
-        lengths = key_lengths_of(k_new.transpose(0, 1)[None], found, invariant=True)  # as KeyStatistics does
-        lengths = lengths.to(self.lengths.dtype)  # [1, Hkv, T]
+        norms = key_norms_of(k_new.transpose(0, 1)[None], found, invariant=True)  # as KeyStatistics does
+        norms = norms.to(self.norms.dtype)  # [1, Hkv, T]
         last = (first - 1)[:, None]
-        before = (self.length_sums, self.square_sums, self.length_maxima)
+        before = (self.norm_sums, self.norm_square_sums, self.norm_maxima)
         held = tuple(table.gather(buffer, last, last >= 0).transpose(1, 2) for buffer in before)  # [B, Hkv, 1]
-        totals = extended(held, new.unpacked(lengths))  # [B, Hkv, longest]
+        totals = extended(held, new.unpacked(norms))  # [B, Hkv, longest]
         at = torch.where(found, page, self._spare), torch.where(found, place, 0)
-        entries = (lengths, *(new.packed(values) for values in totals))  # [1, Hkv, T]
+        entries = (norms, *(new.packed(values) for values in totals))  # [1, Hkv, T]
         for buffer, values in zip(self._memory, entries, strict=True):
             buffer[at] = values[0].T
 
     def _check(self, k_new: Any, cu_seqlens: Any, key_lengths: Any, block_table: Any) -> None:
-        kv_heads = self.lengths.shape[2]
+        kv_heads = self.norms.shape[2]
         check_tensor("k_new", k_new, "[T, Hkv, D]")
         if k_new.dtype not in FLOATS:
             raise TypeError(f"k_new: expected a floating dtype, got {k_new.dtype}")
         if k_new.dim() != 3 or k_new.shape[1] != kv_heads or k_new.shape[2] == 0:
             raise ValueError(f"k_new: expected [T, Hkv, D] = [T, {kv_heads}, D], got {shape_of(k_new)}")
-        check_device("k_new", k_new, self.lengths, _OWNER)
-        check_offsets("cu_seqlens", cu_seqlens, self.lengths, _OWNER)
+        check_device("k_new", k_new, self.norms, _OWNER)
+        check_offsets("cu_seqlens", cu_seqlens, self.norms, _OWNER)
         sequences = cu_seqlens.shape[0] - 1
-        check_integers("key_lengths", key_lengths, "[B]", self.lengths, _OWNER)
+        check_integers("key_lengths", key_lengths, "[B]", self.norms, _OWNER)
         if key_lengths.shape != (sequences,):
             raise ValueError(f"key_lengths: expected shape [B] = [{sequences}], got {shape_of(key_lengths)}")
-        check_block_table(block_table, sequences, self.lengths, _OWNER)
+        check_block_table(block_table, sequences, self.norms, _OWNER)
         check_offset_values("cu_seqlens", cu_seqlens, k_new.shape[0], "T")
         if not (values_are_read(cu_seqlens) and values_are_read(key_lengths)):
             return
@@ -185,4 +187,4 @@ def check_paged_statistics(statistics: Any, q: Tensor, pages: Tensor, block_tabl
         raise TypeError(f"statistics: expected a PagedKeyStatistics, got {kind_of(statistics)}")
     if block_table is None:
         raise ValueError("statistics: expected a block_table beside a PagedKeyStatistics, got None")
-    check_record(statistics.lengths, tuple(pages.shape[:3]), "[N, page, Hkv]", q)
+    check_record(statistics.norms, tuple(pages.shape[:3]), "[N, page, Hkv]", q)

@@ -62,7 +62,7 @@ class AttentionCall:
     cached     the function, in errors, if k and v are a KV cache: the call has then no gradients; else ""
     record     the statistics of the keys that are kept beside a cache, or None
 
-    Gradients by other ways, as through key lengths, are added to an fp32 gradient before the sum is rounded. For the
+    Gradients by other ways, as through key norms, are added to an fp32 gradient before the sum is rounded. For the
     same end q and k may hold 16-bit values in fp32 beside a 16-bit v.
     """
 

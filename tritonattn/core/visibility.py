@@ -331,7 +331,7 @@ class Visibility:
     def _invariant_sum(self, x: Tensor, scan: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         if self.mask is not None:
             raise NotImplementedError(
-                "batch_invariant: not supported with sums of key lengths under a mask; use key_ranges"
+                "batch_invariant: not supported with sums of key norms under a mask; use key_ranges"
             )
         if self.sequences is not None:
             return self._by_members(x, self.sequences, lambda members, x: members._invariant_sum(x, scan, dtype))
@@ -424,11 +424,11 @@ class Visibility:
             seen = seen.unflatten(1, (self.kv_heads, -1)).any(2)
         return seen.expand(-1, -1, self.k_len)
 
-    def counted_keys(self, lengths: Callable[[], Tensor]) -> Tensor | None:
-        """Keys whose lengths are taken, as `seen_keys`; None for all.
+    def counted_keys(self, norms: Callable[[], Tensor]) -> Tensor | None:
+        """Keys whose norms are taken, as `seen_keys`; None for all.
 
         Where `invariant`, those that have left every window too: sums over a window are differences. Of them only
-        lengths that do not swallow the others: such a key may hold anything. lengths computes them all, [B, Hkv, Sk].
+        norms that do not swallow the others: such a key may hold anything. norms computes them all, [B, Hkv, Sk].
         """
         if self.sees_every_key:
             return None
@@ -441,7 +441,7 @@ class Visibility:
             is_key = (key < self.sequences.k_starts[-1])[None, None]
         else:
             is_key = (key < self._bounds()[1].amax(-1, keepdim=True))[:, None]
-        return seen | (is_key & (lengths() < 1e15))  # beside a longer one, fp64 keeps no digit of 1
+        return seen | (is_key & (norms() < 1e15))  # beside a longer one, fp64 keeps no digit of 1
 
     def repeated(self, x: Tensor) -> Tensor:
         """x [..., Hkv, Sq] for every query head, [..., Hq, Sq]; where `invariant`, heads' gradients add up in order."""

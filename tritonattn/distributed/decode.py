@@ -147,25 +147,25 @@ def _whole(q: Tensor, k: Tensor, key_lengths: Tensor, left: int | None, split: S
 
 
 class _SharedRows(Statistics):
-    """Statistics of rows over the keys of all ranks, from those over the keys of this one; lengths are its own."""
+    """Statistics of rows over the keys of all ranks, from those over the keys of this one; norms are its own."""
 
     def __init__(self, of_part: Statistics, split: Split) -> None:
         super().__init__(lambda: of_part.k, of_part.visibility)
         self._of_part = of_part
         self._split = split
 
-    def _lengths(self) -> Tensor:
-        return self._of_part.lengths
+    def _norms(self) -> Tensor:
+        return self._of_part.norms
 
-    def _length_sum(self) -> Tensor:
-        x = self._of_part.length_sum
+    def _norm_sum(self) -> Tensor:
+        x = self._of_part.norm_sum
         return collectives.all_gather(x.double(), self._split).sum(0).to(x.dtype)
 
-    def _length_square_sum(self) -> Tensor:
-        return collectives.all_gather(self._of_part.length_square_sum, self._split).sum(0)
+    def _norm_square_sum(self) -> Tensor:
+        return collectives.all_gather(self._of_part.norm_square_sum, self._split).sum(0)
 
-    def _length_max(self) -> Tensor:
-        return collectives.all_gather(self._of_part.length_max, self._split).amax(0)
+    def _norm_max(self) -> Tensor:
+        return collectives.all_gather(self._of_part.norm_max, self._split).amax(0)
 
 
 def _merged(part: ForwardResult, split: Split) -> tuple[Tensor, AttentionAux]:

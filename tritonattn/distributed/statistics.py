@@ -2,7 +2,7 @@
 
 Chunk c of a causal sequence adds to its own prefix sums what all earlier chunks hold, C numbers a head. Gradients go
 the other way: a key takes the sum of the rows behind it, those of later chunks by their totals. Where rows see other
-ranges, the lengths themselves are gathered, 4 bytes a key.
+ranges, the norms themselves are gathered, 4 bytes a key.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from ..core.autograd import first_order
 from ..core.ranges import argmax_of_prefixes, prefix_sum
-from ..core.statistics import Statistics, key_lengths_of
+from ..core.statistics import Statistics, key_norms_of
 from ..core.visibility import Visibility
 from . import collectives
 from .layout import Split
@@ -33,25 +33,25 @@ class SharedStatistics(Statistics):
 
     @property
     def _own(self) -> Tensor:
-        """Lengths of this rank's keys: [B, Hkv, S / P]. Every key is seen by its own row at least."""
-        return self._once("own", lambda: key_lengths_of(self.k))
+        """Norms of this rank's keys: [B, Hkv, S / P]. Every key is seen by its own row at least."""
+        return self._once("own", lambda: key_norms_of(self.k))
 
-    def _lengths(self) -> Tensor:
+    def _norms(self) -> Tensor:
         return collectives.gather(self._own, self._split, 2)
 
-    def _length_sum(self) -> Tensor:
-        return self._sum(self._own).to(self._own.dtype) if self._by_totals else super()._length_sum()
+    def _norm_sum(self) -> Tensor:
+        return self._sum(self._own).to(self._own.dtype) if self._by_totals else super()._norm_sum()
 
-    def _length_square_sum(self) -> Tensor:
-        return self._sum(self._own.double().square()) if self._by_totals else super()._length_square_sum()
+    def _norm_square_sum(self) -> Tensor:
+        return self._sum(self._own.double().square()) if self._by_totals else super()._norm_square_sum()
 
     def _sum(self, x: Tensor) -> Tensor:
         sums = _Sum if self.visibility.is_full else _PrefixSum
         return sums.apply(x, self._split).expand(*x.shape[:2], self.visibility.q_len)
 
-    def _length_max(self) -> Tensor:
+    def _norm_max(self) -> Tensor:
         if not self._by_totals:
-            return super()._length_max()
+            return super()._norm_max()
         return _PrefixMax.apply(self._own, self._split, self.visibility.is_full)
 
 

@@ -1,6 +1,7 @@
 """tritonattn in transformers: `patch(model, scaling=...)`, or `model.set_attn_implementation("tritonattn")`.
 
-Importing it registers the attention implementation "tritonattn", and lets saved patched models load with their patch.
+Importing it registers the attention implementation "tritonattn" and changes no class of transformers. The first model
+that is built or patched afterwards extends the methods that save and load models, so that a patch comes along.
 """
 
 try:
@@ -11,6 +12,7 @@ except ImportError as error:
 from .adapters import follow_adapters
 from .attention import NAME, attention_forward, call_arguments, register, unregister
 from .continuous import follow_continuous_batching
+from .first_use import at_first_use
 from .loading import follow_saved_settings, restore
 from .masks import key_range_mask
 from .observed import register_observed
@@ -19,9 +21,8 @@ from .settings import Settings
 
 register()
 register_observed()
-follow_saved_settings()
-follow_continuous_batching()
 follow_adapters()
+at_first_use(follow_saved_settings, follow_continuous_batching)
 
 __all__ = [
     "NAME",

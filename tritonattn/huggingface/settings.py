@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..calls.checks import BACKENDS
 from ..core.shards import local, own_rows, unshard
 from ..scaling import Scaling
+from .first_use import note_use
 from .scalings import check_entries, from_config, is_finite, to_config
 
 ATTRIBUTE = "tritonattn"
@@ -90,6 +91,7 @@ class LayerScaling(nn.Module):
 
     def __init__(self, settings: Settings, temporary: bool = False) -> None:
         super().__init__()
+        note_use()
         self.scaling = settings.scaling  # a child where it is a module
         self.gain = settings.gain
         self.backend = settings.backend
@@ -109,6 +111,10 @@ class LayerScaling(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy is neither observed nor watched."""
         return {**self.__dict__, "observer": None, "watched": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        note_use()
 
     def to_config(self) -> dict[str, Any]:
         """The settings as JSON; a learned gain by its shape, its values being in the state_dict."""

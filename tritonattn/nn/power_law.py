@@ -10,7 +10,7 @@ from ..core.invariance import power
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scales
-from ..scaling.base import SMALLEST_STATISTIC, counts_of, dense_lengths
+from ..scaling.base import SMALLEST_STATISTIC, counts_of, dense_norms
 from .learned import Learned
 
 # a, b, c of the modes that are points of the law.
@@ -30,7 +30,7 @@ _LARGEST = 1 / SMALLEST_STATISTIC  # as of the modes that divide by a statistic
 class PowerLaw(Learned):
     """factor = exp(theta_h) * D^a_h * n^b_h * rho^c_h: named modes are points of it, and training moves between them.
 
-    n is the number and rho the mean length of the keys that the row sees. The exponents say how a head's logits ought
+    n is the number and rho the mean norm of the keys that the row sees. The exponents say how a head's logits ought
     to depend on them. A rho of 0 counts as rho^c = 0, without gradient, and as 1 where c is exactly 0. Unless q
     is float64, a factor is 8.5e37 at most, there without gradient.
 
@@ -86,14 +86,14 @@ class PowerLaw(Learned):
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         theta, a, b, c = (self.per_head(x, q) for x in self._parameters_in_order())
         n = counts_of(visibility).clamp(min=1)  # [B or 1, 1 or Hq, Sq]
-        rho = statistics.length_sum / n  # [B, Hkv or Hq, Sq]
+        rho = statistics.norm_sum / n  # [B, Hkv or Hq, Sq]
         rho = visibility.repeated(rho)
         dim = torch.full((), q.shape[-1], dtype=torch.float64, device=q.device)
-        return Scales(1.0, query=_held(theta.exp() * power(dim, a) * power(n, b) * _length_power(rho, c), q))
+        return Scales(1.0, query=_held(theta.exp() * power(dim, a) * power(n, b) * _norm_power(rho, c), q))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         theta, a, b, c = (self.per_head(x, q)[..., None] for x in self._parameters_in_order())  # [Hq, 1, 1]
-        norms = torch.where(visible, dense_lengths(k, visible.any(-2))[..., None, :], 0)  # [B, Hq, Sq, Sk]
+        norms = torch.where(visible, dense_norms(k, visible.any(-2))[..., None, :], 0)  # [B, Hq, Sq, Sk]
         n = visible.sum(-1, keepdim=True).double()
         n = torch.where(n > 0, n, 1)
         rho = norms.sum(-1, keepdim=True) / n
@@ -112,7 +112,7 @@ def _held(factor: Tensor, q: Tensor) -> Tensor:
     return factor if q.dtype == torch.float64 else factor.clamp(max=_LARGEST)
 
 
-def _length_power(rho: Tensor, c: Tensor) -> Tensor:
+def _norm_power(rho: Tensor, c: Tensor) -> Tensor:
     """rho^c; where rho is 0 or below fp32's normal range 0, or 1 where c is 0, without gradient."""
     usable = ~(rho < SMALLEST_STATISTIC)
     return torch.where(usable, power(torch.where(usable, rho, 1), c), (c == 0).double())

@@ -1,4 +1,4 @@
-"""`tritonattn::key_lengths`, its gradient, and the passes over ranges of the "triton" backend."""
+"""`tritonattn::key_norms`, its gradient, and the passes over ranges of the "triton" backend."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def _argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 
 
 class KernelStatistics(Statistics):
-    """Statistics whose lengths, prefix sums and maxima come from kernels of the "triton" backend.
+    """Statistics whose norms, prefix sums and maxima come from kernels of the "triton" backend.
 
-    Lengths take one pass over keys or queries, where torch's operators on a GPU take several over copies in fp32.
+    Norms take one pass over keys or queries, where torch's operators on a GPU take several over copies in fp32.
     """
 
     _scan = staticmethod(_prefix_sum)
@@ -48,13 +48,13 @@ class KernelStatistics(Statistics):
             return super()._counted_keys()
         return kernels().seen_keys(visible)
 
-    def _lengths_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
+    def _norms_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
         if not (is_transformed() or needs_graph(x)):
-            return _key_lengths(x, seen)
+            return _key_norms(x, seen)
         self._has_values = x.dtype == torch.float32 or not runs_eagerly(x)
-        lengths, wide = apply(_LengthsBeside, x, seen, self._has_values)
+        norms, wide = apply(_NormsBeside, x, seen, self._has_values)
         self.wide.append((x, wide))
-        return lengths
+        return norms
 
     def widened(self, call: AttentionCall) -> AttentionCall:
         if not self.wide:
@@ -86,34 +86,32 @@ def _(x, lo, hi):
     return lo.new_empty((*x.shape[:-1], lo.shape[-1]))
 
 
-@operator("key_lengths", "Tensor k, Tensor? seen", "Tensor lengths")
-def _key_lengths_operator(k, seen):
-    return kernels().key_lengths(k, seen)
+@operator("key_norms", "Tensor k, Tensor? seen", "Tensor norms")
+def _key_norms_operator(k, seen):
+    return kernels().key_norms(k, seen)
 
 
-@_key_lengths_operator.register_fake
+@_key_norms_operator.register_fake
 def _(k, seen):
     return k.new_empty(k.shape[:3], dtype=torch.float32)
 
 
-def _key_lengths(k: Tensor, seen: Tensor | None) -> Tensor:
-    return kernels().key_lengths(k, seen) if runs_eagerly(k, seen) else _key_lengths_operator(k, seen)
+def _key_norms(k: Tensor, seen: Tensor | None) -> Tensor:
+    return kernels().key_norms(k, seen) if runs_eagerly(k, seen) else _key_norms_operator(k, seen)
 
 
-@operator(
-    "key_lengths_backward", "Tensor k, Tensor? seen, Tensor lengths, Tensor d_lengths, Tensor? added", "Tensor d_k"
-)
-def _key_lengths_backward_operator(k, seen, lengths, d_lengths, added):
-    return kernels().key_lengths_backward(k, seen, lengths, d_lengths, added)
+@operator("key_norms_backward", "Tensor k, Tensor? seen, Tensor norms, Tensor d_norms, Tensor? added", "Tensor d_k")
+def _key_norms_backward_operator(k, seen, norms, d_norms, added):
+    return kernels().key_norms_backward(k, seen, norms, d_norms, added)
 
 
-@_key_lengths_backward_operator.register_fake
-def _(k, seen, lengths, d_lengths, added):
+@_key_norms_backward_operator.register_fake
+def _(k, seen, norms, d_norms, added):
     return k.new_empty(k.shape)
 
 
-class _LengthsBeside(Function):
-    """Lengths of x [B, H, S, D], fp32 [B, H, S], and fp32 of x's shape: gradients of both are added, and rounded once.
+class _NormsBeside(Function):
+    """Norms of x [B, H, S, D], fp32 [B, H, S], and fp32 of x's shape: gradients of both are added, and rounded once.
 
     has_values   the second holds the values of x; else it has no memory, and only takes a gradient
     """
@@ -126,7 +124,7 @@ class _LengthsBeside(Function):
             wide = x.view_as(x) if x.dtype == torch.float32 else x.float()
         else:
             wide = x.new_empty((), dtype=torch.float32).expand(x.shape)
-        return _key_lengths(x, seen), wide
+        return _key_norms(x, seen), wide
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -136,25 +134,25 @@ class _LengthsBeside(Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, saved, d_lengths, d_wide):
-        x, seen, lengths = saved
-        if d_lengths is None:
+    def backward(ctx, saved, d_norms, d_wide):
+        x, seen, norms = saved
+        if d_norms is None:
             return (None if d_wide is None else d_wide.to(x.dtype)), None, None
-        eager = runs_eagerly(*saved, d_lengths, d_wide)
-        run = kernels().key_lengths_backward if eager else _key_lengths_backward_operator
-        return run(x, seen, lengths, d_lengths, d_wide), None, None
+        eager = runs_eagerly(*saved, d_norms, d_wide)
+        run = kernels().key_norms_backward if eager else _key_norms_backward_operator
+        return run(x, seen, norms, d_norms, d_wide), None, None
 
 
-def _keep_lengths(ctx, inputs, output) -> None:
+def _keep_norms(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, output)
 
 
 @first_order
-def _of_lengths(ctx, saved, d_lengths):
-    return _key_lengths_backward_operator(*saved, d_lengths, None), None
+def _of_norms(ctx, saved, d_norms):
+    return _key_norms_backward_operator(*saved, d_norms, None), None
 
 
-_key_lengths_operator.register_autograd(_of_lengths, setup_context=_keep_lengths)
+_key_norms_operator.register_autograd(_of_norms, setup_context=_keep_norms)
 
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
@@ -164,7 +162,7 @@ def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
 for _operator in (
     _prefix_sums_operator,
     _argmax_operator,
-    _key_lengths_operator,
-    _key_lengths_backward_operator,
+    _key_norms_operator,
+    _key_norms_backward_operator,
 ):
     _operator.register_vmap(functools.partial(_vmap, _operator))

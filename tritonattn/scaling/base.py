@@ -82,9 +82,9 @@ class Scaling:
         """The factor of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] as a float and at most two vectors.
 
         visibility.counts()                           n of each row, fp64 [B or 1, 1 or Hq, Sq]
-        statistics.length_sum, .length_square_sum     of ||k|| over the keys that each row sees, [B, Hkv, Sq]
-        statistics.length_max                         likewise
-        statistics.lengths, .query_lengths(q)         ||k||, [B, Hkv, Sk], and ||q||, [B, Hq, Sq]
+        statistics.norm_sum, .norm_square_sum         of ||k|| over the keys that each row sees, [B, Hkv, Sq]
+        statistics.norm_max                           likewise
+        statistics.norms, .query_norms(q)             ||k||, [B, Hkv, Sk], and ||q||, [B, Hq, Sq]
         """
         raise NotImplementedError(f"{type(self).__name__} must define scales(q, k, visibility, statistics)")
 
@@ -168,7 +168,7 @@ def reciprocal_root(square: Tensor) -> Tensor:
     return torch.threshold(square.double(), _LARGEST_ZERO_SQUARE, math.inf).rsqrt()
 
 
-def dense_lengths(x: Tensor, counted: Tensor) -> Tensor:
+def dense_norms(x: Tensor, counted: Tensor) -> Tensor:
     """||x|| of [B, Hq, S, D] as [B, Hq, S], fp64; 0 where `counted` is False, whatever x holds."""
     return torch.where(counted[..., None], x.double(), 0).norm(dim=-1)
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
-from .base import Scales, Scaling, check_positive, dense_lengths, reciprocal
+from .base import Scales, Scaling, check_positive, dense_norms, reciprocal
 
 
 @dataclass(frozen=True)
 class Cosine(Scaling):
-    """factor = tau / (||q|| * ||k||): logit = tau * cos(q, k). A q or k of length 0 has the factor 0.
+    """factor = tau / (||q|| * ||k||): logit = tau * cos(q, k). A q or k of norm 0 has the factor 0.
 
     tau   None is sqrt(D), what unscaled RMS normalisation of q and k followed by 1 / sqrt(D) gives
 
@@ -35,10 +35,10 @@ class Cosine(Scaling):
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
         constant = q.shape[-1] ** 0.5 if self.tau is None else self.tau
-        return Scales(constant, query=reciprocal(statistics.query_lengths(q)), key=reciprocal(statistics.lengths))
+        return Scales(constant, query=reciprocal(statistics.query_norms(q)), key=reciprocal(statistics.norms))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         tau = math.sqrt(k.shape[-1]) if self.tau is None else self.tau
-        lengths_of_q = dense_lengths(q, visible.any(-1))[..., None]  # [B, Hq, Sq, 1]
-        lengths_of_k = dense_lengths(k, visible.any(-2))[..., None, :]  # [B, Hq, 1, Sk]
-        return tau * reciprocal(lengths_of_q) * reciprocal(lengths_of_k)
+        norms_of_q = dense_norms(q, visible.any(-1))[..., None]  # [B, Hq, Sq, 1]
+        norms_of_k = dense_norms(k, visible.any(-2))[..., None, :]  # [B, Hq, 1, Sk]
+        return tau * reciprocal(norms_of_q) * reciprocal(norms_of_k)

@@ -1,4 +1,4 @@
-"""Scalings that divide by a statistic of the lengths of the visible keys.
+"""Scalings that divide by a statistic of the norms of the visible keys.
 
 All of them leave the logits unchanged when every key is multiplied by the same positive number, and all carry
 a gradient into the keys through the statistic. A statistic of zero gives the factor 0.
@@ -12,13 +12,13 @@ from torch.nn.functional import pad
 
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
-from .base import Scales, Scaling, counts_of, dense_lengths, reciprocal, reciprocal_root
+from .base import Scales, Scaling, counts_of, dense_norms, reciprocal, reciprocal_root
 
 
 class KeyNormSum(Scaling):
     """factor = 1 / sum ||k||, over the visible keys.
 
-    |logit| <= ||q|| / n for keys of equal length: as n grows the row attends uniformly, and the gradient of q
+    |logit| <= ||q|| / n for keys of equal norm: as n grows the row attends uniformly, and the gradient of q
     and k fades like 1 / n. A learned gain, or `KeyNormMean`, prevents that.
 
     Source: Bernhard 2023, "Alternatives to the scaled dot product for attention in the Transformer neural
@@ -30,10 +30,10 @@ class KeyNormSum(Scaling):
     reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return Scales(1.0, query=reciprocal(statistics.length_sum))
+        return Scales(1.0, query=reciprocal(statistics.norm_sum))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-        return reciprocal(_visible_lengths(k, visible).sum(-1, keepdim=True))
+        return reciprocal(_visible_norms(k, visible).sum(-1, keepdim=True))
 
 
 class KeyNormMean(Scaling):
@@ -46,11 +46,11 @@ class KeyNormMean(Scaling):
     reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return Scales(1.0, query=reciprocal(statistics.length_sum / counts_of(visibility).clamp(min=1)))
+        return Scales(1.0, query=reciprocal(statistics.norm_sum / counts_of(visibility).clamp(min=1)))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         n = visible.sum(-1, keepdim=True)
-        return reciprocal(_visible_lengths(k, visible).sum(-1, keepdim=True) / torch.where(n > 0, n, 1))
+        return reciprocal(_visible_norms(k, visible).sum(-1, keepdim=True) / torch.where(n > 0, n, 1))
 
 
 class KeyNormRms(Scaling):
@@ -60,13 +60,13 @@ class KeyNormRms(Scaling):
     reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        mean_square = statistics.length_square_sum / counts_of(visibility).clamp(min=1)
+        mean_square = statistics.norm_square_sum / counts_of(visibility).clamp(min=1)
         return Scales(1.0, query=reciprocal_root(mean_square))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         n = visible.sum(-1, keepdim=True)
-        length = _visible_lengths(k, visible).norm(dim=-1, keepdim=True)
-        return reciprocal(length / torch.where(n > 0, n, 1).double().sqrt())
+        norm = _visible_norms(k, visible).norm(dim=-1, keepdim=True)
+        return reciprocal(norm / torch.where(n > 0, n, 1).double().sqrt())
 
 
 class KeyNormMax(Scaling):
@@ -76,11 +76,11 @@ class KeyNormMax(Scaling):
     reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return Scales(1.0, query=reciprocal(statistics.length_max))
+        return Scales(1.0, query=reciprocal(statistics.norm_max))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-        # One more key, of length 0, so that a maximum over no keys exists.
-        candidates = pad(_visible_lengths(k, visible), (0, 1))
+        # One more key, of norm 0, so that a maximum over no keys exists.
+        candidates = pad(_visible_norms(k, visible), (0, 1))
         first = candidates.argmax(-1, keepdim=True)
         return reciprocal(candidates.gather(-1, first))
 
@@ -92,12 +92,12 @@ class KeyNormL2(Scaling):
     reads_keys = False
 
     def scales(self, q: Tensor, k: Tensor, visibility: Visibility, statistics: Statistics) -> Scales:
-        return Scales(1.0, query=reciprocal_root(statistics.length_square_sum))
+        return Scales(1.0, query=reciprocal_root(statistics.norm_square_sum))
 
     def multiplier(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-        return reciprocal(_visible_lengths(k, visible).norm(dim=-1, keepdim=True))
+        return reciprocal(_visible_norms(k, visible).norm(dim=-1, keepdim=True))
 
 
-def _visible_lengths(k: Tensor, visible: Tensor) -> Tensor:
+def _visible_norms(k: Tensor, visible: Tensor) -> Tensor:
     """||k[j]|| where row i sees key j, else 0: fp64 [B, Hq, Sq, Sk]."""
-    return torch.where(visible, dense_lengths(k, visible.any(-2))[..., None, :], 0)
+    return torch.where(visible, dense_norms(k, visible.any(-2))[..., None, :], 0)

@@ -4,7 +4,7 @@ from .attention import problem_of
 from .backward import backward
 from .decode import are_few_rows, decode
 from .forward import forward
-from .key_statistics import append_keys, append_to_pages, key_lengths, key_lengths_backward
+from .key_statistics import append_keys, append_to_pages, key_norms, key_norms_backward
 from .launch import KERNELS
 from .ranges import argmax_over_ranges, prefix_sums, seen_keys
 
@@ -17,8 +17,8 @@ __all__ = [
     "backward",
     "decode",
     "forward",
-    "key_lengths",
-    "key_lengths_backward",
+    "key_norms",
+    "key_norms_backward",
     "prefix_sums",
     "problem_of",
     "seen_keys",

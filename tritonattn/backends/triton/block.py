@@ -211,20 +211,6 @@ def load_tile(pointers, keep_row, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_block(x, descriptor, offsets, batch, head, first, start, keep, WIDTH: tl.constexpr, PASS: tl.constexpr):
-    """The tile of x from row `start` on, by the tensor memory accelerator if there is a descriptor and nothing masked.
-
-    x            from one (batch entry, head) and row `first` on; offsets: of the tile's elements
-    descriptor   of the whole tensor [B, H, S, D], or None
-    """
-    if PASS != UNMASKED or descriptor is None:
-        tile = load_tile(x.ptr + start.to(tl.int64) * x.s + offsets, keep, WIDTH)
-    else:
-        tile = descriptor.load([batch, head, first + start, 0]).reshape(offsets.shape[0], offsets.shape[1])
-    return tile
-
-
-@triton.jit
 def page_slots(pages, sequence, offs_n, keep):
     """(number, slot, is_held) of keys: their page, their slot in it, and whether they are in one; of keep alone.
 
@@ -421,7 +407,7 @@ def online_softmax(s, bias, keep, factor, softcap, m_i, l_i, spread, MASKED: tl.
         previous, shift = m_i, m_new
         if MASKED or bias is not None:
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        exponent = fma(s, factor[:, None], -shift[:, None])
+        exponent = fma(s, factor[:, None], (-shift)[:, None])
     else:
         previous, shift = soft_cap(m_i, softcap), soft_cap(m_new, softcap)
         exponent = soft_cap(s * factor[:, None], softcap) - shift[:, None]

@@ -21,7 +21,7 @@ from .backward import backward
 from .decode import decode
 from .device import binder, compile_options
 from .forward import forward
-from .key_statistics import append_keys, append_to_pages, key_lengths, key_lengths_backward
+from .key_statistics import append_keys, append_to_pages, key_norms, key_norms_backward
 from .launch import KERNELS, Launch, overriding, recording
 from .operands import Operands
 from .ranges import argmax_over_ranges, prefix_sums, range_arguments, rows_of_key_blocks, seen_keys
@@ -161,14 +161,14 @@ def _keys(problem: Problem) -> tuple[Tensor, Tensor | None]:
     return k, _tensor(*k.shape[:3], dtype=torch.bool) if hides else None
 
 
-def _key_lengths(problem: Problem) -> None:
-    key_lengths(*_keys(problem))
+def _key_norms(problem: Problem) -> None:
+    key_norms(*_keys(problem))
 
 
-def _key_lengths_backward(problem: Problem) -> None:
+def _key_norms_backward(problem: Problem) -> None:
     k, seen = _keys(problem)
-    lengths, d_lengths = (_tensor(*k.shape[:3]) for _ in range(2))
-    key_lengths_backward(k, seen, lengths, d_lengths, torch.empty_like(k, dtype=torch.float32))  # training adds d_k
+    norms, d_norms = (_tensor(*k.shape[:3]) for _ in range(2))
+    key_norms_backward(k, seen, norms, d_norms, torch.empty_like(k, dtype=torch.float32))  # training adds d_k
 
 
 def _append_keys(problem: Problem) -> None:
@@ -215,9 +215,9 @@ _LAUNCHERS: dict[str, Callable[[Problem], object]] = {
     "grad_key_value": _backward,
     "decode": _decode,
     "decode_combine": _decode,
-    "key_statistics": _key_lengths,
+    "key_statistics": _key_norms,
     "prefix_sums": _prefix_sums,
-    "key_statistics_grad": _key_lengths_backward,
+    "key_statistics_grad": _key_norms_backward,
     "append_keys": _append_keys,
     "append_to_pages": _append_to_pages,
     "row_bounds": _rows_of_key_blocks,

@@ -212,7 +212,8 @@ def attention_decode(
             v_tile = load_tile(v.ptr + (tl.cast(start_n, tl.int64) * v.s + v_offsets), keep_key, VALUE_DIM)
         else:
             v_tile = load_tile(page_tile(v, number, slot, BLOCK_DV, WIDE), is_held, VALUE_DIM)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+        acc *= alpha[:, None]
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
 
     offsets = ((batch * q_heads + kv_head * group) * q_len + packed) * splits + split  # [BLOCK_M]
     q_head = tl.minimum(head, q_heads - 1)

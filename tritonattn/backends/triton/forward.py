@@ -21,7 +21,6 @@ from .block import (
     from_row,
     key_bounds,
     key_range,
-    load_block,
     load_tile,
     online_softmax,
     page_slots,
@@ -152,13 +151,14 @@ def attention_forward(
     if VALUE_DIM >= HEAD_DIM:
         # A changed sign goes through memory, the program's own rows of out. From registers: on sm_80 at D 128 12 % more
         # instructions in the loop, and a spill of 20 bytes (static, triton 3.9).
+        scratch_ptrs = results.out + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_D, VALUE_DIM, 1, False)
         if tl.min(factor, 0) < 0.0:
             flipped = load_tile(q_ptrs, keep_row, HEAD_DIM)
             flipped = tl.where((factor < 0)[:, None], -flipped, flipped)
-            q_ptrs = results.out + row_base * VALUE_DIM + tile_offsets(BLOCK_M, BLOCK_D, VALUE_DIM, 1, False)
             keep_q = keep_row[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
-            tl.store(q_ptrs, flipped, mask=keep_q)
+            tl.store(scratch_ptrs, flipped, mask=keep_q)
             tl.debug_barrier()
+            q_ptrs = scratch_ptrs
         q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)  # [BLOCK_M, BLOCK_D]
     else:
         q_tile = load_tile(q_ptrs, keep_row, HEAD_DIM)
@@ -207,17 +207,16 @@ def attention_forward(
                     load_key = (offs_n >= n_lo) & (offs_n < n_hi)
                     if seen_ptr is not None:
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
-                if pages is None:
-                    k_tile = load_block(
-                        k, k_descriptor, k_offsets, batch, kv_head, first_key, start_n, load_key, HEAD_DIM, PASS
-                    )  # [N, BLOCK_D]
-                    v_tile = load_block(
-                        v, v_descriptor, v_offsets, batch, kv_head, first_key, start_n, load_key, VALUE_DIM, PASS
-                    )  # [N, BLOCK_DV]
-                else:
+                if pages is not None:
                     number, slot, is_held = page_slots(pages, sequence, offs_n, load_key)
-                    k_tile = load_tile(page_tile(k, number, slot, BLOCK_D, WIDE), is_held, HEAD_DIM)
-                    v_tile = load_tile(page_tile(v, number, slot, BLOCK_DV, WIDE), is_held, VALUE_DIM)
+                    k_tile = load_tile(page_tile(k, number, slot, BLOCK_D, WIDE), is_held, HEAD_DIM)  # [N, BLOCK_D]
+                    v_tile = load_tile(page_tile(v, number, slot, BLOCK_DV, WIDE), is_held, VALUE_DIM)  # [N, BLOCK_DV]
+                elif PASS != UNMASKED or k_descriptor is None:
+                    k_tile = load_tile(k.ptr + start_n.to(tl.int64) * k.s + k_offsets, load_key, HEAD_DIM)
+                    v_tile = load_tile(v.ptr + start_n.to(tl.int64) * v.s + v_offsets, load_key, VALUE_DIM)
+                else:
+                    k_tile = k_descriptor.load([batch, kv_head, first_key + start_n, 0]).reshape(k_offsets.shape)
+                    v_tile = v_descriptor.load([batch, kv_head, first_key + start_n, 0]).reshape(v_offsets.shape)
                 s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]
                 if key_scale is not None:
                     s *= tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=load_key, other=0.0)[None, :]
@@ -233,7 +232,8 @@ def attention_forward(
                 if dropout_ptr is not None:
                     rows, keys = (first_row + offs_m)[:, None], (first_key + offs_n)[None, :]
                     p = tl.where(dropout_keeps(dropout_ptr, keep_from, batch * q_heads + head, rows, keys), p, 0.0)
-                acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
+                acc *= alpha[:, None]
+                acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
 
     offsets = row_base + tl.arange(0, BLOCK_M)
     l_i, weight, total = finish_softmax(m_i, l_i, spread, factor, softcap, sinks_ptr, head, results, offsets, keep_row)

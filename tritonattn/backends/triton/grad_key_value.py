@@ -18,7 +18,6 @@ from .block import (
     dropout_keeps,
     fma,
     from_row,
-    load_block,
     load_term,
     load_tile,
     partial_sums,
@@ -241,12 +240,12 @@ def attention_grad_key_value(
                     live = tl.full(step.shape, 1, tl.int1)
                     if PASS != UNMASKED:
                         live = exponent_term != float("-inf")
-                    q_tile = load_block(
-                        q_head, q_descriptor, q_offsets, batch, head, first_row, start_m, live, HEAD_DIM, PASS
-                    )  # [M, BLOCK_D]
-                    do = load_block(
-                        do_head, d_out_descriptor, do_offsets, batch, head, first_row, start_m, live, VALUE_DIM, PASS
-                    )  # [M, BLOCK_DV]
+                    if PASS != UNMASKED or q_descriptor is None:
+                        q_tile = load_tile(q_head.ptr + start_m.to(tl.int64) * q_head.s + q_offsets, live, HEAD_DIM)
+                        do = load_tile(do_head.ptr + start_m.to(tl.int64) * do_head.s + do_offsets, live, VALUE_DIM)
+                    else:
+                        q_tile = q_descriptor.load([batch, head, first_row + start_m, 0]).reshape(q_offsets.shape)
+                        do = d_out_descriptor.load([batch, head, first_row + start_m, 0]).reshape(do_offsets.shape)
                     s = tl.dot(k_tile, q_tile.T, input_precision="ieee")  # [BLOCK_N, M]
                     if key_scale is not None:
                         s *= of_key[:, None]

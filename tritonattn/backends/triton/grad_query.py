@@ -20,7 +20,6 @@ from .block import (
     from_row,
     key_bounds,
     key_range,
-    load_block,
     load_term,
     load_tile,
     partial_sums,
@@ -203,12 +202,12 @@ def attention_grad_query(
                     load_key = (offs_n >= n_lo) & (offs_n < n_hi)
                     if seen_ptr is not None:
                         load_key = load_key & (tl.load(seen_ptr + offs_n, mask=load_key, other=0) != 0)
-                k_tile = load_block(
-                    k, k_descriptor, k_offsets, batch, kv_head, first_key, start_n, load_key, HEAD_DIM, PASS
-                )  # [N, BLOCK_D]
-                v_tile = load_block(
-                    v, v_descriptor, v_offsets, batch, kv_head, first_key, start_n, load_key, VALUE_DIM, PASS
-                )  # [N, BLOCK_DV]
+                if PASS != UNMASKED or k_descriptor is None:
+                    k_tile = load_tile(k.ptr + start_n.to(tl.int64) * k.s + k_offsets, load_key, HEAD_DIM)
+                    v_tile = load_tile(v.ptr + start_n.to(tl.int64) * v.s + v_offsets, load_key, VALUE_DIM)
+                else:
+                    k_tile = k_descriptor.load([batch, kv_head, first_key + start_n, 0]).reshape(k_offsets.shape)
+                    v_tile = v_descriptor.load([batch, kv_head, first_key + start_n, 0]).reshape(v_offsets.shape)
                 s = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [BLOCK_M, N]
                 if key_scale is not None:
                     of_key = tl.load(key_scale_ptr + offs_n.to(tl.int64) * key_scale.s, mask=load_key, other=0.0)

@@ -1,4 +1,4 @@
-"""Launches for key statistics: lengths of keys, their gradient, and the buffers of a cache."""
+"""Launches for key statistics: norms of keys, their gradient, and the buffers of a cache."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from .ranges import NO_HEADS, seen_bytes
 from .records import KeyBuffers
 
 KERNELS |= {
-    "key_statistics": kernels.key_lengths,
+    "key_statistics": kernels.key_norms,
     "prefix_sums": kernels.prefix_sums,
     "key_statistics_grad": kernels.key_statistics_grad,
     "append_keys": kernels.append_keys,
     "append_to_pages": kernels.append_to_pages,
 }
 
-# Up to this many new keys, the program of a head computes lengths while it adds up; for more, a pass before does.
+# Up to this many new keys, the program of a head computes norms while it adds up; for more, a pass before does.
 _FEW_KEYS = 64
 
 
-def key_lengths(k: Tensor, seen: Tensor | None) -> Tensor:
-    """Lengths of the keys k [B, Hkv, Sk, D]: fp32 [B, Hkv, Sk].
+def key_norms(k: Tensor, seen: Tensor | None) -> Tensor:
+    """Norms of the keys k [B, Hkv, Sk, D]: fp32 [B, Hkv, Sk].
 
-    seen   bool, broadcastable to [B, Hkv, Sk], or None; unseen keys have length 0
+    seen   bool, broadcastable to [B, Hkv, Sk], or None; unseen keys have norm 0
     """
     k = _with_usual_strides(k)
-    lengths = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
-    _launch_keys("key_statistics", _key_arguments(k, seen) | {"lengths_ptr": lengths}, k)
-    return lengths
+    norms = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
+    _launch_keys("key_statistics", _key_arguments(k, seen) | {"norms_ptr": norms}, k)
+    return norms
 
 
-def key_lengths_backward(
-    k: Tensor, seen: Tensor | None, lengths: Tensor, d_lengths: Tensor, added: Tensor | None = None
+def key_norms_backward(
+    k: Tensor, seen: Tensor | None, norms: Tensor, d_norms: Tensor, added: Tensor | None = None
 ) -> Tensor:
-    """d_k [B, Hkv, Sk, D] from the lengths that `key_lengths` returned and their gradient, fp32 [B, Hkv, Sk].
+    """d_k [B, Hkv, Sk, D] from the norms that `key_norms` returned and their gradient, fp32 [B, Hkv, Sk].
 
     added   k's gradient by other ways, fp32 [B, Hkv, Sk, D], or None
     """
     d_k = torch.empty_like(k, memory_format=torch.contiguous_format)
-    gradients: Arguments = {"lengths_ptr": lengths.contiguous(), "d_lengths_ptr": d_lengths.contiguous()}
+    gradients: Arguments = {"norms_ptr": norms.contiguous(), "d_norms_ptr": d_norms.contiguous()}
     gradients |= {"added_ptr": None if added is None else added.contiguous(), "d_k_ptr": d_k}
     _launch_keys("key_statistics_grad", _key_arguments(k, seen) | gradients, k)
     return d_k
@@ -54,13 +54,13 @@ def append_keys(k: Tensor, new_counts: Tensor | None, buffers: tuple[Tensor, ...
     new_counts   integers [B], how many of the n are keys, or None for all
     """
     k = _with_usual_strides(k)
-    counts, lengths, length_sums, square_sums, length_maxima = buffers
+    counts, norms, norm_sums, norm_square_sums, norm_maxima = buffers
     counts_after = torch.empty_like(counts)
     arguments = _key_arguments(k, None) | {
-        "new_lengths_ptr": key_lengths(k, None) if k.shape[2] > _FEW_KEYS else None,
+        "new_norms_ptr": key_norms(k, None) if k.shape[2] > _FEW_KEYS else None,
         "new_counts_ptr": None if new_counts is None else new_counts.long().contiguous(),
-        "buffers": KeyBuffers(counts, counts_after, lengths, length_sums, square_sums, length_maxima),
-        "capacity": lengths.shape[2] - 1,
+        "buffers": KeyBuffers(counts, counts_after, norms, norm_sums, norm_square_sums, norm_maxima),
+        "capacity": norms.shape[2] - 1,
     }
     _launch_keys("append_keys", arguments, k)
     counts.copy_(counts_after)
@@ -76,11 +76,11 @@ def append_to_pages(
 ) -> None:
     """Enter the keys k [T, Hkv, D] in the buffers of a fp32 `PagedKeyStatistics`, as its `enter`.
 
-    buffers   lengths, length_sums, square_sums, length_maxima: [N, page, Hkv] of any strides
+    buffers   norms, norm_sums, norm_square_sums, norm_maxima: [N, page, Hkv] of any strides
     """
     total, kv_heads, _ = k.shape
     arguments: Arguments = {
-        "new_lengths_ptr": key_lengths(k.transpose(0, 1)[None], None),
+        "new_norms_ptr": key_norms(k.transpose(0, 1)[None], None),
         "starts_ptr": cu_seqlens.int().contiguous(),
         "key_lengths_ptr": key_lengths_after.int().contiguous(),
         "pages": pages_of(block_table, *buffers[0].shape[:2]),

@@ -1,4 +1,4 @@
-"""Lengths of keys, fp64 prefix sums, and the gradient of a statistic with respect to k."""
+"""Norms of keys, fp64 prefix sums, and the gradient of a statistic with respect to k."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import triton.language as tl
 
 from .block import LENGTHS, from_row, load_tile, page_slots, program_position, tile_offsets
 
-# Below fp32's smallest normal number a length counts as 0.
+# Below fp32's smallest normal number a norm counts as 0.
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def _lengths_of(k):
-    """Euclidean lengths of keys [rows, D], fp32, the largest component factored out."""
+def _norms_of(k):
+    """Euclidean norms of keys [rows, D], fp32, the largest component factored out."""
     magnitude = tl.abs(k.to(tl.float32))
     largest = tl.max(magnitude, 1)
     unit = magnitude / tl.where(largest > 0.0, largest, 1.0)[:, None]
@@ -21,10 +21,10 @@ def _lengths_of(k):
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def key_lengths(
+def key_norms(
     k,
     seen_ptr,
-    lengths_ptr,
+    norms_ptr,
     k_len,
     kv_heads,
     first_y,
@@ -36,10 +36,10 @@ def key_lengths(
     ALIGNED: tl.constexpr,
     INVARIANT: tl.constexpr,
 ):
-    """Euclidean length of BLOCK_N keys of one (batch, kv head).
+    """Euclidean norm of BLOCK_N keys of one (batch, kv head).
 
     Grid: (blocks of Sk, Hkv, B). k [B, Hkv, Sk, D] any strides; seen uint8 [B, Hkv, Sk] contiguous or None, keys
-    that no row sees are not read and have length 0; lengths fp32 [B, Hkv, Sk] contiguous.
+    that no row sees are not read and have norm 0; norms fp32 [B, Hkv, Sk] contiguous.
     """
     block, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     first_key = block * BLOCK_N
@@ -51,7 +51,7 @@ def key_lengths(
         load_key = load_key & (tl.load(seen_ptr + key_offsets, mask=keep_key, other=0) != 0)
     k = from_row(k, batch, head, first_key, ALIGNED)
     k_ptrs = k.ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
-    tl.store(lengths_ptr + key_offsets, _lengths_of(load_tile(k_ptrs, load_key, HEAD_DIM)), mask=keep_key)
+    tl.store(norms_ptr + key_offsets, _norms_of(load_tile(k_ptrs, load_key, HEAD_DIM)), mask=keep_key)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -91,7 +91,7 @@ def _larger(a, b):
 @triton.jit(do_not_specialize=LENGTHS)
 def append_keys(
     k,
-    new_lengths_ptr,
+    new_norms_ptr,
     new_counts_ptr,
     buffers,
     k_len,
@@ -109,15 +109,15 @@ def append_keys(
     """Append the next keys of one (batch, kv head) to the buffers of a `KeyStatistics`.
 
     Grid: (1, Hkv, B). k [B, Hkv, k_len, D] any strides; the buffers contiguous, one place longer than KeyStatistics
-    shows them: lengths fp32 [B, Hkv, capacity + 1], length_sums, square_sums fp64 and length_maxima fp32 [B, Hkv,
+    shows them: norms fp32 [B, Hkv, capacity + 1], norm_sums, norm_square_sums fp64 and norm_maxima fp32 [B, Hkv,
     capacity + 2].
 
-    new_lengths    fp32 [B, Hkv, k_len], contiguous, those of k, which is then not read; or None
+    new_norms    fp32 [B, Hkv, k_len], contiguous, those of k, which is then not read; or None
     new_counts     int64 [B] or None: how many of the k_len are keys; None is all. Keys past the capacity are dropped
     counts         int64 [B]: how many there are. Other programs read it too, so counts_after is a tensor of its own
 
     Sums are taken as in `append_to_pages`, in blocks that begin at multiples of STEP keys: their bits do not depend on
-    how keys are cut into calls. New lengths pass through memory, so that those of a block stand in one layout.
+    how keys are cut into calls. New norms pass through memory, so that those of a block stand in one layout.
     """
     _, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     held = tl.load(buffers.counts + batch).to(tl.int32)
@@ -126,42 +126,42 @@ def append_keys(
         new = tl.minimum(new, tl.load(new_counts_ptr + batch).to(tl.int32))
     new = tl.maximum(tl.minimum(new, capacity - held), 0)
     row = batch.to(tl.int64) * kv_heads + head.to(tl.int64)
-    lengths_ptr = buffers.lengths + row * (capacity + 1)
+    norms_ptr = buffers.norms + row * (capacity + 1)
     k = from_row(k, batch, head, 0, ALIGNED)
     k_offsets = tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
     STEP: tl.constexpr = BLOCK_N * 4
-    WIDTH: tl.constexpr = BLOCK_N if new_lengths_ptr is None else STEP
+    WIDTH: tl.constexpr = BLOCK_N if new_norms_ptr is None else STEP
     for start in range(0, k_len, WIDTH):
         offs_n = start + tl.arange(0, WIDTH)
         keep_key = offs_n < new
-        if new_lengths_ptr is None:
+        if new_norms_ptr is None:
             k_ptrs = k.ptr + tl.cast(start, tl.int64) * k.s + k_offsets
-            length = _lengths_of(load_tile(k_ptrs, keep_key, HEAD_DIM))
+            norm = _norms_of(load_tile(k_ptrs, keep_key, HEAD_DIM))
         else:
-            length = tl.load(new_lengths_ptr + row * k_len + offs_n, mask=keep_key, other=0.0)
-        tl.store(lengths_ptr + held + offs_n, length, mask=keep_key)
+            norm = tl.load(new_norms_ptr + row * k_len + offs_n, mask=keep_key, other=0.0)
+        tl.store(norms_ptr + held + offs_n, norm, mask=keep_key)
     tl.debug_barrier()
 
     first_block = held // STEP * STEP
     sums_base = row * (capacity + 2) + first_block
-    length_sum, square_sum = tl.load(buffers.length_sums + sums_base), tl.load(buffers.square_sums + sums_base)
-    maximum = tl.load(buffers.length_maxima + sums_base)
+    norm_sum, square_sum = tl.load(buffers.norm_sums + sums_base), tl.load(buffers.norm_square_sums + sums_base)
+    maximum = tl.load(buffers.norm_maxima + sums_base)
     order = tl.arange(0, STEP)
     for start in range(first_block, held + new, STEP):
         offs_key = start + order
         keep_key = offs_key < held + new
         is_new = keep_key & (offs_key >= held)
-        length = tl.load(lengths_ptr + offs_key, mask=keep_key, other=0.0)
-        wide_length = length.to(tl.float64)
-        length_sums = length_sum + tl.cumsum(wide_length, 0)
-        square_sums = square_sum + tl.cumsum(wide_length * wide_length, 0)
-        maxima = _larger(maximum, tl.associative_scan(length, 0, _larger))
+        norm = tl.load(norms_ptr + offs_key, mask=keep_key, other=0.0)
+        wide_norm = norm.to(tl.float64)
+        norm_sums = norm_sum + tl.cumsum(wide_norm, 0)
+        norm_square_sums = square_sum + tl.cumsum(wide_norm * wide_norm, 0)
+        maxima = _larger(maximum, tl.associative_scan(norm, 0, _larger))
         places = row * (capacity + 2) + 1 + offs_key
-        tl.store(buffers.length_sums + places, length_sums, mask=is_new)
-        tl.store(buffers.square_sums + places, square_sums, mask=is_new)
-        tl.store(buffers.length_maxima + places, maxima, mask=is_new)
-        length_sum = tl.sum(tl.where(order == STEP - 1, length_sums, 0.0), 0)
-        square_sum = tl.sum(tl.where(order == STEP - 1, square_sums, 0.0), 0)
+        tl.store(buffers.norm_sums + places, norm_sums, mask=is_new)
+        tl.store(buffers.norm_square_sums + places, norm_square_sums, mask=is_new)
+        tl.store(buffers.norm_maxima + places, maxima, mask=is_new)
+        norm_sum = tl.sum(tl.where(order == STEP - 1, norm_sums, 0.0), 0)
+        square_sum = tl.sum(tl.where(order == STEP - 1, norm_square_sums, 0.0), 0)
         maximum = tl.sum(tl.where(order == STEP - 1, maxima, 0.0), 0)
     if head == 0:
         tl.store(buffers.counts_after + batch, held + new)
@@ -176,7 +176,7 @@ def _entries(x, number, slot, heads):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def append_to_pages(
-    new_lengths_ptr,
+    new_norms_ptr,
     starts_ptr,
     key_lengths_ptr,
     pages,
@@ -190,12 +190,12 @@ def append_to_pages(
 ):
     """Enter the newest keys of one sequence, for BLOCK_M heads, in the buffers of a `PagedKeyStatistics`.
 
-    Grid: (blocks of Hkv, 1, B). new_lengths fp32 [Hkv, k_len], contiguous; starts int32 [B + 1], where the sequences'
+    Grid: (blocks of Hkv, 1, B). new_norms fp32 [Hkv, k_len], contiguous; starts int32 [B + 1], where the sequences'
     new keys begin and end among the k_len, clamped; key_lengths int32 [B], with the new keys; pages `Pages` of the
     sequences; the buffers, counts None, each a `Scale` of [N, Hkv, page]. Keys without a page are dropped.
 
     Sums are taken in blocks that begin at multiples of BLOCK_N keys, from the entry of the last key before: their bits
-    do not depend on how keys are cut into calls. Of a block that old keys begin, their lengths are read.
+    do not depend on how keys are cut into calls. Of a block that old keys begin, their norms are read.
     """
     block, _, member = program_position(first_y, first_z, LAST_FIRST=False)
     heads = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -208,9 +208,9 @@ def append_to_pages(
     last = first_block - 1 + tl.arange(0, 1)
     last_number, last_slot, has_last = page_slots(pages, member, last, last >= 0)
     keep_entry = has_last[:, None] & keep_head[None, :]
-    length_sum = tl.load(_entries(buffers.length_sums, last_number, last_slot, heads), mask=keep_entry, other=0.0)
-    square_sum = tl.load(_entries(buffers.square_sums, last_number, last_slot, heads), mask=keep_entry, other=0.0)
-    maximum = tl.load(_entries(buffers.length_maxima, last_number, last_slot, heads), mask=keep_entry, other=0.0)
+    norm_sum = tl.load(_entries(buffers.norm_sums, last_number, last_slot, heads), mask=keep_entry, other=0.0)
+    square_sum = tl.load(_entries(buffers.norm_square_sums, last_number, last_slot, heads), mask=keep_entry, other=0.0)
+    maximum = tl.load(_entries(buffers.norm_maxima, last_number, last_slot, heads), mask=keep_entry, other=0.0)
     order = tl.arange(0, BLOCK_N)
     is_last = (order == BLOCK_N - 1)[:, None]
     for first in range(first_block, end, BLOCK_N):
@@ -218,20 +218,20 @@ def append_to_pages(
         number, slot, is_held = page_slots(pages, member, offs_key, offs_key < end)
         keep = is_held[:, None] & keep_head[None, :]
         is_new = (offs_key >= held)[:, None]
-        length_ptrs = new_lengths_ptr + heads.to(tl.int64)[None, :] * k_len + (start - held + offs_key)[:, None]
-        new_lengths = tl.load(length_ptrs, mask=keep & is_new, other=0.0)
-        length_entries = _entries(buffers.lengths, number, slot, heads)
-        lengths = tl.where(is_new, new_lengths, tl.load(length_entries, mask=keep & ~is_new, other=0.0))
-        wide_lengths = lengths.to(tl.float64)
-        length_sums = length_sum + tl.cumsum(wide_lengths, 0)
-        square_sums = square_sum + tl.cumsum(wide_lengths * wide_lengths, 0)
-        maxima = _larger(maximum, tl.associative_scan(lengths, 0, _larger))
-        tl.store(length_entries, lengths, mask=keep & is_new)
-        tl.store(_entries(buffers.length_sums, number, slot, heads), length_sums, mask=keep & is_new)
-        tl.store(_entries(buffers.square_sums, number, slot, heads), square_sums, mask=keep & is_new)
-        tl.store(_entries(buffers.length_maxima, number, slot, heads), maxima, mask=keep & is_new)
-        length_sum = tl.sum(tl.where(is_last, length_sums, 0.0), 0)[None, :]
-        square_sum = tl.sum(tl.where(is_last, square_sums, 0.0), 0)[None, :]
+        norm_ptrs = new_norms_ptr + heads.to(tl.int64)[None, :] * k_len + (start - held + offs_key)[:, None]
+        new_norms = tl.load(norm_ptrs, mask=keep & is_new, other=0.0)
+        norm_entries = _entries(buffers.norms, number, slot, heads)
+        norms = tl.where(is_new, new_norms, tl.load(norm_entries, mask=keep & ~is_new, other=0.0))
+        wide_norms = norms.to(tl.float64)
+        norm_sums = norm_sum + tl.cumsum(wide_norms, 0)
+        norm_square_sums = square_sum + tl.cumsum(wide_norms * wide_norms, 0)
+        maxima = _larger(maximum, tl.associative_scan(norms, 0, _larger))
+        tl.store(norm_entries, norms, mask=keep & is_new)
+        tl.store(_entries(buffers.norm_sums, number, slot, heads), norm_sums, mask=keep & is_new)
+        tl.store(_entries(buffers.norm_square_sums, number, slot, heads), norm_square_sums, mask=keep & is_new)
+        tl.store(_entries(buffers.norm_maxima, number, slot, heads), maxima, mask=keep & is_new)
+        norm_sum = tl.sum(tl.where(is_last, norm_sums, 0.0), 0)[None, :]
+        square_sum = tl.sum(tl.where(is_last, norm_square_sums, 0.0), 0)[None, :]
         maximum = tl.sum(tl.where(is_last, maxima, 0.0), 0)[None, :]
 
 
@@ -239,8 +239,8 @@ def append_to_pages(
 def key_statistics_grad(
     k,
     seen_ptr,
-    lengths_ptr,
-    d_lengths_ptr,
+    norms_ptr,
+    d_norms_ptr,
     added_ptr,
     d_k_ptr,
     k_len,
@@ -253,9 +253,9 @@ def key_statistics_grad(
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """d_k[j] = d_lengths[j] * k[j] / |k[j]| for BLOCK_N keys; 0 where |k[j]| is 0 or below fp32's normal range.
+    """d_k[j] = d_norms[j] * k[j] / |k[j]| for BLOCK_N keys; 0 where |k[j]| is 0 or below fp32's normal range.
 
-    Grid: (blocks of Sk, Hkv, B). lengths and d_lengths fp32 [B, Hkv, Sk] contiguous; d_k [B, Hkv, Sk, D] in k's
+    Grid: (blocks of Sk, Hkv, B). norms and d_norms fp32 [B, Hkv, Sk] contiguous; d_k [B, Hkv, Sk, D] in k's
     dtype, contiguous; added is fp32 like d_k, or None: k's gradient by other ways, added before rounding.
     """
     block, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
@@ -267,13 +267,13 @@ def key_statistics_grad(
     load_key = keep_key
     if seen_ptr is not None:
         load_key = load_key & (tl.load(seen_ptr + key_offsets, mask=keep_key, other=0) != 0)
-    length = tl.load(lengths_ptr + key_offsets, mask=load_key, other=0.0)
-    live = load_key & (length >= SMALLEST_NORMAL)
-    d_length = tl.load(d_lengths_ptr + key_offsets, mask=live, other=0.0)
+    norm = tl.load(norms_ptr + key_offsets, mask=load_key, other=0.0)
+    live = load_key & (norm >= SMALLEST_NORMAL)
+    d_norm = tl.load(d_norms_ptr + key_offsets, mask=live, other=0.0)
     k = from_row(k, batch, head, first_key, ALIGNED)
     k_ptrs = k.ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
     k_tile = load_tile(k_ptrs, live, HEAD_DIM)
-    d_k = k_tile.to(tl.float32) / tl.where(live, length, 1.0)[:, None] * d_length[:, None]
+    d_k = k_tile.to(tl.float32) / tl.where(live, norm, 1.0)[:, None] * d_norm[:, None]
     offsets = key_base * HEAD_DIM + tile_offsets(BLOCK_N, BLOCK_D, HEAD_DIM, 1, False)
     if added_ptr is not None:
         d_k += load_tile(added_ptr + offsets, keep_key, HEAD_DIM).to(tl.float32)

@@ -29,7 +29,7 @@ def prefix_sums(addends: Tensor) -> Tensor:
 
 
 def argmax_over_ranges(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """`ranges.argmax_over_ranges` of lengths x, fp32 [B, H, Sk], at least 0 or NaN; lo and hi int64 [B or 1, 1, Sq]."""
+    """`ranges.argmax_over_ranges` of norms x, fp32 [B, H, Sk], at least 0 or NaN; lo and hi int64 [B or 1, 1, Sq]."""
     (batch, heads, k_len), q_len = x.shape, lo.shape[-1]
     lo, hi = torch.broadcast_tensors(lo, hi)
     argmax = torch.empty((batch, heads, q_len), dtype=torch.int64, device=x.device)

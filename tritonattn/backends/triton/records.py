@@ -10,7 +10,7 @@ class KeyBuffers(NamedTuple):
 
     counts: Any
     counts_after: Any
-    lengths: Any
-    length_sums: Any
-    square_sums: Any
-    length_maxima: Any
+    norms: Any
+    norm_sums: Any
+    norm_square_sums: Any
+    norm_maxima: Any

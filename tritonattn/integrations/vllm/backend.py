@@ -85,7 +85,7 @@ class TritonattnBackend(AttentionBackend):
 
 
 class RecordingBackend(TritonattnBackend):
-    """The backend of layers that read key lengths: their cells of the cache hold these too."""
+    """The backend of layers that read key norms: their cells of the cache hold these too."""
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
@@ -124,7 +124,7 @@ class TritonattnMetadata:
     new_ends      int32 [sequences + 1], 0 and where the new tokens of each sequence end
     lengths       int32 [sequences], the sequences' keys, new ones included
     block_table   int32 [sequences, pages]
-    passes        times that new keys are entered in the record of key lengths
+    passes        times that new keys are entered in the record of key norms
     decodes, chunks   None where there are none
 
     Layers compute together what depends on the step alone: the first that needs it does, so that a CUDA graph captures
@@ -259,10 +259,10 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             settings = with_learned(settings, saved, learned, get_tensor_model_parallel_rank(), ranks)
         heads = (self.num_heads, self.num_kv_heads)
         found = LayerFactor.of(settings, self.scale, heads, self.head_size)
-        if found.reads_lengths:
+        if found.reads_norms:
             if self._moves_pages:
                 raise NotImplementedError(
-                    f"kv_transfer_config: expected None for a scaling by key lengths at {name}: its cells hold more"
+                    f"kv_transfer_config: expected None for a scaling by key norms at {name}: its cells hold more"
                     " than keys and values, which no connector was tried with"
                 )
             layer.attn_backend = RecordingBackend
@@ -288,7 +288,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
         m, pages, first = attn_metadata, keys_and_values(kv_cache, self.head_size), 0
         self._write(key, value, pages, m)
         statistics = None
-        if self._factor.reads_lengths:
+        if self._factor.reads_norms:
             statistics = key_statistics(kv_cache, self.head_size)
             statistics.enter(key[: m.tokens], m.new_ends, m.lengths, m.block_table, m.passes)
         if m.decodes is not None:

@@ -21,7 +21,7 @@ def keys_and_values(cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
 
 
 def key_statistics(cache: Tensor, head_size: int) -> PagedKeyStatistics:
-    """The record of key lengths in a cache [blocks, Hkv, block, 2 D + RECORD]."""
+    """The record of key norms in a cache [blocks, Hkv, block, 2 D + RECORD]."""
     behind = cache.transpose(1, 2)[..., 2 * head_size :]
     wide, narrow = behind.view(torch.float64), behind.view(torch.float32)
     return PagedKeyStatistics.inside((narrow[..., 4], wide[..., 0], wide[..., 1], narrow[..., 5]), _NULL_BLOCK)

@@ -153,13 +153,13 @@ def with_learned(settings: Settings, name: str, learned: dict[str, Tensor] | Non
 class LayerFactor:
     """The scaling and the gain of a layer, and what they take of a call beside the numbers of visible keys.
 
-    reads_lengths   the lengths of keys
+    reads_norms   the norms of keys
     shared          a key that layers with the same factor of the same numbers have, or None
     """
 
     scaling: Scaling
     gain: float | Tensor | None
-    reads_lengths: bool
+    reads_norms: bool
     shared: str | None
 
     @classmethod

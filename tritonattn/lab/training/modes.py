@@ -34,7 +34,7 @@ def build(name: str, heads: int, head_dim: int, keys: int) -> str | Scaling:
 
     Modes with a base (log_key_count, qwen_logn, ssmax, ...) get `keys` for it: a row of that many keys starts as
     sqrt_dim's. A gain starts where a mode that divides by n or by its root does the same, and where one that divides by
-    a sum of lengths divides by their mean; for other modes at 1.
+    a sum of norms divides by their mean; for other modes at 1.
     """
     check_mode(name)
     if name.endswith(GAIN):

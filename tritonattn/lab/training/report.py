@@ -84,12 +84,12 @@ def exponents(runs: Iterable[Run]) -> str:
             n, rho = values["count_exponent"], values["length_exponent"]
             nearest, distance = nearest_point(sum(n) / len(n), sum(rho) / len(rho))
             rows.append((task, layer, _spread(n), _spread(rho), _spread(values["theta"]), nearest, f"{distance:.2f}"))
-    headers = ("task", "layer", "exponent of n", "of mean length", "theta", "nearest mode", "distance")
+    headers = ("task", "layer", "exponent of n", "of mean norm", "theta", "nearest mode", "distance")
     return table(rows, headers) if rows else ""
 
 
 def nearest_point(count_exponent: float, length_exponent: float) -> tuple[str, float]:
-    """Find the named mode whose exponents of n and of the mean length are nearest, and its distance.
+    """Find the named mode whose exponents of n and of the mean norm are nearest, and its distance.
 
     Modes that differ by a constant only ("dim", "none") count as "sqrt_dim".
     """

@@ -1,0 +1,74 @@
+"""A kernel reads from top to bottom: few functions behind it, in its file and a shared one, products in its body."""
+
+import ast
+import functools
+from pathlib import Path
+
+import pytest
+
+import tritonattn
+
+FOLDER = Path(tritonattn.__file__).parent / "backends" / "triton"
+# Matrix products in the body of a kernel, whose loop is written once for blocks with a mask and without.
+PRODUCTS = {
+    ("forward", "attention_forward"): 2,
+    ("grad_query", "attention_grad_query"): 3,
+    ("grad_key_value", "attention_grad_key_value"): 4,
+    ("decode", "attention_decode"): 2,
+}
+Function = tuple[str, str]
+
+
+@functools.cache
+def tree_of(file: str) -> ast.Module:
+    return ast.parse((FOLDER / f"{file}.py").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def known_to(file: str) -> dict[str, Function]:
+    """Device functions by the names that they have in a file: its own, and those that it imports."""
+    found = {}
+    for node in tree_of(file).body:
+        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(x) for x in node.decorator_list):
+            found[node.name] = (file, node.name)
+        elif isinstance(node, ast.ImportFrom) and node.level == 1 and (FOLDER / f"{node.module}.py").exists():
+            of_file = known_to(node.module)
+            found |= {name.name: of_file[name.name] for name in node.names if name.name in of_file}
+    return found
+
+
+def body_of(function: Function) -> ast.FunctionDef:
+    file, name = function
+    return next(node for node in tree_of(file).body if isinstance(node, ast.FunctionDef) and node.name == name)
+
+
+def behind(function: Function) -> set[Function]:
+    """The device functions that a kernel reaches, itself included."""
+    reached, found = set(), [function]
+    while found:
+        one = found.pop()
+        if one not in reached:
+            reached.add(one)
+            names = {node.id for node in ast.walk(body_of(one)) if isinstance(node, ast.Name)}
+            found += [other for name, other in known_to(one[0]).items() if name in names]
+    return reached
+
+
+@pytest.mark.parametrize("kernel", PRODUCTS, ids=lambda kernel: kernel[1])
+def test_a_kernel_has_at_most_22_functions_in_its_file_and_a_shared_one(kernel):
+    functions = behind(kernel)
+    assert len(functions) <= 22, sorted(functions)
+    assert {file for file, _ in functions} == {kernel[0], "block"}
+
+
+@pytest.mark.parametrize("kernel", PRODUCTS, ids=lambda kernel: kernel[1])
+def test_products_stand_in_the_kernel(kernel):
+    of_function = {one: ast.unparse(body_of(one)).count("tl.dot(") for one in behind(kernel)}
+    assert {one: count for one, count in of_function.items() if count} == {kernel: PRODUCTS[kernel]}
+
+
+def test_kernels_take_at_most_8_records():
+    found = [
+        node.name for file in ("block", "records") for node in tree_of(file).body if isinstance(node, ast.ClassDef)
+    ]
+    assert len(found) <= 8, found

@@ -1,0 +1,64 @@
+"""An import changes no class of transformers; the first model that is built, patched or unpickled does."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from tests.huggingface.test_patch import LLAMA
+from tritonattn.huggingface import first_use, patch
+
+# In a process of its own; the argument is a folder with a saved patched model.
+PROGRAM = """
+import json, sys
+from transformers import AutoModelForCausalLM, PreTrainedModel, LlamaForCausalLM
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+CLASSES = *LlamaForCausalLM.__mro__, ContinuousBatchingManager
+before = {one: dict(vars(one)) for one in CLASSES}
+import tritonattn.huggingface
+after = {one: dict(vars(one)) for one in CLASSES}
+pairs = [(one, name) for one in CLASSES for name in {*before[one], *after[one]}]
+names = [name for one, name in pairs if before[one].get(name) is not after[one].get(name)]
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+layers = tritonattn.huggingface.patched(model).layers.values()
+print(json.dumps([names, [own.scaling.name for own in layers]]))
+"""
+
+
+def test_an_import_changes_no_class_and_a_saved_patch_loads_after_it(tmp_path):
+    network = LLAMA.build()
+    patch(network, scaling="key_norm_mean")
+    network.save_pretrained(tmp_path)
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[], ["key_norm_mean"] * 2]
+
+
+@pytest.fixture
+def uses(monkeypatch) -> list[str]:
+    """Filled at the first use from now on."""
+    found: list[str] = []
+    monkeypatch.setattr(first_use, "_waiting", [lambda: found.append("used")])
+    return found
+
+
+def test_a_model_that_is_built_is_a_use(uses):
+    assert uses == []
+    LLAMA.build()
+    LLAMA.build()
+    assert uses == ["used"]
+
+
+def test_a_model_that_was_built_before_is_used_once_it_is_patched_or_unpickled(uses):
+    first_use._waiting.clear()
+    network = LLAMA.build()
+    first_use._waiting.append(lambda: uses.append("patched"))
+    patch(network, scaling="key_count")
+    assert uses == ["patched"]
+    first_use._waiting.append(lambda: uses.append("unpickled"))
+    pickle.loads(pickle.dumps(network))
+    assert uses == ["patched", "unpickled"]
