@@ -6,9 +6,8 @@ from torch import Tensor
 
 from ..core.call import AttentionCall, Logits
 from ..scaling import Scaling
-from .cached import refuse_gradients
 from .checks import check, operands
-from .dispatch import AttentionAux, run
+from .dispatch import AttentionAux, refuse_gradients, run
 from .key_records import record_of
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public

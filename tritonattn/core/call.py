@@ -85,11 +85,6 @@ class AttentionCall:
     record: Any = None
 
     @property
-    def decodes(self) -> bool:
-        """Whether rows stand at the end of their sequences in a cache."""
-        return bool(self.cached) and self.visibility.sequences is None
-
-    @property
     def invariant(self) -> bool:
         """Whether the bits of a row do not depend on its company."""
         return self.visibility.invariant

@@ -34,14 +34,15 @@ def attention(call: AttentionCall) -> ForwardResult:
 
     max_logit and entropy are None without aux.
     """
-    tensors = call.tensors
-    has_graph = needs_graph(*tensors)
-    if not runs_eagerly(*tensors, call.visibility.key_lengths):
+    terms = call.logits
+    given = (call.q, call.k, call.v, terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)
+    has_graph = needs_graph(*given)
+    if not runs_eagerly(*given, call.visibility.key_lengths):
         keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
         run = _Transformed.apply if is_transformed() else _forward_operator
         results = run(*flat(_without_repeats(_with_values(call))), keep_rounding)
     elif has_graph:
-        results = apply_with_graph(_Attention, *tensors, call)
+        results = apply_with_graph(_Attention, *call.tensors, call)
     else:
         return _forward(call, has_graph=False)
     return ForwardResult(*results[: 4 if call.aux else 2])
@@ -111,31 +112,26 @@ def _without_repeats(call: AttentionCall) -> AttentionCall:
 
 
 def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: bool) -> ForwardResult:
-    aux = call.aux
-    if call.cached and call.decodes:
-        return _decode(call)
-    if call.backend != "triton" or call.k.shape[0] == 0:
+    aux, visible, runs_kernels = call.aux, call.visibility, call.backend == "triton"
+    if call.cached and visible.sequences is None:
+        if runs_kernels and not visible.invariant:
+            return kernels().decode(call, aux)
+        # Of an invariant call no keys are split, and the loop is that of other calls.
+        call = call.by_ranges()
+        return kernels().forward(call, aux) if runs_kernels else blockwise.forward(call.gathered(), aux)
+    if not runs_kernels or call.k.shape[0] == 0:
         call = call.gathered()
     if call.q.numel() == 0 or call.k.numel() == 0:
         return _forward_of_nothing(call, aux)
-    is_invariant = call.visibility.invariant
-    if is_invariant and (first := call.visibility.first_keys()) is not None:
+    if visible.invariant and (first := visible.first_keys()) is not None:
         call = call.from_keys(first)
-    if call.backend != "triton":
+    if not runs_kernels:
         with without_autocast(call.q):
             return blockwise.forward(call, aux, rounding)
     # With a graph, forward and backward must multiply in the same tiles.
-    if not (has_graph or is_invariant) and kernels().are_few_rows(call.visibility, call.dropout):
+    if not (has_graph or visible.invariant) and kernels().are_few_rows(visible, call.dropout):
         return kernels().decode(call, aux)
     return kernels().forward(call, aux, rounding)
-
-
-def _decode(call: AttentionCall) -> ForwardResult:
-    if call.backend != "triton":
-        return blockwise.forward(call.gathered().by_ranges(), call.aux)
-    if call.invariant:  # no split of keys, and the loop of other calls
-        return kernels().forward(call.by_ranges(), call.aux)
-    return kernels().decode(call, call.aux)
 
 
 def _forward_kept(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor | None, ...]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...core.call import AttentionCall, Needs
+from ...core.call import LONGEST_QUERY, AttentionCall, Needs
+from ...core.dropout import Dropout
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning.calls import Size
@@ -34,9 +35,22 @@ from .launch import (
     logit_arguments,
     pages_of,
     planned,
+    range_arguments,
     strided,
 )
-from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
+from .ranges import rows_of_key_blocks, seen_bytes, seen_keys
+
+
+def are_few_rows(visible: Visibility, dropout: Dropout | None) -> bool:
+    """Whether the decode kernel, whose programs share a row's keys, runs such a call, or the forward kernel.
+
+    Rows must stand at the end of the keys: causal rows do, and a lone row that sees all keys.
+    """
+    if visible.mask is not None or visible.sequences is not None or dropout is not None:
+        return False
+    narrowed = visible.key_lengths is not None or visible.key_ranges is not None
+    stand_at_the_end = visible.q_len == 1 or (visible.right == 0 and not narrowed)
+    return visible.q_len <= LONGEST_QUERY and stand_at_the_end and not (narrowed and visible.left is not None)
 
 
 def launch_kernel(
@@ -169,7 +183,10 @@ def of_kind(
     All kernels then load 16 bytes at a time, and are those of other calls. An expanded operand stays as it is, and so
     do pages, which hold more than the call's keys.
     """
-    call = _with_one_layout(call) if call.visibility.invariant else call
+    if not call.q.dtype == call.k.dtype == call.v.dtype:
+        call = call.narrowed()
+    if call.visibility.invariant:
+        call = _with_one_layout(call)
     kind = _kind(call, d_out, needs, asked)
     if not kind.problem.aligned:
         names = ("q", "k", "v") if call.block_table is None else ("q",)

@@ -33,7 +33,7 @@ def backward(
     wide_k = call.wide_k is not None or call.k.dtype != call.v.dtype
     d_out = one_layout(d_out) if call.visibility.invariant else aligned_copy(d_out)
     call, kind = of_kind(
-        call.narrowed(),
+        call,
         d_out,
         needs,
         aux=d_lse is not None,

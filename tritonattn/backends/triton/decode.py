@@ -6,8 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.call import LONGEST_QUERY, AttentionCall, ForwardResult
-from ...core.dropout import Dropout
+from ...core.call import AttentionCall, ForwardResult
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
 from ...tuning import config
@@ -231,18 +230,6 @@ KERNELS["decode"] = attention_decode
 _MOST_SPLITS = 64
 
 
-def are_few_rows(visible: Visibility, dropout: Dropout | None) -> bool:
-    """Whether the decode kernel, whose programs share a row's keys, runs such a call, or the forward kernel.
-
-    Rows must stand at the end of the keys: causal rows do, and a lone row that sees all keys.
-    """
-    if visible.mask is not None or visible.sequences is not None or dropout is not None:
-        return False
-    narrowed = visible.key_lengths is not None or visible.key_ranges is not None
-    stand_at_the_end = visible.q_len == 1 or (visible.right == 0 and not narrowed)
-    return visible.q_len <= LONGEST_QUERY and stand_at_the_end and not (narrowed and visible.left is not None)
-
-
 def decode(call: AttentionCall, aux: bool) -> ForwardResult:
     """out and lse, with aux also max_logit and entropy, by the decode kernel and the combination of its splits.
 
@@ -274,8 +261,9 @@ def _launch(call: AttentionCall, aux: bool, kind: Kind, chosen: Plan) -> Forward
     visible = call.visibility
     splits, group = _splits(visible, chosen.config), visible.q_heads // visible.kv_heads
     tiles = -(-group * visible.q_len // chosen.config.block_m)
-    joined = _allocate(call, visible.rows, call.q.dtype, aux)
-    parts = joined if splits == 1 else _allocate(call, (*visible.rows, splits), torch.float32, aux)
+    rows = visible.batch, visible.q_heads, visible.q_len
+    joined = _allocate(call, rows, call.q.dtype, aux)
+    parts = joined if splits == 1 else _allocate(call, (*rows, splits), torch.float32, aux)
     arguments = _arguments(call)
     arguments["results"], arguments["splits"], sinks = parts, splits, arguments["sinks_ptr"]
     arguments["sinks_ptr"] = sinks if splits == 1 else None

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ...core.call import Logits
+from ...core.visibility import Visibility
 from ...tuning import lookup
 from ...tuning.config import (
     Problem,
@@ -211,7 +212,13 @@ def recording(target: Target, configs: ConfigFor = default_config) -> Iterator[l
 def plan(kernel: str, problem: Problem, device: torch.device) -> Plan:
     if recorder := _recorder.get():
         return _plan(kernel, problem, recorder.target, recorder.config_for)
-    return _plan(kernel, problem, Target.of(device), config_for)
+    return _plan(kernel, problem, _target(Target.of, device), config_for)
+
+
+@functools.lru_cache(maxsize=64)
+def _target(of: Callable[[torch.device], Target], device: torch.device) -> Target:
+    """of(device), which every launch asks."""
+    return of(device)
 
 
 def planned(kernel: str, problem: Problem, device: torch.device, launches: Callable[[Plan], Result]) -> Result:
@@ -278,8 +285,22 @@ def logit_arguments(logits: Logits) -> Arguments:
 def pages_of(block_table: Tensor, count: int, size: int) -> Pages:
     """The record of a block table, int32 [members, max_pages], of `count` pages of `size` keys."""
     bits = (size - 1).bit_length()
-    numbers = (size, count, block_table.shape[1], 2 ** (31 + bits) // size + 1, bits - 1)
-    return Pages(block_table.contiguous(), *(16 * number for number in numbers))
+    magic = 16 * (2 ** (31 + bits) // size + 1)
+    return Pages(block_table.contiguous(), 16 * size, 16 * count, 16 * block_table.shape[1], magic, 16 * (bits - 1))
+
+
+def range_arguments(visible: Visibility) -> Arguments:
+    """The arguments of kernels that use `block.key_range`."""
+    lengths, ranges = visible.key_lengths, visible.key_ranges
+    reach = visible.q_len + visible.k_len
+    return {
+        "left": None if visible.left is None else min(visible.left, reach),
+        "right": None if visible.right is None else min(visible.right, reach),
+        "key_lengths": None if lengths is None else bounded(lengths, visible.k_len).contiguous(),
+        "key_ranges": None if ranges is None else bounded(ranges, visible.k_len).contiguous(),
+        "q_len": visible.q_len,
+        "k_len": visible.k_len,
+    }
 
 
 def bounded(x: Tensor, highest: int) -> Tensor:
