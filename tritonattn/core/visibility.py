@@ -31,9 +31,9 @@ def window_sides(window: tuple[int | None, int | None] | None) -> tuple[int | No
     return left, right
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # every call makes one, and frozen it takes three times as long
 class Visibility:
-    """The visible keys of every query row.
+    """The visible keys of every query row. Nothing changes it.
 
     sequences     row i sees the keys of its own member of a packed batch; then B is 1
     left, right   row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None is unlimited; causal is right = 0;
@@ -89,7 +89,7 @@ class Visibility:
         invariant: bool = False,
     ) -> Visibility:
         """The record for q of [B, Hq, Sq, D] and k of [B, Hkv, Sk, D] from checked arguments of a public call."""
-        left, right = window_sides(window)
+        left, right = (None, None) if window is None else window_sides(window)
         if causal:
             right = 0 if right is None else min(right, 0)
         if key_ranges is not None and key_ranges.dim() == 4:

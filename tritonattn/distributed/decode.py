@@ -7,11 +7,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import ops
-from ..calls.cached import refuse_gradients
 from ..calls.cached_statistics import CachedStatistics
 from ..calls.checks import check, check_integers, check_values
 from ..calls.decode_checks import cache_operands, cache_visibility, check_statistics
-from ..calls.dispatch import AttentionAux, choose_backend
+from ..calls.dispatch import AttentionAux, choose_backend, refuse_gradients
 from ..calls.key_records import ContiguousRecord
 from ..calls.key_statistics import KeyStatistics
 from ..calls.logits import logits
