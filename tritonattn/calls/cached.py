@@ -10,8 +10,9 @@ from torch import Tensor
 from .. import ops
 from ..core.autograd import needs_graph
 from ..core.call import AttentionCall
+from ..core.key_records import RecordedStatistics
+from ..core.pages import PageTable
 from ..core.statistics import Statistics
-from .cached_statistics import CachedStatistics
 
 
 def cached_statistics(call: AttentionCall) -> Statistics:
@@ -19,11 +20,14 @@ def cached_statistics(call: AttentionCall) -> Statistics:
     computed = (ops.KernelStatistics if call.backend == "triton" else Statistics)(call.keys, call.visibility)
     if call.record is None:
         return computed
-    return CachedStatistics(computed, call.record, _width(call))
+    table = None
+    if call.block_table is not None:
+        table = PageTable(call.block_table, call.k.shape[2], call.visibility.sequences)
+    return RecordedStatistics(computed, call.record, table, _width(call))
 
 
 def _width(call: AttentionCall) -> int | None:
-    """The most keys that a row sees, as of `CachedStatistics`."""
+    """The most keys that a row sees, as of `RecordedStatistics`."""
     visible, sequences = call.visibility, call.visibility.sequences
     if visible.left is None:
         return None

@@ -406,6 +406,13 @@ class Visibility:
         first = last.expand(*x.shape[:-1], -1) if self.k_len == 0 else ranges.gather(first, last)
         return ranges.pick(x, first, self.seeing_rows(), True, scan)
 
+    def last_keys(self) -> Tensor:
+        """The last key of each row without a mask, -1 for a row without keys: int64 [B or 1, Sq]."""
+        if self.begins_at_first:
+            return self._ends() - 1
+        lo, hi = self._bounds()
+        return torch.where(hi > lo, hi, 0) - 1
+
     def seeing_rows(self) -> Tensor:
         """Rows that see at least one key: bool [B or 1, 1 or Hq, Sq]."""
         if self.mask is not None:
