@@ -74,9 +74,13 @@ class RecordedStatistics(Statistics):
 
     def __init__(self, computed: Statistics, record: KeyRecord, table: PageTable | None, width: int | None) -> None:
         super().__init__(lambda: computed.k, computed.visibility)
-        self._record, self._table, self._width = record, table, width
-        self._scan = computed._scan
-        self._norms_of = computed._norms_of
+        self._computed, self._record, self._table, self._width = computed, record, table, width
+
+    def _norms_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
+        return self._computed._norms_of(x, seen)
+
+    def _sum(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._computed._sum(x, dtype)
 
     def _norms(self) -> Tensor:
         norms = self._record.along_keys(self.visibility.k_len, self._table)
