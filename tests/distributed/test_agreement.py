@@ -70,8 +70,11 @@ def compared_once(rank: int) -> None:
             x = torch.randn(1, 2, length, 8)
             context_parallel_attention(x, x, x, mesh=mesh, scaling=SSMax(heads=2), window=[3, 0])
         assert len(comparisons) == 2
+        for base in (2.0, 4.0, 2.0):
+            context_parallel_attention(x, x, x, mesh=mesh, scaling=LogKeyCount(base))
+        assert len(comparisons) == 4
         torch.compile(unshard, backend="eager")(x, mesh=mesh)
-    assert len(comparisons) == 2
+    assert len(comparisons) == 4
 
 
 def test_ranks_that_differ_raise_by_name(pool):

@@ -59,6 +59,7 @@ def cache(**changed):
         (lambda: cache(dtype=torch.int32), TypeError, "dtype: expected float16, .*, got torch.int32"),
         (lambda: advanced("x"), TypeError, "steps: expected an int, got str 'x'"),
         (lambda: advanced(-1), ValueError, "steps: expected at least 0, got -1"),
+        (lambda: nn.ForgetGate(8, 4, bias="no"), TypeError, "bias: expected a bool, got str 'no'"),
         (lambda: gate([1.0]), TypeError, r"x: expected a tensor \[..., S, width\], got list"),
         (lambda: gate(tokens(width=8)), ValueError, r"x: expected \[..., S, width = 24\], got \[2, 7, 8\]"),
         (lambda: gate(tokens(), torch.ones(2, 4, 1)), ValueError, r"before: .*, heads\] = \[2, 4\], got \[2, 4, 1\]"),
