@@ -37,13 +37,13 @@ from .launch import (
     strided,
 )
 from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
-from .sizes import lengths_of, members_of, size_of
+from .sizes import lengths_of, sequences_of, size_of
 
 
 def launch_kernel(
     kernel: str, kind: Kind, call: AttentionCall, available: Arguments, d_out: Tensor | None = None
 ) -> None:
-    """A program for each block of rows, or of keys, of each head of each member."""
+    """A program for each block of rows, or of keys, of each head of each sequence."""
     if recorded.recorders and kernel in TILED_KERNELS:
         recorded.note(Exact(kernel, kind.problem), size_of(call))
 
@@ -57,22 +57,22 @@ def launch_kernel(
 
 
 def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> Grid:
-    """(blocks, heads, members) of row terms, else (heads of a section, blocks, sections)."""
-    visible, blocks, members = call.visibility, _blocks(kernel, chosen.config, call), members_of(call)
+    """(blocks, heads, sequences) of row terms, else (heads of a section, blocks, sections)."""
+    visible, blocks, sequences = call.visibility, _blocks(kernel, chosen.config, call), sequences_of(call)
     if kernel == "row_terms":
-        return blocks, visible.q_heads, members
+        return blocks, visible.q_heads, sequences
     rows, keys = lengths_of(call)
     bytes_of_row = (call.k.shape[3] + call.v.shape[3]) * call.k.dtype.itemsize
     if kernel == "grad_key_value":
-        count, read = visible.kv_heads * members, rows * bytes_of_row * (visible.q_heads // visible.kv_heads)
+        count, read = visible.kv_heads * sequences, rows * bytes_of_row * (visible.q_heads // visible.kv_heads)
     else:
-        count, read = visible.q_heads * members, keys * bytes_of_row * visible.kv_heads // visible.q_heads
+        count, read = visible.q_heads * sequences, keys * bytes_of_row * visible.kv_heads // visible.q_heads
     section = heads_of_section(count, read, chosen.target, chosen.config.l2_percent)
     return section, blocks, count // section
 
 
 def _blocks(kernel: str, config: TileConfig, call: AttentionCall) -> int:
-    """Blocks of rows, or of keys, of the longest member."""
+    """Blocks of rows, or of keys, of the longest sequence."""
     rows, keys = lengths_of(call)
     if kernel == "grad_key_value":
         return -(-keys // config.block_n)

@@ -278,7 +278,7 @@ def logit_arguments(logits: Logits) -> Arguments:
 
 
 def pages_of(block_table: Tensor | None, count: int, size: int) -> Pages | None:
-    """The record of a block table, int32 [members, max_pages], of `count` pages of `size` keys."""
+    """The record of a block table, int32 [sequences, max_pages], of `count` pages of `size` keys."""
     if block_table is None:
         return None
     bits = (size - 1).bit_length()

@@ -1,4 +1,4 @@
-"""The sizes of an AttentionCall: of its members, and as `record` keeps them."""
+"""The sizes of an AttentionCall: of its sequences, and as `record` keeps them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from ...tuning.calls import Size
 
 
 def lengths_of(call: AttentionCall) -> tuple[int, int]:
-    """Rows and keys of the longest member."""
+    """Rows and keys of the longest sequence."""
     visible, sequences = call.visibility, call.visibility.sequences
     return (visible.q_len, visible.k_len) if sequences is None else (sequences.longest_q, sequences.longest_k)
 
 
-def members_of(call: AttentionCall) -> int:
-    """Batch entries, or members of a packed batch."""
+def sequences_of(call: AttentionCall) -> int:
+    """Batch entries, or sequences of a packed batch."""
     sequences = call.visibility.sequences
     return call.visibility.batch if sequences is None else len(sequences.q_starts) - 1
 
@@ -21,7 +21,7 @@ def members_of(call: AttentionCall) -> int:
 def size_of(call: AttentionCall) -> Size:
     visible, (rows, keys) = call.visibility, lengths_of(call)
     return Size(
-        batch=members_of(call),
+        batch=sequences_of(call),
         heads=visible.q_heads,
         q_len=rows,
         k_len=keys,
