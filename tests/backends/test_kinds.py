@@ -13,7 +13,8 @@ triton = pytest.importorskip("triton")
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from tritonattn.backends.triton import attention, launch
+from tritonattn.backends import triton as triton_backend
+from tritonattn.backends.triton import launch
 from tritonattn.backends.triton.decode import Rows, attend
 from tritonattn.backends.triton.device import Kind, binder
 from tritonattn.core.call import AttentionCall, Logits, Needs
@@ -60,7 +61,7 @@ def packed(longest: int) -> dict[str, Any]:
 
 
 def forward(aux: bool = False, **given: Any) -> None:
-    attention.forward(called(**given), aux)
+    triton_backend.forward(called(**given), aux)
 
 
 def backward(
@@ -73,7 +74,7 @@ def backward(
     call = called(**given)
     present = (x is not None for x in call.tensors)
     needs = Needs(*(need and there for need, there in zip(needs, present, strict=True)))
-    attention.backward(call, QKV["q"], VECTOR, d_out, d_lse, needs, rounding)
+    triton_backend.backward(call, QKV["q"], VECTOR, d_out, d_lse, needs, rounding)
 
 
 def decode(aux: bool = False, **given: Any) -> None:

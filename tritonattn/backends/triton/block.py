@@ -29,8 +29,10 @@ ROW_TERMS_ALIGNMENT = tl.constexpr(config.ROW_TERMS_ALIGNMENT)
 UNMASKED = tl.constexpr(1)
 
 # Arguments whose values change from call to call: compiled code does not depend on them.
-LENGTHS = "q_len k_len terms_len addends_len bounds_len capacity key_block q_heads kv_heads left right".split()
-LENGTHS += ["keep_from", "first_y", "first_z"]
+LENGTHS = (
+    "q_len k_len terms_len addends_len bounds_len capacity key_block q_heads kv_heads left right keep_from "
+    "first_y first_z"
+).split()
 
 
 # ---- Records
