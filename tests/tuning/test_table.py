@@ -159,9 +159,8 @@ def test_the_fingerprint_is_of_the_code_alone():
 
 
 def test_the_fingerprint_is_of_what_a_gpu_runs():
-    code = (
-        "ONE = tl.constexpr(1)\n@triton.jit(x=ONE)\ndef f():\n    return ONE\ndef launch():\n    return 1\nLIMIT = 1\n"
-    )
+    code = "ONE = tl.constexpr(1)\n@triton.jit(x=ONE)\ndef f():\n    return ONE\n"
+    code += "def launch():\n    return 1\nLIMIT = 1\n"
     on_device = [("constexpr(1)", "constexpr(2)"), ("x=ONE", "y=ONE"), ("return ONE", "return -ONE")]
     on_host = [("launch", "begin"), ("return 1", "return 2"), ("LIMIT = 1", "LIMIT = 2")]
     assert len({table.device_code([code.replace(*change)]) for change in [("ONE", "ONE"), *on_device]}) == 4
