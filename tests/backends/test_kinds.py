@@ -13,9 +13,8 @@ triton = pytest.importorskip("triton")
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from tritonattn.backends import triton as triton_backend
+from tritonattn.backends import triton as attention
 from tritonattn.backends.triton import launch
-from tritonattn.backends.triton.decode import Rows, attend
 from tritonattn.backends.triton.device import Kind, binder
 from tritonattn.core.call import AttentionCall, Logits, Needs
 from tritonattn.core.dropout import Dropout
@@ -61,7 +60,7 @@ def packed(longest: int) -> dict[str, Any]:
 
 
 def forward(aux: bool = False, **given: Any) -> None:
-    triton_backend.forward(called(**given), aux)
+    attention.forward(called(**given), aux)
 
 
 def backward(
@@ -74,14 +73,17 @@ def backward(
     call = called(**given)
     present = (x is not None for x in call.tensors)
     needs = Needs(*(need and there for need, there in zip(needs, present, strict=True)))
-    triton_backend.backward(call, QKV["q"], VECTOR, d_out, d_lse, needs, rounding)
+    attention.backward(call, QKV["q"], VECTOR, d_out, d_lse, needs, rounding)
 
 
 def decode(aux: bool = False, **given: Any) -> None:
     tensors = {"q": normal(2, 2, 2, SIZE), "k": QKV["k"], "v": QKV["v"]}
     tensors |= {name: given.pop(name) for name in "qkv" if name in given}
     logits = Logits(0.3, **{name: given.pop(name) for name in TERMS if name in given})
-    attend(Rows(**tensors, capacity=SIZE, logits=logits, **{"left": None} | given), aux)
+    rows, table = tensors["q"].shape[2], given.pop("block_table", None)
+    options = {"at_lengths": True, **given}
+    visible = Visibility(2, 2, 2, rows, SIZE, torch.device("cpu"), **options)
+    attention.decode(AttentionCall(**tensors, visibility=visible, logits=logits, block_table=table), aux)
 
 
 # Options that a call has or not, alone or beside another: by these it differs from the same call without.
@@ -116,7 +118,7 @@ PROPERTIES = [
     (decode, {}, {"key_lengths": LENGTHS}),
     (decode, {}, {"key_ranges": RANGES[:, :1]}),
     (decode, {"key_lengths": LENGTHS}, {"key_lengths": LENGTHS, "block_table": TABLE}),
-    (decode, {"key_lengths": LENGTHS}, {"key_lengths": LENGTHS, "query_lengths": LENGTHS}),
+    (decode, {"key_lengths": LENGTHS}, {"key_lengths": LENGTHS, "row_counts": LENGTHS}),
 ]
 
 

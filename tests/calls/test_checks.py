@@ -162,7 +162,10 @@ OF_ONE: dict[str, list[Case]] = {
         ({"q": ones(2, 4, 1, 7)}, "ValueError: k_cache: expected q's head_dim 7, got 8"),
         ({"q": ones(3, 4, 1, 8)}, "ValueError: k_cache: expected q's batch size 3, got 2"),
         ({"q": ones(2, 4, 1, 8).half()}, "TypeError: q, k_cache, v_cache: expected one dtype, got torch.float16"),
-        ({"k_cache": ones(2, 2, 24, 8, device=META)}, "ValueError: k_cache: expected q's device cpu, got meta"),
+        (
+            {"k_cache": ones(2, 2, 24, 8, device=META)},
+            "ValueError: q, k_cache, v_cache: expected one device, got cpu, meta, cpu",
+        ),
         ({"v_cache": ones(2, 2, 23, 6)}, "ValueError: v_cache: expected k_cache's [2, 2, 24], got [2, 2, 23, 6]"),
         ({"v_cache": ones(2, 2, 24, 0)}, "ValueError: expected head_dim of at least 1, got 8 in q and 0 in v_cache"),
         ({"key_lengths": torch.tensor([9])}, "ValueError: key_lengths: expected shape [B] = [2], got [1]"),

@@ -115,7 +115,7 @@ def test_the_last_keys_are_a_copy():
 
 
 def test_past_the_capacity_is_dropped_where_values_are_not_read(monkeypatch):
-    monkeypatch.setattr("tritonattn.calls.key_statistics.values_are_read", lambda x: False)
+    monkeypatch.setattr("tritonattn.calls.key_statistics.values_are_read", lambda *x: False)
     statistics = KeyStatistics(B, H, CAPACITY)
     keys = _keys(15)
     statistics.append(keys)

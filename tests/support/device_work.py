@@ -21,7 +21,7 @@ def values_unread() -> Iterator[None]:
     """Calls read no values of CPU tensors, as of a device's."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("checks", "decode_checks", "key_statistics", "page_checks", "paged_statistics", "varlen_checks"):
-            patch.setattr(f"tritonattn.calls.{module}.values_are_read", lambda x: False)
+            patch.setattr(f"tritonattn.calls.{module}.values_are_read", lambda *x: False)
         yield
 
 

@@ -32,15 +32,20 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Layout(NamedTuple):
-    """How q, k and v are laid out: the names of their axes, and which ones of k and v are heads and keys."""
+    """How q, k and v are laid out: the names of their axes, and which ones of k and v are heads and keys.
+
+    names   of q, k and v, in errors
+    """
 
     q: str
     k: str
     v: str
     heads: int
     sequence: int
+    names: tuple[str, str, str] = ("q", "k", "v")
 
 
+CACHE = ("q", "k_cache", "v_cache")
 BATCHED = Layout("[B, Hq, Sq, D]", "[B, Hkv, Sk, D]", "[B, Hkv, Sk, Dv]", heads=1, sequence=2)
 PACKED = Layout("[T_q, Hq, D]", "[T_k, Hkv, D]", "[T_k, Hkv, Dv]", heads=1, sequence=0)
 PAGED = Layout("[T_q, Hq, D]", "[N, page, Hkv, D]", "[N, page, Hkv, Dv]", heads=2, sequence=1)
@@ -60,18 +65,22 @@ _LEARNED = {
 
 def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, `in_autocast`; raises TypeError or ValueError unless they belong to one call, each in its layout."""
-    q, k, v = in_autocast(q, k, v)
-    for name, x, axes in (("q", q, layout.q), ("k", k, layout.k), ("v", v, layout.v)):
+    if isinstance(q, Tensor) and autocast_is_on(q):
+        q, k, v = in_autocast(q, k, v)
+    for name, x, axes in zip(layout.names, (q, k, v), layout[:3], strict=True):
         check_tensor(name, x, axes)
         if x.dim() != (count := axes.count(",") + 1):
             raise ValueError(f"{name}: expected {count} axes {axes}, got {x.dim()} in {shape_of(x)}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise TypeError(f"{', '.join(layout.names)}: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
-    _check_sizes(q.shape, k.shape, v.shape, layout)
+        raise ValueError(f"{', '.join(layout.names)}: expected one device, got {q.device}, {k.device}, {v.device}")
+    if layout.names is not CACHE:
+        _check_sizes(q.shape, k.shape, v.shape, layout)
+    elif k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"v_cache: expected k_cache's {shape_of(k)[:3]}, got {shape_of(v)}")
     return q, k, v
 
 
@@ -352,14 +361,17 @@ def check_values(name: str, x: Tensor, highest: int, meaning: str = "Sk = ") -> 
     """Raise where a value of a CPU tensor is outside [0, highest]."""
     if not values_are_read(x):
         return
-    low, high = (int(bound) for bound in x.aminmax())
+    low, high = map(int, x.aminmax())
     if low < 0 or high > highest:
         raise ValueError(f"{name}: expected values in [0, {meaning}{highest}], got {low if low < 0 else high}")
 
 
-def values_are_read(x: Tensor) -> bool:
-    """Whether values of x can be checked: on a CPU, unless a compiler or a transform stands between."""
-    return x.device.type == "cpu" and runs_eagerly(x) and x.numel() > 0
+def values_are_read(*tensors: Tensor) -> bool:
+    """Whether values of tensors can be checked: on a CPU, unless a compiler or a transform stands between."""
+    for x in tensors:  # no generator: every decode step asks
+        if x.device.type != "cpu" or x.numel() == 0:
+            return False
+    return runs_eagerly(*tensors)
 
 
 def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:

@@ -6,11 +6,9 @@ from torch import Tensor
 
 from ..core.call import AttentionCall, Logits
 from ..scaling import Scaling
-from .cached import refuse_gradients
 from .checks import check
 from .decode_checks import cache_operands, cache_visibility, check_statistics
-from .dispatch import AttentionAux, run
-from .key_records import record_of
+from .dispatch import AttentionAux, refuse_gradients, run
 from .key_statistics import KeyStatistics
 from .paged_statistics import PagedKeyStatistics
 from .public import public
@@ -110,7 +108,7 @@ def attention_decode(
         gain=gain,
         aux=return_aux,
         backend=backend,
-        record=record_of(statistics, block_table),
+        record=statistics,
         cached="attention_decode",
     )
     check(call, keys="[B, Hq or Hkv, capacity]")

@@ -10,15 +10,13 @@ from torch import Tensor
 from ..core.call import LONGEST_QUERY
 from ..core.visibility import Visibility, window_sides
 from .checks import (
-    FLOATS,
+    CACHE,
     Layout,
-    check_device,
     check_integers,
     check_masks,
-    check_tensor,
     check_values,
-    in_autocast,
     kind_of,
+    operands,
     shape_of,
     values_are_read,
 )
@@ -33,8 +31,8 @@ from .page_checks import (
 )
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 
-_WHOLE = Layout("[B, Hq, Sq, D]", "[B, Hkv, capacity, D]", "[B, Hkv, capacity, Dv]", heads=1, sequence=2)
-_IN_PAGES = Layout("[B, Hq, Sq, D]", "[N, page, Hkv, D]", "[N, page, Hkv, Dv]", heads=2, sequence=1)
+_WHOLE = Layout("[B, Hq, Sq, D]", "[B, Hkv, capacity, D]", "[B, Hkv, capacity, Dv]", 1, 2, CACHE)
+_IN_PAGES = Layout("[B, Hq, Sq, D]", "[N, page, Hkv, D]", "[N, page, Hkv, Dv]", 2, 1, CACHE)
 
 
 def cache_operands(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,9 +40,8 @@ def cache_operands(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None =
 
     Raises TypeError or ValueError unless these are the operands of one call.
     """
-    q, k, v = in_autocast(q, k, v)
     layout = _WHOLE if block_table is None else _IN_PAGES
-    check_cache(q, k, v, layout)
+    q, k, v = operands(q, k, v, layout)
     if block_table is not None:
         check_block_table(block_table, q.shape[0], q)
     _check_sizes(q, k, v, block_table, layout)
@@ -66,7 +63,7 @@ def cache_visibility(
     _check_lengths("key_lengths", key_lengths, q, capacity, "capacity = ")
     if query_lengths is not None:
         _check_lengths("query_lengths", query_lengths, q, q_len, "Sq = ")
-    left, _ = window_sides(window)
+    left = None if window is None else window_sides(window)[0]
     if block_table is not None:
         lengths = key_lengths.long()  # uint8 has no number below 0
         rows = q_len if query_lengths is None else query_lengths.long()
@@ -74,31 +71,6 @@ def cache_visibility(
         check_page_numbers(block_table, k.shape[2], k.shape[0], first, lengths, "key_lengths")
     sizes = (batch, q_heads, k.shape[1], q_len, capacity)
     return Visibility.of_padded(sizes, q.device, key_lengths, query_lengths, left=left, invariant=invariant)
-
-
-def check_cache(q: Tensor, k: Tensor, v: Tensor, layout: Layout = _WHOLE) -> None:
-    """Raise unless q and a cache have four axes, one dtype and one device."""
-    _check_operand("q", q, layout.q)
-    _check_operand("k_cache", k, layout.k)
-    _check_operand("v_cache", v, layout.v)
-    _check_alike(q, k, v)
-
-
-def _check_operand(name: str, x: Any, axes: str) -> None:
-    check_tensor(name, x, axes)
-    if x.dim() != 4:
-        raise ValueError(f"{name}: expected 4 axes {axes}, got {x.dim()} in {shape_of(x)}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
-
-
-def _check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k_cache, v_cache: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    for name, x in (("k_cache", k), ("v_cache", v)):
-        check_device(name, x, q)
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"v_cache: expected k_cache's {shape_of(k)[:3]}, got {shape_of(v)}")
 
 
 def _check_sizes(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, layout: Layout) -> None:

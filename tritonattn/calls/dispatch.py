@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import warnings
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, needs_graph
 from ..core.call import AttentionCall, ForwardResult
 from ..core.dropout import Dropout
+from ..core.key_records import RecordedStatistics
 from ..core.observation import ObservedCall, notify_observers, observers
+from ..core.pages import PageTable
 from ..core.statistics import Statistics
-from .cached import cached_statistics, keys_for_scaling, refuse_gradients
 from .logits import dense, logits
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -84,7 +85,7 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
 def with_logits(call: AttentionCall) -> AttentionCall:
     """The call with the terms of its logits, for the kernels or the CPU."""
     if call.cached:
-        call.logits = terms = logits(call, cached_statistics(call), keys_for_scaling(call))
+        call.logits = terms = logits(call, _cached_statistics(call), _keys_for_scaling(call))
         of_scaling = {"scaling": terms.query_scale, "key_scale": terms.key_scale, "key_bias": terms.key_bias}
         refuse_gradients(call.cached, **of_scaling)
         return call
@@ -93,6 +94,46 @@ def with_logits(call: AttentionCall) -> AttentionCall:
     if call.visibility.invariant and call.backend == "triton":
         _refuse_scaled_halves(call)
     return statistics.widened(call) if statistics.wide else call
+
+
+def _cached_statistics(call: AttentionCall) -> Statistics:
+    """The statistics of a call over a cache."""
+    computed = (ops.KernelStatistics if call.backend == "triton" else Statistics)(call.keys, call.visibility)
+    if call.record is None:
+        return computed
+    table = None
+    if call.block_table is not None:
+        table = PageTable(call.block_table, call.k.shape[2], call.visibility.sequences)
+    return RecordedStatistics(computed, call.record, table, _width(call))
+
+
+def _width(call: AttentionCall) -> int | None:
+    """The most keys that a row sees, as of `RecordedStatistics`."""
+    visible, sequences = call.visibility, call.visibility.sequences
+    if visible.left is None:
+        return None
+    if sequences is None:
+        return visible.left + 1
+    right = sequences.longest_k if visible.right is None else visible.right
+    return min(visible.left + 1 + right, sequences.longest_k)
+
+
+def _keys_for_scaling(call: AttentionCall) -> Tensor:
+    """What a scaling has for k: a shape alone, in place of a copy of pages, where it reads no keys."""
+    if call.block_table is None or call.scaling.reads_keys:
+        return call.keys()
+    visible = call.visibility
+    return call.q.new_full((), torch.nan).expand(visible.batch, visible.kv_heads, visible.k_len, call.q.shape[3])
+
+
+def refuse_gradients(call: str, /, **tensors: Any) -> None:
+    """Raise where one of these tensors would have to carry a derivative of a `call`."""
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and needs_graph(x):
+            raise NotImplementedError(
+                f"{name}: {call} has no gradient, got a tensor that requires one; call it under"
+                " torch.no_grad() or torch.inference_mode(), or `attention`, which has"
+            )
 
 
 def by_formulas(call: AttentionCall) -> ForwardResult:
@@ -133,7 +174,8 @@ def aux_of(result: ForwardResult) -> AttentionAux:
 def choose_backend(call: AttentionCall) -> str:
     """Choose the backend of a call: the one asked for, which must support the call, or for "auto" one that does."""
     q, v, backend = call.q, call.v, call.backend
-    decodes = call.decodes and not call.invariant  # only the decode kernel will run, which takes wider keys
+    # The decode kernel takes wider keys.
+    decodes = call.cached != "" and call.visibility.sequences is None and not call.visibility.invariant
     if backend == "triton" and (obstacle := _kernel_obstacle(q, v, decodes)):
         raise NotImplementedError(
             f"{obstacle}: backend 'triton' does not support it; backends 'sdpa' and 'reference' do"

@@ -9,7 +9,7 @@ from ..core.call import AttentionCall, Logits
 from ..core.statistics import DoubleStatistics, Statistics
 from ..core.visibility import Visibility
 from ..scaling import SCALINGS, Scales, Scaling
-from .checks import FLOATS, broadcasts, check_factor, check_key_bias, check_number, check_tensor, scale_dtype, shape_of
+from .checks import FLOATS, broadcasts, check_factor, check_key_bias, check_number, scale_dtype, shape_of
 
 
 def logits(call: AttentionCall, statistics: Statistics, k: Tensor | None = None) -> Logits:
@@ -50,11 +50,17 @@ def scales_of(
         raise TypeError(f"{name}: expected Scales, got {type(scales).__name__}")
     constant, query, key = scales.constant, scales.query, scales.key
     check_number(f"{name}.constant", constant)
+    rows, kv_heads = (visibility.batch, visibility.q_heads, visibility.q_len), visibility.kv_heads
     if query is not None:
-        query = _per_query_head(f"{name}.query", query, q, visibility)
-        query = query if scales.is_finite else _where_seeing(visibility, query)
+        if isinstance(query, Tensor) and query.dim() > 1 and 1 < query.shape[-2] == kv_heads != visibility.q_heads:
+            check_factor(f"{name}.query", query, q, (rows[0], kv_heads, rows[2]), "[B, Hkv, Sq]")
+            query = visibility.repeated(query)
+        else:
+            check_factor(f"{name}.query", query, q, rows, "[B, Hq, Sq]")
+        if not (scales.is_finite or visibility.every_row_sees):
+            query = _where_seeing(visibility, query)
     if isinstance(gain, Tensor):
-        gain = _where_seeing(visibility, gain)
+        gain = gain if visibility.every_row_sees else _where_seeing(visibility, gain)
         query = gain if query is None else query * gain
     elif gain is not None:
         constant = constant * gain
@@ -63,9 +69,11 @@ def scales_of(
         check_factor(f"{name}.key", key, q, visibility.keys, "[B, Hkv, Sk]")
     if scales.key_bias is not None:
         check_key_bias(f"{name}.key_bias", scales.key_bias, q, visibility.keys, "[B, Hq or Hkv, Sk]")
+    if query is None and key is None and gain is None:
+        return scales
     if not exact:
-        query = query if query is None else _expanded(query, scale_dtype(q), visibility.rows)
-        key = key if key is None else _expanded(key, scale_dtype(q), visibility.keys)
+        query = query if query is None else _expanded(query, q, rows)
+        key = key if key is None else _expanded(key, q, visibility.keys)
     return Scales(constant, query, key, key_bias=scales.key_bias)
 
 
@@ -95,9 +103,10 @@ def dense(call: AttentionCall, k: Tensor | None = None) -> tuple[Tensor | float,
     return factor, bias
 
 
-def _expanded(scale: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if scale.dtype != dtype:
-        scale = scale.to(dtype)
+def _expanded(scale: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A scale in the dtype in which it acts beside q, and of a shape to which it broadcasts."""
+    if scale.dtype != torch.float32 or q.dtype == torch.float64:
+        scale = scale.to(scale_dtype(q))
     is_whole = scale.dim() == len(shape) and scale.shape == shape  # tuples compare sizes first, and tracing binds them
     return scale if is_whole else scale.expand(shape)
 
@@ -114,20 +123,7 @@ def _per_group(bias: Tensor, visibility: Visibility) -> Tensor:
 
 def _where_seeing(visibility: Visibility, query: Tensor) -> Tensor:
     """A query scale with 0 for rows without keys, where a mode may have divided by 0 or met NaN in q."""
-    if visibility.every_row_sees:
-        return query
     return torch.where(visibility.once("seeing rows", visibility.seeing_rows), query, 0)
-
-
-def _per_query_head(name: str, query: Tensor, q: Tensor, visibility: Visibility) -> Tensor:
-    """A query scale broadcastable to [B, Hq, Sq], from one that may have a row a key head."""
-    (batch, q_heads, q_len), kv_heads = visibility.rows, visibility.kv_heads
-    check_tensor(name, query, "[B, Hq, Sq]")
-    if query.dim() > 1 and 1 < query.shape[-2] == kv_heads != q_heads:
-        check_factor(name, query, q, (batch, kv_heads, q_len), "[B, Hkv, Sq]")
-        return visibility.repeated(query)
-    check_factor(name, query, q, visibility.rows, "[B, Hq, Sq]")
-    return query
 
 
 def _check_dense(scaling: Scaling, method: str, factor: Tensor, shape: tuple[int, ...]) -> None:

@@ -44,7 +44,7 @@ def check_page_numbers(table: Tensor, page: int, pages: int, first: Tensor, end:
 
     bound   the argument that `end` comes from
     """
-    if not (values_are_read(table) and values_are_read(first) and values_are_read(end)):
+    if not values_are_read(table, first, end):
         return
     start = torch.arange(table.shape[1], device=table.device) * page
     used = (start < end[:, None]) & (start + page > first[:, None])

@@ -85,11 +85,6 @@ class AttentionCall:
     record: Any = None
 
     @property
-    def decodes(self) -> bool:
-        """Whether rows stand at the end of their sequences in a cache."""
-        return bool(self.cached) and self.visibility.sequences is None
-
-    @property
     def invariant(self) -> bool:
         """Whether the bits of a row do not depend on its company."""
         return self.visibility.invariant
@@ -122,7 +117,8 @@ class AttentionCall:
         q, k, v, query_scale, key_scale, key_bias, sinks, wide_q, wide_k, *masks = tensors
         terms, visible = self.logits, self.visibility.with_tensors(*masks)
         terms = Logits(terms.scale, query_scale, key_scale, key_bias, terms.softcap, sinks)
-        return replace(self, q=q, k=k, v=v, visibility=visible, logits=terms, wide_q=wide_q, wide_k=wide_k)
+        own = {"is_part": self.is_part, "aux": self.aux, "backend": self.backend}
+        return AttentionCall(q, k, v, visible, terms, self.dropout, wide_q, wide_k, **own)
 
     def narrowed(self) -> AttentionCall:
         """The call with q and k in v's dtype."""

@@ -34,14 +34,15 @@ def attention(call: AttentionCall) -> ForwardResult:
 
     max_logit and entropy are None without aux.
     """
-    tensors = call.tensors
-    has_graph = needs_graph(*tensors)
-    if not runs_eagerly(*tensors, call.visibility.key_lengths):
+    terms = call.logits
+    given = (call.q, call.k, call.v, terms.query_scale, terms.key_scale, terms.key_bias, terms.sinks)
+    has_graph = needs_graph(*given)
+    if not runs_eagerly(*given, call.visibility.key_lengths):
         keep_rounding = call.v.dtype.itemsize == 2 and (has_graph or is_transformed())
         run = _Transformed.apply if is_transformed() else _forward_operator
         results = run(*flat(_without_repeats(_with_values(call))), keep_rounding)
     elif has_graph:
-        results = apply_with_graph(_Attention, *tensors, call)
+        results = apply_with_graph(_Attention, *call.tensors, call)
     else:
         return _forward(call, has_graph=False)
     return ForwardResult(*results[: 4 if call.aux else 2])
@@ -111,30 +112,26 @@ def _without_repeats(call: AttentionCall) -> AttentionCall:
 
 
 def _forward(call: AttentionCall, rounding: Tensor | None = None, *, has_graph: bool) -> ForwardResult:
-    aux = call.aux
-    if call.decodes:
-        return _decode(call)
-    if call.backend != "triton" or call.k.shape[0] == 0:
+    aux, visible, runs_kernels = call.aux, call.visibility, call.backend == "triton"
+    if call.cached and visible.sequences is None:
+        if runs_kernels and not visible.invariant:
+            return kernels().decode(call, aux)
+        # Of an invariant call no keys are split, and the loop is that of other calls.
+        call = call.by_ranges()
+        return kernels().forward(call, aux) if runs_kernels else blockwise.forward(call.gathered(), aux)
+    if not runs_kernels or call.k.shape[0] == 0:
         call = call.gathered()
-    if _is_empty(call):
+    if call.q.numel() == 0 or call.k.numel() == 0:
         return _forward_of_nothing(call, aux)
-    if (first := call.visibility.first_keys()) is not None:
+    if visible.invariant and (first := visible.first_keys()) is not None:
         call = call.from_keys(first)
-    if call.backend != "triton":
+    if not runs_kernels:
         with without_autocast(call.q):
             return blockwise.forward(call, aux, rounding)
     # With a graph, forward and backward must multiply in the same tiles.
-    if not (has_graph or call.invariant) and kernels().are_few_rows(call.visibility, call.dropout):
-        return kernels().attend_few_rows(call, aux)
+    if not (has_graph or visible.invariant) and kernels().are_few_rows(visible, call.dropout):
+        return kernels().decode(call, aux)
     return kernels().forward(call, aux, rounding)
-
-
-def _decode(call: AttentionCall) -> ForwardResult:
-    if call.backend != "triton":
-        return blockwise.forward(call.gathered().by_ranges(), call.aux)
-    if call.invariant:  # no split of keys, and the loop of other calls
-        return kernels().forward(call.by_ranges(), call.aux)
-    return kernels().decode(call, call.aux)
 
 
 def _forward_kept(call: AttentionCall, keep_rounding: bool) -> tuple[Tensor | None, ...]:
@@ -154,13 +151,14 @@ def _backward(
 ) -> Gradients:
     """Compute gradients from `results`: out, lse and rounding."""
     out, lse, rounding = results
-    if _is_empty(call):
+    if call.q.numel() == 0 or call.k.numel() == 0:
         pairs = zip(call.tensors, needs, strict=True)
         return Gradients(*(_zeros(x) if need else None for x, need in pairs))
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
     d_lse = None if d_lse is None else d_lse.resolve_neg()
     runner = kernels() if call.backend == "triton" else blockwise
-    if (first := call.visibility.first_keys()) is not None:
+    first = call.visibility.first_keys() if call.visibility.invariant else None
+    if first is not None:
         call = call.from_keys(first)
     with without_autocast(out):
         found = runner.backward(call, out, lse, d_out, d_lse, needs, rounding)
@@ -169,10 +167,6 @@ def _backward(
 
 def _zeros(x: Any) -> Tensor:
     return x.new_zeros(x.shape)
-
-
-def _is_empty(call: AttentionCall) -> bool:
-    return call.q.numel() == 0 or call.k.numel() == 0
 
 
 def _forward_of_nothing(call: AttentionCall, aux: bool) -> ForwardResult:

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends import triton as triton_backend
-from ..backends.triton.decode import Rows, attend
 from ..backends.triton.operands import Operands
-from ..core.call import AttentionCall, ForwardResult, Needs
-from ..core.visibility import Visibility
+from ..core.call import ForwardResult, Needs
 from ..tuning.calls import Size
 from ..tuning.config import Problem
 from ..tuning.table import Key
@@ -111,8 +109,8 @@ class _Copy:
 
     def __call__(self) -> tuple[Tensor, ...]:
         call, aux = self.call, self.problem.aux
-        if isinstance(call, Rows):
-            return _results(attend(call, aux), aux)
+        if self.kernel == "decode":
+            return _results(triton_backend.decode(call, aux), aux)
         if not any(self._needs):
             return _results(triton_backend.forward(call, aux, self._rounding()), aux)
         if self._forward is None:
@@ -124,7 +122,9 @@ class _Copy:
 
     def reference(self, dtype: torch.dtype) -> list[Tensor]:
         """Compute the results eagerly in a dtype."""
-        call = _as_attention(self.call).gathered()
+        call = self.call.gathered()
+        if self.kernel == "decode":
+            call = call.by_ranges()
         wide = torch.promote_types(dtype, torch.float32)
         scale, query_scale, key_scale, key_bias, softcap, sinks = call.logits
         q, k, v = (x.to(dtype).requires_grad_() for x in (call.q, call.k, call.v))
@@ -169,21 +169,6 @@ def _needs(kernel: str, problem: Problem) -> Needs:
 
 def _results(found: ForwardResult, aux: bool) -> tuple[Tensor, ...]:
     return tuple(x for x in found if x is not None) if aux else (found.out,)
-
-
-def _as_attention(call: AttentionCall | Rows) -> AttentionCall:
-    """The call of the same rows without a kernel of its own."""
-    if isinstance(call, AttentionCall):
-        return call
-    assert call.key_lengths is not None
-    (batch, q_heads, q_len, _), device = call.q.shape, call.q.device
-    sizes = (batch, q_heads, call.kv_heads, q_len, call.capacity)
-    visible = Visibility.of_padded(sizes, device, call.key_lengths, call.query_lengths, left=call.left).as_ranges()
-    ranges = visible.key_ranges
-    if call.key_ranges is not None and ranges is not None:
-        first, last = torch.maximum(ranges, call.key_ranges)[..., 0], torch.minimum(ranges, call.key_ranges)[..., 1]
-        visible = replace(visible, key_ranges=torch.stack([first, last], dim=-1))
-    return AttentionCall(call.q, call.k, call.v, visible, call.logits, block_table=call.block_table)
 
 
 @contextmanager

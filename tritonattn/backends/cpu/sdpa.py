@@ -84,7 +84,8 @@ def attention(call: AttentionCall) -> Tensor:
         is_causal=False if is_full else True,  # under torch.compile is_full may be a SymBool
         enable_gqa=True if q.shape[1] != k.shape[1] else False,
     )
-    refuse_second_order(out)
+    if out.requires_grad:
+        refuse_second_order(out)
     out = out if value_width == width else out[..., :value_width]
     return out if out.dtype == dtype else out.to(dtype)
 

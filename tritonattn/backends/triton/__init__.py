@@ -1,8 +1,8 @@
 """The "triton" backend: calls as kernel launches, on a GPU, in the interpreter, or wherever launch.run sends them."""
 
-from .attention import problem_of
+from .attention import are_few_rows, problem_of
 from .backward import backward
-from .decode import are_few_rows, attend_few_rows, decode
+from .decode import decode
 from .forward import forward
 from .key_statistics import append_keys, append_to_pages, key_norms, key_norms_backward
 from .launch import KERNELS
@@ -14,7 +14,6 @@ __all__ = [
     "append_to_pages",
     "are_few_rows",
     "argmax_over_ranges",
-    "attend_few_rows",
     "backward",
     "decode",
     "forward",

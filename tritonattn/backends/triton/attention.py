@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...core.call import AttentionCall, Needs
+from ...core.call import LONGEST_QUERY, AttentionCall, Needs
+from ...core.dropout import Dropout
 from ...core.visibility import Visibility
 from ...tuning import calls as recorded
+from ...tuning.calls import Size
 from ...tuning.config import (
     ROW_TERMS_ALIGNMENT,
     TILED_KERNELS,
     Problem,
-    TileConfig,
     is_short,
     padded_dim,
 )
@@ -30,14 +31,26 @@ from .launch import (
     are_aligned,
     forms_of,
     is_wide,
-    kind_of,
+    kept_kind,
     logit_arguments,
     pages_of,
     planned,
+    range_arguments,
     strided,
 )
-from .ranges import range_arguments, rows_of_key_blocks, seen_bytes, seen_keys
-from .sizes import lengths_of, sequences_of, size_of
+from .ranges import rows_of_key_blocks, seen_bytes, seen_keys
+
+
+def are_few_rows(visible: Visibility, dropout: Dropout | None) -> bool:
+    """Whether the decode kernel, whose programs share a row's keys, runs such a call, or the forward kernel.
+
+    Rows must stand at the end of the keys: causal rows do, and a lone row that sees all keys.
+    """
+    if visible.mask is not None or visible.sequences is not None or dropout is not None:
+        return False
+    narrowed = visible.key_lengths is not None or visible.key_ranges is not None
+    stand_at_the_end = visible.q_len == 1 or (visible.right == 0 and not narrowed)
+    return visible.q_len <= LONGEST_QUERY and stand_at_the_end and not (narrowed and visible.left is not None)
 
 
 def launch_kernel(
@@ -45,10 +58,11 @@ def launch_kernel(
 ) -> None:
     """A program for each block of rows, or of keys, of each head of each sequence."""
     if recorded.recorders and kernel in TILED_KERNELS:
-        recorded.note(Exact(kernel, kind.problem), size_of(call))
+        recorded.note(Exact(kernel, kind.problem), _size_of(call))
 
     def launches(chosen: Plan) -> None:
-        of_config = _descriptors(chosen, call, d_out)
+        no_descriptors = dict.fromkeys(chosen.descriptors)
+        of_config = _descriptors(chosen, call, d_out) if chosen.config.descriptors else no_descriptors
         if kernel == "grad_key_value":
             of_config["row_bounds_ptr"] = rows_of_key_blocks(call.visibility, available, chosen.config.block_n)
         chosen.launch(_grid(kernel, chosen, call), available | of_config, kind.wide, kind)
@@ -58,25 +72,43 @@ def launch_kernel(
 
 def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> Grid:
     """(blocks, heads, sequences) of row terms, else (heads of a section, blocks, sections)."""
-    visible, blocks, sequences = call.visibility, _blocks(kernel, chosen.config, call), sequences_of(call)
+    visible, config, (sequences, rows, keys) = call.visibility, chosen.config, _sizes(call)
     if kernel == "row_terms":
-        return blocks, visible.q_heads, sequences
-    rows, keys = lengths_of(call)
+        return -(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences
     bytes_of_row = (call.k.shape[3] + call.v.shape[3]) * call.k.dtype.itemsize
     if kernel == "grad_key_value":
-        count, read = visible.kv_heads * sequences, rows * bytes_of_row * (visible.q_heads // visible.kv_heads)
+        blocks, count = -(-keys // config.block_n), visible.kv_heads * sequences
+        read = rows * bytes_of_row * (visible.q_heads // visible.kv_heads)
     else:
-        count, read = visible.q_heads * sequences, keys * bytes_of_row * visible.kv_heads // visible.q_heads
-    section = heads_of_section(count, read, chosen.target, chosen.config.l2_percent)
+        blocks, count = -(-rows // config.block_m), visible.q_heads * sequences
+        read = keys * bytes_of_row * visible.kv_heads // visible.q_heads
+    section = heads_of_section(count, read, chosen.target, config.l2_percent)
     return section, blocks, count // section
 
 
-def _blocks(kernel: str, config: TileConfig, call: AttentionCall) -> int:
-    """Blocks of rows, or of keys, of the longest sequence."""
-    rows, keys = lengths_of(call)
-    if kernel == "grad_key_value":
-        return -(-keys // config.block_n)
-    return -(-(aligned_rows(rows) if kernel == "row_terms" else rows) // config.block_m)
+def _sizes(call: AttentionCall) -> tuple[int, int, int]:
+    """Sequences, and rows and keys of the longest one."""
+    visible, sequences = call.visibility, call.visibility.sequences
+    if sequences is None:
+        return visible.batch, visible.q_len, visible.k_len
+    return len(sequences.q_starts) - 1, sequences.longest_q, sequences.longest_k
+
+
+def _size_of(call: AttentionCall) -> Size:
+    """The sizes of a call as `record` keeps them."""
+    visible, (sequences, rows, keys) = call.visibility, _sizes(call)
+    return Size(
+        batch=sequences,
+        heads=visible.q_heads,
+        q_len=rows,
+        k_len=keys,
+        group=visible.q_heads // visible.kv_heads,
+        q_total=0 if visible.sequences is None else visible.q_len,
+        k_total=0 if visible.sequences is None else visible.k_len,
+        page=0 if call.block_table is None else call.k.shape[2],
+        left=min(visible.left or 0, rows + keys),
+        right=min(visible.right or 0, rows + keys),
+    )
 
 
 def new_results(call: AttentionCall, shape: tuple[int, ...], dtype: torch.dtype, fill: float = 0.0) -> Tensor:
@@ -125,17 +157,15 @@ def problem_of(call: AttentionCall, d_out: Tensor | None = None, **asked: bool) 
         sequences=visible.sequences is not None,
         block_table=call.block_table is not None,
         aligned=_has_whole_vectors(call.q, call.v) if call.invariant else are_aligned(call.q, call.k, call.v, d_out),
-        short=is_short(*lengths_of(call)),
+        short=is_short(*_sizes(call)[1:]),
         invariant=call.invariant,
         **asked,
     )
 
 
 def _descriptors(chosen: Plan, call: AttentionCall, d_out: Tensor | None) -> Arguments:
-    """The descriptors that a kernel takes, or None for each."""
+    """The descriptors that a kernel takes."""
     config = chosen.config
-    if not config.descriptors:
-        return dict.fromkeys(chosen.descriptors)
     tiles = {
         "q_descriptor": (call.q, config.block_m),
         "k_descriptor": (call.k, config.block_n),
@@ -153,7 +183,10 @@ def of_kind(
     All kernels then load 16 bytes at a time, and are those of other calls. An expanded operand stays as it is, and so
     do pages, which hold more than the call's keys.
     """
-    call = _with_one_layout(call)
+    if not call.q.dtype == call.k.dtype == call.v.dtype:
+        call = call.narrowed()
+    if call.visibility.invariant:
+        call = _with_one_layout(call)
     kind = _kind(call, d_out, needs, asked)
     if not kind.problem.aligned:
         names = ("q", "k", "v") if call.block_table is None else ("q",)
@@ -175,11 +208,11 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
         visible.invariant,
         visible.left,
         visible.right,
-        None if sequences is None else lengths_of(call),
+        None if sequences is None else (sequences.longest_q, sequences.longest_k),
         (needs, *asked.values()),
     )
     page = 0 if call.block_table is None else call.k.shape[2]
-    return kind_of(key, lambda: (problem_of(call, d_out, **asked), is_wide(call.q, call.k, call.v, d_out, page=page)))
+    return kept_kind(key, lambda: (problem_of(call, d_out, **asked), is_wide(call.q, call.k, call.v, d_out, page=page)))
 
 
 def aligned_copy(tensor: Tensor) -> Tensor:
@@ -190,9 +223,7 @@ def aligned_copy(tensor: Tensor) -> Tensor:
 
 
 def _with_one_layout(call: AttentionCall) -> AttentionCall:
-    """The call; where `invariant`, with operands whose alignment, and so the code, follows from head dims and dtype."""
-    if not call.invariant:
-        return call
+    """An invariant call with operands whose alignment, and so the code, follows from head dims and dtype."""
     if call.block_table is not None and not all(map(_has_one_layout, (call.k, call.v))):
         call = call.gathered()
     return replace(call, q=one_layout(call.q), k=one_layout(call.k), v=one_layout(call.v))
@@ -208,7 +239,10 @@ def _has_one_layout(tensor: Tensor) -> bool:
 
 def _has_whole_vectors(*tensors: Tensor) -> bool:
     """Whether rows of tensors [B, H, S, D] are multiples of 16 bytes."""
-    return all(x.shape[3] * x.dtype.itemsize % 16 == 0 for x in tensors)
+    for x in tensors:  # no generator: a call asks of all its tensors
+        if x.shape[3] * x.dtype.itemsize % 16:
+            return False
+    return True
 
 
 class _Descriptor(TensorDescriptor):
@@ -234,35 +268,33 @@ def _described(
 
 def call_arguments(call: AttentionCall) -> Arguments:
     """The arguments that the forward and both backward kernels share."""
-    visible, dropout = call.visibility, call.dropout
-    arguments = _visibility_arguments(call) | logit_arguments(call.logits)
-    return arguments | {
+    visible, dropout, sequences = call.visibility, call.dropout, call.visibility.sequences
+    arguments = range_arguments(visible)
+    mask = seen = None
+    if visible.mask is not None:
+        mask = _with_aligned_rows(visible.mask).expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len)
+        mask = strided(mask.view(torch.uint8))
+    if visible.mask is not None or visible.key_ranges is not None:
+        seen = seen_bytes(seen_keys(visible, arguments), visible.keys)
+        if visible.invariant:  # loads of 8 bits before a product make Triton multiply in another order
+            seen = seen.short()
+    return {
+        **arguments,
+        **logit_arguments(call.logits),
         "q": strided(call.q),
         "k": strided(call.k),
         "v": strided(call.v),
+        "mask": mask,
+        "seen_ptr": seen,
+        "q_starts": None if sequences is None else sequences.q_starts.contiguous(),
+        "k_starts": None if sequences is None else sequences.k_starts.contiguous(),
         "dropout_ptr": None if dropout is None else dropout.state,
         "keep_scale": 1.0 if dropout is None else 1 / (1 - dropout.p),
         "keep_from": 0 if dropout is None else dropout.threshold - 2**31,
-        "pages": pages_of(call.block_table, call.k.shape[0], call.k.shape[2]),
+        "pages": None if call.block_table is None else pages_of(call.block_table, call.k.shape[0], call.k.shape[2]),
         "q_heads": visible.q_heads,
         "group": visible.q_heads // visible.kv_heads,
     }
-
-
-def _visibility_arguments(call: AttentionCall) -> Arguments:
-    visible = call.visibility
-    arguments = range_arguments(visible)
-    mask = seen = q_starts = k_starts = None
-    if visible.sequences is not None:
-        q_starts, k_starts = visible.sequences.q_starts.contiguous(), visible.sequences.k_starts.contiguous()
-    if visible.mask is not None:
-        mask = _with_aligned_rows(visible.mask).expand(visible.batch, visible.q_heads, visible.q_len, visible.k_len)
-        mask = mask.view(torch.uint8)
-    if visible.mask is not None or visible.key_ranges is not None:
-        seen = seen_bytes(seen_keys(visible, arguments), visible.keys)
-        if call.invariant:  # loads of 8 bits before a product make Triton multiply in another order
-            seen = seen.short()
-    return arguments | {"mask": strided(mask), "seen_ptr": seen, "q_starts": q_starts, "k_starts": k_starts}
 
 
 def _with_aligned_rows(mask: Tensor) -> Tensor:

@@ -31,9 +31,9 @@ def backward(
     """
     wide_q = call.wide_q is not None or call.q.dtype != call.v.dtype
     wide_k = call.wide_k is not None or call.k.dtype != call.v.dtype
-    d_out = one_layout(d_out) if call.invariant else aligned_copy(d_out)
+    d_out = one_layout(d_out) if call.visibility.invariant else aligned_copy(d_out)
     call, kind = of_kind(
-        call.narrowed(),
+        call,
         d_out,
         needs,
         aux=d_lse is not None,
@@ -56,4 +56,5 @@ def backward(
     of_keys = grad_key_value(kind, call, shared, needs, d_out)
     d_sinks = d_sinks.sum((0, 2)) if d_sinks is not None and needs.sinks else None
     values = of_keys._replace(q=d_q, query_scale=d_query_scale, sinks=d_sinks)
-    return Gradients(*(value if need else None for value, need in zip(values, needs, strict=True)))
+    needed = [value if need else None for value, need in zip(values, needs, strict=True)]
+    return Gradients(*needed)

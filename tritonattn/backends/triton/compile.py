@@ -18,7 +18,7 @@ from ...tuning.calls import Size
 from ...tuning.config import WIDEST, WIDEST_KEYS, Problem, Target, TileConfig, legal_reasons
 from ...tuning.defaults import default_config
 from .backward import backward
-from .decode import attend
+from .decode import decode
 from .device import binder, compile_options
 from .forward import forward
 from .key_statistics import append_keys, append_to_pages, key_norms, key_norms_backward
@@ -149,7 +149,7 @@ def _decode(problem: Problem) -> None:
     operands = _operands(problem)
     group, rows = (problem.packed_rows, 1) if problem.grouped else (1, problem.packed_rows)
     size = replace(operands.size, heads=2 * group, q_len=rows, group=group)
-    attend(Operands(problem, size, operands.device).decode(), problem.aux)
+    decode(Operands(problem, size, operands.device).decode(), problem.aux)
 
 
 def _keys(problem: Problem) -> tuple[Tensor, Tensor | None]:

@@ -25,16 +25,16 @@ class NotCompiledError(RuntimeError):
     """A kernel would have to be compiled while a CUDA graph is captured."""
 
 
+@dataclass(eq=False, slots=True)
 class ArgumentsOfKind(Mapping[str, Any]):
     """A kernel's arguments in its order, and the kind of the call that they belong to, or None.
 
     A launch on a device reads the values alone, so that no dict is made of them.
     """
 
-    __slots__ = ("_names", "_values", "kind")
-
-    def __init__(self, names: tuple[str, ...], values: tuple[Any, ...], kind: Kind | None) -> None:
-        self._names, self._values, self.kind = names, values, kind
+    _names: tuple[str, ...]
+    _values: tuple[Any, ...]
+    kind: Kind | None
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._names:

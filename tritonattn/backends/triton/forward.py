@@ -260,7 +260,7 @@ def forward(call: AttentionCall, aux: bool, rounding: Tensor | None = None) -> F
 
     rounding   int8 [B, Hq, Sq, Dv], contiguous, or None; receives what out lost when it was rounded: `core.rounding`
     """
-    call, kind = of_kind(call.narrowed(), aux=aux, rounding=rounding is not None)
+    call, kind = of_kind(call, aux=aux, rounding=rounding is not None)
     q, v = call.q, call.v
     out = new_results(call, (*q.shape[:3], v.shape[-1]), q.dtype)
     lse = new_results(call, q.shape[:3], torch.float32, fill=-torch.inf)

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ...core.call import Logits
+from ...core.visibility import Visibility
 from ...tuning import lookup
 from ...tuning.config import (
     Problem,
@@ -136,15 +137,15 @@ class Plan(NamedTuple):
         execute = recorder.run if (recorder := _recorder.get()) else run
         values = available | self.constexprs
         values["WIDE"] = wide
-        for part, first_y, first_z in _parts(*grid):
+        x, y, z = grid
+        is_one = 0 < y <= LONGEST_AXIS and 0 < z <= LONGEST_AXIS and x * y * z <= MOST_PROGRAMS
+        for part, first_y, first_z in ((grid, 0, 0),) if is_one else _parts(x, y, z):
             values["first_y"], values["first_z"] = first_y, first_z
             execute(self.kernel, part, ArgumentsOfKind(self.names, self.in_order(values), kind), self.config)
 
 
 def _parts(x: int, y: int, z: int) -> Iterable[tuple[Grid, int, int]]:
     """The grids of a grid's launches, each with its first place on the second and the third axis."""
-    if y <= LONGEST_AXIS and z <= LONGEST_AXIS and x * y * z <= MOST_PROGRAMS:
-        return (((x, y, z), 0, 0),) if y and z else ()
     most = MOST_PROGRAMS // max(x, 1)
     y_step = max(1, min(y, LONGEST_AXIS, most))
     z_step = max(1, min(z, LONGEST_AXIS, most // y_step))
@@ -211,7 +212,13 @@ def recording(target: Target, configs: ConfigFor = default_config) -> Iterator[l
 def plan(kernel: str, problem: Problem, device: torch.device) -> Plan:
     if recorder := _recorder.get():
         return _plan(kernel, problem, recorder.target, recorder.config_for)
-    return _plan(kernel, problem, Target.of(device), config_for)
+    return _plan(kernel, problem, _target(Target.of, device), config_for)
+
+
+@functools.lru_cache(maxsize=64)
+def _target(of: Callable[[torch.device], Target], device: torch.device) -> Target:
+    """of(device), which every launch asks."""
+    return of(device)
 
 
 def planned(kernel: str, problem: Problem, device: torch.device, launches: Callable[[Plan], Result]) -> Result:
@@ -253,14 +260,12 @@ def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Ar
     }
 
 
-def strided(tensor: Tensor | None) -> Strided | None:
-    return None if tensor is None else Strided(tensor, *tensor.stride())
+def strided(tensor: Tensor) -> Strided:
+    return Strided(tensor, *tensor.stride())
 
 
-def scale_of(tensor: Tensor | None) -> Scale | None:
+def scale_of(tensor: Tensor) -> Scale:
     """The record of a factor [B, H, S], or of a bias [B, Hkv, group, Sk]."""
-    if tensor is None:
-        return None
     b, h, *g, s = tensor.stride()
     return Scale(tensor, 16 * b, 16 * h, 16 * g[0] if g else 0, s)
 
@@ -269,21 +274,33 @@ def logit_arguments(logits: Logits) -> Arguments:
     """The arguments that say what a logit is, and the softmax's other terms."""
     return {
         "scale": float(logits.scale),
-        "query_scale": scale_of(logits.query_scale),
-        "key_scale": scale_of(logits.key_scale),
-        "key_bias": scale_of(logits.key_bias),
+        "query_scale": None if logits.query_scale is None else scale_of(logits.query_scale),
+        "key_scale": None if logits.key_scale is None else scale_of(logits.key_scale),
+        "key_bias": None if logits.key_bias is None else scale_of(logits.key_bias),
         "softcap": None if logits.softcap is None else float(logits.softcap),
         "sinks_ptr": None if logits.sinks is None else logits.sinks.contiguous(),
     }
 
 
-def pages_of(block_table: Tensor | None, count: int, size: int) -> Pages | None:
+def pages_of(block_table: Tensor, count: int, size: int) -> Pages:
     """The record of a block table, int32 [sequences, max_pages], of `count` pages of `size` keys."""
-    if block_table is None:
-        return None
     bits = (size - 1).bit_length()
-    numbers = (size, count, block_table.shape[1], 2 ** (31 + bits) // size + 1, bits - 1)
-    return Pages(block_table.contiguous(), *(16 * number for number in numbers))
+    magic = 16 * (2 ** (31 + bits) // size + 1)
+    return Pages(block_table.contiguous(), 16 * size, 16 * count, 16 * block_table.shape[1], magic, 16 * (bits - 1))
+
+
+def range_arguments(visible: Visibility) -> Arguments:
+    """The arguments of kernels that use `block.key_range`."""
+    lengths, ranges = visible.key_lengths, visible.key_ranges
+    reach = visible.q_len + visible.k_len
+    return {
+        "left": None if visible.left is None else min(visible.left, reach),
+        "right": None if visible.right is None else min(visible.right, reach),
+        "key_lengths": None if lengths is None else bounded(lengths, visible.k_len).contiguous(),
+        "key_ranges": None if ranges is None else bounded(ranges, visible.k_len).contiguous(),
+        "q_len": visible.q_len,
+        "k_len": visible.k_len,
+    }
 
 
 def bounded(x: Tensor, highest: int) -> Tensor:
@@ -301,7 +318,7 @@ def forms_of(*tensors: Tensor | None) -> list[Form | None]:
     return [None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0) for x in tensors]
 
 
-def kind_of(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> Kind:
+def kept_kind(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> Kind:
     """The one `Kind` of a key: the forms of a call's tensors, and its options. found: its problem and `wide`."""
     kind = _kinds.get(key)
     if kind is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,6 @@ from ...core.sequences import Sequences
 from ...core.visibility import Visibility
 from ...tuning.calls import Size
 from ...tuning.config import Problem
-from .decode import Rows
 
 
 class Operands:
@@ -58,20 +59,21 @@ class Operands:
             block_table=self._block_table(),
         )
 
-    def decode(self) -> Rows:
+    def decode(self) -> AttentionCall:
+        """A call whose rows stand at the end of their sequences in a cache."""
         problem, size = self.problem, self.size
         rows, keys = (size.batch, size.heads, size.q_len), (size.batch, size.kv_heads, self._capacity())
-        return Rows(
-            self.operand(*rows, problem.head_dim),
-            *self._keys_and_values(keys),
-            keys[2],
-            self._logits(rows, keys),
-            size.left if problem.left else None,
+        visible = Visibility.of_padded(
+            (size.batch, size.heads, size.kv_heads, size.q_len, keys[2]),
+            self.device,
             self._spread(size.batch, keys[2]),
-            self._ranges(size.batch, 1, keys[2]) if problem.key_ranges else None,
-            self._block_table(),
             self._spread(size.batch, size.q_len) if problem.sequences else None,
+            left=size.left if problem.left else None,
         )
+        if problem.key_ranges:
+            visible = replace(visible, key_ranges=self._ranges(size.batch, 1, keys[2]))
+        q, (k, v) = self.operand(*rows, problem.head_dim), self._keys_and_values(keys)
+        return AttentionCall(q, k, v, visible, self._logits(rows, keys), block_table=self._block_table())
 
     def _rows(self) -> tuple[int, int, int]:
         size = self.size

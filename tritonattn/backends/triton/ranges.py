@@ -10,7 +10,7 @@ from torch import Tensor
 from ...core.visibility import Visibility
 from ...tuning.config import Problem
 from .block import LENGTHS, View, key_range, pass_bounds, program_position, whole_blocks
-from .launch import KERNELS, Arguments, Plan, bounded, kind_of, plan
+from .launch import KERNELS, Arguments, Plan, kept_kind, plan, range_arguments
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -158,7 +158,7 @@ def prefix_sums(addends: Tensor) -> Tensor:
     batch, heads, count = addends.shape
     sums = torch.empty((batch, heads, count + 1), dtype=torch.float64, device=addends.device)
     arguments = {"addends_ptr": addends.contiguous(), "sums_ptr": sums, "addends_len": count, "q_heads": heads}
-    kind = kind_of((addends.dtype,), lambda: (NO_HEADS, False))
+    kind = kept_kind((addends.dtype,), lambda: (NO_HEADS, False))
     _plan("prefix_sums", addends.device).launch((1, heads, batch), arguments, False, kind)
     return sums
 
@@ -210,20 +210,6 @@ def rows_of_key_blocks(visible: Visibility, arguments: Arguments, key_block: int
     arguments = arguments | {"bounds_ptr": bounds, "key_block": key_block}
     _plan("row_bounds", visible.device).launch((blocks, 1, visible.batch), arguments, False)
     return bounds
-
-
-def range_arguments(visible: Visibility) -> Arguments:
-    """The arguments of kernels that use `block.key_range`."""
-    lengths, ranges = visible.key_lengths, visible.key_ranges
-    reach = visible.q_len + visible.k_len
-    return {
-        "left": None if visible.left is None else min(visible.left, reach),
-        "right": None if visible.right is None else min(visible.right, reach),
-        "key_lengths": None if lengths is None else bounded(lengths, visible.k_len).contiguous(),
-        "key_ranges": None if ranges is None else bounded(ranges, visible.k_len).contiguous(),
-        "q_len": visible.q_len,
-        "k_len": visible.k_len,
-    }
 
 
 def seen_bytes(seen: Tensor, keys: tuple[int, ...]) -> Tensor:
