@@ -56,7 +56,7 @@ def are_few_rows(visible: Visibility, dropout: Dropout | None) -> bool:
 def launch_kernel(
     kernel: str, kind: Kind, call: AttentionCall, available: Arguments, d_out: Tensor | None = None
 ) -> None:
-    """A program for each block of rows, or of keys, of each head of each member."""
+    """A program for each block of rows, or of keys, of each head of each sequence."""
     if recorded.recorders and kernel in TILED_KERNELS:
         recorded.note(Exact(kernel, kind.problem), _size_of(call))
 
@@ -71,16 +71,16 @@ def launch_kernel(
 
 
 def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> Grid:
-    """(blocks, heads, members) of row terms, else (heads of a section, blocks, sections)."""
-    visible, config, (members, rows, keys) = call.visibility, chosen.config, _sizes(call)
+    """(blocks, heads, sequences) of row terms, else (heads of a section, blocks, sections)."""
+    visible, config, (sequences, rows, keys) = call.visibility, chosen.config, _sizes(call)
     if kernel == "row_terms":
-        return -(-aligned_rows(rows) // config.block_m), visible.q_heads, members
+        return -(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences
     bytes_of_row = (call.k.shape[3] + call.v.shape[3]) * call.k.dtype.itemsize
     if kernel == "grad_key_value":
-        blocks, count = -(-keys // config.block_n), visible.kv_heads * members
+        blocks, count = -(-keys // config.block_n), visible.kv_heads * sequences
         read = rows * bytes_of_row * (visible.q_heads // visible.kv_heads)
     else:
-        blocks, count = -(-rows // config.block_m), visible.q_heads * members
+        blocks, count = -(-rows // config.block_m), visible.q_heads * sequences
         read = keys * bytes_of_row * visible.kv_heads // visible.q_heads
     section = heads_of_section(count, read, chosen.target, config.l2_percent)
     return section, blocks, count // section
@@ -96,9 +96,9 @@ def _sizes(call: AttentionCall) -> tuple[int, int, int]:
 
 def _size_of(call: AttentionCall) -> Size:
     """The sizes of a call as `record` keeps them."""
-    visible, (members, rows, keys) = call.visibility, _sizes(call)
+    visible, (sequences, rows, keys) = call.visibility, _sizes(call)
     return Size(
-        batch=members,
+        batch=sequences,
         heads=visible.q_heads,
         q_len=rows,
         k_len=keys,

@@ -283,7 +283,7 @@ def logit_arguments(logits: Logits) -> Arguments:
 
 
 def pages_of(block_table: Tensor, count: int, size: int) -> Pages:
-    """The record of a block table, int32 [members, max_pages], of `count` pages of `size` keys."""
+    """The record of a block table, int32 [sequences, max_pages], of `count` pages of `size` keys."""
     bits = (size - 1).bit_length()
     magic = 16 * (2 ** (31 + bits) // size + 1)
     return Pages(block_table.contiguous(), 16 * size, 16 * count, 16 * block_table.shape[1], magic, 16 * (bits - 1))
