@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from tests.support.masks import MASKS, visible_pairs
 from tritonattn.core import ranges
-from tritonattn.core.over_keys import max_over_keys, sum_over_keys
 from tritonattn.core.packing import Places
 from tritonattn.core.ranges import prefix_sum
+from tritonattn.core.statistics import max_over_keys, sum_over_keys
 from tritonattn.core.visibility import Visibility
 
 B, HQ, HKV = 2, 4, 2
