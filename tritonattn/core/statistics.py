@@ -5,7 +5,7 @@
     norm_square_sum[i] = sum of norm[j]^2    likewise
     norm_max[i]        = max of norm[j]      likewise
 
-Everything here is differentiable with respect to k and costs O(S) memory beside k. A kernel that computes the
+Everything here is differentiable with respect to k and takes O(S) memory more than k. A kernel that computes the
 same quantities takes the place of this class by overriding its underscore methods.
 """
 
@@ -22,7 +22,7 @@ from . import ranges
 from .autograd import apply, runs_eagerly
 from .call import AttentionCall
 from .invariance import halving_sum
-from .packing import Places
+from .packing import PackedAxis
 from .ranges import argmax_over_ranges, prefix_sum
 from .visibility import Visibility
 
@@ -38,17 +38,17 @@ class Renamed:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            kind, present = type(self).__name__, self.renamed.get(name)
+            owner, present = type(self).__name__, self.renamed.get(name)
             if present is None:
-                raise AttributeError(f"{kind!r} object has no attribute {name!r}", name=name, obj=self)
-            raise AttributeError(f"{kind}: expected {present}, got {name}")
+                raise AttributeError(f"{owner!r} object has no attribute {name!r}", name=name, obj=self)
+            raise AttributeError(f"{owner}: expected {present}, got {name}")
 
 
 @dataclass(eq=False)
 class Statistics(Renamed):
-    """Lazily computed statistics of the keys k, or k(), [B, Hkv, Sk, D] that each row of `visibility` sees.
+    """Lazily computed statistics of the keys k, or k(), [B, Hkv, Sk, D] that each row of `visibility` attends to.
 
-    norms             [B, Hkv, Sk]   fp32; 0 for a key that no row sees, whatever it holds
+    norms             [B, Hkv, Sk]   fp32; 0 for a key that no row attends to, whatever it holds
     norm_sum          [B, Hkv, Sq]   fp32
     norm_square_sum   [B, Hkv, Sq]   fp64, since the square of an fp32 norm need not fit fp32
     norm_max          [B, Hkv, Sq]   fp32; the lowest key that attains the maximum takes its gradient
@@ -167,7 +167,7 @@ def sum_over_keys(
         return x.sum(-1, keepdim=True, dtype=torch.float64).expand(*x.shape[:-1], visible.q_len).to(dtype)
     if visible.mask is not None:  # holes, for which each pair is read
         return ranges.sum_over_mask(_per_mask_head(x, visible), *visible.bounds(), visible.mask).to(dtype)
-    if visible.is_causal:  # a prefix sum a row, whose place the sizes tell
+    if visible.is_causal:  # a prefix sum a row, whose position the sizes tell
         if x.device.type == "cpu" and scan is prefix_sum:  # which says why not elsewhere
             return x.cumsum(-1, dtype=torch.float64)[..., visible.k_len - visible.q_len :].to(dtype)
         return ranges.sum_over_prefixes(x, None, visible.q_len, scan, dtype)
@@ -229,8 +229,8 @@ def _as_padded(x: Tensor, visible: Visibility, compute: Callable[[Tensor, Visibi
     """A statistic [1, H, T_q] of x [1, H, T_k] of packed sequences, computed for a padded batch of them."""
     sequences = visible.sequences
     assert sequences is not None
-    rows = Places(sequences.q_starts.long(), sequences.longest_q, visible.q_len)
-    keys = Places(sequences.k_starts.long(), sequences.longest_k, visible.k_len)
+    rows = PackedAxis(sequences.q_starts.long(), sequences.longest_q, visible.q_len)
+    keys = PackedAxis(sequences.k_starts.long(), sequences.longest_k, visible.k_len)
     sizes = (rows.starts.shape[0] - 1, visible.q_heads, visible.kv_heads, rows.longest, keys.longest)
     masks = {"left": visible.left, "right": visible.right, "invariant": True}
     padded = Visibility.of_padded(sizes, visible.device, keys.counts, rows.counts, **masks)
