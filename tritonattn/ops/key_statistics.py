@@ -52,14 +52,14 @@ class KernelStatistics(Statistics):
         if not (is_transformed() or needs_graph(x)):
             return _key_norms(x, seen)
         self._has_values = x.dtype == torch.float32 or not runs_eagerly(x)
-        norms, wide = apply(_NormsBeside, x, seen, self._has_values)
+        norms, wide = apply(_NormsAndInput, x, seen, self._has_values)
         self.wide.append((x, wide))
         return norms
 
     def widened(self, call: AttentionCall) -> AttentionCall:
         if not self.wide:
             return call
-        wide = {id(x): own for x, own in self.wide}
+        wide = {id(x): other for x, other in self.wide}
         q, k = wide.get(id(call.q)), wide.get(id(call.k))
         if not self._has_values:
             return replace(call, wide_q=q, wide_k=k)
@@ -110,7 +110,7 @@ def _(k, seen, norms, d_norms, added):
     return k.new_empty(k.shape)
 
 
-class _NormsBeside(Function):
+class _NormsAndInput(Function):
     """Norms of x [B, H, S, D], fp32 [B, H, S], and fp32 of x's shape: gradients of both are added, and rounded once.
 
     has_values   the second holds the values of x; else it has no memory, and only takes a gradient

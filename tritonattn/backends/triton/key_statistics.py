@@ -57,7 +57,7 @@ def key_norms_kernel(
     """Euclidean norm of BLOCK_N keys of one (batch, kv head).
 
     Grid: (blocks of Sk, Hkv, B). k [B, Hkv, Sk, D] any strides; seen uint8 [B, Hkv, Sk] contiguous or None, keys
-    that no row sees are not read and have norm 0; norms fp32 [B, Hkv, Sk] contiguous.
+    that no row attends to are not read and have norm 0; norms fp32 [B, Hkv, Sk] contiguous.
     """
     block, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
     first_key = block * BLOCK_N
@@ -140,13 +140,13 @@ def append_keys_kernel(
 ):
     """Append the next keys of one (batch, kv head) to the buffers of a `KeyStatistics`.
 
-    Grid: (1, Hkv, B). k [B, Hkv, k_len, D] any strides; the buffers contiguous, one place longer than KeyStatistics
+    Grid: (1, Hkv, B). k [B, Hkv, k_len, D] any strides; the buffers contiguous, one entry longer than KeyStatistics
     shows them: norms fp32 [B, Hkv, capacity + 1], norm_sums, norm_square_sums fp64 and norm_maxima fp32 [B, Hkv,
     capacity + 2].
 
     new_norms    fp32 [B, Hkv, k_len], contiguous, those of k, which is then not read; or None
     new_counts     int64 [B] or None: how many of the k_len are keys; None is all. Keys past the capacity are dropped
-    counts         int64 [B]: how many there are. Other programs read it too, so counts_after is a tensor of its own
+    counts         int64 [B]: how many there are. Other programs read it too, so counts_after is another tensor
 
     Sums are taken as in `append_to_pages`, in blocks that begin at multiples of STEP keys: their bits do not depend on
     how keys are cut into calls. New norms pass through memory, so that those of a block stand in one layout.
