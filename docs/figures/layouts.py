@@ -10,8 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from tritonattn.distributed.layout import LAYOUTS, Split
-from tritonattn.lab.figures import save
-from tritonattn.lab.palette import COLOURS
+from tritonattn.lab.figures import COLOURS, save
 
 RANKS, TOKENS = 4, 32
 

@@ -10,8 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 import tritonattn
-from tritonattn.lab.figures import save
-from tritonattn.lab.palette import COLOURS
+from tritonattn.lab.figures import COLOURS, save
 
 TOKENS = 8
 _HOLES = torch.ones(TOKENS, TOKENS, dtype=torch.bool)

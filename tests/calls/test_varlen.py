@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tritonattn
+from tests.kernels import harness
 from tests.support.packed import RAGGED, Packed, one_by_one, packed_operands
 from tests.support.pairs import pairwise
+from tritonattn.core.over_keys import max_over_keys, sum_over_keys
 from tritonattn.core.sequences import Sequences
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS
@@ -25,14 +27,10 @@ MASKS = {
 
 
 def outcome(attend, leaves: dict[str, Tensor], **arguments) -> dict[str, Tensor]:
-    """out, aux and the gradient of every leaf under a fixed objective of out and lse."""
-    out, aux = attend(**leaves, **arguments)
-    direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
-    lse = torch.where(aux.lse == -torch.inf, 0, aux.lse)
-    objective = (out.double() * direction).sum() + lse.double().sin().sum()
-    gradients = torch.autograd.grad(objective, list(leaves.values()))
-    results = {"out": out} | dict(zip(aux._fields, aux, strict=True))
-    return results | {"d_" + name: x for name, x in zip(leaves, gradients, strict=True)}
+    """out, aux and the gradient of every leaf, under gradients of out and lse."""
+    q, v = leaves["q"], leaves["v"]
+    d_out = torch.linspace(-1, 1, q.shape[0] * q.shape[1] * v.shape[2], dtype=torch.float64)
+    return harness.run(leaves, d_out.view(*q.shape[:2], v.shape[2]), attend, **arguments)
 
 
 def ours(packed: Packed, backend: str):
@@ -66,7 +64,7 @@ def test_a_tensor_as_scaling(backend):
     factor = torch.randn(4, RAGGED.q_len, dtype=torch.float64).requires_grad_()
     found = outcome(ours(RAGGED, backend), leaves | {"scaling": factor}, causal=True)
     wanted = outcome(partial(one_by_one, RAGGED), leaves | {"gain": factor}, causal=True, scaling="none")
-    wanted["d_scaling"] = wanted.pop("d_gain")
+    wanted["scaling"] = wanted.pop("gain")
     assert_same(found, wanted)
 
 
@@ -135,8 +133,8 @@ def test_rows_see_the_keys_of_their_own_sequence(members, tails, causal, window)
     assert torch.equal(visibility.tile(slice(1, 4), slice(2, 5))[0, 0], dense[1:4, 2:5])
     assert torch.equal(visibility.counts()[0, 0], dense.sum(-1).double())
     assert torch.equal(visibility.seen_keys()[0, 0], dense.any(0))
-    torch.testing.assert_close(visibility.sum(x)[0], shown.sum(-1), rtol=1e-12, atol=1e-12)
-    assert torch.equal(visibility.max(x)[0], torch.nn.functional.pad(shown, (0, 1)).amax(-1))
+    torch.testing.assert_close(sum_over_keys(x, visibility)[0], shown.sum(-1), rtol=1e-12, atol=1e-12)
+    assert torch.equal(max_over_keys(x, visibility)[0], torch.nn.functional.pad(shown, (0, 1)).amax(-1))
     assert not visibility.is_full
     assert not visibility.is_square_causal
     assert not visibility.every_row_sees

@@ -10,6 +10,9 @@ import pytest
 
 from tritonattn.cli import env
 from tritonattn.cli import main as cli
+from tritonattn.cli.options import at_least
+from tritonattn.core.errors import CommandError
+from tritonattn.core.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,6 +26,14 @@ def test_no_command_is_refused(capsys):
     for name, module in cli.COMMANDS.items():
         assert f"\n    {name}" in text
         assert " ".join(module.HELP.split()) in " ".join(text.split())
+
+
+@pytest.mark.parametrize("least", [0, 1, 16])
+def test_a_number_below_the_least_is_refused(least):
+    parse = at_least("--steps", least)
+    assert parse(str(least)) == least
+    with pytest.raises(CommandError, match=f"--steps: expected at least {least}, got {least - 1}"):
+        parse(str(least - 1))
 
 
 # In place of torch, the first package that tritonattn imports.
@@ -64,6 +75,15 @@ def interrupted(tmp_path):
 def test_interruption_of_imports_is_one_line(arguments, interrupted):
     done = interrupted(*arguments)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_no_bar_is_drawn_into_a_file(capsys):
+    for _ in Progress(range(3)):
+        pass
+    with Progress(total=2) as progress:
+        progress.update()
+        progress.set_description("a")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("length", [1, 100_000], ids=["buffered", "longer than the buffer"])

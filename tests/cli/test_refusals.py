@@ -68,6 +68,7 @@ def test_an_unknown_model_without_network(monkeypatch, capsys):
     [
         ("demo", ["transformers", "pip install 'tritonattn[demo]'"]),
         ("simulate --plot x", ["simulate needs tqdm, matplotlib; to mend it: pip install 'tritonattn[lab]'"]),
+        ("watch run.jsonl", ["watch needs matplotlib; to mend it: pip install 'tritonattn[monitor]'"]),
         ("train-compare", ["sklearn", "to mend it: pip install 'tritonattn[lab]'"]),
     ],
 )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support.masks import MASKS, visible_pairs
 from tritonattn.core import ranges
+from tritonattn.core.over_keys import max_over_keys, sum_over_keys
 from tritonattn.core.packing import Places
 from tritonattn.core.ranges import prefix_sum
 from tritonattn.core.visibility import Visibility
@@ -62,7 +63,7 @@ def assert_same_gradients(ours, theirs, x):
 def test_sum_and_its_gradient(case):
     visibility, expected = case
     x = values(expected.shape[-1]).requires_grad_()
-    y = visibility.sum(x)
+    y = sum_over_keys(x, visibility)
     dense = torch.where(expected, per_query_head(x)[:, :, None], 0).sum(-1)
     assert y.dtype == torch.float64
     assert y.shape[1] == (HQ if visibility.per_query_head else HKV)
@@ -74,7 +75,7 @@ def test_max_and_its_gradient(case):
     visibility, expected = case
     k_len = expected.shape[-1]
     x = values(k_len).mul(2).round().requires_grad_()  # with ties
-    y = visibility.max(x)
+    y = max_over_keys(x, visibility)
     assert y.shape[1] == (HQ if visibility.per_query_head else HKV)
 
     padded = torch.nn.functional.pad(x, (0, 1), value=-99)  # a key below all, so that an empty row has a maximum
@@ -102,8 +103,8 @@ def test_rows_at_the_end_of_their_own_number_of_keys(q_len, left, right, row_cou
     for seen in (visible, visible.as_ranges()):
         assert torch.equal(seen.dense()[:, 0], dense)
         assert torch.equal(seen.counts()[:, 0], dense.sum(-1).double())
-        torch.testing.assert_close(seen.sum(x), shown.sum(-1), rtol=1e-12, atol=1e-12)
-        assert torch.equal(seen.max(x), shown.amax(-1))
+        torch.testing.assert_close(sum_over_keys(x, seen), shown.sum(-1), rtol=1e-12, atol=1e-12)
+        assert torch.equal(max_over_keys(x, seen), shown.amax(-1))
     part = Visibility.of_part(visible, 2, 4)
     assert torch.equal(part.dense()[:, 0], dense[..., 2:6])
     assert torch.equal(part.counts(), visible.counts())
@@ -171,12 +172,12 @@ def test_a_mask_longer_than_a_block_of_rows(monkeypatch, entries):
     dense = visible_pairs(sizes, mask=mask)
     assert torch.equal(visibility.counts(), dense.sum(-1).double())
     assert torch.equal(visibility.seen_keys(), dense.any(-2).unflatten(1, (HKV, -1)).any(2))
-    y = visibility.sum(x)
+    y = sum_over_keys(x, visibility)
     z = torch.where(dense, per_query_head(x)[:, :, None], 0).sum(-1)
     torch.testing.assert_close(y, z)
     torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (y, z)))
     largest = torch.where(dense, per_query_head(x)[:, :, None], -torch.inf).amax(-1)
-    torch.testing.assert_close(visibility.max(x), torch.where(dense.any(-1), largest, 0))
+    torch.testing.assert_close(max_over_keys(x, visibility), torch.where(dense.any(-1), largest, 0))
 
 
 def test_prefix_sum_starts_at_zero():
@@ -202,8 +203,8 @@ def test_any_combination_of_ranges(data):
     assert torch.equal(visibility.dense().expand_as(dense), dense)
     assert torch.equal(visibility.seen_keys().expand(B, 1, -1), dense[:, :1].any(-2))
     shown = torch.where(dense[:, :HKV], x[:, :, None], 0)
-    torch.testing.assert_close(visibility.sum(x), shown.sum(-1), rtol=1e-12, atol=1e-12)
-    assert torch.equal(visibility.max(x), torch.nn.functional.pad(shown, (0, 1)).amax(-1))
+    torch.testing.assert_close(sum_over_keys(x, visibility), shown.sum(-1), rtol=1e-12, atol=1e-12)
+    assert torch.equal(max_over_keys(x, visibility), torch.nn.functional.pad(shown, (0, 1)).amax(-1))
 
 
 def test_entries_of_no_member_are_zero_there_and_back():

@@ -11,24 +11,21 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tests.support.bound import assert_within_bound
-from tests.support.caches import GrowingCache, sequences
+from tests.support.caches import check_newest, sequences
 from tests.support.pairs import all_pairs, in_turn
-from tritonattn import attention, attention_decode
+from tritonattn import attention_decode
 from tritonattn.tuning import TileConfig
 
-from .cases import described
+from .cases import CPU, described
 from .executor import GPU, padded
 from .test_attention import DIMS, cases_of
 
 HALF, BFLOAT, SINGLE = torch.float16, torch.bfloat16, torch.float32
 SMALL = TileConfig(16, 16, 1, 3)  # a split has 64 keys
 FORMS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "softcap": {"softcap": 2.0},
-    "sinks": {"sinks": True},
-    "aux": {"return_aux": True},
-    "every form": {"softcap": 2.0, "sinks": True, "key_bias": True, "return_aux": True},
+    "plain": {"aux": False},
+    "aux": {},
+    "every form": {"softcap": 2.0, "sinks": True, "key_bias": True},
 }
 
 
@@ -56,33 +53,13 @@ class Case:
 
     def check(self) -> None:
         """Hold the newest rows to the bound of the same rows of one full pass."""
-        q, k, v = sequences(self.dtype, heads=self.heads, length=max(self.written), dims=self.dims)
-        options = {"scaling": self.scaling, "window": self.window} | FORMS[self.form]
-        aux = options.pop("return_aux", False)
+        options = FORMS[self.form] | {"scaling": self.scaling, "window": self.window, "lay": padded}
         if options.pop("sinks", False):
             options["sinks"] = torch.linspace(-1, 2, self.heads[0])
-        whole, bias = dict(options), None
         if options.pop("key_bias", False):
-            bias = torch.randn(2, self.heads[0], max(self.written), generator=torch.Generator().manual_seed(1))
-            whole["key_bias"] = bias
-        exact, eager = (
-            attention(*(x.to(kind) for x in (q, k, v)), causal=True, backend="reference", return_aux=True, **whole)
-            for kind in (torch.float64, self.dtype)
-        )
-        cache = GrowingCache(k, v, self.capacity, self.page, statistics=True)
-        cache.write([length - self.count for length in self.written])
-        cache.write(self.count)
-        arguments = cache.arguments()
-        arguments |= {name: padded(arguments[name]) for name in ("k_cache", "v_cache")}
-        query = padded(cache.newest(q, self.count))
-        if bias is not None:
-            options["key_bias"] = torch.nn.functional.pad(bias, (0, cache.capacity - bias.shape[2]), value=torch.nan)
-        found = attention_decode(query, **arguments, **options, return_aux=aux, backend="triton")
-        out, rows = found if aux else (found, None)
-        assert_within_bound(out, cache.newest(exact[0], self.count), cache.newest(eager[0], self.count), self.dtype)
-        for name, row in {} if rows is None else rows._asdict().items():
-            expected = cache.newest(getattr(exact[1], name), self.count)
-            torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-5, msg=name)
+            options["bias_heads"] = self.heads[0]
+        sizes = {"heads": self.heads, "dims": self.dims, "count": self.count, "page": self.page}
+        check_newest(self.dtype, CPU, self.written, max(self.written), self.capacity, **sizes, **options)
 
 
 FAST = (

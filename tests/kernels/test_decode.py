@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support.bound import assert_within_bound
-from tests.support.caches import GrowingCache, cached_call, sequences
+from tests.support.caches import GrowingCache, cached_call, check_newest, sequences
 from tests.support.pairs import in_turn, pairwise
 from tritonattn import attention, attention_decode
 from tritonattn.backends import triton as triton_backend
@@ -19,41 +18,8 @@ LENGTH, CAPACITY = 150, 171
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
-def _check(
-    dtype,
-    device,
-    *,
-    written=(70, 149),
-    count=1,
-    page=None,
-    statistics=True,
-    heads=(4, 2),
-    dims=(16, 24),
-    window=None,
-    bias_heads=None,
-    invariant=False,
-    **options,
-):
-    """Hold the newest rows of a cache to the bound of the same rows of one full pass, out and aux."""
-    q, k, v = sequences(dtype, heads=heads, length=LENGTH, dims=dims, device=device)
-    bias = None
-    if bias_heads:  # the first keys, in one head a whole split of them, without weight
-        bias = torch.randn(2, bias_heads, LENGTH, generator=torch.Generator().manual_seed(1)).to(device)
-        bias[:, 0, :66], bias[..., ::7] = -torch.inf, -torch.inf
-    whole = {"key_bias": bias, "causal": True, "window": window, "backend": "reference", "return_aux": True, **options}
-    exact, eager = (attention(*(x.to(kind) for x in (q, k, v)), **whole) for kind in (torch.float64, dtype))
-    cache = GrowingCache(k, v, CAPACITY, page, statistics)
-    cache.write([length - count for length in written])
-    cache.write(count)
-    query = cache.newest(q, count)
-    if bias is not None:
-        options["key_bias"] = torch.nn.functional.pad(bias, (0, cache.capacity - LENGTH), value=torch.nan)
-    options |= {"window": window, "backend": "triton", "batch_invariant": invariant}
-    found = attention_decode(query, **cache.arguments(), return_aux=True, **options)
-    assert_within_bound(found[0], cache.newest(exact[0], count), cache.newest(eager[0], count), dtype)
-    for name, row in found[1]._asdict().items():
-        expected = cache.newest(getattr(exact[1], name), count)
-        torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-5, msg=name)
+def _check(dtype, device, *, written=(70, 149), heads=(4, 2), dims=(16, 24), **options):
+    check_newest(dtype, device, written, LENGTH, CAPACITY, heads=heads, dims=dims, **options)
 
 
 @pairwise(dtype=[torch.float32, torch.float16, torch.bfloat16], page=[None, 23], count=[1, 5], invariant=[False, True])

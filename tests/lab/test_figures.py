@@ -5,8 +5,7 @@ from matplotlib.figure import Figure
 
 from tritonattn.lab.demo import plot
 from tritonattn.lab.demo.measurement import Layer, Measurement
-from tritonattn.lab.figures import foot, styles
-from tritonattn.lab.palette import COLOURS
+from tritonattn.lab.figures import COLOURS, foot, styles
 
 PROVENANCE = "Measured: Some(R) Long Processor (1 thread), torch 2.13, `python -m tritonattn " + "--option value " * 30
 

@@ -14,6 +14,7 @@ from tritonattn.analysis import Monitor, Thresholds
 from tritonattn.cli import main as cli
 from tritonattn.lab.watch.curves import MEASURES, Watched
 from tritonattn.lab.watch.page import write
+from tritonattn.lab.watch.picture import figure_of
 
 LAYERS = ["blocks.0.attention", "blocks.1.attention"]
 
@@ -97,38 +98,41 @@ def elements_of(page: str) -> list[ElementTree.Element]:
     return list(ElementTree.fromstring(re.sub(r"<!doctype html>|<meta[^>]*>|(?<=<details) open", "", page)).iter())
 
 
-def titles_of(elements) -> list[str]:
-    return [one.text for one in elements if one.tag == "title"]
-
-
 def test_the_page_is_whole_and_fetches_nothing(run, tmp_path):
     text = page_of(run[0], tmp_path)
     elements = elements_of(text)
-    assert not {"script", "link", "img", "iframe"} & {one.tag for one in elements}
-    assert not re.search(r"https?:|url\(|@import|\b(src|href)=", text)
-    titles = [title for panel in Watched.read(run[0]).panels for title in panel.curves]
-    assert [title for title in titles_of(elements) if title in ("0", "1")] == [title for title in titles if title]
-    assert any(title.startswith("step 0: 0: max_logit") for title in titles_of(elements))
+    tags = {one.tag.rpartition("}")[2] for one in elements}
+    assert {"svg", "details", "table"} <= tags
+    assert not {"script", "link", "img", "image", "iframe"} & tags
+    assert not re.search(r"https?:|url\((?!#)|@import|\bsrc=|href=\"(?!#)", re.sub(r'xmlns(:\w+)?="[^"]*"', "", text))
+    texts = {one.text for one in elements}
+    assert {"loss", "layer 0", "layer 1", "entropy / ln n"} <= texts
+    assert any((one or "").startswith("step 0: 0: max_logit") for one in texts)
 
 
-def test_the_page_draws_values_at_their_places(tmp_path):
+def test_lines_have_the_values_of_the_records(tmp_path):
     records = [record(step, loss=loss) for step, loss in ((0, 1.0), (50, 3.0), (100, 2.0))]
-    elements = elements_of(page_of(written(tmp_path, *records), tmp_path))
-    first = next(one.get("d") for one in elements if one.tag == "path" and "L" in one.get("d"))
-    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split()) for point in re.split("[ML]", first)[1:])
-    assert (x0, x1, x2) == (52.0, 200.0, 348.0)
-    assert y1 < y2 < y0
-    assert (y0 - y2) == pytest.approx((y0 - y1) / 2, abs=0.1)
+    first, second, *_ = figure_of(Watched.read(written(tmp_path, *records))).axes
+    [loss] = first.lines
+    assert loss.get_xydata().tolist() == [[0, 1], [50, 3], [100, 2]]
+    assert [line.get_ydata().tolist() for line in second.lines] == [[5, 5, 5]] * 2
+
+
+def test_panels_of_one_axis_share_it_and_logarithmic_ones_are(tmp_path):
+    axes = {one.get_title(): one for one in figure_of(Watched.read(written(tmp_path, record(0), record(9)))).axes}
+    of_shares = [axes[name].get_ylim() for name in ("entropy / ln n", "share of rows nearly one-hot")]
+    assert of_shares == [(-0.05, 1.05)] * 2
+    assert axes["variance of the output"].get_yscale() == "log"
+    assert axes["loss"].get_yscale() == "linear"
 
 
 def test_the_page_escapes_names_and_shows_a_lone_point(tmp_path):
     name = "<b>&layer"
     text = page_of(written(tmp_path, record(7, names=[name])), tmp_path)
     assert name not in text
-    elements = elements_of(text)
-    assert name in titles_of(elements)
-    dots = [one for one in elements if one.tag == "circle" and one.get("fill") != "none"]
-    assert len(dots) == len(Watched.read(tmp_path / "run.jsonl").panels)
+    assert f"layer {name}" in {one.text for one in elements_of(text)}
+    panels = figure_of(Watched.read(tmp_path / "run.jsonl")).axes
+    assert all(line.get_marker() not in ("", "None") for panel in panels for line in panel.lines)
 
 
 def test_the_command_draws_by_the_suffix_and_a_torn_line_is_named(run, tmp_path, capsys):

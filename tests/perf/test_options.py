@@ -1,15 +1,12 @@
 """Options that the commands of perf refuse before they work."""
 
-import argparse
 import re
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
-from perf import sweep
 from perf.__main__ import main
-from perf.options import command_line
 
 RECORDS = Path(__file__).parents[2] / "perf" / "results" / "cpu_short.jsonl"
 WHOLE = "expected a whole number from 1 up, got '0'"
@@ -54,17 +51,3 @@ def test_refusals(arguments, message, tmp_path, capsys, monkeypatch):
     assert ended.value.code != 0
     said = f"{ended.value.code} {capsys.readouterr().err}"
     assert re.search(message, said), said
-
-
-def parsed(*options):
-    parser = argparse.ArgumentParser()
-    sweep.add_arguments(parser)
-    return parser.parse_args(options)
-
-
-def test_the_command_of_a_sweep_is_what_its_figures_depend_on():
-    """A file, and the time that there was, change nothing: another run goes on."""
-    assert command_line("sweep", parsed("--json", "a.jsonl", "--minutes", "3")) == "python -m perf sweep"
-    options = ("--suite", "forward,cpu", "--head-dims", "64,128", "--quick", "--rounds", "2")
-    found = command_line("sweep", parsed(*options))
-    assert found == "python -m perf sweep --suite forward,cpu --quick --head-dims 64,128 --rounds 2"

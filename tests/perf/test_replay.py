@@ -7,8 +7,7 @@ import pytest
 pytest.importorskip("triton")
 from perf.__main__ import main
 from perf.replay import command, times
-from perf.replay.control import Control, decode, parse_with_controls
-from perf.replay.exposed import Flight, flight
+from perf.replay.control import Control, parse_with_controls
 from perf.replay.loops import loop_body, tensor_spans
 from perf.replay.operations import Operation, operations
 from perf.replay.parameters import PARAMETERS
@@ -60,10 +59,6 @@ def timeline(*loop: Operation, programs: int = 1, each: int = 1, ahead: int = 0,
 
 
 # ---- Control codes and instructions
-
-
-def test_fields_of_a_control_code():
-    assert decode(high(11, 3, 7, 0b010010)) == Control(11, 3, None, (1, 4))
 
 
 def test_a_listing_in_operations():
@@ -125,33 +120,12 @@ def test_loads_of_the_tma_are_hidden_by_a_third_stage():
 # ---- Loads ahead of their use
 
 
-def test_flights_of_copies_and_requests():
-    """A wait that lets 2 groups run, of an iteration's 2, is for those of the iteration before the last."""
-    commits = [step(), step(act="commit"), step(), step(act="commit")]
-    for groups, expected in ((0, Flight(1, 1 / 5, 0)), (1, Flight(1, 3 / 5, 1)), (2, Flight(2, 6 / 5, 2))):
-        found = flight([step(act="copy wait", amount=groups), *commits], stages=3)
-        assert (found.iterations, found.groups) == (expected.iterations, expected.groups)
-        assert found.apart == pytest.approx(expected.apart)
-    requests = [step(act="poll"), step(), step(), step(act="request")]
-    assert flight(requests, stages=2) == Flight(1, 1 / 4, None)
-    assert flight(requests, stages=3) == Flight(2, 5 / 4, None)
-    assert flight([step()], stages=2) == Flight(0, 0.0, None)
-
-
 # ---- Published times
 
 
 def test_times_of_flash_attention_3():
     assert times.error_of_flash_attention_3(2048) <= 0.028
     assert times.error_of_flash_attention_3() <= 0.048
-
-
-def test_rates_of_tritons_tutorial():
-    """One clock explains all of them, and it is one that an H100 runs at under load."""
-    clocks = times.clocks_of_triton_tutorial()
-    mean = sum(clocks) / len(clocks)
-    assert 1600 < mean < 1980
-    assert max(abs(clock / mean - 1) for clock in clocks) < 0.03
 
 
 # ---- Compiled kernels

@@ -4,12 +4,6 @@ import pytest
 
 pytest.importorskip("triton")
 from perf import schedule
-from perf.__main__ import main
-
-
-def test_list_scheduling():
-    assert schedule.end_on(2, [3, 2, 2, 1]) == 4
-    assert schedule.end_on(2, [1, 2, 2, 3]) == 5, "the longest last"
 
 
 @pytest.mark.parametrize("gpu", ["h100", "b200", "a100", "mi300x"])
@@ -19,8 +13,3 @@ def test_sections_end_as_early_as_longest_first(gpu):
     found = [schedule.row(schedule.Case(gpu, 128, *shape)) for shape in shapes]
     assert max(one.in_sections for one in found) <= 1.03
     assert max(one.by_head for one in found) > 1.4
-
-
-def test_the_command(capsys):
-    main("schedule --lengths 1024 --heads 32 --head-dims 64".split())
-    assert "1.46 / 1.00" in capsys.readouterr().out

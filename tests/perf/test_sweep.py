@@ -7,7 +7,6 @@ pytest.importorskip("triton")
 import tritonattn
 from perf import contest
 from perf.__main__ import main
-from perf.peers import PEERS
 from perf.records import read
 from perf.suites import SUITES
 
@@ -39,18 +38,6 @@ def test_every_suite(tmp_path, capsys):
     assert str(tmp_path) not in environment.command
     printed = capsys.readouterr().out
     assert all(f"## {suite}\n\nMeasured: {environment}" in printed for suite in SUITES)
-
-
-def test_peers_that_cannot_are_named_with_the_reason(tmp_path, capsys):
-    peers = ",".join(name for name in PEERS if name != "flex")
-    options = ("--suite", "forward", "--scalings", "sqrt_dim", "--dtypes", "bf16", "--peers", peers)
-    records = sweep(tmp_path / "a.jsonl", *options)
-    reasons = {record.contestant: record.reason for record in records if record.status == "skipped"}
-    assert reasons["sdpa-flash sqrt_dim"] == "runs on a GPU, not on device cpu"
-    for name in ("flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers"):
-        assert "is not installed" in reasons[f"{name} sqrt_dim"]
-    printed = capsys.readouterr().out
-    assert "- xformers: skipped in 2 cases: xformers.ops is not installed" in printed
 
 
 @pytest.mark.parametrize(("suite", "wrong"), [("forward", "out"), ("backward", "gradient of v"), ("accuracy", "out")])

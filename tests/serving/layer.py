@@ -14,7 +14,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import customize_attention_spec
 
-from .reference import Formula
+from tritonattn import attention
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE, PAGES, WIDTH = 8, 2, 64, 16, 512, 64
 NAME = "model.layers.0.self_attn.attn"
@@ -146,7 +146,13 @@ class Attended(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
 
-    def error(self, formula: Formula) -> float:
-        """The largest difference from a formula."""
-        exact = formula.attend(*(x.double().numpy() for x in self[1:]))
-        return float((self.out.double() - torch.from_numpy(exact)).abs().max())
+    def error(self, **arguments: Any) -> float:
+        """The largest difference from `exact`."""
+        return float((self.out.double() - exact(*self[1:], **arguments)).abs().max())
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, **arguments: Any):
+    """The reference's last rows of a sequence: q [rows, Hq, D], k and v [S, Hkv, D], window keys at most."""
+    q, k, v = (x.double().transpose(0, 1)[None] for x in (q, k, v))
+    arguments |= {"causal": True, "window": None if window is None else (window - 1, None), "backend": "reference"}
+    return attention(q, k, v, **arguments)[0].transpose(0, 1)

@@ -1,4 +1,4 @@
-"""One layer's steps against the papers' formulas in numpy, and under batch invariance against one another."""
+"""One layer's steps against the reference, and under batch invariance against one another."""
 
 import itertools
 
@@ -8,39 +8,33 @@ from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
 from tritonattn.integrations.vllm import plugin
 
-from .layer import PAGES, WIDTH, Layer
-from .reference import Formula
+from .layer import PAGES, WIDTH, Layer, exact
 
 plugin.register()
 TOLERANCE = 1e-5
 # Prompts; a decode step beside a later chunk; decode steps.
 STEPS = [([33, 40], [33, 40]), ([1, 57], [34, 97]), ([1, 1], [35, 98])]
-GAIN = [[0.5 + h / 4] for h in range(8)]
-SINKS = [h / 2 - 1 for h in range(8)]
-CASES = {
-    "sqrt_dim": ({"scaling": "sqrt_dim"}, {}, Formula()),
-    "log_key_count": ({"scaling": "log_key_count"}, {}, Formula("log_key_count")),
-    "key_norm_mean": ({"scaling": "key_norm_mean", "gain": 1.5}, {}, Formula("key_norm_mean", 1.5)),
-    "cosine": ({"scaling": "cosine"}, {}, Formula("cosine")),
-    "window": (
-        {"scaling": "key_norm_mean"},
-        {"per_layer_sliding_window": 24},
-        Formula("key_norm_mean", window=24),
-    ),
-    "softcap": ({"scaling": "log_key_count"}, {"logits_soft_cap": 2.0}, Formula("log_key_count", softcap=2.0)),
-    "sinks": ({"scaling": "log_key_count"}, {"sinks": torch.tensor(SINKS)}, Formula("log_key_count", sinks=SINKS)),
-    "pages of 32": ({"scaling": "key_norm_mean"}, {"page": 32}, Formula("key_norm_mean")),
+SINKS = torch.linspace(-1, 2.5, 8)
+CASES = {  # settings, what vLLM gives to the layer, and arguments of `exact` beside the settings
+    "sqrt_dim": ({"scaling": "sqrt_dim"}, {}, {}),
+    "log_key_count": ({"scaling": "log_key_count"}, {}, {}),
+    "key_norm_mean": ({"scaling": "key_norm_mean", "gain": 1.5}, {}, {}),
+    "cosine": ({"scaling": "cosine"}, {}, {}),
+    "window": ({"scaling": "key_norm_mean"}, {"per_layer_sliding_window": 24}, {"window": 24}),
+    "softcap": ({"scaling": "log_key_count"}, {"logits_soft_cap": 2.0}, {"softcap": 2.0}),
+    "sinks": ({"scaling": "log_key_count"}, {"sinks": SINKS}, {"sinks": SINKS.double()}),
+    "pages of 32": ({"scaling": "key_norm_mean"}, {"page": 32}, {}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_steps_compute_the_formula(case):
-    settings, given, formula = CASES[case]
+    settings, given, arguments = CASES[case]
     found = Layer(settings, "float32", **given).run(STEPS)
     assert len(found) == 6
-    assert max(x.error(formula) for x in found) < TOLERANCE
-    assert max(x.error(Formula(window=3)) for x in found) > 100 * TOLERANCE
+    assert max(x.error(**settings, **arguments) for x in found) < TOLERANCE
+    assert max(x.error(window=3) for x in found) > 100 * TOLERANCE
 
 
 @torch.no_grad()
@@ -50,8 +44,8 @@ def test_layers_of_one_step_keep_their_gains():
     step = layers[0.5].builder.build(0, batch["common"])
     for gain, layer in layers.items():
         layer.parts(**batch)[1](step)
-        exact = Formula("log_key_count", gain).attend(*(batch[name][1:].double().numpy() for name in "qkv"))
-        torch.testing.assert_close(batch["out"][1:].double(), torch.from_numpy(exact), rtol=0, atol=TOLERANCE)
+        wanted = exact(*(batch[name][1:] for name in "qkv"), scaling="log_key_count", gain=gain)
+        torch.testing.assert_close(batch["out"][1:].double(), wanted, rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()
@@ -68,11 +62,11 @@ def test_norms_of_keys_follow_the_cache():
     for name, x in zip("kv", prompt[2:], strict=True):
         batch[name][:7] = x[21:]
     out = layer.parts(**batch)[1]()
-    keys, values = (torch.cat([x[:21], batch[name]]).double().numpy() for name, x in zip("kv", prompt[2:], strict=True))
-    exact = Formula("key_norm_mean").attend(batch["q"].double().numpy(), keys, values)
-    torch.testing.assert_close(out.double(), torch.from_numpy(exact), rtol=0, atol=TOLERANCE)
+    keys, values = (torch.cat([x[:21], batch[name]]) for name, x in zip("kv", prompt[2:], strict=True))
+    wanted = exact(batch["q"], keys, values, scaling="key_norm_mean")
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=TOLERANCE)
     layer.renew_cache(PAGES)
-    assert max(x.error(Formula("key_norm_mean")) for x in layer.run(STEPS)) < TOLERANCE
+    assert max(x.error(scaling="key_norm_mean") for x in layer.run(STEPS)) < TOLERANCE
 
 
 @pytest.mark.parametrize("switch", ["settings", "environment"])

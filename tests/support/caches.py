@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import tritonattn
+from tests.support.bound import assert_within_bound
 from tests.support.calls import operands
 from tritonattn.core.call import AttentionCall, Logits
 from tritonattn.core.visibility import Visibility
@@ -132,3 +133,51 @@ def check_cuts(k: Tensor, cuts: list[tuple[int, ...]], append: Callable[[Tensor,
     for buffers in zip(*found, strict=True):
         for other in buffers[1:]:
             assert torch.equal(buffers[0][..., : k.shape[2] + 1], other[..., : k.shape[2] + 1])
+
+
+def check_newest(
+    dtype: torch.dtype,
+    device: torch.device,
+    written: tuple[int, int],
+    length: int,
+    capacity: int,
+    *,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    count: int = 1,
+    page: int | None = None,
+    statistics: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    bias_heads: int | None = None,
+    aux: bool = True,
+    invariant: bool = False,
+    lay: Callable[[Tensor], Tensor] = lambda x: x,
+    **options,
+) -> None:
+    """Hold the newest rows of a cache, by backend "triton", to the bound of the same rows of one full pass.
+
+    written      keys of each of two sequences, `count` new ones included; `length` are those of the full pass
+    bias_heads   heads of a bias in which the first keys, in one head a whole split of them, have no weight
+    lay          copies of queries, keys and values in the memory that kernels get
+    """
+    q, k, v = sequences(dtype, heads=heads, length=length, dims=dims, device=device)
+    bias = None
+    if bias_heads:
+        bias = torch.randn(2, bias_heads, length, generator=torch.Generator().manual_seed(1)).to(device)
+        bias[:, 0, :66], bias[..., ::7] = -torch.inf, -torch.inf
+    whole = {"key_bias": bias, "causal": True, "window": window, "backend": "reference", "return_aux": True, **options}
+    exact, eager = (tritonattn.attention(*(x.to(kind) for x in (q, k, v)), **whole) for kind in (torch.float64, dtype))
+    cache = GrowingCache(k, v, capacity, page, statistics)
+    cache.write([end - count for end in written])
+    cache.write(count)
+    arguments = cache.arguments()
+    arguments |= {name: lay(arguments[name]) for name in ("k_cache", "v_cache")}
+    if bias is not None:
+        options["key_bias"] = torch.nn.functional.pad(bias, (0, cache.capacity - length), value=torch.nan)
+    options |= {"window": window, "backend": "triton", "batch_invariant": invariant, "return_aux": aux}
+    found = tritonattn.attention_decode(lay(cache.newest(q, count)), **arguments, **options)
+    out, rows = found if aux else (found, None)
+    assert_within_bound(out, cache.newest(exact[0], count), cache.newest(eager[0], count), dtype)
+    for name, row in {} if rows is None else rows._asdict().items():
+        expected = cache.newest(getattr(exact[1], name), count)
+        torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-5, msg=name)

@@ -9,7 +9,6 @@ from ..scaling import Scaling
 from .checks import check
 from .decode_checks import cache_operands, cache_visibility, check_statistics
 from .dispatch import AttentionAux, refuse_gradients, run
-from .key_records import record_of
 from .key_statistics import KeyStatistics
 from .paged_statistics import PagedKeyStatistics
 from .public import public
@@ -109,7 +108,7 @@ def attention_decode(
         gain=gain,
         aux=return_aux,
         backend=backend,
-        record=None if statistics is None else record_of(statistics, block_table),
+        record=statistics,
         cached="attention_decode",
     )
     check(call, keys="[B, Hq or Hkv, capacity]")

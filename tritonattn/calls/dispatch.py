@@ -17,9 +17,10 @@ from ..backends.cpu import sdpa
 from ..core.autograd import autocast_is_on, needs_graph
 from ..core.call import AttentionCall, ForwardResult
 from ..core.dropout import Dropout
+from ..core.key_records import RecordedStatistics
 from ..core.observation import ObservedCall, notify_observers, observers
+from ..core.pages import PageTable
 from ..core.statistics import Statistics
-from .cached_statistics import CachedStatistics
 from .logits import dense, logits
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -100,11 +101,14 @@ def _cached_statistics(call: AttentionCall) -> Statistics:
     computed = (ops.KernelStatistics if call.backend == "triton" else Statistics)(call.keys, call.visibility)
     if call.record is None:
         return computed
-    return CachedStatistics(computed, call.record, _width(call))
+    table = None
+    if call.block_table is not None:
+        table = PageTable(call.block_table, call.k.shape[2], call.visibility.sequences)
+    return RecordedStatistics(computed, call.record, table, _width(call))
 
 
 def _width(call: AttentionCall) -> int | None:
-    """The most keys that a row sees, as of `CachedStatistics`."""
+    """The most keys that a row sees, as of `RecordedStatistics`."""
     visible, sequences = call.visibility, call.visibility.sequences
     if visible.left is None:
         return None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
-from ..core.ranges import prefix_sum
-from ..core.statistics import Renamed, key_norms_of
+from ..core.key_records import TOTALS, KeyRecord, extended
+from ..core.pages import PageTable
+from ..core.statistics import key_norms_of
 from .checks import (
     FLOATS,
     check_count,
@@ -25,26 +26,9 @@ from .checks import (
 from .dispatch import kernels_take
 
 _OWNER = "this KeyStatistics"
-RENAMED_BUFFERS = {
-    "lengths": "norms",
-    "length_sums": "norm_sums",
-    "square_sums": "norm_square_sums",
-    "length_maxima": "norm_maxima",
-}
 
 
-def extended(before: tuple[Tensor, ...], norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of norms and of squares, and maxima, up to and with each of the next keys: [..., n] of norms [..., n].
-
-    before   those of the keys before, [..., 1]. On a CPU the bits do not depend on how keys are cut into appends.
-    """
-    sums, squares, highest = before
-    sums = prefix_sum(torch.cat([sums, norms], -1))[..., 2:]
-    squares = prefix_sum(torch.cat([squares, norms.double().square()], -1))[..., 2:]
-    return sums, squares, torch.cat([highest, norms], -1).cummax(-1).values[..., 1:]
-
-
-class KeyStatistics(Renamed):
+class KeyStatistics(KeyRecord):
     """Norms of the keys in a KV cache, with their sums and maxima, for `attention_decode(..., statistics=)`.
 
     With c[b] keys held by batch entry b, over the keys j' < j, for j = 0 .. c[b]:
@@ -79,8 +63,6 @@ class KeyStatistics(Renamed):
     >>> statistics.norm_sums[0, 0, :4].tolist()
     [0.0, 2.0, 4.0, 6.0]
     """
-
-    renamed: ClassVar[dict[str, str]] = RENAMED_BUFFERS
 
     def __init__(
         self,
@@ -119,6 +101,18 @@ class KeyStatistics(Renamed):
     @property
     def norm_maxima(self) -> Tensor:
         return self._norm_maxima[..., :-1]
+
+    def find(self, key: Tensor, table: PageTable | None) -> Tensor:
+        return key
+
+    def at(self, name: str, found: Tensor) -> Tensor:
+        buffer = getattr(self, name)
+        place = (found + 1 if name in TOTALS else found.clamp(min=0))[:, None].expand(-1, buffer.shape[1], -1)
+        entries = buffer.gather(2, place)
+        return entries if name in TOTALS else torch.where(found[:, None] >= 0, entries, 0)
+
+    def along_keys(self, k_len: int, table: PageTable | None) -> Tensor:
+        return self.norms
 
     @torch.no_grad()
     def append(self, k_new: Tensor, counts: Tensor | None = None) -> None:
@@ -268,12 +262,10 @@ class KeyStatistics(Renamed):
     def _write(self, norms: Tensor, place: Tensor) -> None:
         """Write the norms [B, Hkv, n] of new keys to their places [B, n], and extend the sums and maxima."""
         norms = norms.to(self._norms.dtype)
-        held = self.counts[:, None, None].expand(*norms.shape[:2], 1)
+        before = tuple(self.at(name, self.counts[:, None] - 1) for name in TOTALS)
         place = place[:, None].expand_as(norms)
         self._norms.scatter_(2, place, norms)
-        totals = (self._norm_sums, self._norm_square_sums, self._norm_maxima)
-        before = tuple(buffer.gather(2, held) for buffer in totals)
-        for buffer, values in zip(totals, extended(before, norms), strict=True):
+        for buffer, values in zip(self._buffers()[2:], extended(before, norms), strict=True):
             buffer.scatter_(2, place + 1, values)
 
     def _check_keys(self, k_new: Any) -> None:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
+from ..core.key_records import TOTALS, KeyRecord, extended
 from ..core.packing import Places
-from ..core.pages import PageTable
+from ..core.pages import Found, PageTable
 from ..core.sequences import Sequences
-from ..core.statistics import Renamed, key_norms_of
+from ..core.statistics import key_norms_of
 from .checks import FLOATS, check_count, check_device, check_integers, check_tensor, kind_of, shape_of, values_are_read
 from .dispatch import kernels_take
-from .key_statistics import RENAMED_BUFFERS, extended
 from .page_checks import SMALLEST_PAGE, check_block_table, check_page_numbers, check_record
 from .varlen_checks import check_offset_values, check_offsets
 
 _OWNER = "this PagedKeyStatistics"
 
 
-class PagedKeyStatistics(Renamed):
+class PagedKeyStatistics(KeyRecord):
     """Norms of the keys in a paged KV cache, their sums and maxima, for `attention_varlen` and `attention_decode`.
 
     At the place where page p holds the key j of a sequence, over the keys j' <= j of that sequence:
@@ -58,8 +58,6 @@ class PagedKeyStatistics(Renamed):
     [2.0, 4.0]
     """
 
-    renamed: ClassVar[dict[str, str]] = RENAMED_BUFFERS
-
     def __init__(
         self,
         pages: int,
@@ -94,6 +92,13 @@ class PagedKeyStatistics(Renamed):
         self._memory, self.buffers, self._spare = memory, buffers, spare
         self.norms, self.norm_sums, self.norm_square_sums, self.norm_maxima = buffers
         self.pages, self.page, _ = self.norms.shape
+
+    def find(self, key: Tensor, table: PageTable | None) -> Found:
+        assert table is not None
+        return table.find(key, self.pages)
+
+    def at(self, name: str, found: Found) -> Tensor:
+        return found.of(getattr(self, name)).movedim(-1, 1)
 
     @torch.no_grad()
     def append(self, k_new: Tensor, cu_seqlens: Tensor, *, key_lengths: Tensor, block_table: Tensor) -> None:
@@ -143,10 +148,9 @@ class PagedKeyStatistics(Renamed):
         page, place, found = table.locate(sequence, position, self.pages)  # [T]
         norms = key_norms_of(k_new.transpose(0, 1)[None], found, invariant=True)  # as KeyStatistics does
         norms = norms.to(self.norms.dtype)  # [1, Hkv, T]
-        last = (first - 1)[:, None]
-        before = (self.norm_sums, self.norm_square_sums, self.norm_maxima)
-        held = tuple(table.gather(buffer, last, last >= 0).transpose(1, 2) for buffer in before)  # [B, Hkv, 1]
-        totals = extended(held, new.unpacked(norms))  # [B, Hkv, longest]
+        last = self.find((first - 1)[:, None], table)
+        before = tuple(self.at(name, last) for name in TOTALS)  # [B, Hkv, 1]
+        totals = extended(before, new.unpacked(norms))  # [B, Hkv, longest]
         at = torch.where(found, page, self._spare), torch.where(found, place, 0)
         entries = (norms, *(new.packed(values) for values in totals))  # [1, Hkv, T]
         for buffer, values in zip(self._memory, entries, strict=True):

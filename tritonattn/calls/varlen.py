@@ -8,7 +8,6 @@ from ..core.call import AttentionCall, Logits
 from ..scaling import Scaling
 from .checks import check, operands
 from .dispatch import AttentionAux, refuse_gradients, run
-from .key_records import record_of
 from .paged_statistics import PagedKeyStatistics, check_paged_statistics
 from .public import public
 from .sharded import PACKED, PACKED_PAGES
@@ -116,7 +115,7 @@ def attention_varlen(
         dropout_p=dropout_p,
         aux=return_aux,
         backend=backend,
-        record=None if statistics is None else record_of(statistics, block_table, visible.sequences),
+        record=statistics,
         cached="" if block_table is None else "attention_varlen with a block_table",
     )
     check(call, "[Hq, T_q]", "[Hq or Hkv, T_k]")

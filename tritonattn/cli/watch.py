@@ -33,6 +33,6 @@ def run(options: argparse.Namespace) -> int:
     if options.output.suffix not in watch.SUFFIXES or options.output == options.file:
         expected = f"a name that ends in {' or '.join(watch.SUFFIXES)}, other than FILE"
         raise CommandError(f"--output: expected {expected}, got {str(options.output)!r}")
-    require("watch", ["matplotlib"] * (options.output.suffix == ".png"), extra="monitor")
+    require("watch", ["matplotlib"], extra="monitor")
     check_file("--output", options.output)
     return watch.run(options)

@@ -21,6 +21,7 @@ from torch import Tensor
 from .autograd import apply, runs_eagerly
 from .call import AttentionCall
 from .invariance import halving_sum
+from .over_keys import max_over_keys, sum_over_keys
 from .ranges import argmax_over_ranges, prefix_sum
 from .visibility import Visibility
 
@@ -116,13 +117,16 @@ class Statistics(Renamed):
         return self.visibility.counted_keys(lambda: key_norms_of(self.k.detach(), None, self.visibility.invariant))
 
     def _norm_sum(self) -> Tensor:
-        return self.visibility.sum(self.norms, self._scan, self.norms.dtype)
+        return self._sum(self.norms, self.norms.dtype)
 
     def _norm_square_sum(self) -> Tensor:
-        return self.visibility.sum(self.norms.double().square(), self._scan)
+        return self._sum(self.norms.double().square(), torch.float64)
+
+    def _sum(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return sum_over_keys(x, self.visibility, self._scan, dtype)
 
     def _norm_max(self) -> Tensor:
-        return self.visibility.max(self.norms, self._scan, self._argmax)
+        return max_over_keys(self.norms, self.visibility, self._scan, self._argmax)
 
 
 class DoubleStatistics(Statistics):

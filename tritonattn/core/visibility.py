@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from . import ranges
-from .packing import Places
-from .ranges import argmax_over_ranges, prefix_sum
 from .sequences import Sequences
 
 # No sequence is longer; a position and a window's side, both below it, add up to less than 2^63.
@@ -199,10 +197,10 @@ class Visibility:
     @property
     def begins_at_first(self) -> bool:
         """Whether the range of every row begins at the first key."""
-        return self._is_prefix_or_empty and self.row_counts is None
+        return self.is_prefix_or_empty and self.row_counts is None
 
     @property
-    def _is_prefix_or_empty(self) -> bool:
+    def is_prefix_or_empty(self) -> bool:
         """Whether the range of every row that sees a key begins at the first one."""
         return self.left is None and self.key_ranges is None and self.sequences is None
 
@@ -223,10 +221,10 @@ class Visibility:
 
     def ranges(self) -> tuple[Tensor, Tensor]:
         """lo and hi, int64, [B, Sq], or [1, Sq] where they are the same for all; 0 <= lo <= hi <= Sk."""
-        lo, hi = self._bounds()
+        lo, hi = self.bounds()
         return lo.clone(), hi.clone()
 
-    def _bounds(self) -> tuple[Tensor, Tensor]:
+    def bounds(self) -> tuple[Tensor, Tensor]:
         """`ranges`, computed once and kept; read-only."""
         return self.once("ranges", self._ranges)
 
@@ -237,7 +235,7 @@ class Visibility:
         return self._kept[key]
 
     def _ranges(self) -> tuple[Tensor, Tensor]:
-        lo, hi = self._lower(), self._ends()
+        lo, hi = self._lower(), self.ends()
         if lo is None:
             return torch.zeros((1, self.q_len), dtype=torch.int64, device=self.device), hi
         lo = lo.clamp(0, self.k_len)
@@ -250,7 +248,7 @@ class Visibility:
             lo = ranges.later(lo, own - self.left)
         return lo if self.key_ranges is None else ranges.later(lo, self.once("wide", self.key_ranges.long)[..., 0])
 
-    def _ends(self) -> Tensor:
+    def ends(self) -> Tensor:
         """One past the last key of each row, [B or 1, Sq], where it is no empty range that begins later; kept."""
         return self.once("ends", self._upper)
 
@@ -287,7 +285,7 @@ class Visibility:
 
     def as_ranges(self) -> Visibility:
         """The same visible keys as key_ranges [B, Sq, 2], and the mask."""
-        bounds = torch.stack([bound.expand(self.batch, -1) for bound in self._bounds()], dim=-1)
+        bounds = torch.stack([bound.expand(self.batch, -1) for bound in self.bounds()], dim=-1)
         rest = {"left": None, "right": None, "key_lengths": None, "sequences": None, "row_counts": None}
         return replace(self, **rest, key_ranges=bounds, at_lengths=False)
 
@@ -303,47 +301,9 @@ class Visibility:
         if self.mask is not None:
             return torch.cat([tile.sum(-1) for _, tile in self._mask_tiles(self.mask)], dim=-1).double()
         if self.begins_at_first:
-            return self._ends()[:, None].double()
-        lo, hi = self._bounds()
+            return self.ends()[:, None].double()
+        lo, hi = self.bounds()
         return (hi - lo)[:, None].double()
-
-    def sum(
-        self, x: Tensor, scan: Callable[[Tensor], Tensor] = prefix_sum, dtype: torch.dtype = torch.float64
-    ) -> Tensor:
-        """Sum of x [B, Hkv, Sk] over the keys visible to each row: [B, Hkv, Sq] in a dtype, 0 for a row without keys.
-
-        Where query heads see different keys (`per_query_head`) the result is [B, Hq, Sq]. Differentiable, without
-        atomics. Accumulates in fp64, so that a short window late in a long sequence is as exact as an early one; scan
-        is what computes prefix sums. Where `invariant`, always from the first key of the row's sequence on.
-        """
-        if self.invariant:
-            return self._invariant_sum(x, scan, dtype)
-        if self.left is None and self.is_full:
-            return x.sum(-1, keepdim=True, dtype=torch.float64).expand(*x.shape[:-1], self.q_len).to(dtype)
-        if self.is_causal and x.device.type == "cpu" and scan is prefix_sum:  # which says why not elsewhere
-            return x.cumsum(-1, dtype=torch.float64)[..., self.k_len - self.q_len :].to(dtype)
-        if self.mask is not None:
-            return ranges.sum_over_mask(self._per_mask_head(x), *self._bounds(), self.mask).to(dtype)
-        if self.is_causal:
-            return ranges.sum_over_prefixes(x, None, self.q_len, scan, dtype)
-        return self._sum_over_bounds(x, scan, dtype)
-
-    def _invariant_sum(self, x: Tensor, scan: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        if self.mask is not None:
-            raise NotImplementedError(
-                "batch_invariant: not supported with sums of key norms under a mask; use key_ranges"
-            )
-        if self.sequences is not None:
-            return self._by_members(x, self.sequences, lambda members, x: members._invariant_sum(x, scan, dtype))
-        if (first := self.first_keys()) is not None:
-            return self.from_keys(first)._sum_over_bounds(ranges.rolled(x, first, 2), scan, dtype)
-        return self._sum_over_bounds(x, scan, dtype)
-
-    def _sum_over_bounds(self, x: Tensor, scan: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        if self.begins_at_first:
-            return ranges.sum_over_prefixes(x, self._ends()[:, None], self.q_len, scan, dtype)
-        lo, hi = self._bounds()
-        return ranges.sum_over_ranges(x, lo[:, None], hi[:, None], self.key_ranges is None, scan, dtype)
 
     def first_keys(self) -> Tensor | None:
         """The first key of each entry's sequence, int64 [B], where the order of sums follows it; None for key 0.
@@ -352,71 +312,33 @@ class Visibility:
         """
         if not self.invariant or self.key_ranges is None or self.mask is not None or self.q_len == 0:
             return None
-        lo, hi = self._bounds()
+        lo, hi = self.bounds()
         given = self.key_ranges[..., 0].long().clamp(0, self.k_len)
         return torch.where(lo < hi, given, self.k_len).amin(-1)
 
     def from_keys(self, first: Tensor) -> Visibility:
         """The same visible keys, counted from key first[b], int64 [B], of each entry; keys before it come last."""
-        counted = torch.stack([(bound - first[:, None]).clamp(min=0) for bound in self._bounds()], dim=-1)
+        counted = torch.stack([(bound - first[:, None]).clamp(min=0) for bound in self.bounds()], dim=-1)
         return replace(self, left=None, right=None, key_lengths=None, key_ranges=counted)
 
-    def _by_members(self, x: Tensor, sequences: Sequences, compute: Callable[[Visibility, Tensor], Tensor]) -> Tensor:
-        """A statistic [1, H, T_q] of x [1, H, T_k], computed for a padded batch of the sequences."""
-        rows = Places(sequences.q_starts.long(), sequences.longest_q, self.q_len)
-        keys = Places(sequences.k_starts.long(), sequences.longest_k, self.k_len)
-        batch = rows.starts.shape[0] - 1
-        sizes = (batch, self.q_heads, self.kv_heads, rows.longest, keys.longest)
-        masks = {"left": self.left, "right": self.right, "invariant": True}
-        padded = Visibility.of_padded(sizes, self.device, keys.counts, rows.counts, **masks)
-        return rows.packed(compute(padded, keys.unpacked(x)))
-
-    def max(
-        self,
-        x: Tensor,
-        scan: Callable[[Tensor], Tensor] = prefix_sum,
-        argmax: Callable[[Tensor, Tensor, Tensor], Tensor] = argmax_over_ranges,
-    ) -> Tensor:
-        """Maximum of x [B, Hkv, Sk] over the visible keys, shapes as `sum`, in x's dtype; 0 for a row without keys.
-
-        The lowest key that attains the maximum takes its gradient; scan as in `sum`, and argmax finds those keys.
-        """
-        if self.invariant and self.sequences is not None:
-            return self._by_members(x, self.sequences, lambda members, x: members.max(x, scan, argmax))
-        if self.mask is not None:
-            x = self._per_mask_head(x)
-            first, seen = ranges.argmax_over_mask(x.detach(), *self._bounds(), self.mask)
-            return ranges.pick(x, first, seen, False, scan)
-        if self.left is None and self.is_full and self.k_len > 0:  # one key for all rows, in O(Sk) time
-            first = x.detach().argmax(-1, keepdim=True).expand(*x.shape[:-1], self.q_len)
-            return ranges.pick(x, first, None, True, scan)
-        if self._is_prefix_or_empty and argmax is argmax_over_ranges:
-            return self._max_of_prefixes(x, scan)
-        lo, hi = self._bounds()
-        first = argmax(x.detach(), lo[:, None], hi[:, None])
-        seen = None if self.every_row_sees else self.seeing_rows()
-        return ranges.pick(x, first, seen, self.key_ranges is None, scan)
-
-    def _max_of_prefixes(self, x: Tensor, scan: Callable[[Tensor], Tensor]) -> Tensor:
-        """`max` where the keys of every row that sees one begin at the first, in O(Sk) time."""
-        first = ranges.argmax_of_prefixes(x.detach())
-        if self.is_causal:
-            return ranges.pick(x, first[..., self.k_len - self.q_len :], None, True, scan)
-        last = (self._ends() - 1).clamp(min=0)[:, None]
-        first = last.expand(*x.shape[:-1], -1) if self.k_len == 0 else ranges.gather(first, last)
-        return ranges.pick(x, first, self.seeing_rows(), True, scan)
+    def last_keys(self) -> Tensor:
+        """The last key of each row without a mask, -1 for a row without keys: int64 [B or 1, Sq]."""
+        if self.begins_at_first:
+            return self.ends() - 1
+        lo, hi = self.bounds()
+        return torch.where(hi > lo, hi, 0) - 1
 
     def seeing_rows(self) -> Tensor:
         """Rows that see at least one key: bool [B or 1, 1 or Hq, Sq]."""
         if self.mask is not None:
             return self.counts() > 0
-        lo, hi = self._bounds()
+        lo, hi = self.bounds()
         return (hi > lo)[:, None]
 
     def seen_keys(self) -> Tensor:
         """Keys that at least one row sees: bool [B or 1, 1 or Hkv, Sk]."""
         if self.mask is None:
-            return (ranges.rows_of_keys(*self._bounds(), self.k_len, self.key_ranges is None) > 0)[:, None]
+            return (ranges.rows_of_keys(*self.bounds(), self.k_len, self.key_ranges is None) > 0)[:, None]
         seen = torch.zeros((), dtype=torch.bool, device=self.device)
         for _, tile in self._mask_tiles(self.mask):
             seen = seen | tile.any(-2)
@@ -440,7 +362,7 @@ class Visibility:
         if self.sequences is not None:
             is_key = (key < self.sequences.k_starts[-1])[None, None]
         else:
-            is_key = (key < self._bounds()[1].amax(-1, keepdim=True))[:, None]
+            is_key = (key < self.bounds()[1].amax(-1, keepdim=True))[:, None]
         return seen | (is_key & (norms() < 1e15))  # beside a longer one, fp64 keeps no digit of 1
 
     def repeated(self, x: Tensor) -> Tensor:
@@ -457,11 +379,7 @@ class Visibility:
     def tile(self, rows: slice, keys: slice) -> Tensor:
         """The visible pairs of some rows and keys, bool [B or 1, 1 or Hq, rows, keys]."""
         key = torch.arange(self.k_len, device=self.device)[keys]
-        return ranges.pairs(*self._bounds(), self.mask, rows, key, keys)
+        return ranges.pairs(*self.bounds(), self.mask, rows, key, keys)
 
     def _mask_tiles(self, mask: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        return ranges.row_tiles(*self._bounds(), mask, self.k_len, self.batch * mask.shape[1])
-
-    def _per_mask_head(self, x: Tensor) -> Tensor:
-        group = self.q_heads // self.kv_heads if self.kv_heads else 1
-        return x.repeat_interleave(group, dim=1) if self.per_query_head and group > 1 else x
+        return ranges.row_tiles(*self.bounds(), mask, self.k_len, self.batch * mask.shape[1])

@@ -7,11 +7,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import ops
-from ..calls.cached_statistics import CachedStatistics
 from ..calls.checks import check, check_integers, check_values
 from ..calls.decode_checks import cache_operands, cache_visibility, check_statistics
 from ..calls.dispatch import AttentionAux, choose_backend, refuse_gradients
-from ..calls.key_records import ContiguousRecord
 from ..calls.key_statistics import KeyStatistics
 from ..calls.logits import logits
 from ..calls.public import public
@@ -19,6 +17,7 @@ from ..calls.sharded import head_parts
 from ..core.autograd import without_autocast
 from ..core.call import AttentionCall, ForwardResult, Logits
 from ..core.invariance import refuse_over_ranks
+from ..core.key_records import RecordedStatistics
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scaling
@@ -128,7 +127,7 @@ def context_parallel_decode(
         of_part = (ops.KernelStatistics if call.backend == "triton" else Statistics)(k, call.visibility)
         if statistics is not None:
             width = None if visible.left is None else visible.left + 1
-            of_part = CachedStatistics(of_part, ContiguousRecord(statistics), width)
+            of_part = RecordedStatistics(of_part, statistics, None, width)
         terms = logits(call, _SharedRows(of_part, split))
         if terms.key_bias is not None:
             raise NotImplementedError("scaling: expected one without a bias a key, which does not know the whole cache")

@@ -40,12 +40,12 @@ class SharedStatistics(Statistics):
         return collectives.gather(self._own, self._split, 2)
 
     def _norm_sum(self) -> Tensor:
-        return self._sum(self._own).to(self._own.dtype) if self._by_totals else super()._norm_sum()
+        return self._total(self._own).to(self._own.dtype) if self._by_totals else super()._norm_sum()
 
     def _norm_square_sum(self) -> Tensor:
-        return self._sum(self._own.double().square()) if self._by_totals else super()._norm_square_sum()
+        return self._total(self._own.double().square()) if self._by_totals else super()._norm_square_sum()
 
-    def _sum(self, x: Tensor) -> Tensor:
+    def _total(self, x: Tensor) -> Tensor:
         sums = _Sum if self.visibility.is_full else _PrefixSum
         return sums.apply(x, self._split).expand(*x.shape[:2], self.visibility.q_len)
 

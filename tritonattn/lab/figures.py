@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -26,8 +28,11 @@ from matplotlib.ticker import (
 from PIL import Image
 
 from ..core.records import write
-from .palette import COLOURS, DASHES
 
+# The palette of Okabe and Ito, which colour-blind readers can tell apart, without its yellow, which paper swallows;
+# then a grey and a wine.
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#882255")
+_DASHES = ((), (5, 1.5), (1, 1), (6, 1.5, 1, 1.5), (2.5, 1))  # strokes and gaps, in widths of the line; () is solid
 _MARKERS = "osD^vXP*p<"
 _SMALL, _LEGEND = 8, 9  # font sizes of the source and of legends
 
@@ -37,10 +42,17 @@ def style(index: int) -> dict[str, Any]:
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": _MARKERS[index % len(_MARKERS)],
-        "linestyle": (0, DASHES[index % len(DASHES)]) if index % len(DASHES) else "-",
+        "linestyle": (0, _DASHES[index % len(_DASHES)]) if index % len(_DASHES) else "-",
         "markersize": 4,
         "linewidth": 1.3,
     }
+
+
+def ordered(count: int) -> list[str]:
+    """Colours for lines in an order, as of layers: the palette, or where it is too short a ramp from dark to light."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    return [to_hex(colormaps["plasma"](0.8 * index / (count - 1))) for index in range(count)]  # without its yellow end
 
 
 def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -31,7 +31,7 @@ from .launch import (
     are_aligned,
     forms_of,
     is_wide,
-    kind_of,
+    kept_kind,
     logit_arguments,
     pages_of,
     planned,
@@ -212,7 +212,7 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
         (needs, *asked.values()),
     )
     page = 0 if call.block_table is None else call.k.shape[2]
-    return kind_of(key, lambda: (problem_of(call, d_out, **asked), is_wide(call.q, call.k, call.v, d_out, page=page)))
+    return kept_kind(key, lambda: (problem_of(call, d_out, **asked), is_wide(call.q, call.k, call.v, d_out, page=page)))
 
 
 def aligned_copy(tensor: Tensor) -> Tensor:

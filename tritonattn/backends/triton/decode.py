@@ -38,7 +38,7 @@ from .launch import (
     bounded,
     forms_of,
     is_wide,
-    kind_of,
+    kept_kind,
     logit_arguments,
     pages_of,
     planned,
@@ -254,7 +254,7 @@ def _kind(call: AttentionCall, aux: bool) -> Kind:
     masks = (visible.key_lengths, visible.key_ranges, call.block_table, visible.row_counts)
     key = (*forms_of(call.q, call.k, call.v, *vectors, *masks), softcap is None, visible.left, aux)
     page = 0 if call.block_table is None else call.k.shape[2]
-    return kind_of(key, lambda: (_problem(call, aux), is_wide(call.k, call.v, page=page)))
+    return kept_kind(key, lambda: (_problem(call, aux), is_wide(call.k, call.v, page=page)))
 
 
 def _launch(call: AttentionCall, aux: bool, kind: Kind, chosen: Plan) -> ForwardResult:

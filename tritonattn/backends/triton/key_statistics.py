@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...tuning.config import Problem
 from . import key_statistics_kernels as kernels
-from .launch import KERNELS, Arguments, are_aligned, forms_of, is_wide, kind_of, pages_of, plan, scale_of, strided
+from .launch import KERNELS, Arguments, are_aligned, forms_of, is_wide, kept_kind, pages_of, plan, scale_of, strided
 from .ranges import NO_HEADS, seen_bytes
 from .records import KeyBuffers
 
@@ -88,7 +88,7 @@ def append_to_pages(
         "k_len": total,
         "kv_heads": kv_heads,
     }
-    kind = kind_of(tuple(forms_of(block_table, *buffers)), lambda: (NO_HEADS, False))
+    kind = kept_kind(tuple(forms_of(block_table, *buffers)), lambda: (NO_HEADS, False))
     chosen = plan("append_to_pages", kind.problem, k.device)
     grid = (-(-kv_heads // chosen.config.block_m), 1, len(key_lengths_after))
     for _ in range(passes):
@@ -107,7 +107,7 @@ def _with_usual_strides(k: Tensor) -> Tensor:
 def _launch_keys(kernel: str, available: Arguments, k: Tensor) -> None:
     batch, heads, k_len, _ = k.shape
     present = [getattr(value, "dtype", value is None) for value in available.values()]
-    kind = kind_of((*forms_of(k), *present), lambda: (_problem(k), is_wide(k)))
+    kind = kept_kind((*forms_of(k), *present), lambda: (_problem(k), is_wide(k)))
     chosen = plan(kernel, kind.problem, k.device)
     blocks = 1 if kernel == "append_keys" else -(-k_len // chosen.config.block_n)  # its sums go through all keys
     chosen.launch((blocks, heads, batch), available, kind.wide, kind)

@@ -88,6 +88,20 @@ def _larger(a, b):
     return tl.where((b > a) | (b != b), b, a)
 
 
+@triton.jit
+def _running(norms, norm_sum, norm_square_sum, norm_max):
+    """Sums of norms [N] or [N, heads] and of squares, fp64, and maxima, up to and with each, from those before."""
+    wide = norms.to(tl.float64)
+    norm_sums = norm_sum + tl.cumsum(wide, 0)
+    norm_square_sums = norm_square_sum + tl.cumsum(wide * wide, 0)
+    return norm_sums, norm_square_sums, _larger(norm_max, tl.associative_scan(norms, 0, _larger))
+
+
+@triton.jit
+def _last(x, is_last):
+    return tl.sum(tl.where(is_last, x, 0.0), 0)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def append_keys(
     k,
@@ -152,17 +166,13 @@ def append_keys(
         keep_key = offs_key < held + new
         is_new = keep_key & (offs_key >= held)
         norm = tl.load(norms_ptr + offs_key, mask=keep_key, other=0.0)
-        wide_norm = norm.to(tl.float64)
-        norm_sums = norm_sum + tl.cumsum(wide_norm, 0)
-        norm_square_sums = square_sum + tl.cumsum(wide_norm * wide_norm, 0)
-        maxima = _larger(maximum, tl.associative_scan(norm, 0, _larger))
-        places = row * (capacity + 2) + 1 + offs_key
-        tl.store(buffers.norm_sums + places, norm_sums, mask=is_new)
-        tl.store(buffers.norm_square_sums + places, norm_square_sums, mask=is_new)
-        tl.store(buffers.norm_maxima + places, maxima, mask=is_new)
-        norm_sum = tl.sum(tl.where(order == STEP - 1, norm_sums, 0.0), 0)
-        square_sum = tl.sum(tl.where(order == STEP - 1, norm_square_sums, 0.0), 0)
-        maximum = tl.sum(tl.where(order == STEP - 1, maxima, 0.0), 0)
+        norm_sums, square_sums, maxima = _running(norm, norm_sum, square_sum, maximum)
+        entries = row * (capacity + 2) + 1 + offs_key
+        tl.store(buffers.norm_sums + entries, norm_sums, mask=is_new)
+        tl.store(buffers.norm_square_sums + entries, square_sums, mask=is_new)
+        tl.store(buffers.norm_maxima + entries, maxima, mask=is_new)
+        is_last = order == STEP - 1
+        norm_sum, square_sum, maximum = _last(norm_sums, is_last), _last(square_sums, is_last), _last(maxima, is_last)
     if head == 0:
         tl.store(buffers.counts_after + batch, held + new)
 
@@ -222,17 +232,14 @@ def append_to_pages(
         new_norms = tl.load(norm_ptrs, mask=keep & is_new, other=0.0)
         norm_entries = _entries(buffers.norms, number, slot, heads)
         norms = tl.where(is_new, new_norms, tl.load(norm_entries, mask=keep & ~is_new, other=0.0))
-        wide_norms = norms.to(tl.float64)
-        norm_sums = norm_sum + tl.cumsum(wide_norms, 0)
-        norm_square_sums = square_sum + tl.cumsum(wide_norms * wide_norms, 0)
-        maxima = _larger(maximum, tl.associative_scan(norms, 0, _larger))
+        norm_sums, square_sums, maxima = _running(norms, norm_sum, square_sum, maximum)
         tl.store(norm_entries, norms, mask=keep & is_new)
         tl.store(_entries(buffers.norm_sums, number, slot, heads), norm_sums, mask=keep & is_new)
-        tl.store(_entries(buffers.norm_square_sums, number, slot, heads), norm_square_sums, mask=keep & is_new)
+        tl.store(_entries(buffers.norm_square_sums, number, slot, heads), square_sums, mask=keep & is_new)
         tl.store(_entries(buffers.norm_maxima, number, slot, heads), maxima, mask=keep & is_new)
-        norm_sum = tl.sum(tl.where(is_last, norm_sums, 0.0), 0)[None, :]
-        square_sum = tl.sum(tl.where(is_last, norm_square_sums, 0.0), 0)[None, :]
-        maximum = tl.sum(tl.where(is_last, maxima, 0.0), 0)[None, :]
+        norm_sum = _last(norm_sums, is_last)[None, :]
+        square_sum = _last(square_sums, is_last)[None, :]
+        maximum = _last(maxima, is_last)[None, :]
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -318,7 +318,7 @@ def forms_of(*tensors: Tensor | None) -> list[Form | None]:
     return [None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0) for x in tensors]
 
 
-def kind_of(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> Kind:
+def kept_kind(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> Kind:
     """The one `Kind` of a key: the forms of a call's tensors, and its options. found: its problem and `wide`."""
     kind = _kinds.get(key)
     if kind is None:

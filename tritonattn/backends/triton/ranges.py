@@ -8,7 +8,7 @@ from torch import Tensor
 from ...core.visibility import Visibility
 from ...tuning.config import Problem
 from . import range_kernels as kernels
-from .launch import KERNELS, Arguments, Plan, kind_of, plan, range_arguments
+from .launch import KERNELS, Arguments, Plan, kept_kind, plan, range_arguments
 
 KERNELS |= {
     "row_bounds": kernels.rows_of_key_block,
@@ -23,7 +23,7 @@ def prefix_sums(addends: Tensor) -> Tensor:
     batch, heads, count = addends.shape
     sums = torch.empty((batch, heads, count + 1), dtype=torch.float64, device=addends.device)
     arguments = {"addends_ptr": addends.contiguous(), "sums_ptr": sums, "addends_len": count, "q_heads": heads}
-    kind = kind_of((addends.dtype,), lambda: (NO_HEADS, False))
+    kind = kept_kind((addends.dtype,), lambda: (NO_HEADS, False))
     _plan("prefix_sums", addends.device).launch((1, heads, batch), arguments, False, kind)
     return sums
 

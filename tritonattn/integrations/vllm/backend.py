@@ -26,7 +26,6 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from ... import ops
 from ...calls.dispatch import by_formulas, choose_backend, with_logits
-from ...calls.key_records import record_of
 from ...calls.page_checks import SMALLEST_PAGE
 from ...calls.paged_statistics import PagedKeyStatistics
 from ...calls.varlen_checks import Packing
@@ -349,7 +348,7 @@ class TritonattnImpl(AttentionImpl[TritonattnMetadata]):
             scaling=self._factor.scaling,
             gain=self._factor.gain,
             backend=self._backend,
-            record=record_of(record, block_table, visible.sequences),
+            record=record,
             cached=f"attention_backend {NAME}",
         )
         call.backend = choose_backend(call)

@@ -8,8 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ...core.provenance import Environment
-from ..figures import foot, plain_numbers, save, staggered, styles
-from ..palette import COLOURS
+from ..figures import COLOURS, foot, plain_numbers, save, staggered, styles
 
 _LINEAR = 0.01  # differences up to here stand on a linear part of their axis
 

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.mlab import GaussianKDE
 from torch import Tensor
 
-from ..figures import foot, save, staggered, style, ticks_at
-from ..palette import COLOURS
+from ..figures import COLOURS, foot, save, staggered, style, ticks_at
 from .measures import Point
 from .report import BY_COUNT, TITLES, Findings
 

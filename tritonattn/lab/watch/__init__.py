@@ -1,4 +1,4 @@
-"""Draw the records of a Monitor as a page or a picture: the `tritonattn watch` command."""
+"""Draw the records of a Monitor by matplotlib, as a page or a picture: the `tritonattn watch` command."""
 
 from __future__ import annotations
 

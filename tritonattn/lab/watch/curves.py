@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,18 +86,6 @@ class Panel:
         """Every number that is drawn."""
         of_curves = [value for points in self.curves.values() for _, value in points if value is not None]
         return of_curves + self.limits
-
-
-def span(panel: Panel, panels: list[Panel]) -> tuple[float, float]:
-    """Both ends of a panel's axis, which other panels with an axis of that name share."""
-    sharing = [one for one in panels if one is panel or (one.axis and one.axis == panel.axis)]
-    values = [0.0, 1.0] if panel.axis == "share" else [x for one in sharing for x in one.values()] or [1.0]
-    low, high = min(values), max(values)
-    if panel.logarithmic:
-        low, high = math.log10(low), math.log10(high)
-    margin = 0.05 * (high - low) or 0.5 * max(1, abs(high))
-    low, high = low - margin, high + margin
-    return (10**low, 10**high) if panel.logarithmic else (low, high)
 
 
 @dataclass(frozen=True)

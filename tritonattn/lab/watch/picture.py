@@ -9,9 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..figures import foot, plain_numbers, save, staggered, style, whole_numbers
-from ..palette import COLOURS, ordered
-from .curves import Panel, Watched, short_names, span
+from ..figures import COLOURS, foot, ordered, plain_numbers, save, staggered, style, whole_numbers
+from .curves import Panel, Watched, short_names
 
 _ALARM = {"color": "black", "marker": "o", "markersize": 8, "markerfacecolor": "none", "linestyle": "none"}
 _LIMIT = {"color": "black", "linestyle": "--", "linewidth": 0.8}
@@ -19,6 +18,10 @@ _COLUMNS = 3
 
 
 def draw(watched: Watched, file: Path) -> None:
+    save(figure_of(watched), file)
+
+
+def figure_of(watched: Watched) -> Figure:
     """Draw a panel a measure over the same steps, and a line a layer."""
     panels = watched.panels
     rows = math.ceil(len(panels) / _COLUMNS)
@@ -27,9 +30,12 @@ def draw(watched: Watched, file: Path) -> None:
     grid = figure.subplots(rows, min(_COLUMNS, len(panels)), sharex=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
+    shared: dict[str, Axes] = {}
     for axes, panel in zip(grid.flat, panels, strict=False):
+        if (first := shared.setdefault(panel.axis or panel.measure, axes)) is not axes:
+            axes.sharey(first)
         _draw(axes, panel, looks)
-        axes.set_ylim(*span(panel, panels))
+    for axes, panel in zip(grid.flat, panels, strict=False):
         if panel.logarithmic:
             plain_numbers(axes.yaxis)
     for axes in grid.flat[max(0, len(panels) - grid.shape[1]) : len(panels)]:  # the lowest of each column
@@ -42,7 +48,7 @@ def draw(watched: Watched, file: Path) -> None:
         legend |= {"alarm": _ALARM, "its threshold": _LIMIT}
     about = "Each line is a layer: its heads' largest logit, or the mean over its heads"
     foot(figure, f"{watched.summary()}. {about}.", legend, columns=6)
-    save(figure, file)
+    return figure
 
 
 def _looks(layers: list[str]) -> dict[str, dict[str, Any]]:
@@ -68,6 +74,8 @@ def _draw(axes: Axes, panel: Panel, looks: dict[str, dict[str, Any]]) -> None:
         axes.axhline(limit, **_LIMIT)
     axes.set_title(panel.title, fontsize=10)
     axes.set_yscale("log" if panel.logarithmic else "linear")
+    if panel.axis == "share":
+        axes.set_ylim(-0.05, 1.05)
     for one in panel.alarms:
         if one.value is None:  # at the upper edge
             axes.plot(one.step, 1, **_ALARM, transform=axes.get_xaxis_transform(), clip_on=False)

@@ -1,0 +1,124 @@
+"""Norms of cached keys with running sums and maxima, in any layout, and statistics of rows that are read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from .autograd import runs_eagerly
+from .pages import PageTable
+from .ranges import prefix_sum
+from .statistics import Renamed, Statistics
+
+TOTALS = ("norm_sums", "norm_square_sums", "norm_maxima")
+
+# Norms of windows that are held at a time: rows of a long prompt are taken in parts.
+_ENTRIES = 2**24
+
+
+def extended(before: tuple[Tensor, ...], norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`TOTALS` up to and with each of the next keys, [..., n], from their norms [..., n].
+
+    before   those of the keys before, [..., 1]. On a CPU the bits do not depend on how keys are cut into appends.
+    """
+    sums, squares, highest = before
+    sums = prefix_sum(torch.cat([sums, norms], -1))[..., 2:]
+    squares = prefix_sum(torch.cat([squares, norms.double().square()], -1))[..., 2:]
+    return sums, squares, torch.cat([highest, norms], -1).cummax(-1).values[..., 1:]
+
+
+class KeyRecord(Renamed):
+    """The norm of each cached key, and `TOTALS` of the keys of its sequence up to and with it.
+
+    A layout says where the entries of a key are, and reads them: `find` and `at`.
+    """
+
+    renamed: ClassVar[dict[str, str]] = {
+        "lengths": "norms",
+        "length_sums": "norm_sums",
+        "square_sums": "norm_square_sums",
+        "length_maxima": "norm_maxima",
+    }
+    norms: Tensor
+
+    def find(self, key: Tensor, table: PageTable | None) -> Any:
+        """Where the entries of `key` are, int64 [B or 1, n], by its number along the axis of the call's keys.
+
+        A key below 0 has none. table: of a cache in pages.
+        """
+        raise NotImplementedError
+
+    def at(self, name: str, found: Any) -> Tensor:
+        """The entries of found keys in a buffer: [B, Hkv, n], 0 for a key that has none."""
+        raise NotImplementedError
+
+    def along_keys(self, k_len: int, table: PageTable | None) -> Tensor:
+        """The norms of all keys: [B, Hkv, Sk]."""
+        return self.at("norms", self.find(torch.arange(k_len, device=self.norms.device)[None], table))
+
+
+class RecordedStatistics(Statistics):
+    """The statistics of rows from a record of the keys; k itself is not read.
+
+    computed   statistics of the same keys: norms of queries are theirs, and prefix sums where `visibility.invariant`,
+               since sums then come from the norms, as without a record
+    table      of a cache in pages, or None
+    width      rows see at most as many keys, or None: all of their sequence before the end of their range
+
+    Rows that see all keys before theirs read the record's sums and maxima. Rows of a window read the norms inside it: a
+    difference of sums would keep the NaN, inf or rounding of keys that have left the window.
+    """
+
+    def __init__(self, computed: Statistics, record: KeyRecord, table: PageTable | None, width: int | None) -> None:
+        super().__init__(lambda: computed.k, computed.visibility)
+        self._computed, self._record, self._table, self._width = computed, record, table, width
+
+    def _norms_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
+        return self._computed._norms_of(x, seen)
+
+    def _sum(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._computed._sum(x, dtype)
+
+    def _norms(self) -> Tensor:
+        norms = self._record.along_keys(self.visibility.k_len, self._table)
+        counted = self.visibility.counted_keys(lambda: norms)
+        return norms if counted is None else torch.where(counted, norms, 0)
+
+    def _norm_sum(self) -> Tensor:
+        if self.visibility.invariant:
+            return super()._norm_sum()
+        sums = self._of_rows("norm_sums", lambda norms: norms.sum(-1, dtype=torch.float64))
+        return sums.to(self._record.norms.dtype)
+
+    def _norm_square_sum(self) -> Tensor:
+        if self.visibility.invariant:
+            return super()._norm_square_sum()
+        return self._of_rows("norm_square_sums", lambda norms: norms.double().square().sum(-1))
+
+    def _norm_max(self) -> Tensor:
+        return self._of_rows("norm_maxima", lambda norms: norms.amax(-1))
+
+    def _of_rows(self, name: str, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """The entry of each row's last key, or reduce(norms in its window [B, Hkv, rows, width]): [B, Hkv, Sq]."""
+        if self._width is not None:
+            return self._over_windows(reduce)
+        record, table, visible = self._record, self._table, self.visibility
+        return record.at(name, visible.once("last keys", lambda: record.find(visible.last_keys(), table)))
+
+    def _over_windows(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        lo, hi = self.visibility.ranges()  # [B, Sq]
+        batch, kv_heads, k_len = self.visibility.keys
+        width = max(1, min(cast(int, self._width), k_len))  # an axis without entries has no maximum
+        q_len = lo.shape[1]
+        step = max(1, _ENTRIES // max(batch * kv_heads * width, 1)) if runs_eagerly(lo) else q_len
+        parts = []
+        for first in range(0, max(q_len, 1), max(step, 1)):
+            rows = slice(first, first + step)
+            key = lo[:, rows, None] + torch.arange(width, device=lo.device)  # [B, rows, width]
+            key = torch.where(key < hi[:, rows, None], key, -1)
+            norms = self._record.at("norms", self._record.find(key.flatten(1), self._table))
+            parts.append(reduce(norms.unflatten(2, (-1, width))))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
