@@ -19,8 +19,10 @@ mode, but SSMax's s = 0 is uniform attention, and an exponent of 0 leaves a stat
 from .attention import ScaledAttention
 from .biases import ALiBi, ForgetGate
 from .cache import KeyValueCache
-from .learned import Cosine, Learned, LearnedCosine, PerHead, SSMax, scaling_parameters
-from .log_power import LearnedLogPower, LogPower, QueryAdaptiveSSMax
+from .learned import Cosine as Cosine  # a former name
+from .learned import Learned, LearnedCosine, PerHead, SSMax, scaling_parameters
+from .log_power import LearnedLogPower, QueryAdaptiveSSMax
+from .log_power import LogPower as LogPower  # a former name
 from .power_law import PowerLaw
 from .registry import LEARNED
 from .scheduled import Scheduled
@@ -28,13 +30,11 @@ from .scheduled import Scheduled
 __all__ = [
     "LEARNED",
     "ALiBi",
-    "Cosine",
     "ForgetGate",
     "KeyValueCache",
     "Learned",
     "LearnedCosine",
     "LearnedLogPower",
-    "LogPower",
     "PerHead",
     "PowerLaw",
     "QueryAdaptiveSSMax",

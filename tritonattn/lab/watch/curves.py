@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +195,7 @@ def _shared(names: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _alike(split: list[list[str]]) -> list[str]:
-    found = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        found.append(parts[0])
-    return found
+    return [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))]
 
 
 def _counted(things: Sequence[Any], word: str) -> str:
