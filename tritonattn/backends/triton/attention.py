@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.call import LONGEST_QUERY, AttentionCall, Needs
@@ -29,12 +30,14 @@ from .launch import (
     Kind,
     Plan,
     are_aligned,
+    drop_config,
     forms_of,
+    is_aligned,
     is_wide,
     kept_kind,
     logit_arguments,
     pages_of,
-    planned,
+    plan,
     range_arguments,
     strided,
 )
@@ -60,14 +63,21 @@ def launch_kernel(
     if recorded.recorders and kernel in TILED_KERNELS:
         recorded.note(Exact(kernel, kind.problem), _size_of(call))
 
-    def launches(chosen: Plan) -> None:
-        no_descriptors = dict.fromkeys(chosen.descriptors)
-        of_config = _descriptors(chosen, call, d_out) if chosen.config.descriptors else no_descriptors
-        if kernel == "grad_key_value":
-            of_config["row_bounds_ptr"] = rows_of_key_blocks(call.visibility, available, chosen.config.block_n)
-        chosen.launch(_grid(kernel, chosen, call), available | of_config, kind.wide, kind)
-
-    planned(kernel, kind.problem, call.q.device, launches)
+    device = call.q.device
+    while True:
+        chosen = plan(kernel, kind.problem, device)
+        config = chosen.config
+        try:
+            of_config = _descriptors(chosen, call, d_out) if config.descriptors else dict.fromkeys(chosen.descriptors)
+            if kernel == "grad_key_value":
+                of_config["row_bounds_ptr"] = rows_of_key_blocks(call.visibility, available, config.block_n)
+            grid = kind.grids.get(key := (kernel, config, chosen.target))
+            if grid is None:
+                grid = kind.grids[key] = _grid(kernel, chosen, call)
+            chosen.launch(grid, available | of_config, kind.wide, kind)
+            return
+        except (TritonError, RuntimeError) as error:
+            drop_config(kernel, kind.problem, device, chosen, error)
 
 
 def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> Grid:
@@ -208,7 +218,7 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
         visible.invariant,
         visible.left,
         visible.right,
-        None if sequences is None else (sequences.longest_q, sequences.longest_k),
+        None if sequences is None else (sequences.longest_q, sequences.longest_k, len(sequences.q_starts)),
         (needs, *asked.values()),
     )
     page = 0 if call.block_table is None else call.k.shape[2]
@@ -217,7 +227,7 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
 
 def aligned_copy(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy where that alone is aligned, as of an expanded gradient."""
-    if not _has_whole_vectors(tensor) or are_aligned(tensor):
+    if not _has_whole_vectors(tensor) or is_aligned(tensor):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps a view at an odd offset
 
@@ -234,7 +244,7 @@ def one_layout(tensor: Tensor) -> Tensor:
 
 
 def _has_one_layout(tensor: Tensor) -> bool:
-    return are_aligned(tensor) if _has_whole_vectors(tensor) else tensor.is_contiguous()
+    return is_aligned(tensor) if _has_whole_vectors(tensor) else tensor.is_contiguous()
 
 
 def _has_whole_vectors(*tensors: Tensor) -> bool:
