@@ -12,8 +12,8 @@ import tritonattn
 from tests.kernels import harness
 from tests.support.packed import RAGGED, Packed, one_by_one, packed_operands
 from tests.support.pairs import pairwise
-from tritonattn.core.over_keys import max_over_keys, sum_over_keys
 from tritonattn.core.sequences import Sequences
+from tritonattn.core.statistics import max_over_keys, sum_over_keys
 from tritonattn.core.visibility import Visibility
 from tritonattn.scaling import SCALINGS
 

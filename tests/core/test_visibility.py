@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from tests.support.masks import MASKS, visible_pairs
 from tritonattn.core import ranges
-from tritonattn.core.over_keys import max_over_keys, sum_over_keys
-from tritonattn.core.packing import Places
+from tritonattn.core.packing import PackedAxis
 from tritonattn.core.ranges import prefix_sum
+from tritonattn.core.statistics import max_over_keys, sum_over_keys
 from tritonattn.core.visibility import Visibility
 
 B, HQ, HKV = 2, 4, 2
@@ -207,16 +207,16 @@ def test_any_combination_of_ranges(data):
     assert torch.equal(max_over_keys(x, visibility), torch.nn.functional.pad(shown, (0, 1)).amax(-1))
 
 
-def test_entries_of_no_member_are_zero_there_and_back():
-    """Members of 2 and 3 entries on an axis of 7; also the gradients, each the other's move."""
-    places = Places(torch.tensor([0, 2, 5]), 3, 7)
+def test_entries_of_no_sequence_are_zero_there_and_back():
+    """Sequences of 2 and 3 entries on an axis of 7; also the gradients, each the other's move."""
+    axis = PackedAxis(torch.tensor([0, 2, 5]), 3, 7)
     x = torch.arange(1.0, 15).double().reshape(1, 2, 7).requires_grad_()
-    members = places.unpacked(x)
-    assert torch.equal(members[0], torch.nn.functional.pad(x[0, :, :2], (0, 1)))
-    assert torch.equal(members[1], x[0, :, 2:5])
+    padded = axis.unpacked(x)
+    assert torch.equal(padded[0], torch.nn.functional.pad(x[0, :, :2], (0, 1)))
+    assert torch.equal(padded[1], x[0, :, 2:5])
     own = torch.arange(7) < 5
-    assert torch.equal(places.packed(members), x * own)
-    assert torch.equal(torch.autograd.grad(members.sum(), x)[0], own.double().expand(1, 2, 7))
+    assert torch.equal(axis.packed(padded), x * own)
+    assert torch.equal(torch.autograd.grad(padded.sum(), x)[0], own.double().expand(1, 2, 7))
 
 
 def test_gradients_of_the_heads_of_a_group_add_up_in_one_order_where_invariant():

@@ -1,4 +1,4 @@
-"""Statistics of the keys in a KV cache, kept beside it and grown with it, for scalings that depend on key norms."""
+"""Statistics of the keys in a KV cache, kept with it, for scalings that depend on key norms."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class KeyStatistics(KeyRecord):
         kv_heads: Hkv.
         capacity: The keys that a sequence can hold: Sk of a contiguous cache, max_pages * page of a paged one.
         device: The cache's device; None is torch's default.
-        dtype: float32, or float64 beside a float64 cache.
+        dtype: float32, or float64 for a float64 cache.
 
     All buffers have fixed shapes and change in place, nothing waits for the device, and the work is O(new keys):
     every method can be compiled, and captured in a CUDA graph (`append` after a call with the same shapes, which
@@ -79,7 +79,7 @@ class KeyStatistics(KeyRecord):
             raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
         self.capacity = capacity
         self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
-        # Each has one more place at its end, for keys that are dropped.
+        # Each has one more entry at its end, for keys that are dropped.
         shape, prefix = (batch, kv_heads, capacity + 1), (batch, kv_heads, capacity + 2)
         self._norms = torch.zeros(shape, dtype=dtype, device=device)
         self._norm_sums = torch.zeros(prefix, dtype=torch.float64, device=device)
@@ -107,8 +107,8 @@ class KeyStatistics(KeyRecord):
 
     def at(self, name: str, found: Tensor) -> Tensor:
         buffer = getattr(self, name)
-        place = (found + 1 if name in TOTALS else found.clamp(min=0))[:, None].expand(-1, buffer.shape[1], -1)
-        entries = buffer.gather(2, place)
+        position = (found + 1 if name in TOTALS else found.clamp(min=0))[:, None].expand(-1, buffer.shape[1], -1)
+        entries = buffer.gather(2, position)
         return entries if name in TOTALS else torch.where(found[:, None] >= 0, entries, 0)
 
     def along_keys(self, k_len: int, table: PageTable | None) -> Tensor:
@@ -116,7 +116,7 @@ class KeyStatistics(KeyRecord):
 
     @torch.no_grad()
     def append(self, k_new: Tensor, counts: Tensor | None = None) -> None:
-        """Append the next keys of every sequence, before the `attention_decode` that sees them.
+        """Append the next keys of every sequence, before the `attention_decode` that attends to them.
 
         Args:
             k_new: [B, Hkv, n, D], as they are written to the cache.
@@ -140,12 +140,12 @@ class KeyStatistics(KeyRecord):
             kernels().append_keys(k_new, counts, self._buffers())
             return
         order = torch.arange(new, device=k_new.device)
-        place = self.counts[:, None] + order  # [B, n]
-        kept = place < self.capacity
+        position = self.counts[:, None] + order  # [B, n]
+        kept = position < self.capacity
         if counts is not None:
             kept = kept & (order < counts[:, None])
         norms = key_norms_of(k_new, kept[:, None], invariant=True)  # whatever the call that reads them
-        self._write(norms, torch.where(kept, place, self.capacity))
+        self._write(norms, torch.where(kept, position, self.capacity))
         self.counts += kept.sum(-1)
 
     @torch.no_grad()
@@ -212,7 +212,7 @@ class KeyStatistics(KeyRecord):
 
     @torch.no_grad()
     def with_capacity(self, capacity: int) -> KeyStatistics:
-        """A copy with room for more keys, beside a cache that has grown.
+        """A copy with room for more keys, for a cache that has grown.
 
         Raises:
             TypeError, ValueError: A capacity that is no int, or is below this one.
@@ -228,7 +228,7 @@ class KeyStatistics(KeyRecord):
 
     @torch.no_grad()
     def last(self, keys: int, capacity: int) -> KeyStatistics:
-        """A copy that holds the last keys of every sequence, beside a cache that forgets the others.
+        """A copy that holds the last keys of every sequence, for a cache that forgets the others.
 
         Args:
             keys: How many; a sequence that holds fewer keeps all.
@@ -244,8 +244,8 @@ class KeyStatistics(KeyRecord):
         other = self._like(len(self.counts), capacity)
         held = self.counts.clamp(max=keys)
         order = torch.arange(keys, device=held.device)
-        place = ((self.counts - held)[:, None] + order).clamp(max=self.capacity)
-        norms = self._norms.gather(2, place[:, None].expand(-1, self._norms.shape[1], -1))
+        position = ((self.counts - held)[:, None] + order).clamp(max=self.capacity)
+        norms = self._norms.gather(2, position[:, None].expand(-1, self._norms.shape[1], -1))
         kept = order < held[:, None]
         if keys:
             other._write(torch.where(kept[:, None], norms, 0), torch.where(kept, order, capacity))
@@ -259,14 +259,14 @@ class KeyStatistics(KeyRecord):
     def _buffers(self) -> tuple[Tensor, ...]:
         return self.counts, self._norms, self._norm_sums, self._norm_square_sums, self._norm_maxima
 
-    def _write(self, norms: Tensor, place: Tensor) -> None:
-        """Write the norms [B, Hkv, n] of new keys to their places [B, n], and extend the sums and maxima."""
+    def _write(self, norms: Tensor, position: Tensor) -> None:
+        """Write the norms [B, Hkv, n] of new keys to their positions [B, n], and extend the sums and maxima."""
         norms = norms.to(self._norms.dtype)
         before = tuple(self.at(name, self.counts[:, None] - 1) for name in TOTALS)
-        place = place[:, None].expand_as(norms)
-        self._norms.scatter_(2, place, norms)
+        position = position[:, None].expand_as(norms)
+        self._norms.scatter_(2, position, norms)
         for buffer, values in zip(self._buffers()[2:], extended(before, norms), strict=True):
-            buffer.scatter_(2, place + 1, values)
+            buffer.scatter_(2, position + 1, values)
 
     def _check_keys(self, k_new: Any) -> None:
         batch, kv_heads = self._norms.shape[:2]

@@ -1,4 +1,4 @@
-"""Checks of pages, of the table that names them, and of the statistics beside a cache, by the rules of checks.py."""
+"""Checks of pages, of the table that names them, and of the statistics of a cache, by the rules of checks.py."""
 
 from __future__ import annotations
 

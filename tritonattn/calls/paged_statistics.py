@@ -1,4 +1,4 @@
-"""Statistics of the keys in a paged KV cache, kept page by page beside it and shared as its pages are."""
+"""Statistics of the keys in a paged KV cache, kept page by page and shared as its pages are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import kernels
 from ..core.autograd import runs_eagerly
 from ..core.key_records import TOTALS, KeyRecord, extended
-from ..core.packing import Places
+from ..core.packing import PackedAxis
 from ..core.pages import Found, PageTable
 from ..core.sequences import Sequences
 from ..core.statistics import key_norms_of
@@ -25,23 +25,23 @@ _OWNER = "this PagedKeyStatistics"
 class PagedKeyStatistics(KeyRecord):
     """Norms of the keys in a paged KV cache, their sums and maxima, for `attention_varlen` and `attention_decode`.
 
-    At the place where page p holds the key j of a sequence, over the keys j' <= j of that sequence:
+    In the slot where page p holds the key j of a sequence, over the keys j' <= j of that sequence:
 
-        norms[p, place, h]            = ||k[j, h]||          [N, page, Hkv]   `dtype`
-        norm_sums[p, place, h]        = sum ||k[j', h]||     likewise         float64
-        norm_square_sums[p, place, h] = sum ||k[j', h]||^2   likewise         float64
-        norm_maxima[p, place, h]      = max ||k[j', h]||     likewise         `dtype`
+        norms[p, slot, h]            = ||k[j, h]||          [N, page, Hkv]   `dtype`
+        norm_sums[p, slot, h]        = sum ||k[j', h]||     likewise         float64
+        norm_square_sums[p, slot, h] = sum ||k[j', h]||^2   likewise         float64
+        norm_maxima[p, slot, h]      = max ||k[j', h]||     likewise         `dtype`
 
     An entry depends on its key and the keys before it alone: sequences that share the pages of a common prefix share
     these entries, and a row needs the one entry of its last key. A row of a window reads the norms inside it. Entries
-    of places that hold no key have no effect.
+    of slots that hold no key have no effect.
 
     Args:
         pages: N, the pages of the cache.
         page: Keys of a page, at least 16.
         kv_heads: Hkv.
         device: The cache's device; None is torch's default.
-        dtype: float32, or float64 beside a float64 cache.
+        dtype: float32, or float64 for a float64 cache.
 
     All buffers have fixed shapes and change in place, nothing waits for the device, and the work is O(new keys):
     `append` can be compiled, and captured in a CUDA graph after a call with the same shapes, which compiles its kernel.
@@ -71,9 +71,9 @@ class PagedKeyStatistics(KeyRecord):
             check_count(name, size, least)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-        kinds = (dtype, torch.float64, torch.float64, dtype)
+        dtypes = (dtype, torch.float64, torch.float64, dtype)
         with_spare = (pages + 1, page, kv_heads)
-        memory = tuple(torch.zeros(with_spare, dtype=kind, device=device) for kind in kinds)
+        memory = tuple(torch.zeros(with_spare, dtype=x, device=device) for x in dtypes)
         self._hold(memory, tuple(x[:-1] for x in memory), spare=pages)
 
     @classmethod
@@ -83,9 +83,9 @@ class PagedKeyStatistics(KeyRecord):
         memory   [N, page, Hkv] each, of any strides
         spare    a page that no sequence has: keys without a page may be entered there
         """
-        own = cls.__new__(cls)
-        own._hold(memory, memory, spare)
-        return own
+        record = cls.__new__(cls)
+        record._hold(memory, memory, spare)
+        return record
 
     def _hold(self, memory: tuple[Tensor, ...], buffers: tuple[Tensor, ...], spare: int) -> None:
         """Keep the buffers; memory: with page `spare`."""
@@ -104,7 +104,7 @@ class PagedKeyStatistics(KeyRecord):
     def append(self, k_new: Tensor, cu_seqlens: Tensor, *, key_lengths: Tensor, block_table: Tensor) -> None:
         """Enter the newest keys of every sequence, before the attention that sees them.
 
-        No older key is read. To take keys back, as those of rejected guesses, enter others in their places.
+        No older key is read. To take keys back, as those of rejected guesses, enter others in their slots.
 
         Args:
             k_new: [T, Hkv, D], packed as the rows of `attention_varlen`: the keys as they are written to the cache.
@@ -140,18 +140,18 @@ class PagedKeyStatistics(KeyRecord):
         total, (sequences, _) = k_new.shape[0], block_table.shape
         longest = int(cu_seqlens.diff().max()) if values_are_read(cu_seqlens) else total
         packed = Sequences.of(cu_seqlens, cu_seqlens, total, total, longest, longest)
-        new = Places(packed.q_starts.long(), longest, total)
+        new = PackedAxis(packed.q_starts.long(), longest, total)
         first = key_lengths.long() - new.counts  # [B]
         table = PageTable(block_table, self.page)
-        sequence, order = packed.place_of_keys(torch.arange(total, device=k_new.device))
+        sequence, order = packed.position_of_keys(torch.arange(total, device=k_new.device))
         position = first[sequence.clamp(max=sequences - 1)] + order
-        page, place, found = table.locate(sequence, position, self.pages)  # [T]
+        page, slot, found = table.locate(sequence, position, self.pages)  # [T]
         norms = key_norms_of(k_new.transpose(0, 1)[None], found, invariant=True)  # as KeyStatistics does
         norms = norms.to(self.norms.dtype)  # [1, Hkv, T]
         last = self.find((first - 1)[:, None], table)
         before = tuple(self.at(name, last) for name in TOTALS)  # [B, Hkv, 1]
         totals = extended(before, new.unpacked(norms))  # [B, Hkv, longest]
-        at = torch.where(found, page, self._spare), torch.where(found, place, 0)
+        at = torch.where(found, page, self._spare), torch.where(found, slot, 0)
         entries = (norms, *(new.packed(values) for values in totals))  # [1, Hkv, T]
         for buffer, values in zip(self._memory, entries, strict=True):
             buffer[at] = values[0].T
@@ -190,5 +190,5 @@ def check_paged_statistics(statistics: Any, q: Tensor, pages: Tensor, block_tabl
     if not isinstance(statistics, PagedKeyStatistics):
         raise TypeError(f"statistics: expected a PagedKeyStatistics, got {kind_of(statistics)}")
     if block_table is None:
-        raise ValueError("statistics: expected a block_table beside a PagedKeyStatistics, got None")
+        raise ValueError("statistics: expected a block_table with a PagedKeyStatistics, got None")
     check_record(statistics.norms, tuple(pages.shape[:3]), "[N, page, Hkv]", q)

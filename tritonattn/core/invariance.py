@@ -1,4 +1,4 @@
-"""The switch for bits of a row that do not depend on its company, and a sum in one order."""
+"""The switch for bits of a row that do not depend on the rest of the batch, and a sum in one order."""
 
 from __future__ import annotations
 

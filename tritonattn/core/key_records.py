@@ -11,7 +11,7 @@ from torch import Tensor
 from .autograd import runs_eagerly
 from .pages import PageTable
 from .ranges import prefix_sum
-from .statistics import Renamed, Statistics
+from .statistics import Renamed, Statistics, sum_over_keys
 
 TOTALS = ("norm_sums", "norm_square_sums", "norm_maxima")
 
@@ -79,9 +79,6 @@ class RecordedStatistics(Statistics):
     def _norms_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
         return self._computed._norms_of(x, seen)
 
-    def _sum(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._computed._sum(x, dtype)
-
     def _norms(self) -> Tensor:
         norms = self._record.along_keys(self.visibility.k_len, self._table)
         counted = self.visibility.counted_keys(lambda: norms)
@@ -89,13 +86,13 @@ class RecordedStatistics(Statistics):
 
     def _norm_sum(self) -> Tensor:
         if self.visibility.invariant:
-            return super()._norm_sum()
+            return sum_over_keys(self.norms, self.visibility, self._computed._scan, self.norms.dtype)
         sums = self._of_rows("norm_sums", lambda norms: norms.sum(-1, dtype=torch.float64))
         return sums.to(self._record.norms.dtype)
 
     def _norm_square_sum(self) -> Tensor:
         if self.visibility.invariant:
-            return super()._norm_square_sum()
+            return sum_over_keys(self.norms.double().square(), self.visibility, self._computed._scan)
         return self._of_rows("norm_square_sums", lambda norms: norms.double().square().sum(-1))
 
     def _norm_max(self) -> Tensor:

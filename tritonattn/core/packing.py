@@ -11,8 +11,8 @@ from .autograd import apply
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
-    """Member n of a packed axis of `total` entries has those from starts[n] on, at most `longest`.
+class PackedAxis:
+    """A packed axis of `total` entries: sequence n has those from starts[n] on, at most `longest`.
 
     starts   int64 [N + 1]
     """
@@ -27,11 +27,11 @@ class Places:
         return self.starts[1:] - self.starts[:-1]
 
     def unpacked(self, x: Tensor) -> Tensor:
-        """[1, H, total] as [N, H, longest], 0 behind each member."""
+        """[1, H, total] as [N, H, longest], 0 behind each sequence."""
         return apply(_Moved, x, self, False)
 
     def packed(self, x: Tensor) -> Tensor:
-        """[N, H, longest] as [1, H, total], 0 for entries of no member."""
+        """[N, H, longest] as [1, H, total], 0 for entries of no sequence."""
         return apply(_Moved, x, self, True)
 
     def _moved(self, x: Tensor, packs: bool) -> Tensor:
@@ -40,20 +40,20 @@ class Places:
     def _unpack(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x.new_zeros(self.starts.shape[0] - 1, x.shape[1], self.longest)
-        place = torch.arange(self.longest, device=x.device)
-        index = (self.starts[:-1, None] + place).clamp(max=max(self.total - 1, 0))  # [N, longest]
+        position = torch.arange(self.longest, device=x.device)
+        index = (self.starts[:-1, None] + position).clamp(max=max(self.total - 1, 0))  # [N, longest]
         found = x[0][:, index].transpose(0, 1)
-        return torch.where((place < self.counts[:, None])[:, None], found, 0)
+        return torch.where((position < self.counts[:, None])[:, None], found, 0)
 
     def _pack(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x.new_zeros(1, x.shape[1], self.total)
         entry = torch.arange(self.total, device=x.device)
-        member = torch.searchsorted(self.starts[1:], entry, right=True)
-        belongs = member < x.shape[0]
-        member = member.clamp(max=x.shape[0] - 1)
-        place = (entry - self.starts[member]).clamp(max=self.longest - 1)
-        return torch.where(belongs, x[member, :, place].mT, 0)[None]
+        sequence = torch.searchsorted(self.starts[1:], entry, right=True)
+        belongs = sequence < x.shape[0]
+        sequence = sequence.clamp(max=x.shape[0] - 1)
+        position = (entry - self.starts[sequence]).clamp(max=self.longest - 1)
+        return torch.where(belongs, x[sequence, :, position].mT, 0)[None]
 
 
 class _Moved(torch.autograd.Function):
@@ -62,13 +62,13 @@ class _Moved(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, places, packs):
-        return places._moved(x, packs)
+    def forward(x, axis, packs):
+        return axis._moved(x, packs)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, ctx.places, ctx.packs = inputs
+        _, ctx.axis, ctx.packs = inputs
 
     @staticmethod
     def backward(ctx, g):
-        return ctx.places._moved(g, not ctx.packs), None, None
+        return ctx.axis._moved(g, not ctx.packs), None, None

@@ -174,8 +174,6 @@ def sum_over_prefixes(
     x: Tensor, hi: Tensor | None, q_len: int, scan: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> Tensor:
     """`sum_over_ranges` where lo is 0 and hi does not fall along the Sq rows; None is hi[i] = i + 1 + Sk - Sq."""
-    if hi is None and scan is prefix_sum and x.device.type == "cpu":  # in one pass, and so its gradient
-        return x.cumsum(-1, dtype=torch.float64)[..., x.shape[-1] - q_len :].to(dtype)
     return apply(_PrefixSums, x, hi, q_len, scan, dtype)
 
 

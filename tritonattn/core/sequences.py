@@ -10,14 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """The places of a packed batch's members among T_q rows and T_k keys.
+    """Where the sequences of a packed batch lie among T_q rows and T_k keys.
 
-    q_starts    int32 [N + 1], from 0 up to T_q, never falling: member n has the rows q_starts[n] <= i < q_starts[n + 1]
+    q_starts    int32 [N + 1], from 0 up to T_q, never falling: sequence n has the rows
+                q_starts[n] <= i < q_starts[n + 1]
     k_starts    int32 [N + 1], likewise up to T_k: its keys
-    longest_q   at least the rows of every member
-    longest_k   at least the keys of every member
+    longest_q   at least the rows of every sequence
+    longest_k   at least the keys of every sequence
 
-    Rows and keys after the last start belong to no member.
+    Rows and keys after the last start belong to no sequence.
     """
 
     q_starts: Tensor
@@ -37,20 +38,20 @@ class Sequences:
     def keys_of_rows(self, q_len: int) -> tuple[Tensor, Tensor, Tensor]:
         """First key, one past the last, and the bottom-right aligned key of every row: int64 [1, T_q] each.
 
-        A row of no member gets first = last.
+        A row of no sequence gets first = last.
         """
         row = torch.arange(q_len, device=self.q_starts.device)
         q_starts, k_starts = self.q_starts.long(), self.k_starts.long()
-        member = torch.searchsorted(q_starts[1:], row, right=True)  # N for a row of no member
-        following = (member + 1).clamp(max=q_starts.shape[0] - 1)
-        first, last = k_starts[member], k_starts[following]
+        sequence = torch.searchsorted(q_starts[1:], row, right=True)  # N for a row of no sequence
+        following = (sequence + 1).clamp(max=q_starts.shape[0] - 1)
+        first, last = k_starts[sequence], k_starts[following]
         return first[None], last[None], (row + last - q_starts[following])[None]
 
-    def place_of_keys(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """The member of each key of the packed axis, N for none, and the key's number within it: int64, like key."""
+    def position_of_keys(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The sequence of each key of the packed axis, N for none, and the key's number within it: int64, like key."""
         starts = self.k_starts.long()
-        member = torch.searchsorted(starts[1:], key, right=True)
-        return member, key - starts[member]
+        sequence = torch.searchsorted(starts[1:], key, right=True)
+        return sequence, key - starts[sequence]
 
 
 def _in_order(offsets: Tensor, length: int) -> Tensor:

@@ -5,7 +5,7 @@
     norm_square_sum[i] = sum of norm[j]^2    likewise
     norm_max[i]        = max of norm[j]      likewise
 
-Everything here is differentiable with respect to k and costs O(S) memory beside k. A kernel that computes the
+Everything here is differentiable with respect to k and takes O(S) memory more than k. A kernel that computes the
 same quantities takes the place of this class by overriding its underscore methods.
 """
 
@@ -18,12 +18,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from . import ranges
 from .autograd import apply, runs_eagerly
 from .call import AttentionCall
 from .invariance import halving_sum
-from .over_keys import max_over_keys, sum_over_keys
+from .packing import PackedAxis
 from .ranges import argmax_over_ranges, prefix_sum
 from .visibility import Visibility
+
+Scan = Callable[[Tensor], Tensor]
+Argmax = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Renamed:
@@ -34,17 +38,17 @@ class Renamed:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            kind, present = type(self).__name__, self.renamed.get(name)
+            owner, present = type(self).__name__, self.renamed.get(name)
             if present is None:
-                raise AttributeError(f"{kind!r} object has no attribute {name!r}", name=name, obj=self)
-            raise AttributeError(f"{kind}: expected {present}, got {name}")
+                raise AttributeError(f"{owner!r} object has no attribute {name!r}", name=name, obj=self)
+            raise AttributeError(f"{owner}: expected {present}, got {name}")
 
 
 @dataclass(eq=False)
 class Statistics(Renamed):
-    """Lazily computed statistics of the keys k, or k(), [B, Hkv, Sk, D] that each row of `visibility` sees.
+    """Lazily computed statistics of the keys k, or k(), [B, Hkv, Sk, D] that each row of `visibility` attends to.
 
-    norms             [B, Hkv, Sk]   fp32; 0 for a key that no row sees, whatever it holds
+    norms             [B, Hkv, Sk]   fp32; 0 for a key that no row attends to, whatever it holds
     norm_sum          [B, Hkv, Sq]   fp32
     norm_square_sum   [B, Hkv, Sq]   fp64, since the square of an fp32 norm need not fit fp32
     norm_max          [B, Hkv, Sq]   fp32; the lowest key that attains the maximum takes its gradient
@@ -117,13 +121,10 @@ class Statistics(Renamed):
         return self.visibility.counted_keys(lambda: key_norms_of(self.k.detach(), None, self.visibility.invariant))
 
     def _norm_sum(self) -> Tensor:
-        return self._sum(self.norms, self.norms.dtype)
+        return sum_over_keys(self.norms, self.visibility, self._scan, self.norms.dtype)
 
     def _norm_square_sum(self) -> Tensor:
-        return self._sum(self.norms.double().square(), torch.float64)
-
-    def _sum(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return sum_over_keys(x, self.visibility, self._scan, dtype)
+        return sum_over_keys(self.norms.double().square(), self.visibility, self._scan)
 
     def _norm_max(self) -> Tensor:
         return max_over_keys(self.norms, self.visibility, self._scan, self._argmax)
@@ -150,6 +151,95 @@ class DoubleStatistics(Statistics):
 
     def _norm_max(self) -> Tensor:
         return self._narrow.norm_max.double()
+
+
+def sum_over_keys(
+    x: Tensor, visible: Visibility, scan: Scan = prefix_sum, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Sum of x [B, Hkv, Sk] over the keys visible to each row: [B, Hkv, Sq] in a dtype, 0 for a row without keys.
+
+    Where query heads see different keys (`per_query_head`) the result is [B, Hq, Sq]. Accumulates in fp64, so that a
+    short window late in a long sequence is as exact as an early one; scan is what computes prefix sums.
+    """
+    if visible.invariant:  # bits that follow the row's sequence alone
+        return _invariant_sum(x, visible, scan, dtype)
+    if visible.left is None and visible.is_full:  # one number for all rows
+        return x.sum(-1, keepdim=True, dtype=torch.float64).expand(*x.shape[:-1], visible.q_len).to(dtype)
+    if visible.mask is not None:  # holes, for which each pair is read
+        return ranges.sum_over_mask(_per_mask_head(x, visible), *visible.bounds(), visible.mask).to(dtype)
+    if visible.is_causal:  # a prefix sum a row, whose position the sizes tell
+        if x.device.type == "cpu" and scan is prefix_sum:  # which says why not elsewhere
+            return x.cumsum(-1, dtype=torch.float64)[..., visible.k_len - visible.q_len :].to(dtype)
+        return ranges.sum_over_prefixes(x, None, visible.q_len, scan, dtype)
+    return _sum_over_ranges(x, visible, scan, dtype)
+
+
+def _invariant_sum(x: Tensor, visible: Visibility, scan: Scan, dtype: torch.dtype) -> Tensor:
+    """`sum_over_keys` where sums run from the first key of the row's sequence on."""
+    if visible.mask is not None:
+        raise NotImplementedError("batch_invariant: not supported with sums of key norms under a mask; use key_ranges")
+    if visible.sequences is not None:
+        return _as_padded(x, visible, lambda x, padded: _invariant_sum(x, padded, scan, dtype))
+    if (first := visible.first_keys()) is not None:
+        x, visible = ranges.rolled(x, first, 2), visible.from_keys(first)
+    return _sum_over_ranges(x, visible, scan, dtype)
+
+
+def _sum_over_ranges(x: Tensor, visible: Visibility, scan: Scan, dtype: torch.dtype) -> Tensor:
+    if visible.begins_at_first:  # a prefix sum a row
+        return ranges.sum_over_prefixes(x, visible.ends()[:, None], visible.q_len, scan, dtype)
+    lo, hi = visible.bounds()  # a difference of two
+    return ranges.sum_over_ranges(x, lo[:, None], hi[:, None], visible.key_ranges is None, scan, dtype)
+
+
+def max_over_keys(
+    x: Tensor, visible: Visibility, scan: Scan = prefix_sum, argmax: Argmax = argmax_over_ranges
+) -> Tensor:
+    """Maximum of x [B, Hkv, Sk] over the visible keys, shapes as `sum_over_keys`, in x's dtype; 0 without keys.
+
+    The lowest key that attains the maximum takes its gradient; scan as in `sum_over_keys`, and argmax finds those keys.
+    """
+    if visible.invariant and visible.sequences is not None:  # gradients that follow the row's sequence alone
+        return _as_padded(x, visible, lambda x, padded: max_over_keys(x, padded, scan, argmax))
+    if visible.mask is not None:  # holes, for which each pair is read
+        x = _per_mask_head(x, visible)
+        first, seen = ranges.argmax_over_mask(x.detach(), *visible.bounds(), visible.mask)
+        return ranges.pick(x, first, seen, False, scan)
+    if visible.left is None and visible.is_full and visible.k_len > 0:  # one key for all rows
+        first = x.detach().argmax(-1, keepdim=True).expand(*x.shape[:-1], visible.q_len)
+        return ranges.pick(x, first, None, True, scan)
+    if visible.is_prefix_or_empty and argmax is argmax_over_ranges:  # a running maximum, in O(Sk) time
+        return _max_of_prefixes(x, visible, scan)
+    lo, hi = visible.bounds()
+    first = argmax(x.detach(), lo[:, None], hi[:, None])
+    seen = None if visible.every_row_sees else visible.seeing_rows()
+    return ranges.pick(x, first, seen, visible.key_ranges is None, scan)
+
+
+def _max_of_prefixes(x: Tensor, visible: Visibility, scan: Scan) -> Tensor:
+    first = ranges.argmax_of_prefixes(x.detach())
+    if visible.is_causal:
+        return ranges.pick(x, first[..., visible.k_len - visible.q_len :], None, True, scan)
+    last = (visible.ends() - 1).clamp(min=0)[:, None]
+    first = last.expand(*x.shape[:-1], -1) if visible.k_len == 0 else ranges.gather(first, last)
+    return ranges.pick(x, first, visible.seeing_rows(), True, scan)
+
+
+def _as_padded(x: Tensor, visible: Visibility, compute: Callable[[Tensor, Visibility], Tensor]) -> Tensor:
+    """A statistic [1, H, T_q] of x [1, H, T_k] of packed sequences, computed for a padded batch of them."""
+    sequences = visible.sequences
+    assert sequences is not None
+    rows = PackedAxis(sequences.q_starts.long(), sequences.longest_q, visible.q_len)
+    keys = PackedAxis(sequences.k_starts.long(), sequences.longest_k, visible.k_len)
+    sizes = (rows.starts.shape[0] - 1, visible.q_heads, visible.kv_heads, rows.longest, keys.longest)
+    masks = {"left": visible.left, "right": visible.right, "invariant": True}
+    padded = Visibility.of_padded(sizes, visible.device, keys.counts, rows.counts, **masks)
+    return rows.packed(compute(keys.unpacked(x), padded))
+
+
+def _per_mask_head(x: Tensor, visible: Visibility) -> Tensor:
+    group = visible.q_heads // visible.kv_heads if visible.kv_heads else 1
+    return x.repeat_interleave(group, dim=1) if visible.per_query_head and group > 1 else x
 
 
 def key_norms_of(k: Tensor, seen: Tensor | None = None, invariant: bool = False) -> Tensor:

@@ -33,9 +33,9 @@ def window_sides(window: tuple[int | None, int | None] | None) -> tuple[int | No
 class Visibility:
     """The visible keys of every query row. Nothing changes it.
 
-    sequences     row i sees the keys of its own member of a packed batch; then B is 1
+    sequences     row i attends to keys of its sequence of a packed batch alone; then B is 1
     left, right   row i sees i + Sk - Sq - left <= j <= i + Sk - Sq + right; None is unlimited; causal is right = 0;
-                  i, j, Sq and Sk are those of the row's member where there are sequences
+                  i, j, Sq and Sk are those of the row's sequence where there are sequences
     key_lengths   int [B]: row i sees j < key_lengths[b]
     key_ranges    int [B, Sq, 2]: row i sees key_ranges[b, i, 0] <= j < key_ranges[b, i, 1]
     mask          bool, 4-D, each axis of [B, Hq, Sq, Sk] or 1: True is visible
@@ -119,8 +119,8 @@ class Visibility:
         q_len = sizes[3]
         if row_counts is None and q_len == 1 and left is None:  # a lone row at the last key sees them all
             return cls(*sizes, device, key_lengths=key_lengths, invariant=invariant)
-        own = {"invariant": invariant, "at_lengths": True, "row_counts": row_counts}
-        return cls(*sizes, device, left, right, key_lengths, **own)
+        given = {"invariant": invariant, "at_lengths": True, "row_counts": row_counts}
+        return cls(*sizes, device, left, right, key_lengths, **given)
 
     @classmethod
     def of_part(cls, whole: Visibility, first: int, k_len: int) -> Visibility:
@@ -243,9 +243,9 @@ class Visibility:
 
     def _lower(self) -> Tensor | None:
         """The first key of each row, not clamped; None is key 0."""
-        lo, _, own = self.once("rows", self._rows)
+        lo, _, position = self.once("rows", self._rows)
         if self.left is not None:
-            lo = ranges.later(lo, own - self.left)
+            lo = ranges.later(lo, position - self.left)
         return lo if self.key_ranges is None else ranges.later(lo, self.once("wide", self.key_ranges.long)[..., 0])
 
     def ends(self) -> Tensor:
@@ -253,9 +253,9 @@ class Visibility:
         return self.once("ends", self._upper)
 
     def _upper(self) -> Tensor:
-        _, hi, own = self.once("rows", self._rows)
+        _, hi, position = self.once("rows", self._rows)
         if self.right is not None:
-            hi = ranges.earlier(hi, own + (self.right + 1))
+            hi = ranges.earlier(hi, position + (self.right + 1))
         if self.key_ranges is not None:
             hi = ranges.earlier(hi, self.once("wide", self.key_ranges.long)[..., 1])
         if self.key_lengths is not None and not self.at_lengths:
@@ -265,9 +265,9 @@ class Visibility:
         return hi.clamp(0, self.k_len).expand(-1, self.q_len)
 
     def _rows(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """First key, one past the last, and own key of each row's sequence, int64 [B or 1, Sq or 1].
+        """First key and one past the last of each row's sequence, and the row's position: int64 [B or 1, Sq or 1].
 
-        None for first is 0, for last Sk, for own that no side of a window needs it. A row of no sequence gets first =
+        None stands for 0, for Sk, and for a position that no side of a window needs. A row of no sequence gets first =
         last.
         """
         if self.sequences is not None:
@@ -363,7 +363,7 @@ class Visibility:
             is_key = (key < self.sequences.k_starts[-1])[None, None]
         else:
             is_key = (key < self.bounds()[1].amax(-1, keepdim=True))[:, None]
-        return seen | (is_key & (norms() < 1e15))  # beside a longer one, fp64 keeps no digit of 1
+        return seen | (is_key & (norms() < 1e15))  # next to a longer one, fp64 keeps no digit of 1
 
     def repeated(self, x: Tensor) -> Tensor:
         """x [..., Hkv, Sq] for every query head, [..., Hq, Sq]; where `invariant`, heads' gradients add up in order."""

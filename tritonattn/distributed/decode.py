@@ -145,7 +145,7 @@ def _whole(q: Tensor, k: Tensor, key_lengths: Tensor, left: int | None, split: S
 
 
 class _SharedRows(Statistics):
-    """Statistics of rows over the keys of all ranks, from those over the keys of this one; norms are its own."""
+    """Statistics of rows over the keys of all ranks, from those over the keys of this rank, whose norms it has."""
 
     def __init__(self, of_part: Statistics, split: Split) -> None:
         super().__init__(lambda: of_part.k, of_part.visibility)

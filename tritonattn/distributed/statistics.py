@@ -1,8 +1,8 @@
 """Key statistics of a sequence that several ranks share: totals of chunks travel, not keys.
 
-Chunk c of a causal sequence adds to its own prefix sums what all earlier chunks hold, C numbers a head. Gradients go
-the other way: a key takes the sum of the rows behind it, those of later chunks by their totals. Where rows see other
-ranges, the norms themselves are gathered, 4 bytes a key.
+Chunk c of a causal sequence adds to its prefix sums what all earlier chunks hold, C numbers a head. Gradients go
+the other way: a key takes the sum of the rows behind it, those of later chunks by their totals. Where rows attend to
+other ranges, the norms themselves are gathered, 4 bytes a key.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ class SharedStatistics(Statistics):
         self._by_totals = by_totals
 
     @property
-    def _own(self) -> Tensor:
-        """Norms of this rank's keys: [B, Hkv, S / P]. Every key is seen by its own row at least."""
-        return self._once("own", lambda: key_norms_of(self.k))
+    def _local(self) -> Tensor:
+        """Norms of this rank's keys: [B, Hkv, S / P]. The row of a key attends to it at least."""
+        return self._once("local", lambda: key_norms_of(self.k))
 
     def _norms(self) -> Tensor:
-        return collectives.gather(self._own, self._split, 2)
+        return collectives.gather(self._local, self._split, 2)
 
     def _norm_sum(self) -> Tensor:
-        return self._total(self._own).to(self._own.dtype) if self._by_totals else super()._norm_sum()
+        return self._total(self._local).to(self._local.dtype) if self._by_totals else super()._norm_sum()
 
     def _norm_square_sum(self) -> Tensor:
-        return self._total(self._own.double().square()) if self._by_totals else super()._norm_square_sum()
+        return self._total(self._local.double().square()) if self._by_totals else super()._norm_square_sum()
 
     def _total(self, x: Tensor) -> Tensor:
         sums = _Sum if self.visibility.is_full else _PrefixSum
@@ -52,7 +52,7 @@ class SharedStatistics(Statistics):
     def _norm_max(self) -> Tensor:
         if not self._by_totals:
             return super()._norm_max()
-        return _PrefixMax.apply(self._own, self._split, self.visibility.is_full)
+        return _PrefixMax.apply(self._local, self._split, self.visibility.is_full)
 
 
 class _Sum(Function):
@@ -76,17 +76,17 @@ class _PrefixSum(Function):
     @staticmethod
     def forward(ctx, x: Tensor, split: Split) -> Tensor:
         ctx.settings = split, x.dtype
-        own = prefix_sum(_in_chunks(x, split))  # [B, H, own chunks, n + 1]
-        earlier = prefix_sum(collectives.totals(own[..., -1], split))  # [B, H, chunks + 1]
-        return (own[..., 1:] + earlier[..., split.chunks(), None]).flatten(-2)
+        local = prefix_sum(_in_chunks(x, split))  # [B, H, this rank's chunks, n + 1]
+        earlier = prefix_sum(collectives.totals(local[..., -1], split))  # [B, H, chunks + 1]
+        return (local[..., 1:] + earlier[..., split.chunks(), None]).flatten(-2)
 
     @staticmethod
     @first_order
     def backward(ctx, saved, g: Tensor):
         split, dtype = ctx.settings
-        own = _suffix_sum(_in_chunks(g, split))
-        later = _suffix_sum(collectives.totals(own[..., 0], split))[..., 1:]
-        return (own[..., :-1] + later[..., split.chunks(), None]).flatten(-2).to(dtype), None
+        local = _suffix_sum(_in_chunks(g, split))
+        later = _suffix_sum(collectives.totals(local[..., 0], split))[..., 1:]
+        return (local[..., :-1] + later[..., split.chunks(), None]).flatten(-2).to(dtype), None
 
 
 class _PrefixMax(Function):
@@ -94,7 +94,7 @@ class _PrefixMax(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, split: Split, is_full: bool) -> Tensor:
-        x = _in_chunks(x, split)  # [B, H, own chunks, n]
+        x = _in_chunks(x, split)  # [B, H, this rank's chunks, n]
         best = collectives.totals(x.amax(-1), split)  # [B, H, chunks]
         if is_full:
             before, owner = (y.expand_as(best) for y in best.max(-1, keepdim=True))
@@ -102,11 +102,11 @@ class _PrefixMax(Function):
             before = pad(best.cummax(-1).values, (1, -1), value=-torch.inf)
             owner = pad(argmax_of_prefixes(best), (1, -1))
         before = before[..., split.chunks(), None]
-        own = x.cummax(-1).values
-        is_inherited = before >= own  # the lowest of equal keys is in the earlier chunk
+        local = x.cummax(-1).values
+        is_inherited = before >= local  # the lowest of equal keys is in the earlier chunk
         ctx.settings = split
         ctx.save_for_backward(is_inherited, argmax_of_prefixes(x.flatten(0, 2)[None]).view_as(x), owner, x.argmax(-1))
-        return torch.where(is_inherited, before, own).flatten(-2)
+        return torch.where(is_inherited, before, local).flatten(-2)
 
     @staticmethod
     @first_order

@@ -1,4 +1,4 @@
-"""A contiguous KV cache with the statistics of its keys beside it."""
+"""A contiguous KV cache with the statistics of its keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..calls.key_statistics import KeyStatistics
 
 
 class KeyValueCache:
-    """The keys and values of B sequences of their own lengths, for `ScaledAttention(..., cache=)`.
+    """The keys and values of B sequences of different lengths, for `ScaledAttention(..., cache=)`.
 
         k            [B, Hkv, capacity, D]      the first lengths[b] of sequence b count
         v            [B, Hkv, capacity, Dv]
@@ -58,7 +58,7 @@ class KeyValueCache:
         self.statistics = KeyStatistics(
             batch, kv_heads, capacity, device=device, dtype=torch.promote_types(dtype, torch.float32)
         )
-        # One more place at the end, where what is dropped goes.
+        # One more entry at the end, where what is dropped goes.
         self._k = torch.zeros(batch, kv_heads, capacity + 1, head_dim, device=device, dtype=dtype)
         self._v = torch.zeros(batch, kv_heads, capacity + 1, value_dim, device=device, dtype=dtype)
 
@@ -90,15 +90,15 @@ class KeyValueCache:
         self._check_new("v_new", v_new, self._v, "[B, Hkv, n, Dv]")
         if v_new.shape[2] != k_new.shape[2]:
             raise ValueError(f"v_new: expected k_new's n = {k_new.shape[2]}, got {v_new.shape[2]}")
-        place = self.lengths[:, None] + torch.arange(k_new.shape[2], device=self.lengths.device)  # [B, n]
-        place = place.clamp(max=self.capacity)[:, None, :, None]
+        position = self.lengths[:, None] + torch.arange(k_new.shape[2], device=self.lengths.device)  # [B, n]
+        position = position.clamp(max=self.capacity)[:, None, :, None]
         k_new = k_new.to(self._k.dtype)  # the statistics are those of the keys as stored
         self.statistics.append(k_new, counts)  # checks counts and room, and moves lengths on
         for buffer, new in ((self._k, k_new), (self._v, v_new)):
-            buffer.scatter_(2, place.expand_as(new), new.to(buffer.dtype))
+            buffer.scatter_(2, position.expand_as(new), new.to(buffer.dtype))
 
     def _check_new(self, name: str, new: Any, buffer: Tensor, axes: str) -> None:
-        """Raise unless these are floats that fit into the buffer of their kind, whatever their n."""
+        """Raise unless these are floats that fit into their buffer, whatever their n."""
         check_tensor(name, new, axes)
         if new.dtype not in FLOATS:
             raise TypeError(f"{name}: expected a floating dtype, got {new.dtype}")

@@ -30,8 +30,8 @@ _LARGEST = 1 / SMALLEST_STATISTIC  # as of the modes that divide by a statistic
 class PowerLaw(Learned):
     """factor = exp(theta_h) * D^a_h * n^b_h * rho^c_h: named modes are points of it, and training moves between them.
 
-    n is the number and rho the mean norm of the keys that the row sees. The exponents say how a head's logits ought
-    to depend on them. A rho of 0 counts as rho^c = 0, without gradient, and as 1 where c is exactly 0. Unless q
+    n is the number and rho the mean norm of the keys that the row attends to. The exponents say how a head's logits
+    ought to depend on them. A rho of 0 counts as rho^c = 0, without gradient, and as 1 where c is exactly 0. Unless q
     is float64, a factor is 8.5e37 at most, there without gradient.
 
     Args:
@@ -79,7 +79,7 @@ class PowerLaw(Learned):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start anew: exactly the mode."""
+        """Reset to the mode exactly."""
         for parameter, value in zip(self._parameters_in_order(), (0.0, *self._start), strict=True):
             nn.init.constant_(parameter, value)
 

@@ -43,23 +43,24 @@ class KernelStatistics(Statistics):
 
     def _counted_keys(self) -> Tensor | None:
         visible = self.visibility
-        is_plain = runs_eagerly(visible.key_lengths, visible.key_ranges)
-        if visible.invariant or visible.sees_every_key or not is_plain:
+        if visible.sees_every_key:
+            return None
+        if visible.invariant or not runs_eagerly(visible.key_lengths, visible.key_ranges):
             return super()._counted_keys()
         return kernels().seen_keys(visible)
 
     def _norms_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        if not (is_transformed() or needs_graph(x)):
+        if not (needs_graph(x) or is_transformed()):
             return _key_norms(x, seen)
         self._has_values = x.dtype == torch.float32 or not runs_eagerly(x)
-        norms, wide = apply(_NormsBeside, x, seen, self._has_values)
+        norms, wide = apply(_NormsAndInput, x, seen, self._has_values)
         self.wide.append((x, wide))
         return norms
 
     def widened(self, call: AttentionCall) -> AttentionCall:
         if not self.wide:
             return call
-        wide = {id(x): own for x, own in self.wide}
+        wide = {id(x): other for x, other in self.wide}
         q, k = wide.get(id(call.q)), wide.get(id(call.k))
         if not self._has_values:
             return replace(call, wide_q=q, wide_k=k)
@@ -110,7 +111,7 @@ def _(k, seen, norms, d_norms, added):
     return k.new_empty(k.shape)
 
 
-class _NormsBeside(Function):
+class _NormsAndInput(Function):
     """Norms of x [B, H, S, D], fp32 [B, H, S], and fp32 of x's shape: gradients of both are added, and rounded once.
 
     has_values   the second holds the values of x; else it has no memory, and only takes a gradient

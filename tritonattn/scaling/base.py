@@ -49,8 +49,8 @@ class Scaling:
     A mode states its factor twice, so that a mistake in one of them shows. `scales` gives kernels a number and vectors.
     `multiplier` is the formula as its paper writes it, for the reference alone, and uses neither `scales` nor the
     methods of `visibility` and `statistics`; a mode with a bias states that a second time in `addend`. All are
-    differentiable with respect to q and k. A factor, and a bias, may depend on the keys that the row sees, and on no
-    others.
+    differentiable with respect to q and k. A factor, and a bias, may depend on the keys that the row attends to, and
+    on no others.
 
     name               the mode's name, in errors and in saved configs
     reads_keys         False: `scales` takes from k only its shape, and everything else from `statistics`; decoding then
@@ -82,7 +82,7 @@ class Scaling:
         """The factor of q [B, Hq, Sq, D] and k [B, Hkv, Sk, D] as a float and at most two vectors.
 
         visibility.counts()                           n of each row, fp64 [B or 1, 1 or Hq, Sq]
-        statistics.norm_sum, .norm_square_sum         of ||k|| over the keys that each row sees, [B, Hkv, Sq]
+        statistics.norm_sum, .norm_square_sum         of ||k|| over the keys that each row attends to, [B, Hkv, Sq]
         statistics.norm_max                           likewise
         statistics.norms, .query_norms(q)             ||k||, [B, Hkv, Sk], and ||q||, [B, Hq, Sq]
         """
@@ -92,8 +92,8 @@ class Scaling:
         """The factor of every pair, broadcastable to [B, Hq, Sq, Sk].
 
         q [B, Hq, Sq, D]; k [B, Hq, Sk, D], repeated to the query heads; visible bool, broadcastable to [B,
-        Hq, Sq, Sk]. A call hands it zeros in place of keys that no row sees and of rows without keys. Values
-        at invisible pairs are ignored, but a key must not affect the factors of rows that do not see it.
+        Hq, Sq, Sk]. A call hands it zeros in place of keys that no row attends to and of rows without keys. Values
+        at invisible pairs are ignored, but a key must not affect the factors of rows that do not attend to it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define multiplier(q, k, visible)")
 
@@ -107,7 +107,7 @@ def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[T
 
     factor(0) is finite.
 
-    Where `visibility.invariant`, always a vector: one number would be rounded at another place.
+    Where `visibility.invariant`, always a vector: one number would be rounded elsewhere.
     """
     is_number = visibility.is_full and isinstance(visibility.k_len, int) and runs_eagerly()
     if is_number and not visibility.invariant:

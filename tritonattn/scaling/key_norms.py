@@ -99,5 +99,5 @@ class KeyNormL2(Scaling):
 
 
 def _visible_norms(k: Tensor, visible: Tensor) -> Tensor:
-    """||k[j]|| where row i sees key j, else 0: fp64 [B, Hq, Sq, Sk]."""
+    """||k[j]|| where row i attends to key j, else 0: fp64 [B, Hq, Sq, Sk]."""
     return torch.where(visible, dense_norms(k, visible.any(-2))[..., None, :], 0)
