@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from tritonattn.tuner.candidates import candidates, few_candidates, tiles
@@ -77,12 +76,15 @@ def _in_time(examined: list[Any]) -> list[Judged]:
     """Leave out what does not pass, and what asks for its loads too late where another stage fits."""
     passing = {one.config: one for one in examined if not one.reasons}
 
-    def has_better(one: Judged) -> bool:
-        longer = passing.get(replace(one.config, num_stages=one.config.num_stages + 1))
-        if longer is None or longer.latency is None or one.latency is None:
+    def is_in_time(longer: Judged, one: Judged) -> bool:
+        if longer.latency is None or one.latency is None:
             return False
+        has_more = tiles(longer.config) == tiles(one.config) and longer.config.num_stages > one.config.num_stages
         is_late = one.latency.awaits_last and not longer.latency.awaits_last
-        return is_late and longer.latency.programs >= one.latency.programs
+        return has_more and is_late and longer.latency.programs >= one.latency.programs
+
+    def has_better(one: Judged) -> bool:
+        return any(is_in_time(longer, one) for longer in passing.values())
 
     return [one for one in passing.values() if not has_better(one)]
 
