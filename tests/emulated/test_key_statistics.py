@@ -45,7 +45,7 @@ def check(dtype: torch.dtype, head_dim: int, k_len: int, some_unseen: bool) -> N
 def test_key_statistics(emulate):
     executor = emulate(GPU(90))
     check(torch.float16, head_dim=17, k_len=1100, some_unseen=True)
-    assert executor.launched == ["key_norms", *["prefix_sums"] * 2, *["key_statistics_grad"] * 2]
+    assert executor.launched == ["key_norms_kernel", *["prefix_sums_kernel"] * 2, *["key_statistics_grad"] * 2]
 
 
 def test_append_keys(emulate):
@@ -58,7 +58,7 @@ def test_append_keys(emulate):
         counts = None if counts is None else torch.tensor(counts)
         theirs.append(k, counts)
         triton_backend.append_keys(padded(k), counts, ours._buffers())
-    assert executor.launched == ["key_norms", "append_keys", "append_keys", "append_keys"]
+    assert executor.launched == ["key_norms_kernel", "append_keys_kernel", "append_keys_kernel", "append_keys_kernel"]
     assert ours.counts.tolist() == theirs.counts.tolist() == [131, 71]
     for found, expected in zip(ours._buffers()[1:], theirs._buffers()[1:], strict=True):
         for one, other, count in zip(found, expected, [131, 71], strict=True):
@@ -73,7 +73,12 @@ def test_sums_of_appended_keys_do_not_depend_on_how_they_are_cut(emulate):
     check_cuts(
         k, [(134,), (63, 2, 1, 68)], lambda new, ours: triton_backend.append_keys(padded(new), None, ours._buffers())
     )
-    assert executor.launched == ["key_norms", *["append_keys"] * 4, "key_norms", "append_keys"]
+    assert executor.launched == [
+        "key_norms_kernel",
+        *["append_keys_kernel"] * 4,
+        "key_norms_kernel",
+        "append_keys_kernel",
+    ]
 
 
 def test_passes_over_ranges(emulate):

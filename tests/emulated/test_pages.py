@@ -39,4 +39,4 @@ def test_pages(name, emulate):
 def test_appended_norms(emulate):
     executor = emulate(GPU(90))
     check_appends(torch.bfloat16, 24)
-    assert executor.launched == ["key_norms", "append_to_pages"] * 5
+    assert executor.launched == ["key_norms_kernel", "append_to_pages_kernel"] * 5

@@ -132,6 +132,23 @@ def test_a_saved_tensor_changed_in_place_is_noticed(written):
         objective.backward()
 
 
+def test_the_graph_keeps_a_call_without_its_tensors():
+    """Autograd has them, whose hooks may move them, and which lets them go after the backward."""
+    masks = {"mask": torch.ones(5, 7).bool(), "key_lengths": torch.tensor([3, 7])}
+    call = example(**masks, sinks=True, bias=True)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
+        out = ops.attention(call).out
+    assert not any(isinstance(x, Tensor) for x in flat(out.grad_fn.call))
+    given = [x for x in flat(call) if isinstance(x, Tensor)]
+    assert {x.data_ptr() for x in given} <= {x.data_ptr() for x in seen}
+    leaves = tuple(differentiable(call).values())
+    first, again = (torch.autograd.grad(out.sum(), leaves, retain_graph=keep) for keep in (True, False))
+    assert all(map(torch.equal, first, again))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out.sum(), leaves)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")
 def test_forward_mode_is_refused():
     call = example()

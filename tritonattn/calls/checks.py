@@ -189,7 +189,8 @@ def check_factor(name: str, factor: Any, q: Tensor, shape: tuple[int, ...], axes
     check_tensor(name, factor, axes)
     if factor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating dtype, got {factor.dtype}")
-    check_device(name, factor, q)
+    if factor.device != q.device:
+        check_device(name, factor, q)
     if factor.dim() == 1 and factor.shape[0] != 1:
         raise ValueError(
             f"{name}: expected a shape that says its axis, [H, 1] for a value a head or [1, S] for a value a"

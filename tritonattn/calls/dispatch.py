@@ -68,18 +68,16 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
     if call.backend != "triton" and call.q.dtype.itemsize == 2 and not call.cached:
         if is_transformed or needs_graph(call.q, call.k):  # gradients of logits and of norms are added, then rounded
             call.q, call.k = call.q.float(), call.k.float()
-    if call.backend == "reference":
-        result = by_formulas(call)
-    else:
+    result = by_formulas(call) if call.backend == "reference" else None
+    if result is None:
         call = with_logits(call)
         # torch maps its own attention in a loop under vmap; our operators fold the mapped axis into the batch.
-        if call.backend == "sdpa" and not is_transformed and sdpa.supports(call):
-            result = ForwardResult(sdpa.attention(call), call.q)
-        else:
-            result = ops.attention(call)
+        folds = call.backend == "sdpa" and not is_transformed and sdpa.supports(call)
+        result = None if folds else ops.attention(call)
+    out = sdpa.attention(call) if result is None else result.out
     if observed is not None:
-        _notify(observed, result.out)
-    return (result.out, aux_of(result)) if call.aux else result.out
+        _notify(observed, out)
+    return out if result is None or not call.aux else (out, aux_of(result))
 
 
 def with_logits(call: AttentionCall) -> AttentionCall:

@@ -106,7 +106,7 @@ def dense(call: AttentionCall, k: Tensor | None = None) -> tuple[Tensor | float,
 def _expanded(scale: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A scale in the dtype in which it acts beside q, and of a shape to which it broadcasts."""
     if scale.dtype != torch.float32 or q.dtype == torch.float64:
-        scale = scale.to(scale_dtype(q))
+        scale = scale.to(torch.promote_types(q.dtype, torch.float32))
     is_whole = scale.dim() == len(shape) and scale.shape == shape  # tuples compare sizes first, and tracing binds them
     return scale if is_whole else scale.expand(shape)
 

@@ -42,7 +42,7 @@ class AttentionCall:
     """The softmax of `logits` over the visible keys, times v.
 
     A public function makes it of its arguments, `calls.checks.check` holds these to their types and shapes,
-    `calls.logits.logits` computes the terms of the logits, and `calls.run.run` hands it to a backend.
+    `calls.logits.logits` computes the terms of the logits, and `calls.dispatch.run` hands it to a backend.
 
     q, k, v    [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; any strides; one dtype, in which the output is
     dropout    on the probabilities, after the softmax

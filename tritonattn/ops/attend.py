@@ -156,12 +156,14 @@ def _backward(
         return Gradients(*(_zeros(x) if need else None for x, need in pairs))
     d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype).resolve_neg()  # a compiler may widen it
     d_lse = None if d_lse is None else d_lse.resolve_neg()
-    runner = kernels() if call.backend == "triton" else blockwise
     first = call.visibility.first_keys() if call.visibility.invariant else None
     if first is not None:
         call = call.from_keys(first)
-    with without_autocast(out):
-        found = runner.backward(call, out, lse, d_out, d_lse, needs, rounding)
+    if call.backend == "triton":
+        found = kernels().backward(call, out, lse, d_out, d_lse, needs, rounding)
+    else:
+        with without_autocast(out):
+            found = blockwise.backward(call, out, lse, d_out, d_lse, needs, rounding)
     return found if first is None else found.rolled(call.visibility.k_len - first)
 
 
@@ -235,7 +237,8 @@ class _Attention(Function):
         out, lse, *aux, rounding = _forward_kept(call, call.v.dtype.itemsize == 2)
         tensors, ctx.call = call.split()
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(x for x in aux if x is not None))
+        if call.aux:
+            ctx.mark_non_differentiable(*aux)
         ctx.save_for_backward(*tensors, out, lse, rounding)
         return out, lse, *aux
 

@@ -43,13 +43,14 @@ class KernelStatistics(Statistics):
 
     def _counted_keys(self) -> Tensor | None:
         visible = self.visibility
-        is_plain = runs_eagerly(visible.key_lengths, visible.key_ranges)
-        if visible.invariant or visible.sees_every_key or not is_plain:
+        if visible.sees_every_key:
+            return None
+        if visible.invariant or not runs_eagerly(visible.key_lengths, visible.key_ranges):
             return super()._counted_keys()
         return kernels().seen_keys(visible)
 
     def _norms_of(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        if not (is_transformed() or needs_graph(x)):
+        if not (needs_graph(x) or is_transformed()):
             return _key_norms(x, seen)
         self._has_values = x.dtype == torch.float32 or not runs_eagerly(x)
         norms, wide = apply(_NormsAndInput, x, seen, self._has_values)

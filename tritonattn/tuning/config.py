@@ -165,6 +165,7 @@ def key_sum_columns(problem: Problem, config: TileConfig, target: Target) -> int
     """The same of the sums over rows that grad_key_value keeps for each key.
 
     Triton gives the warps of mma.sync the longer axis of a tile: with more rows than keys each warp adds up its own.
+    With a bias, one column costs 17 % of the loop's instructions (sm_80 at D 128; static, triton 3.9).
     """
     columns = sum_columns(problem, target)
     if columns == 1 or target.arch == "90" or config.block_m <= config.block_n:

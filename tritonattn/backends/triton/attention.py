@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.call import LONGEST_QUERY, AttentionCall, Needs
@@ -29,12 +30,14 @@ from .launch import (
     Kind,
     Plan,
     are_aligned,
+    drop_config,
     forms_of,
+    is_aligned,
     is_wide,
     kept_kind,
     logit_arguments,
     pages_of,
-    planned,
+    plan,
     range_arguments,
     strided,
 )
@@ -56,31 +59,38 @@ def are_few_rows(visible: Visibility, dropout: Dropout | None) -> bool:
 def launch_kernel(
     kernel: str, kind: Kind, call: AttentionCall, available: Arguments, d_out: Tensor | None = None
 ) -> None:
-    """A program for each block of rows, or of keys, of each head of each member."""
+    """A program for each block of rows, or of keys, of each head of each sequence."""
     if recorded.recorders and kernel in TILED_KERNELS:
         recorded.note(Exact(kernel, kind.problem), _size_of(call))
 
-    def launches(chosen: Plan) -> None:
-        no_descriptors = dict.fromkeys(chosen.descriptors)
-        of_config = _descriptors(chosen, call, d_out) if chosen.config.descriptors else no_descriptors
-        if kernel == "grad_key_value":
-            of_config["row_bounds_ptr"] = rows_of_key_blocks(call.visibility, available, chosen.config.block_n)
-        chosen.launch(_grid(kernel, chosen, call), available | of_config, kind.wide, kind)
-
-    planned(kernel, kind.problem, call.q.device, launches)
+    device = call.q.device
+    while True:
+        chosen = plan(kernel, kind.problem, device)
+        config = chosen.config
+        try:
+            of_config = _descriptors(chosen, call, d_out) if config.descriptors else dict.fromkeys(chosen.descriptors)
+            if kernel == "grad_key_value":
+                of_config["row_bounds_ptr"] = rows_of_key_blocks(call.visibility, available, config.block_n)
+            grid = kind.grids.get(key := (kernel, config, chosen.target))
+            if grid is None:
+                grid = kind.grids[key] = _grid(kernel, chosen, call)
+            chosen.launch(grid, available | of_config, kind.wide, kind)
+            return
+        except (TritonError, RuntimeError) as error:
+            drop_config(kernel, kind.problem, device, chosen, error)
 
 
 def _grid(kernel: str, chosen: Plan, call: AttentionCall) -> Grid:
-    """(blocks, heads, members) of row terms, else (heads of a section, blocks, sections)."""
-    visible, config, (members, rows, keys) = call.visibility, chosen.config, _sizes(call)
+    """(blocks, heads, sequences) of row terms, else (heads of a section, blocks, sections)."""
+    visible, config, (sequences, rows, keys) = call.visibility, chosen.config, _sizes(call)
     if kernel == "row_terms":
-        return -(-aligned_rows(rows) // config.block_m), visible.q_heads, members
+        return -(-aligned_rows(rows) // config.block_m), visible.q_heads, sequences
     bytes_of_row = (call.k.shape[3] + call.v.shape[3]) * call.k.dtype.itemsize
     if kernel == "grad_key_value":
-        blocks, count = -(-keys // config.block_n), visible.kv_heads * members
+        blocks, count = -(-keys // config.block_n), visible.kv_heads * sequences
         read = rows * bytes_of_row * (visible.q_heads // visible.kv_heads)
     else:
-        blocks, count = -(-rows // config.block_m), visible.q_heads * members
+        blocks, count = -(-rows // config.block_m), visible.q_heads * sequences
         read = keys * bytes_of_row * visible.kv_heads // visible.q_heads
     section = heads_of_section(count, read, chosen.target, config.l2_percent)
     return section, blocks, count // section
@@ -96,9 +106,9 @@ def _sizes(call: AttentionCall) -> tuple[int, int, int]:
 
 def _size_of(call: AttentionCall) -> Size:
     """The sizes of a call as `record` keeps them."""
-    visible, (members, rows, keys) = call.visibility, _sizes(call)
+    visible, (sequences, rows, keys) = call.visibility, _sizes(call)
     return Size(
-        batch=members,
+        batch=sequences,
         heads=visible.q_heads,
         q_len=rows,
         k_len=keys,
@@ -208,7 +218,7 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
         visible.invariant,
         visible.left,
         visible.right,
-        None if sequences is None else (sequences.longest_q, sequences.longest_k),
+        None if sequences is None else (sequences.longest_q, sequences.longest_k, len(sequences.q_starts)),
         (needs, *asked.values()),
     )
     page = 0 if call.block_table is None else call.k.shape[2]
@@ -217,7 +227,7 @@ def _kind(call: AttentionCall, d_out: Tensor | None, needs: Needs | None, asked:
 
 def aligned_copy(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy where that alone is aligned, as of an expanded gradient."""
-    if not _has_whole_vectors(tensor) or are_aligned(tensor):
+    if not _has_whole_vectors(tensor) or is_aligned(tensor):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps a view at an odd offset
 
@@ -234,7 +244,7 @@ def one_layout(tensor: Tensor) -> Tensor:
 
 
 def _has_one_layout(tensor: Tensor) -> bool:
-    return are_aligned(tensor) if _has_whole_vectors(tensor) else tensor.is_contiguous()
+    return is_aligned(tensor) if _has_whole_vectors(tensor) else tensor.is_contiguous()
 
 
 def _has_whole_vectors(*tensors: Tensor) -> bool:

@@ -29,22 +29,10 @@ ROW_TERMS_ALIGNMENT = tl.constexpr(config.ROW_TERMS_ALIGNMENT)
 UNMASKED = tl.constexpr(1)
 
 # Arguments whose values change from call to call: compiled code does not depend on them.
-LENGTHS = [
-    "q_len",
-    "k_len",
-    "terms_len",
-    "addends_len",
-    "left",
-    "right",
-    "keep_from",
-    "first_y",
-    "first_z",
-    "q_heads",
-    "kv_heads",
-    "capacity",
-    "key_block",
-    "bounds_len",
-]
+LENGTHS = (
+    "q_len k_len terms_len addends_len bounds_len capacity key_block q_heads kv_heads left right keep_from "
+    "first_y first_z"
+).split()
 
 
 # ---- Records
@@ -340,7 +328,8 @@ def fma(x, factor, addend):
 def partial_sums(x, COLUMNS: tl.constexpr):
     """x[m, n] added up to [m, COLUMNS], column c from every n = c modulo COLUMNS.
 
-    mma.sync and wgmma leave two neighbours of every 8 columns in one lane: with 8 no lane needs another's sum.
+    mma.sync and wgmma leave two neighbours of every 8 columns in one lane: with 8 no lane needs another's sum. One
+    column costs 5 % of the forward's loop and 7 % of grad_query's (sm_80; static, triton 3.9).
     """
     return tl.sum(x.reshape(x.shape[0], x.shape[1] // COLUMNS, COLUMNS), 1)
 
@@ -490,7 +479,7 @@ def load_term(pointers, otherwise, SPLIT: tl.constexpr):
 
     pointers   to fp32, the term alone; or to int64, the term in the low half and the factor in the high one
     SPLIT      load the halves one by one: twice the loads, but terms of one kind in neighbouring registers, as packed
-               arithmetic wants them (sm_100)
+               arithmetic wants them: 3 to 4 % fewer instructions of a loop (sm_100; static, triton 3.9)
     """
     factor = otherwise
     if pointers.dtype.element_ty == tl.float32:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.errors import TritonError
 
 from ...core.call import AttentionCall, ForwardResult
 from ...core.visibility import Visibility
@@ -36,12 +37,13 @@ from .launch import (
     Plan,
     are_aligned,
     bounded,
+    drop_config,
     forms_of,
     is_wide,
     kept_kind,
     logit_arguments,
     pages_of,
-    planned,
+    plan,
     strided,
 )
 
@@ -238,7 +240,12 @@ def decode(call: AttentionCall, aux: bool) -> ForwardResult:
     kind = _kind(call, aux)
     if recorded.recorders:
         recorded.note(Exact("decode", kind.problem), _size(call))
-    return planned("decode", kind.problem, call.q.device, lambda chosen: _launch(call, aux, kind, chosen))
+    while True:
+        chosen = plan("decode", kind.problem, call.q.device)
+        try:
+            return _launch(call, aux, kind, chosen)
+        except (TritonError, RuntimeError) as error:
+            drop_config("decode", kind.problem, call.q.device, chosen, error)
 
 
 def _size(call: AttentionCall) -> Size:

@@ -57,11 +57,13 @@ class Kind:
 
     wide    `launch.is_wide` of its tensors
     codes   by kernel, config, device and settings, code for arguments whose addresses are all multiples of 16
+    grids   by kernel, config and target
     """
 
     problem: Problem
     wide: bool
     codes: dict[tuple, KeptCode] = field(default_factory=dict)
+    grids: dict[tuple, Grid] = field(default_factory=dict)
 
 
 class KeptCode(NamedTuple):

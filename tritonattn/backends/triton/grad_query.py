@@ -276,10 +276,10 @@ KERNELS["grad_query"] = attention_grad_query
 def grad_query(
     kind: Kind, call: AttentionCall, shared: Arguments, needs: Needs, d_out: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    # The pass over keys reads the corrected terms.
-    for_keys = needs.key_bias or (corrects_delta(kind.problem) and (needs.k or needs.key_scale))
-    if not (needs.q or needs.query_scale or for_keys):
-        return None, None
+    if not (needs.q or needs.query_scale or needs.key_bias):
+        # The pass over keys reads the corrected terms.
+        if not ((needs.k or needs.key_scale) and corrects_delta(kind.problem)):
+            return None, None
     d_q = new_results(call, call.q.shape, torch.float32 if kind.problem.wide_q else call.q.dtype)
     d_query_scale = new_results(call, call.q.shape[:3], torch.float32) if needs.query_scale else None
     results: Arguments = {"d_q_ptr": d_q, "d_query_scale_ptr": d_query_scale, "key_size": None}

@@ -1,22 +1,317 @@
-"""Launches for key statistics: norms of keys, their gradient, and the buffers of a cache."""
+"""Key statistics: norms of keys, their gradient, fp64 prefix sums, and the buffers of a cache."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...tuning.config import Problem
-from . import key_statistics_kernels as kernels
+from .block import LENGTHS, from_row, load_tile, page_slots, program_position, tile_offsets
 from .launch import KERNELS, Arguments, are_aligned, forms_of, is_wide, kept_kind, pages_of, plan, scale_of, strided
 from .ranges import NO_HEADS, seen_bytes
-from .records import KeyBuffers
+
+# Below fp32's smallest normal number a norm counts as 0.
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+
+
+class KeyBuffers(NamedTuple):
+    """The buffers of a `KeyStatistics`, or, as `Scale` and without counts, of a `PagedKeyStatistics`."""
+
+    counts: Any
+    counts_after: Any
+    norms: Any
+    norm_sums: Any
+    norm_square_sums: Any
+    norm_maxima: Any
+
+
+@triton.jit
+def _norms_of(k):
+    """Euclidean norms of keys [rows, D], fp32, the largest component factored out."""
+    magnitude = tl.abs(k.to(tl.float32))
+    largest = tl.max(magnitude, 1)
+    unit = magnitude / tl.where(largest > 0.0, largest, 1.0)[:, None]
+    return largest * tl.sqrt(tl.sum(unit * unit, 1))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def key_norms_kernel(
+    k,
+    seen_ptr,
+    norms_ptr,
+    k_len,
+    kv_heads,
+    first_y,
+    first_z,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    INVARIANT: tl.constexpr,
+):
+    """Euclidean norm of BLOCK_N keys of one (batch, kv head).
+
+    Grid: (blocks of Sk, Hkv, B). k [B, Hkv, Sk, D] any strides; seen uint8 [B, Hkv, Sk] contiguous or None, keys
+    that no row attends to are not read and have norm 0; norms fp32 [B, Hkv, Sk] contiguous.
+    """
+    block, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
+    first_key = block * BLOCK_N
+    offs_n = first_key + tl.arange(0, BLOCK_N)
+    keep_key = offs_n < k_len
+    key_offsets = (batch.to(tl.int64) * kv_heads + head.to(tl.int64)) * k_len + offs_n
+    load_key = keep_key
+    if seen_ptr is not None:
+        load_key = load_key & (tl.load(seen_ptr + key_offsets, mask=keep_key, other=0) != 0)
+    k = from_row(k, batch, head, first_key, ALIGNED)
+    k_ptrs = k.ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    tl.store(norms_ptr + key_offsets, _norms_of(load_tile(k_ptrs, load_key, HEAD_DIM)), mask=keep_key)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def prefix_sums_kernel(
+    addends_ptr,
+    sums_ptr,
+    addends_len,
+    q_heads,
+    first_y,
+    first_z,
+    BLOCK_N: tl.constexpr,
+):
+    """fp64 sums of addends over [0, j), j = 0 .. n, of one (batch, head).
+
+    Grid: (1, H, B). addends [B, H, n] of any float dtype, sums fp64 [B, H, n + 1], both contiguous; n = addends_len.
+    """
+    _, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
+    row = batch.to(tl.int64) * q_heads + head
+    addends_ptr += row * addends_len
+    sums_ptr += row * (addends_len + 1)
+    total = tl.zeros([1], tl.float64)
+    tl.store(sums_ptr + tl.arange(0, 1), total)
+    for start in range(0, addends_len, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        keep = offs_n < addends_len
+        addends = tl.load(addends_ptr + offs_n, mask=keep, other=0.0).to(tl.float64)
+        tl.store(sums_ptr + 1 + offs_n, total + tl.cumsum(addends, 0), mask=keep)
+        total += tl.sum(addends, 0)
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger of two; NaN wins, which tl.maximum would ignore."""
+    return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit
+def _running(norms, norm_sum, norm_square_sum, norm_max):
+    """Sums of norms [N] or [N, heads] and of squares, fp64, and maxima, up to and with each, from those before."""
+    wide = norms.to(tl.float64)
+    norm_sums = norm_sum + tl.cumsum(wide, 0)
+    norm_square_sums = norm_square_sum + tl.cumsum(wide * wide, 0)
+    return norm_sums, norm_square_sums, _larger(norm_max, tl.associative_scan(norms, 0, _larger))
+
+
+@triton.jit
+def _last(x, is_last):
+    return tl.sum(tl.where(is_last, x, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def append_keys_kernel(
+    k,
+    new_norms_ptr,
+    new_counts_ptr,
+    buffers,
+    k_len,
+    capacity,
+    kv_heads,
+    first_y,
+    first_z,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    INVARIANT: tl.constexpr,
+):
+    """Append the next keys of one (batch, kv head) to the buffers of a `KeyStatistics`.
+
+    Grid: (1, Hkv, B). k [B, Hkv, k_len, D] any strides; the buffers contiguous, one entry longer than KeyStatistics
+    shows them: norms fp32 [B, Hkv, capacity + 1], norm_sums, norm_square_sums fp64 and norm_maxima fp32 [B, Hkv,
+    capacity + 2].
+
+    new_norms    fp32 [B, Hkv, k_len], contiguous, those of k, which is then not read; or None
+    new_counts     int64 [B] or None: how many of the k_len are keys; None is all. Keys past the capacity are dropped
+    counts         int64 [B]: how many there are. Other programs read it too, so counts_after is another tensor
+
+    Sums are taken as in `append_to_pages`, in blocks that begin at multiples of STEP keys: their bits do not depend on
+    how keys are cut into calls. New norms pass through memory, so that those of a block stand in one layout.
+    """
+    _, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
+    held = tl.load(buffers.counts + batch).to(tl.int32)
+    new = held * 0 + k_len
+    if new_counts_ptr is not None:
+        new = tl.minimum(new, tl.load(new_counts_ptr + batch).to(tl.int32))
+    new = tl.maximum(tl.minimum(new, capacity - held), 0)
+    row = batch.to(tl.int64) * kv_heads + head.to(tl.int64)
+    norms_ptr = buffers.norms + row * (capacity + 1)
+    k = from_row(k, batch, head, 0, ALIGNED)
+    k_offsets = tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    STEP: tl.constexpr = BLOCK_N * 4
+    WIDTH: tl.constexpr = BLOCK_N if new_norms_ptr is None else STEP
+    for start in range(0, k_len, WIDTH):
+        offs_n = start + tl.arange(0, WIDTH)
+        keep_key = offs_n < new
+        if new_norms_ptr is None:
+            k_ptrs = k.ptr + tl.cast(start, tl.int64) * k.s + k_offsets
+            norm = _norms_of(load_tile(k_ptrs, keep_key, HEAD_DIM))
+        else:
+            norm = tl.load(new_norms_ptr + row * k_len + offs_n, mask=keep_key, other=0.0)
+        tl.store(norms_ptr + held + offs_n, norm, mask=keep_key)
+    tl.debug_barrier()
+
+    first_block = held // STEP * STEP
+    sums_base = row * (capacity + 2) + first_block
+    norm_sum, square_sum = tl.load(buffers.norm_sums + sums_base), tl.load(buffers.norm_square_sums + sums_base)
+    maximum = tl.load(buffers.norm_maxima + sums_base)
+    order = tl.arange(0, STEP)
+    for start in range(first_block, held + new, STEP):
+        offs_key = start + order
+        keep_key = offs_key < held + new
+        is_new = keep_key & (offs_key >= held)
+        norm = tl.load(norms_ptr + offs_key, mask=keep_key, other=0.0)
+        norm_sums, square_sums, maxima = _running(norm, norm_sum, square_sum, maximum)
+        entries = row * (capacity + 2) + 1 + offs_key
+        tl.store(buffers.norm_sums + entries, norm_sums, mask=is_new)
+        tl.store(buffers.norm_square_sums + entries, square_sums, mask=is_new)
+        tl.store(buffers.norm_maxima + entries, maxima, mask=is_new)
+        is_last = order == STEP - 1
+        norm_sum, square_sum, maximum = _last(norm_sums, is_last), _last(square_sums, is_last), _last(maxima, is_last)
+    if head == 0:
+        tl.store(buffers.counts_after + batch, held + new)
+
+
+@triton.jit
+def _entries(x, number, slot, heads):
+    """Pointers to the entries [n, heads] of x, a `Scale` of pages [N, Hkv, page], at n slots of numbered pages."""
+    entry = number.to(tl.int64) * (x.b >> 4) + slot.to(tl.int64) * x.s
+    return x.ptr + (entry[:, None] + heads.to(tl.int64)[None, :] * (x.h >> 4))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def append_to_pages_kernel(
+    new_norms_ptr,
+    starts_ptr,
+    key_lengths_ptr,
+    pages,
+    buffers,
+    k_len,
+    kv_heads,
+    first_y,
+    first_z,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Enter the newest keys of one sequence, for BLOCK_M heads, in the buffers of a `PagedKeyStatistics`.
+
+    Grid: (blocks of Hkv, 1, B). new_norms fp32 [Hkv, k_len], contiguous; starts int32 [B + 1], where the sequences'
+    new keys begin and end among the k_len, clamped; key_lengths int32 [B], with the new keys; pages `Pages` of the
+    sequences; the buffers, counts None, each a `Scale` of [N, Hkv, page]. Keys without a page are dropped.
+
+    Sums are taken in blocks that begin at multiples of BLOCK_N keys, from the entry of the last key before: their bits
+    do not depend on how keys are cut into calls. Of a block that old keys begin, their norms are read.
+    """
+    block, _, sequence = program_position(first_y, first_z, LAST_FIRST=False)
+    heads = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    keep_head = heads < kv_heads
+    start = tl.minimum(tl.maximum(tl.load(starts_ptr + sequence), 0), k_len)
+    new = tl.minimum(tl.maximum(tl.load(starts_ptr + sequence + 1), start), k_len) - start
+    end = tl.load(key_lengths_ptr + sequence)
+    held = end - new
+    first_block = tl.maximum(held, 0) // BLOCK_N * BLOCK_N
+    last = first_block - 1 + tl.arange(0, 1)
+    last_number, last_slot, has_last = page_slots(pages, sequence, last, last >= 0)
+    keep_entry = has_last[:, None] & keep_head[None, :]
+    norm_sum = tl.load(_entries(buffers.norm_sums, last_number, last_slot, heads), mask=keep_entry, other=0.0)
+    square_sum = tl.load(_entries(buffers.norm_square_sums, last_number, last_slot, heads), mask=keep_entry, other=0.0)
+    maximum = tl.load(_entries(buffers.norm_maxima, last_number, last_slot, heads), mask=keep_entry, other=0.0)
+    order = tl.arange(0, BLOCK_N)
+    is_last = (order == BLOCK_N - 1)[:, None]
+    for first in range(first_block, end, BLOCK_N):
+        offs_key = first + order
+        number, slot, is_held = page_slots(pages, sequence, offs_key, offs_key < end)
+        keep = is_held[:, None] & keep_head[None, :]
+        is_new = (offs_key >= held)[:, None]
+        norm_ptrs = new_norms_ptr + heads.to(tl.int64)[None, :] * k_len + (start - held + offs_key)[:, None]
+        new_norms = tl.load(norm_ptrs, mask=keep & is_new, other=0.0)
+        norm_entries = _entries(buffers.norms, number, slot, heads)
+        norms = tl.where(is_new, new_norms, tl.load(norm_entries, mask=keep & ~is_new, other=0.0))
+        norm_sums, square_sums, maxima = _running(norms, norm_sum, square_sum, maximum)
+        tl.store(norm_entries, norms, mask=keep & is_new)
+        tl.store(_entries(buffers.norm_sums, number, slot, heads), norm_sums, mask=keep & is_new)
+        tl.store(_entries(buffers.norm_square_sums, number, slot, heads), square_sums, mask=keep & is_new)
+        tl.store(_entries(buffers.norm_maxima, number, slot, heads), maxima, mask=keep & is_new)
+        norm_sum = _last(norm_sums, is_last)[None, :]
+        square_sum = _last(square_sums, is_last)[None, :]
+        maximum = _last(maxima, is_last)[None, :]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def key_statistics_grad(
+    k,
+    seen_ptr,
+    norms_ptr,
+    d_norms_ptr,
+    added_ptr,
+    d_k_ptr,
+    k_len,
+    kv_heads,
+    first_y,
+    first_z,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """d_k[j] = d_norms[j] * k[j] / |k[j]| for BLOCK_N keys; 0 where |k[j]| is 0 or below fp32's normal range.
+
+    Grid: (blocks of Sk, Hkv, B). norms and d_norms fp32 [B, Hkv, Sk] contiguous; d_k [B, Hkv, Sk, D] in k's
+    dtype, contiguous; added is fp32 like d_k, or None: k's gradient by other ways, added before rounding.
+    """
+    block, head, batch = program_position(first_y, first_z, LAST_FIRST=False)
+    first_key = block * BLOCK_N
+    offs_n = first_key + tl.arange(0, BLOCK_N)
+    keep_key = offs_n < k_len
+    key_base = (batch.to(tl.int64) * kv_heads + head.to(tl.int64)) * k_len + first_key
+    key_offsets = key_base + tl.arange(0, BLOCK_N)
+    load_key = keep_key
+    if seen_ptr is not None:
+        load_key = load_key & (tl.load(seen_ptr + key_offsets, mask=keep_key, other=0) != 0)
+    norm = tl.load(norms_ptr + key_offsets, mask=load_key, other=0.0)
+    live = load_key & (norm >= SMALLEST_NORMAL)
+    d_norm = tl.load(d_norms_ptr + key_offsets, mask=live, other=0.0)
+    k = from_row(k, batch, head, first_key, ALIGNED)
+    k_ptrs = k.ptr + tile_offsets(BLOCK_N, BLOCK_D, k.s, k.d, WIDE)
+    k_tile = load_tile(k_ptrs, live, HEAD_DIM)
+    d_k = k_tile.to(tl.float32) / tl.where(live, norm, 1.0)[:, None] * d_norm[:, None]
+    offsets = key_base * HEAD_DIM + tile_offsets(BLOCK_N, BLOCK_D, HEAD_DIM, 1, False)
+    if added_ptr is not None:
+        d_k += load_tile(added_ptr + offsets, keep_key, HEAD_DIM).to(tl.float32)
+    keep = keep_key[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    tl.store(d_k_ptr + offsets, d_k.to(d_k_ptr.dtype.element_ty), mask=keep)
+
 
 KERNELS |= {
-    "key_statistics": kernels.key_norms,
-    "prefix_sums": kernels.prefix_sums,
-    "key_statistics_grad": kernels.key_statistics_grad,
-    "append_keys": kernels.append_keys,
-    "append_to_pages": kernels.append_to_pages,
+    "key_statistics": key_norms_kernel,
+    "prefix_sums": prefix_sums_kernel,
+    "key_statistics_grad": key_statistics_grad,
+    "append_keys": append_keys_kernel,
+    "append_to_pages": append_to_pages_kernel,
 }
 
 # Up to this many new keys, the program of a head computes norms while it adds up; for more, a pass before does.

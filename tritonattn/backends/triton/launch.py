@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ from .device import Arguments, ArgumentsOfKind, Grid, Kind, launch_on
 
 KERNELS: dict[str, Any] = {}  # by name: each file of kernels enters its own
 ConfigFor = Callable[[str, Problem, Target], TileConfig]
-Result = TypeVar("Result")
 
 
 def run_on_device(kernel: Any, grid: Grid, arguments: Mapping[str, Any], config: TileConfig) -> None:
@@ -221,17 +220,12 @@ def _target(of: Callable[[torch.device], Target], device: torch.device) -> Targe
     return of(device)
 
 
-def planned(kernel: str, problem: Problem, device: torch.device, launches: Callable[[Plan], Result]) -> Result:
-    """Launch; if a tuned config fails here, drop it with a warning and try the next."""
-    while True:
-        chosen = plan(kernel, problem, device)
-        try:
-            return launches(chosen)
-        except (TritonError, RuntimeError) as error:
-            is_refusal = isinstance(error, TritonError) or "PassManager" in str(error)
-            if not is_refusal or not lookup.reject_config(kernel, problem, Target.of(device), chosen.config, error):
-                raise
-            _plan.cache_clear()
+def drop_config(kernel: str, problem: Problem, device: torch.device, chosen: Plan, error: Exception) -> None:
+    """Drop a tuned config that fails here, with a warning, so that the next plan has another; raise other errors."""
+    is_refusal = isinstance(error, TritonError) or "PassManager" in str(error)
+    if not is_refusal or not lookup.reject_config(kernel, problem, Target.of(device), chosen.config, error):
+        raise error
+    _plan.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -283,7 +277,7 @@ def logit_arguments(logits: Logits) -> Arguments:
 
 
 def pages_of(block_table: Tensor, count: int, size: int) -> Pages:
-    """The record of a block table, int32 [members, max_pages], of `count` pages of `size` keys."""
+    """The record of a block table, int32 [sequences, max_pages], of `count` pages of `size` keys."""
     bits = (size - 1).bit_length()
     magic = 16 * (2 ** (31 + bits) // size + 1)
     return Pages(block_table.contiguous(), 16 * size, 16 * count, 16 * block_table.shape[1], magic, 16 * (bits - 1))
@@ -315,7 +309,10 @@ _MOST_KINDS = 4096
 
 def forms_of(*tensors: Tensor | None) -> list[Form | None]:
     """All of tensors that selects code: shape, strides, dtype, and whether they stand at multiples of 16 bytes."""
-    return [None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0) for x in tensors]
+    found: list[Form | None] = []
+    for x in tensors:  # no comprehension: each is a call of its own before Python 3.12
+        found.append(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0))
+    return found
 
 
 def kept_kind(key: tuple[Any, ...], found: Callable[[], tuple[Problem, bool]]) -> Kind:
@@ -339,10 +336,10 @@ def is_wide(*tensors: Tensor | None, page: int = 0) -> bool:
 
 def are_aligned(*tensors: Tensor | None) -> bool:
     """Whether tensors [B, H, S, D] stand at multiples of 16 bytes, their last axis dense, as wide loads want them."""
-    return all(map(_is_aligned, tensors))
+    return all(map(is_aligned, tensors))
 
 
-def _is_aligned(tensor: Tensor | None) -> bool:
+def is_aligned(tensor: Tensor | None) -> bool:
     if tensor is None:
         return True
     shape, strides, width = tensor.shape, tensor.stride(), tensor.dtype.itemsize

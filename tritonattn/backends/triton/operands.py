@@ -113,7 +113,7 @@ class Operands:
         return Sequences(q_starts, k_starts, size.q_len, size.k_len)
 
     def _starts(self, total: int, longest: int) -> Tensor:
-        """Of one longest member, and others of about the same length: int32 [N + 1]."""
+        """Of one longest sequence, and others of about the same length: int32 [N + 1]."""
         others, first = self.size.batch - 1, min(longest, total)
         rest = min(total - first, others * longest)
         ends = [first + rest * n // max(others, 1) for n in range(others + 1)]

@@ -1,19 +1,154 @@
-"""Launches of passes over the ranges of keys that rows see: prefix sums, maxima, keys seen, rows that see them."""
+"""Passes over the ranges of keys that rows see: the keys seen, the rows that see them, the maximum of each range."""
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...core.visibility import Visibility
 from ...tuning.config import Problem
-from . import range_kernels as kernels
+from .block import LENGTHS, View, key_range, pass_bounds, program_position, whole_blocks
 from .launch import KERNELS, Arguments, Plan, kept_kind, plan, range_arguments
 
+
+@triton.jit(do_not_specialize=LENGTHS)
+def rows_of_key_block(
+    key_lengths,
+    key_ranges,
+    bounds_ptr,
+    left,
+    right,
+    q_len,
+    k_len,
+    key_block,
+    first_y,
+    first_z,
+    BLOCK_M: tl.constexpr,
+):
+    """First and one past the last row that sees a key of one block of keys; first >= last where no row does.
+
+    Grid: (blocks of key_block keys, 1, B). bounds int32 [B, blocks, 2], contiguous; the other arguments as in
+    `key_range`.
+    """
+    block, _, batch = program_position(first_y, first_z, LAST_FIRST=False)
+    view = View(q_len, k_len, left, right, key_lengths, key_ranges)
+    first_key = block * key_block
+    first, end = tl.full([BLOCK_M], 0, tl.int32) + q_len, tl.full([BLOCK_M], 0, tl.int32)
+    for start in range(0, q_len, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        row = tl.minimum(offs_m, q_len - 1)
+        lo, hi = key_range(row, batch, view)
+        touches = (tl.maximum(lo, first_key) < tl.minimum(hi, first_key + key_block)) & (offs_m < q_len)
+        first = tl.minimum(first, tl.where(touches, row, q_len))
+        end = tl.maximum(end, tl.where(touches, row + 1, 0))
+    bounds_ptr += (batch.to(tl.int64) * tl.num_programs(0) + block) * 2
+    tl.store(bounds_ptr, tl.min(first, 0))
+    tl.store(bounds_ptr + 1, tl.max(end, 0))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def keys_seen(
+    key_lengths,
+    key_ranges,
+    keys_seen_ptr,
+    left,
+    right,
+    q_len,
+    k_len,
+    first_y,
+    first_z,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Mark the keys, of a block of BLOCK_N, that some row sees.
+
+    Grid: (blocks of Sk, 1, B). keys_seen uint8 [B, Sk], contiguous; the other arguments as in `key_range`.
+    The loop starts at the last row, which sees most under a causal mask, and ends when every key has been seen. A step
+    tests whether any of BLOCK_M rows sees the block, and if so takes them by BLOCK_N: with tiles of more rows AMD's
+    compiler spills the scalar registers that hold what rows have in common.
+    """
+    block, _, batch = program_position(first_y, first_z, LAST_FIRST=False)
+    view = View(q_len, k_len, left, right, key_lengths, key_ranges)
+    first_key = block * BLOCK_N
+    offs_n = first_key + tl.arange(0, BLOCK_N)
+    seen = (offs_n >= k_len).to(tl.int32)
+    start = (q_len - 1) // BLOCK_M * BLOCK_M
+    while (start >= 0) & (start < q_len) & (tl.min(seen, 0) == 0):
+        row = tl.minimum(start + tl.arange(0, BLOCK_M), q_len - 1)
+        lo, hi = key_range(row, batch, view)
+        touches = tl.maximum(lo, first_key) < tl.minimum(hi, first_key + BLOCK_N)
+        first = start - 1
+        if tl.max(touches.to(tl.int32), 0) > 0:
+            first = (tl.minimum(start + BLOCK_M, q_len) - 1) // BLOCK_N * BLOCK_N
+        while (first >= start) & (tl.min(seen, 0) == 0):
+            few = tl.minimum(first + tl.arange(0, BLOCK_N), q_len - 1)
+            few_lo, few_hi = key_range(few, batch, view)
+            covers = (few_lo[:, None] <= offs_n[None, :]) & (offs_n[None, :] < few_hi[:, None])
+            seen = tl.maximum(seen, tl.max(covers.to(tl.int32), 0))
+            first -= BLOCK_N
+        start -= BLOCK_M
+    tl.store(keys_seen_ptr + batch.to(tl.int64) * k_len + offs_n, seen, mask=offs_n < k_len)
+
+
+@triton.jit
+def _ranked(x, key):
+    """int64 in the order of x >= 0, NaN highest; equal x are in the order of falling keys."""
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return (magnitude.to(tl.int64) << 32) | (0x7FFFFFFF - key).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def argmax_of_ranges(
+    x_ptr,
+    lo_ptr,
+    hi_ptr,
+    argmax_ptr,
+    q_len,
+    k_len,
+    q_heads,
+    bounds_len,
+    first_y,
+    first_z,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The lowest key that attains the maximum of x over the range of each of BLOCK_M rows.
+
+    For an empty range it is lo, or the last key where lo is no key. Keys that all rows see are scanned once.
+
+    Grid: (blocks of Sq, H, B). x fp32 [B, H, Sk], at least 0 or NaN; lo and hi int64 [B or 1, Sq], 0 <= lo <= hi <= Sk,
+    bounds_len their stride from one batch entry to the next, Sq or 0; argmax int64 [B, H, Sq]. All contiguous.
+    """
+    block, head, batch = program_position(first_y, first_z, LAST_FIRST=True)
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.minimum(offs_m, q_len - 1)
+    lo = tl.load(lo_ptr + batch.to(tl.int64) * bounds_len + row).to(tl.int32)
+    hi = tl.load(hi_ptr + batch.to(tl.int64) * bounds_len + row).to(tl.int32)
+    kv_start, kv_end = tl.min(tl.where(lo < hi, lo, k_len), 0), tl.max(tl.where(lo < hi, hi, 0), 0)
+    full_start, full_end = whole_blocks(kv_start, tl.max(lo, 0), tl.min(hi, 0), BLOCK_N, False)
+    x_ptr += (batch.to(tl.int64) * q_heads + head) * k_len
+    columns = tl.arange(0, BLOCK_N)
+    of_all = tl.full([BLOCK_N], -1, tl.int64)
+    for start in range(full_start, full_end, BLOCK_N):
+        of_all = tl.maximum(of_all, _ranked(tl.load(x_ptr + start + columns), start + columns))
+    largest = tl.full([BLOCK_M], -1, tl.int64)
+    _, _, first, end, gap_start, gap = pass_bounds(kv_start, kv_end, full_start, full_end, BLOCK_N, 0, False)
+    for position in range(first, end, BLOCK_N):
+        offs_n = tl.where(position >= gap_start, position + gap, position) + columns
+        x = tl.load(x_ptr + offs_n, mask=(offs_n >= kv_start) & (offs_n < kv_end), other=0.0)
+        visible = (offs_n[None, :] >= lo[:, None]) & (offs_n[None, :] < hi[:, None])
+        largest = tl.maximum(largest, tl.max(tl.where(visible, _ranked(x, offs_n)[None, :], -1), 1))
+    largest = tl.maximum(largest, tl.max(of_all, 0))
+    key = tl.where(largest < 0, tl.minimum(lo, k_len - 1), 0x7FFFFFFF - (largest & 0x7FFFFFFF).to(tl.int32))
+    tl.store(argmax_ptr + (batch.to(tl.int64) * q_heads + head) * q_len + offs_m, key, mask=offs_m < q_len)
+
+
 KERNELS |= {
-    "row_bounds": kernels.rows_of_key_block,
-    "keys_seen": kernels.keys_seen,
-    "argmax_of_ranges": kernels.argmax_of_ranges,
+    "row_bounds": rows_of_key_block,
+    "keys_seen": keys_seen,
+    "argmax_of_ranges": argmax_of_ranges,
 }
 NO_HEADS = Problem(1, 1, torch.float32)
 
