@@ -61,16 +61,7 @@ def test_masks_options_and_dtypes(mask, form, dtype, kv_heads, scales):
 @pytest.mark.parametrize(("root", "dim"), [(1, 128), (2, 128), (1, 64)])
 def test_rows_of_few_keys(form, root, dim):
     """Sharp softmaxes, whose gradients are differences of what nearly cancels, in every head by itself."""
-    sizes = {
-        "batch": 1,
-        "kv_heads": 50,
-        "group": 1,
-        "q_len": 16,
-        "k_len": 16,
-        "head_dim": dim,
-        "value_dim": dim,
-        "seed": 7,
-    }
+    sizes = {"batch": 1, "kv_heads": 50, "group": 1, "q_len": 16, "k_len": 16, "head_dim": dim, "value_dim": dim}
     tensors, arguments = harness.of_form(form, torch.float32, CPU, seed=7, **sizes)
     tensors["query_scale"] = torch.arange(1.0, 17).pow(-1 / root).repeat(1, 50, 1)
     arguments |= {"scale": 1.0, "causal": True, "return_aux": False, "backend": "sdpa"}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.huggingface.test_patch import LLAMA
 from tritonattn.huggingface import first_use, patch
@@ -62,3 +63,19 @@ def test_a_model_that_was_built_before_is_used_once_it_is_patched_or_unpickled(u
     first_use._waiting.append(lambda: uses.append("unpickled"))
     pickle.loads(pickle.dumps(network))
     assert uses == ["patched", "unpickled"]
+
+
+def test_masks_of_a_model_that_was_built_before_are_explicit(uses):
+    """Its class may lack the flags by which layers do without masks."""
+    first_use._waiting.clear()
+    network, tokens = LLAMA.build(), torch.arange(5)[None]
+    network.set_attn_implementation("tritonattn")
+    masks: list[object] = []
+    network.model.layers[0].register_forward_pre_hook(
+        lambda layer, inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
+    )
+    expected = network(tokens).logits
+    first_use._waiting.append(lambda: uses.append("used"))
+    torch.testing.assert_close(network(tokens).logits, expected)
+    assert masks[0] is None
+    assert isinstance(masks[1], torch.Tensor)

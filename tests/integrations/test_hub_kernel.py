@@ -30,7 +30,7 @@ def test_the_layout(repository):
     assert {path.name for path in (repository / "build").iterdir()} == {f"torch-{backend}" for backend in BACKENDS}
     source = repository / "torch-ext" / "tritonattn"
     names = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
-    assert {"__init__.py", "kernels/forward.py", "nn/attention.py", "autotune_cache/README.md"} <= names
+    assert {"__init__.py", "backends/triton/forward.py", "nn/attention.py", "autotune_cache/README.md"} <= names
     assert not any(name.split("/")[0] in ("cli.py", "demo", "huggingface", "integrations", "tune") for name in names)
     for backend in BACKENDS:
         built = repository / "build" / f"torch-{backend}"

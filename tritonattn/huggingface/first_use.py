@@ -24,6 +24,11 @@ def at_first_use(*calls: Callable[[], None]) -> None:
     _waiting.extend(calls)
 
 
+def is_waiting() -> bool:
+    """Whether no model was built since the import: one from before it takes tritonattn's masks unchecked."""
+    return bool(_waiting)
+
+
 def note_use() -> None:
     """Make the calls that wait; they are made once."""
     if _waiting:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from .first_use import is_waiting
+
 STATED = "_tritonattn_states_masks"  # entry of a config whose models' is_causal flags may be wrong
 
 _COMPILED_HOLES = (
@@ -87,7 +89,7 @@ class MaskRequest:
             local_size=arguments.get("local_size"),
             may_skip_causal=arguments.get("allow_is_causal_skip", True),
             may_skip_bidirectional=arguments.get("allow_is_bidirectional_skip", False),
-            stated=getattr(arguments.get("config"), STATED, False),
+            stated=is_waiting() or getattr(arguments.get("config"), STATED, False),
         )
 
 
