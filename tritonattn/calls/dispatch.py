@@ -191,12 +191,12 @@ def choose_backend(call: AttentionCall) -> str:
     elif backend == "triton":
         _check_kernels_run_on(q.device)
     if call.visibility.invariant:
-        _refuse_company(q, backend, call.dropout_p)
+        _refuse_dependence(q, backend, call.dropout_p)
     return backend
 
 
-def _refuse_company(q: Tensor, backend: str, dropout_p: float) -> None:
-    """Raise where a row's bits would depend on its company although `batch_invariant` is on."""
+def _refuse_dependence(q: Tensor, backend: str, dropout_p: float) -> None:
+    """Raise where a row's bits would depend on the rest of the batch although `batch_invariant` is on."""
     obstacle = None
     if dropout_p > 0:
         obstacle = "dropout_p above 0, whose bits follow the place in the batch"

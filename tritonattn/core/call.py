@@ -51,7 +51,7 @@ class AttentionCall:
     wide_k     likewise k's
     is_part    rows see other keys too: out and lse, which a backward gets, are of all of them
     block_table   int32 [N, max_pages] or None: k and v are then pages [P, Hkv, page, D or Dv], and key j of batch
-               entry or member n of `visibility.sequences` lies in page block_table[n, j // page], at j % page.
+               entry or sequence n of `visibility.sequences` lies in page block_table[n, j // page], at j % page.
                Vectors of keys still lie along the axis of visibility.k_len. Entries outside [0, P) are not followed:
                keys and values there are zeros. No gradients.
     scaling    a `Scaling`, or what stands for one until `check`
@@ -86,7 +86,7 @@ class AttentionCall:
 
     @property
     def invariant(self) -> bool:
-        """Whether the bits of a row do not depend on its company."""
+        """Whether the bits of a row do not depend on the rest of the batch."""
         return self.visibility.invariant
 
     @property
