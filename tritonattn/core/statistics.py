@@ -38,10 +38,10 @@ class Renamed:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            owner, present = type(self).__name__, self.renamed.get(name)
+            present = self.renamed.get(name)
             if present is None:
-                raise AttributeError(f"{owner!r} object has no attribute {name!r}", name=name, obj=self)
-            raise AttributeError(f"{owner}: expected {present}, got {name}")
+                return super().__getattribute__(name)  # raises again, as a property may have done
+            raise AttributeError(f"{type(self).__name__}: expected {present}, got {name}")
 
 
 @dataclass(eq=False)
