@@ -153,7 +153,7 @@ OF_ONE: dict[str, list[Case]] = {
         ({"q": torch.zeros(1, 5, 4, 8)}, "ValueError: q: expected 3 axes [T_q, Hq, D], got 4"),
         ({"v": torch.zeros(6, 2, 8)}, "ValueError: v: expected k's length 5, got 6"),
         ({"gain": ones(4, 6)}, "ValueError: gain: ~ [Hq, T_q] = [4, 5], got [4, 6]"),
-        ({"statistics": PagedKeyStatistics(8, 16, 2)}, "ValueError: expected a block_table beside"),
+        ({"statistics": PagedKeyStatistics(8, 16, 2)}, "ValueError: expected a block_table with"),
     ],
     "attention_decode": [
         ({"q": None}, "TypeError: q: expected a tensor [B, Hq, Sq, D], got NoneType"),
