@@ -3,12 +3,15 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
+import tritonattn
 from tests.analysis.models import Net
 from tests.analysis.test_monitor import QUIET, pytestmark, record_of
 from tritonattn.analysis import Monitor
 from tritonattn.core import observation
+from tritonattn.core.observation import ObservedCall, Observer
 
 __all__ = ["pytestmark"]
 
@@ -65,3 +68,16 @@ def test_a_thread_that_was_in_the_model_at_the_end_of_a_step_is_not_observed_lat
         go_on.set()
         assert observed.result() is False
     hook.remove()
+
+
+@pytest.mark.parametrize("key_bias", [None, torch.zeros(2, 5)])
+def test_statistics_of_a_seen_call_are_no_call_when_taken_later(key_bias):
+    seen: list[ObservedCall] = []
+    observer = Observer(seen.append)
+    observer.begin()
+    try:
+        tritonattn.attention(*torch.randn(3, 1, 2, 5, 4), key_bias=key_bias)
+        seen[0].aux()
+    finally:
+        observer.close()
+    assert len(seen) == 1

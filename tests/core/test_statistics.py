@@ -107,3 +107,24 @@ def test_an_earlier_name_names_the_present_one():
     for earlier, present in names.items():
         with pytest.raises(AttributeError, match=f"Statistics: expected {present}, got {earlier}"):
             getattr(statistics_of(keys()), earlier)
+
+
+def test_an_attribute_error_on_the_way_to_a_statistic_keeps_its_message():
+    k, name = keys(), "nothing"
+    visible = Visibility.of(torch.empty(B, HQ, SQ, D), k)
+    with pytest.raises(AttributeError, match="'Tensor' object has no attribute 'nothing'"):
+        _ = Statistics(lambda: getattr(k, name), visible).norm_sum
+    with pytest.raises(AttributeError, match="'Statistics' object has no attribute 'nothing'"):
+        getattr(Statistics(k, visible), name)
+
+
+@pytest.mark.parametrize("name", ["nothing", "length_sum"])
+def test_compiled_code_may_ask_for_an_attribute_that_is_missing(name):
+    """As a Scaling does that serves several versions."""
+
+    def kept(k):
+        return k if getattr(statistics_of(k), name, None) is None else -k
+
+    torch._dynamo.reset()
+    k = keys()
+    assert torch.equal(torch.compile(kept, backend="eager", fullgraph=True)(k), k)

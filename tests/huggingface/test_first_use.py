@@ -10,6 +10,7 @@ import torch
 
 from tests.huggingface.test_patch import LLAMA
 from tritonattn.huggingface import first_use, patch
+from tritonattn.huggingface.loading import follow_saved_settings
 
 # In a process of its own; the argument is a folder with a saved patched model.
 PROGRAM = """
@@ -79,3 +80,18 @@ def test_masks_of_a_model_that_was_built_before_are_explicit(uses):
     torch.testing.assert_close(network(tokens).logits, expected)
     assert masks[0] is None
     assert isinstance(masks[1], torch.Tensor)
+
+
+def test_masks_of_a_model_that_was_built_before_stay_explicit_where_its_class_has_no_sdpa(monkeypatch):
+    """The flags of its layers may be wrong; nobody noted that it chose this implementation."""
+    network = LLAMA.build()
+    network.set_attn_implementation("tritonattn")
+    monkeypatch.setattr(type(network), "_supports_sdpa", False)
+    monkeypatch.setattr(first_use, "_waiting", [follow_saved_settings])
+    masks: list[object] = []
+    network.model.layers[0].register_forward_pre_hook(
+        lambda layer, inputs, named: masks.append(named["attention_mask"]), with_kwargs=True
+    )
+    LLAMA.build()
+    network(torch.arange(5)[None])
+    assert isinstance(masks[0], torch.Tensor)

@@ -177,3 +177,7 @@ def test_kernels_refuse_scaled_gradients_of_fp16():
     call.logits = Logits(query_scale=torch.ones(1, 1, 1))
     with pytest.raises(NotImplementedError, match=r"batch_invariant.*float16"):
         _refuse_scaled_halves(call)
+    q = q.detach()
+    sinks, key_bias = torch.ones(1, requires_grad=True), torch.ones(1, 1, 1, 1, requires_grad=True)
+    terms = Logits(query_scale=torch.ones(1, 1, 1), key_bias=key_bias, sinks=sinks)
+    _refuse_scaled_halves(AttentionCall(q, q, q, Visibility.of(q, q), terms))

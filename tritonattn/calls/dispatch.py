@@ -18,7 +18,7 @@ from ..core.autograd import autocast_is_on, needs_graph
 from ..core.call import AttentionCall, ForwardResult
 from ..core.dropout import Dropout
 from ..core.key_records import RecordedStatistics
-from ..core.observation import ObservedCall, notify_observers, observers
+from ..core.observation import ObservedCall, notify_observers, observers, unobserved
 from ..core.pages import PageTable
 from ..core.statistics import Statistics
 from .logits import dense, logits
@@ -150,7 +150,7 @@ def _notify(call: AttentionCall, out: Tensor) -> None:
     def aux() -> AttentionAux:
         narrow = call.k.detach()[..., :1]  # stands for v; its values reach nothing that is read
         again, terms = replace(call, v=narrow, aux=True, dropout_p=0.0), call.logits
-        with torch.no_grad():
+        with unobserved(), torch.no_grad():
             found = cast(tuple[Tensor, AttentionAux], run(replace(again)))[1]
             if terms.key_bias is None:
                 return found
@@ -212,7 +212,7 @@ def _refuse_scaled_halves(call: AttentionCall) -> None:
     """Raise for gradients of fp16 with scales: kernels divide by the largest scale of a head before they round."""
     terms = call.logits
     is_scaled = terms.query_scale is not None or terms.key_scale is not None
-    if call.v.dtype == torch.float16 and is_scaled and needs_graph(*call.tensors):
+    if call.v.dtype == torch.float16 and is_scaled and needs_graph(*call.tensors[:5]):  # not of key_bias and sinks
         raise NotImplementedError(
             "batch_invariant: not supported with gradients of float16 through a scaling with vectors: kernels divide"
             " these by a head's largest entry before they round; use bfloat16 or float32"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,8 @@ class ObservedCall:
     out          [B, Hq, Sq, Dv], as the caller gets it, after dropout
     visibility   which keys each row sees, a `tritonattn.core.visibility.Visibility`
     softcap      or None
-    aux          computes the call's `AttentionAux` in a pass of its own, without dropout and without a graph; its
-                 max_logit is without the key_bias
+    aux          computes the call's `AttentionAux` in a pass of its own, unobserved, without dropout and without a
+                 graph; its max_logit is without the key_bias
     """
 
     q: Tensor
@@ -69,13 +70,19 @@ def is_observed() -> bool:
     return not torch.compiler.is_compiling() and bool(_open_observers()) and not is_transformed()
 
 
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """No observer sees the calls inside."""
+    token = observers.set(())
+    try:
+        yield
+    finally:
+        observers.reset(token)
+
+
 def notify_observers(call: ObservedCall) -> None:
     """Hand a call to every observer of this thread."""
     found = _open_observers()
-    unobserved = observers.set(())
-    try:
-        with torch.no_grad():
-            for observer in found:
-                observer.function(call)
-    finally:
-        observers.reset(unobserved)
+    with unobserved(), torch.no_grad():
+        for observer in found:
+            observer.function(call)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,13 +35,17 @@ class Renamed:
 
     renamed: ClassVar[dict[str, str]] = {}
 
-    if not TYPE_CHECKING:
+    # No __getattr__: it would answer for properties that fail, and for names that a compiled scaling asks by hasattr.
+    def __init_subclass__(cls) -> None:
+        for earlier, present in cls.renamed.items():
+            setattr(cls, earlier, _refused(earlier, present))
 
-        def __getattr__(self, name: str) -> Any:
-            owner, present = type(self).__name__, self.renamed.get(name)
-            if present is None:
-                raise AttributeError(f"{owner!r} object has no attribute {name!r}", name=name, obj=self)
-            raise AttributeError(f"{owner}: expected {present}, got {name}")
+
+def _refused(earlier: str, present: str) -> property:
+    def refuse(self: Any) -> Any:
+        raise AttributeError(f"{type(self).__name__}: expected {present}, got {earlier}")
+
+    return property(refuse)
 
 
 @dataclass(eq=False)

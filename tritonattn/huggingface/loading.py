@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import gc
 import importlib.util
 import inspect
 import re
@@ -60,6 +61,9 @@ def follow_saved_settings() -> None:
     _extend("_initialize_missing_keys", then=_start_anew)
     _extend("set_attn_implementation", then=_refuse)
     _extend("save_pretrained", within=_saved_as_patched)
+    for one in gc.get_objects():  # models from before may have chosen "tritonattn" unnoticed
+        if issubclass(type(one), PreTrainedModel) and "config" in vars(one):
+            state_masks(one)
 
 
 def _extend(

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from ..calls.attention import attention
 from ..calls.dispatch import AttentionAux
-from ..core.observation import ObservedCall, is_observed, notify_observers
+from ..core.observation import ObservedCall, is_observed, notify_observers, unobserved
 from ..core.visibility import Visibility
 from .architecture import AttentionModule, attention_modules, interface_function
 from .attention import NAME, call_arguments
@@ -94,7 +94,7 @@ def _observed_forward(
         seen = Visibility.of(query, key, **{name: arguments[name] for name in arguments.keys() & set(_VISIBLE)})
 
         def aux() -> AttentionAux:
-            with torch.no_grad():
+            with unobserved(), torch.no_grad():
                 narrow = key.detach()[..., :1]
                 return cast(tuple[Tensor, AttentionAux], attention(query, key, narrow, **arguments, return_aux=True))[1]
 
