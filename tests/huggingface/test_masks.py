@@ -8,12 +8,18 @@ from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask, sliding_window_overlay
 
 from tests.support.watch import Watch
-from tritonattn.huggingface import key_range_mask
+from tritonattn.huggingface import first_use, key_range_mask
 
 BATCH = 3
 PADDINGS = {"none": None, "all seen": (0, 0), "left": (3, 0), "right": (0, 4), "both": (2, 3)}
 POSITIONAL = "cache_position" in inspect.signature(sdpa_mask).parameters  # transformers before 5.1
 CHUNKS_FOLLOW_PADDING = "left_padding" in inspect.signature(masking_utils.chunked_overlay).parameters
+
+
+@pytest.fixture(autouse=True)
+def _a_model_was_built(monkeypatch):
+    """Before the first one all masks are explicit."""
+    monkeypatch.setattr(first_use, "_waiting", [])
 
 
 def documents(length: int) -> torch.Tensor:
