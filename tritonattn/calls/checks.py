@@ -64,9 +64,12 @@ _LEARNED = {
 
 
 def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, `in_autocast`; raises TypeError or ValueError unless they belong to one call, each in its layout."""
+    """q, k and v, in the dtype of torch.autocast where it is on.
+
+    Raises TypeError or ValueError unless they belong to one call, each in its layout.
+    """
     if isinstance(q, Tensor) and autocast_is_on(q):
-        q, k, v = in_autocast(q, k, v)
+        q, k, v = _in_autocast(q, k, v)
     for name, x, axes in zip(layout.names, (q, k, v), layout[:3], strict=True):
         check_tensor(name, x, axes)
         if x.dim() != (count := axes.count(",") + 1):
@@ -84,10 +87,8 @@ def operands(q: Tensor, k: Tensor, v: Tensor, layout: Layout = BATCHED) -> tuple
     return q, k, v
 
 
-def in_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the dtype of torch.autocast where it is on; float64 stays, as in torch's own operators."""
-    if not isinstance(q, Tensor) or not autocast_is_on(q):
-        return q, k, v
+def _in_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the dtype of torch.autocast, which is on; float64 stays, as in torch's own operators."""
     dtype = torch.get_autocast_dtype(q.device.type)
 
     def cast(x: Tensor) -> Tensor:

@@ -38,11 +38,6 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def is_compiled_transform() -> bool:
-    """Whether a compiler traces a call under torch.func."""
-    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
 def needs_graph(*tensors: Tensor | None) -> bool:
     """Whether a result of these must carry a derivative: backward, or forward mode, which is refused."""
     if forward_ad._current_level >= 0:
