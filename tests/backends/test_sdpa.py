@@ -26,7 +26,7 @@ def inputs(dtype, length, k_len=None, **options):
 
 @pytest.fixture(autouse=True)
 def verdicts(monkeypatch):
-    """What `supports` said of the calls so far."""
+    """The answers of `supports` to the calls so far."""
     found, supports = [], sdpa.supports
     monkeypatch.setattr(sdpa, "supports", lambda call: found.append(supports(call)) or found[-1])
     return found

@@ -117,7 +117,7 @@ def _width(call: AttentionCall) -> int | None:
 
 
 def _keys_for_scaling(call: AttentionCall) -> Tensor:
-    """What a scaling has for k: a shape alone, in place of a copy of pages, where it reads no keys."""
+    """The k of a scaling: a shape alone, in place of a copy of pages, where it reads no keys."""
     if call.block_table is None or call.scaling.reads_keys:
         return call.keys()
     visible = call.visibility

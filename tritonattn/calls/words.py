@@ -37,7 +37,7 @@ _HINTS = {
 
 
 def hint_for(keywords: Iterable[str], known: Any) -> str | None:
-    """What to write in place of the first keyword that another library has and `known` has not, or None."""
+    """The hint for the first keyword that another library has and `known` has not, or None."""
     return next(filter(None, (_hint(word, known) for word in keywords)), None)
 
 

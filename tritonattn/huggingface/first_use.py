@@ -1,4 +1,4 @@
-"""What waits for the first use in this process: extensions of methods of transformers, which an import leaves alone.
+"""Extensions of methods of transformers, which an import leaves alone: they wait for the first use in this process.
 
 The first use is the first model of transformers that is built after the import, or the first layer that gets a scaling.
 """

@@ -57,7 +57,7 @@ class Candidate:
     reasons: tuple[str, ...]
 
     def details(self) -> dict[str, Any]:
-        """What an entry of a table says of its code."""
+        """The properties of its code that an entry of a table names."""
         return {name: getattr(self.code, name) for name in ("registers", "spill_bytes", "shared_bytes")}
 
 

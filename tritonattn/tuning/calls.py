@@ -111,7 +111,7 @@ class Calls:
         records.write(Path(path), text + "\n")
 
 
-# Those that record now; a launch asks whether there are any.
+# The recorders that are on; a launch asks whether there are any.
 recorders: tuple[Calls, ...] = ()
 _lock = threading.Lock()
 

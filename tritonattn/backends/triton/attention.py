@@ -1,4 +1,4 @@
-"""What the passes of attention share: from an AttentionCall to a kernel's arguments, grid and launch. No policy."""
+"""Steps that all passes of attention share: from an AttentionCall to arguments, grid and launch. No policy."""
 
 from __future__ import annotations
 
