@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..core import records
-from .config import SHARES, TILED_KERNELS, WIDEST, WIDEST_KEYS, Problem, Target, TileConfig
+from .config import OPTIONAL_FIELDS, TILED_KERNELS, WIDEST, WIDEST_KEYS, WRITTEN_IN, Problem, Target, TileConfig
 
 Content = TypeVar("Content")
 
@@ -297,14 +297,16 @@ def _entry(key: str, record: Any) -> Entry:
     if record.get("source") not in SOURCES:
         raise ValueError(f"{key}: source: expected one of {', '.join(SOURCES)}, got {shown(record.get('source'))}")
     config, names = record["config"], {field.name for field in fields(TileConfig)}
-    if set(config) | set(SHARES) != names:
+    if set(config) | set(OPTIONAL_FIELDS) != names:
         raise ValueError(f"{key}: config: expected {', '.join(sorted(names))}, got {shown(sorted(config))}")
     for name, value in config.items():
-        wanted = bool if name == "descriptors" else int
+        wanted = {"descriptors": bool, "kernel": str}.get(name, int)
         if type(value) is not wanted:
             raise ValueError(f"{key}: {name}: expected {wanted.__name__}, got {shown(value)}")
         if wanted is int and not 1 <= value <= _MOST[name]:
             raise ValueError(f"{key}: {name}: expected 1 to {_MOST[name]}, got {shown(value)}")
+        if wanted is str and value not in WRITTEN_IN:
+            raise ValueError(f"{key}: {name}: expected one of {', '.join(WRITTEN_IN)}, got {shown(value)}")
     return Entry(TileConfig(**config), record["source"], details)
 
 

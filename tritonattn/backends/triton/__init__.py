@@ -5,8 +5,17 @@ from .backward import backward
 from .decode import decode
 from .forward import forward
 from .key_statistics import append_keys, append_to_pages, key_norms, key_norms_backward
-from .launch import KERNELS
+from .launch import KERNELS, VARIANTS, Variant
 from .ranges import argmax_over_ranges, prefix_sums, seen_keys
+
+
+def _hopper_forward() -> Variant:
+    from .hopper_forward import VARIANT
+
+    return VARIANT
+
+
+VARIANTS["forward", "gluon"] = _hopper_forward
 
 __all__ = [
     "KERNELS",
