@@ -17,13 +17,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import block as bl
-from .block import LENGTHS, Scale, View, key_range, partial_sums, vector_from
+from .block import LENGTHS, View, key_range, partial_sums, vector_from
 from .forward import lost_in_rounding
 from .launch import Variant
 
 ROWS = gl.constexpr(64)  # of a consumer
-SUM_COLUMNS = gl.constexpr(8)  # of partial sums: none needs another lane's
-CLEARED_ROWS = gl.constexpr(8)  # of V at once: a loader's thread has 24 registers
+SUM_COLUMNS = CLEARED_ROWS = gl.constexpr(8)  # none needs another lane's sum; a loader's thread has 24 registers
 load_tile = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared  # before triton 3.8
 
 
@@ -32,15 +31,14 @@ load_tile = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_glo
 Ring = namedtuple("Ring", "tiles ready empty")
 # q: tiles [consumers, 1, 1, ROWS, D], later of the output; turn[w]: consumer w may issue products, or None.
 Shared = namedtuple("Shared", "q q_ready k v turn")
-# Blocks of keys in the order in which they are taken, each kind from its last on: the masked ones behind the others, the
-# masked ones before them, and the others. high, masked, blocks: the first step behind each kind; high_top, low_top, top:
-# of each kind, the first key of step i plus i * BLOCK_N.
-Steps = namedtuple("Steps", "high masked blocks high_top low_top top")
+# Blocks of keys from the last on: masked ones up to step `high`, unmasked ones up to `low`, and masked ones up to
+# `blocks`; step i begins with key top - i * BLOCK_N.
+Steps = namedtuple("Steps", "high low blocks top")
 # first_row, first_key: in memory, of the program and of its sequence; start: the program's first row in the sequence,
-# `rows` of them from there on. No row sees keys outside of [live, live_end), but for those that are not in the tensor.
-Place = namedtuple("Place", "batch kv_head head first_row first_key start rows live live_end")
-# As in `attention_forward`, with pointers to the program's first row and to the sequence's first key.
+# `rows` of them from there on. No row of the sequence sees keys outside of [live, live_end).
+Place = namedtuple("Place", "batch head kv_head of_group first_row first_key start rows live live_end")
 Terms = namedtuple("Terms", "scale query_scale key_scale key_bias softcap sinks_ptr")
+# seen_ptr: to the sequence's first key; row: the program's first one in [B, Hq, Sq].
 Work = namedtuple("Work", "q_descriptor k_descriptor v_descriptor place terms view steps shared seen_ptr results row")
 # The keys lo <= j < hi that a consumer's rows [ROWS] see, and |factor|.
 Rows = namedtuple("Rows", "lo hi factor")
@@ -79,58 +77,43 @@ def attention_forward_hopper(
     STAGES: gl.constexpr,
     LANES: gl.constexpr,
 ):
-    """`forward.attention_forward`, which states the formulas, the arguments and the grid.
+    """`forward.attention_forward`, which states the formulas, the arguments and the grid; BLOCK_M / ROWS consumers.
 
     *_descriptor   Gluon's descriptors, with blocks [1, 1, ROWS, D] of q and [1, 1, BLOCK_N, D] of k and v
-    BLOCK_M        ROWS of each of two or three consumers
     STAGES         tiles of k, and as many of v, in shared memory
     """
     CONSUMERS: gl.constexpr = BLOCK_M // ROWS
     CLEARS: gl.constexpr = not (left is None and key_lengths is None and key_ranges is None and q_starts is None)
     LOADERS: gl.constexpr = 4 if CLEARS else 1  # warps
     block, head, sequence = bl.program_in_section(q_heads, first_y, first_z, right is not None, LANES)
-    packed_rows, packed_keys, kv_head = q_len, k_len, head // group
+    packed_rows, kv_head = q_len, head // group
     batch, first_row, first_key, q_len, k_len = bl.sequence_bounds(sequence, q_len, k_len, q_starts, k_starts)
     start = block * BLOCK_M
-    if q_starts is not None:
-        if start >= q_len:
-            return
+    if start >= q_len:  # of a shorter sequence
+        return
     view = View(q_len, k_len, left, right, key_lengths, key_ranges)
     of_sides = View(q_len, k_len, left, right, key_lengths, None)
     live, live_end = key_range(start * 0, batch, of_sides)[0], key_range(q_len - 1, batch, of_sides)[1]
-    live_end = gl.where(first_key + live_end == packed_keys, 1 << 30, live_end)
+    first_row += start
     steps = _steps(start, gl.minimum(start + BLOCK_M, q_len) - 1, batch, view, BLOCK_N)
 
-    first_row += start
-    if query_scale is not None:
-        query_scale = Scale(vector_from(query_scale, batch, head, 0, first_row), 0, 0, 0, query_scale.s)
-    if key_scale is not None:
-        key_scale = Scale(vector_from(key_scale, batch, kv_head, 0, first_key), 0, 0, 0, key_scale.s)
-    if key_bias is not None:
-        key_bias = Scale(vector_from(key_bias, batch, kv_head, head % group, first_key), 0, 0, 0, key_bias.s)
     if seen_ptr is not None:
         seen_ptr += (batch.to(gl.int64) * (q_heads // group) + kv_head) * k_len
     row = (batch.to(gl.int64) * q_heads + head) * packed_rows + first_row
 
     terms = Terms(scale, query_scale, key_scale, key_bias, softcap, sinks_ptr)
-    place = Place(batch, kv_head, head, first_row, first_key, start, q_len - start, live, live_end)
+    place = Place(batch, head, kv_head, head % group, first_row, first_key, start, q_len - start, live, live_end)
     shared = _shared(q_descriptor, k_descriptor, v_descriptor, STAGES, CONSUMERS, CLEARS)
     work = Work(q_descriptor, k_descriptor, v_descriptor, place, terms, view, steps, shared, seen_ptr, results, row)
     # Warps and registers of the partitions behind the first, which has the launch's warps and what registers are left.
+    DV: gl.constexpr = VALUE_DIM
     if CONSUMERS == 2:
         gl.warp_specialize(
-            [(_consume, (work, 0, VALUE_DIM)), (_consume, (work, 1, VALUE_DIM)), (_load, (work,))],
-            [4, LOADERS],
-            [240, 24],
+            [(_consume, (work, 0, DV)), (_consume, (work, 1, DV)), (_load, (work,))], [4, LOADERS], [240, 24]
         )
     else:
         gl.warp_specialize(
-            [
-                (_consume, (work, 0, VALUE_DIM)),
-                (_consume, (work, 1, VALUE_DIM)),
-                (_consume, (work, 2, VALUE_DIM)),
-                (_load, (work,)),
-            ],
+            [(_consume, (work, 0, DV)), (_consume, (work, 1, DV)), (_consume, (work, 2, DV)), (_load, (work,))],
             [4, 4, LOADERS],
             [160, 160, 24],
         )
@@ -144,19 +127,10 @@ def _steps(first, last, batch, view, BLOCK_N: gl.constexpr):
         offs = gl.arange(0, 256, layout=gl.BlockedLayout([1], [32], [4], [0]))
         lo, hi = key_range(gl.minimum(first + offs, last), batch, view)
     start, end, full_start, full_end = bl.key_bounds(first, last, lo, hi, batch, view, BLOCK_N, False)
-    high, low = gl.maximum(gl.cdiv(end - full_end, BLOCK_N), 0), full_start // BLOCK_N - start // BLOCK_N
-    first_is_full = (high + low == 0).to(gl.int32)
-    full_end = gl.maximum(full_end - first_is_full * BLOCK_N, full_start)
-    high += first_is_full
-    masked, full = high + low, (full_end - full_start) // BLOCK_N
-    high_top, low_top = full_end + (high - 1) * BLOCK_N, full_start + (high - 1) * BLOCK_N
-    return Steps(high, masked, masked + full, high_top, low_top, full_end + (masked - 1) * BLOCK_N)
-
-
-@gluon.jit
-def _first_key(steps, i, BLOCK_N: gl.constexpr):
-    """The first key of step i."""
-    return gl.where(i < steps.high, steps.high_top, gl.where(i < steps.masked, steps.low_top, steps.top)) - i * BLOCK_N
+    first_block, end_block = start // BLOCK_N, gl.cdiv(end, BLOCK_N)
+    blocks, high = gl.maximum(end_block - first_block, 1), gl.maximum(end_block - full_end // BLOCK_N, 1)
+    low = gl.maximum(end_block - full_start // BLOCK_N, high)
+    return Steps(high, low, blocks, (first_block + blocks - 1) * BLOCK_N)
 
 
 @gluon.jit
@@ -170,12 +144,10 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def _shared(q_desc, k_desc, v_desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, CLEARS: gl.constexpr):
-    q = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
-    k = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    v = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    turn = None  # Triton gives the memory of mbarriers that nobody uses to others
-    if CONSUMERS == 2:
-        turn = _barriers(CONSUMERS, 1)
+    q = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)  # noqa: RUF005
+    k = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)  # noqa: RUF005
+    v = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)  # noqa: RUF005
+    turn = _barriers(CONSUMERS, 1) if CONSUMERS == 2 else None  # mbarriers that nobody uses share their memory
     of_k = Ring(k, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS))
     of_v = Ring(v, _barriers(STAGES + CLEARS, 1), _barriers(STAGES, CONSUMERS))
     shared = Shared(q, _barriers(1, 1), of_k, of_v, turn)
@@ -206,13 +178,13 @@ def _fill(descriptor, ring, work, i, cleared):
     BLOCK_N: gl.constexpr = ring.tiles.shape[3]
     CLEARS: gl.constexpr = ring.ready.shape[0] > STAGES
     place, tile, stage = work.place, ring.tiles.index(i % STAGES), i % STAGES
-    first_key = _first_key(work.steps, i, BLOCK_N)
+    first_key = work.steps.top - i * BLOCK_N
     mbarrier.wait(ring.empty.index(stage), (i // STAGES & 1) ^ 1)
     arrives_at = stage
     if CLEARS:
         is_dirty = (first_key < place.live) | (first_key + BLOCK_N > place.live_end)
         if work.seen_ptr is not None:
-            is_dirty = i < work.steps.masked
+            is_dirty = (i < work.steps.high) | (i >= work.steps.low)
         arrives_at = gl.where(is_dirty, STAGES, stage)
     mbarrier.expect(ring.ready.index(arrives_at), descriptor.block_type.nbytes)
     at = [place.batch, place.kv_head, place.first_key + first_key, 0]
@@ -231,11 +203,10 @@ def _clear(tile, first_key, work):
     """Zeros for values that no row sees: 0 * NaN is NaN."""
     BLOCK_N: gl.constexpr = tile.shape[0]
     layout: gl.constexpr = row_layout(tile.shape[1])
-    end = gl.minimum(work.place.live_end, work.view.k_len)
     for j in gl.static_range(0, BLOCK_N, CLEARED_ROWS):
         part = tile.slice(j, CLEARED_ROWS)
         keys = first_key + j + gl.arange(0, CLEARED_ROWS, layout=gl.SliceLayout(1, layout))
-        is_seen = (keys >= work.place.live) & (keys < end)
+        is_seen = (keys >= work.place.live) & (keys < work.place.live_end)
         if work.seen_ptr is not None:
             is_seen = is_seen & (gl.load(work.seen_ptr + keys, mask=is_seen, other=0) != 0)
         values = part.load(layout)
@@ -259,11 +230,14 @@ def _consume(work, WG: gl.constexpr, VALUE_DIM: gl.constexpr):
     mbarrier.wait(shared.q_ready.index(0), 0)
     rows = _rows(q, work, WG)
     state = _first_step(q, rows, work)
-    if view.left is not None or view.right is not None or view.key_ranges is not None:  # others mask one step
-        for i in range(1, steps.masked):
+    if view.right is not None or view.key_ranges is not None:  # else high is 1
+        for i in range(1, steps.high):
             state = _step(i, state, q, rows, work, WG, True)
-    for i in range(steps.masked, steps.blocks):
+    for i in range(steps.high, steps.low):
         state = _step(i, state, q, rows, work, WG, False)
+    if view.left is not None or view.key_ranges is not None:  # else low is `blocks`
+        for i in range(steps.low, steps.blocks):
+            state = _step(i, state, q, rows, work, WG, True)
     acc = hopper.warpgroup_mma(state.p, _take(shared.v, steps.blocks - 1), state.acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     _store_rows(acc, state, rows, q, work, WG, VALUE_DIM)
@@ -277,7 +251,7 @@ def _rows(q, work, WG: gl.constexpr):
     offs = WG * ROWS + gl.arange(0, ROWS, layout=layout)
     factor = gl.full([ROWS], terms.scale * bl.LOG2_E, gl.float32, layout=layout)
     if terms.query_scale is not None:
-        pointers = terms.query_scale.ptr + offs.to(gl.int64) * terms.query_scale.s
+        pointers = vector_from(terms.query_scale, place.batch, place.head, 0, place.first_row + offs)
         factor *= gl.load(pointers, mask=offs < place.rows, other=0.0)
     if gl.min(factor, 0) < 0.0:
         of_tile: gl.constexpr = row_layout(q.shape[1])
@@ -297,7 +271,9 @@ def _first_step(q, rows, work):
     """S(0), masked, and no product to run beside it."""
     BLOCK_N: gl.constexpr = work.shared.k.tiles.shape[3]
     D: gl.constexpr = work.shared.v.tiles.shape[4]
-    logits = _issue_logits(q, _take(work.shared.k, 0), BLOCK_N)
+    logits = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=product_layout(BLOCK_N))
+    k = _take(work.shared.k, 0).permute((1, 0))
+    logits = hopper.warpgroup_mma(q, k, logits, use_acc=False, is_async=True)
     logits = warpgroup_mma_wait(0, deps=[logits])
     mbarrier.arrive(work.shared.k.empty.index(0), count=1)
     m_i = gl.full([ROWS], float("-inf"), gl.float32, layout=rows.factor.type.layout)
@@ -310,13 +286,15 @@ def _first_step(q, rows, work):
 
 @gluon.jit
 def _step(i, state, q, rows, work, WG: gl.constexpr, MASKED: gl.constexpr):
-    """S(i) and P(i-1) V(i-1) are issued together, and softmax(i) runs under the second and other consumers' products."""
+    """S(i) and P(i-1) V(i-1), issued together; softmax(i) under the second one and the products of other consumers."""
     shared = work.shared
     STAGES: gl.constexpr = shared.k.tiles.shape[0]
-    k = _take(shared.k, i)
+    BLOCK_N: gl.constexpr = shared.k.tiles.shape[3]
+    k = _take(shared.k, i).permute((1, 0))
+    logits = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=product_layout(BLOCK_N))
     if shared.turn is not None:
         mbarrier.wait(shared.turn.index(WG), (i & 1) if WG == 0 else (i & 1) ^ 1)
-    logits = _issue_logits(q, k, k.shape[0])
+    logits = hopper.warpgroup_mma(q, k, logits, use_acc=False, is_async=True)
     acc = hopper.warpgroup_mma(state.p, _take(shared.v, i - 1), state.acc, is_async=True)
     if shared.turn is not None:
         mbarrier.arrive(shared.turn.index((WG + 1) % shared.turn.shape[0]), count=1)
@@ -325,8 +303,8 @@ def _step(i, state, q, rows, work, WG: gl.constexpr, MASKED: gl.constexpr):
     p, weighted, alpha, moved, m_i = _softmax(i, logits, state.m_i, rows, work, MASKED)
     of_sums: gl.constexpr = gl.SliceLayout(1, state.l_i.type.layout)
     moves = gl.convert_layout(alpha, of_sums), gl.convert_layout(moved, of_sums)
-    ENTROPY: gl.constexpr = work.results.entropy is not None
-    l_i, spread = bl.moved_sums(p, weighted, moves[0], moves[1], state.l_i, state.spread, ENTROPY)
+    entropy = work.results.entropy is not None
+    l_i, spread = bl.moved_sums(p, weighted, moves[0], moves[1], state.l_i, state.spread, entropy)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(shared.v.empty.index((i - 1) % STAGES), count=1)
     acc *= gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -334,31 +312,23 @@ def _step(i, state, q, rows, work, WG: gl.constexpr, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def _issue_logits(q, k, BLOCK_N: gl.constexpr):
-    none = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=product_layout(BLOCK_N))
-    return hopper.warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _softmax(i, logits, m_i, rows, work, MASKED: gl.constexpr):
     """`probabilities` of step i from products of q and k."""
-    terms, view, BLOCK_N = work.terms, work.view, logits.shape[1]
+    terms, place, BLOCK_N = work.terms, work.place, logits.shape[1]
     first_key = work.steps.top - i * BLOCK_N
     columns = gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, logits.type.layout))
     exists, keep, bias = None, None, None
     if MASKED:
-        first_key = work.steps.high_top - i * BLOCK_N
-        if view.left is not None or view.key_ranges is not None:
-            first_key = _first_key(work.steps, i, BLOCK_N)
-        exists, keep = columns < view.k_len - first_key, _visible(logits, first_key, rows, view)
+        exists, keep = columns < work.view.k_len - first_key, _visible(logits, first_key, rows, work.view)
+    memory_key = place.first_key + first_key
     if terms.key_scale is not None:
-        pointers = terms.key_scale.ptr + first_key.to(gl.int64) * terms.key_scale.s + columns * terms.key_scale.s
-        logits *= gl.load(pointers, mask=exists)[None, :]
+        first = vector_from(terms.key_scale, place.batch, place.kv_head, 0, memory_key)
+        logits *= gl.load(first + columns * terms.key_scale.s, mask=exists)[None, :]
     if terms.key_bias is not None:
-        pointers = terms.key_bias.ptr + first_key.to(gl.int64) * terms.key_bias.s + columns * terms.key_bias.s
-        bias = (gl.load(pointers, mask=exists) * bl.LOG2_E)[None, :]
-    ENTROPY: gl.constexpr = work.results.entropy is not None
-    return bl.probabilities(logits, bias, keep, rows.factor, terms.softcap, m_i, MASKED, ENTROPY)
+        first = vector_from(terms.key_bias, place.batch, place.kv_head, place.of_group, memory_key)
+        bias = (gl.load(first + columns * terms.key_bias.s, mask=exists) * bl.LOG2_E)[None, :]
+    entropy = work.results.entropy is not None
+    return bl.probabilities(logits, bias, keep, rows.factor, terms.softcap, m_i, MASKED, entropy)
 
 
 @gluon.jit
@@ -382,22 +352,12 @@ def _store_rows(acc, state, rows, q, work, WG: gl.constexpr, VALUE_DIM: gl.const
     layout: gl.constexpr = gl.SliceLayout(1, state.l_i.type.layout)
     offs = WG * ROWS + gl.arange(0, ROWS, layout=layout)
     m_i, factor = gl.convert_layout(state.m_i, layout), gl.convert_layout(rows.factor, layout)
-    terms, results, keep = work.terms, work.results, offs < work.place.rows
-    _, weight, total = bl.finish_softmax(
-        m_i,
-        state.l_i,
-        state.spread,
-        factor,
-        terms.softcap,
-        terms.sinks_ptr,
-        work.place.head,
-        results,
-        work.row + offs,
-        keep,
-    )
+    results, at, keep = work.results, work.row + offs, offs < work.place.rows
+    cap, sinks, head = work.terms.softcap, work.terms.sinks_ptr, work.place.head
+    _, weight, total = bl.finish_softmax(m_i, state.l_i, state.spread, factor, cap, sinks, head, results, at, keep)
     of_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     out = acc / gl.convert_layout(total, of_rows)[:, None]
-    if terms.sinks_ptr is not None:
+    if sinks is not None:
         out *= gl.convert_layout(weight, of_rows)[:, None]
     rounded = out.to(work.q_descriptor.dtype)
     _store_tile(results.out, rounded, q, work, WG, VALUE_DIM)
@@ -433,17 +393,10 @@ def row_layout(columns):
     return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
 
 
-class _Descriptor(TensorDescriptor):
-    """A descriptor of an aligned tensor, which leaves nothing to check."""
-
+class _Descriptor(TensorDescriptor):  # of an aligned tensor, which leaves nothing to check
     def __post_init__(self) -> None:
         pass
 
 
-@functools.cache
-def _layout(width: int) -> gl.NVMMASharedLayout:
-    """Of blocks whose rows have this width, however many."""
-    return gl.NVMMASharedLayout.get_default_for([1, 1, ROWS.value, width], gl.bfloat16)
-
-
+_layout = functools.cache(lambda width: gl.NVMMASharedLayout.get_default_for([1, 1, ROWS.value, width], gl.bfloat16))
 VARIANT = Variant(attention_forward_hopper, lambda *tile: _Descriptor(*tile, _layout(tile[3][3])), ROWS.value)
