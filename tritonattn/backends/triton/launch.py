@@ -251,7 +251,12 @@ def drop_config(kernel: str, problem: Problem, device: torch.device, chosen: Pla
 @functools.lru_cache(maxsize=4096)
 def _plan(kernel: str, problem: Problem, target: Target, config_of: ConfigFor) -> Plan:
     config = config_of(kernel, problem, target)
-    return Plan.of(kernel, config, constexpr_values(problem, config, target), target)
+    try:
+        return Plan.of(kernel, config, constexpr_values(problem, config, target), target)
+    except (ImportError, AttributeError) as error:  # a Triton that has renamed what a variant takes
+        if config.kernel == "triton" or not lookup.reject_config(kernel, problem, target, config, error):
+            raise
+    return _plan(kernel, problem, target, config_of)
 
 
 def constexpr_values(problem: Problem, config: TileConfig, target: Target) -> Arguments:
