@@ -31,7 +31,7 @@ from ...tuning.config import (
 from ...tuning.defaults import default_config
 from ...tuning.order import LONGEST_AXIS, lanes
 from .block import Pages, Scale, Strided
-from .device import Arguments, ArgumentsOfKind, Grid, Kind, launch_on
+from .device import Arguments, ArgumentsOfKind, Grid, Kind, NotCompiledError, launch_on
 
 KERNELS: dict[str, Any] = {}  # by name: each file of kernels enters its own
 
@@ -241,8 +241,12 @@ def _target(of: Callable[[torch.device], Target], device: torch.device) -> Targe
 
 
 def drop_config(kernel: str, problem: Problem, device: torch.device, chosen: Plan, error: Exception) -> None:
-    """Drop a tuned config that fails here, with a warning, so that the next plan has another; raise other errors."""
+    """Drop a tuned config that fails here, with a warning, so that the next plan has another; raise other errors.
+
+    Of a variant all errors count, but for a graph's capture that would have to compile it.
+    """
     is_refusal = isinstance(error, TritonError) or "PassManager" in str(error)
+    is_refusal |= chosen.variant is not None and not isinstance(error, NotCompiledError)
     if not is_refusal or not lookup.reject_config(kernel, problem, Target.of(device), chosen.config, error):
         raise error
     _plan.cache_clear()
