@@ -24,16 +24,14 @@ from .launch import Variant
 ROWS = gl.constexpr(64)  # of a consumer
 SUM_COLUMNS = CLEARED_ROWS = gl.constexpr(8)  # none needs another lane's sum; a loader's thread has 24 registers
 load_tile = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared  # before triton 3.8
-
-
 # Of k or v, tiles [STAGES, 1, 1, BLOCK_N, D], and for each the mbarriers ready (is loaded) and empty (is used). Behind
 # the last stage's, ready may have one more: a tile that is to be cleared has arrived.
 Ring = namedtuple("Ring", "tiles ready empty")
 # q: tiles [consumers, 1, 1, ROWS, D], later of the output; turn[w]: consumer w may issue products, or None.
 Shared = namedtuple("Shared", "q q_ready k v turn")
-# Blocks of keys from the last on: masked ones up to step `high`, unmasked ones up to `low`, and masked ones up to
-# `blocks`; step i begins with key top - i * BLOCK_N.
-Steps = namedtuple("Steps", "high low blocks top")
+# Blocks of keys, each kind from its last on: masked ones behind the others up to step `high`, masked ones before them up
+# to `masked`, the others, of `full` keys, up to `blocks`. Step i begins with key top - i * BLOCK_N, but for jumps.
+Steps = namedtuple("Steps", "high masked blocks top full")
 # first_row, first_key: in memory, of the program and of its sequence; start: the program's first row in the sequence,
 # `rows` of them from there on. No row of the sequence sees keys outside of [live, live_end).
 Place = namedtuple("Place", "batch head kv_head of_group first_row first_key start rows live live_end")
@@ -96,11 +94,9 @@ def attention_forward_hopper(
     live, live_end = key_range(start * 0, batch, of_sides)[0], key_range(q_len - 1, batch, of_sides)[1]
     first_row += start
     steps = _steps(start, gl.minimum(start + BLOCK_M, q_len) - 1, batch, view, BLOCK_N)
-
     if seen_ptr is not None:
         seen_ptr += (batch.to(gl.int64) * (q_heads // group) + kv_head) * k_len
     row = (batch.to(gl.int64) * q_heads + head) * packed_rows + first_row
-
     terms = Terms(scale, query_scale, key_scale, key_bias, softcap, sinks_ptr)
     place = Place(batch, head, kv_head, head % group, first_row, first_key, start, q_len - start, live, live_end)
     shared = _shared(q_descriptor, k_descriptor, v_descriptor, STAGES, CONSUMERS, CLEARS)
@@ -129,13 +125,21 @@ def _steps(first, last, batch, view, BLOCK_N: gl.constexpr):
     start, end, full_start, full_end = bl.key_bounds(first, last, lo, hi, batch, view, BLOCK_N, False)
     first_block, end_block = start // BLOCK_N, gl.cdiv(end, BLOCK_N)
     blocks, high = gl.maximum(end_block - first_block, 1), gl.maximum(end_block - full_end // BLOCK_N, 1)
-    low = gl.maximum(end_block - full_start // BLOCK_N, high)
-    return Steps(high, low, blocks, (first_block + blocks - 1) * BLOCK_N)
+    full = gl.maximum(end_block - full_start // BLOCK_N - high, 0)
+    return Steps(high, blocks - full, blocks, (first_block + blocks - 1) * BLOCK_N, full * BLOCK_N)
+
+
+@gluon.jit
+def _first_key(i, steps, view, BLOCK_N: gl.constexpr):
+    key = steps.top - i * BLOCK_N
+    if view.left is not None or view.key_ranges is not None:  # masked blocks before others jump over these, and back
+        before = (steps.masked - steps.high) * BLOCK_N
+        key += gl.where(i < steps.high, 0, gl.where(i < steps.masked, -steps.full, before))
+    return key
 
 
 @gluon.jit
 def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """mbarriers [COUNT, 1] whose phases complete at so many arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(barriers.index(i), count=ARRIVALS)
@@ -173,18 +177,18 @@ def _load(work):
 
 @gluon.jit
 def _fill(descriptor, ring, work, i, cleared):
-    """Load the tile of step i when its stage is empty; return how many tiles of the ring were cleared so far."""
+    """Load the tile of step i when its stage is empty; return how many were cleared of NaN that no row sees."""
     STAGES: gl.constexpr = ring.tiles.shape[0]
     BLOCK_N: gl.constexpr = ring.tiles.shape[3]
     CLEARS: gl.constexpr = ring.ready.shape[0] > STAGES
     place, tile, stage = work.place, ring.tiles.index(i % STAGES), i % STAGES
-    first_key = work.steps.top - i * BLOCK_N
+    first_key = _first_key(i, work.steps, work.view, BLOCK_N)
     mbarrier.wait(ring.empty.index(stage), (i // STAGES & 1) ^ 1)
     arrives_at = stage
     if CLEARS:
         is_dirty = (first_key < place.live) | (first_key + BLOCK_N > place.live_end)
         if work.seen_ptr is not None:
-            is_dirty = (i < work.steps.high) | (i >= work.steps.low)
+            is_dirty = i < work.steps.masked
         arrives_at = gl.where(is_dirty, STAGES, stage)
     mbarrier.expect(ring.ready.index(arrives_at), descriptor.block_type.nbytes)
     at = [place.batch, place.kv_head, place.first_key + first_key, 0]
@@ -200,7 +204,6 @@ def _fill(descriptor, ring, work, i, cleared):
 
 @gluon.jit
 def _clear(tile, first_key, work):
-    """Zeros for values that no row sees: 0 * NaN is NaN."""
     BLOCK_N: gl.constexpr = tile.shape[0]
     layout: gl.constexpr = row_layout(tile.shape[1])
     for j in gl.static_range(0, BLOCK_N, CLEARED_ROWS):
@@ -230,14 +233,11 @@ def _consume(work, WG: gl.constexpr, VALUE_DIM: gl.constexpr):
     mbarrier.wait(shared.q_ready.index(0), 0)
     rows = _rows(q, work, WG)
     state = _first_step(q, rows, work)
-    if view.right is not None or view.key_ranges is not None:  # else high is 1
-        for i in range(1, steps.high):
+    if view.left is not None or view.right is not None or view.key_ranges is not None:  # others mask one step
+        for i in range(1, steps.masked):
             state = _step(i, state, q, rows, work, WG, True)
-    for i in range(steps.high, steps.low):
+    for i in range(steps.masked, steps.blocks):
         state = _step(i, state, q, rows, work, WG, False)
-    if view.left is not None or view.key_ranges is not None:  # else low is `blocks`
-        for i in range(steps.low, steps.blocks):
-            state = _step(i, state, q, rows, work, WG, True)
     acc = hopper.warpgroup_mma(state.p, _take(shared.v, steps.blocks - 1), state.acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     _store_rows(acc, state, rows, q, work, WG, VALUE_DIM)
@@ -313,9 +313,8 @@ def _step(i, state, q, rows, work, WG: gl.constexpr, MASKED: gl.constexpr):
 
 @gluon.jit
 def _softmax(i, logits, m_i, rows, work, MASKED: gl.constexpr):
-    """`probabilities` of step i from products of q and k."""
     terms, place, BLOCK_N = work.terms, work.place, logits.shape[1]
-    first_key = work.steps.top - i * BLOCK_N
+    first_key = _first_key(i, work.steps, work.view, BLOCK_N)
     columns = gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, logits.type.layout))
     exists, keep, bias = None, None, None
     if MASKED:
@@ -381,14 +380,12 @@ def _store_tile(result, values, memory, work, WG: gl.constexpr, VALUE_DIM: gl.co
 
 
 @gluon.constexpr_function
-def product_layout(columns):
-    """Of a consumer's product [ROWS, columns]."""
+def product_layout(columns):  # of a consumer's product [ROWS, columns]
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
 @gluon.constexpr_function
-def row_layout(columns):
-    """Of a tile [rows, columns] whose lanes hold 16 bytes of a row."""
+def row_layout(columns):  # of a tile [rows, columns] whose lanes hold 16 bytes of a row
     lanes = min(columns // 8, 32)
     return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
 
