@@ -258,7 +258,8 @@ def _gluon_reasons(kernel: str, config: TileConfig, problem: Problem, target: Ta
         reasons.append("gluon needs head and value dims that pad to the same of 64, 128 and 256")
     of_masks = problem.key_ranges or problem.left or (problem.right and (problem.key_scale or problem.key_bias))
     holds_more = of_masks or problem.softcap or problem.aux  # than the 160 registers of a thread of three warpgroups
-    most_rows, most_keys = {64: (128 if holds_more else 192, 128), 128: (128, 128)}.get(problem.width, (128, 64))
+    most = {64: (128 if holds_more else 192, 128), 128: (128, 64 if problem.softcap else 128)}
+    most_rows, most_keys = most.get(problem.width, (128, 64))
     if config.block_m not in REGISTERS or config.block_m > most_rows or config.block_n > most_keys:
         reasons.append(f"gluon needs block_m 128 or 192, up to {most_rows}, and block_n up to {most_keys}")
     if config.num_warps != 4 or not config.descriptors:

@@ -29,8 +29,8 @@ load_tile = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_glo
 Ring = namedtuple("Ring", "tiles ready empty")
 # q: tiles [consumers, 1, 1, ROWS, D], later of the output; turn[w]: consumer w may issue products, or None.
 Shared = namedtuple("Shared", "q q_ready k v turn")
-# Blocks of keys, each kind from its last on: masked ones behind the others up to step `high`, masked ones before them up
-# to `masked`, the others, of `full` keys, up to `blocks`. Step i begins with key top - i * BLOCK_N, but for jumps.
+# Blocks of keys, each kind from its last on: masked ones behind the others up to step `high`, masked ones before them
+# up to `masked`, others, of `full` keys, up to `blocks`. Step i begins with key top - i * BLOCK_N, but for jumps.
 Steps = namedtuple("Steps", "high masked blocks top full")
 # first_row, first_key: in memory, of the program and of its sequence; start: the program's first row in the sequence,
 # `rows` of them from there on. No row of the sequence sees keys outside of [live, live_end).
