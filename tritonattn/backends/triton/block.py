@@ -377,24 +377,12 @@ def dropout_keeps(dropout_ptr, keep_from, batch_head, offs_row, offs_key):
 
 
 @triton.jit
-def online_softmax(s, bias, keep, factor, softcap, m_i, l_i, spread, MASKED: tl.constexpr, ENTROPY: tl.constexpr):
-    """One step: (p, alpha, m_i, l_i, spread), all relative to the new maximum m_i [BLOCK_M]; sums move by alpha.
-
-    l_i is the sum of p, spread that of exp(z_j - shift) (z_j - shift); both are `partial_sums`, [BLOCK_M, columns]. The
-    rest is as in `probabilities`.
-    """
-    p, weighted, alpha, moved, m_i = probabilities(s, bias, keep, factor, softcap, m_i, MASKED, ENTROPY)
-    l_i, spread = moved_sums(p, weighted, alpha, moved, l_i, spread, ENTROPY)
-    return p, alpha, m_i, l_i, spread
-
-
-@triton.jit
 def probabilities(s, bias, keep, factor, softcap, m_i, MASKED: tl.constexpr, ENTROPY: tl.constexpr):
-    """(p, weighted, alpha, moved, m_i) of a step: exp2 of what the shift has left of the logits, the same times its
-    exponent where ENTROPY, exp2 of the way that the shift has moved, that way, and the new maximum.
+    """One step of the online softmax, relative to the new maximum m_i [BLOCK_M]: (p, weighted, alpha, moved, m_i).
 
     s [BLOCK_M, BLOCK_N] without factor >= 0; bias, in base 2, broadcasts to it or is None; keep says what is visible
-    where MASKED. m_i is the maximum of the uncapped logits; the capped one, the shift, is subtracted.
+    where MASKED. m_i is the maximum of the uncapped logits; the capped one, the shift, is subtracted. It has `moved` by
+    so much, and earlier sums by alpha = exp(moved). weighted is p (z_j - shift) where ENTROPY.
     """
     if bias is not None:
         s = fma(s, factor[:, None], bias)
@@ -436,7 +424,10 @@ def probabilities(s, bias, keep, factor, softcap, m_i, MASKED: tl.constexpr, ENT
 
 @triton.jit
 def moved_sums(p, weighted, alpha, moved, l_i, spread, ENTROPY: tl.constexpr):
-    """The sums with those of a step; p, weighted, alpha and moved of `probabilities`."""
+    """(l_i, spread) with what a step of `probabilities` adds, in its sums' layout.
+
+    l_i is the sum of p, spread that of exp(z_j - shift) (z_j - shift); both are `partial_sums`, [BLOCK_M, columns].
+    """
     COLUMNS: tl.constexpr = l_i.shape[1]
     alphas = tl.broadcast_to(alpha[:, None], l_i.shape)
     if ENTROPY:

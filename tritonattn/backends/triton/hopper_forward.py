@@ -40,7 +40,7 @@ Terms = namedtuple("Terms", "scale query_scale key_scale key_bias softcap sinks_
 Work = namedtuple("Work", "q_descriptor k_descriptor v_descriptor place terms view steps shared seen_ptr results row")
 # The keys lo <= j < hi that a consumer's rows [ROWS] see, and |factor|.
 Rows = namedtuple("Rows", "lo hi factor")
-# From step to step: sums [ROWS, D], P that waits for its V, and m_i, l_i and spread of `online_softmax`.
+# From step to step: sums [ROWS, D], P that waits for its V, and m_i, l_i and spread of the softmax.
 State = namedtuple("State", "acc p m_i l_i spread")
 
 
