@@ -41,8 +41,8 @@ HEADING = """# Loops of the kernels, replayed
 Modelled: the unmasked loop of each kernel in bf16 with a query_scale, compiled by triton {triton} at commit {commit},
 replayed by its own control codes; nothing ran. `{command}`.
 
-- The config is that of the shipped table, and the same with other stages of the pipeline. "in Gluon": the forward that no
-  table has, its loads taken to be there in time.
+- The config is that of the shipped table, and the same with other stages of the pipeline. "in Gluon": the forward that
+  no table has, its loads taken to be there in time.
 - tensor rate: share of the processor's tensor rate while the loop runs. clocks: of an iteration of a program, while as
   many programs run as a processor holds. Waits: share of a warp's time, by reason.
 - "asks late": an iteration waits for what the one before it, or it itself, asked for. "serialised": more waits for
