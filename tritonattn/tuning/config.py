@@ -180,9 +180,9 @@ def corrects_delta(problem: Problem) -> bool:
 
 # The fields of a config that select no code, with their defaults: how a kernel's programs share out the work.
 SHARES = {"l2_percent": 100, "split_blocks": SHORTEST_SPLIT}
-# The fields that a file leaves out where they are the default.
-OPTIONAL_FIELDS = SHARES | {"kernel": "triton"}
 WRITTEN_IN = ("triton", "gluon")  # kernels
+# The fields that a file leaves out where they are the default.
+OPTIONAL_FIELDS: dict[str, int | str] = {**SHARES, "kernel": WRITTEN_IN[0]}
 # Of Gluon's forward, by block_m: registers of a thread at its start, which warpgroups then share out. Three warpgroups
 # of 64 rows have 160 each, two have 240, and the one that loads has 24.
 REGISTERS = {128: 168, 192: 128}
@@ -205,7 +205,7 @@ class TileConfig:
     descriptors: bool = False
     l2_percent: int = SHARES["l2_percent"]
     split_blocks: int = SHARES["split_blocks"]
-    kernel: str = OPTIONAL_FIELDS["kernel"]
+    kernel: str = WRITTEN_IN[0]
 
     def as_record(self) -> dict[str, Any]:
         """The fields for a file, without OPTIONAL_FIELDS that are the default."""
