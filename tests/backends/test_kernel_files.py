@@ -70,7 +70,7 @@ def test_products_stand_in_the_kernel(kernel):
 def test_kernels_take_at_most_8_records():
     found = [
         node.name
-        for file in ("block", "key_statistics")
+        for file in ("block", "key_records")
         for node in tree_of(file).body
         if isinstance(node, ast.ClassDef)
     ]
