@@ -139,6 +139,7 @@ KERNELS |= {
     "key_statistics_grad": key_statistics_grad,
 }
 
+
 def key_norms(k: Tensor, seen: Tensor | None) -> Tensor:
     """Norms of the keys k [B, Hkv, Sk, D]: fp32 [B, Hkv, Sk].
 
