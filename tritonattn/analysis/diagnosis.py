@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..calls.checks import batch_visibility, check, operands
-from ..calls.logits import logits
+from ..calls.dispatch import logits
 from ..core.call import AttentionCall, Logits
 from ..core.norms import key_norms_of
 from ..core.statistics import Statistics

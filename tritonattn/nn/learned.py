@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.checks import check_bool, check_count, check_dtype, kind_of, named_scaling, refuse_scaling
-from ..calls.logits import scales_of
+from ..calls.dispatch import scales_of
 from ..core.shards import local
 from ..core.statistics import Statistics, counts_of
 from ..core.visibility import Visibility
