@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from tritonattn.backends.triton import KERNELS, device, launch
-from tritonattn.backends.triton.block import Strided
+from tritonattn.backends.triton.records import Strided
 from tritonattn.tuning.config import Problem, TileConfig
 
 pytestmark = pytest.mark.skipif(

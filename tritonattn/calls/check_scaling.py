@@ -13,7 +13,8 @@ from ..core.sequences import Sequences
 from ..core.statistics import Statistics
 from ..core.visibility import Visibility
 from ..scaling import Scaling
-from .checks import check_count, check_number, kind_of, named_scaling, refuse_scaling
+from ..scaling.names import named_scaling
+from .checks import check_count, check_number, kind_of, refuse_scaling
 from .dispatch import logits
 from .formulas import dense
 

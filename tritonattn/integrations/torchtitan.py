@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calls.checks import named_scaling
 from ..calls.varlen import attention_varlen
+from ..scaling.names import named_scaling
 from .arguments import gain_for
 
 try:

@@ -15,7 +15,6 @@ from .block import (
     LENGTHS,
     LOG2_E,
     ROW_TERMS_ALIGNMENT,
-    Results,
     from_row,
     joint_peak,
     load_tile,
@@ -29,6 +28,7 @@ from .block import (
 from .grad_key_value import grad_key_value
 from .grad_query import grad_query
 from .launch import KERNELS, Arguments, Kind, strided
+from .records import Results
 
 
 @triton.jit

@@ -14,7 +14,6 @@ from .block import (
     LN_2,
     LOG2_E,
     UNMASKED,
-    View,
     dropout_keeps,
     fma,
     from_row,
@@ -32,6 +31,7 @@ from .block import (
     whole_blocks,
 )
 from .launch import KERNELS, Arguments, Kind
+from .records import View
 
 
 @triton.jit

@@ -30,8 +30,8 @@ from ...tuning.config import (
 )
 from ...tuning.defaults import default_config
 from ...tuning.order import LONGEST_AXIS, lanes
-from .block import Pages, Scale, Strided
 from .device import Arguments, ArgumentsOfKind, Grid, Kind, launch_on
+from .records import Pages, Scale, Strided
 
 KERNELS: dict[str, Any] = {}  # by name: each file of kernels enters its own
 ConfigFor = Callable[[str, Problem, Target], TileConfig]
