@@ -84,23 +84,22 @@ def run(call: AttentionCall) -> Tensor | tuple[Tensor, AttentionAux]:
 
 def with_logits(call: AttentionCall) -> AttentionCall:
     """The call with the terms of its logits, for the kernels or the CPU."""
+    keys = call.keys if call.cached else call.k
+    statistics = (ops.KernelStatistics if call.backend == "triton" else Statistics)(keys, call.visibility)
     if call.cached:
-        call.logits = terms = logits(call, _cached_statistics(call), _keys_for_scaling(call))
+        statistics = statistics if call.record is None else _recorded(call, statistics)
+        call.logits = terms = logits(call, statistics, _keys_for_scaling(call))
         of_scaling = {"scaling": terms.query_scale, "key_scale": terms.key_scale, "key_bias": terms.key_bias}
         refuse_gradients(call.cached, **of_scaling)
         return call
-    statistics = (ops.KernelStatistics if call.backend == "triton" else Statistics)(call.k, call.visibility)
     call.logits = logits(call, statistics)
     if call.visibility.invariant and call.backend == "triton":
         _refuse_scaled_halves(call)
     return statistics.widened(call) if statistics.wide else call
 
 
-def _cached_statistics(call: AttentionCall) -> Statistics:
-    """The statistics of a call over a cache."""
-    computed = (ops.KernelStatistics if call.backend == "triton" else Statistics)(call.keys, call.visibility)
-    if call.record is None:
-        return computed
+def _recorded(call: AttentionCall, computed: Statistics) -> Statistics:
+    """The statistics of a call from the record that is kept with its cache."""
     table = None
     if call.block_table is not None:
         table = PageTable(call.block_table, call.k.shape[2], call.visibility.sequences)
