@@ -96,7 +96,7 @@ def batch_visibility(
     mask: Tensor | None = None,
     batch_invariant: bool | None = None,
 ) -> Visibility:
-    """The keys that each row sees, of checked q [B, Hq, Sq, D] and k; raises for a mask that is none of theirs."""
+    """The keys visible to each row, of checked q [B, Hq, Sq, D] and k; raises for a mask that is none of theirs."""
     invariant = check_masks(causal, window, batch_invariant)
     if key_lengths is not None:
         _check_key_lengths(key_lengths, q, k)

@@ -43,7 +43,7 @@ class AttentionAux(NamedTuple):
     >>> import torch, tritonattn
     >>> q, k, v = torch.randn(3, 1, 4, 16, 8)
     >>> out, aux = tritonattn.attention(q, k, v, causal=True, return_aux=True)
-    >>> aux.entropy[0, :, 0].tolist()  # the first row sees one key
+    >>> aux.entropy[0, :, 0].tolist()  # the first row attends to one key
     [0.0, 0.0, 0.0, 0.0]
     """
 
@@ -107,7 +107,7 @@ def _recorded(call: AttentionCall, computed: Statistics) -> Statistics:
 
 
 def _width(call: AttentionCall) -> int | None:
-    """The most keys that a row sees, as of `RecordedStatistics`."""
+    """The most keys that a row attends to, as of `RecordedStatistics`."""
     visible, sequences = call.visibility, call.visibility.sequences
     if visible.left is None:
         return None
@@ -128,7 +128,7 @@ def _keys_for_scaling(call: AttentionCall) -> Tensor:
 def logits(call: AttentionCall, statistics: Statistics, k: Tensor | None = None) -> Logits:
     """Compute the terms of the logits of a checked call: the scaling's scales times the gain, its bias and key_bias.
 
-    statistics   of the keys that its rows see
+    statistics   of the keys that its rows attend to
     k            stands for call.k before the scaling, or None
     """
     q, (_, _, _, bias, softcap, sinks) = call.q, call.logits
@@ -191,7 +191,7 @@ def scales_of(
 
 
 def _expanded(scale: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A scale in the dtype in which it acts beside q, and of a shape to which it broadcasts."""
+    """A scale in the dtype in which it acts with q, and of a shape to which it broadcasts."""
     if scale.dtype != torch.float32 or q.dtype == torch.float64:
         scale = scale.to(torch.promote_types(q.dtype, torch.float32))
     is_whole = scale.dim() == len(shape) and scale.shape == shape  # tuples compare sizes first, and tracing binds them
@@ -268,7 +268,7 @@ def _refuse_dependence(q: Tensor, backend: str, dropout_p: float) -> None:
     """Raise where a row's bits would depend on the rest of the batch although `batch_invariant` is on."""
     obstacle = None
     if dropout_p > 0:
-        obstacle = "dropout_p above 0, whose bits follow the place in the batch"
+        obstacle = "dropout_p above 0, whose bits follow the position in the batch"
     elif backend == "reference":
         obstacle = "backend 'reference', whose products follow the lengths"
     elif backend == "sdpa" and q.device.type == "cuda":

@@ -102,7 +102,7 @@ class PagedKeyStatistics(KeyRecord):
 
     @torch.no_grad()
     def append(self, k_new: Tensor, cu_seqlens: Tensor, *, key_lengths: Tensor, block_table: Tensor) -> None:
-        """Enter the newest keys of every sequence, before the attention that sees them.
+        """Enter the newest keys of every sequence, before the attention that attends to them.
 
         No older key is read. To take keys back, as those of rejected guesses, enter others in their slots.
 

@@ -256,7 +256,7 @@ class _Transformed(Function):
 
 
 def _vmap(operator: Callable, info: Any, in_dims: Sequence, *arguments: Any):
-    """Map in one batch, except where dropout depends on the place in it, or an argument has no batch axis."""
+    """Map in one batch, except where dropout depends on the position in it, or an argument has no batch axis."""
     named = dict(zip(NAMES, arguments, strict=False))
     one_by_one = any(named[name] is not None for name in ("dropout_state", "sinks", "q_starts", "block_table"))
     return (in_a_loop if one_by_one else in_one_batch)(operator, info.batch_size, in_dims, arguments)

@@ -419,7 +419,7 @@ def load_term(pointers, otherwise, SPLIT: tl.constexpr):
 
 @triton.jit
 def store_term(pointers, term, factor, keep):
-    """Store a term, and beside it the factor where pointers are to int64, as `load_term` loads them."""
+    """Store a term, and next to it the factor where pointers are to int64, as `load_term` loads them."""
     if pointers.dtype.element_ty == tl.int64:
         low = term.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         term = (factor.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low

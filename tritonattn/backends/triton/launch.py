@@ -144,7 +144,7 @@ class Plan(NamedTuple):
 
 
 def _parts(x: int, y: int, z: int) -> Iterable[tuple[Grid, int, int]]:
-    """The grids of a grid's launches, each with its first place on the second and the third axis."""
+    """The grids of a grid's launches, each with its first position on the second and the third axis."""
     most = MOST_PROGRAMS // max(x, 1)
     y_step = max(1, min(y, LONGEST_AXIS, most))
     z_step = max(1, min(z, LONGEST_AXIS, most // y_step))
