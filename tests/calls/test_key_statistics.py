@@ -1,5 +1,6 @@
 """KeyStatistics: what it holds after any history, and what it costs."""
 
+import pickle
 import random
 
 import pytest
@@ -121,6 +122,18 @@ def test_past_the_capacity_is_dropped_where_values_are_not_read(monkeypatch):
     statistics.append(keys)
     statistics.append(keys)
     _check(statistics, list(torch.cat([keys, keys], dim=2)[:, :, :CAPACITY]))
+
+
+def test_pickled_statistics_go_on():
+    """What is shown is a view of what `append` writes, in a copy too."""
+    k = torch.ones(2, 1, 4)  # 2 keys of norm 2
+    ends, table = torch.tensor([0, 2], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    one = pickle.loads(pickle.dumps(KeyStatistics(1, 1, 4)))
+    one.append(k.transpose(0, 1)[None])
+    pages = pickle.loads(pickle.dumps(PagedKeyStatistics(1, 16, 1)))
+    pages.append(k, ends, key_lengths=ends[1:], block_table=table)
+    assert one.norm_sums.flatten().tolist() == [0, 2, 4, 0, 0]
+    assert pages.norm_sums.flatten()[:3].tolist() == [2, 4, 0]
 
 
 def test_buffers_stay_where_they_are():
