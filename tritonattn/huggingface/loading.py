@@ -13,8 +13,6 @@ since an outer model may still choose another implementation for it.
 from __future__ import annotations
 
 import contextvars
-import functools
-import gc
 import importlib.util
 import inspect
 import re
@@ -26,14 +24,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..core.extension import extend
 from .architecture import AttentionModule, attention_modules, query_heads, refuse_unsupported
 from .attention import NAME
+from .first_use import living_models
 from .masks import STATED
 from .own_configs import IMPLEMENTATION, SAVED_IMPLEMENTATION, state_masks
 from .patching import Patched, apply, patched
 from .settings import ATTRIBUTE, LAYERS, MARK, LayerScaling, Settings, layer_scaling, saved_layers
 
-_EXTENDED = "_extended_by_tritonattn"
 _ASKED = "_tritonattn_implementation_asked_for"
 _OF_VLLM = "vllm"  # in models that vLLM builds, whose attention is its own: its plugin reads the settings
 
@@ -61,9 +60,8 @@ def follow_saved_settings() -> None:
     _extend("_initialize_missing_keys", then=_start_anew)
     _extend("set_attn_implementation", then=_refuse)
     _extend("save_pretrained", within=_saved_as_patched)
-    for one in gc.get_objects():  # models from before may have chosen "tritonattn" unnoticed
-        if issubclass(type(one), PreTrainedModel) and "config" in vars(one):
-            state_masks(one)
+    for one in living_models():  # which may have chosen "tritonattn" unnoticed
+        state_masks(one)
 
 
 def _extend(
@@ -75,26 +73,26 @@ def _extend(
 
     arguments   the method's, by name, which the context may change
     """
-    original = getattr(PreTrainedModel, name, None)
-    if original is None or getattr(original, _EXTENDED, False):
-        return
-    signature, running = inspect.signature(original), contextvars.ContextVar(name, default=False)
+    running = contextvars.ContextVar(name, default=False)
 
-    @functools.wraps(original)
-    def extended(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if running.get():  # called by an outer model
-            return original(self, *args, **kwargs)
-        token, bound = running.set(True), signature.bind(self, *args, **kwargs)
-        try:
-            with within(self, bound.arguments):
-                result = original(*bound.args, **bound.kwargs)
-        finally:
-            running.reset(token)
-        then(self, bound.arguments)
-        return result
+    def extended(original: Any) -> Any:
+        signature = inspect.signature(original)
 
-    setattr(extended, _EXTENDED, True)
-    setattr(PreTrainedModel, name, extended)
+        def method(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            if running.get():  # called by an outer model
+                return original(self, *args, **kwargs)
+            token, bound = running.set(True), signature.bind(self, *args, **kwargs)
+            try:
+                with within(self, bound.arguments):
+                    result = original(*bound.args, **bound.kwargs)
+            finally:
+                running.reset(token)
+            then(self, bound.arguments)
+            return result
+
+        return method
+
+    extend(PreTrainedModel, name, extended)
 
 
 def _saved(model: PreTrainedModel) -> dict[str, Any] | None:

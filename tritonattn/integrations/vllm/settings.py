@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from ...calls.checks import check
 from ...calls.logits import logits
 from ...core.call import AttentionCall, Logits
+from ...core.extension import extend
 from ...core.statistics import Statistics
 from ...core.visibility import Visibility
 from ...huggingface.attention import scaling_arguments
 from ...huggingface.scalings import to_config
 from ...huggingface.settings import ATTRIBUTE, MARK, LayerScaling, Settings, saved_layers
 from ...scaling import Scaling
-from . import EXTENDED
 
 _CHILD = f".{ATTRIBUTE}."
 
@@ -96,11 +96,10 @@ def take_learned(loader: Any) -> None:
     No module of vLLM's models has such weights, and models refuse those that they do not know: so MARK stops a model
     without settings. Repeatable.
     """
-    get_all_weights = loader.get_all_weights
-    if hasattr(get_all_weights, EXTENDED):
-        return
+    extend(loader, "get_all_weights", _without_learned)
 
-    @functools.wraps(get_all_weights)
+
+def _without_learned(get_all_weights: Any) -> Any:
     def weights(loader: Any, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         learned: dict[str, dict[str, Tensor]] = {}
         takers: list[Any] = [impl for x in model.modules() if hasattr(impl := getattr(x, "impl", None), "learned")]
@@ -114,8 +113,7 @@ def take_learned(loader: Any) -> None:
             elif name != MARK or not is_patched:
                 yield name, tensor
 
-    setattr(weights, EXTENDED, True)
-    loader.get_all_weights = weights
+    return weights
 
 
 def check_all_taken(saved: Any, learned: dict[str, dict[str, Tensor]]) -> None:
