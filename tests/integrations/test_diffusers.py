@@ -151,7 +151,7 @@ def test_refusals(registered):
     member = AttentionBackendName(registered())
     with pytest.raises(NotImplementedError, match="attn_mask: expected a mask"):
         dispatch_attention_fn(q, k, v, attn_mask=torch.randn(1, 1, 6, 6), backend=member)
-    with pytest.raises(ValueError, match="attn_mask: expected None beside is_causal=True"):
+    with pytest.raises(ValueError, match="attn_mask: expected None with is_causal=True"):
         dispatch_attention_fn(q, k, v, attn_mask=torch.ones(6, 6).bool(), is_causal=True, backend=member)
     with pytest.raises(NotImplementedError, match="_parallel_config: context parallelism"):
         dispatch_attention_fn(q, k, v, parallel_config=object(), backend=member)

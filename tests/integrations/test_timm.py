@@ -62,7 +62,7 @@ def test_refusals():
     layer, x = ours.attention_layer()(16, 4), torch.randn(2, 6, 16)
     with pytest.raises(NotImplementedError, match="attn_mask: expected a mask"):
         layer(x, attn_mask=torch.randn(6, 6))
-    with pytest.raises(ValueError, match="attn_mask: expected None beside is_causal=True"):
+    with pytest.raises(ValueError, match="attn_mask: expected None with is_causal=True"):
         layer(x, attn_mask=torch.ones(6, 6).bool(), is_causal=True)
     with pytest.raises(ValueError, match="scaling: expected one of"):
         ours.attention_layer("squirt_dim")

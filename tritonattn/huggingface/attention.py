@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from typing import Any, cast
@@ -16,7 +15,8 @@ from ..calls.dispatch import AttentionAux
 from ..calls.varlen import attention_varlen
 from ..core.invariance import refuse_over_ranks
 from ..core.shards import context_parallel
-from ..scaling import Scaling, SqrtDim
+from ..scaling import SqrtDim
+from ..scaling.base import relative_gain
 from .architecture import query_heads
 from .masks import key_range_mask
 from .settings import Settings, layer_scaling
@@ -201,9 +201,4 @@ def scaling_arguments(settings: Settings, own: float | Tensor | None, head_dim: 
         if isinstance(own, Tensor):
             return {"scaling": 1.0, "gain": own if gain is None else own * gain}
         return {"scaling": "sqrt_dim" if own is None else float(own), "gain": gain}
-    if own is None or (isinstance(scaling, Scaling) and scaling.normalises_query):
-        return {"scaling": scaling, "gain": gain}
-    relative = own * math.sqrt(head_dim)
-    if not isinstance(relative, Tensor) and math.isclose(relative, 1.0, rel_tol=1e-9):
-        return {"scaling": scaling, "gain": gain}
-    return {"scaling": scaling, "gain": relative if gain is None else gain * relative}
+    return {"scaling": scaling, "gain": relative_gain(scaling, own, head_dim, gain)}

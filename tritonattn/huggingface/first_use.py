@@ -1,7 +1,7 @@
-"""Extensions of methods of transformers and PEFT, which an import leaves alone: they wait for the first use in a process.
+"""Extensions of methods of transformers and PEFT, made at the first use in a process, not at an import.
 
-The first use is the first model of transformers that is built or wrapped, or the first layer that gets a scaling. A model
-that lives at the import is one too: only extended methods refuse "tritonattn" for a model that cannot use it.
+The first use is the first model of transformers that is built or wrapped, or the first layer that gets a scaling. A
+model that lives at the import is one too: only extended methods refuse "tritonattn" for a model that cannot use it.
 """
 
 from __future__ import annotations

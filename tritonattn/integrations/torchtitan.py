@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..calls.checks import named_scaling
 from ..calls.varlen import attention_varlen
-from .arguments import gain_for
+from ..scaling.base import relative_gain
 
 try:
     from torchtitan.config import derive, override
@@ -64,7 +64,7 @@ class ScaledVarlenAttention(VarlenAttention):
             attention_masks.max_q,
             attention_masks.max_k,
             scaling=self.mode,
-            gain=gain_for(self.mode, scale, q.shape[-1]),
+            gain=relative_gain(self.mode, scale, q.shape[-1]),
             window=self.window_size,
             return_aux=out_transform is not None,
         )

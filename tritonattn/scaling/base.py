@@ -102,6 +102,19 @@ class Scaling:
         return None
 
 
+def relative_gain(scaling: Any, own: float | Tensor | None, head_dim: int, gain: Any = None) -> Any:
+    """The gain that keeps a model's own factor of q . k with a mode: own * sqrt(D) * gain.
+
+    gain   a float, a tensor or None, which is 1; returned where own is None or 1 / sqrt(D), or the mode a cosine
+    """
+    if own is None or getattr(scaling, "normalises_query", False):
+        return gain
+    relative = own * math.sqrt(head_dim)
+    if not isinstance(relative, Tensor) and math.isclose(relative, 1.0, rel_tol=1e-9):
+        return gain
+    return relative if gain is None else gain * relative
+
+
 def scales_of_count(visibility: Visibility, constant: float, factor: Callable[[Tensor], Tensor]) -> Scales:
     """constant * factor(n), of fp64 counts n of any shape; one number where sizes show that all rows see all keys.
 
