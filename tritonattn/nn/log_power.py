@@ -46,6 +46,7 @@ class LearnedLogPower(Learned):
 
     name = "learned_log_power"
     reads_keys = False
+    p: nn.Parameter
 
     def __init__(
         self,
@@ -60,15 +61,8 @@ class LearnedLogPower(Learned):
         super().__init__(heads)
         check_positive("power", power)
         check_positive("base", base, above=1.0)
-        check_dtype(dtype)
         self.base = base
-        self._start = 0.0 if starts_at_sqrt_dim(mode) else power
-        self.p = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start anew: from the power given, or exactly the mode."""
-        nn.init.constant_(self.p, self._start)
+        self._learn(device, dtype, p=0.0 if starts_at_sqrt_dim(mode) else power)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, base={self.base:g}"
@@ -117,6 +111,8 @@ class QueryAdaptiveSSMax(Learned):
 
     name = "query_adaptive_ssmax"
     reads_keys = False
+    delta: nn.Parameter
+    gamma: nn.Parameter
 
     def __init__(
         self,
@@ -131,18 +127,9 @@ class QueryAdaptiveSSMax(Learned):
         check_count("head_dim", head_dim, 1)
         check_dtype(dtype)
         self.head_dim = head_dim
-        self._start = (1 - math.log(2), 0.0) if starts_at_sqrt_dim(mode) else (1.0, 1.0)
         self.w = nn.Parameter(torch.empty(heads, head_dim, device=device, dtype=dtype))
-        self.delta = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
-        self.gamma = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start anew: w from 0, delta and gamma from 1 or at the mode."""
-        delta, gamma = self._start
-        nn.init.zeros_(self.w)
-        nn.init.constant_(self.delta, delta)
-        nn.init.constant_(self.gamma, gamma)
+        delta, gamma = (1 - math.log(2), 0.0) if starts_at_sqrt_dim(mode) else (1.0, 1.0)
+        self._learn(device, dtype, w=0.0, delta=delta, gamma=gamma)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}"
